@@ -1,0 +1,309 @@
+//! The command line: clap structs and nothing else.
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use std::path::PathBuf;
+
+/// Plans where the tensors of a mixture-of-experts model should live, and runs the model from that plan.
+#[derive(Debug, Parser)]
+#[command(name = "tier-plan", version, propagate_version = true)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The subcommands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Take the bundled model through every stage and write a report
+    Demo(DemoArgs),
+    /// Show what a model file holds: architecture, shapes, bytes by group and type
+    Inspect(InspectArgs),
+    /// Run calibration prompts and record which experts every token uses
+    Profile(ProfileArgs),
+    /// Find where every tensor should live, and write placement.toml
+    Solve(SolveArgs),
+    /// Generate text, from a plan if one is given
+    Run(RunArgs),
+    /// Put several plans or run records side by side in a report of charts and tables
+    Compare(CompareArgs),
+    /// Measure prompt and decode speed
+    Bench(BenchArgs),
+    /// Write the logits of given tokens, to check one engine against another
+    Logits(LogitsArgs),
+    /// Turn text into token ids
+    Tokenize(TokenizeArgs),
+}
+
+/// `demo`.
+#[derive(Debug, Args)]
+pub struct DemoArgs {
+    /// Folder for the report; a dated one under reports/ when not given
+    #[arg(short, long)]
+    pub output: Option<PathBuf>,
+    /// Threads; the physical cores when not given
+    #[arg(long)]
+    pub threads: Option<usize>,
+    /// Tokens to generate per plan and prompt
+    #[arg(long, default_value_t = 64)]
+    pub tokens: u32,
+}
+
+/// `inspect`.
+#[derive(Debug, Args)]
+pub struct InspectArgs {
+    /// The GGUF file (the first part of a split model)
+    pub model: PathBuf,
+    /// List every tensor
+    #[arg(long)]
+    pub tensors: bool,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `profile`.
+#[derive(Debug, Args)]
+pub struct ProfileArgs {
+    /// The GGUF file
+    pub model: PathBuf,
+    /// Folder with one folder a domain, each with text files; those named `heldout*` only judge plans
+    #[arg(long)]
+    pub prompts: Option<PathBuf>,
+    /// Where to write the profile; MODEL's stem with `.profile` in the current folder when not given
+    #[arg(short, long)]
+    pub output: Option<PathBuf>,
+    /// Tokens of each prompt to process
+    #[arg(long, default_value_t = 192)]
+    pub prompt_tokens: u32,
+    /// Tokens to decode after each prompt
+    #[arg(long, default_value_t = 128)]
+    pub decode_tokens: u32,
+    /// Temperature of the decoded text; 0 takes the likeliest token
+    #[arg(long, default_value_t = 0.8)]
+    pub temperature: f32,
+    /// Seed of the decoded text
+    #[arg(long, default_value_t = 1)]
+    pub seed: u64,
+    /// Start again even if an unfinished profile is there
+    #[arg(long)]
+    pub restart: bool,
+    /// Threads; the physical cores when not given
+    #[arg(long)]
+    pub threads: Option<usize>,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `solve`.
+#[derive(Debug, Args)]
+pub struct SolveArgs {
+    /// The GGUF file the plan is for
+    pub model: PathBuf,
+    /// The profile of that model; uniform access is assumed without one
+    #[arg(short, long)]
+    pub profile: Option<PathBuf>,
+    /// The machine file
+    #[arg(short, long)]
+    pub machine: PathBuf,
+    /// Where to write the plan
+    #[arg(short, long, default_value = "placement.toml")]
+    pub output: PathBuf,
+    /// Budget of a tier, as NAME=SIZE (`vram=11GiB`); the tier's capacity when not given
+    #[arg(short, long, value_name = "TIER=SIZE")]
+    pub budget: Vec<String>,
+    /// Budget of the tier named vram
+    #[arg(long, value_name = "SIZE")]
+    pub vram: Option<String>,
+    /// Budget of the tier named dram
+    #[arg(long, value_name = "SIZE")]
+    pub dram: Option<String>,
+    /// Context length to plan the key and value cache for
+    #[arg(long, default_value_t = 1024)]
+    pub context: u32,
+    /// Make this kind of plan instead of the optimum
+    #[arg(long, value_enum, default_value_t = Strategy::Optimal)]
+    pub strategy: Strategy,
+    /// Also write each baseline's plan into this folder
+    #[arg(long)]
+    pub baselines: Option<PathBuf>,
+    /// Stop improving after this many seconds
+    #[arg(long, default_value_t = 10.0)]
+    pub time_limit: f64,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Ways to make a plan.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Strategy {
+    /// The integer program
+    Optimal,
+    /// The same number of experts in every layer, chosen without a profile
+    Uniform,
+    /// The experts with the most accesses first, over all layers
+    FrequencyFirst,
+    /// No pins: everything a cache
+    LruOnly,
+    /// llama.cpp's rule: the experts of the first layers to the CPU
+    FirstLayersCpu,
+}
+
+/// Where text comes from and how tokens are drawn.
+#[derive(Debug, Args)]
+pub struct SamplingArgs {
+    /// Temperature; 0 takes the likeliest token
+    #[arg(long, default_value_t = 0.0)]
+    pub temperature: f32,
+    /// Keep the K likeliest tokens; 0 keeps all
+    #[arg(long, default_value_t = 0)]
+    pub top_k: usize,
+    /// Keep the likeliest tokens that together have this probability
+    #[arg(long, default_value_t = 1.0)]
+    pub top_p: f32,
+    /// Drop tokens less likely than this share of the likeliest
+    #[arg(long, default_value_t = 0.0)]
+    pub min_p: f32,
+    /// Divide the logits of recent tokens by this
+    #[arg(long, default_value_t = 1.0)]
+    pub repeat_penalty: f32,
+    /// How many recent tokens that concerns
+    #[arg(long, default_value_t = 64)]
+    pub repeat_last_n: usize,
+    /// Seed
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+}
+
+/// `run`.
+#[derive(Debug, Args)]
+pub struct RunArgs {
+    /// The GGUF file
+    pub model: PathBuf,
+    /// The plan; everything in main memory when not given
+    #[arg(long)]
+    pub plan: Option<PathBuf>,
+    /// The text to continue
+    #[arg(short, long, conflicts_with = "file")]
+    pub prompt: Option<String>,
+    /// A file with the text to continue; `-` is standard input
+    #[arg(short, long)]
+    pub file: Option<PathBuf>,
+    /// Tokens to generate at most
+    #[arg(short = 'n', long, default_value_t = 128)]
+    pub tokens: u32,
+    /// Sampling.
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+    /// Context length; the model's own or the plan's when not given
+    #[arg(long)]
+    pub ctx: Option<u32>,
+    /// Go on past the end-of-text token
+    #[arg(long)]
+    pub ignore_eos: bool,
+    /// Write what the run did to this file
+    #[arg(long)]
+    pub record: Option<PathBuf>,
+    /// Print hits, misses, bytes and times by layer
+    #[arg(long)]
+    pub stats: bool,
+    /// Threads; the physical cores when not given
+    #[arg(long)]
+    pub threads: Option<usize>,
+    /// Print JSON instead of text
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `compare`.
+#[derive(Debug, Args)]
+pub struct CompareArgs {
+    /// Plans (.toml), which are run, or run records (.json), which are read
+    #[arg(required = true)]
+    pub inputs: Vec<PathBuf>,
+    /// The GGUF file; needed to run plans
+    #[arg(long)]
+    pub model: Option<PathBuf>,
+    /// The profile, for the heat map and the curves; its held-out prompts are what plans run on
+    #[arg(long)]
+    pub profile: Option<PathBuf>,
+    /// Folder of the prompts that the profile was made from
+    #[arg(long)]
+    pub prompts: Option<PathBuf>,
+    /// Folder for the report; a dated one under reports/ when not given
+    #[arg(short, long)]
+    pub output: Option<PathBuf>,
+    /// Tokens to generate per plan and prompt
+    #[arg(long, default_value_t = 64)]
+    pub tokens: u32,
+    /// Threads; the physical cores when not given
+    #[arg(long)]
+    pub threads: Option<usize>,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `bench`.
+#[derive(Debug, Args)]
+pub struct BenchArgs {
+    /// The GGUF file
+    pub model: PathBuf,
+    /// The plan; everything in main memory when not given
+    #[arg(long)]
+    pub plan: Option<PathBuf>,
+    /// Prompt tokens to process
+    #[arg(short, long, default_value_t = 64)]
+    pub prompt: u32,
+    /// Tokens to decode
+    #[arg(short = 'n', long, default_value_t = 32)]
+    pub tokens: u32,
+    /// Repetitions
+    #[arg(short, long, default_value_t = 3)]
+    pub repeat: u32,
+    /// Threads; the physical cores when not given
+    #[arg(long)]
+    pub threads: Option<usize>,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `logits`.
+#[derive(Debug, Args)]
+pub struct LogitsArgs {
+    /// The GGUF file
+    pub model: PathBuf,
+    /// Token ids, separated by commas
+    #[arg(long, value_delimiter = ',', required = true)]
+    pub tokens: Vec<u32>,
+    /// Where to write little-endian f32 `[tokens, vocab]`
+    #[arg(short, long)]
+    pub output: PathBuf,
+    /// The plan; everything in main memory when not given
+    #[arg(long)]
+    pub plan: Option<PathBuf>,
+    /// Also decode this many tokens greedily and print their ids as a JSON array
+    #[arg(long, default_value_t = 0)]
+    pub greedy: u32,
+    /// Threads; the physical cores when not given
+    #[arg(long)]
+    pub threads: Option<usize>,
+}
+
+/// `tokenize`.
+#[derive(Debug, Args)]
+pub struct TokenizeArgs {
+    /// The GGUF file
+    pub model: PathBuf,
+    /// The text
+    pub text: String,
+    /// Print the ids as a JSON array
+    #[arg(long)]
+    pub ids: bool,
+    /// Treat special tokens in the text as plain text, and add none
+    #[arg(long)]
+    pub no_special: bool,
+}

@@ -1,0 +1,65 @@
+//! Every file that tier-plan reads or writes, as domain types with one codec each.
+//!
+//! A file says its version and what it was made from. A reader refuses a newer version and names both; writers go
+//! through [`safely`] so that a file is either whole or not there. Wire structs are private to each codec.
+
+pub mod machine;
+pub mod placement;
+pub mod profile;
+pub mod record;
+pub mod safely;
+
+use std::path::PathBuf;
+use thiserror::Error;
+
+/// What a file was made from: a name for people and a hash for programs.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct SourceId {
+    /// The name as people know it: `general.name`, a file stem.
+    pub name: String,
+    /// 32 hexadecimal digits of XXH3-128 over the content (for a model: over its header and its length).
+    pub hash: String,
+}
+
+/// Why a file of ours could not be read or written.
+#[derive(Debug, Error)]
+pub enum FormatError {
+    /// The system refused.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The file is of another kind.
+    #[error("{}: not a {expected}: {found}", path.display())]
+    Kind {
+        /// The file.
+        path: PathBuf,
+        /// The kind of file that was expected, `placement plan` and the like.
+        expected: &'static str,
+        /// What was found instead.
+        found: String,
+    },
+    /// The file was written by a newer program.
+    #[error("{}: {what} version {found}, but this program reads up to version {supported}; update tier-plan", path.display())]
+    Newer {
+        /// The file.
+        path: PathBuf,
+        /// The kind of file.
+        what: &'static str,
+        /// The version in the file.
+        found: u64,
+        /// The newest version this program reads.
+        supported: u64,
+    },
+    /// A value is wrong.
+    #[error("{}: {what}", path.display())]
+    Invalid {
+        /// The file.
+        path: PathBuf,
+        /// The field, what was expected, what was found, and the mend.
+        what: String,
+    },
+}

@@ -1,0 +1,144 @@
+//! `placement.toml`: where every tensor lives, and what that is predicted to give.
+
+use super::SourceId;
+use super::machine::Tier;
+use crate::model::shape::DenseKind;
+
+/// Index into [`Placement::tiers`].
+pub type TierIdx = usize;
+
+/// The policy by which a layer's slots are refilled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SlotPolicy {
+    /// The expert whose last use is longest ago leaves.
+    Lru,
+}
+
+/// What one tier may hold, and how the plan fills it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct PlanTier {
+    /// The tier with its rates, as the machine file gave them.
+    pub tier: Tier,
+    /// Bytes the plan may use of it; the sum of the lines below is never larger.
+    pub budget_bytes: u64,
+    /// Dense tensor groups.
+    pub dense_bytes: u64,
+    /// Pinned experts.
+    pub pinned_bytes: u64,
+    /// Slots for pooled experts.
+    pub slot_bytes: u64,
+    /// Key and value cache of the planned context.
+    pub kv_bytes: u64,
+    /// Buffers for experts in flight and for activations.
+    pub staging_bytes: u64,
+    /// Home copies of pooled experts (only ever on the last tier).
+    pub home_bytes: u64,
+}
+
+impl PlanTier {
+    /// All lines together.
+    pub fn used_bytes(&self) -> u64 {
+        self.dense_bytes + self.pinned_bytes + self.slot_bytes + self.kv_bytes + self.staging_bytes + self.home_bytes
+    }
+}
+
+/// A dense tensor group of some layers and its tier.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DensePlacement {
+    /// Which tensors.
+    pub kind: DenseKind,
+    /// The layer, or `None` for the embedding and the head.
+    pub layer: Option<u32>,
+    /// Where.
+    pub tier: TierIdx,
+}
+
+/// One layer's routed experts.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LayerPlacement {
+    /// The layer.
+    pub layer: u32,
+    /// Pinned experts: `(tier, experts in ascending order)`, at most one entry a tier, no expert twice.
+    pub pinned: Vec<(TierIdx, Vec<u32>)>,
+    /// Slots that the pooled experts share.
+    pub slots: u32,
+    /// Where the slots are; of no meaning when there are none.
+    pub slot_tier: TierIdx,
+    /// How slots are refilled.
+    pub policy: SlotPolicy,
+}
+
+/// How the plan was found and how good it is proven to be.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SolverReport {
+    /// `microlp`, `highs`, or the name of a rule for plans that no solver made.
+    pub backend: String,
+    /// `optimal`, `feasible`, `baseline`.
+    pub status: String,
+    /// Predicted seconds a token that the plan attains.
+    pub objective_s: f64,
+    /// No plan under the same budgets and cost model is faster than this, in seconds a token.
+    pub bound_s: Option<f64>,
+    /// `(objective − bound) / objective`.
+    pub gap: Option<f64>,
+    /// Wall time of the solve.
+    pub solve_s: f64,
+}
+
+/// The prediction, with its parts, in seconds a decoded token.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Prediction {
+    /// Tokens a second when decoding.
+    pub decode_tok_s: f64,
+    /// Tokens a second of prompt processing in batches of 512.
+    pub prompt_tok_s: f64,
+    /// Fixed overheads.
+    pub overhead_s: f64,
+    /// Dense groups, by tier.
+    pub dense_s: Vec<f64>,
+    /// Chosen experts by tier when read in place or, for a block device, brought in: before overlap.
+    pub expert_s: Vec<f64>,
+    /// What the slowest of the overlapping expert paths costs, summed over layers.
+    pub expert_critical_s: f64,
+    /// Share of expert accesses served from pins or slots.
+    pub hit_rate: f64,
+    /// Bytes a decoded token reads, by tier.
+    pub read_bytes: Vec<f64>,
+    /// Every rate in it is declared, not measured.
+    pub emulated: bool,
+}
+
+/// A plan.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Placement {
+    /// A short name for tables and charts: `ilp`, `uniform`, `lru-only`.
+    pub name: String,
+    /// The model it is for.
+    pub model: SourceId,
+    /// The profile it was made from; none for the obvious plan.
+    pub profile: Option<SourceId>,
+    /// The machine it was made for.
+    pub machine: SourceId,
+    /// Fixed seconds a layer and a token, as the machine file gave them.
+    pub layer_overhead_us: f64,
+    /// See above.
+    pub token_overhead_us: f64,
+    /// Context length that the key and value cache is planned for.
+    pub context: u32,
+    /// Tier of the key and value cache.
+    pub kv_tier: TierIdx,
+    /// Tier of staging buffers.
+    pub staging_tier: TierIdx,
+    /// Experts that staging can hold at once.
+    pub staging_experts: u32,
+    /// Fastest first.
+    pub tiers: Vec<PlanTier>,
+    /// Every dense group of the model once.
+    pub dense: Vec<DensePlacement>,
+    /// Every layer with routed experts once, ascending. What is not pinned is pooled and lives on the last tier.
+    pub layers: Vec<LayerPlacement>,
+    /// How it was found.
+    pub solver: SolverReport,
+    /// What it should give.
+    pub predicted: Prediction,
+}

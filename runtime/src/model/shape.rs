@@ -1,0 +1,87 @@
+//! A model's sizes without its weights: all that a planner needs to know.
+
+use crate::formats::SourceId;
+
+/// Tensors that are not routed experts, in the groups that are placed together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum DenseKind {
+    /// The token embedding, of which a token reads one row. Empty when tied to the head.
+    Embedding,
+    /// Attention (or another mixer) with its norms.
+    Attention,
+    /// The router with the norm before it.
+    Router,
+    /// Shared experts.
+    SharedExpert,
+    /// The feed-forward block of a layer without routed experts, with its norm.
+    DenseFfn,
+    /// The output projection with its norm.
+    Head,
+}
+
+/// A dense group: its bytes and what a token reads of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DenseShape {
+    /// Which.
+    pub kind: DenseKind,
+    /// The layer, or `None` for embedding and head.
+    pub layer: Option<u32>,
+    /// Bytes it takes where it lives.
+    pub bytes: u64,
+    /// Bytes that one decoded token reads of it.
+    pub token_bytes: u64,
+}
+
+/// The routed experts of a layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ExpertShape {
+    /// The layer.
+    pub layer: u32,
+    /// Experts.
+    pub n_expert: u32,
+    /// Experts a token uses.
+    pub n_used: u32,
+    /// Bytes of one expert: its gate, up and down slices with their biases.
+    pub expert_bytes: u64,
+    /// Multiply-accumulates of one expert for one token.
+    pub expert_macs: u64,
+}
+
+/// A model's sizes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ModelShape {
+    /// The model.
+    pub id: SourceId,
+    /// Architecture name, `qwen3moe`.
+    pub arch: String,
+    /// Layers.
+    pub n_layer: u32,
+    /// Width of the hidden state.
+    pub hidden: u32,
+    /// Vocabulary.
+    pub n_vocab: u32,
+    /// Longest context the file claims to be trained for.
+    pub context: u32,
+    /// Bytes of key and value cache that one token of context takes, over all layers.
+    pub kv_bytes_per_token: u64,
+    /// Every dense group once.
+    pub dense: Vec<DenseShape>,
+    /// Every layer with routed experts once, ascending.
+    pub experts: Vec<ExpertShape>,
+}
+
+impl ModelShape {
+    /// Bytes of all weights.
+    pub fn weight_bytes(&self) -> u64 {
+        let dense: u64 = self.dense.iter().map(|d| d.bytes).sum();
+        let experts: u64 = self.experts.iter().map(|e| e.expert_bytes * u64::from(e.n_expert)).sum();
+        dense + experts
+    }
+
+    /// Weight bytes that one decoded token reads.
+    pub fn token_bytes(&self) -> u64 {
+        let dense: u64 = self.dense.iter().map(|d| d.token_bytes).sum();
+        let experts: u64 = self.experts.iter().map(|e| e.expert_bytes * u64::from(e.n_used)).sum();
+        dense + experts
+    }
+}
