@@ -1,0 +1,136 @@
+//! Why a GGUF file was refused: the file, the thing in it, what was expected, what was found, and the mend.
+
+use std::path::{Path, PathBuf};
+use thiserror::Error;
+
+/// Why a GGUF file could not be opened, or lacks something that was asked of it.
+#[derive(Debug, Error)]
+pub enum GgufError {
+    /// The system refused.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The file is of another kind.
+    #[error("{}: not a GGUF model: it {found}; {mend}", path.display())]
+    Foreign {
+        /// The file.
+        path: PathBuf,
+        /// What it looks like, as the end of a sentence that begins with `it`.
+        found: String,
+        /// What to do.
+        mend: &'static str,
+    },
+    /// GGUF, but of a version or byte order that this program does not read.
+    #[error("{}: {what}", path.display())]
+    Version {
+        /// The file.
+        path: PathBuf,
+        /// What was found, what is read, and the mend.
+        what: String,
+    },
+    /// The file is shorter than its own header says.
+    #[error(
+        "{}: the file is cut short: {what}, but it has only {file_bytes} bytes; {}{missing} bytes are missing: download it again, or resume the download",
+        path.display(), if *at_least { "at least " } else { "" }
+    )]
+    Truncated {
+        /// The file.
+        path: PathBuf,
+        /// What reaches past the end.
+        what: String,
+        /// Bytes the file has.
+        file_bytes: u64,
+        /// Bytes it would need beyond those.
+        missing: u64,
+        /// The header itself is cut, so more may be missing.
+        at_least: bool,
+    },
+    /// Something in the header cannot be right.
+    #[error("{}: {what}; the file is damaged or was written wrongly: download it again, or convert the model again", path.display())]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What was expected and what was found.
+        what: String,
+    },
+    /// A tensor has an element type without a decoder.
+    #[error("{}: tensor '{tensor}' has type {type_id}{}, which this program does not read; it reads {supported}: choose another quantisation of this model", path.display(), known(*type_id))]
+    UnsupportedType {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// The type's number in the file.
+        type_id: u32,
+        /// Names of the types that are read.
+        supported: String,
+    },
+    /// The parts of a split model do not fit together.
+    #[error("{}: {what}", path.display())]
+    Split {
+        /// The part that is missing or does not fit.
+        path: PathBuf,
+        /// What was expected, what was found, and the mend.
+        what: String,
+    },
+    /// A metadata key is not there.
+    #[error("{}: metadata key '{key}' is missing (expected {expected}): this model can't be run without it; convert it again with a newer converter", path.display())]
+    MissingKey {
+        /// The file.
+        path: PathBuf,
+        /// The key.
+        key: String,
+        /// The kind of value it should have.
+        expected: String,
+    },
+    /// A metadata key has a value of the wrong kind.
+    #[error("{}: metadata key '{key}': expected {expected}, found {found}; convert the model again", path.display())]
+    WrongValue {
+        /// The file.
+        path: PathBuf,
+        /// The key.
+        key: String,
+        /// The kind of value it should have.
+        expected: String,
+        /// Kind and, where short, content of what is there.
+        found: String,
+    },
+}
+
+impl GgufError {
+    pub(super) fn io(path: &Path, source: std::io::Error) -> Self {
+        GgufError::Io { path: path.to_path_buf(), source }
+    }
+
+    pub(super) fn damaged(path: &Path, what: impl Into<String>) -> Self {
+        GgufError::Damaged { path: path.to_path_buf(), what: what.into() }
+    }
+
+    pub(super) fn split(path: &Path, what: impl Into<String>) -> Self {
+        GgufError::Split { path: path.to_path_buf(), what: what.into() }
+    }
+}
+
+/// Names of type numbers that files do carry but that no kernel here reads, so that the message helps.
+fn known(type_id: u32) -> &'static str {
+    match type_id {
+        4 | 5 => " (the withdrawn Q4_2 or Q4_3)",
+        9 => " (Q8_1)",
+        15 => " (Q8_K)",
+        24 => " (I8)",
+        25 => " (I16)",
+        26 => " (I32)",
+        27 => " (I64)",
+        28 => " (F64)",
+        31..=33 => " (a withdrawn repacked Q4_0)",
+        34 => " (TQ1_0)",
+        35 => " (TQ2_0)",
+        36..=38 => " (a withdrawn repacked IQ4_NL)",
+        40 => " (NVFP4)",
+        _ => "",
+    }
+}
