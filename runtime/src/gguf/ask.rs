@@ -8,7 +8,7 @@ macro_rules! required {
         ///
         /// # Errors
         /// The key is missing, or has a value of the wrong kind.
-        pub fn $name<'a>(&'a self, key: &str $(, $arg: $ty)*) -> Result<$out, GgufError> {
+        pub fn $name(&self, key: &str $(, $arg: $ty)*) -> Result<$out, GgufError> {
             self.$opt(key $(, $arg)*)?.ok_or_else(|| self.missing(key, $expected))
         }
     )*};
@@ -27,12 +27,12 @@ impl Gguf {
         /// A truth value.
         bool = opt_bool() -> bool, "a bool";
         /// A string.
-        str = opt_str() -> &'a str, "a string";
+        str = opt_str() -> &str, "a string";
         /// One integer a layer. A single integer in the file stands for all of `n_layer`; an array may be longer than
         /// `n_layer` (it then covers trailing prediction blocks), never shorter.
         u32_per_layer = opt_u32_per_layer(n_layer: u32) -> Vec<u32>, "an integer or one a layer";
         /// An array of strings.
-        str_array = opt_str_array() -> &'a [String], "an array of strings";
+        str_array = opt_str_array() -> &[String], "an array of strings";
         /// An array of floats.
         f32_array = opt_f32_array() -> Vec<f32>, "an array of floats";
         /// An array of integers that fit `i32`.
@@ -40,7 +40,7 @@ impl Gguf {
         /// An array of integers that fit `u32`.
         u32_array = opt_u32_array() -> Vec<u32>, "an array of integers";
         /// An array of truth values.
-        bool_array = opt_bool_array() -> &'a [bool], "an array of bools";
+        bool_array = opt_bool_array() -> &[bool], "an array of bools";
     }
 
     /// An integer from 0 to 2³² − 1, if the key is there.
