@@ -28,6 +28,22 @@ struct Shared {
     wake: Condvar,
 }
 
+/// Cores of this machine that this process may use, two hardware threads of one core counting once.
+pub fn physical_cores() -> usize {
+    let allowed = std::thread::available_parallelism().map_or(1, |n| n.get());
+    siblings_per_core().map_or(allowed, |siblings| (allowed / siblings).max(1))
+}
+
+/// Hardware threads that share the first core, where the system tells.
+fn siblings_per_core() -> Option<usize> {
+    let list = std::fs::read_to_string("/sys/devices/system/cpu/cpu0/topology/thread_siblings_list").ok()?;
+    let count = |part: &str| match part.split_once('-') {
+        Some((a, b)) => Some(b.trim().parse::<usize>().ok()?.checked_sub(a.trim().parse().ok()?)? + 1),
+        None => part.trim().parse::<usize>().ok().map(|_| 1),
+    };
+    list.trim().split(',').map(count).sum::<Option<usize>>().filter(|n| *n > 0)
+}
+
 /// A fixed set of threads.
 pub struct ThreadPool {
     shared: Arc<Shared>,
@@ -108,6 +124,37 @@ impl ThreadPool {
                 work(start..(start + chunk).min(n));
             }
         });
+    }
+
+    /// Cuts `data` into slices of `len` values (the last may be shorter) and runs `work(index, slice)` on each.
+    pub fn for_each_slice<F: Fn(usize, &mut [f32]) + Sync>(&self, data: &mut [f32], len: usize, work: F) {
+        let total = data.len();
+        let base = Base(data.as_mut_ptr());
+        self.for_each_chunk(total.div_ceil(len.max(1)), 1, |range| {
+            for index in range {
+                let start = index * len;
+                let end = (start + len).min(total);
+                // SAFETY: indices are handed out once, so the ranges are disjoint parts of `data`, which is borrowed
+                // for the whole call.
+                let slice = unsafe { std::slice::from_raw_parts_mut(base.at(start), end - start) };
+                work(index, slice);
+            }
+        });
+    }
+}
+
+/// Start of a buffer that threads write disjoint parts of.
+struct Base(*mut f32);
+
+// SAFETY: used in `for_each_slice` only, for disjoint parts.
+unsafe impl Sync for Base {}
+
+impl Base {
+    /// # Safety
+    /// `offset` must be within the buffer.
+    unsafe fn at(&self, offset: usize) -> *mut f32 {
+        // SAFETY: the caller's promise.
+        unsafe { self.0.add(offset) }
     }
 }
 

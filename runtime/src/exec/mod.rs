@@ -1,1 +1,51 @@
-//! exec
+//! Inference: loads a model as a plan says, and runs tokens through it.
+//!
+//! `load` puts bytes where the plan wants them and proves it; `engine` runs the layers; `experts` is the store that
+//! pins, caches and fetches routed experts; the rest is arithmetic.
+
+mod attention;
+pub mod counters;
+pub mod engine;
+mod experts;
+pub mod generate;
+mod kv_cache;
+mod load;
+mod moe;
+pub mod plan;
+mod rope;
+mod router;
+pub mod slots;
+mod weights;
+
+pub use engine::{Engine, Wanted};
+pub use load::{LoadError, LoadOptions};
+
+use crate::tiers::file::ReadError;
+use thiserror::Error;
+
+/// Why a forward pass failed.
+#[derive(Debug, Error)]
+pub enum RunError {
+    /// The slow tier could not deliver.
+    #[error(transparent)]
+    Read(#[from] ReadError),
+    /// No room in the key and value cache.
+    #[error("the context is full: {wanted} tokens wanted, {context} planned; give a larger --ctx, or solve with a larger --context")]
+    ContextFull {
+        /// Tokens after this call.
+        wanted: usize,
+        /// Tokens the cache holds.
+        context: usize,
+    },
+    /// A token id outside the vocabulary.
+    #[error("token {token} is not in the vocabulary of {n_vocab}")]
+    Token {
+        /// The id.
+        token: u32,
+        /// Vocabulary size.
+        n_vocab: usize,
+    },
+    /// An earlier read failed in the middle of a layer.
+    #[error("an earlier read error left this engine without some of its experts; load the model again")]
+    Broken,
+}

@@ -1,6 +1,10 @@
 //! A model's sizes without its weights: all that a planner needs to know.
 
+use super::spec::{Mixer, ModelSpec};
+use super::{ModelError, describe};
 use crate::formats::SourceId;
+use crate::gguf::Gguf;
+use std::path::Path;
 
 /// Tensors that are not routed experts, in the groups that are placed together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -83,5 +87,56 @@ impl ModelShape {
         let dense: u64 = self.dense.iter().map(|d| d.token_bytes).sum();
         let experts: u64 = self.experts.iter().map(|e| e.expert_bytes * u64::from(e.n_used)).sum();
         dense + experts
+    }
+}
+
+/// The shape of the model in a GGUF file; reads its header only.
+pub fn shape_of_file(path: &Path) -> Result<ModelShape, ModelError> {
+    let gguf = Gguf::open(path)?;
+    let spec = describe(&gguf)?;
+    Ok(shape_of(&gguf, &spec))
+}
+
+/// The shape of a described model.
+pub fn shape_of(gguf: &Gguf, spec: &ModelSpec) -> ModelShape {
+    let tensors = gguf.tensors();
+    let bytes = |ids: &[usize]| ids.iter().map(|id| tensors[*id].n_bytes).sum::<u64>();
+    let embedding_row = tensors[spec.embedding].n_bytes / spec.n_vocab as u64;
+    let dense = spec
+        .dense_groups()
+        .iter()
+        .map(|group| {
+            let bytes = bytes(&group.tensors);
+            let token_bytes = if group.kind == DenseKind::Embedding { embedding_row } else { bytes };
+            DenseShape { kind: group.kind, layer: group.layer, bytes, token_bytes }
+        })
+        .collect();
+    let experts = spec
+        .moe_layers()
+        .map(|(layer, moe)| ExpertShape {
+            layer: layer as u32,
+            n_expert: moe.n_expert as u32,
+            n_used: moe.n_used as u32,
+            expert_bytes: bytes(&[moe.gate, moe.up, moe.down]) / moe.n_expert as u64,
+            expert_macs: 3 * (spec.hidden as u64) * (moe.expert_ffn as u64),
+        })
+        .collect();
+    ModelShape {
+        id: gguf.id(),
+        arch: spec.arch.clone(),
+        n_layer: spec.layers.len() as u32,
+        hidden: spec.hidden as u32,
+        n_vocab: spec.n_vocab as u32,
+        context: spec.context as u32,
+        kv_bytes_per_token: spec.layers.iter().map(|layer| kv_values(&layer.mixer) as u64 * 2).sum(),
+        dense,
+        experts,
+    }
+}
+
+/// Values that one token adds to a layer's key and value cache.
+pub fn kv_values(mixer: &Mixer) -> usize {
+    match mixer {
+        Mixer::Gqa(a) => a.n_head_kv * (a.key_dim + a.value_dim),
     }
 }

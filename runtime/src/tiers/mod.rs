@@ -1,1 +1,5 @@
-//! tiers
+//! Memory tiers at run time: arenas that hold bytes, files that bytes are read from, and the pacing of emulated tiers.
+
+pub mod arena;
+pub mod file;
+pub mod pace;

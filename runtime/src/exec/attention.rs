@@ -1,0 +1,121 @@
+//! Attention with grouped key and value heads, causal, over the cache.
+
+use super::kv_cache::LayerCache;
+use super::moe::{Compute, add_bias};
+use super::rope::RopeTable;
+use super::weights::DenseWeights;
+use crate::kernels::pooled::{MatJob, matmul_all};
+use crate::kernels::{ActView, Activations, needs_quants};
+use crate::model::spec::{GqaSpec, NormSpan};
+use std::cell::RefCell;
+
+thread_local! {
+    /// Scores of one query over the context, one buffer a thread.
+    static SCORES: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Buffers of the attention stage.
+#[derive(Default)]
+pub(super) struct AttentionScratch {
+    q: Vec<f32>,
+    k: Vec<f32>,
+    v: Vec<f32>,
+    mixed: Vec<f32>,
+    norm: Vec<f32>,
+    acts: Option<Activations>,
+}
+
+impl AttentionScratch {
+    /// For batches of up to `rows` tokens of layers like `spec`; called for each layer, grows to the largest.
+    pub(super) fn reserve(&mut self, rows: usize, spec: &GqaSpec) {
+        let grow = |buffer: &mut Vec<f32>, len: usize| {
+            if buffer.len() < len {
+                buffer.resize(len, 0.0);
+            }
+        };
+        grow(&mut self.q, rows * spec.q.n_out);
+        grow(&mut self.k, rows * spec.k.n_out);
+        grow(&mut self.v, rows * spec.v.n_out);
+        grow(&mut self.mixed, rows * spec.o.n_in);
+        grow(&mut self.norm, spec.q.n_out.max(spec.k.n_out));
+        if self.acts.as_ref().is_none_or(|a| a.max_cols() < spec.o.n_in) {
+            self.acts = Some(Activations::new(rows, spec.o.n_in));
+        }
+    }
+}
+
+/// `out = o(attention(q x, k x, v x))` for tokens at positions `past..past + x.rows()`, whose keys and values are
+/// added to the cache. `out` is `[tokens, hidden]`.
+pub(super) fn gqa(
+    c: Compute<'_>,
+    weights: &DenseWeights,
+    spec: &GqaSpec,
+    eps: f32,
+    rope: &RopeTable,
+    cache: &mut LayerCache,
+    past: usize,
+    x: ActView<'_>,
+    s: &mut AttentionScratch,
+    out: &mut [f32],
+) {
+    let n = x.rows();
+    let q = &mut s.q[..n * spec.q.n_out];
+    let k = &mut s.k[..n * spec.k.n_out];
+    let v = &mut s.v[..n * spec.v.n_out];
+    let jobs = [
+        MatJob::new(weights.linear(&spec.q), x, q),
+        MatJob::new(weights.linear(&spec.k), x, k),
+        MatJob::new(weights.linear(&spec.v), x, v),
+    ];
+    matmul_all(c.pool, c.kernels, &jobs);
+    add_bias(q, weights.opt_vector(spec.q.bias));
+    add_bias(k, weights.opt_vector(spec.k.bias));
+    add_bias(v, weights.opt_vector(spec.v.bias));
+    for t in 0..n {
+        let q = &mut q[t * spec.q.n_out..][..spec.q.n_out];
+        let k = &mut k[t * spec.k.n_out..][..spec.k.n_out];
+        if let Some((q_norm, k_norm, span)) = spec.qk_norm {
+            norm_heads(c, q, weights.vector(q_norm), eps, span, &mut s.norm);
+            norm_heads(c, k, weights.vector(k_norm), eps, span, &mut s.norm);
+        }
+        rope.apply(q, spec.key_dim, t);
+        rope.apply(k, spec.key_dim, t);
+        cache.store(c.kernels, past + t, k, &v[t * spec.v.n_out..][..spec.v.n_out]);
+    }
+    let group = spec.n_head / spec.n_head_kv;
+    let mixed = &mut s.mixed[..n * spec.o.n_in];
+    let (q, cache) = (&*q, &*cache);
+    c.pool.for_each_slice(mixed, group * spec.value_dim, |item, mixed| {
+        let (t, kv_head) = (item / spec.n_head_kv, item % spec.n_head_kv);
+        let len = past + t + 1;
+        let (keys, values) = (cache.keys(kv_head, len), cache.values(kv_head, len));
+        SCORES.with_borrow_mut(|scores| {
+            for (g, mixed) in mixed.chunks_exact_mut(spec.value_dim).enumerate() {
+                let query = &q[t * spec.q.n_out + (kv_head * group + g) * spec.key_dim..][..spec.key_dim];
+                scores.clear();
+                scores.extend(keys.chunks_exact(spec.key_dim).map(|key| spec.scale * c.kernels.dot_f16(query, key)));
+                c.kernels.softmax(scores);
+                mixed.fill(0.0);
+                for (weight, value) in scores.iter().zip(values.chunks_exact(spec.value_dim)) {
+                    c.kernels.axpy_f16(*weight, value, mixed);
+                }
+            }
+        });
+    });
+    let Some(acts) = &mut s.acts else { unreachable!("reserved at load") };
+    acts.fill(c.kernels, n, spec.o.n_in, mixed, needs_quants(weights.ty(spec.o.weight)));
+    matmul_all(c.pool, c.kernels, &[MatJob::new(weights.linear(&spec.o), acts.view(), out)]);
+    add_bias(out, weights.opt_vector(spec.o.bias));
+}
+
+fn norm_heads(c: Compute<'_>, row: &mut [f32], weight: &[f32], eps: f32, span: NormSpan, scratch: &mut [f32]) {
+    let width = match span {
+        NormSpan::Head => weight.len(),
+        NormSpan::Full => row.len(),
+    };
+    for head in row.chunks_exact_mut(width) {
+        let scratch = &mut scratch[..width];
+        scratch.copy_from_slice(head);
+        c.kernels.rms_norm(scratch, weight, eps, head);
+    }
+}

@@ -1,0 +1,49 @@
+//! What a run counts: time and bytes by tier, hits and misses by layer.
+
+use std::time::Duration;
+
+/// Accesses and times of one layer with routed experts, over the decoded tokens.
+#[derive(Debug, Clone, Default)]
+pub struct LayerCounters {
+    /// Accesses to pinned experts, and to experts computed where they lie on a mapped tier.
+    pub pinned_hits: u64,
+    /// Accesses found in a slot.
+    pub slot_hits: u64,
+    /// Accesses brought in from the slow tier.
+    pub misses: u64,
+    /// Time in attention, norms and router.
+    pub dense: Duration,
+    /// Time in routed experts, waiting included.
+    pub experts: Duration,
+}
+
+/// Everything counted while decoding; prompt processing is only timed.
+#[derive(Debug, Clone, Default)]
+pub struct Counters {
+    /// Tokens processed as prompt.
+    pub prompt_tokens: u64,
+    /// Time they took.
+    pub prompt: Duration,
+    /// Tokens decoded: forward passes of one token after the prompt.
+    pub decode_tokens: u64,
+    /// Time they took.
+    pub decode: Duration,
+    /// Weight bytes read while decoding, by tier.
+    pub read_bytes: Vec<u64>,
+    /// Time in which a tier was what the pass waited for while decoding, by tier.
+    pub busy: Vec<Duration>,
+    /// By layer with routed experts.
+    pub layers: Vec<LayerCounters>,
+}
+
+impl Counters {
+    /// Nothing counted yet.
+    pub fn new(n_tiers: usize, n_moe_layers: usize) -> Self {
+        Self {
+            read_bytes: vec![0; n_tiers],
+            busy: vec![Duration::ZERO; n_tiers],
+            layers: vec![LayerCounters::default(); n_moe_layers],
+            ..Self::default()
+        }
+    }
+}

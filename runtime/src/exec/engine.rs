@@ -1,0 +1,467 @@
+//! The engine: a loaded model and its state, and the pass that takes tokens through the layers.
+
+use super::RunError;
+use super::attention::{AttentionScratch, gqa};
+use super::counters::Counters;
+use super::experts::{ExpertStore, Step};
+use super::kv_cache::LayerCache;
+use super::load::{LoadError, LoadOptions, Loaded, Progress, load};
+use super::moe::{Choices, Compute, FfnScratch, add_bias, dense_ffn, moe_batch, moe_token};
+use super::rope::RopeTable;
+use super::router::Router;
+use super::weights::DenseWeights;
+use crate::formats::placement::Placement;
+use crate::gguf::Gguf;
+use crate::kernels::pooled::{MatJob, matmul_all};
+use crate::kernels::{Activations, Kernels, needs_quants};
+use crate::model::describe;
+use crate::model::shape::{ModelShape, shape_of};
+use crate::model::spec::{Ffn, LayerSpec, Mixer, ModelSpec, MoeSpec};
+use crate::threads::{ThreadPool, physical_cores};
+use crate::tiers::pace::{Pacer, StageBytes, settle};
+use std::sync::Arc;
+use std::time::Instant;
+
+/// Tokens in one batch of prompt processing, unless told otherwise.
+const BATCH: usize = 512;
+
+/// Which logits a pass should compute.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Wanted {
+    /// Of the last token only.
+    Last,
+    /// Of every token.
+    All,
+}
+
+/// The experts that the tokens of a pass chose.
+#[derive(Debug, Clone, Default)]
+pub struct Routing {
+    /// `[token, moe layer, used]`, the router's order.
+    pub experts: Vec<u16>,
+    /// Same shape.
+    pub weights: Vec<f32>,
+}
+
+/// A loaded model with its context.
+pub struct Engine {
+    gguf: Arc<Gguf>,
+    spec: ModelSpec,
+    shape: ModelShape,
+    plan: Placement,
+    weights: DenseWeights,
+    experts: ExpertStore,
+    resident_bytes: Vec<u64>,
+    embedding_tier: usize,
+    head_tier: usize,
+    /// By layer, by tier.
+    dense_bytes: Vec<StageBytes>,
+    pacer: Option<Pacer>,
+    pool: ThreadPool,
+    kernels: Kernels,
+    batch: usize,
+    n_past: usize,
+    caches: Vec<LayerCache>,
+    ropes: Vec<RopeTable>,
+    /// By layer, index into `ropes`.
+    layer_rope: Vec<usize>,
+    scratch: Scratch,
+    logits: Vec<f32>,
+    routing: Routing,
+    counters: Counters,
+    broken: bool,
+}
+
+/// Buffers of a pass.
+struct Scratch {
+    x: Vec<f32>,
+    normed: Vec<f32>,
+    acts: Activations,
+    out: Vec<f32>,
+    router_logits: Vec<f32>,
+    experts: Vec<u16>,
+    weights: Vec<f32>,
+    router: Router,
+    attention: AttentionScratch,
+    ffn: FfnScratch,
+    computed: StageBytes,
+}
+
+impl Engine {
+    /// Loads a model as `plan` says.
+    ///
+    /// # Errors
+    /// When the plan is for another model, contradicts itself or does not fit; when memory or the file fail.
+    pub fn load(gguf: Arc<Gguf>, plan: &Placement, options: &LoadOptions, progress: Progress<'_>) -> Result<Self, LoadError> {
+        let spec = describe(&gguf)?;
+        let shape = shape_of(&gguf, &spec);
+        let loaded = load(&gguf, &spec, &shape, plan, progress)?;
+        let Loaded { weights, experts, mut resident_bytes, embedding_tier, head_tier, dense_bytes } = loaded;
+        let batch = options.batch.unwrap_or(BATCH).max(1);
+        let context = plan.context as usize;
+        let caches: Vec<LayerCache> = spec
+            .layers
+            .iter()
+            .map(|layer| {
+                let Mixer::Gqa(a) = &layer.mixer;
+                LayerCache::new(a.n_head_kv, a.key_dim, a.value_dim, context)
+            })
+            .collect();
+        resident_bytes[plan.kv_tier] += caches.iter().map(LayerCache::bytes).sum::<u64>();
+        let (ropes, layer_rope) = rope_tables(&spec, &weights);
+        let tiers: Vec<_> = plan.tiers.iter().map(|t| t.tier.clone()).collect();
+        let threads = options.threads.unwrap_or_else(physical_cores);
+        let n_moe = spec.moe_layers().count();
+        Ok(Self {
+            scratch: Scratch::new(&spec, batch, tiers.len()),
+            kernels: Kernels::best(),
+            pool: ThreadPool::new(threads),
+            pacer: Pacer::new(&tiers, plan.layer_overhead_us, plan.token_overhead_us),
+            counters: Counters::new(tiers.len(), n_moe),
+            dense_bytes: dense_bytes.into_iter().map(StageBytes::from).collect(),
+            plan: plan.clone(),
+            logits: Vec::new(),
+            routing: Routing::default(),
+            n_past: 0,
+            broken: false,
+            gguf,
+            spec,
+            shape,
+            weights,
+            experts,
+            resident_bytes,
+            embedding_tier,
+            head_tier,
+            batch,
+            caches,
+            ropes,
+            layer_rope,
+        })
+    }
+
+    /// The network.
+    pub fn spec(&self) -> &ModelSpec {
+        &self.spec
+    }
+
+    /// The sizes of the network.
+    pub fn shape(&self) -> &ModelShape {
+        &self.shape
+    }
+
+    /// The plan it was loaded from.
+    pub fn plan(&self) -> &Placement {
+        &self.plan
+    }
+
+    /// Bytes counted in each tier after loading: dense groups, pinned experts, slots, staging, key and value cache,
+    /// and the home copies of pooled experts on the last tier.
+    pub fn resident_bytes(&self) -> &[u64] {
+        &self.resident_bytes
+    }
+
+    /// What was counted since the engine was loaded or [`reset_counters`](Self::reset_counters).
+    pub fn counters(&self) -> &Counters {
+        &self.counters
+    }
+
+    /// Starts counting afresh.
+    pub fn reset_counters(&mut self) {
+        self.counters = Counters::new(self.plan.tiers.len(), self.counters.layers.len());
+    }
+
+    /// Threads that compute.
+    pub fn n_threads(&self) -> usize {
+        self.pool.n_threads()
+    }
+
+    /// The kernels in use.
+    pub fn kernels(&self) -> Kernels {
+        self.kernels
+    }
+
+    /// Tokens in the context.
+    pub fn n_past(&self) -> usize {
+        self.n_past
+    }
+
+    /// Forgets all tokens but the first `n`.
+    pub fn truncate(&mut self, n: usize) {
+        self.n_past = self.n_past.min(n);
+    }
+
+    /// What the tokens of the last [`forward`](Self::forward) chose.
+    pub fn routing(&self) -> &Routing {
+        &self.routing
+    }
+
+    /// Takes tokens through the network and returns logits, `[1, n_vocab]` or `[tokens, n_vocab]`.
+    ///
+    /// # Errors
+    /// When the context is full, a token is out of range, or the slow tier fails; after the last the engine can't go on.
+    pub fn forward(&mut self, tokens: &[u32], wanted: Wanted) -> Result<&[f32], RunError> {
+        if self.broken {
+            return Err(RunError::Broken);
+        }
+        let context = self.plan.context as usize;
+        let after = self.n_past + tokens.len();
+        if after > context {
+            return Err(RunError::ContextFull { wanted: after, context });
+        }
+        if let Some(token) = tokens.iter().find(|t| **t as usize >= self.spec.n_vocab) {
+            return Err(RunError::Token { token: *token, n_vocab: self.spec.n_vocab });
+        }
+        self.logits.clear();
+        let n_moe = self.counters.layers.len();
+        let used: usize = self.spec.moe_layers().next().map_or(0, |(_, m)| m.n_used);
+        self.routing.experts.clear();
+        self.routing.experts.resize(tokens.len() * n_moe * used, 0);
+        self.routing.weights.clear();
+        self.routing.weights.resize(tokens.len() * n_moe * used, 0.0);
+        let start = Instant::now();
+        let n_batches = tokens.len().div_ceil(self.batch);
+        for (i, batch) in tokens.chunks(self.batch).enumerate() {
+            let last = i + 1 == n_batches;
+            let result = self.pass(batch, i * self.batch, if last || wanted == Wanted::All { Some(wanted) } else { None });
+            if let Err(error) = result {
+                self.broken = true;
+                return Err(error);
+            }
+        }
+        let elapsed = start.elapsed();
+        if tokens.len() == 1 {
+            self.counters.decode_tokens += 1;
+            self.counters.decode += elapsed;
+        } else {
+            self.counters.prompt_tokens += tokens.len() as u64;
+            self.counters.prompt += elapsed;
+        }
+        Ok(&self.logits)
+    }
+
+    /// One batch through all layers; `offset` is its first token's place in the whole call.
+    fn pass(&mut self, tokens: &[u32], offset: usize, wanted: Option<Wanted>) -> Result<(), RunError> {
+        let (n, hidden) = (tokens.len(), self.spec.hidden);
+        let decoding = n == 1;
+        let start = Instant::now();
+        self.embed(tokens);
+        for rope in &mut self.ropes {
+            rope.prepare(self.n_past, n);
+        }
+        let mut outside = StageBytes::new(self.plan.tiers.len());
+        outside.add(self.embedding_tier, (n * self.embedding_row_bytes()) as u64);
+        let mut moe_at = 0;
+        for index in 0..self.spec.layers.len() {
+            let layer_start = Instant::now();
+            self.dense_stage(index, n);
+            if let Some(pacer) = &self.pacer {
+                settle(layer_start, pacer.dense(&self.dense_bytes[index]));
+            }
+            let experts_start = Instant::now();
+            if decoding {
+                for (total, bytes) in self.counters.read_bytes.iter_mut().zip(self.dense_bytes[index].by_tier()) {
+                    *total += bytes;
+                }
+            }
+            let layer: &LayerSpec = &self.spec.layers[index];
+            let Ffn::Moe(moe) = &layer.ffn else { continue };
+            let n_moe = self.counters.layers.len();
+            self.scratch.computed.clear();
+            let step = run_experts(
+                Compute { pool: &self.pool, kernels: self.kernels },
+                &mut self.experts,
+                moe_at,
+                moe,
+                n,
+                &mut self.scratch,
+            )?;
+            self.kernels.add(&mut self.scratch.x[..n * hidden], &self.scratch.out[..n * hidden]);
+            if let Some(pacer) = &self.pacer {
+                settle(experts_start, pacer.experts(&self.scratch.computed, step.read_bytes));
+            }
+            let used = moe.n_used;
+            for t in 0..n {
+                let to = ((offset + t) * n_moe + moe_at) * used;
+                self.routing.experts[to..to + used].copy_from_slice(&self.scratch.experts[t * used..(t + 1) * used]);
+                self.routing.weights[to..to + used].copy_from_slice(&self.scratch.weights[t * used..(t + 1) * used]);
+            }
+            if decoding {
+                self.count_experts(moe_at, &step, experts_start - layer_start, experts_start.elapsed());
+            }
+            moe_at += 1;
+        }
+        self.n_past += n;
+        if let Some(wanted) = wanted {
+            let head_start = Instant::now();
+            self.head(n, wanted);
+            outside.add(self.head_tier, self.head_bytes());
+            let before_head = head_start - start;
+            if let Some(pacer) = &self.pacer {
+                settle(start + before_head, pacer.outside(&outside));
+            }
+        }
+        if decoding {
+            for (total, bytes) in self.counters.read_bytes.iter_mut().zip(outside.by_tier()) {
+                *total += bytes;
+            }
+        }
+        Ok(())
+    }
+
+    fn count_experts(&mut self, at: usize, step: &Step, dense: std::time::Duration, experts: std::time::Duration) {
+        let slow = self.plan.tiers.len() - 1;
+        let layer = &mut self.counters.layers[at];
+        layer.pinned_hits += step.pinned_hits;
+        layer.slot_hits += step.slot_hits;
+        layer.misses += step.misses;
+        layer.dense += dense;
+        layer.experts += experts;
+        for (total, bytes) in self.counters.read_bytes.iter_mut().zip(self.scratch.computed.by_tier()) {
+            *total += bytes;
+        }
+        self.counters.read_bytes[slow] += step.read_bytes;
+    }
+
+    fn embedding_row_bytes(&self) -> usize {
+        self.gguf.tensors()[self.spec.embedding].n_bytes as usize / self.spec.n_vocab
+    }
+
+    fn head_bytes(&self) -> u64 {
+        self.shape.dense.iter().filter(|d| d.kind == crate::model::shape::DenseKind::Head).map(|d| d.token_bytes).sum()
+    }
+
+    fn embed(&mut self, tokens: &[u32]) {
+        let hidden = self.spec.hidden;
+        let table = self.weights.matrix(self.spec.embedding, self.spec.n_vocab, hidden);
+        for (token, row) in tokens.iter().zip(self.scratch.x.chunks_exact_mut(hidden)) {
+            crate::quant::dequantize_row(table.ty(), table.row(*token as usize), row);
+        }
+    }
+
+    /// Everything of a layer but its routed experts: attention, then the dense block or the router's choices.
+    fn dense_stage(&mut self, index: usize, n: usize) {
+        let c = Compute { pool: &self.pool, kernels: self.kernels };
+        let (spec, weights, s) = (&self.spec, &self.weights, &mut self.scratch);
+        let layer = &spec.layers[index];
+        let len = n * spec.hidden;
+        let Mixer::Gqa(a) = &layer.mixer;
+        norm_rows(c, &s.x[..len], weights.vector(layer.mixer_norm), spec.norm_eps, &mut s.normed[..len]);
+        let quantize = [&a.q, &a.k, &a.v].iter().any(|l| needs_quants(weights.ty(l.weight)));
+        s.acts.fill(c.kernels, n, spec.hidden, &s.normed[..len], quantize);
+        let rope = &self.ropes[self.layer_rope[index]];
+        let cache = &mut self.caches[index];
+        let out = &mut s.out[..len];
+        gqa(c, weights, a, spec.norm_eps, rope, cache, self.n_past, s.acts.view(), &mut s.attention, out);
+        c.kernels.add(&mut s.x[..len], out);
+        norm_rows(c, &s.x[..len], weights.vector(layer.ffn_norm), spec.norm_eps, &mut s.normed[..len]);
+        match &layer.ffn {
+            Ffn::Dense(ffn) => {
+                let quantize = [&ffn.gate, &ffn.up].iter().any(|l| needs_quants(weights.ty(l.weight)));
+                s.acts.fill(c.kernels, n, spec.hidden, &s.normed[..len], quantize);
+                dense_ffn(c, weights, ffn, s.acts.view(), &mut s.ffn, out);
+                c.kernels.add(&mut s.x[..len], out);
+            }
+            Ffn::Moe(moe) => {
+                // Quantised whatever the router's type: the experts of a single token read the same activations.
+                s.acts.fill(c.kernels, n, spec.hidden, &s.normed[..len], spec.hidden.is_multiple_of(32));
+                let logits = &mut s.router_logits[..n * moe.n_expert];
+                matmul_all(c.pool, c.kernels, &[MatJob::new(weights.linear(&moe.router), s.acts.view(), logits)]);
+                add_bias(logits, weights.opt_vector(moe.router.bias));
+                let bias = weights.opt_vector(moe.selection_bias);
+                let chosen = s.experts.chunks_exact_mut(moe.n_used).zip(s.weights.chunks_exact_mut(moe.n_used));
+                for (row, (experts, expert_weights)) in logits.chunks_exact(moe.n_expert).zip(chosen) {
+                    s.router.route(moe, row, bias, experts, expert_weights);
+                }
+            }
+        }
+    }
+
+    fn head(&mut self, n: usize, wanted: Wanted) {
+        let c = Compute { pool: &self.pool, kernels: self.kernels };
+        let (spec, weights, s) = (&self.spec, &self.weights, &mut self.scratch);
+        let hidden = spec.hidden;
+        let first = if wanted == Wanted::All { 0 } else { n - 1 };
+        let rows = n - first;
+        let x = &s.x[first * hidden..n * hidden];
+        let normed = &mut s.normed[..rows * hidden];
+        norm_rows(c, x, weights.vector(spec.output_norm), spec.norm_eps, normed);
+        s.acts.fill(c.kernels, rows, hidden, normed, needs_quants(weights.ty(spec.output)));
+        let at = self.logits.len();
+        self.logits.resize(at + rows * spec.n_vocab, 0.0);
+        let output = weights.matrix(spec.output, spec.n_vocab, hidden);
+        matmul_all(c.pool, c.kernels, &[MatJob::new(output, s.acts.view(), &mut self.logits[at..])]);
+    }
+}
+
+fn run_experts(
+    c: Compute<'_>,
+    store: &mut ExpertStore,
+    at: usize,
+    moe: &MoeSpec,
+    n: usize,
+    s: &mut Scratch,
+) -> Result<Step, RunError> {
+    let hidden = moe.router.n_in;
+    let choices =
+        Choices { experts: &s.experts[..n * moe.n_used], weights: &s.weights[..n * moe.n_used], n_used: moe.n_used };
+    let out = &mut s.out[..n * hidden];
+    if n == 1 {
+        moe_token(c, store, at, moe, s.acts.view(), &choices, &mut s.ffn, out, &mut s.computed)
+    } else {
+        moe_batch(c, store, at, moe, &s.normed[..n * hidden], &choices, &mut s.ffn, out, &mut s.computed)
+    }
+}
+
+fn norm_rows(c: Compute<'_>, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+    let width = weight.len();
+    for (x, out) in x.chunks_exact(width).zip(out.chunks_exact_mut(width)) {
+        c.kernels.rms_norm(x, weight, eps, out);
+    }
+}
+
+fn rope_tables(spec: &ModelSpec, weights: &DenseWeights) -> (Vec<RopeTable>, Vec<usize>) {
+    let mut tables: Vec<RopeTable> = Vec::new();
+    let mut by_layer = Vec::new();
+    for layer in &spec.layers {
+        let Mixer::Gqa(a) = &layer.mixer;
+        let at = tables.iter().position(|t| t.is_for(&a.rope)).unwrap_or_else(|| {
+            tables.push(RopeTable::new(&a.rope, weights.opt_vector(a.rope.freq_factors)));
+            tables.len() - 1
+        });
+        by_layer.push(at);
+    }
+    (tables, by_layer)
+}
+
+impl Scratch {
+    fn new(spec: &ModelSpec, batch: usize, n_tiers: usize) -> Self {
+        let hidden = spec.hidden;
+        let mut attention = AttentionScratch::default();
+        let (mut ffn, mut n_expert, mut n_used) = (0, 0, 1);
+        for layer in &spec.layers {
+            let Mixer::Gqa(a) = &layer.mixer;
+            attention.reserve(batch, a);
+            match &layer.ffn {
+                Ffn::Dense(f) => ffn = ffn.max(f.gate.n_out),
+                Ffn::Moe(m) => {
+                    ffn = ffn.max(m.expert_ffn);
+                    n_expert = n_expert.max(m.n_expert);
+                    n_used = n_used.max(m.n_used);
+                }
+            }
+        }
+        Self {
+            x: vec![0.0; batch * hidden],
+            normed: vec![0.0; batch * hidden],
+            acts: Activations::new(batch, hidden),
+            out: vec![0.0; batch * hidden],
+            router_logits: vec![0.0; batch * n_expert],
+            experts: vec![0; batch * n_used],
+            weights: vec![0.0; batch * n_used],
+            router: Router::default(),
+            attention,
+            ffn: FfnScratch::new(batch, hidden, ffn, n_used),
+            computed: StageBytes::new(n_tiers),
+        }
+    }
+}

@@ -1,0 +1,327 @@
+//! The expert store: pinned experts, slots shared by the pooled ones, and reads from the slow tier.
+//!
+//! A layer's accesses are one [`Step`]: all choices are looked up together, reads for what is missing are submitted as
+//! far as there are buffers, and each expert can be used once it is [ready](Step::is_ready). Which experts stay in the
+//! slots is decided by [`SlotCache`] alone, the same code that the planner replays.
+
+use super::slots::{Access, SlotCache};
+use crate::gguf::Gguf;
+use crate::kernels::Weights;
+use crate::model::spec::{MoeSpec, ModelSpec, TensorId};
+use crate::quant::TensorType;
+use crate::tiers::arena::Piece;
+use crate::tiers::file::{Extent, FileTier, ReadError};
+use std::sync::Arc;
+
+/// Gate, up and down of an expert.
+const PARTS: usize = 3;
+
+/// Reads submitted ahead of the expert that is computing, in a step with more misses than buffers.
+const READ_AHEAD: usize = 8;
+
+/// One of an expert's tensors: a slice of a 3-dimensional tensor of the file.
+struct Part {
+    tensor: TensorId,
+    ty: TensorType,
+    n_out: usize,
+    n_in: usize,
+    slice_bytes: usize,
+}
+
+/// Where an expert lives for good.
+pub(super) enum Home {
+    /// In place in the mapped file, on this tier.
+    Mapped,
+    /// In this tier's arena.
+    Pinned(usize, Piece),
+    /// On the slow tier; it passes through slots and staging.
+    Pooled,
+}
+
+/// One layer's experts.
+pub(super) struct LayerExperts {
+    parts: [Part; PARTS],
+    pub(super) expert_bytes: usize,
+    homes: Vec<Home>,
+    cache: SlotCache,
+    /// `None` while a read into the slot is in flight.
+    slots: Vec<Option<Piece>>,
+    slot_tier: usize,
+}
+
+impl LayerExperts {
+    pub(super) fn new(gguf: &Gguf, moe: &MoeSpec, hidden: usize, homes: Vec<Home>, slot_tier: usize) -> Self {
+        let part = |tensor: TensorId, n_out, n_in| {
+            let info = &gguf.tensors()[tensor];
+            Part { tensor, ty: info.ty, n_out, n_in, slice_bytes: info.n_bytes as usize / moe.n_expert }
+        };
+        let parts =
+            [part(moe.gate, moe.expert_ffn, hidden), part(moe.up, moe.expert_ffn, hidden), part(moe.down, hidden, moe.expert_ffn)];
+        Self {
+            expert_bytes: parts.iter().map(|p| p.slice_bytes).sum(),
+            parts,
+            homes,
+            cache: SlotCache::new(moe.n_expert, 0),
+            slots: Vec::new(),
+            slot_tier,
+        }
+    }
+
+    /// Keeps an expert in a tier for good.
+    pub(super) fn pin(&mut self, expert: usize, tier: usize, piece: Piece) {
+        self.homes[expert] = Home::Pinned(tier, piece);
+    }
+
+    /// The buffers that the layer's pooled experts share.
+    pub(super) fn set_slots(&mut self, n_expert: usize, slots: Vec<Piece>) {
+        self.cache = SlotCache::new(n_expert, slots.len());
+        self.slots = slots.into_iter().map(Some).collect();
+    }
+
+    /// Where expert `expert` lies in the file.
+    pub(super) fn extents(&self, gguf: &Gguf, expert: usize) -> Vec<Extent> {
+        let extent = |part: &Part| {
+            let info = &gguf.tensors()[part.tensor];
+            Extent { part: info.part, offset: info.offset + (expert * part.slice_bytes) as u64, len: part.slice_bytes }
+        };
+        self.parts.iter().map(extent).collect()
+    }
+}
+
+/// The matrices of one expert, wherever they are.
+#[derive(Clone, Copy)]
+pub(super) struct ExpertView<'a> {
+    /// `[expert_ffn, hidden]`.
+    pub gate: Weights<'a>,
+    /// `[expert_ffn, hidden]`.
+    pub up: Weights<'a>,
+    /// `[hidden, expert_ffn]`.
+    pub down: Weights<'a>,
+}
+
+/// The state of one expert in a step.
+enum Use {
+    /// Home is where it computes.
+    AtHome,
+    /// In this slot.
+    Slot(usize),
+    /// To be read into this slot.
+    FillSlot(usize),
+    /// To be read into a staging buffer.
+    Stage,
+    /// Being read; into a slot or into staging.
+    Loading(Option<usize>),
+    /// In a staging buffer.
+    Staged(Piece),
+    /// Computed, buffer given back.
+    Done,
+}
+
+/// One layer's accesses for one token or one batch.
+pub(super) struct Step {
+    layer: usize,
+    /// In the order they compute and are read.
+    experts: Vec<u32>,
+    uses: Vec<Use>,
+    next_read: usize,
+    in_flight: usize,
+    /// How many were at home, in a slot, and missing.
+    pub(super) pinned_hits: u64,
+    pub(super) slot_hits: u64,
+    pub(super) misses: u64,
+    /// Bytes that misses bring in from the slow tier.
+    pub(super) read_bytes: u64,
+}
+
+impl Step {
+    pub(super) fn layer(&self) -> usize {
+        self.layer
+    }
+
+    pub(super) fn experts(&self) -> &[u32] {
+        &self.experts
+    }
+
+    /// Whether the expert at this position of the step can compute.
+    pub(super) fn is_ready(&self, at: usize) -> bool {
+        matches!(self.uses[at], Use::AtHome | Use::Slot(_) | Use::Staged(_))
+    }
+}
+
+/// All routed experts of a loaded model.
+pub(super) struct ExpertStore {
+    gguf: Arc<Gguf>,
+    layers: Vec<LayerExperts>,
+    files: Option<FileTier>,
+    staging: Vec<Piece>,
+    staging_tier: usize,
+    mapped_tier: usize,
+    accesses: Vec<Access>,
+    pooled: Vec<u32>,
+}
+
+impl ExpertStore {
+    /// `files` may be absent only where no expert is pooled.
+    pub(super) fn new(
+        gguf: Arc<Gguf>,
+        layers: Vec<LayerExperts>,
+        files: Option<FileTier>,
+        staging: Vec<Piece>,
+        staging_tier: usize,
+        mapped_tier: usize,
+    ) -> Self {
+        Self { gguf, layers, files, staging, staging_tier, mapped_tier, accesses: Vec::new(), pooled: Vec::new() }
+    }
+
+    pub(super) fn expert_bytes(&self, layer: usize) -> u64 {
+        self.layers[layer].expert_bytes as u64
+    }
+
+    /// Looks all `used` experts up, in order of last use, and submits the first reads. They will compute in the order
+    /// given by `order`, a permutation of `used`.
+    pub(super) fn begin(&mut self, layer: usize, used: &[u32], order: Vec<u32>) -> Step {
+        let store = &mut self.layers[layer];
+        self.pooled.clear();
+        self.pooled.extend(used.iter().filter(|e| matches!(store.homes[**e as usize], Home::Pooled)));
+        self.accesses.clear();
+        store.cache.step(&self.pooled, &mut self.accesses);
+        let mut step = Step {
+            layer,
+            uses: Vec::with_capacity(order.len()),
+            next_read: 0,
+            in_flight: 0,
+            pinned_hits: (used.len() - self.pooled.len()) as u64,
+            slot_hits: 0,
+            misses: 0,
+            read_bytes: 0,
+            experts: order,
+        };
+        for expert in &step.experts {
+            let access = self.pooled.iter().position(|p| p == expert).map(|i| &self.accesses[i]);
+            step.uses.push(match access {
+                None => Use::AtHome,
+                Some(Access::Hit { slot }) => Use::Slot(*slot as usize),
+                Some(Access::Fill { slot, .. }) => Use::FillSlot(*slot as usize),
+                // On a mapped tier what gets no slot computes where it lies.
+                Some(Access::Staged) if self.staging.is_empty() => Use::AtHome,
+                Some(Access::Staged) => Use::Stage,
+            });
+            match access {
+                Some(Access::Hit { .. }) => step.slot_hits += 1,
+                Some(Access::Fill { .. } | Access::Staged) => step.misses += 1,
+                None => {}
+            }
+            if matches!(step.uses.last(), Some(Use::FillSlot(_) | Use::Stage)) {
+                step.read_bytes += store.expert_bytes as u64;
+            }
+        }
+        self.submit(&mut step);
+        step
+    }
+
+    /// Submits reads in order until buffers or the window run out.
+    fn submit(&mut self, step: &mut Step) {
+        let Some(files) = &self.files else { return };
+        let store = &mut self.layers[step.layer];
+        while step.next_read < step.uses.len() && step.in_flight < READ_AHEAD.max(self.staging.len()) {
+            let at = step.next_read;
+            let (piece, slot) = match step.uses[at] {
+                Use::FillSlot(slot) => match store.slots[slot].take() {
+                    Some(piece) => (piece, Some(slot)),
+                    None => return,
+                },
+                Use::Stage => match self.staging.pop() {
+                    Some(mut piece) => {
+                        piece.truncate(store.expert_bytes);
+                        (piece, None)
+                    }
+                    None => return,
+                },
+                _ => {
+                    step.next_read += 1;
+                    continue;
+                }
+            };
+            files.submit(at as u64, store.extents(&self.gguf, step.experts[at] as usize), piece);
+            step.uses[at] = Use::Loading(slot);
+            step.in_flight += 1;
+            step.next_read += 1;
+        }
+    }
+
+    /// Waits for one read of the step and returns the position that it made ready.
+    pub(super) fn wait(&mut self, step: &mut Step) -> Result<usize, ReadError> {
+        let files = self.files.as_ref().ok_or(ReadError::Stopped)?;
+        if step.in_flight == 0 {
+            return Err(ReadError::Stopped);
+        }
+        let arrival = files.wait()?;
+        step.in_flight -= 1;
+        arrival.result?;
+        let at = arrival.key as usize;
+        step.uses[at] = match step.uses[at] {
+            Use::Loading(Some(slot)) => {
+                self.layers[step.layer].slots[slot] = Some(arrival.piece);
+                Use::Slot(slot)
+            }
+            _ => Use::Staged(arrival.piece),
+        };
+        Ok(at)
+    }
+
+    /// The matrices and the tier of a ready expert.
+    pub(super) fn view<'a>(&'a self, step: &'a Step, at: usize) -> (ExpertView<'a>, usize) {
+        let store = &self.layers[step.layer];
+        let expert = step.experts[at] as usize;
+        let (bytes, tier): (&[u8], usize) = match &step.uses[at] {
+            Use::Slot(slot) => match &store.slots[*slot] {
+                Some(piece) => (piece, store.slot_tier),
+                None => unreachable!("a slot in use has its buffer"),
+            },
+            Use::Staged(piece) => (piece, self.staging_tier),
+            _ => match &store.homes[expert] {
+                Home::Pinned(tier, piece) => (piece, *tier),
+                _ => return (self.mapped(store, expert), self.mapped_tier),
+            },
+        };
+        let [gate, up, down] = &store.parts;
+        let (g, u) = (gate.slice_bytes, gate.slice_bytes + up.slice_bytes);
+        let view = ExpertView {
+            gate: weights(gate, &bytes[..g]),
+            up: weights(up, &bytes[g..u]),
+            down: weights(down, &bytes[u..u + down.slice_bytes]),
+        };
+        (view, tier)
+    }
+
+    fn mapped<'a>(&'a self, store: &LayerExperts, expert: usize) -> ExpertView<'a> {
+        let slice = |part: &Part| {
+            let all = self.gguf.bytes(&self.gguf.tensors()[part.tensor]);
+            weights(part, &all[expert * part.slice_bytes..(expert + 1) * part.slice_bytes])
+        };
+        let [gate, up, down] = &store.parts;
+        ExpertView { gate: slice(gate), up: slice(up), down: slice(down) }
+    }
+
+    /// Gives back the buffer of a computed expert and submits what was waiting for one.
+    pub(super) fn release(&mut self, step: &mut Step, at: usize) {
+        if let Use::Staged(mut piece) = std::mem::replace(&mut step.uses[at], Use::Done) {
+            piece.restore();
+            self.staging.push(piece);
+        }
+        self.submit(step);
+    }
+}
+
+fn weights<'a>(part: &Part, bytes: &'a [u8]) -> Weights<'a> {
+    Weights::new(part.ty, bytes, part.n_out, part.n_in)
+        .unwrap_or_else(|| unreachable!("an expert's slices have the sizes that its shape gives"))
+}
+
+/// The largest expert of a model, in bytes.
+pub(super) fn largest_expert(gguf: &Gguf, spec: &ModelSpec) -> u64 {
+    let bytes = |moe: &MoeSpec| {
+        [moe.gate, moe.up, moe.down].iter().map(|id| gguf.tensors()[*id].n_bytes).sum::<u64>() / moe.n_expert as u64
+    };
+    spec.moe_layers().map(|(_, moe)| bytes(moe)).max().unwrap_or(0)
+}

@@ -1,0 +1,369 @@
+//! Loads a model as a plan says: checks the plan against the file, makes one arena a tier, fills it, and counts.
+
+use super::experts::{ExpertStore, Home, LayerExperts, largest_expert};
+use super::weights::{DenseWeights, Held};
+use crate::formats::machine::TierKind;
+use crate::formats::placement::{LayerPlacement, Placement};
+use crate::gguf::Gguf;
+use crate::model::ModelError;
+use crate::model::shape::{DenseKind, ModelShape};
+use crate::model::spec::{ModelSpec, MoeSpec, TensorId};
+use crate::quant::{TensorType, dequantize_row};
+use crate::tiers::arena::{Arena, ArenaError, Piece};
+use crate::tiers::file::{Extent, FileTier, ReadError};
+use std::collections::{HashMap, HashSet};
+use std::path::PathBuf;
+use std::sync::Arc;
+use thiserror::Error;
+
+/// Why a model could not be loaded.
+#[derive(Debug, Error)]
+pub enum LoadError {
+    /// The file is no model that runs.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// Memory.
+    #[error(transparent)]
+    Arena(#[from] ArenaError),
+    /// The file could not be read.
+    #[error(transparent)]
+    Read(#[from] ReadError),
+    /// The plan and the model don't belong together, or the plan contradicts itself.
+    #[error("plan '{plan}' does not fit model '{model}': {what}; make a new one with `tier-plan solve`")]
+    Plan {
+        /// The plan's name.
+        plan: String,
+        /// The model's name.
+        model: String,
+        /// What does not fit.
+        what: String,
+    },
+    /// A tier that this program can't drive.
+    #[error("plan '{plan}' puts bytes on tier '{tier}', which is {kind} and not emulated; {mend}")]
+    Tier {
+        /// The plan's name.
+        plan: String,
+        /// The tier.
+        tier: String,
+        /// Its kind.
+        kind: &'static str,
+        /// What to do.
+        mend: &'static str,
+    },
+}
+
+/// Told how many bytes of how many are in place.
+pub type Progress<'a> = &'a mut dyn FnMut(u64, u64);
+
+/// How to load.
+#[derive(Debug, Clone, Default)]
+pub struct LoadOptions {
+    /// Threads that compute; the physical cores when `None`.
+    pub threads: Option<usize>,
+    /// Tokens in one batch of prompt processing; 512 when `None`.
+    pub batch: Option<usize>,
+}
+
+/// What loading made.
+pub(super) struct Loaded {
+    pub weights: DenseWeights,
+    pub experts: ExpertStore,
+    /// Bytes counted in each tier, key and value cache not included.
+    pub resident_bytes: Vec<u64>,
+    pub embedding_tier: usize,
+    pub head_tier: usize,
+    /// By layer: bytes by tier that the dense stage reads.
+    pub dense_bytes: Vec<Vec<u64>>,
+}
+
+/// How a tier holds bytes.
+enum Backing {
+    /// Copied into memory that this program owns.
+    Arena(Arena),
+    /// Read in place from the mapped file.
+    Mapped,
+    /// Read from the file into slots and staging.
+    File,
+}
+
+struct Loader<'a> {
+    gguf: &'a Arc<Gguf>,
+    spec: &'a ModelSpec,
+    plan: &'a Placement,
+    backings: Vec<Backing>,
+    files: Option<FileTier>,
+    resident: Vec<u64>,
+    done: u64,
+    total: u64,
+}
+
+/// Loads. Nothing is allocated before the whole plan has been checked.
+pub(super) fn load(
+    gguf: &Arc<Gguf>,
+    spec: &ModelSpec,
+    shape: &ModelShape,
+    plan: &Placement,
+    progress: Progress<'_>,
+) -> Result<Loaded, LoadError> {
+    check(shape, plan)?;
+    let slow = plan.tiers.len() - 1;
+    let mut backings = Vec::new();
+    for (i, t) in plan.tiers.iter().enumerate() {
+        backings.push(match t.tier.kind {
+            TierKind::Nvme if i == slow => Backing::File,
+            TierKind::Dram | TierKind::Pmem | TierKind::Cxl if i == slow => Backing::Mapped,
+            _ => Backing::Arena(Arena::new(
+                &t.tier.name,
+                t.dense_bytes + t.pinned_bytes + t.slot_bytes + t.staging_bytes,
+            )?),
+        });
+    }
+    let reads_files = backings.iter().any(|b| !matches!(b, Backing::Mapped));
+    let paths: Vec<PathBuf> = (0..gguf.n_parts()).map(|p| gguf.part_path(p).to_path_buf()).collect();
+    let files = if reads_files { Some(FileTier::open(&paths)?) } else { None };
+    let total = plan.tiers.iter().map(|t| t.dense_bytes + t.pinned_bytes).sum();
+    let mut loader =
+        Loader { gguf, spec, plan, backings, files, resident: vec![0; plan.tiers.len()], done: 0, total };
+    let tiers: HashMap<(DenseKind, Option<u32>), usize> =
+        plan.dense.iter().map(|d| ((d.kind, d.layer), d.tier)).collect();
+    let weights = loader.dense(&tiers, progress)?;
+    let experts = loader.experts(shape, progress)?;
+    let mut dense_bytes = vec![vec![0; plan.tiers.len()]; spec.layers.len()];
+    for group in &shape.dense {
+        if let Some(layer) = group.layer {
+            dense_bytes[layer as usize][tiers[&(group.kind, group.layer)]] += group.token_bytes;
+        }
+    }
+    let head_tier = tiers[&(DenseKind::Head, None)];
+    let embedding_tier = tiers.get(&(DenseKind::Embedding, None)).copied().unwrap_or(head_tier);
+    Ok(Loaded { weights, experts, resident_bytes: loader.resident, embedding_tier, head_tier, dense_bytes })
+}
+
+/// Everything about a plan that could contradict the model or itself.
+fn check(shape: &ModelShape, plan: &Placement) -> Result<(), LoadError> {
+    let bad = |what: String| LoadError::Plan { plan: plan.name.clone(), model: shape.id.name.clone(), what };
+    if plan.model.hash != shape.id.hash {
+        return Err(bad(format!("it was made for '{}' ({})", plan.model.name, plan.model.hash)));
+    }
+    let Some(slow) = plan.tiers.len().checked_sub(1) else { return Err(bad("it has no tiers".into())) };
+    for (i, t) in plan.tiers.iter().enumerate() {
+        if t.used_bytes() > t.budget_bytes {
+            let name = &t.tier.name;
+            return Err(bad(format!("tier '{name}' holds {} of {} bytes", t.used_bytes(), t.budget_bytes)));
+        }
+        let tier_error = |kind, mend| LoadError::Tier { plan: plan.name.clone(), tier: t.tier.name.clone(), kind, mend };
+        if t.tier.kind == TierKind::Vram && !t.tier.emulated && t.used_bytes() > 0 {
+            return Err(tier_error("a GPU's memory", "this build has no GPU engine: solve with --vram 0"));
+        }
+        if t.tier.kind == TierKind::Nvme && i != slow && t.used_bytes() > 0 {
+            return Err(tier_error("a block device", "only the last tier may be one: reorder the machine file"));
+        }
+    }
+    let mut dense = vec![0u64; plan.tiers.len()];
+    let mut seen = HashSet::new();
+    for d in &plan.dense {
+        let group = shape.dense.iter().find(|g| g.kind == d.kind && g.layer == d.layer);
+        let Some(group) = group else {
+            return Err(bad(format!("it places {:?} of layer {:?}, which the model has not got", d.kind, d.layer)));
+        };
+        if !seen.insert((d.kind, d.layer)) {
+            return Err(bad(format!("it places {:?} of layer {:?} twice", d.kind, d.layer)));
+        }
+        let in_file = plan.tiers.get(d.tier).is_none_or(|t| t.tier.kind == TierKind::Nvme);
+        if in_file && d.kind != DenseKind::Embedding {
+            return Err(bad(format!("{:?} of layer {:?} must not be on a block device", d.kind, d.layer)));
+        }
+        dense[d.tier.min(slow)] += group.bytes;
+    }
+    if let Some(missing) = shape.dense.iter().find(|g| !seen.contains(&(g.kind, g.layer))) {
+        return Err(bad(format!("it does not place {:?} of layer {:?}", missing.kind, missing.layer)));
+    }
+    if plan.layers.len() != shape.experts.len() {
+        let (found, expected) = (plan.layers.len(), shape.experts.len());
+        return Err(bad(format!("it has {found} layers with routed experts, the model {expected}")));
+    }
+    let mut pinned = vec![0u64; plan.tiers.len()];
+    let mut slots = vec![0u64; plan.tiers.len()];
+    let mut home = 0;
+    let mut pooled_anywhere = 0;
+    for (l, e) in plan.layers.iter().zip(&shape.experts) {
+        if l.layer != e.layer {
+            return Err(bad(format!("it has routed experts in layer {}, the model in layer {}", l.layer, e.layer)));
+        }
+        let mut taken = HashSet::new();
+        for (tier, experts) in &l.pinned {
+            for expert in experts {
+                if *expert >= e.n_expert || !taken.insert(*expert) {
+                    let layer = l.layer;
+                    return Err(bad(format!("expert {expert} of layer {layer} is pinned twice or does not exist")));
+                }
+            }
+            match pinned.get_mut(*tier) {
+                Some(bytes) if *tier != slow || plan.tiers.len() == 1 => *bytes += experts.len() as u64 * e.expert_bytes,
+                _ => return Err(bad(format!("layer {} pins experts on the slow tier", l.layer))),
+            }
+        }
+        if l.slots > e.n_expert {
+            return Err(bad(format!("layer {} has {} slots for {} experts", l.layer, l.slots, e.n_expert)));
+        }
+        if l.slots > 0 {
+            match slots.get_mut(l.slot_tier) {
+                Some(bytes) if l.slot_tier != slow => *bytes += u64::from(l.slots) * e.expert_bytes,
+                _ => return Err(bad(format!("layer {} has slots on the slow tier", l.layer))),
+            }
+        }
+        let pooled = u64::from(e.n_expert) - taken.len() as u64;
+        pooled_anywhere = pooled_anywhere.max(pooled.min(u64::from(e.n_used)));
+        home += pooled * e.expert_bytes;
+    }
+    for (i, t) in plan.tiers.iter().enumerate() {
+        let name = &t.tier.name;
+        let home = if i == slow { home } else { 0 };
+        let lines = [
+            ("dense groups", t.dense_bytes, dense[i]),
+            ("pinned experts", t.pinned_bytes, pinned[i]),
+            ("slots", t.slot_bytes, slots[i]),
+            ("pooled experts", t.home_bytes, home),
+        ];
+        if let Some((line, said, is)) = lines.iter().find(|(_, said, is)| said != is) {
+            return Err(bad(format!("tier '{name}' says {said} bytes of {line}, but they take {is}")));
+        }
+    }
+    let kv = shape.kv_bytes_per_token * u64::from(plan.context);
+    if plan.tiers.get(plan.kv_tier).is_none_or(|t| t.kv_bytes < kv) {
+        return Err(bad(format!("the key and value cache of {} tokens takes {kv} bytes", plan.context)));
+    }
+    if plan.tiers[slow].tier.kind == TierKind::Nvme && u64::from(plan.staging_experts) < pooled_anywhere {
+        let staged = plan.staging_experts;
+        return Err(bad(format!("staging holds {staged} experts, a token may need {pooled_anywhere}")));
+    }
+    Ok(())
+}
+
+impl Loader<'_> {
+    fn read(&self, extent: Extent, into: &mut [u8]) -> Result<(), LoadError> {
+        match &self.files {
+            Some(files) => Ok(files.read_now(extent, into)?),
+            None => unreachable!("files are open wherever a tier has an arena"),
+        }
+    }
+
+    fn dense(
+        &mut self,
+        tiers: &HashMap<(DenseKind, Option<u32>), usize>,
+        progress: Progress<'_>,
+    ) -> Result<DenseWeights, LoadError> {
+        let mut weights = DenseWeights::new(Arc::clone(self.gguf));
+        let matrices = matrices(self.spec);
+        for group in self.spec.dense_groups() {
+            let tier = tiers[&(group.kind, group.layer)];
+            for id in group.tensors {
+                let tensor = &self.gguf.tensors()[id];
+                let held = if !matrices.contains(&id) {
+                    Held::Vector(self.vector(id))
+                } else if let Backing::Arena(arena) = &mut self.backings[tier] {
+                    let mut piece = arena.take(tensor.n_bytes as usize)?;
+                    let extent = Extent { part: tensor.part, offset: tensor.offset, len: piece.len() };
+                    self.read(extent, &mut piece)?;
+                    Held::Piece(piece)
+                } else {
+                    Held::Mapped
+                };
+                weights.hold(id, tier, held);
+                self.done += tensor.n_bytes;
+                progress(self.done, self.total);
+            }
+        }
+        for (_, tier, bytes) in weights.placed() {
+            self.resident[tier] += bytes;
+        }
+        Ok(weights)
+    }
+
+    fn vector(&self, id: TensorId) -> Box<[f32]> {
+        let tensor = &self.gguf.tensors()[id];
+        let n = tensor.n_bytes as usize / tensor.ty.block_bytes();
+        debug_assert!(matches!(tensor.ty, TensorType::F32 | TensorType::F16 | TensorType::BF16));
+        let mut values = vec![0.0; n].into_boxed_slice();
+        dequantize_row(tensor.ty, self.gguf.bytes(tensor), &mut values);
+        values
+    }
+
+    fn experts(&mut self, shape: &ModelShape, progress: Progress<'_>) -> Result<ExpertStore, LoadError> {
+        let plan = self.plan;
+        let slow = plan.tiers.len() - 1;
+        let mut layers = Vec::new();
+        for (placed, (_, moe)) in plan.layers.iter().zip(self.spec.moe_layers()) {
+            layers.push(self.layer(placed, moe, shape, progress)?);
+        }
+        let largest = largest_expert(self.gguf, self.spec) as usize;
+        let mut staging = Vec::new();
+        if matches!(self.backings[slow], Backing::File) {
+            for _ in 0..plan.staging_experts {
+                staging.push(self.take(plan.staging_tier, largest)?);
+            }
+        }
+        let files = self.files.take();
+        Ok(ExpertStore::new(Arc::clone(self.gguf), layers, files, staging, plan.staging_tier, slow))
+    }
+
+    fn layer(
+        &mut self,
+        placed: &LayerPlacement,
+        moe: &MoeSpec,
+        shape: &ModelShape,
+        progress: Progress<'_>,
+    ) -> Result<LayerExperts, LoadError> {
+        let slow = self.plan.tiers.len() - 1;
+        let mapped = matches!(self.backings[slow], Backing::Mapped);
+        let pooled = |_| if mapped && placed.slots == 0 { Home::Mapped } else { Home::Pooled };
+        let homes: Vec<Home> = (0..moe.n_expert).map(pooled).collect();
+        let mut layer = LayerExperts::new(self.gguf, moe, shape.hidden as usize, homes, placed.slot_tier);
+        let bytes = layer.expert_bytes;
+        let mut n_pinned = 0;
+        for (tier, experts) in &placed.pinned {
+            for expert in experts {
+                let mut piece = self.take(*tier, bytes)?;
+                let mut at = 0;
+                for extent in layer.extents(self.gguf, *expert as usize) {
+                    self.read(extent, &mut piece[at..at + extent.len])?;
+                    at += extent.len;
+                }
+                layer.pin(*expert as usize, *tier, piece);
+                self.done += bytes as u64;
+                n_pinned += 1;
+                progress(self.done, self.total);
+            }
+        }
+        let slots = (0..placed.slots).map(|_| self.take(placed.slot_tier, bytes)).collect::<Result<_, _>>()?;
+        layer.set_slots(moe.n_expert, slots);
+        self.resident[slow] += (moe.n_expert - n_pinned) as u64 * bytes as u64;
+        Ok(layer)
+    }
+
+    /// A buffer in a tier's arena.
+    fn take(&mut self, tier: usize, bytes: usize) -> Result<Piece, LoadError> {
+        match &mut self.backings[tier] {
+            Backing::Arena(arena) => {
+                self.resident[tier] += bytes as u64;
+                Ok(arena.take(bytes)?)
+            }
+            _ => unreachable!("a checked plan takes memory only from tiers that have an arena"),
+        }
+    }
+}
+
+/// Dense tensors that are read as matrices; all others are vectors of parameters.
+fn matrices(spec: &ModelSpec) -> HashSet<TensorId> {
+    use crate::model::spec::{Ffn, Mixer};
+    let mut ids = HashSet::from([spec.embedding, spec.output]);
+    for layer in &spec.layers {
+        let Mixer::Gqa(a) = &layer.mixer;
+        ids.extend([&a.q, &a.k, &a.v, &a.o].map(|l| l.weight));
+        match &layer.ffn {
+            Ffn::Dense(f) => ids.extend([&f.gate, &f.up, &f.down].map(|l| l.weight)),
+            Ffn::Moe(m) => ids.extend([m.router.weight]),
+        }
+    }
+    ids
+}

@@ -1,0 +1,267 @@
+//! The feed-forward blocks: dense ones, and routed experts for one token or for a batch.
+
+use super::RunError;
+use super::experts::{ExpertStore, Step};
+use super::weights::DenseWeights;
+use crate::kernels::pooled::{MatJob, matmul_all};
+use crate::kernels::{ActView, Activations, Kernels, needs_quants};
+use crate::model::spec::{GatedFfn, MoeSpec};
+use crate::tiers::pace::StageBytes;
+use crate::threads::ThreadPool;
+
+/// Buffers of the feed-forward blocks.
+pub(super) struct FfnScratch {
+    gate: Vec<f32>,
+    up: Vec<f32>,
+    inner: Activations,
+    gathered: Vec<f32>,
+    gathered_acts: Activations,
+    /// `[rows, hidden]` results of experts before they are weighted and summed.
+    results: Vec<f32>,
+}
+
+impl FfnScratch {
+    /// For batches of up to `rows` tokens of a network whose blocks are at most `ffn` wide.
+    pub(super) fn new(rows: usize, hidden: usize, ffn: usize, n_used: usize) -> Self {
+        let rows = rows.max(n_used);
+        Self {
+            gate: vec![0.0; rows * ffn],
+            up: vec![0.0; rows * ffn],
+            inner: Activations::new(rows, ffn),
+            gathered: vec![0.0; rows * hidden],
+            gathered_acts: Activations::new(rows, hidden),
+            results: vec![0.0; rows * hidden],
+        }
+    }
+}
+
+/// What the blocks compute with.
+#[derive(Clone, Copy)]
+pub(super) struct Compute<'a> {
+    pub pool: &'a ThreadPool,
+    pub kernels: Kernels,
+}
+
+/// Which experts each token of a batch uses.
+pub(super) struct Choices<'a> {
+    /// `[tokens, n_used]`.
+    pub experts: &'a [u16],
+    /// `[tokens, n_used]`.
+    pub weights: &'a [f32],
+    pub n_used: usize,
+}
+
+/// `out = down(silu(gate x) · up x)`, all rows of `x`.
+pub(super) fn dense_ffn(c: Compute<'_>, weights: &DenseWeights, ffn: &GatedFfn, x: ActView<'_>, s: &mut FfnScratch, out: &mut [f32]) {
+    let rows = x.rows();
+    let width = ffn.gate.n_out;
+    let (gate, up) = (&mut s.gate[..rows * width], &mut s.up[..rows * width]);
+    let jobs = [MatJob::new(weights.linear(&ffn.gate), x, gate), MatJob::new(weights.linear(&ffn.up), x, up)];
+    matmul_all(c.pool, c.kernels, &jobs);
+    add_bias(gate, weights.opt_vector(ffn.gate.bias));
+    add_bias(up, weights.opt_vector(ffn.up.bias));
+    c.kernels.silu_mul(gate, up);
+    s.inner.fill(c.kernels, rows, width, gate, needs_quants(weights.ty(ffn.down.weight)));
+    matmul_all(c.pool, c.kernels, &[MatJob::new(weights.linear(&ffn.down), s.inner.view(), out)]);
+    add_bias(out, weights.opt_vector(ffn.down.bias));
+}
+
+/// Adds `bias` to every row of `rows`, `[_, bias.len()]`.
+pub(super) fn add_bias(rows: &mut [f32], bias: Option<&[f32]>) {
+    if let Some(bias) = bias {
+        for row in rows.chunks_exact_mut(bias.len()) {
+            row.iter_mut().zip(bias).for_each(|(r, b)| *r += b);
+        }
+    }
+}
+
+/// Routed experts of one token: those at hand compute while the others are read. `out` is `[hidden]`.
+pub(super) fn moe_token(
+    c: Compute<'_>,
+    store: &mut ExpertStore,
+    layer: usize,
+    moe: &MoeSpec,
+    x: ActView<'_>,
+    choices: &Choices<'_>,
+    s: &mut FfnScratch,
+    out: &mut [f32],
+    computed: &mut StageBytes,
+) -> Result<Step, RunError> {
+    let hidden = out.len();
+    let used: Vec<u32> = choices.experts.iter().map(|e| u32::from(*e)).collect();
+    let mut step = store.begin(layer, &used, used.clone());
+    let mut ready: Vec<usize> = (0..used.len()).filter(|at| step.is_ready(*at)).collect();
+    let mut left = used.len();
+    loop {
+        if !ready.is_empty() {
+            experts_of_token(c, store, &step, &ready, moe, x, s, hidden, computed);
+            for at in &ready {
+                store.release(&mut step, *at);
+            }
+            left -= ready.len();
+        }
+        if left == 0 {
+            break;
+        }
+        ready.clear();
+        ready.push(store.wait(&mut step)?);
+    }
+    // Summed in the router's order whatever the order of arrival: the plan must not change the result.
+    out.fill(0.0);
+    for (weight, result) in choices.weights.iter().zip(s.results.chunks_exact(hidden)) {
+        c.kernels.axpy(*weight, result, out);
+    }
+    Ok(step)
+}
+
+/// Computes the experts at positions `ready` of the step into their rows of `results`.
+fn experts_of_token(
+    c: Compute<'_>,
+    store: &ExpertStore,
+    step: &Step,
+    ready: &[usize],
+    moe: &MoeSpec,
+    x: ActView<'_>,
+    s: &mut FfnScratch,
+    hidden: usize,
+    computed: &mut StageBytes,
+) {
+    let width = moe.expert_ffn;
+    let views: Vec<_> = ready.iter().map(|at| store.view(step, *at)).collect();
+    for (_, tier) in &views {
+        computed.add(*tier, store.expert_bytes(step.layer()));
+    }
+    let n = ready.len();
+    let mut jobs = Vec::with_capacity(2 * n);
+    for ((view, _), (gate, up)) in views.iter().zip(s.gate.chunks_exact_mut(width).zip(s.up.chunks_exact_mut(width))) {
+        jobs.push(MatJob::new(view.gate, x, gate));
+        jobs.push(MatJob::new(view.up, x, up));
+    }
+    matmul_all(c.pool, c.kernels, &jobs);
+    drop(jobs);
+    c.kernels.silu_mul(&mut s.gate[..n * width], &s.up[..n * width]);
+    let quantize = views.iter().any(|(v, _)| needs_quants(v.down.ty()));
+    s.inner.fill(c.kernels, n, width, &s.gate[..n * width], quantize);
+    let inner = s.inner.view();
+    let mut rows: Vec<Option<&mut [f32]>> = s.results.chunks_exact_mut(hidden).map(Some).collect();
+    let mut jobs = Vec::with_capacity(n);
+    for (i, (at, (view, _))) in ready.iter().zip(&views).enumerate() {
+        if let Some(row) = rows[*at].take() {
+            jobs.push(MatJob::new(view.down, inner.rows_range(i..i + 1), row));
+        }
+    }
+    matmul_all(c.pool, c.kernels, &jobs);
+}
+
+/// Routed experts of a batch: each expert computes once, for all tokens that chose it, in ascending order so that the
+/// sums do not depend on the plan. `x` is `[tokens, hidden]`, `out` likewise.
+pub(super) fn moe_batch(
+    c: Compute<'_>,
+    store: &mut ExpertStore,
+    layer: usize,
+    moe: &MoeSpec,
+    x: &[f32],
+    choices: &Choices<'_>,
+    s: &mut FfnScratch,
+    out: &mut [f32],
+    computed: &mut StageBytes,
+) -> Result<Step, RunError> {
+    let hidden = moe.router.n_in;
+    let width = moe.expert_ffn;
+    let users = Users::new(choices, moe.n_expert);
+    let mut step = store.begin(layer, &users.by_last_use(choices), users.present());
+    out.fill(0.0);
+    for at in 0..step.experts().len() {
+        while !step.is_ready(at) {
+            store.wait(&mut step)?;
+        }
+        let tokens = users.of(step.experts()[at] as usize);
+        let n = tokens.len();
+        for (row, (token, _)) in s.gathered.chunks_exact_mut(hidden).zip(tokens) {
+            row.copy_from_slice(&x[token * hidden..(token + 1) * hidden]);
+        }
+        let (view, tier) = store.view(&step, at);
+        computed.add(tier, store.expert_bytes(layer));
+        let quantize = needs_quants(view.gate.ty()) || needs_quants(view.up.ty());
+        s.gathered_acts.fill(c.kernels, n, hidden, &s.gathered[..n * hidden], quantize);
+        let acts = s.gathered_acts.view();
+        let (gate, up) = (&mut s.gate[..n * width], &mut s.up[..n * width]);
+        matmul_all(c.pool, c.kernels, &[MatJob::new(view.gate, acts, gate), MatJob::new(view.up, acts, up)]);
+        c.kernels.silu_mul(gate, up);
+        s.inner.fill(c.kernels, n, width, gate, needs_quants(view.down.ty()));
+        let results = &mut s.results[..n * hidden];
+        matmul_all(c.pool, c.kernels, &[MatJob::new(view.down, s.inner.view(), results)]);
+        for (result, (token, weight)) in results.chunks_exact(hidden).zip(tokens) {
+            c.kernels.axpy(*weight, result, &mut out[token * hidden..(token + 1) * hidden]);
+        }
+        store.release(&mut step, at);
+    }
+    Ok(step)
+}
+
+/// The tokens of a batch sorted by expert.
+struct Users {
+    /// First entry of each expert, `[n_expert + 1]`.
+    starts: Vec<usize>,
+    /// (token, weight), grouped by expert, tokens ascending.
+    entries: Vec<(usize, f32)>,
+}
+
+impl Users {
+    fn new(choices: &Choices<'_>, n_expert: usize) -> Self {
+        let mut starts = vec![0; n_expert + 1];
+        for expert in choices.experts {
+            starts[usize::from(*expert) + 1] += 1;
+        }
+        for i in 0..n_expert {
+            starts[i + 1] += starts[i];
+        }
+        let mut next = starts.clone();
+        let mut entries = vec![(0, 0.0); choices.experts.len()];
+        for (i, (expert, weight)) in choices.experts.iter().zip(choices.weights).enumerate() {
+            let at = &mut next[usize::from(*expert)];
+            entries[*at] = (i / choices.n_used, *weight);
+            *at += 1;
+        }
+        Self { starts, entries }
+    }
+
+    fn of(&self, expert: usize) -> &[(usize, f32)] {
+        &self.entries[self.starts[expert]..self.starts[expert + 1]]
+    }
+
+    /// Experts that any token chose, ascending.
+    fn present(&self) -> Vec<u32> {
+        let used = |e: &usize| self.starts[*e] < self.starts[e + 1];
+        (0..self.starts.len() - 1).filter(used).map(|e| e as u32).collect()
+    }
+
+    /// The same experts, the one used last at the end.
+    fn by_last_use(&self, choices: &Choices<'_>) -> Vec<u32> {
+        let mut seen = vec![false; self.starts.len()];
+        let mut order = Vec::new();
+        for expert in choices.experts.iter().rev() {
+            if !std::mem::replace(&mut seen[usize::from(*expert)], true) {
+                order.push(u32::from(*expert));
+            }
+        }
+        order.reverse();
+        order
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn users_are_grouped_and_ordered() {
+        let choices = Choices { experts: &[3, 1, 1, 0, 3, 2], weights: &[0.1, 0.2, 0.3, 0.4, 0.5, 0.6], n_used: 2 };
+        let users = Users::new(&choices, 5);
+        assert_eq!(users.present(), [0, 1, 2, 3]);
+        assert_eq!(users.of(3), [(0, 0.1), (2, 0.5)]);
+        assert_eq!(users.of(1), [(0, 0.2), (1, 0.3)]);
+        assert!(users.of(4).is_empty());
+        assert_eq!(users.by_last_use(&choices), [1, 0, 3, 2]);
+    }
+}

@@ -1,0 +1,67 @@
+//! The obvious plan, for running without one: everything in main memory, in place in the mapped file.
+
+use crate::formats::SourceId;
+use crate::formats::machine::{Tier, TierKind};
+use crate::formats::placement::{
+    DensePlacement, LayerPlacement, PlanTier, Placement, Prediction, SlotPolicy, SolverReport,
+};
+use crate::model::shape::ModelShape;
+
+/// A plan with one tier, `dram`, that holds the whole model where the system mapped it.
+pub fn obvious(shape: &ModelShape, context: u32) -> Placement {
+    let home_bytes = shape.experts.iter().map(|e| e.expert_bytes * u64::from(e.n_expert)).sum();
+    let mut tier = PlanTier {
+        tier: Tier {
+            name: "dram".into(),
+            kind: TierKind::Dram,
+            capacity_bytes: u64::MAX,
+            read_gbps: 1.0,
+            latency_us: 0.0,
+            emulated: false,
+            source: "not measured".into(),
+        },
+        budget_bytes: u64::MAX,
+        dense_bytes: shape.dense.iter().map(|d| d.bytes).sum(),
+        pinned_bytes: 0,
+        slot_bytes: 0,
+        kv_bytes: shape.kv_bytes_per_token * u64::from(context),
+        staging_bytes: 0,
+        home_bytes,
+    };
+    tier.budget_bytes = tier.used_bytes();
+    tier.tier.capacity_bytes = tier.budget_bytes;
+    Placement {
+        name: "all-in-dram".into(),
+        model: shape.id.clone(),
+        profile: None,
+        machine: SourceId { name: "this machine".into(), hash: String::new() },
+        layer_overhead_us: 0.0,
+        token_overhead_us: 0.0,
+        context,
+        kv_tier: 0,
+        staging_tier: 0,
+        staging_experts: 0,
+        tiers: vec![tier],
+        dense: shape.dense.iter().map(|d| DensePlacement { kind: d.kind, layer: d.layer, tier: 0 }).collect(),
+        layers: shape
+            .experts
+            .iter()
+            .map(|e| LayerPlacement {
+                layer: e.layer,
+                pinned: Vec::new(),
+                slots: 0,
+                slot_tier: 0,
+                policy: SlotPolicy::Lru,
+            })
+            .collect(),
+        solver: SolverReport {
+            backend: "none".into(),
+            status: "obvious".into(),
+            objective_s: 0.0,
+            bound_s: None,
+            gap: None,
+            solve_s: 0.0,
+        },
+        predicted: Prediction::default(),
+    }
+}

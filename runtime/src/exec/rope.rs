@@ -1,0 +1,140 @@
+//! Rotary position embedding, with linear and YaRN scaling.
+
+use crate::model::spec::{RopeKind, RopeScaling, RopeSpec};
+
+/// Rotations for a row of positions, ready to apply.
+pub(super) struct RopeTable {
+    spec: RopeSpec,
+    /// Radians a position, `[dims / 2]`.
+    frequencies: Vec<f32>,
+    /// Factor on the rotated values.
+    magnitude: f32,
+    /// `[positions, dims / 2]` of (cos, sin).
+    rotations: Vec<(f32, f32)>,
+}
+
+impl RopeTable {
+    /// `factors` divide the frequencies, `[dims / 2]`.
+    pub(super) fn new(spec: &RopeSpec, factors: Option<&[f32]>) -> Self {
+        let (frequencies, magnitude) = frequencies(spec, factors);
+        Self { spec: spec.clone(), frequencies, magnitude, rotations: Vec::new() }
+    }
+
+    pub(super) fn is_for(&self, spec: &RopeSpec) -> bool {
+        self.spec == *spec
+    }
+
+    /// Prepares positions `first..first + n`.
+    pub(super) fn prepare(&mut self, first: usize, n: usize) {
+        self.rotations.clear();
+        for position in first..first + n {
+            let rotation = |f: &f32| {
+                let (sin, cos) = (position as f32 * f).sin_cos();
+                (cos * self.magnitude, sin * self.magnitude)
+            };
+            self.rotations.extend(self.frequencies.iter().map(rotation));
+        }
+    }
+
+    /// Rotates every head of the prepared position `index`; `row` is `[heads, head_dim]`.
+    pub(super) fn apply(&self, row: &mut [f32], head_dim: usize, index: usize) {
+        let half = self.spec.dims / 2;
+        let rotations = &self.rotations[index * half..(index + 1) * half];
+        for head in row.chunks_exact_mut(head_dim) {
+            match self.spec.kind {
+                RopeKind::Adjacent => {
+                    for (pair, (cos, sin)) in head.chunks_exact_mut(2).zip(rotations) {
+                        let (a, b) = (pair[0], pair[1]);
+                        pair[0] = a * cos - b * sin;
+                        pair[1] = a * sin + b * cos;
+                    }
+                }
+                RopeKind::Halves => {
+                    let (low, high) = head[..2 * half].split_at_mut(half);
+                    for ((x, y), (cos, sin)) in low.iter_mut().zip(high).zip(rotations) {
+                        let (a, b) = (*x, *y);
+                        *x = a * cos - b * sin;
+                        *y = a * sin + b * cos;
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Frequencies `base^(-2i/dims)` after scaling, and the factor on the rotated values.
+fn frequencies(spec: &RopeSpec, factors: Option<&[f32]>) -> (Vec<f32>, f32) {
+    let half = spec.dims / 2;
+    let plain = (0..half).map(|i| {
+        let frequency = spec.base.powf(-2.0 * i as f32 / spec.dims as f32);
+        factors.map_or(frequency, |f| frequency / f[i])
+    });
+    match spec.scaling {
+        RopeScaling::None => (plain.collect(), 1.0),
+        RopeScaling::Linear(factor) => (plain.map(|f| f / factor).collect(), 1.0),
+        RopeScaling::Yarn { factor, original_context, beta_fast, beta_slow, attn_factor } => {
+            // The pair whose wavelength makes `rotations` turns over the original context.
+            let pair_of = |rotations: f32| {
+                spec.dims as f32 * (original_context / (rotations * std::f32::consts::TAU)).ln() / (2.0 * spec.base.ln())
+            };
+            let low = pair_of(beta_fast).floor().max(0.0);
+            let high = pair_of(beta_slow).ceil().min(spec.dims as f32 - 1.0);
+            let scaled = plain.enumerate().map(|(i, f)| {
+                let ramp = ((i as f32 - low) / (high - low).max(0.001)).clamp(0.0, 1.0);
+                let kept = 1.0 - ramp;
+                f / factor * (1.0 - kept) + f * kept
+            });
+            (scaled.collect(), attn_factor * (1.0 + 0.1 * factor.ln()))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec(kind: RopeKind, dims: usize, scaling: RopeScaling) -> RopeSpec {
+        RopeSpec { kind, dims, base: 10_000.0, scaling, freq_factors: None }
+    }
+
+    #[test]
+    fn position_zero_changes_nothing_and_length_is_kept() {
+        for kind in [RopeKind::Adjacent, RopeKind::Halves] {
+            let mut table = RopeTable::new(&spec(kind, 6, RopeScaling::None), None);
+            table.prepare(0, 3);
+            let row: Vec<f32> = (0..16).map(|i| i as f32 - 5.0).collect();
+            let mut at0 = row.clone();
+            table.apply(&mut at0, 8, 0);
+            assert_eq!(at0, row);
+            let mut at2 = row.clone();
+            table.apply(&mut at2, 8, 2);
+            assert_ne!(at2, row);
+            // The last two values of each head of 8 do not rotate.
+            assert_eq!((at2[6], at2[7], at2[15]), (row[6], row[7], row[15]));
+            let norm = |r: &[f32]| r.iter().map(|v| v * v).sum::<f32>();
+            assert!((norm(&at2) - norm(&row)).abs() < 1e-3);
+        }
+    }
+
+    #[test]
+    fn the_first_pair_turns_one_radian_a_position() {
+        let mut table = RopeTable::new(&spec(RopeKind::Adjacent, 4, RopeScaling::None), None);
+        table.prepare(1, 1);
+        let mut row = [1.0, 0.0, 1.0, 0.0];
+        table.apply(&mut row, 4, 0);
+        assert!((row[0] - 1f32.cos()).abs() < 1e-6 && (row[1] - 1f32.sin()).abs() < 1e-6);
+        assert!((row[2] - 0.01f32.cos()).abs() < 1e-6 && (row[3] - 0.01f32.sin()).abs() < 1e-6);
+    }
+
+    #[test]
+    fn yarn_keeps_fast_pairs_and_divides_slow_ones() {
+        let scaling =
+            RopeScaling::Yarn { factor: 8.0, original_context: 4096.0, beta_fast: 32.0, beta_slow: 1.0, attn_factor: 1.0 };
+        let (plain, _) = frequencies(&spec(RopeKind::Adjacent, 64, RopeScaling::None), None);
+        let (yarn, magnitude) = frequencies(&spec(RopeKind::Adjacent, 64, scaling), None);
+        assert_eq!(yarn[0], plain[0]);
+        assert!((yarn[31] - plain[31] / 8.0).abs() < 1e-9);
+        assert!(yarn.windows(2).all(|w| w[1] < w[0]));
+        assert!((magnitude - (1.0 + 0.1 * 8f32.ln())).abs() < 1e-6);
+    }
+}

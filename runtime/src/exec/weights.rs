@@ -1,0 +1,74 @@
+//! Dense tensors where the plan put them: in an arena, or in place in the mapped file.
+
+use crate::gguf::Gguf;
+use crate::kernels::Weights;
+use crate::model::spec::{Linear, TensorId};
+use crate::quant::TensorType;
+use crate::tiers::arena::Piece;
+use std::sync::Arc;
+
+/// Where one tensor's bytes are.
+pub(super) enum Held {
+    /// In the mapped file.
+    Mapped,
+    /// In a tier's arena.
+    Piece(Piece),
+    /// Decoded to `f32`: vectors of parameters.
+    Vector(Box<[f32]>),
+}
+
+/// The dense tensors of a loaded model.
+pub(super) struct DenseWeights {
+    gguf: Arc<Gguf>,
+    /// By tensor id; `None` for tensors that no dense group has.
+    held: Vec<Option<(usize, Held)>>,
+}
+
+impl DenseWeights {
+    pub(super) fn new(gguf: Arc<Gguf>) -> Self {
+        let held = gguf.tensors().iter().map(|_| None).collect();
+        Self { gguf, held }
+    }
+
+    pub(super) fn hold(&mut self, id: TensorId, tier: usize, held: Held) {
+        self.held[id] = Some((tier, held));
+    }
+
+    /// Bytes of the file that the tensor stands for, and its tier.
+    pub(super) fn placed(&self) -> impl Iterator<Item = (TensorId, usize, u64)> {
+        let tensors = self.gguf.tensors();
+        self.held.iter().enumerate().filter_map(move |(id, h)| h.as_ref().map(|(tier, _)| (id, *tier, tensors[id].n_bytes)))
+    }
+
+    /// A vector of parameters.
+    pub(super) fn vector(&self, id: TensorId) -> &[f32] {
+        match &self.held[id] {
+            Some((_, Held::Vector(values))) => values,
+            _ => unreachable!("a tensor that the model description calls a vector is decoded at load"),
+        }
+    }
+
+    pub(super) fn opt_vector(&self, id: Option<TensorId>) -> Option<&[f32]> {
+        id.map(|id| self.vector(id))
+    }
+
+    /// A matrix of `n_out` rows.
+    pub(super) fn matrix(&self, id: TensorId, n_out: usize, n_in: usize) -> Weights<'_> {
+        let tensor = &self.gguf.tensors()[id];
+        let bytes: &[u8] = match &self.held[id] {
+            Some((_, Held::Mapped)) => self.gguf.bytes(tensor),
+            Some((_, Held::Piece(piece))) => piece,
+            _ => unreachable!("a tensor that the model description calls a matrix is held as bytes"),
+        };
+        Weights::new(tensor.ty, bytes, n_out, n_in)
+            .unwrap_or_else(|| unreachable!("shapes are checked when the model is described"))
+    }
+
+    pub(super) fn linear(&self, linear: &Linear) -> Weights<'_> {
+        self.matrix(linear.weight, linear.n_out, linear.n_in)
+    }
+
+    pub(super) fn ty(&self, id: TensorId) -> TensorType {
+        self.gguf.tensors()[id].ty
+    }
+}

@@ -1,0 +1,204 @@
+//! Reads an architecture's keys and tensors out of a GGUF file, with every shape checked.
+
+use super::ModelError;
+use super::spec::{GatedFfn, Linear, RopeKind, RopeScaling, RopeSpec, TensorId};
+use crate::gguf::Gguf;
+use crate::quant::TensorType;
+use std::collections::HashMap;
+
+/// Bounds on dimensions, far above any real model, that keep products of two of them inside 64 bits.
+const MAX_DIM: u32 = 1 << 24;
+
+/// A file being described.
+pub(super) struct Source<'a> {
+    gguf: &'a Gguf,
+    arch: &'a str,
+    index: HashMap<&'a str, TensorId>,
+}
+
+impl<'a> Source<'a> {
+    pub(super) fn new(gguf: &'a Gguf, arch: &'a str) -> Self {
+        let index = gguf.tensors().iter().enumerate().map(|(i, t)| (t.name.as_str(), i)).collect();
+        Self { gguf, arch, index }
+    }
+
+    pub(super) fn arch(&self) -> &str {
+        self.arch
+    }
+
+    fn key(&self, name: &str) -> String {
+        format!("{}.{name}", self.arch)
+    }
+
+    /// An error about the architecture's key `name`.
+    pub(super) fn bad(&self, name: &str, what: impl Into<String>) -> ModelError {
+        ModelError::Metadata { key: self.key(name), what: what.into() }
+    }
+
+    /// A dimension: at least 1, and sane.
+    pub(super) fn dim(&self, name: &str) -> Result<usize, ModelError> {
+        let value = self.gguf.u32(&self.key(name))?;
+        self.check_dim(name, value)
+    }
+
+    pub(super) fn opt_dim(&self, name: &str) -> Result<Option<usize>, ModelError> {
+        self.gguf.opt_u32(&self.key(name))?.map(|v| self.check_dim(name, v)).transpose()
+    }
+
+    /// A count that may be absent, which is zero.
+    pub(super) fn opt_count(&self, name: &str) -> Result<u32, ModelError> {
+        Ok(self.gguf.opt_u32(&self.key(name))?.unwrap_or(0))
+    }
+
+    /// A dimension that may be given once or per layer.
+    pub(super) fn dim_per_layer(&self, name: &str, n_layer: usize) -> Result<Vec<usize>, ModelError> {
+        let values = self.gguf.u32_per_layer(&self.key(name), n_layer)?;
+        values.into_iter().map(|v| self.check_dim(name, v)).collect()
+    }
+
+    pub(super) fn has(&self, name: &str) -> bool {
+        self.gguf.get(&self.key(name)).is_some()
+    }
+
+    fn check_dim(&self, name: &str, value: u32) -> Result<usize, ModelError> {
+        if (1..=MAX_DIM).contains(&value) {
+            Ok(value as usize)
+        } else {
+            Err(self.bad(name, format!("{value} is out of range (1 to {MAX_DIM})")))
+        }
+    }
+
+    pub(super) fn f32_or(&self, name: &str, default: f32) -> Result<f32, ModelError> {
+        let value = self.gguf.opt_f32(&self.key(name))?.unwrap_or(default);
+        if value.is_finite() { Ok(value) } else { Err(self.bad(name, format!("{value} is not a finite number"))) }
+    }
+
+    pub(super) fn norm_eps(&self) -> Result<f32, ModelError> {
+        let name = "attention.layer_norm_rms_epsilon";
+        let value = self.gguf.f32(&self.key(name))?;
+        if value.is_finite() && value >= 0.0 { Ok(value) } else { Err(self.bad(name, format!("{value}"))) }
+    }
+
+    /// The id of a tensor of exactly this shape (fastest axis first), if the file has one of the name.
+    pub(super) fn opt_tensor(&self, name: &str, dims: &[usize]) -> Result<Option<TensorId>, ModelError> {
+        let Some(&id) = self.index.get(name) else { return Ok(None) };
+        let found = &self.gguf.tensors()[id].dims;
+        let expected: Vec<u64> = dims.iter().map(|d| *d as u64).collect();
+        let trimmed = |d: &[u64]| {
+            let mut d = d.to_vec();
+            while d.len() > 1 && d.last() == Some(&1) {
+                d.pop();
+            }
+            d
+        };
+        if trimmed(found) == trimmed(&expected) {
+            Ok(Some(id))
+        } else {
+            Err(ModelError::Shape { name: name.to_string(), found: found.clone(), expected })
+        }
+    }
+
+    pub(super) fn tensor(&self, name: &str, dims: &[usize]) -> Result<TensorId, ModelError> {
+        self.opt_tensor(name, dims)?
+            .ok_or_else(|| ModelError::MissingTensor { name: name.to_string(), arch: self.arch.to_string() })
+    }
+
+    /// A vector of parameters: `len` floating-point values.
+    pub(super) fn vector(&self, name: &str, len: usize) -> Result<TensorId, ModelError> {
+        let id = self.tensor(name, &[len])?;
+        self.check_float(id)?;
+        Ok(id)
+    }
+
+    pub(super) fn opt_vector(&self, name: &str, len: usize) -> Result<Option<TensorId>, ModelError> {
+        let id = self.opt_tensor(name, &[len])?;
+        id.map(|id| self.check_float(id).map(|()| id)).transpose()
+    }
+
+    fn check_float(&self, id: TensorId) -> Result<(), ModelError> {
+        let tensor = &self.gguf.tensors()[id];
+        match tensor.ty {
+            TensorType::F32 | TensorType::F16 | TensorType::BF16 => Ok(()),
+            ty => Err(ModelError::Metadata {
+                key: tensor.name.clone(),
+                what: format!("is {ty}, but a vector of parameters must be F32, F16 or BF16"),
+            }),
+        }
+    }
+
+    /// `PREFIX.weight` of shape `[n_out, n_in]` with `PREFIX.bias` where there is one.
+    pub(super) fn linear(&self, prefix: &str, n_in: usize, n_out: usize) -> Result<Linear, ModelError> {
+        let weight = self.tensor(&format!("{prefix}.weight"), &[n_in, n_out])?;
+        let bias = self.opt_vector(&format!("{prefix}.bias"), n_out)?;
+        Ok(Linear { weight, bias, n_out, n_in })
+    }
+
+    /// The gated feed-forward block of a layer without routed experts.
+    pub(super) fn gated_ffn(&self, layer: usize, hidden: usize, ffn: usize) -> Result<GatedFfn, ModelError> {
+        Ok(GatedFfn {
+            gate: self.linear(&format!("blk.{layer}.ffn_gate"), hidden, ffn)?,
+            up: self.linear(&format!("blk.{layer}.ffn_up"), hidden, ffn)?,
+            down: self.linear(&format!("blk.{layer}.ffn_down"), ffn, hidden)?,
+        })
+    }
+
+    /// Vocabulary size from the embedding's rows, and the embedding.
+    pub(super) fn embedding(&self, hidden: usize) -> Result<(TensorId, usize), ModelError> {
+        let name = "token_embd.weight";
+        let missing = || ModelError::MissingTensor { name: name.to_string(), arch: self.arch.to_string() };
+        let id = *self.index.get(name).ok_or_else(missing)?;
+        let rows = self.gguf.tensors()[id].dims.get(1).copied().unwrap_or(0);
+        let n_vocab = u32::try_from(rows).ok().filter(|r| (1..=MAX_DIM).contains(r));
+        let n_vocab = n_vocab.ok_or_else(|| ModelError::Metadata {
+            key: name.to_string(),
+            what: format!("{rows} rows; expected 1 to {MAX_DIM}"),
+        })? as usize;
+        Ok((self.tensor(name, &[hidden, n_vocab])?, n_vocab))
+    }
+
+    /// The rotary embedding of a head of `head_dim` values.
+    pub(super) fn rope(&self, kind: RopeKind, head_dim: usize) -> Result<RopeSpec, ModelError> {
+        let dims = self.opt_dim("rope.dimension_count")?.unwrap_or(head_dim);
+        if dims > head_dim || !dims.is_multiple_of(2) {
+            let what = format!("{dims}; expected an even number up to the head's {head_dim}");
+            return Err(self.bad("rope.dimension_count", what));
+        }
+        let base = self.f32_or("rope.freq_base", 10_000.0)?;
+        if base <= 1.0 {
+            return Err(self.bad("rope.freq_base", format!("{base}; expected more than 1")));
+        }
+        Ok(RopeSpec {
+            kind,
+            dims,
+            base,
+            scaling: self.rope_scaling()?,
+            freq_factors: self.opt_vector("rope_freqs.weight", dims / 2)?,
+        })
+    }
+
+    fn rope_scaling(&self) -> Result<RopeScaling, ModelError> {
+        let name = "rope.scaling.type";
+        let factor = self.f32_or("rope.scaling.factor", 0.0)?;
+        let kind = self.gguf.opt_str(&self.key(name))?.unwrap_or(if factor > 0.0 { "linear" } else { "none" });
+        if kind != "none" && factor < 0.0 {
+            return Err(self.bad("rope.scaling.factor", format!("{factor}; expected a positive number")));
+        }
+        match kind {
+            "none" => Ok(RopeScaling::None),
+            // A factor of zero stands for "not scaled" in files that name a type all the same.
+            "linear" | "yarn" if factor == 0.0 => Ok(RopeScaling::None),
+            "linear" => Ok(RopeScaling::Linear(factor)),
+            "yarn" => Ok(RopeScaling::Yarn {
+                factor,
+                original_context: match self.opt_dim("rope.scaling.original_context_length")? {
+                    Some(context) => context as f32,
+                    None => self.dim("context_length")? as f32,
+                },
+                beta_fast: self.f32_or("rope.scaling.yarn_beta_fast", 32.0)?,
+                beta_slow: self.f32_or("rope.scaling.yarn_beta_slow", 1.0)?,
+                attn_factor: self.f32_or("rope.scaling.attn_factor", 1.0)?,
+            }),
+            other => Err(self.bad(name, format!("'{other}' is not supported; supported: none, linear, yarn"))),
+        }
+    }
+}

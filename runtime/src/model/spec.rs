@@ -1,0 +1,288 @@
+//! A network as data: its layers, the tensors each reads, and the options that change the arithmetic.
+//!
+//! Dimensions are checked against the tensors when a spec is made, so that the engine can rely on them.
+
+use super::shape::DenseKind;
+
+/// Index of a tensor in the file's tensor list.
+pub type TensorId = usize;
+
+/// A whole network.
+#[derive(Debug, Clone)]
+pub struct ModelSpec {
+    /// Architecture name in the file.
+    pub arch: String,
+    /// Width of the hidden state.
+    pub hidden: usize,
+    /// Vocabulary size: rows of the embedding.
+    pub n_vocab: usize,
+    /// Context length the model was trained for.
+    pub context: usize,
+    /// Epsilon of every RMS norm.
+    pub norm_eps: f32,
+    /// `[n_vocab, hidden]`.
+    pub embedding: TensorId,
+    /// `[hidden]`.
+    pub output_norm: TensorId,
+    /// `[n_vocab, hidden]`; the embedding itself when tied.
+    pub output: TensorId,
+    /// First to last.
+    pub layers: Vec<LayerSpec>,
+}
+
+/// One layer: `x += mixer(norm(x)); x += ffn(norm(x))`.
+#[derive(Debug, Clone)]
+pub struct LayerSpec {
+    /// Norm before the mixer, `[hidden]`.
+    pub mixer_norm: TensorId,
+    /// What mixes tokens.
+    pub mixer: Mixer,
+    /// Norm before the feed-forward block, `[hidden]`.
+    pub ffn_norm: TensorId,
+    /// Feed-forward block.
+    pub ffn: Ffn,
+}
+
+/// A layer's way of mixing tokens.
+#[derive(Debug, Clone)]
+pub enum Mixer {
+    /// Attention with grouped key and value heads.
+    Gqa(GqaSpec),
+}
+
+/// A matrix and its optional bias.
+#[derive(Debug, Clone, Copy)]
+pub struct Linear {
+    /// `[out, in]`.
+    pub weight: TensorId,
+    /// `[out]`.
+    pub bias: Option<TensorId>,
+    /// Rows.
+    pub n_out: usize,
+    /// Columns.
+    pub n_in: usize,
+}
+
+/// What a query or key norm spans.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NormSpan {
+    /// Each head by itself; the weight has `head_dim` values.
+    Head,
+    /// All heads together.
+    Full,
+}
+
+/// Grouped-query attention.
+#[derive(Debug, Clone)]
+pub struct GqaSpec {
+    /// Query heads.
+    pub n_head: usize,
+    /// Key and value heads; divides `n_head`.
+    pub n_head_kv: usize,
+    /// Width of a query or key head.
+    pub key_dim: usize,
+    /// Width of a value head.
+    pub value_dim: usize,
+    /// Factor on the scores.
+    pub scale: f32,
+    /// Rotary position embedding of queries and keys.
+    pub rope: RopeSpec,
+    /// Norms of queries and keys before rotation.
+    pub qk_norm: Option<(TensorId, TensorId, NormSpan)>,
+    /// `[n_head * key_dim, hidden]`.
+    pub q: Linear,
+    /// `[n_head_kv * key_dim, hidden]`.
+    pub k: Linear,
+    /// `[n_head_kv * value_dim, hidden]`.
+    pub v: Linear,
+    /// `[hidden, n_head * value_dim]`.
+    pub o: Linear,
+}
+
+/// Which values rotate together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RopeKind {
+    /// Neighbours: (0, 1), (2, 3), …
+    Adjacent,
+    /// Halves: (0, n/2), (1, n/2 + 1), …
+    Halves,
+}
+
+/// Rotary position embedding.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RopeSpec {
+    /// Pairing.
+    pub kind: RopeKind,
+    /// Values of a head that rotate, the first ones; even.
+    pub dims: usize,
+    /// Base of the geometric row of frequencies.
+    pub base: f32,
+    /// How positions beyond the trained context are squeezed in.
+    pub scaling: RopeScaling,
+    /// Divisors of the frequencies, `[dims / 2]`.
+    pub freq_factors: Option<TensorId>,
+}
+
+/// Extension of the context by rotary scaling.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum RopeScaling {
+    /// None.
+    None,
+    /// All positions divided by this factor.
+    Linear(f32),
+    /// YaRN (arXiv 2309.00071): high frequencies kept, low ones divided, a ramp between.
+    Yarn {
+        /// Extension factor.
+        factor: f32,
+        /// Context before extension.
+        original_context: f32,
+        /// Rotations above which a frequency is kept.
+        beta_fast: f32,
+        /// Rotations below which a frequency is divided by the whole factor.
+        beta_slow: f32,
+        /// Factor on the rotated values, besides YaRN's own `1 + 0.1 ln(factor)`.
+        attn_factor: f32,
+    },
+}
+
+/// A feed-forward block.
+#[derive(Debug, Clone)]
+pub enum Ffn {
+    /// `down(silu(gate x) · up x)`.
+    Dense(GatedFfn),
+    /// Routed experts, and possibly shared ones.
+    Moe(MoeSpec),
+}
+
+/// A gated feed-forward block.
+#[derive(Debug, Clone, Copy)]
+pub struct GatedFfn {
+    /// `[ffn, hidden]`.
+    pub gate: Linear,
+    /// `[ffn, hidden]`.
+    pub up: Linear,
+    /// `[hidden, ffn]`.
+    pub down: Linear,
+}
+
+/// How router logits become probabilities.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Gating {
+    /// Softmax over all experts, then choose.
+    Softmax,
+    /// Sigmoid of each, then choose.
+    Sigmoid,
+    /// Choose by logit, then softmax over the chosen.
+    SoftmaxChosen,
+}
+
+/// Routed experts of a layer.
+#[derive(Debug, Clone)]
+pub struct MoeSpec {
+    /// `[n_expert, hidden]`.
+    pub router: Linear,
+    /// Added to the probabilities for the choice only, `[n_expert]`.
+    pub selection_bias: Option<TensorId>,
+    /// Logits to probabilities.
+    pub gating: Gating,
+    /// Experts.
+    pub n_expert: usize,
+    /// Experts a token uses.
+    pub n_used: usize,
+    /// Groups of experts and how many of them may be chosen from.
+    pub groups: Option<(usize, usize)>,
+    /// Divide the chosen weights by their sum.
+    pub normalize: bool,
+    /// Factor on the weights.
+    pub scale: f32,
+    /// Width inside an expert.
+    pub expert_ffn: usize,
+    /// `[n_expert, expert_ffn, hidden]`.
+    pub gate: TensorId,
+    /// `[n_expert, expert_ffn, hidden]`.
+    pub up: TensorId,
+    /// `[n_expert, hidden, expert_ffn]`.
+    pub down: TensorId,
+}
+
+/// The tensors of one dense placement group.
+#[derive(Debug, Clone)]
+pub struct DenseGroup {
+    /// Which.
+    pub kind: DenseKind,
+    /// The layer, or `None` for embedding and head.
+    pub layer: Option<u32>,
+    /// Its tensors.
+    pub tensors: Vec<TensorId>,
+}
+
+impl Linear {
+    fn tensors(&self) -> impl Iterator<Item = TensorId> {
+        [Some(self.weight), self.bias].into_iter().flatten()
+    }
+}
+
+impl LayerSpec {
+    /// The routed experts, if the layer has any.
+    pub fn moe(&self) -> Option<&MoeSpec> {
+        match &self.ffn {
+            Ffn::Moe(moe) => Some(moe),
+            Ffn::Dense(_) => None,
+        }
+    }
+}
+
+impl ModelSpec {
+    /// Whether the head is the embedding.
+    pub fn tied(&self) -> bool {
+        self.output == self.embedding
+    }
+
+    /// Layers with routed experts, ascending, each with its number.
+    pub fn moe_layers(&self) -> impl Iterator<Item = (usize, &MoeSpec)> {
+        self.layers.iter().enumerate().filter_map(|(i, l)| l.moe().map(|m| (i, m)))
+    }
+
+    /// Every tensor that is not a routed expert's, in its placement group. Each tensor is in one group.
+    pub fn dense_groups(&self) -> Vec<DenseGroup> {
+        let mut groups = Vec::new();
+        if !self.tied() {
+            groups.push(DenseGroup { kind: DenseKind::Embedding, layer: None, tensors: vec![self.embedding] });
+        }
+        let mut shared_factors = Vec::new();
+        for (i, layer) in self.layers.iter().enumerate() {
+            let number = u32::try_from(i).ok();
+            let Mixer::Gqa(a) = &layer.mixer;
+            let mut tensors = vec![layer.mixer_norm];
+            for linear in [&a.q, &a.k, &a.v, &a.o] {
+                tensors.extend(linear.tensors());
+            }
+            if let Some((q, k, _)) = a.qk_norm {
+                tensors.extend([q, k]);
+            }
+            shared_factors.extend(a.rope.freq_factors);
+            groups.push(DenseGroup { kind: DenseKind::Attention, layer: number, tensors });
+            match &layer.ffn {
+                Ffn::Dense(ffn) => {
+                    let mut tensors = vec![layer.ffn_norm];
+                    for linear in [&ffn.gate, &ffn.up, &ffn.down] {
+                        tensors.extend(linear.tensors());
+                    }
+                    groups.push(DenseGroup { kind: DenseKind::DenseFfn, layer: number, tensors });
+                }
+                Ffn::Moe(moe) => {
+                    let mut tensors = vec![layer.ffn_norm];
+                    tensors.extend(moe.router.tensors());
+                    tensors.extend(moe.selection_bias);
+                    groups.push(DenseGroup { kind: DenseKind::Router, layer: number, tensors });
+                }
+            }
+        }
+        shared_factors.sort_unstable();
+        shared_factors.dedup();
+        let mut head = vec![self.output_norm, self.output];
+        head.extend(shared_factors);
+        groups.push(DenseGroup { kind: DenseKind::Head, layer: None, tensors: head });
+        groups
+    }
+}

@@ -1,0 +1,157 @@
+//! Pacing of emulated tiers: what a stage would take at the declared rates, it takes.
+//!
+//! A stage's work runs first, on real memory; then the pacer waits until the declared time has passed since the stage
+//! began. Real tiers are not paced. What is charged is what the planner's cost model predicts:
+//!
+//! - a dense stage: the layer's fixed overhead, plus bytes over rate of each tier, one after the other;
+//! - an expert stage: the longest of the paths that overlap: each accelerator tier (latency of a launch, then bytes
+//!   over rate), each tier the CPU computes from (bytes over rate), and the slow tier (latency, then missed bytes over
+//!   rate).
+
+use crate::formats::machine::{Tier, TierKind};
+use std::time::{Duration, Instant};
+
+/// Waits longer than this are slept through; the rest is spun away, since sleeping overshoots by tens of microseconds.
+const SPIN: Duration = Duration::from_micros(120);
+
+/// Bytes read from each tier in one stage.
+#[derive(Debug, Clone, Default)]
+pub struct StageBytes(Vec<u64>);
+
+impl StageBytes {
+    /// No bytes of `n_tiers` tiers.
+    pub fn new(n_tiers: usize) -> Self {
+        Self(vec![0; n_tiers])
+    }
+
+    /// Counts bytes of a tier.
+    pub fn add(&mut self, tier: usize, bytes: u64) {
+        self.0[tier] += bytes;
+    }
+
+    /// By tier.
+    pub fn by_tier(&self) -> &[u64] {
+        &self.0
+    }
+
+    /// Back to no bytes.
+    pub fn clear(&mut self) {
+        self.0.fill(0);
+    }
+}
+
+impl From<Vec<u64>> for StageBytes {
+    fn from(by_tier: Vec<u64>) -> Self {
+        Self(by_tier)
+    }
+}
+
+/// The declared rates of a plan's tiers.
+#[derive(Debug, Clone)]
+pub struct Pacer {
+    tiers: Vec<Tier>,
+    layer_overhead: Duration,
+    token_overhead: Duration,
+}
+
+impl Pacer {
+    /// A pacer, or `None` where no tier is emulated.
+    pub fn new(tiers: &[Tier], layer_overhead_us: f64, token_overhead_us: f64) -> Option<Self> {
+        tiers.iter().any(|t| t.emulated).then(|| Self {
+            tiers: tiers.to_vec(),
+            layer_overhead: micros(layer_overhead_us),
+            token_overhead: micros(token_overhead_us),
+        })
+    }
+
+    fn transfer(&self, tier: usize, bytes: u64) -> Duration {
+        let t = &self.tiers[tier];
+        if t.emulated && bytes > 0 { Duration::from_secs_f64(bytes as f64 / (t.read_gbps * 1e9)) } else { Duration::ZERO }
+    }
+
+    /// Declared time of a layer's dense stage.
+    pub fn dense(&self, bytes: &StageBytes) -> Duration {
+        self.layer_overhead + self.sum(bytes)
+    }
+
+    /// Declared time of the work outside layers.
+    pub fn outside(&self, bytes: &StageBytes) -> Duration {
+        self.token_overhead + self.sum(bytes)
+    }
+
+    fn sum(&self, bytes: &StageBytes) -> Duration {
+        bytes.0.iter().enumerate().map(|(tier, b)| self.transfer(tier, *b)).sum()
+    }
+
+    /// Declared time of an expert stage: computed bytes by tier, and bytes brought in from the last tier.
+    pub fn experts(&self, computed: &StageBytes, missed_bytes: u64) -> Duration {
+        let slow = self.tiers.len() - 1;
+        let mut longest = Duration::ZERO;
+        for (tier, bytes) in computed.0.iter().enumerate() {
+            let launch = self.tiers[tier].kind == TierKind::Vram && self.tiers[tier].emulated && *bytes > 0;
+            let latency = if launch { micros(self.tiers[tier].latency_us) } else { Duration::ZERO };
+            longest = longest.max(latency + self.transfer(tier, *bytes));
+        }
+        if missed_bytes > 0 && self.tiers[slow].emulated {
+            longest = longest.max(micros(self.tiers[slow].latency_us) + self.transfer(slow, missed_bytes));
+        }
+        longest
+    }
+}
+
+fn micros(us: f64) -> Duration {
+    Duration::from_secs_f64((us * 1e-6).max(0.0))
+}
+
+/// Waits until `start + declared`.
+pub fn settle(start: Instant, declared: Duration) {
+    let end = start + declared;
+    loop {
+        let left = end.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return;
+        }
+        if left > SPIN { std::thread::sleep(left - SPIN) } else { std::hint::spin_loop() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tier(kind: TierKind, read_gbps: f64, latency_us: f64, emulated: bool) -> Tier {
+        let name = format!("{kind:?}");
+        Tier { name, kind, capacity_bytes: 1 << 30, read_gbps, latency_us, emulated, source: String::new() }
+    }
+
+    #[test]
+    fn expert_paths_overlap_and_dense_ones_add_up() {
+        let tiers = [
+            tier(TierKind::Vram, 10.0, 5.0, true),
+            tier(TierKind::Dram, 1.0, 0.0, true),
+            tier(TierKind::Nvme, 0.1, 40.0, true),
+        ];
+        let pacer = Pacer::new(&tiers, 20.0, 60.0).unwrap();
+        let mut bytes = StageBytes::new(3);
+        bytes.add(0, 100_000); // 10 µs
+        bytes.add(1, 30_000); // 30 µs
+        assert_eq!(pacer.dense(&bytes), Duration::from_micros(60));
+        assert_eq!(pacer.outside(&bytes), Duration::from_micros(100));
+        assert_eq!(pacer.experts(&bytes, 0), Duration::from_micros(30));
+        assert_eq!(pacer.experts(&bytes, 1_000), Duration::from_micros(50));
+    }
+
+    #[test]
+    fn real_tiers_are_not_paced() {
+        assert!(Pacer::new(&[tier(TierKind::Dram, 1.0, 0.0, false)], 20.0, 60.0).is_none());
+    }
+
+    #[test]
+    fn settling_never_ends_early() {
+        for us in [0, 50, 400] {
+            let start = Instant::now();
+            settle(start, Duration::from_micros(us));
+            assert!(start.elapsed() >= Duration::from_micros(us));
+        }
+    }
+}
