@@ -1,6 +1,14 @@
 //! `machine.toml`: the memory tiers of a machine with their capacities and measured or declared rates.
 
-use super::SourceId;
+use super::kind::{MACHINE, toml_words};
+use super::text::{check_amount, check_bytes, float, quote};
+use super::{FormatError, SourceId, safely};
+use crate::units::parse_bytes;
+use serde::Deserialize;
+use serde::de::{self, Deserializer, Visitor};
+use std::collections::HashSet;
+use std::fmt;
+use std::path::Path;
 
 /// What kind of memory a tier is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -15,6 +23,25 @@ pub enum TierKind {
     Cxl,
     /// A block device: bytes are read into a slot or a staging buffer before they compute.
     Nvme,
+}
+
+impl TierKind {
+    /// Its name in files.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            TierKind::Vram => "vram",
+            TierKind::Dram => "dram",
+            TierKind::Pmem => "pmem",
+            TierKind::Cxl => "cxl",
+            TierKind::Nvme => "nvme",
+        }
+    }
+}
+
+impl fmt::Display for TierKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
 }
 
 /// One tier.
@@ -52,3 +79,224 @@ pub struct Machine {
     /// Hash of the file it was read from; the name repeated.
     pub id: SourceId,
 }
+
+/// Reads a machine from the bytes of its file. `path` is only named in errors.
+pub fn decode(bytes: &[u8], path: &Path) -> Result<Machine, FormatError> {
+    let text = MACHINE.open_toml(bytes, path)?;
+    let wire: WireMachine = toml::from_str(text).map_err(|e| FormatError::invalid(path, toml_words(text, &e)))?;
+    let machine = Machine {
+        id: SourceId::of_bytes(&wire.name, bytes),
+        name: wire.name,
+        description: wire.description,
+        tiers: wire.tier.into_iter().map(WireTier::into_tier).collect(),
+        layer_overhead_us: wire.layer_overhead_us,
+        token_overhead_us: wire.token_overhead_us,
+    };
+    machine.check().map_err(|what| FormatError::invalid(path, what))?;
+    Ok(machine)
+}
+
+/// Reads a machine file.
+pub fn read(path: &Path) -> Result<Machine, FormatError> {
+    decode(&MACHINE.read(path)?, path)
+}
+
+impl Machine {
+    /// The file as text. The identity is not written: it is the hash of this text.
+    pub fn encode(&self) -> String {
+        let mut out = String::new();
+        out.push_str(&format!("format = {}\nversion = 1\n", quote(MACHINE.format)));
+        out.push_str(&format!("name = {}\n", quote(&self.name)));
+        out.push_str(&format!("description = {}\n", quote(&self.description)));
+        out.push_str(&format!("layer_overhead_us = {}\n", float(self.layer_overhead_us)));
+        out.push_str(&format!("token_overhead_us = {}\n", float(self.token_overhead_us)));
+        for tier in &self.tiers {
+            out.push_str("\n[[tier]]\n");
+            out.push_str(&format!("name = {}\n", quote(&tier.name)));
+            out.push_str(&format!("kind = {}\n", quote(tier.kind.as_str())));
+            out.push_str(&format!("capacity = {}\n", show_capacity(tier.capacity_bytes)));
+            out.push_str(&format!("read_gbps = {}\n", float(tier.read_gbps)));
+            out.push_str(&format!("latency_us = {}\n", float(tier.latency_us)));
+            out.push_str(&format!("emulated = {}\n", tier.emulated));
+            out.push_str(&format!("source = {}\n", quote(&tier.source)));
+        }
+        out
+    }
+
+    /// Writes the file, or says why its content would not be readable again.
+    pub fn write(&self, path: &Path) -> Result<(), FormatError> {
+        self.check().map_err(|what| FormatError::invalid(path, what))?;
+        safely::write(path, self.encode().as_bytes())
+    }
+
+    /// The same machine with the identity that its own file would have.
+    pub fn identified(mut self) -> Machine {
+        self.id = SourceId::of_bytes(&self.name, self.encode().as_bytes());
+        self
+    }
+
+    fn check(&self) -> Result<(), String> {
+        check_amount("layer_overhead_us", self.layer_overhead_us)?;
+        check_amount("token_overhead_us", self.token_overhead_us)?;
+        check_tiers(self.tiers.iter())?;
+        for pair in self.tiers.windows(2) {
+            if pair[0].read_gbps < pair[1].read_gbps {
+                return Err(format!(
+                    "tier '{}' ({} GB/s) stands before tier '{}' ({} GB/s); list the tiers from fastest to slowest, \
+                     since experts that are not pinned live on the last one",
+                    pair[0].name, pair[0].read_gbps, pair[1].name, pair[1].read_gbps
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What holds for the tiers of a machine and of a plan alike, whatever their order.
+pub(super) fn check_tiers<'a>(tiers: impl Iterator<Item = &'a Tier>) -> Result<(), String> {
+    const MAX_TIERS: usize = 16;
+    let mut names = HashSet::new();
+    let mut drams = Vec::new();
+    for tier in tiers {
+        let name = &tier.name;
+        if name.is_empty()
+            || name.len() > 64
+            || !name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-'))
+        {
+            return Err(format!("tier name {} must be 1 to 64 letters, digits, '-' or '_'", quote(name)));
+        }
+        if !names.insert(name.as_str()) {
+            return Err(format!("two tiers are named '{name}'; give each its own name"));
+        }
+        if names.len() > MAX_TIERS {
+            return Err(format!("more than {MAX_TIERS} tiers; merge those of like speed"));
+        }
+        if tier.capacity_bytes == 0 {
+            return Err(format!("tier '{name}' has a capacity of 0; leave the tier out"));
+        }
+        check_bytes(&format!("the capacity of tier '{name}'"), tier.capacity_bytes)?;
+        if !(tier.read_gbps.is_finite() && tier.read_gbps > 0.0) {
+            return Err(format!(
+                "read_gbps of tier '{name}' is {}, but must be a positive finite number of 10^9 bytes a second",
+                tier.read_gbps
+            ));
+        }
+        check_amount(&format!("latency_us of tier '{name}'"), tier.latency_us)?;
+        if tier.kind == TierKind::Dram {
+            drams.push(name.as_str());
+        }
+    }
+    if names.is_empty() {
+        return Err("no tier; add a [[tier]] table for each kind of memory".into());
+    }
+    match drams.as_slice() {
+        [_] => Ok(()),
+        [] => Err("no tier of kind \"dram\"; add the main memory, where the rest of the program works".into()),
+        [first, second, ..] => {
+            Err(format!("tiers '{first}' and '{second}' are both of kind \"dram\"; there can be only one"))
+        }
+    }
+}
+
+/// A capacity for people when that is exact (`"24GiB"`), else the number of bytes.
+fn show_capacity(bytes: u64) -> String {
+    for (shift, unit) in [(40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")] {
+        let text = format!("{}{unit}", bytes as f64 / (1u64 << shift) as f64);
+        // Longer decimals say no more than the number itself; shorter ones below 1 belong to the next unit.
+        if bytes >= 1 << shift && text.len() <= 10 && parse_bytes(&text) == Ok(bytes) {
+            return quote(&text);
+        }
+    }
+    bytes.to_string()
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct WireMachine {
+    #[serde(rename = "format")]
+    _format: String,
+    #[serde(rename = "version")]
+    _version: u64,
+    name: String,
+    #[serde(default)]
+    description: String,
+    layer_overhead_us: f64,
+    token_overhead_us: f64,
+    tier: Vec<WireTier>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct WireTier {
+    name: String,
+    kind: WireKind,
+    #[serde(deserialize_with = "capacity")]
+    capacity: u64,
+    read_gbps: f64,
+    latency_us: f64,
+    #[serde(default)]
+    emulated: bool,
+    source: String,
+}
+
+impl WireTier {
+    fn into_tier(self) -> Tier {
+        Tier {
+            name: self.name,
+            kind: self.kind.into(),
+            capacity_bytes: self.capacity,
+            read_gbps: self.read_gbps,
+            latency_us: self.latency_us,
+            emulated: self.emulated,
+            source: self.source,
+        }
+    }
+}
+
+/// [`TierKind`] as files spell it.
+#[derive(Deserialize, Clone, Copy)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum WireKind {
+    Vram,
+    Dram,
+    Pmem,
+    Cxl,
+    Nvme,
+}
+
+impl From<WireKind> for TierKind {
+    fn from(kind: WireKind) -> TierKind {
+        match kind {
+            WireKind::Vram => TierKind::Vram,
+            WireKind::Dram => TierKind::Dram,
+            WireKind::Pmem => TierKind::Pmem,
+            WireKind::Cxl => TierKind::Cxl,
+            WireKind::Nvme => TierKind::Nvme,
+        }
+    }
+}
+
+/// Accepts a number of bytes or a size in words.
+fn capacity<'de, D: Deserializer<'de>>(from: D) -> Result<u64, D::Error> {
+    struct Size;
+    impl Visitor<'_> for Size {
+        type Value = u64;
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a number of bytes or a size like \"24GiB\"")
+        }
+        fn visit_u64<E: de::Error>(self, bytes: u64) -> Result<u64, E> {
+            Ok(bytes)
+        }
+        fn visit_i64<E: de::Error>(self, bytes: i64) -> Result<u64, E> {
+            u64::try_from(bytes).map_err(|_| E::invalid_value(de::Unexpected::Signed(bytes), &self))
+        }
+        fn visit_str<E: de::Error>(self, text: &str) -> Result<u64, E> {
+            parse_bytes(text).map_err(E::custom)
+        }
+    }
+    from.deserialize_any(Size)
+}
+
+#[cfg(test)]
+#[path = "machine_tests.rs"]
+mod tests;

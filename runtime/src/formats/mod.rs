@@ -9,7 +9,11 @@ pub mod profile;
 pub mod record;
 pub mod safely;
 
-use std::path::PathBuf;
+mod kind;
+mod ranges;
+mod text;
+
+use std::path::{Path, PathBuf};
 use thiserror::Error;
 
 /// What a file was made from: a name for people and a hash for programs.
@@ -19,6 +23,21 @@ pub struct SourceId {
     pub name: String,
     /// 32 hexadecimal digits of XXH3-128 over the content (for a model: over its header and its length).
     pub hash: String,
+}
+
+impl SourceId {
+    /// Identifies content by its bytes.
+    pub fn of_bytes(name: &str, bytes: &[u8]) -> SourceId {
+        SourceId { name: name.into(), hash: format!("{:032x}", xxhash_rust::xxh3::xxh3_128(bytes)) }
+    }
+}
+
+/// The name and the start of the hash, for messages.
+impl std::fmt::Display for SourceId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let short: String = self.hash.chars().take(12).collect();
+        write!(f, "'{}' ({short})", self.name)
+    }
 }
 
 /// Why a file of ours could not be read or written.
@@ -62,4 +81,22 @@ pub enum FormatError {
         /// The field, what was expected, what was found, and the mend.
         what: String,
     },
+}
+
+impl FormatError {
+    /// A wrong value: `what` names the field, what was expected, what was found, and the mend.
+    pub(crate) fn invalid(path: &Path, what: impl Into<String>) -> FormatError {
+        FormatError::Invalid { path: path.into(), what: what.into() }
+    }
+}
+
+/// Refuses a file made for another model; `file` is `plan` or `profile`.
+fn check_model(made_for: &SourceId, given: &SourceId, file: &str, mend: &str, path: &Path) -> Result<(), FormatError> {
+    if made_for.hash == given.hash {
+        return Ok(());
+    }
+    Err(FormatError::invalid(
+        path,
+        format!("this {file} was made for the model {made_for}, but the model given is {given}; {mend}"),
+    ))
 }

@@ -1,8 +1,16 @@
 //! `placement.toml`: where every tensor lives, and what that is predicted to give.
 
-use super::SourceId;
+mod check;
+mod wire;
+
+#[cfg(test)]
+mod tests;
+
+use super::kind::PLACEMENT;
 use super::machine::Tier;
+use super::{FormatError, SourceId, safely};
 use crate::model::shape::DenseKind;
+use std::path::Path;
 
 /// Index into [`Placement::tiers`].
 pub type TierIdx = usize;
@@ -36,9 +44,21 @@ pub struct PlanTier {
 }
 
 impl PlanTier {
-    /// All lines together.
+    /// All lines together; a sum beyond the range, which no readable plan has, stops at its end.
     pub fn used_bytes(&self) -> u64 {
-        self.dense_bytes + self.pinned_bytes + self.slot_bytes + self.kv_bytes + self.staging_bytes + self.home_bytes
+        self.lines().iter().fold(0, |sum, (_, bytes)| sum.saturating_add(*bytes))
+    }
+
+    /// The budget lines with their names in files.
+    fn lines(&self) -> [(&'static str, u64); 6] {
+        [
+            ("dense_bytes", self.dense_bytes),
+            ("pinned_bytes", self.pinned_bytes),
+            ("slot_bytes", self.slot_bytes),
+            ("kv_bytes", self.kv_bytes),
+            ("staging_bytes", self.staging_bytes),
+            ("home_bytes", self.home_bytes),
+        ]
     }
 }
 
@@ -133,7 +153,7 @@ pub struct Placement {
     pub staging_experts: u32,
     /// Fastest first.
     pub tiers: Vec<PlanTier>,
-    /// Every dense group of the model once.
+    /// Every dense group of the model once; a plan that was read has them by kind, then by layer.
     pub dense: Vec<DensePlacement>,
     /// Every layer with routed experts once, ascending. What is not pinned is pooled and lives on the last tier.
     pub layers: Vec<LayerPlacement>,
@@ -141,4 +161,46 @@ pub struct Placement {
     pub solver: SolverReport,
     /// What it should give.
     pub predicted: Prediction,
+}
+
+/// Reads a plan from the bytes of its file. `path` is only named in errors.
+pub fn decode(bytes: &[u8], path: &Path) -> Result<Placement, FormatError> {
+    let text = PLACEMENT.open_toml(bytes, path)?;
+    let plan = wire::decode(text).map_err(|what| FormatError::invalid(path, what))?;
+    check::check(&plan).map_err(|what| FormatError::invalid(path, what))?;
+    Ok(plan)
+}
+
+/// Reads a plan.
+pub fn read(path: &Path) -> Result<Placement, FormatError> {
+    decode(&PLACEMENT.read(path)?, path)
+}
+
+impl Placement {
+    /// The file as text: dense groups by kind and tier, experts as ranges, like layers together.
+    pub fn encode(&self) -> String {
+        wire::encode(self)
+    }
+
+    /// Writes the file, or says why its content would not be readable again.
+    pub fn write(&self, path: &Path) -> Result<(), FormatError> {
+        check::check(self).map_err(|what| FormatError::invalid(path, what))?;
+        safely::write(path, self.encode().as_bytes())
+    }
+
+    /// The tier that an expert is pinned to, or `None` when it is pooled. `layer_pos` counts in [`Placement::layers`].
+    pub fn pinned_tier(&self, layer_pos: usize, expert: u32) -> Option<TierIdx> {
+        let layer = self.layers.get(layer_pos)?;
+        layer.pinned.iter().find(|(_, experts)| experts.binary_search(&expert).is_ok()).map(|&(tier, _)| tier)
+    }
+
+    /// The tier where pooled experts live: the last one.
+    pub fn home_tier(&self) -> TierIdx {
+        self.tiers.len().saturating_sub(1)
+    }
+
+    /// Refuses a plan that was made for another model, naming both.
+    pub fn check_model(&self, id: &SourceId, path: &Path) -> Result<(), FormatError> {
+        super::check_model(&self.model, id, "plan", "give the plan's own model, or run `tier-plan solve` for this one", path)
+    }
 }

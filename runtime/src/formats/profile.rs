@@ -1,6 +1,14 @@
 //! `*.profile`: which experts each token chose, layer by layer, over the calibration prompts.
 
-use super::SourceId;
+mod wire;
+
+#[cfg(test)]
+mod tests;
+
+use super::kind::PROFILE;
+use super::{FormatError, SourceId, safely};
+use std::ops::Range;
+use std::path::Path;
 
 /// Whether a prompt may be used to choose a placement, or only to judge it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -39,6 +47,23 @@ pub struct PromptTrace {
     pub weights: Vec<u8>,
 }
 
+impl PromptTrace {
+    /// Prompt tokens and decoded ones.
+    pub fn tokens(&self) -> usize {
+        self.prompt_tokens as usize + self.decode_tokens as usize
+    }
+
+    /// Positions of the tokens of a phase, of all tokens for `None`.
+    pub fn token_range(&self, phase: Option<Phase>) -> Range<usize> {
+        let prompt = self.prompt_tokens as usize;
+        match phase {
+            None => 0..self.tokens(),
+            Some(Phase::Prompt) => 0..prompt,
+            Some(Phase::Decode) => prompt..self.tokens(),
+        }
+    }
+}
+
 /// A profile. Layers here are those with routed experts only, in ascending order.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Profile {
@@ -54,7 +79,7 @@ pub struct Profile {
     pub made: String,
     /// One entry a prompt.
     pub prompts: Vec<PromptTrace>,
-    /// Hash of the file it was read from; the name repeated.
+    /// Hash of the file it was read from, under the model's name.
     pub id: SourceId,
 }
 
@@ -65,4 +90,79 @@ impl Profile {
         let at = (token * self.layers.len() + layer) * used;
         &self.prompts[prompt].experts[at..at + used]
     }
+
+    /// How often each expert was chosen, `[layer position][expert]`, over the prompts that match; `None` matches all.
+    pub fn counts(&self, phase: Option<Phase>, split: Option<Split>, domain: Option<&str>) -> Vec<Vec<u64>> {
+        let mut counts = vec![vec![0u64; self.n_expert as usize]; self.layers.len()];
+        let used = self.n_used as usize;
+        let per_token = self.layers.len() * used;
+        if per_token == 0 {
+            return counts;
+        }
+        for prompt in self.matching(split).filter(|p| domain.is_none_or(|d| p.domain == d)) {
+            let tokens = prompt.token_range(phase);
+            for token in prompt.experts.chunks_exact(per_token).take(tokens.end).skip(tokens.start) {
+                for (layer, chosen) in counts.iter_mut().zip(token.chunks_exact(used)) {
+                    for &expert in chosen {
+                        if let Some(count) = layer.get_mut(usize::from(expert)) {
+                            *count += 1;
+                        }
+                    }
+                }
+            }
+        }
+        counts
+    }
+
+    /// The domains of the prompts, each once, in the order in which they first come.
+    pub fn domains(&self) -> Vec<String> {
+        let mut domains: Vec<String> = Vec::new();
+        for prompt in &self.prompts {
+            if !domains.contains(&prompt.domain) {
+                domains.push(prompt.domain.clone());
+            }
+        }
+        domains
+    }
+
+    /// Tokens of a phase over the prompts of a split; `None` takes all.
+    pub fn n_tokens(&self, phase: Option<Phase>, split: Option<Split>) -> u64 {
+        self.matching(split).map(|p| p.token_range(phase).len() as u64).sum()
+    }
+
+    fn matching(&self, split: Option<Split>) -> impl Iterator<Item = &PromptTrace> {
+        self.prompts.iter().filter(move |p| split.is_none_or(|s| p.split == s))
+    }
+
+    /// The file as bytes. The identity is not written: it is the hash of these bytes.
+    pub fn encode(&self) -> Vec<u8> {
+        wire::encode(self)
+    }
+
+    /// Writes the file, or says why its content would not be readable again.
+    pub fn write(&self, path: &Path) -> Result<(), FormatError> {
+        wire::check(self).map_err(|what| FormatError::invalid(path, what))?;
+        safely::write(path, &self.encode())
+    }
+
+    /// The same profile with the identity that its own file would have.
+    pub fn identified(mut self) -> Profile {
+        self.id = SourceId::of_bytes(&self.model.name, &self.encode());
+        self
+    }
+
+    /// Refuses a profile of another model, naming both.
+    pub fn check_model(&self, id: &SourceId, path: &Path) -> Result<(), FormatError> {
+        super::check_model(&self.model, id, "profile", "give its own model, or run `tier-plan profile` on this one", path)
+    }
+}
+
+/// Reads a profile from the bytes of its file. `path` is only named in errors.
+pub fn decode(bytes: &[u8], path: &Path) -> Result<Profile, FormatError> {
+    wire::decode(bytes, path)
+}
+
+/// Reads a profile.
+pub fn read(path: &Path) -> Result<Profile, FormatError> {
+    decode(&PROFILE.read(path)?, path)
 }

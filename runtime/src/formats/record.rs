@@ -1,7 +1,14 @@
 //! `*.record.json`: what a run did and how fast, beside what its plan predicted.
 
-use super::SourceId;
+mod wire;
+
+#[cfg(test)]
+mod tests;
+
+use super::kind::RECORD;
 use super::placement::Prediction;
+use super::{FormatError, SourceId, safely};
+use std::path::Path;
 
 /// Time and bytes of one tier during a run's decode phase.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -90,6 +97,30 @@ impl RunRecord {
     pub fn prompt_tok_s(&self) -> f64 {
         rate(self.prompt_tokens, self.prompt_s)
     }
+
+    /// The file as indented JSON with a line feed at its end; the output's token ids share a line.
+    pub fn encode(&self) -> String {
+        wire::encode(self)
+    }
+
+    /// Writes the file, or says why its content would not be readable again.
+    pub fn write(&self, path: &Path) -> Result<(), FormatError> {
+        wire::check(self).map_err(|what| FormatError::invalid(path, what))?;
+        safely::write(path, self.encode().as_bytes())
+    }
+}
+
+/// Reads a run record from the bytes of its file. `path` is only named in errors.
+pub fn decode(bytes: &[u8], path: &Path) -> Result<RunRecord, FormatError> {
+    let text = RECORD.open_json(bytes, path)?;
+    let record = wire::decode(text).map_err(|what| FormatError::invalid(path, what))?;
+    wire::check(&record).map_err(|what| FormatError::invalid(path, what))?;
+    Ok(record)
+}
+
+/// Reads a run record.
+pub fn read(path: &Path) -> Result<RunRecord, FormatError> {
+    decode(&RECORD.read(path)?, path)
 }
 
 fn rate(count: u64, seconds: f64) -> f64 {

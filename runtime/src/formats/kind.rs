@@ -1,0 +1,210 @@
+//! Telling our files apart: what a file is, which version it has, and how much of it may be read into memory.
+
+use super::FormatError;
+use serde::Deserialize;
+use std::fs::File;
+use std::io::Read;
+use std::path::Path;
+
+/// First bytes of every profile.
+pub(super) const PROFILE_MAGIC: [u8; 8] = *b"tierprof";
+
+/// Bytes at the start of a file that are looked at to tell what it is.
+const HEAD_BYTES: u64 = 4096;
+
+/// One kind of file.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Kind {
+    /// Value of its `format` key; for the binary kind only a label.
+    pub format: &'static str,
+    /// What messages call it.
+    pub what: &'static str,
+    /// Newest version this program reads.
+    pub newest: u64,
+    /// Larger files are refused unread, in bytes.
+    pub limit_bytes: u64,
+    /// How to get one.
+    pub mend: &'static str,
+}
+
+pub(super) const MACHINE: Kind = Kind {
+    format: "tier-plan machine",
+    what: "machine file",
+    newest: 1,
+    limit_bytes: 1 << 20,
+    mend: "profiles/machines holds examples",
+};
+pub(super) const PLACEMENT: Kind = Kind {
+    format: "tier-plan placement",
+    what: "placement plan",
+    newest: 1,
+    limit_bytes: 64 << 20,
+    mend: "`tier-plan solve` writes one",
+};
+pub(super) const PROFILE: Kind = Kind {
+    format: "tier-plan profile",
+    what: "profile",
+    newest: 1,
+    limit_bytes: 4 << 30,
+    mend: "`tier-plan profile` writes one",
+};
+pub(super) const RECORD: Kind = Kind {
+    format: "tier-plan run record",
+    what: "run record",
+    newest: 1,
+    limit_bytes: 64 << 20,
+    mend: "`tier-plan run --record` writes one",
+};
+
+const ALL: [&Kind; 4] = [&MACHINE, &PLACEMENT, &PROFILE, &RECORD];
+
+impl Kind {
+    /// The file is something else; `found` says what, as a clause.
+    pub fn mismatch(&self, path: &Path, found: &str) -> FormatError {
+        let found = format!("{found}; {}", self.mend);
+        FormatError::Kind { path: path.into(), expected: self.what, found }
+    }
+
+    /// Accepts versions 1 to the newest.
+    pub fn check_version(&self, version: i64, path: &Path) -> Result<(), FormatError> {
+        match u64::try_from(version) {
+            Ok(v) if v > self.newest => {
+                Err(FormatError::Newer { path: path.into(), what: self.what, found: v, supported: self.newest })
+            }
+            Ok(v) if v > 0 => Ok(()),
+            _ => Err(FormatError::invalid(path, format!("version is {version}, but versions start at 1"))),
+        }
+    }
+
+    /// Reads a whole file, but not one that is too large or evidently of another kind (a model of hundreds of
+    /// gigabytes given by mistake must not be loaded to find that out).
+    pub fn read(&self, path: &Path) -> Result<Vec<u8>, FormatError> {
+        let io = |source| FormatError::Io { path: path.into(), source };
+        let mut file = File::open(path).map_err(io)?;
+        let mut bytes = Vec::new();
+        (&mut file).take(HEAD_BYTES).read_to_end(&mut bytes).map_err(io)?;
+        let found = sniff(&bytes);
+        if found.binary && found.kind != Some(self) {
+            return Err(self.mismatch(path, &found.words));
+        }
+        let rest = self.limit_bytes.saturating_sub(bytes.len() as u64);
+        file.take(rest + 1).read_to_end(&mut bytes).map_err(io)?;
+        if bytes.len() as u64 > self.limit_bytes {
+            if found.kind != Some(self) {
+                return Err(self.mismatch(path, &found.words));
+            }
+            let limit = crate::units::show_bytes(self.limit_bytes);
+            return Err(FormatError::invalid(path, format!("larger than {limit}, the most that a {} may have", self.what)));
+        }
+        Ok(bytes)
+    }
+
+    /// What a file seems to be, as a clause.
+    pub fn describe(bytes: &[u8]) -> String {
+        sniff(bytes).words
+    }
+
+    /// Checks `format` and `version` of a TOML file and returns its text.
+    pub fn open_toml<'a>(&self, bytes: &'a [u8], path: &Path) -> Result<&'a str, FormatError> {
+        let text = self.text(bytes, path)?;
+        let envelope = toml::from_str::<Envelope>(text);
+        self.check_envelope(envelope.map_err(|e| toml_words(text, &e)), bytes, path)?;
+        Ok(text)
+    }
+
+    /// Checks `format` and `version` of a JSON file and returns its text.
+    pub fn open_json<'a>(&self, bytes: &'a [u8], path: &Path) -> Result<&'a str, FormatError> {
+        let text = self.text(bytes, path)?;
+        let envelope = serde_json::from_str::<Envelope>(text);
+        self.check_envelope(envelope.map_err(|e| e.to_string()), bytes, path)?;
+        Ok(text)
+    }
+
+    fn text<'a>(&self, bytes: &'a [u8], path: &Path) -> Result<&'a str, FormatError> {
+        std::str::from_utf8(bytes).map_err(|e| {
+            let found = sniff(bytes);
+            if found.kind == Some(self) {
+                FormatError::invalid(path, format!("byte {} is not UTF-8; save the file as UTF-8", e.valid_up_to()))
+            } else {
+                self.mismatch(path, &found.words)
+            }
+        })
+    }
+
+    fn check_envelope(
+        &self,
+        envelope: Result<Envelope, String>,
+        bytes: &[u8],
+        path: &Path,
+    ) -> Result<(), FormatError> {
+        let found = sniff(bytes);
+        match envelope {
+            // A file that names itself ours but cannot be parsed is damaged; anything else is simply not ours.
+            Err(words) if found.kind == Some(self) => Err(FormatError::invalid(path, words)),
+            Err(_) => Err(self.mismatch(path, &found.words)),
+            Ok(Envelope { format: None, .. }) => Err(self.mismatch(path, &found.words)),
+            Ok(Envelope { format: Some(format), .. }) if format != self.format => {
+                Err(self.mismatch(path, &format!("its format is {}", super::text::quote(&format))))
+            }
+            Ok(Envelope { version: None, .. }) => {
+                Err(FormatError::invalid(path, format!("no version; write `version = {}`", self.newest)))
+            }
+            Ok(Envelope { version: Some(version), .. }) => self.check_version(version, path),
+        }
+    }
+}
+
+/// The two keys that every text file of ours has.
+#[derive(Deserialize)]
+struct Envelope {
+    format: Option<String>,
+    version: Option<i64>,
+}
+
+/// What a file seems to be.
+struct Found {
+    /// One of ours.
+    kind: Option<&'static Kind>,
+    /// In words.
+    words: String,
+    /// Certain without parsing.
+    binary: bool,
+}
+
+fn sniff(bytes: &[u8]) -> Found {
+    let head = &bytes[..bytes.len().min(HEAD_BYTES as usize)];
+    if head.is_empty() {
+        return Found { kind: None, words: "it is empty".into(), binary: false };
+    }
+    if head.starts_with(b"GGUF") {
+        return Found { kind: None, words: "it is a GGUF model".into(), binary: true };
+    }
+    if head.starts_with(&PROFILE_MAGIC) {
+        return Found { kind: Some(&PROFILE), words: "it is a tier-plan profile".into(), binary: true };
+    }
+    for kind in ALL {
+        let quoted = format!("\"{}\"", kind.format);
+        if head.windows(quoted.len()).any(|w| w == quoted.as_bytes()) {
+            return Found { kind: Some(kind), words: format!("it is a {}", kind.what), binary: false };
+        }
+    }
+    if head.iter().any(|&b| b < 0x20 && !b"\t\n\r\x0c".contains(&b)) {
+        let first: Vec<String> = head.iter().take(4).map(|b| format!("{b:02x}")).collect();
+        let words = format!("it is binary data that starts with {}", first.join(" "));
+        return Found { kind: None, words, binary: true };
+    }
+    Found { kind: None, words: "it is text that names no tier-plan format".into(), binary: false }
+}
+
+/// A TOML error in one line, with the line it concerns.
+pub(super) fn toml_words(text: &str, error: &toml::de::Error) -> String {
+    let message = error.message().trim().replace('\n', ", ");
+    match error.span() {
+        Some(span) => {
+            let before = &text.as_bytes()[..span.start.min(text.len())];
+            let line = before.iter().filter(|&&b| b == b'\n').count() + 1;
+            format!("line {line}: {message}")
+        }
+        None => message,
+    }
+}

@@ -1,0 +1,485 @@
+//! The text of version 1 of a plan: written by hand for people, read through wire structs for safety.
+
+use super::{
+    DensePlacement, LayerPlacement, PLACEMENT, PlanTier, Placement, Prediction, SlotPolicy, SolverReport, TierIdx,
+};
+use crate::formats::SourceId;
+use crate::formats::kind::toml_words;
+use crate::formats::machine::{Tier, WireKind};
+use crate::formats::ranges::{self, Allowance, MAX_EXPERT, MAX_LAYER};
+use crate::formats::text::{float, quote};
+use crate::model::shape::DenseKind;
+use crate::units::show_bytes;
+use serde::Deserialize;
+use std::collections::{BTreeMap, HashMap};
+
+/// Dense groups that every layer may have, with their keys.
+const BY_LAYER: [(DenseKind, &str); 4] = [
+    (DenseKind::Attention, "attention"),
+    (DenseKind::Router, "router"),
+    (DenseKind::SharedExpert, "shared_expert"),
+    (DenseKind::DenseFfn, "dense_ffn"),
+];
+
+/// The plan as text. A tier index out of range, which [`super::check`] refuses, is written as a name no tier has.
+pub(super) fn encode(plan: &Placement) -> String {
+    let mut out = Text(String::new());
+    let name = |tier: TierIdx| plan.tiers.get(tier).map_or("?", |t| t.tier.name.as_str());
+    out.line("# Where every tensor lives; docs/FORMAT.md explains each line.");
+    out.field("format", quote(PLACEMENT.format));
+    out.field("version", "1");
+    out.field("name", quote(&plan.name));
+    out.field("context", plan.context);
+    out.field("kv_tier", quote(name(plan.kv_tier)));
+    let staging = quote(name(plan.staging_tier));
+    out.field("staging", format!("{{ tier = {staging}, experts = {} }}", plan.staging_experts));
+    out.field("layer_overhead_us", float(plan.layer_overhead_us));
+    out.field("token_overhead_us", float(plan.token_overhead_us));
+
+    out.line("\n[made_from]");
+    out.field("model", source(&plan.model));
+    if let Some(profile) = &plan.profile {
+        out.field("profile", source(profile));
+    }
+    out.field("machine", source(&plan.machine));
+
+    out.line("\n[solver]");
+    out.field("backend", quote(&plan.solver.backend));
+    out.field("status", quote(&plan.solver.status));
+    out.field("objective_s", float(plan.solver.objective_s));
+    for (key, x) in [("bound_s", plan.solver.bound_s), ("gap", plan.solver.gap)] {
+        if let Some(x) = x {
+            out.field(key, float(x));
+        }
+    }
+    out.field("solve_s", float(plan.solver.solve_s));
+
+    let predicted = &plan.predicted;
+    out.line("\n[predicted]");
+    out.field("decode_tok_s", float(predicted.decode_tok_s));
+    out.field("prompt_tok_s", float(predicted.prompt_tok_s));
+    out.field("hit_rate", float(predicted.hit_rate));
+    out.field("emulated", predicted.emulated);
+    out.field("overhead_s", float(predicted.overhead_s));
+    out.field("expert_critical_s", float(predicted.expert_critical_s));
+    for (key, parts) in [
+        ("dense_s", &predicted.dense_s),
+        ("expert_s", &predicted.expert_s),
+        ("read_bytes", &predicted.read_bytes),
+    ] {
+        if !parts.is_empty() {
+            let parts = parts.iter().enumerate().map(|(tier, &x)| format!("{} = {}", name(tier), float(x)));
+            out.field(key, table(parts));
+        }
+    }
+
+    encode_dense(plan, &mut out, name);
+    for tier in &plan.tiers {
+        encode_tier(tier, &mut out);
+    }
+    encode_layers(plan, &mut out, name);
+    out.0
+}
+
+fn encode_dense<'a>(plan: &Placement, out: &mut Text, name: impl Fn(TierIdx) -> &'a str) {
+    out.line("\n[dense]");
+    let whole = |kind| plan.dense.iter().find(|d| d.kind == kind && d.layer.is_none());
+    if let Some(group) = whole(DenseKind::Embedding) {
+        out.field("embedding", quote(name(group.tier)));
+    }
+    for (kind, key) in BY_LAYER {
+        let mut by_tier: BTreeMap<TierIdx, Vec<u32>> = BTreeMap::new();
+        for group in plan.dense.iter().filter(|d| d.kind == kind) {
+            if let Some(layer) = group.layer {
+                by_tier.entry(group.tier).or_default().push(layer);
+            }
+        }
+        if by_tier.is_empty() {
+            continue;
+        }
+        let groups = by_tier.into_iter().map(|(tier, mut layers)| {
+            layers.sort_unstable();
+            format!("{{ layers = {}, tier = {} }}", quote(&ranges::show(&layers)), quote(name(tier)))
+        });
+        out.field(key, format!("[{}]", groups.collect::<Vec<_>>().join(", ")));
+    }
+    if let Some(group) = whole(DenseKind::Head) {
+        out.field("head", quote(name(group.tier)));
+    }
+}
+
+fn encode_tier(tier: &PlanTier, out: &mut Text) {
+    out.line("\n[[tier]]");
+    out.line(&format!("# uses {} of {}", show_bytes(tier.used_bytes()), show_bytes(tier.budget_bytes)));
+    out.field("name", quote(&tier.tier.name));
+    out.field("kind", quote(tier.tier.kind.as_str()));
+    out.field("capacity_bytes", tier.tier.capacity_bytes);
+    out.field("read_gbps", float(tier.tier.read_gbps));
+    out.field("latency_us", float(tier.tier.latency_us));
+    out.field("emulated", tier.tier.emulated);
+    out.field("source", quote(&tier.tier.source));
+    out.field("budget_bytes", tier.budget_bytes);
+    for (key, bytes) in tier.lines() {
+        out.field(key, bytes);
+    }
+}
+
+fn encode_layers<'a>(plan: &Placement, out: &mut Text, name: impl Fn(TierIdx) -> &'a str) {
+    let alike = |a: &LayerPlacement, b: &LayerPlacement| {
+        a.layer.checked_add(1) == Some(b.layer)
+            && (a.slots, a.slot_tier, a.policy) == (b.slots, b.slot_tier, b.policy)
+            && a.pinned == b.pinned
+    };
+    for run in plan.layers.chunk_by(alike) {
+        let (Some(first), Some(last)) = (run.first(), run.last()) else { continue };
+        out.line("\n[[layer]]");
+        if first.layer == last.layer {
+            out.field("layer", first.layer);
+        } else {
+            out.field("layers", quote(&format!("{}-{}", first.layer, last.layer)));
+        }
+        let mut pinned: Vec<&(TierIdx, Vec<u32>)> = first.pinned.iter().filter(|(_, e)| !e.is_empty()).collect();
+        pinned.sort_by_key(|(tier, _)| *tier);
+        let pinned = pinned.iter().map(|(tier, e)| format!("{} = {}", name(*tier), quote(&ranges::show(e))));
+        out.field("pinned", table(pinned));
+        out.field("slots", first.slots);
+        out.field("slot_tier", quote(name(first.slot_tier)));
+        out.field("policy", quote(policy_name(first.policy)));
+    }
+}
+
+fn policy_name(policy: SlotPolicy) -> &'static str {
+    match policy {
+        SlotPolicy::Lru => "lru",
+    }
+}
+
+fn source(id: &SourceId) -> String {
+    format!("{{ name = {}, hash = {} }}", quote(&id.name), quote(&id.hash))
+}
+
+fn table(items: impl Iterator<Item = String>) -> String {
+    let items: Vec<String> = items.collect();
+    if items.is_empty() { "{}".into() } else { format!("{{ {} }}", items.join(", ")) }
+}
+
+struct Text(String);
+
+impl Text {
+    fn line(&mut self, line: &str) {
+        self.0.push_str(line);
+        self.0.push('\n');
+    }
+
+    fn field(&mut self, key: &str, value: impl std::fmt::Display) {
+        self.line(&format!("{key} = {value}"));
+    }
+}
+
+/// The plan that a text says; what it means is still to be checked.
+pub(super) fn decode(text: &str) -> Result<Placement, String> {
+    let wire: Wire = toml::from_str(text).map_err(|e| toml_words(text, &e))?;
+    let mut allowance = Allowance::for_a_file();
+    let names = Names::new(&wire.tier);
+    let dense = decode_dense(wire.dense, &names, &mut allowance)?;
+    let mut layers = Vec::new();
+    for layer in wire.layer {
+        decode_layer(layer, &names, &mut allowance, &mut layers)?;
+    }
+    Ok(Placement {
+        name: wire.name,
+        model: wire.made_from.model.into(),
+        profile: wire.made_from.profile.map(SourceId::from),
+        machine: wire.made_from.machine.into(),
+        layer_overhead_us: wire.layer_overhead_us,
+        token_overhead_us: wire.token_overhead_us,
+        context: wire.context,
+        kv_tier: names.find(&wire.kv_tier, "kv_tier")?,
+        staging_tier: names.find(&wire.staging.tier, "staging.tier")?,
+        staging_experts: wire.staging.experts,
+        dense,
+        layers,
+        solver: SolverReport {
+            backend: wire.solver.backend,
+            status: wire.solver.status,
+            objective_s: wire.solver.objective_s,
+            bound_s: wire.solver.bound_s,
+            gap: wire.solver.gap,
+            solve_s: wire.solver.solve_s,
+        },
+        predicted: Prediction {
+            decode_tok_s: wire.predicted.decode_tok_s,
+            prompt_tok_s: wire.predicted.prompt_tok_s,
+            overhead_s: wire.predicted.overhead_s,
+            dense_s: names.by_tier(wire.predicted.dense_s, "predicted.dense_s")?,
+            expert_s: names.by_tier(wire.predicted.expert_s, "predicted.expert_s")?,
+            expert_critical_s: wire.predicted.expert_critical_s,
+            hit_rate: wire.predicted.hit_rate,
+            read_bytes: names.by_tier(wire.predicted.read_bytes, "predicted.read_bytes")?,
+            emulated: wire.predicted.emulated,
+        },
+        tiers: wire.tier.into_iter().map(WireTier::into_tier).collect(),
+    })
+}
+
+fn decode_dense(wire: WireDense, names: &Names, allowance: &mut Allowance) -> Result<Vec<DensePlacement>, String> {
+    let mut dense = Vec::new();
+    let mut whole = |kind, key: &str, tier: Option<String>, names: &Names| {
+        if let Some(tier) = tier {
+            dense.push(DensePlacement { kind, layer: None, tier: names.find(&tier, &format!("dense.{key}"))? });
+        }
+        Ok::<(), String>(())
+    };
+    whole(DenseKind::Embedding, "embedding", wire.embedding, names)?;
+    whole(DenseKind::Head, "head", wire.head, names)?;
+    let groups = [wire.attention, wire.router, wire.shared_expert, wire.dense_ffn];
+    for ((kind, key), groups) in BY_LAYER.into_iter().zip(groups) {
+        for group in groups {
+            let what = format!("dense.{key}");
+            let tier = names.find(&group.tier, &what)?;
+            let layers =
+                ranges::parse(&group.layers, "layer", MAX_LAYER, allowance).map_err(|e| format!("{what}: {e}"))?;
+            dense.extend(layers.into_iter().map(|layer| DensePlacement { kind, layer: Some(layer), tier }));
+        }
+    }
+    dense.sort_by_key(|d| (d.kind, d.layer));
+    Ok(dense)
+}
+
+fn decode_layer(
+    wire: WireLayer,
+    names: &Names,
+    allowance: &mut Allowance,
+    out: &mut Vec<LayerPlacement>,
+) -> Result<(), String> {
+    let (place, numbers) = match (wire.layer, wire.layers) {
+        (Some(layer), None) => (format!("layer {layer}"), vec![layer]),
+        (None, Some(text)) => {
+            let numbers = ranges::parse(&text, "layer", MAX_LAYER, allowance)?;
+            (format!("layers {text}"), numbers)
+        }
+        _ => return Err("each [[layer]] needs either layer = 3 or layers = \"3-7\"".into()),
+    };
+    if numbers.is_empty() {
+        return Err("a [[layer]] table names no layer; write layer = 3 or layers = \"3-7\"".into());
+    }
+    let explain = |what: String| format!("{place}: {what}");
+    let mut pinned = Vec::new();
+    let mut count = 0u64;
+    for (tier, experts) in wire.pinned {
+        let tier = names.find(&tier, "pinned").map_err(explain)?;
+        let experts = ranges::parse(&experts, "expert", MAX_EXPERT, allowance).map_err(explain)?;
+        count += experts.len() as u64;
+        if !experts.is_empty() {
+            pinned.push((tier, experts));
+        }
+    }
+    pinned.sort_by_key(|(tier, _)| *tier);
+    // The table is copied for every layer it stands for, so the copies count too.
+    allowance.take(count * (numbers.len() as u64 - 1)).map_err(explain)?;
+    let slot_tier = names.find(&wire.slot_tier, "slot_tier").map_err(explain)?;
+    let policy = match wire.policy {
+        WirePolicy::Lru => SlotPolicy::Lru,
+    };
+    out.extend(numbers.into_iter().map(|layer| LayerPlacement {
+        layer,
+        pinned: pinned.clone(),
+        slots: wire.slots,
+        slot_tier,
+        policy,
+    }));
+    Ok(())
+}
+
+/// The tiers by name.
+struct Names {
+    by_name: HashMap<String, TierIdx>,
+    all: Vec<String>,
+}
+
+impl Names {
+    fn new(tiers: &[WireTier]) -> Names {
+        let all: Vec<String> = tiers.iter().map(|t| t.name.clone()).collect();
+        let by_name = all.iter().enumerate().map(|(at, name)| (name.clone(), at)).collect();
+        Names { by_name, all }
+    }
+
+    fn find(&self, name: &str, what: &str) -> Result<TierIdx, String> {
+        self.by_name.get(name).copied().ok_or_else(|| {
+            format!("{what} names the tier {}, but the plan's tiers are {}", quote(name), self.all.join(", "))
+        })
+    }
+
+    /// Numbers in the order of the tiers; a tier that is not named has 0, and no name at all means no numbers.
+    fn by_tier(&self, parts: BTreeMap<String, f64>, what: &str) -> Result<Vec<f64>, String> {
+        if parts.is_empty() {
+            return Ok(Vec::new());
+        }
+        let mut out = vec![0.0; self.all.len()];
+        for (name, x) in parts {
+            out[self.find(&name, what)?] = x;
+        }
+        Ok(out)
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Wire {
+    #[serde(rename = "format")]
+    _format: String,
+    #[serde(rename = "version")]
+    _version: u64,
+    name: String,
+    context: u32,
+    kv_tier: String,
+    staging: WireStaging,
+    layer_overhead_us: f64,
+    token_overhead_us: f64,
+    made_from: WireMadeFrom,
+    solver: WireSolver,
+    predicted: WirePrediction,
+    dense: WireDense,
+    #[serde(default)]
+    tier: Vec<WireTier>,
+    #[serde(default)]
+    layer: Vec<WireLayer>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct WireStaging {
+    tier: String,
+    experts: u32,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct WireMadeFrom {
+    model: WireSource,
+    profile: Option<WireSource>,
+    machine: WireSource,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct WireSource {
+    name: String,
+    hash: String,
+}
+
+impl From<WireSource> for SourceId {
+    fn from(wire: WireSource) -> SourceId {
+        SourceId { name: wire.name, hash: wire.hash }
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct WireSolver {
+    backend: String,
+    status: String,
+    objective_s: f64,
+    bound_s: Option<f64>,
+    gap: Option<f64>,
+    solve_s: f64,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct WirePrediction {
+    decode_tok_s: f64,
+    prompt_tok_s: f64,
+    hit_rate: f64,
+    emulated: bool,
+    overhead_s: f64,
+    expert_critical_s: f64,
+    #[serde(default)]
+    dense_s: BTreeMap<String, f64>,
+    #[serde(default)]
+    expert_s: BTreeMap<String, f64>,
+    #[serde(default)]
+    read_bytes: BTreeMap<String, f64>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct WireDense {
+    embedding: Option<String>,
+    head: Option<String>,
+    #[serde(default)]
+    attention: Vec<WireGroup>,
+    #[serde(default)]
+    router: Vec<WireGroup>,
+    #[serde(default)]
+    shared_expert: Vec<WireGroup>,
+    #[serde(default)]
+    dense_ffn: Vec<WireGroup>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct WireGroup {
+    layers: String,
+    tier: String,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct WireTier {
+    name: String,
+    kind: WireKind,
+    capacity_bytes: u64,
+    read_gbps: f64,
+    latency_us: f64,
+    emulated: bool,
+    source: String,
+    budget_bytes: u64,
+    dense_bytes: u64,
+    pinned_bytes: u64,
+    slot_bytes: u64,
+    kv_bytes: u64,
+    staging_bytes: u64,
+    home_bytes: u64,
+}
+
+impl WireTier {
+    fn into_tier(self) -> PlanTier {
+        PlanTier {
+            tier: Tier {
+                name: self.name,
+                kind: self.kind.into(),
+                capacity_bytes: self.capacity_bytes,
+                read_gbps: self.read_gbps,
+                latency_us: self.latency_us,
+                emulated: self.emulated,
+                source: self.source,
+            },
+            budget_bytes: self.budget_bytes,
+            dense_bytes: self.dense_bytes,
+            pinned_bytes: self.pinned_bytes,
+            slot_bytes: self.slot_bytes,
+            kv_bytes: self.kv_bytes,
+            staging_bytes: self.staging_bytes,
+            home_bytes: self.home_bytes,
+        }
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct WireLayer {
+    layer: Option<u32>,
+    layers: Option<String>,
+    #[serde(default)]
+    pinned: BTreeMap<String, String>,
+    slots: u32,
+    slot_tier: String,
+    policy: WirePolicy,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum WirePolicy {
+    Lru,
+}

@@ -1,0 +1,69 @@
+//! Pieces of TOML text. The writers lay their files out by hand, because a serialiser would not group ranges, align
+//! short tables on a line, or keep the order that people read in.
+
+/// A basic string with everything escaped that TOML asks for, always on one line.
+pub(super) fn quote(text: &str) -> String {
+    let mut out = String::with_capacity(text.len() + 2);
+    out.push('"');
+    for c in text.chars() {
+        match c {
+            '"' => out.push_str("\\\""),
+            '\\' => out.push_str("\\\\"),
+            '\n' => out.push_str("\\n"),
+            '\r' => out.push_str("\\r"),
+            '\t' => out.push_str("\\t"),
+            c if c.is_control() => out.push_str(&format!("\\u{:04X}", u32::from(c))),
+            c => out.push(c),
+        }
+    }
+    out.push('"');
+    out
+}
+
+/// The shortest decimal that reads back as the same number.
+pub(super) fn float(x: f64) -> String {
+    if x.is_nan() { "nan".into() } else { format!("{x:?}") }
+}
+
+/// Fails unless the number is finite and not negative.
+pub(super) fn check_amount(what: &str, x: f64) -> Result<(), String> {
+    if x.is_finite() && x >= 0.0 {
+        Ok(())
+    } else {
+        Err(format!("{what} is {x}, but must be a finite number that is not negative"))
+    }
+}
+
+/// Fails if the size cannot be written as a TOML integer.
+pub(super) fn check_bytes(what: &str, bytes: u64) -> Result<(), String> {
+    if i64::try_from(bytes).is_ok() {
+        Ok(())
+    } else {
+        Err(format!("{what} is {bytes} bytes, which is more than the format can hold (8 EiB)"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[derive(serde::Deserialize)]
+    struct One<T> {
+        x: T,
+    }
+
+    proptest! {
+        #[test]
+        fn strings_read_back(text in "\\PC{0,20}|[\\x00-\\x7f]{0,20}|.{0,20}") {
+            let one: One<String> = toml::from_str(&format!("x = {}", quote(&text))).unwrap();
+            prop_assert_eq!(one.x, text);
+        }
+
+        #[test]
+        fn floats_read_back(x in proptest::num::f64::NORMAL | proptest::num::f64::SUBNORMAL | proptest::num::f64::ZERO) {
+            let one: One<f64> = toml::from_str(&format!("x = {}", float(x))).unwrap();
+            prop_assert_eq!(one.x.to_bits(), x.to_bits());
+        }
+    }
+}
