@@ -31,10 +31,11 @@ fn version_1_means_what_it_meant() {
         emulated: true,
         source: "declared".into(),
     };
-    let [vram, dram, slow] = [0, 1, 2];
-    let lines = |tier, budget_bytes, [dense_bytes, pinned_bytes, slot_bytes, kv_bytes, staging_bytes, home_bytes]: [u64; 6]| {
-        PlanTier { tier, budget_bytes, dense_bytes, pinned_bytes, slot_bytes, kv_bytes, staging_bytes, home_bytes }
-    };
+    let [vram, dram] = [0, 1];
+    let lines =
+        |tier, budget_bytes, [dense_bytes, pinned_bytes, slot_bytes, kv_bytes, staging_bytes, home_bytes]: [u64; 6]| {
+            PlanTier { tier, budget_bytes, dense_bytes, pinned_bytes, slot_bytes, kv_bytes, staging_bytes, home_bytes }
+        };
     let dense = |kind, layer, tier| DensePlacement { kind, layer, tier };
     let layer = |layer, pinned: Vec<(TierIdx, Vec<u32>)>, slots, slot_tier| LayerPlacement {
         layer,
@@ -56,7 +57,11 @@ fn version_1_means_what_it_meant() {
         staging_tier: dram,
         staging_experts: 4,
         tiers: vec![
-            lines(tier("vram", TierKind::Vram, 3 << 20, 8.0, 5.0), 3_000_000, [1_000_000, 900_000, 200_000, 393_216, 0, 0]),
+            lines(
+                tier("vram", TierKind::Vram, 3 << 20, 8.0, 5.0),
+                3_000_000,
+                [1_000_000, 900_000, 200_000, 393_216, 0, 0],
+            ),
             lines(tier("dram", TierKind::Dram, 9 << 19, 1.0, 0.0), 9 << 19, [524_288, 1_000_000, 600_000, 0, 4096, 0]),
             lines(tier("slow", TierKind::Nvme, 64 << 20, 0.15, 40.0), 64 << 20, [0, 0, 0, 0, 0, 6_000_000]),
         ],
@@ -138,15 +143,27 @@ fn a_plan_for_another_model_names_both() {
 #[test]
 fn errors_say_what_and_how_to_mend() {
     let cases = [
-        ("format = \"tier-plan placement\"", "format = \"tier-plan machine\"", "not a placement plan: its format is \"tier-plan machine\"; `tier-plan solve` writes one"),
-        ("version = 1", "version = 7", "placement plan version 7, but this program reads up to version 1; update tier-plan"),
+        (
+            "format = \"tier-plan placement\"",
+            "format = \"tier-plan machine\"",
+            "not a placement plan: its format is \"tier-plan machine\"; `tier-plan solve` writes one",
+        ),
+        (
+            "version = 1",
+            "version = 7",
+            "placement plan version 7, but this program reads up to version 1; update tier-plan",
+        ),
         ("context = 1024", "context = 1024\ncolour = 3", "line 6: unknown field `colour`, expected one of `format`"),
         ("experts = 4 }", "experts = 4, size = 2 }", "line 7: unknown field `size`"),
         ("slots = 2", "slots = 2\nslot = 1", "unknown field `slot`"),
         ("policy = \"lru\"", "policy = \"lfu\"", "unknown variant `lfu`, expected `lru`"),
         ("slots = 2", "slots = -2", "invalid value: integer `-2`"),
         ("slots = 2", "slots = 70000", "layer 1: 70000 slots, but 65536 is the most"),
-        ("kv_tier = \"vram\"", "kv_tier = \"hbm\"", "kv_tier names the tier \"hbm\", but the plan's tiers are vram, dram, slow"),
+        (
+            "kv_tier = \"vram\"",
+            "kv_tier = \"hbm\"",
+            "kv_tier names the tier \"hbm\", but the plan's tiers are vram, dram, slow",
+        ),
         ("kv_tier = \"vram\"", "kv_tier = \"slow\"", "kv_tier is 'slow', a block device; choose a tier of memory"),
         ("tier = \"dram\", experts", "tier = \"slow\", experts", "the tier of staging is 'slow', a block device"),
         ("experts = 4 }", "experts = 4000000000 }", "staging holds 4000000000 experts, but 1048576 is the most"),
@@ -163,10 +180,22 @@ fn errors_say_what_and_how_to_mend() {
         ("layer = 5", "layer = 4096", "layer 4096 is past 4095"),
         ("layer = 5", "layer = 3", "layer 3 comes after layer 4"),
         ("layers = \"0\", tier", "layers = \"0-9999\", tier", "dense.dense_ffn: layer 9999 is past 4095"),
-        ("{ layers = \"4\", tier", "{ layers = \"3-4\", tier", "the Attention group of layer 3 is placed twice; keep one"),
+        (
+            "{ layers = \"4\", tier",
+            "{ layers = \"3-4\", tier",
+            "the Attention group of layer 3 is placed twice; keep one",
+        ),
         ("head = \"vram\"", "head = \"x\"", "dense.head names the tier \"x\""),
-        ("budget_bytes = 3000000", "budget_bytes = 2493215", "the lines of tier 'vram' add up to 2493216 bytes (2.38 MiB), but its budget_bytes is 2493215 (2.38 MiB); solve again with a larger budget"),
-        ("home_bytes = 0", "home_bytes = 1", "home_bytes of tier 'vram' must be 0: pooled experts live on the last tier"),
+        (
+            "budget_bytes = 3000000",
+            "budget_bytes = 2493215",
+            "the lines of tier 'vram' add up to 2493216 bytes (2.38 MiB), but its budget_bytes is 2493215 (2.38 MiB); solve again with a larger budget",
+        ),
+        (
+            "home_bytes = 0",
+            "home_bytes = 1",
+            "home_bytes of tier 'vram' must be 0: pooled experts live on the last tier",
+        ),
         ("dense_bytes = 1000000", "dense_bytes = 9223372036854775807", "add up to 9223372036856269023 bytes"),
         ("name = \"slow\"", "name = \"dram\"", "names the tier \"slow\", but the plan's tiers are vram, dram, dram"),
         ("gap = 0.04", "gap = inf", "solver.gap is inf; leave it out when nothing is proven"),
@@ -206,7 +235,9 @@ fn a_short_text_cannot_ask_for_much_memory() {
 
 #[test]
 fn what_is_left_out_is_empty() {
-    let text = v1_with("profile = { name", "# profile = { name").replace("bound_s =", "# bound_s =").replace("gap =", "# gap =");
+    let text = v1_with("profile = { name", "# profile = { name")
+        .replace("bound_s =", "# bound_s =")
+        .replace("gap =", "# gap =");
     let text = text.replace("dense_s = {", "# ").replace("dram = 0.0005, ", "");
     let plan = load(&text).unwrap();
     assert_eq!((plan.profile, plan.solver.bound_s, plan.solver.gap), (None, None, None));
@@ -338,7 +369,16 @@ fn any_plan() -> impl Strategy<Value = Placement> {
                     let home_bytes = if at == last { l[5] } else { 0 };
                     let budget_bytes = l[..5].iter().sum::<u64>() + home_bytes + spare;
                     let [dense_bytes, pinned_bytes, slot_bytes, kv_bytes, staging_bytes, _] = l;
-                    PlanTier { tier, budget_bytes, dense_bytes, pinned_bytes, slot_bytes, kv_bytes, staging_bytes, home_bytes }
+                    PlanTier {
+                        tier,
+                        budget_bytes,
+                        dense_bytes,
+                        pinned_bytes,
+                        slot_bytes,
+                        kv_bytes,
+                        staging_bytes,
+                        home_bytes,
+                    }
                 };
                 let (dense, layers, solver, predicted) = body;
                 Placement {
