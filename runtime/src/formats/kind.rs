@@ -94,7 +94,10 @@ impl Kind {
                 return Err(self.mismatch(path, &found.words));
             }
             let limit = crate::units::show_bytes(self.limit_bytes);
-            return Err(FormatError::invalid(path, format!("larger than {limit}, the most that a {} may have", self.what)));
+            return Err(FormatError::invalid(
+                path,
+                format!("larger than {limit}, the most that a {} may have", self.what),
+            ));
         }
         Ok(bytes)
     }
@@ -131,12 +134,7 @@ impl Kind {
         })
     }
 
-    fn check_envelope(
-        &self,
-        envelope: Result<Envelope, String>,
-        bytes: &[u8],
-        path: &Path,
-    ) -> Result<(), FormatError> {
+    fn check_envelope(&self, envelope: Result<Envelope, String>, bytes: &[u8], path: &Path) -> Result<(), FormatError> {
         let found = sniff(bytes);
         match envelope {
             // A file that names itself ours but cannot be parsed is damaged; anything else is simply not ours.

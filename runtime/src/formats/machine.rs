@@ -198,12 +198,21 @@ pub(super) fn check_tiers<'a>(tiers: impl Iterator<Item = &'a Tier>) -> Result<(
     }
 }
 
-/// A capacity for people when that is exact (`"24GiB"`), else the number of bytes.
+/// A capacity for people when that is short and exact (`"24GiB"`, `"768GB"`), else the number of bytes.
 fn show_capacity(bytes: u64) -> String {
-    for (shift, unit) in [(40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")] {
-        let text = format!("{}{unit}", bytes as f64 / (1u64 << shift) as f64);
-        // Longer decimals say no more than the number itself; shorter ones below 1 belong to the next unit.
-        if bytes >= 1 << shift && text.len() <= 10 && parse_bytes(&text) == Ok(bytes) {
+    const UNITS: [(u64, &str); 7] = [
+        (1 << 40, "TiB"),
+        (1 << 30, "GiB"),
+        (1 << 20, "MiB"),
+        (1 << 10, "KiB"),
+        (1_000_000_000_000, "TB"),
+        (1_000_000_000, "GB"),
+        (1_000_000, "MB"),
+    ];
+    for (scale, unit) in UNITS {
+        let text = format!("{}{unit}", bytes as f64 / scale as f64);
+        // A longer decimal says no more than the number of bytes does.
+        if bytes >= scale && text.len() <= 10 && parse_bytes(&text) == Ok(bytes) {
             return quote(&text);
         }
     }
@@ -299,4 +308,4 @@ fn capacity<'de, D: Deserializer<'de>>(from: D) -> Result<u64, D::Error> {
 
 #[cfg(test)]
 #[path = "machine_tests.rs"]
-mod tests;
+pub(super) mod tests;

@@ -153,7 +153,7 @@ fn capacities_are_written_for_people_when_exact() {
         (24 << 30, "\"24GiB\""),
         (4_718_592, "\"4.5MiB\""),
         (1 << 40, "\"1TiB\""),
-        (768_000_000_000, "\"750000000KiB\""),
+        (768_000_000_000, "\"768GB\""),
         (1025, "1025"),
         (1, "1"),
     ] {
@@ -173,7 +173,8 @@ pub(crate) fn any_rate() -> impl Strategy<Value = f64> {
 /// One to five tiers, exactly one of them main memory, in no order.
 pub(crate) fn any_tiers() -> impl Strategy<Value = Vec<Tier>> {
     let kind = prop_oneof![Just(TierKind::Vram), Just(TierKind::Pmem), Just(TierKind::Cxl), Just(TierKind::Nvme)];
-    let capacity = prop_oneof![1u64..=i64::MAX as u64, (1u64..5000).prop_map(|g| g << 30), (1u64..99).prop_map(|m| m << 19)];
+    let capacity =
+        prop_oneof![1u64..=i64::MAX as u64, (1u64..5000).prop_map(|g| g << 30), (1u64..99).prop_map(|m| m << 19)];
     let tier = (kind, capacity, any_rate(), 0f64..500.0, any::<bool>(), any_text());
     (proptest::collection::vec(tier, 1..=5), any::<prop::sample::Index>()).prop_map(|(tiers, dram)| {
         let dram = dram.index(tiers.len());
@@ -188,11 +189,13 @@ pub(crate) fn any_tiers() -> impl Strategy<Value = Vec<Tier>> {
 }
 
 fn any_machine() -> impl Strategy<Value = Machine> {
-    (any_text(), any_text(), any_tiers(), 0f64..1e6, 0f64..1e6).prop_map(|(name, description, mut tiers, layer, token)| {
-        tiers.sort_by(|a, b| b.read_gbps.total_cmp(&a.read_gbps));
-        let id = SourceId { name: String::new(), hash: String::new() };
-        Machine { name, description, tiers, layer_overhead_us: layer, token_overhead_us: token, id }.identified()
-    })
+    (any_text(), any_text(), any_tiers(), 0f64..1e6, 0f64..1e6).prop_map(
+        |(name, description, mut tiers, layer, token)| {
+            tiers.sort_by(|a, b| b.read_gbps.total_cmp(&a.read_gbps));
+            let id = SourceId { name: String::new(), hash: String::new() };
+            Machine { name, description, tiers, layer_overhead_us: layer, token_overhead_us: token, id }.identified()
+        },
+    )
 }
 
 proptest! {

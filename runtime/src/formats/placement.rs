@@ -201,6 +201,12 @@ impl Placement {
 
     /// Refuses a plan that was made for another model, naming both.
     pub fn check_model(&self, id: &SourceId, path: &Path) -> Result<(), FormatError> {
-        super::check_model(&self.model, id, "plan", "give the plan's own model, or run `tier-plan solve` for this one", path)
+        super::check_model(
+            &self.model,
+            id,
+            "plan",
+            "give the plan's own model, or run `tier-plan solve` for this one",
+            path,
+        )
     }
 }

@@ -153,7 +153,13 @@ impl Profile {
 
     /// Refuses a profile of another model, naming both.
     pub fn check_model(&self, id: &SourceId, path: &Path) -> Result<(), FormatError> {
-        super::check_model(&self.model, id, "profile", "give its own model, or run `tier-plan profile` on this one", path)
+        super::check_model(
+            &self.model,
+            id,
+            "profile",
+            "give its own model, or run `tier-plan profile` on this one",
+            path,
+        )
     }
 }
 

@@ -74,7 +74,9 @@ fn check_dense(plan: &Placement) -> Result<(), String> {
         let whole = matches!(kind, DenseKind::Embedding | DenseKind::Head);
         match group.layer {
             None if !whole => return Err(format!("the {kind:?} group has no layer")),
-            Some(layer) if whole => return Err(format!("the {kind:?} group stands in layer {layer}, but has no layer")),
+            Some(layer) if whole => {
+                return Err(format!("the {kind:?} group stands in layer {layer}, but has no layer"));
+            }
             Some(layer) if layer > MAX_LAYER => {
                 return Err(format!("the {kind:?} group of layer {layer} is past {MAX_LAYER}, the highest layer"));
             }

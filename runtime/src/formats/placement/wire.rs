@@ -1,7 +1,7 @@
 //! The text of version 1 of a plan: written by hand for people, read through wire structs for safety.
 
 use super::{
-    DensePlacement, LayerPlacement, PLACEMENT, PlanTier, Placement, Prediction, SlotPolicy, SolverReport, TierIdx,
+    DensePlacement, LayerPlacement, PLACEMENT, Placement, PlanTier, Prediction, SlotPolicy, SolverReport, TierIdx,
 };
 use crate::formats::SourceId;
 use crate::formats::kind::toml_words;
@@ -62,11 +62,9 @@ pub(super) fn encode(plan: &Placement) -> String {
     out.field("emulated", predicted.emulated);
     out.field("overhead_s", float(predicted.overhead_s));
     out.field("expert_critical_s", float(predicted.expert_critical_s));
-    for (key, parts) in [
-        ("dense_s", &predicted.dense_s),
-        ("expert_s", &predicted.expert_s),
-        ("read_bytes", &predicted.read_bytes),
-    ] {
+    for (key, parts) in
+        [("dense_s", &predicted.dense_s), ("expert_s", &predicted.expert_s), ("read_bytes", &predicted.read_bytes)]
+    {
         if !parts.is_empty() {
             let parts = parts.iter().enumerate().map(|(tier, &x)| format!("{} = {}", name(tier), float(x)));
             out.field(key, table(parts));

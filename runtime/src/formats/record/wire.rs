@@ -246,11 +246,8 @@ pub(super) fn check(record: &RunRecord) -> Result<(), String> {
         ("expert_critical_s", predicted.expert_critical_s),
         ("hit_rate", predicted.hit_rate),
     ];
-    let parts = [
-        ("dense_s", &predicted.dense_s),
-        ("expert_s", &predicted.expert_s),
-        ("read_bytes", &predicted.read_bytes),
-    ];
+    let parts =
+        [("dense_s", &predicted.dense_s), ("expert_s", &predicted.expert_s), ("read_bytes", &predicted.read_bytes)];
     let parts = parts.into_iter().flat_map(|(what, parts)| parts.iter().map(move |&x| (what, x)));
     scalars.into_iter().chain(parts).try_for_each(|(what, x)| check_amount(&format!("predicted.{what}"), x))
 }
