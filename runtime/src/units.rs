@@ -1,5 +1,6 @@
-//! Byte sizes as people write them: `3.4GiB`, `768G`, `12582912`.
+//! Quantities as people write them: sizes (`3.4GiB`, `768G`, `12582912`) and moments (`2026-11-22T17:00:00Z`).
 
+use std::time::{SystemTime, UNIX_EPOCH};
 use thiserror::Error;
 
 /// A size that could not be read.
@@ -48,6 +49,23 @@ pub fn show_bytes(bytes: u64) -> String {
     format!("{value:.digits$} {}", UNITS[unit])
 }
 
+/// A moment in UTC, to the second: `2026-11-22T17:00:00Z`. Moments before 1970 show as 1970.
+pub fn show_utc(moment: SystemTime) -> String {
+    let seconds = moment.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+    let (days, second) = (seconds / 86_400, seconds % 86_400);
+    // Days counted from 0000-03-01, so that a leap day ends its year; eras are 400 years of 146,097 days.
+    let since_march = days + 719_468;
+    let (era, day_of_era) = (since_march / 146_097, since_march % 146_097);
+    let year_of_era = (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let month_from_march = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * month_from_march + 2) / 5 + 1;
+    let month = if month_from_march < 10 { month_from_march + 3 } else { month_from_march - 9 };
+    let year = era * 400 + year_of_era + u64::from(month <= 2);
+    let (hour, minute, second) = (second / 3600, second / 60 % 60, second % 60);
+    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}Z")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -67,5 +85,14 @@ mod tests {
         assert_eq!(show_bytes(512), "512 B");
         assert_eq!(show_bytes(3_758_096_384), "3.50 GiB");
         assert_eq!(show_bytes(152_000_000), "145 MiB");
+    }
+
+    #[test]
+    fn moments_are_shown_in_utc() {
+        let at = |s| show_utc(UNIX_EPOCH + std::time::Duration::from_secs(s));
+        assert_eq!(at(0), "1970-01-01T00:00:00Z");
+        assert_eq!(at(951_782_399), "2000-02-28T23:59:59Z");
+        assert_eq!(at(951_782_400), "2000-02-29T00:00:00Z");
+        assert_eq!(at(1_795_366_800), "2026-11-22T17:00:00Z");
     }
 }

@@ -1,11 +1,22 @@
 //! One file a subcommand, each with one `run`.
 
+pub mod bench;
+pub mod inspect;
+pub mod logits;
+pub mod run;
+pub mod tokenize;
+
 use crate::cli::Command;
 use anyhow::Result;
 
 /// Runs the chosen subcommand.
 pub fn dispatch(command: Command) -> Result<()> {
     match command {
+        Command::Inspect(args) => inspect::run(&args),
+        Command::Run(args) => run::run(&args),
+        Command::Bench(args) => bench::run(&args),
+        Command::Logits(args) => logits::run(&args),
+        Command::Tokenize(args) => tokenize::run(&args),
         other => anyhow::bail!("{other:?} is being built"),
     }
 }

@@ -1,5 +1,6 @@
 //! What a run counts: time and bytes by tier, hits and misses by layer.
 
+use crate::tiers::pace::StageBytes;
 use std::time::Duration;
 
 /// Accesses and times of one layer with routed experts, over the decoded tokens.
@@ -30,7 +31,8 @@ pub struct Counters {
     pub decode: Duration,
     /// Weight bytes read while decoding, by tier.
     pub read_bytes: Vec<u64>,
-    /// Time in which a tier was what the pass waited for while decoding, by tier.
+    /// Time spent on a tier's bytes while decoding, by tier: computing on them, or waiting for them to arrive. A stage
+    /// that mixes tiers is shared out by bytes.
     pub busy: Vec<Duration>,
     /// By layer with routed experts.
     pub layers: Vec<LayerCounters>,
@@ -44,6 +46,17 @@ impl Counters {
             busy: vec![Duration::ZERO; n_tiers],
             layers: vec![LayerCounters::default(); n_moe_layers],
             ..Self::default()
+        }
+    }
+
+    /// Counts a decode stage that took `time` and read `bytes`.
+    pub(super) fn charge(&mut self, bytes: &StageBytes, time: Duration) {
+        let all: u64 = bytes.by_tier().iter().sum();
+        for (tier, bytes) in bytes.by_tier().iter().enumerate() {
+            self.read_bytes[tier] += bytes;
+            if all > 0 {
+                self.busy[tier] += time.mul_f64(*bytes as f64 / all as f64);
+            }
         }
     }
 }

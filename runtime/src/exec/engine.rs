@@ -16,6 +16,7 @@ use crate::kernels::pooled::{MatJob, matmul_all};
 use crate::kernels::{Activations, Kernels, needs_quants};
 use crate::model::describe;
 use crate::model::shape::{ModelShape, shape_of};
+use crate::quant::dequantize_row;
 use crate::model::spec::{Ffn, LayerSpec, Mixer, ModelSpec, MoeSpec};
 use crate::threads::{ThreadPool, physical_cores};
 use crate::tiers::pace::{Pacer, StageBytes, settle};
@@ -243,7 +244,6 @@ impl Engine {
     fn pass(&mut self, tokens: &[u32], offset: usize, wanted: Option<Wanted>) -> Result<(), RunError> {
         let (n, hidden) = (tokens.len(), self.spec.hidden);
         let decoding = n == 1;
-        let start = Instant::now();
         self.embed(tokens);
         for rope in &mut self.ropes {
             rope.prepare(self.n_past, n);
@@ -259,9 +259,7 @@ impl Engine {
             }
             let experts_start = Instant::now();
             if decoding {
-                for (total, bytes) in self.counters.read_bytes.iter_mut().zip(self.dense_bytes[index].by_tier()) {
-                    *total += bytes;
-                }
+                self.counters.charge(&self.dense_bytes[index], experts_start - layer_start);
             }
             let layer: &LayerSpec = &self.spec.layers[index];
             let Ffn::Moe(moe) = &layer.ffn else { continue };
@@ -291,19 +289,16 @@ impl Engine {
             moe_at += 1;
         }
         self.n_past += n;
+        let head_start = Instant::now();
         if let Some(wanted) = wanted {
-            let head_start = Instant::now();
             self.head(n, wanted);
             outside.add(self.head_tier, self.head_bytes());
-            let before_head = head_start - start;
             if let Some(pacer) = &self.pacer {
-                settle(start + before_head, pacer.outside(&outside));
+                settle(head_start, pacer.outside(&outside));
             }
         }
         if decoding {
-            for (total, bytes) in self.counters.read_bytes.iter_mut().zip(outside.by_tier()) {
-                *total += bytes;
-            }
+            self.counters.charge(&outside, head_start.elapsed());
         }
         Ok(())
     }
@@ -316,10 +311,10 @@ impl Engine {
         layer.misses += step.misses;
         layer.dense += dense;
         layer.experts += experts;
-        for (total, bytes) in self.counters.read_bytes.iter_mut().zip(self.scratch.computed.by_tier()) {
-            *total += bytes;
-        }
+        let waited = step.waited.min(experts);
         self.counters.read_bytes[slow] += step.read_bytes;
+        self.counters.busy[slow] += waited;
+        self.counters.charge(&self.scratch.computed, experts - waited);
     }
 
     fn embedding_row_bytes(&self) -> usize {
@@ -334,7 +329,9 @@ impl Engine {
         let hidden = self.spec.hidden;
         let table = self.weights.matrix(self.spec.embedding, self.spec.n_vocab, hidden);
         for (token, row) in tokens.iter().zip(self.scratch.x.chunks_exact_mut(hidden)) {
-            crate::quant::dequantize_row(table.ty(), table.row(*token as usize), row);
+            if let Some(bytes) = table.row(*token as usize) {
+                dequantize_row(table.ty(), bytes, row);
+            }
         }
     }
 

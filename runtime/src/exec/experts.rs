@@ -12,6 +12,7 @@ use crate::quant::TensorType;
 use crate::tiers::arena::Piece;
 use crate::tiers::file::{Extent, FileTier, ReadError};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 /// Gate, up and down of an expert.
 const PARTS: usize = 3;
@@ -61,7 +62,7 @@ impl LayerExperts {
             expert_bytes: parts.iter().map(|p| p.slice_bytes).sum(),
             parts,
             homes,
-            cache: SlotCache::new(moe.n_expert, 0),
+            cache: SlotCache::new(moe.n_expert as u32, 0),
             slots: Vec::new(),
             slot_tier,
         }
@@ -73,8 +74,8 @@ impl LayerExperts {
     }
 
     /// The buffers that the layer's pooled experts share.
-    pub(super) fn set_slots(&mut self, n_expert: usize, slots: Vec<Piece>) {
-        self.cache = SlotCache::new(n_expert, slots.len());
+    pub(super) fn set_slots(&mut self, slots: Vec<Piece>) {
+        self.cache = SlotCache::new(self.homes.len() as u32, slots.len() as u32);
         self.slots = slots.into_iter().map(Some).collect();
     }
 
@@ -105,8 +106,8 @@ enum Use {
     AtHome,
     /// In this slot.
     Slot(usize),
-    /// To be read into this slot.
-    FillSlot(usize),
+    /// To be read into this slot, but not before the expert at this position of the step, which lies there, is done.
+    FillSlot { slot: usize, after: Option<usize> },
     /// To be read into a staging buffer.
     Stage,
     /// Being read; into a slot or into staging.
@@ -125,12 +126,20 @@ pub(super) struct Step {
     uses: Vec<Use>,
     next_read: usize,
     in_flight: usize,
+    /// Experts that must wait for their slot and compute from staging meanwhile: position, slot, position they wait for.
+    late: Vec<(usize, usize, usize)>,
+    /// Computed experts whose bytes wait in staging for a slot: position they wait for, slot, bytes.
+    held: Vec<(usize, usize, Piece)>,
+    /// Slots to be read again when the step ends, for want of staging: position, slot.
+    reread: Vec<(usize, usize)>,
     /// How many were at home, in a slot, and missing.
     pub(super) pinned_hits: u64,
     pub(super) slot_hits: u64,
     pub(super) misses: u64,
     /// Bytes that misses bring in from the slow tier.
     pub(super) read_bytes: u64,
+    /// Time in which nothing could compute for want of a read.
+    pub(super) waited: Duration,
 }
 
 impl Step {
@@ -190,10 +199,14 @@ impl ExpertStore {
             uses: Vec::with_capacity(order.len()),
             next_read: 0,
             in_flight: 0,
+            late: Vec::new(),
+            held: Vec::new(),
+            reread: Vec::new(),
             pinned_hits: (used.len() - self.pooled.len()) as u64,
             slot_hits: 0,
             misses: 0,
             read_bytes: 0,
+            waited: Duration::ZERO,
             experts: order,
         };
         for expert in &step.experts {
@@ -201,7 +214,10 @@ impl ExpertStore {
             step.uses.push(match access {
                 None => Use::AtHome,
                 Some(Access::Hit { slot }) => Use::Slot(*slot as usize),
-                Some(Access::Fill { slot, .. }) => Use::FillSlot(*slot as usize),
+                Some(Access::Fill { slot, evicted }) => {
+                    let after = evicted.and_then(|e| step.experts.iter().position(|used| *used == e));
+                    Use::FillSlot { slot: *slot as usize, after }
+                }
                 // On a mapped tier what gets no slot computes where it lies.
                 Some(Access::Staged) if self.staging.is_empty() => Use::AtHome,
                 Some(Access::Staged) => Use::Stage,
@@ -211,7 +227,7 @@ impl ExpertStore {
                 Some(Access::Fill { .. } | Access::Staged) => step.misses += 1,
                 None => {}
             }
-            if matches!(step.uses.last(), Some(Use::FillSlot(_) | Use::Stage)) {
+            if matches!(step.uses.last(), Some(Use::FillSlot { .. } | Use::Stage)) {
                 step.read_bytes += store.expert_bytes as u64;
             }
         }
@@ -225,23 +241,25 @@ impl ExpertStore {
         let store = &mut self.layers[step.layer];
         while step.next_read < step.uses.len() && step.in_flight < READ_AHEAD.max(self.staging.len()) {
             let at = step.next_read;
-            let (piece, slot) = match step.uses[at] {
-                Use::FillSlot(slot) => match store.slots[slot].take() {
-                    Some(piece) => (piece, Some(slot)),
-                    None => return,
-                },
-                Use::Stage => match self.staging.pop() {
-                    Some(mut piece) => {
-                        piece.truncate(store.expert_bytes);
-                        (piece, None)
-                    }
-                    None => return,
-                },
+            let (slot, late) = match step.uses[at] {
+                Use::FillSlot { slot, after: None } => (Some(slot), None),
+                Use::FillSlot { slot, after: Some(after) } if matches!(step.uses[after], Use::Done) => (Some(slot), None),
+                Use::FillSlot { slot, after: Some(after) } => (None, Some((at, slot, after))),
+                Use::Stage => (None, None),
                 _ => {
                     step.next_read += 1;
                     continue;
                 }
             };
+            let piece = match slot {
+                Some(slot) => store.slots[slot].take(),
+                None => self.staging.pop().map(|mut piece| {
+                    piece.truncate(store.expert_bytes);
+                    piece
+                }),
+            };
+            let Some(piece) = piece else { return };
+            step.late.extend(late);
             files.submit(at as u64, store.extents(&self.gguf, step.experts[at] as usize), piece);
             step.uses[at] = Use::Loading(slot);
             step.in_flight += 1;
@@ -255,7 +273,9 @@ impl ExpertStore {
         if step.in_flight == 0 {
             return Err(ReadError::Stopped);
         }
+        let start = Instant::now();
         let arrival = files.wait()?;
+        step.waited += start.elapsed();
         step.in_flight -= 1;
         arrival.result?;
         let at = arrival.key as usize;
@@ -305,12 +325,57 @@ impl ExpertStore {
 
     /// Gives back the buffer of a computed expert and submits what was waiting for one.
     pub(super) fn release(&mut self, step: &mut Step, at: usize) {
-        if let Use::Staged(mut piece) = std::mem::replace(&mut step.uses[at], Use::Done) {
-            piece.restore();
-            self.staging.push(piece);
+        let slots = &mut self.layers[step.layer].slots;
+        if let Use::Staged(piece) = std::mem::replace(&mut step.uses[at], Use::Done) {
+            match step.late.iter().find(|(late, ..)| *late == at) {
+                Some(&(_, slot, after)) if matches!(step.uses[after], Use::Done) => {
+                    keep(slots, slot, &piece);
+                    self.staging.push(whole(piece));
+                }
+                // The last buffers stay free, or reads could not go on.
+                Some(&(_, slot, after)) if self.staging.len() > 1 => step.held.push((after, slot, piece)),
+                Some(&(_, slot, _)) => {
+                    step.reread.push((at, slot));
+                    self.staging.push(whole(piece));
+                }
+                None => self.staging.push(whole(piece)),
+            }
+        }
+        while let Some(i) = step.held.iter().position(|(after, ..)| *after == at) {
+            let (_, slot, piece) = step.held.swap_remove(i);
+            keep(slots, slot, &piece);
+            self.staging.push(whole(piece));
         }
         self.submit(step);
     }
+
+    /// Ends a step whose experts have all computed: the slots then hold what the cache says.
+    pub(super) fn finish(&mut self, step: &mut Step) -> Result<(), ReadError> {
+        let Some(files) = &self.files else { return Ok(()) };
+        let store = &mut self.layers[step.layer];
+        for (at, slot) in step.reread.drain(..) {
+            let extents = store.extents(&self.gguf, step.experts[at] as usize);
+            let Some(piece) = &mut store.slots[slot] else { continue };
+            let mut from = 0;
+            for extent in extents {
+                files.read_now(extent, &mut piece[from..from + extent.len])?;
+                from += extent.len;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Copies a computed expert from staging into its slot.
+fn keep(slots: &mut [Option<Piece>], slot: usize, piece: &Piece) {
+    if let Some(target) = &mut slots[slot] {
+        target.copy_from_slice(piece);
+    }
+}
+
+fn whole(mut piece: Piece) -> Piece {
+    piece.restore();
+    piece
 }
 
 fn weights<'a>(part: &Part, bytes: &'a [u8]) -> Weights<'a> {

@@ -336,7 +336,7 @@ impl Loader<'_> {
             }
         }
         let slots = (0..placed.slots).map(|_| self.take(placed.slot_tier, bytes)).collect::<Result<_, _>>()?;
-        layer.set_slots(moe.n_expert, slots);
+        layer.set_slots(slots);
         self.resident[slow] += (moe.n_expert - n_pinned) as u64 * bytes as u64;
         Ok(layer)
     }

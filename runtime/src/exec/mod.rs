@@ -10,6 +10,7 @@ mod experts;
 pub mod generate;
 mod kv_cache;
 mod load;
+pub mod measure;
 mod moe;
 pub mod plan;
 mod rope;

@@ -106,6 +106,7 @@ pub(super) fn moe_token(
         ready.clear();
         ready.push(store.wait(&mut step)?);
     }
+    store.finish(&mut step)?;
     // Summed in the router's order whatever the order of arrival: the plan must not change the result.
     out.fill(0.0);
     for (weight, result) in choices.weights.iter().zip(s.results.chunks_exact(hidden)) {
@@ -196,6 +197,7 @@ pub(super) fn moe_batch(
         }
         store.release(&mut step, at);
     }
+    store.finish(&mut step)?;
     Ok(step)
 }
 

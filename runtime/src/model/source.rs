@@ -52,7 +52,7 @@ impl<'a> Source<'a> {
 
     /// A dimension that may be given once or per layer.
     pub(super) fn dim_per_layer(&self, name: &str, n_layer: usize) -> Result<Vec<usize>, ModelError> {
-        let values = self.gguf.u32_per_layer(&self.key(name), n_layer)?;
+        let values = self.gguf.u32_per_layer(&self.key(name), n_layer as u32)?;
         values.into_iter().map(|v| self.check_dim(name, v)).collect()
     }
 

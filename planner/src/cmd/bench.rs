@@ -1,0 +1,141 @@
+//! `tier-plan bench`: prompt and decode speed, repeated.
+
+use crate::cli::BenchArgs;
+use crate::session::{self, Opening, Session};
+use anyhow::{Result, bail, ensure};
+use serde_json::json;
+use tier_plan_runtime::exec::Wanted;
+
+/// One repetition.
+struct Sample {
+    prompt_s: f64,
+    decode_s: f64,
+    decode_bytes: u64,
+}
+
+/// Runs it.
+pub fn run(args: &BenchArgs) -> Result<()> {
+    ensure!(args.repeat > 0, "--repeat 0 measures nothing; give 1 or more");
+    ensure!(args.prompt + args.tokens > 0, "--prompt 0 and --tokens 0 leave nothing to measure");
+    session::catch_interrupts();
+    // One token more than asked: a decode needs something before it.
+    let context = args.plan.is_none().then_some(args.prompt.max(1) + args.tokens);
+    let mut session =
+        Session::open(&args.model, Opening { plan: args.plan.as_deref(), context, threads: args.threads })?;
+    let n_vocab = session.engine.spec().n_vocab as u64;
+    // Any tokens do for timing; these are spread over the vocabulary so that routing is too.
+    let token = |i: u64| (i.wrapping_mul(2_654_435_761) % n_vocab) as u32;
+    let prompt: Vec<u32> = (0..u64::from(args.prompt)).map(token).collect();
+    let mut samples = Vec::new();
+    // The first repetition only warms up.
+    for repetition in 0..=args.repeat {
+        if session::interrupted() {
+            bail!("interrupted");
+        }
+        let sample = repeat(&mut session, &prompt, args.tokens)?;
+        if repetition > 0 {
+            samples.push(sample);
+        }
+    }
+    report(args, &session, &samples)
+}
+
+fn repeat(session: &mut Session, prompt: &[u32], tokens: u32) -> Result<Sample> {
+    let engine = &mut session.engine;
+    engine.truncate(0);
+    engine.reset_counters();
+    let started = std::time::Instant::now();
+    let mut next = match prompt {
+        [] => 0,
+        prompt => greedy(engine.forward(prompt, Wanted::Last)?),
+    };
+    let prompt_s = started.elapsed().as_secs_f64();
+    engine.reset_counters();
+    for _ in 0..tokens {
+        next = greedy(engine.forward(&[next], Wanted::Last)?);
+    }
+    let counters = engine.counters();
+    Ok(Sample {
+        prompt_s,
+        decode_s: counters.decode.as_secs_f64(),
+        decode_bytes: counters.read_bytes.iter().sum(),
+    })
+}
+
+fn greedy(logits: &[f32]) -> u32 {
+    let best = logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1).then(b.0.cmp(&a.0)));
+    best.map_or(0, |(i, _)| i as u32)
+}
+
+fn report(args: &BenchArgs, session: &Session, samples: &[Sample]) -> Result<()> {
+    let rates = |seconds: fn(&Sample) -> f64, n: u32| -> Vec<f64> {
+        samples.iter().map(|s| if n > 0 { f64::from(n) / seconds(s) } else { 0.0 }).collect()
+    };
+    let prompt = rates(|s| s.prompt_s, args.prompt);
+    let decode = rates(|s| s.decode_s, args.tokens);
+    let gbps: Vec<f64> =
+        samples.iter().map(|s| if args.tokens > 0 { s.decode_bytes as f64 / s.decode_s / 1e9 } else { 0.0 }).collect();
+    let plan = session.engine.plan();
+    let emulated = plan.tiers.iter().any(|t| t.tier.emulated);
+    if args.json {
+        let value = json!({
+            "model": plan.model.name,
+            "plan": plan.name,
+            "emulated": emulated,
+            "threads": session.engine.n_threads(),
+            "isa": session.engine.kernels().isa().to_string(),
+            "prompt_tokens": args.prompt,
+            "decode_tokens": args.tokens,
+            "prompt_tok_s": median(&prompt),
+            "decode_tok_s": median(&decode),
+            "decode_gbps": median(&gbps),
+            "predicted_decode_tok_s": (plan.predicted.decode_tok_s > 0.0).then_some(plan.predicted.decode_tok_s),
+            "runs": { "prompt_tok_s": prompt, "decode_tok_s": decode, "decode_gbps": gbps },
+        });
+        println!("{}", serde_json::to_string_pretty(&value)?);
+        return Ok(());
+    }
+    let note = if emulated { ", emulated tiers" } else { "" };
+    println!(
+        "{} · plan {} · {} threads · {}{note}",
+        plan.model.name,
+        plan.name,
+        session.engine.n_threads(),
+        session.engine.kernels().isa()
+    );
+    println!("{:<14} {:>10} {:>10} {:>10}", "", "median", "min", "max");
+    for (name, values) in
+        [("prompt tok/s", &prompt), ("decode tok/s", &decode), ("decode GB/s", &gbps)]
+    {
+        let (min, max) = values.iter().fold((f64::MAX, 0f64), |(a, b), v| (a.min(*v), b.max(*v)));
+        println!("{name:<14} {:>10.2} {min:>10.2} {max:>10.2}", median(values));
+    }
+    Ok(())
+}
+
+fn median(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    match sorted.len() {
+        0 => 0.0,
+        n if n % 2 == 1 => sorted[n / 2],
+        n => (sorted[n / 2 - 1] + sorted[n / 2]) / 2.0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn medians() {
+        assert_eq!(median(&[3.0, 1.0, 2.0]), 2.0);
+        assert_eq!(median(&[4.0, 1.0, 2.0, 3.0]), 2.5);
+        assert_eq!(median(&[]), 0.0);
+    }
+
+    #[test]
+    fn greedy_takes_the_first_of_equals() {
+        assert_eq!(greedy(&[1.0, 5.0, 5.0]), 1);
+    }
+}

@@ -1,0 +1,158 @@
+//! `tier-plan inspect`: what a model file holds, without reading its weights.
+
+use crate::cli::InspectArgs;
+use anyhow::{Context, Result};
+use serde_json::json;
+use std::collections::BTreeMap;
+use tier_plan_runtime::gguf::Gguf;
+use tier_plan_runtime::model::describe;
+use tier_plan_runtime::model::shape::{DenseKind, ModelShape, shape_of};
+use tier_plan_runtime::units::show_bytes;
+
+/// Bytes and tensors of one type.
+#[derive(Default)]
+struct TypeSum {
+    tensors: u64,
+    bytes: u64,
+}
+
+/// Runs it.
+pub fn run(args: &InspectArgs) -> Result<()> {
+    let gguf = Gguf::open(&args.model)?;
+    let spec = describe(&gguf).with_context(|| args.model.display().to_string())?;
+    let shape = shape_of(&gguf, &spec);
+    let mut types: BTreeMap<&str, TypeSum> = BTreeMap::new();
+    for tensor in gguf.tensors() {
+        let sum = types.entry(tensor.ty.name()).or_default();
+        sum.tensors += 1;
+        sum.bytes += tensor.n_bytes;
+    }
+    let groups = groups(&shape);
+    if args.json {
+        print_json(args, &gguf, &shape, &types, &groups)
+    } else {
+        print_text(args, &gguf, &shape, &types, &groups);
+        Ok(())
+    }
+}
+
+/// Bytes by tensor group over all layers: name, bytes held, bytes a decoded token reads.
+fn groups(shape: &ModelShape) -> Vec<(&'static str, u64, u64)> {
+    let kinds = [
+        ("embedding", DenseKind::Embedding),
+        ("attention", DenseKind::Attention),
+        ("router", DenseKind::Router),
+        ("shared experts", DenseKind::SharedExpert),
+        ("dense feed-forward", DenseKind::DenseFfn),
+        ("head", DenseKind::Head),
+    ];
+    let mut rows: Vec<_> = kinds
+        .into_iter()
+        .map(|(name, kind)| {
+            let of_kind = shape.dense.iter().filter(|d| d.kind == kind);
+            of_kind.fold((name, 0, 0), |(name, bytes, token), d| (name, bytes + d.bytes, token + d.token_bytes))
+        })
+        .filter(|(_, bytes, _)| *bytes > 0)
+        .collect();
+    if !shape.experts.is_empty() {
+        let held = shape.experts.iter().map(|e| e.expert_bytes * u64::from(e.n_expert)).sum();
+        let token = shape.experts.iter().map(|e| e.expert_bytes * u64::from(e.n_used)).sum();
+        rows.push(("routed experts", held, token));
+    }
+    rows
+}
+
+fn print_text(
+    args: &InspectArgs,
+    gguf: &Gguf,
+    shape: &ModelShape,
+    types: &BTreeMap<&str, TypeSum>,
+    groups: &[(&'static str, u64, u64)],
+) {
+    println!("{} ({}, {} in {} part(s))", shape.id.name, shape.arch, show_bytes(gguf.file_bytes()), gguf.n_parts());
+    println!(
+        "{} layers, hidden {}, vocabulary {}, context {}",
+        shape.n_layer, shape.hidden, shape.n_vocab, shape.context
+    );
+    if let Some(first) = shape.experts.first() {
+        let sizes = shape.experts.iter().map(|e| e.expert_bytes);
+        let (min, max) = (sizes.clone().min().unwrap_or(0), sizes.max().unwrap_or(0));
+        let size = if min == max {
+            show_bytes(min)
+        } else {
+            format!("{} to {}", show_bytes(min), show_bytes(max))
+        };
+        println!(
+            "{} layers with {} routed experts each, {} used a token; an expert takes {size}",
+            shape.experts.len(),
+            first.n_expert,
+            first.n_used
+        );
+    }
+    println!("key and value cache: {} a token of context (16-bit)", show_bytes(shape.kv_bytes_per_token));
+    println!();
+    println!("{:<20} {:>12} {:>7} {:>18}", "group", "bytes", "share", "read a token");
+    let total = shape.weight_bytes();
+    for (name, bytes, token) in groups {
+        let share = *bytes as f64 / total as f64 * 100.0;
+        println!("{name:<20} {:>12} {share:>6.1}% {:>18}", show_bytes(*bytes), show_bytes(*token));
+    }
+    println!("{:<20} {:>12} {:>6}% {:>18}", "all", show_bytes(total), 100, show_bytes(shape.token_bytes()));
+    println!();
+    println!("{:<20} {:>12} {:>15}", "tensor type", "bytes", "tensors");
+    for (name, sum) in types {
+        println!("{name:<20} {:>12} {:>15}", show_bytes(sum.bytes), sum.tensors);
+    }
+    let tensors: u64 = gguf.tensors().iter().map(|t| t.n_bytes).sum();
+    if tensors > total {
+        println!("\n{} of tensors are not used for generating text", show_bytes(tensors - total));
+    }
+    if args.tensors {
+        println!();
+        for tensor in gguf.tensors() {
+            println!("{:<44} {:<8} {:>12}  {:?}", tensor.name, tensor.ty, show_bytes(tensor.n_bytes), tensor.dims);
+        }
+    }
+}
+
+fn print_json(
+    args: &InspectArgs,
+    gguf: &Gguf,
+    shape: &ModelShape,
+    types: &BTreeMap<&str, TypeSum>,
+    groups: &[(&'static str, u64, u64)],
+) -> Result<()> {
+    let mut value = json!({
+        "name": shape.id.name,
+        "hash": shape.id.hash,
+        "arch": shape.arch,
+        "parts": gguf.n_parts(),
+        "file_bytes": gguf.file_bytes(),
+        "weight_bytes": shape.weight_bytes(),
+        "token_bytes": shape.token_bytes(),
+        "kv_bytes_per_token": shape.kv_bytes_per_token,
+        "n_layer": shape.n_layer,
+        "hidden": shape.hidden,
+        "n_vocab": shape.n_vocab,
+        "context": shape.context,
+        "groups": groups.iter().map(|(name, bytes, token)| json!({
+            "name": name, "bytes": bytes, "token_bytes": token,
+        })).collect::<Vec<_>>(),
+        "types": types.iter().map(|(name, sum)| json!({
+            "name": name, "tensors": sum.tensors, "bytes": sum.bytes,
+        })).collect::<Vec<_>>(),
+        "experts": shape.experts.iter().map(|e| json!({
+            "layer": e.layer, "n_expert": e.n_expert, "n_used": e.n_used, "expert_bytes": e.expert_bytes,
+        })).collect::<Vec<_>>(),
+    });
+    if args.tensors
+        && let Some(object) = value.as_object_mut()
+    {
+        let tensors = gguf.tensors().iter().map(|t| {
+            json!({ "name": t.name, "type": t.ty.name(), "dims": t.dims, "bytes": t.n_bytes, "part": t.part, "offset": t.offset })
+        });
+        object.insert("tensors".into(), tensors.collect());
+    }
+    println!("{}", serde_json::to_string_pretty(&value)?);
+    Ok(())
+}

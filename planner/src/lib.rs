@@ -1,0 +1,14 @@
+//! Measures which experts a mixture-of-experts model uses and plans where its tensors should live.
+//!
+//! The library behind the program `tier-plan`: its stages as functions on domain types, so that tests and benchmarks
+//! can call them without files.
+#![forbid(unsafe_code)]
+
+pub mod bundled;
+pub mod cli;
+pub mod cmd;
+pub mod host;
+pub mod print;
+pub mod profile;
+pub mod progress;
+pub mod session;

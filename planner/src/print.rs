@@ -1,0 +1,61 @@
+//! What commands tell a person about a run; on standard error, so that standard output stays the text.
+
+use tier_plan_runtime::formats::record::RunRecord;
+
+/// Speed, measured beside predicted.
+pub fn speed(record: &RunRecord) {
+    let emulated = if record.emulated { " on emulated tiers" } else { "" };
+    eprintln!(
+        "prompt {} tokens, {:.1} tok/s · decode {} tokens, {:.1} tok/s{emulated} · first token after {:.2} s",
+        record.prompt_tokens,
+        record.prompt_tok_s(),
+        record.decode_tokens,
+        record.decode_tok_s(),
+        record.first_token_s
+    );
+    let read: u64 = record.tiers.iter().map(|t| t.read_bytes).sum();
+    if record.decode_s > 0.0 {
+        eprintln!(
+            "read {:.2} MB a decoded token, {:.2} GB/s",
+            read as f64 / record.decode_tokens.max(1) as f64 / 1e6,
+            read as f64 / record.decode_s / 1e9
+        );
+    }
+    if let Some(predicted) = &record.predicted
+        && record.decode_tokens > 0
+    {
+        let measured = record.decode_tok_s();
+        eprintln!(
+            "predicted {:.1} tok/s, measured {measured:.1} ({:+.1} %)",
+            predicted.decode_tok_s,
+            (measured / predicted.decode_tok_s - 1.0) * 100.0
+        );
+    }
+}
+
+/// Hits, misses and times of every layer with routed experts.
+pub fn layers(record: &RunRecord) {
+    eprintln!("layer   pinned    slots   misses   hit rate   dense ms/token   experts ms/token");
+    for l in &record.layers {
+        let accesses = l.pinned_hits + l.slot_hits + l.misses;
+        eprintln!(
+            "{:>5} {:>8} {:>8} {:>8} {:>9.1}% {:>16.3} {:>18.3}",
+            l.layer,
+            l.pinned_hits,
+            l.slot_hits,
+            l.misses,
+            (accesses - l.misses) as f64 / accesses.max(1) as f64 * 100.0,
+            l.dense_s * 1e3,
+            l.expert_s * 1e3
+        );
+    }
+    for t in &record.tiers {
+        let emulated = if t.emulated { " (emulated)" } else { "" };
+        eprintln!(
+            "{}{emulated}: {:.2} MB read a token, {:.3} ms a token waited for",
+            t.name,
+            t.read_bytes as f64 / record.decode_tokens.max(1) as f64 / 1e6,
+            t.busy_s / record.decode_tokens.max(1) as f64 * 1e3
+        );
+    }
+}

@@ -1,0 +1,170 @@
+//! Runs calibration prompts through a model and records every token's experts.
+//!
+//! After each prompt the unfinished profile is written beside the wanted one; a later call with the same model,
+//! prompts and settings goes on from there.
+
+use super::prompts::Prompt;
+use crate::progress;
+use crate::session::{Session, interrupted};
+use anyhow::{Context, Result, bail, ensure};
+use std::path::{Path, PathBuf};
+use tier_plan_runtime::exec::engine::Routing;
+use tier_plan_runtime::exec::{Engine, Wanted};
+use tier_plan_runtime::formats::SourceId;
+use tier_plan_runtime::formats::profile::{self, Profile, PromptTrace};
+use tier_plan_runtime::sampler::{Sampler, SamplerConfig};
+use tier_plan_runtime::tokenizer::Tokenizer;
+
+/// How prompts are run.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Settings {
+    /// Tokens of each prompt to process.
+    pub prompt_tokens: u32,
+    /// Tokens to decode after each.
+    pub decode_tokens: u32,
+    /// Temperature of the decoded text.
+    pub temperature: f32,
+    /// Seed of the decoded text.
+    pub seed: u64,
+}
+
+impl Settings {
+    /// Context that a prompt and its decoded tokens take.
+    pub fn context(&self) -> u32 {
+        self.prompt_tokens + self.decode_tokens
+    }
+
+    /// The sampler of every prompt: the same seed for each, so that one prompt's text does not depend on the others.
+    pub fn sampler(&self) -> Sampler {
+        Sampler::new(SamplerConfig { temperature: self.temperature, seed: self.seed, ..SamplerConfig::default() })
+    }
+
+    /// In words, for the profile, with a hash of the prompts.
+    fn describe(&self, prompts: &[Prompt]) -> String {
+        let all: Vec<u8> = prompts.iter().flat_map(|p| [p.name.as_bytes(), p.text.as_bytes()].concat()).collect();
+        format!(
+            "up to {} prompt tokens, then {} decoded at temperature {} with seed {}; prompts {}",
+            self.prompt_tokens,
+            self.decode_tokens,
+            self.temperature,
+            self.seed,
+            SourceId::of_bytes("prompts", &all).hash
+        )
+    }
+}
+
+/// Profiles the model of an open session; writes `output` and returns it.
+pub fn collect(
+    session: &mut Session,
+    tokenizer: &Tokenizer,
+    prompts: &[Prompt],
+    settings: Settings,
+    output: &Path,
+    restart: bool,
+) -> Result<Profile> {
+    let mut moe = session.engine.spec().moe_layers().peekable();
+    let Some((n_expert, n_used)) = moe.peek().map(|(_, m)| (m.n_expert as u32, m.n_used as u32)) else {
+        bail!("'{}' has no routed experts, so there is nothing to profile", session.gguf.id().name);
+    };
+    let layers: Vec<u32> = moe.map(|(layer, _)| layer as u32).collect();
+    let fresh = Profile {
+        model: session.gguf.id(),
+        layers,
+        n_expert,
+        n_used,
+        made: settings.describe(prompts),
+        prompts: Vec::new(),
+        id: SourceId { name: stem(output), hash: String::new() },
+    };
+    let partial = partial_path(output);
+    let mut profile = if restart { fresh } else { resume(&partial, fresh) };
+    let bar = progress::count("profiling prompts", prompts.len() as u64);
+    bar.set_position(profile.prompts.len() as u64);
+    for prompt in &prompts[profile.prompts.len()..] {
+        let trace = run_prompt(&mut session.engine, tokenizer, prompt, settings)
+            .with_context(|| format!("prompt {}/{}", prompt.domain, prompt.name))?;
+        let Some(trace) = trace else {
+            bail!(
+                "interrupted after {} of {} prompts; the same command goes on from {}",
+                profile.prompts.len(),
+                prompts.len(),
+                partial.display()
+            );
+        };
+        profile.prompts.push(trace);
+        profile.write(&partial)?;
+        bar.inc(1);
+    }
+    bar.finish_and_clear();
+    let profile = profile.identified();
+    profile.write(output)?;
+    // The profile is safe; a leftover partial file is only untidy.
+    let _ = std::fs::remove_file(&partial);
+    Ok(profile)
+}
+
+/// The unfinished profile, if it is of the same run.
+fn resume(partial: &Path, fresh: Profile) -> Profile {
+    match profile::read(partial) {
+        Ok(found) if found.made == fresh.made && found.model == fresh.model => {
+            eprintln!("going on from {} ({} prompts done)", partial.display(), found.prompts.len());
+            Profile { id: fresh.id, ..found }
+        }
+        _ => fresh,
+    }
+}
+
+fn stem(path: &Path) -> String {
+    path.file_stem().map_or_else(|| "profile".into(), |s| s.to_string_lossy().into_owned())
+}
+
+fn partial_path(output: &Path) -> PathBuf {
+    let mut name = output.file_name().unwrap_or_default().to_os_string();
+    name.push(".partial");
+    output.with_file_name(name)
+}
+
+/// Runs one prompt; `None` when interrupted.
+fn run_prompt(
+    engine: &mut Engine,
+    tokenizer: &Tokenizer,
+    prompt: &Prompt,
+    settings: Settings,
+) -> Result<Option<PromptTrace>> {
+    let mut tokens = tokenizer.encode(&prompt.text, true)?;
+    tokens.truncate(settings.prompt_tokens as usize);
+    ensure!(!tokens.is_empty(), "the file has no text");
+    let mut trace = PromptTrace {
+        domain: prompt.domain.clone(),
+        name: prompt.name.clone(),
+        split: prompt.split,
+        prompt_tokens: tokens.len() as u32,
+        decode_tokens: 0,
+        experts: Vec::new(),
+        weights: Vec::new(),
+    };
+    engine.truncate(0);
+    let mut sampler = settings.sampler();
+    let mut logits = engine.forward(&tokens, Wanted::Last)?.to_vec();
+    append(&mut trace, engine.routing());
+    for _ in 0..settings.decode_tokens {
+        if interrupted() {
+            return Ok(None);
+        }
+        let token = sampler.sample(&mut logits, &tokens);
+        if tokenizer.is_eog(token) {
+            break;
+        }
+        tokens.push(token);
+        logits.clear();
+        logits.extend_from_slice(engine.forward(&[token], Wanted::Last)?);
+        append(&mut trace, engine.routing());
+        trace.decode_tokens += 1;
+    }
+    Ok(Some(trace))
+}
+
+fn append(trace: &mut PromptTrace, routing: &Routing) {
+    trace.experts.extend_from_slice(&routing.experts);
+    trace.weights.extend(routing.weights.iter().map(|w| (w * 255.0).round().clamp(0.0, 255.0) as u8));
+}

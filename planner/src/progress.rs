@@ -1,0 +1,23 @@
+//! Progress on a terminal; nothing in a pipe (indicatif draws only where standard error is a terminal).
+
+use indicatif::{ProgressBar, ProgressStyle};
+
+fn style(template: &str) -> ProgressStyle {
+    ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar()).progress_chars("=> ")
+}
+
+/// A bar over bytes.
+pub fn bytes(what: &'static str) -> ProgressBar {
+    let bar = ProgressBar::new(0);
+    bar.set_style(style("{msg} [{bar:30}] {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec} {eta}"));
+    bar.set_message(what);
+    bar
+}
+
+/// A bar over `total` things.
+pub fn count(what: &'static str, total: u64) -> ProgressBar {
+    let bar = ProgressBar::new(total);
+    bar.set_style(style("{msg} [{bar:30}] {pos}/{len} {eta}"));
+    bar.set_message(what);
+    bar
+}

@@ -1,0 +1,139 @@
+//! Opening a model for a command: the file, the plan or the obvious one, the engine and the tokenizer.
+
+use crate::progress;
+use anyhow::{Context, Result, ensure};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+use tier_plan_runtime::exec::plan::obvious;
+use tier_plan_runtime::exec::{Engine, LoadOptions};
+use tier_plan_runtime::formats::placement::{self, Placement};
+use tier_plan_runtime::gguf::Gguf;
+use tier_plan_runtime::model::{describe, shape::shape_of};
+use tier_plan_runtime::tokenizer::Tokenizer;
+use tier_plan_runtime::units::show_bytes;
+
+/// Context of the obvious plan where the model would allow more.
+const DEFAULT_CONTEXT: u32 = 4096;
+
+/// Set by Ctrl-C.
+static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+
+/// From now on Ctrl-C is noted instead of ending the program; a second one ends it.
+pub fn catch_interrupts() {
+    // Fails only if a handler is set already, and then that one serves.
+    let _ = ctrlc::set_handler(|| {
+        if INTERRUPTED.swap(true, Ordering::SeqCst) {
+            std::process::exit(130);
+        }
+    });
+}
+
+/// Whether Ctrl-C was pressed.
+pub fn interrupted() -> bool {
+    INTERRUPTED.load(Ordering::SeqCst)
+}
+
+/// An open model.
+pub struct Session {
+    /// The file.
+    pub gguf: Arc<Gguf>,
+    /// The loaded model.
+    pub engine: Engine,
+    /// When loading began.
+    pub started: Instant,
+}
+
+/// What to open and how.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Opening<'a> {
+    /// The plan; the obvious one when `None`.
+    pub plan: Option<&'a Path>,
+    /// Context length asked for.
+    pub context: Option<u32>,
+    /// Threads asked for.
+    pub threads: Option<usize>,
+}
+
+impl Session {
+    /// Opens a model and its plan and loads it.
+    pub fn open(model: &Path, opening: Opening<'_>) -> Result<Self> {
+        let gguf = Arc::new(Gguf::open(model)?);
+        let plan = match opening.plan {
+            Some(path) => {
+                let plan = placement::read(path)?;
+                plan.check_model(&gguf.id(), path)?;
+                let context = opening.context.unwrap_or(plan.context);
+                ensure!(
+                    context <= plan.context,
+                    "--ctx {context} is more than the {} tokens that {} was made for; solve again with --context {context}",
+                    plan.context,
+                    path.display()
+                );
+                plan
+            }
+            None => {
+                let spec = describe(&gguf).with_context(|| model.display().to_string())?;
+                let shape = shape_of(&gguf, &spec);
+                let context = opening.context.unwrap_or(shape.context.min(DEFAULT_CONTEXT));
+                obvious(&shape, context)
+            }
+        };
+        Self::load(gguf, &plan, opening.threads).with_context(|| model.display().to_string())
+    }
+
+    /// Loads an open file as a plan says.
+    pub fn load(gguf: Arc<Gguf>, plan: &Placement, threads: Option<usize>) -> Result<Self> {
+        if let Some(threads) = threads {
+            ensure!((1..=1024).contains(&threads), "--threads {threads}: expected 1 to 1024");
+        }
+        ensure!(plan.context > 0, "a context of 0 tokens holds no text; give --ctx 1 or more");
+        let started = Instant::now();
+        let bar = progress::bytes("loading");
+        let options = LoadOptions { threads, batch: None };
+        let engine = Engine::load(Arc::clone(&gguf), plan, &options, &mut |done, total| {
+            bar.set_length(total);
+            bar.set_position(done);
+        })?;
+        bar.finish_and_clear();
+        Ok(Self { gguf, engine, started })
+    }
+
+    /// The model's tokenizer.
+    pub fn tokenizer(&self) -> Result<Tokenizer> {
+        tokenizer(&self.gguf)
+    }
+
+    /// A sentence on what runs where, and per tier the planned and the counted bytes.
+    pub fn residency(&self) -> Vec<String> {
+        let plan = self.engine.plan();
+        let mut lines = Vec::new();
+        if plan.solver.status == "obvious" {
+            lines.push("no plan given: everything stays in main memory, where the system mapped the file".to_string());
+        } else {
+            lines.push(format!("plan '{}' ({} by {})", plan.name, plan.solver.status, plan.solver.backend));
+        }
+        for (t, resident) in plan.tiers.iter().zip(self.engine.resident_bytes()) {
+            let verdict = if *resident == t.used_bytes() { "as planned" } else { "NOT as planned" };
+            let emulated = if t.tier.emulated { " (emulated)" } else { "" };
+            lines.push(format!(
+                "  {}{emulated}: {} planned, {} counted: {verdict}",
+                t.tier.name,
+                show_bytes(t.used_bytes()),
+                show_bytes(*resident)
+            ));
+        }
+        lines
+    }
+}
+
+/// The tokenizer in a file.
+pub fn tokenizer(gguf: &Gguf) -> Result<Tokenizer> {
+    let source = tier_plan_runtime::tokenizer::TokenizerSource::from_gguf(gguf)?;
+    let tokenizer = Tokenizer::new(source).with_context(|| gguf.path().display().to_string())?;
+    if let Some(warning) = tokenizer.warning() {
+        eprintln!("warning: {warning}");
+    }
+    Ok(tokenizer)
+}
