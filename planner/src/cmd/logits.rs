@@ -15,11 +15,11 @@ pub fn run(args: &LogitsArgs) -> Result<()> {
     let context = args.plan.is_none().then_some(needed.max(1));
     let mut session = Session::open(&args.model, Opening { context, ..opening })?;
     ensure!(!args.tokens.is_empty(), "--tokens is empty; give at least one id");
+    let n_vocab = session.engine.spec().n_vocab;
     let logits = session.engine.forward(&args.tokens, Wanted::All)?;
     let bytes: Vec<u8> = logits.iter().flat_map(|l| l.to_le_bytes()).collect();
     safely::write(&args.output, &bytes)?;
     if args.greedy > 0 {
-        let n_vocab = session.engine.spec().n_vocab;
         let mut last = logits[logits.len() - n_vocab..].to_vec();
         let mut sampler = Sampler::new(SamplerConfig::default());
         let mut ids = Vec::new();

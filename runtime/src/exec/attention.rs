@@ -23,6 +23,7 @@ pub(super) struct AttentionScratch {
     mixed: Vec<f32>,
     norm: Vec<f32>,
     acts: Option<Activations>,
+    acts_width: usize,
 }
 
 impl AttentionScratch {
@@ -38,7 +39,8 @@ impl AttentionScratch {
         grow(&mut self.v, rows * spec.v.n_out);
         grow(&mut self.mixed, rows * spec.o.n_in);
         grow(&mut self.norm, spec.q.n_out.max(spec.k.n_out));
-        if self.acts.as_ref().is_none_or(|a| a.max_cols() < spec.o.n_in) {
+        if self.acts_width < spec.o.n_in {
+            self.acts_width = spec.o.n_in;
             self.acts = Some(Activations::new(rows, spec.o.n_in));
         }
     }

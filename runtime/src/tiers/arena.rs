@@ -35,7 +35,7 @@ pub enum ArenaError {
     },
 }
 
-struct Mapping(MmapMut);
+struct Mapping(#[allow(dead_code, reason = "held for its memory")] MmapMut);
 
 /// Memory of one tier, handed out piece by piece and never taken back.
 pub struct Arena {
