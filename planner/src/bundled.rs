@@ -10,6 +10,8 @@ pub fn path(relative: &str) -> Result<PathBuf> {
     let candidates = here.ancestors().map(Path::to_path_buf).chain([built]);
     let found = candidates.map(|root| root.join("profiles").join(relative)).find(|p| p.exists());
     found.with_context(|| {
-        format!("profiles/{relative} was not found in this folder or above it; run tier-plan from a clone of its source")
+        format!(
+            "profiles/{relative} was not found in this folder or above it; run tier-plan from a clone of its source"
+        )
     })
 }

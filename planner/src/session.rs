@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 use tier_plan_runtime::exec::plan::obvious;
-use tier_plan_runtime::exec::{Engine, LoadOptions};
+use tier_plan_runtime::exec::{Engine, KvType, LoadOptions};
 use tier_plan_runtime::formats::placement::{self, Placement};
 use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::model::{describe, shape::shape_of};
@@ -54,6 +54,8 @@ pub struct Opening<'a> {
     pub context: Option<u32>,
     /// Threads asked for.
     pub threads: Option<usize>,
+    /// How keys and values are stored.
+    pub kv_type: KvType,
 }
 
 impl Session {
@@ -77,21 +79,21 @@ impl Session {
                 let spec = describe(&gguf).with_context(|| model.display().to_string())?;
                 let shape = shape_of(&gguf, &spec);
                 let context = opening.context.unwrap_or(shape.context.min(DEFAULT_CONTEXT));
-                obvious(&shape, context)
+                obvious(&shape, context, opening.kv_type)
             }
         };
-        Self::load(gguf, &plan, opening.threads).with_context(|| model.display().to_string())
+        Self::load(gguf, &plan, opening.threads, opening.kv_type).with_context(|| model.display().to_string())
     }
 
     /// Loads an open file as a plan says.
-    pub fn load(gguf: Arc<Gguf>, plan: &Placement, threads: Option<usize>) -> Result<Self> {
+    pub fn load(gguf: Arc<Gguf>, plan: &Placement, threads: Option<usize>, kv_type: KvType) -> Result<Self> {
         if let Some(threads) = threads {
             ensure!((1..=1024).contains(&threads), "--threads {threads}: expected 1 to 1024");
         }
         ensure!(plan.context > 0, "a context of 0 tokens holds no text; give --ctx 1 or more");
         let started = Instant::now();
         let bar = progress::bytes("loading");
-        let options = LoadOptions { threads, batch: None };
+        let options = LoadOptions { threads, batch: None, kv_type };
         let engine = Engine::load(Arc::clone(&gguf), plan, &options, &mut |done, total| {
             bar.set_length(total);
             bar.set_position(done);

@@ -20,8 +20,10 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     session::catch_interrupts();
     // One token more than asked: a decode needs something before it.
     let context = args.plan.is_none().then_some(args.prompt.max(1) + args.tokens);
-    let mut session =
-        Session::open(&args.model, Opening { plan: args.plan.as_deref(), context, threads: args.threads })?;
+    let mut session = Session::open(
+        &args.model,
+        Opening { plan: args.plan.as_deref(), context, threads: args.threads, ..Opening::default() },
+    )?;
     let n_vocab = session.engine.spec().n_vocab as u64;
     // Any tokens do for timing; these are spread over the vocabulary so that routing is too.
     let token = |i: u64| (i.wrapping_mul(2_654_435_761) % n_vocab) as u32;
@@ -55,11 +57,7 @@ fn repeat(session: &mut Session, prompt: &[u32], tokens: u32) -> Result<Sample> 
         next = greedy(engine.forward(&[next], Wanted::Last)?);
     }
     let counters = engine.counters();
-    Ok(Sample {
-        prompt_s,
-        decode_s: counters.decode.as_secs_f64(),
-        decode_bytes: counters.read_bytes.iter().sum(),
-    })
+    Ok(Sample { prompt_s, decode_s: counters.decode.as_secs_f64(), decode_bytes: counters.read_bytes.iter().sum() })
 }
 
 fn greedy(logits: &[f32]) -> u32 {
@@ -104,9 +102,7 @@ fn report(args: &BenchArgs, session: &Session, samples: &[Sample]) -> Result<()>
         session.engine.kernels().isa()
     );
     println!("{:<14} {:>10} {:>10} {:>10}", "", "median", "min", "max");
-    for (name, values) in
-        [("prompt tok/s", &prompt), ("decode tok/s", &decode), ("decode GB/s", &gbps)]
-    {
+    for (name, values) in [("prompt tok/s", &prompt), ("decode tok/s", &decode), ("decode GB/s", &gbps)] {
         let (min, max) = values.iter().fold((f64::MAX, 0f64), |(a, b), v| (a.min(*v), b.max(*v)));
         println!("{name:<14} {:>10.2} {min:>10.2} {max:>10.2}", median(values));
     }

@@ -77,11 +77,7 @@ fn print_text(
     if let Some(first) = shape.experts.first() {
         let sizes = shape.experts.iter().map(|e| e.expert_bytes);
         let (min, max) = (sizes.clone().min().unwrap_or(0), sizes.max().unwrap_or(0));
-        let size = if min == max {
-            show_bytes(min)
-        } else {
-            format!("{} to {}", show_bytes(min), show_bytes(max))
-        };
+        let size = if min == max { show_bytes(min) } else { format!("{} to {}", show_bytes(min), show_bytes(max)) };
         println!(
             "{} layers with {} routed experts each, {} used a token; an expert takes {size}",
             shape.experts.len(),

@@ -3,17 +3,21 @@
 use crate::cli::LogitsArgs;
 use crate::session::{Opening, Session};
 use anyhow::{Result, ensure};
-use tier_plan_runtime::exec::Wanted;
+use tier_plan_runtime::exec::{KvType, Wanted};
 use tier_plan_runtime::formats::safely;
 use tier_plan_runtime::sampler::{Sampler, SamplerConfig};
 
 /// Runs it.
 pub fn run(args: &LogitsArgs) -> Result<()> {
     let needed = args.tokens.len() as u32 + args.greedy;
-    let opening = Opening { plan: args.plan.as_deref(), context: None, threads: args.threads };
-    // Files without a plan get a context that fits the tokens exactly, whatever the model was trained for.
-    let context = args.plan.is_none().then_some(needed.max(1));
-    let mut session = Session::open(&args.model, Opening { context, ..opening })?;
+    // Without a plan: a context that fits the tokens exactly, and keys and values as exact as they can be.
+    let opening = match &args.plan {
+        Some(plan) => Opening { plan: Some(plan), threads: args.threads, ..Opening::default() },
+        None => {
+            Opening { context: Some(needed.max(1)), threads: args.threads, kv_type: KvType::F32, ..Opening::default() }
+        }
+    };
+    let mut session = Session::open(&args.model, opening)?;
     ensure!(!args.tokens.is_empty(), "--tokens is empty; give at least one id");
     let n_vocab = session.engine.spec().n_vocab;
     let logits = session.engine.forward(&args.tokens, Wanted::All)?;

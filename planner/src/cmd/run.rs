@@ -18,7 +18,8 @@ pub fn run(args: &RunArgs) -> Result<()> {
     let sampling = sampler_config(&args.sampling)?;
     let text = prompt_text(args)?;
     session::catch_interrupts();
-    let opening = Opening { plan: args.plan.as_deref(), context: args.ctx, threads: args.threads };
+    let opening =
+        Opening { plan: args.plan.as_deref(), context: args.ctx, threads: args.threads, ..Opening::default() };
     let mut session = Session::open(&args.model, opening)?;
     let tokenizer = session.tokenizer()?;
     let prompt = tokenizer.encode(&text, true)?;

@@ -22,7 +22,8 @@ pub fn read(folder: &Path) -> Result<Vec<Prompt>> {
     let mut prompts = Vec::new();
     for domain in sorted(folder)?.into_iter().filter(|p| p.is_dir()) {
         for file in sorted(&domain)?.into_iter().filter(|p| p.extension().is_some_and(|e| e == "txt")) {
-            let text = std::fs::read_to_string(&file).with_context(|| format!("reading the prompt {}", file.display()))?;
+            let text =
+                std::fs::read_to_string(&file).with_context(|| format!("reading the prompt {}", file.display()))?;
             let name = file_name(&file);
             let split = if name.starts_with("heldout") { Split::HeldOut } else { Split::Train };
             prompts.push(Prompt { domain: file_name(&domain), name, split, text });
@@ -37,7 +38,8 @@ pub fn read(folder: &Path) -> Result<Vec<Prompt>> {
 }
 
 fn sorted(folder: &Path) -> Result<Vec<PathBuf>> {
-    let entries = std::fs::read_dir(folder).with_context(|| format!("reading the prompts folder {}", folder.display()))?;
+    let entries =
+        std::fs::read_dir(folder).with_context(|| format!("reading the prompts folder {}", folder.display()))?;
     let mut paths: Vec<PathBuf> = entries
         .map(|entry| Ok(entry.with_context(|| format!("listing {}", folder.display()))?.path()))
         .collect::<Result<_>>()?;
@@ -56,7 +58,8 @@ mod tests {
     #[test]
     fn folders_are_domains_and_heldout_files_are_held_out() {
         let dir = tempfile::tempdir().unwrap();
-        for (path, text) in [("b/train-1.txt", "x"), ("a/heldout-1.txt", "y"), ("a/notes.md", "z"), ("README.md", "w")] {
+        for (path, text) in [("b/train-1.txt", "x"), ("a/heldout-1.txt", "y"), ("a/notes.md", "z"), ("README.md", "w")]
+        {
             let path = dir.path().join(path);
             std::fs::create_dir_all(path.parent().unwrap()).unwrap();
             std::fs::write(path, text).unwrap();

@@ -89,18 +89,10 @@ pub(super) fn gqa(
     let (q, cache) = (&*q, &*cache);
     c.pool.for_each_slice(mixed, group * spec.value_dim, |item, mixed| {
         let (t, kv_head) = (item / spec.n_head_kv, item % spec.n_head_kv);
-        let len = past + t + 1;
-        let (keys, values) = (cache.keys(kv_head, len), cache.values(kv_head, len));
         SCORES.with_borrow_mut(|scores| {
             for (g, mixed) in mixed.chunks_exact_mut(spec.value_dim).enumerate() {
                 let query = &q[t * spec.q.n_out + (kv_head * group + g) * spec.key_dim..][..spec.key_dim];
-                scores.clear();
-                scores.extend(keys.chunks_exact(spec.key_dim).map(|key| spec.scale * c.kernels.dot_f16(query, key)));
-                c.kernels.softmax(scores);
-                mixed.fill(0.0);
-                for (weight, value) in scores.iter().zip(values.chunks_exact(spec.value_dim)) {
-                    c.kernels.axpy_f16(*weight, value, mixed);
-                }
+                cache.attend(c.kernels, kv_head, past + t + 1, query, spec.scale, scores, mixed);
             }
         });
     });

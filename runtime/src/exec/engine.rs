@@ -16,8 +16,8 @@ use crate::kernels::pooled::{MatJob, matmul_all};
 use crate::kernels::{Activations, Kernels, needs_quants};
 use crate::model::describe;
 use crate::model::shape::{ModelShape, shape_of};
-use crate::quant::dequantize_row;
 use crate::model::spec::{Ffn, LayerSpec, Mixer, ModelSpec, MoeSpec};
+use crate::quant::dequantize_row;
 use crate::threads::{ThreadPool, physical_cores};
 use crate::tiers::pace::{Pacer, StageBytes, settle};
 use std::sync::Arc;
@@ -93,10 +93,15 @@ impl Engine {
     ///
     /// # Errors
     /// When the plan is for another model, contradicts itself or does not fit; when memory or the file fail.
-    pub fn load(gguf: Arc<Gguf>, plan: &Placement, options: &LoadOptions, progress: Progress<'_>) -> Result<Self, LoadError> {
+    pub fn load(
+        gguf: Arc<Gguf>,
+        plan: &Placement,
+        options: &LoadOptions,
+        progress: Progress<'_>,
+    ) -> Result<Self, LoadError> {
         let spec = describe(&gguf)?;
         let shape = shape_of(&gguf, &spec);
-        let loaded = load(&gguf, &spec, &shape, plan, progress)?;
+        let loaded = load(&gguf, &spec, &shape, plan, options, progress)?;
         let Loaded { weights, experts, mut resident_bytes, embedding_tier, head_tier, dense_bytes } = loaded;
         let batch = options.batch.unwrap_or(BATCH).max(1);
         let context = plan.context as usize;
@@ -105,7 +110,7 @@ impl Engine {
             .iter()
             .map(|layer| {
                 let Mixer::Gqa(a) = &layer.mixer;
-                LayerCache::new(a.n_head_kv, a.key_dim, a.value_dim, context)
+                LayerCache::new(options.kv_type, a.n_head_kv, a.key_dim, a.value_dim, context)
             })
             .collect();
         resident_bytes[plan.kv_tier] += caches.iter().map(LayerCache::bytes).sum::<u64>();
@@ -223,7 +228,8 @@ impl Engine {
         let n_batches = tokens.len().div_ceil(self.batch);
         for (i, batch) in tokens.chunks(self.batch).enumerate() {
             let last = i + 1 == n_batches;
-            let result = self.pass(batch, i * self.batch, if last || wanted == Wanted::All { Some(wanted) } else { None });
+            let result =
+                self.pass(batch, i * self.batch, if last || wanted == Wanted::All { Some(wanted) } else { None });
             if let Err(error) = result {
                 self.broken = true;
                 return Err(error);

@@ -7,7 +7,7 @@
 use super::slots::{Access, SlotCache};
 use crate::gguf::Gguf;
 use crate::kernels::Weights;
-use crate::model::spec::{MoeSpec, ModelSpec, TensorId};
+use crate::model::spec::{ModelSpec, MoeSpec, TensorId};
 use crate::quant::TensorType;
 use crate::tiers::arena::Piece;
 use crate::tiers::file::{Extent, FileTier, ReadError};
@@ -56,8 +56,11 @@ impl LayerExperts {
             let info = &gguf.tensors()[tensor];
             Part { tensor, ty: info.ty, n_out, n_in, slice_bytes: info.n_bytes as usize / moe.n_expert }
         };
-        let parts =
-            [part(moe.gate, moe.expert_ffn, hidden), part(moe.up, moe.expert_ffn, hidden), part(moe.down, hidden, moe.expert_ffn)];
+        let parts = [
+            part(moe.gate, moe.expert_ffn, hidden),
+            part(moe.up, moe.expert_ffn, hidden),
+            part(moe.down, hidden, moe.expert_ffn),
+        ];
         Self {
             expert_bytes: parts.iter().map(|p| p.slice_bytes).sum(),
             parts,
@@ -243,7 +246,9 @@ impl ExpertStore {
             let at = step.next_read;
             let (slot, late) = match step.uses[at] {
                 Use::FillSlot { slot, after: None } => (Some(slot), None),
-                Use::FillSlot { slot, after: Some(after) } if matches!(step.uses[after], Use::Done) => (Some(slot), None),
+                Use::FillSlot { slot, after: Some(after) } if matches!(step.uses[after], Use::Done) => {
+                    (Some(slot), None)
+                }
                 Use::FillSlot { slot, after: Some(after) } => (None, Some((at, slot, after))),
                 Use::Stage => (None, None),
                 _ => {

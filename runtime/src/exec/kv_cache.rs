@@ -1,56 +1,141 @@
-//! Keys and values of past tokens, in 16-bit floats.
+//! Keys and values of past tokens.
 
 use crate::kernels::Kernels;
 use half::f16;
 
-/// One layer's cache; heads apart, so that a head's keys are one stream.
-pub(super) struct LayerCache {
-    /// `[n_head_kv, context, key_dim]`.
-    keys: Vec<f16>,
-    /// `[n_head_kv, context, value_dim]`.
-    values: Vec<f16>,
+/// How the cache stores a value.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum KvType {
+    /// 16-bit floats: half the memory, and differences of about 10⁻⁷ (NMSE of the logits).
+    #[default]
+    F16,
+    /// 32-bit floats, for checking one engine against another.
+    F32,
+}
+
+impl KvType {
+    /// Bytes of what takes `f16_bytes` in 16-bit floats.
+    pub fn bytes(self, f16_bytes: u64) -> u64 {
+        match self {
+            KvType::F16 => f16_bytes,
+            KvType::F32 => 2 * f16_bytes,
+        }
+    }
+}
+
+/// `[n_head_kv, context, dim]`: heads apart, so that a head's rows are one stream.
+struct Rows {
+    data: Data,
     context: usize,
-    key_dim: usize,
-    value_dim: usize,
+    dim: usize,
+}
+
+enum Data {
+    F16(Vec<f16>),
+    F32(Vec<f32>),
+}
+
+impl Rows {
+    fn new(kv_type: KvType, n_head: usize, context: usize, dim: usize) -> Self {
+        let len = n_head * context * dim;
+        let data = match kv_type {
+            KvType::F16 => Data::F16(vec![f16::ZERO; len]),
+            KvType::F32 => Data::F32(vec![0.0; len]),
+        };
+        Self { data, context, dim }
+    }
+
+    fn store(&mut self, kernels: Kernels, position: usize, rows: &[f32]) {
+        for (head, row) in rows.chunks_exact(self.dim).enumerate() {
+            let at = (head * self.context + position) * self.dim;
+            match &mut self.data {
+                Data::F16(data) => kernels.to_f16(row, &mut data[at..at + self.dim]),
+                Data::F32(data) => data[at..at + self.dim].copy_from_slice(row),
+            }
+        }
+    }
+
+    fn bytes(&self) -> u64 {
+        match &self.data {
+            Data::F16(data) => 2 * data.len() as u64,
+            Data::F32(data) => 4 * data.len() as u64,
+        }
+    }
+
+    /// `dots[i] = scale · query · row i` for the first `n` rows of a head.
+    fn dots(&self, kernels: Kernels, head: usize, n: usize, query: &[f32], scale: f32, dots: &mut Vec<f32>) {
+        let at = head * self.context * self.dim;
+        let range = at..at + n * self.dim;
+        dots.clear();
+        match &self.data {
+            Data::F16(data) => {
+                dots.extend(data[range].chunks_exact(self.dim).map(|row| scale * kernels.dot_f16(query, row)));
+            }
+            Data::F32(data) => {
+                dots.extend(data[range].chunks_exact(self.dim).map(|row| scale * kernels.dot(query, row)));
+            }
+        }
+    }
+
+    /// `out = Σ weights[i] · row i` over the first rows of a head.
+    fn mix(&self, kernels: Kernels, head: usize, weights: &[f32], out: &mut [f32]) {
+        let at = head * self.context * self.dim;
+        let range = at..at + weights.len() * self.dim;
+        out.fill(0.0);
+        match &self.data {
+            Data::F16(data) => {
+                for (weight, row) in weights.iter().zip(data[range].chunks_exact(self.dim)) {
+                    kernels.axpy_f16(*weight, row, out);
+                }
+            }
+            Data::F32(data) => {
+                for (weight, row) in weights.iter().zip(data[range].chunks_exact(self.dim)) {
+                    kernels.axpy(*weight, row, out);
+                }
+            }
+        }
+    }
+}
+
+/// One layer's cache.
+pub(super) struct LayerCache {
+    keys: Rows,
+    values: Rows,
 }
 
 impl LayerCache {
-    pub(super) fn new(n_head_kv: usize, key_dim: usize, value_dim: usize, context: usize) -> Self {
+    pub(super) fn new(kv_type: KvType, n_head_kv: usize, key_dim: usize, value_dim: usize, context: usize) -> Self {
         Self {
-            keys: vec![f16::ZERO; n_head_kv * context * key_dim],
-            values: vec![f16::ZERO; n_head_kv * context * value_dim],
-            context,
-            key_dim,
-            value_dim,
+            keys: Rows::new(kv_type, n_head_kv, context, key_dim),
+            values: Rows::new(kv_type, n_head_kv, context, value_dim),
         }
     }
 
     /// Stores one token's keys `[n_head_kv, key_dim]` and values `[n_head_kv, value_dim]`.
     pub(super) fn store(&mut self, kernels: Kernels, position: usize, keys: &[f32], values: &[f32]) {
-        for (head, key) in keys.chunks_exact(self.key_dim).enumerate() {
-            let at = (head * self.context + position) * self.key_dim;
-            kernels.to_f16(key, &mut self.keys[at..at + self.key_dim]);
-        }
-        for (head, value) in values.chunks_exact(self.value_dim).enumerate() {
-            let at = (head * self.context + position) * self.value_dim;
-            kernels.to_f16(value, &mut self.values[at..at + self.value_dim]);
-        }
+        self.keys.store(kernels, position, keys);
+        self.values.store(kernels, position, values);
     }
 
-    /// Keys of one head at positions `0..n`, `[n, key_dim]`.
-    pub(super) fn keys(&self, head: usize, n: usize) -> &[f16] {
-        let at = head * self.context * self.key_dim;
-        &self.keys[at..at + n * self.key_dim]
-    }
-
-    /// Values of one head at positions `0..n`, `[n, value_dim]`.
-    pub(super) fn values(&self, head: usize, n: usize) -> &[f16] {
-        let at = head * self.context * self.value_dim;
-        &self.values[at..at + n * self.value_dim]
+    /// Attention of one query over positions `0..n` of a key and value head; `scores` is scratch, `out` is
+    /// `[value_dim]`.
+    pub(super) fn attend(
+        &self,
+        kernels: Kernels,
+        head: usize,
+        n: usize,
+        query: &[f32],
+        scale: f32,
+        scores: &mut Vec<f32>,
+        out: &mut [f32],
+    ) {
+        self.keys.dots(kernels, head, n, query, scale, scores);
+        kernels.softmax(scores);
+        self.values.mix(kernels, head, scores, out);
     }
 
     /// Bytes held.
     pub(super) fn bytes(&self) -> u64 {
-        2 * (self.keys.len() + self.values.len()) as u64
+        self.keys.bytes() + self.values.bytes()
     }
 }

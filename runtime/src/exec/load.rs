@@ -1,6 +1,7 @@
 //! Loads a model as a plan says: checks the plan against the file, makes one arena a tier, fills it, and counts.
 
 use super::experts::{ExpertStore, Home, LayerExperts, largest_expert};
+use super::kv_cache::KvType;
 use super::weights::{DenseWeights, Held};
 use crate::formats::machine::TierKind;
 use crate::formats::placement::{LayerPlacement, Placement};
@@ -62,6 +63,8 @@ pub struct LoadOptions {
     pub threads: Option<usize>,
     /// Tokens in one batch of prompt processing; 512 when `None`.
     pub batch: Option<usize>,
+    /// How keys and values are stored; plans reckon with 16 bits.
+    pub kv_type: KvType,
 }
 
 /// What loading made.
@@ -103,9 +106,10 @@ pub(super) fn load(
     spec: &ModelSpec,
     shape: &ModelShape,
     plan: &Placement,
+    options: &LoadOptions,
     progress: Progress<'_>,
 ) -> Result<Loaded, LoadError> {
-    check(shape, plan)?;
+    check(shape, plan, options.kv_type)?;
     let slow = plan.tiers.len() - 1;
     let mut backings = Vec::new();
     for (i, t) in plan.tiers.iter().enumerate() {
@@ -122,8 +126,7 @@ pub(super) fn load(
     let paths: Vec<PathBuf> = (0..gguf.n_parts()).map(|p| gguf.part_path(p).to_path_buf()).collect();
     let files = if reads_files { Some(FileTier::open(&paths)?) } else { None };
     let total = plan.tiers.iter().map(|t| t.dense_bytes + t.pinned_bytes).sum();
-    let mut loader =
-        Loader { gguf, spec, plan, backings, files, resident: vec![0; plan.tiers.len()], done: 0, total };
+    let mut loader = Loader { gguf, spec, plan, backings, files, resident: vec![0; plan.tiers.len()], done: 0, total };
     let tiers: HashMap<(DenseKind, Option<u32>), usize> =
         plan.dense.iter().map(|d| ((d.kind, d.layer), d.tier)).collect();
     let weights = loader.dense(&tiers, progress)?;
@@ -140,7 +143,7 @@ pub(super) fn load(
 }
 
 /// Everything about a plan that could contradict the model or itself.
-fn check(shape: &ModelShape, plan: &Placement) -> Result<(), LoadError> {
+fn check(shape: &ModelShape, plan: &Placement, kv_type: KvType) -> Result<(), LoadError> {
     let bad = |what: String| LoadError::Plan { plan: plan.name.clone(), model: shape.id.name.clone(), what };
     if plan.model.hash != shape.id.hash {
         return Err(bad(format!("it was made for '{}' ({})", plan.model.name, plan.model.hash)));
@@ -151,7 +154,8 @@ fn check(shape: &ModelShape, plan: &Placement) -> Result<(), LoadError> {
             let name = &t.tier.name;
             return Err(bad(format!("tier '{name}' holds {} of {} bytes", t.used_bytes(), t.budget_bytes)));
         }
-        let tier_error = |kind, mend| LoadError::Tier { plan: plan.name.clone(), tier: t.tier.name.clone(), kind, mend };
+        let tier_error =
+            |kind, mend| LoadError::Tier { plan: plan.name.clone(), tier: t.tier.name.clone(), kind, mend };
         if t.tier.kind == TierKind::Vram && !t.tier.emulated && t.used_bytes() > 0 {
             return Err(tier_error("a GPU's memory", "this build has no GPU engine: solve with --vram 0"));
         }
@@ -199,7 +203,9 @@ fn check(shape: &ModelShape, plan: &Placement) -> Result<(), LoadError> {
                 }
             }
             match pinned.get_mut(*tier) {
-                Some(bytes) if *tier != slow || plan.tiers.len() == 1 => *bytes += experts.len() as u64 * e.expert_bytes,
+                Some(bytes) if *tier != slow || plan.tiers.len() == 1 => {
+                    *bytes += experts.len() as u64 * e.expert_bytes
+                }
                 _ => return Err(bad(format!("layer {} pins experts on the slow tier", l.layer))),
             }
         }
@@ -229,7 +235,7 @@ fn check(shape: &ModelShape, plan: &Placement) -> Result<(), LoadError> {
             return Err(bad(format!("tier '{name}' says {said} bytes of {line}, but they take {is}")));
         }
     }
-    let kv = shape.kv_bytes_per_token * u64::from(plan.context);
+    let kv = kv_type.bytes(shape.kv_bytes_per_token.saturating_mul(u64::from(plan.context)));
     if plan.tiers.get(plan.kv_tier).is_none_or(|t| t.kv_bytes < kv) {
         return Err(bad(format!("the key and value cache of {} tokens takes {kv} bytes", plan.context)));
     }

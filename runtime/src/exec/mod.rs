@@ -19,6 +19,7 @@ pub mod slots;
 mod weights;
 
 pub use engine::{Engine, Wanted};
+pub use kv_cache::KvType;
 pub use load::{LoadError, LoadOptions};
 
 use crate::tiers::file::ReadError;
@@ -31,7 +32,9 @@ pub enum RunError {
     #[error(transparent)]
     Read(#[from] ReadError),
     /// No room in the key and value cache.
-    #[error("the context is full: {wanted} tokens wanted, {context} planned; give a larger --ctx, or solve with a larger --context")]
+    #[error(
+        "the context is full: {wanted} tokens wanted, {context} planned; give a larger --ctx, or solve with a larger --context"
+    )]
     ContextFull {
         /// Tokens after this call.
         wanted: usize,

@@ -6,8 +6,8 @@ use super::weights::DenseWeights;
 use crate::kernels::pooled::{MatJob, matmul_all};
 use crate::kernels::{ActView, Activations, Kernels, needs_quants};
 use crate::model::spec::{GatedFfn, MoeSpec};
-use crate::tiers::pace::StageBytes;
 use crate::threads::ThreadPool;
+use crate::tiers::pace::StageBytes;
 
 /// Buffers of the feed-forward blocks.
 pub(super) struct FfnScratch {
@@ -52,7 +52,14 @@ pub(super) struct Choices<'a> {
 }
 
 /// `out = down(silu(gate x) · up x)`, all rows of `x`.
-pub(super) fn dense_ffn(c: Compute<'_>, weights: &DenseWeights, ffn: &GatedFfn, x: ActView<'_>, s: &mut FfnScratch, out: &mut [f32]) {
+pub(super) fn dense_ffn(
+    c: Compute<'_>,
+    weights: &DenseWeights,
+    ffn: &GatedFfn,
+    x: ActView<'_>,
+    s: &mut FfnScratch,
+    out: &mut [f32],
+) {
     let rows = x.rows();
     let width = ffn.gate.n_out;
     let (gate, up) = (&mut s.gate[..rows * width], &mut s.up[..rows * width]);

@@ -1,14 +1,15 @@
 //! The obvious plan, for running without one: everything in main memory, in place in the mapped file.
 
+use super::KvType;
 use crate::formats::SourceId;
 use crate::formats::machine::{Tier, TierKind};
 use crate::formats::placement::{
-    DensePlacement, LayerPlacement, PlanTier, Placement, Prediction, SlotPolicy, SolverReport,
+    DensePlacement, LayerPlacement, Placement, PlanTier, Prediction, SlotPolicy, SolverReport,
 };
 use crate::model::shape::ModelShape;
 
 /// A plan with one tier, `dram`, that holds the whole model where the system mapped it.
-pub fn obvious(shape: &ModelShape, context: u32) -> Placement {
+pub fn obvious(shape: &ModelShape, context: u32, kv_type: KvType) -> Placement {
     let home_bytes = shape.experts.iter().map(|e| e.expert_bytes * u64::from(e.n_expert)).sum();
     let mut tier = PlanTier {
         tier: Tier {
@@ -24,7 +25,7 @@ pub fn obvious(shape: &ModelShape, context: u32) -> Placement {
         dense_bytes: shape.dense.iter().map(|d| d.bytes).sum(),
         pinned_bytes: 0,
         slot_bytes: 0,
-        kv_bytes: shape.kv_bytes_per_token * u64::from(context),
+        kv_bytes: kv_type.bytes(shape.kv_bytes_per_token.saturating_mul(u64::from(context))),
         staging_bytes: 0,
         home_bytes,
     };

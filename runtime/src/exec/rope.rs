@@ -75,7 +75,8 @@ fn frequencies(spec: &RopeSpec, factors: Option<&[f32]>) -> (Vec<f32>, f32) {
         RopeScaling::Yarn { factor, original_context, beta_fast, beta_slow, attn_factor } => {
             // The pair whose wavelength makes `rotations` turns over the original context.
             let pair_of = |rotations: f32| {
-                spec.dims as f32 * (original_context / (rotations * std::f32::consts::TAU)).ln() / (2.0 * spec.base.ln())
+                spec.dims as f32 * (original_context / (rotations * std::f32::consts::TAU)).ln()
+                    / (2.0 * spec.base.ln())
             };
             let low = pair_of(beta_fast).floor().max(0.0);
             let high = pair_of(beta_slow).ceil().min(spec.dims as f32 - 1.0);
@@ -128,8 +129,13 @@ mod tests {
 
     #[test]
     fn yarn_keeps_fast_pairs_and_divides_slow_ones() {
-        let scaling =
-            RopeScaling::Yarn { factor: 8.0, original_context: 4096.0, beta_fast: 32.0, beta_slow: 1.0, attn_factor: 1.0 };
+        let scaling = RopeScaling::Yarn {
+            factor: 8.0,
+            original_context: 4096.0,
+            beta_fast: 32.0,
+            beta_slow: 1.0,
+            attn_factor: 1.0,
+        };
         let (plain, _) = frequencies(&spec(RopeKind::Adjacent, 64, RopeScaling::None), None);
         let (yarn, magnitude) = frequencies(&spec(RopeKind::Adjacent, 64, scaling), None);
         assert_eq!(yarn[0], plain[0]);

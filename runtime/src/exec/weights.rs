@@ -37,7 +37,10 @@ impl DenseWeights {
     /// Bytes of the file that the tensor stands for, and its tier.
     pub(super) fn placed(&self) -> impl Iterator<Item = (TensorId, usize, u64)> {
         let tensors = self.gguf.tensors();
-        self.held.iter().enumerate().filter_map(move |(id, h)| h.as_ref().map(|(tier, _)| (id, *tier, tensors[id].n_bytes)))
+        self.held
+            .iter()
+            .enumerate()
+            .filter_map(move |(id, h)| h.as_ref().map(|(tier, _)| (id, *tier, tensors[id].n_bytes)))
     }
 
     /// A vector of parameters.

@@ -19,10 +19,12 @@ pub enum ArenaError {
         /// Bytes asked for.
         bytes: u64,
         /// What the system said.
-        source: std::io::Error,
+        r#source: std::io::Error,
     },
     /// More was asked of it than the plan reserved.
-    #[error("tier '{tier}' is full: {wanted} bytes wanted, {left} of {capacity} left; the plan does not fit this model, solve again")]
+    #[error(
+        "tier '{tier}' is full: {wanted} bytes wanted, {left} of {capacity} left; the plan does not fit this model, solve again"
+    )]
     Full {
         /// The tier.
         tier: String,
@@ -52,7 +54,7 @@ unsafe impl Send for Arena {}
 impl Arena {
     /// An arena of exactly `bytes`, zero-filled, on huge pages where the system offers them.
     pub fn new(tier: &str, bytes: u64) -> Result<Self, ArenaError> {
-        let map_error = |source| ArenaError::Map { tier: tier.to_string(), bytes, source };
+        let map_error = |source| ArenaError::Map { tier: tier.to_string(), bytes, r#source: source };
         let capacity = usize::try_from(bytes).map_err(|_| map_error(std::io::ErrorKind::OutOfMemory.into()))?;
         // An empty mapping is refused by the system; one byte that nobody gets stands in for it.
         let mut map = MmapMut::map_anon(capacity.max(1)).map_err(map_error)?;

@@ -26,7 +26,7 @@ pub enum ReadError {
         /// How much.
         len: usize,
         /// What the system said.
-        source: io::Error,
+        r#source: io::Error,
     },
     /// A file could not be opened.
     #[error("{}: {source}", path.display())]
@@ -34,7 +34,7 @@ pub enum ReadError {
         /// The file.
         path: PathBuf,
         /// What the system said.
-        source: io::Error,
+        r#source: io::Error,
     },
     /// The threads that read are gone.
     #[error("the reader threads have stopped")]
@@ -91,7 +91,7 @@ impl FileTier {
     /// Opens the files and starts the readers.
     pub fn open(paths: &[PathBuf]) -> Result<Self, ReadError> {
         let open = |path: &PathBuf| {
-            let file = File::open(path).map_err(|source| ReadError::Open { path: path.clone(), source })?;
+            let file = File::open(path).map_err(|source| ReadError::Open { path: path.clone(), r#source: source })?;
             Ok((path.clone(), file))
         };
         let files = paths.iter().map(open).collect::<Result<_, ReadError>>()?;
@@ -170,7 +170,7 @@ fn read(files: &[(PathBuf, File)], extent: Extent, into: &mut [u8]) -> Result<()
         path: path.clone(),
         offset: extent.offset,
         len: extent.len,
-        source,
+        r#source: source,
     })
 }
 
@@ -215,10 +215,7 @@ mod tests {
         let tier = FileTier::open(&[file.path().to_path_buf()]).unwrap();
         let mut arena = Arena::new("dram", 1000).unwrap();
         for key in 0..50u64 {
-            let extents = vec![
-                Extent { part: 0, offset: key, len: 5 },
-                Extent { part: 0, offset: 200, len: 5 },
-            ];
+            let extents = vec![Extent { part: 0, offset: key, len: 5 }, Extent { part: 0, offset: 200, len: 5 }];
             tier.submit(key, extents, arena.take(10).unwrap());
         }
         let mut seen = [false; 50];

@@ -66,7 +66,11 @@ impl Pacer {
 
     fn transfer(&self, tier: usize, bytes: u64) -> Duration {
         let t = &self.tiers[tier];
-        if t.emulated && bytes > 0 { Duration::from_secs_f64(bytes as f64 / (t.read_gbps * 1e9)) } else { Duration::ZERO }
+        if t.emulated && bytes > 0 {
+            Duration::from_secs_f64(bytes as f64 / (t.read_gbps * 1e9))
+        } else {
+            Duration::ZERO
+        }
     }
 
     /// Declared time of a layer's dense stage.

@@ -125,10 +125,25 @@ pub(super) const FAMILIES: &[Family] = &[
     plain(
         "deepseek-llm",
         &[],
-        &[r"[\r\n]", DEEPSEEK_CASED, r"\s?[!-/:-~\x{FF01}-\x{FF0F}\x{FF1A}-\x{FF5E}\x{2018}-\x{201F}\x{3000}-\x{3002}]+", r"\s+$", r"[\x{4E00}-\x{9FA5}\x{800}-\x{4E00}\x{AC00}-\x{D7FF}]+", r"\p{N}+"],
+        &[
+            r"[\r\n]",
+            DEEPSEEK_CASED,
+            r"\s?[!-/:-~\x{FF01}-\x{FF0F}\x{FF1A}-\x{FF5E}\x{2018}-\x{201F}\x{3000}-\x{3002}]+",
+            r"\s+$",
+            r"[\x{4E00}-\x{9FA5}\x{800}-\x{4E00}\x{AC00}-\x{D7FF}]+",
+            r"\p{N}+",
+        ],
     ),
-    plain("deepseek-coder", &[], &[r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[\x{4E00}-\x{9FA5}\x{800}-\x{4E00}\x{AC00}-\x{D7FF}]+", r"\p{N}"]),
-    plain("deepseek-v3", &["hunyuan-dense", "joyai-llm"], &[r"\p{N}{1,3}", r"[\x{4E00}-\x{9FA5}\x{3040}-\x{309F}\x{30A0}-\x{30FF}]+", DEEPSEEK_V3]),
+    plain(
+        "deepseek-coder",
+        &[],
+        &[r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[\x{4E00}-\x{9FA5}\x{800}-\x{4E00}\x{AC00}-\x{D7FF}]+", r"\p{N}"],
+    ),
+    plain(
+        "deepseek-v3",
+        &["hunyuan-dense", "joyai-llm"],
+        &[r"\p{N}{1,3}", r"[\x{4E00}-\x{9FA5}\x{3040}-\x{309F}\x{30A0}-\x{30FF}]+", DEEPSEEK_V3],
+    ),
 ];
 
 /// The family that a file's `tokenizer.ggml.pre` names.
