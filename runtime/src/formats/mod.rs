@@ -100,3 +100,6 @@ fn check_model(made_for: &SourceId, given: &SourceId, file: &str, mend: &str, pa
         format!("this {file} was made for the model {made_for}, but the model given is {given}; {mend}"),
     ))
 }
+
+#[cfg(test)]
+mod doc_tests;
