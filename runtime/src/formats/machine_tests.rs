@@ -131,8 +131,9 @@ fn files_are_refused_by_kind_and_size_without_being_parsed() {
     assert!(error.contains("larger than 1.00 MiB, the most that a machine file may have"), "{error}");
     std::fs::write(&path, vec![b'#'; 2 << 20]).unwrap();
     assert!(read(&path).unwrap_err().to_string().contains("names no tier-plan format"));
-    let missing = read(&dir.path().join("none.toml")).unwrap_err().to_string();
-    assert!(missing.contains("none.toml: No such file"), "{missing}");
+    let missing = read(&dir.path().join("none.toml")).unwrap_err();
+    assert!(missing.to_string().contains("none.toml: No such file"), "{missing}");
+    assert!(std::error::Error::source(&missing).is_none(), "the cause would be printed twice");
 }
 
 #[test]

@@ -48,8 +48,9 @@ pub enum FormatError {
     Io {
         /// The file.
         path: PathBuf,
-        /// What the system said.
-        source: std::io::Error,
+        /// What the system said. It is part of the message, so it is no source of its own (the raw name says so):
+        /// whoever prints the chain of causes would print it twice.
+        r#source: std::io::Error,
     },
     /// The file is of another kind.
     #[error("{}: not a {expected}: {found}", path.display())]
@@ -100,3 +101,6 @@ fn check_model(made_for: &SourceId, given: &SourceId, file: &str, mend: &str, pa
         format!("this {file} was made for the model {made_for}, but the model given is {given}; {mend}"),
     ))
 }
+
+#[cfg(test)]
+mod doc_tests;

@@ -175,10 +175,10 @@ fn any_record() -> impl Strategy<Value = RunRecord> {
             prompt_tok_s: b,
             overhead_s: c,
             dense_s: parts.clone(),
-            expert_s: parts.iter().map(|x| x + 1.0).collect(),
+            expert_s: parts.iter().map(|x| x.floor()).collect(),
             expert_critical_s: d,
             hit_rate: e,
-            read_bytes: parts.into_iter().map(|x| x + 2.0).map(f64::floor).collect(),
+            read_bytes: parts.into_iter().map(|x| x.floor() + 1.0).collect(),
             emulated,
         },
     );
