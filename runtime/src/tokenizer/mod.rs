@@ -1,1 +1,385 @@
-//! tokenizer
+//! Text to token ids and back, from the vocabulary in a model file.
+//!
+//! Two kinds of vocabulary are known: `gpt2`, byte-level pairs merged in the order they were learnt, with a
+//! split pattern that `tokenizer.ggml.pre` names; and `llama`, SentencePiece scores with a byte fallback.
+//! Special tokens and BOS follow llama.cpp, so that both engines see the same prompt.
+//!
+//! This module takes plain arrays ([`TokenizerSource`]) and knows nothing of files or of models.
+
+mod bytes;
+mod pairs;
+mod scores;
+mod special;
+mod split;
+mod stream;
+#[cfg(test)]
+mod tests;
+
+pub use special::TokenKind;
+pub use stream::TokenStream;
+
+use pairs::BytePairs;
+use scores::ScoreMerges;
+use special::{Fragment, Specials};
+use thiserror::Error;
+
+/// What a model file says of its vocabulary; the names are those of the `tokenizer.ggml.*` keys.
+#[derive(Debug, Clone, Default)]
+pub struct TokenizerSource {
+    /// `model`: `gpt2`, `llama`, or `none` for a model without a vocabulary.
+    pub model: String,
+    /// `pre`: the name of the split pattern.
+    pub pre: Option<String>,
+    /// `tokens`: the text of every token, by id.
+    pub tokens: Vec<String>,
+    /// `token_type`, one a token; all are normal text when empty.
+    pub token_types: Vec<i32>,
+    /// `scores`, one a token; only `llama` vocabularies need them.
+    pub scores: Vec<f32>,
+    /// `merges`: pairs of token texts with a space between, first learnt first.
+    pub merges: Vec<String>,
+    /// `bos_token_id`. Ids past the vocabulary, here and below, are taken as "there is none", as writers mean them.
+    pub bos: Option<u32>,
+    /// `eos_token_id`.
+    pub eos: Option<u32>,
+    /// `eot_token_id`: end of a turn.
+    pub eot: Option<u32>,
+    /// `eom_token_id`: end of a message.
+    pub eom: Option<u32>,
+    /// `unknown_token_id`.
+    pub unk: Option<u32>,
+    /// `add_bos_token`: whether a prompt starts with BOS.
+    pub add_bos: Option<bool>,
+    /// `add_eos_token`: whether a prompt ends with EOS.
+    pub add_eos: Option<bool>,
+    /// `add_space_prefix`: whether `llama` vocabularies put a space before the text.
+    pub add_space_prefix: Option<bool>,
+}
+
+/// Why there is no tokenizer, or no tokens.
+#[derive(Debug, Error)]
+pub enum TokenizerError {
+    /// The file has no vocabulary.
+    #[error("this model has no tokenizer (tokenizer.ggml.model is 'none'): give token ids instead of text")]
+    NoTokenizer,
+    /// A kind of vocabulary that isn't known.
+    #[error(
+        "tokenizer.ggml.model is '{found}', but only gpt2, llama and none are known: give token ids instead of text"
+    )]
+    UnknownModel {
+        /// The name in the file.
+        found: String,
+    },
+    /// A split pattern that isn't known.
+    #[error(
+        "split pattern '{found}' (tokenizer.ggml.pre) is not known; choose the one that fits the model with --tokenizer-pre: {known}"
+    )]
+    UnknownPre {
+        /// The name in the file, or the one that was forced.
+        found: String,
+        /// The names that are known.
+        known: String,
+    },
+    /// The vocabulary has no tokens, or more than 32-bit ids can count.
+    #[error("tokenizer.ggml.tokens has {found} entries; expected 1 to {}", u32::MAX)]
+    BadSize {
+        /// Tokens in the file.
+        found: usize,
+    },
+    /// An array with the wrong number of entries.
+    #[error("tokenizer.ggml.{array} has {found} entries, but there are {expected} tokens: the file is damaged")]
+    BadLength {
+        /// The key.
+        array: &'static str,
+        /// Entries in the file.
+        found: usize,
+        /// Tokens in the file.
+        expected: usize,
+    },
+    /// A byte-pair vocabulary without merges.
+    #[error("tokenizer.ggml.merges is missing or empty, and a gpt2 vocabulary can't be used without it")]
+    NoMerges,
+    /// A merge that is not a pair.
+    #[error("entry {index} of tokenizer.ggml.merges is '{text}'; expected two token texts with a space between")]
+    BadMerge {
+        /// Which entry, from 0.
+        index: usize,
+        /// What it says.
+        text: String,
+    },
+    /// The file asks for a token that it doesn't name.
+    #[error("the file asks to add {what} to prompts (tokenizer.ggml.add_{what}_token), but names no such token")]
+    MissingSpecial {
+        /// `bos` or `eos`.
+        what: &'static str,
+    },
+    /// A byte that the vocabulary can't spell.
+    #[error("the text holds byte 0x{byte:02X}, for which the vocabulary has no token")]
+    NoByte {
+        /// The byte.
+        byte: u8,
+    },
+    /// The parts didn't fit together.
+    #[error("the tokenizer could not be built: {0}")]
+    Build(String),
+}
+
+#[derive(Debug)]
+enum Encoder {
+    Pairs(Box<BytePairs>),
+    Scores(ScoreMerges),
+    None,
+}
+
+/// A vocabulary, ready to encode and decode.
+#[derive(Debug)]
+pub struct Tokenizer {
+    encoder: Encoder,
+    specials: Specials,
+    kinds: Vec<TokenKind>,
+    /// Bytes of all tokens, one after the other.
+    pieces: Vec<u8>,
+    /// Where each token's bytes end in `pieces`.
+    ends: Vec<usize>,
+    bos: Option<u32>,
+    eos: Option<u32>,
+    add_bos: bool,
+    add_eos: bool,
+    space_prefix: bool,
+    pre: Option<&'static str>,
+    warning: Option<String>,
+}
+
+impl Tokenizer {
+    /// Builds the tokenizer that `source` describes.
+    ///
+    /// # Errors
+    /// When the kind of vocabulary or its split pattern isn't known, or the arrays contradict each other.
+    pub fn new(source: TokenizerSource) -> Result<Self, TokenizerError> {
+        Self::with_pre(source, None)
+    }
+
+    /// As [`new`](Self::new), with the split pattern `pre` instead of the file's if one is given.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn with_pre(source: TokenizerSource, pre: Option<&str>) -> Result<Self, TokenizerError> {
+        let TokenizerSource { model, tokens, token_types, scores, merges, .. } = source;
+        let n = tokens.len();
+        let scored = match model.as_str() {
+            "gpt2" => false,
+            "llama" => true,
+            "none" | "no_vocab" => return Ok(Self::empty()),
+            _ => return Err(TokenizerError::UnknownModel { found: model }),
+        };
+        if n == 0 || u32::try_from(n).is_err() {
+            return Err(TokenizerError::BadSize { found: n });
+        }
+        let fits = |array, found: usize| {
+            if found == n { Ok(()) } else { Err(TokenizerError::BadLength { array, found, expected: n }) }
+        };
+        if !token_types.is_empty() {
+            fits("token_type", token_types.len())?;
+        }
+        if scored {
+            fits("scores", scores.len())?;
+        }
+        let mut warning = None;
+        let family = if scored {
+            None
+        } else {
+            let name = pre.or(source.pre.as_deref()).unwrap_or_else(|| {
+                warning = Some(format!(
+                    "the file does not say how text is split (tokenizer.ggml.pre), so the default is used and the \
+                     text may be worse for it; choose the one that fits the model with --tokenizer-pre: {}",
+                    split::known()
+                ));
+                "default"
+            });
+            let family = split::family(name);
+            Some(family.ok_or_else(|| TokenizerError::UnknownPre { found: name.to_string(), known: split::known() })?)
+        };
+
+        // Writers that mean "none" use an id past the vocabulary; the old llama files name no ids at all.
+        let valid = |id: Option<u32>, usual: u32| id.or(scored.then_some(usual)).filter(|id| (*id as usize) < n);
+        let (bos, eos, unk) = (valid(source.bos, 1), valid(source.eos, 2), valid(source.unk, 0));
+        let add = |wanted: Option<bool>, usual: bool, id: Option<u32>, what| match (wanted, id) {
+            (Some(true), None) => Err(TokenizerError::MissingSpecial { what }),
+            (wanted, id) => Ok(wanted.unwrap_or(usual) && id.is_some()),
+        };
+        let add_bos = add(source.add_bos, family.is_none_or(|f| f.add_bos), bos, "bos")?;
+        let add_eos = add(source.add_eos, false, eos, "eos")?;
+
+        let mut kinds: Vec<TokenKind> = if token_types.is_empty() {
+            vec![TokenKind::Normal; n]
+        } else {
+            token_types.into_iter().map(TokenKind::from_gguf).collect()
+        };
+        let named_ends: Vec<u32> =
+            [eos, source.eot, source.eom].into_iter().flatten().filter(|id| (*id as usize) < n).collect();
+        let specials = Specials::new(&tokens, &mut kinds, &named_ends);
+        let (pieces, ends) = pieces(&tokens, &kinds, scored);
+        let encoder = match family {
+            None => Encoder::Scores(ScoreMerges::new(tokens, scores, unk)),
+            Some(family) => Encoder::Pairs(Box::new(BytePairs::new(family, tokens, &merges)?)),
+        };
+        let space_prefix = scored && source.add_space_prefix.unwrap_or(true);
+        let pre = family.map(|f| f.name);
+        Ok(Self { encoder, specials, kinds, pieces, ends, bos, eos, add_bos, add_eos, space_prefix, pre, warning })
+    }
+
+    /// The tokenizer of a model without a vocabulary.
+    fn empty() -> Self {
+        Self {
+            encoder: Encoder::None,
+            specials: Specials::default(),
+            kinds: Vec::new(),
+            pieces: Vec::new(),
+            ends: Vec::new(),
+            bos: None,
+            eos: None,
+            add_bos: false,
+            add_eos: false,
+            space_prefix: false,
+            pre: None,
+            warning: None,
+        }
+    }
+
+    /// The tokens of `text`. With `special`, special tokens written out in the text become their ids, and BOS and
+    /// EOS are added where the model wants them; without, all of `text` is plain text and nothing is added.
+    ///
+    /// # Errors
+    /// When the model has no vocabulary, or the vocabulary can't spell the text.
+    pub fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>, TokenizerError> {
+        let mut ids = Vec::with_capacity(text.len() / 3 + 2);
+        ids.extend(self.bos.filter(|_| special && self.add_bos));
+        // The space prefix also goes before text that follows a special token.
+        let mut after_special = true;
+        for fragment in self.specials.partition(text, special) {
+            match (fragment, &self.encoder) {
+                (_, Encoder::None) => return Err(TokenizerError::NoTokenizer),
+                (Fragment::Token(id), _) => {
+                    ids.push(id);
+                    after_special = true;
+                    continue;
+                }
+                (Fragment::Text(""), _) => {}
+                (Fragment::Text(text), Encoder::Pairs(pairs)) => pairs.encode(text, &mut ids)?,
+                (Fragment::Text(text), Encoder::Scores(scores)) => {
+                    let space = if self.space_prefix && after_special { " " } else { "" };
+                    let spelled: String =
+                        space.chars().chain(text.chars()).map(|c| if c == ' ' { scores::SPACE } else { c }).collect();
+                    scores.encode(&spelled, &mut ids)?;
+                }
+            }
+            after_special = false;
+        }
+        ids.extend(self.eos.filter(|_| special && self.add_eos));
+        Ok(ids)
+    }
+
+    /// The text of `ids`, without control tokens and without the space that [`encode`](Self::encode) put in front.
+    /// Bytes that are not UTF-8 become U+FFFD; ids past the vocabulary give nothing.
+    pub fn decode(&self, ids: &[u32]) -> String {
+        let mut bytes = Vec::with_capacity(ids.len() * 4);
+        for &id in ids {
+            if self.kind(id).is_some_and(TokenKind::is_text) {
+                bytes.extend_from_slice(self.piece(id));
+            }
+        }
+        let skip = usize::from(self.space_prefix && bytes.first() == Some(&b' '));
+        String::from_utf8_lossy(&bytes[skip..]).into_owned()
+    }
+
+    /// The bytes of a token: of control tokens, their text. Empty for ids past the vocabulary.
+    pub fn piece(&self, id: u32) -> &[u8] {
+        let id = id as usize;
+        let Some(&end) = self.ends.get(id) else { return &[] };
+        let start = id.checked_sub(1).map_or(0, |before| self.ends[before]);
+        &self.pieces[start..end]
+    }
+
+    /// A copy of [`piece`](Self::piece).
+    pub fn token_bytes(&self, id: u32) -> Vec<u8> {
+        self.piece(id).to_vec()
+    }
+
+    /// What a token is for; `None` past the vocabulary.
+    pub fn kind(&self, id: u32) -> Option<TokenKind> {
+        self.kinds.get(id as usize).copied()
+    }
+
+    /// A decoder for text that is generated token by token.
+    pub fn stream(&self) -> TokenStream<'_> {
+        TokenStream::new(self)
+    }
+
+    /// The token that starts a text.
+    pub fn bos(&self) -> Option<u32> {
+        self.bos
+    }
+
+    /// The token that ends a text.
+    pub fn eos(&self) -> Option<u32> {
+        self.eos
+    }
+
+    /// Whether `id` ends a generation: EOS, and what chat models end a turn with.
+    pub fn is_eog(&self, id: u32) -> bool {
+        self.specials.eog.contains(&id)
+    }
+
+    /// Tokens in the vocabulary; 0 where there is none.
+    pub fn n_vocab(&self) -> usize {
+        self.ends.len()
+    }
+
+    /// The split pattern in use; `None` where the vocabulary needs none.
+    pub fn pre(&self) -> Option<&'static str> {
+        self.pre
+    }
+
+    /// What the user should know about this tokenizer, if anything.
+    pub fn warning(&self) -> Option<&str> {
+        self.warning.as_deref()
+    }
+}
+
+/// The bytes that each token stands for, end to end, and where each ends.
+fn pieces(tokens: &[String], kinds: &[TokenKind], scored: bool) -> (Vec<u8>, Vec<usize>) {
+    let mut pieces = Vec::with_capacity(tokens.iter().map(String::len).sum());
+    let mut ends = Vec::with_capacity(tokens.len());
+    for (token, kind) in tokens.iter().zip(kinds) {
+        match kind {
+            TokenKind::Normal | TokenKind::Unused if scored => {
+                pieces.extend(token.replace(scores::SPACE, " ").bytes());
+            }
+            TokenKind::Normal | TokenKind::Unused => spell(token, &mut pieces),
+            TokenKind::Byte => match byte_token(token) {
+                Some(byte) => pieces.push(byte),
+                None => pieces.extend(token.bytes()),
+            },
+            TokenKind::Control | TokenKind::UserDefined | TokenKind::Unknown => pieces.extend(token.bytes()),
+        }
+        ends.push(pieces.len());
+    }
+    (pieces, ends)
+}
+
+/// Appends the bytes that a token of a byte-level vocabulary spells; characters outside the alphabet stand for
+/// themselves.
+fn spell(token: &str, out: &mut Vec<u8>) {
+    for c in token.chars() {
+        match bytes::byte_of(c) {
+            Some(byte) => out.push(byte),
+            None => out.extend_from_slice(c.encode_utf8(&mut [0; 4]).as_bytes()),
+        }
+    }
+}
+
+/// The byte that a token like `<0x0A>` means.
+fn byte_token(token: &str) -> Option<u8> {
+    let digits = token.strip_prefix("<0x")?.strip_suffix('>')?;
+    if digits.len() == 2 { u8::from_str_radix(digits, 16).ok() } else { None }
+}

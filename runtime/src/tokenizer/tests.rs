@@ -1,0 +1,246 @@
+//! Whole-tokenizer tests, against ids that llama.cpp gave for the same vocabularies.
+
+use super::*;
+use proptest::prelude::*;
+use serde::Deserialize;
+use std::sync::LazyLock;
+
+#[derive(Deserialize)]
+struct Vocabulary {
+    model: String,
+    pre: Option<String>,
+    tokens: Vec<String>,
+    token_types: Vec<i32>,
+    #[serde(default)]
+    scores: Vec<f32>,
+    #[serde(default)]
+    merges: Vec<String>,
+    bos: Option<u32>,
+    eos: Option<u32>,
+    add_bos: Option<bool>,
+}
+
+impl From<Vocabulary> for TokenizerSource {
+    fn from(v: Vocabulary) -> Self {
+        let Vocabulary { model, pre, tokens, token_types, scores, merges, bos, eos, add_bos } = v;
+        Self { model, pre, tokens, token_types, scores, merges, bos, eos, add_bos, ..Self::default() }
+    }
+}
+
+#[derive(Deserialize)]
+struct Golden {
+    /// Split pattern to force.
+    pre: Option<String>,
+    cases: Vec<Case>,
+}
+
+#[derive(Deserialize)]
+struct Case {
+    text: String,
+    plain: Vec<u32>,
+    special: Vec<u32>,
+}
+
+fn source(json: &str) -> TokenizerSource {
+    serde_json::from_str::<Vocabulary>(json).unwrap().into()
+}
+
+fn demo_source() -> TokenizerSource {
+    source(include_str!("../../../tests/data/tokenizer/demo-vocab.json"))
+}
+
+fn scored_source() -> TokenizerSource {
+    source(include_str!("../../../tests/data/tokenizer/scored-vocab.json"))
+}
+
+static DEMO: LazyLock<Tokenizer> = LazyLock::new(|| Tokenizer::new(demo_source()).unwrap());
+static SCORED: LazyLock<Tokenizer> = LazyLock::new(|| Tokenizer::new(scored_source()).unwrap());
+
+fn check(golden: &str, tokenizer: impl Fn(Option<&str>) -> Tokenizer) {
+    let groups: Vec<Golden> = serde_json::from_str(golden).unwrap();
+    assert!(!groups.is_empty());
+    for group in groups {
+        let t = tokenizer(group.pre.as_deref());
+        assert!(group.cases.len() > 10);
+        for case in group.cases {
+            let told = format!("pre {:?}, text {:?}", group.pre, case.text);
+            assert_eq!(t.encode(&case.text, false).unwrap(), case.plain, "{told}");
+            assert_eq!(t.encode(&case.text, true).unwrap(), case.special, "{told}, with special tokens");
+            // The space before text that follows a special token can't be told from one that was there.
+            if !(t.space_prefix && case.text.contains("[INST]")) {
+                assert_eq!(t.decode(&case.plain), case.text, "{told}");
+            }
+        }
+    }
+}
+
+#[test]
+fn demo_ids_are_those_of_llama_cpp() {
+    let golden = include_str!("../../../tests/data/tokenizer/demo-golden.json");
+    check(golden, |pre| Tokenizer::with_pre(demo_source(), pre).unwrap());
+}
+
+#[test]
+fn scored_ids_are_those_of_llama_cpp() {
+    let golden = include_str!("../../../tests/data/tokenizer/scored-golden.json");
+    check(golden, |pre| Tokenizer::with_pre(scored_source(), pre).unwrap());
+}
+
+#[test]
+fn ends_and_sizes() {
+    assert_eq!((DEMO.n_vocab(), DEMO.bos(), DEMO.eos(), DEMO.pre()), (4096, Some(0), Some(0), Some("qwen2")));
+    assert!(DEMO.is_eog(0) && !DEMO.is_eog(1) && !DEMO.is_eog(u32::MAX));
+    assert_eq!(DEMO.token_bytes(0), b"<|endoftext|>");
+    assert!(DEMO.token_bytes(4096).is_empty() && DEMO.kind(4096).is_none());
+    assert_eq!(DEMO.decode(&[0, u32::MAX]), "");
+}
+
+#[test]
+fn a_stream_never_splits_a_character() {
+    let text = "naïve 日本 👩\u{200d}🚀 end";
+    let mut stream = DEMO.stream();
+    let mut whole = String::new();
+    for id in DEMO.encode(text, false).unwrap() {
+        let part = stream.push(id);
+        assert!(!part.contains('\u{fffd}'), "{part:?}");
+        whole += &part;
+    }
+    assert_eq!(stream.finish(), "");
+    assert_eq!(whole, text);
+    let first_byte = DEMO.encode("日", false).unwrap()[0];
+    assert_eq!(
+        (stream.push(first_byte), stream.push(0), stream.finish()),
+        (String::new(), String::new(), "\u{fffd}".into())
+    );
+    assert_eq!(stream.finish(), "");
+}
+
+#[test]
+fn no_vocabulary_no_ids() {
+    let t = Tokenizer::new(TokenizerSource { model: "none".into(), ..Default::default() }).unwrap();
+    assert_eq!(t.n_vocab(), 0);
+    assert!(matches!(t.encode("", false), Err(TokenizerError::NoTokenizer)));
+    assert!(t.encode("a", true).unwrap_err().to_string().contains("token ids"));
+}
+
+#[test]
+fn damaged_sources_are_refused_by_name() {
+    let broken = |f: &dyn Fn(&mut TokenizerSource)| {
+        let mut s = demo_source();
+        f(&mut s);
+        Tokenizer::new(s).unwrap_err().to_string()
+    };
+    assert!(broken(&|s| s.model = "rwkv".into()).contains("'rwkv'"));
+    let pre = broken(&|s| s.pre = Some("qwen9".into()));
+    assert!(pre.contains("'qwen9'") && pre.contains("--tokenizer-pre") && pre.contains("llama-bpe"), "{pre}");
+    assert!(broken(&|s| s.tokens.clear()).contains("0 entries"));
+    assert!(broken(&|s| s.token_types.truncate(7)).contains("token_type has 7 entries, but there are 4096"));
+    assert!(broken(&|s| s.merges.clear()).contains("merges"));
+    assert!(broken(&|s| s.merges[5] = "ab".into()).contains("entry 5"));
+    assert!(broken(&|s| (s.add_bos, s.bos) = (Some(true), Some(5000))).contains("add_bos_token"));
+    let mut s = scored_source();
+    s.scores.pop();
+    assert!(matches!(Tokenizer::new(s), Err(TokenizerError::BadLength { array: "scores", .. })));
+}
+
+#[test]
+fn a_missing_pattern_is_said_and_can_be_forced() {
+    let t = Tokenizer::new(TokenizerSource { pre: None, ..demo_source() }).unwrap();
+    assert!(t.warning().is_some_and(|w| w.contains("--tokenizer-pre")));
+    assert_eq!(t.pre(), Some("default"));
+    let t = Tokenizer::with_pre(TokenizerSource { pre: Some("qwen9".into()), ..demo_source() }, Some("qwen2")).unwrap();
+    assert_eq!((t.pre(), t.warning()), (Some("qwen2"), None));
+}
+
+#[test]
+fn whole_words_come_before_merges_where_the_family_says_so() {
+    let source = |pre: &str| {
+        // Every byte, then "ab", then "abc", which no merge makes.
+        let mut tokens: Vec<String> = bytes::CHARS.iter().map(char::to_string).collect();
+        tokens.extend(["ab".into(), "abc".into()]);
+        TokenizerSource {
+            model: "gpt2".into(),
+            pre: Some(pre.into()),
+            tokens,
+            merges: vec!["a b".into(), "x yz".into()],
+            ..Default::default()
+        }
+    };
+    let ids = |pre| Tokenizer::new(source(pre)).unwrap().encode("abc", false).unwrap();
+    assert_eq!(ids("qwen2"), [256, u32::from(b'c')]);
+    assert_eq!(ids("llama-bpe"), [257]);
+}
+
+#[test]
+fn bytes_without_a_token_are_named() {
+    let mut s = demo_source();
+    let at = s.tokens.iter().position(|t| t == "Ā").unwrap();
+    s.tokens[at] = "[gone]".into();
+    let e = Tokenizer::new(s).unwrap().encode("a\0b", false).unwrap_err();
+    assert!(e.to_string().contains("0x00"), "{e}");
+}
+
+#[test]
+fn large_vocabularies_load_fast() {
+    let mut s = demo_source();
+    let base = s.tokens.len();
+    for i in 0..160_000 - base {
+        s.tokens.push(format!("{}{}", s.tokens[300 + i % 3000], i));
+        s.token_types.push(1);
+    }
+    // As many merges as such vocabularies have; those of missing tokens are dropped after the same look-ups.
+    let digits: Vec<String> =
+        (0..150_000).map(|i| format!("{} {}", s.tokens[base + i], s.tokens[300 + i % 3000])).collect();
+    s.merges.extend(digits);
+    let start = std::time::Instant::now();
+    let t = Tokenizer::new(s).unwrap();
+    let seconds = start.elapsed().as_secs_f64();
+    assert_eq!(t.n_vocab(), 160_000);
+    println!("160 000 tokens load in {seconds:.3} s");
+    // Ten times what it takes, as test machines are busy.
+    assert!(seconds < 5.0, "{seconds} s");
+}
+
+proptest! {
+    #[test]
+    fn any_text_comes_back(text in "\\PC{0,40}", breaks in "[ \t\r\n]{0,6}", special in any::<bool>()) {
+        let text = format!("{breaks}{text}{breaks}");
+        for t in [&*DEMO, &*SCORED] {
+            let ids = t.encode(&text, false).unwrap();
+            prop_assert_eq!(t.decode(&ids), text.clone());
+            let mut stream = t.stream();
+            let streamed: String = ids.iter().map(|id| stream.push(*id)).collect();
+            prop_assert_eq!(streamed.trim_start_matches(' '), text.trim_start_matches(' '));
+            prop_assert!(t.encode(&text, special).is_ok());
+        }
+    }
+
+    #[test]
+    fn any_ids_decode_alike_whole_and_streamed(ids in prop::collection::vec(0u32..4200, 0..60)) {
+        let mut stream = DEMO.stream();
+        let mut text: String = ids.iter().map(|id| stream.push(*id)).collect();
+        text += &stream.finish();
+        prop_assert_eq!(text, DEMO.decode(&ids));
+    }
+
+    #[test]
+    fn any_source_is_built_or_refused(
+        tokens in prop::collection::vec("[ab▁<0x>ĠC]{0,4}", 0..40),
+        merges in prop::collection::vec("[ab Ġ]{0,4}", 0..10),
+        types in prop::collection::vec(-1i32..8, 0..40),
+        bos in prop::option::of(0u32..60),
+        scored in any::<bool>(),
+        text in "[ab c▁é]{0,10}",
+    ) {
+        let scores = vec![f32::NAN; tokens.len()];
+        let token_types = if types.len() == tokens.len() { types } else { Vec::new() };
+        let model = if scored { "llama" } else { "gpt2" }.to_string();
+        let source = TokenizerSource { model, tokens, merges, token_types, scores, bos, ..Default::default() };
+        if let Ok(t) = Tokenizer::new(source)
+            && let Ok(ids) = t.encode(&text, true)
+        {
+            prop_assert!(ids.iter().all(|id| (*id as usize) < t.n_vocab()));
+            t.decode(&ids);
+        }
+    }
+}
