@@ -103,8 +103,8 @@ impl Sampler {
             }
         }
         self.penalise(logits, recent);
-        // Not `== 0`, so that a temperature that `check` would refuse stays harmless.
-        if !(self.config.temperature > 0.0) {
+        // Also what `check` would refuse, so that it stays harmless.
+        if self.config.temperature <= 0.0 || self.config.temperature.is_nan() {
             return likeliest(logits);
         }
         self.gather(logits);
@@ -149,7 +149,7 @@ impl Sampler {
     /// The likeliest tokens whose probabilities first add up to `top_p`, at least one.
     fn keep_top_p(&mut self) {
         let Some(top) = self.candidates.first().map(|c| c.logit) else { return };
-        if !(self.config.top_p < 1.0) {
+        if self.config.top_p >= 1.0 {
             return;
         }
         let share = |c: &Candidate| f64::from(c.logit - top).exp();
