@@ -2,11 +2,99 @@
 //!
 //! One file a block format. What is fast lives in `kernels`; what is here is the reference.
 
+// The formats keep the names that the field gives them.
+#![allow(non_camel_case_types)]
+
+pub(crate) mod block;
+pub(crate) mod grids;
+mod iq1_m;
+mod iq1_s;
+mod iq2_s;
+mod iq2_xs;
+mod iq2_xxs;
+mod iq3_s;
+mod iq3_xxs;
+pub(crate) mod iq4_nl;
+mod iq4_xs;
+pub(crate) mod mxfp4;
+mod q2_k;
+mod q3_k;
+mod q4_0;
+mod q4_1;
+mod q4_k;
+mod q5_0;
+mod q5_1;
+mod q5_k;
+mod q6_k;
+mod q8_0;
+
+/// The types that stand for the formats, where a kernel is chosen by format at compile time.
+pub(crate) mod types {
+    pub(crate) use super::{
+        iq1_m::IQ1_M, iq1_s::IQ1_S, iq2_s::IQ2_S, iq2_xs::IQ2_XS, iq2_xxs::IQ2_XXS, iq3_s::IQ3_S, iq3_xxs::IQ3_XXS,
+        iq4_nl::IQ4_NL, iq4_xs::IQ4_XS, mxfp4::MXFP4, q2_k::Q2_K, q3_k::Q3_K, q4_0::Q4_0, q4_1::Q4_1, q4_k::Q4_K,
+        q5_0::Q5_0, q5_1::Q5_1, q5_k::Q5_K, q6_k::Q6_K, q8_0::Q8_0,
+    };
+}
+
+use block::{Codes, Format, GROUP, f16_to_f32, head};
 use thiserror::Error;
+
+/// Evaluates `$then` with `$F` naming the [`Format`] of the tensor type `$ty`, or `$float` for F32, F16 and BF16.
+macro_rules! with_format {
+    ($ty:expr, $F:ident => $then:expr, float => $float:expr) => {
+        $crate::quant::with_format!(@arms $ty, $F, $then, $float;
+            Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S IQ1_S IQ1_M IQ4_NL
+            IQ4_XS MXFP4)
+    };
+    (@arms $ty:expr, $F:ident, $then:expr, $float:expr; $($name:ident)*) => {
+        match $ty {
+            $($crate::quant::TensorType::$name => {
+                type $F = $crate::quant::types::$name;
+                $then
+            })*
+            $crate::quant::TensorType::F32
+            | $crate::quant::TensorType::F16
+            | $crate::quant::TensorType::BF16 => $float,
+        }
+    };
+}
+pub(crate) use with_format;
+
+/// Decodes a row: the bytes of `out.len()` values of type `ty`, as they lie in the file.
+///
+/// # Panics
+/// When `out.len()` is no whole number of blocks, or `bytes` is not exactly those blocks.
+pub fn dequantize_row(ty: TensorType, bytes: &[u8], out: &mut [f32]) {
+    let expected = ty.row_bytes(out.len() as u64);
+    assert_eq!(expected, Some(bytes.len() as u64), "a row of {} {ty} values", out.len());
+    with_format!(ty, F => dequantize_blocks::<F>(bytes, out), float => match ty {
+        TensorType::F32 => widen(bytes, out, |b| f32::from_le_bytes(b)),
+        TensorType::F16 => widen(bytes, out, |b| f16_to_f32(u16::from_le_bytes(b))),
+        _ => widen(bytes, out, |b| f32::from_bits(u32::from(u16::from_le_bytes(b)) << 16)),
+    });
+}
+
+fn widen<const N: usize>(bytes: &[u8], out: &mut [f32], convert: impl Fn([u8; N]) -> f32) {
+    for (to, from) in out.iter_mut().zip(bytes.chunks_exact(N)) {
+        *to = convert(*head(from));
+    }
+}
+
+fn dequantize_blocks<F: Format>(bytes: &[u8], out: &mut [f32]) {
+    let mut codes = Codes::ZERO;
+    let group_bytes = GROUP / F::TYPE.block_len() * F::TYPE.block_bytes();
+    for (bytes, out) in bytes.chunks(group_bytes).zip(out.chunks_mut(GROUP)) {
+        F::unpack_group(bytes, &mut codes);
+        for (i, to) in out.iter_mut().enumerate() {
+            *to = codes.scale[i / 16] * f32::from(codes.q[i]) - codes.min[i / 16];
+        }
+    }
+}
 
 /// The element type of a GGUF tensor, by the number the file carries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-#[allow(non_camel_case_types, missing_docs)]
+#[allow(missing_docs)]
 #[repr(u32)]
 pub enum TensorType {
     F32 = 0,
@@ -90,7 +178,7 @@ impl TensorType {
     }
 
     /// Values in one block.
-    pub fn block_len(self) -> usize {
+    pub const fn block_len(self) -> usize {
         use TensorType::*;
         match self {
             F32 | F16 | BF16 => 1,
@@ -102,7 +190,7 @@ impl TensorType {
     }
 
     /// Bytes in one block.
-    pub fn block_bytes(self) -> usize {
+    pub const fn block_bytes(self) -> usize {
         use TensorType::*;
         match self {
             F32 => 4,
@@ -142,5 +230,59 @@ impl TensorType {
 impl std::fmt::Display for TensorType {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(self.name())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::path::PathBuf;
+
+    /// Raw blocks and their values as another program decodes them.
+    pub(crate) fn golden(ty: TensorType) -> (Vec<u8>, Vec<f32>) {
+        let dir = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/data/dequant");
+        let bytes = std::fs::read(dir.join(format!("{ty}.bin"))).unwrap();
+        let values = std::fs::read(dir.join(format!("{ty}.f32"))).unwrap();
+        (bytes, values.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect())
+    }
+
+    #[test]
+    fn decoding_matches_the_published_values() {
+        for ty in TensorType::ALL.into_iter().filter(|ty| *ty != TensorType::F32) {
+            let (bytes, want) = golden(ty);
+            let mut got = vec![f32::NAN; want.len()];
+            dequantize_row(ty, &bytes, &mut got);
+            for (i, (got, want)) in got.iter().zip(&want).enumerate() {
+                assert!((got - want).abs() <= 1e-6 * want.abs(), "{ty} value {i}: {got}, expected {want}");
+            }
+            assert!(want.iter().any(|v| *v != 0.0), "{ty}: the published values are all zero");
+        }
+    }
+
+    #[test]
+    fn f32_decodes_to_itself() {
+        let values = [0.0f32, -1.5, f32::MIN_POSITIVE, 3.0e38];
+        let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        let mut out = [0.0; 4];
+        dequantize_row(TensorType::F32, &bytes, &mut out);
+        assert_eq!(out, values);
+    }
+
+    #[test]
+    fn every_type_takes_any_bytes_and_odd_numbers_of_blocks() {
+        for ty in TensorType::ALL {
+            for blocks in [0usize, 1, 7, 8, 9] {
+                let bytes: Vec<u8> = (0..blocks * ty.block_bytes()).map(|i| (i * 151 + 7 * blocks) as u8).collect();
+                let mut whole = vec![0.0; blocks * ty.block_len()];
+                dequantize_row(ty, &bytes, &mut whole);
+                let mut one = vec![0.0; ty.block_len()];
+                for block in 0..blocks {
+                    let part = &bytes[block * ty.block_bytes()..][..ty.block_bytes()];
+                    dequantize_row(ty, part, &mut one);
+                    let same = one.iter().zip(&whole[block * ty.block_len()..]);
+                    assert!(same.clone().all(|(a, b)| a.to_bits() == b.to_bits()), "{ty} block {block} of {blocks}");
+                }
+            }
+        }
     }
 }

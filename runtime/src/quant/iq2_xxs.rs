@@ -1,0 +1,34 @@
+//! IQ2_XXS: 256 values; an f16, then for each 32 values four grid numbers (a byte each) and 32 bits: four times seven
+//! signs, and a 4-bit scale on top.
+
+use super::TensorType;
+use super::block::{Format, f16_at, head, head_mut, u32_at};
+use super::grids::{self, even_signs, with_signs};
+
+pub(crate) struct IQ2_XXS;
+
+impl Format for IQ2_XXS {
+    const TYPE: TensorType = TensorType::IQ2_XXS;
+    const SIGNED: bool = true;
+
+    #[inline(always)]
+    fn unpack(block: &[u8], q: &mut [i8], scale: &mut [f32], _min: &mut [f32]) {
+        let (block, q): (&[u8; 66], &mut [i8; 256]) = (head(block), head_mut(q));
+        let d = f16_at(block, 0);
+        for run in 0..8 {
+            let at = 2 + 8 * run;
+            let bits = u32_at(block, at + 4);
+            scale[2 * run..2 * run + 2].fill(d * (0.5 + (bits >> 28) as f32) * 0.25);
+            for k in 0..4 {
+                let grid = grids::IQ2_XXS[usize::from(block[at + k])];
+                put8(&mut q[32 * run + 8 * k..], with_signs(grid, even_signs(bits >> (7 * k))));
+            }
+        }
+    }
+}
+
+/// Writes the eight bytes of `values`, the lowest first.
+#[inline(always)]
+pub(super) fn put8(q: &mut [i8], values: u64) {
+    *head_mut::<8, i8>(q) = values.to_le_bytes().map(|b| b as i8);
+}

@@ -1,0 +1,26 @@
+//! IQ4_XS: 256 values; an f16, eight 6-bit scales (2 high bits each in a u16, then 4 low bits each in 4 bytes), less
+//! 32, and 16 bytes for each 32 values as in IQ4_NL.
+
+use super::TensorType;
+use super::block::{Format, f16_at, head, head_mut, u16_at};
+use super::iq4_nl::{IQ4_LEVELS, look_up};
+
+pub(crate) struct IQ4_XS;
+
+impl Format for IQ4_XS {
+    const TYPE: TensorType = TensorType::IQ4_XS;
+    const SIGNED: bool = true;
+    const WIDE: bool = true;
+
+    #[inline(always)]
+    fn unpack(block: &[u8], q: &mut [i8], scale: &mut [f32], _min: &mut [f32]) {
+        let (block, q): (&[u8; 136], &mut [i8; 256]) = (head(block), head_mut(q));
+        let (d, high) = (f16_at(block, 0), u16_at(block, 2));
+        for run in 0..8 {
+            let low = block[4 + run / 2] >> (4 * (run % 2)) & 15;
+            let s = i32::from(low) | i32::from(high >> (2 * run) & 3) << 4;
+            scale[2 * run..2 * run + 2].fill(d * (s - 32) as f32);
+            look_up(head(&block[8 + 16 * run..]), head_mut(&mut q[32 * run..]), &IQ4_LEVELS);
+        }
+    }
+}
