@@ -1,1 +1,140 @@
-//! kernels
+//! What the processor computes: products of weights as they lie in the file with activations, and the small operations
+//! between them, for the instruction set that is found when the program runs.
+//!
+//! A [`Kernels`] value exists only for an instruction set that this processor has, so holding one is the proof that its
+//! functions may be called. Every set computes the same sums in nearly the same order; each alone gives the same bits
+//! for a row and a token however many rows or tokens are computed with it.
+//!
+//! On x86-64 there are AVX2 and AVX-512 kernels. On other processors the plain code is compiled for what every one of
+//! them has (NEON on AArch64); there is no hand-written NEON kernel, so `neon` is known as a name and never available.
+//!
+//! ## Quantised formats
+//! Activations are quantised to 8 bits with one scale for each 32 values ([`Activations`]), weights come apart into
+//! small codes, scales and minimums (`quant::block`), and a row's product is
+//! `sum over 16 or 32 values of (scale * activation scale * integer product - min * activation sum)`.
+//! F32, F16 and BF16 weights are multiplied with the activations as they are.
+
+mod activations;
+mod matmul;
+mod ops;
+mod scalar;
+#[cfg(test)]
+mod tests;
+mod weights;
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
+pub use activations::{ActView, Activations};
+pub use weights::{OutMatrix, Weights, needs_quants};
+
+use std::fmt;
+use std::str::FromStr;
+use std::sync::OnceLock;
+use thiserror::Error;
+
+/// An instruction set that kernels are written for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Isa {
+    /// Plain Rust, compiled for what every processor of the target has.
+    Scalar,
+    /// AVX2 with FMA and F16C.
+    Avx2,
+    /// AVX-512 F, BW, VL, DQ and VNNI, with all of [`Avx2`](Self::Avx2).
+    Avx512,
+    /// NEON. No kernels yet: never available.
+    Neon,
+}
+
+impl Isa {
+    /// Every instruction set with a name here.
+    pub const ALL: [Isa; 4] = [Isa::Scalar, Isa::Avx2, Isa::Avx512, Isa::Neon];
+
+    /// The name that options and files use.
+    pub fn name(self) -> &'static str {
+        match self {
+            Isa::Scalar => "scalar",
+            Isa::Avx2 => "avx2",
+            Isa::Avx512 => "avx512",
+            Isa::Neon => "neon",
+        }
+    }
+}
+
+impl fmt::Display for Isa {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// A name that is no instruction set.
+#[derive(Debug, Error, PartialEq, Eq)]
+#[error("'{0}' is not an instruction set: use scalar, avx2, avx512 or neon")]
+pub struct UnknownIsa(pub String);
+
+impl FromStr for Isa {
+    type Err = UnknownIsa;
+
+    fn from_str(text: &str) -> Result<Self, UnknownIsa> {
+        let found = Isa::ALL.into_iter().find(|isa| isa.name().eq_ignore_ascii_case(text.trim()));
+        found.ok_or_else(|| UnknownIsa(text.to_string()))
+    }
+}
+
+/// The kernels of one instruction set, which this processor has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Kernels {
+    isa: Isa,
+}
+
+impl Kernels {
+    /// The plain kernels, which every processor runs.
+    pub const SCALAR: Kernels = Kernels { isa: Isa::Scalar };
+
+    /// The fastest kernels of this processor, or those that the environment variable `TIER_PLAN_ISA` names when this
+    /// processor has them (an unknown or unavailable name is passed over).
+    pub fn best() -> Kernels {
+        static BEST: OnceLock<Kernels> = OnceLock::new();
+        *BEST.get_or_init(|| {
+            let wanted = std::env::var("TIER_PLAN_ISA").ok().and_then(|name| name.parse().ok());
+            let fastest = [Isa::Avx512, Isa::Avx2].into_iter();
+            wanted.into_iter().chain(fastest).find_map(Kernels::with_isa).unwrap_or(Kernels::SCALAR)
+        })
+    }
+
+    /// The kernels of one instruction set, if this processor has it.
+    pub fn with_isa(isa: Isa) -> Option<Kernels> {
+        supported(isa).then_some(Kernels { isa })
+    }
+
+    /// Everything this processor can run, the plain kernels first.
+    pub fn available() -> Vec<Kernels> {
+        Isa::ALL.into_iter().filter_map(Kernels::with_isa).collect()
+    }
+
+    /// The instruction set.
+    pub fn isa(self) -> Isa {
+        self.isa
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+fn supported(isa: Isa) -> bool {
+    let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
+    match isa {
+        Isa::Scalar => true,
+        Isa::Avx2 => avx2,
+        Isa::Avx512 => {
+            avx2 && is_x86_feature_detected!("avx512f")
+                && is_x86_feature_detected!("avx512bw")
+                && is_x86_feature_detected!("avx512vl")
+                && is_x86_feature_detected!("avx512dq")
+                && is_x86_feature_detected!("avx512vnni")
+        }
+        Isa::Neon => false,
+    }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn supported(isa: Isa) -> bool {
+    isa == Isa::Scalar
+}

@@ -38,10 +38,13 @@ pub(crate) trait Format {
     /// Takes one block apart: `q` has the block's number of values, `scale` and `min` a sixteenth of it.
     fn unpack(block: &[u8], q: &mut [i8], scale: &mut [f32], min: &mut [f32]);
 
-    /// Takes up to [`GROUP`] values apart, as many blocks as `bytes` holds; the rest of `out` stays as it is.
+    /// Takes up to [`GROUP`] values apart, as many blocks as `bytes` holds; the rest of `out` is zero.
     #[inline(always)]
     fn unpack_group(bytes: &[u8], out: &mut Codes) {
         let (size, len) = (Self::TYPE.block_bytes(), Self::TYPE.block_len());
+        if bytes.len() < GROUP / len * size {
+            *out = Codes::ZERO;
+        }
         let blocks = bytes.chunks_exact(size).zip(out.q.chunks_exact_mut(len));
         let scales = out.scale.chunks_exact_mut(len / 16).zip(out.min.chunks_exact_mut(len / 16));
         for ((block, q), (scale, min)) in blocks.zip(scales) {

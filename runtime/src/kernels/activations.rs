@@ -1,0 +1,227 @@
+//! Activation rows, quantised once and read by every matrix that multiplies them.
+
+use super::{Isa, Kernels};
+use crate::quant::block::GROUP;
+use std::ops::Range;
+
+/// 256 activations in 8 bits, laid out so that one load serves four runs of 32 values.
+///
+/// The sixteens of values (two for each of eight runs) stand in the order: first halves of the even runs, second halves
+/// of the even runs, first halves of the odd runs, second halves of the odd runs. A register of 64 bytes then holds the
+/// same half of four runs, so products with both halves add up lane by lane and one multiplication by a scale serves
+/// 128 values. The weights of most formats come out of their bytes in that order for nothing.
+#[derive(Debug, Clone)]
+#[repr(C, align(64))]
+pub(super) struct ActBlock {
+    /// `value / scale` of its run, within -127 to 127.
+    pub q: [i8; GROUP],
+    /// The scale of each run four times, even runs first: what multiplies the lanes of the products.
+    pub scale: [f32; 32],
+    /// `scale * sum of q` of each sixteen, in the order of the row.
+    pub sums: [f32; 16],
+}
+
+impl ActBlock {
+    const ZERO: ActBlock = ActBlock { q: [0; GROUP], scale: [0.0; 32], sums: [0.0; 16] };
+}
+
+/// Where the sixteen values from `16 * i` of the row stand, in sixteens.
+#[inline(always)]
+pub(super) const fn place(i: usize) -> usize {
+    let (run, half) = (i / 2, i % 2);
+    (run % 2) * 8 + half * 4 + run / 2
+}
+
+/// Where the scale of a run stands (the first of its four copies).
+#[inline(always)]
+pub(super) const fn scale_place(run: usize) -> usize {
+    (run % 2) * 16 + run / 2 * 4
+}
+
+/// `[rows, cols]` activations: the values as they are and, if wanted, their 8-bit form.
+#[derive(Debug, Clone, Default)]
+pub struct Activations {
+    rows: usize,
+    cols: usize,
+    /// `[rows, cols]`.
+    values: Vec<f32>,
+    /// `[rows, cols / 256 rounded up]`, zeros after the last column; empty unless quantised.
+    blocks: Vec<ActBlock>,
+    quantized: bool,
+}
+
+impl Activations {
+    /// Room for `max_rows` rows of `max_cols` values; more are taken when they come, at the price of an allocation.
+    pub fn new(max_rows: usize, max_cols: usize) -> Self {
+        Self {
+            values: Vec::with_capacity(max_rows * max_cols),
+            blocks: Vec::with_capacity(max_rows * max_cols.div_ceil(GROUP)),
+            ..Self::default()
+        }
+    }
+
+    /// Takes `[rows, cols]` values over and, where `quantize`, computes their 8-bit form.
+    ///
+    /// # Panics
+    /// When `x` is not `rows * cols` long, or `cols` is no multiple of 32 and `quantize` is set.
+    pub fn fill(&mut self, k: Kernels, rows: usize, cols: usize, x: &[f32], quantize: bool) {
+        assert_eq!(Some(x.len()), rows.checked_mul(cols), "{rows} activation rows of {cols} values");
+        assert!(!quantize || cols.is_multiple_of(32), "{cols} activations a row are not a multiple of 32");
+        (self.rows, self.cols, self.quantized) = (rows, cols, quantize);
+        self.values.clear();
+        self.values.extend_from_slice(x);
+        if quantize && cols > 0 {
+            let groups = cols.div_ceil(GROUP);
+            // Blocks that stay keep what they held; `quantize_row` writes all of every block.
+            self.blocks.resize(rows * groups, ActBlock::ZERO);
+            for (row, blocks) in x.chunks_exact(cols).zip(self.blocks.chunks_exact_mut(groups)) {
+                k.quantize_row(row, blocks);
+            }
+        }
+    }
+
+    /// Rows held.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Values in a row.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// The values, `[rows, cols]`.
+    pub fn values(&self) -> &[f32] {
+        &self.values
+    }
+
+    /// What a product reads.
+    pub fn view(&self) -> ActView<'_> {
+        let groups = if self.quantized { self.cols.div_ceil(GROUP) } else { 0 };
+        ActView { rows: self.rows, cols: self.cols, values: &self.values, blocks: &self.blocks[..self.rows * groups] }
+    }
+}
+
+/// Some rows of [`Activations`].
+#[derive(Debug, Clone, Copy)]
+pub struct ActView<'a> {
+    rows: usize,
+    cols: usize,
+    values: &'a [f32],
+    /// Empty unless quantised.
+    blocks: &'a [ActBlock],
+}
+
+impl<'a> ActView<'a> {
+    /// Rows: tokens.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Values in a row.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// Whether the 8-bit form is there.
+    pub fn is_quantized(&self) -> bool {
+        self.blocks.len() == self.rows * self.cols.div_ceil(GROUP)
+    }
+
+    /// The view of some of the rows.
+    ///
+    /// # Panics
+    /// When they are not all there.
+    pub fn rows_range(self, rows: Range<usize>) -> ActView<'a> {
+        assert!(rows.start <= rows.end && rows.end <= self.rows, "rows {rows:?} of {} activation rows", self.rows);
+        let groups = if self.is_quantized() { self.cols.div_ceil(GROUP) } else { 0 };
+        ActView {
+            rows: rows.len(),
+            cols: self.cols,
+            values: &self.values[rows.start * self.cols..rows.end * self.cols],
+            blocks: &self.blocks[rows.start * groups..rows.end * groups],
+        }
+    }
+
+    /// The values, `[rows, cols]`.
+    pub fn values(&self) -> &'a [f32] {
+        self.values
+    }
+
+    /// The blocks, `[rows, cols / 256 rounded up]`.
+    pub(super) fn blocks(&self) -> &'a [ActBlock] {
+        self.blocks
+    }
+}
+
+impl Kernels {
+    fn quantize_row(self, x: &[f32], out: &mut [ActBlock]) {
+        match self.isa() {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: this value proves that the processor has the instructions.
+            Isa::Avx512 => unsafe { quantize_row_avx512(x, out) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: as above.
+            Isa::Avx2 => unsafe { quantize_row_avx2(x, out) },
+            _ => quantize_row(x, out),
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")]
+fn quantize_row_avx512(x: &[f32], out: &mut [ActBlock]) {
+    quantize_row(x, out);
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+fn quantize_row_avx2(x: &[f32], out: &mut [ActBlock]) {
+    quantize_row(x, out);
+}
+
+/// Writes all of every block, the values past the end of `x` as zeros. The same bits on every instruction set.
+#[inline(always)]
+fn quantize_row(x: &[f32], out: &mut [ActBlock]) {
+    for (x, block) in x.chunks(GROUP).zip(out) {
+        if let Some(x) = x.as_array() {
+            quantize_group(x, block);
+        } else {
+            let mut padded = [0.0; GROUP];
+            padded[..x.len()].copy_from_slice(x);
+            quantize_group(&padded, block);
+        }
+    }
+}
+
+#[inline(always)]
+fn quantize_group(x: &[f32; GROUP], block: &mut ActBlock) {
+    /// Added to a small number and taken off again it rounds to the nearest whole number, ties to even.
+    const ROUND: f32 = 12_582_912.0;
+    for run in 0..8 {
+        let x: &[f32; 32] = x[32 * run..].first_chunk().expect("eight runs of 32");
+        // Compared as bits so that a NaN is the largest and ends up in the scale, where it is seen.
+        let mut largest = 0;
+        for v in x {
+            largest = largest.max(v.to_bits() & 0x7fff_ffff);
+        }
+        let largest = f32::from_bits(largest);
+        // Runs this small have no 8-bit form whose inverse scale is finite.
+        let tiny = largest < 1e-35;
+        let scale = if tiny { 0.0 } else { largest / 127.0 };
+        let inverse = if tiny { 0.0 } else { 127.0 / largest };
+        for half in 0..2 {
+            let i = 2 * run + half;
+            let mut sum = 0;
+            let q: &mut [i8; 16] = block.q[16 * place(i)..].first_chunk_mut().expect("sixteen sixteens");
+            for k in 0..16 {
+                let bits = (x[16 * half + k] * inverse + ROUND).to_bits() as i32;
+                let rounded = bits.wrapping_sub(ROUND.to_bits() as i32) as i8;
+                q[k] = rounded;
+                sum += i32::from(rounded);
+            }
+            block.sums[i] = scale * sum as f32;
+        }
+        block.scale[scale_place(run)..][..4].fill(scale);
+    }
+}

@@ -1,0 +1,271 @@
+//! The small operations between products, each compiled for every instruction set from one plain source.
+//!
+//! Sums run in 32 lanes that the compiler keeps in registers, so their order doesn't depend on the instruction set's
+//! width; with and without fused multiplication the last bits differ.
+
+use super::{Isa, Kernels};
+use crate::quant::block::f16_to_f32;
+use half::f16;
+
+/// Calls `$name::<true>` compiled for the instruction set of `$k`, or `$name::<false>` as plain code.
+macro_rules! dispatch {
+    ($k:expr, $name:ident($($arg:ident: $ty:ty),*) $(-> $out:ty)?) => {{
+        #[cfg(target_arch = "x86_64")]
+        #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]
+        fn avx512($($arg: $ty),*) $(-> $out)? {
+            $name::<true>($($arg),*)
+        }
+        #[cfg(target_arch = "x86_64")]
+        #[target_feature(enable = "avx2,fma,f16c")]
+        fn avx2($($arg: $ty),*) $(-> $out)? {
+            $name::<true>($($arg),*)
+        }
+        match $k.isa() {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: the `Kernels` value proves that the processor has the instructions.
+            Isa::Avx512 => unsafe { avx512($($arg),*) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: as above.
+            Isa::Avx2 => unsafe { avx2($($arg),*) },
+            _ => $name::<false>($($arg),*),
+        }
+    }};
+}
+
+impl Kernels {
+    /// `out = x / sqrt(mean(x^2) + eps) * weight`; an empty `weight` stands for ones.
+    ///
+    /// # Panics
+    /// When the lengths differ.
+    pub fn rms_norm(self, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+        assert!(x.len() == out.len() && (weight.is_empty() || weight.len() == x.len()), "lengths of a norm");
+        dispatch!(self, rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]))
+    }
+
+    /// `gate = gate / (1 + exp(-gate)) * up`.
+    ///
+    /// # Panics
+    /// When the lengths differ.
+    pub fn silu_mul(self, gate: &mut [f32], up: &[f32]) {
+        assert_eq!(gate.len(), up.len(), "lengths of gate and up");
+        dispatch!(self, silu_mul(gate: &mut [f32], up: &[f32]))
+    }
+
+    /// Turns logits into probabilities. At least one must be finite.
+    pub fn softmax(self, x: &mut [f32]) {
+        dispatch!(self, softmax(x: &mut [f32]))
+    }
+
+    /// `x = exp(x)`, to a few units in the last place; 0 below -86.5, where results near the smallest float begin.
+    pub fn exp(self, x: &mut [f32]) {
+        dispatch!(self, exp_all(x: &mut [f32]))
+    }
+
+    /// `x += y`.
+    ///
+    /// # Panics
+    /// When the lengths differ.
+    pub fn add(self, x: &mut [f32], y: &[f32]) {
+        assert_eq!(x.len(), y.len(), "lengths of a sum");
+        dispatch!(self, add(x: &mut [f32], y: &[f32]))
+    }
+
+    /// `y += a * x`.
+    ///
+    /// # Panics
+    /// When the lengths differ.
+    pub fn axpy(self, a: f32, x: &[f32], y: &mut [f32]) {
+        assert_eq!(x.len(), y.len(), "lengths of a sum");
+        dispatch!(self, axpy(a: f32, x: &[f32], y: &mut [f32]))
+    }
+
+    /// `sum of a * b`.
+    ///
+    /// # Panics
+    /// When the lengths differ.
+    pub fn dot(self, a: &[f32], b: &[f32]) -> f32 {
+        assert_eq!(a.len(), b.len(), "lengths of a dot product");
+        dispatch!(self, dot(a: &[f32], b: &[f32]) -> f32)
+    }
+
+    /// `sum of a * b`, with 16-bit floats on one side.
+    ///
+    /// # Panics
+    /// When the lengths differ.
+    pub fn dot_f16(self, a: &[f32], b: &[f16]) -> f32 {
+        assert_eq!(a.len(), b.len(), "lengths of a dot product");
+        match self.isa() {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: `self` proves the instructions; the lengths are equal.
+            Isa::Avx512 => unsafe { super::x86::half::dot_avx512(a, b) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: as above.
+            Isa::Avx2 => unsafe { super::x86::half::dot_avx2(a, b) },
+            _ => lanes_sum(a, b, |sum, a, b| sum + a * f16_to_f32(b.to_bits())),
+        }
+    }
+
+    /// `y += a * x`, with 16-bit floats in `x`.
+    ///
+    /// # Panics
+    /// When the lengths differ.
+    pub fn axpy_f16(self, a: f32, x: &[f16], y: &mut [f32]) {
+        assert_eq!(x.len(), y.len(), "lengths of a sum");
+        match self.isa() {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: `self` proves the instructions; the lengths are equal.
+            Isa::Avx512 => unsafe { super::x86::half::axpy_avx512(a, x, y) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: as above.
+            Isa::Avx2 => unsafe { super::x86::half::axpy_avx2(a, x, y) },
+            _ => {
+                for (y, x) in y.iter_mut().zip(x) {
+                    *y += a * f16_to_f32(x.to_bits());
+                }
+            }
+        }
+    }
+
+    /// Rounds to 16-bit floats, ties to even.
+    ///
+    /// # Panics
+    /// When the lengths differ.
+    pub fn to_f16(self, x: &[f32], out: &mut [f16]) {
+        assert_eq!(x.len(), out.len(), "lengths of a conversion");
+        match self.isa() {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: `self` proves the instructions (AVX-512 comes with AVX2 and F16C); the lengths are equal.
+            Isa::Avx512 | Isa::Avx2 => unsafe { super::x86::half::narrow_avx2(x, out) },
+            _ => {
+                for (to, from) in out.iter_mut().zip(x) {
+                    *to = f16::from_f32_const(*from);
+                }
+            }
+        }
+    }
+}
+
+const LANES: usize = 32;
+
+#[inline(always)]
+fn fma<const FUSED: bool>(a: f32, b: f32, c: f32) -> f32 {
+    if FUSED { a.mul_add(b, c) } else { a * b + c }
+}
+
+/// Folds pairs into lanes and adds the lanes up, halving each time.
+#[inline(always)]
+fn lanes_sum<A: Copy, B: Copy>(a: &[A], b: &[B], step: impl Fn(f32, A, B) -> f32) -> f32 {
+    let mut lanes = [0.0f32; LANES];
+    let (a_chunks, b_chunks) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
+    let rest = a_chunks.remainder().iter().zip(b_chunks.remainder());
+    for (lane, (a, b)) in lanes.iter_mut().zip(rest) {
+        *lane = step(0.0, *a, *b);
+    }
+    for (a, b) in a_chunks.zip(b_chunks) {
+        for i in 0..LANES {
+            lanes[i] = step(lanes[i], a[i], b[i]);
+        }
+    }
+    let mut width = LANES / 2;
+    while width > 0 {
+        for i in 0..width {
+            lanes[i] += lanes[i + width];
+        }
+        width /= 2;
+    }
+    lanes[0]
+}
+
+#[inline(always)]
+fn dot<const FUSED: bool>(a: &[f32], b: &[f32]) -> f32 {
+    lanes_sum(a, b, |sum, a, b| fma::<FUSED>(a, b, sum))
+}
+
+#[inline(always)]
+fn rms_norm<const FUSED: bool>(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+    if x.is_empty() {
+        return;
+    }
+    let factor = 1.0 / (dot::<FUSED>(x, x) / x.len() as f32 + eps).sqrt();
+    if weight.is_empty() {
+        for (to, x) in out.iter_mut().zip(x) {
+            *to = x * factor;
+        }
+    } else {
+        for ((to, x), w) in out.iter_mut().zip(x).zip(weight) {
+            *to = x * factor * w;
+        }
+    }
+}
+
+/// `e^x`. The range is reduced to `|r| <= ln(2) / 2`, where seven terms of the series are exact to 1e-8.
+#[inline(always)]
+fn exp<const FUSED: bool>(x: f32) -> f32 {
+    const ROUND: f32 = 12_582_912.0;
+    // ln(2) in two parts, the first short enough for its product with a small whole number to be exact.
+    const LN2_HIGH: f32 = 0.693_359_4;
+    const LN2_LOW: f32 = -2.121_944_4e-4;
+    // Compared rather than clamped: a NaN goes through.
+    let bounded = if x > 89.0 { 89.0 } else { x };
+    let shifted = fma::<FUSED>(bounded, std::f32::consts::LOG2_E, ROUND);
+    let n = shifted - ROUND;
+    let r = fma::<FUSED>(n, -LN2_LOW, fma::<FUSED>(n, -LN2_HIGH, bounded));
+    let mut p = 1.0 / 5040.0;
+    for term in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
+        p = fma::<FUSED>(p, r, term);
+    }
+    // Half of 2^n, so that n = 128 (from 88.4 on) is in range; what is too large overflows in the doubling.
+    let exponent = (shifted.to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32).wrapping_add(126);
+    let value = p * f32::from_bits((exponent as u32) << 23) * 2.0;
+    if x < -86.5 { 0.0 } else { value }
+}
+
+#[inline(always)]
+fn exp_all<const FUSED: bool>(x: &mut [f32]) {
+    for x in x {
+        *x = exp::<FUSED>(*x);
+    }
+}
+
+#[inline(always)]
+fn silu_mul<const FUSED: bool>(gate: &mut [f32], up: &[f32]) {
+    for (g, u) in gate.iter_mut().zip(up) {
+        *g = *g / (1.0 + exp::<FUSED>(-*g)) * u;
+    }
+}
+
+#[inline(always)]
+fn softmax<const FUSED: bool>(x: &mut [f32]) {
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    let chunks = x.chunks_exact(LANES);
+    for (lane, v) in lanes.iter_mut().zip(chunks.remainder()) {
+        *lane = *v;
+    }
+    for chunk in chunks {
+        for i in 0..LANES {
+            lanes[i] = if chunk[i] > lanes[i] { chunk[i] } else { lanes[i] };
+        }
+    }
+    let largest = lanes.into_iter().fold(f32::NEG_INFINITY, f32::max);
+    for v in x.iter_mut() {
+        *v = exp::<FUSED>(*v - largest);
+    }
+    let factor = 1.0 / lanes_sum(x, x, |sum, v, _| sum + v);
+    for v in x {
+        *v *= factor;
+    }
+}
+
+#[inline(always)]
+fn add<const FUSED: bool>(x: &mut [f32], y: &[f32]) {
+    for (x, y) in x.iter_mut().zip(y) {
+        *x += y;
+    }
+}
+
+#[inline(always)]
+fn axpy<const FUSED: bool>(a: f32, x: &[f32], y: &mut [f32]) {
+    for (y, x) in y.iter_mut().zip(x) {
+        *y = fma::<FUSED>(a, *x, *y);
+    }
+}

@@ -1,0 +1,240 @@
+//! Products with AVX2: the plain unpacking compiled for it, and a dot product of its own.
+
+use super::prefetch;
+use crate::kernels::activations::{ActBlock, place};
+use crate::kernels::matmul::{Panel, PanelFn, PanelFns};
+use crate::quant::block::{Codes, Format, GROUP};
+use crate::quant::{TensorType, with_format};
+use std::arch::x86_64::*;
+
+/// The kernels of a type.
+pub(in crate::kernels) fn panels(ty: TensorType) -> PanelFns {
+    with_format!(ty, F => {
+        const PANELS: &[PanelFn] = &[quantized::<F, 1>, quantized::<F, 2>, quantized::<F, 4>];
+        PANELS
+    }, float => match ty {
+        TensorType::F32 => &[float::<F32, 1>, float::<F32, 2>, float::<F32, 4>],
+        TensorType::F16 => &[float::<F16, 1>, float::<F16, 2>, float::<F16, 4>],
+        _ => &[float::<Bf16, 1>, float::<Bf16, 2>, float::<Bf16, 4>],
+    })
+}
+
+/// The sum of eight lanes.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn sum(v: __m256) -> f32 {
+    let four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
+    let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
+}
+
+/// # Safety
+/// As [`PanelFn`].
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn quantized<F: Format, const N: usize>(panel: &Panel<'_>) {
+    let groups = panel.x.cols().div_ceil(GROUP);
+    let group_bytes = GROUP / F::TYPE.block_len() * F::TYPE.block_bytes();
+    let x = panel.x.blocks();
+    let mut codes = Codes::ZERO;
+    for (r, row) in panel.weights.chunks_exact(panel.row_bytes).enumerate() {
+        let mut acc = [_mm256_setzero_ps(); N];
+        for (g, bytes) in row.chunks(group_bytes).enumerate() {
+            prefetch(bytes.as_ptr(), group_bytes);
+            F::unpack_group(bytes, &mut codes);
+            let mut blocks = [&x[g]; N];
+            for (n, block) in blocks.iter_mut().enumerate() {
+                *block = &x[n * groups + g];
+            }
+            multiply::<F, N>(&codes, blocks, &mut acc);
+        }
+        for (n, acc) in acc.into_iter().enumerate() {
+            // SAFETY: the caller's output holds this element.
+            unsafe { panel.out.put(n, panel.first_row + r, sum(acc)) };
+        }
+    }
+}
+
+/// Adds the products of 256 weights with `N` tokens.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn multiply<F: Format, const N: usize>(codes: &Codes, x: [&ActBlock; N], acc: &mut [__m256; N]) {
+    for odd in 0..2 {
+        for pair in 0..2 {
+            // Two runs of 32 values, four apart in sixteens; their halves share a register with each other.
+            let run = 4 * pair + odd;
+            let first = two_sixteens(codes, 2 * run, 2 * run + 4);
+            let second = two_sixteens(codes, 2 * run + 1, 2 * run + 5);
+            let first_scale = two_scales(codes, 2 * run, 2 * run + 4);
+            let second_scale = two_scales(codes, 2 * run + 1, 2 * run + 5);
+            for n in 0..N {
+                let scale = load8(&x[n].scale, 16 * odd + 8 * pair);
+                let one = products::<F>(first, load32(&x[n].q, 16 * place(2 * run)));
+                let two = products::<F>(second, load32(&x[n].q, 16 * place(2 * run + 1)));
+                let sum = if F::FINE {
+                    let one = _mm256_mul_ps(_mm256_cvtepi32_ps(widened(one)), first_scale);
+                    _mm256_fmadd_ps(_mm256_cvtepi32_ps(widened(two)), second_scale, one)
+                } else if F::WIDE {
+                    let both = _mm256_add_epi32(widened(one), widened(two));
+                    _mm256_mul_ps(_mm256_cvtepi32_ps(both), first_scale)
+                } else {
+                    let both = _mm256_add_epi16(one, two);
+                    _mm256_mul_ps(_mm256_cvtepi32_ps(widened(both)), first_scale)
+                };
+                acc[n] = _mm256_fmadd_ps(sum, scale, acc[n]);
+            }
+        }
+    }
+    if F::HAS_MIN {
+        for half in 0..2 {
+            let min = load8(&codes.min, 8 * half);
+            for n in 0..N {
+                acc[n] = _mm256_fnmadd_ps(min, load8(&x[n].sums, 8 * half), acc[n]);
+            }
+        }
+    }
+}
+
+/// Sums of two neighbouring products, in 16 bits: codes are at most 128 (64 unless wide) and activations 127 in
+/// magnitude, so neither this nor, unless wide, the sum of two of these overflows.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn products<F: Format>(w: __m256i, x: __m256i) -> __m256i {
+    if F::SIGNED {
+        _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w))
+    } else {
+        _mm256_maddubs_epi16(w, x)
+    }
+}
+
+/// Sums of neighbours, in 32 bits.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn widened(pairs: __m256i) -> __m256i {
+    _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn two_sixteens(codes: &Codes, low: usize, high: usize) -> __m256i {
+    let (low, high) = (&codes.q[16 * low..][..16], &codes.q[16 * high..][..16]);
+    // SAFETY: both slices are 16 bytes.
+    unsafe { _mm256_loadu2_m128i(high.as_ptr().cast(), low.as_ptr().cast()) }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn two_scales(codes: &Codes, low: usize, high: usize) -> __m256 {
+    _mm256_set_m128(_mm_set1_ps(codes.scale[high]), _mm_set1_ps(codes.scale[low]))
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn load32(q: &[i8; GROUP], at: usize) -> __m256i {
+    let part = &q[at..][..32];
+    // SAFETY: the slice is 32 bytes.
+    unsafe { _mm256_loadu_si256(part.as_ptr().cast()) }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn load8(values: &[f32], at: usize) -> __m256 {
+    let part = &values[at..][..8];
+    // SAFETY: the slice is eight values.
+    unsafe { _mm256_loadu_ps(part.as_ptr()) }
+}
+
+/// A float format: eight values from their bytes.
+trait Float {
+    const BYTES: usize;
+
+    /// # Safety
+    /// Eight values can be read; the processor has AVX2 and F16C.
+    unsafe fn load(p: *const u8) -> __m256;
+}
+
+struct F32;
+struct F16;
+struct Bf16;
+
+impl Float for F32 {
+    const BYTES: usize = 4;
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn load(p: *const u8) -> __m256 {
+        // SAFETY: the caller's.
+        unsafe { _mm256_loadu_ps(p.cast()) }
+    }
+}
+
+impl Float for F16 {
+    const BYTES: usize = 2;
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn load(p: *const u8) -> __m256 {
+        // SAFETY: the caller's.
+        unsafe { _mm256_cvtph_ps(_mm_loadu_si128(p.cast())) }
+    }
+}
+
+impl Float for Bf16 {
+    const BYTES: usize = 2;
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn load(p: *const u8) -> __m256 {
+        // SAFETY: the caller's.
+        let bits = unsafe { _mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast())) };
+        _mm256_castsi256_ps(_mm256_slli_epi32::<16>(bits))
+    }
+}
+
+/// # Safety
+/// As [`PanelFn`].
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn float<W: Float, const N: usize>(panel: &Panel<'_>) {
+    const STEP: usize = 16;
+    let cols = panel.x.cols();
+    let whole = cols - cols % STEP;
+    // The last, shorter step, filled up with zeros.
+    let mut tail = [[0.0f32; STEP]; N];
+    for (n, tail) in tail.iter_mut().enumerate() {
+        tail[..cols - whole].copy_from_slice(&panel.x.values()[n * cols + whole..(n + 1) * cols]);
+    }
+    let x = panel.x.values().as_ptr();
+    for (r, row) in panel.weights.chunks_exact(panel.row_bytes).enumerate() {
+        let mut acc = [[_mm256_setzero_ps(); 2]; N];
+        let mut c = 0;
+        while c < whole {
+            // SAFETY: a step is left in the row and in each of the `N` rows of `x`.
+            unsafe {
+                let p = row.as_ptr().add(c * W::BYTES);
+                prefetch(p, STEP * W::BYTES);
+                let (w0, w1) = (W::load(p), W::load(p.add(8 * W::BYTES)));
+                for (n, acc) in acc.iter_mut().enumerate() {
+                    let x = x.add(n * cols + c);
+                    acc[0] = _mm256_fmadd_ps(w0, _mm256_loadu_ps(x), acc[0]);
+                    acc[1] = _mm256_fmadd_ps(w1, _mm256_loadu_ps(x.add(8)), acc[1]);
+                }
+            }
+            c += STEP;
+        }
+        if whole < cols {
+            let mut bytes = [0u8; STEP * 4];
+            bytes[..(cols - whole) * W::BYTES].copy_from_slice(&row[whole * W::BYTES..]);
+            // SAFETY: the buffers hold a step.
+            unsafe {
+                let (w0, w1) = (W::load(bytes.as_ptr()), W::load(bytes.as_ptr().add(8 * W::BYTES)));
+                for (acc, x) in acc.iter_mut().zip(&tail) {
+                    acc[0] = _mm256_fmadd_ps(w0, _mm256_loadu_ps(x.as_ptr()), acc[0]);
+                    acc[1] = _mm256_fmadd_ps(w1, _mm256_loadu_ps(x.as_ptr().add(8)), acc[1]);
+                }
+            }
+        }
+        for (n, acc) in acc.into_iter().enumerate() {
+            // SAFETY: the caller's output holds this element.
+            unsafe { panel.out.put(n, panel.first_row + r, sum(_mm256_add_ps(acc[0], acc[1]))) };
+        }
+    }
+}

@@ -1,0 +1,238 @@
+//! Products with AVX-512 and its 8-bit dot product.
+
+use super::avx512_unpack::{Generic, Tile, Unpack, hand};
+use super::prefetch;
+use crate::kernels::activations::ActBlock;
+use crate::kernels::matmul::{Panel, PanelFn, PanelFns};
+use crate::quant::TensorType;
+use crate::quant::block::{Codes, GROUP};
+use crate::quant::types as f;
+use std::arch::x86_64::*;
+
+macro_rules! panel_fns {
+    ($kernel:ident, $of:ty) => {{
+        const PANELS: &[PanelFn] = &[$kernel::<$of, 1>, $kernel::<$of, 2>, $kernel::<$of, 4>, $kernel::<$of, 8>];
+        PANELS
+    }};
+}
+
+/// The kernels of a type.
+pub(in crate::kernels) fn panels(ty: TensorType) -> PanelFns {
+    match ty {
+        TensorType::F32 => panel_fns!(float, F32),
+        TensorType::F16 => panel_fns!(float, F16),
+        TensorType::BF16 => panel_fns!(float, Bf16),
+        TensorType::Q4_0 => panel_fns!(quantized, hand::Q4_0),
+        TensorType::Q4_1 => panel_fns!(quantized, hand::Q4_1),
+        TensorType::Q5_0 => panel_fns!(quantized, hand::Q5_0),
+        TensorType::Q5_1 => panel_fns!(quantized, hand::Q5_1),
+        TensorType::Q8_0 => panel_fns!(quantized, hand::Q8_0),
+        TensorType::Q2_K => panel_fns!(quantized, hand::Q2_K),
+        TensorType::Q3_K => panel_fns!(quantized, hand::Q3_K),
+        TensorType::Q4_K => panel_fns!(quantized, hand::Q4_K),
+        TensorType::Q5_K => panel_fns!(quantized, hand::Q5_K),
+        TensorType::Q6_K => panel_fns!(quantized, hand::Q6_K),
+        TensorType::IQ4_NL => panel_fns!(quantized, hand::IQ4_NL),
+        TensorType::IQ4_XS => panel_fns!(quantized, hand::IQ4_XS),
+        TensorType::MXFP4 => panel_fns!(quantized, hand::MXFP4),
+        TensorType::IQ2_XXS => panel_fns!(quantized, Generic<f::IQ2_XXS>),
+        TensorType::IQ2_XS => panel_fns!(quantized, Generic<f::IQ2_XS>),
+        TensorType::IQ2_S => panel_fns!(quantized, Generic<f::IQ2_S>),
+        TensorType::IQ3_XXS => panel_fns!(quantized, Generic<f::IQ3_XXS>),
+        TensorType::IQ3_S => panel_fns!(quantized, Generic<f::IQ3_S>),
+        TensorType::IQ1_S => panel_fns!(quantized, Generic<f::IQ1_S>),
+        TensorType::IQ1_M => panel_fns!(quantized, Generic<f::IQ1_M>),
+    }
+}
+
+/// # Safety
+/// As [`PanelFn`].
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
+unsafe fn quantized<U: Unpack, const N: usize>(panel: &Panel<'_>) {
+    /// The most bytes that 256 values have in a format of small blocks.
+    const MOST: usize = 272;
+    let cols = panel.x.cols();
+    let (whole, rest) = (cols / GROUP, cols % GROUP);
+    let groups = cols.div_ceil(GROUP);
+    let x = panel.x.blocks();
+    assert!(x.len() == N * groups && U::GROUP_BYTES <= MOST && panel.row_bytes >= whole * U::GROUP_BYTES);
+    let x = x.as_ptr();
+    let mut codes = Codes::ZERO;
+    for (r, row) in panel.weights.chunks_exact(panel.row_bytes).enumerate() {
+        let mut acc = [[_mm512_setzero_ps(); 2]; N];
+        let mut w = row.as_ptr();
+        for g in 0..whole {
+            prefetch(w, U::GROUP_BYTES);
+            // SAFETY: the row has `whole` groups and each row of `x` has at least as many.
+            unsafe {
+                let tile = U::unpack(w, &mut codes);
+                multiply::<U, N>(tile, x.add(g), groups, &mut acc);
+                w = w.add(U::GROUP_BYTES);
+            }
+        }
+        if rest > 0 {
+            let mut padded = [0u8; MOST];
+            let tail = &row[whole * U::GROUP_BYTES..];
+            padded[..tail.len()].copy_from_slice(tail);
+            // SAFETY: `padded` is a whole group, and the last blocks of `x` are filled up with zeros.
+            unsafe {
+                let tile = U::unpack(padded.as_ptr(), &mut codes);
+                multiply::<U, N>(tile, x.add(whole), groups, &mut acc);
+            }
+        }
+        for (n, acc) in acc.into_iter().enumerate() {
+            let sum = _mm512_reduce_add_ps(_mm512_add_ps(acc[0], acc[1]));
+            // SAFETY: the caller's output holds this element.
+            unsafe { panel.out.put(n, panel.first_row + r, sum) };
+        }
+    }
+}
+
+/// Adds the products of 256 weights with `N` tokens, the blocks of neighbouring tokens `stride` apart.
+///
+/// # Safety
+/// The blocks can be read, and the processor has the instructions.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
+unsafe fn multiply<U: Unpack, const N: usize>(
+    tile: Tile,
+    x: *const ActBlock,
+    stride: usize,
+    acc: &mut [[__m512; 2]; N],
+) {
+    let zero = _mm512_setzero_si512();
+    // Within each four lanes of `scale` stand the scales of the four sixteens that share those lanes of the products.
+    let even0 = _mm512_permute_ps::<0b00_00_00_00>(tile.scale);
+    let even1 = _mm512_permute_ps::<0b01_01_01_01>(tile.scale);
+    let odd0 = _mm512_permute_ps::<0b10_10_10_10>(tile.scale);
+    let odd1 = _mm512_permute_ps::<0b11_11_11_11>(tile.scale);
+    for (n, acc) in acc.iter_mut().enumerate() {
+        // SAFETY: the caller's blocks.
+        let x = unsafe { &*x.add(n * stride) };
+        let q = x.q.as_ptr();
+        // SAFETY: a block has four registers of values, two of scales and one of sums, and is aligned to them.
+        let (q, scales, sums) = unsafe {
+            let q: [__m512i; 4] = [
+                _mm512_load_si512(q.cast()),
+                _mm512_load_si512(q.add(64).cast()),
+                _mm512_load_si512(q.add(128).cast()),
+                _mm512_load_si512(q.add(192).cast()),
+            ];
+            let scale = x.scale.as_ptr();
+            (q, [_mm512_load_ps(scale), _mm512_load_ps(scale.add(16))], _mm512_load_ps(x.sums.as_ptr()))
+        };
+        let (even, odd) = if U::FINE {
+            let e0 = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(zero, tile.q[0], q[0]));
+            let e1 = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(zero, tile.q[1], q[1]));
+            let o0 = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(zero, tile.q[2], q[2]));
+            let o1 = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(zero, tile.q[3], q[3]));
+            let even = _mm512_fmadd_ps(e1, even1, _mm512_mul_ps(e0, even0));
+            let odd = _mm512_fmadd_ps(o1, odd1, _mm512_mul_ps(o0, odd0));
+            (even, odd)
+        } else {
+            let even = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(zero, tile.q[0], q[0]), tile.q[1], q[1]);
+            let odd = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(zero, tile.q[2], q[2]), tile.q[3], q[3]);
+            (_mm512_mul_ps(_mm512_cvtepi32_ps(even), even0), _mm512_mul_ps(_mm512_cvtepi32_ps(odd), odd0))
+        };
+        acc[0] = _mm512_fmadd_ps(even, scales[0], acc[0]);
+        acc[1] = _mm512_fmadd_ps(odd, scales[1], acc[1]);
+        acc[0] = _mm512_fnmadd_ps(tile.min, sums, acc[0]);
+    }
+}
+
+/// A float format: sixteen values from their bytes.
+trait Float {
+    const BYTES: usize;
+
+    /// # Safety
+    /// Sixteen values can be read; the processor has AVX-512.
+    unsafe fn load(p: *const u8) -> __m512;
+}
+
+struct F32;
+struct F16;
+struct Bf16;
+
+impl Float for F32 {
+    const BYTES: usize = 4;
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
+    unsafe fn load(p: *const u8) -> __m512 {
+        // SAFETY: the caller's.
+        unsafe { _mm512_loadu_ps(p.cast()) }
+    }
+}
+
+impl Float for F16 {
+    const BYTES: usize = 2;
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
+    unsafe fn load(p: *const u8) -> __m512 {
+        // SAFETY: the caller's.
+        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())) }
+    }
+}
+
+impl Float for Bf16 {
+    const BYTES: usize = 2;
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
+    unsafe fn load(p: *const u8) -> __m512 {
+        // SAFETY: the caller's.
+        let bits = unsafe { _mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast())) };
+        _mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits))
+    }
+}
+
+/// # Safety
+/// As [`PanelFn`].
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
+unsafe fn float<W: Float, const N: usize>(panel: &Panel<'_>) {
+    const STEP: usize = 32;
+    let cols = panel.x.cols();
+    let whole = cols - cols % STEP;
+    // The last, shorter step, filled up with zeros.
+    let mut tail = [[0.0f32; STEP]; N];
+    for (n, tail) in tail.iter_mut().enumerate() {
+        tail[..cols - whole].copy_from_slice(&panel.x.values()[n * cols + whole..(n + 1) * cols]);
+    }
+    let x = panel.x.values().as_ptr();
+    for (r, row) in panel.weights.chunks_exact(panel.row_bytes).enumerate() {
+        let mut acc = [[_mm512_setzero_ps(); 2]; N];
+        let mut c = 0;
+        while c < whole {
+            // SAFETY: a step is left in the row and in each of the `N` rows of `x`.
+            unsafe {
+                let p = row.as_ptr().add(c * W::BYTES);
+                prefetch(p, STEP * W::BYTES);
+                let (w0, w1) = (W::load(p), W::load(p.add(16 * W::BYTES)));
+                for (n, acc) in acc.iter_mut().enumerate() {
+                    let x = x.add(n * cols + c);
+                    acc[0] = _mm512_fmadd_ps(w0, _mm512_loadu_ps(x), acc[0]);
+                    acc[1] = _mm512_fmadd_ps(w1, _mm512_loadu_ps(x.add(16)), acc[1]);
+                }
+            }
+            c += STEP;
+        }
+        if whole < cols {
+            let mut bytes = [0u8; STEP * 4];
+            bytes[..(cols - whole) * W::BYTES].copy_from_slice(&row[whole * W::BYTES..]);
+            // SAFETY: the buffers hold a step.
+            unsafe {
+                let (w0, w1) = (W::load(bytes.as_ptr()), W::load(bytes.as_ptr().add(16 * W::BYTES)));
+                for (acc, x) in acc.iter_mut().zip(&tail) {
+                    acc[0] = _mm512_fmadd_ps(w0, _mm512_loadu_ps(x.as_ptr()), acc[0]);
+                    acc[1] = _mm512_fmadd_ps(w1, _mm512_loadu_ps(x.as_ptr().add(16)), acc[1]);
+                }
+            }
+        }
+        for (n, acc) in acc.into_iter().enumerate() {
+            let sum = _mm512_reduce_add_ps(_mm512_add_ps(acc[0], acc[1]));
+            // SAFETY: the caller's output holds this element.
+            unsafe { panel.out.put(n, panel.first_row + r, sum) };
+        }
+    }
+}
