@@ -203,7 +203,7 @@ fn rms_norm<const FUSED: bool>(x: &[f32], weight: &[f32], eps: f32, out: &mut [f
 fn exp<const FUSED: bool>(x: f32) -> f32 {
     const ROUND: f32 = 12_582_912.0;
     // ln(2) in two parts, the first short enough for its product with a small whole number to be exact.
-    const LN2_HIGH: f32 = 0.693_359_375;
+    const LN2_HIGH: f32 = 0.693_359_4;
     const LN2_LOW: f32 = -2.121_944_4e-4;
     // Compared rather than clamped: a NaN goes through.
     let bounded = if x > 89.0 { 89.0 } else { x };

@@ -232,7 +232,7 @@ fn extremes_do_not_overflow() {
                 } else if let TensorType::Q4_K | TensorType::Q5_K | TensorType::IQ4_XS = ty {
                     bytes[16..].fill(fill);
                 } else if let TensorType::Q2_K | TensorType::Q3_K = ty {
-                    bytes[..96.min(80)].fill(fill);
+                    bytes[..80].fill(fill);
                 } else if ty == TensorType::Q6_K {
                     bytes[..208].fill(fill);
                 }

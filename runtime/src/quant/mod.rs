@@ -69,7 +69,7 @@ pub fn dequantize_row(ty: TensorType, bytes: &[u8], out: &mut [f32]) {
     let expected = ty.row_bytes(out.len() as u64);
     assert_eq!(expected, Some(bytes.len() as u64), "a row of {} {ty} values", out.len());
     with_format!(ty, F => dequantize_blocks::<F>(bytes, out), float => match ty {
-        TensorType::F32 => widen(bytes, out, |b| f32::from_le_bytes(b)),
+        TensorType::F32 => widen(bytes, out, f32::from_le_bytes),
         TensorType::F16 => widen(bytes, out, |b| f16_to_f32(u16::from_le_bytes(b))),
         _ => widen(bytes, out, |b| f32::from_bits(u32::from(u16::from_le_bytes(b)) << 16)),
     });

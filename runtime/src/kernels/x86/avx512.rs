@@ -106,7 +106,7 @@ unsafe fn multiply<U: Unpack, const N: usize>(
     let even1 = _mm512_permute_ps::<0b01_01_01_01>(tile.scale);
     let odd0 = _mm512_permute_ps::<0b10_10_10_10>(tile.scale);
     let odd1 = _mm512_permute_ps::<0b11_11_11_11>(tile.scale);
-    for n in 0..N {
+    for (n, acc) in acc.iter_mut().enumerate() {
         // SAFETY: the caller's blocks.
         let x = unsafe { &*x.add(n * stride) };
         let q = x.q.as_ptr();
@@ -134,9 +134,9 @@ unsafe fn multiply<U: Unpack, const N: usize>(
             let odd = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(zero, tile.q[2], q[2]), tile.q[3], q[3]);
             (_mm512_mul_ps(_mm512_cvtepi32_ps(even), even0), _mm512_mul_ps(_mm512_cvtepi32_ps(odd), odd0))
         };
-        acc[n][0] = _mm512_fmadd_ps(even, scales[0], acc[n][0]);
-        acc[n][1] = _mm512_fmadd_ps(odd, scales[1], acc[n][1]);
-        acc[n][0] = _mm512_fnmadd_ps(tile.min, sums, acc[n][0]);
+        acc[0] = _mm512_fmadd_ps(even, scales[0], acc[0]);
+        acc[1] = _mm512_fmadd_ps(odd, scales[1], acc[1]);
+        acc[0] = _mm512_fnmadd_ps(tile.min, sums, acc[0]);
     }
 }
 
