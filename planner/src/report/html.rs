@@ -123,7 +123,7 @@ fn plan_table(html: &mut String, o: &Overview<'_>) {
         html,
         "<h2>Plans</h2>\n<div class=\"scroll\"><table>\n<thead><tr><th>plan</th><th class=\"left\">status</th>\
          <th>proven gap</th><th>decode tokens/s,<br>{measured}</th><th>decode tokens/s,<br>{predicted}</th>\
-         <th>measured −<br>predicted</th><th>prompt tokens/s,<br>measured</th><th>hit rate</th>"
+         <th>measured vs<br>predicted</th><th>prompt tokens/s,<br>measured</th><th>hit rate</th>"
     );
     for tier in &faster {
         let _ = write!(html, "<th>bytes in<br>{}</th>", escape(tier));

@@ -87,7 +87,7 @@ impl Ink {
             Ink::Staging => (0xAA4499, 0xC46CB5),
             Ink::Home => (0xDDCC77, 0xD6C56F),
             Ink::Unsplit => (0x8C8270, 0xA79C88),
-            Ink::Experts => (0xDDAA33, 0xE2B347),
+            Ink::Experts => (0xEE6677, 0xF07F8E),
             Ink::Rest => (0xB0B0B0, 0x6E7276),
             Ink::Heat(i) => at(&HEAT, i),
             Ink::Depth(i) => at(&DEPTH, i),

@@ -116,6 +116,8 @@ fn tiers(count: usize, emulated: bool) -> Vec<Tier> {
 #[derive(Clone, Copy, PartialEq)]
 enum Style {
     ByFrequency,
+    /// By frequency, and no slots.
+    PinsOnly,
     ById,
     Nothing,
 }
@@ -132,7 +134,7 @@ fn placement(profile: &Profile, name: &str, tier_count: usize, style: Style, emu
         .enumerate()
         .map(|(l, (layer, share))| {
             let mut order: Vec<u32> = (0..experts).collect();
-            if style == Style::ByFrequency {
+            if matches!(style, Style::ByFrequency | Style::PinsOnly) {
                 order.sort_by(|a, b| share[*b as usize].total_cmp(&share[*a as usize]));
             }
             let each = if style == Style::Nothing { 0 } else { experts / 8 + (l as u32 % 3) };
@@ -146,7 +148,7 @@ fn placement(profile: &Profile, name: &str, tier_count: usize, style: Style, emu
                 }
             }
             let slots = match style {
-                Style::ById => 0,
+                Style::ById | Style::PinsOnly => 0,
                 Style::Nothing => experts * 3 / 8,
                 Style::ByFrequency => experts / 8 + (l as u32 * 5) % (experts / 8).max(1),
             };
@@ -163,7 +165,9 @@ fn placement(profile: &Profile, name: &str, tier_count: usize, style: Style, emu
             let all = u64::from(experts) * layers.len() as u64;
             let pinned_all: usize = layers.iter().flat_map(|l| &l.pinned).map(|(_, e)| e.len()).sum();
             let last = t == fast;
-            let used = EXPERT_BYTES * (u64::from(experts) * layers.len() as u64) * 3 / 5 / fast as u64;
+            // Every plan's slots are in the tier before the last, which therefore gets the most.
+            let eighths = if t + 1 == fast { 5 } else { 2 };
+            let used = EXPERT_BYTES * (u64::from(experts) * layers.len() as u64) * eighths / 16;
             PlanTier {
                 tier,
                 budget_bytes: if last { 1 << 44 } else { used + 60_000_000 },
@@ -230,6 +234,7 @@ pub(super) fn report(layers: u32, experts: u32, used: u32, tier_count: usize, pl
         .enumerate()
         .map(|(i, name)| {
             let style = match i {
+                1 | 5 => Style::PinsOnly,
                 2 | 4 => Style::ById,
                 3 | 7 => Style::Nothing,
                 _ => Style::ByFrequency,

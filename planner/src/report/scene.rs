@@ -145,6 +145,14 @@ impl Scene {
         self.items.push(Item::Text(Text { x, y, em, bold: false, anchor, ink, text: printable(text.into()) }));
     }
 
+    /// Text on a patch of paper, for places where grid lines pass.
+    pub(super) fn text_on_paper(&mut self, x: f64, y: f64, em: f64, ink: Ink, text: impl Into<String>) {
+        let text = text.into();
+        let width = text_width(&text, em, false) / WIDTH_SLACK;
+        self.rect(x - 2.0, y - 0.8 * em, width + 4.0, 1.05 * em, Ink::Paper);
+        self.text(x, y, em, Anchor::Start, ink, text);
+    }
+
     pub(super) fn bold(&mut self, x: f64, y: f64, em: f64, anchor: Anchor, ink: Ink, text: impl Into<String>) {
         self.items.push(Item::Text(Text { x, y, em, bold: true, anchor, ink, text: printable(text.into()) }));
     }
@@ -160,7 +168,7 @@ impl Scene {
         let mut drawn = String::new();
         {
             let mut backend = SVGBackend::with_string(&mut drawn, size);
-            draw(self, &mut backend, 0.0, |backend, text, style, (x, y)| {
+            draw(self, &mut backend, |backend, text, style, (x, y)| {
                 // plotters sets a top-anchored line's baseline at 0.76 em and makes its em size / 1.24.
                 let em = text.em * SCALE;
                 let at = (x as i32, (y - 0.76 * em).round() as i32);
@@ -183,16 +191,15 @@ impl Scene {
     /// Writes the picture as a PNG of [`SCALE`] times its size.
     pub(super) fn png(&self, path: &Path) -> Result<()> {
         let mut backend = BitMapBackend::new(path, self.device_size());
-        draw(self, &mut backend, 1.0, |backend, text, _, at| set_glyphs(backend, text, at))?;
+        draw(self, &mut backend, |backend, text, _, at| set_glyphs(backend, text, at))?;
         backend.present().map_err(|e| anyhow!("{}: {e}", path.display()))
     }
 }
 
-/// Draws every item. A bitmap's rectangles include their last pixel, hence `inset`.
+/// Draws every item, texts with `text`.
 fn draw<B: DrawingBackend>(
     scene: &Scene,
     backend: &mut B,
-    inset: f64,
     mut text: impl FnMut(&mut B, &Text, &TextStyle<'_>, (f64, f64)) -> Result<()>,
 ) -> Result<()> {
     let px = |v: f64| (v * SCALE).round();
@@ -206,7 +213,7 @@ fn draw<B: DrawingBackend>(
         match item {
             Item::Rect(x, y, w, h, ink) => {
                 let (x0, y0, x1, y1) = (px(*x), px(*y), px(x + w).max(px(*x) + 1.0), px(y + h).max(px(*y) + 1.0));
-                let end = ((x1 - inset) as i32, (y1 - inset) as i32);
+                let end = (x1 as i32, y1 as i32);
                 backend
                     .draw_rect((x0 as i32, y0 as i32), end, &fill(*ink), true)
                     .map_err(|e| anyhow!("drawing a chart: {e}"))?;
@@ -264,13 +271,15 @@ fn set_glyphs<B: DrawingBackend>(backend: &mut B, text: &Text, (x, baseline): (f
         };
     let (r, g, b) = text.ink.rgb();
     let mut first_error = None;
+    let (width, height) = backend.get_size();
     for (id, offset) in glyphs {
         let glyph = id.with_scale_and_position(scale, point(start + offset, baseline as f32));
         let Some(outline) = font.outline_glyph(glyph) else { continue };
         let bounds = outline.px_bounds();
         outline.draw(|gx, gy, cover| {
-            if cover > 0.0 && first_error.is_none() {
-                let pixel = (bounds.min.x as i32 + gx as i32, bounds.min.y as i32 + gy as i32);
+            let pixel = (bounds.min.x as i32 + gx as i32, bounds.min.y as i32 + gy as i32);
+            let inside = (0..width as i32).contains(&pixel.0) && (0..height as i32).contains(&pixel.1);
+            if cover > 0.0 && inside && first_error.is_none() {
                 let color = RGBColor(r, g, b).mix(f64::from(cover.min(1.0)));
                 first_error = backend.draw_pixel(pixel, color.to_backend_color()).err();
             }

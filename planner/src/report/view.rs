@@ -37,10 +37,10 @@ pub(super) struct TierView {
 pub(super) const PARTS: [(&str, &str, Ink); 7] = [
     ("dense", "dense weights", Ink::Dense),
     ("pinned", "pinned experts", Ink::Pinned),
-    ("slots", "slots for pooled experts", Ink::Slots),
-    ("kv", "key and value cache", Ink::Kv),
+    ("slots", "expert slots", Ink::Slots),
+    ("kv", "key/value cache", Ink::Kv),
     ("staging", "staging buffers", Ink::Staging),
-    ("home", "home copies of pooled experts", Ink::Home),
+    ("home", "homes of pooled experts", Ink::Home),
     ("unsplit", "planned bytes", Ink::Unsplit),
 ];
 

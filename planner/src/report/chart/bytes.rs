@@ -95,13 +95,14 @@ fn panels(scene: &mut Scene, o: &Overview<'_>, band: &[&(String, Ink)], y: f64) 
                 x += w;
             }
             let words = match view.budget_bytes {
-                Some(b) if b > 0 => {
+                // Against a budget hundreds of times larger, the use alone says enough.
+                Some(b) if b > 0 && view.used_bytes() > b / 200 => {
                     let share = view.used_bytes() as f64 / b as f64;
                     format!("{} of {} · {}", show_bytes(view.used_bytes()), show_bytes(b), percent(share))
                 }
                 _ => show_bytes(view.used_bytes()),
             };
-            scene.text(x0 + 5.0, row + 14.0, 11.5, Anchor::Start, Ink::Muted, fit(&words, 11.5, false, width - 5.0));
+            scene.text_on_paper(x0 + 5.0, row + 14.0, 11.5, Ink::Muted, fit(&words, 11.5, false, width - 5.0));
             if let Some(budget) = view.budget_bytes
                 && px(budget) <= width + 0.5
             {

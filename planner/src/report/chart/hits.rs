@@ -184,10 +184,14 @@ fn title(plan: Option<&str>, points: &[f64]) -> String {
     let high = points.iter().copied().fold(0.0, f64::max);
     match plan {
         Some(plan) if !points.is_empty() && percent(low) == percent(high) => {
-            format!("{plan}'s slots serve {} of accesses", percent(low))
+            format!("A cache of {plan}'s slots serves {} of accesses", percent(low))
         }
         Some(plan) if !points.is_empty() => {
-            format!("{plan}'s slots serve {} to {} of accesses, depending on the layer", percent(low), percent(high))
+            format!(
+                "A cache of {plan}'s slots serves {} to {} of accesses, depending on the layer",
+                percent(low),
+                percent(high)
+            )
         }
         _ => "How much of the accesses a cache of slots serves".into(),
     }

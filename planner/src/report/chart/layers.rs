@@ -34,7 +34,7 @@ pub(super) fn chart(o: &Overview<'_>) -> Option<Chart> {
     let gap = 20.0;
     let width = (WIDTH - 2.0 * MARGIN - gap * (columns as f64 - 1.0)) / columns as f64;
     let largest = plans.iter().flat_map(|p| &p.layers).map(|l| (l.dense_s + l.expert_s) * 1e3).fold(0.0, f64::max);
-    let scale = steps(largest, 4);
+    let scale = steps(largest, 5);
     let mut data = Table::new(&["plan", "layer", "dense_s", "expert_s", "pinned_hits", "slot_hits", "misses"]);
     let mut bottom = y;
     for (i, plan) in plans.iter().enumerate() {
@@ -48,7 +48,7 @@ pub(super) fn chart(o: &Overview<'_>) -> Option<Chart> {
         scene.text(x + width, top + 12.0, 12.5, Anchor::End, Ink::Muted, figure);
         let (plot_top, plot_bottom) = (top + 28.0, top + 28.0 + PANEL);
         let x0 = x + AXIS;
-        let per_ms = y_axis(&mut scene, x0, x + width, plot_top, plot_bottom, scale);
+        let per_ms = y_axis(&mut scene, x0, x + width, plot_top, plot_bottom, scale, "ms");
         let slot = (x + width - x0) / plan.layers.len().max(1) as f64;
         let bar = (slot * 0.72).clamp(0.5, 46.0);
         let every = label_every(slot, 26.0);
@@ -58,7 +58,7 @@ pub(super) fn chart(o: &Overview<'_>) -> Option<Chart> {
             let experts = layer.expert_s * 1e3 * per_ms;
             scene.rect(middle - bar / 2.0, plot_bottom - dense, bar, dense, Ink::Dense);
             scene.rect(middle - bar / 2.0, plot_bottom - dense - experts, bar, experts, Ink::Experts);
-            if k % every == 0 {
+            if layer.layer.is_multiple_of(every) {
                 let number = layer.layer.to_string();
                 scene.text(middle, plot_bottom + 15.0, 12.0, Anchor::Middle, Ink::Muted, number);
             }
@@ -72,7 +72,7 @@ pub(super) fn chart(o: &Overview<'_>) -> Option<Chart> {
                 layer.misses.to_string(),
             ]);
         }
-        scene.text(x0, plot_bottom + 33.0, 12.5, Anchor::Start, Ink::Muted, "layer; bars in ms per token");
+        scene.text(x0, plot_bottom + 33.0, 12.5, Anchor::Start, Ink::Muted, "layer");
         bottom = plot_bottom + 46.0;
     }
     scene.height = bottom;

@@ -74,6 +74,8 @@ enum Sign {
     Ring,
     /// Slowest to fastest run.
     Whisker,
+    /// Nothing: words that the entries after it belong to.
+    Words,
 }
 
 /// Draws legend entries in rows; returns the y below them.
@@ -81,8 +83,9 @@ fn legend(scene: &mut Scene, y: f64, entries: &[(Sign, String)]) -> f64 {
     let (mut x, mut y) = (MARGIN, y);
     for (sign, words) in entries {
         let words = fit(words, 13.0, false, WIDTH - 2.0 * MARGIN - 30.0);
-        let width = 22.0 + text_width(&words, 13.0, false) + 20.0;
-        if x > MARGIN && x + width - 20.0 > WIDTH - MARGIN {
+        let indent = if matches!(sign, Sign::Words) { 0.0 } else { 22.0 };
+        let width = indent + text_width(&words, 13.0, false) + 16.0;
+        if x > MARGIN && x + width - 16.0 > WIDTH - MARGIN {
             x = MARGIN;
             y += 22.0;
         }
@@ -94,8 +97,9 @@ fn legend(scene: &mut Scene, y: f64, entries: &[(Sign, String)]) -> f64 {
             Sign::Mark => scene.rect(x + 6.0, y - 1.0, 2.5, 16.0, Ink::Text),
             Sign::Ring => ring(scene, x + 7.0, y + 7.0, Ink::Paper),
             Sign::Whisker => whisker(scene, x, x + 14.0, y + 7.0),
+            Sign::Words => {}
         }
-        scene.text(x + 22.0, y + 11.5, 13.0, Anchor::Start, Ink::Text, words);
+        scene.text(x + indent, y + 11.5, 13.0, Anchor::Start, Ink::Text, words);
         x += width;
     }
     y + 28.0
@@ -108,6 +112,10 @@ fn ring(scene: &mut Scene, x: f64, y: f64, ink: Ink) {
 }
 
 fn whisker(scene: &mut Scene, x0: f64, x1: f64, y: f64) {
+    // On a rim of paper, so that it shows on a dark bar too.
+    scene.rect(x0 - 1.0, y - 2.0, x1 - x0 + 2.0, 4.0, Ink::Paper);
+    scene.rect(x0 - 1.0, y - 4.5, 3.5, 9.0, Ink::Paper);
+    scene.rect(x1 - 2.5, y - 4.5, 3.5, 9.0, Ink::Paper);
     scene.rect(x0, y - 0.75, x1 - x0, 1.5, Ink::Text);
     scene.rect(x0, y - 3.5, 1.5, 7.0, Ink::Text);
     scene.rect(x1 - 1.5, y - 3.5, 1.5, 7.0, Ink::Text);
@@ -128,15 +136,18 @@ fn x_axis(scene: &mut Scene, x0: f64, x1: f64, top: f64, bottom: f64, largest: f
     per_unit
 }
 
-/// A vertical axis from 0 at `bottom`: grid lines from `x0` to `x1`, numbers to the left. Returns pixels a unit.
-fn y_axis(scene: &mut Scene, x0: f64, x1: f64, top: f64, bottom: f64, (step, last): (f64, f64)) -> f64 {
+/// A vertical axis from 0 at `bottom`: grid lines from `x0` to `x1`, numbers to the left, the topmost with its unit.
+/// Returns pixels a unit.
+fn y_axis(scene: &mut Scene, x0: f64, x1: f64, top: f64, bottom: f64, (step, last): (f64, f64), unit: &str) -> f64 {
     let per_unit = (bottom - top) / last;
     let count = (last / step).round() as usize;
     for i in 0..=count {
         let value = i as f64 * step;
         let y = bottom - value * per_unit;
         scene.line(x0, y, x1, y, 1.0, if i == 0 { Ink::Axis } else { Ink::Grid });
-        scene.text(x0 - 6.0, y + 4.0, 12.0, Anchor::End, Ink::Muted, tick(value, step));
+        let unit = if i == count { format!(" {unit}") } else { String::new() };
+        let number = format!("{}{unit}", tick(value, step));
+        scene.text(x0 - 6.0, y + 4.0, 12.0, Anchor::End, Ink::Muted, number);
     }
     per_unit
 }
@@ -151,7 +162,7 @@ fn plan_name(scene: &mut Scene, y: f64, name: &str, bold: bool) {
     }
 }
 
-/// Every how many layers an axis can number one, so that numbers stand at least `room` apart.
-fn label_every(spacing: f64, room: f64) -> usize {
-    [1, 2, 5, 10, 20, 50, 100].into_iter().find(|n| *n as f64 * spacing >= room).unwrap_or(200)
+/// The step of layer numbers that an axis shows, so that they stand at least `room` apart.
+fn label_every(spacing: f64, room: f64) -> u32 {
+    [1, 2, 5, 10, 20, 50, 100].into_iter().find(|n| f64::from(*n) * spacing >= room).unwrap_or(200)
 }

@@ -35,17 +35,19 @@ pub(super) fn chart(o: &Overview<'_>) -> Option<Chart> {
         o.predicted()
     );
     let (mut scene, y) = begin(&title, &subtitle);
-    let mut signs = vec![
+    let stage_signs = [
+        (Sign::Words, "Left:".to_string()),
         (Sign::Swatch(Ink::Dense), "dense layers (attention, norms, head)".to_string()),
         (Sign::Swatch(Ink::Experts), "routed experts, waiting included".to_string()),
         (Sign::Swatch(Ink::Rest), "fixed overhead and the rest".to_string()),
     ];
-    let tier_signs: Vec<_> = o.tiers.iter().map(|(n, ink)| (Sign::Swatch(*ink), format!("reads of {n}"))).collect();
     let with_tiers = tiers.iter().flatten().any(Option::is_some);
+    let mut y = legend(&mut scene, y, if with_tiers { &stage_signs } else { &stage_signs[1..] });
     if with_tiers {
-        signs.extend(tier_signs);
+        let mut signs = vec![(Sign::Words, "Right:".to_string())];
+        signs.extend(o.tiers.iter().map(|(n, ink)| (Sign::Swatch(*ink), format!("waiting for {n}"))));
+        y = legend(&mut scene, y - 4.0, &signs) + 2.0;
     }
-    let y = legend(&mut scene, y, &signs);
     let room = WIDTH - MARGIN - NAMES;
     let width = if with_tiers { (room - 50.0) / 2.0 } else { room };
     for (i, plan) in o.plans.iter().enumerate() {
@@ -53,7 +55,7 @@ pub(super) fn chart(o: &Overview<'_>) -> Option<Chart> {
     }
     let bottom = panel(&mut scene, NAMES, width, y, "by stage", &stages);
     if with_tiers {
-        panel(&mut scene, NAMES + width + 50.0, width, y, "by tier read, before overlap", &tiers);
+        panel(&mut scene, NAMES + width + 50.0, width, y, "by tier, before overlap", &tiers);
     }
     scene.height = bottom;
     Some(Chart {

@@ -30,7 +30,7 @@ pub(super) fn chart(o: &Overview<'_>) -> Chart {
     let (x0, x1) = (NAMES, WIDTH - MARGIN - ERROR_COLUMN - 60.0);
     if any_measured && any_predicted {
         let x = WIDTH - MARGIN;
-        scene.text(x, y - 2.0, 12.0, Anchor::End, Ink::Muted, "measured − predicted");
+        scene.text(x, y - 2.0, 12.0, Anchor::End, Ink::Muted, "measured vs predicted");
     }
     let top = y + 4.0;
     let bottom = top + 4.0 + ROW * o.plans.len() as f64;
@@ -60,7 +60,6 @@ pub(super) fn chart(o: &Overview<'_>) -> Chart {
             scene.rect(x0, bar_y, end - x0, tall, Ink::Measured);
             let mut label = end;
             if rate.runs > 1 {
-                // Below the middle of the bar's end, where it hides nothing.
                 whisker(&mut scene, x0 + rate.min * per_unit, x0 + rate.max * per_unit, bar_y + tall / 2.0);
                 label = label.max(x0 + rate.max * per_unit);
             }
