@@ -11,4 +11,5 @@ pub mod host;
 pub mod print;
 pub mod profile;
 pub mod progress;
+pub mod report;
 pub mod session;

@@ -1,0 +1,174 @@
+//! The comparison report: a folder with one self-contained HTML page, its charts as SVG and PNG, their numbers as
+//! CSV, and a summary for programs.
+//!
+//! Everything here turns plans, run records and a profile into pages. It runs nothing and solves nothing.
+
+mod chart;
+mod html;
+mod ink;
+#[cfg(test)]
+mod sample;
+mod scene;
+mod table;
+#[cfg(test)]
+mod tests;
+mod text;
+mod view;
+
+use anyhow::{Context, Result, bail};
+use std::fs;
+use std::path::{Path, PathBuf};
+use tier_plan_runtime::formats::placement::Placement;
+use tier_plan_runtime::formats::profile::Profile;
+use tier_plan_runtime::formats::record::RunRecord;
+
+/// One plan with what its runs gave.
+#[derive(Debug, Clone, Default)]
+pub struct PlanEntry {
+    /// Its name in tables and charts.
+    pub name: String,
+    /// The plan; without it the report shows less of what fills which tier.
+    pub placement: Option<Placement>,
+    /// One record a prompt and repetition; none for a plan that is only predicted.
+    pub records: Vec<RunRecord>,
+}
+
+/// How the hit rate of one layer grows with its slots.
+#[derive(Debug, Clone, PartialEq)]
+pub struct HitCurve {
+    /// What the curve was replayed with: `LRU, held-out prompts`. Curves of one label share a panel.
+    pub label: String,
+    /// The layer.
+    pub layer: u32,
+    /// Slots, ascending.
+    pub slots: Vec<u32>,
+    /// Share of expert accesses found in a slot, 0 to 1; as many as `slots`.
+    pub hit_rate: Vec<f64>,
+}
+
+/// What a report is made from.
+#[derive(Debug, Clone, Default)]
+pub struct Report {
+    /// Its title.
+    pub title: String,
+    /// When it is made, in UTC: `2026-11-22T17:00:00Z`.
+    pub generated: String,
+    /// Processor that the plans ran on.
+    pub host: String,
+    /// The plans, in any order; charts sort them by speed.
+    pub plans: Vec<PlanEntry>,
+    /// The profile, for the map of experts.
+    pub profile: Option<Profile>,
+    /// Hit curves, for the chart of slots.
+    pub curves: Vec<HitCurve>,
+    /// Sentences for the end of the page: conditions, warnings.
+    pub notes: Vec<String>,
+}
+
+/// Makes a report of run records alone: one entry a plan name, in the order they first appear.
+pub fn from_records(records: Vec<RunRecord>) -> Report {
+    let mut report = Report { title: "Plans side by side".into(), ..Report::default() };
+    for record in &records {
+        if record.when > report.generated {
+            report.generated.clone_from(&record.when);
+        }
+    }
+    let distinct = |of: &dyn Fn(&RunRecord) -> Option<String>| {
+        let mut seen: Vec<String> = Vec::new();
+        for value in records.iter().filter_map(of) {
+            if !value.is_empty() && !seen.contains(&value) {
+                seen.push(value);
+            }
+        }
+        seen
+    };
+    let models = distinct(&|r| r.model.as_ref().map(|m| m.name.clone()));
+    let hashes = distinct(&|r| r.model.as_ref().map(|m| m.hash.clone()));
+    let hosts = distinct(&|r| Some(r.host.clone()));
+    let machines = distinct(&|r| r.machine.as_ref().map(|m| m.name.clone()));
+    let threads = distinct(&|r| Some(r.threads.to_string()));
+    if let [model] = &models[..] {
+        report.title = format!("Plans for {model}");
+    }
+    report.host = hosts.join("; ");
+    let mut differ = |what: &str, found: &[String], so: &str| {
+        if found.len() > 1 {
+            report.notes.push(format!("The records are of different {what} ({}): {so}", found.join(", ")));
+        }
+    };
+    differ("models", if models.len() > 1 { &models } else { &hashes }, "their speeds don't compare.");
+    differ("hosts", &hosts, "part of any difference in speed is the hosts'.");
+    differ("machine files", &machines, "their plans were made for different tiers.");
+    differ("thread counts", &threads, "part of any difference in speed is the threads'.");
+    for record in records {
+        match report.plans.iter_mut().find(|p| p.name == record.plan) {
+            Some(entry) => entry.records.push(record),
+            None => report.plans.push(PlanEntry { name: record.plan.clone(), placement: None, records: vec![record] }),
+        }
+    }
+    report
+}
+
+/// Writes a report and returns its `index.html`.
+///
+/// Nothing is overwritten: where `dir` exists, `dir-2`, `dir-3` and so on are tried. The folder appears under its
+/// name only when it is whole. Fails when the file system refuses, or when no free name is found.
+pub fn write(dir: &Path, report: &Report) -> Result<PathBuf> {
+    scene::check_fonts()?;
+    let name = match dir.file_name() {
+        Some(name) => name.to_string_lossy().into_owned(),
+        None => bail!("'{}' does not name a folder for the report: give one, like reports/today", dir.display()),
+    };
+    let parent = match dir.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    fs::create_dir_all(parent).with_context(|| format!("making the folder {}", parent.display()))?;
+    let temporary = parent.join(format!(".{name}.{}.partial", std::process::id()));
+    if temporary.exists() {
+        fs::remove_dir_all(&temporary).with_context(|| format!("clearing {}", temporary.display()))?;
+    }
+    fs::create_dir(&temporary).with_context(|| format!("making the folder {}", temporary.display()))?;
+    let written = fill(&temporary, report).and_then(|()| publish(&temporary, parent, &name));
+    if written.is_err() {
+        // The first error is the one to report; a left-over folder is only untidy.
+        let _ = fs::remove_dir_all(&temporary);
+    }
+    Ok(written?.join("index.html"))
+}
+
+fn fill(dir: &Path, report: &Report) -> Result<()> {
+    let overview = view::Overview::new(report);
+    let charts = chart::all(&overview);
+    let save = |name: String, content: &str| {
+        let path = dir.join(name);
+        fs::write(&path, content).with_context(|| format!("writing {}", path.display()))
+    };
+    let mut drawn = Vec::with_capacity(charts.len());
+    for chart in &charts {
+        let svg = chart.scene.svg(&chart.title)?;
+        save(format!("{}.svg", chart.file), &html::standalone_svg(&svg))?;
+        chart.scene.png(&dir.join(format!("{}.png", chart.file)))?;
+        save(format!("{}.csv", chart.file), &chart.data.to_csv())?;
+        drawn.push(svg);
+    }
+    save("summary.json".into(), &table::summary(&overview)?)?;
+    save("index.html".into(), &html::page(&overview, &charts, &drawn))
+}
+
+/// Renames the finished folder to the first free name.
+fn publish(temporary: &Path, parent: &Path, name: &str) -> Result<PathBuf> {
+    for number in 1..10_000 {
+        let target = parent.join(if number == 1 { name.to_string() } else { format!("{name}-{number}") });
+        if target.symlink_metadata().is_ok() {
+            continue;
+        }
+        match fs::rename(temporary, &target) {
+            Ok(()) => return Ok(target),
+            // Another program took the name between the look and the rename: a full folder is never replaced.
+            Err(_) if target.symlink_metadata().is_ok() => continue,
+            Err(e) => return Err(e).with_context(|| format!("naming the report {}", target.display())),
+        }
+    }
+    bail!("no free name for the report: {} and 9998 numbered ones exist", parent.join(name).display())
+}
