@@ -1,11 +1,9 @@
 //! `tier-plan`: parses the command line, dispatches, and prints the error chain once.
 #![forbid(unsafe_code)]
 
-mod cli;
-mod cmd;
-
 use clap::Parser;
 use std::process::ExitCode;
+use tier_plan_planner::{cli, cmd};
 
 fn main() -> ExitCode {
     match cmd::dispatch(cli::Cli::parse().command) {

@@ -1,1 +1,2 @@
 //! exec
+pub mod slots;

@@ -1,0 +1,12 @@
+//! Measures which experts a mixture-of-experts model uses and plans where its tensors should live.
+//!
+//! The library behind the program `tier-plan`: its stages as functions on domain types, so that tests and benchmarks
+//! can call them without files.
+#![forbid(unsafe_code)]
+
+pub mod cli;
+pub mod cmd;
+pub mod cost;
+pub mod profile;
+pub mod replay;
+pub mod solve;
