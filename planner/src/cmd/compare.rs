@@ -1,0 +1,190 @@
+//! `tier-plan compare`: plans and records side by side in a report.
+
+use crate::cli::CompareArgs;
+use crate::profile::collect::Settings;
+use crate::profile::prompts;
+use crate::report::{self, PlanEntry, Report};
+use crate::session::{catch_interrupts, tokenizer};
+use crate::trial::{Trial, curves, first_difference};
+use crate::{bundled, host};
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::json;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::SystemTime;
+use tier_plan_runtime::formats::placement::{self, Placement};
+use tier_plan_runtime::formats::profile::{self, Profile, Split};
+use tier_plan_runtime::formats::record::{self, RunRecord};
+use tier_plan_runtime::gguf::Gguf;
+use tier_plan_runtime::units::show_utc;
+
+/// How the prompts of a trial are run where nothing else is said; the same as `profile`'s own defaults.
+pub const SETTINGS: Settings = Settings { prompt_tokens: 192, decode_tokens: 64, temperature: 0.8, seed: 1 };
+
+/// Runs it.
+pub fn run(args: &CompareArgs) -> Result<()> {
+    catch_interrupts();
+    let mut plans: Vec<Placement> = Vec::new();
+    let mut records: Vec<RunRecord> = Vec::new();
+    for path in &args.inputs {
+        match path.extension().and_then(|e| e.to_str()) {
+            Some("toml") => plans.push(placement::read(path)?),
+            Some("json") => records.push(record::read(path)?),
+            _ => bail!("{}: expected a plan (.toml) or a run record (.json)", path.display()),
+        }
+    }
+    name_apart(&mut plans, &args.inputs);
+    let profile = args.profile.as_deref().map(profile::read).transpose()?;
+    let mut report = report::from_records(records);
+    if !plans.is_empty() {
+        let model = args.model.as_deref().context("plans have to be run: give the model with --model FILE")?;
+        let entries = try_plans(args, model, &plans, profile.as_ref())?;
+        if let Some(name) = first_difference(&entries) {
+            bail!("plan '{name}' generated another text than '{}'; placement must not change tokens", entries[0].name);
+        }
+        let texts = entries.iter().map(|e| e.records.len()).max().unwrap_or(0);
+        report.notes.push(format!(
+            "Every plan continued the same {texts} held-out prompts by {} tokens at most and generated the same tokens.",
+            args.tokens
+        ));
+        report.plans.splice(0..0, entries);
+    }
+    finish(report, profile, args.output.as_deref(), args.json)
+}
+
+fn try_plans(args: &CompareArgs, model: &Path, plans: &[Placement], profile: Option<&Profile>) -> Result<Vec<PlanEntry>> {
+    let gguf = Arc::new(Gguf::open(model)?);
+    for (plan, path) in plans.iter().zip(args.inputs.iter().filter(|p| p.extension().is_some_and(|e| e == "toml"))) {
+        plan.check_model(&gguf.id(), path)?;
+    }
+    if let (Some(profile), Some(path)) = (profile, &args.profile) {
+        profile.check_model(&gguf.id(), path)?;
+    }
+    let folder = match &args.prompts {
+        Some(folder) => folder.clone(),
+        None => bundled::path("prompts")?,
+    };
+    let mut prompts = prompts::read(&folder)?;
+    prompts.retain(|p| p.split == Split::HeldOut);
+    ensure!(!prompts.is_empty(), "{} has no held-out prompts (files named heldout*.txt)", folder.display());
+    let shortest = plans.iter().map(|p| p.context).min().unwrap_or(0);
+    ensure!(args.tokens > 0, "--tokens 0 measures nothing; give 1 or more");
+    ensure!(
+        shortest > args.tokens,
+        "--tokens {} does not fit the context of {shortest} tokens that a plan was made for",
+        args.tokens
+    );
+    let prompt_tokens = SETTINGS.prompt_tokens.min(shortest - args.tokens);
+    let tokenizer = tokenizer(&gguf)?;
+    let settings = Settings { decode_tokens: args.tokens, prompt_tokens, ..SETTINGS };
+    let trial = Trial { gguf, tokenizer: &tokenizer, prompts, settings, threads: args.threads };
+    plans
+        .iter()
+        .map(|plan| {
+            if !args.json {
+                eprintln!("running {} held-out prompts under plan '{}'", trial.prompts.len(), plan.name);
+            }
+            trial.run(plan)
+        })
+        .collect()
+}
+
+/// Gives plans of one name their file names, so that charts can tell them apart.
+fn name_apart(plans: &mut [Placement], inputs: &[PathBuf]) {
+    let names: Vec<String> = plans.iter().map(|p| p.name.clone()).collect();
+    let paths = inputs.iter().filter(|p| p.extension().is_some_and(|e| e == "toml"));
+    for (plan, path) in plans.iter_mut().zip(paths) {
+        if names.iter().filter(|n| **n == plan.name).count() > 1
+            && let Some(stem) = path.file_stem()
+        {
+            plan.name = stem.to_string_lossy().into_owned();
+        }
+    }
+}
+
+/// Completes a report, writes it and says where it is.
+pub fn finish(mut report: Report, profile: Option<Profile>, output: Option<&Path>, as_json: bool) -> Result<()> {
+    let now = show_utc(SystemTime::now());
+    let folder = match output {
+        Some(folder) => folder.to_path_buf(),
+        None => PathBuf::from("reports").join(now.replace(':', "").replace('T', "-").trim_end_matches('Z')),
+    };
+    report.generated = now;
+    if report.host.is_empty() {
+        report.host = host::describe();
+    }
+    if let Some(profile) = &profile {
+        let best = report.plans.iter().filter_map(|p| p.placement.as_ref()).find(|p| p.layers.iter().any(|l| l.slots > 0));
+        report.curves = curves(profile, &best.into_iter().collect::<Vec<_>>());
+    }
+    report.profile = profile;
+    let page = report::write(&folder, &report)?;
+    if as_json {
+        let plans: Vec<_> = report.plans.iter().map(plan_json).collect();
+        println!("{}", serde_json::to_string_pretty(&json!({ "report": page, "plans": plans }))?);
+    } else {
+        table(&report.plans);
+        println!("report: {}", page.display());
+    }
+    Ok(())
+}
+
+/// Tokens a second while decoding over all of a plan's records.
+pub fn measured_tok_s(entry: &PlanEntry) -> Option<f64> {
+    let tokens: u64 = entry.records.iter().map(|r| r.decode_tokens).sum();
+    let seconds: f64 = entry.records.iter().map(|r| r.decode_s).sum();
+    (seconds > 0.0).then(|| tokens as f64 / seconds)
+}
+
+fn predicted_tok_s(entry: &PlanEntry) -> Option<f64> {
+    let predicted = entry.records.iter().find_map(|r| r.predicted.as_ref()).map(|p| p.decode_tok_s);
+    predicted.or_else(|| entry.placement.as_ref().map(|p| p.predicted.decode_tok_s)).filter(|t| *t > 0.0)
+}
+
+fn hit_rate(entry: &PlanEntry) -> Option<f64> {
+    let layers = || entry.records.iter().flat_map(|r| &r.layers);
+    let misses: u64 = layers().map(|l| l.misses).sum();
+    let all: u64 = layers().map(|l| l.pinned_hits + l.slot_hits + l.misses).sum();
+    (all > 0).then(|| 1.0 - misses as f64 / all as f64)
+}
+
+fn plan_json(entry: &PlanEntry) -> serde_json::Value {
+    let prompt: (u64, f64) =
+        entry.records.iter().fold((0, 0.0), |(n, s), r| (n + r.prompt_tokens, s + r.prompt_s));
+    let solver = entry.placement.as_ref().map(|p| &p.solver);
+    let first = entry.records.first();
+    json!({
+        "plan": entry.name,
+        "decode_tok_s": measured_tok_s(entry),
+        "predicted_decode_tok_s": predicted_tok_s(entry),
+        "prompt_tok_s": (prompt.1 > 0.0).then(|| prompt.0 as f64 / prompt.1),
+        "hit_rate": hit_rate(entry),
+        "status": solver.map(|s| s.status.as_str()).or(first.map(|r| r.plan_status.as_str())),
+        "gap": solver.map_or(first.and_then(|r| r.plan_gap), |s| s.gap),
+        "emulated": entry.records.iter().any(|r| r.emulated),
+    })
+}
+
+/// The plans, fastest first.
+fn table(plans: &[PlanEntry]) {
+    let emulated = plans.iter().any(|p| p.records.iter().any(|r| r.emulated));
+    let mut sorted: Vec<&PlanEntry> = plans.iter().collect();
+    sorted.sort_by(|a, b| measured_tok_s(b).unwrap_or(0.0).total_cmp(&measured_tok_s(a).unwrap_or(0.0)));
+    println!("{:<20} {:>16} {:>16} {:>8} {:>10}", "plan", "measured tok/s", "predicted tok/s", "error", "hit rate");
+    let show = |value: Option<f64>| value.map_or("-".to_string(), |v| format!("{v:.1}"));
+    for entry in sorted {
+        let (measured, predicted) = (measured_tok_s(entry), predicted_tok_s(entry));
+        let error = measured.zip(predicted).map(|(m, p)| format!("{:+.1}%", (p / m - 1.0) * 100.0));
+        println!(
+            "{:<20} {:>16} {:>16} {:>8} {:>10}",
+            entry.name,
+            show(measured),
+            show(predicted),
+            error.unwrap_or_else(|| "-".into()),
+            hit_rate(entry).map_or("-".into(), |h| format!("{:.1}%", h * 100.0))
+        );
+    }
+    if emulated {
+        println!("(measured on emulated tiers: their rates are declared, not this machine's)");
+    }
+}

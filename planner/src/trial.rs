@@ -1,0 +1,142 @@
+//! Trials: the same prompts through the same model under one plan after another.
+
+use crate::host;
+use crate::profile::collect::Settings;
+use crate::profile::prompts::Prompt;
+use crate::progress;
+use crate::replay::{LayerTrace, Positions};
+use crate::report::{HitCurve, PlanEntry};
+use crate::session::{Session, interrupted};
+use anyhow::{Context, Result, bail, ensure};
+use std::ops::ControlFlow;
+use std::sync::Arc;
+use std::time::SystemTime;
+use tier_plan_runtime::exec::KvType;
+use tier_plan_runtime::exec::generate::{Limits, generate};
+use tier_plan_runtime::exec::measure::{Circumstances, record};
+use tier_plan_runtime::formats::placement::Placement;
+use tier_plan_runtime::formats::profile::{Profile, Split};
+use tier_plan_runtime::formats::record::RunRecord;
+use tier_plan_runtime::gguf::Gguf;
+use tier_plan_runtime::sampler::{Sampler, SamplerConfig};
+use tier_plan_runtime::tokenizer::Tokenizer;
+use tier_plan_runtime::units::show_utc;
+
+/// Tokens decoded before anything is counted, so that threads are awake and memory is touched.
+const WARM_UP: usize = 8;
+
+/// What plans are tried on.
+pub struct Trial<'a> {
+    /// The model.
+    pub gguf: Arc<Gguf>,
+    /// Its tokenizer.
+    pub tokenizer: &'a Tokenizer,
+    /// Texts to continue.
+    pub prompts: Vec<Prompt>,
+    /// How: as the profile was made, so that predictions are about the same kind of text.
+    pub settings: Settings,
+    /// Threads.
+    pub threads: Option<usize>,
+}
+
+impl Trial<'_> {
+    /// Runs every prompt under a plan; one record a prompt.
+    pub fn run(&self, plan: &Placement) -> Result<PlanEntry> {
+        let mut session = Session::load(Arc::clone(&self.gguf), plan, self.threads, KvType::F16)
+            .with_context(|| format!("plan '{}'", plan.name))?;
+        for (tier, resident) in plan.tiers.iter().zip(session.engine.resident_bytes()) {
+            let (name, planned) = (&tier.tier.name, tier.used_bytes());
+            ensure!(*resident == planned, "tier '{name}' holds {resident} bytes, but plan '{}' says {planned}", plan.name);
+        }
+        let loading_s = session.started.elapsed().as_secs_f64();
+        let mut entry = PlanEntry { name: plan.name.clone(), placement: Some(plan.clone()), records: Vec::new() };
+        if let Some(first) = self.prompts.first() {
+            self.one(&mut session, first, WARM_UP, 0.0)?;
+        }
+        let bar = progress::count("running prompts", self.prompts.len() as u64);
+        for prompt in &self.prompts {
+            let record = self.one(&mut session, prompt, self.settings.decode_tokens as usize, loading_s)?;
+            entry.records.push(record);
+            bar.inc(1);
+        }
+        bar.finish_and_clear();
+        Ok(entry)
+    }
+
+    fn one(&self, session: &mut Session, prompt: &Prompt, max_tokens: usize, loading_s: f64) -> Result<RunRecord> {
+        let mut tokens = self.tokenizer.encode(&prompt.text, true)?;
+        tokens.truncate(self.settings.prompt_tokens as usize);
+        session.engine.truncate(0);
+        session.engine.reset_counters();
+        let is_end = |token| self.tokenizer.is_eog(token);
+        let limits = Limits { max_tokens, is_end: &is_end };
+        let mut sampler = self.settings.sampler();
+        let generated = generate(&mut session.engine, &tokens, &mut sampler, &limits, |_, _| {
+            if interrupted() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        })?;
+        if interrupted() {
+            bail!("interrupted");
+        }
+        let circumstances = Circumstances {
+            when: show_utc(SystemTime::now()),
+            host: host::describe(),
+            first_token_s: loading_s + generated.first_token.as_secs_f64(),
+        };
+        Ok(record(&session.engine, &generated, &circumstances))
+    }
+
+    /// The likeliest continuation of the first prompt under a plan.
+    pub fn greedy(&self, plan: &Placement, tokens: usize) -> Result<Vec<u32>> {
+        let mut session = Session::load(Arc::clone(&self.gguf), plan, self.threads, KvType::F16)?;
+        let prompt = self.prompts.first().context("there are no held-out prompts to continue")?;
+        let mut text = self.tokenizer.encode(&prompt.text, true)?;
+        text.truncate(self.settings.prompt_tokens as usize);
+        let limits = Limits { max_tokens: tokens, is_end: &|_| false };
+        let mut sampler = Sampler::new(SamplerConfig::default());
+        Ok(generate(&mut session.engine, &text, &mut sampler, &limits, |_, _| ControlFlow::Continue(()))?.tokens)
+    }
+}
+
+/// The first plan whose text differs from the first plan's, if any does.
+pub fn first_difference(entries: &[PlanEntry]) -> Option<&str> {
+    let (first, rest) = entries.split_first()?;
+    let outputs = |e: &PlanEntry| e.records.iter().map(|r| r.output.clone()).collect::<Vec<_>>();
+    let expected = outputs(first);
+    rest.iter().find(|e| outputs(e) != expected).map(|e| e.name.as_str())
+}
+
+/// Hits against slots, replayed over the held-out prompts of a profile: with no pins, and beside each plan's pins.
+pub fn curves(profile: &Profile, plans: &[&Placement]) -> Vec<HitCurve> {
+    let mut curves = Vec::new();
+    let most = profile.n_expert as usize;
+    let mut add = |label: &str, layer: usize, pinned: &[bool]| {
+        let trace = LayerTrace::new(profile, layer, |p| p.split == Split::HeldOut);
+        let positions = Positions::new(&trace, pinned);
+        let accesses = positions.accesses();
+        if accesses > 0 {
+            let hits = positions.hit_curve(most);
+            curves.push(HitCurve {
+                label: label.to_string(),
+                layer: profile.layers[layer],
+                slots: (0..hits.len() as u32).collect(),
+                hit_rate: hits.iter().map(|h| *h as f64 / accesses as f64).collect(),
+            });
+        }
+    };
+    for layer in 0..profile.layers.len() {
+        add("LRU slots alone, held-out prompts", layer, &vec![false; most]);
+    }
+    for plan in plans {
+        let label = format!("slots beside the pins of '{}', held-out prompts", plan.name);
+        for (layer, placed) in plan.layers.iter().enumerate().take(profile.layers.len()) {
+            let mut pinned = vec![false; most];
+            for expert in placed.pinned.iter().flat_map(|(_, experts)| experts) {
+                if let Some(pinned) = pinned.get_mut(*expert as usize) {
+                    *pinned = true;
+                }
+            }
+            add(&label, layer, &pinned);
+        }
+    }
+    curves
+}
