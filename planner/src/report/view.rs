@@ -436,7 +436,8 @@ pub(super) struct Usage {
 pub(super) fn usage(profile: &Profile) -> Option<Usage> {
     let (layers, used) = (profile.layers.len(), profile.n_used as usize);
     let row = layers.checked_mul(used)?;
-    if row == 0 || profile.n_expert == 0 {
+    // Traces name experts by u16, so more of them cannot be meant.
+    if row == 0 || profile.n_expert == 0 || profile.n_expert > 1 << 16 {
         return None;
     }
     let decoded: u64 = profile.prompts.iter().map(|p| u64::from(p.decode_tokens)).sum();

@@ -30,21 +30,19 @@ pub(super) fn chart(o: &Overview<'_>) -> Option<Chart> {
     if o.plans.iter().flat_map(|p| &p.tiers).any(|t| t.budget_bytes.is_some()) {
         signs.push((Sign::Mark, "budget".to_string()));
     }
+    let how = if signs.len() > 1 {
+        "Each bar is what a plan puts in a tier, split by what it is; the upright mark is the most it may use. \
+         A short bar is memory left unused. Experts are pinned (they stay) or pooled (their home is the last tier, and \
+         slots cache them in a faster one)."
+    } else {
+        "Each bar is what a plan puts in a tier, by the records of its runs. The plans themselves would say what it is."
+    };
     let mut y = legend(&mut scene, y, &signs);
     for band in tiers.chunks(PANELS) {
         y = panels(&mut scene, o, band, y);
     }
     scene.height = y + 4.0;
-    Some(Chart {
-        file: "bytes",
-        title,
-        how: "Each bar is what a plan puts in a tier, split by what it is; the upright mark is the most it may use. \
-              A short bar is memory left unused. Experts are pinned (they stay) or pooled (their home is the last \
-              tier, and slots cache them in a faster one)."
-            .into(),
-        scene,
-        data: data(o),
-    })
+    Some(Chart { file: "bytes", title, how: how.into(), scene, data: data(o) })
 }
 
 fn tier<'p>(plan: &'p PlanView<'_>, name: &str) -> Option<&'p TierView> {

@@ -103,7 +103,7 @@ pub(super) fn chart(o: &Overview<'_>) -> Option<Chart> {
         y = legend(&mut scene, y - 4.0, &signs);
     }
     if plans.is_empty() || !paired {
-        y = panel(&mut scene, &map, Cells::Use, y);
+        y = panel(&mut scene, &map, Cells::Use, y) + 6.0;
     }
     for plan in &plans {
         let cells = if paired { Cells::Both(*plan) } else { Cells::Tiers(*plan) };
@@ -236,7 +236,7 @@ fn slots(scene: &mut Scene, map: &Map<'_>, placement: &Placement, (x, top, tall,
     scene.text(x, top - 8.0, 12.0, Anchor::Start, Ink::Muted, "slots of the layer");
     let most = placement.layers.iter().map(|l| l.slots).max().unwrap_or(0);
     if most == 0 {
-        scene.text(x, top + tall / 2.0 + 4.0, 12.0, Anchor::Start, Ink::Muted, "none in any layer");
+        scene.text(x, top + (tall / 2.0 + 4.0).max(13.0), 12.0, Anchor::Start, Ink::Muted, "none in any layer");
         return;
     }
     let paired = map.grid.row >= LOWEST_PAIR;
