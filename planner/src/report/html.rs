@@ -25,8 +25,8 @@ overflow-x: auto }
 figure svg { display: block; width: 100%; min-width: 720px; height: auto; font-family: sans-serif }
 figcaption { padding: .3rem 16px .6rem; max-width: 62rem }
 .scroll { overflow-x: auto; background: var(--card); border: 1px solid var(--line); border-radius: 8px }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
-th, td { text-align: right; padding: .45rem .8rem; border-bottom: 1px solid var(--line); white-space: nowrap }
+table { border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-numeric: tabular-nums }
+th, td { text-align: right; padding: .45rem .7rem; border-bottom: 1px solid var(--line); white-space: nowrap }
 th:first-child, td:first-child, .left { text-align: left } tr:last-child td { border-bottom: 0 }
 th { color: var(--muted); font-weight: 500; font-size: .87rem; vertical-align: bottom } tr.best td { font-weight: 600 }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .25rem 1.2rem; margin: 0 } dt { color: var(--muted) }
@@ -55,14 +55,9 @@ pub(super) fn escape(text: &str) -> String {
 /// A chart as a file of its own: with the style sheet that turns it dark.
 pub(super) fn standalone_svg(svg: &str) -> String {
     match svg.find('>') {
-        Some(end) => format!("{}<style>{}</style>{}", &svg[..=end], escape_css(&dark_css()), &svg[end + 1..]),
+        Some(end) => format!("{}<style>{}</style>{}", &svg[..=end], dark_css(), &svg[end + 1..]),
         None => svg.to_string(),
     }
-}
-
-/// A style sheet inside XML must not hold markup; ours has none, and this keeps it so.
-fn escape_css(css: &str) -> String {
-    css.replace('&', "").replace('<', "")
 }
 
 /// The page. `drawn` are the charts' SVG documents, in the order of `charts`.
@@ -117,13 +112,16 @@ fn plan_table(html: &mut String, o: &Overview<'_>) {
         Some((_, faster)) => faster.iter().map(|(n, _)| n.as_str()).collect(),
         None => Vec::new(),
     };
-    let measured = if o.emulated { "measured (emulated tiers)" } else { "measured" };
-    let predicted = if o.emulated { "predicted (emulated rates)" } else { "predicted" };
+    let (measured, predicted) = if o.emulated {
+        ("measured on<br>emulated tiers", "predicted from<br>emulated rates")
+    } else {
+        ("measured", "predicted")
+    };
     let _ = write!(
         html,
         "<h2>Plans</h2>\n<div class=\"scroll\"><table>\n<thead><tr><th>plan</th><th class=\"left\">status</th>\
-         <th>proven gap</th><th>decode tokens/s,<br>{measured}</th><th>decode tokens/s,<br>{predicted}</th>\
-         <th>measured vs<br>predicted</th><th>prompt tokens/s,<br>measured</th><th>hit rate</th>"
+         <th>proven<br>gap</th><th>decode tok/s,<br>{measured}</th><th>decode tok/s,<br>{predicted}</th>\
+         <th>measured vs<br>predicted</th><th>prompt tok/s,<br>{measured}</th><th>hit<br>rate</th>"
     );
     for tier in &faster {
         let _ = write!(html, "<th>bytes in<br>{}</th>", escape(tier));
@@ -221,6 +219,13 @@ fn provenance(html: &mut String, o: &Overview<'_>) {
         let span = if first == last { (*first).to_string() } else { format!("{first} to {last}") };
         add("Runs", vec![escape(&format!("{runs}, {span}"))]);
     }
+    let same = o.same_output().map(|same| match same {
+        true => "all plans produced the same tokens".to_string(),
+        false => "the plans did not all produce the same tokens: their runs differ in prompt, length or sampling, or \
+                  a placement changed the output, which it must not"
+            .to_string(),
+    });
+    add("Output", same.into_iter().collect());
     add("Report made", vec![escape(&o.report.generated)]);
     html.push_str("<h2>Where the numbers come from</h2>\n<dl>\n");
     for (what, value) in facts {

@@ -66,6 +66,9 @@ pub struct Report {
 }
 
 /// Makes a report of run records alone: one entry a plan name, in the order they first appear.
+///
+/// It is dated by its newest record; plans, profile and curves can be added to what is returned. Records of different
+/// models, hosts, machines or thread counts are noted, because their speeds don't compare.
 pub fn from_records(records: Vec<RunRecord>) -> Report {
     let mut report = Report { title: "Plans side by side".into(), ..Report::default() };
     for record in &records {
@@ -107,6 +110,16 @@ pub fn from_records(records: Vec<RunRecord>) -> Report {
         }
     }
     report
+}
+
+/// The finding in plain sentences: which plan is fastest, by how much at which bytes, how right the prediction was.
+pub fn headline(report: &Report) -> Vec<String> {
+    view::Overview::new(report).headline()
+}
+
+/// What `summary.json` of the report holds. Fails only if it cannot be turned into JSON.
+pub fn summary_json(report: &Report) -> Result<String> {
+    table::summary(&view::Overview::new(report))
 }
 
 /// Writes a report and returns its `index.html`.

@@ -166,8 +166,8 @@ fn placement(profile: &Profile, name: &str, tier_count: usize, style: Style, emu
             let pinned_all: usize = layers.iter().flat_map(|l| &l.pinned).map(|(_, e)| e.len()).sum();
             let last = t == fast;
             // Every plan's slots are in the tier before the last, which therefore gets the most.
-            let eighths = if t + 1 == fast { 5 } else { 2 };
-            let used = EXPERT_BYTES * (u64::from(experts) * layers.len() as u64) * eighths / 16;
+            let share = if t + 1 == fast { 7 } else { 3 };
+            let used = EXPERT_BYTES * (u64::from(experts) * layers.len() as u64) * share / 16;
             PlanTier {
                 tier,
                 budget_bytes: if last { 1 << 44 } else { used + 60_000_000 },

@@ -59,7 +59,7 @@ pub(super) fn fit(text: &str, em: f64, bold: bool, width: f64) -> String {
 /// Lines of at most a width, broken at spaces.
 pub(super) fn wrap(text: &str, em: f64, bold: bool, width: f64) -> Vec<String> {
     let mut lines: Vec<String> = Vec::new();
-    for word in text.split_whitespace() {
+    for word in text.split(' ').filter(|w| !w.is_empty()) {
         match lines.last_mut() {
             Some(line) if text_width(&format!("{line} {word}"), em, bold) <= width => {
                 line.push(' ');
@@ -146,11 +146,15 @@ impl Scene {
     }
 
     /// Text on a patch of paper, for places where grid lines pass.
-    pub(super) fn text_on_paper(&mut self, x: f64, y: f64, em: f64, ink: Ink, text: impl Into<String>) {
+    pub(super) fn text_on_paper(&mut self, x: f64, y: f64, em: f64, bold: bool, ink: Ink, text: impl Into<String>) {
         let text = text.into();
-        let width = text_width(&text, em, false) / WIDTH_SLACK;
+        let width = text_width(&text, em, bold) / WIDTH_SLACK;
         self.rect(x - 2.0, y - 0.8 * em, width + 4.0, 1.05 * em, Ink::Paper);
-        self.text(x, y, em, Anchor::Start, ink, text);
+        if bold {
+            self.bold(x, y, em, Anchor::Start, ink, text);
+        } else {
+            self.text(x, y, em, Anchor::Start, ink, text);
+        }
     }
 
     pub(super) fn bold(&mut self, x: f64, y: f64, em: f64, anchor: Anchor, ink: Ink, text: impl Into<String>) {

@@ -66,6 +66,7 @@ pub(super) fn summary(o: &Overview<'_>) -> Result<String> {
         "host": o.report.host,
         "emulated": o.emulated,
         "headline": o.headline().join(" "),
+        "same_output": o.same_output(),
         "plans": o.plans.iter().map(plan).collect::<Vec<_>>(),
         "notes": o.report.notes,
     });

@@ -19,7 +19,7 @@ fn check_markup(text: &str, voids: &[&str]) -> Result<(), String> {
         let end = rest.find('>').ok_or_else(|| format!("unclosed tag at {:.60}", rest))?;
         let tag = &rest[1..end];
         rest = &rest[end + 1..];
-        if tag.contains('<') || tag.matches('"').count() % 2 != 0 {
+        if tag.contains('<') || !tag.matches('"').count().is_multiple_of(2) {
             return Err(format!("bad tag <{tag}>"));
         }
         check_entities(tag)?;
@@ -359,7 +359,7 @@ fn the_headline_tells_the_truth() {
     report.plans[1].placement.as_mut().expect("plan").tiers[0].budget_bytes += 1;
     assert!(said(&report).contains("part of the difference may be bytes"), "{}", said(&report));
     report.plans[1].placement = None;
-    assert!(said(&report).contains("don't say whether their budgets were the same"));
+    assert!(said(&report).contains("their budgets are not known, but they put"), "{}", said(&report));
     // A baseline that wins is called one.
     for record in &mut report.plans[3].records {
         record.decode_s /= 100.0;
@@ -385,11 +385,16 @@ fn records_alone_make_a_report() {
     let stems: Vec<&str> = chart::all(&overview).iter().map(|c| c.file).collect();
     assert_eq!(stems, ["speed", "bytes", "parts", "layers"]);
     assert_eq!(overview.plans[0].tiers[0].used_bytes(), records[0].tiers[0].planned_bytes);
+    assert_eq!(overview.same_output(), Some(true));
+    assert_eq!(headline(&report), overview.headline());
     let mut mixed = records;
     mixed[0].host = "another".into();
+    mixed[4].output = vec![9];
     mixed[0].model.as_mut().expect("model").hash = "f".repeat(32);
     let report = from_records(mixed);
     assert_eq!(report.notes.len(), 2, "{:?}", report.notes);
+    assert_eq!(Overview::new(&report).same_output(), Some(false));
+    assert!(summary_json(&report).expect("JSON").contains("\"same_output\": false"));
     assert!(from_records(Vec::new()).plans.is_empty());
 }
 

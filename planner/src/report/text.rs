@@ -7,7 +7,7 @@ pub(super) fn sig3(value: f64) -> String {
     }
     let size = value.abs();
     let digits = match size {
-        s if s == 0.0 => 0,
+        0.0 => 0,
         s if s >= 99.95 => 0,
         s if s >= 9.995 => 1,
         s if s >= 0.9995 => 2,
@@ -18,13 +18,13 @@ pub(super) fn sig3(value: f64) -> String {
     minus(&format!("{value:.digits$}"))
 }
 
-/// A share as a percentage: `7.3 %`, `98 %`.
+/// A share as a percentage, `7.3 %` or `98 %`, with a space that no line breaks at.
 pub(super) fn percent(share: f64) -> String {
     let p = share * 100.0;
     if !p.is_finite() {
         return "–".into();
     }
-    if p == 0.0 || p.abs() >= 9.95 { minus(&format!("{p:.0} %")) } else { minus(&format!("{p:.1} %")) }
+    if p == 0.0 || p.abs() >= 9.95 { minus(&format!("{p:.0}\u{a0}%")) } else { minus(&format!("{p:.1}\u{a0}%")) }
 }
 
 /// A relative difference with its sign: `+4.2 %`, `−12 %`.
@@ -92,10 +92,10 @@ mod tests {
         let shown: Vec<String> = [0.2634, 15.49, 1240.4, 0.0, 9.999, -1.234, 99.96].map(sig3).to_vec();
         assert_eq!(shown, ["0.263", "15.5", "1240", "0", "10.0", "−1.23", "100"]);
         assert_eq!(sig3(f64::NAN), "–");
-        assert_eq!(percent(0.0731), "7.3 %");
-        assert_eq!(percent(0.9999), "100 %");
-        assert_eq!(signed_percent(-0.12), "−12 %");
-        assert_eq!(signed_percent(-0.00001), "0.0 %");
+        assert_eq!(percent(0.0731), "7.3\u{a0}%");
+        assert_eq!(percent(0.9999), "100\u{a0}%");
+        assert_eq!(signed_percent(-0.12), "−12\u{a0}%");
+        assert_eq!(signed_percent(-0.00001), "0.0\u{a0}%");
         assert_eq!(list(&["a", "b", "c"]), "a, b and c");
     }
 

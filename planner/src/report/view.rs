@@ -8,6 +8,7 @@ use tier_plan_runtime::formats::machine::TierKind;
 use tier_plan_runtime::formats::placement::Prediction;
 use tier_plan_runtime::formats::profile::Profile;
 use tier_plan_runtime::formats::record::LayerRecord;
+use tier_plan_runtime::units::show_bytes;
 
 /// A rate over several runs: all tokens by all seconds, and the slowest and fastest run.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -85,6 +86,12 @@ impl PlanView<'_> {
         self.predicted.map(|p| p.decode_tok_s).filter(|v| v.is_finite() && *v > 0.0)
     }
 
+    /// Bytes in all tiers but the last, which holds whatever is left.
+    pub(super) fn faster_bytes(&self) -> Option<u64> {
+        let (_, faster) = self.tiers.split_last()?;
+        Some(faster.iter().map(TierView::used_bytes).fold(0, u64::saturating_add))
+    }
+
     /// What the plan is judged by: measured, else predicted.
     pub(super) fn speed(&self) -> Option<f64> {
         self.decode.map(|d| d.tok_s).or(self.predicted_tok_s())
@@ -153,6 +160,15 @@ impl<'a> Overview<'a> {
         baseline.or_else(|| others().next())
     }
 
+    /// Whether all plans decoded the same tokens, run by run; `None` when there are not two plans to compare.
+    pub(super) fn same_output(&self) -> Option<bool> {
+        let outputs = |p: &PlanView<'a>| p.entry.records.iter().map(|r| &r.output).collect::<Vec<_>>();
+        let mut all = self.plans.iter().map(outputs).filter(|o| o.iter().any(|o| !o.is_empty()));
+        let first = all.next()?;
+        let second = all.next()?;
+        Some(first == second && all.all(|o| o == first))
+    }
+
     pub(super) fn ink_of(&self, tier: &str) -> Ink {
         self.tiers.iter().find(|(n, _)| n == tier).map_or(Ink::Unsplit, |(_, ink)| *ink)
     }
@@ -200,7 +216,14 @@ impl<'a> Overview<'a> {
                 let bytes = match &self.budgets {
                     Budgets::Equal => " under the same budgets".to_string(),
                     Budgets::Differ(what) => format!("; but {what}, so part of the difference may be bytes"),
-                    Budgets::Unknown => "; the records don't say whether their budgets were the same".to_string(),
+                    Budgets::Unknown => match (best.faster_bytes(), rival.faster_bytes()) {
+                        (Some(a), Some(b)) => format!(
+                            "; their budgets are not known, but they put {} and {} into the faster tiers",
+                            show_bytes(a),
+                            show_bytes(b)
+                        ),
+                        _ => "; their budgets are not known".to_string(),
+                    },
                 };
                 let whom = match (best.is_baseline(), rival.is_baseline()) {
                     (false, true) => format!("{}, the best baseline", rival.name()),
@@ -390,10 +413,10 @@ fn budgets(plans: &[PlanView<'_>]) -> Budgets {
                 return Budgets::Differ(format!(
                     "{} may use {} of {} and {} {}",
                     first.name(),
-                    tier_plan_runtime::units::show_bytes(b.budget_bytes),
+                    show_bytes(b.budget_bytes),
                     a.tier.name,
                     plan.name(),
-                    tier_plan_runtime::units::show_bytes(a.budget_bytes)
+                    show_bytes(a.budget_bytes)
                 ));
             }
         }
@@ -413,7 +436,8 @@ pub(super) struct Usage {
 pub(super) fn usage(profile: &Profile) -> Option<Usage> {
     let (layers, used) = (profile.layers.len(), profile.n_used as usize);
     let row = layers.checked_mul(used)?;
-    if row == 0 || profile.n_expert == 0 {
+    // Traces name experts by u16, so more of them cannot be meant.
+    if row == 0 || profile.n_expert == 0 || profile.n_expert > 1 << 16 {
         return None;
     }
     let decoded: u64 = profile.prompts.iter().map(|p| u64::from(p.decode_tokens)).sum();

@@ -30,21 +30,19 @@ pub(super) fn chart(o: &Overview<'_>) -> Option<Chart> {
     if o.plans.iter().flat_map(|p| &p.tiers).any(|t| t.budget_bytes.is_some()) {
         signs.push((Sign::Mark, "budget".to_string()));
     }
+    let how = if signs.len() > 1 {
+        "Each bar is what a plan puts in a tier, split by what it is; the upright mark is the most it may use. \
+         A short bar is memory left unused. Experts are pinned (they stay) or pooled (their home is the last tier, and \
+         slots cache them in a faster one)."
+    } else {
+        "Each bar is what a plan puts in a tier, by the records of its runs. The plans themselves would say what it is."
+    };
     let mut y = legend(&mut scene, y, &signs);
     for band in tiers.chunks(PANELS) {
         y = panels(&mut scene, o, band, y);
     }
     scene.height = y + 4.0;
-    Some(Chart {
-        file: "bytes",
-        title,
-        how: "Each bar is what a plan puts in a tier, split by what it is; the upright mark is the most it may use. \
-              A short bar is memory left unused. Experts are pinned (they stay) or pooled (their home is the last \
-              tier, and slots cache them in a faster one)."
-            .into(),
-        scene,
-        data: data(o),
-    })
+    Some(Chart { file: "bytes", title, how: how.into(), scene, data: data(o) })
 }
 
 fn tier<'p>(plan: &'p PlanView<'_>, name: &str) -> Option<&'p TierView> {
@@ -95,14 +93,15 @@ fn panels(scene: &mut Scene, o: &Overview<'_>, band: &[&(String, Ink)], y: f64) 
                 x += w;
             }
             let words = match view.budget_bytes {
-                // Against a budget hundreds of times larger, the use alone says enough.
-                Some(b) if b > 0 && view.used_bytes() > b / 200 => {
+                // Against a budget far beyond the scale, the use alone says enough.
+                Some(b) if b > 0 && px(b) <= width + 0.5 => {
                     let share = view.used_bytes() as f64 / b as f64;
-                    format!("{} of {} · {}", show_bytes(view.used_bytes()), show_bytes(b), percent(share))
+                    let over = if share > 1.0 { ", over budget" } else { "" };
+                    format!("{} of {} · {}{over}", show_bytes(view.used_bytes()), show_bytes(b), percent(share))
                 }
                 _ => show_bytes(view.used_bytes()),
             };
-            scene.text_on_paper(x0 + 5.0, row + 14.0, 11.5, Ink::Muted, fit(&words, 11.5, false, width - 5.0));
+            scene.text_on_paper(x0 + 5.0, row + 14.0, 11.5, false, Ink::Muted, fit(&words, 11.5, false, width - 5.0));
             if let Some(budget) = view.budget_bytes
                 && px(budget) <= width + 0.5
             {
@@ -117,7 +116,7 @@ fn title(o: &Overview<'_>) -> String {
     let faster = |p: &PlanView<'_>| -> Option<(u64, u64)> {
         let (_, faster) = p.tiers.split_last()?;
         let budget = faster.iter().map(|t| t.budget_bytes).sum::<Option<u64>>()?;
-        Some((faster.iter().map(TierView::used_bytes).fold(0, u64::saturating_add), budget))
+        Some((p.faster_bytes()?, budget))
     };
     let best = o.best().and_then(|b| Some((b, faster(b)?))).filter(|(_, (_, budget))| *budget > 0);
     match (best, &o.budgets) {

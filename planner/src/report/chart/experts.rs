@@ -75,10 +75,12 @@ pub(super) fn chart(o: &Overview<'_>) -> Option<Chart> {
     let tokens = format!("{} {} tokens", map.usage.tokens, map.usage.phase);
     let subtitle = match (plans.is_empty(), paired) {
         (true, _) => {
-            format!("One row a layer, one cell an expert, most used first. Darker is used more often ({tokens}).")
+            format!(
+                "One row a layer, one cell an expert, most used first. A stronger shade is used more often ({tokens})."
+            )
         }
         (false, true) => format!(
-            "One row a layer, one cell an expert, most used first. Darker is used more often ({tokens}); the coloured \
+            "One row a layer, one cell an expert, most used first. A stronger shade is used more often ({tokens}); the coloured \
              foot of a cell is the expert's tier."
         ),
         (false, false) => format!(
@@ -101,7 +103,7 @@ pub(super) fn chart(o: &Overview<'_>) -> Option<Chart> {
         y = legend(&mut scene, y - 4.0, &signs);
     }
     if plans.is_empty() || !paired {
-        y = panel(&mut scene, &map, Cells::Use, y);
+        y = panel(&mut scene, &map, Cells::Use, y) + 6.0;
     }
     for plan in &plans {
         let cells = if paired { Cells::Both(*plan) } else { Cells::Tiers(*plan) };
@@ -110,9 +112,9 @@ pub(super) fn chart(o: &Overview<'_>) -> Option<Chart> {
     scene.height = y;
     let where_to_look = if paired { "above" } else { "in the same place as" };
     let how = format!(
-        "Each layer has its own order of experts. Dark cells {where_to_look} a fast tier's colour are what a good plan \
-         looks like; dark cells {where_to_look} the last tier's colour are served from slots, or waited for. Rows of \
-         one grey mean that experts are used evenly, and that pinning cannot help much."
+        "Each layer has its own order of experts. Strong shades {where_to_look} a fast tier's colour are what a good plan \
+         looks like; strong shades {where_to_look} the last tier's colour are served from slots, or waited for. Rows of \
+         one shade mean that experts are used evenly, and that pinning cannot help much."
     );
     let data = data(&map, &plans);
     Some(Chart { file: "experts", title, how, scene, data })
@@ -232,7 +234,12 @@ fn panel(scene: &mut Scene, map: &Map<'_>, cells: Cells<'_>, y: f64) -> f64 {
 /// The column of slots beside a panel: a bar a layer, in the colour of the tier that holds the slots.
 fn slots(scene: &mut Scene, map: &Map<'_>, placement: &Placement, (x, top, tall, every): (f64, f64, f64, u32)) {
     scene.text(x, top - 8.0, 12.0, Anchor::Start, Ink::Muted, "slots of the layer");
-    let most = placement.layers.iter().map(|l| l.slots).max().unwrap_or(0).max(1);
+    let most = placement.layers.iter().map(|l| l.slots).max().unwrap_or(0);
+    if most == 0 {
+        scene.text(x, top + (tall / 2.0 + 4.0).max(13.0), 12.0, Anchor::Start, Ink::Muted, "none in any layer");
+        return;
+    }
+    let paired = map.grid.row >= LOWEST_PAIR;
     for (i, number) in map.layers.iter().enumerate() {
         let Some(layer) = placement.layers.iter().find(|l| l.layer == *number) else { continue };
         let row = top + i as f64 * map.grid.row;
@@ -245,8 +252,9 @@ fn slots(scene: &mut Scene, map: &Map<'_>, placement: &Placement, (x, top, tall,
         }
         let (at, words) = match layer.slots {
             0 => (x, "none".to_string()),
-            n if map.grid.row >= LOWEST_PAIR => (x + width + 6.0, format!("{n} {tier}")),
-            n => (x + width + 6.0, n.to_string()),
+            n if paired => (x + width + 6.0, format!("{n} {tier}")),
+            // Low rows stand so close that a number must keep clear of its neighbours' bars.
+            n => (x + 66.0, n.to_string()),
         };
         let words = fit(&words, 12.0, false, WIDTH - 8.0 - at);
         scene.text(at, row + tall / 2.0 + 4.0, 12.0, Anchor::Start, Ink::Muted, words);
@@ -286,17 +294,14 @@ fn shares(map: &Map<'_>, placement: &Placement) -> Vec<f64> {
 
 fn served(map: &Map<'_>, placement: &Placement) -> String {
     let shares = shares(map, placement);
-    let Some((pooled, pinned)) = shares.split_last() else { return "no tiers".into() };
-    let pinned: Vec<String> = pinned
-        .iter()
-        .enumerate()
-        .filter(|(_, s)| **s > 0.0)
-        .map(|(t, s)| format!("{} in {}", percent(*s), tier_name(placement, t)))
-        .collect();
+    let Some((_, pinned)) = shares.split_last() else { return "no tiers".into() };
+    let pinned: Vec<(f64, &str)> =
+        pinned.iter().enumerate().map(|(t, s)| (*s, tier_name(placement, t))).filter(|(s, _)| *s > 0.0).collect();
+    let words: Vec<String> = pinned.iter().map(|(s, tier)| format!("{} in {tier}", percent(*s))).collect();
     if pinned.is_empty() {
-        return format!("nothing is pinned, pooled experts take {} of accesses", percent(*pooled));
+        return "nothing is pinned, all experts are pooled".into();
     }
-    format!("pinned experts take {} of accesses, pooled ones {}", list(&pinned), percent(*pooled))
+    format!("of all accesses, {} go to pinned experts ({})", percent(pinned.iter().map(|p| p.0).sum()), list(&words))
 }
 
 fn title(map: &Map<'_>, plans: &[Plan<'_>]) -> String {

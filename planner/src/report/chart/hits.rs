@@ -41,8 +41,10 @@ pub(super) fn chart(o: &Overview<'_>) -> Option<Chart> {
     let points: Vec<f64> =
         curves.iter().filter(|c| c.label == labels[0]).filter_map(|c| Some(chosen(c, with_plan?.1)?.rate)).collect();
     let title = title(with_plan.map(|(n, _)| n), &points);
-    let (mut scene, y) =
-        begin(&title, "Share of expert accesses that a cache of so many slots serves, layer by layer.");
+    let (mut scene, y) = begin(
+        &title,
+        "Share of expert accesses that a cache of so many slots would serve, replayed from recorded accesses, not measured.",
+    );
     let (first, last) = (layers[0], layers[layers.len() - 1]);
     let mut signs = Vec::new();
     if layers.len() > NAMED {
@@ -184,16 +186,16 @@ fn title(plan: Option<&str>, points: &[f64]) -> String {
     let high = points.iter().copied().fold(0.0, f64::max);
     match plan {
         Some(plan) if !points.is_empty() && percent(low) == percent(high) => {
-            format!("A cache of {plan}'s slots serves {} of accesses", percent(low))
+            format!("A cache of {plan}'s slots would serve {} of accesses", percent(low))
         }
         Some(plan) if !points.is_empty() => {
             format!(
-                "A cache of {plan}'s slots serves {} to {} of accesses, depending on the layer",
+                "A cache of {plan}'s slots would serve {} to {} of accesses, depending on the layer",
                 percent(low),
                 percent(high)
             )
         }
-        _ => "How much of the accesses a cache of slots serves".into(),
+        _ => "How much of the accesses a cache of slots would serve".into(),
     }
 }
 

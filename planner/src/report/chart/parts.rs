@@ -88,7 +88,7 @@ fn panel(scene: &mut Scene, x0: f64, width: f64, y: f64, heading: &str, rows: &[
             }
             let end = x0 + bar.end() * 1e3 * per_ms;
             let words = sig3(bar.total.unwrap_or_else(|| bar.end()) * 1e3);
-            scene.text(end + 5.0, y + BAR / 2.0 + 4.0, 12.0, Anchor::Start, Ink::Text, words);
+            scene.text_on_paper(end + 5.0, y + BAR / 2.0 + 4.0, 12.0, false, Ink::Text, words);
         }
     }
     scene.text(x0, bottom + 34.0, 13.0, Anchor::Start, Ink::Muted, "ms per token");
@@ -144,9 +144,9 @@ fn finite_sum(values: &[f64]) -> f64 {
 fn title(o: &Overview<'_>) -> String {
     let Some(best) = o.best() else { return "Where a token's time goes".into() };
     let (bar, how) = match measured_stages(best) {
-        Some(bar) => (bar, o.measured()),
+        Some(bar) => (bar, if best.emulated { "measured on emulated tiers" } else { "measured" }),
         None => match predicted_stages(best) {
-            Some(bar) => (bar, o.predicted()),
+            Some(bar) => (bar, if best.emulated { "predicted from emulated rates" } else { "predicted" }),
             None => return "Where a token's time goes".into(),
         },
     };

@@ -63,13 +63,13 @@ pub(super) fn chart(o: &Overview<'_>) -> Chart {
                 whisker(&mut scene, x0 + rate.min * per_unit, x0 + rate.max * per_unit, bar_y + tall / 2.0);
                 label = label.max(x0 + rate.max * per_unit);
             }
-            scene.bold(label + 6.0, bar_y + tall / 2.0 + 4.5, 13.0, Anchor::Start, Ink::Text, sig3(rate.tok_s));
+            scene.text_on_paper(label + 6.0, bar_y + tall / 2.0 + 4.5, 13.0, true, Ink::Text, sig3(rate.tok_s));
             bar_y += tall + 2.0;
         }
         if let Some(rate) = predicted {
             scene.rect(x0, bar_y, rate * per_unit, tall, Ink::Predicted);
             let x = x0 + rate * per_unit + 6.0;
-            scene.text(x, bar_y + tall / 2.0 + 4.5, 13.0, Anchor::Start, Ink::Muted, sig3(rate));
+            scene.text_on_paper(x, bar_y + tall / 2.0 + 4.5, 13.0, false, Ink::Muted, sig3(rate));
         }
         if plan.decode.is_none() && predicted.is_none() {
             scene.text(x0 + 6.0, y + 0.5 * ROW, 13.0, Anchor::Start, Ink::Muted, "nothing decoded, nothing predicted");
