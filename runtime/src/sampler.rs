@@ -2,7 +2,7 @@
 //!
 //! The stages follow llama.cpp's order: repeat penalty, top-k, top-p, min-p, temperature, draw. Top-p and min-p
 //! therefore see the model's own probabilities, whatever the temperature.
-//! Knows nothing of vocabularies; the same logits, history and seed give the same token on every machine.
+//! Knows nothing of vocabularies; the same logits, history and seed give the same token.
 
 use thiserror::Error;
 

@@ -187,6 +187,9 @@ impl Tokenizer {
         }
         let mut warning = None;
         let family = if scored {
+            warning = pre.map(|p| {
+                format!("split pattern '{p}' has no effect: a llama vocabulary merges by score, without a pattern")
+            });
             None
         } else {
             let name = pre.or(source.pre.as_deref()).unwrap_or_else(|| {

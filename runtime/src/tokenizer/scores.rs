@@ -146,3 +146,57 @@ impl ScoreMerges {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// Merges the best pair of the whole text, again and again.
+    fn plainly(tokens: &[(String, f32)], text: &str) -> Vec<String> {
+        let score = |t: &str| tokens.iter().rev().find(|(token, _)| token == t).map(|(_, s)| *s);
+        let mut parts: Vec<String> = text.chars().map(String::from).collect();
+        loop {
+            let mut best: Option<(f32, usize)> = None;
+            for i in 1..parts.len() {
+                if let Some(s) = score(&format!("{}{}", parts[i - 1], parts[i]))
+                    && best.is_none_or(|(b, _)| s > b)
+                {
+                    best = Some((s, i - 1));
+                }
+            }
+            let Some((_, i)) = best else { return parts };
+            let right = parts.remove(i + 1);
+            parts[i] += &right;
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn as_the_plain_way(
+            tokens in prop::collection::vec(("[abé]{2,5}", (-6i8..0).prop_map(f32::from)), 0..40),
+            text in "[abé]{0,24}",
+        ) {
+            let mut all: Vec<(String, f32)> = ["a", "b", "é"].map(|c| (c.to_string(), -9.0)).to_vec();
+            all.extend(tokens);
+            let (texts, scores): (Vec<_>, Vec<_>) = all.iter().cloned().unzip();
+            let mut ids = Vec::new();
+            ScoreMerges::new(texts, scores, None).encode(&text, &mut ids).unwrap();
+            let found: Vec<&str> = ids.iter().map(|id| all[*id as usize].0.as_str()).collect();
+            prop_assert_eq!(found, plainly(&all, &text));
+        }
+    }
+
+    #[test]
+    fn unknown_characters_are_spelled_or_unknown_or_refused() {
+        let ids = |tokens: &[&str], unk| {
+            let tokens: Vec<String> = tokens.iter().map(|t| t.to_string()).collect();
+            let scores = vec![0.0; tokens.len()];
+            let mut out = Vec::new();
+            ScoreMerges::new(tokens, scores, unk).encode("aé", &mut out).map(|()| out)
+        };
+        assert_eq!(ids(&["a", "<0xA9>", "<0xC3>"], None).unwrap(), [0, 2, 1]);
+        assert_eq!(ids(&["a", "<0xA9>", "<unk>"], Some(2)).unwrap(), [0, 2]);
+        assert!(matches!(ids(&["a"], None), Err(TokenizerError::NoByte { byte: 0xC3 })));
+    }
+}

@@ -1,8 +1,12 @@
 //! Cutting text into the words that byte pairs are merged within.
 //!
 //! A vocabulary is only good with the split it was trained with, so each family of models has its own
-//! pattern, named by `tokenizer.ggml.pre`. The patterns are those of the models' own tokenizer files.
+//! pattern, named by `tokenizer.ggml.pre`. The patterns are those that the models were trained with.
 //! Knows nothing of vocabularies.
+//!
+//! llama.cpp takes the same words except where it has to approximate a pattern, so a few rare texts get other
+//! tokens there: letter case and combining marks in `gpt-4o`, `tekken` and `kimi-k2` (which it does not split at
+//! a capital), and white space outside ASCII in the older `deepseek` patterns.
 //!
 //! Nearly all patterns end in `\s+(?!\S)|\s+`: a run of white space leaves its last character to the word
 //! behind it. Look-ahead needs a backtracking engine, whose time and stack grow with hostile input, so that
