@@ -101,42 +101,32 @@ unsafe fn multiply<U: Unpack, const N: usize>(
     acc: &mut [[__m512; 2]; N],
 ) {
     let zero = _mm512_setzero_si512();
-    // Within each four lanes of `scale` stand the scales of the four sixteens that share those lanes of the products.
-    let even0 = _mm512_permute_ps::<0b00_00_00_00>(tile.scale);
-    let even1 = _mm512_permute_ps::<0b01_01_01_01>(tile.scale);
-    let odd0 = _mm512_permute_ps::<0b10_10_10_10>(tile.scale);
-    let odd1 = _mm512_permute_ps::<0b11_11_11_11>(tile.scale);
+    let (first, second) = (_mm512_moveldup_ps(tile.scale), _mm512_movehdup_ps(tile.scale));
     for (n, acc) in acc.iter_mut().enumerate() {
         // SAFETY: the caller's blocks.
         let x = unsafe { &*x.add(n * stride) };
-        let q = x.q.as_ptr();
-        // SAFETY: a block has four registers of values, two of scales and one of sums, and is aligned to them.
-        let (q, scales, sums) = unsafe {
-            let q: [__m512i; 4] = [
-                _mm512_load_si512(q.cast()),
-                _mm512_load_si512(q.add(64).cast()),
-                _mm512_load_si512(q.add(128).cast()),
-                _mm512_load_si512(q.add(192).cast()),
+        // SAFETY: a block has four registers of values, one of scales and one of sums, and is aligned to them.
+        let (q, scale, sums) = unsafe {
+            let q = x.q.as_ptr().cast::<__m512i>();
+            let q = [
+                _mm512_load_si512(q),
+                _mm512_load_si512(q.add(1)),
+                _mm512_load_si512(q.add(2)),
+                _mm512_load_si512(q.add(3)),
             ];
-            let scale = x.scale.as_ptr();
-            (q, [_mm512_load_ps(scale), _mm512_load_ps(scale.add(16))], _mm512_load_ps(x.sums.as_ptr()))
+            (q, _mm512_load_ps(x.scale.as_ptr()), _mm512_load_ps(x.sums.as_ptr()))
         };
-        let (even, odd) = if U::FINE {
-            let e0 = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(zero, tile.q[0], q[0]));
-            let e1 = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(zero, tile.q[1], q[1]));
-            let o0 = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(zero, tile.q[2], q[2]));
-            let o1 = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(zero, tile.q[3], q[3]));
-            let even = _mm512_fmadd_ps(e1, even1, _mm512_mul_ps(e0, even0));
-            let odd = _mm512_fmadd_ps(o1, odd1, _mm512_mul_ps(o0, odd0));
-            (even, odd)
+        let one = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(zero, tile.q[0], q[0]), tile.q[1], q[1]);
+        let sum = if U::FINE {
+            let two = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(zero, tile.q[2], q[2]), tile.q[3], q[3]);
+            let one = _mm512_mul_ps(_mm512_cvtepi32_ps(one), first);
+            _mm512_fmadd_ps(_mm512_cvtepi32_ps(two), second, one)
         } else {
-            let even = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(zero, tile.q[0], q[0]), tile.q[1], q[1]);
-            let odd = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(zero, tile.q[2], q[2]), tile.q[3], q[3]);
-            (_mm512_mul_ps(_mm512_cvtepi32_ps(even), even0), _mm512_mul_ps(_mm512_cvtepi32_ps(odd), odd0))
+            let all = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(one, tile.q[2], q[2]), tile.q[3], q[3]);
+            _mm512_mul_ps(_mm512_cvtepi32_ps(all), tile.scale)
         };
-        acc[0] = _mm512_fmadd_ps(even, scales[0], acc[0]);
-        acc[1] = _mm512_fmadd_ps(odd, scales[1], acc[1]);
-        acc[0] = _mm512_fnmadd_ps(tile.min, sums, acc[0]);
+        acc[0] = _mm512_fmadd_ps(sum, scale, acc[0]);
+        acc[1] = _mm512_fnmadd_ps(tile.min, sums, acc[1]);
     }
 }
 

@@ -3,7 +3,6 @@
 //! Codes come out unsigned, as the 8-bit dot product wants its left side: a format with negative codes adds an offset,
 //! and the minimum grows by offset times scale, which takes it off again.
 
-use crate::kernels::activations::place;
 use crate::quant::block::{Codes, Format, GROUP, head, q3_scales, scales_and_mins};
 use crate::quant::iq4_nl::IQ4_LEVELS;
 use crate::quant::mxfp4::MXFP4_LEVELS;
@@ -13,7 +12,7 @@ use std::marker::PhantomData;
 /// 256 weights.
 #[derive(Clone, Copy)]
 pub(super) struct Tile {
-    /// Unsigned codes: first halves of the even runs of 32, second halves, then the same of the odd runs.
+    /// Unsigned codes: the first eight of each of eight runs, the second eight, and so on.
     pub q: [__m512i; 4],
     /// Of each sixteen, in the order of the row.
     pub scale: __m512,
@@ -45,19 +44,20 @@ impl<F: Format> Unpack for Generic<F> {
     unsafe fn unpack(p: *const u8, scratch: &mut Codes) -> Tile {
         // SAFETY: the caller's bytes.
         F::unpack_group(unsafe { std::slice::from_raw_parts(p, Self::GROUP_BYTES) }, scratch);
-        let mut q = [_mm512_setzero_si512(); 4];
-        for i in 0..16 {
-            let part: &[u8; 16] = &head::<16, i8>(&scratch.q[16 * i..]).map(|q| q as u8);
-            // SAFETY: sixteen bytes.
-            let part = unsafe { _mm_loadu_si128(part.as_ptr().cast()) };
-            let q = &mut q[place(i) / 4];
-            *q = match place(i) % 4 {
-                0 => _mm512_inserti32x4::<0>(*q, part),
-                1 => _mm512_inserti32x4::<1>(*q, part),
-                2 => _mm512_inserti32x4::<2>(*q, part),
-                _ => _mm512_inserti32x4::<3>(*q, part),
-            };
-        }
+        // SAFETY: two runs of 32 codes each.
+        let runs = |i: usize| unsafe { _mm512_load_si512(scratch.q[64 * i..][..64].as_ptr().cast()) };
+        let index = _mm512_setr_epi64(0, 4, 8, 12, 1, 5, 9, 13);
+        let later = _mm512_add_epi64(index, _mm512_set1_epi64(2));
+        let (a, b) =
+            (_mm512_permutex2var_epi64(runs(0), index, runs(1)), _mm512_permutex2var_epi64(runs(2), index, runs(3)));
+        let (c, d) =
+            (_mm512_permutex2var_epi64(runs(0), later, runs(1)), _mm512_permutex2var_epi64(runs(2), later, runs(3)));
+        let mut q = [
+            _mm512_shuffle_i64x2::<0x44>(a, b),
+            _mm512_shuffle_i64x2::<0xee>(a, b),
+            _mm512_shuffle_i64x2::<0x44>(c, d),
+            _mm512_shuffle_i64x2::<0xee>(c, d),
+        ];
         // SAFETY: sixteen values each.
         let (scale, mut min) =
             unsafe { (_mm512_loadu_ps(scratch.scale.as_ptr()), _mm512_loadu_ps(scratch.min.as_ptr())) };
@@ -67,6 +67,19 @@ impl<F: Format> Unpack for Generic<F> {
         }
         Tile { q, scale, min }
     }
+}
+
+/// Puts the eights of the odd runs beside those of the even ones; given are the first halves of the even runs, their
+/// second halves, and the same of the odd runs.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
+fn interleave([e0, e1, o0, o1]: [__m512i; 4]) -> [__m512i; 4] {
+    [
+        _mm512_unpacklo_epi64(e0, o0),
+        _mm512_unpackhi_epi64(e0, o0),
+        _mm512_unpacklo_epi64(e1, o1),
+        _mm512_unpackhi_epi64(e1, o1),
+    ]
 }
 
 /// Four times sixteen bytes, `step` bytes apart.
@@ -182,7 +195,7 @@ fn shift_every_other(v: __m512i) -> __m512i {
     _mm512_srlv_epi16(v, _mm512_setr_epi64(0, 0, FOUR, FOUR, 0, 0, FOUR, FOUR))
 }
 
-/// 2-bit codes as Q2_K and Q3_K pack them (four runs of 32 in each 32 bytes), 64 bytes of them.
+/// 2-bit codes as Q2_K and Q3_K pack them (four runs of 32 in each 32 bytes), 64 bytes of them, for [`interleave`].
 ///
 /// # Safety
 /// They can be read.
@@ -261,7 +274,7 @@ pub(super) mod hand {
             let [e0, e1] = nibbles(four(p.add(2), 36));
             let [o0, o1] = nibbles(four(p.add(20), 36));
             let scale = each_twice(eight_scales(p, 18));
-            Tile { q: [e0, e1, o0, o1], scale, min: _mm512_mul_ps(scale, _mm512_set1_ps(8.0)) }
+            Tile { q: interleave([e0, e1, o0, o1]), scale, min: _mm512_mul_ps(scale, _mm512_set1_ps(8.0)) }
         }
     );
 
@@ -271,7 +284,7 @@ pub(super) mod hand {
             let [e0, e1] = nibbles(four(p.add(4), 40));
             let [o0, o1] = nibbles(four(p.add(24), 40));
             let (scale, min) = eight_pairs(p, 20);
-            Tile { q: [e0, e1, o0, o1], scale, min }
+            Tile { q: interleave([e0, e1, o0, o1]), scale, min }
         }
     );
 
@@ -288,7 +301,7 @@ pub(super) mod hand {
                 with_bits(o1, odd, 0x0504, 16),
             ];
             let scale = each_twice(eight_scales(p, 22));
-            Tile { q, scale, min: _mm512_mul_ps(scale, _mm512_set1_ps(16.0)) }
+            Tile { q: interleave(q), scale, min: _mm512_mul_ps(scale, _mm512_set1_ps(16.0)) }
         }
     );
 
@@ -305,7 +318,7 @@ pub(super) mod hand {
                 with_bits(o1, odd, 0x0706, 16),
             ];
             let (scale, min) = eight_pairs(p, 24);
-            Tile { q, scale, min }
+            Tile { q: interleave(q), scale, min }
         }
     );
 
@@ -320,7 +333,7 @@ pub(super) mod hand {
                 _mm512_xor_si512(four(p.add(52), 68), flip),
             ];
             let scale = each_twice(eight_scales(p, 34));
-            Tile { q, scale, min: _mm512_mul_ps(scale, _mm512_set1_ps(128.0)) }
+            Tile { q: interleave(q), scale, min: _mm512_mul_ps(scale, _mm512_set1_ps(128.0)) }
         }
     );
 
@@ -333,7 +346,7 @@ pub(super) mod hand {
             let mins = _mm512_cvtepu8_epi32(_mm_and_si128(_mm_srli_epi16::<4>(bytes), mask));
             let scale = _mm512_mul_ps(_mm512_cvtepi32_ps(scales), one_scale(p.add(80)));
             let min = _mm512_mul_ps(_mm512_cvtepi32_ps(mins), one_scale(p.add(82)));
-            Tile { q: two_bit_codes(p.add(16)), scale, min }
+            Tile { q: interleave(two_bit_codes(p.add(16))), scale, min }
         }
     );
 
@@ -356,7 +369,7 @@ pub(super) mod hand {
             let scales = _mm512_cvtepu8_epi32(_mm_loadu_si128(scales.as_ptr().cast()));
             let scales = _mm512_cvtepi32_ps(_mm512_sub_epi32(scales, _mm512_set1_epi32(32)));
             let scale = _mm512_mul_ps(scales, one_scale(p.add(108)));
-            Tile { q, scale, min: _mm512_mul_ps(scale, _mm512_set1_ps(4.0)) }
+            Tile { q: interleave(q), scale, min: _mm512_mul_ps(scale, _mm512_set1_ps(4.0)) }
         }
     );
 
@@ -366,7 +379,7 @@ pub(super) mod hand {
             let [e0, o0] = nibbles(four(p.add(16), 32));
             let [e1, o1] = nibbles(four(p.add(32), 32));
             let (scale, min) = k_scales(p);
-            Tile { q: [e0, e1, o0, o1], scale, min }
+            Tile { q: interleave([e0, e1, o0, o1]), scale, min }
         }
     );
 
@@ -387,7 +400,7 @@ pub(super) mod hand {
                 _mm512_mask_add_epi8(o1, _mm512_test_epi8_mask(second, odd), o1, sixteen),
             ];
             let (scale, min) = k_scales(p);
-            Tile { q, scale, min }
+            Tile { q: interleave(q), scale, min }
         }
     );
 
@@ -407,7 +420,7 @@ pub(super) mod hand {
             }
             let scales = _mm512_cvtepi8_epi32(_mm_loadu_si128(p.add(192).cast()));
             let scale = _mm512_mul_ps(_mm512_cvtepi32_ps(scales), one_scale(p.add(208)));
-            Tile { q, scale, min: _mm512_mul_ps(scale, _mm512_set1_ps(32.0)) }
+            Tile { q: interleave(q), scale, min: _mm512_mul_ps(scale, _mm512_set1_ps(32.0)) }
         }
     );
 
@@ -418,7 +431,7 @@ pub(super) mod hand {
             let [o0, o1] = nibbles(four(p.add(20), 36));
             let scale = each_twice(eight_scales(p, 18));
             let q = [e0, e1, o0, o1].map(|q| look_up(q, &IQ4_LEVELS));
-            Tile { q, scale, min: _mm512_mul_ps(scale, _mm512_set1_ps(128.0)) }
+            Tile { q: interleave(q), scale, min: _mm512_mul_ps(scale, _mm512_set1_ps(128.0)) }
         }
     );
 
@@ -436,7 +449,7 @@ pub(super) mod hand {
             let high = _mm512_slli_epi32::<4>(_mm512_and_si512(high, _mm512_set1_epi32(3)));
             let scales = _mm512_sub_epi32(_mm512_or_si512(low, high), _mm512_set1_epi32(32));
             let scale = _mm512_mul_ps(_mm512_cvtepi32_ps(scales), one_scale(p));
-            Tile { q, scale, min: _mm512_mul_ps(scale, _mm512_set1_ps(128.0)) }
+            Tile { q: interleave(q), scale, min: _mm512_mul_ps(scale, _mm512_set1_ps(128.0)) }
         }
     );
 
@@ -454,7 +467,7 @@ pub(super) mod hand {
             let is_small = _mm256_cmplt_epi32_mask(e, _mm256_set1_epi32(2));
             let bits = _mm256_mask_mov_epi32(normal, is_small, small);
             let scale = each_twice(_mm256_castsi256_ps(bits));
-            Tile { q, scale, min: _mm512_mul_ps(scale, _mm512_set1_ps(128.0)) }
+            Tile { q: interleave(q), scale, min: _mm512_mul_ps(scale, _mm512_set1_ps(128.0)) }
         }
     );
 }
