@@ -8,7 +8,7 @@ use crate::quant::{TensorType, dequantize_row, with_format};
 /// The kernels of a type.
 pub(super) fn panels(ty: TensorType) -> PanelFns {
     with_format!(ty, F => {
-        const PANELS: &[PanelFn] = &[quantized::<F, 1>, quantized::<F, 2>, quantized::<F, 4>];
+        const PANELS: &[PanelFn] = &[quantized::<F, 1>, quantized::<F, 2>, quantized::<F, 3>, quantized::<F, 4>];
         PANELS
     }, float => match ty {
         TensorType::F32 => &[float::<{ TensorType::F32 as u32 }>],

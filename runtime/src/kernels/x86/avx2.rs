@@ -7,15 +7,19 @@ use crate::quant::block::{Codes, Format, GROUP};
 use crate::quant::{TensorType, with_format};
 use std::arch::x86_64::*;
 
+macro_rules! panel_fns {
+    ($kernel:ident, $of:ty) => {{
+        const PANELS: &[PanelFn] = &[$kernel::<$of, 1>, $kernel::<$of, 2>, $kernel::<$of, 3>, $kernel::<$of, 4>];
+        PANELS
+    }};
+}
+
 /// The kernels of a type.
 pub(in crate::kernels) fn panels(ty: TensorType) -> PanelFns {
-    with_format!(ty, F => {
-        const PANELS: &[PanelFn] = &[quantized::<F, 1>, quantized::<F, 2>, quantized::<F, 4>];
-        PANELS
-    }, float => match ty {
-        TensorType::F32 => &[float::<F32, 1>, float::<F32, 2>, float::<F32, 4>],
-        TensorType::F16 => &[float::<F16, 1>, float::<F16, 2>, float::<F16, 4>],
-        _ => &[float::<Bf16, 1>, float::<Bf16, 2>, float::<Bf16, 4>],
+    with_format!(ty, F => panel_fns!(quantized, F), float => match ty {
+        TensorType::F32 => panel_fns!(float, F32),
+        TensorType::F16 => panel_fns!(float, F16),
+        _ => panel_fns!(float, Bf16),
     })
 }
 
