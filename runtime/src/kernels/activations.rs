@@ -4,38 +4,30 @@ use super::{Isa, Kernels};
 use crate::quant::block::GROUP;
 use std::ops::Range;
 
-/// 256 activations in 8 bits, laid out so that one load serves four runs of 32 values.
+/// 256 activations in 8 bits, laid out so that one register of 64 bytes serves eight runs of 32 values.
 ///
-/// The sixteens of values (two for each of eight runs) stand in the order: first halves of the even runs, second halves
-/// of the even runs, first halves of the odd runs, second halves of the odd runs. A register of 64 bytes then holds the
-/// same half of four runs, so products with both halves add up lane by lane and one multiplication by a scale serves
-/// 128 values. The weights of most formats come out of their bytes in that order for nothing.
+/// The eights of values (four for each of eight runs) stand in the order: the first eight of every run, the second eight
+/// of every run, and so on. Products of the four registers with weights in the same order then add up lane by lane, two
+/// lanes a run, and one multiplication by scales serves 256 values.
 #[derive(Debug, Clone)]
 #[repr(C, align(64))]
 pub(super) struct ActBlock {
     /// `value / scale` of its run, within -127 to 127.
     pub q: [i8; GROUP],
-    /// The scale of each run four times, even runs first: what multiplies the lanes of the products.
-    pub scale: [f32; 32],
+    /// The scale of each run twice: what multiplies the lanes of the products.
+    pub scale: [f32; 16],
     /// `scale * sum of q` of each sixteen, in the order of the row.
     pub sums: [f32; 16],
 }
 
 impl ActBlock {
-    const ZERO: ActBlock = ActBlock { q: [0; GROUP], scale: [0.0; 32], sums: [0.0; 16] };
+    const ZERO: ActBlock = ActBlock { q: [0; GROUP], scale: [0.0; 16], sums: [0.0; 16] };
 }
 
-/// Where the sixteen values from `16 * i` of the row stand, in sixteens.
+/// Where the eight values from `8 * i` of the row stand, in eights.
 #[inline(always)]
 pub(super) const fn place(i: usize) -> usize {
-    let (run, half) = (i / 2, i % 2);
-    (run % 2) * 8 + half * 4 + run / 2
-}
-
-/// Where the scale of a run stands (the first of its four copies).
-#[inline(always)]
-pub(super) const fn scale_place(run: usize) -> usize {
-    (run % 2) * 16 + run / 2 * 4
+    i % 4 * 8 + i / 4
 }
 
 /// `[rows, cols]` activations: the values as they are and, if wanted, their 8-bit form.
@@ -211,17 +203,18 @@ fn quantize_group(x: &[f32; GROUP], block: &mut ActBlock) {
         let scale = if tiny { 0.0 } else { largest / 127.0 };
         let inverse = if tiny { 0.0 } else { 127.0 / largest };
         for half in 0..2 {
-            let i = 2 * run + half;
             let mut sum = 0;
-            let q: &mut [i8; 16] = block.q[16 * place(i)..].first_chunk_mut().expect("sixteen sixteens");
-            for k in 0..16 {
-                let bits = (x[16 * half + k] * inverse + ROUND).to_bits() as i32;
-                let rounded = bits.wrapping_sub(ROUND.to_bits() as i32) as i8;
-                q[k] = rounded;
-                sum += i32::from(rounded);
+            for eight in 4 * run + 2 * half..4 * run + 2 * half + 2 {
+                let x: &[f32; 8] = x[8 * (eight % 4)..].first_chunk().expect("four eights of 32");
+                let q: &mut [i8; 8] = block.q[8 * place(eight)..].first_chunk_mut().expect("32 eights");
+                for (q, x) in q.iter_mut().zip(x) {
+                    let bits = (x * inverse + ROUND).to_bits() as i32;
+                    *q = bits.wrapping_sub(ROUND.to_bits() as i32) as i8;
+                    sum += i32::from(*q);
+                }
             }
-            block.sums[i] = scale * sum as f32;
+            block.sums[2 * run + half] = scale * sum as f32;
         }
-        block.scale[scale_place(run)..][..4].fill(scale);
+        block.scale[2 * run..][..2].fill(scale);
     }
 }

@@ -25,7 +25,7 @@ pub(super) struct Panel<'a> {
 /// other thread touches that part of it.
 pub(super) type PanelFn = unsafe fn(&Panel<'_>);
 
-/// Kernels of one format, the i-th for `1 << i` tokens.
+/// Kernels of one format, for 1, 2, 3 and so on tokens.
 pub(super) type PanelFns = &'static [PanelFn];
 
 /// Weight bytes that are worked on for all tokens before the next are: they stay in the second-level cache.
@@ -63,19 +63,18 @@ impl Kernels {
             Isa::Avx2 => super::x86::avx2::panels(w.ty()),
             _ => scalar::panels(w.ty()),
         };
-        let widest = kernels.len() - 1;
-        let one_pass = tokens.is_power_of_two() && tokens <= 1 << widest;
+        let one_pass = tokens <= kernels.len();
         let block_rows = if one_pass { rows.len() } else { BLOCK_BYTES.div_ceil(w.row_bytes()) }.max(1);
         for (i, weights) in part.bytes().chunks(block_rows * w.row_bytes()).enumerate() {
             let first_row = rows.start + i * block_rows;
             let mut token = 0;
             while token < tokens {
-                let size = (tokens - token).ilog2().min(widest as u32);
-                let next = token + (1 << size);
+                let count = (tokens - token).min(kernels.len());
+                let next = token + count;
                 let (x, out) = (x.rows_range(token..next), out.skip_tokens(token));
                 let panel = Panel { weights, row_bytes: w.row_bytes(), first_row, x, out };
                 // SAFETY: `self` proves the instructions, the rest was asserted above; writes are the caller's promise.
-                unsafe { kernels[size as usize](&panel) };
+                unsafe { kernels[count - 1](&panel) };
                 token = next;
             }
         }

@@ -1,6 +1,6 @@
 //! The plain products: what every other kernel is tested against, and what runs where there is no other.
 
-use super::activations::{place, scale_place};
+use super::activations::place;
 use super::matmul::{Panel, PanelFn, PanelFns};
 use crate::quant::block::{Codes, Format, GROUP};
 use crate::quant::{TensorType, dequantize_row, with_format};
@@ -8,7 +8,7 @@ use crate::quant::{TensorType, dequantize_row, with_format};
 /// The kernels of a type.
 pub(super) fn panels(ty: TensorType) -> PanelFns {
     with_format!(ty, F => {
-        const PANELS: &[PanelFn] = &[quantized::<F, 1>, quantized::<F, 2>, quantized::<F, 4>];
+        const PANELS: &[PanelFn] = &[quantized::<F, 1>, quantized::<F, 2>, quantized::<F, 3>, quantized::<F, 4>];
         PANELS
     }, float => match ty {
         TensorType::F32 => &[float::<{ TensorType::F32 as u32 }>],
@@ -30,10 +30,12 @@ unsafe fn quantized<F: Format, const N: usize>(panel: &Panel<'_>) {
             for (n, sum) in sums.iter_mut().enumerate() {
                 let x = &panel.x.blocks()[n * groups + g];
                 for i in 0..16 {
-                    let weights = &codes.q[16 * i..][..16];
-                    let products = weights.iter().zip(&x.q[16 * place(i)..][..16]);
-                    let product: i32 = products.map(|(w, a)| i32::from(*w) * i32::from(*a)).sum();
-                    *sum += codes.scale[i] * x.scale[scale_place(i / 2)] * product as f32;
+                    let mut product = 0;
+                    for eight in [2 * i, 2 * i + 1] {
+                        let pairs = codes.q[8 * eight..][..8].iter().zip(&x.q[8 * place(eight)..][..8]);
+                        product += pairs.map(|(w, a)| i32::from(F::code(*w)) * i32::from(*a)).sum::<i32>();
+                    }
+                    *sum += codes.scale[i] * x.scale[i] * product as f32;
                     if F::HAS_MIN {
                         *sum -= codes.min[i] * x.sums[i];
                     }

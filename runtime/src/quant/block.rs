@@ -26,10 +26,12 @@ impl Codes {
 /// A block format.
 pub(crate) trait Format {
     const TYPE: TensorType;
+    /// The largest magnitude of a code, at most 128.
+    const LARGEST: i32;
     /// Some codes are negative.
     const SIGNED: bool;
-    /// Some codes have a magnitude above 64, so that two products with 8-bit numbers, doubled, overflow 16 bits.
-    const WIDE: bool = false;
+    /// Where the codes of `unpack` are only numbers of levels, the levels: they are the codes meant everywhere else.
+    const LEVELS: Option<&'static [i8; 16]> = None;
     /// There are minimums.
     const HAS_MIN: bool = false;
     /// The halves of 32 values have scales of their own.
@@ -37,6 +39,15 @@ pub(crate) trait Format {
 
     /// Takes one block apart: `q` has the block's number of values, `scale` and `min` a sixteenth of it.
     fn unpack(block: &[u8], q: &mut [i8], scale: &mut [f32], min: &mut [f32]);
+
+    /// The code that a number out of `unpack` means.
+    #[inline(always)]
+    fn code(number: i8) -> i8 {
+        match Self::LEVELS {
+            Some(levels) => levels[number as usize & 15],
+            None => number,
+        }
+    }
 
     /// Takes up to [`GROUP`] values apart, as many blocks as `bytes` holds; the rest of `out` is zero.
     #[inline(always)]

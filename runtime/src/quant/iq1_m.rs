@@ -11,6 +11,7 @@ pub(crate) struct IQ1_M;
 
 impl Format for IQ1_M {
     const TYPE: TensorType = TensorType::IQ1_M;
+    const LARGEST: i32 = 9;
     const SIGNED: bool = true;
     const FINE: bool = true;
 

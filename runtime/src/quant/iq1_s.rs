@@ -10,6 +10,7 @@ pub(crate) struct IQ1_S;
 
 impl Format for IQ1_S {
     const TYPE: TensorType = TensorType::IQ1_S;
+    const LARGEST: i32 = 9;
     const SIGNED: bool = true;
 
     #[inline(always)]

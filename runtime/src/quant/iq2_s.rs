@@ -11,6 +11,7 @@ pub(crate) struct IQ2_S;
 
 impl Format for IQ2_S {
     const TYPE: TensorType = TensorType::IQ2_S;
+    const LARGEST: i32 = 43;
     const SIGNED: bool = true;
     const FINE: bool = true;
 

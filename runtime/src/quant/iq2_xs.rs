@@ -9,6 +9,7 @@ pub(crate) struct IQ2_XS;
 
 impl Format for IQ2_XS {
     const TYPE: TensorType = TensorType::IQ2_XS;
+    const LARGEST: i32 = 43;
     const SIGNED: bool = true;
     const FINE: bool = true;
 

@@ -9,6 +9,7 @@ pub(crate) struct IQ2_XXS;
 
 impl Format for IQ2_XXS {
     const TYPE: TensorType = TensorType::IQ2_XXS;
+    const LARGEST: i32 = 43;
     const SIGNED: bool = true;
 
     #[inline(always)]

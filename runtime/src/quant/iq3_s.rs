@@ -10,6 +10,7 @@ pub(crate) struct IQ3_S;
 
 impl Format for IQ3_S {
     const TYPE: TensorType = TensorType::IQ3_S;
+    const LARGEST: i32 = 15;
     const SIGNED: bool = true;
 
     #[inline(always)]

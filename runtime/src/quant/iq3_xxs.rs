@@ -10,6 +10,7 @@ pub(crate) struct IQ3_XXS;
 
 impl Format for IQ3_XXS {
     const TYPE: TensorType = TensorType::IQ3_XXS;
+    const LARGEST: i32 = 62;
     const SIGNED: bool = true;
 
     #[inline(always)]

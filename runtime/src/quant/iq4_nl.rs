@@ -10,22 +10,23 @@ pub(crate) struct IQ4_NL;
 
 impl Format for IQ4_NL {
     const TYPE: TensorType = TensorType::IQ4_NL;
+    const LARGEST: i32 = 127;
     const SIGNED: bool = true;
-    const WIDE: bool = true;
+    const LEVELS: Option<&'static [i8; 16]> = Some(&IQ4_LEVELS);
 
     #[inline(always)]
     fn unpack(block: &[u8], q: &mut [i8], scale: &mut [f32], _min: &mut [f32]) {
         let (block, q): (&[u8; 18], &mut [i8; 32]) = (head(block), head_mut(q));
         scale.fill(f16_at(block, 0));
-        look_up(head(&block[2..]), q, &IQ4_LEVELS);
+        level_numbers(head(&block[2..]), q);
     }
 }
 
-/// Replaces the 32 4-bit codes of 16 bytes (low halves first) by their levels.
+/// The 32 4-bit numbers of 16 bytes, low halves first.
 #[inline(always)]
-pub(super) fn look_up(bytes: &[u8; 16], q: &mut [i8; 32], levels: &[i8; 16]) {
+pub(super) fn level_numbers(bytes: &[u8; 16], q: &mut [i8; 32]) {
     for i in 0..16 {
-        q[i] = levels[usize::from(bytes[i] & 15)];
-        q[i + 16] = levels[usize::from(bytes[i] >> 4)];
+        q[i] = (bytes[i] & 15) as i8;
+        q[i + 16] = (bytes[i] >> 4) as i8;
     }
 }

@@ -3,14 +3,15 @@
 
 use super::TensorType;
 use super::block::{Format, f16_at, head, head_mut, u16_at};
-use super::iq4_nl::{IQ4_LEVELS, look_up};
+use super::iq4_nl::{IQ4_LEVELS, level_numbers};
 
 pub(crate) struct IQ4_XS;
 
 impl Format for IQ4_XS {
     const TYPE: TensorType = TensorType::IQ4_XS;
+    const LARGEST: i32 = 127;
     const SIGNED: bool = true;
-    const WIDE: bool = true;
+    const LEVELS: Option<&'static [i8; 16]> = Some(&IQ4_LEVELS);
 
     #[inline(always)]
     fn unpack(block: &[u8], q: &mut [i8], scale: &mut [f32], _min: &mut [f32]) {
@@ -20,7 +21,7 @@ impl Format for IQ4_XS {
             let low = block[4 + run / 2] >> (4 * (run % 2)) & 15;
             let s = i32::from(low) | i32::from(high >> (2 * run) & 3) << 4;
             scale[2 * run..2 * run + 2].fill(d * (s - 32) as f32);
-            look_up(head(&block[8 + 16 * run..]), head_mut(&mut q[32 * run..]), &IQ4_LEVELS);
+            level_numbers(head(&block[8 + 16 * run..]), head_mut(&mut q[32 * run..]));
         }
     }
 }

@@ -87,7 +87,7 @@ fn dequantize_blocks<F: Format>(bytes: &[u8], out: &mut [f32]) {
     for (bytes, out) in bytes.chunks(group_bytes).zip(out.chunks_mut(GROUP)) {
         F::unpack_group(bytes, &mut codes);
         for (i, to) in out.iter_mut().enumerate() {
-            *to = codes.scale[i / 16] * f32::from(codes.q[i]) - codes.min[i / 16];
+            *to = codes.scale[i / 16] * f32::from(F::code(codes.q[i])) - codes.min[i / 16];
         }
     }
 }

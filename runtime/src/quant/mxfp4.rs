@@ -3,7 +3,7 @@
 
 use super::TensorType;
 use super::block::{Format, head, head_mut};
-use super::iq4_nl::look_up;
+use super::iq4_nl::level_numbers;
 
 /// Twice the values of the sixteen 4-bit floats.
 pub(crate) const MXFP4_LEVELS: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
@@ -12,13 +12,15 @@ pub(crate) struct MXFP4;
 
 impl Format for MXFP4 {
     const TYPE: TensorType = TensorType::MXFP4;
+    const LARGEST: i32 = 12;
     const SIGNED: bool = true;
+    const LEVELS: Option<&'static [i8; 16]> = Some(&MXFP4_LEVELS);
 
     #[inline(always)]
     fn unpack(block: &[u8], q: &mut [i8], scale: &mut [f32], _min: &mut [f32]) {
         let (block, q): (&[u8; 17], &mut [i8; 32]) = (head(block), head_mut(q));
         scale.fill(half_power(block[0]));
-        look_up(head(&block[1..]), q, &MXFP4_LEVELS);
+        level_numbers(head(&block[1..]), q);
     }
 }
 

@@ -8,6 +8,7 @@ pub(crate) struct Q2_K;
 
 impl Format for Q2_K {
     const TYPE: TensorType = TensorType::Q2_K;
+    const LARGEST: i32 = 3;
     const SIGNED: bool = false;
     const HAS_MIN: bool = true;
     const FINE: bool = true;

@@ -8,6 +8,7 @@ pub(crate) struct Q3_K;
 
 impl Format for Q3_K {
     const TYPE: TensorType = TensorType::Q3_K;
+    const LARGEST: i32 = 4;
     const SIGNED: bool = true;
     const FINE: bool = true;
 

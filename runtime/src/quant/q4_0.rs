@@ -7,6 +7,7 @@ pub(crate) struct Q4_0;
 
 impl Format for Q4_0 {
     const TYPE: TensorType = TensorType::Q4_0;
+    const LARGEST: i32 = 8;
     const SIGNED: bool = true;
 
     #[inline(always)]

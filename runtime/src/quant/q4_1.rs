@@ -7,6 +7,7 @@ pub(crate) struct Q4_1;
 
 impl Format for Q4_1 {
     const TYPE: TensorType = TensorType::Q4_1;
+    const LARGEST: i32 = 15;
     const SIGNED: bool = false;
     const HAS_MIN: bool = true;
 

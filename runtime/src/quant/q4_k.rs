@@ -8,6 +8,7 @@ pub(crate) struct Q4_K;
 
 impl Format for Q4_K {
     const TYPE: TensorType = TensorType::Q4_K;
+    const LARGEST: i32 = 15;
     const SIGNED: bool = false;
     const HAS_MIN: bool = true;
 

@@ -7,6 +7,7 @@ pub(crate) struct Q5_0;
 
 impl Format for Q5_0 {
     const TYPE: TensorType = TensorType::Q5_0;
+    const LARGEST: i32 = 16;
     const SIGNED: bool = true;
 
     #[inline(always)]

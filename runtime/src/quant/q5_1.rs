@@ -8,6 +8,7 @@ pub(crate) struct Q5_1;
 
 impl Format for Q5_1 {
     const TYPE: TensorType = TensorType::Q5_1;
+    const LARGEST: i32 = 31;
     const SIGNED: bool = false;
     const HAS_MIN: bool = true;
 

@@ -8,6 +8,7 @@ pub(crate) struct Q5_K;
 
 impl Format for Q5_K {
     const TYPE: TensorType = TensorType::Q5_K;
+    const LARGEST: i32 = 31;
     const SIGNED: bool = false;
     const HAS_MIN: bool = true;
 

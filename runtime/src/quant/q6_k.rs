@@ -8,6 +8,7 @@ pub(crate) struct Q6_K;
 
 impl Format for Q6_K {
     const TYPE: TensorType = TensorType::Q6_K;
+    const LARGEST: i32 = 32;
     const SIGNED: bool = true;
     const FINE: bool = true;
 

@@ -7,8 +7,8 @@ pub(crate) struct Q8_0;
 
 impl Format for Q8_0 {
     const TYPE: TensorType = TensorType::Q8_0;
+    const LARGEST: i32 = 128;
     const SIGNED: bool = true;
-    const WIDE: bool = true;
 
     #[inline(always)]
     fn unpack(block: &[u8], q: &mut [i8], scale: &mut [f32], _min: &mut [f32]) {

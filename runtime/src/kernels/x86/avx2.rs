@@ -1,21 +1,25 @@
 //! Products with AVX2: the plain unpacking compiled for it, and a dot product of its own.
 
 use super::prefetch;
-use crate::kernels::activations::{ActBlock, place};
+use crate::kernels::activations::ActBlock;
 use crate::kernels::matmul::{Panel, PanelFn, PanelFns};
 use crate::quant::block::{Codes, Format, GROUP};
 use crate::quant::{TensorType, with_format};
 use std::arch::x86_64::*;
 
+macro_rules! panel_fns {
+    ($kernel:ident, $of:ty) => {{
+        const PANELS: &[PanelFn] = &[$kernel::<$of, 1>, $kernel::<$of, 2>, $kernel::<$of, 3>, $kernel::<$of, 4>];
+        PANELS
+    }};
+}
+
 /// The kernels of a type.
 pub(in crate::kernels) fn panels(ty: TensorType) -> PanelFns {
-    with_format!(ty, F => {
-        const PANELS: &[PanelFn] = &[quantized::<F, 1>, quantized::<F, 2>, quantized::<F, 4>];
-        PANELS
-    }, float => match ty {
-        TensorType::F32 => &[float::<F32, 1>, float::<F32, 2>, float::<F32, 4>],
-        TensorType::F16 => &[float::<F16, 1>, float::<F16, 2>, float::<F16, 4>],
-        _ => &[float::<Bf16, 1>, float::<Bf16, 2>, float::<Bf16, 4>],
+    with_format!(ty, F => panel_fns!(quantized, F), float => match ty {
+        TensorType::F32 => panel_fns!(float, F32),
+        TensorType::F16 => panel_fns!(float, F16),
+        _ => panel_fns!(float, Bf16),
     })
 }
 
@@ -58,44 +62,47 @@ unsafe fn quantized<F: Format, const N: usize>(panel: &Panel<'_>) {
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn multiply<F: Format, const N: usize>(codes: &Codes, x: [&ActBlock; N], acc: &mut [__m256; N]) {
-    for odd in 0..2 {
-        for pair in 0..2 {
-            // Two runs of 32 values, four apart in sixteens; their halves share a register with each other.
-            let run = 4 * pair + odd;
-            let first = two_sixteens(codes, 2 * run, 2 * run + 4);
-            let second = two_sixteens(codes, 2 * run + 1, 2 * run + 5);
-            let first_scale = two_scales(codes, 2 * run, 2 * run + 4);
-            let second_scale = two_scales(codes, 2 * run + 1, 2 * run + 5);
-            for n in 0..N {
-                let scale = load8(&x[n].scale, 16 * odd + 8 * pair);
-                let one = products::<F>(first, load32(&x[n].q, 16 * place(2 * run)));
-                let two = products::<F>(second, load32(&x[n].q, 16 * place(2 * run + 1)));
-                let sum = if F::FINE {
-                    let one = _mm256_mul_ps(_mm256_cvtepi32_ps(widened(one)), first_scale);
-                    _mm256_fmadd_ps(_mm256_cvtepi32_ps(widened(two)), second_scale, one)
-                } else if F::WIDE {
-                    let both = _mm256_add_epi32(widened(one), widened(two));
-                    _mm256_mul_ps(_mm256_cvtepi32_ps(both), first_scale)
-                } else {
-                    let both = _mm256_add_epi16(one, two);
-                    _mm256_mul_ps(_mm256_cvtepi32_ps(widened(both)), first_scale)
-                };
-                acc[n] = _mm256_fmadd_ps(sum, scale, acc[n]);
-            }
-        }
-    }
-    if F::HAS_MIN {
-        for half in 0..2 {
-            let min = load8(&codes.min, 8 * half);
-            for n in 0..N {
-                acc[n] = _mm256_fnmadd_ps(min, load8(&x[n].sums, 8 * half), acc[n]);
+    for four in 0..2 {
+        // Four runs of 32 values: their eights side by side, as the activations have them.
+        let [w0, w1] = eights::<F>(codes, 4 * four, 0);
+        let [w2, w3] = eights::<F>(codes, 4 * four, 16);
+        let scale = load8(&codes.scale, 8 * four);
+        let (first, second) = (_mm256_moveldup_ps(scale), _mm256_movehdup_ps(scale));
+        for n in 0..N {
+            let x_scale = load8(&x[n].scale, 8 * four);
+            let p0 = products::<F>(w0, load32(&x[n].q, 32 * four));
+            let p1 = products::<F>(w1, load32(&x[n].q, 64 + 32 * four));
+            let p2 = products::<F>(w2, load32(&x[n].q, 128 + 32 * four));
+            let p3 = products::<F>(w3, load32(&x[n].q, 192 + 32 * four));
+            let (one, two) = if 4 * PAIR * F::LARGEST <= MOST && !F::FINE {
+                let all = _mm256_add_epi16(_mm256_add_epi16(p0, p1), _mm256_add_epi16(p2, p3));
+                (widened(all), _mm256_setzero_si256())
+            } else if 2 * PAIR * F::LARGEST <= MOST {
+                (widened(_mm256_add_epi16(p0, p1)), widened(_mm256_add_epi16(p2, p3)))
+            } else {
+                (_mm256_add_epi32(widened(p0), widened(p1)), _mm256_add_epi32(widened(p2), widened(p3)))
+            };
+            let sum = if F::FINE {
+                let one = _mm256_mul_ps(_mm256_cvtepi32_ps(one), first);
+                _mm256_fmadd_ps(_mm256_cvtepi32_ps(two), second, one)
+            } else {
+                _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(one, two)), scale)
+            };
+            acc[n] = _mm256_fmadd_ps(sum, x_scale, acc[n]);
+            if F::HAS_MIN {
+                acc[n] = _mm256_fnmadd_ps(load8(&codes.min, 8 * four), load8(&x[n].sums, 8 * four), acc[n]);
             }
         }
     }
 }
 
-/// Sums of two neighbouring products, in 16 bits: codes are at most 128 (64 unless wide) and activations 127 in
-/// magnitude, so neither this nor, unless wide, the sum of two of these overflows.
+/// The most that a sum in 16 bits holds.
+const MOST: i32 = i16::MAX as i32;
+
+/// The most that two products of a code of magnitude 1 with activations come to.
+const PAIR: i32 = 2 * 127;
+
+/// Sums of two neighbouring products, in 16 bits: at most 128 times [`PAIR`], which fits.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn products<F: Format>(w: __m256i, x: __m256i) -> __m256i {
@@ -113,18 +120,23 @@ fn widened(pairs: __m256i) -> __m256i {
     _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))
 }
 
+/// Two eights each of four runs: those at `at` of every run, and those 8 further.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn two_sixteens(codes: &Codes, low: usize, high: usize) -> __m256i {
-    let (low, high) = (&codes.q[16 * low..][..16], &codes.q[16 * high..][..16]);
-    // SAFETY: both slices are 16 bytes.
-    unsafe { _mm256_loadu2_m128i(high.as_ptr().cast(), low.as_ptr().cast()) }
-}
-
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn two_scales(codes: &Codes, low: usize, high: usize) -> __m256 {
-    _mm256_set_m128(_mm_set1_ps(codes.scale[high]), _mm_set1_ps(codes.scale[low]))
+fn eights<F: Format>(codes: &Codes, run: usize, at: usize) -> [__m256i; 2] {
+    let sixteen = |run: usize| &codes.q[32 * run + at..][..16];
+    let (r0, r1, r2, r3) = (sixteen(run), sixteen(run + 1), sixteen(run + 2), sixteen(run + 3));
+    // SAFETY: all slices are 16 bytes.
+    let (mut even, mut odd) = unsafe {
+        let even = _mm256_loadu2_m128i(r2.as_ptr().cast(), r0.as_ptr().cast());
+        (even, _mm256_loadu2_m128i(r3.as_ptr().cast(), r1.as_ptr().cast()))
+    };
+    if let Some(levels) = F::LEVELS {
+        // SAFETY: sixteen bytes.
+        let table = _mm256_broadcastsi128_si256(unsafe { _mm_loadu_si128(levels.as_ptr().cast()) });
+        (even, odd) = (_mm256_shuffle_epi8(table, even), _mm256_shuffle_epi8(table, odd));
+    }
+    [_mm256_unpacklo_epi64(even, odd), _mm256_unpackhi_epi64(even, odd)]
 }
 
 #[inline]

@@ -1,17 +1,16 @@
 //! Products with AVX-512 and its 8-bit dot product.
 
-use super::avx512_unpack::{Generic, Tile, Unpack, hand};
+use super::avx512_unpack::{self as unpack, Tile, Unpack};
 use super::prefetch;
 use crate::kernels::activations::ActBlock;
 use crate::kernels::matmul::{Panel, PanelFn, PanelFns};
 use crate::quant::TensorType;
-use crate::quant::block::{Codes, GROUP};
-use crate::quant::types as f;
+use crate::quant::block::GROUP;
 use std::arch::x86_64::*;
 
 macro_rules! panel_fns {
-    ($kernel:ident, $of:ty) => {{
-        const PANELS: &[PanelFn] = &[$kernel::<$of, 1>, $kernel::<$of, 2>, $kernel::<$of, 4>, $kernel::<$of, 8>];
+    ($kernel:ident, $of:ty; $($n:literal)*) => {{
+        const PANELS: &[PanelFn] = &[$($kernel::<$of, $n>),*];
         PANELS
     }};
 }
@@ -19,29 +18,29 @@ macro_rules! panel_fns {
 /// The kernels of a type.
 pub(in crate::kernels) fn panels(ty: TensorType) -> PanelFns {
     match ty {
-        TensorType::F32 => panel_fns!(float, F32),
-        TensorType::F16 => panel_fns!(float, F16),
-        TensorType::BF16 => panel_fns!(float, Bf16),
-        TensorType::Q4_0 => panel_fns!(quantized, hand::Q4_0),
-        TensorType::Q4_1 => panel_fns!(quantized, hand::Q4_1),
-        TensorType::Q5_0 => panel_fns!(quantized, hand::Q5_0),
-        TensorType::Q5_1 => panel_fns!(quantized, hand::Q5_1),
-        TensorType::Q8_0 => panel_fns!(quantized, hand::Q8_0),
-        TensorType::Q2_K => panel_fns!(quantized, hand::Q2_K),
-        TensorType::Q3_K => panel_fns!(quantized, hand::Q3_K),
-        TensorType::Q4_K => panel_fns!(quantized, hand::Q4_K),
-        TensorType::Q5_K => panel_fns!(quantized, hand::Q5_K),
-        TensorType::Q6_K => panel_fns!(quantized, hand::Q6_K),
-        TensorType::IQ4_NL => panel_fns!(quantized, hand::IQ4_NL),
-        TensorType::IQ4_XS => panel_fns!(quantized, hand::IQ4_XS),
-        TensorType::MXFP4 => panel_fns!(quantized, hand::MXFP4),
-        TensorType::IQ2_XXS => panel_fns!(quantized, Generic<f::IQ2_XXS>),
-        TensorType::IQ2_XS => panel_fns!(quantized, Generic<f::IQ2_XS>),
-        TensorType::IQ2_S => panel_fns!(quantized, Generic<f::IQ2_S>),
-        TensorType::IQ3_XXS => panel_fns!(quantized, Generic<f::IQ3_XXS>),
-        TensorType::IQ3_S => panel_fns!(quantized, Generic<f::IQ3_S>),
-        TensorType::IQ1_S => panel_fns!(quantized, Generic<f::IQ1_S>),
-        TensorType::IQ1_M => panel_fns!(quantized, Generic<f::IQ1_M>),
+        TensorType::F32 => panel_fns!(float, F32; 1 2 3 4),
+        TensorType::F16 => panel_fns!(float, F16; 1 2 3 4),
+        TensorType::BF16 => panel_fns!(float, Bf16; 1 2 3 4),
+        TensorType::Q4_0 => panel_fns!(quantized, unpack::Q4_0; 1 2 3 4 5 6 7 8),
+        TensorType::Q4_1 => panel_fns!(quantized, unpack::Q4_1; 1 2 3 4 5 6 7 8),
+        TensorType::Q5_0 => panel_fns!(quantized, unpack::Q5_0; 1 2 3 4 5 6 7 8),
+        TensorType::Q5_1 => panel_fns!(quantized, unpack::Q5_1; 1 2 3 4 5 6 7 8),
+        TensorType::Q8_0 => panel_fns!(quantized, unpack::Q8_0; 1 2 3 4 5 6 7 8),
+        TensorType::Q2_K => panel_fns!(quantized, unpack::Q2_K; 1 2 3 4 5 6 7 8),
+        TensorType::Q3_K => panel_fns!(quantized, unpack::Q3_K; 1 2 3 4 5 6 7 8),
+        TensorType::Q4_K => panel_fns!(quantized, unpack::Q4_K; 1 2 3 4 5 6 7 8),
+        TensorType::Q5_K => panel_fns!(quantized, unpack::Q5_K; 1 2 3 4 5 6 7 8),
+        TensorType::Q6_K => panel_fns!(quantized, unpack::Q6_K; 1 2 3 4 5 6 7 8),
+        TensorType::IQ4_NL => panel_fns!(quantized, unpack::IQ4_NL; 1 2 3 4 5 6 7 8),
+        TensorType::IQ4_XS => panel_fns!(quantized, unpack::IQ4_XS; 1 2 3 4 5 6 7 8),
+        TensorType::MXFP4 => panel_fns!(quantized, unpack::MXFP4; 1 2 3 4 5 6 7 8),
+        TensorType::IQ2_XXS => panel_fns!(quantized, unpack::IQ2_XXS; 1 2 3 4 5 6 7 8),
+        TensorType::IQ2_XS => panel_fns!(quantized, unpack::IQ2_XS; 1 2 3 4 5 6 7 8),
+        TensorType::IQ2_S => panel_fns!(quantized, unpack::IQ2_S; 1 2 3 4 5 6 7 8),
+        TensorType::IQ3_XXS => panel_fns!(quantized, unpack::IQ3_XXS; 1 2 3 4 5 6 7 8),
+        TensorType::IQ3_S => panel_fns!(quantized, unpack::IQ3_S; 1 2 3 4 5 6 7 8),
+        TensorType::IQ1_S => panel_fns!(quantized, unpack::IQ1_S; 1 2 3 4 5 6 7 8),
+        TensorType::IQ1_M => panel_fns!(quantized, unpack::IQ1_M; 1 2 3 4 5 6 7 8),
     }
 }
 
@@ -57,7 +56,6 @@ unsafe fn quantized<U: Unpack, const N: usize>(panel: &Panel<'_>) {
     let x = panel.x.blocks();
     assert!(x.len() == N * groups && U::GROUP_BYTES <= MOST && panel.row_bytes >= whole * U::GROUP_BYTES);
     let x = x.as_ptr();
-    let mut codes = Codes::ZERO;
     for (r, row) in panel.weights.chunks_exact(panel.row_bytes).enumerate() {
         let mut acc = [[_mm512_setzero_ps(); 2]; N];
         let mut w = row.as_ptr();
@@ -65,7 +63,7 @@ unsafe fn quantized<U: Unpack, const N: usize>(panel: &Panel<'_>) {
             prefetch(w, U::GROUP_BYTES);
             // SAFETY: the row has `whole` groups and each row of `x` has at least as many.
             unsafe {
-                let tile = U::unpack(w, &mut codes);
+                let tile = U::unpack(w);
                 multiply::<U, N>(tile, x.add(g), groups, &mut acc);
                 w = w.add(U::GROUP_BYTES);
             }
@@ -76,7 +74,7 @@ unsafe fn quantized<U: Unpack, const N: usize>(panel: &Panel<'_>) {
             padded[..tail.len()].copy_from_slice(tail);
             // SAFETY: `padded` is a whole group, and the last blocks of `x` are filled up with zeros.
             unsafe {
-                let tile = U::unpack(padded.as_ptr(), &mut codes);
+                let tile = U::unpack(padded.as_ptr());
                 multiply::<U, N>(tile, x.add(whole), groups, &mut acc);
             }
         }
@@ -101,42 +99,32 @@ unsafe fn multiply<U: Unpack, const N: usize>(
     acc: &mut [[__m512; 2]; N],
 ) {
     let zero = _mm512_setzero_si512();
-    // Within each four lanes of `scale` stand the scales of the four sixteens that share those lanes of the products.
-    let even0 = _mm512_permute_ps::<0b00_00_00_00>(tile.scale);
-    let even1 = _mm512_permute_ps::<0b01_01_01_01>(tile.scale);
-    let odd0 = _mm512_permute_ps::<0b10_10_10_10>(tile.scale);
-    let odd1 = _mm512_permute_ps::<0b11_11_11_11>(tile.scale);
+    let (first, second) = (_mm512_moveldup_ps(tile.scale), _mm512_movehdup_ps(tile.scale));
     for (n, acc) in acc.iter_mut().enumerate() {
         // SAFETY: the caller's blocks.
         let x = unsafe { &*x.add(n * stride) };
-        let q = x.q.as_ptr();
-        // SAFETY: a block has four registers of values, two of scales and one of sums, and is aligned to them.
-        let (q, scales, sums) = unsafe {
-            let q: [__m512i; 4] = [
-                _mm512_load_si512(q.cast()),
-                _mm512_load_si512(q.add(64).cast()),
-                _mm512_load_si512(q.add(128).cast()),
-                _mm512_load_si512(q.add(192).cast()),
+        // SAFETY: a block has four registers of values, one of scales and one of sums, and is aligned to them.
+        let (q, scale, sums) = unsafe {
+            let q = x.q.as_ptr().cast::<__m512i>();
+            let q = [
+                _mm512_load_si512(q),
+                _mm512_load_si512(q.add(1)),
+                _mm512_load_si512(q.add(2)),
+                _mm512_load_si512(q.add(3)),
             ];
-            let scale = x.scale.as_ptr();
-            (q, [_mm512_load_ps(scale), _mm512_load_ps(scale.add(16))], _mm512_load_ps(x.sums.as_ptr()))
+            (q, _mm512_load_ps(x.scale.as_ptr()), _mm512_load_ps(x.sums.as_ptr()))
         };
-        let (even, odd) = if U::FINE {
-            let e0 = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(zero, tile.q[0], q[0]));
-            let e1 = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(zero, tile.q[1], q[1]));
-            let o0 = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(zero, tile.q[2], q[2]));
-            let o1 = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(zero, tile.q[3], q[3]));
-            let even = _mm512_fmadd_ps(e1, even1, _mm512_mul_ps(e0, even0));
-            let odd = _mm512_fmadd_ps(o1, odd1, _mm512_mul_ps(o0, odd0));
-            (even, odd)
+        let one = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(zero, tile.q[0], q[0]), tile.q[1], q[1]);
+        let sum = if U::FINE {
+            let two = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(zero, tile.q[2], q[2]), tile.q[3], q[3]);
+            let one = _mm512_mul_ps(_mm512_cvtepi32_ps(one), first);
+            _mm512_fmadd_ps(_mm512_cvtepi32_ps(two), second, one)
         } else {
-            let even = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(zero, tile.q[0], q[0]), tile.q[1], q[1]);
-            let odd = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(zero, tile.q[2], q[2]), tile.q[3], q[3]);
-            (_mm512_mul_ps(_mm512_cvtepi32_ps(even), even0), _mm512_mul_ps(_mm512_cvtepi32_ps(odd), odd0))
+            let all = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(one, tile.q[2], q[2]), tile.q[3], q[3]);
+            _mm512_mul_ps(_mm512_cvtepi32_ps(all), tile.scale)
         };
-        acc[0] = _mm512_fmadd_ps(even, scales[0], acc[0]);
-        acc[1] = _mm512_fmadd_ps(odd, scales[1], acc[1]);
-        acc[0] = _mm512_fnmadd_ps(tile.min, sums, acc[0]);
+        acc[0] = _mm512_fmadd_ps(sum, scale, acc[0]);
+        acc[1] = _mm512_fnmadd_ps(tile.min, sums, acc[1]);
     }
 }
 

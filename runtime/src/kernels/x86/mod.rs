@@ -2,6 +2,7 @@
 
 pub(super) mod avx2;
 pub(super) mod avx512;
+mod avx512_grids;
 mod avx512_unpack;
 pub(super) mod half;
 
