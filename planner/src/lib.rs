@@ -7,8 +7,11 @@
 pub mod bundled;
 pub mod cli;
 pub mod cmd;
+pub mod cost;
 pub mod host;
 pub mod print;
 pub mod profile;
 pub mod progress;
+pub mod replay;
 pub mod session;
+pub mod solve;

@@ -1,0 +1,375 @@
+//! How long a token takes under a placement: a pure prediction, and what exactly it charges.
+//!
+//! # What is charged
+//! A decoded token lasts `token overhead + Σ layers (layer overhead + dense stage + expert stage) + the dense groups
+//! of no layer` (embedding and head). The engine's emulated tiers charge the same:
+//!
+//! - **Dense stage**: `Σ token_bytes / rate(tier)` over the layer's groups, one after the other. No latency: the
+//!   launches of an ordinary layer are part of the layer overhead.
+//! - **Expert stage**, only in layers with routed experts: the longest of the paths that overlap, which are
+//!   - each VRAM tier: `latency + bytes / rate`, nothing if no chosen expert computes there;
+//!   - the host, which walks its tiers one after the other: for DRAM `bytes / rate`; for persistent memory or CXL
+//!     above the last tier `latency + bytes / rate` if anything is read there;
+//!   - the last tier: for `m > 0` missed experts `latency + m · expert_bytes / rate`, whatever kind it is.
+//! - A chosen expert computes where it is pinned; a pooled one on its layer's slot tier if it lies in a slot or is
+//!   brought into one, else on the staging tier. So a miss is charged twice, on two paths: its transfer, and its
+//!   computation from the slot or the buffer.
+//! - If the last tier is DRAM (or VRAM) itself, nothing is brought in: a pooled expert that is in no slot computes in
+//!   place, on that tier's path (host or VRAM) and at its rate, and the staging tier has no part in it.
+//!
+//! The maximum is taken token by token over recorded, held-out tokens and then averaged: the mean of the maximum, not
+//! the maximum of means. Slots are replayed as [`crate::replay`] says. Without a profile, tokens are independent and
+//! all sets of experts equally likely, and the slots hold that many pooled experts; the mean is then exact.
+//!
+//! Prompts are processed in batches of [`BATCH`] tokens. A layer then reads each *distinct* chosen expert once:
+//! expert `e` with probability `1 − (1 − share)^BATCH`, and a full set of slots spares its part of the pooled ones.
+//! Rates of computation are not in the machine file, so this is the time of the reads alone: an upper limit of speed.
+//!
+//! The key and value cache takes room but no time here, as its reads are small at the contexts that are planned for.
+
+use crate::profile::{Evidence, Judged, LayerEvidence};
+use crate::replay::Positions;
+use std::collections::BTreeMap;
+use tier_plan_runtime::formats::machine::{Tier, TierKind};
+use tier_plan_runtime::formats::placement::{DensePlacement, LayerPlacement, Placement, Prediction, TierIdx};
+use tier_plan_runtime::model::shape::{DenseKind, ModelShape};
+
+/// Tokens of a prompt that are processed together.
+pub const BATCH: u32 = 512;
+
+/// Whether what lives on the last tier computes where it lies, so that nothing is ever brought in from it.
+pub fn home_in_place(tiers: &[Tier]) -> bool {
+    tiers.last().is_some_and(|t| matches!(t.kind, TierKind::Dram | TierKind::Vram))
+}
+
+/// Seconds to read so many bytes from a tier, latency left out.
+pub fn read_s(tier: &Tier, bytes: f64) -> f64 {
+    bytes / (tier.read_gbps * 1e9)
+}
+
+/// Which of the overlapping paths a tier's expert reads are on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Path {
+    /// One of its own.
+    Own,
+    /// Shared with the other host tiers.
+    Host,
+}
+
+/// The expert stage of one layer on given tiers.
+#[derive(Debug, Clone)]
+pub struct ExpertStage {
+    /// By tier: path, seconds an expert, fixed seconds if there is any.
+    tiers: Vec<(Path, f64, f64)>,
+}
+
+impl ExpertStage {
+    /// The stage of a layer whose experts have `expert_bytes` bytes.
+    pub fn new(tiers: &[Tier], expert_bytes: u64) -> Self {
+        let last = tiers.len().saturating_sub(1);
+        let in_place = home_in_place(tiers);
+        let tiers = tiers
+            .iter()
+            .enumerate()
+            .map(|(at, tier)| {
+                let fetched = at == last && !in_place;
+                let path = if fetched || tier.kind == TierKind::Vram { Path::Own } else { Path::Host };
+                let fixed = if tier.kind == TierKind::Dram && !fetched { 0.0 } else { tier.latency_us * 1e-6 };
+                (path, read_s(tier, expert_bytes as f64), fixed)
+            })
+            .collect();
+        ExpertStage { tiers }
+    }
+
+    /// Seconds that one tier's reads of so many experts take, before any overlap.
+    pub fn tier_s(&self, tier: TierIdx, experts: f64) -> f64 {
+        let (_, each, fixed) = self.tiers[tier];
+        if experts > 0.0 { fixed + experts * each } else { 0.0 }
+    }
+
+    /// Seconds of a token that reads `experts[tier]` experts from each tier, the last one's being the missed ones.
+    pub fn seconds(&self, experts: &[u16]) -> f64 {
+        let (mut longest, mut host) = (0.0f64, 0.0);
+        for (&n, &(path, each, fixed)) in experts.iter().zip(&self.tiers) {
+            if n > 0 {
+                let time = fixed + f64::from(n) * each;
+                match path {
+                    Path::Own => longest = longest.max(time),
+                    Path::Host => host += time,
+                }
+            }
+        }
+        longest.max(host)
+    }
+}
+
+/// What a token does in one layer: experts read from each tier (`[tiers]`; a missed one counts on the last tier and,
+/// unless it computes there, also where it computes), and the share of tokens that do this.
+pub type Outcomes = BTreeMap<Vec<u16>, f64>;
+
+/// The distribution of outcomes of one layer under its placement, over the evidence's tokens.
+pub fn outcomes(layer: &LayerPlacement, evidence: &LayerEvidence, tiers: &[Tier], staging: TierIdx) -> Outcomes {
+    let n_expert = evidence.shape.n_expert as usize;
+    let home = tiers.len() - 1;
+    let in_place = home_in_place(tiers);
+    let mut pinned_on = vec![None; n_expert];
+    for (tier, experts) in &layer.pinned {
+        for &expert in experts {
+            if let Some(on) = pinned_on.get_mut(expert as usize) {
+                *on = Some(*tier);
+            }
+        }
+    }
+    let mut found = Outcomes::new();
+    let bring_in = |experts: &mut Vec<u16>, kept: bool| {
+        experts[home] += 1;
+        if kept {
+            experts[layer.slot_tier] += 1;
+        } else if !in_place {
+            experts[staging] += 1;
+        }
+    };
+    match &evidence.judged {
+        Judged::Recorded(trace) => {
+            let pinned: Vec<bool> = pinned_on.iter().map(Option::is_some).collect();
+            let positions = Positions::new(trace, &pinned);
+            let share = 1.0 / positions.tokens().max(1) as f64;
+            let mut token = 0;
+            for (chosen, _) in trace.steps().filter(|(_, counted)| *counted) {
+                let mut experts = vec![0u16; tiers.len()];
+                for &expert in chosen {
+                    if let Some(tier) = pinned_on[usize::from(expert)] {
+                        experts[tier] += 1;
+                    }
+                }
+                let pooled = positions.token(token);
+                for (at, &position) in pooled.iter().enumerate() {
+                    if u32::from(position) < layer.slots {
+                        experts[layer.slot_tier] += 1;
+                    } else {
+                        bring_in(&mut experts, pooled.len() - at <= layer.slots as usize);
+                    }
+                }
+                *found.entry(experts).or_insert(0.0) += share;
+                token += 1;
+            }
+        }
+        Judged::Uniform => {
+            // Groups of alike experts: pinned by tier, resident in slots, neither.
+            let mut groups = vec![0u32; tiers.len()];
+            pinned_on.iter().flatten().for_each(|&tier| groups[tier] += 1);
+            let pooled = evidence.shape.n_expert - groups.iter().sum::<u32>();
+            let resident = layer.slots.min(pooled);
+            groups.extend([resident, pooled - resident]);
+            draw(&groups, evidence.shape.n_used, |drawn, share| {
+                let mut experts: Vec<u16> = drawn[..tiers.len()].iter().map(|&n| n as u16).collect();
+                let (hits, missed) = (drawn[tiers.len()], drawn[tiers.len() + 1]);
+                experts[layer.slot_tier] += hits as u16;
+                for at in 0..missed {
+                    bring_in(&mut experts, hits + at < resident);
+                }
+                *found.entry(experts).or_insert(0.0) += share;
+            });
+        }
+    }
+    found
+}
+
+/// Calls `each` with every way in which `k` distinct experts can fall on groups of the given sizes, and its
+/// probability when all sets are equally likely (the multivariate hypergeometric distribution).
+pub fn draw(groups: &[u32], k: u32, mut each: impl FnMut(&[u32], f64)) {
+    let total: u32 = groups.iter().sum();
+    let ln_fact = ln_factorials(total as usize);
+    let ln_choose = |n: u32, k: u32| ln_fact[n as usize] - ln_fact[k as usize] - ln_fact[(n - k) as usize];
+    let all = ln_choose(total, k.min(total));
+    let mut drawn = vec![0u32; groups.len()];
+    fn fill(
+        groups: &[u32],
+        at: usize,
+        left: u32,
+        ln: f64,
+        drawn: &mut Vec<u32>,
+        ln_choose: &impl Fn(u32, u32) -> f64,
+        each: &mut impl FnMut(&[u32], f64),
+    ) {
+        if at == groups.len() {
+            if left == 0 {
+                each(drawn, ln.exp());
+            }
+            return;
+        }
+        let after: u32 = groups[at + 1..].iter().sum();
+        for n in left.saturating_sub(after)..=left.min(groups[at]) {
+            drawn[at] = n;
+            fill(groups, at + 1, left - n, ln + ln_choose(groups[at], n), drawn, ln_choose, each);
+        }
+    }
+    fill(groups, 0, k.min(total), -all, &mut drawn, &ln_choose, &mut each);
+}
+
+/// `[n + 1]` natural logarithms of 0!, 1!, ..., n!.
+fn ln_factorials(n: usize) -> Vec<f64> {
+    let mut sum = 0.0;
+    std::iter::once(0.0)
+        .chain((1..=n).map(|i| {
+            sum += (i as f64).ln();
+            sum
+        }))
+        .collect()
+}
+
+/// Mean seconds of the expert stage over a layer's outcomes.
+pub fn stage_mean_s(stage: &ExpertStage, outcomes: &Outcomes) -> f64 {
+    outcomes.iter().map(|(experts, share)| share * stage.seconds(experts)).sum()
+}
+
+/// Fixed seconds a token: its own and its layers'.
+pub fn overhead_s(n_layer: u32, layer_overhead_us: f64, token_overhead_us: f64) -> f64 {
+    (token_overhead_us + layer_overhead_us * f64::from(n_layer)) * 1e-6
+}
+
+/// Bytes that one pass over the model reads of its dense groups, by tier, when it takes `tokens` tokens at once.
+fn dense_bytes(shape: &ModelShape, dense: &[DensePlacement], n_tiers: usize, tokens: u32) -> Vec<f64> {
+    let tier_of: BTreeMap<_, _> = dense.iter().map(|d| ((d.kind, d.layer), d.tier)).collect();
+    let mut bytes = vec![0.0; n_tiers];
+    for group in &shape.dense {
+        if let Some(&tier) = tier_of.get(&(group.kind, group.layer)) {
+            // A token reads one row of the embedding; everything else is read once a pass.
+            let times = if group.kind == DenseKind::Embedding { f64::from(tokens) } else { 1.0 };
+            bytes[tier] += times * group.token_bytes as f64;
+        }
+    }
+    bytes
+}
+
+/// Predicts a placement's speed from its own tiers, with its parts.
+pub fn predict(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -> Prediction {
+    let tiers: Vec<Tier> = plan.tiers.iter().map(|t| t.tier.clone()).collect();
+    let n = tiers.len();
+    let mut read_bytes = dense_bytes(shape, &plan.dense, n, 1);
+    let dense_s: Vec<f64> = read_bytes.iter().zip(&tiers).map(|(&bytes, tier)| read_s(tier, bytes)).collect();
+    let (mut expert_s, mut critical) = (vec![0.0; n], 0.0);
+    let (mut accesses, mut missed) = (0.0, 0.0);
+    for (layer, evidence) in plan.layers.iter().zip(&evidence.layers) {
+        let stage = ExpertStage::new(&tiers, evidence.shape.expert_bytes);
+        let outcomes = outcomes(layer, evidence, &tiers, plan.staging_tier);
+        critical += stage_mean_s(&stage, &outcomes);
+        accesses += f64::from(evidence.shape.n_used);
+        for (experts, share) in &outcomes {
+            missed += share * experts.last().map_or(0.0, |&m| f64::from(m));
+            for (tier, &count) in experts.iter().enumerate() {
+                expert_s[tier] += share * stage.tier_s(tier, f64::from(count));
+                read_bytes[tier] += share * f64::from(count) * evidence.shape.expert_bytes as f64;
+            }
+        }
+    }
+    let overhead_s = overhead_s(shape.n_layer, plan.layer_overhead_us, plan.token_overhead_us);
+    let total = overhead_s + dense_s.iter().sum::<f64>() + critical;
+    Prediction {
+        decode_tok_s: if total > 0.0 { 1.0 / total } else { 0.0 },
+        prompt_tok_s: f64::from(BATCH) / prompt_s(plan, shape, evidence, &tiers).max(f64::MIN_POSITIVE),
+        overhead_s,
+        dense_s,
+        expert_s,
+        expert_critical_s: critical,
+        hit_rate: if accesses > 0.0 { 1.0 - missed / accesses } else { 1.0 },
+        read_bytes,
+        emulated: tiers.iter().all(|t| t.emulated),
+    }
+}
+
+/// Seconds of a decoded token, from a prediction's parts.
+pub fn token_s(prediction: &Prediction) -> f64 {
+    prediction.overhead_s + prediction.dense_s.iter().sum::<f64>() + prediction.expert_critical_s
+}
+
+/// Seconds that one batch of [`BATCH`] prompt tokens takes.
+fn prompt_s(plan: &Placement, shape: &ModelShape, evidence: &Evidence, tiers: &[Tier]) -> f64 {
+    let home = tiers.len() - 1;
+    let in_place = home_in_place(tiers);
+    let overhead = overhead_s(shape.n_layer, plan.layer_overhead_us, plan.token_overhead_us);
+    let dense = dense_bytes(shape, &plan.dense, tiers.len(), BATCH);
+    let mut total = overhead + dense.iter().zip(tiers).map(|(&bytes, tier)| read_s(tier, bytes)).sum::<f64>();
+    for (layer, evidence) in plan.layers.iter().zip(&evidence.layers) {
+        let stage = ExpertStage::new(tiers, evidence.shape.expert_bytes);
+        let touched: Vec<f64> =
+            evidence.prompt_share.iter().map(|share| 1.0 - (1.0 - share.min(1.0)).powi(BATCH as i32)).collect();
+        let mut experts = vec![0.0; tiers.len()];
+        let mut pooled = touched.iter().sum::<f64>();
+        let mut n_pooled = f64::from(evidence.shape.n_expert);
+        for (tier, pins) in &layer.pinned {
+            let here: f64 = pins.iter().filter_map(|&e| touched.get(e as usize)).sum();
+            experts[*tier] += here;
+            pooled -= here;
+            n_pooled -= pins.len() as f64;
+        }
+        let hits = pooled.max(0.0) * (f64::from(layer.slots) / n_pooled.max(1.0)).min(1.0);
+        let missed = (pooled - hits).max(0.0);
+        experts[layer.slot_tier] += hits;
+        experts[home] += missed;
+        if !in_place {
+            experts[plan.staging_tier] += missed;
+        }
+        let (mut longest, mut host) = (0.0f64, 0.0);
+        for (tier, &count) in experts.iter().enumerate() {
+            let time = stage.tier_s(tier, count);
+            match stage.tiers[tier].0 {
+                Path::Own => longest = longest.max(time),
+                Path::Host => host += time,
+            }
+        }
+        total += longest.max(host);
+    }
+    total
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn draws_are_a_distribution_with_the_right_means() {
+        let groups = [3, 0, 5, 12];
+        let (mut sum, mut means) = (0.0, [0.0; 4]);
+        draw(&groups, 4, |drawn, share| {
+            assert_eq!(drawn.iter().sum::<u32>(), 4);
+            sum += share;
+            drawn.iter().zip(&mut means).for_each(|(&n, mean)| *mean += share * f64::from(n));
+        });
+        assert!((sum - 1.0).abs() < 1e-12);
+        for (mean, size) in means.iter().zip(groups) {
+            assert!((mean - 4.0 * f64::from(size) / 20.0).abs() < 1e-12);
+        }
+    }
+
+    #[test]
+    fn the_stage_is_the_longest_path() {
+        let tier = |kind, read_gbps, latency_us| Tier {
+            name: String::new(),
+            kind,
+            capacity_bytes: 0,
+            read_gbps,
+            latency_us,
+            emulated: true,
+            source: String::new(),
+        };
+        let tiers = [
+            tier(TierKind::Vram, 100.0, 10.0),
+            tier(TierKind::Dram, 20.0, 99.0),
+            tier(TierKind::Cxl, 10.0, 2.0),
+            tier(TierKind::Nvme, 1.0, 50.0),
+        ];
+        // An expert of 1 MB: 10, 50, 100 and 1000 µs.
+        let stage = ExpertStage::new(&tiers, 1_000_000);
+        let us = |experts: &[u16]| (stage.seconds(experts) * 1e6).round() as u32;
+        assert_eq!(us(&[0, 0, 0, 0]), 0);
+        assert_eq!(us(&[8, 0, 0, 0]), 90);
+        assert_eq!(us(&[8, 3, 0, 0]), 150);
+        assert_eq!(us(&[8, 3, 2, 0]), 352);
+        assert_eq!(us(&[8, 4, 0, 1]), 1050);
+        // The same experts in a DRAM that is the last tier compute in place, on the host's path.
+        let home = ExpertStage::new(&tiers[..2], 1_000_000);
+        assert!(home_in_place(&tiers[..2]) && !home_in_place(&tiers));
+        assert_eq!((home.seconds(&[8, 3]) * 1e6).round() as u32, 150);
+    }
+}

@@ -1,0 +1,224 @@
+//! Re-checks a plan with no solver in it: what lies where, how many bytes that is, and how fast it should be.
+//!
+//! It shares no arithmetic with what made the plan. Bytes are added up from the shape line by line, and the time is
+//! found by stepping the engine's own slot cache through every judged token.
+
+use crate::profile::{Evidence, Judged, LayerEvidence};
+use std::collections::BTreeMap;
+use tier_plan_runtime::exec::slots::{Access, SlotCache};
+use tier_plan_runtime::formats::machine::TierKind;
+use tier_plan_runtime::formats::placement::{LayerPlacement, PlanTier, Placement};
+use tier_plan_runtime::model::shape::ModelShape;
+use tier_plan_runtime::units::show_bytes;
+
+/// Relative difference of times that rounding explains.
+const TOLERANCE: f64 = 1e-9;
+
+/// What is wrong with a plan, in sentences; nothing if it holds.
+pub fn check(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -> Vec<String> {
+    let mut wrong = Vec::new();
+    if plan.model.hash != shape.id.hash {
+        wrong.push(format!("the plan is for model '{}', not '{}'", plan.model.name, shape.id.name));
+    }
+    if plan.tiers.is_empty() {
+        wrong.push("the plan has no tiers".to_string());
+        return wrong;
+    }
+    let bytes = lines(plan, shape, &mut wrong);
+    if wrong.is_empty() {
+        sums(plan, &bytes, &mut wrong);
+        times(plan, shape, evidence, &mut wrong);
+    }
+    wrong
+}
+
+/// `[tiers]` bytes by line: dense, pinned, slots, cache, staging, home.
+type Lines = Vec<[u128; 6]>;
+
+const LINE_NAMES: [&str; 6] = ["dense", "pinned", "slot", "kv", "staging", "home"];
+
+fn lines(plan: &Placement, shape: &ModelShape, wrong: &mut Vec<String>) -> Lines {
+    let n = plan.tiers.len();
+    let mut lines = vec![[0u128; 6]; n];
+    let computes = |tier: usize| plan.tiers[tier].tier.kind != TierKind::Nvme;
+
+    let mut placed: BTreeMap<_, u32> = BTreeMap::new();
+    for dense in &plan.dense {
+        let group = shape.dense.iter().find(|g| (g.kind, g.layer) == (dense.kind, dense.layer));
+        let name = format!("{:?} of layer {:?}", dense.kind, dense.layer);
+        *placed.entry((dense.kind, dense.layer)).or_default() += 1;
+        match group {
+            None => wrong.push(format!("{name} is placed, but the model has none")),
+            Some(_) if dense.tier >= n => wrong.push(format!("{name} is on tier {} of {n}", dense.tier)),
+            Some(_) if !computes(dense.tier) => {
+                wrong.push(format!("{name} is on '{}', where nothing computes", plan.tiers[dense.tier].tier.name));
+            }
+            Some(group) => lines[dense.tier][0] += u128::from(group.bytes),
+        }
+    }
+    for group in &shape.dense {
+        let times = placed.get(&(group.kind, group.layer)).copied().unwrap_or(0);
+        if times != 1 {
+            wrong.push(format!("{:?} of layer {:?} is placed {times} times, not once", group.kind, group.layer));
+        }
+    }
+
+    let (have, want): (Vec<u32>, Vec<u32>) =
+        (plan.layers.iter().map(|l| l.layer).collect(), shape.experts.iter().map(|e| e.layer).collect());
+    if have != want {
+        wrong.push(format!("layers with experts are {want:?} in the model, {have:?} in the plan"));
+        return lines;
+    }
+    for (layer, experts) in plan.layers.iter().zip(&shape.experts) {
+        let each = u128::from(experts.expert_bytes);
+        let mut seen = vec![false; experts.n_expert as usize];
+        for (tier, pinned) in &layer.pinned {
+            if *tier >= n || !computes(*tier) {
+                wrong.push(format!("layer {} pins experts to tier {tier}, where none can be", layer.layer));
+                continue;
+            }
+            for &expert in pinned {
+                match seen.get_mut(expert as usize) {
+                    None => wrong.push(format!("layer {} pins expert {expert} of {}", layer.layer, experts.n_expert)),
+                    Some(true) => wrong.push(format!("layer {} pins expert {expert} twice", layer.layer)),
+                    Some(seen) => {
+                        *seen = true;
+                        lines[*tier][1] += each;
+                    }
+                }
+            }
+        }
+        let pooled = seen.iter().filter(|&&s| !s).count();
+        lines[n - 1][5] += each * pooled as u128;
+        if layer.slots > 0 {
+            if layer.slot_tier >= n || !computes(layer.slot_tier) {
+                wrong.push(format!("layer {} has slots on tier {}", layer.layer, layer.slot_tier));
+            } else {
+                lines[layer.slot_tier][2] += each * u128::from(layer.slots);
+            }
+            if layer.slots as usize > pooled {
+                wrong.push(format!("layer {} has {} slots for {pooled} pooled experts", layer.layer, layer.slots));
+            }
+        }
+    }
+
+    let largest = shape.experts.iter().map(|e| e.expert_bytes).max().unwrap_or(0);
+    for (name, tier, line, bytes) in [
+        ("key and value cache", plan.kv_tier, 3, u128::from(plan.context) * u128::from(shape.kv_bytes_per_token)),
+        ("staging", plan.staging_tier, 4, u128::from(plan.staging_experts) * u128::from(largest)),
+    ] {
+        if tier >= n || (bytes > 0 && !computes(tier)) {
+            wrong.push(format!("the {name} is on tier {tier}, where nothing computes"));
+        } else {
+            lines[tier][line] += bytes;
+        }
+    }
+    lines
+}
+
+fn sums(plan: &Placement, lines: &Lines, wrong: &mut Vec<String>) {
+    for (tier, lines) in plan.tiers.iter().zip(lines) {
+        let name = &tier.tier.name;
+        let PlanTier { dense_bytes, pinned_bytes, slot_bytes, kv_bytes, staging_bytes, home_bytes, .. } = *tier;
+        let said = [dense_bytes, pinned_bytes, slot_bytes, kv_bytes, staging_bytes, home_bytes];
+        for ((said, &is), line) in said.into_iter().zip(lines).zip(LINE_NAMES) {
+            if u128::from(said) != is {
+                wrong.push(format!("tier '{name}' says {said} {line} bytes, but they are {is}"));
+            }
+        }
+        let used: u128 = lines.iter().sum();
+        if used > u128::from(tier.budget_bytes) {
+            let over = show_bytes(u64::try_from(used - u128::from(tier.budget_bytes)).unwrap_or(u64::MAX));
+            wrong.push(format!("tier '{name}' is over its budget of {} by {over}", show_bytes(tier.budget_bytes)));
+        }
+        if tier.budget_bytes > tier.tier.capacity_bytes {
+            wrong.push(format!("tier '{name}' has a budget above its capacity"));
+        }
+    }
+}
+
+fn times(plan: &Placement, shape: &ModelShape, evidence: &Evidence, wrong: &mut Vec<String>) {
+    let seconds = token_s(plan, shape, evidence);
+    let differs = |said: f64| ((said - seconds) / seconds).abs() > TOLERANCE || said.is_nan();
+    let predicted = plan.predicted.decode_tok_s;
+    if differs(1.0 / predicted) {
+        wrong.push(format!("the plan predicts {predicted} tok/s, but a replay gives {}", 1.0 / seconds));
+    }
+    if differs(plan.solver.objective_s) {
+        wrong.push(format!("the plan's objective is {} s, but a replay gives {seconds} s", plan.solver.objective_s));
+    }
+    if plan.solver.bound_s.is_some_and(|bound| bound > plan.solver.objective_s * (1.0 + TOLERANCE)) {
+        wrong.push("the plan is better than its proven bound".to_string());
+    }
+}
+
+/// Seconds of a decoded token, token by token as [`crate::cost`] states the charges.
+pub fn token_s(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -> f64 {
+    let mut total = 1e-6 * (plan.token_overhead_us + f64::from(shape.n_layer) * plan.layer_overhead_us);
+    for dense in &plan.dense {
+        for group in shape.dense.iter().filter(|g| (g.kind, g.layer) == (dense.kind, dense.layer)) {
+            total += group.token_bytes as f64 / (plan.tiers[dense.tier].tier.read_gbps * 1e9);
+        }
+    }
+    for (layer, evidence) in plan.layers.iter().zip(&evidence.layers) {
+        total += match &evidence.judged {
+            Judged::Recorded(_) => stepped_s(plan, layer, evidence),
+            Judged::Uniform => {
+                let tiers: Vec<_> = plan.tiers.iter().map(|t| t.tier.clone()).collect();
+                let stage = crate::cost::ExpertStage::new(&tiers, evidence.shape.expert_bytes);
+                crate::cost::stage_mean_s(
+                    &stage,
+                    &crate::cost::outcomes(layer, evidence, &tiers, plan.staging_tier),
+                )
+            }
+        };
+    }
+    total
+}
+
+fn stepped_s(plan: &Placement, layer: &LayerPlacement, evidence: &LayerEvidence) -> f64 {
+    let Judged::Recorded(trace) = &evidence.judged else { return 0.0 };
+    let home = plan.tiers.len() - 1;
+    let in_place = matches!(plan.tiers[home].tier.kind, TierKind::Dram | TierKind::Vram);
+    let mut on = vec![None; evidence.shape.n_expert as usize];
+    layer.pinned.iter().for_each(|(tier, experts)| experts.iter().for_each(|&e| on[e as usize] = Some(*tier)));
+    let mut cache = SlotCache::new(evidence.shape.n_expert, layer.slots);
+    let (mut out, mut sum, mut tokens) = (Vec::new(), 0.0, 0u64);
+    for (chosen, counted) in trace.steps() {
+        let pooled: Vec<u32> = chosen.iter().map(|&e| e.into()).filter(|&e: &u32| on[e as usize].is_none()).collect();
+        cache.step(&pooled, &mut out);
+        if !counted {
+            continue;
+        }
+        let mut experts = vec![0u64; plan.tiers.len()];
+        let mut missed = 0u64;
+        chosen.iter().filter_map(|&e| on[usize::from(e)]).for_each(|tier| experts[tier] += 1);
+        for access in &out {
+            missed += u64::from(!matches!(access, Access::Hit { .. }));
+            match access {
+                Access::Hit { .. } | Access::Fill { .. } => experts[layer.slot_tier] += 1,
+                Access::Staged if in_place => {}
+                Access::Staged => experts[plan.staging_tier] += 1,
+            }
+        }
+        // The paths that overlap: every VRAM tier, the host, the transfers from the last tier.
+        let (mut vram, mut host, mut transfer) = (0.0f64, 0.0, 0.0);
+        for (at, tier) in plan.tiers.iter().enumerate() {
+            let n = if at == home { missed } else { experts[at] };
+            if n == 0 {
+                continue;
+            }
+            let read = (n * evidence.shape.expert_bytes) as f64 / (tier.tier.read_gbps * 1e9);
+            let latency = tier.tier.latency_us * 1e-6;
+            match tier.tier.kind {
+                _ if at == home && !in_place => transfer = latency + read,
+                TierKind::Vram => vram = vram.max(latency + read),
+                TierKind::Dram => host += read,
+                _ => host += latency + read,
+            }
+        }
+        sum += vram.max(host).max(transfer);
+        tokens += 1;
+    }
+    sum / tokens.max(1) as f64
+}

@@ -1,0 +1,513 @@
+//! What there is to choose from: for each layer its configurations with their times and bytes, for each kind of dense
+//! group its tiers.
+//!
+//! A configuration pins the most used experts to the fastest tier, the next to the second, and so on (`cuts`), and
+//! gives the rest some slots. Slots are none, or at least as many as a token uses: fewer would be overwritten while
+//! their experts compute. Layers about which the same is known share their configurations, and so do dense groups of
+//! equal bytes: that keeps the integer program free of symmetry.
+
+use super::room::{MAX_FAST, Room};
+use crate::cost::{self, ExpertStage, outcomes, read_s, stage_mean_s};
+use crate::profile::{Evidence, Judged, LayerEvidence};
+use crate::replay::{COLD, LayerTrace, Positions};
+use std::collections::{BTreeMap, HashSet};
+use tier_plan_runtime::formats::placement::{LayerPlacement, SlotPolicy, TierIdx};
+use tier_plan_runtime::model::shape::ModelShape;
+
+/// Replay events that building a grid may take: about a second of one core.
+const MAX_EVENTS: f64 = 1e9;
+
+/// Configurations over all layers.
+const MAX_COLUMNS: f64 = 1.5e6;
+
+/// One way to treat a layer's experts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Config {
+    /// `[fast tiers]` tier `t` gets the experts of rank `cuts[t - 1]..cuts[t]` by falling use; the rest is pooled.
+    pub cuts: [u16; MAX_FAST],
+    /// Slots of the pooled experts.
+    pub slots: u16,
+    /// Where they are.
+    pub slot_tier: u8,
+}
+
+impl Config {
+    /// Experts pinned to each of the `fast` tiers.
+    pub fn pins(&self, fast: usize) -> impl Iterator<Item = u16> + '_ {
+        (0..fast).map(|t| self.cuts[t] - if t == 0 { 0 } else { self.cuts[t - 1] })
+    }
+
+    /// The placement of a layer that this stands for.
+    pub fn placement(&self, layer: u32, order: &[u32], fast: usize) -> LayerPlacement {
+        let mut from = 0;
+        let mut pinned = Vec::new();
+        for tier in 0..fast {
+            let to = usize::from(self.cuts[tier]).min(order.len());
+            if to > from {
+                let mut experts = order[from..to].to_vec();
+                experts.sort_unstable();
+                pinned.push((tier, experts));
+                from = to;
+            }
+        }
+        LayerPlacement {
+            layer,
+            pinned,
+            slots: self.slots.into(),
+            slot_tier: self.slot_tier.into(),
+            policy: SlotPolicy::Lru,
+        }
+    }
+}
+
+/// What the columns of an item mean.
+#[derive(Debug, Clone)]
+pub enum Meaning {
+    /// Dense groups (positions in the shape), a tier a column.
+    Dense(Vec<usize>, Vec<TierIdx>),
+    /// Layers with experts (positions in the shape), a configuration a column.
+    Experts(Vec<usize>, Vec<Config>),
+}
+
+/// Something to choose one column for, once for each member.
+#[derive(Debug, Clone)]
+pub struct Item {
+    /// What it is.
+    pub meaning: Meaning,
+    /// `[columns]` seconds a token.
+    pub cost_s: Vec<f64>,
+    /// `[columns, tiers]` bytes.
+    pub bytes: Vec<u64>,
+}
+
+impl Item {
+    /// Members that each get a column.
+    pub fn count(&self) -> usize {
+        match &self.meaning {
+            Meaning::Dense(groups, _) => groups.len(),
+            Meaning::Experts(layers, _) => layers.len(),
+        }
+    }
+
+    /// Columns.
+    pub fn len(&self) -> usize {
+        self.cost_s.len()
+    }
+
+    /// Whether there is nothing to choose from.
+    pub fn is_empty(&self) -> bool {
+        self.cost_s.is_empty()
+    }
+
+    /// Drops the configurations from `first` on that were there before.
+    fn drop_repeats(&mut self, first: usize) {
+        let Meaning::Experts(_, configs) = &mut self.meaning else { return };
+        let n = self.bytes.len().checked_div(configs.len()).unwrap_or(0);
+        let mut seen: HashSet<Config> = configs[..first].iter().copied().collect();
+        let mut kept = first;
+        for at in first..configs.len() {
+            if seen.insert(configs[at]) {
+                configs[kept] = configs[at];
+                self.cost_s[kept] = self.cost_s[at];
+                self.bytes.copy_within(at * n..(at + 1) * n, kept * n);
+                kept += 1;
+            }
+        }
+        configs.truncate(kept);
+        self.cost_s.truncate(kept);
+        self.bytes.truncate(kept * n);
+    }
+
+    /// `[tiers]` bytes of a column.
+    pub fn column_bytes(&self, column: usize, n_tiers: usize) -> &[u64] {
+        &self.bytes[column * n_tiers..][..n_tiers]
+    }
+}
+
+/// The dense groups, alike ones together.
+pub fn dense_items(shape: &ModelShape, room: &Room) -> Vec<Item> {
+    let mut alike: BTreeMap<(u64, u64), Vec<usize>> = BTreeMap::new();
+    for (at, group) in shape.dense.iter().enumerate() {
+        alike.entry((group.bytes, group.token_bytes)).or_default().push(at);
+    }
+    let n = room.tiers.len();
+    alike
+        .into_iter()
+        .map(|((bytes, token_bytes), groups)| {
+            let tiers: Vec<TierIdx> = room.dense_tiers().filter(|&t| bytes <= room.left_bytes[t]).collect();
+            Item {
+                cost_s: tiers.iter().map(|&t| read_s(&room.tiers[t], token_bytes as f64)).collect(),
+                bytes: tiers.iter().flat_map(|&t| (0..n).map(move |at| if at == t { bytes } else { 0 })).collect(),
+                meaning: Meaning::Dense(groups, tiers),
+            }
+        })
+        .collect()
+}
+
+/// The counts that configurations are made of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Grid {
+    /// Points an axis, at most.
+    points: usize,
+    /// Every count of every layer is there.
+    pub full: bool,
+}
+
+impl Grid {
+    /// The finest grid that stays within a second or two of work.
+    pub fn new(evidence: &Evidence, room: &Room) -> Self {
+        let fast = room.home();
+        let slot_tiers = room.slot_tiers().len().max(1) as f64;
+        let work = |points: usize| {
+            let (mut events, mut columns) = (0.0, 0.0);
+            for layer in &evidence.layers {
+                let axis = points.min(layer.shape.n_expert as usize + 1) as f64;
+                // Non-decreasing sequences of `fast` cuts.
+                let cuts = (0..fast).fold(1.0, |n, at| n * (axis + at as f64) / (at as f64 + 1.0));
+                if let Judged::Recorded(trace) = &layer.judged {
+                    events += cuts * slot_tiers * trace.tokens() as f64 * f64::from(layer.shape.n_used);
+                }
+                columns += cuts * if room.in_place { 1.0 } else { slot_tiers * axis };
+            }
+            (events, columns)
+        };
+        let most = evidence.layers.iter().map(|l| l.shape.n_expert as usize + 1).max().unwrap_or(1);
+        let mut points = most;
+        while points > 8 && (work(points).0 > MAX_EVENTS || work(points).1 > MAX_COLUMNS) {
+            points -= points.div_ceil(16);
+        }
+        Grid { points, full: points == most }
+    }
+
+    /// Counts between `from` and `to`, both included: all, or half of the points evenly and half growing by a factor.
+    fn axis(&self, from: u16, to: u16) -> Vec<u16> {
+        let span = usize::from(to.saturating_sub(from));
+        if span < self.points {
+            return (from..=to).collect();
+        }
+        let half = (self.points / 2).max(2);
+        let even = (0..half).map(|i| span * i / (half - 1));
+        let grown = (0..half).map(|i| (span as f64).powf(i as f64 / (half - 1) as f64).round() as usize);
+        let mut axis: Vec<u16> = even.chain(grown).map(|n| from + n.min(span) as u16).collect();
+        axis.sort_unstable();
+        axis.dedup();
+        axis
+    }
+}
+
+/// The axes of one layer's configurations.
+#[derive(Debug, Clone)]
+pub struct Axes {
+    /// Values of every cut, ascending.
+    pub cuts: Vec<u16>,
+    /// Values of the last cut, ascending.
+    pub last_cuts: Vec<u16>,
+    /// Slot counts, or all that the grid has.
+    pub slots: Option<Vec<u16>>,
+}
+
+/// Makes configurations of layers, with their times.
+pub struct Maker<'a> {
+    /// What is known of routing.
+    pub evidence: &'a Evidence,
+    /// Tiers and bytes.
+    pub room: &'a Room,
+    /// Counts.
+    pub grid: Grid,
+}
+
+impl Maker<'_> {
+    /// Layers that share their configurations, by position.
+    fn alike(&self) -> Vec<Vec<usize>> {
+        let mut alike: Vec<Vec<usize>> = Vec::new();
+        let mut uniform: BTreeMap<(u32, u32, u64), usize> = BTreeMap::new();
+        for (at, layer) in self.evidence.layers.iter().enumerate() {
+            match layer.judged {
+                Judged::Recorded(_) => alike.push(vec![at]),
+                Judged::Uniform => {
+                    let key = (layer.shape.n_expert, layer.shape.n_used, layer.shape.expert_bytes);
+                    let place = *uniform.entry(key).or_insert_with(|| {
+                        alike.push(Vec::new());
+                        alike.len() - 1
+                    });
+                    alike[place].push(at);
+                }
+            }
+        }
+        alike
+    }
+
+    /// All layers' configurations on the grid, computed on all cores.
+    pub fn items(&self) -> Vec<Item> {
+        let alike = self.alike();
+        let threads = std::thread::available_parallelism().map_or(1, |n| n.get()).min(alike.len().max(1));
+        let mut items: Vec<Option<Item>> = vec![None; alike.len()];
+        std::thread::scope(|scope| {
+            let chunk = alike.len().div_ceil(threads).max(1);
+            for (members, items) in alike.chunks(chunk).zip(items.chunks_mut(chunk)) {
+                scope.spawn(move || {
+                    for (members, item) in members.iter().zip(items) {
+                        let layer = &self.evidence.layers[members[0]];
+                        let most = layer.shape.n_expert as u16;
+                        let cuts = self.grid.axis(0, most);
+                        let axes = Axes { last_cuts: cuts.clone(), cuts, slots: None };
+                        let mut made = Item {
+                            meaning: Meaning::Experts(members.clone(), Vec::new()),
+                            cost_s: Vec::new(),
+                            bytes: Vec::new(),
+                        };
+                        self.extend(&mut made, &axes);
+                        *item = Some(made);
+                    }
+                });
+            }
+        });
+        items.into_iter().flatten().collect()
+    }
+
+    /// Adds the configurations on the given axes that fit the tiers and are not there yet.
+    pub fn extend(&self, item: &mut Item, axes: &Axes) {
+        let Meaning::Experts(members, _) = &item.meaning else { return };
+        let layer = &self.evidence.layers[members[0]];
+        let stage = ExpertStage::new(&self.room.tiers, layer.shape.expert_bytes);
+        let before = item.len();
+        match &layer.judged {
+            Judged::Recorded(trace) => self.recorded(item, layer, trace, &stage, axes),
+            Judged::Uniform => self.uniform(item, layer, &stage, axes),
+        }
+        if before > 0 {
+            item.drop_repeats(before);
+        }
+    }
+
+    /// Adds one configuration, whatever the grid; `None` if it does not fit.
+    pub fn add(&self, item: &mut Item, config: Config) -> Option<usize> {
+        let Meaning::Experts(members, configs) = &item.meaning else { return None };
+        if let Some(at) = configs.iter().position(|c| *c == config) {
+            return Some(at);
+        }
+        let layer = &self.evidence.layers[members[0]];
+        let stage = ExpertStage::new(&self.room.tiers, layer.shape.expert_bytes);
+        let placed = config.placement(layer.shape.layer, &layer.order, self.room.home());
+        let outcomes = outcomes(&placed, layer, &self.room.tiers, self.room.staging_tier);
+        self.push(item, layer, config, stage_mean_s(&stage, &outcomes)).then(|| item.len() - 1)
+    }
+
+    fn push(&self, item: &mut Item, layer: &LayerEvidence, config: Config, cost_s: f64) -> bool {
+        let (home, n, each) = (self.room.home(), self.room.tiers.len(), layer.shape.expert_bytes);
+        let mut bytes = [0u64; MAX_FAST + 1];
+        let mut pooled = u64::from(layer.shape.n_expert);
+        for (tier, pins) in config.pins(home).enumerate() {
+            bytes[tier] = u64::from(pins) * each;
+            pooled -= u64::from(pins);
+        }
+        if config.slots > 0 {
+            bytes[usize::from(config.slot_tier)] += u64::from(config.slots) * each;
+        }
+        bytes[home] += pooled * each;
+        let fits = bytes[..n].iter().zip(&self.room.left_bytes).all(|(b, left)| b <= left);
+        if let (true, Meaning::Experts(_, configs)) = (fits, &mut item.meaning) {
+            configs.push(config);
+            item.cost_s.push(cost_s);
+            item.bytes.extend_from_slice(&bytes[..n]);
+        }
+        fits
+    }
+
+    /// Slot counts for so many pooled experts.
+    fn slot_axis(&self, axes: &Axes, pooled: u16, used: u16) -> Vec<u16> {
+        if self.room.in_place || pooled == 0 {
+            return Vec::new();
+        }
+        let least = used.min(pooled);
+        match &axes.slots {
+            None => self.grid.axis(least, pooled),
+            Some(slots) => slots.iter().copied().filter(|s| (least..=pooled).contains(s)).collect(),
+        }
+    }
+
+    /// Calls `each` with every non-decreasing sequence of cuts that ends in `last`, if its pins fit the tiers.
+    fn sequences(&self, cuts: &[u16], last: u16, expert_bytes: u64, mut each: impl FnMut([u16; MAX_FAST])) {
+        let fast = self.room.home();
+        let mut stack = vec![(0usize, [0u16; MAX_FAST])];
+        if fast == 0 {
+            each([0; MAX_FAST]);
+            return;
+        }
+        while let Some((tier, so_far)) = stack.pop() {
+            let from = if tier == 0 { 0 } else { so_far[tier - 1] };
+            let fits = |to: u16| u64::from(to - from) * expert_bytes <= self.room.left_bytes[tier];
+            let mut go = |to: u16| {
+                let mut sequence = so_far;
+                sequence[tier] = to;
+                if tier + 1 == fast { each(sequence) } else { stack.push((tier + 1, sequence)) }
+            };
+            if tier + 1 == fast {
+                if fits(last) {
+                    go(last);
+                }
+            } else {
+                cuts.iter().copied().filter(|&to| to >= from && to <= last && fits(to)).for_each(&mut go);
+            }
+        }
+    }
+
+    fn recorded(&self, item: &mut Item, layer: &LayerEvidence, trace: &LayerTrace, stage: &ExpertStage, axes: &Axes) {
+        let (home, n) = (self.room.home(), self.room.tiers.len());
+        let (n_expert, used) = (layer.shape.n_expert as u16, layer.shape.n_used as u16);
+        let tokens = trace.tokens().max(1) as f64;
+        let mut rank = vec![0u16; usize::from(n_expert)];
+        for (at, &expert) in layer.order.iter().enumerate() {
+            rank[expert as usize] = at as u16;
+        }
+        // `[token, used]` ranks in ascending order, so that the pins of any cuts are counted by one short scan.
+        let mut ranks: Vec<u16> = Vec::new();
+        for (chosen, _) in trace.steps().filter(|(_, counted)| *counted) {
+            let from = ranks.len();
+            ranks.extend(chosen.iter().map(|&e| rank[usize::from(e)]));
+            ranks[from..].sort_unstable();
+        }
+        let transfer: Vec<f64> = (0..=used).map(|m| stage.tier_s(home, f64::from(m))).collect();
+        let mut delta: Vec<f64> = Vec::new();
+        let mut sorted: Vec<u16> = Vec::new();
+        let mut starts: Vec<usize> = Vec::new();
+        for &last in &axes.last_cuts {
+            if home == 0 && last > 0 {
+                break;
+            }
+            let pinned: Vec<bool> = rank.iter().map(|&r| r < last).collect();
+            let positions = Positions::new(trace, &pinned);
+            sorted.clear();
+            starts.clear();
+            for token in 0..positions.tokens() {
+                let from = sorted.len();
+                starts.push(from);
+                sorted.extend_from_slice(positions.token(token));
+                sorted[from..].sort_unstable();
+            }
+            starts.push(sorted.len());
+            let pooled = n_expert - last;
+            let slots = self.slot_axis(axes, pooled, used);
+            self.sequences(&axes.cuts, last, layer.shape.expert_bytes, |cuts| {
+                let counts = |token: &[u16]| {
+                    let mut experts = [0u16; MAX_FAST + 1];
+                    let mut tier = 0;
+                    for &rank in token {
+                        while tier < home && rank >= cuts[tier] {
+                            tier += 1;
+                        }
+                        experts[tier] += 1;
+                    }
+                    experts
+                };
+                let config = |slots, slot_tier: TierIdx| Config { cuts, slots, slot_tier: slot_tier as u8 };
+                let each_token = || ranks.chunks_exact(usize::from(used)).map(counts);
+                // Without slots every pooled choice is missed, or computes in place.
+                let plain: f64 = each_token()
+                    .map(|mut experts| {
+                        if !self.room.in_place {
+                            experts[self.room.staging_tier] += experts[home];
+                        }
+                        stage.seconds(&experts[..n])
+                    })
+                    .sum();
+                self.push(item, layer, config(0, self.room.staging_tier), plain / tokens);
+                if slots.is_empty() {
+                    return;
+                }
+                for tier in self.room.slot_tiers() {
+                    delta.clear();
+                    delta.resize(usize::from(pooled) + 1, 0.0);
+                    for (mut experts, span) in each_token().zip(starts.windows(2)) {
+                        let mut missed = usize::from(std::mem::take(&mut experts[home]));
+                        experts[tier] += missed as u16;
+                        let compute = stage.seconds(&experts[..n]);
+                        let mut now = compute.max(transfer[missed]);
+                        delta[0] += now;
+                        for &position in sorted[span[0]..span[1]].iter().take_while(|&&p| p != COLD) {
+                            missed -= 1;
+                            let then = compute.max(transfer[missed]);
+                            delta[usize::from(position) + 1] += then - now;
+                            now = then;
+                        }
+                    }
+                    let mut at = slots.iter().peekable();
+                    let mut sum = 0.0;
+                    for (count, change) in delta.iter().enumerate() {
+                        sum += change;
+                        if at.next_if(|&&s| usize::from(s) == count).is_some() {
+                            self.push(item, layer, config(count as u16, tier), sum / tokens);
+                        }
+                    }
+                }
+            });
+        }
+    }
+
+    fn uniform(&self, item: &mut Item, layer: &LayerEvidence, stage: &ExpertStage, axes: &Axes) {
+        let (home, n) = (self.room.home(), self.room.tiers.len());
+        let (n_expert, used) = (layer.shape.n_expert as u16, layer.shape.n_used as u16);
+        let transfer: Vec<f64> = (0..=used).map(|m| stage.tier_s(home, f64::from(m))).collect();
+        for &last in &axes.last_cuts {
+            if home == 0 && last > 0 {
+                break;
+            }
+            let pooled = n_expert - last;
+            // `[slots][pooled choices]` the distribution of misses.
+            let slots = self.slot_axis(axes, pooled, used);
+            let misses: Vec<Vec<Vec<f64>>> = slots
+                .iter()
+                .map(|&s| {
+                    (0..=used.min(pooled))
+                        .map(|q| {
+                            let mut shares = vec![0.0; usize::from(q) + 1];
+                            let groups = [u32::from(s), u32::from(pooled - s)];
+                            cost::draw(&groups, q.into(), |drawn, share| shares[drawn[1] as usize] += share);
+                            shares
+                        })
+                        .collect()
+                })
+                .collect();
+            self.sequences(&axes.cuts, last, layer.shape.expert_bytes, |cuts| {
+                let config = |slots, slot_tier: TierIdx| Config { cuts, slots, slot_tier: slot_tier as u8 };
+                let mut groups: Vec<u32> = config(0, 0).pins(home).map(u32::from).collect();
+                groups.push(pooled.into());
+                let mut tokens: Vec<([u16; MAX_FAST + 1], f64)> = Vec::new();
+                cost::draw(&groups, used.into(), |drawn, share| {
+                    let mut experts = [0u16; MAX_FAST + 1];
+                    experts.iter_mut().zip(drawn).for_each(|(n, &d)| *n = d as u16);
+                    tokens.push((experts, share));
+                });
+                let plain: f64 = tokens
+                    .iter()
+                    .map(|&(mut experts, share)| {
+                        if !self.room.in_place {
+                            experts[self.room.staging_tier] += experts[home];
+                        }
+                        share * stage.seconds(&experts[..n])
+                    })
+                    .sum();
+                self.push(item, layer, config(0, self.room.staging_tier), plain);
+                for tier in self.room.slot_tiers() {
+                    let computes: Vec<(f64, usize, f64)> = tokens
+                        .iter()
+                        .map(|&(mut experts, share)| {
+                            let q = std::mem::take(&mut experts[home]);
+                            experts[tier] += q;
+                            (stage.seconds(&experts[..n]), usize::from(q), share)
+                        })
+                        .collect();
+                    for (&s, misses) in slots.iter().zip(&misses) {
+                        let mean = |(compute, q, share): &(f64, usize, f64)| {
+                            let over: f64 =
+                                misses[*q].iter().zip(&transfer).map(|(p, t)| p * compute.max(*t)).sum();
+                            share * over
+                        };
+                        self.push(item, layer, config(s, tier), computes.iter().map(mean).sum());
+                    }
+                }
+            });
+        }
+    }
+}
+

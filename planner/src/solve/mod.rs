@@ -1,0 +1,447 @@
+//! Finds where every tensor should live.
+//!
+//! [`room`] sets aside what every plan needs; [`columns`] lists what can be chosen and what it costs; [`dual`] finds
+//! prices for bytes and a proven bound; [`search`] and [`program`] find the integer choice; [`rules`] makes the plans
+//! to compare with; [`check`] re-checks every plan before anybody sees it.
+
+pub mod check;
+pub mod columns;
+pub mod dual;
+pub mod program;
+pub mod room;
+pub mod rules;
+pub mod search;
+
+use crate::cli::Strategy;
+use crate::cost::{self, predict, token_s};
+use crate::profile::{Evidence, Judged};
+use crate::replay::ceiling;
+use anyhow::{Context, Result, bail, ensure};
+use columns::{Axes, Config, Grid, Item, Maker, Meaning};
+use dual::Dual;
+use room::Room;
+use rules::{Draft, Rule};
+use search::Choice;
+use std::time::{Duration, Instant};
+use tier_plan_runtime::formats::machine::Machine;
+use tier_plan_runtime::formats::placement::{DensePlacement, PlanTier, Placement, Prediction, SolverReport};
+use tier_plan_runtime::formats::profile::Profile;
+use tier_plan_runtime::model::shape::ModelShape;
+
+/// The backend's name in plans.
+pub const BACKEND: &str = "good_lp/microlp";
+
+/// A relative gap that is rounding.
+const NO_GAP: f64 = 1e-9;
+
+/// What a plan is made from.
+#[derive(Debug, Clone)]
+pub struct Inputs<'a> {
+    /// The model's sizes.
+    pub shape: &'a ModelShape,
+    /// Its routing; uniform access is assumed without.
+    pub profile: Option<&'a Profile>,
+    /// The machine.
+    pub machine: &'a Machine,
+    /// `[tiers]` bytes the plan may use.
+    pub budgets: Vec<u64>,
+    /// Context length that the key and value cache is planned for.
+    pub context: u32,
+}
+
+/// How to make a plan.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Options {
+    /// The integer program or a rule.
+    pub strategy: Strategy,
+    /// Stop improving after so many seconds.
+    pub time_limit_s: f64,
+}
+
+/// A plan and what to compare it with.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Solved {
+    /// The plan that was asked for.
+    pub plan: Placement,
+    /// The plans of the rules that fit, at the same budgets.
+    pub baselines: Vec<Placement>,
+    /// What the reader should know, in sentences.
+    pub notes: Vec<String>,
+    /// Share of expert accesses that no policy could serve better from as many resident experts as the plan has; not
+    /// without a profile.
+    pub ceiling_hit_rate: Option<f64>,
+}
+
+/// Makes a plan.
+///
+/// # Errors
+/// As [`solve_all`].
+pub fn solve(inputs: &Inputs<'_>, options: &Options) -> Result<Placement> {
+    Ok(solve_all(inputs, options)?.plan)
+}
+
+/// Makes a plan and those of the rules, each re-checked.
+///
+/// # Errors
+/// When the budgets cannot hold what every plan needs, the profile is of another model, a number of the machine file
+/// makes no sense, or the rule that was asked for does not fit.
+pub fn solve_all(inputs: &Inputs<'_>, options: &Options) -> Result<Solved> {
+    let start = Instant::now();
+    let evidence = Evidence::new(inputs.shape, inputs.profile)?;
+    let room = Room::new(inputs)?;
+    let planner = Planner { inputs, evidence: &evidence, room: &room };
+    let mut notes = evidence.notes.clone();
+    let mut drafts = Vec::new();
+    let mut baselines = Vec::new();
+    for rule in Rule::ALL {
+        if let Some(draft) = rules::draft(rule, inputs.shape, &evidence, &room) {
+            baselines.push(planner.baseline(rule, &draft)?);
+            drafts.push(draft);
+        }
+    }
+    let wanted = match options.strategy {
+        Strategy::Optimal => None,
+        Strategy::Uniform => Some(Rule::Uniform),
+        Strategy::FrequencyFirst => Some(Rule::FrequencyFirst),
+        Strategy::LruOnly => Some(Rule::LruOnly),
+        Strategy::FirstLayersCpu => Some(Rule::FirstLayersCpu),
+    };
+    let plan = match wanted {
+        Some(rule) => baselines.iter().find(|b| b.name == rule.name()).cloned().with_context(|| {
+            format!("the rule '{}' makes no plan on these tiers and budgets; try --strategy optimal", rule.name())
+        })?,
+        None => {
+            let limit = Duration::try_from_secs_f64(options.time_limit_s)
+                .ok()
+                .with_context(|| format!("a time limit of {} s; give a positive one", options.time_limit_s))?;
+            let deadline = start.checked_add(limit).context("the time limit is too long; give less than a year")?;
+            planner.optimum(&drafts, &baselines, start, deadline, &mut notes)?
+        }
+    };
+    Ok(Solved { ceiling_hit_rate: ceiling_hit_rate(&plan, &evidence), plan, baselines, notes })
+}
+
+/// See [`Solved::ceiling_hit_rate`].
+fn ceiling_hit_rate(plan: &Placement, evidence: &Evidence) -> Option<f64> {
+    let (mut hits, mut accesses) = (0, 0);
+    for (layer, evidence) in plan.layers.iter().zip(&evidence.layers) {
+        let Judged::Recorded(trace) = &evidence.judged else { return None };
+        let resident = layer.pinned.iter().map(|(_, p)| p.len()).sum::<usize>() + layer.slots as usize;
+        hits += ceiling(trace, resident);
+        accesses += (trace.tokens() * trace.n_used()) as u64;
+    }
+    (accesses > 0).then(|| hits as f64 / accesses as f64)
+}
+
+struct Planner<'a> {
+    inputs: &'a Inputs<'a>,
+    evidence: &'a Evidence,
+    room: &'a Room,
+}
+
+impl Planner<'_> {
+    /// A rule's plan.
+    fn baseline(&self, rule: Rule, draft: &Draft) -> Result<Placement> {
+        let mut plan = self.assemble(rule.name(), draft);
+        plan.solver.backend = rule.name().to_string();
+        plan.solver.status = "baseline".to_string();
+        self.checked(plan)
+    }
+
+    fn checked(&self, plan: Placement) -> Result<Placement> {
+        let wrong = check::check(&plan, self.inputs.shape, self.evidence);
+        ensure!(
+            wrong.is_empty(),
+            "the plan '{}' did not pass its own check, which is a mistake in this program: {}",
+            plan.name,
+            wrong.join("; ")
+        );
+        Ok(plan)
+    }
+
+    /// A whole plan from a draft, predicted; its solver lines are to be filled in.
+    fn assemble(&self, name: &str, draft: &Draft) -> Placement {
+        let (shape, room, machine) = (self.inputs.shape, self.room, self.inputs.machine);
+        let mut tiers: Vec<PlanTier> = room
+            .tiers
+            .iter()
+            .zip(&room.budget_bytes)
+            .map(|(tier, &budget_bytes)| PlanTier {
+                tier: tier.clone(),
+                budget_bytes,
+                dense_bytes: 0,
+                pinned_bytes: 0,
+                slot_bytes: 0,
+                kv_bytes: 0,
+                staging_bytes: 0,
+                home_bytes: 0,
+            })
+            .collect();
+        tiers[room.kv_tier].kv_bytes = room.kv_bytes;
+        tiers[room.staging_tier].staging_bytes = room.staging_bytes;
+        for (group, &tier) in shape.dense.iter().zip(&draft.dense) {
+            tiers[tier].dense_bytes += group.bytes;
+        }
+        for (layer, experts) in draft.layers.iter().zip(&shape.experts) {
+            let mut pooled = u64::from(experts.n_expert);
+            for (tier, pinned) in &layer.pinned {
+                tiers[*tier].pinned_bytes += pinned.len() as u64 * experts.expert_bytes;
+                pooled -= pinned.len() as u64;
+            }
+            tiers[layer.slot_tier].slot_bytes += u64::from(layer.slots) * experts.expert_bytes;
+            tiers[room.home()].home_bytes += pooled * experts.expert_bytes;
+        }
+        let dense = shape
+            .dense
+            .iter()
+            .zip(&draft.dense)
+            .map(|(group, &tier)| DensePlacement { kind: group.kind, layer: group.layer, tier })
+            .collect();
+        let mut plan = Placement {
+            name: name.to_string(),
+            model: shape.id.clone(),
+            profile: self.inputs.profile.map(|p| p.id.clone()),
+            machine: machine.id.clone(),
+            layer_overhead_us: machine.layer_overhead_us,
+            token_overhead_us: machine.token_overhead_us,
+            context: self.inputs.context,
+            kv_tier: room.kv_tier,
+            staging_tier: room.staging_tier,
+            staging_experts: room.staging_experts,
+            tiers,
+            dense,
+            layers: draft.layers.clone(),
+            solver: SolverReport {
+                backend: String::new(),
+                status: String::new(),
+                objective_s: 0.0,
+                bound_s: None,
+                gap: None,
+                solve_s: 0.0,
+            },
+            predicted: Prediction::default(),
+        };
+        plan.predicted = predict(&plan, shape, self.evidence);
+        plan.solver.objective_s = token_s(&plan.predicted);
+        plan
+    }
+
+    /// The integer program's plan.
+    fn optimum(
+        &self,
+        drafts: &[Draft],
+        baselines: &[Placement],
+        start: Instant,
+        deadline: Instant,
+        notes: &mut Vec<String>,
+    ) -> Result<Placement> {
+        let maker =
+            Maker { evidence: self.evidence, room: self.room, grid: Grid::new(self.evidence, self.room) };
+        let mut items = columns::dense_items(self.inputs.shape, self.room);
+        items.extend(maker.items());
+        let known: Vec<Vec<Vec<usize>>> = drafts.iter().filter_map(|d| self.as_columns(&maker, &mut items, d)).collect();
+        let mut dual = dual::maximise(&items, self.room, deadline)?;
+        if !maker.grid.full {
+            dual = self.refine(&maker, &mut items, dual, deadline)?;
+            notes.push(
+                "the model has too many experts to try every count of pins and slots: the bound and the gap are over \
+                 the counts that were tried"
+                    .to_string(),
+            );
+        }
+
+        let mut best: Option<Choice> = None;
+        let starts = search::greedy(&items, self.room, &dual)
+            .into_iter()
+            .chain(known.into_iter().filter_map(|columns| Choice::new(&items, self.room, columns)));
+        for choice in starts {
+            let gap = |c: &Choice| c.cost_s - dual.bound_s <= NO_GAP * c.cost_s;
+            if best.as_ref().is_some_and(gap) {
+                break;
+            }
+            let better = search::improve(&items, self.room, &dual, choice, deadline);
+            if best.as_ref().is_none_or(|b| better.cost_s < b.cost_s) {
+                best = Some(better);
+            }
+        }
+
+        let mut bound_s = dual.bound_s;
+        let open = best.as_ref().is_none_or(|b| b.cost_s - bound_s > NO_GAP * b.cost_s);
+        let left = deadline.saturating_duration_since(Instant::now()).as_secs_f64();
+        if open && (left > 0.0 || best.is_none()) {
+            let found = program::solve(&items, self.room, &dual, best.as_ref(), left.max(1.0));
+            if let Some(choice) = found.choice
+                && best.as_ref().is_none_or(|b| choice.cost_s < b.cost_s)
+            {
+                best = Some(choice);
+            }
+            if let (true, Some(best)) = (found.proven, &best) {
+                bound_s = best.cost_s;
+            }
+        }
+        let Some(best) = best else { bail!(self.no_fit()) };
+
+        let fixed = cost::overhead_s(
+            self.inputs.shape.n_layer,
+            self.inputs.machine.layer_overhead_us,
+            self.inputs.machine.token_overhead_us,
+        );
+        let mut plan = self.assemble("ilp", &self.as_draft(&items, &best));
+        let objective = plan.solver.objective_s;
+        let bound = (bound_s + fixed).min(objective);
+        let gap = ((objective - bound) / objective).max(0.0);
+        let status = if gap <= NO_GAP { "optimal" } else { "feasible" };
+        plan.solver.status = status.to_string();
+        (plan.solver.bound_s, plan.solver.gap) = (Some(bound), Some(gap));
+
+        let fastest = baselines.iter().min_by(|a, b| a.solver.objective_s.total_cmp(&b.solver.objective_s));
+        if let Some(rule) = fastest.filter(|b| b.solver.objective_s < objective * (1.0 - NO_GAP)) {
+            plan = Placement { name: plan.name, ..rule.clone() };
+            plan.solver.status = format!("feasible: the rule {} was faster on held-out tokens", rule.name);
+            notes.push(format!(
+                "the rule '{}' happened to be faster on the held-out tokens than what the train split suggests, so \
+                 its plan was taken; nothing is proven about it",
+                rule.name
+            ));
+        }
+        plan.solver.backend = BACKEND.to_string();
+        plan.solver.solve_s = start.elapsed().as_secs_f64();
+        self.checked(plan)
+    }
+
+    /// Adds the counts between the grid's points around what the prices favour, and prices again.
+    fn refine(&self, maker: &Maker<'_>, items: &mut [Item], mut dual: Dual, deadline: Instant) -> Result<Dual> {
+        for round in 0..3 {
+            let end = Instant::now() + deadline.saturating_duration_since(Instant::now()) / 4;
+            for item in items.iter_mut() {
+                if Instant::now() >= end {
+                    break;
+                }
+                let Meaning::Experts(members, configs) = &item.meaning else { continue };
+                let Some(best) = dual::cheapest(item, &dual.price).map(|(c, _)| configs[c]) else { continue };
+                let n_expert = self.evidence.layers[members[0]].shape.n_expert as u16;
+                let axes = around(configs, &best, n_expert, self.room.home(), round);
+                maker.extend(item, &axes);
+            }
+            // An old price's value is no bound over more columns.
+            dual = dual::maximise(items, self.room, deadline)?;
+        }
+        Ok(dual)
+    }
+
+    /// A rule's draft as columns, if pins follow the train order as columns do. Adds the columns it needs.
+    fn as_columns(&self, maker: &Maker<'_>, items: &mut [Item], draft: &Draft) -> Option<Vec<Vec<usize>>> {
+        let fast = self.room.home();
+        let mut all = Vec::with_capacity(items.len());
+        for item in items {
+            let mut columns = Vec::new();
+            match &item.meaning {
+                Meaning::Dense(groups, tiers) => {
+                    for &group in groups {
+                        columns.push(tiers.iter().position(|&t| t == draft.dense[group])?);
+                    }
+                }
+                Meaning::Experts(layers, _) => {
+                    for layer in layers.clone() {
+                        let (placed, evidence) = (&draft.layers[layer], &self.evidence.layers[layer]);
+                        let mut config = Config {
+                            cuts: [0; room::MAX_FAST],
+                            slots: placed.slots as u16,
+                            slot_tier: placed.slot_tier as u8,
+                        };
+                        let mut sum = 0;
+                        for tier in 0..fast {
+                            sum += placed.pinned.iter().filter(|p| p.0 == tier).map(|p| p.1.len()).sum::<usize>();
+                            config.cuts[tier] = sum as u16;
+                        }
+                        let same = config.placement(placed.layer, &evidence.order, fast) == *placed;
+                        if !same && matches!(evidence.judged, Judged::Recorded(_)) {
+                            return None;
+                        }
+                        columns.push(maker.add(item, config)?);
+                    }
+                }
+            }
+            all.push(columns);
+        }
+        Some(all)
+    }
+
+    fn as_draft(&self, items: &[Item], choice: &Choice) -> Draft {
+        let mut dense = vec![0; self.inputs.shape.dense.len()];
+        let mut layers = vec![None; self.evidence.layers.len()];
+        for (item, columns) in items.iter().zip(&choice.columns) {
+            match &item.meaning {
+                Meaning::Dense(groups, tiers) => {
+                    groups.iter().zip(columns).for_each(|(&group, &c)| dense[group] = tiers[c]);
+                }
+                Meaning::Experts(members, configs) => {
+                    for (&at, &c) in members.iter().zip(columns) {
+                        let layer = &self.evidence.layers[at];
+                        layers[at] =
+                            Some(configs[c].placement(layer.shape.layer, &layer.order, self.room.home()));
+                    }
+                }
+            }
+        }
+        Draft { dense, layers: layers.into_iter().flatten().collect() }
+    }
+
+    /// Why nothing fits although the sums do: a piece is larger than what is left of any one tier.
+    fn no_fit(&self) -> anyhow::Error {
+        let room = self.room;
+        let largest = self.inputs.shape.dense.iter().max_by_key(|d| d.bytes);
+        let show = tier_plan_runtime::units::show_bytes;
+        let left: Vec<String> =
+            room.tiers.iter().zip(&room.left_bytes).map(|(t, &b)| format!("'{}' {}", t.name, show(b))).collect();
+        let piece = largest.map_or(String::new(), |d| {
+            format!("; the largest dense group ({:?} of layer {:?}) is {}", d.kind, d.layer, show(d.bytes))
+        });
+        anyhow::anyhow!(
+            "no way to divide the model among the tiers was found: {} are left for weights{piece}; raise the budget \
+             of '{}' by that much",
+            left.join(", "),
+            room.tiers[room.staging_tier].name
+        )
+    }
+}
+
+/// Axes between the neighbours, on the axes that the configurations have, of one of them.
+fn around(configs: &[Config], best: &Config, n_expert: u16, fast: usize, round: u32) -> Axes {
+    // Enough points that a few rounds reach steps of one, few enough that a round stays cheap.
+    let points = 7;
+    let span = |mut values: Vec<u16>, at: u16, most: u16| -> Vec<u16> {
+        values.sort_unstable();
+        values.dedup();
+        let below = values.iter().rev().find(|&&v| v < at).copied().unwrap_or(at);
+        let above = values.iter().find(|&&v| v > at).copied().unwrap_or(at).min(most);
+        let step = (above - below).div_ceil(points).max(1);
+        let mut axis: Vec<u16> = (below..=above).step_by(usize::from(step)).chain([at, above]).collect();
+        axis.sort_unstable();
+        axis.dedup();
+        axis
+    };
+    let mut cuts: Vec<u16> = Vec::new();
+    for tier in 0..fast.saturating_sub(1) {
+        cuts.extend(span(configs.iter().map(|c| c.cuts[tier]).collect(), best.cuts[tier], n_expert));
+    }
+    cuts.sort_unstable();
+    cuts.dedup();
+    let last = fast.saturating_sub(1);
+    let last_cuts = if fast == 0 {
+        vec![0]
+    } else {
+        span(configs.iter().map(|c| c.cuts[last]).collect(), best.cuts[last], n_expert)
+    };
+    let same_cuts = configs.iter().filter(|c| c.cuts == best.cuts);
+    let mut slots = span(same_cuts.map(|c| c.slots).collect(), best.slots, n_expert);
+    if round == 0 {
+        slots.push(n_expert - best.cuts[last]);
+        slots.sort_unstable();
+        slots.dedup();
+    }
+    Axes { cuts, last_cuts, slots: Some(slots) }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,211 @@
+//! What a plan may use: the tiers, what must lie on them whatever the plan, and what is left to choose about.
+
+use super::Inputs;
+use crate::cost::home_in_place;
+use anyhow::{Result, bail, ensure};
+use tier_plan_runtime::formats::machine::{Tier, TierKind};
+use tier_plan_runtime::formats::placement::TierIdx;
+use tier_plan_runtime::units::show_bytes;
+
+/// Tiers above the last one, at most.
+pub const MAX_FAST: usize = 4;
+
+/// Experts in flight beyond those of one token that staging has room for.
+const STAGING_SPARE: u32 = 2;
+
+/// The fixed part of every plan, and the bytes left.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Room {
+    /// Fastest first; the last one is the home of what is not pinned.
+    pub tiers: Vec<Tier>,
+    /// `[tiers]` bytes a plan may use.
+    pub budget_bytes: Vec<u64>,
+    /// `[tiers]` bytes left for dense groups, pins, slots and home copies.
+    pub left_bytes: Vec<u64>,
+    /// Where the key and value cache is.
+    pub kv_tier: TierIdx,
+    /// Its bytes.
+    pub kv_bytes: u64,
+    /// Where staging is.
+    pub staging_tier: TierIdx,
+    /// Experts it holds.
+    pub staging_experts: u32,
+    /// Its bytes.
+    pub staging_bytes: u64,
+    /// The last tier computes in place: nothing is staged and there are no slots.
+    pub in_place: bool,
+}
+
+impl Room {
+    /// The last tier.
+    pub fn home(&self) -> TierIdx {
+        self.tiers.len() - 1
+    }
+
+    /// Tiers that can hold dense groups: what they hold computes there.
+    pub fn dense_tiers(&self) -> impl Iterator<Item = TierIdx> + '_ {
+        (0..self.tiers.len()).filter(|&t| self.tiers[t].kind != TierKind::Nvme)
+    }
+
+    /// Tiers that can hold slots. A cache in front of memory that computes in place would be fed over a link whose
+    /// rate the machine file does not have.
+    pub fn slot_tiers(&self) -> std::ops::Range<TierIdx> {
+        0..if self.in_place { 0 } else { self.home() }
+    }
+
+    /// Sets aside what every plan needs.
+    ///
+    /// The key and value cache and the staging buffers go to DRAM (without one, to the fastest host tier), where they
+    /// cost no predicted time; the cache goes elsewhere only if it does not fit there.
+    ///
+    /// # Errors
+    /// When the machine file makes no sense for planning, or the budgets cannot hold the dense groups, the cache, the
+    /// staging buffers and a home for every expert.
+    pub fn new(inputs: &Inputs<'_>) -> Result<Self> {
+        let (machine, shape) = (inputs.machine, inputs.shape);
+        let tiers = machine.tiers.clone();
+        ensure!(
+            !tiers.is_empty() && tiers.len() <= MAX_FAST + 1,
+            "machine '{}' has {} tiers; plans are made for 1 to {}",
+            machine.name,
+            tiers.len(),
+            MAX_FAST + 1
+        );
+        ensure!(
+            inputs.budgets.len() == tiers.len(),
+            "{} budgets for the {} tiers of machine '{}'; give one a tier",
+            inputs.budgets.len(),
+            tiers.len(),
+            machine.name
+        );
+        let home = tiers.len() - 1;
+        for (at, (tier, &budget)) in tiers.iter().zip(&inputs.budgets).enumerate() {
+            ensure!(
+                tier.read_gbps.is_finite() && tier.read_gbps > 0.0,
+                "tier '{}' has a rate of {} GB/s; write a positive one",
+                tier.name,
+                tier.read_gbps
+            );
+            ensure!(
+                tier.latency_us.is_finite() && tier.latency_us >= 0.0,
+                "tier '{}' has a latency of {} µs; write 0 or more",
+                tier.name,
+                tier.latency_us
+            );
+            ensure!(
+                budget <= tier.capacity_bytes,
+                "the budget of tier '{}' is {}, but it holds {}; lower the budget to that",
+                tier.name,
+                show_bytes(budget),
+                show_bytes(tier.capacity_bytes)
+            );
+            ensure!(
+                at == home || tier.kind != TierKind::Nvme,
+                "tier '{}' is a block device above the last tier; nothing computes there, so list it last",
+                tier.name
+            );
+        }
+        let in_place = home_in_place(&tiers);
+        ensure!(
+            home > 0 || in_place,
+            "machine '{}' has only tier '{}', where nothing computes; add a DRAM tier above it",
+            machine.name,
+            tiers[home].name
+        );
+
+        let staging_tier = if in_place && home == 0 {
+            home
+        } else {
+            let find = |wanted: &dyn Fn(TierKind) -> bool| tiers.iter().position(|t| wanted(t.kind));
+            find(&|k| k == TierKind::Dram)
+                .or_else(|| find(&|k| matches!(k, TierKind::Cxl | TierKind::Pmem)).filter(|&t| t < home))
+                .unwrap_or(0)
+        };
+        let largest = shape.experts.iter().map(|e| e.expert_bytes).max().unwrap_or(0);
+        let used = shape.experts.iter().map(|e| (e.n_used + STAGING_SPARE).min(e.n_expert)).max().unwrap_or(0);
+        let staging_experts = if in_place { 0 } else { used };
+        let kv_bytes = u64::from(inputs.context).saturating_mul(shape.kv_bytes_per_token);
+        let mut room = Room {
+            left_bytes: inputs.budgets.clone(),
+            budget_bytes: inputs.budgets.clone(),
+            kv_tier: staging_tier,
+            kv_bytes,
+            staging_tier,
+            staging_experts,
+            staging_bytes: u64::from(staging_experts).saturating_mul(largest),
+            in_place,
+            tiers,
+        };
+        room.set_aside(inputs.context)?;
+        room.check_sums(inputs)?;
+        Ok(room)
+    }
+
+    fn set_aside(&mut self, context: u32) -> Result<()> {
+        let staging = self.staging_tier;
+        let left = self.left_bytes[staging];
+        let Some(after) = left.checked_sub(self.staging_bytes) else {
+            bail!(
+                "tier '{}' has a budget of {}, but buffers for {} experts in flight alone need {}; raise it by {}",
+                self.tiers[staging].name,
+                show_bytes(left),
+                self.staging_experts,
+                show_bytes(self.staging_bytes),
+                show_bytes(self.staging_bytes - left)
+            );
+        };
+        self.left_bytes[staging] = after;
+        let fits = |t: &TierIdx| self.left_bytes[*t] >= self.kv_bytes;
+        let Some(tier) = Some(staging).filter(fits).or_else(|| self.dense_tiers().find(fits)) else {
+            bail!(
+                "tier '{}' has {} left of its budget of {}, but the key and value cache of {context} tokens of \
+                 context needs {}; raise it by {} or lower --context",
+                self.tiers[staging].name,
+                show_bytes(after),
+                show_bytes(left),
+                show_bytes(self.kv_bytes),
+                show_bytes(self.kv_bytes - after)
+            );
+        };
+        self.kv_tier = tier;
+        self.left_bytes[tier] -= self.kv_bytes;
+        Ok(())
+    }
+
+    fn check_sums(&self, inputs: &Inputs<'_>) -> Result<()> {
+        let shape = inputs.shape;
+        let dense: u128 = shape.dense.iter().map(|d| u128::from(d.bytes)).sum();
+        let experts: u128 =
+            shape.experts.iter().map(|e| u128::from(e.expert_bytes) * u128::from(e.n_expert)).sum();
+        let left = |tiers: &mut dyn Iterator<Item = TierIdx>| -> u128 {
+            tiers.map(|t| u128::from(self.left_bytes[t])).sum()
+        };
+        let names = |tiers: &mut dyn Iterator<Item = TierIdx>| -> String {
+            tiers.map(|t| format!("'{}'", self.tiers[t].name)).collect::<Vec<_>>().join(" and ")
+        };
+        let show = |bytes: u128| show_bytes(u64::try_from(bytes).unwrap_or(u64::MAX));
+        let have = left(&mut self.dense_tiers());
+        ensure!(
+            dense <= have,
+            "the dense tensors of '{}' need {}, but {} have {} left for them beside the key and value cache and the \
+             staging buffers; raise the budget of '{}' by {}",
+            shape.id.name,
+            show(dense),
+            names(&mut self.dense_tiers()),
+            show(have),
+            self.tiers[self.staging_tier].name,
+            show(dense - have)
+        );
+        let have = left(&mut (0..self.tiers.len()));
+        ensure!(
+            dense + experts <= have,
+            "the weights of '{}' are {}, but all tiers together have {} left for them; raise the budget of '{}' by {}",
+            shape.id.name,
+            show(dense + experts),
+            show(have),
+            self.tiers[self.home()].name,
+            show(dense + experts - have)
+        );
+        Ok(())
+    }
+}
