@@ -16,3 +16,4 @@ pub mod replay;
 pub mod report;
 pub mod session;
 pub mod solve;
+pub mod trial;

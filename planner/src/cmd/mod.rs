@@ -1,8 +1,10 @@
 //! One file a subcommand, each with one `run`.
 
 pub mod bench;
+pub mod compare;
 pub mod inspect;
 pub mod logits;
+pub mod profile;
 pub mod run;
 pub mod tokenize;
 
@@ -13,6 +15,8 @@ use anyhow::Result;
 pub fn dispatch(command: Command) -> Result<()> {
     match command {
         Command::Inspect(args) => inspect::run(&args),
+        Command::Profile(args) => profile::run(&args),
+        Command::Compare(args) => compare::run(&args),
         Command::Run(args) => run::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Logits(args) => logits::run(&args),
