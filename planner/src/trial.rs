@@ -46,7 +46,11 @@ impl Trial<'_> {
             .with_context(|| format!("plan '{}'", plan.name))?;
         for (tier, resident) in plan.tiers.iter().zip(session.engine.resident_bytes()) {
             let (name, planned) = (&tier.tier.name, tier.used_bytes());
-            ensure!(*resident == planned, "tier '{name}' holds {resident} bytes, but plan '{}' says {planned}", plan.name);
+            ensure!(
+                *resident == planned,
+                "tier '{name}' holds {resident} bytes, but plan '{}' says {planned}",
+                plan.name
+            );
         }
         let loading_s = session.started.elapsed().as_secs_f64();
         let mut entry = PlanEntry { name: plan.name.clone(), placement: Some(plan.clone()), records: Vec::new() };

@@ -52,7 +52,12 @@ pub fn run(args: &CompareArgs) -> Result<()> {
     finish(report, profile, args.output.as_deref(), args.json)
 }
 
-fn try_plans(args: &CompareArgs, model: &Path, plans: &[Placement], profile: Option<&Profile>) -> Result<Vec<PlanEntry>> {
+fn try_plans(
+    args: &CompareArgs,
+    model: &Path,
+    plans: &[Placement],
+    profile: Option<&Profile>,
+) -> Result<Vec<PlanEntry>> {
     let gguf = Arc::new(Gguf::open(model)?);
     for (plan, path) in plans.iter().zip(args.inputs.iter().filter(|p| p.extension().is_some_and(|e| e == "toml"))) {
         plan.check_model(&gguf.id(), path)?;
@@ -114,7 +119,8 @@ pub fn finish(mut report: Report, profile: Option<Profile>, output: Option<&Path
         report.host = host::describe();
     }
     if let Some(profile) = &profile {
-        let best = report.plans.iter().filter_map(|p| p.placement.as_ref()).find(|p| p.layers.iter().any(|l| l.slots > 0));
+        let best =
+            report.plans.iter().filter_map(|p| p.placement.as_ref()).find(|p| p.layers.iter().any(|l| l.slots > 0));
         report.curves = curves(profile, &best.into_iter().collect::<Vec<_>>());
     }
     report.profile = profile;
@@ -149,8 +155,7 @@ fn hit_rate(entry: &PlanEntry) -> Option<f64> {
 }
 
 fn plan_json(entry: &PlanEntry) -> serde_json::Value {
-    let prompt: (u64, f64) =
-        entry.records.iter().fold((0, 0.0), |(n, s), r| (n + r.prompt_tokens, s + r.prompt_s));
+    let prompt: (u64, f64) = entry.records.iter().fold((0, 0.0), |(n, s), r| (n + r.prompt_tokens, s + r.prompt_s));
     let solver = entry.placement.as_ref().map(|p| &p.solver);
     let first = entry.records.first();
     json!({

@@ -3,10 +3,13 @@
 use crate::bundled;
 use crate::cli::ProfileArgs;
 use crate::profile::collect::{Settings, collect};
-use crate::profile::{prompts, stats};
+use crate::profile::prompts;
+use crate::profile::stats::{Skew, skews};
 use crate::session::{self, Opening, Session};
 use anyhow::{Result, ensure};
-use std::path::PathBuf;
+use serde_json::json;
+use std::path::{Path, PathBuf};
+use tier_plan_runtime::formats::profile::{Phase, Profile};
 use tier_plan_runtime::sampler::SamplerConfig;
 
 /// Runs it.
@@ -35,5 +38,67 @@ pub fn run(args: &ProfileArgs) -> Result<()> {
     let mut session = Session::open(&args.model, opening)?;
     let tokenizer = session.tokenizer()?;
     let profile = collect(&mut session, &tokenizer, &prompts, settings, &output, args.restart)?;
-    stats::show(&profile, &output, args.json)
+    show(&profile, &output, args.json)
+}
+
+/// Says how skewed the access is, by domain, on held-out prompts.
+pub fn show(profile: &Profile, output: &Path, as_json: bool) -> Result<()> {
+    let skews = skews(profile)?;
+    let tokens = |phase| profile.n_tokens(Some(phase), None);
+    let (prompt_tokens, decode_tokens) = (tokens(Phase::Prompt), tokens(Phase::Decode));
+    if as_json {
+        let value = json!({
+            "profile": output,
+            "model": profile.model.name,
+            "prompts": profile.prompts.len(),
+            "prompt_tokens": prompt_tokens,
+            "decode_tokens": decode_tokens,
+            "n_expert": profile.n_expert,
+            "n_used": profile.n_used,
+            "layers": profile.layers,
+            "skew": skews.iter().map(skew_json).collect::<Vec<_>>(),
+        });
+        println!("{}", serde_json::to_string_pretty(&value)?);
+        return Ok(());
+    }
+    println!(
+        "{} prompts of {} domains: {prompt_tokens} prompt tokens and {decode_tokens} decoded, {} layers of {} experts",
+        profile.prompts.len(),
+        profile.domains().len(),
+        profile.layers.len(),
+        profile.n_expert
+    );
+    let Some(all) = skews.first() else {
+        println!("nothing was decoded, so nothing can be said about the skew");
+        return Ok(());
+    };
+    println!("share of held-out choices that the favourites of the train prompts catch (in brackets: an even choice)");
+    print!("{:<14}", "domain");
+    for uniform in all.uniform {
+        print!(" {:>19}", format!("{:.0} % of experts", uniform * 100.0));
+    }
+    println!(" {:>19} {:>18}", "as many LRU slots*", "experts in effect");
+    for skew in &skews {
+        print!("{:<14}", skew.domain.as_deref().unwrap_or("all"));
+        for (caught, uniform) in skew.caught.iter().zip(skew.uniform) {
+            print!(" {:>19}", format!("{:.1} % ({:.1} %)", caught * 100.0, uniform * 100.0));
+        }
+        println!(" {:>17.1} % {:>18.1}", skew.cached[1] * 100.0, skew.effective_experts);
+    }
+    println!("* hits in {:.0} % of the experts as slots, nothing pinned", all.uniform[1] * 100.0);
+    println!("{}", all.words());
+    println!("profile: {}", output.display());
+    Ok(())
+}
+
+fn skew_json(skew: &Skew) -> serde_json::Value {
+    json!({
+        "domain": skew.domain,
+        "tokens": skew.tokens,
+        "uniform": skew.uniform,
+        "caught": skew.caught,
+        "cached": skew.cached,
+        "effective_experts": skew.effective_experts,
+        "verdict": skew.verdict().name(),
+    })
 }

@@ -92,13 +92,19 @@ impl Evidence {
         let (choose, judge) = match (train, held_out) {
             (true, true) => (Split::Train, Split::HeldOut),
             (true, false) => {
-                notes.push("the profile has no held-out decoded tokens: plans are judged on the prompts they were \
-                            chosen on, so expect less".to_string());
+                notes.push(
+                    "the profile has no held-out decoded tokens: plans are judged on the prompts they were \
+                            chosen on, so expect less"
+                        .to_string(),
+                );
                 (Split::Train, Split::Train)
             }
             (false, true) => {
-                notes.push("the profile has no train decoded tokens: plans are chosen on the prompts they are judged \
-                            on, so expect less".to_string());
+                notes.push(
+                    "the profile has no train decoded tokens: plans are chosen on the prompts they are judged \
+                            on, so expect less"
+                        .to_string(),
+                );
                 (Split::HeldOut, Split::HeldOut)
             }
             (false, false) if shape.experts.is_empty() => (Split::Train, Split::HeldOut),
@@ -193,10 +199,8 @@ fn check_profile(shape: &ModelShape, profile: &Profile) -> Result<()> {
             continue;
         }
         for chosen in prompt.experts.chunks_exact(used) {
-            let sound = chosen
-                .iter()
-                .enumerate()
-                .all(|(at, &e)| u32::from(e) < profile.n_expert && !chosen[..at].contains(&e));
+            let sound =
+                chosen.iter().enumerate().all(|(at, &e)| u32::from(e) < profile.n_expert && !chosen[..at].contains(&e));
             ensure!(
                 sound,
                 "prompt '{}/{}' of the profile has a token that chose {chosen:?}: expected {used} different experts \

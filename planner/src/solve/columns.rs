@@ -499,8 +499,7 @@ impl Maker<'_> {
                         .collect();
                     for (&s, misses) in slots.iter().zip(&misses) {
                         let mean = |(compute, q, share): &(f64, usize, f64)| {
-                            let over: f64 =
-                                misses[*q].iter().zip(&transfer).map(|(p, t)| p * compute.max(*t)).sum();
+                            let over: f64 = misses[*q].iter().zip(&transfer).map(|(p, t)| p * compute.max(*t)).sum();
                             share * over
                         };
                         self.push(item, layer, config(s, tier), computes.iter().map(mean).sum());
@@ -510,4 +509,3 @@ impl Maker<'_> {
         }
     }
 }
-

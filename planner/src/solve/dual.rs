@@ -71,9 +71,7 @@ pub fn maximise(items: &[Item], room: &Room, deadline: Instant) -> Result<Dual> 
     // Prices are handled as seconds for the whole of a tier, in units of the free-of-charge time.
     let unit = first.value_s.max(1e-12);
     let rows: Vec<usize> = (0..n).filter(|&t| room.left_bytes[t] > 0).collect();
-    let over = |used: &[f64]| -> Vec<f64> {
-        rows.iter().map(|&t| used[t] / room.left_bytes[t] as f64 - 1.0).collect()
-    };
+    let over = |used: &[f64]| -> Vec<f64> { rows.iter().map(|&t| used[t] / room.left_bytes[t] as f64 - 1.0).collect() };
     // Each cut: value, point, slope, in those units.
     let mut cuts = vec![(first.value_s / unit, vec![0.0; rows.len()], over(&first.used))];
     let mut reach = 4.0;

@@ -24,7 +24,7 @@ use rules::{Draft, Rule};
 use search::Choice;
 use std::time::{Duration, Instant};
 use tier_plan_runtime::formats::machine::Machine;
-use tier_plan_runtime::formats::placement::{DensePlacement, PlanTier, Placement, Prediction, SolverReport};
+use tier_plan_runtime::formats::placement::{DensePlacement, Placement, PlanTier, Prediction, SolverReport};
 use tier_plan_runtime::formats::profile::Profile;
 use tier_plan_runtime::model::shape::ModelShape;
 
@@ -235,11 +235,11 @@ impl Planner<'_> {
         deadline: Instant,
         notes: &mut Vec<String>,
     ) -> Result<Placement> {
-        let maker =
-            Maker { evidence: self.evidence, room: self.room, grid: Grid::new(self.evidence, self.room) };
+        let maker = Maker { evidence: self.evidence, room: self.room, grid: Grid::new(self.evidence, self.room) };
         let mut items = columns::dense_items(self.inputs.shape, self.room);
         items.extend(maker.items());
-        let known: Vec<Vec<Vec<usize>>> = drafts.iter().filter_map(|d| self.as_columns(&maker, &mut items, d)).collect();
+        let known: Vec<Vec<Vec<usize>>> =
+            drafts.iter().filter_map(|d| self.as_columns(&maker, &mut items, d)).collect();
         let mut dual = dual::maximise(&items, self.room, deadline)?;
         if !maker.grid.full {
             dual = self.refine(&maker, &mut items, dual, deadline)?;
@@ -378,8 +378,7 @@ impl Planner<'_> {
                 Meaning::Experts(members, configs) => {
                     for (&at, &c) in members.iter().zip(columns) {
                         let layer = &self.evidence.layers[at];
-                        layers[at] =
-                            Some(configs[c].placement(layer.shape.layer, &layer.order, self.room.home()));
+                        layers[at] = Some(configs[c].placement(layer.shape.layer, &layer.order, self.room.home()));
                     }
                 }
             }

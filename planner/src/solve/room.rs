@@ -175,11 +175,9 @@ impl Room {
     fn check_sums(&self, inputs: &Inputs<'_>) -> Result<()> {
         let shape = inputs.shape;
         let dense: u128 = shape.dense.iter().map(|d| u128::from(d.bytes)).sum();
-        let experts: u128 =
-            shape.experts.iter().map(|e| u128::from(e.expert_bytes) * u128::from(e.n_expert)).sum();
-        let left = |tiers: &mut dyn Iterator<Item = TierIdx>| -> u128 {
-            tiers.map(|t| u128::from(self.left_bytes[t])).sum()
-        };
+        let experts: u128 = shape.experts.iter().map(|e| u128::from(e.expert_bytes) * u128::from(e.n_expert)).sum();
+        let left =
+            |tiers: &mut dyn Iterator<Item = TierIdx>| -> u128 { tiers.map(|t| u128::from(self.left_bytes[t])).sum() };
         let names = |tiers: &mut dyn Iterator<Item = TierIdx>| -> String {
             tiers.map(|t| format!("'{}'", self.tiers[t].name)).collect::<Vec<_>>().join(" and ")
         };

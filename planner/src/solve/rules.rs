@@ -131,9 +131,8 @@ impl Filler<'_> {
         for tier in 0..self.room.home() {
             let round: u64 = (0..self.layers.len()).map(|l| self.bytes(l)).sum();
             let each = self.left[tier].checked_div(round).unwrap_or(0);
-            let mut counts: Vec<u64> = (0..self.layers.len())
-                .map(|l| each.min(self.layers[l].pooled(&self.evidence.layers[l])))
-                .collect();
+            let mut counts: Vec<u64> =
+                (0..self.layers.len()).map(|l| each.min(self.layers[l].pooled(&self.evidence.layers[l]))).collect();
             self.left[tier] -= counts.iter().enumerate().map(|(l, n)| n * self.bytes(l)).sum::<u64>();
             for (l, count) in counts.iter_mut().enumerate() {
                 if *count < self.layers[l].pooled(&self.evidence.layers[l]) && self.bytes(l) <= self.left[tier] {
@@ -200,7 +199,8 @@ impl Filler<'_> {
     }
 
     fn lru_only(&mut self) {
-        let whole: u128 = self.evidence.layers.iter().map(|l| u128::from(l.shape.expert_bytes) * u128::from(l.shape.n_expert)).sum();
+        let whole: u128 =
+            self.evidence.layers.iter().map(|l| u128::from(l.shape.expert_bytes) * u128::from(l.shape.n_expert)).sum();
         let have: u128 = self.room.slot_tiers().map(|t| u128::from(self.left[t])).sum();
         let share = if whole == 0 { 0.0 } else { (have as f64 / whole as f64).min(1.0) };
         let last = self.room.home() - 1;

@@ -373,9 +373,24 @@ fn probe_gap() -> Result<()> {
         let inputs = Inputs { shape: &shape, profile: Some(&profile), machine: &machine, budgets, context: 1000 };
         let t = Instant::now();
         let solved = solve_all(&inputs, &Options { time_limit_s: secs, ..options() })?;
-        eprintln!("{l}x{e}: {:?} total {:?} hit {} ceil {:?}", solved.plan.solver, t.elapsed(), solved.plan.predicted.hit_rate, solved.ceiling_hit_rate);
-        for b in &solved.baselines { eprintln!("  {} {} {}", b.name, b.solver.objective_s, b.predicted.hit_rate); }
-        for l in solved.plan.layers.iter().take(6) { eprintln!("   pins {:?} slots {} on {}", l.pinned.iter().map(|p| p.1.len()).collect::<Vec<_>>(), l.slots, l.slot_tier); }
+        eprintln!(
+            "{l}x{e}: {:?} total {:?} hit {} ceil {:?}",
+            solved.plan.solver,
+            t.elapsed(),
+            solved.plan.predicted.hit_rate,
+            solved.ceiling_hit_rate
+        );
+        for b in &solved.baselines {
+            eprintln!("  {} {} {}", b.name, b.solver.objective_s, b.predicted.hit_rate);
+        }
+        for l in solved.plan.layers.iter().take(6) {
+            eprintln!(
+                "   pins {:?} slots {} on {}",
+                l.pinned.iter().map(|p| p.1.len()).collect::<Vec<_>>(),
+                l.slots,
+                l.slot_tier
+            );
+        }
     }
     Ok(())
 }
