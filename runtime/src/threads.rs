@@ -1,32 +1,45 @@
-//! A pool of persistent threads that run one closure together.
+//! A pool of persistent threads that share out the indices of a loop.
 //!
 //! A decode step enters the pool some hundred times, so entering must cost about a microsecond: workers spin for a
-//! moment after each task and only then sleep. The caller is one of the threads.
+//! moment after each task and only then sleep. The caller is one of the threads, and it never waits for a worker that
+//! has not begun: on a busy machine a worker may be off its core for milliseconds, and its share is then done by the
+//! others.
 
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::cell::UnsafeCell;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
 
-/// Spins before a worker goes to sleep: some 50 µs, longer than any serial stretch of a decode step.
+/// Looks at the state before a worker goes to sleep: some 50 µs, longer than any serial stretch of a decode step.
 const SPINS: u32 = 20_000;
 
-/// The task all threads run: a borrowed closure with its lifetime erased while [`ThreadPool::run`] waits.
-#[derive(Clone, Copy)]
-struct Task(*const (dyn Fn(usize) + Sync));
+/// Workers inside the current task, in the low bits of the state.
+const INSIDE: u64 = (1 << 16) - 1;
+/// Set while workers may enter the current task.
+const OPEN: u64 = 1 << 16;
+/// The number of the task counts in the bits above.
+const TASK: u64 = 1 << 17;
 
-// SAFETY: the closure behind the pointer is `Sync`, and `run` does not return before every thread has left it.
-unsafe impl Send for Task {}
+/// A borrowed closure with its lifetime erased.
+type Task = *const (dyn Fn() + Sync);
 
 struct Shared {
-    /// Number of the current task; workers wait for it to change.
-    epoch: AtomicUsize,
-    /// Workers that have not finished the current task.
-    busy: AtomicUsize,
+    /// Number of the task, whether it is open, workers inside.
+    state: AtomicU64,
+    /// Written only while the state says closed and nobody inside; read only by workers inside.
+    task: UnsafeCell<Option<Task>>,
     stop: AtomicBool,
     panicked: AtomicBool,
-    task: Mutex<Option<Task>>,
+    asleep: AtomicUsize,
+    lock: Mutex<()>,
     wake: Condvar,
 }
+
+// SAFETY: `task` is the only field that is not `Sync`; the protocol of `state` orders its accesses, see there, and the
+// closure behind the pointer is `Sync`.
+unsafe impl Sync for Shared {}
+// SAFETY: as above.
+unsafe impl Send for Shared {}
 
 /// Cores of this machine that this process may use, two hardware threads of one core counting once.
 pub fn physical_cores() -> usize {
@@ -53,21 +66,22 @@ pub struct ThreadPool {
 }
 
 impl ThreadPool {
-    /// A pool of `threads` threads, the caller of [`run`](Self::run) being one of them; at least one.
+    /// A pool of `threads` threads, the caller of the loops being one of them; at least one.
     pub fn new(threads: usize) -> Self {
         let shared = Arc::new(Shared {
-            epoch: AtomicUsize::new(0),
-            busy: AtomicUsize::new(0),
+            state: AtomicU64::new(0),
+            task: UnsafeCell::new(None),
             stop: AtomicBool::new(false),
             panicked: AtomicBool::new(false),
-            task: Mutex::new(None),
+            asleep: AtomicUsize::new(0),
+            lock: Mutex::new(()),
             wake: Condvar::new(),
         });
-        let workers = (1..threads.max(1))
+        let workers = (1..threads.clamp(1, INSIDE as usize))
             .filter_map(|index| {
                 let shared = Arc::clone(&shared);
                 let name = format!("compute-{index}");
-                std::thread::Builder::new().name(name).spawn(move || worker(&shared, index)).ok()
+                std::thread::Builder::new().name(name).spawn(move || worker(&shared)).ok()
             })
             .collect();
         Self { shared, workers, entry: Mutex::new(()) }
@@ -78,29 +92,30 @@ impl ThreadPool {
         self.workers.len() + 1
     }
 
-    /// Runs `work(thread)` on every thread at once and returns when all are done.
+    /// Runs `work` on this thread and on every worker that comes in time; returns when all that came are done.
     ///
     /// # Panics
     /// When `work` panicked on any thread.
-    pub fn run<F: Fn(usize) + Sync>(&self, work: F) {
+    fn share<F: Fn() + Sync>(&self, work: F) {
         if self.workers.is_empty() {
-            return work(0);
+            return work();
         }
         let _entry = self.entry.lock().unwrap_or_else(|e| e.into_inner());
         let shared = &*self.shared;
-        let borrowed: *const (dyn Fn(usize) + Sync + '_) = &work;
-        // SAFETY: only the lifetime changes; `Finish` waits for every worker before `work` goes out of scope, also
-        // when the caller's own share panics.
-        let erased: *const (dyn Fn(usize) + Sync + 'static) = unsafe { std::mem::transmute(borrowed) };
-        shared.busy.store(self.workers.len(), Ordering::Relaxed);
-        {
-            let mut task = shared.task.lock().unwrap_or_else(|e| e.into_inner());
-            *task = Some(Task(erased));
-            shared.epoch.fetch_add(1, Ordering::Release);
+        let borrowed: *const (dyn Fn() + Sync + '_) = &work;
+        // SAFETY: only the lifetime changes; `Finish` closes the task and waits for every worker inside before `work`
+        // goes out of scope, also when the caller's own share panics.
+        let erased: Task = unsafe { std::mem::transmute(borrowed) };
+        // SAFETY: the last task was closed and left by all (`Finish`), and `entry` keeps other callers out.
+        unsafe { *shared.task.get() = Some(erased) };
+        let number = shared.state.load(Ordering::Relaxed) / TASK;
+        shared.state.store((number + 1) * TASK + OPEN, Ordering::SeqCst);
+        if shared.asleep.load(Ordering::SeqCst) > 0 {
+            let _lock = shared.lock.lock().unwrap_or_else(|e| e.into_inner());
+            shared.wake.notify_all();
         }
-        shared.wake.notify_all();
         let finish = Finish(shared);
-        work(0);
+        work();
         drop(finish);
         assert!(!shared.panicked.swap(false, Ordering::Relaxed), "a compute thread panicked");
     }
@@ -115,7 +130,7 @@ impl ThreadPool {
             return;
         }
         let next = AtomicUsize::new(0);
-        self.run(|_| {
+        self.share(|| {
             loop {
                 let start = next.fetch_add(chunk, Ordering::Relaxed);
                 if start >= n {
@@ -158,58 +173,74 @@ impl Base {
     }
 }
 
+/// Closes the task and waits for the workers inside.
 struct Finish<'a>(&'a Shared);
 
 impl Drop for Finish<'_> {
     fn drop(&mut self) {
+        let mut state = self.0.state.fetch_and(!OPEN, Ordering::AcqRel);
         let mut spins = 0u32;
-        while self.0.busy.load(Ordering::Acquire) != 0 {
+        while state & INSIDE != 0 {
             spins += 1;
-            if spins < SPINS { std::hint::spin_loop() } else { std::thread::yield_now() }
+            if spins < SPINS {
+                std::hint::spin_loop()
+            } else {
+                std::thread::yield_now()
+            }
+            state = self.0.state.load(Ordering::Acquire);
         }
     }
 }
 
 impl Drop for ThreadPool {
     fn drop(&mut self) {
-        self.shared.stop.store(true, Ordering::Relaxed);
+        self.shared.stop.store(true, Ordering::SeqCst);
         {
-            let _task = self.shared.task.lock().unwrap_or_else(|e| e.into_inner());
-            self.shared.epoch.fetch_add(1, Ordering::Release);
+            let _lock = self.shared.lock.lock().unwrap_or_else(|e| e.into_inner());
+            self.shared.wake.notify_all();
         }
-        self.shared.wake.notify_all();
         for worker in self.workers.drain(..) {
             let _ = worker.join();
         }
     }
 }
 
-fn worker(shared: &Shared, index: usize) {
-    let mut seen = 0;
+fn worker(shared: &Shared) {
+    let mut done = 0;
+    let is_new = |state: u64, done: u64| state & OPEN != 0 && state / TASK != done;
+    let mut spins = 0;
     loop {
-        let mut spins = 0;
-        while shared.epoch.load(Ordering::Acquire) == seen && spins < SPINS {
-            spins += 1;
-            std::hint::spin_loop();
-        }
-        let task = {
-            let mut task = shared.task.lock().unwrap_or_else(|e| e.into_inner());
-            while shared.epoch.load(Ordering::Acquire) == seen {
-                task = shared.wake.wait(task).unwrap_or_else(|e| e.into_inner());
+        let state = shared.state.load(Ordering::Acquire);
+        if is_new(state, done) {
+            spins = 0;
+            if shared.state.compare_exchange(state, state + 1, Ordering::AcqRel, Ordering::Relaxed).is_err() {
+                continue;
             }
-            seen = shared.epoch.load(Ordering::Acquire);
-            *task
-        };
-        if shared.stop.load(Ordering::Relaxed) {
-            return;
-        }
-        if let Some(Task(work)) = task {
-            // SAFETY: `run` keeps the closure alive until `busy` has reached zero, which happens below.
-            let work = unsafe { &*work };
-            if std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| work(index))).is_err() {
+            done = state / TASK;
+            // SAFETY: inside an open task, so the pointer was written before the task opened, and `Finish` keeps the
+            // closure alive until this worker has left.
+            let work = unsafe { (*shared.task.get()).map(|task| &*task) };
+            if let Some(work) = work
+                && std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).is_err()
+            {
                 shared.panicked.store(true, Ordering::Relaxed);
             }
-            shared.busy.fetch_sub(1, Ordering::Release);
+            shared.state.fetch_sub(1, Ordering::Release);
+        } else if shared.stop.load(Ordering::Relaxed) {
+            return;
+        } else if spins < SPINS {
+            spins += 1;
+            std::hint::spin_loop();
+        } else {
+            let mut lock = shared.lock.lock().unwrap_or_else(|e| e.into_inner());
+            shared.asleep.fetch_add(1, Ordering::SeqCst);
+            // The state is read after `asleep` is raised, and a caller raises the state before it reads `asleep`: one
+            // of the two sees the other.
+            while !is_new(shared.state.load(Ordering::SeqCst), done) && !shared.stop.load(Ordering::SeqCst) {
+                lock = shared.wake.wait(lock).unwrap_or_else(|e| e.into_inner());
+            }
+            shared.asleep.fetch_sub(1, Ordering::SeqCst);
+            spins = 0;
         }
     }
 }
@@ -234,30 +265,46 @@ mod tests {
         }
     }
 
+    /// Enters a loop of `threads` indices that ends only when every thread has one.
+    fn meet(pool: &ThreadPool, and_then: impl Fn(usize) + Sync) {
+        let inside = AtomicUsize::new(0);
+        pool.for_each_chunk(pool.n_threads(), 1, |range| {
+            inside.fetch_add(1, Ordering::SeqCst);
+            while inside.load(Ordering::SeqCst) < pool.n_threads() {
+                std::thread::yield_now();
+            }
+            and_then(range.start);
+        });
+    }
+
     #[test]
     fn a_panic_reaches_the_caller_and_the_pool_goes_on() {
         let pool = ThreadPool::new(3);
         let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-            pool.run(|thread| assert_ne!(thread, 1, "deliberate"));
+            meet(&pool, |index| assert_ne!(index, 1, "deliberate"));
         }));
         assert!(caught.is_err());
-        let count = AtomicUsize::new(0);
-        pool.run(|_| {
-            count.fetch_add(1, Ordering::Relaxed);
-        });
-        assert_eq!(count.load(Ordering::Relaxed), 3);
+        meet(&pool, |_| {});
     }
 
     #[test]
     fn workers_wake_after_sleeping() {
-        let pool = ThreadPool::new(2);
+        let pool = ThreadPool::new(3);
         for _ in 0..3 {
             std::thread::sleep(std::time::Duration::from_millis(5));
-            let count = AtomicUsize::new(0);
-            pool.run(|_| {
-                count.fetch_add(1, Ordering::Relaxed);
-            });
-            assert_eq!(count.load(Ordering::Relaxed), 2);
+            meet(&pool, |_| {});
         }
+    }
+
+    #[test]
+    fn many_short_loops_lose_nothing() {
+        let pool = ThreadPool::new(4);
+        let total = AtomicUsize::new(0);
+        for _ in 0..20_000 {
+            pool.for_each_chunk(8, 1, |range| {
+                total.fetch_add(range.len(), Ordering::Relaxed);
+            });
+        }
+        assert_eq!(total.load(Ordering::Relaxed), 160_000);
     }
 }
