@@ -4,6 +4,7 @@ pub mod bench;
 pub mod inspect;
 pub mod logits;
 pub mod run;
+pub mod solve;
 pub mod tokenize;
 
 use crate::cli::Command;
@@ -14,6 +15,7 @@ pub fn dispatch(command: Command) -> Result<()> {
     match command {
         Command::Inspect(args) => inspect::run(&args),
         Command::Run(args) => run::run(&args),
+        Command::Solve(args) => solve::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Logits(args) => logits::run(&args),
         Command::Tokenize(args) => tokenize::run(&args),
