@@ -7,15 +7,13 @@
 //! - **Dense stage**: `Σ token_bytes / rate(tier)` over the layer's groups, one after the other. No latency: the
 //!   launches of an ordinary layer are part of the layer overhead.
 //! - **Expert stage**, only in layers with routed experts: the longest of the paths that overlap, which are
-//!   - each VRAM tier: `latency + bytes / rate`, nothing if no chosen expert computes there;
-//!   - the host, which walks its tiers one after the other: for DRAM `bytes / rate`; for persistent memory or CXL
-//!     above the last tier `latency + bytes / rate` if anything is read there;
-//!   - the last tier: for `m > 0` missed experts `latency + m · expert_bytes / rate`, whatever kind it is.
-//! - A chosen expert computes where it is pinned; a pooled one on its layer's slot tier if it lies in a slot or is
-//!   brought into one, else on the staging tier. So a miss is charged twice, on two paths: its transfer, and its
-//!   computation from the slot or the buffer.
-//! - If the last tier is DRAM (or VRAM) itself, nothing is brought in: a pooled expert that is in no slot computes in
-//!   place, on that tier's path (host or VRAM) and at its rate, and the staging tier has no part in it.
+//!   - each tier that chosen experts compute from: `bytes / rate`, for VRAM after the latency of a launch;
+//!   - for `m > 0` missed experts their transfer from the last tier: `latency + m · expert_bytes / rate`.
+//! - A chosen expert computes where it is pinned. A pooled one computes on its layer's slot tier if it lies in a slot
+//!   or is brought into one; else it is brought into staging and computes there. So a miss is charged twice, on two
+//!   paths: its transfer, and its computation from the slot or the buffer.
+//! - Unless the last tier is a block device, a pooled expert that gets no slot computes where it lies: it is charged
+//!   on that tier's path as a pinned one is, and nothing is staged.
 //!
 //! The maximum is taken token by token over recorded, held-out tokens and then averaged: the mean of the maximum, not
 //! the maximum of means. Slots are replayed as [`crate::replay`] says. Without a profile, tokens are independent and
@@ -37,9 +35,9 @@ use tier_plan_runtime::model::shape::{DenseKind, ModelShape};
 /// Tokens of a prompt that are processed together.
 pub const BATCH: u32 = 512;
 
-/// Whether what lives on the last tier computes where it lies, so that nothing is ever brought in from it.
+/// Whether what lives on the last tier can compute where it lies.
 pub fn home_in_place(tiers: &[Tier]) -> bool {
-    tiers.last().is_some_and(|t| matches!(t.kind, TierKind::Dram | TierKind::Vram))
+    tiers.last().is_some_and(|t| t.kind != TierKind::Nvme)
 }
 
 /// Seconds to read so many bytes from a tier, latency left out.
@@ -47,64 +45,42 @@ pub fn read_s(tier: &Tier, bytes: f64) -> f64 {
     bytes / (tier.read_gbps * 1e9)
 }
 
-/// Which of the overlapping paths a tier's expert reads are on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Path {
-    /// One of its own.
-    Own,
-    /// Shared with the other host tiers.
-    Host,
-}
-
 /// The expert stage of one layer on given tiers.
 #[derive(Debug, Clone)]
 pub struct ExpertStage {
-    /// By tier: path, seconds an expert, fixed seconds if there is any.
-    tiers: Vec<(Path, f64, f64)>,
+    /// `[paths]` seconds an expert, and fixed seconds if there is any: each tier, then the transfers.
+    paths: Vec<(f64, f64)>,
 }
 
 impl ExpertStage {
     /// The stage of a layer whose experts have `expert_bytes` bytes.
     pub fn new(tiers: &[Tier], expert_bytes: u64) -> Self {
-        let last = tiers.len().saturating_sub(1);
-        let in_place = home_in_place(tiers);
-        let tiers = tiers
-            .iter()
-            .enumerate()
-            .map(|(at, tier)| {
-                let fetched = at == last && !in_place;
-                let path = if fetched || tier.kind == TierKind::Vram { Path::Own } else { Path::Host };
-                let fixed = if tier.kind == TierKind::Dram && !fetched { 0.0 } else { tier.latency_us * 1e-6 };
-                (path, read_s(tier, expert_bytes as f64), fixed)
-            })
-            .collect();
-        ExpertStage { tiers }
+        let each = |tier: &Tier| read_s(tier, expert_bytes as f64);
+        let launch = |tier: &Tier| if tier.kind == TierKind::Vram { tier.latency_us * 1e-6 } else { 0.0 };
+        let transfer = tiers.last().map(|home| (each(home), home.latency_us * 1e-6));
+        ExpertStage { paths: tiers.iter().map(|t| (each(t), launch(t))).chain(transfer).collect() }
     }
 
-    /// Seconds that one tier's reads of so many experts take, before any overlap.
-    pub fn tier_s(&self, tier: TierIdx, experts: f64) -> f64 {
-        let (_, each, fixed) = self.tiers[tier];
+    /// Seconds that one path takes for so many experts, before any overlap. Paths are the tiers, then the transfers.
+    pub fn path_s(&self, path: usize, experts: f64) -> f64 {
+        let (each, fixed) = self.paths[path];
         if experts > 0.0 { fixed + experts * each } else { 0.0 }
     }
 
-    /// Seconds of a token that reads `experts[tier]` experts from each tier, the last one's being the missed ones.
-    pub fn seconds(&self, experts: &[u16]) -> f64 {
-        let (mut longest, mut host) = (0.0f64, 0.0);
-        for (&n, &(path, each, fixed)) in experts.iter().zip(&self.tiers) {
-            if n > 0 {
-                let time = fixed + f64::from(n) * each;
-                match path {
-                    Path::Own => longest = longest.max(time),
-                    Path::Host => host += time,
-                }
-            }
-        }
-        longest.max(host)
+    /// Seconds of the stage when so many experts are on each path.
+    pub fn seconds(&self, experts: &[f64]) -> f64 {
+        experts.iter().enumerate().map(|(path, &n)| self.path_s(path, n)).fold(0.0, f64::max)
+    }
+
+    /// The same for whole experts: those of one token.
+    pub fn token_s(&self, experts: &[u16]) -> f64 {
+        let path = |(&n, &(each, fixed)): (&u16, &(f64, f64))| if n > 0 { fixed + f64::from(n) * each } else { 0.0 };
+        experts.iter().zip(&self.paths).map(path).fold(0.0, f64::max)
     }
 }
 
-/// What a token does in one layer: experts read from each tier (`[tiers]`; a missed one counts on the last tier and,
-/// unless it computes there, also where it computes), and the share of tokens that do this.
+/// What a token does in one layer: experts on each path of [`ExpertStage`] (`[tiers + 1]`: computed from each tier,
+/// then transferred), and the share of tokens that do this.
 pub type Outcomes = BTreeMap<Vec<u16>, f64>;
 
 /// The distribution of outcomes of one layer under its placement, over the evidence's tokens.
@@ -122,11 +98,11 @@ pub fn outcomes(layer: &LayerPlacement, evidence: &LayerEvidence, tiers: &[Tier]
     }
     let mut found = Outcomes::new();
     let bring_in = |experts: &mut Vec<u16>, kept: bool| {
-        experts[home] += 1;
-        if kept {
-            experts[layer.slot_tier] += 1;
-        } else if !in_place {
-            experts[staging] += 1;
+        if !kept && in_place {
+            experts[home] += 1;
+        } else {
+            experts[home + 1] += 1;
+            experts[if kept { layer.slot_tier } else { staging }] += 1;
         }
     };
     match &evidence.judged {
@@ -136,7 +112,7 @@ pub fn outcomes(layer: &LayerPlacement, evidence: &LayerEvidence, tiers: &[Tier]
             let share = 1.0 / positions.tokens().max(1) as f64;
             let mut token = 0;
             for (chosen, _) in trace.steps().filter(|(_, counted)| *counted) {
-                let mut experts = vec![0u16; tiers.len()];
+                let mut experts = vec![0u16; tiers.len() + 1];
                 for &expert in chosen {
                     if let Some(tier) = pinned_on[usize::from(expert)] {
                         experts[tier] += 1;
@@ -162,7 +138,7 @@ pub fn outcomes(layer: &LayerPlacement, evidence: &LayerEvidence, tiers: &[Tier]
             let resident = layer.slots.min(pooled);
             groups.extend([resident, pooled - resident]);
             draw(&groups, evidence.shape.n_used, |drawn, share| {
-                let mut experts: Vec<u16> = drawn[..tiers.len()].iter().map(|&n| n as u16).collect();
+                let mut experts: Vec<u16> = drawn[..tiers.len()].iter().map(|&n| n as u16).chain([0]).collect();
                 let (hits, missed) = (drawn[tiers.len()], drawn[tiers.len() + 1]);
                 experts[layer.slot_tier] += hits as u16;
                 for at in 0..missed {
@@ -220,7 +196,7 @@ fn ln_factorials(n: usize) -> Vec<f64> {
 
 /// Mean seconds of the expert stage over a layer's outcomes.
 pub fn stage_mean_s(stage: &ExpertStage, outcomes: &Outcomes) -> f64 {
-    outcomes.iter().map(|(experts, share)| share * stage.seconds(experts)).sum()
+    outcomes.iter().map(|(experts, share)| share * stage.token_s(experts)).sum()
 }
 
 /// Fixed seconds a token: its own and its layers'.
@@ -256,9 +232,10 @@ pub fn predict(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -> Pre
         critical += stage_mean_s(&stage, &outcomes);
         accesses += f64::from(evidence.shape.n_used);
         for (experts, share) in &outcomes {
-            missed += share * experts.last().map_or(0.0, |&m| f64::from(m));
-            for (tier, &count) in experts.iter().enumerate() {
-                expert_s[tier] += share * stage.tier_s(tier, f64::from(count));
+            missed += share * experts[n - 1..].iter().copied().map(f64::from).sum::<f64>();
+            for (path, &count) in experts.iter().enumerate() {
+                let tier = path.min(n - 1);
+                expert_s[tier] += share * stage.path_s(path, f64::from(count));
                 read_bytes[tier] += share * f64::from(count) * evidence.shape.expert_bytes as f64;
             }
         }
@@ -294,7 +271,7 @@ fn prompt_s(plan: &Placement, shape: &ModelShape, evidence: &Evidence, tiers: &[
         let stage = ExpertStage::new(tiers, evidence.shape.expert_bytes);
         let touched: Vec<f64> =
             evidence.prompt_share.iter().map(|share| 1.0 - (1.0 - share.min(1.0)).powi(BATCH as i32)).collect();
-        let mut experts = vec![0.0; tiers.len()];
+        let mut experts = vec![0.0; tiers.len() + 1];
         let mut pooled = touched.iter().sum::<f64>();
         let mut n_pooled = f64::from(evidence.shape.n_expert);
         for (tier, pins) in &layer.pinned {
@@ -306,19 +283,13 @@ fn prompt_s(plan: &Placement, shape: &ModelShape, evidence: &Evidence, tiers: &[
         let hits = pooled.max(0.0) * (f64::from(layer.slots) / n_pooled.max(1.0)).min(1.0);
         let missed = (pooled - hits).max(0.0);
         experts[layer.slot_tier] += hits;
-        experts[home] += missed;
-        if !in_place {
-            experts[plan.staging_tier] += missed;
+        if in_place && layer.slots == 0 {
+            experts[home] += missed;
+        } else {
+            experts[home + 1] += missed;
+            experts[if in_place { layer.slot_tier } else { plan.staging_tier }] += missed;
         }
-        let (mut longest, mut host) = (0.0f64, 0.0);
-        for (tier, &count) in experts.iter().enumerate() {
-            let time = stage.tier_s(tier, count);
-            match stage.tiers[tier].0 {
-                Path::Own => longest = longest.max(time),
-                Path::Host => host += time,
-            }
-        }
-        total += longest.max(host);
+        total += stage.seconds(&experts);
     }
     total
 }
@@ -361,15 +332,17 @@ mod tests {
         ];
         // An expert of 1 MB: 10, 50, 100 and 1000 µs.
         let stage = ExpertStage::new(&tiers, 1_000_000);
-        let us = |experts: &[u16]| (stage.seconds(experts) * 1e6).round() as u32;
-        assert_eq!(us(&[0, 0, 0, 0]), 0);
-        assert_eq!(us(&[8, 0, 0, 0]), 90);
-        assert_eq!(us(&[8, 3, 0, 0]), 150);
-        assert_eq!(us(&[8, 3, 2, 0]), 352);
-        assert_eq!(us(&[8, 4, 0, 1]), 1050);
-        // The same experts in a DRAM that is the last tier compute in place, on the host's path.
+        let us = |experts: [u16; 5]| (stage.token_s(&experts) * 1e6).round() as u32;
+        assert_eq!(us([0, 0, 0, 0, 0]), 0);
+        assert_eq!(us([8, 0, 0, 0, 0]), 90);
+        assert_eq!(us([8, 3, 0, 0, 0]), 150);
+        assert_eq!(us([8, 3, 2, 0, 0]), 200);
+        assert_eq!(us([8, 4, 0, 0, 1]), 1050);
+        assert_eq!(stage.seconds(&[8.0, 4.0, 0.0, 0.0, 1.0]), stage.token_s(&[8, 4, 0, 0, 1]));
+        // The same experts on a DRAM that is the last tier: computed in place, or transferred after its latency.
         let home = ExpertStage::new(&tiers[..2], 1_000_000);
         assert!(home_in_place(&tiers[..2]) && !home_in_place(&tiers));
-        assert_eq!((home.seconds(&[8, 3]) * 1e6).round() as u32, 150);
+        assert_eq!((home.token_s(&[8, 3, 0]) * 1e6).round() as u32, 150);
+        assert_eq!((home.token_s(&[8, 0, 3]) * 1e6).round() as u32, 249);
     }
 }

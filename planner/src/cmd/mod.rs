@@ -6,6 +6,7 @@ pub mod inspect;
 pub mod logits;
 pub mod profile;
 pub mod run;
+pub mod solve;
 pub mod tokenize;
 
 use crate::cli::Command;
@@ -18,6 +19,7 @@ pub fn dispatch(command: Command) -> Result<()> {
         Command::Profile(args) => profile::run(&args),
         Command::Compare(args) => compare::run(&args),
         Command::Run(args) => run::run(&args),
+        Command::Solve(args) => solve::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Logits(args) => logits::run(&args),
         Command::Tokenize(args) => tokenize::run(&args),

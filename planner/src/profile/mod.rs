@@ -184,10 +184,24 @@ fn check_profile(shape: &ModelShape, profile: &Profile) -> Result<()> {
             profile.n_used
         );
     }
+    check_traces(profile)
+}
+
+/// Checks a profile's traces against its own sizes.
+///
+/// # Errors
+/// Names the prompt whose choices are too few, too many, repeated or out of range.
+pub fn check_traces(profile: &Profile) -> Result<()> {
+    ensure!(
+        profile.n_expert <= 1 << 14 && profile.n_used <= profile.n_expert,
+        "the profile has {} experts of which a token uses {}; at most 16384 are planned for",
+        profile.n_expert,
+        profile.n_used
+    );
     let used = profile.n_used as usize;
     for prompt in &profile.prompts {
         let tokens = u64::from(prompt.prompt_tokens) + u64::from(prompt.decode_tokens);
-        let expected = (layers.len() * used) as u64 * tokens;
+        let expected = (profile.layers.len() as u64 * u64::from(profile.n_used)).saturating_mul(tokens);
         ensure!(
             prompt.experts.len() as u64 == expected,
             "prompt '{}/{}' of the profile has {} choices where {expected} were expected; profile the model again",
@@ -258,7 +272,7 @@ pub(crate) mod tests {
         }
     }
 
-    fn shape(n_expert: u32, n_used: u32) -> ModelShape {
+    pub(crate) fn shape(n_expert: u32, n_used: u32) -> ModelShape {
         let experts = ExpertShape { layer: 0, n_expert, n_used, expert_bytes: 10, expert_macs: 10 };
         ModelShape {
             id: id("m"),

@@ -1,1 +1,180 @@
 //! Whether pinning can pay: how unevenly experts are used, and how much of that carries over to text not seen.
+
+use super::check_traces;
+use crate::replay::{LayerTrace, Positions};
+use anyhow::Result;
+use tier_plan_runtime::formats::profile::{Profile, Split};
+
+/// Shares of a layer's experts at which catches are measured.
+pub const SHARES: [f64; 3] = [0.10, 0.25, 0.50];
+
+/// How unevenly the experts are used by decoded tokens, on average over the layers.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Skew {
+    /// The domain whose prompts these are, or `None` for all.
+    pub domain: Option<String>,
+    /// Decoded held-out tokens this was measured on.
+    pub tokens: u64,
+    /// For each of [`SHARES`]: the share of experts it comes to, rounded up to whole ones. A uniform choice would be
+    /// caught this often.
+    pub uniform: [f64; 3],
+    /// Share of held-out choices caught by the experts that the train prompts use most.
+    pub caught: [f64; 3],
+    /// Share of held-out choices that hit in as many slots, with nothing pinned.
+    pub cached: [f64; 3],
+    /// Experts that would give the same entropy if used evenly: 2 to the entropy in bits of held-out choices.
+    pub effective_experts: f64,
+}
+
+/// What a skew means for a plan.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    /// The favourites of the train prompts are the favourites of others too.
+    Skewed,
+    /// Tokens use what the tokens before them used, whatever the favourites are.
+    Local,
+    /// Neither.
+    Flat,
+}
+
+impl Verdict {
+    /// One word for it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Verdict::Skewed => "skewed",
+            Verdict::Local => "local",
+            Verdict::Flat => "flat",
+        }
+    }
+}
+
+/// A catch of less than this many times the uniform one is not worth a plan.
+const NOTEWORTHY: f64 = 1.2;
+
+impl Skew {
+    /// What it means, by the quarter of the experts.
+    pub fn verdict(&self) -> Verdict {
+        let (uniform, caught, cached) = (self.uniform[1], self.caught[1], self.cached[1]);
+        if caught.max(cached) < NOTEWORTHY * uniform {
+            Verdict::Flat
+        } else if caught >= cached {
+            Verdict::Skewed
+        } else {
+            Verdict::Local
+        }
+    }
+
+    /// The verdict in a sentence or two.
+    pub fn words(&self) -> String {
+        let percent = |share: f64| format!("{:.0} %", share * 100.0);
+        let (uniform, caught, cached) = (percent(self.uniform[1]), percent(self.caught[1]), percent(self.cached[1]));
+        let figures = format!(
+            "{uniform} of the experts, chosen on the train prompts, take {caught} of the held-out choices; as many \
+             cache slots hit {cached}"
+        );
+        match self.verdict() {
+            Verdict::Skewed => format!("skewed: {figures}. Pinning the favourites pays."),
+            Verdict::Local => format!("local: {figures}. What was used last says more than what is used most."),
+            Verdict::Flat => format!("flat: {figures}. Pinning will not help; only more fast memory will."),
+        }
+    }
+}
+
+/// The skew over all prompts, then that of each domain in the profile's order, where there are held-out tokens.
+/// Without a held-out split the train prompts are judged on themselves.
+///
+/// # Errors
+/// When the profile's traces do not fit its own sizes.
+pub fn skews(profile: &Profile) -> Result<Vec<Skew>> {
+    check_traces(profile)?;
+    let mut domains: Vec<&str> = Vec::new();
+    for prompt in &profile.prompts {
+        if !domains.contains(&prompt.domain.as_str()) {
+            domains.push(&prompt.domain);
+        }
+    }
+    let of_domain = if domains.len() > 1 { domains } else { Vec::new() };
+    let all = std::iter::once(None).chain(of_domain.into_iter().map(Some));
+    Ok(all.filter_map(|domain| skew(profile, domain)).collect())
+}
+
+fn skew(profile: &Profile, domain: Option<&str>) -> Option<Skew> {
+    let decoded = |split| profile.prompts.iter().any(|p| p.split == split && p.decode_tokens > 0);
+    let judge = if decoded(Split::HeldOut) { Split::HeldOut } else { Split::Train };
+    let choose = if decoded(Split::Train) { Split::Train } else { Split::HeldOut };
+    let of_domain = |name: &str| domain.is_none_or(|d| d == name);
+    let n_expert = profile.n_expert as usize;
+    let counts = SHARES.map(|share| (share * n_expert as f64).ceil() as usize);
+    let mut sum = Skew {
+        domain: domain.map(str::to_string),
+        tokens: 0,
+        uniform: counts.map(|count| count as f64 / n_expert.max(1) as f64),
+        caught: [0.0; 3],
+        cached: [0.0; 3],
+        effective_experts: 0.0,
+    };
+    let n_layer = profile.layers.len();
+    for layer in 0..n_layer {
+        // The favourites are those of all train prompts: a plan is made for all domains at once.
+        let order = super::by_share(&LayerTrace::new(profile, layer, |p| p.split == choose).decode_share());
+        let trace = LayerTrace::new(profile, layer, |p| p.split == judge && of_domain(&p.domain));
+        let accesses = (trace.tokens() * trace.n_used()) as f64;
+        if accesses == 0.0 {
+            return None;
+        }
+        let share = trace.decode_share();
+        let hits = Positions::new(&trace, &vec![false; n_expert]).hit_curve(n_expert);
+        for (at, &count) in counts.iter().enumerate() {
+            let caught: f64 = order[..count].iter().map(|&e| share[e as usize]).sum();
+            sum.caught[at] += caught / trace.n_used() as f64 / n_layer as f64;
+            sum.cached[at] += hits[count] as f64 / accesses / n_layer as f64;
+        }
+        let entropy: f64 = share
+            .iter()
+            .map(|s| s / trace.n_used() as f64)
+            .filter(|&p| p > 0.0)
+            .map(|p| -p * p.log2())
+            .sum();
+        sum.effective_experts += entropy.exp2() / n_layer as f64;
+        sum.tokens = trace.tokens() as u64;
+    }
+    (n_layer > 0).then_some(sum)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::profile::synthetic::{Routing, profile};
+    use crate::profile::tests::{profile_of, shape};
+
+    fn verdict(skew: f64, repeat: f64) -> Result<Verdict> {
+        let routing = Routing { skew, repeat, prompts: 8, prompt_tokens: 8, decode_tokens: 200, seed: 3 };
+        let skews = skews(&profile(&shape(64, 4), &routing))?;
+        assert_eq!(skews.len(), 3);
+        assert!(skews[0].words().starts_with(skews[0].verdict().name()));
+        Ok(skews[0].verdict())
+    }
+
+    #[test]
+    fn verdicts_tell_kinds_of_routing_apart() -> Result<()> {
+        assert_eq!(verdict(0.0, 0.0)?, Verdict::Flat);
+        assert_eq!(verdict(0.0, 0.8)?, Verdict::Local);
+        assert_eq!(verdict(0.6, 0.0)?, Verdict::Skewed);
+        Ok(())
+    }
+
+    #[test]
+    fn figures_are_counted_by_hand() -> Result<()> {
+        let train = vec![vec![vec![0, 1]], vec![vec![0, 2]]];
+        let held_out = vec![vec![vec![0, 3]], vec![vec![3, 0]], vec![vec![1, 2]], vec![vec![0, 1]]];
+        let skews = skews(&profile_of(4, 2, 1, &[(Split::Train, 0, train), (Split::HeldOut, 0, held_out)]))?;
+        let all = &skews[0];
+        // Of 8 choices expert 0 has 3 and expert 1 has 2; two slots hit both of the second token and one of the last.
+        assert_eq!((all.tokens, all.uniform), (4, [0.25, 0.25, 0.5]));
+        assert_eq!(all.caught, [0.375, 0.375, 0.625]);
+        assert_eq!(all.cached[2], (2.0 + 1.0) / 8.0);
+        let entropy = -[3.0, 2.0, 1.0, 2.0f64].iter().map(|n| n / 8.0 * (n / 8.0).log2()).sum::<f64>();
+        assert!((all.effective_experts - entropy.exp2()).abs() < 1e-12);
+        Ok(())
+    }
+}

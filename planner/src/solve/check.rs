@@ -7,8 +7,8 @@ use crate::profile::{Evidence, Judged, LayerEvidence};
 use std::collections::BTreeMap;
 use tier_plan_runtime::exec::slots::{Access, SlotCache};
 use tier_plan_runtime::formats::machine::TierKind;
-use tier_plan_runtime::formats::placement::{LayerPlacement, Placement, PlanTier};
-use tier_plan_runtime::model::shape::ModelShape;
+use tier_plan_runtime::formats::placement::{LayerPlacement, PlanTier, Placement};
+use tier_plan_runtime::model::shape::{DenseKind, ModelShape};
 use tier_plan_runtime::units::show_bytes;
 
 /// Relative difference of times that rounding explains.
@@ -50,7 +50,7 @@ fn lines(plan: &Placement, shape: &ModelShape, wrong: &mut Vec<String>) -> Lines
         match group {
             None => wrong.push(format!("{name} is placed, but the model has none")),
             Some(_) if dense.tier >= n => wrong.push(format!("{name} is on tier {} of {n}", dense.tier)),
-            Some(_) if !computes(dense.tier) => {
+            Some(_) if !computes(dense.tier) && dense.kind != DenseKind::Embedding => {
                 wrong.push(format!("{name} is on '{}', where nothing computes", plan.tiers[dense.tier].tier.name));
             }
             Some(group) => lines[dense.tier][0] += u128::from(group.bytes),
@@ -166,7 +166,10 @@ pub fn token_s(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -> f64
             Judged::Uniform => {
                 let tiers: Vec<_> = plan.tiers.iter().map(|t| t.tier.clone()).collect();
                 let stage = crate::cost::ExpertStage::new(&tiers, evidence.shape.expert_bytes);
-                crate::cost::stage_mean_s(&stage, &crate::cost::outcomes(layer, evidence, &tiers, plan.staging_tier))
+                crate::cost::stage_mean_s(
+                    &stage,
+                    &crate::cost::outcomes(layer, evidence, &tiers, plan.staging_tier),
+                )
             }
         };
     }
@@ -176,7 +179,7 @@ pub fn token_s(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -> f64
 fn stepped_s(plan: &Placement, layer: &LayerPlacement, evidence: &LayerEvidence) -> f64 {
     let Judged::Recorded(trace) = &evidence.judged else { return 0.0 };
     let home = plan.tiers.len() - 1;
-    let in_place = matches!(plan.tiers[home].tier.kind, TierKind::Dram | TierKind::Vram);
+    let in_place = plan.tiers[home].tier.kind != TierKind::Nvme;
     let mut on = vec![None; evidence.shape.n_expert as usize];
     layer.pinned.iter().for_each(|(tier, experts)| experts.iter().for_each(|&e| on[e as usize] = Some(*tier)));
     let mut cache = SlotCache::new(evidence.shape.n_expert, layer.slots);
@@ -191,30 +194,24 @@ fn stepped_s(plan: &Placement, layer: &LayerPlacement, evidence: &LayerEvidence)
         let mut missed = 0u64;
         chosen.iter().filter_map(|&e| on[usize::from(e)]).for_each(|tier| experts[tier] += 1);
         for access in &out {
-            missed += u64::from(!matches!(access, Access::Hit { .. }));
             match access {
-                Access::Hit { .. } | Access::Fill { .. } => experts[layer.slot_tier] += 1,
-                Access::Staged if in_place => {}
-                Access::Staged => experts[plan.staging_tier] += 1,
+                Access::Hit { .. } => experts[layer.slot_tier] += 1,
+                Access::Fill { .. } => (experts[layer.slot_tier], missed) = (experts[layer.slot_tier] + 1, missed + 1),
+                Access::Staged if in_place => experts[home] += 1,
+                Access::Staged => (experts[plan.staging_tier], missed) = (experts[plan.staging_tier] + 1, missed + 1),
             }
         }
-        // The paths that overlap: every VRAM tier, the host, the transfers from the last tier.
-        let (mut vram, mut host, mut transfer) = (0.0f64, 0.0, 0.0);
-        for (at, tier) in plan.tiers.iter().enumerate() {
-            let n = if at == home { missed } else { experts[at] };
-            if n == 0 {
-                continue;
-            }
-            let read = (n * evidence.shape.expert_bytes) as f64 / (tier.tier.read_gbps * 1e9);
-            let latency = tier.tier.latency_us * 1e-6;
-            match tier.tier.kind {
-                _ if at == home && !in_place => transfer = latency + read,
-                TierKind::Vram => vram = vram.max(latency + read),
-                TierKind::Dram => host += read,
-                _ => host += latency + read,
-            }
+        // The paths that overlap: every tier that computes, and the transfers from the last one.
+        let read = |tier: usize, n: u64| {
+            (n * evidence.shape.expert_bytes) as f64 / (plan.tiers[tier].tier.read_gbps * 1e9)
+        };
+        let latency = |tier: usize| plan.tiers[tier].tier.latency_us * 1e-6;
+        let mut longest = if missed > 0 { latency(home) + read(home, missed) } else { 0.0 };
+        for (at, &n) in experts.iter().enumerate().filter(|(_, n)| **n > 0) {
+            let launch = if plan.tiers[at].tier.kind == TierKind::Vram { latency(at) } else { 0.0 };
+            longest = longest.max(launch + read(at, n));
         }
-        sum += vram.max(host).max(transfer);
+        sum += longest;
         tokens += 1;
     }
     sum / tokens.max(1) as f64

@@ -12,7 +12,7 @@ use crate::profile::{Evidence, Judged, LayerEvidence};
 use crate::replay::{COLD, LayerTrace, Positions};
 use std::collections::{BTreeMap, HashSet};
 use tier_plan_runtime::formats::placement::{LayerPlacement, SlotPolicy, TierIdx};
-use tier_plan_runtime::model::shape::ModelShape;
+use tier_plan_runtime::model::shape::{DenseKind, ModelShape};
 
 /// Replay events that building a grid may take: about a second of one core.
 const MAX_EVENTS: f64 = 1e9;
@@ -126,15 +126,16 @@ impl Item {
 
 /// The dense groups, alike ones together.
 pub fn dense_items(shape: &ModelShape, room: &Room) -> Vec<Item> {
-    let mut alike: BTreeMap<(u64, u64), Vec<usize>> = BTreeMap::new();
+    let mut alike: BTreeMap<(bool, u64, u64), Vec<usize>> = BTreeMap::new();
     for (at, group) in shape.dense.iter().enumerate() {
-        alike.entry((group.bytes, group.token_bytes)).or_default().push(at);
+        alike.entry((group.kind == DenseKind::Embedding, group.bytes, group.token_bytes)).or_default().push(at);
     }
     let n = room.tiers.len();
     alike
         .into_iter()
-        .map(|((bytes, token_bytes), groups)| {
-            let tiers: Vec<TierIdx> = room.dense_tiers().filter(|&t| bytes <= room.left_bytes[t]).collect();
+        .map(|((_, bytes, token_bytes), groups)| {
+            let kind = shape.dense[groups[0]].kind;
+            let tiers: Vec<TierIdx> = room.dense_tiers(kind).filter(|&t| bytes <= room.left_bytes[t]).collect();
             Item {
                 cost_s: tiers.iter().map(|&t| read_s(&room.tiers[t], token_bytes as f64)).collect(),
                 bytes: tiers.iter().flat_map(|&t| (0..n).map(move |at| if at == t { bytes } else { 0 })).collect(),
@@ -167,7 +168,7 @@ impl Grid {
                 if let Judged::Recorded(trace) = &layer.judged {
                     events += cuts * slot_tiers * trace.tokens() as f64 * f64::from(layer.shape.n_used);
                 }
-                columns += cuts * if room.in_place { 1.0 } else { slot_tiers * axis };
+                columns += cuts * if room.slot_tiers().is_empty() { 1.0 } else { slot_tiers * axis };
             }
             (events, columns)
         };
@@ -205,6 +206,9 @@ pub struct Axes {
     /// Slot counts, or all that the grid has.
     pub slots: Option<Vec<u16>>,
 }
+
+/// Experts of one token on each path: tiers, then transfers; the pooled ones are first counted on the last tier.
+type Paths = [u16; MAX_FAST + 2];
 
 /// Makes configurations of layers, with their times.
 pub struct Maker<'a> {
@@ -314,9 +318,19 @@ impl Maker<'_> {
         fits
     }
 
+    /// Without slots every pooled choice is missed, unless it computes in place.
+    fn stage_pooled(&self, experts: &mut Paths) {
+        let home = self.room.home();
+        if !self.room.in_place {
+            let pooled = std::mem::take(&mut experts[home]);
+            experts[self.room.staging_tier] += pooled;
+            experts[home + 1] += pooled;
+        }
+    }
+
     /// Slot counts for so many pooled experts.
     fn slot_axis(&self, axes: &Axes, pooled: u16, used: u16) -> Vec<u16> {
-        if self.room.in_place || pooled == 0 {
+        if self.room.slot_tiers().is_empty() || pooled == 0 {
             return Vec::new();
         }
         let least = used.min(pooled);
@@ -367,7 +381,7 @@ impl Maker<'_> {
             ranks.extend(chosen.iter().map(|&e| rank[usize::from(e)]));
             ranks[from..].sort_unstable();
         }
-        let transfer: Vec<f64> = (0..=used).map(|m| stage.tier_s(home, f64::from(m))).collect();
+        let transfer: Vec<f64> = (0..=used).map(|m| stage.path_s(n, f64::from(m))).collect();
         let mut delta: Vec<f64> = Vec::new();
         let mut sorted: Vec<u16> = Vec::new();
         let mut starts: Vec<usize> = Vec::new();
@@ -390,7 +404,7 @@ impl Maker<'_> {
             let slots = self.slot_axis(axes, pooled, used);
             self.sequences(&axes.cuts, last, layer.shape.expert_bytes, |cuts| {
                 let counts = |token: &[u16]| {
-                    let mut experts = [0u16; MAX_FAST + 1];
+                    let mut experts = Paths::default();
                     let mut tier = 0;
                     for &rank in token {
                         while tier < home && rank >= cuts[tier] {
@@ -402,13 +416,10 @@ impl Maker<'_> {
                 };
                 let config = |slots, slot_tier: TierIdx| Config { cuts, slots, slot_tier: slot_tier as u8 };
                 let each_token = || ranks.chunks_exact(usize::from(used)).map(counts);
-                // Without slots every pooled choice is missed, or computes in place.
                 let plain: f64 = each_token()
                     .map(|mut experts| {
-                        if !self.room.in_place {
-                            experts[self.room.staging_tier] += experts[home];
-                        }
-                        stage.seconds(&experts[..n])
+                        self.stage_pooled(&mut experts);
+                        stage.token_s(&experts[..=n])
                     })
                     .sum();
                 self.push(item, layer, config(0, self.room.staging_tier), plain / tokens);
@@ -421,7 +432,7 @@ impl Maker<'_> {
                     for (mut experts, span) in each_token().zip(starts.windows(2)) {
                         let mut missed = usize::from(std::mem::take(&mut experts[home]));
                         experts[tier] += missed as u16;
-                        let compute = stage.seconds(&experts[..n]);
+                        let compute = stage.token_s(&experts[..n]);
                         let mut now = compute.max(transfer[missed]);
                         delta[0] += now;
                         for &position in sorted[span[0]..span[1]].iter().take_while(|&&p| p != COLD) {
@@ -447,7 +458,7 @@ impl Maker<'_> {
     fn uniform(&self, item: &mut Item, layer: &LayerEvidence, stage: &ExpertStage, axes: &Axes) {
         let (home, n) = (self.room.home(), self.room.tiers.len());
         let (n_expert, used) = (layer.shape.n_expert as u16, layer.shape.n_used as u16);
-        let transfer: Vec<f64> = (0..=used).map(|m| stage.tier_s(home, f64::from(m))).collect();
+        let transfer: Vec<f64> = (0..=used).map(|m| stage.path_s(n, f64::from(m))).collect();
         for &last in &axes.last_cuts {
             if home == 0 && last > 0 {
                 break;
@@ -472,19 +483,17 @@ impl Maker<'_> {
                 let config = |slots, slot_tier: TierIdx| Config { cuts, slots, slot_tier: slot_tier as u8 };
                 let mut groups: Vec<u32> = config(0, 0).pins(home).map(u32::from).collect();
                 groups.push(pooled.into());
-                let mut tokens: Vec<([u16; MAX_FAST + 1], f64)> = Vec::new();
+                let mut tokens: Vec<(Paths, f64)> = Vec::new();
                 cost::draw(&groups, used.into(), |drawn, share| {
-                    let mut experts = [0u16; MAX_FAST + 1];
+                    let mut experts = Paths::default();
                     experts.iter_mut().zip(drawn).for_each(|(n, &d)| *n = d as u16);
                     tokens.push((experts, share));
                 });
                 let plain: f64 = tokens
                     .iter()
                     .map(|&(mut experts, share)| {
-                        if !self.room.in_place {
-                            experts[self.room.staging_tier] += experts[home];
-                        }
-                        share * stage.seconds(&experts[..n])
+                        self.stage_pooled(&mut experts);
+                        share * stage.token_s(&experts[..=n])
                     })
                     .sum();
                 self.push(item, layer, config(0, self.room.staging_tier), plain);
@@ -494,7 +503,7 @@ impl Maker<'_> {
                         .map(|&(mut experts, share)| {
                             let q = std::mem::take(&mut experts[home]);
                             experts[tier] += q;
-                            (stage.seconds(&experts[..n]), usize::from(q), share)
+                            (stage.token_s(&experts[..n]), usize::from(q), share)
                         })
                         .collect();
                     for (&s, misses) in slots.iter().zip(&misses) {

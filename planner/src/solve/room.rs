@@ -5,6 +5,7 @@ use crate::cost::home_in_place;
 use anyhow::{Result, bail, ensure};
 use tier_plan_runtime::formats::machine::{Tier, TierKind};
 use tier_plan_runtime::formats::placement::TierIdx;
+use tier_plan_runtime::model::shape::DenseKind;
 use tier_plan_runtime::units::show_bytes;
 
 /// Tiers above the last one, at most.
@@ -32,7 +33,7 @@ pub struct Room {
     pub staging_experts: u32,
     /// Its bytes.
     pub staging_bytes: u64,
-    /// The last tier computes in place: nothing is staged and there are no slots.
+    /// What lies on the last tier computes in place, so nothing is staged.
     pub in_place: bool,
 }
 
@@ -42,15 +43,17 @@ impl Room {
         self.tiers.len() - 1
     }
 
-    /// Tiers that can hold dense groups: what they hold computes there.
-    pub fn dense_tiers(&self) -> impl Iterator<Item = TierIdx> + '_ {
-        (0..self.tiers.len()).filter(|&t| self.tiers[t].kind != TierKind::Nvme)
+    /// Tiers that can hold a dense group: what they hold computes there, and a token reads so little of the embedding
+    /// that it may stay in the file.
+    pub fn dense_tiers(&self, kind: DenseKind) -> impl Iterator<Item = TierIdx> + '_ {
+        (0..self.tiers.len()).filter(move |&t| kind == DenseKind::Embedding || self.tiers[t].kind != TierKind::Nvme)
     }
 
-    /// Tiers that can hold slots. A cache in front of memory that computes in place would be fed over a link whose
-    /// rate the machine file does not have.
+    /// Tiers that can hold slots. A cache in VRAM in front of DRAM would be fed over a link whose rate the machine file
+    /// does not have.
     pub fn slot_tiers(&self) -> std::ops::Range<TierIdx> {
-        0..if self.in_place { 0 } else { self.home() }
+        let fed = !matches!(self.tiers[self.home()].kind, TierKind::Dram | TierKind::Vram);
+        0..if fed { self.home() } else { 0 }
     }
 
     /// Sets aside what every plan needs.
@@ -156,7 +159,7 @@ impl Room {
         };
         self.left_bytes[staging] = after;
         let fits = |t: &TierIdx| self.left_bytes[*t] >= self.kv_bytes;
-        let Some(tier) = Some(staging).filter(fits).or_else(|| self.dense_tiers().find(fits)) else {
+        let Some(tier) = Some(staging).filter(fits).or_else(|| self.dense_tiers(DenseKind::Attention).find(fits)) else {
             bail!(
                 "tier '{}' has {} left of its budget of {}, but the key and value cache of {context} tokens of \
                  context needs {}; raise it by {} or lower --context",
@@ -182,17 +185,19 @@ impl Room {
             tiers.map(|t| format!("'{}'", self.tiers[t].name)).collect::<Vec<_>>().join(" and ")
         };
         let show = |bytes: u128| show_bytes(u64::try_from(bytes).unwrap_or(u64::MAX));
-        let have = left(&mut self.dense_tiers());
+        let in_file = |kind| kind == DenseKind::Embedding && !self.in_place;
+        let computing: u128 = shape.dense.iter().filter(|d| !in_file(d.kind)).map(|d| u128::from(d.bytes)).sum();
+        let have = left(&mut self.dense_tiers(DenseKind::Attention));
         ensure!(
-            dense <= have,
+            computing <= have,
             "the dense tensors of '{}' need {}, but {} have {} left for them beside the key and value cache and the \
              staging buffers; raise the budget of '{}' by {}",
             shape.id.name,
-            show(dense),
-            names(&mut self.dense_tiers()),
+            show(computing),
+            names(&mut self.dense_tiers(DenseKind::Attention)),
             show(have),
             self.tiers[self.staging_tier].name,
-            show(dense - have)
+            show(computing - have)
         );
         let have = left(&mut (0..self.tiers.len()));
         ensure!(

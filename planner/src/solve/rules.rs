@@ -61,7 +61,7 @@ pub fn draft(rule: Rule, shape: &ModelShape, evidence: &Evidence, room: &Room) -
     let mut dense = vec![0; shape.dense.len()];
     for kind in DENSE_ORDER {
         for (at, group) in shape.dense.iter().enumerate().filter(|(_, g)| g.kind == kind) {
-            dense[at] = room.dense_tiers().find(|&t| left[t] >= group.bytes)?;
+            dense[at] = room.dense_tiers(kind).find(|&t| left[t] >= group.bytes)?;
             left[dense[at]] -= group.bytes;
         }
     }
@@ -70,7 +70,7 @@ pub fn draft(rule: Rule, shape: &ModelShape, evidence: &Evidence, room: &Room) -
     match rule {
         Rule::Uniform => filler.uniform(),
         Rule::FrequencyFirst => filler.frequency_first(),
-        Rule::LruOnly if room.in_place => return None,
+        Rule::LruOnly if room.slot_tiers().is_empty() => return None,
         Rule::LruOnly => filler.lru_only(),
         Rule::FirstLayersCpu => filler.first_layers_cpu(),
     }

@@ -1,0 +1,270 @@
+//! `tier-plan solve`: finds where every tensor should live and writes the plan.
+
+use crate::cli::SolveArgs;
+use crate::profile::stats::{Skew, skews};
+use crate::solve::{Inputs, Options, Solved, solve_all};
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::{Value, json};
+use std::fs;
+use std::path::PathBuf;
+use tier_plan_runtime::formats::machine::{self, Machine};
+use tier_plan_runtime::formats::placement::Placement;
+use tier_plan_runtime::formats::profile;
+use tier_plan_runtime::model::shape_of_file;
+use tier_plan_runtime::units::{parse_bytes, show_bytes};
+
+/// Runs it.
+pub fn run(args: &SolveArgs) -> Result<()> {
+    let machine = machine::read(&args.machine)?;
+    let options = Options { strategy: args.strategy, time_limit_s: time_limit(args.time_limit)? };
+    let budgets = budgets(args, &machine)?;
+    let shape = shape_of_file(&args.model).with_context(|| args.model.display().to_string())?;
+    let profile = args.profile.as_deref().map(profile::read).transpose()?;
+    let inputs = Inputs { shape: &shape, profile: profile.as_ref(), machine: &machine, budgets, context: args.context };
+    let solved = solve_all(&inputs, &options)?;
+    let skews = profile.as_ref().map(skews).transpose()?.unwrap_or_default();
+
+    solved.plan.write(&args.output)?;
+    let mut written = Vec::new();
+    if let Some(folder) = &args.baselines {
+        fs::create_dir_all(folder).with_context(|| format!("cannot make the folder {}", folder.display()))?;
+        for plan in &solved.baselines {
+            let path = folder.join(format!("{}.toml", plan.name));
+            plan.write(&path)?;
+            written.push(path);
+        }
+    }
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&as_json(args, &solved, &skews, &written))?);
+    } else {
+        print_text(args, &solved, &skews, &written);
+    }
+    Ok(())
+}
+
+fn time_limit(seconds: f64) -> Result<f64> {
+    ensure!(
+        seconds.is_finite() && (0.0..=1e6).contains(&seconds),
+        "--time-limit {seconds}: give seconds between 0 and a million"
+    );
+    Ok(seconds)
+}
+
+/// Bytes the plan may use of each tier.
+fn budgets(args: &SolveArgs, machine: &Machine) -> Result<Vec<u64>> {
+    let mut asked: Vec<(String, &str, String)> = Vec::new();
+    for text in &args.budget {
+        let Some((name, size)) = text.split_once('=') else {
+            bail!("--budget {text}: write TIER=SIZE, like dram=11GiB");
+        };
+        asked.push((name.trim().to_string(), size, format!("--budget {text}")));
+    }
+    for (name, size) in [("vram", &args.vram), ("dram", &args.dram)] {
+        if let Some(size) = size {
+            asked.push((name.to_string(), size, format!("--{name} {size}")));
+        }
+    }
+    let mut budgets: Vec<Option<u64>> = vec![None; machine.tiers.len()];
+    for (name, size, flag) in asked {
+        let Some(at) = machine.tiers.iter().position(|t| t.name == name) else {
+            let names: Vec<&str> = machine.tiers.iter().map(|t| t.name.as_str()).collect();
+            bail!("{flag}: machine '{}' has no tier '{name}'; its tiers are {}", machine.name, names.join(", "));
+        };
+        let bytes = parse_bytes(size).with_context(|| flag.clone())?;
+        let capacity = machine.tiers[at].capacity_bytes;
+        ensure!(
+            bytes <= capacity,
+            "{flag}: tier '{name}' holds {}; give that or less, or correct the machine file",
+            show_bytes(capacity)
+        );
+        ensure!(budgets[at].is_none(), "{flag}: tier '{name}' was given a budget before; give one");
+        budgets[at] = Some(bytes);
+    }
+    Ok(budgets.iter().zip(&machine.tiers).map(|(b, tier)| b.unwrap_or(tier.capacity_bytes)).collect())
+}
+
+/// The baselines from slowest to fastest, then the plan unless it is one of them.
+fn rows(solved: &Solved) -> Vec<&Placement> {
+    let mut rows: Vec<&Placement> = solved.baselines.iter().filter(|b| b.name != solved.plan.name).collect();
+    rows.sort_by(|a, b| a.predicted.decode_tok_s.total_cmp(&b.predicted.decode_tok_s));
+    rows.push(&solved.plan);
+    rows
+}
+
+fn print_text(args: &SolveArgs, solved: &Solved, skews: &[Skew], written: &[PathBuf]) {
+    let plan = &solved.plan;
+    let emulated = plan.tiers.iter().any(|t| t.tier.emulated);
+    println!("{} on {}, context {}", plan.model.name, plan.machine.name, plan.context);
+    for tier in &plan.tiers {
+        let label = if tier.tier.emulated { " (emulated)" } else { "" };
+        println!(
+            "  {}{label}: {} GB/s, budget {}",
+            tier.tier.name,
+            tier.tier.read_gbps,
+            show_bytes(tier.budget_bytes)
+        );
+    }
+    println!();
+    let mut head = format!("{:<18} {:>13} {:>13} {:>9}", "plan", "decode tok/s", "prompt tok/s", "hit rate");
+    for tier in &plan.tiers {
+        head += &format!(" {:>12}", tier.tier.name);
+    }
+    println!("{head}");
+    for row in rows(solved) {
+        let predicted = &row.predicted;
+        let mut line = format!(
+            "{:<18} {:>13} {:>13} {:>8.1}%",
+            row.name,
+            speed(predicted.decode_tok_s),
+            speed(predicted.prompt_tok_s),
+            predicted.hit_rate * 100.0
+        );
+        for tier in &row.tiers {
+            line += &format!(" {:>12}", show_bytes(tier.used_bytes()));
+        }
+        println!("{line}");
+    }
+    println!();
+    let solver = &plan.solver;
+    let gap = solver.gap.map_or("no proven bound".to_string(), |gap| format!("proven gap {:.4} %", gap * 100.0));
+    println!("{}: {}, {gap}, {:.2} s ({})", plan.name, solver.status, solver.solve_s, solver.backend);
+    let other = solved.baselines.iter().filter(|b| b.name != plan.name);
+    if let Some(best) = other.max_by(|a, b| a.predicted.decode_tok_s.total_cmp(&b.predicted.decode_tok_s)) {
+        let times = plan.predicted.decode_tok_s / best.predicted.decode_tok_s;
+        println!("predicted {times:.3} × the best rule of thumb ({}) at equal bytes", best.name);
+    }
+    if let Some(ceiling) = solved.ceiling_hit_rate {
+        println!(
+            "hit rate {:.1} %; knowing the future, as many resident experts could reach {:.1} %",
+            plan.predicted.hit_rate * 100.0,
+            ceiling * 100.0
+        );
+    }
+    if let Some(all) = skews.first() {
+        println!("routing is {}", all.words());
+    }
+    for note in &solved.notes {
+        println!("note: {note}");
+    }
+    if emulated {
+        println!("note: speeds are predicted for emulated tiers, whose rates are declared, not measured");
+    }
+    println!("wrote {}", args.output.display());
+    for path in written {
+        println!("wrote {}", path.display());
+    }
+}
+
+/// Tokens a second with three digits or so.
+fn speed(tok_s: f64) -> String {
+    let digits = if tok_s < 10.0 { 2 } else { usize::from(tok_s < 100.0) };
+    format!("{tok_s:.digits$}")
+}
+
+fn as_json(args: &SolveArgs, solved: &Solved, skews: &[Skew], written: &[PathBuf]) -> Value {
+    let plan = |plan: &Placement| {
+        json!({
+            "name": plan.name,
+            "predicted_decode_tok_s": plan.predicted.decode_tok_s,
+            "predicted_prompt_tok_s": plan.predicted.prompt_tok_s,
+            "hit_rate": plan.predicted.hit_rate,
+            "status": plan.solver.status,
+            "backend": plan.solver.backend,
+            "objective_s": plan.solver.objective_s,
+            "bound_s": plan.solver.bound_s,
+            "gap": plan.solver.gap,
+            "solve_s": plan.solver.solve_s,
+            "overhead_s": plan.predicted.overhead_s,
+            "dense_s": plan.predicted.dense_s,
+            "expert_s": plan.predicted.expert_s,
+            "expert_critical_s": plan.predicted.expert_critical_s,
+            "read_bytes": plan.predicted.read_bytes,
+            "tiers": plan.tiers.iter().map(|t| json!({
+                "name": t.tier.name,
+                "emulated": t.tier.emulated,
+                "budget_bytes": t.budget_bytes,
+                "used_bytes": t.used_bytes(),
+                "dense_bytes": t.dense_bytes,
+                "pinned_bytes": t.pinned_bytes,
+                "slot_bytes": t.slot_bytes,
+                "kv_bytes": t.kv_bytes,
+                "staging_bytes": t.staging_bytes,
+                "home_bytes": t.home_bytes,
+            })).collect::<Vec<_>>(),
+        })
+    };
+    let mut value = plan(&solved.plan);
+    let baselines: Vec<Value> = solved.baselines.iter().map(plan).collect();
+    let skews: Vec<Value> = skews
+        .iter()
+        .map(|s| {
+            json!({
+                "domain": s.domain,
+                "tokens": s.tokens,
+                "uniform": s.uniform,
+                "caught": s.caught,
+                "cached": s.cached,
+                "effective_experts": s.effective_experts,
+                "verdict": s.verdict().name(),
+            })
+        })
+        .collect();
+    value["plan"] = json!(args.output);
+    value["baselines"] = json!(baselines);
+    value["baseline_plans"] = json!(written);
+    value["ceiling_hit_rate"] = json!(solved.ceiling_hit_rate);
+    value["skew"] = json!(skews);
+    value["notes"] = json!(solved.notes);
+    value
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::{Cli, Command};
+    use clap::Parser;
+    use tier_plan_runtime::formats::SourceId;
+    use tier_plan_runtime::formats::machine::{Tier, TierKind};
+
+    fn asked(flags: &[&str]) -> Result<Vec<u64>> {
+        let tier = |name: &str, kind, capacity_bytes| Tier {
+            name: name.to_string(),
+            kind,
+            capacity_bytes,
+            read_gbps: 1.0,
+            latency_us: 0.0,
+            emulated: false,
+            source: String::new(),
+        };
+        let machine = Machine {
+            name: "m".to_string(),
+            description: String::new(),
+            tiers: vec![tier("dram", TierKind::Dram, 1 << 30), tier("slow", TierKind::Nvme, 1 << 40)],
+            layer_overhead_us: 0.0,
+            token_overhead_us: 0.0,
+            id: SourceId { name: "m".to_string(), hash: String::new() },
+        };
+        let line = [&["tier-plan", "solve", "model.gguf", "-m", "machine.toml"], flags].concat();
+        match Cli::try_parse_from(line)?.command {
+            Command::Solve(args) => budgets(&args, &machine),
+            _ => bail!("not solve"),
+        }
+    }
+
+    #[test]
+    fn budgets_are_read_and_refused() -> Result<()> {
+        assert_eq!(asked(&[])?, [1 << 30, 1 << 40]);
+        assert_eq!(asked(&["--dram", "3MiB"])?, [3 << 20, 1 << 40]);
+        assert_eq!(asked(&["-b", "slow=1GiB", "--budget", "dram=0"])?, [0, 1 << 30]);
+        let refused = |flags: &[&str], word: &str| {
+            let error = asked(flags).err().map(|e| format!("{e:#}")).unwrap_or_default();
+            assert!(error.contains(word), "{word}: {error}");
+        };
+        refused(&["--vram", "1GiB"], "has no tier 'vram'; its tiers are dram, slow");
+        refused(&["--dram", "2GiB"], "holds 1.00 GiB");
+        refused(&["--dram", "1MiB", "-b", "dram=2MiB"], "give one");
+        refused(&["-b", "dram"], "TIER=SIZE");
+        refused(&["--dram", "much"], "is not a size");
+        Ok(())
+    }
+}
