@@ -3,7 +3,7 @@
 use super::prefetch;
 use crate::kernels::activations::ActBlock;
 use crate::kernels::matmul::{Panel, PanelFn, PanelFns};
-use crate::quant::block::{Codes, Format, GROUP};
+use crate::quant::block::{Codes, Format, GROUP, Widen};
 use crate::quant::{TensorType, with_format};
 use std::arch::x86_64::*;
 
@@ -21,6 +21,17 @@ pub(in crate::kernels) fn panels(ty: TensorType) -> PanelFns {
         TensorType::F16 => panel_fns!(float, F16),
         _ => panel_fns!(float, Bf16),
     })
+}
+
+/// Widens with the processor's instruction. Only kernels that are compiled for it name this type.
+struct F16c;
+
+impl Widen for F16c {
+    #[inline(always)]
+    fn f16(bits: u16) -> f32 {
+        // SAFETY: only code that runs where F16C is present names this type.
+        unsafe { _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(bits)))) }
+    }
 }
 
 /// The sum of eight lanes.
@@ -44,7 +55,7 @@ unsafe fn quantized<F: Format, const N: usize>(panel: &Panel<'_>) {
         let mut acc = [_mm256_setzero_ps(); N];
         for (g, bytes) in row.chunks(group_bytes).enumerate() {
             prefetch(bytes.as_ptr(), group_bytes);
-            F::unpack_group(bytes, &mut codes);
+            F::unpack_group::<F16c>(bytes, &mut codes);
             let mut blocks = [&x[g]; N];
             for (n, block) in blocks.iter_mut().enumerate() {
                 *block = &x[n * groups + g];
