@@ -2,7 +2,7 @@
 
 use super::activations::place;
 use super::matmul::{Panel, PanelFn, PanelFns};
-use crate::quant::block::{Codes, Format, GROUP};
+use crate::quant::block::{Codes, Format, GROUP, Plain};
 use crate::quant::{TensorType, dequantize_row, with_format};
 
 /// The kernels of a type.
@@ -26,7 +26,7 @@ unsafe fn quantized<F: Format, const N: usize>(panel: &Panel<'_>) {
     for (r, row) in panel.weights.chunks_exact(panel.row_bytes).enumerate() {
         let mut sums = [0.0f32; N];
         for (g, bytes) in row.chunks(group_bytes).enumerate() {
-            F::unpack_group(bytes, &mut codes);
+            F::unpack_group::<Plain>(bytes, &mut codes);
             for (n, sum) in sums.iter_mut().enumerate() {
                 let x = &panel.x.blocks()[n * groups + g];
                 for i in 0..16 {

@@ -217,6 +217,83 @@ fn eight_bit_activations_cost_little_accuracy() {
     }
 }
 
+/// Memory whose last byte is followed by a page that must not be touched.
+#[cfg(unix)]
+struct Guarded {
+    base: *mut u8,
+    len: usize,
+}
+
+#[cfg(unix)]
+impl Guarded {
+    /// At most 64 KiB each.
+    fn new() -> Self {
+        let (len, guard) = (64 << 10, 64 << 10);
+        // SAFETY: a fresh anonymous mapping, of which the end is then closed.
+        let base = unsafe {
+            let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+            let base = libc::mmap(std::ptr::null_mut(), len + guard, protection, flags, -1, 0);
+            assert_ne!(base, libc::MAP_FAILED);
+            assert_eq!(libc::mprotect(base.byte_add(len), guard, libc::PROT_NONE), 0);
+            base.cast::<u8>()
+        };
+        Self { base, len }
+    }
+
+    /// The last `n` elements before the guard, all zero at first.
+    fn last<T: Copy>(&mut self, n: usize) -> &mut [T] {
+        let bytes = n * size_of::<T>();
+        assert!(bytes <= self.len);
+        // SAFETY: inside the mapping; aligned when `T` divides a page; any bytes are a number.
+        unsafe { std::slice::from_raw_parts_mut(self.base.add(self.len - bytes).cast(), n) }
+    }
+}
+
+#[cfg(unix)]
+impl Drop for Guarded {
+    fn drop(&mut self) {
+        // SAFETY: the mapping made in `new`.
+        unsafe { libc::munmap(self.base.cast(), self.len + (64 << 10)) };
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn nothing_past_the_end_is_read_or_written() {
+    let mut rng = Rng(8);
+    let (mut memory, mut result) = (Guarded::new(), Guarded::new());
+    for k in Kernels::available() {
+        for ty in TensorType::ALL {
+            for &cols in columns(ty) {
+                for tokens in [1, 3, 8] {
+                    let rows = 2;
+                    let bytes = random_weights(ty, rows, cols, &mut rng);
+                    let inside = memory.last::<u8>(bytes.len());
+                    inside.copy_from_slice(&bytes);
+                    let w = Weights::new(ty, inside, rows, cols).unwrap();
+                    let mut acts = Activations::new(tokens, cols);
+                    acts.fill(k, tokens, cols, &rng.normals(tokens * cols), needs_quants(ty));
+                    let out = OutMatrix::new(result.last::<f32>(tokens * rows), rows);
+                    // SAFETY: one thread.
+                    unsafe { k.matmul(w, 0..rows, acts.view(), out) };
+                }
+            }
+        }
+        for n in 0..70 {
+            let values = rng.normals(n);
+            let out = result.last::<f32>(n);
+            out.copy_from_slice(&values);
+            k.softmax(out);
+            k.silu_mul(out, &values);
+            k.rms_norm(&values, &[], 1e-6, out);
+            let half = memory.last::<f16>(n);
+            k.to_f16(out, half);
+            k.axpy_f16(0.5, half, out);
+            assert!(k.dot_f16(out, half).is_finite());
+        }
+    }
+}
+
 #[test]
 fn extremes_do_not_overflow() {
     // All codes at their largest magnitude against activations at theirs, with either sign.

@@ -38,7 +38,7 @@ pub(crate) trait Format {
     const FINE: bool = false;
 
     /// Takes one block apart: `q` has the block's number of values, `scale` and `min` a sixteenth of it.
-    fn unpack(block: &[u8], q: &mut [i8], scale: &mut [f32], min: &mut [f32]);
+    fn unpack<S: Steps>(block: &[u8], q: &mut [i8], scale: &mut [f32], min: &mut [f32]);
 
     /// The code that a number out of `unpack` means.
     #[inline(always)]
@@ -51,7 +51,7 @@ pub(crate) trait Format {
 
     /// Takes up to [`GROUP`] values apart, as many blocks as `bytes` holds; the rest of `out` is zero.
     #[inline(always)]
-    fn unpack_group(bytes: &[u8], out: &mut Codes) {
+    fn unpack_group<S: Steps>(bytes: &[u8], out: &mut Codes) {
         let (size, len) = (Self::TYPE.block_bytes(), Self::TYPE.block_len());
         if bytes.len() < GROUP / len * size {
             *out = Codes::ZERO;
@@ -59,8 +59,35 @@ pub(crate) trait Format {
         let blocks = bytes.chunks_exact(size).zip(out.q.chunks_exact_mut(len));
         let scales = out.scale.chunks_exact_mut(len / 16).zip(out.min.chunks_exact_mut(len / 16));
         for ((block, q), (scale, min)) in blocks.zip(scales) {
-            Self::unpack(block, q, scale, min);
+            Self::unpack::<S>(block, q, scale, min);
         }
+    }
+}
+
+/// Steps of unpacking that some processors have an instruction for and compilers do not find it.
+pub(crate) trait Steps {
+    /// The 16-bit float with these bits, widened.
+    fn f16(bits: u16) -> f32;
+
+    /// The low halves of all bytes, then the high halves, each with its bit of `fifth` on top, less `less`.
+    fn five_bits(bytes: &[u8; 16], fifth: u32, less: i8) -> [i8; 32];
+}
+
+/// The steps in plain code.
+pub(crate) struct Plain;
+
+impl Steps for Plain {
+    #[inline(always)]
+    fn f16(bits: u16) -> f32 {
+        f16_to_f32(bits)
+    }
+
+    #[inline(always)]
+    fn five_bits(bytes: &[u8; 16], fifth: u32, less: i8) -> [i8; 32] {
+        std::array::from_fn(|i| {
+            let code = bytes[i % 16] >> (i / 16 * 4) & 15;
+            (code | ((fifth >> i & 1) << 4) as u8) as i8 - less
+        })
     }
 }
 
@@ -90,8 +117,8 @@ pub(crate) fn u32_at(bytes: &[u8], at: usize) -> u32 {
 
 /// The 16-bit float at byte `at`.
 #[inline(always)]
-pub(crate) fn f16_at(bytes: &[u8], at: usize) -> f32 {
-    f16_to_f32(u16_at(bytes, at))
+pub(crate) fn f16_at<S: Steps>(bytes: &[u8], at: usize) -> f32 {
+    S::f16(u16_at(bytes, at))
 }
 
 /// Widens a 16-bit float without branches or subnormal operands (which stall the processor, and scales often are).

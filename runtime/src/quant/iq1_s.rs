@@ -2,7 +2,7 @@
 //! bits, a 3-bit scale, and the sign of an offset of an eighth. Codes are in eighths, so that the offset is whole.
 
 use super::TensorType;
-use super::block::{Format, f16_at, head, head_mut, u16_at};
+use super::block::{Format, Steps, f16_at, head, head_mut, u16_at};
 use super::grids;
 use super::iq2_xxs::put8;
 
@@ -14,9 +14,9 @@ impl Format for IQ1_S {
     const SIGNED: bool = true;
 
     #[inline(always)]
-    fn unpack(block: &[u8], q: &mut [i8], scale: &mut [f32], _min: &mut [f32]) {
+    fn unpack<S: Steps>(block: &[u8], q: &mut [i8], scale: &mut [f32], _min: &mut [f32]) {
         let (block, q): (&[u8; 50], &mut [i8; 256]) = (head(block), head_mut(q));
-        let d = f16_at(block, 0);
+        let d = f16_at::<S>(block, 0);
         for run in 0..8 {
             let word = u16_at(block, 34 + 2 * run);
             scale[2 * run..2 * run + 2].fill(d * f32::from(2 * (word >> 12 & 7) + 1) * 0.125);

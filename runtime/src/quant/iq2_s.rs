@@ -2,7 +2,7 @@
 //! for each 8 values, then a 4-bit scale for each 16.
 
 use super::TensorType;
-use super::block::{Format, f16_at, head, head_mut};
+use super::block::{Format, Steps, f16_at, head, head_mut};
 use super::grids::{self, with_signs};
 use super::iq2_xs::iq2_scales;
 use super::iq2_xxs::put8;
@@ -16,9 +16,9 @@ impl Format for IQ2_S {
     const FINE: bool = true;
 
     #[inline(always)]
-    fn unpack(block: &[u8], q: &mut [i8], scale: &mut [f32], _min: &mut [f32]) {
+    fn unpack<S: Steps>(block: &[u8], q: &mut [i8], scale: &mut [f32], _min: &mut [f32]) {
         let (block, q): (&[u8; 82], &mut [i8; 256]) = (head(block), head_mut(q));
-        iq2_scales(f16_at(block, 0), head(&block[74..]), head_mut(scale));
+        iq2_scales(f16_at::<S>(block, 0), head(&block[74..]), head_mut(scale));
         for k in 0..32 {
             let high = usize::from(block[66 + k / 4] >> (2 * (k % 4)) & 3);
             let grid = grids::IQ2_S[usize::from(block[2 + k]) | high << 8];

@@ -1,7 +1,7 @@
 //! IQ2_XS: 256 values; an f16, a u16 for each 8 values (9-bit grid number, seven signs), then a 4-bit scale for each 16.
 
 use super::TensorType;
-use super::block::{Format, f16_at, head, head_mut, u16_at};
+use super::block::{Format, Steps, f16_at, head, head_mut, u16_at};
 use super::grids::{self, even_signs, with_signs};
 use super::iq2_xxs::put8;
 
@@ -14,9 +14,9 @@ impl Format for IQ2_XS {
     const FINE: bool = true;
 
     #[inline(always)]
-    fn unpack(block: &[u8], q: &mut [i8], scale: &mut [f32], _min: &mut [f32]) {
+    fn unpack<S: Steps>(block: &[u8], q: &mut [i8], scale: &mut [f32], _min: &mut [f32]) {
         let (block, q): (&[u8; 74], &mut [i8; 256]) = (head(block), head_mut(q));
-        iq2_scales(f16_at(block, 0), head(&block[66..]), head_mut(scale));
+        iq2_scales(f16_at::<S>(block, 0), head(&block[66..]), head_mut(scale));
         for k in 0..32 {
             let word = u16_at(block, 2 + 2 * k);
             let grid = grids::IQ2_XS[usize::from(word & 511)];

@@ -2,7 +2,7 @@
 //! signs, and a 4-bit scale on top.
 
 use super::TensorType;
-use super::block::{Format, f16_at, head, head_mut, u32_at};
+use super::block::{Format, Steps, f16_at, head, head_mut, u32_at};
 use super::grids::{self, even_signs, with_signs};
 
 pub(crate) struct IQ2_XXS;
@@ -13,9 +13,9 @@ impl Format for IQ2_XXS {
     const SIGNED: bool = true;
 
     #[inline(always)]
-    fn unpack(block: &[u8], q: &mut [i8], scale: &mut [f32], _min: &mut [f32]) {
+    fn unpack<S: Steps>(block: &[u8], q: &mut [i8], scale: &mut [f32], _min: &mut [f32]) {
         let (block, q): (&[u8; 66], &mut [i8; 256]) = (head(block), head_mut(q));
-        let d = f16_at(block, 0);
+        let d = f16_at::<S>(block, 0);
         for run in 0..8 {
             let at = 2 + 8 * run;
             let bits = u32_at(block, at + 4);

@@ -2,7 +2,7 @@
 //! then a 4-bit scale for each 32.
 
 use super::TensorType;
-use super::block::{Format, f16_at, head, head_mut};
+use super::block::{Format, Steps, f16_at, head, head_mut};
 use super::grids::{self, with_signs};
 use super::iq2_xxs::put8;
 
@@ -14,9 +14,9 @@ impl Format for IQ3_S {
     const SIGNED: bool = true;
 
     #[inline(always)]
-    fn unpack(block: &[u8], q: &mut [i8], scale: &mut [f32], _min: &mut [f32]) {
+    fn unpack<S: Steps>(block: &[u8], q: &mut [i8], scale: &mut [f32], _min: &mut [f32]) {
         let (block, q): (&[u8; 110], &mut [i8; 256]) = (head(block), head_mut(q));
-        let d = f16_at(block, 0);
+        let d = f16_at::<S>(block, 0);
         for run in 0..8 {
             let s = block[106 + run / 2] >> (4 * (run % 2)) & 15;
             scale[2 * run..2 * run + 2].fill(d * f32::from(1 + 2 * s));

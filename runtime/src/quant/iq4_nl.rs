@@ -1,7 +1,7 @@
 //! IQ4_NL: 32 values; scale f16, then 16 bytes as in Q4_0 whose codes pick one of sixteen uneven levels.
 
 use super::TensorType;
-use super::block::{Format, f16_at, head, head_mut};
+use super::block::{Format, Steps, f16_at, head, head_mut};
 
 /// The levels of IQ4_NL and IQ4_XS.
 pub(crate) const IQ4_LEVELS: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
@@ -15,9 +15,9 @@ impl Format for IQ4_NL {
     const LEVELS: Option<&'static [i8; 16]> = Some(&IQ4_LEVELS);
 
     #[inline(always)]
-    fn unpack(block: &[u8], q: &mut [i8], scale: &mut [f32], _min: &mut [f32]) {
+    fn unpack<S: Steps>(block: &[u8], q: &mut [i8], scale: &mut [f32], _min: &mut [f32]) {
         let (block, q): (&[u8; 18], &mut [i8; 32]) = (head(block), head_mut(q));
-        scale.fill(f16_at(block, 0));
+        scale.fill(f16_at::<S>(block, 0));
         level_numbers(head(&block[2..]), q);
     }
 }

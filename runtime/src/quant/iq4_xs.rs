@@ -2,7 +2,7 @@
 //! 32, and 16 bytes for each 32 values as in IQ4_NL.
 
 use super::TensorType;
-use super::block::{Format, f16_at, head, head_mut, u16_at};
+use super::block::{Format, Steps, f16_at, head, head_mut, u16_at};
 use super::iq4_nl::{IQ4_LEVELS, level_numbers};
 
 pub(crate) struct IQ4_XS;
@@ -14,9 +14,9 @@ impl Format for IQ4_XS {
     const LEVELS: Option<&'static [i8; 16]> = Some(&IQ4_LEVELS);
 
     #[inline(always)]
-    fn unpack(block: &[u8], q: &mut [i8], scale: &mut [f32], _min: &mut [f32]) {
+    fn unpack<S: Steps>(block: &[u8], q: &mut [i8], scale: &mut [f32], _min: &mut [f32]) {
         let (block, q): (&[u8; 136], &mut [i8; 256]) = (head(block), head_mut(q));
-        let (d, high) = (f16_at(block, 0), u16_at(block, 2));
+        let (d, high) = (f16_at::<S>(block, 0), u16_at(block, 2));
         for run in 0..8 {
             let low = block[4 + run / 2] >> (4 * (run % 2)) & 15;
             let s = i32::from(low) | i32::from(high >> (2 * run) & 3) << 4;

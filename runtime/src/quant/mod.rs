@@ -37,7 +37,7 @@ pub(crate) mod types {
     };
 }
 
-use block::{Codes, Format, GROUP, f16_to_f32, head};
+use block::{Codes, Format, GROUP, Plain, f16_to_f32, head};
 use thiserror::Error;
 
 /// Evaluates `$then` with `$F` naming the [`Format`] of the tensor type `$ty`, or `$float` for F32, F16 and BF16.
@@ -85,7 +85,7 @@ fn dequantize_blocks<F: Format>(bytes: &[u8], out: &mut [f32]) {
     let mut codes = Codes::ZERO;
     let group_bytes = GROUP / F::TYPE.block_len() * F::TYPE.block_bytes();
     for (bytes, out) in bytes.chunks(group_bytes).zip(out.chunks_mut(GROUP)) {
-        F::unpack_group(bytes, &mut codes);
+        F::unpack_group::<Plain>(bytes, &mut codes);
         for (i, to) in out.iter_mut().enumerate() {
             *to = codes.scale[i / 16] * f32::from(F::code(codes.q[i])) - codes.min[i / 16];
         }

@@ -2,7 +2,7 @@
 //! floats. Codes here are twice the float, so that they are whole, and the scale is halved.
 
 use super::TensorType;
-use super::block::{Format, head, head_mut};
+use super::block::{Format, Steps, head, head_mut};
 use super::iq4_nl::level_numbers;
 
 /// Twice the values of the sixteen 4-bit floats.
@@ -17,7 +17,7 @@ impl Format for MXFP4 {
     const LEVELS: Option<&'static [i8; 16]> = Some(&MXFP4_LEVELS);
 
     #[inline(always)]
-    fn unpack(block: &[u8], q: &mut [i8], scale: &mut [f32], _min: &mut [f32]) {
+    fn unpack<S: Steps>(block: &[u8], q: &mut [i8], scale: &mut [f32], _min: &mut [f32]) {
         let (block, q): (&[u8; 17], &mut [i8; 32]) = (head(block), head_mut(q));
         scale.fill(half_power(block[0]));
         level_numbers(head(&block[1..]), q);

@@ -2,7 +2,7 @@
 //! f16 that multiply the scales and the minimums. Each 32 bytes hold four runs of 32 codes, the lowest bits first.
 
 use super::TensorType;
-use super::block::{Format, f16_at, head, head_mut};
+use super::block::{Format, Steps, f16_at, head, head_mut};
 
 pub(crate) struct Q2_K;
 
@@ -14,9 +14,9 @@ impl Format for Q2_K {
     const FINE: bool = true;
 
     #[inline(always)]
-    fn unpack(block: &[u8], q: &mut [i8], scale: &mut [f32], min: &mut [f32]) {
+    fn unpack<S: Steps>(block: &[u8], q: &mut [i8], scale: &mut [f32], min: &mut [f32]) {
         let (block, q): (&[u8; 84], &mut [i8; 256]) = (head(block), head_mut(q));
-        let (d, dmin) = (f16_at(block, 80), f16_at(block, 82));
+        let (d, dmin) = (f16_at::<S>(block, 80), f16_at::<S>(block, 82));
         for i in 0..16 {
             scale[i] = d * f32::from(block[i] & 15);
             min[i] = dmin * f32::from(block[i] >> 4);

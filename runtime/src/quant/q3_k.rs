@@ -2,7 +2,7 @@
 //! as in Q2_K, 12 bytes of sixteen 6-bit scales, and an f16 that multiplies them. Codes are less 4, scales less 32.
 
 use super::TensorType;
-use super::block::{Format, f16_at, head, head_mut, q3_scales};
+use super::block::{Format, Steps, f16_at, head, head_mut, q3_scales};
 
 pub(crate) struct Q3_K;
 
@@ -13,9 +13,9 @@ impl Format for Q3_K {
     const FINE: bool = true;
 
     #[inline(always)]
-    fn unpack(block: &[u8], q: &mut [i8], scale: &mut [f32], _min: &mut [f32]) {
+    fn unpack<S: Steps>(block: &[u8], q: &mut [i8], scale: &mut [f32], _min: &mut [f32]) {
         let (block, q): (&[u8; 110], &mut [i8; 256]) = (head(block), head_mut(q));
-        let d = f16_at(block, 108);
+        let d = f16_at::<S>(block, 108);
         for (to, s) in scale.iter_mut().zip(q3_scales(&block[96..])) {
             *to = d * (f32::from(s) - 32.0);
         }

@@ -1,7 +1,7 @@
 //! Q4_0: 32 values; scale f16, then 16 bytes whose low halves are values 0 to 15 and high halves 16 to 31, less 8.
 
 use super::TensorType;
-use super::block::{Format, f16_at, head, head_mut};
+use super::block::{Format, Steps, f16_at, head, head_mut};
 
 pub(crate) struct Q4_0;
 
@@ -11,9 +11,9 @@ impl Format for Q4_0 {
     const SIGNED: bool = true;
 
     #[inline(always)]
-    fn unpack(block: &[u8], q: &mut [i8], scale: &mut [f32], _min: &mut [f32]) {
+    fn unpack<S: Steps>(block: &[u8], q: &mut [i8], scale: &mut [f32], _min: &mut [f32]) {
         let (block, q): (&[u8; 18], &mut [i8; 32]) = (head(block), head_mut(q));
-        scale.fill(f16_at(block, 0));
+        scale.fill(f16_at::<S>(block, 0));
         for i in 0..16 {
             q[i] = (block[2 + i] & 15) as i8 - 8;
             q[i + 16] = (block[2 + i] >> 4) as i8 - 8;

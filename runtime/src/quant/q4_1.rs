@@ -1,7 +1,7 @@
 //! Q4_1: 32 values; scale f16, addend f16, then 16 bytes of 4-bit codes as in Q4_0.
 
 use super::TensorType;
-use super::block::{Format, f16_at, head, head_mut};
+use super::block::{Format, Steps, f16_at, head, head_mut};
 
 pub(crate) struct Q4_1;
 
@@ -12,10 +12,10 @@ impl Format for Q4_1 {
     const HAS_MIN: bool = true;
 
     #[inline(always)]
-    fn unpack(block: &[u8], q: &mut [i8], scale: &mut [f32], min: &mut [f32]) {
+    fn unpack<S: Steps>(block: &[u8], q: &mut [i8], scale: &mut [f32], min: &mut [f32]) {
         let (block, q): (&[u8; 20], &mut [i8; 32]) = (head(block), head_mut(q));
-        scale.fill(f16_at(block, 0));
-        min.fill(-f16_at(block, 2));
+        scale.fill(f16_at::<S>(block, 0));
+        min.fill(-f16_at::<S>(block, 2));
         for i in 0..16 {
             q[i] = (block[4 + i] & 15) as i8;
             q[i + 16] = (block[4 + i] >> 4) as i8;

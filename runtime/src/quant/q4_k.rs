@@ -2,7 +2,7 @@
 //! minimums, 128 bytes: the low halves of each 32 bytes are one run of 32 codes, the high halves the next.
 
 use super::TensorType;
-use super::block::{Format, f16_at, head, head_mut, scales_and_mins};
+use super::block::{Format, Steps, f16_at, head, head_mut, scales_and_mins};
 
 pub(crate) struct Q4_K;
 
@@ -13,9 +13,9 @@ impl Format for Q4_K {
     const HAS_MIN: bool = true;
 
     #[inline(always)]
-    fn unpack(block: &[u8], q: &mut [i8], scale: &mut [f32], min: &mut [f32]) {
+    fn unpack<S: Steps>(block: &[u8], q: &mut [i8], scale: &mut [f32], min: &mut [f32]) {
         let (block, q): (&[u8; 144], &mut [i8; 256]) = (head(block), head_mut(q));
-        k_scales(block, head_mut(scale), head_mut(min));
+        k_scales::<S>(block, head_mut(scale), head_mut(min));
         for pair in 0..4 {
             let bytes: &[u8; 32] = head(&block[16 + 32 * pair..]);
             for i in 0..32 {
@@ -28,8 +28,8 @@ impl Format for Q4_K {
 
 /// The scales and minimums that begin a block of Q4_K or Q5_K.
 #[inline(always)]
-pub(super) fn k_scales(block: &[u8], scale: &mut [f32; 16], min: &mut [f32; 16]) {
-    let (d, dmin) = (f16_at(block, 0), f16_at(block, 2));
+pub(super) fn k_scales<S: Steps>(block: &[u8], scale: &mut [f32; 16], min: &mut [f32; 16]) {
+    let (d, dmin) = (f16_at::<S>(block, 0), f16_at::<S>(block, 2));
     let (scales, mins) = scales_and_mins(&block[4..]);
     for i in 0..16 {
         scale[i] = d * f32::from(scales[i / 2]);

@@ -1,7 +1,7 @@
 //! Q5_0: 32 values; scale f16, 32 bits that are the fifth bit of each value, 16 bytes as in Q4_0; less 16.
 
 use super::TensorType;
-use super::block::{Format, f16_at, head, head_mut, u32_at};
+use super::block::{Format, Steps, f16_at, head, head_mut, u32_at};
 
 pub(crate) struct Q5_0;
 
@@ -11,19 +11,9 @@ impl Format for Q5_0 {
     const SIGNED: bool = true;
 
     #[inline(always)]
-    fn unpack(block: &[u8], q: &mut [i8], scale: &mut [f32], _min: &mut [f32]) {
+    fn unpack<S: Steps>(block: &[u8], q: &mut [i8], scale: &mut [f32], _min: &mut [f32]) {
         let (block, q): (&[u8; 22], &mut [i8; 32]) = (head(block), head_mut(q));
-        scale.fill(f16_at(block, 0));
-        let high = u32_at(block, 2);
-        for i in 0..16 {
-            q[i] = (block[6 + i] & 15) as i8 + fifth_bit(high, i) - 16;
-            q[i + 16] = (block[6 + i] >> 4) as i8 + fifth_bit(high, i + 16) - 16;
-        }
+        scale.fill(f16_at::<S>(block, 0));
+        *q = S::five_bits(head(&block[6..]), u32_at(block, 2), 16);
     }
-}
-
-/// 16 where bit `i` is set.
-#[inline(always)]
-pub(super) fn fifth_bit(bits: u32, i: usize) -> i8 {
-    ((bits >> i & 1) << 4) as i8
 }

@@ -1,8 +1,7 @@
 //! Q5_1: 32 values; scale f16, addend f16, 32 fifth bits, 16 bytes as in Q4_0.
 
 use super::TensorType;
-use super::block::{Format, f16_at, head, head_mut, u32_at};
-use super::q5_0::fifth_bit;
+use super::block::{Format, Steps, f16_at, head, head_mut, u32_at};
 
 pub(crate) struct Q5_1;
 
@@ -13,14 +12,10 @@ impl Format for Q5_1 {
     const HAS_MIN: bool = true;
 
     #[inline(always)]
-    fn unpack(block: &[u8], q: &mut [i8], scale: &mut [f32], min: &mut [f32]) {
+    fn unpack<S: Steps>(block: &[u8], q: &mut [i8], scale: &mut [f32], min: &mut [f32]) {
         let (block, q): (&[u8; 24], &mut [i8; 32]) = (head(block), head_mut(q));
-        scale.fill(f16_at(block, 0));
-        min.fill(-f16_at(block, 2));
-        let high = u32_at(block, 4);
-        for i in 0..16 {
-            q[i] = (block[8 + i] & 15) as i8 + fifth_bit(high, i);
-            q[i + 16] = (block[8 + i] >> 4) as i8 + fifth_bit(high, i + 16);
-        }
+        scale.fill(f16_at::<S>(block, 0));
+        min.fill(-f16_at::<S>(block, 2));
+        *q = S::five_bits(head(&block[8..]), u32_at(block, 4), 0);
     }
 }

@@ -1,7 +1,7 @@
 //! Q5_K: as Q4_K, with 32 bytes of fifth bits before the codes: bit `k` of byte `i` belongs to value `32 k + i`.
 
 use super::TensorType;
-use super::block::{Format, head, head_mut};
+use super::block::{Format, Steps, head, head_mut};
 use super::q4_k::k_scales;
 
 pub(crate) struct Q5_K;
@@ -13,9 +13,9 @@ impl Format for Q5_K {
     const HAS_MIN: bool = true;
 
     #[inline(always)]
-    fn unpack(block: &[u8], q: &mut [i8], scale: &mut [f32], min: &mut [f32]) {
+    fn unpack<S: Steps>(block: &[u8], q: &mut [i8], scale: &mut [f32], min: &mut [f32]) {
         let (block, q): (&[u8; 176], &mut [i8; 256]) = (head(block), head_mut(q));
-        k_scales(block, head_mut(scale), head_mut(min));
+        k_scales::<S>(block, head_mut(scale), head_mut(min));
         let fifth: &[u8; 32] = head(&block[16..]);
         for pair in 0..4 {
             let bytes: &[u8; 32] = head(&block[48 + 32 * pair..]);

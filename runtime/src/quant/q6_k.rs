@@ -2,7 +2,7 @@
 //! multiplies them; less 32. Each half of the block has runs of 32: low halves of 64 bytes, then their high halves.
 
 use super::TensorType;
-use super::block::{Format, f16_at, head, head_mut};
+use super::block::{Format, Steps, f16_at, head, head_mut};
 
 pub(crate) struct Q6_K;
 
@@ -13,9 +13,9 @@ impl Format for Q6_K {
     const FINE: bool = true;
 
     #[inline(always)]
-    fn unpack(block: &[u8], q: &mut [i8], scale: &mut [f32], _min: &mut [f32]) {
+    fn unpack<S: Steps>(block: &[u8], q: &mut [i8], scale: &mut [f32], _min: &mut [f32]) {
         let (block, q): (&[u8; 210], &mut [i8; 256]) = (head(block), head_mut(q));
-        let d = f16_at(block, 208);
+        let d = f16_at::<S>(block, 208);
         for i in 0..16 {
             scale[i] = d * f32::from(block[192 + i] as i8);
         }

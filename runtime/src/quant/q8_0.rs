@@ -1,7 +1,7 @@
 //! Q8_0: 32 values; scale f16, then 32 signed bytes.
 
 use super::TensorType;
-use super::block::{Format, f16_at, head, head_mut};
+use super::block::{Format, Steps, f16_at, head, head_mut};
 
 pub(crate) struct Q8_0;
 
@@ -11,9 +11,9 @@ impl Format for Q8_0 {
     const SIGNED: bool = true;
 
     #[inline(always)]
-    fn unpack(block: &[u8], q: &mut [i8], scale: &mut [f32], _min: &mut [f32]) {
+    fn unpack<S: Steps>(block: &[u8], q: &mut [i8], scale: &mut [f32], _min: &mut [f32]) {
         let (block, q): (&[u8; 34], &mut [i8; 32]) = (head(block), head_mut(q));
-        scale.fill(f16_at(block, 0));
+        scale.fill(f16_at::<S>(block, 0));
         for i in 0..32 {
             q[i] = block[2 + i] as i8;
         }

@@ -3,7 +3,7 @@
 use super::prefetch;
 use crate::kernels::activations::ActBlock;
 use crate::kernels::matmul::{Panel, PanelFn, PanelFns};
-use crate::quant::block::{Codes, Format, GROUP};
+use crate::quant::block::{Codes, Format, GROUP, Steps};
 use crate::quant::{TensorType, with_format};
 use std::arch::x86_64::*;
 
@@ -21,6 +21,34 @@ pub(in crate::kernels) fn panels(ty: TensorType) -> PanelFns {
         TensorType::F16 => panel_fns!(float, F16),
         _ => panel_fns!(float, Bf16),
     })
+}
+
+/// The steps of unpacking with AVX2 and F16C. Only kernels that are compiled for these name this type.
+struct Avx2;
+
+impl Steps for Avx2 {
+    #[inline(always)]
+    fn f16(bits: u16) -> f32 {
+        // SAFETY: only code that runs where the instruction is present names this type.
+        unsafe { _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(bits)))) }
+    }
+
+    #[inline(always)]
+    fn five_bits(bytes: &[u8; 16], fifth: u32, less: i8) -> [i8; 32] {
+        const EACH: i64 = 0x0101_0101_0101_0101;
+        // SAFETY: as above; a register is 32 bytes.
+        unsafe {
+            let spread = _mm256_setr_epi64x(0, EACH, 2 * EACH, 3 * EACH);
+            let one_each = _mm256_set1_epi64x(0x8040_2010_0804_0201_u64 as i64);
+            let bits = _mm256_shuffle_epi8(_mm256_set1_epi32(fifth as i32), spread);
+            let set = _mm256_cmpeq_epi8(_mm256_and_si256(bits, one_each), one_each);
+            let low = _mm_loadu_si128(bytes.as_ptr().cast());
+            let both = _mm256_set_m128i(_mm_srli_epi16::<4>(low), low);
+            let codes = _mm256_and_si256(both, _mm256_set1_epi8(15));
+            let codes = _mm256_or_si256(codes, _mm256_and_si256(set, _mm256_set1_epi8(16)));
+            std::mem::transmute::<__m256i, [i8; 32]>(_mm256_sub_epi8(codes, _mm256_set1_epi8(less)))
+        }
+    }
 }
 
 /// The sum of eight lanes.
@@ -44,7 +72,7 @@ unsafe fn quantized<F: Format, const N: usize>(panel: &Panel<'_>) {
         let mut acc = [_mm256_setzero_ps(); N];
         for (g, bytes) in row.chunks(group_bytes).enumerate() {
             prefetch(bytes.as_ptr(), group_bytes);
-            F::unpack_group(bytes, &mut codes);
+            F::unpack_group::<Avx2>(bytes, &mut codes);
             let mut blocks = [&x[g]; N];
             for (n, block) in blocks.iter_mut().enumerate() {
                 *block = &x[n * groups + g];
