@@ -2,9 +2,7 @@
 
 use super::{compare, inspect, profile, run, solve};
 use crate::bundled;
-use crate::cli::{
-    CompareArgs, DemoArgs, InspectArgs, ProfileArgs, RunArgs, SamplingArgs, SolveArgs, Strategy,
-};
+use crate::cli::{CompareArgs, DemoArgs, InspectArgs, ProfileArgs, RunArgs, SamplingArgs, SolveArgs, Strategy};
 use crate::profile::collect::Settings;
 use crate::profile::prompts;
 use crate::session::{catch_interrupts, tokenizer};
@@ -47,8 +45,11 @@ pub fn run(args: &DemoArgs) -> Result<()> {
     let threads = args.threads;
     profile::run(&profile_args(&model, &profile_path, threads))?;
 
-    say(3, "Where everything should live: an integer program over three tiers too small for the model, and four rules \
-         of thumb given the same bytes.");
+    say(
+        3,
+        "Where everything should live: an integer program over three tiers too small for the model, and four rules \
+         of thumb given the same bytes.",
+    );
     command(&format!(
         "solve {model_s} -p {folder_s}/demo.profile -m {machine_s} -o {folder_s}/plans/optimal.toml --baselines \
          {folder_s}/plans"
@@ -57,7 +58,9 @@ pub fn run(args: &DemoArgs) -> Result<()> {
     solve::run(&solve_args(&model, &profile_path, &machine, &optimal, &plans))?;
 
     say(4, "Text from the plan: pinned experts stay, the others pass through slots, the rest is read from the file.");
-    command(&format!("run {model_s} --plan {folder_s}/plans/optimal.toml -p {PROMPT:?} -n 48 --temperature 0.8 --seed 3"));
+    command(&format!(
+        "run {model_s} --plan {folder_s}/plans/optimal.toml -p {PROMPT:?} -n 48 --temperature 0.8 --seed 3"
+    ));
     run::run(&run_args(&model, &optimal, threads))?;
 
     let inputs = plan_files(&plans, &optimal)?;
@@ -77,8 +80,13 @@ pub fn run(args: &DemoArgs) -> Result<()> {
         json: false,
     })?;
     println!();
-    println!("The tiers of this demo are emulated: their rates and sizes are declared in {machine_s}, in the proportions");
-    println!("of a desktop with a GPU, so that the plans differ as they would there. The demo took {:.0} s.", started.elapsed().as_secs_f64());
+    println!(
+        "The tiers of this demo are emulated: their rates and sizes are declared in {machine_s}, in the proportions"
+    );
+    println!(
+        "of a desktop with a GPU, so that the plans differ as they would there. The demo took {:.0} s.",
+        started.elapsed().as_secs_f64()
+    );
     Ok(())
 }
 

@@ -2,6 +2,7 @@
 
 pub mod bench;
 pub mod compare;
+pub mod demo;
 pub mod inspect;
 pub mod logits;
 pub mod profile;
@@ -23,6 +24,6 @@ pub fn dispatch(command: Command) -> Result<()> {
         Command::Bench(args) => bench::run(&args),
         Command::Logits(args) => logits::run(&args),
         Command::Tokenize(args) => tokenize::run(&args),
-        other => anyhow::bail!("{other:?} is being built"),
+        Command::Demo(args) => demo::run(&args),
     }
 }

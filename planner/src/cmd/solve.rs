@@ -97,12 +97,7 @@ fn print_text(args: &SolveArgs, solved: &Solved, skews: &[Skew], written: &[Path
     println!("{} on {}, context {}", plan.model.name, plan.machine.name, plan.context);
     for tier in &plan.tiers {
         let label = if tier.tier.emulated { " (emulated)" } else { "" };
-        println!(
-            "  {}{label}: {} GB/s, budget {}",
-            tier.tier.name,
-            tier.tier.read_gbps,
-            show_bytes(tier.budget_bytes)
-        );
+        println!("  {}{label}: {} GB/s, budget {}", tier.tier.name, tier.tier.read_gbps, show_bytes(tier.budget_bytes));
     }
     println!();
     let mut head = format!("{:<18} {:>13} {:>13} {:>9}", "plan", "decode tok/s", "prompt tok/s", "hit rate");

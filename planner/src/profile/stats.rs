@@ -129,12 +129,8 @@ fn skew(profile: &Profile, domain: Option<&str>) -> Option<Skew> {
             sum.caught[at] += caught / trace.n_used() as f64 / n_layer as f64;
             sum.cached[at] += hits[count] as f64 / accesses / n_layer as f64;
         }
-        let entropy: f64 = share
-            .iter()
-            .map(|s| s / trace.n_used() as f64)
-            .filter(|&p| p > 0.0)
-            .map(|p| -p * p.log2())
-            .sum();
+        let entropy: f64 =
+            share.iter().map(|s| s / trace.n_used() as f64).filter(|&p| p > 0.0).map(|p| -p * p.log2()).sum();
         sum.effective_experts += entropy.exp2() / n_layer as f64;
         sum.tokens = trace.tokens() as u64;
     }

@@ -7,7 +7,7 @@ use crate::profile::{Evidence, Judged, LayerEvidence};
 use std::collections::BTreeMap;
 use tier_plan_runtime::exec::slots::{Access, SlotCache};
 use tier_plan_runtime::formats::machine::TierKind;
-use tier_plan_runtime::formats::placement::{LayerPlacement, PlanTier, Placement};
+use tier_plan_runtime::formats::placement::{LayerPlacement, Placement, PlanTier};
 use tier_plan_runtime::model::shape::{DenseKind, ModelShape};
 use tier_plan_runtime::units::show_bytes;
 
@@ -166,10 +166,7 @@ pub fn token_s(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -> f64
             Judged::Uniform => {
                 let tiers: Vec<_> = plan.tiers.iter().map(|t| t.tier.clone()).collect();
                 let stage = crate::cost::ExpertStage::new(&tiers, evidence.shape.expert_bytes);
-                crate::cost::stage_mean_s(
-                    &stage,
-                    &crate::cost::outcomes(layer, evidence, &tiers, plan.staging_tier),
-                )
+                crate::cost::stage_mean_s(&stage, &crate::cost::outcomes(layer, evidence, &tiers, plan.staging_tier))
             }
         };
     }
@@ -202,9 +199,8 @@ fn stepped_s(plan: &Placement, layer: &LayerPlacement, evidence: &LayerEvidence)
             }
         }
         // The paths that overlap: every tier that computes, and the transfers from the last one.
-        let read = |tier: usize, n: u64| {
-            (n * evidence.shape.expert_bytes) as f64 / (plan.tiers[tier].tier.read_gbps * 1e9)
-        };
+        let read =
+            |tier: usize, n: u64| (n * evidence.shape.expert_bytes) as f64 / (plan.tiers[tier].tier.read_gbps * 1e9);
         let latency = |tier: usize| plan.tiers[tier].tier.latency_us * 1e-6;
         let mut longest = if missed > 0 { latency(home) + read(home, missed) } else { 0.0 };
         for (at, &n) in experts.iter().enumerate().filter(|(_, n)| **n > 0) {

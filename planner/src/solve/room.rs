@@ -159,7 +159,8 @@ impl Room {
         };
         self.left_bytes[staging] = after;
         let fits = |t: &TierIdx| self.left_bytes[*t] >= self.kv_bytes;
-        let Some(tier) = Some(staging).filter(fits).or_else(|| self.dense_tiers(DenseKind::Attention).find(fits)) else {
+        let Some(tier) = Some(staging).filter(fits).or_else(|| self.dense_tiers(DenseKind::Attention).find(fits))
+        else {
             bail!(
                 "tier '{}' has {} left of its budget of {}, but the key and value cache of {context} tokens of \
                  context needs {}; raise it by {} or lower --context",

@@ -131,9 +131,7 @@ impl SlotCache {
                     self.victims.extend(victim);
                     (slot, None)
                 }
-                (None, Some(victim)) => {
-                    (std::mem::replace(&mut self.slot_of[victim as usize], NONE), Some(victim))
-                }
+                (None, Some(victim)) => (std::mem::replace(&mut self.slot_of[victim as usize], NONE), Some(victim)),
                 (None, None) => continue,
             };
             self.slot_of[expert as usize] = slot;
