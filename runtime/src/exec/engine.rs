@@ -1,11 +1,10 @@
 //! The engine: a loaded model and its state, and the pass that takes tokens through the layers.
 
 use super::RunError;
-use super::attention::{AttentionScratch, gqa};
 use super::counters::Counters;
 use super::experts::{ExpertStore, Step};
-use super::kv_cache::LayerCache;
 use super::load::{LoadError, LoadOptions, Loaded, Progress, load};
+use super::mixer::{MixerInput, MixerScratch, MixerState, mix};
 use super::moe::{Choices, Compute, FfnScratch, add_bias, dense_ffn, moe_batch, moe_token};
 use super::rope::RopeTable;
 use super::router::Router;
@@ -16,7 +15,7 @@ use crate::kernels::pooled::{MatJob, matmul_all};
 use crate::kernels::{Activations, Kernels, needs_quants};
 use crate::model::describe;
 use crate::model::shape::{ModelShape, shape_of};
-use crate::model::spec::{Ffn, LayerSpec, Mixer, ModelSpec, MoeSpec};
+use crate::model::spec::{Ffn, LayerSpec, ModelSpec, MoeSpec};
 use crate::quant::dequantize_row;
 use crate::threads::{ThreadPool, physical_cores};
 use crate::tiers::pace::{Pacer, StageBytes, settle};
@@ -62,10 +61,12 @@ pub struct Engine {
     kernels: Kernels,
     batch: usize,
     n_past: usize,
-    caches: Vec<LayerCache>,
+    states: Vec<MixerState>,
     ropes: Vec<RopeTable>,
+    /// By layer: whether any matrix of the mixer takes quantised activations.
+    mixer_quants: Vec<bool>,
     /// By layer, index into `ropes`.
-    layer_rope: Vec<usize>,
+    layer_rope: Vec<Option<usize>>,
     scratch: Scratch,
     logits: Vec<f32>,
     routing: Routing,
@@ -83,7 +84,7 @@ struct Scratch {
     experts: Vec<u16>,
     weights: Vec<f32>,
     router: Router,
-    attention: AttentionScratch,
+    mixer: MixerScratch,
     ffn: FfnScratch,
     computed: StageBytes,
 }
@@ -105,20 +106,19 @@ impl Engine {
         let Loaded { weights, experts, mut resident_bytes, embedding_tier, head_tier, dense_bytes } = loaded;
         let batch = options.batch.unwrap_or(BATCH).max(1);
         let context = plan.context as usize;
-        let caches: Vec<LayerCache> = spec
-            .layers
-            .iter()
-            .map(|layer| {
-                let Mixer::Gqa(a) = &layer.mixer;
-                LayerCache::new(options.kv_type, a.n_head_kv, a.key_dim, a.value_dim, context)
-            })
-            .collect();
-        resident_bytes[plan.kv_tier] += caches.iter().map(LayerCache::bytes).sum::<u64>();
+        let states: Vec<MixerState> =
+            spec.layers.iter().map(|layer| MixerState::new(&layer.mixer, options.kv_type, context)).collect();
+        resident_bytes[plan.kv_tier] += states.iter().map(MixerState::bytes).sum::<u64>();
         let (ropes, layer_rope) = rope_tables(&spec, &weights);
         let tiers: Vec<_> = plan.tiers.iter().map(|t| t.tier.clone()).collect();
         let threads = options.threads.unwrap_or_else(physical_cores);
         let n_moe = spec.moe_layers().count();
+        let needs = |layer: &LayerSpec| {
+            let matrices = layer.mixer.tensors().matrices;
+            matrices.iter().any(|id| needs_quants(weights.ty(*id))) && spec.hidden.is_multiple_of(32)
+        };
         Ok(Self {
+            mixer_quants: spec.layers.iter().map(needs).collect(),
             scratch: Scratch::new(&spec, batch, tiers.len()),
             kernels: Kernels::best(),
             pool: ThreadPool::new(threads),
@@ -139,7 +139,7 @@ impl Engine {
             embedding_tier,
             head_tier,
             batch,
-            caches,
+            states,
             ropes,
             layer_rope,
         })
@@ -347,14 +347,16 @@ impl Engine {
         let (spec, weights, s) = (&self.spec, &self.weights, &mut self.scratch);
         let layer = &spec.layers[index];
         let len = n * spec.hidden;
-        let Mixer::Gqa(a) = &layer.mixer;
         norm_rows(c, &s.x[..len], weights.vector(layer.mixer_norm), spec.norm_eps, &mut s.normed[..len]);
-        let quantize = [&a.q, &a.k, &a.v].iter().any(|l| needs_quants(weights.ty(l.weight)));
-        s.acts.fill(c.kernels, n, spec.hidden, &s.normed[..len], quantize);
-        let rope = &self.ropes[self.layer_rope[index]];
-        let cache = &mut self.caches[index];
+        s.acts.fill(c.kernels, n, spec.hidden, &s.normed[..len], self.mixer_quants[index]);
+        let input = MixerInput {
+            x: s.acts.view(),
+            past: self.n_past,
+            rope: self.layer_rope[index].map(|at| &self.ropes[at]),
+            norm_eps: spec.norm_eps,
+        };
         let out = &mut s.out[..len];
-        gqa(c, weights, a, spec.norm_eps, rope, cache, self.n_past, s.acts.view(), &mut s.attention, out);
+        mix(c, weights, &layer.mixer, &input, &mut self.states[index], &mut s.mixer, out);
         c.kernels.add(&mut s.x[..len], out);
         norm_rows(c, &s.x[..len], weights.vector(layer.ffn_norm), spec.norm_eps, &mut s.normed[..len]);
         match &layer.ffn {
@@ -422,28 +424,28 @@ fn norm_rows(c: Compute<'_>, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32
     }
 }
 
-fn rope_tables(spec: &ModelSpec, weights: &DenseWeights) -> (Vec<RopeTable>, Vec<usize>) {
+/// One table for all layers that rotate alike, and each layer's.
+fn rope_tables(spec: &ModelSpec, weights: &DenseWeights) -> (Vec<RopeTable>, Vec<Option<usize>>) {
     let mut tables: Vec<RopeTable> = Vec::new();
-    let mut by_layer = Vec::new();
-    for layer in &spec.layers {
-        let Mixer::Gqa(a) = &layer.mixer;
-        let at = tables.iter().position(|t| t.is_for(&a.rope)).unwrap_or_else(|| {
-            tables.push(RopeTable::new(&a.rope, weights.opt_vector(a.rope.freq_factors)));
-            tables.len() - 1
-        });
-        by_layer.push(at);
-    }
+    let table_of = |layer: &LayerSpec| {
+        layer.mixer.rope().map(|rope| {
+            tables.iter().position(|t| t.is_for(rope)).unwrap_or_else(|| {
+                tables.push(RopeTable::new(rope, weights.opt_vector(rope.freq_factors)));
+                tables.len() - 1
+            })
+        })
+    };
+    let by_layer = spec.layers.iter().map(table_of).collect();
     (tables, by_layer)
 }
 
 impl Scratch {
     fn new(spec: &ModelSpec, batch: usize, n_tiers: usize) -> Self {
         let hidden = spec.hidden;
-        let mut attention = AttentionScratch::default();
+        let mut mixer = MixerScratch::default();
         let (mut ffn, mut n_expert, mut n_used) = (0, 0, 1);
         for layer in &spec.layers {
-            let Mixer::Gqa(a) = &layer.mixer;
-            attention.reserve(batch, a);
+            mixer.reserve(batch, &layer.mixer);
             match &layer.ffn {
                 Ffn::Dense(f) => ffn = ffn.max(f.gate.n_out),
                 Ffn::Moe(m) => {
@@ -462,7 +464,7 @@ impl Scratch {
             experts: vec![0; batch * n_used],
             weights: vec![0.0; batch * n_used],
             router: Router::default(),
-            attention,
+            mixer,
             ffn: FfnScratch::new(batch, hidden, ffn, n_used),
             computed: StageBytes::new(n_tiers),
         }

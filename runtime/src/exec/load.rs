@@ -1,7 +1,7 @@
 //! Loads a model as a plan says: checks the plan against the file, makes one arena a tier, fills it, and counts.
 
 use super::experts::{ExpertStore, Home, LayerExperts, largest_expert};
-use super::kv_cache::KvType;
+use super::mixer::KvType;
 use super::weights::{DenseWeights, Held};
 use crate::formats::machine::TierKind;
 use crate::formats::placement::{LayerPlacement, Placement};
@@ -260,7 +260,7 @@ impl Loader<'_> {
         progress: Progress<'_>,
     ) -> Result<DenseWeights, LoadError> {
         let mut weights = DenseWeights::new(Arc::clone(self.gguf));
-        let matrices = matrices(self.spec);
+        let matrices = self.spec.matrices();
         for group in self.spec.dense_groups() {
             let tier = tiers[&(group.kind, group.layer)];
             for id in group.tensors {
@@ -357,19 +357,4 @@ impl Loader<'_> {
             _ => unreachable!("a checked plan takes memory only from tiers that have an arena"),
         }
     }
-}
-
-/// Dense tensors that are read as matrices; all others are vectors of parameters.
-fn matrices(spec: &ModelSpec) -> HashSet<TensorId> {
-    use crate::model::spec::{Ffn, Mixer};
-    let mut ids = HashSet::from([spec.embedding, spec.output]);
-    for layer in &spec.layers {
-        let Mixer::Gqa(a) = &layer.mixer;
-        ids.extend([&a.q, &a.k, &a.v, &a.o].map(|l| l.weight));
-        match &layer.ffn {
-            Ffn::Dense(f) => ids.extend([&f.gate, &f.up, &f.down].map(|l| l.weight)),
-            Ffn::Moe(m) => ids.extend([m.router.weight]),
-        }
-    }
-    ids
 }

@@ -3,14 +3,13 @@
 //! `load` puts bytes where the plan wants them and proves it; `engine` runs the layers; `experts` is the store that
 //! pins, caches and fetches routed experts; the rest is arithmetic.
 
-mod attention;
 pub mod counters;
 pub mod engine;
 mod experts;
 pub mod generate;
-mod kv_cache;
 mod load;
 pub mod measure;
+mod mixer;
 mod moe;
 pub mod plan;
 mod rope;
@@ -19,8 +18,8 @@ pub mod slots;
 mod weights;
 
 pub use engine::{Engine, Wanted};
-pub use kv_cache::KvType;
 pub use load::{LoadError, LoadOptions};
+pub use mixer::KvType;
 
 use crate::tiers::file::ReadError;
 use thiserror::Error;

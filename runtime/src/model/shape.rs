@@ -1,6 +1,6 @@
 //! A model's sizes without its weights: all that a planner needs to know.
 
-use super::spec::{Mixer, ModelSpec};
+use super::spec::ModelSpec;
 use super::{ModelError, describe};
 use crate::formats::SourceId;
 use crate::gguf::Gguf;
@@ -128,15 +128,8 @@ pub fn shape_of(gguf: &Gguf, spec: &ModelSpec) -> ModelShape {
         hidden: spec.hidden as u32,
         n_vocab: spec.n_vocab as u32,
         context: spec.context as u32,
-        kv_bytes_per_token: spec.layers.iter().map(|layer| kv_values(&layer.mixer) as u64 * 2).sum(),
+        kv_bytes_per_token: spec.layers.iter().map(|l| l.mixer.cache_values_per_token() as u64 * 2).sum(),
         dense,
         experts,
-    }
-}
-
-/// Values that one token adds to a layer's key and value cache.
-pub fn kv_values(mixer: &Mixer) -> usize {
-    match mixer {
-        Mixer::Gqa(a) => a.n_head_kv * (a.key_dim + a.value_dim),
     }
 }

@@ -3,6 +3,7 @@
 //! Dimensions are checked against the tensors when a spec is made, so that the engine can rely on them.
 
 use super::shape::DenseKind;
+use std::collections::HashSet;
 
 /// Index of a tensor in the file's tensor list.
 pub type TensorId = usize;
@@ -216,9 +217,74 @@ pub struct DenseGroup {
     pub tensors: Vec<TensorId>,
 }
 
-impl Linear {
-    fn tensors(&self) -> impl Iterator<Item = TensorId> {
-        [Some(self.weight), self.bias].into_iter().flatten()
+/// The tensors that a part of the network reads, apart by how they are held.
+#[derive(Debug, Clone, Default)]
+pub struct Tensors {
+    /// Multiplied as matrices, in the file's own format.
+    pub matrices: Vec<TensorId>,
+    /// Vectors of parameters, decoded to `f32`.
+    pub vectors: Vec<TensorId>,
+}
+
+impl Tensors {
+    fn linears<'a>(&mut self, linears: impl IntoIterator<Item = &'a Linear>) {
+        for linear in linears {
+            self.matrices.push(linear.weight);
+            self.vectors.extend(linear.bias);
+        }
+    }
+
+    fn all(self) -> Vec<TensorId> {
+        let mut all = self.matrices;
+        all.extend(self.vectors);
+        all
+    }
+}
+
+impl Mixer {
+    /// What it reads.
+    pub fn tensors(&self) -> Tensors {
+        let mut tensors = Tensors::default();
+        match self {
+            Mixer::Gqa(a) => {
+                tensors.linears([&a.q, &a.k, &a.v, &a.o]);
+                if let Some((q, k, _)) = a.qk_norm {
+                    tensors.vectors.extend([q, k]);
+                }
+            }
+        }
+        tensors
+    }
+
+    /// How it rotates positions, if it does.
+    pub fn rope(&self) -> Option<&RopeSpec> {
+        match self {
+            Mixer::Gqa(a) => Some(&a.rope),
+        }
+    }
+
+    /// Values that one token adds to the layer's cache.
+    pub fn cache_values_per_token(&self) -> usize {
+        match self {
+            Mixer::Gqa(a) => a.n_head_kv * (a.key_dim + a.value_dim),
+        }
+    }
+}
+
+impl GatedFfn {
+    fn tensors(&self) -> Tensors {
+        let mut tensors = Tensors::default();
+        tensors.linears([&self.gate, &self.up, &self.down]);
+        tensors
+    }
+}
+
+impl MoeSpec {
+    fn router_tensors(&self) -> Tensors {
+        let mut tensors = Tensors::default();
+        tensors.linears([&self.router]);
+        tensors.vectors.extend(self.selection_bias);
+        tensors
     }
 }
 
@@ -251,32 +317,16 @@ impl ModelSpec {
         }
         let mut shared_factors = Vec::new();
         for (i, layer) in self.layers.iter().enumerate() {
-            let number = u32::try_from(i).ok();
-            let Mixer::Gqa(a) = &layer.mixer;
-            let mut tensors = vec![layer.mixer_norm];
-            for linear in [&a.q, &a.k, &a.v, &a.o] {
-                tensors.extend(linear.tensors());
-            }
-            if let Some((q, k, _)) = a.qk_norm {
-                tensors.extend([q, k]);
-            }
-            shared_factors.extend(a.rope.freq_factors);
-            groups.push(DenseGroup { kind: DenseKind::Attention, layer: number, tensors });
+            let mut add = |kind, norm: Option<TensorId>, tensors: Tensors| {
+                let tensors = norm.into_iter().chain(tensors.all()).collect();
+                groups.push(DenseGroup { kind, layer: u32::try_from(i).ok(), tensors });
+            };
+            add(DenseKind::Attention, Some(layer.mixer_norm), layer.mixer.tensors());
             match &layer.ffn {
-                Ffn::Dense(ffn) => {
-                    let mut tensors = vec![layer.ffn_norm];
-                    for linear in [&ffn.gate, &ffn.up, &ffn.down] {
-                        tensors.extend(linear.tensors());
-                    }
-                    groups.push(DenseGroup { kind: DenseKind::DenseFfn, layer: number, tensors });
-                }
-                Ffn::Moe(moe) => {
-                    let mut tensors = vec![layer.ffn_norm];
-                    tensors.extend(moe.router.tensors());
-                    tensors.extend(moe.selection_bias);
-                    groups.push(DenseGroup { kind: DenseKind::Router, layer: number, tensors });
-                }
+                Ffn::Dense(ffn) => add(DenseKind::DenseFfn, Some(layer.ffn_norm), ffn.tensors()),
+                Ffn::Moe(moe) => add(DenseKind::Router, Some(layer.ffn_norm), moe.router_tensors()),
             }
+            shared_factors.extend(layer.mixer.rope().and_then(|r| r.freq_factors));
         }
         shared_factors.sort_unstable();
         shared_factors.dedup();
@@ -284,5 +334,18 @@ impl ModelSpec {
         head.extend(shared_factors);
         groups.push(DenseGroup { kind: DenseKind::Head, layer: None, tensors: head });
         groups
+    }
+
+    /// The dense tensors that are multiplied as matrices; all other dense ones are vectors of parameters.
+    pub fn matrices(&self) -> HashSet<TensorId> {
+        let mut ids = HashSet::from([self.embedding, self.output]);
+        for layer in &self.layers {
+            ids.extend(layer.mixer.tensors().matrices);
+            match &layer.ffn {
+                Ffn::Dense(ffn) => ids.extend(ffn.tensors().matrices),
+                Ffn::Moe(moe) => ids.extend(moe.router_tensors().matrices),
+            }
+        }
+        ids
     }
 }

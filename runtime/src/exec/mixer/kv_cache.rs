@@ -98,7 +98,7 @@ impl Rows {
 }
 
 /// One layer's cache.
-pub(super) struct LayerCache {
+pub(in crate::exec) struct LayerCache {
     keys: Rows,
     values: Rows,
 }

@@ -1,11 +1,11 @@
 //! Attention with grouped key and value heads, causal, over the cache.
 
+use super::MixerInput;
 use super::kv_cache::LayerCache;
-use super::moe::{Compute, add_bias};
-use super::rope::RopeTable;
-use super::weights::DenseWeights;
+use crate::exec::moe::{Compute, add_bias};
+use crate::exec::weights::DenseWeights;
 use crate::kernels::pooled::{MatJob, matmul_all};
-use crate::kernels::{ActView, Activations, needs_quants};
+use crate::kernels::{Activations, needs_quants};
 use crate::model::spec::{GqaSpec, NormSpan};
 use std::cell::RefCell;
 
@@ -16,7 +16,7 @@ thread_local! {
 
 /// Buffers of the attention stage.
 #[derive(Default)]
-pub(super) struct AttentionScratch {
+pub(super) struct GqaScratch {
     q: Vec<f32>,
     k: Vec<f32>,
     v: Vec<f32>,
@@ -26,7 +26,7 @@ pub(super) struct AttentionScratch {
     acts_width: usize,
 }
 
-impl AttentionScratch {
+impl GqaScratch {
     /// For batches of up to `rows` tokens of layers like `spec`; called for each layer, grows to the largest.
     pub(super) fn reserve(&mut self, rows: usize, spec: &GqaSpec) {
         let grow = |buffer: &mut Vec<f32>, len: usize| {
@@ -46,20 +46,17 @@ impl AttentionScratch {
     }
 }
 
-/// `out = o(attention(q x, k x, v x))` for tokens at positions `past..past + x.rows()`, whose keys and values are
-/// added to the cache. `out` is `[tokens, hidden]`.
-pub(super) fn gqa(
+/// `out = o(attention(q x, k x, v x))`; the tokens' keys and values are added to the cache.
+pub(super) fn run(
     c: Compute<'_>,
     weights: &DenseWeights,
     spec: &GqaSpec,
-    eps: f32,
-    rope: &RopeTable,
+    input: &MixerInput<'_>,
     cache: &mut LayerCache,
-    past: usize,
-    x: ActView<'_>,
-    s: &mut AttentionScratch,
+    s: &mut GqaScratch,
     out: &mut [f32],
 ) {
+    let &MixerInput { x, past, rope, norm_eps: eps } = input;
     let n = x.rows();
     let q = &mut s.q[..n * spec.q.n_out];
     let k = &mut s.k[..n * spec.k.n_out];
@@ -80,8 +77,10 @@ pub(super) fn gqa(
             norm_heads(c, q, weights.vector(q_norm), eps, span, &mut s.norm);
             norm_heads(c, k, weights.vector(k_norm), eps, span, &mut s.norm);
         }
-        rope.apply(q, spec.key_dim, t);
-        rope.apply(k, spec.key_dim, t);
+        if let Some(rope) = rope {
+            rope.apply(q, spec.key_dim, t);
+            rope.apply(k, spec.key_dim, t);
+        }
         cache.store(c.kernels, past + t, k, &v[t * spec.v.n_out..][..spec.v.n_out]);
     }
     let group = spec.n_head / spec.n_head_kv;

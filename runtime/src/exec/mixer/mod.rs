@@ -1,0 +1,79 @@
+//! What mixes tokens: one file a kind, each with its state of past tokens, its buffers and its pass.
+
+mod gqa;
+mod kv_cache;
+
+pub use kv_cache::KvType;
+
+use super::moe::Compute;
+use super::rope::RopeTable;
+use super::weights::DenseWeights;
+use crate::kernels::ActView;
+use crate::model::spec::Mixer;
+use gqa::GqaScratch;
+use kv_cache::LayerCache;
+
+/// What one layer's mixer remembers of past tokens.
+pub(super) enum MixerState {
+    Gqa(LayerCache),
+}
+
+impl MixerState {
+    /// For up to `context` tokens.
+    pub(super) fn new(mixer: &Mixer, kv_type: KvType, context: usize) -> Self {
+        match mixer {
+            Mixer::Gqa(a) => Self::Gqa(LayerCache::new(kv_type, a.n_head_kv, a.key_dim, a.value_dim, context)),
+        }
+    }
+
+    /// Bytes held.
+    pub(super) fn bytes(&self) -> u64 {
+        match self {
+            Self::Gqa(cache) => cache.bytes(),
+        }
+    }
+}
+
+/// Buffers of the mixers, shared by all layers.
+#[derive(Default)]
+pub(super) struct MixerScratch {
+    gqa: GqaScratch,
+}
+
+impl MixerScratch {
+    /// Grows to batches of `rows` tokens of a layer like `mixer`.
+    pub(super) fn reserve(&mut self, rows: usize, mixer: &Mixer) {
+        match mixer {
+            Mixer::Gqa(a) => self.gqa.reserve(rows, a),
+        }
+    }
+}
+
+/// One batch of tokens at positions `past..past + x.rows()`.
+pub(super) struct MixerInput<'a> {
+    /// Normed hidden states, quantised if any matrix of the mixer needs it.
+    pub x: ActView<'a>,
+    /// Tokens before this batch.
+    pub past: usize,
+    /// Rotations prepared for this batch's positions, where the mixer rotates.
+    pub rope: Option<&'a RopeTable>,
+    /// Epsilon of norms inside the mixer.
+    pub norm_eps: f32,
+}
+
+/// Runs a layer's mixer; `out` is `[tokens, hidden]`.
+pub(super) fn mix(
+    c: Compute<'_>,
+    weights: &DenseWeights,
+    mixer: &Mixer,
+    input: &MixerInput<'_>,
+    state: &mut MixerState,
+    scratch: &mut MixerScratch,
+    out: &mut [f32],
+) {
+    match (mixer, state) {
+        (Mixer::Gqa(spec), MixerState::Gqa(cache)) => {
+            gqa::run(c, weights, spec, input, cache, &mut scratch.gqa, out);
+        }
+    }
+}
