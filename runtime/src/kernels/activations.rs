@@ -1,6 +1,8 @@
 //! Activation rows, quantised once and read by every matrix that multiplies them.
 
-use super::{Isa, Kernels};
+#[cfg(target_arch = "x86_64")]
+use super::Isa;
+use super::Kernels;
 use crate::quant::block::GROUP;
 use std::ops::Range;
 
@@ -155,66 +157,70 @@ impl Kernels {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
             Isa::Avx2 => unsafe { quantize_row_avx2(x, out) },
-            _ => quantize_row(x, out),
+            _ => quantize_row(x, out, quantize_run),
         }
     }
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
 fn quantize_row_avx512(x: &[f32], out: &mut [ActBlock]) {
-    quantize_row(x, out);
+    quantize_row(x, out, |run, x, block| super::x86::avx512::quantize_run(run, x, block));
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
 fn quantize_row_avx2(x: &[f32], out: &mut [ActBlock]) {
-    quantize_row(x, out);
+    quantize_row(x, out, quantize_run);
 }
 
 /// Writes all of every block, the values past the end of `x` as zeros. The same bits on every instruction set.
 #[inline(always)]
-fn quantize_row(x: &[f32], out: &mut [ActBlock]) {
+fn quantize_row(x: &[f32], out: &mut [ActBlock], quantize_run: impl Fn(usize, &[f32; 32], &mut ActBlock)) {
     for (x, block) in x.chunks(GROUP).zip(out) {
-        if let Some(x) = x.as_array() {
-            quantize_group(x, block);
+        let mut padded = [0.0; GROUP];
+        let x = if x.len() == GROUP {
+            x
         } else {
-            let mut padded = [0.0; GROUP];
             padded[..x.len()].copy_from_slice(x);
-            quantize_group(&padded, block);
+            &padded
+        };
+        for (run, x) in x.as_chunks().0.iter().enumerate() {
+            quantize_run(run, x, block);
         }
     }
 }
 
+/// The scale of a run and its inverse, from its largest magnitude: both zero for runs so small that the inverse would not
+/// be finite.
 #[inline(always)]
-fn quantize_group(x: &[f32; GROUP], block: &mut ActBlock) {
+pub(super) fn run_scale(largest: f32) -> (f32, f32) {
+    if largest < 1e-35 { (0.0, 0.0) } else { (largest / 127.0, 127.0 / largest) }
+}
+
+/// Writes what a block holds of one run.
+#[inline(always)]
+fn quantize_run(run: usize, x: &[f32; 32], block: &mut ActBlock) {
     /// Added to a small number and taken off again it rounds to the nearest whole number, ties to even.
     const ROUND: f32 = 12_582_912.0;
-    for run in 0..8 {
-        let x: &[f32; 32] = x[32 * run..].first_chunk().expect("eight runs of 32");
-        // Compared as bits so that a NaN is the largest and ends up in the scale, where it is seen.
-        let mut largest = 0;
-        for v in x {
-            largest = largest.max(v.to_bits() & 0x7fff_ffff);
-        }
-        let largest = f32::from_bits(largest);
-        // Runs this small have no 8-bit form whose inverse scale is finite.
-        let tiny = largest < 1e-35;
-        let scale = if tiny { 0.0 } else { largest / 127.0 };
-        let inverse = if tiny { 0.0 } else { 127.0 / largest };
-        for half in 0..2 {
-            let mut sum = 0;
-            for eight in 4 * run + 2 * half..4 * run + 2 * half + 2 {
-                let x: &[f32; 8] = x[8 * (eight % 4)..].first_chunk().expect("four eights of 32");
-                let q: &mut [i8; 8] = block.q[8 * place(eight)..].first_chunk_mut().expect("32 eights");
-                for (q, x) in q.iter_mut().zip(x) {
-                    let bits = (x * inverse + ROUND).to_bits() as i32;
-                    *q = bits.wrapping_sub(ROUND.to_bits() as i32) as i8;
-                    sum += i32::from(*q);
-                }
-            }
-            block.sums[2 * run + half] = scale * sum as f32;
-        }
-        block.scale[2 * run..][..2].fill(scale);
+    // Compared as bits so that a NaN is the largest and ends up in the scale, where it is seen.
+    let mut largest = 0;
+    for v in x {
+        largest = largest.max(v.to_bits() & 0x7fff_ffff);
     }
+    let (scale, inverse) = run_scale(f32::from_bits(largest));
+    for half in 0..2 {
+        let mut sum = 0;
+        for eight in 2 * half..2 * half + 2 {
+            let x = &x[8 * eight..][..8];
+            let q = &mut block.q[8 * place(4 * run + eight)..][..8];
+            for (q, x) in q.iter_mut().zip(x) {
+                let bits = (x * inverse + ROUND).to_bits() as i32;
+                *q = bits.wrapping_sub(ROUND.to_bits() as i32) as i8;
+                sum += i32::from(*q);
+            }
+        }
+        block.sums[2 * run + half] = scale * sum as f32;
+    }
+    block.scale[2 * run..][..2].fill(scale);
 }

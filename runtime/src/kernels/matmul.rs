@@ -1,7 +1,9 @@
 //! Products of weight rows with activation rows: cuts the work into panels and hands them to the kernel of the format
 //! and the instruction set.
 
-use super::{ActView, Isa, Kernels, OutMatrix, Weights, needs_quants, scalar};
+#[cfg(target_arch = "x86_64")]
+use super::Isa;
+use super::{ActView, Kernels, OutMatrix, Weights, needs_quants, scalar};
 use std::ops::Range;
 
 /// Some weight rows and as many tokens as the kernel that gets it is made for.

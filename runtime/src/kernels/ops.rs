@@ -3,7 +3,9 @@
 //! Sums run in 32 lanes that the compiler keeps in registers, so their order doesn't depend on the instruction set's
 //! width; with and without fused multiplication the last bits differ.
 
-use super::{Isa, Kernels};
+#[cfg(target_arch = "x86_64")]
+use super::Isa;
+use super::Kernels;
 use crate::quant::block::f16_to_f32;
 use half::f16;
 

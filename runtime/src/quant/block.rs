@@ -24,6 +24,7 @@ impl Codes {
 }
 
 /// A block format.
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "some constants only choose instructions"))]
 pub(crate) trait Format {
     const TYPE: TensorType;
     /// The largest magnitude of a code, at most 128.

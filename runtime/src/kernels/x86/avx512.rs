@@ -2,7 +2,7 @@
 
 use super::avx512_unpack::{self as unpack, Tile, Unpack};
 use super::prefetch;
-use crate::kernels::activations::ActBlock;
+use crate::kernels::activations::{ActBlock, place, run_scale};
 use crate::kernels::matmul::{Panel, PanelFn, PanelFns};
 use crate::quant::TensorType;
 use crate::quant::block::GROUP;
@@ -84,6 +84,30 @@ unsafe fn quantized<U: Unpack, const N: usize>(panel: &Panel<'_>) {
             unsafe { panel.out.put(n, panel.first_row + r, sum) };
         }
     }
+}
+
+/// Writes what a block of activations holds of one run of 32 values.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
+pub(in crate::kernels) fn quantize_run(run: usize, x: &[f32; 32], block: &mut ActBlock) {
+    // SAFETY: two registers of 16 values.
+    let x = unsafe { [_mm512_loadu_ps(x.as_ptr()), _mm512_loadu_ps(x.as_ptr().add(16))] };
+    // Compared as bits: a NaN is the largest and ends up in the scale.
+    let magnitude = _mm512_set1_epi32(0x7fff_ffff);
+    let [low, high] = x.map(|x| _mm512_and_si512(_mm512_castps_si512(x), magnitude));
+    let largest = _mm512_reduce_max_epu32(_mm512_max_epu32(low, high));
+    let (scale, inverse) = run_scale(f32::from_bits(largest));
+    for (half, x) in x.into_iter().enumerate() {
+        let q = _mm512_cvtps_epi32(_mm512_mul_ps(x, _mm512_set1_ps(inverse)));
+        let bytes = _mm512_cvtepi32_epi8(q);
+        let eights = [_mm_cvtsi128_si64(bytes), _mm_extract_epi64::<1>(bytes)];
+        for (i, eight) in eights.into_iter().enumerate() {
+            let to = &mut block.q[8 * place(4 * run + 2 * half + i)..][..8];
+            to.copy_from_slice(&eight.to_le_bytes().map(|b| b as i8));
+        }
+        block.sums[2 * run + half] = scale * _mm512_reduce_add_epi32(q) as f32;
+    }
+    block.scale[2 * run..][..2].fill(scale);
 }
 
 /// Adds the products of 256 weights with `N` tokens, the blocks of neighbouring tokens `stride` apart.
