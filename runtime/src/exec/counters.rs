@@ -32,7 +32,7 @@ pub struct Counters {
     /// Weight bytes read while decoding, by tier.
     pub read_bytes: Vec<u64>,
     /// Time spent on a tier's bytes while decoding, by tier: computing on them, or waiting for them to arrive. A stage
-    /// that mixes tiers is shared out by bytes.
+    /// that mixes tiers is shared out by bytes, or on emulated tiers by the declared times of its paths.
     pub busy: Vec<Duration>,
     /// By layer with routed experts.
     pub layers: Vec<LayerCounters>,
@@ -49,13 +49,30 @@ impl Counters {
         }
     }
 
+    /// Counts bytes read while decoding.
+    pub(super) fn count(&mut self, bytes: &StageBytes) {
+        for (total, bytes) in self.read_bytes.iter_mut().zip(bytes.by_tier()) {
+            *total += bytes;
+        }
+    }
+
     /// Counts a decode stage that took `time` and read `bytes`.
     pub(super) fn charge(&mut self, bytes: &StageBytes, time: Duration) {
         let all: u64 = bytes.by_tier().iter().sum();
+        self.count(bytes);
         for (tier, bytes) in bytes.by_tier().iter().enumerate() {
-            self.read_bytes[tier] += bytes;
             if all > 0 {
                 self.busy[tier] += time.mul_f64(*bytes as f64 / all as f64);
+            }
+        }
+    }
+
+    /// Shares out the time of an expert stage by the declared times of its paths.
+    pub(super) fn charge_paths(&mut self, paths: &[Duration], time: Duration) {
+        let all: f64 = paths.iter().map(Duration::as_secs_f64).sum();
+        if all > 0.0 {
+            for (busy, path) in self.busy.iter_mut().zip(paths) {
+                *busy += time.mul_f64(path.as_secs_f64() / all);
             }
         }
     }

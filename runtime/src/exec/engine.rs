@@ -20,7 +20,7 @@ use crate::quant::dequantize_row;
 use crate::threads::{ThreadPool, physical_cores};
 use crate::tiers::pace::{Pacer, StageBytes, settle};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Tokens in one batch of prompt processing, unless told otherwise.
 const BATCH: usize = 512;
@@ -280,8 +280,9 @@ impl Engine {
                 &mut self.scratch,
             )?;
             self.kernels.add(&mut self.scratch.x[..n * hidden], &self.scratch.out[..n * hidden]);
-            if let Some(pacer) = &self.pacer {
-                settle(experts_start, pacer.experts(&self.scratch.computed, step.read_bytes));
+            let paths = self.pacer.as_ref().map(|p| p.expert_paths(&self.scratch.computed, step.read_bytes));
+            if let Some(longest) = paths.as_ref().and_then(|p| p.iter().max()) {
+                settle(experts_start, *longest);
             }
             let used = moe.n_used;
             for t in 0..n {
@@ -290,7 +291,13 @@ impl Engine {
                 self.routing.weights[to..to + used].copy_from_slice(&self.scratch.weights[t * used..(t + 1) * used]);
             }
             if decoding {
-                self.count_experts(moe_at, &step, experts_start - layer_start, experts_start.elapsed());
+                self.count_experts(
+                    moe_at,
+                    &step,
+                    paths.as_deref(),
+                    experts_start - layer_start,
+                    experts_start.elapsed(),
+                );
             }
             moe_at += 1;
         }
@@ -309,7 +316,14 @@ impl Engine {
         Ok(())
     }
 
-    fn count_experts(&mut self, at: usize, step: &Step, dense: std::time::Duration, experts: std::time::Duration) {
+    fn count_experts(
+        &mut self,
+        at: usize,
+        step: &Step,
+        paths: Option<&[Duration]>,
+        dense: Duration,
+        experts: Duration,
+    ) {
         let slow = self.plan.tiers.len() - 1;
         let layer = &mut self.counters.layers[at];
         layer.pinned_hits += step.pinned_hits;
@@ -317,10 +331,15 @@ impl Engine {
         layer.misses += step.misses;
         layer.dense += dense;
         layer.experts += experts;
-        let waited = step.waited.min(experts);
         self.counters.read_bytes[slow] += step.read_bytes;
-        self.counters.busy[slow] += waited;
-        self.counters.charge(&self.scratch.computed, experts - waited);
+        if let Some(paths) = paths {
+            self.counters.count(&self.scratch.computed);
+            self.counters.charge_paths(paths, experts);
+        } else {
+            let waited = step.waited.min(experts);
+            self.counters.busy[slow] += waited;
+            self.counters.charge(&self.scratch.computed, experts - waited);
+        }
     }
 
     fn embedding_row_bytes(&self) -> usize {

@@ -87,19 +87,19 @@ impl Pacer {
         bytes.0.iter().enumerate().map(|(tier, b)| self.transfer(tier, *b)).sum()
     }
 
-    /// Declared time of an expert stage: computed bytes by tier, and bytes brought in from the last tier.
-    pub fn experts(&self, computed: &StageBytes, missed_bytes: u64) -> Duration {
+    /// Declared time of each path of an expert stage, by tier: computed bytes, and bytes brought in from the last tier.
+    pub fn expert_paths(&self, computed: &StageBytes, missed_bytes: u64) -> Vec<Duration> {
         let slow = self.tiers.len() - 1;
-        let mut longest = Duration::ZERO;
-        for (tier, bytes) in computed.0.iter().enumerate() {
-            let launch = self.tiers[tier].kind == TierKind::Vram && self.tiers[tier].emulated && *bytes > 0;
-            let latency = if launch { micros(self.tiers[tier].latency_us) } else { Duration::ZERO };
-            longest = longest.max(latency + self.transfer(tier, *bytes));
-        }
-        if missed_bytes > 0 && self.tiers[slow].emulated {
-            longest = longest.max(micros(self.tiers[slow].latency_us) + self.transfer(slow, missed_bytes));
-        }
-        longest
+        let path = |(at, tier): (usize, &Tier)| {
+            let bytes = computed.0[at];
+            let launches = tier.kind == TierKind::Vram && tier.emulated && bytes > 0;
+            let launch = if launches { micros(tier.latency_us) } else { Duration::ZERO };
+            let compute = launch + self.transfer(at, bytes);
+            let reads = at == slow && tier.emulated && missed_bytes > 0;
+            let read = if reads { micros(tier.latency_us) + self.transfer(at, missed_bytes) } else { Duration::ZERO };
+            compute.max(read)
+        };
+        self.tiers.iter().enumerate().map(path).collect()
     }
 }
 
@@ -141,8 +141,9 @@ mod tests {
         bytes.add(1, 30_000); // 30 µs
         assert_eq!(pacer.dense(&bytes), Duration::from_micros(60));
         assert_eq!(pacer.outside(&bytes), Duration::from_micros(100));
-        assert_eq!(pacer.experts(&bytes, 0), Duration::from_micros(30));
-        assert_eq!(pacer.experts(&bytes, 1_000), Duration::from_micros(50));
+        let micros = |us: [u64; 3]| us.map(Duration::from_micros);
+        assert_eq!(pacer.expert_paths(&bytes, 0), micros([15, 30, 0]));
+        assert_eq!(pacer.expert_paths(&bytes, 1_000), micros([15, 30, 50]));
     }
 
     #[test]
