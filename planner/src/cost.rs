@@ -5,7 +5,8 @@
 //! of no layer` (embedding and head). The engine's emulated tiers charge the same:
 //!
 //! - **Dense stage**: `Σ token_bytes / rate(tier)` over the layer's groups, one after the other. No latency: the
-//!   launches of an ordinary layer are part of the layer overhead.
+//!   launches of an ordinary layer are part of the layer overhead, and the row of an embedding that stays on a block
+//!   device counts as its bytes.
 //! - **Expert stage**, only in layers with routed experts: the longest of the paths that overlap, which are
 //!   - each tier that chosen experts compute from: `bytes / rate`, for VRAM after the latency of a launch;
 //!   - for `m > 0` missed experts their transfer from the last tier: `latency + m · expert_bytes / rate`.
