@@ -111,8 +111,7 @@ pub fn outcomes(layer: &LayerPlacement, evidence: &LayerEvidence, tiers: &[Tier]
             let pinned: Vec<bool> = pinned_on.iter().map(Option::is_some).collect();
             let positions = Positions::new(trace, &pinned);
             let share = 1.0 / positions.tokens().max(1) as f64;
-            let mut token = 0;
-            for (chosen, _) in trace.steps().filter(|(_, counted)| *counted) {
+            for (token, (chosen, _)) in trace.steps().filter(|(_, counted)| *counted).enumerate() {
                 let mut experts = vec![0u16; tiers.len() + 1];
                 for &expert in chosen {
                     if let Some(tier) = pinned_on[usize::from(expert)] {
@@ -128,7 +127,6 @@ pub fn outcomes(layer: &LayerPlacement, evidence: &LayerEvidence, tiers: &[Tier]
                     }
                 }
                 *found.entry(experts).or_insert(0.0) += share;
-                token += 1;
             }
         }
         Judged::Uniform => {
