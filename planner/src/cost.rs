@@ -5,7 +5,8 @@
 //! of no layer` (embedding and head). The engine's emulated tiers charge the same:
 //!
 //! - **Dense stage**: `Σ token_bytes / rate(tier)` over the layer's groups, one after the other. No latency: the
-//!   launches of an ordinary layer are part of the layer overhead.
+//!   launches of an ordinary layer are part of the layer overhead, and the row of an embedding that stays on a block
+//!   device counts as its bytes.
 //! - **Expert stage**, only in layers with routed experts: the longest of the paths that overlap, which are
 //!   - each tier that chosen experts compute from: `bytes / rate`, for VRAM after the latency of a launch;
 //!   - for `m > 0` missed experts their transfer from the last tier: `latency + m · expert_bytes / rate`.
@@ -110,8 +111,7 @@ pub fn outcomes(layer: &LayerPlacement, evidence: &LayerEvidence, tiers: &[Tier]
             let pinned: Vec<bool> = pinned_on.iter().map(Option::is_some).collect();
             let positions = Positions::new(trace, &pinned);
             let share = 1.0 / positions.tokens().max(1) as f64;
-            let mut token = 0;
-            for (chosen, _) in trace.steps().filter(|(_, counted)| *counted) {
+            for (token, (chosen, _)) in trace.steps().filter(|(_, counted)| *counted).enumerate() {
                 let mut experts = vec![0u16; tiers.len() + 1];
                 for &expert in chosen {
                     if let Some(tier) = pinned_on[usize::from(expert)] {
@@ -127,7 +127,6 @@ pub fn outcomes(layer: &LayerPlacement, evidence: &LayerEvidence, tiers: &[Tier]
                     }
                 }
                 *found.entry(experts).or_insert(0.0) += share;
-                token += 1;
             }
         }
         Judged::Uniform => {

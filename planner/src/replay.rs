@@ -216,14 +216,14 @@ impl Recency {
 /// the start is chosen freely too. An upper bound for every mix of pins and slots of the same bytes.
 pub fn ceiling(trace: &LayerTrace, room: usize) -> u64 {
     let steps: Vec<(&[u16], bool)> = trace.steps().collect();
-    // The step of the next counted use after each use, found from the end.
+    // The step of the next counted use after each use, if it comes before a prompt's; found from the end.
     let mut next = vec![u32::MAX; trace.n_expert];
     let mut after: Vec<Vec<u32>> = Vec::with_capacity(steps.len());
     for (at, (chosen, counted)) in steps.iter().enumerate().rev() {
         after.push(chosen.iter().map(|&e| next[usize::from(e)]).collect());
-        if *counted {
-            chosen.iter().for_each(|&e| next[usize::from(e)] = at as u32);
-        }
+        // A prompt brings its experts in for nothing, so there is no use in having kept one for it.
+        let when = if *counted { at as u32 } else { u32::MAX };
+        chosen.iter().for_each(|&e| next[usize::from(e)] = when);
     }
     after.reverse();
 

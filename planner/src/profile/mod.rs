@@ -238,13 +238,11 @@ pub(crate) mod tests {
         SourceId { name: name.to_string(), hash: "0".repeat(32) }
     }
 
-    /// A profile from `(split, prompt tokens, [token][layer] choices)`, with domains `a` and `b` by turns.
-    pub(crate) fn profile_of(
-        n_expert: u32,
-        n_used: u32,
-        n_layer: u32,
-        prompts: &[(Split, usize, Vec<Vec<Vec<u16>>>)],
-    ) -> Profile {
+    /// `(split, prompt tokens, [token][layer] choices)`.
+    pub(crate) type Prompt = (Split, usize, Vec<Vec<Vec<u16>>>);
+
+    /// A profile from prompts, with domains `a` and `b` by turns.
+    pub(crate) fn profile_of(n_expert: u32, n_used: u32, n_layer: u32, prompts: &[Prompt]) -> Profile {
         let prompts = prompts
             .iter()
             .enumerate()

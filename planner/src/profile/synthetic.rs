@@ -33,7 +33,7 @@ impl Random {
     }
 
     /// Uniform in `[0, 1)`.
-    pub fn next(&mut self) -> f64 {
+    pub fn unit(&mut self) -> f64 {
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;
         self.0 ^= self.0 >> 27;
@@ -42,7 +42,7 @@ impl Random {
 
     /// Uniform below `n`, 0 when there is nothing below.
     pub fn below(&mut self, n: usize) -> usize {
-        ((self.next() * n as f64) as usize).min(n.saturating_sub(1))
+        ((self.unit() * n as f64) as usize).min(n.saturating_sub(1))
     }
 }
 
@@ -82,9 +82,9 @@ pub fn profile(shape: &ModelShape, routing: &Routing) -> Profile {
                     let from = experts.len();
                     while experts.len() < from + n_used {
                         let expert = match before {
-                            Some(before) if random.next() < routing.repeat => experts[before + random.below(n_used)],
+                            Some(before) if random.unit() < routing.repeat => experts[before + random.below(n_used)],
                             _ => {
-                                let aim = random.next() * weights[n_expert - 1];
+                                let aim = random.unit() * weights[n_expert - 1];
                                 ids[weights.partition_point(|&w| w < aim).min(n_expert - 1)]
                             }
                         };

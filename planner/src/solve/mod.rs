@@ -1,12 +1,13 @@
 //! Finds where every tensor should live.
 //!
 //! [`room`] sets aside what every plan needs; [`columns`] lists what can be chosen and what it costs; [`dual`] finds
-//! prices for bytes and a proven bound; [`search`] and [`program`] find the integer choice; [`rules`] makes the plans
+//! prices for bytes and a proven bound; [`search`], [`labels`] and [`program`] find the integer choice; [`rules`] makes the plans
 //! to compare with; [`check`] re-checks every plan before anybody sees it.
 
 pub mod check;
 pub mod columns;
 pub mod dual;
+pub mod labels;
 pub mod program;
 pub mod room;
 pub mod rules;
@@ -266,7 +267,14 @@ impl Planner<'_> {
         }
 
         let mut bound_s = dual.bound_s;
-        let open = best.as_ref().is_none_or(|b| b.cost_s - bound_s > NO_GAP * b.cost_s);
+        let is_open =
+            |best: &Option<Choice>, bound_s: f64| best.as_ref().is_none_or(|b| b.cost_s - bound_s > NO_GAP * b.cost_s);
+        if let (true, Some(known)) = (is_open(&best, bound_s), &best) {
+            let found = labels::solve(&items, self.room, &dual, known, deadline);
+            bound_s = bound_s.max(found.bound_s);
+            best = found.choice.or(best);
+        }
+        let open = is_open(&best, bound_s);
         let left = deadline.saturating_duration_since(Instant::now()).as_secs_f64();
         if open && (left > 0.0 || best.is_none()) {
             let found = program::solve(&items, self.room, &dual, best.as_ref(), left.max(1.0));

@@ -13,7 +13,8 @@ use good_lp::{
     Expression, Solution, SolutionStatus, SolverModel, WithTimeLimit, constraint, microlp, variable, variables,
 };
 
-/// Columns that the program takes at most; beyond, the cheapest ones are taken and nothing is proven by it.
+/// Columns that the program takes at most. Beyond, nothing would be proven, so a known choice is left as it is; without
+/// one the cheapest columns are taken.
 const MAX_COLUMNS: usize = 3000;
 
 /// What the program found.
@@ -32,6 +33,9 @@ pub fn solve(items: &[Item], room: &Room, dual: &Dual, known: Option<&Choice>, s
     let mut kept = ranked(items, room, dual, most);
     let total: usize = kept.iter().map(Vec::len).sum();
     let complete = total <= MAX_COLUMNS;
+    if !complete && known.is_some() {
+        return Found { choice: None, proven: false };
+    }
     if !complete {
         let mut above: Vec<f64> = kept.iter().flatten().map(|&(_, above)| above).collect();
         above.sort_by(f64::total_cmp);

@@ -1,7 +1,7 @@
 use super::*;
 use crate::cli::Strategy;
 use crate::profile::synthetic::{self, Random, Routing};
-use proptest::prelude::*;
+use proptest::prelude::{ProptestConfig, TestCaseError, prop_assert, prop_assert_eq, proptest};
 use tier_plan_runtime::formats::SourceId;
 use tier_plan_runtime::formats::machine::{Tier, TierKind};
 use tier_plan_runtime::formats::placement::LayerPlacement;
@@ -228,7 +228,7 @@ fn larger() -> (ModelShape, Profile, Machine, Vec<u64>) {
 fn rules_use_their_bytes_and_never_beat_the_program() -> Result<()> {
     let (shape, profile, machine, budgets) = larger();
     let inputs = Inputs { shape: &shape, profile: Some(&profile), machine: &machine, budgets, context: 1000 };
-    let solved = solve_all(&inputs, &Options { time_limit_s: 5.0, ..options() })?;
+    let solved = solve_all(&inputs, &Options { time_limit_s: 30.0, ..options() })?;
     assert_eq!(solved.baselines.len(), 4);
     for plan in &solved.baselines {
         // Less than one expert is left of each fast tier, but for the slots' even spread over the layers.
@@ -238,7 +238,7 @@ fn rules_use_their_bytes_and_never_beat_the_program() -> Result<()> {
         }
         assert!(solved.plan.solver.objective_s < plan.solver.objective_s);
     }
-    assert!(solved.plan.solver.gap.is_some_and(|gap| gap < 6e-3), "{:?}", solved.plan.solver);
+    assert!(solved.plan.solver.gap.is_some_and(|gap| gap < 1e-3), "{:?}", solved.plan.solver);
     assert!(solved.ceiling_hit_rate.is_some_and(|c| c >= solved.plan.predicted.hit_rate));
     let by_name = |name: &str| solved.baselines.iter().find(|b| b.name == name);
     assert!(by_name("lru-only").is_some_and(|p| p.layers.iter().all(|l| l.pinned.is_empty())));
@@ -358,40 +358,5 @@ fn everything_in_fast_memory_is_optimal() -> Result<()> {
     assert_eq!(solved.plan.solver.status, "optimal");
     let expected = 20e-6 + 4.0 * 3e-6 + shape.token_bytes() as f64 / 20e9;
     assert!((solved.plan.solver.objective_s - expected).abs() < 1e-12);
-    Ok(())
-}
-
-#[test]
-#[ignore]
-fn probe_gap() -> Result<()> {
-    for (l, e, k, secs) in [(12, 40, 4, 5.0), (12, 40, 4, 40.0), (48, 128, 8, 10.0), (60, 384, 8, 10.0)] {
-        let shape = shape(l, e, k, 1_000_000);
-        let routing = Routing { skew: 1.0, repeat: 0.2, prompts: 16, prompt_tokens: 100, decode_tokens: 256, seed: 7 };
-        let profile = synthetic::profile(&shape, &routing);
-        let total = u64::from(l * e) * 1_000_000;
-        let machine = machine(three_tiers());
-        let budgets = vec![total / 6, total / 3, 1 << 40];
-        let inputs = Inputs { shape: &shape, profile: Some(&profile), machine: &machine, budgets, context: 1000 };
-        let t = Instant::now();
-        let solved = solve_all(&inputs, &Options { time_limit_s: secs, ..options() })?;
-        eprintln!(
-            "{l}x{e}: {:?} total {:?} hit {} ceil {:?}",
-            solved.plan.solver,
-            t.elapsed(),
-            solved.plan.predicted.hit_rate,
-            solved.ceiling_hit_rate
-        );
-        for b in &solved.baselines {
-            eprintln!("  {} {} {}", b.name, b.solver.objective_s, b.predicted.hit_rate);
-        }
-        for l in solved.plan.layers.iter().take(6) {
-            eprintln!(
-                "   pins {:?} slots {} on {}",
-                l.pinned.iter().map(|p| p.1.len()).collect::<Vec<_>>(),
-                l.slots,
-                l.slot_tier
-            );
-        }
-    }
     Ok(())
 }
