@@ -100,7 +100,7 @@ fn print_text(args: &SolveArgs, solved: &Solved, skews: &[Skew], written: &[Path
         println!("  {}{label}: {} GB/s, budget {}", tier.tier.name, tier.tier.read_gbps, show_bytes(tier.budget_bytes));
     }
     println!();
-    let mut head = format!("{:<18} {:>13} {:>13} {:>9}", "plan", "decode tok/s", "prompt tok/s", "hit rate");
+    let mut head = format!("{:<18} {:>13} {:>13} {:>9}", "plan", "decode tok/s", "prompt limit", "hit rate");
     for tier in &plan.tiers {
         head += &format!(" {:>12}", tier.tier.name);
     }

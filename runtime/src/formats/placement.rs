@@ -110,7 +110,8 @@ pub struct SolverReport {
 pub struct Prediction {
     /// Tokens a second when decoding.
     pub decode_tok_s: f64,
-    /// Tokens a second of prompt processing in batches of 512.
+    /// Tokens a second that reading each batch of 512 prompt tokens' weights once would allow: a limit, as computing is
+    /// not reckoned.
     pub prompt_tok_s: f64,
     /// Fixed overheads.
     pub overhead_s: f64,
