@@ -10,15 +10,15 @@ use super::room::{MAX_FAST, Room};
 use crate::cost::{self, ExpertStage, outcomes, read_s, stage_mean_s};
 use crate::profile::{Evidence, Judged, LayerEvidence};
 use crate::replay::{COLD, LayerTrace, Positions};
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeMap;
 use tier_plan_runtime::formats::placement::{LayerPlacement, SlotPolicy, TierIdx};
 use tier_plan_runtime::model::shape::{DenseKind, ModelShape};
 
-/// Replay events that building a grid may take: about a second of one core.
-const MAX_EVENTS: f64 = 1e9;
+/// Replay events that building a grid may take for each second that there is: a sixth of it or so on one core.
+const EVENTS_A_SECOND: f64 = 5e7;
 
-/// Configurations over all layers.
-const MAX_COLUMNS: f64 = 1.5e6;
+/// Configurations over all layers for each second that there is.
+const COLUMNS_A_SECOND: f64 = 1.5e5;
 
 /// One way to treat a layer's experts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -69,6 +69,24 @@ pub enum Meaning {
     Experts(Vec<usize>, Vec<Config>),
 }
 
+/// The least cost for no more than some bytes: a staircase that falls as the bytes rise.
+#[derive(Debug, Default)]
+pub struct Stairs(BTreeMap<u64, f64>);
+
+impl Stairs {
+    /// Adds a step, unless one with no more bytes costs no more; says whether it was added.
+    pub fn insert(&mut self, bytes: u64, cost_s: f64) -> bool {
+        if self.0.range(..=bytes).next_back().is_some_and(|(_, &cost)| cost <= cost_s) {
+            return false;
+        }
+        while let Some((&above, _)) = self.0.range(bytes..).next().filter(|(_, cost)| **cost >= cost_s) {
+            self.0.remove(&above);
+        }
+        self.0.insert(bytes, cost_s);
+        true
+    }
+}
+
 /// Something to choose one column for, once for each member.
 #[derive(Debug, Clone)]
 pub struct Item {
@@ -99,23 +117,54 @@ impl Item {
         self.cost_s.is_empty()
     }
 
-    /// Drops the configurations from `first` on that were there before.
-    fn drop_repeats(&mut self, first: usize) {
-        let Meaning::Experts(_, configs) = &mut self.meaning else { return };
-        let n = self.bytes.len().checked_div(configs.len()).unwrap_or(0);
-        let mut seen: HashSet<Config> = configs[..first].iter().copied().collect();
-        let mut kept = first;
-        for at in first..configs.len() {
-            if seen.insert(configs[at]) {
-                configs[kept] = configs[at];
+    /// Keeps the columns for which `keep` holds, in their order.
+    fn retain(&mut self, mut keep: impl FnMut(usize) -> bool) {
+        let n = self.bytes.len().checked_div(self.cost_s.len()).unwrap_or(0);
+        let mut kept = 0;
+        for at in 0..self.cost_s.len() {
+            if keep(at) {
                 self.cost_s[kept] = self.cost_s[at];
                 self.bytes.copy_within(at * n..(at + 1) * n, kept * n);
+                match &mut self.meaning {
+                    Meaning::Dense(_, tiers) => tiers[kept] = tiers[at],
+                    Meaning::Experts(_, configs) => configs[kept] = configs[at],
+                }
                 kept += 1;
             }
         }
-        configs.truncate(kept);
         self.cost_s.truncate(kept);
         self.bytes.truncate(kept * n);
+        match &mut self.meaning {
+            Meaning::Dense(_, tiers) => tiers.truncate(kept),
+            Meaning::Experts(_, configs) => configs.truncate(kept),
+        }
+    }
+
+    /// Drops columns from `first` on that another one is no worse than: in cost and in bytes of every tier that can
+    /// run out (`scarce`, at most two; with more of them only columns of equal bytes are compared). Columns before
+    /// `first` stay, but count.
+    fn drop_dominated(&mut self, first: usize, n_tiers: usize, scarce: &[TierIdx]) {
+        let key = |item: &Item, c: usize| -> [u64; MAX_FAST + 1] {
+            let mut key = [0; MAX_FAST + 1];
+            let bytes = item.column_bytes(c, n_tiers);
+            scarce.iter().zip(&mut key).for_each(|(&tier, k)| *k = bytes[tier]);
+            key
+        };
+        let mut order: Vec<u32> = (0..self.len() as u32).collect();
+        let keys: Vec<_> = (0..self.len()).map(|c| key(self, c)).collect();
+        order.sort_unstable_by(|&a, &b| {
+            let (a, b) = (a as usize, b as usize);
+            keys[a].cmp(&keys[b]).then(self.cost_s[a].total_cmp(&self.cost_s[b])).then(a.cmp(&b))
+        });
+        let mut stairs = Stairs::default();
+        let mut last = None;
+        let mut keep = vec![true; self.len()];
+        for c in order.into_iter().map(|c| c as usize) {
+            let good = if scarce.len() > 2 { last != Some(keys[c]) } else { stairs.insert(keys[c][1], self.cost_s[c]) };
+            last = Some(keys[c]);
+            keep[c] = good || c < first;
+        }
+        self.retain(|c| keep[c]);
     }
 
     /// `[tiers]` bytes of a column.
@@ -155,8 +204,10 @@ pub struct Grid {
 }
 
 impl Grid {
-    /// The finest grid that stays within a second or two of work.
-    pub fn new(evidence: &Evidence, room: &Room) -> Self {
+    /// The finest grid that takes a fraction of so many seconds.
+    pub fn new(evidence: &Evidence, room: &Room, seconds: f64) -> Self {
+        // Small models are searched whole, however short the time.
+        let seconds = seconds.clamp(2.0, 60.0);
         let fast = room.home();
         let slot_tiers = room.slot_tiers().len().max(1) as f64;
         let work = |points: usize| {
@@ -174,14 +225,15 @@ impl Grid {
         };
         let most = evidence.layers.iter().map(|l| l.shape.n_expert as usize + 1).max().unwrap_or(1);
         let mut points = most;
-        while points > 8 && (work(points).0 > MAX_EVENTS || work(points).1 > MAX_COLUMNS) {
+        while points > 8 && (work(points).0 > EVENTS_A_SECOND * seconds || work(points).1 > COLUMNS_A_SECOND * seconds)
+        {
             points -= points.div_ceil(16);
         }
         Grid { points, full: points == most }
     }
 
     /// Counts between `from` and `to`, both included: all, or half of the points evenly and half growing by a factor.
-    fn axis(&self, from: u16, to: u16) -> Vec<u16> {
+    pub fn axis(&self, from: u16, to: u16) -> Vec<u16> {
         let span = usize::from(to.saturating_sub(from));
         if span < self.points {
             return (from..=to).collect();
@@ -212,15 +264,22 @@ type Paths = [u16; MAX_FAST + 2];
 
 /// Makes configurations of layers, with their times.
 pub struct Maker<'a> {
-    /// What is known of routing.
-    pub evidence: &'a Evidence,
-    /// Tiers and bytes.
-    pub room: &'a Room,
+    evidence: &'a Evidence,
+    room: &'a Room,
     /// Counts.
     pub grid: Grid,
+    /// Tiers that can run out.
+    scarce: Vec<TierIdx>,
 }
 
-impl Maker<'_> {
+impl<'a> Maker<'a> {
+    /// One for a model's layers, with the finest grid that can be searched in so many seconds.
+    pub fn new(shape: &ModelShape, evidence: &'a Evidence, room: &'a Room, seconds: f64) -> Self {
+        let all = shape.weight_bytes();
+        let scarce = (0..room.tiers.len()).filter(|&t| room.left_bytes[t] < all).collect();
+        Maker { evidence, room, grid: Grid::new(evidence, room, seconds), scarce }
+    }
+
     /// Layers that share their configurations, by position.
     fn alike(&self) -> Vec<Vec<usize>> {
         let mut alike: Vec<Vec<usize>> = Vec::new();
@@ -269,7 +328,7 @@ impl Maker<'_> {
         items.into_iter().flatten().collect()
     }
 
-    /// Adds the configurations on the given axes that fit the tiers and are not there yet.
+    /// Adds the configurations on the given axes that fit the tiers, but for those that others are no worse than.
     pub fn extend(&self, item: &mut Item, axes: &Axes) {
         let Meaning::Experts(members, _) = &item.meaning else { return };
         let layer = &self.evidence.layers[members[0]];
@@ -279,9 +338,7 @@ impl Maker<'_> {
             Judged::Recorded(trace) => self.recorded(item, layer, trace, &stage, axes),
             Judged::Uniform => self.uniform(item, layer, &stage, axes),
         }
-        if before > 0 {
-            item.drop_repeats(before);
-        }
+        item.drop_dominated(before, self.room.tiers.len(), &self.scarce);
     }
 
     /// Adds one configuration, whatever the grid; `None` if it does not fit.

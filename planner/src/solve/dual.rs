@@ -63,8 +63,9 @@ pub fn bound_at(items: &[Item], room: &Room, price: &[f64]) -> f64 {
     price_all(items, room, price).value_s
 }
 
-/// Maximises the bound until it is exact to rounding, or the deadline passes.
-pub fn maximise(items: &[Item], room: &Room, deadline: Instant) -> Result<Dual> {
+/// Maximises the bound until it is exact to rounding, or the deadline passes. It is no worse than at the prices to
+/// start from, if there are any.
+pub fn maximise(items: &[Item], room: &Room, start: Option<&[f64]>, deadline: Instant) -> Result<Dual> {
     let n = room.tiers.len();
     let first = price_all(items, room, &vec![0.0; n]);
     let mut best = Dual { price: vec![0.0; n], bound_s: first.value_s };
@@ -74,6 +75,14 @@ pub fn maximise(items: &[Item], room: &Room, deadline: Instant) -> Result<Dual> 
     let over = |used: &[f64]| -> Vec<f64> { rows.iter().map(|&t| used[t] / room.left_bytes[t] as f64 - 1.0).collect() };
     // Each cut: value, point, slope, in those units.
     let mut cuts = vec![(first.value_s / unit, vec![0.0; rows.len()], over(&first.used))];
+    if let Some(price) = start {
+        let priced = price_all(items, room, price);
+        let at = rows.iter().map(|&t| price[t] * room.left_bytes[t] as f64 / unit).collect();
+        cuts.push((priced.value_s / unit, at, over(&priced.used)));
+        if priced.value_s > best.bound_s {
+            best = Dual { price: price.to_vec(), bound_s: priced.value_s };
+        }
+    }
     let mut reach = 4.0;
     for _ in 0..400 {
         if Instant::now() >= deadline {

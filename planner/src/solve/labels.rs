@@ -11,11 +11,10 @@
 //! Only the last kind can lose something, and how much is known: every choice lost costs at least `L` plus the least
 //! `above` so dropped. That is a proven bound too, most often a better one than `L`.
 
-use super::columns::Item;
+use super::columns::{Item, Stairs};
 use super::dual::Dual;
 use super::room::{MAX_FAST, Room};
 use super::search::{Choice, ranked};
-use std::collections::BTreeMap;
 use std::time::Instant;
 
 /// Labels made over all stages, about: a few seconds of work.
@@ -175,21 +174,8 @@ fn undominated(mut labels: Vec<Label>, scarce: usize) -> Vec<Label> {
         labels.dedup_by(|later, earlier| later.used == earlier.used);
         return labels;
     }
-    // Sorted by the first tier, so a label can only be dominated by an earlier one: the least cost among those with no
-    // more of the second tier, kept as a staircase of falling cost.
-    let mut stairs: BTreeMap<u64, f64> = BTreeMap::new();
-    labels.retain(|label| {
-        let second = label.used[1];
-        if stairs.range(..=second).next_back().is_some_and(|(_, &cost)| cost <= label.cost_s) {
-            return false;
-        }
-        let worse: Vec<u64> =
-            stairs.range(second..).take_while(|(_, cost)| **cost >= label.cost_s).map(|(&s, _)| s).collect();
-        worse.into_iter().for_each(|s| {
-            stairs.remove(&s);
-        });
-        stairs.insert(second, label.cost_s);
-        true
-    });
+    // Sorted by the first tier, so a label can only be dominated by an earlier one.
+    let mut stairs = Stairs::default();
+    labels.retain(|label| stairs.insert(label.used[1], label.cost_s));
     labels
 }

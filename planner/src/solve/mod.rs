@@ -27,7 +27,7 @@ use std::time::{Duration, Instant};
 use tier_plan_runtime::formats::machine::Machine;
 use tier_plan_runtime::formats::placement::{DensePlacement, Placement, PlanTier, Prediction, SolverReport};
 use tier_plan_runtime::formats::profile::Profile;
-use tier_plan_runtime::model::shape::ModelShape;
+use tier_plan_runtime::model::shape::{ExpertShape, ModelShape};
 
 /// The backend's name in plans.
 pub const BACKEND: &str = "good_lp/microlp";
@@ -236,12 +236,15 @@ impl Planner<'_> {
         deadline: Instant,
         notes: &mut Vec<String>,
     ) -> Result<Placement> {
-        let maker = Maker { evidence: self.evidence, room: self.room, grid: Grid::new(self.evidence, self.room) };
+        let seconds = deadline.saturating_duration_since(start).as_secs_f64();
+        let maker = Maker::new(self.inputs.shape, self.evidence, self.room, seconds);
         let mut items = columns::dense_items(self.inputs.shape, self.room);
         items.extend(maker.items());
         let known: Vec<Vec<Vec<usize>>> =
             drafts.iter().filter_map(|d| self.as_columns(&maker, &mut items, d)).collect();
-        let mut dual = dual::maximise(&items, self.room, deadline)?;
+        // A bound is owed however slow the machine is: without prices nothing else is any good.
+        let soon = Instant::now() + Duration::from_secs(2);
+        let mut dual = dual::maximise(&items, self.room, None, deadline.max(soon))?;
         if !maker.grid.full {
             dual = self.refine(&maker, &mut items, dual, deadline)?;
             notes.push(
@@ -252,6 +255,7 @@ impl Planner<'_> {
         }
 
         let mut best: Option<Choice> = None;
+        let short = search::shortlist(&items, self.room, &dual);
         let starts = search::greedy(&items, self.room, &dual)
             .into_iter()
             .chain(known.into_iter().filter_map(|columns| Choice::new(&items, self.room, columns)));
@@ -260,7 +264,7 @@ impl Planner<'_> {
             if best.as_ref().is_some_and(gap) {
                 break;
             }
-            let better = search::improve(&items, self.room, &dual, choice, deadline);
+            let better = search::improve(&items, self.room, &short, choice, deadline);
             if best.as_ref().is_none_or(|b| better.cost_s < b.cost_s) {
                 best = Some(better);
             }
@@ -317,22 +321,28 @@ impl Planner<'_> {
         self.checked(plan)
     }
 
-    /// Adds the counts between the grid's points around what the prices favour, and prices again.
+    /// Adds the counts between the grid's points around what the prices favour, and prices again, for at most half of
+    /// the time that is left.
     fn refine(&self, maker: &Maker<'_>, items: &mut [Item], mut dual: Dual, deadline: Instant) -> Result<Dual> {
+        let begin = Instant::now();
+        let end = begin + deadline.saturating_duration_since(begin) / 2;
         for round in 0..3 {
-            let end = Instant::now() + deadline.saturating_duration_since(Instant::now()) / 4;
+            let started = Instant::now();
             for item in items.iter_mut() {
                 if Instant::now() >= end {
                     break;
                 }
                 let Meaning::Experts(members, configs) = &item.meaning else { continue };
                 let Some(best) = dual::cheapest(item, &dual.price).map(|(c, _)| configs[c]) else { continue };
-                let n_expert = self.evidence.layers[members[0]].shape.n_expert as u16;
-                let axes = around(configs, &best, n_expert, self.room.home(), round);
+                let shape = &self.evidence.layers[members[0]].shape;
+                let axes = around(&maker.grid, &best, shape, self.room.home(), round);
                 maker.extend(item, &axes);
             }
             // An old price's value is no bound over more columns.
-            dual = dual::maximise(items, self.room, deadline)?;
+            dual = dual::maximise(items, self.room, Some(&dual.price), end)?;
+            if Instant::now() + started.elapsed() > end {
+                break;
+            }
         }
         Ok(dual)
     }
@@ -413,41 +423,35 @@ impl Planner<'_> {
     }
 }
 
-/// Axes between the neighbours, on the axes that the configurations have, of one of them.
-fn around(configs: &[Config], best: &Config, n_expert: u16, fast: usize, round: u32) -> Axes {
-    // Enough points that a few rounds reach steps of one, few enough that a round stays cheap.
-    let points = 7;
-    let span = |mut values: Vec<u16>, at: u16, most: u16| -> Vec<u16> {
-        values.sort_unstable();
-        values.dedup();
-        let below = values.iter().rev().find(|&&v| v < at).copied().unwrap_or(at);
-        let above = values.iter().find(|&&v| v > at).copied().unwrap_or(at).min(most);
-        let step = (above - below).div_ceil(points).max(1);
-        let mut axis: Vec<u16> = (below..=above).step_by(usize::from(step)).chain([at, above]).collect();
+/// Axes around a configuration: as far as the grid's next points, then ever closer.
+fn around(grid: &Grid, best: &Config, shape: &ExpertShape, fast: usize, round: u32) -> Axes {
+    // Steps to each side: enough that a few rounds come down to steps of one, few enough that a round stays cheap.
+    const SIDE: u16 = 3;
+    let n_expert = shape.n_expert as u16;
+    let span = |from: u16, to: u16, at: u16| -> Vec<u16> {
+        let points = grid.axis(from, to);
+        let below = at - points.iter().rev().find(|&&p| p < at).copied().unwrap_or(at);
+        let above = points.iter().find(|&&p| p > at).copied().unwrap_or(at).saturating_sub(at);
+        let reach = (below.max(above) / SIDE.pow(round)).max(1);
+        let step = reach.div_ceil(SIDE).max(1);
+        let steps = (0..=reach).step_by(step.into());
+        let mut axis: Vec<u16> = steps
+            .flat_map(|d| [at.checked_sub(d), at.checked_add(d)])
+            .flatten()
+            .filter(|p| (from..=to).contains(p))
+            .collect();
         axis.sort_unstable();
         axis.dedup();
         axis
     };
-    let mut cuts: Vec<u16> = Vec::new();
-    for tier in 0..fast.saturating_sub(1) {
-        cuts.extend(span(configs.iter().map(|c| c.cuts[tier]).collect(), best.cuts[tier], n_expert));
-    }
+    let last = best.cuts[fast.saturating_sub(1)];
+    let mut cuts: Vec<u16> = best.cuts[..fast.saturating_sub(1)].iter().flat_map(|&c| span(0, n_expert, c)).collect();
     cuts.sort_unstable();
     cuts.dedup();
-    let last = fast.saturating_sub(1);
-    let last_cuts = if fast == 0 {
-        vec![0]
-    } else {
-        span(configs.iter().map(|c| c.cuts[last]).collect(), best.cuts[last], n_expert)
-    };
-    let same_cuts = configs.iter().filter(|c| c.cuts == best.cuts);
-    let mut slots = span(same_cuts.map(|c| c.slots).collect(), best.slots, n_expert);
-    if round == 0 {
-        slots.push(n_expert - best.cuts[last]);
-        slots.sort_unstable();
-        slots.dedup();
-    }
-    Axes { cuts, last_cuts, slots: Some(slots) }
+    let pooled = n_expert - last;
+    let least = (shape.n_used as u16).min(pooled);
+    let slots = if best.slots == 0 { vec![least] } else { span(least, pooled, best.slots) };
+    Axes { cuts, last_cuts: if fast == 0 { vec![0] } else { span(0, n_expert, last) }, slots: Some(slots) }
 }
 
 #[cfg(test)]

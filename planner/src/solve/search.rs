@@ -172,13 +172,18 @@ impl Search<'_> {
     }
 }
 
-/// Improves a choice by single changes and pairs of changes until neither helps or the deadline passes.
-pub fn improve(items: &[Item], room: &Room, dual: &Dual, choice: Choice, deadline: Instant) -> Choice {
-    let used = used_bytes(items, room, &choice.columns);
-    let short: Vec<Vec<usize>> = ranked(items, room, dual, f64::INFINITY)
+/// By item, the few columns that the prices favour.
+pub fn shortlist(items: &[Item], room: &Room, dual: &Dual) -> Vec<Vec<usize>> {
+    ranked(items, room, dual, f64::INFINITY)
         .into_iter()
         .map(|columns| columns.into_iter().take(SHORT).map(|(c, _)| c).collect())
-        .collect();
+        .collect()
+}
+
+/// Improves a choice by single changes and pairs of changes, with the columns of a shortlist, until neither helps or
+/// the deadline passes.
+pub fn improve(items: &[Item], room: &Room, short: &[Vec<usize>], choice: Choice, deadline: Instant) -> Choice {
+    let used = used_bytes(items, room, &choice.columns);
     let units = items.iter().enumerate().flat_map(|(i, item)| (0..item.count()).map(move |m| (i, m))).collect();
     let spare = used.iter().zip(&room.left_bytes).map(|(&u, &left)| i128::from(left) - u as i128).collect();
     let mut search = Search { items, n: room.tiers.len(), units, choice, spare };
@@ -191,7 +196,7 @@ pub fn improve(items: &[Item], room: &Room, dual: &Dual, choice: Choice, deadlin
         }
         if let Some((unit, column)) = search.best_single(&|item| (0..items[item].len()).collect()) {
             search.set(unit, column);
-        } else if !search.pair(&short, deadline) {
+        } else if !search.pair(short, deadline) {
             break;
         }
         if Instant::now() >= deadline {
