@@ -54,7 +54,7 @@ unsafe impl Send for Arena {}
 impl Arena {
     /// An arena of exactly `bytes`, zero-filled, on huge pages where the system offers them.
     pub fn new(tier: &str, bytes: u64) -> Result<Self, ArenaError> {
-        let map_error = |source| ArenaError::Map { tier: tier.to_string(), bytes, r#source: source };
+        let map_error = |source| ArenaError::Map { tier: tier.to_string(), bytes, r#source };
         let capacity = usize::try_from(bytes).map_err(|_| map_error(std::io::ErrorKind::OutOfMemory.into()))?;
         // An empty mapping is refused by the system; one byte that nobody gets stands in for it.
         let mut map = MmapMut::map_anon(capacity.max(1)).map_err(map_error)?;

@@ -91,7 +91,7 @@ impl FileTier {
     /// Opens the files and starts the readers.
     pub fn open(paths: &[PathBuf]) -> Result<Self, ReadError> {
         let open = |path: &PathBuf| {
-            let file = File::open(path).map_err(|source| ReadError::Open { path: path.clone(), r#source: source })?;
+            let file = File::open(path).map_err(|source| ReadError::Open { path: path.clone(), r#source })?;
             Ok((path.clone(), file))
         };
         let files = paths.iter().map(open).collect::<Result<_, ReadError>>()?;
@@ -170,7 +170,7 @@ fn read(files: &[(PathBuf, File)], extent: Extent, into: &mut [u8]) -> Result<()
         path: path.clone(),
         offset: extent.offset,
         len: extent.len,
-        r#source: source,
+        r#source,
     })
 }
 
