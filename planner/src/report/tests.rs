@@ -421,14 +421,22 @@ fn runs_are_averaged_by_their_tokens() {
     assert!((plan.hit_rate.expect("hits") - 4.0 / 6.0).abs() < 1e-12);
 }
 
-/// Pictures to look at: `REPORT_PICTURES=/tmp/x cargo test --release report::tests::pictures -- --ignored`.
+/// Reports of several sizes draw every chart; `REPORT_PICTURES=/tmp/x` keeps them to be looked at.
 #[test]
-#[ignore = "writes pictures for people to look at"]
-fn pictures() {
-    let Some(dir) = std::env::var_os("REPORT_PICTURES").map(PathBuf::from) else { return };
-    write(&dir.join("small"), &sample::report(6, 32, 4, 3, 5, true)).expect("report");
-    write(&dir.join("large"), &sample::report(61, 384, 8, 4, 8, false)).expect("report");
-    write(&dir.join("two"), &sample::report(48, 128, 8, 2, 4, false)).expect("report");
+fn every_size_draws_every_chart() {
+    let temporary = tempfile::tempdir().expect("folder");
+    let dir = std::env::var_os("REPORT_PICTURES").map_or(temporary.path().to_path_buf(), PathBuf::from);
     let records = sample::report(6, 32, 4, 2, 4, true).plans.iter().flat_map(|p| p.records.clone()).collect();
-    write(&dir.join("records"), &from_records(records)).expect("report");
+    let reports = [
+        ("small", sample::report(6, 32, 4, 3, 5, true), 6),
+        ("large", sample::report(61, 384, 8, 4, 8, false), 6),
+        ("two", sample::report(48, 128, 8, 2, 4, false), 6),
+        ("records", from_records(records), 4),
+    ];
+    for (name, report, charts) in reports {
+        let page = write(&dir.join(name), &report).expect("report");
+        let files = std::fs::read_dir(page.parent().expect("parent")).expect("listing");
+        let pngs = files.filter(|f| f.as_ref().is_ok_and(|f| f.path().extension().is_some_and(|e| e == "png"))).count();
+        assert!(pngs >= charts, "{name}: {pngs} charts");
+    }
 }
