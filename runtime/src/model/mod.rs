@@ -6,6 +6,7 @@
 mod arch;
 mod blocks;
 mod llama;
+mod qwen2moe;
 mod qwen3;
 pub mod shape;
 mod source;
