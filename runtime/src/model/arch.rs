@@ -2,13 +2,14 @@
 
 use super::source::Source;
 use super::spec::ModelSpec;
-use super::{ModelError, llama, qwen2moe, qwen3};
+use super::{ModelError, llama, olmoe, qwen2moe, qwen3};
 use crate::gguf::Gguf;
 
 type Describe = fn(&Source<'_>) -> Result<ModelSpec, ModelError>;
 
-const ARCHITECTURES: [(&str, Describe); 4] = [
+const ARCHITECTURES: [(&str, Describe); 5] = [
     ("llama", llama::describe),
+    ("olmoe", olmoe::describe),
     ("qwen2moe", qwen2moe::describe),
     ("qwen3", qwen3::describe),
     ("qwen3moe", qwen3::describe),

@@ -6,6 +6,7 @@
 mod arch;
 mod blocks;
 mod llama;
+mod olmoe;
 mod qwen2moe;
 mod qwen3;
 pub mod shape;
