@@ -2,12 +2,13 @@
 
 use super::source::Source;
 use super::spec::ModelSpec;
-use super::{ModelError, llama, olmoe, qwen2moe, qwen3};
+use super::{ModelError, glm4moe, llama, olmoe, qwen2moe, qwen3};
 use crate::gguf::Gguf;
 
 type Describe = fn(&Source<'_>) -> Result<ModelSpec, ModelError>;
 
-const ARCHITECTURES: [(&str, Describe); 5] = [
+const ARCHITECTURES: [(&str, Describe); 6] = [
+    ("glm4moe", glm4moe::describe),
     ("llama", llama::describe),
     ("olmoe", olmoe::describe),
     ("qwen2moe", qwen2moe::describe),

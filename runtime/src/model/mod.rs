@@ -5,6 +5,7 @@
 
 mod arch;
 mod blocks;
+mod glm4moe;
 mod llama;
 mod olmoe;
 mod qwen2moe;
