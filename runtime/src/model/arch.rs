@@ -2,14 +2,15 @@
 
 use super::source::Source;
 use super::spec::ModelSpec;
-use super::{ModelError, glm4moe, llama, olmoe, qwen2moe, qwen3};
+use super::{ModelError, glm4moe, llama, minimax_m2, olmoe, qwen2moe, qwen3};
 use crate::gguf::Gguf;
 
 type Describe = fn(&Source<'_>) -> Result<ModelSpec, ModelError>;
 
-const ARCHITECTURES: [(&str, Describe); 6] = [
+const ARCHITECTURES: [(&str, Describe); 7] = [
     ("glm4moe", glm4moe::describe),
     ("llama", llama::describe),
+    ("minimax-m2", minimax_m2::describe),
     ("olmoe", olmoe::describe),
     ("qwen2moe", qwen2moe::describe),
     ("qwen3", qwen3::describe),

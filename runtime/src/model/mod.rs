@@ -7,6 +7,7 @@ mod arch;
 mod blocks;
 mod glm4moe;
 mod llama;
+mod minimax_m2;
 mod olmoe;
 mod qwen2moe;
 mod qwen3;
