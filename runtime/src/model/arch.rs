@@ -2,13 +2,14 @@
 
 use super::source::Source;
 use super::spec::ModelSpec;
-use super::{ModelError, glm4moe, llama, minimax_m2, olmoe, qwen2moe, qwen3};
+use super::{ModelError, glm4moe, gpt_oss, llama, minimax_m2, olmoe, qwen2moe, qwen3};
 use crate::gguf::Gguf;
 
 type Describe = fn(&Source<'_>) -> Result<ModelSpec, ModelError>;
 
-const ARCHITECTURES: [(&str, Describe); 7] = [
+const ARCHITECTURES: [(&str, Describe); 8] = [
     ("glm4moe", glm4moe::describe),
+    ("gpt-oss", gpt_oss::describe),
     ("llama", llama::describe),
     ("minimax-m2", minimax_m2::describe),
     ("olmoe", olmoe::describe),

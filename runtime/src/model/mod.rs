@@ -6,6 +6,7 @@
 mod arch;
 mod blocks;
 mod glm4moe;
+mod gpt_oss;
 mod llama;
 mod minimax_m2;
 mod olmoe;
