@@ -1,0 +1,125 @@
+//! `deepseek2`: DeepSeek V2 and V3, Kimi K2 and their relatives. Latent attention, leading dense layers, then routed
+//! and shared experts.
+
+use super::ModelError;
+use super::source::Source;
+use super::spec::{KvUp, Mixer, MlaSpec, RopeKind, RopeScaling, RopeSpec, Temperature};
+
+/// Sizes of the attention, the same in every layer.
+struct Mla {
+    key_dim: usize,
+    value_dim: usize,
+    kv_rank: usize,
+    rope: RopeSpec,
+    /// Factor on the scores.
+    scale: f32,
+    temperature: Option<Temperature>,
+    /// Whether the sizes of a head have keys of their own, as in files made for absorbed projections.
+    converted: bool,
+}
+
+impl Mla {
+    fn read(s: &Source<'_>) -> Result<Self, ModelError> {
+        let heads = (s.opt_dim("attention.key_length_mla")?, s.opt_dim("attention.value_length_mla")?);
+        // Without those keys, the plain ones are of whole heads; with them, of what is cached.
+        let (key_dim, value_dim, converted) = match heads {
+            (Some(key), Some(value)) => (key, value, true),
+            _ => (s.dim("attention.key_length")?, s.dim("attention.value_length")?, false),
+        };
+        let mut rope = s.rope(RopeKind::Adjacent, key_dim)?;
+        if rope.dims >= key_dim {
+            let what = format!("{} of a head's {key_dim} values; expected fewer", rope.dims);
+            return Err(s.bad("rope.dimension_count", what));
+        }
+        let scale = scale(s, key_dim, &mut rope)?;
+        Ok(Self {
+            key_dim,
+            value_dim,
+            kv_rank: s.dim("attention.kv_lora_rank")?,
+            rope,
+            scale,
+            temperature: temperature(s)?,
+            converted,
+        })
+    }
+
+    fn mixer(&self, s: &Source<'_>, layer: usize, hidden: usize, n_head: usize) -> Result<Mixer, ModelError> {
+        let p = format!("blk.{layer}");
+        let q_out = n_head * self.key_dim;
+        // Small models of the family have one query matrix, and a rank in the metadata that means nothing.
+        let (q_down, q) = if s.has_tensor(&format!("{p}.attn_q.weight")) {
+            (None, s.linear(&format!("{p}.attn_q"), hidden, q_out)?)
+        } else {
+            let rank = s.dim("attention.q_lora_rank")?;
+            let down = s.linear(&format!("{p}.attn_q_a"), hidden, rank)?;
+            let norm = s.vector(&format!("{p}.attn_q_a_norm.weight"), rank)?;
+            (Some((down, norm)), s.linear(&format!("{p}.attn_q_b"), rank, q_out)?)
+        };
+        Ok(Mixer::Mla(MlaSpec {
+            n_head,
+            nope_dim: self.key_dim - self.rope.dims,
+            value_dim: self.value_dim,
+            kv_rank: self.kv_rank,
+            scale: self.scale,
+            temperature: self.temperature,
+            rope: self.rope.clone(),
+            q_down,
+            q,
+            kv_down: s.linear(&format!("{p}.attn_kv_a_mqa"), hidden, self.kv_rank + self.rope.dims)?,
+            kv_norm: s.vector(&format!("{p}.attn_kv_a_norm.weight"), self.kv_rank)?,
+            kv_up: self.kv_up(s, &p, n_head)?,
+            o: s.linear(&format!("{p}.attn_output"), n_head * self.value_dim, hidden)?,
+        }))
+    }
+
+    fn kv_up(&self, s: &Source<'_>, p: &str, n_head: usize) -> Result<KvUp, ModelError> {
+        let (k, v, fused) =
+            (format!("{p}.attn_k_b.weight"), format!("{p}.attn_v_b.weight"), format!("{p}.attn_kv_b.weight"));
+        let nope_dim = self.key_dim - self.rope.dims;
+        // Some files have both forms.
+        let split = if self.converted { s.has_tensor(&k) || !s.has_tensor(&fused) } else { !s.has_tensor(&fused) };
+        if split {
+            Ok(KvUp::Split {
+                k: s.tensor(&k, &[nope_dim, self.kv_rank, n_head])?,
+                v: s.tensor(&v, &[self.kv_rank, self.value_dim, n_head])?,
+            })
+        } else {
+            Ok(KvUp::Fused(s.tensor(&fused, &[self.kv_rank, n_head * (nope_dim + self.value_dim)])?))
+        }
+    }
+}
+
+/// The factor on the scores; sets the magnitude of what rotates.
+///
+/// YaRN sharpens attention by a factor on rotated queries and keys. This family sharpens the scores instead, those of
+/// the parts that don't rotate included: by the square of `1 + m · ln(factor)` where the file gives `m`. Without `m`
+/// both factors are there.
+fn scale(s: &Source<'_>, key_dim: usize, rope: &mut RopeSpec) -> Result<f32, ModelError> {
+    let name = "rope.scaling.yarn_log_multiplier";
+    let multiplier = s.f32_or(name, 0.0)?;
+    let sharpness = match rope.scaling {
+        RopeScaling::None => rope.magnitude,
+        // Written for YaRN, but the reference engine has no such condition.
+        RopeScaling::Linear(factor) => rope.magnitude * (1.0 + 0.1 * factor.ln()) * (1.0 + multiplier * factor.ln()),
+        RopeScaling::Yarn { factor, .. } => {
+            if multiplier != 0.0 {
+                rope.magnitude = s.f32_or("rope.scaling.attn_factor", 1.0)?;
+            }
+            rope.magnitude * (1.0 + multiplier * factor.ln())
+        }
+    };
+    let scale = sharpness * sharpness / (key_dim as f32).sqrt();
+    if scale.is_finite() {
+        Ok(scale)
+    } else {
+        Err(s.bad(name, format!("{multiplier} makes the factor on attention scores {scale}")))
+    }
+}
+
+fn temperature(s: &Source<'_>) -> Result<Option<Temperature>, ModelError> {
+    let scale = s.f32_or("attention.temperature_scale", 0.0)?;
+    if scale == 0.0 {
+        return Ok(None);
+    }
+    Ok(Some(Temperature { scale, length: s.dim("attention.temperature_length")? }))
+}
