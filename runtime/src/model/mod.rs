@@ -4,6 +4,7 @@
 //! specs and knows no architecture by name.
 
 mod arch;
+mod blocks;
 mod llama;
 mod qwen3;
 pub mod shape;

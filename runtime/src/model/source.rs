@@ -1,7 +1,7 @@
 //! Reads an architecture's keys and tensors out of a GGUF file, with every shape checked.
 
 use super::ModelError;
-use super::spec::{GatedFfn, Linear, RopeKind, RopeScaling, RopeSpec, TensorId};
+use super::spec::{ExpertLinear, GatedFfn, Linear, RopeKind, RopeScaling, RopeSpec, TensorId};
 use crate::gguf::Gguf;
 use crate::quant::TensorType;
 use std::collections::HashMap;
@@ -54,6 +54,10 @@ impl<'a> Source<'a> {
     pub(super) fn dim_per_layer(&self, name: &str, n_layer: usize) -> Result<Vec<usize>, ModelError> {
         let values = self.gguf.u32_per_layer(&self.key(name), n_layer as u32)?;
         values.into_iter().map(|v| self.check_dim(name, v)).collect()
+    }
+
+    pub(super) fn bool_or(&self, name: &str, default: bool) -> Result<bool, ModelError> {
+        Ok(self.gguf.opt_bool(&self.key(name))?.unwrap_or(default))
     }
 
     pub(super) fn has(&self, name: &str) -> bool {
@@ -130,15 +134,47 @@ impl<'a> Source<'a> {
     pub(super) fn linear(&self, prefix: &str, n_in: usize, n_out: usize) -> Result<Linear, ModelError> {
         let weight = self.tensor(&format!("{prefix}.weight"), &[n_in, n_out])?;
         let bias = self.opt_vector(&format!("{prefix}.bias"), n_out)?;
-        Ok(Linear { weight, bias, n_out, n_in })
+        Ok(Linear { weight, bias, n_out, n_in, first_row: 0 })
+    }
+
+    /// `PREFIX.weight` of shape `[n_expert, n_out, n_in]` with `PREFIX.bias`, `[n_expert, n_out]`, where there is one.
+    pub(super) fn expert_linear(
+        &self,
+        prefix: &str,
+        n_in: usize,
+        n_out: usize,
+        n_expert: usize,
+    ) -> Result<ExpertLinear, ModelError> {
+        let weight = self.tensor(&format!("{prefix}.weight"), &[n_in, n_out, n_expert])?;
+        let bias = self.opt_tensor(&format!("{prefix}.bias"), &[n_out, n_expert])?;
+        if let Some(bias) = bias {
+            self.check_float(bias)?;
+        }
+        Ok(ExpertLinear { weight, bias, n_out, n_in })
+    }
+
+    /// Whether the file has a tensor of this name.
+    pub(super) fn has_tensor(&self, name: &str) -> bool {
+        self.index.contains_key(name)
     }
 
     /// The gated feed-forward block of a layer without routed experts.
     pub(super) fn gated_ffn(&self, layer: usize, hidden: usize, ffn: usize) -> Result<GatedFfn, ModelError> {
+        self.named_ffn(layer, "", hidden, ffn)
+    }
+
+    /// The gated block whose tensors' names end in `suffix`: `_shexp` for shared experts.
+    pub(super) fn named_ffn(
+        &self,
+        layer: usize,
+        suffix: &str,
+        hidden: usize,
+        ffn: usize,
+    ) -> Result<GatedFfn, ModelError> {
         Ok(GatedFfn {
-            gate: self.linear(&format!("blk.{layer}.ffn_gate"), hidden, ffn)?,
-            up: self.linear(&format!("blk.{layer}.ffn_up"), hidden, ffn)?,
-            down: self.linear(&format!("blk.{layer}.ffn_down"), ffn, hidden)?,
+            gate: self.linear(&format!("blk.{layer}.ffn_gate{suffix}"), hidden, ffn)?,
+            up: self.linear(&format!("blk.{layer}.ffn_up{suffix}"), hidden, ffn)?,
+            down: self.linear(&format!("blk.{layer}.ffn_down{suffix}"), ffn, hidden)?,
         })
     }
 
