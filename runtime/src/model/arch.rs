@@ -2,13 +2,17 @@
 
 use super::source::Source;
 use super::spec::ModelSpec;
-use super::{ModelError, llama, qwen3};
+use super::{ModelError, deepseek2, llama, qwen3};
 use crate::gguf::Gguf;
 
 type Describe = fn(&Source<'_>) -> Result<ModelSpec, ModelError>;
 
-const ARCHITECTURES: [(&str, Describe); 3] =
-    [("llama", llama::describe), ("qwen3", qwen3::describe), ("qwen3moe", qwen3::describe)];
+const ARCHITECTURES: [(&str, Describe); 4] = [
+    ("deepseek2", deepseek2::describe),
+    ("llama", llama::describe),
+    ("qwen3", qwen3::describe),
+    ("qwen3moe", qwen3::describe),
+];
 
 /// Names of the architectures that can run.
 pub const SUPPORTED: [&str; ARCHITECTURES.len()] = {

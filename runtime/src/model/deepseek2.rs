@@ -2,8 +2,58 @@
 //! and shared experts.
 
 use super::ModelError;
+use super::blocks::{Common, MoeOptions, Setting, Shared, heads, moe};
 use super::source::Source;
-use super::spec::{KvUp, Mixer, MlaSpec, RopeKind, RopeScaling, RopeSpec, Temperature};
+use super::spec::{
+    Activation, Ffn, Gating, KvUp, LayerSpec, Mixer, MlaSpec, ModelSpec, RopeKind, RopeScaling, RopeSpec, Temperature,
+};
+
+pub(super) fn describe(s: &Source<'_>) -> Result<ModelSpec, ModelError> {
+    let common = Common::read(s)?;
+    let (n_layer, hidden) = (common.n_layer, common.hidden);
+    let mla = Mla::read(s)?;
+    let heads = heads(s, n_layer)?;
+    let n_dense = s.opt_count("leading_dense_block_count")? as usize;
+    let n_dense = if s.opt_count("expert_count")? == 0 { n_layer } else { n_dense.min(n_layer) };
+    let dense = if n_dense > 0 { s.dim_per_layer("feed_forward_length", n_layer)? } else { Vec::new() };
+    let expert = if n_dense < n_layer { s.dim_per_layer("expert_feed_forward_length", n_layer)? } else { Vec::new() };
+    let n_shared = s.opt_count("expert_shared_count")? as usize;
+    let layers = (0..n_layer)
+        .map(|i| {
+            Ok(LayerSpec {
+                mixer_norm: s.vector(&format!("blk.{i}.attn_norm.weight"), hidden)?,
+                mixer: mla.mixer(s, i, hidden, heads[i].0)?,
+                ffn_norm: s.vector(&format!("blk.{i}.ffn_norm.weight"), hidden)?,
+                ffn: if i < n_dense {
+                    Ffn::Dense(s.gated_ffn(i, hidden, dense[i])?)
+                } else {
+                    let ffn = expert[i].checked_mul(n_shared).filter(|width| *width <= MAX_SHARED_WIDTH);
+                    let ffn = ffn.ok_or_else(|| s.bad("expert_shared_count", format!("{n_shared}")))?;
+                    let options = MoeOptions {
+                        expert_ffn: expert[i],
+                        gating: Setting::Default(default_gating(s, n_layer, hidden)?),
+                        normalize: Setting::Default(false),
+                        scale: Setting::Default(1.0),
+                        activation: Activation::Silu,
+                        shared: (ffn > 0).then_some(Shared { ffn, gated: false }),
+                    };
+                    Ffn::Moe(moe(s, i, hidden, &options)?)
+                },
+            })
+        })
+        .collect::<Result<_, ModelError>>()?;
+    common.model(s, layers)
+}
+
+/// Bound on the width of the shared experts together, far above any real model.
+const MAX_SHARED_WIDTH: usize = 1 << 24;
+
+/// The gating of files that don't say: softmax, as in the first models of the family. Only one later model, known by
+/// its layers and vocabulary, has files without the key and gates by sigmoid.
+fn default_gating(s: &Source<'_>, n_layer: usize, hidden: usize) -> Result<Gating, ModelError> {
+    let (_, n_vocab) = s.embedding(hidden)?;
+    Ok(if matches!(n_layer, 47 | 48) && n_vocab == 154_880 { Gating::Sigmoid } else { Gating::Softmax })
+}
 
 /// Sizes of the attention, the same in every layer.
 struct Mla {

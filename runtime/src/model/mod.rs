@@ -5,6 +5,7 @@
 
 mod arch;
 mod blocks;
+mod deepseek2;
 mod llama;
 mod qwen3;
 pub mod shape;

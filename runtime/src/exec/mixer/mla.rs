@@ -123,7 +123,7 @@ pub(super) fn run(
     let mixed = &s.mixed[..n * spec.o.n_in];
     s.acts.fill(c.kernels, n, spec.o.n_in, mixed, needs_quants(weights.ty(spec.o.weight)));
     matmul_all(c.pool, c.kernels, &[MatJob::new(weights.linear(&spec.o), s.acts.view(), out)]);
-    add_bias(out, weights.opt_vector(spec.o.bias));
+    add_bias(out, weights.bias(&spec.o));
 }
 
 /// Queries, rotated, into `q`; latents and shared key parts as projected into `kv`.
@@ -142,7 +142,7 @@ fn project(c: Compute<'_>, weights: &DenseWeights, spec: &MlaSpec, input: &Mixer
             let (low, normed) = (&mut s.q_low[..n * rank], &mut s.q_normed[..n * rank]);
             let jobs = [MatJob::new(weights.linear(q_down), x, low), MatJob::new(weights.linear(&spec.kv_down), x, kv)];
             matmul_all(c.pool, c.kernels, &jobs);
-            add_bias(low, weights.opt_vector(q_down.bias));
+            add_bias(low, weights.bias(q_down));
             for (low, normed) in low.chunks_exact(rank).zip(normed.chunks_exact_mut(rank)) {
                 c.kernels.rms_norm(low, weights.vector(*norm), eps, normed);
             }
@@ -150,8 +150,8 @@ fn project(c: Compute<'_>, weights: &DenseWeights, spec: &MlaSpec, input: &Mixer
             matmul_all(c.pool, c.kernels, &[MatJob::new(weights.linear(&spec.q), s.acts.view(), q)]);
         }
     }
-    add_bias(q, weights.opt_vector(spec.q.bias));
-    add_bias(kv, weights.opt_vector(spec.kv_down.bias));
+    add_bias(q, weights.bias(&spec.q));
+    add_bias(kv, weights.bias(&spec.kv_down));
     if let Some(rope) = rope {
         c.pool.for_each_slice(q, spec.q.n_out, |token, row| {
             for head in row.chunks_exact_mut(spec.nope_dim + spec.rope.dims) {

@@ -125,7 +125,7 @@ fn layer(case: Case) -> Layer {
     std::fs::write(&path, writer.finish()).unwrap();
     let gguf = Arc::new(Gguf::open(&path).unwrap());
     let id = |name: &str| gguf.tensors().iter().position(|t| t.name == name).unwrap();
-    let linear = |name, n_in, n_out| Linear { weight: id(name), bias: None, n_out, n_in };
+    let linear = |name, n_in, n_out| Linear { weight: id(name), bias: None, n_out, n_in, first_row: 0 };
     let spec = MlaSpec {
         n_head: N_HEAD,
         nope_dim: NOPE,
