@@ -7,8 +7,6 @@ pub(super) struct RopeTable {
     spec: RopeSpec,
     /// Radians a position, `[dims / 2]`.
     frequencies: Vec<f32>,
-    /// Factor on the rotated values.
-    magnitude: f32,
     /// `[positions, dims / 2]` of (cos, sin).
     rotations: Vec<(f32, f32)>,
 }
@@ -16,8 +14,7 @@ pub(super) struct RopeTable {
 impl RopeTable {
     /// `factors` divide the frequencies, `[dims / 2]`.
     pub(super) fn new(spec: &RopeSpec, factors: Option<&[f32]>) -> Self {
-        let (frequencies, magnitude) = frequencies(spec, factors);
-        Self { spec: spec.clone(), frequencies, magnitude, rotations: Vec::new() }
+        Self { spec: spec.clone(), frequencies: frequencies(spec, factors), rotations: Vec::new() }
     }
 
     pub(super) fn is_for(&self, spec: &RopeSpec) -> bool {
@@ -30,7 +27,7 @@ impl RopeTable {
         for position in first..first + n {
             let rotation = |f: &f32| {
                 let (sin, cos) = (position as f32 * f).sin_cos();
-                (cos * self.magnitude, sin * self.magnitude)
+                (cos * self.spec.magnitude, sin * self.spec.magnitude)
             };
             self.rotations.extend(self.frequencies.iter().map(rotation));
         }
@@ -62,17 +59,17 @@ impl RopeTable {
     }
 }
 
-/// Frequencies `base^(-2i/dims)` after scaling, and the factor on the rotated values.
-fn frequencies(spec: &RopeSpec, factors: Option<&[f32]>) -> (Vec<f32>, f32) {
+/// Frequencies `base^(-2i/dims)` after scaling.
+fn frequencies(spec: &RopeSpec, factors: Option<&[f32]>) -> Vec<f32> {
     let half = spec.dims / 2;
     let plain = (0..half).map(|i| {
         let frequency = spec.base.powf(-2.0 * i as f32 / spec.dims as f32);
         factors.map_or(frequency, |f| frequency / f[i])
     });
     match spec.scaling {
-        RopeScaling::None => (plain.collect(), 1.0),
-        RopeScaling::Linear(factor) => (plain.map(|f| f / factor).collect(), 1.0),
-        RopeScaling::Yarn { factor, original_context, beta_fast, beta_slow, attn_factor } => {
+        RopeScaling::None => plain.collect(),
+        RopeScaling::Linear(factor) => plain.map(|f| f / factor).collect(),
+        RopeScaling::Yarn { factor, original_context, beta_fast, beta_slow } => {
             // The pair whose wavelength makes `rotations` turns over the original context.
             let pair_of = |rotations: f32| {
                 spec.dims as f32 * (original_context / (rotations * std::f32::consts::TAU)).ln()
@@ -85,7 +82,7 @@ fn frequencies(spec: &RopeSpec, factors: Option<&[f32]>) -> (Vec<f32>, f32) {
                 let kept = 1.0 - ramp;
                 f / factor * (1.0 - kept) + f * kept
             });
-            (scaled.collect(), attn_factor * (1.0 + 0.1 * factor.ln()))
+            scaled.collect()
         }
     }
 }
@@ -95,7 +92,7 @@ mod tests {
     use super::*;
 
     fn spec(kind: RopeKind, dims: usize, scaling: RopeScaling) -> RopeSpec {
-        RopeSpec { kind, dims, base: 10_000.0, scaling, freq_factors: None }
+        RopeSpec { kind, dims, base: 10_000.0, scaling, magnitude: 1.0, freq_factors: None }
     }
 
     #[test]
@@ -128,19 +125,22 @@ mod tests {
     }
 
     #[test]
+    fn the_magnitude_scales_what_rotates_and_nothing_else() {
+        let spec = RopeSpec { magnitude: 2.0, ..spec(RopeKind::Adjacent, 2, RopeScaling::None) };
+        let mut table = RopeTable::new(&spec, None);
+        table.prepare(0, 1);
+        let mut row = [1.0, 3.0, 5.0];
+        table.apply(&mut row, 3, 0);
+        assert_eq!(row, [2.0, 6.0, 5.0]);
+    }
+
+    #[test]
     fn yarn_keeps_fast_pairs_and_divides_slow_ones() {
-        let scaling = RopeScaling::Yarn {
-            factor: 8.0,
-            original_context: 4096.0,
-            beta_fast: 32.0,
-            beta_slow: 1.0,
-            attn_factor: 1.0,
-        };
-        let (plain, _) = frequencies(&spec(RopeKind::Adjacent, 64, RopeScaling::None), None);
-        let (yarn, magnitude) = frequencies(&spec(RopeKind::Adjacent, 64, scaling), None);
+        let scaling = RopeScaling::Yarn { factor: 8.0, original_context: 4096.0, beta_fast: 32.0, beta_slow: 1.0 };
+        let plain = frequencies(&spec(RopeKind::Adjacent, 64, RopeScaling::None), None);
+        let yarn = frequencies(&spec(RopeKind::Adjacent, 64, scaling), None);
         assert_eq!(yarn[0], plain[0]);
         assert!((yarn[31] - plain[31] / 8.0).abs() < 1e-9);
         assert!(yarn.windows(2).all(|w| w[1] < w[0]));
-        assert!((magnitude - (1.0 + 0.1 * 8f32.ln())).abs() < 1e-6);
     }
 }

@@ -2,12 +2,13 @@
 
 use super::source::Source;
 use super::spec::ModelSpec;
-use super::{ModelError, glm4moe, gpt_oss, llama, minimax_m2, olmoe, qwen2moe, qwen3};
+use super::{ModelError, deepseek2, glm4moe, gpt_oss, llama, minimax_m2, olmoe, qwen2moe, qwen3};
 use crate::gguf::Gguf;
 
 type Describe = fn(&Source<'_>) -> Result<ModelSpec, ModelError>;
 
-const ARCHITECTURES: [(&str, Describe); 8] = [
+const ARCHITECTURES: [(&str, Describe); 9] = [
+    ("deepseek2", deepseek2::describe),
     ("glm4moe", glm4moe::describe),
     ("gpt-oss", gpt_oss::describe),
     ("llama", llama::describe),

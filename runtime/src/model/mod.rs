@@ -5,6 +5,7 @@
 
 mod arch;
 mod blocks;
+mod deepseek2;
 mod glm4moe;
 mod gpt_oss;
 mod llama;

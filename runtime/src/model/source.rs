@@ -200,11 +200,18 @@ impl<'a> Source<'a> {
             return Err(self.bad("rope.dimension_count", what));
         }
         let base = self.rope_base("rope.freq_base", 10_000.0)?;
+        let scaling = self.rope_scaling()?;
+        // YaRN's own factor, which makes attention over more tokens as sharp as over the original context.
+        let sharpened = match scaling {
+            RopeScaling::Yarn { factor, .. } => 1.0 + 0.1 * factor.max(1.0).ln(),
+            RopeScaling::None | RopeScaling::Linear(_) => 1.0,
+        };
         Ok(RopeSpec {
             kind,
             dims,
             base,
-            scaling: self.rope_scaling()?,
+            scaling,
+            magnitude: self.f32_or("rope.scaling.attn_factor", 1.0)? * sharpened,
             freq_factors: self.opt_vector("rope_freqs.weight", dims / 2)?,
         })
     }
@@ -268,7 +275,6 @@ impl<'a> Source<'a> {
                 },
                 beta_fast: self.f32_or("rope.scaling.yarn_beta_fast", 32.0)?,
                 beta_slow: self.f32_or("rope.scaling.yarn_beta_slow", 1.0)?,
-                attn_factor: self.f32_or("rope.scaling.attn_factor", 1.0)?,
             }),
             other => Err(self.bad(name, format!("'{other}' is not supported; supported: none, linear, yarn"))),
         }

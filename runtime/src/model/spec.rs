@@ -49,6 +49,8 @@ pub struct LayerSpec {
 pub enum Mixer {
     /// Attention with grouped key and value heads.
     Gqa(GqaSpec),
+    /// Attention whose keys and values are kept compressed.
+    Mla(MlaSpec),
 }
 
 /// A matrix and its optional bias.
@@ -106,6 +108,68 @@ pub struct GqaSpec {
     pub window: Option<usize>,
 }
 
+/// Multi-head latent attention (arXiv 2405.04434): a token's keys and values of all heads are two projections of one
+/// short vector, its latent, and only that and one rotated key part, shared by all heads, are remembered.
+#[derive(Debug, Clone)]
+pub struct MlaSpec {
+    /// Query heads.
+    pub n_head: usize,
+    /// Values of a query or key head that do not rotate, the first ones; `rope.dims` rotated ones follow.
+    pub nope_dim: usize,
+    /// Width of a value head.
+    pub value_dim: usize,
+    /// Width of the latent.
+    pub kv_rank: usize,
+    /// Factor on the scores.
+    pub scale: f32,
+    /// Growth of the scores with the position.
+    pub temperature: Option<Temperature>,
+    /// Rotary position embedding of the last part of every query head and of the shared key part.
+    pub rope: RopeSpec,
+    /// Where queries come from a low-rank projection: `[q_rank, hidden]`, and the norm after it, `[q_rank]`.
+    pub q_down: Option<(Linear, TensorId)>,
+    /// `[n_head * (nope_dim + rope.dims), q_rank or hidden]`.
+    pub q: Linear,
+    /// To the latent and the shared key part, `[kv_rank + rope.dims, hidden]`.
+    pub kv_down: Linear,
+    /// Norm of the latent, `[kv_rank]`.
+    pub kv_norm: TensorId,
+    /// From the latent to each head's keys and values.
+    pub kv_up: KvUp,
+    /// `[hidden, n_head * value_dim]`.
+    pub o: Linear,
+}
+
+/// How a file holds the projections from the latent to keys and values.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KvUp {
+    /// Apart, the keys' turned so that it takes queries to the latent.
+    Split {
+        /// `[n_head, kv_rank, nope_dim]`.
+        k: TensorId,
+        /// `[n_head, value_dim, kv_rank]`.
+        v: TensorId,
+    },
+    /// Together, as older files have it: `[n_head, nope_dim + value_dim, kv_rank]`, keys before values in each head.
+    Fused(TensorId),
+}
+
+/// Scores at position `p` are multiplied by `1 + scale · ln(1 + floor(p / length))`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Temperature {
+    /// How much.
+    pub scale: f32,
+    /// Positions to a step.
+    pub length: usize,
+}
+
+impl Temperature {
+    /// The factor at a position.
+    pub fn at(&self, position: usize) -> f32 {
+        1.0 + self.scale * ((position / self.length + 1) as f32).ln()
+    }
+}
+
 /// Which values rotate together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RopeKind {
@@ -126,6 +190,8 @@ pub struct RopeSpec {
     pub base: f32,
     /// How positions beyond the trained context are squeezed in.
     pub scaling: RopeScaling,
+    /// Factor on the rotated values.
+    pub magnitude: f32,
     /// Divisors of the frequencies, `[dims / 2]`.
     pub freq_factors: Option<TensorId>,
 }
@@ -147,8 +213,6 @@ pub enum RopeScaling {
         beta_fast: f32,
         /// Rotations below which a frequency is divided by the whole factor.
         beta_slow: f32,
-        /// Factor on the rotated values, besides YaRN's own `1 + 0.1 ln(factor)`.
-        attn_factor: f32,
     },
 }
 
@@ -316,6 +380,18 @@ impl Mixer {
                 }
                 tensors.vectors.extend(a.sinks);
             }
+            Mixer::Mla(a) => {
+                if let Some((q_down, norm)) = &a.q_down {
+                    tensors.linears([q_down]);
+                    tensors.vectors.push(*norm);
+                }
+                tensors.linears([&a.q, &a.kv_down, &a.o]);
+                match a.kv_up {
+                    KvUp::Split { k, v } => tensors.matrices.extend([k, v]),
+                    KvUp::Fused(kv) => tensors.matrices.push(kv),
+                }
+                tensors.vectors.push(a.kv_norm);
+            }
         }
         tensors
     }
@@ -324,6 +400,7 @@ impl Mixer {
     pub fn rope(&self) -> Option<&RopeSpec> {
         match self {
             Mixer::Gqa(a) => Some(&a.rope),
+            Mixer::Mla(a) => Some(&a.rope),
         }
     }
 
@@ -331,6 +408,7 @@ impl Mixer {
     pub fn cache_values_per_token(&self) -> usize {
         match self {
             Mixer::Gqa(a) => a.n_head_kv * (a.key_dim + a.value_dim),
+            Mixer::Mla(a) => a.kv_rank + a.rope.dims,
         }
     }
 }

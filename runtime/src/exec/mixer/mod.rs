@@ -2,6 +2,8 @@
 
 mod gqa;
 mod kv_cache;
+mod latent_cache;
+mod mla;
 
 pub use kv_cache::KvType;
 
@@ -12,10 +14,13 @@ use crate::kernels::ActView;
 use crate::model::spec::Mixer;
 use gqa::GqaScratch;
 use kv_cache::LayerCache;
+use latent_cache::LatentCache;
+use mla::MlaScratch;
 
 /// What one layer's mixer remembers of past tokens.
 pub(super) enum MixerState {
     Gqa(LayerCache),
+    Mla(LatentCache),
 }
 
 impl MixerState {
@@ -23,6 +28,7 @@ impl MixerState {
     pub(super) fn new(mixer: &Mixer, kv_type: KvType, context: usize) -> Self {
         match mixer {
             Mixer::Gqa(a) => Self::Gqa(LayerCache::new(kv_type, a.n_head_kv, a.key_dim, a.value_dim, context)),
+            Mixer::Mla(a) => Self::Mla(LatentCache::new(kv_type, context, a.kv_rank, a.rope.dims)),
         }
     }
 
@@ -30,6 +36,7 @@ impl MixerState {
     pub(super) fn bytes(&self) -> u64 {
         match self {
             Self::Gqa(cache) => cache.bytes(),
+            Self::Mla(cache) => cache.bytes(),
         }
     }
 }
@@ -38,6 +45,7 @@ impl MixerState {
 #[derive(Default)]
 pub(super) struct MixerScratch {
     gqa: GqaScratch,
+    mla: MlaScratch,
 }
 
 impl MixerScratch {
@@ -45,6 +53,7 @@ impl MixerScratch {
     pub(super) fn reserve(&mut self, rows: usize, mixer: &Mixer) {
         match mixer {
             Mixer::Gqa(a) => self.gqa.reserve(rows, a),
+            Mixer::Mla(a) => self.mla.reserve(rows, a),
         }
     }
 }
@@ -75,5 +84,9 @@ pub(super) fn mix(
         (Mixer::Gqa(spec), MixerState::Gqa(cache)) => {
             gqa::run(c, weights, spec, input, cache, &mut scratch.gqa, out);
         }
+        (Mixer::Mla(spec), MixerState::Mla(cache)) => {
+            mla::run(c, weights, spec, input, cache, &mut scratch.mla, out);
+        }
+        _ => unreachable!("the state of a layer is made for its mixer"),
     }
 }
