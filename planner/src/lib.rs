@@ -4,12 +4,14 @@
 //! can call them without files.
 #![forbid(unsafe_code)]
 
+#[macro_use]
+pub mod print;
+
 pub mod bundled;
 pub mod cli;
 pub mod cmd;
 pub mod cost;
 pub mod host;
-pub mod print;
 pub mod profile;
 pub mod progress;
 pub mod replay;

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 use clap::Parser;
+use std::io::Write;
 use std::process::ExitCode;
 use tier_plan_planner::{cli, cmd};
 
@@ -9,7 +10,8 @@ fn main() -> ExitCode {
     match cmd::dispatch(cli::Cli::parse().command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            // With standard error gone there is nobody to tell.
+            let _ = writeln!(std::io::stderr(), "error: {error:#}");
             ExitCode::FAILURE
         }
     }

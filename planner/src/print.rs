@@ -1,6 +1,50 @@
-//! What commands tell a person about a run; on standard error, so that standard output stays the text.
+//! Printing: the macros of this crate, and what commands tell a person about a run (on standard error, so that
+//! standard output stays the text).
+//!
+//! The standard library's macros end the program with a panic when nobody reads any more, as in `| head`. These, of the
+//! same names, end it quietly on standard output, and go on without standard error.
 
+use std::fmt::Arguments;
+use std::io::{ErrorKind, Write};
 use tier_plan_runtime::formats::record::RunRecord;
+
+/// Prints to standard output.
+macro_rules! print {
+    ($($arg:tt)*) => { $crate::print::out(format_args!($($arg)*)) };
+}
+
+/// Prints a line to standard output.
+macro_rules! println {
+    () => { $crate::print::out(format_args!("\n")) };
+    ($($arg:tt)*) => { $crate::print::out(format_args!("{}\n", format_args!($($arg)*))) };
+}
+
+/// Prints a line to standard error.
+macro_rules! eprintln {
+    ($($arg:tt)*) => { $crate::print::err(format_args!("{}\n", format_args!($($arg)*))) };
+}
+
+/// What `print!` and `println!` of this crate do.
+pub fn out(text: Arguments<'_>) {
+    if let Err(error) = std::io::stdout().write_fmt(text) {
+        cannot_print(&error);
+    }
+}
+
+/// What `eprintln!` of this crate does.
+pub fn err(text: Arguments<'_>) {
+    // With standard error gone there is nobody to tell.
+    let _ = std::io::stderr().write_fmt(text);
+}
+
+/// Ends the program: as a success when the reader has gone, since it has what it wanted.
+pub fn cannot_print(error: &std::io::Error) -> ! {
+    if error.kind() == ErrorKind::BrokenPipe {
+        std::process::exit(0);
+    }
+    err(format_args!("error: writing to standard output: {error}\n"));
+    std::process::exit(1);
+}
 
 /// Speed, measured beside predicted.
 pub fn speed(record: &RunRecord) {

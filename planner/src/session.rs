@@ -61,6 +61,8 @@ pub struct Opening<'a> {
 impl Session {
     /// Opens a model and its plan and loads it.
     pub fn open(model: &Path, opening: Opening<'_>) -> Result<Self> {
+        check_threads(opening.threads)?;
+        ensure!(opening.context != Some(0), "a context of 0 tokens holds no text; give --ctx 1 or more");
         let gguf = Arc::new(Gguf::open(model)?);
         let plan = match opening.plan {
             Some(path) => {
@@ -82,15 +84,22 @@ impl Session {
                 obvious(&shape, context, opening.kv_type)
             }
         };
-        Self::load(gguf, &plan, opening.threads, opening.kv_type).with_context(|| model.display().to_string())
+        let loaded = Self::load(gguf, &plan, opening.threads, opening.kv_type);
+        let mut session = loaded.with_context(|| model.display().to_string())?;
+        if let Some(context) = opening.context {
+            session.engine.limit_context(context);
+        }
+        Ok(session)
     }
 
     /// Loads an open file as a plan says.
     pub fn load(gguf: Arc<Gguf>, plan: &Placement, threads: Option<usize>, kv_type: KvType) -> Result<Self> {
-        if let Some(threads) = threads {
-            ensure!((1..=1024).contains(&threads), "--threads {threads}: expected 1 to 1024");
-        }
-        ensure!(plan.context > 0, "a context of 0 tokens holds no text; give --ctx 1 or more");
+        check_threads(threads)?;
+        ensure!(
+            plan.context > 0,
+            "plan '{}' has a context of 0 tokens, which holds no text; solve again with --context 1 or more",
+            plan.name
+        );
         let started = Instant::now();
         let bar = progress::bytes("loading");
         let options = LoadOptions { threads, batch: None, kv_type };
@@ -130,9 +139,24 @@ impl Session {
     }
 }
 
+fn check_threads(threads: Option<usize>) -> Result<()> {
+    let threads = threads.unwrap_or(1);
+    ensure!((1..=1024).contains(&threads), "--threads {threads}: expected 1 to 1024");
+    Ok(())
+}
+
 /// The tokenizer in a file.
+///
+/// # Errors
+/// When the file has none, or one that isn't known: the caller has text.
 pub fn tokenizer(gguf: &Gguf) -> Result<Tokenizer> {
     let source = tier_plan_runtime::tokenizer::TokenizerSource::from_gguf(gguf)?;
+    ensure!(
+        source.model != "none",
+        "{}: this model has no tokenizer (tokenizer.ggml.model is 'none'), so it can't take text; \
+         `tier-plan logits --tokens` and `tier-plan bench` run it",
+        gguf.path().display()
+    );
     let tokenizer = Tokenizer::new(source).with_context(|| gguf.path().display().to_string())?;
     if let Some(warning) = tokenizer.warning() {
         eprintln!("warning: {warning}");

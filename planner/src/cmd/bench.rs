@@ -2,7 +2,7 @@
 
 use crate::cli::BenchArgs;
 use crate::session::{self, Opening, Session};
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::json;
 use tier_plan_runtime::exec::Wanted;
 
@@ -16,14 +16,24 @@ struct Sample {
 /// Runs it.
 pub fn run(args: &BenchArgs) -> Result<()> {
     ensure!(args.repeat > 0, "--repeat 0 measures nothing; give 1 or more");
-    ensure!(args.prompt + args.tokens > 0, "--prompt 0 and --tokens 0 leave nothing to measure");
+    ensure!(args.prompt > 0 || args.tokens > 0, "--prompt 0 and --tokens 0 leave nothing to measure");
     session::catch_interrupts();
     // One token more than asked: a decode needs something before it.
-    let context = args.plan.is_none().then_some(args.prompt.max(1) + args.tokens);
+    let needed = args.prompt.max(1).checked_add(args.tokens);
+    let needed = needed.context("--prompt and --tokens are more together than can be counted; give fewer")?;
+    let context = args.plan.is_none().then_some(needed);
     let mut session = Session::open(
         &args.model,
         Opening { plan: args.plan.as_deref(), context, threads: args.threads, ..Opening::default() },
     )?;
+    let planned = session.engine.plan().context;
+    ensure!(
+        needed <= planned,
+        "--prompt {} and --tokens {} do not fit the context of {planned} tokens that the plan was made for; give fewer, \
+         or solve again with --context {needed}",
+        args.prompt,
+        args.tokens
+    );
     let n_vocab = session.engine.spec().n_vocab as u64;
     // Any tokens do for timing; these are spread over the vocabulary so that routing is too.
     let token = |i: u64| (i.wrapping_mul(2_654_435_761) % n_vocab) as u32;

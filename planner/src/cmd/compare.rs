@@ -24,6 +24,9 @@ pub const SETTINGS: Settings = Settings { prompt_tokens: 192, decode_tokens: 64,
 /// Runs it.
 pub fn run(args: &CompareArgs) -> Result<()> {
     catch_interrupts();
+    if let Some(folder) = &args.output {
+        report::check(folder)?;
+    }
     let mut plans: Vec<Placement> = Vec::new();
     let mut records: Vec<RunRecord> = Vec::new();
     for path in &args.inputs {

@@ -6,10 +6,11 @@ use crate::profile::collect::{Settings, collect};
 use crate::profile::prompts;
 use crate::profile::stats::{Skew, skews};
 use crate::session::{self, Opening, Session};
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use serde_json::json;
 use std::path::{Path, PathBuf};
 use tier_plan_runtime::formats::profile::{Phase, Profile};
+use tier_plan_runtime::formats::safely;
 use tier_plan_runtime::sampler::SamplerConfig;
 
 /// Runs it.
@@ -21,6 +22,9 @@ pub fn run(args: &ProfileArgs) -> Result<()> {
         temperature: args.temperature,
         seed: args.seed,
     };
+    let context = args.prompt_tokens.checked_add(args.decode_tokens);
+    let context =
+        context.context("--prompt-tokens and --decode-tokens are more together than can be counted; give fewer")?;
     SamplerConfig { temperature: args.temperature, ..SamplerConfig::default() }.check()?;
     session::catch_interrupts();
     let folder = match &args.prompts {
@@ -34,7 +38,8 @@ pub fn run(args: &ProfileArgs) -> Result<()> {
         name.as_mut_os_string().push(".profile");
         name
     });
-    let opening = Opening { context: Some(settings.context()), threads: args.threads, ..Opening::default() };
+    safely::check(&output)?;
+    let opening = Opening { context: Some(context), threads: args.threads, ..Opening::default() };
     let mut session = Session::open(&args.model, opening)?;
     let tokenizer = session.tokenizer()?;
     let profile = collect(&mut session, &tokenizer, &prompts, settings, &output, args.restart)?;

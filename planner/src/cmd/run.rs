@@ -10,12 +10,16 @@ use std::time::SystemTime;
 use tier_plan_runtime::exec::generate::{Limits, generate};
 use tier_plan_runtime::exec::measure::{Circumstances, record};
 use tier_plan_runtime::formats::record::RunRecord;
+use tier_plan_runtime::formats::safely;
 use tier_plan_runtime::sampler::{Sampler, SamplerConfig};
 use tier_plan_runtime::units::show_utc;
 
 /// Runs it.
 pub fn run(args: &RunArgs) -> Result<()> {
     let sampling = sampler_config(&args.sampling)?;
+    if let Some(path) = &args.record {
+        safely::check(path)?;
+    }
     let text = prompt_text(args)?;
     session::catch_interrupts();
     let opening =
@@ -51,8 +55,7 @@ pub fn run(args: &RunArgs) -> Result<()> {
     let tail = stream.finish();
     answer.push_str(&tail);
     if let Some(error) = write_error {
-        // A reader that went away, as in `| head`, is no failure of ours.
-        return if error.kind() == std::io::ErrorKind::BrokenPipe { Ok(()) } else { Err(error.into()) };
+        print::cannot_print(&error);
     }
     let circumstances = Circumstances {
         when: show_utc(SystemTime::now()),
@@ -64,9 +67,9 @@ pub fn run(args: &RunArgs) -> Result<()> {
         record.write(path)?;
     }
     if args.json {
-        writeln!(output, "{}", serde_json::to_string_pretty(&json(&record, &answer)?)?)?;
+        println!("{}", serde_json::to_string_pretty(&json(&record, &answer)?)?);
     } else {
-        writeln!(output, "{tail}")?;
+        println!("{tail}");
         print::speed(&record);
         if args.stats {
             print::layers(&record);

@@ -9,25 +9,32 @@ use std::fs;
 use std::path::PathBuf;
 use tier_plan_runtime::formats::machine::{self, Machine};
 use tier_plan_runtime::formats::placement::Placement;
-use tier_plan_runtime::formats::profile;
+use tier_plan_runtime::formats::{profile, safely};
 use tier_plan_runtime::model::shape_of_file;
 use tier_plan_runtime::units::{parse_bytes, show_bytes};
 
 /// Runs it.
 pub fn run(args: &SolveArgs) -> Result<()> {
     let machine = machine::read(&args.machine)?;
+    ensure!(args.context > 0, "--context 0 holds no text; give 1 or more");
     let options = Options { strategy: args.strategy, time_limit_s: time_limit(args.time_limit)? };
     let budgets = budgets(args, &machine)?;
     let shape = shape_of_file(&args.model).with_context(|| args.model.display().to_string())?;
     let profile = args.profile.as_deref().map(profile::read).transpose()?;
+    if let (Some(profile), Some(path)) = (&profile, &args.profile) {
+        profile.check_model(&shape.id, path)?;
+    }
+    safely::check(&args.output)?;
     let inputs = Inputs { shape: &shape, profile: profile.as_ref(), machine: &machine, budgets, context: args.context };
     let solved = solve_all(&inputs, &options)?;
     let skews = profile.as_ref().map(skews).transpose()?.unwrap_or_default();
 
+    if let Some(folder) = &args.baselines {
+        fs::create_dir_all(folder).with_context(|| format!("cannot make the folder {}", folder.display()))?;
+    }
     solved.plan.write(&args.output)?;
     let mut written = Vec::new();
     if let Some(folder) = &args.baselines {
-        fs::create_dir_all(folder).with_context(|| format!("cannot make the folder {}", folder.display()))?;
         for plan in &solved.baselines {
             let path = folder.join(format!("{}.toml", plan.name));
             plan.write(&path)?;

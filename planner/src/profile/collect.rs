@@ -29,11 +29,6 @@ pub struct Settings {
 }
 
 impl Settings {
-    /// Context that a prompt and its decoded tokens take.
-    pub fn context(&self) -> u32 {
-        self.prompt_tokens + self.decode_tokens
-    }
-
     /// The sampler of every prompt: the same seed for each, so that one prompt's text does not depend on the others.
     pub fn sampler(&self) -> Sampler {
         Sampler::new(SamplerConfig { temperature: self.temperature, seed: self.seed, ..SamplerConfig::default() })
@@ -41,14 +36,16 @@ impl Settings {
 
     /// In words, for the profile, with a hash of the prompts.
     fn describe(&self, prompts: &[Prompt]) -> String {
-        let all: Vec<u8> = prompts.iter().flat_map(|p| [p.name.as_bytes(), p.text.as_bytes()].concat()).collect();
+        // Lengths keep texts apart that would otherwise run into each other.
+        let one = |p: &Prompt| format!("{}/{} {}\n{}", p.domain, p.name, p.text.len(), p.text);
+        let all: String = prompts.iter().map(one).collect();
         format!(
             "up to {} prompt tokens, then {} decoded at temperature {} with seed {}; prompts {}",
             self.prompt_tokens,
             self.decode_tokens,
             self.temperature,
             self.seed,
-            SourceId::of_bytes("prompts", &all).hash
+            SourceId::of_bytes("prompts", all.as_bytes()).hash
         )
     }
 }
@@ -77,7 +74,7 @@ pub fn collect(
         id: SourceId { name: stem(output), hash: String::new() },
     };
     let partial = partial_path(output);
-    let mut profile = if restart { fresh } else { resume(&partial, fresh) };
+    let mut profile = if restart { fresh } else { resume(&partial, fresh, prompts) };
     let bar = progress::count("profiling prompts", prompts.len() as u64);
     bar.set_position(profile.prompts.len() as u64);
     for prompt in &prompts[profile.prompts.len()..] {
@@ -104,9 +101,13 @@ pub fn collect(
 }
 
 /// The unfinished profile, if it is of the same run.
-fn resume(partial: &Path, fresh: Profile) -> Profile {
+fn resume(partial: &Path, fresh: Profile, prompts: &[Prompt]) -> Profile {
+    let begins = |found: &Profile| {
+        found.prompts.len() <= prompts.len()
+            && found.prompts.iter().zip(prompts).all(|(f, p)| (&f.domain, &f.name) == (&p.domain, &p.name))
+    };
     match profile::read(partial) {
-        Ok(found) if found.made == fresh.made && found.model == fresh.model => {
+        Ok(found) if found.made == fresh.made && found.model == fresh.model && begins(&found) => {
             eprintln!("going on from {} ({} prompts done)", partial.display(), found.prompts.len());
             Profile { id: fresh.id, ..found }
         }
@@ -143,6 +144,9 @@ fn run_prompt(
         experts: Vec::new(),
         weights: Vec::new(),
     };
+    if interrupted() {
+        return Ok(None);
+    }
     engine.truncate(0);
     let mut sampler = settings.sampler();
     let mut logits = engine.forward(&tokens, Wanted::Last)?.to_vec();

@@ -24,6 +24,7 @@ pub fn read(folder: &Path) -> Result<Vec<Prompt>> {
         for file in sorted(&domain)?.into_iter().filter(|p| p.extension().is_some_and(|e| e == "txt")) {
             let text =
                 std::fs::read_to_string(&file).with_context(|| format!("reading the prompt {}", file.display()))?;
+            ensure!(!text.trim().is_empty(), "the prompt {} has no text; write some, or remove it", file.display());
             let name = file_name(&file);
             let split = if name.starts_with("heldout") { Split::HeldOut } else { Split::Train };
             prompts.push(Prompt { domain: file_name(&domain), name, split, text });

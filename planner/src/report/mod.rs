@@ -122,16 +122,31 @@ pub fn summary_json(report: &Report) -> Result<String> {
     table::summary(&view::Overview::new(report))
 }
 
+/// Checks that [`write()`] could make its folder: before the runs that fill the report, not after.
+///
+/// # Errors
+/// When `dir` names no folder, or what should be a folder above it is a file.
+pub fn check(dir: &Path) -> Result<()> {
+    if dir.file_name().is_none() {
+        bail!("'{}' does not name a folder for the report: give one, like reports/today", dir.display());
+    }
+    let above = dir.ancestors().skip(1).find(|p| p.exists());
+    match above {
+        Some(above) if !above.is_dir() => {
+            bail!("{}: {} is not a folder; choose another --output", dir.display(), above.display())
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Writes a report and returns its `index.html`.
 ///
 /// Nothing is overwritten: where `dir` exists, `dir-2`, `dir-3` and so on are tried. The folder appears under its
 /// name only when it is whole. Fails when the file system refuses, or when no free name is found.
 pub fn write(dir: &Path, report: &Report) -> Result<PathBuf> {
     scene::check_fonts()?;
-    let name = match dir.file_name() {
-        Some(name) => name.to_string_lossy().into_owned(),
-        None => bail!("'{}' does not name a folder for the report: give one, like reports/today", dir.display()),
-    };
+    check(dir)?;
+    let name = dir.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let parent = match dir.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),

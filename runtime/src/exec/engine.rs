@@ -61,6 +61,7 @@ pub struct Engine {
     kernels: Kernels,
     batch: usize,
     n_past: usize,
+    context: usize,
     states: Vec<MixerState>,
     ropes: Vec<RopeTable>,
     /// By layer: whether any matrix of the mixer takes quantised activations.
@@ -100,6 +101,7 @@ impl Engine {
         options: &LoadOptions,
         progress: Progress<'_>,
     ) -> Result<Self, LoadError> {
+        let kernels = Kernels::from_env()?;
         let spec = describe(&gguf)?;
         let shape = shape_of(&gguf, &spec);
         let loaded = load(&gguf, &spec, &shape, plan, options, progress)?;
@@ -120,7 +122,7 @@ impl Engine {
         Ok(Self {
             mixer_quants: spec.layers.iter().map(needs).collect(),
             scratch: Scratch::new(&spec, batch, tiers.len()),
-            kernels: Kernels::best(),
+            kernels,
             pool: ThreadPool::new(threads),
             pacer: Pacer::new(&tiers, plan.layer_overhead_us, plan.token_overhead_us),
             counters: Counters::new(tiers.len(), n_moe),
@@ -129,6 +131,7 @@ impl Engine {
             logits: Vec::new(),
             routing: Routing::default(),
             n_past: 0,
+            context,
             broken: false,
             gguf,
             spec,
@@ -191,6 +194,16 @@ impl Engine {
         self.n_past
     }
 
+    /// Tokens that the context may hold.
+    pub fn context(&self) -> usize {
+        self.context
+    }
+
+    /// Lets the context hold fewer tokens than planned; its memory stays as planned.
+    pub fn limit_context(&mut self, context: u32) {
+        self.context = self.context.min(context as usize);
+    }
+
     /// Forgets all tokens but the first `n`.
     pub fn truncate(&mut self, n: usize) {
         self.n_past = self.n_past.min(n);
@@ -209,10 +222,9 @@ impl Engine {
         if self.broken {
             return Err(RunError::Broken);
         }
-        let context = self.plan.context as usize;
         let after = self.n_past + tokens.len();
-        if after > context {
-            return Err(RunError::ContextFull { wanted: after, context });
+        if after > self.context {
+            return Err(RunError::ContextFull { wanted: after, context: self.context });
         }
         if let Some(token) = tokens.iter().find(|t| **t as usize >= self.spec.n_vocab) {
             return Err(RunError::Token { token: *token, n_vocab: self.spec.n_vocab });

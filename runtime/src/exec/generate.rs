@@ -72,7 +72,7 @@ pub fn generate(
         if done.tokens.len() == limits.max_tokens {
             break;
         }
-        if engine.n_past() == engine.plan().context as usize {
+        if engine.n_past() >= engine.context() {
             done.stop = Stop::ContextFull;
             break;
         }

@@ -6,6 +6,7 @@ use super::weights::{DenseWeights, Held};
 use crate::formats::machine::TierKind;
 use crate::formats::placement::{LayerPlacement, Placement};
 use crate::gguf::Gguf;
+use crate::kernels::IsaError;
 use crate::model::ModelError;
 use crate::model::shape::{DenseKind, ModelShape};
 use crate::model::spec::{ModelSpec, MoeSpec, TensorId};
@@ -29,6 +30,21 @@ pub enum LoadError {
     /// The file could not be read.
     #[error(transparent)]
     Read(#[from] ReadError),
+    /// The environment asks for kernels that cannot run.
+    #[error(transparent)]
+    Isa(#[from] IsaError),
+    /// The system has not got the memory for the context.
+    #[error(
+        "no memory for the {bytes} bytes of keys and values of {context} tokens: {source}; give a smaller --ctx, or solve with a smaller --context"
+    )]
+    Context {
+        /// Tokens of context.
+        context: u32,
+        /// Bytes that their keys and values take.
+        bytes: u64,
+        /// What the system said; part of the message, so no source of its own.
+        r#source: std::io::Error,
+    },
     /// The plan and the model don't belong together, or the plan contradicts itself.
     #[error("plan '{plan}' does not fit model '{model}': {what}; make a new one with `tier-plan solve`")]
     Plan {
@@ -110,6 +126,7 @@ pub(super) fn load(
     progress: Progress<'_>,
 ) -> Result<Loaded, LoadError> {
     check(shape, plan, options.kv_type)?;
+    check_context_fits(shape, plan, options.kv_type)?;
     let slow = plan.tiers.len() - 1;
     let mut backings = Vec::new();
     for (i, t) in plan.tiers.iter().enumerate() {
@@ -140,6 +157,16 @@ pub(super) fn load(
     let head_tier = tiers[&(DenseKind::Head, None)];
     let embedding_tier = tiers.get(&(DenseKind::Embedding, None)).copied().unwrap_or(head_tier);
     Ok(Loaded { weights, experts, resident_bytes: loader.resident, embedding_tier, head_tier, dense_bytes })
+}
+
+/// Asks the system for the cache's memory and gives it back: a vector that is too large ends the program.
+fn check_context_fits(shape: &ModelShape, plan: &Placement, kv_type: KvType) -> Result<(), LoadError> {
+    let context = plan.context;
+    let bytes = kv_type.bytes(shape.kv_bytes_per_token.saturating_mul(u64::from(context)));
+    match Arena::new("", bytes) {
+        Err(ArenaError::Map { source, .. }) => Err(LoadError::Context { context, bytes, r#source: source }),
+        other => Ok(other.map(|_| ())?),
+    }
 }
 
 /// Everything about a plan that could contradict the model or itself.
@@ -236,8 +263,12 @@ fn check(shape: &ModelShape, plan: &Placement, kv_type: KvType) -> Result<(), Lo
         }
     }
     let kv = kv_type.bytes(shape.kv_bytes_per_token.saturating_mul(u64::from(plan.context)));
-    if plan.tiers.get(plan.kv_tier).is_none_or(|t| t.kv_bytes < kv) {
-        return Err(bad(format!("the key and value cache of {} tokens takes {kv} bytes", plan.context)));
+    let reserved = plan.tiers.get(plan.kv_tier).map_or(0, |t| t.kv_bytes);
+    if reserved < kv {
+        return Err(bad(format!(
+            "it has {reserved} bytes for the key and value cache, but {} tokens of context take {kv}",
+            plan.context
+        )));
     }
     if plan.tiers[slow].tier.kind == TierKind::Nvme && u64::from(plan.staging_experts) < pooled_anywhere {
         let staged = plan.staging_experts;

@@ -41,7 +41,7 @@ pub enum RunError {
         context: usize,
     },
     /// A token id outside the vocabulary.
-    #[error("token {token} is not in the vocabulary of {n_vocab}")]
+    #[error("token {token} is not in the vocabulary: its ids go from 0 to {}", n_vocab.saturating_sub(1))]
     Token {
         /// The id.
         token: u32,

@@ -21,7 +21,28 @@ pub fn with_file(path: &Path, fill: impl FnOnce(&mut BufWriter<File>) -> io::Res
     replace(path, fill).map_err(|source| FormatError::Io { path: path.into(), source })
 }
 
-fn replace(path: &Path, fill: impl FnOnce(&mut BufWriter<File>) -> io::Result<()>) -> io::Result<()> {
+/// Checks that [`write()`] could write this file: before hours of work, not after.
+///
+/// # Errors
+/// As [`write()`], but for a full disk. Nothing is left behind.
+pub fn check(path: &Path) -> Result<(), FormatError> {
+    let possible = match target(path) {
+        Ok(Target::Direct(_)) => Ok(()),
+        Ok(Target::Replace { folder, .. }) => Partial::create(&folder).map(|_| ()),
+        Err(e) => Err(e),
+    };
+    possible.map_err(|source| FormatError::Io { path: path.into(), source })
+}
+
+/// How a path is written to.
+enum Target {
+    /// A device or a pipe: as it is.
+    Direct(PathBuf),
+    /// A file, there or not, by renaming another in its folder.
+    Replace { target: PathBuf, folder: PathBuf, old: Option<fs::Metadata> },
+}
+
+fn target(path: &Path) -> io::Result<Target> {
     let target = match fs::symlink_metadata(path) {
         Ok(link) if link.is_symlink() => fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf()),
         _ => path.to_path_buf(),
@@ -32,19 +53,29 @@ fn replace(path: &Path, fill: impl FnOnce(&mut BufWriter<File>) -> io::Result<()
             return Err(io::Error::new(ErrorKind::IsADirectory, "this is a folder; name a file inside it"));
         }
         if !old.is_file() {
-            let mut file = BufWriter::new(OpenOptions::new().write(true).open(&target)?);
-            fill(&mut file)?;
-            return file.flush();
+            return Ok(Target::Direct(target));
         }
     }
     if target.file_name().is_none() {
         return Err(io::Error::new(ErrorKind::InvalidInput, "this is not the name of a file"));
     }
     let folder = match target.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
+        Some(parent) if !parent.as_os_str().is_empty() => parent.to_path_buf(),
+        _ => PathBuf::from("."),
     };
-    let (partial, file) = Partial::create(folder)?;
+    Ok(Target::Replace { target, folder, old })
+}
+
+fn replace(path: &Path, fill: impl FnOnce(&mut BufWriter<File>) -> io::Result<()>) -> io::Result<()> {
+    let (target, folder, old) = match target(path)? {
+        Target::Direct(target) => {
+            let mut file = BufWriter::new(OpenOptions::new().write(true).open(target)?);
+            fill(&mut file)?;
+            return file.flush();
+        }
+        Target::Replace { target, folder, old } => (target, folder, old),
+    };
+    let (partial, file) = Partial::create(&folder)?;
     let mut file = BufWriter::new(file);
     fill(&mut file)?;
     let file = file.into_inner().map_err(|e| e.into_error())?;
@@ -157,6 +188,21 @@ mod tests {
         fs::write(dir.path().join("file"), b"").unwrap();
         let inside = write(&dir.path().join("file/a.toml"), b"x").unwrap_err().to_string();
         assert!(inside.contains("is not a folder"), "{inside}");
+    }
+
+    #[test]
+    fn a_check_says_beforehand_what_a_write_would_say() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("file"), b"kept").unwrap();
+        for name in ["", "no/such/a.toml", "file/a.toml", ".."] {
+            let path = dir.path().join(name);
+            let before = check(&path).unwrap_err().to_string();
+            assert_eq!(before, write(&path, b"x").unwrap_err().to_string());
+        }
+        check(&dir.path().join("file")).unwrap();
+        check(&dir.path().join("new")).unwrap();
+        assert_eq!(fs::read(dir.path().join("file")).unwrap(), b"kept");
+        assert_eq!(names(dir.path()), ["file"]);
     }
 
     #[test]

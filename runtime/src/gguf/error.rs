@@ -11,8 +11,9 @@ pub enum GgufError {
     Io {
         /// The file.
         path: PathBuf,
-        /// What the system said.
-        source: std::io::Error,
+        /// What the system said. It is part of the message, so it is no source of its own (the raw name says so):
+        /// whoever prints the chain of causes would print it twice.
+        r#source: std::io::Error,
     },
     /// The file is of another kind.
     #[error("{}: not a GGUF model: it {found}; {mend}", path.display())]
@@ -103,7 +104,7 @@ pub enum GgufError {
 
 impl GgufError {
     pub(super) fn io(path: &Path, source: std::io::Error) -> Self {
-        GgufError::Io { path: path.to_path_buf(), source }
+        GgufError::Io { path: path.to_path_buf(), r#source: source }
     }
 
     pub(super) fn damaged(path: &Path, what: impl Into<String>) -> Self {

@@ -30,7 +30,6 @@ pub use weights::{OutMatrix, Weights, needs_quants};
 
 use std::fmt;
 use std::str::FromStr;
-use std::sync::OnceLock;
 use thiserror::Error;
 
 /// An instruction set that kernels are written for.
@@ -81,6 +80,25 @@ impl FromStr for Isa {
     }
 }
 
+/// The environment variable that chooses an instruction set.
+pub const ISA_VARIABLE: &str = "TIER_PLAN_ISA";
+
+/// Why the kernels that the environment asks for cannot run.
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum IsaError {
+    /// Not a name.
+    #[error("{ISA_VARIABLE}: {0}")]
+    Unknown(UnknownIsa),
+    /// Known, but this processor has not got it, or there are no kernels for it.
+    #[error("{ISA_VARIABLE}: no kernels for '{isa}' run on this processor: use {available}, or unset the variable")]
+    Unavailable {
+        /// What was asked for.
+        isa: Isa,
+        /// What runs here.
+        available: String,
+    },
+}
+
 /// The kernels of one instruction set, which this processor has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Kernels {
@@ -91,14 +109,27 @@ impl Kernels {
     /// The plain kernels, which every processor runs.
     pub const SCALAR: Kernels = Kernels { isa: Isa::Scalar };
 
-    /// The fastest kernels of this processor, or those that the environment variable `TIER_PLAN_ISA` names when this
-    /// processor has them (an unknown or unavailable name is passed over).
+    /// The fastest kernels of this processor.
     pub fn best() -> Kernels {
-        static BEST: OnceLock<Kernels> = OnceLock::new();
-        *BEST.get_or_init(|| {
-            let wanted = std::env::var("TIER_PLAN_ISA").ok().and_then(|name| name.parse().ok());
-            let fastest = [Isa::Avx512, Isa::Avx2].into_iter();
-            wanted.into_iter().chain(fastest).find_map(Kernels::with_isa).unwrap_or(Kernels::SCALAR)
+        [Isa::Avx512, Isa::Avx2].into_iter().find_map(Kernels::with_isa).unwrap_or(Kernels::SCALAR)
+    }
+
+    /// The kernels that the environment variable [`ISA_VARIABLE`] names; the fastest when it is unset or empty.
+    ///
+    /// # Errors
+    /// When the name is unknown, or this processor cannot run them.
+    pub fn from_env() -> Result<Kernels, IsaError> {
+        match std::env::var_os(ISA_VARIABLE) {
+            Some(name) if !name.is_empty() => Kernels::named(&name.to_string_lossy()),
+            _ => Ok(Kernels::best()),
+        }
+    }
+
+    fn named(name: &str) -> Result<Kernels, IsaError> {
+        let isa: Isa = name.parse().map_err(IsaError::Unknown)?;
+        Kernels::with_isa(isa).ok_or_else(|| {
+            let names: Vec<&str> = Kernels::available().into_iter().map(|k| k.isa().name()).collect();
+            IsaError::Unavailable { isa, available: names.join(" or ") }
         })
     }
 

@@ -19,7 +19,7 @@ impl KvType {
     pub fn bytes(self, f16_bytes: u64) -> u64 {
         match self {
             KvType::F16 => f16_bytes,
-            KvType::F32 => 2 * f16_bytes,
+            KvType::F32 => f16_bytes.saturating_mul(2),
         }
     }
 }
