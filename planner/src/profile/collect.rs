@@ -143,7 +143,7 @@ fn run_prompt(
         experts: Vec::new(),
         weights: Vec::new(),
     };
-    engine.truncate(0);
+    engine.truncate(0)?;
     let mut sampler = settings.sampler();
     let mut logits = engine.forward(&tokens, Wanted::Last)?.to_vec();
     append(&mut trace, engine.routing());

@@ -235,9 +235,12 @@ fn check(shape: &ModelShape, plan: &Placement, kv_type: KvType) -> Result<(), Lo
             return Err(bad(format!("tier '{name}' says {said} bytes of {line}, but they take {is}")));
         }
     }
-    let kv = kv_type.bytes(shape.kv_bytes_per_token.saturating_mul(u64::from(plan.context)));
+    let kv = kv_type.context_bytes(shape, plan.context);
     if plan.tiers.get(plan.kv_tier).is_none_or(|t| t.kv_bytes < kv) {
-        return Err(bad(format!("the key and value cache of {} tokens takes {kv} bytes", plan.context)));
+        return Err(bad(format!(
+            "the key and value cache of {} tokens (with any recurrent state) takes {kv} bytes",
+            plan.context
+        )));
     }
     if plan.tiers[slow].tier.kind == TierKind::Nvme && u64::from(plan.staging_experts) < pooled_anywhere {
         let staged = plan.staging_experts;

@@ -2,13 +2,18 @@
 
 use super::source::Source;
 use super::spec::{Ffn, Gating, GqaSpec, LayerSpec, Mixer, ModelSpec, MoeSpec, NormSpan, RopeKind, RopeSpec};
-use super::{ModelError, llama, qwen3};
+use super::{ModelError, llama, qwen3, qwen3next};
 use crate::gguf::Gguf;
 
 type Describe = fn(&Source<'_>) -> Result<ModelSpec, ModelError>;
 
-const ARCHITECTURES: [(&str, Describe); 3] =
-    [("llama", llama::describe), ("qwen3", qwen3::describe), ("qwen3moe", qwen3::describe)];
+const ARCHITECTURES: [(&str, Describe); 5] = [
+    ("llama", llama::describe),
+    ("qwen3", qwen3::describe),
+    ("qwen35moe", qwen3next::describe),
+    ("qwen3moe", qwen3::describe),
+    ("qwen3next", qwen3next::describe),
+];
 
 /// Names of the architectures that can run.
 pub const SUPPORTED: [&str; ARCHITECTURES.len()] = {
@@ -109,6 +114,7 @@ pub(super) fn gqa(
         scale: s.f32_or("attention.scale", 1.0 / (key_dim as f32).sqrt())?,
         rope,
         qk_norm,
+        gated: false,
         q: s.linear(&format!("{p}.attn_q"), hidden, n_head * key_dim)?,
         k: s.linear(&format!("{p}.attn_k"), hidden, n_head_kv * key_dim)?,
         v: s.linear(&format!("{p}.attn_v"), hidden, n_head_kv * value_dim)?,

@@ -6,6 +6,7 @@
 mod arch;
 mod llama;
 mod qwen3;
+mod qwen3next;
 pub mod shape;
 mod source;
 pub mod spec;

@@ -1,5 +1,6 @@
 //! What mixes tokens: one file a kind, each with its state of past tokens, its buffers and its pass.
 
+mod delta;
 mod gqa;
 mod kv_cache;
 
@@ -10,12 +11,14 @@ use super::rope::RopeTable;
 use super::weights::DenseWeights;
 use crate::kernels::ActView;
 use crate::model::spec::Mixer;
+use delta::{DeltaScratch, DeltaState};
 use gqa::GqaScratch;
 use kv_cache::LayerCache;
 
 /// What one layer's mixer remembers of past tokens.
 pub(super) enum MixerState {
     Gqa(LayerCache),
+    Delta(DeltaState),
 }
 
 impl MixerState {
@@ -23,6 +26,7 @@ impl MixerState {
     pub(super) fn new(mixer: &Mixer, kv_type: KvType, context: usize) -> Self {
         match mixer {
             Mixer::Gqa(a) => Self::Gqa(LayerCache::new(kv_type, a.n_head_kv, a.key_dim, a.value_dim, context)),
+            Mixer::Delta(d) => Self::Delta(DeltaState::new(d)),
         }
     }
 
@@ -30,6 +34,24 @@ impl MixerState {
     pub(super) fn bytes(&self) -> u64 {
         match self {
             Self::Gqa(cache) => cache.bytes(),
+            Self::Delta(state) => state.bytes(),
+        }
+    }
+
+    /// Whether it can go back to what it was after fewer tokens; otherwise only to the beginning.
+    pub(super) fn can_rewind(&self) -> bool {
+        match self {
+            Self::Gqa(_) => true,
+            Self::Delta(_) => false,
+        }
+    }
+
+    /// Forgets all tokens.
+    pub(super) fn reset(&mut self) {
+        match self {
+            // Rows are written before they are read.
+            Self::Gqa(_) => {}
+            Self::Delta(state) => state.reset(),
         }
     }
 }
@@ -38,6 +60,7 @@ impl MixerState {
 #[derive(Default)]
 pub(super) struct MixerScratch {
     gqa: GqaScratch,
+    delta: DeltaScratch,
 }
 
 impl MixerScratch {
@@ -45,6 +68,7 @@ impl MixerScratch {
     pub(super) fn reserve(&mut self, rows: usize, mixer: &Mixer) {
         match mixer {
             Mixer::Gqa(a) => self.gqa.reserve(rows, a),
+            Mixer::Delta(d) => self.delta.reserve(rows, d),
         }
     }
 }
@@ -75,5 +99,9 @@ pub(super) fn mix(
         (Mixer::Gqa(spec), MixerState::Gqa(cache)) => {
             gqa::run(c, weights, spec, input, cache, &mut scratch.gqa, out);
         }
+        (Mixer::Delta(spec), MixerState::Delta(state)) => {
+            delta::run(c, weights, spec, input, state, &mut scratch.delta, out);
+        }
+        _ => unreachable!("a layer's state is made for its mixer"),
     }
 }
