@@ -317,3 +317,6 @@ fn gate(c: Compute<'_>, norm: &[f32], spec: &DeltaSpec, eps: f32, n: usize, s: &
         });
     });
 }
+
+#[cfg(test)]
+mod tests;
