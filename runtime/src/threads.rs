@@ -296,6 +296,22 @@ mod tests {
         }
     }
 
+    #[test]
+    fn every_pair_of_slices_once() {
+        for threads in [1, 4] {
+            let pool = ThreadPool::new(threads);
+            let (mut a, mut b) = (vec![0.0f32; 3 * 50], vec![0.0f32; 2 * 50]);
+            pool.for_each_pair(50, &mut a, &mut b, |i, a, b| {
+                a.iter_mut().for_each(|v| *v += i as f32);
+                b.iter_mut().for_each(|v| *v += 2.0 * i as f32);
+            });
+            assert!(a.iter().enumerate().all(|(i, v)| *v == (i / 3) as f32));
+            assert!(b.iter().enumerate().all(|(i, v)| *v == 2.0 * (i / 2) as f32));
+            pool.for_each_pair(5, &mut a, &mut [], |_, a, b| assert_eq!((a.len(), b.len()), (30, 0)));
+            pool.for_each_pair(0, &mut a, &mut b, |_, _, _| unreachable!("no slices"));
+        }
+    }
+
     /// Enters a loop of `threads` indices that ends only when every thread has one.
     fn meet(pool: &ThreadPool, and_then: impl Fn(usize) + Sync) {
         let inside = AtomicUsize::new(0);

@@ -140,3 +140,22 @@ fn norm_heads(c: Compute<'_>, row: &mut [f32], weight: &[f32], eps: f32, span: N
         c.kernels.rms_norm(scratch, weight, eps, head);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn gates_part_from_their_heads() {
+        // Two tokens, three heads of two values, each with its gate after it.
+        let mut q: Vec<f32> = (0..24).map(|i| i as f32).collect();
+        let mut gate = vec![-1.0; 12];
+        take_gates(&mut q, &mut gate, 12, 2);
+        assert_eq!(q[..6], [0.0, 1.0, 4.0, 5.0, 8.0, 9.0]);
+        assert_eq!(q[12..18], [12.0, 13.0, 16.0, 17.0, 20.0, 21.0]);
+        assert_eq!(gate, [2.0, 3.0, 6.0, 7.0, 10.0, 11.0, 14.0, 15.0, 18.0, 19.0, 22.0, 23.0]);
+        let plain = q.clone();
+        take_gates(&mut q, &mut [], 12, 2);
+        assert_eq!(q, plain);
+    }
+}
