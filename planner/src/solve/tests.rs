@@ -57,7 +57,7 @@ fn shape(n_layer: u32, n_expert: u32, n_used: u32, expert_bytes: u64) -> ModelSh
         n_vocab: 100,
         context: 4096,
         kv_bytes_per_token: 10,
-        state_bytes: 0,
+        state_bytes: 333,
         dense: groups,
         experts: (0..n_layer)
             .map(|layer| ExpertShape { layer, n_expert, n_used, expert_bytes, expert_macs: expert_bytes })

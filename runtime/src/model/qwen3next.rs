@@ -171,3 +171,91 @@ fn delta(s: &Source<'_>, layer: usize, hidden: usize) -> Result<DeltaSpec, Model
         out: s.linear(&format!("{p}.ssm_out"), value_width, hidden)?,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::gguf::testing::Writer;
+    use crate::gguf::{ArrayValue, Gguf, Value};
+    use std::io::Write;
+
+    /// A file of keys only.
+    fn keys(arch: &str, keys: &[(&str, Value)]) -> Gguf {
+        let mut writer = Writer::default();
+        for (key, value) in keys {
+            writer = writer.key(&format!("{arch}.{key}"), value.clone());
+        }
+        let mut file = tempfile::NamedTempFile::new().expect("a temporary file");
+        file.write_all(&writer.finish()).expect("room for a small file");
+        Gguf::open(file.path()).expect("the file just written")
+    }
+
+    #[test]
+    fn the_kinds_of_layers_come_from_a_list_or_an_interval() {
+        let of = |found: &[(&str, Value)]| recurrent_layers(&Source::new(&keys("qwen3next", found), "qwen3next"), 5);
+        let interval = |n| ("full_attention_interval", Value::U32(n));
+        assert_eq!(of(&[]).expect("the default"), [true, true, true, false, true]);
+        assert_eq!(of(&[interval(2)]).expect("an interval"), [true, false, true, false, true]);
+        assert_eq!(of(&[interval(1)]).expect("an interval"), [false; 5]);
+        assert!(of(&[interval(0)]).expect_err("no interval").to_string().contains("full_attention_interval: 0"));
+        let list = |a| ("attention.recurrent_layers", Value::Array(a));
+        let mixed = [false, true, true, false, true];
+        // One entry more, of a prediction block.
+        let flags = ArrayValue::Bool(mixed.into_iter().chain([false]).collect());
+        assert_eq!(of(&[list(flags), interval(2)]).expect("a list"), mixed);
+        assert_eq!(of(&[list(ArrayValue::U32(vec![0, 1, 1, 0, 1]))]).expect("a list"), mixed);
+        assert_eq!(of(&[("attention.recurrent_layers", Value::Bool(true))]).expect("one for all"), [true; 5]);
+        let short = of(&[list(ArrayValue::Bool(vec![true; 4]))]).expect_err("a layer without").to_string();
+        assert!(short.contains("4 values; expected one for each of 5 layers"), "{short}");
+    }
+
+    #[test]
+    fn sizes_that_contradict_each_other_are_refused() {
+        let right = [
+            ("ssm.state_size", 16),
+            ("ssm.group_count", 2),
+            ("ssm.time_step_rank", 4),
+            ("ssm.conv_kernel", 4),
+            ("ssm.inner_size", 64),
+        ];
+        let error = |changed: &str, to: u32| {
+            let found = right.map(|(key, size)| (key, Value::U32(if key == changed { to } else { size })));
+            delta(&Source::new(&keys("qwen3next", &found), "qwen3next"), 0, 64).expect_err("no tensors").to_string()
+        };
+        assert!(error("", 0).contains("blk.0.attn_qkv.weight"));
+        for (key, to) in [
+            ("ssm.state_size", 0),
+            ("ssm.state_size", 4096),
+            ("ssm.group_count", 3),
+            ("ssm.time_step_rank", 1 << 20),
+            ("ssm.conv_kernel", 17),
+            ("ssm.inner_size", 128),
+        ] {
+            let said = error(key, to);
+            assert!(said.contains(&format!("qwen3next.{key}: ")), "{key} {to}: {said}");
+        }
+    }
+
+    #[test]
+    fn sections_are_up_to_four_counts() {
+        let of = |sections: &[i32]| {
+            let value = Value::Array(ArrayValue::I32(sections.to_vec()));
+            let gguf = keys("qwen35moe", &[("rope.dimension_sections", value)]);
+            Source::new(&gguf, "qwen35moe").opt_sections("rope.dimension_sections")
+        };
+        assert_eq!(of(&[11, 11, 10, 0]).expect("four"), Some([11, 11, 10, 0]));
+        assert_eq!(of(&[3, 3, 2]).expect("three"), Some([3, 3, 2, 0]));
+        assert!(of(&[0, 0, 0, 0]).is_err() && of(&[1, 1, 1, 1, 1]).is_err() && of(&[-1, 2, 2, 0]).is_err());
+    }
+
+    #[test]
+    fn attention_heads_may_be_given_for_attention_layers_only() {
+        let list = |a: &[u32]| Value::Array(ArrayValue::U32(a.to_vec()));
+        let found = [("attention.head_count", list(&[0, 8, 6])), ("attention.head_count_kv", list(&[0, 2, 4]))];
+        let gguf = keys("qwen3next", &found);
+        let s = Source::new(&gguf, "qwen3next");
+        let heads = Heads::read(&s, 3).expect("three layers");
+        assert_eq!(heads.of(&s, 1).expect("attention"), (8, 2));
+        assert!(heads.of(&s, 0).is_err() && heads.of(&s, 2).is_err());
+    }
+}
