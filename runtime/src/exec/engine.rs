@@ -5,7 +5,7 @@ use super::counters::Counters;
 use super::experts::{ExpertStore, Step};
 use super::load::{LoadError, LoadOptions, Loaded, Progress, load};
 use super::mixer::{MixerInput, MixerScratch, MixerState, mix};
-use super::moe::{Choices, Compute, FfnScratch, add_bias, dense_ffn, moe_batch, moe_token};
+use super::moe::{Choices, Compute, FfnScratch, add_bias, dense_ffn, moe_batch, moe_token, shared_expert};
 use super::rope::RopeTable;
 use super::router::Router;
 use super::weights::DenseWeights;
@@ -355,7 +355,8 @@ impl Engine {
         }
     }
 
-    /// Everything of a layer but its routed experts: attention, then the dense block or the router's choices.
+    /// Everything of a layer but its routed experts: attention, then the dense block, or the router's choices and the
+    /// shared expert.
     fn dense_stage(&mut self, index: usize, n: usize) {
         let c = Compute { pool: &self.pool, kernels: self.kernels };
         let (spec, weights, s) = (&self.spec, &self.weights, &mut self.scratch);
@@ -385,11 +386,15 @@ impl Engine {
                 s.acts.fill(c.kernels, n, spec.hidden, &s.normed[..len], spec.hidden.is_multiple_of(32));
                 let logits = &mut s.router_logits[..n * moe.n_expert];
                 matmul_all(c.pool, c.kernels, &[MatJob::new(weights.linear(&moe.router), s.acts.view(), logits)]);
-                add_bias(logits, weights.opt_vector(moe.router.bias));
+                add_bias(logits, weights.bias(&moe.router));
                 let bias = weights.opt_vector(moe.selection_bias);
                 let chosen = s.experts.chunks_exact_mut(moe.n_used).zip(s.weights.chunks_exact_mut(moe.n_used));
                 for (row, (experts, expert_weights)) in logits.chunks_exact(moe.n_expert).zip(chosen) {
                     s.router.route(moe, row, bias, experts, expert_weights);
+                }
+                if let Some(shared) = &moe.shared {
+                    shared_expert(c, weights, shared, s.acts.view(), &s.normed[..len], &mut s.ffn, out);
+                    c.kernels.add(&mut s.x[..len], out);
                 }
             }
         }
@@ -463,7 +468,7 @@ impl Scratch {
             match &layer.ffn {
                 Ffn::Dense(f) => ffn = ffn.max(f.gate.n_out),
                 Ffn::Moe(m) => {
-                    ffn = ffn.max(m.expert_ffn);
+                    ffn = ffn.max(m.expert_ffn).max(m.shared.map_or(0, |shared| shared.ffn.gate.n_out));
                     n_expert = n_expert.max(m.n_expert);
                     n_used = n_used.max(m.n_used);
                 }

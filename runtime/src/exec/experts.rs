@@ -4,29 +4,35 @@
 //! far as there are buffers, and each expert can be used once it is [ready](Step::is_ready). Which experts stay in the
 //! slots is decided by [`SlotCache`] alone, the same code that the planner replays.
 
+use super::moe::add_bias;
 use super::slots::{Access, SlotCache};
 use crate::gguf::Gguf;
 use crate::kernels::Weights;
-use crate::model::spec::{ModelSpec, MoeSpec, TensorId};
-use crate::quant::TensorType;
+use crate::model::spec::{ExpertLinear, ModelSpec, MoeSpec, TensorId};
+use crate::quant::{TensorType, dequantize_row};
 use crate::tiers::arena::Piece;
 use crate::tiers::file::{Extent, FileTier, ReadError};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Gate, up and down of an expert.
-const PARTS: usize = 3;
-
 /// Reads submitted ahead of the expert that is computing, in a step with more misses than buffers.
 const READ_AHEAD: usize = 8;
 
-/// One of an expert's tensors: a slice of a 3-dimensional tensor of the file.
+/// One of an expert's tensors: a slice of a tensor of the file that has all experts'.
 struct Part {
     tensor: TensorId,
     ty: TensorType,
+    /// Where the slice begins in an expert's buffer.
+    at: usize,
+    slice_bytes: usize,
+}
+
+/// One of an expert's matrices, by its parts.
+struct Matrix {
+    weight: usize,
+    bias: Option<usize>,
     n_out: usize,
     n_in: usize,
-    slice_bytes: usize,
 }
 
 /// Where an expert lives for good.
@@ -41,7 +47,10 @@ pub(super) enum Home {
 
 /// One layer's experts.
 pub(super) struct LayerExperts {
-    parts: [Part; PARTS],
+    parts: Vec<Part>,
+    /// Gate, up and down; or gate and up as one, and down.
+    matrices: Vec<Matrix>,
+    expert_ffn: usize,
     pub(super) expert_bytes: usize,
     homes: Vec<Home>,
     cache: SlotCache,
@@ -51,19 +60,25 @@ pub(super) struct LayerExperts {
 }
 
 impl LayerExperts {
-    pub(super) fn new(gguf: &Gguf, moe: &MoeSpec, hidden: usize, homes: Vec<Home>, slot_tier: usize) -> Self {
-        let part = |tensor: TensorId, n_out, n_in| {
+    pub(super) fn new(gguf: &Gguf, moe: &MoeSpec, homes: Vec<Home>, slot_tier: usize) -> Self {
+        let (mut parts, mut expert_bytes) = (Vec::new(), 0);
+        let mut part = |tensor: TensorId| {
             let info = &gguf.tensors()[tensor];
-            Part { tensor, ty: info.ty, n_out, n_in, slice_bytes: info.n_bytes as usize / moe.n_expert }
+            let slice_bytes = info.n_bytes as usize / moe.n_expert;
+            parts.push(Part { tensor, ty: info.ty, at: expert_bytes, slice_bytes });
+            expert_bytes += slice_bytes;
+            parts.len() - 1
         };
-        let parts = [
-            part(moe.gate, moe.expert_ffn, hidden),
-            part(moe.up, moe.expert_ffn, hidden),
-            part(moe.down, hidden, moe.expert_ffn),
-        ];
+        let matrix = |l: &ExpertLinear| {
+            let weight = part(l.weight);
+            Matrix { weight, bias: l.bias.map(&mut part), n_out: l.n_out, n_in: l.n_in }
+        };
+        let matrices = moe.expert_linears().map(matrix).collect();
         Self {
-            expert_bytes: parts.iter().map(|p| p.slice_bytes).sum(),
+            expert_bytes,
             parts,
+            matrices,
+            expert_ffn: moe.expert_ffn,
             homes,
             cache: SlotCache::new(moe.n_expert as u32, 0),
             slots: Vec::new(),
@@ -90,17 +105,74 @@ impl LayerExperts {
         };
         self.parts.iter().map(extent).collect()
     }
+
+    /// The matrices of an expert whose parts are where `bytes_of` says.
+    fn view<'a>(&self, bytes_of: impl Fn(&Part) -> &'a [u8]) -> ExpertView<'a> {
+        let linear = |matrix: &Matrix| {
+            let (weight, bias) = (&self.parts[matrix.weight], matrix.bias.map(|at| &self.parts[at]));
+            let weights = Weights::new(weight.ty, bytes_of(weight), matrix.n_out, matrix.n_in)
+                .unwrap_or_else(|| unreachable!("an expert's slices have the sizes that its shape gives"));
+            ViewLinear { weights, bias: bias.map(|part| Bias { ty: part.ty, bytes: bytes_of(part) }) }
+        };
+        match self.matrices.as_slice() {
+            [gate, up, down] => ExpertView { gate: linear(gate), up: linear(up), down: linear(down) },
+            [gate_up, down] => {
+                let both = linear(gate_up);
+                let n = self.expert_ffn;
+                ExpertView { gate: both.rows(0, n), up: both.rows(n, n), down: linear(down) }
+            }
+            _ => unreachable!("an expert has a matrix for gate and up, or one each, and one for down"),
+        }
+    }
 }
 
 /// The matrices of one expert, wherever they are.
 #[derive(Clone, Copy)]
 pub(super) struct ExpertView<'a> {
     /// `[expert_ffn, hidden]`.
-    pub gate: Weights<'a>,
+    pub gate: ViewLinear<'a>,
     /// `[expert_ffn, hidden]`.
-    pub up: Weights<'a>,
+    pub up: ViewLinear<'a>,
     /// `[hidden, expert_ffn]`.
-    pub down: Weights<'a>,
+    pub down: ViewLinear<'a>,
+}
+
+/// A matrix of one expert with its bias.
+#[derive(Clone, Copy)]
+pub(super) struct ViewLinear<'a> {
+    pub weights: Weights<'a>,
+    pub bias: Option<Bias<'a>>,
+}
+
+impl<'a> ViewLinear<'a> {
+    /// Adds the bias, if there is one, to every row of results; `decoded` is scratch.
+    pub(super) fn add_bias(&self, rows: &mut [f32], decoded: &mut Vec<f32>) {
+        if let Some(bias) = self.bias {
+            decoded.resize(self.weights.n_rows(), 0.0);
+            dequantize_row(bias.ty, bias.bytes, decoded);
+            add_bias(rows, Some(decoded));
+        }
+    }
+
+    /// `n` of the rows, the first one `first`.
+    fn rows(&self, first: usize, n: usize) -> ViewLinear<'a> {
+        let weights = self.weights.rows(first..first + n);
+        ViewLinear {
+            weights: weights.unwrap_or_else(|| unreachable!("gate and up are the halves of what is fused")),
+            bias: self.bias.map(|bias| {
+                // A bias is of a type whose values stand one by one.
+                let size = bias.ty.block_bytes();
+                Bias { bytes: &bias.bytes[first * size..(first + n) * size], ..bias }
+            }),
+        }
+    }
+}
+
+/// A bias as it lies in an expert's bytes, which may be anywhere: not aligned, not decoded.
+#[derive(Clone, Copy)]
+pub(super) struct Bias<'a> {
+    ty: TensorType,
+    bytes: &'a [u8],
 }
 
 /// The state of one expert in a step.
@@ -309,23 +381,14 @@ impl ExpertStore {
                 _ => return (self.mapped(store, expert), self.mapped_tier),
             },
         };
-        let [gate, up, down] = &store.parts;
-        let (g, u) = (gate.slice_bytes, gate.slice_bytes + up.slice_bytes);
-        let view = ExpertView {
-            gate: weights(gate, &bytes[..g]),
-            up: weights(up, &bytes[g..u]),
-            down: weights(down, &bytes[u..u + down.slice_bytes]),
-        };
-        (view, tier)
+        (store.view(|part| &bytes[part.at..part.at + part.slice_bytes]), tier)
     }
 
     fn mapped<'a>(&'a self, store: &LayerExperts, expert: usize) -> ExpertView<'a> {
-        let slice = |part: &Part| {
+        store.view(|part| {
             let all = self.gguf.bytes(&self.gguf.tensors()[part.tensor]);
-            weights(part, &all[expert * part.slice_bytes..(expert + 1) * part.slice_bytes])
-        };
-        let [gate, up, down] = &store.parts;
-        ExpertView { gate: slice(gate), up: slice(up), down: slice(down) }
+            &all[expert * part.slice_bytes..(expert + 1) * part.slice_bytes]
+        })
     }
 
     /// Gives back the buffer of a computed expert and submits what was waiting for one.
@@ -383,15 +446,9 @@ fn whole(mut piece: Piece) -> Piece {
     piece
 }
 
-fn weights<'a>(part: &Part, bytes: &'a [u8]) -> Weights<'a> {
-    Weights::new(part.ty, bytes, part.n_out, part.n_in)
-        .unwrap_or_else(|| unreachable!("an expert's slices have the sizes that its shape gives"))
-}
-
 /// The largest expert of a model, in bytes.
 pub(super) fn largest_expert(gguf: &Gguf, spec: &ModelSpec) -> u64 {
-    let bytes = |moe: &MoeSpec| {
-        [moe.gate, moe.up, moe.down].iter().map(|id| gguf.tensors()[*id].n_bytes).sum::<u64>() / moe.n_expert as u64
-    };
+    let bytes =
+        |moe: &MoeSpec| moe.expert_tensors().map(|id| gguf.tensors()[id].n_bytes).sum::<u64>() / moe.n_expert as u64;
     spec.moe_layers().map(|(_, moe)| bytes(moe)).max().unwrap_or(0)
 }

@@ -130,7 +130,7 @@ pub(super) fn load(
     let tiers: HashMap<(DenseKind, Option<u32>), usize> =
         plan.dense.iter().map(|d| ((d.kind, d.layer), d.tier)).collect();
     let weights = loader.dense(&tiers, progress)?;
-    let experts = loader.experts(shape, progress)?;
+    let experts = loader.experts(progress)?;
     let mut dense_bytes = vec![vec![0; plan.tiers.len()]; spec.layers.len()];
     for group in &shape.dense {
         if let Some(layer) = group.layer {
@@ -298,12 +298,12 @@ impl Loader<'_> {
         values
     }
 
-    fn experts(&mut self, shape: &ModelShape, progress: Progress<'_>) -> Result<ExpertStore, LoadError> {
+    fn experts(&mut self, progress: Progress<'_>) -> Result<ExpertStore, LoadError> {
         let plan = self.plan;
         let slow = plan.tiers.len() - 1;
         let mut layers = Vec::new();
         for (placed, (_, moe)) in plan.layers.iter().zip(self.spec.moe_layers()) {
-            layers.push(self.layer(placed, moe, shape, progress)?);
+            layers.push(self.layer(placed, moe, progress)?);
         }
         let largest = largest_expert(self.gguf, self.spec) as usize;
         let mut staging = Vec::new();
@@ -320,14 +320,13 @@ impl Loader<'_> {
         &mut self,
         placed: &LayerPlacement,
         moe: &MoeSpec,
-        shape: &ModelShape,
         progress: Progress<'_>,
     ) -> Result<LayerExperts, LoadError> {
         let slow = self.plan.tiers.len() - 1;
         let mapped = matches!(self.backings[slow], Backing::Mapped);
         let pooled = |_| if mapped && placed.slots == 0 { Home::Mapped } else { Home::Pooled };
         let homes: Vec<Home> = (0..moe.n_expert).map(pooled).collect();
-        let mut layer = LayerExperts::new(self.gguf, moe, shape.hidden as usize, homes, placed.slot_tier);
+        let mut layer = LayerExperts::new(self.gguf, moe, homes, placed.slot_tier);
         let bytes = layer.expert_bytes;
         let mut n_pinned = 0;
         for (tier, experts) in &placed.pinned {

@@ -5,7 +5,7 @@ use super::experts::{ExpertStore, Step};
 use super::weights::DenseWeights;
 use crate::kernels::pooled::{MatJob, matmul_all};
 use crate::kernels::{ActView, Activations, Kernels, needs_quants};
-use crate::model::spec::{GatedFfn, MoeSpec};
+use crate::model::spec::{Activation, GatedFfn, MoeSpec, SharedSpec};
 use crate::threads::ThreadPool;
 use crate::tiers::pace::StageBytes;
 
@@ -16,6 +16,8 @@ pub(super) struct FfnScratch {
     inner: Activations,
     gathered: Vec<f32>,
     gathered_acts: Activations,
+    /// One bias, decoded.
+    bias: Vec<f32>,
     /// `[rows, hidden]` results of experts before they are weighted and summed.
     results: Vec<f32>,
 }
@@ -30,6 +32,7 @@ impl FfnScratch {
             inner: Activations::new(rows, ffn),
             gathered: vec![0.0; rows * hidden],
             gathered_acts: Activations::new(rows, hidden),
+            bias: Vec::with_capacity(ffn.max(hidden)),
             results: vec![0.0; rows * hidden],
         }
     }
@@ -65,12 +68,39 @@ pub(super) fn dense_ffn(
     let (gate, up) = (&mut s.gate[..rows * width], &mut s.up[..rows * width]);
     let jobs = [MatJob::new(weights.linear(&ffn.gate), x, gate), MatJob::new(weights.linear(&ffn.up), x, up)];
     matmul_all(c.pool, c.kernels, &jobs);
-    add_bias(gate, weights.opt_vector(ffn.gate.bias));
-    add_bias(up, weights.opt_vector(ffn.up.bias));
+    add_bias(gate, weights.bias(&ffn.gate));
+    add_bias(up, weights.bias(&ffn.up));
     c.kernels.silu_mul(gate, up);
     s.inner.fill(c.kernels, rows, width, gate, needs_quants(weights.ty(ffn.down.weight)));
     matmul_all(c.pool, c.kernels, &[MatJob::new(weights.linear(&ffn.down), s.inner.view(), out)]);
-    add_bias(out, weights.opt_vector(ffn.down.bias));
+    add_bias(out, weights.bias(&ffn.down));
+}
+
+/// The shared expert of a layer, all rows of `x`; `values` are the same rows as plain floats, `[rows, hidden]`.
+pub(super) fn shared_expert(
+    c: Compute<'_>,
+    weights: &DenseWeights,
+    shared: &SharedSpec,
+    x: ActView<'_>,
+    values: &[f32],
+    s: &mut FfnScratch,
+    out: &mut [f32],
+) {
+    dense_ffn(c, weights, &shared.ffn, x, s, out);
+    if let Some(gate) = weights.opt_vector(shared.gate) {
+        let width = gate.len();
+        for (x, out) in values.chunks_exact(width).zip(out.chunks_exact_mut(width)) {
+            let factor = 1.0 / (1.0 + (-c.kernels.dot(gate, x)).exp());
+            out.iter_mut().for_each(|o| *o *= factor);
+        }
+    }
+}
+
+fn activate(kernels: Kernels, activation: Activation, gate: &mut [f32], up: &[f32]) {
+    match activation {
+        Activation::Silu => kernels.silu_mul(gate, up),
+        Activation::ClampedSwiglu { alpha, limit } => kernels.clamped_swiglu(gate, up, alpha, limit),
+    }
 }
 
 /// Adds `bias` to every row of `rows`, `[_, bias.len()]`.
@@ -142,23 +172,31 @@ fn experts_of_token(
     let n = ready.len();
     let mut jobs = Vec::with_capacity(2 * n);
     for ((view, _), (gate, up)) in views.iter().zip(s.gate.chunks_exact_mut(width).zip(s.up.chunks_exact_mut(width))) {
-        jobs.push(MatJob::new(view.gate, x, gate));
-        jobs.push(MatJob::new(view.up, x, up));
+        jobs.push(MatJob::new(view.gate.weights, x, gate));
+        jobs.push(MatJob::new(view.up.weights, x, up));
     }
     matmul_all(c.pool, c.kernels, &jobs);
     drop(jobs);
-    c.kernels.silu_mul(&mut s.gate[..n * width], &s.up[..n * width]);
-    let quantize = views.iter().any(|(v, _)| needs_quants(v.down.ty()));
+    for ((view, _), (gate, up)) in views.iter().zip(s.gate.chunks_exact_mut(width).zip(s.up.chunks_exact_mut(width))) {
+        view.gate.add_bias(gate, &mut s.bias);
+        view.up.add_bias(up, &mut s.bias);
+    }
+    activate(c.kernels, moe.activation, &mut s.gate[..n * width], &s.up[..n * width]);
+    let quantize = views.iter().any(|(v, _)| needs_quants(v.down.weights.ty()));
     s.inner.fill(c.kernels, n, width, &s.gate[..n * width], quantize);
     let inner = s.inner.view();
     let mut rows: Vec<Option<&mut [f32]>> = s.results.chunks_exact_mut(hidden).map(Some).collect();
     let mut jobs = Vec::with_capacity(n);
     for (i, (at, (view, _))) in ready.iter().zip(&views).enumerate() {
         if let Some(row) = rows[*at].take() {
-            jobs.push(MatJob::new(view.down, inner.rows_range(i..i + 1), row));
+            jobs.push(MatJob::new(view.down.weights, inner.rows_range(i..i + 1), row));
         }
     }
     matmul_all(c.pool, c.kernels, &jobs);
+    drop(jobs);
+    for (at, (view, _)) in ready.iter().zip(&views) {
+        view.down.add_bias(&mut s.results[at * hidden..(at + 1) * hidden], &mut s.bias);
+    }
 }
 
 /// Routed experts of a batch: each expert computes once, for all tokens that chose it, in ascending order so that the
@@ -190,15 +228,22 @@ pub(super) fn moe_batch(
         }
         let (view, tier) = store.view(&step, at);
         computed.add(tier, store.expert_bytes(layer));
-        let quantize = needs_quants(view.gate.ty()) || needs_quants(view.up.ty());
+        let quantize = needs_quants(view.gate.weights.ty()) || needs_quants(view.up.weights.ty());
         s.gathered_acts.fill(c.kernels, n, hidden, &s.gathered[..n * hidden], quantize);
         let acts = s.gathered_acts.view();
         let (gate, up) = (&mut s.gate[..n * width], &mut s.up[..n * width]);
-        matmul_all(c.pool, c.kernels, &[MatJob::new(view.gate, acts, gate), MatJob::new(view.up, acts, up)]);
-        c.kernels.silu_mul(gate, up);
-        s.inner.fill(c.kernels, n, width, gate, needs_quants(view.down.ty()));
+        matmul_all(
+            c.pool,
+            c.kernels,
+            &[MatJob::new(view.gate.weights, acts, gate), MatJob::new(view.up.weights, acts, up)],
+        );
+        view.gate.add_bias(gate, &mut s.bias);
+        view.up.add_bias(up, &mut s.bias);
+        activate(c.kernels, moe.activation, gate, up);
+        s.inner.fill(c.kernels, n, width, gate, needs_quants(view.down.weights.ty()));
         let results = &mut s.results[..n * hidden];
-        matmul_all(c.pool, c.kernels, &[MatJob::new(view.down, s.inner.view(), results)]);
+        matmul_all(c.pool, c.kernels, &[MatJob::new(view.down.weights, s.inner.view(), results)]);
+        view.down.add_bias(results, &mut s.bias);
         for (result, (token, weight)) in results.chunks_exact(hidden).zip(tokens) {
             c.kernels.axpy(*weight, result, &mut out[token * hidden..(token + 1) * hidden]);
         }

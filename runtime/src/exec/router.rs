@@ -34,6 +34,7 @@ impl Router {
                 self.probs.iter_mut().for_each(|p| *p /= sum);
             }
             Gating::Sigmoid => self.probs.extend(logits.iter().map(|l| 1.0 / (1.0 + (-l).exp()))),
+            Gating::SqrtSoftplus => self.probs.extend(logits.iter().map(|l| softplus(*l).sqrt())),
             Gating::SoftmaxChosen => self.probs.extend_from_slice(logits),
         }
         self.scores.clear();
@@ -85,6 +86,11 @@ impl Router {
     }
 }
 
+/// `ln(1 + e^x)`, without overflow.
+fn softplus(x: f32) -> f32 {
+    if x > 20.0 { x } else { x.exp().ln_1p() }
+}
+
 /// Indices of the largest scores in descending order; NaN counts as smallest.
 fn top(scores: &[f32], chosen: &mut [u16]) {
     let key = |i: u16| {
@@ -112,11 +118,12 @@ fn top(scores: &[f32], chosen: &mut [u16]) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::spec::Linear;
+    use crate::model::spec::{Activation, ExpertLinear, GateUp, Linear};
 
     fn moe(n_expert: usize, n_used: usize) -> MoeSpec {
+        let one = ExpertLinear { weight: 0, bias: None, n_out: 1, n_in: 1 };
         MoeSpec {
-            router: Linear { weight: 0, bias: None, n_out: n_expert, n_in: 1 },
+            router: Linear { weight: 0, bias: None, n_out: n_expert, n_in: 1, first_row: 0 },
             selection_bias: None,
             gating: Gating::Softmax,
             n_expert,
@@ -125,9 +132,10 @@ mod tests {
             normalize: true,
             scale: 1.0,
             expert_ffn: 1,
-            gate: 0,
-            up: 0,
-            down: 0,
+            activation: Activation::Silu,
+            gate_up: GateUp::Split { gate: one, up: one },
+            down: one,
+            shared: None,
         }
     }
 
@@ -158,6 +166,24 @@ mod tests {
         let spec = MoeSpec { groups: Some((2, 1)), gating: Gating::Sigmoid, ..moe(4, 2) };
         let (experts, _) = route(&spec, &[2.0, -9.0, 1.0, 1.5], None);
         assert_eq!(experts, [3, 2]);
+    }
+
+    #[test]
+    fn softmax_over_the_chosen_sums_to_one_and_follows_the_logits() {
+        let spec = MoeSpec { gating: Gating::SoftmaxChosen, normalize: false, ..moe(4, 2) };
+        let (experts, weights) = route(&spec, &[1.0, 3.0, -2.0, 2.0], None);
+        assert_eq!(experts, [1, 3]);
+        assert!((weights[0] + weights[1] - 1.0).abs() < 1e-6);
+        assert!((weights[0] / weights[1] - 1f32.exp()).abs() < 1e-5);
+    }
+
+    #[test]
+    fn the_root_of_the_softplus_is_the_weight() {
+        let spec = MoeSpec { gating: Gating::SqrtSoftplus, normalize: false, ..moe(3, 3) };
+        let (experts, weights) = route(&spec, &[0.0, 100.0, -1.0], None);
+        assert_eq!(experts, [1, 0, 2]);
+        let expected = [10.0, 2f32.ln().sqrt(), (-1f32).exp().ln_1p().sqrt()];
+        assert!(weights.iter().zip(expected).all(|(w, e)| (w - e).abs() < 1e-6), "{weights:?}");
     }
 
     #[test]

@@ -68,7 +68,18 @@ impl DenseWeights {
     }
 
     pub(super) fn linear(&self, linear: &Linear) -> Weights<'_> {
-        self.matrix(linear.weight, linear.n_out, linear.n_in)
+        let rows = self.gguf.tensors()[linear.weight].dims.get(1).map_or(1, |rows| *rows as usize);
+        let first = linear.first_row;
+        self.matrix(linear.weight, rows, linear.n_in)
+            .rows(first..first + linear.n_out)
+            .unwrap_or_else(|| unreachable!("shapes are checked when the model is described"))
+    }
+
+    /// The bias of a matrix: its part of the vector where several matrices share one.
+    pub(super) fn bias(&self, linear: &Linear) -> Option<&[f32]> {
+        let all = self.opt_vector(linear.bias)?;
+        let first = if all.len() == linear.n_out { 0 } else { linear.first_row };
+        Some(&all[first..first + linear.n_out])
     }
 
     pub(super) fn ty(&self, id: TensorId) -> TensorType {

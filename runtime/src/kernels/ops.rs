@@ -53,6 +53,16 @@ impl Kernels {
         dispatch!(self, silu_mul(gate: &mut [f32], up: &[f32]))
     }
 
+    /// `gate = g / (1 + exp(-alpha * g)) * (u + 1)`, where `g` is gate, at most `limit`, and `u` is up, within `limit`
+    /// of zero.
+    ///
+    /// # Panics
+    /// When the lengths differ.
+    pub fn clamped_swiglu(self, gate: &mut [f32], up: &[f32], alpha: f32, limit: f32) {
+        assert_eq!(gate.len(), up.len(), "lengths of gate and up");
+        dispatch!(self, clamped_swiglu(gate: &mut [f32], up: &[f32], alpha: f32, limit: f32))
+    }
+
     /// Turns logits into probabilities. At least one must be finite.
     pub fn softmax(self, x: &mut [f32]) {
         dispatch!(self, softmax(x: &mut [f32]))
@@ -233,6 +243,17 @@ fn exp_all<const FUSED: bool>(x: &mut [f32]) {
 fn silu_mul<const FUSED: bool>(gate: &mut [f32], up: &[f32]) {
     for (g, u) in gate.iter_mut().zip(up) {
         *g = *g / (1.0 + exp::<FUSED>(-*g)) * u;
+    }
+}
+
+#[inline(always)]
+fn clamped_swiglu<const FUSED: bool>(gate: &mut [f32], up: &[f32], alpha: f32, limit: f32) {
+    for (g, u) in gate.iter_mut().zip(up) {
+        // Compared rather than clamped: a NaN goes through.
+        let gated = if *g > limit { limit } else { *g };
+        let below = if *u > limit { limit } else { *u };
+        let up = if below < -limit { -limit } else { below };
+        *g = gated / (1.0 + exp::<FUSED>(-alpha * gated)) * (up + 1.0);
     }
 }
 

@@ -1,7 +1,7 @@
 //! `llama`: Llama 1 to 3 and their many relatives, and Mixtral, which is the same network with routed experts.
 
 use super::ModelError;
-use super::arch::{Common, gqa, heads, softmax_moe};
+use super::blocks::{Common, MoeOptions, gqa, heads, moe};
 use super::source::Source;
 use super::spec::{Ffn, LayerSpec, ModelSpec, RopeKind};
 
@@ -18,7 +18,7 @@ pub(super) fn describe(s: &Source<'_>) -> Result<ModelSpec, ModelError> {
                 mixer: gqa(s, i, hidden, heads[i], RopeKind::Adjacent, None)?,
                 ffn_norm: s.vector(&format!("blk.{i}.ffn_norm.weight"), hidden)?,
                 ffn: if routed {
-                    softmax_moe(s, i, hidden, ffn[i])?
+                    Ffn::Moe(moe(s, i, hidden, &MoeOptions::softmax(ffn[i], true))?)
                 } else {
                     Ffn::Dense(s.gated_ffn(i, hidden, ffn[i])?)
                 },

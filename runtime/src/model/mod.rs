@@ -4,7 +4,13 @@
 //! specs and knows no architecture by name.
 
 mod arch;
+mod blocks;
+mod glm4moe;
+mod gpt_oss;
 mod llama;
+mod minimax_m2;
+mod olmoe;
+mod qwen2moe;
 mod qwen3;
 mod qwen3next;
 pub mod shape;

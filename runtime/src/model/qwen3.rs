@@ -1,7 +1,7 @@
 //! `qwen3` and `qwen3moe`: per-head norms of queries and keys; the second with routed experts in every layer.
 
 use super::ModelError;
-use super::arch::{Common, gqa, heads, softmax_moe};
+use super::blocks::{Common, MoeOptions, gqa, heads, moe};
 use super::source::Source;
 use super::spec::{Ffn, LayerSpec, ModelSpec, NormSpan, RopeKind};
 
@@ -23,7 +23,7 @@ pub(super) fn describe(s: &Source<'_>) -> Result<ModelSpec, ModelError> {
                 mixer: gqa(s, i, hidden, heads[i], RopeKind::Halves, Some(NormSpan::Head))?,
                 ffn_norm: s.vector(&format!("blk.{i}.ffn_norm.weight"), hidden)?,
                 ffn: if routed {
-                    softmax_moe(s, i, hidden, ffn[i])?
+                    Ffn::Moe(moe(s, i, hidden, &MoeOptions::softmax(ffn[i], true))?)
                 } else {
                     Ffn::Dense(s.gated_ffn(i, hidden, ffn[i])?)
                 },

@@ -5,10 +5,11 @@
 //! positions that have sections for images.
 
 use super::ModelError;
-use super::arch::{Common, softmax_moe};
+use super::blocks::{Common, MoeOptions, Shared, expert_widths, moe, qkv};
+use super::qwen2moe::shared_widths;
 use super::source::Source;
 use super::spec::{
-    DeltaInput, DeltaRates, DeltaSpec, GqaSpec, KeySharing, LayerSpec, Mixer, ModelSpec, NormSpan, RopeKind,
+    DeltaInput, DeltaRates, DeltaSpec, Ffn, GqaSpec, KeySharing, LayerSpec, Mixer, ModelSpec, NormSpan, RopeKind,
 };
 use crate::kernels::MAX_CONV_TAPS;
 
@@ -20,19 +21,16 @@ const MAX_DELTA: usize = 1024;
 const ATTENTION_INTERVAL: usize = 4;
 
 pub(super) fn describe(s: &Source<'_>) -> Result<ModelSpec, ModelError> {
-    let mut common = Common::read(s)?;
-    let n_predict = s.opt_count("nextn_predict_layers")? as usize;
-    let Some(n_layer) = common.n_layer.checked_sub(n_predict).filter(|n| *n > 0) else {
-        let what = format!("{n_predict} of {} blocks; at least one must be no prediction block", common.n_layer);
-        return Err(s.bad("nextn_predict_layers", what));
-    };
-    common.n_layer = n_layer;
-    let hidden = common.hidden;
+    let common = Common::read(s)?;
+    let (hidden, n_layer) = (common.hidden, common.n_layer);
     let recurrent = recurrent_layers(s, n_layer)?;
     let heads = Heads::read(s, n_layer)?;
-    let ffn = s.dim_per_layer("expert_feed_forward_length", n_layer)?;
+    let widths = expert_widths(s, n_layer)?;
+    let shared = shared_widths(s, n_layer)?;
     let layers = (0..n_layer)
         .map(|i| {
+            let shared = Some(Shared { ffn: shared[i], gated: true });
+            let options = MoeOptions { shared, ..MoeOptions::softmax(widths[i], true) };
             Ok(LayerSpec {
                 mixer_norm: s.vector(&format!("blk.{i}.attn_norm.weight"), hidden)?,
                 mixer: if recurrent[i] {
@@ -41,7 +39,7 @@ pub(super) fn describe(s: &Source<'_>) -> Result<ModelSpec, ModelError> {
                     Mixer::Gqa(gated_attention(s, i, hidden, &heads)?)
                 },
                 ffn_norm: s.vector(&format!("blk.{i}.post_attention_norm.weight"), hidden)?,
-                ffn: softmax_moe(s, i, hidden, ffn[i])?,
+                ffn: Ffn::Moe(moe(s, i, hidden, &options)?),
             })
         })
         .collect::<Result<_, ModelError>>()?;
@@ -104,6 +102,7 @@ fn gated_attention(s: &Source<'_>, layer: usize, hidden: usize, heads: &Heads) -
         0.0 => 1.0 / (dim as f32).sqrt(),
         scale => scale,
     };
+    let [q, k, v] = qkv(s, &p, hidden, [2 * n_head * dim, n_head_kv * dim, n_head_kv * dim])?;
     Ok(GqaSpec {
         n_head,
         n_head_kv,
@@ -113,10 +112,12 @@ fn gated_attention(s: &Source<'_>, layer: usize, hidden: usize, heads: &Heads) -
         rope,
         qk_norm: Some((q_norm, k_norm, NormSpan::Head)),
         gated: true,
-        q: s.linear(&format!("{p}.attn_q"), hidden, 2 * n_head * dim)?,
-        k: s.linear(&format!("{p}.attn_k"), hidden, n_head_kv * dim)?,
-        v: s.linear(&format!("{p}.attn_v"), hidden, n_head_kv * dim)?,
+        q,
+        k,
+        v,
         o: s.linear(&format!("{p}.attn_output"), n_head * dim, hidden)?,
+        sinks: None,
+        window: None,
     })
 }
 

@@ -124,7 +124,7 @@ pub fn shape_of(gguf: &Gguf, spec: &ModelSpec) -> ModelShape {
             layer: layer as u32,
             n_expert: moe.n_expert as u32,
             n_used: moe.n_used as u32,
-            expert_bytes: bytes(&[moe.gate, moe.up, moe.down]) / moe.n_expert as u64,
+            expert_bytes: moe.expert_tensors().map(|id| tensors[id].n_bytes).sum::<u64>() / moe.n_expert as u64,
             expert_macs: 3 * (spec.hidden as u64) * (moe.expert_ffn as u64),
         })
         .collect();

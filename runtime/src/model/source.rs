@@ -1,7 +1,7 @@
 //! Reads an architecture's keys and tensors out of a GGUF file, with every shape checked.
 
 use super::ModelError;
-use super::spec::{GatedFfn, Linear, RopeKind, RopeScaling, RopeSpec, TensorId};
+use super::spec::{ExpertLinear, GatedFfn, Linear, RopeKind, RopeScaling, RopeSpec, TensorId};
 use crate::gguf::{ArrayValue, Gguf, Value};
 use crate::quant::TensorType;
 use std::collections::HashMap;
@@ -97,8 +97,8 @@ impl<'a> Source<'a> {
         }
     }
 
-    pub(super) fn has_tensor(&self, name: &str) -> bool {
-        self.index.contains_key(name)
+    pub(super) fn bool_or(&self, name: &str, default: bool) -> Result<bool, ModelError> {
+        Ok(self.gguf.opt_bool(&self.key(name))?.unwrap_or(default))
     }
 
     pub(super) fn has(&self, name: &str) -> bool {
@@ -180,15 +180,47 @@ impl<'a> Source<'a> {
     pub(super) fn linear(&self, prefix: &str, n_in: usize, n_out: usize) -> Result<Linear, ModelError> {
         let weight = self.tensor(&format!("{prefix}.weight"), &[n_in, n_out])?;
         let bias = self.opt_vector(&format!("{prefix}.bias"), n_out)?;
-        Ok(Linear { weight, bias, n_out, n_in })
+        Ok(Linear { weight, bias, n_out, n_in, first_row: 0 })
+    }
+
+    /// `PREFIX.weight` of shape `[n_expert, n_out, n_in]` with `PREFIX.bias`, `[n_expert, n_out]`, where there is one.
+    pub(super) fn expert_linear(
+        &self,
+        prefix: &str,
+        n_in: usize,
+        n_out: usize,
+        n_expert: usize,
+    ) -> Result<ExpertLinear, ModelError> {
+        let weight = self.tensor(&format!("{prefix}.weight"), &[n_in, n_out, n_expert])?;
+        let bias = self.opt_tensor(&format!("{prefix}.bias"), &[n_out, n_expert])?;
+        if let Some(bias) = bias {
+            self.check_float(bias)?;
+        }
+        Ok(ExpertLinear { weight, bias, n_out, n_in })
+    }
+
+    /// Whether the file has a tensor of this name.
+    pub(super) fn has_tensor(&self, name: &str) -> bool {
+        self.index.contains_key(name)
     }
 
     /// The gated feed-forward block of a layer without routed experts.
     pub(super) fn gated_ffn(&self, layer: usize, hidden: usize, ffn: usize) -> Result<GatedFfn, ModelError> {
+        self.named_ffn(layer, "", hidden, ffn)
+    }
+
+    /// The gated block whose tensors' names end in `suffix`: `_shexp` for shared experts.
+    pub(super) fn named_ffn(
+        &self,
+        layer: usize,
+        suffix: &str,
+        hidden: usize,
+        ffn: usize,
+    ) -> Result<GatedFfn, ModelError> {
         Ok(GatedFfn {
-            gate: self.linear(&format!("blk.{layer}.ffn_gate"), hidden, ffn)?,
-            up: self.linear(&format!("blk.{layer}.ffn_up"), hidden, ffn)?,
-            down: self.linear(&format!("blk.{layer}.ffn_down"), ffn, hidden)?,
+            gate: self.linear(&format!("blk.{layer}.ffn_gate{suffix}"), hidden, ffn)?,
+            up: self.linear(&format!("blk.{layer}.ffn_up{suffix}"), hidden, ffn)?,
+            down: self.linear(&format!("blk.{layer}.ffn_down{suffix}"), ffn, hidden)?,
         })
     }
 
@@ -213,10 +245,7 @@ impl<'a> Source<'a> {
             let what = format!("{dims}; expected an even number up to the head's {head_dim}");
             return Err(self.bad("rope.dimension_count", what));
         }
-        let base = self.f32_or("rope.freq_base", 10_000.0)?;
-        if base <= 1.0 {
-            return Err(self.bad("rope.freq_base", format!("{base}; expected more than 1")));
-        }
+        let base = self.rope_base("rope.freq_base", 10_000.0)?;
         Ok(RopeSpec {
             kind,
             dims,
@@ -225,6 +254,45 @@ impl<'a> Source<'a> {
             freq_factors: self.opt_vector("rope_freqs.weight", dims / 2)?,
             sections: None,
         })
+    }
+
+    /// The base of a rotary embedding's frequencies.
+    pub(super) fn rope_base(&self, name: &str, default: f32) -> Result<f32, ModelError> {
+        let base = self.f32_or(name, default)?;
+        if base > 1.0 { Ok(base) } else { Err(self.bad(name, format!("{base}; expected more than 1"))) }
+    }
+
+    /// Refuses rotary sections that would turn text otherwise than by its position: those of pictures and films may be
+    /// there, since a text token has the same position in each.
+    pub(super) fn check_text_rope(&self) -> Result<(), ModelError> {
+        let name = "rope.dimension_sections";
+        let sections = self.gguf.opt_i32_array(&self.key(name))?.unwrap_or_default();
+        if sections.get(3).is_none_or(|extra| *extra == 0) {
+            Ok(())
+        } else {
+            Err(self.bad(name, format!("{sections:?}; supported: a fourth section of 0")))
+        }
+    }
+
+    /// Which layers have a sliding window: a flag a layer, or a period in which all layers but the last have one.
+    pub(super) fn windowed_layers(&self, n_layer: usize, period: u32) -> Result<Vec<bool>, ModelError> {
+        let name = "attention.sliding_window_pattern";
+        let key = self.key(name);
+        let period = match self.gguf.get(&key) {
+            Some(Value::Array(ArrayValue::Bool(flags))) if flags.len() >= n_layer => {
+                return Ok(flags[..n_layer].to_vec());
+            }
+            Some(Value::Array(ArrayValue::Bool(flags))) => {
+                return Err(self.bad(name, format!("{} flags for {n_layer} layers", flags.len())));
+            }
+            Some(Value::Array(_)) => {
+                let flags = self.gguf.u32_per_layer(&key, n_layer as u32)?;
+                return Ok(flags.into_iter().map(|flag| flag != 0).collect());
+            }
+            Some(_) => self.gguf.u32(&key)?,
+            None => period,
+        };
+        Ok((0..n_layer).map(|i| period == 0 || i as u32 % period < period - 1).collect())
     }
 
     fn rope_scaling(&self) -> Result<RopeScaling, ModelError> {

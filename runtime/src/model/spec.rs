@@ -56,14 +56,16 @@ pub enum Mixer {
 /// A matrix and its optional bias.
 #[derive(Debug, Clone, Copy)]
 pub struct Linear {
-    /// `[out, in]`.
+    /// `[out, in]`, or a taller tensor that has these rows from `first_row` on.
     pub weight: TensorId,
-    /// `[out]`.
+    /// `[out]`, or a longer vector that has these values from `first_row` on.
     pub bias: Option<TensorId>,
     /// Rows.
     pub n_out: usize,
     /// Columns.
     pub n_in: usize,
+    /// Where the rows begin in a tensor that several matrices share; otherwise 0.
+    pub first_row: usize,
 }
 
 /// What a query or key norm spans.
@@ -103,6 +105,10 @@ pub struct GqaSpec {
     pub v: Linear,
     /// `[hidden, n_head * value_dim]`.
     pub o: Linear,
+    /// A score of each head that takes part in the softmax and has no value, `[n_head]`.
+    pub sinks: Option<TensorId>,
+    /// Positions that a query sees, its own included; all before it when `None`.
+    pub window: Option<usize>,
 }
 
 /// Gated delta net (arXiv 2412.06464): each value head keeps a matrix `S` `[head_dim, head_dim]`, and a token with
@@ -275,6 +281,58 @@ pub enum Gating {
     Sigmoid,
     /// Choose by logit, then softmax over the chosen.
     SoftmaxChosen,
+    /// Square root of the softplus of each, then choose.
+    SqrtSoftplus,
+}
+
+/// What stands between an expert's first two products and its last.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Activation {
+    /// `silu(gate) · up`.
+    Silu,
+    /// `g · sigmoid(alpha · g) · (u + 1)` with `g = min(gate, limit)` and `u` = up within ±`limit`.
+    ClampedSwiglu {
+        /// Steepness of the sigmoid.
+        alpha: f32,
+        /// Bound on both inputs.
+        limit: f32,
+    },
+}
+
+/// One matrix of every routed expert, stacked: expert `e` has the `e`-th slice of the tensor.
+#[derive(Debug, Clone, Copy)]
+pub struct ExpertLinear {
+    /// `[n_expert, n_out, n_in]`.
+    pub weight: TensorId,
+    /// `[n_expert, n_out]`; belongs to the expert as its weights do, and lives where they live.
+    pub bias: Option<TensorId>,
+    /// Rows of one expert's matrix.
+    pub n_out: usize,
+    /// Columns of one expert's matrix.
+    pub n_in: usize,
+}
+
+/// The first two matrices of every routed expert.
+#[derive(Debug, Clone, Copy)]
+pub enum GateUp {
+    /// Two tensors.
+    Split {
+        /// `[n_expert, expert_ffn, hidden]`.
+        gate: ExpertLinear,
+        /// `[n_expert, expert_ffn, hidden]`.
+        up: ExpertLinear,
+    },
+    /// One tensor `[n_expert, 2 * expert_ffn, hidden]`, the gate's rows first.
+    Fused(ExpertLinear),
+}
+
+/// An expert that every token uses.
+#[derive(Debug, Clone, Copy)]
+pub struct SharedSpec {
+    /// Its block.
+    pub ffn: GatedFfn,
+    /// The sigmoid of this vector's product with the input is a factor on the result, `[hidden]`.
+    pub gate: Option<TensorId>,
 }
 
 /// Routed experts of a layer.
@@ -296,14 +354,16 @@ pub struct MoeSpec {
     pub normalize: bool,
     /// Factor on the weights.
     pub scale: f32,
-    /// Width inside an expert.
+    /// Width inside a routed expert.
     pub expert_ffn: usize,
-    /// `[n_expert, expert_ffn, hidden]`.
-    pub gate: TensorId,
-    /// `[n_expert, expert_ffn, hidden]`.
-    pub up: TensorId,
+    /// Between the products.
+    pub activation: Activation,
+    /// Gate and up.
+    pub gate_up: GateUp,
     /// `[n_expert, hidden, expert_ffn]`.
-    pub down: TensorId,
+    pub down: ExpertLinear,
+    /// The expert beside the routed ones.
+    pub shared: Option<SharedSpec>,
 }
 
 /// The tensors of one dense placement group.
@@ -329,8 +389,11 @@ pub struct Tensors {
 impl Tensors {
     fn linears<'a>(&mut self, linears: impl IntoIterator<Item = &'a Linear>) {
         for linear in linears {
-            self.matrices.push(linear.weight);
-            self.vectors.extend(linear.bias);
+            // Matrices that share a tensor name it once.
+            if !self.matrices.contains(&linear.weight) {
+                self.matrices.push(linear.weight);
+            }
+            self.vectors.extend(linear.bias.filter(|bias| !self.vectors.contains(bias)));
         }
     }
 
@@ -351,6 +414,7 @@ impl Mixer {
                 if let Some((q, k, _)) = a.qk_norm {
                     tensors.vectors.extend([q, k]);
                 }
+                tensors.vectors.extend(a.sinks);
             }
             Mixer::Delta(d) => {
                 match &d.input {
@@ -401,7 +465,29 @@ impl GatedFfn {
     }
 }
 
+impl SharedSpec {
+    fn tensors(&self) -> Tensors {
+        let mut tensors = self.ffn.tensors();
+        tensors.vectors.extend(self.gate);
+        tensors
+    }
+}
+
 impl MoeSpec {
+    /// The stacked matrices, in the order in which an expert's slices lie in a buffer.
+    pub fn expert_linears(&self) -> impl Iterator<Item = &ExpertLinear> {
+        let (first, second) = match &self.gate_up {
+            GateUp::Split { gate, up } => (gate, Some(up)),
+            GateUp::Fused(both) => (both, None),
+        };
+        std::iter::once(first).chain(second).chain(std::iter::once(&self.down))
+    }
+
+    /// Every tensor of the routed experts: each expert has a slice of each.
+    pub fn expert_tensors(&self) -> impl Iterator<Item = TensorId> {
+        self.expert_linears().flat_map(|l| std::iter::once(l.weight).chain(l.bias))
+    }
+
     fn router_tensors(&self) -> Tensors {
         let mut tensors = Tensors::default();
         tensors.linears([&self.router]);
@@ -446,7 +532,12 @@ impl ModelSpec {
             add(DenseKind::Attention, Some(layer.mixer_norm), layer.mixer.tensors());
             match &layer.ffn {
                 Ffn::Dense(ffn) => add(DenseKind::DenseFfn, Some(layer.ffn_norm), ffn.tensors()),
-                Ffn::Moe(moe) => add(DenseKind::Router, Some(layer.ffn_norm), moe.router_tensors()),
+                Ffn::Moe(moe) => {
+                    add(DenseKind::Router, Some(layer.ffn_norm), moe.router_tensors());
+                    if let Some(shared) = &moe.shared {
+                        add(DenseKind::SharedExpert, None, shared.tensors());
+                    }
+                }
             }
             shared_factors.extend(layer.mixer.rope().and_then(|r| r.freq_factors));
         }
@@ -465,7 +556,10 @@ impl ModelSpec {
             ids.extend(layer.mixer.tensors().matrices);
             match &layer.ffn {
                 Ffn::Dense(ffn) => ids.extend(ffn.tensors().matrices),
-                Ffn::Moe(moe) => ids.extend(moe.router_tensors().matrices),
+                Ffn::Moe(moe) => {
+                    ids.extend(moe.router_tensors().matrices);
+                    ids.extend(moe.shared.iter().flat_map(|shared| shared.tensors().matrices));
+                }
             }
         }
         ids

@@ -179,7 +179,7 @@ pub(super) fn run(
     let Some(acts) = &mut s.acts else { unreachable!("reserved at load") };
     acts.fill(c.kernels, n, spec.out.n_in, mixed, needs_quants(weights.ty(spec.out.weight)));
     matmul_all(c.pool, c.kernels, &[MatJob::new(weights.linear(&spec.out), acts.view(), out)]);
-    add_bias(out, weights.opt_vector(spec.out.bias));
+    add_bias(out, weights.bias(&spec.out));
 }
 
 fn project(c: Compute<'_>, weights: &DenseWeights, spec: &DeltaSpec, input: &MixerInput<'_>, s: &mut DeltaScratch) {
@@ -204,7 +204,7 @@ fn project(c: Compute<'_>, weights: &DenseWeights, spec: &DeltaSpec, input: &Mix
     let jobs: Vec<_> = products.iter_mut().map(|(l, out)| MatJob::new(weights.linear(l), x, out)).collect();
     matmul_all(c.pool, c.kernels, &jobs);
     for (linear, out) in products {
-        add_bias(out, weights.opt_vector(linear.bias));
+        add_bias(out, weights.bias(linear));
     }
 }
 

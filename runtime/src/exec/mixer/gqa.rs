@@ -1,7 +1,7 @@
 //! Attention with grouped key and value heads, causal, over the cache.
 
 use super::MixerInput;
-use super::kv_cache::LayerCache;
+use super::kv_cache::{Attention, LayerCache};
 use crate::exec::moe::{Compute, add_bias};
 use crate::exec::weights::DenseWeights;
 use crate::kernels::pooled::{MatJob, matmul_all};
@@ -72,9 +72,9 @@ pub(super) fn run(
         MatJob::new(weights.linear(&spec.v), x, v),
     ];
     matmul_all(c.pool, c.kernels, &jobs);
-    add_bias(q, weights.opt_vector(spec.q.bias));
-    add_bias(k, weights.opt_vector(spec.k.bias));
-    add_bias(v, weights.opt_vector(spec.v.bias));
+    add_bias(q, weights.bias(&spec.q));
+    add_bias(k, weights.bias(&spec.k));
+    add_bias(v, weights.bias(&spec.v));
     let gate: &mut [f32] = if spec.gated { &mut s.gate[..n * spec.o.n_in] } else { &mut [] };
     take_gates(q, gate, spec.q.n_out, spec.key_dim);
     gate.iter_mut().for_each(|g| *g = -*g);
@@ -95,12 +95,18 @@ pub(super) fn run(
     let group = spec.n_head / spec.n_head_kv;
     let mixed = &mut s.mixed[..n * spec.o.n_in];
     let (q, gate, cache) = (&*q, &*gate, &*cache);
+    let sinks = weights.opt_vector(spec.sinks);
     c.pool.for_each_slice(mixed, group * spec.value_dim, |item, mixed| {
         let (t, kv_head) = (item / spec.n_head_kv, item % spec.n_head_kv);
+        let seen = past + t + 1;
+        let positions = spec.window.map_or(0, |window| seen.saturating_sub(window))..seen;
         SCORES.with_borrow_mut(|scores| {
             for (g, mixed) in mixed.chunks_exact_mut(spec.value_dim).enumerate() {
-                let query = &q[t * spec.q.n_out + (kv_head * group + g) * spec.key_dim..][..spec.key_dim];
-                cache.attend(c.kernels, kv_head, past + t + 1, query, spec.scale, scores, mixed);
+                let head = kv_head * group + g;
+                let query = &q[t * spec.q.n_out + head * spec.key_dim..][..spec.key_dim];
+                let attention =
+                    Attention { positions: positions.clone(), scale: spec.scale, sink: sinks.map(|s| s[head]) };
+                cache.attend(c.kernels, kv_head, &attention, query, scores, mixed);
             }
         });
         if spec.gated {
@@ -111,7 +117,7 @@ pub(super) fn run(
     let Some(acts) = &mut s.acts else { unreachable!("reserved at load") };
     acts.fill(c.kernels, n, spec.o.n_in, mixed, needs_quants(weights.ty(spec.o.weight)));
     matmul_all(c.pool, c.kernels, &[MatJob::new(weights.linear(&spec.o), acts.view(), out)]);
-    add_bias(out, weights.opt_vector(spec.o.bias));
+    add_bias(out, weights.bias(&spec.o));
 }
 
 /// Moves the gates that follow each head out of rows of `width` values, and the heads together at the rows' beginnings.

@@ -3,6 +3,7 @@
 use crate::kernels::Kernels;
 use crate::model::shape::ModelShape;
 use half::f16;
+use std::ops::Range;
 
 /// How the cache stores a value.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -70,10 +71,16 @@ impl Rows {
         }
     }
 
-    /// `dots[i] = scale · query · row i` for the first `n` rows of a head.
-    fn dots(&self, kernels: Kernels, head: usize, n: usize, query: &[f32], scale: f32, dots: &mut Vec<f32>) {
-        let at = head * self.context * self.dim;
-        let range = at..at + n * self.dim;
+    /// Where some positions of a head are.
+    fn range(&self, head: usize, positions: Range<usize>) -> Range<usize> {
+        let at = head * self.context;
+        (at + positions.start) * self.dim..(at + positions.end) * self.dim
+    }
+
+    /// `dots[i] = scale · query · row i` for the asked rows of a head.
+    fn dots(&self, kernels: Kernels, head: usize, asked: &Attention, query: &[f32], dots: &mut Vec<f32>) {
+        let range = self.range(head, asked.positions.clone());
+        let scale = asked.scale;
         dots.clear();
         match &self.data {
             Data::F16(data) => {
@@ -85,10 +92,9 @@ impl Rows {
         }
     }
 
-    /// `out = Σ weights[i] · row i` over the first rows of a head.
-    fn mix(&self, kernels: Kernels, head: usize, weights: &[f32], out: &mut [f32]) {
-        let at = head * self.context * self.dim;
-        let range = at..at + weights.len() * self.dim;
+    /// `out = Σ weights[i] · row i` over the asked rows of a head.
+    fn mix(&self, kernels: Kernels, head: usize, positions: Range<usize>, weights: &[f32], out: &mut [f32]) {
+        let range = self.range(head, positions);
         out.fill(0.0);
         match &self.data {
             Data::F16(data) => {
@@ -103,6 +109,16 @@ impl Rows {
             }
         }
     }
+}
+
+/// What one query attends to.
+pub(super) struct Attention {
+    /// Past positions, its own included.
+    pub positions: Range<usize>,
+    /// Factor on the scores.
+    pub scale: f32,
+    /// A score beside those of the positions, which has no value: it takes its share of the weights away.
+    pub sink: Option<f32>,
 }
 
 /// One layer's cache.
@@ -125,21 +141,21 @@ impl LayerCache {
         self.values.store(kernels, position, values);
     }
 
-    /// Attention of one query over positions `0..n` of a key and value head; `scores` is scratch, `out` is
-    /// `[value_dim]`.
+    /// Attention of one query to a key and value head; `scores` is scratch, `out` is `[value_dim]`.
     pub(super) fn attend(
         &self,
         kernels: Kernels,
         head: usize,
-        n: usize,
+        asked: &Attention,
         query: &[f32],
-        scale: f32,
         scores: &mut Vec<f32>,
         out: &mut [f32],
     ) {
-        self.keys.dots(kernels, head, n, query, scale, scores);
+        self.keys.dots(kernels, head, asked, query, scores);
+        scores.extend(asked.sink);
         kernels.softmax(scores);
-        self.values.mix(kernels, head, scores, out);
+        scores.truncate(asked.positions.len());
+        self.values.mix(kernels, head, asked.positions.clone(), scores, out);
     }
 
     /// Bytes held.

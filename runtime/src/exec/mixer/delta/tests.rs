@@ -178,7 +178,7 @@ impl Layer {
         };
         let mut linear = |n_in: usize, values: &[f32]| {
             let n_out = values.len() / n_in;
-            Linear { weight: add(&[n_in, n_out], values), bias: None, n_out, n_in }
+            Linear { weight: add(&[n_in, n_out], values), bias: None, n_out, n_in, first_row: 0 }
         };
         let (input, rates) = if fused {
             (

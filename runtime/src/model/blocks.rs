@@ -1,0 +1,314 @@
+//! The parts that nearly all architectures share: sizes, attention, routed experts.
+
+use super::ModelError;
+use super::source::Source;
+use super::spec::{
+    Activation, GateUp, Gating, GqaSpec, LayerSpec, Linear, Mixer, ModelSpec, MoeSpec, NormSpan, RopeKind, SharedSpec,
+};
+
+/// Sizes that every architecture states in the same keys.
+pub(super) struct Common {
+    /// Layers, without trailing prediction blocks.
+    pub n_layer: usize,
+    pub hidden: usize,
+    pub context: usize,
+    pub norm_eps: f32,
+}
+
+impl Common {
+    pub(super) fn read(s: &Source<'_>) -> Result<Self, ModelError> {
+        let n_block = s.dim("block_count")?;
+        if n_block > 4096 {
+            return Err(s.bad("block_count", format!("{n_block} layers; expected at most 4096")));
+        }
+        // Blocks at the end that predict tokens further ahead are counted, but are no part of the network proper.
+        let ahead = s.opt_count("nextn_predict_layers")? as usize;
+        let Some(n_layer) = n_block.checked_sub(ahead).filter(|n| *n > 0) else {
+            return Err(s.bad("nextn_predict_layers", format!("{ahead} of {n_block} blocks leave no layer")));
+        };
+        Ok(Self {
+            n_layer,
+            hidden: s.dim("embedding_length")?,
+            context: s.dim("context_length")?,
+            norm_eps: s.norm_eps()?,
+        })
+    }
+
+    /// Wraps layers into a model with the embedding, the last norm and the head (tied where the file has none).
+    pub(super) fn model(self, s: &Source<'_>, layers: Vec<LayerSpec>) -> Result<ModelSpec, ModelError> {
+        let (embedding, n_vocab) = s.embedding(self.hidden)?;
+        Ok(ModelSpec {
+            arch: s.arch().to_string(),
+            hidden: self.hidden,
+            n_vocab,
+            context: self.context,
+            norm_eps: self.norm_eps,
+            embedding,
+            output_norm: s.vector("output_norm.weight", self.hidden)?,
+            output: s.opt_tensor("output.weight", &[self.hidden, n_vocab])?.unwrap_or(embedding),
+            layers,
+        })
+    }
+}
+
+/// Grouped-query attention; see [`gqa_spec`].
+pub(super) fn gqa(
+    s: &Source<'_>,
+    layer: usize,
+    hidden: usize,
+    heads: (usize, usize),
+    rope_kind: RopeKind,
+    qk_norm: Option<NormSpan>,
+) -> Result<Mixer, ModelError> {
+    gqa_spec(s, layer, hidden, heads, rope_kind, qk_norm).map(Mixer::Gqa)
+}
+
+/// Grouped-query attention with query, key and value tensors apart or as one, each with a bias where there is one.
+pub(super) fn gqa_spec(
+    s: &Source<'_>,
+    layer: usize,
+    hidden: usize,
+    heads: (usize, usize),
+    rope_kind: RopeKind,
+    qk_norm: Option<NormSpan>,
+) -> Result<GqaSpec, ModelError> {
+    let (n_head, n_head_kv) = heads;
+    if !n_head.is_multiple_of(n_head_kv) {
+        let what = format!("{n_head_kv} does not divide the {n_head} query heads");
+        return Err(s.bad("attention.head_count_kv", what));
+    }
+    let key_dim = s.opt_dim("attention.key_length")?.unwrap_or(hidden / n_head);
+    let value_dim = s.opt_dim("attention.value_length")?.unwrap_or(hidden / n_head);
+    if key_dim == 0 || value_dim == 0 {
+        return Err(s.bad("attention.head_count", format!("{n_head} heads leave no width of {hidden} to each")));
+    }
+    let p = format!("blk.{layer}");
+    let qk_norm = match qk_norm {
+        None => None,
+        Some(span) => {
+            let (q_len, k_len) = match span {
+                NormSpan::Head => (key_dim, key_dim),
+                NormSpan::Full => (n_head * key_dim, n_head_kv * key_dim),
+            };
+            let q = s.vector(&format!("{p}.attn_q_norm.weight"), q_len)?;
+            Some((q, s.vector(&format!("{p}.attn_k_norm.weight"), k_len)?, span))
+        }
+    };
+    let [q, k, v] = qkv(s, &p, hidden, [n_head * key_dim, n_head_kv * key_dim, n_head_kv * value_dim])?;
+    // A scale of zero stands for the usual one.
+    let scale = Some(s.f32_or("attention.scale", 0.0)?).filter(|scale| *scale != 0.0);
+    Ok(GqaSpec {
+        n_head,
+        n_head_kv,
+        key_dim,
+        value_dim,
+        scale: scale.unwrap_or(1.0 / (key_dim as f32).sqrt()),
+        rope: s.rope(rope_kind, key_dim)?,
+        qk_norm,
+        gated: false,
+        q,
+        k,
+        v,
+        o: s.linear(&format!("{p}.attn_output"), n_head * value_dim, hidden)?,
+        sinks: None,
+        window: None,
+    })
+}
+
+/// The matrices of queries, keys and values: three tensors, or one with their rows in this order.
+pub(super) fn qkv(s: &Source<'_>, prefix: &str, hidden: usize, rows: [usize; 3]) -> Result<[Linear; 3], ModelError> {
+    let names = ["attn_q", "attn_k", "attn_v"];
+    let fused_name = format!("{prefix}.attn_qkv");
+    if !s.has_tensor(&format!("{fused_name}.weight")) {
+        let [q, k, v] = names.map(|name| format!("{prefix}.{name}"));
+        return Ok([s.linear(&q, hidden, rows[0])?, s.linear(&k, hidden, rows[1])?, s.linear(&v, hidden, rows[2])?]);
+    }
+    let fused = s.linear(&fused_name, hidden, rows.iter().sum())?;
+    // A fused weight may have its biases apart; they count only where all three are there.
+    let mut apart = [None; 3];
+    if fused.bias.is_none() {
+        for ((bias, name), n_out) in apart.iter_mut().zip(names).zip(rows) {
+            *bias = s.opt_vector(&format!("{prefix}.{name}.bias"), n_out)?;
+        }
+        if apart.contains(&None) {
+            apart = [None; 3];
+        }
+    }
+    let mut first_row = 0;
+    Ok([0, 1, 2].map(|i| {
+        let part = Linear { bias: fused.bias.or(apart[i]), n_out: rows[i], first_row, ..fused };
+        first_row += rows[i];
+        part
+    }))
+}
+
+/// Query heads and key/value heads of every layer.
+pub(super) fn heads(s: &Source<'_>, n_layer: usize) -> Result<Vec<(usize, usize)>, ModelError> {
+    let q = s.dim_per_layer("attention.head_count", n_layer)?;
+    let kv =
+        if s.has("attention.head_count_kv") { s.dim_per_layer("attention.head_count_kv", n_layer)? } else { q.clone() };
+    Ok(q.into_iter().zip(kv).collect())
+}
+
+/// A property of an architecture's routing: the same in every file, or a key of the file.
+pub(super) enum Setting<T> {
+    /// The key is not read: files carry it with other meanings or by accident.
+    Always(T),
+    /// The key's value, or this where the file has none.
+    Default(T),
+}
+
+/// How the routed experts of an architecture differ from others'.
+pub(super) struct MoeOptions {
+    /// Width inside a routed expert.
+    pub expert_ffn: usize,
+    /// `expert_gating_func`.
+    pub gating: Setting<Gating>,
+    /// `expert_weights_norm`.
+    pub normalize: Setting<bool>,
+    /// `expert_weights_scale`; zero stands for 1.
+    pub scale: Setting<f32>,
+    /// Between an expert's products.
+    pub activation: Activation,
+    /// The shared expert.
+    pub shared: Option<Shared>,
+}
+
+/// A shared expert's size and kind.
+pub(super) struct Shared {
+    /// Width inside.
+    pub ffn: usize,
+    /// Whether a sigmoid gate scales its result.
+    pub gated: bool,
+}
+
+impl MoeOptions {
+    /// Softmax over all experts, no scale, nothing shared.
+    pub(super) fn softmax(expert_ffn: usize, normalize: bool) -> Self {
+        Self {
+            expert_ffn,
+            gating: Setting::Always(Gating::Softmax),
+            normalize: Setting::Always(normalize),
+            scale: Setting::Always(1.0),
+            activation: Activation::Silu,
+            shared: None,
+        }
+    }
+}
+
+/// The routed experts of a layer. Biases, a selection bias, expert groups and a fused gate and up are taken as the file
+/// has them.
+pub(super) fn moe(s: &Source<'_>, layer: usize, hidden: usize, options: &MoeOptions) -> Result<MoeSpec, ModelError> {
+    let n_expert = s.dim("expert_count")?;
+    if n_expert > 65_535 {
+        return Err(s.bad("expert_count", format!("{n_expert}; expected at most 65535")));
+    }
+    let used = s.dim_per_layer("expert_used_count", layer + 1)?;
+    let n_used = used[layer];
+    if n_used > n_expert {
+        return Err(s.bad("expert_used_count", format!("{n_used} of {n_expert} experts")));
+    }
+    if let Some(other) = used.iter().find(|n| **n != n_used) {
+        let what = format!("{other} and {n_used} experts in different layers; supported: the same in every layer");
+        return Err(s.bad("expert_used_count", what));
+    }
+    let width = options.expert_ffn;
+    let p = format!("blk.{layer}");
+    let stacked = |name: &str, n_in, n_out| s.expert_linear(&format!("{p}.{name}"), n_in, n_out, n_expert);
+    let gate_up = if s.has_tensor(&format!("{p}.ffn_gate_up_exps.weight")) {
+        GateUp::Fused(stacked("ffn_gate_up_exps", hidden, 2 * width)?)
+    } else {
+        GateUp::Split { gate: stacked("ffn_gate_exps", hidden, width)?, up: stacked("ffn_up_exps", hidden, width)? }
+    };
+    Ok(MoeSpec {
+        router: s.linear(&format!("{p}.ffn_gate_inp"), hidden, n_expert)?,
+        selection_bias: s.opt_vector(&format!("{p}.exp_probs_b.bias"), n_expert)?,
+        gating: gating(s, &options.gating)?,
+        n_expert,
+        n_used,
+        groups: groups(s, n_expert, n_used)?,
+        normalize: match options.normalize {
+            Setting::Always(normalize) => normalize,
+            Setting::Default(normalize) => s.bool_or("expert_weights_norm", normalize)?,
+        },
+        scale: match options.scale {
+            Setting::Always(scale) => scale,
+            Setting::Default(scale) => {
+                Some(s.f32_or("expert_weights_scale", scale)?).filter(|s| *s != 0.0).unwrap_or(1.0)
+            }
+        },
+        expert_ffn: width,
+        activation: options.activation,
+        gate_up,
+        down: stacked("ffn_down_exps", width, hidden)?,
+        shared: options.shared.as_ref().map(|shared| shared_expert(s, layer, hidden, shared)).transpose()?,
+    })
+}
+
+fn gating(s: &Source<'_>, setting: &Setting<Gating>) -> Result<Gating, ModelError> {
+    let default = match setting {
+        Setting::Always(gating) => return Ok(*gating),
+        Setting::Default(gating) => *gating,
+    };
+    let name = "expert_gating_func";
+    match s.opt_count(name)? {
+        0 => Ok(default),
+        1 => Ok(Gating::Softmax),
+        2 => Ok(Gating::Sigmoid),
+        3 => Ok(Gating::SoftmaxChosen),
+        4 => Ok(Gating::SqrtSoftplus),
+        other => Err(s.bad(name, format!("{other} is not supported; supported: 1 to 4"))),
+    }
+}
+
+/// Groups of experts and how many of them are kept, where a file groups them.
+fn groups(s: &Source<'_>, n_expert: usize, n_used: usize) -> Result<Option<(usize, usize)>, ModelError> {
+    let n_group = s.opt_count("expert_group_count")? as usize;
+    if n_group < 2 {
+        return Ok(None);
+    }
+    if !n_expert.is_multiple_of(n_group) || n_expert / n_group < 2 {
+        let what = format!("{n_group} groups of {n_expert} experts; expected a divisor that leaves at least 2 to each");
+        return Err(s.bad("expert_group_count", what));
+    }
+    let name = "expert_group_used_count";
+    let n_kept = s.dim(name)?;
+    if n_kept > n_group || n_kept * (n_expert / n_group) < n_used {
+        let what = format!("{n_kept} of {n_group} groups; a token uses {n_used} of {n_expert} experts");
+        return Err(s.bad(name, what));
+    }
+    Ok((n_kept < n_group).then_some((n_group, n_kept)))
+}
+
+fn shared_expert(s: &Source<'_>, layer: usize, hidden: usize, shared: &Shared) -> Result<SharedSpec, ModelError> {
+    let gate =
+        if shared.gated { Some(s.vector(&format!("blk.{layer}.ffn_gate_inp_shexp.weight"), hidden)?) } else { None };
+    Ok(SharedSpec { ffn: s.named_ffn(layer, "_shexp", hidden, shared.ffn)?, gate })
+}
+
+/// Width inside the routed experts by layer, in the key that is theirs, or in `feed_forward_length` shared out among the
+/// experts that a token uses.
+pub(super) fn expert_widths(s: &Source<'_>, n_layer: usize) -> Result<Vec<usize>, ModelError> {
+    let name = "expert_feed_forward_length";
+    if s.has(name) {
+        return s.dim_per_layer(name, n_layer);
+    }
+    let used = s.dim_per_layer("expert_used_count", n_layer)?;
+    let all = s.dim_per_layer("feed_forward_length", n_layer)?;
+    let widths: Vec<usize> = all.iter().zip(used).map(|(ffn, used)| ffn / used).collect();
+    if widths.contains(&0) {
+        return Err(s.bad(name, "is missing, and feed_forward_length leaves no width to an expert"));
+    }
+    Ok(widths)
+}
+
+/// Width of `expert_shared_count` experts of `expert_ffn` as one, or `None` where there are none.
+pub(super) fn shared_by_count(s: &Source<'_>, expert_ffn: usize) -> Result<Option<usize>, ModelError> {
+    let name = "expert_shared_count";
+    match s.opt_count(name)? {
+        0 => Ok(None),
+        // Far more than any model has; with it the product is in range.
+        n if n <= 1024 => Ok(Some(n as usize * expert_ffn)),
+        n => Err(s.bad(name, format!("{n}; expected at most 1024"))),
+    }
+}
