@@ -158,10 +158,41 @@ impl ThreadPool {
     }
 }
 
+impl ThreadPool {
+    /// Cuts `a` and `b` each into `n` slices of equal length and runs `work(index, slice of a, slice of b)` on each pair.
+    ///
+    /// # Panics
+    /// When `n` does not divide both lengths.
+    pub fn for_each_pair<F>(&self, n: usize, a: &mut [f32], b: &mut [f32], work: F)
+    where
+        F: Fn(usize, &mut [f32], &mut [f32]) + Sync,
+    {
+        if n == 0 {
+            return;
+        }
+        assert!(a.len().is_multiple_of(n) && b.len().is_multiple_of(n), "equal slices");
+        let (a_len, b_len) = (a.len() / n, b.len() / n);
+        let (a, b) = (Base(a.as_mut_ptr()), Base(b.as_mut_ptr()));
+        self.for_each_chunk(n, 1, |range| {
+            for index in range {
+                // SAFETY: indices are handed out once and are below `n`, so the ranges are disjoint parts of `a` and of
+                // `b`, which are borrowed for the whole call.
+                let (a, b) = unsafe {
+                    (
+                        std::slice::from_raw_parts_mut(a.at(index * a_len), a_len),
+                        std::slice::from_raw_parts_mut(b.at(index * b_len), b_len),
+                    )
+                };
+                work(index, a, b);
+            }
+        });
+    }
+}
+
 /// Start of a buffer that threads write disjoint parts of.
 struct Base(*mut f32);
 
-// SAFETY: used in `for_each_slice` only, for disjoint parts.
+// SAFETY: used in `for_each_slice` and `for_each_pair` only, for disjoint parts.
 unsafe impl Sync for Base {}
 
 impl Base {
@@ -262,6 +293,22 @@ mod tests {
                 });
                 assert!(hits.iter().all(|h| h.load(Ordering::Relaxed) == 1));
             }
+        }
+    }
+
+    #[test]
+    fn every_pair_of_slices_once() {
+        for threads in [1, 4] {
+            let pool = ThreadPool::new(threads);
+            let (mut a, mut b) = (vec![0.0f32; 3 * 50], vec![0.0f32; 2 * 50]);
+            pool.for_each_pair(50, &mut a, &mut b, |i, a, b| {
+                a.iter_mut().for_each(|v| *v += i as f32);
+                b.iter_mut().for_each(|v| *v += 2.0 * i as f32);
+            });
+            assert!(a.iter().enumerate().all(|(i, v)| *v == (i / 3) as f32));
+            assert!(b.iter().enumerate().all(|(i, v)| *v == 2.0 * (i / 2) as f32));
+            pool.for_each_pair(5, &mut a, &mut [], |_, a, b| assert_eq!((a.len(), b.len()), (30, 0)));
+            pool.for_each_pair(0, &mut a, &mut b, |_, _, _| unreachable!("no slices"));
         }
     }
 

@@ -86,6 +86,9 @@ fn print_text(
         );
     }
     println!("key and value cache: {} a token of context (16-bit)", show_bytes(shape.kv_bytes_per_token));
+    if shape.state_bytes > 0 {
+        println!("recurrent state: {}, whatever the length of the context", show_bytes(shape.state_bytes));
+    }
     println!();
     println!("{:<20} {:>12} {:>7} {:>18}", "group", "bytes", "share", "read a token");
     let total = shape.weight_bytes();
@@ -127,6 +130,7 @@ fn print_json(
         "weight_bytes": shape.weight_bytes(),
         "token_bytes": shape.token_bytes(),
         "kv_bytes_per_token": shape.kv_bytes_per_token,
+        "state_bytes": shape.state_bytes,
         "n_layer": shape.n_layer,
         "hidden": shape.hidden,
         "n_vocab": shape.n_vocab,

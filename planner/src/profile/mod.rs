@@ -280,6 +280,7 @@ pub(crate) mod tests {
             n_vocab: 1,
             context: 1,
             kv_bytes_per_token: 1,
+            state_bytes: 0,
             dense: Vec::new(),
             experts: vec![experts],
         }

@@ -127,7 +127,7 @@ impl Room {
         let largest = shape.experts.iter().map(|e| e.expert_bytes).max().unwrap_or(0);
         let used = shape.experts.iter().map(|e| (e.n_used + STAGING_SPARE).min(e.n_expert)).max().unwrap_or(0);
         let staging_experts = if in_place { 0 } else { used };
-        let kv_bytes = u64::from(inputs.context).saturating_mul(shape.kv_bytes_per_token);
+        let kv_bytes = shape.context_bytes(inputs.context);
         let mut room = Room {
             left_bytes: inputs.budgets.clone(),
             budget_bytes: inputs.budgets.clone(),

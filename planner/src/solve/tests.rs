@@ -57,6 +57,7 @@ fn shape(n_layer: u32, n_expert: u32, n_used: u32, expert_bytes: u64) -> ModelSh
         n_vocab: 100,
         context: 4096,
         kv_bytes_per_token: 10,
+        state_bytes: 0,
         dense: groups,
         experts: (0..n_layer)
             .map(|layer| ExpertShape { layer, n_expert, n_used, expert_bytes, expert_macs: expert_bytes })
@@ -358,5 +359,24 @@ fn everything_in_fast_memory_is_optimal() -> Result<()> {
     assert_eq!(solved.plan.solver.status, "optimal");
     let expected = 20e-6 + 4.0 * 3e-6 + shape.token_bytes() as f64 / 20e9;
     assert!((solved.plan.solver.objective_s - expected).abs() < 1e-12);
+    Ok(())
+}
+
+#[test]
+fn recurrent_state_has_its_room_whatever_the_context() -> Result<()> {
+    let (mut shape, profile, machine, budgets) = larger();
+    shape.state_bytes = 123_456;
+    for context in [1, 2000] {
+        let inputs =
+            Inputs { shape: &shape, profile: Some(&profile), machine: &machine, budgets: budgets.clone(), context };
+        let evidence = Evidence::new(&shape, Some(&profile))?;
+        let plan = solve_all(&inputs, &options())?.plan;
+        let kv_bytes: u64 = plan.tiers.iter().map(|t| t.kv_bytes).sum();
+        assert_eq!(kv_bytes, 10 * u64::from(context) + 123_456);
+        assert_eq!(check::check(&plan, &shape, &evidence), Vec::<String>::new());
+        shape.state_bytes += 1;
+        assert!(!check::check(&plan, &shape, &evidence).is_empty());
+        shape.state_bytes -= 1;
+    }
     Ok(())
 }

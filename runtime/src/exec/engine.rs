@@ -204,9 +204,23 @@ impl Engine {
         self.context = self.context.min(context as usize);
     }
 
-    /// Forgets all tokens but the first `n`.
-    pub fn truncate(&mut self, n: usize) {
-        self.n_past = self.n_past.min(n);
+    /// Forgets all tokens but the first `n`; with fewer than that in the context, nothing.
+    ///
+    /// # Errors
+    /// When a layer keeps one recurrent state of all past tokens, and `n` is neither 0 nor all of them; nothing is
+    /// forgotten then.
+    pub fn truncate(&mut self, n: usize) -> Result<(), RunError> {
+        if n >= self.n_past {
+            return Ok(());
+        }
+        if n > 0 && !self.states.iter().all(MixerState::can_rewind) {
+            return Err(RunError::CannotRewind { n_past: self.n_past, wanted: n });
+        }
+        if n == 0 {
+            self.states.iter_mut().for_each(MixerState::reset);
+        }
+        self.n_past = n;
+        Ok(())
     }
 
     /// What the tokens of the last [`forward`](Self::forward) chose.

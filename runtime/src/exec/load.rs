@@ -262,11 +262,11 @@ fn check(shape: &ModelShape, plan: &Placement, kv_type: KvType) -> Result<(), Lo
             return Err(bad(format!("tier '{name}' says {said} bytes of {line}, but they take {is}")));
         }
     }
-    let kv = kv_type.bytes(shape.kv_bytes_per_token.saturating_mul(u64::from(plan.context)));
+    let kv = kv_type.context_bytes(shape, plan.context);
     let reserved = plan.tiers.get(plan.kv_tier).map_or(0, |t| t.kv_bytes);
     if reserved < kv {
         return Err(bad(format!(
-            "it has {reserved} bytes for the key and value cache, but {} tokens of context take {kv}",
+            "it has {reserved} bytes for the key and value cache and recurrent state, but {} tokens of context take {kv}",
             plan.context
         )));
     }

@@ -48,6 +48,17 @@ pub enum RunError {
         /// Vocabulary size.
         n_vocab: usize,
     },
+    /// A layer's state cannot go back.
+    #[error(
+        "the context of {n_past} tokens cannot be cut to {wanted}: this model has layers that remember past tokens in one \
+         recurrent state; start again from 0"
+    )]
+    CannotRewind {
+        /// Tokens in the context.
+        n_past: usize,
+        /// Tokens that should be left.
+        wanted: usize,
+    },
     /// An earlier read failed in the middle of a layer.
     #[error("an earlier read error left this engine without some of its experts; load the model again")]
     Broken,

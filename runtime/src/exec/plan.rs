@@ -25,7 +25,7 @@ pub fn obvious(shape: &ModelShape, context: u32, kv_type: KvType) -> Placement {
         dense_bytes: shape.dense.iter().map(|d| d.bytes).sum(),
         pinned_bytes: 0,
         slot_bytes: 0,
-        kv_bytes: kv_type.bytes(shape.kv_bytes_per_token.saturating_mul(u64::from(context))),
+        kv_bytes: kv_type.context_bytes(shape, context),
         staging_bytes: 0,
         home_bytes,
     };

@@ -14,7 +14,15 @@ pub(super) struct RopeTable {
 impl RopeTable {
     /// `factors` divide the frequencies, `[dims / 2]`.
     pub(super) fn new(spec: &RopeSpec, factors: Option<&[f32]>) -> Self {
-        Self { spec: spec.clone(), frequencies: frequencies(spec, factors), rotations: Vec::new() }
+        let mut frequencies = frequencies(spec, factors);
+        if let Some(sections) = &spec.sections {
+            for (pair, frequency) in frequencies.iter_mut().enumerate() {
+                if !rotates_in_text(sections, pair) {
+                    *frequency = 0.0;
+                }
+            }
+        }
+        Self { spec: spec.clone(), frequencies, rotations: Vec::new() }
     }
 
     pub(super) fn is_for(&self, spec: &RopeSpec) -> bool {
@@ -59,6 +67,14 @@ impl RopeTable {
     }
 }
 
+/// Whether a pair belongs to one of the axes that text moves along. The axes take turns pair by pair until they have
+/// their pairs; the rest is the fourth's. The whole row of sections repeats when there are more pairs.
+fn rotates_in_text(sections: &[u32; 4], pair: usize) -> bool {
+    let total: u64 = sections.iter().map(|s| u64::from(*s)).sum();
+    let at = if total == 0 { pair as u64 } else { pair as u64 % total };
+    at < 3 * u64::from(sections[(at % 3) as usize])
+}
+
 /// Frequencies `base^(-2i/dims)` after scaling.
 fn frequencies(spec: &RopeSpec, factors: Option<&[f32]>) -> Vec<f32> {
     let half = spec.dims / 2;
@@ -92,7 +108,7 @@ mod tests {
     use super::*;
 
     fn spec(kind: RopeKind, dims: usize, scaling: RopeScaling) -> RopeSpec {
-        RopeSpec { kind, dims, base: 10_000.0, scaling, magnitude: 1.0, freq_factors: None }
+        RopeSpec { kind, dims, base: 10_000.0, scaling, magnitude: 1.0, freq_factors: None, sections: None }
     }
 
     #[test]
@@ -112,6 +128,17 @@ mod tests {
             let norm = |r: &[f32]| r.iter().map(|v| v * v).sum::<f32>();
             assert!((norm(&at2) - norm(&row)).abs() < 1e-3);
         }
+    }
+
+    #[test]
+    fn pairs_of_the_fourth_axis_rest_in_text() {
+        let rotating =
+            |sections: [u32; 4], pairs| (0..pairs).map(|p| rotates_in_text(&sections, p)).collect::<Vec<_>>();
+        assert_eq!(rotating([2, 1, 1, 0], 4), [true; 4]);
+        assert_eq!(rotating([11, 11, 10, 0], 32), [true; 32]);
+        // Five pairs in turn; the heights and widths are used up when their turn comes again.
+        assert_eq!(rotating([3, 1, 1, 0], 5), [true, true, true, true, false]);
+        assert_eq!(rotating([1, 1, 1, 1], 6), [true, true, true, false, true, true]);
     }
 
     #[test]

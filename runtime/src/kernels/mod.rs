@@ -15,8 +15,10 @@
 //! F32, F16 and BF16 weights are multiplied with the activations as they are.
 
 mod activations;
-mod matmul;
+#[macro_use]
 mod ops;
+mod delta;
+mod matmul;
 pub mod pooled;
 mod scalar;
 #[cfg(test)]
@@ -26,6 +28,7 @@ mod weights;
 mod x86;
 
 pub use activations::{ActView, Activations};
+pub use delta::{DeltaStep, MAX_CONV_TAPS, delta_columns};
 pub use weights::{OutMatrix, Weights, needs_quants};
 
 use std::fmt;

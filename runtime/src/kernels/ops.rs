@@ -160,7 +160,7 @@ impl Kernels {
 const LANES: usize = 32;
 
 #[inline(always)]
-fn fma<const FUSED: bool>(a: f32, b: f32, c: f32) -> f32 {
+pub(super) fn fma<const FUSED: bool>(a: f32, b: f32, c: f32) -> f32 {
     if FUSED { a.mul_add(b, c) } else { a * b + c }
 }
 
@@ -212,7 +212,7 @@ fn rms_norm<const FUSED: bool>(x: &[f32], weight: &[f32], eps: f32, out: &mut [f
 
 /// `e^x`. The range is reduced to `|r| <= ln(2) / 2`, where seven terms of the series are exact to 1e-8.
 #[inline(always)]
-fn exp<const FUSED: bool>(x: f32) -> f32 {
+pub(super) fn exp<const FUSED: bool>(x: f32) -> f32 {
     const ROUND: f32 = 12_582_912.0;
     // ln(2) in two parts, the first short enough for its product with a small whole number to be exact.
     const LN2_HIGH: f32 = 0.693_359_4;

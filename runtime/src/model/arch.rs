@@ -2,12 +2,12 @@
 
 use super::source::Source;
 use super::spec::ModelSpec;
-use super::{ModelError, deepseek2, glm4moe, gpt_oss, llama, minimax_m2, olmoe, qwen2moe, qwen3};
+use super::{ModelError, deepseek2, glm4moe, gpt_oss, llama, minimax_m2, olmoe, qwen2moe, qwen3, qwen3next};
 use crate::gguf::Gguf;
 
 type Describe = fn(&Source<'_>) -> Result<ModelSpec, ModelError>;
 
-const ARCHITECTURES: [(&str, Describe); 9] = [
+const ARCHITECTURES: [(&str, Describe); 11] = [
     ("deepseek2", deepseek2::describe),
     ("glm4moe", glm4moe::describe),
     ("gpt-oss", gpt_oss::describe),
@@ -16,7 +16,9 @@ const ARCHITECTURES: [(&str, Describe); 9] = [
     ("olmoe", olmoe::describe),
     ("qwen2moe", qwen2moe::describe),
     ("qwen3", qwen3::describe),
+    ("qwen35moe", qwen3next::describe),
     ("qwen3moe", qwen3::describe),
+    ("qwen3next", qwen3next::describe),
 ];
 
 /// Names of the architectures that can run.

@@ -105,6 +105,7 @@ pub(super) fn gqa_spec(
         scale: scale.unwrap_or(1.0 / (key_dim as f32).sqrt()),
         rope: s.rope(rope_kind, key_dim)?,
         qk_norm,
+        gated: false,
         q,
         k,
         v,
@@ -115,7 +116,7 @@ pub(super) fn gqa_spec(
 }
 
 /// The matrices of queries, keys and values: three tensors, or one with their rows in this order.
-fn qkv(s: &Source<'_>, prefix: &str, hidden: usize, rows: [usize; 3]) -> Result<[Linear; 3], ModelError> {
+pub(super) fn qkv(s: &Source<'_>, prefix: &str, hidden: usize, rows: [usize; 3]) -> Result<[Linear; 3], ModelError> {
     let names = ["attn_q", "attn_k", "attn_v"];
     let fused_name = format!("{prefix}.attn_qkv");
     if !s.has_tensor(&format!("{fused_name}.weight")) {

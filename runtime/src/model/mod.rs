@@ -13,6 +13,7 @@ mod minimax_m2;
 mod olmoe;
 mod qwen2moe;
 mod qwen3;
+mod qwen3next;
 pub mod shape;
 mod source;
 pub mod spec;

@@ -28,7 +28,7 @@ pub(super) fn describe(s: &Source<'_>) -> Result<ModelSpec, ModelError> {
 }
 
 /// Width inside the shared expert by layer: that of a dense block unless the file has a key for it.
-fn shared_widths(s: &Source<'_>, n_layer: usize) -> Result<Vec<usize>, ModelError> {
+pub(super) fn shared_widths(s: &Source<'_>, n_layer: usize) -> Result<Vec<usize>, ModelError> {
     match s.opt_count("expert_shared_feed_forward_length")? {
         0 => s.dim_per_layer("feed_forward_length", n_layer),
         _ => Ok(vec![s.dim("expert_shared_feed_forward_length")?; n_layer]),

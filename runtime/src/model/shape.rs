@@ -68,6 +68,8 @@ pub struct ModelShape {
     pub context: u32,
     /// Bytes of key and value cache that one token of context takes, over all layers.
     pub kv_bytes_per_token: u64,
+    /// Bytes of recurrent state, over all layers, whatever the length of the context.
+    pub state_bytes: u64,
     /// Every dense group once.
     pub dense: Vec<DenseShape>,
     /// Every layer with routed experts once, ascending.
@@ -75,6 +77,11 @@ pub struct ModelShape {
 }
 
 impl ModelShape {
+    /// Bytes that a context of this many tokens takes: keys and values as 16-bit floats, and recurrent state.
+    pub fn context_bytes(&self, tokens: u32) -> u64 {
+        self.kv_bytes_per_token.saturating_mul(u64::from(tokens)).saturating_add(self.state_bytes)
+    }
+
     /// Bytes of all weights.
     pub fn weight_bytes(&self) -> u64 {
         let dense: u64 = self.dense.iter().map(|d| d.bytes).sum();
@@ -129,6 +136,7 @@ pub fn shape_of(gguf: &Gguf, spec: &ModelSpec) -> ModelShape {
         n_vocab: spec.n_vocab as u32,
         context: spec.context as u32,
         kv_bytes_per_token: spec.layers.iter().map(|l| l.mixer.cache_values_per_token() as u64 * 2).sum(),
+        state_bytes: spec.layers.iter().map(|l| l.mixer.state_bytes()).sum(),
         dense,
         experts,
     }

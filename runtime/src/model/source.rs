@@ -56,6 +56,47 @@ impl<'a> Source<'a> {
         values.into_iter().map(|v| self.check_dim(name, v)).collect()
     }
 
+    /// A count that may be given once or per layer, and may be 0.
+    pub(super) fn counts_per_layer(&self, name: &str, n_layer: usize) -> Result<Vec<u32>, ModelError> {
+        Ok(self.gguf.u32_per_layer(&self.key(name), n_layer as u32)?)
+    }
+
+    /// Truth values, one a layer (or more: of trailing prediction blocks too), or one for all.
+    pub(super) fn opt_flags(&self, name: &str, n_layer: usize) -> Result<Option<Vec<bool>>, ModelError> {
+        let key = self.key(name);
+        let flags = match self.gguf.get(&key) {
+            None => return Ok(None),
+            Some(Value::Bool(one)) => vec![*one; n_layer],
+            Some(Value::Array(ArrayValue::Bool(flags))) => flags.iter().copied().take(n_layer).collect(),
+            Some(_) => self.counts_per_layer(name, n_layer)?.into_iter().map(|flag| flag != 0).collect(),
+        };
+        if flags.len() == n_layer {
+            return Ok(Some(flags));
+        }
+        Err(self.bad(name, format!("{} values; expected one for each of {n_layer} layers", flags.len())))
+    }
+
+    /// Pairs of rotated values that each of four axes has; missing axes have none.
+    pub(super) fn opt_sections(&self, name: &str) -> Result<Option<[u32; 4]>, ModelError> {
+        let Some(found) = self.gguf.opt_u32_array(&self.key(name))? else { return Ok(None) };
+        let mut sections = [0; 4];
+        let fits = found.len() <= sections.len() && found.iter().all(|s| *s <= MAX_DIM) && found.iter().any(|s| *s > 0);
+        if !fits {
+            return Err(self.bad(name, format!("{found:?}; expected up to four counts, not all of them 0")));
+        }
+        sections[..found.len()].copy_from_slice(&found);
+        Ok(Some(sections))
+    }
+
+    /// The dimension, if it is from 1 to `max`.
+    pub(super) fn in_bounds(&self, name: &str, value: usize, max: usize) -> Result<usize, ModelError> {
+        if (1..=max).contains(&value) {
+            Ok(value)
+        } else {
+            Err(self.bad(name, format!("{value} is out of range (1 to {max})")))
+        }
+    }
+
     pub(super) fn bool_or(&self, name: &str, default: bool) -> Result<bool, ModelError> {
         Ok(self.gguf.opt_bool(&self.key(name))?.unwrap_or(default))
     }
@@ -109,7 +150,12 @@ impl<'a> Source<'a> {
 
     /// A vector of parameters: `len` floating-point values.
     pub(super) fn vector(&self, name: &str, len: usize) -> Result<TensorId, ModelError> {
-        let id = self.tensor(name, &[len])?;
+        self.parameters(name, &[len])
+    }
+
+    /// Floating-point parameters of a shape (fastest axis first).
+    pub(super) fn parameters(&self, name: &str, dims: &[usize]) -> Result<TensorId, ModelError> {
+        let id = self.tensor(name, dims)?;
         self.check_float(id)?;
         Ok(id)
     }
@@ -213,6 +259,7 @@ impl<'a> Source<'a> {
             scaling,
             magnitude: self.f32_or("rope.scaling.attn_factor", 1.0)? * sharpened,
             freq_factors: self.opt_vector("rope_freqs.weight", dims / 2)?,
+            sections: None,
         })
     }
 

@@ -51,6 +51,8 @@ pub enum Mixer {
     Gqa(GqaSpec),
     /// Attention whose keys and values are kept compressed.
     Mla(MlaSpec),
+    /// A recurrence with a state of fixed size: the gated delta net.
+    Delta(DeltaSpec),
 }
 
 /// A matrix and its optional bias.
@@ -94,7 +96,10 @@ pub struct GqaSpec {
     pub rope: RopeSpec,
     /// Norms of queries and keys before rotation.
     pub qk_norm: Option<(TensorId, TensorId, NormSpan)>,
-    /// `[n_head * key_dim, hidden]`.
+    /// Each query head is followed by a gate of the same width in the rows of `q`: the head's result is multiplied by
+    /// the sigmoid of it. `value_dim` is then `key_dim`.
+    pub gated: bool,
+    /// `[n_head * key_dim, hidden]`, twice as many rows when gated.
     pub q: Linear,
     /// `[n_head_kv * key_dim, hidden]`.
     pub k: Linear,
@@ -170,6 +175,98 @@ impl Temperature {
     }
 }
 
+/// Gated delta net (arXiv 2412.06464): each value head keeps a matrix `S` `[head_dim, head_dim]`, and a token with
+/// query `q`, key `k` and value `v` makes it `S' = decay · S + beta · k (v - decay · kᵀ S)ᵀ` and reads `qᵀ S'`.
+///
+/// Queries, keys and values pass a causal convolution of each channel over the last tokens first, so a layer also
+/// remembers the inputs of that.
+#[derive(Debug, Clone)]
+pub struct DeltaSpec {
+    /// Query heads, and as many key heads.
+    pub n_key_head: usize,
+    /// Value heads; a multiple of `n_key_head`.
+    pub n_value_head: usize,
+    /// Width of every head.
+    pub head_dim: usize,
+    /// Tokens that the convolution sees, its own included.
+    pub conv_taps: usize,
+    /// Which value heads a key head serves.
+    pub sharing: KeySharing,
+    /// Queries, keys, values and output gates.
+    pub input: DeltaInput,
+    /// Decay and strength of the update.
+    pub rates: DeltaRates,
+    /// `[channels, conv_taps]`, oldest tap first; channels are query heads, key heads, value heads.
+    pub conv: TensorId,
+    /// Added to the decay's input, `[n_value_head]`.
+    pub dt_bias: TensorId,
+    /// Factor in the exponent of the decay, `[n_value_head]`; negative.
+    pub decay: TensorId,
+    /// Norm of every head's result, `[head_dim]`.
+    pub norm: TensorId,
+    /// `[hidden, n_value_head * head_dim]`.
+    pub out: Linear,
+}
+
+/// Which value heads a key head serves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KeySharing {
+    /// Neighbours: with two value heads a key head, key head 0 serves 0 and 1.
+    Grouped,
+    /// In turn: with two key heads, key head 0 serves 0, 2, 4, …
+    Cyclic,
+}
+
+/// Where a delta net's heads come from.
+#[derive(Debug, Clone, Copy)]
+pub enum DeltaInput {
+    /// Two matrices.
+    Split {
+        /// Query heads, key heads, value heads.
+        qkv: Linear,
+        /// Output gates, in the order of the value heads.
+        gate: Linear,
+    },
+    /// One matrix; for each key head its query, its key, the values and the gates of the value heads it serves. Goes
+    /// with [`KeySharing::Grouped`] only.
+    ByKeyHead(Linear),
+}
+
+/// Where a delta net's decay and update strength come from.
+#[derive(Debug, Clone, Copy)]
+pub enum DeltaRates {
+    /// `[n_value_head, hidden]` each.
+    Split {
+        /// Strength.
+        beta: Linear,
+        /// Decay.
+        alpha: Linear,
+    },
+    /// One matrix; for each key head the strengths, then the decays of the value heads it serves. Goes with
+    /// [`KeySharing::Grouped`] only.
+    ByKeyHead(Linear),
+}
+
+impl DeltaSpec {
+    /// Channels that are convolved.
+    pub fn channels(&self) -> usize {
+        (2 * self.n_key_head + self.n_value_head) * self.head_dim
+    }
+
+    /// Values that the layer remembers of a context of any length: the inputs of the convolution and the matrices.
+    pub fn state_values(&self) -> usize {
+        (self.conv_taps - 1) * self.channels() + self.n_value_head * self.head_dim * self.head_dim
+    }
+
+    /// The key head that serves a value head.
+    pub fn key_head(&self, value_head: usize) -> usize {
+        match self.sharing {
+            KeySharing::Grouped => value_head / (self.n_value_head / self.n_key_head),
+            KeySharing::Cyclic => value_head % self.n_key_head,
+        }
+    }
+}
+
 /// Which values rotate together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RopeKind {
@@ -194,6 +291,9 @@ pub struct RopeSpec {
     pub magnitude: f32,
     /// Divisors of the frequencies, `[dims / 2]`.
     pub freq_factors: Option<TensorId>,
+    /// Pairs of each axis where positions have time, height, width and one axis more. Text is at the same place on
+    /// the first three and at 0 on the fourth, so that pairs of the fourth don't rotate.
+    pub sections: Option<[u32; 4]>,
 }
 
 /// Extension of the context by rotary scaling.
@@ -392,6 +492,18 @@ impl Mixer {
                 }
                 tensors.vectors.push(a.kv_norm);
             }
+            Mixer::Delta(d) => {
+                match &d.input {
+                    DeltaInput::Split { qkv, gate } => tensors.linears([qkv, gate]),
+                    DeltaInput::ByKeyHead(all) => tensors.linears([all]),
+                }
+                match &d.rates {
+                    DeltaRates::Split { beta, alpha } => tensors.linears([beta, alpha]),
+                    DeltaRates::ByKeyHead(all) => tensors.linears([all]),
+                }
+                tensors.linears([&d.out]);
+                tensors.vectors.extend([d.conv, d.dt_bias, d.decay, d.norm]);
+            }
         }
         tensors
     }
@@ -401,6 +513,7 @@ impl Mixer {
         match self {
             Mixer::Gqa(a) => Some(&a.rope),
             Mixer::Mla(a) => Some(&a.rope),
+            Mixer::Delta(_) => None,
         }
     }
 
@@ -409,6 +522,15 @@ impl Mixer {
         match self {
             Mixer::Gqa(a) => a.n_head_kv * (a.key_dim + a.value_dim),
             Mixer::Mla(a) => a.kv_rank + a.rope.dims,
+            Mixer::Delta(_) => 0,
+        }
+    }
+
+    /// Bytes that the layer remembers besides, whatever the length of the context.
+    pub fn state_bytes(&self) -> u64 {
+        match self {
+            Mixer::Gqa(_) | Mixer::Mla(_) => 0,
+            Mixer::Delta(d) => d.state_values() as u64 * size_of::<f32>() as u64,
         }
     }
 }

@@ -1,6 +1,7 @@
 //! Keys and values of past tokens.
 
 use crate::kernels::Kernels;
+use crate::model::shape::ModelShape;
 use half::f16;
 use std::ops::Range;
 
@@ -21,6 +22,13 @@ impl KvType {
             KvType::F16 => f16_bytes,
             KvType::F32 => f16_bytes.saturating_mul(2),
         }
+    }
+
+    /// Bytes that a context of this many tokens takes: keys and values stored so, and recurrent state, which is always
+    /// of 32-bit floats.
+    pub fn context_bytes(self, shape: &ModelShape, tokens: u32) -> u64 {
+        let cache = shape.kv_bytes_per_token.saturating_mul(u64::from(tokens));
+        self.bytes(cache).saturating_add(shape.state_bytes)
     }
 }
 

@@ -1,5 +1,6 @@
 //! What mixes tokens: one file a kind, each with its state of past tokens, its buffers and its pass.
 
+mod delta;
 mod gqa;
 mod kv_cache;
 mod latent_cache;
@@ -12,6 +13,7 @@ use super::rope::RopeTable;
 use super::weights::DenseWeights;
 use crate::kernels::ActView;
 use crate::model::spec::Mixer;
+use delta::{DeltaScratch, DeltaState};
 use gqa::GqaScratch;
 use kv_cache::LayerCache;
 use latent_cache::LatentCache;
@@ -21,6 +23,7 @@ use mla::MlaScratch;
 pub(super) enum MixerState {
     Gqa(LayerCache),
     Mla(LatentCache),
+    Delta(DeltaState),
 }
 
 impl MixerState {
@@ -29,6 +32,7 @@ impl MixerState {
         match mixer {
             Mixer::Gqa(a) => Self::Gqa(LayerCache::new(kv_type, a.n_head_kv, a.key_dim, a.value_dim, context)),
             Mixer::Mla(a) => Self::Mla(LatentCache::new(kv_type, context, a.kv_rank, a.rope.dims)),
+            Mixer::Delta(d) => Self::Delta(DeltaState::new(d)),
         }
     }
 
@@ -37,6 +41,24 @@ impl MixerState {
         match self {
             Self::Gqa(cache) => cache.bytes(),
             Self::Mla(cache) => cache.bytes(),
+            Self::Delta(state) => state.bytes(),
+        }
+    }
+
+    /// Whether it can go back to what it was after fewer tokens; otherwise only to the beginning.
+    pub(super) fn can_rewind(&self) -> bool {
+        match self {
+            Self::Gqa(_) | Self::Mla(_) => true,
+            Self::Delta(_) => false,
+        }
+    }
+
+    /// Forgets all tokens.
+    pub(super) fn reset(&mut self) {
+        match self {
+            // Rows are written before they are read.
+            Self::Gqa(_) | Self::Mla(_) => {}
+            Self::Delta(state) => state.reset(),
         }
     }
 }
@@ -46,6 +68,7 @@ impl MixerState {
 pub(super) struct MixerScratch {
     gqa: GqaScratch,
     mla: MlaScratch,
+    delta: DeltaScratch,
 }
 
 impl MixerScratch {
@@ -54,6 +77,7 @@ impl MixerScratch {
         match mixer {
             Mixer::Gqa(a) => self.gqa.reserve(rows, a),
             Mixer::Mla(a) => self.mla.reserve(rows, a),
+            Mixer::Delta(d) => self.delta.reserve(rows, d),
         }
     }
 }
@@ -87,6 +111,9 @@ pub(super) fn mix(
         (Mixer::Mla(spec), MixerState::Mla(cache)) => {
             mla::run(c, weights, spec, input, cache, &mut scratch.mla, out);
         }
-        _ => unreachable!("the state of a layer is made for its mixer"),
+        (Mixer::Delta(spec), MixerState::Delta(state)) => {
+            delta::run(c, weights, spec, input, state, &mut scratch.delta, out);
+        }
+        _ => unreachable!("a layer's state is made for its mixer"),
     }
 }

@@ -140,6 +140,7 @@ fn layer(case: Case) -> Layer {
             scaling: RopeScaling::None,
             magnitude: MAGNITUDE,
             freq_factors: None,
+            sections: None,
         },
         q_down: case.low_rank_queries.then(|| (linear("q_down", HIDDEN, Q_RANK), id("q_norm"))),
         q: linear("q", q_in, N_HEAD * key_dim),

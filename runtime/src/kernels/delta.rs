@@ -1,0 +1,182 @@
+//! What gated delta-net layers compute beside matrix products: a short convolution and the recurrence itself.
+
+#[cfg(target_arch = "x86_64")]
+use super::Isa;
+use super::Kernels;
+use super::ops::{exp, fma};
+
+/// Taps that a convolution may have.
+pub const MAX_CONV_TAPS: usize = 16;
+
+/// Columns of a state that are worked on together, at most: with a few of these the sums of a column stay in registers.
+const MAX_COLUMNS: usize = 32;
+
+/// How many columns of a head's state are stored, and worked on, together: the largest part of the head that
+/// [`Kernels::delta_step`] takes.
+pub fn delta_columns(head_dim: usize) -> usize {
+    (1..=MAX_COLUMNS.min(head_dim)).rev().find(|c| head_dim.is_multiple_of(*c)).unwrap_or(1)
+}
+
+/// What one token does to some columns of a head's state.
+#[derive(Debug, Clone, Copy)]
+pub struct DeltaStep<'a> {
+    /// `[head_dim]`.
+    pub query: &'a [f32],
+    /// `[head_dim]`.
+    pub key: &'a [f32],
+    /// The value at those columns, `[columns]`.
+    pub value: &'a [f32],
+    /// Factor on the old state.
+    pub decay: f32,
+    /// Strength of the update.
+    pub beta: f32,
+}
+
+impl Kernels {
+    /// `state' = decay · state + beta · key (value - decay · keyᵀ state)ᵀ`, then `out = queryᵀ state'`.
+    ///
+    /// `state` is `[head_dim, columns]` and `out` `[columns]`; columns don't depend on each other.
+    ///
+    /// # Panics
+    /// When the lengths don't fit, or there are more columns than [`delta_columns`] can say.
+    pub fn delta_step(self, state: &mut [f32], step: &DeltaStep<'_>, out: &mut [f32]) {
+        let columns = out.len();
+        assert!((1..=MAX_COLUMNS).contains(&columns) && step.value.len() == columns, "columns of a delta step");
+        assert!(step.query.len() == step.key.len(), "widths of query and key");
+        assert_eq!(state.len(), step.key.len() * columns, "size of a delta state");
+        dispatch!(self, delta_step(state: &mut [f32], step: &DeltaStep<'_>, out: &mut [f32]))
+    }
+
+    /// `out[c] = silu(Σ_j weight[c, j] · rows[j][c])`; `rows` are consecutive tokens, the oldest first.
+    ///
+    /// # Panics
+    /// When the lengths don't fit, or there are no rows or more than [`MAX_CONV_TAPS`].
+    pub fn conv_silu(self, rows: &[&[f32]], weight: &[f32], out: &mut [f32]) {
+        assert!((1..=MAX_CONV_TAPS).contains(&rows.len()), "taps of a convolution");
+        assert!(rows.iter().all(|r| r.len() == out.len()), "channels of a convolution");
+        assert_eq!(weight.len(), rows.len() * out.len(), "size of a convolution's weights");
+        dispatch!(self, conv_silu(rows: &[&[f32]], weight: &[f32], out: &mut [f32]))
+    }
+}
+
+#[inline(always)]
+fn delta_step<const FUSED: bool>(state: &mut [f32], step: &DeltaStep<'_>, out: &mut [f32]) {
+    // The usual widths are known when this is compiled.
+    match out.len() {
+        32 => columns::<FUSED>(32, state, step, out),
+        16 => columns::<FUSED>(16, state, step, out),
+        n => columns::<FUSED>(n, state, step, out),
+    }
+}
+
+#[inline(always)]
+fn columns<const FUSED: bool>(n: usize, state: &mut [f32], step: &DeltaStep<'_>, out: &mut [f32]) {
+    let mut change = [0.0f32; MAX_COLUMNS];
+    for (row, k) in state.chunks_exact(n).zip(step.key) {
+        for c in 0..n {
+            change[c] = fma::<FUSED>(*k, row[c], change[c]);
+        }
+    }
+    for (change, v) in change.iter_mut().zip(step.value) {
+        *change = step.beta * fma::<FUSED>(-step.decay, *change, *v);
+    }
+    let mut sums = [0.0f32; MAX_COLUMNS];
+    for ((row, k), q) in state.chunks_exact_mut(n).zip(step.key).zip(step.query) {
+        for c in 0..n {
+            row[c] = fma::<FUSED>(*k, change[c], step.decay * row[c]);
+            sums[c] = fma::<FUSED>(*q, row[c], sums[c]);
+        }
+    }
+    out.copy_from_slice(&sums[..n]);
+}
+
+#[inline(always)]
+fn conv_silu<const FUSED: bool>(rows: &[&[f32]], weight: &[f32], out: &mut [f32]) {
+    if let ([a, b, c, d], (weight, [])) = (rows, weight.as_chunks::<4>()) {
+        let inputs = a.iter().zip(*b).zip(c.iter().zip(*d));
+        for ((out, w), ((a, b), (c, d))) in out.iter_mut().zip(weight).zip(inputs) {
+            let sum = fma::<FUSED>(w[3], *d, fma::<FUSED>(w[2], *c, fma::<FUSED>(w[1], *b, w[0] * a)));
+            *out = silu::<FUSED>(sum);
+        }
+        return;
+    }
+    for (channel, (out, weight)) in out.iter_mut().zip(weight.chunks_exact(rows.len())).enumerate() {
+        let mut sum = 0.0;
+        for (w, row) in weight.iter().zip(rows) {
+            sum = fma::<FUSED>(*w, row[channel], sum);
+        }
+        *out = silu::<FUSED>(sum);
+    }
+}
+
+#[inline(always)]
+fn silu<const FUSED: bool>(x: f32) -> f32 {
+    x / (1.0 + exp::<FUSED>(-x))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn numbers(n: usize, seed: u32) -> Vec<f32> {
+        let mut x = seed.wrapping_mul(2_654_435_761).wrapping_add(1);
+        let mut next = || {
+            x ^= x << 13;
+            x ^= x >> 17;
+            x ^= x << 5;
+            x as f32 / u32::MAX as f32 - 0.5
+        };
+        (0..n).map(|_| next()).collect()
+    }
+
+    #[test]
+    fn columns_divide_the_head() {
+        for (head_dim, expected) in [(128, 32), (64, 32), (16, 16), (24, 24), (48, 24), (37, 1), (1, 1), (100, 25)] {
+            assert_eq!(delta_columns(head_dim), expected, "{head_dim}");
+        }
+    }
+
+    #[test]
+    fn a_step_is_the_formula_on_every_instruction_set() {
+        for kernels in Kernels::available() {
+            for (dim, columns) in [(128, 32), (16, 16), (7, 7), (5, 1), (40, 20)] {
+                let (q, k, v) = (numbers(dim, 1), numbers(dim, 2), numbers(columns, 3));
+                let old = numbers(dim * columns, 4);
+                let (decay, beta) = (0.8, 0.6);
+                let mut state = old.clone();
+                let mut out = vec![f32::NAN; columns];
+                let step = DeltaStep { query: &q, key: &k, value: &v, decay, beta };
+                kernels.delta_step(&mut state, &step, &mut out);
+                for c in 0..columns {
+                    let at = |i: usize| f64::from(decay) * f64::from(old[i * columns + c]);
+                    let seen: f64 = (0..dim).map(|i| f64::from(k[i]) * at(i)).sum();
+                    let change = f64::from(beta) * (f64::from(v[c]) - seen);
+                    let mut sum = 0.0;
+                    for i in 0..dim {
+                        let new = at(i) + f64::from(k[i]) * change;
+                        assert!((f64::from(state[i * columns + c]) - new).abs() < 1e-5, "{kernels:?} {dim} {i} {c}");
+                        sum += f64::from(q[i]) * new;
+                    }
+                    assert!((f64::from(out[c]) - sum).abs() < 1e-5, "{kernels:?} {dim} {c}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_convolution_is_the_formula_on_every_instruction_set() {
+        for kernels in Kernels::available() {
+            for (taps, channels) in [(4, 128), (4, 5), (1, 16), (3, 33), (16, 8)] {
+                let rows: Vec<Vec<f32>> = (0..taps).map(|j| numbers(channels, 10 + j as u32)).collect();
+                let weight = numbers(channels * taps, 9);
+                let rows: Vec<&[f32]> = rows.iter().map(|r| r.as_slice()).collect();
+                let mut out = vec![f32::NAN; channels];
+                kernels.conv_silu(&rows, &weight, &mut out);
+                for c in 0..channels {
+                    let x: f64 = (0..taps).map(|j| f64::from(weight[c * taps + j]) * f64::from(rows[j][c])).sum();
+                    assert!((f64::from(out[c]) - x / (1.0 + (-x).exp())).abs() < 1e-6, "{kernels:?} {taps} {c}");
+                }
+            }
+        }
+    }
+}
