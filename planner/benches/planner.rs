@@ -32,6 +32,7 @@ fn shape(n_layer: u32, n_expert: u32, n_used: u32) -> ModelShape {
         n_vocab: 163_840,
         context: 131_072,
         kv_bytes_per_token: 70_000,
+        state_bytes: 0,
         dense: attention.collect(),
         experts: (0..n_layer)
             .map(|layer| ExpertShape { layer, n_expert, n_used, expert_bytes: 25 * MB, expert_macs: 44 * MB })
