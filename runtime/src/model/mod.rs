@@ -15,6 +15,8 @@ mod qwen3;
 pub mod shape;
 mod source;
 pub mod spec;
+#[cfg(test)]
+mod tests;
 
 pub use arch::{SUPPORTED, describe};
 pub use shape::shape_of_file;
