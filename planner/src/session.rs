@@ -78,14 +78,14 @@ impl Session {
                 plan
             }
             None => {
-                let spec = describe(&gguf).with_context(|| model.display().to_string())?;
+                let spec = describe(&gguf).map_err(|e| naming(model, e))?;
                 let shape = shape_of(&gguf, &spec);
                 let context = opening.context.unwrap_or(shape.context.min(DEFAULT_CONTEXT));
                 obvious(&shape, context, opening.kv_type)
             }
         };
         let loaded = Self::load(gguf, &plan, opening.threads, opening.kv_type);
-        let mut session = loaded.with_context(|| model.display().to_string())?;
+        let mut session = loaded.map_err(|e| naming(model, e))?;
         if let Some(context) = opening.context {
             session.engine.limit_context(context);
         }
@@ -137,6 +137,12 @@ impl Session {
         }
         lines
     }
+}
+
+/// Puts a file's name before an error that does not begin with it.
+pub fn naming(file: &Path, error: impl Into<anyhow::Error>) -> anyhow::Error {
+    let (error, name) = (error.into(), file.display().to_string());
+    if error.to_string().starts_with(&name) { error } else { error.context(name) }
 }
 
 fn check_threads(threads: Option<usize>) -> Result<()> {

@@ -79,7 +79,8 @@ fn try_plans(
     ensure!(args.tokens > 0, "--tokens 0 measures nothing; give 1 or more");
     ensure!(
         shortest > args.tokens,
-        "--tokens {} does not fit the context of {shortest} tokens that a plan was made for",
+        "--tokens {} does not fit the context of {shortest} tokens that a plan was made for; give fewer, or solve again with a \
+         larger --context",
         args.tokens
     );
     let prompt_tokens = SETTINGS.prompt_tokens.min(shortest - args.tokens);

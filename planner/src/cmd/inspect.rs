@@ -1,7 +1,8 @@
 //! `tier-plan inspect`: what a model file holds, without reading its weights.
 
 use crate::cli::InspectArgs;
-use anyhow::{Context, Result};
+use crate::session::naming;
+use anyhow::Result;
 use serde_json::json;
 use std::collections::BTreeMap;
 use tier_plan_runtime::gguf::Gguf;
@@ -19,7 +20,7 @@ struct TypeSum {
 /// Runs it.
 pub fn run(args: &InspectArgs) -> Result<()> {
     let gguf = Gguf::open(&args.model)?;
-    let spec = describe(&gguf).with_context(|| args.model.display().to_string())?;
+    let spec = describe(&gguf).map_err(|e| naming(&args.model, e))?;
     let shape = shape_of(&gguf, &spec);
     let mut types: BTreeMap<&str, TypeSum> = BTreeMap::new();
     for tensor in gguf.tensors() {

@@ -2,6 +2,7 @@
 
 use crate::cli::SolveArgs;
 use crate::profile::stats::{Skew, skews};
+use crate::session::naming;
 use crate::solve::{Inputs, Options, Solved, solve_all};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
@@ -19,7 +20,7 @@ pub fn run(args: &SolveArgs) -> Result<()> {
     ensure!(args.context > 0, "--context 0 holds no text; give 1 or more");
     let options = Options { strategy: args.strategy, time_limit_s: time_limit(args.time_limit)? };
     let budgets = budgets(args, &machine)?;
-    let shape = shape_of_file(&args.model).with_context(|| args.model.display().to_string())?;
+    let shape = shape_of_file(&args.model).map_err(|e| naming(&args.model, e))?;
     let profile = args.profile.as_deref().map(profile::read).transpose()?;
     if let (Some(profile), Some(path)) = (&profile, &args.profile) {
         profile.check_model(&shape.id, path)?;

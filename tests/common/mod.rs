@@ -1,0 +1,101 @@
+//! What whole-program tests share: the program, its files, and what every error must look like.
+#![allow(dead_code, reason = "each test program uses its own part")]
+
+use std::collections::BTreeSet;
+use std::ffi::OsStr;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+/// The root of the source.
+pub fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..").canonicalize().unwrap()
+}
+
+/// The bundled model.
+pub fn demo_model() -> PathBuf {
+    root().join("profiles/demo/demo.gguf")
+}
+
+/// The bundled machine of three emulated tiers.
+pub fn demo_machine() -> PathBuf {
+    root().join("profiles/machines/demo-emulated.toml")
+}
+
+/// The program, with no input and nothing of the caller's settings.
+pub fn tier_plan() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_tier-plan"));
+    command.stdin(Stdio::null()).env_remove("TIER_PLAN_ISA");
+    command
+}
+
+/// Runs the program in a folder.
+pub fn run_in<S: AsRef<OsStr>>(folder: &Path, args: &[S]) -> Output {
+    tier_plan().current_dir(folder).args(args).output().unwrap()
+}
+
+pub fn stdout(output: &Output) -> String {
+    String::from_utf8(output.stdout.clone()).unwrap()
+}
+
+pub fn stderr(output: &Output) -> String {
+    String::from_utf8(output.stderr.clone()).unwrap()
+}
+
+/// The run must have ended well, and printed nothing that only a terminal understands.
+pub fn succeeded(output: Output) -> Output {
+    let (out, err) = (stdout(&output), stderr(&output));
+    assert!(output.status.success(), "{:?}\n{out}{err}", output.status);
+    for text in [&out, &err] {
+        assert!(!text.contains(['\r', '\u{1b}', '\u{8}']), "progress in a pipe: {text:?}");
+        assert!(!text.contains("[="), "progress in a pipe: {text}");
+    }
+    output
+}
+
+pub fn json(output: Output) -> serde_json::Value {
+    serde_json::from_str(&stdout(&succeeded(output))).unwrap()
+}
+
+/// Every file and folder below a folder.
+pub fn listing(folder: &Path) -> BTreeSet<PathBuf> {
+    let mut found = BTreeSet::new();
+    let mut open = vec![folder.to_path_buf()];
+    while let Some(folder) = open.pop() {
+        for entry in fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                open.push(path.clone());
+            }
+            found.insert(path);
+        }
+    }
+    found
+}
+
+/// The program must refuse: exit code 1, one line `error: …` with all `words`, no cause twice, nothing written.
+/// Returns the line.
+pub fn refused<S: AsRef<OsStr>>(folder: &Path, args: &[S], words: &[&str]) -> String {
+    let before = listing(folder);
+    let output = run_in(folder, args);
+    let line = check_refusal(&output, words);
+    assert_eq!(listing(folder), before, "left something behind after: {line}");
+    line
+}
+
+/// See [`refused`].
+pub fn check_refusal(output: &Output, words: &[&str]) -> String {
+    let err = stderr(output);
+    assert_eq!(output.status.code(), Some(1), "{:?}\n{}{err}", output.status, stdout(output));
+    assert!(!err.contains("panicked") && !err.contains("RUST_BACKTRACE"), "{err}");
+    let lines: Vec<&str> = err.lines().filter(|l| l.contains("error:")).collect();
+    assert_eq!(lines.len(), 1, "expected one line `error: …`: {err}");
+    let line = lines[0];
+    assert!(line.starts_with("error: ") && err.trim_end().ends_with(line), "the error must be the last line: {err}");
+    for word in words {
+        assert!(line.contains(word), "expected {word:?} in {line:?}");
+    }
+    let causes: Vec<&str> = line.split(": ").collect();
+    assert!(!causes.windows(2).any(|pair| pair[0] == pair[1]), "a cause is printed twice: {line}");
+    line.to_string()
+}

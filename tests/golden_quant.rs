@@ -1,0 +1,119 @@
+//! One small model in several tensor types against golden logits, with every instruction set of this processor.
+
+mod common;
+
+use common::{root, stderr, stdout, succeeded, tier_plan};
+use std::fs;
+use std::process::Output;
+
+struct Golden {
+    n_vocab: usize,
+    tokens: Vec<u32>,
+    greedy: Vec<u32>,
+    logits: Vec<f32>,
+}
+
+fn floats(bytes: &[u8]) -> Vec<f32> {
+    bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
+}
+
+fn golden(name: &str) -> Golden {
+    let file = |extension: &str| root().join(format!("tests/data/quant/{name}.{extension}"));
+    let json: serde_json::Value = serde_json::from_slice(&fs::read(file("json")).unwrap()).unwrap();
+    let ids = |key: &str| json[key].as_array().unwrap().iter().map(|v| v.as_u64().unwrap() as u32).collect();
+    let n_vocab = json["n_vocab"].as_u64().unwrap() as usize;
+    Golden { n_vocab, tokens: ids("tokens"), greedy: ids("greedy"), logits: floats(&fs::read(file("logits")).unwrap()) }
+}
+
+/// `None` where this processor lacks the instruction set, and the program says so.
+fn on_isa(isa: &str, args: &[&str]) -> Option<Output> {
+    let output = tier_plan().current_dir(root()).env("TIER_PLAN_ISA", isa).args(args).output().unwrap();
+    if stderr(&output).contains("run on this processor") {
+        assert_ne!(isa, "scalar", "every processor runs the plain kernels");
+        common::check_refusal(&output, &["TIER_PLAN_ISA", isa, "scalar"]);
+        return None;
+    }
+    Some(succeeded(output))
+}
+
+fn nmse(found: &[f32], expected: &[f32]) -> f64 {
+    let squares = |values: &mut dyn Iterator<Item = f64>| values.map(|v| v * v).sum::<f64>();
+    let difference = squares(&mut found.iter().zip(expected).map(|(a, b)| f64::from(*a) - f64::from(*b)));
+    difference / squares(&mut expected.iter().map(|b| f64::from(*b)))
+}
+
+fn top(row: &[f32]) -> usize {
+    let best = row.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1));
+    best.unwrap().0
+}
+
+/// Checks one file on every instruction set; `bound` is of the NMSE.
+fn check(name: &str, bound: f64, same_greedy: bool) {
+    let golden = golden(name);
+    let folder = tempfile::tempdir().unwrap();
+    let output = folder.path().join("logits");
+    let model = format!("tests/data/quant/{name}.gguf");
+    let tokens: Vec<String> = golden.tokens.iter().map(u32::to_string).collect();
+    let tokens = tokens.join(",");
+    for isa in ["scalar", "avx2", "avx512"] {
+        let output_s = output.to_str().unwrap();
+        let args = ["logits", &model, "--tokens", &tokens, "-o", output_s, "--greedy", "16", "--threads", "2"];
+        let Some(ran) = on_isa(isa, &args) else { continue };
+        let found = floats(&fs::read(&output).unwrap());
+        assert_eq!(found.len(), golden.tokens.len() * golden.n_vocab, "{name} {isa}");
+        let error = nmse(&found, &golden.logits);
+        assert!(error <= bound, "{name} {isa}: NMSE {error:.2e}");
+        let rows = found.chunks_exact(golden.n_vocab).zip(golden.logits.chunks_exact(golden.n_vocab));
+        let agreed = rows.filter(|(a, b)| top(a) == top(b)).count() as f64 / golden.tokens.len() as f64;
+        assert!(agreed >= 0.9, "{name} {isa}: the likeliest token agrees in {agreed:.3} of the rows");
+        let greedy: Vec<u32> = serde_json::from_str(&stdout(&ran)).unwrap();
+        assert_eq!(greedy.len(), golden.greedy.len(), "{name} {isa}");
+        assert!(!same_greedy || greedy == golden.greedy, "{name} {isa}: {greedy:?}");
+    }
+}
+
+#[test]
+fn bf16() {
+    // Weights and activations as they are: only the order of sums differs.
+    check("BF16", 1e-9, true);
+}
+
+#[test]
+fn q8_0() {
+    check("Q8_0", 1e-2, false);
+}
+
+#[test]
+fn q4_0() {
+    check("Q4_0", 1e-2, false);
+}
+
+#[test]
+fn q5_0() {
+    check("Q5_0", 1e-2, false);
+}
+
+#[test]
+fn q4_k_m() {
+    check("Q4_K_M", 1e-2, false);
+}
+
+#[test]
+fn q5_k_m() {
+    check("Q5_K_M", 1e-2, false);
+}
+
+#[test]
+fn q6_k() {
+    check("Q6_K", 1e-2, false);
+}
+
+#[test]
+fn an_unknown_instruction_set_is_refused() {
+    let args = ["logits", "tests/data/quant/Q4_0.gguf", "--tokens", "1", "-o", "/dev/null"];
+    let output = tier_plan().current_dir(root()).env("TIER_PLAN_ISA", "sse9").args(args).output().unwrap();
+    common::check_refusal(&output, &["TIER_PLAN_ISA", "'sse9'", "scalar, avx2, avx512"]);
+    // Empty is as good as unset.
+    let output = tier_plan().current_dir(root()).env("TIER_PLAN_ISA", "").args(args).output().unwrap();
+    succeeded(output);
+}
