@@ -2,14 +2,19 @@
 
 use super::source::Source;
 use super::spec::ModelSpec;
-use super::{ModelError, deepseek2, llama, qwen3};
+use super::{ModelError, deepseek2, glm4moe, gpt_oss, llama, minimax_m2, olmoe, qwen2moe, qwen3};
 use crate::gguf::Gguf;
 
 type Describe = fn(&Source<'_>) -> Result<ModelSpec, ModelError>;
 
-const ARCHITECTURES: [(&str, Describe); 4] = [
+const ARCHITECTURES: [(&str, Describe); 9] = [
     ("deepseek2", deepseek2::describe),
+    ("glm4moe", glm4moe::describe),
+    ("gpt-oss", gpt_oss::describe),
     ("llama", llama::describe),
+    ("minimax-m2", minimax_m2::describe),
+    ("olmoe", olmoe::describe),
+    ("qwen2moe", qwen2moe::describe),
     ("qwen3", qwen3::describe),
     ("qwen3moe", qwen3::describe),
 ];

@@ -300,3 +300,14 @@ pub(super) fn expert_widths(s: &Source<'_>, n_layer: usize) -> Result<Vec<usize>
     }
     Ok(widths)
 }
+
+/// Width of `expert_shared_count` experts of `expert_ffn` as one, or `None` where there are none.
+pub(super) fn shared_by_count(s: &Source<'_>, expert_ffn: usize) -> Result<Option<usize>, ModelError> {
+    let name = "expert_shared_count";
+    match s.opt_count(name)? {
+        0 => Ok(None),
+        // Far more than any model has; with it the product is in range.
+        n if n <= 1024 => Ok(Some(n as usize * expert_ffn)),
+        n => Err(s.bad(name, format!("{n}; expected at most 1024"))),
+    }
+}

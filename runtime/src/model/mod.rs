@@ -6,11 +6,18 @@
 mod arch;
 mod blocks;
 mod deepseek2;
+mod glm4moe;
+mod gpt_oss;
 mod llama;
+mod minimax_m2;
+mod olmoe;
+mod qwen2moe;
 mod qwen3;
 pub mod shape;
 mod source;
 pub mod spec;
+#[cfg(test)]
+mod tests;
 
 pub use arch::{SUPPORTED, describe};
 pub use shape::shape_of_file;

@@ -2,7 +2,7 @@
 
 use super::ModelError;
 use super::spec::{ExpertLinear, GatedFfn, Linear, RopeKind, RopeScaling, RopeSpec, TensorId};
-use crate::gguf::Gguf;
+use crate::gguf::{ArrayValue, Gguf, Value};
 use crate::quant::TensorType;
 use std::collections::HashMap;
 
@@ -199,10 +199,7 @@ impl<'a> Source<'a> {
             let what = format!("{dims}; expected an even number up to the head's {head_dim}");
             return Err(self.bad("rope.dimension_count", what));
         }
-        let base = self.f32_or("rope.freq_base", 10_000.0)?;
-        if base <= 1.0 {
-            return Err(self.bad("rope.freq_base", format!("{base}; expected more than 1")));
-        }
+        let base = self.rope_base("rope.freq_base", 10_000.0)?;
         let scaling = self.rope_scaling()?;
         // YaRN's own factor, which makes attention over more tokens as sharp as over the original context.
         let sharpened = match scaling {
@@ -217,6 +214,45 @@ impl<'a> Source<'a> {
             magnitude: self.f32_or("rope.scaling.attn_factor", 1.0)? * sharpened,
             freq_factors: self.opt_vector("rope_freqs.weight", dims / 2)?,
         })
+    }
+
+    /// The base of a rotary embedding's frequencies.
+    pub(super) fn rope_base(&self, name: &str, default: f32) -> Result<f32, ModelError> {
+        let base = self.f32_or(name, default)?;
+        if base > 1.0 { Ok(base) } else { Err(self.bad(name, format!("{base}; expected more than 1"))) }
+    }
+
+    /// Refuses rotary sections that would turn text otherwise than by its position: those of pictures and films may be
+    /// there, since a text token has the same position in each.
+    pub(super) fn check_text_rope(&self) -> Result<(), ModelError> {
+        let name = "rope.dimension_sections";
+        let sections = self.gguf.opt_i32_array(&self.key(name))?.unwrap_or_default();
+        if sections.get(3).is_none_or(|extra| *extra == 0) {
+            Ok(())
+        } else {
+            Err(self.bad(name, format!("{sections:?}; supported: a fourth section of 0")))
+        }
+    }
+
+    /// Which layers have a sliding window: a flag a layer, or a period in which all layers but the last have one.
+    pub(super) fn windowed_layers(&self, n_layer: usize, period: u32) -> Result<Vec<bool>, ModelError> {
+        let name = "attention.sliding_window_pattern";
+        let key = self.key(name);
+        let period = match self.gguf.get(&key) {
+            Some(Value::Array(ArrayValue::Bool(flags))) if flags.len() >= n_layer => {
+                return Ok(flags[..n_layer].to_vec());
+            }
+            Some(Value::Array(ArrayValue::Bool(flags))) => {
+                return Err(self.bad(name, format!("{} flags for {n_layer} layers", flags.len())));
+            }
+            Some(Value::Array(_)) => {
+                let flags = self.gguf.u32_per_layer(&key, n_layer as u32)?;
+                return Ok(flags.into_iter().map(|flag| flag != 0).collect());
+            }
+            Some(_) => self.gguf.u32(&key)?,
+            None => period,
+        };
+        Ok((0..n_layer).map(|i| period == 0 || i as u32 % period < period - 1).collect())
     }
 
     fn rope_scaling(&self) -> Result<RopeScaling, ModelError> {
