@@ -11,8 +11,19 @@ use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::model::shape::{DenseKind, ModelShape};
 use tier_plan_runtime::model::shape_of_file;
 
-const FIXTURES: [&str; 9] =
-    ["glm4moe", "gpt-oss", "llama-dense", "minimax-m2", "mixtral", "olmoe", "qwen2moe", "qwen3-dense", "qwen3moe"];
+const FIXTURES: [&str; 11] = [
+    "deepseek-v3",
+    "glm4moe",
+    "gpt-oss",
+    "kimi-k2",
+    "llama-dense",
+    "minimax-m2",
+    "mixtral",
+    "olmoe",
+    "qwen2moe",
+    "qwen3-dense",
+    "qwen3moe",
+];
 
 /// Largest normalised mean squared error of the logits. Weights are 16-bit floats, so nothing is quantised: results
 /// are near 1e-12, and anything that is left out of the arithmetic is far above this.
@@ -243,7 +254,8 @@ fn shared_experts_and_biases_are_counted() {
         let total: u64 = gguf.tensors().iter().map(|t| t.n_bytes).sum();
         assert_eq!(shape.weight_bytes(), total, "{name}: bytes in groups and experts, and in the file");
         let shared = shape.dense.iter().filter(|d| d.kind == DenseKind::SharedExpert).count();
-        let expected = if matches!(name, "qwen2moe" | "glm4moe") { shape.experts.len() } else { 0 };
+        let expected =
+            if matches!(name, "deepseek-v3" | "glm4moe" | "kimi-k2" | "qwen2moe") { shape.experts.len() } else { 0 };
         assert_eq!(shared, expected, "{name}");
     }
 }

@@ -173,3 +173,6 @@ fn temperature(s: &Source<'_>) -> Result<Option<Temperature>, ModelError> {
     }
     Ok(Some(Temperature { scale, length: s.dim("attention.temperature_length")? }))
 }
+
+#[cfg(test)]
+mod tests;
