@@ -331,6 +331,14 @@ impl Loader<'_> {
         let mut n_pinned = 0;
         for (tier, experts) in &placed.pinned {
             for expert in experts {
+                self.done += bytes as u64;
+                n_pinned += 1;
+                progress(self.done, self.total);
+                if matches!(self.backings[*tier], Backing::Mapped) {
+                    // The only tier of its plan: pinned or not, an expert computes where it is mapped.
+                    self.resident[*tier] += bytes as u64;
+                    continue;
+                }
                 let mut piece = self.take(*tier, bytes)?;
                 let mut at = 0;
                 for extent in layer.extents(self.gguf, *expert as usize) {
@@ -338,9 +346,6 @@ impl Loader<'_> {
                     at += extent.len;
                 }
                 layer.pin(*expert as usize, *tier, piece);
-                self.done += bytes as u64;
-                n_pinned += 1;
-                progress(self.done, self.total);
             }
         }
         let slots = (0..placed.slots).map(|_| self.take(placed.slot_tier, bytes)).collect::<Result<_, _>>()?;

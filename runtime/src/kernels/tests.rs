@@ -285,6 +285,7 @@ fn nothing_past_the_end_is_read_or_written() {
             out.copy_from_slice(&values);
             k.softmax(out);
             k.silu_mul(out, &values);
+            k.clamped_swiglu(out, &values, 1.702, 7.0);
             k.rms_norm(&values, &[], 1e-6, out);
             let half = memory.last::<f16>(n);
             k.to_f16(out, half);
@@ -378,6 +379,17 @@ fn small_operations_match_plain_arithmetic() {
                 let g = f64::from(before[i]);
                 let want = g / (1.0 + (-g).exp()) * f64::from(b[i]);
                 close(gate[i], want, want.abs(), "silu_mul");
+            }
+
+            // The bound is inside the range of both inputs, so that each side of it is met.
+            let (alpha, limit) = (1.702, 1.5);
+            let mut gate = before.clone();
+            k.clamped_swiglu(&mut gate, &b, alpha, limit);
+            for i in 0..n {
+                let g = f64::from(before[i]).min(f64::from(limit));
+                let u = f64::from(b[i]).clamp(-f64::from(limit), f64::from(limit));
+                let want = g / (1.0 + (-f64::from(alpha) * g).exp()) * (u + 1.0);
+                close(gate[i], want, want.abs(), "clamped_swiglu");
             }
 
             let mut p: Vec<f32> = a.iter().map(|v| 3.0 * v).collect();

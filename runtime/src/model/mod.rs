@@ -16,6 +16,8 @@ mod qwen3next;
 pub mod shape;
 mod source;
 pub mod spec;
+#[cfg(test)]
+mod tests;
 
 pub use arch::{SUPPORTED, describe};
 pub use shape::shape_of_file;

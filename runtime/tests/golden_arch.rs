@@ -1,0 +1,235 @@
+//! Every architecture against golden values of another engine (`tests/data/arch/README.md`), under the plainest plan and
+//! under plans that spread the model over three tiers: the plan must not change a bit of the result.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use tier_plan_runtime::exec::plan::obvious;
+use tier_plan_runtime::exec::{Engine, KvType, LoadOptions, Wanted};
+use tier_plan_runtime::formats::machine::{Tier, TierKind};
+use tier_plan_runtime::formats::placement::{DensePlacement, LayerPlacement, Placement, PlanTier, SlotPolicy};
+use tier_plan_runtime::gguf::Gguf;
+use tier_plan_runtime::model::shape::{DenseKind, ModelShape};
+use tier_plan_runtime::model::shape_of_file;
+
+const FIXTURES: [&str; 9] =
+    ["glm4moe", "gpt-oss", "llama-dense", "minimax-m2", "mixtral", "olmoe", "qwen2moe", "qwen3-dense", "qwen3moe"];
+
+/// Largest normalised mean squared error of the logits. Weights are 16-bit floats, so nothing is quantised: results
+/// are near 1e-12, and anything that is left out of the arithmetic is far above this.
+const BOUND: f64 = 1e-5;
+
+struct Fixture {
+    path: PathBuf,
+    tokens: Vec<u32>,
+    greedy: Vec<u32>,
+    logits: Vec<f32>,
+    n_vocab: usize,
+}
+
+impl Fixture {
+    fn read(name: &str) -> Self {
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data/arch");
+        let json = std::fs::read(dir.join(format!("{name}.json"))).unwrap();
+        let json: serde_json::Value = serde_json::from_slice(&json).unwrap();
+        let ids = |key: &str| -> Vec<u32> { serde_json::from_value(json[key].clone()).unwrap() };
+        let bytes = std::fs::read(dir.join(format!("{name}.logits"))).unwrap();
+        let logits: Vec<f32> = bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
+        let n_vocab = json["n_vocab"].as_u64().unwrap() as usize;
+        let fixture = Self {
+            path: dir.join(format!("{name}.gguf")),
+            tokens: ids("tokens"),
+            greedy: ids("greedy"),
+            logits,
+            n_vocab,
+        };
+        assert_eq!(fixture.logits.len(), fixture.tokens.len() * n_vocab);
+        assert_eq!(fixture.greedy.len(), 16);
+        fixture
+    }
+
+    /// A context that fits the tokens and all that is decoded after them.
+    fn context(&self) -> u32 {
+        (self.tokens.len() + self.greedy.len()) as u32
+    }
+
+    fn nmse(&self, logits: &[f32]) -> f64 {
+        assert_eq!(logits.len(), self.logits.len());
+        let square = |x: f64| x * x;
+        let difference: f64 = logits.iter().zip(&self.logits).map(|(a, b)| square(f64::from(a - b))).sum();
+        difference / self.logits.iter().map(|b| square(f64::from(*b))).sum::<f64>()
+    }
+}
+
+fn engine(fixture: &Fixture, plan: &Placement, batch: usize) -> Engine {
+    let gguf = Arc::new(Gguf::open(&fixture.path).unwrap());
+    let options = LoadOptions { threads: Some(2), batch: Some(batch), kv_type: KvType::F32 };
+    Engine::load(gguf, plan, &options, &mut |_, _| {}).unwrap()
+}
+
+fn largest(logits: &[f32]) -> u32 {
+    (0..logits.len()).rev().max_by(|a, b| logits[*a].total_cmp(&logits[*b])).unwrap() as u32
+}
+
+/// Logits of the whole prompt, then of each token as it is decoded; and the decoded tokens.
+fn run(fixture: &Fixture, plan: &Placement, batch: usize) -> (Vec<f32>, Vec<f32>, Vec<u32>) {
+    let mut engine = engine(fixture, plan, batch);
+    let planned: Vec<u64> = plan.tiers.iter().map(PlanTier::used_bytes).collect();
+    assert_eq!(engine.resident_bytes(), planned, "{}: bytes resident and planned", plan.name);
+    let prompt = engine.forward(&fixture.tokens, Wanted::All).unwrap().to_vec();
+    let (mut decoded, mut tokens) = (Vec::new(), Vec::new());
+    let mut last = prompt[prompt.len() - fixture.n_vocab..].to_vec();
+    for _ in 0..fixture.greedy.len() {
+        tokens.push(largest(&last));
+        last = engine.forward(&tokens[tokens.len() - 1..], Wanted::Last).unwrap().to_vec();
+        decoded.extend_from_slice(&last);
+    }
+    (prompt, decoded, tokens)
+}
+
+/// How a test plan spreads a model.
+#[derive(Clone, Copy, Debug)]
+struct Spread {
+    /// Every so-manieth expert is pinned to the first tier, the one after it to the second; none at 0.
+    pin_every: u32,
+    /// Slots of a layer.
+    slots: u32,
+    slot_tier: usize,
+    /// Experts in staging beyond what a token may need.
+    extra_staging: u32,
+    slow: TierKind,
+}
+
+/// A plan over two tiers of memory and a slow one, all declared and fast enough not to be waited for.
+fn three_tiers(shape: &ModelShape, context: u32, spread: Spread) -> Placement {
+    let tier = |name: &str, kind| PlanTier {
+        tier: Tier {
+            name: name.into(),
+            kind,
+            capacity_bytes: u64::MAX,
+            read_gbps: 1e6,
+            latency_us: 0.0,
+            emulated: true,
+            source: "declared".into(),
+        },
+        budget_bytes: u64::MAX,
+        dense_bytes: 0,
+        pinned_bytes: 0,
+        slot_bytes: 0,
+        kv_bytes: 0,
+        staging_bytes: 0,
+        home_bytes: 0,
+    };
+    let mut plan = obvious(shape, context, KvType::F32);
+    plan.name = format!("{spread:?}");
+    plan.tiers = vec![tier("vram", TierKind::Vram), tier("dram", TierKind::Dram), tier("slow", spread.slow)];
+    plan.tiers[0].kv_bytes = KvType::F32.bytes(shape.kv_bytes_per_token * u64::from(context));
+    plan.dense.clear();
+    for (i, group) in shape.dense.iter().enumerate() {
+        let tier = if group.kind == DenseKind::Embedding { 2 } else { i % 2 };
+        plan.tiers[tier].dense_bytes += group.bytes;
+        plan.dense.push(DensePlacement { kind: group.kind, layer: group.layer, tier });
+    }
+    plan.layers.clear();
+    plan.staging_tier = 1;
+    for e in &shape.experts {
+        let nth = |offset: u32| -> Vec<u32> {
+            (0..e.n_expert).filter(|i| spread.pin_every > 0 && i % spread.pin_every == offset).collect()
+        };
+        let pinned: Vec<(usize, Vec<u32>)> = vec![(0, nth(0)), (1, nth(1))];
+        let n_pinned: u32 = pinned.iter().map(|(_, experts)| experts.len() as u32).sum();
+        for (tier, experts) in &pinned {
+            plan.tiers[*tier].pinned_bytes += experts.len() as u64 * e.expert_bytes;
+        }
+        plan.tiers[spread.slot_tier].slot_bytes += u64::from(spread.slots) * e.expert_bytes;
+        plan.tiers[2].home_bytes += u64::from(e.n_expert - n_pinned) * e.expert_bytes;
+        plan.staging_experts = plan.staging_experts.max(e.n_used + spread.extra_staging);
+        plan.layers.push(LayerPlacement {
+            layer: e.layer,
+            pinned,
+            slots: spread.slots,
+            slot_tier: spread.slot_tier,
+            policy: SlotPolicy::Lru,
+        });
+    }
+    if spread.slow == TierKind::Nvme {
+        let largest = shape.experts.iter().map(|e| e.expert_bytes).max().unwrap_or(0);
+        plan.tiers[1].staging_bytes = u64::from(plan.staging_experts) * largest;
+    }
+    for tier in &mut plan.tiers {
+        tier.budget_bytes = tier.used_bytes();
+    }
+    plan
+}
+
+#[test]
+fn logits_and_greedy_tokens_agree() {
+    for name in FIXTURES {
+        let fixture = Fixture::read(name);
+        let shape = shape_of_file(&fixture.path).unwrap();
+        let plan = obvious(&shape, fixture.context(), KvType::F32);
+        let (prompt, _, tokens) = run(&fixture, &plan, 512);
+        let error = fixture.nmse(&prompt);
+        assert!(error <= BOUND, "{name}: NMSE {error:e}");
+        assert_eq!(tokens, fixture.greedy, "{name}");
+    }
+}
+
+#[test]
+fn tokens_one_by_one_agree() {
+    for name in FIXTURES {
+        let fixture = Fixture::read(name);
+        let shape = shape_of_file(&fixture.path).unwrap();
+        let mut engine = engine(&fixture, &obvious(&shape, fixture.context(), KvType::F32), 512);
+        let mut logits = Vec::new();
+        for token in &fixture.tokens {
+            logits.extend_from_slice(engine.forward(&[*token], Wanted::Last).unwrap());
+        }
+        let error = fixture.nmse(&logits);
+        assert!(error <= BOUND, "{name}: NMSE {error:e}");
+    }
+}
+
+#[test]
+fn the_plan_does_not_change_a_bit() {
+    let spread =
+        |pin_every, slots, slot_tier, extra_staging, slow| Spread { pin_every, slots, slot_tier, extra_staging, slow };
+    let spreads = [
+        // Fewer slots than a token uses, more than that, none; nothing pinned, and all that can be.
+        spread(3, 1, 1, 0, TierKind::Nvme),
+        spread(4, 2, 0, 3, TierKind::Nvme),
+        spread(0, 5, 1, 1, TierKind::Nvme),
+        spread(0, 0, 0, 0, TierKind::Nvme),
+        spread(2, 0, 0, 0, TierKind::Nvme),
+        // A slow tier that is computed from in place.
+        spread(3, 0, 0, 0, TierKind::Pmem),
+    ];
+    for name in FIXTURES {
+        let fixture = Fixture::read(name);
+        let shape = shape_of_file(&fixture.path).unwrap();
+        // Batches that do not divide the prompt, so that slots carry over from one to the next.
+        let batch = 13;
+        let expected = run(&fixture, &obvious(&shape, fixture.context(), KvType::F32), batch);
+        assert!(fixture.nmse(&expected.0) <= BOUND, "{name}");
+        for spread in spreads {
+            let plan = three_tiers(&shape, fixture.context(), spread);
+            let found = run(&fixture, &plan, batch);
+            let same = |a: &[f32], b: &[f32]| a.iter().zip(b).all(|(a, b)| a.to_bits() == b.to_bits());
+            assert!(same(&found.0, &expected.0), "{name}: logits of the prompt, {}", plan.name);
+            assert!(same(&found.1, &expected.1), "{name}: logits while decoding, {}", plan.name);
+        }
+    }
+}
+
+#[test]
+fn shared_experts_and_biases_are_counted() {
+    for name in FIXTURES {
+        let fixture = Fixture::read(name);
+        let shape = shape_of_file(&fixture.path).unwrap();
+        let gguf = Gguf::open(&fixture.path).unwrap();
+        let total: u64 = gguf.tensors().iter().map(|t| t.n_bytes).sum();
+        assert_eq!(shape.weight_bytes(), total, "{name}: bytes in groups and experts, and in the file");
+        let shared = shape.dense.iter().filter(|d| d.kind == DenseKind::SharedExpert).count();
+        let expected = if matches!(name, "qwen2moe" | "glm4moe") { shape.experts.len() } else { 0 };
+        assert_eq!(shared, expected, "{name}");
+    }
+}
