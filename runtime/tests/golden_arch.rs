@@ -11,7 +11,7 @@ use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::model::shape::{DenseKind, ModelShape};
 use tier_plan_runtime::model::shape_of_file;
 
-const FIXTURES: [&str; 11] = [
+const FIXTURES: [&str; 13] = [
     "deepseek-v3",
     "glm4moe",
     "gpt-oss",
@@ -22,7 +22,9 @@ const FIXTURES: [&str; 11] = [
     "olmoe",
     "qwen2moe",
     "qwen3-dense",
+    "qwen35moe",
     "qwen3moe",
+    "qwen3next",
 ];
 
 /// Largest normalised mean squared error of the logits. Weights are 16-bit floats, so nothing is quantised: results
@@ -133,7 +135,7 @@ fn three_tiers(shape: &ModelShape, context: u32, spread: Spread) -> Placement {
     let mut plan = obvious(shape, context, KvType::F32);
     plan.name = format!("{spread:?}");
     plan.tiers = vec![tier("vram", TierKind::Vram), tier("dram", TierKind::Dram), tier("slow", spread.slow)];
-    plan.tiers[0].kv_bytes = KvType::F32.bytes(shape.kv_bytes_per_token * u64::from(context));
+    plan.tiers[0].kv_bytes = KvType::F32.context_bytes(shape, context);
     plan.dense.clear();
     for (i, group) in shape.dense.iter().enumerate() {
         let tier = if group.kind == DenseKind::Embedding { 2 } else { i % 2 };
