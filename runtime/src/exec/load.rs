@@ -164,7 +164,7 @@ fn check_context_fits(shape: &ModelShape, plan: &Placement, kv_type: KvType) -> 
     let context = plan.context;
     let bytes = kv_type.bytes(shape.kv_bytes_per_token.saturating_mul(u64::from(context)));
     match Arena::new("", bytes) {
-        Err(ArenaError::Map { source, .. }) => Err(LoadError::Context { context, bytes, r#source: source }),
+        Err(ArenaError::Map { source, .. }) => Err(LoadError::Context { context, bytes, r#source }),
         other => Ok(other.map(|_| ())?),
     }
 }

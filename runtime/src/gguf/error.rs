@@ -104,7 +104,7 @@ pub enum GgufError {
 
 impl GgufError {
     pub(super) fn io(path: &Path, source: std::io::Error) -> Self {
-        GgufError::Io { path: path.to_path_buf(), r#source: source }
+        GgufError::Io { path: path.to_path_buf(), r#source }
     }
 
     pub(super) fn damaged(path: &Path, what: impl Into<String>) -> Self {
