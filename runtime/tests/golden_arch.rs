@@ -232,6 +232,20 @@ fn the_plan_does_not_change_a_bit() {
 }
 
 #[test]
+fn pins_on_the_only_tier_change_nothing() {
+    let fixture = Fixture::read("gpt-oss");
+    let shape = shape_of_file(&fixture.path).unwrap();
+    let plain = obvious(&shape, fixture.context(), KvType::F32);
+    let mut pinned = plain.clone();
+    for (layer, e) in pinned.layers.iter_mut().zip(&shape.experts) {
+        layer.pinned = vec![(0, vec![1, 2])];
+        pinned.tiers[0].pinned_bytes += 2 * e.expert_bytes;
+        pinned.tiers[0].home_bytes -= 2 * e.expert_bytes;
+    }
+    assert_eq!(run(&fixture, &pinned, 512), run(&fixture, &plain, 512));
+}
+
+#[test]
 fn shared_experts_and_biases_are_counted() {
     for name in FIXTURES {
         let fixture = Fixture::read(name);

@@ -218,6 +218,7 @@ pub enum RopeScaling {
 
 /// A feed-forward block.
 #[derive(Debug, Clone)]
+#[allow(clippy::large_enum_variant, reason = "there is one a layer")]
 pub enum Ffn {
     /// `down(silu(gate x) · up x)`.
     Dense(GatedFfn),
