@@ -240,7 +240,8 @@ fn shared_experts_and_biases_are_counted() {
         let total: u64 = gguf.tensors().iter().map(|t| t.n_bytes).sum();
         assert_eq!(shape.weight_bytes(), total, "{name}: bytes in groups and experts, and in the file");
         let shared = shape.dense.iter().filter(|d| d.kind == DenseKind::SharedExpert).count();
-        let expected = if matches!(name, "qwen2moe" | "glm4moe") { shape.experts.len() } else { 0 };
+        let expected =
+            if matches!(name, "qwen2moe" | "qwen35moe" | "qwen3next" | "glm4moe") { shape.experts.len() } else { 0 };
         assert_eq!(shared, expected, "{name}");
     }
 }
