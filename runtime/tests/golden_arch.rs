@@ -256,8 +256,12 @@ fn shared_experts_and_biases_are_counted() {
         let total: u64 = gguf.tensors().iter().map(|t| t.n_bytes).sum();
         assert_eq!(shape.weight_bytes(), total, "{name}: bytes in groups and experts, and in the file");
         let shared = shape.dense.iter().filter(|d| d.kind == DenseKind::SharedExpert).count();
-        let expected =
-            if matches!(name, "deepseek-v3" | "glm4moe" | "kimi-k2" | "qwen2moe") { shape.experts.len() } else { 0 };
+        let expected = if matches!(name, "deepseek-v3" | "glm4moe" | "kimi-k2" | "qwen2moe" | "qwen35moe" | "qwen3next")
+        {
+            shape.experts.len()
+        } else {
+            0
+        };
         assert_eq!(shared, expected, "{name}");
     }
 }
