@@ -5,10 +5,12 @@
 #![forbid(unsafe_code)]
 
 pub mod bundled;
+pub mod chat;
 pub mod cli;
 pub mod cmd;
 pub mod cost;
 pub mod host;
+pub mod perplexity;
 pub mod print;
 pub mod profile;
 pub mod progress;
