@@ -31,6 +31,8 @@ pub enum Command {
     Bench(BenchArgs),
     /// Write the logits of given tokens, to check one engine against another
     Logits(LogitsArgs),
+    /// Measure how well the model predicts a text
+    Perplexity(PerplexityArgs),
     /// Turn text into token ids
     Tokenize(TokenizeArgs),
 }
@@ -85,6 +87,9 @@ pub struct ProfileArgs {
     /// Seed of the decoded text
     #[arg(long, default_value_t = 1)]
     pub seed: u64,
+    /// Split text with this pattern instead of the one that the file names
+    #[arg(long, value_name = "NAME")]
+    pub tokenizer_pre: Option<String>,
     /// Start again even if an unfinished profile is there
     #[arg(long)]
     pub restart: bool,
@@ -185,15 +190,27 @@ pub struct RunArgs {
     /// The plan; everything in main memory when not given
     #[arg(long)]
     pub plan: Option<PathBuf>,
-    /// The text to continue
+    /// The text to continue; without it and without --file a chat begins, on a terminal
     #[arg(short, long, conflicts_with = "file")]
     pub prompt: Option<String>,
     /// A file with the text to continue; `-` is standard input
     #[arg(short, long)]
     pub file: Option<PathBuf>,
-    /// Tokens to generate at most
-    #[arg(short = 'n', long, default_value_t = 128)]
-    pub tokens: u32,
+    /// Tokens to generate at most; 128, in a chat as many as fit, when not given
+    #[arg(short = 'n', long)]
+    pub tokens: Option<u32>,
+    /// Chat even where standard input is no terminal: every line is a message
+    #[arg(long, conflicts_with_all = ["prompt", "file", "json", "record"])]
+    pub chat: bool,
+    /// In a chat: what the model should know before it begins
+    #[arg(long, value_name = "TEXT", conflicts_with_all = ["prompt", "file"])]
+    pub system: Option<String>,
+    /// In a chat: a file with the Jinja template to use instead of the model's
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["prompt", "file"])]
+    pub chat_template: Option<PathBuf>,
+    /// Split text with this pattern instead of the one that the file names
+    #[arg(long, value_name = "NAME")]
+    pub tokenizer_pre: Option<String>,
     /// Sampling.
     #[command(flatten)]
     pub sampling: SamplingArgs,
@@ -293,6 +310,40 @@ pub struct LogitsArgs {
     pub threads: Option<usize>,
 }
 
+/// `perplexity`.
+#[derive(Debug, Args)]
+pub struct PerplexityArgs {
+    /// The GGUF file
+    pub model: PathBuf,
+    /// The text
+    #[arg(short, long, required_unless_present = "logits_base")]
+    pub file: Option<PathBuf>,
+    /// The plan; everything in main memory when not given
+    #[arg(long)]
+    pub plan: Option<PathBuf>,
+    /// Tokens of a window, of which the second half is scored; 512 when not given
+    #[arg(long)]
+    pub ctx: Option<u32>,
+    /// Windows at most
+    #[arg(long)]
+    pub windows: Option<u32>,
+    /// Write the log-probabilities of the whole vocabulary to this file, for others to be compared with
+    #[arg(long, value_name = "FILE", conflicts_with = "logits_base")]
+    pub save_logits_base: Option<PathBuf>,
+    /// Compare with the log-probabilities in this file, on its own text
+    #[arg(long, value_name = "FILE")]
+    pub logits_base: Option<PathBuf>,
+    /// Split text with this pattern instead of the one that the file names
+    #[arg(long, value_name = "NAME")]
+    pub tokenizer_pre: Option<String>,
+    /// Threads; the physical cores when not given
+    #[arg(long)]
+    pub threads: Option<usize>,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
 /// `tokenize`.
 #[derive(Debug, Args)]
 pub struct TokenizeArgs {
@@ -306,4 +357,7 @@ pub struct TokenizeArgs {
     /// Treat special tokens in the text as plain text, and add none
     #[arg(long)]
     pub no_special: bool,
+    /// Split text with this pattern instead of the one that the file names
+    #[arg(long, value_name = "NAME")]
+    pub tokenizer_pre: Option<String>,
 }

@@ -8,10 +8,12 @@
 pub mod print;
 
 pub mod bundled;
+pub mod chat;
 pub mod cli;
 pub mod cmd;
 pub mod cost;
 pub mod host;
+pub mod perplexity;
 pub mod profile;
 pub mod progress;
 pub mod replay;

@@ -20,6 +20,9 @@ const DEFAULT_CONTEXT: u32 = 4096;
 /// Set by Ctrl-C.
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
+/// Whether a message is being waited for, so that Ctrl-C has nothing to stop.
+static WAITING: AtomicBool = AtomicBool::new(false);
+
 /// From now on Ctrl-C is noted instead of ending the program; a second one ends it.
 pub fn catch_interrupts() {
     // Fails only if a handler is set already, and then that one serves.
@@ -27,12 +30,21 @@ pub fn catch_interrupts() {
         if INTERRUPTED.swap(true, Ordering::SeqCst) {
             std::process::exit(130);
         }
+        if WAITING.load(Ordering::SeqCst) {
+            eprintln!("\n(Ctrl-C again, Ctrl-D or /quit ends)");
+        }
     });
 }
 
 /// Whether Ctrl-C was pressed.
 pub fn interrupted() -> bool {
     INTERRUPTED.load(Ordering::SeqCst)
+}
+
+/// Says that a message is waited for, or no longer; a Ctrl-C before that counts no more.
+pub fn waiting(yes: bool) {
+    WAITING.store(yes, Ordering::SeqCst);
+    INTERRUPTED.store(false, Ordering::SeqCst);
 }
 
 /// An open model.
@@ -113,7 +125,12 @@ impl Session {
 
     /// The model's tokenizer.
     pub fn tokenizer(&self) -> Result<Tokenizer> {
-        tokenizer(&self.gguf)
+        self.tokenizer_with(None)
+    }
+
+    /// The model's tokenizer, with the split pattern `pre` instead of the file's if one is given.
+    pub fn tokenizer_with(&self, pre: Option<&str>) -> Result<Tokenizer> {
+        tokenizer_with(&self.gguf, pre)
     }
 
     /// A sentence on what runs where, and per tier the planned and the counted bytes.
@@ -156,6 +173,11 @@ fn check_threads(threads: Option<usize>) -> Result<()> {
 /// # Errors
 /// When the file has none, or one that isn't known: the caller has text.
 pub fn tokenizer(gguf: &Gguf) -> Result<Tokenizer> {
+    tokenizer_with(gguf, None)
+}
+
+/// The tokenizer in a file, with the split pattern `pre` instead of the file's if one is given.
+pub fn tokenizer_with(gguf: &Gguf, pre: Option<&str>) -> Result<Tokenizer> {
     let source = tier_plan_runtime::tokenizer::TokenizerSource::from_gguf(gguf)?;
     ensure!(
         source.model != "none",
@@ -163,7 +185,7 @@ pub fn tokenizer(gguf: &Gguf) -> Result<Tokenizer> {
          `tier-plan logits --tokens` and `tier-plan bench` run it",
         gguf.path().display()
     );
-    let tokenizer = Tokenizer::new(source).with_context(|| gguf.path().display().to_string())?;
+    let tokenizer = Tokenizer::with_pre(source, pre).with_context(|| gguf.path().display().to_string())?;
     if let Some(warning) = tokenizer.warning() {
         eprintln!("warning: {warning}");
     }

@@ -70,7 +70,7 @@ impl Trial<'_> {
     fn one(&self, session: &mut Session, prompt: &Prompt, max_tokens: usize, loading_s: f64) -> Result<RunRecord> {
         let mut tokens = self.tokenizer.encode(&prompt.text, true)?;
         tokens.truncate(self.settings.prompt_tokens as usize);
-        session.engine.truncate(0)?;
+        session.engine.clear();
         session.engine.reset_counters();
         let is_end = |token| self.tokenizer.is_eog(token);
         let limits = Limits { max_tokens, is_end: &is_end };

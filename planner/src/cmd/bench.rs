@@ -54,7 +54,7 @@ pub fn run(args: &BenchArgs) -> Result<()> {
 
 fn repeat(session: &mut Session, prompt: &[u32], tokens: u32) -> Result<Sample> {
     let engine = &mut session.engine;
-    engine.truncate(0)?;
+    engine.clear();
     engine.reset_counters();
     let started = std::time::Instant::now();
     let mut next = match prompt {

@@ -1,10 +1,12 @@
 //! One file a subcommand, each with one `run`.
 
 pub mod bench;
+pub mod chat;
 pub mod compare;
 pub mod demo;
 pub mod inspect;
 pub mod logits;
+pub mod perplexity;
 pub mod profile;
 pub mod run;
 pub mod solve;
@@ -23,6 +25,7 @@ pub fn dispatch(command: Command) -> Result<()> {
         Command::Solve(args) => solve::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Logits(args) => logits::run(&args),
+        Command::Perplexity(args) => perplexity::run(&args),
         Command::Tokenize(args) => tokenize::run(&args),
         Command::Demo(args) => demo::run(&args),
     }

@@ -41,7 +41,7 @@ pub fn run(args: &ProfileArgs) -> Result<()> {
     safely::check(&output)?;
     let opening = Opening { context: Some(context), threads: args.threads, ..Opening::default() };
     let mut session = Session::open(&args.model, opening)?;
-    let tokenizer = session.tokenizer()?;
+    let tokenizer = session.tokenizer_with(args.tokenizer_pre.as_deref())?;
     let profile = collect(&mut session, &tokenizer, &prompts, settings, &output, args.restart)?;
     show(&profile, &output, args.json)
 }

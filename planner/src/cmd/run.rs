@@ -1,6 +1,7 @@
 //! `tier-plan run`: continues a text, and says what that cost.
 
 use crate::cli::{RunArgs, SamplingArgs};
+use crate::cmd::chat;
 use crate::session::{self, Opening, Session};
 use crate::{host, print};
 use anyhow::{Context, Result, bail, ensure};
@@ -14,8 +15,14 @@ use tier_plan_runtime::formats::safely;
 use tier_plan_runtime::sampler::{Sampler, SamplerConfig};
 use tier_plan_runtime::units::show_utc;
 
+/// Tokens to generate unless told otherwise.
+const DEFAULT_TOKENS: u32 = 128;
+
 /// Runs it.
 pub fn run(args: &RunArgs) -> Result<()> {
+    if chat::is_wanted(args) {
+        return chat::run(args);
+    }
     let sampling = sampler_config(&args.sampling)?;
     if let Some(path) = &args.record {
         safely::check(path)?;
@@ -25,7 +32,7 @@ pub fn run(args: &RunArgs) -> Result<()> {
     let opening =
         Opening { plan: args.plan.as_deref(), context: args.ctx, threads: args.threads, ..Opening::default() };
     let mut session = Session::open(&args.model, opening)?;
-    let tokenizer = session.tokenizer()?;
+    let tokenizer = session.tokenizer_with(args.tokenizer_pre.as_deref())?;
     let prompt = tokenizer.encode(&text, true)?;
     ensure!(!prompt.is_empty(), "the prompt is empty; give some text with --prompt or --file");
     if !args.json {
@@ -39,7 +46,7 @@ pub fn run(args: &RunArgs) -> Result<()> {
     let mut answer = String::new();
     let mut write_error = None;
     let is_end = |token| !args.ignore_eos && tokenizer.is_eog(token);
-    let limits = Limits { max_tokens: args.tokens as usize, is_end: &is_end };
+    let limits = Limits { max_tokens: args.tokens.unwrap_or(DEFAULT_TOKENS) as usize, is_end: &is_end };
     let mut sampler = Sampler::new(sampling);
     let generated = generate(&mut session.engine, &prompt, &mut sampler, &limits, |_, token| {
         let piece = stream.push(token);

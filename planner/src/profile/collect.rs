@@ -147,7 +147,7 @@ fn run_prompt(
     if interrupted() {
         return Ok(None);
     }
-    engine.truncate(0)?;
+    engine.clear();
     let mut sampler = settings.sampler();
     let mut logits = engine.forward(&tokens, Wanted::Last)?.to_vec();
     append(&mut trace, engine.routing());

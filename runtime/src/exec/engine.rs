@@ -217,10 +217,16 @@ impl Engine {
             return Err(RunError::CannotRewind { n_past: self.n_past, wanted: n });
         }
         if n == 0 {
-            self.states.iter_mut().for_each(MixerState::reset);
+            self.clear();
         }
         self.n_past = n;
         Ok(())
+    }
+
+    /// Forgets all tokens.
+    pub fn clear(&mut self) {
+        self.states.iter_mut().for_each(MixerState::reset);
+        self.n_past = 0;
     }
 
     /// What the tokens of the last [`forward`](Self::forward) chose.

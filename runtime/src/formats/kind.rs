@@ -9,6 +9,9 @@ use std::path::Path;
 /// First bytes of every profile.
 pub(super) const PROFILE_MAGIC: [u8; 8] = *b"tierprof";
 
+/// First bytes of every file of reference log-probabilities.
+pub(super) const LOGPROBS_MAGIC: [u8; 8] = *b"tierlogp";
+
 /// Bytes at the start of a file that are looked at to tell what it is.
 const HEAD_BYTES: u64 = 4096;
 
@@ -56,7 +59,16 @@ pub(super) const RECORD: Kind = Kind {
     mend: "`tier-plan run --record` writes one",
 };
 
-const ALL: [&Kind; 4] = [&MACHINE, &PLACEMENT, &PROFILE, &RECORD];
+pub(super) const LOGPROBS: Kind = Kind {
+    format: "tier-plan log-probabilities",
+    what: "file of reference log-probabilities",
+    newest: 1,
+    // Read row by row.
+    limit_bytes: u64::MAX,
+    mend: "`tier-plan perplexity --save-logits-base` writes one",
+};
+
+const ALL: [&Kind; 5] = [&MACHINE, &PLACEMENT, &PROFILE, &RECORD, &LOGPROBS];
 
 impl Kind {
     /// The file is something else; `found` says what, as a clause.
@@ -179,6 +191,10 @@ fn sniff(bytes: &[u8]) -> Found {
     }
     if head.starts_with(&PROFILE_MAGIC) {
         return Found { kind: Some(&PROFILE), words: "it is a tier-plan profile".into(), binary: true };
+    }
+    if head.starts_with(&LOGPROBS_MAGIC) {
+        let words = "it is a tier-plan file of reference log-probabilities".into();
+        return Found { kind: Some(&LOGPROBS), words, binary: true };
     }
     for kind in ALL {
         let quoted = format!("\"{}\"", kind.format);

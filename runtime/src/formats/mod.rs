@@ -3,6 +3,7 @@
 //! A file says its version and what it was made from. A reader refuses a newer version and names both; writers go
 //! through [`safely`] so that a file is either whole or not there. Wire structs are private to each codec.
 
+pub mod logprobs;
 pub mod machine;
 pub mod placement;
 pub mod profile;

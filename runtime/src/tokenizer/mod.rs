@@ -329,6 +329,11 @@ impl Tokenizer {
         self.eos
     }
 
+    /// The token that [`encode`](Self::encode) puts before a text: BOS, where the model wants it.
+    pub fn prefix(&self) -> Option<u32> {
+        self.bos.filter(|_| self.add_bos)
+    }
+
     /// Whether `id` ends a generation: EOS, and what chat models end a turn with.
     pub fn is_eog(&self, id: u32) -> bool {
         self.specials.eog.contains(&id)
