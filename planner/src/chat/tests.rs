@@ -160,7 +160,7 @@ fn what_is_no_template_is_refused_with_its_line() {
 }
 
 /// A template for the demo model, which has none: plain text with names.
-const PLAIN: &str = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:";
+const PLAIN: &str = "{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}assistant:";
 
 fn session(context: u32) -> Session {
     let model = bundled::path("demo/demo.gguf").unwrap();
@@ -209,7 +209,7 @@ fn keeping_the_context_changes_no_answer() {
     let first = talk(512, Some(PLAIN), "In the beginning\n", None).0;
     let first = first.trim_start_matches("> ");
     let first = first.split("\n> ").next().unwrap();
-    let whole = format!("user: In the beginning\nassistant: {first}\nuser: And God said\nassistant:");
+    let whole = format!("user:In the beginning\nassistant:{first}\nuser:And God said\nassistant:");
     let mut session = session(512);
     let tokenizer = session.tokenizer().unwrap();
     let mut output = Vec::new();
@@ -232,11 +232,16 @@ fn keeping_the_context_changes_no_answer() {
 
 #[test]
 fn only_what_is_new_is_processed() {
-    let (output, _) = talk(512, Some(PLAIN), "In the beginning\nAnd God said\n/stats\n", None);
-    let line = output.lines().find(|l| l.contains("kept from before")).unwrap();
-    let numbers: Vec<usize> = line.split(|c: char| !c.is_ascii_digit()).filter_map(|n| n.parse().ok()).collect();
-    let (processed, kept) = (numbers[0], numbers[1]);
-    assert!(processed > 0 && kept > processed, "{line}");
+    let (output, _) = talk(512, Some(PLAIN), "In the beginning\n/stats\nAnd God said\n/stats\n", None);
+    let numbers = |line: &str| -> Vec<usize> {
+        line.split(|c: char| !c.is_ascii_digit()).filter_map(|n| n.parse().ok()).collect()
+    };
+    let lines: Vec<_> = output.lines().filter(|l| l.contains("kept from before")).map(numbers).collect();
+    let (first, second) = (&lines[0], &lines[1]);
+    assert_eq!(first[1], 0);
+    // The first message, and of its answer of 12 tokens all but the last, which was never processed.
+    assert_eq!(second[1], first[0] + 11, "{output}");
+    assert!(second[0] < second[1], "{output}");
 }
 
 #[test]

@@ -385,6 +385,12 @@ mod tests {
     }
 
     #[test]
+    fn the_committed_file_is_read() {
+        let bytes = include_bytes!("../../../tests/data/formats/logprobs.v1.bin");
+        assert_eq!(read(bytes).unwrap(), (reference(), file().1));
+    }
+
+    #[test]
     fn damage_is_named() {
         let (bytes, _) = file();
         let says = |bytes: &[u8], words: &str| {
