@@ -130,17 +130,21 @@ pub fn finish(mut report: Report, profile: Option<Profile>, output: Option<&Path
     report.profile = profile;
     let page = report::write(&folder, &report)?;
     if as_json {
-        let plans: Vec<_> = report.plans.iter().map(plan_json).collect();
-        println!("{}", serde_json::to_string_pretty(&json!({ "report": page, "plans": plans }))?);
+        let mut value: serde_json::Value = serde_json::from_str(&report::summary_json(&report)?)?;
+        value["report"] = json!(page);
+        println!("{}", serde_json::to_string_pretty(&value)?);
     } else {
         table(&report.plans);
+        for sentence in report::headline(&report) {
+            println!("{sentence}");
+        }
         println!("report: {}", page.display());
     }
     Ok(())
 }
 
 /// Tokens a second while decoding over all of a plan's records.
-pub fn measured_tok_s(entry: &PlanEntry) -> Option<f64> {
+fn measured_tok_s(entry: &PlanEntry) -> Option<f64> {
     let tokens: u64 = entry.records.iter().map(|r| r.decode_tokens).sum();
     let seconds: f64 = entry.records.iter().map(|r| r.decode_s).sum();
     (seconds > 0.0).then(|| tokens as f64 / seconds)
@@ -158,38 +162,22 @@ fn hit_rate(entry: &PlanEntry) -> Option<f64> {
     (all > 0).then(|| 1.0 - misses as f64 / all as f64)
 }
 
-fn plan_json(entry: &PlanEntry) -> serde_json::Value {
-    let prompt: (u64, f64) = entry.records.iter().fold((0, 0.0), |(n, s), r| (n + r.prompt_tokens, s + r.prompt_s));
-    let solver = entry.placement.as_ref().map(|p| &p.solver);
-    let first = entry.records.first();
-    json!({
-        "plan": entry.name,
-        "decode_tok_s": measured_tok_s(entry),
-        "predicted_decode_tok_s": predicted_tok_s(entry),
-        "prompt_tok_s": (prompt.1 > 0.0).then(|| prompt.0 as f64 / prompt.1),
-        "hit_rate": hit_rate(entry),
-        "status": solver.map(|s| s.status.as_str()).or(first.map(|r| r.plan_status.as_str())),
-        "gap": solver.map_or(first.and_then(|r| r.plan_gap), |s| s.gap),
-        "emulated": entry.records.iter().any(|r| r.emulated),
-    })
-}
-
 /// The plans, fastest first.
 fn table(plans: &[PlanEntry]) {
     let emulated = plans.iter().any(|p| p.records.iter().any(|r| r.emulated));
     let mut sorted: Vec<&PlanEntry> = plans.iter().collect();
     sorted.sort_by(|a, b| measured_tok_s(b).unwrap_or(0.0).total_cmp(&measured_tok_s(a).unwrap_or(0.0)));
-    println!("{:<20} {:>16} {:>16} {:>8} {:>10}", "plan", "measured tok/s", "predicted tok/s", "error", "hit rate");
+    println!("{:<20} {:>16} {:>16} {:>8} {:>10}", "plan", "measured tok/s", "predicted tok/s", "differs", "hit rate");
     let show = |value: Option<f64>| value.map_or("-".to_string(), |v| format!("{v:.1}"));
     for entry in sorted {
         let (measured, predicted) = (measured_tok_s(entry), predicted_tok_s(entry));
-        let error = measured.zip(predicted).map(|(m, p)| format!("{:+.1}%", (p / m - 1.0) * 100.0));
+        let differs = measured.zip(predicted).map(|(m, p)| format!("{:+.1}%", (m / p - 1.0) * 100.0));
         println!(
             "{:<20} {:>16} {:>16} {:>8} {:>10}",
             entry.name,
             show(measured),
             show(predicted),
-            error.unwrap_or_else(|| "-".into()),
+            differs.unwrap_or_else(|| "-".into()),
             hit_rate(entry).map_or("-".into(), |h| format!("{:.1}%", h * 100.0))
         );
     }

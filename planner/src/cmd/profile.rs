@@ -96,7 +96,8 @@ pub fn show(profile: &Profile, output: &Path, as_json: bool) -> Result<()> {
     Ok(())
 }
 
-fn skew_json(skew: &Skew) -> serde_json::Value {
+/// A skew in the words of `--json`.
+pub fn skew_json(skew: &Skew) -> serde_json::Value {
     json!({
         "domain": skew.domain,
         "tokens": skew.tokens,

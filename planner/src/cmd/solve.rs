@@ -1,5 +1,6 @@
 //! `tier-plan solve`: finds where every tensor should live and writes the plan.
 
+use super::profile::skew_json;
 use crate::cli::SolveArgs;
 use crate::profile::stats::{Skew, skews};
 use crate::session::naming;
@@ -198,20 +199,7 @@ fn as_json(args: &SolveArgs, solved: &Solved, skews: &[Skew], written: &[PathBuf
     };
     let mut value = plan(&solved.plan);
     let baselines: Vec<Value> = solved.baselines.iter().map(plan).collect();
-    let skews: Vec<Value> = skews
-        .iter()
-        .map(|s| {
-            json!({
-                "domain": s.domain,
-                "tokens": s.tokens,
-                "uniform": s.uniform,
-                "caught": s.caught,
-                "cached": s.cached,
-                "effective_experts": s.effective_experts,
-                "verdict": s.verdict().name(),
-            })
-        })
-        .collect();
+    let skews: Vec<Value> = skews.iter().map(skew_json).collect();
     value["plan"] = json!(args.output);
     value["baselines"] = json!(baselines);
     value["baseline_plans"] = json!(written);
