@@ -279,6 +279,7 @@ fn a_shorter_context_holds_under_a_plan() {
 #[cfg(unix)]
 mod interruption {
     use super::*;
+    use std::io::Read;
     use std::process::{Child, Command, ExitStatus};
 
     const LIST: [&str; 10] = [
@@ -352,6 +353,24 @@ mod interruption {
         assert!(stderr(&output).contains("going on from x.profile.partial"), "{}", stderr(&output));
         assert!(!partial.exists());
         assert_eq!(fs::read(parts.join("x.profile")).unwrap(), expected);
+    }
+
+    /// The text so far stays, and the record says what was done.
+    #[test]
+    fn an_interrupted_run_keeps_what_it_has() {
+        let temporary = tempfile::tempdir().unwrap();
+        let mut command = tier_plan();
+        command.current_dir(temporary.path()).arg("run").arg(demo_model());
+        command.args(["-p", PROMPT, "-n", "100000", "--ctx", "100100", "--ignore-eos", "--record", "r.json"]);
+        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let mut first = [0];
+        child.stdout.as_mut().unwrap().read_exact(&mut first).unwrap();
+        interrupt(&child);
+        let output = succeeded(child.wait_with_output().unwrap());
+        assert!(stderr(&output).contains("tok/s"), "{}", stderr(&output));
+        let record: Value = serde_json::from_slice(&fs::read(temporary.path().join("r.json")).unwrap()).unwrap();
+        let tokens = record["output"].as_array().unwrap().len();
+        assert!((1..100_000).contains(&tokens), "{tokens}");
     }
 
     /// What is left of another run, or of no run of ours, is not gone on from.

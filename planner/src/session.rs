@@ -23,17 +23,33 @@ static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 /// Whether a message is being waited for, so that Ctrl-C has nothing to stop.
 static WAITING: AtomicBool = AtomicBool::new(false);
 
-/// From now on Ctrl-C is noted instead of ending the program; a second one ends it.
-pub fn catch_interrupts() {
+/// Whether somebody looks at [`interrupted`].
+static CATCHING: AtomicBool = AtomicBool::new(false);
+
+/// While it lives, Ctrl-C is noted instead of ending the program; a second one ends it.
+#[must_use = "Ctrl-C is noted only while this lives"]
+pub struct Catching(());
+
+impl Drop for Catching {
+    fn drop(&mut self) {
+        CATCHING.store(false, Ordering::SeqCst);
+    }
+}
+
+/// From now on Ctrl-C is noted, for those who ask [`interrupted`] before long: not while files are opened and models
+/// loaded, which may take minutes and which nothing is lost by ending.
+pub fn catch_interrupts() -> Catching {
     // Fails only if a handler is set already, and then that one serves.
     let _ = ctrlc::set_handler(|| {
-        if INTERRUPTED.swap(true, Ordering::SeqCst) {
+        if !CATCHING.load(Ordering::SeqCst) || INTERRUPTED.swap(true, Ordering::SeqCst) {
             std::process::exit(130);
         }
         if WAITING.load(Ordering::SeqCst) {
             eprintln!("\n(Ctrl-C again, Ctrl-D or /quit ends)");
         }
     });
+    CATCHING.store(true, Ordering::SeqCst);
+    Catching(())
 }
 
 /// Whether Ctrl-C was pressed.

@@ -6,14 +6,14 @@ use crate::profile::prompts::Prompt;
 use crate::progress;
 use crate::replay::{LayerTrace, Positions};
 use crate::report::{HitCurve, PlanEntry};
-use crate::session::{Session, interrupted};
-use anyhow::{Context, Result, bail, ensure};
+use crate::session::Session;
+use anyhow::{Context, Result, ensure};
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::SystemTime;
-use tier_plan_runtime::exec::KvType;
 use tier_plan_runtime::exec::generate::{Limits, generate};
 use tier_plan_runtime::exec::measure::{Circumstances, record};
+use tier_plan_runtime::exec::{Engine, KvType};
 use tier_plan_runtime::formats::placement::Placement;
 use tier_plan_runtime::formats::profile::{Profile, Split};
 use tier_plan_runtime::formats::record::RunRecord;
@@ -75,12 +75,8 @@ impl Trial<'_> {
         let is_end = |token| self.tokenizer.is_eog(token);
         let limits = Limits { max_tokens, is_end: &is_end };
         let mut sampler = self.settings.sampler();
-        let generated = generate(&mut session.engine, &tokens, &mut sampler, &limits, |_, _| {
-            if interrupted() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
-        })?;
-        if interrupted() {
-            bail!("interrupted");
-        }
+        let go_on = |_: &Engine, _| ControlFlow::Continue(());
+        let generated = generate(&mut session.engine, &tokens, &mut sampler, &limits, go_on)?;
         let circumstances = Circumstances {
             when: show_utc(SystemTime::now()),
             host: host::describe(),

@@ -1,8 +1,8 @@
 //! `tier-plan bench`: prompt and decode speed, repeated.
 
 use crate::cli::BenchArgs;
-use crate::session::{self, Opening, Session};
-use anyhow::{Context, Result, bail, ensure};
+use crate::session::{Opening, Session};
+use anyhow::{Context, Result, ensure};
 use serde_json::json;
 use tier_plan_runtime::exec::Wanted;
 
@@ -17,7 +17,6 @@ struct Sample {
 pub fn run(args: &BenchArgs) -> Result<()> {
     ensure!(args.repeat > 0, "--repeat 0 measures nothing; give 1 or more");
     ensure!(args.prompt > 0 || args.tokens > 0, "--prompt 0 and --tokens 0 leave nothing to measure");
-    session::catch_interrupts();
     // One token more than asked: a decode needs something before it.
     let needed = args.prompt.max(1).checked_add(args.tokens);
     let needed = needed.context("--prompt and --tokens are more together than can be counted; give fewer")?;
@@ -41,9 +40,6 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     let mut samples = Vec::new();
     // The first repetition only warms up.
     for repetition in 0..=args.repeat {
-        if session::interrupted() {
-            bail!("interrupted");
-        }
         let sample = repeat(&mut session, &prompt, args.tokens)?;
         if repetition > 0 {
             samples.push(sample);

@@ -19,7 +19,6 @@ pub fn is_wanted(args: &RunArgs) -> bool {
 pub fn run(args: &RunArgs) -> Result<()> {
     let sampling = sampler_config(&args.sampling)?;
     ensure!(args.tokens != Some(0), "--tokens 0 leaves no answer; give 1 or more");
-    session::catch_interrupts();
     let opening =
         Opening { plan: args.plan.as_deref(), context: args.ctx, threads: args.threads, ..Opening::default() };
     let mut session = Session::open(&args.model, opening)?;
@@ -55,6 +54,7 @@ pub fn run(args: &RunArgs) -> Result<()> {
         plan,
         signals: Signals { interrupted: &session::interrupted, waiting: &session::waiting },
     };
+    let _catching = session::catch_interrupts();
     let mut output = std::io::stdout().lock();
     let ended = Chat::new(&mut session.engine, &tokenizer, options).talk(&mut std::io::stdin().lock(), &mut output);
     match ended.and_then(|()| Ok(output.flush()?)) {

@@ -4,7 +4,7 @@ use crate::cli::CompareArgs;
 use crate::profile::collect::Settings;
 use crate::profile::prompts;
 use crate::report::{self, PlanEntry, Report};
-use crate::session::{catch_interrupts, tokenizer};
+use crate::session::tokenizer;
 use crate::trial::{Trial, curves, first_difference};
 use crate::{bundled, host};
 use anyhow::{Context, Result, bail, ensure};
@@ -23,7 +23,6 @@ pub const SETTINGS: Settings = Settings { prompt_tokens: 192, decode_tokens: 64,
 
 /// Runs it.
 pub fn run(args: &CompareArgs) -> Result<()> {
-    catch_interrupts();
     if let Some(folder) = &args.output {
         report::check(folder)?;
     }

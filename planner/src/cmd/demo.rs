@@ -5,7 +5,7 @@ use crate::bundled;
 use crate::cli::{CompareArgs, DemoArgs, InspectArgs, ProfileArgs, RunArgs, SamplingArgs, SolveArgs, Strategy};
 use crate::profile::collect::Settings;
 use crate::profile::prompts;
-use crate::session::{catch_interrupts, tokenizer};
+use crate::session::{interrupted, tokenizer};
 use crate::trial::Trial;
 use anyhow::{Context, Result, bail, ensure};
 use std::path::{Path, PathBuf};
@@ -25,7 +25,6 @@ const PROMPT: &str = "And it came to pass in those days";
 /// Runs it.
 pub fn run(args: &DemoArgs) -> Result<()> {
     ensure!(args.tokens > 0, "--tokens 0 measures nothing; give 1 or more");
-    catch_interrupts();
     let started = Instant::now();
     let model = bundled::path("demo/demo.gguf")?;
     let machine = bundled::path("machines/demo-emulated.toml")?;
@@ -62,6 +61,7 @@ pub fn run(args: &DemoArgs) -> Result<()> {
         "run {model_s} --plan {folder_s}/plans/optimal.toml -p {PROMPT:?} -n 48 --temperature 0.8 --seed 3"
     ));
     run::run(&run_args(&model, &optimal, threads))?;
+    ensure!(!interrupted(), "interrupted; what was written so far is in {folder_s}");
 
     let inputs = plan_files(&plans, &optimal)?;
     say(5, "All plans side by side, on prompts that no plan was made from.");

@@ -34,7 +34,6 @@ pub fn run(args: &PerplexityArgs) -> Result<()> {
     };
     ensure!(ctx >= 4, "--ctx {ctx}: windows of 4 or more tokens can be scored");
     ensure!(args.windows != Some(0), "--windows 0 leaves nothing to score; give 1 or more");
-    session::catch_interrupts();
     let text = match &args.file {
         Some(path) => {
             let bytes = std::fs::read(path).with_context(|| format!("reading the text {}", path.display()))?;
@@ -67,6 +66,7 @@ pub fn run(args: &PerplexityArgs) -> Result<()> {
     if !args.json {
         session.residency().iter().for_each(|line| eprintln!("{line}"));
     }
+    let _catching = session::catch_interrupts();
     let mut windows: Vec<&[u32]> = tokens.chunks_exact(ctx as usize).collect();
     windows.truncate(args.windows.map_or(usize::MAX, |most| most as usize));
     let done = match &args.save_logits_base {

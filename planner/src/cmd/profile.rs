@@ -26,7 +26,6 @@ pub fn run(args: &ProfileArgs) -> Result<()> {
     let context =
         context.context("--prompt-tokens and --decode-tokens are more together than can be counted; give fewer")?;
     SamplerConfig { temperature: args.temperature, ..SamplerConfig::default() }.check()?;
-    session::catch_interrupts();
     let folder = match &args.prompts {
         Some(folder) => folder.clone(),
         None => bundled::path("prompts")?,
@@ -42,6 +41,7 @@ pub fn run(args: &ProfileArgs) -> Result<()> {
     let opening = Opening { context: Some(context), threads: args.threads, ..Opening::default() };
     let mut session = Session::open(&args.model, opening)?;
     let tokenizer = session.tokenizer_with(args.tokenizer_pre.as_deref())?;
+    let _catching = session::catch_interrupts();
     let profile = collect(&mut session, &tokenizer, &prompts, settings, &output, args.restart)?;
     show(&profile, &output, args.json)
 }

@@ -28,7 +28,6 @@ pub fn run(args: &RunArgs) -> Result<()> {
         safely::check(path)?;
     }
     let text = prompt_text(args)?;
-    session::catch_interrupts();
     let opening =
         Opening { plan: args.plan.as_deref(), context: args.ctx, threads: args.threads, ..Opening::default() };
     let mut session = Session::open(&args.model, opening)?;
@@ -40,6 +39,7 @@ pub fn run(args: &RunArgs) -> Result<()> {
             eprintln!("{line}");
         }
     }
+    let _catching = session::catch_interrupts();
     let loading_s = session.started.elapsed().as_secs_f64();
     let mut stream = tokenizer.stream();
     let mut output = std::io::stdout().lock();

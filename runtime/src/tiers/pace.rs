@@ -66,11 +66,7 @@ impl Pacer {
 
     fn transfer(&self, tier: usize, bytes: u64) -> Duration {
         let t = &self.tiers[tier];
-        if t.emulated && bytes > 0 {
-            Duration::from_secs_f64(bytes as f64 / (t.read_gbps * 1e9))
-        } else {
-            Duration::ZERO
-        }
+        if t.emulated && bytes > 0 { seconds(bytes as f64 / (t.read_gbps * 1e9)) } else { Duration::ZERO }
     }
 
     /// Declared time of a layer's dense stage.
@@ -104,7 +100,12 @@ impl Pacer {
 }
 
 fn micros(us: f64) -> Duration {
-    Duration::from_secs_f64((us * 1e-6).max(0.0))
+    seconds(us * 1e-6)
+}
+
+/// A declared time. No file makes it longer than an hour, so that sums of them stay in range.
+fn seconds(s: f64) -> Duration {
+    Duration::from_secs_f64(s.clamp(0.0, 3600.0))
 }
 
 /// Waits until `start + declared`.
@@ -144,6 +145,18 @@ mod tests {
         let micros = |us: [u64; 3]| us.map(Duration::from_micros);
         assert_eq!(pacer.expert_paths(&bytes, 0), micros([15, 30, 0]));
         assert_eq!(pacer.expert_paths(&bytes, 1_000), micros([15, 30, 50]));
+    }
+
+    #[test]
+    fn absurd_rates_are_slow_and_nothing_worse() {
+        let tiers = [tier(TierKind::Vram, 1e-308, 1e308, true), tier(TierKind::Nvme, 5e-324, 1e308, true)];
+        let pacer = Pacer::new(&tiers, 1e308, 1e308).unwrap();
+        let mut bytes = StageBytes::new(2);
+        bytes.add(0, u64::MAX);
+        bytes.add(1, u64::MAX);
+        let hour = Duration::from_secs(3600);
+        assert_eq!(pacer.dense(&bytes), 3 * hour);
+        assert_eq!(pacer.experts(&bytes, u64::MAX), 2 * hour);
     }
 
     #[test]
