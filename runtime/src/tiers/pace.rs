@@ -156,7 +156,7 @@ mod tests {
         bytes.add(1, u64::MAX);
         let hour = Duration::from_secs(3600);
         assert_eq!(pacer.dense(&bytes), 3 * hour);
-        assert_eq!(pacer.experts(&bytes, u64::MAX), 2 * hour);
+        assert_eq!(pacer.expert_paths(&bytes, u64::MAX), [2 * hour, 2 * hour]);
     }
 
     #[test]
