@@ -154,7 +154,7 @@ impl<'a> Chat<'a> {
     fn turn(&mut self, text: &str, output: &mut impl Write) -> Result<()> {
         if self.options.template.is_none() {
             let ids = self.tokenizer.encode(text, true)?;
-            let context = self.engine.plan().context as usize;
+            let context = self.engine.context();
             if ids.is_empty() || ids.len() >= context {
                 writeln!(output, "That text has {} tokens; 1 to {} can be continued.", ids.len(), context - 1)?;
                 return Ok(());
@@ -179,7 +179,7 @@ impl<'a> Chat<'a> {
     /// The conversation's tokens, after leaving out its oldest turns where it has outgrown the context; none where
     /// the last message alone is too long.
     fn fit(&mut self, output: &mut impl Write) -> Result<Option<Vec<u32>>> {
-        let context = self.engine.plan().context as usize;
+        let context = self.engine.context();
         let wanted = self.options.max_tokens.unwrap_or(usize::MAX).min(context / 4).max(1);
         let mut dropped = 0;
         let ids = loop {
@@ -332,7 +332,7 @@ impl<'a> Chat<'a> {
             let each = *bytes as f64 / counters.decode_tokens.max(1) as f64 / 1e6;
             writeln!(output, "{}: {each:.2} MB read a token", tier.tier.name)?;
         }
-        writeln!(output, "context: {} of {} tokens", self.engine.n_past(), self.engine.plan().context)?;
+        writeln!(output, "context: {} of {} tokens", self.engine.n_past(), self.engine.context())?;
         Ok(())
     }
 }

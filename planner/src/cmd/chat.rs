@@ -22,7 +22,7 @@ pub fn run(args: &RunArgs) -> Result<()> {
     let opening =
         Opening { plan: args.plan.as_deref(), context: args.ctx, threads: args.threads, ..Opening::default() };
     let mut session = Session::open(&args.model, opening)?;
-    ensure!(session.engine.plan().context >= 2, "a context of one token holds no conversation; give a larger --ctx");
+    ensure!(session.engine.context() >= 2, "a context of one token holds no conversation; give a larger --ctx");
     let tokenizer = session.tokenizer_with(args.tokenizer_pre.as_deref())?;
     let source = match &args.chat_template {
         Some(path) => {
