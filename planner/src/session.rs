@@ -2,6 +2,7 @@
 
 use crate::progress;
 use anyhow::{Context, Result, ensure};
+use std::io::IsTerminal;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -41,10 +42,13 @@ impl Drop for Catching {
 pub fn catch_interrupts() -> Catching {
     // Fails only if a handler is set already, and then that one serves.
     let _ = ctrlc::set_handler(|| {
-        if !CATCHING.load(Ordering::SeqCst) || INTERRUPTED.swap(true, Ordering::SeqCst) {
+        let waiting = WAITING.load(Ordering::SeqCst);
+        // Who waits for a pipe has nobody to ask for more.
+        let idle = !CATCHING.load(Ordering::SeqCst) || (waiting && !std::io::stdin().is_terminal());
+        if idle || INTERRUPTED.swap(true, Ordering::SeqCst) {
             std::process::exit(130);
         }
-        if WAITING.load(Ordering::SeqCst) {
+        if waiting {
             eprintln!("\n(Ctrl-C again, Ctrl-D or /quit ends)");
         }
     });

@@ -111,6 +111,10 @@ impl<'a> Chat<'a> {
             )?;
         }
         loop {
+            // Without a prompt nobody watches, and an interruption means the whole.
+            if self.options.prompt.is_empty() && (self.options.signals.interrupted)() {
+                return Ok(());
+            }
             write!(output, "{}", self.options.prompt)?;
             output.flush()?;
             (self.options.signals.waiting)(true);
