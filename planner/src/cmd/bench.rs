@@ -54,7 +54,7 @@ fn repeat(session: &mut Session, prompt: &[u32], tokens: u32) -> Result<Sample> 
     engine.reset_counters();
     let started = std::time::Instant::now();
     let mut next = match prompt {
-        [] => 0,
+        [] => greedy(engine.forward(&[0], Wanted::Last)?),
         prompt => greedy(engine.forward(prompt, Wanted::Last)?),
     };
     let prompt_s = started.elapsed().as_secs_f64();

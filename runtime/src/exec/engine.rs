@@ -256,19 +256,21 @@ impl Engine {
         self.routing.experts.resize(tokens.len() * n_moe * used, 0);
         self.routing.weights.clear();
         self.routing.weights.resize(tokens.len() * n_moe * used, 0.0);
+        // A lone token with nothing before it is a prompt; the last token of a long prompt is no decoding either.
+        let decoding = tokens.len() == 1 && self.n_past > 0;
         let start = Instant::now();
         let n_batches = tokens.len().div_ceil(self.batch);
         for (i, batch) in tokens.chunks(self.batch).enumerate() {
             let last = i + 1 == n_batches;
-            let result =
-                self.pass(batch, i * self.batch, if last || wanted == Wanted::All { Some(wanted) } else { None });
+            let wanted = (last || wanted == Wanted::All).then_some(wanted);
+            let result = self.pass(batch, i * self.batch, wanted, decoding);
             if let Err(error) = result {
                 self.broken = true;
                 return Err(error);
             }
         }
         let elapsed = start.elapsed();
-        if tokens.len() == 1 {
+        if decoding {
             self.counters.decode_tokens += 1;
             self.counters.decode += elapsed;
         } else {
@@ -278,10 +280,10 @@ impl Engine {
         Ok(&self.logits)
     }
 
-    /// One batch through all layers; `offset` is its first token's place in the whole call.
-    fn pass(&mut self, tokens: &[u32], offset: usize, wanted: Option<Wanted>) -> Result<(), RunError> {
+    /// One batch through all layers; `offset` is its first token's place in the whole call, `decoding` whether it
+    /// counts as a decode step.
+    fn pass(&mut self, tokens: &[u32], offset: usize, wanted: Option<Wanted>, decoding: bool) -> Result<(), RunError> {
         let (n, hidden) = (tokens.len(), self.spec.hidden);
-        let decoding = n == 1;
         self.embed(tokens);
         for rope in &mut self.ropes {
             rope.prepare(self.n_past, n);
