@@ -374,6 +374,61 @@ fn prompts_that_cannot_be_continued() {
 }
 
 #[test]
+fn texts_that_cannot_be_scored() {
+    let p = Place::new();
+    p.plan();
+    p.folder("folder");
+    p.write("empty.txt", "");
+    p.write("bytes.txt", [0xff, 0xfe, 0xfd]);
+    let text = "In the beginning God created the heaven and the earth. ".repeat(10);
+    p.write("text.txt", &text);
+    p.write("other.txt", text.replace("heaven", "sea"));
+    let args = ["perplexity", &p.demo, "--file", "text.txt", "--ctx", "16", "--windows", "2"];
+    succeeded(run_in(p.path(), &[&args[..], &["--save-logits-base", "base.logprobs"]].concat()));
+    let score = |args: &[&str], words: &[&str]| {
+        p.refused(&[&["perplexity", &p.demo], args].concat(), words);
+    };
+    score(&["--file", "nosuch.txt"], &["nosuch.txt", "No such file"]);
+    score(&["--file", "bytes.txt"], &["bytes.txt", "UTF-8"]);
+    score(&["--file", "empty.txt"], &["0 tokens", "longer text"]);
+    score(&["--file", "text.txt"], &["one window of 512", "smaller --ctx"]);
+    score(&["--file", "text.txt", "--ctx", "0"], &["--ctx 0", "4 or more"]);
+    score(&["--file", "text.txt", "--windows", "0"], &["--windows 0", "1 or more"]);
+    score(&["--file", "text.txt", "--ctx", "128", "--plan", "plan.toml"], &["--ctx 128", "64 tokens", "--context 128"]);
+    let save = ["--file", "text.txt", "--ctx", "16", "--save-logits-base"];
+    score(&[&save[..], &["folder"]].concat(), &["folder", "name a file inside it"]);
+    score(&[&save[..], &["no/x"]].concat(), &["no/x", "create it"]);
+    let base = fs::read(p.path().join("base.logprobs")).unwrap();
+    p.write("cut.logprobs", &base[..base.len() / 2]);
+    score(&["--logits-base", "cut.logprobs"], &["cut.logprobs", "cut short", "--save-logits-base"]);
+    score(&["--logits-base", &p.machine], &["demo-emulated.toml", "--save-logits-base"]);
+    score(&["--logits-base", "base.logprobs", "--ctx", "8"], &["--ctx 8", "16 tokens"]);
+    let other = ["--logits-base", "base.logprobs", "--file", "other.txt"];
+    score(&other, &["base.logprobs", "differs", "leave --file out"]);
+    p.refused(&["perplexity", &p.other, "--logits-base", "base.logprobs"], &["4096", "96"]);
+    p.refused(&["perplexity", &p.other, "--file", "text.txt", "--ctx", "16"], &["Q4_0.gguf", "no tokenizer"]);
+}
+
+#[test]
+fn conversations_that_cannot_begin() {
+    let p = Place::new();
+    p.plan();
+    p.write("open.jinja", "{{ messages");
+    let chat = |args: &[&str], words: &[&str]| {
+        p.refused(&[&["run", &p.demo, "--chat"], args].concat(), words);
+    };
+    chat(&["-n", "0"], &["--tokens 0", "1 or more"]);
+    chat(&["--ctx", "1"], &["one token", "larger --ctx"]);
+    chat(&["--ctx", "1", "--plan", "plan.toml"], &["one token", "larger --ctx"]);
+    chat(&["--threads", "0"], &["--threads 0"]);
+    chat(&["--temperature", "nan"], &["--temperature is NaN"]);
+    chat(&["--chat-template", "nosuch.jinja"], &["nosuch.jinja", "No such file"]);
+    chat(&["--chat-template", "open.jinja"], &["template", "line 1", "--chat-template FILE"]);
+    chat(&["--tokenizer-pre", "nosuch"], &["'nosuch'", "--tokenizer-pre", "qwen2"]);
+    p.refused(&["run", &p.other, "--chat"], &["Q4_0.gguf", "no tokenizer"]);
+}
+
+#[test]
 fn tokens_that_are_none() {
     let p = Place::new();
     p.plan();

@@ -257,6 +257,34 @@ fn profile_solve_run_compare() {
     assert!(left.is_empty(), "{left:?}");
 }
 
+/// Prompts whose last batch, or whole, is one token: that is still a prompt.
+#[test]
+fn prompt_and_decoded_tokens_are_told_apart() {
+    let temporary = tempfile::tempdir().unwrap();
+    let folder = temporary.path();
+    let model = demo_model();
+    let model = model.to_str().unwrap();
+    let tokens = |text: &str| json(run_in(folder, &["tokenize", model, text, "--ids"])).as_array().unwrap().len();
+    let words = |n: usize| "word ".repeat(n);
+    // One more than a batch of prompt processing.
+    let long = words(513 - (tokens(&words(400)) - 400));
+    for (text, n) in [("a", 1), ("a text", tokens("a text")), (&long, 513)] {
+        assert_eq!(tokens(text), n);
+        let record = json(run_in(folder, &["run", model, "-p", text, "-n", "4", "--ignore-eos", "--json"]));
+        assert_eq!(record["prompt_tokens"], n, "{record:#}");
+        assert_eq!(record["decode_tokens"], 3, "the fourth is drawn and not taken in");
+        for layer in record["layers"].as_array().unwrap() {
+            let accesses: u64 =
+                ["pinned_hits", "slot_hits", "misses"].iter().map(|k| layer[*k].as_u64().unwrap()).sum();
+            assert_eq!(accesses, 3 * 4, "{layer:#}");
+        }
+    }
+    let list = ["bench", model, "-p", "0", "-n", "3", "-r", "1", "--json"];
+    let speed = json(run_in(folder, &list));
+    assert_eq!(speed["prompt_tok_s"], 0.0);
+    assert!(speed["decode_tok_s"].as_f64().is_some_and(|rate| rate > 0.0));
+}
+
 #[test]
 fn a_shorter_context_holds_under_a_plan() {
     let temporary = tempfile::tempdir().unwrap();
