@@ -60,7 +60,7 @@ pub fn speed(record: &RunRecord) {
     let read: u64 = record.tiers.iter().map(|t| t.read_bytes).sum();
     if record.decode_s > 0.0 {
         eprintln!(
-            "read {:.2} MB a decoded token, {:.2} GB/s",
+            "read {:.2} MB a decoded token, {:.2} GB/s{emulated}",
             read as f64 / record.decode_tokens.max(1) as f64 / 1e6,
             read as f64 / record.decode_s / 1e9
         );
@@ -70,7 +70,7 @@ pub fn speed(record: &RunRecord) {
     {
         let measured = record.decode_tok_s();
         eprintln!(
-            "predicted {:.1} tok/s, measured {measured:.1} ({:+.1} %)",
+            "predicted {:.1} tok/s, measured {measured:.1}{emulated} ({:+.1} %)",
             predicted.decode_tok_s,
             (measured / predicted.decode_tok_s - 1.0) * 100.0
         );

@@ -113,6 +113,7 @@ fn print_text(args: &SolveArgs, solved: &Solved, skews: &[Skew], written: &[Path
     for tier in &plan.tiers {
         head += &format!(" {:>12}", tier.tier.name);
     }
+    println!("predicted:");
     println!("{head}");
     for row in rows(solved) {
         let predicted = &row.predicted;

@@ -29,8 +29,25 @@ use tier_plan_runtime::formats::placement::{DensePlacement, Placement, PlanTier,
 use tier_plan_runtime::formats::profile::Profile;
 use tier_plan_runtime::model::shape::{ExpertShape, ModelShape};
 
-/// The backend's name in plans.
-pub const BACKEND: &str = "good_lp/microlp";
+/// Where a plan's integer choice came from. The prices for bytes, and with them the bound, are always good_lp's and
+/// microlp's.
+#[derive(Debug, Clone, Copy)]
+enum Backend {
+    LocalSearch,
+    PartialChoices,
+    IntegerProgram,
+}
+
+impl Backend {
+    /// The name in plans.
+    fn name(self) -> &'static str {
+        match self {
+            Backend::LocalSearch => "microlp prices, local search",
+            Backend::PartialChoices => "microlp prices, partial choices",
+            Backend::IntegerProgram => "microlp",
+        }
+    }
+}
 
 /// A relative gap that is rounding.
 const NO_GAP: f64 = 1e-9;
@@ -270,11 +287,15 @@ impl Planner<'_> {
             }
         }
 
+        let mut backend = Backend::LocalSearch;
         let mut bound_s = dual.bound_s;
         let is_open =
             |best: &Option<Choice>, bound_s: f64| best.as_ref().is_none_or(|b| b.cost_s - bound_s > NO_GAP * b.cost_s);
         if let (true, Some(known)) = (is_open(&best, bound_s), &best) {
             let found = labels::solve(&items, self.room, &dual, known, deadline);
+            if found.bound_s > bound_s || found.choice.is_some() {
+                backend = Backend::PartialChoices;
+            }
             bound_s = bound_s.max(found.bound_s);
             best = found.choice.or(best);
         }
@@ -286,9 +307,11 @@ impl Planner<'_> {
                 && best.as_ref().is_none_or(|b| choice.cost_s < b.cost_s)
             {
                 best = Some(choice);
+                backend = Backend::IntegerProgram;
             }
             if let (true, Some(best)) = (found.proven, &best) {
                 bound_s = best.cost_s;
+                backend = Backend::IntegerProgram;
             }
         }
         let Some(best) = best else { bail!(self.no_fit()) };
@@ -304,6 +327,7 @@ impl Planner<'_> {
         let gap = ((objective - bound) / objective).max(0.0);
         let status = if gap <= NO_GAP { "optimal" } else { "feasible" };
         plan.solver.status = status.to_string();
+        plan.solver.backend = backend.name().to_string();
         (plan.solver.bound_s, plan.solver.gap) = (Some(bound), Some(gap));
 
         let fastest = baselines.iter().min_by(|a, b| a.solver.objective_s.total_cmp(&b.solver.objective_s));
@@ -316,7 +340,6 @@ impl Planner<'_> {
                 rule.name
             ));
         }
-        plan.solver.backend = BACKEND.to_string();
         plan.solver.solve_s = start.elapsed().as_secs_f64();
         self.checked(plan)
     }

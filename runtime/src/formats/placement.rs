@@ -91,7 +91,8 @@ pub struct LayerPlacement {
 /// How the plan was found and how good it is proven to be.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SolverReport {
-    /// `microlp`, `highs`, or the name of a rule for plans that no solver made.
+    /// What found or proved the choice: `microlp` (the integer program), `microlp prices, …` (its prices and bound, and
+    /// which search), or the name of a rule for plans that no solver made.
     pub backend: String,
     /// `optimal`, `feasible`, `baseline`.
     pub status: String,
