@@ -190,6 +190,9 @@ pub struct RunArgs {
     /// The plan; everything in main memory when not given
     #[arg(long)]
     pub plan: Option<PathBuf>,
+    /// Leave the weights where the system maps the file instead of copying them to huge pages: starts at once, is slower
+    #[arg(long, conflicts_with = "plan")]
+    pub mmap: bool,
     /// The text to continue; without it and without --file a chat begins, on a terminal
     #[arg(short, long, conflicts_with = "file")]
     pub prompt: Option<String>,
@@ -271,6 +274,9 @@ pub struct BenchArgs {
     /// The plan; everything in main memory when not given
     #[arg(long)]
     pub plan: Option<PathBuf>,
+    /// Leave the weights where the system maps the file instead of copying them to huge pages: starts at once, is slower
+    #[arg(long, conflicts_with = "plan")]
+    pub mmap: bool,
     /// Prompt tokens to process
     #[arg(short, long, default_value_t = 64)]
     pub prompt: u32,

@@ -12,6 +12,7 @@ use tier_plan_runtime::exec::{Engine, KvType, LoadOptions};
 use tier_plan_runtime::formats::placement::{self, Placement};
 use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::model::{describe, shape::shape_of};
+use tier_plan_runtime::threads::physical_cores;
 use tier_plan_runtime::tokenizer::Tokenizer;
 use tier_plan_runtime::units::show_bytes;
 
@@ -88,6 +89,8 @@ pub struct Opening<'a> {
     pub threads: Option<usize>,
     /// How keys and values are stored.
     pub kv_type: KvType,
+    /// Leave the weights where the system maps the file, where they could be copied to huge pages.
+    pub mapped: bool,
 }
 
 impl Session {
@@ -95,7 +98,7 @@ impl Session {
     pub fn open(model: &Path, opening: Opening<'_>) -> Result<Self> {
         check_threads(opening.threads)?;
         ensure!(opening.context != Some(0), "a context of 0 tokens holds no text; give --ctx 1 or more");
-        let gguf = Arc::new(Gguf::open(model)?);
+        let mut gguf = Gguf::open(model)?;
         let plan = match opening.plan {
             Some(path) => {
                 let plan = placement::read(path)?;
@@ -116,7 +119,10 @@ impl Session {
                 obvious(&shape, context, opening.kv_type)
             }
         };
-        let loaded = Self::load(gguf, &plan, opening.threads, opening.kv_type);
+        if plan.solver.status == "obvious" && !opening.mapped {
+            copy_to_memory(&mut gguf, opening.threads);
+        }
+        let loaded = Self::load(Arc::new(gguf), &plan, opening.threads, opening.kv_type);
         let mut session = loaded.map_err(|e| naming(model, e))?;
         if let Some(context) = opening.context {
             session.engine.limit_context(context);
@@ -158,7 +164,9 @@ impl Session {
         let plan = self.engine.plan();
         let mut lines = Vec::new();
         if plan.solver.status == "obvious" {
-            lines.push("no plan given: everything stays in main memory, where the system mapped the file".to_string());
+            let copied = self.gguf.is_copied();
+            let place = if copied { "on huge pages where the system has them" } else { "where it is mapped" };
+            lines.push(format!("no plan given: everything stays in main memory, {place}"));
         } else {
             lines.push(format!("plan '{}' ({} by {})", plan.name, plan.solver.status, plan.solver.backend));
         }
@@ -173,6 +181,20 @@ impl Session {
             ));
         }
         lines
+    }
+}
+
+/// Copies the weights to huge pages; where that fails they stay mapped, which is slower and no harm.
+fn copy_to_memory(gguf: &mut Gguf, threads: Option<usize>) {
+    let bar = progress::bytes("reading the model");
+    let threads = threads.unwrap_or_else(physical_cores);
+    let copied = gguf.copy_to_memory(threads, &mut |done, total| {
+        bar.set_length(total);
+        bar.set_position(done);
+    });
+    bar.finish_and_clear();
+    if let Err(error) = copied {
+        eprintln!("warning: {error}; the weights stay mapped, which is slower");
     }
 }
 

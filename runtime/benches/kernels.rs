@@ -3,6 +3,7 @@
 //! `cargo bench -p tier-plan-runtime --bench kernels -- stream/Q4_K`
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use memmap2::MmapMut;
 use std::hint::black_box;
 use std::time::Duration;
 use tier_plan_runtime::kernels::{Activations, Kernels, OutMatrix, Weights, needs_quants};
@@ -10,17 +11,19 @@ use tier_plan_runtime::quant::TensorType;
 
 const COLS: usize = 2048;
 
-/// Weights of `bytes` bytes or a little less: ordinary scales (0x2c2c is 0.07 as a 16-bit float), codes that vary.
-fn weights(ty: TensorType, bytes: usize) -> (Vec<u8>, usize) {
+/// Weights of `bytes` bytes or a little less, on huge pages as an engine keeps them: ordinary scales (0x2c2c is 0.07 as
+/// a 16-bit float), codes that vary.
+fn weights(ty: TensorType, bytes: usize) -> (MmapMut, usize) {
     let row = ty.row_bytes(COLS as u64).expect("2048 columns are whole blocks") as usize;
     let rows = (bytes / row).max(1);
+    let mut out = MmapMut::map_anon(rows * row).expect("memory");
+    #[cfg(target_os = "linux")]
+    let _ = out.advise(memmap2::Advice::HugePage);
     let mut state = 1u32;
-    let mut out: Vec<u8> = (0..rows * row)
-        .map(|_| {
-            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            (state >> 24) as u8
-        })
-        .collect();
+    out.fill_with(|| {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (state >> 24) as u8
+    });
     for block in out.chunks_exact_mut(ty.block_bytes()) {
         block[..2].fill(0x2c);
         let end = block.len() - 2;

@@ -5,6 +5,8 @@ use crate::session::{Opening, Session};
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
 use tier_plan_runtime::exec::Wanted;
+use tier_plan_runtime::threads::ThreadPool;
+use tier_plan_runtime::tiers::bandwidth::dram_read_gbps;
 
 /// One repetition.
 struct Sample {
@@ -23,7 +25,7 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     let context = args.plan.is_none().then_some(needed);
     let mut session = Session::open(
         &args.model,
-        Opening { plan: args.plan.as_deref(), context, threads: args.threads, ..Opening::default() },
+        Opening { plan: args.plan.as_deref(), context, threads: args.threads, mapped: args.mmap, ..Opening::default() },
     )?;
     let planned = session.engine.plan().context;
     ensure!(
@@ -71,6 +73,17 @@ fn greedy(logits: &[f32]) -> u32 {
     best.map_or(0, |(i, _)| i as u32)
 }
 
+/// Memory that is read to learn its rate.
+const PROBE_BYTES: u64 = 1 << 30;
+
+/// What main memory gives when it is only read, in GB/s; `None` where a plan leaves no memory for the measurement.
+fn dram_gbps(session: &Session) -> Option<f64> {
+    let obvious = session.engine.plan().solver.status == "obvious";
+    let pool = ThreadPool::new(session.engine.n_threads());
+    let measured = obvious.then(|| dram_read_gbps(&pool, session.engine.kernels(), PROBE_BYTES))?;
+    measured.map_err(|error| eprintln!("warning: the rate of main memory was not measured: {error}")).ok()
+}
+
 fn report(args: &BenchArgs, session: &Session, samples: &[Sample]) -> Result<()> {
     let rates = |seconds: fn(&Sample) -> f64, n: u32| -> Vec<f64> {
         samples.iter().map(|s| if n > 0 { f64::from(n) / seconds(s) } else { 0.0 }).collect()
@@ -81,6 +94,7 @@ fn report(args: &BenchArgs, session: &Session, samples: &[Sample]) -> Result<()>
         samples.iter().map(|s| if args.tokens > 0 { s.decode_bytes as f64 / s.decode_s / 1e9 } else { 0.0 }).collect();
     let plan = session.engine.plan();
     let emulated = plan.tiers.iter().any(|t| t.tier.emulated);
+    let dram = dram_gbps(session);
     if args.json {
         let value = json!({
             "model": plan.model.name,
@@ -93,6 +107,8 @@ fn report(args: &BenchArgs, session: &Session, samples: &[Sample]) -> Result<()>
             "prompt_tok_s": median(&prompt),
             "decode_tok_s": median(&decode),
             "decode_gbps": median(&gbps),
+            "dram_read_gbps": dram,
+            "decode_share_of_dram_read": dram.map(|dram| median(&gbps) / dram),
             "predicted_decode_tok_s": (plan.predicted.decode_tok_s > 0.0).then_some(plan.predicted.decode_tok_s),
             "runs": { "prompt_tok_s": prompt, "decode_tok_s": decode, "decode_gbps": gbps },
         });
@@ -111,6 +127,10 @@ fn report(args: &BenchArgs, session: &Session, samples: &[Sample]) -> Result<()>
     for (name, values) in [("prompt tok/s", &prompt), ("decode tok/s", &decode), ("decode GB/s", &gbps)] {
         let (min, max) = values.iter().fold((f64::MAX, 0f64), |(a, b), v| (a.min(*v), b.max(*v)));
         println!("{name:<14} {:>10.2} {min:>10.2} {max:>10.2}", median(values));
+    }
+    if let Some(dram) = dram {
+        let share = 100.0 * median(&gbps) / dram;
+        println!("main memory read alone, same threads: {dram:.1} GB/s; decode reads at {share:.0} % of that");
     }
     Ok(())
 }

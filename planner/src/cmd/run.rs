@@ -28,8 +28,13 @@ pub fn run(args: &RunArgs) -> Result<()> {
         safely::check(path)?;
     }
     let text = prompt_text(args)?;
-    let opening =
-        Opening { plan: args.plan.as_deref(), context: args.ctx, threads: args.threads, ..Opening::default() };
+    let opening = Opening {
+        plan: args.plan.as_deref(),
+        context: args.ctx,
+        threads: args.threads,
+        mapped: args.mmap,
+        ..Opening::default()
+    };
     let mut session = Session::open(&args.model, opening)?;
     let tokenizer = session.tokenizer_with(args.tokenizer_pre.as_deref())?;
     let prompt = tokenizer.encode(&text, true)?;

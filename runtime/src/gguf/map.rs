@@ -1,9 +1,11 @@
 //! A file in memory, read-only: the one place of this folder with `unsafe`.
 
-use memmap2::Mmap;
+use memmap2::{Mmap, MmapMut};
 use std::fs::File;
 use std::io;
 use std::path::Path;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// How the bytes of a range are about to be read; a hint to the system, never needed for correctness.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -72,5 +74,78 @@ impl Map {
         }
         #[cfg(not(unix))]
         let _ = (offset, len, advice);
+    }
+}
+
+/// Bytes that a thread copies at a time.
+const COPY_BYTES: usize = 8 << 20;
+
+/// A file's bytes in memory of this process, on huge pages where the system has them.
+#[derive(Debug)]
+pub(super) struct Copied(MmapMut);
+
+impl Copied {
+    /// Copies a file that `map` has mapped, with several threads; `copied` is told how many bytes were added, on the
+    /// calling thread only.
+    pub(super) fn read(path: &Path, map: &Map, threads: usize, copied: &mut dyn FnMut(u64)) -> io::Result<Copied> {
+        let source = map.bytes();
+        let file = File::open(path)?;
+        if file.metadata()?.len() != source.len() as u64 {
+            return Err(io::Error::other("the file has changed since it was opened; run again"));
+        }
+        let mut memory = MmapMut::map_anon(source.len().max(1))?;
+        #[cfg(target_os = "linux")]
+        let _ = memory.advise(memmap2::Advice::HugePage);
+        let chunks =
+            Mutex::new(memory[..source.len()].chunks_mut(COPY_BYTES).zip(source.chunks(COPY_BYTES)).enumerate());
+        let done = AtomicU64::new(0);
+        let next = || chunks.lock().unwrap_or_else(|e| e.into_inner()).next();
+        let copy_one = |at: usize, to: &mut [u8], from: &[u8]| {
+            done.fetch_add(to.len() as u64, Ordering::Relaxed);
+            read_at(&file, (at * COPY_BYTES) as u64, to, from)
+        };
+        let result = std::thread::scope(|scope| {
+            let work = || {
+                while let Some((at, (to, from))) = next() {
+                    copy_one(at, to, from)?;
+                }
+                Ok(())
+            };
+            let others: Vec<_> = (1..threads.max(1)).map(|_| scope.spawn(work)).collect();
+            let mut own = Ok(());
+            while let Some((at, (to, from))) = next() {
+                own = copy_one(at, to, from);
+                copied(done.swap(0, Ordering::Relaxed));
+                if own.is_err() {
+                    break;
+                }
+            }
+            let joined =
+                others.into_iter().map(|t| t.join().unwrap_or_else(|_| Err(io::Error::other("a thread failed"))));
+            joined.fold(own, |result: io::Result<()>, other| result.and(other))
+        });
+        result?;
+        copied(done.load(Ordering::Relaxed));
+        Ok(Copied(memory))
+    }
+
+    /// All bytes of the file.
+    pub(super) fn bytes(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+/// Fills `to` from `offset` of the file; `mapped` are the same bytes as the system maps them.
+fn read_at(file: &File, offset: u64, to: &mut [u8], mapped: &[u8]) -> io::Result<()> {
+    #[cfg(unix)]
+    {
+        let _ = mapped;
+        std::os::unix::fs::FileExt::read_exact_at(file, to, offset)
+    }
+    #[cfg(not(unix))]
+    {
+        let _ = (file, offset);
+        to.copy_from_slice(mapped);
+        Ok(())
     }
 }

@@ -21,6 +21,7 @@ mod delta;
 mod matmul;
 pub mod pooled;
 mod scalar;
+mod stream;
 #[cfg(test)]
 mod tests;
 mod weights;

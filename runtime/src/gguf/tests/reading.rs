@@ -115,3 +115,31 @@ fn one_name_or_length_more_makes_another_id() {
     longer.push(0);
     assert_ne!(hash("e.gguf", &longer), original);
 }
+
+#[test]
+fn a_copy_in_memory_has_the_same_bytes() {
+    let mapped = Gguf::open(&repository("profiles/demo/demo.gguf")).unwrap();
+    for threads in [1, 3] {
+        let mut copied = Gguf::open(mapped.path()).unwrap();
+        let mut told = 0;
+        copied.copy_to_memory(threads, &mut |done, total| told = done * u64::from(done <= total)).unwrap();
+        assert_eq!(told, mapped.file_bytes());
+        assert!(copied.is_copied() && !mapped.is_copied());
+        for (a, b) in copied.tensors().iter().zip(mapped.tensors()) {
+            assert_eq!(copied.bytes(a), mapped.bytes(b), "{}", a.name);
+        }
+    }
+}
+
+#[test]
+fn a_file_that_changed_is_not_copied() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.gguf");
+    std::fs::copy(repository("profiles/demo/demo.gguf"), &path).unwrap();
+    let mut gguf = Gguf::open(&path).unwrap();
+    // Longer: a mapping of a shortened file would end this process.
+    std::fs::OpenOptions::new().append(true).open(&path).unwrap().set_len(gguf.file_bytes() + 1).unwrap();
+    let error = gguf.copy_to_memory(2, &mut |_, _| ()).unwrap_err().to_string();
+    assert!(error.contains("model.gguf") && error.contains("changed"), "{error}");
+    assert!(!gguf.is_copied());
+}

@@ -200,23 +200,25 @@ unsafe fn two_bit_codes(p: *const u8) -> [__m512i; 4] {
     ]
 }
 
-/// The scales and minimums of Q4_K and Q5_K, whose block begins at `p`.
+/// The scales and minimums of Q4_K and Q5_K, whose block begins at `p`; the scales of odd runs times `odd`.
 ///
 /// # Safety
 /// Sixteen bytes can be read.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
-unsafe fn k_scales(p: *const u8) -> (__m512, __m512) {
+unsafe fn k_scales(p: *const u8, odd: f32) -> (__m512, __m512) {
     // SAFETY: the caller's.
     let head = unsafe { &*p.cast::<[u8; 16]>() };
     let (scales, mins) = scales_and_mins(&head[4..]);
     let bytes = _mm_set_epi64x(i64::from_le_bytes(mins), i64::from_le_bytes(scales));
     let both = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes));
-    let factors = _mm512_cvtph_ps(_mm256_set1_epi32(i32::from_le_bytes([head[0], head[1], head[2], head[3]])));
-    let scales = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
-    let mins = _mm512_add_epi32(scales, _mm512_set1_epi32(8));
-    let scale = _mm512_mul_ps(_mm512_permutexvar_ps(scales, both), _mm512_moveldup_ps(factors));
-    let min = _mm512_mul_ps(_mm512_permutexvar_ps(mins, both), _mm512_movehdup_ps(factors));
+    let factors = _mm_cvtph_ps(_mm_set1_epi32(i32::from_le_bytes([head[0], head[1], head[2], head[3]])));
+    let factors = _mm512_castps128_ps512(_mm_mul_ps(factors, _mm_setr_ps(1.0, 1.0, odd, odd)));
+    let each_twice = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+    let mins = _mm512_add_epi32(each_twice, _mm512_set1_epi32(8));
+    let by_run = _mm512_setr_epi32(0, 0, 2, 2, 0, 0, 2, 2, 0, 0, 2, 2, 0, 0, 2, 2);
+    let scale = _mm512_mul_ps(_mm512_permutexvar_ps(each_twice, both), _mm512_permutexvar_ps(by_run, factors));
+    let min = _mm512_mul_ps(_mm512_permutexvar_ps(mins, both), _mm512_permutexvar_ps(_mm512_set1_epi32(1), factors));
     (scale, min)
 }
 
@@ -335,13 +337,23 @@ unpack!(
     }
 );
 
+/// Masks of half bytes.
+const LOW: i64 = 0x0f0f_0f0f_0f0f_0f0f;
+const HIGH: i64 = !LOW;
+
 unpack!(
     /// Two factors, 12 bytes of scales and minimums, 128 bytes of codes.
     Q4_K, 144, false, |p| {
-        let [e0, o0] = nibbles(four(p.add(16), 32));
-        let [e1, o1] = nibbles(four(p.add(32), 32));
-        let (scale, min) = k_scales(p);
-        Tile { q: interleave([e0, e1, o0, o1]), scale, min }
+        let (first, second) = (_mm512_loadu_si512(p.add(16).cast()), _mm512_loadu_si512(p.add(80).cast()));
+        // The high halves, of odd runs, stay where they are: sixteen times too large.
+        let (scale, min) = k_scales(p, 1.0 / 16.0);
+        let pairs = _mm512_setr_epi64(0, 0, 4, 4, 8, 8, 12, 12);
+        let halves = _mm512_set4_epi64(HIGH, LOW, HIGH, LOW);
+        let eight = |k| {
+            let eights = _mm512_add_epi64(pairs, _mm512_set1_epi64(k));
+            _mm512_and_si512(_mm512_permutex2var_epi64(first, eights, second), halves)
+        };
+        Tile { q: [eight(0), eight(1), eight(2), eight(3)], scale, min }
     }
 );
 
@@ -361,7 +373,7 @@ unpack!(
             _mm512_mask_add_epi8(o0, _mm512_test_epi8_mask(first, odd), o0, sixteen),
             _mm512_mask_add_epi8(o1, _mm512_test_epi8_mask(second, odd), o1, sixteen),
         ];
-        let (scale, min) = k_scales(p);
+        let (scale, min) = k_scales(p, 1.0);
         Tile { q: interleave(q), scale, min }
     }
 );
