@@ -1,7 +1,7 @@
 //! `tier-plan bench`: prompt and decode speed, repeated.
 
 use crate::cli::BenchArgs;
-use crate::session::{Opening, Session};
+use crate::session::{self, Opening, Session};
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
 use tier_plan_runtime::exec::Wanted;
@@ -11,6 +11,10 @@ struct Sample {
     prompt_s: f64,
     decode_s: f64,
     decode_bytes: u64,
+    /// Brought in from the last tier while decoding.
+    missed_bytes: u64,
+    /// Share of expert accesses while decoding that found the expert at hand; `None` without experts.
+    hit_rate: Option<f64>,
 }
 
 /// Runs it.
@@ -23,7 +27,14 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     let context = args.plan.is_none().then_some(needed);
     let mut session = Session::open(
         &args.model,
-        Opening { plan: args.plan.as_deref(), context, threads: args.threads, ..Opening::default() },
+        Opening {
+            plan: args.plan.as_deref(),
+            dram: session::dram(args.dram.as_deref())?,
+            profile: args.profile.as_deref(),
+            context,
+            threads: args.threads,
+            ..Opening::default()
+        },
     )?;
     let planned = session.engine.plan().context;
     ensure!(
@@ -63,7 +74,15 @@ fn repeat(session: &mut Session, prompt: &[u32], tokens: u32) -> Result<Sample> 
         next = greedy(engine.forward(&[next], Wanted::Last)?);
     }
     let counters = engine.counters();
-    Ok(Sample { prompt_s, decode_s: counters.decode.as_secs_f64(), decode_bytes: counters.read_bytes.iter().sum() })
+    let misses: u64 = counters.layers.iter().map(|l| l.misses).sum();
+    let accesses: u64 = counters.layers.iter().map(|l| l.pinned_hits + l.slot_hits + l.misses).sum();
+    Ok(Sample {
+        prompt_s,
+        decode_s: counters.decode.as_secs_f64(),
+        decode_bytes: counters.read_bytes.iter().sum(),
+        missed_bytes: if misses > 0 { counters.read_bytes.last().copied().unwrap_or(0) } else { 0 },
+        hit_rate: (accesses > 0).then(|| 1.0 - misses as f64 / accesses as f64),
+    })
 }
 
 fn greedy(logits: &[f32]) -> u32 {
@@ -79,6 +98,9 @@ fn report(args: &BenchArgs, session: &Session, samples: &[Sample]) -> Result<()>
     let decode = rates(|s| s.decode_s, args.tokens);
     let gbps: Vec<f64> =
         samples.iter().map(|s| if args.tokens > 0 { s.decode_bytes as f64 / s.decode_s / 1e9 } else { 0.0 }).collect();
+    let per_token = |s: &Sample| s.missed_bytes as f64 / f64::from(args.tokens.max(1)) / 1e6;
+    let missed: Vec<f64> = samples.iter().map(per_token).collect();
+    let hit_rate: Vec<f64> = samples.iter().filter_map(|s| s.hit_rate).collect();
     let plan = session.engine.plan();
     let emulated = plan.tiers.iter().any(|t| t.tier.emulated);
     if args.json {
@@ -93,6 +115,8 @@ fn report(args: &BenchArgs, session: &Session, samples: &[Sample]) -> Result<()>
             "prompt_tok_s": median(&prompt),
             "decode_tok_s": median(&decode),
             "decode_gbps": median(&gbps),
+            "missed_mb_per_token": median(&missed),
+            "hit_rate": (!hit_rate.is_empty()).then(|| median(&hit_rate)),
             "predicted_decode_tok_s": (plan.predicted.decode_tok_s > 0.0).then_some(plan.predicted.decode_tok_s),
             "runs": { "prompt_tok_s": prompt, "decode_tok_s": decode, "decode_gbps": gbps },
         });
@@ -111,6 +135,14 @@ fn report(args: &BenchArgs, session: &Session, samples: &[Sample]) -> Result<()>
     for (name, values) in [("prompt tok/s", &prompt), ("decode tok/s", &decode), ("decode GB/s", &gbps)] {
         let (min, max) = values.iter().fold((f64::MAX, 0f64), |(a, b), v| (a.min(*v), b.max(*v)));
         println!("{name:<14} {:>10.2} {min:>10.2} {max:>10.2}", median(values));
+    }
+    if missed.iter().any(|mb| *mb > 0.0) {
+        println!(
+            "missed {:.1} MB a decoded token, {:.2} GB/s{note}; {:.1} % of expert accesses were hits",
+            median(&missed),
+            median(&missed) * median(&decode) / 1e3,
+            median(&hit_rate) * 100.0
+        );
     }
     Ok(())
 }

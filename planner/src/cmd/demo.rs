@@ -185,6 +185,8 @@ fn run_args(model: &Path, plan: &Path, threads: Option<usize>) -> RunArgs {
     RunArgs {
         model: model.to_path_buf(),
         plan: Some(plan.to_path_buf()),
+        dram: None,
+        profile: None,
         prompt: Some(PROMPT.to_string()),
         file: None,
         tokens: Some(48),

@@ -28,8 +28,14 @@ pub fn run(args: &RunArgs) -> Result<()> {
         safely::check(path)?;
     }
     let text = prompt_text(args)?;
-    let opening =
-        Opening { plan: args.plan.as_deref(), context: args.ctx, threads: args.threads, ..Opening::default() };
+    let opening = Opening {
+        plan: args.plan.as_deref(),
+        dram: session::dram(args.dram.as_deref())?,
+        profile: args.profile.as_deref(),
+        context: args.ctx,
+        threads: args.threads,
+        ..Opening::default()
+    };
     let mut session = Session::open(&args.model, opening)?;
     let tokenizer = session.tokenizer_with(args.tokenizer_pre.as_deref())?;
     let prompt = tokenizer.encode(&text, true)?;
