@@ -9,6 +9,8 @@ use tier_plan_runtime::exec::Wanted;
 /// One repetition.
 struct Sample {
     prompt_s: f64,
+    /// Brought in from the last tier for the prompt.
+    prompt_missed_bytes: u64,
     decode_s: f64,
     decode_bytes: u64,
     /// Brought in from the last tier while decoding.
@@ -69,6 +71,7 @@ fn repeat(session: &mut Session, prompt: &[u32], tokens: u32) -> Result<Sample> 
         prompt => greedy(engine.forward(prompt, Wanted::Last)?),
     };
     let prompt_s = started.elapsed().as_secs_f64();
+    let prompt_missed_bytes = engine.counters().prompt_missed_bytes;
     engine.reset_counters();
     for _ in 0..tokens {
         next = greedy(engine.forward(&[next], Wanted::Last)?);
@@ -78,6 +81,7 @@ fn repeat(session: &mut Session, prompt: &[u32], tokens: u32) -> Result<Sample> 
     let accesses: u64 = counters.layers.iter().map(|l| l.pinned_hits + l.slot_hits + l.misses).sum();
     Ok(Sample {
         prompt_s,
+        prompt_missed_bytes,
         decode_s: counters.decode.as_secs_f64(),
         decode_bytes: counters.read_bytes.iter().sum(),
         missed_bytes: if misses > 0 { counters.read_bytes.last().copied().unwrap_or(0) } else { 0 },
@@ -99,6 +103,8 @@ fn report(args: &BenchArgs, session: &Session, samples: &[Sample]) -> Result<()>
     let gbps: Vec<f64> =
         samples.iter().map(|s| if args.tokens > 0 { s.decode_bytes as f64 / s.decode_s / 1e9 } else { 0.0 }).collect();
     let per_token = |s: &Sample| s.missed_bytes as f64 / f64::from(args.tokens.max(1)) / 1e6;
+    let prompt_missed: Vec<f64> = samples.iter().map(|s| s.prompt_missed_bytes as f64 / 1e6).collect();
+    let prompt_gbps: Vec<f64> = samples.iter().map(|s| s.prompt_missed_bytes as f64 / s.prompt_s / 1e9).collect();
     let missed: Vec<f64> = samples.iter().map(per_token).collect();
     let hit_rate: Vec<f64> = samples.iter().filter_map(|s| s.hit_rate).collect();
     let plan = session.engine.plan();
@@ -115,6 +121,7 @@ fn report(args: &BenchArgs, session: &Session, samples: &[Sample]) -> Result<()>
             "prompt_tok_s": median(&prompt),
             "decode_tok_s": median(&decode),
             "decode_gbps": median(&gbps),
+            "prompt_missed_mb": median(&prompt_missed),
             "missed_mb_per_token": median(&missed),
             "hit_rate": (!hit_rate.is_empty()).then(|| median(&hit_rate)),
             "predicted_decode_tok_s": (plan.predicted.decode_tok_s > 0.0).then_some(plan.predicted.decode_tok_s),
@@ -136,9 +143,12 @@ fn report(args: &BenchArgs, session: &Session, samples: &[Sample]) -> Result<()>
         let (min, max) = values.iter().fold((f64::MAX, 0f64), |(a, b), v| (a.min(*v), b.max(*v)));
         println!("{name:<14} {:>10.2} {min:>10.2} {max:>10.2}", median(values));
     }
-    if missed.iter().any(|mb| *mb > 0.0) {
+    if prompt_missed.iter().chain(&missed).any(|mb| *mb > 0.0) {
         println!(
-            "missed {:.1} MB a decoded token, {:.2} GB/s{note}; {:.1} % of expert accesses were hits",
+            "missed {:.0} MB for the prompt, {:.2} GB/s; {:.1} MB a decoded token, {:.2} GB/s{note}; {:.1} % of a decoded \
+             token's experts were at hand",
+            median(&prompt_missed),
+            median(&prompt_gbps),
             median(&missed),
             median(&missed) * median(&decode) / 1e3,
             median(&hit_rate) * 100.0

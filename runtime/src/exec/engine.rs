@@ -268,6 +268,8 @@ impl Engine {
         self.routing.weights.resize(tokens.len() * n_moe * used, 0.0);
         // A lone token with nothing before it is a prompt; the last token of a long prompt is no decoding either.
         let decoding = tokens.len() == 1 && self.n_past > 0;
+        // A file that was cut short must not be looked at where it is mapped.
+        self.experts.check_files()?;
         let start = Instant::now();
         let before = self.n_past;
         let n_batches = tokens.len().div_ceil(self.batch);
@@ -337,7 +339,9 @@ impl Engine {
                 self.routing.experts[to..to + used].copy_from_slice(&self.scratch.experts[t * used..(t + 1) * used]);
                 self.routing.weights[to..to + used].copy_from_slice(&self.scratch.weights[t * used..(t + 1) * used]);
             }
-            if decoding {
+            if !decoding {
+                self.counters.prompt_missed_bytes += step.read_bytes;
+            } else {
                 self.count_experts(
                     moe_at,
                     &step,

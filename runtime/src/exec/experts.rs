@@ -543,3 +543,6 @@ fn whole(mut piece: Piece) -> Piece {
     piece.restore();
     piece
 }
+
+#[cfg(test)]
+mod tests;
