@@ -21,7 +21,17 @@ const PLENTY: &str = "2GiB";
 fn run(folder: &Path, more: &[&str], io: Option<&str>) -> Output {
     let model = demo_model();
     let mut command = tier_plan();
-    command.current_dir(folder).arg("run").arg(&model).args(["-p", PROMPT, "-n", "24", "--threads", "2", "--ctx", "64", "--json"]);
+    command.current_dir(folder).arg("run").arg(&model).args([
+        "-p",
+        PROMPT,
+        "-n",
+        "24",
+        "--threads",
+        "2",
+        "--ctx",
+        "64",
+        "--json",
+    ]);
     if let Some(io) = io {
         command.env("TIER_PLAN_IO", io);
     }

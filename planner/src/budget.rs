@@ -92,13 +92,7 @@ fn sentence(model: Model<'_>, asked: Option<u64>, limit: Option<&Limit>, budget:
 }
 
 /// The solver's plan: the rates of the two tiers are not known, so it says nothing about speed.
-fn with_profile(
-    model: Model<'_>,
-    path: &Path,
-    fixed: &Fixed,
-    opening: &Opening<'_>,
-    budget: u64,
-) -> Result<Placement> {
+fn with_profile(model: Model<'_>, path: &Path, fixed: &Fixed, opening: &Opening<'_>, budget: u64) -> Result<Placement> {
     let Model { gguf, spec, shape, context } = model;
     let profile = profile::read(path)?;
     profile.check_model(&shape.id, path)?;
@@ -118,8 +112,7 @@ fn with_profile(
         layer_overhead_us: 0.0,
         token_overhead_us: 0.0,
     };
-    let inputs =
-        Inputs { shape, profile: Some(&profile), machine: &machine, budgets: vec![counted, experts], context };
+    let inputs = Inputs { shape, profile: Some(&profile), machine: &machine, budgets: vec![counted, experts], context };
     let options = Options { strategy: Strategy::Optimal, time_limit_s: SOLVE_S };
     let mut plan = solve::solve(&inputs, &options).context("making a plan from the profile")?;
     plan.tiers[0].budget_bytes = room;

@@ -284,7 +284,8 @@ fn a_changed_file_is_an_error_and_no_token() {
     let original = Fixture::read("qwen3moe");
     let folder = tempfile::tempdir().unwrap();
     let fixture = Fixture { path: folder.path().join("model.gguf"), ..original };
-    std::fs::copy(Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data/arch/qwen3moe.gguf"), &fixture.path).unwrap();
+    std::fs::copy(Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data/arch/qwen3moe.gguf"), &fixture.path)
+        .unwrap();
     let shape = shape_of_file(&fixture.path).unwrap();
     let (first, rest) = fixture.tokens.split_at(5);
     let mut reference = engine(&fixture, &obvious(&shape, fixture.context(), KvType::F32), 512);

@@ -5,10 +5,10 @@
 //! activations come first; what is left becomes slots, the same number in every layer as nothing is known of how the
 //! experts are used. All experts live in the file, which counts as a block device.
 
+use super::KvType;
 use super::engine::BATCH;
 use super::experts::{Home, LayerExperts, Layout};
 use super::plan::obvious;
-use super::KvType;
 use crate::formats::machine::{Tier, TierKind};
 use crate::formats::placement::{Placement, PlanTier};
 use crate::gguf::Gguf;
@@ -267,17 +267,14 @@ pub fn machine_tiers(dram_bytes: u64, file_bytes: u64) -> [Tier; 2] {
         emulated: false,
         source: "not measured".into(),
     };
-    [
-        tier("dram", TierKind::Dram, dram_bytes, 20.0, 0.0),
-        tier("file", TierKind::Nvme, file_bytes, 1.0, 100.0),
-    ]
+    [tier("dram", TierKind::Dram, dram_bytes, 20.0, 0.0), tier("file", TierKind::Nvme, file_bytes, 1.0, 100.0)]
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::shape::shape_of;
     use crate::model::describe;
+    use crate::model::shape::shape_of;
     use proptest::prelude::*;
     use std::path::Path;
 

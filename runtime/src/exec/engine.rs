@@ -106,7 +106,8 @@ impl Engine {
         let spec = describe(&gguf)?;
         let shape = shape_of(&gguf, &spec);
         let loaded = load(&gguf, &spec, &shape, plan, options, progress)?;
-        let Loaded { weights, experts, mut resident_bytes, padding_bytes, embedding_tier, head_tier, dense_bytes } = loaded;
+        let Loaded { weights, experts, mut resident_bytes, padding_bytes, embedding_tier, head_tier, dense_bytes } =
+            loaded;
         let batch = options.batch.unwrap_or(BATCH).max(1);
         let context = plan.context as usize;
         let states: Vec<MixerState> =

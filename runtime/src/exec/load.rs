@@ -140,10 +140,15 @@ pub(super) fn load(
     let reads_files = slow > 0 || !mapped(&plan.tiers[slow].tier);
     let paths: Vec<PathBuf> = (0..gguf.n_parts()).map(|p| gguf.part_path(p).to_path_buf()).collect();
     let files = if reads_files { Some(FileTier::open(&paths, mode)?) } else { None };
-    let layers: Vec<LayerExperts> = plan.layers.iter().zip(spec.moe_layers()).map(|(placed, (_, moe))| {
-        let homes = homes(placed, moe, mapped(&plan.tiers[slow].tier));
-        LayerExperts::new(gguf, moe, homes, placed.slot_tier)
-    }).collect();
+    let layers: Vec<LayerExperts> = plan
+        .layers
+        .iter()
+        .zip(spec.moe_layers())
+        .map(|(placed, (_, moe))| {
+            let homes = homes(placed, moe, mapped(&plan.tiers[slow].tier));
+            LayerExperts::new(gguf, moe, homes, placed.slot_tier)
+        })
+        .collect();
     let (layout, padding) = layout(plan, &layers, files.as_ref().is_some_and(FileTier::is_direct));
     let mut backings = Vec::new();
     for (i, t) in plan.tiers.iter().enumerate() {
@@ -162,8 +167,7 @@ pub(super) fn load(
     }
     let total = plan.tiers.iter().map(|t| t.dense_bytes + t.pinned_bytes).sum();
     let resident = vec![0; plan.tiers.len()];
-    let mut loader =
-        Loader { gguf, spec, plan, backings, files, mode, layout, resident, padding, done: 0, total };
+    let mut loader = Loader { gguf, spec, plan, backings, files, mode, layout, resident, padding, done: 0, total };
     let tiers: HashMap<(DenseKind, Option<u32>), usize> =
         plan.dense.iter().map(|d| ((d.kind, d.layer), d.tier)).collect();
     let weights = loader.dense(&tiers, progress)?;

@@ -235,7 +235,8 @@ impl FileTier {
             let skip = offset.saturating_sub(from) as usize;
             let at = span.at + (from.max(offset) - offset) as usize;
             // With whole pages the head lies in the buffer, as `submit` checked.
-            let in_place = align == 1 || (span.whole_pages && (request.base as usize + at - skip).is_multiple_of(ALIGN));
+            let in_place =
+                align == 1 || (span.whole_pages && (request.base as usize + at - skip).is_multiple_of(ALIGN));
             let need = (to - from) as usize;
             let request = Arc::clone(request);
             let len = need.next_multiple_of(align as usize);

@@ -106,7 +106,8 @@ fn left_in(folder: &Path, version: u8, own: u64) -> Option<u64> {
     // Version 2 says `max` for none, version 1 a number larger than any memory.
     let limit: u64 = read(&folder.join(limit)).trim().parse().ok().filter(|bytes| *bytes < 1 << 60)?;
     let stat = read(&folder.join("memory.stat"));
-    let used: Option<u64> = stat.lines().find_map(|line| line.strip_prefix(used)?.strip_prefix(' ')?.trim().parse().ok());
+    let used: Option<u64> =
+        stat.lines().find_map(|line| line.strip_prefix(used)?.strip_prefix(' ')?.trim().parse().ok());
     Some(limit.saturating_sub(used.unwrap_or(0).saturating_sub(own)))
 }
 

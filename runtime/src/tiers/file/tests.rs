@@ -4,7 +4,7 @@ use super::*;
 use proptest::prelude::*;
 use std::io::{self, Write};
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, AtomicU8};
+use std::sync::atomic::{AtomicU8, AtomicU64};
 
 fn file(bytes: &[u8]) -> tempfile::NamedTempFile {
     let mut file = tempfile::NamedTempFile::new().unwrap();
@@ -94,7 +94,8 @@ fn spans_that_overlap_or_do_not_fit_are_refused() {
     let whole = Span { whole_pages: true, ..span(4100, 5, 4) };
     for spans in [vec![span(0, 6, 0), span(9, 6, 5)], vec![span(0, 9000, 0)], vec![whole]] {
         let piece = Arena::new("dram", 4096).unwrap().take(100).unwrap();
-        let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| tier.submit(0, &spans, piece, Urgency::Now)));
+        let caught =
+            std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| tier.submit(0, &spans, piece, Urgency::Now)));
         assert!(caught.is_err(), "{spans:?}");
     }
 }
