@@ -187,12 +187,19 @@ pub struct SamplingArgs {
 pub struct RunArgs {
     /// The GGUF file
     pub model: PathBuf,
-    /// The plan; everything in main memory when not given
+    /// The plan; when not given, everything is in main memory, or as much as fits
     #[arg(long)]
     pub plan: Option<PathBuf>,
     /// Leave the weights where the system maps the file instead of copying them to huge pages: starts at once, is slower
-    #[arg(long, conflicts_with = "plan")]
+    #[arg(long, conflicts_with_all = ["plan", "dram"])]
     pub mmap: bool,
+    /// Use no more memory than this, all of it counted: what does not fit is read from the file as it is needed; the
+    /// memory that there is, or that the control group allows, when not given
+    #[arg(long, value_name = "SIZE", conflicts_with = "plan")]
+    pub dram: Option<String>,
+    /// Where memory is short: pin the experts that this profile shows to be used most
+    #[arg(long, value_name = "FILE", conflicts_with = "plan")]
+    pub profile: Option<PathBuf>,
     /// The text to continue; without it and without --file a chat begins, on a terminal
     #[arg(short, long, conflicts_with = "file")]
     pub prompt: Option<String>,
@@ -271,12 +278,19 @@ pub struct CompareArgs {
 pub struct BenchArgs {
     /// The GGUF file
     pub model: PathBuf,
-    /// The plan; everything in main memory when not given
+    /// The plan; when not given, everything is in main memory, or as much as fits
     #[arg(long)]
     pub plan: Option<PathBuf>,
     /// Leave the weights where the system maps the file instead of copying them to huge pages: starts at once, is slower
-    #[arg(long, conflicts_with = "plan")]
+    #[arg(long, conflicts_with_all = ["plan", "dram"])]
     pub mmap: bool,
+    /// Use no more memory than this, all of it counted: what does not fit is read from the file as it is needed; the
+    /// memory that there is, or that the control group allows, when not given
+    #[arg(long, value_name = "SIZE", conflicts_with = "plan")]
+    pub dram: Option<String>,
+    /// Where memory is short: pin the experts that this profile shows to be used most
+    #[arg(long, value_name = "FILE", conflicts_with = "plan")]
+    pub profile: Option<PathBuf>,
     /// Prompt tokens to process
     #[arg(short, long, default_value_t = 64)]
     pub prompt: u32,

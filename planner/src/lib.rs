@@ -7,6 +7,7 @@
 #[macro_use]
 pub mod print;
 
+pub mod budget;
 pub mod bundled;
 pub mod chat;
 pub mod cli;

@@ -1,5 +1,6 @@
 //! Opening a model for a command: the file, the plan or the obvious one, the engine and the tokenizer.
 
+use crate::budget::{self, Chosen, Model};
 use crate::progress;
 use anyhow::{Context, Result, ensure};
 use std::io::IsTerminal;
@@ -7,14 +8,13 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
-use tier_plan_runtime::exec::plan::obvious;
 use tier_plan_runtime::exec::{Engine, KvType, LoadOptions};
 use tier_plan_runtime::formats::placement::{self, Placement};
 use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::model::{describe, shape::shape_of};
 use tier_plan_runtime::threads::physical_cores;
 use tier_plan_runtime::tokenizer::Tokenizer;
-use tier_plan_runtime::units::show_bytes;
+use tier_plan_runtime::units::{parse_bytes, show_bytes};
 
 /// Context of the obvious plan where the model would allow more.
 const DEFAULT_CONTEXT: u32 = 4096;
@@ -81,8 +81,12 @@ pub struct Session {
 /// What to open and how.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Opening<'a> {
-    /// The plan; the obvious one when `None`.
+    /// The plan; one that fits memory when `None`.
     pub plan: Option<&'a Path>,
+    /// Bytes of memory that may be used when there is no plan; what there is when `None`.
+    pub dram: Option<u64>,
+    /// The profile that says which experts to pin when there is no plan.
+    pub profile: Option<&'a Path>,
     /// Context length asked for.
     pub context: Option<u32>,
     /// Threads asked for.
@@ -99,7 +103,7 @@ impl Session {
         check_threads(opening.threads)?;
         ensure!(opening.context != Some(0), "a context of 0 tokens holds no text; give --ctx 1 or more");
         let mut gguf = Gguf::open(model)?;
-        let plan = match opening.plan {
+        let Chosen { plan, batch, fits } = match opening.plan {
             Some(path) => {
                 let plan = placement::read(path)?;
                 plan.check_model(&gguf.id(), path)?;
@@ -110,19 +114,20 @@ impl Session {
                     plan.context,
                     path.display()
                 );
-                plan
+                Chosen { plan, batch: None, fits: false }
             }
             None => {
                 let spec = describe(&gguf).map_err(|e| naming(model, e))?;
                 let shape = shape_of(&gguf, &spec);
                 let context = opening.context.unwrap_or(shape.context.min(DEFAULT_CONTEXT));
-                obvious(&shape, context, opening.kv_type)
+                budget::choose(Model { gguf: &gguf, spec: &spec, shape: &shape, context }, &opening)?
             }
         };
-        if plan.solver.status == "obvious" && !opening.mapped {
+        if fits {
             copy_to_memory(&mut gguf, opening.threads);
         }
-        let loaded = Self::load(Arc::new(gguf), &plan, opening.threads, opening.kv_type);
+        let options = LoadOptions { threads: opening.threads, batch, kv_type: opening.kv_type };
+        let loaded = Self::load_with(Arc::new(gguf), &plan, &options);
         let mut session = loaded.map_err(|e| naming(model, e))?;
         if let Some(context) = opening.context {
             session.engine.limit_context(context);
@@ -133,6 +138,10 @@ impl Session {
     /// Loads an open file as a plan says.
     pub fn load(gguf: Arc<Gguf>, plan: &Placement, threads: Option<usize>, kv_type: KvType) -> Result<Self> {
         check_threads(threads)?;
+        Self::load_with(gguf, plan, &LoadOptions { threads, batch: None, kv_type })
+    }
+
+    fn load_with(gguf: Arc<Gguf>, plan: &Placement, options: &LoadOptions) -> Result<Self> {
         ensure!(
             plan.context > 0,
             "plan '{}' has a context of 0 tokens, which holds no text; solve again with --context 1 or more",
@@ -140,8 +149,7 @@ impl Session {
         );
         let started = Instant::now();
         let bar = progress::bytes("loading");
-        let options = LoadOptions { threads, batch: None, kv_type };
-        let engine = Engine::load(Arc::clone(&gguf), plan, &options, &mut |done, total| {
+        let engine = Engine::load(Arc::clone(&gguf), plan, options, &mut |done, total| {
             bar.set_length(total);
             bar.set_position(done);
         })?;
@@ -167,14 +175,21 @@ impl Session {
             let copied = self.gguf.is_copied();
             let place = if copied { "on huge pages where the system has them" } else { "where it is mapped" };
             lines.push(format!("no plan given: everything stays in main memory, {place}"));
+        } else if plan.solver.backend == "none" {
+            lines.push(format!("no plan given: '{}', with as many slots in every layer as fit", plan.name));
         } else {
             lines.push(format!("plan '{}' ({} by {})", plan.name, plan.solver.status, plan.solver.backend));
         }
-        for (t, resident) in plan.tiers.iter().zip(self.engine.resident_bytes()) {
+        let padding = self.engine.padding_bytes();
+        for ((t, resident), padding) in plan.tiers.iter().zip(self.engine.resident_bytes()).zip(padding) {
             let verdict = if *resident == t.used_bytes() { "as planned" } else { "NOT as planned" };
             let emulated = if t.tier.emulated { " (emulated)" } else { "" };
+            let beside = match padding {
+                0 => String::new(),
+                bytes => format!("; beside them {} so that whole pages are read in place", show_bytes(*bytes)),
+            };
             lines.push(format!(
-                "  {}{emulated}: {} planned, {} counted: {verdict}",
+                "  {}{emulated}: {} planned, {} counted: {verdict}{beside}",
                 t.tier.name,
                 show_bytes(t.used_bytes()),
                 show_bytes(*resident)
@@ -202,6 +217,11 @@ fn copy_to_memory(gguf: &mut Gguf, threads: Option<usize>) {
 pub fn naming(file: &Path, error: impl Into<anyhow::Error>) -> anyhow::Error {
     let (error, name) = (error.into(), file.display().to_string());
     if error.to_string().starts_with(&name) { error } else { error.context(name) }
+}
+
+/// The bytes that `--dram` names.
+pub fn dram(size: Option<&str>) -> Result<Option<u64>> {
+    size.map(|size| parse_bytes(size).with_context(|| format!("--dram {size}"))).transpose()
 }
 
 fn check_threads(threads: Option<usize>) -> Result<()> {

@@ -88,6 +88,9 @@ fn run(fixture: &Fixture, plan: &Placement, batch: usize) -> (Vec<f32>, Vec<f32>
     let mut engine = engine(fixture, plan, batch);
     let planned: Vec<u64> = plan.tiers.iter().map(PlanTier::used_bytes).collect();
     assert_eq!(engine.resident_bytes(), planned, "{}: bytes resident and planned", plan.name);
+    for (tier, padding) in plan.tiers.iter().zip(engine.padding_bytes()) {
+        assert!(tier.used_bytes() + padding <= tier.budget_bytes, "{}: {padding} bytes of padding", plan.name);
+    }
     let prompt = engine.forward(&fixture.tokens, Wanted::All).unwrap().to_vec();
     let (mut decoded, mut tokens) = (Vec::new(), Vec::new());
     let mut last = prompt[prompt.len() - fixture.n_vocab..].to_vec();
@@ -110,6 +113,8 @@ struct Spread {
     /// Experts in staging beyond what a token may need.
     extra_staging: u32,
     slow: TierKind,
+    /// The slow tier is the real file, and the others' budgets have so many bytes to spare.
+    real: Option<u64>,
 }
 
 /// A plan over two tiers of memory and a slow one, all declared and fast enough not to be waited for.
@@ -169,8 +174,9 @@ fn three_tiers(shape: &ModelShape, context: u32, spread: Spread) -> Placement {
         plan.tiers[1].staging_bytes = u64::from(plan.staging_experts) * largest;
     }
     for tier in &mut plan.tiers {
-        tier.budget_bytes = tier.used_bytes();
+        tier.budget_bytes = tier.used_bytes() + spread.real.unwrap_or(0);
     }
+    plan.tiers[2].tier.emulated = spread.real.is_none();
     plan
 }
 
@@ -204,8 +210,11 @@ fn tokens_one_by_one_agree() {
 
 #[test]
 fn the_plan_does_not_change_a_bit() {
-    let spread =
-        |pin_every, slots, slot_tier, extra_staging, slow| Spread { pin_every, slots, slot_tier, extra_staging, slow };
+    let spread = |pin_every, slots, slot_tier, extra_staging, slow| {
+        let real = None;
+        Spread { pin_every, slots, slot_tier, extra_staging, slow, real }
+    };
+    let real = |spread: Spread, spare| Spread { real: Some(spare), ..spread };
     let spreads = [
         // Fewer slots than a token uses, more than that, none; nothing pinned, and all that can be.
         spread(3, 1, 1, 0, TierKind::Nvme),
@@ -215,6 +224,10 @@ fn the_plan_does_not_change_a_bit() {
         spread(2, 0, 0, 0, TierKind::Nvme),
         // A slow tier that is computed from in place.
         spread(3, 0, 0, 0, TierKind::Pmem),
+        // The file read past the page cache, with and without room for whole pages.
+        real(spread(3, 1, 1, 0, TierKind::Nvme), 1 << 20),
+        real(spread(0, 5, 0, 1, TierKind::Nvme), 1 << 20),
+        real(spread(4, 2, 0, 3, TierKind::Nvme), 0),
     ];
     for name in FIXTURES {
         let fixture = Fixture::read(name);
@@ -264,4 +277,38 @@ fn shared_experts_and_biases_are_counted() {
         };
         assert_eq!(shared, expected, "{name}");
     }
+}
+
+#[test]
+fn a_changed_file_is_an_error_and_no_token() {
+    let original = Fixture::read("qwen3moe");
+    let folder = tempfile::tempdir().unwrap();
+    let fixture = Fixture { path: folder.path().join("model.gguf"), ..original };
+    std::fs::copy(Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data/arch/qwen3moe.gguf"), &fixture.path)
+        .unwrap();
+    let shape = shape_of_file(&fixture.path).unwrap();
+    let (first, rest) = fixture.tokens.split_at(5);
+    let mut reference = engine(&fixture, &obvious(&shape, fixture.context(), KvType::F32), 512);
+    reference.forward(first, Wanted::Last).unwrap();
+    let expected = reference.forward(rest, Wanted::All).unwrap().to_vec();
+
+    let spread =
+        Spread { pin_every: 0, slots: 3, slot_tier: 1, extra_staging: 0, slow: TierKind::Nvme, real: Some(1 << 20) };
+    let mut engine = engine(&fixture, &three_tiers(&shape, fixture.context(), spread), 512);
+    engine.forward(first, Wanted::Last).unwrap();
+    let file = std::fs::File::options().write(true).open(&fixture.path).unwrap();
+    let (len, modified) = (file.metadata().unwrap().len(), file.metadata().unwrap().modified().unwrap());
+    file.set_len(len + 1).unwrap();
+    let message = engine.forward(rest, Wanted::All).unwrap_err().to_string();
+    assert!(message.contains("model.gguf") && message.contains("length changed"), "{message}");
+    file.set_len(len).unwrap();
+    file.set_modified(modified + std::time::Duration::from_secs(1)).unwrap();
+    let message = engine.forward(rest, Wanted::All).unwrap_err().to_string();
+    assert!(message.contains("model.gguf") && message.contains("written to"), "{message}");
+    // As if it had never happened: the context is what it was, and the tokens are those of an engine without a fault.
+    file.set_modified(modified).unwrap();
+    assert_eq!(engine.n_past(), first.len());
+    let found = engine.forward(rest, Wanted::All).unwrap();
+    assert!(found.iter().zip(&expected).all(|(a, b)| a.to_bits() == b.to_bits()));
+    assert_eq!(found.len(), expected.len());
 }

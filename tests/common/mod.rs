@@ -25,7 +25,7 @@ pub fn demo_machine() -> PathBuf {
 /// The program, with no input and nothing of the caller's settings.
 pub fn tier_plan() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_tier-plan"));
-    command.stdin(Stdio::null()).env_remove("TIER_PLAN_ISA");
+    command.stdin(Stdio::null()).env_remove("TIER_PLAN_ISA").env_remove("TIER_PLAN_IO");
     command
 }
 

@@ -1,7 +1,7 @@
 //! `tier-plan bench`: prompt and decode speed, repeated.
 
 use crate::cli::BenchArgs;
-use crate::session::{Opening, Session};
+use crate::session::{self, Opening, Session};
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
 use tier_plan_runtime::exec::Wanted;
@@ -11,8 +11,14 @@ use tier_plan_runtime::tiers::bandwidth::dram_read_gbps;
 /// One repetition.
 struct Sample {
     prompt_s: f64,
+    /// Brought in from the last tier for the prompt.
+    prompt_missed_bytes: u64,
     decode_s: f64,
     decode_bytes: u64,
+    /// Brought in from the last tier while decoding.
+    missed_bytes: u64,
+    /// Share of expert accesses while decoding that found the expert at hand; `None` without experts.
+    hit_rate: Option<f64>,
 }
 
 /// Runs it.
@@ -25,7 +31,15 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     let context = args.plan.is_none().then_some(needed);
     let mut session = Session::open(
         &args.model,
-        Opening { plan: args.plan.as_deref(), context, threads: args.threads, mapped: args.mmap, ..Opening::default() },
+        Opening {
+            plan: args.plan.as_deref(),
+            dram: session::dram(args.dram.as_deref())?,
+            profile: args.profile.as_deref(),
+            context,
+            threads: args.threads,
+            mapped: args.mmap,
+            ..Opening::default()
+        },
     )?;
     let planned = session.engine.plan().context;
     ensure!(
@@ -60,12 +74,22 @@ fn repeat(session: &mut Session, prompt: &[u32], tokens: u32) -> Result<Sample> 
         prompt => greedy(engine.forward(prompt, Wanted::Last)?),
     };
     let prompt_s = started.elapsed().as_secs_f64();
+    let prompt_missed_bytes = engine.counters().prompt_missed_bytes;
     engine.reset_counters();
     for _ in 0..tokens {
         next = greedy(engine.forward(&[next], Wanted::Last)?);
     }
     let counters = engine.counters();
-    Ok(Sample { prompt_s, decode_s: counters.decode.as_secs_f64(), decode_bytes: counters.read_bytes.iter().sum() })
+    let misses: u64 = counters.layers.iter().map(|l| l.misses).sum();
+    let accesses: u64 = counters.layers.iter().map(|l| l.pinned_hits + l.slot_hits + l.misses).sum();
+    Ok(Sample {
+        prompt_s,
+        prompt_missed_bytes,
+        decode_s: counters.decode.as_secs_f64(),
+        decode_bytes: counters.read_bytes.iter().sum(),
+        missed_bytes: if misses > 0 { counters.read_bytes.last().copied().unwrap_or(0) } else { 0 },
+        hit_rate: (accesses > 0).then(|| 1.0 - misses as f64 / accesses as f64),
+    })
 }
 
 fn greedy(logits: &[f32]) -> u32 {
@@ -92,6 +116,11 @@ fn report(args: &BenchArgs, session: &Session, samples: &[Sample]) -> Result<()>
     let decode = rates(|s| s.decode_s, args.tokens);
     let gbps: Vec<f64> =
         samples.iter().map(|s| if args.tokens > 0 { s.decode_bytes as f64 / s.decode_s / 1e9 } else { 0.0 }).collect();
+    let per_token = |s: &Sample| s.missed_bytes as f64 / f64::from(args.tokens.max(1)) / 1e6;
+    let prompt_missed: Vec<f64> = samples.iter().map(|s| s.prompt_missed_bytes as f64 / 1e6).collect();
+    let prompt_gbps: Vec<f64> = samples.iter().map(|s| s.prompt_missed_bytes as f64 / s.prompt_s / 1e9).collect();
+    let missed: Vec<f64> = samples.iter().map(per_token).collect();
+    let hit_rate: Vec<f64> = samples.iter().filter_map(|s| s.hit_rate).collect();
     let plan = session.engine.plan();
     let emulated = plan.tiers.iter().any(|t| t.tier.emulated);
     let dram = dram_gbps(session);
@@ -109,6 +138,9 @@ fn report(args: &BenchArgs, session: &Session, samples: &[Sample]) -> Result<()>
             "decode_gbps": median(&gbps),
             "dram_read_gbps": dram,
             "decode_share_of_dram_read": dram.map(|dram| median(&gbps) / dram),
+            "prompt_missed_mb": median(&prompt_missed),
+            "missed_mb_per_token": median(&missed),
+            "hit_rate": (!hit_rate.is_empty()).then(|| median(&hit_rate)),
             "predicted_decode_tok_s": (plan.predicted.decode_tok_s > 0.0).then_some(plan.predicted.decode_tok_s),
             "runs": { "prompt_tok_s": prompt, "decode_tok_s": decode, "decode_gbps": gbps },
         });
@@ -131,6 +163,17 @@ fn report(args: &BenchArgs, session: &Session, samples: &[Sample]) -> Result<()>
     if let Some(dram) = dram {
         let share = 100.0 * median(&gbps) / dram;
         println!("main memory read alone, same threads: {dram:.1} GB/s; decode reads at {share:.0} % of that");
+    }
+    if prompt_missed.iter().chain(&missed).any(|mb| *mb > 0.0) {
+        println!(
+            "missed {:.0} MB for the prompt, {:.2} GB/s; {:.1} MB a decoded token, {:.2} GB/s{note}; {:.1} % of a decoded \
+             token's experts were at hand",
+            median(&prompt_missed),
+            median(&prompt_gbps),
+            median(&missed),
+            median(&missed) * median(&decode) / 1e3,
+            median(&hit_rate) * 100.0
+        );
     }
     Ok(())
 }

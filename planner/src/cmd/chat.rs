@@ -21,6 +21,8 @@ pub fn run(args: &RunArgs) -> Result<()> {
     ensure!(args.tokens != Some(0), "--tokens 0 leaves no answer; give 1 or more");
     let opening = Opening {
         plan: args.plan.as_deref(),
+        dram: session::dram(args.dram.as_deref())?,
+        profile: args.profile.as_deref(),
         context: args.ctx,
         threads: args.threads,
         mapped: args.mmap,

@@ -186,6 +186,8 @@ fn run_args(model: &Path, plan: &Path, threads: Option<usize>) -> RunArgs {
         model: model.to_path_buf(),
         plan: Some(plan.to_path_buf()),
         mmap: false,
+        dram: None,
+        profile: None,
         prompt: Some(PROMPT.to_string()),
         file: None,
         tokens: Some(48),

@@ -30,6 +30,8 @@ pub fn run(args: &RunArgs) -> Result<()> {
     let text = prompt_text(args)?;
     let opening = Opening {
         plan: args.plan.as_deref(),
+        dram: session::dram(args.dram.as_deref())?,
+        profile: args.profile.as_deref(),
         context: args.ctx,
         threads: args.threads,
         mapped: args.mmap,

@@ -18,13 +18,15 @@ pub struct LayerCounters {
     pub experts: Duration,
 }
 
-/// Everything counted while decoding; prompt processing is only timed.
+/// What is counted, most of it while decoding.
 #[derive(Debug, Clone, Default)]
 pub struct Counters {
     /// Tokens processed as prompt.
     pub prompt_tokens: u64,
     /// Time they took.
     pub prompt: Duration,
+    /// Bytes brought in from the slow tier for them.
+    pub prompt_missed_bytes: u64,
     /// Tokens decoded: forward passes of one token after the prompt.
     pub decode_tokens: u64,
     /// Time they took.

@@ -23,7 +23,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Tokens in one batch of prompt processing, unless told otherwise.
-const BATCH: usize = 512;
+pub(super) const BATCH: usize = 512;
 
 /// Which logits a pass should compute.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,6 +52,7 @@ pub struct Engine {
     weights: DenseWeights,
     experts: ExpertStore,
     resident_bytes: Vec<u64>,
+    padding_bytes: Vec<u64>,
     embedding_tier: usize,
     head_tier: usize,
     /// By layer, by tier.
@@ -105,7 +106,8 @@ impl Engine {
         let spec = describe(&gguf)?;
         let shape = shape_of(&gguf, &spec);
         let loaded = load(&gguf, &spec, &shape, plan, options, progress)?;
-        let Loaded { weights, experts, mut resident_bytes, embedding_tier, head_tier, dense_bytes } = loaded;
+        let Loaded { weights, experts, mut resident_bytes, padding_bytes, embedding_tier, head_tier, dense_bytes } =
+            loaded;
         let batch = options.batch.unwrap_or(BATCH).max(1);
         let context = plan.context as usize;
         let states: Vec<MixerState> =
@@ -139,6 +141,7 @@ impl Engine {
             weights,
             experts,
             resident_bytes,
+            padding_bytes,
             embedding_tier,
             head_tier,
             batch,
@@ -167,6 +170,12 @@ impl Engine {
     /// and the home copies of pooled experts on the last tier.
     pub fn resident_bytes(&self) -> &[u64] {
         &self.resident_bytes
+    }
+
+    /// Bytes by tier that slots and staging take beyond the plan, within its budget, so that a block device is read
+    /// straight into them.
+    pub fn padding_bytes(&self) -> &[u64] {
+        &self.padding_bytes
     }
 
     /// What was counted since the engine was loaded or [`reset_counters`](Self::reset_counters).
@@ -227,6 +236,7 @@ impl Engine {
     pub fn clear(&mut self) {
         self.states.iter_mut().for_each(MixerState::reset);
         self.n_past = 0;
+        self.broken = false;
     }
 
     /// What the tokens of the last [`forward`](Self::forward) chose.
@@ -237,7 +247,8 @@ impl Engine {
     /// Takes tokens through the network and returns logits, `[1, n_vocab]` or `[tokens, n_vocab]`.
     ///
     /// # Errors
-    /// When the context is full, a token is out of range, or the slow tier fails; after the last the engine can't go on.
+    /// When the context is full, a token is out of range, or the slow tier fails. After the last the context is as before
+    /// the call; but in a network with recurrent states, which can't go back, only [`clear`](Self::clear) helps then.
     pub fn forward(&mut self, tokens: &[u32], wanted: Wanted) -> Result<&[f32], RunError> {
         if self.broken {
             return Err(RunError::Broken);
@@ -258,14 +269,19 @@ impl Engine {
         self.routing.weights.resize(tokens.len() * n_moe * used, 0.0);
         // A lone token with nothing before it is a prompt; the last token of a long prompt is no decoding either.
         let decoding = tokens.len() == 1 && self.n_past > 0;
+        // A file that was cut short must not be looked at where it is mapped.
+        self.experts.check_files()?;
         let start = Instant::now();
+        let before = self.n_past;
         let n_batches = tokens.len().div_ceil(self.batch);
         for (i, batch) in tokens.chunks(self.batch).enumerate() {
             let last = i + 1 == n_batches;
             let wanted = (last || wanted == Wanted::All).then_some(wanted);
             let result = self.pass(batch, i * self.batch, wanted, decoding);
-            if let Err(error) = result {
-                self.broken = true;
+            // What was read from a file that changed is worth nothing, however well the reads went.
+            if let Err(error) = result.and_then(|()| Ok(self.experts.check_files()?)) {
+                self.broken = !self.states.iter().all(MixerState::can_rewind);
+                self.n_past = before;
                 return Err(error);
             }
         }
@@ -324,7 +340,9 @@ impl Engine {
                 self.routing.experts[to..to + used].copy_from_slice(&self.scratch.experts[t * used..(t + 1) * used]);
                 self.routing.weights[to..to + used].copy_from_slice(&self.scratch.weights[t * used..(t + 1) * used]);
             }
-            if decoding {
+            if !decoding {
+                self.counters.prompt_missed_bytes += step.read_bytes;
+            } else {
                 self.count_experts(
                     moe_at,
                     &step,

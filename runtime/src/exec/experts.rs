@@ -8,10 +8,10 @@ use super::moe::add_bias;
 use super::slots::{Access, SlotCache};
 use crate::gguf::Gguf;
 use crate::kernels::Weights;
-use crate::model::spec::{ExpertLinear, ModelSpec, MoeSpec, TensorId};
+use crate::model::spec::{ExpertLinear, MoeSpec, TensorId};
 use crate::quant::{TensorType, dequantize_row};
 use crate::tiers::arena::Piece;
-use crate::tiers::file::{Extent, FileTier, ReadError};
+use crate::tiers::file::{Arrival, Extent, FileTier, ReadError, Span, Urgency};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -22,9 +22,20 @@ const READ_AHEAD: usize = 8;
 struct Part {
     tensor: TensorId,
     ty: TensorType,
-    /// Where the slice begins in an expert's buffer.
+    /// Where the slice begins in an expert's packed bytes.
     at: usize,
+    /// Where the room of the slice begins in a buffer with room for whole pages.
+    page_at: usize,
     slice_bytes: usize,
+}
+
+/// How an expert's slices lie in a buffer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Layout {
+    /// One after the other.
+    Packed,
+    /// Each where its pages of the file are read in place: at the same distance from the beginning of a page as there.
+    WholePages,
 }
 
 /// One of an expert's matrices, by its parts.
@@ -52,6 +63,10 @@ pub(super) struct LayerExperts {
     matrices: Vec<Matrix>,
     expert_ffn: usize,
     pub(super) expert_bytes: usize,
+    /// Bytes of a buffer with room for whole pages.
+    paged_bytes: usize,
+    /// How slots and staging hold this layer's experts.
+    layout: Layout,
     homes: Vec<Home>,
     cache: SlotCache,
     /// `None` while a read into the slot is in flight.
@@ -59,14 +74,34 @@ pub(super) struct LayerExperts {
     slot_tier: usize,
 }
 
+impl Part {
+    /// Where an expert's slice lies in the file.
+    fn extent(&self, gguf: &Gguf, expert: usize) -> Extent {
+        let info = &gguf.tensors()[self.tensor];
+        Extent { part: info.part, offset: info.offset + (expert * self.slice_bytes) as u64, len: self.slice_bytes }
+    }
+
+    /// Where an expert's slice goes in a buffer.
+    fn span(&self, gguf: &Gguf, expert: usize, layout: Layout) -> Span {
+        let extent = self.extent(gguf, expert);
+        match layout {
+            Layout::Packed => Span { extent, at: self.at, whole_pages: false },
+            Layout::WholePages => Span { extent, at: self.page_at + extent.head(), whole_pages: true },
+        }
+    }
+}
+
 impl LayerExperts {
     pub(super) fn new(gguf: &Gguf, moe: &MoeSpec, homes: Vec<Home>, slot_tier: usize) -> Self {
-        let (mut parts, mut expert_bytes) = (Vec::new(), 0);
+        let (mut parts, mut expert_bytes, mut paged_bytes) = (Vec::new(), 0, 0);
         let mut part = |tensor: TensorId| {
             let info = &gguf.tensors()[tensor];
             let slice_bytes = info.n_bytes as usize / moe.n_expert;
-            parts.push(Part { tensor, ty: info.ty, at: expert_bytes, slice_bytes });
+            let part = Part { tensor, ty: info.ty, at: expert_bytes, page_at: paged_bytes, slice_bytes };
             expert_bytes += slice_bytes;
+            let pages = (0..moe.n_expert).map(|expert| part.extent(gguf, expert).pages_bytes());
+            paged_bytes += pages.max().unwrap_or(0);
+            parts.push(part);
             parts.len() - 1
         };
         let matrix = |l: &ExpertLinear| {
@@ -76,6 +111,8 @@ impl LayerExperts {
         let matrices = moe.expert_linears().map(matrix).collect();
         Self {
             expert_bytes,
+            paged_bytes,
+            layout: Layout::Packed,
             parts,
             matrices,
             expert_ffn: moe.expert_ffn,
@@ -91,19 +128,29 @@ impl LayerExperts {
         self.homes[expert] = Home::Pinned(tier, piece);
     }
 
-    /// The buffers that the layer's pooled experts share.
-    pub(super) fn set_slots(&mut self, slots: Vec<Piece>) {
+    /// Experts of the layer.
+    pub(super) fn n_expert(&self) -> usize {
+        self.homes.len()
+    }
+
+    /// Bytes of a buffer for any of the layer's experts.
+    pub(super) fn buffer_bytes(&self, layout: Layout) -> usize {
+        match layout {
+            Layout::Packed => self.expert_bytes,
+            Layout::WholePages => self.paged_bytes,
+        }
+    }
+
+    /// The buffers that the layer's pooled experts share, and how they and staging hold them.
+    pub(super) fn set_slots(&mut self, slots: Vec<Piece>, layout: Layout) {
+        self.layout = layout;
         self.cache = SlotCache::new(self.homes.len() as u32, slots.len() as u32);
         self.slots = slots.into_iter().map(Some).collect();
     }
 
-    /// Where expert `expert` lies in the file.
-    pub(super) fn extents(&self, gguf: &Gguf, expert: usize) -> Vec<Extent> {
-        let extent = |part: &Part| {
-            let info = &gguf.tensors()[part.tensor];
-            Extent { part: info.part, offset: info.offset + (expert * part.slice_bytes) as u64, len: part.slice_bytes }
-        };
-        self.parts.iter().map(extent).collect()
+    /// Where expert `expert` lies in the file, and where its slices go in a buffer.
+    pub(super) fn spans(&self, gguf: &Gguf, expert: usize, layout: Layout) -> Vec<Span> {
+        self.parts.iter().map(|part| part.span(gguf, expert, layout)).collect()
     }
 
     /// The matrices of an expert whose parts are where `bytes_of` says.
@@ -331,13 +378,14 @@ impl ExpertStore {
             let piece = match slot {
                 Some(slot) => store.slots[slot].take(),
                 None => self.staging.pop().map(|mut piece| {
-                    piece.truncate(store.expert_bytes);
+                    piece.truncate(store.buffer_bytes(store.layout));
                     piece
                 }),
             };
             let Some(piece) = piece else { return };
             step.late.extend(late);
-            files.submit(at as u64, store.extents(&self.gguf, step.experts[at] as usize), piece);
+            let spans = store.spans(&self.gguf, step.experts[at] as usize, store.layout);
+            files.submit(at as u64, &spans, piece, Urgency::Now);
             step.uses[at] = Use::Loading(slot);
             step.in_flight += 1;
             step.next_read += 1;
@@ -345,6 +393,9 @@ impl ExpertStore {
     }
 
     /// Waits for one read of the step and returns the position that it made ready.
+    ///
+    /// # Errors
+    /// When the read failed; the step is given up then, and the store is as good as before.
     pub(super) fn wait(&mut self, step: &mut Step) -> Result<usize, ReadError> {
         let files = self.files.as_ref().ok_or(ReadError::Stopped)?;
         if step.in_flight == 0 {
@@ -353,17 +404,53 @@ impl ExpertStore {
         let start = Instant::now();
         let arrival = files.wait()?;
         step.waited += start.elapsed();
+        let (at, result) = self.land(step, arrival);
+        if let Err(error) = result {
+            self.give_up(step);
+            return Err(error);
+        }
+        Ok(at)
+    }
+
+    /// Puts the buffer of a finished read where it belongs; returns the position it was for.
+    fn land(&mut self, step: &mut Step, arrival: Arrival) -> (usize, Result<(), ReadError>) {
         step.in_flight -= 1;
-        arrival.result?;
         let at = arrival.key as usize;
+        let good = arrival.result.is_ok();
         step.uses[at] = match step.uses[at] {
             Use::Loading(Some(slot)) => {
                 self.layers[step.layer].slots[slot] = Some(arrival.piece);
-                Use::Slot(slot)
+                if good { Use::Slot(slot) } else { Use::Done }
             }
-            _ => Use::Staged(arrival.piece),
+            _ if good => Use::Staged(arrival.piece),
+            _ => {
+                self.staging.push(whole(arrival.piece));
+                Use::Done
+            }
         };
-        Ok(at)
+        (at, arrival.result)
+    }
+
+    /// Ends a step that can't go on: all buffers come back, and slots that do not hold what the cache says are freed.
+    fn give_up(&mut self, step: &mut Step) {
+        while step.in_flight > 0 {
+            let Some(Ok(arrival)) = self.files.as_ref().map(FileTier::wait) else { break };
+            // One error is reported; the others of this step have the same cause or will come again.
+            let _ = self.land(step, arrival);
+        }
+        let cache = &mut self.layers[step.layer].cache;
+        for (expert, used) in step.experts.iter().zip(&mut step.uses) {
+            match std::mem::replace(used, Use::Done) {
+                // It lies where the cache says, unless it was to leave.
+                Use::Slot(slot) if cache.slot(*expert) == Some(slot as u32) => {}
+                Use::Staged(piece) => {
+                    cache.forget(*expert);
+                    self.staging.push(whole(piece));
+                }
+                _ => cache.forget(*expert),
+            }
+        }
+        self.staging.extend(step.held.drain(..).map(|(_, _, piece)| whole(piece)));
     }
 
     /// The matrices and the tier of a ready expert.
@@ -381,7 +468,12 @@ impl ExpertStore {
                 _ => return (self.mapped(store, expert), self.mapped_tier),
             },
         };
-        (store.view(|part| &bytes[part.at..part.at + part.slice_bytes]), tier)
+        let layout = if matches!(step.uses[at], Use::AtHome) { Layout::Packed } else { store.layout };
+        let view = store.view(|part| {
+            let at = part.span(&self.gguf, expert, layout).at;
+            &bytes[at..at + part.slice_bytes]
+        });
+        (view, tier)
     }
 
     fn mapped<'a>(&'a self, store: &LayerExperts, expert: usize) -> ExpertView<'a> {
@@ -418,19 +510,25 @@ impl ExpertStore {
     }
 
     /// Ends a step whose experts have all computed: the slots then hold what the cache says.
+    ///
+    /// # Errors
+    /// As [`wait`](Self::wait).
     pub(super) fn finish(&mut self, step: &mut Step) -> Result<(), ReadError> {
-        let Some(files) = &self.files else { return Ok(()) };
-        let store = &mut self.layers[step.layer];
-        for (at, slot) in step.reread.drain(..) {
-            let extents = store.extents(&self.gguf, step.experts[at] as usize);
-            let Some(piece) = &mut store.slots[slot] else { continue };
-            let mut from = 0;
-            for extent in extents {
-                files.read_now(extent, &mut piece[from..from + extent.len])?;
-                from += extent.len;
-            }
+        while let Some((at, slot)) = step.reread.pop() {
+            let (Some(files), store) = (&self.files, &mut self.layers[step.layer]) else { return Ok(()) };
+            let Some(piece) = store.slots[slot].take() else { continue };
+            let spans = store.spans(&self.gguf, step.experts[at] as usize, store.layout);
+            step.uses[at] = Use::Loading(Some(slot));
+            step.in_flight += 1;
+            files.submit(at as u64, &spans, piece, Urgency::Now);
+            self.wait(step)?;
         }
         Ok(())
+    }
+
+    /// Fails if a file that experts are read from is not what it was.
+    pub(super) fn check_files(&self) -> Result<(), ReadError> {
+        self.files.as_ref().map_or(Ok(()), FileTier::check)
     }
 }
 
@@ -446,9 +544,5 @@ fn whole(mut piece: Piece) -> Piece {
     piece
 }
 
-/// The largest expert of a model, in bytes.
-pub(super) fn largest_expert(gguf: &Gguf, spec: &ModelSpec) -> u64 {
-    let bytes =
-        |moe: &MoeSpec| moe.expert_tensors().map(|id| gguf.tensors()[id].n_bytes).sum::<u64>() / moe.n_expert as u64;
-    spec.moe_layers().map(|(_, moe)| bytes(moe)).max().unwrap_or(0)
-}
+#[cfg(test)]
+mod tests;

@@ -1,18 +1,18 @@
 //! Loads a model as a plan says: checks the plan against the file, makes one arena a tier, fills it, and counts.
 
-use super::experts::{ExpertStore, Home, LayerExperts, largest_expert};
+use super::experts::{ExpertStore, Home, LayerExperts, Layout};
 use super::mixer::KvType;
 use super::weights::{DenseWeights, Held};
-use crate::formats::machine::TierKind;
+use crate::formats::machine::{Tier, TierKind};
 use crate::formats::placement::{LayerPlacement, Placement};
-use crate::gguf::Gguf;
+use crate::gguf::{Advice, Gguf};
 use crate::kernels::IsaError;
 use crate::model::ModelError;
 use crate::model::shape::{DenseKind, ModelShape};
 use crate::model::spec::{ModelSpec, MoeSpec, TensorId};
 use crate::quant::{TensorType, dequantize_row};
 use crate::tiers::arena::{Arena, ArenaError, Piece};
-use crate::tiers::file::{Extent, FileTier, ReadError};
+use crate::tiers::file::{Extent, FileTier, ReadError, ReadMode, Span};
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -89,6 +89,8 @@ pub(super) struct Loaded {
     pub experts: ExpertStore,
     /// Bytes counted in each tier, key and value cache not included.
     pub resident_bytes: Vec<u64>,
+    /// Bytes beyond those in each tier, so that slots and staging have room for whole pages.
+    pub padding_bytes: Vec<u64>,
     pub embedding_tier: usize,
     pub head_tier: usize,
     /// By layer: bytes by tier that the dense stage reads.
@@ -97,8 +99,8 @@ pub(super) struct Loaded {
 
 /// How a tier holds bytes.
 enum Backing {
-    /// Copied into memory that this program owns.
-    Arena(Arena),
+    /// Copied into memory that this program owns: weights for good, packed; and buffers, whose bytes come and go.
+    Arena { weights: Arena, buffers: Arena },
     /// Read in place from the mapped file.
     Mapped,
     /// Read from the file into slots and staging.
@@ -111,7 +113,10 @@ struct Loader<'a> {
     plan: &'a Placement,
     backings: Vec<Backing>,
     files: Option<FileTier>,
+    mode: ReadMode,
+    layout: Layout,
     resident: Vec<u64>,
+    padding: Vec<u64>,
     done: u64,
     total: u64,
 }
@@ -128,26 +133,45 @@ pub(super) fn load(
     check(shape, plan, options.kv_type)?;
     check_context_fits(shape, plan, options.kv_type)?;
     let slow = plan.tiers.len() - 1;
+    // What only stands for a slow device, or for memory, is read as fast as it goes.
+    let device = |t: &Tier| t.kind == TierKind::Nvme && !t.emulated;
+    let mode = if device(&plan.tiers[slow].tier) { ReadMode::from_env()? } else { ReadMode::Cached };
+    let mapped = |t: &Tier| matches!(t.kind, TierKind::Dram | TierKind::Pmem | TierKind::Cxl);
+    let reads_files = slow > 0 || !mapped(&plan.tiers[slow].tier);
+    let paths: Vec<PathBuf> = (0..gguf.n_parts()).map(|p| gguf.part_path(p).to_path_buf()).collect();
+    let files = if reads_files { Some(FileTier::open(&paths, mode)?) } else { None };
+    let layers: Vec<LayerExperts> = plan
+        .layers
+        .iter()
+        .zip(spec.moe_layers())
+        .map(|(placed, (_, moe))| {
+            let homes = homes(placed, moe, mapped(&plan.tiers[slow].tier));
+            LayerExperts::new(gguf, moe, homes, placed.slot_tier)
+        })
+        .collect();
+    let (layout, padding) = layout(plan, &layers, files.as_ref().is_some_and(FileTier::is_direct));
     let mut backings = Vec::new();
     for (i, t) in plan.tiers.iter().enumerate() {
         backings.push(match t.tier.kind {
             TierKind::Nvme if i == slow => Backing::File,
-            TierKind::Dram | TierKind::Pmem | TierKind::Cxl if i == slow => Backing::Mapped,
-            _ => Backing::Arena(Arena::new(
-                &t.tier.name,
-                t.dense_bytes + t.pinned_bytes + t.slot_bytes + t.staging_bytes,
-            )?),
+            _ if i == slow && mapped(&t.tier) => Backing::Mapped,
+            _ => Backing::Arena {
+                weights: Arena::new(&t.tier.name, t.dense_bytes + t.pinned_bytes)?,
+                buffers: Arena::new(&t.tier.name, t.slot_bytes + t.staging_bytes + padding[i])?,
+            },
         });
     }
-    let reads_files = backings.iter().any(|b| !matches!(b, Backing::Mapped));
-    let paths: Vec<PathBuf> = (0..gguf.n_parts()).map(|p| gguf.part_path(p).to_path_buf()).collect();
-    let files = if reads_files { Some(FileTier::open(&paths)?) } else { None };
+    if !backings.iter().any(|b| matches!(b, Backing::Mapped)) {
+        // Little of the mapping is looked at from here on; what lies around that would only take up memory.
+        gguf.advise_all(Advice::Random);
+    }
     let total = plan.tiers.iter().map(|t| t.dense_bytes + t.pinned_bytes).sum();
-    let mut loader = Loader { gguf, spec, plan, backings, files, resident: vec![0; plan.tiers.len()], done: 0, total };
+    let resident = vec![0; plan.tiers.len()];
+    let mut loader = Loader { gguf, spec, plan, backings, files, mode, layout, resident, padding, done: 0, total };
     let tiers: HashMap<(DenseKind, Option<u32>), usize> =
         plan.dense.iter().map(|d| ((d.kind, d.layer), d.tier)).collect();
     let weights = loader.dense(&tiers, progress)?;
-    let experts = loader.experts(progress)?;
+    let experts = loader.experts(layers, progress)?;
     let mut dense_bytes = vec![vec![0; plan.tiers.len()]; spec.layers.len()];
     for group in &shape.dense {
         if let Some(layer) = group.layer {
@@ -156,7 +180,34 @@ pub(super) fn load(
     }
     let head_tier = tiers[&(DenseKind::Head, None)];
     let embedding_tier = tiers.get(&(DenseKind::Embedding, None)).copied().unwrap_or(head_tier);
-    Ok(Loaded { weights, experts, resident_bytes: loader.resident, embedding_tier, head_tier, dense_bytes })
+    let Loader { resident: resident_bytes, padding: padding_bytes, .. } = loader;
+    Ok(Loaded { weights, experts, resident_bytes, padding_bytes, embedding_tier, head_tier, dense_bytes })
+}
+
+/// Where each expert of a layer is before any is pinned.
+fn homes(placed: &LayerPlacement, moe: &MoeSpec, mapped: bool) -> Vec<Home> {
+    let pooled = |_| if mapped && placed.slots == 0 { Home::Mapped } else { Home::Pooled };
+    (0..moe.n_expert).map(pooled).collect()
+}
+
+/// How slots and staging hold experts, and what that takes beyond the plan in each tier: room for whole pages where
+/// files are read past the page cache and every tier's budget has the bytes left.
+fn layout(plan: &Placement, layers: &[LayerExperts], direct: bool) -> (Layout, Vec<u64>) {
+    let none = (Layout::Packed, vec![0; plan.tiers.len()]);
+    let (packed, paged) = (largest(layers, Layout::Packed), largest(layers, Layout::WholePages));
+    let mut padding = none.1.clone();
+    padding[plan.staging_tier] += u64::from(plan.staging_experts) * (paged - packed) as u64;
+    for (placed, layer) in plan.layers.iter().zip(layers) {
+        let more = layer.buffer_bytes(Layout::WholePages) - layer.buffer_bytes(Layout::Packed);
+        padding[placed.slot_tier] += u64::from(placed.slots) * more as u64;
+    }
+    let fits = plan.tiers.iter().zip(&padding).all(|(t, more)| *more <= t.budget_bytes.saturating_sub(t.used_bytes()));
+    if direct && fits { (Layout::WholePages, padding) } else { none }
+}
+
+/// Bytes of a buffer for any expert of the model.
+fn largest(layers: &[LayerExperts], layout: Layout) -> usize {
+    layers.iter().map(|layer| layer.buffer_bytes(layout)).max().unwrap_or(0)
 }
 
 /// Asks the system for the cache's memory and gives it back: a vector that is too large ends the program.
@@ -278,11 +329,19 @@ fn check(shape: &ModelShape, plan: &Placement, kv_type: KvType) -> Result<(), Lo
 }
 
 impl Loader<'_> {
-    fn read(&self, extent: Extent, into: &mut [u8]) -> Result<(), LoadError> {
+    /// Fills a buffer from the files.
+    fn read(&self, spans: &[Span], into: Piece) -> Result<Piece, LoadError> {
         match &self.files {
-            Some(files) => Ok(files.read_now(extent, into)?),
+            Some(files) => Ok(files.read(spans, into)?),
             None => unreachable!("files are open wherever a tier has an arena"),
         }
+    }
+
+    /// A tensor as the only content of a buffer.
+    fn whole_tensor(&self, id: TensorId) -> [Span; 1] {
+        let tensor = &self.gguf.tensors()[id];
+        let extent = Extent { part: tensor.part, offset: tensor.offset, len: tensor.n_bytes as usize };
+        [Span { extent, at: 0, whole_pages: false }]
     }
 
     fn dense(
@@ -295,19 +354,17 @@ impl Loader<'_> {
         for group in self.spec.dense_groups() {
             let tier = tiers[&(group.kind, group.layer)];
             for id in group.tensors {
-                let tensor = &self.gguf.tensors()[id];
+                let n_bytes = self.gguf.tensors()[id].n_bytes;
                 let held = if !matrices.contains(&id) {
-                    Held::Vector(self.vector(id))
-                } else if let Backing::Arena(arena) = &mut self.backings[tier] {
-                    let mut piece = arena.take(tensor.n_bytes as usize)?;
-                    let extent = Extent { part: tensor.part, offset: tensor.offset, len: piece.len() };
-                    self.read(extent, &mut piece)?;
-                    Held::Piece(piece)
+                    Held::Vector(self.vector(id)?)
+                } else if let Backing::Arena { weights, .. } = &mut self.backings[tier] {
+                    let piece = weights.take(n_bytes as usize)?;
+                    Held::Piece(self.read(&self.whole_tensor(id), piece)?)
                 } else {
                     Held::Mapped
                 };
                 weights.hold(id, tier, held);
-                self.done += tensor.n_bytes;
+                self.done += n_bytes;
                 progress(self.done, self.total);
             }
         }
@@ -317,27 +374,31 @@ impl Loader<'_> {
         Ok(weights)
     }
 
-    fn vector(&self, id: TensorId) -> Box<[f32]> {
+    fn vector(&self, id: TensorId) -> Result<Box<[f32]>, LoadError> {
         let tensor = &self.gguf.tensors()[id];
         let n = tensor.n_bytes as usize / tensor.ty.block_bytes();
         debug_assert!(matches!(tensor.ty, TensorType::F32 | TensorType::F16 | TensorType::BF16));
         let mut values = vec![0.0; n].into_boxed_slice();
-        dequantize_row(tensor.ty, self.gguf.bytes(tensor), &mut values);
-        values
+        if self.mode == ReadMode::Cached {
+            dequantize_row(tensor.ty, self.gguf.bytes(tensor), &mut values);
+        } else {
+            let piece = Arena::new("", tensor.n_bytes)?.take(tensor.n_bytes as usize)?;
+            dequantize_row(tensor.ty, &self.read(&self.whole_tensor(id), piece)?, &mut values);
+        }
+        Ok(values)
     }
 
-    fn experts(&mut self, progress: Progress<'_>) -> Result<ExpertStore, LoadError> {
+    fn experts(&mut self, mut layers: Vec<LayerExperts>, progress: Progress<'_>) -> Result<ExpertStore, LoadError> {
         let plan = self.plan;
         let slow = plan.tiers.len() - 1;
-        let mut layers = Vec::new();
-        for (placed, (_, moe)) in plan.layers.iter().zip(self.spec.moe_layers()) {
-            layers.push(self.layer(placed, moe, progress)?);
+        for (placed, layer) in plan.layers.iter().zip(&mut layers) {
+            self.layer(placed, layer, progress)?;
         }
-        let largest = largest_expert(self.gguf, self.spec) as usize;
+        let (packed, room) = (largest(&layers, Layout::Packed), largest(&layers, self.layout));
         let mut staging = Vec::new();
         if matches!(self.backings[slow], Backing::File) {
             for _ in 0..plan.staging_experts {
-                staging.push(self.take(plan.staging_tier, largest)?);
+                staging.push(self.buffer(plan.staging_tier, packed, room)?);
             }
         }
         let files = self.files.take();
@@ -347,14 +408,10 @@ impl Loader<'_> {
     fn layer(
         &mut self,
         placed: &LayerPlacement,
-        moe: &MoeSpec,
+        layer: &mut LayerExperts,
         progress: Progress<'_>,
-    ) -> Result<LayerExperts, LoadError> {
+    ) -> Result<(), LoadError> {
         let slow = self.plan.tiers.len() - 1;
-        let mapped = matches!(self.backings[slow], Backing::Mapped);
-        let pooled = |_| if mapped && placed.slots == 0 { Home::Mapped } else { Home::Pooled };
-        let homes: Vec<Home> = (0..moe.n_expert).map(pooled).collect();
-        let mut layer = LayerExperts::new(self.gguf, moe, homes, placed.slot_tier);
         let bytes = layer.expert_bytes;
         let mut n_pinned = 0;
         for (tier, experts) in &placed.pinned {
@@ -362,32 +419,30 @@ impl Loader<'_> {
                 self.done += bytes as u64;
                 n_pinned += 1;
                 progress(self.done, self.total);
-                if matches!(self.backings[*tier], Backing::Mapped) {
+                self.resident[*tier] += bytes as u64;
+                let piece = match &mut self.backings[*tier] {
+                    Backing::Arena { weights, .. } => weights.take(bytes)?,
                     // The only tier of its plan: pinned or not, an expert computes where it is mapped.
-                    self.resident[*tier] += bytes as u64;
-                    continue;
-                }
-                let mut piece = self.take(*tier, bytes)?;
-                let mut at = 0;
-                for extent in layer.extents(self.gguf, *expert as usize) {
-                    self.read(extent, &mut piece[at..at + extent.len])?;
-                    at += extent.len;
-                }
-                layer.pin(*expert as usize, *tier, piece);
+                    Backing::Mapped => continue,
+                    Backing::File => unreachable!("a checked plan pins nothing to files"),
+                };
+                let spans = layer.spans(self.gguf, *expert as usize, Layout::Packed);
+                layer.pin(*expert as usize, *tier, self.read(&spans, piece)?);
             }
         }
-        let slots = (0..placed.slots).map(|_| self.take(placed.slot_tier, bytes)).collect::<Result<_, _>>()?;
-        layer.set_slots(slots);
-        self.resident[slow] += (moe.n_expert - n_pinned) as u64 * bytes as u64;
-        Ok(layer)
+        let room = layer.buffer_bytes(self.layout);
+        let slots = (0..placed.slots).map(|_| self.buffer(placed.slot_tier, bytes, room)).collect::<Result<_, _>>()?;
+        layer.set_slots(slots, self.layout);
+        self.resident[slow] += (layer.n_expert() - n_pinned) as u64 * bytes as u64;
+        Ok(())
     }
 
-    /// A buffer in a tier's arena.
-    fn take(&mut self, tier: usize, bytes: usize) -> Result<Piece, LoadError> {
+    /// A buffer of `room` bytes in a tier's arena, which the plan counts as `planned`.
+    fn buffer(&mut self, tier: usize, planned: usize, room: usize) -> Result<Piece, LoadError> {
         match &mut self.backings[tier] {
-            Backing::Arena(arena) => {
-                self.resident[tier] += bytes as u64;
-                Ok(arena.take(bytes)?)
+            Backing::Arena { buffers, .. } => {
+                self.resident[tier] += planned as u64;
+                Ok(buffers.take(room)?)
             }
             _ => unreachable!("a checked plan takes memory only from tiers that have an arena"),
         }

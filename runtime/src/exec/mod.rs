@@ -3,6 +3,7 @@
 //! `load` puts bytes where the plan wants them and proves it; `engine` runs the layers; `experts` is the store that
 //! pins, caches and fetches routed experts; the rest is arithmetic.
 
+pub mod budget;
 pub mod counters;
 pub mod engine;
 mod experts;
@@ -59,7 +60,7 @@ pub enum RunError {
         /// Tokens that should be left.
         wanted: usize,
     },
-    /// An earlier read failed in the middle of a layer.
-    #[error("an earlier read error left this engine without some of its experts; load the model again")]
+    /// An earlier read failed in the middle of a pass.
+    #[error("an earlier read error left the context of this model unusable, as it can't go back; start again from 0")]
     Broken,
 }

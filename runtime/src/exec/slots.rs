@@ -83,6 +83,15 @@ impl SlotCache {
         self.order.iter().map(|&expert| (expert, self.slot_of[expert as usize]))
     }
 
+    /// Frees the slot of an expert whose bytes did not come; of no effect on one that has none.
+    pub fn forget(&mut self, expert: u32) {
+        if let Some(slot) = self.slot(expert) {
+            self.slot_of[expert as usize] = NONE;
+            self.order.retain(|&e| e != expert);
+            self.unused.push(slot);
+        }
+    }
+
     /// One step: `chosen` are the distinct pooled experts of a token in the router's order, or of a batch in the order
     /// of their last use. `out` becomes their accesses in the same order. An expert number that the layer does not have
     /// is staged.
@@ -218,6 +227,20 @@ mod tests {
                 prop_assert!(a.resident().all(|(e, _)| b.contains(e)));
             }
         }
+    }
+
+    #[test]
+    fn a_forgotten_expert_leaves_its_slot() {
+        let mut cache = SlotCache::new(4, 2);
+        let mut out = Vec::new();
+        cache.step(&[3, 1], &mut out);
+        cache.forget(3);
+        cache.forget(0);
+        assert_eq!(cache.resident().collect::<Vec<_>>(), [(1, 1)]);
+        cache.step(&[3], &mut out);
+        assert_eq!(out, [Access::Fill { slot: 0, evicted: None }]);
+        cache.step(&[2], &mut out);
+        assert_eq!(out, [Access::Fill { slot: 1, evicted: Some(1) }]);
     }
 
     #[test]

@@ -1,45 +1,27 @@
-//! The slow tier as files: reads run on threads of their own, so that several are in flight while others compute.
+//! The slow tier as files: reads run on threads of their own, so that many are in flight while others compute.
+//!
+//! A request reads some [spans](Span) into one buffer. Each is cut at [`CHUNK`] into jobs that the readers take in
+//! order. Past the page cache only whole pages are read: into place where the buffer has room for them at the right
+//! address, otherwise by way of a reader's own page-aligned buffer, at the price of a copy.
 
-use super::arena::Piece;
+use super::arena::{Arena, Piece};
+use super::source::{ALIGN, ReadAt, Source};
+pub use super::source::{ReadError, ReadMode};
+use std::cell::UnsafeCell;
 use std::collections::VecDeque;
-use std::fs::File;
-use std::io;
+use std::ops::Range;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
-use thiserror::Error;
 
-/// Reads that may be in flight at once.
-const READERS: usize = 4;
+/// Reads that may be in flight at once: enough for a drive that is fast only when asked for much, and threads that wait
+/// for a drive cost little.
+const READERS: usize = 16;
 
-/// A read that failed.
-#[derive(Debug, Error)]
-pub enum ReadError {
-    /// The system refused.
-    #[error("{}: reading {len} bytes at offset {offset}: {source}", path.display())]
-    Io {
-        /// The file.
-        path: PathBuf,
-        /// Where in it.
-        offset: u64,
-        /// How much.
-        len: usize,
-        /// What the system said.
-        r#source: io::Error,
-    },
-    /// A file could not be opened.
-    #[error("{}: {source}", path.display())]
-    Open {
-        /// The file.
-        path: PathBuf,
-        /// What the system said.
-        r#source: io::Error,
-    },
-    /// The threads that read are gone.
-    #[error("the reader threads have stopped")]
-    Stopped,
-}
+/// Most bytes of one read.
+const CHUNK: usize = 1 << 20;
 
 /// A stretch of one file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,10 +34,49 @@ pub struct Extent {
     pub len: usize,
 }
 
-struct Request {
-    key: u64,
-    extents: Vec<Extent>,
-    into: Piece,
+impl Extent {
+    /// Bytes from the beginning of the page that the first byte is in.
+    pub fn head(&self) -> usize {
+        (self.offset % ALIGN as u64) as usize
+    }
+
+    /// Bytes of the pages that it touches.
+    pub fn pages_bytes(&self) -> usize {
+        (self.head() + self.len).next_multiple_of(ALIGN)
+    }
+}
+
+/// Where in a buffer an extent's bytes go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Span {
+    /// What is read.
+    pub extent: Extent,
+    /// Its first byte's place in the buffer.
+    pub at: usize,
+    /// Whether the buffer has room for whole pages there: the [`head`](Extent::head) before `at`, and
+    /// [`pages_bytes`](Extent::pages_bytes) in all. What is in that room besides the extent's bytes may be overwritten.
+    pub whole_pages: bool,
+}
+
+impl Span {
+    /// The part of the buffer that the read may write.
+    fn room(&self) -> Option<Range<usize>> {
+        if self.whole_pages {
+            let from = self.at.checked_sub(self.extent.head())?;
+            Some(from..from.checked_add(self.extent.pages_bytes())?)
+        } else {
+            Some(self.at..self.at.checked_add(self.extent.len)?)
+        }
+    }
+}
+
+/// Which of the waiting reads come first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Urgency {
+    /// Somebody waits for it.
+    Now,
+    /// It may be of use later; done while nothing else is asked for.
+    Idle,
 }
 
 /// A finished read: its buffer comes back filled, or with the reason why not.
@@ -68,34 +89,77 @@ pub struct Arrival {
     pub result: Result<(), ReadError>,
 }
 
+/// A buffer being filled by several jobs.
+struct Request {
+    key: u64,
+    /// Taken out by the last job to end.
+    piece: UnsafeCell<Option<Piece>>,
+    /// Start of the piece.
+    base: *mut u8,
+    /// Jobs that have not ended.
+    left: AtomicUsize,
+    error: Mutex<Option<ReadError>>,
+}
+
+// SAFETY: `base` points into `piece`, which stays until the last job has ended; jobs write disjoint ranges of it (checked
+// in `submit`), and `piece` itself is touched by the last job only, after all others (`left`).
+unsafe impl Send for Request {}
+// SAFETY: as above.
+unsafe impl Sync for Request {}
+
+/// One read.
+struct Job {
+    request: Arc<Request>,
+    source: usize,
+    /// Offset in the file, a multiple of the source's alignment.
+    from: u64,
+    /// Bytes to ask for, likewise.
+    len: usize,
+    /// Bytes from `from` on that must come; the file may end after them.
+    need: usize,
+    /// Bytes before the wanted ones: to be left out when they are copied.
+    skip: usize,
+    /// Where the wanted bytes go in the request's buffer.
+    at: usize,
+    /// Whether the read goes by way of the reader's buffer.
+    copied: bool,
+}
+
 #[derive(Default)]
 struct Queue {
-    requests: VecDeque<Request>,
+    now: VecDeque<Job>,
+    idle: VecDeque<Job>,
     closed: bool,
 }
 
 struct Shared {
     queue: Mutex<Queue>,
     ready: Condvar,
-    files: Vec<(PathBuf, File)>,
+    sources: Vec<Source>,
 }
 
 /// Files that expert-sized pieces are read from.
 pub struct FileTier {
     shared: Arc<Shared>,
+    sender: Sender<Arrival>,
     arrivals: Receiver<Arrival>,
     readers: Vec<JoinHandle<()>>,
 }
 
 impl FileTier {
     /// Opens the files and starts the readers.
-    pub fn open(paths: &[PathBuf]) -> Result<Self, ReadError> {
-        let open = |path: &PathBuf| {
-            let file = File::open(path).map_err(|source| ReadError::Open { path: path.clone(), r#source })?;
-            Ok((path.clone(), file))
-        };
-        let files = paths.iter().map(open).collect::<Result<_, ReadError>>()?;
-        let shared = Arc::new(Shared { queue: Mutex::default(), ready: Condvar::new(), files });
+    pub fn open(paths: &[PathBuf], mode: ReadMode) -> Result<Self, ReadError> {
+        Ok(Self::start(paths.iter().map(|path| Source::open(path, mode)).collect::<Result<_, _>>()?))
+    }
+
+    /// The same over anything that can be read, with its name for errors.
+    pub fn of(sources: Vec<(PathBuf, Box<dyn ReadAt>)>) -> Result<Self, ReadError> {
+        let source = |(path, reader): (PathBuf, _)| Source::new(&path, reader);
+        Ok(Self::start(sources.into_iter().map(source).collect::<Result<_, _>>()?))
+    }
+
+    fn start(sources: Vec<Source>) -> Self {
+        let shared = Arc::new(Shared { queue: Mutex::default(), ready: Condvar::new(), sources });
         let (sender, arrivals) = channel();
         let readers = (0..READERS)
             .filter_map(|i| {
@@ -103,24 +167,103 @@ impl FileTier {
                 std::thread::Builder::new().name(format!("read-{i}")).spawn(move || read_loop(&shared, &sender)).ok()
             })
             .collect();
-        Ok(Self { shared, arrivals, readers })
+        Self { shared, sender, arrivals, readers }
     }
 
-    /// Reads the extents one after the other into `into`, whose length is their sum; [`wait`](Self::wait) gives it back.
-    pub fn submit(&self, key: u64, extents: Vec<Extent>, into: Piece) {
-        debug_assert_eq!(extents.iter().map(|e| e.len).sum::<usize>(), into.len());
-        lock(&self.shared.queue).requests.push_back(Request { key, extents, into });
-        self.shared.ready.notify_one();
+    /// Bytes of memory that the readers have of their own, at most.
+    pub fn working_bytes() -> u64 {
+        // A buffer each, and the part of its stack that a thread touches.
+        READERS as u64 * (CHUNK + 2 * ALIGN + (16 << 10)) as u64
+    }
+
+    /// Whether reads go past the page cache, so that buffers with room for whole pages spare a copy.
+    pub fn is_direct(&self) -> bool {
+        self.shared.sources.iter().any(|s| s.alignment() > 1)
+    }
+
+    /// Fails if a file is not what it was when it was opened.
+    pub fn check(&self) -> Result<(), ReadError> {
+        self.shared.sources.iter().try_for_each(Source::check)
+    }
+
+    /// Reads the spans into `into`; [`wait`](Self::wait) gives it back.
+    ///
+    /// # Panics
+    /// When a span does not fit the buffer, or two overlap.
+    pub fn submit(&self, key: u64, spans: &[Span], mut into: Piece, urgency: Urgency) {
+        let mut rooms: Vec<Range<usize>> = spans
+            .iter()
+            .map(|s| s.room().filter(|r| r.end <= into.len()).unwrap_or_else(|| panic!("{s:?} in {}", into.len())))
+            .collect();
+        rooms.sort_by_key(|r| r.start);
+        assert!(rooms.windows(2).all(|w| w[0].end <= w[1].start), "{spans:?} overlap");
+        let base = into.as_mut_ptr();
+        let request = Arc::new(Request {
+            key,
+            piece: UnsafeCell::new(Some(into)),
+            base,
+            left: AtomicUsize::new(0),
+            error: Mutex::default(),
+        });
+        let jobs: Vec<Job> = spans.iter().flat_map(|span| self.jobs(&request, span)).collect();
+        request.left.store(jobs.len(), Ordering::Release);
+        if jobs.is_empty() {
+            self.sender.send(finished(&request)).unwrap_or_else(|_| unreachable!("the receiver is in this value"));
+            return;
+        }
+        let mut queue = lock(&self.shared.queue);
+        let queue = match urgency {
+            Urgency::Now => &mut queue.now,
+            Urgency::Idle => &mut queue.idle,
+        };
+        let n = jobs.len();
+        queue.extend(jobs);
+        for _ in 0..n.min(READERS) {
+            self.shared.ready.notify_one();
+        }
+    }
+
+    /// Cuts a span into reads.
+    fn jobs(&self, request: &Arc<Request>, span: &Span) -> Vec<Job> {
+        let Extent { part, offset, len } = span.extent;
+        let align = self.shared.sources[part].alignment() as u64;
+        let end = offset + len as u64;
+        let mut jobs = Vec::with_capacity(len.div_ceil(CHUNK) + 1);
+        let mut from = offset / align * align;
+        while from < end {
+            let to = (from + CHUNK as u64).min(end);
+            let skip = offset.saturating_sub(from) as usize;
+            let at = span.at + (from.max(offset) - offset) as usize;
+            // With whole pages the head lies in the buffer, as `submit` checked.
+            let in_place =
+                align == 1 || (span.whole_pages && (request.base as usize + at - skip).is_multiple_of(ALIGN));
+            let need = (to - from) as usize;
+            let request = Arc::clone(request);
+            let len = need.next_multiple_of(align as usize);
+            jobs.push(Job { request, source: part, from, len, need, skip, at, copied: !in_place });
+            from = to;
+        }
+        jobs
     }
 
     /// The next finished read, in whatever order they finish.
     pub fn wait(&self) -> Result<Arrival, ReadError> {
+        if self.readers.is_empty() {
+            return Err(ReadError::Stopped);
+        }
         self.arrivals.recv().map_err(|_| ReadError::Stopped)
     }
 
-    /// Reads an extent on the calling thread.
-    pub fn read_now(&self, extent: Extent, into: &mut [u8]) -> Result<(), ReadError> {
-        read(&self.shared.files, extent, into)
+    /// A read that has finished already, if there is one.
+    pub fn poll(&self) -> Option<Arrival> {
+        self.arrivals.try_recv().ok()
+    }
+
+    /// Reads the spans and waits for them; only while nothing else is in flight.
+    pub fn read(&self, spans: &[Span], into: Piece) -> Result<Piece, ReadError> {
+        self.submit(0, spans, into, Urgency::Now);
+        let arrival = self.wait()?;
+        arrival.result.map(|()| arrival.piece)
     }
 }
 
@@ -138,107 +281,64 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|e| e.into_inner())
 }
 
+/// What the last job of a request gives back.
+fn finished(request: &Request) -> Arrival {
+    // SAFETY: no job is left, so nobody else touches the piece.
+    let piece = unsafe { (*request.piece.get()).take() };
+    let piece = piece.unwrap_or_else(|| unreachable!("a request ends once"));
+    let result = lock(&request.error).take().map_or(Ok(()), Err);
+    Arrival { key: request.key, piece, result }
+}
+
 fn read_loop(shared: &Shared, arrivals: &Sender<Arrival>) {
+    let mut buffer = None;
     loop {
         let mut queue = lock(&shared.queue);
-        let request = loop {
+        let job = loop {
             if queue.closed {
                 return;
             }
-            match queue.requests.pop_front() {
-                Some(request) => break request,
+            let next = queue.now.pop_front();
+            match next.or_else(|| queue.idle.pop_front()) {
+                Some(job) => break job,
                 None => queue = shared.ready.wait(queue).unwrap_or_else(|e| e.into_inner()),
             }
         };
         drop(queue);
-        let Request { key, extents, into: mut piece } = request;
-        let mut at = 0;
-        let result = extents.iter().try_for_each(|extent| {
-            let target = &mut piece[at..at + extent.len];
-            at += extent.len;
-            read(&shared.files, *extent, target)
-        });
-        if arrivals.send(Arrival { key, piece, result }).is_err() {
+        let spoilt = lock(&job.request.error).is_some();
+        if !spoilt && let Err(error) = run(&shared.sources[job.source], &job, &mut buffer) {
+            lock(&job.request.error).get_or_insert(error);
+        }
+        let last = job.request.left.fetch_sub(1, Ordering::AcqRel) == 1;
+        if last && arrivals.send(finished(&job.request)).is_err() {
             return;
         }
     }
 }
 
-fn read(files: &[(PathBuf, File)], extent: Extent, into: &mut [u8]) -> Result<(), ReadError> {
-    let (path, file) = &files[extent.part];
-    read_exact_at(file, into, extent.offset).map_err(|source| ReadError::Io {
-        path: path.clone(),
-        offset: extent.offset,
-        len: extent.len,
-        r#source,
-    })
-}
-
-#[cfg(unix)]
-fn read_exact_at(file: &File, into: &mut [u8], offset: u64) -> io::Result<()> {
-    std::os::unix::fs::FileExt::read_exact_at(file, into, offset)
-}
-
-#[cfg(windows)]
-fn read_exact_at(file: &File, mut into: &mut [u8], mut offset: u64) -> io::Result<()> {
-    use std::os::windows::fs::FileExt;
-    while !into.is_empty() {
-        match file.seek_read(into, offset) {
-            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-            Ok(n) => {
-                into = &mut into[n..];
-                offset += n as u64;
-            }
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-            Err(e) => return Err(e),
-        }
+/// Reads for one job; `buffer` is the reader's own, made when it is first needed.
+fn run(source: &Source, job: &Job, buffer: &mut Option<Piece>) -> Result<(), ReadError> {
+    if !job.copied {
+        // SAFETY: `submit` checked that the span's room lies in the piece and overlaps no other's; jobs of one span are
+        // consecutive parts of it. The piece lives until this job has counted itself out.
+        let into = unsafe { std::slice::from_raw_parts_mut(job.request.base.add(job.at - job.skip), job.len) };
+        return source.fill(job.from, into, job.need);
     }
+    let own = match buffer {
+        Some(piece) => piece,
+        None => {
+            let made = Arena::new("", (CHUNK + ALIGN) as u64).and_then(|mut arena| arena.take(CHUNK + ALIGN));
+            let made = made.map_err(|_| source.error(job.from, job.len, std::io::ErrorKind::OutOfMemory.into()))?;
+            buffer.insert(made)
+        }
+    };
+    source.fill(job.from, &mut own[..job.len], job.need)?;
+    let wanted = &own[job.skip..job.need];
+    // SAFETY: as above; the wanted bytes alone fit the span.
+    let into = unsafe { std::slice::from_raw_parts_mut(job.request.base.add(job.at), wanted.len()) };
+    into.copy_from_slice(wanted);
     Ok(())
 }
 
 #[cfg(test)]
-mod tests {
-    use super::super::arena::Arena;
-    use super::*;
-    use std::io::Write;
-
-    fn file(bytes: &[u8]) -> tempfile::NamedTempFile {
-        let mut file = tempfile::NamedTempFile::new().unwrap();
-        file.write_all(bytes).unwrap();
-        file
-    }
-
-    #[test]
-    fn many_reads_come_back_with_their_own_bytes() {
-        let content: Vec<u8> = (0..=255).collect();
-        let file = file(&content);
-        let tier = FileTier::open(&[file.path().to_path_buf()]).unwrap();
-        let mut arena = Arena::new("dram", 1000).unwrap();
-        for key in 0..50u64 {
-            let extents = vec![Extent { part: 0, offset: key, len: 5 }, Extent { part: 0, offset: 200, len: 5 }];
-            tier.submit(key, extents, arena.take(10).unwrap());
-        }
-        let mut seen = [false; 50];
-        for _ in 0..50 {
-            let arrival = tier.wait().unwrap();
-            arrival.result.unwrap();
-            let first = arrival.key as u8;
-            assert_eq!(arrival.piece[0], first);
-            assert_eq!(arrival.piece[4], first + 4);
-            assert_eq!(arrival.piece[5], 200);
-            seen[arrival.key as usize] = true;
-        }
-        assert!(seen.iter().all(|s| *s));
-    }
-
-    #[test]
-    fn a_short_file_is_named_with_the_offset() {
-        let file = file(&[0; 10]);
-        let tier = FileTier::open(&[file.path().to_path_buf()]).unwrap();
-        let mut arena = Arena::new("dram", 8).unwrap();
-        tier.submit(1, vec![Extent { part: 0, offset: 6, len: 8 }], arena.take(8).unwrap());
-        let message = tier.wait().unwrap().result.unwrap_err().to_string();
-        assert!(message.contains(&file.path().display().to_string()), "{message}");
-        assert!(message.contains("offset 6"), "{message}");
-    }
-}
+mod tests;

@@ -1,0 +1,132 @@
+//! What a model gets when there is no plan for it: the mapped file if that fits memory, else a plan within a budget.
+
+use crate::cli::Strategy;
+use crate::session::Opening;
+use crate::solve::{self, Inputs, Options};
+use anyhow::{Context, Result};
+use std::path::Path;
+use tier_plan_runtime::exec::budget::{Budgeted, Fixed, buffer_bytes, lines, machine_tiers, within};
+use tier_plan_runtime::exec::plan::obvious;
+use tier_plan_runtime::formats::machine::Machine;
+use tier_plan_runtime::formats::placement::{Placement, Prediction};
+use tier_plan_runtime::formats::{SourceId, profile};
+use tier_plan_runtime::gguf::Gguf;
+use tier_plan_runtime::model::shape::ModelShape;
+use tier_plan_runtime::model::spec::ModelSpec;
+use tier_plan_runtime::tiers::limits::{Limit, memory_limit};
+use tier_plan_runtime::units::show_bytes;
+
+/// Seconds that looking for pins may take.
+const SOLVE_S: f64 = 5.0;
+
+/// An open model.
+#[derive(Clone, Copy)]
+pub struct Model<'a> {
+    /// Its file.
+    pub gguf: &'a Gguf,
+    /// Its network.
+    pub spec: &'a ModelSpec,
+    /// Its sizes.
+    pub shape: &'a ModelShape,
+    /// Tokens of context.
+    pub context: u32,
+}
+
+/// What a model without a plan gets.
+pub struct Chosen {
+    /// The plan.
+    pub plan: Placement,
+    /// Tokens of a batch, where the budget is for fewer than usual.
+    pub batch: Option<usize>,
+    /// All of it is known to fit memory, a copy of the weights included.
+    pub fits: bool,
+}
+
+/// The plan for a model that came without one. Says on standard error what it decided, unless all is as usual.
+///
+/// # Errors
+/// When the model does not fit the memory that was asked for, or its profile can't be used.
+pub fn choose(model: Model<'_>, opening: &Opening<'_>) -> Result<Chosen> {
+    let Model { gguf, spec, shape, context } = model;
+    let mapped = |fits| Chosen { plan: obvious(shape, context, opening.kv_type), batch: None, fits };
+    if opening.mapped {
+        return Ok(mapped(false));
+    }
+    let limit = memory_limit();
+    let budget = match (opening.dram, &limit) {
+        (Some(asked), Some(limit)) => asked.min(limit.bytes),
+        (Some(asked), None) => asked,
+        (None, Some(limit)) => limit.bytes,
+        (None, None) => return Ok(mapped(false)),
+    };
+    let fixed = Fixed::new(gguf, spec, shape, context, opening.kv_type, budget);
+    if fixed.bytes(budget).saturating_add(gguf.file_bytes()) <= budget {
+        return Ok(mapped(true));
+    }
+    let made = match opening.profile {
+        Some(path) => with_profile(model, path, &fixed, opening, budget).map(|plan| {
+            let lines = lines(&plan, &buffer_bytes(gguf, spec), &fixed, budget);
+            Budgeted { plan, batch: fixed.batch, lines }
+        }),
+        None => within(gguf, spec, shape, context, opening.kv_type, budget).map_err(anyhow::Error::from),
+    };
+    let Budgeted { plan, batch, lines } = match made {
+        Ok(made) => made,
+        Err(error) if opening.dram.is_none() && opening.profile.is_none() => {
+            eprintln!("warning: {error:#}; the file is mapped instead and read over and over by the system");
+            return Ok(mapped(false));
+        }
+        Err(error) => return Err(error),
+    };
+    eprintln!("{}", sentence(model, opening.dram, limit.as_ref(), budget));
+    let width = lines.iter().map(|(what, _)| what.len()).max().unwrap_or(0);
+    for (what, bytes) in &lines {
+        eprintln!("  {what:<width$} {:>10}", show_bytes(*bytes));
+    }
+    Ok(Chosen { plan, batch: Some(batch), fits: false })
+}
+
+fn sentence(model: Model<'_>, asked: Option<u64>, limit: Option<&Limit>, budget: u64) -> String {
+    let why = match (asked, limit) {
+        (Some(asked), Some(limit)) if limit.bytes < asked => {
+            format!("--dram {}, but {} is {}", show_bytes(asked), limit.of, show_bytes(limit.bytes))
+        }
+        (Some(_), _) => "--dram".to_string(),
+        (None, Some(limit)) => limit.of.to_string(),
+        (None, None) => "no limit".to_string(),
+    };
+    format!(
+        "{} of weights do not fit {} ({why}): experts come from the file as they are needed",
+        show_bytes(model.shape.weight_bytes()),
+        show_bytes(budget)
+    )
+}
+
+/// The solver's plan: the rates of the two tiers are not known, so it says nothing about speed.
+fn with_profile(model: Model<'_>, path: &Path, fixed: &Fixed, opening: &Opening<'_>, budget: u64) -> Result<Placement> {
+    let Model { gguf, spec, shape, context } = model;
+    let profile = profile::read(path)?;
+    profile.check_model(&shape.id, path)?;
+    // Slots have room for whole pages beyond what a plan counts.
+    let share = |(room, e): (u64, &tier_plan_runtime::model::shape::ExpertShape)| room as f64 / e.expert_bytes as f64;
+    let padded = buffer_bytes(gguf, spec).into_iter().zip(&shape.experts).map(share).fold(1.0, f64::max);
+    let room = budget.saturating_sub(fixed.outside_bytes(budget));
+    let experts: u64 = shape.experts.iter().map(|e| e.expert_bytes * u64::from(e.n_expert)).sum();
+    let dense = shape.weight_bytes() - experts + opening.kv_type.context_bytes(shape, context);
+    let counted = dense.saturating_add((room.saturating_sub(dense) as f64 / padded) as u64);
+    let name = "this machine".to_string();
+    let machine = Machine {
+        id: SourceId { name: name.clone(), hash: String::new() },
+        name,
+        description: String::new(),
+        tiers: machine_tiers(room, experts).to_vec(),
+        layer_overhead_us: 0.0,
+        token_overhead_us: 0.0,
+    };
+    let inputs = Inputs { shape, profile: Some(&profile), machine: &machine, budgets: vec![counted, experts], context };
+    let options = Options { strategy: Strategy::Optimal, time_limit_s: SOLVE_S };
+    let mut plan = solve::solve(&inputs, &options).context("making a plan from the profile")?;
+    plan.tiers[0].budget_bytes = room;
+    plan.predicted = Prediction::default();
+    Ok(plan)
+}

@@ -1,0 +1,224 @@
+use super::super::arena::Arena;
+use super::super::source::Stamp;
+use super::*;
+use proptest::prelude::*;
+use std::io::{self, Write};
+use std::path::Path;
+use std::sync::atomic::{AtomicU8, AtomicU64};
+
+fn file(bytes: &[u8]) -> tempfile::NamedTempFile {
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    file.write_all(bytes).unwrap();
+    file
+}
+
+/// Bytes none of which says where it is by itself, but any few together.
+fn content(len: usize) -> Vec<u8> {
+    (0..len).map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8).collect()
+}
+
+fn span(offset: u64, len: usize, at: usize) -> Span {
+    Span { extent: Extent { part: 0, offset, len }, at, whole_pages: false }
+}
+
+const MODES: [ReadMode; 3] = [ReadMode::Cached, ReadMode::Direct, ReadMode::Buffered];
+
+#[test]
+fn many_reads_come_back_with_their_own_bytes() {
+    let content = content(3 * CHUNK + 777);
+    let file = file(&content);
+    for mode in MODES {
+        let tier = FileTier::open(&[file.path().to_path_buf()], mode).unwrap();
+        let mut arena = Arena::new("dram", 50 * 10).unwrap();
+        for key in 0..50u64 {
+            let spans = [span(key * 4095, 5, 5), span(200, 5, 0)];
+            let urgency = if key % 3 == 0 { Urgency::Idle } else { Urgency::Now };
+            tier.submit(key, &spans, arena.take(10).unwrap(), urgency);
+        }
+        let mut seen = [false; 50];
+        for _ in 0..50 {
+            let arrival = tier.wait().unwrap();
+            arrival.result.unwrap();
+            let at = arrival.key as usize * 4095;
+            assert_eq!(arrival.piece[5..], content[at..at + 5]);
+            assert_eq!(arrival.piece[..5], content[200..205]);
+            seen[arrival.key as usize] = true;
+        }
+        assert!(seen.iter().all(|s| *s));
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    /// Whatever lies where: exactly the wanted bytes come, and nothing outside the spans' rooms changes.
+    #[test]
+    fn any_spans_come_exactly(
+        offsets in proptest::collection::vec((0usize..3 * CHUNK, 0usize..CHUNK + 9000), 1..4),
+        whole_pages in any::<bool>(),
+        shift in 0usize..2,
+        mode in 0usize..3,
+    ) {
+        let content = content(3 * CHUNK + 777);
+        let file = file(&content);
+        let tier = FileTier::open(&[file.path().to_path_buf()], MODES[mode]).unwrap();
+        let (mut spans, mut end) = (Vec::new(), shift);
+        for (offset, len) in offsets {
+            let extent = Extent { part: 0, offset: offset as u64, len: len.min(content.len() - offset) };
+            let at = if whole_pages { end + extent.head() } else { end + 3 };
+            end = if whole_pages { end + extent.pages_bytes() } else { at + extent.len };
+            spans.push(Span { extent, at, whole_pages });
+        }
+        let mut piece = Arena::new("dram", end as u64 + 5).unwrap().take(end + 5).unwrap();
+        piece.fill(0xa5);
+        let mut expected = piece.to_vec();
+        for span in &spans {
+            let Extent { offset, len, .. } = span.extent;
+            expected[span.at..span.at + len].copy_from_slice(&content[offset as usize..][..len]);
+        }
+        let mut read = tier.read(&spans, piece).unwrap();
+        for span in spans.iter().filter(|s| s.whole_pages) {
+            let room = span.room().unwrap();
+            for i in room.filter(|i| !(span.at..span.at + span.extent.len).contains(i)) {
+                read[i] = 0xa5;
+            }
+        }
+        prop_assert_eq!(&read[..], &expected[..]);
+    }
+}
+
+#[test]
+fn spans_that_overlap_or_do_not_fit_are_refused() {
+    let file = file(&content(9000));
+    let tier = FileTier::open(&[file.path().to_path_buf()], ReadMode::Cached).unwrap();
+    let whole = Span { whole_pages: true, ..span(4100, 5, 4) };
+    for spans in [vec![span(0, 6, 0), span(9, 6, 5)], vec![span(0, 9000, 0)], vec![whole]] {
+        let piece = Arena::new("dram", 4096).unwrap().take(100).unwrap();
+        let caught =
+            std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| tier.submit(0, &spans, piece, Urgency::Now)));
+        assert!(caught.is_err(), "{spans:?}");
+    }
+}
+
+#[test]
+fn a_file_that_was_cut_or_written_to_is_named() {
+    for mode in MODES {
+        let file = file(&content(10_000));
+        let tier = FileTier::open(&[file.path().to_path_buf()], mode).unwrap();
+        tier.check().unwrap();
+        file.as_file().set_len(5000).unwrap();
+        let piece = Arena::new("dram", 8).unwrap().take(8).unwrap();
+        let message = tier.read(&[span(6000, 8, 0)], piece).err().unwrap().to_string();
+        assert!(message.contains(&file.path().display().to_string()), "{message}");
+        assert!(message.contains("from 10000 to 5000 bytes"), "{message}");
+        assert!(tier.check().is_err());
+        file.as_file().set_len(10_000).unwrap();
+        let later = std::time::SystemTime::now() + std::time::Duration::from_secs(5);
+        file.as_file().set_modified(later).unwrap();
+        assert!(tier.check().unwrap_err().to_string().contains("written to"));
+    }
+}
+
+/// What a faulty source does at its n-th read.
+#[derive(Clone, Copy, Debug)]
+enum Fault {
+    Short,
+    Nothing,
+    Raw(i32),
+}
+
+/// Bytes that come with faults.
+struct Faulty {
+    bytes: Vec<u8>,
+    faults: Vec<Fault>,
+    reads: Arc<AtomicU64>,
+    alignment: usize,
+    grown: Arc<AtomicU8>,
+}
+
+impl ReadAt for Faulty {
+    fn read_at(&self, into: &mut [u8], offset: u64) -> io::Result<usize> {
+        let offset = offset as usize;
+        assert!(offset.is_multiple_of(self.alignment) && into.len().is_multiple_of(self.alignment));
+        assert!((into.as_ptr() as usize).is_multiple_of(self.alignment));
+        let n = into.len().min(self.bytes.len().saturating_sub(offset));
+        into[..n].copy_from_slice(&self.bytes[offset..offset + n]);
+        match self.faults.get(self.reads.fetch_add(1, Ordering::SeqCst) as usize) {
+            None => Ok(n),
+            Some(Fault::Short) => {
+                into[n / 2..].fill(0xee);
+                Ok(n / 2)
+            }
+            Some(Fault::Nothing) => Ok(0),
+            Some(Fault::Raw(code)) => Err(io::Error::from_raw_os_error(*code)),
+        }
+    }
+
+    fn stamp(&self) -> io::Result<Stamp> {
+        let grown = u64::from(self.grown.load(Ordering::SeqCst));
+        Ok(Stamp { len: self.bytes.len() as u64 + grown, modified: None })
+    }
+
+    fn alignment(&self) -> usize {
+        self.alignment
+    }
+}
+
+struct Trial {
+    tier: FileTier,
+    reads: Arc<AtomicU64>,
+    grown: Arc<AtomicU8>,
+    bytes: Vec<u8>,
+}
+
+fn trial(faults: &[Fault], alignment: usize) -> Trial {
+    let (reads, grown) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU8::new(0)));
+    let bytes = content(50_000);
+    let (faults, source) = (faults.to_vec(), bytes.clone());
+    let source = Faulty { bytes: source, faults, reads: Arc::clone(&reads), alignment, grown: Arc::clone(&grown) };
+    let tier = FileTier::of(vec![("weights.gguf".into(), Box::new(source))]).unwrap();
+    Trial { tier, reads, grown, bytes }
+}
+
+fn piece(len: usize) -> Piece {
+    Arena::new("dram", len as u64).unwrap().take(len).unwrap()
+}
+
+const EIO: Fault = Fault::Raw(5);
+const EINTR: Fault = Fault::Raw(4);
+const EACCES: Fault = Fault::Raw(13);
+
+#[test]
+#[cfg(unix)]
+fn passing_faults_are_outlived() {
+    let eagain = Fault::Raw(libc::EAGAIN);
+    for alignment in [1, ALIGN] {
+        let trial = trial(&[Fault::Short, EIO, EINTR, Fault::Nothing, Fault::Short, eagain, EINTR], alignment);
+        let read = trial.tier.read(&[span(700, 40_000, 0)], piece(40_000)).unwrap();
+        assert_eq!(read[..], trial.bytes[700..40_700]);
+        assert_eq!(trial.reads.load(Ordering::SeqCst), 8);
+    }
+}
+
+#[test]
+#[cfg(unix)]
+fn lasting_faults_are_named_with_file_and_offset() {
+    for (fault, reads) in [(EIO, 6), (Fault::Nothing, 6), (EACCES, 1)] {
+        let trial = trial(&vec![fault; reads as usize], 1);
+        let message = trial.tier.read(&[span(700, 4000, 0)], piece(4000)).err().unwrap().to_string();
+        assert!(message.contains("weights.gguf") && message.contains("4000 bytes at offset 700"), "{message}");
+        assert_eq!(trial.reads.load(Ordering::SeqCst), reads, "{fault:?}");
+        // The next request is as good as any.
+        let read = trial.tier.read(&[span(9, 40, 0)], piece(40)).unwrap();
+        assert_eq!(read[..], trial.bytes[9..49]);
+    }
+}
+
+#[test]
+fn a_change_explains_more_than_a_failed_read() {
+    let trial = trial(&[Fault::Nothing], 1);
+    trial.grown.store(1, Ordering::SeqCst);
+    let error = trial.tier.read(&[span(0, 9, 0)], piece(9)).err().unwrap();
+    assert!(matches!(&error, ReadError::Changed { path, .. } if path == Path::new("weights.gguf")), "{error}");
+    assert_eq!(trial.reads.load(Ordering::SeqCst), 1);
+}
