@@ -86,8 +86,8 @@ pub struct Opening<'a> {
     pub context: Option<u32>,
     /// Threads asked for.
     pub threads: Option<usize>,
-    /// How keys and values are stored.
-    pub kv_type: KvType,
+    /// How keys and values should be stored; as the plan says, or 16-bit floats without one, when `None`.
+    pub kv_type: Option<KvType>,
 }
 
 impl Session {
@@ -107,16 +107,23 @@ impl Session {
                     plan.context,
                     path.display()
                 );
+                let kv_type = opening.kv_type.unwrap_or(plan.kv_type);
+                ensure!(
+                    kv_type == plan.kv_type,
+                    "--kv-type {kv_type}: {} was made for keys and values as {}; solve again with --kv-type {kv_type}",
+                    path.display(),
+                    plan.kv_type
+                );
                 plan
             }
             None => {
                 let spec = describe(&gguf).map_err(|e| naming(model, e))?;
                 let shape = shape_of(&gguf, &spec);
                 let context = opening.context.unwrap_or(shape.context.min(DEFAULT_CONTEXT));
-                obvious(&shape, context, opening.kv_type)
+                obvious(&shape, context, opening.kv_type.unwrap_or_default())
             }
         };
-        let loaded = Self::load(gguf, &plan, opening.threads, opening.kv_type);
+        let loaded = Self::load(gguf, &plan, opening.threads);
         let mut session = loaded.map_err(|e| naming(model, e))?;
         if let Some(context) = opening.context {
             session.engine.limit_context(context);
@@ -125,7 +132,7 @@ impl Session {
     }
 
     /// Loads an open file as a plan says.
-    pub fn load(gguf: Arc<Gguf>, plan: &Placement, threads: Option<usize>, kv_type: KvType) -> Result<Self> {
+    pub fn load(gguf: Arc<Gguf>, plan: &Placement, threads: Option<usize>) -> Result<Self> {
         check_threads(threads)?;
         ensure!(
             plan.context > 0,
@@ -134,7 +141,7 @@ impl Session {
         );
         let started = Instant::now();
         let bar = progress::bytes("loading");
-        let options = LoadOptions { threads, batch: None, kv_type };
+        let options = LoadOptions { threads, batch: None };
         let engine = Engine::load(Arc::clone(&gguf), plan, &options, &mut |done, total| {
             bar.set_length(total);
             bar.set_position(done);

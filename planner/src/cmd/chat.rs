@@ -20,7 +20,7 @@ pub fn run(args: &RunArgs) -> Result<()> {
     let sampling = sampler_config(&args.sampling)?;
     ensure!(args.tokens != Some(0), "--tokens 0 leaves no answer; give 1 or more");
     let opening =
-        Opening { plan: args.plan.as_deref(), context: args.ctx, threads: args.threads, ..Opening::default() };
+        Opening { plan: args.plan.as_deref(), context: args.ctx, threads: args.threads, kv_type: args.kv_type };
     let mut session = Session::open(&args.model, opening)?;
     ensure!(session.engine.context() >= 2, "a context of one token holds no conversation; give a larger --ctx");
     let tokenizer = session.tokenizer_with(args.tokenizer_pre.as_deref())?;

@@ -42,7 +42,7 @@ pub fn run(args: &PerplexityArgs) -> Result<()> {
         None => None,
     };
     let opening =
-        Opening { plan: args.plan.as_deref(), context: Some(ctx), threads: args.threads, ..Opening::default() };
+        Opening { plan: args.plan.as_deref(), context: Some(ctx), threads: args.threads, kv_type: args.kv_type };
     let mut session = Session::open(&args.model, opening)?;
     let tokens = match (&text, &base) {
         (Some(text), base) => {

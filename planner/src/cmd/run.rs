@@ -29,7 +29,7 @@ pub fn run(args: &RunArgs) -> Result<()> {
     }
     let text = prompt_text(args)?;
     let opening =
-        Opening { plan: args.plan.as_deref(), context: args.ctx, threads: args.threads, ..Opening::default() };
+        Opening { plan: args.plan.as_deref(), context: args.ctx, threads: args.threads, kv_type: args.kv_type };
     let mut session = Session::open(&args.model, opening)?;
     let tokenizer = session.tokenizer_with(args.tokenizer_pre.as_deref())?;
     let prompt = tokenizer.encode(&text, true)?;

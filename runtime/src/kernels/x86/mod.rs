@@ -5,6 +5,7 @@ pub(super) mod avx512;
 mod avx512_grids;
 mod avx512_unpack;
 pub(super) mod half;
+pub(super) mod rows;
 
 /// Bytes ahead of the ones in use that are asked for: further than the processor looks by itself at a row's end.
 const AHEAD: usize = 4608;
