@@ -169,8 +169,8 @@ fn plans_that_do_not_fit() {
     };
     run(
         "newer.toml",
-        &swap(&plan, "version = 1", "version = 7"),
-        &["newer.toml", "version 7", "up to version 1", "update"],
+        &swap(&plan, "version = 2", "version = 7"),
+        &["newer.toml", "version 7", "up to version 2", "update"],
     );
     run("cut.toml", &plan[..900], &["cut.toml", "line "]);
     run("empty.toml", "", &["empty.toml", "not a placement plan", "tier-plan solve"]);
@@ -182,6 +182,14 @@ fn plans_that_do_not_fit() {
     run("none.toml", &none, &["context", "0"]);
     let odd = swap(&plan, "dense_bytes = ", "dense_bytes = 1");
     run("odd.toml", &odd, &["odd.toml"]);
+    let larger = swap(&plan, "kv_type = \"f16\"", "kv_type = \"f32\"");
+    run("larger.toml", &larger, &["it has 196608 bytes", "64 tokens of context take 393216", "as f32", "solve"]);
+    let smaller = swap(&plan, "kv_type = \"f16\"", "kv_type = \"q8_0\"");
+    run("smaller.toml", &smaller, &["it has 196608 bytes", "as q8_0", "solve"]);
+    let unknown = swap(&plan, "kv_type = \"f16\"", "kv_type = \"q4_0\"");
+    run("unknown.toml", &unknown, &["unknown.toml", "kv_type", "'q4_0'", "f16, q8_0 or f32"]);
+    let other = ["run", &p.demo, "-p", "a", "--plan", "plan.toml", "--kv-type", "q8_0"];
+    p.refused(&other, &["--kv-type q8_0", "plan.toml", "f16", "solve again with --kv-type q8_0"]);
     let misspelt = swap(&plan, "kv_tier", "kv_teer");
     run("misspelt.toml", &misspelt, &["misspelt.toml", "kv_teer", "kv_tier"]);
     let machine = fs::read_to_string(&p.machine).unwrap();

@@ -176,7 +176,7 @@ fn profile_solve_run_compare() {
     for path in &plans {
         let plan = read_toml(path);
         assert_eq!(plan["format"].as_str(), Some("tier-plan placement"));
-        assert_eq!(plan["version"].as_integer(), Some(1));
+        assert_eq!(plan["version"].as_integer(), Some(2));
         assert_eq!(plan["context"].as_integer(), Some(256));
         let made_from = |what: &str| plan["made_from"][what]["hash"].as_str().unwrap().to_string();
         assert_eq!(made_from("model"), model_hash);
@@ -302,6 +302,35 @@ fn a_shorter_context_holds_under_a_plan() {
     assert_eq!(ids(&short).len(), 16 - prompt + 1);
     assert_eq!(ids(&short)[..], ids(&long)[..ids(&short).len()]);
     assert_eq!(short["tiers"][1]["planned_bytes"], short["tiers"][1]["resident_bytes"]);
+}
+
+#[test]
+fn keys_and_values_take_the_bytes_that_were_planned() {
+    let temporary = tempfile::tempdir().unwrap();
+    let folder = temporary.path();
+    let (model, machine) = (demo_model(), demo_machine());
+    let (model, machine) = (model.to_str().unwrap(), machine.to_str().unwrap());
+    let inspected = json(run_in(folder, &["inspect", model, "--json"]));
+    let number = |key: &str| inspected[key].as_u64().unwrap();
+    let bytes = [number("kv_bytes_per_token"), number("kv_q8_0_bytes_per_token"), 2 * number("kv_bytes_per_token")];
+    assert!(10 * bytes[1] < 6 * bytes[0], "{bytes:?}: eight bits and their scales are little more than half");
+    for (kv_type, bytes) in ["f16", "q8_0", "f32"].into_iter().zip(bytes) {
+        let solve = ["solve", model, "-m", machine, "--strategy", "lru-only", "--context", "64"];
+        succeeded(run_in(folder, &[&solve[..], &["--kv-type", kv_type, "-o", "plan.toml"]].concat()));
+        let plan = read_toml(&folder.join("plan.toml"));
+        assert_eq!(plan["kv_type"].as_str(), Some(kv_type));
+        let planned: i64 = plan["tier"].as_array().unwrap().iter().map(|t| t["kv_bytes"].as_integer().unwrap()).sum();
+        assert_eq!(planned as u64, 64 * bytes, "{kv_type}");
+        // With a plan its own type, without one the type that is asked for: the same text.
+        let with = run(folder, model, Some(&folder.join("plan.toml")), "with.json");
+        let list = ["run", model, "-p", PROMPT, "-n", "24", "--threads", "2", "--json", "--kv-type", kv_type];
+        let without = json(run_in(folder, &list));
+        assert_eq!(with["output"], without["output"], "{kv_type}");
+        let list = ["bench", model, "--plan", "plan.toml", "--kv-type", kv_type, "-p", "4", "-n", "2", "-r", "1"];
+        assert_eq!(json(run_in(folder, &[&list[..], &["--json"]].concat()))["kv_type"], kv_type);
+        let held = without["tiers"][0]["resident_bytes"].as_u64().unwrap();
+        assert_eq!(held, number("weight_bytes") + number("context").min(4096) * bytes, "{kv_type}");
+    }
 }
 
 #[cfg(unix)]

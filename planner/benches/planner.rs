@@ -7,8 +7,10 @@ use tier_plan_planner::cli::Strategy;
 use tier_plan_planner::profile::synthetic::{Routing, profile};
 use tier_plan_planner::replay::{LayerTrace, Positions, ceiling};
 use tier_plan_planner::solve::{Inputs, Options, solve_all};
+use tier_plan_runtime::exec::KvType;
 use tier_plan_runtime::formats::SourceId;
 use tier_plan_runtime::formats::machine::{Machine, Tier, TierKind};
+use tier_plan_runtime::model::kv::KvRows;
 use tier_plan_runtime::model::shape::{DenseKind, DenseShape, ExpertShape, ModelShape};
 
 const MB: u64 = 1_000_000;
@@ -31,7 +33,7 @@ fn shape(n_layer: u32, n_expert: u32, n_used: u32) -> ModelShape {
         hidden: 7168,
         n_vocab: 163_840,
         context: 131_072,
-        kv_bytes_per_token: 70_000,
+        kv_rows: vec![KvRows { width: 576, per_token: 61 }],
         state_bytes: 0,
         dense: attention.collect(),
         experts: (0..n_layer)
@@ -93,7 +95,14 @@ fn solving(c: &mut Criterion) {
         let all = shape.weight_bytes();
         // A tenth and a third of the weights; at the largest size that is about the machine's own capacity.
         let budgets = vec![(all / 10).min(24_000 * MB), (all / 3).min(192_000 * MB), 2_000_000 * MB];
-        let inputs = Inputs { shape: &shape, profile: Some(&profile), machine: &machine, budgets, context: 4096 };
+        let inputs = Inputs {
+            shape: &shape,
+            profile: Some(&profile),
+            machine: &machine,
+            budgets,
+            context: 4096,
+            kv_type: KvType::F16,
+        };
         let options = Options { strategy: Strategy::Optimal, time_limit_s: 5.0 };
         if let Ok(solved) = solve_all(&inputs, &options) {
             eprintln!("{n_layer} x {n_expert}: {:?}", solved.plan.solver);

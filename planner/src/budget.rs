@@ -48,7 +48,8 @@ pub struct Chosen {
 /// When the model does not fit the memory that was asked for, or its profile can't be used.
 pub fn choose(model: Model<'_>, opening: &Opening<'_>) -> Result<Chosen> {
     let Model { gguf, spec, shape, context } = model;
-    let mapped = |fits| Chosen { plan: obvious(shape, context, opening.kv_type), batch: None, fits };
+    let kv_type = opening.kv_type.unwrap_or_default();
+    let mapped = |fits| Chosen { plan: obvious(shape, context, kv_type), batch: None, fits };
     if opening.mapped {
         return Ok(mapped(false));
     }
@@ -59,7 +60,7 @@ pub fn choose(model: Model<'_>, opening: &Opening<'_>) -> Result<Chosen> {
         (None, Some(limit)) => limit.bytes,
         (None, None) => return Ok(mapped(false)),
     };
-    let fixed = Fixed::new(gguf, spec, shape, context, opening.kv_type, budget);
+    let fixed = Fixed::new(gguf, spec, shape, context, kv_type, budget);
     if fixed.bytes(budget).saturating_add(gguf.file_bytes()) <= budget {
         return Ok(mapped(true));
     }
@@ -68,7 +69,7 @@ pub fn choose(model: Model<'_>, opening: &Opening<'_>) -> Result<Chosen> {
             let lines = lines(&plan, &buffer_bytes(gguf, spec), &fixed, budget);
             Budgeted { plan, batch: fixed.batch, lines }
         }),
-        None => within(gguf, spec, shape, context, opening.kv_type, budget).map_err(anyhow::Error::from),
+        None => within(gguf, spec, shape, context, kv_type, budget).map_err(anyhow::Error::from),
     };
     let Budgeted { plan, batch, lines } = match made {
         Ok(made) => made,
@@ -105,6 +106,7 @@ fn sentence(model: Model<'_>, asked: Option<u64>, limit: Option<&Limit>, budget:
 /// The solver's plan: the rates of the two tiers are not known, so it says nothing about speed.
 fn with_profile(model: Model<'_>, path: &Path, fixed: &Fixed, opening: &Opening<'_>, budget: u64) -> Result<Placement> {
     let Model { gguf, spec, shape, context } = model;
+    let kv_type = opening.kv_type.unwrap_or_default();
     let profile = profile::read(path)?;
     profile.check_model(&shape.id, path)?;
     // Slots have room for whole pages beyond what a plan counts.
@@ -112,7 +114,7 @@ fn with_profile(model: Model<'_>, path: &Path, fixed: &Fixed, opening: &Opening<
     let padded = buffer_bytes(gguf, spec).into_iter().zip(&shape.experts).map(share).fold(1.0, f64::max);
     let room = budget.saturating_sub(fixed.outside_bytes(budget));
     let experts: u64 = shape.experts.iter().map(|e| e.expert_bytes * u64::from(e.n_expert)).sum();
-    let dense = shape.weight_bytes() - experts + opening.kv_type.context_bytes(shape, context);
+    let dense = shape.weight_bytes() - experts + kv_type.context_bytes(shape, context);
     let counted = dense.saturating_add((room.saturating_sub(dense) as f64 / padded) as u64);
     let name = "this machine".to_string();
     let machine = Machine {
@@ -123,7 +125,8 @@ fn with_profile(model: Model<'_>, path: &Path, fixed: &Fixed, opening: &Opening<
         layer_overhead_us: 0.0,
         token_overhead_us: 0.0,
     };
-    let inputs = Inputs { shape, profile: Some(&profile), machine: &machine, budgets: vec![counted, experts], context };
+    let inputs =
+        Inputs { shape, profile: Some(&profile), machine: &machine, budgets: vec![counted, experts], context, kv_type };
     let options = Options { strategy: Strategy::Optimal, time_limit_s: SOLVE_S };
     let mut plan = solve::solve(&inputs, &options).context("making a plan from the profile")?;
     plan.tiers[0].budget_bytes = room;

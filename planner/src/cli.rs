@@ -2,6 +2,7 @@
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
+use tier_plan_runtime::exec::KvType;
 
 /// Plans where the tensors of a mixture-of-experts model should live, and runs the model from that plan.
 #[derive(Debug, Parser)]
@@ -127,6 +128,9 @@ pub struct SolveArgs {
     /// Context length to plan the key and value cache for
     #[arg(long, default_value_t = 1024)]
     pub context: u32,
+    /// How keys and values are stored: f16, q8_0 (about half of it) or f32
+    #[arg(long, value_name = "TYPE", default_value_t = KvType::F16)]
+    pub kv_type: KvType,
     /// Make this kind of plan instead of the optimum
     #[arg(long, value_enum, default_value_t = Strategy::Optimal)]
     pub strategy: Strategy,
@@ -227,6 +231,9 @@ pub struct RunArgs {
     /// Context length; the model's own or the plan's when not given
     #[arg(long)]
     pub ctx: Option<u32>,
+    /// How keys and values are stored: f16, q8_0 or f32; the plan's when not given, f16 without a plan
+    #[arg(long, value_name = "TYPE")]
+    pub kv_type: Option<KvType>,
     /// Go on past the end-of-text token
     #[arg(long)]
     pub ignore_eos: bool,
@@ -300,6 +307,9 @@ pub struct BenchArgs {
     /// Repetitions
     #[arg(short, long, default_value_t = 3)]
     pub repeat: u32,
+    /// How keys and values are stored: f16, q8_0 or f32; the plan's when not given, f16 without a plan
+    #[arg(long, value_name = "TYPE")]
+    pub kv_type: Option<KvType>,
     /// Threads; the physical cores when not given
     #[arg(long)]
     pub threads: Option<usize>,
@@ -347,6 +357,9 @@ pub struct PerplexityArgs {
     /// Windows at most
     #[arg(long)]
     pub windows: Option<u32>,
+    /// How keys and values are stored: f16, q8_0 or f32; the plan's when not given, f16 without a plan
+    #[arg(long, value_name = "TYPE")]
+    pub kv_type: Option<KvType>,
     /// Write the log-probabilities of the whole vocabulary to this file, for others to be compared with
     #[arg(long, value_name = "FILE", conflicts_with = "logits_base")]
     pub save_logits_base: Option<PathBuf>,

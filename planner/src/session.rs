@@ -91,8 +91,8 @@ pub struct Opening<'a> {
     pub context: Option<u32>,
     /// Threads asked for.
     pub threads: Option<usize>,
-    /// How keys and values are stored.
-    pub kv_type: KvType,
+    /// How keys and values should be stored; as the plan says, or 16-bit floats without one, when `None`.
+    pub kv_type: Option<KvType>,
     /// Leave the weights where the system maps the file, where they could be copied to huge pages.
     pub mapped: bool,
 }
@@ -114,6 +114,13 @@ impl Session {
                     plan.context,
                     path.display()
                 );
+                let kv_type = opening.kv_type.unwrap_or(plan.kv_type);
+                ensure!(
+                    kv_type == plan.kv_type,
+                    "--kv-type {kv_type}: {} was made for keys and values as {}; solve again with --kv-type {kv_type}",
+                    path.display(),
+                    plan.kv_type
+                );
                 Chosen { plan, batch: None, fits: false }
             }
             None => {
@@ -126,7 +133,7 @@ impl Session {
         if fits {
             copy_to_memory(&mut gguf, opening.threads);
         }
-        let options = LoadOptions { threads: opening.threads, batch, kv_type: opening.kv_type };
+        let options = LoadOptions { threads: opening.threads, batch };
         let loaded = Self::load_with(Arc::new(gguf), &plan, &options);
         let mut session = loaded.map_err(|e| naming(model, e))?;
         if let Some(context) = opening.context {
@@ -136,9 +143,9 @@ impl Session {
     }
 
     /// Loads an open file as a plan says.
-    pub fn load(gguf: Arc<Gguf>, plan: &Placement, threads: Option<usize>, kv_type: KvType) -> Result<Self> {
+    pub fn load(gguf: Arc<Gguf>, plan: &Placement, threads: Option<usize>) -> Result<Self> {
         check_threads(threads)?;
-        Self::load_with(gguf, plan, &LoadOptions { threads, batch: None, kv_type })
+        Self::load_with(gguf, plan, &LoadOptions { threads, batch: None })
     }
 
     fn load_with(gguf: Arc<Gguf>, plan: &Placement, options: &LoadOptions) -> Result<Self> {

@@ -11,9 +11,9 @@ use anyhow::{Context, Result, ensure};
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::SystemTime;
+use tier_plan_runtime::exec::Engine;
 use tier_plan_runtime::exec::generate::{Limits, generate};
 use tier_plan_runtime::exec::measure::{Circumstances, record};
-use tier_plan_runtime::exec::{Engine, KvType};
 use tier_plan_runtime::formats::placement::Placement;
 use tier_plan_runtime::formats::profile::{Profile, Split};
 use tier_plan_runtime::formats::record::RunRecord;
@@ -42,7 +42,7 @@ pub struct Trial<'a> {
 impl Trial<'_> {
     /// Runs every prompt under a plan; one record a prompt.
     pub fn run(&self, plan: &Placement) -> Result<PlanEntry> {
-        let mut session = Session::load(Arc::clone(&self.gguf), plan, self.threads, KvType::F16)
+        let mut session = Session::load(Arc::clone(&self.gguf), plan, self.threads)
             .with_context(|| format!("plan '{}'", plan.name))?;
         for (tier, resident) in plan.tiers.iter().zip(session.engine.resident_bytes()) {
             let (name, planned) = (&tier.tier.name, tier.used_bytes());
@@ -87,7 +87,7 @@ impl Trial<'_> {
 
     /// The likeliest continuation of the first prompt under a plan.
     pub fn greedy(&self, plan: &Placement, tokens: usize) -> Result<Vec<u32>> {
-        let mut session = Session::load(Arc::clone(&self.gguf), plan, self.threads, KvType::F16)?;
+        let mut session = Session::load(Arc::clone(&self.gguf), plan, self.threads)?;
         let prompt = self.prompts.first().context("there are no held-out prompts to continue")?;
         let mut text = self.tokenizer.encode(&prompt.text, true)?;
         text.truncate(self.settings.prompt_tokens as usize);

@@ -1,6 +1,7 @@
 //! Every architecture against golden values of another engine (`tests/data/arch/README.md`), under the plainest plan and
 //! under plans that spread the model over three tiers: the plan must not change a bit of the result.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tier_plan_runtime::exec::plan::obvious;
@@ -75,7 +76,7 @@ impl Fixture {
 
 fn engine(fixture: &Fixture, plan: &Placement, batch: usize) -> Engine {
     let gguf = Arc::new(Gguf::open(&fixture.path).unwrap());
-    let options = LoadOptions { threads: Some(2), batch: Some(batch), kv_type: KvType::F32 };
+    let options = LoadOptions { threads: Some(2), batch: Some(batch) };
     Engine::load(gguf, plan, &options, &mut |_, _| {}).unwrap()
 }
 
@@ -242,6 +243,46 @@ fn the_plan_does_not_change_a_bit() {
             let same = |a: &[f32], b: &[f32]| a.iter().zip(b).all(|(a, b)| a.to_bits() == b.to_bits());
             assert!(same(&found.0, &expected.0), "{name}: logits of the prompt, {}", plan.name);
             assert!(same(&found.1, &expected.1), "{name}: logits while decoding, {}", plan.name);
+        }
+    }
+}
+
+/// Fewer bits for keys and values cost little, take the bytes that they should, and whatever they cost is the same under
+/// every plan.
+///
+/// The weights are random, so now and then a token's next best expert is a hair away, and rounding anything makes it
+/// another network from there on: logits are compared up to the first token that chooses other experts.
+#[test]
+fn keys_and_values_in_fewer_bits_stay_close() {
+    let spread = Spread { pin_every: 3, slots: 1, slot_tier: 1, extra_staging: 0, slow: TierKind::Nvme };
+    for name in FIXTURES {
+        let fixture = Fixture::read(name);
+        let shape = shape_of_file(&fixture.path).unwrap();
+        let (context, n) = (fixture.context(), fixture.tokens.len());
+        let chosen = |kv_type| -> Vec<BTreeSet<(usize, u16)>> {
+            let mut engine = engine(&fixture, &obvious(&shape, context, kv_type), 512);
+            engine.forward(&fixture.tokens, Wanted::Last).unwrap();
+            let experts = &engine.routing().experts;
+            let used = shape.experts.first().map_or(1, |e| e.n_used as usize);
+            let by_token = |t: usize| experts[t * experts.len() / n..(t + 1) * experts.len() / n].iter().enumerate();
+            (0..n).map(|t| by_token(t).map(|(i, expert)| (i / used, *expert)).collect()).collect()
+        };
+        let exact = chosen(KvType::F32);
+        for (kv_type, most) in [(KvType::F16, 1e-6), (KvType::Q8_0, 5e-4)] {
+            let (prompt, decoded, _) = run(&fixture, &obvious(&shape, context, kv_type), 512);
+            let alike = exact.iter().zip(chosen(kv_type)).take_while(|(a, b)| **a == *b).count();
+            let square = |x: f32| f64::from(x) * f64::from(x);
+            let pairs = || prompt.iter().zip(&fixture.logits).take(alike * fixture.n_vocab);
+            let error: f64 = pairs().map(|(a, b)| square(a - b)).sum();
+            let error = error / pairs().map(|(_, b)| square(*b)).sum::<f64>();
+            assert!(alike > 0 && error > 0.0 && error < most, "{name}, {kv_type}: NMSE {error:e} of {alike} tokens");
+
+            let mut plan = three_tiers(&shape, context, spread);
+            plan.kv_type = kv_type;
+            plan.tiers[0].kv_bytes = kv_type.context_bytes(&shape, context);
+            let found = run(&fixture, &plan, 512);
+            let same = |a: &[f32], b: &[f32]| a.iter().zip(b).all(|(a, b)| a.to_bits() == b.to_bits());
+            assert!(same(&found.0, &prompt) && same(&found.1, &decoded), "{name}, {kv_type}");
         }
     }
 }

@@ -37,7 +37,7 @@ impl Golden {
         let spec = describe(&self.gguf).expect("a network");
         let shape = shape_of(&self.gguf, &spec);
         let plan = obvious(&shape, self.tokens.len() as u32, KvType::F32);
-        let options = LoadOptions { threads: Some(threads), batch: Some(batch), kv_type: KvType::F32 };
+        let options = LoadOptions { threads: Some(threads), batch: Some(batch) };
         Engine::load(Arc::clone(&self.gguf), &plan, &options, &mut |_, _| {}).expect("a loaded model")
     }
 
@@ -93,11 +93,11 @@ fn plans_have_room_for_the_state() {
     // Two of three layers: three past inputs of 128 channels, and four matrices of 16 x 16.
     assert_eq!(shape.state_bytes, 2 * 4 * (3 * 128 + 4 * 16 * 16));
     // One of three layers: two heads of keys and values of 16.
-    assert_eq!(shape.kv_bytes_per_token, 2 * 2 * (16 + 16));
-    for (kv_type, bytes) in [(KvType::F16, 128), (KvType::F32, 256)] {
+    for (kv_type, bytes) in [(KvType::F16, 2 * 2 * (16 + 16)), (KvType::Q8_0, 2 * (18 + 18)), (KvType::F32, 256)] {
+        assert_eq!(kv_type.token_bytes(&shape), bytes);
         let mut plan = obvious(&shape, 100, kv_type);
         assert_eq!(plan.tiers[0].kv_bytes, 100 * bytes + shape.state_bytes);
-        let options = LoadOptions { threads: Some(1), batch: None, kv_type };
+        let options = LoadOptions { threads: Some(1), batch: None };
         let load = |plan: &_| Engine::load(Arc::clone(&golden.gguf), plan, &options, &mut |_, _| {}).map(|_| ());
         load(&plan).expect("a plan with room");
         plan.tiers[0].kv_bytes -= 1;

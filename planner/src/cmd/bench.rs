@@ -38,7 +38,7 @@ pub fn run(args: &BenchArgs) -> Result<()> {
             context,
             threads: args.threads,
             mapped: args.mmap,
-            ..Opening::default()
+            kv_type: args.kv_type,
         },
     )?;
     let planned = session.engine.plan().context;
@@ -131,6 +131,7 @@ fn report(args: &BenchArgs, session: &Session, samples: &[Sample]) -> Result<()>
             "emulated": emulated,
             "threads": session.engine.n_threads(),
             "isa": session.engine.kernels().isa().to_string(),
+            "kv_type": plan.kv_type.name(),
             "prompt_tokens": args.prompt,
             "decode_tokens": args.tokens,
             "prompt_tok_s": median(&prompt),
@@ -149,11 +150,12 @@ fn report(args: &BenchArgs, session: &Session, samples: &[Sample]) -> Result<()>
     }
     let note = if emulated { ", emulated tiers" } else { "" };
     println!(
-        "{} · plan {} · {} threads · {}{note}",
+        "{} · plan {} · {} threads · {} · keys and values {}{note}",
         plan.model.name,
         plan.name,
         session.engine.n_threads(),
-        session.engine.kernels().isa()
+        session.engine.kernels().isa(),
+        plan.kv_type
     );
     println!("{:<14} {:>10} {:>10} {:>10}", "", "median", "min", "max");
     for (name, values) in [("prompt tok/s", &prompt), ("decode tok/s", &decode), ("decode GB/s", &gbps)] {

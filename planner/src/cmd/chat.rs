@@ -26,7 +26,7 @@ pub fn run(args: &RunArgs) -> Result<()> {
         context: args.ctx,
         threads: args.threads,
         mapped: args.mmap,
-        ..Opening::default()
+        kv_type: args.kv_type,
     };
     let mut session = Session::open(&args.model, opening)?;
     ensure!(session.engine.context() >= 2, "a context of one token holds no conversation; give a larger --ctx");

@@ -11,6 +11,7 @@ use anyhow::{Context, Result, bail, ensure};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Instant, SystemTime};
+use tier_plan_runtime::exec::KvType;
 use tier_plan_runtime::formats::placement;
 use tier_plan_runtime::formats::profile::Split;
 use tier_plan_runtime::gguf::Gguf;
@@ -174,6 +175,7 @@ fn solve_args(model: &Path, profile: &Path, machine: &Path, output: &Path, basel
         vram: None,
         dram: None,
         context: 512,
+        kv_type: KvType::F16,
         strategy: Strategy::Optimal,
         baselines: Some(baselines.to_path_buf()),
         time_limit: 10.0,
@@ -205,6 +207,7 @@ fn run_args(model: &Path, plan: &Path, threads: Option<usize>) -> RunArgs {
             seed: 3,
         },
         ctx: None,
+        kv_type: None,
         ignore_eos: false,
         record: None,
         stats: true,

@@ -5,6 +5,7 @@ use crate::session::naming;
 use anyhow::Result;
 use serde_json::json;
 use std::collections::BTreeMap;
+use tier_plan_runtime::exec::KvType;
 use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::model::describe;
 use tier_plan_runtime::model::shape::{DenseKind, ModelShape, shape_of};
@@ -86,7 +87,8 @@ fn print_text(
             first.n_used
         );
     }
-    println!("key and value cache: {} a token of context (16-bit)", show_bytes(shape.kv_bytes_per_token));
+    let kv = |ty: KvType| show_bytes(ty.token_bytes(shape));
+    println!("key and value cache: {} a token of context as f16, {} as q8_0", kv(KvType::F16), kv(KvType::Q8_0));
     if shape.state_bytes > 0 {
         println!("recurrent state: {}, whatever the length of the context", show_bytes(shape.state_bytes));
     }
@@ -130,7 +132,8 @@ fn print_json(
         "file_bytes": gguf.file_bytes(),
         "weight_bytes": shape.weight_bytes(),
         "token_bytes": shape.token_bytes(),
-        "kv_bytes_per_token": shape.kv_bytes_per_token,
+        "kv_bytes_per_token": KvType::F16.token_bytes(shape),
+        "kv_q8_0_bytes_per_token": KvType::Q8_0.token_bytes(shape),
         "state_bytes": shape.state_bytes,
         "n_layer": shape.n_layer,
         "hidden": shape.hidden,

@@ -16,7 +16,10 @@ pub fn run(args: &LogitsArgs) -> Result<()> {
     // Without a plan: a context that fits the tokens exactly, and keys and values as exact as they can be.
     let opening = match &args.plan {
         Some(plan) => Opening { plan: Some(plan), threads: args.threads, ..Opening::default() },
-        None => Opening { context: Some(needed), threads: args.threads, kv_type: KvType::F32, ..Opening::default() },
+        None => {
+            let kv_type = Some(KvType::F32);
+            Opening { context: Some(needed), threads: args.threads, kv_type, ..Opening::default() }
+        }
     };
     let mut session = Session::open(&args.model, opening)?;
     let planned = session.engine.context();

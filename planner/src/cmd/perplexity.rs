@@ -41,8 +41,13 @@ pub fn run(args: &PerplexityArgs) -> Result<()> {
         }
         None => None,
     };
-    let opening =
-        Opening { plan: args.plan.as_deref(), context: Some(ctx), threads: args.threads, ..Opening::default() };
+    let opening = Opening {
+        plan: args.plan.as_deref(),
+        context: Some(ctx),
+        threads: args.threads,
+        kv_type: args.kv_type,
+        ..Opening::default()
+    };
     let mut session = Session::open(&args.model, opening)?;
     let tokens = match (&text, &base) {
         (Some(text), base) => {

@@ -35,7 +35,7 @@ pub fn run(args: &RunArgs) -> Result<()> {
         context: args.ctx,
         threads: args.threads,
         mapped: args.mmap,
-        ..Opening::default()
+        kv_type: args.kv_type,
     };
     let mut session = Session::open(&args.model, opening)?;
     let tokenizer = session.tokenizer_with(args.tokenizer_pre.as_deref())?;

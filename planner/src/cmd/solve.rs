@@ -27,7 +27,14 @@ pub fn run(args: &SolveArgs) -> Result<()> {
         profile.check_model(&shape.id, path)?;
     }
     safely::check(&args.output)?;
-    let inputs = Inputs { shape: &shape, profile: profile.as_ref(), machine: &machine, budgets, context: args.context };
+    let inputs = Inputs {
+        shape: &shape,
+        profile: profile.as_ref(),
+        machine: &machine,
+        budgets,
+        context: args.context,
+        kv_type: args.kv_type,
+    };
     let solved = solve_all(&inputs, &options)?;
     let skews = profile.as_ref().map(skews).transpose()?.unwrap_or_default();
 
@@ -103,7 +110,8 @@ fn rows(solved: &Solved) -> Vec<&Placement> {
 fn print_text(args: &SolveArgs, solved: &Solved, skews: &[Skew], written: &[PathBuf]) {
     let plan = &solved.plan;
     let emulated = plan.tiers.iter().any(|t| t.tier.emulated);
-    println!("{} on {}, context {}", plan.model.name, plan.machine.name, plan.context);
+    let (context, kv_type) = (plan.context, plan.kv_type);
+    println!("{} on {}, context {context}, keys and values {kv_type}", plan.model.name, plan.machine.name);
     for tier in &plan.tiers {
         let label = if tier.tier.emulated { " (emulated)" } else { "" };
         println!("  {}{label}: {} GB/s, budget {}", tier.tier.name, tier.tier.read_gbps, show_bytes(tier.budget_bytes));

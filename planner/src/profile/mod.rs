@@ -279,7 +279,7 @@ pub(crate) mod tests {
             hidden: 1,
             n_vocab: 1,
             context: 1,
-            kv_bytes_per_token: 1,
+            kv_rows: Vec::new(),
             state_bytes: 0,
             dense: Vec::new(),
             experts: vec![experts],

@@ -1,6 +1,7 @@
 //! Reports made up for tests: plausible numbers from a small generator, of any size.
 
 use super::{HitCurve, PlanEntry, Report};
+use tier_plan_runtime::exec::KvType;
 use tier_plan_runtime::formats::SourceId;
 use tier_plan_runtime::formats::machine::{Tier, TierKind};
 use tier_plan_runtime::formats::placement::{
@@ -189,6 +190,7 @@ fn placement(profile: &Profile, name: &str, tier_count: usize, style: Style, emu
         token_overhead_us: 200.0,
         context: 1024,
         kv_tier: 0,
+        kv_type: KvType::F16,
         staging_tier: fast - 1,
         staging_experts: 2,
         tiers: plan_tiers,

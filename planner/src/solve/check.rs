@@ -104,7 +104,7 @@ fn lines(plan: &Placement, shape: &ModelShape, wrong: &mut Vec<String>) -> Lines
 
     let largest = shape.experts.iter().map(|e| e.expert_bytes).max().unwrap_or(0);
     for (name, tier, line, bytes) in [
-        ("key and value cache", plan.kv_tier, 3, u128::from(shape.context_bytes(plan.context))),
+        ("key and value cache", plan.kv_tier, 3, u128::from(plan.kv_type.context_bytes(shape, plan.context))),
         ("staging", plan.staging_tier, 4, u128::from(plan.staging_experts) * u128::from(largest)),
     ] {
         if tier >= n || (bytes > 0 && !computes(tier)) {

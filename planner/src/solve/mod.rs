@@ -24,6 +24,7 @@ use room::Room;
 use rules::{Draft, Rule};
 use search::Choice;
 use std::time::{Duration, Instant};
+use tier_plan_runtime::exec::KvType;
 use tier_plan_runtime::formats::machine::Machine;
 use tier_plan_runtime::formats::placement::{DensePlacement, Placement, PlanTier, Prediction, SolverReport};
 use tier_plan_runtime::formats::profile::Profile;
@@ -65,6 +66,8 @@ pub struct Inputs<'a> {
     pub budgets: Vec<u64>,
     /// Context length that the key and value cache is planned for.
     pub context: u32,
+    /// How keys and values are stored.
+    pub kv_type: KvType,
 }
 
 /// How to make a plan.
@@ -224,6 +227,7 @@ impl Planner<'_> {
             token_overhead_us: machine.token_overhead_us,
             context: self.inputs.context,
             kv_tier: room.kv_tier,
+            kv_type: self.inputs.kv_type,
             staging_tier: room.staging_tier,
             staging_experts: room.staging_experts,
             tiers,

@@ -3,6 +3,7 @@
 use super::Inputs;
 use crate::cost::home_in_place;
 use anyhow::{Result, bail, ensure};
+use tier_plan_runtime::exec::KvType;
 use tier_plan_runtime::formats::machine::{Tier, TierKind};
 use tier_plan_runtime::formats::placement::TierIdx;
 use tier_plan_runtime::model::shape::DenseKind;
@@ -127,7 +128,7 @@ impl Room {
         let largest = shape.experts.iter().map(|e| e.expert_bytes).max().unwrap_or(0);
         let used = shape.experts.iter().map(|e| (e.n_used + STAGING_SPARE).min(e.n_expert)).max().unwrap_or(0);
         let staging_experts = if in_place { 0 } else { used };
-        let kv_bytes = shape.context_bytes(inputs.context);
+        let kv_bytes = inputs.kv_type.context_bytes(shape, inputs.context);
         let mut room = Room {
             left_bytes: inputs.budgets.clone(),
             budget_bytes: inputs.budgets.clone(),
@@ -139,12 +140,12 @@ impl Room {
             in_place,
             tiers,
         };
-        room.set_aside(inputs.context)?;
+        room.set_aside(inputs)?;
         room.check_sums(inputs)?;
         Ok(room)
     }
 
-    fn set_aside(&mut self, context: u32) -> Result<()> {
+    fn set_aside(&mut self, inputs: &Inputs<'_>) -> Result<()> {
         let staging = self.staging_tier;
         let left = self.left_bytes[staging];
         let Some(after) = left.checked_sub(self.staging_bytes) else {
@@ -162,13 +163,16 @@ impl Room {
         let Some(tier) = Some(staging).filter(fits).or_else(|| self.dense_tiers(DenseKind::Attention).find(fits))
         else {
             bail!(
-                "tier '{}' has {} left of its budget of {}, but the key and value cache of {context} tokens of \
-                 context needs {}; raise it by {} or lower --context",
+                "tier '{}' has {} left of its budget of {}, but the key and value cache of {} tokens of context needs \
+                 {} as {}; raise it by {} or lower --context{}",
                 self.tiers[staging].name,
                 show_bytes(after),
                 show_bytes(left),
+                inputs.context,
                 show_bytes(self.kv_bytes),
-                show_bytes(self.kv_bytes - after)
+                inputs.kv_type,
+                show_bytes(self.kv_bytes - after),
+                if inputs.kv_type == KvType::Q8_0 { "" } else { ", or give --kv-type q8_0" }
             );
         };
         self.kv_tier = tier;

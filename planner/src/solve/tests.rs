@@ -2,9 +2,11 @@ use super::*;
 use crate::cli::Strategy;
 use crate::profile::synthetic::{self, Random, Routing};
 use proptest::prelude::{ProptestConfig, TestCaseError, prop_assert, prop_assert_eq, proptest};
+use tier_plan_runtime::exec::KvType;
 use tier_plan_runtime::formats::SourceId;
 use tier_plan_runtime::formats::machine::{Tier, TierKind};
 use tier_plan_runtime::formats::placement::LayerPlacement;
+use tier_plan_runtime::model::kv::KvRows;
 use tier_plan_runtime::model::shape::{DenseKind, DenseShape, ExpertShape};
 
 fn id(name: &str) -> SourceId {
@@ -56,7 +58,7 @@ fn shape(n_layer: u32, n_expert: u32, n_used: u32, expert_bytes: u64) -> ModelSh
         hidden: 64,
         n_vocab: 100,
         context: 4096,
-        kv_bytes_per_token: 10,
+        kv_rows: vec![KvRows { width: 5, per_token: 1 }],
         state_bytes: 0,
         dense: groups,
         experts: (0..n_layer)
@@ -194,7 +196,7 @@ proptest! {
     #[test]
     fn small_instances_are_solved_to_the_optimum(seed in 0u64..u64::MAX / 2) {
         let (shape, profile, machine, budgets) = instance(seed);
-        let inputs = Inputs { shape: &shape, profile: profile.as_ref(), machine: &machine, budgets, context: 100 };
+        let inputs = Inputs { shape: &shape, profile: profile.as_ref(), machine: &machine, budgets, context: 100, kv_type: KvType::F16 };
         let Ok(room) = Room::new(&inputs) else { return Ok(()) };
         let evidence = Evidence::new(&shape, profile.as_ref()).map_err(|e| TestCaseError::fail(e.to_string()))?;
         let fixed = cost::overhead_s(shape.n_layer, machine.layer_overhead_us, machine.token_overhead_us);
@@ -228,7 +230,14 @@ fn larger() -> (ModelShape, Profile, Machine, Vec<u64>) {
 #[test]
 fn rules_use_their_bytes_and_never_beat_the_program() -> Result<()> {
     let (shape, profile, machine, budgets) = larger();
-    let inputs = Inputs { shape: &shape, profile: Some(&profile), machine: &machine, budgets, context: 1000 };
+    let inputs = Inputs {
+        shape: &shape,
+        profile: Some(&profile),
+        machine: &machine,
+        budgets,
+        context: 1000,
+        kv_type: KvType::F16,
+    };
     let solved = solve_all(&inputs, &Options { time_limit_s: 30.0, ..options() })?;
     assert_eq!(solved.baselines.len(), 4);
     for plan in &solved.baselines {
@@ -250,7 +259,14 @@ fn rules_use_their_bytes_and_never_beat_the_program() -> Result<()> {
 #[test]
 fn planted_mistakes_are_found() -> Result<()> {
     let (shape, profile, machine, budgets) = larger();
-    let inputs = Inputs { shape: &shape, profile: Some(&profile), machine: &machine, budgets, context: 1000 };
+    let inputs = Inputs {
+        shape: &shape,
+        profile: Some(&profile),
+        machine: &machine,
+        budgets,
+        context: 1000,
+        kv_type: KvType::F16,
+    };
     let evidence = Evidence::recorded(&shape, &profile)?;
     let solved = solve_all(&inputs, &Options { strategy: Strategy::FrequencyFirst, time_limit_s: 1.0 })?;
     let good = solved.plan;
@@ -303,7 +319,14 @@ fn the_prediction_is_a_token_by_token_simulation() -> Result<()> {
     for tiers in [three_tiers(), three_tiers()[..2].to_vec(), instance(0).2.tiers] {
         let machine = machine(tiers);
         let budgets = vec![1 << 40; machine.tiers.len()];
-        let inputs = Inputs { shape: &shape, profile: Some(&profile), machine: &machine, budgets, context: 10 };
+        let inputs = Inputs {
+            shape: &shape,
+            profile: Some(&profile),
+            machine: &machine,
+            budgets,
+            context: 10,
+            kv_type: KvType::F16,
+        };
         let plan = solve(&inputs, &Options { strategy: Strategy::Uniform, time_limit_s: 1.0 })?;
         let mut random = Random::new(3);
         for _ in 0..100 {
@@ -335,7 +358,14 @@ fn what_cannot_fit_says_what_would() {
     let shape = shape(4, 8, 2, 1_000_000);
     let machine = machine(three_tiers());
     let refused = |budgets: [u64; 3], context: u32, words: &[&str]| {
-        let inputs = Inputs { shape: &shape, profile: None, machine: &machine, budgets: budgets.to_vec(), context };
+        let inputs = Inputs {
+            shape: &shape,
+            profile: None,
+            machine: &machine,
+            budgets: budgets.to_vec(),
+            context,
+            kv_type: KvType::F16,
+        };
         let error = solve_all(&inputs, &options()).err().map(|e| format!("{e:#}")).unwrap_or_default();
         assert!(words.iter().all(|w| error.contains(w)), "{words:?}: {error}");
     };
@@ -354,7 +384,14 @@ fn everything_in_fast_memory_is_optimal() -> Result<()> {
     let profile = synthetic::profile(&shape, &routing(1));
     let machine = machine(vec![tier("dram", TierKind::Dram, 20.0, 0.0)]);
     let budgets = vec![1 << 30];
-    let inputs = Inputs { shape: &shape, profile: Some(&profile), machine: &machine, budgets, context: 10 };
+    let inputs = Inputs {
+        shape: &shape,
+        profile: Some(&profile),
+        machine: &machine,
+        budgets,
+        context: 10,
+        kv_type: KvType::F16,
+    };
     let solved = solve_all(&inputs, &options())?;
     assert_eq!(solved.plan.solver.status, "optimal");
     let expected = 20e-6 + 4.0 * 3e-6 + shape.token_bytes() as f64 / 20e9;
@@ -366,13 +403,13 @@ fn everything_in_fast_memory_is_optimal() -> Result<()> {
 fn recurrent_state_has_its_room_whatever_the_context() -> Result<()> {
     let (mut shape, profile, machine, budgets) = larger();
     shape.state_bytes = 123_456;
-    for context in [1, 2000] {
-        let inputs =
-            Inputs { shape: &shape, profile: Some(&profile), machine: &machine, budgets: budgets.clone(), context };
+    for (context, kv_type, bytes) in [(1, KvType::F16, 10), (2000, KvType::F16, 10), (2000, KvType::Q8_0, 7)] {
+        let budgets = budgets.clone();
+        let inputs = Inputs { shape: &shape, profile: Some(&profile), machine: &machine, budgets, context, kv_type };
         let evidence = Evidence::new(&shape, Some(&profile))?;
         let plan = solve_all(&inputs, &options())?.plan;
         let kv_bytes: u64 = plan.tiers.iter().map(|t| t.kv_bytes).sum();
-        assert_eq!(kv_bytes, 10 * u64::from(context) + 123_456);
+        assert_eq!((kv_bytes, plan.kv_type), (bytes * u64::from(context) + 123_456, kv_type));
         assert_eq!(check::check(&plan, &shape, &evidence), Vec::<String>::new());
         shape.state_bytes += 1;
         assert!(!check::check(&plan, &shape, &evidence).is_empty());

@@ -105,13 +105,13 @@ impl Engine {
         let kernels = Kernels::from_env()?;
         let spec = describe(&gguf)?;
         let shape = shape_of(&gguf, &spec);
-        let loaded = load(&gguf, &spec, &shape, plan, options, progress)?;
+        let loaded = load(&gguf, &spec, &shape, plan, progress)?;
         let Loaded { weights, experts, mut resident_bytes, padding_bytes, embedding_tier, head_tier, dense_bytes } =
             loaded;
         let batch = options.batch.unwrap_or(BATCH).max(1);
         let context = plan.context as usize;
         let states: Vec<MixerState> =
-            spec.layers.iter().map(|layer| MixerState::new(&layer.mixer, options.kv_type, context)).collect();
+            spec.layers.iter().map(|layer| MixerState::new(&layer.mixer, plan.kv_type, context)).collect();
         resident_bytes[plan.kv_tier] += states.iter().map(MixerState::bytes).sum::<u64>();
         let (ropes, layer_rope) = rope_tables(&spec, &weights);
         let tiers: Vec<_> = plan.tiers.iter().map(|t| t.tier.clone()).collect();

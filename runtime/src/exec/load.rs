@@ -1,7 +1,6 @@
 //! Loads a model as a plan says: checks the plan against the file, makes one arena a tier, fills it, and counts.
 
 use super::experts::{ExpertStore, Home, LayerExperts, Layout};
-use super::mixer::KvType;
 use super::weights::{DenseWeights, Held};
 use crate::formats::machine::{Tier, TierKind};
 use crate::formats::placement::{LayerPlacement, Placement};
@@ -79,8 +78,6 @@ pub struct LoadOptions {
     pub threads: Option<usize>,
     /// Tokens in one batch of prompt processing; 512 when `None`.
     pub batch: Option<usize>,
-    /// How keys and values are stored; plans reckon with 16 bits.
-    pub kv_type: KvType,
 }
 
 /// What loading made.
@@ -127,11 +124,10 @@ pub(super) fn load(
     spec: &ModelSpec,
     shape: &ModelShape,
     plan: &Placement,
-    options: &LoadOptions,
     progress: Progress<'_>,
 ) -> Result<Loaded, LoadError> {
-    check(shape, plan, options.kv_type)?;
-    check_context_fits(shape, plan, options.kv_type)?;
+    check(shape, plan)?;
+    check_context_fits(shape, plan)?;
     let slow = plan.tiers.len() - 1;
     // What only stands for a slow device, or for memory, is read as fast as it goes.
     let device = |t: &Tier| t.kind == TierKind::Nvme && !t.emulated;
@@ -211,9 +207,9 @@ fn largest(layers: &[LayerExperts], layout: Layout) -> usize {
 }
 
 /// Asks the system for the cache's memory and gives it back: a vector that is too large ends the program.
-fn check_context_fits(shape: &ModelShape, plan: &Placement, kv_type: KvType) -> Result<(), LoadError> {
+fn check_context_fits(shape: &ModelShape, plan: &Placement) -> Result<(), LoadError> {
     let context = plan.context;
-    let bytes = kv_type.bytes(shape.kv_bytes_per_token.saturating_mul(u64::from(context)));
+    let bytes = plan.kv_type.context_bytes(shape, context);
     match Arena::new("", bytes) {
         Err(ArenaError::Map { source, .. }) => Err(LoadError::Context { context, bytes, r#source }),
         other => Ok(other.map(|_| ())?),
@@ -221,7 +217,7 @@ fn check_context_fits(shape: &ModelShape, plan: &Placement, kv_type: KvType) -> 
 }
 
 /// Everything about a plan that could contradict the model or itself.
-fn check(shape: &ModelShape, plan: &Placement, kv_type: KvType) -> Result<(), LoadError> {
+fn check(shape: &ModelShape, plan: &Placement) -> Result<(), LoadError> {
     let bad = |what: String| LoadError::Plan { plan: plan.name.clone(), model: shape.id.name.clone(), what };
     if plan.model.hash != shape.id.hash {
         return Err(bad(format!("it was made for '{}' ({})", plan.model.name, plan.model.hash)));
@@ -313,13 +309,19 @@ fn check(shape: &ModelShape, plan: &Placement, kv_type: KvType) -> Result<(), Lo
             return Err(bad(format!("tier '{name}' says {said} bytes of {line}, but they take {is}")));
         }
     }
-    let kv = kv_type.context_bytes(shape, plan.context);
+    let kv = plan.kv_type.context_bytes(shape, plan.context);
     let reserved = plan.tiers.get(plan.kv_tier).map_or(0, |t| t.kv_bytes);
-    if reserved < kv {
+    if reserved != kv {
         return Err(bad(format!(
-            "it has {reserved} bytes for the key and value cache and recurrent state, but {} tokens of context take {kv}",
-            plan.context
+            "it has {reserved} bytes for the key and value cache and recurrent state, but {} tokens of context take {kv} \
+             with keys and values as {}",
+            plan.context, plan.kv_type
         )));
+    }
+    let elsewhere = plan.tiers.iter().enumerate().find(|(i, t)| *i != plan.kv_tier && t.kv_bytes > 0);
+    if let Some((_, t)) = elsewhere {
+        let name = &t.tier.name;
+        return Err(bad(format!("tier '{name}' has {} bytes of key and value cache, which is not there", t.kv_bytes)));
     }
     if plan.tiers[slow].tier.kind == TierKind::Nvme && u64::from(plan.staging_experts) < pooled_anywhere {
         let staged = plan.staging_experts;

@@ -18,9 +18,11 @@ mod router;
 pub mod slots;
 mod weights;
 
+pub use crate::model::kv::KvType;
 pub use engine::{Engine, Wanted};
 pub use load::{LoadError, LoadOptions};
-pub use mixer::KvType;
+#[doc(hidden)]
+pub use mixer::{AttentionProbe, AttentionSizes};
 
 use crate::tiers::file::ReadError;
 use thiserror::Error;

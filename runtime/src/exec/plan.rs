@@ -1,11 +1,11 @@
 //! The obvious plan, for running without one: everything in main memory, in place in the mapped file.
 
-use super::KvType;
 use crate::formats::SourceId;
 use crate::formats::machine::{Tier, TierKind};
 use crate::formats::placement::{
     DensePlacement, LayerPlacement, Placement, PlanTier, Prediction, SlotPolicy, SolverReport,
 };
+use crate::model::kv::KvType;
 use crate::model::shape::ModelShape;
 
 /// A plan with one tier, `dram`, that holds the whole model where the system mapped it.
@@ -40,6 +40,7 @@ pub fn obvious(shape: &ModelShape, context: u32, kv_type: KvType) -> Placement {
         token_overhead_us: 0.0,
         context,
         kv_tier: 0,
+        kv_type,
         staging_tier: 0,
         staging_experts: 0,
         tiers: vec![tier],

@@ -9,6 +9,7 @@ mod tests;
 use super::kind::PLACEMENT;
 use super::machine::Tier;
 use super::{FormatError, SourceId, safely};
+use crate::model::kv::KvType;
 use crate::model::shape::DenseKind;
 use std::path::Path;
 
@@ -149,6 +150,8 @@ pub struct Placement {
     pub context: u32,
     /// Tier of the key and value cache.
     pub kv_tier: TierIdx,
+    /// How keys and values are stored.
+    pub kv_type: KvType,
     /// Tier of staging buffers.
     pub staging_tier: TierIdx,
     /// Experts that staging can hold at once.

@@ -20,6 +20,7 @@ mod ops;
 mod delta;
 mod matmul;
 pub mod pooled;
+mod rows;
 mod scalar;
 mod stream;
 #[cfg(test)]
@@ -30,6 +31,7 @@ mod x86;
 
 pub use activations::{ActView, Activations};
 pub use delta::{DeltaStep, MAX_CONV_TAPS, delta_columns};
+pub use rows::q8_row_bytes;
 pub use weights::{OutMatrix, Weights, needs_quants};
 
 use std::fmt;

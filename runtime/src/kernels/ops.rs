@@ -166,7 +166,7 @@ pub(super) fn fma<const FUSED: bool>(a: f32, b: f32, c: f32) -> f32 {
 
 /// Folds pairs into lanes and adds the lanes up, halving each time.
 #[inline(always)]
-fn lanes_sum<A: Copy, B: Copy>(a: &[A], b: &[B], step: impl Fn(f32, A, B) -> f32) -> f32 {
+pub(super) fn lanes_sum<A: Copy, B: Copy>(a: &[A], b: &[B], step: impl Fn(f32, A, B) -> f32) -> f32 {
     let mut lanes = [0.0f32; LANES];
     let (a_chunks, b_chunks) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
     let rest = a_chunks.remainder().iter().zip(b_chunks.remainder());

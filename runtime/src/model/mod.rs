@@ -8,6 +8,7 @@ mod blocks;
 mod deepseek2;
 mod glm4moe;
 mod gpt_oss;
+pub mod kv;
 mod llama;
 mod minimax_m2;
 mod olmoe;

@@ -1,9 +1,11 @@
 //! A model's sizes without its weights: all that a planner needs to know.
 
+use super::kv::KvRows;
 use super::spec::ModelSpec;
 use super::{ModelError, describe};
 use crate::formats::SourceId;
 use crate::gguf::Gguf;
+use std::collections::BTreeMap;
 use std::path::Path;
 
 /// Tensors that are not routed experts, in the groups that are placed together.
@@ -66,8 +68,8 @@ pub struct ModelShape {
     pub n_vocab: u32,
     /// Longest context the file claims to be trained for.
     pub context: u32,
-    /// Bytes of key and value cache that one token of context takes, over all layers.
-    pub kv_bytes_per_token: u64,
+    /// Rows of keys, values and latents that one token of context adds: each width once, ascending.
+    pub kv_rows: Vec<KvRows>,
     /// Bytes of recurrent state, over all layers, whatever the length of the context.
     pub state_bytes: u64,
     /// Every dense group once.
@@ -77,11 +79,6 @@ pub struct ModelShape {
 }
 
 impl ModelShape {
-    /// Bytes that a context of this many tokens takes: keys and values as 16-bit floats, and recurrent state.
-    pub fn context_bytes(&self, tokens: u32) -> u64 {
-        self.kv_bytes_per_token.saturating_mul(u64::from(tokens)).saturating_add(self.state_bytes)
-    }
-
     /// Bytes of all weights.
     pub fn weight_bytes(&self) -> u64 {
         let dense: u64 = self.dense.iter().map(|d| d.bytes).sum();
@@ -135,9 +132,18 @@ pub fn shape_of(gguf: &Gguf, spec: &ModelSpec) -> ModelShape {
         hidden: spec.hidden as u32,
         n_vocab: spec.n_vocab as u32,
         context: spec.context as u32,
-        kv_bytes_per_token: spec.layers.iter().map(|l| l.mixer.cache_values_per_token() as u64 * 2).sum(),
+        kv_rows: kv_rows(spec),
         state_bytes: spec.layers.iter().map(|l| l.mixer.state_bytes()).sum(),
         dense,
         experts,
     }
+}
+
+/// What all caches together hold of a token.
+fn kv_rows(spec: &ModelSpec) -> Vec<KvRows> {
+    let mut by_width = BTreeMap::new();
+    for (rows, width) in spec.layers.iter().flat_map(|l| l.mixer.cache_rows()) {
+        *by_width.entry(width as u64).or_insert(0) += rows as u64;
+    }
+    by_width.into_iter().map(|(width, per_token)| KvRows { width, per_token }).collect()
 }

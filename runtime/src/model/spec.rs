@@ -430,12 +430,13 @@ impl Mixer {
         }
     }
 
-    /// Values that one token adds to the layer's cache.
-    pub fn cache_values_per_token(&self) -> usize {
+    /// Rows that one token adds to the layer's cache, and their widths in values: keys and values of each head, or one
+    /// latent with its rotated key part.
+    pub fn cache_rows(&self) -> Vec<(usize, usize)> {
         match self {
-            Mixer::Gqa(a) => a.n_head_kv * (a.key_dim + a.value_dim),
-            Mixer::Mla(a) => a.kv_rank + a.rope.dims,
-            Mixer::Delta(_) => 0,
+            Mixer::Gqa(a) => vec![(a.n_head_kv, a.key_dim), (a.n_head_kv, a.value_dim)],
+            Mixer::Mla(a) => vec![(1, a.kv_rank + a.rope.dims)],
+            Mixer::Delta(_) => Vec::new(),
         }
     }
 

@@ -1,18 +1,13 @@
 //! Attention with grouped key and value heads, causal, over the cache.
 
 use super::MixerInput;
-use super::kv_cache::{Attention, LayerCache};
+use super::attention::{Attention, AttentionParts, attend};
+use super::rows::KeyValues;
 use crate::exec::moe::{Compute, add_bias};
 use crate::exec::weights::DenseWeights;
 use crate::kernels::pooled::{MatJob, matmul_all};
 use crate::kernels::{Activations, needs_quants};
 use crate::model::spec::{GqaSpec, NormSpan};
-use std::cell::RefCell;
-
-thread_local! {
-    /// Scores of one query over the context, one buffer a thread.
-    static SCORES: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
-}
 
 /// Buffers of the attention stage.
 #[derive(Default)]
@@ -24,6 +19,7 @@ pub(super) struct GqaScratch {
     /// e to the minus output gate, `[tokens, n_head * key_dim]`.
     gate: Vec<f32>,
     norm: Vec<f32>,
+    parts: AttentionParts,
     acts: Option<Activations>,
     acts_width: usize,
 }
@@ -57,7 +53,7 @@ pub(super) fn run(
     weights: &DenseWeights,
     spec: &GqaSpec,
     input: &MixerInput<'_>,
-    cache: &mut LayerCache,
+    cache: &mut KeyValues,
     s: &mut GqaScratch,
     out: &mut [f32],
 ) {
@@ -90,25 +86,34 @@ pub(super) fn run(
             rope.apply(q, spec.key_dim, t);
             rope.apply(k, spec.key_dim, t);
         }
-        cache.store(c.kernels, past + t, k, &v[t * spec.v.n_out..][..spec.v.n_out]);
+        cache.keys.store(c.kernels, past + t, k);
+        cache.values.store(c.kernels, past + t, &v[t * spec.v.n_out..][..spec.v.n_out]);
     }
     let group = spec.n_head / spec.n_head_kv;
-    let mixed = &mut s.mixed[..n * spec.o.n_in];
-    let (q, gate, cache) = (&*q, &*gate, &*cache);
+    let attention = Attention {
+        keys: &cache.keys,
+        values: &cache.values,
+        value_width: spec.value_dim,
+        n_head_kv: spec.n_head_kv,
+        group,
+        tokens: n,
+        past,
+        window: spec.window,
+    };
+    let (q, gate) = (&*q, &*gate);
+    let query = |head: usize, t: usize, to: &mut [f32]| {
+        let query = &q[t * spec.q.n_out + head * spec.key_dim..][..spec.key_dim];
+        to.iter_mut().zip(query).for_each(|(to, q)| *to = spec.scale * q);
+    };
+    attend(c, &attention, query, &mut s.parts);
+    let (mixed, parts) = (&mut s.mixed[..n * spec.o.n_in], &s.parts);
     let sinks = weights.opt_vector(spec.sinks);
     c.pool.for_each_slice(mixed, group * spec.value_dim, |item, mixed| {
         let (t, kv_head) = (item / spec.n_head_kv, item % spec.n_head_kv);
-        let seen = past + t + 1;
-        let positions = spec.window.map_or(0, |window| seen.saturating_sub(window))..seen;
-        SCORES.with_borrow_mut(|scores| {
-            for (g, mixed) in mixed.chunks_exact_mut(spec.value_dim).enumerate() {
-                let head = kv_head * group + g;
-                let query = &q[t * spec.q.n_out + head * spec.key_dim..][..spec.key_dim];
-                let attention =
-                    Attention { positions: positions.clone(), scale: spec.scale, sink: sinks.map(|s| s[head]) };
-                cache.attend(c.kernels, kv_head, &attention, query, scores, mixed);
-            }
-        });
+        for (g, mixed) in mixed.chunks_exact_mut(spec.value_dim).enumerate() {
+            let head = kv_head * group + g;
+            parts.result(c.kernels, head, t, sinks.map(|s| s[head]), mixed);
+        }
         if spec.gated {
             let gate = &gate[item * mixed.len()..][..mixed.len()];
             mixed.iter_mut().zip(gate).for_each(|(m, g)| *m /= 1.0 + g);

@@ -4,7 +4,8 @@
 //! to the space of the latents `c`, all heads attend to the same cached rows, and what they gather is taken back.
 
 use super::MixerInput;
-use super::latent_cache::{LatentCache, Queries};
+use super::attention::{Attention, AttentionParts, attend};
+use super::rows::RowStore;
 use crate::exec::moe::{Compute, add_bias};
 use crate::exec::weights::DenseWeights;
 use crate::kernels::pooled::{MatJob, matmul_all};
@@ -17,23 +18,9 @@ use std::cell::RefCell;
 /// so that they have parts.
 const MAX_LATENT_VALUES: usize = if cfg!(test) { 512 } else { 4 << 20 };
 
-/// Queries that pass over the cache together, at most: they and a block of rows fit the first-level cache.
-const MAX_GROUP: usize = 8;
-
 thread_local! {
-    static LOCAL: RefCell<Local> = RefCell::default();
-}
-
-/// Buffers of a thread.
-#[derive(Default)]
-struct Local {
-    /// `[queries, kv_rank + rope dims]`.
-    rows: Vec<f32>,
-    seen: Vec<usize>,
-    scales: Vec<f32>,
-    scores: Vec<f32>,
-    /// A row of a matrix.
-    row: Vec<f32>,
+    /// A row of a matrix, one buffer a thread.
+    static ROW: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
 /// Buffers of the attention stage.
@@ -54,6 +41,7 @@ pub(super) struct MlaScratch {
     latents: Vec<f32>,
     /// `[n_head, tokens of a part, value_dim]`.
     values: Vec<f32>,
+    parts: AttentionParts,
     /// `[tokens, n_head, value_dim]`.
     mixed: Vec<f32>,
     /// Rows that are whole tokens.
@@ -107,7 +95,7 @@ pub(super) fn run(
     weights: &DenseWeights,
     spec: &MlaSpec,
     input: &MixerInput<'_>,
-    cache: &mut LatentCache,
+    cache: &mut RowStore,
     s: &mut MlaScratch,
     out: &mut [f32],
 ) {
@@ -167,7 +155,7 @@ fn remember(
     weights: &DenseWeights,
     spec: &MlaSpec,
     input: &MixerInput<'_>,
-    cache: &mut LatentCache,
+    cache: &mut RowStore,
     s: &mut MlaScratch,
 ) {
     let width = spec.kv_down.n_out;
@@ -190,7 +178,7 @@ fn attend_part(
     spec: &MlaSpec,
     past: usize,
     tokens: std::ops::Range<usize>,
-    cache: &LatentCache,
+    cache: &RowStore,
     s: &mut MlaScratch,
 ) {
     let n = tokens.len();
@@ -214,45 +202,46 @@ fn attend_part(
             c.pool.for_each_slice(latents, n * rank, |head, latents| {
                 let keys = part(kv, head * (nope_dim + spec.value_dim), nope_dim);
                 latents.fill(0.0);
-                LOCAL.with_borrow_mut(|local| {
-                    local.row.resize(rank, 0.0);
+                ROW.with_borrow_mut(|row| {
+                    row.resize(rank, 0.0);
                     for i in 0..nope_dim {
                         let Some(bytes) = keys.row(i) else { unreachable!("as many rows as asked for") };
-                        dequantize_row(kv.ty(), bytes, &mut local.row);
+                        dequantize_row(kv.ty(), bytes, row);
                         for (token, latent) in latents.chunks_exact_mut(rank).enumerate() {
-                            c.kernels.axpy(query(head, token)[i], &local.row, latent);
+                            c.kernels.axpy(query(head, token)[i], row, latent);
                         }
                     }
                 });
             });
         }
     }
-    // Neighbours in `latents` are tokens of one head or, where there is one token, heads: all read the same rows.
-    let pairs = spec.n_head * n;
-    let group = pairs.div_ceil(c.pool.n_threads() * 4).clamp(1, MAX_GROUP);
-    c.pool.for_each_slice(latents, group * rank, |item, latents| {
-        LOCAL.with_borrow_mut(|local| {
-            local.rows.clear();
-            local.seen.clear();
-            local.scales.clear();
-            for (i, latent) in latents.chunks_exact(rank).enumerate() {
-                let (head, token) = ((item * group + i) / n, (item * group + i) % n);
-                local.rows.extend_from_slice(latent);
-                local.rows.extend_from_slice(&query(head, token)[nope_dim..]);
-                let position = past + tokens.start + token;
-                local.seen.push(position + 1);
-                local.scales.push(spec.scale * spec.temperature.map_or(1.0, |t| t.at(position)));
-            }
-            let queries = Queries { rows: &local.rows, seen: &local.seen, scales: &local.scales };
-            cache.attend(c.kernels, &queries, &mut local.scores, latents);
-        });
-    });
+    let first = past + tokens.start;
+    // All heads read the same rows: one head of keys, whose values are the latents at their beginning.
+    let attention = Attention {
+        keys: cache,
+        values: cache,
+        value_width: rank,
+        n_head_kv: 1,
+        group: spec.n_head,
+        tokens: n,
+        past: first,
+        window: None,
+    };
+    let absorbed = &*latents;
+    let query_row = |head: usize, token: usize, to: &mut [f32]| {
+        let scale = spec.scale * spec.temperature.map_or(1.0, |t| t.at(first + token));
+        let row = absorbed[(head * n + token) * rank..][..rank].iter().chain(&query(head, token)[nope_dim..]);
+        to.iter_mut().zip(row).for_each(|(to, q)| *to = scale * q);
+    };
+    attend(c, &attention, query_row, &mut s.parts);
+    let parts = &s.parts;
+    c.pool.for_each_slice(latents, rank, |i, latent| parts.result(c.kernels, i / n, i % n, None, latent));
     let (v, first, stride) = match spec.kv_up {
         KvUp::Split { v, .. } => (v, 0, spec.value_dim),
         KvUp::Fused(kv) => (kv, nope_dim, nope_dim + spec.value_dim),
     };
-    let values = &mut s.values[..pairs * spec.value_dim];
-    s.head_acts.fill(c.kernels, pairs, rank, latents, needs_quants(weights.ty(v)));
+    let values = &mut s.values[..spec.n_head * n * spec.value_dim];
+    s.head_acts.fill(c.kernels, spec.n_head * n, rank, latents, needs_quants(weights.ty(v)));
     let v = weights.matrix(v, spec.n_head * stride, rank);
     by_head(c, spec.n_head, s.head_acts.view(), values, |head| part(v, head * stride + first, spec.value_dim));
     let mixed = &mut s.mixed[tokens.start * spec.o.n_in..tokens.end * spec.o.n_in];

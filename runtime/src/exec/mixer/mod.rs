@@ -1,28 +1,30 @@
 //! What mixes tokens: one file a kind, each with its state of past tokens, its buffers and its pass.
 
+mod attention;
 mod delta;
 mod gqa;
-mod kv_cache;
-mod latent_cache;
 mod mla;
+mod probe;
+mod rows;
 
-pub use kv_cache::KvType;
+pub use probe::{AttentionProbe, AttentionSizes};
 
 use super::moe::Compute;
 use super::rope::RopeTable;
 use super::weights::DenseWeights;
 use crate::kernels::ActView;
+use crate::model::kv::KvType;
 use crate::model::spec::Mixer;
 use delta::{DeltaScratch, DeltaState};
 use gqa::GqaScratch;
-use kv_cache::LayerCache;
-use latent_cache::LatentCache;
 use mla::MlaScratch;
+use rows::{KeyValues, RowStore};
 
 /// What one layer's mixer remembers of past tokens.
 pub(super) enum MixerState {
-    Gqa(LayerCache),
-    Mla(LatentCache),
+    Gqa(KeyValues),
+    /// Latents and, after each, its rotated key part: all heads read the same rows.
+    Mla(RowStore),
     Delta(DeltaState),
 }
 
@@ -30,8 +32,11 @@ impl MixerState {
     /// For up to `context` tokens.
     pub(super) fn new(mixer: &Mixer, kv_type: KvType, context: usize) -> Self {
         match mixer {
-            Mixer::Gqa(a) => Self::Gqa(LayerCache::new(kv_type, a.n_head_kv, a.key_dim, a.value_dim, context)),
-            Mixer::Mla(a) => Self::Mla(LatentCache::new(kv_type, context, a.kv_rank, a.rope.dims)),
+            Mixer::Gqa(a) => {
+                let rows = |width| RowStore::new(kv_type, a.n_head_kv, context, width);
+                Self::Gqa(KeyValues { keys: rows(a.key_dim), values: rows(a.value_dim) })
+            }
+            Mixer::Mla(a) => Self::Mla(RowStore::new(kv_type, 1, context, a.kv_rank + a.rope.dims)),
             Mixer::Delta(d) => Self::Delta(DeltaState::new(d)),
         }
     }
@@ -39,8 +44,8 @@ impl MixerState {
     /// Bytes held.
     pub(super) fn bytes(&self) -> u64 {
         match self {
-            Self::Gqa(cache) => cache.bytes(),
-            Self::Mla(cache) => cache.bytes(),
+            Self::Gqa(cache) => cache.keys.bytes() + cache.values.bytes(),
+            Self::Mla(rows) => rows.bytes(),
             Self::Delta(state) => state.bytes(),
         }
     }

@@ -5,6 +5,7 @@ use proptest::collection::{btree_map, btree_set, vec};
 use proptest::prelude::*;
 
 const V1: &str = include_str!("../../../../tests/data/formats/placement.v1.toml");
+const V2: &str = include_str!("../../../../tests/data/formats/placement.v2.toml");
 
 fn load(text: &str) -> Result<Placement, String> {
     decode(text.as_bytes(), Path::new("p.toml")).map_err(|e| e.to_string())
@@ -20,7 +21,7 @@ fn source(name: &str, hash: &str) -> SourceId {
 }
 
 #[test]
-fn version_1_means_what_it_meant() {
+fn versions_mean_what_they_meant() {
     let plan = load(V1).unwrap();
     let tier = |name: &str, kind, capacity_bytes, read_gbps, latency_us| Tier {
         name: name.into(),
@@ -54,6 +55,7 @@ fn version_1_means_what_it_meant() {
         token_overhead_us: 60.0,
         context: 1024,
         kv_tier: vram,
+        kv_type: KvType::F16,
         staging_tier: dram,
         staging_experts: 4,
         tiers: vec![
@@ -112,7 +114,17 @@ fn version_1_means_what_it_meant() {
         },
     };
     assert_eq!(plan, want);
-    assert_eq!(plan.encode(), V1, "the writer lays out version 1 as it always did");
+    let plan = load(V2).unwrap();
+    assert_eq!(plan, Placement { kv_type: KvType::Q8_0, ..want });
+    assert_eq!(plan.encode(), V2, "the writer lays out version 2 as it always did");
+}
+
+#[test]
+fn a_plan_that_does_not_say_how_keys_are_stored_means_16_bits() {
+    let f16 = V2.replace("kv_type = \"q8_0\"", "kv_type = \"f16\"");
+    assert_eq!(load(&V2.replace("kv_type = \"q8_0\"\n", "")), load(&f16));
+    assert_eq!(load(V1), load(&f16));
+    assert_eq!(load(V1).unwrap().encode(), f16);
 }
 
 #[test]
@@ -151,7 +163,13 @@ fn errors_say_what_and_how_to_mend() {
         (
             "version = 1",
             "version = 7",
-            "placement plan version 7, but this program reads up to version 1; update tier-plan",
+            "placement plan version 7, but this program reads up to version 2; update tier-plan",
+        ),
+        ("context = 1024", "context = 1024\nkv_type = \"f16\"", "kv_type is a key of version 2; write `version = 2`"),
+        (
+            "version = 1",
+            "version = 2\nkv_type = \"q4\"",
+            "kv_type: 'q4' is no type of keys and values: use f16, q8_0 or f32",
         ),
         ("context = 1024", "context = 1024\ncolour = 3", "line 6: unknown field `colour`, expected one of `format`"),
         ("experts = 4 }", "experts = 4, size = 2 }", "line 7: unknown field `size`"),
@@ -359,10 +377,19 @@ fn any_plan() -> impl Strategy<Value = Placement> {
         let n = tiers.len();
         let lines = vec((proptest::array::uniform6(0u64..1 << 60), 0u64..1 << 60), n);
         let head = (any_text(), any_source(), proptest::option::of(any_source()), any_source());
-        let sizes = (any::<u32>(), any::<prop::sample::Index>(), any::<prop::sample::Index>(), 0u32..100);
+        let index = any::<prop::sample::Index>;
+        let sizes = (any::<u32>(), index(), prop::sample::select(&KvType::ALL[..]), index(), 0u32..100);
         let body = (any_dense(n), any_layers(tiers.clone()), any_solver(), any_prediction(n));
         (Just(tiers), lines, head, sizes, body, any_amount(), any_amount()).prop_map(
-            |(tiers, lines, (name, model, profile, machine), (context, kv, staging, staging_experts), body, a, b)| {
+            |(
+                tiers,
+                lines,
+                (name, model, profile, machine),
+                (context, kv, kv_type, staging, staging_experts),
+                body,
+                a,
+                b,
+            )| {
                 let memory = memory(&tiers);
                 let last = tiers.len() - 1;
                 let line = |(at, (tier, (l, spare))): (usize, (Tier, ([u64; 6], u64)))| {
@@ -390,6 +417,7 @@ fn any_plan() -> impl Strategy<Value = Placement> {
                     token_overhead_us: b,
                     context,
                     kv_tier: memory[kv.index(memory.len())],
+                    kv_type,
                     staging_tier: memory[staging.index(memory.len())],
                     staging_experts,
                     tiers: tiers.into_iter().zip(lines).enumerate().map(line).collect(),
@@ -417,7 +445,7 @@ proptest! {
         cut in 0usize..40,
         insert in prop_oneof![vec(any::<u8>(), 0..4), "[-0-9,.\"=\\[\\]{}]{0,4}".prop_map(String::into_bytes)],
     ) {
-        let mut bytes = V1.as_bytes().to_vec();
+        let mut bytes = V2.as_bytes().to_vec();
         let at = at.index(bytes.len());
         let end = (at + cut).min(bytes.len());
         bytes.splice(at..end, insert);
@@ -428,7 +456,7 @@ proptest! {
 
     #[test]
     fn swapped_lines_never_panic(a in any::<prop::sample::Index>(), b in any::<prop::sample::Index>()) {
-        let mut lines: Vec<&str> = V1.lines().collect();
+        let mut lines: Vec<&str> = V2.lines().collect();
         let (a, b) = (a.index(lines.len()), b.index(lines.len()));
         lines.swap(a, b);
         if let Ok(plan) = load(&lines.join("\n")) {

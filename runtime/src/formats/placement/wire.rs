@@ -1,4 +1,4 @@
-//! The text of version 1 of a plan: written by hand for people, read through wire structs for safety.
+//! The text of versions 1 and 2 of a plan: written by hand for people, read through wire structs for safety.
 
 use super::{
     DensePlacement, LayerPlacement, PLACEMENT, Placement, PlanTier, Prediction, SlotPolicy, SolverReport, TierIdx,
@@ -8,6 +8,7 @@ use crate::formats::kind::toml_words;
 use crate::formats::machine::{Tier, WireKind};
 use crate::formats::ranges::{self, Allowance, MAX_EXPERT, MAX_LAYER};
 use crate::formats::text::{float, quote};
+use crate::model::kv::KvType;
 use crate::model::shape::DenseKind;
 use crate::units::show_bytes;
 use serde::Deserialize;
@@ -27,10 +28,11 @@ pub(super) fn encode(plan: &Placement) -> String {
     let name = |tier: TierIdx| plan.tiers.get(tier).map_or("?", |t| t.tier.name.as_str());
     out.line("# Where every tensor lives; docs/FORMAT.md explains each line.");
     out.field("format", quote(PLACEMENT.format));
-    out.field("version", "1");
+    out.field("version", PLACEMENT.newest);
     out.field("name", quote(&plan.name));
     out.field("context", plan.context);
     out.field("kv_tier", quote(name(plan.kv_tier)));
+    out.field("kv_type", quote(plan.kv_type.name()));
     let staging = quote(name(plan.staging_tier));
     out.field("staging", format!("{{ tier = {staging}, experts = {} }}", plan.staging_experts));
     out.field("layer_overhead_us", float(plan.layer_overhead_us));
@@ -177,6 +179,13 @@ impl Text {
 /// The plan that a text says; what it means is still to be checked.
 pub(super) fn decode(text: &str) -> Result<Placement, String> {
     let wire: Wire = toml::from_str(text).map_err(|e| toml_words(text, &e))?;
+    let kv_type = match &wire.kv_type {
+        Some(_) if wire.version < 2 => {
+            return Err("kv_type is a key of version 2; write `version = 2`, or leave it out".into());
+        }
+        Some(name) => name.parse().map_err(|e| format!("kv_type: {e}"))?,
+        None => KvType::default(),
+    };
     let mut allowance = Allowance::for_a_file();
     let names = Names::new(&wire.tier);
     let dense = decode_dense(wire.dense, &names, &mut allowance)?;
@@ -193,6 +202,7 @@ pub(super) fn decode(text: &str) -> Result<Placement, String> {
         token_overhead_us: wire.token_overhead_us,
         context: wire.context,
         kv_tier: names.find(&wire.kv_tier, "kv_tier")?,
+        kv_type,
         staging_tier: names.find(&wire.staging.tier, "staging.tier")?,
         staging_experts: wire.staging.experts,
         dense,
@@ -326,11 +336,11 @@ impl Names {
 struct Wire {
     #[serde(rename = "format")]
     _format: String,
-    #[serde(rename = "version")]
-    _version: u64,
+    version: u64,
     name: String,
     context: u32,
     kv_tier: String,
+    kv_type: Option<String>,
     staging: WireStaging,
     layer_overhead_us: f64,
     token_overhead_us: f64,

@@ -3,6 +3,7 @@ use crate::exec::plan::obvious;
 use crate::exec::{Engine, KvType, LoadOptions, Wanted};
 use crate::gguf::testing::{Writer, WriterTensor};
 use crate::gguf::{Gguf, Value};
+use crate::model::kv::KvRows;
 use crate::model::shape::shape_of;
 use crate::model::spec::MoeSpec;
 use crate::quant::TensorType;
@@ -160,7 +161,7 @@ fn older_files_give_the_same_logits() {
         let gguf = opened(file);
         let spec = crate::model::describe(&gguf).unwrap();
         let plan = obvious(&shape_of(&gguf, &spec), 16, KvType::F32);
-        let options = LoadOptions { kv_type: KvType::F32, threads: Some(2), ..LoadOptions::default() };
+        let options = LoadOptions { threads: Some(2), ..LoadOptions::default() };
         let mut engine = Engine::load(gguf, &plan, &options, &mut |_, _| {}).unwrap();
         engine.forward(&[82, 71, 24, 12, 77, 74, 64, 50], Wanted::All).unwrap().to_vec()
     };
@@ -176,7 +177,8 @@ fn every_tensor_is_placed_once_and_a_token_caches_its_latent() {
         let gguf = opened(&file);
         let spec = crate::model::describe(&gguf).unwrap();
         let shape = shape_of(&gguf, &spec);
-        assert_eq!(shape.kv_bytes_per_token, 3 * (64 + 32) * 2);
+        assert_eq!(shape.kv_rows, [KvRows { width: 64 + 32, per_token: 3 }]);
+        assert_eq!(KvType::ALL.map(|ty| ty.token_bytes(&shape)), [3 * 192, 3 * (96 + 6), 3 * 384]);
         let mut placed: Vec<usize> = spec.dense_groups().into_iter().flat_map(|g| g.tensors).collect();
         placed.extend(spec.moe_layers().flat_map(|(_, m)| m.expert_tensors()));
         placed.sort_unstable();

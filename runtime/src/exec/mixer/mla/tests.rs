@@ -163,7 +163,7 @@ fn layer(case: Case) -> Layer {
 fn absorbed(layer: &Layer, kv_type: KvType, x: &[f32], batches: &[usize]) -> Vec<f32> {
     let pool = ThreadPool::new(2);
     let c = Compute { pool: &pool, kernels: Kernels::best() };
-    let mut cache = LatentCache::new(kv_type, x.len() / HIDDEN, RANK, ROPE);
+    let mut cache = RowStore::new(kv_type, 1, x.len() / HIDDEN, RANK + ROPE);
     let mut scratch = MlaScratch::default();
     scratch.reserve(batches.iter().copied().max().unwrap(), &layer.spec);
     let mut rope = RopeTable::new(&layer.spec.rope, None);
