@@ -54,8 +54,11 @@ pub struct DemoArgs {
 /// `inspect`.
 #[derive(Debug, Args)]
 pub struct InspectArgs {
-    /// The GGUF file (the first part of a split model)
+    /// The GGUF file (the first part of a split model), a shape (.toml, or a name such as kimi-k2.5), or a profile
     pub model: PathBuf,
+    /// Of a shape: the quantisation, q4_k_m when not given
+    #[arg(long, value_name = "NAME")]
+    pub quant: Option<String>,
     /// List every tensor
     #[arg(long)]
     pub tensors: bool,
@@ -104,12 +107,15 @@ pub struct ProfileArgs {
 /// `solve`.
 #[derive(Debug, Args)]
 pub struct SolveArgs {
-    /// The GGUF file the plan is for
+    /// The GGUF file the plan is for, or a shape (.toml, or a name such as kimi-k2.5)
     pub model: PathBuf,
+    /// Of a shape: the quantisation, q4_k_m when not given
+    #[arg(long, value_name = "NAME")]
+    pub quant: Option<String>,
     /// The profile of that model; uniform access is assumed without one
     #[arg(short, long)]
     pub profile: Option<PathBuf>,
-    /// The machine file
+    /// The machine file, or the name of one that comes with the program
     #[arg(short, long)]
     pub machine: PathBuf,
     /// Where to write the plan

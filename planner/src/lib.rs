@@ -8,6 +8,7 @@
 pub mod print;
 
 pub mod bundled;
+pub mod catalogue;
 pub mod chat;
 pub mod cli;
 pub mod cmd;

@@ -14,7 +14,6 @@ use mix::{Place, Role};
 use super::kind::{SHAPE, toml_words};
 use super::{FormatError, SourceId};
 use crate::model::shape::{DenseKind, DenseShape, ExpertShape, ModelShape};
-use crate::quant::TensorType;
 use serde::Deserialize;
 use std::path::Path;
 use xxhash_rust::xxh3::xxh3_128;
@@ -327,10 +326,8 @@ impl Architecture {
                 weights.push(Weight::matrix(Role::Other, hidden, kv_rank + rope));
                 weights.push(Weight::vector(kv_rank));
                 // Keys' and values' projections are stacked by head.
-                let stacked = |n_in: u32, n_out: u32| Weight {
-                    copies: heads.into(),
-                    ..Weight::matrix(Role::Other, n_in, n_out)
-                };
+                let stacked =
+                    |n_in: u32, n_out: u32| Weight { copies: heads.into(), ..Weight::matrix(Role::Other, n_in, n_out) };
                 weights.push(stacked(nope, kv_rank));
                 weights.push(stacked(kv_rank, value));
                 weights.push(Weight::matrix(Role::AttentionOutput, heads * value, hidden));

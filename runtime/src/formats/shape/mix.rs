@@ -151,7 +151,11 @@ impl Mix {
         match role {
             Role::Parameters => F32,
             Role::Other | Role::Query => {
-                if (self, role) == (Mix::IQ3_XXS, Role::Query) { IQ2_S } else { base }
+                if (self, role) == (Mix::IQ3_XXS, Role::Query) {
+                    IQ2_S
+                } else {
+                    base
+                }
             }
             Role::ExpertGate | Role::ExpertUp | Role::ExpertDown if self == Mix::MXFP4 => MXFP4,
             Role::FfnGate | Role::FfnUp | Role::ExpertGate | Role::ExpertUp => base,

@@ -21,6 +21,42 @@ fn model(name: &str) -> Architecture {
 }
 
 #[test]
+fn version_1_means_what_it_meant() {
+    let found =
+        decode(include_bytes!("../../../../tests/data/formats/shape.v1.toml"), Path::new("shape.v1.toml")).unwrap();
+    let want = Architecture {
+        name: "fixture-mla".into(),
+        description: "A network that nobody trained".into(),
+        arch: "deepseek2".into(),
+        layers: 6,
+        hidden: 512,
+        vocab: 1000,
+        context: 4096,
+        tied: true,
+        leading_dense: 2,
+        dense_ffn: 1024,
+        attention: Attention::Mla { heads: 4, q_rank: 256, kv_rank: 128, nope: 64, rope: 32, value: 64 },
+        experts: Some(Experts {
+            count: 16,
+            used: 3,
+            ffn: 256,
+            shared: 2,
+            bias: true,
+            router_bias: true,
+            selection_bias: true,
+        }),
+        source: "made up".into(),
+        id: found.id.clone(),
+    };
+    assert_eq!(found, want);
+    // Tied, so there is no embedding of its own; six layers, two of them dense.
+    let sizes = found.model_shape(Mix::Q4_K_M);
+    assert_eq!((sizes.dense.len(), sizes.experts.len()), (6 + 2 + 2 * 4 + 1, 4));
+    let head = sizes.dense.last().unwrap();
+    assert_eq!(head.bytes, 512 * 4 + 1000 * 512 / 256 * 210);
+}
+
+#[test]
 fn parameters_of_the_models_that_ship() {
     // Published totals and active parameters, in 1e9 to the digits printed.
     let known = [
@@ -72,9 +108,8 @@ fn golden(arch: &str, lines: &str, tables: &str) -> Architecture {
 fn shapes_are_those_of_the_files_they_describe() {
     let mla = "[attention]\nkind = \"mla\"\nheads = 4\nq_rank = 96\nkv_rank = 64\nnope = 48\nrope = 32\nvalue = 48\n";
     let gqa = |more: &str| format!("[attention]\nkind = \"gqa\"\nheads = 4\nkv_heads = 2\nhead = 16\n{more}\n");
-    let experts = |used: u32, ffn: u32, more: &str| {
-        format!("[experts]\ncount = 8\nused = {used}\nffn = {ffn}\n{more}\n")
-    };
+    let experts =
+        |used: u32, ffn: u32, more: &str| format!("[experts]\ncount = 8\nused = {used}\nffn = {ffn}\n{more}\n");
     let dense = "leading_dense = 1\ndense_ffn = 64";
     let shared = experts(3, 32, "shared = 1\nselection_bias = true");
     let cases = [
