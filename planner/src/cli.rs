@@ -70,12 +70,16 @@ pub struct InspectArgs {
 /// `profile`.
 #[derive(Debug, Args)]
 pub struct ProfileArgs {
-    /// The GGUF file
-    pub model: PathBuf,
+    /// The GGUF file; with --from-imatrix a shape does too, and it may be left out
+    #[arg(required_unless_present = "from_imatrix")]
+    pub model: Option<PathBuf>,
+    /// Run nothing: take the counts of an importance matrix (GGUF) that somebody made of this model
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["prompts", "tokenizer_pre", "restart", "threads"])]
+    pub from_imatrix: Option<PathBuf>,
     /// Folder with one folder a domain, each with text files; those named `heldout*` only judge plans
     #[arg(long)]
     pub prompts: Option<PathBuf>,
-    /// Where to write the profile; MODEL's stem with `.profile` in the current folder when not given
+    /// Where to write the profile; MODEL's stem (or the matrix's) with `.profile` in the current folder when not given
     #[arg(short, long)]
     pub output: Option<PathBuf>,
     /// Tokens of each prompt to process

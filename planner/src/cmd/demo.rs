@@ -150,7 +150,8 @@ fn same_text(model: &Path, plans: &[PathBuf], args: &DemoArgs) -> Result<()> {
 
 fn profile_args(model: &Path, output: &Path, threads: Option<usize>) -> ProfileArgs {
     ProfileArgs {
-        model: model.to_path_buf(),
+        model: Some(model.to_path_buf()),
+        from_imatrix: None,
         prompts: None,
         output: Some(output.to_path_buf()),
         prompt_tokens: compare::SETTINGS.prompt_tokens,

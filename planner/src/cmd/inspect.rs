@@ -6,6 +6,7 @@ use crate::session::naming;
 use anyhow::{Result, ensure};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
+use tier_plan_runtime::formats::profile;
 use tier_plan_runtime::formats::shape::{Architecture, Mix};
 use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::model::describe;
@@ -21,6 +22,13 @@ struct TypeSum {
 
 /// Runs it.
 pub fn run(args: &InspectArgs) -> Result<()> {
+    if profile::is_profile(&args.model) {
+        ensure!(
+            !args.tensors && args.quant.is_none(),
+            "--tensors and --quant are for models; leave them out of a profile"
+        );
+        return super::profile::show(&profile::read(&args.model)?, &args.model, args.json);
+    }
     if let Named::Shape(shape) = catalogue::named(&args.model)? {
         ensure!(
             !args.tensors,

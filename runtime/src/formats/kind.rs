@@ -47,7 +47,7 @@ pub(super) const PLACEMENT: Kind = Kind {
 pub(super) const PROFILE: Kind = Kind {
     format: "tier-plan profile",
     what: "profile",
-    newest: 1,
+    newest: 2,
     limit_bytes: 4 << 30,
     mend: "`tier-plan profile` writes one",
 };
