@@ -55,8 +55,11 @@ pub struct DemoArgs {
 /// `inspect`.
 #[derive(Debug, Args)]
 pub struct InspectArgs {
-    /// The GGUF file (the first part of a split model)
+    /// The GGUF file (the first part of a split model), a shape (.toml, or a name such as kimi-k2.5), or a profile
     pub model: PathBuf,
+    /// Of a shape: the quantisation, q4_k_m when not given
+    #[arg(long, value_name = "NAME")]
+    pub quant: Option<String>,
     /// List every tensor
     #[arg(long)]
     pub tensors: bool,
@@ -68,12 +71,16 @@ pub struct InspectArgs {
 /// `profile`.
 #[derive(Debug, Args)]
 pub struct ProfileArgs {
-    /// The GGUF file
-    pub model: PathBuf,
+    /// The GGUF file; with --from-imatrix a shape does too, and it may be left out
+    #[arg(required_unless_present = "from_imatrix")]
+    pub model: Option<PathBuf>,
+    /// Run nothing: take the counts of an importance matrix (GGUF) that somebody made of this model
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["prompts", "tokenizer_pre", "restart", "threads"])]
+    pub from_imatrix: Option<PathBuf>,
     /// Folder with one folder a domain, each with text files; those named `heldout*` only judge plans
     #[arg(long)]
     pub prompts: Option<PathBuf>,
-    /// Where to write the profile; MODEL's stem with `.profile` in the current folder when not given
+    /// Where to write the profile; MODEL's stem (or the matrix's) with `.profile` in the current folder when not given
     #[arg(short, long)]
     pub output: Option<PathBuf>,
     /// Tokens of each prompt to process
@@ -105,12 +112,15 @@ pub struct ProfileArgs {
 /// `solve`.
 #[derive(Debug, Args)]
 pub struct SolveArgs {
-    /// The GGUF file the plan is for
+    /// The GGUF file the plan is for, or a shape (.toml, or a name such as kimi-k2.5)
     pub model: PathBuf,
+    /// Of a shape: the quantisation, q4_k_m when not given
+    #[arg(long, value_name = "NAME")]
+    pub quant: Option<String>,
     /// The profile of that model; uniform access is assumed without one
     #[arg(short, long)]
     pub profile: Option<PathBuf>,
-    /// The machine file
+    /// The machine file, or the name of one that comes with the program
     #[arg(short, long)]
     pub machine: PathBuf,
     /// Where to write the plan

@@ -9,6 +9,7 @@ pub mod print;
 
 pub mod budget;
 pub mod bundled;
+pub mod catalogue;
 pub mod chat;
 pub mod cli;
 pub mod cmd;

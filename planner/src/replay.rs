@@ -69,6 +69,17 @@ impl LayerTrace {
         trace
     }
 
+    /// Made-up choices: `warm_up` (`[token, used]`) fills the slots as a prompt does, `chosen` (the same shape) is
+    /// judged. All experts are below `n_expert`, and those of a token different.
+    pub fn made_up(n_expert: usize, n_used: usize, warm_up: &[u16], chosen: Vec<u16>) -> Self {
+        let mut seen = vec![false; n_expert];
+        let mut touched: Vec<u16> =
+            warm_up.iter().rev().copied().filter(|&e| !std::mem::replace(&mut seen[usize::from(e)], true)).collect();
+        touched.reverse();
+        let segments = vec![Segment { touched, decoded: chosen.len() / n_used.max(1) }];
+        LayerTrace { n_expert, n_used, segments, chosen, prompt_uses: vec![0; n_expert], prompt_tokens: 0 }
+    }
+
     /// Decoded tokens.
     pub fn tokens(&self) -> usize {
         self.segments.iter().map(|s| s.decoded).sum()

@@ -254,7 +254,7 @@ fn the_plan_does_not_change_a_bit() {
 /// another network from there on: logits are compared up to the first token that chooses other experts.
 #[test]
 fn keys_and_values_in_fewer_bits_stay_close() {
-    let spread = Spread { pin_every: 3, slots: 1, slot_tier: 1, extra_staging: 0, slow: TierKind::Nvme };
+    let spread = Spread { pin_every: 3, slots: 1, slot_tier: 1, extra_staging: 0, slow: TierKind::Nvme, real: None };
     for name in FIXTURES {
         let fixture = Fixture::read(name);
         let shape = shape_of_file(&fixture.path).unwrap();

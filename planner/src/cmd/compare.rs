@@ -37,6 +37,9 @@ pub fn run(args: &CompareArgs) -> Result<()> {
     }
     name_apart(&mut plans, &args.inputs);
     let profile = args.profile.as_deref().map(profile::read).transpose()?;
+    if let (Some(profile), Some(path)) = (&profile, &args.profile) {
+        profile.check_traces("compare", path)?;
+    }
     let mut report = report::from_records(records);
     if !plans.is_empty() {
         let model = args.model.as_deref().context("plans have to be run: give the model with --model FILE")?;

@@ -37,7 +37,7 @@ pub fn run(args: &DemoArgs) -> Result<()> {
 
     say(1, "What the model holds: most of its bytes are experts, and a token reads few of them.");
     command(&format!("inspect {model_s}"));
-    inspect::run(&InspectArgs { model: model.clone(), tensors: false, json: false })?;
+    inspect::run(&InspectArgs { model: model.clone(), quant: None, tensors: false, json: false })?;
 
     let profile_path = folder.join("demo.profile");
     say(2, "Which experts it really uses: run calibration prompts of four domains and record every token's choice.");
@@ -151,7 +151,8 @@ fn same_text(model: &Path, plans: &[PathBuf], args: &DemoArgs) -> Result<()> {
 
 fn profile_args(model: &Path, output: &Path, threads: Option<usize>) -> ProfileArgs {
     ProfileArgs {
-        model: model.to_path_buf(),
+        model: Some(model.to_path_buf()),
+        from_imatrix: None,
         prompts: None,
         output: Some(output.to_path_buf()),
         prompt_tokens: compare::SETTINGS.prompt_tokens,
@@ -167,6 +168,7 @@ fn profile_args(model: &Path, output: &Path, threads: Option<usize>) -> ProfileA
 
 fn solve_args(model: &Path, profile: &Path, machine: &Path, output: &Path, baselines: &Path) -> SolveArgs {
     SolveArgs {
+        quant: None,
         model: model.to_path_buf(),
         profile: Some(profile.to_path_buf()),
         machine: machine.to_path_buf(),

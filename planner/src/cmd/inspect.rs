@@ -1,11 +1,14 @@
 //! `tier-plan inspect`: what a model file holds, without reading its weights.
 
+use crate::catalogue::{self, Named};
 use crate::cli::InspectArgs;
 use crate::session::naming;
-use anyhow::Result;
-use serde_json::json;
+use anyhow::{Result, ensure};
+use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use tier_plan_runtime::exec::KvType;
+use tier_plan_runtime::formats::profile;
+use tier_plan_runtime::formats::shape::{Architecture, Mix};
 use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::model::describe;
 use tier_plan_runtime::model::shape::{DenseKind, ModelShape, shape_of};
@@ -20,6 +23,22 @@ struct TypeSum {
 
 /// Runs it.
 pub fn run(args: &InspectArgs) -> Result<()> {
+    if profile::is_profile(&args.model) {
+        ensure!(
+            !args.tensors && args.quant.is_none(),
+            "--tensors and --quant are for models; leave them out of a profile"
+        );
+        return super::profile::show(&profile::read(&args.model)?, &args.model, args.json);
+    }
+    if let Named::Shape(shape) = catalogue::named(&args.model)? {
+        ensure!(
+            !args.tensors,
+            "--tensors: '{}' is a shape without weights and has no tensors; leave it out",
+            shape.name
+        );
+        return show_shape(&shape, catalogue::mix(args.quant.as_deref())?, args.json);
+    }
+    ensure!(args.quant.is_none(), "--quant is for shapes; the tensors of {} have their types", args.model.display());
     let gguf = Gguf::open(&args.model)?;
     let spec = describe(&gguf).map_err(|e| naming(&args.model, e))?;
     let shape = shape_of(&gguf, &spec);
@@ -64,14 +83,8 @@ fn groups(shape: &ModelShape) -> Vec<(&'static str, u64, u64)> {
     rows
 }
 
-fn print_text(
-    args: &InspectArgs,
-    gguf: &Gguf,
-    shape: &ModelShape,
-    types: &BTreeMap<&str, TypeSum>,
-    groups: &[(&'static str, u64, u64)],
-) {
-    println!("{} ({}, {} in {} part(s))", shape.id.name, shape.arch, show_bytes(gguf.file_bytes()), gguf.n_parts());
+/// What a shape says too.
+fn print_sizes(shape: &ModelShape, groups: &[(&'static str, u64, u64)]) {
     println!(
         "{} layers, hidden {}, vocabulary {}, context {}",
         shape.n_layer, shape.hidden, shape.n_vocab, shape.context
@@ -100,6 +113,53 @@ fn print_text(
         println!("{name:<20} {:>12} {share:>6.1}% {:>18}", show_bytes(*bytes), show_bytes(*token));
     }
     println!("{:<20} {:>12} {:>6}% {:>18}", "all", show_bytes(total), 100, show_bytes(shape.token_bytes()));
+}
+
+fn show_shape(of: &Architecture, mix: Mix, as_json: bool) -> Result<()> {
+    let shape = of.model_shape(mix);
+    let (groups, parameters) = (groups(&shape), of.parameters());
+    let bits = shape.weight_bytes() as f64 * 8.0 / parameters.total as f64;
+    if as_json {
+        let mut value = sizes_json(&shape, &groups);
+        value["shape"] = json!(of.name);
+        value["quant"] = json!(mix.name());
+        value["approximate"] = json!(true);
+        value["parameters"] = json!(parameters.total);
+        value["active_parameters"] = json!(parameters.active);
+        value["bits_per_weight"] = json!(bits);
+        println!("{}", serde_json::to_string_pretty(&value)?);
+        return Ok(());
+    }
+    println!("{} ({}), a shape without weights: {}", of.name, of.arch, of.description);
+    println!("source: {}", of.source);
+    let billions = |n: u64| n as f64 / 1e9;
+    println!(
+        "{:.1}e9 parameters, {:.2}e9 active; at {} about {bits:.2} bits each",
+        billions(parameters.total),
+        billions(parameters.active),
+        mix.name()
+    );
+    print_sizes(&shape, &groups);
+    println!();
+    println!(
+        "Tensor types are those that llama.cpp gives a {} file when nothing is overridden; a published file differs by some \
+         percent. Other sizes: --quant {}.",
+        mix.name(),
+        Mix::ALL.map(Mix::name).join("|")
+    );
+    Ok(())
+}
+
+fn print_text(
+    args: &InspectArgs,
+    gguf: &Gguf,
+    shape: &ModelShape,
+    types: &BTreeMap<&str, TypeSum>,
+    groups: &[(&'static str, u64, u64)],
+) {
+    println!("{} ({}, {} in {} part(s))", shape.id.name, shape.arch, show_bytes(gguf.file_bytes()), gguf.n_parts());
+    print_sizes(shape, groups);
+    let total = shape.weight_bytes();
     println!();
     println!("{:<20} {:>12} {:>15}", "tensor type", "bytes", "tensors");
     for (name, sum) in types {
@@ -117,19 +177,11 @@ fn print_text(
     }
 }
 
-fn print_json(
-    args: &InspectArgs,
-    gguf: &Gguf,
-    shape: &ModelShape,
-    types: &BTreeMap<&str, TypeSum>,
-    groups: &[(&'static str, u64, u64)],
-) -> Result<()> {
-    let mut value = json!({
+fn sizes_json(shape: &ModelShape, groups: &[(&'static str, u64, u64)]) -> Value {
+    json!({
         "name": shape.id.name,
         "hash": shape.id.hash,
         "arch": shape.arch,
-        "parts": gguf.n_parts(),
-        "file_bytes": gguf.file_bytes(),
         "weight_bytes": shape.weight_bytes(),
         "token_bytes": shape.token_bytes(),
         "kv_bytes_per_token": KvType::F16.token_bytes(shape),
@@ -142,13 +194,24 @@ fn print_json(
         "groups": groups.iter().map(|(name, bytes, token)| json!({
             "name": name, "bytes": bytes, "token_bytes": token,
         })).collect::<Vec<_>>(),
-        "types": types.iter().map(|(name, sum)| json!({
-            "name": name, "tensors": sum.tensors, "bytes": sum.bytes,
-        })).collect::<Vec<_>>(),
         "experts": shape.experts.iter().map(|e| json!({
             "layer": e.layer, "n_expert": e.n_expert, "n_used": e.n_used, "expert_bytes": e.expert_bytes,
         })).collect::<Vec<_>>(),
-    });
+    })
+}
+
+fn print_json(
+    args: &InspectArgs,
+    gguf: &Gguf,
+    shape: &ModelShape,
+    types: &BTreeMap<&str, TypeSum>,
+    groups: &[(&'static str, u64, u64)],
+) -> Result<()> {
+    let mut value = sizes_json(shape, groups);
+    value["parts"] = json!(gguf.n_parts());
+    value["file_bytes"] = json!(gguf.file_bytes());
+    value["types"] =
+        types.iter().map(|(name, sum)| json!({ "name": name, "tensors": sum.tensors, "bytes": sum.bytes })).collect();
     if args.tensors
         && let Some(object) = value.as_object_mut()
     {

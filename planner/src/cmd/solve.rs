@@ -1,41 +1,42 @@
 //! `tier-plan solve`: finds where every tensor should live and writes the plan.
 
 use super::profile::skew_json;
+use crate::catalogue;
 use crate::cli::SolveArgs;
 use crate::profile::stats::{Skew, skews};
-use crate::session::naming;
 use crate::solve::{Inputs, Options, Solved, solve_all};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 use std::fs;
 use std::path::PathBuf;
-use tier_plan_runtime::formats::machine::{self, Machine};
+use tier_plan_runtime::formats::machine::Machine;
 use tier_plan_runtime::formats::placement::Placement;
 use tier_plan_runtime::formats::{profile, safely};
-use tier_plan_runtime::model::shape_of_file;
 use tier_plan_runtime::units::{parse_bytes, show_bytes};
 
 /// Runs it.
 pub fn run(args: &SolveArgs) -> Result<()> {
-    let machine = machine::read(&args.machine)?;
+    let machine = catalogue::machine(&args.machine)?;
     ensure!(args.context > 0, "--context 0 holds no text; give 1 or more");
     let options = Options { strategy: args.strategy, time_limit_s: time_limit(args.time_limit)? };
     let budgets = budgets(args, &machine)?;
-    let shape = shape_of_file(&args.model).map_err(|e| naming(&args.model, e))?;
+    let known = catalogue::model(&args.model, args.quant.as_deref())?;
+    let shape = &known.sizes;
     let profile = args.profile.as_deref().map(profile::read).transpose()?;
     if let (Some(profile), Some(path)) = (&profile, &args.profile) {
         profile.check_model(&shape.id, path)?;
     }
     safely::check(&args.output)?;
     let inputs = Inputs {
-        shape: &shape,
+        shape,
         profile: profile.as_ref(),
         machine: &machine,
         budgets,
         context: args.context,
         kv_type: args.kv_type,
     };
-    let solved = solve_all(&inputs, &options)?;
+    let mut solved = solve_all(&inputs, &options)?;
+    solved.notes.splice(0..0, known.notes());
     let skews = profile.as_ref().map(skews).transpose()?.unwrap_or_default();
 
     if let Some(folder) = &args.baselines {

@@ -71,6 +71,7 @@ pub fn collect(
         n_used,
         made: settings.describe(prompts),
         prompts: Vec::new(),
+        counted: None,
         id: SourceId { name: stem(output), hash: String::new() },
     };
     let partial = partial_path(output);

@@ -4,6 +4,8 @@
 //! apart. Nothing here knows of tiers or time.
 
 pub mod collect;
+pub mod drawn;
+pub mod imatrix;
 pub mod prompts;
 pub mod stats;
 pub mod synthetic;
@@ -44,6 +46,8 @@ pub struct Evidence {
     pub layers: Vec<LayerEvidence>,
     /// What the reader of a plan should know about where it came from, in sentences.
     pub notes: Vec<String>,
+    /// The judged tokens were drawn, not recorded.
+    pub drawn: bool,
 }
 
 /// Experts by falling share, ties by number.
@@ -76,7 +80,7 @@ impl Evidence {
         } else {
             vec!["no profile: every expert is taken to be equally likely".to_string()]
         };
-        Ok(Evidence { layers, notes })
+        Ok(Evidence { layers, notes, drawn: false })
     }
 
     /// Reads a profile of this model.
@@ -129,13 +133,49 @@ impl Evidence {
                 }
             })
             .collect();
-        Ok(Evidence { layers, notes })
+        Ok(Evidence { layers, notes, drawn: false })
+    }
+
+    /// Reads counts that know no order: plans are judged on tokens drawn from them.
+    ///
+    /// # Errors
+    /// When the counts are of another model.
+    pub fn counted(shape: &ModelShape, profile: &Profile, counted: &[Vec<u64>]) -> Result<Self> {
+        check_shape(shape)?;
+        check_profile(shape, profile)?;
+        let layers = shape
+            .experts
+            .iter()
+            .zip(counted)
+            .map(|(&layer, counts)| {
+                let share = drawn::shares(counts, layer.n_used);
+                let trace = drawn::trace(&share, layer.n_used as usize, layer.layer);
+                LayerEvidence {
+                    shape: layer,
+                    order: by_share(&share),
+                    prompt_share: share.clone(),
+                    share,
+                    judged: Judged::Recorded(trace),
+                }
+            })
+            .collect();
+        let notes = vec![format!(
+            "the profile has only marginal counts of prompt processing: plans are judged on {} independent tokens drawn \
+             from them (seed {}), not on recorded ones. Decoding uses other experts than prompts do, so expect less of \
+             pins; text repeats itself, so expect more of slots",
+            drawn::TOKENS,
+            drawn::SEED
+        )];
+        Ok(Evidence { layers, notes, drawn: true })
     }
 
     /// Reads the profile if there is one, else assumes uniform access.
     pub fn new(shape: &ModelShape, profile: Option<&Profile>) -> Result<Self> {
         match profile {
-            Some(profile) => Self::recorded(shape, profile),
+            Some(profile) => match &profile.counted {
+                Some(counted) if !shape.experts.is_empty() => Self::counted(shape, profile, counted),
+                _ => Self::recorded(shape, profile),
+            },
             None => Self::uniform(shape),
         }
     }
@@ -158,7 +198,7 @@ fn check_shape(shape: &ModelShape) -> Result<()> {
 
 fn check_profile(shape: &ModelShape, profile: &Profile) -> Result<()> {
     ensure!(
-        profile.model.hash == shape.id.hash,
+        profile.is_unbound() || profile.model.hash == shape.id.hash,
         "the profile is of model '{}' ({}), but the model is '{}' ({}); profile this model",
         profile.model.name,
         profile.model.hash,
@@ -266,6 +306,7 @@ pub(crate) mod tests {
             n_used,
             made: String::new(),
             prompts,
+            counted: None,
             id: id("p"),
         }
     }

@@ -1,6 +1,6 @@
 //! Whether pinning can pay: how unevenly experts are used, and how much of that carries over to text not seen.
 
-use super::check_traces;
+use super::{check_traces, drawn};
 use crate::replay::{LayerTrace, Positions};
 use anyhow::Result;
 use tier_plan_runtime::formats::profile::{Profile, Split};
@@ -13,8 +13,11 @@ pub const SHARES: [f64; 3] = [0.10, 0.25, 0.50];
 pub struct Skew {
     /// The domain whose prompts these are, or `None` for all.
     pub domain: Option<String>,
-    /// Decoded held-out tokens this was measured on.
+    /// Decoded held-out tokens this was measured on; prompt tokens that were counted where only counts are known.
     pub tokens: u64,
+    /// Only counts are known: catches are of the very choices that the favourites were chosen by, and the hits of slots
+    /// are those of tokens drawn from the counts.
+    pub counted: bool,
     /// For each of [`SHARES`]: the share of experts it comes to, rounded up to whole ones. A uniform choice would be
     /// caught this often.
     pub uniform: [f64; 3],
@@ -68,6 +71,18 @@ impl Skew {
     pub fn words(&self) -> String {
         let percent = |share: f64| format!("{:.0} %", share * 100.0);
         let (uniform, caught, cached) = (percent(self.uniform[1]), percent(self.caught[1]), percent(self.cached[1]));
+        if self.counted {
+            let figures = format!(
+                "{uniform} of the experts take {caught} of the counted choices; as many cache slots would hit {cached} of \
+                 independent ones"
+            );
+            return match self.verdict() {
+                Verdict::Flat => {
+                    format!("flat: {figures}. Pinning will not help; what a cache does only a recorded profile shows.")
+                }
+                _ => format!("skewed: {figures}. Pinning the favourites pays, if decoding has the same ones."),
+            };
+        }
         let figures = format!(
             "{uniform} of the experts, chosen on the train prompts, take {caught} of the held-out choices; as many \
              cache slots hit {cached}"
@@ -87,6 +102,9 @@ impl Skew {
 /// When the profile's traces do not fit its own sizes.
 pub fn skews(profile: &Profile) -> Result<Vec<Skew>> {
     check_traces(profile)?;
+    if let Some(counted) = &profile.counted {
+        return Ok(vec![skew_of_counts(profile, counted)]);
+    }
     let mut domains: Vec<&str> = Vec::new();
     for prompt in &profile.prompts {
         if !domains.contains(&prompt.domain.as_str()) {
@@ -108,6 +126,7 @@ fn skew(profile: &Profile, domain: Option<&str>) -> Option<Skew> {
     let mut sum = Skew {
         domain: domain.map(str::to_string),
         tokens: 0,
+        counted: false,
         uniform: counts.map(|count| count as f64 / n_expert.max(1) as f64),
         caught: [0.0; 3],
         cached: [0.0; 3],
@@ -135,6 +154,38 @@ fn skew(profile: &Profile, domain: Option<&str>) -> Option<Skew> {
         sum.tokens = trace.tokens() as u64;
     }
     (n_layer > 0).then_some(sum)
+}
+
+/// The skew of counts alone.
+fn skew_of_counts(profile: &Profile, counted: &[Vec<u64>]) -> Skew {
+    let n_expert = profile.n_expert as usize;
+    let sizes = SHARES.map(|share| (share * n_expert as f64).ceil() as usize);
+    let mut sum = Skew {
+        domain: None,
+        tokens: u64::MAX,
+        counted: true,
+        uniform: sizes.map(|size| size as f64 / n_expert.max(1) as f64),
+        caught: [0.0; 3],
+        cached: [0.0; 3],
+        effective_experts: 0.0,
+    };
+    let n_layer = counted.len() as f64;
+    for (counts, &layer) in counted.iter().zip(&profile.layers) {
+        let uses = counts.iter().sum::<u64>().max(1) as f64;
+        let share = drawn::shares(counts, profile.n_used);
+        let trace = drawn::trace(&share, profile.n_used as usize, layer);
+        let hits = Positions::new(&trace, &vec![false; n_expert]).hit_curve(n_expert);
+        let order = super::by_share(&share);
+        for (at, &size) in sizes.iter().enumerate() {
+            let caught: u64 = order[..size].iter().map(|&e| counts[e as usize]).sum();
+            sum.caught[at] += caught as f64 / uses / n_layer;
+            sum.cached[at] += hits[size] as f64 / (trace.tokens() * trace.n_used()).max(1) as f64 / n_layer;
+        }
+        let entropy: f64 = counts.iter().map(|&c| c as f64 / uses).filter(|&p| p > 0.0).map(|p| -p * p.log2()).sum();
+        sum.effective_experts += entropy.exp2() / n_layer;
+        sum.tokens = sum.tokens.min((uses / f64::from(profile.n_used)).round() as u64);
+    }
+    sum
 }
 
 #[cfg(test)]

@@ -112,6 +112,7 @@ pub fn profile(shape: &ModelShape, routing: &Routing) -> Profile {
         n_used: n_used as u32,
         made: format!("{routing:?}"),
         prompts,
+        counted: None,
         id: SourceId { name: "synthetic".to_string(), hash: "0".repeat(32) },
     }
 }

@@ -82,6 +82,7 @@ pub(super) fn profile(layers: u32, experts: u32, used: u32) -> Profile {
         n_used: used,
         made: "made up for tests".into(),
         prompts,
+        counted: None,
         id: id("sample.profile"),
     }
 }

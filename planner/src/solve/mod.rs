@@ -89,7 +89,7 @@ pub struct Solved {
     /// What the reader should know, in sentences.
     pub notes: Vec<String>,
     /// Share of expert accesses that no policy could serve better from as many resident experts as the plan has; not
-    /// without a profile.
+    /// without recorded tokens.
     pub ceiling_hit_rate: Option<f64>,
 }
 
@@ -144,6 +144,9 @@ pub fn solve_all(inputs: &Inputs<'_>, options: &Options) -> Result<Solved> {
 
 /// See [`Solved::ceiling_hit_rate`].
 fn ceiling_hit_rate(plan: &Placement, evidence: &Evidence) -> Option<f64> {
+    if evidence.drawn {
+        return None;
+    }
     let (mut hits, mut accesses) = (0, 0);
     for (layer, evidence) in plan.layers.iter().zip(&evidence.layers) {
         let Judged::Recorded(trace) = &evidence.judged else { return None };

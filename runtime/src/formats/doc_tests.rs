@@ -1,6 +1,6 @@
 //! The examples in docs/FORMAT.md are files that the readers accept.
 
-use super::{machine, placement, profile, record};
+use super::{machine, placement, profile, record, shape};
 use std::path::Path;
 
 const DOC: &str = include_str!("../../../docs/FORMAT.md");
@@ -20,6 +20,9 @@ fn the_examples_are_readable() {
     assert_eq!(machine.tiers[1].capacity_bytes, 96 << 30);
     let record = record::decode(example("Run record", "json").as_bytes(), path).unwrap();
     assert_eq!(record.decode_tok_s(), 6.0);
+
+    let shape = shape::decode(example("Model shape", "toml").as_bytes(), path).unwrap();
+    assert_eq!(shape.parameters().total, 1_026_408_232_448);
 
     // The plan shows one tier of three; the fixture has the others.
     let plan = example("Placement plan", "toml");

@@ -47,7 +47,7 @@ pub(super) const PLACEMENT: Kind = Kind {
 pub(super) const PROFILE: Kind = Kind {
     format: "tier-plan profile",
     what: "profile",
-    newest: 1,
+    newest: 2,
     limit_bytes: 4 << 30,
     mend: "`tier-plan profile` writes one",
 };
@@ -59,6 +59,14 @@ pub(super) const RECORD: Kind = Kind {
     mend: "`tier-plan run --record` writes one",
 };
 
+pub(super) const SHAPE: Kind = Kind {
+    format: "tier-plan shape",
+    what: "model shape",
+    newest: 1,
+    limit_bytes: 1 << 20,
+    mend: "profiles/models holds examples",
+};
+
 pub(super) const LOGPROBS: Kind = Kind {
     format: "tier-plan log-probabilities",
     what: "file of reference log-probabilities",
@@ -68,7 +76,7 @@ pub(super) const LOGPROBS: Kind = Kind {
     mend: "`tier-plan perplexity --save-logits-base` writes one",
 };
 
-const ALL: [&Kind; 5] = [&MACHINE, &PLACEMENT, &PROFILE, &RECORD, &LOGPROBS];
+const ALL: [&Kind; 6] = [&MACHINE, &PLACEMENT, &PROFILE, &RECORD, &LOGPROBS, &SHAPE];
 
 impl Kind {
     /// The file is something else; `found` says what, as a clause.

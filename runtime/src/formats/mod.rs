@@ -9,6 +9,7 @@ pub mod placement;
 pub mod profile;
 pub mod record;
 pub mod safely;
+pub mod shape;
 
 mod kind;
 mod ranges;

@@ -5,7 +5,7 @@ mod wire;
 #[cfg(test)]
 mod tests;
 
-use super::kind::PROFILE;
+use super::kind::{PROFILE, PROFILE_MAGIC};
 use super::{FormatError, SourceId, safely};
 use std::ops::Range;
 use std::path::Path;
@@ -77,8 +77,11 @@ pub struct Profile {
     pub n_used: u32,
     /// How it was made, in words (settings, seeds).
     pub made: String,
-    /// One entry a prompt.
+    /// One entry a prompt; none where only counts are known.
     pub prompts: Vec<PromptTrace>,
+    /// Where only counts are known: how often prompt tokens chose each expert, `[layer position][expert]`. There is then
+    /// no order in time, nothing was decoded, and the model's hash may be empty: counts hold for every file of a model.
+    pub counted: Option<Vec<Vec<u64>>>,
     /// Hash of the file it was read from, under the model's name.
     pub id: SourceId,
 }
@@ -93,6 +96,13 @@ impl Profile {
 
     /// How often each expert was chosen, `[layer position][expert]`, over the prompts that match; `None` matches all.
     pub fn counts(&self, phase: Option<Phase>, split: Option<Split>, domain: Option<&str>) -> Vec<Vec<u64>> {
+        if let Some(counted) = &self.counted
+            && phase != Some(Phase::Decode)
+            && split != Some(Split::HeldOut)
+            && domain.is_none()
+        {
+            return counted.clone();
+        }
         let mut counts = vec![vec![0u64; self.n_expert as usize]; self.layers.len()];
         let used = self.n_used as usize;
         let per_token = self.layers.len() * used;
@@ -147,12 +157,32 @@ impl Profile {
 
     /// The same profile with the identity that its own file would have.
     pub fn identified(mut self) -> Profile {
-        self.id = SourceId::of_bytes(&self.model.name, &self.encode());
+        self.id = wire::identify(&self.model.name, self.counted.is_some(), &self.encode());
         self
+    }
+
+    /// Whether it holds for every file of a model with these layers and experts: counts that name no file.
+    pub fn is_unbound(&self) -> bool {
+        self.counted.is_some() && self.model.hash.is_empty()
+    }
+
+    /// Refuses a profile that has counts and no traces, for those who need traces; `what` says for what.
+    pub fn check_traces(&self, what: &str, path: &Path) -> Result<(), FormatError> {
+        if self.counted.is_none() {
+            return Ok(());
+        }
+        let words = format!(
+            "this profile has only counts of an importance matrix, but {what} needs the choices of every token; make a \
+             profile with `tier-plan profile MODEL`"
+        );
+        Err(FormatError::invalid(path, words))
     }
 
     /// Refuses a profile of another model, naming both.
     pub fn check_model(&self, id: &SourceId, path: &Path) -> Result<(), FormatError> {
+        if self.is_unbound() {
+            return Ok(());
+        }
         super::check_model(
             &self.model,
             id,
@@ -161,6 +191,13 @@ impl Profile {
             path,
         )
     }
+}
+
+/// Whether a file begins as profiles do; `false` where it cannot be read.
+pub fn is_profile(path: &Path) -> bool {
+    let mut head = [0; PROFILE_MAGIC.len()];
+    let read = std::fs::File::open(path).and_then(|mut file| std::io::Read::read_exact(&mut file, &mut head));
+    read.is_ok() && head == PROFILE_MAGIC
 }
 
 /// Reads a profile from the bytes of its file. `path` is only named in errors.

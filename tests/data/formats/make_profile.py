@@ -1,4 +1,4 @@
-"""Writes profile.v1.profile from docs/FORMAT.md alone, so that the Rust codec is tested against a second opinion.
+"""Writes profile.v1.profile and profile.v2.profile from docs/FORMAT.md alone, so that the Rust codec is tested against a second opinion.
 
     pip install xxhash && python3 make_profile.py
 """
@@ -41,4 +41,22 @@ header = json.dumps(
 body = b"tierprof" + struct.pack("<II", 1, len(header)) + header + payload
 data = body + struct.pack("<Q", xxhash.xxh3_64_intdigest(body))
 Path(__file__).with_name("profile.v1.profile").write_bytes(data)
+print(len(data), xxhash.xxh3_128_hexdigest(data))
+
+counts = [[1000 * (l + 1) + e * e for e in range(N_EXPERT)] for l in range(len(LAYERS))]
+header = json.dumps(
+    dict(
+        model=dict(name="fixture", hash=""),
+        made="counted by hand",
+        n_expert=N_EXPERT,
+        n_used=N_USED,
+        layers=LAYERS,
+        prompts=[],
+        counts="prompt",
+    ),
+    separators=(",", ":"),
+).encode()
+body = b"tierprof" + struct.pack("<II", 2, len(header)) + header + struct.pack("<120Q", *sum(counts, []))
+data = body + struct.pack("<Q", xxhash.xxh3_64_intdigest(body))
+Path(__file__).with_name("profile.v2.profile").write_bytes(data)
 print(len(data), xxhash.xxh3_128_hexdigest(data))

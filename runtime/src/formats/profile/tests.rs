@@ -43,6 +43,7 @@ fn fixture() -> Profile {
             fixture_prompt(1, "scripture", "heldout-1.txt", Split::HeldOut, 2, 0),
             fixture_prompt(2, "code", "empty", Split::Train, 0, 0),
         ],
+        counted: None,
         id: SourceId { name: "fixture".into(), hash: "f395ca134f02aa55f50df4c73c532b78".into() },
     }
 }
@@ -50,6 +51,64 @@ fn fixture() -> Profile {
 #[test]
 fn version_1_means_what_it_meant() {
     assert_eq!(load(V1).unwrap(), fixture());
+}
+
+/// Written by `make_profile.py` too.
+const V2: &[u8] = include_bytes!("../../../../tests/data/formats/profile.v2.profile");
+
+#[test]
+fn version_2_means_what_it_meant() {
+    let counts = |layer: u64| (0..40).map(|expert| 1000 * (layer + 1) + expert * expert).collect::<Vec<u64>>();
+    let found = load(V2).unwrap();
+    let want = Profile {
+        model: SourceId { name: "fixture".into(), hash: String::new() },
+        prompts: Vec::new(),
+        counted: Some((0..3).map(counts).collect()),
+        made: "counted by hand".into(),
+        id: found.id.clone(),
+        ..fixture()
+    };
+    assert_eq!(found, want);
+    assert_eq!(found.id.name, "fixture, marginal counts of prompt processing");
+    assert_eq!(found.clone().identified().id, found.id);
+    assert_eq!(load(&want.encode()).unwrap().counted, want.counted);
+    // Counts are of prompt tokens, all in all.
+    assert_eq!(want.counts(None, None, None)[2][3], 3009);
+    assert_eq!(want.counts(Some(Phase::Prompt), Some(Split::Train), None)[0][0], 1000);
+    assert!(want.counts(Some(Phase::Decode), None, None).iter().flatten().all(|c| *c == 0));
+    assert!(want.counts(None, Some(Split::HeldOut), None).iter().flatten().all(|c| *c == 0));
+    // They hold for every file of a model, traces only for their own.
+    let other = SourceId { name: "other".into(), hash: "ff".into() };
+    assert!(want.check_model(&other, Path::new("p")).is_ok() && fixture().check_model(&other, Path::new("p")).is_err());
+    let error = want.check_traces("this", Path::new("p")).unwrap_err().to_string();
+    assert!(error.contains("but this needs the choices of every token"), "{error}");
+    assert!(fixture().check_traces("this", Path::new("p")).is_ok());
+}
+
+#[test]
+fn counts_that_make_no_sense_are_refused() {
+    let good = load(V2).unwrap();
+    let refused = |change: &dyn Fn(&mut Profile), words: &str| {
+        let mut bad = good.clone();
+        change(&mut bad);
+        let folder = tempfile::tempdir().unwrap();
+        let unwritten = bad.write(&folder.path().join("p")).unwrap_err().to_string();
+        assert!(unwritten.contains(words), "{words}: {unwritten}");
+        let unread = load(&bad.encode()).unwrap_err();
+        assert!(unread.contains(words) || unread.contains("bytes of counts"), "{words}: {unread}");
+    };
+    refused(&|p| p.counted.as_mut().unwrap()[1].fill(0), "layer 2 has no uses of any expert");
+    refused(&|p| p.counted.as_mut().unwrap()[1][0] = u64::MAX, "layer 2 has an expert with 18446744073709551615 uses");
+    refused(&|p| p.counted.as_mut().unwrap()[1].truncate(3), "layer 2 has 3 counts for 40 experts");
+    refused(&|p| p.counted.as_mut().unwrap().truncate(1), "counts of 1 layers, but there are 3");
+    refused(&|p| p.prompts = fixture().prompts, "both counts and traces");
+    // A header of version 1 knows no counts.
+    let mut old = V2.to_vec();
+    old[8] = 1;
+    let body = old.len() - 8;
+    let sum = xxh3_64(&old[..body]).to_le_bytes();
+    old[body..].copy_from_slice(&sum);
+    assert!(load(&old).unwrap_err().contains("unknown field `counts` in version 1"));
 }
 
 /// Rebuilds a file around another header, version or payload, with a right checksum.
@@ -90,8 +149,8 @@ fn errors_say_what_and_how_to_mend() {
         (V1[..V1.len() - 1].to_vec(), "the checksum is wrong: the file is damaged or cut short"),
         (first_bit, "the checksum is wrong"),
         (
-            rebuild(str::to_string, 2, <[u8]>::to_vec),
-            "profile version 2, but this program reads up to version 1; update tier-plan",
+            rebuild(str::to_string, 3, <[u8]>::to_vec),
+            "profile version 3, but this program reads up to version 2; update tier-plan",
         ),
         (rebuild(str::to_string, 0, <[u8]>::to_vec), "version is 0"),
         (rebuild(|_| "{".into(), 1, <[u8]>::to_vec), "header: EOF while parsing"),
@@ -190,7 +249,16 @@ fn large(layers: u32, n_expert: u32, n_used: u32, tokens: u32) -> Profile {
         weights,
     };
     let layers = (1..=layers).collect();
-    Profile { model: id.clone(), layers, n_expert, n_used, made: String::new(), prompts: vec![prompt], id }
+    Profile {
+        model: id.clone(),
+        layers,
+        n_expert,
+        n_used,
+        made: String::new(),
+        prompts: vec![prompt],
+        counted: None,
+        id,
+    }
 }
 
 #[test]
@@ -255,7 +323,7 @@ fn any_profile() -> impl Strategy<Value = Profile> {
             vec(prompt, 0..4).prop_map(move |prompts| {
                 let id = SourceId { name: "any".into(), hash: "ab".repeat(16) };
                 let (layers, made) = (layers.clone(), made.clone());
-                Profile { model: id.clone(), layers, n_expert, n_used, made, prompts, id }.identified()
+                Profile { model: id.clone(), layers, n_expert, n_used, made, prompts, counted: None, id }.identified()
             })
         },
     )

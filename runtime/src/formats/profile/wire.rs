@@ -1,4 +1,6 @@
-//! The bytes of version 1 of a profile.
+//! The bytes of versions 1 and 2 of a profile.
+//!
+//! Version 2 adds profiles of counts alone; one with traces is still written as version 1, which older programs read.
 //!
 //! A trace has millions of choices, so they are packed: an expert in as many bits as the number of experts needs, its
 //! weight in a byte. Everything small and of varying length is in a JSON header.
@@ -15,6 +17,10 @@ use xxhash_rust::xxh3::xxh3_64;
 const FIXED: usize = 16;
 /// Most experts that a token may use in a layer; no model comes near, and checks are quadratic in it.
 const MAX_USED: u32 = 1024;
+/// Most uses of an expert: whole numbers up to here are exact in 64-bit floats.
+const MAX_COUNT: u64 = 1 << 53;
+/// Bytes of a count.
+const COUNT_BYTES: usize = 8;
 /// The checksum at the end.
 const SUM: usize = 8;
 
@@ -27,6 +33,17 @@ struct WireHeader {
     n_used: u32,
     layers: Vec<u32>,
     prompts: Vec<WirePrompt>,
+    /// Version 2: the payload is counts and nothing else.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    counts: Option<WireCounts>,
+}
+
+/// What was counted.
+#[derive(Serialize, Deserialize, Clone, Copy)]
+#[serde(rename_all = "kebab-case")]
+enum WireCounts {
+    /// Choices of tokens that were processed as prompts.
+    Prompt,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -111,9 +128,34 @@ fn check_trace(name: &str, experts: &[u16], n_expert: u32, n_used: u32) -> Resul
     Ok(())
 }
 
+/// Counts must be those of a whole layer, of as many tokens as floats can count.
+fn check_counts(counted: &[Vec<u64>], layers: &[u32], n_expert: u32) -> Result<(), String> {
+    if counted.len() != layers.len() {
+        return Err(format!("counts of {} layers, but there are {}", counted.len(), layers.len()));
+    }
+    for (counts, layer) in counted.iter().zip(layers) {
+        if counts.len() != n_expert as usize {
+            return Err(format!("layer {layer} has {} counts for {n_expert} experts", counts.len()));
+        }
+        if let Some(count) = counts.iter().find(|&&c| c > MAX_COUNT) {
+            return Err(format!("layer {layer} has an expert with {count} uses, but at most {MAX_COUNT} are counted"));
+        }
+        if counts.iter().all(|&c| c == 0) {
+            return Err(format!("layer {layer} has no uses of any expert; nothing was counted there"));
+        }
+    }
+    Ok(())
+}
+
 /// Says why a profile could not be read back.
 pub(super) fn check(profile: &Profile) -> Result<(), String> {
     check_shape(&profile.layers, profile.n_expert, profile.n_used)?;
+    if let Some(counted) = &profile.counted {
+        check_counts(counted, &profile.layers, profile.n_expert)?;
+        if !profile.prompts.is_empty() {
+            return Err("it has both counts and traces; counts are for profiles without traces".into());
+        }
+    }
     for prompt in &profile.prompts {
         let want = choices(prompt.prompt_tokens, prompt.decode_tokens, profile.layers.len(), profile.n_used);
         for (what, found) in [("experts", prompt.experts.len()), ("weights", prompt.weights.len())] {
@@ -150,6 +192,9 @@ pub(super) fn encode(profile: &Profile) -> Vec<u8> {
         pack(&prompt.experts, bits, &mut payload);
         payload.extend_from_slice(&prompt.weights);
     }
+    for count in profile.counted.iter().flatten().flatten() {
+        payload.extend_from_slice(&count.to_le_bytes());
+    }
     let header = WireHeader {
         model: WireSource { name: profile.model.name.clone(), hash: profile.model.hash.clone() },
         made: profile.made.clone(),
@@ -157,12 +202,14 @@ pub(super) fn encode(profile: &Profile) -> Vec<u8> {
         n_used: profile.n_used,
         layers: profile.layers.clone(),
         prompts,
+        counts: profile.counted.as_ref().map(|_| WireCounts::Prompt),
     };
     // A struct of strings and numbers has no way to fail; if it did, an empty header would be refused on reading.
     let header = serde_json::to_vec(&header).unwrap_or_default();
     let mut out = Vec::with_capacity(FIXED + header.len() + payload.len() + SUM);
     out.extend_from_slice(&PROFILE_MAGIC);
-    out.extend_from_slice(&1u32.to_le_bytes());
+    let version: u32 = if profile.counted.is_some() { 2 } else { 1 };
+    out.extend_from_slice(&version.to_le_bytes());
     out.extend_from_slice(&u32::try_from(header.len()).unwrap_or(0).to_le_bytes());
     out.extend_from_slice(&header);
     out.append(&mut payload);
@@ -171,11 +218,17 @@ pub(super) fn encode(profile: &Profile) -> Vec<u8> {
     out
 }
 
+/// The identity of a file with these bytes: plans that were made from counts say so.
+pub(super) fn identify(model: &str, counted: bool, bytes: &[u8]) -> SourceId {
+    let what = if counted { ", marginal counts of prompt processing" } else { "" };
+    SourceId::of_bytes(&format!("{model}{what}"), bytes)
+}
+
 /// Reads the file's bytes.
 pub(super) fn decode(bytes: &[u8], path: &Path) -> Result<Profile, FormatError> {
     let (version, rest) = open(bytes, path)?;
     PROFILE.check_version(i64::from(version), path)?;
-    decode_body(bytes, rest).map_err(|what| FormatError::invalid(path, what))
+    decode_body(version, bytes, rest).map_err(|what| FormatError::invalid(path, what))
 }
 
 /// The version and what comes after it.
@@ -191,7 +244,7 @@ fn open<'a>(bytes: &'a [u8], path: &Path) -> Result<(u32, &'a [u8]), FormatError
 
 const CUT_SHORT: &str = "the file is cut short; run `tier-plan profile` again";
 
-fn decode_body(all: &[u8], rest: &[u8]) -> Result<Profile, String> {
+fn decode_body(version: u32, all: &[u8], rest: &[u8]) -> Result<Profile, String> {
     let (length, rest) = rest.split_first_chunk::<4>().ok_or(CUT_SHORT)?;
     let length = u32::from_le_bytes(*length) as usize;
     // The checksum comes first, so that damage is called damage and not whatever the damaged bytes would mean.
@@ -205,8 +258,15 @@ fn decode_body(all: &[u8], rest: &[u8]) -> Result<Profile, String> {
     let (header, payload) = rest.split_at(length);
     let header: WireHeader = serde_json::from_slice(header).map_err(|e| format!("header: {e}"))?;
     check_shape(&header.layers, header.n_expert, header.n_used)?;
+    if header.counts.is_some() && version < 2 {
+        return Err("header: unknown field `counts` in version 1; write version 2".into());
+    }
+    let counted = match header.counts {
+        Some(WireCounts::Prompt) => Some(decode_counts(&header, payload)?),
+        None => None,
+    };
     let bits = bits_for(header.n_expert);
-    let mut at = 0usize;
+    let mut at = if counted.is_some() { payload.len() } else { 0 };
     let mut prompts = Vec::with_capacity(header.prompts.len());
     for wire in header.prompts {
         let name = &wire.name;
@@ -243,7 +303,8 @@ fn decode_body(all: &[u8], rest: &[u8]) -> Result<Profile, String> {
         return Err(format!("{} bytes after the last prompt belong to none", payload.len() - at));
     }
     Ok(Profile {
-        id: SourceId::of_bytes(&header.model.name, all),
+        id: identify(&header.model.name, counted.is_some(), all),
+        counted,
         model: SourceId { name: header.model.name, hash: header.model.hash },
         layers: header.layers,
         n_expert: header.n_expert,
@@ -251,6 +312,27 @@ fn decode_body(all: &[u8], rest: &[u8]) -> Result<Profile, String> {
         made: header.made,
         prompts,
     })
+}
+
+/// The counts of a profile that has nothing else.
+fn decode_counts(header: &WireHeader, payload: &[u8]) -> Result<Vec<Vec<u64>>, String> {
+    let (n_layer, n_expert) = (header.layers.len(), header.n_expert as usize);
+    if !header.prompts.is_empty() {
+        return Err("it has both counts and traces; counts are for profiles without traces".into());
+    }
+    // At most 4,194,304 of them, as the shape was checked.
+    let want = n_layer * n_expert * COUNT_BYTES;
+    if payload.len() != want {
+        return Err(format!(
+            "{} bytes of counts, but {n_layer} layers of {n_expert} experts take {want}",
+            payload.len()
+        ));
+    }
+    let number = |bytes: &[u8]| bytes.iter().rev().fold(0u64, |sum, &b| sum << 8 | u64::from(b));
+    let layer = |bytes: &[u8]| bytes.chunks_exact(COUNT_BYTES).map(number).collect::<Vec<u64>>();
+    let counted: Vec<Vec<u64>> = payload.chunks_exact(n_expert * COUNT_BYTES).map(layer).collect();
+    check_counts(&counted, &header.layers, header.n_expert)?;
+    Ok(counted)
 }
 
 /// Appends numbers of `bits` bits (at most 16), the lowest bits first, and fills up the last byte with zeros.

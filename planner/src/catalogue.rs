@@ -1,0 +1,209 @@
+//! The shapes and machines that are part of the program, and finding one by name or file.
+//!
+//! They are the files of `profiles/`, so that a name works wherever the program is.
+
+use crate::session::naming;
+use anyhow::{Context, Result, bail, ensure};
+use std::path::Path;
+use tier_plan_runtime::formats::machine::{self, Machine};
+use tier_plan_runtime::formats::shape::{self, Architecture, Mix};
+use tier_plan_runtime::model::shape::ModelShape;
+use tier_plan_runtime::model::shape_of_file;
+
+/// `(name, text)` of every shape.
+const MODELS: &[(&str, &str)] = &[
+    ("deepseek-r1", include_str!("../../profiles/models/deepseek-r1.toml")),
+    ("deepseek-v3", include_str!("../../profiles/models/deepseek-v3.toml")),
+    ("glm-4.5", include_str!("../../profiles/models/glm-4.5.toml")),
+    ("glm-4.5-air", include_str!("../../profiles/models/glm-4.5-air.toml")),
+    ("glm-4.6", include_str!("../../profiles/models/glm-4.6.toml")),
+    ("glm-5.2", include_str!("../../profiles/models/glm-5.2.toml")),
+    ("gpt-oss-120b", include_str!("../../profiles/models/gpt-oss-120b.toml")),
+    ("gpt-oss-20b", include_str!("../../profiles/models/gpt-oss-20b.toml")),
+    ("kimi-k2", include_str!("../../profiles/models/kimi-k2.toml")),
+    ("kimi-k2.5", include_str!("../../profiles/models/kimi-k2.5.toml")),
+    ("llama-3.1-405b", include_str!("../../profiles/models/llama-3.1-405b.toml")),
+    ("mixtral-8x22b", include_str!("../../profiles/models/mixtral-8x22b.toml")),
+    ("mixtral-8x7b", include_str!("../../profiles/models/mixtral-8x7b.toml")),
+    ("qwen3-235b-a22b", include_str!("../../profiles/models/qwen3-235b-a22b.toml")),
+    ("qwen3-30b-a3b", include_str!("../../profiles/models/qwen3-30b-a3b.toml")),
+];
+
+/// `(name, text)` of every machine.
+const MACHINES: &[(&str, &str)] = &[
+    ("demo-emulated", include_str!("../../profiles/machines/demo-emulated.toml")),
+    ("desktop-4090-ddr5-nvme", include_str!("../../profiles/machines/desktop-4090-ddr5-nvme.toml")),
+    ("optane-768", include_str!("../../profiles/machines/optane-768.toml")),
+];
+
+/// The quantisation of a shape where none is asked for.
+const DEFAULT_MIX: Mix = Mix::Q4_K_M;
+
+/// A model that a plan can be made for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Known {
+    /// Its sizes.
+    pub sizes: ModelShape,
+    /// What they come from, unless from a model file.
+    pub shape: Option<(Architecture, Mix)>,
+}
+
+impl Known {
+    /// What the reader of a plan should know about where the sizes came from, in sentences.
+    pub fn notes(&self) -> Vec<String> {
+        let Some((of, mix)) = &self.shape else { return Vec::new() };
+        vec![format!(
+            "'{}' is a shape without weights: tensor types are those that llama.cpp gives a {} file when nothing is \
+             overridden, so a published file differs by some percent; to run the model, solve again with its own file",
+            of.name,
+            mix.name()
+        )]
+    }
+}
+
+/// What a command line's MODEL means.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Named {
+    /// A model file, there or not.
+    File,
+    /// A shape.
+    Shape(Box<Architecture>),
+}
+
+/// Tells a shape (a file ending in `.toml`, or a name of this catalogue where no such file is) from a model file.
+///
+/// # Errors
+/// When a shape cannot be read.
+pub fn named(model: &Path) -> Result<Named> {
+    if model.extension().is_some_and(|e| e.eq_ignore_ascii_case("toml"))
+        && (model.exists() || text(MODELS, model).is_none())
+    {
+        return Ok(Named::Shape(Box::new(shape::read(model)?)));
+    }
+    match text(MODELS, model) {
+        Some(text) if !model.exists() => Ok(Named::Shape(Box::new(shape::decode(text.as_bytes(), model)?))),
+        // A bare word that names nothing was meant as a name.
+        None if !model.exists() && is_word(model) => bail!(
+            "{}: there is no such file, and no shape of that name; shapes that come with the program: {}",
+            model.display(),
+            names(MODELS)
+        ),
+        _ => Ok(Named::File),
+    }
+}
+
+/// The sizes of a model: of its file, or of a shape in a quantisation.
+///
+/// # Errors
+/// When the file or the shape cannot be read, the quantisation is not known, or one is asked for of a file.
+pub fn model(model: &Path, quant: Option<&str>) -> Result<Known> {
+    match named(model)? {
+        Named::File => {
+            ensure!(
+                quant.is_none(),
+                "--quant {}: {} is a model file, whose tensors have their types; leave --quant out, or give a shape",
+                quant.unwrap_or_default(),
+                model.display()
+            );
+            let sizes = shape_of_file(model).map_err(|e| naming(model, e))?;
+            Ok(Known { sizes, shape: None })
+        }
+        Named::Shape(of) => {
+            let mix = mix(quant)?;
+            Ok(Known { sizes: of.model_shape(mix), shape: Some((*of, mix)) })
+        }
+    }
+}
+
+/// The quantisation of this name, or the usual one.
+///
+/// # Errors
+/// When there is none of that name; names those there are.
+pub fn mix(quant: Option<&str>) -> Result<Mix> {
+    let Some(name) = quant else { return Ok(DEFAULT_MIX) };
+    Mix::from_name(name).with_context(|| {
+        let names: Vec<&str> = Mix::ALL.iter().map(|m| m.name()).collect();
+        format!("--quant {name}: no such quantisation; there are {}", names.join(", "))
+    })
+}
+
+/// A machine by file, or by a name of this catalogue where no such file is.
+///
+/// # Errors
+/// When it cannot be read, or there is neither file nor name.
+pub fn machine(path: &Path) -> Result<Machine> {
+    match text(MACHINES, path) {
+        Some(text) if !path.exists() => Ok(machine::decode(text.as_bytes(), path)?),
+        None if !path.exists() && is_word(path) => bail!(
+            "{}: there is no such file, and no machine of that name; machines that come with the program: {}",
+            path.display(),
+            names(MACHINES)
+        ),
+        _ => Ok(machine::read(path)?),
+    }
+}
+
+fn text(of: &[(&str, &'static str)], name: &Path) -> Option<&'static str> {
+    let name = name.to_str()?;
+    of.iter().find(|(known, _)| known.eq_ignore_ascii_case(name)).map(|(_, text)| *text)
+}
+
+fn names(of: &[(&str, &str)]) -> String {
+    of.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ")
+}
+
+/// Whether this is neither a path with folders nor a file's name as we know them.
+fn is_word(path: &Path) -> bool {
+    let ours = |e: &std::ffi::OsStr| ["gguf", "toml"].iter().any(|ours| e.eq_ignore_ascii_case(ours));
+    path.components().count() == 1 && path.file_name().is_some() && !path.extension().is_some_and(ours)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeSet;
+
+    fn on_disk(folder: &str) -> BTreeSet<String> {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../profiles").join(folder);
+        let stem = |path: std::path::PathBuf| path.file_stem().unwrap().to_string_lossy().into_owned();
+        std::fs::read_dir(folder).unwrap().map(|e| stem(e.unwrap().path())).collect()
+    }
+
+    #[test]
+    fn the_catalogue_is_the_folder() {
+        let known = |of: &[(&str, &str)]| of.iter().map(|(n, _)| n.to_string()).collect::<BTreeSet<_>>();
+        assert_eq!(known(MODELS), on_disk("models"));
+        assert_eq!(known(MACHINES), on_disk("machines"));
+        for (name, _) in MODELS {
+            assert_eq!(model(Path::new(name), None).unwrap().shape.unwrap().0.name, *name);
+        }
+        for (name, _) in MACHINES {
+            assert_eq!(machine(Path::new(name)).unwrap().name, *name);
+        }
+    }
+
+    #[test]
+    fn what_is_not_there_is_said() {
+        let refused = |path: &str, quant, words: &str| {
+            let error = model(Path::new(path), quant).err().map(|e| format!("{e:#}")).unwrap_or_default();
+            assert!(error.contains(words), "{path}: {error}");
+        };
+        refused("kimi", None, "no shape of that name; shapes that come with the program: deepseek-r1, deepseek-v3");
+        refused("kimi-k2", Some("q4"), "--quant q4: no such quantisation; there are bf16, f16");
+        refused("no/such.toml", None, "no/such.toml: No such file");
+        refused("no-such.gguf", None, "no-such.gguf: No such file");
+        refused("no-such.gguf", Some("q2_k"), "is a model file, whose tensors have their types");
+        let error = machine(Path::new("cray-1")).unwrap_err().to_string();
+        assert!(
+            error.contains("no machine of that name; machines that come with the program: demo-emulated"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn a_name_is_the_file_of_that_name() {
+        let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../profiles/models/gpt-oss-20b.toml");
+        assert_eq!(model(&file, Some("MXFP4")).unwrap(), model(Path::new("gpt-oss-20b"), Some("mxfp4")).unwrap());
+        assert_ne!(model(&file, None).unwrap(), model(&file, Some("mxfp4")).unwrap());
+    }
+}
