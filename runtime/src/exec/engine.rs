@@ -420,7 +420,7 @@ impl Engine {
         let layer = &spec.layers[index];
         let len = n * spec.hidden;
         norm_rows(c, &s.x[..len], weights.vector(layer.mixer_norm), spec.norm_eps, &mut s.normed[..len]);
-        s.acts.fill(c.kernels, n, spec.hidden, &s.normed[..len], self.mixer_quants[index]);
+        s.acts.fill_shared(c.pool, c.kernels, n, spec.hidden, &s.normed[..len], self.mixer_quants[index]);
         let input = MixerInput {
             x: s.acts.view(),
             past: self.n_past,
@@ -434,13 +434,13 @@ impl Engine {
         match &layer.ffn {
             Ffn::Dense(ffn) => {
                 let quantize = [&ffn.gate, &ffn.up].iter().any(|l| needs_quants(weights.ty(l.weight)));
-                s.acts.fill(c.kernels, n, spec.hidden, &s.normed[..len], quantize);
+                s.acts.fill_shared(c.pool, c.kernels, n, spec.hidden, &s.normed[..len], quantize);
                 dense_ffn(c, weights, ffn, s.acts.view(), &mut s.ffn, out);
                 c.kernels.add(&mut s.x[..len], out);
             }
             Ffn::Moe(moe) => {
                 // Quantised whatever the router's type: the experts of a single token read the same activations.
-                s.acts.fill(c.kernels, n, spec.hidden, &s.normed[..len], spec.hidden.is_multiple_of(32));
+                s.acts.fill_shared(c.pool, c.kernels, n, spec.hidden, &s.normed[..len], spec.hidden.is_multiple_of(32));
                 let logits = &mut s.router_logits[..n * moe.n_expert];
                 matmul_all(c.pool, c.kernels, &[MatJob::new(weights.linear(&moe.router), s.acts.view(), logits)]);
                 add_bias(logits, weights.bias(&moe.router));
@@ -466,7 +466,7 @@ impl Engine {
         let x = &s.x[first * hidden..n * hidden];
         let normed = &mut s.normed[..rows * hidden];
         norm_rows(c, x, weights.vector(spec.output_norm), spec.norm_eps, normed);
-        s.acts.fill(c.kernels, rows, hidden, normed, needs_quants(weights.ty(spec.output)));
+        s.acts.fill_shared(c.pool, c.kernels, rows, hidden, normed, needs_quants(weights.ty(spec.output)));
         let at = self.logits.len();
         self.logits.resize(at + rows * spec.n_vocab, 0.0);
         let output = weights.matrix(spec.output, spec.n_vocab, hidden);
@@ -489,15 +489,13 @@ fn run_experts(
     if n == 1 {
         moe_token(c, store, at, moe, s.acts.view(), &choices, &mut s.ffn, out, &mut s.computed)
     } else {
-        moe_batch(c, store, at, moe, &s.normed[..n * hidden], &choices, &mut s.ffn, out, &mut s.computed)
+        moe_batch(c, store, at, moe, s.acts.view(), &choices, &mut s.ffn, out, &mut s.computed)
     }
 }
 
 fn norm_rows(c: Compute<'_>, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
     let width = weight.len();
-    for (x, out) in x.chunks_exact(width).zip(out.chunks_exact_mut(width)) {
-        c.kernels.rms_norm(x, weight, eps, out);
-    }
+    c.pool.for_each_slice(out, width, |row, out| c.kernels.rms_norm(&x[row * width..][..width], weight, eps, out));
 }
 
 /// One table for all layers that rotate alike, and each layer's.

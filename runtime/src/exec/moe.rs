@@ -14,8 +14,7 @@ pub(super) struct FfnScratch {
     gate: Vec<f32>,
     up: Vec<f32>,
     inner: Activations,
-    gathered: Vec<f32>,
-    gathered_acts: Activations,
+    gathered: Activations,
     /// One bias, decoded.
     bias: Vec<f32>,
     /// `[rows, hidden]` results of experts before they are weighted and summed.
@@ -30,8 +29,7 @@ impl FfnScratch {
             gate: vec![0.0; rows * ffn],
             up: vec![0.0; rows * ffn],
             inner: Activations::new(rows, ffn),
-            gathered: vec![0.0; rows * hidden],
-            gathered_acts: Activations::new(rows, hidden),
+            gathered: Activations::new(rows, hidden),
             bias: Vec::with_capacity(ffn.max(hidden)),
             results: vec![0.0; rows * hidden],
         }
@@ -70,8 +68,8 @@ pub(super) fn dense_ffn(
     matmul_all(c.pool, c.kernels, &jobs);
     add_bias(gate, weights.bias(&ffn.gate));
     add_bias(up, weights.bias(&ffn.up));
-    c.kernels.silu_mul(gate, up);
-    s.inner.fill(c.kernels, rows, width, gate, needs_quants(weights.ty(ffn.down.weight)));
+    activate_shared(c, Activation::Silu, width, gate, up);
+    s.inner.fill_shared(c.pool, c.kernels, rows, width, gate, needs_quants(weights.ty(ffn.down.weight)));
     matmul_all(c.pool, c.kernels, &[MatJob::new(weights.linear(&ffn.down), s.inner.view(), out)]);
     add_bias(out, weights.bias(&ffn.down));
 }
@@ -101,6 +99,11 @@ fn activate(kernels: Kernels, activation: Activation, gate: &mut [f32], up: &[f3
         Activation::Silu => kernels.silu_mul(gate, up),
         Activation::ClampedSwiglu { alpha, limit } => kernels.clamped_swiglu(gate, up, alpha, limit),
     }
+}
+
+/// [`activate`] for `[rows, width]`, shared out among the threads.
+fn activate_shared(c: Compute<'_>, activation: Activation, width: usize, gate: &mut [f32], up: &[f32]) {
+    c.pool.for_each_slice(gate, width, |row, gate| activate(c.kernels, activation, gate, &up[row * width..][..width]));
 }
 
 /// Adds `bias` to every row of `rows`, `[_, bias.len()]`.
@@ -200,13 +203,13 @@ fn experts_of_token(
 }
 
 /// Routed experts of a batch: each expert computes once, for all tokens that chose it, in ascending order so that the
-/// sums do not depend on the plan. `x` is `[tokens, hidden]`, `out` likewise.
+/// sums do not depend on the plan. `x` has a row a token; `out` is `[tokens, hidden]`.
 pub(super) fn moe_batch(
     c: Compute<'_>,
     store: &mut ExpertStore,
     layer: usize,
     moe: &MoeSpec,
-    x: &[f32],
+    x: ActView<'_>,
     choices: &Choices<'_>,
     s: &mut FfnScratch,
     out: &mut [f32],
@@ -223,14 +226,11 @@ pub(super) fn moe_batch(
         }
         let tokens = users.of(step.experts()[at] as usize);
         let n = tokens.len();
-        for (row, (token, _)) in s.gathered.chunks_exact_mut(hidden).zip(tokens) {
-            row.copy_from_slice(&x[token * hidden..(token + 1) * hidden]);
-        }
         let (view, tier) = store.view(&step, at);
         computed.add(tier, store.expert_bytes(layer));
-        let quantize = needs_quants(view.gate.weights.ty()) || needs_quants(view.up.weights.ty());
-        s.gathered_acts.fill(c.kernels, n, hidden, &s.gathered[..n * hidden], quantize);
-        let acts = s.gathered_acts.view();
+        let floats = [view.gate.weights.ty(), view.up.weights.ty()].into_iter().any(|ty| !needs_quants(ty));
+        s.gathered.gather(x, tokens.iter().map(|(token, _)| *token), floats);
+        let acts = s.gathered.view();
         let (gate, up) = (&mut s.gate[..n * width], &mut s.up[..n * width]);
         matmul_all(
             c.pool,
@@ -239,8 +239,8 @@ pub(super) fn moe_batch(
         );
         view.gate.add_bias(gate, &mut s.bias);
         view.up.add_bias(up, &mut s.bias);
-        activate(c.kernels, moe.activation, gate, up);
-        s.inner.fill(c.kernels, n, width, gate, needs_quants(view.down.weights.ty()));
+        activate_shared(c, moe.activation, width, gate, up);
+        s.inner.fill_shared(c.pool, c.kernels, n, width, gate, needs_quants(view.down.weights.ty()));
         let results = &mut s.results[..n * hidden];
         matmul_all(c.pool, c.kernels, &[MatJob::new(view.down.weights, s.inner.view(), results)]);
         view.down.add_bias(results, &mut s.bias);

@@ -4,6 +4,7 @@
 use super::Isa;
 use super::Kernels;
 use crate::quant::block::GROUP;
+use crate::threads::ThreadPool;
 use std::ops::Range;
 
 /// 256 activations in 8 bits, laid out so that one register of 64 bytes serves eight runs of 32 values.
@@ -30,6 +31,24 @@ impl ActBlock {
 #[inline(always)]
 pub(super) const fn place(i: usize) -> usize {
     i % 4 * 8 + i / 4
+}
+
+/// Rows that a thread takes at a time.
+const SHARE_ROWS: usize = 4;
+
+/// Start of a buffer that threads write disjoint parts of.
+struct Shared<T>(*mut T);
+
+// SAFETY: used in `fill_shared` only, for disjoint parts.
+unsafe impl<T: Send> Sync for Shared<T> {}
+
+impl<T> Shared<T> {
+    /// # Safety
+    /// `offset` must be within the buffer or at its end.
+    unsafe fn at(&self, offset: usize) -> *mut T {
+        // SAFETY: the caller's promise.
+        unsafe { self.0.add(offset) }
+    }
 }
 
 /// `[rows, cols]` activations: the values as they are and, if wanted, their 8-bit form.
@@ -59,18 +78,74 @@ impl Activations {
     /// # Panics
     /// When `x` is not `rows * cols` long, or `cols` is no multiple of 32 and `quantize` is set.
     pub fn fill(&mut self, k: Kernels, rows: usize, cols: usize, x: &[f32], quantize: bool) {
-        assert_eq!(Some(x.len()), rows.checked_mul(cols), "{rows} activation rows of {cols} values");
-        assert!(!quantize || cols.is_multiple_of(32), "{cols} activations a row are not a multiple of 32");
-        (self.rows, self.cols, self.quantized) = (rows, cols, quantize);
+        self.reshape(rows, cols, x.len(), quantize);
         self.values.clear();
         self.values.extend_from_slice(x);
         if quantize && cols > 0 {
             let groups = cols.div_ceil(GROUP);
-            // Blocks that stay keep what they held; `quantize_row` writes all of every block.
-            self.blocks.resize(rows * groups, ActBlock::ZERO);
             for (row, blocks) in x.chunks_exact(cols).zip(self.blocks.chunks_exact_mut(groups)) {
                 k.quantize_row(row, blocks);
             }
+        }
+    }
+
+    /// [`fill`](Self::fill) with the rows shared out among a pool's threads; the same bits.
+    ///
+    /// # Panics
+    /// As [`fill`](Self::fill).
+    pub fn fill_shared(&mut self, pool: &ThreadPool, k: Kernels, rows: usize, cols: usize, x: &[f32], quantize: bool) {
+        if rows < 2 * SHARE_ROWS || cols == 0 {
+            return self.fill(k, rows, cols, x, quantize);
+        }
+        self.reshape(rows, cols, x.len(), quantize);
+        let groups = if quantize { cols.div_ceil(GROUP) } else { 0 };
+        self.values.resize(rows * cols, 0.0);
+        let (values, blocks) = (Shared(self.values.as_mut_ptr()), Shared(self.blocks.as_mut_ptr()));
+        pool.for_each_chunk(rows, SHARE_ROWS, |range| {
+            for row in range {
+                let x = &x[row * cols..][..cols];
+                // SAFETY: `values` has `rows * cols` values and `blocks` at least `rows * groups` blocks; every row is
+                // handed out once, and both are borrowed exclusively for the whole call.
+                let (values, blocks) = unsafe {
+                    (
+                        std::slice::from_raw_parts_mut(values.at(row * cols), cols),
+                        std::slice::from_raw_parts_mut(blocks.at(row * groups), groups),
+                    )
+                };
+                values.copy_from_slice(x);
+                if quantize {
+                    k.quantize_row(x, blocks);
+                }
+            }
+        });
+    }
+
+    /// Takes some rows of others over: the 8-bit form if they have it, the values only where `values` says so.
+    ///
+    /// # Panics
+    /// When a row is not there.
+    pub fn gather(&mut self, from: ActView<'_>, rows: impl Iterator<Item = usize>, values: bool) {
+        (self.rows, self.cols, self.quantized) = (0, from.cols, from.is_quantized());
+        self.values.clear();
+        self.blocks.clear();
+        for row in rows {
+            let row = from.rows_range(row..row + 1);
+            self.blocks.extend_from_slice(row.blocks);
+            if values {
+                self.values.extend_from_slice(row.values);
+            }
+            self.rows += 1;
+        }
+    }
+
+    /// Checks and sets the shape, and makes room for the blocks: those that stay keep what they held, and
+    /// `quantize_row` writes all of every block.
+    fn reshape(&mut self, rows: usize, cols: usize, len: usize, quantize: bool) {
+        assert_eq!(Some(len), rows.checked_mul(cols), "{rows} activation rows of {cols} values");
+        assert!(!quantize || cols.is_multiple_of(32), "{cols} activations a row are not a multiple of 32");
+        (self.rows, self.cols, self.quantized) = (rows, cols, quantize);
+        if quantize {
+            self.blocks.resize(rows * cols.div_ceil(GROUP), ActBlock::ZERO);
         }
     }
 
@@ -101,6 +176,7 @@ impl Activations {
 pub struct ActView<'a> {
     rows: usize,
     cols: usize,
+    /// Empty where only the 8-bit form was gathered.
     values: &'a [f32],
     /// Empty unless quantised.
     blocks: &'a [ActBlock],
@@ -132,12 +208,16 @@ impl<'a> ActView<'a> {
         ActView {
             rows: rows.len(),
             cols: self.cols,
-            values: &self.values[rows.start * self.cols..rows.end * self.cols],
+            values: if self.values.is_empty() {
+                self.values
+            } else {
+                &self.values[rows.start * self.cols..rows.end * self.cols]
+            },
             blocks: &self.blocks[rows.start * groups..rows.end * groups],
         }
     }
 
-    /// The values, `[rows, cols]`.
+    /// The values, `[rows, cols]`; empty where only the 8-bit form was gathered.
     pub fn values(&self) -> &'a [f32] {
         self.values
     }

@@ -48,6 +48,7 @@ impl Kernels {
         let (cols, tokens) = (w.n_cols(), x.rows());
         assert_eq!(x.cols(), cols, "columns of the activations and of the weights");
         assert!(x.is_quantized() || !needs_quants(w.ty()), "{} weights need quantised activations", w.ty());
+        assert!(needs_quants(w.ty()) || x.values().len() == tokens * cols, "{} weights need the values", w.ty());
         assert!(out.holds(tokens, rows.end), "{tokens} x {} values do not fit the output", rows.end);
         let part = w.rows(rows.clone());
         let part = part.unwrap_or_else(|| panic!("rows {rows:?} of a matrix of {} rows", w.n_rows()));

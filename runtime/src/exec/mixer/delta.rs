@@ -177,7 +177,7 @@ pub(super) fn run(
     gate(c, weights.vector(spec.norm), spec, input.norm_eps, n, s);
     let mixed = &s.mixed[..n * spec.out.n_in];
     let Some(acts) = &mut s.acts else { unreachable!("reserved at load") };
-    acts.fill(c.kernels, n, spec.out.n_in, mixed, needs_quants(weights.ty(spec.out.weight)));
+    acts.fill_shared(c.pool, c.kernels, n, spec.out.n_in, mixed, needs_quants(weights.ty(spec.out.weight)));
     matmul_all(c.pool, c.kernels, &[MatJob::new(weights.linear(&spec.out), acts.view(), out)]);
     add_bias(out, weights.bias(&spec.out));
 }

@@ -120,7 +120,7 @@ pub(super) fn run(
         }
     });
     let Some(acts) = &mut s.acts else { unreachable!("reserved at load") };
-    acts.fill(c.kernels, n, spec.o.n_in, mixed, needs_quants(weights.ty(spec.o.weight)));
+    acts.fill_shared(c.pool, c.kernels, n, spec.o.n_in, mixed, needs_quants(weights.ty(spec.o.weight)));
     matmul_all(c.pool, c.kernels, &[MatJob::new(weights.linear(&spec.o), acts.view(), out)]);
     add_bias(out, weights.bias(&spec.o));
 }

@@ -109,7 +109,7 @@ pub(super) fn run(
         first = last;
     }
     let mixed = &s.mixed[..n * spec.o.n_in];
-    s.acts.fill(c.kernels, n, spec.o.n_in, mixed, needs_quants(weights.ty(spec.o.weight)));
+    s.acts.fill_shared(c.pool, c.kernels, n, spec.o.n_in, mixed, needs_quants(weights.ty(spec.o.weight)));
     matmul_all(c.pool, c.kernels, &[MatJob::new(weights.linear(&spec.o), s.acts.view(), out)]);
     add_bias(out, weights.bias(&spec.o));
 }
@@ -134,7 +134,7 @@ fn project(c: Compute<'_>, weights: &DenseWeights, spec: &MlaSpec, input: &Mixer
             for (low, normed) in low.chunks_exact(rank).zip(normed.chunks_exact_mut(rank)) {
                 c.kernels.rms_norm(low, weights.vector(*norm), eps, normed);
             }
-            s.acts.fill(c.kernels, n, rank, normed, needs_quants(weights.ty(spec.q.weight)));
+            s.acts.fill_shared(c.pool, c.kernels, n, rank, normed, needs_quants(weights.ty(spec.q.weight)));
             matmul_all(c.pool, c.kernels, &[MatJob::new(weights.linear(&spec.q), s.acts.view(), q)]);
         }
     }
@@ -193,7 +193,7 @@ fn attend_part(
             for (i, to) in nope.chunks_exact_mut(nope_dim).enumerate() {
                 to.copy_from_slice(&query(i / n, i % n)[..nope_dim]);
             }
-            s.head_acts.fill(c.kernels, spec.n_head * n, nope_dim, nope, needs_quants(weights.ty(k)));
+            s.head_acts.fill_shared(c.pool, c.kernels, spec.n_head * n, nope_dim, nope, needs_quants(weights.ty(k)));
             let k = weights.matrix(k, spec.n_head * rank, nope_dim);
             by_head(c, spec.n_head, s.head_acts.view(), latents, |head| part(k, head * rank, rank));
         }
@@ -241,7 +241,7 @@ fn attend_part(
         KvUp::Fused(kv) => (kv, nope_dim, nope_dim + spec.value_dim),
     };
     let values = &mut s.values[..spec.n_head * n * spec.value_dim];
-    s.head_acts.fill(c.kernels, spec.n_head * n, rank, latents, needs_quants(weights.ty(v)));
+    s.head_acts.fill_shared(c.pool, c.kernels, spec.n_head * n, rank, latents, needs_quants(weights.ty(v)));
     let v = weights.matrix(v, spec.n_head * stride, rank);
     by_head(c, spec.n_head, s.head_acts.view(), values, |head| part(v, head * stride + first, spec.value_dim));
     let mixed = &mut s.mixed[tokens.start * spec.o.n_in..tokens.end * spec.o.n_in];
