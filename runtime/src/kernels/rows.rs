@@ -1,9 +1,10 @@
 //! Rows of past tokens: storing them in 8 bits, widening them again, and what attention computes over them.
 //!
 //! A row in 8 bits is its values in blocks of 32, the last one as short as it comes: a 16-bit float scale, then a signed
-//! byte a value. Products and sums are over rows of 32-bit floats, so that every way of storing rows shares them.
+//! byte a value.
 //!
-//! A result has the same bits whatever other queries and rows are beside it in a call.
+//! A result has the same bits whatever other queries and rows are beside it in a call, and whether rows are given as they
+//! are stored or widened before.
 
 #[cfg(target_arch = "x86_64")]
 use super::Isa;
@@ -11,9 +12,10 @@ use super::Kernels;
 use super::ops::{exp, fma, lanes_sum};
 use crate::quant::block::f16_to_f32;
 use half::f16;
+use std::ops::Range;
 
 /// Values that share a scale.
-const BLOCK: usize = 32;
+pub(super) const BLOCK: usize = 32;
 
 /// The largest code; its negative is the smallest.
 const LARGEST_CODE: f32 = 127.0;
@@ -23,7 +25,59 @@ pub const fn q8_row_bytes(width: usize) -> usize {
     width + 2 * width.div_ceil(BLOCK)
 }
 
+/// Rows of one width as they are stored, packed.
+#[derive(Debug, Clone, Copy)]
+pub enum StoredRows<'a> {
+    /// 32-bit floats.
+    F32(&'a [f32]),
+    /// 16-bit floats.
+    F16(&'a [f16]),
+    /// As [`Kernels::to_q8`] stores them.
+    Q8(&'a [u8]),
+}
+
+impl StoredRows<'_> {
+    /// How many rows of `width` values they are.
+    ///
+    /// # Panics
+    /// When `width` is 0, or they are not whole rows.
+    pub fn count(self, width: usize) -> usize {
+        let (len, row) = match self {
+            StoredRows::F32(rows) => (rows.len(), width),
+            StoredRows::F16(rows) => (rows.len(), width),
+            StoredRows::Q8(rows) => (rows.len(), q8_row_bytes(width)),
+        };
+        assert_eq!(len % row, 0, "whole rows");
+        len / row
+    }
+
+    /// Some of the rows.
+    ///
+    /// # Panics
+    /// When there are not as many.
+    pub fn range(self, rows: Range<usize>, width: usize) -> Self {
+        let part = |row: usize| rows.start * row..rows.end * row;
+        match self {
+            StoredRows::F32(all) => StoredRows::F32(&all[part(width)]),
+            StoredRows::F16(all) => StoredRows::F16(&all[part(width)]),
+            StoredRows::Q8(all) => StoredRows::Q8(&all[part(q8_row_bytes(width))]),
+        }
+    }
+}
+
 impl Kernels {
+    /// Widens rows of `width` values.
+    ///
+    /// # Panics
+    /// When `width` is 0, or `out` has not room for exactly these rows.
+    pub fn widen_rows(self, rows: StoredRows<'_>, width: usize, out: &mut [f32]) {
+        match rows {
+            StoredRows::F32(rows) => out.copy_from_slice(rows),
+            StoredRows::F16(rows) => self.from_f16(rows, out),
+            StoredRows::Q8(rows) => self.from_q8(rows, width, out),
+        }
+    }
+
     /// Stores a row in 8 bits. Every value comes back to half a step of its block, a step being the block's largest
     /// magnitude by 127, rounded up to a 16-bit float. A block with something infinite, a NaN or a magnitude above 8
     /// million comes back as NaN.
@@ -67,10 +121,9 @@ impl Kernels {
     /// scores stays.
     ///
     /// # Panics
-    /// When `width` is 0, `queries` or `rows` are not whole rows, or the scores don't fit.
-    pub fn row_dots(self, queries: &[f32], rows: &[f32], width: usize, scores: &mut [f32], stride: usize) {
-        let (n_queries, n_rows) = (queries.len() / width, rows.len() / width);
-        assert!(queries.len() == n_queries * width && rows.len() == n_rows * width, "whole rows");
+    /// When `width` is 0, `queries` or `rows` are not whole rows, or there is no room for the scores.
+    pub fn row_dots(self, queries: &[f32], rows: StoredRows<'_>, width: usize, scores: &mut [f32], stride: usize) {
+        let (n_queries, n_rows) = (StoredRows::F32(queries).count(width), rows.count(width));
         if n_queries == 0 || n_rows == 0 {
             return;
         }
@@ -83,9 +136,11 @@ impl Kernels {
             // SAFETY: as above.
             Isa::Avx2 => unsafe { super::x86::rows::dots_avx2(queries, rows, width, scores, stride) },
             _ => {
-                for (q, query) in queries.chunks_exact(width).enumerate() {
-                    for (r, row) in rows.chunks_exact(width).enumerate() {
-                        scores[q * stride + r] = lanes_sum(query, row, |sum, a, b| sum + a * b);
+                let mut row = vec![0.0; width];
+                for r in 0..n_rows {
+                    self.widen_rows(rows.range(r..r + 1, width), width, &mut row);
+                    for (q, query) in queries.chunks_exact(width).enumerate() {
+                        scores[q * stride + r] = lanes_sum(query, &row, |sum, a, b| sum + a * b);
                     }
                 }
             }
@@ -101,13 +156,12 @@ impl Kernels {
         self,
         weights: &[f32],
         stride: usize,
-        rows: &[f32],
+        rows: StoredRows<'_>,
         width: usize,
         out: &mut [f32],
         out_width: usize,
     ) {
-        let (n_queries, n_rows) = (out.len() / out_width, rows.len() / width);
-        assert!(out.len() == n_queries * out_width && rows.len() == n_rows * width, "whole rows");
+        let (n_queries, n_rows) = (StoredRows::F32(out).count(out_width), rows.count(width));
         assert!(out_width <= width, "rows as wide as the result");
         if n_queries == 0 || n_rows == 0 {
             return;
@@ -121,9 +175,12 @@ impl Kernels {
             // SAFETY: as above.
             Isa::Avx2 => unsafe { super::x86::rows::mix_avx2(weights, stride, rows, width, out, out_width) },
             _ => {
-                for (q, out) in out.chunks_exact_mut(out_width).enumerate() {
-                    for (weight, row) in weights[q * stride..].iter().zip(rows.chunks_exact(width)) {
-                        out.iter_mut().zip(row).for_each(|(out, v)| *out += weight * v);
+                let mut row = vec![0.0; width];
+                for r in 0..n_rows {
+                    self.widen_rows(rows.range(r..r + 1, width), width, &mut row);
+                    for (q, out) in out.chunks_exact_mut(out_width).enumerate() {
+                        let weight = weights[q * stride + r];
+                        out.iter_mut().zip(&row).for_each(|(out, v)| *out += weight * v);
                     }
                 }
             }
@@ -190,9 +247,13 @@ fn from_q8<const FUSED: bool>(rows: &[u8], width: usize, out: &mut [f32]) {
 fn exp_below_largest<const FUSED: bool>(x: &mut [f32]) -> (f32, f32) {
     const LANES: usize = 32;
     let mut lanes = [f32::NEG_INFINITY; LANES];
-    for chunk in x.chunks(LANES) {
-        for (lane, v) in lanes.iter_mut().zip(chunk) {
-            *lane = if *v > *lane { *v } else { *lane };
+    let (chunks, rest) = x.as_chunks::<LANES>();
+    for (lane, v) in lanes.iter_mut().zip(rest) {
+        *lane = *v;
+    }
+    for chunk in chunks {
+        for i in 0..LANES {
+            lanes[i] = if chunk[i] > lanes[i] { chunk[i] } else { lanes[i] };
         }
     }
     let largest = lanes.into_iter().fold(f32::NEG_INFINITY, f32::max);

@@ -7,7 +7,7 @@
 
 use super::rows::RowStore;
 use crate::exec::moe::Compute;
-use crate::kernels::Kernels;
+use crate::kernels::{Kernels, StoredRows};
 use std::cell::RefCell;
 use std::ops::Range;
 
@@ -16,6 +16,9 @@ const CHUNK: usize = if cfg!(test) { 4 } else { 256 };
 
 /// Queries of a block, at most.
 const MAX_QUERIES: usize = if cfg!(test) { 6 } else { 32 };
+
+/// Queries of a block that multiply rows as they are stored; for more it pays to widen the rows first.
+const MOST_AS_STORED: usize = if cfg!(test) { 4 } else { 8 };
 
 /// Values that are widened at a time, about: 16 KiB.
 const TILE_VALUES: usize = 4096;
@@ -354,7 +357,7 @@ impl Block<'_> {
         store: &RowStore,
         chunk: usize,
         buffer: &mut Vec<f32>,
-        mut work: impl FnMut(&[f32], Range<usize>, usize),
+        mut work: impl FnMut(StoredRows<'_>, Range<usize>, usize),
     ) {
         let width = store.width();
         let step = (TILE_VALUES / width / 4 * 4).clamp(4, CHUNK);
@@ -362,7 +365,15 @@ impl Block<'_> {
         let all = self.seen_of(chunk, self.tokens.start).start..self.seen_of(chunk, self.tokens.end - 1).end;
         for start in all.clone().step_by(step) {
             let tile = start..(start + step).min(all.end);
-            let rows = store.widened(kernels, self.kv_head, tile.clone(), buffer);
+            let mut rows = store.rows(self.kv_head, tile.clone());
+            if self.heads * self.tokens.len() > MOST_AS_STORED && !matches!(rows, StoredRows::F32(_)) {
+                let len = tile.len() * width;
+                if buffer.len() < len {
+                    buffer.resize(len, 0.0);
+                }
+                kernels.widen_rows(rows, width, &mut buffer[..len]);
+                rows = StoredRows::F32(&buffer[..len]);
+            }
             let seen = |token: usize| {
                 let seen = self.seen_of(chunk, token);
                 let start = seen.start.clamp(tile.start, tile.end);
@@ -375,7 +386,7 @@ impl Block<'_> {
                     token += 1;
                 }
                 if !alike.is_empty() {
-                    let rows = &rows[(alike.start - tile.start) * width..(alike.end - tile.start) * width];
+                    let rows = rows.range(alike.start - tile.start..alike.end - tile.start, width);
                     let number = |token: usize| (token - self.tokens.start) * self.heads;
                     work(rows, number(first)..number(token), alike.start - chunk * CHUNK);
                 }

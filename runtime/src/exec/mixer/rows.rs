@@ -1,6 +1,6 @@
 //! The rows that attention remembers of past tokens: keys, values, latents.
 
-use crate::kernels::{Kernels, q8_row_bytes};
+use crate::kernels::{Kernels, StoredRows, q8_row_bytes};
 use crate::model::kv::KvType;
 use half::f16;
 use std::ops::Range;
@@ -51,34 +51,15 @@ impl RowStore {
         }
     }
 
-    /// A head's rows at some positions, `[positions, width]`: widened into `buffer`, or where they lie.
-    pub(super) fn widened<'a>(
-        &'a self,
-        kernels: Kernels,
-        head: usize,
-        positions: Range<usize>,
-        buffer: &'a mut Vec<f32>,
-    ) -> &'a [f32] {
-        let (first, n) = (head * self.context + positions.start, positions.len());
-        let values = first * self.width..(first + n) * self.width;
-        // Grows to the largest and stays: what is beyond is not read.
-        if buffer.len() < values.len() && !matches!(self.data, Data::F32(_)) {
-            buffer.resize(values.len(), 0.0);
-        }
-        match &self.data {
-            Data::F16(data) => {
-                let buffer = &mut buffer[..values.len()];
-                kernels.from_f16(&data[values], buffer);
-                buffer
-            }
-            Data::Q8_0(data) => {
-                let buffer = &mut buffer[..values.len()];
-                let bytes = q8_row_bytes(self.width);
-                kernels.from_q8(&data[first * bytes..(first + n) * bytes], self.width, buffer);
-                buffer
-            }
-            Data::F32(data) => &data[values],
-        }
+    /// A head's rows at some positions, `[positions, width]`.
+    pub(super) fn rows(&self, head: usize, positions: Range<usize>) -> StoredRows<'_> {
+        let first = head * self.context;
+        let all = match &self.data {
+            Data::F16(data) => StoredRows::F16(data),
+            Data::Q8_0(data) => StoredRows::Q8(data),
+            Data::F32(data) => StoredRows::F32(data),
+        };
+        all.range(first + positions.start..first + positions.end, self.width)
     }
 
     /// Bytes held.
@@ -122,12 +103,13 @@ mod tests {
                         let rows: Vec<f32> = (0..n_head).flat_map(|head| row(position, head)).collect();
                         store.store(kernels, position, &rows);
                     }
-                    let mut buffer = Vec::new();
+                    let mut buffer: Vec<f32> = Vec::new();
                     for head in 0..n_head {
                         for positions in [0..context, 1..3, 4..5, 2..2] {
                             let expected: Vec<f32> = positions.clone().flat_map(|p| row(p, head)).collect();
-                            let found = store.widened(kernels, head, positions, &mut buffer);
-                            assert_eq!(found, expected, "{kernels:?} {kv_type} {width} {head}");
+                            buffer.resize(expected.len(), f32::NAN);
+                            kernels.widen_rows(store.rows(head, positions), width, &mut buffer);
+                            assert_eq!(buffer, expected, "{kernels:?} {kv_type} {width} {head}");
                         }
                     }
                 }

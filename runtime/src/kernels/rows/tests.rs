@@ -103,32 +103,55 @@ fn sixteen_bits_widen_exactly() {
     }
 }
 
+/// Random rows stored in each way, and what they widen to.
+fn stored(width: usize, n_rows: usize, rng: &mut Rng) -> (Vec<f32>, Vec<f16>, Vec<u8>) {
+    let x = rng.normals(n_rows * width);
+    let half = x.iter().map(|v| f16::from_f32(*v)).collect();
+    let mut bytes = vec![0; n_rows * q8_row_bytes(width)];
+    for (x, bytes) in x.chunks_exact(width).zip(bytes.chunks_exact_mut(q8_row_bytes(width))) {
+        Kernels::SCALAR.to_q8(x, bytes);
+    }
+    (x, half, bytes)
+}
+
+fn widened(kernels: Kernels, rows: StoredRows<'_>, width: usize) -> Vec<f32> {
+    let mut wide = vec![f32::NAN; rows.count(width) * width];
+    kernels.widen_rows(rows, width, &mut wide);
+    wide
+}
+
 #[test]
 fn dots_are_the_formula_and_do_not_depend_on_their_neighbours() {
     let mut rng = Rng(4);
     for kernels in Kernels::available() {
         for width in WIDTHS {
             let (n_queries, n_rows, stride) = (7, 11, 13);
-            let (queries, rows) = (rng.normals(n_queries * width), rng.normals(n_rows * width));
-            let mut scores = vec![-7.0; n_queries * stride];
-            kernels.row_dots(&queries, &rows, width, &mut scores, stride);
-            for (q, query) in queries.chunks_exact(width).enumerate() {
-                for (r, row) in rows.chunks_exact(width).enumerate() {
-                    let products = || query.iter().zip(row).map(|(a, b)| f64::from(*a) * f64::from(*b));
-                    let (want, size): (f64, f64) = (products().sum(), products().map(f64::abs).sum());
-                    let found = scores[q * stride + r];
-                    assert!((f64::from(found) - want).abs() <= 1e-6 * size, "{kernels:?} {width} {q} {r}");
-                    let mut alone = [0.0];
-                    kernels.row_dots(query, row, width, &mut alone, 1);
-                    assert_eq!(alone[0].to_bits(), found.to_bits(), "{kernels:?} {width} {q} {r}");
+            let queries = rng.normals(n_queries * width);
+            let (full, half, bytes) = stored(width, n_rows, &mut rng);
+            for rows in [StoredRows::F32(&full), StoredRows::F16(&half), StoredRows::Q8(&bytes)] {
+                let wide = widened(kernels, rows, width);
+                let mut scores = vec![-7.0; n_queries * stride];
+                kernels.row_dots(&queries, rows, width, &mut scores, stride);
+                for (q, query) in queries.chunks_exact(width).enumerate() {
+                    for (r, row) in wide.chunks_exact(width).enumerate() {
+                        let products = || query.iter().zip(row).map(|(a, b)| f64::from(*a) * f64::from(*b));
+                        let (want, size): (f64, f64) = (products().sum(), products().map(f64::abs).sum());
+                        let found = scores[q * stride + r];
+                        assert!((f64::from(found) - want).abs() <= 1e-6 * size, "{kernels:?} {width} {q} {r}");
+                        for row in [rows.range(r..r + 1, width), StoredRows::F32(row)] {
+                            let mut alone = [0.0];
+                            kernels.row_dots(query, row, width, &mut alone, 1);
+                            assert_eq!(alone[0].to_bits(), found.to_bits(), "{kernels:?} {width} {q} {r} {row:?}");
+                        }
+                    }
+                    let between = &scores[q * stride + n_rows..(q + 1) * stride];
+                    assert!(between.iter().all(|s| *s == -7.0), "{kernels:?}: what is between the rows stays");
                 }
-                let between = &scores[q * stride + n_rows..(q + 1) * stride];
-                assert!(between.iter().all(|s| *s == -7.0), "{kernels:?}: what is between the rows stays");
+                let mut none = [5.0];
+                kernels.row_dots(&queries, rows.range(3..3, width), width, &mut none, 1);
+                kernels.row_dots(&[], rows, width, &mut none, 1);
+                assert_eq!(none, [5.0]);
             }
-            let mut none = [5.0];
-            kernels.row_dots(&queries, &[], width, &mut none, 1);
-            kernels.row_dots(&[], &rows, width, &mut none, 1);
-            assert_eq!(none, [5.0]);
         }
     }
 }
@@ -139,28 +162,35 @@ fn mixtures_are_the_formula_and_do_not_depend_on_their_neighbours() {
     for kernels in Kernels::available() {
         for (width, out_width) in WIDTHS.map(|w| (w, w)).into_iter().chain([(96, 64), (576, 512), (40, 9)]) {
             let (n_queries, n_rows, stride) = (7, 5, 6);
-            let (rows, old) = (rng.normals(n_rows * width), rng.normals(n_queries * out_width));
-            let weights = rng.normals(n_queries * stride);
-            let mut out = old.clone();
-            kernels.mix_rows(&weights, stride, &rows, width, &mut out, out_width);
-            for q in 0..n_queries {
-                let weights = &weights[q * stride..][..n_rows];
-                for i in 0..out_width {
-                    let terms =
-                        || weights.iter().enumerate().map(|(r, w)| f64::from(*w) * f64::from(rows[r * width + i]));
-                    let before = f64::from(old[q * out_width + i]);
-                    let (want, size) =
-                        (before + terms().sum::<f64>(), before.abs() + terms().map(f64::abs).sum::<f64>());
-                    let found = f64::from(out[q * out_width + i]);
-                    assert!((found - want).abs() <= 1e-6 * size, "{kernels:?} {width} {out_width} {q} {i}");
+            let (full, half, bytes) = stored(width, n_rows, &mut rng);
+            let (weights, old) = (rng.normals(n_queries * stride), rng.normals(n_queries * out_width));
+            for rows in [StoredRows::F32(&full), StoredRows::F16(&half), StoredRows::Q8(&bytes)] {
+                let wide = widened(kernels, rows, width);
+                let mut out = old.clone();
+                kernels.mix_rows(&weights, stride, rows, width, &mut out, out_width);
+                for q in 0..n_queries {
+                    let weights = &weights[q * stride..][..n_rows];
+                    for i in 0..out_width {
+                        let term = |(r, w): (usize, &f32)| f64::from(*w) * f64::from(wide[r * width + i]);
+                        let terms = || weights.iter().enumerate().map(term);
+                        let before = f64::from(old[q * out_width + i]);
+                        let want = before + terms().sum::<f64>();
+                        let size = before.abs() + terms().map(f64::abs).sum::<f64>();
+                        let found = f64::from(out[q * out_width + i]);
+                        assert!((found - want).abs() <= 1e-6 * size, "{kernels:?} {width} {out_width} {q} {i}");
+                    }
+                    // Alone, and row by row, every other one widened before.
+                    let mut alone = old[q * out_width..][..out_width].to_vec();
+                    for (r, weight) in weights.iter().enumerate() {
+                        let row = match r % 2 {
+                            0 => rows.range(r..r + 1, width),
+                            _ => StoredRows::F32(&wide[r * width..(r + 1) * width]),
+                        };
+                        kernels.mix_rows(&[*weight], 1, row, width, &mut alone, out_width);
+                    }
+                    let same = alone.iter().zip(&out[q * out_width..]).all(|(a, b)| a.to_bits() == b.to_bits());
+                    assert!(same, "{kernels:?} {width} {out_width} {q}");
                 }
-                // Alone, and row by row.
-                let mut alone = old[q * out_width..][..out_width].to_vec();
-                for (weight, row) in weights.iter().zip(rows.chunks_exact(width)) {
-                    kernels.mix_rows(&[*weight], 1, row, width, &mut alone, out_width);
-                }
-                let same = alone.iter().zip(&out[q * out_width..]).all(|(a, b)| a.to_bits() == b.to_bits());
-                assert!(same, "{kernels:?} {width} {out_width} {q}");
             }
         }
     }

@@ -1,8 +1,9 @@
 //! What attention computes over rows of past tokens, on x86-64.
 //!
 //! A product has one register of sums, over the row from its beginning, and one order in which its lanes are added,
-//! however many others are computed beside it.
+//! however many others are computed beside it. Widening is exact, so it does not matter when it is done.
 
+use crate::kernels::rows::{BLOCK, StoredRows, q8_row_bytes};
 use half::f16;
 use std::arch::x86_64::*;
 
@@ -17,6 +18,14 @@ pub(in crate::kernels) unsafe fn widen(x: &[f16], out: &mut [f32]) {
     let mut i = 0;
     // SAFETY: all accesses are below `n`.
     unsafe {
+        while i + 32 <= n {
+            // What comes next, to arrive while these rows are worked on.
+            _mm_prefetch::<_MM_HINT_T0>(px.wrapping_add(n + i).cast());
+            for part in [i, i + 8, i + 16, i + 24] {
+                _mm256_storeu_ps(po.add(part), _mm256_cvtph_ps(_mm_loadu_si128(px.add(part).cast())));
+            }
+            i += 32;
+        }
         while i + 8 <= n {
             _mm256_storeu_ps(po.add(i), _mm256_cvtph_ps(_mm_loadu_si128(px.add(i).cast())));
             i += 8;
@@ -29,17 +38,175 @@ pub(in crate::kernels) unsafe fn widen(x: &[f16], out: &mut [f32]) {
 
 /// Splits `n` queries into groups of at most `$most` and calls `$kernel` with the size of each and where it begins.
 macro_rules! in_groups {
-    ($n:expr, $kernel:ident, [$($size:literal)*], $most:literal, |$q:ident| $args:tt) => {{
+    ($n:expr, $kernel:ident, $row:ident, [$($size:literal)*], $most:literal, |$q:ident| $args:tt) => {{
         let mut $q = 0;
         while $q < $n {
             match $n - $q {
-                $($size => in_groups!(@call $kernel, $size, $args),)*
-                _ => in_groups!(@call $kernel, $most, $args),
+                $($size => in_groups!(@call $kernel, $row, $size, $args),)*
+                _ => in_groups!(@call $kernel, $row, $most, $args),
             }
             $q += $most;
         }
     }};
-    (@call $kernel:ident, $size:literal, ($($arg:expr),*)) => { $kernel::<$size>($($arg),*) };
+    (@call $kernel:ident, $row:ident, $size:literal, ($($arg:expr),*)) => { $kernel::<$row, $size>($($arg),*) };
+}
+
+/// Calls `$kernel` for the way in which `$rows` are stored, with where they are.
+macro_rules! as_stored {
+    ($rows:expr, $kernel:ident, $($arg:expr),*) => {
+        match $rows {
+            StoredRows::F32(rows) => $kernel::<F32>(rows.as_ptr().cast(), $($arg),*),
+            StoredRows::F16(rows) => $kernel::<F16>(rows.as_ptr().cast(), $($arg),*),
+            StoredRows::Q8(rows) => $kernel::<Q8>(rows.as_ptr(), $($arg),*),
+        }
+    };
+}
+
+/// One way of storing rows.
+trait Stored {
+    /// Bytes of a row.
+    fn row_bytes(width: usize) -> usize;
+
+    /// The 16 values from `at` on, which is a multiple of 16, or those of them that `mask` names.
+    ///
+    /// # Safety
+    /// The row has them, and the processor has AVX-512.
+    unsafe fn load_512(row: *const u8, at: usize, mask: __mmask16) -> __m512;
+
+    /// The eight values from `at` on, which is a multiple of eight.
+    ///
+    /// # Safety
+    /// The row has them, and the processor has AVX2.
+    unsafe fn load_256(row: *const u8, at: usize) -> __m256;
+
+    /// The first `n` values, fewer than eight, of those from `at` on.
+    ///
+    /// # Safety
+    /// As [`load_256`](Self::load_256), for those values.
+    unsafe fn load_few_256(row: *const u8, at: usize, n: usize) -> __m256;
+}
+
+struct F32;
+struct F16;
+struct Q8;
+
+impl Stored for F32 {
+    #[inline(always)]
+    fn row_bytes(width: usize) -> usize {
+        4 * width
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]
+    unsafe fn load_512(row: *const u8, at: usize, mask: __mmask16) -> __m512 {
+        // SAFETY: the caller's promise.
+        unsafe { _mm512_maskz_loadu_ps(mask, row.cast::<f32>().add(at)) }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn load_256(row: *const u8, at: usize) -> __m256 {
+        // SAFETY: the caller's promise.
+        unsafe { _mm256_loadu_ps(row.cast::<f32>().add(at)) }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn load_few_256(row: *const u8, at: usize, n: usize) -> __m256 {
+        // SAFETY: the caller's promise.
+        unsafe { _mm256_maskload_ps(row.cast::<f32>().add(at), first_lanes(n)) }
+    }
+}
+
+impl Stored for F16 {
+    #[inline(always)]
+    fn row_bytes(width: usize) -> usize {
+        2 * width
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]
+    unsafe fn load_512(row: *const u8, at: usize, mask: __mmask16) -> __m512 {
+        // SAFETY: the caller's promise.
+        unsafe { _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, row.cast::<i16>().add(at))) }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn load_256(row: *const u8, at: usize) -> __m256 {
+        // SAFETY: the caller's promise.
+        unsafe { _mm256_cvtph_ps(_mm_loadu_si128(row.cast::<i16>().add(at).cast())) }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn load_few_256(row: *const u8, at: usize, n: usize) -> __m256 {
+        let mut few = [0i16; 8];
+        // SAFETY: the row has `n` values, and there is room for eight.
+        unsafe {
+            std::ptr::copy_nonoverlapping(row.cast::<i16>().add(at), few.as_mut_ptr(), n);
+            _mm256_cvtph_ps(_mm_loadu_si128(few.as_ptr().cast()))
+        }
+    }
+}
+
+impl Q8 {
+    /// Where the code of a value is, and the scale of its block.
+    ///
+    /// # Safety
+    /// The row has it, and the processor has the instructions.
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn find(row: *const u8, at: usize) -> (*const i8, __m128) {
+        // SAFETY: a block's scale is before its codes.
+        unsafe {
+            let block = row.add(at / BLOCK * (BLOCK + 2));
+            let scale = i32::from(block.cast::<i16>().read_unaligned());
+            (block.add(2 + at % BLOCK).cast(), _mm_cvtph_ps(_mm_cvtsi32_si128(scale)))
+        }
+    }
+}
+
+impl Stored for Q8 {
+    #[inline(always)]
+    fn row_bytes(width: usize) -> usize {
+        q8_row_bytes(width)
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]
+    unsafe fn load_512(row: *const u8, at: usize, mask: __mmask16) -> __m512 {
+        // SAFETY: the caller's promise; 16 values from a multiple of 16 on are of one block.
+        unsafe {
+            let (codes, scale) = Self::find(row, at);
+            let codes = _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(mask, codes));
+            _mm512_mul_ps(_mm512_broadcastss_ps(scale), _mm512_cvtepi32_ps(codes))
+        }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn load_256(row: *const u8, at: usize) -> __m256 {
+        // SAFETY: the caller's promise; eight values from a multiple of eight on are of one block.
+        unsafe {
+            let (codes, scale) = Self::find(row, at);
+            let codes = _mm256_cvtepi8_epi32(_mm_loadl_epi64(codes.cast()));
+            _mm256_mul_ps(_mm256_broadcastss_ps(scale), _mm256_cvtepi32_ps(codes))
+        }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn load_few_256(row: *const u8, at: usize, n: usize) -> __m256 {
+        let mut few = [0i8; 8];
+        // SAFETY: the row has `n` values, and there is room for eight.
+        unsafe {
+            let (codes, scale) = Self::find(row, at);
+            std::ptr::copy_nonoverlapping(codes, few.as_mut_ptr(), n);
+            let codes = _mm256_cvtepi8_epi32(_mm_loadl_epi64(few.as_ptr().cast()));
+            _mm256_mul_ps(_mm256_broadcastss_ps(scale), _mm256_cvtepi32_ps(codes))
+        }
+    }
 }
 
 /// # Safety
@@ -48,16 +215,31 @@ macro_rules! in_groups {
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]
 pub(in crate::kernels) unsafe fn dots_avx512(
     queries: &[f32],
-    rows: &[f32],
+    rows: StoredRows<'_>,
     width: usize,
     scores: &mut [f32],
     stride: usize,
 ) {
-    let (q, s, n_rows) = (queries.as_ptr(), scores.as_mut_ptr(), rows.len() / width);
+    // SAFETY: the caller's promise.
+    unsafe { as_stored!(rows, stored_dots_512, rows.count(width), queries, width, scores, stride) }
+}
+
+/// # Safety
+/// As [`dots_avx512`], `rows` being `n_rows` rows stored so.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]
+unsafe fn stored_dots_512<R: Stored>(
+    rows: *const u8,
+    n_rows: usize,
+    queries: &[f32],
+    width: usize,
+    scores: &mut [f32],
+    stride: usize,
+) {
+    let (q, s) = (queries.as_ptr(), scores.as_mut_ptr());
     // SAFETY: the caller's promise.
     unsafe {
-        in_groups!(queries.len() / width, dots_512, [1 2 3], 4, |at| (
-            q.add(at * width), rows.as_ptr(), n_rows, width, s.add(at * stride), stride
+        in_groups!(queries.len() / width, dots_512, R, [1 2 3], 4, |at| (
+            q.add(at * width), rows, n_rows, width, s.add(at * stride), stride
         ));
     }
 }
@@ -66,9 +248,9 @@ pub(in crate::kernels) unsafe fn dots_avx512(
 /// As [`dots_avx512`], for `N` queries.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]
-unsafe fn dots_512<const N: usize>(
+unsafe fn dots_512<R: Stored, const N: usize>(
     queries: *const f32,
-    rows: *const f32,
+    rows: *const u8,
     n_rows: usize,
     width: usize,
     scores: *mut f32,
@@ -85,15 +267,15 @@ unsafe fn dots_512<const N: usize>(
             // A row that is missing is the last one again.
             let mut row = [rows; ROWS];
             for (i, row) in row.iter_mut().enumerate() {
-                *row = rows.add((r + i.min(left - 1)) * width);
+                *row = rows.add((r + i.min(left - 1)) * R::row_bytes(width));
             }
             let mut at = 0;
             while at + 16 <= width {
-                step_512(queries, width, row, at, 0xffff, &mut sums);
+                step_512::<R, N>(queries, width, row, at, 0xffff, &mut sums);
                 at += 16;
             }
             if at < width {
-                step_512(queries, width, row, at, last, &mut sums);
+                step_512::<R, N>(queries, width, row, at, last, &mut sums);
             }
             for (n, sums) in sums.into_iter().enumerate() {
                 let four = add_lanes_512(sums);
@@ -110,10 +292,10 @@ unsafe fn dots_512<const N: usize>(
 /// As [`dots_512`], for the columns from `at` on that `mask` names.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]
-unsafe fn step_512<const N: usize>(
+unsafe fn step_512<R: Stored, const N: usize>(
     queries: *const f32,
     width: usize,
-    rows: [*const f32; ROWS],
+    rows: [*const u8; ROWS],
     at: usize,
     mask: __mmask16,
     sums: &mut [[__m512; ROWS]; N],
@@ -122,7 +304,7 @@ unsafe fn step_512<const N: usize>(
     unsafe {
         let mut row = [_mm512_setzero_ps(); ROWS];
         for (row, from) in row.iter_mut().zip(rows) {
-            *row = _mm512_maskz_loadu_ps(mask, from.add(at));
+            *row = R::load_512(from, at, mask);
         }
         for (n, sums) in sums.iter_mut().enumerate() {
             let query = _mm512_maskz_loadu_ps(mask, queries.add(n * width + at));
@@ -152,16 +334,32 @@ fn add_lanes_512([a, b, c, d]: [__m512; ROWS]) -> __m128 {
 pub(in crate::kernels) unsafe fn mix_avx512(
     weights: &[f32],
     stride: usize,
-    rows: &[f32],
+    rows: StoredRows<'_>,
     width: usize,
     out: &mut [f32],
     out_width: usize,
 ) {
-    let (w, to, n_rows) = (weights.as_ptr(), out.as_mut_ptr(), rows.len() / width);
+    // SAFETY: the caller's promise.
+    unsafe { as_stored!(rows, stored_mix_512, rows.count(width), weights, stride, width, out, out_width) }
+}
+
+/// # Safety
+/// As [`mix_avx512`], `rows` being `n_rows` rows stored so.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]
+unsafe fn stored_mix_512<R: Stored>(
+    rows: *const u8,
+    n_rows: usize,
+    weights: &[f32],
+    stride: usize,
+    width: usize,
+    out: &mut [f32],
+    out_width: usize,
+) {
+    let (w, to) = (weights.as_ptr(), out.as_mut_ptr());
     // SAFETY: the caller's promise.
     unsafe {
-        in_groups!(out.len() / out_width, mix_512, [1 2 3], 4, |at| (
-            w.add(at * stride), stride, rows.as_ptr(), n_rows, width, to.add(at * out_width), out_width
+        in_groups!(out.len() / out_width, mix_512, R, [1 2 3], 4, |at| (
+            w.add(at * stride), stride, rows, n_rows, width, to.add(at * out_width), out_width
         ));
     }
 }
@@ -170,10 +368,10 @@ pub(in crate::kernels) unsafe fn mix_avx512(
 /// As [`mix_avx512`], for `N` rows of `out`.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]
-unsafe fn mix_512<const N: usize>(
+unsafe fn mix_512<R: Stored, const N: usize>(
     weights: *const f32,
     stride: usize,
-    rows: *const f32,
+    rows: *const u8,
     n_rows: usize,
     width: usize,
     out: *mut f32,
@@ -183,32 +381,33 @@ unsafe fn mix_512<const N: usize>(
     // SAFETY: columns below `out_width` of rows that are as wide or wider.
     unsafe {
         while at + 64 <= out_width {
-            columns_512::<N, 4>(weights, stride, rows.add(at), n_rows, width, out.add(at), out_width, 0xffff);
+            columns_512::<R, N, 4>(weights, stride, rows, n_rows, width, out, out_width, at, 0xffff);
             at += 64;
         }
         while at < out_width {
             let mask = ((1u32 << (out_width - at).min(16)) - 1) as __mmask16;
-            columns_512::<N, 1>(weights, stride, rows.add(at), n_rows, width, out.add(at), out_width, mask);
+            columns_512::<R, N, 1>(weights, stride, rows, n_rows, width, out, out_width, at, mask);
             at += 16;
         }
     }
 }
 
-/// `C` registers of columns, masked alike.
+/// `C` registers of columns from `at` on, masked alike.
 ///
 /// # Safety
 /// As [`mix_512`], for these columns.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]
 #[allow(clippy::too_many_arguments, reason = "pointers with their strides")]
-unsafe fn columns_512<const N: usize, const C: usize>(
+unsafe fn columns_512<R: Stored, const N: usize, const C: usize>(
     weights: *const f32,
     stride: usize,
-    rows: *const f32,
+    rows: *const u8,
     n_rows: usize,
     width: usize,
     out: *mut f32,
     out_width: usize,
+    at: usize,
     mask: __mmask16,
 ) {
     // SAFETY: the caller's promise.
@@ -216,13 +415,13 @@ unsafe fn columns_512<const N: usize, const C: usize>(
         let mut sums = [[_mm512_setzero_ps(); C]; N];
         for (n, sums) in sums.iter_mut().enumerate() {
             for (c, sum) in sums.iter_mut().enumerate() {
-                *sum = _mm512_maskz_loadu_ps(mask, out.add(n * out_width + 16 * c));
+                *sum = _mm512_maskz_loadu_ps(mask, out.add(n * out_width + at + 16 * c));
             }
         }
         for r in 0..n_rows {
             let mut row = [_mm512_setzero_ps(); C];
             for (c, row) in row.iter_mut().enumerate() {
-                *row = _mm512_maskz_loadu_ps(mask, rows.add(r * width + 16 * c));
+                *row = R::load_512(rows.add(r * R::row_bytes(width)), at + 16 * c, mask);
             }
             for (n, sums) in sums.iter_mut().enumerate() {
                 let weight = _mm512_set1_ps(*weights.add(n * stride + r));
@@ -233,7 +432,7 @@ unsafe fn columns_512<const N: usize, const C: usize>(
         }
         for (n, sums) in sums.into_iter().enumerate() {
             for (c, sum) in sums.into_iter().enumerate() {
-                _mm512_mask_storeu_ps(out.add(n * out_width + 16 * c), mask, sum);
+                _mm512_mask_storeu_ps(out.add(n * out_width + at + 16 * c), mask, sum);
             }
         }
     }
@@ -251,17 +450,32 @@ fn first_lanes(n: usize) -> __m256i {
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(in crate::kernels) unsafe fn dots_avx2(
     queries: &[f32],
-    rows: &[f32],
+    rows: StoredRows<'_>,
     width: usize,
     scores: &mut [f32],
     stride: usize,
 ) {
-    let (q, s, n_rows) = (queries.as_ptr(), scores.as_mut_ptr(), rows.len() / width);
+    // SAFETY: the caller's promise.
+    unsafe { as_stored!(rows, stored_dots_256, rows.count(width), queries, width, scores, stride) }
+}
+
+/// # Safety
+/// As [`dots_avx512`], `rows` being `n_rows` rows stored so.
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn stored_dots_256<R: Stored>(
+    rows: *const u8,
+    n_rows: usize,
+    queries: &[f32],
+    width: usize,
+    scores: &mut [f32],
+    stride: usize,
+) {
+    let (q, s) = (queries.as_ptr(), scores.as_mut_ptr());
     // SAFETY: the caller's promise.
     unsafe {
-        in_groups!(queries.len() / width, dots_256, [1], 2, |at| (
+        in_groups!(queries.len() / width, dots_256, R, [1], 2, |at| (
             q.add(at * width),
-            rows.as_ptr(),
+            rows,
             n_rows,
             width,
             s.add(at * stride),
@@ -274,15 +488,14 @@ pub(in crate::kernels) unsafe fn dots_avx2(
 /// As [`dots_avx512`], for `N` queries.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn dots_256<const N: usize>(
+unsafe fn dots_256<R: Stored, const N: usize>(
     queries: *const f32,
-    rows: *const f32,
+    rows: *const u8,
     n_rows: usize,
     width: usize,
     scores: *mut f32,
     stride: usize,
 ) {
-    let last = first_lanes(width % 8);
     let mut r = 0;
     while r < n_rows {
         let left = (n_rows - r).min(ROWS);
@@ -292,15 +505,15 @@ unsafe fn dots_256<const N: usize>(
         unsafe {
             let mut row = [rows; ROWS];
             for (i, row) in row.iter_mut().enumerate() {
-                *row = rows.add((r + i.min(left - 1)) * width);
+                *row = rows.add((r + i.min(left - 1)) * R::row_bytes(width));
             }
             let mut at = 0;
             while at + 8 <= width {
-                step_256::<N, false>(queries, width, row, at, last, &mut sums);
+                step_256::<R, N>(queries, width, row, at, 8, &mut sums);
                 at += 8;
             }
             if at < width {
-                step_256::<N, true>(queries, width, row, at, last, &mut sums);
+                step_256::<R, N>(queries, width, row, at, width - at, &mut sums);
             }
             for (n, sums) in sums.into_iter().enumerate() {
                 let four = add_lanes_256(sums);
@@ -316,39 +529,29 @@ unsafe fn dots_256<const N: usize>(
     }
 }
 
-/// Eight values, or those that `mask` names.
-///
-/// # Safety
-/// They can be read, and the processor has the instructions.
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn load_256<const MASKED: bool>(from: *const f32, mask: __m256i) -> __m256 {
-    // SAFETY: the caller's promise.
-    unsafe { if MASKED { _mm256_maskload_ps(from, mask) } else { _mm256_loadu_ps(from) } }
-}
-
-/// Multiplies eight columns or, masked, fewer of four rows with `N` queries.
+/// Multiplies `n` columns, eight at most, of four rows with `N` queries.
 ///
 /// # Safety
 /// As [`dots_256`], for the columns from `at` on.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn step_256<const N: usize, const MASKED: bool>(
+unsafe fn step_256<R: Stored, const N: usize>(
     queries: *const f32,
     width: usize,
-    rows: [*const f32; ROWS],
+    rows: [*const u8; ROWS],
     at: usize,
-    mask: __m256i,
+    n: usize,
     sums: &mut [[__m256; ROWS]; N],
 ) {
     // SAFETY: the caller's promise.
     unsafe {
         let mut row = [_mm256_setzero_ps(); ROWS];
         for (row, from) in row.iter_mut().zip(rows) {
-            *row = load_256::<MASKED>(from.add(at), mask);
+            *row = if n == 8 { R::load_256(from, at) } else { R::load_few_256(from, at, n) };
         }
-        for (n, sums) in sums.iter_mut().enumerate() {
-            let query = load_256::<MASKED>(queries.add(n * width + at), mask);
+        for (q, sums) in sums.iter_mut().enumerate() {
+            let query = queries.add(q * width).cast();
+            let query = if n == 8 { F32::load_256(query, at) } else { F32::load_few_256(query, at, n) };
             for (sum, row) in sums.iter_mut().zip(row) {
                 *sum = _mm256_fmadd_ps(query, row, *sum);
             }
@@ -373,18 +576,34 @@ fn add_lanes_256([a, b, c, d]: [__m256; ROWS]) -> __m128 {
 pub(in crate::kernels) unsafe fn mix_avx2(
     weights: &[f32],
     stride: usize,
-    rows: &[f32],
+    rows: StoredRows<'_>,
     width: usize,
     out: &mut [f32],
     out_width: usize,
 ) {
-    let (w, to, n_rows) = (weights.as_ptr(), out.as_mut_ptr(), rows.len() / width);
+    // SAFETY: the caller's promise.
+    unsafe { as_stored!(rows, stored_mix_256, rows.count(width), weights, stride, width, out, out_width) }
+}
+
+/// # Safety
+/// As [`mix_avx512`], `rows` being `n_rows` rows stored so.
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn stored_mix_256<R: Stored>(
+    rows: *const u8,
+    n_rows: usize,
+    weights: &[f32],
+    stride: usize,
+    width: usize,
+    out: &mut [f32],
+    out_width: usize,
+) {
+    let (w, to) = (weights.as_ptr(), out.as_mut_ptr());
     // SAFETY: the caller's promise.
     unsafe {
-        in_groups!(out.len() / out_width, mix_256, [1], 2, |at| (
+        in_groups!(out.len() / out_width, mix_256, R, [1], 2, |at| (
             w.add(at * stride),
             stride,
-            rows.as_ptr(),
+            rows,
             n_rows,
             width,
             to.add(at * out_width),
@@ -397,10 +616,10 @@ pub(in crate::kernels) unsafe fn mix_avx2(
 /// As [`mix_avx512`], for `N` rows of `out`.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn mix_256<const N: usize>(
+unsafe fn mix_256<R: Stored, const N: usize>(
     weights: *const f32,
     stride: usize,
-    rows: *const f32,
+    rows: *const u8,
     n_rows: usize,
     width: usize,
     out: *mut f32,
@@ -410,59 +629,63 @@ unsafe fn mix_256<const N: usize>(
     // SAFETY: columns below `out_width` of rows that are as wide or wider.
     unsafe {
         while at + 32 <= out_width {
-            let all = first_lanes(8);
-            columns_256::<N, 4, false>(weights, stride, rows.add(at), n_rows, width, out.add(at), out_width, all);
+            columns_256::<R, N, 4>(weights, stride, rows, n_rows, width, out, out_width, at, 8);
             at += 32;
         }
         while at < out_width {
-            let mask = first_lanes(out_width - at);
-            columns_256::<N, 1, true>(weights, stride, rows.add(at), n_rows, width, out.add(at), out_width, mask);
+            let n = (out_width - at).min(8);
+            columns_256::<R, N, 1>(weights, stride, rows, n_rows, width, out, out_width, at, n);
             at += 8;
         }
     }
 }
 
-/// `C` registers of columns, masked alike if at all.
+/// `C` registers of columns from `at` on, of `n` lanes each.
 ///
 /// # Safety
 /// As [`mix_256`], for these columns.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 #[allow(clippy::too_many_arguments, reason = "pointers with their strides")]
-unsafe fn columns_256<const N: usize, const C: usize, const MASKED: bool>(
+unsafe fn columns_256<R: Stored, const N: usize, const C: usize>(
     weights: *const f32,
     stride: usize,
-    rows: *const f32,
+    rows: *const u8,
     n_rows: usize,
     width: usize,
     out: *mut f32,
     out_width: usize,
-    mask: __m256i,
+    at: usize,
+    n: usize,
 ) {
     // SAFETY: the caller's promise.
     unsafe {
         let mut sums = [[_mm256_setzero_ps(); C]; N];
-        for (n, sums) in sums.iter_mut().enumerate() {
+        for (q, sums) in sums.iter_mut().enumerate() {
+            let out = out.add(q * out_width).cast::<u8>();
             for (c, sum) in sums.iter_mut().enumerate() {
-                *sum = load_256::<MASKED>(out.add(n * out_width + 8 * c), mask);
+                let at = at + 8 * c;
+                *sum = if n == 8 { F32::load_256(out, at) } else { F32::load_few_256(out, at, n) };
             }
         }
         for r in 0..n_rows {
+            let from = rows.add(r * R::row_bytes(width));
             let mut row = [_mm256_setzero_ps(); C];
             for (c, row) in row.iter_mut().enumerate() {
-                *row = load_256::<MASKED>(rows.add(r * width + 8 * c), mask);
+                let at = at + 8 * c;
+                *row = if n == 8 { R::load_256(from, at) } else { R::load_few_256(from, at, n) };
             }
-            for (n, sums) in sums.iter_mut().enumerate() {
-                let weight = _mm256_set1_ps(*weights.add(n * stride + r));
+            for (q, sums) in sums.iter_mut().enumerate() {
+                let weight = _mm256_set1_ps(*weights.add(q * stride + r));
                 for (sum, row) in sums.iter_mut().zip(row) {
                     *sum = _mm256_fmadd_ps(weight, row, *sum);
                 }
             }
         }
-        for (n, sums) in sums.into_iter().enumerate() {
+        for (q, sums) in sums.into_iter().enumerate() {
             for (c, sum) in sums.into_iter().enumerate() {
-                let to = out.add(n * out_width + 8 * c);
-                if MASKED { _mm256_maskstore_ps(to, mask, sum) } else { _mm256_storeu_ps(to, sum) }
+                let to = out.add(q * out_width + at + 8 * c);
+                if n == 8 { _mm256_storeu_ps(to, sum) } else { _mm256_maskstore_ps(to, first_lanes(n), sum) }
             }
         }
     }
