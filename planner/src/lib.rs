@@ -22,3 +22,4 @@ pub mod report;
 pub mod session;
 pub mod solve;
 pub mod trial;
+pub mod whatif;
