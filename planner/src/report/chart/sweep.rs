@@ -18,13 +18,13 @@ pub(in crate::report) fn chart(curve: &Curve) -> Chart {
     let knee = curve.knee.and_then(|knee| fit.iter().find(|p| p.0 == knee));
     let title = match (knee, fit.first(), fit.last()) {
         (Some(knee), ..) => format!(
-            "{} of {} bring {} tokens a second; more brings less",
+            "{} of {} bring {} tokens a second, predicted; more brings less",
             size(knee.1, unit, scale),
             curve.tier,
             sig3(knee.2[0])
         ),
         (None, Some(first), Some(last)) if fit.len() > 1 => format!(
-            "From {} to {} of {}: {} to {} tokens a second",
+            "From {} to {} of {}: {} to {} tokens a second, predicted",
             size(first.1, unit, scale),
             size(last.1, unit, scale),
             curve.tier,
@@ -61,7 +61,7 @@ pub(in crate::report) fn chart(curve: &Curve) -> Chart {
     scene.text(x0, bottom + 38.0, 13.0, Anchor::Start, Ink::Muted, format!("{} in {unit}", curve.tier));
     for (_, bytes, [_, low, high]) in &fit {
         let ((x, y0), (_, y1)) = (at(*bytes, *low), at(*bytes, *high));
-        scene.rect(x - 3.0, y1, 6.0, (y0 - y1).max(1.0), Ink::Grid);
+        scene.rect(x - 2.0, y1, 4.0, (y0 - y1).max(1.0), Ink::Axis);
     }
     scene.path(fit.iter().map(|(_, bytes, s)| at(*bytes, s[0])).collect(), 2.5, Ink::Predicted);
     for (_, bytes, [speed, ..]) in &fit {
@@ -110,7 +110,11 @@ mod tests {
     #[test]
     fn any_sweep_is_drawn_without_faults() {
         for (speeds, knee, words) in [
-            (vec![None, Some(1.0), Some(2.0), Some(2.1)], Some(2), "192 GiB of dram bring 2.00 tokens a second"),
+            (
+                vec![None, Some(1.0), Some(2.0), Some(2.1)],
+                Some(2),
+                "192 GiB of dram bring 2.00 tokens a second, predicted",
+            ),
             (vec![Some(1.0), Some(2.0)], None, "From 64.0 GiB to 128 GiB of dram: 1.00 to 2.00"),
             (vec![None, None], None, "No size of dram"),
             ((0..64).map(|i| Some(f64::from(i) * 1e3)).collect(), None, "tokens a second"),
