@@ -62,6 +62,7 @@ fn machine() -> Machine {
         ],
         layer_overhead_us: 50.0,
         token_overhead_us: 500.0,
+        extras: Default::default(),
         id: id("bench"),
     }
 }

@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use std::path::Path;
 use tier_plan_runtime::exec::budget::{Budgeted, Fixed, buffer_bytes, lines, machine_tiers, within};
 use tier_plan_runtime::exec::plan::obvious;
-use tier_plan_runtime::formats::machine::Machine;
+use tier_plan_runtime::formats::machine::{Extras, Machine};
 use tier_plan_runtime::formats::placement::{Placement, Prediction};
 use tier_plan_runtime::formats::{SourceId, profile};
 use tier_plan_runtime::gguf::Gguf;
@@ -124,6 +124,7 @@ fn with_profile(model: Model<'_>, path: &Path, fixed: &Fixed, opening: &Opening<
         tiers: machine_tiers(room, experts).to_vec(),
         layer_overhead_us: 0.0,
         token_overhead_us: 0.0,
+        extras: Extras::default(),
     };
     let inputs =
         Inputs { shape, profile: Some(&profile), machine: &machine, budgets: vec![counted, experts], context, kv_type };

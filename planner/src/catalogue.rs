@@ -25,15 +25,26 @@ const MODELS: &[(&str, &str)] = &[
     ("llama-3.1-405b", include_str!("../../profiles/models/llama-3.1-405b.toml")),
     ("mixtral-8x22b", include_str!("../../profiles/models/mixtral-8x22b.toml")),
     ("mixtral-8x7b", include_str!("../../profiles/models/mixtral-8x7b.toml")),
+    ("moe-10t", include_str!("../../profiles/models/moe-10t.toml")),
     ("qwen3-235b-a22b", include_str!("../../profiles/models/qwen3-235b-a22b.toml")),
     ("qwen3-30b-a3b", include_str!("../../profiles/models/qwen3-30b-a3b.toml")),
 ];
 
 /// `(name, text)` of every machine.
 const MACHINES: &[(&str, &str)] = &[
+    ("article-4090x4", include_str!("../../profiles/machines/article-4090x4.toml")),
+    ("article-a100-80", include_str!("../../profiles/machines/article-a100-80.toml")),
+    ("article-cxl-4tb", include_str!("../../profiles/machines/article-cxl-4tb.toml")),
+    ("article-h100x8", include_str!("../../profiles/machines/article-h100x8.toml")),
+    ("article-optane-4090", include_str!("../../profiles/machines/article-optane-4090.toml")),
+    ("ddr4-8ch-5090", include_str!("../../profiles/machines/ddr4-8ch-5090.toml")),
     ("demo-emulated", include_str!("../../profiles/machines/demo-emulated.toml")),
     ("desktop-4090-ddr5-nvme", include_str!("../../profiles/machines/desktop-4090-ddr5-nvme.toml")),
+    ("desktop-5090-gen5", include_str!("../../profiles/machines/desktop-5090-gen5.toml")),
+    ("epyc-9965", include_str!("../../profiles/machines/epyc-9965.toml")),
     ("optane-768", include_str!("../../profiles/machines/optane-768.toml")),
+    ("vm-2core-avx512", include_str!("../../profiles/machines/vm-2core-avx512.toml")),
+    ("xeon-8480x2-4090", include_str!("../../profiles/machines/xeon-8480x2-4090.toml")),
 ];
 
 /// The quantisation of a shape where none is asked for.
@@ -195,7 +206,7 @@ mod tests {
         refused("no-such.gguf", Some("q2_k"), "is a model file, whose tensors have their types");
         let error = machine(Path::new("cray-1")).unwrap_err().to_string();
         assert!(
-            error.contains("no machine of that name; machines that come with the program: demo-emulated"),
+            error.contains("no machine of that name; machines that come with the program: article-4090x4"),
             "{error}"
         );
     }

@@ -24,6 +24,8 @@ pub enum Command {
     Profile(ProfileArgs),
     /// Find where every tensor should live, and write placement.toml
     Solve(SolveArgs),
+    /// Predict what a model would do on a machine, without either
+    WhatIf(WhatIfArgs),
     /// Generate text, from a plan if one is given
     Run(RunArgs),
     /// Put several plans or run records side by side in a report of charts and tables
@@ -149,6 +151,47 @@ pub struct SolveArgs {
     pub baselines: Option<PathBuf>,
     /// Stop improving after this many seconds
     #[arg(long, default_value_t = 10.0)]
+    pub time_limit: f64,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `what-if`.
+#[derive(Debug, Args)]
+pub struct WhatIfArgs {
+    /// A shape by name (kimi-k2.5) or file (.toml), or a GGUF file
+    #[arg(long)]
+    pub model: PathBuf,
+    /// Of a shape: the quantisation, q4_k_m when not given
+    #[arg(long, value_name = "NAME")]
+    pub quant: Option<String>,
+    /// A machine by name (optane-768) or file; may be given several times
+    #[arg(short, long, required = true)]
+    pub machine: Vec<PathBuf>,
+    /// How the experts are used; without it, the range over three supposed kinds of routing
+    #[arg(short, long)]
+    pub profile: Option<PathBuf>,
+    /// Context length to plan the key and value cache for
+    #[arg(long, default_value_t = 4096)]
+    pub context: u32,
+    /// Budget of a tier, as NAME=SIZE (`vram=11GiB`); the tier's capacity when not given
+    #[arg(short, long, value_name = "TIER=SIZE")]
+    pub budget: Vec<String>,
+    /// Budget of the tier named vram
+    #[arg(long, value_name = "SIZE")]
+    pub vram: Option<String>,
+    /// Budget of the tier named dram
+    #[arg(long, value_name = "SIZE")]
+    pub dram: Option<String>,
+    /// Ask for a tier of one size after another, like dram=64GiB..512GiB:8
+    #[arg(long, value_name = "TIER=FROM..TO[:STEPS]")]
+    pub sweep: Option<String>,
+    /// Of a sweep: a folder for its table and chart
+    #[arg(short, long, value_name = "FOLDER")]
+    pub output: Option<PathBuf>,
+    /// Stop improving a plan after this many seconds
+    #[arg(long, default_value_t = 3.0)]
     pub time_limit: f64,
     /// Print JSON
     #[arg(long)]

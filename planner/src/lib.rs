@@ -23,3 +23,4 @@ pub mod report;
 pub mod session;
 pub mod solve;
 pub mod trial;
+pub mod whatif;

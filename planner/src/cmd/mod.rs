@@ -11,6 +11,7 @@ pub mod profile;
 pub mod run;
 pub mod solve;
 pub mod tokenize;
+pub mod what_if;
 
 use crate::cli::Command;
 use anyhow::Result;
@@ -27,6 +28,7 @@ pub fn dispatch(command: Command) -> Result<()> {
         Command::Logits(args) => logits::run(&args),
         Command::Perplexity(args) => perplexity::run(&args),
         Command::Tokenize(args) => tokenize::run(&args),
+        Command::WhatIf(args) => what_if::run(&args),
         Command::Demo(args) => demo::run(&args),
     }
 }

@@ -4,7 +4,7 @@ use super::profile::skew_json;
 use crate::catalogue;
 use crate::cli::SolveArgs;
 use crate::profile::stats::{Skew, skews};
-use crate::solve::{Inputs, Options, Solved, solve_all};
+use crate::solve::{Inputs, Options, Solved, solve_all, time_limit};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 use std::fs;
@@ -19,7 +19,7 @@ pub fn run(args: &SolveArgs) -> Result<()> {
     let machine = catalogue::machine(&args.machine)?;
     ensure!(args.context > 0, "--context 0 holds no text; give 1 or more");
     let options = Options { strategy: args.strategy, time_limit_s: time_limit(args.time_limit)? };
-    let budgets = budgets(args, &machine)?;
+    let budgets = budgets(&args.budget, args.vram.as_deref(), args.dram.as_deref(), &machine)?;
     let known = catalogue::model(&args.model, args.quant.as_deref())?;
     let shape = &known.sizes;
     let profile = args.profile.as_deref().map(profile::read).transpose()?;
@@ -59,24 +59,16 @@ pub fn run(args: &SolveArgs) -> Result<()> {
     Ok(())
 }
 
-fn time_limit(seconds: f64) -> Result<f64> {
-    ensure!(
-        seconds.is_finite() && (0.0..=1e6).contains(&seconds),
-        "--time-limit {seconds}: give seconds between 0 and a million"
-    );
-    Ok(seconds)
-}
-
 /// Bytes the plan may use of each tier.
-fn budgets(args: &SolveArgs, machine: &Machine) -> Result<Vec<u64>> {
+pub(super) fn budgets(flags: &[String], vram: Option<&str>, dram: Option<&str>, machine: &Machine) -> Result<Vec<u64>> {
     let mut asked: Vec<(String, &str, String)> = Vec::new();
-    for text in &args.budget {
+    for text in flags {
         let Some((name, size)) = text.split_once('=') else {
             bail!("--budget {text}: write TIER=SIZE, like dram=11GiB");
         };
         asked.push((name.trim().to_string(), size, format!("--budget {text}")));
     }
-    for (name, size) in [("vram", &args.vram), ("dram", &args.dram)] {
+    for (name, size) in [("vram", vram), ("dram", dram)] {
         if let Some(size) = size {
             asked.push((name.to_string(), size, format!("--{name} {size}")));
         }
@@ -243,11 +235,12 @@ mod tests {
             tiers: vec![tier("dram", TierKind::Dram, 1 << 30), tier("slow", TierKind::Nvme, 1 << 40)],
             layer_overhead_us: 0.0,
             token_overhead_us: 0.0,
+            extras: Default::default(),
             id: SourceId { name: "m".to_string(), hash: String::new() },
         };
         let line = [&["tier-plan", "solve", "model.gguf", "-m", "machine.toml"], flags].concat();
         match Cli::try_parse_from(line)?.command {
-            Command::Solve(args) => budgets(&args, &machine),
+            Command::Solve(args) => budgets(&args.budget, args.vram.as_deref(), args.dram.as_deref(), &machine),
             _ => bail!("not solve"),
         }
     }

@@ -6,6 +6,7 @@
 pub mod collect;
 pub mod drawn;
 pub mod imatrix;
+pub mod pattern;
 pub mod prompts;
 pub mod stats;
 pub mod synthetic;
@@ -37,6 +38,8 @@ pub struct LayerEvidence {
     pub prompt_share: Vec<f64>,
     /// What plans are judged on.
     pub judged: Judged,
+    /// Layers of one class are known to be used alike: all of the above but the sizes is the same in each of them.
+    pub class: Option<u32>,
 }
 
 /// What is known of a model's routing: one entry for each layer with routed experts, ascending.
@@ -72,6 +75,7 @@ impl Evidence {
                     prompt_share: share.clone(),
                     share,
                     judged: Judged::Uniform,
+                    class: Some(0),
                 }
             })
             .collect();
@@ -130,6 +134,7 @@ impl Evidence {
                     prompt_share: trace.prompt_share().unwrap_or_else(|| trace.decode_share()),
                     share,
                     judged: Judged::Recorded(trace),
+                    class: None,
                 }
             })
             .collect();
@@ -156,6 +161,7 @@ impl Evidence {
                     prompt_share: share.clone(),
                     share,
                     judged: Judged::Recorded(trace),
+                    class: None,
                 }
             })
             .collect();

@@ -112,6 +112,43 @@ pub fn from_records(records: Vec<RunRecord>) -> Report {
     report
 }
 
+/// Predicted speed against the size of a tier.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Curve {
+    /// The model.
+    pub model: String,
+    /// The machine.
+    pub machine: String,
+    /// The tier.
+    pub tier: String,
+    /// The machine has emulated tiers.
+    pub emulated: bool,
+    /// By rising size in bytes: tokens a second in the middle, at least and at most; none where nothing fits.
+    pub points: Vec<(u64, Option<[f64; 3]>)>,
+    /// The point where the curve bends.
+    pub knee: Option<usize>,
+}
+
+/// A chart as files.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Drawn {
+    /// The picture, a file of its own.
+    pub svg: String,
+    /// Its numbers.
+    pub csv: String,
+}
+
+/// Draws a curve.
+///
+/// # Errors
+/// When the bundled fonts cannot be read or the picture cannot be drawn.
+pub fn draw_curve(curve: &Curve) -> Result<Drawn> {
+    scene::check_fonts()?;
+    let chart = chart::sweep::chart(curve);
+    let svg = chart.scene.svg(&chart.title)?;
+    Ok(Drawn { svg: html::standalone_svg(&svg), csv: chart.data.to_csv() })
+}
+
 /// The finding in plain sentences: which plan is fastest, by how much at which bytes, how right the prediction was.
 pub fn headline(report: &Report) -> Vec<String> {
     view::Overview::new(report).headline()

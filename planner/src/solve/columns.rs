@@ -10,7 +10,7 @@ use super::room::{MAX_FAST, Room};
 use crate::cost::{self, ExpertStage, outcomes, read_s, stage_mean_s};
 use crate::profile::{Evidence, Judged, LayerEvidence};
 use crate::replay::{COLD, LayerTrace, Positions};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use tier_plan_runtime::formats::placement::{LayerPlacement, SlotPolicy, TierIdx};
 use tier_plan_runtime::model::shape::{DenseKind, ModelShape};
 
@@ -212,7 +212,16 @@ impl Grid {
         let slot_tiers = room.slot_tiers().len().max(1) as f64;
         let work = |points: usize| {
             let (mut events, mut columns) = (0.0, 0.0);
+            let mut seen = BTreeSet::new();
             for layer in &evidence.layers {
+                let key = (layer.shape.n_expert, layer.shape.n_used, layer.shape.expert_bytes);
+                // Alike layers share their configurations, which are made once.
+                if layer
+                    .class
+                    .is_some_and(|class| !matches!(layer.judged, Judged::Uniform) && !seen.insert((class, key)))
+                {
+                    continue;
+                }
                 let axis = points.min(layer.shape.n_expert as usize + 1) as f64;
                 // Non-decreasing sequences of `fast` cuts.
                 let cuts = (0..fast).fold(1.0, |n, at| n * (axis + at as f64) / (at as f64 + 1.0));
@@ -283,13 +292,13 @@ impl<'a> Maker<'a> {
     /// Layers that share their configurations, by position.
     fn alike(&self) -> Vec<Vec<usize>> {
         let mut alike: Vec<Vec<usize>> = Vec::new();
-        let mut uniform: BTreeMap<(u32, u32, u64), usize> = BTreeMap::new();
+        let mut classes: BTreeMap<(u32, u32, u32, u64), usize> = BTreeMap::new();
         for (at, layer) in self.evidence.layers.iter().enumerate() {
-            match layer.judged {
-                Judged::Recorded(_) => alike.push(vec![at]),
-                Judged::Uniform => {
-                    let key = (layer.shape.n_expert, layer.shape.n_used, layer.shape.expert_bytes);
-                    let place = *uniform.entry(key).or_insert_with(|| {
+            match layer.class {
+                None => alike.push(vec![at]),
+                Some(class) => {
+                    let key = (class, layer.shape.n_expert, layer.shape.n_used, layer.shape.expert_bytes);
+                    let place = *classes.entry(key).or_insert_with(|| {
                         alike.push(Vec::new());
                         alike.len() - 1
                     });

@@ -79,6 +79,18 @@ pub struct Options {
     pub time_limit_s: f64,
 }
 
+/// A `--time-limit` that makes sense.
+///
+/// # Errors
+/// When it is negative, or more than a million seconds.
+pub fn time_limit(seconds: f64) -> Result<f64> {
+    ensure!(
+        seconds.is_finite() && (0.0..=1e6).contains(&seconds),
+        "--time-limit {seconds}: give seconds between 0 and a million"
+    );
+    Ok(seconds)
+}
+
 /// A plan and what to compare it with.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Solved {
@@ -107,15 +119,29 @@ pub fn solve(inputs: &Inputs<'_>, options: &Options) -> Result<Placement> {
 /// When the budgets cannot hold what every plan needs, the profile is of another model, a number of the machine file
 /// makes no sense, or the rule that was asked for does not fit.
 pub fn solve_all(inputs: &Inputs<'_>, options: &Options) -> Result<Solved> {
+    solve_judged(inputs, &Evidence::new(inputs.shape, inputs.profile)?, options)
+}
+
+/// The same for evidence that is at hand; the profile of the inputs is only named.
+///
+/// # Errors
+/// As [`solve_all`].
+pub fn solve_judged(inputs: &Inputs<'_>, evidence: &Evidence, options: &Options) -> Result<Solved> {
     let start = Instant::now();
-    let evidence = Evidence::new(inputs.shape, inputs.profile)?;
     let room = Room::new(inputs)?;
-    let planner = Planner { inputs, evidence: &evidence, room: &room };
+    let planner = Planner { inputs, evidence, room: &room };
     let mut notes = evidence.notes.clone();
+    let efficiency = inputs.machine.extras.efficiency;
+    if efficiency != 1.0 {
+        notes.push(format!(
+            "rates of the tiers that the CPU computes on are those of machine '{}' times its efficiency of {efficiency}",
+            inputs.machine.name
+        ));
+    }
     let mut drafts = Vec::new();
     let mut baselines = Vec::new();
     for rule in Rule::ALL {
-        if let Some(draft) = rules::draft(rule, inputs.shape, &evidence, &room) {
+        if let Some(draft) = rules::draft(rule, inputs.shape, evidence, &room) {
             baselines.push(planner.baseline(rule, &draft)?);
             drafts.push(draft);
         }
@@ -139,7 +165,7 @@ pub fn solve_all(inputs: &Inputs<'_>, options: &Options) -> Result<Solved> {
             planner.optimum(&drafts, &baselines, start, deadline, &mut notes)?
         }
     };
-    Ok(Solved { ceiling_hit_rate: ceiling_hit_rate(&plan, &evidence), plan, baselines, notes })
+    Ok(Solved { ceiling_hit_rate: ceiling_hit_rate(&plan, evidence), plan, baselines, notes })
 }
 
 /// See [`Solved::ceiling_hit_rate`].

@@ -67,7 +67,7 @@ impl Room {
     /// staging buffers and a home for every expert.
     pub fn new(inputs: &Inputs<'_>) -> Result<Self> {
         let (machine, shape) = (inputs.machine, inputs.shape);
-        let tiers = machine.tiers.clone();
+        let tiers = machine.computing_tiers();
         ensure!(
             !tiers.is_empty() && tiers.len() <= MAX_FAST + 1,
             "machine '{}' has {} tiers; plans are made for 1 to {}",

@@ -32,6 +32,7 @@ fn machine(tiers: Vec<Tier>) -> Machine {
         tiers,
         layer_overhead_us: 3.0,
         token_overhead_us: 20.0,
+        extras: Default::default(),
         id: id("machine"),
     }
 }

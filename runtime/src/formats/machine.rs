@@ -6,7 +6,7 @@ use super::{FormatError, SourceId, safely};
 use crate::units::parse_bytes;
 use serde::Deserialize;
 use serde::de::{self, Deserializer, Visitor};
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::fmt;
 use std::path::Path;
 
@@ -76,16 +76,48 @@ pub struct Machine {
     pub layer_overhead_us: f64,
     /// Fixed time a token costs beyond its layers (sampling, embedding), in microseconds.
     pub token_overhead_us: f64,
+    /// What the file may say besides.
+    pub extras: Extras,
     /// Hash of the file it was read from; the name repeated.
     pub id: SourceId,
+}
+
+/// What a machine file may say besides the tiers.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Extras {
+    /// Share of `read_gbps` that experts compute at on the tiers that the CPU computes on; 1 where the rates were
+    /// measured with the kernels that will run, less where they are bare memory rates.
+    pub efficiency: f64,
+    /// Rate at which model files are read when a model is loaded, in 10⁹ bytes a second.
+    pub load_gbps: Option<f64>,
+    /// Price of the whole machine, in US dollars.
+    pub price_usd: Option<f64>,
+    /// Power while decoding, at the wall, in watts.
+    pub watts: Option<f64>,
+    /// Price of more of a tier, by its name, in US dollars for 10⁹ bytes.
+    pub usd_per_gb: BTreeMap<String, f64>,
+}
+
+impl Default for Extras {
+    fn default() -> Self {
+        Extras { efficiency: 1.0, load_gbps: None, price_usd: None, watts: None, usd_per_gb: BTreeMap::new() }
+    }
 }
 
 /// Reads a machine from the bytes of its file. `path` is only named in errors.
 pub fn decode(bytes: &[u8], path: &Path) -> Result<Machine, FormatError> {
     let text = MACHINE.open_toml(bytes, path)?;
     let wire: WireMachine = toml::from_str(text).map_err(|e| FormatError::invalid(path, toml_words(text, &e)))?;
+    let prices = wire.tier.iter().filter_map(|t| Some((t.name.clone(), t.usd_per_gb?)));
     let machine = Machine {
         id: SourceId::of_bytes(&wire.name, bytes),
+        extras: Extras {
+            efficiency: wire.efficiency.unwrap_or(1.0),
+            load_gbps: wire.load_gbps,
+            price_usd: wire.price_usd,
+            watts: wire.watts,
+            usd_per_gb: prices.collect(),
+        },
         name: wire.name,
         description: wire.description,
         tiers: wire.tier.into_iter().map(WireTier::into_tier).collect(),
@@ -110,6 +142,18 @@ impl Machine {
         out.push_str(&format!("description = {}\n", quote(&self.description)));
         out.push_str(&format!("layer_overhead_us = {}\n", float(self.layer_overhead_us)));
         out.push_str(&format!("token_overhead_us = {}\n", float(self.token_overhead_us)));
+        let extras = &self.extras;
+        let efficiency = (extras.efficiency != 1.0).then_some(extras.efficiency);
+        for (key, value) in [
+            ("efficiency", efficiency),
+            ("load_gbps", extras.load_gbps),
+            ("price_usd", extras.price_usd),
+            ("watts", extras.watts),
+        ] {
+            if let Some(value) = value {
+                out.push_str(&format!("{key} = {}\n", float(value)));
+            }
+        }
         for tier in &self.tiers {
             out.push_str("\n[[tier]]\n");
             out.push_str(&format!("name = {}\n", quote(&tier.name)));
@@ -118,6 +162,9 @@ impl Machine {
             out.push_str(&format!("read_gbps = {}\n", float(tier.read_gbps)));
             out.push_str(&format!("latency_us = {}\n", float(tier.latency_us)));
             out.push_str(&format!("emulated = {}\n", tier.emulated));
+            if let Some(price) = extras.usd_per_gb.get(&tier.name) {
+                out.push_str(&format!("usd_per_gb = {}\n", float(*price)));
+            }
             out.push_str(&format!("source = {}\n", quote(&tier.source)));
         }
         out
@@ -135,7 +182,35 @@ impl Machine {
         self
     }
 
+    /// The tiers with the rates that experts compute at: those of the CPU's tiers times the efficiency.
+    pub fn computing_tiers(&self) -> Vec<Tier> {
+        let efficiency = self.extras.efficiency;
+        let computing = |tier: &Tier| {
+            let by_cpu = matches!(tier.kind, TierKind::Dram | TierKind::Pmem | TierKind::Cxl);
+            let mut tier = tier.clone();
+            if by_cpu && efficiency != 1.0 {
+                tier.source = format!("{} GB/s × {efficiency} efficiency; {}", tier.read_gbps, tier.source);
+                tier.read_gbps *= efficiency;
+            }
+            tier
+        };
+        self.tiers.iter().map(computing).collect()
+    }
+
     fn check(&self) -> Result<(), String> {
+        let extras = &self.extras;
+        if !(extras.efficiency > 0.0 && extras.efficiency <= 1.0) {
+            return Err(format!("efficiency is {}, but must be above 0 and at most 1", extras.efficiency));
+        }
+        if let Some(rate) = extras.load_gbps.filter(|rate| !(rate.is_finite() && *rate > 0.0)) {
+            return Err(format!("load_gbps is {rate}, but must be a positive finite number of 10^9 bytes a second"));
+        }
+        for (key, value) in [("price_usd", extras.price_usd), ("watts", extras.watts)] {
+            check_amount(key, value.unwrap_or(0.0))?;
+        }
+        for (tier, price) in &extras.usd_per_gb {
+            check_amount(&format!("usd_per_gb of tier '{tier}'"), *price)?;
+        }
         check_amount("layer_overhead_us", self.layer_overhead_us)?;
         check_amount("token_overhead_us", self.token_overhead_us)?;
         check_tiers(self.tiers.iter())?;
@@ -231,6 +306,10 @@ struct WireMachine {
     description: String,
     layer_overhead_us: f64,
     token_overhead_us: f64,
+    efficiency: Option<f64>,
+    load_gbps: Option<f64>,
+    price_usd: Option<f64>,
+    watts: Option<f64>,
     tier: Vec<WireTier>,
 }
 
@@ -245,6 +324,7 @@ struct WireTier {
     latency_us: f64,
     #[serde(default)]
     emulated: bool,
+    usd_per_gb: Option<f64>,
     source: String,
 }
 

@@ -37,6 +37,7 @@ fn version_1_means_what_it_meant() {
             tier("cxl", TierKind::Cxl, 4_718_592, 36.0, 0.25, true, "declared"),
             tier("nvme", TierKind::Nvme, 2_000_000_000_001, 6.4, 100.0, false, "probe"),
         ],
+        extras: Extras::default(),
         id: SourceId { name: "workstation \"A\"".into(), hash: machine.id.hash.clone() },
     };
     assert_eq!(machine, want);
@@ -190,11 +191,16 @@ pub(crate) fn any_tiers() -> impl Strategy<Value = Vec<Tier>> {
 }
 
 fn any_machine() -> impl Strategy<Value = Machine> {
-    (any_text(), any_text(), any_tiers(), 0f64..1e6, 0f64..1e6).prop_map(
-        |(name, description, mut tiers, layer, token)| {
+    let amount = || proptest::option::of(0f64..1e6);
+    let extras = (0.01f64..=1.0, proptest::option::of(0.1f64..100.0), amount(), amount(), amount());
+    (any_text(), any_text(), any_tiers(), 0f64..1e6, 0f64..1e6, extras).prop_map(
+        |(name, description, mut tiers, layer, token, (efficiency, load_gbps, price_usd, watts, each))| {
             tiers.sort_by(|a, b| b.read_gbps.total_cmp(&a.read_gbps));
             let id = SourceId { name: String::new(), hash: String::new() };
-            Machine { name, description, tiers, layer_overhead_us: layer, token_overhead_us: token, id }.identified()
+            let usd_per_gb = each.map(|price| (tiers[0].name.clone(), price)).into_iter().collect();
+            let extras = Extras { efficiency, load_gbps, price_usd, watts, usd_per_gb };
+            Machine { name, description, tiers, layer_overhead_us: layer, token_overhead_us: token, extras, id }
+                .identified()
         },
     )
 }
@@ -216,4 +222,35 @@ proptest! {
             prop_assert_eq!(load(&machine.encode()).unwrap().tiers, machine.tiers);
         }
     }
+}
+
+#[test]
+fn extras_are_read_checked_and_left_out_by_default() {
+    let plain = decode(V1, Path::new("m.toml")).unwrap();
+    assert_eq!(plain.computing_tiers(), plain.tiers);
+    assert!(!plain.encode().contains("efficiency"));
+    let extra = "layer_overhead_us = 20.5\nefficiency = 0.5\nload_gbps = 3\nprice_usd = 1200\nwatts = 300";
+    let text =
+        v1_with("layer_overhead_us = 20.5", extra).replacen("kind = \"dram\"", "kind = \"dram\"\nusd_per_gb = 2", 1);
+    let machine = load(&text).unwrap();
+    assert_eq!(machine.extras.usd_per_gb, BTreeMap::from([("dram".to_string(), 2.0)]));
+    assert_eq!(
+        (machine.extras.load_gbps, machine.extras.price_usd, machine.extras.watts),
+        (Some(3.0), Some(1200.0), Some(300.0))
+    );
+    // What the CPU computes on is slower by the efficiency; the accelerator and the drive are not.
+    let rates: Vec<f64> = machine.computing_tiers().iter().map(|t| t.read_gbps).collect();
+    assert_eq!(rates, [860.0, 32.625, 19.7, 18.0, 6.4]);
+    assert!(machine.computing_tiers()[1].source.starts_with("65.25 GB/s × 0.5 efficiency; "));
+    for (to, words) in [
+        ("efficiency = 0", "efficiency is 0, but must be above 0 and at most 1"),
+        ("efficiency = 1.5", "efficiency is 1.5"),
+        ("efficiency = nan", "efficiency is NaN"),
+    ] {
+        let error = load(&text.replacen("efficiency = 0.5", to, 1)).unwrap_err();
+        assert!(error.contains(words), "{error}");
+    }
+    assert!(load(&text.replacen("load_gbps = 3", "load_gbps = -3", 1)).unwrap_err().contains("load_gbps is -3"));
+    assert!(load(&text.replacen("watts = 300", "watts = inf", 1)).unwrap_err().contains("watts is inf"));
+    assert!(load(&text.replacen("usd_per_gb = 2", "usd_per_gb = -2", 1)).unwrap_err().contains("of tier 'dram' is -2"));
 }

@@ -6,6 +6,7 @@ mod hits;
 mod layers;
 mod parts;
 mod speed;
+pub(super) mod sweep;
 
 use super::ink::Ink;
 use super::scene::{Anchor, Scene, fit, text_width, wrap};

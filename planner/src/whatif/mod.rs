@@ -1,0 +1,246 @@
+//! What a model would do on a machine, before anybody has downloaded the one or bought the other.
+//!
+//! Without a profile it is not known how the experts are used, so the plan is made for each kind of routing that others
+//! have measured, and the answer is the range over them; the middle one is named first. Everything here is predicted.
+
+pub mod sweep;
+
+use crate::catalogue::Known;
+use crate::cli::Strategy;
+use crate::cost::token_s;
+use crate::profile::Evidence;
+use crate::profile::pattern::Pattern;
+use crate::solve::{Inputs, Options, solve_judged};
+use anyhow::Result;
+use serde_json::{Value, json};
+use tier_plan_runtime::exec::KvType;
+use tier_plan_runtime::formats::machine::{Machine, TierKind};
+use tier_plan_runtime::formats::placement::Placement;
+use tier_plan_runtime::formats::profile::Profile;
+
+/// A question.
+#[derive(Debug, Clone)]
+pub struct Question<'a> {
+    /// The model.
+    pub known: &'a Known,
+    /// The machine.
+    pub machine: &'a Machine,
+    /// `[tiers]` bytes that may be used.
+    pub budgets: Vec<u64>,
+    /// How the experts are used, if that is known.
+    pub profile: Option<&'a Profile>,
+    /// Tokens of context.
+    pub context: u32,
+    /// Seconds for each of the plans.
+    pub time_limit_s: f64,
+}
+
+/// A plan for one kind of routing.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Case {
+    /// The kind: a pattern's name, `profile`, or `dense` for a model without experts.
+    pub routing: &'static str,
+    /// The plan.
+    pub plan: Placement,
+    /// What the solver says of it.
+    pub notes: Vec<String>,
+}
+
+impl Case {
+    /// Predicted tokens a second while decoding.
+    pub fn decode_tok_s(&self) -> f64 {
+        self.plan.predicted.decode_tok_s
+    }
+}
+
+/// An answer.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Answer {
+    /// One a kind of routing, the slowest first.
+    pub cases: Vec<Case>,
+    /// Watts while decoding, if known.
+    pub watts: Option<f64>,
+    /// Price of the machine in US dollars, if known.
+    pub price_usd: Option<f64>,
+    /// Seconds that loading takes, where the rate of the drive is known.
+    pub load_s: Option<f64>,
+}
+
+/// What most of a token's time goes to.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Bound {
+    /// The tier, or `overheads`.
+    pub by: String,
+    /// Seconds of a token that its reads take, those that overlap others' included.
+    pub seconds: f64,
+    /// The same as a share of a token's time.
+    pub share: f64,
+}
+
+impl Answer {
+    /// The case to name first: the one in the middle, the slower of two.
+    pub fn middle(&self) -> Option<&Case> {
+        self.cases.get(self.cases.len().saturating_sub(1) / 2)
+    }
+
+    /// The middle case's tokens a second, and the slowest and fastest.
+    pub fn decode_tok_s(&self) -> [f64; 3] {
+        let speed = |case: Option<&Case>| case.map_or(0.0, Case::decode_tok_s);
+        [speed(self.middle()), speed(self.cases.first()), speed(self.cases.last())]
+    }
+
+    /// Joules a token at the middle speed.
+    pub fn joules_per_token(&self) -> Option<f64> {
+        let [speed, ..] = self.decode_tok_s();
+        self.watts.filter(|_| speed > 0.0).map(|watts| watts / speed)
+    }
+
+    /// Tokens a second for each thousand dollars, at the middle speed.
+    pub fn tok_s_per_1000_usd(&self) -> Option<f64> {
+        self.price_usd.filter(|price| *price > 0.0).map(|price| self.decode_tok_s()[0] / price * 1000.0)
+    }
+}
+
+/// What bounds a plan's speed.
+pub fn bound(plan: &Placement) -> Bound {
+    let predicted = &plan.predicted;
+    let total = token_s(predicted).max(f64::MIN_POSITIVE);
+    let tiers = plan.tiers.iter().zip(predicted.dense_s.iter().zip(&predicted.expert_s));
+    let of_tiers = tiers.map(|(tier, (dense, expert))| (tier.tier.name.clone(), dense + expert));
+    let all = std::iter::once(("overheads".to_string(), predicted.overhead_s)).chain(of_tiers);
+    let (by, seconds) = all.max_by(|a, b| a.1.total_cmp(&b.1)).unwrap_or_default();
+    Bound { by, seconds, share: seconds / total }
+}
+
+/// Answers a question.
+///
+/// # Errors
+/// When there is no plan: the model does not fit the budgets, or the machine makes no sense.
+pub fn answer(question: &Question<'_>) -> Result<Answer> {
+    let (shape, machine) = (&question.known.sizes, question.machine);
+    let inputs = Inputs {
+        shape,
+        profile: question.profile,
+        machine,
+        budgets: question.budgets.clone(),
+        context: question.context,
+        kv_type: KvType::default(),
+    };
+    let options = Options { strategy: Strategy::Optimal, time_limit_s: question.time_limit_s };
+    let mut supposed = Vec::new();
+    if let Some(profile) = question.profile {
+        supposed.push(("profile", Evidence::new(shape, Some(profile))?));
+    } else if shape.experts.is_empty() {
+        supposed.push(("dense", Evidence::uniform(shape)?));
+    } else {
+        for pattern in Pattern::ALL {
+            supposed.push((pattern.name(), Evidence::supposed(shape, pattern)?));
+        }
+    }
+    let mut cases = Vec::with_capacity(supposed.len());
+    for (routing, evidence) in &supposed {
+        let solved = solve_judged(&inputs, evidence, &options)?;
+        cases.push(Case { routing, plan: solved.plan, notes: solved.notes });
+    }
+    cases.sort_by(|a, b| a.decode_tok_s().total_cmp(&b.decode_tok_s()));
+    let mut answer = Answer { cases, watts: machine.extras.watts, price_usd: machine.extras.price_usd, load_s: None };
+    answer.load_s = answer.middle().and_then(|case| load_s(&case.plan, machine));
+    Ok(answer)
+}
+
+/// Seconds to fill the tiers. What lies on a last tier that keeps its contents is there already; everything else comes
+/// from it, or from a drive whose rate the machine file has.
+fn load_s(plan: &Placement, machine: &Machine) -> Option<f64> {
+    let last = machine.tiers.last()?;
+    let keeps = matches!(last.kind, TierKind::Nvme | TierKind::Pmem);
+    let rate = machine.extras.load_gbps.or(keeps.then_some(last.read_gbps))?;
+    let upto = plan.tiers.len() - usize::from(keeps);
+    let bytes: u64 = plan.tiers[..upto].iter().map(|t| t.dense_bytes + t.pinned_bytes + t.home_bytes).sum();
+    Some(bytes as f64 / (rate * 1e9))
+}
+
+/// An answer in the words of `--json`.
+pub fn as_json(question: &Question<'_>, answer: &Result<Answer>) -> Value {
+    let mut value = json!({
+        "model": question.known.sizes.id.name,
+        "machine": question.machine.name,
+        "context": question.context,
+        "predicted": true,
+        "emulated": question.machine.tiers.iter().any(|t| t.emulated),
+        "fits": answer.is_ok(),
+        "weight_bytes": question.known.sizes.weight_bytes(),
+        "token_bytes": question.known.sizes.token_bytes(),
+        "efficiency": question.machine.extras.efficiency,
+    });
+    let answer = match answer {
+        Ok(answer) => answer,
+        Err(error) => {
+            value["reason"] = json!(format!("{error:#}"));
+            return value;
+        }
+    };
+    let Some(middle) = answer.middle() else { return value };
+    let [speed, low, high] = answer.decode_tok_s();
+    let bound = bound(&middle.plan);
+    let (solver, predicted) = (&middle.plan.solver, &middle.plan.predicted);
+    value["decode_tok_s"] = json!(speed);
+    value["decode_tok_s_low"] = json!(low);
+    value["decode_tok_s_high"] = json!(high);
+    value["routing"] = json!(middle.routing);
+    value["gap"] = json!(solver.gap);
+    value["status"] = json!(solver.status);
+    value["backend"] = json!(solver.backend);
+    value["bound_by"] = json!(bound.by);
+    value["bound_by_s"] = json!(bound.seconds);
+    value["bound_by_share"] = json!(bound.share);
+    value["prompt_tok_s_limit"] = json!(predicted.prompt_tok_s);
+    value["hit_rate"] = json!(predicted.hit_rate);
+    value["load_s"] = json!(answer.load_s);
+    value["watts"] = json!(answer.watts);
+    value["joules_per_token"] = json!(answer.joules_per_token());
+    value["price_usd"] = json!(answer.price_usd);
+    value["tok_s_per_1000_usd"] = json!(answer.tok_s_per_1000_usd());
+    value["overhead_s"] = json!(predicted.overhead_s);
+    value["tiers"] = middle
+        .plan
+        .tiers
+        .iter()
+        .enumerate()
+        .map(|(at, t)| {
+            json!({
+                "name": t.tier.name,
+                "kind": t.tier.kind.as_str(),
+                "read_gbps": t.tier.read_gbps,
+                "emulated": t.tier.emulated,
+                "budget_bytes": t.budget_bytes,
+                "used_bytes": t.used_bytes(),
+                "dense_bytes": t.dense_bytes,
+                "pinned_bytes": t.pinned_bytes,
+                "slot_bytes": t.slot_bytes,
+                "kv_bytes": t.kv_bytes,
+                "staging_bytes": t.staging_bytes,
+                "home_bytes": t.home_bytes,
+                "read_bytes_per_token": predicted.read_bytes.get(at),
+                "dense_s": predicted.dense_s.get(at),
+                "expert_s": predicted.expert_s.get(at),
+            })
+        })
+        .collect();
+    value["cases"] = answer
+        .cases
+        .iter()
+        .map(|case| {
+            json!({
+                "routing": case.routing,
+                "decode_tok_s": case.decode_tok_s(),
+                "hit_rate": case.plan.predicted.hit_rate,
+                "gap": case.plan.solver.gap,
+                "status": case.plan.solver.status,
+            })
+        })
+        .collect();
+    value
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,143 @@
+//! Planning without weights: shapes by name, counts of importance matrices, and `what-if`, as users type them.
+
+mod common;
+
+use common::{demo_machine, demo_model, json, refused, root, run_in, stdout, succeeded};
+use std::fs;
+use std::path::Path;
+
+fn text(path: &Path) -> String {
+    path.to_str().unwrap().to_string()
+}
+
+#[test]
+fn a_shape_is_inspected_by_name_and_by_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let by_name = json(run_in(dir.path(), &["inspect", "kimi-k2.5", "--quant", "q4_k_m", "--json"]));
+    let file = root().join("profiles/models/kimi-k2.5.toml");
+    let by_file = json(run_in(dir.path(), &["inspect", &text(&file), "--json"]));
+    assert_eq!(by_name, by_file);
+    assert_eq!(by_name["parameters"], 1_026_408_232_448u64);
+    assert_eq!(by_name["approximate"], true);
+    let bits = by_name["bits_per_weight"].as_f64().unwrap();
+    assert!((4.7..5.0).contains(&bits), "{bits}");
+    let words = stdout(&succeeded(run_in(dir.path(), &["inspect", "gpt-oss-20b", "--quant", "mxfp4"])));
+    assert!(words.contains("a shape without weights") && words.contains("4.19e9 active"), "{words}");
+}
+
+#[test]
+fn a_plan_of_a_shape_says_so_and_runs_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let machine = "desktop-4090-ddr5-nvme";
+    let solve = ["solve", "gpt-oss-120b", "--quant", "mxfp4", "-m", machine, "--time-limit", "2", "-o", "p.toml"];
+    let words = stdout(&succeeded(run_in(dir.path(), &solve)));
+    assert!(words.contains("note: 'gpt-oss-120b' is a shape without weights"), "{words}");
+    assert!(words.contains("times its efficiency of 0.58"), "{words}");
+    let plan = fs::read_to_string(dir.path().join("p.toml")).unwrap();
+    assert!(plan.contains("gpt-oss-120b at mxfp4, a shape without weights"), "{plan}");
+    let run = ["run", &text(&demo_model()), "--plan", "p.toml", "-p", "Hello"];
+    refused(dir.path(), &run, &["p.toml", "was made for the model 'gpt-oss-120b at mxfp4, a shape without weights'"]);
+}
+
+#[test]
+fn wrong_names_are_refused_with_the_right_ones() {
+    let dir = tempfile::tempdir().unwrap();
+    let demo = text(&demo_model());
+    let cases: [(&[&str], &[&str]); 9] = [
+        (&["inspect", "kimi"], &["no shape of that name", "kimi-k2.5"]),
+        (&["inspect", "kimi-k2", "--quant", "q4"], &["no such quantisation", "q4_k_m"]),
+        (&["inspect", "kimi-k2", "--tensors"], &["a shape without weights and has no tensors"]),
+        (&["inspect", &demo, "--quant", "q4_k_m"], &["--quant is for shapes"]),
+        (&["solve", "kimi-k2", "-m", "cray-1"], &["no machine of that name", "optane-768"]),
+        (&["solve", &demo, "--quant", "q4_k_m", "-m", "optane-768"], &["is a model file"]),
+        (&["profile", "kimi-k2"], &["cannot be run", "--from-imatrix"]),
+        (&["bench", "kimi-k2"], &["kimi-k2"]),
+        (&["what-if", "--model", "kimi-k2", "-m", "optane-768", "--sweep", "dram"], &["TIER=FROM..TO"]),
+    ];
+    for (args, words) in cases {
+        refused(dir.path(), args, words);
+    }
+    fs::write(dir.path().join("bad.toml"), "format = \"tier-plan shape\"\nversion = 1\nname = 3\n").unwrap();
+    refused(dir.path(), &["inspect", "bad.toml"], &["bad.toml", "line 3"]);
+    fs::copy(demo_machine(), dir.path().join("machine.toml")).unwrap();
+    refused(dir.path(), &["inspect", "machine.toml"], &["not a model shape: its format is \"tier-plan machine\""]);
+}
+
+#[test]
+fn an_importance_matrix_is_a_profile_of_counts() {
+    let dir = tempfile::tempdir().unwrap();
+    let (matrix, demo) = (text(&root().join("tests/data/imatrix/demo.imatrix.gguf")), text(&demo_model()));
+    let made = json(run_in(dir.path(), &["profile", "--from-imatrix", &matrix, &demo, "-o", "a.profile", "--json"]));
+    assert_eq!((&made["counted"], &made["n_used"]), (&true.into(), &4.into()));
+    assert!(made["made"].as_str().unwrap().starts_with("marginal counts, prompt processing only"));
+    let shown = stdout(&succeeded(run_in(dir.path(), &["inspect", "a.profile"])));
+    assert!(shown.contains("counts know no order"), "{shown}");
+
+    let machine = text(&demo_machine());
+    let solve = ["solve", &demo, "-p", "a.profile", "-m", &machine, "-o", "p.toml"];
+    let words = stdout(&succeeded(run_in(dir.path(), &solve)));
+    assert!(words.contains("note: the profile has only marginal counts of prompt processing"), "{words}");
+    assert!(words.contains("1024 independent tokens drawn from them (seed 1)"), "{words}");
+    assert!(!words.contains("knowing the future"), "{words}");
+    let plan = fs::read_to_string(dir.path().join("p.toml")).unwrap();
+    assert!(plan.contains("tier-plan demo, marginal counts of prompt processing"), "{plan}");
+    // The same counts give the same plan.
+    let again = ["solve", &demo, "-p", "a.profile", "-m", &machine, "-o", "q.toml"];
+    succeeded(run_in(dir.path(), &again));
+    let choices = |name: &str| {
+        let plan = fs::read_to_string(dir.path().join(name)).unwrap();
+        plan[plan.find("[dense]").unwrap()..].to_string()
+    };
+    assert_eq!(choices("p.toml"), choices("q.toml"));
+    // And the plan runs.
+    let run = ["run", &demo, "--plan", "p.toml", "-p", "The", "-n", "4", "--ignore-eos"];
+    succeeded(run_in(dir.path(), &run));
+
+    let compare = ["compare", "p.toml", "--model", &demo, "--profile", "a.profile"];
+    refused(dir.path(), &compare, &["a.profile", "has only counts of an importance matrix"]);
+    refused(dir.path(), &["profile", "--from-imatrix", &demo], &["no importance matrix"]);
+    refused(dir.path(), &["profile", "--from-imatrix", &matrix, "glm-4.5-air"], &["is of another model"]);
+    let legacy = [&2i32.to_le_bytes()[..], &12i32.to_le_bytes(), b"blk.0.ffn_up", &[0; 40]].concat();
+    fs::write(dir.path().join("old.dat"), legacy).unwrap();
+    refused(
+        dir.path(),
+        &["profile", "--from-imatrix", "old.dat"],
+        &["old.dat", "the old .dat format", "llama-imatrix"],
+    );
+}
+
+#[test]
+fn what_if_answers_in_words_and_in_json() {
+    let dir = tempfile::tempdir().unwrap();
+    let ask = ["what-if", "--model", "glm-4.5-air", "--quant", "q4_k_m", "--time-limit", "1"];
+    let one = json(run_in(dir.path(), &[&ask[..], &["-m", "desktop-4090-ddr5-nvme", "--json"]].concat()));
+    let speed = |key: &str| one[key].as_f64().unwrap();
+    assert!(speed("decode_tok_s_low") <= speed("decode_tok_s") && speed("decode_tok_s") <= speed("decode_tok_s_high"));
+    assert!(speed("gap") < 0.05 && speed("load_s") > 0.0);
+    assert_eq!(one["bound_by"], "dram");
+    let several =
+        [&ask[..], &["-m", "desktop-4090-ddr5-nvme", "-m", "article-optane-4090", "-m", "demo-emulated"]].concat();
+    let words = stdout(&succeeded(run_in(dir.path(), &several)));
+    assert!(words.contains("predicted decode: ") && words.contains("J a token"), "{words}");
+    assert!(words.contains("demo-emulated") && words.contains("no plan: "), "{words}");
+    assert!(words.contains("predicted:\nmachine"), "{words}");
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0, "what-if writes nothing that was not asked for");
+}
+
+#[test]
+fn what_if_of_a_file_needs_no_more_than_its_header() {
+    let dir = tempfile::tempdir().unwrap();
+    let (demo, machine) = (text(&demo_model()), text(&demo_machine()));
+    let words =
+        stdout(&succeeded(run_in(dir.path(), &["what-if", "--model", &demo, "-m", &machine, "--context", "256"])));
+    assert!(words.contains("emulated tiers"), "{words}");
+    let sweep = ["--sweep", "dram=2MiB..12MiB:5", "-o", "out", "--context", "256", "--json"];
+    let found = json(run_in(dir.path(), &[&["what-if", "--model", &demo, "-m", &machine][..], &sweep].concat()));
+    assert_eq!(found["points"].as_array().unwrap().len(), 5);
+    let csv = fs::read_to_string(dir.path().join("out/sweep.csv")).unwrap();
+    assert_eq!(csv.lines().count(), 6);
+    assert!(fs::read_to_string(dir.path().join("out/sweep.svg")).unwrap().contains("<svg"));
+    let saved: serde_json::Value =
+        serde_json::from_slice(&fs::read(dir.path().join("out/sweep.json")).unwrap()).unwrap();
+    assert_eq!(saved, found);
+}
