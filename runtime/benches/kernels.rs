@@ -6,7 +6,7 @@ use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_m
 use memmap2::MmapMut;
 use std::hint::black_box;
 use std::time::Duration;
-use tier_plan_runtime::kernels::{Activations, Kernels, OutMatrix, Weights, needs_quants};
+use tier_plan_runtime::kernels::{Activations, Kernels, OutMatrix, Weights, needs_quants, q8_row_bytes};
 use tier_plan_runtime::quant::TensorType;
 
 const COLS: usize = 2048;
@@ -90,11 +90,15 @@ fn operations(c: &mut Criterion) {
         group.bench_function(BenchmarkId::new("rms_norm", k.isa()), |b| {
             b.iter(|| k.rms_norm(black_box(&x), &x, 1e-5, &mut y));
         });
-        group.bench_function(BenchmarkId::new("softmax", k.isa()), |b| b.iter(|| k.softmax(black_box(&mut y))));
         group.bench_function(BenchmarkId::new("silu_mul", k.isa()), |b| b.iter(|| k.silu_mul(black_box(&mut y), &x)));
-        group.bench_function(BenchmarkId::new("dot_f16", k.isa()), |b| b.iter(|| k.dot_f16(black_box(&x), &half)));
-        group.bench_function(BenchmarkId::new("axpy_f16", k.isa()), |b| {
-            b.iter(|| k.axpy_f16(0.0, black_box(&half), &mut y));
+        let mut narrow = half.clone();
+        group.bench_function(BenchmarkId::new("to_f16", k.isa()), |b| b.iter(|| k.to_f16(black_box(&x), &mut narrow)));
+        group
+            .bench_function(BenchmarkId::new("from_f16", k.isa()), |b| b.iter(|| k.from_f16(black_box(&half), &mut y)));
+        let mut bytes = vec![0; q8_row_bytes(COLS)];
+        group.bench_function(BenchmarkId::new("to_q8", k.isa()), |b| b.iter(|| k.to_q8(black_box(&x), &mut bytes)));
+        group.bench_function(BenchmarkId::new("from_q8", k.isa()), |b| {
+            b.iter(|| k.from_q8(black_box(&bytes), COLS, &mut y));
         });
     }
 }

@@ -287,6 +287,36 @@ fn keys_and_values_in_fewer_bits_stay_close() {
     }
 }
 
+/// Longer than a few chunks of attention, so that threads share out one token's context.
+#[test]
+fn long_contexts_depend_neither_on_threads_nor_on_batches() {
+    for name in ["qwen3-dense", "gpt-oss", "deepseek-v3"] {
+        let fixture = Fixture::read(name);
+        let shape = shape_of_file(&fixture.path).unwrap();
+        let n_vocab = fixture.n_vocab as u32;
+        let tokens: Vec<u32> = (0..600u32).map(|i| i.wrapping_mul(2_654_435_761) % n_vocab).collect();
+        for kv_type in KvType::ALL {
+            let plan = obvious(&shape, 610, kv_type);
+            let logits = |threads: usize, batch: usize| -> Vec<u32> {
+                let gguf = Arc::new(Gguf::open(&fixture.path).unwrap());
+                let options = LoadOptions { threads: Some(threads), batch: Some(batch) };
+                let mut engine = Engine::load(gguf, &plan, &options, &mut |_, _| {}).unwrap();
+                let mut logits = engine.forward(&tokens, Wanted::All).unwrap().to_vec();
+                for token in [3, 1, 4] {
+                    logits.extend_from_slice(engine.forward(&[token], Wanted::Last).unwrap());
+                }
+                assert!(logits.iter().all(|l| l.is_finite()));
+                logits.into_iter().map(f32::to_bits).collect()
+            };
+            let expected = logits(1, 512);
+            for (threads, batch) in [(3, 512), (2, 64), (5, 100)] {
+                let same = logits(threads, batch) == expected;
+                assert!(same, "{name}, {kv_type}: {threads} threads, batches of {batch}");
+            }
+        }
+    }
+}
+
 #[test]
 fn pins_on_the_only_tier_change_nothing() {
     let fixture = Fixture::read("gpt-oss");

@@ -6,7 +6,6 @@
 #[cfg(target_arch = "x86_64")]
 use super::Isa;
 use super::Kernels;
-use crate::quant::block::f16_to_f32;
 use half::f16;
 
 /// Calls `$name::<true>` compiled for the instruction set of `$k`, or `$name::<false>` as plain code.
@@ -63,11 +62,6 @@ impl Kernels {
         dispatch!(self, clamped_swiglu(gate: &mut [f32], up: &[f32], alpha: f32, limit: f32))
     }
 
-    /// Turns logits into probabilities. At least one must be finite.
-    pub fn softmax(self, x: &mut [f32]) {
-        dispatch!(self, softmax(x: &mut [f32]))
-    }
-
     /// `x = exp(x)`, to a few units in the last place; 0 below -86.5, where results near the smallest float begin.
     pub fn exp(self, x: &mut [f32]) {
         dispatch!(self, exp_all(x: &mut [f32]))
@@ -100,44 +94,6 @@ impl Kernels {
         dispatch!(self, dot(a: &[f32], b: &[f32]) -> f32)
     }
 
-    /// `sum of a * b`, with 16-bit floats on one side.
-    ///
-    /// # Panics
-    /// When the lengths differ.
-    pub fn dot_f16(self, a: &[f32], b: &[f16]) -> f32 {
-        assert_eq!(a.len(), b.len(), "lengths of a dot product");
-        match self.isa() {
-            #[cfg(target_arch = "x86_64")]
-            // SAFETY: `self` proves the instructions; the lengths are equal.
-            Isa::Avx512 => unsafe { super::x86::half::dot_avx512(a, b) },
-            #[cfg(target_arch = "x86_64")]
-            // SAFETY: as above.
-            Isa::Avx2 => unsafe { super::x86::half::dot_avx2(a, b) },
-            _ => lanes_sum(a, b, |sum, a, b| sum + a * f16_to_f32(b.to_bits())),
-        }
-    }
-
-    /// `y += a * x`, with 16-bit floats in `x`.
-    ///
-    /// # Panics
-    /// When the lengths differ.
-    pub fn axpy_f16(self, a: f32, x: &[f16], y: &mut [f32]) {
-        assert_eq!(x.len(), y.len(), "lengths of a sum");
-        match self.isa() {
-            #[cfg(target_arch = "x86_64")]
-            // SAFETY: `self` proves the instructions; the lengths are equal.
-            Isa::Avx512 => unsafe { super::x86::half::axpy_avx512(a, x, y) },
-            #[cfg(target_arch = "x86_64")]
-            // SAFETY: as above.
-            Isa::Avx2 => unsafe { super::x86::half::axpy_avx2(a, x, y) },
-            _ => {
-                for (y, x) in y.iter_mut().zip(x) {
-                    *y += a * f16_to_f32(x.to_bits());
-                }
-            }
-        }
-    }
-
     /// Rounds to 16-bit floats, ties to even.
     ///
     /// # Panics
@@ -147,7 +103,7 @@ impl Kernels {
         match self.isa() {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `self` proves the instructions (AVX-512 comes with AVX2 and F16C); the lengths are equal.
-            Isa::Avx512 | Isa::Avx2 => unsafe { super::x86::half::narrow_avx2(x, out) },
+            Isa::Avx512 | Isa::Avx2 => unsafe { super::x86::rows::narrow(x, out) },
             _ => {
                 for (to, from) in out.iter_mut().zip(x) {
                     *to = f16::from_f32_const(*from);
@@ -254,28 +210,6 @@ fn clamped_swiglu<const FUSED: bool>(gate: &mut [f32], up: &[f32], alpha: f32, l
         let below = if *u > limit { limit } else { *u };
         let up = if below < -limit { -limit } else { below };
         *g = gated / (1.0 + exp::<FUSED>(-alpha * gated)) * (up + 1.0);
-    }
-}
-
-#[inline(always)]
-fn softmax<const FUSED: bool>(x: &mut [f32]) {
-    let mut lanes = [f32::NEG_INFINITY; LANES];
-    let chunks = x.chunks_exact(LANES);
-    for (lane, v) in lanes.iter_mut().zip(chunks.remainder()) {
-        *lane = *v;
-    }
-    for chunk in chunks {
-        for i in 0..LANES {
-            lanes[i] = if chunk[i] > lanes[i] { chunk[i] } else { lanes[i] };
-        }
-    }
-    let largest = lanes.into_iter().fold(f32::NEG_INFINITY, f32::max);
-    for v in x.iter_mut() {
-        *v = exp::<FUSED>(*v - largest);
-    }
-    let factor = 1.0 / lanes_sum(x, x, |sum, v, _| sum + v);
-    for v in x {
-        *v *= factor;
     }
 }
 

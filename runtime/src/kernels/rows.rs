@@ -22,7 +22,7 @@ const LARGEST_CODE: f32 = 127.0;
 
 /// Bytes of a row of `width` values in 8 bits: one a value, and two for each block of 32 that is begun.
 pub const fn q8_row_bytes(width: usize) -> usize {
-    width + 2 * width.div_ceil(BLOCK)
+    width.saturating_add(2 * width.div_ceil(BLOCK))
 }
 
 /// Rows of one width as they are stored, packed.
@@ -127,14 +127,14 @@ impl Kernels {
         if n_queries == 0 || n_rows == 0 {
             return;
         }
-        assert!(n_rows <= stride && (n_queries - 1) * stride + n_rows <= scores.len(), "room for scores");
+        assert!(n_rows <= stride && fits(n_queries, stride, n_rows, scores.len()), "room for scores");
         match self.isa() {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `self` proves the instructions; the lengths are checked above.
-            Isa::Avx512 => unsafe { super::x86::rows::dots_avx512(queries, rows, width, scores, stride) },
+            Isa::Avx512 => unsafe { super::x86::rows::avx512::dots(queries, rows, width, scores, stride) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
-            Isa::Avx2 => unsafe { super::x86::rows::dots_avx2(queries, rows, width, scores, stride) },
+            Isa::Avx2 => unsafe { super::x86::rows::avx2::dots(queries, rows, width, scores, stride) },
             _ => {
                 let mut row = vec![0.0; width];
                 for r in 0..n_rows {
@@ -166,14 +166,14 @@ impl Kernels {
         if n_queries == 0 || n_rows == 0 {
             return;
         }
-        assert!((n_queries - 1) * stride + n_rows <= weights.len(), "a weight for each row");
+        assert!(fits(n_queries, stride, n_rows, weights.len()), "a weight for each row");
         match self.isa() {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `self` proves the instructions; the lengths are checked above.
-            Isa::Avx512 => unsafe { super::x86::rows::mix_avx512(weights, stride, rows, width, out, out_width) },
+            Isa::Avx512 => unsafe { super::x86::rows::avx512::mix(weights, stride, rows, width, out, out_width) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
-            Isa::Avx2 => unsafe { super::x86::rows::mix_avx2(weights, stride, rows, width, out, out_width) },
+            Isa::Avx2 => unsafe { super::x86::rows::avx2::mix(weights, stride, rows, width, out, out_width) },
             _ => {
                 let mut row = vec![0.0; width];
                 for r in 0..n_rows {
@@ -200,6 +200,11 @@ impl Kernels {
         assert_eq!(x.len(), y.len(), "lengths of a sum");
         dispatch!(self, blend(a: f32, y: &mut [f32], b: f32, x: &[f32]))
     }
+}
+
+/// Whether `len` values hold `n` runs of `run`, `stride` from one's beginning to the next one's; `n` is not 0.
+fn fits(n: usize, stride: usize, run: usize, len: usize) -> bool {
+    (n - 1).checked_mul(stride).and_then(|last| last.checked_add(run)).is_some_and(|end| end <= len)
 }
 
 /// The least 16-bit float not below the `largest` magnitude by 127, so that no code is out of range.

@@ -219,7 +219,7 @@ fn eight_bit_activations_cost_little_accuracy() {
 
 /// Memory whose last byte is followed by a page that must not be touched.
 #[cfg(unix)]
-struct Guarded {
+pub(super) struct Guarded {
     base: *mut u8,
     len: usize,
 }
@@ -227,7 +227,7 @@ struct Guarded {
 #[cfg(unix)]
 impl Guarded {
     /// At most 64 KiB each.
-    fn new() -> Self {
+    pub fn new() -> Self {
         let (len, guard) = (64 << 10, 64 << 10);
         // SAFETY: a fresh anonymous mapping, of which the end is then closed.
         let base = unsafe {
@@ -241,7 +241,7 @@ impl Guarded {
     }
 
     /// The last `n` elements before the guard, all zero at first.
-    fn last<T: Copy>(&mut self, n: usize) -> &mut [T] {
+    pub fn last<T: Copy>(&mut self, n: usize) -> &mut [T] {
         let bytes = n * size_of::<T>();
         assert!(bytes <= self.len);
         // SAFETY: inside the mapping; aligned when `T` divides a page; any bytes are a number.
@@ -283,14 +283,12 @@ fn nothing_past_the_end_is_read_or_written() {
             let values = rng.normals(n);
             let out = result.last::<f32>(n);
             out.copy_from_slice(&values);
-            k.softmax(out);
+            k.exp(out);
             k.silu_mul(out, &values);
             k.clamped_swiglu(out, &values, 1.702, 7.0);
             k.rms_norm(&values, &[], 1e-6, out);
             let half = memory.last::<f16>(n);
             k.to_f16(out, half);
-            k.axpy_f16(0.5, half, out);
-            assert!(k.dot_f16(out, half).is_finite());
         }
     }
 }
@@ -344,20 +342,17 @@ fn small_operations_match_plain_arithmetic() {
             let sum = |f: &dyn Fn(usize) -> f64| (0..n).map(f).sum::<f64>();
             let size = sum(&|i| f64::from(a[i] * b[i]).abs());
             close(k.dot(&a, &b), sum(&|i| f64::from(a[i]) * f64::from(b[i])), size, "dot");
-            close(k.dot_f16(&a, &half), sum(&|i| f64::from(a[i]) * half[i].to_f64()), 1.1 * size, "dot_f16");
 
             let mut narrow = vec![f16::ZERO; n];
             k.to_f16(&b, &mut narrow);
             assert_eq!(narrow, half);
 
-            let (mut y, mut z, mut s) = (a.clone(), a.clone(), a.clone());
+            let (mut y, mut s) = (a.clone(), a.clone());
             k.axpy(0.3, &b, &mut y);
-            k.axpy_f16(0.3, &half, &mut z);
             k.add(&mut s, &b);
             for i in 0..n {
-                let (ai, bi, hi) = (f64::from(a[i]), f64::from(b[i]), half[i].to_f64());
+                let (ai, bi) = (f64::from(a[i]), f64::from(b[i]));
                 close(y[i], ai + f64::from(0.3f32) * bi, ai.abs() + bi.abs(), "axpy");
-                close(z[i], ai + f64::from(0.3f32) * hi, ai.abs() + bi.abs(), "axpy_f16");
                 close(s[i], ai + bi, ai.abs() + bi.abs(), "add");
             }
 
@@ -390,19 +385,6 @@ fn small_operations_match_plain_arithmetic() {
                 let u = f64::from(b[i]).clamp(-f64::from(limit), f64::from(limit));
                 let want = g / (1.0 + (-f64::from(alpha) * g).exp()) * (u + 1.0);
                 close(gate[i], want, want.abs(), "clamped_swiglu");
-            }
-
-            let mut p: Vec<f32> = a.iter().map(|v| 3.0 * v).collect();
-            if n > 2 {
-                p[n / 2] = f32::NEG_INFINITY;
-            }
-            let logits = p.clone();
-            k.softmax(&mut p);
-            let top = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-            let total = sum(&|i| f64::from(logits[i] - top).exp());
-            for i in 0..n {
-                let want = f64::from(logits[i] - top).exp() / total;
-                close(p[i], want, want, "softmax");
             }
         }
     }

@@ -227,3 +227,54 @@ fn blends_are_the_formula() {
         assert_eq!(y, [8.5, 1.5, 0.5]);
     }
 }
+
+#[cfg(unix)]
+#[test]
+fn nothing_past_the_end_is_read_or_written() {
+    use crate::kernels::tests::Guarded;
+    let mut rng = Rng(7);
+    let (mut memory, mut others, mut result) = (Guarded::new(), Guarded::new(), Guarded::new());
+    for kernels in Kernels::available() {
+        for width in 1..70 {
+            for (n_queries, n_rows) in [(1, 1), (3, 5), (6, 4)] {
+                let (full, half, bytes) = stored(width, n_rows, &mut rng);
+                let values = rng.normals(n_queries * width);
+                for kind in 0..3 {
+                    let rows = match kind {
+                        0 => {
+                            let rows = memory.last::<f32>(full.len());
+                            rows.copy_from_slice(&full);
+                            StoredRows::F32(rows)
+                        }
+                        1 => {
+                            let rows = memory.last::<f16>(half.len());
+                            rows.copy_from_slice(&half);
+                            StoredRows::F16(rows)
+                        }
+                        _ => {
+                            let rows = memory.last::<u8>(bytes.len());
+                            rows.copy_from_slice(&bytes);
+                            StoredRows::Q8(rows)
+                        }
+                    };
+                    let wide = result.last::<f32>(full.len());
+                    kernels.widen_rows(rows, width, wide);
+                    assert!(wide.iter().all(|v| v.is_finite()));
+                    let queries = others.last::<f32>(values.len());
+                    queries.copy_from_slice(&values);
+                    let scores = result.last::<f32>(n_queries * n_rows);
+                    kernels.row_dots(queries, rows, width, scores, n_rows);
+                    assert!(scores.iter().all(|v| v.is_finite()));
+                    let weights = others.last::<f32>(n_queries * n_rows);
+                    weights.copy_from_slice(scores);
+                    let out = result.last::<f32>(n_queries * width);
+                    out.fill(0.0);
+                    kernels.mix_rows(weights, n_rows, rows, width, out, width);
+                    assert!(out.iter().all(|v| v.is_finite()));
+                }
+                let row = result.last::<u8>(q8_row_bytes(width));
+                kernels.to_q8(&full[..width], row);
+            }
+        }
+    }
+}

@@ -4,7 +4,6 @@ pub(super) mod avx2;
 pub(super) mod avx512;
 mod avx512_grids;
 mod avx512_unpack;
-pub(super) mod half;
 pub(super) mod rows;
 
 /// Bytes ahead of the ones in use that are asked into the first-level cache.
