@@ -17,6 +17,8 @@ struct Sample {
     decode_bytes: u64,
     /// Brought in from the last tier while decoding.
     missed_bytes: u64,
+    /// Experts read before their layer chose: used, of those in time, and not used.
+    ahead: [u64; 3],
     /// Share of expert accesses while decoding that found the expert at hand; `None` without experts.
     hit_rate: Option<f64>,
 }
@@ -87,6 +89,7 @@ fn repeat(session: &mut Session, prompt: &[u32], tokens: u32) -> Result<Sample> 
         prompt_missed_bytes,
         decode_s: counters.decode.as_secs_f64(),
         decode_bytes: counters.read_bytes.iter().sum(),
+        ahead: [counters.ahead.right, counters.ahead.in_time, counters.ahead.wrong],
         missed_bytes: if misses > 0 { counters.read_bytes.last().copied().unwrap_or(0) } else { 0 },
         hit_rate: (accesses > 0).then(|| 1.0 - misses as f64 / accesses as f64),
     })
@@ -175,6 +178,13 @@ fn report(args: &BenchArgs, session: &Session, samples: &[Sample]) -> Result<()>
             median(&missed),
             median(&missed) * median(&decode) / 1e3,
             median(&hit_rate) * 100.0
+        );
+    }
+    let ahead = samples.iter().fold([0; 3], |a, s| [a[0] + s.ahead[0], a[1] + s.ahead[1], a[2] + s.ahead[2]]);
+    if ahead[0] + ahead[2] > 0 {
+        let [right, in_time, wrong] = ahead;
+        println!(
+            "read ahead while decoding: {right} experts that were used ({in_time} in time), {wrong} that were not"
         );
     }
     Ok(())

@@ -125,7 +125,7 @@ fn activation_bytes(gguf: &Gguf, spec: &ModelSpec, context: u32, batch: usize) -
         }
     }
     let (hidden, ffn, n_expert) = (spec.hidden as u64, ffn as u64, n_expert as u64);
-    let row = hidden * (5 * 4 + 2 * WITH_QUANTS) + ffn * (2 * 4 + WITH_QUANTS) + n_expert * 4 + mixer;
+    let row = hidden * (5 * 4 + 3 * WITH_QUANTS) + ffn * (2 * 4 + WITH_QUANTS) + n_expert * 4 + mixer;
     // Logits and the sampler's copies; scores of a query on each thread.
     let once = spec.n_vocab as u64 * 24 + u64::from(context) * 64;
     row.saturating_mul(batch as u64).saturating_add(once)

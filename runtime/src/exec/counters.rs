@@ -3,6 +3,25 @@
 use crate::tiers::pace::StageBytes;
 use std::time::Duration;
 
+/// Experts that were read on a guess, and what became of them.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct AheadCount {
+    /// Experts that their layer did use.
+    pub right: u64,
+    /// Of those, the ones whose bytes were all there when the layer began.
+    pub in_time: u64,
+    /// Experts that it did not use, although all their bytes may have been read.
+    pub wrong: u64,
+}
+
+impl std::ops::AddAssign for AheadCount {
+    fn add_assign(&mut self, more: Self) {
+        self.right += more.right;
+        self.in_time += more.in_time;
+        self.wrong += more.wrong;
+    }
+}
+
 /// Accesses and times of one layer with routed experts, over the decoded tokens.
 #[derive(Debug, Clone, Default)]
 pub struct LayerCounters {
@@ -36,6 +55,8 @@ pub struct Counters {
     /// Time spent on a tier's bytes while decoding, by tier: computing on them, or waiting for them to arrive. A stage
     /// that mixes tiers is shared out by bytes, or on emulated tiers by the declared times of its paths.
     pub busy: Vec<Duration>,
+    /// Experts that were read before their layer chose, for the prompt and while decoding.
+    pub ahead: AheadCount,
     /// By layer with routed experts.
     pub layers: Vec<LayerCounters>,
 }

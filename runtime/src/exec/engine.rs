@@ -3,6 +3,7 @@
 use super::RunError;
 use super::counters::Counters;
 use super::experts::{ExpertStore, Step};
+use super::foresight::Foresight;
 use super::load::{LoadError, LoadOptions, Loaded, Progress, load};
 use super::mixer::{MixerInput, MixerScratch, MixerState, mix};
 use super::moe::{Choices, Compute, FfnScratch, add_bias, dense_ffn, moe_batch, moe_token, shared_expert};
@@ -86,6 +87,7 @@ struct Scratch {
     experts: Vec<u16>,
     weights: Vec<f32>,
     router: Router,
+    foresight: Foresight,
     mixer: MixerScratch,
     ffn: FfnScratch,
     computed: StageBytes,
@@ -286,6 +288,7 @@ impl Engine {
             }
         }
         let elapsed = start.elapsed();
+        self.counters.ahead += self.experts.take_ahead_count();
         if decoding {
             self.counters.decode_tokens += 1;
             self.counters.decode += elapsed;
@@ -317,6 +320,7 @@ impl Engine {
             if decoding {
                 self.counters.charge(&self.dense_bytes[index], experts_start - layer_start);
             }
+            self.look_ahead(index, moe_at, n);
             let layer: &LayerSpec = &self.spec.layers[index];
             let Ffn::Moe(moe) = &layer.ffn else { continue };
             let n_moe = self.counters.layers.len();
@@ -366,6 +370,21 @@ impl Engine {
             self.counters.charge(&outside, head_start.elapsed());
         }
         Ok(())
+    }
+
+    /// Tells the expert store what the layer after `index` seems to need, where that is of use.
+    fn look_ahead(&mut self, index: usize, moe_at: usize, n: usize) {
+        let (Ffn::Moe(_), Some(next)) = (&self.spec.layers[index].ffn, self.spec.layers.get(index + 1)) else { return };
+        if !matches!(next.ffn, Ffn::Moe(_)) || !self.experts.wants_guess(n > 1) {
+            return;
+        }
+        let c = Compute { pool: &self.pool, kernels: self.kernels };
+        let s = &mut self.scratch;
+        let len = n * self.spec.hidden;
+        // What experts add up is not there yet, so its buffer is free.
+        norm_rows(c, &s.x[..len], self.weights.vector(next.ffn_norm), self.spec.norm_eps, &mut s.out[..len]);
+        let guess = s.foresight.guess(c, &self.weights, next, &s.out[..len], &mut s.router_logits);
+        self.experts.expect(moe_at + 1, guess, n > 1);
     }
 
     fn count_experts(
@@ -538,6 +557,7 @@ impl Scratch {
             experts: vec![0; batch * n_used],
             weights: vec![0.0; batch * n_used],
             router: Router::default(),
+            foresight: Foresight::new(batch, hidden),
             mixer,
             ffn: FfnScratch::new(batch, hidden, ffn, n_used),
             computed: StageBytes::new(n_tiers),

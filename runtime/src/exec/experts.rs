@@ -4,14 +4,19 @@
 //! far as there are buffers, and each expert can be used once it is [ready](Step::is_ready). Which experts stay in the
 //! slots is decided by [`SlotCache`] alone, the same code that the planner replays.
 
-use super::moe::add_bias;
+mod ahead;
+mod view;
+
+pub(super) use view::{Bias, ExpertView, ViewLinear};
+
 use super::slots::{Access, SlotCache};
 use crate::gguf::Gguf;
 use crate::kernels::Weights;
 use crate::model::spec::{ExpertLinear, MoeSpec, TensorId};
-use crate::quant::{TensorType, dequantize_row};
+use crate::quant::TensorType;
 use crate::tiers::arena::Piece;
 use crate::tiers::file::{Arrival, Extent, FileTier, ReadError, Span, Urgency};
+use ahead::{Ahead, Landed};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -173,55 +178,6 @@ impl LayerExperts {
     }
 }
 
-/// The matrices of one expert, wherever they are.
-#[derive(Clone, Copy)]
-pub(super) struct ExpertView<'a> {
-    /// `[expert_ffn, hidden]`.
-    pub gate: ViewLinear<'a>,
-    /// `[expert_ffn, hidden]`.
-    pub up: ViewLinear<'a>,
-    /// `[hidden, expert_ffn]`.
-    pub down: ViewLinear<'a>,
-}
-
-/// A matrix of one expert with its bias.
-#[derive(Clone, Copy)]
-pub(super) struct ViewLinear<'a> {
-    pub weights: Weights<'a>,
-    pub bias: Option<Bias<'a>>,
-}
-
-impl<'a> ViewLinear<'a> {
-    /// Adds the bias, if there is one, to every row of results; `decoded` is scratch.
-    pub(super) fn add_bias(&self, rows: &mut [f32], decoded: &mut Vec<f32>) {
-        if let Some(bias) = self.bias {
-            decoded.resize(self.weights.n_rows(), 0.0);
-            dequantize_row(bias.ty, bias.bytes, decoded);
-            add_bias(rows, Some(decoded));
-        }
-    }
-
-    /// `n` of the rows, the first one `first`.
-    fn rows(&self, first: usize, n: usize) -> ViewLinear<'a> {
-        let weights = self.weights.rows(first..first + n);
-        ViewLinear {
-            weights: weights.unwrap_or_else(|| unreachable!("gate and up are the halves of what is fused")),
-            bias: self.bias.map(|bias| {
-                // A bias is of a type whose values stand one by one.
-                let size = bias.ty.block_bytes();
-                Bias { bytes: &bias.bytes[first * size..(first + n) * size], ..bias }
-            }),
-        }
-    }
-}
-
-/// A bias as it lies in an expert's bytes, which may be anywhere: not aligned, not decoded.
-#[derive(Clone, Copy)]
-pub(super) struct Bias<'a> {
-    ty: TensorType,
-    bytes: &'a [u8],
-}
-
 /// The state of one expert in a step.
 enum Use {
     /// Home is where it computes.
@@ -248,8 +204,9 @@ pub(super) struct Step {
     uses: Vec<Use>,
     next_read: usize,
     in_flight: usize,
-    /// Experts that must wait for their slot and compute from staging meanwhile: position, slot, position they wait for.
-    late: Vec<(usize, usize, usize)>,
+    /// Experts that compute from staging before they move to their slot: position, slot, position they wait for if the
+    /// slot is in use till then.
+    late: Vec<(usize, usize, Option<usize>)>,
     /// Computed experts whose bytes wait in staging for a slot: position they wait for, slot, bytes.
     held: Vec<(usize, usize, Piece)>,
     /// Slots to be read again when the step ends, for want of staging: position, slot.
@@ -285,14 +242,17 @@ pub(super) struct ExpertStore {
     layers: Vec<LayerExperts>,
     files: Option<FileTier>,
     staging: Vec<Piece>,
+    /// Staging buffers, wherever they are.
+    n_staging: usize,
     staging_tier: usize,
     mapped_tier: usize,
     accesses: Vec<Access>,
     pooled: Vec<u32>,
+    ahead: Ahead,
 }
 
 impl ExpertStore {
-    /// `files` may be absent only where no expert is pooled.
+    /// `files` may be absent only where no expert is pooled; `looks_ahead` where they are a real device.
     pub(super) fn new(
         gguf: Arc<Gguf>,
         layers: Vec<LayerExperts>,
@@ -300,8 +260,12 @@ impl ExpertStore {
         staging: Vec<Piece>,
         staging_tier: usize,
         mapped_tier: usize,
+        looks_ahead: bool,
     ) -> Self {
-        Self { gguf, layers, files, staging, staging_tier, mapped_tier, accesses: Vec::new(), pooled: Vec::new() }
+        let ahead = Ahead::new(looks_ahead && files.is_some(), staging.len());
+        let (accesses, pooled) = (Vec::new(), Vec::new());
+        let n_staging = staging.len();
+        Self { gguf, layers, files, staging, n_staging, staging_tier, mapped_tier, accesses, pooled, ahead }
     }
 
     pub(super) fn expert_bytes(&self, layer: usize) -> u64 {
@@ -341,7 +305,7 @@ impl ExpertStore {
                     Use::FillSlot { slot: *slot as usize, after }
                 }
                 // On a mapped tier what gets no slot computes where it lies.
-                Some(Access::Staged) if self.staging.is_empty() => Use::AtHome,
+                Some(Access::Staged) if self.n_staging == 0 => Use::AtHome,
                 Some(Access::Staged) => Use::Stage,
             });
             match access {
@@ -353,7 +317,9 @@ impl ExpertStore {
                 step.read_bytes += store.expert_bytes as u64;
             }
         }
+        self.take_ahead(&mut step);
         self.submit(&mut step);
+        self.read_ahead(&step);
         step
     }
 
@@ -368,7 +334,7 @@ impl ExpertStore {
                 Use::FillSlot { slot, after: Some(after) } if matches!(step.uses[after], Use::Done) => {
                     (Some(slot), None)
                 }
-                Use::FillSlot { slot, after: Some(after) } => (None, Some((at, slot, after))),
+                Use::FillSlot { slot, after: Some(after) } => (None, Some((at, slot, Some(after)))),
                 Use::Stage => (None, None),
                 _ => {
                     step.next_read += 1;
@@ -397,38 +363,42 @@ impl ExpertStore {
     /// # Errors
     /// When the read failed; the step is given up then, and the store is as good as before.
     pub(super) fn wait(&mut self, step: &mut Step) -> Result<usize, ReadError> {
-        let files = self.files.as_ref().ok_or(ReadError::Stopped)?;
-        if step.in_flight == 0 {
-            return Err(ReadError::Stopped);
-        }
         let start = Instant::now();
-        let arrival = files.wait()?;
-        step.waited += start.elapsed();
-        let (at, result) = self.land(step, arrival);
-        if let Err(error) = result {
-            self.give_up(step);
-            return Err(error);
+        loop {
+            // A read that ended since the last call may have made room for another.
+            self.submit(step);
+            let files = self.files.as_ref().ok_or(ReadError::Stopped)?;
+            if step.in_flight == 0 && !self.ahead.is_reading() {
+                return Err(ReadError::Stopped);
+            }
+            let arrival = files.wait()?;
+            let Some((at, result)) = self.land(step, arrival) else { continue };
+            step.waited += start.elapsed();
+            if let Err(error) = result {
+                self.give_up(step);
+                return Err(error);
+            }
+            return Ok(at);
         }
-        Ok(at)
     }
 
-    /// Puts the buffer of a finished read where it belongs; returns the position it was for.
-    fn land(&mut self, step: &mut Step, arrival: Arrival) -> (usize, Result<(), ReadError>) {
+    /// Puts the buffer of a finished read where it belongs; returns the position it was for, if it was for the step.
+    fn land(&mut self, step: &mut Step, arrival: Arrival) -> Option<(usize, Result<(), ReadError>)> {
+        let Landed { at, piece, result } = self.land_ahead(arrival)?;
         step.in_flight -= 1;
-        let at = arrival.key as usize;
-        let good = arrival.result.is_ok();
+        let good = result.is_ok();
         step.uses[at] = match step.uses[at] {
             Use::Loading(Some(slot)) => {
-                self.layers[step.layer].slots[slot] = Some(arrival.piece);
+                self.layers[step.layer].slots[slot] = Some(piece);
                 if good { Use::Slot(slot) } else { Use::Done }
             }
-            _ if good => Use::Staged(arrival.piece),
+            _ if good => Use::Staged(piece),
             _ => {
-                self.staging.push(whole(arrival.piece));
+                self.staging.push(whole(piece));
                 Use::Done
             }
         };
-        (at, arrival.result)
+        Some((at, result))
     }
 
     /// Ends a step that can't go on: all buffers come back, and slots that do not hold what the cache says are freed.
@@ -451,6 +421,7 @@ impl ExpertStore {
             }
         }
         self.staging.extend(step.held.drain(..).map(|(_, _, piece)| whole(piece)));
+        self.forget_ahead();
     }
 
     /// The matrices and the tier of a ready expert.
@@ -488,12 +459,11 @@ impl ExpertStore {
         let slots = &mut self.layers[step.layer].slots;
         if let Use::Staged(piece) = std::mem::replace(&mut step.uses[at], Use::Done) {
             match step.late.iter().find(|(late, ..)| *late == at) {
-                Some(&(_, slot, after)) if matches!(step.uses[after], Use::Done) => {
-                    keep(slots, slot, &piece);
-                    self.staging.push(whole(piece));
+                Some(&(_, slot, after)) if after.is_none_or(|after| matches!(step.uses[after], Use::Done)) => {
+                    self.staging.push(keep(slots, slot, piece));
                 }
                 // The last buffers stay free, or reads could not go on.
-                Some(&(_, slot, after)) if self.staging.len() > 1 => step.held.push((after, slot, piece)),
+                Some(&(_, slot, Some(after))) if self.staging.len() > 1 => step.held.push((after, slot, piece)),
                 Some(&(_, slot, _)) => {
                     step.reread.push((at, slot));
                     self.staging.push(whole(piece));
@@ -503,10 +473,10 @@ impl ExpertStore {
         }
         while let Some(i) = step.held.iter().position(|(after, ..)| *after == at) {
             let (_, slot, piece) = step.held.swap_remove(i);
-            keep(slots, slot, &piece);
-            self.staging.push(whole(piece));
+            self.staging.push(keep(slots, slot, piece));
         }
         self.submit(step);
+        self.read_ahead(step);
     }
 
     /// Ends a step whose experts have all computed: the slots then hold what the cache says.
@@ -532,11 +502,16 @@ impl ExpertStore {
     }
 }
 
-/// Copies a computed expert from staging into its slot.
-fn keep(slots: &mut [Option<Piece>], slot: usize, piece: &Piece) {
+/// Moves a computed expert from staging into its slot, by exchange where both are of one size; returns the free buffer.
+fn keep(slots: &mut [Option<Piece>], slot: usize, mut piece: Piece) -> Piece {
     if let Some(target) = &mut slots[slot] {
-        target.copy_from_slice(piece);
+        if target.capacity() == piece.capacity() {
+            std::mem::swap(target, &mut piece);
+        } else {
+            target.copy_from_slice(&piece);
+        }
     }
+    whole(piece)
 }
 
 fn whole(mut piece: Piece) -> Piece {

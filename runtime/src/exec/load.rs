@@ -404,7 +404,9 @@ impl Loader<'_> {
             }
         }
         let files = self.files.take();
-        Ok(ExpertStore::new(Arc::clone(self.gguf), layers, files, staging, plan.staging_tier, slow))
+        // An emulated device takes the declared time, and what stands for memory needs no reading ahead.
+        let looks_ahead = self.mode != ReadMode::Cached;
+        Ok(ExpertStore::new(Arc::clone(self.gguf), layers, files, staging, plan.staging_tier, slow, looks_ahead))
     }
 
     fn layer(

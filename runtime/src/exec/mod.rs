@@ -7,6 +7,7 @@ pub mod budget;
 pub mod counters;
 pub mod engine;
 mod experts;
+mod foresight;
 pub mod generate;
 mod load;
 pub mod measure;

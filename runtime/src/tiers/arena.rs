@@ -97,6 +97,11 @@ impl Piece {
         self.len = len.min(self.capacity);
     }
 
+    /// Bytes that it can show.
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+
     /// Shows all bytes again.
     pub fn restore(&mut self) {
         self.len = self.capacity;

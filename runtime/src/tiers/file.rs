@@ -129,7 +129,23 @@ struct Job {
 struct Queue {
     now: VecDeque<Job>,
     idle: VecDeque<Job>,
+    /// Jobs of `now` that are being done.
+    busy: usize,
     closed: bool,
+}
+
+impl Queue {
+    /// The next job, and whether somebody waits for it. What nobody waits for is left while anything else is read.
+    fn next(&mut self) -> Option<(Job, Urgency)> {
+        if let Some(job) = self.now.pop_front() {
+            self.busy += 1;
+            return Some((job, Urgency::Now));
+        }
+        if self.busy > 0 {
+            return None;
+        }
+        Some((self.idle.pop_front()?, Urgency::Idle))
+    }
 }
 
 struct Shared {
@@ -246,6 +262,28 @@ impl FileTier {
         jobs
     }
 
+    /// Decides about the [idle](Urgency::Idle) reads that have not begun: those with these keys are wanted now, all others
+    /// no longer. Requests come back all the same, those that are cut short with an error.
+    pub fn settle_idle(&self, wanted: &[u64]) {
+        let mut queue = lock(&self.shared.queue);
+        let idle = std::mem::take(&mut queue.idle);
+        let (kept, cancelled): (Vec<Job>, Vec<Job>) = idle.into_iter().partition(|j| wanted.contains(&j.request.key));
+        let n = kept.len();
+        queue.now.extend(kept);
+        drop(queue);
+        for _ in 0..n.min(READERS) {
+            self.shared.ready.notify_one();
+        }
+        for job in cancelled {
+            lock(&job.request.error).get_or_insert(ReadError::Stopped);
+            if job.request.left.fetch_sub(1, Ordering::AcqRel) == 1 {
+                self.sender
+                    .send(finished(&job.request))
+                    .unwrap_or_else(|_| unreachable!("the receiver is in this value"));
+            }
+        }
+    }
+
     /// The next finished read, in whatever order they finish.
     pub fn wait(&self) -> Result<Arrival, ReadError> {
         if self.readers.is_empty() {
@@ -294,13 +332,12 @@ fn read_loop(shared: &Shared, arrivals: &Sender<Arrival>) {
     let mut buffer = None;
     loop {
         let mut queue = lock(&shared.queue);
-        let job = loop {
+        let (job, urgency) = loop {
             if queue.closed {
                 return;
             }
-            let next = queue.now.pop_front();
-            match next.or_else(|| queue.idle.pop_front()) {
-                Some(job) => break job,
+            match queue.next() {
+                Some(next) => break next,
                 None => queue = shared.ready.wait(queue).unwrap_or_else(|e| e.into_inner()),
             }
         };
@@ -308,6 +345,13 @@ fn read_loop(shared: &Shared, arrivals: &Sender<Arrival>) {
         let spoilt = lock(&job.request.error).is_some();
         if !spoilt && let Err(error) = run(&shared.sources[job.source], &job, &mut buffer) {
             lock(&job.request.error).get_or_insert(error);
+        }
+        if urgency == Urgency::Now {
+            let mut queue = lock(&shared.queue);
+            queue.busy -= 1;
+            if queue.busy == 0 && !queue.idle.is_empty() {
+                shared.ready.notify_all();
+            }
         }
         let last = job.request.left.fetch_sub(1, Ordering::AcqRel) == 1;
         if last && arrivals.send(finished(&job.request)).is_err() {
