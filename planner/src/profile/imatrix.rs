@@ -6,6 +6,7 @@
 
 use anyhow::{Context, Result, bail, ensure};
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::io::Read;
 use std::path::Path;
 use tier_plan_runtime::formats::SourceId;
@@ -106,9 +107,8 @@ fn counts(gguf: &Gguf) -> Result<BTreeMap<u32, Found>> {
     for stacked in STACKED {
         for tensor in gguf.tensors() {
             let Some(layer) = layer_of(&tensor.name, stacked) else { continue };
-            if !found.contains_key(&layer) {
-                let counts = whole(gguf, tensor)?;
-                found.insert(layer, Found { tensor: tensor.name.clone(), counts });
+            if let Entry::Vacant(place) = found.entry(layer) {
+                place.insert(Found { tensor: tensor.name.clone(), counts: whole(gguf, tensor)? });
             }
         }
     }
