@@ -107,6 +107,26 @@ fn an_importance_matrix_is_a_profile_of_counts() {
 }
 
 #[test]
+fn a_plan_is_explained_from_what_it_was_made_from() {
+    let dir = tempfile::tempdir().unwrap();
+    let solve = ["solve", "gpt-oss-120b", "--quant", "mxfp4", "-m", "desktop-4090-ddr5-nvme", "--time-limit", "2"];
+    succeeded(run_in(dir.path(), &[&solve[..], &["-o", "p.toml"]].concat()));
+    let explain = ["explain", "p.toml", "--model", "gpt-oss-120b", "--quant", "mxfp4"];
+    let words = stdout(&succeeded(run_in(dir.path(), &explain)));
+    for expected in ["The bottleneck is dram", "shadow prices", "attention: 36 of 36 on vram", "layer"] {
+        assert!(words.contains(expected), "{expected}: {words}");
+    }
+    let found = json(run_in(dir.path(), &[&explain[..], &["--json"]].concat()));
+    assert_eq!((&found["bound_by"], found["layers"].as_array().map(Vec::len)), (&"dram".into(), Some(36)));
+    assert!(found["tiers"][0]["tok_s_per_gib"].as_f64().unwrap() > 0.0);
+    assert_eq!(found["tiers"][2]["tok_s_per_gib"].as_f64(), Some(0.0));
+    refused(dir.path(), &["explain", "p.toml", "--model", "gpt-oss-120b"], &["gpt-oss-120b at q4_k_m"]);
+    let matrix = text(&root().join("tests/data/imatrix/demo.imatrix.gguf"));
+    succeeded(run_in(dir.path(), &["profile", "--from-imatrix", &matrix, "-o", "a.profile"]));
+    refused(dir.path(), &[&explain[..], &["-p", "a.profile"]].concat(), &["was made without a profile"]);
+}
+
+#[test]
 fn what_if_answers_in_words_and_in_json() {
     let dir = tempfile::tempdir().unwrap();
     let ask = ["what-if", "--model", "glm-4.5-air", "--quant", "q4_k_m", "--time-limit", "1"];

@@ -24,6 +24,8 @@ pub enum Command {
     Profile(ProfileArgs),
     /// Find where every tensor should live, and write placement.toml
     Solve(SolveArgs),
+    /// Say why a plan is as it is: what bounds it, and what more of each tier would bring
+    Explain(ExplainArgs),
     /// Predict what a model would do on a machine, without either
     WhatIf(WhatIfArgs),
     /// Generate text, from a plan if one is given
@@ -151,6 +153,28 @@ pub struct SolveArgs {
     pub baselines: Option<PathBuf>,
     /// Stop improving after this many seconds
     #[arg(long, default_value_t = 10.0)]
+    pub time_limit: f64,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `explain`.
+#[derive(Debug, Args)]
+pub struct ExplainArgs {
+    /// The plan
+    pub plan: PathBuf,
+    /// What it was made for: a GGUF file, or a shape (.toml, or a name such as kimi-k2.5)
+    #[arg(long)]
+    pub model: PathBuf,
+    /// Of a shape: the quantisation, q4_k_m when not given
+    #[arg(long, value_name = "NAME")]
+    pub quant: Option<String>,
+    /// The profile it was made from, if it was made from one
+    #[arg(short, long)]
+    pub profile: Option<PathBuf>,
+    /// Spend at most this many seconds on the prices
+    #[arg(long, default_value_t = 5.0)]
     pub time_limit: f64,
     /// Print JSON
     #[arg(long)]

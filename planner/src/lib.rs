@@ -14,6 +14,7 @@ pub mod chat;
 pub mod cli;
 pub mod cmd;
 pub mod cost;
+pub mod explain;
 pub mod host;
 pub mod perplexity;
 pub mod profile;

@@ -4,6 +4,7 @@ pub mod bench;
 pub mod chat;
 pub mod compare;
 pub mod demo;
+pub mod explain;
 pub mod inspect;
 pub mod logits;
 pub mod perplexity;
@@ -28,6 +29,7 @@ pub fn dispatch(command: Command) -> Result<()> {
         Command::Logits(args) => logits::run(&args),
         Command::Perplexity(args) => perplexity::run(&args),
         Command::Tokenize(args) => tokenize::run(&args),
+        Command::Explain(args) => explain::run(&args),
         Command::WhatIf(args) => what_if::run(&args),
         Command::Demo(args) => demo::run(&args),
     }

@@ -107,8 +107,8 @@ fn counts(gguf: &Gguf) -> Result<BTreeMap<u32, Found>> {
     for stacked in STACKED {
         for tensor in gguf.tensors() {
             let Some(layer) = layer_of(&tensor.name, stacked) else { continue };
-            if let Entry::Vacant(entry) = found.entry(layer) {
-                entry.insert(Found { tensor: tensor.name.clone(), counts: whole(gguf, tensor)? });
+            if let Entry::Vacant(place) = found.entry(layer) {
+                place.insert(Found { tensor: tensor.name.clone(), counts: whole(gguf, tensor)? });
             }
         }
     }

@@ -168,6 +168,26 @@ pub fn solve_judged(inputs: &Inputs<'_>, evidence: &Evidence, options: &Options)
     Ok(Solved { ceiling_hit_rate: ceiling_hit_rate(&plan, evidence), plan, baselines, notes })
 }
 
+/// What a byte more of each tier is worth: `[tiers]` seconds of a decoded token, from the linear program's prices.
+///
+/// # Errors
+/// As [`solve_all`].
+pub fn shadow_prices(inputs: &Inputs<'_>, evidence: &Evidence, time_limit_s: f64) -> Result<Vec<f64>> {
+    let room = Room::new(inputs)?;
+    let planner = Planner { inputs, evidence, room: &room };
+    let limit = Duration::try_from_secs_f64(time_limit_s).ok().context("a time limit below 0; give a positive one")?;
+    let deadline = Instant::now().checked_add(limit).context("the time limit is too long; give less than a year")?;
+    let maker = Maker::new(inputs.shape, evidence, &room, time_limit_s);
+    let mut items = columns::dense_items(inputs.shape, &room);
+    items.extend(maker.items());
+    let soon = Instant::now() + Duration::from_secs(2);
+    let mut dual = dual::maximise(&items, &room, None, deadline.max(soon))?;
+    if !maker.grid.full {
+        dual = planner.refine(&maker, &mut items, dual, deadline)?;
+    }
+    Ok(dual.price)
+}
+
 /// See [`Solved::ceiling_hit_rate`].
 fn ceiling_hit_rate(plan: &Placement, evidence: &Evidence) -> Option<f64> {
     if evidence.drawn {

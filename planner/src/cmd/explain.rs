@@ -1,0 +1,256 @@
+//! `tier-plan explain`: why a plan is as it is.
+
+use crate::catalogue;
+use crate::cli::ExplainArgs;
+use crate::explain::{Explanation, LayerReason, Path, explain};
+use crate::profile::Evidence;
+use crate::solve::time_limit;
+use crate::whatif::bound;
+use anyhow::{Result, bail, ensure};
+use serde_json::{Value, json};
+use tier_plan_runtime::formats::placement::{self, Placement};
+use tier_plan_runtime::formats::profile;
+use tier_plan_runtime::model::shape::DenseKind;
+use tier_plan_runtime::units::show_bytes;
+
+/// Runs it.
+pub fn run(args: &ExplainArgs) -> Result<()> {
+    let time_limit_s = time_limit(args.time_limit)?;
+    let plan = placement::read(&args.plan)?;
+    let known = catalogue::model(&args.model, args.quant.as_deref())?;
+    plan.check_model(&known.sizes.id, &args.plan)?;
+    let profile = args.profile.as_deref().map(profile::read).transpose()?;
+    if let (Some(profile), Some(path)) = (&profile, &args.profile) {
+        profile.check_model(&known.sizes.id, path)?;
+    }
+    match (&plan.profile, &profile) {
+        (Some(made_from), None) => {
+            bail!("{} was made from the profile {made_from}; give it with --profile", args.plan.display());
+        }
+        (Some(made_from), Some(given)) => ensure!(
+            made_from.hash == given.id.hash,
+            "{} was made from the profile {made_from}, but the profile given is {}; give its own",
+            args.plan.display(),
+            given.id
+        ),
+        (None, Some(_)) => {
+            bail!("{} was made without a profile; leave --profile out", args.plan.display());
+        }
+        (None, None) => {}
+    }
+    let evidence = Evidence::new(&known.sizes, profile.as_ref())?;
+    let why = explain(&plan, &known.sizes, &evidence, time_limit_s)?;
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&as_json(&plan, &why))?);
+    } else {
+        print_text(&plan, &why);
+        for note in evidence.notes.iter().chain(&known.notes()) {
+            println!("note: {note}");
+        }
+    }
+    Ok(())
+}
+
+fn print_text(plan: &Placement, why: &Explanation) {
+    let (predicted, emulated) = (&plan.predicted, plan.tiers.iter().any(|t| t.tier.emulated));
+    println!(
+        "plan '{}' for {} on {}: predicted {:.2} tok/s{}",
+        plan.name,
+        plan.model.name,
+        plan.machine.name,
+        predicted.decode_tok_s,
+        if emulated { " on emulated tiers" } else { "" }
+    );
+    println!();
+    let bound = bound(plan);
+    println!("Where a token's {:.3} ms go, as predicted:", plan.solver.objective_s * 1e3);
+    println!("  {:<22} {:>9.3} ms", "fixed overheads", predicted.overhead_s * 1e3);
+    for (at, tier) in plan.tiers.iter().enumerate() {
+        let part = |of: &[f64]| of.get(at).copied().unwrap_or(0.0) * 1e3;
+        println!(
+            "  {:<22} {:>9.3} ms for dense tensors, {:>9.3} ms for experts before overlap",
+            tier.tier.name,
+            part(&predicted.dense_s),
+            part(&predicted.expert_s)
+        );
+    }
+    println!(
+        "  {:<22} {:>9.3} ms of the experts' time is left when the tiers overlap",
+        "",
+        predicted.expert_critical_s * 1e3
+    );
+    println!("The bottleneck is {}: {:.0} % of the time of a token.", bound.by, bound.share * 100.0);
+    println!();
+    // A GiB says nothing of a machine that has less.
+    let small = plan.tiers.iter().all(|t| t.budget_bytes < 1 << 30);
+    let (unit, part) = if small { ("MiB", 1.0 / 1024.0) } else { ("GiB", 1.0) };
+    println!("What a {unit} more of each budget would bring, at the margin (shadow prices):");
+    for tier in &why.tiers {
+        let spare =
+            if tier.spare_bytes > 0 { format!(", {} not used", show_bytes(tier.spare_bytes)) } else { String::new() };
+        println!(
+            "  {:<8} {:+.4} predicted tok/s, {:.3} ms of a token{spare}",
+            tier.name,
+            tier.tok_s_per_gib * part,
+            tier.seconds_per_gib * part * 1e3
+        );
+    }
+    println!();
+    dense(plan);
+    if why.layers.is_empty() {
+        return;
+    }
+    println!("Experts, layer by layer (a layer gets what saves more time than its bytes cost at those prices):");
+    let mut alike: Vec<(&LayerReason, Vec<u32>)> = Vec::new();
+    for layer in &why.layers {
+        match alike.iter_mut().find(|(first, _)| same(first, layer)) {
+            Some((_, layers)) => layers.push(layer.layer),
+            None => alike.push((layer, vec![layer.layer])),
+        }
+    }
+    for (of, layers) in alike {
+        println!("  {}", sentence(plan, of, &layers));
+    }
+}
+
+/// Ascending numbers with their runs closed up: `layers 0-3, 7`.
+fn numbers(layers: &[u32]) -> String {
+    let mut runs: Vec<(u32, u32)> = Vec::new();
+    for &layer in layers {
+        match runs.last_mut() {
+            Some((_, last)) if *last + 1 == layer => *last = layer,
+            _ => runs.push((layer, layer)),
+        }
+    }
+    let shown = runs.iter().map(|(a, b)| if a == b { a.to_string() } else { format!("{a}-{b}") });
+    let shown: Vec<String> = shown.collect();
+    format!("{} {}", if layers.len() == 1 { "layer" } else { "layers" }, shown.join(", "))
+}
+
+/// Layers that one sentence can be about.
+fn same(a: &LayerReason, b: &LayerReason) -> bool {
+    let near = |a: f64, b: f64| (a - b).abs() < 5e-4;
+    (&a.pinned, a.slots, a.expert_bytes, a.longest) == (&b.pinned, b.slots, b.expert_bytes, b.longest)
+        && near(a.pin_hits, b.pin_hits)
+        && near(a.slot_hits, b.slot_hits)
+}
+
+fn sentence(plan: &Placement, of: &LayerReason, layers: &[u32]) -> String {
+    let name = |tier: usize| plan.tiers[tier].tier.name.as_str();
+    let mut parts: Vec<String> = of
+        .pinned
+        .iter()
+        .enumerate()
+        .filter(|(_, n)| **n > 0)
+        .map(|(t, n)| format!("{n} pinned on {}", name(t)))
+        .collect();
+    if of.slots.0 > 0 {
+        parts.push(format!("{} slots on {}", of.slots.0, name(of.slots.1)));
+    }
+    if parts.is_empty() {
+        parts.push(format!("all on {}", name(plan.tiers.len() - 1)));
+    }
+    let longest = match of.longest {
+        Path::Computing(tier) => format!("computing from {}", name(tier)),
+        Path::Reading => format!("reads from {}", name(plan.tiers.len() - 1)),
+    };
+    let border = match of.border {
+        (Some(least), Some(most)) if least > most => format!(
+            "; the least used pin serves {:.2} % of tokens, the most used other would {:.2} %",
+            least * 100.0,
+            most * 100.0
+        ),
+        (Some(_), Some(_)) => "; pins are no better than others here".to_string(),
+        _ => String::new(),
+    };
+    format!(
+        "{}: {}; pins serve {:.1} % of choices, slots {:.1} %; {:.3} ms, longest {longest}{border}",
+        numbers(layers),
+        parts.join(", "),
+        of.pin_hits * 100.0,
+        of.slot_hits * 100.0,
+        of.seconds * 1e3
+    )
+}
+
+fn dense(plan: &Placement) {
+    println!(
+        "Dense tensors: every token reads all of them, so a byte of theirs is worth more in a fast tier than an expert's:"
+    );
+    let kinds = [
+        ("attention", DenseKind::Attention),
+        ("routers", DenseKind::Router),
+        ("shared experts", DenseKind::SharedExpert),
+        ("dense feed-forward", DenseKind::DenseFfn),
+        ("head", DenseKind::Head),
+        ("embedding (one row a token)", DenseKind::Embedding),
+    ];
+    for (words, kind) in kinds {
+        let of_kind: Vec<usize> = plan.dense.iter().filter(|d| d.kind == kind).map(|d| d.tier).collect();
+        let places: Vec<String> = plan
+            .tiers
+            .iter()
+            .enumerate()
+            .filter_map(|(t, tier)| {
+                let here = of_kind.iter().filter(|&&on| on == t).count();
+                let many = if of_kind.len() > 1 { format!("{here} of {} on ", of_kind.len()) } else { "on ".into() };
+                (here > 0).then(|| format!("{many}{}", tier.tier.name))
+            })
+            .collect();
+        if !places.is_empty() {
+            println!("  {words}: {}", places.join(", "));
+        }
+    }
+    println!();
+}
+
+fn as_json(plan: &Placement, why: &Explanation) -> Value {
+    let bound = bound(plan);
+    let name = |tier: usize| plan.tiers[tier].tier.name.as_str();
+    json!({
+        "plan": plan.name,
+        "model": plan.model.name,
+        "predicted": true,
+        "emulated": plan.tiers.iter().any(|t| t.tier.emulated),
+        "decode_tok_s": plan.predicted.decode_tok_s,
+        "bound_by": bound.by,
+        "bound_by_share": bound.share,
+        "overhead_s": plan.predicted.overhead_s,
+        "tiers": why.tiers.iter().enumerate().map(|(at, t)| json!({
+            "name": t.name,
+            "tok_s_per_gib": t.tok_s_per_gib,
+            "seconds_per_gib": t.seconds_per_gib,
+            "spare_bytes": t.spare_bytes,
+            "dense_s": plan.predicted.dense_s.get(at),
+            "expert_s": plan.predicted.expert_s.get(at),
+        })).collect::<Vec<_>>(),
+        "layers": why.layers.iter().map(|l| json!({
+            "layer": l.layer,
+            "expert_bytes": l.expert_bytes,
+            "pinned": l.pinned.iter().enumerate().filter(|(_, n)| **n > 0)
+                .map(|(t, n)| (name(t).to_string(), json!(n))).collect::<serde_json::Map<_, _>>(),
+            "slots": l.slots.0,
+            "slot_tier": name(l.slots.1),
+            "pin_hits": l.pin_hits,
+            "slot_hits": l.slot_hits,
+            "expert_s": l.seconds,
+            "longest": match l.longest {
+                Path::Computing(tier) => format!("computing from {}", name(tier)),
+                Path::Reading => "reading".to_string(),
+            },
+            "least_used_pin": l.border.0,
+            "most_used_other": l.border.1,
+        })).collect::<Vec<_>>(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::numbers;
+
+    #[test]
+    fn runs_of_layers_are_closed_up() {
+        assert_eq!(numbers(&[3]), "layer 3");
+        assert_eq!(numbers(&[0, 1, 2, 5, 7, 8]), "layers 0-2, 5, 7-8");
+    }
+}
