@@ -3,6 +3,7 @@
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
 use tier_plan_runtime::exec::KvType;
+use tier_plan_runtime::tiers::numa::NumaPolicy;
 
 /// Plans where the tensors of a mixture-of-experts model should live, and runs the model from that plan.
 #[derive(Debug, Parser)]
@@ -320,6 +321,10 @@ pub struct RunArgs {
     /// Print hits, misses, bytes and times by layer
     #[arg(long)]
     pub stats: bool,
+    /// On a machine with several memory nodes: `interleave` spreads memory over all of them, a number keeps memory and
+    /// threads on that node
+    #[arg(long, value_name = "POLICY")]
+    pub numa: Option<NumaPolicy>,
     /// Threads; the physical cores when not given
     #[arg(long)]
     pub threads: Option<usize>,
@@ -387,6 +392,10 @@ pub struct BenchArgs {
     /// How keys and values are stored: f16, q8_0 or f32; the plan's when not given, f16 without a plan
     #[arg(long, value_name = "TYPE")]
     pub kv_type: Option<KvType>,
+    /// On a machine with several memory nodes: `interleave` spreads memory over all of them, a number keeps memory and
+    /// threads on that node
+    #[arg(long, value_name = "POLICY")]
+    pub numa: Option<NumaPolicy>,
     /// Threads; the physical cores when not given
     #[arg(long)]
     pub threads: Option<usize>,

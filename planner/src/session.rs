@@ -13,6 +13,7 @@ use tier_plan_runtime::formats::placement::{self, Placement};
 use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::model::{describe, shape::shape_of};
 use tier_plan_runtime::threads::physical_cores;
+use tier_plan_runtime::tiers::numa::NumaPolicy;
 use tier_plan_runtime::tokenizer::Tokenizer;
 use tier_plan_runtime::units::{parse_bytes, show_bytes};
 
@@ -95,12 +96,15 @@ pub struct Opening<'a> {
     pub kv_type: Option<KvType>,
     /// Leave the weights where the system maps the file, where they could be copied to huge pages.
     pub mapped: bool,
+    /// Where memory goes on a machine with several memory nodes; as the system does it when `None`.
+    pub numa: Option<NumaPolicy>,
 }
 
 impl Session {
     /// Opens a model and its plan and loads it.
     pub fn open(model: &Path, opening: Opening<'_>) -> Result<Self> {
         check_threads(opening.threads)?;
+        opening.numa.map_or(Ok(()), NumaPolicy::apply).context("--numa")?;
         ensure!(opening.context != Some(0), "a context of 0 tokens holds no text; give --ctx 1 or more");
         let mut gguf = Gguf::open(model)?;
         let Chosen { plan, batch, fits } = match opening.plan {

@@ -40,6 +40,7 @@ pub fn run(args: &BenchArgs) -> Result<()> {
             context,
             threads: args.threads,
             mapped: args.mmap,
+            numa: args.numa,
             kv_type: args.kv_type,
         },
     )?;

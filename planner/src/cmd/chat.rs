@@ -26,6 +26,7 @@ pub fn run(args: &RunArgs) -> Result<()> {
         context: args.ctx,
         threads: args.threads,
         mapped: args.mmap,
+        numa: args.numa,
         kv_type: args.kv_type,
     };
     let mut session = Session::open(&args.model, opening)?;

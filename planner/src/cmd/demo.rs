@@ -190,6 +190,7 @@ fn run_args(model: &Path, plan: &Path, threads: Option<usize>) -> RunArgs {
         model: model.to_path_buf(),
         plan: Some(plan.to_path_buf()),
         mmap: false,
+        numa: None,
         dram: None,
         profile: None,
         prompt: Some(PROMPT.to_string()),

@@ -5,5 +5,6 @@ pub mod arena;
 pub mod bandwidth;
 pub mod file;
 pub mod limits;
+pub mod numa;
 pub mod pace;
 pub mod source;
