@@ -460,7 +460,7 @@ fn names_of_instruction_sets() {
 fn a_name_that_cannot_run_is_refused_with_those_that_can() {
     assert_eq!(Kernels::named("Scalar"), Ok(Kernels::SCALAR));
     let unknown = Kernels::named("sse9").unwrap_err().to_string();
-    assert_eq!(unknown, "TIER_PLAN_ISA: 'sse9' is not an instruction set: use scalar, avx2, avx512 or neon");
+    assert_eq!(unknown, "TIER_PLAN_ISA: 'sse9' is not an instruction set: use scalar, avx2, avx512, amx or neon");
     let absent = Kernels::named("neon").unwrap_err().to_string();
     assert!(absent.contains("'neon'") && absent.contains("use scalar"), "{absent}");
 }
