@@ -16,6 +16,7 @@ use crate::quant::block::GROUP;
 use std::arch::asm;
 use std::arch::x86_64::*;
 use std::cell::RefCell;
+use std::mem::MaybeUninit;
 use std::sync::OnceLock;
 
 /// Tokens of a tile product.
@@ -24,11 +25,8 @@ const TOKENS: usize = 16;
 /// Fewest tokens that are worth a tile product.
 const MIN_TOKENS: usize = 6;
 
-/// Weight rows that are unpacked together.
+/// Weight rows of a tile product.
 const ROWS: usize = 16;
-
-/// Weight rows of a tile product: as many as registers can add up for 16 tokens.
-const PART: usize = 8;
 
 /// Tile products that are under way before the first is waited for.
 const AHEAD: usize = 2;
@@ -212,9 +210,7 @@ unsafe fn product<U: Unpack>(panel: &Panel<'_>) {
                     arrange_rows::<U>(rows, panel.row_bytes, cols, &to);
                     for lane in 0..lanes {
                         for p in 0..n_panels {
-                            for part in 0..n_rows.div_ceil(PART) {
-                                add_up::<U>(lane, p, part, groups, &to);
-                            }
+                            add_up::<U>(lane, p, groups, &to);
                         }
                     }
                     for p in 0..n_panels {
@@ -235,7 +231,7 @@ unsafe fn product<U: Unpack>(panel: &Panel<'_>) {
 fn configure(bytes: usize) {
     let mut config = Config { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
     config.row_bytes[..3].copy_from_slice(&[64, bytes as u16, 64]);
-    config.rows[..3].copy_from_slice(&[PART as u8, PART as u8, (bytes / 4) as u8]);
+    config.rows[..3].copy_from_slice(&[ROWS as u8, ROWS as u8, (bytes / 4) as u8]);
     // SAFETY: a valid configuration of palette 1; only `product` runs this, on a processor with tiles.
     unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const config, options(readonly, nostack, preserves_flags)) };
 }
@@ -357,28 +353,28 @@ unsafe fn arrange_group<U: Unpack>(tile: Tile, row: usize, g: usize, groups: usi
     }
 }
 
-/// Multiplies 8 rows with 16 tokens and adds up, over all groups, the values of one lane.
+/// Multiplies 16 rows with 16 tokens and adds up, over all groups, the values of one lane.
 ///
 /// # Safety
 /// The buffers are filled, the tiles configured, and the processor has the instructions.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
-unsafe fn add_up<U: Unpack>(lane: usize, p: usize, part: usize, groups: usize, from: &Buffers) {
+unsafe fn add_up<U: Unpack>(lane: usize, p: usize, groups: usize, from: &Buffers) {
     #[repr(C, align(64))]
-    struct Products([i32; RING * PART * TOKENS]);
+    struct Products(MaybeUninit<[i32; RING * ROWS * TOKENS]>);
     let (lanes, scale_lane) = if U::FINE { (16, lane) } else { (8, 2 * lane) };
     let bytes = GROUP / lanes;
     let step = (p * lanes + lane) * groups;
-    let mut products = Products([0; RING * PART * TOKENS]);
-    let products = products.0.as_mut_ptr();
-    // SAFETY: the parts of the buffers for this lane, these tokens and these rows.
+    let mut products = Products(MaybeUninit::uninit());
+    let products = products.0.as_mut_ptr().cast::<i32>();
+    // SAFETY: the parts of the buffers for this lane and these tokens.
     let (x, x_scales, w, w_scales, sums) = unsafe {
         (
             from.x.add(step * TOKENS * bytes),
             from.x_scales.add(step * 2 * TOKENS),
-            from.w.add((lane * groups * ROWS + part * PART) * bytes),
-            from.w_scales.add(part * PART * 32 + scale_lane),
-            from.sums.add(((p * lanes + lane) * ROWS + part * PART) * TOKENS),
+            from.w.add(lane * groups * ROWS * bytes),
+            from.w_scales.add(scale_lane),
+            from.sums.add((p * lanes + lane) * ROWS * TOKENS),
         )
     };
     let multiply = |g: usize| {
@@ -392,7 +388,7 @@ unsafe fn add_up<U: Unpack>(lane: usize, p: usize, part: usize, groups: usize, f
                 "tilestored [{to} + {line}], tmm0",
                 w = in(reg) w.add(g * ROWS * bytes),
                 x = in(reg) x.add(g * TOKENS * bytes),
-                to = in(reg) products.add(g % RING * PART * TOKENS),
+                to = in(reg) products.add(g % RING * ROWS * TOKENS),
                 bytes = in(reg) bytes,
                 line = in(reg) 64usize,
                 out("tmm0") _, out("tmm1") _, out("tmm2") _,
@@ -400,10 +396,26 @@ unsafe fn add_up<U: Unpack>(lane: usize, p: usize, part: usize, groups: usize, f
             );
         }
     };
-    let mut acc = [[_mm512_setzero_ps(); 2]; PART];
     for g in 0..AHEAD.min(groups) {
         multiply(g);
     }
+    // The minimums first, while the first products are under way: registers hold sums of one kind at a time.
+    let mut mins = [_mm512_setzero_ps(); ROWS];
+    for g in 0..groups {
+        // SAFETY: scales of group `g`.
+        unsafe {
+            let sum = _mm512_load_ps(x_scales.add(g * 2 * TOKENS + TOKENS));
+            let min = w_scales.add(g * ROWS * 32 + 16);
+            for (r, acc) in mins.iter_mut().enumerate() {
+                *acc = _mm512_fnmadd_ps(_mm512_set1_ps(*min.add(r * 32)), sum, *acc);
+            }
+        }
+    }
+    for (r, acc) in mins.into_iter().enumerate() {
+        // SAFETY: the sums of this lane and these rows.
+        unsafe { _mm512_store_ps(sums.add(r * TOKENS), acc) };
+    }
+    let mut acc = [_mm512_setzero_ps(); ROWS];
     for g in 0..groups {
         if g + AHEAD < groups {
             multiply(g + AHEAD);
@@ -411,20 +423,21 @@ unsafe fn add_up<U: Unpack>(lane: usize, p: usize, part: usize, groups: usize, f
         // SAFETY: scales of group `g`, and products that were stored.
         unsafe {
             let scale = _mm512_load_ps(x_scales.add(g * 2 * TOKENS));
-            let sum = _mm512_load_ps(x_scales.add(g * 2 * TOKENS + TOKENS));
-            let products = products.add(g % RING * PART * TOKENS);
+            let weights = w_scales.add(g * ROWS * 32);
+            let products = products.add(g % RING * ROWS * TOKENS);
             for (r, acc) in acc.iter_mut().enumerate() {
-                let weights = w_scales.add((g * ROWS + r) * 32);
                 let product = _mm512_cvtepi32_ps(_mm512_load_si512(products.add(r * TOKENS).cast()));
-                let product = _mm512_mul_ps(product, _mm512_set1_ps(*weights));
-                acc[0] = _mm512_fmadd_ps(product, scale, acc[0]);
-                acc[1] = _mm512_fnmadd_ps(_mm512_set1_ps(*weights.add(16)), sum, acc[1]);
+                let product = _mm512_mul_ps(product, _mm512_set1_ps(*weights.add(r * 32)));
+                *acc = _mm512_fmadd_ps(product, scale, *acc);
             }
         }
     }
     for (r, acc) in acc.into_iter().enumerate() {
-        // SAFETY: the sums of this lane and these rows.
-        unsafe { _mm512_store_ps(sums.add(r * TOKENS), _mm512_add_ps(acc[0], acc[1])) };
+        // SAFETY: as above.
+        unsafe {
+            let to = sums.add(r * TOKENS);
+            _mm512_store_ps(to, _mm512_add_ps(acc, _mm512_load_ps(to)));
+        }
     }
 }
 
