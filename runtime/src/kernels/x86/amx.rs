@@ -146,7 +146,9 @@ struct Buffers {
     x_scales: *mut f32,
     /// `[lanes, groups, 16, 256 / lanes]`: codes of 16 rows.
     w: *mut u8,
-    /// `[groups, 16, 2, 16]`: scales and minimums of each 16 values of 16 rows.
+    /// `[groups, 2, 16, 16]`: scales and minimums of 16 rows, of each 16 values.
+    w_unsorted: *mut f32,
+    /// `[lanes, groups, 2, 16]`: the same of 16 rows.
     w_scales: *mut f32,
     /// `[token / 16, lanes, 16, 16]`: the sums of rows with tokens.
     sums: *mut f32,
@@ -157,9 +159,10 @@ impl Buffers {
         let x = panels * groups * TOKENS * GROUP / 64;
         let x_scales = panels * groups * lanes * 2;
         let w = groups * ROWS * GROUP / 64;
-        let w_scales = groups * ROWS * 2;
+        let w_unsorted = groups * ROWS * 2;
+        let w_scales = groups * lanes * 2;
         let sums = panels * lanes * ROWS;
-        let all = x + x_scales + w + w_scales + sums;
+        let all = x + x_scales + w + w_unsorted + w_scales + sums;
         if scratch.len() < all {
             scratch.resize(all, Line([0; 64]));
         }
@@ -170,8 +173,9 @@ impl Buffers {
                 x: base.cast(),
                 x_scales: base.add(x).cast(),
                 w: base.add(x + x_scales).cast(),
-                w_scales: base.add(x + x_scales + w).cast(),
-                sums: base.add(x + x_scales + w + w_scales).cast(),
+                w_unsorted: base.add(x + x_scales + w).cast(),
+                w_scales: base.add(x + x_scales + w + w_unsorted).cast(),
+                sums: base.add(x + x_scales + w + w_unsorted + w_scales).cast(),
             }
         }
     }
@@ -313,6 +317,19 @@ unsafe fn arrange_rows<U: Unpack>(rows: &[u8], row_bytes: usize, cols: usize, to
             unsafe { arrange_group::<U>(U::unpack(padded.as_ptr()), r, whole, groups, to) };
         }
     }
+    let (lanes, stride) = if U::FINE { (16, 1) } else { (8, 2) };
+    for i in 0..2 * groups {
+        let mut rows = [_mm512_setzero_si512(); ROWS];
+        for (r, row) in rows.iter_mut().enumerate() {
+            // SAFETY: the scales or the minimums of a group.
+            *row = unsafe { _mm512_load_si512(to.w_unsorted.add((i * ROWS + r) * 16).cast()) };
+        }
+        let columns = transpose(rows);
+        for lane in 0..lanes {
+            // SAFETY: every lane and group has two registers.
+            unsafe { _mm512_store_si512(to.w_scales.add((lane * groups * 2 + i) * 16).cast(), columns[lane * stride]) };
+        }
+    }
 }
 
 /// Writes 256 weights of a row to their tiles.
@@ -347,9 +364,9 @@ unsafe fn arrange_group<U: Unpack>(tile: Tile, row: usize, g: usize, groups: usi
                 _mm256_store_si256(to(6 + parity), _mm512_extracti64x4_epi64::<1>(high));
             }
         }
-        let scales = to.w_scales.add((g * ROWS + row) * 32);
+        let scales = to.w_unsorted.add((g * 2 * ROWS + row) * 16);
         _mm512_store_ps(scales, tile.scale);
-        _mm512_store_ps(scales.add(16), tile.min);
+        _mm512_store_ps(scales.add(ROWS * 16), tile.min);
     }
 }
 
@@ -362,7 +379,7 @@ unsafe fn arrange_group<U: Unpack>(tile: Tile, row: usize, g: usize, groups: usi
 unsafe fn add_up<U: Unpack>(lane: usize, p: usize, groups: usize, from: &Buffers) {
     #[repr(C, align(64))]
     struct Products(MaybeUninit<[i32; RING * ROWS * TOKENS]>);
-    let (lanes, scale_lane) = if U::FINE { (16, lane) } else { (8, 2 * lane) };
+    let lanes = if U::FINE { 16 } else { 8 };
     let bytes = GROUP / lanes;
     let step = (p * lanes + lane) * groups;
     let mut products = Products(MaybeUninit::uninit());
@@ -373,7 +390,7 @@ unsafe fn add_up<U: Unpack>(lane: usize, p: usize, groups: usize, from: &Buffers
             from.x.add(step * TOKENS * bytes),
             from.x_scales.add(step * 2 * TOKENS),
             from.w.add(lane * groups * ROWS * bytes),
-            from.w_scales.add(scale_lane),
+            from.w_scales.add(lane * groups * 2 * ROWS),
             from.sums.add((p * lanes + lane) * ROWS * TOKENS),
         )
     };
@@ -405,9 +422,9 @@ unsafe fn add_up<U: Unpack>(lane: usize, p: usize, groups: usize, from: &Buffers
         // SAFETY: scales of group `g`.
         unsafe {
             let sum = _mm512_load_ps(x_scales.add(g * 2 * TOKENS + TOKENS));
-            let min = w_scales.add(g * ROWS * 32 + 16);
+            let min = w_scales.add(g * 2 * ROWS + ROWS);
             for (r, acc) in mins.iter_mut().enumerate() {
-                *acc = _mm512_fnmadd_ps(_mm512_set1_ps(*min.add(r * 32)), sum, *acc);
+                *acc = _mm512_fnmadd_ps(_mm512_set1_ps(*min.add(r)), sum, *acc);
             }
         }
     }
@@ -423,11 +440,11 @@ unsafe fn add_up<U: Unpack>(lane: usize, p: usize, groups: usize, from: &Buffers
         // SAFETY: scales of group `g`, and products that were stored.
         unsafe {
             let scale = _mm512_load_ps(x_scales.add(g * 2 * TOKENS));
-            let weights = w_scales.add(g * ROWS * 32);
+            let weights = w_scales.add(g * 2 * ROWS);
             let products = products.add(g % RING * ROWS * TOKENS);
             for (r, acc) in acc.iter_mut().enumerate() {
                 let product = _mm512_cvtepi32_ps(_mm512_load_si512(products.add(r * TOKENS).cast()));
-                let product = _mm512_mul_ps(product, _mm512_set1_ps(*weights.add(r * 32)));
+                let product = _mm512_mul_ps(product, _mm512_set1_ps(*weights.add(r)));
                 *acc = _mm512_fmadd_ps(product, scale, *acc);
             }
         }
