@@ -22,8 +22,11 @@ use std::sync::OnceLock;
 /// Tokens of a tile product.
 const TOKENS: usize = 16;
 
-/// Fewest tokens that are worth a tile product.
-const MIN_TOKENS: usize = 6;
+/// Fewest tokens for which it pays to put weights into the order of the tiles.
+const MIN_TOKENS: usize = 20;
+
+/// Fewest tokens left over that are worth a tile product of their own.
+const MIN_REST: usize = 9;
 
 /// Weight rows of a tile product.
 const ROWS: usize = 16;
@@ -87,9 +90,9 @@ fn ask() -> bool {
 /// The kernel of a type, and how many of the first of `tokens` tokens it is the fastest for; it takes any number.
 pub(in crate::kernels) fn tiled(ty: TensorType, tokens: usize) -> Option<(PanelFn, usize)> {
     let rest = tokens % TOKENS;
-    let count = if rest < MIN_TOKENS { tokens - rest } else { tokens };
+    let count = if rest < MIN_REST { tokens - rest } else { tokens };
     let kernel: PanelFn = match ty {
-        _ if count == 0 => return None,
+        _ if tokens < MIN_TOKENS => return None,
         TensorType::F32 | TensorType::F16 | TensorType::BF16 => return None,
         TensorType::Q4_0 => product::<unpack::Q4_0>,
         TensorType::Q4_1 => product::<unpack::Q4_1>,
