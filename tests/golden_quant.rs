@@ -55,7 +55,7 @@ fn check(name: &str, bound: f64, same_greedy: bool) {
     let model = format!("tests/data/quant/{name}.gguf");
     let tokens: Vec<String> = golden.tokens.iter().map(u32::to_string).collect();
     let tokens = tokens.join(",");
-    for isa in ["scalar", "avx2", "avx512"] {
+    for isa in ["scalar", "avx2", "avx512", "amx"] {
         let output_s = output.to_str().unwrap();
         let args = ["logits", &model, "--tokens", &tokens, "-o", output_s, "--greedy", "16", "--threads", "2"];
         let Some(ran) = on_isa(isa, &args) else { continue };
@@ -112,7 +112,7 @@ fn q6_k() {
 fn an_unknown_instruction_set_is_refused() {
     let args = ["logits", "tests/data/quant/Q4_0.gguf", "--tokens", "1", "-o", "/dev/null"];
     let output = tier_plan().current_dir(root()).env("TIER_PLAN_ISA", "sse9").args(args).output().unwrap();
-    common::check_refusal(&output, &["TIER_PLAN_ISA", "'sse9'", "scalar, avx2, avx512"]);
+    common::check_refusal(&output, &["TIER_PLAN_ISA", "'sse9'", "scalar, avx2, avx512, amx"]);
     // Empty is as good as unset.
     let output = tier_plan().current_dir(root()).env("TIER_PLAN_ISA", "").args(args).output().unwrap();
     succeeded(output);

@@ -72,6 +72,8 @@ fn products(c: &mut Criterion) {
     product(c, "stream", 768 << 20, 1, &all[all.len() - 1..]);
     product(c, "cached", 256 << 10, 1, &all);
     product(c, "batch4", 256 << 10, 4, fast);
+    product(c, "batch8", 256 << 10, 8, fast);
+    product(c, "batch32", 256 << 10, 32, fast);
     product(c, "batch64", 256 << 10, 64, fast);
 }
 

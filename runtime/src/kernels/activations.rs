@@ -233,7 +233,7 @@ impl Kernels {
         match self.isa() {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: this value proves that the processor has the instructions.
-            Isa::Avx512 => unsafe { quantize_row_avx512(x, out) },
+            Isa::Amx | Isa::Avx512 => unsafe { quantize_row_avx512(x, out) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
             Isa::Avx2 => unsafe { quantize_row_avx2(x, out) },

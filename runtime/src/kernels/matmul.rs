@@ -61,10 +61,23 @@ impl Kernels {
         }
         let kernels = match self.isa() {
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => super::x86::avx512::panels(w.ty()),
+            Isa::Amx => super::x86::avx512::panels::<true>(w.ty()),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => super::x86::avx512::panels::<false>(w.ty()),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => super::x86::avx2::panels(w.ty()),
             _ => scalar::panels(w.ty()),
+        };
+        #[cfg(target_arch = "x86_64")]
+        let (x, out, tokens) = match super::x86::amx::tiled(w.ty(), tokens) {
+            Some((kernel, count)) if self.isa() == Isa::Amx && !rows.is_empty() => {
+                let (weights, row_bytes, first_row) = (part.bytes(), w.row_bytes(), rows.start);
+                let panel = Panel { weights, row_bytes, first_row, x: x.rows_range(0..count), out };
+                // SAFETY: `self` proves the instructions, the rest was asserted above; writes are the caller's promise.
+                unsafe { kernel(&panel) };
+                (x.rows_range(count..tokens), out.skip_tokens(count), tokens - count)
+            }
+            _ => (x, out, tokens),
         };
         let one_pass = tokens <= kernels.len();
         let block_rows = if one_pass { rows.len() } else { BLOCK_BYTES.div_ceil(w.row_bytes()) }.max(1);

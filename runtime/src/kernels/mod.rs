@@ -5,7 +5,7 @@
 //! functions may be called. Every set computes the same sums in nearly the same order; each alone gives the same bits
 //! for a row and a token however many rows or tokens are computed with it.
 //!
-//! On x86-64 there are AVX2 and AVX-512 kernels. On other processors the plain code is compiled for what every one of
+//! On x86-64 there are AVX2 and AVX-512 kernels, and on top of the latter AMX tiles for products with many tokens. On other processors the plain code is compiled for what every one of
 //! them has (NEON on AArch64); there is no hand-written NEON kernel, so `neon` is known as a name and never available.
 //!
 //! ## Quantised formats
@@ -47,13 +47,15 @@ pub enum Isa {
     Avx2,
     /// AVX-512 F, BW, VL, DQ and VNNI, with all of [`Avx2`](Self::Avx2).
     Avx512,
+    /// AMX tiles of 8-bit integers for many tokens, and all of [`Avx512`](Self::Avx512) for the rest.
+    Amx,
     /// NEON. No kernels yet: never available.
     Neon,
 }
 
 impl Isa {
     /// Every instruction set with a name here.
-    pub const ALL: [Isa; 4] = [Isa::Scalar, Isa::Avx2, Isa::Avx512, Isa::Neon];
+    pub const ALL: [Isa; 5] = [Isa::Scalar, Isa::Avx2, Isa::Avx512, Isa::Amx, Isa::Neon];
 
     /// The name that options and files use.
     pub fn name(self) -> &'static str {
@@ -61,6 +63,7 @@ impl Isa {
             Isa::Scalar => "scalar",
             Isa::Avx2 => "avx2",
             Isa::Avx512 => "avx512",
+            Isa::Amx => "amx",
             Isa::Neon => "neon",
         }
     }
@@ -74,7 +77,7 @@ impl fmt::Display for Isa {
 
 /// A name that is no instruction set.
 #[derive(Debug, Error, PartialEq, Eq)]
-#[error("'{0}' is not an instruction set: use scalar, avx2, avx512 or neon")]
+#[error("'{0}' is not an instruction set: use scalar, avx2, avx512, amx or neon")]
 pub struct UnknownIsa(pub String);
 
 impl FromStr for Isa {
@@ -117,7 +120,7 @@ impl Kernels {
 
     /// The fastest kernels of this processor.
     pub fn best() -> Kernels {
-        [Isa::Avx512, Isa::Avx2].into_iter().find_map(Kernels::with_isa).unwrap_or(Kernels::SCALAR)
+        [Isa::Amx, Isa::Avx512, Isa::Avx2].into_iter().find_map(Kernels::with_isa).unwrap_or(Kernels::SCALAR)
     }
 
     /// The kernels that the environment variable [`ISA_VARIABLE`] names; the fastest when it is unset or empty.
@@ -157,17 +160,21 @@ impl Kernels {
 
 #[cfg(target_arch = "x86_64")]
 fn supported(isa: Isa) -> bool {
-    let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
+    let avx2 =
+        || is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
+    let avx512 = || {
+        avx2()
+            && is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512vl")
+            && is_x86_feature_detected!("avx512dq")
+            && is_x86_feature_detected!("avx512vnni")
+    };
     match isa {
         Isa::Scalar => true,
-        Isa::Avx2 => avx2,
-        Isa::Avx512 => {
-            avx2 && is_x86_feature_detected!("avx512f")
-                && is_x86_feature_detected!("avx512bw")
-                && is_x86_feature_detected!("avx512vl")
-                && is_x86_feature_detected!("avx512dq")
-                && is_x86_feature_detected!("avx512vnni")
-        }
+        Isa::Avx2 => avx2(),
+        Isa::Avx512 => avx512(),
+        Isa::Amx => avx512() && x86::amx::permitted(),
         Isa::Neon => false,
     }
 }

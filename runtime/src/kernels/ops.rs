@@ -24,7 +24,7 @@ macro_rules! dispatch {
         match $k.isa() {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: the `Kernels` value proves that the processor has the instructions.
-            Isa::Avx512 => unsafe { avx512($($arg),*) },
+            Isa::Amx | Isa::Avx512 => unsafe { avx512($($arg),*) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
             Isa::Avx2 => unsafe { avx2($($arg),*) },
@@ -103,7 +103,7 @@ impl Kernels {
         match self.isa() {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `self` proves the instructions (AVX-512 comes with AVX2 and F16C); the lengths are equal.
-            Isa::Avx512 | Isa::Avx2 => unsafe { super::x86::rows::narrow(x, out) },
+            Isa::Amx | Isa::Avx512 | Isa::Avx2 => unsafe { super::x86::rows::narrow(x, out) },
             _ => {
                 for (to, from) in out.iter_mut().zip(x) {
                     *to = f16::from_f32_const(*from);

@@ -108,7 +108,7 @@ impl Kernels {
         match self.isa() {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `self` proves the instructions (AVX-512 comes with AVX2 and F16C); the lengths are equal.
-            Isa::Avx512 | Isa::Avx2 => unsafe { super::x86::rows::widen(x, out) },
+            Isa::Amx | Isa::Avx512 | Isa::Avx2 => unsafe { super::x86::rows::widen(x, out) },
             _ => {
                 for (to, from) in out.iter_mut().zip(x) {
                     *to = f16_to_f32(from.to_bits());
@@ -131,7 +131,7 @@ impl Kernels {
         match self.isa() {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `self` proves the instructions; the lengths are checked above.
-            Isa::Avx512 => unsafe { super::x86::rows::avx512::dots(queries, rows, width, scores, stride) },
+            Isa::Amx | Isa::Avx512 => unsafe { super::x86::rows::avx512::dots(queries, rows, width, scores, stride) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
             Isa::Avx2 => unsafe { super::x86::rows::avx2::dots(queries, rows, width, scores, stride) },
@@ -170,7 +170,9 @@ impl Kernels {
         match self.isa() {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `self` proves the instructions; the lengths are checked above.
-            Isa::Avx512 => unsafe { super::x86::rows::avx512::mix(weights, stride, rows, width, out, out_width) },
+            Isa::Amx | Isa::Avx512 => unsafe {
+                super::x86::rows::avx512::mix(weights, stride, rows, width, out, out_width)
+            },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
             Isa::Avx2 => unsafe { super::x86::rows::avx2::mix(weights, stride, rows, width, out, out_width) },

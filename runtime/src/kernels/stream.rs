@@ -14,7 +14,7 @@ impl Kernels {
         match self.isa() {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: this value proves that the processor has the instructions.
-            Isa::Avx512 => unsafe { read_avx512(bytes) },
+            Isa::Amx | Isa::Avx512 => unsafe { read_avx512(bytes) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
             Isa::Avx2 => unsafe { read_avx2(bytes) },

@@ -124,6 +124,8 @@ fn products_match_the_decoded_weights() {
 
 #[test]
 fn a_product_has_the_same_bits_with_any_other_tokens_and_rows() {
+    /// Enough for kernels that take many tokens at once, with some left over.
+    const TOKENS: usize = 43;
     let mut rng = Rng(2);
     for k in Kernels::available() {
         for ty in TensorType::ALL {
@@ -131,16 +133,16 @@ fn a_product_has_the_same_bits_with_any_other_tokens_and_rows() {
             let rows = 150;
             let bytes = random_weights(ty, rows, cols, &mut rng);
             let w = Weights::new(ty, &bytes, rows, cols).unwrap();
-            let x = rng.normals(17 * cols);
-            let mut acts = Activations::new(17, cols);
-            acts.fill(k, 17, cols, &x, needs_quants(ty));
-            let mut single = vec![0.0; 17 * rows];
-            for t in 0..17 {
+            let x = rng.normals(TOKENS * cols);
+            let mut acts = Activations::new(TOKENS, cols);
+            acts.fill(k, TOKENS, cols, &x, needs_quants(ty));
+            let mut single = vec![0.0; TOKENS * rows];
+            for t in 0..TOKENS {
                 let (view, out) = (acts.view().rows_range(t..t + 1), &mut single[t * rows..][..rows]);
                 // SAFETY: one thread.
                 unsafe { k.matmul(w, 0..rows, view, OutMatrix::new(out, rows)) };
             }
-            for tokens in (1..=9).chain([17]) {
+            for tokens in (1..=9).chain([17, 20, 32, 40, TOKENS]) {
                 let stride = rows + 3;
                 let mut out = vec![-1.0; tokens * stride];
                 let part = 7..rows - 1;
@@ -330,8 +332,8 @@ fn extremes_do_not_overflow() {
 
 #[test]
 fn small_operations_match_plain_arithmetic() {
-    let mut rng = Rng(6);
     for k in Kernels::available() {
+        let mut rng = Rng(6);
         for n in [0usize, 1, 7, 8, 15, 16, 17, 31, 32, 33, 64, 100, 257] {
             let (a, b) = (rng.normals(n), rng.normals(n));
             let half: Vec<f16> = b.iter().map(|v| f16::from_f32(*v)).collect();
@@ -460,7 +462,7 @@ fn names_of_instruction_sets() {
 fn a_name_that_cannot_run_is_refused_with_those_that_can() {
     assert_eq!(Kernels::named("Scalar"), Ok(Kernels::SCALAR));
     let unknown = Kernels::named("sse9").unwrap_err().to_string();
-    assert_eq!(unknown, "TIER_PLAN_ISA: 'sse9' is not an instruction set: use scalar, avx2, avx512 or neon");
+    assert_eq!(unknown, "TIER_PLAN_ISA: 'sse9' is not an instruction set: use scalar, avx2, avx512, amx or neon");
     let absent = Kernels::named("neon").unwrap_err().to_string();
     assert!(absent.contains("'neon'") && absent.contains("use scalar"), "{absent}");
 }

@@ -105,6 +105,17 @@ impl<'a> OutMatrix<'a> {
         tokens == 0 || columns <= self.stride && last.is_some_and(|end| end <= self.len)
     }
 
+    /// Where an element is.
+    ///
+    /// # Safety
+    /// `holds(token + 1, column + 1)`.
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    pub(super) unsafe fn at(self, token: usize, column: usize) -> *mut f32 {
+        // SAFETY: the caller keeps the element inside.
+        unsafe { self.base.add(token * self.stride + column) }
+    }
+
     /// Writes one element.
     ///
     /// # Safety

@@ -9,14 +9,17 @@ use crate::quant::block::GROUP;
 use std::arch::x86_64::*;
 
 macro_rules! panel_fns {
-    ($kernel:ident, $of:ty; $($n:literal)*) => {{
-        const PANELS: &[PanelFn] = &[$($kernel::<$of, $n>),*];
-        PANELS
-    }};
+    (float, $of:ty; $($n:literal)*) => {
+        &[$(float::<$of, $n> as PanelFn),*]
+    };
+    (quantized, $of:ty; $($n:literal)*) => {
+        &[$(quantized::<$of, $n, BY_SCALE> as PanelFn),*]
+    };
 }
 
-/// The kernels of a type.
-pub(in crate::kernels) fn panels(ty: TensorType) -> PanelFns {
+/// The kernels of a type. With `BY_SCALE` all values that share a weight's and an activation's scale are added up as
+/// integers, in the order of the tiles ([`super::amx`]); without it two lanes share them, which takes fewer instructions.
+pub(in crate::kernels) fn panels<const BY_SCALE: bool>(ty: TensorType) -> PanelFns {
     match ty {
         TensorType::F32 => panel_fns!(float, F32; 1 2 3 4),
         TensorType::F16 => panel_fns!(float, F16; 1 2 3 4),
@@ -47,7 +50,7 @@ pub(in crate::kernels) fn panels(ty: TensorType) -> PanelFns {
 /// # Safety
 /// As [`PanelFn`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
-unsafe fn quantized<U: Unpack, const N: usize>(panel: &Panel<'_>) {
+unsafe fn quantized<U: Unpack, const N: usize, const BY_SCALE: bool>(panel: &Panel<'_>) {
     /// The most bytes that 256 values have in a format of small blocks.
     const MOST: usize = 272;
     let cols = panel.x.cols();
@@ -64,7 +67,7 @@ unsafe fn quantized<U: Unpack, const N: usize>(panel: &Panel<'_>) {
             // SAFETY: the row has `whole` groups and each row of `x` has at least as many.
             unsafe {
                 let tile = U::unpack(w);
-                multiply::<U, N>(tile, x.add(g), groups, &mut acc);
+                multiply::<U, N, BY_SCALE>(tile, x.add(g), groups, &mut acc);
                 w = w.add(U::GROUP_BYTES);
             }
         }
@@ -75,16 +78,21 @@ unsafe fn quantized<U: Unpack, const N: usize>(panel: &Panel<'_>) {
             // SAFETY: `padded` is a whole group, and the last blocks of `x` are filled up with zeros.
             unsafe {
                 let tile = U::unpack(padded.as_ptr());
-                multiply::<U, N>(tile, x.add(whole), groups, &mut acc);
+                multiply::<U, N, BY_SCALE>(tile, x.add(whole), groups, &mut acc);
             }
         }
         for (n, acc) in acc.into_iter().enumerate() {
-            let sum = _mm512_reduce_add_ps(_mm512_add_ps(acc[0], acc[1]));
+            let both = _mm512_add_ps(acc[0], acc[1]);
+            let sum =
+                if BY_SCALE && !U::FINE { _mm512_mask_reduce_add_ps(EVEN, both) } else { _mm512_reduce_add_ps(both) };
             // SAFETY: the caller's output holds this element.
             unsafe { panel.out.put(n, panel.first_row + r, sum) };
         }
     }
 }
+
+/// The first lane of every run.
+const EVEN: __mmask16 = 0x5555;
 
 /// Writes what a block of activations holds of one run of 32 values.
 #[inline]
@@ -116,7 +124,7 @@ pub(in crate::kernels) fn quantize_run(run: usize, x: &[f32; 32], block: &mut Ac
 /// The blocks can be read, and the processor has the instructions.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
-unsafe fn multiply<U: Unpack, const N: usize>(
+unsafe fn multiply<U: Unpack, const N: usize, const BY_SCALE: bool>(
     tile: Tile,
     x: *const ActBlock,
     stride: usize,
@@ -139,13 +147,25 @@ unsafe fn multiply<U: Unpack, const N: usize>(
             (q, _mm512_load_ps(x.scale.as_ptr()), _mm512_load_ps(x.sums.as_ptr()))
         };
         let one = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(zero, tile.q[0], q[0]), tile.q[1], q[1]);
-        let sum = if U::FINE {
-            let two = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(zero, tile.q[2], q[2]), tile.q[3], q[3]);
-            let one = _mm512_mul_ps(_mm512_cvtepi32_ps(one), first);
-            _mm512_fmadd_ps(_mm512_cvtepi32_ps(two), second, one)
-        } else {
-            let all = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(one, tile.q[2], q[2]), tile.q[3], q[3]);
-            _mm512_mul_ps(_mm512_cvtepi32_ps(all), tile.scale)
+        let two = if U::FINE { zero } else { one };
+        let two = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(two, tile.q[2], q[2]), tile.q[3], q[3]);
+        let (sum, sums) = match (BY_SCALE, U::FINE) {
+            (false, true) => {
+                let one = _mm512_mul_ps(_mm512_cvtepi32_ps(one), first);
+                (_mm512_fmadd_ps(_mm512_cvtepi32_ps(two), second, one), sums)
+            }
+            (false, false) => (_mm512_mul_ps(_mm512_cvtepi32_ps(two), tile.scale), sums),
+            (true, true) => {
+                // The first sixteen of a run to its first lane, the second sixteen to its second lane.
+                let low = _mm512_mask_shuffle_epi32::<0b10_10_00_00>(one, !EVEN, two);
+                let high = _mm512_mask_shuffle_epi32::<0b11_11_01_01>(two, EVEN, one);
+                (_mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(low, high)), tile.scale), sums)
+            }
+            (true, false) => {
+                let all = _mm512_add_epi32(two, _mm512_shuffle_epi32::<0b10_11_00_01>(two));
+                let sums = _mm512_add_ps(sums, _mm512_permute_ps::<0b10_11_00_01>(sums));
+                (_mm512_mul_ps(_mm512_cvtepi32_ps(all), tile.scale), sums)
+            }
         };
         acc[0] = _mm512_fmadd_ps(sum, scale, acc[0]);
         acc[1] = _mm512_fnmadd_ps(tile.min, sums, acc[1]);
