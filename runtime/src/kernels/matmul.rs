@@ -1,7 +1,7 @@
 //! Products of weight rows with activation rows: cuts the work into panels and hands them to the kernel of the format
 //! and the instruction set.
 
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 use super::Isa;
 use super::{ActView, Kernels, OutMatrix, Weights, needs_quants, scalar};
 use std::ops::Range;
@@ -66,6 +66,8 @@ impl Kernels {
             Isa::Avx512 => super::x86::avx512::panels::<false>(w.ty()),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => super::x86::avx2::panels(w.ty()),
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => super::neon::panels(w.ty()),
             _ => scalar::panels(w.ty()),
         };
         #[cfg(target_arch = "x86_64")]

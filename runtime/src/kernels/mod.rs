@@ -5,8 +5,8 @@
 //! functions may be called. Every set computes the same sums in nearly the same order; each alone gives the same bits
 //! for a row and a token however many rows or tokens are computed with it.
 //!
-//! On x86-64 there are AVX2 and AVX-512 kernels, and on top of the latter AMX tiles for products with many tokens. On other processors the plain code is compiled for what every one of
-//! them has (NEON on AArch64); there is no hand-written NEON kernel, so `neon` is known as a name and never available.
+//! On x86-64 there are AVX2 and AVX-512 kernels, and on top of the latter AMX tiles for products with many tokens; on
+//! AArch64 products with NEON where the processor has its `dotprod` extension; what else there is runs the plain code. The NEON products were tested under emulation only and never timed.
 //!
 //! ## Quantised formats
 //! Activations are quantised to 8 bits with one scale for each 32 values ([`Activations`]), weights come apart into
@@ -19,6 +19,8 @@ mod activations;
 mod ops;
 mod delta;
 mod matmul;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 pub mod pooled;
 mod rows;
 mod scalar;
@@ -49,7 +51,7 @@ pub enum Isa {
     Avx512,
     /// AMX tiles of 8-bit integers for many tokens, and all of [`Avx512`](Self::Avx512) for the rest.
     Amx,
-    /// NEON. No kernels yet: never available.
+    /// NEON with `dotprod`, on little-endian AArch64.
     Neon,
 }
 
@@ -120,7 +122,7 @@ impl Kernels {
 
     /// The fastest kernels of this processor.
     pub fn best() -> Kernels {
-        [Isa::Amx, Isa::Avx512, Isa::Avx2].into_iter().find_map(Kernels::with_isa).unwrap_or(Kernels::SCALAR)
+        [Isa::Amx, Isa::Avx512, Isa::Avx2, Isa::Neon].into_iter().find_map(Kernels::with_isa).unwrap_or(Kernels::SCALAR)
     }
 
     /// The kernels that the environment variable [`ISA_VARIABLE`] names; the fastest when it is unset or empty.
@@ -179,7 +181,16 @@ fn supported(isa: Isa) -> bool {
     }
 }
 
-#[cfg(not(target_arch = "x86_64"))]
+#[cfg(target_arch = "aarch64")]
+fn supported(isa: Isa) -> bool {
+    match isa {
+        Isa::Scalar => true,
+        Isa::Neon => cfg!(target_endian = "little") && std::arch::is_aarch64_feature_detected!("dotprod"),
+        _ => false,
+    }
+}
+
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 fn supported(isa: Isa) -> bool {
     isa == Isa::Scalar
 }
