@@ -20,6 +20,8 @@ pub enum Command {
     Demo(DemoArgs),
     /// Show what a model file holds: architecture, shapes, bytes by group and type
     Inspect(InspectArgs),
+    /// Measure this machine, and write machine.toml
+    Probe(ProbeArgs),
     /// Run calibration prompts and record which experts every token uses
     Profile(ProfileArgs),
     /// Find where every tensor should live, and write placement.toml
@@ -67,6 +69,27 @@ pub struct InspectArgs {
     /// List every tensor
     #[arg(long)]
     pub tensors: bool,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `probe`.
+#[derive(Debug, Args)]
+pub struct ProbeArgs {
+    /// Where to write the machine file
+    #[arg(short, long, default_value = "machine.toml")]
+    pub output: PathBuf,
+    /// Measure with this model's tensor types, reading its own experts from its file
+    #[arg(long, value_name = "FILE", conflicts_with = "slow_dir")]
+    pub model: Option<PathBuf>,
+    /// Measure the file system of this folder, with a file of 1 GiB that is deleted afterwards; the current folder when
+    /// neither this nor --model is given
+    #[arg(long, value_name = "FOLDER")]
+    pub slow_dir: Option<PathBuf>,
+    /// Threads; the physical cores when not given
+    #[arg(long)]
+    pub threads: Option<usize>,
     /// Print JSON
     #[arg(long)]
     pub json: bool,

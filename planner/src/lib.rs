@@ -17,6 +17,7 @@ pub mod cost;
 pub mod explain;
 pub mod host;
 pub mod perplexity;
+pub mod probe;
 pub mod profile;
 pub mod progress;
 pub mod replay;

@@ -8,6 +8,7 @@ pub mod explain;
 pub mod inspect;
 pub mod logits;
 pub mod perplexity;
+pub mod probe;
 pub mod profile;
 pub mod run;
 pub mod solve;
@@ -21,6 +22,7 @@ use anyhow::Result;
 pub fn dispatch(command: Command) -> Result<()> {
     match command {
         Command::Inspect(args) => inspect::run(&args),
+        Command::Probe(args) => probe::run(&args),
         Command::Profile(args) => profile::run(&args),
         Command::Compare(args) => compare::run(&args),
         Command::Run(args) => run::run(&args),
