@@ -28,6 +28,10 @@ pub enum Command {
     Solve(SolveArgs),
     /// Say why a plan is as it is: what bounds it, and what more of each tier would bring
     Explain(ExplainArgs),
+    /// Say what is different between two plans
+    Diff(DiffArgs),
+    /// Say a plan in the words of another engine, as near as it can come
+    Export(ExportArgs),
     /// Predict what a model would do on a machine, without either
     WhatIf(WhatIfArgs),
     /// Generate text, from a plan if one is given
@@ -202,6 +206,55 @@ pub struct ExplainArgs {
     /// Print JSON
     #[arg(long)]
     pub json: bool,
+}
+
+/// `diff`.
+#[derive(Debug, Args)]
+pub struct DiffArgs {
+    /// A plan
+    pub a: PathBuf,
+    /// Another plan for the same model
+    pub b: PathBuf,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `export`.
+#[derive(Debug, Args)]
+pub struct ExportArgs {
+    /// The plan
+    pub plan: PathBuf,
+    /// What it was made for: a GGUF file, or a shape (.toml, or a name such as kimi-k2.5)
+    #[arg(long)]
+    pub model: PathBuf,
+    /// Of a shape: the quantisation, q4_k_m when not given
+    #[arg(long, value_name = "NAME")]
+    pub quant: Option<String>,
+    /// The profile it was made from; sglang and ktransformers are given its counts
+    #[arg(short, long)]
+    pub profile: Option<PathBuf>,
+    /// The engine
+    #[arg(long, value_enum)]
+    pub to: ExportTo,
+    /// The file to write: a script for llama.cpp; expert-counts.json for the others when not given
+    #[arg(short, long)]
+    pub output: Option<PathBuf>,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Engines that plans are exported to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ExportTo {
+    /// A command line: whole layers of experts on the GPU or the CPU
+    #[value(name = "llama.cpp")]
+    LlamaCpp,
+    /// How often each expert was used, for its `frequency` placement
+    Ktransformers,
+    /// How often each expert was used, for its expert-parallel load balancer
+    Sglang,
 }
 
 /// `what-if`.

@@ -4,7 +4,9 @@ pub mod bench;
 pub mod chat;
 pub mod compare;
 pub mod demo;
+pub mod diff;
 pub mod explain;
+pub mod export;
 pub mod inspect;
 pub mod logits;
 pub mod perplexity;
@@ -32,6 +34,8 @@ pub fn dispatch(command: Command) -> Result<()> {
         Command::Perplexity(args) => perplexity::run(&args),
         Command::Tokenize(args) => tokenize::run(&args),
         Command::Explain(args) => explain::run(&args),
+        Command::Export(args) => export::run(&args),
+        Command::Diff(args) => diff::run(&args),
         Command::WhatIf(args) => what_if::run(&args),
         Command::Demo(args) => demo::run(&args),
     }

@@ -13,11 +13,8 @@ use tier_plan_runtime::units::show_bytes;
 pub fn run(args: &ProbeArgs) -> Result<()> {
     check_threads(args.threads)?;
     safely::check(&args.output)?;
-    let found = measure(&Settings {
-        model: args.model.as_deref(),
-        slow_dir: args.slow_dir.as_deref(),
-        threads: args.threads,
-    })?;
+    let found =
+        measure(&Settings { model: args.model.as_deref(), slow_dir: args.slow_dir.as_deref(), threads: args.threads })?;
     let machine = found.machine();
     machine.write(&args.output)?;
     for doubt in &found.doubts {

@@ -76,7 +76,8 @@ impl Disk {
     /// When the folder can't be written to, or has not got the room.
     pub fn of_folder(folder: &Path) -> Result<Self> {
         let file = Temporary::new(folder)?;
-        file.fill().with_context(|| format!("writing {} to {}", super::show_bytes(FILE_BYTES as u64), folder.display()))?;
+        file.fill()
+            .with_context(|| format!("writing {} to {}", super::show_bytes(FILE_BYTES as u64), folder.display()))?;
         let files = FileTier::open(std::slice::from_ref(&file.path), ReadMode::from_env()?)?;
         let slice = |at: usize| Extent { part: 0, offset: at as u64, len: SLICE_BYTES };
         // Like a file of tensors, which has an expert's slices far apart, not at the beginning of pages.

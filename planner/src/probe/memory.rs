@@ -100,9 +100,8 @@ impl Memory {
             self.inner.fill(self.kernels, EXPERTS, WIDTH, &self.gate, needs_quants(ty));
             let inner = self.inner.view();
             let down = matrices.iter().zip(self.out.chunks_exact_mut(HIDDEN)).enumerate();
-            let jobs: Vec<MatJob<'_>> = down
-                .map(|(i, ([_, _, down], out))| MatJob::new(*down, inner.rows_range(i..i + 1), out))
-                .collect();
+            let jobs: Vec<MatJob<'_>> =
+                down.map(|(i, ([_, _, down], out))| MatJob::new(*down, inner.rows_range(i..i + 1), out)).collect();
             matmul_all(pool, self.kernels, &jobs);
         }
         let seconds = start.elapsed().as_secs_f64().max(1e-9);

@@ -318,7 +318,13 @@ impl Findings {
 
 /// Three or four digits, never nothing of something.
 fn rounded(value: f64) -> f64 {
-    let digits = if value < 0.1 { 1e5 } else if value < 10.0 { 1e3 } else { 1e1 };
+    let digits = if value < 0.1 {
+        1e5
+    } else if value < 10.0 {
+        1e3
+    } else {
+        1e1
+    };
     let short = (value * digits).round() / digits;
     if short > 0.0 { short } else { value.max(0.0) }
 }
@@ -366,7 +372,6 @@ fn shares(gguf: &Gguf, spec: &ModelSpec) -> Vec<(TensorType, f64)> {
     let all: f64 = bytes.values().sum();
     bytes.into_iter().map(|(ty, part)| (ty, part / all.max(1.0))).collect()
 }
-
 
 #[cfg(test)]
 mod tests;

@@ -267,7 +267,8 @@ fn a_real_drive_leaves_room_for_pages() -> Result<()> {
         tiers[2].emulated = emulated;
         let machine = machine(tiers);
         let budgets = vec![10_000_000, dram, 1 << 40];
-        let inputs = Inputs { shape: &shape, profile: None, machine: &machine, budgets, context: 10, kv_type: KvType::F16 };
+        let inputs =
+            Inputs { shape: &shape, profile: None, machine: &machine, budgets, context: 10, kv_type: KvType::F16 };
         Room::new(&inputs).map(|room| room.left_bytes)
     };
     let (real, emulated) = (room(false, 60_000_000)?, room(true, 60_000_000)?);
