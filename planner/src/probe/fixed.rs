@@ -4,7 +4,10 @@ use super::memory::Memory;
 use crate::bundled;
 use crate::session::Session;
 use anyhow::Result;
+use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tier_plan_runtime::exec::budget::within;
 use tier_plan_runtime::exec::plan::obvious;
 use tier_plan_runtime::exec::{KvType, Wanted};
 use tier_plan_runtime::gguf::Gguf;
@@ -12,6 +15,7 @@ use tier_plan_runtime::model::shape::DenseKind;
 use tier_plan_runtime::model::{describe, shape::shape_of};
 use tier_plan_runtime::quant::TensorType;
 use tier_plan_runtime::threads::ThreadPool;
+use tier_plan_runtime::tiers::limits::memory_limit;
 
 /// Tokens decoded for one figure.
 const TOKENS: u32 = 160;
@@ -89,4 +93,46 @@ pub fn measure(pool: &ThreadPool, memory: &mut Memory) -> Result<Fixed> {
          each loop of all threads)"
     );
     Ok(Fixed { layer_us: layer_us.max(entry_us), token_us: token_us.max(entry_us), entry_us, how })
+}
+
+/// Tokens decoded with a model of the user's, and seconds that they may take.
+const MODEL_TOKENS: (usize, usize) = (5, 48);
+const MODEL_TIME: Duration = Duration::from_secs(5);
+
+/// Experts in flight there: so few that nothing is read ahead, and the stages that are timed have the machine alone.
+const MODEL_STAGING: u32 = 2;
+
+/// The fixed time of a layer of a model that is at hand, in microseconds: what its dense stages take beyond their bytes
+/// at `gbps`. Its dense weights are in memory, its experts are read from its file.
+///
+/// # Errors
+/// When it does not fit memory, or can't be read.
+pub fn layer_of_model(path: &Path, threads: usize, gbps: f64) -> Result<f64> {
+    let gguf = Gguf::open(path)?;
+    let spec = describe(&gguf)?;
+    let shape = shape_of(&gguf, &spec);
+    let budget = memory_limit().map_or(u64::MAX >> 8, |limit| limit.bytes);
+    let mut plan = within(&gguf, &spec, &shape, MODEL_TOKENS.1 as u32 + 1, KvType::F16, budget)?.plan;
+    plan.layers.iter_mut().for_each(|layer| layer.slots = 0);
+    plan.staging_experts = MODEL_STAGING;
+    plan.tiers[0].slot_bytes = 0;
+    let largest = shape.experts.iter().map(|e| e.expert_bytes).max().unwrap_or(0);
+    plan.tiers[0].staging_bytes = u64::from(MODEL_STAGING) * largest;
+    let mut session = Session::load(Arc::new(gguf), &plan, Some(threads))?;
+    let engine = &mut session.engine;
+    engine.forward(&[0], Wanted::Last)?;
+    let mut times = Vec::new();
+    let start = Instant::now();
+    while times.len() < MODEL_TOKENS.0 || (times.len() < MODEL_TOKENS.1 - 1 && start.elapsed() < MODEL_TIME) {
+        engine.reset_counters();
+        let token = (times.len() as u32).wrapping_mul(2_654_435_761) % shape.n_vocab.max(1);
+        engine.forward(&[token], Wanted::Last)?;
+        let dense: Duration = engine.counters().layers.iter().map(|l| l.dense).sum();
+        times.push(dense.as_secs_f64() * 1e6);
+    }
+    let in_layers = |layer: Option<u32>| shape.experts.iter().any(|e| Some(e.layer) == layer);
+    let dense = shape.dense.iter().filter(|d| in_layers(d.layer));
+    let bytes: u64 = dense.map(|d| d.token_bytes).sum();
+    let layers = shape.experts.len().max(1) as f64;
+    Ok((super::Measured::of(times).value - bytes as f64 / gbps.max(1e-9) / 1e3) / layers)
 }

@@ -200,7 +200,18 @@ pub fn measure(settings: &Settings<'_>) -> Result<Findings> {
     let main = rates.iter().max_by(|a, b| a.share.unwrap_or(0.0).total_cmp(&b.share.unwrap_or(0.0)));
     let main = if opened.is_some() { main.map_or(TensorType::Q4_K, |r| r.ty) } else { TensorType::Q4_K };
 
-    let fixed = fixed::measure(&pool, &mut memory)?;
+    let mut fixed = fixed::measure(&pool, &mut memory)?;
+    if let Some(path) = settings.model {
+        match fixed::layer_of_model(path, threads, compute_gbps) {
+            Ok(us) => {
+                fixed.layer_us = us.max(fixed.entry_us);
+                fixed.how = format!("layers: the model's dense stages, less their bytes; tokens: {}", fixed.how);
+            }
+            Err(error) => doubts.push(format!(
+                "the model's own layers could not be timed ({error:#}), so their fixed time is the bundled model's"
+            )),
+        }
+    }
     bar.inc(1);
 
     let here = PathBuf::from(".");
