@@ -99,9 +99,6 @@ pub fn measure(pool: &ThreadPool, memory: &mut Memory) -> Result<Fixed> {
 const MODEL_TOKENS: (usize, usize) = (5, 48);
 const MODEL_TIME: Duration = Duration::from_secs(5);
 
-/// Experts in flight there: so few that nothing is read ahead, and the stages that are timed have the machine alone.
-const MODEL_STAGING: u32 = 2;
-
 /// The fixed time of a layer of a model that is at hand, in microseconds: what its dense stages take beyond their bytes
 /// at `gbps`. Its dense weights are in memory, its experts are read from its file.
 ///
@@ -114,10 +111,11 @@ pub fn layer_of_model(path: &Path, threads: usize, gbps: f64) -> Result<f64> {
     let budget = memory_limit().map_or(u64::MAX >> 8, |limit| limit.bytes);
     let mut plan = within(&gguf, &spec, &shape, MODEL_TOKENS.1 as u32 + 1, KvType::F16, budget)?.plan;
     plan.layers.iter_mut().for_each(|layer| layer.slots = 0);
-    plan.staging_experts = MODEL_STAGING;
+    // As few in flight as a token may need, so that hardly anything is read beside the stages that are timed.
+    plan.staging_experts = shape.experts.iter().map(|e| e.n_used).max().unwrap_or(0);
     plan.tiers[0].slot_bytes = 0;
     let largest = shape.experts.iter().map(|e| e.expert_bytes).max().unwrap_or(0);
-    plan.tiers[0].staging_bytes = u64::from(MODEL_STAGING) * largest;
+    plan.tiers[0].staging_bytes = u64::from(plan.staging_experts) * largest;
     let mut session = Session::load(Arc::new(gguf), &plan, Some(threads))?;
     let engine = &mut session.engine;
     engine.forward(&[0], Wanted::Last)?;

@@ -95,3 +95,11 @@ fn a_drive_is_read_in_experts() {
     assert!(rate.gbps.value > 0.0 && rate.latency_us.value > 0.0, "{rate:?}");
     assert!((40_000..60_000).contains(&rate.piece_bytes), "{rate:?}");
 }
+
+#[test]
+fn a_models_own_layers_are_timed() {
+    let path = crate::bundled::path("demo/demo.gguf").unwrap();
+    // Beyond bytes that take no time, all of the stages is left.
+    let us = fixed::layer_of_model(&path, 1, 1e12).unwrap();
+    assert!(us.is_finite() && us > 0.0, "{us}");
+}
