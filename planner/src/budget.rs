@@ -2,6 +2,7 @@
 
 use crate::cli::Strategy;
 use crate::session::Opening;
+use crate::solve::room::page_share;
 use crate::solve::{self, Inputs, Options};
 use anyhow::{Context, Result};
 use std::path::Path;
@@ -116,6 +117,8 @@ fn with_profile(model: Model<'_>, path: &Path, fixed: &Fixed, opening: &Opening<
     let experts: u64 = shape.experts.iter().map(|e| e.expert_bytes * u64::from(e.n_expert)).sum();
     let dense = shape.weight_bytes() - experts + kv_type.context_bytes(shape, context);
     let counted = dense.saturating_add((room.saturating_sub(dense) as f64 / padded) as u64);
+    // The solver leaves room for pages itself, which is enough where it leaves as large a part.
+    let counted = if 1.0 - 1.0 / padded <= page_share(shape) { room } else { counted };
     let name = "this machine".to_string();
     let machine = Machine {
         id: SourceId { name: name.clone(), hash: String::new() },

@@ -21,12 +21,18 @@ pub enum Command {
     Demo(DemoArgs),
     /// Show what a model file holds: architecture, shapes, bytes by group and type
     Inspect(InspectArgs),
+    /// Measure this machine, and write machine.toml
+    Probe(ProbeArgs),
     /// Run calibration prompts and record which experts every token uses
     Profile(ProfileArgs),
     /// Find where every tensor should live, and write placement.toml
     Solve(SolveArgs),
     /// Say why a plan is as it is: what bounds it, and what more of each tier would bring
     Explain(ExplainArgs),
+    /// Say what is different between two plans
+    Diff(DiffArgs),
+    /// Say a plan in the words of another engine, as near as it can come
+    Export(ExportArgs),
     /// Predict what a model would do on a machine, without either
     WhatIf(WhatIfArgs),
     /// Generate text, from a plan if one is given
@@ -68,6 +74,27 @@ pub struct InspectArgs {
     /// List every tensor
     #[arg(long)]
     pub tensors: bool,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `probe`.
+#[derive(Debug, Args)]
+pub struct ProbeArgs {
+    /// Where to write the machine file
+    #[arg(short, long, default_value = "machine.toml")]
+    pub output: PathBuf,
+    /// Measure with this model's tensor types, reading its own experts from its file
+    #[arg(long, value_name = "FILE", conflicts_with = "slow_dir")]
+    pub model: Option<PathBuf>,
+    /// Measure the file system of this folder, with a file of 1 GiB that is deleted afterwards; the current folder when
+    /// neither this nor --model is given
+    #[arg(long, value_name = "FOLDER")]
+    pub slow_dir: Option<PathBuf>,
+    /// Threads; the physical cores when not given
+    #[arg(long)]
+    pub threads: Option<usize>,
     /// Print JSON
     #[arg(long)]
     pub json: bool,
@@ -180,6 +207,55 @@ pub struct ExplainArgs {
     /// Print JSON
     #[arg(long)]
     pub json: bool,
+}
+
+/// `diff`.
+#[derive(Debug, Args)]
+pub struct DiffArgs {
+    /// A plan
+    pub a: PathBuf,
+    /// Another plan for the same model
+    pub b: PathBuf,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `export`.
+#[derive(Debug, Args)]
+pub struct ExportArgs {
+    /// The plan
+    pub plan: PathBuf,
+    /// What it was made for: a GGUF file, or a shape (.toml, or a name such as kimi-k2.5)
+    #[arg(long)]
+    pub model: PathBuf,
+    /// Of a shape: the quantisation, q4_k_m when not given
+    #[arg(long, value_name = "NAME")]
+    pub quant: Option<String>,
+    /// The profile it was made from; sglang and ktransformers are given its counts
+    #[arg(short, long)]
+    pub profile: Option<PathBuf>,
+    /// The engine
+    #[arg(long, value_enum)]
+    pub to: ExportTo,
+    /// The file to write: a script for llama.cpp; expert-counts.json for the others when not given
+    #[arg(short, long)]
+    pub output: Option<PathBuf>,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Engines that plans are exported to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ExportTo {
+    /// A command line: whole layers of experts on the GPU or the CPU
+    #[value(name = "llama.cpp")]
+    LlamaCpp,
+    /// How often each expert was used, for its `frequency` placement
+    Ktransformers,
+    /// How often each expert was used, for its expert-parallel load balancer
+    Sglang,
 }
 
 /// `what-if`.

@@ -235,7 +235,8 @@ pub fn dram(size: Option<&str>) -> Result<Option<u64>> {
     size.map(|size| parse_bytes(size).with_context(|| format!("--dram {size}"))).transpose()
 }
 
-fn check_threads(threads: Option<usize>) -> Result<()> {
+/// Refuses a `--threads` that makes no sense.
+pub fn check_threads(threads: Option<usize>) -> Result<()> {
     let threads = threads.unwrap_or(1);
     ensure!((1..=1024).contains(&threads), "--threads {threads}: expected 1 to 1024");
     Ok(())

@@ -4,10 +4,13 @@ pub mod bench;
 pub mod chat;
 pub mod compare;
 pub mod demo;
+pub mod diff;
 pub mod explain;
+pub mod export;
 pub mod inspect;
 pub mod logits;
 pub mod perplexity;
+pub mod probe;
 pub mod profile;
 pub mod run;
 pub mod solve;
@@ -21,6 +24,7 @@ use anyhow::Result;
 pub fn dispatch(command: Command) -> Result<()> {
     match command {
         Command::Inspect(args) => inspect::run(&args),
+        Command::Probe(args) => probe::run(&args),
         Command::Profile(args) => profile::run(&args),
         Command::Compare(args) => compare::run(&args),
         Command::Run(args) => run::run(&args),
@@ -30,6 +34,8 @@ pub fn dispatch(command: Command) -> Result<()> {
         Command::Perplexity(args) => perplexity::run(&args),
         Command::Tokenize(args) => tokenize::run(&args),
         Command::Explain(args) => explain::run(&args),
+        Command::Export(args) => export::run(&args),
+        Command::Diff(args) => diff::run(&args),
         Command::WhatIf(args) => what_if::run(&args),
         Command::Demo(args) => demo::run(&args),
     }

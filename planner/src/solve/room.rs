@@ -6,7 +6,7 @@ use anyhow::{Result, bail, ensure};
 use tier_plan_runtime::exec::KvType;
 use tier_plan_runtime::formats::machine::{Tier, TierKind};
 use tier_plan_runtime::formats::placement::TierIdx;
-use tier_plan_runtime::model::shape::DenseKind;
+use tier_plan_runtime::model::shape::{DenseKind, ModelShape};
 use tier_plan_runtime::units::show_bytes;
 
 /// Tiers above the last one, at most.
@@ -14,6 +14,9 @@ pub const MAX_FAST: usize = 4;
 
 /// Experts in flight beyond those of one token that staging has room for.
 const STAGING_SPARE: u32 = 2;
+
+/// Pages that the slices of an expert can touch beyond their own bytes: two for each of three.
+const PAGES_BYTES: u64 = 6 * 4096;
 
 /// The fixed part of every plan, and the bytes left.
 #[derive(Debug, Clone, PartialEq)]
@@ -142,7 +145,28 @@ impl Room {
         };
         room.set_aside(inputs)?;
         room.check_sums(inputs)?;
+        room.leave_for_pages(inputs.shape);
         Ok(room)
+    }
+
+    /// Where experts are read from a real drive, keeps the part of each budget free that lets slots and staging have
+    /// room for whole pages: without it every read is copied. Not where all experts fit above the drive, or their
+    /// slices are so small that pages would take a large part.
+    fn leave_for_pages(&mut self, shape: &ModelShape) {
+        let home = self.home();
+        let real = self.tiers[home].kind == TierKind::Nvme && !self.tiers[home].emulated;
+        let all = u128::from(shape.weight_bytes());
+        let above: u128 = self.left_bytes[..home].iter().map(|&left| u128::from(left)).sum();
+        if !real || above >= all {
+            return;
+        }
+        let dense: u64 = shape.dense.iter().map(|d| d.bytes).sum();
+        let part = page_share(shape);
+        for tier in 0..home {
+            let staging = if tier == self.staging_tier { self.staging_bytes } else { 0 };
+            let padding = ((self.left_bytes[tier].saturating_sub(dense) + staging) as f64 * part) as u64;
+            self.left_bytes[tier] -= padding.min(self.left_bytes[tier].saturating_sub(dense));
+        }
     }
 
     fn set_aside(&mut self, inputs: &Inputs<'_>) -> Result<()> {
@@ -216,4 +240,11 @@ impl Room {
         );
         Ok(())
     }
+}
+
+/// The part of a budget for experts that slots take for whole pages: half a percent to three.
+pub fn page_share(shape: &ModelShape) -> f64 {
+    let least = shape.experts.iter().map(|e| e.expert_bytes).min().unwrap_or(u64::MAX).max(1);
+    let padding = PAGES_BYTES as f64 / least as f64;
+    (padding / (1.0 + padding)).clamp(0.005, 0.03)
 }

@@ -12,7 +12,7 @@ pub mod safely;
 pub mod shape;
 
 mod kind;
-mod ranges;
+pub mod ranges;
 mod text;
 
 use std::path::{Path, PathBuf};

@@ -23,7 +23,7 @@ impl Allowance {
 }
 
 /// Writes ascending numbers as ranges.
-pub(super) fn show(numbers: &[u32]) -> String {
+pub fn show(numbers: &[u32]) -> String {
     let mut out = String::new();
     let mut rest = numbers;
     while let Some(&first) = rest.first() {

@@ -19,6 +19,26 @@ pub fn memory_limit() -> Option<Limit> {
     limit_below(Path::new("/"))
 }
 
+/// Bytes of the file system that a path is on, all of it and what is free, where the system tells.
+#[cfg(unix)]
+pub fn file_system_bytes(path: &Path) -> Option<(u64, u64)> {
+    use std::os::unix::ffi::OsStrExt;
+    let path = std::ffi::CString::new(path.as_os_str().as_bytes()).ok()?;
+    let mut stat = std::mem::MaybeUninit::<libc::statvfs>::uninit();
+    // SAFETY: the path ends in a zero byte, and the system fills `stat` if it says that it succeeded.
+    let stat = unsafe { (libc::statvfs(path.as_ptr(), stat.as_mut_ptr()) == 0).then(|| stat.assume_init())? };
+    // Widths differ between systems.
+    #[allow(clippy::unnecessary_cast, clippy::useless_conversion)]
+    let bytes = |blocks: libc::fsblkcnt_t| (blocks as u64).checked_mul(stat.f_frsize as u64);
+    Some((bytes(stat.f_blocks)?, bytes(stat.f_bavail)?))
+}
+
+/// See above.
+#[cfg(not(unix))]
+pub fn file_system_bytes(_: &Path) -> Option<(u64, u64)> {
+    None
+}
+
 fn limit_below(root: &Path) -> Option<Limit> {
     let own = own_bytes(&read(&root.join("proc/self/status")));
     let free = available_bytes(&read(&root.join("proc/meminfo"))).map(|bytes| bytes.saturating_add(own));
@@ -179,6 +199,15 @@ mod tests {
             ("sys/fs/cgroup/memory/inner/memory.limit_in_bytes", "600000"),
         ];
         assert_eq!(limit(&files), Some((600_000, true)));
+    }
+
+    #[test]
+    #[cfg(unix)]
+    fn a_file_system_has_a_size() {
+        let folder = tempfile::tempdir().unwrap();
+        let (all, free) = file_system_bytes(folder.path()).unwrap();
+        assert!(all > 0 && free <= all, "{free} of {all}");
+        assert_eq!(file_system_bytes(&folder.path().join("missing")), None);
     }
 
     #[test]

@@ -1,0 +1,106 @@
+//! `tier-plan probe`: measures this machine and writes a machine file.
+
+use crate::cli::ProbeArgs;
+use crate::probe::{Findings, Settings, measure};
+use crate::session::check_threads;
+use anyhow::Result;
+use serde_json::{Value, json};
+use tier_plan_runtime::formats::machine::Machine;
+use tier_plan_runtime::formats::safely;
+use tier_plan_runtime::units::show_bytes;
+
+/// Runs it.
+pub fn run(args: &ProbeArgs) -> Result<()> {
+    check_threads(args.threads)?;
+    safely::check(&args.output)?;
+    let found =
+        measure(&Settings { model: args.model.as_deref(), slow_dir: args.slow_dir.as_deref(), threads: args.threads })?;
+    let machine = found.machine();
+    machine.write(&args.output)?;
+    for doubt in &found.doubts {
+        eprintln!("warning: {doubt}; measure again on a quiet machine");
+    }
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&as_json(args, &found, &machine))?);
+    } else {
+        print_text(args, &found, &machine);
+    }
+    Ok(())
+}
+
+fn print_text(args: &ProbeArgs, found: &Findings, machine: &Machine) {
+    println!("{} · {} threads used · {}", found.host, found.threads, found.isa);
+    println!("main memory: {:.1} GB/s when only read; {}", found.bare_gbps, show_bytes(found.dram_bytes));
+    println!("  {:<10} {:>8} {:>8}  of the bytes of a token", "products", "GB/s", "spread");
+    for rate in &found.kernels {
+        let share = rate.share.map_or(String::new(), |share| format!("{:>5.1} %", share * 100.0));
+        let spread = rate.gbps.spread * 100.0;
+        println!("  {:<10} {:>8.1} {spread:>6.0} %  {share}", rate.ty.to_string(), rate.gbps.value);
+    }
+    let disk = &found.disk;
+    println!(
+        "drive of {}: {:.2} GB/s (spread {:.0} %) in pieces of {}, {:.0} µs for one small read{}",
+        found.disk_path.display(),
+        disk.gbps.value,
+        disk.gbps.spread * 100.0,
+        show_bytes(disk.piece_bytes),
+        disk.latency_us.value,
+        if disk.direct { "" } else { "; through the page cache" }
+    );
+    for (n, gbps) in disk.bursts {
+        println!("  {n} at once: {gbps:.2} GB/s");
+    }
+    let (compute, read) = found.together_gbps;
+    println!("both at once: products {compute:.1} GB/s, drive {read:.2} GB/s");
+    println!(
+        "fixed: {:.1} µs a layer, {:.1} µs a token: {}",
+        found.fixed.layer_us, found.fixed.token_us, found.fixed.how
+    );
+    println!();
+    for tier in &machine.tiers {
+        println!("{}: {} GB/s, {}", tier.name, tier.read_gbps, show_bytes(tier.capacity_bytes));
+    }
+    println!("wrote {}", args.output.display());
+}
+
+fn as_json(args: &ProbeArgs, found: &Findings, machine: &Machine) -> Value {
+    json!({
+        "machine": args.output,
+        "when": found.when,
+        "host": found.host,
+        "threads": found.threads,
+        "isa": found.isa,
+        "model": found.model,
+        "dram_read_gbps": found.bare_gbps,
+        "compute_gbps": found.compute_gbps,
+        "dram_bytes": found.dram_bytes,
+        "kernels": found.kernels.iter().map(|k| json!({
+            "type": k.ty.to_string(),
+            "gbps": k.gbps.value,
+            "spread": k.gbps.spread,
+            "share": k.share,
+        })).collect::<Vec<_>>(),
+        "disk": {
+            "path": found.disk_path,
+            "gbps": found.disk.gbps.value,
+            "spread": found.disk.gbps.spread,
+            "latency_us": found.disk.latency_us.value,
+            "direct": found.disk.direct,
+            "piece_bytes": found.disk.piece_bytes,
+            "bytes": found.disk_bytes,
+            "bursts": found.disk.bursts.iter().map(|(n, gbps)| json!({"experts": n, "gbps": gbps})).collect::<Vec<_>>(),
+        },
+        "together": {"compute_gbps": found.together_gbps.0, "disk_gbps": found.together_gbps.1},
+        "layer_overhead_us": found.fixed.layer_us,
+        "token_overhead_us": found.fixed.token_us,
+        "loop_us": found.fixed.entry_us,
+        "overheads_from": found.fixed.how,
+        "tiers": machine.tiers.iter().map(|t| json!({
+            "name": t.name,
+            "read_gbps": t.read_gbps,
+            "latency_us": t.latency_us,
+            "capacity_bytes": t.capacity_bytes,
+        })).collect::<Vec<_>>(),
+        "doubts": found.doubts,
+    })
+}

@@ -1,0 +1,136 @@
+//! What a token costs beyond its bytes, measured on the bundled model, which fits the processor's caches.
+
+use super::memory::Memory;
+use crate::bundled;
+use crate::session::Session;
+use anyhow::Result;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tier_plan_runtime::exec::budget::within;
+use tier_plan_runtime::exec::plan::obvious;
+use tier_plan_runtime::exec::{KvType, Wanted};
+use tier_plan_runtime::gguf::Gguf;
+use tier_plan_runtime::model::shape::DenseKind;
+use tier_plan_runtime::model::{describe, shape::shape_of};
+use tier_plan_runtime::quant::TensorType;
+use tier_plan_runtime::threads::ThreadPool;
+use tier_plan_runtime::tiers::limits::memory_limit;
+
+/// Tokens decoded for one figure.
+const TOKENS: u32 = 160;
+
+/// Repetitions, of which the fastest counts: what is fixed is what nothing can shorten.
+const REPEATS: usize = 5;
+
+/// Where the bundled model is not at hand: loops of all threads in a layer, and outside layers.
+const ENTRIES: (f64, f64) = (10.0, 6.0);
+
+/// Bytes that fit the caches of the cores.
+const CACHED: usize = 8 << 20;
+
+/// Fixed times.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Fixed {
+    /// Of a layer, in microseconds.
+    pub layer_us: f64,
+    /// Of a token beyond its layers, in microseconds.
+    pub token_us: f64,
+    /// One entry of all threads into a loop, in microseconds.
+    pub entry_us: f64,
+    /// How they were found, in words.
+    pub how: String,
+}
+
+/// Measures them.
+///
+/// The bundled model decodes from the caches; what its tokens take beyond its bytes at the kernels' rate there is the
+/// overhead: of the layers by their own clocks, and of the rest.
+///
+/// # Errors
+/// When the bundled model is damaged.
+pub fn measure(pool: &ThreadPool, memory: &mut Memory) -> Result<Fixed> {
+    let entry_us = memory.entry_us(pool);
+    let Ok(path) = bundled::path("demo/demo.gguf") else {
+        let (layer, token) = ENTRIES;
+        let how = format!(
+            "the bundled model was not found, so {layer} and {token} loops of all threads were counted for a layer and a \
+             token, of {entry_us:.1} µs each"
+        );
+        return Ok(Fixed { layer_us: layer * entry_us, token_us: token * entry_us, entry_us, how });
+    };
+    let cached_gbps = memory.cached_gbps(pool, TensorType::Q4_K, CACHED);
+    let gguf = Gguf::open(&path)?;
+    let spec = describe(&gguf)?;
+    let shape = shape_of(&gguf, &spec);
+    let plan = obvious(&shape, TOKENS + 1, KvType::F16);
+    let mut session = Session::load(Arc::new(gguf), &plan, Some(pool.n_threads()))?;
+    let engine = &mut session.engine;
+    let (mut layer_us, mut token_us) = (f64::INFINITY, f64::INFINITY);
+    let head: u64 = shape.dense.iter().filter(|d| d.kind == DenseKind::Head).map(|d| d.token_bytes).sum();
+    let layers = shape.token_bytes().saturating_sub(head);
+    let read_us = |bytes: u64| bytes as f64 / cached_gbps.max(1e-9) / 1e3;
+    let n_vocab = shape.n_vocab.max(1);
+    for repeat in 0..=REPEATS {
+        engine.clear();
+        engine.forward(&[0], Wanted::Last)?;
+        engine.reset_counters();
+        for token in 0..TOKENS {
+            // Any token does; these are spread over the vocabulary, so that routing is too.
+            engine.forward(&[token.wrapping_mul(2_654_435_761) % n_vocab], Wanted::Last)?;
+        }
+        if repeat == 0 {
+            continue;
+        }
+        let counters = engine.counters();
+        let each = |time: std::time::Duration| time.as_secs_f64() * 1e6 / f64::from(TOKENS);
+        let in_layers = each(counters.layers.iter().map(|l| l.dense + l.experts).sum());
+        layer_us = layer_us.min((in_layers - read_us(layers)) / f64::from(shape.n_layer.max(1)));
+        token_us = token_us.min(each(counters.decode) - in_layers - read_us(head));
+    }
+    let how = format!(
+        "decoding with the bundled model, less its bytes at {cached_gbps:.0} GB/s from the caches ({entry_us:.1} µs for \
+         each loop of all threads)"
+    );
+    Ok(Fixed { layer_us: layer_us.max(entry_us), token_us: token_us.max(entry_us), entry_us, how })
+}
+
+/// Tokens decoded with a model of the user's, and seconds that they may take.
+const MODEL_TOKENS: (usize, usize) = (5, 48);
+const MODEL_TIME: Duration = Duration::from_secs(5);
+
+/// The fixed time of a layer of a model that is at hand, in microseconds: what its dense stages take beyond their bytes
+/// at `gbps`. Its dense weights are in memory, its experts are read from its file.
+///
+/// # Errors
+/// When it does not fit memory, or can't be read.
+pub fn layer_of_model(path: &Path, threads: usize, gbps: f64) -> Result<f64> {
+    let gguf = Gguf::open(path)?;
+    let spec = describe(&gguf)?;
+    let shape = shape_of(&gguf, &spec);
+    let budget = memory_limit().map_or(u64::MAX >> 8, |limit| limit.bytes);
+    let mut plan = within(&gguf, &spec, &shape, MODEL_TOKENS.1 as u32 + 1, KvType::F16, budget)?.plan;
+    plan.layers.iter_mut().for_each(|layer| layer.slots = 0);
+    // As few in flight as a token may need, so that hardly anything is read beside the stages that are timed.
+    plan.staging_experts = shape.experts.iter().map(|e| e.n_used).max().unwrap_or(0);
+    plan.tiers[0].slot_bytes = 0;
+    let largest = shape.experts.iter().map(|e| e.expert_bytes).max().unwrap_or(0);
+    plan.tiers[0].staging_bytes = u64::from(plan.staging_experts) * largest;
+    let mut session = Session::load(Arc::new(gguf), &plan, Some(threads))?;
+    let engine = &mut session.engine;
+    engine.forward(&[0], Wanted::Last)?;
+    let mut times = Vec::new();
+    let start = Instant::now();
+    while times.len() < MODEL_TOKENS.0 || (times.len() < MODEL_TOKENS.1 - 1 && start.elapsed() < MODEL_TIME) {
+        engine.reset_counters();
+        let token = (times.len() as u32).wrapping_mul(2_654_435_761) % shape.n_vocab.max(1);
+        engine.forward(&[token], Wanted::Last)?;
+        let dense: Duration = engine.counters().layers.iter().map(|l| l.dense).sum();
+        times.push(dense.as_secs_f64() * 1e6);
+    }
+    let in_layers = |layer: Option<u32>| shape.experts.iter().any(|e| Some(e.layer) == layer);
+    let dense = shape.dense.iter().filter(|d| in_layers(d.layer));
+    let bytes: u64 = dense.map(|d| d.token_bytes).sum();
+    let layers = shape.experts.len().max(1) as f64;
+    Ok((super::Measured::of(times).value - bytes as f64 / gbps.max(1e-9) / 1e3) / layers)
+}

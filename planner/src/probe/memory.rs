@@ -1,0 +1,171 @@
+//! Main memory under the kernels: the expert stage of a decoded token, over more bytes than any cache has.
+
+use super::Measured;
+use anyhow::{Context, Result};
+use std::time::Instant;
+use tier_plan_runtime::kernels::pooled::{MatJob, matmul_all};
+use tier_plan_runtime::kernels::{Activations, Kernels, Weights, needs_quants};
+use tier_plan_runtime::quant::TensorType;
+use tier_plan_runtime::threads::ThreadPool;
+use tier_plan_runtime::tiers::arena::{Arena, Piece};
+
+/// Width of the hidden state of the experts that are computed.
+const HIDDEN: usize = 2048;
+
+/// Width inside them: a common one, so that they are neither the smallest nor the largest there are.
+const WIDTH: usize = 768;
+
+/// Experts of a token.
+const EXPERTS: usize = 8;
+
+/// Values of an expert: gate, up and down.
+const VALUES: usize = 3 * HIDDEN * WIDTH;
+
+/// Passes over the memory for one figure, after one that warms up.
+const PASSES: usize = 5;
+
+/// Memory is taken in multiples of this.
+pub const STAGE: u64 = 1 << 20;
+
+/// Memory on huge pages, with bytes that are weights in every format.
+pub struct Memory {
+    kernels: Kernels,
+    bytes: Piece,
+    x: Activations,
+    inner: Activations,
+    gate: Vec<f32>,
+    up: Vec<f32>,
+    out: Vec<f32>,
+}
+
+impl Memory {
+    /// So many bytes of it.
+    ///
+    /// # Errors
+    /// When the system has not got them.
+    pub fn new(kernels: Kernels, bytes: u64) -> Result<Self> {
+        let len = usize::try_from(bytes).context("more memory than can be addressed")?;
+        let mut piece = Arena::new("memory to be measured", bytes)?.take(len)?;
+        fill(&mut piece);
+        let mut x = Activations::new(1, HIDDEN);
+        let values: Vec<f32> = (0..HIDDEN).map(|i| (i % 17) as f32 * 0.01 - 0.08).collect();
+        x.fill(kernels, 1, HIDDEN, &values, true);
+        Ok(Self {
+            kernels,
+            bytes: piece,
+            x,
+            inner: Activations::new(EXPERTS, WIDTH),
+            gate: vec![0.0; EXPERTS * WIDTH],
+            up: vec![0.0; EXPERTS * WIDTH],
+            out: vec![0.0; EXPERTS * HIDDEN],
+        })
+    }
+
+    /// Weights of a format that all threads multiply, in 10⁹ bytes a second.
+    pub fn products(&mut self, pool: &ThreadPool, ty: TensorType) -> Measured {
+        self.pass_gbps(pool, ty);
+        Measured::of((0..PASSES).map(|_| self.pass_gbps(pool, ty)).collect())
+    }
+
+    /// The same, once over the memory.
+    pub fn pass_gbps(&mut self, pool: &ThreadPool, ty: TensorType) -> f64 {
+        self.stages_gbps(pool, ty, usize::MAX, 1)
+    }
+
+    /// The same from the caches: the first stages over and over, as many as fit `bytes`.
+    pub fn cached_gbps(&mut self, pool: &ThreadPool, ty: TensorType, bytes: usize) -> f64 {
+        let stages = (bytes / (EXPERTS * expert_bytes(ty)).max(1)).max(1);
+        self.stages_gbps(pool, ty, stages, 1);
+        self.stages_gbps(pool, ty, stages, 200)
+    }
+
+    fn stages_gbps(&mut self, pool: &ThreadPool, ty: TensorType, most: usize, times: usize) -> f64 {
+        let stage_bytes = EXPERTS * expert_bytes(ty);
+        let memory: &[u8] = &self.bytes;
+        let stages = (memory.len() / stage_bytes.max(1)).min(most);
+        let start = Instant::now();
+        for stage in memory.chunks_exact(stage_bytes.max(1)).take(stages).cycle().take(stages * times) {
+            let experts = stage.chunks_exact(expert_bytes(ty));
+            let matrices: Vec<[Weights<'_>; 3]> = experts.filter_map(|expert| matrices(ty, expert)).collect();
+            let x = self.x.view();
+            let mut jobs = Vec::with_capacity(2 * EXPERTS);
+            let rows = self.gate.chunks_exact_mut(WIDTH).zip(self.up.chunks_exact_mut(WIDTH));
+            for ([gate, up, _], (gate_out, up_out)) in matrices.iter().zip(rows) {
+                jobs.push(MatJob::new(*gate, x, gate_out));
+                jobs.push(MatJob::new(*up, x, up_out));
+            }
+            matmul_all(pool, self.kernels, &jobs);
+            drop(jobs);
+            self.kernels.silu_mul(&mut self.gate, &self.up);
+            self.inner.fill(self.kernels, EXPERTS, WIDTH, &self.gate, needs_quants(ty));
+            let inner = self.inner.view();
+            let down = matrices.iter().zip(self.out.chunks_exact_mut(HIDDEN)).enumerate();
+            let jobs: Vec<MatJob<'_>> =
+                down.map(|(i, ([_, _, down], out))| MatJob::new(*down, inner.rows_range(i..i + 1), out)).collect();
+            matmul_all(pool, self.kernels, &jobs);
+        }
+        let seconds = start.elapsed().as_secs_f64().max(1e-9);
+        (stages * times * stage_bytes) as f64 / seconds / 1e9
+    }
+
+    /// Microseconds of one entry of all threads into an empty loop.
+    pub fn entry_us(&self, pool: &ThreadPool) -> f64 {
+        const ENTRIES: usize = 20_000;
+        let start = Instant::now();
+        for _ in 0..ENTRIES {
+            pool.for_each_chunk(pool.n_threads(), 1, |range| {
+                std::hint::black_box(range);
+            });
+        }
+        start.elapsed().as_secs_f64() * 1e6 / ENTRIES as f64
+    }
+}
+
+/// Bytes of one expert in a format.
+fn expert_bytes(ty: TensorType) -> usize {
+    ty.row_bytes(VALUES as u64).map_or(0, |bytes| bytes as usize)
+}
+
+/// Gate, up and down of an expert.
+fn matrices(ty: TensorType, expert: &[u8]) -> Option<[Weights<'_>; 3]> {
+    let (gate, rest) = expert.split_at_checked(expert.len() / 3)?;
+    let (up, down) = rest.split_at_checked(rest.len() / 2)?;
+    Some([
+        Weights::new(ty, gate, WIDTH, HIDDEN)?,
+        Weights::new(ty, up, WIDTH, HIDDEN)?,
+        Weights::new(ty, down, HIDDEN, WIDTH)?,
+    ])
+}
+
+/// Bytes in no order, so that formats with tables look everywhere in them; but every second one is the high byte of a
+/// small float, since no real weight is infinite or so small that a processor takes long over it.
+fn fill(bytes: &mut [u8]) {
+    let mut state = 0x9e37_79b9_7f4a_7c15u64;
+    for eight in bytes.chunks_mut(8) {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        for (i, byte) in eight.iter_mut().enumerate() {
+            *byte = if i % 2 == 1 { 0x3d } else { (state >> (8 * i)) as u8 };
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_format_is_multiplied() {
+        let pool = ThreadPool::new(2);
+        let bytes = TensorType::ALL.iter().map(|ty| EXPERTS * expert_bytes(*ty)).max().unwrap();
+        let mut memory = Memory::new(Kernels::best(), bytes as u64).unwrap();
+        for ty in TensorType::ALL {
+            memory.out.fill(7.0);
+            let gbps = memory.pass_gbps(&pool, ty);
+            assert!(gbps.is_finite() && gbps > 0.0, "{ty}: {gbps}");
+            assert!(memory.out.iter().all(|v| *v != 7.0), "{ty}: all results are written");
+        }
+        assert!(memory.entry_us(&pool) > 0.0);
+    }
+}

@@ -1,0 +1,105 @@
+use super::*;
+
+fn findings() -> Findings {
+    let of = |value| Measured { value, spread: 0.01 };
+    Findings {
+        when: "2026-11-22T17:00:00Z".into(),
+        host: "a processor".into(),
+        threads: 2,
+        isa: "avx512".into(),
+        model: None,
+        bare_gbps: 27.5,
+        kernels: vec![KernelRate { ty: TensorType::Q4_K, gbps: of(20.52), share: None }],
+        compute_gbps: 20.5234,
+        dram_bytes: 20 << 30,
+        dram_bytes_from: "the memory that is free".into(),
+        disk: DiskRate {
+            gbps: of(1.23456),
+            latency_us: of(87.65),
+            direct: true,
+            piece_bytes: 2_654_208,
+            bursts: [(1, 1.0), (2, 1.1), (4, 1.2), (8, 1.3)],
+        },
+        disk_path: "model.gguf".into(),
+        disk_bytes: 1 << 40,
+        together_gbps: (17.0, 1.1),
+        fixed: Fixed { layer_us: 31.25, token_us: 12.0, entry_us: 1.0, how: "counted".into() },
+        doubts: Vec::new(),
+    }
+}
+
+#[test]
+fn a_machine_is_written_that_reads_back() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("machine.toml");
+    let machine = findings().machine();
+    machine.write(&path).unwrap();
+    let back = tier_plan_runtime::formats::machine::read(&path).unwrap();
+    assert_eq!(back, machine);
+    let [dram, nvme] = &back.tiers[..] else { panic!("{:?}", back.tiers) };
+    assert_eq!((dram.kind, dram.read_gbps, dram.emulated), (TierKind::Dram, 20.5, false));
+    assert_eq!((nvme.kind, nvme.read_gbps, nvme.latency_us), (TierKind::Nvme, 1.235, 87.7));
+    assert_eq!(back.extras, Extras::default());
+    assert!(dram.source.starts_with("measured 2026-11-22: products of Q4_K with 2 threads and avx512 kernels"));
+    assert!(back.description.contains("measured on 2026-11-22: a processor"));
+}
+
+#[test]
+fn a_drive_faster_than_the_kernels_is_still_the_slow_tier() {
+    let mut found = findings();
+    found.disk.gbps.value = 60.0;
+    let machine = found.machine();
+    assert_eq!(machine.tiers[1].read_gbps, machine.tiers[0].read_gbps);
+}
+
+#[test]
+fn the_mean_rate_is_that_of_the_whole_token() {
+    let of = |ty, gbps, share| KernelRate { ty, gbps: Measured { value: gbps, spread: 0.0 }, share };
+    // Half of the bytes at 10 and half at 30 take 0.05 + 0.0167 of a second for each 10⁹.
+    let rates = [of(TensorType::Q4_K, 10.0, Some(0.5)), of(TensorType::F32, 30.0, Some(0.5))];
+    assert!((mean_rate(&rates) - 15.0).abs() < 1e-9);
+    let rates = [of(TensorType::F32, 30.0, None), of(TensorType::Q4_K, 10.0, None)];
+    assert_eq!(mean_rate(&rates), 10.0);
+}
+
+#[test]
+fn repetitions_have_a_median_and_a_spread() {
+    assert_eq!(Measured::of(vec![3.0, 1.0, 2.0]), Measured { value: 2.0, spread: 1.0 });
+    assert_eq!(Measured::of(vec![]), Measured { value: 0.0, spread: 0.0 });
+    // One slow moment among many is no spread worth a warning.
+    let mut many = vec![10.0; 100];
+    many[50] = 5.0;
+    let measured = Measured::of_many(&many);
+    assert!(measured.value == 10.0 && measured.spread < 0.03, "{measured:?}");
+    // A slow fifth is.
+    many[40..60].fill(5.0);
+    assert!(Measured::of_many(&many).spread > 0.4);
+}
+
+#[test]
+fn shares_are_of_a_tokens_bytes() {
+    let path = crate::bundled::path("demo/demo.gguf").unwrap();
+    let (gguf, spec) = open(&path).unwrap();
+    let shares = shares(&gguf, &spec);
+    assert!((shares.iter().map(|(_, s)| s).sum::<f64>() - 1.0).abs() < 1e-9);
+    let of = |ty| shares.iter().find(|(t, _)| *t == ty).map_or(0.0, |(_, s)| *s);
+    assert!(of(TensorType::Q4_K) > 0.2 && of(TensorType::BF16) == 0.0, "{shares:?}");
+}
+
+#[test]
+fn a_drive_is_read_in_experts() {
+    let path = crate::bundled::path("demo/demo.gguf").unwrap();
+    let (gguf, spec) = open(&path).unwrap();
+    let mut disk = Disk::of_model(&gguf, &spec).unwrap();
+    let rate = disk.measure(Duration::ZERO).unwrap();
+    assert!(rate.gbps.value > 0.0 && rate.latency_us.value > 0.0, "{rate:?}");
+    assert!((40_000..60_000).contains(&rate.piece_bytes), "{rate:?}");
+}
+
+#[test]
+fn a_models_own_layers_are_timed() {
+    let path = crate::bundled::path("demo/demo.gguf").unwrap();
+    // Beyond bytes that take no time, all of the stages is left.
+    let us = fixed::layer_of_model(&path, 1, 1e12).unwrap();
+    assert!(us.is_finite() && us > 0.0, "{us}");
+}
