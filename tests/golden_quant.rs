@@ -55,7 +55,7 @@ fn check(name: &str, bound: f64, same_greedy: bool) {
     let model = format!("tests/data/quant/{name}.gguf");
     let tokens: Vec<String> = golden.tokens.iter().map(u32::to_string).collect();
     let tokens = tokens.join(",");
-    for isa in ["scalar", "avx2", "avx512", "amx"] {
+    for isa in ["scalar", "avx2", "avx512", "amx", "neon"] {
         let output_s = output.to_str().unwrap();
         let args = ["logits", &model, "--tokens", &tokens, "-o", output_s, "--greedy", "16", "--threads", "2"];
         let Some(ran) = on_isa(isa, &args) else { continue };
