@@ -3,8 +3,8 @@
 use crate::chat::template::Template;
 use crate::chat::{Chat, Options, Signals};
 use crate::cli::RunArgs;
-use crate::cmd::run::sampler_config;
-use crate::session::{self, Opening, Session};
+use crate::cmd::run::{opening, sampler_config};
+use crate::session::{self, Session};
 use anyhow::{Context, Result, ensure};
 use std::io::{ErrorKind, IsTerminal, Write};
 
@@ -19,17 +19,7 @@ pub fn is_wanted(args: &RunArgs) -> bool {
 pub fn run(args: &RunArgs) -> Result<()> {
     let sampling = sampler_config(&args.sampling)?;
     ensure!(args.tokens != Some(0), "--tokens 0 leaves no answer; give 1 or more");
-    let opening = Opening {
-        plan: args.plan.as_deref(),
-        dram: session::dram(args.dram.as_deref())?,
-        profile: args.profile.as_deref(),
-        context: args.ctx,
-        threads: args.threads,
-        mapped: args.mmap,
-        numa: args.numa,
-        kv_type: args.kv_type,
-    };
-    let mut session = Session::open(&args.model, opening)?;
+    let mut session = Session::open(&args.model, opening(args)?)?;
     ensure!(session.engine.context() >= 2, "a context of one token holds no conversation; give a larger --ctx");
     let tokenizer = session.tokenizer_with(args.tokenizer_pre.as_deref())?;
     let source = match &args.chat_template {

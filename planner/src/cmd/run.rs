@@ -18,6 +18,20 @@ use tier_plan_runtime::units::show_utc;
 /// Tokens to generate unless told otherwise.
 const DEFAULT_TOKENS: u32 = 128;
 
+/// How the model is to be opened, for one text and for a chat.
+pub(super) fn opening(args: &RunArgs) -> Result<Opening<'_>> {
+    Ok(Opening {
+        plan: args.plan.as_deref(),
+        dram: session::dram(args.dram.as_deref())?,
+        profile: args.profile.as_deref(),
+        context: args.ctx,
+        threads: args.threads,
+        mapped: args.mmap,
+        numa: args.numa,
+        kv_type: args.kv_type,
+    })
+}
+
 /// Runs it.
 pub fn run(args: &RunArgs) -> Result<()> {
     if chat::is_wanted(args) {
@@ -28,17 +42,7 @@ pub fn run(args: &RunArgs) -> Result<()> {
         safely::check(path)?;
     }
     let text = prompt_text(args)?;
-    let opening = Opening {
-        plan: args.plan.as_deref(),
-        dram: session::dram(args.dram.as_deref())?,
-        profile: args.profile.as_deref(),
-        context: args.ctx,
-        threads: args.threads,
-        mapped: args.mmap,
-        numa: args.numa,
-        kv_type: args.kv_type,
-    };
-    let mut session = Session::open(&args.model, opening)?;
+    let mut session = Session::open(&args.model, opening(args)?)?;
     let tokenizer = session.tokenizer_with(args.tokenizer_pre.as_deref())?;
     let prompt = tokenizer.encode(&text, true)?;
     ensure!(!prompt.is_empty(), "the prompt is empty; give some text with --prompt or --file");
