@@ -100,7 +100,7 @@ const MODEL_TOKENS: (usize, usize) = (5, 48);
 const MODEL_TIME: Duration = Duration::from_secs(5);
 
 /// The fixed time of a layer of a model that is at hand, in microseconds: what its dense stages take beyond their bytes
-/// at `gbps`. Its dense weights are in memory, its experts are read from its file.
+/// at `gbps`, while its experts are in memory too.
 ///
 /// # Errors
 /// When it does not fit memory, or can't be read.
@@ -109,25 +109,29 @@ pub fn layer_of_model(path: &Path, threads: usize, gbps: f64) -> Result<f64> {
     let spec = describe(&gguf)?;
     let shape = shape_of(&gguf, &spec);
     let budget = memory_limit().map_or(u64::MAX >> 8, |limit| limit.bytes);
-    let mut plan = within(&gguf, &spec, &shape, MODEL_TOKENS.1 as u32 + 1, KvType::F16, budget)?.plan;
-    plan.layers.iter_mut().for_each(|layer| layer.slots = 0);
-    // As few in flight as a token may need, so that hardly anything is read beside the stages that are timed.
-    plan.staging_experts = shape.experts.iter().map(|e| e.n_used).max().unwrap_or(0);
+    let mut plan = within(&gguf, &spec, &shape, 2, KvType::F16, budget)?.plan;
+    // Room for the experts of two tokens, which come again and again: after the first time nothing is read beside the
+    // stages that are timed.
     plan.tiers[0].slot_bytes = 0;
-    let largest = shape.experts.iter().map(|e| e.expert_bytes).max().unwrap_or(0);
-    plan.tiers[0].staging_bytes = u64::from(plan.staging_experts) * largest;
+    for (layer, experts) in plan.layers.iter_mut().zip(&shape.experts) {
+        layer.slots = layer.slots.min(2 * experts.n_used);
+        plan.tiers[0].slot_bytes += u64::from(layer.slots) * experts.expert_bytes;
+    }
     let mut session = Session::load(Arc::new(gguf), &plan, Some(threads))?;
     let engine = &mut session.engine;
-    engine.forward(&[0], Wanted::Last)?;
     let mut times = Vec::new();
     let start = Instant::now();
-    while times.len() < MODEL_TOKENS.0 || (times.len() < MODEL_TOKENS.1 - 1 && start.elapsed() < MODEL_TIME) {
+    while times.len() < MODEL_TOKENS.0 || (times.len() < MODEL_TOKENS.1 && start.elapsed() < MODEL_TIME) {
+        // The first token of a text is a prompt to the counters.
+        engine.clear();
+        engine.forward(&[0], Wanted::Last)?;
         engine.reset_counters();
-        let token = (times.len() as u32).wrapping_mul(2_654_435_761) % shape.n_vocab.max(1);
-        engine.forward(&[token], Wanted::Last)?;
+        engine.forward(&[0], Wanted::Last)?;
         let dense: Duration = engine.counters().layers.iter().map(|l| l.dense).sum();
         times.push(dense.as_secs_f64() * 1e6);
     }
+    // The first token waits for the drive.
+    times.remove(0);
     let in_layers = |layer: Option<u32>| shape.experts.iter().any(|e| Some(e.layer) == layer);
     let dense = shape.dense.iter().filter(|d| in_layers(d.layer));
     let bytes: u64 = dense.map(|d| d.token_bytes).sum();
