@@ -309,7 +309,8 @@ fn long_contexts_depend_neither_on_threads_nor_on_batches() {
                 logits.into_iter().map(f32::to_bits).collect()
             };
             let expected = logits(1, 512);
-            for (threads, batch) in [(3, 512), (2, 64), (5, 100)] {
+            // A last batch of one token, and one of two micro-batches, too.
+            for (threads, batch) in [(3, 512), (2, 64), (5, 100), (2, 599), (3, 2048)] {
                 let same = logits(threads, batch) == expected;
                 assert!(same, "{name}, {kv_type}: {threads} threads, batches of {batch}");
             }

@@ -18,8 +18,6 @@ use tier_plan_runtime::exec::{Engine, Wanted};
 use tier_plan_runtime::sampler::{Sampler, SamplerConfig};
 use tier_plan_runtime::tokenizer::Tokenizer;
 
-/// Tokens of a prompt that are processed before Ctrl-C is looked for again.
-const SLICE: usize = 512;
 /// Longest message, in bytes: far more than any context holds.
 const LINE_LIMIT: u64 = 64 << 20;
 
@@ -254,15 +252,17 @@ impl<'a> Chat<'a> {
         self.held.extend_from_slice(ids);
         self.engine.reset_counters();
         let interrupted = self.options.signals.interrupted;
+        // Ctrl-C is looked for between batches.
+        let slice = self.engine.batch();
         let mut rest = &ids[kept..];
-        while rest.len() > SLICE && !interrupted() {
-            let (slice, after) = rest.split_at(SLICE);
-            self.engine.forward(slice, Wanted::Last)?;
+        while rest.len() > slice && !interrupted() {
+            let (now, after) = rest.split_at(slice);
+            self.engine.forward(now, Wanted::Last)?;
             rest = after;
         }
         let mut answer = String::new();
         let mut n_answer = 0;
-        if rest.len() <= SLICE {
+        if rest.len() <= slice {
             let max_tokens = self.options.max_tokens.unwrap_or(usize::MAX);
             let is_end = |token| !self.options.ignore_eos && self.tokenizer.is_eog(token);
             let mut stream = self.tokenizer.stream();

@@ -6,7 +6,7 @@
 //! experts are used. All experts live in the file, which counts as a block device.
 
 use super::KvType;
-use super::engine::BATCH;
+use super::engine::{BATCH, MICRO_BATCH};
 use super::experts::{Home, LayerExperts, Layout};
 use super::plan::obvious;
 use crate::formats::machine::{Tier, TierKind};
@@ -83,7 +83,7 @@ impl Fixed {
     /// For a model that may use `budget` bytes: the largest batch whose activations are a small part of that.
     pub fn new(gguf: &Gguf, spec: &ModelSpec, shape: &ModelShape, context: u32, kv_type: KvType, budget: u64) -> Self {
         let header = gguf.tensors().iter().filter(|t| t.part == 0).map(|t| t.offset).min().unwrap_or(0);
-        let mut batch = BATCH;
+        let mut batch = BATCH.min(context.max(1) as usize);
         while batch > LEAST_BATCH && activation_bytes(gguf, spec, context, batch) > budget / 32 {
             batch /= 2;
         }
@@ -106,12 +106,13 @@ impl Fixed {
     }
 }
 
-/// Buffers of a pass of `batch` tokens, from above: each layer kind's widest rows, with their 8-bit forms.
+/// Buffers of a pass of `batch` tokens, from above: what layers hand on, and for a micro-batch each layer kind's widest
+/// rows, with their 8-bit forms.
 fn activation_bytes(gguf: &Gguf, spec: &ModelSpec, context: u32, batch: usize) -> u64 {
     // A value and its 8-bit form with scales take 5.25 bytes.
     const WITH_QUANTS: u64 = 6;
     let rows = |id: &usize| gguf.tensors()[*id].dims.iter().skip(1).product::<u64>();
-    let (mut mixer, mut ffn, mut n_expert) = (0, 0, 0);
+    let (mut mixer, mut ffn, mut n_expert, mut n_used) = (0, 0, 0, 0);
     for layer in &spec.layers {
         let matrices = layer.mixer.tensors().matrices;
         // Each result once more as it is transformed, and quantised once for the matrix that reads it.
@@ -121,14 +122,18 @@ fn activation_bytes(gguf: &Gguf, spec: &ModelSpec, context: u32, batch: usize) -
             Ffn::Moe(m) => {
                 ffn = ffn.max(m.expert_ffn).max(m.shared.map_or(0, |shared| shared.ffn.gate.n_out));
                 n_expert = n_expert.max(m.n_expert);
+                n_used = n_used.max(m.n_used);
             }
         }
     }
-    let (hidden, ffn, n_expert) = (spec.hidden as u64, ffn as u64, n_expert as u64);
-    let row = hidden * (5 * 4 + 3 * WITH_QUANTS) + ffn * (2 * 4 + WITH_QUANTS) + n_expert * 4 + mixer;
+    let (hidden, ffn, n_expert, n_used) = (spec.hidden as u64, ffn as u64, n_expert as u64, n_used as u64);
+    // Each choice also in the list of its expert's tokens.
+    let kept = hidden * (2 * 4 + WITH_QUANTS) + n_used * (2 + 4 + 16);
+    let row = hidden * (3 * 4 + 3 * WITH_QUANTS) + ffn * (2 * 4 + WITH_QUANTS) + n_expert * 4 + mixer;
     // Logits and the sampler's copies; scores of a query on each thread.
     let once = spec.n_vocab as u64 * 24 + u64::from(context) * 64;
-    row.saturating_mul(batch as u64).saturating_add(once)
+    let micro = row.saturating_mul(batch.min(MICRO_BATCH) as u64);
+    kept.saturating_mul(batch as u64).saturating_add(micro).saturating_add(once)
 }
 
 /// Bytes that one expert's buffer takes in each layer with routed experts, room for whole pages included.

@@ -20,11 +20,15 @@ use crate::model::spec::{Ffn, LayerSpec, ModelSpec, MoeSpec};
 use crate::quant::dequantize_row;
 use crate::threads::{ThreadPool, physical_cores};
 use crate::tiers::pace::{Pacer, StageBytes, settle};
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Tokens in one batch of prompt processing, unless told otherwise.
-pub(super) const BATCH: usize = 512;
+/// Tokens that go through a layer together, unless told otherwise: a prompt's experts are read once for so many.
+pub(super) const BATCH: usize = 2048;
+
+/// Tokens that a layer's dense stage, and an expert, take at once.
+pub(super) const MICRO_BATCH: usize = 512;
 
 /// Which logits a pass should compute.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -62,12 +66,15 @@ pub struct Engine {
     pool: ThreadPool,
     kernels: Kernels,
     batch: usize,
+    micro_batch: usize,
     n_past: usize,
     context: usize,
     states: Vec<MixerState>,
     ropes: Vec<RopeTable>,
     /// By layer: whether any matrix of the mixer takes quantised activations.
     mixer_quants: Vec<bool>,
+    /// By layer: whether any matrix of the experts takes activations as they are.
+    expert_floats: Vec<bool>,
     /// By layer, index into `ropes`.
     layer_rope: Vec<Option<usize>>,
     scratch: Scratch,
@@ -77,15 +84,22 @@ pub struct Engine {
     broken: bool,
 }
 
-/// Buffers of a pass.
+/// Buffers of a pass: those of a batch, and those of a micro-batch.
 struct Scratch {
+    /// `[batch, hidden]` the hidden state.
     x: Vec<f32>,
+    /// `[batch, hidden]` what is added to it.
+    out: Vec<f32>,
+    /// `[batch, hidden]` what the routed experts read.
+    expert_acts: Activations,
+    /// `[batch, n_used]`.
+    experts: Vec<u16>,
+    /// `[batch, n_used]`.
+    weights: Vec<f32>,
+    /// `[micro-batch, hidden]`, and so on.
     normed: Vec<f32>,
     acts: Activations,
-    out: Vec<f32>,
     router_logits: Vec<f32>,
-    experts: Vec<u16>,
-    weights: Vec<f32>,
     router: Router,
     foresight: Foresight,
     mixer: MixerScratch,
@@ -110,8 +124,9 @@ impl Engine {
         let loaded = load(&gguf, &spec, &shape, plan, progress)?;
         let Loaded { weights, experts, mut resident_bytes, padding_bytes, embedding_tier, head_tier, dense_bytes } =
             loaded;
-        let batch = options.batch.unwrap_or(BATCH).max(1);
         let context = plan.context as usize;
+        let batch = options.batch.unwrap_or(BATCH).min(context).max(1);
+        let micro_batch = batch.min(MICRO_BATCH);
         let states: Vec<MixerState> =
             spec.layers.iter().map(|layer| MixerState::new(&layer.mixer, plan.kv_type, context)).collect();
         resident_bytes[plan.kv_tier] += states.iter().map(MixerState::bytes).sum::<u64>();
@@ -123,9 +138,14 @@ impl Engine {
             let matrices = layer.mixer.tensors().matrices;
             matrices.iter().any(|id| needs_quants(weights.ty(*id))) && spec.hidden.is_multiple_of(32)
         };
+        let floats = |layer: &LayerSpec| match &layer.ffn {
+            Ffn::Moe(moe) => moe.expert_linears().any(|l| !needs_quants(gguf.tensors()[l.weight].ty)),
+            Ffn::Dense(_) => false,
+        };
         Ok(Self {
             mixer_quants: spec.layers.iter().map(needs).collect(),
-            scratch: Scratch::new(&spec, batch, tiers.len()),
+            expert_floats: spec.layers.iter().map(floats).collect(),
+            scratch: Scratch::new(&spec, batch, micro_batch, tiers.len()),
             kernels,
             pool: ThreadPool::new(threads),
             pacer: Pacer::new(&tiers, plan.layer_overhead_us, plan.token_overhead_us),
@@ -147,6 +167,7 @@ impl Engine {
             embedding_tier,
             head_tier,
             batch,
+            micro_batch,
             states,
             ropes,
             layer_rope,
@@ -210,6 +231,11 @@ impl Engine {
         self.context
     }
 
+    /// Tokens of a prompt that go through a layer together.
+    pub fn batch(&self) -> usize {
+        self.batch
+    }
+
     /// Lets the context hold fewer tokens than planned; its memory stays as planned.
     pub fn limit_context(&mut self, context: u32) {
         self.context = self.context.min(context as usize);
@@ -270,7 +296,8 @@ impl Engine {
         self.routing.weights.clear();
         self.routing.weights.resize(tokens.len() * n_moe * used, 0.0);
         // A lone token with nothing before it is a prompt; the last token of a long prompt is no decoding either.
-        let decoding = tokens.len() == 1 && self.n_past > 0;
+        let alone = tokens.len() == 1;
+        let decoding = alone && self.n_past > 0;
         // A file that was cut short must not be looked at where it is mapped.
         self.experts.check_files()?;
         let start = Instant::now();
@@ -279,7 +306,7 @@ impl Engine {
         for (i, batch) in tokens.chunks(self.batch).enumerate() {
             let last = i + 1 == n_batches;
             let wanted = (last || wanted == Wanted::All).then_some(wanted);
-            let result = self.pass(batch, i * self.batch, wanted, decoding);
+            let result = self.pass(batch, i * self.batch, wanted, alone, decoding);
             // What was read from a file that changed is worth nothing, however well the reads went.
             if let Err(error) = result.and_then(|()| Ok(self.experts.check_files()?)) {
                 self.broken = !self.states.iter().all(MixerState::can_rewind);
@@ -299,28 +326,38 @@ impl Engine {
         Ok(&self.logits)
     }
 
-    /// One batch through all layers; `offset` is its first token's place in the whole call, `decoding` whether it
-    /// counts as a decode step.
-    fn pass(&mut self, tokens: &[u32], offset: usize, wanted: Option<Wanted>, decoding: bool) -> Result<(), RunError> {
+    /// One batch through all layers; `offset` is its first token's place in the whole call, `alone` whether that has no
+    /// other, and `decoding` whether it counts as a decode step.
+    ///
+    /// A token of a call that has more is added up like all of them, so that no result depends on the size of a batch.
+    fn pass(
+        &mut self,
+        tokens: &[u32],
+        offset: usize,
+        wanted: Option<Wanted>,
+        alone: bool,
+        decoding: bool,
+    ) -> Result<(), RunError> {
         let (n, hidden) = (tokens.len(), self.spec.hidden);
         self.embed(tokens);
-        for rope in &mut self.ropes {
-            rope.prepare(self.n_past, n);
-        }
         let mut outside = StageBytes::new(self.plan.tiers.len());
         outside.add(self.embedding_tier, (n * self.embedding_row_bytes()) as u64);
         let mut moe_at = 0;
         for index in 0..self.spec.layers.len() {
             let layer_start = Instant::now();
-            self.dense_stage(index, n);
-            if let Some(pacer) = &self.pacer {
-                settle(layer_start, pacer.dense(&self.dense_bytes[index]));
+            self.scratch.expert_acts.clear();
+            for first in (0..n).step_by(self.micro_batch) {
+                let start = Instant::now();
+                self.dense_stage(index, first..n.min(first + self.micro_batch));
+                if let Some(pacer) = &self.pacer {
+                    settle(start, pacer.dense(&self.dense_bytes[index]));
+                }
             }
             let experts_start = Instant::now();
             if decoding {
                 self.counters.charge(&self.dense_bytes[index], experts_start - layer_start);
             }
-            self.look_ahead(index, moe_at, n);
+            self.look_ahead(index, moe_at, n, !alone);
             let layer: &LayerSpec = &self.spec.layers[index];
             let Ffn::Moe(moe) = &layer.ffn else { continue };
             let n_moe = self.counters.layers.len();
@@ -330,7 +367,7 @@ impl Engine {
                 &mut self.experts,
                 moe_at,
                 moe,
-                n,
+                if alone { None } else { Some(n) },
                 &mut self.scratch,
             )?;
             self.kernels.add(&mut self.scratch.x[..n * hidden], &self.scratch.out[..n * hidden]);
@@ -372,19 +409,22 @@ impl Engine {
         Ok(())
     }
 
-    /// Tells the expert store what the layer after `index` seems to need, where that is of use.
-    fn look_ahead(&mut self, index: usize, moe_at: usize, n: usize) {
+    /// Tells the expert store what the layer after `index` seems to need, where that is of use: of a batch, what its
+    /// last tokens need.
+    fn look_ahead(&mut self, index: usize, moe_at: usize, n: usize, batch: bool) {
         let (Ffn::Moe(_), Some(next)) = (&self.spec.layers[index].ffn, self.spec.layers.get(index + 1)) else { return };
-        if !matches!(next.ffn, Ffn::Moe(_)) || !self.experts.wants_guess(n > 1) {
+        if !matches!(next.ffn, Ffn::Moe(_)) || !self.experts.wants_guess(batch) {
             return;
         }
         let c = Compute { pool: &self.pool, kernels: self.kernels };
         let s = &mut self.scratch;
-        let len = n * self.spec.hidden;
+        let hidden = self.spec.hidden;
+        let rows = n.min(self.micro_batch);
+        let (x, len) = (&s.x[(n - rows) * hidden..n * hidden], rows * hidden);
         // What experts add up is not there yet, so its buffer is free.
-        norm_rows(c, &s.x[..len], self.weights.vector(next.ffn_norm), self.spec.norm_eps, &mut s.out[..len]);
+        norm_rows(c, x, self.weights.vector(next.ffn_norm), self.spec.norm_eps, &mut s.out[..len]);
         let guess = s.foresight.guess(c, &self.weights, next, &s.out[..len], &mut s.router_logits);
-        self.experts.expect(moe_at + 1, guess, n > 1);
+        self.experts.expect(moe_at + 1, guess, batch);
     }
 
     fn count_experts(
@@ -432,30 +472,35 @@ impl Engine {
     }
 
     /// Everything of a layer but its routed experts: attention, then the dense block, or the router's choices and the
-    /// shared expert.
-    fn dense_stage(&mut self, index: usize, n: usize) {
+    /// shared expert. `rows` are those of the batch that it takes, at most a micro-batch.
+    fn dense_stage(&mut self, index: usize, rows: Range<usize>) {
         let c = Compute { pool: &self.pool, kernels: self.kernels };
         let (spec, weights, s) = (&self.spec, &self.weights, &mut self.scratch);
         let layer = &spec.layers[index];
+        let (n, past) = (rows.len(), self.n_past + rows.start);
         let len = n * spec.hidden;
-        norm_rows(c, &s.x[..len], weights.vector(layer.mixer_norm), spec.norm_eps, &mut s.normed[..len]);
+        let x = &mut s.x[rows.start * spec.hidden..][..len];
+        for rope in &mut self.ropes {
+            rope.prepare(past, n);
+        }
+        norm_rows(c, x, weights.vector(layer.mixer_norm), spec.norm_eps, &mut s.normed[..len]);
         s.acts.fill_shared(c.pool, c.kernels, n, spec.hidden, &s.normed[..len], self.mixer_quants[index]);
         let input = MixerInput {
             x: s.acts.view(),
-            past: self.n_past,
+            past,
             rope: self.layer_rope[index].map(|at| &self.ropes[at]),
             norm_eps: spec.norm_eps,
         };
         let out = &mut s.out[..len];
         mix(c, weights, &layer.mixer, &input, &mut self.states[index], &mut s.mixer, out);
-        c.kernels.add(&mut s.x[..len], out);
-        norm_rows(c, &s.x[..len], weights.vector(layer.ffn_norm), spec.norm_eps, &mut s.normed[..len]);
+        c.kernels.add(x, out);
+        norm_rows(c, x, weights.vector(layer.ffn_norm), spec.norm_eps, &mut s.normed[..len]);
         match &layer.ffn {
             Ffn::Dense(ffn) => {
                 let quantize = [&ffn.gate, &ffn.up].iter().any(|l| needs_quants(weights.ty(l.weight)));
                 s.acts.fill_shared(c.pool, c.kernels, n, spec.hidden, &s.normed[..len], quantize);
                 dense_ffn(c, weights, ffn, s.acts.view(), &mut s.ffn, out);
-                c.kernels.add(&mut s.x[..len], out);
+                c.kernels.add(x, out);
             }
             Ffn::Moe(moe) => {
                 // Quantised whatever the router's type: the experts of a single token read the same activations.
@@ -464,14 +509,17 @@ impl Engine {
                 matmul_all(c.pool, c.kernels, &[MatJob::new(weights.linear(&moe.router), s.acts.view(), logits)]);
                 add_bias(logits, weights.bias(&moe.router));
                 let bias = weights.opt_vector(moe.selection_bias);
-                let chosen = s.experts.chunks_exact_mut(moe.n_used).zip(s.weights.chunks_exact_mut(moe.n_used));
+                let choices = rows.start * moe.n_used..rows.end * moe.n_used;
+                let chosen = s.experts[choices.clone()].chunks_exact_mut(moe.n_used);
+                let chosen = chosen.zip(s.weights[choices].chunks_exact_mut(moe.n_used));
                 for (row, (experts, expert_weights)) in logits.chunks_exact(moe.n_expert).zip(chosen) {
                     s.router.route(moe, row, bias, experts, expert_weights);
                 }
                 if let Some(shared) = &moe.shared {
                     shared_expert(c, weights, shared, s.acts.view(), &s.normed[..len], &mut s.ffn, out);
-                    c.kernels.add(&mut s.x[..len], out);
+                    c.kernels.add(x, out);
                 }
+                s.expert_acts.append(s.acts.view(), self.expert_floats[index]);
             }
         }
     }
@@ -480,35 +528,39 @@ impl Engine {
         let c = Compute { pool: &self.pool, kernels: self.kernels };
         let (spec, weights, s) = (&self.spec, &self.weights, &mut self.scratch);
         let hidden = spec.hidden;
-        let first = if wanted == Wanted::All { 0 } else { n - 1 };
-        let rows = n - first;
-        let x = &s.x[first * hidden..n * hidden];
-        let normed = &mut s.normed[..rows * hidden];
-        norm_rows(c, x, weights.vector(spec.output_norm), spec.norm_eps, normed);
-        s.acts.fill_shared(c.pool, c.kernels, rows, hidden, normed, needs_quants(weights.ty(spec.output)));
-        let at = self.logits.len();
-        self.logits.resize(at + rows * spec.n_vocab, 0.0);
+        let wanted = if wanted == Wanted::All { 0..n } else { n - 1..n };
         let output = weights.matrix(spec.output, spec.n_vocab, hidden);
-        matmul_all(c.pool, c.kernels, &[MatJob::new(output, s.acts.view(), &mut self.logits[at..])]);
+        for first in wanted.clone().step_by(self.micro_batch) {
+            let x = &s.x[first * hidden..wanted.end.min(first + self.micro_batch) * hidden];
+            let rows = x.len() / hidden;
+            let normed = &mut s.normed[..x.len()];
+            norm_rows(c, x, weights.vector(spec.output_norm), spec.norm_eps, normed);
+            s.acts.fill_shared(c.pool, c.kernels, rows, hidden, normed, needs_quants(weights.ty(spec.output)));
+            let at = self.logits.len();
+            self.logits.resize(at + rows * spec.n_vocab, 0.0);
+            matmul_all(c.pool, c.kernels, &[MatJob::new(output, s.acts.view(), &mut self.logits[at..])]);
+        }
     }
 }
 
+/// The routed experts of a token alone, or of a batch of so many.
 fn run_experts(
     c: Compute<'_>,
     store: &mut ExpertStore,
     at: usize,
     moe: &MoeSpec,
-    n: usize,
+    batch: Option<usize>,
     s: &mut Scratch,
 ) -> Result<Step, RunError> {
     let hidden = moe.router.n_in;
+    let n = batch.unwrap_or(1);
     let choices =
         Choices { experts: &s.experts[..n * moe.n_used], weights: &s.weights[..n * moe.n_used], n_used: moe.n_used };
     let out = &mut s.out[..n * hidden];
-    if n == 1 {
-        moe_token(c, store, at, moe, s.acts.view(), &choices, &mut s.ffn, out, &mut s.computed)
-    } else {
-        moe_batch(c, store, at, moe, s.acts.view(), &choices, &mut s.ffn, out, &mut s.computed)
+    let x = s.expert_acts.view();
+    match batch {
+        None => moe_token(c, store, at, moe, x, &choices, &mut s.ffn, out, &mut s.computed),
+        Some(_) => moe_batch(c, store, at, moe, x, &choices, &mut s.ffn, out, &mut s.computed),
     }
 }
 
@@ -533,12 +585,12 @@ fn rope_tables(spec: &ModelSpec, weights: &DenseWeights) -> (Vec<RopeTable>, Vec
 }
 
 impl Scratch {
-    fn new(spec: &ModelSpec, batch: usize, n_tiers: usize) -> Self {
+    fn new(spec: &ModelSpec, batch: usize, micro_batch: usize, n_tiers: usize) -> Self {
         let hidden = spec.hidden;
         let mut mixer = MixerScratch::default();
         let (mut ffn, mut n_expert, mut n_used) = (0, 0, 1);
         for layer in &spec.layers {
-            mixer.reserve(batch, &layer.mixer);
+            mixer.reserve(micro_batch, &layer.mixer);
             match &layer.ffn {
                 Ffn::Dense(f) => ffn = ffn.max(f.gate.n_out),
                 Ffn::Moe(m) => {
@@ -550,16 +602,17 @@ impl Scratch {
         }
         Self {
             x: vec![0.0; batch * hidden],
-            normed: vec![0.0; batch * hidden],
-            acts: Activations::new(batch, hidden),
             out: vec![0.0; batch * hidden],
-            router_logits: vec![0.0; batch * n_expert],
+            expert_acts: Activations::new(batch, hidden),
             experts: vec![0; batch * n_used],
             weights: vec![0.0; batch * n_used],
+            normed: vec![0.0; micro_batch * hidden],
+            acts: Activations::new(micro_batch, hidden),
+            router_logits: vec![0.0; micro_batch * n_expert],
             router: Router::default(),
-            foresight: Foresight::new(batch, hidden),
+            foresight: Foresight::new(micro_batch, hidden),
             mixer,
-            ffn: FfnScratch::new(batch, hidden, ffn, n_used),
+            ffn: FfnScratch::new(micro_batch, hidden, ffn, n_used),
             computed: StageBytes::new(n_tiers),
         }
     }

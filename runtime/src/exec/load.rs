@@ -76,7 +76,7 @@ pub type Progress<'a> = &'a mut dyn FnMut(u64, u64);
 pub struct LoadOptions {
     /// Threads that compute; the physical cores when `None`.
     pub threads: Option<usize>,
-    /// Tokens in one batch of prompt processing; 512 when `None`.
+    /// Tokens of a prompt that go through a layer together, 2048 when `None`; never more than the context holds.
     pub batch: Option<usize>,
 }
 

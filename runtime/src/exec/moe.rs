@@ -1,7 +1,7 @@
 //! The feed-forward blocks: dense ones, and routed experts for one token or for a batch.
 
 use super::RunError;
-use super::experts::{ExpertStore, Step};
+use super::experts::{ExpertStore, ExpertView, Step};
 use super::weights::DenseWeights;
 use crate::kernels::pooled::{MatJob, matmul_all};
 use crate::kernels::{ActView, Activations, Kernels, needs_quants};
@@ -19,13 +19,16 @@ pub(super) struct FfnScratch {
     bias: Vec<f32>,
     /// `[rows, hidden]` results of experts before they are weighted and summed.
     results: Vec<f32>,
+    /// Rows that a block takes at once.
+    rows: usize,
 }
 
 impl FfnScratch {
-    /// For batches of up to `rows` tokens of a network whose blocks are at most `ffn` wide.
+    /// For blocks that take up to `rows` tokens at once, of a network whose blocks are at most `ffn` wide.
     pub(super) fn new(rows: usize, hidden: usize, ffn: usize, n_used: usize) -> Self {
         let rows = rows.max(n_used);
         Self {
+            rows,
             gate: vec![0.0; rows * ffn],
             up: vec![0.0; rows * ffn],
             inner: Activations::new(rows, ffn),
@@ -216,7 +219,6 @@ pub(super) fn moe_batch(
     computed: &mut StageBytes,
 ) -> Result<Step, RunError> {
     let hidden = moe.router.n_in;
-    let width = moe.expert_ffn;
     let users = Users::new(choices, moe.n_expert);
     let mut step = store.begin(layer, &users.by_last_use(choices), users.present());
     out.fill(0.0);
@@ -224,33 +226,44 @@ pub(super) fn moe_batch(
         while !step.is_ready(at) {
             store.wait(&mut step)?;
         }
-        let tokens = users.of(step.experts()[at] as usize);
-        let n = tokens.len();
         let (view, tier) = store.view(&step, at);
         computed.add(tier, store.expert_bytes(layer));
-        let floats = [view.gate.weights.ty(), view.up.weights.ty()].into_iter().any(|ty| !needs_quants(ty));
-        s.gathered.gather(x, tokens.iter().map(|(token, _)| *token), floats);
-        let acts = s.gathered.view();
-        let (gate, up) = (&mut s.gate[..n * width], &mut s.up[..n * width]);
-        matmul_all(
-            c.pool,
-            c.kernels,
-            &[MatJob::new(view.gate.weights, acts, gate), MatJob::new(view.up.weights, acts, up)],
-        );
-        view.gate.add_bias(gate, &mut s.bias);
-        view.up.add_bias(up, &mut s.bias);
-        activate_shared(c, moe.activation, width, gate, up);
-        s.inner.fill_shared(c.pool, c.kernels, n, width, gate, needs_quants(view.down.weights.ty()));
-        let results = &mut s.results[..n * hidden];
-        matmul_all(c.pool, c.kernels, &[MatJob::new(view.down.weights, s.inner.view(), results)]);
-        view.down.add_bias(results, &mut s.bias);
-        for (result, (token, weight)) in results.chunks_exact(hidden).zip(tokens) {
-            c.kernels.axpy(*weight, result, &mut out[token * hidden..(token + 1) * hidden]);
+        for tokens in users.of(step.experts()[at] as usize).chunks(s.rows) {
+            let results = expert_of_batch(c, &view, moe, x, tokens, s);
+            for (result, (token, weight)) in results.chunks_exact(hidden).zip(tokens) {
+                c.kernels.axpy(*weight, result, &mut out[token * hidden..(token + 1) * hidden]);
+            }
         }
         store.release(&mut step, at);
     }
     store.finish(&mut step)?;
     Ok(step)
+}
+
+/// What one expert makes of some tokens of a batch, `[tokens, hidden]`, not weighted yet.
+fn expert_of_batch<'s>(
+    c: Compute<'_>,
+    view: &ExpertView<'_>,
+    moe: &MoeSpec,
+    x: ActView<'_>,
+    tokens: &[(usize, f32)],
+    s: &'s mut FfnScratch,
+) -> &'s [f32] {
+    let (n, width, hidden) = (tokens.len(), moe.expert_ffn, moe.router.n_in);
+    let floats = [view.gate.weights.ty(), view.up.weights.ty()].into_iter().any(|ty| !needs_quants(ty));
+    s.gathered.gather(x, tokens.iter().map(|(token, _)| *token), floats);
+    let acts = s.gathered.view();
+    let (gate, up) = (&mut s.gate[..n * width], &mut s.up[..n * width]);
+    let jobs = [MatJob::new(view.gate.weights, acts, gate), MatJob::new(view.up.weights, acts, up)];
+    matmul_all(c.pool, c.kernels, &jobs);
+    view.gate.add_bias(gate, &mut s.bias);
+    view.up.add_bias(up, &mut s.bias);
+    activate_shared(c, moe.activation, width, gate, up);
+    s.inner.fill_shared(c.pool, c.kernels, n, width, gate, needs_quants(view.down.weights.ty()));
+    let results = &mut s.results[..n * hidden];
+    matmul_all(c.pool, c.kernels, &[MatJob::new(view.down.weights, s.inner.view(), results)]);
+    view.down.add_bias(results, &mut s.bias);
+    results
 }
 
 /// The tokens of a batch sorted by expert.

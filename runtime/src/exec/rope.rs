@@ -9,6 +9,8 @@ pub(super) struct RopeTable {
     frequencies: Vec<f32>,
     /// `[positions, dims / 2]` of (cos, sin).
     rotations: Vec<(f32, f32)>,
+    /// The first of the positions, and how many they are.
+    prepared: (usize, usize),
 }
 
 impl RopeTable {
@@ -22,7 +24,7 @@ impl RopeTable {
                 }
             }
         }
-        Self { spec: spec.clone(), frequencies, rotations: Vec::new() }
+        Self { spec: spec.clone(), frequencies, rotations: Vec::new(), prepared: (0, 0) }
     }
 
     pub(super) fn is_for(&self, spec: &RopeSpec) -> bool {
@@ -31,6 +33,9 @@ impl RopeTable {
 
     /// Prepares positions `first..first + n`.
     pub(super) fn prepare(&mut self, first: usize, n: usize) {
+        if std::mem::replace(&mut self.prepared, (first, n)) == (first, n) {
+            return;
+        }
         self.rotations.clear();
         for position in first..first + n {
             let rotation = |f: &f32| {

@@ -120,21 +120,39 @@ impl Activations {
         });
     }
 
+    /// Forgets all rows.
+    pub fn clear(&mut self) {
+        self.rows = 0;
+        self.values.clear();
+        self.blocks.clear();
+    }
+
+    /// Adds the rows of others after its own: the 8-bit form if they have it, the values only where `values` says so.
+    /// All that is added since the last [`clear`](Self::clear) must be of one width and kind.
+    ///
+    /// # Panics
+    /// When it is not.
+    pub fn append(&mut self, from: ActView<'_>, values: bool) {
+        if self.rows == 0 {
+            (self.cols, self.quantized) = (from.cols, from.is_quantized());
+        }
+        assert!((self.cols, self.quantized) == (from.cols, from.is_quantized()), "rows of different kinds");
+        self.blocks.extend_from_slice(from.blocks);
+        if values {
+            self.values.extend_from_slice(from.values);
+        }
+        self.rows += from.rows;
+    }
+
     /// Takes some rows of others over: the 8-bit form if they have it, the values only where `values` says so.
     ///
     /// # Panics
     /// When a row is not there.
     pub fn gather(&mut self, from: ActView<'_>, rows: impl Iterator<Item = usize>, values: bool) {
-        (self.rows, self.cols, self.quantized) = (0, from.cols, from.is_quantized());
-        self.values.clear();
-        self.blocks.clear();
+        self.clear();
+        (self.cols, self.quantized) = (from.cols, from.is_quantized());
         for row in rows {
-            let row = from.rows_range(row..row + 1);
-            self.blocks.extend_from_slice(row.blocks);
-            if values {
-                self.values.extend_from_slice(row.values);
-            }
-            self.rows += 1;
+            self.append(from.rows_range(row..row + 1), values);
         }
     }
 
