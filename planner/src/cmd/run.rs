@@ -29,6 +29,10 @@ pub(super) fn opening(args: &RunArgs) -> Result<Opening<'_>> {
         mapped: args.mmap,
         numa: args.numa,
         kv_type: args.kv_type,
+        verify: args.store.verify.asked(),
+        pack: args.store.pack.as_deref(),
+        slots: args.store.slots.as_deref(),
+        warm: args.store.warm.as_deref(),
     })
 }
 
@@ -94,7 +98,9 @@ pub fn run(args: &RunArgs) -> Result<()> {
             print::layers(&record);
         }
     }
-    Ok(())
+    session.keep()?;
+    // All that there is has been told and kept.
+    if session::interrupted() { Err(session::Interrupted.into()) } else { Ok(()) }
 }
 
 /// The record with the text it stands for.
