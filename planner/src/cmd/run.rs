@@ -94,6 +94,9 @@ pub fn run(args: &RunArgs) -> Result<()> {
     } else {
         println!("{tail}");
         print::speed(&record);
+        if session.engine.warmed() > 0 {
+            eprintln!("{} slots were filled in the background before anybody asked", session.engine.warmed());
+        }
         if args.stats {
             print::layers(&record);
         }

@@ -257,7 +257,7 @@ mod tests {
         let (gguf, spec) = model();
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("a.experts");
-        let experts: Vec<Vec<u32>> = spec.moe_layers().enumerate().map(|(i, _)| vec![3, i as u32, 2]).collect();
+        let experts: Vec<Vec<u32>> = spec.moe_layers().enumerate().map(|(i, _)| vec![3, 4 + i as u32 % 4, 2]).collect();
         let index = index(&gguf, &spec, &experts, "now".into());
         let (mut told, mut calls) = (0, 0);
         write(&gguf, &spec, &index, &path, &mut |done, total| {
