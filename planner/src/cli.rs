@@ -1,7 +1,7 @@
 //! The command line: clap structs and nothing else.
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use tier_plan_runtime::exec::KvType;
 use tier_plan_runtime::tiers::numa::NumaPolicy;
 
@@ -41,6 +41,10 @@ pub enum Command {
     Compare(CompareArgs),
     /// Measure prompt and decode speed
     Bench(BenchArgs),
+    /// Make the checksums that --verify compares with
+    Checksum(ChecksumArgs),
+    /// Copy a model's experts so that each lies in one piece, for `run` and `bench` where memory is short
+    Pack(PackArgs),
     /// Write the logits of given tokens, to check one engine against another
     Logits(LogitsArgs),
     /// Measure how well the model predicts a text
@@ -133,6 +137,9 @@ pub struct ProfileArgs {
     /// Start again even if an unfinished profile is there
     #[arg(long)]
     pub restart: bool,
+    /// Verification.
+    #[command(flatten)]
+    pub verify: VerifyArgs,
     /// Threads; the physical cores when not given
     #[arg(long)]
     pub threads: Option<usize>,
@@ -340,6 +347,72 @@ pub struct SamplingArgs {
     pub seed: u64,
 }
 
+/// `checksum`.
+#[derive(Debug, Args)]
+pub struct ChecksumArgs {
+    /// The GGUF file (the first part of a split model)
+    pub model: PathBuf,
+    /// Where to write them; beside the model, with the ending `.sums`, when not given
+    #[arg(short, long)]
+    pub output: Option<PathBuf>,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Whether to trust the model's file.
+#[derive(Debug, Default, Args)]
+pub struct VerifyArgs {
+    /// Compare all that is loaded, and every expert that is read later, with checksums: of FILE, or those beside the
+    /// model (`.sums`), which are made if they are not there
+    #[arg(long, value_name = "FILE", num_args = 0..=1, require_equals = true)]
+    pub verify: Option<Option<PathBuf>>,
+}
+
+impl VerifyArgs {
+    /// The file, if one is named, if they are asked for.
+    pub fn asked(&self) -> Option<Option<&Path>> {
+        self.verify.as_ref().map(Option::as_deref)
+    }
+}
+
+/// What may be done about experts that come from the file.
+#[derive(Debug, Default, Args)]
+pub struct StoreArgs {
+    /// Verification.
+    #[command(flatten)]
+    pub verify: VerifyArgs,
+    /// Read experts from this copy that `tier-plan pack` made; from the one beside the model (`.experts`), if it is
+    /// there, when not given
+    #[arg(long, value_name = "FILE")]
+    pub pack: Option<PathBuf>,
+    /// Begin with the experts in the slots that this file lists, if it is there, and write it at the end
+    #[arg(long, value_name = "FILE")]
+    pub slots: Option<PathBuf>,
+    /// Fill slots that are empty with the experts that this profile shows to be used most
+    #[arg(long, value_name = "PROFILE")]
+    pub warm: Option<PathBuf>,
+}
+
+/// `pack`.
+#[derive(Debug, Args)]
+pub struct PackArgs {
+    /// The GGUF file (the first part of a split model)
+    pub model: PathBuf,
+    /// Where to write the copy; beside the model, with the ending `.experts`, when not given
+    #[arg(short, long)]
+    pub output: Option<PathBuf>,
+    /// Only the experts that this plan leaves on its last tier
+    #[arg(long)]
+    pub plan: Option<PathBuf>,
+    /// The experts of a layer that this profile shows to be used most come first
+    #[arg(short, long)]
+    pub profile: Option<PathBuf>,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
 /// `run`.
 #[derive(Debug, Args)]
 pub struct RunArgs {
@@ -394,6 +467,9 @@ pub struct RunArgs {
     /// Write what the run did to this file
     #[arg(long)]
     pub record: Option<PathBuf>,
+    /// Experts that come from the file.
+    #[command(flatten)]
+    pub store: StoreArgs,
     /// Print hits, misses, bytes and times by layer
     #[arg(long)]
     pub stats: bool,
@@ -465,6 +541,9 @@ pub struct BenchArgs {
     /// Repetitions
     #[arg(short, long, default_value_t = 3)]
     pub repeat: u32,
+    /// Experts that come from the file.
+    #[command(flatten)]
+    pub store: StoreArgs,
     /// How keys and values are stored: f16, q8_0 or f32; the plan's when not given, f16 without a plan
     #[arg(long, value_name = "TYPE")]
     pub kv_type: Option<KvType>,
@@ -528,6 +607,9 @@ pub struct PerplexityArgs {
     /// Compare with the log-probabilities in this file, on its own text
     #[arg(long, value_name = "FILE")]
     pub logits_base: Option<PathBuf>,
+    /// Verification.
+    #[command(flatten)]
+    pub verify: VerifyArgs,
     /// Split text with this pattern instead of the one that the file names
     #[arg(long, value_name = "NAME")]
     pub tokenizer_pre: Option<String>,

@@ -26,5 +26,7 @@ pub mod replay;
 pub mod report;
 pub mod session;
 pub mod solve;
+pub mod store;
 pub mod trial;
+pub mod verify;
 pub mod whatif;

@@ -1,7 +1,8 @@
 //! Opening a model for a command: the file, the plan or the obvious one, the engine and the tokenizer.
 
 use crate::budget::{self, Chosen, Model};
-use crate::progress;
+use crate::store::{self, Start};
+use crate::{progress, verify};
 use anyhow::{Context, Result, ensure};
 use std::io::IsTerminal;
 use std::path::Path;
@@ -77,6 +78,9 @@ pub struct Session {
     pub engine: Engine,
     /// When loading began.
     pub started: Instant,
+    /// What else there is to say about where experts come from.
+    notes: Vec<String>,
+    start: Option<Start>,
 }
 
 /// What to open and how.
@@ -98,6 +102,14 @@ pub struct Opening<'a> {
     pub mapped: bool,
     /// Where memory goes on a machine with several memory nodes; as the system does it when `None`.
     pub numa: Option<NumaPolicy>,
+    /// Whether to compare what is read with checksums; of this file, or of the one beside the model.
+    pub verify: Option<Option<&'a Path>>,
+    /// A packed copy of the experts; the one beside the model, if it is there, when `None`.
+    pub pack: Option<&'a Path>,
+    /// Where the slots' contents are kept from one run to the next.
+    pub slots: Option<&'a Path>,
+    /// A profile whose most used experts fill empty slots.
+    pub warm: Option<&'a Path>,
 }
 
 impl Session {
@@ -107,6 +119,7 @@ impl Session {
         opening.numa.map_or(Ok(()), NumaPolicy::apply).context("--numa")?;
         ensure!(opening.context != Some(0), "a context of 0 tokens holds no text; give --ctx 1 or more");
         let mut gguf = Gguf::open(model)?;
+        let spec = describe(&gguf).map_err(|e| naming(model, e))?;
         let Chosen { plan, batch, fits } = match opening.plan {
             Some(path) => {
                 let plan = placement::read(path)?;
@@ -128,7 +141,6 @@ impl Session {
                 Chosen { plan, batch: None, fits: false }
             }
             None => {
-                let spec = describe(&gguf).map_err(|e| naming(model, e))?;
                 let shape = shape_of(&gguf, &spec);
                 let context = opening.context.unwrap_or(shape.context.min(DEFAULT_CONTEXT));
                 budget::choose(Model { gguf: &gguf, spec: &spec, shape: &shape, context }, &opening)?
@@ -137,19 +149,25 @@ impl Session {
         if fits {
             copy_to_memory(&mut gguf, opening.threads);
         }
-        let options = LoadOptions { threads: opening.threads, batch };
+        let checks = verify::checks(&gguf, &spec, opening.verify)?;
+        let start = Start::read(&gguf, opening.slots, opening.warm)?;
+        let (pack, note) = store::pack(&gguf, &spec, &plan, opening.pack)?.unzip();
+        let options = LoadOptions { threads: opening.threads, batch, checks, pack };
         let loaded = Self::load_with(Arc::new(gguf), &plan, &options);
         let mut session = loaded.map_err(|e| naming(model, e))?;
         if let Some(context) = opening.context {
             session.engine.limit_context(context);
         }
+        session.notes.extend(note);
+        session.notes.extend(start.fill(&mut session.engine)?);
+        session.start = Some(start);
         Ok(session)
     }
 
     /// Loads an open file as a plan says.
     pub fn load(gguf: Arc<Gguf>, plan: &Placement, threads: Option<usize>) -> Result<Self> {
         check_threads(threads)?;
-        Self::load_with(gguf, plan, &LoadOptions { threads, batch: None })
+        Self::load_with(gguf, plan, &LoadOptions { threads, ..LoadOptions::default() })
     }
 
     fn load_with(gguf: Arc<Gguf>, plan: &Placement, options: &LoadOptions) -> Result<Self> {
@@ -165,7 +183,7 @@ impl Session {
             bar.set_position(done);
         })?;
         bar.finish_and_clear();
-        Ok(Self { gguf, engine, started })
+        Ok(Self { gguf, engine, started, notes: Vec::new(), start: None })
     }
 
     /// The model's tokenizer.
@@ -206,9 +224,35 @@ impl Session {
                 show_bytes(*resident)
             ));
         }
+        lines.extend(self.notes.iter().cloned());
         lines
     }
+
+    /// What there is to say about where experts come from, beyond the plan.
+    pub fn notes(&self) -> &[String] {
+        &self.notes
+    }
+
+    /// Keeps for the next run what this one leaves, where that was asked for.
+    ///
+    /// # Errors
+    /// When a file can't be written.
+    pub fn keep(&self) -> Result<()> {
+        self.start.as_ref().map_or(Ok(()), |start| start.keep(&self.engine))
+    }
 }
+
+/// Ctrl-C ended a command before its work was done: exit code 130, and not a word of error.
+#[derive(Debug)]
+pub struct Interrupted;
+
+impl std::fmt::Display for Interrupted {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("interrupted")
+    }
+}
+
+impl std::error::Error for Interrupted {}
 
 /// Copies the weights to huge pages; where that fails they stay mapped, which is slower and no harm.
 fn copy_to_memory(gguf: &mut Gguf, threads: Option<usize>) {

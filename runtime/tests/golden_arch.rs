@@ -76,7 +76,7 @@ impl Fixture {
 
 fn engine(fixture: &Fixture, plan: &Placement, batch: usize) -> Engine {
     let gguf = Arc::new(Gguf::open(&fixture.path).unwrap());
-    let options = LoadOptions { threads: Some(2), batch: Some(batch) };
+    let options = LoadOptions { threads: Some(2), batch: Some(batch), ..LoadOptions::default() };
     Engine::load(gguf, plan, &options, &mut |_, _| {}).unwrap()
 }
 
@@ -299,7 +299,7 @@ fn long_contexts_depend_neither_on_threads_nor_on_batches() {
             let plan = obvious(&shape, 610, kv_type);
             let logits = |threads: usize, batch: usize| -> Vec<u32> {
                 let gguf = Arc::new(Gguf::open(&fixture.path).unwrap());
-                let options = LoadOptions { threads: Some(threads), batch: Some(batch) };
+                let options = LoadOptions { threads: Some(threads), batch: Some(batch), ..LoadOptions::default() };
                 let mut engine = Engine::load(gguf, &plan, &options, &mut |_, _| {}).unwrap();
                 let mut logits = engine.forward(&tokens, Wanted::All).unwrap().to_vec();
                 for token in [3, 1, 4] {

@@ -37,7 +37,7 @@ impl Golden {
         let spec = describe(&self.gguf).expect("a network");
         let shape = shape_of(&self.gguf, &spec);
         let plan = obvious(&shape, self.tokens.len() as u32, KvType::F32);
-        let options = LoadOptions { threads: Some(threads), batch: Some(batch) };
+        let options = LoadOptions { threads: Some(threads), batch: Some(batch), ..LoadOptions::default() };
         Engine::load(Arc::clone(&self.gguf), &plan, &options, &mut |_, _| {}).expect("a loaded model")
     }
 
@@ -97,7 +97,7 @@ fn plans_have_room_for_the_state() {
         assert_eq!(kv_type.token_bytes(&shape), bytes);
         let mut plan = obvious(&shape, 100, kv_type);
         assert_eq!(plan.tiers[0].kv_bytes, 100 * bytes + shape.state_bytes);
-        let options = LoadOptions { threads: Some(1), batch: None };
+        let options = LoadOptions { threads: Some(1), ..LoadOptions::default() };
         let load = |plan: &_| Engine::load(Arc::clone(&golden.gguf), plan, &options, &mut |_, _| {}).map(|_| ());
         load(&plan).expect("a plan with room");
         plan.tiers[0].kv_bytes -= 1;

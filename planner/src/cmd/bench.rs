@@ -42,6 +42,10 @@ pub fn run(args: &BenchArgs) -> Result<()> {
             mapped: args.mmap,
             numa: args.numa,
             kv_type: args.kv_type,
+            verify: args.store.verify.asked(),
+            pack: args.store.pack.as_deref(),
+            slots: args.store.slots.as_deref(),
+            warm: args.store.warm.as_deref(),
         },
     )?;
     let planned = session.engine.plan().context;
@@ -64,6 +68,7 @@ pub fn run(args: &BenchArgs) -> Result<()> {
             samples.push(sample);
         }
     }
+    session.keep()?;
     report(args, &session, &samples)
 }
 
@@ -161,6 +166,7 @@ fn report(args: &BenchArgs, session: &Session, samples: &[Sample]) -> Result<()>
         session.engine.kernels().isa(),
         plan.kv_type
     );
+    session.notes().iter().for_each(|note| println!("{note}"));
     println!("{:<14} {:>10} {:>10} {:>10}", "", "median", "min", "max");
     for (name, values) in [("prompt tok/s", &prompt), ("decode tok/s", &decode), ("decode GB/s", &gbps)] {
         let (min, max) = values.iter().fold((f64::MAX, 0f64), |(a, b), v| (a.min(*v), b.max(*v)));

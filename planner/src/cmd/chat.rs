@@ -55,6 +55,7 @@ pub fn run(args: &RunArgs) -> Result<()> {
     let _catching = session::catch_interrupts();
     let mut output = std::io::stdout().lock();
     let ended = Chat::new(&mut session.engine, &tokenizer, options).talk(&mut std::io::stdin().lock(), &mut output);
+    session.keep()?;
     match ended.and_then(|()| Ok(output.flush()?)) {
         // A reader that went away, as in `| head`, is no failure of ours.
         Err(error) if error.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == ErrorKind::BrokenPipe) => {

@@ -2,7 +2,9 @@
 
 use super::{compare, inspect, profile, run, solve};
 use crate::bundled;
-use crate::cli::{CompareArgs, DemoArgs, InspectArgs, ProfileArgs, RunArgs, SamplingArgs, SolveArgs, Strategy};
+use crate::cli::{
+    CompareArgs, DemoArgs, InspectArgs, ProfileArgs, RunArgs, SamplingArgs, SolveArgs, StoreArgs, Strategy, VerifyArgs,
+};
 use crate::profile::collect::Settings;
 use crate::profile::prompts;
 use crate::session::{interrupted, tokenizer};
@@ -161,6 +163,7 @@ fn profile_args(model: &Path, output: &Path, threads: Option<usize>) -> ProfileA
         seed: compare::SETTINGS.seed,
         tokenizer_pre: None,
         restart: false,
+        verify: VerifyArgs::default(),
         threads,
         json: false,
     }
@@ -213,6 +216,7 @@ fn run_args(model: &Path, plan: &Path, threads: Option<usize>) -> RunArgs {
         kv_type: None,
         ignore_eos: false,
         record: None,
+        store: StoreArgs::default(),
         stats: true,
         threads,
         json: false,

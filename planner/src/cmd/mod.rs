@@ -2,6 +2,7 @@
 
 pub mod bench;
 pub mod chat;
+pub mod checksum;
 pub mod compare;
 pub mod demo;
 pub mod diff;
@@ -9,6 +10,7 @@ pub mod explain;
 pub mod export;
 pub mod inspect;
 pub mod logits;
+pub mod pack;
 pub mod perplexity;
 pub mod probe;
 pub mod profile;
@@ -30,6 +32,8 @@ pub fn dispatch(command: Command) -> Result<()> {
         Command::Run(args) => run::run(&args),
         Command::Solve(args) => solve::run(&args),
         Command::Bench(args) => bench::run(&args),
+        Command::Checksum(args) => checksum::run(&args),
+        Command::Pack(args) => pack::run(&args),
         Command::Logits(args) => logits::run(&args),
         Command::Perplexity(args) => perplexity::run(&args),
         Command::Tokenize(args) => tokenize::run(&args),

@@ -46,6 +46,7 @@ pub fn run(args: &PerplexityArgs) -> Result<()> {
         context: Some(ctx),
         threads: args.threads,
         kv_type: args.kv_type,
+        verify: args.verify.asked(),
         ..Opening::default()
     };
     let mut session = Session::open(&args.model, opening)?;

@@ -45,7 +45,8 @@ pub fn run(args: &ProfileArgs) -> Result<()> {
     let prompts = prompts::read(&folder)?;
     let output = output(args, model);
     safely::check(&output)?;
-    let opening = Opening { context: Some(context), threads: args.threads, ..Opening::default() };
+    let opening =
+        Opening { context: Some(context), threads: args.threads, verify: args.verify.asked(), ..Opening::default() };
     let mut session = Session::open(model, opening)?;
     let tokenizer = session.tokenizer_with(args.tokenizer_pre.as_deref())?;
     let _catching = session::catch_interrupts();

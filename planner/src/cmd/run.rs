@@ -29,6 +29,10 @@ pub(super) fn opening(args: &RunArgs) -> Result<Opening<'_>> {
         mapped: args.mmap,
         numa: args.numa,
         kv_type: args.kv_type,
+        verify: args.store.verify.asked(),
+        pack: args.store.pack.as_deref(),
+        slots: args.store.slots.as_deref(),
+        warm: args.store.warm.as_deref(),
     })
 }
 
@@ -90,11 +94,16 @@ pub fn run(args: &RunArgs) -> Result<()> {
     } else {
         println!("{tail}");
         print::speed(&record);
+        if session.engine.warmed() > 0 {
+            eprintln!("{} slots were filled in the background before anybody asked", session.engine.warmed());
+        }
         if args.stats {
             print::layers(&record);
         }
     }
-    Ok(())
+    session.keep()?;
+    // All that there is has been told and kept.
+    if session::interrupted() { Err(session::Interrupted.into()) } else { Ok(()) }
 }
 
 /// The record with the text it stands for.

@@ -55,7 +55,7 @@ pub struct Engine {
     shape: ModelShape,
     plan: Placement,
     weights: DenseWeights,
-    experts: ExpertStore,
+    pub(super) experts: ExpertStore,
     resident_bytes: Vec<u64>,
     padding_bytes: Vec<u64>,
     embedding_tier: usize,
@@ -121,7 +121,7 @@ impl Engine {
         let kernels = Kernels::from_env()?;
         let spec = describe(&gguf)?;
         let shape = shape_of(&gguf, &spec);
-        let loaded = load(&gguf, &spec, &shape, plan, progress)?;
+        let loaded = load(&gguf, &spec, &shape, plan, options, progress)?;
         let Loaded { weights, experts, mut resident_bytes, padding_bytes, embedding_tier, head_tier, dense_bytes } =
             loaded;
         let context = plan.context as usize;

@@ -6,19 +6,23 @@
 
 mod ahead;
 mod view;
+mod warm;
 
 pub(super) use view::{Bias, ExpertView, ViewLinear};
 
 use super::slots::{Access, SlotCache};
+use super::verify::Checks;
 use crate::gguf::Gguf;
 use crate::kernels::Weights;
 use crate::model::spec::{ExpertLinear, MoeSpec, TensorId};
 use crate::quant::TensorType;
 use crate::tiers::arena::Piece;
-use crate::tiers::file::{Arrival, Extent, FileTier, ReadError, Span, Urgency};
-use ahead::{Ahead, Landed};
+use crate::tiers::file::{Arrival, Check, Extent, FileTier, ReadError, Span, Urgency};
+use crate::tiers::source::ALIGN;
+use ahead::{Ahead, LEFT_FREE, Landed};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use warm::Warm;
 
 /// Reads submitted ahead of the expert that is computing, in a step with more misses than buffers.
 const READ_AHEAD: usize = 8;
@@ -73,6 +77,8 @@ pub(super) struct LayerExperts {
     /// How slots and staging hold this layer's experts.
     layout: Layout,
     homes: Vec<Home>,
+    /// Where the experts begin in a copy of them in one piece each: index of that file, and offset by expert.
+    copy: Option<(usize, Vec<Option<u64>>)>,
     cache: SlotCache,
     /// `None` while a read into the slot is in flight.
     slots: Vec<Option<Piece>>,
@@ -84,15 +90,6 @@ impl Part {
     fn extent(&self, gguf: &Gguf, expert: usize) -> Extent {
         let info = &gguf.tensors()[self.tensor];
         Extent { part: info.part, offset: info.offset + (expert * self.slice_bytes) as u64, len: self.slice_bytes }
-    }
-
-    /// Where an expert's slice goes in a buffer.
-    fn span(&self, gguf: &Gguf, expert: usize, layout: Layout) -> Span {
-        let extent = self.extent(gguf, expert);
-        match layout {
-            Layout::Packed => Span { extent, at: self.at, whole_pages: false },
-            Layout::WholePages => Span { extent, at: self.page_at + extent.head(), whole_pages: true },
-        }
     }
 }
 
@@ -122,6 +119,7 @@ impl LayerExperts {
             matrices,
             expert_ffn: moe.expert_ffn,
             homes,
+            copy: None,
             cache: SlotCache::new(moe.n_expert as u32, 0),
             slots: Vec::new(),
             slot_tier,
@@ -153,9 +151,54 @@ impl LayerExperts {
         self.slots = slots.into_iter().map(Some).collect();
     }
 
-    /// Where expert `expert` lies in the file, and where its slices go in a buffer.
+    /// Reads experts from a copy in which each lies in one piece, `part` among the files: `places` is where they begin.
+    /// `is_pooled` says which experts will be read into slots and staging.
+    pub(super) fn use_copy(&mut self, part: usize, places: &[Option<u64>], is_pooled: impl Fn(usize) -> bool) {
+        let in_copy = self.expert_bytes.next_multiple_of(ALIGN);
+        let all = (0..places.len()).all(|expert| places[expert].is_some() || !is_pooled(expert));
+        self.paged_bytes = if all { in_copy } else { self.paged_bytes.max(in_copy) };
+        self.copy = Some((part, places.to_vec()));
+    }
+
+    /// Where an expert's bytes lie in the copy, if it has them.
+    fn in_copy(&self, expert: usize) -> Option<Extent> {
+        let (part, places) = self.copy.as_ref()?;
+        let offset = places.get(expert).copied().flatten()?;
+        Some(Extent { part: *part, offset, len: self.expert_bytes })
+    }
+
+    /// Where expert `expert` lies in the files, and where its slices go in a buffer.
     pub(super) fn spans(&self, gguf: &Gguf, expert: usize, layout: Layout) -> Vec<Span> {
-        self.parts.iter().map(|part| part.span(gguf, expert, layout)).collect()
+        let whole_pages = layout == Layout::WholePages;
+        if let Some(extent) = self.in_copy(expert) {
+            return vec![Span { extent, at: 0, whole_pages }];
+        }
+        let span = |part: &Part| {
+            let (extent, at) = self.place(gguf, part, expert, layout);
+            Span { extent, at, whole_pages }
+        };
+        self.parts.iter().map(span).collect()
+    }
+
+    /// Where one of an expert's slices comes from, and where it begins in a buffer.
+    fn place(&self, gguf: &Gguf, part: &Part, expert: usize, layout: Layout) -> (Extent, usize) {
+        match (self.in_copy(expert), part.extent(gguf, expert)) {
+            (Some(copy), Extent { len, .. }) => {
+                (Extent { part: copy.part, offset: copy.offset + part.at as u64, len }, part.at)
+            }
+            (None, extent) if layout == Layout::Packed => (extent, part.at),
+            (None, extent) => (extent, part.page_at + extent.head()),
+        }
+    }
+
+    /// What an expert's slices must be once they lie in a buffer; nothing without `checks`.
+    pub(super) fn checks(&self, gguf: &Gguf, checks: Option<&Checks>, expert: usize, layout: Layout) -> Vec<Check> {
+        let Some(checks) = checks else { return Vec::new() };
+        let check = |part: &Part| {
+            let (extent, at) = self.place(gguf, part, expert, layout);
+            checks.slice(gguf, part.tensor, expert, at, extent)
+        };
+        self.parts.iter().map(check).collect()
     }
 
     /// The matrices of an expert whose parts are where `bytes_of` says.
@@ -209,7 +252,7 @@ pub(super) struct Step {
     late: Vec<(usize, usize, Option<usize>)>,
     /// Computed experts whose bytes wait in staging for a slot: position they wait for, slot, bytes.
     held: Vec<(usize, usize, Piece)>,
-    /// Slots to be read again when the step ends, for want of staging: position, slot.
+    /// Slots to be read, perhaps again, when the step ends, for want of staging: position, slot.
     reread: Vec<(usize, usize)>,
     /// How many were at home, in a slot, and missing.
     pub(super) pinned_hits: u64,
@@ -249,6 +292,9 @@ pub(super) struct ExpertStore {
     accesses: Vec<Access>,
     pooled: Vec<u32>,
     ahead: Ahead,
+    warm: Warm,
+    /// What every read is compared with.
+    checks: Option<Arc<Checks>>,
 }
 
 impl ExpertStore {
@@ -265,7 +311,43 @@ impl ExpertStore {
         let ahead = Ahead::new(looks_ahead && files.is_some(), staging.len());
         let (accesses, pooled) = (Vec::new(), Vec::new());
         let n_staging = staging.len();
-        Self { gguf, layers, files, staging, n_staging, staging_tier, mapped_tier, accesses, pooled, ahead }
+        Self {
+            gguf,
+            layers,
+            files,
+            staging,
+            n_staging,
+            staging_tier,
+            mapped_tier,
+            accesses,
+            pooled,
+            ahead,
+            warm: Warm::default(),
+            checks: None,
+        }
+    }
+
+    /// From now on compares every expert that is read with its checksums.
+    pub(super) fn verify(&mut self, checks: Arc<Checks>) {
+        self.checks = Some(checks);
+    }
+
+    /// The slices of all experts that are looked at where they are mapped.
+    pub(super) fn in_place(&self) -> Vec<(TensorId, usize)> {
+        let in_place = |home: &Home| !matches!(home, Home::Pinned(..));
+        let experts = |layer: &LayerExperts| {
+            let experts = layer.homes.iter().enumerate().filter(|(_, home)| in_place(home)).map(|(expert, _)| expert);
+            experts.flat_map(|expert| layer.parts.iter().map(move |part| (part.tensor, expert))).collect::<Vec<_>>()
+        };
+        self.layers.iter().flat_map(experts).collect()
+    }
+
+    /// Starts reading an expert into a buffer.
+    fn fetch(&self, key: u64, layer: usize, expert: u32, piece: Piece, urgency: Urgency) {
+        let (Some(files), store) = (&self.files, &self.layers[layer]) else { return };
+        let spans = store.spans(&self.gguf, expert as usize, store.layout);
+        let checks = store.checks(&self.gguf, self.checks.as_deref(), expert as usize, store.layout);
+        files.submit_checked(key, &spans, checks, piece, urgency);
     }
 
     pub(super) fn expert_bytes(&self, layer: usize) -> u64 {
@@ -301,8 +383,16 @@ impl ExpertStore {
                 None => Use::AtHome,
                 Some(Access::Hit { slot }) => Use::Slot(*slot as usize),
                 Some(Access::Fill { slot, evicted }) => {
+                    let (slot, at) = (*slot as usize, step.uses.len());
                     let after = evicted.and_then(|e| step.experts.iter().position(|used| *used == e));
-                    Use::FillSlot { slot: *slot as usize, after }
+                    if after.is_some() && self.n_staging == 0 {
+                        // On a mapped tier it computes where it lies and moves to its slot when the step ends: there is
+                        // no other buffer, and who lies there may be later in the step.
+                        step.reread.push((at, slot));
+                        Use::AtHome
+                    } else {
+                        Use::FillSlot { slot, after }
+                    }
                 }
                 // On a mapped tier what gets no slot computes where it lies.
                 Some(Access::Staged) if self.n_staging == 0 => Use::AtHome,
@@ -313,7 +403,8 @@ impl ExpertStore {
                 Some(Access::Fill { .. } | Access::Staged) => step.misses += 1,
                 None => {}
             }
-            if matches!(step.uses.last(), Some(Use::FillSlot { .. } | Use::Stage)) {
+            let moves = matches!(access, Some(Access::Fill { .. }));
+            if moves || matches!(step.uses.last(), Some(Use::Stage)) {
                 step.read_bytes += store.expert_bytes as u64;
             }
         }
@@ -325,8 +416,9 @@ impl ExpertStore {
 
     /// Submits reads in order until buffers or the window run out.
     fn submit(&mut self, step: &mut Step) {
-        let Some(files) = &self.files else { return };
-        let store = &mut self.layers[step.layer];
+        if self.files.is_none() {
+            return;
+        }
         while step.next_read < step.uses.len() && step.in_flight < READ_AHEAD.max(self.staging.len()) {
             let at = step.next_read;
             let (slot, late) = match step.uses[at] {
@@ -341,6 +433,7 @@ impl ExpertStore {
                     continue;
                 }
             };
+            let store = &mut self.layers[step.layer];
             let piece = match slot {
                 Some(slot) => store.slots[slot].take(),
                 None => self.staging.pop().map(|mut piece| {
@@ -350,8 +443,7 @@ impl ExpertStore {
             };
             let Some(piece) = piece else { return };
             step.late.extend(late);
-            let spans = store.spans(&self.gguf, step.experts[at] as usize, store.layout);
-            files.submit(at as u64, &spans, piece, Urgency::Now);
+            self.fetch(at as u64, step.layer, step.experts[at], piece, Urgency::Now);
             step.uses[at] = Use::Loading(slot);
             step.in_flight += 1;
             step.next_read += 1;
@@ -368,7 +460,7 @@ impl ExpertStore {
             // A read that ended since the last call may have made room for another.
             self.submit(step);
             let files = self.files.as_ref().ok_or(ReadError::Stopped)?;
-            if step.in_flight == 0 && !self.ahead.is_reading() {
+            if step.in_flight == 0 && !self.ahead.is_reading() && !self.warm.is_reading() {
                 return Err(ReadError::Stopped);
             }
             let arrival = files.wait()?;
@@ -441,7 +533,7 @@ impl ExpertStore {
         };
         let layout = if matches!(step.uses[at], Use::AtHome) { Layout::Packed } else { store.layout };
         let view = store.view(|part| {
-            let at = part.span(&self.gguf, expert, layout).at;
+            let (_, at) = store.place(&self.gguf, part, expert, layout);
             &bytes[at..at + part.slice_bytes]
         });
         (view, tier)
@@ -485,12 +577,10 @@ impl ExpertStore {
     /// As [`wait`](Self::wait).
     pub(super) fn finish(&mut self, step: &mut Step) -> Result<(), ReadError> {
         while let Some((at, slot)) = step.reread.pop() {
-            let (Some(files), store) = (&self.files, &mut self.layers[step.layer]) else { return Ok(()) };
-            let Some(piece) = store.slots[slot].take() else { continue };
-            let spans = store.spans(&self.gguf, step.experts[at] as usize, store.layout);
+            let Some(piece) = self.layers[step.layer].slots[slot].take() else { continue };
             step.uses[at] = Use::Loading(Some(slot));
             step.in_flight += 1;
-            files.submit(at as u64, &spans, piece, Urgency::Now);
+            self.fetch(at as u64, step.layer, step.experts[at], piece, Urgency::Now);
             self.wait(step)?;
         }
         Ok(())

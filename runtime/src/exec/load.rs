@@ -1,6 +1,8 @@
 //! Loads a model as a plan says: checks the plan against the file, makes one arena a tier, fills it, and counts.
 
 use super::experts::{ExpertStore, Home, LayerExperts, Layout};
+use super::pack::Pack;
+use super::verify::Checks;
 use super::weights::{DenseWeights, Held};
 use crate::formats::machine::{Tier, TierKind};
 use crate::formats::placement::{LayerPlacement, Placement};
@@ -10,8 +12,9 @@ use crate::model::ModelError;
 use crate::model::shape::{DenseKind, ModelShape};
 use crate::model::spec::{ModelSpec, MoeSpec, TensorId};
 use crate::quant::{TensorType, dequantize_row};
+use crate::threads::physical_cores;
 use crate::tiers::arena::{Arena, ArenaError, Piece};
-use crate::tiers::file::{Extent, FileTier, ReadError, ReadMode, Span};
+use crate::tiers::file::{Check, Extent, FileTier, ReadError, ReadMode, Span};
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -78,6 +81,10 @@ pub struct LoadOptions {
     pub threads: Option<usize>,
     /// Tokens of a prompt that go through a layer together, 2048 when `None`; never more than the context holds.
     pub batch: Option<usize>,
+    /// What all bytes that are loaded, or read later, are compared with.
+    pub checks: Option<Arc<Checks>>,
+    /// A copy that experts are read from, where they are read from files at all.
+    pub pack: Option<Arc<Pack>>,
 }
 
 /// What loading made.
@@ -108,6 +115,7 @@ struct Loader<'a> {
     gguf: &'a Arc<Gguf>,
     spec: &'a ModelSpec,
     plan: &'a Placement,
+    options: &'a LoadOptions,
     backings: Vec<Backing>,
     files: Option<FileTier>,
     mode: ReadMode,
@@ -124,6 +132,7 @@ pub(super) fn load(
     spec: &ModelSpec,
     shape: &ModelShape,
     plan: &Placement,
+    options: &LoadOptions,
     progress: Progress<'_>,
 ) -> Result<Loaded, LoadError> {
     check(shape, plan)?;
@@ -134,7 +143,9 @@ pub(super) fn load(
     let mode = if device(&plan.tiers[slow].tier) { ReadMode::from_env()? } else { ReadMode::Cached };
     let mapped = |t: &Tier| matches!(t.kind, TierKind::Dram | TierKind::Pmem | TierKind::Cxl);
     let reads_files = slow > 0 || !mapped(&plan.tiers[slow].tier);
-    let paths: Vec<PathBuf> = (0..gguf.n_parts()).map(|p| gguf.part_path(p).to_path_buf()).collect();
+    let mut paths: Vec<PathBuf> = (0..gguf.n_parts()).map(|p| gguf.part_path(p).to_path_buf()).collect();
+    let pack = options.pack.as_ref().filter(|_| plan.tiers[slow].tier.kind == TierKind::Nvme);
+    paths.extend(pack.map(|pack| pack.path().to_path_buf()));
     let files = if reads_files { Some(FileTier::open(&paths, mode)?) } else { None };
     let layers: Vec<LayerExperts> = plan
         .layers
@@ -142,7 +153,12 @@ pub(super) fn load(
         .zip(spec.moe_layers())
         .map(|(placed, (_, moe))| {
             let homes = homes(placed, moe, mapped(&plan.tiers[slow].tier));
-            LayerExperts::new(gguf, moe, homes, placed.slot_tier)
+            let mut layer = LayerExperts::new(gguf, moe, homes, placed.slot_tier);
+            if let Some(places) = pack.and_then(|pack| pack.places(placed.layer)) {
+                let pinned: HashSet<u32> = placed.pinned.iter().flat_map(|(_, experts)| experts).copied().collect();
+                layer.use_copy(gguf.n_parts(), places, |expert| !pinned.contains(&(expert as u32)));
+            }
+            layer
         })
         .collect();
     let (layout, padding) = layout(plan, &layers, files.as_ref().is_some_and(FileTier::is_direct));
@@ -161,9 +177,13 @@ pub(super) fn load(
         // Little of the mapping is looked at from here on; what lies around that would only take up memory.
         gguf.advise_all(Advice::Random);
     }
-    let total = plan.tiers.iter().map(|t| t.dense_bytes + t.pinned_bytes).sum();
+    let mut total = plan.tiers.iter().map(|t| t.dense_bytes + t.pinned_bytes).sum();
+    if options.checks.is_some() && matches!(backings[slow], Backing::Mapped) {
+        total += plan.tiers[slow].home_bytes;
+    }
     let resident = vec![0; plan.tiers.len()];
-    let mut loader = Loader { gguf, spec, plan, backings, files, mode, layout, resident, padding, done: 0, total };
+    let mut loader =
+        Loader { gguf, spec, plan, options, backings, files, mode, layout, resident, padding, done: 0, total };
     let tiers: HashMap<(DenseKind, Option<u32>), usize> =
         plan.dense.iter().map(|d| ((d.kind, d.layer), d.tier)).collect();
     let weights = loader.dense(&tiers, progress)?;
@@ -332,18 +352,28 @@ fn check(shape: &ModelShape, plan: &Placement) -> Result<(), LoadError> {
 
 impl Loader<'_> {
     /// Fills a buffer from the files.
-    fn read(&self, spans: &[Span], into: Piece) -> Result<Piece, LoadError> {
+    fn read(&self, spans: &[Span], checks: Vec<Check>, into: Piece) -> Result<Piece, LoadError> {
         match &self.files {
-            Some(files) => Ok(files.read(spans, into)?),
+            Some(files) => Ok(files.read_checked(spans, checks, into)?),
             None => unreachable!("files are open wherever a tier has an arena"),
         }
     }
 
-    /// A tensor as the only content of a buffer.
-    fn whole_tensor(&self, id: TensorId) -> [Span; 1] {
+    /// Reads a tensor as the only content of a buffer.
+    fn whole_tensor(&self, id: TensorId, into: Piece) -> Result<Piece, LoadError> {
         let tensor = &self.gguf.tensors()[id];
         let extent = Extent { part: tensor.part, offset: tensor.offset, len: tensor.n_bytes as usize };
-        [Span { extent, at: 0, whole_pages: false }]
+        let check = self.options.checks.as_ref().map(|checks| checks.slice(self.gguf, id, 0, 0, extent));
+        self.read(&[Span { extent, at: 0, whole_pages: false }], check.into_iter().collect(), into)
+    }
+
+    /// A tensor's bytes where they are mapped.
+    fn mapped_tensor(&self, id: TensorId) -> Result<&[u8], LoadError> {
+        let bytes = self.gguf.bytes(&self.gguf.tensors()[id]);
+        if let Some(checks) = &self.options.checks {
+            checks.tensor(self.gguf, id, bytes)?;
+        }
+        Ok(bytes)
     }
 
     fn dense(
@@ -361,8 +391,11 @@ impl Loader<'_> {
                     Held::Vector(self.vector(id)?)
                 } else if let Backing::Arena { weights, .. } = &mut self.backings[tier] {
                     let piece = weights.take(n_bytes as usize)?;
-                    Held::Piece(self.read(&self.whole_tensor(id), piece)?)
+                    Held::Piece(self.whole_tensor(id, piece)?)
                 } else {
+                    if self.options.checks.is_some() {
+                        self.mapped_tensor(id)?;
+                    }
                     Held::Mapped
                 };
                 weights.hold(id, tier, held);
@@ -382,10 +415,10 @@ impl Loader<'_> {
         debug_assert!(matches!(tensor.ty, TensorType::F32 | TensorType::F16 | TensorType::BF16));
         let mut values = vec![0.0; n].into_boxed_slice();
         if self.mode == ReadMode::Cached {
-            dequantize_row(tensor.ty, self.gguf.bytes(tensor), &mut values);
+            dequantize_row(tensor.ty, self.mapped_tensor(id)?, &mut values);
         } else {
             let piece = Arena::new("", tensor.n_bytes)?.take(tensor.n_bytes as usize)?;
-            dequantize_row(tensor.ty, &self.read(&self.whole_tensor(id), piece)?, &mut values);
+            dequantize_row(tensor.ty, &self.whole_tensor(id, piece)?, &mut values);
         }
         Ok(values)
     }
@@ -406,7 +439,21 @@ impl Loader<'_> {
         let files = self.files.take();
         // An emulated device takes the declared time, and what stands for memory needs no reading ahead.
         let looks_ahead = self.mode != ReadMode::Cached;
-        Ok(ExpertStore::new(Arc::clone(self.gguf), layers, files, staging, plan.staging_tier, slow, looks_ahead))
+        let mut store =
+            ExpertStore::new(Arc::clone(self.gguf), layers, files, staging, plan.staging_tier, slow, looks_ahead);
+        if let Some(checks) = &self.options.checks {
+            if matches!(self.backings[slow], Backing::Mapped) {
+                let threads = self.options.threads.unwrap_or_else(physical_cores);
+                let (done, total) = (self.done, self.total);
+                let mut more = 0;
+                checks.mapped(self.gguf, &store.in_place(), threads, &mut |bytes| {
+                    more += bytes;
+                    progress((done + more).min(total), total);
+                })?;
+            }
+            store.verify(Arc::clone(checks));
+        }
+        Ok(store)
     }
 
     fn layer(
@@ -431,7 +478,8 @@ impl Loader<'_> {
                     Backing::File => unreachable!("a checked plan pins nothing to files"),
                 };
                 let spans = layer.spans(self.gguf, *expert as usize, Layout::Packed);
-                layer.pin(*expert as usize, *tier, self.read(&spans, piece)?);
+                let checks = layer.checks(self.gguf, self.options.checks.as_deref(), *expert as usize, Layout::Packed);
+                layer.pin(*expert as usize, *tier, self.read(&spans, checks, piece)?);
             }
         }
         let room = layer.buffer_bytes(self.layout);

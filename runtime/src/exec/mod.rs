@@ -13,10 +13,13 @@ mod load;
 pub mod measure;
 mod mixer;
 mod moe;
+pub mod pack;
 pub mod plan;
 mod rope;
 mod router;
 pub mod slots;
+pub mod verify;
+mod warm;
 mod weights;
 
 pub use crate::model::kv::KvType;

@@ -9,6 +9,8 @@
 //! than `n_slots` pooled experts are more recent than it: a larger cache holds whatever a smaller one does. A prompt
 //! batch is one step over its distinct experts in the order of their last use.
 
+mod preload;
+
 /// Where a chosen expert's weights come from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Access {

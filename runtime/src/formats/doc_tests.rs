@@ -1,6 +1,6 @@
 //! The examples in docs/FORMAT.md are files that the readers accept.
 
-use super::{machine, placement, profile, record, shape};
+use super::{machine, placement, profile, record, shape, slots};
 use std::path::Path;
 
 const DOC: &str = include_str!("../../../docs/FORMAT.md");
@@ -23,6 +23,9 @@ fn the_examples_are_readable() {
 
     let shape = shape::decode(example("Model shape", "toml").as_bytes(), path).unwrap();
     assert_eq!(shape.parameters().total, 1_026_408_232_448);
+
+    let slots = slots::decode(example("Slots", "json").as_bytes(), path).unwrap();
+    assert_eq!(slots.layers[0].experts, [5, 0, 31]);
 
     // The plan shows one tier of three; the fixture has the others.
     let plan = example("Placement plan", "toml");

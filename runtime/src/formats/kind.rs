@@ -12,6 +12,12 @@ pub(super) const PROFILE_MAGIC: [u8; 8] = *b"tierprof";
 /// First bytes of every file of reference log-probabilities.
 pub(super) const LOGPROBS_MAGIC: [u8; 8] = *b"tierlogp";
 
+/// First bytes of every file of checksums.
+pub(super) const SUMS_MAGIC: [u8; 8] = *b"tiersums";
+
+/// First bytes of every file of packed experts.
+pub(super) const PACK_MAGIC: [u8; 8] = *b"tierpack";
+
 /// Bytes at the start of a file that are looked at to tell what it is.
 const HEAD_BYTES: u64 = 4096;
 
@@ -76,7 +82,32 @@ pub(super) const LOGPROBS: Kind = Kind {
     mend: "`tier-plan perplexity --save-logits-base` writes one",
 };
 
-const ALL: [&Kind; 6] = [&MACHINE, &PLACEMENT, &PROFILE, &RECORD, &LOGPROBS, &SHAPE];
+pub(super) const SUMS: Kind = Kind {
+    format: "tier-plan checksums",
+    what: "file of checksums",
+    newest: 1,
+    limit_bytes: 64 << 20,
+    mend: "`tier-plan checksum` writes one",
+};
+
+pub(super) const PACK: Kind = Kind {
+    format: "tier-plan packed experts",
+    what: "file of packed experts",
+    newest: 1,
+    // Only its header is read here.
+    limit_bytes: u64::MAX,
+    mend: "`tier-plan pack` writes one",
+};
+
+pub(super) const SLOTS: Kind = Kind {
+    format: "tier-plan slots",
+    what: "file of slots",
+    newest: 1,
+    limit_bytes: 64 << 20,
+    mend: "`tier-plan run --slots` writes one",
+};
+
+const ALL: [&Kind; 9] = [&MACHINE, &PLACEMENT, &PROFILE, &RECORD, &LOGPROBS, &SHAPE, &SUMS, &PACK, &SLOTS];
 
 impl Kind {
     /// The file is something else; `found` says what, as a clause.
@@ -203,6 +234,12 @@ fn sniff(bytes: &[u8]) -> Found {
     if head.starts_with(&LOGPROBS_MAGIC) {
         let words = "it is a tier-plan file of reference log-probabilities".into();
         return Found { kind: Some(&LOGPROBS), words, binary: true };
+    }
+    if head.starts_with(&SUMS_MAGIC) {
+        return Found { kind: Some(&SUMS), words: "it is a tier-plan file of checksums".into(), binary: true };
+    }
+    if head.starts_with(&PACK_MAGIC) {
+        return Found { kind: Some(&PACK), words: "it is a tier-plan file of packed experts".into(), binary: true };
     }
     for kind in ALL {
         let quoted = format!("\"{}\"", kind.format);

@@ -5,12 +5,16 @@
 
 pub mod logprobs;
 pub mod machine;
+pub mod pack;
 pub mod placement;
 pub mod profile;
 pub mod record;
 pub mod safely;
 pub mod shape;
+pub mod slots;
+pub mod sums;
 
+mod framed;
 mod kind;
 pub mod ranges;
 mod text;

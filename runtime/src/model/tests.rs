@@ -106,7 +106,7 @@ fn logits(writer: &Writer) -> Vec<u32> {
     let (_file, gguf) = writer.open();
     let shape = shape_of(&gguf, &describe(&gguf).unwrap());
     let [mapped, pinned] = [obvious(&shape, CONTEXT, KvType::F32), pinned(&shape)].map(|plan| {
-        let options = LoadOptions { threads: Some(1), batch: None };
+        let options = LoadOptions { threads: Some(1), ..LoadOptions::default() };
         let mut engine = Engine::load(Arc::clone(&gguf), &plan, &options, &mut |_, _| {}).unwrap();
         let mut all = engine.forward(&TOKENS, Wanted::All).unwrap().to_vec();
         all.extend_from_slice(engine.forward(&[7], Wanted::Last).unwrap());
@@ -332,7 +332,7 @@ proptest! {
         let (_file, gguf) = writer.open();
         if let Ok(spec) = describe(&gguf) {
             let plan = obvious(&shape_of(&gguf, &spec), 4, KvType::F32);
-            let options = LoadOptions { threads: Some(1), batch: Some(2) };
+            let options = LoadOptions { threads: Some(1), batch: Some(2), ..LoadOptions::default() };
             let mut engine = Engine::load(gguf, &plan, &options, &mut |_, _| {}).unwrap();
             engine.forward(&[1, 2, 3], Wanted::All).unwrap();
             engine.forward(&[4], Wanted::Last).unwrap();

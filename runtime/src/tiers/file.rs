@@ -4,6 +4,12 @@
 //! order. Past the page cache only whole pages are read: into place where the buffer has room for them at the right
 //! address, otherwise by way of a reader's own page-aligned buffer, at the price of a copy.
 
+mod check;
+mod stream;
+
+pub use check::{Check, compare};
+pub use stream::stream;
+
 use super::arena::{Arena, Piece};
 use super::source::{ALIGN, ReadAt, Source};
 pub use super::source::{ReadError, ReadMode};
@@ -75,9 +81,15 @@ impl Span {
 pub enum Urgency {
     /// Somebody waits for it.
     Now,
-    /// It may be of use later; done while nothing else is asked for.
+    /// It may be of use later; done while nothing that somebody waits for is being read.
     Idle,
+    /// As [`Idle`](Self::Idle), but after all of those, a few at once, and never given up.
+    Background,
 }
+
+/// [Background](Urgency::Background) reads that are done at once, so that what is asked for meanwhile finds the device
+/// little occupied.
+const BACKGROUND: usize = 2;
 
 /// A finished read: its buffer comes back filled, or with the reason why not.
 pub struct Arrival {
@@ -99,6 +111,8 @@ struct Request {
     /// Jobs that have not ended.
     left: AtomicUsize,
     error: Mutex<Option<ReadError>>,
+    /// What the bytes must be once they have all come.
+    checks: Vec<Check>,
 }
 
 // SAFETY: `base` points into `piece`, which stays until the last job has ended; jobs write disjoint ranges of it (checked
@@ -129,8 +143,11 @@ struct Job {
 struct Queue {
     now: VecDeque<Job>,
     idle: VecDeque<Job>,
+    background: VecDeque<Job>,
     /// Jobs of `now` that are being done.
     busy: usize,
+    /// Jobs of `background` that are being done.
+    behind: usize,
     closed: bool,
 }
 
@@ -144,7 +161,25 @@ impl Queue {
         if self.busy > 0 {
             return None;
         }
-        Some((self.idle.pop_front()?, Urgency::Idle))
+        if let Some(job) = self.idle.pop_front() {
+            return Some((job, Urgency::Idle));
+        }
+        if self.behind >= BACKGROUND {
+            return None;
+        }
+        let job = self.background.pop_front()?;
+        self.behind += 1;
+        Some((job, Urgency::Background))
+    }
+
+    /// Counts a job out; whether others may begin for that.
+    fn end(&mut self, urgency: Urgency) -> bool {
+        match urgency {
+            Urgency::Now => self.busy -= 1,
+            Urgency::Idle => {}
+            Urgency::Background => self.behind -= 1,
+        }
+        self.busy == 0 && !(self.idle.is_empty() && self.background.is_empty())
     }
 }
 
@@ -206,13 +241,23 @@ impl FileTier {
     ///
     /// # Panics
     /// When a span does not fit the buffer, or two overlap.
-    pub fn submit(&self, key: u64, spans: &[Span], mut into: Piece, urgency: Urgency) {
+    pub fn submit(&self, key: u64, spans: &[Span], into: Piece, urgency: Urgency) {
+        self.submit_checked(key, spans, Vec::new(), into, urgency);
+    }
+
+    /// The same, where what was read must have these checksums: it comes back with an error otherwise.
+    ///
+    /// # Panics
+    /// As [`submit`](Self::submit), and when a check reaches past the buffer.
+    pub fn submit_checked(&self, key: u64, spans: &[Span], checks: Vec<Check>, mut into: Piece, urgency: Urgency) {
         let mut rooms: Vec<Range<usize>> = spans
             .iter()
             .map(|s| s.room().filter(|r| r.end <= into.len()).unwrap_or_else(|| panic!("{s:?} in {}", into.len())))
             .collect();
         rooms.sort_by_key(|r| r.start);
         assert!(rooms.windows(2).all(|w| w[0].end <= w[1].start), "{spans:?} overlap");
+        let fits = |c: &Check| c.at.checked_add(c.extent.len).is_some_and(|end| end <= into.len());
+        assert!(checks.iter().all(fits), "{checks:?} in {}", into.len());
         let base = into.as_mut_ptr();
         let request = Arc::new(Request {
             key,
@@ -220,6 +265,7 @@ impl FileTier {
             base,
             left: AtomicUsize::new(0),
             error: Mutex::default(),
+            checks,
         });
         let jobs: Vec<Job> = spans.iter().flat_map(|span| self.jobs(&request, span)).collect();
         request.left.store(jobs.len(), Ordering::Release);
@@ -231,6 +277,7 @@ impl FileTier {
         let queue = match urgency {
             Urgency::Now => &mut queue.now,
             Urgency::Idle => &mut queue.idle,
+            Urgency::Background => &mut queue.background,
         };
         let n = jobs.len();
         queue.extend(jobs);
@@ -299,7 +346,12 @@ impl FileTier {
 
     /// Reads the spans and waits for them; only while nothing else is in flight.
     pub fn read(&self, spans: &[Span], into: Piece) -> Result<Piece, ReadError> {
-        self.submit(0, spans, into, Urgency::Now);
+        self.read_checked(spans, Vec::new(), into)
+    }
+
+    /// The same, where what was read must have these checksums.
+    pub fn read_checked(&self, spans: &[Span], checks: Vec<Check>, into: Piece) -> Result<Piece, ReadError> {
+        self.submit_checked(0, spans, checks, into, Urgency::Now);
         let arrival = self.wait()?;
         arrival.result.map(|()| arrival.piece)
     }
@@ -317,6 +369,18 @@ impl Drop for FileTier {
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|e| e.into_inner())
+}
+
+/// Compares what was read with its checksums; for the last job of a request, before it gives back the buffer.
+fn verify(sources: &[Source], request: &Request) {
+    let mut error = lock(&request.error);
+    if error.is_some() || request.checks.is_empty() {
+        return;
+    }
+    // SAFETY: no job is left, so nobody else touches the piece.
+    let piece = unsafe { (*request.piece.get()).as_ref() };
+    let piece = piece.unwrap_or_else(|| unreachable!("a request has its buffer until it ends"));
+    *error = request.checks.iter().find_map(|check| check.of(piece, &sources[check.extent.part]).err());
 }
 
 /// What the last job of a request gives back.
@@ -346,16 +410,14 @@ fn read_loop(shared: &Shared, arrivals: &Sender<Arrival>) {
         if !spoilt && let Err(error) = run(&shared.sources[job.source], &job, &mut buffer) {
             lock(&job.request.error).get_or_insert(error);
         }
-        if urgency == Urgency::Now {
-            let mut queue = lock(&shared.queue);
-            queue.busy -= 1;
-            if queue.busy == 0 && !queue.idle.is_empty() {
-                shared.ready.notify_all();
-            }
+        if lock(&shared.queue).end(urgency) {
+            shared.ready.notify_all();
         }
-        let last = job.request.left.fetch_sub(1, Ordering::AcqRel) == 1;
-        if last && arrivals.send(finished(&job.request)).is_err() {
-            return;
+        if job.request.left.fetch_sub(1, Ordering::AcqRel) == 1 {
+            verify(&shared.sources, &job.request);
+            if arrivals.send(finished(&job.request)).is_err() {
+                return;
+            }
         }
     }
 }

@@ -47,6 +47,32 @@ pub enum ReadError {
         /// How.
         what: String,
     },
+    /// What was read is not what its checksum was made of.
+    #[error(
+        "{}: {what} ({len} bytes at offset {offset}) is damaged: its XXH3-64 is {found:016x}, expected {expected:016x}; get \
+         the file again or, if it was changed on purpose, make new checksums with `tier-plan checksum`",
+        path.display()
+    )]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// Tensor, and expert if it is one.
+        what: String,
+        /// Where it begins.
+        offset: u64,
+        /// Bytes.
+        len: usize,
+        /// Of what is there.
+        found: u64,
+        /// As it should be.
+        expected: u64,
+    },
+    /// No memory for buffers.
+    #[error("no memory for {bytes} bytes of buffers")]
+    Memory {
+        /// Bytes asked for.
+        bytes: usize,
+    },
     /// The environment names a way to read that there is not.
     #[error("TIER_PLAN_IO={found}: expected 'direct' (past the page cache) or 'buffered' (through it, then dropped)")]
     Mode {
@@ -235,6 +261,11 @@ impl Source {
     /// An error of reading this file.
     pub(super) fn error(&self, offset: u64, len: usize, source: io::Error) -> ReadError {
         ReadError::Io { path: self.path.clone(), offset, len, r#source }
+    }
+
+    /// The error of bytes of this file that have the checksum `found`.
+    pub(super) fn damaged(&self, offset: u64, len: usize, what: &str, found: u64, expected: u64) -> ReadError {
+        ReadError::Damaged { path: self.path.clone(), what: what.to_string(), offset, len, found, expected }
     }
 
     /// Reads at least the first `need` bytes of `into`, which holds the file from `offset` on: `offset`, the length of

@@ -4,10 +4,10 @@
 //! read or still being read. Others give their buffer back. Guesses are scored whether they are read or not; while fewer
 //! than half are right, nothing is read.
 
-use super::{ExpertStore, Home, Step, Use, whole};
+use super::{ExpertStore, Home, Step, Use, Warm, whole};
 use crate::exec::counters::AheadCount;
 use crate::tiers::arena::Piece;
-use crate::tiers::file::{Arrival, FileTier, ReadError, Urgency};
+use crate::tiers::file::{Arrival, ReadError, Urgency};
 
 /// Set in the keys of reads ahead; those of a step are positions.
 const AHEAD: u64 = 1 << 63;
@@ -17,7 +17,7 @@ const AHEAD: u64 = 1 << 63;
 const FOR_A_TOKEN: usize = 1;
 
 /// Buffers that a batch's guesses leave for what is surely needed.
-const LEFT_FREE: usize = 2;
+pub(super) const LEFT_FREE: usize = 2;
 
 /// While guesses don't pay, every so-manieth is made all the same, to see whether they would.
 const TRY_EVERY: u32 = 16;
@@ -145,26 +145,32 @@ impl ExpertStore {
     /// Staging buffers that guesses have.
     #[cfg(test)]
     pub(super) fn buffers_ahead(&self) -> usize {
-        self.ahead.entries.len() + self.ahead.orphans
+        self.ahead.entries.len() + self.ahead.orphans + self.warm.buffers()
     }
 
     /// Starts reads of what is expected, once the step has all its own under way.
     pub(super) fn read_ahead(&mut self, step: &Step) {
-        let (Some(files), Some(guess)) = (&self.files, &mut self.ahead.guess) else { return };
-        if !guess.pays || guess.layer == step.layer || step.next_read < step.uses.len() {
+        if self.files.is_none() || step.next_read < step.uses.len() {
             return;
         }
-        let store = &self.layers[guess.layer];
+        self.guesses_ahead(step);
+        self.read_warm();
+    }
+
+    fn guesses_ahead(&mut self, step: &Step) {
         while self.staging.len() > LEFT_FREE
-            && let Some(expert) = guess.experts.get(guess.started)
+            && let Some(guess) = self.ahead.guess.as_mut().filter(|guess| guess.pays && guess.layer != step.layer)
+            && let Some(&expert) = guess.experts.get(guess.started)
             && let Some(mut piece) = self.staging.pop()
         {
             guess.started += 1;
+            let layer = guess.layer;
+            let store = &self.layers[layer];
             piece.truncate(store.buffer_bytes(store.layout));
             let key = self.ahead.next_key;
             self.ahead.next_key = AHEAD | key.wrapping_add(1);
-            files.submit(key, &store.spans(&self.gguf, *expert as usize, store.layout), piece, Urgency::Idle);
-            self.ahead.entries.push(Entry { key, layer: guess.layer, expert: *expert, state: State::Reading });
+            self.fetch(key, layer, expert, piece, Urgency::Idle);
+            self.ahead.entries.push(Entry { key, layer, expert, state: State::Reading });
         }
     }
 
@@ -177,12 +183,11 @@ impl ExpertStore {
             let score = &mut self.ahead.scores[usize::from(guess.batch)];
             guess.experts[..judged].iter().for_each(|expert| score.add(step.experts.contains(expert)));
         }
+        if !self.ahead.entries.is_empty() || self.warm.is_reading() {
+            self.land_quietly();
+        }
         if self.ahead.entries.is_empty() {
             return;
-        }
-        while let Some(arrival) = self.files.as_ref().and_then(FileTier::poll) {
-            // No step is under way, so it can only be a read ahead.
-            let _ = self.land_ahead(arrival);
         }
         let mut wanted = Vec::new();
         for at in 0..step.uses.len() {
@@ -236,6 +241,10 @@ impl ExpertStore {
 
     /// Takes a finished read: a step's is returned, others are put away.
     pub(super) fn land_ahead(&mut self, arrival: Arrival) -> Option<Landed> {
+        if Warm::has(arrival.key) {
+            self.land_warm(arrival);
+            return None;
+        }
         let Arrival { key, piece, result } = arrival;
         if key & AHEAD == 0 {
             return Some(Landed { at: key as usize, piece, result });

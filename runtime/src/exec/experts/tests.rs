@@ -2,6 +2,7 @@
 //! has the bytes of the file.
 
 use super::*;
+use crate::exec::verify::make_sums;
 use crate::model::describe;
 use crate::model::spec::ModelSpec;
 use crate::tiers::arena::Arena;
@@ -51,8 +52,33 @@ fn fixture() -> (Arc<Gguf>, ModelSpec, PathBuf) {
 
 struct Setup {
     slots: usize,
+    /// None where the slow tier is mapped.
     staging: usize,
     layout: Layout,
+    /// Experts come from a copy: all of them, or those with even numbers.
+    copy: Option<bool>,
+    /// A byte of this expert of the first layer is not what its checksum was made of, in the file and in the copy.
+    damaged: Option<usize>,
+}
+
+/// A copy of every layer's experts, each at a page of its own, and where they begin.
+fn copy_of(gguf: &Gguf, moes: &[&MoeSpec], bytes: &[u8], all: bool) -> (Vec<u8>, Vec<Vec<Option<u64>>>) {
+    let (mut copy, mut places) = (vec![0xcc; ALIGN], Vec::new());
+    for moe in moes {
+        let mut layer = vec![None; moe.n_expert];
+        // Backwards: in no order that the file has.
+        for expert in (0..moe.n_expert).rev().filter(|e| all || e % 2 == 0) {
+            layer[expert] = Some(copy.len() as u64);
+            for id in moe.expert_tensors() {
+                let info = &gguf.tensors()[id];
+                let len = info.n_bytes as usize / moe.n_expert;
+                copy.extend_from_slice(&bytes[info.offset as usize + expert * len..][..len]);
+            }
+            copy.resize(copy.len().next_multiple_of(ALIGN), 0xcc);
+        }
+        places.push(layer);
+    }
+    (copy, places)
 }
 
 fn store(setup: &Setup, failing: &Arc<Mutex<(u64, Vec<u64>)>>) -> ExpertStore {
@@ -62,6 +88,16 @@ fn store(setup: &Setup, failing: &Arc<Mutex<(u64, Vec<u64>)>>) -> ExpertStore {
         .iter()
         .map(|moe| LayerExperts::new(&gguf, moe, (0..moe.n_expert).map(|_| Home::Pooled).collect(), 0))
         .collect();
+    let mut bytes = std::fs::read(&path).unwrap();
+    if let Some(expert) = setup.damaged {
+        let info = &gguf.tensors()[moes[0].expert_tensors().next().unwrap()];
+        let len = info.n_bytes as usize / moes[0].n_expert;
+        bytes[info.offset as usize + expert * len + len / 2] ^= 1;
+    }
+    let copy = setup.copy.map(|all| copy_of(&gguf, &moes, &bytes, all));
+    for (layer, places) in layers.iter_mut().zip(copy.iter().flat_map(|(_, places)| places)) {
+        layer.use_copy(1, places, |_| true);
+    }
     let room = layers.iter().map(|l| l.buffer_bytes(setup.layout)).max().unwrap();
     let mut arena = Arena::new("dram", (room * (setup.slots * layers.len() + setup.staging)) as u64).unwrap();
     for layer in &mut layers {
@@ -69,11 +105,16 @@ fn store(setup: &Setup, failing: &Arc<Mutex<(u64, Vec<u64>)>>) -> ExpertStore {
         layer.set_slots(slots, setup.layout);
     }
     let staging = (0..setup.staging).map(|_| arena.take(room).unwrap()).collect();
-    let bytes = Arc::new(std::fs::read(&path).unwrap());
     let alignment = if setup.layout == Layout::WholePages { ALIGN } else { 1 };
-    let faulty = Faulty { bytes, failing: Arc::clone(failing), alignment };
-    let files = FileTier::of(vec![(path, Box::new(faulty))]).unwrap();
-    ExpertStore::new(gguf, layers, Some(files), staging, 0, 1, true)
+    let faulty = |bytes| Faulty { bytes: Arc::new(bytes), failing: Arc::clone(failing), alignment };
+    let mut sources: Vec<(PathBuf, Box<dyn ReadAt>)> = vec![(path.clone(), Box::new(faulty(bytes)))];
+    sources.extend(copy.map(|(bytes, _)| (path.with_extension("gguf.experts"), Box::new(faulty(bytes)) as _)));
+    let files = FileTier::of(sources).unwrap();
+    let sums = make_sums(&gguf, &spec, String::new(), &mut |_, _| true).unwrap();
+    let checks = Checks::bind(&gguf, &spec, &sums, &path).unwrap();
+    let mut store = ExpertStore::new(gguf, layers, Some(files), staging, 0, 1, setup.staging > 0);
+    store.verify(Arc::new(checks));
+    store
 }
 
 /// All bytes of an expert that the store shows, and those of the file.
@@ -140,19 +181,24 @@ proptest! {
     fn what_is_shown_is_what_the_file_has(
         steps in steps(),
         slots in 0usize..6,
-        more_staging in 0usize..16,
+        staging in 0usize..16,
         whole_pages in any::<bool>(),
+        copy in proptest::option::of(any::<bool>()),
+        warm in proptest::collection::vec((0usize..3, proptest::collection::vec(0u32..10, 0..9)), 0..4),
         failing in proptest::collection::vec(1u64..120, 0..12),
     ) {
         let layout = if whole_pages { Layout::WholePages } else { Layout::Packed };
         let failing = Arc::new(Mutex::new((0, failing)));
-        let setup = Setup { slots, staging: 1 + more_staging, layout };
+        let setup = Setup { slots, staging, layout, copy, damaged: None };
         let mut store = store(&setup, &failing);
+        let may_warm = store.warm_up(&warm).unwrap();
+        prop_assert!(may_warm <= (slots * store.layers.len()) as u64);
+        let in_flight = |used: &[u32]| staging > 0 && used.len() > staging;
         let (mut failed, mut guessed) = (0, false);
         let mut next = None;
         for (layer, used, batch, guess) in &steps {
             // A token's experts are all in flight at once, so staging must hold them.
-            let batch = *batch || used.len() > setup.staging;
+            let batch = *batch || in_flight(used);
             if let Some((to, experts)) = guess {
                 guessed |= store.wants_guess(batch);
                 store.expect(*to, experts.iter().copied(), batch);
@@ -160,12 +206,14 @@ proptest! {
             // Every other guess comes true.
             let used = next.take().filter(|(to, _)| to == layer).map_or(used, |(_, experts)| experts);
             next = guess.as_ref().map(|(to, experts)| (*to, experts));
-            let batch = batch || used.len() > setup.staging;
+            let batch = batch || in_flight(used);
             if let Err(error) = take(&mut store, *layer, used, batch) {
                 prop_assert!(error.to_string().contains("gpt-oss.gguf"), "{}", error);
                 failed += 1;
             }
-            prop_assert_eq!(store.staging.len() + store.buffers_ahead(), setup.staging, "all buffers are known");
+            if staging > 0 {
+                prop_assert_eq!(store.staging.len() + store.buffers_ahead(), staging, "all buffers are known");
+            }
             prop_assert!(store.layers.iter().all(|l| l.slots.iter().all(Option::is_some)));
         }
         store.forget_ahead();
@@ -173,11 +221,91 @@ proptest! {
             let arrival = store.files.as_ref().unwrap().wait().unwrap();
             prop_assert!(store.land_ahead(arrival).is_none());
         }
-        prop_assert_eq!(store.staging.len(), setup.staging, "all buffers came back");
+        prop_assert_eq!(store.staging.len(), staging, "all buffers came back");
+        prop_assert!(store.warmed() <= may_warm);
+        for layer in &store.layers {
+            for (expert, slot) in layer.cache.resident() {
+                let held = layer.slots[slot as usize].as_ref().unwrap();
+                for part in &layer.parts {
+                    let (_, at) = layer.place(&store.gguf, part, expert as usize, layer.layout);
+                    let all = store.gguf.bytes(&store.gguf.tensors()[part.tensor]);
+                    let expected = &all[expert as usize * part.slice_bytes..][..part.slice_bytes];
+                    prop_assert!(&held[at..at + part.slice_bytes] == expected, "slot {} of expert {}", slot, expert);
+                }
+            }
+        }
         let (reads, failing) = &*failing.lock().unwrap();
         let due = failing.iter().any(|number| number <= reads);
         // A read ahead that fails is not worth a word.
-        let told = if guessed { failed == 0 || due } else { (failed > 0) == due };
+        let told = if guessed || may_warm > 0 { failed == 0 || due } else { (failed > 0) == due };
         prop_assert!(told, "{} failed", failed);
     }
+}
+
+#[test]
+fn slots_are_filled_while_nothing_is_asked_for() {
+    for (staging, slots) in [(0, 4), (1, 4), (6, 4), (6, 2)] {
+        let setup = Setup { slots, staging, layout: Layout::WholePages, copy: None, damaged: None };
+        let mut store = store(&setup, &Arc::default());
+        let wanted = [(0, vec![5, 1, 5, 99, 3, 7, 2]), (1, vec![4, 0])];
+        let slots = slots as u64;
+        assert_eq!(store.warm_up(&wanted).unwrap(), slots + 2);
+        // Each step starts a few reads, and takes in those of the steps before. Expert 4 it reads itself.
+        while store.warmed() < slots + 1 {
+            take(&mut store, 1, &[4], false).unwrap();
+        }
+        let expected: Vec<u32> = [5, 1, 3, 7].into_iter().take(slots as usize).collect();
+        assert_eq!(store.residents()[0], expected, "{staging}");
+        let mut step = store.begin(0, &[1, 5], vec![1, 5]);
+        assert_eq!((step.slot_hits, step.misses), (2, 0));
+        (0..2).for_each(|at| store.release(&mut step, at));
+        store.finish(&mut step).unwrap();
+        assert_eq!(store.residents()[0][..2], [5, 1]);
+    }
+}
+
+#[test]
+fn one_changed_byte_is_an_error_and_never_shown() {
+    for (staging, copy) in [(0, None), (5, None), (5, Some(true))] {
+        let setup = Setup { slots: 2, staging, layout: Layout::Packed, copy, damaged: Some(3) };
+        let mut store = store(&setup, &Arc::default());
+        for _ in 0..3 {
+            take(&mut store, 0, &[1, 2], false).unwrap();
+            let error = take(&mut store, 0, &[0, 3], false).unwrap_err().to_string();
+            let name = if copy.is_some() { "gpt-oss.gguf.experts" } else { "gpt-oss.gguf" };
+            for word in [name, "expert 3 of tensor 'blk.0.", "damaged"] {
+                assert!(error.contains(word), "{word}: {error}");
+            }
+            assert!(!store.layers[0].cache.contains(3));
+        }
+        take(&mut store, 1, &[3, 0], false).unwrap();
+    }
+}
+
+#[test]
+fn on_a_mapped_tier_what_gets_no_slot_computes_where_it_lies() {
+    let setup = Setup { slots: 2, staging: 0, layout: Layout::Packed, copy: None, damaged: None };
+    let mut store = store(&setup, &Arc::default());
+    take(&mut store, 0, &[6, 7], true).unwrap();
+    // Expert 1 is to have the slot of an expert that computes after it.
+    let used = [0, 6, 7, 1, 2];
+    let mut order = used.to_vec();
+    order.sort_unstable();
+    let mut step = store.begin(0, &used, order);
+    assert_eq!((step.slot_hits, step.misses), (2, 3));
+    assert_eq!(step.read_bytes, 2 * store.expert_bytes(0), "two move to slots");
+    for at in 0..5 {
+        assert!(step.is_ready(at), "position {at}");
+        assert_eq!(store.view(&step, at).1, if at < 3 { 1 } else { 0 }, "mapped, or in its slot");
+        store.release(&mut step, at);
+    }
+    store.finish(&mut step).unwrap();
+    let mut step = store.begin(0, &[1, 2], vec![1, 2]);
+    assert_eq!((step.slot_hits, step.misses), (2, 0));
+    for at in 0..2 {
+        let (found, expected) = shown(&store, &step, at);
+        assert_eq!(found, expected);
+        store.release(&mut step, at);
+    }
+    store.finish(&mut step).unwrap();
 }

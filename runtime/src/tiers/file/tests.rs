@@ -222,3 +222,118 @@ fn a_change_explains_more_than_a_failed_read() {
     assert!(matches!(&error, ReadError::Changed { path, .. } if path == Path::new("weights.gguf")), "{error}");
     assert_eq!(trial.reads.load(Ordering::SeqCst), 1);
 }
+
+/// Bytes that come at once, but for those from a certain offset on, which come when the gate is opened.
+struct Stalling {
+    bytes: Vec<u8>,
+    from: u64,
+    gate: Arc<(Mutex<bool>, Condvar)>,
+}
+
+impl ReadAt for Stalling {
+    fn read_at(&self, into: &mut [u8], offset: u64) -> io::Result<usize> {
+        if offset >= self.from {
+            let mut open = self.gate.0.lock().unwrap();
+            while !*open {
+                open = self.gate.1.wait(open).unwrap();
+            }
+        }
+        let rest = &self.bytes[offset as usize..];
+        let n = rest.len().min(into.len());
+        into[..n].copy_from_slice(&rest[..n]);
+        Ok(n)
+    }
+
+    fn stamp(&self) -> io::Result<Stamp> {
+        Ok(Stamp { len: self.bytes.len() as u64, modified: None })
+    }
+
+    fn alignment(&self) -> usize {
+        1
+    }
+}
+
+#[test]
+fn a_device_that_stalls_delays_nothing_else_and_is_outlived() {
+    let gate = Arc::new((Mutex::new(false), Condvar::new()));
+    let bytes = content(50_000);
+    let source = Stalling { bytes: bytes.clone(), from: 40_000, gate: Arc::clone(&gate) };
+    let tier = FileTier::of(vec![("weights.gguf".into(), Box::new(source))]).unwrap();
+    tier.submit(99, &[span(45_000, 500, 0)], piece(500), Urgency::Now);
+    // Nobody waits for these, so that they wait for the one that stalls.
+    for key in 50..55 {
+        tier.submit(key, &[span(key * 100, 100, 0)], piece(100), Urgency::Background);
+    }
+    for key in 0..30 {
+        tier.submit(key, &[span(key * 1000, 1000, 0)], piece(1000), Urgency::Now);
+    }
+    let mut seen = Vec::new();
+    let mut take = |n: usize| {
+        for _ in 0..n {
+            let arrival = tier.wait().unwrap();
+            arrival.result.unwrap();
+            let (from, len) = match arrival.key {
+                99 => (45_000, 500),
+                key if key >= 50 => (key as usize * 100, 100),
+                key => (key as usize * 1000, 1000),
+            };
+            assert_eq!(arrival.piece[..], bytes[from..from + len]);
+            seen.push(arrival.key);
+        }
+        seen.sort_unstable();
+        std::mem::take(&mut seen)
+    };
+    assert_eq!(take(30), (0..30).collect::<Vec<_>>());
+    assert!(tier.poll().is_none(), "what nobody waits for must not be read yet");
+    *gate.0.lock().unwrap() = true;
+    gate.1.notify_all();
+    assert_eq!(take(6), [50, 51, 52, 53, 54, 99]);
+}
+
+#[test]
+fn what_is_given_up_leaves_the_background_alone() {
+    let gate = Arc::new((Mutex::new(false), Condvar::new()));
+    let source = Stalling { bytes: content(50_000), from: 40_000, gate: Arc::clone(&gate) };
+    let tier = FileTier::of(vec![("weights.gguf".into(), Box::new(source))]).unwrap();
+    tier.submit(1, &[span(45_000, 500, 0)], piece(500), Urgency::Now);
+    // The first is under way before the others are asked for, whoever of the readers has it.
+    tier.submit(2, &[span(0, 500, 0)], piece(500), Urgency::Now);
+    assert_eq!(tier.wait().unwrap().key, 2);
+    tier.submit(3, &[span(0, 500, 0)], piece(500), Urgency::Idle);
+    tier.submit(4, &[span(500, 500, 0)], piece(500), Urgency::Idle);
+    tier.submit(5, &[span(1000, 500, 0)], piece(500), Urgency::Background);
+    tier.settle_idle(&[4]);
+    let given_up = tier.wait().unwrap();
+    assert!(matches!((given_up.key, &given_up.result), (3, Err(ReadError::Stopped)) | (4, Ok(()))));
+    *gate.0.lock().unwrap() = true;
+    gate.1.notify_all();
+    let mut keys: Vec<(u64, bool)> = (0..3).map(|_| tier.wait().unwrap()).map(|a| (a.key, a.result.is_ok())).collect();
+    keys.push((given_up.key, given_up.result.is_ok()));
+    keys.sort_unstable();
+    assert_eq!(keys, [(1, true), (3, false), (4, true), (5, true)]);
+}
+
+#[test]
+#[cfg(unix)]
+fn bytes_that_are_not_what_they_were_are_named() {
+    let bytes = content(50_000);
+    let check = |sum: u64| Check {
+        at: 100,
+        extent: Extent { part: 0, offset: 800, len: 300 },
+        sum,
+        what: "expert 3 of tensor 'up'".into(),
+    };
+    let right = xxhash_rust::xxh3::xxh3_64(&bytes[800..1100]);
+    let trial = trial(&[], 1);
+    let spans = [span(700, 400, 0)];
+    let read = trial.tier.read_checked(&spans, vec![check(right)], piece(400)).unwrap();
+    assert_eq!(read[..], bytes[700..1100]);
+    let error = trial.tier.read_checked(&spans, vec![check(right), check(7)], piece(400)).err().unwrap().to_string();
+    for word in ["weights.gguf", "expert 3 of tensor 'up'", "300 bytes at offset 800", &format!("{right:016x}")] {
+        assert!(error.contains(word), "{word}: {error}");
+    }
+    // A read that failed says why, not that its bytes are wrong.
+    let failing = super::tests::trial(&[EACCES], 1);
+    let error = failing.tier.read_checked(&spans, vec![check(7)], piece(400)).err().unwrap();
+    assert!(matches!(error, ReadError::Io { .. }), "{error}");
+}

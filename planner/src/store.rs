@@ -1,0 +1,144 @@
+//! What `run`, `bench` and chats do about experts that come from the file: a packed copy, and slots that do not begin
+//! empty.
+
+use anyhow::{Context, Result};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::SystemTime;
+use tier_plan_runtime::exec::Engine;
+use tier_plan_runtime::exec::pack::Pack;
+use tier_plan_runtime::formats::machine::TierKind;
+use tier_plan_runtime::formats::placement::Placement;
+use tier_plan_runtime::formats::profile::Profile;
+use tier_plan_runtime::formats::slots::{LayerSlots, Slots};
+use tier_plan_runtime::formats::{profile, safely, slots};
+use tier_plan_runtime::gguf::Gguf;
+use tier_plan_runtime::model::spec::ModelSpec;
+use tier_plan_runtime::units::{show_bytes, show_utc};
+
+/// Where a model's packed experts are unless somebody says otherwise: beside it.
+pub fn default_pack(gguf: &Gguf) -> PathBuf {
+    gguf.path().with_extension("experts")
+}
+
+/// The packed experts that a plan reads from: those of the file `asked` for, or those beside the model, with a sentence
+/// about them. Nothing where the plan reads no experts from files.
+///
+/// # Errors
+/// When the file that was asked for can't be used; one that is only found is left aside with a warning.
+pub fn pack(
+    gguf: &Gguf,
+    spec: &ModelSpec,
+    plan: &Placement,
+    asked: Option<&Path>,
+) -> Result<Option<(Arc<Pack>, String)>> {
+    let reads = plan.tiers.last().is_some_and(|t| t.tier.kind == TierKind::Nvme && t.home_bytes > 0);
+    let found = if let Some(path) = asked {
+        let pack = Pack::open(gguf, spec, path)?;
+        if !reads {
+            eprintln!("warning: --pack {}: no expert is read from a file under this plan", path.display());
+        }
+        Some(pack).filter(|_| reads)
+    } else {
+        let beside = default_pack(gguf);
+        if !reads || !beside.exists() {
+            return Ok(None);
+        }
+        Pack::open(gguf, spec, &beside).map_err(|error| eprintln!("warning: {error}; it is not used")).ok()
+    };
+    Ok(found.map(|pack| {
+        let sentence = sentence(&pack);
+        (Arc::new(pack), sentence)
+    }))
+}
+
+fn sentence(pack: &Pack) -> String {
+    let saving = pack.saving();
+    format!(
+        "experts come from {}: {} of them in one piece each, {} a miss instead of {} in {:.0} places",
+        pack.path().display(),
+        saving.experts,
+        show_bytes(saving.after_bytes as u64),
+        show_bytes(saving.before_bytes as u64),
+        saving.stretches
+    )
+}
+
+/// The experts of each layer that a profile shows to be used, most first; of equals the lower number.
+pub fn by_use(profile: &Profile) -> Vec<LayerSlots> {
+    let counts = profile.counts(None, None, None);
+    let sorted = |counts: &Vec<u64>| {
+        let mut experts: Vec<u32> = (0..counts.len() as u32).filter(|e| counts[*e as usize] > 0).collect();
+        experts.sort_by_key(|e| std::cmp::Reverse(counts[*e as usize]));
+        experts
+    };
+    let layers = profile.layers.iter().zip(&counts);
+    layers.map(|(layer, counts)| LayerSlots { layer: *layer, experts: sorted(counts) }).collect()
+}
+
+/// How a run's slots are to begin, and where they are kept when it ends.
+#[derive(Debug)]
+pub struct Start {
+    wanted: Vec<LayerSlots>,
+    keep: Option<PathBuf>,
+}
+
+impl Start {
+    /// Reads what `--slots` and `--warm` name. Of both, the slots that a run left come first.
+    ///
+    /// # Errors
+    /// When a file can't be read or is of another model, or the slots could not be written later.
+    pub fn read(gguf: &Gguf, keep: Option<&Path>, warm: Option<&Path>) -> Result<Self> {
+        let mut wanted = Vec::new();
+        if let Some(path) = keep {
+            safely::check(path).context("--slots")?;
+            if path.exists() {
+                let kept = slots::read(path)?;
+                kept.check_model(&gguf.id(), path)?;
+                wanted = kept.layers;
+            }
+        }
+        if let Some(path) = warm {
+            let profile = profile::read(path)?;
+            profile.check_model(&gguf.id(), path)?;
+            for used in by_use(&profile) {
+                match wanted.iter_mut().find(|l| l.layer == used.layer) {
+                    Some(layer) => layer.experts.extend(used.experts),
+                    None => wanted.push(used),
+                }
+            }
+        }
+        Ok(Self { wanted, keep: keep.map(Path::to_path_buf) })
+    }
+
+    /// Begins to fill the slots; a sentence about it.
+    ///
+    /// # Errors
+    /// When there is no memory for a buffer.
+    pub fn fill(&self, engine: &mut Engine) -> Result<Option<String>> {
+        if self.wanted.is_empty() {
+            return Ok(None);
+        }
+        let emulated = engine.plan().tiers.last().is_some_and(|t| t.tier.emulated);
+        let n = engine.warm_up(&self.wanted)?;
+        Ok(Some(match n {
+            _ if emulated => "slots begin empty: their experts would come from an emulated tier in no time".to_string(),
+            0 => "slots begin empty: nothing that was listed has a slot under this plan".to_string(),
+            n => format!("{n} slots are filled in the background, which no prediction counts"),
+        }))
+    }
+
+    /// Writes what the slots hold, where that was asked for.
+    ///
+    /// # Errors
+    /// When the file can't be written.
+    pub fn keep(&self, engine: &Engine) -> Result<()> {
+        let Some(path) = &self.keep else { return Ok(()) };
+        let slots = Slots {
+            model: engine.plan().model.clone(),
+            when: show_utc(SystemTime::now()),
+            layers: engine.slot_contents(),
+        };
+        Ok(slots.write(path)?)
+    }
+}
