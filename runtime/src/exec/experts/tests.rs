@@ -50,6 +50,7 @@ fn fixture() -> (Arc<Gguf>, ModelSpec, PathBuf) {
 }
 
 struct Setup {
+    policy: SlotPolicy,
     slots: usize,
     staging: usize,
     layout: Layout,
@@ -66,7 +67,7 @@ fn store(setup: &Setup, failing: &Arc<Mutex<(u64, Vec<u64>)>>) -> ExpertStore {
     let mut arena = Arena::new("dram", (room * (setup.slots * layers.len() + setup.staging)) as u64).unwrap();
     for layer in &mut layers {
         let slots = (0..setup.slots).map(|_| arena.take(layer.buffer_bytes(setup.layout)).unwrap()).collect();
-        layer.set_slots(slots, setup.layout);
+        layer.set_slots(slots, setup.layout, setup.policy);
     }
     let staging = (0..setup.staging).map(|_| arena.take(room).unwrap()).collect();
     let bytes = Arc::new(std::fs::read(&path).unwrap());
@@ -93,6 +94,8 @@ fn take(store: &mut ExpertStore, layer: usize, used: &[u32], batch: bool) -> Res
     if batch {
         order.sort_unstable();
     }
+    let chosen: Vec<u16> = used.iter().map(|&e| e as u16).collect();
+    store.note(layer, &chosen);
     let mut step = store.begin(layer, used, order);
     let n = used.len();
     let look = |store: &mut ExpertStore, step: &mut Step, at: usize| {
@@ -142,11 +145,16 @@ proptest! {
         slots in 0usize..6,
         more_staging in 0usize..16,
         whole_pages in any::<bool>(),
+        policy in prop_oneof![
+            Just(SlotPolicy::Lru),
+            (1u32..20).prop_map(|half_life| SlotPolicy::Lfu { half_life }),
+            Just(SlotPolicy::Adaptive { half_life: 8, recent_half_life: 2, recent_weight: 4 }),
+        ],
         failing in proptest::collection::vec(1u64..120, 0..12),
     ) {
         let layout = if whole_pages { Layout::WholePages } else { Layout::Packed };
         let failing = Arc::new(Mutex::new((0, failing)));
-        let setup = Setup { slots, staging: 1 + more_staging, layout };
+        let setup = Setup { policy, slots, staging: 1 + more_staging, layout };
         let mut store = store(&setup, &failing);
         let (mut failed, mut guessed) = (0, false);
         let mut next = None;
