@@ -3,8 +3,9 @@
 use super::profile::skew_json;
 use crate::catalogue;
 use crate::cli::SolveArgs;
+use crate::profile::Evidence;
 use crate::profile::stats::{Skew, skews};
-use crate::solve::{Inputs, Options, Solved, solve_all, time_limit};
+use crate::solve::{Inputs, Options, Solved, policy, solve_all, time_limit};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 use std::fs;
@@ -36,6 +37,10 @@ pub fn run(args: &SolveArgs) -> Result<()> {
         kv_type: args.kv_type,
     };
     let mut solved = solve_all(&inputs, &options)?;
+    if let Some(policy) = policy::wanted(args.policy, args.strategy) {
+        let evidence = Evidence::new(shape, profile.as_ref())?;
+        solved.notes.extend(policy::refill(&mut solved.plan, &inputs, &evidence, policy)?);
+    }
     solved.notes.splice(0..0, known.notes());
     let skews = profile.as_ref().map(skews).transpose()?.unwrap_or_default();
 
@@ -180,6 +185,7 @@ fn as_json(args: &SolveArgs, solved: &Solved, skews: &[Skew], written: &[PathBuf
             "bound_s": plan.solver.bound_s,
             "gap": plan.solver.gap,
             "solve_s": plan.solver.solve_s,
+            "policies": policy::summary(plan),
             "overhead_s": plan.predicted.overhead_s,
             "dense_s": plan.predicted.dense_s,
             "expert_s": plan.predicted.expert_s,

@@ -104,13 +104,8 @@ impl SlotCache {
     pub fn new(n_expert: u32, n_slots: u32, policy: SlotPolicy) -> Self {
         let n_slots = n_slots.min(n_expert);
         let n = n_expert as usize;
-        let table = Table {
-            n_slots,
-            slot_of: vec![NONE; n],
-            unused: (0..n_slots).rev().collect(),
-            mark: vec![0; n],
-            tick: 0,
-        };
+        let table =
+            Table { n_slots, slot_of: vec![NONE; n], unused: (0..n_slots).rev().collect(), mark: vec![0; n], tick: 0 };
         let kept = match policy {
             SlotPolicy::Lru => Kept::Lru(Lru::new(n_slots)),
             SlotPolicy::Lfu { half_life } => Kept::Lfu(Scored::new(n, n_slots, Decayed::new(n, half_life))),

@@ -88,10 +88,7 @@ fn what_does_not_fit_is_staged_in_router_order() {
     let mut cache = SlotCache::new(4, 2, SlotPolicy::Lru);
     let mut out = Vec::new();
     cache.step(&[3, 1, 2], &mut out);
-    assert_eq!(
-        out,
-        [Access::Staged, Access::Fill { slot: 0, evicted: None }, Access::Fill { slot: 1, evicted: None }]
-    );
+    assert_eq!(out, [Access::Staged, Access::Fill { slot: 0, evicted: None }, Access::Fill { slot: 1, evicted: None }]);
     cache.step(&[1, 0], &mut out);
     assert_eq!(out, [Access::Hit { slot: 0 }, Access::Fill { slot: 1, evicted: Some(2) }]);
 }
@@ -153,7 +150,9 @@ fn worth(policy: SlotPolicy, history: &[Vec<u32>], expert: u32) -> f64 {
         ages.map(|(age, _)| 0.5f64.powf(age as f64 / f64::from(half_life))).sum()
     };
     match policy {
-        SlotPolicy::Lru => history.iter().rposition(|chosen| chosen.contains(&expert)).map_or(0.0, |at| at as f64 + 1.0),
+        SlotPolicy::Lru => {
+            history.iter().rposition(|chosen| chosen.contains(&expert)).map_or(0.0, |at| at as f64 + 1.0)
+        }
         SlotPolicy::Lfu { half_life } => decayed(half_life),
         SlotPolicy::Adaptive { half_life, recent_half_life, recent_weight } => {
             decayed(half_life) + f64::from(recent_weight) * decayed(recent_half_life)

@@ -183,7 +183,11 @@ fn errors_say_what_and_how_to_mend() {
         ("slots = 2", "slots = 2\nslot = 1", "unknown field `slot`"),
         ("policy = \"lru\"", "policy = \"fifo\"", "unknown variant `fifo`, expected one of `lru`, `lfu`, `adaptive`"),
         ("policy = \"lru\"", "policy = \"lfu\"", "layer 1: the policy \"lfu\" is of version 3; write `version = 3`"),
-        ("policy = \"lru\"", "policy = \"lru\"\nhalf_life = 3", "half_life is no parameter of the policy \"lru\"; leave it"),
+        (
+            "policy = \"lru\"",
+            "policy = \"lru\"\nhalf_life = 3",
+            "half_life is no parameter of the policy \"lru\"; leave it",
+        ),
         ("slots = 2", "slots = -2", "invalid value: integer `-2`"),
         ("slots = 2", "slots = 70000", "layer 1: 70000 slots, but 65536 is the most"),
         (
