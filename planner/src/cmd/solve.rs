@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use std::fs;
 use std::path::PathBuf;
 use tier_plan_runtime::formats::machine::Machine;
-use tier_plan_runtime::formats::placement::Placement;
+use tier_plan_runtime::formats::placement::{Placement, SlotPolicy};
 use tier_plan_runtime::formats::{profile, safely};
 use tier_plan_runtime::units::{parse_bytes, show_bytes};
 
@@ -138,7 +138,9 @@ fn print_text(args: &SolveArgs, solved: &Solved, skews: &[Skew], written: &[Path
     println!();
     let solver = &plan.solver;
     let gap = solver.gap.map_or("no proven bound".to_string(), |gap| format!("proven gap {:.4} %", gap * 100.0));
-    println!("{}: {}, {gap}, {:.2} s ({})", plan.name, solver.status, solver.solve_s, solver.backend);
+    let with_lru = plan.layers.iter().all(|l| l.slots == 0 || l.policy == SlotPolicy::Lru);
+    let of = if with_lru { "" } else { " of pins and slots with lru" };
+    println!("{}: {}, {gap}{of}, {:.2} s ({})", plan.name, solver.status, solver.solve_s, solver.backend);
     let other = solved.baselines.iter().filter(|b| b.name != plan.name);
     if let Some(best) = other.max_by(|a, b| a.predicted.decode_tok_s.total_cmp(&b.predicted.decode_tok_s)) {
         let times = plan.predicted.decode_tok_s / best.predicted.decode_tok_s;
