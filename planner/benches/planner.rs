@@ -5,11 +5,12 @@ use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_m
 use std::hint::black_box;
 use tier_plan_planner::cli::Strategy;
 use tier_plan_planner::profile::synthetic::{Routing, profile};
-use tier_plan_planner::replay::{LayerTrace, Positions, ceiling};
+use tier_plan_planner::replay::{LayerTrace, Positions, ceiling, hits};
 use tier_plan_planner::solve::{Inputs, Options, solve_all};
 use tier_plan_runtime::exec::KvType;
 use tier_plan_runtime::formats::SourceId;
 use tier_plan_runtime::formats::machine::{Machine, Tier, TierKind};
+use tier_plan_runtime::formats::placement::SlotPolicy;
 use tier_plan_runtime::model::kv::KvRows;
 use tier_plan_runtime::model::shape::{DenseKind, DenseShape, ExpertShape, ModelShape};
 
@@ -87,6 +88,40 @@ fn replay(c: &mut Criterion) {
     }
 }
 
+/// Stepping the engine's cache with a quarter of the experts as slots, prompts left out: what a decoded token pays for its
+/// bookkeeping in one layer is the time of its choices.
+fn stepping(c: &mut Criterion) {
+    let mut group = c.benchmark_group("stepping");
+    for n_expert in [128, 384] {
+        let profile = profile(&shape(1, n_expert, 8), &Routing { prompt_tokens: 0, ..routing(64) });
+        let trace = LayerTrace::new(&profile, 0, |_| true);
+        let pinned = vec![false; n_expert as usize];
+        group.throughput(Throughput::Elements((trace.tokens() * trace.n_used()) as u64));
+        for policy in [
+            SlotPolicy::Lru,
+            SlotPolicy::Lfu { half_life: 16 },
+            SlotPolicy::Adaptive { half_life: 64, recent_half_life: 2, recent_weight: 8 },
+        ] {
+            group.bench_with_input(BenchmarkId::new(policy.name(), n_expert), &trace, |b, trace| {
+                b.iter(|| black_box(hits(trace, &pinned, n_expert / 4, policy)));
+            });
+        }
+    }
+}
+
+/// The one pass over all layers of the largest model: 61 layers of 384 experts.
+fn all_layers(c: &mut Criterion) {
+    let profile = profile(&shape(61, 384, 8), &Routing { decode_tokens: 512, ..routing(4) });
+    let traces: Vec<LayerTrace> = (0..61).map(|layer| LayerTrace::new(&profile, layer, |_| true)).collect();
+    let mut group = c.benchmark_group("replay");
+    let accesses: usize = traces.iter().map(|trace| trace.tokens() * trace.n_used()).sum();
+    group.throughput(Throughput::Elements(accesses as u64));
+    let pinned = [false; 384];
+    group.bench_function("positions/61x384", |b| {
+        b.iter(|| traces.iter().for_each(|trace| drop(black_box(Positions::new(trace, &pinned).hit_curve(384)))));
+    });
+}
+
 fn solving(c: &mut Criterion) {
     let mut group = c.benchmark_group("solve");
     group.sample_size(10);
@@ -112,5 +147,5 @@ fn solving(c: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, replay, solving);
+criterion_group!(benches, replay, stepping, all_layers, solving);
 criterion_main!(benches);

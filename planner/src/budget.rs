@@ -1,6 +1,7 @@
 //! What a model gets when there is no plan for it: the mapped file if that fits memory, else a plan within a budget.
 
-use crate::cli::Strategy;
+use crate::cli::{Policy, Strategy};
+use crate::profile::Evidence;
 use crate::session::Opening;
 use crate::solve::room::page_share;
 use crate::solve::{self, Inputs, Options};
@@ -132,7 +133,10 @@ fn with_profile(model: Model<'_>, path: &Path, fixed: &Fixed, opening: &Opening<
     let inputs =
         Inputs { shape, profile: Some(&profile), machine: &machine, budgets: vec![counted, experts], context, kv_type };
     let options = Options { strategy: Strategy::Optimal, time_limit_s: SOLVE_S };
-    let mut plan = solve::solve(&inputs, &options).context("making a plan from the profile")?;
+    let what = "making a plan from the profile";
+    let evidence = Evidence::new(shape, Some(&profile)).context(what)?;
+    let mut plan = solve::solve_judged(&inputs, &evidence, &options).context(what)?.plan;
+    solve::policy::refill(&mut plan, &inputs, &evidence, Policy::Auto).context(what)?;
     plan.tiers[0].budget_bytes = room;
     plan.predicted = Prediction::default();
     Ok(plan)

@@ -183,6 +183,9 @@ pub struct SolveArgs {
     /// Make this kind of plan instead of the optimum
     #[arg(long, value_enum, default_value_t = Strategy::Optimal)]
     pub strategy: Strategy,
+    /// How slots are refilled: auto takes what replays best, and only if it is faster on held-out prompts than lru
+    #[arg(long, value_enum, default_value_t = Policy::Auto)]
+    pub policy: Policy,
     /// Also write each baseline's plan into this folder
     #[arg(long)]
     pub baselines: Option<PathBuf>,
@@ -319,6 +322,19 @@ pub enum Strategy {
     LruOnly,
     /// llama.cpp's rule: the experts of the first layers to the CPU
     FirstLayersCpu,
+}
+
+/// How slots are refilled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Policy {
+    /// What replays best, layer by layer
+    Auto,
+    /// The expert whose last use is longest ago leaves
+    Lru,
+    /// The experts with the most uses of late stay
+    Lfu,
+    /// Uses of late and uses of very late, weighed by what the profile teaches
+    Adaptive,
 }
 
 /// Where text comes from and how tokens are drawn.

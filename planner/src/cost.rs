@@ -17,8 +17,9 @@
 //!   on that tier's path as a pinned one is, and nothing is staged.
 //!
 //! The maximum is taken token by token over recorded, held-out tokens and then averaged: the mean of the maximum, not
-//! the maximum of means. Slots are replayed as [`crate::replay`] says. Without a profile, tokens are independent and
-//! all sets of experts equally likely, and the slots hold that many pooled experts; the mean is then exact.
+//! the maximum of means. Slots are replayed by their layer's policy as [`crate::replay`] says. Without a profile, tokens
+//! are independent and all sets of experts equally likely, and the slots hold that many pooled experts; the mean is then
+//! exact for LRU, and taken for the other policies too, which can do no better there.
 //!
 //! Prompts are processed in batches of [`BATCH`] tokens. A layer then reads each *distinct* chosen expert once:
 //! expert `e` with probability `1 − (1 − share)^BATCH`, and a full set of slots spares its part of the pooled ones.
@@ -27,10 +28,13 @@
 //! The key and value cache takes room but no time here, as its reads are small at the contexts that are planned for.
 
 use crate::profile::{Evidence, Judged, LayerEvidence};
-use crate::replay::Positions;
+use crate::replay::{Positions, play};
 use std::collections::BTreeMap;
+use tier_plan_runtime::exec::slots::{Access, SlotCache};
 use tier_plan_runtime::formats::machine::{Tier, TierKind};
-use tier_plan_runtime::formats::placement::{DensePlacement, LayerPlacement, Placement, Prediction, TierIdx};
+use tier_plan_runtime::formats::placement::{
+    DensePlacement, LayerPlacement, Placement, Prediction, SlotPolicy, TierIdx,
+};
 use tier_plan_runtime::model::shape::{DenseKind, ModelShape};
 
 /// Tokens of a prompt that are processed together.
@@ -107,6 +111,25 @@ pub fn outcomes(layer: &LayerPlacement, evidence: &LayerEvidence, tiers: &[Tier]
         }
     };
     match &evidence.judged {
+        Judged::Recorded(trace) if layer.policy != SlotPolicy::Lru => {
+            let pinned: Vec<bool> = pinned_on.iter().map(Option::is_some).collect();
+            let share = 1.0 / trace.tokens().max(1) as f64;
+            let mut cache = SlotCache::new(evidence.shape.n_expert, layer.slots, layer.policy);
+            play(trace, &pinned, &mut cache, |chosen, accesses| {
+                let mut experts = vec![0u16; tiers.len() + 1];
+                for tier in chosen.iter().filter_map(|&e| pinned_on[usize::from(e)]) {
+                    experts[tier] += 1;
+                }
+                for access in accesses {
+                    match access {
+                        Access::Hit { .. } => experts[layer.slot_tier] += 1,
+                        Access::Fill { .. } => bring_in(&mut experts, true),
+                        Access::Staged => bring_in(&mut experts, false),
+                    }
+                }
+                *found.entry(experts).or_insert(0.0) += share;
+            });
+        }
         Judged::Recorded(trace) => {
             let pinned: Vec<bool> = pinned_on.iter().map(Option::is_some).collect();
             let positions = Positions::new(trace, &pinned);

@@ -4,7 +4,7 @@
 
 use anyhow::{Result, ensure};
 use std::collections::{BTreeMap, BTreeSet};
-use tier_plan_runtime::formats::placement::{LayerPlacement, Placement, PlanTier};
+use tier_plan_runtime::formats::placement::{LayerPlacement, Placement, PlanTier, SlotPolicy};
 use tier_plan_runtime::model::shape::DenseKind;
 
 /// Where a pooled expert is: nowhere of its own, it passes through slots.
@@ -73,13 +73,20 @@ pub struct LayerChange {
     pub moved: BTreeMap<(String, String), Vec<u32>>,
     /// Slots and their tier, before and after.
     pub slots: [(u32, String); 2],
+    /// How slots are refilled, before and after; LRU where there are none.
+    pub policies: [SlotPolicy; 2],
 }
 
 impl LayerChange {
-    /// Whether the slots changed in number or place.
+    /// Whether the slots changed in number, place or policy.
     pub fn slots_changed(&self) -> bool {
         let [before, after] = &self.slots;
-        before.0 != after.0 || (before.0 > 0 && before.1 != after.1)
+        before.0 != after.0 || (before.0 > 0 && before.1 != after.1) || self.policy_changed()
+    }
+
+    /// Whether slots that both plans have are refilled in another way.
+    pub fn policy_changed(&self) -> bool {
+        self.slots[0].0 > 0 && self.slots[1].0 > 0 && self.policies[0] != self.policies[1]
     }
 }
 
@@ -176,7 +183,9 @@ fn layers(a: &Placement, b: &Placement) -> Vec<LayerChange> {
                 moved.entry((from, to)).or_default().push(expert);
             }
         }
-        let change = LayerChange { layer, moved, slots: [slots(a, in_a), slots(b, in_b)] };
+        let policy = |layer: Option<&LayerPlacement>| layer.map_or(SlotPolicy::Lru, |l| l.policy);
+        let policies = [policy(in_a), policy(in_b)];
+        let change = LayerChange { layer, moved, slots: [slots(a, in_a), slots(b, in_b)], policies };
         if !change.moved.is_empty() || change.slots_changed() {
             changes.push(change);
         }
@@ -213,6 +222,16 @@ mod tests {
         let found = diff(&plan(), &plan()).unwrap();
         assert!(found.is_empty(), "{found:?}");
         assert_eq!(found.tiers.len(), 3);
+    }
+
+    #[test]
+    fn a_change_of_policy_is_a_change() {
+        let (a, mut b) = (plan(), plan());
+        b.layers.iter_mut().for_each(|layer| layer.policy = SlotPolicy::Lfu { half_life: 16 });
+        let found = diff(&a, &b).unwrap();
+        // Layers 2 to 4 have no slots.
+        assert_eq!(found.layers.iter().map(|l| l.layer).collect::<Vec<_>>(), [1, 5]);
+        assert!(found.layers.iter().all(|l| l.policy_changed() && l.slots_changed() && l.moved.is_empty()));
     }
 
     #[test]

@@ -9,7 +9,7 @@ use crate::profile::{Evidence, LayerEvidence};
 use crate::solve::{Inputs, shadow_prices};
 use anyhow::{Result, ensure};
 use tier_plan_runtime::formats::machine::{Extras, Machine, Tier};
-use tier_plan_runtime::formats::placement::{LayerPlacement, Placement};
+use tier_plan_runtime::formats::placement::{LayerPlacement, Placement, SlotPolicy};
 use tier_plan_runtime::model::shape::ModelShape;
 
 /// One layer's experts under a plan.
@@ -23,6 +23,8 @@ pub struct LayerReason {
     pub pinned: Vec<u32>,
     /// Slots, and their tier.
     pub slots: (u32, usize),
+    /// How they are refilled.
+    pub policy: SlotPolicy,
     /// Share of the choices that pins serve.
     pub pin_hits: f64,
     /// Share of the choices that slots serve.
@@ -154,6 +156,7 @@ fn layer(plan: &Placement, layer: &LayerPlacement, evidence: &LayerEvidence, tie
         expert_bytes: evidence.shape.expert_bytes,
         pinned,
         slots: (layer.slots, layer.slot_tier),
+        policy: layer.policy,
         pin_hits,
         slot_hits: (1.0 - missed / used - pin_hits).max(0.0),
         seconds: stage_mean_s(&stage, &found),

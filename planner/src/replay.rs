@@ -1,13 +1,18 @@
 //! Replays recorded routing through a layer's pins and slots.
 //!
-//! Slots are the stack algorithm of [`tier_plan_runtime::exec::slots`]: a choice hits exactly when fewer than
-//! `slots` pooled experts were used more recently. So one pass over the trace finds, for each choice, how many that
-//! are, and with it the hits of *every* number of slots.
+//! LRU slots are the stack algorithm of [`tier_plan_runtime::exec::slots`]: a choice hits exactly when fewer than
+//! `slots` pooled experts were used more recently. So one pass over the trace ([`Positions`]) finds, for each choice, how
+//! many that are, and with it the hits of *every* number of slots. For the other policies the engine's own cache is
+//! stepped ([`play`]), once for each number of slots.
 //!
 //! Slots start empty and persist over the prompts in the order given. A prompt is a batch of its distinct experts in
-//! the order of their last use: it changes what the slots hold, but only decoded tokens are counted.
+//! the order of their last use: it changes what the slots hold, but only decoded tokens are counted. The engine takes
+//! prompts of more than 512 tokens in several batches, after each of which policies other than LRU decide anew; here a
+//! prompt is one batch, however long.
 
 use std::collections::BTreeSet;
+use tier_plan_runtime::exec::slots::{Access, SlotCache};
+use tier_plan_runtime::formats::placement::SlotPolicy;
 use tier_plan_runtime::formats::profile::{Profile, PromptTrace};
 
 /// The recency position of an expert that was never used before: beyond any number of slots.
@@ -18,8 +23,24 @@ pub const COLD: u16 = u16::MAX;
 struct Segment {
     /// Distinct experts of the prompt's tokens, the one whose last use is earliest first.
     touched: Vec<u16>,
+    /// The prompt's tokens.
+    prompt: usize,
     /// Decoded tokens after it.
     decoded: usize,
+}
+
+/// One step of a trace.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Event<'a> {
+    /// A prompt, which is not counted.
+    Prompt {
+        /// `[token, used]` its tokens' choices.
+        tokens: &'a [u16],
+        /// Its distinct experts, the one whose last use is earliest first.
+        touched: &'a [u16],
+    },
+    /// A decoded token's choices in router order.
+    Token(&'a [u16]),
 }
 
 /// The recorded choices of one layer, over some prompts.
@@ -30,6 +51,8 @@ pub struct LayerTrace {
     segments: Vec<Segment>,
     /// `[decoded token, used]` in router order.
     chosen: Vec<u16>,
+    /// `[prompt token, used]` in router order.
+    prompt_chosen: Vec<u16>,
     /// `[n_expert]` uses by prompt tokens.
     prompt_uses: Vec<u64>,
     prompt_tokens: u64,
@@ -44,6 +67,7 @@ impl LayerTrace {
             n_used: profile.n_used as usize,
             segments: Vec::new(),
             chosen: Vec::new(),
+            prompt_chosen: Vec::new(),
             prompt_uses: vec![0; profile.n_expert as usize],
             prompt_tokens: 0,
         };
@@ -60,11 +84,14 @@ impl LayerTrace {
                 }
             }
             touched.reverse();
+            for token in 0..first {
+                trace.prompt_chosen.extend_from_slice(profile.chosen(at, token, layer));
+            }
             trace.prompt_tokens += first as u64;
             for token in first..first + decoded {
                 trace.chosen.extend_from_slice(profile.chosen(at, token, layer));
             }
-            trace.segments.push(Segment { touched, decoded });
+            trace.segments.push(Segment { touched, prompt: first, decoded });
         }
         trace
     }
@@ -76,8 +103,11 @@ impl LayerTrace {
         let mut touched: Vec<u16> =
             warm_up.iter().rev().copied().filter(|&e| !std::mem::replace(&mut seen[usize::from(e)], true)).collect();
         touched.reverse();
-        let segments = vec![Segment { touched, decoded: chosen.len() / n_used.max(1) }];
-        LayerTrace { n_expert, n_used, segments, chosen, prompt_uses: vec![0; n_expert], prompt_tokens: 0 }
+        let tokens = |choices: &[u16]| choices.len() / n_used.max(1);
+        let segments = vec![Segment { touched, prompt: tokens(warm_up), decoded: tokens(&chosen) }];
+        let prompt_chosen = warm_up.to_vec();
+        let prompt_uses = vec![0; n_expert];
+        LayerTrace { n_expert, n_used, segments, chosen, prompt_chosen, prompt_uses, prompt_tokens: 0 }
     }
 
     /// Decoded tokens.
@@ -95,14 +125,29 @@ impl LayerTrace {
         self.n_used
     }
 
+    /// Choices in all, those of prompts included.
+    pub fn choices(&self) -> usize {
+        self.chosen.len() + self.prompt_chosen.len()
+    }
+
+    /// The steps in order.
+    pub fn events(&self) -> impl Iterator<Item = Event<'_>> + '_ {
+        let (mut decoded, mut prompts) = (&self.chosen[..], &self.prompt_chosen[..]);
+        self.segments.iter().flat_map(move |segment| {
+            let (own, after) = decoded.split_at(segment.decoded * self.n_used);
+            let (tokens, later) = prompts.split_at(segment.prompt * self.n_used);
+            (decoded, prompts) = (after, later);
+            let touched = &segment.touched[..];
+            let prompt = (!touched.is_empty()).then_some(Event::Prompt { tokens, touched });
+            prompt.into_iter().chain(own.chunks_exact(self.n_used.max(1)).map(Event::Token))
+        })
+    }
+
     /// The steps in order: `(choices, counted)`, where a prompt's batch is not counted.
     pub fn steps(&self) -> impl Iterator<Item = (&[u16], bool)> + '_ {
-        let mut rest = &self.chosen[..];
-        self.segments.iter().flat_map(move |segment| {
-            let (decoded, after) = rest.split_at(segment.decoded * self.n_used);
-            rest = after;
-            let prompt = (!segment.touched.is_empty()).then_some((&segment.touched[..], false));
-            prompt.into_iter().chain(decoded.chunks_exact(self.n_used.max(1)).map(|c| (c, true)))
+        self.events().map(|event| match event {
+            Event::Prompt { touched, .. } => (touched, false),
+            Event::Token(chosen) => (chosen, true),
         })
     }
 
@@ -135,7 +180,13 @@ pub struct Positions {
 impl Positions {
     /// Replays the trace with the pinned experts (`[n_expert]`) taken out of the pool.
     pub fn new(trace: &LayerTrace, pinned: &[bool]) -> Self {
-        let mut recency = Recency::new(trace.n_expert);
+        // So few experts that times are seldom numbered anew.
+        const FEW: usize = i16::LAST / 2;
+        if trace.n_expert <= FEW { Self::timed::<i16>(trace, pinned) } else { Self::timed::<i32>(trace, pinned) }
+    }
+
+    fn timed<T: Time>(trace: &LayerTrace, pinned: &[bool]) -> Self {
+        let mut recency = Recency::<T>::new(trace.n_expert);
         let mut at = Vec::with_capacity(trace.chosen.len());
         let mut starts = Vec::with_capacity(trace.tokens() + 1);
         for (chosen, counted) in trace.steps() {
@@ -182,42 +233,119 @@ impl Positions {
     }
 }
 
-/// When each expert was last used. Counting the later ones is a straight pass over at most some thousand integers,
-/// which the compiler vectorises; a tree would not pay at these sizes.
-struct Recency {
-    /// `[n_expert]` time of last use, -1 when never.
-    last: Vec<i32>,
-    now: i32,
+/// Steps a layer's slots through a trace with the pinned experts (`[n_expert]`) taken out of the pool. Calls `each` for
+/// every decoded token, with its choices and the accesses of those that are pooled.
+pub fn play(trace: &LayerTrace, pinned: &[bool], cache: &mut SlotCache, mut each: impl FnMut(&[u16], &[Access])) {
+    let (mut pooled, mut out) = (Vec::new(), Vec::new());
+    for event in trace.events() {
+        let chosen = match event {
+            Event::Prompt { tokens, touched } => {
+                for token in tokens.chunks_exact(trace.n_used.max(1)) {
+                    cache.note(token.iter().copied().map(u32::from));
+                }
+                touched
+            }
+            Event::Token(chosen) => {
+                cache.note(chosen.iter().copied().map(u32::from));
+                chosen
+            }
+        };
+        pooled.clear();
+        pooled.extend(chosen.iter().filter(|&&e| !pinned[usize::from(e)]).map(|&e| u32::from(e)));
+        cache.settle(&pooled, &mut out);
+        if let Event::Token(chosen) = event {
+            each(chosen, &out);
+        }
+    }
 }
 
-impl Recency {
+/// Hits of a policy in so many slots, with the pinned experts (`[n_expert]`) taken out of the pool.
+pub fn hits(trace: &LayerTrace, pinned: &[bool], slots: u32, policy: SlotPolicy) -> u64 {
+    let mut cache = SlotCache::new(trace.n_expert as u32, slots, policy);
+    let mut hits = 0;
+    play(trace, pinned, &mut cache, |_, accesses| {
+        hits += accesses.iter().filter(|access| matches!(access, Access::Hit { .. })).count() as u64;
+    });
+    hits
+}
+
+/// Numbers of slots up to `most`, and a policy's hits in each: every number for LRU, for the others no more than some
+/// twenty, since each takes a replay of its own.
+pub fn hit_curve(trace: &LayerTrace, pinned: &[bool], most: usize, policy: SlotPolicy) -> Vec<(u32, u64)> {
+    if policy == SlotPolicy::Lru {
+        return (0..).zip(Positions::new(trace, pinned).hit_curve(most)).collect();
+    }
+    const SAMPLES: usize = 20;
+    let mut sizes: Vec<u32> = (0..=SAMPLES).map(|at| (most * at / SAMPLES) as u32).collect();
+    sizes.dedup();
+    sizes.into_iter().map(|slots| (slots, hits(trace, pinned, slots, policy))).collect()
+}
+
+/// A number for times: as short as the experts of a layer allow, since counting is bound by their bytes.
+trait Time: Copy + Ord {
+    /// Before all others.
+    const NEVER: Self;
+    /// The largest.
+    const LAST: usize;
+
+    /// The time `at`, which is at most [`LAST`](Self::LAST).
+    fn at(at: usize) -> Self;
+}
+
+impl Time for i16 {
+    const NEVER: i16 = -1;
+    const LAST: usize = i16::MAX as usize;
+
+    fn at(at: usize) -> i16 {
+        at as i16
+    }
+}
+
+impl Time for i32 {
+    const NEVER: i32 = -1;
+    const LAST: usize = i32::MAX as usize;
+
+    fn at(at: usize) -> i32 {
+        at as i32
+    }
+}
+
+/// When each expert was last used. Counting the later ones is a straight pass over at most some thousand integers,
+/// which the compiler vectorises; a tree would not pay at these sizes.
+struct Recency<T> {
+    /// `[n_expert]` time of last use.
+    last: Vec<T>,
+    now: usize,
+}
+
+impl<T: Time> Recency<T> {
     fn new(n_expert: usize) -> Self {
-        Recency { last: vec![-1; n_expert], now: 0 }
+        Recency { last: vec![T::NEVER; n_expert], now: 0 }
     }
 
     fn position(&self, expert: usize) -> u16 {
         let time = self.last[expert];
-        if time < 0 {
+        if time == T::NEVER {
             return COLD;
         }
         self.last.iter().map(|&other| u16::from(other > time)).sum()
     }
 
     fn touch(&mut self, expert: usize) {
-        if self.now == i32::MAX {
+        if self.now > T::LAST {
             self.renumber();
         }
-        self.last[expert] = self.now;
+        self.last[expert] = T::at(self.now);
         self.now += 1;
     }
 
     /// Keeps the order and starts counting from 0 again.
     fn renumber(&mut self) {
-        let mut used: Vec<usize> = (0..self.last.len()).filter(|&e| self.last[e] >= 0).collect();
+        let mut used: Vec<usize> = (0..self.last.len()).filter(|&e| self.last[e] != T::NEVER).collect();
         used.sort_by_key(|&e| self.last[e]);
-        self.now = used.len() as i32;
+        self.now = used.len();
         for (time, expert) in used.into_iter().enumerate() {
-            self.last[expert] = time as i32;
+            self.last[expert] = T::at(time);
         }
     }
 }
@@ -264,7 +392,6 @@ pub(crate) mod tests {
     use super::*;
     use crate::profile::tests::profile_of;
     use proptest::prelude::*;
-    use tier_plan_runtime::exec::slots::{Access, SlotCache};
     use tier_plan_runtime::formats::profile::Split;
 
     /// Prompts of one layer: each `(prompt tokens, decoded tokens)` of distinct choices.
@@ -284,7 +411,7 @@ pub(crate) mod tests {
 
     /// Hits by stepping a cache, and the most any sequence of contents could hit.
     fn step_hits(trace: &LayerTrace, pinned: &[bool], slots: u32) -> u64 {
-        let mut cache = SlotCache::new(trace.n_expert() as u32, slots);
+        let mut cache = SlotCache::new(trace.n_expert() as u32, slots, SlotPolicy::Lru);
         let (mut out, mut hits) = (Vec::new(), 0);
         for (chosen, counted) in trace.steps() {
             let pooled: Vec<u32> = chosen.iter().filter(|&&e| !pinned[usize::from(e)]).map(|&e| e.into()).collect();
@@ -322,6 +449,7 @@ pub(crate) mod tests {
             let positions = Positions::new(&trace, &pins);
             for (slots, hits) in positions.hit_curve(10).into_iter().enumerate() {
                 prop_assert_eq!(hits, step_hits(&trace, &pins, slots as u32));
+                prop_assert_eq!(hits, super::hits(&trace, &pins, slots as u32, SlotPolicy::Lru));
             }
         }
 
@@ -332,9 +460,32 @@ pub(crate) mod tests {
         }
     }
 
+    /// Prompts are counted token by token, and decoded tokens are the only ones that hit.
+    #[test]
+    fn prompts_teach_and_are_not_judged() {
+        // Expert 4 is the last of the prompt; 0 and 1 are what it uses most.
+        let mut prompt = vec![vec![0, 1]; 6];
+        prompt.push(vec![4, 2]);
+        let decoded = vec![vec![3, 2], vec![0, 1]];
+        let trace = trace(5, 2, &[(7, [prompt, decoded].concat())]);
+        assert_eq!((trace.choices(), trace.events().count()), (18, 3));
+        let pinned = [false; 5];
+        // LRU has 4 and 2, then 3 and 2; the others keep 0 and 1.
+        assert_eq!(hits(&trace, &pinned, 2, SlotPolicy::Lru), 1);
+        for policy in [
+            SlotPolicy::Lfu { half_life: 16 },
+            SlotPolicy::Adaptive { half_life: 64, recent_half_life: 2, recent_weight: 1 },
+        ] {
+            assert_eq!(hits(&trace, &pinned, 2, policy), 2, "{policy}");
+            let curve = hit_curve(&trace, &pinned, 5, policy);
+            assert_eq!(curve.iter().map(|(slots, _)| *slots).collect::<Vec<_>>(), [0, 1, 2, 3, 4, 5]);
+            assert_eq!((curve[0].1, curve[2].1, curve[5].1), (0, 2, 3));
+        }
+    }
+
     #[test]
     fn renumbering_keeps_positions() {
-        let mut recency = Recency::new(5);
+        let mut recency = Recency::<i16>::new(5);
         for e in [3, 1, 4, 1] {
             recency.touch(e);
         }
@@ -342,7 +493,7 @@ pub(crate) mod tests {
         recency.renumber();
         assert_eq!(before, (0..5).map(|e| recency.position(e)).collect::<Vec<_>>());
         assert_eq!(before, [COLD, 0, COLD, 2, 1]);
-        recency.now = i32::MAX;
+        recency.now = i16::LAST + 1;
         recency.touch(0);
         assert_eq!([recency.position(0), recency.position(1), recency.position(3)], [0, 1, 3]);
     }

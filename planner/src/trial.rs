@@ -4,7 +4,7 @@ use crate::host;
 use crate::profile::collect::Settings;
 use crate::profile::prompts::Prompt;
 use crate::progress;
-use crate::replay::{LayerTrace, Positions};
+use crate::replay::{LayerTrace, hit_curve};
 use crate::report::{HitCurve, PlanEntry};
 use crate::session::Session;
 use anyhow::{Context, Result, ensure};
@@ -14,7 +14,7 @@ use std::time::SystemTime;
 use tier_plan_runtime::exec::Engine;
 use tier_plan_runtime::exec::generate::{Limits, generate};
 use tier_plan_runtime::exec::measure::{Circumstances, record};
-use tier_plan_runtime::formats::placement::Placement;
+use tier_plan_runtime::formats::placement::{Placement, SlotPolicy};
 use tier_plan_runtime::formats::profile::{Profile, Split};
 use tier_plan_runtime::formats::record::RunRecord;
 use tier_plan_runtime::gguf::Gguf;
@@ -105,29 +105,29 @@ pub fn first_difference(entries: &[PlanEntry]) -> Option<&str> {
     rest.iter().find(|e| outputs(e) != expected).map(|e| e.name.as_str())
 }
 
-/// Hits against slots, replayed over the held-out prompts of a profile: with no pins, and beside each plan's pins.
+/// Hits against slots, replayed over the held-out prompts of a profile: by LRU with no pins, and beside each plan's pins
+/// by its own policies.
 pub fn curves(profile: &Profile, plans: &[&Placement]) -> Vec<HitCurve> {
     let mut curves = Vec::new();
     let most = profile.n_expert as usize;
-    let mut add = |label: &str, layer: usize, pinned: &[bool]| {
+    let mut add = |label: String, layer: usize, pinned: &[bool], policy| {
         let trace = LayerTrace::new(profile, layer, |p| p.split == Split::HeldOut);
-        let positions = Positions::new(&trace, pinned);
-        let accesses = positions.accesses();
+        let pooled = |chosen: &[u16]| chosen.iter().filter(|&&e| !pinned[usize::from(e)]).count();
+        let accesses: usize = trace.steps().filter(|(_, counted)| *counted).map(|(chosen, _)| pooled(chosen)).sum();
         if accesses > 0 {
-            let hits = positions.hit_curve(most);
+            let (slots, hits): (Vec<u32>, Vec<u64>) = hit_curve(&trace, pinned, most, policy).into_iter().unzip();
             curves.push(HitCurve {
-                label: label.to_string(),
+                label,
                 layer: profile.layers[layer],
-                slots: (0..hits.len() as u32).collect(),
+                slots,
                 hit_rate: hits.iter().map(|h| *h as f64 / accesses as f64).collect(),
             });
         }
     };
     for layer in 0..profile.layers.len() {
-        add("LRU slots alone, held-out prompts", layer, &vec![false; most]);
+        add("LRU slots alone, held-out prompts".to_string(), layer, &vec![false; most], SlotPolicy::Lru);
     }
     for plan in plans {
-        let label = format!("slots beside the pins of '{}', held-out prompts", plan.name);
         for (layer, placed) in plan.layers.iter().enumerate().take(profile.layers.len()) {
             let mut pinned = vec![false; most];
             for expert in placed.pinned.iter().flat_map(|(_, experts)| experts) {
@@ -135,7 +135,11 @@ pub fn curves(profile: &Profile, plans: &[&Placement]) -> Vec<HitCurve> {
                     *pinned = true;
                 }
             }
-            add(&label, layer, &pinned);
+            let policy = placed.policy;
+            let slots =
+                if policy == SlotPolicy::Lru { "slots".to_string() } else { format!("{} slots", policy.name()) };
+            let label = format!("{slots} beside the pins of '{}', held-out prompts", plan.name);
+            add(label, layer, &pinned, policy);
         }
     }
     curves

@@ -54,7 +54,7 @@ fn open(path: &PathBuf) -> Engine {
     let experts: u64 = shape.experts.iter().map(|e| e.expert_bytes * u64::from(e.n_expert)).sum();
     let budget = memory_limit().map_or(u64::MAX, |limit| limit.bytes).min(least + experts / 2);
     let Budgeted { plan, batch, .. } = plan(budget).unwrap();
-    let options = LoadOptions { threads: Some(2), batch: Some(batch) };
+    let options = LoadOptions { threads: Some(2), batch: Some(batch), ..LoadOptions::default() };
     Engine::load(gguf, &plan, &options, &mut |_, _| {}).unwrap()
 }
 

@@ -3,7 +3,8 @@
 use super::{compare, inspect, profile, run, solve};
 use crate::bundled;
 use crate::cli::{
-    CompareArgs, DemoArgs, InspectArgs, ProfileArgs, RunArgs, SamplingArgs, SolveArgs, StoreArgs, Strategy, VerifyArgs,
+    CompareArgs, DemoArgs, InspectArgs, Policy, ProfileArgs, RunArgs, SamplingArgs, SolveArgs, StoreArgs, Strategy,
+    VerifyArgs,
 };
 use crate::profile::collect::Settings;
 use crate::profile::prompts;
@@ -182,6 +183,7 @@ fn solve_args(model: &Path, profile: &Path, machine: &Path, output: &Path, basel
         context: 512,
         kv_type: KvType::F16,
         strategy: Strategy::Optimal,
+        policy: Policy::Auto,
         baselines: Some(baselines.to_path_buf()),
         time_limit: 10.0,
         json: false,

@@ -99,7 +99,13 @@ fn sentence(layer: &LayerChange) -> String {
     if layer.slots_changed() {
         let [(before, on), (after, now)] = &layer.slots;
         let place = |n: u32, tier: &str| if n > 0 { format!("{n} on {tier}") } else { "0".to_string() };
-        parts.push(format!("slots {} → {}", place(*before, on), place(*after, now)));
+        if (before, on) != (after, now) {
+            parts.push(format!("slots {} → {}", place(*before, on), place(*after, now)));
+        }
+    }
+    if layer.policy_changed() {
+        let [before, after] = layer.policies;
+        parts.push(format!("policy of slots {before} → {after}"));
     }
     parts.join("; ")
 }
@@ -146,6 +152,8 @@ fn as_json(a: &Placement, b: &Placement, found: &Diff) -> Value {
             "slots_after": l.slots[1].0,
             "slot_tier_before": l.slots[0].1,
             "slot_tier_after": l.slots[1].1,
+            "policy_before": l.policies[0].name(),
+            "policy_after": l.policies[1].name(),
         })).collect::<Vec<_>>(),
     })
 }

@@ -8,7 +8,7 @@ use crate::solve::time_limit;
 use crate::whatif::bound;
 use anyhow::{Result, bail, ensure};
 use serde_json::{Value, json};
-use tier_plan_runtime::formats::placement::{self, Placement};
+use tier_plan_runtime::formats::placement::{self, Placement, SlotPolicy};
 use tier_plan_runtime::formats::profile;
 use tier_plan_runtime::model::shape::DenseKind;
 use tier_plan_runtime::units::show_bytes;
@@ -130,7 +130,8 @@ fn numbers(layers: &[u32]) -> String {
 /// Layers that one sentence can be about.
 fn same(a: &LayerReason, b: &LayerReason) -> bool {
     let near = |a: f64, b: f64| (a - b).abs() < 5e-4;
-    (&a.pinned, a.slots, a.expert_bytes, a.longest) == (&b.pinned, b.slots, b.expert_bytes, b.longest)
+    (&a.pinned, a.slots, a.policy, a.expert_bytes, a.longest)
+        == (&b.pinned, b.slots, b.policy, b.expert_bytes, b.longest)
         && near(a.pin_hits, b.pin_hits)
         && near(a.slot_hits, b.slot_hits)
 }
@@ -145,7 +146,8 @@ fn sentence(plan: &Placement, of: &LayerReason, layers: &[u32]) -> String {
         .map(|(t, n)| format!("{n} pinned on {}", name(t)))
         .collect();
     if of.slots.0 > 0 {
-        parts.push(format!("{} slots on {}", of.slots.0, name(of.slots.1)));
+        let policy = if of.policy == SlotPolicy::Lru { String::new() } else { format!(" ({})", of.policy) };
+        parts.push(format!("{} slots on {}{policy}", of.slots.0, name(of.slots.1)));
     }
     if parts.is_empty() {
         parts.push(format!("all on {}", name(plan.tiers.len() - 1)));
@@ -231,6 +233,7 @@ fn as_json(plan: &Placement, why: &Explanation) -> Value {
                 .map(|(t, n)| (name(t).to_string(), json!(n))).collect::<serde_json::Map<_, _>>(),
             "slots": l.slots.0,
             "slot_tier": name(l.slots.1),
+            "policy": l.policy.name(),
             "pin_hits": l.pin_hits,
             "slot_hits": l.slot_hits,
             "expert_s": l.seconds,

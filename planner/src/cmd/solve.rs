@@ -3,14 +3,15 @@
 use super::profile::skew_json;
 use crate::catalogue;
 use crate::cli::SolveArgs;
+use crate::profile::Evidence;
 use crate::profile::stats::{Skew, skews};
-use crate::solve::{Inputs, Options, Solved, solve_all, time_limit};
+use crate::solve::{Inputs, Options, Solved, policy, solve_all, time_limit};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 use std::fs;
 use std::path::PathBuf;
 use tier_plan_runtime::formats::machine::Machine;
-use tier_plan_runtime::formats::placement::Placement;
+use tier_plan_runtime::formats::placement::{Placement, SlotPolicy};
 use tier_plan_runtime::formats::{profile, safely};
 use tier_plan_runtime::units::{parse_bytes, show_bytes};
 
@@ -36,6 +37,10 @@ pub fn run(args: &SolveArgs) -> Result<()> {
         kv_type: args.kv_type,
     };
     let mut solved = solve_all(&inputs, &options)?;
+    if let Some(policy) = policy::wanted(args.policy, args.strategy) {
+        let evidence = Evidence::new(shape, profile.as_ref())?;
+        solved.notes.extend(policy::refill(&mut solved.plan, &inputs, &evidence, policy)?);
+    }
     solved.notes.splice(0..0, known.notes());
     let skews = profile.as_ref().map(skews).transpose()?.unwrap_or_default();
 
@@ -133,7 +138,9 @@ fn print_text(args: &SolveArgs, solved: &Solved, skews: &[Skew], written: &[Path
     println!();
     let solver = &plan.solver;
     let gap = solver.gap.map_or("no proven bound".to_string(), |gap| format!("proven gap {:.4} %", gap * 100.0));
-    println!("{}: {}, {gap}, {:.2} s ({})", plan.name, solver.status, solver.solve_s, solver.backend);
+    let with_lru = plan.layers.iter().all(|l| l.slots == 0 || l.policy == SlotPolicy::Lru);
+    let of = if with_lru { "" } else { " of pins and slots with lru" };
+    println!("{}: {}, {gap}{of}, {:.2} s ({})", plan.name, solver.status, solver.solve_s, solver.backend);
     let other = solved.baselines.iter().filter(|b| b.name != plan.name);
     if let Some(best) = other.max_by(|a, b| a.predicted.decode_tok_s.total_cmp(&b.predicted.decode_tok_s)) {
         let times = plan.predicted.decode_tok_s / best.predicted.decode_tok_s;
@@ -180,6 +187,7 @@ fn as_json(args: &SolveArgs, solved: &Solved, skews: &[Skew], written: &[PathBuf
             "bound_s": plan.solver.bound_s,
             "gap": plan.solver.gap,
             "solve_s": plan.solver.solve_s,
+            "policies": policy::summary(plan),
             "overhead_s": plan.predicted.overhead_s,
             "dense_s": plan.predicted.dense_s,
             "expert_s": plan.predicted.expert_s,

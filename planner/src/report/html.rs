@@ -138,7 +138,8 @@ fn plan_table(html: &mut String, o: &Overview<'_>) {
     };
     let mut small = format!(
         "{same} The hit rate is the share of expert accesses served from pins or slots. A plan's proven gap says how \
-         much faster than it, at most, any plan under the same budgets and cost model could be."
+         much faster than its pins and slots, at most, any others under the same budgets and cost model could be, \
+         with slots refilled by LRU."
     );
     if o.emulated && o.plans.iter().any(|p| !p.emulated) {
         small.push_str(" † Some of this plan's tiers are emulated: real memory slowed to a declared speed.");

@@ -2,12 +2,13 @@
 //!
 //! [`room`] sets aside what every plan needs; [`columns`] lists what can be chosen and what it costs; [`dual`] finds
 //! prices for bytes and a proven bound; [`search`], [`labels`] and [`program`] find the integer choice; [`rules`] makes the plans
-//! to compare with; [`check`] re-checks every plan before anybody sees it.
+//! to compare with; [`check`] re-checks every plan before anybody sees it. [`policy`] then says how slots are refilled.
 
 pub mod check;
 pub mod columns;
 pub mod dual;
 pub mod labels;
+pub mod policy;
 pub mod program;
 pub mod room;
 pub mod rules;

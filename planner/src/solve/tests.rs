@@ -5,7 +5,7 @@ use proptest::prelude::{ProptestConfig, TestCaseError, prop_assert, prop_assert_
 use tier_plan_runtime::exec::KvType;
 use tier_plan_runtime::formats::SourceId;
 use tier_plan_runtime::formats::machine::{Tier, TierKind};
-use tier_plan_runtime::formats::placement::LayerPlacement;
+use tier_plan_runtime::formats::placement::{LayerPlacement, SlotPolicy};
 use tier_plan_runtime::model::kv::KvRows;
 use tier_plan_runtime::model::shape::{DenseKind, DenseShape, ExpertShape};
 
@@ -146,7 +146,7 @@ fn treatments(room: &Room, evidence: &crate::profile::LayerEvidence) -> Vec<(Vec
                 caches.extend(slots.flat_map(|s| (0..home).map(move |tier| (s, tier))));
             }
             for (slots, slot_tier) in caches {
-                let policy = tier_plan_runtime::formats::placement::SlotPolicy::Lru;
+                let policy = SlotPolicy::Lru;
                 let layer = LayerPlacement { layer: e.layer, pinned: pinned.clone(), slots, slot_tier, policy };
                 let outcomes = cost::outcomes(&layer, evidence, &room.tiers, room.staging_tier);
                 let mut bytes = vec![0; n];
@@ -370,6 +370,11 @@ fn the_prediction_is_a_token_by_token_simulation() -> Result<()> {
                 layer.pinned = pins.into_iter().enumerate().collect();
                 layer.slots = random.below(pooled + 1) as u32;
                 layer.slot_tier = random.below(fast);
+                layer.policy = [
+                    SlotPolicy::Lru,
+                    SlotPolicy::Lfu { half_life: 4 },
+                    SlotPolicy::Adaptive { half_life: 16, recent_half_life: 2, recent_weight: 3 },
+                ][random.below(3)];
             }
             let predicted = token_s(&predict(&plan, &shape, &evidence));
             let stepped = check::token_s(&plan, &shape, &evidence);

@@ -12,6 +12,7 @@ pub(super) use view::{Bias, ExpertView, ViewLinear};
 
 use super::slots::{Access, SlotCache};
 use super::verify::Checks;
+use crate::formats::placement::SlotPolicy;
 use crate::gguf::Gguf;
 use crate::kernels::Weights;
 use crate::model::spec::{ExpertLinear, MoeSpec, TensorId};
@@ -120,7 +121,7 @@ impl LayerExperts {
             expert_ffn: moe.expert_ffn,
             homes,
             copy: None,
-            cache: SlotCache::new(moe.n_expert as u32, 0),
+            cache: SlotCache::new(moe.n_expert as u32, 0, SlotPolicy::Lru),
             slots: Vec::new(),
             slot_tier,
         }
@@ -144,10 +145,10 @@ impl LayerExperts {
         }
     }
 
-    /// The buffers that the layer's pooled experts share, and how they and staging hold them.
-    pub(super) fn set_slots(&mut self, slots: Vec<Piece>, layout: Layout) {
+    /// The buffers that the layer's pooled experts share, how they and staging hold them, and who gets one.
+    pub(super) fn set_slots(&mut self, slots: Vec<Piece>, layout: Layout, policy: SlotPolicy) {
         self.layout = layout;
-        self.cache = SlotCache::new(self.homes.len() as u32, slots.len() as u32);
+        self.cache = SlotCache::new(self.homes.len() as u32, slots.len() as u32, policy);
         self.slots = slots.into_iter().map(Some).collect();
     }
 
@@ -354,6 +355,11 @@ impl ExpertStore {
         self.layers[layer].expert_bytes as u64
     }
 
+    /// Counts the choices of one token, of which all of a step's are counted before it begins.
+    pub(super) fn note(&mut self, layer: usize, chosen: &[u16]) {
+        self.layers[layer].cache.note(chosen.iter().copied().map(u32::from));
+    }
+
     /// Looks all `used` experts up, in order of last use, and submits the first reads. They will compute in the order
     /// given by `order`, a permutation of `used`.
     pub(super) fn begin(&mut self, layer: usize, used: &[u32], order: Vec<u32>) -> Step {
@@ -361,7 +367,7 @@ impl ExpertStore {
         self.pooled.clear();
         self.pooled.extend(used.iter().filter(|e| matches!(store.homes[**e as usize], Home::Pooled)));
         self.accesses.clear();
-        store.cache.step(&self.pooled, &mut self.accesses);
+        store.cache.settle(&self.pooled, &mut self.accesses);
         let mut step = Step {
             layer,
             uses: Vec::with_capacity(order.len()),

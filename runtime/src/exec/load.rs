@@ -484,7 +484,7 @@ impl Loader<'_> {
         }
         let room = layer.buffer_bytes(self.layout);
         let slots = (0..placed.slots).map(|_| self.buffer(placed.slot_tier, bytes, room)).collect::<Result<_, _>>()?;
-        layer.set_slots(slots, self.layout);
+        layer.set_slots(slots, self.layout, placed.policy);
         self.resident[slow] += (layer.n_expert() - n_pinned) as u64 * bytes as u64;
         Ok(())
     }

@@ -132,6 +132,7 @@ pub(super) fn moe_token(
 ) -> Result<Step, RunError> {
     let hidden = out.len();
     let used: Vec<u32> = choices.experts.iter().map(|e| u32::from(*e)).collect();
+    store.note(layer, choices.experts);
     let mut step = store.begin(layer, &used, used.clone());
     let mut ready: Vec<usize> = (0..used.len()).filter(|at| step.is_ready(*at)).collect();
     let mut left = used.len();
@@ -220,6 +221,7 @@ pub(super) fn moe_batch(
 ) -> Result<Step, RunError> {
     let hidden = moe.router.n_in;
     let users = Users::new(choices, moe.n_expert);
+    choices.experts.chunks_exact(choices.n_used.max(1)).for_each(|chosen| store.note(layer, chosen));
     let mut step = store.begin(layer, &users.by_last_use(choices), users.present());
     out.fill(0.0);
     for at in 0..step.experts().len() {

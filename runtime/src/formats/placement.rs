@@ -16,11 +16,55 @@ use std::path::Path;
 /// Index into [`Placement::tiers`].
 pub type TierIdx = usize;
 
+/// The longest half-life of a policy, in tokens.
+pub const MAX_HALF_LIFE: u32 = 1 << 16;
+
+/// The most that a recent use may weigh beside one that is only remembered.
+pub const MAX_RECENT_WEIGHT: u32 = 1 << 10;
+
 /// The policy by which a layer's slots are refilled.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum SlotPolicy {
-    /// The expert whose last use is longest ago leaves.
+    /// Every expert that is used gets a slot; the one whose last use is longest ago leaves.
     Lru,
+    /// The experts with the most uses of late have the slots; one with fewer is not let in.
+    Lfu {
+        /// Tokens after which a use counts half, 1 to [`MAX_HALF_LIFE`].
+        half_life: u32,
+    },
+    /// The same, with two memories of uses added up.
+    Adaptive {
+        /// Tokens after which a use counts half in the long memory, 1 to [`MAX_HALF_LIFE`].
+        half_life: u32,
+        /// The same of the short memory.
+        recent_half_life: u32,
+        /// What a use weighs in the short memory, where it weighs 1 in the long one; 0 to [`MAX_RECENT_WEIGHT`].
+        recent_weight: u32,
+    },
+}
+
+impl SlotPolicy {
+    /// The name in plans.
+    pub fn name(self) -> &'static str {
+        match self {
+            SlotPolicy::Lru => "lru",
+            SlotPolicy::Lfu { .. } => "lfu",
+            SlotPolicy::Adaptive { .. } => "adaptive",
+        }
+    }
+}
+
+impl std::fmt::Display for SlotPolicy {
+    /// The name with its parameters, for tables and sentences.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            SlotPolicy::Lru => f.write_str("lru"),
+            SlotPolicy::Lfu { half_life } => write!(f, "lfu, half-life {half_life}"),
+            SlotPolicy::Adaptive { half_life, recent_half_life, recent_weight } => {
+                write!(f, "adaptive, half-life {half_life}, recent {recent_half_life} at weight {recent_weight}")
+            }
+        }
+    }
 }
 
 /// What one tier may hold, and how the plan fills it.

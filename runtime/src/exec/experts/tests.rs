@@ -51,6 +51,7 @@ fn fixture() -> (Arc<Gguf>, ModelSpec, PathBuf) {
 }
 
 struct Setup {
+    policy: SlotPolicy,
     slots: usize,
     /// None where the slow tier is mapped.
     staging: usize,
@@ -102,7 +103,7 @@ fn store(setup: &Setup, failing: &Arc<Mutex<(u64, Vec<u64>)>>) -> ExpertStore {
     let mut arena = Arena::new("dram", (room * (setup.slots * layers.len() + setup.staging)) as u64).unwrap();
     for layer in &mut layers {
         let slots = (0..setup.slots).map(|_| arena.take(layer.buffer_bytes(setup.layout)).unwrap()).collect();
-        layer.set_slots(slots, setup.layout);
+        layer.set_slots(slots, setup.layout, setup.policy);
     }
     let staging = (0..setup.staging).map(|_| arena.take(room).unwrap()).collect();
     let alignment = if setup.layout == Layout::WholePages { ALIGN } else { 1 };
@@ -134,6 +135,8 @@ fn take(store: &mut ExpertStore, layer: usize, used: &[u32], batch: bool) -> Res
     if batch {
         order.sort_unstable();
     }
+    let chosen: Vec<u16> = used.iter().map(|&e| e as u16).collect();
+    store.note(layer, &chosen);
     let mut step = store.begin(layer, used, order);
     let n = used.len();
     let look = |store: &mut ExpertStore, step: &mut Step, at: usize| {
@@ -185,11 +188,16 @@ proptest! {
         whole_pages in any::<bool>(),
         copy in proptest::option::of(any::<bool>()),
         warm in proptest::collection::vec((0usize..3, proptest::collection::vec(0u32..10, 0..9)), 0..4),
+        policy in prop_oneof![
+            Just(SlotPolicy::Lru),
+            (1u32..20).prop_map(|half_life| SlotPolicy::Lfu { half_life }),
+            Just(SlotPolicy::Adaptive { half_life: 8, recent_half_life: 2, recent_weight: 4 }),
+        ],
         failing in proptest::collection::vec(1u64..120, 0..12),
     ) {
         let layout = if whole_pages { Layout::WholePages } else { Layout::Packed };
         let failing = Arc::new(Mutex::new((0, failing)));
-        let setup = Setup { slots, staging, layout, copy, damaged: None };
+        let setup = Setup { policy, slots, staging, layout, copy, damaged: None };
         let mut store = store(&setup, &failing);
         let may_warm = store.warm_up(&warm).unwrap();
         prop_assert!(may_warm <= (slots * store.layers.len()) as u64);
@@ -245,7 +253,8 @@ proptest! {
 #[test]
 fn slots_are_filled_while_nothing_is_asked_for() {
     for (staging, slots) in [(0, 4), (1, 4), (6, 4), (6, 2)] {
-        let setup = Setup { slots, staging, layout: Layout::WholePages, copy: None, damaged: None };
+        let setup =
+            Setup { policy: SlotPolicy::Lru, slots, staging, layout: Layout::WholePages, copy: None, damaged: None };
         let mut store = store(&setup, &Arc::default());
         let wanted = [(0, vec![5, 1, 5, 99, 3, 7, 2]), (1, vec![4, 0])];
         let slots = slots as u64;
@@ -267,7 +276,8 @@ fn slots_are_filled_while_nothing_is_asked_for() {
 #[test]
 fn one_changed_byte_is_an_error_and_never_shown() {
     for (staging, copy) in [(0, None), (5, None), (5, Some(true))] {
-        let setup = Setup { slots: 2, staging, layout: Layout::Packed, copy, damaged: Some(3) };
+        let setup =
+            Setup { policy: SlotPolicy::Lru, slots: 2, staging, layout: Layout::Packed, copy, damaged: Some(3) };
         let mut store = store(&setup, &Arc::default());
         for _ in 0..3 {
             take(&mut store, 0, &[1, 2], false).unwrap();
@@ -284,7 +294,8 @@ fn one_changed_byte_is_an_error_and_never_shown() {
 
 #[test]
 fn on_a_mapped_tier_what_gets_no_slot_computes_where_it_lies() {
-    let setup = Setup { slots: 2, staging: 0, layout: Layout::Packed, copy: None, damaged: None };
+    let setup =
+        Setup { policy: SlotPolicy::Lru, slots: 2, staging: 0, layout: Layout::Packed, copy: None, damaged: None };
     let mut store = store(&setup, &Arc::default());
     take(&mut store, 0, &[6, 7], true).unwrap();
     // Expert 1 is to have the slot of an expert that computes after it.

@@ -1,23 +1,29 @@
 //! Experts that get a slot before anybody has chosen them.
 
-use super::{NONE, SlotCache};
+use super::{Kept, NONE, SlotCache};
 
 impl SlotCache {
     /// Slots that hold nothing yet.
     pub fn n_unused(&self) -> u32 {
-        self.unused.len() as u32
+        self.table.unused.len() as u32
     }
 
     /// Gives an expert a slot that holds nothing, as if it had been used before all others: it is the next to leave.
     /// `None`, and nothing changes, when it has a slot, the layer has no such expert, or no slot is unused. Experts of
     /// which the first is to stay longest are given in that order.
     pub fn preload(&mut self, expert: u32) -> Option<u32> {
-        if self.slot_of.get(expert as usize) != Some(&NONE) {
+        let table = &mut self.table;
+        if table.slot_of.get(expert as usize) != Some(&NONE) {
             return None;
         }
-        let slot = self.unused.pop()?;
-        self.slot_of[expert as usize] = slot;
-        self.order.insert(0, expert);
+        let empty = table.unused.len() as u64;
+        let slot = table.unused.pop()?;
+        table.slot_of[expert as usize] = slot;
+        match &mut self.kept {
+            Kept::Lru(lru) => lru.preload(expert),
+            Kept::Lfu(scored) => scored.preload(expert, slot, empty),
+            Kept::Adaptive(scored) => scored.preload(expert, slot, empty),
+        }
         Some(slot)
     }
 }
@@ -26,11 +32,23 @@ impl SlotCache {
 mod tests {
     use super::super::Access;
     use super::*;
+    use crate::formats::placement::SlotPolicy;
     use proptest::prelude::*;
+
+    const POLICIES: [SlotPolicy; 3] = [
+        SlotPolicy::Lru,
+        SlotPolicy::Lfu { half_life: 8 },
+        SlotPolicy::Adaptive { half_life: 8, recent_half_life: 2, recent_weight: 4 },
+    ];
 
     #[test]
     fn what_was_given_first_stays_longest() {
-        let mut cache = SlotCache::new(6, 3);
+        for policy in POLICIES {
+            first_stays_longest(SlotCache::new(6, 3, policy));
+        }
+    }
+
+    fn first_stays_longest(mut cache: SlotCache) {
         assert_eq!((cache.preload(4), cache.preload(1), cache.preload(4)), (Some(0), Some(1), None));
         assert_eq!((cache.n_unused(), cache.preload(6)), (1, None));
         let mut out = Vec::new();
@@ -51,7 +69,7 @@ mod tests {
                 proptest::sample::subsequence((0u32..8).collect::<Vec<_>>(), 0..5).prop_shuffle(), 0..20),
             n_slots in 0u32..9,
         ) {
-            let (mut warmed, mut used, mut out) = (SlotCache::new(8, n_slots), SlotCache::new(8, n_slots), Vec::new());
+            let (mut warmed, mut used, mut out) = (SlotCache::new(8, n_slots, SlotPolicy::Lru), SlotCache::new(8, n_slots, SlotPolicy::Lru), Vec::new());
             let kept: Vec<u32> = warm.iter().copied().filter(|e| warmed.preload(*e).is_some()).collect();
             prop_assert_eq!(kept.len(), warm.len().min(n_slots as usize));
             kept.iter().rev().for_each(|e| used.step(&[*e], &mut out));

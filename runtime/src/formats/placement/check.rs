@@ -1,6 +1,6 @@
 //! What a plan must satisfy to be written or believed, without knowing the model it is for.
 
-use super::{LayerPlacement, Placement, TierIdx};
+use super::{LayerPlacement, MAX_HALF_LIFE, MAX_RECENT_WEIGHT, Placement, SlotPolicy, TierIdx};
 use crate::formats::machine::{TierKind, check_tiers};
 use crate::formats::ranges::{Allowance, MAX_EXPERT, MAX_LAYER};
 use crate::formats::text::{check_amount, check_bytes};
@@ -119,6 +119,7 @@ fn check_layer(plan: &Placement, layer: &LayerPlacement, allowance: &mut Allowan
     } else {
         check_tier(plan, layer.slot_tier, "slot_tier")?;
     }
+    check_policy(layer.policy)?;
     let mut tiers = HashSet::new();
     let mut homes: HashMap<u32, TierIdx> = HashMap::new();
     for (tier, experts) in &layer.pinned {
@@ -142,6 +143,25 @@ fn check_layer(plan: &Placement, layer: &LayerPlacement, allowance: &mut Allowan
         }
     }
     Ok(())
+}
+
+fn check_policy(policy: SlotPolicy) -> Result<(), String> {
+    let half_life = |key: &str, tokens: u32| match tokens {
+        1..=MAX_HALF_LIFE => Ok(()),
+        _ => Err(format!("{key} is {tokens} tokens, but must be between 1 and {MAX_HALF_LIFE}")),
+    };
+    match policy {
+        SlotPolicy::Lru => Ok(()),
+        SlotPolicy::Lfu { half_life: tokens } => half_life("half_life", tokens),
+        SlotPolicy::Adaptive { half_life: tokens, recent_half_life, recent_weight } => {
+            half_life("half_life", tokens)?;
+            half_life("recent_half_life", recent_half_life)?;
+            if recent_weight > MAX_RECENT_WEIGHT {
+                return Err(format!("recent_weight is {recent_weight}, but {MAX_RECENT_WEIGHT} is the most"));
+            }
+            Ok(())
+        }
+    }
 }
 
 fn check_numbers(plan: &Placement) -> Result<(), String> {

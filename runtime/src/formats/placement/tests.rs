@@ -6,6 +6,7 @@ use proptest::prelude::*;
 
 const V1: &str = include_str!("../../../../tests/data/formats/placement.v1.toml");
 const V2: &str = include_str!("../../../../tests/data/formats/placement.v2.toml");
+const V3: &str = include_str!("../../../../tests/data/formats/placement.v3.toml");
 
 fn load(text: &str) -> Result<Placement, String> {
     decode(text.as_bytes(), Path::new("p.toml")).map_err(|e| e.to_string())
@@ -117,6 +118,12 @@ fn versions_mean_what_they_meant() {
     let plan = load(V2).unwrap();
     assert_eq!(plan, Placement { kv_type: KvType::Q8_0, ..want });
     assert_eq!(plan.encode(), V2, "the writer lays out version 2 as it always did");
+    let mut want = plan;
+    want.layers[0].policy = SlotPolicy::Lfu { half_life: 16 };
+    want.layers[4].policy = SlotPolicy::Adaptive { half_life: 64, recent_half_life: 2, recent_weight: 8 };
+    let plan = load(V3).unwrap();
+    assert_eq!(plan, want);
+    assert_eq!(plan.encode(), V3, "a plan with a policy of version 3 says so");
 }
 
 #[test]
@@ -163,7 +170,7 @@ fn errors_say_what_and_how_to_mend() {
         (
             "version = 1",
             "version = 7",
-            "placement plan version 7, but this program reads up to version 2; update tier-plan",
+            "placement plan version 7, but this program reads up to version 3; update tier-plan",
         ),
         ("context = 1024", "context = 1024\nkv_type = \"f16\"", "kv_type is a key of version 2; write `version = 2`"),
         (
@@ -174,7 +181,13 @@ fn errors_say_what_and_how_to_mend() {
         ("context = 1024", "context = 1024\ncolour = 3", "line 6: unknown field `colour`, expected one of `format`"),
         ("experts = 4 }", "experts = 4, size = 2 }", "line 7: unknown field `size`"),
         ("slots = 2", "slots = 2\nslot = 1", "unknown field `slot`"),
-        ("policy = \"lru\"", "policy = \"lfu\"", "unknown variant `lfu`, expected `lru`"),
+        ("policy = \"lru\"", "policy = \"fifo\"", "unknown variant `fifo`, expected one of `lru`, `lfu`, `adaptive`"),
+        ("policy = \"lru\"", "policy = \"lfu\"", "layer 1: the policy \"lfu\" is of version 3; write `version = 3`"),
+        (
+            "policy = \"lru\"",
+            "policy = \"lru\"\nhalf_life = 3",
+            "half_life is no parameter of the policy \"lru\"; leave it",
+        ),
         ("slots = 2", "slots = -2", "invalid value: integer `-2`"),
         ("slots = 2", "slots = 70000", "layer 1: 70000 slots, but 65536 is the most"),
         (
@@ -227,6 +240,20 @@ fn errors_say_what_and_how_to_mend() {
     ];
     for (from, to, why) in cases {
         let error = load(&v1_with(from, to)).expect_err(to);
+        assert!(error.starts_with("p.toml: ") && error.contains(why), "{to}: wanted {why:?}, got {error:?}");
+    }
+    let cases = [
+        ("half_life = 16", "", "layer 1: the policy \"lfu\" needs half_life; write a number"),
+        ("half_life = 16", "half_life = 0", "layer 1: half_life is 0 tokens, but must be between 1 and 65536"),
+        ("half_life = 16", "half_life = 16\nrecent_weight = 2", "recent_weight is no parameter of the policy \"lfu\""),
+        ("recent_half_life = 2", "recent_half_life = 65537", "layer 5: recent_half_life is 65537 tokens, but must be"),
+        ("recent_half_life = 2\n", "", "layer 5: the policy \"adaptive\" needs recent_half_life"),
+        ("recent_weight = 8", "recent_weight = 1025", "layer 5: recent_weight is 1025, but 1024 is the most"),
+        ("version = 3", "version = 2", "layer 1: the policy \"lfu\" is of version 3; write `version = 3`"),
+    ];
+    for (from, to, why) in cases {
+        assert!(V3.contains(from), "{from}");
+        let error = load(&V3.replacen(from, to, 1)).expect_err(to);
         assert!(error.starts_with("p.toml: ") && error.contains(why), "{to}: wanted {why:?}, got {error:?}");
     }
     let error = decode(b"GGUF\x03\0\0\0", Path::new("p.toml")).unwrap_err().to_string();
@@ -305,20 +332,30 @@ fn memory(tiers: &[Tier]) -> Vec<TierIdx> {
 
 fn any_layers(tiers: Vec<Tier>) -> impl Strategy<Value = Vec<LayerPlacement>> {
     let n = tiers.len();
-    let body = (btree_map(0u32..70, 0..n, 0..70), 0u32..20, any::<prop::sample::Index>());
+    let half_life = || 1..=MAX_HALF_LIFE;
+    let policy = prop_oneof![
+        3 => Just(SlotPolicy::Lru),
+        1 => half_life().prop_map(|half_life| SlotPolicy::Lfu { half_life }),
+        1 => (half_life(), half_life(), 0..=MAX_RECENT_WEIGHT).prop_map(
+            |(half_life, recent_half_life, recent_weight)| {
+                SlotPolicy::Adaptive { half_life, recent_half_life, recent_weight }
+            }
+        ),
+    ];
+    let body = (btree_map(0u32..70, 0..n, 0..70), 0u32..20, any::<prop::sample::Index>(), policy);
     // Few numbers in a small range, and few different bodies, so that runs of like layers are common.
     (btree_set(0u32..12, 0..10), vec(body, 1..3), vec(any::<prop::sample::Index>(), 12)).prop_map(
         move |(numbers, bodies, picks)| {
             let memory = memory(&tiers);
             let layer = |(layer, pick): (u32, prop::sample::Index)| {
-                let (owner, slots, slot_tier) = &bodies[pick.index(bodies.len())];
+                let (owner, slots, slot_tier, policy) = &bodies[pick.index(bodies.len())];
                 let of = |t| owner.iter().filter(|&(_, &o)| o == t).map(|(&e, _)| e).collect::<Vec<u32>>();
                 LayerPlacement {
                     layer,
                     pinned: (0..n).map(|t| (t, of(t))).filter(|(_, e)| !e.is_empty()).collect(),
                     slots: *slots,
                     slot_tier: memory[slot_tier.index(memory.len())],
-                    policy: SlotPolicy::Lru,
+                    policy: *policy,
                 }
             };
             numbers.into_iter().zip(picks).map(layer).collect()

@@ -1,4 +1,4 @@
-//! The text of versions 1 and 2 of a plan: written by hand for people, read through wire structs for safety.
+//! The text of versions 1 to 3 of a plan: written by hand for people, read through wire structs for safety.
 
 use super::{
     DensePlacement, LayerPlacement, PLACEMENT, Placement, PlanTier, Prediction, SlotPolicy, SolverReport, TierIdx,
@@ -28,7 +28,7 @@ pub(super) fn encode(plan: &Placement) -> String {
     let name = |tier: TierIdx| plan.tiers.get(tier).map_or("?", |t| t.tier.name.as_str());
     out.line("# Where every tensor lives; docs/FORMAT.md explains each line.");
     out.field("format", quote(PLACEMENT.format));
-    out.field("version", PLACEMENT.newest);
+    out.field("version", version(plan));
     out.field("name", quote(&plan.name));
     out.field("context", plan.context);
     out.field("kv_tier", quote(name(plan.kv_tier)));
@@ -144,14 +144,22 @@ fn encode_layers<'a>(plan: &Placement, out: &mut Text, name: impl Fn(TierIdx) ->
         out.field("pinned", table(pinned));
         out.field("slots", first.slots);
         out.field("slot_tier", quote(name(first.slot_tier)));
-        out.field("policy", quote(policy_name(first.policy)));
+        out.field("policy", quote(first.policy.name()));
+        match first.policy {
+            SlotPolicy::Lru => {}
+            SlotPolicy::Lfu { half_life } => out.field("half_life", half_life),
+            SlotPolicy::Adaptive { half_life, recent_half_life, recent_weight } => {
+                out.field("half_life", half_life);
+                out.field("recent_half_life", recent_half_life);
+                out.field("recent_weight", recent_weight);
+            }
+        }
     }
 }
 
-fn policy_name(policy: SlotPolicy) -> &'static str {
-    match policy {
-        SlotPolicy::Lru => "lru",
-    }
+/// The oldest version that can say all of the plan and is still written.
+fn version(plan: &Placement) -> u64 {
+    if plan.layers.iter().all(|l| l.policy == SlotPolicy::Lru) { 2 } else { PLACEMENT.newest }
 }
 
 fn source(id: &SourceId) -> String {
@@ -191,7 +199,7 @@ pub(super) fn decode(text: &str) -> Result<Placement, String> {
     let dense = decode_dense(wire.dense, &names, &mut allowance)?;
     let mut layers = Vec::new();
     for layer in wire.layer {
-        decode_layer(layer, &names, &mut allowance, &mut layers)?;
+        decode_layer(layer, wire.version, &names, &mut allowance, &mut layers)?;
     }
     Ok(Placement {
         name: wire.name,
@@ -256,14 +264,15 @@ fn decode_dense(wire: WireDense, names: &Names, allowance: &mut Allowance) -> Re
 
 fn decode_layer(
     wire: WireLayer,
+    version: u64,
     names: &Names,
     allowance: &mut Allowance,
     out: &mut Vec<LayerPlacement>,
 ) -> Result<(), String> {
-    let (place, numbers) = match (wire.layer, wire.layers) {
+    let (place, numbers) = match (wire.layer, &wire.layers) {
         (Some(layer), None) => (format!("layer {layer}"), vec![layer]),
         (None, Some(text)) => {
-            let numbers = ranges::parse(&text, "layer", MAX_LAYER, allowance)?;
+            let numbers = ranges::parse(text, "layer", MAX_LAYER, allowance)?;
             (format!("layers {text}"), numbers)
         }
         _ => return Err("each [[layer]] needs either layer = 3 or layers = \"3-7\"".into()),
@@ -272,6 +281,7 @@ fn decode_layer(
         return Err("a [[layer]] table names no layer; write layer = 3 or layers = \"3-7\"".into());
     }
     let explain = |what: String| format!("{place}: {what}");
+    let policy = wire.policy(version).map_err(explain)?;
     let mut pinned = Vec::new();
     let mut count = 0u64;
     for (tier, experts) in wire.pinned {
@@ -286,9 +296,6 @@ fn decode_layer(
     // The table is copied for every layer it stands for, so the copies count too.
     allowance.take(count * (numbers.len() as u64 - 1)).map_err(explain)?;
     let slot_tier = names.find(&wire.slot_tier, "slot_tier").map_err(explain)?;
-    let policy = match wire.policy {
-        WirePolicy::Lru => SlotPolicy::Lru,
-    };
     out.extend(numbers.into_iter().map(|layer| LayerPlacement {
         layer,
         pinned: pinned.clone(),
@@ -484,10 +491,50 @@ struct WireLayer {
     slots: u32,
     slot_tier: String,
     policy: WirePolicy,
+    half_life: Option<u32>,
+    recent_half_life: Option<u32>,
+    recent_weight: Option<u32>,
 }
 
-#[derive(Deserialize)]
+impl WireLayer {
+    /// The policy with its parameters: all that it has, and no others.
+    fn policy(&self, version: u64) -> Result<SlotPolicy, String> {
+        let given = [
+            ("half_life", self.half_life),
+            ("recent_half_life", self.recent_half_life),
+            ("recent_weight", self.recent_weight),
+        ];
+        let (name, takes) = match self.policy {
+            WirePolicy::Lru => ("lru", 0),
+            WirePolicy::Lfu => ("lfu", 1),
+            WirePolicy::Adaptive => ("adaptive", 3),
+        };
+        if takes > 0 && version < 3 {
+            return Err(format!("the policy \"{name}\" is of version 3; write `version = 3`"));
+        }
+        if let Some((key, _)) = given[takes..].iter().find(|(_, value)| value.is_some()) {
+            return Err(format!("{key} is no parameter of the policy \"{name}\"; leave it out"));
+        }
+        let parameter = |at: usize| {
+            let (key, value) = given[at];
+            value.ok_or_else(|| format!("the policy \"{name}\" needs {key}; write a number of tokens or a weight"))
+        };
+        Ok(match self.policy {
+            WirePolicy::Lru => SlotPolicy::Lru,
+            WirePolicy::Lfu => SlotPolicy::Lfu { half_life: parameter(0)? },
+            WirePolicy::Adaptive => SlotPolicy::Adaptive {
+                half_life: parameter(0)?,
+                recent_half_life: parameter(1)?,
+                recent_weight: parameter(2)?,
+            },
+        })
+    }
+}
+
+#[derive(Deserialize, Clone, Copy)]
 #[serde(rename_all = "lowercase")]
 enum WirePolicy {
     Lru,
+    Lfu,
+    Adaptive,
 }
