@@ -423,8 +423,9 @@ mod interruption {
         let mut first = [0];
         child.stdout.as_mut().unwrap().read_exact(&mut first).unwrap();
         interrupt(&child);
-        let output = succeeded(child.wait_with_output().unwrap());
-        assert!(stderr(&output).contains("tok/s"), "{}", stderr(&output));
+        let output = child.wait_with_output().unwrap();
+        assert_eq!(output.status.code(), Some(130), "{}", stderr(&output));
+        assert!(!stderr(&output).contains("error") && stderr(&output).contains("tok/s"), "{}", stderr(&output));
         let record: Value = serde_json::from_slice(&fs::read(temporary.path().join("r.json")).unwrap()).unwrap();
         let tokens = record["output"].as_array().unwrap().len();
         assert!((1..100_000).contains(&tokens), "{tokens}");

@@ -4,7 +4,7 @@
 use super::*;
 use crate::exec::verify::make_sums;
 use crate::model::describe;
-use crate::model::spec::ModelSpec;
+use crate::model::spec::{ModelSpec, MoeSpec};
 use crate::tiers::arena::Arena;
 use crate::tiers::source::{ALIGN, ReadAt, Stamp};
 use proptest::prelude::*;

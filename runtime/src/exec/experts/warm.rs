@@ -5,6 +5,7 @@
 //! wanted meanwhile is read by itself and the copy that comes second is dropped.
 
 use super::{ExpertStore, Home, LEFT_FREE, keep, whole};
+use crate::exec::slots::SlotCache;
 use crate::tiers::arena::{Arena, ArenaError, Piece};
 use crate::tiers::file::{Arrival, FileTier, Urgency};
 use std::collections::VecDeque;
@@ -82,7 +83,7 @@ impl ExpertStore {
 
     /// What the slots of each layer (by position) hold, the most recently used first.
     pub(in crate::exec) fn residents(&self) -> Vec<Vec<u32>> {
-        let experts = |cache: &super::SlotCache| cache.resident().rev().map(|(expert, _)| expert).collect();
+        let experts = |cache: &SlotCache| cache.resident().rev().map(|(expert, _)| expert).collect();
         self.layers.iter().map(|layer| experts(&layer.cache)).collect()
     }
 
