@@ -170,7 +170,7 @@ fn plans_that_do_not_fit() {
     run(
         "newer.toml",
         &swap(&plan, "version = 2", "version = 7"),
-        &["newer.toml", "version 7", "up to version 2", "update"],
+        &["newer.toml", "version 7", "up to version 3", "update"],
     );
     run("cut.toml", &plan[..900], &["cut.toml", "line "]);
     run("empty.toml", "", &["empty.toml", "not a placement plan", "tier-plan solve"]);

@@ -10,6 +10,7 @@ use tier_plan_planner::replay::{LayerTrace, hits};
 use tier_plan_planner::session::{Session, tokenizer};
 use tier_plan_runtime::exec::Wanted;
 use tier_plan_runtime::formats::SourceId;
+use tier_plan_runtime::formats::machine::TierKind;
 use tier_plan_runtime::formats::placement::{self, LayerPlacement, Placement, SlotPolicy};
 use tier_plan_runtime::formats::profile::{Profile, PromptTrace, Split};
 use tier_plan_runtime::gguf::Gguf;
@@ -89,6 +90,17 @@ fn with(plan: &Placement, policy: impl Fn(&LayerPlacement) -> SlotPolicy) -> Pla
     plan
 }
 
+/// The plan on a machine whose last tier is memory.
+fn in_place(plan: &Placement) -> Placement {
+    let mut plan = plan.clone();
+    if let Some(home) = plan.tiers.last_mut() {
+        home.tier.kind = TierKind::Pmem;
+    }
+    plan.staging_experts = 0;
+    plan.tiers.iter_mut().for_each(|tier| tier.staging_bytes = 0);
+    plan
+}
+
 #[test]
 fn the_engine_counts_what_the_replay_does() {
     let folder = tempfile::tempdir().unwrap();
@@ -126,7 +138,10 @@ fn the_engine_counts_what_the_replay_does() {
     let gguf = Arc::new(Gguf::open(&demo_model()).unwrap());
     let mut texts = prompts::read(&common::root().join("profiles/prompts")).unwrap();
     texts.retain(|p| p.split == Split::HeldOut);
-    let plans: Vec<Placement> = POLICIES.iter().map(|&policy| with(&lru, |_| policy)).chain([auto]).collect();
+    let plans = POLICIES.iter().map(|&policy| with(&lru, |_| policy)).chain([auto]);
+    // And the same with a last tier that computes in place, where what is refused a slot is not staged.
+    let memory = in_place(&lru);
+    let plans: Vec<Placement> = plans.chain(POLICIES.iter().map(|&policy| with(&memory, |_| policy))).collect();
     let mut expected: Option<(Vec<Vec<u32>>, Vec<u16>)> = None;
     for plan in &plans {
         let run = run(&gguf, plan, &texts);

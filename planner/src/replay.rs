@@ -447,6 +447,7 @@ pub(crate) mod tests {
         fn one_pass_equals_stepping_every_cache(prompts in traces(9, 3), pins in proptest::collection::vec(any::<bool>(), 9)) {
             let trace = trace(9, 3, &prompts);
             let positions = Positions::new(&trace, &pins);
+            prop_assert_eq!(&positions, &Positions::timed::<i32>(&trace, &pins));
             for (slots, hits) in positions.hit_curve(10).into_iter().enumerate() {
                 prop_assert_eq!(hits, step_hits(&trace, &pins, slots as u32));
                 prop_assert_eq!(hits, super::hits(&trace, &pins, slots as u32, SlotPolicy::Lru));
@@ -481,6 +482,18 @@ pub(crate) mod tests {
             assert_eq!(curve.iter().map(|(slots, _)| *slots).collect::<Vec<_>>(), [0, 1, 2, 3, 4, 5]);
             assert_eq!((curve[0].1, curve[2].1, curve[5].1), (0, 2, 3));
         }
+    }
+
+    #[test]
+    fn a_trace_longer_than_the_clock_is_replayed_alike() {
+        let mut random = crate::profile::synthetic::Random::new(9);
+        let mut token = || {
+            let first = random.below(30);
+            [first as u16, (first + 1 + random.below(29)) as u16 % 30]
+        };
+        let chosen: Vec<u16> = (0..40_000).flat_map(|_| token()).collect();
+        let trace = LayerTrace::made_up(30, 2, &[], chosen);
+        assert_eq!(Positions::timed::<i16>(&trace, &[false; 30]), Positions::timed::<i32>(&trace, &[false; 30]));
     }
 
     #[test]
