@@ -3,6 +3,7 @@
 
 use super::*;
 use crate::exec::verify::make_sums;
+use crate::formats::placement::SlotPolicy;
 use crate::model::describe;
 use crate::model::spec::{ModelSpec, MoeSpec};
 use crate::tiers::arena::Arena;
