@@ -170,6 +170,9 @@ pub struct SolveArgs {
     /// Context length to plan the key and value cache for
     #[arg(long, default_value_t = 1024)]
     pub context: u32,
+    /// Predict for tokens that look back at this many positions; half of the context when not given
+    #[arg(long, value_name = "POSITIONS")]
+    pub at: Option<u32>,
     /// How keys and values are stored: f16, q8_0 (about half of it) or f32
     #[arg(long, value_name = "TYPE", default_value_t = KvType::F16)]
     pub kv_type: KvType,
@@ -276,6 +279,12 @@ pub struct WhatIfArgs {
     /// Context length to plan the key and value cache for
     #[arg(long, default_value_t = 4096)]
     pub context: u32,
+    /// Predict for tokens that look back at this many positions; half of the context when not given
+    #[arg(long, value_name = "POSITIONS")]
+    pub at: Option<u32>,
+    /// How keys and values are stored: f16, q8_0 (about half of it) or f32
+    #[arg(long, value_name = "TYPE", default_value_t = KvType::F16)]
+    pub kv_type: KvType,
     /// Budget of a tier, as NAME=SIZE (`vram=11GiB`); the tier's capacity when not given
     #[arg(short, long, value_name = "TIER=SIZE")]
     pub budget: Vec<String>,

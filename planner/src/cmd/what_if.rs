@@ -1,6 +1,6 @@
 //! `tier-plan what-if`: what a model would do on a machine, from shapes and rates alone.
 
-use super::solve::budgets;
+use super::solve::{budgets, check_at};
 use crate::catalogue;
 use crate::cli::WhatIfArgs;
 use crate::progress;
@@ -18,6 +18,7 @@ use tier_plan_runtime::units::show_bytes;
 /// Runs it.
 pub fn run(args: &WhatIfArgs) -> Result<()> {
     ensure!(args.context > 0, "--context 0 holds no text; give 1 or more");
+    check_at(args.at, args.context)?;
     let range = args.sweep.as_deref().map(Range::parse).transpose()?;
     ensure!(range.is_none() || args.machine.len() == 1, "--sweep is for one machine; give --machine once");
     ensure!(range.is_some() || args.output.is_none(), "--output is the folder of a sweep; give --sweep too");
@@ -37,7 +38,8 @@ pub fn run(args: &WhatIfArgs) -> Result<()> {
         .map(|machine| {
             let budgets = budgets(&args.budget, args.vram.as_deref(), args.dram.as_deref(), machine)?;
             let (known, profile) = (&known, profile.as_ref());
-            Ok(Question { known, machine, budgets, profile, context: args.context, time_limit_s })
+            let (at, kv_type) = (args.at, args.kv_type);
+            Ok(Question { known, machine, budgets, profile, context: args.context, at, kv_type, time_limit_s })
         })
         .collect::<Result<Vec<_>>>()?;
     if let (Some(range), Some(question)) = (&range, questions.first()) {

@@ -7,7 +7,7 @@ pub mod sweep;
 
 use crate::catalogue::Known;
 use crate::cli::Strategy;
-use crate::cost::token_s;
+use crate::cost::{move_to, token_s};
 use crate::profile::Evidence;
 use crate::profile::pattern::Pattern;
 use crate::solve::{Inputs, Options, solve_judged};
@@ -31,6 +31,10 @@ pub struct Question<'a> {
     pub profile: Option<&'a Profile>,
     /// Tokens of context.
     pub context: u32,
+    /// Positions that the predicted tokens look back at; half of the context when `None`.
+    pub at: Option<u32>,
+    /// How keys and values are stored.
+    pub kv_type: KvType,
     /// Seconds for each of the plans.
     pub time_limit_s: f64,
 }
@@ -105,8 +109,9 @@ impl Answer {
 pub fn bound(plan: &Placement) -> Bound {
     let predicted = &plan.predicted;
     let total = token_s(predicted).max(f64::MIN_POSITIVE);
-    let tiers = plan.tiers.iter().zip(predicted.dense_s.iter().zip(&predicted.expert_s));
-    let of_tiers = tiers.map(|(tier, (dense, expert))| (tier.tier.name.clone(), dense + expert));
+    let tiers = plan.tiers.iter().zip(predicted.dense_s.iter().zip(&predicted.expert_s)).enumerate();
+    let cache = |at: usize| if at == plan.kv_tier { predicted.kv_s } else { 0.0 };
+    let of_tiers = tiers.map(|(at, (tier, (dense, expert)))| (tier.tier.name.clone(), dense + expert + cache(at)));
     let all = std::iter::once(("overheads".to_string(), predicted.overhead_s)).chain(of_tiers);
     let (by, seconds) = all.max_by(|a, b| a.1.total_cmp(&b.1)).unwrap_or_default();
     Bound { by, seconds, share: seconds / total }
@@ -124,7 +129,7 @@ pub fn answer(question: &Question<'_>) -> Result<Answer> {
         machine,
         budgets: question.budgets.clone(),
         context: question.context,
-        kv_type: KvType::default(),
+        kv_type: question.kv_type,
     };
     let options = Options { strategy: Strategy::Optimal, time_limit_s: question.time_limit_s };
     let mut supposed = Vec::new();
@@ -139,7 +144,10 @@ pub fn answer(question: &Question<'_>) -> Result<Answer> {
     }
     let mut cases = Vec::with_capacity(supposed.len());
     for (routing, evidence) in &supposed {
-        let solved = solve_judged(&inputs, evidence, &options)?;
+        let mut solved = solve_judged(&inputs, evidence, &options)?;
+        if let Some(at) = question.at {
+            move_to(&mut solved.plan, shape, at);
+        }
         cases.push(Case { routing, plan: solved.plan, notes: solved.notes });
     }
     cases.sort_by(|a, b| a.decode_tok_s().total_cmp(&b.decode_tok_s()));

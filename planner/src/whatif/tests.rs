@@ -18,7 +18,16 @@ fn machine_of(extras: &str, tiers: &[(&str, &str, f64)]) -> Machine {
 
 fn ask<'a>(known: &'a Known, machine: &'a Machine) -> Question<'a> {
     let budgets = machine.tiers.iter().map(|t| t.capacity_bytes).collect();
-    Question { known, machine, budgets, profile: None, context: 1024, time_limit_s: 2.0 }
+    Question {
+        known,
+        machine,
+        budgets,
+        profile: None,
+        context: 1024,
+        at: None,
+        kv_type: KvType::F16,
+        time_limit_s: 2.0,
+    }
 }
 
 fn known(name: &str, quant: &str) -> Known {
@@ -33,7 +42,8 @@ fn one_tier_is_its_bytes_over_its_rate() -> Result<()> {
         let known = known(name, "q4_k_m");
         let answer = answer(&ask(&known, &machine))?;
         let sizes = &known.sizes;
-        let seconds = 100e-6 + f64::from(sizes.n_layer) * 10e-6 + sizes.token_bytes() as f64 / 50e9;
+        let cache = 512 * KvType::F16.token_bytes(sizes);
+        let seconds = 100e-6 + f64::from(sizes.n_layer) * 10e-6 + (sizes.token_bytes() + cache) as f64 / 50e9;
         for case in &answer.cases {
             assert!((case.decode_tok_s() * seconds - 1.0).abs() < 1e-9, "{name} {}", case.routing);
             assert_eq!(case.plan.solver.status, "optimal");
@@ -45,7 +55,7 @@ fn one_tier_is_its_bytes_over_its_rate() -> Result<()> {
         assert!((answer.tok_s_per_1000_usd().unwrap() - 0.25 / seconds).abs() < 1e-9);
         let bound = bound(&answer.cases[0].plan);
         assert_eq!(bound.by, "dram");
-        assert!((bound.seconds - sizes.token_bytes() as f64 / 50e9).abs() < 1e-9);
+        assert!((bound.seconds - (sizes.token_bytes() + cache) as f64 / 50e9).abs() < 1e-9);
     }
     Ok(())
 }

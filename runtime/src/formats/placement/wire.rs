@@ -1,4 +1,4 @@
-//! The text of versions 1 and 2 of a plan: written by hand for people, read through wire structs for safety.
+//! The text of versions 1 to 3 of a plan: written by hand for people, read through wire structs for safety.
 
 use super::{
     DensePlacement, LayerPlacement, PLACEMENT, Placement, PlanTier, Prediction, SlotPolicy, SolverReport, TierIdx,
@@ -28,7 +28,9 @@ pub(super) fn encode(plan: &Placement) -> String {
     let name = |tier: TierIdx| plan.tiers.get(tier).map_or("?", |t| t.tier.name.as_str());
     out.line("# Where every tensor lives; docs/FORMAT.md explains each line.");
     out.field("format", quote(PLACEMENT.format));
-    out.field("version", PLACEMENT.newest);
+    let predicted = &plan.predicted;
+    let charges_kv = predicted.at > 0 || predicted.kv_s > 0.0 || !predicted.prompt_gflops.is_empty();
+    out.field("version", if charges_kv { 3 } else { 2 });
     out.field("name", quote(&plan.name));
     out.field("context", plan.context);
     out.field("kv_tier", quote(name(plan.kv_tier)));
@@ -56,7 +58,6 @@ pub(super) fn encode(plan: &Placement) -> String {
     }
     out.field("solve_s", float(plan.solver.solve_s));
 
-    let predicted = &plan.predicted;
     out.line("\n[predicted]");
     out.field("decode_tok_s", float(predicted.decode_tok_s));
     out.field("prompt_tok_s", float(predicted.prompt_tok_s));
@@ -64,9 +65,16 @@ pub(super) fn encode(plan: &Placement) -> String {
     out.field("emulated", predicted.emulated);
     out.field("overhead_s", float(predicted.overhead_s));
     out.field("expert_critical_s", float(predicted.expert_critical_s));
-    for (key, parts) in
-        [("dense_s", &predicted.dense_s), ("expert_s", &predicted.expert_s), ("read_bytes", &predicted.read_bytes)]
-    {
+    if charges_kv {
+        out.field("at", predicted.at);
+        out.field("kv_s", float(predicted.kv_s));
+    }
+    for (key, parts) in [
+        ("dense_s", &predicted.dense_s),
+        ("expert_s", &predicted.expert_s),
+        ("read_bytes", &predicted.read_bytes),
+        ("prompt_gflops", &predicted.prompt_gflops),
+    ] {
         if !parts.is_empty() {
             let parts = parts.iter().enumerate().map(|(tier, &x)| format!("{} = {}", name(tier), float(x)));
             out.field(key, table(parts));
@@ -186,6 +194,12 @@ pub(super) fn decode(text: &str) -> Result<Placement, String> {
         Some(name) => name.parse().map_err(|e| format!("kv_type: {e}"))?,
         None => KvType::default(),
     };
+    let of_3 = &wire.predicted;
+    if wire.version < 3 && (of_3.at.is_some() || of_3.kv_s.is_some() || !of_3.prompt_gflops.is_empty()) {
+        return Err(
+            "predicted.at, kv_s and prompt_gflops are keys of version 3; write `version = 3`, or leave them out".into(),
+        );
+    }
     let mut allowance = Allowance::for_a_file();
     let names = Names::new(&wire.tier);
     let dense = decode_dense(wire.dense, &names, &mut allowance)?;
@@ -225,6 +239,9 @@ pub(super) fn decode(text: &str) -> Result<Placement, String> {
             hit_rate: wire.predicted.hit_rate,
             read_bytes: names.by_tier(wire.predicted.read_bytes, "predicted.read_bytes")?,
             emulated: wire.predicted.emulated,
+            at: wire.predicted.at.unwrap_or(0),
+            kv_s: wire.predicted.kv_s.unwrap_or(0.0),
+            prompt_gflops: names.by_tier(wire.predicted.prompt_gflops, "predicted.prompt_gflops")?,
         },
         tiers: wire.tier.into_iter().map(WireTier::into_tier).collect(),
     })
@@ -408,6 +425,10 @@ struct WirePrediction {
     expert_s: BTreeMap<String, f64>,
     #[serde(default)]
     read_bytes: BTreeMap<String, f64>,
+    at: Option<u32>,
+    kv_s: Option<f64>,
+    #[serde(default)]
+    prompt_gflops: BTreeMap<String, f64>,
 }
 
 #[derive(Deserialize)]
