@@ -23,6 +23,8 @@ pub enum Command {
     Inspect(InspectArgs),
     /// Measure this machine, and write machine.toml
     Probe(ProbeArgs),
+    /// Fit a machine file to what runs on that machine took
+    Calibrate(CalibrateArgs),
     /// Run calibration prompts and record which experts every token uses
     Profile(ProfileArgs),
     /// Find where every tensor should live, and write placement.toml
@@ -95,6 +97,23 @@ pub struct ProbeArgs {
     /// Threads; the physical cores when not given
     #[arg(long)]
     pub threads: Option<usize>,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `calibrate`.
+#[derive(Debug, Args)]
+pub struct CalibrateArgs {
+    /// Run records (.json) of plans that were made for this machine file, under different budgets
+    #[arg(required = true)]
+    pub records: Vec<PathBuf>,
+    /// The machine file, which is replaced where --output is not given, or the name of one that comes with the program
+    #[arg(short, long)]
+    pub machine: PathBuf,
+    /// Where to write the fitted machine file
+    #[arg(short, long)]
+    pub output: Option<PathBuf>,
     /// Print JSON
     #[arg(long)]
     pub json: bool,
@@ -259,6 +278,8 @@ pub enum ExportTo {
     Ktransformers,
     /// How often each expert was used, for its expert-parallel load balancer
     Sglang,
+    /// Nothing: it reads no placement and no counts, and says so
+    Vllm,
 }
 
 /// `what-if`.

@@ -27,6 +27,7 @@
 //!
 //! Prompts are the subject of [`prompt`].
 
+pub mod fit;
 pub mod prompt;
 
 use crate::profile::{Evidence, Judged, LayerEvidence};

@@ -281,6 +281,7 @@ pub(super) fn report(layers: u32, experts: u32, used: u32, tier_count: usize, pl
         plans: entries,
         profile: Some(profile),
         curves,
+        history: Vec::new(),
         notes: vec!["All plans produced the same tokens.".into()],
     }
 }

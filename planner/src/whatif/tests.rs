@@ -131,3 +131,27 @@ fn a_sweep_rises_bends_and_costs_more() -> Result<()> {
     assert!(error.contains("no such tier; its tiers are dram, nvme"), "{error}");
     Ok(())
 }
+
+#[test]
+fn the_same_money_goes_where_it_brings_most() -> Result<()> {
+    let known = known("qwen3-30b-a3b", "q4_k_m");
+    let mut machine =
+        machine_of("price_usd = 2000", &[("vram", "4GiB", 800.0), ("dram", "6GiB", 50.0), ("nvme", "100GB", 5.0)]);
+    machine.extras.usd_per_gb.extend([("dram".to_string(), 20.0), ("nvme".to_string(), 0.1)]);
+    let question = ask(&known, &machine);
+    let found = answer(&question)?;
+    let bought = purchase::purchases(&question, &found)?;
+    // A tenth of the price on each tier that has one.
+    let names: Vec<&str> = bought.iter().map(|p| p.tier.as_str()).collect();
+    assert_eq!(names, ["dram", "nvme"]);
+    assert_eq!((bought[0].usd, bought[0].bytes), (200.0, 10_000_000_000));
+    assert!(bought[0].helps() && !bought[1].helps(), "{bought:?}");
+    let (larger, budgets) = sweep::at_size(&question, "dram", (6 << 30) + 10_000_000_000).unwrap();
+    let again = answer(&Question { machine: &larger, budgets, ..question.clone() })?;
+    let middle = found.middle().unwrap().routing;
+    let expected = again.cases.iter().find(|c| c.routing == middle).unwrap().decode_tok_s();
+    assert!((bought[0].tok_s / expected - 1.0).abs() < 0.01, "{} {expected}", bought[0].tok_s);
+    machine.extras.usd_per_gb.clear();
+    assert_eq!(purchase::purchases(&ask(&known, &machine), &found)?, []);
+    Ok(())
+}
