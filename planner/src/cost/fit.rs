@@ -18,14 +18,15 @@ use tier_plan_runtime::formats::machine::{Calibration, Machine, TierKind};
 use tier_plan_runtime::formats::placement::Prediction;
 use tier_plan_runtime::formats::record::RunRecord;
 
-/// How strongly a doubling of a parameter is held against: as much as an error of this share of one run's token.
-const PULL: f64 = 0.02;
+/// How strongly a change of a parameter by one unit is held against: as much as an error of this share of one run's
+/// token. The unit of a factor is 1, that of a fixed time what the file says, or [`FIXED_S`] if that is more.
+const PULL: f64 = 0.01;
 
 /// Least and greatest factor on a tier's time. What lies beyond is no misjudged rate but something else.
 const FACTORS: (f64, f64) = (0.1, 10.0);
 
-/// Fixed times that were 0 are held against as if they had been this, in seconds.
-const LEAST_FIXED_S: f64 = 10e-6;
+/// By how much the fixed times of a layer and of a token may well be misjudged, in seconds.
+const FIXED_S: [f64; 2] = [100e-6, 500e-6];
 
 /// One run against the model.
 #[derive(Debug, Clone, PartialEq)]
@@ -214,7 +215,8 @@ fn layers(machine: &Machine, record: &RunRecord, predicted: &Prediction) -> f64 
 /// The parameters with the least sum of squared errors, each error as a share of its run's time of a token.
 fn least_squares(runs: &[&Run], start: &[f64]) -> Vec<f64> {
     let n = start.len();
-    let unit: Vec<f64> = start.iter().map(|&s| if s > 0.0 { s } else { LEAST_FIXED_S }).collect();
+    let least = FIXED_S.into_iter().chain(std::iter::repeat(1.0));
+    let unit: Vec<f64> = start.iter().zip(least).map(|(&start, least)| start.max(least)).collect();
     // Bounds are few and seldom met: what meets one is held there, and the rest is found again.
     let mut held: Vec<Option<f64>> = vec![None; n];
     loop {

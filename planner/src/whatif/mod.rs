@@ -283,4 +283,6 @@ pub fn as_json(question: &Question<'_>, answer: &Result<Answer>) -> Value {
 }
 
 #[cfg(test)]
+mod points;
+#[cfg(test)]
 mod tests;

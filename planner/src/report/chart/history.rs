@@ -157,8 +157,8 @@ fn title(runs: &[&PastRun]) -> String {
     errors.sort_by(f64::total_cmp);
     let worst = errors.iter().copied().max_by(|a, b| a.abs().total_cmp(&b.abs())).unwrap_or(0.0);
     let how = match (runs.iter().all(|r| r.emulated), runs.iter().any(|r| r.emulated)) {
-        (true, _) => ", all on emulated tiers",
-        (false, true) => ", some on emulated tiers",
+        (true, _) => ", all on emulated tiers,",
+        (false, true) => ", some on emulated tiers,",
         (false, false) => "",
     };
     format!(
