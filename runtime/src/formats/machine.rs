@@ -264,7 +264,7 @@ impl Machine {
         for (tier, price) in &extras.usd_per_gb {
             check_amount(&format!("usd_per_gb of tier '{tier}'"), *price)?;
         }
-        for (tier, rate) in extras.prompt_gflops.iter().filter(|(_, rate)| !(rate.is_finite() && **rate > 0.0)) {
+        if let Some((tier, rate)) = extras.prompt_gflops.iter().find(|(_, rate)| !(rate.is_finite() && **rate > 0.0)) {
             return Err(format!("prompt_gflops of tier '{tier}' is {rate}, but must be a positive finite number"));
         }
         if let Some(calibration) = &extras.calibration {
