@@ -169,7 +169,7 @@ fn plans_that_do_not_fit() {
     };
     run(
         "newer.toml",
-        &swap(&plan, "version = 2", "version = 7"),
+        &swap(&plan, "version = 3", "version = 7"),
         &["newer.toml", "version 7", "up to version 3", "update"],
     );
     run("cut.toml", &plan[..900], &["cut.toml", "line "]);
@@ -267,7 +267,7 @@ fn machine_files_that_make_no_sense() {
     let head = "format = \"tier-plan machine\"\nversion = 1\n";
     solve("bare.toml", head, &["missing", "name"]);
     solve("text.toml", "hello", &["not a machine file"]);
-    solve("newer.toml", &swap(&good, "version = 1", "version = 2"), &["version 2", "up to version 1", "update"]);
+    solve("newer.toml", &swap(&good, "version = 1", "version = 3"), &["version 3", "up to version 2", "update"]);
     solve("lacks.toml", &swap(&good, "read_gbps = 8\n", ""), &["read_gbps"]);
     solve("words.toml", &swap(&good, "read_gbps = 8\n", "read_gbps = \"fast\"\n"), &["line 14", "fast"]);
     solve("below.toml", &swap(&good, "read_gbps = 8\n", "read_gbps = -8\n"), &["'vram'", "-8", "positive"]);
@@ -481,7 +481,7 @@ fn comparisons_of_what_cannot_be_compared() {
     compare(&["object.json"], &["object.json", "not a run record", "run --record"]);
     compare(&["cut.json"], &["cut.json", "not a run record"]);
     compare(&["cut-record.json"], &["cut-record.json", "line "]);
-    compare(&["newer.json"], &["newer.json", "version 9", "up to version 1", "update"]);
+    compare(&["newer.json"], &["newer.json", "version 9", "up to version 2", "update"]);
     compare(&["nosuch.json"], &["nosuch.json", "No such file"]);
     compare(&["r.json", "nosuch.toml"], &["nosuch.toml", "No such file"]);
 }

@@ -161,3 +161,75 @@ fn what_if_of_a_file_needs_no_more_than_its_header() {
         serde_json::from_slice(&fs::read(dir.path().join("out/sweep.json")).unwrap()).unwrap();
     assert_eq!(saved, found);
 }
+
+/// A machine with a drive, of which nothing is emulated; its rates are invented.
+const MACHINE: &str = r#"format = "tier-plan machine"
+version = 1
+name = "here"
+layer_overhead_us = 20
+token_overhead_us = 10
+
+[[tier]]
+name = "dram"
+kind = "dram"
+capacity = "1GiB"
+read_gbps = 30
+latency_us = 0
+source = "invented"
+
+[[tier]]
+name = "nvme"
+kind = "nvme"
+capacity = "1TB"
+read_gbps = 2
+latency_us = 90
+source = "invented"
+"#;
+
+#[test]
+fn a_machine_file_is_fitted_to_runs_of_its_plans() {
+    let dir = tempfile::tempdir().unwrap();
+    let demo = text(&demo_model());
+    fs::write(dir.path().join("here.toml"), MACHINE).unwrap();
+    for (dram, record) in [("8MiB", "a.json"), ("12MiB", "b.json"), ("1GiB", "c.json")] {
+        let solve = ["solve", &demo, "-m", "here.toml", "--dram", dram, "--context", "128", "-o", "p.toml"];
+        succeeded(run_in(dir.path(), &solve));
+        let run = ["run", &demo, "--plan", "p.toml", "-p", "In the beginning", "-n", "24", "--record", record];
+        succeeded(run_in(dir.path(), &run));
+    }
+    let calibrate = ["calibrate", "a.json", "b.json", "c.json", "-m", "here.toml"];
+    let found = json(run_in(dir.path(), &[&calibrate[..], &["-o", "fitted.toml", "--json"]].concat()));
+    let error = |key: &str| found[key].as_f64().unwrap();
+    assert!(error("error_after") <= error("error_before") + 1e-9, "{found}");
+    assert_eq!(found["records"].as_array().map(Vec::len), Some(3));
+    assert!(found["records"][0]["measured_tok_s"].as_f64().unwrap() > 0.0);
+    let fitted = fs::read_to_string(dir.path().join("fitted.toml")).unwrap();
+    assert!(
+        fitted.contains("version = 2") && fitted.contains("[calibration]") && fitted.contains("records = 3"),
+        "{fitted}"
+    );
+    assert_eq!(fs::read_to_string(dir.path().join("here.toml")).unwrap(), MACHINE, "the file itself is as it was");
+    let words = stdout(&succeeded(run_in(dir.path(), &calibrate)));
+    assert!(words.contains("mean error: ") && words.contains("note: 3 runs say little"), "{words}");
+    // The file was replaced, so its runs are those of another now.
+    refused(dir.path(), &calibrate, &["a.json", "was made for the machine 'here'", "solve again"]);
+    refused(dir.path(), &["calibrate", "a.json", "-m", "optane-768"], &["comes with the program", "--output"]);
+}
+
+#[test]
+fn runs_on_emulated_tiers_fit_no_machine() {
+    let dir = tempfile::tempdir().unwrap();
+    let demo = text(&demo_model());
+    fs::copy(demo_machine(), dir.path().join("demo.toml")).unwrap();
+    succeeded(run_in(dir.path(), &["solve", &demo, "-m", "demo.toml", "--context", "64", "-o", "p.toml"]));
+    let run = ["run", &demo, "--plan", "p.toml", "-p", "In the beginning", "-n", "4", "--record", "r.json"];
+    succeeded(run_in(dir.path(), &run));
+    refused(dir.path(), &["calibrate", "r.json", "-m", "demo.toml"], &["r.json", "emulated tiers"]);
+}
+
+#[test]
+fn what_vllm_reads_is_said_plainly() {
+    let dir = tempfile::tempdir().unwrap();
+    let export = ["export", "p.toml", "--model", "kimi-k2", "--to", "vllm"];
+    refused(dir.path(), &export, &["vLLM reads neither a placement of experts nor counts", "--to sglang"]);
+}

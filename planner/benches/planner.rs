@@ -26,6 +26,7 @@ fn shape(n_layer: u32, n_expert: u32, n_used: u32) -> ModelShape {
         layer: Some(layer),
         bytes: 110 * MB,
         token_bytes: 110 * MB,
+        macs: 187 * MB,
     });
     ModelShape {
         id: id("synthetic"),
@@ -34,7 +35,7 @@ fn shape(n_layer: u32, n_expert: u32, n_used: u32) -> ModelShape {
         hidden: 7168,
         n_vocab: 163_840,
         context: 131_072,
-        kv_rows: vec![KvRows { width: 576, per_token: 61 }],
+        kv_rows: vec![KvRows { width: 576, per_token: 61, window: None }],
         state_bytes: 0,
         dense: attention.collect(),
         experts: (0..n_layer)

@@ -27,6 +27,8 @@ pub enum Command {
     Inspect(InspectArgs),
     /// Measure this machine, and write machine.toml
     Probe(ProbeArgs),
+    /// Fit a machine file to what runs on that machine took
+    Calibrate(CalibrateArgs),
     /// Run calibration prompts and record which experts every token uses
     Profile(ProfileArgs),
     /// Find where every tensor should live, and write placement.toml
@@ -108,6 +110,23 @@ pub struct ProbeArgs {
     pub json: bool,
 }
 
+/// `calibrate`.
+#[derive(Debug, Args)]
+pub struct CalibrateArgs {
+    /// Run records (.json) of plans that were made for this machine file, under different budgets
+    #[arg(required = true)]
+    pub records: Vec<PathBuf>,
+    /// The machine file, which is replaced where --output is not given, or the name of one that comes with the program
+    #[arg(short, long)]
+    pub machine: PathBuf,
+    /// Where to write the fitted machine file
+    #[arg(short, long)]
+    pub output: Option<PathBuf>,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
 /// `profile`.
 #[derive(Debug, Args)]
 pub struct ProfileArgs {
@@ -181,6 +200,9 @@ pub struct SolveArgs {
     /// Context length to plan the key and value cache for
     #[arg(long, default_value_t = 1024)]
     pub context: u32,
+    /// Predict for tokens that look back at this many positions; half of the context when not given
+    #[arg(long, value_name = "POSITIONS")]
+    pub at: Option<u32>,
     /// How keys and values are stored: f16, q8_0 (about half of it) or f32
     #[arg(long, value_name = "TYPE", default_value_t = KvType::F16)]
     pub kv_type: KvType,
@@ -270,6 +292,8 @@ pub enum ExportTo {
     Ktransformers,
     /// How often each expert was used, for its expert-parallel load balancer
     Sglang,
+    /// Nothing: it reads no placement and no counts, and says so
+    Vllm,
 }
 
 /// `what-if`.
@@ -290,6 +314,12 @@ pub struct WhatIfArgs {
     /// Context length to plan the key and value cache for
     #[arg(long, default_value_t = 4096)]
     pub context: u32,
+    /// Predict for tokens that look back at this many positions; half of the context when not given
+    #[arg(long, value_name = "POSITIONS")]
+    pub at: Option<u32>,
+    /// How keys and values are stored: f16, q8_0 (about half of it) or f32
+    #[arg(long, value_name = "TYPE", default_value_t = KvType::F16)]
+    pub kv_type: KvType,
     /// Budget of a tier, as NAME=SIZE (`vram=11GiB`); the tier's capacity when not given
     #[arg(short, long, value_name = "TIER=SIZE")]
     pub budget: Vec<String>,

@@ -130,6 +130,13 @@ pub fn finish(mut report: Report, profile: Option<Profile>, output: Option<&Path
         report.curves = curves(profile, &best.into_iter().collect::<Vec<_>>());
     }
     report.profile = profile;
+    let beside = folder.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let (history, unread) = report::history::read(beside);
+    report.history = history;
+    if unread > 0 {
+        report.notes.push(format!("{unread} run records of earlier reports could not be read and are left out."));
+    }
+    report.add_own_runs();
     let page = report::write(&folder, &report)?;
     if as_json {
         let mut value: serde_json::Value = serde_json::from_str(&report::summary_json(&report)?)?;
@@ -139,6 +146,9 @@ pub fn finish(mut report: Report, profile: Option<Profile>, output: Option<&Path
         table(&report.plans);
         for sentence in report::headline(&report) {
             println!("{sentence}");
+        }
+        if let Some(history) = report::history_line(&report) {
+            println!("{history}");
         }
         println!("report: {}", page.display());
     }

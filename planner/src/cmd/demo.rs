@@ -181,6 +181,7 @@ fn solve_args(model: &Path, profile: &Path, machine: &Path, output: &Path, basel
         vram: None,
         dram: None,
         context: 512,
+        at: None,
         kv_type: KvType::F16,
         strategy: Strategy::Optimal,
         policy: Policy::Auto,

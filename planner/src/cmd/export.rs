@@ -13,8 +13,17 @@ use tier_plan_runtime::formats::safely;
 use tier_plan_runtime::model::shape::ModelShape;
 use tier_plan_runtime::units::show_bytes;
 
+/// Why there is nothing to write for it.
+const VLLM: &str = "vLLM reads neither a placement of experts nor counts of their use: its load balancer (--enable-eplb, \
+                    --eplb-config) counts while it serves, --expert-placement-strategy is only linear or round_robin, and \
+                    all experts are in GPU memory. Use --to sglang for an engine that starts from counts, or --to \
+                    llama.cpp for one that leaves experts in main memory";
+
 /// Runs it.
 pub fn run(args: &ExportArgs) -> Result<()> {
+    if args.to == ExportTo::Vllm {
+        bail!("{VLLM}");
+    }
     let plan = placement::read(&args.plan)?;
     let known = catalogue::model(&args.model, args.quant.as_deref())?;
     plan.check_model(&known.sizes.id, &args.plan)?;
@@ -28,6 +37,7 @@ pub fn run(args: &ExportArgs) -> Result<()> {
     match args.to {
         ExportTo::LlamaCpp => llama_cpp(args, &plan, &known.sizes, profile.as_ref()),
         ExportTo::Sglang | ExportTo::Ktransformers => counted(args, &plan, &known.sizes, profile.as_ref()),
+        ExportTo::Vllm => bail!("{VLLM}"),
     }
 }
 

@@ -1,6 +1,7 @@
 //! One file a subcommand, each with one `run`.
 
 pub mod bench;
+pub mod calibrate;
 pub mod chat;
 pub mod checksum;
 pub mod compare;
@@ -27,6 +28,7 @@ pub fn dispatch(command: Command) -> Result<()> {
     match command {
         Command::Inspect(args) => inspect::run(&args),
         Command::Probe(args) => probe::run(&args),
+        Command::Calibrate(args) => calibrate::run(&args),
         Command::Profile(args) => profile::run(&args),
         Command::Compare(args) => compare::run(&args),
         Command::Run(args) => run::run(&args),

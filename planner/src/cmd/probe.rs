@@ -31,11 +31,13 @@ pub fn run(args: &ProbeArgs) -> Result<()> {
 fn print_text(args: &ProbeArgs, found: &Findings, machine: &Machine) {
     println!("{} · {} threads used · {}", found.host, found.threads, found.isa);
     println!("main memory: {:.1} GB/s when only read; {}", found.bare_gbps, show_bytes(found.dram_bytes));
-    println!("  {:<10} {:>8} {:>8}  of the bytes of a token", "products", "GB/s", "spread");
+    let heading = if found.model.is_some() { "of the bytes of a token" } else { "" };
+    println!("  {:<10} {:>8} {:>8} {:>16}  {heading}", "products", "GB/s", "spread", "prompts, GFLOP/s");
     for rate in &found.kernels {
         let share = rate.share.map_or(String::new(), |share| format!("{:>5.1} %", share * 100.0));
         let spread = rate.gbps.spread * 100.0;
-        println!("  {:<10} {:>8.1} {spread:>6.0} %  {share}", rate.ty.to_string(), rate.gbps.value);
+        let (gbps, gflops) = (rate.gbps.value, rate.batch_gflops.value);
+        println!("  {:<10} {gbps:>8.1} {spread:>6.0} % {gflops:>16.0}  {share}", rate.ty.to_string());
     }
     let disk = &found.disk;
     println!(
@@ -73,11 +75,13 @@ fn as_json(args: &ProbeArgs, found: &Findings, machine: &Machine) -> Value {
         "model": found.model,
         "dram_read_gbps": found.bare_gbps,
         "compute_gbps": found.compute_gbps,
+        "prompt_gflops": found.prompt_gflops,
         "dram_bytes": found.dram_bytes,
         "kernels": found.kernels.iter().map(|k| json!({
             "type": k.ty.to_string(),
             "gbps": k.gbps.value,
             "spread": k.gbps.spread,
+            "batch_gflops": k.batch_gflops.value,
             "share": k.share,
         })).collect::<Vec<_>>(),
         "disk": {

@@ -115,18 +115,25 @@ pub fn show(profile: &Profile, output: &Path, as_json: bool) -> Result<()> {
         println!("nothing was decoded, so nothing can be said about the skew");
         return Ok(());
     };
-    println!("share of held-out choices that the favourites of the train prompts catch (in brackets: an even choice)");
+    if all.held_out {
+        println!(
+            "share of held-out choices that the favourites of the train prompts catch (in brackets: an even choice)"
+        );
+    } else {
+        println!("share of choices that the favourites of the same prompts catch (in brackets: an even choice)");
+    }
     print!("{:<14}", "domain");
     for uniform in all.uniform {
         print!(" {:>19}", format!("{:.0} % of experts", uniform * 100.0));
     }
-    println!(" {:>19} {:>18}", "as many LRU slots*", "experts in effect");
+    println!(" {:>19} {:>18}  {}", "as many LRU slots*", "experts in effect", "verdict");
     for skew in &skews {
         print!("{:<14}", skew.domain.as_deref().unwrap_or("all"));
         for (caught, uniform) in skew.caught.iter().zip(skew.uniform) {
             print!(" {:>19}", format!("{:.1} % ({:.1} %)", caught * 100.0, uniform * 100.0));
         }
-        println!(" {:>17.1} % {:>18.1}", skew.cached[1] * 100.0, skew.effective_experts);
+        let verdict = skew.verdict().name();
+        println!(" {:>17.1} % {:>18.1}  {verdict}", skew.cached[1] * 100.0, skew.effective_experts);
     }
     println!("* hits in {:.0} % of the experts as slots, nothing pinned", all.uniform[1] * 100.0);
     println!("{}", all.words());
@@ -172,6 +179,7 @@ pub fn skew_json(skew: &Skew) -> serde_json::Value {
         "caught": skew.caught,
         "cached": skew.cached,
         "counted": skew.counted,
+        "held_out": skew.held_out,
         "effective_experts": skew.effective_experts,
         "verdict": skew.verdict().name(),
     })

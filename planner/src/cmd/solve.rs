@@ -3,6 +3,7 @@
 use super::profile::skew_json;
 use crate::catalogue;
 use crate::cli::SolveArgs;
+use crate::cost::move_to;
 use crate::profile::Evidence;
 use crate::profile::stats::{Skew, skews};
 use crate::solve::{Inputs, Options, Solved, policy, solve_all, time_limit};
@@ -19,6 +20,7 @@ use tier_plan_runtime::units::{parse_bytes, show_bytes};
 pub fn run(args: &SolveArgs) -> Result<()> {
     let machine = catalogue::machine(&args.machine)?;
     ensure!(args.context > 0, "--context 0 holds no text; give 1 or more");
+    check_at(args.at, args.context)?;
     let options = Options { strategy: args.strategy, time_limit_s: time_limit(args.time_limit)? };
     let budgets = budgets(&args.budget, args.vram.as_deref(), args.dram.as_deref(), &machine)?;
     let known = catalogue::model(&args.model, args.quant.as_deref())?;
@@ -42,6 +44,9 @@ pub fn run(args: &SolveArgs) -> Result<()> {
         solved.notes.extend(policy::refill(&mut solved.plan, &inputs, &evidence, policy)?);
     }
     solved.notes.splice(0..0, known.notes());
+    if let Some(at) = args.at {
+        std::iter::once(&mut solved.plan).chain(&mut solved.baselines).for_each(|plan| move_to(plan, shape, at));
+    }
     let skews = profile.as_ref().map(skews).transpose()?.unwrap_or_default();
 
     if let Some(folder) = &args.baselines {
@@ -61,6 +66,13 @@ pub fn run(args: &SolveArgs) -> Result<()> {
     } else {
         print_text(args, &solved, &skews, &written);
     }
+    Ok(())
+}
+
+/// A place in the text that `--at` may name.
+pub(super) fn check_at(at: Option<u32>, context: u32) -> Result<()> {
+    let fits = at.is_none_or(|at| (1..=context).contains(&at));
+    ensure!(fits, "--at {}: give 1 to {context}, the --context that is planned for", at.unwrap_or(0));
     Ok(())
 }
 
@@ -115,11 +127,13 @@ fn print_text(args: &SolveArgs, solved: &Solved, skews: &[Skew], written: &[Path
         println!("  {}{label}: {} GB/s, budget {}", tier.tier.name, tier.tier.read_gbps, show_bytes(tier.budget_bytes));
     }
     println!();
-    let mut head = format!("{:<18} {:>13} {:>13} {:>9}", "plan", "decode tok/s", "prompt limit", "hit rate");
+    // Without a rate of products, prompts are predicted from reads alone.
+    let prompt = if plan.predicted.prompt_gflops.is_empty() { "prompt limit" } else { "prompt tok/s" };
+    let mut head = format!("{:<18} {:>13} {:>13} {:>9}", "plan", "decode tok/s", prompt, "hit rate");
     for tier in &plan.tiers {
         head += &format!(" {:>12}", tier.tier.name);
     }
-    println!("predicted:");
+    println!("predicted, for tokens that look back at {} positions:", plan.predicted.at);
     println!("{head}");
     for row in rows(solved) {
         let predicted = &row.predicted;
@@ -192,6 +206,9 @@ fn as_json(args: &SolveArgs, solved: &Solved, skews: &[Skew], written: &[PathBuf
             "dense_s": plan.predicted.dense_s,
             "expert_s": plan.predicted.expert_s,
             "expert_critical_s": plan.predicted.expert_critical_s,
+            "at": plan.predicted.at,
+            "kv_s": plan.predicted.kv_s,
+            "prompt_gflops": plan.predicted.prompt_gflops,
             "read_bytes": plan.predicted.read_bytes,
             "tiers": plan.tiers.iter().map(|t| json!({
                 "name": t.tier.name,

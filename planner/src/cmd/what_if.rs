@@ -1,13 +1,14 @@
 //! `tier-plan what-if`: what a model would do on a machine, from shapes and rates alone.
 
-use super::solve::budgets;
+use super::solve::{budgets, check_at};
 use crate::catalogue;
 use crate::cli::WhatIfArgs;
 use crate::progress;
 use crate::report;
 use crate::solve::time_limit;
-use crate::whatif::sweep::{Range, Sweep, sweep};
-use crate::whatif::{Answer, Question, answer, as_json, bound};
+use crate::whatif::purchase::{Purchase, purchases};
+use crate::whatif::sweep::{Range, Sweep, at_size, sweep};
+use crate::whatif::{Answer, Question, answer, as_json, bound, purchases_json};
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use std::fs;
@@ -18,6 +19,7 @@ use tier_plan_runtime::units::show_bytes;
 /// Runs it.
 pub fn run(args: &WhatIfArgs) -> Result<()> {
     ensure!(args.context > 0, "--context 0 holds no text; give 1 or more");
+    check_at(args.at, args.context)?;
     let range = args.sweep.as_deref().map(Range::parse).transpose()?;
     ensure!(range.is_none() || args.machine.len() == 1, "--sweep is for one machine; give --machine once");
     ensure!(range.is_some() || args.output.is_none(), "--output is the folder of a sweep; give --sweep too");
@@ -37,24 +39,35 @@ pub fn run(args: &WhatIfArgs) -> Result<()> {
         .map(|machine| {
             let budgets = budgets(&args.budget, args.vram.as_deref(), args.dram.as_deref(), machine)?;
             let (known, profile) = (&known, profile.as_ref());
-            Ok(Question { known, machine, budgets, profile, context: args.context, time_limit_s })
+            let (at, kv_type) = (args.at, args.kv_type);
+            Ok(Question { known, machine, budgets, profile, context: args.context, at, kv_type, time_limit_s })
         })
         .collect::<Result<Vec<_>>>()?;
     if let (Some(range), Some(question)) = (&range, questions.first()) {
         return run_sweep(args, question, range);
     }
     let answers: Vec<Result<Answer>> = questions.iter().map(answer).collect();
+    let bought = questions.iter().zip(&answers).map(|(question, answer)| match answer {
+        Ok(answer) => purchases(question, answer),
+        Err(_) => Ok(Vec::new()),
+    });
+    let bought = bought.collect::<Result<Vec<_>>>()?;
     if args.json {
         let mut values: Vec<Value> = questions.iter().zip(&answers).map(|(q, a)| as_json(q, a)).collect();
-        for value in &mut values {
+        for (value, bought) in values.iter_mut().zip(&bought) {
             value["notes"] = json!(known.notes());
+            value["purchases"] = purchases_json(bought);
         }
         let value = if values.len() == 1 { values.remove(0) } else { json!({ "answers": values }) };
         println!("{}", serde_json::to_string_pretty(&value)?);
         return Ok(());
     }
-    for (question, answer) in questions.iter().zip(&answers) {
+    for ((question, answer), bought) in questions.iter().zip(&answers).zip(&bought) {
         show(question, answer);
+        if let Some(line) = next_purchase(bought) {
+            println!("  {line}");
+        }
+        println!();
     }
     if questions.len() > 1 {
         table(&questions, &answers);
@@ -78,7 +91,6 @@ fn show(question: &Question<'_>, answer: &Result<Answer>) {
         Ok(answer) => answer,
         Err(error) => {
             println!("  no plan: {error:#}");
-            println!();
             return;
         }
     };
@@ -108,9 +120,17 @@ fn show(question: &Question<'_>, answer: &Result<Answer>) {
         bound.share * 100.0,
         if plan.tiers.len() > 1 { " (tiers overlap)" } else { "" }
     );
+    let prompt = digits(plan.predicted.prompt_tok_s);
+    if plan.predicted.prompt_gflops.is_empty() {
+        println!("  predicted prompt limit: {prompt} tok/s (reads alone: the machine file has no prompt_gflops)");
+    } else {
+        println!("  predicted prompt: {prompt} tok/s (the longer of reads and products, step by step)");
+    }
     println!(
-        "  predicted prompt limit: {} tok/s (reads alone, computation not counted)",
-        digits(plan.predicted.prompt_tok_s)
+        "  keys and values ({}): {:.2} ms of a token that looks back at {} positions",
+        plan.kv_type,
+        plan.predicted.kv_s * 1e3,
+        plan.predicted.at
     );
     for (at, tier) in plan.tiers.iter().enumerate() {
         println!(
@@ -135,7 +155,28 @@ fn show(question: &Question<'_>, answer: &Result<Answer>) {
     for note in middle.notes.iter().filter(|n| !n.starts_with("no profile")) {
         println!("  note: {note}");
     }
-    println!();
+}
+
+/// What the next money should go to, in a sentence; nothing where no price is known.
+fn next_purchase(bought: &[Purchase]) -> Option<String> {
+    let best = bought.first()?;
+    if !best.helps() {
+        return Some(format!(
+            "next purchase: ${:.0} more of any tier with a price gain less than 1 %, predicted: what bounds it is elsewhere",
+            best.usd
+        ));
+    }
+    let gain = |p: &Purchase| format!("{} tok/s", digits(p.tok_s));
+    let others: Vec<String> = bought[1..].iter().map(|p| format!("{} {}", p.tier, gain(p))).collect();
+    let others = if others.is_empty() { String::new() } else { format!("; the same on {}", others.join(", ")) };
+    Some(format!(
+        "next purchase: {} more of {} for ${:.0}: {} predicted, before {}{others}",
+        show_bytes(best.bytes),
+        best.tier,
+        best.usd,
+        gain(best),
+        digits(best.before_tok_s)
+    ))
 }
 
 fn table(questions: &[Question<'_>], answers: &[Result<Answer>]) {
@@ -171,6 +212,12 @@ fn run_sweep(args: &WhatIfArgs, question: &Question<'_>, range: &Range) -> Resul
     let swept = sweep(question, range, |done| bar.set_position(done as u64))?;
     bar.finish_and_clear();
     let rows = rows(&swept);
+    // After the knee more of this tier brings little, so the question is what does.
+    let after = swept.knee.and_then(|knee| swept.points.get(knee));
+    let bought = match after.and_then(|point| Some((point, point.answer.as_ref().ok()?))) {
+        Some((point, answer)) => after_knee(question, &swept, point.bytes, answer)?,
+        None => Vec::new(),
+    };
     let value = json!({
         "model": question.known.sizes.id.name,
         "machine": question.machine.name,
@@ -180,6 +227,7 @@ fn run_sweep(args: &WhatIfArgs, question: &Question<'_>, range: &Range) -> Resul
         "tier": swept.tier,
         "knee_bytes": swept.knee.map(|k| swept.points[k].bytes),
         "points": rows,
+        "purchases_at_knee": purchases_json(&bought),
         "notes": question.known.notes(),
     });
     let written = args.output.as_deref().map(|folder| write_sweep(folder, question, &swept, &value)).transpose()?;
@@ -217,6 +265,9 @@ fn run_sweep(args: &WhatIfArgs, question: &Question<'_>, range: &Range) -> Resul
             if swept.knee == Some(at) { "  <- knee" } else { "" }
         );
     }
+    if let Some(line) = next_purchase(&bought) {
+        println!("at the knee: {line}");
+    }
     if let Some(Err(error)) = swept.points.first().map(|p| &p.answer) {
         println!("no plan at {}: {error:#}", show_bytes(swept.points[0].bytes));
     }
@@ -227,6 +278,12 @@ fn run_sweep(args: &WhatIfArgs, question: &Question<'_>, range: &Range) -> Resul
         println!("wrote {path}");
     }
     Ok(())
+}
+
+/// What to buy where more of the swept tier has stopped to pay.
+fn after_knee(question: &Question<'_>, swept: &Sweep, bytes: u64, answer: &Answer) -> Result<Vec<Purchase>> {
+    let Some((machine, budgets)) = at_size(question, &swept.tier, bytes) else { return Ok(Vec::new()) };
+    purchases(&Question { machine: &machine, budgets, ..question.clone() }, answer)
 }
 
 /// The points in the words of `--json`.

@@ -2,7 +2,7 @@
 
 use super::Measured;
 use anyhow::{Context, Result};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use tier_plan_runtime::kernels::pooled::{MatJob, matmul_all};
 use tier_plan_runtime::kernels::{Activations, Kernels, Weights, needs_quants};
 use tier_plan_runtime::quant::TensorType;
@@ -23,6 +23,13 @@ const VALUES: usize = 3 * HIDDEN * WIDTH;
 
 /// Passes over the memory for one figure, after one that warms up.
 const PASSES: usize = 5;
+
+/// Tokens of a prompt that one expert gets: a batch of 512 over 128 experts of which a token uses 8.
+const BATCH_TOKENS: usize = 32;
+
+/// Experts of one pass of that, at most, and its time, about.
+const BATCH_EXPERTS: usize = 48;
+const BATCH_TIME: Duration = Duration::from_millis(150);
 
 /// Memory is taken in multiples of this.
 pub const STAGE: u64 = 1 << 20;
@@ -108,6 +115,39 @@ impl Memory {
         (stages * times * stage_bytes) as f64 / seconds / 1e9
     }
 
+    /// Products of a batch of a prompt, expert after expert as the engine takes them, in 10⁹ floating-point operations a
+    /// second.
+    pub fn batch_gflops(&mut self, pool: &ThreadPool, ty: TensorType) -> Measured {
+        let values: Vec<f32> = (0..BATCH_TOKENS * HIDDEN).map(|i| (i % 23) as f32 * 0.01 - 0.11).collect();
+        let mut x = Activations::new(BATCH_TOKENS, HIDDEN);
+        x.fill_shared(pool, self.kernels, BATCH_TOKENS, HIDDEN, &values, true);
+        let mut inner = Activations::new(BATCH_TOKENS, WIDTH);
+        let (mut gate, mut up) = (vec![0.0; BATCH_TOKENS * WIDTH], vec![0.0; BATCH_TOKENS * WIDTH]);
+        let mut out = vec![0.0; BATCH_TOKENS * HIDDEN];
+        let memory: &[u8] = &self.bytes;
+        let mut pass = |most: usize| {
+            let start = Instant::now();
+            let mut done = 0;
+            let experts = memory.chunks_exact(expert_bytes(ty).max(1)).filter_map(|expert| matrices(ty, expert));
+            for [w_gate, w_up, w_down] in experts.take(most) {
+                let jobs = [MatJob::new(w_gate, x.view(), &mut gate), MatJob::new(w_up, x.view(), &mut up)];
+                matmul_all(pool, self.kernels, &jobs);
+                self.kernels.silu_mul(&mut gate, &up);
+                inner.fill_shared(pool, self.kernels, BATCH_TOKENS, WIDTH, &gate, needs_quants(ty));
+                matmul_all(pool, self.kernels, &[MatJob::new(w_down, inner.view(), &mut out)]);
+                done += 1;
+                if done >= 4 && start.elapsed() > BATCH_TIME {
+                    break;
+                }
+            }
+            std::hint::black_box(&out);
+            let operations = 2.0 * (VALUES * BATCH_TOKENS * done) as f64;
+            operations / start.elapsed().as_secs_f64().max(1e-9) / 1e9
+        };
+        pass(2);
+        Measured::of((0..3).map(|_| pass(BATCH_EXPERTS)).collect())
+    }
+
     /// Microseconds of one entry of all threads into an empty loop.
     pub fn entry_us(&self, pool: &ThreadPool) -> f64 {
         const ENTRIES: usize = 20_000;
@@ -165,6 +205,10 @@ mod tests {
             let gbps = memory.pass_gbps(&pool, ty);
             assert!(gbps.is_finite() && gbps > 0.0, "{ty}: {gbps}");
             assert!(memory.out.iter().all(|v| *v != 7.0), "{ty}: all results are written");
+        }
+        for ty in [TensorType::Q4_K, TensorType::F32] {
+            let rate = memory.batch_gflops(&pool, ty).value;
+            assert!(rate.is_finite() && rate > 0.0, "{ty}: {rate}");
         }
         assert!(memory.entry_us(&pool) > 0.0);
     }

@@ -112,6 +112,8 @@ pub struct KernelRate {
     pub ty: TensorType,
     /// Weights in 10⁹ bytes a second.
     pub gbps: Measured,
+    /// Products of a batch of a prompt, in 10⁹ floating-point operations a second.
+    pub batch_gflops: Measured,
     /// Share of a token's bytes that are of this format, where a model was given.
     pub share: Option<f64>,
 }
@@ -135,6 +137,8 @@ pub struct Findings {
     pub kernels: Vec<KernelRate>,
     /// What experts compute at: of the formats that a token of the model reads, or of Q4_K.
     pub compute_gbps: f64,
+    /// What batches of prompts compute at, of the same formats, in 10⁹ floating-point operations a second.
+    pub prompt_gflops: f64,
     /// Bytes of main memory that plans may have.
     pub dram_bytes: u64,
     /// Where that figure comes from.
@@ -192,10 +196,11 @@ pub fn measure(settings: &Settings<'_>) -> Result<Findings> {
         if gbps.spread > DOUBTFUL && share.unwrap_or(f64::from(ty == TensorType::Q4_K)) > 0.1 {
             doubts.push(format!("repetitions of {ty} products differ by {:.0} %", gbps.spread * 100.0));
         }
-        rates.push(KernelRate { ty, gbps, share });
+        rates.push(KernelRate { ty, gbps, batch_gflops: memory.batch_gflops(&pool, ty), share });
         bar.inc(1);
     }
     let compute_gbps = mean_rate(&rates);
+    let prompt_gflops = mean_gflops(&rates);
     // The format that a token reads most of.
     let main = rates.iter().max_by(|a, b| a.share.unwrap_or(0.0).total_cmp(&b.share.unwrap_or(0.0)));
     let main = if opened.is_some() { main.map_or(TensorType::Q4_K, |r| r.ty) } else { TensorType::Q4_K };
@@ -266,6 +271,7 @@ pub fn measure(settings: &Settings<'_>) -> Result<Findings> {
         bare_gbps,
         kernels: rates,
         compute_gbps,
+        prompt_gflops,
         dram_bytes,
         dram_bytes_from,
         disk: rate,
@@ -296,8 +302,9 @@ impl Findings {
             latency_us: 0.0,
             emulated: false,
             source: format!(
-                "measured {day}: products of {of} with {} threads and {} kernels; bare reads {:.1} GB/s; capacity: {}",
-                self.threads, self.isa, self.bare_gbps, self.dram_bytes_from
+                "measured {day}: products of {of} with {} threads and {} kernels; bare reads {:.1} GB/s; while the drive \
+                 is read {:.1} GB/s; capacity: {}",
+                self.threads, self.isa, self.bare_gbps, self.together_gbps.0, self.dram_bytes_from
             ),
         };
         let how = if self.disk.direct { "past the page cache" } else { "through the page cache" };
@@ -320,7 +327,10 @@ impl Findings {
             tiers: vec![dram, slow],
             layer_overhead_us: rounded(self.fixed.layer_us),
             token_overhead_us: rounded(self.fixed.token_us),
-            extras: Extras::default(),
+            extras: Extras {
+                prompt_gflops: [("dram".to_string(), rounded(self.prompt_gflops).max(1e-5))].into(),
+                ..Extras::default()
+            },
             id: SourceId { name: "probed".into(), hash: String::new() },
         }
         .identified()
@@ -346,6 +356,17 @@ fn mean_rate(rates: &[KernelRate]) -> f64 {
     let shares: f64 = rates.iter().filter_map(|r| r.share).sum();
     let q4_k = rates.iter().find(|r| r.ty == TensorType::Q4_K).map_or(0.0, |r| r.gbps.value);
     if shares > 0.0 { shares / seconds } else { q4_k }
+}
+
+/// The rate of batches of all formats together, each by its share of the products; that of Q4_K where there are no
+/// shares.
+fn mean_gflops(rates: &[KernelRate]) -> f64 {
+    // Bytes of a format stand for as many values as fit them.
+    let values = |r: &KernelRate| r.share.unwrap_or(0.0) / r.ty.row_bytes(1 << 20).unwrap_or(4 << 20) as f64;
+    let seconds: f64 = rates.iter().map(|r| values(r) / r.batch_gflops.value.max(1e-9)).sum();
+    let all: f64 = rates.iter().map(values).sum();
+    let q4_k = rates.iter().find(|r| r.ty == TensorType::Q4_K).map_or(0.0, |r| r.batch_gflops.value);
+    if all > 0.0 { all / seconds } else { q4_k }
 }
 
 /// A sentence if other programs keep the machine busy.

@@ -9,8 +9,9 @@ fn findings() -> Findings {
         isa: "avx512".into(),
         model: None,
         bare_gbps: 27.5,
-        kernels: vec![KernelRate { ty: TensorType::Q4_K, gbps: of(20.52), share: None }],
+        kernels: vec![KernelRate { ty: TensorType::Q4_K, gbps: of(20.52), batch_gflops: of(950.0), share: None }],
         compute_gbps: 20.5234,
+        prompt_gflops: 950.04,
         dram_bytes: 20 << 30,
         dram_bytes_from: "the memory that is free".into(),
         disk: DiskRate {
@@ -39,7 +40,9 @@ fn a_machine_is_written_that_reads_back() {
     let [dram, nvme] = &back.tiers[..] else { panic!("{:?}", back.tiers) };
     assert_eq!((dram.kind, dram.read_gbps, dram.emulated), (TierKind::Dram, 20.5, false));
     assert_eq!((nvme.kind, nvme.read_gbps, nvme.latency_us), (TierKind::Nvme, 1.235, 87.7));
-    assert_eq!(back.extras, Extras::default());
+    assert_eq!(back.extras, Extras { prompt_gflops: [("dram".to_string(), 950.0)].into(), ..Extras::default() });
+    assert_eq!(back.prompt_gflops(), [950.0, 950.0]);
+    assert!(dram.source.contains("while the drive is read 17.0 GB/s"));
     assert!(dram.source.starts_with("measured 2026-11-22: products of Q4_K with 2 threads and avx512 kernels"));
     assert!(back.description.contains("measured on 2026-11-22: a processor"));
 }
@@ -54,12 +57,21 @@ fn a_drive_faster_than_the_kernels_is_still_the_slow_tier() {
 
 #[test]
 fn the_mean_rate_is_that_of_the_whole_token() {
-    let of = |ty, gbps, share| KernelRate { ty, gbps: Measured { value: gbps, spread: 0.0 }, share };
+    let of = |ty, rate, share| KernelRate {
+        ty,
+        gbps: Measured { value: rate, spread: 0.0 },
+        batch_gflops: Measured { value: rate, spread: 0.0 },
+        share,
+    };
     // Half of the bytes at 10 and half at 30 take 0.05 + 0.0167 of a second for each 10⁹.
     let rates = [of(TensorType::Q4_K, 10.0, Some(0.5)), of(TensorType::F32, 30.0, Some(0.5))];
     assert!((mean_rate(&rates) - 15.0).abs() < 1e-9);
     let rates = [of(TensorType::F32, 30.0, None), of(TensorType::Q4_K, 10.0, None)];
-    assert_eq!(mean_rate(&rates), 10.0);
+    assert_eq!((mean_rate(&rates), mean_gflops(&rates)), (10.0, 10.0));
+    // A byte of Q4_K holds 32 / 4.5 as many values as one of F32, so 7.1 times as many products are at 10.
+    let rates = [of(TensorType::Q4_K, 10.0, Some(0.5)), of(TensorType::F32, 30.0, Some(0.5))];
+    let times = 32.0 / 4.5;
+    assert!((mean_gflops(&rates) - (times + 1.0) / (times / 10.0 + 1.0 / 30.0)).abs() < 1e-9);
 }
 
 #[test]

@@ -15,6 +15,8 @@ pub struct Skew {
     pub domain: Option<String>,
     /// Decoded held-out tokens this was measured on; prompt tokens that were counted where only counts are known.
     pub tokens: u64,
+    /// The choices are those of prompts that did not choose the favourites.
+    pub held_out: bool,
     /// Only counts are known: catches are of the very choices that the favourites were chosen by, and the hits of slots
     /// are those of tokens drawn from the counts.
     pub counted: bool,
@@ -83,10 +85,17 @@ impl Skew {
                 _ => format!("skewed: {figures}. Pinning the favourites pays, if decoding has the same ones."),
             };
         }
-        let figures = format!(
-            "{uniform} of the experts, chosen on the train prompts, take {caught} of the held-out choices; as many \
-             cache slots hit {cached}"
-        );
+        let figures = if self.held_out {
+            format!(
+                "{uniform} of the experts, chosen on the train prompts, take {caught} of the choices of held-out ones; as \
+                 many cache slots hit {cached}"
+            )
+        } else {
+            format!(
+                "{uniform} of the experts take {caught} of the choices of the prompts that they were chosen on, which no \
+                 other text will reach; as many cache slots hit {cached}"
+            )
+        };
         match self.verdict() {
             Verdict::Skewed => format!("skewed: {figures}. Pinning the favourites pays."),
             Verdict::Local => format!("local: {figures}. What was used last says more than what is used most."),
@@ -126,6 +135,7 @@ fn skew(profile: &Profile, domain: Option<&str>) -> Option<Skew> {
     let mut sum = Skew {
         domain: domain.map(str::to_string),
         tokens: 0,
+        held_out: decoded(Split::HeldOut) && decoded(Split::Train),
         counted: false,
         uniform: counts.map(|count| count as f64 / n_expert.max(1) as f64),
         caught: [0.0; 3],
@@ -163,6 +173,7 @@ fn skew_of_counts(profile: &Profile, counted: &[Vec<u64>]) -> Skew {
     let mut sum = Skew {
         domain: None,
         tokens: u64::MAX,
+        held_out: false,
         counted: true,
         uniform: sizes.map(|size| size as f64 / n_expert.max(1) as f64),
         caught: [0.0; 3],
@@ -199,6 +210,7 @@ mod tests {
         let skews = skews(&profile(&shape(64, 4), &routing))?;
         assert_eq!(skews.len(), 3);
         assert!(skews[0].words().starts_with(skews[0].verdict().name()));
+        assert!(skews[0].held_out && skews[0].words().contains("of held-out ones"));
         Ok(skews[0].verdict())
     }
 
@@ -207,6 +219,20 @@ mod tests {
         assert_eq!(verdict(0.0, 0.0)?, Verdict::Flat);
         assert_eq!(verdict(0.0, 0.8)?, Verdict::Local);
         assert_eq!(verdict(0.6, 0.0)?, Verdict::Skewed);
+        Ok(())
+    }
+
+    #[test]
+    fn favourites_that_were_not_tested_are_not_called_tested() -> Result<()> {
+        let train = vec![vec![vec![0, 1]], vec![vec![0, 2]], vec![vec![0, 1]]];
+        for split in [Split::Train, Split::HeldOut] {
+            let skews = skews(&profile_of(8, 2, 1, &[(split, 0, train.clone())]))?;
+            let words = skews[0].words();
+            assert!(
+                !skews[0].held_out && words.contains("that they were chosen on") && !words.contains("held-out"),
+                "{words}"
+            );
+        }
         Ok(())
     }
 

@@ -4,6 +4,7 @@
 //! Everything here turns plans, run records and a profile into pages. It runs nothing and solves nothing.
 
 mod chart;
+pub mod history;
 mod html;
 mod ink;
 #[cfg(test)]
@@ -61,8 +62,59 @@ pub struct Report {
     pub profile: Option<Profile>,
     /// Hit curves, for the chart of slots.
     pub curves: Vec<HitCurve>,
+    /// Runs that earlier reports kept, for the chart of predictions; see [`add_own_runs`](Self::add_own_runs) for its own.
+    pub history: Vec<PastRun>,
     /// Sentences for the end of the page: conditions, warnings.
     pub notes: Vec<String>,
+}
+
+/// A run, as far as its prediction goes.
+#[derive(Debug, Clone, PartialEq)]
+pub struct PastRun {
+    /// Folder of the report that kept it.
+    pub report: String,
+    /// Its plan.
+    pub plan: String,
+    /// The model.
+    pub model: String,
+    /// The machine that the plan was made for.
+    pub machine: String,
+    /// When, in UTC.
+    pub when: String,
+    /// It ran on emulated tiers.
+    pub emulated: bool,
+    /// It is of the report that is being made.
+    pub is_new: bool,
+    /// Predicted tokens a second while decoding.
+    pub predicted_tok_s: f64,
+    /// Measured ones.
+    pub measured_tok_s: f64,
+}
+
+impl PastRun {
+    /// Measured by predicted, less one.
+    pub fn error(&self) -> f64 {
+        self.measured_tok_s / self.predicted_tok_s - 1.0
+    }
+
+    /// Both speeds are numbers above 0.
+    pub fn is_sound(&self) -> bool {
+        [self.predicted_tok_s, self.measured_tok_s].iter().all(|v| v.is_finite() && *v > 0.0)
+    }
+}
+
+impl Report {
+    /// Adds the runs of this report to those that earlier ones kept.
+    pub fn add_own_runs(&mut self) {
+        let own = self.plans.iter().flat_map(|p| &p.records).filter_map(|r| history::past(r, "", true));
+        let own: Vec<PastRun> = own.collect();
+        // Records that were given as files may be ones that a report kept.
+        let same = |a: &PastRun, b: &PastRun| {
+            (&a.when, &a.plan, a.measured_tok_s.to_bits()) == (&b.when, &b.plan, b.measured_tok_s.to_bits())
+        };
+        self.history.retain(|old| !own.iter().any(|new| same(old, new)));
+        self.history.extend(own);
+    }
 }
 
 /// Makes a report of run records alone: one entry a plan name, in the order they first appear.
@@ -154,6 +206,17 @@ pub fn headline(report: &Report) -> Vec<String> {
     view::Overview::new(report).headline()
 }
 
+/// How right the predictions of all kept runs were, in a sentence; nothing where there are fewer than two.
+pub fn history_line(report: &Report) -> Option<String> {
+    let runs = report.history.iter().filter(|r| r.is_sound()).count();
+    let within = report.history.iter().filter(|r| r.is_sound() && r.error().abs() <= 0.1).count();
+    let emulated = report.history.iter().any(|r| r.emulated);
+    let how = if emulated { " (some on emulated tiers)" } else { "" };
+    (runs > 1).then(|| {
+        format!("Of all {runs} runs that reports here have kept{how}, {within} were predicted to 10 % or better.")
+    })
+}
+
 /// What `summary.json` of the report holds. Fails only if it cannot be turned into JSON.
 pub fn summary_json(report: &Report) -> Result<String> {
     table::summary(&view::Overview::new(report))
@@ -217,6 +280,7 @@ fn fill(dir: &Path, report: &Report) -> Result<()> {
         save(format!("{}.csv", chart.file), &chart.data.to_csv())?;
         drawn.push(svg);
     }
+    history::keep(dir, report)?;
     save("summary.json".into(), &table::summary(&overview)?)?;
     save("index.html".into(), &html::page(&overview, &charts, &drawn))
 }

@@ -257,6 +257,7 @@ pub(super) fn report(layers: u32, experts: u32, used: u32, tier_count: usize, pl
                 hit_rate: 0.8,
                 read_bytes: vec![1e8; n],
                 emulated,
+                ..Prediction::default()
             };
             let records =
                 (0..3).map(|r| record(&placement, rate * (0.97 + 0.03 * r as f64), emulated, &mut rng)).collect();
@@ -280,6 +281,7 @@ pub(super) fn report(layers: u32, experts: u32, used: u32, tier_count: usize, pl
         plans: entries,
         profile: Some(profile),
         curves,
+        history: Vec::new(),
         notes: vec!["All plans produced the same tokens.".into()],
     }
 }

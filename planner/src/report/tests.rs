@@ -117,7 +117,7 @@ fn a_report_is_a_folder_of_whole_files() {
     let index = write(&dir.path().join("new/one"), &report).expect("report");
     assert_eq!(index, dir.path().join("new/one/index.html"));
     let names = check_folder(&index, &report);
-    let mut expected: HashSet<String> = ["index.html", "summary.json"].map(String::from).into();
+    let mut expected: HashSet<String> = ["index.html", "summary.json", "records"].map(String::from).into();
     for stem in ["speed", "bytes", "experts", "parts", "layers", "hits"] {
         expected.extend(["svg", "png", "csv"].map(|end| format!("{stem}.{end}")));
     }

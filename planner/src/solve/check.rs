@@ -166,6 +166,14 @@ pub fn token_s(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -> f64
             total += group.token_bytes as f64 / (plan.tiers[dense.tier].tier.read_gbps * 1e9);
         }
     }
+    if plan.predicted.at > 0 {
+        let rows = shape.kv_rows.iter().map(|rows| {
+            let positions = rows.window.unwrap_or(u64::MAX).min(plan.predicted.at.into());
+            (plan.kv_type.row_bytes(rows.width) * rows.per_token * positions) as f64
+        });
+        let bytes = rows.sum::<f64>() + 2.0 * shape.state_bytes as f64;
+        total += bytes / (plan.tiers[plan.kv_tier].tier.read_gbps * 1e9);
+    }
     for (layer, evidence) in plan.layers.iter().zip(&evidence.layers) {
         total += match &evidence.judged {
             Judged::Recorded(_) => stepped_s(plan, layer, evidence),

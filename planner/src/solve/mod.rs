@@ -291,7 +291,11 @@ impl Planner<'_> {
                 gap: None,
                 solve_s: 0.0,
             },
-            predicted: Prediction::default(),
+            predicted: Prediction {
+                at: cost::middle(self.inputs.context),
+                prompt_gflops: machine.prompt_gflops(),
+                ..Prediction::default()
+            },
         };
         plan.predicted = predict(&plan, shape, self.evidence);
         plan.solver.objective_s = token_s(&plan.predicted);
@@ -376,6 +380,7 @@ impl Planner<'_> {
             self.inputs.machine.token_overhead_us,
         );
         let mut plan = self.assemble("ilp", &self.as_draft(&items, &best));
+        let fixed = fixed + plan.predicted.kv_s;
         let objective = plan.solver.objective_s;
         let bound = (bound_s + fixed).min(objective);
         let gap = ((objective - bound) / objective).max(0.0);

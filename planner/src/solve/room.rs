@@ -62,8 +62,8 @@ impl Room {
 
     /// Sets aside what every plan needs.
     ///
-    /// The key and value cache and the staging buffers go to DRAM (without one, to the fastest host tier), where they
-    /// cost no predicted time; the cache goes elsewhere only if it does not fit there.
+    /// The key and value cache and the staging buffers go to DRAM (without one, to the fastest host tier), where
+    /// bytes are cheapest; the cache goes elsewhere only if it does not fit there.
     ///
     /// # Errors
     /// When the machine file makes no sense for planning, or the budgets cannot hold the dense groups, the cache, the

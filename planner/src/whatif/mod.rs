@@ -3,15 +3,17 @@
 //! Without a profile it is not known how the experts are used, so the plan is made for each kind of routing that others
 //! have measured, and the answer is the range over them; the middle one is named first. Everything here is predicted.
 
+pub mod purchase;
 pub mod sweep;
 
 use crate::catalogue::Known;
 use crate::cli::Strategy;
-use crate::cost::token_s;
+use crate::cost::{move_to, token_s};
 use crate::profile::Evidence;
 use crate::profile::pattern::Pattern;
-use crate::solve::{Inputs, Options, solve_judged};
+use crate::solve::{Inputs, Options, Solved, solve_judged};
 use anyhow::Result;
+use purchase::Purchase;
 use serde_json::{Value, json};
 use tier_plan_runtime::exec::KvType;
 use tier_plan_runtime::formats::machine::{Machine, TierKind};
@@ -31,6 +33,10 @@ pub struct Question<'a> {
     pub profile: Option<&'a Profile>,
     /// Tokens of context.
     pub context: u32,
+    /// Positions that the predicted tokens look back at; half of the context when `None`.
+    pub at: Option<u32>,
+    /// How keys and values are stored.
+    pub kv_type: KvType,
     /// Seconds for each of the plans.
     pub time_limit_s: f64,
 }
@@ -105,11 +111,42 @@ impl Answer {
 pub fn bound(plan: &Placement) -> Bound {
     let predicted = &plan.predicted;
     let total = token_s(predicted).max(f64::MIN_POSITIVE);
-    let tiers = plan.tiers.iter().zip(predicted.dense_s.iter().zip(&predicted.expert_s));
-    let of_tiers = tiers.map(|(tier, (dense, expert))| (tier.tier.name.clone(), dense + expert));
+    let tiers = plan.tiers.iter().zip(predicted.dense_s.iter().zip(&predicted.expert_s)).enumerate();
+    let cache = |at: usize| if at == plan.kv_tier { predicted.kv_s } else { 0.0 };
+    let of_tiers = tiers.map(|(at, (tier, (dense, expert)))| (tier.tier.name.clone(), dense + expert + cache(at)));
     let all = std::iter::once(("overheads".to_string(), predicted.overhead_s)).chain(of_tiers);
     let (by, seconds) = all.max_by(|a, b| a.1.total_cmp(&b.1)).unwrap_or_default();
     Bound { by, seconds, share: seconds / total }
+}
+
+/// The kinds of routing that are supposed, by name; the one that is known, if one is.
+fn supposed(question: &Question<'_>) -> Result<Vec<(&'static str, Evidence)>> {
+    let shape = &question.known.sizes;
+    if let Some(profile) = question.profile {
+        return Ok(vec![("profile", Evidence::new(shape, Some(profile))?)]);
+    }
+    if shape.experts.is_empty() {
+        return Ok(vec![("dense", Evidence::uniform(shape)?)]);
+    }
+    Pattern::ALL.into_iter().map(|pattern| Ok((pattern.name(), Evidence::supposed(shape, pattern)?))).collect()
+}
+
+/// The plan for one kind of routing.
+fn plan_for(question: &Question<'_>, evidence: &Evidence) -> Result<Solved> {
+    let inputs = Inputs {
+        shape: &question.known.sizes,
+        profile: question.profile,
+        machine: question.machine,
+        budgets: question.budgets.clone(),
+        context: question.context,
+        kv_type: question.kv_type,
+    };
+    let options = Options { strategy: Strategy::Optimal, time_limit_s: question.time_limit_s };
+    let mut solved = solve_judged(&inputs, evidence, &options)?;
+    if let Some(at) = question.at {
+        move_to(&mut solved.plan, &question.known.sizes, at);
+    }
+    Ok(solved)
 }
 
 /// Answers a question.
@@ -117,29 +154,11 @@ pub fn bound(plan: &Placement) -> Bound {
 /// # Errors
 /// When there is no plan: the model does not fit the budgets, or the machine makes no sense.
 pub fn answer(question: &Question<'_>) -> Result<Answer> {
-    let (shape, machine) = (&question.known.sizes, question.machine);
-    let inputs = Inputs {
-        shape,
-        profile: question.profile,
-        machine,
-        budgets: question.budgets.clone(),
-        context: question.context,
-        kv_type: KvType::default(),
-    };
-    let options = Options { strategy: Strategy::Optimal, time_limit_s: question.time_limit_s };
-    let mut supposed = Vec::new();
-    if let Some(profile) = question.profile {
-        supposed.push(("profile", Evidence::new(shape, Some(profile))?));
-    } else if shape.experts.is_empty() {
-        supposed.push(("dense", Evidence::uniform(shape)?));
-    } else {
-        for pattern in Pattern::ALL {
-            supposed.push((pattern.name(), Evidence::supposed(shape, pattern)?));
-        }
-    }
+    let machine = question.machine;
+    let supposed = supposed(question)?;
     let mut cases = Vec::with_capacity(supposed.len());
     for (routing, evidence) in &supposed {
-        let solved = solve_judged(&inputs, evidence, &options)?;
+        let solved = plan_for(question, evidence)?;
         cases.push(Case { routing, plan: solved.plan, notes: solved.notes });
     }
     cases.sort_by(|a, b| a.decode_tok_s().total_cmp(&b.decode_tok_s()));
@@ -157,6 +176,21 @@ fn load_s(plan: &Placement, machine: &Machine) -> Option<f64> {
     let upto = plan.tiers.len() - usize::from(keeps);
     let bytes: u64 = plan.tiers[..upto].iter().map(|t| t.dense_bytes + t.pinned_bytes + t.home_bytes).sum();
     Some(bytes as f64 / (rate * 1e9))
+}
+
+/// Purchases in the words of `--json`.
+pub fn purchases_json(purchases: &[Purchase]) -> Value {
+    let each = |p: &Purchase| {
+        json!({
+            "tier": p.tier,
+            "bytes": p.bytes,
+            "usd": p.usd,
+            "decode_tok_s_before": p.before_tok_s,
+            "decode_tok_s": p.tok_s,
+            "helps": p.helps(),
+        })
+    };
+    purchases.iter().map(each).collect()
 }
 
 /// An answer in the words of `--json`.
@@ -193,7 +227,13 @@ pub fn as_json(question: &Question<'_>, answer: &Result<Answer>) -> Value {
     value["bound_by"] = json!(bound.by);
     value["bound_by_s"] = json!(bound.seconds);
     value["bound_by_share"] = json!(bound.share);
+    // Reads alone are a limit; with a rate of products the same figure is a prediction.
+    let has_products = !predicted.prompt_gflops.is_empty();
     value["prompt_tok_s_limit"] = json!(predicted.prompt_tok_s);
+    value["prompt_tok_s"] = json!(has_products.then_some(predicted.prompt_tok_s));
+    value["at"] = json!(predicted.at);
+    value["kv_type"] = json!(question.kv_type.name());
+    value["kv_s"] = json!(predicted.kv_s);
     value["hit_rate"] = json!(predicted.hit_rate);
     value["load_s"] = json!(answer.load_s);
     value["watts"] = json!(answer.watts);
@@ -242,5 +282,7 @@ pub fn as_json(question: &Question<'_>, answer: &Result<Answer>) -> Value {
     value
 }
 
+#[cfg(test)]
+mod points;
 #[cfg(test)]
 mod tests;

@@ -66,7 +66,7 @@ impl Range {
 }
 
 /// The machine with a tier of another size, its price with it.
-fn resized(machine: &Machine, tier: usize, bytes: u64) -> Machine {
+pub(super) fn resized(machine: &Machine, tier: usize, bytes: u64) -> Machine {
     let mut machine = machine.clone();
     let before = machine.tiers[tier].capacity_bytes;
     machine.tiers[tier].capacity_bytes = bytes;
@@ -79,13 +79,21 @@ fn resized(machine: &Machine, tier: usize, bytes: u64) -> Machine {
     machine.identified()
 }
 
+/// The machine and the budgets of a question with a tier of another size; nothing where the machine has no such tier.
+pub fn at_size(question: &Question<'_>, tier: &str, bytes: u64) -> Option<(Machine, Vec<u64>)> {
+    let at = question.machine.tiers.iter().position(|t| t.name == tier)?;
+    let mut budgets = question.budgets.clone();
+    *budgets.get_mut(at)? = bytes;
+    Some((resized(question.machine, at, bytes), budgets))
+}
+
 /// Asks the question for every size, calling `each` after it.
 ///
 /// # Errors
 /// When the machine has no such tier.
 pub fn sweep(question: &Question<'_>, range: &Range, mut each: impl FnMut(usize)) -> Result<Sweep> {
     let tiers = &question.machine.tiers;
-    let Some(at) = tiers.iter().position(|t| t.name == range.tier) else {
+    if !tiers.iter().any(|t| t.name == range.tier) {
         let names: Vec<&str> = tiers.iter().map(|t| t.name.as_str()).collect();
         bail!(
             "--sweep {}: machine '{}' has no such tier; its tiers are {}",
@@ -93,12 +101,10 @@ pub fn sweep(question: &Question<'_>, range: &Range, mut each: impl FnMut(usize)
             question.machine.name,
             names.join(", ")
         );
-    };
+    }
     let mut points: Vec<Point> = Vec::with_capacity(range.sizes.len());
     for (done, &bytes) in range.sizes.iter().enumerate() {
-        let machine = resized(question.machine, at, bytes);
-        let mut budgets = question.budgets.clone();
-        budgets[at] = bytes;
+        let Some((machine, budgets)) = at_size(question, &range.tier, bytes) else { continue };
         points.push(Point { bytes, answer: answer(&Question { machine: &machine, budgets, ..question.clone() }) });
         each(done + 1);
     }

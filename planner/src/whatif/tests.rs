@@ -18,7 +18,16 @@ fn machine_of(extras: &str, tiers: &[(&str, &str, f64)]) -> Machine {
 
 fn ask<'a>(known: &'a Known, machine: &'a Machine) -> Question<'a> {
     let budgets = machine.tiers.iter().map(|t| t.capacity_bytes).collect();
-    Question { known, machine, budgets, profile: None, context: 1024, time_limit_s: 2.0 }
+    Question {
+        known,
+        machine,
+        budgets,
+        profile: None,
+        context: 1024,
+        at: None,
+        kv_type: KvType::F16,
+        time_limit_s: 2.0,
+    }
 }
 
 fn known(name: &str, quant: &str) -> Known {
@@ -33,7 +42,8 @@ fn one_tier_is_its_bytes_over_its_rate() -> Result<()> {
         let known = known(name, "q4_k_m");
         let answer = answer(&ask(&known, &machine))?;
         let sizes = &known.sizes;
-        let seconds = 100e-6 + f64::from(sizes.n_layer) * 10e-6 + sizes.token_bytes() as f64 / 50e9;
+        let cache = 512 * KvType::F16.token_bytes(sizes);
+        let seconds = 100e-6 + f64::from(sizes.n_layer) * 10e-6 + (sizes.token_bytes() + cache) as f64 / 50e9;
         for case in &answer.cases {
             assert!((case.decode_tok_s() * seconds - 1.0).abs() < 1e-9, "{name} {}", case.routing);
             assert_eq!(case.plan.solver.status, "optimal");
@@ -45,7 +55,7 @@ fn one_tier_is_its_bytes_over_its_rate() -> Result<()> {
         assert!((answer.tok_s_per_1000_usd().unwrap() - 0.25 / seconds).abs() < 1e-9);
         let bound = bound(&answer.cases[0].plan);
         assert_eq!(bound.by, "dram");
-        assert!((bound.seconds - sizes.token_bytes() as f64 / 50e9).abs() < 1e-9);
+        assert!((bound.seconds - (sizes.token_bytes() + cache) as f64 / 50e9).abs() < 1e-9);
     }
     Ok(())
 }
@@ -119,5 +129,29 @@ fn a_sweep_rises_bends_and_costs_more() -> Result<()> {
     let other = sweep::Range::parse("vram=1GiB..2GiB")?;
     let error = sweep::sweep(&ask(&known, &machine), &other, |_| ()).unwrap_err().to_string();
     assert!(error.contains("no such tier; its tiers are dram, nvme"), "{error}");
+    Ok(())
+}
+
+#[test]
+fn the_same_money_goes_where_it_brings_most() -> Result<()> {
+    let known = known("qwen3-30b-a3b", "q4_k_m");
+    let mut machine =
+        machine_of("price_usd = 2000", &[("vram", "4GiB", 800.0), ("dram", "6GiB", 50.0), ("nvme", "100GB", 5.0)]);
+    machine.extras.usd_per_gb.extend([("dram".to_string(), 20.0), ("nvme".to_string(), 0.1)]);
+    let question = ask(&known, &machine);
+    let found = answer(&question)?;
+    let bought = purchase::purchases(&question, &found)?;
+    // A tenth of the price on each tier that has one.
+    let names: Vec<&str> = bought.iter().map(|p| p.tier.as_str()).collect();
+    assert_eq!(names, ["dram", "nvme"]);
+    assert_eq!((bought[0].usd, bought[0].bytes), (200.0, 10_000_000_000));
+    assert!(bought[0].helps() && !bought[1].helps(), "{bought:?}");
+    let (larger, budgets) = sweep::at_size(&question, "dram", (6 << 30) + 10_000_000_000).unwrap();
+    let again = answer(&Question { machine: &larger, budgets, ..question.clone() })?;
+    let middle = found.middle().unwrap().routing;
+    let expected = again.cases.iter().find(|c| c.routing == middle).unwrap().decode_tok_s();
+    assert!((bought[0].tok_s / expected - 1.0).abs() < 0.01, "{} {expected}", bought[0].tok_s);
+    machine.extras.usd_per_gb.clear();
+    assert_eq!(purchase::purchases(&ask(&known, &machine), &found)?, []);
     Ok(())
 }

@@ -15,8 +15,9 @@ use crate::gguf::Gguf;
 use crate::kernels::pooled::{MatJob, matmul_all};
 use crate::kernels::{Activations, Kernels, needs_quants};
 use crate::model::describe;
-use crate::model::shape::{ModelShape, shape_of};
-use crate::model::spec::{Ffn, LayerSpec, ModelSpec, MoeSpec};
+use crate::model::kv::{KvRows, KvType};
+use crate::model::shape::{ModelShape, mixer_rows, shape_of};
+use crate::model::spec::{Ffn, LayerSpec, Mixer, ModelSpec, MoeSpec};
 use crate::quant::dequantize_row;
 use crate::threads::{ThreadPool, physical_cores};
 use crate::tiers::pace::{Pacer, StageBytes, settle};
@@ -29,6 +30,25 @@ pub(super) const BATCH: usize = 2048;
 
 /// Tokens that a layer's dense stage, and an expert, take at once.
 pub(super) const MICRO_BATCH: usize = 512;
+
+/// What one layer's pass moves of keys, values and recurrent state.
+struct CacheReads {
+    rows: Vec<(KvRows, u64)>,
+    state_bytes: u64,
+}
+
+impl CacheReads {
+    fn new(mixer: &Mixer, kv_type: KvType) -> Self {
+        let rows = mixer_rows(mixer).into_iter().map(|rows| (rows, kv_type.row_bytes(rows.width))).collect();
+        Self { rows, state_bytes: mixer.state_bytes() }
+    }
+
+    /// For `tokens` tokens, the last at the `positions`-th place, as [`KvType::moved_bytes`] counts for all layers.
+    fn bytes(&self, positions: u64, tokens: u64) -> u64 {
+        let rows = self.rows.iter().map(|(rows, bytes)| bytes.saturating_mul(rows.read(positions, tokens)));
+        rows.fold(self.state_bytes.saturating_mul(2), u64::saturating_add)
+    }
+}
 
 /// Which logits a pass should compute.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -62,6 +82,8 @@ pub struct Engine {
     head_tier: usize,
     /// By layer, by tier.
     dense_bytes: Vec<StageBytes>,
+    /// By layer: what its keys, values and state are charged as.
+    caches: Vec<CacheReads>,
     pacer: Option<Pacer>,
     pool: ThreadPool,
     kernels: Kernels,
@@ -151,6 +173,7 @@ impl Engine {
             pacer: Pacer::new(&tiers, plan.layer_overhead_us, plan.token_overhead_us),
             counters: Counters::new(tiers.len(), n_moe),
             dense_bytes: dense_bytes.into_iter().map(StageBytes::from).collect(),
+            caches: spec.layers.iter().map(|layer| CacheReads::new(&layer.mixer, plan.kv_type)).collect(),
             plan: plan.clone(),
             logits: Vec::new(),
             routing: Routing::default(),
@@ -348,9 +371,11 @@ impl Engine {
             self.scratch.expert_acts.clear();
             for first in (0..n).step_by(self.micro_batch) {
                 let start = Instant::now();
-                self.dense_stage(index, first..n.min(first + self.micro_batch));
+                let rows = first..n.min(first + self.micro_batch);
+                self.dense_stage(index, rows.clone());
                 if let Some(pacer) = &self.pacer {
-                    settle(start, pacer.dense(&self.dense_bytes[index]));
+                    let cache = self.caches[index].bytes((self.n_past + rows.end) as u64, rows.len() as u64);
+                    settle(start, pacer.dense(&self.dense_bytes[index], self.plan.kv_tier, cache));
                 }
             }
             let experts_start = Instant::now();

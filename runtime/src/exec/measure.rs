@@ -54,7 +54,11 @@ pub fn record(engine: &Engine, generated: &Generated, circumstances: &Circumstan
         first_token_s: circumstances.first_token_s,
         tiers: tiers.collect(),
         layers: layers.collect(),
-        predicted: (plan.predicted.decode_tok_s > 0.0).then(|| plan.predicted.clone()),
+        // For the place in the text where the run's tokens were: halfway through those that were decoded.
+        predicted: (plan.predicted.decode_tok_s > 0.0).then(|| {
+            let middle = (engine.n_past() as u64).saturating_sub(counters.decode_tokens.saturating_sub(1) / 2);
+            plan.predicted_at(engine.shape(), u32::try_from(middle).unwrap_or(u32::MAX))
+        }),
         output: generated.tokens.clone(),
     }
 }

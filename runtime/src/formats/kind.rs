@@ -39,7 +39,7 @@ pub(super) struct Kind {
 pub(super) const MACHINE: Kind = Kind {
     format: "tier-plan machine",
     what: "machine file",
-    newest: 1,
+    newest: 2,
     limit_bytes: 1 << 20,
     mend: "profiles/machines holds examples",
 };
@@ -60,7 +60,7 @@ pub(super) const PROFILE: Kind = Kind {
 pub(super) const RECORD: Kind = Kind {
     format: "tier-plan run record",
     what: "run record",
-    newest: 1,
+    newest: 2,
     limit_bytes: 64 << 20,
     mend: "`tier-plan run --record` writes one",
 };

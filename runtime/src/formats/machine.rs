@@ -96,11 +96,37 @@ pub struct Extras {
     pub watts: Option<f64>,
     /// Price of more of a tier, by its name, in US dollars for 10⁹ bytes.
     pub usd_per_gb: BTreeMap<String, f64>,
+    /// Rate of products of many tokens with what lies on a tier, by its name, in 10⁹ floating-point operations a second
+    /// (a multiply-accumulate is two).
+    pub prompt_gflops: BTreeMap<String, f64>,
+    /// The runs that rates and fixed times were fitted to, if they were.
+    pub calibration: Option<Calibration>,
+}
+
+/// What a machine's rates and fixed times were fitted to.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Calibration {
+    /// When, in UTC: `2026-11-22T17:00:00Z`.
+    pub when: String,
+    /// Runs.
+    pub records: u32,
+    /// Mean difference between predicted and measured time of a token, as a share of the measured one, before and after.
+    pub error_before: f64,
+    /// See above.
+    pub error_after: f64,
 }
 
 impl Default for Extras {
     fn default() -> Self {
-        Extras { efficiency: 1.0, load_gbps: None, price_usd: None, watts: None, usd_per_gb: BTreeMap::new() }
+        Extras {
+            efficiency: 1.0,
+            load_gbps: None,
+            price_usd: None,
+            watts: None,
+            usd_per_gb: BTreeMap::new(),
+            prompt_gflops: BTreeMap::new(),
+            calibration: None,
+        }
     }
 }
 
@@ -108,7 +134,12 @@ impl Default for Extras {
 pub fn decode(bytes: &[u8], path: &Path) -> Result<Machine, FormatError> {
     let text = MACHINE.open_toml(bytes, path)?;
     let wire: WireMachine = toml::from_str(text).map_err(|e| FormatError::invalid(path, toml_words(text, &e)))?;
+    if wire.version < 2 && (wire.calibration.is_some() || wire.tier.iter().any(|t| t.prompt_gflops.is_some())) {
+        let what = "prompt_gflops and calibration are keys of version 2; write `version = 2`, or leave them out";
+        return Err(FormatError::invalid(path, what));
+    }
     let prices = wire.tier.iter().filter_map(|t| Some((t.name.clone(), t.usd_per_gb?)));
+    let products = wire.tier.iter().filter_map(|t| Some((t.name.clone(), t.prompt_gflops?)));
     let machine = Machine {
         id: SourceId::of_bytes(&wire.name, bytes),
         extras: Extras {
@@ -117,6 +148,8 @@ pub fn decode(bytes: &[u8], path: &Path) -> Result<Machine, FormatError> {
             price_usd: wire.price_usd,
             watts: wire.watts,
             usd_per_gb: prices.collect(),
+            prompt_gflops: products.collect(),
+            calibration: wire.calibration.map(Calibration::from),
         },
         name: wire.name,
         description: wire.description,
@@ -137,7 +170,8 @@ impl Machine {
     /// The file as text. The identity is not written: it is the hash of this text.
     pub fn encode(&self) -> String {
         let mut out = String::new();
-        out.push_str(&format!("format = {}\nversion = 1\n", quote(MACHINE.format)));
+        let version = if self.extras.prompt_gflops.is_empty() && self.extras.calibration.is_none() { 1 } else { 2 };
+        out.push_str(&format!("format = {}\nversion = {version}\n", quote(MACHINE.format)));
         out.push_str(&format!("name = {}\n", quote(&self.name)));
         out.push_str(&format!("description = {}\n", quote(&self.description)));
         out.push_str(&format!("layer_overhead_us = {}\n", float(self.layer_overhead_us)));
@@ -154,6 +188,12 @@ impl Machine {
                 out.push_str(&format!("{key} = {}\n", float(value)));
             }
         }
+        if let Some(calibration) = &extras.calibration {
+            out.push_str(&format!("\n[calibration]\nwhen = {}\n", quote(&calibration.when)));
+            out.push_str(&format!("records = {}\n", calibration.records));
+            out.push_str(&format!("error_before = {}\n", float(calibration.error_before)));
+            out.push_str(&format!("error_after = {}\n", float(calibration.error_after)));
+        }
         for tier in &self.tiers {
             out.push_str("\n[[tier]]\n");
             out.push_str(&format!("name = {}\n", quote(&tier.name)));
@@ -164,6 +204,9 @@ impl Machine {
             out.push_str(&format!("emulated = {}\n", tier.emulated));
             if let Some(price) = extras.usd_per_gb.get(&tier.name) {
                 out.push_str(&format!("usd_per_gb = {}\n", float(*price)));
+            }
+            if let Some(rate) = extras.prompt_gflops.get(&tier.name) {
+                out.push_str(&format!("prompt_gflops = {}\n", float(*rate)));
             }
             out.push_str(&format!("source = {}\n", quote(&tier.source)));
         }
@@ -197,6 +240,16 @@ impl Machine {
         self.tiers.iter().map(computing).collect()
     }
 
+    /// `[tiers]` rates of products of many tokens, 0 where they are not known; empty where none is. The CPU computes on
+    /// several tiers, and reads what lies on a block device before it does, so the figure of one of these holds for all
+    /// that have none of their own.
+    pub fn prompt_gflops(&self) -> Vec<f64> {
+        let known = &self.extras.prompt_gflops;
+        let of_cpu = self.tiers.iter().filter(|t| t.kind != TierKind::Vram).find_map(|t| known.get(&t.name));
+        let of = |tier: &Tier| known.get(&tier.name).or(of_cpu.filter(|_| tier.kind != TierKind::Vram));
+        if known.is_empty() { Vec::new() } else { self.tiers.iter().map(|t| of(t).copied().unwrap_or(0.0)).collect() }
+    }
+
     fn check(&self) -> Result<(), String> {
         let extras = &self.extras;
         if !(extras.efficiency > 0.0 && extras.efficiency <= 1.0) {
@@ -210,6 +263,13 @@ impl Machine {
         }
         for (tier, price) in &extras.usd_per_gb {
             check_amount(&format!("usd_per_gb of tier '{tier}'"), *price)?;
+        }
+        if let Some((tier, rate)) = extras.prompt_gflops.iter().find(|(_, rate)| !(rate.is_finite() && **rate > 0.0)) {
+            return Err(format!("prompt_gflops of tier '{tier}' is {rate}, but must be a positive finite number"));
+        }
+        if let Some(calibration) = &extras.calibration {
+            check_amount("calibration.error_before", calibration.error_before)?;
+            check_amount("calibration.error_after", calibration.error_after)?;
         }
         check_amount("layer_overhead_us", self.layer_overhead_us)?;
         check_amount("token_overhead_us", self.token_overhead_us)?;
@@ -299,8 +359,7 @@ fn show_capacity(bytes: u64) -> String {
 struct WireMachine {
     #[serde(rename = "format")]
     _format: String,
-    #[serde(rename = "version")]
-    _version: u64,
+    version: u64,
     name: String,
     #[serde(default)]
     description: String,
@@ -310,7 +369,24 @@ struct WireMachine {
     load_gbps: Option<f64>,
     price_usd: Option<f64>,
     watts: Option<f64>,
+    calibration: Option<WireCalibration>,
     tier: Vec<WireTier>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct WireCalibration {
+    when: String,
+    records: u32,
+    error_before: f64,
+    error_after: f64,
+}
+
+impl From<WireCalibration> for Calibration {
+    fn from(wire: WireCalibration) -> Calibration {
+        let WireCalibration { when, records, error_before, error_after } = wire;
+        Calibration { when, records, error_before, error_after }
+    }
 }
 
 #[derive(Deserialize)]
@@ -325,6 +401,7 @@ struct WireTier {
     #[serde(default)]
     emulated: bool,
     usd_per_gb: Option<f64>,
+    prompt_gflops: Option<f64>,
     source: String,
 }
 

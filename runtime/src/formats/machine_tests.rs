@@ -72,7 +72,8 @@ fn the_demo_machine_is_emulated_throughout() {
 fn errors_say_what_and_how_to_mend() {
     let cases = [
         (v1_with("format = \"tier-plan machine\"", "format = \"tier-plan placement\""), "not a machine file: its format is \"tier-plan placement\"; profiles/machines holds examples"),
-        (v1_with("version = 1", "version = 2"), "machine file version 2, but this program reads up to version 1; update tier-plan"),
+        (v1_with("version = 1", "version = 3"), "machine file version 3, but this program reads up to version 2; update tier-plan"),
+        (v1_with("kind = \"dram\"", "kind = \"dram\"\nprompt_gflops = 1"), "prompt_gflops and calibration are keys of version 2; write `version = 2`"),
         (v1_with("version = 1", "version = 0"), "version is 0, but versions start at 1"),
         (v1_with("version = 1", "version = -4"), "version is -4"),
         (v1_with("version = 1\n", ""), "no version; write `version = 1`"),
@@ -192,13 +193,20 @@ pub(crate) fn any_tiers() -> impl Strategy<Value = Vec<Tier>> {
 
 fn any_machine() -> impl Strategy<Value = Machine> {
     let amount = || proptest::option::of(0f64..1e6);
-    let extras = (0.01f64..=1.0, proptest::option::of(0.1f64..100.0), amount(), amount(), amount());
+    let fitted =
+        (any_text(), any::<u32>(), 0f64..10.0, 0f64..10.0).prop_map(|(when, records, error_before, error_after)| {
+            Calibration { when, records, error_before, error_after }
+        });
+    let of_2 = (proptest::option::of(any_rate()), proptest::option::of(fitted));
+    let extras = (0.01f64..=1.0, proptest::option::of(0.1f64..100.0), amount(), amount(), amount(), of_2);
     (any_text(), any_text(), any_tiers(), 0f64..1e6, 0f64..1e6, extras).prop_map(
-        |(name, description, mut tiers, layer, token, (efficiency, load_gbps, price_usd, watts, each))| {
+        |(name, description, mut tiers, layer, token, extras)| {
+            let (efficiency, load_gbps, price_usd, watts, each, (gflops, calibration)) = extras;
             tiers.sort_by(|a, b| b.read_gbps.total_cmp(&a.read_gbps));
             let id = SourceId { name: String::new(), hash: String::new() };
             let usd_per_gb = each.map(|price| (tiers[0].name.clone(), price)).into_iter().collect();
-            let extras = Extras { efficiency, load_gbps, price_usd, watts, usd_per_gb };
+            let prompt_gflops = gflops.map(|rate| (tiers[0].name.clone(), rate)).into_iter().collect();
+            let extras = Extras { efficiency, load_gbps, price_usd, watts, usd_per_gb, prompt_gflops, calibration };
             Machine { name, description, tiers, layer_overhead_us: layer, token_overhead_us: token, extras, id }
                 .identified()
         },
@@ -253,4 +261,30 @@ fn extras_are_read_checked_and_left_out_by_default() {
     assert!(load(&text.replacen("load_gbps = 3", "load_gbps = -3", 1)).unwrap_err().contains("load_gbps is -3"));
     assert!(load(&text.replacen("watts = 300", "watts = inf", 1)).unwrap_err().contains("watts is inf"));
     assert!(load(&text.replacen("usd_per_gb = 2", "usd_per_gb = -2", 1)).unwrap_err().contains("of tier 'dram' is -2"));
+}
+
+const V2: &str = include_str!("../../../tests/data/formats/machine.v2.toml");
+
+#[test]
+fn version_2_means_what_it_meant() {
+    let machine = load(V2).unwrap();
+    let calibration =
+        Calibration { when: "2026-11-22T17:00:00Z".into(), records: 6, error_before: 0.125, error_after: 0.02 };
+    assert_eq!(machine.extras.calibration, Some(calibration));
+    let rates = [("vram".to_string(), 80000.0), ("dram".to_string(), 950.5)];
+    assert_eq!(machine.extras.prompt_gflops, BTreeMap::from(rates));
+    // The processor computes on main memory, Optane and what it has read from the drive alike.
+    assert_eq!(machine.prompt_gflops(), [80000.0, 950.5, 950.5, 950.5]);
+    assert_eq!(machine.encode(), V2, "the writer lays out version 2 as it always did");
+    let without = V2.replace("prompt_gflops = 950.5\n", "");
+    assert_eq!(load(&without).unwrap().prompt_gflops(), [80000.0, 0.0, 0.0, 0.0]);
+    assert_eq!(decode(V1, Path::new("m.toml")).unwrap().prompt_gflops(), Vec::<f64>::new());
+    for (from, to, words) in [
+        ("prompt_gflops = 950.5", "prompt_gflops = 0", "prompt_gflops of tier 'dram' is 0, but must be a positive"),
+        ("error_after = 0.02", "error_after = -1.0", "calibration.error_after is -1"),
+        ("records = 6", "record = 6", "unknown field `record`"),
+    ] {
+        let error = load(&V2.replace(from, to)).unwrap_err();
+        assert!(error.contains(words), "{error}");
+    }
 }

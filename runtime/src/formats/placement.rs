@@ -10,7 +10,7 @@ use super::kind::PLACEMENT;
 use super::machine::Tier;
 use super::{FormatError, SourceId, safely};
 use crate::model::kv::KvType;
-use crate::model::shape::DenseKind;
+use crate::model::shape::{DenseKind, ModelShape};
 use std::path::Path;
 
 /// Index into [`Placement::tiers`].
@@ -156,8 +156,8 @@ pub struct SolverReport {
 pub struct Prediction {
     /// Tokens a second when decoding.
     pub decode_tok_s: f64,
-    /// Tokens a second that reading each batch of 512 prompt tokens' weights once would allow: a limit, as computing is
-    /// not reckoned.
+    /// Tokens a second of a batch of 512 prompt tokens, whose weights are read once: a limit where
+    /// [`prompt_gflops`](Self::prompt_gflops) does not say how fast products are computed.
     pub prompt_tok_s: f64,
     /// Fixed overheads.
     pub overhead_s: f64,
@@ -169,10 +169,25 @@ pub struct Prediction {
     pub expert_critical_s: f64,
     /// Share of expert accesses served from pins or slots.
     pub hit_rate: f64,
-    /// Bytes a decoded token reads, by tier.
+    /// Bytes of weights that a decoded token reads, by tier.
     pub read_bytes: Vec<f64>,
     /// Every rate in it is declared, not measured.
     pub emulated: bool,
+    /// Positions that the decoded token attends to, its own included; 0 where keys and values are not charged, as in
+    /// plans of version 1 and 2.
+    pub at: u32,
+    /// Reading the keys and values of so many positions, and the recurrent state.
+    pub kv_s: f64,
+    /// Rate of products of many tokens with what lies on each tier, in 10⁹ floating-point operations a second, 0 where
+    /// it is not known; empty where it is known of no tier.
+    pub prompt_gflops: Vec<f64>,
+}
+
+impl Prediction {
+    /// Seconds of a decoded token: the sum of the parts.
+    pub fn token_s(&self) -> f64 {
+        self.overhead_s + self.dense_s.iter().sum::<f64>() + self.kv_s + self.expert_critical_s
+    }
 }
 
 /// A plan.
@@ -246,6 +261,24 @@ impl Placement {
     /// The tier where pooled experts live: the last one.
     pub fn home_tier(&self) -> TierIdx {
         self.tiers.len().saturating_sub(1)
+    }
+
+    /// Seconds in which a pass of `tokens` tokens moves its keys, values and recurrent state; the last token is the
+    /// `positions`-th of its text.
+    pub fn kv_s(&self, shape: &ModelShape, positions: u64, tokens: u64) -> f64 {
+        let rate = self.tiers.get(self.kv_tier).map_or(f64::INFINITY, |t| t.tier.read_gbps * 1e9);
+        self.kv_type.moved_bytes(shape, positions, tokens) as f64 / rate
+    }
+
+    /// The prediction for a token that attends to `at` positions. A prediction that does not charge keys and values stays
+    /// as it is.
+    pub fn predicted_at(&self, shape: &ModelShape, at: u32) -> Prediction {
+        let mut predicted = self.predicted.clone();
+        if predicted.at > 0 && at > 0 {
+            (predicted.at, predicted.kv_s) = (at, self.kv_s(shape, at.into(), 1));
+            predicted.decode_tok_s = 1.0 / predicted.token_s().max(f64::MIN_POSITIVE);
+        }
+        predicted
     }
 
     /// Refuses a plan that was made for another model, naming both.

@@ -201,7 +201,9 @@ impl Architecture {
             match (group.kind, self.experts) {
                 (Some(kind), _) => {
                     let rows = if kind == DenseKind::Embedding { u64::from(self.vocab) } else { 1 };
-                    dense.push(DenseShape { kind, layer: group.layer, bytes, token_bytes: bytes / rows });
+                    let values: u64 = group.weights.iter().map(Weight::parameters).sum();
+                    let macs = if kind == DenseKind::Embedding { 0 } else { values };
+                    dense.push(DenseShape { kind, layer: group.layer, bytes, token_bytes: bytes / rows, macs });
                 }
                 (None, Some(of)) => experts.push(ExpertShape {
                     layer: group.layer.unwrap_or(0),
@@ -229,7 +231,7 @@ impl Architecture {
             hidden: self.hidden,
             n_vocab: self.vocab,
             context: self.context,
-            kv_rows: vec![KvRows { width, per_token: rows * u64::from(self.layers) }],
+            kv_rows: vec![KvRows { width, per_token: rows * u64::from(self.layers), window: None }],
             state_bytes: 0,
             dense,
             experts,

@@ -31,6 +31,17 @@ pub struct KvRows {
     pub width: u64,
     /// Rows that one token of context adds, over all layers.
     pub per_token: u64,
+    /// Positions that a token looks back at, its own included; all of them when `None`.
+    pub window: Option<u64>,
+}
+
+impl KvRows {
+    /// Rows that a pass of `tokens` tokens reads, the last of which is the `positions`-th of its text. The tokens of a
+    /// pass share their reads.
+    pub fn read(&self, positions: u64, tokens: u64) -> u64 {
+        let reach = self.window.map_or(u64::MAX, |window| window.saturating_add(tokens.saturating_sub(1)));
+        self.per_token.saturating_mul(positions.min(reach))
+    }
 }
 
 impl KvType {
@@ -59,6 +70,14 @@ impl KvType {
     pub fn token_bytes(self, shape: &ModelShape) -> u64 {
         let bytes = |rows: &KvRows| self.row_bytes(rows.width).saturating_mul(rows.per_token);
         shape.kv_rows.iter().fold(0, |sum, rows| sum.saturating_add(bytes(rows)))
+    }
+
+    /// Bytes of keys, values and recurrent state that a pass of `tokens` tokens moves, the last of which is the
+    /// `positions`-th of its text: rows are read once, state is read and written back.
+    pub fn moved_bytes(self, shape: &ModelShape, positions: u64, tokens: u64) -> u64 {
+        let bytes = |rows: &KvRows| self.row_bytes(rows.width).saturating_mul(rows.read(positions, tokens));
+        let state = shape.state_bytes.saturating_mul(2);
+        shape.kv_rows.iter().fold(state, |sum, rows| sum.saturating_add(bytes(rows)))
     }
 
     /// Bytes that a context of this many tokens takes: keys and values stored so, and recurrent state.
@@ -105,5 +124,15 @@ mod tests {
         assert_eq!(bytes(33), [66, 37, 132]);
         assert_eq!(bytes(576), [1152, 612, 2304]);
         assert_eq!(bytes(0), [0, 0, 0]);
+    }
+
+    #[test]
+    fn windows_end_what_is_read_but_not_what_is_held() {
+        let all = KvRows { width: 8, per_token: 3, window: None };
+        let near = KvRows { window: Some(10), ..all };
+        assert_eq!([all.read(4, 1), all.read(40, 1), all.read(40, 8)], [12, 120, 120]);
+        // Eight tokens that share their reads look back at 17 positions: the first of them at 10.
+        assert_eq!([near.read(4, 1), near.read(40, 1), near.read(40, 8), near.read(12, 8)], [12, 30, 51, 36]);
+        assert_eq!(near.read(u64::MAX, u64::MAX), u64::MAX);
     }
 }

@@ -1,7 +1,7 @@
 //! A model's sizes without its weights: all that a planner needs to know.
 
 use super::kv::KvRows;
-use super::spec::ModelSpec;
+use super::spec::{Mixer, ModelSpec};
 use super::{ModelError, describe};
 use crate::formats::SourceId;
 use crate::gguf::Gguf;
@@ -36,6 +36,8 @@ pub struct DenseShape {
     pub bytes: u64,
     /// Bytes that one decoded token reads of it.
     pub token_bytes: u64,
+    /// Multiply-accumulates for one token: its weights, but none of an embedding.
+    pub macs: u64,
 }
 
 /// The routed experts of a layer.
@@ -68,7 +70,7 @@ pub struct ModelShape {
     pub n_vocab: u32,
     /// Longest context the file claims to be trained for.
     pub context: u32,
-    /// Rows of keys, values and latents that one token of context adds: each width once, ascending.
+    /// Rows of keys, values and latents that one token of context adds: each width and window once, ascending.
     pub kv_rows: Vec<KvRows>,
     /// Bytes of recurrent state, over all layers, whatever the length of the context.
     pub state_bytes: u64,
@@ -112,7 +114,10 @@ pub fn shape_of(gguf: &Gguf, spec: &ModelSpec) -> ModelShape {
         .map(|group| {
             let bytes = bytes(&group.tensors);
             let token_bytes = if group.kind == DenseKind::Embedding { embedding_row } else { bytes };
-            DenseShape { kind: group.kind, layer: group.layer, bytes, token_bytes }
+            let values =
+                group.tensors.iter().map(|id| tensors[*id].cols().saturating_mul(tensors[*id].rows())).sum::<u64>();
+            let macs = if group.kind == DenseKind::Embedding { 0 } else { values };
+            DenseShape { kind: group.kind, layer: group.layer, bytes, token_bytes, macs }
         })
         .collect();
     let experts = spec
@@ -141,9 +146,19 @@ pub fn shape_of(gguf: &Gguf, spec: &ModelSpec) -> ModelShape {
 
 /// What all caches together hold of a token.
 fn kv_rows(spec: &ModelSpec) -> Vec<KvRows> {
-    let mut by_width = BTreeMap::new();
-    for (rows, width) in spec.layers.iter().flat_map(|l| l.mixer.cache_rows()) {
-        *by_width.entry(width as u64).or_insert(0) += rows as u64;
+    let mut found = BTreeMap::new();
+    for rows in spec.layers.iter().flat_map(|layer| mixer_rows(&layer.mixer)) {
+        *found.entry((rows.width, rows.window)).or_insert(0) += rows.per_token;
     }
-    by_width.into_iter().map(|(width, per_token)| KvRows { width, per_token }).collect()
+    found.into_iter().map(|((width, window), per_token)| KvRows { width, per_token, window }).collect()
+}
+
+/// What one layer's cache holds of a token.
+pub fn mixer_rows(mixer: &Mixer) -> Vec<KvRows> {
+    let window = match mixer {
+        Mixer::Gqa(attention) => attention.window.map(|window| window as u64),
+        Mixer::Mla(_) | Mixer::Delta(_) => None,
+    };
+    let rows = |(rows, width): (usize, usize)| KvRows { width: width as u64, per_token: rows as u64, window };
+    mixer.cache_rows().into_iter().map(rows).collect()
 }

@@ -3,7 +3,8 @@
 //! A stage's work runs first, on real memory; then the pacer waits until the declared time has passed since the stage
 //! began. Real tiers are not paced. What is charged is what the planner's cost model predicts:
 //!
-//! - a dense stage: the layer's fixed overhead, plus bytes over rate of each tier, one after the other;
+//! - a dense stage: the layer's fixed overhead, plus bytes over rate of each tier, one after the other, and the same
+//!   for the keys, values and recurrent state that the stage moves;
 //! - an expert stage: the longest of the paths that overlap: each accelerator tier (latency of a launch, then bytes
 //!   over rate), each tier the CPU computes from (bytes over rate), and the slow tier (latency, then missed bytes over
 //!   rate).
@@ -69,9 +70,10 @@ impl Pacer {
         if t.emulated && bytes > 0 { seconds(bytes as f64 / (t.read_gbps * 1e9)) } else { Duration::ZERO }
     }
 
-    /// Declared time of a layer's dense stage.
-    pub fn dense(&self, bytes: &StageBytes) -> Duration {
-        self.layer_overhead + self.sum(bytes)
+    /// Declared time of a layer's dense stage that reads `bytes` of weights and moves `cache_bytes` of keys, values and
+    /// state on the tier `kv_tier`.
+    pub fn dense(&self, bytes: &StageBytes, kv_tier: usize, cache_bytes: u64) -> Duration {
+        self.layer_overhead + self.sum(bytes) + self.transfer(kv_tier, cache_bytes)
     }
 
     /// Declared time of the work outside layers.
@@ -140,7 +142,8 @@ mod tests {
         let mut bytes = StageBytes::new(3);
         bytes.add(0, 100_000); // 10 µs
         bytes.add(1, 30_000); // 30 µs
-        assert_eq!(pacer.dense(&bytes), Duration::from_micros(60));
+        assert_eq!(pacer.dense(&bytes, 1, 0), Duration::from_micros(60));
+        assert_eq!(pacer.dense(&bytes, 1, 5_000), Duration::from_micros(65));
         assert_eq!(pacer.outside(&bytes), Duration::from_micros(100));
         let micros = |us: [u64; 3]| us.map(Duration::from_micros);
         assert_eq!(pacer.expert_paths(&bytes, 0), micros([15, 30, 0]));
@@ -155,7 +158,7 @@ mod tests {
         bytes.add(0, u64::MAX);
         bytes.add(1, u64::MAX);
         let hour = Duration::from_secs(3600);
-        assert_eq!(pacer.dense(&bytes), 3 * hour);
+        assert_eq!(pacer.dense(&bytes, 0, u64::MAX), 4 * hour);
         assert_eq!(pacer.expert_paths(&bytes, u64::MAX), [2 * hour, 2 * hour]);
     }
 

@@ -2,6 +2,7 @@
 
 mod bytes;
 mod experts;
+mod history;
 mod hits;
 mod layers;
 mod parts;
@@ -43,6 +44,7 @@ pub(super) fn all(overview: &Overview<'_>) -> Vec<Chart> {
         parts::chart(overview),
         layers::chart(overview),
         hits::chart(overview),
+        history::chart(overview),
     ]
     .into_iter()
     .flatten()
@@ -73,6 +75,8 @@ enum Sign {
     Mark,
     /// A chosen point.
     Ring,
+    /// A run; hollow where its tiers were emulated.
+    Dot(Ink, bool),
     /// Slowest to fastest run.
     Whisker,
     /// Nothing: words that the entries after it belong to.
@@ -97,6 +101,12 @@ fn legend(scene: &mut Scene, y: f64, entries: &[(Sign, String)]) -> f64 {
             }
             Sign::Mark => scene.rect(x + 6.0, y - 1.0, 2.5, 16.0, Ink::Text),
             Sign::Ring => ring(scene, x + 7.0, y + 7.0, Ink::Paper),
+            Sign::Dot(ink, hollow) => {
+                scene.dot(x + 7.0, y + 7.0, 4.0, *ink);
+                if *hollow {
+                    scene.dot(x + 7.0, y + 7.0, 2.2, Ink::Paper);
+                }
+            }
             Sign::Whisker => whisker(scene, x, x + 14.0, y + 7.0),
             Sign::Words => {}
         }

@@ -110,7 +110,8 @@ fn measured_stages(p: &PlanView<'_>) -> Option<Bar> {
 fn predicted_stages(p: &PlanView<'_>) -> Option<Bar> {
     let total = token_s(p.predicted_tok_s())?;
     let predicted = p.predicted?;
-    let dense = finite_sum(&predicted.dense_s);
+    // Keys and values are read by the dense stages.
+    let dense = finite_sum(&predicted.dense_s) + finite(predicted.kv_s);
     let experts = finite(predicted.expert_critical_s);
     let rest = (total - dense - experts).max(0.0);
     Some(Bar { parts: vec![(dense, Ink::Dense), (experts, Ink::Experts), (rest, Ink::Rest)], total: Some(total) })
@@ -124,11 +125,13 @@ fn measured_tiers(o: &Overview<'_>, p: &PlanView<'_>) -> Option<Bar> {
 fn predicted_tiers(o: &Overview<'_>, p: &PlanView<'_>) -> Option<Bar> {
     let predicted = p.predicted?;
     let at = |of: &[f64], i: usize| finite(of.get(i).copied().unwrap_or(0.0));
+    let kv_tier = p.entry.placement.as_ref().map(|plan| plan.kv_tier);
+    let cache = |i: usize| if kv_tier == Some(i) { finite(predicted.kv_s) } else { 0.0 };
     let parts: Vec<_> = p
         .tiers
         .iter()
         .enumerate()
-        .map(|(i, t)| (at(&predicted.dense_s, i) + at(&predicted.expert_s, i), o.ink_of(&t.name)))
+        .map(|(i, t)| (at(&predicted.dense_s, i) + cache(i) + at(&predicted.expert_s, i), o.ink_of(&t.name)))
         .collect();
     (parts.iter().map(|(s, _)| s).sum::<f64>() > 0.0).then_some(Bar { parts, total: None })
 }

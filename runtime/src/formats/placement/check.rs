@@ -181,6 +181,7 @@ fn check_numbers(plan: &Placement) -> Result<(), String> {
         ("predicted.overhead_s", predicted.overhead_s),
         ("predicted.expert_critical_s", predicted.expert_critical_s),
         ("predicted.hit_rate", predicted.hit_rate),
+        ("predicted.kv_s", predicted.kv_s),
     ] {
         check_amount(what, x)?;
     }
@@ -188,6 +189,7 @@ fn check_numbers(plan: &Placement) -> Result<(), String> {
         ("predicted.dense_s", &predicted.dense_s),
         ("predicted.expert_s", &predicted.expert_s),
         ("predicted.read_bytes", &predicted.read_bytes),
+        ("predicted.prompt_gflops", &predicted.prompt_gflops),
     ] {
         if !parts.is_empty() && parts.len() != plan.tiers.len() {
             return Err(format!("{what} has {} parts, but the plan has {} tiers", parts.len(), plan.tiers.len()));

@@ -112,18 +112,22 @@ fn versions_mean_what_they_meant() {
             hit_rate: 0.9375,
             read_bytes: vec![2e6, 500_000.5, 1e5],
             emulated: true,
+            at: 0,
+            kv_s: 0.0,
+            prompt_gflops: Vec::new(),
         },
     };
     assert_eq!(plan, want);
     let plan = load(V2).unwrap();
-    assert_eq!(plan, Placement { kv_type: KvType::Q8_0, ..want });
+    let mut want = Placement { kv_type: KvType::Q8_0, ..want };
+    assert_eq!(plan, want);
     assert_eq!(plan.encode(), V2, "the writer lays out version 2 as it always did");
-    let mut want = plan;
+    let plan = load(V3).unwrap();
     want.layers[0].policy = SlotPolicy::Lfu { half_life: 16 };
     want.layers[4].policy = SlotPolicy::Adaptive { half_life: 64, recent_half_life: 2, recent_weight: 8 };
-    let plan = load(V3).unwrap();
+    (want.predicted.at, want.predicted.kv_s, want.predicted.prompt_gflops) = (512, 0.00005, vec![900.0, 50.5, 50.5]);
     assert_eq!(plan, want);
-    assert_eq!(plan.encode(), V3, "a plan with a policy of version 3 says so");
+    assert_eq!(plan.encode(), V3, "a plan with a key of version 3 says so");
 }
 
 #[test]
@@ -177,6 +181,11 @@ fn errors_say_what_and_how_to_mend() {
             "version = 1",
             "version = 2\nkv_type = \"q4\"",
             "kv_type: 'q4' is no type of keys and values: use f16, q8_0 or f32",
+        ),
+        (
+            "hit_rate = 0.9375",
+            "hit_rate = 0.9375\nat = 5",
+            "predicted.at, kv_s and prompt_gflops are keys of version 3",
         ),
         ("context = 1024", "context = 1024\ncolour = 3", "line 6: unknown field `colour`, expected one of `format`"),
         ("experts = 4 }", "experts = 4, size = 2 }", "line 7: unknown field `size`"),
@@ -379,20 +388,27 @@ fn any_dense(n: usize) -> impl Strategy<Value = Vec<DensePlacement>> {
 fn any_prediction(n: usize) -> impl Strategy<Value = Prediction> {
     let parts = || prop_oneof![vec(any_amount(), n), Just(Vec::new())];
     let scalars = proptest::array::uniform5(any_amount());
-    (scalars, parts(), parts(), parts(), any::<bool>()).prop_map(|(s, dense_s, expert_s, read_bytes, emulated)| {
-        let [decode_tok_s, prompt_tok_s, overhead_s, expert_critical_s, hit_rate] = s;
-        Prediction {
-            decode_tok_s,
-            prompt_tok_s,
-            overhead_s,
-            dense_s,
-            expert_s,
-            expert_critical_s,
-            hit_rate,
-            read_bytes,
-            emulated,
-        }
-    })
+    let of_3 = (any::<u32>(), any_amount(), parts());
+    (scalars, parts(), parts(), parts(), any::<bool>(), of_3).prop_map(
+        |(s, dense_s, expert_s, read_bytes, emulated, of_3)| {
+            let (at, kv_s, prompt_gflops) = of_3;
+            let [decode_tok_s, prompt_tok_s, overhead_s, expert_critical_s, hit_rate] = s;
+            Prediction {
+                decode_tok_s,
+                prompt_tok_s,
+                overhead_s,
+                dense_s,
+                expert_s,
+                expert_critical_s,
+                hit_rate,
+                read_bytes,
+                emulated,
+                at,
+                kv_s,
+                prompt_gflops,
+            }
+        },
+    )
 }
 
 fn any_solver() -> impl Strategy<Value = SolverReport> {

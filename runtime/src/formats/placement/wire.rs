@@ -64,9 +64,16 @@ pub(super) fn encode(plan: &Placement) -> String {
     out.field("emulated", predicted.emulated);
     out.field("overhead_s", float(predicted.overhead_s));
     out.field("expert_critical_s", float(predicted.expert_critical_s));
-    for (key, parts) in
-        [("dense_s", &predicted.dense_s), ("expert_s", &predicted.expert_s), ("read_bytes", &predicted.read_bytes)]
-    {
+    if charges_kv(predicted) {
+        out.field("at", predicted.at);
+        out.field("kv_s", float(predicted.kv_s));
+    }
+    for (key, parts) in [
+        ("dense_s", &predicted.dense_s),
+        ("expert_s", &predicted.expert_s),
+        ("read_bytes", &predicted.read_bytes),
+        ("prompt_gflops", &predicted.prompt_gflops),
+    ] {
         if !parts.is_empty() {
             let parts = parts.iter().enumerate().map(|(tier, &x)| format!("{} = {}", name(tier), float(x)));
             out.field(key, table(parts));
@@ -159,7 +166,13 @@ fn encode_layers<'a>(plan: &Placement, out: &mut Text, name: impl Fn(TierIdx) ->
 
 /// The oldest version that can say all of the plan and is still written.
 fn version(plan: &Placement) -> u64 {
-    if plan.layers.iter().all(|l| l.policy == SlotPolicy::Lru) { 2 } else { PLACEMENT.newest }
+    let old = plan.layers.iter().all(|l| l.policy == SlotPolicy::Lru) && !charges_kv(&plan.predicted);
+    if old { 2 } else { PLACEMENT.newest }
+}
+
+/// Whether a prediction has keys of version 3.
+fn charges_kv(predicted: &Prediction) -> bool {
+    predicted.at > 0 || predicted.kv_s > 0.0 || !predicted.prompt_gflops.is_empty()
 }
 
 fn source(id: &SourceId) -> String {
@@ -194,6 +207,12 @@ pub(super) fn decode(text: &str) -> Result<Placement, String> {
         Some(name) => name.parse().map_err(|e| format!("kv_type: {e}"))?,
         None => KvType::default(),
     };
+    let of_3 = &wire.predicted;
+    if wire.version < 3 && (of_3.at.is_some() || of_3.kv_s.is_some() || !of_3.prompt_gflops.is_empty()) {
+        return Err(
+            "predicted.at, kv_s and prompt_gflops are keys of version 3; write `version = 3`, or leave them out".into(),
+        );
+    }
     let mut allowance = Allowance::for_a_file();
     let names = Names::new(&wire.tier);
     let dense = decode_dense(wire.dense, &names, &mut allowance)?;
@@ -233,6 +252,9 @@ pub(super) fn decode(text: &str) -> Result<Placement, String> {
             hit_rate: wire.predicted.hit_rate,
             read_bytes: names.by_tier(wire.predicted.read_bytes, "predicted.read_bytes")?,
             emulated: wire.predicted.emulated,
+            at: wire.predicted.at.unwrap_or(0),
+            kv_s: wire.predicted.kv_s.unwrap_or(0.0),
+            prompt_gflops: names.by_tier(wire.predicted.prompt_gflops, "predicted.prompt_gflops")?,
         },
         tiers: wire.tier.into_iter().map(WireTier::into_tier).collect(),
     })
@@ -415,6 +437,10 @@ struct WirePrediction {
     expert_s: BTreeMap<String, f64>,
     #[serde(default)]
     read_bytes: BTreeMap<String, f64>,
+    at: Option<u32>,
+    kv_s: Option<f64>,
+    #[serde(default)]
+    prompt_gflops: BTreeMap<String, f64>,
 }
 
 #[derive(Deserialize)]

@@ -4,6 +4,7 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 
 const V1: &str = include_str!("../../../../tests/data/formats/record.v1.json");
+const V2: &str = include_str!("../../../../tests/data/formats/record.v2.json");
 
 fn load(text: &str) -> Result<RunRecord, String> {
     decode(text.as_bytes(), Path::new("r.json")).map_err(|e| e.to_string())
@@ -64,12 +65,21 @@ fn version_1_means_what_it_meant() {
             hit_rate: 0.9375,
             read_bytes: vec![2e6, 500_000.5],
             emulated: true,
+            at: 0,
+            kv_s: 0.0,
+            prompt_gflops: Vec::new(),
         }),
         output: vec![5, 4095, 17],
     };
     let record = load(V1).unwrap();
     assert_eq!(record, want);
     assert_eq!(record.encode(), V1, "the writer lays out version 1 as it always did");
+    let mut want = want;
+    let predicted = want.predicted.as_mut().unwrap();
+    (predicted.at, predicted.kv_s, predicted.prompt_gflops) = (96, 0.00025, vec![900.0, 50.5]);
+    let record = load(V2).unwrap();
+    assert_eq!(record, want);
+    assert_eq!(record.encode(), V2, "the writer lays out version 2 as it always did");
 }
 
 #[test]
@@ -91,7 +101,7 @@ fn errors_say_what_and_how_to_mend() {
         (
             "\"version\": 1",
             "\"version\": 3",
-            "run record version 3, but this program reads up to version 1; update tier-plan",
+            "run record version 3, but this program reads up to version 2; update tier-plan",
         ),
         ("\"version\": 1", "\"version\": 0", "version is 0, but versions start at 1"),
         ("\"version\": 1,", "", "no version; write `version = 1`"),
@@ -109,6 +119,11 @@ fn errors_say_what_and_how_to_mend() {
         ("\"expert_s\": 0.002", "\"expert_s\": -1", "expert_s of layer 1 is -1"),
         ("\"hit_rate\": 0.9375", "\"hit_rate\": -1", "predicted.hit_rate is -1"),
         ("      0.0005\n", "      -1\n", "predicted.expert_s is -1"),
+        (
+            "\"hit_rate\": 0.9375",
+            "\"hit_rate\": 0.9375, \"at\": 3",
+            "predicted.at, kv_s and prompt_gflops are keys of version 2",
+        ),
         ("17]\n}", "17]", "EOF while parsing"),
     ];
     for (from, to, why) in cases {
@@ -178,8 +193,11 @@ fn any_record() -> impl Strategy<Value = RunRecord> {
             expert_s: parts.iter().map(|x| x.floor()).collect(),
             expert_critical_s: d,
             hit_rate: e,
-            read_bytes: parts.into_iter().map(|x| x.floor() + 1.0).collect(),
+            read_bytes: parts.iter().map(|x| x.floor() + 1.0).collect(),
             emulated,
+            at: u32::from(emulated),
+            kv_s: b,
+            prompt_gflops: parts,
         },
     );
     let words = proptest::array::uniform6(any_text());

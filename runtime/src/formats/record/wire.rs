@@ -1,4 +1,4 @@
-//! The JSON of version 1 of a run record.
+//! The JSON of versions 1 and 2 of a run record.
 //!
 //! Rates that follow from counts and times are written for readers of the file, and computed again when it is read.
 
@@ -60,6 +60,12 @@ struct WirePrediction {
     hit_rate: f64,
     read_bytes: Vec<f64>,
     emulated: bool,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    at: Option<u32>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    kv_s: Option<f64>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    prompt_gflops: Vec<f64>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -98,9 +104,11 @@ impl From<WireSource> for SourceId {
 
 /// The record as JSON.
 pub(super) fn encode(record: &RunRecord) -> String {
+    let is_of_2 = |p: &Prediction| p.at > 0 || p.kv_s > 0.0 || !p.prompt_gflops.is_empty();
+    let of_2 = record.predicted.as_ref().is_some_and(is_of_2);
     let wire = Wire {
         format: RECORD.format.into(),
-        version: 1,
+        version: if of_2 { 2 } else { 1 },
         plan: record.plan.clone(),
         status: record.plan_status.clone(),
         gap: record.plan_gap,
@@ -129,6 +137,9 @@ pub(super) fn encode(record: &RunRecord) -> String {
             hit_rate: p.hit_rate,
             read_bytes: p.read_bytes.clone(),
             emulated: p.emulated,
+            at: of_2.then_some(p.at),
+            kv_s: of_2.then_some(p.kv_s),
+            prompt_gflops: p.prompt_gflops.clone(),
         }),
         tiers: record
             .tiers
@@ -168,6 +179,13 @@ pub(super) fn encode(record: &RunRecord) -> String {
 /// The record that a text says; its numbers are still to be checked.
 pub(super) fn decode(text: &str) -> Result<RunRecord, String> {
     let wire: Wire = serde_json::from_str(text).map_err(|e| e.to_string())?;
+    let is_of_2 = |p: &WirePrediction| p.at.is_some() || p.kv_s.is_some() || !p.prompt_gflops.is_empty();
+    if wire.version < 2 && wire.predicted.as_ref().is_some_and(is_of_2) {
+        return Err(
+            "predicted.at, kv_s and prompt_gflops are keys of version 2; write `\"version\": 2`, or leave them out"
+                .into(),
+        );
+    }
     Ok(RunRecord {
         plan: wire.plan,
         plan_status: wire.status,
@@ -218,6 +236,9 @@ pub(super) fn decode(text: &str) -> Result<RunRecord, String> {
             hit_rate: p.hit_rate,
             read_bytes: p.read_bytes,
             emulated: p.emulated,
+            at: p.at.unwrap_or(0),
+            kv_s: p.kv_s.unwrap_or(0.0),
+            prompt_gflops: p.prompt_gflops,
         }),
         output: wire.output,
     })
@@ -245,9 +266,14 @@ pub(super) fn check(record: &RunRecord) -> Result<(), String> {
         ("overhead_s", predicted.overhead_s),
         ("expert_critical_s", predicted.expert_critical_s),
         ("hit_rate", predicted.hit_rate),
+        ("kv_s", predicted.kv_s),
     ];
-    let parts =
-        [("dense_s", &predicted.dense_s), ("expert_s", &predicted.expert_s), ("read_bytes", &predicted.read_bytes)];
+    let parts = [
+        ("dense_s", &predicted.dense_s),
+        ("expert_s", &predicted.expert_s),
+        ("read_bytes", &predicted.read_bytes),
+        ("prompt_gflops", &predicted.prompt_gflops),
+    ];
     let parts = parts.into_iter().flat_map(|(what, parts)| parts.iter().map(move |&x| (what, x)));
     scalars.into_iter().chain(parts).try_for_each(|(what, x)| check_amount(&format!("predicted.{what}"), x))
 }

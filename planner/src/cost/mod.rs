@@ -4,7 +4,7 @@
 //! A decoded token lasts `token overhead + Σ layers (layer overhead + dense stage + expert stage) + the dense groups
 //! of no layer` (embedding and head). The engine's emulated tiers charge the same:
 //!
-//! - **Dense stage**: `Σ token_bytes / rate(tier)` over the layer's groups, one after the other. No latency: the
+//! - **Dense stage**: `Σ token_bytes / rate(tier)` over the layer's groups and its cache, one after the other. No latency: the
 //!   launches of an ordinary layer are part of the layer overhead, and the row of an embedding that stays on a block
 //!   device counts as its bytes.
 //! - **Expert stage**, only in layers with routed experts: the longest of the paths that overlap, which are
@@ -21,11 +21,15 @@
 //! are independent and all sets of experts equally likely, and the slots hold that many pooled experts; the mean is then
 //! exact for LRU, and taken for the other policies too, which can do no better there.
 //!
-//! Prompts are processed in batches of [`BATCH`] tokens. A layer then reads each *distinct* chosen expert once:
-//! expert `e` with probability `1 − (1 − share)^BATCH`, and a full set of slots spares its part of the pooled ones.
-//! Rates of computation are not in the machine file, so this is the time of the reads alone: an upper limit of speed.
+//! A dense stage also reads the keys and values of every position that the token attends to (of as many as a layer's
+//! window has), and reads and writes back recurrent state, all at the rate of the tier that the cache is on. The time
+//! of a token so depends on its place in the text: a prediction is for the place `at`, half of the planned context
+//! unless told otherwise, and a run's record has it for the middle of what the run decoded.
 //!
-//! The key and value cache takes room but no time here, as its reads are small at the contexts that are planned for.
+//! Prompts are the subject of [`prompt`].
+
+pub mod fit;
+pub mod prompt;
 
 use crate::profile::{Evidence, Judged, LayerEvidence};
 use crate::replay::{Positions, play};
@@ -35,7 +39,7 @@ use tier_plan_runtime::formats::machine::{Tier, TierKind};
 use tier_plan_runtime::formats::placement::{
     DensePlacement, LayerPlacement, Placement, Prediction, SlotPolicy, TierIdx,
 };
-use tier_plan_runtime::model::shape::{DenseKind, ModelShape};
+use tier_plan_runtime::model::shape::ModelShape;
 
 /// Tokens of a prompt that are processed together.
 pub const BATCH: u32 = 512;
@@ -226,25 +230,45 @@ pub fn overhead_s(n_layer: u32, layer_overhead_us: f64, token_overhead_us: f64) 
     (token_overhead_us + layer_overhead_us * f64::from(n_layer)) * 1e-6
 }
 
-/// Bytes that one pass over the model reads of its dense groups, by tier, when it takes `tokens` tokens at once.
-fn dense_bytes(shape: &ModelShape, dense: &[DensePlacement], n_tiers: usize, tokens: u32) -> Vec<f64> {
+/// Bytes that a decoded token reads of the dense groups, by tier.
+fn dense_bytes(shape: &ModelShape, dense: &[DensePlacement], n_tiers: usize) -> Vec<f64> {
     let tier_of: BTreeMap<_, _> = dense.iter().map(|d| ((d.kind, d.layer), d.tier)).collect();
     let mut bytes = vec![0.0; n_tiers];
     for group in &shape.dense {
         if let Some(&tier) = tier_of.get(&(group.kind, group.layer)) {
-            // A token reads one row of the embedding; everything else is read once a pass.
-            let times = if group.kind == DenseKind::Embedding { f64::from(tokens) } else { 1.0 };
-            bytes[tier] += times * group.token_bytes as f64;
+            bytes[tier] += group.token_bytes as f64;
         }
     }
     bytes
 }
 
-/// Predicts a placement's speed from its own tiers, with its parts.
+/// Where in the text tokens are predicted that a context of so many is planned for: halfway.
+pub fn middle(context: u32) -> u32 {
+    (context / 2).max(1)
+}
+
+/// Moves a plan's prediction, and with it what its solver says, to tokens that attend to `at` positions: every plan for
+/// this model with its cache on this tier takes as much longer or shorter.
+pub fn move_to(plan: &mut Placement, shape: &ModelShape, at: u32) {
+    let before = plan.predicted.token_s();
+    let predicted = plan.predicted_at(shape, at);
+    let solver = &mut plan.solver;
+    // An objective of another kind does not follow the time of a token.
+    if (solver.objective_s - before).abs() <= 1e-9 * before {
+        let more = predicted.token_s() - before;
+        let bound = solver.bound_s.map(|bound| (bound + more).max(0.0));
+        (solver.objective_s, solver.bound_s) = (predicted.token_s(), bound);
+        solver.gap = bound.map(|bound| ((solver.objective_s - bound) / solver.objective_s).max(0.0));
+    }
+    plan.predicted = predicted;
+}
+
+/// Predicts a placement's speed from its own tiers, with its parts. For which place in the text, and with which rates of
+/// products, is taken from the prediction that the plan has.
 pub fn predict(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -> Prediction {
     let tiers: Vec<Tier> = plan.tiers.iter().map(|t| t.tier.clone()).collect();
     let n = tiers.len();
-    let mut read_bytes = dense_bytes(shape, &plan.dense, n, 1);
+    let mut read_bytes = dense_bytes(shape, &plan.dense, n);
     let dense_s: Vec<f64> = read_bytes.iter().zip(&tiers).map(|(&bytes, tier)| read_s(tier, bytes)).collect();
     let (mut expert_s, mut critical) = (vec![0.0; n], 0.0);
     let (mut accesses, mut missed) = (0.0, 0.0);
@@ -263,10 +287,12 @@ pub fn predict(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -> Pre
         }
     }
     let overhead_s = overhead_s(shape.n_layer, plan.layer_overhead_us, plan.token_overhead_us);
-    let total = overhead_s + dense_s.iter().sum::<f64>() + critical;
+    let (at, prompt_gflops) = (plan.predicted.at, plan.predicted.prompt_gflops.clone());
+    let kv_s = if at > 0 { plan.kv_s(shape, at.into(), 1) } else { 0.0 };
+    let total = overhead_s + dense_s.iter().sum::<f64>() + kv_s + critical;
     Prediction {
         decode_tok_s: if total > 0.0 { 1.0 / total } else { 0.0 },
-        prompt_tok_s: f64::from(BATCH) / prompt_s(plan, shape, evidence, &tiers).max(f64::MIN_POSITIVE),
+        prompt_tok_s: f64::from(BATCH) / prompt::batch_s(plan, shape, evidence).max(f64::MIN_POSITIVE),
         overhead_s,
         dense_s,
         expert_s,
@@ -274,97 +300,16 @@ pub fn predict(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -> Pre
         hit_rate: if accesses > 0.0 { 1.0 - missed / accesses } else { 1.0 },
         read_bytes,
         emulated: tiers.iter().all(|t| t.emulated),
+        at,
+        kv_s,
+        prompt_gflops,
     }
 }
 
 /// Seconds of a decoded token, from a prediction's parts.
 pub fn token_s(prediction: &Prediction) -> f64 {
-    prediction.overhead_s + prediction.dense_s.iter().sum::<f64>() + prediction.expert_critical_s
-}
-
-/// Seconds that one batch of [`BATCH`] prompt tokens takes.
-fn prompt_s(plan: &Placement, shape: &ModelShape, evidence: &Evidence, tiers: &[Tier]) -> f64 {
-    let home = tiers.len() - 1;
-    let in_place = home_in_place(tiers);
-    let overhead = overhead_s(shape.n_layer, plan.layer_overhead_us, plan.token_overhead_us);
-    let dense = dense_bytes(shape, &plan.dense, tiers.len(), BATCH);
-    let mut total = overhead + dense.iter().zip(tiers).map(|(&bytes, tier)| read_s(tier, bytes)).sum::<f64>();
-    for (layer, evidence) in plan.layers.iter().zip(&evidence.layers) {
-        let stage = ExpertStage::new(tiers, evidence.shape.expert_bytes);
-        let touched: Vec<f64> =
-            evidence.prompt_share.iter().map(|share| 1.0 - (1.0 - share.min(1.0)).powi(BATCH as i32)).collect();
-        let mut experts = vec![0.0; tiers.len() + 1];
-        let mut pooled = touched.iter().sum::<f64>();
-        let mut n_pooled = f64::from(evidence.shape.n_expert);
-        for (tier, pins) in &layer.pinned {
-            let here: f64 = pins.iter().filter_map(|&e| touched.get(e as usize)).sum();
-            experts[*tier] += here;
-            pooled -= here;
-            n_pooled -= pins.len() as f64;
-        }
-        let hits = pooled.max(0.0) * (f64::from(layer.slots) / n_pooled.max(1.0)).min(1.0);
-        let missed = (pooled - hits).max(0.0);
-        experts[layer.slot_tier] += hits;
-        if in_place && layer.slots == 0 {
-            experts[home] += missed;
-        } else {
-            experts[home + 1] += missed;
-            experts[if in_place { layer.slot_tier } else { plan.staging_tier }] += missed;
-        }
-        total += stage.seconds(&experts);
-    }
-    total
+    prediction.token_s()
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn draws_are_a_distribution_with_the_right_means() {
-        let groups = [3, 0, 5, 12];
-        let (mut sum, mut means) = (0.0, [0.0; 4]);
-        draw(&groups, 4, |drawn, share| {
-            assert_eq!(drawn.iter().sum::<u32>(), 4);
-            sum += share;
-            drawn.iter().zip(&mut means).for_each(|(&n, mean)| *mean += share * f64::from(n));
-        });
-        assert!((sum - 1.0).abs() < 1e-12);
-        for (mean, size) in means.iter().zip(groups) {
-            assert!((mean - 4.0 * f64::from(size) / 20.0).abs() < 1e-12);
-        }
-    }
-
-    #[test]
-    fn the_stage_is_the_longest_path() {
-        let tier = |kind, read_gbps, latency_us| Tier {
-            name: String::new(),
-            kind,
-            capacity_bytes: 0,
-            read_gbps,
-            latency_us,
-            emulated: true,
-            source: String::new(),
-        };
-        let tiers = [
-            tier(TierKind::Vram, 100.0, 10.0),
-            tier(TierKind::Dram, 20.0, 99.0),
-            tier(TierKind::Cxl, 10.0, 2.0),
-            tier(TierKind::Nvme, 1.0, 50.0),
-        ];
-        // An expert of 1 MB: 10, 50, 100 and 1000 µs.
-        let stage = ExpertStage::new(&tiers, 1_000_000);
-        let us = |experts: [u16; 5]| (stage.token_s(&experts) * 1e6).round() as u32;
-        assert_eq!(us([0, 0, 0, 0, 0]), 0);
-        assert_eq!(us([8, 0, 0, 0, 0]), 90);
-        assert_eq!(us([8, 3, 0, 0, 0]), 150);
-        assert_eq!(us([8, 3, 2, 0, 0]), 200);
-        assert_eq!(us([8, 4, 0, 0, 1]), 1050);
-        assert_eq!(stage.seconds(&[8.0, 4.0, 0.0, 0.0, 1.0]), stage.token_s(&[8, 4, 0, 0, 1]));
-        // The same experts on a DRAM that is the last tier: computed in place, or transferred after its latency.
-        let home = ExpertStage::new(&tiers[..2], 1_000_000);
-        assert!(home_in_place(&tiers[..2]) && !home_in_place(&tiers));
-        assert_eq!((home.token_s(&[8, 3, 0]) * 1e6).round() as u32, 150);
-        assert_eq!((home.token_s(&[8, 0, 3]) * 1e6).round() as u32, 249);
-    }
-}
+mod tests;

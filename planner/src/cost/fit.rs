@@ -1,0 +1,284 @@
+//! Fits a machine's rates and fixed times to what runs on it took.
+//!
+//! A run says how long its dense stages and its expert stages took, and how many bytes of each tier it read; its plan
+//! said what they should take. Two equations a run, in units of that run's own time of a token, so that fast and slow
+//! runs count alike:
+//!
+//! - all but the expert stages: `layers · l + t + Σ f(tier) · dense(tier) + f(cache) · kv`;
+//! - the expert stages: `overlap · Σ f(tier) · experts(tier)`, where `experts` is what was predicted, corrected for the
+//!   bytes that the run really read (so that a text with other experts is no error of a rate), and `overlap` is the
+//!   predicted ratio of the longest paths to the sum of all.
+//!
+//! The unknowns are the two fixed times and a factor on the time of each tier, found by least squares. A weak pull
+//! towards what the machine file says ([`PULL`]) decides what the runs leave open: a tier that none of them read stays as
+//! it was, and with one model the fixed times of layers and tokens move together.
+
+use anyhow::{Result, bail, ensure};
+use tier_plan_runtime::formats::machine::{Calibration, Machine, TierKind};
+use tier_plan_runtime::formats::placement::Prediction;
+use tier_plan_runtime::formats::record::RunRecord;
+
+/// How strongly a change of a parameter by one unit is held against: as much as an error of this share of one run's
+/// token. The unit of a factor is 1, that of a fixed time what the file says, or [`FIXED_S`] if that is more.
+const PULL: f64 = 0.01;
+
+/// Least and greatest factor on a tier's time. What lies beyond is no misjudged rate but something else.
+const FACTORS: (f64, f64) = (0.1, 10.0);
+
+/// By how much the fixed times of a layer and of a token may well be misjudged, in seconds.
+const FIXED_S: [f64; 2] = [100e-6, 500e-6];
+
+/// One run against the model.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Row {
+    /// Measured seconds of a token.
+    pub measured_s: f64,
+    /// What the plan predicted.
+    pub predicted_s: f64,
+    /// The same with the bytes that were read.
+    pub before_s: f64,
+    /// With the fitted parameters.
+    pub after_s: f64,
+    /// With parameters fitted to all other runs, where there are three or more.
+    pub left_out_s: Option<f64>,
+}
+
+/// What was found.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Fit {
+    /// `[tiers]` factors on the time of each.
+    pub factors: Vec<f64>,
+    /// Fixed time of a layer, in seconds.
+    pub layer_s: f64,
+    /// Fixed time of a token, in seconds.
+    pub token_s: f64,
+    /// By record.
+    pub rows: Vec<Row>,
+}
+
+/// The equations of one run.
+struct Run {
+    measured_s: f64,
+    predicted_s: f64,
+    /// `[2][tiers + 2]` coefficients of the two equations, in seconds: layer, token, tiers.
+    of: [Vec<f64>; 2],
+    /// Their measured seconds.
+    took: [f64; 2],
+}
+
+impl Run {
+    fn seconds(&self, parameters: &[f64]) -> f64 {
+        self.of.iter().map(|row| dot(row, parameters)).sum()
+    }
+}
+
+impl Fit {
+    /// Fits a machine to runs of plans that were made for it.
+    ///
+    /// # Errors
+    /// When a record is of another machine, of emulated tiers, has no prediction or measured nothing.
+    pub fn new(machine: &Machine, records: &[(String, RunRecord)]) -> Result<Fit> {
+        ensure!(!records.is_empty(), "no run records; `tier-plan run --plan PLAN --record FILE` writes one");
+        let runs = records.iter().map(|(name, r)| run(machine, name, r)).collect::<Result<Vec<_>>>()?;
+        let start = start(machine);
+        let all: Vec<&Run> = runs.iter().collect();
+        let found = least_squares(&all, &start);
+        let without = |out: usize| {
+            let rest: Vec<&Run> = runs.iter().enumerate().filter(|(at, _)| *at != out).map(|(_, run)| run).collect();
+            (runs.len() >= 3).then(|| runs[out].seconds(&least_squares(&rest, &start)))
+        };
+        let row = |(at, run): (usize, &Run)| Row {
+            measured_s: run.measured_s,
+            predicted_s: run.predicted_s,
+            before_s: run.seconds(&start),
+            after_s: run.seconds(&found),
+            left_out_s: without(at),
+        };
+        let rows = runs.iter().enumerate().map(row).collect();
+        Ok(Fit { layer_s: found[0], token_s: found[1], factors: found[2..].to_vec(), rows })
+    }
+
+    /// Mean difference to the measured time, as a share of it, of one of a row's times.
+    pub fn error(&self, of: impl Fn(&Row) -> Option<f64>) -> Option<f64> {
+        let errors: Option<Vec<f64>> =
+            self.rows.iter().map(|row| Some((of(row)? - row.measured_s).abs() / row.measured_s)).collect();
+        let errors = errors.filter(|e| !e.is_empty())?;
+        Some(errors.iter().sum::<f64>() / errors.len() as f64)
+    }
+
+    /// The machine with what was found; `when` is the moment, in UTC.
+    pub fn machine(&self, machine: &Machine, when: &str) -> Machine {
+        let mut fitted = machine.clone();
+        fitted.layer_overhead_us = rounded(self.layer_s * 1e6);
+        fitted.token_overhead_us = rounded(self.token_s * 1e6);
+        for (tier, factor) in fitted.tiers.iter_mut().zip(&self.factors) {
+            // A tier that no run read is as it was.
+            if (factor - 1.0).abs() > 1e-6 {
+                let was = tier.read_gbps;
+                tier.read_gbps = rounded(was / factor);
+                tier.source = format!("fitted to {} runs from {was} GB/s; {}", self.rows.len(), tier.source);
+            }
+        }
+        fitted.extras.calibration = Some(Calibration {
+            when: when.to_string(),
+            records: u32::try_from(self.rows.len()).unwrap_or(u32::MAX),
+            error_before: rounded(self.error(|row| Some(row.before_s)).unwrap_or(0.0)),
+            error_after: rounded(self.error(|row| Some(row.after_s)).unwrap_or(0.0)),
+        });
+        fitted.identified()
+    }
+}
+
+/// Four significant digits.
+fn rounded(value: f64) -> f64 {
+    if value == 0.0 || !value.is_finite() {
+        return 0.0;
+    }
+    let digits = 10f64.powi(3 - value.abs().log10().floor() as i32);
+    let short = (value * digits).round() / digits;
+    if short.is_finite() { short } else { value }
+}
+
+/// What the machine file says: layer, token, and no factor.
+fn start(machine: &Machine) -> Vec<f64> {
+    let fixed = [machine.layer_overhead_us * 1e-6, machine.token_overhead_us * 1e-6];
+    fixed.into_iter().chain(machine.tiers.iter().map(|_| 1.0)).collect()
+}
+
+fn run(machine: &Machine, name: &str, record: &RunRecord) -> Result<Run> {
+    let of = record.machine.as_ref();
+    ensure!(
+        of.is_some_and(|m| m.hash == machine.id.hash),
+        "{name}: its plan was made for the machine {}, not for {}; solve again for this file and run that plan",
+        of.map_or("of no name".to_string(), |m| m.to_string()),
+        machine.id
+    );
+    let emulated = record.emulated || record.tiers.iter().any(|t| t.emulated);
+    ensure!(
+        !emulated && machine.tiers.iter().all(|t| !t.emulated),
+        "{name}: it ran on emulated tiers, which take the time that is declared for them, so it says nothing about a \
+         machine; give runs on real tiers"
+    );
+    let Some(predicted) = &record.predicted else {
+        bail!("{name}: its plan predicted nothing; run a plan that `tier-plan solve` made");
+    };
+    let n = machine.tiers.len();
+    let fits = record.tiers.iter().map(|t| t.name.as_str()).eq(machine.tiers.iter().map(|t| t.name.as_str()));
+    let lists = [&predicted.dense_s, &predicted.expert_s, &predicted.read_bytes];
+    ensure!(
+        fits && lists.iter().all(|list| list.len() == n),
+        "{name}: its tiers or the parts of its prediction are not those of '{}'",
+        machine.name
+    );
+    ensure!(
+        record.decode_tokens > 0 && record.decode_s > 0.0,
+        "{name}: it decoded nothing; give runs of 64 tokens or more"
+    );
+    let tokens = record.decode_tokens as f64;
+    let measured_s = record.decode_s / tokens;
+    let experts_took: f64 = record.layers.iter().map(|l| l.expert_s).sum();
+    ensure!(
+        experts_took <= measured_s * 1.01,
+        "{name}: its layers took longer than its tokens; the record contradicts itself"
+    );
+
+    let mut dense = vec![layers(machine, record, predicted), 1.0];
+    dense.extend(&predicted.dense_s);
+    let dram = machine.tiers.iter().position(|t| t.kind == TierKind::Dram).unwrap_or(0);
+    // Caches are kept in main memory wherever they fit it.
+    dense[2 + dram] += predicted.kv_s;
+
+    let rates = machine.computing_tiers();
+    let sum: f64 = predicted.expert_s.iter().sum();
+    let overlap = if sum > 0.0 { predicted.expert_critical_s / sum } else { 0.0 };
+    let mut experts = vec![0.0, 0.0];
+    for at in 0..n {
+        let more = record.tiers[at].read_bytes as f64 / tokens - predicted.read_bytes[at];
+        let seconds = predicted.expert_s[at] + more / (rates[at].read_gbps * 1e9);
+        experts.push(overlap * seconds.max(0.0));
+    }
+    Ok(Run {
+        measured_s,
+        predicted_s: predicted.token_s(),
+        of: [dense, experts],
+        took: [measured_s - experts_took, experts_took],
+    })
+}
+
+/// Layers of the model: what makes the predicted overhead, or else those that the record lists.
+fn layers(machine: &Machine, record: &RunRecord, predicted: &Prediction) -> f64 {
+    let of_layers = predicted.overhead_s * 1e6 - machine.token_overhead_us;
+    let counted = of_layers / machine.layer_overhead_us;
+    if counted.is_finite() && counted >= 0.5 { counted.round() } else { record.layers.len().max(1) as f64 }
+}
+
+/// The parameters with the least sum of squared errors, each error as a share of its run's time of a token.
+fn least_squares(runs: &[&Run], start: &[f64]) -> Vec<f64> {
+    let n = start.len();
+    let least = FIXED_S.into_iter().chain(std::iter::repeat(1.0));
+    let unit: Vec<f64> = start.iter().zip(least).map(|(&start, least)| start.max(least)).collect();
+    // Bounds are few and seldom met: what meets one is held there, and the rest is found again.
+    let mut held: Vec<Option<f64>> = vec![None; n];
+    loop {
+        // In multiples of the units: the normal equations of the rows and of the pull towards the start.
+        let mut matrix = vec![vec![0.0; n]; n];
+        let mut right = vec![0.0; n];
+        for run in runs {
+            for (row, took) in run.of.iter().zip(run.took) {
+                let row: Vec<f64> = row.iter().zip(&unit).map(|(a, u)| a * u / run.measured_s).collect();
+                for i in 0..n {
+                    right[i] += row[i] * took / run.measured_s;
+                    (0..n).for_each(|j| matrix[i][j] += row[i] * row[j]);
+                }
+            }
+        }
+        for i in 0..n {
+            matrix[i][i] += PULL * PULL;
+            right[i] += PULL * PULL * start[i] / unit[i];
+        }
+        for (at, value) in held.iter().enumerate() {
+            let Some(value) = value else { continue };
+            for i in 0..n {
+                right[i] -= matrix[i][at] * value / unit[at];
+                (matrix[i][at], matrix[at][i]) = (0.0, 0.0);
+            }
+            (matrix[at][at], right[at]) = (1.0, value / unit[at]);
+        }
+        let found: Vec<f64> = solve(matrix, right).iter().zip(&unit).map(|(x, u)| x * u).collect();
+        let bounds = |at: usize| if at < 2 { (0.0, f64::MAX) } else { FACTORS };
+        let beyond = |at: &usize| held[*at].is_none() && !(bounds(*at).0..=bounds(*at).1).contains(&found[*at]);
+        match (0..n).find(beyond) {
+            Some(at) => held[at] = Some(if found[at] < bounds(at).0 { bounds(at).0 } else { bounds(at).1 }),
+            None => return found,
+        }
+    }
+}
+
+/// Solves a system that the pull makes positive definite, by elimination.
+fn solve(mut matrix: Vec<Vec<f64>>, mut right: Vec<f64>) -> Vec<f64> {
+    let n = right.len();
+    for at in 0..n {
+        for below in at + 1..n {
+            let factor = matrix[below][at] / matrix[at][at];
+            if factor != 0.0 {
+                for column in at..n {
+                    matrix[below][column] -= factor * matrix[at][column];
+                }
+                right[below] -= factor * right[at];
+            }
+        }
+    }
+    for at in (0..n).rev() {
+        let known: f64 = (at + 1..n).map(|column| matrix[at][column] * right[column]).sum();
+        right[at] = (right[at] - known) / matrix[at][at];
+    }
+    right
+}
+
+fn dot(a: &[f64], b: &[f64]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
+}
+
+#[cfg(test)]
+#[path = "fit_tests.rs"]
+mod tests;

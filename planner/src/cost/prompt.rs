@@ -1,0 +1,121 @@
+//! How long a batch of a prompt takes.
+//!
+//! Prompts are processed in batches of [`BATCH`] tokens. A batch reads each weight once, and does `2 · tokens` floating
+//! point operations with each value of it, so each step takes the longer of the two times:
+//!
+//! - a dense group: `max(bytes / rate, 2 · macs · BATCH / gflops)` of its tier, one group after the other; the head is
+//!   computed for the last token only, and of the embedding a row a token is read;
+//! - routed experts, layer by layer: each *distinct* chosen expert is read once, expert `e` with probability
+//!   `1 − (1 − share)^BATCH`, and a full set of slots spares its part of the pooled ones; the paths overlap as for one
+//!   token. The stage takes at least as long as the processor computes on all that lies on tiers of the CPU together, and
+//!   as the accelerator computes on its own;
+//! - keys and values of the batch are read once; their products are not counted.
+//!
+//! Where the machine file has no rate of products ([`Prediction::prompt_gflops`]), reads alone are charged: an upper
+//! limit of speed.
+//!
+//! [`Prediction::prompt_gflops`]: tier_plan_runtime::formats::placement::Prediction::prompt_gflops
+
+use super::{BATCH, ExpertStage, home_in_place, overhead_s, read_s};
+use crate::profile::{Evidence, LayerEvidence};
+use std::collections::BTreeMap;
+use tier_plan_runtime::formats::machine::{Tier, TierKind};
+use tier_plan_runtime::formats::placement::{LayerPlacement, Placement};
+use tier_plan_runtime::model::shape::{DenseKind, ModelShape};
+
+/// Seconds that the first batch of a prompt takes.
+pub fn batch_s(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -> f64 {
+    let tiers: Vec<Tier> = plan.tiers.iter().map(|t| t.tier.clone()).collect();
+    let overhead = overhead_s(shape.n_layer, plan.layer_overhead_us, plan.token_overhead_us);
+    let tier_of: BTreeMap<_, _> = plan.dense.iter().map(|d| ((d.kind, d.layer), d.tier)).collect();
+    let mut total = overhead + plan.kv_s(shape, BATCH.into(), BATCH.into());
+    for group in &shape.dense {
+        let Some(&tier) = tier_of.get(&(group.kind, group.layer)) else { continue };
+        let (reads, tokens) = match group.kind {
+            DenseKind::Embedding => (f64::from(BATCH), 0.0),
+            DenseKind::Head => (1.0, 1.0),
+            _ => (1.0, f64::from(BATCH)),
+        };
+        let read = read_s(&tiers[tier], reads * group.token_bytes as f64);
+        total += read.max(compute_s(plan, tier, tokens * group.macs as f64));
+    }
+    for (layer, evidence) in plan.layers.iter().zip(&evidence.layers) {
+        total += experts_s(plan, layer, evidence, &tiers);
+    }
+    total
+}
+
+/// Seconds of so many multiply-accumulates with what lies on a tier; none where its rate is not known.
+fn compute_s(plan: &Placement, tier: usize, macs: f64) -> f64 {
+    match plan.predicted.prompt_gflops.get(tier) {
+        Some(&gflops) if gflops > 0.0 => 2.0 * macs / (gflops * 1e9),
+        _ => 0.0,
+    }
+}
+
+/// Experts that a batch touches, and how often it uses them.
+#[derive(Debug, Clone, Copy, Default)]
+struct Touched {
+    experts: f64,
+    uses: f64,
+}
+
+impl Touched {
+    fn of(share: f64) -> Self {
+        Touched { experts: 1.0 - (1.0 - share.min(1.0)).powi(BATCH as i32), uses: share * f64::from(BATCH) }
+    }
+
+    fn add(&mut self, more: Touched) {
+        self.experts += more.experts;
+        self.uses += more.uses;
+    }
+
+    fn part(self, part: f64) -> Self {
+        Touched { experts: self.experts * part, uses: self.uses * part }
+    }
+}
+
+fn experts_s(plan: &Placement, layer: &LayerPlacement, evidence: &LayerEvidence, tiers: &[Tier]) -> f64 {
+    let home = tiers.len() - 1;
+    let in_place = home_in_place(tiers);
+    let n_expert = evidence.shape.n_expert as usize;
+    let mut pinned_on = vec![None; n_expert];
+    for (tier, pins) in &layer.pinned {
+        for &expert in pins {
+            if let Some(on) = pinned_on.get_mut(expert as usize) {
+                *on = Some(*tier);
+            }
+        }
+    }
+    let (mut on, mut pooled) = (vec![Touched::default(); tiers.len()], Touched::default());
+    for (share, pin) in evidence.prompt_share.iter().zip(&pinned_on) {
+        match pin {
+            Some(tier) => on[*tier].add(Touched::of(*share)),
+            None => pooled.add(Touched::of(*share)),
+        }
+    }
+    let n_pooled = pinned_on.iter().filter(|pin| pin.is_none()).count();
+    let resident = (f64::from(layer.slots) / n_pooled.max(1) as f64).min(1.0);
+    let (hit, missed) = (pooled.part(resident), pooled.part(1.0 - resident));
+    on[layer.slot_tier].add(hit);
+    let stays = in_place && layer.slots == 0;
+    let brought_to = match (stays, in_place) {
+        (true, _) => home,
+        (false, true) => layer.slot_tier,
+        (false, false) => plan.staging_tier,
+    };
+    on[brought_to].add(missed);
+    let transfers = if stays { 0.0 } else { missed.experts };
+
+    let reads: Vec<f64> = on.iter().map(|t| t.experts).chain([transfers]).collect();
+    let read = ExpertStage::new(tiers, evidence.shape.expert_bytes).seconds(&reads);
+    let (mut of_cpu, mut of_gpu) = (0.0, 0.0f64);
+    for (at, (tier, touched)) in tiers.iter().zip(&on).enumerate() {
+        let seconds = compute_s(plan, at, touched.uses * evidence.shape.expert_macs as f64);
+        match tier.kind {
+            TierKind::Vram => of_gpu = of_gpu.max(seconds),
+            _ => of_cpu += seconds,
+        }
+    }
+    read.max(of_cpu).max(of_gpu)
+}

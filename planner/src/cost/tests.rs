@@ -1,0 +1,141 @@
+use super::*;
+
+#[test]
+fn draws_are_a_distribution_with_the_right_means() {
+    let groups = [3, 0, 5, 12];
+    let (mut sum, mut means) = (0.0, [0.0; 4]);
+    draw(&groups, 4, |drawn, share| {
+        assert_eq!(drawn.iter().sum::<u32>(), 4);
+        sum += share;
+        drawn.iter().zip(&mut means).for_each(|(&n, mean)| *mean += share * f64::from(n));
+    });
+    assert!((sum - 1.0).abs() < 1e-12);
+    for (mean, size) in means.iter().zip(groups) {
+        assert!((mean - 4.0 * f64::from(size) / 20.0).abs() < 1e-12);
+    }
+}
+
+#[test]
+fn the_stage_is_the_longest_path() {
+    let tier = |kind, read_gbps, latency_us| Tier {
+        name: String::new(),
+        kind,
+        capacity_bytes: 0,
+        read_gbps,
+        latency_us,
+        emulated: true,
+        source: String::new(),
+    };
+    let tiers = [
+        tier(TierKind::Vram, 100.0, 10.0),
+        tier(TierKind::Dram, 20.0, 99.0),
+        tier(TierKind::Cxl, 10.0, 2.0),
+        tier(TierKind::Nvme, 1.0, 50.0),
+    ];
+    // An expert of 1 MB: 10, 50, 100 and 1000 µs.
+    let stage = ExpertStage::new(&tiers, 1_000_000);
+    let us = |experts: [u16; 5]| (stage.token_s(&experts) * 1e6).round() as u32;
+    assert_eq!(us([0, 0, 0, 0, 0]), 0);
+    assert_eq!(us([8, 0, 0, 0, 0]), 90);
+    assert_eq!(us([8, 3, 0, 0, 0]), 150);
+    assert_eq!(us([8, 3, 2, 0, 0]), 200);
+    assert_eq!(us([8, 4, 0, 0, 1]), 1050);
+    assert_eq!(stage.seconds(&[8.0, 4.0, 0.0, 0.0, 1.0]), stage.token_s(&[8, 4, 0, 0, 1]));
+    // The same experts on a DRAM that is the last tier: computed in place, or transferred after its latency.
+    let home = ExpertStage::new(&tiers[..2], 1_000_000);
+    assert!(home_in_place(&tiers[..2]) && !home_in_place(&tiers));
+    assert_eq!((home.token_s(&[8, 3, 0]) * 1e6).round() as u32, 150);
+    assert_eq!((home.token_s(&[8, 0, 3]) * 1e6).round() as u32, 249);
+}
+
+mod whole {
+    use super::super::*;
+    use crate::catalogue::{self, Known};
+    use crate::cli::Strategy;
+    use crate::solve::{Inputs, Options, check, solve_judged};
+    use std::path::Path;
+    use tier_plan_runtime::exec::KvType;
+    use tier_plan_runtime::formats::machine::{self, Machine};
+
+    fn machine(gflops: Option<f64>) -> Machine {
+        let products = gflops.map_or(String::new(), |rate| format!("prompt_gflops = {rate}\n"));
+        let text = format!(
+            "format = \"tier-plan machine\"\nversion = 2\nname = \"m\"\nlayer_overhead_us = 10\ntoken_overhead_us = 100\n\
+             [[tier]]\nname = \"dram\"\nkind = \"dram\"\ncapacity = \"64GiB\"\nread_gbps = 50\nlatency_us = 0\n{products}\
+             source = \"test\"\n"
+        );
+        machine::decode(text.as_bytes(), Path::new("m.toml")).unwrap()
+    }
+
+    fn plan(known: &Known, machine: &Machine, context: u32, kv_type: KvType) -> (Placement, Evidence) {
+        let (shape, budgets) = (&known.sizes, vec![64 << 30]);
+        let evidence = Evidence::uniform(shape).unwrap();
+        let inputs = Inputs { shape, profile: None, machine, budgets, context, kv_type };
+        let options = Options { strategy: Strategy::Optimal, time_limit_s: 1.0 };
+        (solve_judged(&inputs, &evidence, &options).unwrap().plan, evidence)
+    }
+
+    #[test]
+    fn a_token_takes_longer_the_further_it_looks_back() {
+        let known = catalogue::model(Path::new("qwen3-30b-a3b"), Some("q4_k_m")).unwrap();
+        let (mut plan, evidence) = plan(&known, &machine(None), 8192, KvType::F16);
+        assert_eq!(plan.predicted.at, 4096);
+        // 48 layers, 4 heads, keys and values of 128 values of 2 bytes each.
+        let position = (48 * 4 * 2 * 128 * 2) as f64 / 50e9;
+        assert!((plan.predicted.kv_s - 4096.0 * position).abs() < 1e-12);
+        let before = token_s(&plan.predicted);
+        move_to(&mut plan, &known.sizes, 96);
+        assert!((before - token_s(&plan.predicted) - 4000.0 * position).abs() < 1e-12);
+        assert!((plan.predicted.decode_tok_s * plan.solver.objective_s - 1.0).abs() < 1e-12);
+        assert_eq!(plan.solver.gap, Some(0.0));
+        assert_eq!(check::check(&plan, &known.sizes, &evidence), Vec::<String>::new());
+        assert_eq!(predict(&plan, &known.sizes, &evidence), plan.predicted);
+        // A plan of an older version charges nothing, wherever it is moved to.
+        let mut old = plan.clone();
+        old.predicted.at = 0;
+        old.predicted = predict(&old, &known.sizes, &evidence);
+        let seconds = token_s(&old.predicted);
+        move_to(&mut old, &known.sizes, 5000);
+        assert!((token_s(&plan.predicted) - seconds - 96.0 * position).abs() < 1e-12);
+        assert_eq!((old.predicted.at, token_s(&old.predicted)), (0, seconds));
+    }
+
+    #[test]
+    fn state_is_read_and_written_and_windows_end() {
+        use tier_plan_runtime::model::kv::KvRows;
+        let mut known = catalogue::model(Path::new("qwen3-30b-a3b"), Some("q4_k_m")).unwrap();
+        known.sizes.state_bytes = 1_000_000;
+        known.sizes.kv_rows = vec![
+            KvRows { width: 64, per_token: 10, window: None },
+            KvRows { width: 64, per_token: 10, window: Some(128) },
+        ];
+        let (plan, _) = plan(&known, &machine(None), 2000, KvType::Q8_0);
+        // 64 values in 8 bits take 64 bytes and two scales.
+        let bytes = (68 * 10 * (1000 + 128) + 2 * 1_000_000) as f64;
+        assert!((plan.predicted.kv_s - bytes / 50e9).abs() < 1e-15);
+    }
+
+    #[test]
+    fn prompts_are_bound_by_reads_or_by_products() {
+        let known = catalogue::model(Path::new("qwen3-30b-a3b"), Some("q4_k_m")).unwrap();
+        let shape = &known.sizes;
+        let reads = plan(&known, &machine(None), 1024, KvType::F16).0.predicted;
+        assert!(reads.prompt_gflops.is_empty());
+        let fast = plan(&known, &machine(Some(1e9)), 1024, KvType::F16).0.predicted;
+        assert!((fast.prompt_tok_s / reads.prompt_tok_s - 1.0).abs() < 1e-9, "so fast that reads are what is left");
+        let slow = plan(&known, &machine(Some(10.0)), 1024, KvType::F16).0.predicted;
+        // Nearly all is products then: two operations for each value of each token, of the head for one.
+        let dense: u64 = shape.dense.iter().filter(|d| d.layer.is_some()).map(|d| d.macs).sum();
+        let experts: u64 = shape.experts.iter().map(|e| u64::from(e.n_used) * e.expert_macs).sum();
+        let seconds = f64::from(BATCH) * 2.0 * (dense + experts) as f64 / 10e9;
+        let expected = f64::from(BATCH) / seconds;
+        assert!((slow.prompt_tok_s / expected - 1.0).abs() < 0.01, "{} {expected}", slow.prompt_tok_s);
+        assert_eq!(slow.decode_tok_s, reads.decode_tok_s, "decoding has no products to speak of");
+        // A batch chooses nearly every one of 128 experts, so a read of all but the embedding is what reads take.
+        let embedding: u64 = shape.dense.iter().filter(|d| d.kind == DenseKind::Embedding).map(|d| d.bytes).sum();
+        let bytes = (shape.weight_bytes() - embedding) as f64;
+        assert!((reads.prompt_tok_s / (f64::from(BATCH) * 50e9 / bytes) - 1.0).abs() < 0.02);
+    }
+
+    use tier_plan_runtime::model::shape::DenseKind;
+}

@@ -1,0 +1,182 @@
+//! Predictions beside what others have measured and published, and beside what docs/METHODOLOGY.md says of both.
+
+use super::{Question, answer};
+use crate::catalogue::{self, Known};
+use std::path::Path;
+use tier_plan_runtime::exec::KvType;
+use tier_plan_runtime::formats::SourceId;
+use tier_plan_runtime::formats::machine::{Tier, TierKind};
+use tier_plan_runtime::model::kv::KvRows;
+use tier_plan_runtime::model::shape::{DenseKind, DenseShape, ExpertShape, ModelShape};
+
+/// What somebody measured.
+struct Point {
+    /// As the page calls it.
+    name: &'static str,
+    known: Known,
+    machine: &'static str,
+    /// Bytes of tiers, where the run used less than the machine file has, or had less.
+    least: &'static [(TierKind, u64)],
+    /// Tokens a second.
+    published: f64,
+    /// How far the prediction of the middle routing may be from it, as a share.
+    within: f64,
+}
+
+/// A model whose shape nobody wrote down whole: its experts, and everything else in lumps.
+fn lumps(
+    name: &str,
+    layers: u32,
+    n_expert: u32,
+    n_used: u32,
+    expert_bytes: u64,
+    dense_bytes: u64,
+    kv: KvRows,
+) -> Known {
+    let dense = |layer| DenseShape {
+        kind: DenseKind::Attention,
+        layer: Some(layer),
+        bytes: dense_bytes / u64::from(layers),
+        token_bytes: dense_bytes / u64::from(layers),
+        macs: dense_bytes / u64::from(layers),
+    };
+    let expert = |layer| ExpertShape { layer, n_expert, n_used, expert_bytes, expert_macs: 2 * expert_bytes };
+    let sizes = ModelShape {
+        id: SourceId { name: name.into(), hash: "0".repeat(32) },
+        arch: "lumps".into(),
+        n_layer: layers,
+        hidden: 4096,
+        n_vocab: 100_000,
+        context: 1 << 17,
+        kv_rows: vec![kv],
+        state_bytes: 0,
+        dense: (0..layers).map(dense).collect(),
+        experts: (0..layers).map(expert).collect(),
+    };
+    Known { sizes, shape: None }
+}
+
+fn points() -> Vec<Point> {
+    let shape = |name: &str, quant: &str| catalogue::model(Path::new(name), Some(quant)).unwrap();
+    // 43 layers of 256 experts, 6 used: 3.45 GB a token of them. The other 6.5e9 of 13e9 active parameters at 8 bits.
+    let v4 = lumps(
+        "deepseek-v4-flash",
+        43,
+        256,
+        6,
+        3_450_000_000 / (43 * 6),
+        6_500_000_000,
+        KvRows { width: 576, per_token: 43, window: None },
+    );
+    // 60 layers of 512 experts, 10 used, of 3 * 4096 * 1024 values each; 209 GB for 397e9 parameters are 4.2 bits. Of
+    // the 17e9 active parameters 9e9 are not routed. Every fourth layer has keys and values.
+    let qwen = lumps(
+        "qwen3.5-397b",
+        60,
+        512,
+        10,
+        6_620_000,
+        9_000_000_000 * 42 / 80,
+        KvRows { width: 256, per_token: 15 * 2 * 2, window: None },
+    );
+    vec![
+        Point {
+            name: "Kimi K2, 2.9 bits, EPYC 9965",
+            known: shape("kimi-k2", "q2_k"),
+            machine: "epyc-9965",
+            least: &[],
+            published: 13.39,
+            within: 0.15,
+        },
+        Point {
+            name: "DeepSeek V4-Flash, 8 × DDR4 and RTX 5090",
+            known: v4,
+            machine: "ddr4-8ch-5090",
+            // All experts were on the CPU.
+            least: &[(TierKind::Vram, 6_600_000_000)],
+            published: 24.5,
+            within: 0.25,
+        },
+        Point {
+            name: "Kimi K2, Q4, 2 × Xeon 8480+ and RTX 4090",
+            known: shape("kimi-k2", "q4_k_m"),
+            machine: "xeon-8480x2-4090",
+            least: &[],
+            published: 14.0,
+            within: 0.15,
+        },
+        Point {
+            name: "Kimi K2.5, Optane",
+            known: shape("kimi-k2.5", "q4_k_m"),
+            machine: "optane-768",
+            least: &[],
+            published: 4.0,
+            within: 0.25,
+        },
+        Point {
+            name: "Qwen3.5-397B, NVMe and RTX 4090",
+            known: qwen,
+            machine: "desktop-4090-ddr5-nvme",
+            // Its main memory is not published: as much as is assumed for the other desktop.
+            least: &[(TierKind::Dram, 64 << 30)],
+            published: 5.35,
+            within: 0.25,
+        },
+        Point {
+            name: "GLM-5.2, RTX 5090 and gen5 NVMe",
+            known: shape("glm-5.2", "q4_k_m"),
+            machine: "desktop-5090-gen5",
+            least: &[],
+            published: 1.23,
+            within: 0.40,
+        },
+    ]
+}
+
+/// The row of the page that begins with a name: published, predicted, least and most.
+fn row(page: &str, name: &str) -> [f64; 4] {
+    let start = format!("| {name} |");
+    let line = page.lines().find(|line| line.starts_with(&start)).unwrap_or_else(|| panic!("no row {start}"));
+    let cells: Vec<&str> = line.split('|').map(str::trim).collect();
+    let number = |text: &str| text.trim().parse::<f64>().unwrap_or_else(|_| panic!("'{text}' in {line}"));
+    let (low, high) = cells[4].split_once(" to ").unwrap();
+    [number(cells[2]), number(cells[3]), number(low), number(high)]
+}
+
+#[test]
+fn predictions_are_near_what_others_measured_and_the_page_says_how_near() {
+    let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/METHODOLOGY.md");
+    let page = std::fs::read_to_string(page).unwrap();
+    let mut wrong = Vec::new();
+    for point in points() {
+        let machine = catalogue::machine(Path::new(point.machine)).unwrap();
+        let least = |kind| point.least.iter().find(|(of, _)| *of == kind).map(|(_, bytes)| *bytes);
+        let budget = |t: &Tier| least(t.kind).unwrap_or(t.capacity_bytes);
+        let budgets = machine.tiers.iter().map(budget).collect();
+        let question = Question {
+            known: &point.known,
+            machine: &machine,
+            budgets,
+            profile: None,
+            context: 4096,
+            at: None,
+            kv_type: KvType::F16,
+            time_limit_s: 3.0,
+        };
+        let found = answer(&question).unwrap().decode_tok_s();
+        let [speed, low, high] = found;
+        println!("{}: {speed:.3} ({low:.3} to {high:.3}), published {}", point.name, point.published);
+        let error = speed / point.published - 1.0;
+        if error.abs() > point.within {
+            wrong.push(format!("{}: {speed:.2} is {:+.0} % off", point.name, error * 100.0));
+        }
+        let said = row(&page, point.name);
+        assert_eq!(said[0], point.published, "{}", point.name);
+        for (said, found) in said[1..].iter().zip(found) {
+            if (said / found - 1.0).abs() > 0.02 {
+                wrong.push(format!("{}: the page says {said}, but it is {found:.3}", point.name));
+            }
+        }
+    }
+    assert_eq!(wrong, Vec::<String>::new());
+}
