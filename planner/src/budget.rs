@@ -131,7 +131,7 @@ fn with_profile(model: Model<'_>, path: &Path, fixed: &Fixed, opening: &Opening<
     };
     let inputs =
         Inputs { shape, profile: Some(&profile), machine: &machine, budgets: vec![counted, experts], context, kv_type };
-    let options = Options { strategy: Strategy::Optimal, time_limit_s: SOLVE_S };
+    let options = Options { strategy: Strategy::Optimal, time_limit_s: SOLVE_S, ..Options::default() };
     let mut plan = solve::solve(&inputs, &options).context("making a plan from the profile")?;
     plan.tiers[0].budget_bytes = room;
     plan.predicted = Prediction::default();

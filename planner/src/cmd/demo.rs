@@ -2,7 +2,7 @@
 
 use super::{compare, inspect, profile, run, solve};
 use crate::bundled;
-use crate::cli::{CompareArgs, DemoArgs, InspectArgs, ProfileArgs, RunArgs, SamplingArgs, SolveArgs, Strategy};
+use crate::cli::{CompareArgs, DemoArgs, InspectArgs, Objective, ProfileArgs, RunArgs, SamplingArgs, SolveArgs, Strategy};
 use crate::profile::collect::Settings;
 use crate::profile::prompts;
 use crate::session::{interrupted, tokenizer};
@@ -178,6 +178,11 @@ fn solve_args(model: &Path, profile: &Path, machine: &Path, output: &Path, basel
         dram: None,
         context: 512,
         kv_type: KvType::F16,
+        objective: Objective::Latency,
+        batch: None,
+        target_tok_s: None,
+        fix: Vec::new(),
+        forbid: Vec::new(),
         strategy: Strategy::Optimal,
         baselines: Some(baselines.to_path_buf()),
         time_limit: 10.0,

@@ -126,7 +126,7 @@ pub fn answer(question: &Question<'_>) -> Result<Answer> {
         context: question.context,
         kv_type: KvType::default(),
     };
-    let options = Options { strategy: Strategy::Optimal, time_limit_s: question.time_limit_s };
+    let options = Options { strategy: Strategy::Optimal, time_limit_s: question.time_limit_s, ..Options::default() };
     let mut supposed = Vec::new();
     if let Some(profile) = question.profile {
         supposed.push(("profile", Evidence::new(shape, Some(profile))?));

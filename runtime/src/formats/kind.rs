@@ -40,7 +40,7 @@ pub(super) const MACHINE: Kind = Kind {
 pub(super) const PLACEMENT: Kind = Kind {
     format: "tier-plan placement",
     what: "placement plan",
-    newest: 2,
+    newest: 3,
     limit_bytes: 64 << 20,
     mend: "`tier-plan solve` writes one",
 };

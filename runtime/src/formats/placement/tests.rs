@@ -99,7 +99,7 @@ fn versions_mean_what_they_meant() {
             objective_s: 0.00125,
             bound_s: Some(0.0012),
             gap: Some(0.04),
-            solve_s: 0.5,
+            solve_s: 0.5, goal: None,
         },
         predicted: Prediction {
             decode_tok_s: 800.0,
@@ -367,7 +367,7 @@ fn any_solver() -> impl Strategy<Value = SolverReport> {
             objective_s,
             bound_s,
             gap,
-            solve_s,
+            solve_s, goal: None,
         },
     )
 }
