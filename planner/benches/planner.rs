@@ -140,7 +140,7 @@ fn solving(c: &mut Criterion) {
             context: 4096,
             kv_type: KvType::F16,
         };
-        let options = Options { strategy: Strategy::Optimal, time_limit_s: 5.0 };
+        let options = Options { strategy: Strategy::Optimal, time_limit_s: 5.0, ..Options::default() };
         if let Ok(solved) = solve_all(&inputs, &options) {
             eprintln!("{n_layer} x {n_expert}: {:?}", solved.plan.solver);
         }

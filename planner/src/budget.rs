@@ -132,7 +132,7 @@ fn with_profile(model: Model<'_>, path: &Path, fixed: &Fixed, opening: &Opening<
     };
     let inputs =
         Inputs { shape, profile: Some(&profile), machine: &machine, budgets: vec![counted, experts], context, kv_type };
-    let options = Options { strategy: Strategy::Optimal, time_limit_s: SOLVE_S };
+    let options = Options { strategy: Strategy::Optimal, time_limit_s: SOLVE_S, ..Options::default() };
     let what = "making a plan from the profile";
     let evidence = Evidence::new(shape, Some(&profile)).context(what)?;
     let mut plan = solve::solve_judged(&inputs, &evidence, &options).context(what)?.plan;

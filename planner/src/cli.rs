@@ -212,6 +212,24 @@ pub struct SolveArgs {
     /// How slots are refilled: auto takes what replays best, and only if it is faster on held-out prompts than lru
     #[arg(long, value_enum, default_value_t = Policy::Auto)]
     pub policy: Policy,
+    /// What to make least
+    #[arg(long, value_enum, default_value_t = Objective::Latency)]
+    pub objective: Objective,
+    /// For --objective throughput: sequences that are decoded together
+    #[arg(long, value_name = "B")]
+    pub batch: Option<u32>,
+    /// Tokens a second to reach; --objective memory finds the least memory that does
+    #[arg(long, value_name = "X")]
+    pub target_tok_s: Option<f64>,
+    /// Fix something to a tier, as TIER:WHAT[:LAYERS[:EXPERTS]]: `vram:attention`, `vram:experts:3-5:0-15`,
+    /// `nvme:embedding`; may be given several times. WHAT is attention, router, shared_expert, dense_ffn, embedding, head
+    /// or experts (which may be left out before numbers: `vram:3-5:0-15`). Experts fixed to the last tier are never pinned
+    #[arg(long, value_name = "TIER:WHAT")]
+    pub fix: Vec<String>,
+    /// Keep something off a tier, written as for --fix: `vram:shared_expert:0-9`, `nvme:embedding`, `cxl:experts:0-3` (no
+    /// pins and no slots of these layers there)
+    #[arg(long, value_name = "TIER:WHAT")]
+    pub forbid: Vec<String>,
     /// Also write each baseline's plan into this folder
     #[arg(long)]
     pub baselines: Option<PathBuf>,
@@ -369,6 +387,35 @@ pub enum Policy {
     Lfu,
     /// Uses of late and uses of very late, weighed by what the profile teaches
     Adaptive,
+}
+
+/// What a plan makes least.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum Objective {
+    /// The time of a decoded token
+    #[default]
+    Latency,
+    /// The time of a token where --batch sequences are decoded together
+    Throughput,
+    /// The price of a token a second: memory by its price a GB, and the rest of the machine
+    Cost,
+    /// The energy of a token: latency in another unit, as machine files have one power
+    Energy,
+    /// The memory above the last tier, by price if tiers have prices, that still reaches --target-tok-s
+    Memory,
+}
+
+impl Objective {
+    /// Its name on the command line and in plans.
+    pub fn name(self) -> &'static str {
+        match self {
+            Objective::Latency => "latency",
+            Objective::Throughput => "throughput",
+            Objective::Cost => "cost",
+            Objective::Energy => "energy",
+            Objective::Memory => "memory",
+        }
+    }
 }
 
 /// Where text comes from and how tokens are drawn.

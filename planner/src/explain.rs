@@ -184,7 +184,7 @@ mod tests {
             let kv_type = Default::default();
             let inputs =
                 Inputs { shape: &known.sizes, profile: None, machine: &machine, budgets, context: 1024, kv_type };
-            let options = Options { strategy: Strategy::Optimal, time_limit_s: 4.0 };
+            let options = Options { strategy: Strategy::Optimal, time_limit_s: 4.0, ..Options::default() };
             Ok::<_, anyhow::Error>(solve_judged(&inputs, &evidence, &options)?.plan)
         };
         let plan = solve(4 << 30)?;

@@ -3,8 +3,8 @@
 use super::{compare, inspect, profile, run, solve};
 use crate::bundled;
 use crate::cli::{
-    CompareArgs, DemoArgs, InspectArgs, Policy, ProfileArgs, RunArgs, SamplingArgs, SolveArgs, StoreArgs, Strategy,
-    VerifyArgs,
+    CompareArgs, DemoArgs, InspectArgs, Objective, Policy, ProfileArgs, RunArgs, SamplingArgs, SolveArgs, StoreArgs,
+    Strategy, VerifyArgs,
 };
 use crate::profile::collect::Settings;
 use crate::profile::prompts;
@@ -183,6 +183,11 @@ fn solve_args(model: &Path, profile: &Path, machine: &Path, output: &Path, basel
         context: 512,
         at: None,
         kv_type: KvType::F16,
+        objective: Objective::Latency,
+        batch: None,
+        target_tok_s: None,
+        fix: Vec::new(),
+        forbid: Vec::new(),
         strategy: Strategy::Optimal,
         policy: Policy::Auto,
         baselines: Some(baselines.to_path_buf()),

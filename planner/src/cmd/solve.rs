@@ -2,10 +2,11 @@
 
 use super::profile::skew_json;
 use crate::catalogue;
-use crate::cli::SolveArgs;
+use crate::cli::{SolveArgs, Strategy};
 use crate::cost::move_to;
 use crate::profile::Evidence;
 use crate::profile::stats::{Skew, skews};
+use crate::solve::wishes::Wishes;
 use crate::solve::{Inputs, Options, Solved, policy, solve_all, time_limit};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
@@ -21,7 +22,6 @@ pub fn run(args: &SolveArgs) -> Result<()> {
     let machine = catalogue::machine(&args.machine)?;
     ensure!(args.context > 0, "--context 0 holds no text; give 1 or more");
     check_at(args.at, args.context)?;
-    let options = Options { strategy: args.strategy, time_limit_s: time_limit(args.time_limit)? };
     let budgets = budgets(&args.budget, args.vram.as_deref(), args.dram.as_deref(), &machine)?;
     let known = catalogue::model(&args.model, args.quant.as_deref())?;
     let shape = &known.sizes;
@@ -29,6 +29,18 @@ pub fn run(args: &SolveArgs) -> Result<()> {
     if let (Some(profile), Some(path)) = (&profile, &args.profile) {
         profile.check_model(&shape.id, path)?;
     }
+    let options = Options {
+        strategy: args.strategy,
+        time_limit_s: time_limit(args.time_limit)?,
+        objective: args.objective,
+        batch: args.batch,
+        target_tok_s: args.target_tok_s,
+        wishes: Wishes::parse(&args.fix, &args.forbid, shape, &machine)?,
+    };
+    ensure!(
+        options.strategy == Strategy::Optimal || options.wishes.is_empty(),
+        "--fix and --forbid are for --strategy optimal; the rules know nothing of them"
+    );
     safely::check(&args.output)?;
     let inputs = Inputs {
         shape,
@@ -170,6 +182,12 @@ fn print_text(args: &SolveArgs, solved: &Solved, skews: &[Skew], written: &[Path
     if let Some(all) = skews.first() {
         println!("routing is {}", all.words());
     }
+    if let Some(goal) = &solver.goal {
+        println!("{}: {} {}, predicted", goal.objective, amount(goal.value), goal.unit);
+    }
+    for line in &solved.verdict {
+        println!("{line}");
+    }
     for note in &solved.notes {
         println!("note: {note}");
     }
@@ -180,6 +198,11 @@ fn print_text(args: &SolveArgs, solved: &Solved, skews: &[Skew], written: &[Path
     for path in written {
         println!("wrote {}", path.display());
     }
+}
+
+/// A number with five digits or so.
+fn amount(value: f64) -> String {
+    if value >= 1e7 || (value != 0.0 && value < 1e-3) { format!("{value:.4e}") } else { format!("{value:.5}") }
 }
 
 /// Tokens a second with three digits or so.
@@ -202,6 +225,10 @@ fn as_json(args: &SolveArgs, solved: &Solved, skews: &[Skew], written: &[PathBuf
             "gap": plan.solver.gap,
             "solve_s": plan.solver.solve_s,
             "policies": policy::summary(plan),
+            "objective": plan.solver.goal.as_ref().map_or("latency", |g| g.objective.as_str()),
+            "objective_value": plan.solver.goal.as_ref().map_or(plan.solver.objective_s, |g| g.value),
+            "objective_unit": plan.solver.goal.as_ref().map_or("s", |g| g.unit.as_str()),
+            "objective_bound": plan.solver.goal.as_ref().map_or(plan.solver.bound_s, |g| g.bound),
             "overhead_s": plan.predicted.overhead_s,
             "dense_s": plan.predicted.dense_s,
             "expert_s": plan.predicted.expert_s,
@@ -233,6 +260,7 @@ fn as_json(args: &SolveArgs, solved: &Solved, skews: &[Skew], written: &[PathBuf
     value["ceiling_hit_rate"] = json!(solved.ceiling_hit_rate);
     value["skew"] = json!(skews);
     value["notes"] = json!(solved.notes);
+    value["verdict"] = json!(solved.verdict);
     value
 }
 

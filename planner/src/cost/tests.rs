@@ -71,7 +71,7 @@ mod whole {
         let (shape, budgets) = (&known.sizes, vec![64 << 30]);
         let evidence = Evidence::uniform(shape).unwrap();
         let inputs = Inputs { shape, profile: None, machine, budgets, context, kv_type };
-        let options = Options { strategy: Strategy::Optimal, time_limit_s: 1.0 };
+        let options = Options { strategy: Strategy::Optimal, time_limit_s: 1.0, ..Options::default() };
         (solve_judged(&inputs, &evidence, &options).unwrap().plan, evidence)
     }
 

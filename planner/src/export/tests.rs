@@ -16,7 +16,7 @@ fn solved(vram: u64, dram: u64, kv_type: KvType) -> (ModelShape, Evidence, Place
     let evidence = Evidence::supposed(&shape, Pattern::Zipf).unwrap();
     let budgets = vec![vram, dram, 2_000_000_000_000];
     let inputs = Inputs { shape: &shape, profile: None, machine: &machine, budgets, context: 1024, kv_type };
-    let options = Options { strategy: Strategy::Optimal, time_limit_s: 2.0 };
+    let options = Options { strategy: Strategy::Optimal, time_limit_s: 2.0, ..Options::default() };
     let plan = solve_judged(&inputs, &evidence, &options).unwrap().plan;
     (shape, evidence, plan)
 }

@@ -204,6 +204,7 @@ fn placement(profile: &Profile, name: &str, tier_count: usize, style: Style, emu
             bound_s: Some(0.0499),
             gap: (name == "ilp").then_some(0.0004),
             solve_s: 0.8,
+            goal: None,
         },
         predicted: Prediction::default(),
     }

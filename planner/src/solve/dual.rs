@@ -7,7 +7,7 @@
 //! maximised by cutting planes; the master problem is a linear program of a handful of variables.
 
 use super::columns::Item;
-use super::room::{MAX_FAST, Room};
+use super::room::{MAX_ROWS, Room};
 use anyhow::{Context, Result};
 use good_lp::{Expression, Solution, SolverModel, constraint, microlp, variable, variables};
 use std::time::Instant;
@@ -30,7 +30,7 @@ struct Priced {
 
 /// The column of an item with the least cost and priced bytes, and that sum.
 pub fn cheapest(item: &Item, price: &[f64]) -> Option<(usize, f64)> {
-    let mut padded = [0.0; MAX_FAST + 1];
+    let mut padded = [0.0; MAX_ROWS];
     padded[..price.len()].copy_from_slice(price);
     let mut best: Option<(usize, f64)> = None;
     for (at, (&cost, bytes)) in item.cost_s.iter().zip(item.bytes.chunks_exact(price.len().max(1))).enumerate() {
@@ -43,7 +43,7 @@ pub fn cheapest(item: &Item, price: &[f64]) -> Option<(usize, f64)> {
 }
 
 fn price_all(items: &[Item], room: &Room, price: &[f64]) -> Priced {
-    let n = room.tiers.len();
+    let n = room.left_bytes.len();
     let mut priced = Priced { value_s: 0.0, used: vec![0.0; n] };
     for item in items {
         if let Some((column, value)) = cheapest(item, price) {
@@ -66,11 +66,13 @@ pub fn bound_at(items: &[Item], room: &Room, price: &[f64]) -> f64 {
 /// Maximises the bound until it is exact to rounding, or the deadline passes. It is no worse than at the prices to
 /// start from, if there are any.
 pub fn maximise(items: &[Item], room: &Room, start: Option<&[f64]>, deadline: Instant) -> Result<Dual> {
-    let n = room.tiers.len();
+    let n = room.left_bytes.len();
     let first = price_all(items, room, &vec![0.0; n]);
     let mut best = Dual { price: vec![0.0; n], bound_s: first.value_s };
-    // Prices are handled as seconds for the whole of a tier, in units of the free-of-charge time.
-    let unit = first.value_s.max(1e-12);
+    // Prices are handled as seconds for the whole of a tier, in units of the free-of-charge time, or where that is nothing
+    // of what there could be.
+    let dearest = |item: &Item| item.count() as f64 * item.cost_s.iter().copied().fold(0.0, f64::max);
+    let unit = first.value_s.max(1e-6 * items.iter().map(dearest).sum::<f64>()).max(1e-12);
     let rows: Vec<usize> = (0..n).filter(|&t| room.left_bytes[t] > 0).collect();
     let over = |used: &[f64]| -> Vec<f64> { rows.iter().map(|&t| used[t] / room.left_bytes[t] as f64 - 1.0).collect() };
     // Each cut: value, point, slope, in those units.

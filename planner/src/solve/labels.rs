@@ -13,7 +13,7 @@
 
 use super::columns::{Item, Stairs};
 use super::dual::Dual;
-use super::room::{MAX_FAST, Room};
+use super::room::{MAX_ROWS, Room};
 use super::search::{Choice, ranked};
 use std::time::Instant;
 
@@ -40,14 +40,14 @@ struct Label {
     above: f64,
     cost_s: f64,
     /// By scarce tier.
-    used: [u64; MAX_FAST + 1],
+    used: [u64; MAX_ROWS],
     parent: u32,
     column: u32,
 }
 
 /// Searches for a choice better than a known one; stops at the deadline with whatever is proven by then.
 pub fn solve(items: &[Item], room: &Room, dual: &Dual, known: &Choice, deadline: Instant) -> Found {
-    let n = room.tiers.len();
+    let n = room.left_bytes.len();
     let limit = (known.cost_s - dual.bound_s).max(0.0);
     let nothing = Found { choice: None, bound_s: dual.bound_s };
     let kept = ranked(items, room, dual, limit);
@@ -68,7 +68,7 @@ pub fn solve(items: &[Item], room: &Room, dual: &Dual, known: &Choice, deadline:
     let stages: Vec<usize> = order.iter().flat_map(|&i| std::iter::repeat_n(i, items[i].count())).collect();
     let stage_labels = (WORK / stages.iter().filter(|&&i| kept[i].len() > 8).count().max(1)).min(MAX_STAGE);
     // `[stages + 1]` bytes that the stages from there on need at least, by scarce tier.
-    let mut need = vec![[0u64; MAX_FAST + 1]; stages.len() + 1];
+    let mut need = vec![[0u64; MAX_ROWS]; stages.len() + 1];
     for (at, &item) in stages.iter().enumerate().rev() {
         need[at] = need[at + 1];
         for (row, &tier) in scarce.iter().enumerate() {
@@ -77,17 +77,17 @@ pub fn solve(items: &[Item], room: &Room, dual: &Dual, known: &Choice, deadline:
         }
     }
 
-    let mut labels = vec![Label { above: 0.0, cost_s: 0.0, used: [0; MAX_FAST + 1], parent: 0, column: 0 }];
+    let mut labels = vec![Label { above: 0.0, cost_s: 0.0, used: [0; MAX_ROWS], parent: 0, column: 0 }];
     let mut trail: Vec<Vec<(u32, u32)>> = Vec::with_capacity(stages.len());
     let mut dropped = f64::INFINITY;
     for (at, &item) in stages.iter().enumerate() {
         if Instant::now() >= deadline {
             return nothing;
         }
-        let columns: Vec<(u32, f64, f64, [u64; MAX_FAST + 1])> = kept[item]
+        let columns: Vec<(u32, f64, f64, [u64; MAX_ROWS])> = kept[item]
             .iter()
             .map(|&(c, above)| {
-                let mut bytes = [0; MAX_FAST + 1];
+                let mut bytes = [0; MAX_ROWS];
                 let of_column = items[item].column_bytes(c, n);
                 scarce.iter().zip(&mut bytes).for_each(|(&tier, b)| *b = of_column[tier]);
                 (c as u32, above, items[item].cost_s[c], bytes)
@@ -140,7 +140,7 @@ pub fn solve(items: &[Item], room: &Room, dual: &Dual, known: &Choice, deadline:
 
 /// The largest sum of `above` up to which labels can be made without making more than `most`; `limit` if all can.
 /// Labels and columns are sorted by it.
-fn cut(labels: &[Label], columns: &[(u32, f64, f64, [u64; MAX_FAST + 1])], limit: f64, most: usize) -> f64 {
+fn cut(labels: &[Label], columns: &[(u32, f64, f64, [u64; MAX_ROWS])], limit: f64, most: usize) -> f64 {
     if limit <= 0.0 || labels.len().saturating_mul(columns.len()) <= most {
         return limit;
     }

@@ -4,24 +4,31 @@
 //! prices for bytes and a proven bound; [`search`], [`labels`] and [`program`] find the integer choice; [`rules`] makes the plans
 //! to compare with; [`check`] re-checks every plan before anybody sees it. [`policy`] then says how slots are refilled.
 
+pub mod batch;
 pub mod check;
 pub mod columns;
 pub mod dual;
+pub mod goal;
+pub mod infeasible;
 pub mod labels;
 pub mod policy;
 pub mod program;
 pub mod room;
 pub mod rules;
 pub mod search;
+pub mod verdict;
+pub mod whole;
+pub mod wishes;
 
-use crate::cli::Strategy;
+use crate::cli::{Objective, Strategy};
 use crate::cost::{self, predict, token_s};
 use crate::profile::{Evidence, Judged};
 use crate::replay::ceiling;
 use anyhow::{Context, Result, bail, ensure};
-use columns::{Axes, Config, Grid, Item, Maker, Meaning};
+use columns::{Axes, Charge, Config, Grid, Item, Maker, Meaning};
 use dual::Dual;
-use room::Room;
+use goal::Goal;
+use room::{Room, TICKS};
 use rules::{Draft, Rule};
 use search::Choice;
 use std::time::{Duration, Instant};
@@ -30,6 +37,7 @@ use tier_plan_runtime::formats::machine::Machine;
 use tier_plan_runtime::formats::placement::{DensePlacement, Placement, PlanTier, Prediction, SolverReport};
 use tier_plan_runtime::formats::profile::Profile;
 use tier_plan_runtime::model::shape::{ExpertShape, ModelShape};
+use wishes::Wishes;
 
 /// Where a plan's integer choice came from. The prices for bytes, and with them the bound, are always good_lp's and
 /// microlp's.
@@ -53,6 +61,12 @@ impl Backend {
 
 /// A relative gap that is rounding.
 const NO_GAP: f64 = 1e-9;
+
+/// A relative gain of the bound that more columns are not worth the time for.
+const SETTLED: f64 = 2e-5;
+
+/// How close (relative) the bound over all configurations of a layer is brought to its best one.
+const CLOSE: f64 = 2e-4;
 
 /// What a plan is made from.
 #[derive(Debug, Clone)]
@@ -78,6 +92,27 @@ pub struct Options {
     pub strategy: Strategy,
     /// Stop improving after so many seconds.
     pub time_limit_s: f64,
+    /// What to make least.
+    pub objective: Objective,
+    /// Sequences that are decoded together, for the objective that needs them.
+    pub batch: Option<u32>,
+    /// Tokens a second to reach.
+    pub target_tok_s: Option<f64>,
+    /// What is fixed or forbidden by hand.
+    pub wishes: Wishes,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Options {
+            strategy: Strategy::Optimal,
+            time_limit_s: 10.0,
+            objective: Objective::Latency,
+            batch: None,
+            target_tok_s: None,
+            wishes: Wishes::default(),
+        }
+    }
 }
 
 /// A `--time-limit` that makes sense.
@@ -104,6 +139,8 @@ pub struct Solved {
     /// Share of expert accesses that no policy could serve better from as many resident experts as the plan has; not
     /// without recorded tokens.
     pub ceiling_hit_rate: Option<f64>,
+    /// What pins and slots are worth, and what more of which tier would bring, in sentences.
+    pub verdict: Vec<String>,
 }
 
 /// Makes a plan.
@@ -129,8 +166,9 @@ pub fn solve_all(inputs: &Inputs<'_>, options: &Options) -> Result<Solved> {
 /// As [`solve_all`].
 pub fn solve_judged(inputs: &Inputs<'_>, evidence: &Evidence, options: &Options) -> Result<Solved> {
     let start = Instant::now();
+    let goal = Goal::new(options.objective, options.batch, options.target_tok_s, inputs)?;
     let room = Room::new(inputs)?;
-    let planner = Planner { inputs, evidence, room: &room };
+    let planner = Planner { inputs, evidence, room: &room, goal: &goal, wishes: &options.wishes };
     let mut notes = evidence.notes.clone();
     let efficiency = inputs.machine.extras.efficiency;
     if efficiency != 1.0 {
@@ -141,6 +179,7 @@ pub fn solve_judged(inputs: &Inputs<'_>, evidence: &Evidence, options: &Options)
     }
     let mut drafts = Vec::new();
     let mut baselines = Vec::new();
+    let mut verdict = Vec::new();
     for rule in Rule::ALL {
         if let Some(draft) = rules::draft(rule, inputs.shape, evidence, &room) {
             baselines.push(planner.baseline(rule, &draft)?);
@@ -163,10 +202,17 @@ pub fn solve_judged(inputs: &Inputs<'_>, evidence: &Evidence, options: &Options)
                 .ok()
                 .with_context(|| format!("a time limit of {} s; give a positive one", options.time_limit_s))?;
             let deadline = start.checked_add(limit).context("the time limit is too long; give less than a year")?;
-            planner.optimum(&drafts, &baselines, start, deadline, &mut notes)?
+            let (plan, prices) = planner.optimum(&drafts, &baselines, start, deadline, &mut notes)?;
+            if goal.is_latency() {
+                verdict = verdict::verdict(&plan, &baselines, &prices, inputs);
+            }
+            plan
         }
     };
-    Ok(Solved { ceiling_hit_rate: ceiling_hit_rate(&plan, evidence), plan, baselines, notes })
+    if goal.target_tok_s.is_some() || goal.objective != Objective::Latency {
+        notes.push(format!("objective: {}", goal.words()));
+    }
+    Ok(Solved { ceiling_hit_rate: ceiling_hit_rate(&plan, evidence), plan, baselines, notes, verdict })
 }
 
 /// What a byte more of each tier is worth: `[tiers]` seconds of a decoded token, from the linear program's prices.
@@ -175,16 +221,21 @@ pub fn solve_judged(inputs: &Inputs<'_>, evidence: &Evidence, options: &Options)
 /// As [`solve_all`].
 pub fn shadow_prices(inputs: &Inputs<'_>, evidence: &Evidence, time_limit_s: f64) -> Result<Vec<f64>> {
     let room = Room::new(inputs)?;
-    let planner = Planner { inputs, evidence, room: &room };
+    let goal = Goal::new(Objective::Latency, None, None, inputs)?;
+    let wishes = Wishes::default();
+    let planner = Planner { inputs, evidence, room: &room, goal: &goal, wishes: &wishes };
+    let charge = Charge::new(&goal, (1.0, 1.0));
     let limit = Duration::try_from_secs_f64(time_limit_s).ok().context("a time limit below 0; give a positive one")?;
     let deadline = Instant::now().checked_add(limit).context("the time limit is too long; give less than a year")?;
-    let maker = Maker::new(inputs.shape, evidence, &room, time_limit_s);
-    let mut items = columns::dense_items(inputs.shape, &room);
+    let maker = Maker::new(inputs.shape, evidence, &room, &charge, &wishes, time_limit_s);
+    let mut items = columns::dense_items(inputs.shape, &room, &charge, &wishes);
     items.extend(maker.items());
     let soon = Instant::now() + Duration::from_secs(2);
     let mut dual = dual::maximise(&items, &room, None, deadline.max(soon))?;
-    if !maker.grid.full {
-        dual = planner.refine(&maker, &mut items, dual, deadline)?;
+    if maker.whole {
+        dual = planner.price_whole(&maker, &mut items, dual, deadline)?;
+    } else if !maker.grid.full {
+        dual = planner.refine(&maker, &mut items, &room, dual, deadline)?;
     }
     Ok(dual.price)
 }
@@ -208,6 +259,23 @@ struct Planner<'a> {
     inputs: &'a Inputs<'a>,
     evidence: &'a Evidence,
     room: &'a Room,
+    goal: &'a Goal,
+    wishes: &'a Wishes,
+}
+
+/// The columns, in `[items]`, that a program takes.
+struct Programmed {
+    draft: Draft,
+    /// No choice of the columns tried costs less.
+    bound: f64,
+    /// Nor of all that there are, where that was found out.
+    whole: Option<f64>,
+    backend: Backend,
+    /// All columns there are were tried.
+    full: bool,
+    columns: usize,
+    /// `[tiers]` worth of a byte.
+    price: Vec<f64>,
 }
 
 impl Planner<'_> {
@@ -290,6 +358,7 @@ impl Planner<'_> {
                 bound_s: None,
                 gap: None,
                 solve_s: 0.0,
+                goal: None,
             },
             predicted: Prediction {
                 at: cost::middle(self.inputs.context),
@@ -299,10 +368,22 @@ impl Planner<'_> {
         };
         plan.predicted = predict(&plan, shape, self.evidence);
         plan.solver.objective_s = token_s(&plan.predicted);
+        plan.solver.goal = self.goal.stored(self.value(&plan), None);
         plan
     }
 
-    /// The integer program's plan.
+    /// What a plan comes to under the goal.
+    fn value(&self, plan: &Placement) -> f64 {
+        self.goal.value(plan, self.inputs.shape, self.evidence)
+    }
+
+    /// Whether a plan is one that was asked for, but for its value.
+    fn may_be(&self, plan: &Placement) -> bool {
+        self.wishes.holds(plan)
+            && (!self.goal.limits_time() || self.goal.reached(plan, self.inputs.shape, self.evidence))
+    }
+
+    /// The plan of least value, and what a byte of each tier is worth.
     fn optimum(
         &self,
         drafts: &[Draft],
@@ -310,87 +391,29 @@ impl Planner<'_> {
         start: Instant,
         deadline: Instant,
         notes: &mut Vec<String>,
-    ) -> Result<Placement> {
-        let seconds = deadline.saturating_duration_since(start).as_secs_f64();
-        let maker = Maker::new(self.inputs.shape, self.evidence, self.room, seconds);
-        let mut items = columns::dense_items(self.inputs.shape, self.room);
-        items.extend(maker.items());
-        let known: Vec<Vec<Vec<usize>>> =
-            drafts.iter().filter_map(|d| self.as_columns(&maker, &mut items, d)).collect();
-        // A bound is owed however slow the machine is: without prices nothing else is any good.
-        let soon = Instant::now() + Duration::from_secs(2);
-        let mut dual = dual::maximise(&items, self.room, None, deadline.max(soon))?;
-        if !maker.grid.full {
-            dual = self.refine(&maker, &mut items, dual, deadline)?;
-            notes.push(
-                "the model has too many experts to try every count of pins and slots: the bound and the gap are over \
-                 the counts that were tried"
-                    .to_string(),
-            );
+    ) -> Result<(Placement, Vec<f64>)> {
+        let (mut plan, found) = if self.goal.has_weights() {
+            self.weighted(drafts, start, deadline)?
+        } else {
+            let charge = Charge::new(self.goal, (1.0, 1.0));
+            let found = self.program(&charge, self.room, drafts, start, deadline)?;
+            (self.assemble("ilp", &found.draft), found)
+        };
+        self.report(&mut plan, &found);
+        if !found.full {
+            let of_all = found.whole.and_then(|w| self.gap(&plan, w)).map_or(String::new(), |gap| {
+                format!("; over every count the gap is proven to be at most {:.2} %", gap * 100.0)
+            });
+            notes.push(format!(
+                "the model has too many experts to list every count of pins and slots: the bound and the gap are over \
+                 the {} that were tried{of_all}",
+                found.columns
+            ));
         }
-
-        let mut best: Option<Choice> = None;
-        let short = search::shortlist(&items, self.room, &dual);
-        let starts = search::greedy(&items, self.room, &dual)
-            .into_iter()
-            .chain(known.into_iter().filter_map(|columns| Choice::new(&items, self.room, columns)));
-        for choice in starts {
-            let gap = |c: &Choice| c.cost_s - dual.bound_s <= NO_GAP * c.cost_s;
-            if best.as_ref().is_some_and(gap) {
-                break;
-            }
-            let better = search::improve(&items, self.room, &short, choice, deadline);
-            if best.as_ref().is_none_or(|b| better.cost_s < b.cost_s) {
-                best = Some(better);
-            }
-        }
-
-        let mut backend = Backend::LocalSearch;
-        let mut bound_s = dual.bound_s;
-        let is_open =
-            |best: &Option<Choice>, bound_s: f64| best.as_ref().is_none_or(|b| b.cost_s - bound_s > NO_GAP * b.cost_s);
-        if let (true, Some(known)) = (is_open(&best, bound_s), &best) {
-            let found = labels::solve(&items, self.room, &dual, known, deadline);
-            if found.bound_s > bound_s || found.choice.is_some() {
-                backend = Backend::PartialChoices;
-            }
-            bound_s = bound_s.max(found.bound_s);
-            best = found.choice.or(best);
-        }
-        let open = is_open(&best, bound_s);
-        let left = deadline.saturating_duration_since(Instant::now()).as_secs_f64();
-        if open && (left > 0.0 || best.is_none()) {
-            let found = program::solve(&items, self.room, &dual, best.as_ref(), left.max(1.0));
-            if let Some(choice) = found.choice
-                && best.as_ref().is_none_or(|b| choice.cost_s < b.cost_s)
-            {
-                best = Some(choice);
-                backend = Backend::IntegerProgram;
-            }
-            if let (true, Some(best)) = (found.proven, &best) {
-                bound_s = best.cost_s;
-                backend = Backend::IntegerProgram;
-            }
-        }
-        let Some(best) = best else { bail!(self.no_fit()) };
-
-        let fixed = cost::overhead_s(
-            self.inputs.shape.n_layer,
-            self.inputs.machine.layer_overhead_us,
-            self.inputs.machine.token_overhead_us,
-        );
-        let mut plan = self.assemble("ilp", &self.as_draft(&items, &best));
-        let fixed = fixed + plan.predicted.kv_s;
-        let objective = plan.solver.objective_s;
-        let bound = (bound_s + fixed).min(objective);
-        let gap = ((objective - bound) / objective).max(0.0);
-        let status = if gap <= NO_GAP { "optimal" } else { "feasible" };
-        plan.solver.status = status.to_string();
-        plan.solver.backend = backend.name().to_string();
-        (plan.solver.bound_s, plan.solver.gap) = (Some(bound), Some(gap));
-
-        let fastest = baselines.iter().min_by(|a, b| a.solver.objective_s.total_cmp(&b.solver.objective_s));
-        if let Some(rule) = fastest.filter(|b| b.solver.objective_s < objective * (1.0 - NO_GAP)) {
+        let value = self.value(&plan);
+        let allowed = baselines.iter().filter(|b| self.may_be(b));
+        let least = allowed.min_by(|a, b| self.value(a).total_cmp(&self.value(b)));
+        if let Some(rule) = least.filter(|b| self.value(b) < value * (1.0 - NO_GAP)) {
             plan = Placement { name: plan.name, ..rule.clone() };
             plan.solver.status = format!("feasible: the rule {} was faster on held-out tokens", rule.name);
             notes.push(format!(
@@ -399,13 +422,224 @@ impl Planner<'_> {
                 rule.name
             ));
         }
+        self.speak_of_target(&plan, notes)?;
         plan.solver.solve_s = start.elapsed().as_secs_f64();
-        self.checked(plan)
+        Ok((self.checked(plan)?, found.price))
+    }
+
+    /// Fills in what is proven of a plan.
+    fn report(&self, plan: &mut Placement, found: &Programmed) {
+        plan.solver.backend = found.backend.name().to_string();
+        plan.solver.status = "feasible".to_string();
+        let gap = self.gap(plan, found.bound);
+        plan.solver.gap = gap;
+        if gap.is_some_and(|gap| gap <= NO_GAP) {
+            plan.solver.status = "optimal".to_string();
+        }
+        let value = self.value(plan);
+        let bound = gap.map(|gap| value * (1.0 - gap));
+        if matches!(self.goal.objective, Objective::Latency | Objective::Energy | Objective::Cost) {
+            plan.solver.bound_s = gap.map(|gap| plan.solver.objective_s * (1.0 - gap));
+        }
+        plan.solver.goal = self.goal.stored(value, bound);
+    }
+
+    /// The relative gap between a plan's value and a bound of its columns' costs; none for a cost that is a product, of
+    /// which columns only know the tangent.
+    fn gap(&self, plan: &Placement, bound: f64) -> Option<f64> {
+        let (value, bound) = match self.goal.objective {
+            Objective::Cost if self.goal.has_weights() => return None,
+            Objective::Memory => (self.value(plan), bound + self.goal.fixed_weight(self.room)),
+            Objective::Throughput => {
+                (self.value(plan), bound + self.fixed_s(self.goal.batch) / f64::from(self.goal.batch))
+            }
+            _ => (plan.solver.objective_s, bound + self.fixed_s(1)),
+        };
+        (value > 0.0).then(|| ((value - bound) / value).max(0.0)).or((value == 0.0).then_some(0.0))
+    }
+
+    /// Seconds of a step over so many sequences whatever the plan: overheads, and each one's keys and values.
+    fn fixed_s(&self, sequences: u32) -> f64 {
+        let Inputs { shape, machine, context, kv_type, .. } = *self.inputs;
+        let overhead = cost::overhead_s(shape.n_layer, machine.layer_overhead_us, machine.token_overhead_us);
+        let cache = kv_type.moved_bytes(shape, cost::middle(context).into(), 1) as f64;
+        overhead + f64::from(sequences) * cost::read_s(&machine.tiers[self.room.kv_tier], cache)
+    }
+
+    /// Goals in which bytes cost something themselves: the fastest plan first, then from it the least value.
+    fn weighted(&self, drafts: &[Draft], start: Instant, deadline: Instant) -> Result<(Placement, Programmed)> {
+        const TANGENTS: u32 = 4;
+        let part = deadline.saturating_duration_since(start) / (TANGENTS + 1);
+        let fastest = Goal::new(Objective::Latency, None, None, self.inputs)?;
+        let plain = Planner { goal: &fastest, ..*self };
+        let charge = Charge::new(&fastest, (1.0, 1.0));
+        let mut found = plain.program(&charge, self.room, drafts, start, start + part)?;
+        let mut plan = self.assemble("ilp", &found.draft);
+        if let Some(most_s) = self.goal.most_s().filter(|_| !self.may_be(&plan)) {
+            bail!(infeasible::target(&plan, found.bound + self.fixed_s(1), most_s, self.inputs));
+        }
+        let mut room = self.room.clone();
+        if let (true, Some(most_s)) = (self.goal.limits_time(), self.goal.most_s()) {
+            room.left_bytes.push(((most_s - self.fixed_s(1)).max(0.0) * TICKS).floor().min(1e18) as u64);
+        }
+        let mut drafts = drafts.to_vec();
+        let memory = self.goal.objective == Objective::Memory;
+        for round in 0..if memory { 1 } else { TANGENTS } {
+            drafts.insert(0, found.draft.clone());
+            let charge = Charge::new(self.goal, (self.goal.usd(&plan), token_s(&plan.predicted)));
+            let end = if memory { deadline } else { start + part * (round + 2) };
+            let next = self.program(&charge, &room, &drafts, Instant::now(), end)?;
+            let better = self.assemble("ilp", &next.draft);
+            let gains = self.may_be(&better) && self.value(&better) < self.value(&plan) * (1.0 - NO_GAP);
+            if gains || memory {
+                plan = better;
+                found = next;
+            }
+            if !gains {
+                break;
+            }
+        }
+        Ok((plan, found))
+    }
+
+    /// Says whether a target is reached, and what of each tier's rate that takes.
+    fn speak_of_target(&self, plan: &Placement, notes: &mut Vec<String>) -> Result<()> {
+        let (Some(target), Some(most_s)) = (self.goal.target_tok_s, self.goal.most_s()) else { return Ok(()) };
+        if !self.goal.reached(plan, self.inputs.shape, self.evidence) {
+            let speed = match self.goal.objective {
+                Objective::Throughput => 1.0 / self.value(plan),
+                _ => plan.predicted.decode_tok_s,
+            };
+            notes.push(format!("the target of {target} tok/s is not reached: {speed:.3} tok/s are predicted"));
+            return Ok(());
+        }
+        if self.goal.objective == Objective::Throughput {
+            return Ok(());
+        }
+        let of_tier = plan.tiers.iter().zip(&plan.predicted.read_bytes).map(|(tier, &bytes)| {
+            let allowed = tier.tier.read_gbps * 1e9 * most_s;
+            (tier.tier.name.as_str(), bytes / allowed)
+        });
+        // Reads of one tier follow each other, so this follows from the time of the token; it is checked all the same.
+        if let Some((name, share)) = of_tier.clone().find(|(_, share)| *share > 1.0 + 1e-9) {
+            bail!(
+                "'{name}' would be read at {share:.2} of its rate to reach {target} tok/s, a mistake in this program"
+            );
+        }
+        let shares: Vec<String> = of_tier.map(|(name, share)| format!("{name} {:.0} %", share * 100.0)).collect();
+        notes.push(format!("at {target} tok/s the reads of a token take of each tier's rate: {}", shares.join(", ")));
+        Ok(())
+    }
+
+    /// The choice of columns that costs least.
+    fn program(
+        &self,
+        charge: &Charge,
+        room: &Room,
+        drafts: &[Draft],
+        start: Instant,
+        deadline: Instant,
+    ) -> Result<Programmed> {
+        let seconds = deadline.saturating_duration_since(start).as_secs_f64();
+        let maker = Maker::new(self.inputs.shape, self.evidence, room, charge, self.wishes, seconds);
+        let mut items = columns::dense_items(self.inputs.shape, room, charge, self.wishes);
+        items.extend(maker.items());
+        let known: Vec<Vec<Vec<usize>>> =
+            drafts.iter().filter_map(|d| self.as_columns(&maker, &mut items, d)).collect();
+        // A bound is owed however slow the machine is: without prices nothing else is any good.
+        let soon = Instant::now() + Duration::from_secs(2);
+        let mut dual = dual::maximise(&items, room, None, deadline.max(soon))?;
+        if maker.whole {
+            dual = self.price_whole(&maker, &mut items, dual, deadline)?;
+        } else if !maker.grid.full {
+            dual = self.refine(&maker, &mut items, room, dual, deadline)?;
+        }
+
+        let mut best: Option<Choice> = None;
+        let short = search::shortlist(&items, room, &dual);
+        let starts = search::greedy(&items, room, &dual)
+            .into_iter()
+            .chain(known.into_iter().filter_map(|columns| Choice::new(&items, room, columns)));
+        for choice in starts {
+            let gap = |c: &Choice| c.cost_s - dual.bound_s <= NO_GAP * c.cost_s;
+            if best.as_ref().is_some_and(gap) {
+                break;
+            }
+            let better = search::improve(&items, room, &short, choice, deadline);
+            if best.as_ref().is_none_or(|b| better.cost_s < b.cost_s) {
+                best = Some(better);
+            }
+        }
+
+        let mut backend = Backend::LocalSearch;
+        let mut bound = dual.bound_s;
+        let is_open =
+            |best: &Option<Choice>, bound: f64| best.as_ref().is_none_or(|b| b.cost_s - bound > NO_GAP * b.cost_s);
+        if let (true, Some(known)) = (is_open(&best, bound), &best) {
+            let found = labels::solve(&items, room, &dual, known, deadline);
+            if found.bound_s > bound || found.choice.is_some() {
+                backend = Backend::PartialChoices;
+            }
+            bound = bound.max(found.bound_s);
+            best = found.choice.or(best);
+        }
+        let open = is_open(&best, bound);
+        let left = deadline.saturating_duration_since(Instant::now()).as_secs_f64();
+        if open && (left > 0.0 || best.is_none()) {
+            let found = program::solve(&items, room, &dual, best.as_ref(), left.max(1.0));
+            if let Some(choice) = found.choice
+                && best.as_ref().is_none_or(|b| choice.cost_s < b.cost_s)
+            {
+                best = Some(choice);
+                backend = Backend::IntegerProgram;
+            }
+            if let (true, Some(best)) = (found.proven, &best) {
+                bound = best.cost_s;
+                backend = Backend::IntegerProgram;
+            }
+        }
+        let Some(best) = best else { bail!(infeasible::no_division(self.inputs, room, self.wishes)) };
+        let whole = maker.whole.then(|| maker.bound_whole(&mut items, &dual.price, CLOSE, deadline)).flatten();
+        Ok(Programmed {
+            draft: self.as_draft(&maker, &items, &best),
+            bound: bound.min(best.cost_s),
+            whole: whole.map(|sum| sum - room.priced_left(&dual.price)),
+            backend,
+            full: maker.grid.full,
+            columns: items.iter().map(Item::len).sum(),
+            price: dual.price,
+        })
+    }
+
+    /// Adds what the prices favour among all configurations, and prices again, for at most half of the time that is left.
+    fn price_whole(&self, maker: &Maker<'_>, items: &mut [Item], mut dual: Dual, deadline: Instant) -> Result<Dual> {
+        const ROUNDS: usize = 12;
+        let begin = Instant::now();
+        let end = begin + deadline.saturating_duration_since(begin) / 2;
+        for _ in 0..ROUNDS {
+            let started = Instant::now();
+            let before = dual.bound_s;
+            let added = maker.price_whole(items, &dual.price, end);
+            // An old price's value is no bound over more columns.
+            dual = dual::maximise(items, self.room, Some(&dual.price), end.max(Instant::now() + started.elapsed()))?;
+            let settled = before - dual.bound_s <= SETTLED * dual.bound_s.abs();
+            if added == 0 || settled || Instant::now() + started.elapsed() > end {
+                break;
+            }
+        }
+        Ok(dual)
     }
 
     /// Adds the counts between the grid's points around what the prices favour, and prices again, for at most half of
     /// the time that is left.
-    fn refine(&self, maker: &Maker<'_>, items: &mut [Item], mut dual: Dual, deadline: Instant) -> Result<Dual> {
+    fn refine(
+        &self,
+        maker: &Maker<'_>,
+        items: &mut [Item],
+        room: &Room,
+        mut dual: Dual,
+        deadline: Instant,
+    ) -> Result<Dual> {
         let begin = Instant::now();
         let end = begin + deadline.saturating_duration_since(begin) / 2;
         for round in 0..3 {
@@ -417,11 +651,11 @@ impl Planner<'_> {
                 let Meaning::Experts(members, configs) = &item.meaning else { continue };
                 let Some(best) = dual::cheapest(item, &dual.price).map(|(c, _)| configs[c]) else { continue };
                 let shape = &self.evidence.layers[members[0]].shape;
-                let axes = around(&maker.grid, &best, shape, self.room.home(), round);
+                let axes = around(&maker.grid, &best, shape, maker.most(members[0]), self.room.home(), round);
                 maker.extend(item, &axes);
             }
             // An old price's value is no bound over more columns.
-            dual = dual::maximise(items, self.room, Some(&dual.price), end)?;
+            dual = dual::maximise(items, room, Some(&dual.price), end)?;
             if Instant::now() + started.elapsed() > end {
                 break;
             }
@@ -454,8 +688,13 @@ impl Planner<'_> {
                             sum += placed.pinned.iter().filter(|p| p.0 == tier).map(|p| p.1.len()).sum::<usize>();
                             config.cuts[tier] = sum as u16;
                         }
-                        let same = config.placement(placed.layer, &evidence.order, fast) == *placed;
-                        if !same && matches!(evidence.judged, Judged::Recorded(_)) {
+                        let pins: usize = placed.pinned.iter().map(|p| p.1.len()).sum();
+                        let none_fixed = self.wishes.layer(placed.layer).fixed.is_empty();
+                        if !none_fixed && pins > 0 {
+                            config = maker.config_of(layer, placed)?;
+                        }
+                        let same = maker.placement(layer, &config) == *placed;
+                        if !same && (!none_fixed || matches!(evidence.judged, Judged::Recorded(_))) {
                             return None;
                         }
                         columns.push(maker.add(item, config)?);
@@ -467,7 +706,7 @@ impl Planner<'_> {
         Some(all)
     }
 
-    fn as_draft(&self, items: &[Item], choice: &Choice) -> Draft {
+    fn as_draft(&self, maker: &Maker<'_>, items: &[Item], choice: &Choice) -> Draft {
         let mut dense = vec![0; self.inputs.shape.dense.len()];
         let mut layers = vec![None; self.evidence.layers.len()];
         for (item, columns) in items.iter().zip(&choice.columns) {
@@ -477,36 +716,17 @@ impl Planner<'_> {
                 }
                 Meaning::Experts(members, configs) => {
                     for (&at, &c) in members.iter().zip(columns) {
-                        let layer = &self.evidence.layers[at];
-                        layers[at] = Some(configs[c].placement(layer.shape.layer, &layer.order, self.room.home()));
+                        layers[at] = Some(maker.placement(at, &configs[c]));
                     }
                 }
             }
         }
         Draft { dense, layers: layers.into_iter().flatten().collect() }
     }
-
-    /// Why nothing fits although the sums do: a piece is larger than what is left of any one tier.
-    fn no_fit(&self) -> anyhow::Error {
-        let room = self.room;
-        let largest = self.inputs.shape.dense.iter().max_by_key(|d| d.bytes);
-        let show = tier_plan_runtime::units::show_bytes;
-        let left: Vec<String> =
-            room.tiers.iter().zip(&room.left_bytes).map(|(t, &b)| format!("'{}' {}", t.name, show(b))).collect();
-        let piece = largest.map_or(String::new(), |d| {
-            format!("; the largest dense group ({:?} of layer {:?}) is {}", d.kind, d.layer, show(d.bytes))
-        });
-        anyhow::anyhow!(
-            "no way to divide the model among the tiers was found: {} are left for weights{piece}; raise the budget \
-             of '{}' by that much",
-            left.join(", "),
-            room.tiers[room.staging_tier].name
-        )
-    }
 }
 
 /// Axes around a configuration: as far as the grid's next points, then ever closer.
-fn around(grid: &Grid, best: &Config, shape: &ExpertShape, fast: usize, round: u32) -> Axes {
+fn around(grid: &Grid, best: &Config, shape: &ExpertShape, most: u16, fast: usize, round: u32) -> Axes {
     // Steps to each side: enough that a few rounds come down to steps of one, few enough that a round stays cheap.
     const SIDE: u16 = 3;
     let n_expert = shape.n_expert as u16;
@@ -527,13 +747,13 @@ fn around(grid: &Grid, best: &Config, shape: &ExpertShape, fast: usize, round: u
         axis
     };
     let last = best.cuts[fast.saturating_sub(1)];
-    let mut cuts: Vec<u16> = best.cuts[..fast.saturating_sub(1)].iter().flat_map(|&c| span(0, n_expert, c)).collect();
+    let mut cuts: Vec<u16> = best.cuts[..fast.saturating_sub(1)].iter().flat_map(|&c| span(0, most, c)).collect();
     cuts.sort_unstable();
     cuts.dedup();
     let pooled = n_expert - last;
     let least = (shape.n_used as u16).min(pooled);
     let slots = if best.slots == 0 { vec![least] } else { span(least, pooled, best.slots) };
-    Axes { cuts, last_cuts: if fast == 0 { vec![0] } else { span(0, n_expert, last) }, slots: Some(slots) }
+    Axes { cuts, last_cuts: if fast == 0 { vec![0] } else { span(0, most, last) }, slots: Some(slots) }
 }
 
 #[cfg(test)]

@@ -54,7 +54,7 @@ pub fn solve(items: &[Item], room: &Room, dual: &Dual, known: Option<&Choice>, s
     }
 
     let mut vars = variables!();
-    let n = room.tiers.len();
+    let n = room.left_bytes.len();
     let mut objective = Expression::from(0.0);
     let mut used = vec![Expression::from(0.0); n];
     let mut chosen = Vec::with_capacity(items.len());

@@ -1,16 +1,22 @@
 //! What a plan may use: the tiers, what must lie on them whatever the plan, and what is left to choose about.
 
 use super::Inputs;
+use super::infeasible::mends;
 use crate::cost::home_in_place;
 use anyhow::{Result, bail, ensure};
-use tier_plan_runtime::exec::KvType;
 use tier_plan_runtime::formats::machine::{Tier, TierKind};
 use tier_plan_runtime::formats::placement::TierIdx;
 use tier_plan_runtime::model::shape::{DenseKind, ModelShape};
 use tier_plan_runtime::units::show_bytes;
 
 /// Tiers above the last one, at most.
-pub const MAX_FAST: usize = 4;
+pub const MAX_FAST: usize = 7;
+
+/// What a plan can run out of, at most: the bytes of each tier, and a token's time.
+pub const MAX_ROWS: usize = MAX_FAST + 2;
+
+/// Units of time in a second where it can run out, as bytes do.
+pub const TICKS: f64 = 1e12;
 
 /// Experts in flight beyond those of one token that staging has room for.
 const STAGING_SPARE: u32 = 2;
@@ -25,7 +31,8 @@ pub struct Room {
     pub tiers: Vec<Tier>,
     /// `[tiers]` bytes a plan may use.
     pub budget_bytes: Vec<u64>,
-    /// `[tiers]` bytes left for dense groups, pins, slots and home copies.
+    /// `[tiers]` bytes left for dense groups, pins, slots and home copies; then, if there is a target, the time left for
+    /// them in units of [`TICKS`].
     pub left_bytes: Vec<u64>,
     /// Where the key and value cache is.
     pub kv_tier: TierIdx,
@@ -45,6 +52,11 @@ impl Room {
     /// The last tier.
     pub fn home(&self) -> TierIdx {
         self.tiers.len() - 1
+    }
+
+    /// What the bytes left of all tiers come to at some prices, in seconds.
+    pub fn priced_left(&self, price: &[f64]) -> f64 {
+        price.iter().zip(&self.left_bytes).map(|(p, &left)| p * left as f64).sum()
     }
 
     /// Tiers that can hold a dense group: what they hold computes there, and a token reads so little of the embedding
@@ -73,7 +85,7 @@ impl Room {
         let tiers = machine.computing_tiers();
         ensure!(
             !tiers.is_empty() && tiers.len() <= MAX_FAST + 1,
-            "machine '{}' has {} tiers; plans are made for 1 to {}",
+            "machine '{}' has {} tiers; plans are made for 1 to {}: merge those of like speed",
             machine.name,
             tiers.len(),
             MAX_FAST + 1
@@ -174,12 +186,12 @@ impl Room {
         let left = self.left_bytes[staging];
         let Some(after) = left.checked_sub(self.staging_bytes) else {
             bail!(
-                "tier '{}' has a budget of {}, but buffers for {} experts in flight alone need {}; raise it by {}",
+                "tier '{}' has a budget of {}, but buffers for {} experts in flight alone need {}; {}",
                 self.tiers[staging].name,
                 show_bytes(left),
                 self.staging_experts,
                 show_bytes(self.staging_bytes),
-                show_bytes(self.staging_bytes - left)
+                mends(inputs, staging, self.staging_bytes - left)
             );
         };
         self.left_bytes[staging] = after;
@@ -188,15 +200,14 @@ impl Room {
         else {
             bail!(
                 "tier '{}' has {} left of its budget of {}, but the key and value cache of {} tokens of context needs \
-                 {} as {}; raise it by {} or lower --context{}",
+                 {} as {}; {}",
                 self.tiers[staging].name,
                 show_bytes(after),
                 show_bytes(left),
                 inputs.context,
                 show_bytes(self.kv_bytes),
                 inputs.kv_type,
-                show_bytes(self.kv_bytes - after),
-                if inputs.kv_type == KvType::Q8_0 { "" } else { ", or give --kv-type q8_0" }
+                mends(inputs, staging, self.kv_bytes - after)
             );
         };
         self.kv_tier = tier;
@@ -213,30 +224,29 @@ impl Room {
         let names = |tiers: &mut dyn Iterator<Item = TierIdx>| -> String {
             tiers.map(|t| format!("'{}'", self.tiers[t].name)).collect::<Vec<_>>().join(" and ")
         };
-        let show = |bytes: u128| show_bytes(u64::try_from(bytes).unwrap_or(u64::MAX));
+        let small = |bytes: u128| u64::try_from(bytes).unwrap_or(u64::MAX);
+        let show = |bytes: u128| show_bytes(small(bytes));
         let in_file = |kind| kind == DenseKind::Embedding && !self.in_place;
         let computing: u128 = shape.dense.iter().filter(|d| !in_file(d.kind)).map(|d| u128::from(d.bytes)).sum();
         let have = left(&mut self.dense_tiers(DenseKind::Attention));
         ensure!(
             computing <= have,
             "the dense tensors of '{}' need {}, but {} have {} left for them beside the key and value cache and the \
-             staging buffers; raise the budget of '{}' by {}",
+             staging buffers; {}",
             shape.id.name,
             show(computing),
             names(&mut self.dense_tiers(DenseKind::Attention)),
             show(have),
-            self.tiers[self.staging_tier].name,
-            show(computing - have)
+            mends(inputs, self.staging_tier, small(computing.saturating_sub(have)))
         );
         let have = left(&mut (0..self.tiers.len()));
         ensure!(
             dense + experts <= have,
-            "the weights of '{}' are {}, but all tiers together have {} left for them; raise the budget of '{}' by {}",
+            "the weights of '{}' are {}, but all tiers together have {} left for them; {}",
             shape.id.name,
             show(dense + experts),
             show(have),
-            self.tiers[self.home()].name,
-            show(dense + experts - have)
+            mends(inputs, self.home(), small((dense + experts).saturating_sub(have)))
         );
         Ok(())
     }

@@ -31,7 +31,7 @@ impl Choice {
 }
 
 fn used_bytes(items: &[Item], room: &Room, columns: &[Vec<usize>]) -> Vec<u128> {
-    let n = room.tiers.len();
+    let n = room.left_bytes.len();
     let mut used = vec![0u128; n];
     for (item, columns) in items.iter().zip(columns) {
         for &column in columns {
@@ -58,7 +58,7 @@ pub fn greedy(items: &[Item], room: &Room, dual: &Dual) -> Vec<Choice> {
 
 /// By item, its columns by rising priced cost, with how far each is above the cheapest.
 pub fn ranked(items: &[Item], room: &Room, dual: &Dual, most: f64) -> Vec<Vec<(usize, f64)>> {
-    let n = room.tiers.len();
+    let n = room.left_bytes.len();
     items
         .iter()
         .map(|item| {
@@ -186,7 +186,7 @@ pub fn improve(items: &[Item], room: &Room, short: &[Vec<usize>], choice: Choice
     let used = used_bytes(items, room, &choice.columns);
     let units = items.iter().enumerate().flat_map(|(i, item)| (0..item.count()).map(move |m| (i, m))).collect();
     let spare = used.iter().zip(&room.left_bytes).map(|(&u, &left)| i128::from(left) - u as i128).collect();
-    let mut search = Search { items, n: room.tiers.len(), units, choice, spare };
+    let mut search = Search { items, n: room.left_bytes.len(), units, choice, spare };
     loop {
         while let Some((unit, column)) = search.best_single(&|item| short[item].clone()) {
             search.set(unit, column);

@@ -141,7 +141,7 @@ fn plan_for(question: &Question<'_>, evidence: &Evidence) -> Result<Solved> {
         context: question.context,
         kv_type: question.kv_type,
     };
-    let options = Options { strategy: Strategy::Optimal, time_limit_s: question.time_limit_s };
+    let options = Options { strategy: Strategy::Optimal, time_limit_s: question.time_limit_s, ..Options::default() };
     let mut solved = solve_judged(&inputs, evidence, &options)?;
     if let Some(at) = question.at {
         move_to(&mut solved.plan, &question.known.sizes, at);

@@ -63,6 +63,7 @@ pub fn obvious(shape: &ModelShape, context: u32, kv_type: KvType) -> Placement {
             bound_s: None,
             gap: None,
             solve_s: 0.0,
+            goal: None,
         },
         predicted: Prediction::default(),
     }

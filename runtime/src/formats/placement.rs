@@ -149,6 +149,25 @@ pub struct SolverReport {
     pub gap: Option<f64>,
     /// Wall time of the solve.
     pub solve_s: f64,
+    /// What was made least, unless that is `objective_s` and nothing else was asked for.
+    pub goal: Option<Goal>,
+}
+
+/// What a plan was asked to make least.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Goal {
+    /// `latency`, `throughput`, `cost`, `energy` or `memory`.
+    pub objective: String,
+    /// What the plan comes to.
+    pub value: f64,
+    /// The unit of the value, in words.
+    pub unit: String,
+    /// No plan under the same budgets and models comes to less; none if nothing is proven.
+    pub bound: Option<f64>,
+    /// Sequences that are decoded together.
+    pub batch: Option<u32>,
+    /// Tokens a second to reach.
+    pub target_tok_s: Option<f64>,
 }
 
 /// The prediction, with its parts, in seconds a decoded token.

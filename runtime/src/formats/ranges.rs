@@ -66,6 +66,15 @@ pub(super) fn parse(text: &str, what: &str, max: u32, allowance: &mut Allowance)
     Ok(spans.into_iter().flat_map(|(low, high)| low..=high).collect())
 }
 
+/// Reads one set that a person gave, of numbers that a file may name.
+///
+/// # Errors
+/// When it is no set of ascending numbers; `what` is `expert` or `layer`.
+pub fn parse_one(text: &str, what: &str) -> Result<Vec<u32>, String> {
+    let max = if what == "layer" { MAX_LAYER } else { MAX_EXPERT };
+    parse(text, what, max, &mut Allowance::for_a_file())
+}
+
 fn number(text: &str, item: &str, what: &str, max: u32) -> Result<u32, String> {
     let text = text.trim();
     if text.is_empty() || !text.bytes().all(|b| b.is_ascii_digit()) {

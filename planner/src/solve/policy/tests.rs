@@ -54,7 +54,7 @@ fn fashions() -> Vec<Vec<Vec<u16>>> {
 }
 
 fn plan(inputs: &Inputs<'_>) -> Placement {
-    let options = Options { strategy: Strategy::LruOnly, time_limit_s: 1.0 };
+    let options = Options { strategy: Strategy::LruOnly, time_limit_s: 1.0, ..Options::default() };
     let plan = solve_all(inputs, &options).unwrap().plan;
     assert!(plan.layers.iter().all(|l| l.slots == 2 && l.policy == SlotPolicy::Lru), "{:?}", plan.layers);
     plan

@@ -174,6 +174,11 @@ fn check_numbers(plan: &Placement) -> Result<(), String> {
     if let Some(gap) = solver.gap.filter(|gap| !gap.is_finite()) {
         return Err(format!("solver.gap is {gap}; leave it out when nothing is proven"));
     }
+    if let Some(goal) = &solver.goal {
+        check_amount("solver.objective_value", goal.value)?;
+        check_amount("solver.objective_bound", goal.bound.unwrap_or(0.0))?;
+        check_amount("solver.target_tok_s", goal.target_tok_s.unwrap_or(0.0))?;
+    }
     let predicted = &plan.predicted;
     for (what, x) in [
         ("predicted.decode_tok_s", predicted.decode_tok_s),

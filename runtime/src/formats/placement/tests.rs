@@ -101,6 +101,7 @@ fn versions_mean_what_they_meant() {
             bound_s: Some(0.0012),
             gap: Some(0.04),
             solve_s: 0.5,
+            goal: None,
         },
         predicted: Prediction {
             decode_tok_s: 800.0,
@@ -421,6 +422,7 @@ fn any_solver() -> impl Strategy<Value = SolverReport> {
             bound_s,
             gap,
             solve_s,
+            goal: None,
         },
     )
 }

@@ -1,7 +1,7 @@
 //! The text of versions 1 to 3 of a plan: written by hand for people, read through wire structs for safety.
 
 use super::{
-    DensePlacement, LayerPlacement, PLACEMENT, Placement, PlanTier, Prediction, SlotPolicy, SolverReport, TierIdx,
+    DensePlacement, Goal, LayerPlacement, PLACEMENT, Placement, PlanTier, Prediction, SlotPolicy, SolverReport, TierIdx,
 };
 use crate::formats::SourceId;
 use crate::formats::kind::toml_words;
@@ -55,6 +55,19 @@ pub(super) fn encode(plan: &Placement) -> String {
         }
     }
     out.field("solve_s", float(plan.solver.solve_s));
+    if let Some(goal) = &plan.solver.goal {
+        out.field("objective", quote(&goal.objective));
+        out.field("objective_value", float(goal.value));
+        out.field("objective_unit", quote(&goal.unit));
+        for (key, x) in [("objective_bound", goal.bound), ("target_tok_s", goal.target_tok_s)] {
+            if let Some(x) = x {
+                out.field(key, float(x));
+            }
+        }
+        if let Some(batch) = goal.batch {
+            out.field("batch", batch);
+        }
+    }
 
     let predicted = &plan.predicted;
     out.line("\n[predicted]");
@@ -166,7 +179,8 @@ fn encode_layers<'a>(plan: &Placement, out: &mut Text, name: impl Fn(TierIdx) ->
 
 /// The oldest version that can say all of the plan and is still written.
 fn version(plan: &Placement) -> u64 {
-    let old = plan.layers.iter().all(|l| l.policy == SlotPolicy::Lru) && !charges_kv(&plan.predicted);
+    let lru = plan.layers.iter().all(|l| l.policy == SlotPolicy::Lru);
+    let old = lru && plan.solver.goal.is_none() && !charges_kv(&plan.predicted);
     if old { 2 } else { PLACEMENT.newest }
 }
 
@@ -213,6 +227,7 @@ pub(super) fn decode(text: &str) -> Result<Placement, String> {
             "predicted.at, kv_s and prompt_gflops are keys of version 3; write `version = 3`, or leave them out".into(),
         );
     }
+    let goal = decode_goal(&wire.solver, wire.version)?;
     let mut allowance = Allowance::for_a_file();
     let names = Names::new(&wire.tier);
     let dense = decode_dense(wire.dense, &names, &mut allowance)?;
@@ -241,6 +256,7 @@ pub(super) fn decode(text: &str) -> Result<Placement, String> {
             bound_s: wire.solver.bound_s,
             gap: wire.solver.gap,
             solve_s: wire.solver.solve_s,
+            goal,
         },
         predicted: Prediction {
             decode_tok_s: wire.predicted.decode_tok_s,
@@ -258,6 +274,30 @@ pub(super) fn decode(text: &str) -> Result<Placement, String> {
         },
         tiers: wire.tier.into_iter().map(WireTier::into_tier).collect(),
     })
+}
+
+fn decode_goal(wire: &WireSolver, version: u64) -> Result<Option<Goal>, String> {
+    let numbers = [wire.objective_value, wire.objective_bound, wire.target_tok_s];
+    let any = numbers.iter().any(Option::is_some)
+        || wire.objective.is_some()
+        || wire.objective_unit.is_some()
+        || wire.batch.is_some();
+    match (&wire.objective, wire.objective_value, &wire.objective_unit) {
+        _ if any && version < 3 => {
+            Err("solver.objective and the keys beside it are of version 3; write `version = 3`, or leave them out"
+                .into())
+        }
+        (Some(objective), Some(value), Some(unit)) => Ok(Some(Goal {
+            objective: objective.clone(),
+            value,
+            unit: unit.clone(),
+            bound: wire.objective_bound,
+            batch: wire.batch,
+            target_tok_s: wire.target_tok_s,
+        })),
+        _ if any => Err("solver.objective, objective_value and objective_unit go together; write all or none".into()),
+        _ => Ok(None),
+    }
 }
 
 fn decode_dense(wire: WireDense, names: &Names, allowance: &mut Allowance) -> Result<Vec<DensePlacement>, String> {
@@ -420,6 +460,12 @@ struct WireSolver {
     bound_s: Option<f64>,
     gap: Option<f64>,
     solve_s: f64,
+    objective: Option<String>,
+    objective_value: Option<f64>,
+    objective_unit: Option<String>,
+    objective_bound: Option<f64>,
+    batch: Option<u32>,
+    target_tok_s: Option<f64>,
 }
 
 #[derive(Deserialize)]

@@ -1,0 +1,306 @@
+//! Objectives, targets, what is fixed by hand, and the bound over all configurations, against trying everything.
+
+use super::*;
+use crate::cli::Objective;
+use crate::solve::batch;
+use crate::solve::room::TICKS;
+use crate::solve::whole::{Layer, Table};
+use crate::solve::wishes::Wishes;
+use tier_plan_runtime::model::kv::KvType as Kv;
+
+fn inputs<'a>(
+    shape: &'a ModelShape,
+    profile: Option<&'a Profile>,
+    machine: &'a Machine,
+    budgets: &[u64],
+) -> Inputs<'a> {
+    Inputs { shape, profile, machine, budgets: budgets.to_vec(), context: 100, kv_type: Kv::F16 }
+}
+
+/// By thing, all `(bytes by tier, seconds)`.
+fn everything(shape: &ModelShape, room: &Room, evidence: &Evidence) -> Vec<Vec<(Vec<u64>, f64)>> {
+    let n = room.tiers.len();
+    let mut things: Vec<Vec<(Vec<u64>, f64)>> = evidence.layers.iter().map(|l| treatments(room, l)).collect();
+    for group in &shape.dense {
+        let on = |t: usize| {
+            let mut bytes = vec![0; n];
+            bytes[t] = group.bytes;
+            (bytes, group.token_bytes as f64 / (room.tiers[t].read_gbps * 1e9))
+        };
+        let allowed = |t: &usize| group.kind == DenseKind::Embedding || room.tiers[*t].kind != TierKind::Nvme;
+        things.push((0..n).filter(allowed).map(on).collect());
+    }
+    things
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(250))]
+
+    #[test]
+    fn the_least_memory_for_a_speed_is_the_least(seed in 0u64..u64::MAX / 2, slower in 1.0f64..3.0) {
+        let (shape, profile, machine, budgets) = instance(seed);
+        if machine.tiers.len() < 2 {
+            return Ok(());
+        }
+        let inputs = inputs(&shape, profile.as_ref(), &machine, &budgets);
+        let Ok(room) = Room::new(&inputs) else { return Ok(()) };
+        let evidence = Evidence::new(&shape, profile.as_ref()).map_err(|e| TestCaseError::fail(e.to_string()))?;
+        let Ok(fastest) = solve(&inputs, &options()) else { return Ok(()) };
+        let target = fastest.predicted.decode_tok_s / slower;
+        let asked = Options { objective: Objective::Memory, target_tok_s: Some(target), ..options() };
+        let plan = solve(&inputs, &asked).map_err(|e| TestCaseError::fail(format!("{e:#}")))?;
+        let fixed = cost::overhead_s(shape.n_layer, machine.layer_overhead_us, machine.token_overhead_us);
+        let last = room.home();
+        let weigh = |(bytes, seconds): &(Vec<u64>, f64)| {
+            let mut rows = bytes.clone();
+            rows.push((seconds * TICKS).ceil() as u64);
+            (rows, bytes[..last].iter().sum::<u64>() as f64)
+        };
+        let things: Vec<_> =
+            everything(&shape, &room, &evidence).iter().map(|t| t.iter().map(weigh).collect::<Vec<_>>()).collect();
+        let mut left = room.left_bytes.clone();
+        left.push(((1.0 / target - fixed) * TICKS).floor() as u64);
+        let constant = (room.kv_bytes * u64::from(room.kv_tier < last)
+            + room.staging_bytes * u64::from(room.staging_tier < last)) as f64;
+        let goal = plan.solver.goal.clone().ok_or_else(|| TestCaseError::fail("no goal"))?;
+        prop_assert_eq!((goal.objective.as_str(), goal.unit.as_str()), ("memory", "bytes"));
+        prop_assert!(plan.predicted.decode_tok_s >= target * (1.0 - 1e-9));
+        let used: u64 = plan.tiers[..last].iter().map(|t| t.used_bytes()).sum();
+        prop_assert_eq!(used as f64, goal.value);
+        // A rule may do without the columns.
+        match exhaustive(&things, &left) {
+            Some(least) => prop_assert!(goal.value <= (least + constant) * (1.0 + 1e-9), "{} {}", goal.value, least + constant),
+            None => prop_assert!(plan.solver.status.starts_with("feasible")),
+        }
+        prop_assert!(goal.bound.is_none_or(|b| b <= goal.value * (1.0 + 1e-9)));
+    }
+
+    #[test]
+    fn no_configuration_goes_below_the_bound(seed in 0u64..u64::MAX / 2, n_expert in 6u32..14, used in 1u32..4) {
+        let shape = shape(1, n_expert, used, 1_000_000);
+        let profile = synthetic::profile(&shape, &routing(seed));
+        let mut random = Random::new(seed + 3);
+        let kinds = [three_tiers(), instance(5).2.tiers, three_tiers().split_off(1), five_tiers()];
+        let machine = machine(kinds[random.below(3)].clone());
+        let budgets = vec![1 << 40; machine.tiers.len()];
+        let inputs = inputs(&shape, Some(&profile), &machine, &budgets);
+        let room = Room::new(&inputs).map_err(|e| TestCaseError::fail(e.to_string()))?;
+        let evidence = Evidence::recorded(&shape, &profile).map_err(|e| TestCaseError::fail(e.to_string()))?;
+        let Judged::Recorded(trace) = &evidence.layers[0].judged else { return Ok(()) };
+        let price: Vec<f64> = (0..machine.tiers.len())
+            .map(|t| if t + 1 == machine.tiers.len() { 0.0 } else { random.unit() * 4e-11 / (t + 1) as f64 })
+            .collect();
+        let value = |(bytes, seconds): &(Vec<u64>, f64)| {
+            seconds + bytes.iter().zip(&price).map(|(&b, p)| b as f64 * p).sum::<f64>()
+        };
+        let all = treatments(&room, &evidence.layers[0]);
+        let least = all.iter().map(value).fold(f64::INFINITY, f64::min);
+        let table = Table::new(&evidence.layers[0], trace).ok_or_else(|| TestCaseError::fail("no table"))?;
+        let mut layer = Layer::new(&table, &room, 1_000_000, &price);
+        let none = columns::Config { cuts: [0; room::MAX_FAST], slots: 0, slot_tier: room.staging_tier as u8 };
+        let soon = || Instant::now() + Duration::from_secs(5);
+        let bound = layer.bound(&[none], 1e-4, soon());
+        prop_assert!(bound <= least * (1.0 + 1e-9), "{bound} {least}");
+        prop_assert!(bound >= least * (1.0 - 2e-4), "{bound} {least}");
+        // What is found by steps is priced as the cost model prices it.
+        for (config, seconds) in layer.cheapest(&[none], soon()) {
+            let placed = config.placement(0, &evidence.layers[0].order, room.home());
+            let stage = cost::ExpertStage::new(&room.tiers, 1_000_000);
+            let outcomes = cost::outcomes(&placed, &evidence.layers[0], &room.tiers, room.staging_tier);
+            let want = cost::stage_mean_s(&stage, &outcomes);
+            prop_assert!((seconds - want).abs() <= 1e-9 * want, "{config:?} {seconds} {want}");
+        }
+    }
+
+    #[test]
+    fn dense_groups_fixed_by_hand_leave_the_best_of_the_rest(seed in 0u64..u64::MAX / 2) {
+        let (shape, profile, machine, budgets) = instance(seed);
+        let inputs = inputs(&shape, profile.as_ref(), &machine, &budgets);
+        let Ok(room) = Room::new(&inputs) else { return Ok(()) };
+        let evidence = Evidence::new(&shape, profile.as_ref()).map_err(|e| TestCaseError::fail(e.to_string()))?;
+        let name = |t: usize| machine.tiers[t].name.clone();
+        let fix = [format!("{}:head", name(0))];
+        let forbid = [format!("{}:embedding", name(machine.tiers.len() - 1))];
+        let Ok(wishes) = Wishes::parse(&fix, &forbid, &shape, &machine) else { return Ok(()) };
+        let mut things = everything(&shape, &room, &evidence);
+        let from = evidence.layers.len();
+        let last = room.home();
+        for (group, ways) in shape.dense.iter().zip(&mut things[from..]) {
+            match group.kind {
+                DenseKind::Head => ways.retain(|w| w.0[0] > 0),
+                DenseKind::Embedding => ways.retain(|w| w.0[last] == 0),
+                _ => {}
+            }
+        }
+        let fixed = cost::overhead_s(shape.n_layer, machine.layer_overhead_us, machine.token_overhead_us);
+        let least = exhaustive(&things, &room.left_bytes);
+        match (solve(&inputs, &Options { wishes: wishes.clone(), ..options() }), least) {
+            (Ok(plan), Some(least)) => {
+                prop_assert!(wishes.holds(&plan));
+                prop_assert!(plan.solver.objective_s <= (least + fixed) * (1.0 + 1e-9));
+            }
+            (Err(error), None) => prop_assert!(!error.to_string().is_empty()),
+            (got, want) => prop_assert!(false, "{got:?} {want:?}"),
+        }
+    }
+}
+
+#[test]
+fn experts_fixed_by_hand_are_where_they_were_put() -> Result<()> {
+    let (shape, profile, machine, budgets) = larger();
+    for profile in [Some(&profile), None] {
+        let inputs = inputs(&shape, profile, &machine, &budgets);
+        let evidence = Evidence::new(&shape, profile)?;
+        let fix = ["vram:3-5:0-2", "dram:experts:3:7,9", "slow:experts:6:0-19", "dram:attention:0-1"].map(String::from);
+        let forbid = ["vram:experts:7-8", "vram:head"].map(String::from);
+        let wishes = Wishes::parse(&fix, &forbid, &shape, &machine)?;
+        let plan = solve(&inputs, &Options { wishes: wishes.clone(), ..options() })?;
+        assert!(wishes.holds(&plan));
+        assert_eq!(check::check(&plan, &shape, &evidence), Vec::<String>::new());
+        assert_eq!((plan.pinned_tier(4, 1), plan.pinned_tier(3, 9), plan.pinned_tier(6, 19)), (Some(0), Some(1), None));
+        assert!(plan.layers[7].pinned.iter().all(|(tier, _)| *tier != 0));
+        let free = solve(&inputs, &options())?;
+        assert!(!wishes.holds(&free));
+        assert!(free.solver.objective_s <= plan.solver.objective_s * (1.0 + 1e-6));
+    }
+    Ok(())
+}
+
+#[test]
+fn fixing_what_is_not_there_or_does_not_fit_is_refused() -> Result<()> {
+    let (shape, profile, machine, budgets) = larger();
+    let refused = |fix: &[&str], forbid: &[&str], words: &[&str]| {
+        let text = |of: &[&str]| of.iter().map(|s| s.to_string()).collect::<Vec<_>>();
+        let error = Wishes::parse(&text(fix), &text(forbid), &shape, &machine).err().map(|e| format!("{e:#}"));
+        let error = error.unwrap_or_default();
+        assert!(words.iter().all(|w| error.contains(w)), "{words:?}: {error}");
+    };
+    refused(&["vram"], &[], &["--fix vram", "TIER:WHAT"]);
+    refused(&["gpu:head"], &[], &["no tier 'gpu'", "vram, dram, slow"]);
+    refused(&["vram:heads"], &[], &["'heads'", "attention, router"]);
+    refused(&["vram:99"], &[], &["layer 99", "layers 0 to 11 have"]);
+    refused(&["vram:3:40"], &[], &["experts 0 to 39, not 40"]);
+    refused(&["vram:3:a"], &[], &["neither one expert"]);
+    refused(&["vram:router"], &[], &["has no router"]);
+    refused(&["vram:attention:3:1"], &[], &["only experts have numbers"]);
+    refused(&["slow:head"], &[], &["only the embedding"]);
+    refused(&["vram:3:1", "dram:3:1-2"], &[], &["expert 1 of layer 3", "'vram' before"]);
+    refused(&["vram:head", "dram:head"], &[], &["head of the model", "'vram' before"]);
+    refused(&["vram:3:1"], &["vram:experts"], &["expert 1 of layer 3", "--forbid"]);
+    refused(&["vram:head"], &["vram:head"], &["leave no tier for head"]);
+    refused(&[], &["vram:experts:3:1"], &["whole layers"]);
+    refused(&[], &["slow:experts"], &["last tier"]);
+    // What is fixed is more than the tier holds.
+    let wishes = Wishes::parse(&["vram:experts:0-3".to_string()], &[], &shape, &machine)?;
+    let inputs = inputs(&shape, Some(&profile), &machine, &budgets);
+    let error = solve(&inputs, &Options { wishes, ..options() }).err().map(|e| format!("{e:#}")).unwrap_or_default();
+    assert!(["--fix puts", "'vram'", "too much", "raise the budget"].iter().all(|w| error.contains(w)), "{error}");
+    Ok(())
+}
+
+#[test]
+fn a_target_out_of_reach_says_by_how_much() {
+    let (shape, profile, machine, budgets) = larger();
+    let inputs = inputs(&shape, Some(&profile), &machine, &budgets);
+    let asked = Options { objective: Objective::Memory, target_tok_s: Some(1e6), ..options() };
+    let error = solve(&inputs, &asked).err().map(|e| format!("{e:#}")).unwrap_or_default();
+    let words = ["reaches 1000000.000 tok/s", "ms a token too slow", "most of its time", "--target-tok-s"];
+    assert!(words.iter().all(|w| error.contains(w)), "{error}");
+}
+
+#[test]
+fn batches_read_each_distinct_expert_once() -> Result<()> {
+    let (shape, profile, machine, budgets) = larger();
+    let inputs = inputs(&shape, Some(&profile), &machine, &budgets);
+    let evidence = Evidence::recorded(&shape, &profile)?;
+    let asked = |batch| Options { objective: Objective::Throughput, batch: Some(batch), ..options() };
+    let mut last = f64::INFINITY;
+    for batch in [1, 4, 32] {
+        let solved = solve_all(&inputs, &asked(batch))?;
+        let goal = solved.plan.solver.goal.clone().context("no goal")?;
+        let value = batch::step_s(&solved.plan, &shape, &evidence, batch) / f64::from(batch);
+        assert!((goal.value - value).abs() < 1e-12 * value && goal.batch == Some(batch));
+        assert!(goal.bound.is_some_and(|b| b <= value * (1.0 + 1e-9) && b > 0.9 * value), "{goal:?}");
+        assert!(value < last, "a larger batch shares more reads");
+        last = value;
+        for rule in &solved.baselines {
+            let other = batch::step_s(rule, &shape, &evidence, batch) / f64::from(batch);
+            assert!(value <= other * (1.0 + 1e-9), "{} {value} {other}", rule.name);
+        }
+    }
+    // With so many sequences that every expert is used, a step reads all of them once.
+    let touched = batch::touched(&evidence.layers[0], 1 << 20);
+    let Judged::Recorded(trace) = &evidence.layers[0].judged else { return Ok(()) };
+    let ever = trace.decode_share().iter().filter(|s| **s > 0.0).count() as f64;
+    assert!((touched.iter().sum::<f64>() - ever).abs() < 1e-6);
+    assert!(solve(&inputs, &Options { objective: Objective::Throughput, ..options() }).is_err());
+    Ok(())
+}
+
+#[test]
+fn cost_and_energy_are_latency_where_there_is_one_price() -> Result<()> {
+    let (shape, profile, mut machine, budgets) = larger();
+    let asked = |objective| Options { objective, ..options() };
+    let fails = |machine: &Machine, objective: Objective, word: &str| {
+        let inputs = inputs(&shape, Some(&profile), machine, &budgets);
+        let error = solve(&inputs, &asked(objective)).err().map(|e| format!("{e:#}")).unwrap_or_default();
+        assert!(error.contains(word), "{word}: {error}");
+    };
+    fails(&machine, Objective::Energy, "`watts`");
+    fails(&machine, Objective::Cost, "`usd_per_gb`");
+    fails(&machine, Objective::Memory, "--target-tok-s");
+    (machine.extras.watts, machine.extras.price_usd) = (Some(200.0), Some(3000.0));
+    let inputs = inputs(&shape, Some(&profile), &machine, &budgets);
+    let fastest = solve(&inputs, &options())?;
+    for (objective, times) in [(Objective::Energy, 200.0), (Objective::Cost, 3000.0)] {
+        let solved = solve_all(&inputs, &asked(objective))?;
+        let goal = solved.plan.solver.goal.clone().context("no goal")?;
+        assert!((goal.value - times * solved.plan.solver.objective_s).abs() < 1e-9 * goal.value);
+        assert!((solved.plan.solver.objective_s / fastest.solver.objective_s - 1.0).abs() < 1e-3);
+        assert!(solved.notes.iter().any(|n| n.contains("latency in another unit")));
+    }
+    Ok(())
+}
+
+#[test]
+fn dear_memory_is_left_out_where_it_is_not_worth_its_price() -> Result<()> {
+    let (shape, profile, mut machine, budgets) = larger();
+    machine.extras.price_usd = Some(1.0);
+    let usd = |vram: f64| [("vram", vram), ("dram", 2.0), ("slow", 0.0)].map(|(n, p)| (n.to_string(), p));
+    let mut used = Vec::new();
+    for vram in [0.01, 1e6] {
+        machine.extras.usd_per_gb = usd(vram).into_iter().collect();
+        let inputs = inputs(&shape, Some(&profile), &machine, &budgets);
+        let plan = solve(&inputs, &Options { objective: Objective::Cost, ..options() })?;
+        let fastest = solve(&inputs, &options())?;
+        let price = |p: &Placement| {
+            p.tiers.iter().map(|t| t.used_bytes() as f64 * 1e-9 * machine.extras.usd_per_gb[&t.tier.name]).sum::<f64>()
+        };
+        assert!(price(&plan) * plan.solver.objective_s <= price(&fastest) * fastest.solver.objective_s * (1.0 + 1e-9));
+        used.push(plan.tiers[0].used_bytes());
+    }
+    assert!(used[0] > 0 && used[1] == 0, "{used:?}");
+    Ok(())
+}
+
+/// The train split suggests the wrong experts; a rule that ignores it is faster on the held-out tokens.
+#[test]
+fn a_rule_that_is_faster_on_held_out_tokens_is_taken() -> Result<()> {
+    use crate::profile::tests::profile_of;
+    use tier_plan_runtime::formats::profile::Split;
+    let mut shape = shape(1, 8, 1, 1_000_000);
+    shape.id = crate::profile::tests::id("m");
+    // Trained on odd experts, judged on even ones, each as often as the other: uniform pins every second.
+    let tokens = |first: u16| (0..64).map(|t| vec![vec![first + 2 * (t % 4)]]).collect::<Vec<_>>();
+    let profile = profile_of(8, 1, 1, &[(Split::Train, 0, tokens(1)), (Split::HeldOut, 0, tokens(0))]);
+    let machine = machine(vec![tier("dram", TierKind::Dram, 20.0, 0.0), tier("slow", TierKind::Pmem, 2.0, 1.0)]);
+    let dense: u64 = shape.dense.iter().map(|d| d.bytes).sum();
+    let inputs = inputs(&shape, Some(&profile), &machine, &[dense + 4_001_000, 1 << 40]);
+    let solved = solve_all(&inputs, &options())?;
+    let uniform = solved.baselines.iter().find(|b| b.name == "uniform").context("no uniform")?;
+    assert!(solved.plan.solver.objective_s <= uniform.solver.objective_s * (1.0 + 1e-9));
+    assert!(solved.plan.solver.status.contains("faster on held-out tokens"), "{}", solved.plan.solver.status);
+    assert!(solved.notes.iter().any(|n| n.contains("nothing is proven")));
+    assert!(solved.verdict.iter().any(|v| v.contains("at equal bytes")), "{:?}", solved.verdict);
+    Ok(())
+}

@@ -1,0 +1,228 @@
+//! What the user fixes or forbids by hand: `--fix vram:experts:3-5:0-15`, `--forbid nvme:embedding`.
+//!
+//! `TIER:WHAT[:LAYERS[:EXPERTS]]`, where WHAT is `attention`, `router`, `shared_expert`, `dense_ffn`, `embedding`, `head` or
+//! `experts`; `TIER:LAYERS[:EXPERTS]` means experts. Without LAYERS it is all layers, without EXPERTS all experts of them.
+//! An expert fixed to the last tier is never pinned. Forbidding experts forbids pins and slots of the layers there.
+
+use anyhow::{Context, Result, bail, ensure};
+use std::collections::{BTreeMap, BTreeSet};
+use tier_plan_runtime::formats::machine::{Machine, TierKind};
+use tier_plan_runtime::formats::placement::{Placement, TierIdx};
+use tier_plan_runtime::formats::ranges;
+use tier_plan_runtime::model::shape::{DenseKind, ModelShape};
+
+/// Kinds of dense groups by the name that plans give them.
+const KINDS: [(&str, DenseKind); 6] = [
+    ("attention", DenseKind::Attention),
+    ("router", DenseKind::Router),
+    ("shared_expert", DenseKind::SharedExpert),
+    ("dense_ffn", DenseKind::DenseFfn),
+    ("embedding", DenseKind::Embedding),
+    ("head", DenseKind::Head),
+];
+
+/// What holds for one layer's experts.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct LayerWishes {
+    /// Experts by number, and the tier each is fixed to.
+    pub fixed: BTreeMap<u32, TierIdx>,
+    /// Tiers that hold neither pins nor slots.
+    pub forbidden: BTreeSet<TierIdx>,
+}
+
+/// What is fixed and forbidden.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Wishes {
+    dense_fixed: BTreeMap<(DenseKind, Option<u32>), TierIdx>,
+    dense_forbidden: BTreeSet<(DenseKind, Option<u32>, TierIdx)>,
+    experts: BTreeMap<u32, LayerWishes>,
+}
+
+impl Wishes {
+    /// Reads the flags.
+    ///
+    /// # Errors
+    /// Names the flag that is misspelt, names what the model or the machine does not have, or contradicts another.
+    pub fn parse(fix: &[String], forbid: &[String], shape: &ModelShape, machine: &Machine) -> Result<Self> {
+        let mut wishes = Wishes::default();
+        for text in fix {
+            wishes.add(text, true, shape, machine).with_context(|| format!("--fix {text}"))?;
+        }
+        for text in forbid {
+            wishes.add(text, false, shape, machine).with_context(|| format!("--forbid {text}"))?;
+        }
+        wishes.contradictions(shape, machine)?;
+        Ok(wishes)
+    }
+
+    /// Whether nothing is fixed or forbidden.
+    pub fn is_empty(&self) -> bool {
+        *self == Wishes::default()
+    }
+
+    /// Whether anything is said of experts.
+    pub fn of_experts(&self) -> bool {
+        !self.experts.is_empty()
+    }
+
+    /// What holds for a layer's experts.
+    pub fn layer(&self, layer: u32) -> LayerWishes {
+        self.experts.get(&layer).cloned().unwrap_or_default()
+    }
+
+    /// Whether a dense group may be on a tier.
+    pub fn allows(&self, kind: DenseKind, layer: Option<u32>, tier: TierIdx) -> bool {
+        self.dense_fixed.get(&(kind, layer)).is_none_or(|&t| t == tier)
+            && !self.dense_forbidden.contains(&(kind, layer, tier))
+    }
+
+    /// Whether a plan does as it is told.
+    pub fn holds(&self, plan: &Placement) -> bool {
+        let home = plan.home_tier();
+        plan.dense.iter().all(|d| self.allows(d.kind, d.layer, d.tier))
+            && plan.layers.iter().enumerate().all(|(at, layer)| {
+                let wishes = self.layer(layer.layer);
+                let fixed = wishes.fixed.iter().all(|(&e, &t)| plan.pinned_tier(at, e).unwrap_or(home) == t);
+                let used = layer.pinned.iter().filter(|p| !p.1.is_empty()).map(|p| p.0);
+                let used = used.chain((layer.slots > 0).then_some(layer.slot_tier));
+                fixed && used.into_iter().all(|t| !wishes.forbidden.contains(&t))
+            })
+    }
+
+    fn add(&mut self, text: &str, fix: bool, shape: &ModelShape, machine: &Machine) -> Result<()> {
+        let example =
+            "write TIER:WHAT[:LAYERS[:EXPERTS]], like vram:attention, vram:experts:3-5:0-15 or nvme:embedding";
+        let mut parts = text.split(':').map(str::trim);
+        let (Some(tier), Some(what)) = (parts.next(), parts.next()) else { bail!("{example}") };
+        let rest: Vec<&str> = parts.collect();
+        let names = || machine.tiers.iter().map(|t| t.name.as_str()).collect::<Vec<_>>().join(", ");
+        let at = machine.tiers.iter().position(|t| t.name == tier);
+        let at =
+            at.with_context(|| format!("machine '{}' has no tier '{tier}'; its tiers are {}", machine.name, names()))?;
+        let (what, rest) = if what.starts_with(|c: char| c.is_ascii_digit()) {
+            ("experts", [&[what], &rest[..]].concat())
+        } else {
+            (what, rest)
+        };
+        let layers = rest.first().map(|l| numbers(l, "layer")).transpose()?;
+        if what == "experts" {
+            ensure!(rest.len() <= 2, "{example}");
+            return self.add_experts(at, layers, rest.get(1).copied(), fix, shape, machine);
+        }
+        let Some(&(_, kind)) = KINDS.iter().find(|(name, _)| *name == what) else {
+            let known: Vec<&str> = KINDS.iter().map(|k| k.0).chain(["experts"]).collect();
+            bail!("there is nothing called '{what}'; give one of {}", known.join(", "));
+        };
+        ensure!(rest.len() <= 1, "only experts have numbers inside a layer; {example}");
+        let groups: Vec<_> = shape
+            .dense
+            .iter()
+            .filter(|g| g.kind == kind && layers.as_ref().is_none_or(|l| g.layer.is_some_and(|g| l.contains(&g))))
+            .collect();
+        ensure!(!groups.is_empty(), "'{}' has no {what}{} to place", shape.id.name, in_layers(rest.first().copied()));
+        let computes = machine.tiers[at].kind != TierKind::Nvme || kind == DenseKind::Embedding;
+        ensure!(!fix || computes, "nothing computes on the block device '{tier}'; only the embedding can stay there");
+        for group in groups {
+            if fix {
+                let before = self.dense_fixed.insert((kind, group.layer), at);
+                ensure!(
+                    before.is_none_or(|b| b == at),
+                    "{what} of {} was fixed to '{}' before; give one tier",
+                    group.layer.map_or("the model".to_string(), |l| format!("layer {l}")),
+                    before.map_or("", |b| machine.tiers[b].name.as_str())
+                );
+            } else {
+                self.dense_forbidden.insert((kind, group.layer, at));
+            }
+        }
+        Ok(())
+    }
+
+    fn add_experts(
+        &mut self,
+        tier: TierIdx,
+        layers: Option<BTreeSet<u32>>,
+        experts: Option<&str>,
+        fix: bool,
+        shape: &ModelShape,
+        machine: &Machine,
+    ) -> Result<()> {
+        let experts = experts.map(|e| numbers(e, "expert")).transpose()?;
+        ensure!(
+            fix || experts.is_none(),
+            "--forbid takes the experts of whole layers: pins and slots on a tier; leave the numbers of experts out"
+        );
+        let home = machine.tiers.len() - 1;
+        if !fix {
+            ensure!(
+                tier != home,
+                "experts that are not pinned live on the last tier; give the other tiers room for all, or --fix them"
+            );
+        }
+        let have: BTreeSet<u32> = shape.experts.iter().map(|e| e.layer).collect();
+        for layer in layers.as_ref().unwrap_or(&have) {
+            let found = shape.experts.iter().find(|e| e.layer == *layer);
+            let found = found.with_context(|| {
+                format!("layer {layer} of '{}' has no routed experts{}", shape.id.name, first_last(&have))
+            })?;
+            let wishes = self.experts.entry(*layer).or_default();
+            if !fix {
+                wishes.forbidden.insert(tier);
+                continue;
+            }
+            let all: BTreeSet<u32> = (0..found.n_expert).collect();
+            for &expert in experts.as_ref().unwrap_or(&all) {
+                ensure!(
+                    expert < found.n_expert,
+                    "layer {layer} has experts 0 to {}, not {expert}",
+                    found.n_expert.saturating_sub(1)
+                );
+                let before = wishes.fixed.insert(expert, tier);
+                ensure!(
+                    before.is_none_or(|b| b == tier),
+                    "expert {expert} of layer {layer} was fixed to '{}' before; give one tier",
+                    before.map_or("", |b| machine.tiers[b].name.as_str())
+                );
+            }
+        }
+        Ok(())
+    }
+
+    /// Things fixed where they are forbidden, or forbidden everywhere.
+    fn contradictions(&self, shape: &ModelShape, machine: &Machine) -> Result<()> {
+        for group in &shape.dense {
+            let can = |t: usize| machine.tiers[t].kind != TierKind::Nvme || group.kind == DenseKind::Embedding;
+            let any = (0..machine.tiers.len()).any(|t| can(t) && self.allows(group.kind, group.layer, t));
+            let name = KINDS.iter().find(|k| k.1 == group.kind).map_or("", |k| k.0);
+            let of = group.layer.map_or(String::new(), |l| format!(" of layer {l}"));
+            ensure!(any, "--fix and --forbid leave no tier for {name}{of}; take one of them back");
+        }
+        for (layer, wishes) in &self.experts {
+            if let Some((expert, tier)) = wishes.fixed.iter().find(|(_, t)| wishes.forbidden.contains(t)) {
+                bail!(
+                    "expert {expert} of layer {layer} is fixed to '{}', where --forbid allows no experts of that layer",
+                    machine.tiers[*tier].name
+                );
+            }
+        }
+        Ok(())
+    }
+}
+
+fn in_layers(layers: Option<&str>) -> String {
+    layers.map_or(String::new(), |l| format!(" in layers {l}"))
+}
+
+fn first_last(have: &BTreeSet<u32>) -> String {
+    match (have.first(), have.last()) {
+        (Some(first), Some(last)) => format!("; layers {first} to {last} have"),
+        _ => String::new(),
+    }
+}
+
+/// A set such as `0-3,7`.
+fn numbers(text: &str, what: &str) -> Result<BTreeSet<u32>> {
+    let found = ranges::parse_one(text, what).map_err(|e| anyhow::anyhow!("{e}"))?;
+    ensure!(!found.is_empty(), "give the numbers of {what}s, like 0-3,7");
+    Ok(found.into_iter().collect())
+}
