@@ -6,7 +6,7 @@
 
 use std::fmt::Arguments;
 use std::io::{ErrorKind, Write};
-use tier_plan_runtime::formats::record::RunRecord;
+use tier_plan_runtime::formats::record::{LayerRecord, RunRecord};
 
 /// Prints to standard output.
 macro_rules! print {
@@ -79,18 +79,21 @@ pub fn speed(record: &RunRecord) {
 
 /// Hits, misses and times of every layer with routed experts.
 pub fn layers(record: &RunRecord) {
-    eprintln!("layer   pinned    slots   misses   hit rate   dense ms/token   experts ms/token");
+    let reads = record.layers.iter().any(|l| l.missed_bytes > 0);
+    let more = if reads { "   missed MB/token   GB/s   hidden ms/token   waited ms/token" } else { "" };
+    eprintln!("layer   pinned    slots   misses   hit rate   dense ms/token   experts ms/token{more}");
     for l in &record.layers {
         let accesses = l.pinned_hits + l.slot_hits + l.misses;
         eprintln!(
-            "{:>5} {:>8} {:>8} {:>8} {:>9.1}% {:>16.3} {:>18.3}",
+            "{:>5} {:>8} {:>8} {:>8} {:>9.1}% {:>16.3} {:>18.3}{}",
             l.layer,
             l.pinned_hits,
             l.slot_hits,
             l.misses,
             (accesses - l.misses) as f64 / accesses.max(1) as f64 * 100.0,
             l.dense_s * 1e3,
-            l.expert_s * 1e3
+            l.expert_s * 1e3,
+            if reads { reads_of(l, record.decode_tokens.max(1) as f64) } else { String::new() }
         );
     }
     for t in &record.tiers {
@@ -102,4 +105,12 @@ pub fn layers(record: &RunRecord) {
             t.busy_s / record.decode_tokens.max(1) as f64 * 1e3
         );
     }
+}
+
+/// What a layer's misses brought in, how fast, and how much of that was hidden behind work.
+fn reads_of(l: &LayerRecord, tokens: f64) -> String {
+    let bytes = l.missed_bytes as f64 / tokens;
+    let rate = if l.reading_s > 0.0 { bytes / l.reading_s / 1e9 } else { 0.0 };
+    let hidden = (l.reading_s - l.waited_s).max(0.0);
+    format!("{:>18.3} {rate:>6.2} {:>17.3} {:>17.3}", bytes / 1e6, hidden * 1e3, l.waited_s * 1e3)
 }

@@ -28,6 +28,8 @@ pub(super) enum Ink {
     Unsplit,
     /// Expert work, as a stage of a token.
     Experts,
+    /// Waiting for expert reads.
+    Waiting,
     /// Fixed costs, and time that no stage accounts for.
     Rest,
     /// How often an expert is used: 0 never, 7 most.
@@ -88,6 +90,7 @@ impl Ink {
             Ink::Home => (0xDDCC77, 0xD6C56F),
             Ink::Unsplit => (0x8C8270, 0xA79C88),
             Ink::Experts => (0xEE6677, 0xF07F8E),
+            Ink::Waiting => (0xCCBB44, 0xD8C95F),
             Ink::Rest => (0xB0B0B0, 0x6E7276),
             Ink::Heat(i) => at(&HEAT, i),
             Ink::Depth(i) => at(&DEPTH, i),
@@ -118,6 +121,7 @@ impl Ink {
             Ink::Home,
             Ink::Unsplit,
             Ink::Experts,
+            Ink::Waiting,
             Ink::Rest,
         ];
         all.extend((0..TIERS.len() as u8).map(Ink::Tier));

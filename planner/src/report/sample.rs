@@ -329,6 +329,9 @@ fn record(placement: &Placement, rate: f64, emulated: bool, rng: &mut Rng) -> Ru
                 misses: 30 + rng.next() % 30,
                 dense_s: 0.2 / rate / count,
                 expert_s: (0.55 + 0.35 * rng.unit()) / rate / count,
+                missed_bytes: 30_000_000,
+                reading_s: 0.3 / rate / count,
+                waited_s: 0.2 / rate / count,
             })
             .collect(),
         predicted: Some(placement.predicted.clone()),

@@ -377,9 +377,12 @@ fn average_layers(entry: &PlanEntry) -> Vec<LayerRecord> {
             sum.pinned_hits = sum.pinned_hits.saturating_add(layer.pinned_hits);
             sum.slot_hits = sum.slot_hits.saturating_add(layer.slot_hits);
             sum.misses = sum.misses.saturating_add(layer.misses);
+            sum.missed_bytes = sum.missed_bytes.saturating_add(layer.missed_bytes);
             if layer.dense_s.is_finite() && layer.expert_s.is_finite() {
                 sum.dense_s += layer.dense_s.max(0.0) * weight;
                 sum.expert_s += layer.expert_s.max(0.0) * weight;
+                sum.reading_s += layer.reading_s.max(0.0) * weight;
+                sum.waited_s += layer.waited_s.max(0.0) * weight;
                 *weights += weight;
             }
         }
@@ -388,6 +391,8 @@ fn average_layers(entry: &PlanEntry) -> Vec<LayerRecord> {
         if weight > 0.0 {
             sum.dense_s /= weight;
             sum.expert_s /= weight;
+            sum.reading_s /= weight;
+            sum.waited_s /= weight;
         }
         sum
     };

@@ -35,6 +35,12 @@ pub struct LayerCounters {
     pub dense: Duration,
     /// Time in routed experts, waiting included.
     pub experts: Duration,
+    /// Bytes that misses brought in.
+    pub missed_bytes: u64,
+    /// Time from the first submission of a token's reads to the end of its last one: reads ahead of the layer included.
+    pub reading: Duration,
+    /// Of that, the time in which nothing could compute for want of a read.
+    pub waited: Duration,
 }
 
 /// What is counted, most of it while decoding.

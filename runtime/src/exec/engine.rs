@@ -467,6 +467,12 @@ impl Engine {
         layer.misses += step.misses;
         layer.dense += dense;
         layer.experts += experts;
+        layer.missed_bytes += step.read_bytes;
+        // An emulated device's reads are part of the declared time.
+        if paths.is_none() {
+            layer.reading += step.reading();
+            layer.waited += step.waited;
+        }
         self.counters.read_bytes[slow] += step.read_bytes;
         if let Some(paths) = paths {
             self.counters.count(&self.scratch.computed);

@@ -67,6 +67,8 @@ pub(super) struct Step {
     pub(super) read_bytes: u64,
     /// Time in which nothing could compute for want of a read.
     pub(super) waited: Duration,
+    /// From the first submission of a read to the end of the last one, those ahead of the step included.
+    during: Option<(Instant, Instant)>,
 }
 
 impl Step {
@@ -76,6 +78,17 @@ impl Step {
 
     pub(super) fn experts(&self) -> &[u32] {
         &self.experts
+    }
+
+    /// A read of the step lasted so.
+    fn was_reading(&mut self, during: (Instant, Instant)) {
+        let (began, ended) = self.during.get_or_insert(during);
+        (*began, *ended) = ((*began).min(during.0), (*ended).max(during.1));
+    }
+
+    /// Time from the first submission of one of its reads, be it ahead of the step, to the end of the last one.
+    pub(super) fn reading(&self) -> Duration {
+        self.during.map_or(Duration::ZERO, |(began, ended)| ended - began)
     }
 
     /// Whether the expert at this position of the step can compute.
@@ -185,6 +198,7 @@ impl ExpertStore {
             misses: 0,
             read_bytes: 0,
             waited: Duration::ZERO,
+            during: None,
             experts: order,
         };
         for expert in &step.experts {
@@ -286,7 +300,8 @@ impl ExpertStore {
 
     /// Puts the buffer of a finished read where it belongs; returns the position it was for, if it was for the step.
     fn land(&mut self, step: &mut Step, arrival: Arrival) -> Option<(usize, Result<(), ReadError>)> {
-        let Landed { at, piece, result } = self.land_ahead(arrival)?;
+        let Landed { at, piece, result, during } = self.land_ahead(arrival)?;
+        step.was_reading(during);
         step.in_flight -= 1;
         let good = result.is_ok();
         step.uses[at] = match step.uses[at] {

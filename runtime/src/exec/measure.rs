@@ -35,6 +35,9 @@ pub fn record(engine: &Engine, generated: &Generated, circumstances: &Circumstan
         misses: c.misses,
         dense_s: per_token(c.dense),
         expert_s: per_token(c.experts),
+        missed_bytes: c.missed_bytes,
+        reading_s: per_token(c.reading),
+        waited_s: per_token(c.waited),
     });
     RunRecord {
         plan: plan.name.clone(),

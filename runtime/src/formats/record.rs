@@ -42,6 +42,13 @@ pub struct LayerRecord {
     pub dense_s: f64,
     /// Seconds a token, on average: routed experts, waiting included.
     pub expert_s: f64,
+    /// Bytes that the misses brought in.
+    pub missed_bytes: u64,
+    /// Seconds a token, on average, from the first submission of the layer's reads to the end of the last one, those ahead
+    /// of the layer included.
+    pub reading_s: f64,
+    /// Of these, seconds in which nothing could compute for want of a read: the others were hidden.
+    pub waited_s: f64,
 }
 
 /// One run.

@@ -21,6 +21,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 /// Reads that may be in flight at once: enough for a drive that is fast only when asked for much, and threads that wait
 /// for a drive cost little.
@@ -99,11 +100,14 @@ pub struct Arrival {
     pub piece: Piece,
     /// Whether the bytes are good.
     pub result: Result<(), ReadError>,
+    /// From its submission to the end of its last part.
+    pub during: (Instant, Instant),
 }
 
 /// A buffer being filled by several jobs.
 struct Request {
     key: u64,
+    submitted: Instant,
     /// Taken out by the last job to end.
     piece: UnsafeCell<Option<Piece>>,
     /// Start of the piece.
@@ -261,6 +265,7 @@ impl FileTier {
         let base = into.as_mut_ptr();
         let request = Arc::new(Request {
             key,
+            submitted: Instant::now(),
             piece: UnsafeCell::new(Some(into)),
             base,
             left: AtomicUsize::new(0),
@@ -389,7 +394,7 @@ fn finished(request: &Request) -> Arrival {
     let piece = unsafe { (*request.piece.get()).take() };
     let piece = piece.unwrap_or_else(|| unreachable!("a request ends once"));
     let result = lock(&request.error).take().map_or(Ok(()), Err);
-    Arrival { key: request.key, piece, result }
+    Arrival { key: request.key, piece, result, during: (request.submitted, Instant::now()) }
 }
 
 fn read_loop(shared: &Shared, arrivals: &Sender<Arrival>) {

@@ -23,7 +23,8 @@ pub(super) fn chart(o: &Overview<'_>) -> Option<Chart> {
         y,
         &[
             (Sign::Swatch(Ink::Dense), "dense (attention, norms, router)".to_string()),
-            (Sign::Swatch(Ink::Experts), "routed experts, waiting included".to_string()),
+            (Sign::Swatch(Ink::Experts), "routed experts".to_string()),
+            (Sign::Swatch(Ink::Waiting), "waiting for their reads".to_string()),
         ],
     );
     let columns = match plans.len() {
@@ -35,7 +36,18 @@ pub(super) fn chart(o: &Overview<'_>) -> Option<Chart> {
     let width = (WIDTH - 2.0 * MARGIN - gap * (columns as f64 - 1.0)) / columns as f64;
     let largest = plans.iter().flat_map(|p| &p.layers).map(|l| (l.dense_s + l.expert_s) * 1e3).fold(0.0, f64::max);
     let scale = steps(largest, 5);
-    let mut data = Table::new(&["plan", "layer", "dense_s", "expert_s", "pinned_hits", "slot_hits", "misses"]);
+    let mut data = Table::new(&[
+        "plan",
+        "layer",
+        "dense_s",
+        "expert_s",
+        "pinned_hits",
+        "slot_hits",
+        "misses",
+        "missed_bytes",
+        "reading_s",
+        "waited_s",
+    ]);
     let mut bottom = y;
     for (i, plan) in plans.iter().enumerate() {
         let x = MARGIN + (i % columns) as f64 * (width + gap);
@@ -56,8 +68,16 @@ pub(super) fn chart(o: &Overview<'_>) -> Option<Chart> {
             let middle = x0 + (k as f64 + 0.5) * slot;
             let dense = layer.dense_s * 1e3 * per_ms;
             let experts = layer.expert_s * 1e3 * per_ms;
+            let waiting = experts.min(layer.waited_s * 1e3 * per_ms);
             scene.rect(middle - bar / 2.0, plot_bottom - dense, bar, dense, Ink::Dense);
-            scene.rect(middle - bar / 2.0, plot_bottom - dense - experts, bar, experts, Ink::Experts);
+            scene.rect(
+                middle - bar / 2.0,
+                plot_bottom - dense - experts + waiting,
+                bar,
+                experts - waiting,
+                Ink::Experts,
+            );
+            scene.rect(middle - bar / 2.0, plot_bottom - dense - experts, bar, waiting, Ink::Waiting);
             if layer.layer.is_multiple_of(every) {
                 let number = layer.layer.to_string();
                 scene.text(middle, plot_bottom + 15.0, 12.0, Anchor::Middle, Ink::Muted, number);
@@ -70,6 +90,9 @@ pub(super) fn chart(o: &Overview<'_>) -> Option<Chart> {
                 layer.pinned_hits.to_string(),
                 layer.slot_hits.to_string(),
                 layer.misses.to_string(),
+                layer.missed_bytes.to_string(),
+                number(Some(layer.reading_s)),
+                number(Some(layer.waited_s)),
             ]);
         }
         scene.text(x0, plot_bottom + 33.0, 12.5, Anchor::Start, Ink::Muted, "layer");

@@ -8,6 +8,7 @@ use super::{ExpertStore, Home, Step, Use, Warm, whole};
 use crate::exec::counters::AheadCount;
 use crate::tiers::arena::Piece;
 use crate::tiers::file::{Arrival, ReadError, Urgency};
+use std::time::Instant;
 
 /// Set in the keys of reads ahead; those of a step are positions.
 const AHEAD: u64 = 1 << 63;
@@ -49,7 +50,7 @@ impl Score {
 
 enum State {
     Reading,
-    Ready(Piece),
+    Ready(Piece, (Instant, Instant)),
     /// Being read; the step waits for it at this position.
     Claimed(usize),
 }
@@ -92,6 +93,7 @@ pub(super) struct Landed {
     pub at: usize,
     pub piece: Piece,
     pub result: Result<(), ReadError>,
+    pub during: (Instant, Instant),
 }
 
 impl Ahead {
@@ -111,7 +113,7 @@ impl Ahead {
 
     /// Whether a buffer is still to come back.
     pub(super) fn is_reading(&self) -> bool {
-        self.orphans > 0 || self.entries.iter().any(|e| !matches!(e.state, State::Ready(_)))
+        self.orphans > 0 || self.entries.iter().any(|e| !matches!(e.state, State::Ready(..)))
     }
 }
 
@@ -205,8 +207,9 @@ impl ExpertStore {
                 wanted.push(self.ahead.entries[i].key);
                 step.uses[at] = Use::Loading(None);
                 step.in_flight += 1;
-            } else if let State::Ready(piece) = self.ahead.entries.swap_remove(i).state {
+            } else if let State::Ready(piece, during) = self.ahead.entries.swap_remove(i).state {
                 self.ahead.count.in_time += 1;
+                step.was_reading(during);
                 step.uses[at] = Use::Staged(piece);
             }
         }
@@ -224,7 +227,7 @@ impl ExpertStore {
         for entry in std::mem::take(&mut self.ahead.entries) {
             match entry.state {
                 State::Claimed(_) => self.ahead.entries.push(entry),
-                State::Ready(piece) => {
+                State::Ready(piece, _) => {
                     self.ahead.count.wrong += 1;
                     self.staging.push(whole(piece));
                 }
@@ -245,9 +248,9 @@ impl ExpertStore {
             self.land_warm(arrival);
             return None;
         }
-        let Arrival { key, piece, result } = arrival;
+        let Arrival { key, piece, result, during } = arrival;
         if key & AHEAD == 0 {
-            return Some(Landed { at: key as usize, piece, result });
+            return Some(Landed { at: key as usize, piece, result, during });
         }
         let Some(i) = self.ahead.entries.iter().position(|e| e.key == key) else {
             self.ahead.orphans = self.ahead.orphans.saturating_sub(1);
@@ -256,10 +259,10 @@ impl ExpertStore {
         };
         if let State::Claimed(at) = self.ahead.entries[i].state {
             self.ahead.entries.swap_remove(i);
-            return Some(Landed { at, piece, result });
+            return Some(Landed { at, piece, result, during });
         }
         if result.is_ok() {
-            self.ahead.entries[i].state = State::Ready(piece);
+            self.ahead.entries[i].state = State::Ready(piece, during);
         } else {
             // If it is needed after all, it is read again, and fails where somebody can be told.
             self.ahead.entries.swap_remove(i);

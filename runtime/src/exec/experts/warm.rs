@@ -124,7 +124,7 @@ impl ExpertStore {
 
     /// Gives what was read its slot, if one is still unused and the expert has none.
     pub(super) fn land_warm(&mut self, arrival: Arrival) {
-        let Arrival { key, mut piece, result } = arrival;
+        let Arrival { key, mut piece, result, .. } = arrival;
         let Some(i) = self.warm.in_flight.iter().position(|(k, ..)| *k == key) else { return };
         let (_, layer, expert) = self.warm.in_flight.swap_remove(i);
         let store = &mut self.layers[layer];

@@ -54,6 +54,7 @@ fn version_1_means_what_it_meant() {
             misses: 1,
             dense_s: 0.001,
             expert_s: 0.002,
+            ..LayerRecord::default()
         }],
         predicted: Some(Prediction {
             decode_tok_s: 6.25,
@@ -173,14 +174,9 @@ fn any_record() -> impl Strategy<Value = RunRecord> {
             busy_s,
         },
     );
-    let layer = (any::<u32>(), any::<[u64; 3]>(), any_amount(), any_amount()).prop_map(
-        |(layer, [pinned_hits, slot_hits, misses], dense_s, expert_s)| LayerRecord {
-            layer,
-            pinned_hits,
-            slot_hits,
-            misses,
-            dense_s,
-            expert_s,
+    let layer = (any::<u32>(), any::<[u64; 4]>(), proptest::array::uniform4(any_amount())).prop_map(
+        |(layer, [pinned_hits, slot_hits, misses, missed_bytes], [dense_s, expert_s, reading_s, waited_s])| {
+            LayerRecord { layer, pinned_hits, slot_hits, misses, dense_s, expert_s, missed_bytes, reading_s, waited_s }
         },
     );
     let source = || proptest::option::of((any_text(), any_text()).prop_map(|(name, hash)| SourceId { name, hash }));

@@ -88,6 +88,12 @@ struct WireLayer {
     misses: u64,
     dense_s: f64,
     expert_s: f64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    missed_bytes: Option<u64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    reading_s: Option<f64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    waited_s: Option<f64>,
 }
 
 impl From<&SourceId> for WireSource {
@@ -105,7 +111,8 @@ impl From<WireSource> for SourceId {
 /// The record as JSON.
 pub(super) fn encode(record: &RunRecord) -> String {
     let is_of_2 = |p: &Prediction| p.at > 0 || p.kv_s > 0.0 || !p.prompt_gflops.is_empty();
-    let of_2 = record.predicted.as_ref().is_some_and(is_of_2);
+    let reads = |l: &LayerRecord| l.missed_bytes > 0 || l.reading_s > 0.0 || l.waited_s > 0.0;
+    let of_2 = record.predicted.as_ref().is_some_and(is_of_2) || record.layers.iter().any(reads);
     let wire = Wire {
         format: RECORD.format.into(),
         version: if of_2 { 2 } else { 1 },
@@ -163,6 +170,9 @@ pub(super) fn encode(record: &RunRecord) -> String {
                 misses: l.misses,
                 dense_s: l.dense_s,
                 expert_s: l.expert_s,
+                missed_bytes: of_2.then_some(l.missed_bytes),
+                reading_s: of_2.then_some(l.reading_s),
+                waited_s: of_2.then_some(l.waited_s),
             })
             .collect(),
         output: Vec::new(),
@@ -183,6 +193,13 @@ pub(super) fn decode(text: &str) -> Result<RunRecord, String> {
     if wire.version < 2 && wire.predicted.as_ref().is_some_and(is_of_2) {
         return Err(
             "predicted.at, kv_s and prompt_gflops are keys of version 2; write `\"version\": 2`, or leave them out"
+                .into(),
+        );
+    }
+    let reads = |l: &WireLayer| l.missed_bytes.is_some() || l.reading_s.is_some() || l.waited_s.is_some();
+    if wire.version < 2 && wire.layers.iter().any(reads) {
+        return Err(
+            "missed_bytes, reading_s and waited_s of a layer are keys of version 2; write `\"version\": 2`, or leave them out"
                 .into(),
         );
     }
@@ -224,6 +241,9 @@ pub(super) fn decode(text: &str) -> Result<RunRecord, String> {
                 misses: l.misses,
                 dense_s: l.dense_s,
                 expert_s: l.expert_s,
+                missed_bytes: l.missed_bytes.unwrap_or(0),
+                reading_s: l.reading_s.unwrap_or(0.0),
+                waited_s: l.waited_s.unwrap_or(0.0),
             })
             .collect(),
         predicted: wire.predicted.map(|p| Prediction {
@@ -258,6 +278,8 @@ pub(super) fn check(record: &RunRecord) -> Result<(), String> {
     for layer in &record.layers {
         check_amount(&format!("dense_s of layer {}", layer.layer), layer.dense_s)?;
         check_amount(&format!("expert_s of layer {}", layer.layer), layer.expert_s)?;
+        check_amount(&format!("reading_s of layer {}", layer.layer), layer.reading_s)?;
+        check_amount(&format!("waited_s of layer {}", layer.layer), layer.waited_s)?;
     }
     let Some(predicted) = &record.predicted else { return Ok(()) };
     let scalars = [
