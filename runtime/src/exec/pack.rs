@@ -288,7 +288,7 @@ mod tests {
         }
         let saving = pack.saving();
         assert_eq!(saving.experts, 3 * experts.len() as u64);
-        assert_eq!(saving.stretches, 4.0, "two matrices and two biases");
+        assert_eq!(saving.stretches, 6.0, "three matrices with a bias each");
         assert!(saving.after_bytes < saving.before_bytes, "{saving:?}");
     }
 

@@ -132,8 +132,13 @@ impl ExpertStore {
         if result.is_ok()
             && let Some(slot) = store.cache.preload(expert)
         {
-            piece = keep(&mut store.slots, slot as usize, piece);
-            self.warm.filled += 1;
+            if store.slots[slot as usize].is_some() {
+                piece = keep(&mut store.slots, slot as usize, piece);
+                self.warm.filled += 1;
+            } else {
+                // Its buffer was lost with a reader.
+                store.cache.forget(expert);
+            }
         }
         if self.n_staging == 0 {
             self.warm.own = Some(whole(piece));
