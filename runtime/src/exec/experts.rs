@@ -210,7 +210,7 @@ pub(super) struct Step {
     late: Vec<(usize, usize, Option<usize>)>,
     /// Computed experts whose bytes wait in staging for a slot: position they wait for, slot, bytes.
     held: Vec<(usize, usize, Piece)>,
-    /// Slots to be read again when the step ends, for want of staging: position, slot.
+    /// Slots to be read when the step ends, or read again, for want of staging: position, slot.
     reread: Vec<(usize, usize)>,
     /// How many were at home, in a slot, and missing.
     pub(super) pinned_hits: u64,
@@ -301,14 +301,21 @@ impl ExpertStore {
             waited: Duration::ZERO,
             experts: order,
         };
-        for expert in &step.experts {
+        for (at, expert) in step.experts.iter().enumerate() {
             let access = self.pooled.iter().position(|p| p == expert).map(|i| &self.accesses[i]);
             step.uses.push(match access {
                 None => Use::AtHome,
                 Some(Access::Hit { slot }) => Use::Slot(*slot as usize),
                 Some(Access::Fill { slot, evicted }) => {
                     let after = evicted.and_then(|e| step.experts.iter().position(|used| *used == e));
-                    Use::FillSlot { slot: *slot as usize, after }
+                    if self.n_staging == 0 && after.is_some_and(|after| after > at) {
+                        // Where there is no staging to wait in, it computes where it lies and is moved afterwards.
+                        step.reread.push((at, *slot as usize));
+                        step.read_bytes += store.expert_bytes as u64;
+                        Use::AtHome
+                    } else {
+                        Use::FillSlot { slot: *slot as usize, after }
+                    }
                 }
                 // On a mapped tier what gets no slot computes where it lies.
                 Some(Access::Staged) if self.n_staging == 0 => Use::AtHome,

@@ -143,7 +143,7 @@ proptest! {
     fn what_is_shown_is_what_the_file_has(
         steps in steps(),
         slots in 0usize..6,
-        more_staging in 0usize..16,
+        staging in 0usize..17,
         whole_pages in any::<bool>(),
         policy in prop_oneof![
             Just(SlotPolicy::Lru),
@@ -154,13 +154,14 @@ proptest! {
     ) {
         let layout = if whole_pages { Layout::WholePages } else { Layout::Packed };
         let failing = Arc::new(Mutex::new((0, failing)));
-        let setup = Setup { policy, slots, staging: 1 + more_staging, layout };
+        let setup = Setup { policy, slots, staging, layout };
         let mut store = store(&setup, &failing);
         let (mut failed, mut guessed) = (0, false);
         let mut next = None;
         for (layer, used, batch, guess) in &steps {
-            // A token's experts are all in flight at once, so staging must hold them.
-            let batch = *batch || used.len() > setup.staging;
+            // A token's experts are all in flight at once, so staging must hold them; without any, they compute in place.
+            let many = |used: &[u32]| setup.staging > 0 && used.len() > setup.staging;
+            let batch = *batch || many(used);
             if let Some((to, experts)) = guess {
                 guessed |= store.wants_guess(batch);
                 store.expect(*to, experts.iter().copied(), batch);
@@ -168,7 +169,7 @@ proptest! {
             // Every other guess comes true.
             let used = next.take().filter(|(to, _)| to == layer).map_or(used, |(_, experts)| experts);
             next = guess.as_ref().map(|(to, experts)| (*to, experts));
-            let batch = batch || used.len() > setup.staging;
+            let batch = batch || many(used);
             if let Err(error) = take(&mut store, *layer, used, batch) {
                 prop_assert!(error.to_string().contains("gpt-oss.gguf"), "{}", error);
                 failed += 1;
