@@ -91,7 +91,9 @@ fn solve(folder: &Path, model: &str, machine: &str) -> Vec<PathBuf> {
     let gap = value["gap"].as_f64().unwrap();
     let objective = value["objective_s"].as_f64().unwrap();
     assert!((0.0..1.0).contains(&gap), "{gap}");
-    assert!(value["bound_s"].as_f64().unwrap() <= objective);
+    // The bound is over slots with LRU; with another policy a plan can be faster than that.
+    let lru = value["policies"].as_object().unwrap().keys().all(|policy| policy == "lru");
+    assert!(!lru || value["bound_s"].as_f64().unwrap() <= objective);
     let baselines = value["baselines"].as_array().unwrap();
     assert_eq!(baselines.len(), 4, "{value:#}");
     for baseline in baselines {
