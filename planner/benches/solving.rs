@@ -145,7 +145,11 @@ fn solving(c: &mut Criterion) {
                     }
                     Err(error) => println!("| {title} | {error:#} |"),
                 }
-                if model == "kimi-k2.5" && machine.tiers.len() == 4 && matches!(known, Known::Supposed(_)) && only.is_empty() {
+                if model == "kimi-k2.5"
+                    && machine.tiers.len() == 4
+                    && matches!(known, Known::Supposed(_))
+                    && only.is_empty()
+                {
                     group.bench_function(&title, |b| b.iter(|| black_box(solve_judged(&inputs, &evidence, &options))));
                 }
             }

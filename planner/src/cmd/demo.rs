@@ -2,7 +2,9 @@
 
 use super::{compare, inspect, profile, run, solve};
 use crate::bundled;
-use crate::cli::{CompareArgs, DemoArgs, InspectArgs, Objective, ProfileArgs, RunArgs, SamplingArgs, SolveArgs, Strategy};
+use crate::cli::{
+    CompareArgs, DemoArgs, InspectArgs, Objective, ProfileArgs, RunArgs, SamplingArgs, SolveArgs, Strategy,
+};
 use crate::profile::collect::Settings;
 use crate::profile::prompts;
 use crate::session::{interrupted, tokenizer};

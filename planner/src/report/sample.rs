@@ -203,7 +203,8 @@ fn placement(profile: &Profile, name: &str, tier_count: usize, style: Style, emu
             objective_s: 0.05,
             bound_s: Some(0.0499),
             gap: (name == "ilp").then_some(0.0004),
-            solve_s: 0.8, goal: None,
+            solve_s: 0.8,
+            goal: None,
         },
         predicted: Prediction::default(),
     }

@@ -41,7 +41,12 @@ impl Goal {
     ///
     /// # Errors
     /// When the objective lacks what it needs: a target, a batch, a price or a power.
-    pub fn new(objective: Objective, batch: Option<u32>, target_tok_s: Option<f64>, inputs: &Inputs<'_>) -> Result<Self> {
+    pub fn new(
+        objective: Objective,
+        batch: Option<u32>,
+        target_tok_s: Option<f64>,
+        inputs: &Inputs<'_>,
+    ) -> Result<Self> {
         let extras = &inputs.machine.extras;
         let name = &inputs.machine.name;
         if let Some(target) = target_tok_s {
@@ -70,7 +75,10 @@ impl Goal {
         match objective {
             Objective::Latency => {}
             Objective::Throughput => {
-                ensure!(batch.is_some(), "--objective throughput needs --batch: how many sequences are decoded together");
+                ensure!(
+                    batch.is_some(),
+                    "--objective throughput needs --batch: how many sequences are decoded together"
+                );
             }
             Objective::Energy => {
                 goal.watts = extras.watts.with_context(|| {
@@ -79,7 +87,8 @@ impl Goal {
             }
             Objective::Cost => {
                 goal.weights = some_prices();
-                let all: f64 = goal.weights.iter().zip(&inputs.machine.tiers).map(|(w, t)| w * t.capacity_bytes as f64).sum();
+                let all: f64 =
+                    goal.weights.iter().zip(&inputs.machine.tiers).map(|(w, t)| w * t.capacity_bytes as f64).sum();
                 goal.rest_usd = (extras.price_usd.unwrap_or(0.0) - all).max(0.0);
                 ensure!(
                     goal.rest_usd > 0.0 || all > 0.0,
@@ -202,9 +211,11 @@ impl Goal {
             Objective::Cost => "least predicted price of a token a second; as the machine has one price and its tiers \
                                 have none, that is least latency in another unit"
                 .to_string(),
-            Objective::Energy => "least predicted energy of a token; as the machine has one power, that is least latency \
+            Objective::Energy => {
+                "least predicted energy of a token; as the machine has one power, that is least latency \
                                   in another unit"
-                .to_string(),
+                    .to_string()
+            }
             Objective::Memory => format!(
                 "least memory {} that is predicted to reach {} tok/s",
                 if self.unit() == "USD" { "by price" } else { "above the last tier" },

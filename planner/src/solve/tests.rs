@@ -1,5 +1,6 @@
 use super::*;
 use crate::cli::Strategy;
+use crate::cost::{self, predict, token_s};
 use crate::profile::synthetic::{self, Random, Routing};
 use proptest::prelude::{ProptestConfig, TestCaseError, prop_assert, prop_assert_eq, proptest};
 use tier_plan_runtime::exec::KvType;
@@ -316,7 +317,8 @@ fn planted_mistakes_are_found() -> Result<()> {
         kv_type: KvType::F16,
     };
     let evidence = Evidence::recorded(&shape, &profile)?;
-    let solved = solve_all(&inputs, &Options { strategy: Strategy::FrequencyFirst, time_limit_s: 1.0, ..Options::default() })?;
+    let solved =
+        solve_all(&inputs, &Options { strategy: Strategy::FrequencyFirst, time_limit_s: 1.0, ..Options::default() })?;
     let good = solved.plan;
     assert_eq!(check::check(&good, &shape, &evidence), Vec::<String>::new());
     let finds = |word: &str, spoil: &dyn Fn(&mut Placement)| {

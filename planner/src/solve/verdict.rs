@@ -42,7 +42,8 @@ pub fn verdict(plan: &Placement, baselines: &[Placement], prices: &[f64], inputs
     if let Some(tier) = best.filter(|&t| worth(t) > 1e-6 * total) {
         let of = &plan.tiers[tier];
         let spare = of.tier.capacity_bytes.saturating_sub(of.budget_bytes);
-        let where_from = if spare >= 1 << 30 { format!(" ({} of it are not budgeted)", show_bytes(spare)) } else { String::new() };
+        let where_from =
+            if spare >= 1 << 30 { format!(" ({} of it are not budgeted)", show_bytes(spare)) } else { String::new() };
         let mut text = format!(
             "what would help most: a GiB more of '{}'{where_from} is worth {:.2} % of a token's time",
             of.tier.name,
@@ -56,7 +57,8 @@ pub fn verdict(plan: &Placement, baselines: &[Placement], prices: &[f64], inputs
             text += &format!("; of {}", rest.join(", "));
         }
         said.push(text);
-        let usd = |t: usize| inputs.machine.extras.usd_per_gb.get(&plan.tiers[t].tier.name).copied().filter(|p| *p > 0.0);
+        let usd =
+            |t: usize| inputs.machine.extras.usd_per_gb.get(&plan.tiers[t].tier.name).copied().filter(|p| *p > 0.0);
         let by_price = |t: usize| usd(t).map_or(0.0, |p| worth(t) / p);
         let cheapest = (0..plan.tiers.len()).max_by(|&a, &b| by_price(a).total_cmp(&by_price(b)));
         if let Some((tier, price)) = cheapest.filter(|&t| by_price(t) > 0.0).and_then(|t| Some((t, usd(t)?))) {

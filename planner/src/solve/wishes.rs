@@ -90,13 +90,15 @@ impl Wishes {
     }
 
     fn add(&mut self, text: &str, fix: bool, shape: &ModelShape, machine: &Machine) -> Result<()> {
-        let example = "write TIER:WHAT[:LAYERS[:EXPERTS]], like vram:attention, vram:experts:3-5:0-15 or nvme:embedding";
+        let example =
+            "write TIER:WHAT[:LAYERS[:EXPERTS]], like vram:attention, vram:experts:3-5:0-15 or nvme:embedding";
         let mut parts = text.split(':').map(str::trim);
         let (Some(tier), Some(what)) = (parts.next(), parts.next()) else { bail!("{example}") };
         let rest: Vec<&str> = parts.collect();
         let names = || machine.tiers.iter().map(|t| t.name.as_str()).collect::<Vec<_>>().join(", ");
         let at = machine.tiers.iter().position(|t| t.name == tier);
-        let at = at.with_context(|| format!("machine '{}' has no tier '{tier}'; its tiers are {}", machine.name, names()))?;
+        let at =
+            at.with_context(|| format!("machine '{}' has no tier '{tier}'; its tiers are {}", machine.name, names()))?;
         let (what, rest) = if what.starts_with(|c: char| c.is_ascii_digit()) {
             ("experts", [&[what], &rest[..]].concat())
         } else {

@@ -62,7 +62,8 @@ pub fn obvious(shape: &ModelShape, context: u32, kv_type: KvType) -> Placement {
             objective_s: 0.0,
             bound_s: None,
             gap: None,
-            solve_s: 0.0, goal: None,
+            solve_s: 0.0,
+            goal: None,
         },
         predicted: Prediction::default(),
     }

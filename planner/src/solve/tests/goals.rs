@@ -4,7 +4,8 @@ use super::*;
 use crate::cli::Objective;
 use crate::solve::batch;
 use crate::solve::room::TICKS;
-use crate::solve::whole::{Layer, Table};
+use crate::solve::table::Table;
+use crate::solve::whole::Layer;
 use crate::solve::wishes::Wishes;
 use tier_plan_runtime::model::kv::KvType as Kv;
 
@@ -273,7 +274,9 @@ fn dear_memory_is_left_out_where_it_is_not_worth_its_price() -> Result<()> {
         let inputs = inputs(&shape, Some(&profile), &machine, &budgets);
         let plan = solve(&inputs, &Options { objective: Objective::Cost, ..options() })?;
         let fastest = solve(&inputs, &options())?;
-        let price = |p: &Placement| p.tiers.iter().map(|t| t.used_bytes() as f64 * 1e-9 * machine.extras.usd_per_gb[&t.tier.name]).sum::<f64>();
+        let price = |p: &Placement| {
+            p.tiers.iter().map(|t| t.used_bytes() as f64 * 1e-9 * machine.extras.usd_per_gb[&t.tier.name]).sum::<f64>()
+        };
         assert!(price(&plan) * plan.solver.objective_s <= price(&fastest) * fastest.solver.objective_s * (1.0 + 1e-9));
         used.push(plan.tiers[0].used_bytes());
     }

@@ -5,6 +5,7 @@ use proptest::collection::{btree_map, btree_set, vec};
 use proptest::prelude::*;
 
 const V1: &str = include_str!("../../../../tests/data/formats/placement.v1.toml");
+const V3: &str = include_str!("../../../../tests/data/formats/placement.v3.toml");
 const V2: &str = include_str!("../../../../tests/data/formats/placement.v2.toml");
 
 fn load(text: &str) -> Result<Placement, String> {
@@ -99,7 +100,8 @@ fn versions_mean_what_they_meant() {
             objective_s: 0.00125,
             bound_s: Some(0.0012),
             gap: Some(0.04),
-            solve_s: 0.5, goal: None,
+            solve_s: 0.5,
+            goal: None,
         },
         predicted: Prediction {
             decode_tok_s: 800.0,
@@ -115,8 +117,32 @@ fn versions_mean_what_they_meant() {
     };
     assert_eq!(plan, want);
     let plan = load(V2).unwrap();
-    assert_eq!(plan, Placement { kv_type: KvType::Q8_0, ..want });
-    assert_eq!(plan.encode(), V2, "the writer lays out version 2 as it always did");
+    assert_eq!(plan, Placement { kv_type: KvType::Q8_0, ..want.clone() });
+    assert_eq!(plan.encode(), V2, "a plan that needs nothing of version 3 is written as version 2");
+    let plan = load(V3).unwrap();
+    let goal = Goal {
+        objective: "memory".into(),
+        value: 2_493_216.0,
+        unit: "bytes".into(),
+        bound: Some(2_400_000.0),
+        batch: None,
+        target_tok_s: Some(750.0),
+    };
+    let solver = SolverReport { goal: Some(goal), ..want.solver.clone() };
+    assert_eq!(plan, Placement { kv_type: KvType::Q8_0, solver, ..want });
+    assert_eq!(plan.encode(), V3);
+}
+
+#[test]
+fn an_objective_is_whole_and_of_version_3() {
+    let refused = |text: String, words: &str| {
+        let error = load(&text).unwrap_err();
+        assert!(error.contains(words), "{error}");
+    };
+    refused(V3.replace("version = 3", "version = 2"), "of version 3; write `version = 3`");
+    refused(V3.replace("objective_unit = \"bytes\"\n", ""), "go together");
+    refused(V2.replace("version = 2", "version = 3").replace("gap = 0.04", "gap = 0.04\nbatch = 4"), "go together");
+    refused(V3.replace("objective_value = 2493216.0", "objective_value = -1.0"), "objective_value");
 }
 
 #[test]
@@ -163,7 +189,7 @@ fn errors_say_what_and_how_to_mend() {
         (
             "version = 1",
             "version = 7",
-            "placement plan version 7, but this program reads up to version 2; update tier-plan",
+            "placement plan version 7, but this program reads up to version 3; update tier-plan",
         ),
         ("context = 1024", "context = 1024\nkv_type = \"f16\"", "kv_type is a key of version 2; write `version = 2`"),
         (
@@ -360,14 +386,25 @@ fn any_prediction(n: usize) -> impl Strategy<Value = Prediction> {
 
 fn any_solver() -> impl Strategy<Value = SolverReport> {
     let option = || proptest::option::of(any_amount());
-    (any_text(), any_text(), any_amount(), option(), option(), any_amount()).prop_map(
-        |(backend, status, objective_s, bound_s, gap, solve_s)| SolverReport {
+    let goal = (any_text(), any_amount(), any_text(), option(), proptest::option::of(any::<u32>()), option());
+    let goal = goal.prop_map(|(objective, value, unit, bound, batch, target_tok_s)| Goal {
+        objective,
+        value,
+        unit,
+        bound,
+        batch,
+        target_tok_s,
+    });
+    let goal = proptest::option::of(goal);
+    (any_text(), any_text(), any_amount(), option(), option(), any_amount(), goal).prop_map(
+        |(backend, status, objective_s, bound_s, gap, solve_s, goal)| SolverReport {
             backend,
             status,
             objective_s,
             bound_s,
             gap,
-            solve_s, goal: None,
+            solve_s,
+            goal,
         },
     )
 }

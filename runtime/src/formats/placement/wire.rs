@@ -253,7 +253,8 @@ fn decode_goal(wire: &WireSolver, version: u64) -> Result<Option<Goal>, String> 
         || wire.batch.is_some();
     match (&wire.objective, wire.objective_value, &wire.objective_unit) {
         _ if any && version < 3 => {
-            Err("solver.objective and the keys beside it are of version 3; write `version = 3`, or leave them out".into())
+            Err("solver.objective and the keys beside it are of version 3; write `version = 3`, or leave them out"
+                .into())
         }
         (Some(objective), Some(value), Some(unit)) => Ok(Some(Goal {
             objective: objective.clone(),
