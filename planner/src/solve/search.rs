@@ -56,6 +56,94 @@ pub fn greedy(items: &[Item], room: &Room, dual: &Dual) -> Vec<Choice> {
     found
 }
 
+/// How much a byte beside the even share counts, as a part of its price, in turn.
+const EVEN: [f64; 4] = [0.01, 0.05, 0.2, 0.6];
+
+/// Columns of an item that are looked at for an even share.
+const LOOKED_AT: usize = 4000;
+
+/// Choices that use up every tier: item by item, a column near the cheapest whose bytes are near the item's share of what
+/// is left. Where many columns are nearly as cheap, this finds those that go together.
+pub fn even(items: &[Item], room: &Room, dual: &Dual) -> Vec<Choice> {
+    let n = room.left_bytes.len();
+    let all = ranked(items, room, dual, f64::INFINITY);
+    let least: Vec<Vec<u64>> = items
+        .iter()
+        .map(|i| (0..n).map(|t| (0..i.len()).map(|c| i.column_bytes(c, n)[t]).min().unwrap_or(0)).collect())
+        .collect();
+    let cheap = |item: usize| {
+        all[item].first().map_or(0.0, |&(c, _)| {
+            items[item].column_bytes(c, n).iter().zip(&dual.price).map(|(&b, p)| b as f64 * p).sum::<f64>()
+        })
+    };
+    // Items with the least to choose from first; the others make up for them.
+    let mut order: Vec<usize> = (0..items.len()).collect();
+    order.sort_by_key(|&i| (items[i].len(), i));
+    let mut found = Vec::new();
+    'weights: for weight in EVEN {
+        let mut columns = vec![Vec::new(); items.len()];
+        let mut left: Vec<f64> = room.left_bytes.iter().map(|&b| b as f64).collect();
+        let mut need: Vec<f64> =
+            (0..n).map(|t| items.iter().zip(&least).map(|(i, l)| i.count() as f64 * l[t] as f64).sum()).collect();
+        let mut rest: f64 = (0..items.len()).map(|i| items[i].count() as f64 * cheap(i)).sum();
+        for &at in &order {
+            let item = &items[at];
+            for _ in 0..item.count() {
+                let share = if rest > 0.0 { (cheap(at) / rest).min(1.0) } else { 1.0 };
+                (0..n).for_each(|t| need[t] -= least[at][t] as f64);
+                let mut best: Option<(usize, f64)> = None;
+                for &(column, above) in all[at].iter().take(LOOKED_AT) {
+                    if best.is_some_and(|(_, score)| above >= score) {
+                        break;
+                    }
+                    let bytes = item.column_bytes(column, n);
+                    if (0..n).any(|t| bytes[t] as f64 > left[t] - need[t]) {
+                        continue;
+                    }
+                    let beside = |t: usize| dual.price[t] * (bytes[t] as f64 - left[t] * share).abs();
+                    let score = above + weight * (0..n).map(beside).sum::<f64>();
+                    if best.is_none_or(|(_, least)| score < least) {
+                        best = Some((column, score));
+                    }
+                }
+                let Some((column, _)) = best else { continue 'weights };
+                (0..n).for_each(|t| left[t] -= item.column_bytes(column, n)[t] as f64);
+                rest -= cheap(at);
+                columns[at].push(column);
+            }
+        }
+        found.extend(Choice::new(items, room, columns));
+    }
+    found.sort_by(|a, b| a.cost_s.total_cmp(&b.cost_s));
+    found
+}
+
+/// The cheapest columns of an item at some prices, each of other bytes than those before it: by a 64th of the largest
+/// column of some tier.
+pub fn apart(item: &Item, price: &[f64], most: usize) -> Vec<usize> {
+    let n = price.len();
+    let value =
+        |c: usize| item.cost_s[c] + item.column_bytes(c, n).iter().zip(price).map(|(&b, p)| b as f64 * p).sum::<f64>();
+    let values: Vec<f64> = (0..item.len()).map(value).collect();
+    let largest = item.bytes.iter().copied().max().unwrap_or(0);
+    let mut order: Vec<usize> = (0..item.len()).collect();
+    order.sort_by(|&a, &b| values[a].total_cmp(&values[b]));
+    let mut found: Vec<usize> = Vec::new();
+    for column in order {
+        if found.len() == most {
+            break;
+        }
+        let far = |&other: &usize| {
+            let pairs = item.column_bytes(column, n).iter().zip(item.column_bytes(other, n));
+            pairs.into_iter().any(|(a, b)| a.abs_diff(*b) > largest / 64)
+        };
+        if found.iter().all(far) {
+            found.push(column);
+        }
+    }
+    found
+}
+
 /// By item, its columns by rising priced cost, with how far each is above the cheapest.
 pub fn ranked(items: &[Item], room: &Room, dual: &Dual, most: f64) -> Vec<Vec<(usize, f64)>> {
     let n = room.left_bytes.len();

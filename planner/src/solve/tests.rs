@@ -1,5 +1,6 @@
 use super::*;
 use crate::cli::Strategy;
+use crate::cost::{self, predict, token_s};
 use crate::profile::synthetic::{self, Random, Routing};
 use proptest::prelude::{ProptestConfig, TestCaseError, prop_assert, prop_assert_eq, proptest};
 use tier_plan_runtime::exec::KvType;

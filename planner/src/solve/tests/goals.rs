@@ -4,7 +4,8 @@ use super::*;
 use crate::cli::Objective;
 use crate::solve::batch;
 use crate::solve::room::TICKS;
-use crate::solve::whole::{Layer, Table};
+use crate::solve::table::Table;
+use crate::solve::whole::Layer;
 use crate::solve::wishes::Wishes;
 use tier_plan_runtime::model::kv::KvType as Kv;
 

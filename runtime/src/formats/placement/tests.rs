@@ -127,8 +127,29 @@ fn versions_mean_what_they_meant() {
     want.layers[0].policy = SlotPolicy::Lfu { half_life: 16 };
     want.layers[4].policy = SlotPolicy::Adaptive { half_life: 64, recent_half_life: 2, recent_weight: 8 };
     (want.predicted.at, want.predicted.kv_s, want.predicted.prompt_gflops) = (512, 0.00005, vec![900.0, 50.5, 50.5]);
+    let goal = Goal {
+        objective: "memory".into(),
+        value: 2_493_216.0,
+        unit: "bytes".into(),
+        bound: Some(2_400_000.0),
+        batch: None,
+        target_tok_s: Some(750.0),
+    };
+    want.solver.goal = Some(goal);
     assert_eq!(plan, want);
     assert_eq!(plan.encode(), V3, "a plan with a key of version 3 says so");
+}
+
+#[test]
+fn an_objective_is_whole_and_of_version_3() {
+    let refused = |text: String, words: &str| {
+        let error = load(&text).unwrap_err();
+        assert!(error.contains(words), "{error}");
+    };
+    refused(V3.replace("version = 3", "version = 2"), "of version 3; write `version = 3`");
+    refused(V3.replace("objective_unit = \"bytes\"\n", ""), "go together");
+    refused(V2.replace("version = 2", "version = 3").replace("gap = 0.04", "gap = 0.04\nbatch = 4"), "go together");
+    refused(V3.replace("objective_value = 2493216.0", "objective_value = -1.0"), "objective_value");
 }
 
 #[test]
@@ -414,15 +435,25 @@ fn any_prediction(n: usize) -> impl Strategy<Value = Prediction> {
 
 fn any_solver() -> impl Strategy<Value = SolverReport> {
     let option = || proptest::option::of(any_amount());
-    (any_text(), any_text(), any_amount(), option(), option(), any_amount()).prop_map(
-        |(backend, status, objective_s, bound_s, gap, solve_s)| SolverReport {
+    let goal = (any_text(), any_amount(), any_text(), option(), proptest::option::of(any::<u32>()), option());
+    let goal = goal.prop_map(|(objective, value, unit, bound, batch, target_tok_s)| Goal {
+        objective,
+        value,
+        unit,
+        bound,
+        batch,
+        target_tok_s,
+    });
+    let goal = proptest::option::of(goal);
+    (any_text(), any_text(), any_amount(), option(), option(), any_amount(), goal).prop_map(
+        |(backend, status, objective_s, bound_s, gap, solve_s, goal)| SolverReport {
             backend,
             status,
             objective_s,
             bound_s,
             gap,
             solve_s,
-            goal: None,
+            goal,
         },
     )
 }
