@@ -192,10 +192,10 @@ fn run(machine: &Machine, name: &str, record: &RunRecord) -> Result<Run> {
     let sum: f64 = predicted.expert_s.iter().sum();
     let overlap = if sum > 0.0 { predicted.expert_critical_s / sum } else { 0.0 };
     let mut experts = vec![0.0, 0.0];
-    for at in 0..n {
-        let more = record.tiers[at].read_bytes as f64 / tokens - predicted.read_bytes[at];
-        let seconds = predicted.expert_s[at] + more / (rates[at].read_gbps * 1e9);
-        experts.push(overlap * seconds.max(0.0));
+    let said = predicted.expert_s.iter().zip(&predicted.read_bytes);
+    for ((tier, rate), (seconds, bytes)) in record.tiers.iter().zip(&rates).zip(said) {
+        let more = tier.read_bytes as f64 / tokens - bytes;
+        experts.push(overlap * (seconds + more / (rate.read_gbps * 1e9)).max(0.0));
     }
     Ok(Run {
         measured_s,
@@ -258,13 +258,12 @@ fn least_squares(runs: &[&Run], start: &[f64]) -> Vec<f64> {
 fn solve(mut matrix: Vec<Vec<f64>>, mut right: Vec<f64>) -> Vec<f64> {
     let n = right.len();
     for at in 0..n {
-        for below in at + 1..n {
-            let factor = matrix[below][at] / matrix[at][at];
+        let (pivot, below) = (matrix[at].clone(), at + 1..n);
+        for row in below {
+            let factor = matrix[row][at] / pivot[at];
             if factor != 0.0 {
-                for column in at..n {
-                    matrix[below][column] -= factor * matrix[at][column];
-                }
-                right[below] -= factor * right[at];
+                matrix[row].iter_mut().zip(&pivot).skip(at).for_each(|(value, above)| *value -= factor * above);
+                right[row] -= factor * right[at];
             }
         }
     }
