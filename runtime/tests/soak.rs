@@ -9,7 +9,7 @@
 //! ```
 
 use std::ops::ControlFlow;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tier_plan_runtime::exec::budget::{Budgeted, within};
@@ -45,7 +45,7 @@ impl Draw {
 }
 
 /// A little more than half of the experts fit, or as much as there is memory if that is less.
-fn open(path: &PathBuf) -> Engine {
+fn open(path: &Path) -> Engine {
     let gguf = Arc::new(Gguf::open(path).unwrap());
     let spec = describe(&gguf).unwrap();
     let shape = shape_of(&gguf, &spec);
