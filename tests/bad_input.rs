@@ -287,7 +287,7 @@ fn budgets_that_cannot_hold() {
     let solve = |args: &[&str], words: &[&str]| {
         p.refused(&[&["solve", &p.demo, "-m", &p.machine], args].concat(), words);
     };
-    solve(&["--dram", "1KiB"], &["'dram'", "1.00 KiB", "experts in flight", "raise it by"]);
+    solve(&["--dram", "1KiB"], &["'dram'", "1.00 KiB", "experts in flight", "raise the budget of 'dram' by"]);
     solve(&["--vram", "0", "--dram", "400KiB"], &["'dram'", "1024 tokens", "lower --context"]);
     solve(&["--vram", "0", "--dram", "2MiB", "--context", "16"], &["dense tensors", "raise the budget of 'dram' by"]);
     solve(&["-b", "slow=1MiB"], &["the weights", "raise the budget of 'slow' by"]);

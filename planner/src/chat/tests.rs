@@ -263,9 +263,9 @@ fn commands_answer_and_the_rest_is_said() {
 fn an_interruption_stops_the_answer_and_not_the_conversation() {
     let (output, _) = talk(512, Some(PLAIN), "In the beginning\nAnd God said\n", Some(3));
     assert_eq!(output.matches("(stopped)").count(), 2, "{output}");
-    // A long message is not processed to its end.
-    let long = "word ".repeat(900);
-    let (output, held) = talk(2048, Some(PLAIN), &format!("{long}\n"), Some(0));
+    // A message of more than a batch is not processed to its end.
+    let long = "word ".repeat(2400);
+    let (output, held) = talk(8192, Some(PLAIN), &format!("{long}\n"), Some(0));
     assert!(output.contains("(stopped)") && held.is_empty(), "{output}");
 }
 

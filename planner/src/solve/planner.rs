@@ -14,8 +14,11 @@ use crate::cli::Objective;
 use crate::cost::{self, predict, token_s};
 use crate::profile::{Evidence, Judged};
 use anyhow::{Result, bail, ensure};
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
-use tier_plan_runtime::formats::placement::{DensePlacement, Placement, PlanTier, Prediction, SolverReport};
+use tier_plan_runtime::formats::placement::{
+    DensePlacement, LayerPlacement, Placement, PlanTier, Prediction, SolverReport,
+};
 use tier_plan_runtime::model::shape::ExpertShape;
 
 /// Where a plan's integer choice came from. The prices for bytes, and with them the bound, are always good_lp's and
@@ -259,7 +262,7 @@ impl Planner<'_> {
         let Inputs { shape, machine, context, kv_type, .. } = *self.inputs;
         let overhead = cost::overhead_s(shape.n_layer, machine.layer_overhead_us, machine.token_overhead_us);
         let cache = kv_type.moved_bytes(shape, cost::middle(context).into(), 1) as f64;
-        overhead + f64::from(sequences) * cost::read_s(&machine.tiers[self.room.kv_tier], cache)
+        overhead + f64::from(sequences) * cost::read_s(&self.room.tiers[self.room.kv_tier], cache)
     }
 
     /// Goals in which bytes cost something themselves: the fastest plan first, then from it the least value.
@@ -524,13 +527,38 @@ impl Planner<'_> {
                 }
                 Meaning::Experts(members, configs) => {
                     for (&at, &c) in members.iter().zip(columns) {
-                        layers[at] = Some(maker.placement(at, &configs[c]));
+                        let placed = maker.placement(at, &configs[c]);
+                        let by_hand = !self.wishes.layer(placed.layer).is_empty();
+                        layers[at] =
+                            Some(if by_hand { placed } else { all_pinned(placed, &self.evidence.layers[at].shape) });
                     }
                 }
             }
         }
         Draft { dense, layers: layers.into_iter().flatten().collect() }
     }
+}
+
+/// The same layer with pins for slots where there is a slot for every pooled expert: as many bytes, and none of them has to
+/// be missed once.
+fn all_pinned(mut placed: LayerPlacement, shape: &ExpertShape) -> LayerPlacement {
+    let pinned: BTreeSet<u32> = placed.pinned.iter().flat_map(|(_, experts)| experts.iter().copied()).collect();
+    let pooled = (0..shape.n_expert).filter(|e| !pinned.contains(e));
+    if placed.slots == 0 || placed.slots as usize != pooled.clone().count() {
+        return placed;
+    }
+    match placed.pinned.iter_mut().find(|(tier, _)| *tier == placed.slot_tier) {
+        Some((_, experts)) => {
+            experts.extend(pooled);
+            experts.sort_unstable();
+        }
+        None => {
+            placed.pinned.push((placed.slot_tier, pooled.collect()));
+            placed.pinned.sort_unstable();
+        }
+    }
+    placed.slots = 0;
+    placed
 }
 
 /// Axes around a configuration: as far as the grid's next points, then ever closer.

@@ -196,7 +196,13 @@ impl Room {
         };
         self.left_bytes[staging] = after;
         let fits = |t: &TierIdx| self.left_bytes[*t] >= self.kv_bytes;
-        let Some(tier) = Some(staging).filter(fits).or_else(|| self.dense_tiers(DenseKind::Attention).find(fits))
+        // A token reads about half of the planned context: less of a byte than of dense weights, more than of most
+        // experts. So the cache follows the dense weights to the fastest tier that has room for both.
+        let dense = inputs.shape.dense.iter().filter(|d| d.kind != DenseKind::Embedding).map(|d| d.bytes);
+        let both = dense.fold(self.kv_bytes, u64::saturating_add);
+        let beside_dense = self.dense_tiers(DenseKind::Attention).find(|&t| self.left_bytes[t] >= both);
+        let Some(tier) =
+            beside_dense.or(Some(staging).filter(fits)).or_else(|| self.dense_tiers(DenseKind::Attention).find(fits))
         else {
             bail!(
                 "tier '{}' has {} left of its budget of {}, but the key and value cache of {} tokens of context needs \

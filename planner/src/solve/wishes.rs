@@ -30,6 +30,13 @@ pub struct LayerWishes {
     pub forbidden: BTreeSet<TierIdx>,
 }
 
+impl LayerWishes {
+    /// Whether nothing is wished.
+    pub fn is_empty(&self) -> bool {
+        self.fixed.is_empty() && self.forbidden.is_empty()
+    }
+}
+
 /// What is fixed and forbidden.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Wishes {
