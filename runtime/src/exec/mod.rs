@@ -14,8 +14,8 @@ pub mod measure;
 mod mixer;
 mod moe;
 pub mod plan;
-mod rope;
-mod router;
+pub(crate) mod rope;
+pub(crate) mod router;
 pub mod slots;
 mod weights;
 
