@@ -21,6 +21,8 @@ type Program = *mut c_void;
 /// NVRTC.
 pub struct Compiler {
     library: Library,
+    /// Held open for it.
+    _parts: Vec<Library>,
     path: PathBuf,
     version: (i32, i32),
 }
@@ -32,6 +34,17 @@ pub struct Compiled {
     pub image: Vec<u8>,
     /// What the compiler had to say: registers and memory of every kernel.
     pub log: String,
+}
+
+/// Opens what NVRTC opens by name only, and so doesn't find where the system doesn't look: the libraries of built-in
+/// things beside it.
+fn parts(path: &Path) -> Vec<Library> {
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+    let files = folder.and_then(|folder| std::fs::read_dir(folder).ok()).into_iter().flatten().flatten();
+    let builtins = |name: &std::ffi::OsStr| name.to_string_lossy().starts_with("libnvrtc-builtins.so");
+    let found = files.filter(|file| builtins(&file.file_name()));
+    // SAFETY: they hold data; what can't be loaded NVRTC will miss by itself.
+    found.filter_map(|file| unsafe { Library::new(file.path()) }.ok()).collect()
 }
 
 impl Compiler {
@@ -61,6 +74,7 @@ impl Compiler {
     /// When it can't be loaded.
     pub fn open(path: &Path) -> Result<Self, CudaError> {
         let bad = |e: libloading::Error| CudaError::NoCompiler { looked: format!("{}: {e}", path.display()) };
+        let parts = parts(path);
         // SAFETY: NVRTC's initialisation has no requirements.
         let library = unsafe { Library::new(path) }.map_err(bad)?;
         let (mut major, mut minor) = (0, 0);
@@ -75,7 +89,7 @@ impl Compiler {
             let looked = format!("{} is version {major}.{minor}, 12.0 or newer is needed", path.display());
             return Err(CudaError::NoCompiler { looked });
         }
-        Ok(Self { library, path: path.to_path_buf(), version: (major, minor) })
+        Ok(Self { library, _parts: parts, path: path.to_path_buf(), version: (major, minor) })
     }
 
     /// Its version.

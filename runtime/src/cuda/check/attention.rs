@@ -1,7 +1,7 @@
 //! The cache and attention over it.
 
-use super::random::Random;
-use super::{Check, Outcome};
+use super::Check;
+use crate::check::{Outcome, Random};
 use crate::cuda::device::Buffer;
 use crate::cuda::ops::Attend;
 use crate::cuda::{CudaError, Ops};

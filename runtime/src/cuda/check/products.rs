@@ -1,15 +1,12 @@
 //! Products and decoding, of every tensor type.
 
-use super::random::Random;
-use super::{Check, Outcome};
+use super::Check;
+use crate::check::{Outcome, Random, plain_product};
 use crate::cuda::device::Buffer;
 use crate::cuda::ops::{Input, Matrices, Quants, Table};
 use crate::cuda::{CudaError, Ops};
-use crate::kernels::{Activations, Kernels, OutMatrix, Weights, needs_quants};
+use crate::kernels::{Activations, Kernels, Weights, needs_quants};
 use crate::quant::{TensorType, dequantize_row};
-
-/// What a sum may differ by, as a share of the sum of magnitudes: its order is another.
-const SUM: f64 = 4e-6;
 
 pub(super) fn checks() -> Vec<Check> {
     let mut checks = vec![Check::new("quantize", quantize)];
@@ -105,19 +102,7 @@ impl Both {
 
     /// The plain product with one row of activations, and what a result may differ by.
     fn expected(&self, w: Weights<'_>, row: usize) -> Vec<(f64, f64)> {
-        let mut out = vec![0.0f32; w.n_rows()];
-        let matrix = OutMatrix::new(&mut out, w.n_rows());
-        let x = self.acts.view().rows_range(row..row + 1);
-        // SAFETY: nobody else has the output.
-        unsafe { Kernels::SCALAR.matmul(w, 0..w.n_rows(), x, matrix) };
-        let x = &self.acts.values()[row * w.n_cols()..][..w.n_cols()];
-        let mut decoded = vec![0.0; w.n_cols()];
-        let magnitude = |r: usize| {
-            dequantize_row(w.ty(), w.row(r).unwrap_or_default(), &mut decoded);
-            decoded.iter().zip(x).map(|(w, x)| f64::from(w.abs()) * f64::from(x.abs())).sum::<f64>()
-        };
-        let allowed: Vec<f64> = (0..w.n_rows()).map(magnitude).collect();
-        out.iter().zip(allowed).map(|(v, sum)| (f64::from(*v), SUM * sum)).collect()
+        plain_product(w, &self.acts, row)
     }
 }
 

@@ -1,7 +1,7 @@
 //! The small operations and the router.
 
-use super::random::Random;
-use super::{Check, Outcome};
+use super::Check;
+use crate::check::{Outcome, Random};
 use crate::cuda::device::Buffer;
 use crate::cuda::ops::Routing;
 use crate::cuda::{CudaError, Ops};

@@ -4,15 +4,15 @@ use crate::quant::TensorType;
 use half::f16;
 
 /// A generator of numbers.
-pub(super) struct Random(u64);
+pub(crate) struct Random(u64);
 
 impl Random {
     /// The row of numbers that belongs to a name.
-    pub(super) fn new(name: &str) -> Self {
+    pub(crate) fn new(name: &str) -> Self {
         Self(xxhash_rust::xxh3::xxh3_64(name.as_bytes()))
     }
 
-    pub(super) fn next(&mut self) -> u64 {
+    pub(crate) fn next(&mut self) -> u64 {
         // A multiplicative row with its high bits mixed into the low ones.
         self.0 = self.0.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(0x1405_7b7e_f767_814f);
         let mixed = (self.0 ^ self.0 >> 32).wrapping_mul(0xd6e8_feb8_6659_fd93);
@@ -20,21 +20,21 @@ impl Random {
     }
 
     /// Below `n`, which is not 0.
-    pub(super) fn below(&mut self, n: usize) -> usize {
+    pub(crate) fn below(&mut self, n: usize) -> usize {
         (self.next() % n as u64) as usize
     }
 
     /// Between -1 and 1.
-    pub(super) fn float(&mut self) -> f32 {
+    pub(crate) fn float(&mut self) -> f32 {
         (self.next() >> 40) as f32 / (1u64 << 23) as f32 - 1.0
     }
 
-    pub(super) fn floats(&mut self, n: usize) -> Vec<f32> {
+    pub(crate) fn floats(&mut self, n: usize) -> Vec<f32> {
         (0..n).map(|_| self.float()).collect()
     }
 
     /// Activations as they come: most small, one in fifty large.
-    pub(super) fn activations(&mut self, n: usize) -> Vec<f32> {
+    pub(crate) fn activations(&mut self, n: usize) -> Vec<f32> {
         let one = |random: &mut Self| {
             let v = random.float() * random.float();
             if random.below(50) == 0 { 20.0 * v } else { v }
@@ -43,7 +43,7 @@ impl Random {
     }
 
     /// Rows of a type: any bits, but for the floats that multiply scales, which are ordinary.
-    pub(super) fn weights(&mut self, ty: TensorType, values: usize) -> Vec<u8> {
+    pub(crate) fn weights(&mut self, ty: TensorType, values: usize) -> Vec<u8> {
         let n_bytes = ty.row_bytes(values as u64).unwrap_or_else(|| panic!("{values} {ty} values")) as usize;
         let mut bytes: Vec<u8> = (0..n_bytes).map(|_| self.next() as u8).collect();
         for block in bytes.chunks_exact_mut(ty.block_bytes()) {
