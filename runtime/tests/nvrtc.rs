@@ -6,8 +6,8 @@ use tier_plan_runtime::cuda::{Compiler, source::MODULES};
 /// Turing, Ampere (A100; GeForce), Ada, Hopper, Blackwell.
 const CAPABILITIES: [(i32, i32); 6] = [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (12, 0)];
 
-/// Registers that a thread of a kernel may take so that two blocks of 256 threads fit a multiprocessor.
-const MOST_REGISTERS: u32 = 128;
+/// Registers that a thread of a kernel may take so that three blocks of 128 threads fit a multiprocessor.
+const MOST_REGISTERS: u32 = 168;
 
 #[test]
 #[ignore = "needs NVRTC; .ci/nvrtc fetches it"]

@@ -89,6 +89,12 @@ pub trait Device: Send + Sync {
     fn wait(&self) -> Result<(), CudaError>;
 }
 
+impl std::fmt::Debug for dyn Device + '_ {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
 /// Memory of a device, given back when dropped. Kernels change what a shared reference names: their order is that of the
 /// calls.
 pub struct Buffer {

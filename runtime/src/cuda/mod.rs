@@ -10,12 +10,13 @@
 
 pub mod check;
 pub mod device;
+pub mod experts;
 pub mod gpu;
 pub mod measure;
 mod nvrtc;
 pub mod ops;
 #[cfg(test)]
-mod shim;
+pub(crate) mod shim;
 pub mod source;
 
 pub use device::{Buffer, Device, View};

@@ -14,6 +14,12 @@ const THREADS: u32 = 256;
 /// Rows of a matrix that a block multiplies, a warp each.
 const MATVEC_ROWS: usize = 4;
 
+/// Rows of a block of a product with many tokens, as the kernel has them.
+const TILE_ROWS: u32 = 64;
+
+/// Tokens of such a block.
+const TILE_TOKENS: usize = 32;
+
 /// Positions of a chunk of the context, as the kernel has it.
 pub const CHUNK: usize = 256;
 
@@ -83,7 +89,29 @@ pub struct Table<'a> {
     n: usize,
     /// Bytes of the smallest; none when all are missing.
     least: Option<usize>,
-    _held: std::marker::PhantomData<View<'a>>,
+    /// What it names, where it keeps it itself.
+    _held: Vec<Arc<Buffer>>,
+    _borrowed: std::marker::PhantomData<View<'a>>,
+}
+
+/// Bytes of a buffer that has several owners.
+pub type SharedPart = (Arc<Buffer>, std::ops::Range<usize>);
+
+impl Table<'static> {
+    /// A table that keeps the memory of its matrices.
+    ///
+    /// # Errors
+    /// When the device fails.
+    ///
+    /// # Panics
+    /// When a matrix is not inside its buffer.
+    pub fn owning(device: &Arc<dyn Device>, matrices: Vec<Option<SharedPart>>) -> Result<Self, CudaError> {
+        let views: Vec<_> =
+            matrices.iter().map(|m| m.as_ref().map(|(buffer, range)| buffer.view().part(range.clone()))).collect();
+        let Table { pointers, n, least, .. } = Table::new(device, &views)?;
+        let held = matrices.into_iter().flatten().map(|(buffer, _)| buffer).collect();
+        Ok(Self { pointers, n, least, _held: held, _borrowed: std::marker::PhantomData })
+    }
 }
 
 impl<'a> Table<'a> {
@@ -98,9 +126,30 @@ impl<'a> Table<'a> {
             pointers: Buffer::of_bytes(device, &bytes)?,
             n: matrices.len(),
             least: matrices.iter().flatten().map(|m| m.len()).min(),
-            _held: std::marker::PhantomData,
+            _held: Vec::new(),
+            _borrowed: std::marker::PhantomData,
         })
     }
+}
+
+/// Tokens of a batch that one matrix of a table is multiplied with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Group {
+    /// The matrix, by its number; one that is missing leaves its results as they are.
+    pub matrix: usize,
+    /// The first token, of those gathered.
+    pub first: usize,
+    /// Tokens.
+    pub tokens: usize,
+}
+
+/// Matrices of a product with many tokens.
+#[derive(Clone, Copy)]
+pub enum Batch<'a> {
+    /// One matrix and so many tokens.
+    One(View<'a>, usize),
+    /// Several, each with tokens of its own.
+    Groups(&'a Table<'a>, &'a [Group]),
 }
 
 /// Activations of a product.
@@ -267,6 +316,52 @@ impl Ops {
         args.extend([int(jobs_per_x), out.arg()]);
         let grid = [blocks(n_rows, MATVEC_ROWS as u32), few(jobs), 1];
         self.launch(source::matvec_kernel(ty), grid, 32 * MATVEC_ROWS as u32, &args)
+    }
+
+    /// `out[token, row] = sum over c of w[row, c] * x[token, c]` of a quantised type, for many tokens at a time.
+    ///
+    /// # Errors
+    /// When the device fails.
+    ///
+    /// # Panics
+    /// When a size does not fit, or the type is not quantised.
+    pub fn matmul(
+        &self,
+        ty: TensorType,
+        batch: Batch<'_>,
+        n_rows: usize,
+        n_cols: usize,
+        x: &Quants,
+        out: View<'_>,
+    ) -> Result<(), CudaError> {
+        let row_bytes = ty.row_bytes(n_cols as u64).unwrap_or_else(|| panic!("rows of {n_cols} {ty} values")) as usize;
+        let (one, table, groups) = match batch {
+            Batch::One(w, tokens) => (Some(w), None, vec![Group { matrix: 0, first: 0, tokens }]),
+            Batch::Groups(table, groups) => (None, Some(table), groups.to_vec()),
+        };
+        let least = one.map(View::len).or(table.and_then(|t| t.least));
+        assert!(least.is_none_or(|len| len >= n_rows * row_bytes), "{n_rows} rows of {row_bytes} bytes");
+        let last = groups.iter().map(|g| g.first + g.tokens).max().unwrap_or(0);
+        assert!(x.cols == n_cols && x.rows >= last && out.words() >= last * n_rows, "{last} x {n_rows} results");
+        let n_table = table.map_or(0, |t| t.n);
+        let numbers: Vec<i32> = groups.iter().flat_map(|g| [g.matrix, g.first, g.tokens]).map(|v| v as i32).collect();
+        let numbers = if table.is_some() { Some(Buffer::of_i32(&self.device, &numbers)?) } else { None };
+        let most = groups.iter().map(|g| g.tokens).max().unwrap_or(0);
+        let args = [
+            null_or(one),
+            null_or(table.map(|t| t.pointers.view())),
+            int(n_table),
+            null_or(numbers.as_ref().map(Buffer::view)),
+            int(most),
+            int(n_rows),
+            int(n_cols),
+            x.codes.view().arg(),
+            x.scales.view().arg(),
+            x.sums.view().arg(),
+            out.arg(),
+        ];
+        let grid = [blocks(n_rows, TILE_ROWS), few(most.div_ceil(TILE_TOKENS)), few(groups.len())];
+        self.launch(source::matmul_kernel(ty), grid, 128, &args)
     }
 
     /// Decodes rows of `n_cols` values: those numbered by `rows`, `out` `[rows, n_cols]`.

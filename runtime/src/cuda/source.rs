@@ -16,9 +16,11 @@ pub struct Module {
     pub kernels: &'static [&'static str],
 }
 
-/// Both kernels of each format.
+/// The kernels of each format.
 macro_rules! format_kernels {
-    ($($format:literal)*) => { &[$(concat!("matvec_", $format), concat!("dequantize_", $format)),*] };
+    ($($format:literal)*) => {
+        &[$(concat!("matvec_", $format), concat!("matmul_", $format), concat!("dequantize_", $format)),*]
+    };
 }
 
 /// Every module.
@@ -49,7 +51,11 @@ pub static MODULES: [Module; 7] = [
         text: include_str!("kernels/attention.cu"),
         kernels: &["attend_f32", "attend_f16", "attend_q8", "join_chunks"],
     },
-    Module { name: "float.cu", text: include_str!("kernels/float.cu"), kernels: format_kernels!("F32" "F16" "BF16") },
+    Module {
+        name: "float.cu",
+        text: include_str!("kernels/float.cu"),
+        kernels: &["matvec_F32", "dequantize_F32", "matvec_F16", "dequantize_F16", "matvec_BF16", "dequantize_BF16"],
+    },
     Module {
         name: "small.cu",
         text: include_str!("kernels/small.cu"),
@@ -73,6 +79,7 @@ pub fn headers() -> &'static [(&'static str, String)] {
         vec![
             ("base.cuh", include_str!("kernels/base.cuh").to_string()),
             ("formats.cuh", include_str!("kernels/formats.cuh").to_string()),
+            ("matmul.cuh", include_str!("kernels/matmul.cuh").to_string()),
             ("matvec.cuh", include_str!("kernels/matvec.cuh").to_string()),
             ("small.cuh", include_str!("kernels/small.cuh").to_string()),
             ("k.cuh", include_str!("kernels/k.cuh").to_string()),
@@ -94,6 +101,14 @@ pub fn matvec_kernel(ty: TensorType) -> &'static str {
     kernel_of("matvec_", ty)
 }
 
+/// The kernel that multiplies matrices of a quantised type with many tokens.
+///
+/// # Panics
+/// For F32, F16 and BF16, which have none.
+pub fn matmul_kernel(ty: TensorType) -> &'static str {
+    kernel_of("matmul_", ty)
+}
+
 /// The kernel that decodes rows of a type.
 pub fn dequantize_kernel(ty: TensorType) -> &'static str {
     kernel_of("dequantize_", ty)
@@ -102,7 +117,7 @@ pub fn dequantize_kernel(ty: TensorType) -> &'static str {
 fn kernel_of(what: &str, ty: TensorType) -> &'static str {
     let named = |kernel: &&&'static str| kernel.strip_prefix(what) == Some(ty.name());
     let found = MODULES.iter().flat_map(|m| m.kernels).find(named);
-    found.unwrap_or_else(|| unreachable!("every tensor type has its kernels, as the tests check"))
+    found.unwrap_or_else(|| panic!("{ty} has no kernel {what}"))
 }
 
 /// The tables of the processor's kernels as arrays.
@@ -129,11 +144,15 @@ fn table<T: LowerHex + Display>(text: &mut String, ty: &str, name: &str, suffix:
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernels::needs_quants;
 
     #[test]
     fn every_type_has_its_kernels_and_no_name_is_twice() {
         for ty in TensorType::ALL {
             assert_eq!(matvec_kernel(ty), format!("matvec_{ty}"));
+            if needs_quants(ty) {
+                assert_eq!(matmul_kernel(ty), format!("matmul_{ty}"));
+            }
             assert_eq!(dequantize_kernel(ty), format!("dequantize_{ty}"));
         }
         let mut names: Vec<&str> = MODULES.iter().flat_map(|m| m.kernels).copied().collect();

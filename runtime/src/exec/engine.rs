@@ -10,6 +10,7 @@ use super::moe::{Choices, Compute, FfnScratch, add_bias, dense_ffn, moe_batch, m
 use super::rope::RopeTable;
 use super::router::Router;
 use super::weights::DenseWeights;
+use crate::cuda::Device;
 use crate::formats::placement::Placement;
 use crate::gguf::Gguf;
 use crate::kernels::pooled::{MatJob, matmul_all};
@@ -104,10 +105,24 @@ impl Engine {
         options: &LoadOptions,
         progress: Progress<'_>,
     ) -> Result<Self, LoadError> {
+        Self::load_on(gguf, plan, options, None, progress)
+    }
+
+    /// [`load`](Self::load) with a device that stands for the GPU of the plan.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load).
+    pub fn load_on(
+        gguf: Arc<Gguf>,
+        plan: &Placement,
+        options: &LoadOptions,
+        device: Option<Arc<dyn Device>>,
+        progress: Progress<'_>,
+    ) -> Result<Self, LoadError> {
         let kernels = Kernels::from_env()?;
         let spec = describe(&gguf)?;
         let shape = shape_of(&gguf, &spec);
-        let loaded = load(&gguf, &spec, &shape, plan, progress)?;
+        let loaded = load(&gguf, &spec, &shape, plan, device, progress)?;
         let Loaded { weights, experts, mut resident_bytes, padding_bytes, embedding_tier, head_tier, dense_bytes } =
             loaded;
         let batch = options.batch.unwrap_or(BATCH).max(1);

@@ -10,6 +10,8 @@ mod view;
 pub(super) use view::{Bias, ExpertView, ViewLinear};
 
 use super::slots::{Access, SlotCache};
+use crate::cuda::CudaError;
+use crate::cuda::experts::PinnedExperts;
 use crate::gguf::Gguf;
 use crate::kernels::Weights;
 use crate::model::spec::{ExpertLinear, MoeSpec, TensorId};
@@ -57,6 +59,8 @@ pub(super) enum Home {
     Mapped,
     /// In this tier's arena.
     Pinned(usize, Piece),
+    /// In a GPU's memory, this tier, where it computes.
+    Gpu(usize),
     /// On the slow tier; it passes through slots and staging.
     Pooled,
 }
@@ -131,6 +135,19 @@ impl LayerExperts {
     /// Keeps an expert in a tier for good.
     pub(super) fn pin(&mut self, expert: usize, tier: usize, piece: Piece) {
         self.homes[expert] = Home::Pinned(tier, piece);
+    }
+
+    /// Says where an expert is for good.
+    pub(super) fn home(&mut self, expert: usize, home: Home) {
+        self.homes[expert] = home;
+    }
+
+    /// The matrices of an expert whose slices are in `bytes`, one after the other.
+    pub(super) fn packed<'a>(&self, gguf: &Gguf, expert: usize, bytes: &'a [u8]) -> ExpertView<'a> {
+        self.view(|part| {
+            let at = part.span(gguf, expert, Layout::Packed).at;
+            &bytes[at..at + part.slice_bytes]
+        })
     }
 
     /// Experts of the layer.
@@ -249,6 +266,7 @@ pub(super) struct ExpertStore {
     accesses: Vec<Access>,
     pooled: Vec<u32>,
     ahead: Ahead,
+    gpu: Option<PinnedExperts>,
 }
 
 impl ExpertStore {
@@ -265,7 +283,40 @@ impl ExpertStore {
         let ahead = Ahead::new(looks_ahead && files.is_some(), staging.len());
         let (accesses, pooled) = (Vec::new(), Vec::new());
         let n_staging = staging.len();
-        Self { gguf, layers, files, staging, n_staging, staging_tier, mapped_tier, accesses, pooled, ahead }
+        Self { gguf, layers, files, staging, n_staging, staging_tier, mapped_tier, accesses, pooled, ahead, gpu: None }
+    }
+
+    /// The GPU that has the experts whose home it is.
+    pub(super) fn set_gpu(&mut self, gpu: Option<PinnedExperts>) {
+        self.gpu = gpu;
+    }
+
+    /// The tier of the GPU's memory that the expert at this position of the step is in.
+    pub(super) fn gpu_tier(&self, step: &Step, at: usize) -> Option<usize> {
+        match (&step.uses[at], &self.layers[step.layer].homes[step.experts[at] as usize]) {
+            (Use::AtHome, Home::Gpu(tier)) => Some(*tier),
+            _ => None,
+        }
+    }
+
+    /// Has the GPU compute the experts at these positions of the step, for each row of `x` as many; goes on at once.
+    ///
+    /// # Errors
+    /// When the GPU fails; the step is given up then.
+    pub(super) fn ask_gpu(&mut self, step: &mut Step, positions: &[usize], x: &[f32]) -> Result<(), CudaError> {
+        let Some(gpu) = &mut self.gpu else { unreachable!("no expert is at home on a GPU that is not there") };
+        let experts: Vec<usize> = positions.iter().map(|at| step.experts[*at] as usize).collect();
+        let asked = gpu.ask(step.layer, x, &experts);
+        asked.inspect_err(|_| self.give_up(step))
+    }
+
+    /// Waits for what the GPU was asked for last.
+    ///
+    /// # Errors
+    /// As [`ask_gpu`](Self::ask_gpu).
+    pub(super) fn fetch_gpu(&mut self, step: &mut Step, out: &mut [f32]) -> Result<(), CudaError> {
+        let fetched = self.gpu.as_mut().map_or(Ok(()), |gpu| gpu.fetch(out));
+        fetched.inspect_err(|_| self.give_up(step))
     }
 
     pub(super) fn expert_bytes(&self, layer: usize) -> u64 {

@@ -9,6 +9,8 @@ pub mod engine;
 mod experts;
 mod foresight;
 pub mod generate;
+#[cfg(test)]
+mod gpu_tests;
 mod load;
 pub mod measure;
 mod mixer;
@@ -25,6 +27,7 @@ pub use load::{LoadError, LoadOptions};
 #[doc(hidden)]
 pub use mixer::{AttentionProbe, AttentionSizes};
 
+use crate::cuda::CudaError;
 use crate::tiers::file::ReadError;
 use thiserror::Error;
 
@@ -34,6 +37,9 @@ pub enum RunError {
     /// The slow tier could not deliver.
     #[error(transparent)]
     Read(#[from] ReadError),
+    /// The GPU failed.
+    #[error(transparent)]
+    Gpu(#[from] CudaError),
     /// No room in the key and value cache.
     #[error(
         "the context is full: {wanted} tokens wanted, {context} planned; give a larger --ctx, or solve with a larger --context"

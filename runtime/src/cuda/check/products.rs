@@ -3,7 +3,7 @@
 use super::Check;
 use crate::check::{Outcome, Random, plain_product};
 use crate::cuda::device::Buffer;
-use crate::cuda::ops::{Input, Matrices, Quants, Table};
+use crate::cuda::ops::{Batch, Group, Input, Matrices, Quants, Table};
 use crate::cuda::{CudaError, Ops};
 use crate::kernels::{Activations, Kernels, Weights, needs_quants};
 use crate::quant::{TensorType, dequantize_row};
@@ -16,6 +16,9 @@ pub(super) fn checks() -> Vec<Check> {
     for ty in TensorType::ALL {
         checks.push(Check::new(format!("matvec_{ty}"), move |ops, random| product(ops, random, ty)));
         checks.push(Check::new(format!("matvec_{ty}, chosen experts"), move |ops, random| chosen(ops, random, ty)));
+    }
+    for ty in TensorType::ALL.into_iter().filter(|ty| needs_quants(*ty)) {
+        checks.push(Check::new(format!("matmul_{ty}"), move |ops, random| batches(ops, random, ty)));
     }
     checks
 }
@@ -177,6 +180,46 @@ fn chosen(ops: &Ops, random: &mut Random, ty: TensorType) -> Result<Outcome, Cud
     for (e, got) in got.chunks_exact(n_rows).take(tokens).enumerate() {
         let Some(w) = Weights::new(ty, &experts[e], n_rows, cols) else { continue };
         outcome.floats(got, both.expected(w, e));
+    }
+    Ok(outcome)
+}
+
+/// Many tokens: one matrix, and the tokens of several experts, of which one is missing.
+fn batches(ops: &Ops, random: &mut Random, ty: TensorType) -> Result<Outcome, CudaError> {
+    let mut outcome = Outcome::default();
+    let cols = |n: usize| n.next_multiple_of(ty.block_len().max(32));
+    for (tokens, n_rows, cols) in [(1, 3, cols(32)), (40, 70, cols(96))] {
+        let both = Both::new(ops, random, ty, tokens, cols)?;
+        let bytes = random.weights(ty, n_rows * cols);
+        let weights = Buffer::of_bytes(ops.device(), &bytes)?;
+        let out = Buffer::room_f32(ops.device(), tokens * n_rows)?;
+        ops.matmul(ty, Batch::One(weights.view(), tokens), n_rows, cols, &both.quants, out.view())?;
+        let Some(w) = Weights::new(ty, &bytes, n_rows, cols) else { continue };
+        for (t, got) in out.view().to_f32()?.chunks_exact(n_rows).enumerate() {
+            outcome.floats(got, both.expected(w, t));
+        }
+    }
+    let (tokens, n_rows, cols) = (45, 5, cols(64));
+    let both = Both::new(ops, random, ty, tokens, cols)?;
+    let experts: Vec<Vec<u8>> = (0..3).map(|_| random.weights(ty, n_rows * cols)).collect();
+    let on_device = experts.iter().map(|bytes| Buffer::of_bytes(ops.device(), bytes)).collect::<Result<Vec<_>, _>>()?;
+    let views: Vec<_> = on_device.iter().enumerate().map(|(e, b)| (e != 1).then_some(b.view())).collect();
+    let table = Table::new(ops.device(), &views)?;
+    let group = |matrix, first, tokens| Group { matrix, first, tokens };
+    let groups = [group(2, 0, 2), group(1, 2, 4), group(0, 6, 39)];
+    let untouched = 7.5f32;
+    let out = Buffer::of_f32(ops.device(), &vec![untouched; tokens * n_rows])?;
+    ops.matmul(ty, Batch::Groups(&table, &groups), n_rows, cols, &both.quants, out.view())?;
+    let got = out.view().to_f32()?;
+    for g in groups {
+        let Some(w) = Weights::new(ty, &experts[g.matrix], n_rows, cols) else { continue };
+        for t in g.first..g.first + g.tokens {
+            let got = &got[t * n_rows..][..n_rows];
+            match g.matrix {
+                1 => outcome.exactly(got, &vec![untouched; n_rows]),
+                _ => outcome.floats(got, both.expected(w, t)),
+            }
+        }
     }
     Ok(outcome)
 }

@@ -18,8 +18,8 @@ struct BF16 {
 
 /// As the product of the quantised formats, with 32-bit activations `[_, n_cols]`.
 template <class F>
-DEVICE void product(const u8* base, const u8* const* table, int n_table, const int* which, int n_rows, int n_cols, const float* x,
-                    int jobs_per_x, float* out) {
+DEVICE void product(const u8* base, const u8* const* table, int n_table, const int* which, int n_rows, int n_cols,
+                    const float* x, int jobs_per_x, float* out) {
     typedef typename F::Bits Bits;
     const int lane = threadIdx.x % WARP;
     const int row = (int)(blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP);
@@ -61,13 +61,13 @@ DEVICE void widen_rows(const u8* base, const int* which, int n_rows, int n_cols,
     out[at] = F::value(((const typename F::Bits*)base)[row * n_cols + at % n_cols]);
 }
 
-#define FLOAT_KERNELS(F)                                                                                                \
-    KERNEL matvec_##F(const u8* base, const u8* const* table, int n_table, const int* which, int n_rows, int n_cols, const float* x, \
-                      int jobs_per_x, float* out) {                                                                     \
-        product<F>(base, table, n_table, which, n_rows, n_cols, x, jobs_per_x, out);                                             \
-    }                                                                                                                   \
-    KERNEL dequantize_##F(const u8* base, const int* which, int n_rows, int n_cols, float* out) {                       \
-        widen_rows<F>(base, which, n_rows, n_cols, out);                                                                \
+#define FLOAT_KERNELS(F)                                                                                               \
+    KERNEL matvec_##F(const u8* base, const u8* const* table, int n_table, const int* which, int n_rows, int n_cols,   \
+                      const float* x, int jobs_per_x, float* out) {                                                    \
+        product<F>(base, table, n_table, which, n_rows, n_cols, x, jobs_per_x, out);                                   \
+    }                                                                                                                  \
+    KERNEL dequantize_##F(const u8* base, const int* which, int n_rows, int n_cols, float* out) {                      \
+        widen_rows<F>(base, which, n_rows, n_cols, out);                                                               \
     }
 
 FLOAT_KERNELS(F32)

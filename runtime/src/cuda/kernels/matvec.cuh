@@ -1,6 +1,6 @@
 // Products of quantised matrices with 8-bit activations, and plain decoding, for any format.
 #pragma once
-#include "formats.cuh"
+#include "matmul.cuh"
 
 /// `out[job, row] = sum over c of w[row, c] * x[job / jobs_per_x, c]`, a warp a row.
 ///
@@ -8,8 +8,8 @@
 /// layer's chosen experts are one launch. Where there is no matrix (a number outside the table, or a null in it) the
 /// result is left as it is.
 template <class F>
-DEVICE void matvec(const u8* base, const u8* const* table, int n_table, const int* which, int n_rows, int n_cols, const i8* q,
-                   const float* scale, const float* sums, int jobs_per_x, float* out) {
+DEVICE void matvec(const u8* base, const u8* const* table, int n_table, const int* which, int n_rows, int n_cols,
+                   const i8* q, const float* scale, const float* sums, int jobs_per_x, float* out) {
     const int lane = threadIdx.x % WARP;
     const int row = (int)(blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP);
     const int job = (int)blockIdx.y;
@@ -53,11 +53,15 @@ DEVICE void dequantize(const u8* base, const int* which, int n_rows, int n_cols,
 }
 
 /// The kernels of a format.
-#define FORMAT_KERNELS(F)                                                                                               \
-    KERNEL matvec_##F(const u8* base, const u8* const* table, int n_table, const int* which, int n_rows, int n_cols, const i8* q,    \
-                      const float* scale, const float* sums, int jobs_per_x, float* out) {                              \
-        matvec<F>(base, table, n_table, which, n_rows, n_cols, q, scale, sums, jobs_per_x, out);                                 \
-    }                                                                                                                   \
-    KERNEL dequantize_##F(const u8* base, const int* which, int n_rows, int n_cols, float* out) {                       \
-        dequantize<F>(base, which, n_rows, n_cols, out);                                                                \
+#define FORMAT_KERNELS(F)                                                                                              \
+    KERNEL matvec_##F(const u8* base, const u8* const* table, int n_table, const int* which, int n_rows, int n_cols,   \
+                      const i8* q, const float* scale, const float* sums, int jobs_per_x, float* out) {                \
+        matvec<F>(base, table, n_table, which, n_rows, n_cols, q, scale, sums, jobs_per_x, out);                       \
+    }                                                                                                                  \
+    KERNEL matmul_##F(const u8* base, const u8* const* table, int n_table, const int* groups, int n_tokens, int n_rows,\
+                      int n_cols, const i8* q, const float* scale, const float* sums, float* out) {                    \
+        matmul<F>(base, table, n_table, groups, n_tokens, n_rows, n_cols, q, scale, sums, out);                        \
+    }                                                                                                                  \
+    KERNEL dequantize_##F(const u8* base, const int* which, int n_rows, int n_cols, float* out) {                      \
+        dequantize<F>(base, which, n_rows, n_cols, out);                                                               \
     }

@@ -21,6 +21,7 @@ struct uint2 { u32 x, y; };
 struct alignas(16) uint4 { u32 x, y, z, w; };
 struct alignas(16) int4 { int x, y, z, w; };
 struct alignas(16) float4 { float x, y, z, w; };
+inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 struct Dim { u32 x = 0, y = 0, z = 0; };
@@ -206,4 +207,22 @@ inline u16 narrow(float v) {
     }
     const u32 even = magnitude >> 13 & 1;
     return (u16)(sign | ((magnitude + 0xfff + even - 0x38000000) >> 13));
+}
+
+/// `c += a * b` of 16 x 16 and 16 x 8 bytes, spread over a warp as a tensor core has them.
+inline void multiply_tiles(int* c, u32 low, u32 high, u32 b) {
+    static u32 fragments[shim::MAX_THREADS][3];
+    const u32 self = shim::running, first = self / 32 * 32, lane = self % 32;
+    fragments[self][0] = low;
+    fragments[self][1] = high;
+    fragments[self][2] = b;
+    shim::wait(shim::AT_WARP);
+    for (u32 i = 0; i < 4; i++) {
+        const u32 row = lane / 4, column = lane % 4 * 2 + i % 2;
+        for (u32 k = 0; k < 16; k++) {
+            const u32 a = fragments[first + row * 4 + k / 4][i / 2], with = fragments[first + column * 4 + k / 4][2];
+            c[i] += (int)(i8)(a >> (k % 4 * 8)) * (int)(i8)(with >> (k % 4 * 8));
+        }
+    }
+    shim::wait(shim::AT_WARP);
 }
