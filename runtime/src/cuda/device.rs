@@ -208,6 +208,15 @@ impl<'a> View<'a> {
         self.part(values.start.saturating_mul(4)..values.end.saturating_mul(4))
     }
 
+    /// Itself, if it begins where kernels may read 16 bytes at once.
+    ///
+    /// # Panics
+    /// When it does not.
+    pub(super) fn aligned(self) -> View<'a> {
+        assert!(self.address().is_multiple_of(16), "a matrix or a row of floats that begins at {:#x}", self.address());
+        self
+    }
+
     /// The address.
     pub(super) fn address(self) -> u64 {
         self.buffer.at + self.at as u64

@@ -119,8 +119,11 @@ impl<'a> Table<'a> {
     ///
     /// # Errors
     /// When the device fails.
+    ///
+    /// # Panics
+    /// When a matrix does not begin at a multiple of 16.
     pub fn new(device: &Arc<dyn Device>, matrices: &[Option<View<'a>>]) -> Result<Self, CudaError> {
-        let address = |m: &Option<View<'a>>| m.map_or(0, View::address).to_ne_bytes();
+        let address = |m: &Option<View<'a>>| m.map_or(0, |view| view.aligned().address()).to_ne_bytes();
         let bytes: Vec<u8> = matrices.iter().flat_map(address).collect();
         Ok(Self {
             pointers: Buffer::of_bytes(device, &bytes)?,
@@ -291,7 +294,7 @@ impl Ops {
     ) -> Result<(), CudaError> {
         let row_bytes = ty.row_bytes(n_cols as u64).unwrap_or_else(|| panic!("rows of {n_cols} {ty} values")) as usize;
         let (one, table, which) = match matrices {
-            Matrices::One(w) => (Some(w), None, None),
+            Matrices::One(w) => (Some(w.aligned()), None, None),
             Matrices::Table(table) => (None, Some(table), None),
             Matrices::Chosen(table, which) => (None, Some(table), Some(which)),
         };
@@ -310,7 +313,7 @@ impl Ops {
             }
             Input::Floats(x) => {
                 assert!(!needs_quants(ty) && x.words() >= x_rows * n_cols, "activations for {ty}");
-                args.push(x.arg());
+                args.push(x.aligned().arg());
             }
         }
         args.extend([int(jobs_per_x), out.arg()]);
@@ -336,7 +339,7 @@ impl Ops {
     ) -> Result<(), CudaError> {
         let row_bytes = ty.row_bytes(n_cols as u64).unwrap_or_else(|| panic!("rows of {n_cols} {ty} values")) as usize;
         let (one, table, groups) = match batch {
-            Batch::One(w, tokens) => (Some(w), None, vec![Group { matrix: 0, first: 0, tokens }]),
+            Batch::One(w, tokens) => (Some(w.aligned()), None, vec![Group { matrix: 0, first: 0, tokens }]),
             Batch::Groups(table, groups) => (None, Some(table), groups.to_vec()),
         };
         let least = one.map(View::len).or(table.and_then(|t| t.least));
@@ -384,7 +387,7 @@ impl Ops {
         assert!(w.len() >= last * row_bytes && out.words() >= rows.len() * n_cols, "{last} rows of {row_bytes} bytes");
         let numbers: Vec<i32> = rows.iter().map(|row| *row as i32).collect();
         let which = Buffer::of_i32(&self.device, &numbers)?;
-        let args = [w.arg(), which.view().arg(), int(rows.len()), int(n_cols), out.arg()];
+        let args = [w.aligned().arg(), which.view().arg(), int(rows.len()), int(n_cols), out.arg()];
         let n = rows.len() * if needs_quants(ty) { n_cols / 32 } else { n_cols };
         self.launch(source::dequantize_kernel(ty), [blocks(n, THREADS), 1, 1], THREADS, &args)
     }
@@ -499,8 +502,8 @@ impl Ops {
         };
         let args = [
             a.queries.arg(),
-            a.keys.arg(),
-            a.values.arg(),
+            a.keys.aligned().arg(),
+            a.values.aligned().arg(),
             int(a.context),
             int(a.n_head_kv),
             int(a.group),
@@ -675,7 +678,7 @@ impl Ops {
     /// When there is no room for a word a thread in `out`.
     pub fn read_all(&self, from: View<'_>, n_blocks: u32, out: View<'_>) -> Result<(), CudaError> {
         assert!(out.words() >= (n_blocks * THREADS) as usize, "{n_blocks} blocks");
-        let args = [from.arg(), Arg::Long((from.len() / 16) as i64), out.arg()];
+        let args = [from.aligned().arg(), Arg::Long((from.len() / 16) as i64), out.arg()];
         self.launch("read_all", [n_blocks, 1, 1], THREADS, &args)
     }
 

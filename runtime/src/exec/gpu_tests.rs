@@ -72,9 +72,9 @@ fn experts_on_a_gpu_give_the_same_text() {
         assert_eq!(engine.resident_bytes(), planned, "{name}");
         let n_vocab = engine.spec().n_vocab as u32;
         let got = logits(&mut engine, n_vocab);
-        let computed = engine.counters().layers.iter().map(|l| l.pinned_hits).sum::<u64>();
-        assert!(computed > 0, "{name}: nothing was computed on the GPU");
         let expected = logits(&mut load(&obvious(&shape, 64, KvType::F32)), n_vocab);
+        // Their order of sums is another, so the same bits would mean that the processor computed everything.
+        assert_ne!(got, expected, "{name}");
         let square = |v: f32| f64::from(v) * f64::from(v);
         let off: f64 = got.iter().zip(&expected).map(|(a, b)| square(a - b)).sum();
         let nmse = off / expected.iter().map(|v| square(*v)).sum::<f64>();
