@@ -288,7 +288,7 @@ fn budgets_that_cannot_hold() {
         p.refused(&[&["solve", &p.demo, "-m", &p.machine], args].concat(), words);
     };
     solve(&["--dram", "1KiB"], &["'dram'", "1.00 KiB", "experts in flight", "raise the budget of 'dram' by"]);
-    solve(&["--vram", "0", "--dram", "400KiB"], &["'dram'", "1024 tokens", "lower --context"]);
+    solve(&["--vram", "0", "--dram", "400KiB"], &["'dram'", "1024 tokens", "or give --context 28"]);
     solve(&["--vram", "0", "--dram", "2MiB", "--context", "16"], &["dense tensors", "raise the budget of 'dram' by"]);
     solve(&["-b", "slow=1MiB"], &["the weights", "raise the budget of 'slow' by"]);
     solve(&["-b", "nonsense"], &["--budget nonsense", "TIER=SIZE"]);
@@ -300,7 +300,7 @@ fn budgets_that_cannot_hold() {
     solve(&["--vram", "1GiB"], &["--vram 1GiB", "holds 3.00 MiB"]);
     solve(&["-b", "dram=1MiB", "--dram", "1MiB"], &["--dram 1MiB", "give one"]);
     solve(&["--context", "0"], &["--context 0", "1 or more"]);
-    solve(&["--context", "4294967295"], &["4294967295 tokens", "lower --context"]);
+    solve(&["--context", "4294967295"], &["4294967295 tokens", "give --context"]);
     solve(&["--time-limit=-1"], &["--time-limit -1", "between 0"]);
     solve(&["--time-limit", "nan"], &["--time-limit NaN"]);
     solve(&["--time-limit", "1e300"], &["--time-limit", "million"]);

@@ -117,12 +117,12 @@ fn the_engine_counts_what_the_replay_does() {
     let (lru, said) = solve("lru", "lru.toml");
     assert!(lru.layers.iter().any(|l| l.slots > 0), "{said:#}");
     assert!(lru.layers.iter().all(|l| l.policy == SlotPolicy::Lru));
-    // Version 2 is written as it always was; the others need version 3.
+
     let version = |name: &str| {
         let text = std::fs::read_to_string(folder.path().join(name)).unwrap();
         text.parse::<toml::Table>().unwrap()["version"].as_integer().unwrap()
     };
-    assert_eq!(version("lru.toml"), 2);
+    assert_eq!(version("lru.toml"), 3, "keys and values are charged");
     let (auto, said) = solve("auto", "auto.toml");
     assert!(auto.solver.objective_s <= lru.solver.objective_s);
     let notes: Vec<&str> = said["notes"].as_array().unwrap().iter().filter_map(|n| n.as_str()).collect();

@@ -57,6 +57,8 @@ pub enum Command {
     Perplexity(PerplexityArgs),
     /// Turn text into token ids
     Tokenize(TokenizeArgs),
+    /// Compare the kernels that this machine runs with plain ones
+    Selftest(SelftestArgs),
 }
 
 /// `demo`.
@@ -668,4 +670,18 @@ pub struct TokenizeArgs {
     /// Split text with this pattern instead of the one that the file names
     #[arg(long, value_name = "NAME")]
     pub tokenizer_pre: Option<String>,
+}
+
+/// `selftest`.
+#[derive(Debug, Args)]
+pub struct SelftestArgs {
+    /// Check a GPU's kernels instead of the processor's, and measure its memory, its link, launches and products
+    #[arg(long)]
+    pub gpu: bool,
+    /// The GPU, by the driver's number
+    #[arg(long, value_name = "NUMBER", default_value_t = 0, requires = "gpu")]
+    pub device: usize,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
 }

@@ -3,6 +3,8 @@
 //! The crate owns the file formats because it consumes plans; it knows nothing of solvers or charts.
 //! `docs/ARCHITECTURE.md` shows how the modules fit together.
 
+pub mod check;
+pub mod cuda;
 pub mod exec;
 pub mod formats;
 pub mod gguf;

@@ -16,6 +16,7 @@ pub mod perplexity;
 pub mod probe;
 pub mod profile;
 pub mod run;
+pub mod selftest;
 pub mod solve;
 pub mod tokenize;
 pub mod what_if;
@@ -43,6 +44,7 @@ pub fn dispatch(command: Command) -> Result<()> {
         Command::Export(args) => export::run(&args),
         Command::Diff(args) => diff::run(&args),
         Command::WhatIf(args) => what_if::run(&args),
+        Command::Selftest(args) => selftest::run(&args),
         Command::Demo(args) => demo::run(&args),
     }
 }

@@ -10,6 +10,7 @@ use super::moe::{Choices, Compute, FfnScratch, add_bias, dense_ffn, moe_batch, m
 use super::rope::RopeTable;
 use super::router::Router;
 use super::weights::DenseWeights;
+use crate::cuda::Device;
 use crate::formats::placement::Placement;
 use crate::gguf::Gguf;
 use crate::kernels::pooled::{MatJob, matmul_all};
@@ -95,7 +96,7 @@ pub struct Engine {
     ropes: Vec<RopeTable>,
     /// By layer: whether any matrix of the mixer takes quantised activations.
     mixer_quants: Vec<bool>,
-    /// By layer: whether any matrix of the experts takes activations as they are.
+    /// By layer: whether its experts take activations as they are, too.
     expert_floats: Vec<bool>,
     /// By layer, index into `ropes`.
     layer_rope: Vec<Option<usize>>,
@@ -140,10 +141,24 @@ impl Engine {
         options: &LoadOptions,
         progress: Progress<'_>,
     ) -> Result<Self, LoadError> {
+        Self::load_on(gguf, plan, options, None, progress)
+    }
+
+    /// [`load`](Self::load) with a device that stands for the GPU of the plan.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load).
+    pub fn load_on(
+        gguf: Arc<Gguf>,
+        plan: &Placement,
+        options: &LoadOptions,
+        device: Option<Arc<dyn Device>>,
+        progress: Progress<'_>,
+    ) -> Result<Self, LoadError> {
         let kernels = Kernels::from_env()?;
         let spec = describe(&gguf)?;
         let shape = shape_of(&gguf, &spec);
-        let loaded = load(&gguf, &spec, &shape, plan, options, progress)?;
+        let loaded = load(&gguf, &spec, &shape, plan, options, device, progress)?;
         let Loaded { weights, experts, mut resident_bytes, padding_bytes, embedding_tier, head_tier, dense_bytes } =
             loaded;
         let context = plan.context as usize;
@@ -161,6 +176,8 @@ impl Engine {
             matrices.iter().any(|id| needs_quants(weights.ty(*id))) && spec.hidden.is_multiple_of(32)
         };
         let floats = |layer: &LayerSpec| match &layer.ffn {
+            // A GPU quantises them itself.
+            Ffn::Moe(_) if experts.has_gpu() => true,
             Ffn::Moe(moe) => moe.expert_linears().any(|l| !needs_quants(gguf.tensors()[l.weight].ty)),
             Ffn::Dense(_) => false,
         };

@@ -14,6 +14,8 @@ pub(super) use view::{Bias, ExpertView, ViewLinear};
 
 use super::slots::Access;
 use super::verify::Checks;
+use crate::cuda::CudaError;
+use crate::cuda::experts::PinnedExperts;
 use crate::gguf::Gguf;
 use crate::model::spec::TensorId;
 use crate::tiers::arena::Piece;
@@ -113,6 +115,7 @@ pub(super) struct ExpertStore {
     warm: Warm,
     /// What every read is compared with.
     checks: Option<Arc<Checks>>,
+    gpu: Option<PinnedExperts>,
 }
 
 impl ExpertStore {
@@ -142,6 +145,7 @@ impl ExpertStore {
             ahead,
             warm: Warm::default(),
             checks: None,
+            gpu: None,
         }
     }
 
@@ -152,7 +156,7 @@ impl ExpertStore {
 
     /// The slices of all experts that are looked at where they are mapped.
     pub(super) fn in_place(&self) -> Vec<(TensorId, usize)> {
-        let in_place = |home: &Home| !matches!(home, Home::Pinned(..));
+        let in_place = |home: &Home| !matches!(home, Home::Pinned(..) | Home::Gpu(_));
         let experts = |layer: &LayerExperts| {
             let experts = layer.homes.iter().enumerate().filter(|(_, home)| in_place(home)).map(|(expert, _)| expert);
             experts.flat_map(|expert| layer.parts.iter().map(move |part| (part.tensor, expert))).collect::<Vec<_>>()
@@ -166,6 +170,44 @@ impl ExpertStore {
         let spans = store.spans(&self.gguf, expert as usize, store.layout);
         let checks = store.checks(&self.gguf, self.checks.as_deref(), expert as usize, store.layout);
         files.submit_checked(key, &spans, checks, piece, urgency);
+    }
+
+    /// The GPU that has the experts whose home it is.
+    pub(super) fn set_gpu(&mut self, gpu: Option<PinnedExperts>) {
+        self.gpu = gpu;
+    }
+
+    /// Whether a GPU has experts.
+    pub(super) fn has_gpu(&self) -> bool {
+        self.gpu.is_some()
+    }
+
+    /// The tier of the GPU's memory that the expert at this position of the step is in.
+    pub(super) fn gpu_tier(&self, step: &Step, at: usize) -> Option<usize> {
+        match (&step.uses[at], &self.layers[step.layer].homes[step.experts[at] as usize]) {
+            (Use::AtHome, Home::Gpu(tier)) => Some(*tier),
+            _ => None,
+        }
+    }
+
+    /// Has the GPU compute the experts at these positions of the step, for each row of `x` as many; goes on at once.
+    ///
+    /// # Errors
+    /// When the GPU fails; the step is given up then.
+    pub(super) fn ask_gpu(&mut self, step: &mut Step, positions: &[usize], x: &[f32]) -> Result<(), CudaError> {
+        let Some(gpu) = &mut self.gpu else { unreachable!("no expert is at home on a GPU that is not there") };
+        let experts: Vec<usize> = positions.iter().map(|at| step.experts[*at] as usize).collect();
+        let asked = gpu.ask(step.layer, x, &experts);
+        asked.inspect_err(|_| self.give_up(step))
+    }
+
+    /// Waits for what the GPU was asked for last.
+    ///
+    /// # Errors
+    /// As [`ask_gpu`](Self::ask_gpu).
+    pub(super) fn fetch_gpu(&mut self, step: &mut Step, out: &mut [f32]) -> Result<(), CudaError> {
+        let fetched = self.gpu.as_mut().map_or(Ok(()), |gpu| gpu.fetch(out));
+        fetched.inspect_err(|_| self.give_up(step))
     }
 
     pub(super) fn expert_bytes(&self, layer: usize) -> u64 {

@@ -1,11 +1,13 @@
 //! Loads a model as a plan says: checks the plan against the file, makes one arena a tier, fills it, and counts.
 
-use super::experts::{ExpertStore, Home, LayerExperts, Layout};
+use super::experts::{ExpertStore, ExpertView, Home, LayerExperts, Layout};
 use super::pack::Pack;
 use super::verify::Checks;
 use super::weights::{DenseWeights, Held};
+use crate::cuda::experts::{ExpertBytes, PinnedExperts};
+use crate::cuda::{CudaError, Device, Gpu};
 use crate::formats::machine::{Tier, TierKind};
-use crate::formats::placement::{LayerPlacement, Placement};
+use crate::formats::placement::{LayerPlacement, Placement, PlanTier};
 use crate::gguf::{Advice, Gguf};
 use crate::kernels::IsaError;
 use crate::model::ModelError;
@@ -46,6 +48,14 @@ pub enum LoadError {
         bytes: u64,
         /// What the system said; part of the message, so no source of its own.
         r#source: std::io::Error,
+    },
+    /// The GPU that the plan wants is not there, or failed.
+    #[error("plan '{plan}' pins experts in a GPU's memory: {source}; or solve with --vram 0")]
+    Gpu {
+        /// The plan's name.
+        plan: String,
+        /// What is wrong; part of the message, so no source of its own.
+        r#source: CudaError,
     },
     /// The plan and the model don't belong together, or the plan contradicts itself.
     #[error("plan '{plan}' does not fit model '{model}': {what}; make a new one with `tier-plan solve`")]
@@ -109,6 +119,8 @@ enum Backing {
     Mapped,
     /// Read from the file into slots and staging.
     File,
+    /// Copied to a GPU: pinned experts only.
+    Gpu,
 }
 
 struct Loader<'a> {
@@ -124,6 +136,25 @@ struct Loader<'a> {
     padding: Vec<u64>,
     done: u64,
     total: u64,
+    gpu: Option<PinnedExperts>,
+}
+
+/// Whether a tier is a real GPU's memory, with something in it.
+fn on_gpu(t: &PlanTier) -> bool {
+    t.tier.kind == TierKind::Vram && !t.tier.emulated && t.used_bytes() > 0
+}
+
+/// Opens the GPU of a plan that has one; `given` stands for it in tests.
+fn open_gpu(plan: &Placement, given: Option<Arc<dyn Device>>) -> Result<Option<PinnedExperts>, LoadError> {
+    if !plan.tiers.iter().any(on_gpu) {
+        return Ok(None);
+    }
+    let bad = |source| LoadError::Gpu { plan: plan.name.clone(), source };
+    let device = match given {
+        Some(device) => device,
+        None => Gpu::open(0).map_err(bad)?,
+    };
+    PinnedExperts::new(device, plan.layers.len()).map(Some).map_err(bad)
 }
 
 /// Loads. Nothing is allocated before the whole plan has been checked.
@@ -133,10 +164,12 @@ pub(super) fn load(
     shape: &ModelShape,
     plan: &Placement,
     options: &LoadOptions,
+    device: Option<Arc<dyn Device>>,
     progress: Progress<'_>,
 ) -> Result<Loaded, LoadError> {
     check(shape, plan)?;
     check_context_fits(shape, plan)?;
+    let gpu = open_gpu(plan, device)?;
     let slow = plan.tiers.len() - 1;
     // What only stands for a slow device, or for memory, is read as fast as it goes.
     let device = |t: &Tier| t.kind == TierKind::Nvme && !t.emulated;
@@ -166,6 +199,7 @@ pub(super) fn load(
     for (i, t) in plan.tiers.iter().enumerate() {
         backings.push(match t.tier.kind {
             TierKind::Nvme if i == slow => Backing::File,
+            _ if on_gpu(t) => Backing::Gpu,
             _ if i == slow && mapped(&t.tier) => Backing::Mapped,
             _ => Backing::Arena {
                 weights: Arena::new(&t.tier.name, t.dense_bytes + t.pinned_bytes)?,
@@ -183,7 +217,7 @@ pub(super) fn load(
     }
     let resident = vec![0; plan.tiers.len()];
     let mut loader =
-        Loader { gguf, spec, plan, options, backings, files, mode, layout, resident, padding, done: 0, total };
+        Loader { gguf, spec, plan, options, backings, files, mode, layout, resident, padding, done: 0, total, gpu };
     let tiers: HashMap<(DenseKind, Option<u32>), usize> =
         plan.dense.iter().map(|d| ((d.kind, d.layer), d.tier)).collect();
     let weights = loader.dense(&tiers, progress)?;
@@ -250,8 +284,11 @@ fn check(shape: &ModelShape, plan: &Placement) -> Result<(), LoadError> {
         }
         let tier_error =
             |kind, mend| LoadError::Tier { plan: plan.name.clone(), tier: t.tier.name.clone(), kind, mend };
-        if t.tier.kind == TierKind::Vram && !t.tier.emulated && t.used_bytes() > 0 {
-            return Err(tier_error("a GPU's memory", "this build has no GPU engine: solve with --vram 0"));
+        if on_gpu(t) && (i == slow || t.used_bytes() > t.pinned_bytes) {
+            return Err(tier_error("a GPU's memory", "only pinned experts can be there yet: solve with --vram 0"));
+        }
+        if on_gpu(t) && plan.tiers[..i].iter().any(on_gpu) {
+            return Err(tier_error("a GPU's memory", "only one GPU can be used yet: give one tier's budget"));
         }
         if t.tier.kind == TierKind::Nvme && i != slow && t.used_bytes() > 0 {
             return Err(tier_error("a block device", "only the last tier may be one: reorder the machine file"));
@@ -426,8 +463,9 @@ impl Loader<'_> {
     fn experts(&mut self, mut layers: Vec<LayerExperts>, progress: Progress<'_>) -> Result<ExpertStore, LoadError> {
         let plan = self.plan;
         let slow = plan.tiers.len() - 1;
-        for (placed, layer) in plan.layers.iter().zip(&mut layers) {
-            self.layer(placed, layer, progress)?;
+        let moes: Vec<&MoeSpec> = self.spec.moe_layers().map(|(_, moe)| moe).collect();
+        for (at, (placed, layer)) in plan.layers.iter().zip(&mut layers).enumerate() {
+            self.layer((at, moes[at]), placed, layer, progress)?;
         }
         let (packed, room) = (largest(&layers, Layout::Packed), largest(&layers, self.layout));
         let mut staging = Vec::new();
@@ -453,11 +491,50 @@ impl Loader<'_> {
             }
             store.verify(Arc::clone(checks));
         }
+        store.set_gpu(self.gpu.take());
         Ok(store)
+    }
+
+    /// Copies a layer's experts to the GPU, by way of main memory.
+    fn pin_on_gpu(
+        &mut self,
+        (at, moe): (usize, &MoeSpec),
+        layer: &mut LayerExperts,
+        tier: usize,
+        experts: &[u32],
+    ) -> Result<(), LoadError> {
+        let bytes = layer.expert_bytes;
+        let mut passing = Arena::new("", (bytes * experts.len()) as u64)?;
+        let mut pieces = Vec::with_capacity(experts.len());
+        for expert in experts {
+            let spans = layer.spans(self.gguf, *expert as usize, Layout::Packed);
+            let checks = layer.checks(self.gguf, self.options.checks.as_deref(), *expert as usize, Layout::Packed);
+            pieces.push(self.read(&spans, checks, passing.take(bytes)?)?);
+            layer.home(*expert as usize, Home::Gpu(tier));
+        }
+        let views: Vec<_> = pieces.iter().map(|piece| layer.packed(piece)).collect();
+        let biases: Vec<_> = views.iter().map(ExpertView::biases).collect();
+        let all: Vec<_> = experts
+            .iter()
+            .zip(views.iter().zip(&biases))
+            .map(|(expert, (view, biases))| {
+                let biases = biases.as_ref().map(|[gate, up, down]| [&gate[..], &up[..], &down[..]]);
+                let (gate, up, down) = (view.gate.weights, view.up.weights, view.down.weights);
+                (*expert as usize, ExpertBytes { gate: gate.bytes(), up: up.bytes(), down: down.bytes(), biases })
+            })
+            .collect();
+        if let (Some(gpu), Some(view)) = (&mut self.gpu, views.first()) {
+            let bad = |source| LoadError::Gpu { plan: self.plan.name.clone(), source };
+            gpu.pin(at, view.kind(moe), &all).map_err(bad)?;
+        }
+        self.resident[tier] += (bytes * experts.len()) as u64;
+        self.done += (bytes * experts.len()) as u64;
+        Ok(())
     }
 
     fn layer(
         &mut self,
+        at: (usize, &MoeSpec),
         placed: &LayerPlacement,
         layer: &mut LayerExperts,
         progress: Progress<'_>,
@@ -466,6 +543,12 @@ impl Loader<'_> {
         let bytes = layer.expert_bytes;
         let mut n_pinned = 0;
         for (tier, experts) in &placed.pinned {
+            if matches!(self.backings[*tier], Backing::Gpu) {
+                self.pin_on_gpu(at, layer, *tier, experts)?;
+                n_pinned += experts.len();
+                progress(self.done, self.total);
+                continue;
+            }
             for expert in experts {
                 self.done += bytes as u64;
                 n_pinned += 1;
@@ -475,7 +558,7 @@ impl Loader<'_> {
                     Backing::Arena { weights, .. } => weights.take(bytes)?,
                     // The only tier of its plan: pinned or not, an expert computes where it is mapped.
                     Backing::Mapped => continue,
-                    Backing::File => unreachable!("a checked plan pins nothing to files"),
+                    Backing::File | Backing::Gpu => unreachable!("a checked plan pins nothing to files"),
                 };
                 let spans = layer.spans(self.gguf, *expert as usize, Layout::Packed);
                 let checks = layer.checks(self.gguf, self.options.checks.as_deref(), *expert as usize, Layout::Packed);

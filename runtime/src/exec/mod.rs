@@ -9,14 +9,16 @@ pub mod engine;
 mod experts;
 mod foresight;
 pub mod generate;
+#[cfg(test)]
+mod gpu_tests;
 mod load;
 pub mod measure;
 mod mixer;
 mod moe;
 pub mod pack;
 pub mod plan;
-mod rope;
-mod router;
+pub(crate) mod rope;
+pub(crate) mod router;
 pub mod slots;
 pub mod verify;
 mod warm;
@@ -28,6 +30,7 @@ pub use load::{LoadError, LoadOptions};
 #[doc(hidden)]
 pub use mixer::{AttentionProbe, AttentionSizes};
 
+use crate::cuda::CudaError;
 use crate::tiers::file::ReadError;
 use thiserror::Error;
 
@@ -37,6 +40,9 @@ pub enum RunError {
     /// The slow tier could not deliver.
     #[error(transparent)]
     Read(#[from] ReadError),
+    /// The GPU failed.
+    #[error(transparent)]
+    Gpu(#[from] CudaError),
     /// No room in the key and value cache.
     #[error(
         "the context is full: {wanted} tokens wanted, {context} planned; give a larger --ctx, or solve with a larger --context"

@@ -21,6 +21,8 @@ pub(super) struct FfnScratch {
     results: Vec<f32>,
     /// Rows that a block takes at once.
     rows: usize,
+    /// Results of a GPU.
+    fetched: Vec<f32>,
 }
 
 impl FfnScratch {
@@ -35,6 +37,7 @@ impl FfnScratch {
             gathered: Activations::new(rows, hidden),
             bias: Vec::with_capacity(ffn.max(hidden)),
             results: vec![0.0; rows * hidden],
+            fetched: Vec::new(),
         }
     }
 }
@@ -134,8 +137,14 @@ pub(super) fn moe_token(
     let used: Vec<u32> = choices.experts.iter().map(|e| u32::from(*e)).collect();
     store.note(layer, choices.experts);
     let mut step = store.begin(layer, &used, used.clone());
-    let mut ready: Vec<usize> = (0..used.len()).filter(|at| step.is_ready(*at)).collect();
-    let mut left = used.len();
+    let (on_gpu, mut ready): (Vec<usize>, Vec<usize>) = (0..used.len())
+        .filter(|at| step.is_ready(*at))
+        .partition(|at| store.gpu_tier(&step, *at).is_some_and(|tier| count(computed, tier, store, layer)));
+    if !on_gpu.is_empty() {
+        // The processor computes the others meanwhile.
+        store.ask_gpu(&mut step, &on_gpu, x.values())?;
+    }
+    let mut left = used.len() - on_gpu.len();
     loop {
         if !ready.is_empty() {
             experts_of_token(c, store, &step, &ready, moe, x, s, hidden, computed);
@@ -150,6 +159,14 @@ pub(super) fn moe_token(
         ready.clear();
         ready.push(store.wait(&mut step)?);
     }
+    if !on_gpu.is_empty() {
+        s.fetched.resize(on_gpu.len() * hidden, 0.0);
+        store.fetch_gpu(&mut step, &mut s.fetched)?;
+        for (at, result) in on_gpu.iter().zip(s.fetched.chunks_exact(hidden)) {
+            s.results[at * hidden..][..hidden].copy_from_slice(result);
+            store.release(&mut step, *at);
+        }
+    }
     store.finish(&mut step)?;
     // Summed in the router's order whatever the order of arrival: the plan must not change the result.
     out.fill(0.0);
@@ -157,6 +174,12 @@ pub(super) fn moe_token(
         c.kernels.axpy(*weight, result, out);
     }
     Ok(step)
+}
+
+/// Counts an expert of a layer as computed from a tier; true.
+fn count(computed: &mut StageBytes, tier: usize, store: &ExpertStore, layer: usize) -> bool {
+    computed.add(tier, store.expert_bytes(layer));
+    true
 }
 
 /// Computes the experts at positions `ready` of the step into their rows of `results`.
@@ -207,7 +230,7 @@ fn experts_of_token(
 }
 
 /// Routed experts of a batch: each expert computes once, for all tokens that chose it, in ascending order so that the
-/// sums do not depend on the plan. `x` has a row a token; `out` is `[tokens, hidden]`.
+/// sums do not depend on the plan; those of a GPU come last. `x` has a row a token; `out` is `[tokens, hidden]`.
 pub(super) fn moe_batch(
     c: Compute<'_>,
     store: &mut ExpertStore,
@@ -224,7 +247,18 @@ pub(super) fn moe_batch(
     choices.experts.chunks_exact(choices.n_used.max(1)).for_each(|chosen| store.note(layer, chosen));
     let mut step = store.begin(layer, &users.by_last_use(choices), users.present());
     out.fill(0.0);
-    for at in 0..step.experts().len() {
+    let (on_gpu, here): (Vec<usize>, Vec<usize>) = (0..step.experts().len())
+        .partition(|at| store.gpu_tier(&step, *at).is_some_and(|tier| count(computed, tier, store, layer)));
+    if !on_gpu.is_empty() {
+        // The processor computes the others meanwhile.
+        let rows = on_gpu.iter().flat_map(|at| users.of(step.experts()[*at] as usize).iter().map(|(token, _)| *token));
+        s.gathered.gather(x, rows, true);
+        let n_users = |at: usize| users.of(step.experts()[at] as usize).len();
+        let positions: Vec<usize> = on_gpu.iter().flat_map(|at| std::iter::repeat_n(*at, n_users(*at))).collect();
+        store.ask_gpu(&mut step, &positions, s.gathered.values())?;
+        s.fetched.resize(positions.len() * hidden, 0.0);
+    }
+    for at in here {
         while !step.is_ready(at) {
             store.wait(&mut step)?;
         }
@@ -237,6 +271,17 @@ pub(super) fn moe_batch(
             }
         }
         store.release(&mut step, at);
+    }
+    if !on_gpu.is_empty() {
+        store.fetch_gpu(&mut step, &mut s.fetched)?;
+        let mut results = s.fetched.chunks_exact(hidden);
+        for at in on_gpu {
+            // The users come first: the shorter side of a pair must not swallow a result of the next expert.
+            for ((token, weight), result) in users.of(step.experts()[at] as usize).iter().zip(&mut results) {
+                c.kernels.axpy(*weight, result, &mut out[token * hidden..(token + 1) * hidden]);
+            }
+            store.release(&mut step, at);
+        }
     }
     store.finish(&mut step)?;
     Ok(step)

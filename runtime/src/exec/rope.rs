@@ -3,7 +3,7 @@
 use crate::model::spec::{RopeKind, RopeScaling, RopeSpec};
 
 /// Rotations for a row of positions, ready to apply.
-pub(super) struct RopeTable {
+pub(crate) struct RopeTable {
     spec: RopeSpec,
     /// Radians a position, `[dims / 2]`.
     frequencies: Vec<f32>,
@@ -15,7 +15,7 @@ pub(super) struct RopeTable {
 
 impl RopeTable {
     /// `factors` divide the frequencies, `[dims / 2]`.
-    pub(super) fn new(spec: &RopeSpec, factors: Option<&[f32]>) -> Self {
+    pub(crate) fn new(spec: &RopeSpec, factors: Option<&[f32]>) -> Self {
         let mut frequencies = frequencies(spec, factors);
         if let Some(sections) = &spec.sections {
             for (pair, frequency) in frequencies.iter_mut().enumerate() {
@@ -32,7 +32,7 @@ impl RopeTable {
     }
 
     /// Prepares positions `first..first + n`.
-    pub(super) fn prepare(&mut self, first: usize, n: usize) {
+    pub(crate) fn prepare(&mut self, first: usize, n: usize) {
         if std::mem::replace(&mut self.prepared, (first, n)) == (first, n) {
             return;
         }
@@ -46,8 +46,13 @@ impl RopeTable {
         }
     }
 
+    /// The rotations prepared, `[positions, dims / 2]` of cosine and sine.
+    pub(crate) fn turns(&self) -> Vec<f32> {
+        self.rotations.iter().flat_map(|(cos, sin)| [*cos, *sin]).collect()
+    }
+
     /// Rotates every head of the prepared position `index`; `row` is `[heads, head_dim]`.
-    pub(super) fn apply(&self, row: &mut [f32], head_dim: usize, index: usize) {
+    pub(crate) fn apply(&self, row: &mut [f32], head_dim: usize, index: usize) {
         let half = self.spec.dims / 2;
         let rotations = &self.rotations[index * half..(index + 1) * half];
         for head in row.chunks_exact_mut(head_dim) {

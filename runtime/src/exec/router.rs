@@ -7,7 +7,7 @@ const MIN_SUM: f32 = 6.103_515_6e-5;
 
 /// Buffers that routing a token needs.
 #[derive(Default)]
-pub(super) struct Router {
+pub(crate) struct Router {
     probs: Vec<f32>,
     scores: Vec<f32>,
     groups: Vec<(f32, usize)>,
@@ -17,7 +17,7 @@ impl Router {
     /// Chooses experts for one token: `experts` and `weights` have `n_used` entries, largest score first.
     ///
     /// `bias` is added for the choice only. Equal scores go to the lower index.
-    pub(super) fn route(
+    pub(crate) fn route(
         &mut self,
         moe: &MoeSpec,
         logits: &[f32],

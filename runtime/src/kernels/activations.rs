@@ -240,6 +240,19 @@ impl<'a> ActView<'a> {
         self.values
     }
 
+    /// The 8-bit form of a row in the order of the row: codes, the scale of each 32, and scale times the sum of codes of
+    /// each sixteen.
+    pub(crate) fn plain_quants(&self, row: usize) -> (Vec<i8>, Vec<f32>, Vec<f32>) {
+        let groups = self.cols.div_ceil(GROUP);
+        let (mut codes, mut scales, mut sums) = (Vec::new(), Vec::new(), Vec::new());
+        for block in &self.blocks[row * groups..(row + 1) * groups] {
+            (0..GROUP / 8).for_each(|i| codes.extend_from_slice(&block.q[8 * place(i)..][..8]));
+            scales.extend(block.scale.iter().step_by(2));
+            sums.extend_from_slice(&block.sums);
+        }
+        (codes, scales, sums)
+    }
+
     /// The blocks, `[rows, cols / 256 rounded up]`.
     pub(super) fn blocks(&self) -> &'a [ActBlock] {
         self.blocks

@@ -281,7 +281,8 @@ fn dear_memory_is_left_out_where_it_is_not_worth_its_price() -> Result<()> {
         assert!(price(&plan) * plan.solver.objective_s <= price(&fastest) * fastest.solver.objective_s * (1.0 + 1e-9));
         used.push(plan.tiers[0].used_bytes());
     }
-    assert!(used[0] > 0 && used[1] == 0, "{used:?}");
+    // But for the cache, whose tier is not part of the search.
+    assert!(used[0] > 1000 && used[1] == 1000, "{used:?}");
     Ok(())
 }
 

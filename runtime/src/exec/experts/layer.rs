@@ -46,6 +46,8 @@ pub(in crate::exec) enum Home {
     Mapped,
     /// In this tier's arena.
     Pinned(usize, Piece),
+    /// In a GPU's memory, this tier, where it computes.
+    Gpu(usize),
     /// On the slow tier; it passes through slots and staging.
     Pooled,
 }
@@ -114,6 +116,16 @@ impl LayerExperts {
     /// Keeps an expert in a tier for good.
     pub(in crate::exec) fn pin(&mut self, expert: usize, tier: usize, piece: Piece) {
         self.homes[expert] = Home::Pinned(tier, piece);
+    }
+
+    /// Says where an expert is for good.
+    pub(in crate::exec) fn home(&mut self, expert: usize, home: Home) {
+        self.homes[expert] = home;
+    }
+
+    /// The matrices of an expert whose slices are in `bytes`, one after the other.
+    pub(in crate::exec) fn packed<'a>(&self, bytes: &'a [u8]) -> ExpertView<'a> {
+        self.view(|part| &bytes[part.at..part.at + part.slice_bytes])
     }
 
     /// Experts of the layer.

@@ -1,7 +1,9 @@
 //! One expert's matrices, wherever its bytes are.
 
+use crate::cuda::experts::ExpertKind;
 use crate::exec::moe::add_bias;
 use crate::kernels::Weights;
+use crate::model::spec::MoeSpec;
 use crate::quant::{TensorType, dequantize_row};
 
 /// The matrices of one expert, wherever they are.
@@ -20,6 +22,35 @@ pub(in crate::exec) struct ExpertView<'a> {
 pub(in crate::exec) struct ViewLinear<'a> {
     pub weights: Weights<'a>,
     pub bias: Option<Bias<'a>>,
+}
+
+impl ExpertView<'_> {
+    /// The biases of gate, up and down, decoded; a matrix without one has zeros, and without any there are none.
+    pub(in crate::exec) fn biases(&self) -> Option<[Vec<f32>; 3]> {
+        let all = [self.gate, self.up, self.down];
+        all.iter().any(|l| l.bias.is_some()).then(|| {
+            all.map(|l| {
+                let mut values = vec![0.0; l.weights.n_rows()];
+                if let Some(bias) = l.bias {
+                    dequantize_row(bias.ty, bias.bytes, &mut values);
+                }
+                values
+            })
+        })
+    }
+
+    /// Its sizes and types.
+    pub(in crate::exec) fn kind(&self, moe: &MoeSpec) -> ExpertKind {
+        ExpertKind {
+            n_expert: moe.n_expert,
+            hidden: self.gate.weights.n_cols(),
+            ffn: self.gate.weights.n_rows(),
+            gate: self.gate.weights.ty(),
+            up: self.up.weights.ty(),
+            down: self.down.weights.ty(),
+            activation: moe.activation,
+        }
+    }
 }
 
 impl<'a> ViewLinear<'a> {

@@ -1,0 +1,185 @@
+//! The cache and attention over it.
+
+use super::Check;
+use crate::check::{Outcome, Random};
+use crate::cuda::device::Buffer;
+use crate::cuda::ops::Attend;
+use crate::cuda::{CudaError, Ops};
+use crate::kernels::{Kernels, StoredRows, q8_row_bytes};
+use crate::model::kv::KvType;
+use half::f16;
+
+/// What a result may differ by as a share of the largest value mixed.
+const MIXED: f64 = 1e-5;
+
+pub(super) fn checks() -> Vec<Check> {
+    let mut checks = Vec::new();
+    for kv_type in KvType::ALL {
+        checks.push(Check::new(format!("store, {kv_type}"), move |ops, random| store(ops, random, kv_type)));
+        checks.push(Check::new(format!("attend, {kv_type}"), move |ops, random| attend(ops, random, kv_type)));
+    }
+    checks
+}
+
+/// A row as the processor stores it.
+fn stored(kv_type: KvType, row: &[f32]) -> Vec<u8> {
+    match kv_type {
+        KvType::F32 => row.iter().flat_map(|v| v.to_le_bytes()).collect(),
+        KvType::F16 => {
+            let mut halves = vec![f16::ZERO; row.len()];
+            Kernels::SCALAR.to_f16(row, &mut halves);
+            halves.iter().flat_map(|v| v.to_le_bytes()).collect()
+        }
+        KvType::Q8_0 => {
+            let mut bytes = vec![0; q8_row_bytes(row.len())];
+            Kernels::SCALAR.to_q8(row, &mut bytes);
+            bytes
+        }
+    }
+}
+
+/// A stored row's values.
+fn widened(kv_type: KvType, bytes: &[u8], width: usize) -> Vec<f32> {
+    let mut out = vec![0.0; width];
+    match kv_type {
+        KvType::F32 => {
+            let values = bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b));
+            out.iter_mut().zip(values).for_each(|(to, v)| *to = v);
+        }
+        KvType::F16 => {
+            let halves: Vec<f16> = bytes.as_chunks().0.iter().map(|b| f16::from_le_bytes(*b)).collect();
+            Kernels::SCALAR.from_f16(&halves, &mut out);
+        }
+        KvType::Q8_0 => Kernels::SCALAR.widen_rows(StoredRows::Q8(bytes), width, &mut out),
+    }
+    out
+}
+
+fn store(ops: &Ops, random: &mut Random, kv_type: KvType) -> Result<Outcome, CudaError> {
+    let mut outcome = Outcome::default();
+    for width in [4, 32, 40, 128, 576] {
+        let (tokens, heads, context, past) = (2, 3, 7, 4);
+        let mut x: Vec<f32> = random.activations(tokens * heads * width);
+        // A tie between two 16-bit floats, one below the smallest, zeros, and one that is too large for 16 bits.
+        (x[0], x[1], x[2], x[3]) = (1.0 + 1.0 / 2048.0, 3e-8, 1e-6, -1e-5);
+        x[width..width + 4].fill(0.0);
+        x[2 * width] = 70_000.0;
+        let row_bytes = kv_type.row_bytes(width as u64) as usize;
+        let before = vec![0x5a; heads * context * row_bytes];
+        let cache = Buffer::of_bytes(ops.device(), &before)?;
+        let rows = Buffer::of_f32(ops.device(), &x)?;
+        ops.store(kv_type, rows.view(), tokens, heads, width, context, past, cache.view())?;
+        let mut expected = before;
+        for (at, row) in x.chunks_exact(width).enumerate() {
+            let (t, head) = (at / heads, at % heads);
+            expected[(head * context + past + t) * row_bytes..][..row_bytes].copy_from_slice(&stored(kv_type, row));
+        }
+        outcome.exactly(&cache.view().to_bytes()?, &expected);
+    }
+    Ok(outcome)
+}
+
+/// Sizes of an attention.
+#[derive(Clone, Copy)]
+struct Case {
+    n_head_kv: usize,
+    group: usize,
+    key_width: usize,
+    /// Values are the first of the keys, as with latents.
+    latent: bool,
+    value_width: usize,
+    tokens: usize,
+    past: usize,
+    window: Option<usize>,
+    sinks: bool,
+}
+
+fn attend(ops: &Ops, random: &mut Random, kv_type: KvType) -> Result<Outcome, CudaError> {
+    let gqa = Case {
+        n_head_kv: 2,
+        group: 4,
+        key_width: 64,
+        latent: false,
+        value_width: 64,
+        tokens: 1,
+        past: 0,
+        window: None,
+        sinks: false,
+    };
+    let cases = [
+        gqa,
+        Case { past: 300, ..gqa },
+        Case { tokens: 3, past: 255, group: 1, ..gqa },
+        Case { tokens: 5, past: 60, window: Some(20), sinks: true, ..gqa },
+        Case { tokens: 2, past: 600, window: Some(128), ..gqa },
+        Case { n_head_kv: 1, group: 11, key_width: 96, latent: true, value_width: 80, tokens: 2, past: 270, ..gqa },
+        Case { key_width: 40, value_width: 24, group: 3, past: 33, sinks: true, ..gqa },
+    ];
+    let mut outcome = Outcome::default();
+    for case in cases {
+        outcome.also(one(ops, random, kv_type, case)?);
+    }
+    Ok(outcome)
+}
+
+fn one(ops: &Ops, random: &mut Random, kv_type: KvType, case: Case) -> Result<Outcome, CudaError> {
+    let Case { n_head_kv, group, key_width, latent, value_width, tokens, past, window, sinks } = case;
+    let (heads, context) = (n_head_kv * group, past + tokens + 3);
+    let mut rows_of = |width: usize| -> (Vec<u8>, Vec<Vec<f32>>) {
+        let rows: Vec<Vec<u8>> = (0..n_head_kv * context).map(|_| stored(kv_type, &random.floats(width))).collect();
+        (rows.concat(), rows.iter().map(|row| widened(kv_type, row, width)).collect())
+    };
+    let (key_bytes, keys) = rows_of(key_width);
+    let value_row_width = if latent { key_width } else { value_width };
+    let (value_bytes, values) = if latent { (key_bytes.clone(), keys.clone()) } else { rows_of(value_width) };
+    let queries: Vec<f32> = random.floats(tokens * heads * key_width).iter().map(|v| 4.0 * v).collect();
+    let sink_values = random.floats(heads);
+    let scale = 1.0 / (key_width as f32).sqrt();
+    let key_buffer = Buffer::of_bytes(ops.device(), &key_bytes)?;
+    let value_buffer = Buffer::of_bytes(ops.device(), &value_bytes)?;
+    let query_buffer = Buffer::of_f32(ops.device(), &queries)?;
+    let sink_buffer = Buffer::of_f32(ops.device(), &sink_values)?;
+    let out = Buffer::room_f32(ops.device(), tokens * heads * value_width)?;
+    let attention = Attend {
+        queries: query_buffer.view(),
+        keys: key_buffer.view(),
+        values: if latent { key_buffer.view() } else { value_buffer.view() },
+        kv_type,
+        context,
+        n_head_kv,
+        group,
+        key_width,
+        value_row_width,
+        value_width,
+        scale,
+        tokens,
+        past,
+        window,
+        sinks: sinks.then_some(sink_buffer.view()),
+    };
+    ops.attend(&attention, out.view())?;
+    let got = out.view().to_f32()?;
+    let mut outcome = Outcome::default();
+    for (at, got) in got.chunks_exact(value_width).enumerate() {
+        let (t, head) = (at / heads, at % heads);
+        let query = &queries[at * key_width..][..key_width];
+        let end = past + t + 1;
+        let seen = window.map_or(0, |w| end.saturating_sub(w))..end;
+        let first = head / group * context;
+        let score = |p: usize| -> f64 {
+            let products = query.iter().zip(&keys[first + p]).map(|(q, k)| f64::from(*q) * f64::from(*k));
+            f64::from(scale) * products.sum::<f64>()
+        };
+        let scores: Vec<f64> = seen.clone().map(score).collect();
+        let sink = sinks.then(|| f64::from(sink_values[head]));
+        let most = scores.iter().copied().chain(sink).fold(f64::NEG_INFINITY, f64::max);
+        let total: f64 = scores.iter().copied().chain(sink).map(|s| (s - most).exp()).sum();
+        let mut expected = vec![0.0f64; value_width];
+        for (p, score) in seen.zip(&scores) {
+            let weight = (score - most).exp() / total;
+            expected.iter_mut().zip(&values[first + p]).for_each(|(e, v)| *e += weight * f64::from(*v));
+        }
+        outcome.floats(got, expected.into_iter().map(|e| (e, MIXED)));
+    }
+    Ok(outcome)
+}

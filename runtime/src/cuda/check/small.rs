@@ -1,0 +1,229 @@
+//! The small operations and the router.
+
+use super::Check;
+use crate::check::{Outcome, Random};
+use crate::cuda::device::Buffer;
+use crate::cuda::ops::Routing;
+use crate::cuda::{CudaError, Ops};
+use crate::exec::rope::RopeTable;
+use crate::exec::router::Router;
+use crate::kernels::Kernels;
+use crate::model::spec::{Activation, ExpertLinear, GateUp, Gating, Linear, MoeSpec, RopeKind, RopeScaling, RopeSpec};
+
+/// What a value may differ by as a share of itself: exponentials and roots are other ones.
+const VALUE: f64 = 4e-6;
+
+pub(super) fn checks() -> Vec<Check> {
+    vec![
+        Check::new("rms_norm", rms_norm),
+        Check::new("rope", rope),
+        Check::new("silu_mul", |ops, random| activation(ops, random, Activation::Silu)),
+        Check::new("clamped_swiglu", |ops, random| {
+            activation(ops, random, Activation::ClampedSwiglu { alpha: 1.702, limit: 7.0 })
+        }),
+        Check::new("add, add_bias", sums),
+        Check::new("weighted_sum", weighted_sum),
+        Check::new("sigmoid_gate", sigmoid_gate),
+        Check::new("route", route),
+    ]
+}
+
+/// Each value with what it may differ by, as a share of its magnitude or of `least`.
+fn near(expected: &[f32], least: f32) -> impl Iterator<Item = (f64, f64)> + '_ {
+    expected.iter().map(move |v| (f64::from(*v), VALUE * f64::from(v.abs().max(least))))
+}
+
+fn rms_norm(ops: &Ops, random: &mut Random) -> Result<Outcome, CudaError> {
+    let mut outcome = Outcome::default();
+    for (rows, width) in [(1, 64), (3, 128), (2, 1000), (1, 2880)] {
+        let (x, weight) = (random.activations(rows * width), random.floats(width));
+        let (on_device, weights) = (Buffer::of_f32(ops.device(), &x)?, Buffer::of_f32(ops.device(), &weight)?);
+        let out = Buffer::room_f32(ops.device(), rows * width)?;
+        for weight in [Some(&weight), None] {
+            let w = weight.map(|_| weights.view());
+            ops.rms_norm(on_device.view(), w, rows, width, 1e-6, out.view())?;
+            let mut expected = vec![0.0; rows * width];
+            for (x, to) in x.chunks_exact(width).zip(expected.chunks_exact_mut(width)) {
+                Kernels::SCALAR.rms_norm(x, weight.map_or(&[], |w| w), 1e-6, to);
+            }
+            outcome.floats(&out.view().to_f32()?, near(&expected, 1e-3));
+        }
+        // In place.
+        ops.rms_norm(on_device.view(), None, rows, width, 1e-6, on_device.view())?;
+        outcome.exactly(&on_device.view().to_f32()?, &out.view().to_f32()?);
+    }
+    Ok(outcome)
+}
+
+fn rope(ops: &Ops, random: &mut Random) -> Result<Outcome, CudaError> {
+    let mut outcome = Outcome::default();
+    let yarn = RopeScaling::Yarn { factor: 8.0, original_context: 4096.0, beta_fast: 32.0, beta_slow: 1.0 };
+    for kind in [RopeKind::Adjacent, RopeKind::Halves] {
+        for (dims, head_dim, scaling) in
+            [(64, 64, RopeScaling::None), (32, 128, RopeScaling::Linear(4.0)), (128, 128, yarn)]
+        {
+            let magnitude = if scaling == yarn { 1.2 } else { 1.0 };
+            let spec = RopeSpec { kind, dims, base: 1e6, scaling, magnitude, freq_factors: None, sections: None };
+            let mut table = RopeTable::new(&spec, None);
+            let (tokens, heads) = (3, 5);
+            table.prepare(700, tokens);
+            let mut x = random.floats(tokens * heads * head_dim);
+            let on_device = Buffer::of_f32(ops.device(), &x)?;
+            let turns = Buffer::of_f32(ops.device(), &table.turns())?;
+            ops.rope(on_device.view(), turns.view(), kind, tokens, heads, head_dim, dims / 2)?;
+            for (t, row) in x.chunks_exact_mut(heads * head_dim).enumerate() {
+                table.apply(row, head_dim, t);
+            }
+            outcome.floats(&on_device.view().to_f32()?, near(&x, 1.0));
+        }
+    }
+    Ok(outcome)
+}
+
+fn activation(ops: &Ops, random: &mut Random, how: Activation) -> Result<Outcome, CudaError> {
+    let mut gate: Vec<f32> = random.floats(1000).iter().map(|v| 30.0 * v).collect();
+    let mut up: Vec<f32> = random.floats(1000).iter().map(|v| 10.0 * v).collect();
+    // Above, below and beside every bound, and where an exponential is too large.
+    (gate[0], gate[1], gate[2], gate[3], up[4], up[5]) = (7.0, 7.1, -200.0, 0.0, -7.1, 7.1);
+    let (g, u) = (Buffer::of_f32(ops.device(), &gate)?, Buffer::of_f32(ops.device(), &up)?);
+    ops.activate(how, g.view(), u.view(), 999)?;
+    let last = gate.pop();
+    match how {
+        Activation::Silu => Kernels::SCALAR.silu_mul(&mut gate, &up[..999]),
+        Activation::ClampedSwiglu { alpha, limit } => {
+            Kernels::SCALAR.clamped_swiglu(&mut gate, &up[..999], alpha, limit);
+        }
+    }
+    gate.extend(last);
+    let mut outcome = Outcome::default();
+    outcome.floats(&g.view().to_f32()?, near(&gate, 1e-30));
+    Ok(outcome)
+}
+
+fn sums(ops: &Ops, random: &mut Random) -> Result<Outcome, CudaError> {
+    let (rows, width) = (5, 77);
+    let (mut x, y) = (random.floats(rows * width), random.floats(rows * width));
+    let biases = random.floats(3 * width);
+    let (a, b) = (Buffer::of_f32(ops.device(), &x)?, Buffer::of_f32(ops.device(), &y)?);
+    ops.add(a.view(), b.view(), rows * width)?;
+    Kernels::SCALAR.add(&mut x, &y);
+    let bias = Buffer::of_f32(ops.device(), &biases)?;
+    let choices = [2, 0, -1, 3, 1];
+    let which = Buffer::of_i32(ops.device(), &choices)?;
+    ops.add_bias(a.view(), bias.view(), Some(which.view()), rows, width)?;
+    ops.add_bias(a.view(), bias.view(), None, rows, width)?;
+    for (row, choice) in x.chunks_exact_mut(width).zip(choices) {
+        if let Some(bias) = usize::try_from(choice).ok().and_then(|c| biases.chunks_exact(width).nth(c)) {
+            Kernels::SCALAR.add(row, bias);
+        }
+        Kernels::SCALAR.add(row, &biases[..width]);
+    }
+    let mut outcome = Outcome::default();
+    outcome.exactly(&a.view().to_f32()?, &x);
+    Ok(outcome)
+}
+
+fn weighted_sum(ops: &Ops, random: &mut Random) -> Result<Outcome, CudaError> {
+    let (tokens, n_used, width) = (3, 8, 100);
+    let (x, weights) = (random.floats(tokens * n_used * width), random.floats(tokens * n_used));
+    let mut onto = random.floats(tokens * width);
+    let (on_device, w) = (Buffer::of_f32(ops.device(), &x)?, Buffer::of_f32(ops.device(), &weights)?);
+    let base = Buffer::of_f32(ops.device(), &onto)?;
+    let out = Buffer::room_f32(ops.device(), tokens * width)?;
+    let mut outcome = Outcome::default();
+    for with in [false, true] {
+        let given = with.then_some(base.view());
+        ops.weighted_sum(on_device.view(), w.view(), given, tokens, n_used, width, out.view())?;
+        let mut expected = vec![0.0; tokens * width];
+        for (t, to) in expected.chunks_exact_mut(width).enumerate() {
+            for k in 0..n_used {
+                let at = t * n_used + k;
+                Kernels::SCALAR.axpy(weights[at], &x[at * width..][..width], to);
+            }
+        }
+        if with {
+            Kernels::SCALAR.add(&mut onto, &expected);
+            expected.copy_from_slice(&onto);
+        }
+        outcome.floats(&out.view().to_f32()?, near(&expected, 1.0));
+    }
+    Ok(outcome)
+}
+
+fn sigmoid_gate(ops: &Ops, random: &mut Random) -> Result<Outcome, CudaError> {
+    let (rows, n, width) = (3, 300, 70);
+    let (gate, x, mut out) = (random.floats(n), random.floats(rows * n), random.floats(rows * width));
+    let (g, on_device) = (Buffer::of_f32(ops.device(), &gate)?, Buffer::of_f32(ops.device(), &x)?);
+    let o = Buffer::of_f32(ops.device(), &out)?;
+    ops.sigmoid_gate(g.view(), on_device.view(), rows, n, width, o.view())?;
+    for (x, out) in x.chunks_exact(n).zip(out.chunks_exact_mut(width)) {
+        let factor = 1.0 / (1.0 + (-Kernels::SCALAR.dot(&gate, x)).exp());
+        out.iter_mut().for_each(|v| *v *= factor);
+    }
+    let mut outcome = Outcome::default();
+    outcome.floats(&o.view().to_f32()?, near(&out, 1.0));
+    Ok(outcome)
+}
+
+fn route(ops: &Ops, random: &mut Random) -> Result<Outcome, CudaError> {
+    let mut outcome = Outcome::default();
+    let plain =
+        Routing { n_expert: 128, n_used: 8, gating: Gating::Softmax, groups: None, normalize: true, scale: 1.0 };
+    let cases = [
+        plain,
+        Routing { n_expert: 60, n_used: 4, normalize: false, ..plain },
+        Routing { n_expert: 256, gating: Gating::Sigmoid, groups: Some((8, 4)), scale: 2.5, ..plain },
+        Routing { n_expert: 384, gating: Gating::Sigmoid, scale: 2.827, ..plain },
+        Routing { n_expert: 32, n_used: 4, gating: Gating::SoftmaxChosen, normalize: false, ..plain },
+        Routing { n_expert: 1024, n_used: 10, gating: Gating::SqrtSoftplus, ..plain },
+        Routing { n_expert: 3, n_used: 3, ..plain },
+    ];
+    for r in cases {
+        let tokens = 4;
+        let mut logits: Vec<f32> = random.floats(tokens * r.n_expert).iter().map(|v| 4.0 * v).collect();
+        // Equal logits go to the lower index; the last token has no numbers at all.
+        logits[1] = logits[0];
+        let at = (tokens - 1) * r.n_expert;
+        logits[at..].fill(f32::NAN);
+        let bias = random.floats(r.n_expert);
+        for bias in [None, Some(&bias)] {
+            let on_device = Buffer::of_f32(ops.device(), &logits)?;
+            let biases = bias.map(|b| Buffer::of_f32(ops.device(), b)).transpose()?;
+            let experts = Buffer::room_f32(ops.device(), tokens * r.n_used)?;
+            let weights = Buffer::room_f32(ops.device(), tokens * r.n_used)?;
+            let b = biases.as_ref().map(Buffer::view);
+            ops.route(&r, on_device.view(), b, tokens, experts.view(), weights.view())?;
+            let (got, got_weights) = (experts.view().to_i32()?, weights.view().to_f32()?);
+            for t in 0..tokens {
+                let (mut chosen, mut expected) = (vec![0u16; r.n_used], vec![0.0; r.n_used]);
+                let row = &logits[t * r.n_expert..][..r.n_expert];
+                Router::default().route(&spec(&r), row, bias.map(Vec::as_slice), &mut chosen, &mut expected);
+                let chosen: Vec<i32> = chosen.into_iter().map(i32::from).collect();
+                let range = t * r.n_used..(t + 1) * r.n_used;
+                outcome.exactly(&got[range.clone()], &chosen);
+                outcome.floats(&got_weights[range], near(&expected, 1e-6));
+            }
+        }
+    }
+    Ok(outcome)
+}
+
+/// The part of a model's description that routing reads.
+fn spec(r: &Routing) -> MoeSpec {
+    let one = ExpertLinear { weight: 0, bias: None, n_out: 1, n_in: 1 };
+    MoeSpec {
+        router: Linear { weight: 0, bias: None, n_out: r.n_expert, n_in: 1, first_row: 0 },
+        selection_bias: None,
+        gating: r.gating,
+        n_expert: r.n_expert,
+        n_used: r.n_used,
+        groups: r.groups,
+        normalize: r.normalize,
+        scale: r.scale,
+        expert_ffn: 1,
+        activation: Activation::Silu,
+        gate_up: GateUp::Split { gate: one, up: one },
+        down: one,
+        shared: None,
+    }
+}

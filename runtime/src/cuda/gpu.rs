@@ -1,0 +1,441 @@
+//! A real GPU: the driver's first context, one stream, and kernels compiled when they are first launched and kept on
+//! disk.
+
+use super::device::{Arg, Device, Grid};
+use super::nvrtc::{Compiler, OPTIONS};
+use super::source::{MODULES, Module, headers, module_of};
+use super::{CudaError, View};
+use crate::formats::safely;
+use cudarc::driver::sys::{self, CUdevice_attribute_enum as Attribute, CUresult};
+use cudarc::driver::{CudaContext, DriverError, result};
+use std::collections::HashMap;
+use std::ffi::{CString, c_void};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use xxhash_rust::xxh3::{Xxh3, xxh3_64};
+
+/// The oldest driver interface that everything here is in, as the driver numbers it.
+const LEAST_DRIVER: i32 = 12_000;
+
+/// The oldest capability that the kernels are compiled for.
+const LEAST_CAPABILITY: (i32, i32) = (7, 5);
+
+/// What a GPU says of itself.
+#[derive(Debug, Clone)]
+pub struct Properties {
+    /// Its name.
+    pub name: String,
+    /// Number among the GPUs that the driver shows, from 0.
+    pub ordinal: usize,
+    /// Compute capability.
+    pub capability: (i32, i32),
+    /// All memory.
+    pub total_bytes: usize,
+    /// Streaming multiprocessors.
+    pub multiprocessors: i32,
+    /// Second-level cache.
+    pub l2_bytes: usize,
+    /// The interface that the driver has, 12040 for 12.4.
+    pub driver: i32,
+}
+
+/// An open GPU.
+pub struct Gpu {
+    context: Arc<CudaContext>,
+    stream: sys::CUstream,
+    pooled: bool,
+    properties: Properties,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    compiler: Option<Compiler>,
+    modules: HashMap<&'static str, sys::CUmodule>,
+    kernels: HashMap<&'static str, sys::CUfunction>,
+}
+
+// SAFETY: the driver's handles may be used from any thread whose context is this one, which every function sees to.
+unsafe impl Send for Gpu {}
+// SAFETY: as above; what changes is behind a mutex, and the stream puts work in one order.
+unsafe impl Sync for Gpu {}
+
+impl Drop for Gpu {
+    fn drop(&mut self) {
+        // A device that failed can't be tidied up.
+        if self.context.bind_to_thread().is_err() {
+            return;
+        }
+        let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
+        // SAFETY: nothing that borrows the device is left.
+        unsafe {
+            let _ = result::stream::synchronize(self.stream);
+            for module in state.modules.values() {
+                let _ = result::module::unload(*module);
+            }
+            let _ = result::stream::destroy(self.stream);
+        }
+    }
+}
+
+impl Gpu {
+    /// Opens a GPU by its number.
+    ///
+    /// # Errors
+    /// When there is no driver, no such GPU, or it or the driver is too old.
+    pub fn open(ordinal: usize) -> Result<Arc<Self>, CudaError> {
+        // SAFETY: loading the driver has no requirements.
+        if !unsafe { sys::is_culib_present() } {
+            return Err(CudaError::NoDriver);
+        }
+        let failed = |what: &str| {
+            let what = what.to_string();
+            move |e: DriverError| CudaError::Call { device: format!("GPU {ordinal}"), what, why: words(e) }
+        };
+        let mut driver = 0;
+        // SAFETY: the number outlives the call.
+        let status = unsafe { sys::cuDriverGetVersion(&mut driver) };
+        if status != CUresult::CUDA_SUCCESS || driver < LEAST_DRIVER {
+            return Err(CudaError::OldDriver { major: driver / 1000, minor: driver % 1000 / 10 });
+        }
+        match result::init() {
+            Err(DriverError(CUresult::CUDA_ERROR_NO_DEVICE)) => {
+                return Err(CudaError::NoDevice { ordinal, found: 0 });
+            }
+            done => done.map_err(failed("starting the driver"))?,
+        }
+        let count = result::device::get_count().map_err(failed("counting GPUs"))?;
+        let found = usize::try_from(count).unwrap_or(0);
+        if ordinal >= found {
+            return Err(CudaError::NoDevice { ordinal, found });
+        }
+        let context = CudaContext::new(ordinal).map_err(failed("opening it"))?;
+        let name = context.name().map_err(failed("asking for its name"))?;
+        let capability = context.compute_capability().map_err(failed("asking for its capability"))?;
+        if capability < LEAST_CAPABILITY {
+            return Err(CudaError::TooOld { name, major: capability.0, minor: capability.1 });
+        }
+        let attribute = |a| context.attribute(a).map_err(failed("asking for its properties"));
+        let properties = Properties {
+            name,
+            ordinal,
+            capability,
+            total_bytes: context.total_mem().map_err(failed("asking for its memory"))?,
+            multiprocessors: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
+            l2_bytes: attribute(Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)?.try_into().unwrap_or(0),
+            driver,
+        };
+        let pooled = context.has_async_alloc();
+        if pooled {
+            keep_freed_memory(&context).map_err(failed("setting up its memory pool"))?;
+        }
+        let stream = result::stream::create(result::stream::StreamKind::NonBlocking).map_err(failed("a stream"))?;
+        Ok(Arc::new(Self { context, stream, pooled, properties, state: Mutex::default() }))
+    }
+
+    /// What it says of itself.
+    pub fn properties(&self) -> &Properties {
+        &self.properties
+    }
+
+    /// Bytes of its memory that are free now.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn free_bytes(&self) -> Result<usize, CudaError> {
+        Ok(self.context.mem_get_info().map_err(|e| self.failed("asking for free memory", e))?.0)
+    }
+
+    /// Compiles and loads every kernel that is not loaded yet.
+    ///
+    /// # Errors
+    /// When one can't be.
+    pub fn prepare(&self) -> Result<(), CudaError> {
+        for kernel in MODULES.iter().flat_map(|m| m.kernels) {
+            self.kernel(kernel)?;
+        }
+        Ok(())
+    }
+
+    /// Host memory that the GPU reads and writes by itself.
+    ///
+    /// # Errors
+    /// When the system has not got it.
+    pub fn pinned(self: &Arc<Self>, len: usize) -> Result<Pinned, CudaError> {
+        self.bind()?;
+        // SAFETY: the context is current.
+        let start = unsafe { result::malloc_host(len.max(1), 0) }.map_err(|e| self.failed("pinning host memory", e))?;
+        // SAFETY: as many bytes were allocated.
+        unsafe { start.cast::<u8>().write_bytes(0, len) };
+        Ok(Pinned { gpu: Arc::clone(self), start: start.cast(), len })
+    }
+
+    fn bind(&self) -> Result<(), CudaError> {
+        self.context.bind_to_thread().map_err(|e| self.failed("choosing the device", e))
+    }
+
+    fn failed(&self, what: impl Into<String>, error: DriverError) -> CudaError {
+        CudaError::Call { device: self.properties.name.clone(), what: what.into(), why: words(error) }
+    }
+
+    fn kernel(&self, name: &'static str) -> Result<sys::CUfunction, CudaError> {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(kernel) = state.kernels.get(name) {
+            return Ok(*kernel);
+        }
+        let module = module_of(name).ok_or_else(|| CudaError::NoKernel(name.into()))?;
+        let loaded = match state.modules.get(module.name) {
+            Some(loaded) => *loaded,
+            None => {
+                let loaded = self.load(module, &mut state.compiler)?;
+                state.modules.insert(module.name, loaded);
+                loaded
+            }
+        };
+        let c_name = CString::new(name).map_err(|_| CudaError::NoKernel(name.into()))?;
+        // SAFETY: the module is loaded and stays so.
+        let kernel = unsafe { result::module::get_function(loaded, c_name) };
+        let kernel = kernel.map_err(|e| self.failed(format!("finding kernel {name}"), e))?;
+        state.kernels.insert(name, kernel);
+        Ok(kernel)
+    }
+
+    /// Loads a module from the cache, or compiles it.
+    fn load(&self, module: &'static Module, compiler: &mut Option<Compiler>) -> Result<sys::CUmodule, CudaError> {
+        let kept = kept_path(module, self.properties.capability, self.properties.driver);
+        if let Some(image) = kept.as_ref().and_then(|path| std::fs::read(path).ok()).and_then(|b| unseal(&b))
+            && let Ok(loaded) = load_image(&image)
+        {
+            return Ok(loaded);
+        }
+        let compiler = match compiler {
+            Some(compiler) => compiler,
+            None => compiler.insert(Compiler::find()?),
+        };
+        let compiled = compiler.compile(module, self.properties.capability)?;
+        let loaded = load_image(&compiled.image).map_err(|e| self.failed(format!("loading {}", module.name), e))?;
+        if let Some(path) = kept {
+            // A cache that can't be written costs time at the next start, nothing else.
+            let made = path.parent().map_or(Ok(()), std::fs::create_dir_all);
+            let _ = made.is_ok() && safely::write(&path, &seal(&compiled.image)).is_ok();
+        }
+        Ok(loaded)
+    }
+}
+
+/// Loads machine code or PTX into the current context.
+fn load_image(image: &[u8]) -> Result<sys::CUmodule, DriverError> {
+    // SAFETY: the compiler made it, and what came from disk has the sum that it was written with.
+    unsafe { result::module::load_data(image.as_ptr().cast()) }
+}
+
+/// Where a compiled module is kept; `None` where the environment names no folder. The name changes with everything that
+/// changes the code.
+fn kept_path(module: &Module, capability: (i32, i32), driver: i32) -> Option<PathBuf> {
+    let set = |name| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
+    let cache = set("XDG_CACHE_HOME").or_else(|| Some(set("HOME")?.join(".cache")))?;
+    Some(cache.join("tier-plan").join("kernels").join(kept_name(module, capability, driver)))
+}
+
+fn kept_name(module: &Module, (major, minor): (i32, i32), driver: i32) -> String {
+    let mut hash = Xxh3::new();
+    for text in headers().iter().map(|(_, text)| text.as_str()).chain(OPTIONS).chain([module.text]) {
+        hash.update(&(text.len() as u64).to_le_bytes());
+        hash.update(text.as_bytes());
+    }
+    let stem = module.name.trim_end_matches(".cu");
+    format!("{stem}-sm{major}{minor}-{driver}-{:032x}.bin", hash.digest128())
+}
+
+/// An image with its sum before it.
+fn seal(image: &[u8]) -> Vec<u8> {
+    let mut bytes = xxh3_64(image).to_le_bytes().to_vec();
+    bytes.extend_from_slice(image);
+    bytes
+}
+
+/// The image, if it is whole.
+fn unseal(bytes: &[u8]) -> Option<Vec<u8>> {
+    let (sum, image) = bytes.split_first_chunk()?;
+    (!image.is_empty() && u64::from_le_bytes(*sum) == xxh3_64(image)).then(|| image.to_vec())
+}
+
+/// Lets the pool keep what is freed, for the next allocation.
+fn keep_freed_memory(context: &CudaContext) -> Result<(), DriverError> {
+    let mut pool = std::ptr::null_mut();
+    let mut all = u64::MAX;
+    let name = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+    // SAFETY: the device exists, and the attribute is a 64-bit number.
+    unsafe {
+        sys::cuDeviceGetDefaultMemPool(&mut pool, context.cu_device()).result()?;
+        sys::cuMemPoolSetAttribute(pool, name, std::ptr::from_mut(&mut all).cast()).result()
+    }
+}
+
+/// What the driver says about an error.
+fn words(error: DriverError) -> String {
+    let name = error.error_name().map(|n| n.to_string_lossy().into_owned());
+    let text = error.error_string().map(|t| t.to_string_lossy().into_owned());
+    format!("{} ({})", text.unwrap_or_else(|_| "unknown error".into()), name.unwrap_or_else(|_| "no name".into()))
+}
+
+impl Device for Gpu {
+    fn name(&self) -> &str {
+        &self.properties.name
+    }
+
+    fn allocate(&self, len: usize) -> Result<u64, CudaError> {
+        self.bind()?;
+        // Kernels may look at a few bytes after the end of what they read.
+        let room = len.saturating_add(16).max(256);
+        // SAFETY: the context is current.
+        let made =
+            unsafe { if self.pooled { result::malloc_async(self.stream, room) } else { result::malloc_sync(room) } };
+        made.map_err(|error| match error {
+            DriverError(CUresult::CUDA_ERROR_OUT_OF_MEMORY) => CudaError::OutOfMemory {
+                device: self.properties.name.clone(),
+                wanted: len,
+                free: self.free_bytes().unwrap_or(0),
+            },
+            error => self.failed(format!("allocating {len} bytes"), error),
+        })
+    }
+
+    unsafe fn free(&self, at: u64) {
+        // On a device that failed there is nothing left to free.
+        if self.bind().is_err() {
+            return;
+        }
+        // SAFETY: the caller's promise; work that uses the memory was asked for before.
+        unsafe {
+            let _ = if self.pooled { result::free_async(at, self.stream) } else { result::free_sync(at) };
+        }
+    }
+
+    unsafe fn write(&self, to: u64, bytes: &[u8]) -> Result<(), CudaError> {
+        self.bind()?;
+        // SAFETY: the caller's promise. From pageable memory, which every slice is but those that `Pinned` keeps to
+        // itself, the driver has taken the bytes when this returns.
+        let done = unsafe { result::memcpy_htod_async(to, bytes, self.stream) };
+        done.map_err(|e| self.failed(format!("copying {} bytes to it", bytes.len()), e))
+    }
+
+    unsafe fn read(&self, from: u64, bytes: &mut [u8]) -> Result<(), CudaError> {
+        self.bind()?;
+        // SAFETY: the caller's promise; the bytes are there when the stream has come this far.
+        let done = unsafe { result::memcpy_dtoh_async(bytes, from, self.stream) };
+        done.map_err(|e| self.failed(format!("copying {} bytes from it", bytes.len()), e))?;
+        self.wait()
+    }
+
+    unsafe fn launch(&self, kernel: &'static str, grid: Grid, args: &[Arg]) -> Result<(), CudaError> {
+        self.bind()?;
+        let function = self.kernel(kernel)?;
+        let [x, y, z] = grid.blocks;
+        let mut addresses: Vec<*mut c_void> = args.iter().map(|a| a.address().cast_mut()).collect();
+        // SAFETY: the caller's promise about the arguments, which the driver copies.
+        let done =
+            unsafe { result::launch_kernel(function, (x, y, z), (grid.threads, 1, 1), 0, self.stream, &mut addresses) };
+        done.map_err(|e| self.failed(format!("launching {kernel}"), e))
+    }
+
+    fn wait(&self) -> Result<(), CudaError> {
+        self.bind()?;
+        // SAFETY: the stream lives as long as this value.
+        unsafe { result::stream::synchronize(self.stream) }.map_err(|e| self.failed("what was asked of it", e))
+    }
+}
+
+/// Host memory that a GPU copies to and from without the processor.
+pub struct Pinned {
+    gpu: Arc<Gpu>,
+    start: *mut u8,
+    len: usize,
+}
+
+// SAFETY: the memory belongs to this value alone.
+unsafe impl Send for Pinned {}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        if self.gpu.bind().is_ok() {
+            // SAFETY: `pinned` allocated it, and every copy has been waited for.
+            let _ = unsafe { result::free_host(self.start.cast()) };
+        }
+    }
+}
+
+impl Pinned {
+    /// The bytes.
+    pub fn bytes(&mut self) -> &mut [u8] {
+        // SAFETY: as many bytes were allocated and set to 0.
+        unsafe { std::slice::from_raw_parts_mut(self.start, self.len) }
+    }
+
+    /// Copies all of it to the device, and waits.
+    ///
+    /// # Errors
+    /// When the device fails.
+    ///
+    /// # Panics
+    /// When there is no room.
+    pub fn send(&mut self, to: View<'_>) -> Result<(), CudaError> {
+        let gpu = Arc::clone(&self.gpu);
+        to.write(self.bytes())?;
+        gpu.wait()
+    }
+
+    /// Fills it from the device.
+    ///
+    /// # Errors
+    /// When the device fails.
+    ///
+    /// # Panics
+    /// When there are too few bytes.
+    pub fn receive(&mut self, from: View<'_>) -> Result<(), CudaError> {
+        from.read(self.bytes())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn without_a_driver_the_error_says_what_is_missing() {
+        // SAFETY: loading the driver has no requirements.
+        if unsafe { sys::is_culib_present() } {
+            return;
+        }
+        let message = Gpu::open(0).err().map(|e| e.to_string()).unwrap_or_default();
+        assert!(message.contains("libcuda.so.1") && message.contains("install the driver"), "{message}");
+    }
+
+    #[test]
+    fn kept_kernels_must_be_whole() {
+        let sealed = seal(b"machine code");
+        assert_eq!(unseal(&sealed).as_deref(), Some(b"machine code".as_slice()));
+        for cut in 0..sealed.len() {
+            assert_eq!(unseal(&sealed[..cut]), None);
+        }
+        for at in 0..sealed.len() {
+            let mut changed = sealed.clone();
+            changed[at] ^= 1;
+            assert_eq!(unseal(&changed), None);
+        }
+    }
+
+    #[test]
+    fn what_changes_the_code_changes_the_name() {
+        let name = |module, capability, driver| kept_name(module, capability, driver);
+        let [a, b, ..] = &MODULES;
+        let first = name(a, (8, 6), 12_040);
+        assert_eq!(first, name(a, (8, 6), 12_040));
+        let changed = Module { name: a.name, text: "other", kernels: a.kernels };
+        for other in
+            [name(b, (8, 6), 12_040), name(a, (8, 9), 12_040), name(a, (8, 6), 13_000), name(&changed, (8, 6), 12_040)]
+        {
+            assert_ne!(first, other);
+        }
+    }
+}

@@ -1,0 +1,133 @@
+// Attention over the cache: each block computes some heads' share of a chunk of 256 positions for one token, and a
+// second kernel puts a query's chunks together in their order. Chunks begin at fixed positions, so a result doesn't
+// depend on what is computed beside it.
+#include "rows.cuh"
+
+/// Positions of a chunk.
+#define CHUNK 256
+/// Query heads of a block, all of one head of keys and values.
+#define HEADS 8
+/// Threads of a block.
+#define THREADS 128
+/// The widest key: a latent of 512 and a rotated part of 64 are 576.
+#define MAX_KEY 640
+/// Lanes that share a position while scores are computed.
+#define SHARE 8
+
+/// `mixed` is `[tokens, heads, chunks, value_width]`, `largest` and `sums` `[tokens, heads, chunks]`. Grid: chunks, heads
+/// of keys and values times blocks of heads, tokens.
+template <class Rows>
+DEVICE void attend(const float* queries, const u8* keys, const u8* values, int context, int n_head_kv, int group,
+                   int key_width, int value_row_width, int value_width, float scale, int past, int window,
+                   int first_chunk, float* mixed, float* largest, float* sums) {
+    __shared__ float query[HEADS][MAX_KEY];
+    __shared__ float scores[HEADS][CHUNK];
+    const int head_blocks = (group + HEADS - 1) / HEADS;
+    const int kv_head = (int)blockIdx.y / head_blocks, first_head = (int)blockIdx.y % head_blocks * HEADS;
+    const int heads = group - first_head < HEADS ? group - first_head : HEADS;
+    const int token = (int)blockIdx.z, chunk = (int)blockIdx.x, chunks = (int)gridDim.x;
+    const int n_head = n_head_kv * group;
+    const i64 first_query = (i64)token * n_head + kv_head * group + first_head;
+    const int end_seen = past + token + 1;
+    const int begin_seen = window > 0 && end_seen > window ? end_seen - window : 0;
+    const int chunk_start = (first_chunk + chunk) * CHUNK;
+    const int start = begin_seen > chunk_start ? begin_seen : chunk_start;
+    const int end = end_seen < chunk_start + CHUNK ? end_seen : chunk_start + CHUNK;
+    const int n = end > start ? end - start : 0;
+    const int thread = (int)threadIdx.x, lane = thread % WARP, warp = thread / WARP;
+    for (int i = thread; i < heads * key_width; i += THREADS) {
+        query[i / key_width][i % key_width] = scale * queries[first_query * key_width + i];
+    }
+    __syncthreads();
+    const i64 key_bytes = Rows::row_bytes(key_width), value_bytes = Rows::row_bytes(value_row_width);
+    const u8* key = keys + ((i64)kv_head * context + start) * key_bytes;
+    const u8* value = values + ((i64)kv_head * context + start) * value_bytes;
+    // Groups of eight lanes take positions in turn; all lanes of a warp go round as often.
+    for (int p0 = 0; p0 < n; p0 += THREADS / SHARE) {
+        const int p = p0 + thread / SHARE;
+        float dots[HEADS];
+        for (int h = 0; h < HEADS; h++) dots[h] = 0.0f;
+        if (p < n) {
+            for (int i = thread % SHARE * 4; i < key_width; i += SHARE * 4) {
+                const float4 k = Rows::four(key + p * key_bytes, i);
+                for (int h = 0; h < HEADS; h++) {
+                    if (h >= heads) continue;
+                    const float* q = query[h] + i;
+                    dots[h] += k.x * q[0] + k.y * q[1] + k.z * q[2] + k.w * q[3];
+                }
+            }
+        }
+        for (int h = 0; h < HEADS; h++) {
+            for (int step = SHARE / 2; step > 0; step /= 2) dots[h] += __shfl_xor_sync(ALL_LANES, dots[h], step);
+            if (p < n && h < heads && thread % SHARE == 0) scores[h][p] = dots[h];
+        }
+    }
+    __syncthreads();
+    for (int h = warp; h < heads; h += THREADS / WARP) {
+        float most = minus_infinity();
+        for (int p = lane; p < n; p += WARP) most = fmaxf(most, scores[h][p]);
+        most = warp_max(most);
+        float sum = 0.0f;
+        for (int p = lane; p < n; p += WARP) {
+            const float e = expf(scores[h][p] - most);
+            scores[h][p] = e;
+            sum += e;
+        }
+        sum = warp_sum(sum);
+        if (lane == 0) {
+            largest[(first_query + h) * chunks + chunk] = most;
+            sums[(first_query + h) * chunks + chunk] = sum;
+        }
+    }
+    __syncthreads();
+    for (int c = thread; c < value_width; c += THREADS) {
+        float acc[HEADS];
+        for (int h = 0; h < HEADS; h++) acc[h] = 0.0f;
+        for (int p = 0; p < n; p++) {
+            const float v = Rows::at(value + p * value_bytes, c);
+            for (int h = 0; h < HEADS; h++) {
+                if (h < heads) acc[h] += scores[h][p] * v;
+            }
+        }
+        for (int h = 0; h < HEADS; h++) {
+            if (h < heads) mixed[((first_query + h) * chunks + chunk) * value_width + c] = acc[h];
+        }
+    }
+}
+
+#define ATTEND(NAME, ROWS)                                                                                              \
+    KERNEL NAME(const float* queries, const u8* keys, const u8* values, int context, int n_head_kv, int group,          \
+                int key_width, int value_row_width, int value_width, float scale, int past, int window,                 \
+                int first_chunk, float* mixed, float* largest, float* sums) {                                           \
+        attend<ROWS>(queries, keys, values, context, n_head_kv, group, key_width, value_row_width, value_width, scale,  \
+                     past, window, first_chunk, mixed, largest, sums);                                                  \
+    }
+
+ATTEND(attend_f32, RowsF32)
+ATTEND(attend_f16, RowsF16)
+ATTEND(attend_q8, RowsQ8)
+
+/// Puts the chunks of a query together, `out` is `[tokens, heads, value_width]`. `sinks`, one a head, may be null: scores
+/// beside those of the positions that take their share of the weights away. Grid: heads, tokens.
+KERNEL join_chunks(const float* mixed, const float* largest, const float* sums, int chunks, int value_width,
+                   const float* sinks, float* out) {
+    const i64 query = (i64)blockIdx.y * gridDim.x + blockIdx.x;
+    float most = sinks ? sinks[blockIdx.x] : minus_infinity();
+    for (int c = 0; c < chunks; c++) {
+        if (sums[query * chunks + c] != 0.0f) most = fmaxf(most, largest[query * chunks + c]);
+    }
+    float sum = 0.0f;
+    for (int c = 0; c < chunks; c++) {
+        const float share = sums[query * chunks + c];
+        if (share != 0.0f) sum += expf(largest[query * chunks + c] - most) * share;
+    }
+    if (sinks) sum += expf(sinks[blockIdx.x] - most);
+    for (int i = (int)threadIdx.x; i < value_width; i += (int)blockDim.x) {
+        float acc = 0.0f;
+        for (int c = 0; c < chunks; c++) {
+            if (sums[query * chunks + c] == 0.0f) continue;
+            acc += expf(largest[query * chunks + c] - most) * mixed[(query * chunks + c) * value_width + i];
+        }
+        out[query * value_width + i] = acc / sum;
+    }
+}

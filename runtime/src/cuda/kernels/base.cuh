@@ -1,0 +1,118 @@
+// Types and steps that all kernels share. The compiler that a driver's owner has brings no headers, so there are none
+// here; what a processor has no instruction for stands in shim.h, with which the same kernels compile as plain C++.
+#pragma once
+
+typedef signed char i8;
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef long long i64;
+
+#ifdef TIER_PLAN_SHIM
+#include "shim.h"
+#else
+
+#define DEVICE __device__ __forceinline__
+#define KERNEL extern "C" __global__ void
+#define TABLE static __device__ const
+
+/// The 16-bit float with these bits.
+DEVICE float widen(u16 bits) {
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+    return value;
+}
+
+/// Rounds to a 16-bit float, ties to even.
+DEVICE u16 narrow(float value) {
+    u16 bits;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+    return bits;
+}
+
+#endif
+
+/// Lanes of a warp.
+#define WARP 32
+/// All of them.
+#define ALL_LANES 0xffffffffu
+/// The same byte four times.
+#define BYTES4(byte) ((u32)(byte) * 0x01010101u)
+
+DEVICE float minus_infinity() {
+    return __int_as_float((int)0xff800000);
+}
+
+DEVICE float warp_sum(float v) {
+    for (int step = WARP / 2; step > 0; step /= 2) v += __shfl_xor_sync(ALL_LANES, v, step);
+    return v;
+}
+
+DEVICE float warp_max(float v) {
+    for (int step = WARP / 2; step > 0; step /= 2) v = fmaxf(v, __shfl_xor_sync(ALL_LANES, v, step));
+    return v;
+}
+
+/// The sum over a block of whole warps, to every thread; `room` is shared, a float a warp.
+DEVICE float block_sum(float v, float* room) {
+    v = warp_sum(v);
+    __syncthreads();
+    if (threadIdx.x % WARP == 0) room[threadIdx.x / WARP] = v;
+    __syncthreads();
+    float sum = 0.0f;
+    for (u32 i = 0; i < blockDim.x / WARP; i++) sum += room[i];
+    return sum;
+}
+
+/// The largest over a block of whole warps, to every thread; as `block_sum`.
+DEVICE float block_max(float v, float* room) {
+    v = warp_max(v);
+    __syncthreads();
+    if (threadIdx.x % WARP == 0) room[threadIdx.x / WARP] = v;
+    __syncthreads();
+    float most = room[0];
+    for (u32 i = 1; i < blockDim.x / WARP; i++) most = fmaxf(most, room[i]);
+    return most;
+}
+
+DEVICE float half_at(const u8* p) {
+    return widen(*(const u16*)p);
+}
+
+/// Reads `N` words. `UNIT` is the address's alignment: an or of all numbers that it is a sum of multiples of. Below 4 the
+/// words around it are read and shifted, so up to three bytes on either side are looked at: an allocation's are there.
+template <int UNIT, int N>
+DEVICE void words(const u8* p, u32* out) {
+    constexpr int align = UNIT & -UNIT;
+    if constexpr (align >= 16 && N % 4 == 0) {
+        for (int i = 0; i < N / 4; i++) {
+            const uint4 four = ((const uint4*)p)[i];
+            out[4 * i] = four.x;
+            out[4 * i + 1] = four.y;
+            out[4 * i + 2] = four.z;
+            out[4 * i + 3] = four.w;
+        }
+    } else if constexpr (align >= 4) {
+        for (int i = 0; i < N; i++) out[i] = ((const u32*)p)[i];
+    } else {
+        const u32 shift = (u32)((u64)p % 4) * 8;
+        const u32* from = (const u32*)((u64)p & ~(u64)3);
+        u32 low = from[0];
+        for (int i = 0; i < N; i++) {
+            const u32 high = i + 1 < N || shift != 0 ? from[i + 1] : 0;
+            out[i] = __funnelshift_r(low, high, shift);
+            low = high;
+        }
+    }
+}
+
+/// Takes a number of at most 128 from each of four bytes below 128.
+DEVICE u32 less(u32 bytes, u32 number) {
+    return ((bytes | BYTES4(0x80)) - BYTES4(number)) ^ BYTES4(0x80);
+}
+
+/// The lowest four bits, a byte each.
+DEVICE u32 spread4(u32 bits) {
+    return ((bits & 15) * 0x00204081u) & BYTES4(1);
+}

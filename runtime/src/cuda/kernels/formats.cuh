@@ -1,0 +1,70 @@
+// What every block format has in common: codes of at most 8 bits, a scale and a minimum for each sixteen of them, and
+// `value = scale * code - min`. A format takes one run of 32 values apart; products, and decoding, start from there.
+#pragma once
+#include "base.cuh"
+
+/// 32 values taken apart.
+struct Run {
+    /// Signed codes in the order of the row, four a word.
+    u32 q[8];
+    /// Of each half.
+    float scale[2];
+    /// Of each half, subtracted; zero in formats without.
+    float min[2];
+};
+
+/// Both halves alike.
+DEVICE void scales(Run& r, float scale, float min) {
+    r.scale[0] = r.scale[1] = scale;
+    r.min[0] = r.min[1] = min;
+}
+
+/// The 32 4-bit numbers of four words, low halves first.
+DEVICE void nibbles(const u32* w, u32* q) {
+    for (int i = 0; i < 4; i++) {
+        q[i] = w[i] & BYTES4(15);
+        q[i + 4] = w[i] >> 4 & BYTES4(15);
+    }
+}
+
+/// Four 4-bit numbers, the lowest 16 bits, looked up in sixteen bytes.
+DEVICE u32 look_up4(u32 numbers, const u32* levels) {
+    const u32 below = __byte_perm(levels[0], levels[1], numbers & 0x7777);
+    const u32 above = __byte_perm(levels[2], levels[3], numbers & 0x7777);
+    return __byte_perm(below, above, 0x3210 | (numbers & 0x8888) >> 1);
+}
+
+/// The 32 4-bit numbers of four words, low halves first, looked up in sixteen bytes.
+DEVICE void look_up(const u32* w, const u32* levels, u32* q) {
+    for (int i = 0; i < 4; i++) {
+        // Low and high half of a byte by turns.
+        const u32 first = look_up4(w[i] & 0xffff, levels), second = look_up4(w[i] >> 16, levels);
+        q[i] = __byte_perm(first, second, 0x6420);
+        q[i + 4] = __byte_perm(first, second, 0x7531);
+    }
+}
+
+/// The levels of IQ4_NL and IQ4_XS, from -127 to 113.
+DEVICE void iq4_levels(u32* levels) {
+    levels[0] = 0xbfad9881;
+    levels[1] = 0xf6eaddcf;
+    levels[2] = 0x26190d01;
+    levels[3] = 0x71594535;
+}
+
+/// Adds 32 products: `q`, `scale` and `sums` are the run's activations.
+DEVICE float run_product(const Run& r, const i8* q, float scale, const float* sums, bool has_min) {
+    const int4* x = (const int4*)q;
+    const int4 first = x[0], second = x[1];
+    int a = __dp4a((int)r.q[0], first.x, 0);
+    int b = __dp4a((int)r.q[4], second.x, 0);
+    a = __dp4a((int)r.q[1], first.y, a);
+    b = __dp4a((int)r.q[5], second.y, b);
+    a = __dp4a((int)r.q[2], first.z, a);
+    b = __dp4a((int)r.q[6], second.z, b);
+    a = __dp4a((int)r.q[3], first.w, a);
+    b = __dp4a((int)r.q[7], second.w, b);
+    float product = scale * (r.scale[0] * (float)a + r.scale[1] * (float)b);
+    if (has_min) product -= r.min[0] * sums[0] + r.min[1] * sums[1];
+    return product;
+}

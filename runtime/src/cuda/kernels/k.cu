@@ -1,0 +1,10 @@
+// Products with, and decoding of, the formats of k.cuh.
+#include "matvec.cuh"
+#include "k.cuh"
+
+FORMAT_KERNELS(Q2_K)
+FORMAT_KERNELS(Q3_K)
+FORMAT_KERNELS(Q4_K)
+FORMAT_KERNELS(Q5_K)
+FORMAT_KERNELS(Q6_K)
+FORMAT_KERNELS(IQ4_XS)

@@ -1,0 +1,11 @@
+// Products with, and decoding of, the formats of small.cuh.
+#include "matvec.cuh"
+#include "small.cuh"
+
+FORMAT_KERNELS(Q4_0)
+FORMAT_KERNELS(Q4_1)
+FORMAT_KERNELS(Q5_0)
+FORMAT_KERNELS(Q5_1)
+FORMAT_KERNELS(Q8_0)
+FORMAT_KERNELS(IQ4_NL)
+FORMAT_KERNELS(MXFP4)

@@ -1,0 +1,160 @@
+//! A device for tests: the kernels compiled as plain C++ by the system's compiler, in main memory, a block's threads one
+//! after the other. Writes beyond a buffer and reads of what nobody wrote are found.
+
+use super::device::{Arg, Device, Grid};
+use super::source::{MODULES, headers};
+use super::{CudaError, device::Buffer};
+use libloading::Library;
+use std::alloc::{Layout, alloc, dealloc};
+use std::collections::{BTreeSet, HashMap};
+use std::ffi::{c_int, c_uint, c_void};
+use std::fmt::Write;
+use std::process::Command;
+use std::sync::{Arc, LazyLock, Mutex, PoisonError};
+
+/// Bytes around every buffer that must stay as they are.
+const GUARD: usize = 256;
+const GUARD_BYTE: u8 = 0xa5;
+
+type Run = unsafe extern "C" fn(*mut *mut c_void, *const c_uint) -> c_int;
+
+pub(crate) struct Shim {
+    library: Library,
+    /// Bytes of what is allocated, and the kernels that were launched. Held while one runs: its blocks share statics.
+    state: Mutex<(HashMap<u64, usize>, BTreeSet<&'static str>)>,
+}
+
+/// The one device of all tests.
+pub(crate) fn shared() -> Arc<Shim> {
+    static SHIM: LazyLock<Arc<Shim>> = LazyLock::new(|| Arc::new(Shim::compile()));
+    Arc::clone(&SHIM)
+}
+
+impl Shim {
+    fn compile() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        for (name, text) in headers() {
+            std::fs::write(dir.path().join(name), text).unwrap();
+        }
+        std::fs::write(dir.path().join("shim.h"), include_str!("shim/shim.h")).unwrap();
+        let mut all = String::from("#include \"base.cuh\"\n");
+        for module in &MODULES {
+            std::fs::write(dir.path().join(module.name), module.text).unwrap();
+            writeln!(all, "#include \"{}\"", module.name).unwrap();
+            for kernel in module.kernels {
+                writeln!(
+                    all,
+                    "extern \"C\" int run_{kernel}(void** args, const unsigned* dims) {{\n\
+                     return shim::launch([](void** a) {{ shim::call({kernel}, a); }}, args, dims); }}"
+                )
+                .unwrap();
+            }
+        }
+        std::fs::write(dir.path().join("all.cpp"), all).unwrap();
+        let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".into());
+        let library = dir.path().join("kernels.so");
+        // No fused products, as on the processor's plain kernels.
+        let done = Command::new(&compiler)
+            .args(["-std=c++17", "-O2", "-fPIC", "-shared", "-ffp-contract=off", "-fno-strict-aliasing"])
+            .args(["-DTIER_PLAN_SHIM", "-Wall", "-Wno-unknown-pragmas", "-Wno-unused-function", "-o"])
+            .arg(&library)
+            .arg(dir.path().join("all.cpp"))
+            .output()
+            .unwrap_or_else(|e| panic!("the tests of GPU kernels need a C++ compiler, and '{compiler}' does not run ({e}): install g++, or set CXX"));
+        let log = String::from_utf8_lossy(&done.stderr);
+        assert!(done.status.success(), "the kernels do not compile as C++: {log}");
+        assert!(log.is_empty(), "the kernels compile as C++ with warnings: {log}");
+        // SAFETY: the library has no code that runs when it is loaded.
+        let library = unsafe { Library::new(&library) }.unwrap();
+        Self { library, state: Mutex::default() }
+    }
+
+    /// The kernels that were launched so far.
+    pub(crate) fn launched(&self) -> BTreeSet<&'static str> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).1.clone()
+    }
+}
+
+fn layout(len: usize) -> Layout {
+    Layout::from_size_align(len + 2 * GUARD, 256).unwrap()
+}
+
+impl Device for Shim {
+    fn name(&self) -> &str {
+        "the processor as a device"
+    }
+
+    fn allocate(&self, len: usize) -> Result<u64, CudaError> {
+        // SAFETY: the size is not 0.
+        let at = unsafe { alloc(layout(len)) };
+        assert!(!at.is_null());
+        // SAFETY: as many bytes were allocated. What nobody wrote is NaN.
+        unsafe {
+            at.write_bytes(GUARD_BYTE, len + 2 * GUARD);
+            at.add(GUARD).write_bytes(0xff, len);
+        }
+        let at = at as u64 + GUARD as u64;
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).0.insert(at, len);
+        Ok(at)
+    }
+
+    unsafe fn free(&self, at: u64) {
+        let len = self.state.lock().unwrap_or_else(PoisonError::into_inner).0.remove(&at).unwrap();
+        let start = (at - GUARD as u64) as *mut u8;
+        // SAFETY: `allocate` made this, with guards on both sides.
+        let whole = unsafe { std::slice::from_raw_parts(start, len + 2 * GUARD) };
+        let mut guards = whole[..GUARD].iter().chain(&whole[GUARD + len..]);
+        if !std::thread::panicking() {
+            assert!(guards.all(|b| *b == GUARD_BYTE), "a kernel wrote beyond a buffer of {len} bytes");
+        }
+        // SAFETY: as above, and it is not used afterwards.
+        unsafe { dealloc(start, layout(len)) };
+    }
+
+    unsafe fn write(&self, to: u64, bytes: &[u8]) -> Result<(), CudaError> {
+        // SAFETY: the caller's promise.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to as *mut u8, bytes.len()) };
+        Ok(())
+    }
+
+    unsafe fn read(&self, from: u64, bytes: &mut [u8]) -> Result<(), CudaError> {
+        // SAFETY: the caller's promise.
+        unsafe { std::ptr::copy_nonoverlapping(from as *const u8, bytes.as_mut_ptr(), bytes.len()) };
+        Ok(())
+    }
+
+    unsafe fn launch(&self, kernel: &'static str, grid: Grid, args: &[Arg]) -> Result<(), CudaError> {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.1.insert(kernel);
+        // SAFETY: the generated functions have this type.
+        let run = unsafe { self.library.get::<Run>(format!("run_{kernel}").as_bytes()) };
+        let run = run.map_err(|_| CudaError::NoKernel(kernel.into()))?;
+        let mut addresses: Vec<*mut c_void> = args.iter().map(|a| a.address().cast_mut()).collect();
+        let [x, y, z] = grid.blocks;
+        let dims = [x, y, z, grid.threads, 1, 1];
+        // SAFETY: the caller's promise about the arguments; the lock keeps other kernels away.
+        let status = unsafe { run(addresses.as_mut_ptr(), dims.as_ptr()) };
+        let why = match status {
+            0 => return Ok(()),
+            1 => "too many threads in a block",
+            2 => "no memory for threads",
+            _ => "threads wait for others that never come",
+        };
+        Err(CudaError::Call { device: self.name().into(), what: kernel.into(), why: why.into() })
+    }
+
+    fn wait(&self) -> Result<(), CudaError> {
+        Ok(())
+    }
+}
+
+#[test]
+fn a_write_beyond_a_buffer_is_found() {
+    let device: Arc<dyn Device> = shared();
+    let found = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        let buffer = Buffer::new(&device, 8).unwrap();
+        // SAFETY: one byte too many, which is still inside the guard.
+        unsafe { device.write(buffer.view().address(), &[1; 9]) }.unwrap();
+    }));
+    assert!(found.is_err());
+}
