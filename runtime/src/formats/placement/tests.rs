@@ -280,7 +280,7 @@ fn errors_say_what_and_how_to_mend() {
         ("recent_half_life = 2", "recent_half_life = 65537", "layer 5: recent_half_life is 65537 tokens, but must be"),
         ("recent_half_life = 2\n", "", "layer 5: the policy \"adaptive\" needs recent_half_life"),
         ("recent_weight = 8", "recent_weight = 1025", "layer 5: recent_weight is 1025, but 1024 is the most"),
-        ("version = 3", "version = 2", "layer 1: the policy \"lfu\" is of version 3; write `version = 3`"),
+        ("version = 3", "version = 2", "are keys of version 3; write `version = 3`"),
     ];
     for (from, to, why) in cases {
         assert!(V3.contains(from), "{from}");

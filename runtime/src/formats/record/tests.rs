@@ -78,6 +78,8 @@ fn version_1_means_what_it_meant() {
     let mut want = want;
     let predicted = want.predicted.as_mut().unwrap();
     (predicted.at, predicted.kv_s, predicted.prompt_gflops) = (96, 0.00025, vec![900.0, 50.5]);
+    let layer = &mut want.layers[0];
+    (layer.missed_bytes, layer.reading_s, layer.waited_s) = (30_000, 0.0015, 0.0005);
     let record = load(V2).unwrap();
     assert_eq!(record, want);
     assert_eq!(record.encode(), V2, "the writer lays out version 2 as it always did");
@@ -105,7 +107,7 @@ fn errors_say_what_and_how_to_mend() {
             "run record version 3, but this program reads up to version 2; update tier-plan",
         ),
         ("\"version\": 1", "\"version\": 0", "version is 0, but versions start at 1"),
-        ("\"version\": 1,", "", "no version; write `version = 1`"),
+        ("\"version\": 1,", "", "no version; write `version = 2`"),
         ("\"isa\"", "\"simd\"", "unknown field `simd`, expected one of"),
         ("  \"threads\": 2,\n", "", "missing field `threads`"),
         ("\"threads\": 2", "\"threads\": -2", "invalid value: integer `-2`, expected u32 at line 17 column"),
