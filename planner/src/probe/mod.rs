@@ -292,8 +292,8 @@ impl Findings {
             None => "Q4_K".to_string(),
         };
         let compute = rounded(self.compute_gbps);
-        // A plan's tiers go from fast to slow.
-        let read = rounded(self.disk.gbps.value).min(compute);
+        // Experts are read while others compute. A plan's tiers go from fast to slow.
+        let read = rounded(self.disk.gbps.value.min(self.together_gbps.1)).min(compute);
         let dram = Tier {
             name: "dram".into(),
             kind: TierKind::Dram,
@@ -316,9 +316,9 @@ impl Findings {
             latency_us: rounded(self.disk.latency_us.value),
             emulated: false,
             source: format!(
-                "measured {day}: reads of {} {how}, 1 to 8 at once; while the cores compute {:.2} GB/s",
+                "measured {day}: reads of {} {how}, 1 to 8 at once, while the cores compute; alone {:.2} GB/s",
                 show_bytes(self.disk.piece_bytes),
-                self.together_gbps.1
+                self.disk.gbps.value
             ),
         };
         Machine {
