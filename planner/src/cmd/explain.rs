@@ -169,7 +169,7 @@ fn sentence(plan: &Placement, of: &LayerReason, layers: &[u32]) -> String {
         "{}: {}; pins serve {:.1} % of choices, slots {:.1} %; {:.3} ms, longest {longest}{border}",
         numbers(layers),
         parts.join(", "),
-        of.pin_hits * 100.0,
+        of.pin_hits.max(0.0) * 100.0,
         of.slot_hits * 100.0,
         of.seconds * 1e3
     )

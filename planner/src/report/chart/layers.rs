@@ -18,15 +18,13 @@ pub(super) fn chart(o: &Overview<'_>) -> Option<Chart> {
     let subtitle =
         format!("Milliseconds per decoded token in each layer, {}. All panels have the same scale.", o.measured());
     let (mut scene, y) = begin(&title, &subtitle);
-    let y = legend(
-        &mut scene,
-        y,
-        &[
-            (Sign::Swatch(Ink::Dense), "dense (attention, norms, router)".to_string()),
-            (Sign::Swatch(Ink::Experts), "routed experts".to_string()),
-            (Sign::Swatch(Ink::Waiting), "waiting for their reads".to_string()),
-        ],
-    );
+    let waits = plans.iter().flat_map(|p| &p.layers).any(|l| l.waited_s > 0.0);
+    let signs = [
+        (Sign::Swatch(Ink::Dense), "dense (attention, norms, router)".to_string()),
+        (Sign::Swatch(Ink::Experts), "routed experts".to_string()),
+        (Sign::Swatch(Ink::Waiting), "waiting for their reads".to_string()),
+    ];
+    let y = legend(&mut scene, y, if waits { &signs } else { &signs[..2] });
     let columns = match plans.len() {
         1 => 1,
         2 | 4 => 2,
