@@ -27,10 +27,10 @@ const CONTEXT: u32 = 768;
 /// Memory that may come after the first rounds: what an allocator keeps in fragments.
 const GROWTH: u64 = 8 << 20;
 
-/// Resident memory of this process.
+/// Memory of this process's own: pages of mapped files come and go as the system likes.
 fn resident_bytes() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find(|l| l.starts_with("VmRSS:"))?;
+    let line = status.lines().find(|l| l.starts_with("RssAnon:"))?;
     line.split_whitespace().nth(1)?.parse::<u64>().ok().map(|kib| kib << 10)
 }
 
