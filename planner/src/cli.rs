@@ -220,6 +220,9 @@ pub struct SolveArgs {
     /// For --objective throughput: sequences that are decoded together
     #[arg(long, value_name = "B")]
     pub batch: Option<u32>,
+    /// What solves the integer program where the search does not meet its bound; highs needs a build with that feature
+    #[arg(long, value_enum, default_value_t = Backend::Microlp)]
+    pub backend: Backend,
     /// Tokens a second to reach; --objective memory finds the least memory that does
     #[arg(long, value_name = "X")]
     pub target_tok_s: Option<f64>,
@@ -389,6 +392,28 @@ pub enum Policy {
     Lfu,
     /// Uses of late and uses of very late, weighed by what the profile teaches
     Adaptive,
+}
+
+/// What solves the integer program where the search's own bound is not met.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum Backend {
+    /// Pure Rust
+    #[default]
+    Microlp,
+    /// HiGHS, of builds with `--features highs`
+    #[cfg(feature = "highs")]
+    Highs,
+}
+
+impl Backend {
+    /// Its name on the command line and in plans.
+    pub fn name(self) -> &'static str {
+        match self {
+            Backend::Microlp => "microlp",
+            #[cfg(feature = "highs")]
+            Backend::Highs => "highs",
+        }
+    }
 }
 
 /// What a plan makes least.

@@ -3,8 +3,8 @@
 use super::{compare, inspect, profile, run, solve};
 use crate::bundled;
 use crate::cli::{
-    CompareArgs, DemoArgs, InspectArgs, Objective, Policy, ProfileArgs, RunArgs, SamplingArgs, SolveArgs, StoreArgs,
-    Strategy, VerifyArgs,
+    Backend, CompareArgs, DemoArgs, InspectArgs, Objective, Policy, ProfileArgs, RunArgs, SamplingArgs, SolveArgs,
+    StoreArgs, Strategy, VerifyArgs,
 };
 use crate::profile::collect::Settings;
 use crate::profile::prompts;
@@ -185,6 +185,7 @@ fn solve_args(model: &Path, profile: &Path, machine: &Path, output: &Path, basel
         kv_type: KvType::F16,
         objective: Objective::Latency,
         batch: None,
+        backend: Backend::Microlp,
         target_tok_s: None,
         fix: Vec::new(),
         forbid: Vec::new(),

@@ -34,6 +34,7 @@ pub fn run(args: &SolveArgs) -> Result<()> {
         time_limit_s: time_limit(args.time_limit)?,
         objective: args.objective,
         batch: args.batch,
+        backend: args.backend,
         target_tok_s: args.target_tok_s,
         wishes: Wishes::parse(&args.fix, &args.forbid, shape, &machine)?,
     };

@@ -26,7 +26,7 @@ pub mod verdict;
 pub mod whole;
 pub mod wishes;
 
-use crate::cli::{Objective, Strategy};
+use crate::cli::{Backend, Objective, Strategy};
 use crate::profile::{Evidence, Judged};
 use crate::replay::ceiling;
 use anyhow::{Context, Result, ensure};
@@ -72,6 +72,8 @@ pub struct Options {
     pub objective: Objective,
     /// Sequences that are decoded together, for the objective that needs them.
     pub batch: Option<u32>,
+    /// What solves the integer program.
+    pub backend: Backend,
     /// Tokens a second to reach.
     pub target_tok_s: Option<f64>,
     /// What is fixed or forbidden by hand.
@@ -85,6 +87,7 @@ impl Default for Options {
             time_limit_s: 10.0,
             objective: Objective::Latency,
             batch: None,
+            backend: Backend::default(),
             target_tok_s: None,
             wishes: Wishes::default(),
         }
@@ -144,7 +147,8 @@ pub fn solve_judged(inputs: &Inputs<'_>, evidence: &Evidence, options: &Options)
     let start = Instant::now();
     let goal = Goal::new(options.objective, options.batch, options.target_tok_s, inputs)?;
     let room = Room::new(inputs)?;
-    let planner = Planner { inputs, evidence, room: &room, goal: &goal, wishes: &options.wishes };
+    let planner =
+        Planner { inputs, evidence, room: &room, goal: &goal, wishes: &options.wishes, backend: options.backend };
     let mut notes = evidence.notes.clone();
     let efficiency = inputs.machine.extras.efficiency;
     if efficiency != 1.0 {
@@ -199,7 +203,7 @@ pub fn shadow_prices(inputs: &Inputs<'_>, evidence: &Evidence, time_limit_s: f64
     let room = Room::new(inputs)?;
     let goal = Goal::new(Objective::Latency, None, None, inputs)?;
     let wishes = Wishes::default();
-    let planner = Planner { inputs, evidence, room: &room, goal: &goal, wishes: &wishes };
+    let planner = Planner { inputs, evidence, room: &room, goal: &goal, wishes: &wishes, backend: Backend::default() };
     let charge = Charge::new(&goal, (1.0, 1.0));
     let limit = Duration::try_from_secs_f64(time_limit_s).ok().context("a time limit below 0; give a positive one")?;
     let deadline = Instant::now().checked_add(limit).context("the time limit is too long; give less than a year")?;

@@ -10,7 +10,7 @@ use super::rules::{Draft, Rule};
 use super::search::{self, Choice};
 use super::wishes::Wishes;
 use super::{Inputs, check, infeasible, labels, program};
-use crate::cli::Objective;
+use crate::cli::{Backend, Objective};
 use crate::cost::{self, predict, token_s};
 use crate::profile::{Evidence, Judged};
 use anyhow::{Result, bail, ensure};
@@ -24,19 +24,19 @@ use tier_plan_runtime::model::shape::ExpertShape;
 /// Where a plan's integer choice came from. The prices for bytes, and with them the bound, are always good_lp's and
 /// microlp's.
 #[derive(Debug, Clone, Copy)]
-enum Backend {
+enum Origin {
     LocalSearch,
     PartialChoices,
-    IntegerProgram,
+    IntegerProgram(Backend),
 }
 
-impl Backend {
+impl Origin {
     /// The name in plans.
     fn name(self) -> &'static str {
         match self {
-            Backend::LocalSearch => "microlp prices, local search",
-            Backend::PartialChoices => "microlp prices, partial choices",
-            Backend::IntegerProgram => "microlp",
+            Origin::LocalSearch => "microlp prices, local search",
+            Origin::PartialChoices => "microlp prices, partial choices",
+            Origin::IntegerProgram(backend) => backend.name(),
         }
     }
 }
@@ -60,6 +60,7 @@ pub(super) struct Planner<'a> {
     pub(super) room: &'a Room,
     pub(super) goal: &'a Goal,
     pub(super) wishes: &'a Wishes,
+    pub(super) backend: Backend,
 }
 
 /// The columns, in `[items]`, that a program takes.
@@ -69,7 +70,7 @@ struct Programmed {
     bound: f64,
     /// Nor of all that there are, where that was found out.
     whole: Option<f64>,
-    backend: Backend,
+    backend: Origin,
     /// All columns there are were tried.
     full: bool,
     columns: usize,
@@ -287,7 +288,15 @@ impl Planner<'_> {
             drafts.insert(0, found.draft.clone());
             let charge = Charge::new(self.goal, (self.goal.usd(&plan), token_s(&plan.predicted)));
             let end = if memory { deadline } else { start + part * (round + 2) };
-            let next = self.program(&charge, &room, &drafts, Instant::now(), end)?;
+            let next = match self.program(&charge, &room, &drafts, Instant::now(), end) {
+                Ok(next) => next,
+                // So near the fastest plan that rounded times leave no other; nothing is known of less memory then.
+                Err(_) if self.may_be(&plan) => {
+                    (found.bound, found.whole) = (0.0, None);
+                    break;
+                }
+                Err(error) => return Err(error),
+            };
             let better = self.assemble("ilp", &next.draft);
             let gains = self.may_be(&better) && self.value(&better) < self.value(&plan) * (1.0 - NO_GAP);
             if gains || memory {
@@ -372,14 +381,14 @@ impl Planner<'_> {
             }
         }
 
-        let mut backend = Backend::LocalSearch;
+        let mut backend = Origin::LocalSearch;
         let mut bound = dual.bound_s;
         let is_open =
             |best: &Option<Choice>, bound: f64| best.as_ref().is_none_or(|b| b.cost_s - bound > NO_GAP * b.cost_s);
         if let (true, Some(known)) = (is_open(&best, bound), &best) {
             let found = labels::solve(&items, room, &dual, known, deadline);
             if found.bound_s > bound || found.choice.is_some() {
-                backend = Backend::PartialChoices;
+                backend = Origin::PartialChoices;
             }
             bound = bound.max(found.bound_s);
             best = found.choice.or(best);
@@ -387,16 +396,16 @@ impl Planner<'_> {
         let open = is_open(&best, bound);
         let left = deadline.saturating_duration_since(Instant::now()).as_secs_f64();
         if open && (left > 0.0 || best.is_none()) {
-            let found = program::solve(&items, room, &dual, best.as_ref(), left.max(1.0));
+            let found = program::solve(&items, room, &dual, best.as_ref(), left.max(1.0), self.backend);
             if let Some(choice) = found.choice
                 && best.as_ref().is_none_or(|b| choice.cost_s < b.cost_s)
             {
                 best = Some(choice);
-                backend = Backend::IntegerProgram;
+                backend = Origin::IntegerProgram(self.backend);
             }
             if let (true, Some(best)) = (found.proven, &best) {
                 bound = best.cost_s;
-                backend = Backend::IntegerProgram;
+                backend = Origin::IntegerProgram(self.backend);
             }
         }
         let Some(best) = best else { bail!(infeasible::no_division(self.inputs, room, self.wishes)) };

@@ -1,6 +1,6 @@
 //! The integer program itself: one column for each item's member, bytes within every tier, least time.
 //!
-//! It is stated through good_lp and solved by microlp over the columns that matter. Which those are is proven, not
+//! It is stated through good_lp and solved by microlp, or by HiGHS, over the columns that matter. Which those are is proven, not
 //! guessed: with prices whose bound is `L`, a choice that uses a column `above` its item's cheapest costs at least
 //! `L + above`. Columns for which that is more than a known choice costs cannot be part of a better one.
 
@@ -8,9 +8,11 @@ use super::columns::Item;
 use super::dual::Dual;
 use super::room::Room;
 use super::search::{Choice, ranked};
+use crate::cli::Backend;
 use good_lp::solvers::WithInitialSolution;
 use good_lp::{
-    Expression, Solution, SolutionStatus, SolverModel, WithTimeLimit, constraint, microlp, variable, variables,
+    Constraint, Expression, Solution, SolutionStatus, SolverModel, Variable, WithTimeLimit, constraint, microlp,
+    variable, variables,
 };
 
 /// Columns that the program takes at most. Beyond, nothing would be proven, so a known choice is left as it is; without
@@ -27,7 +29,14 @@ pub struct Found {
 }
 
 /// Solves the program, starting from a known choice if there is one.
-pub fn solve(items: &[Item], room: &Room, dual: &Dual, known: Option<&Choice>, seconds: f64) -> Found {
+pub fn solve(
+    items: &[Item],
+    room: &Room,
+    dual: &Dual,
+    known: Option<&Choice>,
+    seconds: f64,
+    backend: Backend,
+) -> Found {
     let unit = known.map_or(dual.bound_s, |k| k.cost_s).abs().max(1e-12);
     let most = known.map_or(f64::INFINITY, |k| (k.cost_s - dual.bound_s).max(0.0) + 1e-9 * unit);
     let mut kept = ranked(items, room, dual, most);
@@ -81,28 +90,59 @@ pub fn solve(items: &[Item], room: &Room, dual: &Dual, known: Option<&Choice>, s
             .collect();
         chosen.push(of_item);
     }
-    let mut program = vars.minimise(objective).using(microlp).with_time_limit(seconds.max(0.01));
-    for (vars, item) in chosen.iter().zip(items) {
-        program.add_constraint(constraint!(vars.iter().sum::<Expression>() == item.count() as f64));
-    }
-    for used in used {
-        program.add_constraint(constraint!(used <= 1.0));
-    }
-    if known.is_some() {
-        program = program.with_initial_solution(start);
-    }
-    let Ok(solution) = program.solve() else { return Found { choice: None, proven: false } };
-    let columns: Vec<Vec<usize>> = chosen
+    let whole = chosen.iter().zip(items).map(|(vars, item)| {
+        let sum = vars.iter().sum::<Expression>();
+        constraint!(sum == item.count() as f64)
+    });
+    let rows: Vec<Constraint> = whole.chain(used.into_iter().map(|used| constraint!(used <= 1.0))).collect();
+    let problem = vars.minimise(objective);
+    let start = known.is_some().then_some(start);
+    let found = match backend {
+        Backend::Microlp => run(problem.using(microlp), rows, start, seconds, &chosen),
+        #[cfg(feature = "highs")]
+        Backend::Highs => {
+            // What it calls optimal is to be that, and its bytes are to fit.
+            let exact = ["mip_rel_gap", "mip_abs_gap"].map(|key| (key, 0.0));
+            let close = ["primal_feasibility_tolerance", "mip_feasibility_tolerance"].map(|key| (key, 1e-9));
+            let program = exact
+                .into_iter()
+                .chain(close)
+                .fold(problem.using(good_lp::highs), |program, (key, value)| program.set_option(key, value));
+            run(program, rows, start, seconds, &chosen)
+        }
+    };
+    let Some((values, optimal)) = found else { return Found { choice: None, proven: false } };
+    let columns: Vec<Vec<usize>> = values
         .iter()
         .zip(&kept)
-        .map(|(vars, columns)| {
-            let times = |&var| solution.value(var).round().max(0.0) as usize;
-            vars.iter().zip(columns).flat_map(|(var, &(c, _))| std::iter::repeat_n(c, times(var))).collect()
+        .map(|(values, columns)| {
+            let times = |value: f64| value.round().max(0.0) as usize;
+            values.iter().zip(columns).flat_map(|(&v, &(c, _))| std::iter::repeat_n(c, times(v))).collect()
         })
         .collect();
     let whole = columns.iter().zip(items).all(|(columns, item)| columns.len() == item.count());
     // The solver's arithmetic is inexact; whether the bytes fit is not.
     let choice = whole.then(|| Choice::new(items, room, columns)).flatten();
-    let proven = complete && choice.is_some() && matches!(solution.status(), SolutionStatus::Optimal);
+    let proven = complete && choice.is_some() && optimal;
     Found { choice, proven }
+}
+
+/// Runs a solver: the values of the variables, and whether it calls them optimal.
+fn run<M: SolverModel + WithTimeLimit + WithInitialSolution>(
+    program: M,
+    rows: Vec<Constraint>,
+    start: Option<Vec<(Variable, f64)>>,
+    seconds: f64,
+    chosen: &[Vec<Variable>],
+) -> Option<(Vec<Vec<f64>>, bool)> {
+    let mut program = program.with_time_limit(seconds.max(0.01));
+    for row in rows {
+        program.add_constraint(row);
+    }
+    if let Some(start) = start {
+        program = program.with_initial_solution(start);
+    }
+    let solution = program.solve().ok()?;
+    let values = chosen.iter().map(|vars| vars.iter().map(|&var| solution.value(var)).collect()).collect();
+    Some((values, matches!(solution.status(), SolutionStatus::Optimal)))
 }

@@ -478,3 +478,37 @@ fn recurrent_state_has_its_room_whatever_the_context() -> Result<()> {
 }
 
 mod goals;
+
+/// Both solvers of the integer program find the same, and as cheap as the whole search does.
+#[cfg(feature = "highs")]
+#[test]
+fn highs_agrees_with_microlp() -> Result<()> {
+    use crate::cli::Backend;
+    let mut tried = 0;
+    for seed in 0..60 {
+        let (shape, profile, machine, budgets) = instance(seed * 7919);
+        let kv_type = KvType::F16;
+        let inputs =
+            Inputs { shape: &shape, profile: profile.as_ref(), machine: &machine, budgets, context: 100, kv_type };
+        let Ok(room) = Room::new(&inputs) else { continue };
+        let evidence = Evidence::new(&shape, profile.as_ref())?;
+        let goal = Goal::new(Objective::Latency, None, None, &inputs)?;
+        let charge = Charge::new(&goal, (1.0, 1.0));
+        let wishes = Wishes::default();
+        let maker = Maker::new(&shape, &evidence, &room, &charge, &wishes, 10.0);
+        let mut items = columns::dense_items(&shape, &room, &charge, &wishes);
+        items.extend(maker.items());
+        let Ok(dual) = dual::maximise(&items, &room, None, Instant::now() + Duration::from_secs(10)) else { continue };
+        let [a, b] = [Backend::Microlp, Backend::Highs].map(|s| program::solve(&items, &room, &dual, None, 10.0, s));
+        match (a.choice, b.choice) {
+            (Some(a), Some(b)) => {
+                tried += 1;
+                assert!((a.cost_s - b.cost_s).abs() <= 1e-7 * a.cost_s, "{seed}: {} {}", a.cost_s, b.cost_s);
+            }
+            (None, None) => {}
+            (a, b) => panic!("{seed}: {a:?} {b:?}"),
+        }
+    }
+    assert!(tried > 20, "{tried}");
+    Ok(())
+}
