@@ -52,7 +52,8 @@ pub struct Arena {
 unsafe impl Send for Arena {}
 
 impl Arena {
-    /// An arena of exactly `bytes`, zero-filled, on huge pages where the system offers them.
+    /// An arena of exactly `bytes`, zero-filled, on huge pages where the system offers them; what has been written stays in
+    /// memory where the process may lock so much.
     pub fn new(tier: &str, bytes: u64) -> Result<Self, ArenaError> {
         let map_error = |source| ArenaError::Map { tier: tier.to_string(), bytes, r#source };
         let capacity = usize::try_from(bytes).map_err(|_| map_error(std::io::ErrorKind::OutOfMemory.into()))?;
@@ -61,6 +62,11 @@ impl Arena {
         #[cfg(target_os = "linux")]
         let _ = map.advise(memmap2::Advice::HugePage);
         let base = map.as_mut_ptr();
+        #[cfg(target_os = "linux")]
+        // SAFETY: the range is the mapping's own. Few users may lock much; without that, all works the same.
+        unsafe {
+            libc::mlock2(base.cast(), capacity, libc::MLOCK_ONFAULT as _);
+        }
         Ok(Self { tier: tier.to_string(), mapping: Arc::new(Mapping(map)), base, used: 0, capacity })
     }
 
