@@ -3,22 +3,20 @@
 use super::RunError;
 use super::counters::Counters;
 use super::experts::{ExpertStore, Step};
-use super::foresight::Foresight;
 use super::load::{LoadError, LoadOptions, Loaded, Progress, load};
-use super::mixer::{MixerInput, MixerScratch, MixerState, mix};
-use super::moe::{Choices, Compute, FfnScratch, add_bias, dense_ffn, moe_batch, moe_token, shared_expert};
-use super::rope::RopeTable;
-use super::router::Router;
+use super::mixer::{CacheReads, MixerInput, MixerState, mix};
+use super::moe::{Choices, Compute, add_bias, dense_ffn, moe_batch, moe_token, shared_expert};
+use super::rope::{RopeTable, rope_tables};
+use super::scratch::Scratch;
 use super::weights::DenseWeights;
 use crate::cuda::Device;
 use crate::formats::placement::Placement;
 use crate::gguf::Gguf;
 use crate::kernels::pooled::{MatJob, matmul_all};
-use crate::kernels::{Activations, Kernels, needs_quants};
+use crate::kernels::{Kernels, needs_quants};
 use crate::model::describe;
-use crate::model::kv::{KvRows, KvType};
-use crate::model::shape::{ModelShape, mixer_rows, shape_of};
-use crate::model::spec::{Ffn, LayerSpec, Mixer, ModelSpec, MoeSpec};
+use crate::model::shape::{ModelShape, shape_of};
+use crate::model::spec::{Ffn, LayerSpec, ModelSpec, MoeSpec};
 use crate::quant::dequantize_row;
 use crate::threads::{ThreadPool, physical_cores};
 use crate::tiers::pace::{Pacer, StageBytes, settle};
@@ -31,25 +29,6 @@ pub(super) const BATCH: usize = 2048;
 
 /// Tokens that a layer's dense stage, and an expert, take at once.
 pub(super) const MICRO_BATCH: usize = 512;
-
-/// What one layer's pass moves of keys, values and recurrent state.
-struct CacheReads {
-    rows: Vec<(KvRows, u64)>,
-    state_bytes: u64,
-}
-
-impl CacheReads {
-    fn new(mixer: &Mixer, kv_type: KvType) -> Self {
-        let rows = mixer_rows(mixer).into_iter().map(|rows| (rows, kv_type.row_bytes(rows.width))).collect();
-        Self { rows, state_bytes: mixer.state_bytes() }
-    }
-
-    /// For `tokens` tokens, the last at the `positions`-th place, as [`KvType::moved_bytes`] counts for all layers.
-    fn bytes(&self, positions: u64, tokens: u64) -> u64 {
-        let rows = self.rows.iter().map(|(rows, bytes)| bytes.saturating_mul(rows.read(positions, tokens)));
-        rows.fold(self.state_bytes.saturating_mul(2), u64::saturating_add)
-    }
-}
 
 /// Which logits a pass should compute.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -105,29 +84,6 @@ pub struct Engine {
     routing: Routing,
     counters: Counters,
     broken: bool,
-}
-
-/// Buffers of a pass: those of a batch, and those of a micro-batch.
-struct Scratch {
-    /// `[batch, hidden]` the hidden state.
-    x: Vec<f32>,
-    /// `[batch, hidden]` what is added to it.
-    out: Vec<f32>,
-    /// `[batch, hidden]` what the routed experts read.
-    expert_acts: Activations,
-    /// `[batch, n_used]`.
-    experts: Vec<u16>,
-    /// `[batch, n_used]`.
-    weights: Vec<f32>,
-    /// `[micro-batch, hidden]`, and so on.
-    normed: Vec<f32>,
-    acts: Activations,
-    router_logits: Vec<f32>,
-    router: Router,
-    foresight: Foresight,
-    mixer: MixerScratch,
-    ffn: FfnScratch,
-    computed: StageBytes,
 }
 
 impl Engine {
@@ -615,53 +571,4 @@ fn run_experts(
 fn norm_rows(c: Compute<'_>, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
     let width = weight.len();
     c.pool.for_each_slice(out, width, |row, out| c.kernels.rms_norm(&x[row * width..][..width], weight, eps, out));
-}
-
-/// One table for all layers that rotate alike, and each layer's.
-fn rope_tables(spec: &ModelSpec, weights: &DenseWeights) -> (Vec<RopeTable>, Vec<Option<usize>>) {
-    let mut tables: Vec<RopeTable> = Vec::new();
-    let table_of = |layer: &LayerSpec| {
-        layer.mixer.rope().map(|rope| {
-            tables.iter().position(|t| t.is_for(rope)).unwrap_or_else(|| {
-                tables.push(RopeTable::new(rope, weights.opt_vector(rope.freq_factors)));
-                tables.len() - 1
-            })
-        })
-    };
-    let by_layer = spec.layers.iter().map(table_of).collect();
-    (tables, by_layer)
-}
-
-impl Scratch {
-    fn new(spec: &ModelSpec, batch: usize, micro_batch: usize, n_tiers: usize) -> Self {
-        let hidden = spec.hidden;
-        let mut mixer = MixerScratch::default();
-        let (mut ffn, mut n_expert, mut n_used) = (0, 0, 1);
-        for layer in &spec.layers {
-            mixer.reserve(micro_batch, &layer.mixer);
-            match &layer.ffn {
-                Ffn::Dense(f) => ffn = ffn.max(f.gate.n_out),
-                Ffn::Moe(m) => {
-                    ffn = ffn.max(m.expert_ffn).max(m.shared.map_or(0, |shared| shared.ffn.gate.n_out));
-                    n_expert = n_expert.max(m.n_expert);
-                    n_used = n_used.max(m.n_used);
-                }
-            }
-        }
-        Self {
-            x: vec![0.0; batch * hidden],
-            out: vec![0.0; batch * hidden],
-            expert_acts: Activations::new(batch, hidden),
-            experts: vec![0; batch * n_used],
-            weights: vec![0.0; batch * n_used],
-            normed: vec![0.0; micro_batch * hidden],
-            acts: Activations::new(micro_batch, hidden),
-            router_logits: vec![0.0; micro_batch * n_expert],
-            router: Router::default(),
-            foresight: Foresight::new(micro_batch, hidden),
-            mixer,
-            ffn: FfnScratch::new(micro_batch, hidden, ffn, n_used),
-            computed: StageBytes::new(n_tiers),
-        }
-    }
 }

@@ -19,6 +19,7 @@ pub mod pack;
 pub mod plan;
 pub(crate) mod rope;
 pub(crate) mod router;
+mod scratch;
 pub mod slots;
 pub mod verify;
 mod warm;

@@ -1,6 +1,7 @@
 //! Rotary position embedding, with linear and YaRN scaling.
 
-use crate::model::spec::{RopeKind, RopeScaling, RopeSpec};
+use super::weights::DenseWeights;
+use crate::model::spec::{LayerSpec, ModelSpec, RopeKind, RopeScaling, RopeSpec};
 
 /// Rotations for a row of positions, ready to apply.
 pub(crate) struct RopeTable {
@@ -75,6 +76,21 @@ impl RopeTable {
             }
         }
     }
+}
+
+/// One table for all layers that rotate alike, and each layer's.
+pub(super) fn rope_tables(spec: &ModelSpec, weights: &DenseWeights) -> (Vec<RopeTable>, Vec<Option<usize>>) {
+    let mut tables: Vec<RopeTable> = Vec::new();
+    let table_of = |layer: &LayerSpec| {
+        layer.mixer.rope().map(|rope| {
+            tables.iter().position(|t| t.is_for(rope)).unwrap_or_else(|| {
+                tables.push(RopeTable::new(rope, weights.opt_vector(rope.freq_factors)));
+                tables.len() - 1
+            })
+        })
+    };
+    let by_layer = spec.layers.iter().map(table_of).collect();
+    (tables, by_layer)
 }
 
 /// Whether a pair belongs to one of the axes that text moves along. The axes take turns pair by pair until they have

@@ -13,7 +13,8 @@ use super::moe::Compute;
 use super::rope::RopeTable;
 use super::weights::DenseWeights;
 use crate::kernels::ActView;
-use crate::model::kv::KvType;
+use crate::model::kv::{KvRows, KvType};
+use crate::model::shape::mixer_rows;
 use crate::model::spec::Mixer;
 use delta::{DeltaScratch, DeltaState};
 use gqa::GqaScratch;
@@ -84,6 +85,25 @@ impl MixerScratch {
             Mixer::Mla(a) => self.mla.reserve(rows, a),
             Mixer::Delta(d) => self.delta.reserve(rows, d),
         }
+    }
+}
+
+/// What one layer's pass moves of keys, values and recurrent state.
+pub(super) struct CacheReads {
+    rows: Vec<(KvRows, u64)>,
+    state_bytes: u64,
+}
+
+impl CacheReads {
+    pub(super) fn new(mixer: &Mixer, kv_type: KvType) -> Self {
+        let rows = mixer_rows(mixer).into_iter().map(|rows| (rows, kv_type.row_bytes(rows.width))).collect();
+        Self { rows, state_bytes: mixer.state_bytes() }
+    }
+
+    /// For `tokens` tokens, the last at the `positions`-th place, as [`KvType::moved_bytes`] counts for all layers.
+    pub(super) fn bytes(&self, positions: u64, tokens: u64) -> u64 {
+        let rows = self.rows.iter().map(|(rows, bytes)| bytes.saturating_mul(rows.read(positions, tokens)));
+        rows.fold(self.state_bytes.saturating_mul(2), u64::saturating_add)
     }
 }
 
