@@ -24,8 +24,8 @@ const VALUES: usize = 3 * HIDDEN * WIDTH;
 /// Passes over the memory for one figure, after one that warms up.
 const PASSES: usize = 5;
 
-/// Tokens of a prompt that one expert gets: a batch of 512 over 128 experts of which a token uses 8.
-const BATCH_TOKENS: usize = 32;
+/// Tokens of a prompt that are multiplied together: as many as a dense stage takes at once.
+const BATCH_TOKENS: usize = 512;
 
 /// Experts of one pass of that, at most, and its time, about.
 const BATCH_EXPERTS: usize = 48;
@@ -136,7 +136,7 @@ impl Memory {
                 inner.fill_shared(pool, self.kernels, BATCH_TOKENS, WIDTH, &gate, needs_quants(ty));
                 matmul_all(pool, self.kernels, &[MatJob::new(w_down, inner.view(), &mut out)]);
                 done += 1;
-                if done >= 4 && start.elapsed() > BATCH_TIME {
+                if start.elapsed() > BATCH_TIME {
                     break;
                 }
             }

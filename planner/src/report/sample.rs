@@ -83,6 +83,7 @@ pub(super) fn profile(layers: u32, experts: u32, used: u32) -> Profile {
         made: "made up for tests".into(),
         prompts,
         counted: None,
+        guesses: None,
         id: id("sample.profile"),
     }
 }

@@ -83,6 +83,7 @@ pub struct Engine {
     logits: Vec<f32>,
     routing: Routing,
     counters: Counters,
+    scores_guesses: bool,
     broken: bool,
 }
 
@@ -152,6 +153,7 @@ impl Engine {
             routing: Routing::default(),
             n_past: 0,
             context,
+            scores_guesses: false,
             broken: false,
             gguf,
             spec,
@@ -205,6 +207,12 @@ impl Engine {
     /// Starts counting afresh.
     pub fn reset_counters(&mut self) {
         self.counters = Counters::new(self.plan.tiers.len(), self.counters.layers.len());
+    }
+
+    /// Guesses what a decoded token's next layer needs even where nothing is read ahead, so that the counters tell how
+    /// good guesses are.
+    pub fn score_guesses(&mut self) {
+        self.scores_guesses = true;
     }
 
     /// Threads that compute.
@@ -354,6 +362,9 @@ impl Engine {
             let experts_start = Instant::now();
             if decoding {
                 self.counters.charge(&self.dense_bytes[index], experts_start - layer_start);
+                self.score_guess(moe_at, index);
+            } else {
+                self.counters.prompt_stages[0] += experts_start - layer_start;
             }
             self.look_ahead(index, moe_at, n, !alone);
             let layer: &LayerSpec = &self.spec.layers[index];
@@ -381,6 +392,7 @@ impl Engine {
             }
             if !decoding {
                 self.counters.prompt_missed_bytes += step.read_bytes;
+                self.counters.prompt_stages[1] += experts_start.elapsed();
             } else {
                 self.count_experts(
                     moe_at,
@@ -411,7 +423,11 @@ impl Engine {
     /// last tokens need.
     fn look_ahead(&mut self, index: usize, moe_at: usize, n: usize, batch: bool) {
         let (Ffn::Moe(_), Some(next)) = (&self.spec.layers[index].ffn, self.spec.layers.get(index + 1)) else { return };
-        if !matches!(next.ffn, Ffn::Moe(_)) || !self.experts.wants_guess(batch) {
+        if !matches!(next.ffn, Ffn::Moe(_)) {
+            return;
+        }
+        let of_use = self.experts.wants_guess(batch);
+        if !of_use && (batch || !self.scores_guesses) {
             return;
         }
         let c = Compute { pool: &self.pool, kernels: self.kernels };
@@ -421,8 +437,22 @@ impl Engine {
         let (x, len) = (&s.x[(n - rows) * hidden..n * hidden], rows * hidden);
         // What experts add up is not there yet, so its buffer is free.
         norm_rows(c, x, self.weights.vector(next.ffn_norm), self.spec.norm_eps, &mut s.out[..len]);
+        if !batch {
+            s.foresight.will_be_scored(moe_at + 1);
+        }
         let guess = s.foresight.guess(c, &self.weights, next, &s.out[..len], &mut s.router_logits);
-        self.experts.expect(moe_at + 1, guess, batch);
+        if of_use {
+            self.experts.expect(moe_at + 1, guess, batch);
+        }
+    }
+
+    /// Counts how many of the guessed experts of a decoded token's layer it chose.
+    fn score_guess(&mut self, at: usize, index: usize) {
+        let Ffn::Moe(moe) = &self.spec.layers[index].ffn else { return };
+        if let Some((guessed, right)) = self.scratch.foresight.score(at, &self.scratch.experts[..moe.n_used]) {
+            self.counters.layers[at].guessed += guessed;
+            self.counters.layers[at].guessed_right += right;
+        }
     }
 
     fn count_experts(
