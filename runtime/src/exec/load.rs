@@ -1,13 +1,15 @@
 //! Loads a model as a plan says: checks the plan against the file, makes one arena a tier, fills it, and counts.
 
+use super::devices::{Devices, GiveDevice, on_gpu};
 use super::experts::{ExpertStore, ExpertView, Home, LayerExperts, Layout};
+use super::gpu::{fits, units};
 use super::pack::Pack;
 use super::verify::Checks;
 use super::weights::{DenseWeights, Held};
 use crate::cuda::experts::{ExpertBytes, PinnedExperts};
-use crate::cuda::{CudaError, Device, Gpu};
+use crate::cuda::{Buffer, CudaError, Device};
 use crate::formats::machine::{Tier, TierKind};
-use crate::formats::placement::{LayerPlacement, Placement, PlanTier};
+use crate::formats::placement::{LayerPlacement, Placement};
 use crate::gguf::{Advice, Gguf};
 use crate::kernels::IsaError;
 use crate::model::ModelError;
@@ -50,12 +52,50 @@ pub enum LoadError {
         r#source: std::io::Error,
     },
     /// The GPU that the plan wants is not there, or failed.
-    #[error("plan '{plan}' pins experts in a GPU's memory: {source}; or solve with --vram 0")]
+    #[error("plan '{plan}' uses a GPU's memory: {source}; or solve with --vram 0")]
     Gpu {
         /// The plan's name.
         plan: String,
         /// What is wrong; part of the message, so no source of its own.
         r#source: CudaError,
+    },
+    /// Something is on a GPU that can't run there.
+    #[error("plan '{plan}' puts on tier '{tier}', a GPU's memory, what can't run there: {what}; {mend}")]
+    OnGpu {
+        /// The plan's name.
+        plan: String,
+        /// The tier.
+        tier: String,
+        /// What, and why.
+        what: String,
+        /// What to do.
+        mend: String,
+    },
+    /// A GPU whose memory is too small for what the plan puts there and what computes with it.
+    #[error(
+        "plan '{plan}' needs {needed} bytes of tier '{tier}', and {device} has {free} free: {weights} of weights, {cache} of \
+         keys and values, {work} to work in and {reserve} for the driver; solve with a smaller budget for '{tier}', or free \
+         some of its memory"
+    )]
+    GpuFull {
+        /// The plan's name.
+        plan: String,
+        /// The tier.
+        tier: String,
+        /// The GPU.
+        device: String,
+        /// Bytes of it that are free.
+        free: u64,
+        /// Bytes of all below.
+        needed: u64,
+        /// Bytes of dense groups and pinned experts.
+        weights: u64,
+        /// Bytes of keys and values.
+        cache: u64,
+        /// Bytes of buffers.
+        work: u64,
+        /// Bytes left for the driver and the kernels.
+        reserve: u64,
     },
     /// The plan and the model don't belong together, or the plan contradicts itself.
     #[error("plan '{plan}' does not fit model '{model}': {what}; make a new one with `tier-plan solve`")]
@@ -101,6 +141,8 @@ pub struct LoadOptions {
 pub(super) struct Loaded {
     pub weights: DenseWeights,
     pub experts: ExpertStore,
+    /// The GPUs of the plan, by tier.
+    pub devices: Devices,
     /// Bytes counted in each tier, key and value cache not included.
     pub resident_bytes: Vec<u64>,
     /// Bytes beyond those in each tier, so that slots and staging have room for whole pages.
@@ -119,7 +161,7 @@ enum Backing {
     Mapped,
     /// Read from the file into slots and staging.
     File,
-    /// Copied to a GPU: pinned experts only.
+    /// Copied to a GPU.
     Gpu,
 }
 
@@ -136,25 +178,15 @@ struct Loader<'a> {
     padding: Vec<u64>,
     done: u64,
     total: u64,
+    devices: Devices,
     gpu: Option<PinnedExperts>,
 }
 
-/// Whether a tier is a real GPU's memory, with something in it.
-fn on_gpu(t: &PlanTier) -> bool {
-    t.tier.kind == TierKind::Vram && !t.tier.emulated && t.used_bytes() > 0
-}
-
-/// Opens the GPU of a plan that has one; `given` stands for it in tests.
-fn open_gpu(plan: &Placement, given: Option<Arc<dyn Device>>) -> Result<Option<PinnedExperts>, LoadError> {
-    if !plan.tiers.iter().any(on_gpu) {
-        return Ok(None);
-    }
-    let bad = |source| LoadError::Gpu { plan: plan.name.clone(), source };
-    let device = match given {
-        Some(device) => device,
-        None => Gpu::open(0).map_err(bad)?,
-    };
-    PinnedExperts::new(device, plan.layers.len()).map(Some).map_err(bad)
+/// The pinned experts of a plan that has some on a GPU.
+fn pinned_experts(plan: &Placement, devices: &Devices) -> Result<Option<PinnedExperts>, LoadError> {
+    let Some((_, device)) = devices.all().next() else { return Ok(None) };
+    let pinned = PinnedExperts::new(Arc::clone(device), plan.layers.len());
+    pinned.map(Some).map_err(|source| LoadError::Gpu { plan: plan.name.clone(), source })
 }
 
 /// Loads. Nothing is allocated before the whole plan has been checked.
@@ -164,12 +196,15 @@ pub(super) fn load(
     shape: &ModelShape,
     plan: &Placement,
     options: &LoadOptions,
-    device: Option<Arc<dyn Device>>,
+    give: Option<GiveDevice<'_>>,
     progress: Progress<'_>,
 ) -> Result<Loaded, LoadError> {
     check(shape, plan)?;
+    units::check(gguf, spec, plan)?;
     check_context_fits(shape, plan)?;
-    let gpu = open_gpu(plan, device)?;
+    let devices = Devices::open(plan, give)?;
+    fits::check(spec, plan, options, &devices)?;
+    let gpu = pinned_experts(plan, &devices)?;
     let slow = plan.tiers.len() - 1;
     // What only stands for a slow device, or for memory, is read as fast as it goes.
     let device = |t: &Tier| t.kind == TierKind::Nvme && !t.emulated;
@@ -216,8 +251,22 @@ pub(super) fn load(
         total += plan.tiers[slow].home_bytes;
     }
     let resident = vec![0; plan.tiers.len()];
-    let mut loader =
-        Loader { gguf, spec, plan, options, backings, files, mode, layout, resident, padding, done: 0, total, gpu };
+    let mut loader = Loader {
+        gguf,
+        spec,
+        plan,
+        options,
+        backings,
+        files,
+        mode,
+        layout,
+        resident,
+        padding,
+        done: 0,
+        total,
+        devices,
+        gpu,
+    };
     let tiers: HashMap<(DenseKind, Option<u32>), usize> =
         plan.dense.iter().map(|d| ((d.kind, d.layer), d.tier)).collect();
     let weights = loader.dense(&tiers, progress)?;
@@ -230,8 +279,8 @@ pub(super) fn load(
     }
     let head_tier = tiers[&(DenseKind::Head, None)];
     let embedding_tier = tiers.get(&(DenseKind::Embedding, None)).copied().unwrap_or(head_tier);
-    let Loader { resident: resident_bytes, padding: padding_bytes, .. } = loader;
-    Ok(Loaded { weights, experts, resident_bytes, padding_bytes, embedding_tier, head_tier, dense_bytes })
+    let Loader { resident: resident_bytes, padding: padding_bytes, devices, .. } = loader;
+    Ok(Loaded { weights, experts, devices, resident_bytes, padding_bytes, embedding_tier, head_tier, dense_bytes })
 }
 
 /// Where each expert of a layer is before any is pinned.
@@ -262,6 +311,9 @@ fn largest(layers: &[LayerExperts], layout: Layout) -> usize {
 
 /// Asks the system for the cache's memory and gives it back: a vector that is too large ends the program.
 fn check_context_fits(shape: &ModelShape, plan: &Placement) -> Result<(), LoadError> {
+    if plan.tiers.get(plan.kv_tier).is_some_and(on_gpu) {
+        return Ok(());
+    }
     let context = plan.context;
     let bytes = plan.kv_type.context_bytes(shape, context);
     match Arena::new("", bytes) {
@@ -284,8 +336,9 @@ fn check(shape: &ModelShape, plan: &Placement) -> Result<(), LoadError> {
         }
         let tier_error =
             |kind, mend| LoadError::Tier { plan: plan.name.clone(), tier: t.tier.name.clone(), kind, mend };
-        if on_gpu(t) && (i == slow || t.used_bytes() > t.pinned_bytes) {
-            return Err(tier_error("a GPU's memory", "only pinned experts can be there yet: solve with --vram 0"));
+        if on_gpu(t) && (i == slow || t.slot_bytes + t.staging_bytes > 0) {
+            let mend = "slots, buffers for experts in flight and pooled experts can't be there: solve with --vram 0";
+            return Err(tier_error("a GPU's memory", mend));
         }
         if on_gpu(t) && plan.tiers[..i].iter().any(on_gpu) {
             return Err(tier_error("a GPU's memory", "only one GPU can be used yet: give one tier's budget"));
@@ -426,6 +479,8 @@ impl Loader<'_> {
                 let n_bytes = self.gguf.tensors()[id].n_bytes;
                 let held = if !matrices.contains(&id) {
                     Held::Vector(self.vector(id)?)
+                } else if let Some(device) = self.devices.of(tier) {
+                    Held::Device(Arc::new(self.to_device(id, device)?))
                 } else if let Backing::Arena { weights, .. } = &mut self.backings[tier] {
                     let piece = weights.take(n_bytes as usize)?;
                     Held::Piece(self.whole_tensor(id, piece)?)
@@ -444,6 +499,18 @@ impl Loader<'_> {
             self.resident[tier] += bytes;
         }
         Ok(weights)
+    }
+
+    /// Copies a tensor to a GPU, by way of main memory.
+    fn to_device(&self, id: TensorId, device: &Arc<dyn Device>) -> Result<Buffer, LoadError> {
+        let n_bytes = self.gguf.tensors()[id].n_bytes;
+        let copied = if self.mode == ReadMode::Cached {
+            Buffer::of_bytes(device, self.mapped_tensor(id)?)
+        } else {
+            let piece = Arena::new("", n_bytes)?.take(n_bytes as usize)?;
+            Buffer::of_bytes(device, &self.whole_tensor(id, piece)?)
+        };
+        copied.map_err(|source| LoadError::Gpu { plan: self.plan.name.clone(), source })
     }
 
     fn vector(&self, id: TensorId) -> Result<Box<[f32]>, LoadError> {

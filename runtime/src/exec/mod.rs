@@ -5,10 +5,12 @@
 
 pub mod budget;
 pub mod counters;
+mod devices;
 pub mod engine;
 mod experts;
 mod foresight;
 pub mod generate;
+mod gpu;
 #[cfg(test)]
 mod gpu_tests;
 mod load;
@@ -21,11 +23,13 @@ pub(crate) mod rope;
 pub(crate) mod router;
 mod scratch;
 pub mod slots;
+mod stages;
 pub mod verify;
 mod warm;
 mod weights;
 
 pub use crate::model::kv::KvType;
+pub use devices::GiveDevice;
 pub use engine::{Engine, Wanted};
 pub use load::{LoadError, LoadOptions};
 #[doc(hidden)]
