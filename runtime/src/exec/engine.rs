@@ -19,6 +19,8 @@ use crate::model::shape::{ModelShape, shape_of};
 use crate::model::spec::{Ffn, LayerSpec, ModelSpec, MoeSpec};
 use crate::quant::dequantize_row;
 use crate::threads::{ThreadPool, physical_cores};
+use crate::tiers::arena::ArenaError;
+use crate::tiers::nodes::Pages;
 use crate::tiers::pace::{Pacer, StageBytes, settle};
 use std::ops::Range;
 use std::sync::Arc;
@@ -122,6 +124,11 @@ impl Engine {
         let micro_batch = batch.min(MICRO_BATCH);
         let states: Vec<MixerState> =
             spec.layers.iter().map(|layer| MixerState::new(&layer.mixer, plan.kv_type, context)).collect();
+        let kv_tier = &plan.tiers[plan.kv_tier].tier;
+        let pages = Pages::of_tier(kv_tier);
+        for state in &states {
+            state.move_to(&pages).map_err(|source| ArenaError::refused(&kv_tier.name, &pages, source))?;
+        }
         resident_bytes[plan.kv_tier] += states.iter().map(MixerState::bytes).sum::<u64>();
         let (ropes, layer_rope) = rope_tables(&spec, &weights);
         let tiers: Vec<_> = plan.tiers.iter().map(|t| t.tier.clone()).collect();

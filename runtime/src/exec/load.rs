@@ -17,6 +17,8 @@ use crate::quant::{TensorType, dequantize_row};
 use crate::threads::physical_cores;
 use crate::tiers::arena::{Arena, ArenaError, Piece};
 use crate::tiers::file::{Check, Extent, FileTier, ReadError, ReadMode, Span};
+use crate::tiers::nodes::{self, Pages};
+use crate::tiers::numa::NumaError;
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -56,6 +58,14 @@ pub enum LoadError {
         plan: String,
         /// What is wrong; part of the message, so no source of its own.
         r#source: CudaError,
+    },
+    /// A memory node that the plan wants is not there, or full.
+    #[error("plan '{plan}' can't have the memory that it was made for: {source}")]
+    Node {
+        /// The plan's name.
+        plan: String,
+        /// What is wrong; part of the message, so no source of its own.
+        r#source: NumaError,
     },
     /// The plan and the model don't belong together, or the plan contradicts itself.
     #[error("plan '{plan}' does not fit model '{model}': {what}; make a new one with `tier-plan solve`")]
@@ -169,6 +179,7 @@ pub(super) fn load(
 ) -> Result<Loaded, LoadError> {
     check(shape, plan)?;
     check_context_fits(shape, plan)?;
+    check_nodes(plan)?;
     let gpu = open_gpu(plan, device)?;
     let slow = plan.tiers.len() - 1;
     // What only stands for a slow device, or for memory, is read as fast as it goes.
@@ -197,13 +208,14 @@ pub(super) fn load(
     let (layout, padding) = layout(plan, &layers, files.as_ref().is_some_and(FileTier::is_direct));
     let mut backings = Vec::new();
     for (i, t) in plan.tiers.iter().enumerate() {
+        let pages = Pages::of_tier(&t.tier);
         backings.push(match t.tier.kind {
             TierKind::Nvme if i == slow => Backing::File,
             _ if on_gpu(t) => Backing::Gpu,
             _ if i == slow && mapped(&t.tier) => Backing::Mapped,
             _ => Backing::Arena {
-                weights: Arena::new(&t.tier.name, t.dense_bytes + t.pinned_bytes)?,
-                buffers: Arena::new(&t.tier.name, t.slot_bytes + t.staging_bytes + padding[i])?,
+                weights: Arena::on(&t.tier.name, t.dense_bytes + t.pinned_bytes, &pages)?,
+                buffers: Arena::on(&t.tier.name, t.slot_bytes + t.staging_bytes + padding[i], &pages)?,
             },
         });
     }
@@ -268,6 +280,13 @@ fn check_context_fits(shape: &ModelShape, plan: &Placement) -> Result<(), LoadEr
         Err(ArenaError::Map { source, .. }) => Err(LoadError::Context { context, bytes, r#source }),
         other => Ok(other.map(|_| ())?),
     }
+}
+
+/// Refuses a plan whose tiers are memory nodes that are not here, or too full.
+fn check_nodes(plan: &Placement) -> Result<(), LoadError> {
+    let in_use = plan.tiers.iter().filter(|t| t.used_bytes() > 0);
+    nodes::check(in_use.map(|t| (&t.tier, t.used_bytes())))
+        .map_err(|r#source| LoadError::Node { plan: plan.name.clone(), r#source })
 }
 
 /// Everything about a plan that could contradict the model or itself.

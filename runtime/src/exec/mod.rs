@@ -15,6 +15,8 @@ mod load;
 pub mod measure;
 mod mixer;
 mod moe;
+#[cfg(test)]
+mod node_tests;
 pub mod pack;
 pub mod plan;
 pub(crate) mod rope;
