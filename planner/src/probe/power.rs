@@ -34,7 +34,8 @@ impl Power {
     /// All parts together, if each of them says something.
     pub fn of(processors: &[Part], gpus: &[Part]) -> Self {
         let parts = || processors.iter().chain(gpus);
-        let unknown: Vec<String> = parts().filter(|p| p.watts.is_none()).map(|p| p.name.clone() + ": " + &p.how).collect();
+        let unknown: Vec<String> =
+            parts().filter(|p| p.watts.is_none()).map(|p| p.name.clone() + ": " + &p.how).collect();
         if processors.is_empty() {
             let how = format!("{ROOT} tells of no processor's power");
             return Power { watts: None, how };
@@ -119,20 +120,27 @@ impl Package {
         let joules: Option<f64> = self.counters.iter().map(Counter::joules).sum();
         if let Some(joules) = joules.filter(|j| *j > 0.0 && seconds > 0.0) {
             let with = if self.counters.len() > 1 { " with its memory" } else { "" };
-            return Part { name, watts: Some(joules / seconds), how: format!("measured{with} while all cores computed") };
+            return Part {
+                name,
+                watts: Some(joules / seconds),
+                how: format!("measured{with} while all cores computed"),
+            };
         }
         match self.limit() {
-            Some((watts, from)) => Part { name, watts: Some(watts), how: format!("limit read from {}", from.display()) },
-            None => Part { name, watts: None, how: format!("{} says no limit that may be read", self.folder.display()) },
+            Some((watts, from)) => {
+                Part { name, watts: Some(watts), how: format!("limit read from {}", from.display()) }
+            }
+            None => {
+                Part { name, watts: None, how: format!("{} says no limit that may be read", self.folder.display()) }
+            }
         }
     }
 
     /// The limit for long loads, in watts.
     fn limit(&self) -> Option<(f64, PathBuf)> {
         // Names tell them apart; without any the first is the one.
-        let long = (0..8).find(|n| {
-            word(&self.folder.join(format!("constraint_{n}_name"))).is_some_and(|name| name == "long_term")
-        });
+        let long = (0..8)
+            .find(|n| word(&self.folder.join(format!("constraint_{n}_name"))).is_some_and(|name| name == "long_term"));
         let path = self.folder.join(format!("constraint_{}_power_limit_uw", long.unwrap_or(0)));
         let microwatts = number(&path).filter(|uw| *uw > 0)?;
         Some((microwatts as f64 / 1e6, path))
