@@ -2,6 +2,7 @@
 
 use super::RunError;
 use super::counters::Counters;
+use super::devices::GiveDevice;
 use super::experts::{ExpertStore, Step};
 use super::load::{LoadError, LoadOptions, Loaded, Progress, load};
 use super::mixer::{CacheReads, MixerInput, MixerState, mix};
@@ -9,7 +10,6 @@ use super::moe::{Choices, Compute, add_bias, dense_ffn, moe_batch, moe_token, sh
 use super::rope::{RopeTable, rope_tables};
 use super::scratch::Scratch;
 use super::weights::DenseWeights;
-use crate::cuda::Device;
 use crate::formats::placement::Placement;
 use crate::gguf::Gguf;
 use crate::kernels::pooled::{MatJob, matmul_all};
@@ -102,7 +102,7 @@ impl Engine {
         Self::load_on(gguf, plan, options, None, progress)
     }
 
-    /// [`load`](Self::load) with a device that stands for the GPU of the plan.
+    /// [`load`](Self::load) with devices that stand for the GPUs of the plan: `give` is asked for each by its number.
     ///
     /// # Errors
     /// As [`load`](Self::load).
@@ -110,13 +110,13 @@ impl Engine {
         gguf: Arc<Gguf>,
         plan: &Placement,
         options: &LoadOptions,
-        device: Option<Arc<dyn Device>>,
+        give: Option<GiveDevice<'_>>,
         progress: Progress<'_>,
     ) -> Result<Self, LoadError> {
         let kernels = Kernels::from_env()?;
         let spec = describe(&gguf)?;
         let shape = shape_of(&gguf, &spec);
-        let loaded = load(&gguf, &spec, &shape, plan, options, device, progress)?;
+        let loaded = load(&gguf, &spec, &shape, plan, options, give, progress)?;
         let Loaded { weights, experts, mut resident_bytes, padding_bytes, embedding_tier, head_tier, dense_bytes } =
             loaded;
         let context = plan.context as usize;

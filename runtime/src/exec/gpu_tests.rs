@@ -64,8 +64,8 @@ fn experts_on_a_gpu_give_the_same_text() {
         let plan = half_on_gpu(&shape, 64);
         let device: Arc<dyn Device> = shim::shared();
         let load = |plan: &Placement| {
-            let device = Some(Arc::clone(&device));
-            Engine::load_on(Arc::clone(&gguf), plan, &options, device, &mut |_, _| {}).unwrap()
+            let give = |_: usize| Ok(Arc::clone(&device));
+            Engine::load_on(Arc::clone(&gguf), plan, &options, Some(&give), &mut |_, _| {}).unwrap()
         };
         let mut engine = load(&plan);
         let planned: Vec<u64> = plan.tiers.iter().map(|t| t.used_bytes()).collect();
@@ -87,8 +87,8 @@ fn experts_on_a_gpu_give_the_same_text() {
 fn what_a_gpu_cannot_hold_yet_is_refused() {
     let (gguf, shape) = open("arch/qwen3moe.gguf");
     let refused = |plan: &Placement| {
-        let device: Arc<dyn Device> = shim::shared();
-        let loaded = Engine::load_on(Arc::clone(&gguf), plan, &LoadOptions::default(), Some(device), &mut |_, _| {});
+        let give = |_: usize| Ok(shim::shared() as Arc<dyn Device>);
+        let loaded = Engine::load_on(Arc::clone(&gguf), plan, &LoadOptions::default(), Some(&give), &mut |_, _| {});
         match loaded.map(|_| ()) {
             Err(error @ LoadError::Tier { .. }) => error.to_string(),
             other => panic!("{other:?}"),

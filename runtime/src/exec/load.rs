@@ -1,13 +1,14 @@
 //! Loads a model as a plan says: checks the plan against the file, makes one arena a tier, fills it, and counts.
 
+use super::devices::{Devices, GiveDevice, on_gpu};
 use super::experts::{ExpertStore, ExpertView, Home, LayerExperts, Layout};
 use super::pack::Pack;
 use super::verify::Checks;
 use super::weights::{DenseWeights, Held};
+use crate::cuda::CudaError;
 use crate::cuda::experts::{ExpertBytes, PinnedExperts};
-use crate::cuda::{CudaError, Device, Gpu};
 use crate::formats::machine::{Tier, TierKind};
-use crate::formats::placement::{LayerPlacement, Placement, PlanTier};
+use crate::formats::placement::{LayerPlacement, Placement};
 use crate::gguf::{Advice, Gguf};
 use crate::kernels::IsaError;
 use crate::model::ModelError;
@@ -149,22 +150,11 @@ struct Loader<'a> {
     gpu: Option<PinnedExperts>,
 }
 
-/// Whether a tier is a real GPU's memory, with something in it.
-fn on_gpu(t: &PlanTier) -> bool {
-    t.tier.kind == TierKind::Vram && !t.tier.emulated && t.used_bytes() > 0
-}
-
-/// Opens the GPU of a plan that has one; `given` stands for it in tests.
-fn open_gpu(plan: &Placement, given: Option<Arc<dyn Device>>) -> Result<Option<PinnedExperts>, LoadError> {
-    if !plan.tiers.iter().any(on_gpu) {
-        return Ok(None);
-    }
-    let bad = |source| LoadError::Gpu { plan: plan.name.clone(), source };
-    let device = match given {
-        Some(device) => device,
-        None => Gpu::open(0).map_err(bad)?,
-    };
-    PinnedExperts::new(device, plan.layers.len()).map(Some).map_err(bad)
+/// The pinned experts of a plan that has some on a GPU.
+fn pinned_experts(plan: &Placement, devices: &Devices) -> Result<Option<PinnedExperts>, LoadError> {
+    let Some((_, device)) = devices.all().next() else { return Ok(None) };
+    let pinned = PinnedExperts::new(Arc::clone(device), plan.layers.len());
+    pinned.map(Some).map_err(|source| LoadError::Gpu { plan: plan.name.clone(), source })
 }
 
 /// Loads. Nothing is allocated before the whole plan has been checked.
@@ -174,13 +164,14 @@ pub(super) fn load(
     shape: &ModelShape,
     plan: &Placement,
     options: &LoadOptions,
-    device: Option<Arc<dyn Device>>,
+    give: Option<GiveDevice<'_>>,
     progress: Progress<'_>,
 ) -> Result<Loaded, LoadError> {
     check(shape, plan)?;
     check_context_fits(shape, plan)?;
     check_nodes(plan)?;
-    let gpu = open_gpu(plan, device)?;
+    let devices = Devices::open(plan, give)?;
+    let gpu = pinned_experts(plan, &devices)?;
     let slow = plan.tiers.len() - 1;
     // What only stands for a slow device, or for memory, is read as fast as it goes.
     let device = |t: &Tier| t.kind == TierKind::Nvme && !t.emulated;

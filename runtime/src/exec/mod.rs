@@ -5,6 +5,7 @@
 
 pub mod budget;
 pub mod counters;
+mod devices;
 pub mod engine;
 mod experts;
 mod foresight;
@@ -28,6 +29,7 @@ mod warm;
 mod weights;
 
 pub use crate::model::kv::KvType;
+pub use devices::GiveDevice;
 pub use engine::{Engine, Wanted};
 pub use load::{LoadError, LoadOptions};
 #[doc(hidden)]
