@@ -2,7 +2,7 @@
 //! computed.
 
 use super::device::{Buffer, Device, View};
-use super::experts::{ExpertBytes, ExpertKind, PinnedExperts};
+use super::experts::{ExpertBytes, ExpertKind, PinnedExperts, Place};
 use super::gpu::Pinned;
 use super::ops::{Input, Matrices, Quants, Table};
 use super::{CudaError, Gpu, Ops};
@@ -322,17 +322,20 @@ pub fn experts(subject: &Subject, kind: ExpertKind, used: usize) -> Result<Optio
     let one = ExpertBytes { gate: &largest[..gate], up: &largest[..up], down: &largest[..down], biases: None };
     let mut here = PinnedExperts::new(Arc::clone(&subject.device), 1)?;
     let all: Vec<(usize, ExpertBytes<'_>)> = (0..n).map(|expert| (expert, one)).collect();
-    here.pin(0, kind, &all)?;
+    here.add_layer(0, kind, &all, 0, false)?;
+    let in_batch = n.min(16);
+    let rows = in_batch * BATCH_TOKENS;
+    here.reserve(rows.max(used))?;
     let x = vec![0.25f32; kind.hidden];
     let mut out = vec![0.0f32; used * kind.hidden];
     let mut times = Vec::with_capacity(effort.stages.max(1));
     // From one place to the next, so that no cache has them from the last time.
     let mut first = 0;
     for stage in 0..=effort.stages.max(1) {
-        let chosen: Vec<usize> = (0..used).map(|i| (first + i) % n).collect();
+        let chosen: Vec<Place> = (0..used).map(|i| Place::Pinned((first + i) % n)).collect();
         first = (first + used) % n;
         let start = Instant::now();
-        here.ask(0, &x, &chosen)?;
+        here.ask(0, Some(&x), &chosen)?;
         here.fetch(&mut out)?;
         if stage > 0 {
             times.push(start.elapsed());
@@ -341,13 +344,11 @@ pub fn experts(subject: &Subject, kind: ExpertKind, used: usize) -> Result<Optio
     times.sort();
     let token_us = times.get(times.len() / 2).copied().unwrap_or(Duration::ZERO).as_secs_f64() * 1e6;
     // A batch in which so many experts have a common number of tokens each.
-    let in_batch = n.min(16);
-    let rows = in_batch * BATCH_TOKENS;
     let x = vec![0.25f32; rows * kind.hidden];
-    let chosen: Vec<usize> = (0..rows).map(|row| row / BATCH_TOKENS).collect();
+    let chosen: Vec<Place> = (0..rows).map(|row| Place::Pinned(row / BATCH_TOKENS)).collect();
     let mut out = vec![0.0f32; rows * kind.hidden];
     let seconds = fastest(effort.passes, || {
-        here.ask(0, &x, &chosen)?;
+        here.ask(0, Some(&x), &chosen)?;
         here.fetch(&mut out)
     })?;
     let operations = 2.0 * (3 * kind.hidden * kind.ffn) as f64 * rows as f64;

@@ -7,6 +7,7 @@ use super::experts::{ExpertStore, Step};
 use super::load::{LoadError, LoadOptions, Loaded, Progress, load};
 use super::mixer::{CacheReads, MixerInput, MixerState, mix};
 use super::moe::{Choices, Compute, add_bias, dense_ffn, moe_batch, moe_token, shared_expert};
+use super::moe_gpu::{GpuRows, gpu_rows};
 use super::rope::{RopeTable, rope_tables};
 use super::scratch::Scratch;
 use super::weights::DenseWeights;
@@ -140,14 +141,18 @@ impl Engine {
         };
         let floats = |layer: &LayerSpec| match &layer.ffn {
             // A GPU quantises them itself.
-            Ffn::Moe(_) if experts.has_gpu() => true,
+            Ffn::Moe(_) if experts.n_gpus() > 0 => true,
             Ffn::Moe(moe) => moe.expert_linears().any(|l| !needs_quants(gguf.tensors()[l.weight].ty)),
             Ffn::Dense(_) => false,
         };
+        let mut scratch = Scratch::new(&spec, batch, micro_batch, tiers.len());
+        if experts.n_gpus() > 0 {
+            scratch.ffn.gpu = GpuRows::new(gpu_rows(&spec), spec.hidden);
+        }
         Ok(Self {
             mixer_quants: spec.layers.iter().map(needs).collect(),
             expert_floats: spec.layers.iter().map(floats).collect(),
-            scratch: Scratch::new(&spec, batch, micro_batch, tiers.len()),
+            scratch,
             kernels,
             pool: ThreadPool::new(threads),
             pacer: Pacer::new(&tiers, plan.layer_overhead_us, plan.token_overhead_us),

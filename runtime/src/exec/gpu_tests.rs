@@ -100,5 +100,5 @@ fn what_a_gpu_cannot_hold_yet_is_refused() {
     plan.tiers[0].dense_bytes += group.bytes;
     plan.tiers[1].dense_bytes -= group.bytes;
     plan.tiers[0].budget_bytes = u64::MAX;
-    assert!(refused(&plan).contains("only pinned experts can be there yet: solve with --vram 0"));
+    assert!(refused(&plan).contains("only experts can be there yet: solve with --vram 0"));
 }

@@ -16,6 +16,7 @@ mod load;
 pub mod measure;
 mod mixer;
 mod moe;
+mod moe_gpu;
 #[cfg(test)]
 mod node_tests;
 pub mod pack;
