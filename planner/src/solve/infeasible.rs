@@ -78,7 +78,7 @@ pub fn no_division(inputs: &Inputs<'_>, room: &Room, wishes: &Wishes) -> String 
         if wishes.is_empty() { "" } else { " under what --fix and --forbid ask for; take some of it back, or" };
     let largest = inputs.shape.dense.iter().max_by_key(|d| d.bytes);
     let roomiest =
-        room.dense_tiers(tier_plan_runtime::model::shape::DenseKind::Attention).max_by_key(|&t| room.left_bytes[t]);
+        room.dense_tiers(tier_plan_runtime::model::shape::DenseKind::Head).max_by_key(|&t| room.left_bytes[t]);
     let (Some(largest), Some(tier)) = (largest, roomiest) else {
         return format!("no way to divide the model among the tiers was found: {left} are left for weights{by_hand}");
     };

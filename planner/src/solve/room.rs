@@ -60,9 +60,17 @@ impl Room {
     }
 
     /// Tiers that can hold a dense group: what they hold computes there, and a token reads so little of the embedding
-    /// that it may stay in the file.
+    /// that it may stay in the file. Attention on a real GPU has its keys and values there, so both are on one or neither.
     pub fn dense_tiers(&self, kind: DenseKind) -> impl Iterator<Item = TierIdx> + '_ {
-        (0..self.tiers.len()).filter(move |&t| kind == DenseKind::Embedding || self.tiers[t].kind != TierKind::Nvme)
+        let apart = move |t: TierIdx| {
+            kind == DenseKind::Attention && t != self.kv_tier && (self.is_gpu(t) || self.is_gpu(self.kv_tier))
+        };
+        let computes = move |t: TierIdx| kind == DenseKind::Embedding || self.tiers[t].kind != TierKind::Nvme;
+        (0..self.tiers.len()).filter(move |&t| computes(t) && !apart(t))
+    }
+
+    fn is_gpu(&self, tier: TierIdx) -> bool {
+        self.tiers[tier].kind == TierKind::Vram && !self.tiers[tier].emulated
     }
 
     /// Tiers that can hold slots. A cache in VRAM in front of DRAM would be fed over a link whose rate the machine file
@@ -198,12 +206,18 @@ impl Room {
         let fits = |t: &TierIdx| self.left_bytes[*t] >= self.kv_bytes;
         // A token reads about half of the planned context: less of a byte than of dense weights, more than of most
         // experts. So the cache follows the dense weights to the fastest tier that has room for both.
-        let dense = inputs.shape.dense.iter().filter(|d| d.kind != DenseKind::Embedding).map(|d| d.bytes);
-        let both = dense.fold(self.kv_bytes, u64::saturating_add);
-        let beside_dense = self.dense_tiers(DenseKind::Attention).find(|&t| self.left_bytes[t] >= both);
-        let Some(tier) =
-            beside_dense.or(Some(staging).filter(fits)).or_else(|| self.dense_tiers(DenseKind::Attention).find(fits))
-        else {
+        let beside = |keep: &dyn Fn(DenseKind) -> bool| {
+            let bytes = inputs.shape.dense.iter().filter(|d| keep(d.kind)).map(|d| d.bytes);
+            bytes.fold(self.kv_bytes, u64::saturating_add)
+        };
+        let all = beside(&|kind| kind != DenseKind::Embedding);
+        // A real GPU must have room for all attention besides, and has no kernels for recurrent states.
+        let attention = beside(&|kind| kind == DenseKind::Attention);
+        let runs = |t: TierIdx| inputs.shape.state_bytes == 0 && self.left_bytes[t] >= attention;
+        let tiers = || self.dense_tiers(DenseKind::Head);
+        let beside_dense = tiers().find(|&t| if self.is_gpu(t) { runs(t) } else { self.left_bytes[t] >= all });
+        let anywhere = || tiers().filter(|&t| !self.is_gpu(t) || runs(t)).find(fits);
+        let Some(tier) = beside_dense.or(Some(staging).filter(fits)).or_else(anywhere) else {
             bail!(
                 "tier '{}' has {} left of its budget of {}, but the key and value cache of {} tokens of context needs \
                  {} as {}; {}",
@@ -234,14 +248,14 @@ impl Room {
         let show = |bytes: u128| show_bytes(small(bytes));
         let in_file = |kind| kind == DenseKind::Embedding && !self.in_place;
         let computing: u128 = shape.dense.iter().filter(|d| !in_file(d.kind)).map(|d| u128::from(d.bytes)).sum();
-        let have = left(&mut self.dense_tiers(DenseKind::Attention));
+        let have = left(&mut self.dense_tiers(DenseKind::Head));
         ensure!(
             computing <= have,
             "the dense tensors of '{}' need {}, but {} have {} left for them beside the key and value cache and the \
              staging buffers; {}",
             shape.id.name,
             show(computing),
-            names(&mut self.dense_tiers(DenseKind::Attention)),
+            names(&mut self.dense_tiers(DenseKind::Head)),
             show(have),
             mends(inputs, self.staging_tier, small(computing.saturating_sub(have)))
         );

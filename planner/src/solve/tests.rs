@@ -209,7 +209,13 @@ fn optimum(shape: &ModelShape, room: &Room, evidence: &Evidence) -> Option<f64> 
             bytes[t] = group.bytes;
             (bytes, group.token_bytes as f64 / (room.tiers[t].read_gbps * 1e9))
         };
-        let allowed = |t: &usize| group.kind == DenseKind::Embedding || room.tiers[*t].kind != TierKind::Nvme;
+        let gpu = |t: usize| room.tiers[t].kind == TierKind::Vram && !room.tiers[t].emulated;
+        let together = |t: usize| t == room.kv_tier || !gpu(t) && !gpu(room.kv_tier);
+        let allowed = |t: &usize| match group.kind {
+            DenseKind::Embedding => true,
+            DenseKind::Attention => room.tiers[*t].kind != TierKind::Nvme && together(*t),
+            _ => room.tiers[*t].kind != TierKind::Nvme,
+        };
         things.push((0..n).filter(allowed).map(on).collect());
     }
     exhaustive(&things, &room.left_bytes)

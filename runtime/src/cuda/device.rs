@@ -43,6 +43,12 @@ pub trait Device: Send + Sync {
     /// What it is called.
     fn name(&self) -> &str;
 
+    /// Bytes of its memory that are free now.
+    ///
+    /// # Errors
+    /// When the device fails.
+    fn free_bytes(&self) -> Result<usize, CudaError>;
+
     /// Memory that begins at a multiple of 256 and goes on for at least 16 bytes after its end.
     ///
     /// # Errors

@@ -298,6 +298,10 @@ impl Device for Gpu {
         &self.properties.name
     }
 
+    fn free_bytes(&self) -> Result<usize, CudaError> {
+        Gpu::free_bytes(self)
+    }
+
     fn allocate(&self, len: usize) -> Result<u64, CudaError> {
         self.bind()?;
         // Kernels may look at a few bytes after the end of what they read.

@@ -4,26 +4,24 @@ use super::RunError;
 use super::counters::Counters;
 use super::devices::GiveDevice;
 use super::experts::{ExpertStore, Step};
+use super::gpu::{Gpus, LayerPlaces, Places};
 use super::load::{LoadError, LoadOptions, Loaded, Progress, load};
-use super::mixer::{CacheReads, MixerInput, MixerState, mix};
-use super::moe::{Choices, Compute, add_bias, dense_ffn, moe_batch, moe_token, shared_expert};
+use super::mixer::{CacheReads, MixerState};
+use super::moe::{Choices, Compute, moe_batch, moe_token};
 use super::moe_gpu::{GpuRows, gpu_rows};
 use super::rope::{RopeTable, rope_tables};
 use super::scratch::Scratch;
 use super::weights::DenseWeights;
 use crate::formats::placement::Placement;
 use crate::gguf::Gguf;
-use crate::kernels::pooled::{MatJob, matmul_all};
 use crate::kernels::{Kernels, needs_quants};
 use crate::model::describe;
 use crate::model::shape::{ModelShape, shape_of};
 use crate::model::spec::{Ffn, LayerSpec, ModelSpec, MoeSpec};
-use crate::quant::dequantize_row;
 use crate::threads::{ThreadPool, physical_cores};
 use crate::tiers::arena::ArenaError;
 use crate::tiers::nodes::Pages;
 use crate::tiers::pace::{Pacer, StageBytes, settle};
-use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -32,6 +30,12 @@ pub(super) const BATCH: usize = 2048;
 
 /// Tokens that a layer's dense stage, and an expert, take at once.
 pub(super) const MICRO_BATCH: usize = 512;
+
+/// Tokens of a batch, and of a micro-batch.
+pub(super) fn batches(options: &LoadOptions, context: usize) -> (usize, usize) {
+    let batch = options.batch.unwrap_or(BATCH).min(context).max(1);
+    (batch, batch.min(MICRO_BATCH))
+}
 
 /// Which logits a pass should compute.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,11 +58,12 @@ pub struct Routing {
 /// A loaded model with its context.
 pub struct Engine {
     gguf: Arc<Gguf>,
-    spec: ModelSpec,
+    pub(super) spec: ModelSpec,
     shape: ModelShape,
     plan: Placement,
-    weights: DenseWeights,
+    pub(super) weights: DenseWeights,
     pub(super) experts: ExpertStore,
+    pub(super) gpus: Gpus,
     resident_bytes: Vec<u64>,
     padding_bytes: Vec<u64>,
     embedding_tier: usize,
@@ -68,22 +73,22 @@ pub struct Engine {
     /// By layer: what its keys, values and state are charged as.
     caches: Vec<CacheReads>,
     pacer: Option<Pacer>,
-    pool: ThreadPool,
-    kernels: Kernels,
+    pub(super) pool: ThreadPool,
+    pub(super) kernels: Kernels,
     batch: usize,
-    micro_batch: usize,
-    n_past: usize,
+    pub(super) micro_batch: usize,
+    pub(super) n_past: usize,
     context: usize,
-    states: Vec<MixerState>,
-    ropes: Vec<RopeTable>,
+    pub(super) states: Vec<MixerState>,
+    pub(super) ropes: Vec<RopeTable>,
     /// By layer: whether any matrix of the mixer takes quantised activations.
-    mixer_quants: Vec<bool>,
+    pub(super) mixer_quants: Vec<bool>,
     /// By layer: whether its experts take activations as they are, too.
-    expert_floats: Vec<bool>,
+    pub(super) expert_floats: Vec<bool>,
     /// By layer, index into `ropes`.
-    layer_rope: Vec<Option<usize>>,
-    scratch: Scratch,
-    logits: Vec<f32>,
+    pub(super) layer_rope: Vec<Option<usize>>,
+    pub(super) scratch: Scratch,
+    pub(super) logits: Vec<f32>,
     routing: Routing,
     counters: Counters,
     broken: bool,
@@ -118,13 +123,24 @@ impl Engine {
         let spec = describe(&gguf)?;
         let shape = shape_of(&gguf, &spec);
         let loaded = load(&gguf, &spec, &shape, plan, options, give, progress)?;
-        let Loaded { weights, experts, mut resident_bytes, padding_bytes, embedding_tier, head_tier, dense_bytes } =
-            loaded;
+        let Loaded {
+            weights,
+            experts,
+            devices,
+            mut resident_bytes,
+            padding_bytes,
+            embedding_tier,
+            head_tier,
+            dense_bytes,
+        } = loaded;
         let context = plan.context as usize;
-        let batch = options.batch.unwrap_or(BATCH).min(context).max(1);
-        let micro_batch = batch.min(MICRO_BATCH);
-        let states: Vec<MixerState> =
-            spec.layers.iter().map(|layer| MixerState::new(&layer.mixer, plan.kv_type, context)).collect();
+        let (batch, micro_batch) = batches(options, context);
+        let places = Places::new(plan, spec.layers.len());
+        let state = |(layer, at): (&LayerSpec, &LayerPlaces)| match at.mixer {
+            Some(_) => MixerState::on_gpu(&layer.mixer, plan.kv_type, context),
+            None => MixerState::new(&layer.mixer, plan.kv_type, context),
+        };
+        let states: Vec<MixerState> = spec.layers.iter().zip(&places.layers).map(state).collect();
         let kv_tier = &plan.tiers[plan.kv_tier].tier;
         let pages = Pages::of_tier(kv_tier);
         for state in &states {
@@ -132,6 +148,7 @@ impl Engine {
         }
         resident_bytes[plan.kv_tier] += states.iter().map(MixerState::bytes).sum::<u64>();
         let (ropes, layer_rope) = rope_tables(&spec, &weights);
+        let gpus = Gpus::new(&spec, plan, options, &weights, &devices, places, &layer_rope)?;
         let tiers: Vec<_> = plan.tiers.iter().map(|t| t.tier.clone()).collect();
         let threads = options.threads.unwrap_or_else(physical_cores);
         let n_moe = spec.moe_layers().count();
@@ -170,6 +187,7 @@ impl Engine {
             shape,
             weights,
             experts,
+            gpus,
             resident_bytes,
             padding_bytes,
             embedding_tier,
@@ -346,30 +364,32 @@ impl Engine {
         alone: bool,
         decoding: bool,
     ) -> Result<(), RunError> {
-        let (n, hidden) = (tokens.len(), self.spec.hidden);
-        self.embed(tokens);
+        let n = tokens.len();
+        let mut place = self.embed(tokens)?;
         let mut outside = StageBytes::new(self.plan.tiers.len());
         outside.add(self.embedding_tier, (n * self.embedding_row_bytes()) as u64);
         let mut moe_at = 0;
         for index in 0..self.spec.layers.len() {
             let layer_start = Instant::now();
             self.scratch.expert_acts.clear();
+            let mut after = place;
             for first in (0..n).step_by(self.micro_batch) {
                 let start = Instant::now();
                 let rows = first..n.min(first + self.micro_batch);
-                self.dense_stage(index, rows.clone());
+                after = self.dense_stage(index, rows.clone(), place)?;
                 if let Some(pacer) = &self.pacer {
                     let cache = self.caches[index].bytes((self.n_past + rows.end) as u64, rows.len() as u64);
                     settle(start, pacer.dense(&self.dense_bytes[index], self.plan.kv_tier, cache));
                 }
             }
+            place = after;
             let experts_start = Instant::now();
             if decoding {
                 self.counters.charge(&self.dense_bytes[index], experts_start - layer_start);
             }
-            self.look_ahead(index, moe_at, n, !alone);
-            let layer: &LayerSpec = &self.spec.layers[index];
-            let Ffn::Moe(moe) = &layer.ffn else { continue };
+            self.look_ahead(index, moe_at, n, !alone, place)?;
+            let Ffn::Moe(moe) = &self.spec.layers[index].ffn else { continue };
+            let used = moe.n_used;
             let n_moe = self.counters.layers.len();
             self.scratch.computed.clear();
             let step = run_experts(
@@ -380,12 +400,11 @@ impl Engine {
                 if alone { None } else { Some(n) },
                 &mut self.scratch,
             )?;
-            self.kernels.add(&mut self.scratch.x[..n * hidden], &self.scratch.out[..n * hidden]);
+            self.add_experts(n, place)?;
             let paths = self.pacer.as_ref().map(|p| p.expert_paths(&self.scratch.computed, step.read_bytes));
             if let Some(longest) = paths.as_ref().and_then(|p| p.iter().max()) {
                 settle(experts_start, *longest);
             }
-            let used = moe.n_used;
             for t in 0..n {
                 let to = ((offset + t) * n_moe + moe_at) * used;
                 self.routing.experts[to..to + used].copy_from_slice(&self.scratch.experts[t * used..(t + 1) * used]);
@@ -407,7 +426,7 @@ impl Engine {
         self.n_past += n;
         let head_start = Instant::now();
         if let Some(wanted) = wanted {
-            self.head(n, wanted);
+            self.head(n, wanted, place)?;
             outside.add(self.head_tier, self.head_bytes());
             if let Some(pacer) = &self.pacer {
                 settle(head_start, pacer.outside(&outside));
@@ -417,24 +436,6 @@ impl Engine {
             self.counters.charge(&outside, head_start.elapsed());
         }
         Ok(())
-    }
-
-    /// Tells the expert store what the layer after `index` seems to need, where that is of use: of a batch, what its
-    /// last tokens need.
-    fn look_ahead(&mut self, index: usize, moe_at: usize, n: usize, batch: bool) {
-        let (Ffn::Moe(_), Some(next)) = (&self.spec.layers[index].ffn, self.spec.layers.get(index + 1)) else { return };
-        if !matches!(next.ffn, Ffn::Moe(_)) || !self.experts.wants_guess(batch) {
-            return;
-        }
-        let c = Compute { pool: &self.pool, kernels: self.kernels };
-        let s = &mut self.scratch;
-        let hidden = self.spec.hidden;
-        let rows = n.min(self.micro_batch);
-        let (x, len) = (&s.x[(n - rows) * hidden..n * hidden], rows * hidden);
-        // What experts add up is not there yet, so its buffer is free.
-        norm_rows(c, x, self.weights.vector(next.ffn_norm), self.spec.norm_eps, &mut s.out[..len]);
-        let guess = s.foresight.guess(c, &self.weights, next, &s.out[..len], &mut s.router_logits);
-        self.experts.expect(moe_at + 1, guess, batch);
     }
 
     fn count_experts(
@@ -476,87 +477,6 @@ impl Engine {
     fn head_bytes(&self) -> u64 {
         self.shape.dense.iter().filter(|d| d.kind == crate::model::shape::DenseKind::Head).map(|d| d.token_bytes).sum()
     }
-
-    fn embed(&mut self, tokens: &[u32]) {
-        let hidden = self.spec.hidden;
-        let table = self.weights.matrix(self.spec.embedding, self.spec.n_vocab, hidden);
-        for (token, row) in tokens.iter().zip(self.scratch.x.chunks_exact_mut(hidden)) {
-            if let Some(bytes) = table.row(*token as usize) {
-                dequantize_row(table.ty(), bytes, row);
-            }
-        }
-    }
-
-    /// Everything of a layer but its routed experts: attention, then the dense block, or the router's choices and the
-    /// shared expert. `rows` are those of the batch that it takes, at most a micro-batch.
-    fn dense_stage(&mut self, index: usize, rows: Range<usize>) {
-        let c = Compute { pool: &self.pool, kernels: self.kernels };
-        let (spec, weights, s) = (&self.spec, &self.weights, &mut self.scratch);
-        let layer = &spec.layers[index];
-        let (n, past) = (rows.len(), self.n_past + rows.start);
-        let len = n * spec.hidden;
-        let x = &mut s.x[rows.start * spec.hidden..][..len];
-        for rope in &mut self.ropes {
-            rope.prepare(past, n);
-        }
-        norm_rows(c, x, weights.vector(layer.mixer_norm), spec.norm_eps, &mut s.normed[..len]);
-        s.acts.fill_shared(c.pool, c.kernels, n, spec.hidden, &s.normed[..len], self.mixer_quants[index]);
-        let input = MixerInput {
-            x: s.acts.view(),
-            past,
-            rope: self.layer_rope[index].map(|at| &self.ropes[at]),
-            norm_eps: spec.norm_eps,
-        };
-        let out = &mut s.out[..len];
-        mix(c, weights, &layer.mixer, &input, &mut self.states[index], &mut s.mixer, out);
-        c.kernels.add(x, out);
-        norm_rows(c, x, weights.vector(layer.ffn_norm), spec.norm_eps, &mut s.normed[..len]);
-        match &layer.ffn {
-            Ffn::Dense(ffn) => {
-                let quantize = [&ffn.gate, &ffn.up].iter().any(|l| needs_quants(weights.ty(l.weight)));
-                s.acts.fill_shared(c.pool, c.kernels, n, spec.hidden, &s.normed[..len], quantize);
-                dense_ffn(c, weights, ffn, s.acts.view(), &mut s.ffn, out);
-                c.kernels.add(x, out);
-            }
-            Ffn::Moe(moe) => {
-                // Quantised whatever the router's type: the experts of a single token read the same activations.
-                s.acts.fill_shared(c.pool, c.kernels, n, spec.hidden, &s.normed[..len], spec.hidden.is_multiple_of(32));
-                let logits = &mut s.router_logits[..n * moe.n_expert];
-                matmul_all(c.pool, c.kernels, &[MatJob::new(weights.linear(&moe.router), s.acts.view(), logits)]);
-                add_bias(logits, weights.bias(&moe.router));
-                let bias = weights.opt_vector(moe.selection_bias);
-                let choices = rows.start * moe.n_used..rows.end * moe.n_used;
-                let chosen = s.experts[choices.clone()].chunks_exact_mut(moe.n_used);
-                let chosen = chosen.zip(s.weights[choices].chunks_exact_mut(moe.n_used));
-                for (row, (experts, expert_weights)) in logits.chunks_exact(moe.n_expert).zip(chosen) {
-                    s.router.route(moe, row, bias, experts, expert_weights);
-                }
-                if let Some(shared) = &moe.shared {
-                    shared_expert(c, weights, shared, s.acts.view(), &s.normed[..len], &mut s.ffn, out);
-                    c.kernels.add(x, out);
-                }
-                s.expert_acts.append(s.acts.view(), self.expert_floats[index]);
-            }
-        }
-    }
-
-    fn head(&mut self, n: usize, wanted: Wanted) {
-        let c = Compute { pool: &self.pool, kernels: self.kernels };
-        let (spec, weights, s) = (&self.spec, &self.weights, &mut self.scratch);
-        let hidden = spec.hidden;
-        let wanted = if wanted == Wanted::All { 0..n } else { n - 1..n };
-        let output = weights.matrix(spec.output, spec.n_vocab, hidden);
-        for first in wanted.clone().step_by(self.micro_batch) {
-            let x = &s.x[first * hidden..wanted.end.min(first + self.micro_batch) * hidden];
-            let rows = x.len() / hidden;
-            let normed = &mut s.normed[..x.len()];
-            norm_rows(c, x, weights.vector(spec.output_norm), spec.norm_eps, normed);
-            s.acts.fill_shared(c.pool, c.kernels, rows, hidden, normed, needs_quants(weights.ty(spec.output)));
-            let at = self.logits.len();
-            self.logits.resize(at + rows * spec.n_vocab, 0.0);
-            matmul_all(c.pool, c.kernels, &[MatJob::new(output, s.acts.view(), &mut self.logits[at..])]);
-        }
-    }
 }
 
 /// The routed experts of a token alone, or of a batch of so many.
@@ -578,9 +498,4 @@ fn run_experts(
         None => moe_token(c, store, at, moe, x, &choices, &mut s.ffn, out, &mut s.computed),
         Some(_) => moe_batch(c, store, at, moe, x, &choices, &mut s.ffn, out, &mut s.computed),
     }
-}
-
-fn norm_rows(c: Compute<'_>, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
-    let width = weight.len();
-    c.pool.for_each_slice(out, width, |row, out| c.kernels.rms_norm(&x[row * width..][..width], weight, eps, out));
 }

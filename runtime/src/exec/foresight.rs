@@ -53,11 +53,35 @@ impl Foresight {
             for (row, (experts, weights)) in logits.chunks_exact(moe.n_expert).zip(chosen) {
                 self.router.route(moe, row, bias, experts, weights);
             }
-            if n > 1 {
-                self.seen.resize(moe.n_expert, false);
-                self.experts.iter().for_each(|e| self.seen[usize::from(*e)] = true);
-            }
+            self.see(n, moe.n_expert);
         }
+        self.guessed()
+    }
+
+    /// [`guess`](Self::guess) where `ask` gives the choices of all tokens, `[tokens, n_used]`.
+    pub(super) fn guess_of<E>(
+        &mut self,
+        ask: impl FnOnce(&mut Vec<u16>) -> Result<(), E>,
+        next: &LayerSpec,
+    ) -> Result<impl Iterator<Item = u32> + '_, E> {
+        self.seen.clear();
+        self.experts.clear();
+        ask(&mut self.experts)?;
+        if let Some(moe) = next.moe() {
+            self.see(self.experts.len() / moe.n_used.max(1), moe.n_expert);
+        }
+        Ok(self.guessed())
+    }
+
+    /// Notes which experts are among the choices of several tokens.
+    fn see(&mut self, n: usize, n_expert: usize) {
+        if n > 1 {
+            self.seen.resize(n_expert, false);
+            self.experts.iter().for_each(|e| self.seen[usize::from(*e)] = true);
+        }
+    }
+
+    fn guessed(&self) -> impl Iterator<Item = u32> + '_ {
         let batch = self.seen.iter().enumerate().filter(|(_, seen)| **seen).map(|(e, _)| e as u32);
         let token = if self.seen.is_empty() { &self.experts[..] } else { &[] };
         token.iter().map(|e| u32::from(*e)).chain(batch)

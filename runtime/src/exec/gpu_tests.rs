@@ -2,11 +2,12 @@
 
 use super::plan::obvious;
 use super::{Engine, KvType, LoadError, LoadOptions, Wanted};
-use crate::cuda::{Device, shim};
+use crate::cuda::device::{Arg, Grid};
+use crate::cuda::{CudaError, Device, shim};
 use crate::formats::machine::TierKind;
-use crate::formats::placement::Placement;
+use crate::formats::placement::{Placement, PlanTier};
 use crate::gguf::Gguf;
-use crate::model::shape::ModelShape;
+use crate::model::shape::{DenseKind, ModelShape};
 use crate::model::{describe, shape::shape_of};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -83,22 +84,265 @@ fn experts_on_a_gpu_give_the_same_text() {
     }
 }
 
-#[test]
-fn what_a_gpu_cannot_hold_yet_is_refused() {
-    let (gguf, shape) = open("arch/qwen3moe.gguf");
-    let refused = |plan: &Placement| {
-        let give = |_: usize| Ok(shim::shared() as Arc<dyn Device>);
-        let loaded = Engine::load_on(Arc::clone(&gguf), plan, &LoadOptions::default(), Some(&give), &mut |_, _| {});
-        match loaded.map(|_| ()) {
-            Err(error @ LoadError::Tier { .. }) => error.to_string(),
-            other => panic!("{other:?}"),
+/// Where the experts of a plan are.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Experts {
+    /// Every one on the GPU.
+    Gpu,
+    /// In main memory.
+    Memory,
+    /// In the file, with slots in main memory.
+    File,
+}
+
+/// A plan with the dense groups that `on_gpu` names on a GPU.
+fn plan(
+    shape: &ModelShape,
+    (context, kv_type): (u32, KvType),
+    on_gpu: impl Fn(DenseKind, Option<u32>) -> bool,
+    kv_on_gpu: bool,
+    experts: Experts,
+) -> Placement {
+    let mut plan = obvious(shape, context, kv_type);
+    let empty = PlanTier { dense_bytes: 0, kv_bytes: 0, home_bytes: 0, ..plan.tiers[0].clone() };
+    let mut vram = empty.clone();
+    (vram.tier.name, vram.tier.kind) = ("vram".into(), TierKind::Vram);
+    plan.tiers.insert(0, vram);
+    (plan.staging_tier, plan.kv_tier) = (1, usize::from(!kv_on_gpu));
+    if kv_on_gpu {
+        (plan.tiers[0].kv_bytes, plan.tiers[1].kv_bytes) = (plan.tiers[1].kv_bytes, 0);
+    }
+    for (d, group) in plan.dense.iter_mut().zip(&shape.dense) {
+        d.tier = usize::from(!on_gpu(d.kind, d.layer));
+        if d.tier == 0 {
+            plan.tiers[0].dense_bytes += group.bytes;
+            plan.tiers[1].dense_bytes -= group.bytes;
         }
+    }
+    for (layer, of) in plan.layers.iter_mut().zip(&shape.experts) {
+        layer.slot_tier = 1;
+        match experts {
+            Experts::Memory => {}
+            Experts::Gpu => {
+                layer.pinned.push((0, (0..of.n_expert).collect()));
+                plan.tiers[0].pinned_bytes += u64::from(of.n_expert) * of.expert_bytes;
+                plan.tiers[1].home_bytes = 0;
+            }
+            Experts::File => {
+                layer.slots = of.n_used;
+                plan.tiers[1].slot_bytes += u64::from(of.n_used) * of.expert_bytes;
+                plan.staging_experts = plan.staging_experts.max(of.n_used);
+            }
+        }
+    }
+    if experts == Experts::File {
+        let mut file = empty;
+        (file.tier.name, file.tier.kind) = ("file".into(), TierKind::Nvme);
+        file.home_bytes = std::mem::take(&mut plan.tiers[1].home_bytes);
+        let largest = shape.experts.iter().map(|e| e.expert_bytes).max().unwrap_or(0);
+        plan.tiers[1].staging_bytes = u64::from(plan.staging_experts) * largest;
+        plan.tiers.push(file);
+    }
+    plan
+}
+
+/// An engine on the emulated GPU, whose memory holds what the plan says.
+fn load(gguf: &Arc<Gguf>, plan: &Placement, batch: usize) -> Engine {
+    let options = LoadOptions { threads: Some(2), batch: Some(batch), ..LoadOptions::default() };
+    let give = |_: usize| Ok(shim::shared() as Arc<dyn Device>);
+    let engine = Engine::load_on(Arc::clone(gguf), plan, &options, Some(&give), &mut |_, _| {}).unwrap();
+    let planned: Vec<u64> = plan.tiers.iter().map(|t| t.used_bytes()).collect();
+    assert_eq!(engine.resident_bytes(), planned);
+    engine
+}
+
+/// The mean squared difference as a share of the mean square.
+fn nmse(got: &[f32], expected: &[f32]) -> f64 {
+    let square = |v: f32| f64::from(v) * f64::from(v);
+    let off: f64 = got.iter().zip(expected).map(|(a, b)| square(a - b)).sum();
+    off / expected.iter().map(|v| square(*v)).sum::<f64>()
+}
+
+/// Logits of a prompt that takes several batches, and of tokens after it.
+fn text(engine: &mut Engine) -> Vec<f32> {
+    let n_vocab = engine.spec().n_vocab as u32;
+    let tokens: Vec<u32> = (0..21).map(|i| (i * 37 + 5) % n_vocab).collect();
+    let mut all = engine.forward(&tokens, Wanted::All).unwrap().to_vec();
+    for i in 0..3 {
+        all.extend_from_slice(engine.forward(&[(i * 11 + 3) % n_vocab], Wanted::Last).unwrap());
+    }
+    all
+}
+
+fn compare(name: &str, (context, kv_type): (u32, KvType), make: impl Fn(&ModelShape) -> Placement) {
+    let (gguf, shape) = open(name);
+    let plan = make(&shape);
+    let mut engine = load(&gguf, &plan, 13);
+    let got = text(&mut engine);
+    let mut plain = load(&gguf, &obvious(&shape, context, kv_type), 13);
+    let expected = text(&mut plain);
+    let what = format!("{name} {kv_type}");
+    // The same bits would mean that the processor computed everything.
+    assert_ne!(got, expected, "{what}");
+    let off = nmse(&got, &expected);
+    assert!(off < 1e-5, "{what}: {off:e}");
+    assert_eq!(engine.routing().experts, plain.routing().experts, "{what}");
+    // What is forgotten leaves no trace.
+    let n_vocab = engine.spec().n_vocab;
+    let rewinds = engine.truncate(9).is_ok();
+    engine.forward(&[7, 8], Wanted::Last).unwrap();
+    engine.clear();
+    assert_eq!(text(&mut engine), got, "{what}");
+    if !rewinds {
+        return;
+    }
+    engine.truncate(20).unwrap();
+    let again = engine.forward(&[(20 * 37 + 5) % n_vocab as u32], Wanted::Last).unwrap();
+    assert!(nmse(again, &expected[20 * n_vocab..21 * n_vocab]) < 1e-5, "{what}");
+}
+
+const ALL: fn(DenseKind, Option<u32>) -> bool = |_, _| true;
+
+#[test]
+fn a_whole_model_on_a_gpu_gives_the_same_text() {
+    for name in [
+        "qwen3moe",
+        "gpt-oss",
+        "qwen2moe",
+        "llama-dense",
+        "qwen3-dense",
+        "mixtral",
+        "olmoe",
+        "glm4moe",
+        "minimax-m2",
+        "deepseek-v3",
+        "kimi-k2",
+    ] {
+        let of = (64, KvType::F32);
+        compare(&format!("arch/{name}.gguf"), of, |shape| plan(shape, of, ALL, true, Experts::Gpu));
+    }
+}
+
+#[test]
+fn quantised_models_on_a_gpu_give_the_same_text() {
+    for (name, kv_type) in [("Q4_K_M", KvType::F16), ("Q5_0", KvType::Q8_0), ("BF16", KvType::F16)] {
+        let of = (64, kv_type);
+        compare(&format!("quant/{name}.gguf"), of, |shape| plan(shape, of, ALL, true, Experts::Gpu));
+    }
+}
+
+#[test]
+fn latents_are_stored_in_every_type() {
+    for kv_type in [KvType::F16, KvType::Q8_0] {
+        let of = (64, kv_type);
+        compare("arch/kimi-k2.gguf", of, |shape| plan(shape, of, ALL, true, Experts::Memory));
+    }
+}
+
+#[test]
+fn experts_stay_where_they_are_when_the_rest_is_on_a_gpu() {
+    let of = (64, KvType::F32);
+    for name in ["arch/qwen3moe.gguf", "arch/qwen2moe.gguf", "arch/deepseek-v3.gguf"] {
+        for experts in [Experts::Memory, Experts::File] {
+            compare(name, of, |shape| plan(shape, of, ALL, true, experts));
+        }
+    }
+}
+
+#[test]
+fn parts_of_a_layer_may_be_apart() {
+    let of = (64, KvType::F16);
+    let odd = |layer: Option<u32>| layer.is_some_and(|l| l % 2 == 1);
+    for name in ["arch/qwen2moe.gguf", "arch/glm4moe.gguf", "arch/kimi-k2.gguf"] {
+        // Attention there, routers and blocks of every second layer, the head here.
+        let with_attention = |kind, layer| match kind {
+            DenseKind::Attention => true,
+            DenseKind::Router | DenseKind::DenseFfn => odd(layer),
+            DenseKind::SharedExpert => !odd(layer),
+            DenseKind::Embedding => true,
+            DenseKind::Head => false,
+        };
+        compare(name, of, |shape| plan(shape, of, with_attention, true, Experts::Memory));
+        // The other way round.
+        let without = |kind, layer| !with_attention(kind, layer);
+        compare(name, of, |shape| plan(shape, of, without, false, Experts::Gpu));
+    }
+    // Recurrent layers stay; what is beside them need not.
+    compare("arch/qwen3next.gguf", of, |shape| {
+        plan(shape, of, |kind, _| kind != DenseKind::Attention, false, Experts::Memory)
+    });
+}
+
+fn refused(gguf: &Arc<Gguf>, plan: &Placement, free: usize) -> LoadError {
+    let give = |_: usize| Ok(Arc::new(Small(shim::shared(), free)) as Arc<dyn Device>);
+    let loaded = Engine::load_on(Arc::clone(gguf), plan, &LoadOptions::default(), Some(&give), &mut |_, _| {});
+    loaded.map(|_| ()).unwrap_err()
+}
+
+/// A device that says how much is free.
+struct Small(Arc<shim::Shim>, usize);
+
+impl Device for Small {
+    fn name(&self) -> &str {
+        "a small GPU"
+    }
+    fn free_bytes(&self) -> Result<usize, CudaError> {
+        Ok(self.1)
+    }
+    fn allocate(&self, len: usize) -> Result<u64, CudaError> {
+        self.0.allocate(len)
+    }
+    unsafe fn free(&self, at: u64) {
+        // SAFETY: the caller's promise.
+        unsafe { self.0.free(at) };
+    }
+    unsafe fn write(&self, to: u64, bytes: &[u8]) -> Result<(), CudaError> {
+        // SAFETY: the caller's promise.
+        unsafe { self.0.write(to, bytes) }
+    }
+    unsafe fn read(&self, from: u64, bytes: &mut [u8]) -> Result<(), CudaError> {
+        // SAFETY: the caller's promise.
+        unsafe { self.0.read(from, bytes) }
+    }
+    unsafe fn launch(&self, kernel: &'static str, grid: Grid, args: &[Arg]) -> Result<(), CudaError> {
+        // SAFETY: the caller's promise.
+        unsafe { self.0.launch(kernel, grid, args) }
+    }
+    fn wait(&self) -> Result<(), CudaError> {
+        self.0.wait()
+    }
+}
+
+#[test]
+fn what_a_gpu_cannot_run_is_refused() {
+    let of = (64, KvType::F16);
+    let (gguf, shape) = open("arch/qwen3moe.gguf");
+    let error = refused(&gguf, &plan(&shape, of, ALL, false, Experts::Memory), usize::MAX).to_string();
+    assert!(error.contains("layer 0: keys and values are on another tier") && error.contains("solve again"), "{error}");
+    let but_one = |kind, layer| (kind, layer) != (DenseKind::Attention, Some(1));
+    let error = refused(&gguf, &plan(&shape, of, but_one, true, Experts::Memory), usize::MAX).to_string();
+    assert!(error.contains("layer 1: keys and values are on another tier"), "{error}");
+    let mut slots = plan(&shape, of, ALL, true, Experts::Memory);
+    slots.tiers[0].staging_bytes = 1;
+    slots.tiers[0].budget_bytes = u64::MAX;
+    assert!(matches!(refused(&gguf, &slots, usize::MAX), LoadError::Tier { .. }));
+    let (gguf, shape) = open("arch/qwen3next.gguf");
+    let error = refused(&gguf, &plan(&shape, of, ALL, true, Experts::Memory), usize::MAX).to_string();
+    assert!(error.contains("gated delta net") && error.contains("--forbid vram:attention"), "{error}");
+}
+
+#[test]
+fn a_gpu_that_is_too_small_is_refused_before_anything_is_copied() {
+    let (gguf, shape) = open("arch/qwen3moe.gguf");
+    let of = (64, KvType::F16);
+    let plan = plan(&shape, of, ALL, true, Experts::Gpu);
+    let LoadError::GpuFull { needed, weights, cache, work, reserve, free, .. } = refused(&gguf, &plan, 1000) else {
+        panic!("it was not refused for its size")
     };
-    let mut plan = half_on_gpu(&shape, 64);
-    let group = &shape.dense[1];
-    plan.dense[1].tier = 0;
-    plan.tiers[0].dense_bytes += group.bytes;
-    plan.tiers[1].dense_bytes -= group.bytes;
-    plan.tiers[0].budget_bytes = u64::MAX;
-    assert!(refused(&plan).contains("only experts can be there yet: solve with --vram 0"));
+    let vram = &plan.tiers[0];
+    assert_eq!((weights, cache, free), (vram.dense_bytes + vram.pinned_bytes, vram.kv_bytes, 1000));
+    assert_eq!(needed, weights + cache + work + reserve);
+    assert!(work > 0);
+    let error = refused(&gguf, &plan, needed as usize - 1).to_string();
+    assert!(error.contains(&format!("needs {needed} bytes")) && error.contains("a small GPU"), "{error}");
 }

@@ -5,11 +5,12 @@ mod load_gpu;
 
 use super::devices::{Devices, GiveDevice, on_gpu};
 use super::experts::{ExpertStore, Home, LayerExperts, Layout};
+use super::gpu::{fits, units};
 use super::pack::Pack;
 use super::verify::Checks;
 use super::weights::{DenseWeights, Held};
-use crate::cuda::CudaError;
 use crate::cuda::experts::PinnedExperts;
+use crate::cuda::{Buffer, CudaError, Device};
 use crate::formats::machine::{Tier, TierKind};
 use crate::formats::placement::{LayerPlacement, Placement};
 use crate::gguf::{Advice, Gguf};
@@ -56,7 +57,7 @@ pub enum LoadError {
         r#source: std::io::Error,
     },
     /// The GPU that the plan wants is not there, or failed.
-    #[error("plan '{plan}' pins experts in a GPU's memory: {source}; or solve with --vram 0")]
+    #[error("plan '{plan}' uses a GPU's memory: {source}; or solve with --vram 0")]
     Gpu {
         /// The plan's name.
         plan: String,
@@ -70,6 +71,44 @@ pub enum LoadError {
         plan: String,
         /// What is wrong; part of the message, so no source of its own.
         r#source: NumaError,
+    },
+    /// Something is on a GPU that can't run there.
+    #[error("plan '{plan}' puts on tier '{tier}', a GPU's memory, what can't run there: {what}; {mend}")]
+    OnGpu {
+        /// The plan's name.
+        plan: String,
+        /// The tier.
+        tier: String,
+        /// What, and why.
+        what: String,
+        /// What to do.
+        mend: String,
+    },
+    /// A GPU whose memory is too small for what the plan puts there and what computes with it.
+    #[error(
+        "plan '{plan}' needs {needed} bytes of tier '{tier}', and {device} has {free} free: {weights} of weights, {cache} of \
+         keys and values, {work} to work in and {reserve} for the driver; solve with a smaller budget for '{tier}', or free \
+         some of its memory"
+    )]
+    GpuFull {
+        /// The plan's name.
+        plan: String,
+        /// The tier.
+        tier: String,
+        /// The GPU.
+        device: String,
+        /// Bytes of it that are free.
+        free: u64,
+        /// Bytes of all below.
+        needed: u64,
+        /// Bytes of dense groups and pinned experts.
+        weights: u64,
+        /// Bytes of keys and values.
+        cache: u64,
+        /// Bytes of buffers.
+        work: u64,
+        /// Bytes left for the driver and the kernels.
+        reserve: u64,
     },
     /// The plan and the model don't belong together, or the plan contradicts itself.
     #[error("plan '{plan}' does not fit model '{model}': {what}; make a new one with `tier-plan solve`")]
@@ -115,6 +154,8 @@ pub struct LoadOptions {
 pub(super) struct Loaded {
     pub weights: DenseWeights,
     pub experts: ExpertStore,
+    /// The GPUs of the plan, by tier.
+    pub devices: Devices,
     /// Bytes counted in each tier, key and value cache not included.
     pub resident_bytes: Vec<u64>,
     /// Bytes beyond those in each tier, so that slots and staging have room for whole pages.
@@ -133,7 +174,7 @@ enum Backing {
     Mapped,
     /// Read from the file into slots and staging.
     File,
-    /// Copied to a GPU: pinned experts only.
+    /// Copied to a GPU.
     Gpu,
 }
 
@@ -150,6 +191,7 @@ struct Loader<'a> {
     padding: Vec<u64>,
     done: u64,
     total: u64,
+    devices: Devices,
     /// Experts on GPUs, by tier.
     gpus: Vec<Option<PinnedExperts>>,
 }
@@ -165,9 +207,11 @@ pub(super) fn load(
     progress: Progress<'_>,
 ) -> Result<Loaded, LoadError> {
     check(shape, plan)?;
+    units::check(gguf, spec, plan)?;
     check_context_fits(shape, plan)?;
     check_nodes(plan)?;
     let devices = Devices::open(plan, give)?;
+    fits::check(spec, plan, options, &devices)?;
     let gpus = load_gpu::open(plan, &devices)?;
     let slow = plan.tiers.len() - 1;
     // What only stands for a slow device, or for memory, is read as fast as it goes.
@@ -216,8 +260,22 @@ pub(super) fn load(
         total += plan.tiers[slow].home_bytes;
     }
     let resident = vec![0; plan.tiers.len()];
-    let mut loader =
-        Loader { gguf, spec, plan, options, backings, files, mode, layout, resident, padding, done: 0, total, gpus };
+    let mut loader = Loader {
+        gguf,
+        spec,
+        plan,
+        options,
+        backings,
+        files,
+        mode,
+        layout,
+        resident,
+        padding,
+        done: 0,
+        total,
+        devices,
+        gpus,
+    };
     let tiers: HashMap<(DenseKind, Option<u32>), usize> =
         plan.dense.iter().map(|d| ((d.kind, d.layer), d.tier)).collect();
     let weights = loader.dense(&tiers, progress)?;
@@ -230,8 +288,8 @@ pub(super) fn load(
     }
     let head_tier = tiers[&(DenseKind::Head, None)];
     let embedding_tier = tiers.get(&(DenseKind::Embedding, None)).copied().unwrap_or(head_tier);
-    let Loader { resident: resident_bytes, padding: padding_bytes, .. } = loader;
-    Ok(Loaded { weights, experts, resident_bytes, padding_bytes, embedding_tier, head_tier, dense_bytes })
+    let Loader { resident: resident_bytes, padding: padding_bytes, devices, .. } = loader;
+    Ok(Loaded { weights, experts, devices, resident_bytes, padding_bytes, embedding_tier, head_tier, dense_bytes })
 }
 
 /// Where each expert of a layer is before any is pinned.
@@ -266,6 +324,9 @@ fn largest(layers: &[LayerExperts], layout: Layout) -> usize {
 
 /// Asks the system for the cache's memory and gives it back: a vector that is too large ends the program.
 fn check_context_fits(shape: &ModelShape, plan: &Placement) -> Result<(), LoadError> {
+    if plan.tiers.get(plan.kv_tier).is_some_and(on_gpu) {
+        return Ok(());
+    }
     let context = plan.context;
     let bytes = plan.kv_type.context_bytes(shape, context);
     match Arena::new("", bytes) {
@@ -295,8 +356,9 @@ fn check(shape: &ModelShape, plan: &Placement) -> Result<(), LoadError> {
         }
         let tier_error =
             |kind, mend| LoadError::Tier { plan: plan.name.clone(), tier: t.tier.name.clone(), kind, mend };
-        if on_gpu(t) && (i == slow || t.used_bytes() > t.pinned_bytes + t.slot_bytes) {
-            return Err(tier_error("a GPU's memory", "only experts can be there yet: solve with --vram 0"));
+        if on_gpu(t) && (i == slow || t.staging_bytes > 0) {
+            let mend = "buffers for experts in flight and pooled experts can't be there: solve with --vram 0";
+            return Err(tier_error("a GPU's memory", mend));
         }
         if t.tier.kind == TierKind::Nvme && i != slow && t.used_bytes() > 0 {
             return Err(tier_error("a block device", "only the last tier may be one: reorder the machine file"));
@@ -434,6 +496,8 @@ impl Loader<'_> {
                 let n_bytes = self.gguf.tensors()[id].n_bytes;
                 let held = if !matrices.contains(&id) {
                     Held::Vector(self.vector(id)?)
+                } else if let Some(device) = self.devices.of(tier) {
+                    Held::Device(Arc::new(self.to_device(id, device)?))
                 } else if let Backing::Arena { weights, .. } = &mut self.backings[tier] {
                     let piece = weights.take(n_bytes as usize)?;
                     Held::Piece(self.whole_tensor(id, piece)?)
@@ -452,6 +516,18 @@ impl Loader<'_> {
             self.resident[tier] += bytes;
         }
         Ok(weights)
+    }
+
+    /// Copies a tensor to a GPU, by way of main memory.
+    fn to_device(&self, id: TensorId, device: &Arc<dyn Device>) -> Result<Buffer, LoadError> {
+        let n_bytes = self.gguf.tensors()[id].n_bytes;
+        let copied = if self.mode == ReadMode::Cached {
+            Buffer::of_bytes(device, self.mapped_tensor(id)?)
+        } else {
+            let piece = Arena::new("", n_bytes)?.take(n_bytes as usize)?;
+            Buffer::of_bytes(device, &self.whole_tensor(id, piece)?)
+        };
+        copied.map_err(|source| LoadError::Gpu { plan: self.plan.name.clone(), source })
     }
 
     fn vector(&self, id: TensorId) -> Result<Box<[f32]>, LoadError> {

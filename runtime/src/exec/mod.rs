@@ -10,6 +10,7 @@ pub mod engine;
 mod experts;
 mod foresight;
 pub mod generate;
+mod gpu;
 #[cfg(test)]
 mod gpu_tests;
 mod load;
@@ -25,6 +26,7 @@ pub(crate) mod rope;
 pub(crate) mod router;
 mod scratch;
 pub mod slots;
+mod stages;
 pub mod verify;
 mod warm;
 mod weights;

@@ -3,6 +3,7 @@
 use super::RunError;
 use super::experts::{ExpertStore, Step};
 use super::moe::Users;
+use crate::cuda::experts::workspace_bytes;
 use crate::kernels::{ActView, Kernels};
 use crate::model::spec::ModelSpec;
 use std::collections::VecDeque;
@@ -14,6 +15,12 @@ const ROWS: usize = 512;
 /// Rows that GPUs have room for.
 pub(super) fn gpu_rows(spec: &ModelSpec) -> usize {
     spec.moe_layers().map(|(_, moe)| moe.n_used).max().unwrap_or(0).max(ROWS)
+}
+
+/// Bytes that a GPU with experts has for such rows.
+pub(super) fn gpu_room_bytes(spec: &ModelSpec) -> u64 {
+    let ffn = spec.moe_layers().map(|(_, moe)| moe.expert_ffn).max().unwrap_or(0);
+    workspace_bytes(gpu_rows(spec), spec.hidden, ffn)
 }
 
 /// Buffers for what goes to a GPU and comes back, as large as the most that does at once.

@@ -1,7 +1,7 @@
 //! Rotary position embedding, with linear and YaRN scaling.
 
 use super::weights::DenseWeights;
-use crate::model::spec::{LayerSpec, ModelSpec, RopeKind, RopeScaling, RopeSpec};
+use crate::model::spec::{ModelSpec, RopeKind, RopeScaling, RopeSpec};
 
 /// Rotations for a row of positions, ready to apply.
 pub(crate) struct RopeTable {
@@ -26,10 +26,6 @@ impl RopeTable {
             }
         }
         Self { spec: spec.clone(), frequencies, rotations: Vec::new(), prepared: (0, 0) }
-    }
-
-    pub(super) fn is_for(&self, spec: &RopeSpec) -> bool {
-        self.spec == *spec
     }
 
     /// Prepares positions `first..first + n`.
@@ -78,19 +74,26 @@ impl RopeTable {
     }
 }
 
-/// One table for all layers that rotate alike, and each layer's.
-pub(super) fn rope_tables(spec: &ModelSpec, weights: &DenseWeights) -> (Vec<RopeTable>, Vec<Option<usize>>) {
-    let mut tables: Vec<RopeTable> = Vec::new();
-    let table_of = |layer: &LayerSpec| {
-        layer.mixer.rope().map(|rope| {
-            tables.iter().position(|t| t.is_for(rope)).unwrap_or_else(|| {
-                tables.push(RopeTable::new(rope, weights.opt_vector(rope.freq_factors)));
+/// The different ways in which layers rotate, and each layer's.
+pub(super) fn tables(spec: &ModelSpec) -> (Vec<&RopeSpec>, Vec<Option<usize>>) {
+    let mut tables: Vec<&RopeSpec> = Vec::new();
+    let mut by_layer = Vec::with_capacity(spec.layers.len());
+    for layer in &spec.layers {
+        by_layer.push(layer.mixer.rope().map(|rope| {
+            tables.iter().position(|table| *table == rope).unwrap_or_else(|| {
+                tables.push(rope);
                 tables.len() - 1
             })
-        })
-    };
-    let by_layer = spec.layers.iter().map(table_of).collect();
+        }));
+    }
     (tables, by_layer)
+}
+
+/// One table for all layers that rotate alike, and each layer's.
+pub(super) fn rope_tables(spec: &ModelSpec, weights: &DenseWeights) -> (Vec<RopeTable>, Vec<Option<usize>>) {
+    let (tables, by_layer) = tables(spec);
+    let table = |rope: &&RopeSpec| RopeTable::new(rope, weights.opt_vector(rope.freq_factors));
+    (tables.iter().map(table).collect(), by_layer)
 }
 
 /// Whether a pair belongs to one of the axes that text moves along. The axes take turns pair by pair until they have

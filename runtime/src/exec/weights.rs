@@ -1,5 +1,6 @@
-//! Dense tensors where the plan put them: in an arena, or in place in the mapped file.
+//! Dense tensors where the plan put them: in an arena, in a GPU's memory, or in place in the mapped file.
 
+use crate::cuda::Buffer;
 use crate::gguf::Gguf;
 use crate::kernels::Weights;
 use crate::model::spec::{Linear, TensorId};
@@ -13,7 +14,9 @@ pub(super) enum Held {
     Mapped,
     /// In a tier's arena.
     Piece(Piece),
-    /// Decoded to `f32`: vectors of parameters.
+    /// In a GPU's memory.
+    Device(Arc<Buffer>),
+    /// Decoded to `f32`: vectors of parameters. Where a GPU uses them it has a copy.
     Vector(Box<[f32]>),
 }
 
@@ -55,7 +58,15 @@ impl DenseWeights {
         id.map(|id| self.vector(id))
     }
 
-    /// A matrix of `n_out` rows.
+    /// A matrix's bytes where a GPU has them.
+    pub(super) fn on_device(&self, id: TensorId) -> Option<&Arc<Buffer>> {
+        match &self.held[id] {
+            Some((_, Held::Device(bytes))) => Some(bytes),
+            _ => None,
+        }
+    }
+
+    /// A matrix of `n_out` rows, which the processor can read.
     pub(super) fn matrix(&self, id: TensorId, n_out: usize, n_in: usize) -> Weights<'_> {
         let tensor = &self.gguf.tensors()[id];
         let bytes: &[u8] = match &self.held[id] {

@@ -3,7 +3,7 @@
 use super::Check;
 use crate::check::{Outcome, Random};
 use crate::cuda::device::Buffer;
-use crate::cuda::ops::Attend;
+use crate::cuda::ops::{Attend, AttendRoom, Positions};
 use crate::cuda::{CudaError, Ops};
 use crate::kernels::{Kernels, StoredRows, q8_row_bytes};
 use crate::model::kv::KvType;
@@ -68,7 +68,9 @@ fn store(ops: &Ops, random: &mut Random, kv_type: KvType) -> Result<Outcome, Cud
         let before = vec![0x5a; heads * context * row_bytes];
         let cache = Buffer::of_bytes(ops.device(), &before)?;
         let rows = Buffer::of_f32(ops.device(), &x)?;
-        ops.store(kv_type, rows.view(), tokens, heads, width, context, past, cache.view())?;
+        let word = Buffer::of_i32(ops.device(), &[past as i32])?;
+        let positions = Positions { past, on_device: word.view() };
+        ops.store(kv_type, rows.view(), tokens, heads, width, context, positions, cache.view())?;
         let mut expected = before;
         for (at, row) in x.chunks_exact(width).enumerate() {
             let (t, head) = (at / heads, at % heads);
@@ -140,6 +142,11 @@ fn one(ops: &Ops, random: &mut Random, kv_type: KvType, case: Case) -> Result<Ou
     let query_buffer = Buffer::of_f32(ops.device(), &queries)?;
     let sink_buffer = Buffer::of_f32(ops.device(), &sink_values)?;
     let out = Buffer::room_f32(ops.device(), tokens * heads * value_width)?;
+    let first = past.min(2);
+    let word = Buffer::of_i32(ops.device(), &[(past - first) as i32])?;
+    // For two tokens at once, so that more of them take turns.
+    let room = AttendRoom::values(tokens.min(2), heads, past + tokens, value_width);
+    let room = AttendRoom::new(ops.device(), room, value_width)?;
     let attention = Attend {
         queries: query_buffer.view(),
         keys: key_buffer.view(),
@@ -153,11 +160,12 @@ fn one(ops: &Ops, random: &mut Random, kv_type: KvType, case: Case) -> Result<Ou
         value_width,
         scale,
         tokens,
-        past,
+        positions: Positions { past: past - first, on_device: word.view() },
+        first,
         window,
         sinks: sinks.then_some(sink_buffer.view()),
     };
-    ops.attend(&attention, out.view())?;
+    ops.attend(&attention, &room, out.view())?;
     let got = out.view().to_f32()?;
     let mut outcome = Outcome::default();
     for (at, got) in got.chunks_exact(value_width).enumerate() {

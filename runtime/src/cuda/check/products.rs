@@ -9,7 +9,7 @@ use crate::kernels::{Activations, Kernels, Weights, needs_quants};
 use crate::quant::{TensorType, dequantize_row};
 
 pub(super) fn checks() -> Vec<Check> {
-    let mut checks = vec![Check::new("quantize", quantize)];
+    let mut checks = vec![Check::new("quantize", quantize), Check::new("matvec_transposed", transposed)];
     for ty in TensorType::ALL {
         checks.push(Check::new(format!("dequantize_{ty}"), move |ops, random| decoding(ops, random, ty)));
     }
@@ -76,6 +76,23 @@ fn decoding(ops: &Ops, random: &mut Random, ty: TensorType) -> Result<Outcome, C
         let expected: Vec<u32> = expected.iter().map(|v| v.to_bits()).collect();
         outcome.exactly(got, &expected);
     }
+    Ok(outcome)
+}
+
+/// Two tokens of three heads.
+fn transposed(ops: &Ops, random: &mut Random) -> Result<Outcome, CudaError> {
+    let (heads, jobs, n_rows, n_cols) = (3, 6, 40, 300);
+    let (w, x) = (random.floats(heads * n_rows * n_cols), random.floats(jobs * n_rows));
+    let (weights, on_device) = (Buffer::of_f32(ops.device(), &w)?, Buffer::of_f32(ops.device(), &x)?);
+    let out = Buffer::room_f32(ops.device(), jobs * n_cols)?;
+    ops.matvec_transposed(weights.view(), heads, jobs, n_rows, n_cols, on_device.view(), out.view())?;
+    let expected = (0..jobs * n_cols).map(|i| {
+        let (job, c) = (i / n_cols, i % n_cols);
+        let product = |r: usize| f64::from(x[job * n_rows + r]) * f64::from(w[(job % heads * n_rows + r) * n_cols + c]);
+        ((0..n_rows).map(product).sum::<f64>(), 1e-5)
+    });
+    let mut outcome = Outcome::default();
+    outcome.floats(&out.view().to_f32()?, expected);
     Ok(outcome)
 }
 

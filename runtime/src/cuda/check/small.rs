@@ -3,7 +3,7 @@
 use super::Check;
 use crate::check::{Outcome, Random};
 use crate::cuda::device::Buffer;
-use crate::cuda::ops::Routing;
+use crate::cuda::ops::{Routing, Strided};
 use crate::cuda::{CudaError, Ops};
 use crate::exec::rope::RopeTable;
 use crate::exec::router::Router;
@@ -16,6 +16,8 @@ const VALUE: f64 = 4e-6;
 pub(super) fn checks() -> Vec<Check> {
     vec![
         Check::new("rms_norm", rms_norm),
+        Check::new("rms_norm, copy_rows, with values between", strided),
+        Check::new("scale_rows, gate", factors),
         Check::new("rope", rope),
         Check::new("silu_mul", |ops, random| activation(ops, random, Activation::Silu)),
         Check::new("clamped_swiglu", |ops, random| {
@@ -52,6 +54,42 @@ fn rms_norm(ops: &Ops, random: &mut Random) -> Result<Outcome, CudaError> {
         ops.rms_norm(on_device.view(), None, rows, width, 1e-6, on_device.view())?;
         outcome.exactly(&on_device.view().to_f32()?, &out.view().to_f32()?);
     }
+    Ok(outcome)
+}
+
+fn strided(ops: &Ops, random: &mut Random) -> Result<Outcome, CudaError> {
+    let mut outcome = Outcome::default();
+    let (rows, width, from, to) = (5, 48, 70, 64);
+    let (x, before, weight) = (random.floats(rows * from), random.floats(rows * to), random.floats(width));
+    let (on_device, out) = (Buffer::of_f32(ops.device(), &x)?, Buffer::of_f32(ops.device(), &before)?);
+    let weights = Buffer::of_f32(ops.device(), &weight)?;
+    let (mut copied, mut normed) = (before.clone(), before);
+    for row in 0..rows {
+        let source = &x[row * from..][..width];
+        copied[row * to..][..width].copy_from_slice(source);
+        Kernels::SCALAR.rms_norm(source, &weight, 1e-6, &mut normed[row * to..][..width]);
+    }
+    let (x, out) = (Strided { at: on_device.view(), stride: from }, Strided { at: out.view(), stride: to });
+    ops.copy_rows(x, rows, width, out)?;
+    outcome.exactly(&out.at.to_f32()?, &copied);
+    ops.rms_norm_of(x, Some(weights.view()), rows, width, 1e-6, out)?;
+    outcome.floats(&out.at.to_f32()?, near(&normed, 1e-3));
+    Ok(outcome)
+}
+
+fn factors(ops: &Ops, random: &mut Random) -> Result<Outcome, CudaError> {
+    let (rows, width) = (7, 90);
+    let (mut x, by) = (random.floats(rows * width), random.floats(rows));
+    let gates: Vec<f32> = random.floats(rows * width).iter().map(|v| 30.0 * v).collect();
+    let on_device = Buffer::of_f32(ops.device(), &x)?;
+    let (factors, gate) = (Buffer::of_f32(ops.device(), &by)?, Buffer::of_f32(ops.device(), &gates)?);
+    ops.scale_rows(on_device.view(), factors.view(), rows, width)?;
+    x.chunks_exact_mut(width).zip(&by).for_each(|(row, by)| row.iter_mut().for_each(|v| *v *= by));
+    let mut outcome = Outcome::default();
+    outcome.exactly(&on_device.view().to_f32()?, &x);
+    ops.gate(on_device.view(), gate.view(), rows * width)?;
+    x.iter_mut().zip(&gates).for_each(|(v, gate)| *v /= 1.0 + (-gate).exp());
+    outcome.floats(&on_device.view().to_f32()?, near(&x, 1e-30));
     Ok(outcome)
 }
 

@@ -14,12 +14,13 @@
 /// Lanes that share a position while scores are computed.
 #define SHARE 8
 
-/// `mixed` is `[tokens, heads, chunks, value_width]`, `largest` and `sums` `[tokens, heads, chunks]`. Grid: chunks, heads
-/// of keys and values times blocks of heads, tokens.
+/// `mixed` is `[tokens, heads, chunks, value_width]`, `largest` and `sums` `[tokens, heads, chunks]`. The tokens are at
+/// position `*past + first_token` and after it. Grid: chunks, from the first that a token sees on, and perhaps more than
+/// that; heads of keys and values times blocks of heads; tokens.
 template <class Rows>
 DEVICE void attend(const float* queries, const u8* keys, const u8* values, int context, int n_head_kv, int group,
-                   int key_width, int value_row_width, int value_width, float scale, int past, int window,
-                   int first_chunk, float* mixed, float* largest, float* sums) {
+                   int key_width, int value_row_width, int value_width, float scale, const int* past,
+                   int first_token, int window, float* mixed, float* largest, float* sums) {
     __shared__ float query[HEADS][MAX_KEY];
     __shared__ float scores[HEADS][CHUNK];
     const int head_blocks = (group + HEADS - 1) / HEADS;
@@ -28,8 +29,11 @@ DEVICE void attend(const float* queries, const u8* keys, const u8* values, int c
     const int token = (int)blockIdx.z, chunk = (int)blockIdx.x, chunks = (int)gridDim.x;
     const int n_head = n_head_kv * group;
     const i64 first_query = (i64)token * n_head + kv_head * group + first_head;
-    const int end_seen = past + token + 1;
+    // The first of these tokens.
+    const int begin = *past + first_token;
+    const int end_seen = begin + token + 1;
     const int begin_seen = window > 0 && end_seen > window ? end_seen - window : 0;
+    const int first_chunk = window > 0 && begin + 1 > window ? (begin + 1 - window) / CHUNK : 0;
     const int chunk_start = (first_chunk + chunk) * CHUNK;
     const int start = begin_seen > chunk_start ? begin_seen : chunk_start;
     const int end = end_seen < chunk_start + CHUNK ? end_seen : chunk_start + CHUNK;
@@ -97,10 +101,10 @@ DEVICE void attend(const float* queries, const u8* keys, const u8* values, int c
 
 #define ATTEND(NAME, ROWS)                                                                                              \
     KERNEL NAME(const float* queries, const u8* keys, const u8* values, int context, int n_head_kv, int group,          \
-                int key_width, int value_row_width, int value_width, float scale, int past, int window,                 \
-                int first_chunk, float* mixed, float* largest, float* sums) {                                           \
+                int key_width, int value_row_width, int value_width, float scale, const int* past,                      \
+                int first_token, int window, float* mixed, float* largest, float* sums) {                               \
         attend<ROWS>(queries, keys, values, context, n_head_kv, group, key_width, value_row_width, value_width, scale,  \
-                     past, window, first_chunk, mixed, largest, sums);                                                  \
+                     past, first_token, window, mixed, largest, sums);                                                  \
     }
 
 ATTEND(attend_f32, RowsF32)

@@ -28,12 +28,12 @@ KERNEL quantize(const float* x, int n_runs, i8* q, float* scale, float* sums) {
     if (lane == 0) scale[run] = s;
 }
 
-/// `out = x / sqrt(mean(x^2) + eps) * weight`, a block a row of `width` values; a null `weight` stands for ones. `out` may
-/// be `x`.
-KERNEL rms_norm(const float* x, const float* weight, int width, float eps, float* out) {
+/// `out = x / sqrt(mean(x^2) + eps) * weight`, a block a row of `width` values; a null `weight` stands for ones. Rows begin
+/// `x_stride` and `out_stride` values apart. `out` may be `x`.
+KERNEL rms_norm(const float* x, int x_stride, const float* weight, int width, float eps, float* out, int out_stride) {
     __shared__ float room[WARP];
-    x += (i64)blockIdx.x * width;
-    out += (i64)blockIdx.x * width;
+    x += (i64)blockIdx.x * x_stride;
+    out += (i64)blockIdx.x * out_stride;
     float squares = 0.0f;
     for (int i = (int)threadIdx.x; i < width; i += (int)blockDim.x) squares += x[i] * x[i];
     const float factor = 1.0f / sqrtf(block_sum(squares, room) / (float)width + eps);
@@ -56,26 +56,26 @@ KERNEL rope(float* x, const float* turns, int head_dim, int half, int neighbours
     }
 }
 
-/// Stores `[tokens, heads, width]` in a cache `[heads, context, width]` of 32-bit floats, from position `past` on. Grid:
+/// Stores `[tokens, heads, width]` in a cache `[heads, context, width]` of 32-bit floats, from position `*past` on. Grid:
 /// heads, tokens.
-KERNEL store_f32(const float* x, int width, int context, int past, float* cache) {
+KERNEL store_f32(const float* x, int width, int context, const int* past, float* cache) {
     const float* from = x + ((i64)blockIdx.y * gridDim.x + blockIdx.x) * width;
-    float* to = cache + ((i64)blockIdx.x * context + past + blockIdx.y) * width;
+    float* to = cache + ((i64)blockIdx.x * context + *past + blockIdx.y) * width;
     for (int i = (int)threadIdx.x; i < width; i += (int)blockDim.x) to[i] = from[i];
 }
 
 /// The same as 16-bit floats.
-KERNEL store_f16(const float* x, int width, int context, int past, u16* cache) {
+KERNEL store_f16(const float* x, int width, int context, const int* past, u16* cache) {
     const float* from = x + ((i64)blockIdx.y * gridDim.x + blockIdx.x) * width;
-    u16* to = cache + ((i64)blockIdx.x * context + past + blockIdx.y) * width;
+    u16* to = cache + ((i64)blockIdx.x * context + *past + blockIdx.y) * width;
     for (int i = (int)threadIdx.x; i < width; i += (int)blockDim.x) to[i] = narrow(from[i]);
 }
 
 /// The same in 8 bits: a warp a block of 32 values, whose scale is the least 16-bit float not below the largest magnitude
 /// by 127.
-KERNEL store_q8(const float* x, int width, int context, int past, u8* cache) {
+KERNEL store_q8(const float* x, int width, int context, const int* past, u8* cache) {
     const float* from = x + ((i64)blockIdx.y * gridDim.x + blockIdx.x) * width;
-    u8* row = cache + ((i64)blockIdx.x * context + past + blockIdx.y) * RowsQ8::row_bytes(width);
+    u8* row = cache + ((i64)blockIdx.x * context + *past + blockIdx.y) * RowsQ8::row_bytes(width);
     const int lane = threadIdx.x % WARP;
     for (int block = (int)(threadIdx.x / WARP); 32 * block < width; block += (int)(blockDim.x / WARP)) {
         const bool inside = 32 * block + lane < width;
@@ -114,6 +114,37 @@ KERNEL clamped_swiglu(float* gate, const float* up, float alpha, float limit, in
     const float below = up[i] > limit ? limit : up[i];
     const float u = below < -limit ? -limit : below;
     gate[i] = g / (1.0f + expf(-alpha * g)) * (u + 1.0f);
+}
+
+/// `x = x / (1 + exp(-gate))`.
+KERNEL gate(float* x, const float* gate, int n) {
+    const i64 i = thread_number();
+    if (i < n) x[i] = x[i] / (1.0f + expf(-gate[i]));
+}
+
+/// Copies rows of `width` values that begin `x_stride` and `out_stride` values apart; `n` values in all.
+KERNEL copy_rows(const float* x, int x_stride, int width, i64 n, float* out, int out_stride) {
+    const i64 i = thread_number();
+    if (i < n) out[i / width * out_stride + i % width] = x[i / width * x_stride + i % width];
+}
+
+/// Multiplies each row of `width` values by its own factor; `n` values in all.
+KERNEL scale_rows(float* x, const float* factors, int width, i64 n) {
+    const i64 i = thread_number();
+    if (i < n) x[i] *= factors[i / width];
+}
+
+/// `out[job, c] = sum over r of x[job, r] * w[job % heads, r, c]`: products with the transposed matrices of heads, which
+/// are `[n_rows, n_cols]`. A thread a column. Grid: columns by threads, jobs.
+KERNEL matvec_transposed(const float* w, int heads, int n_rows, int n_cols, const float* x, float* out) {
+    const int c = (int)(blockIdx.x * blockDim.x + threadIdx.x);
+    const i64 job = blockIdx.y;
+    if (c >= n_cols) return;
+    w += job % heads * n_rows * n_cols + c;
+    x += job * n_rows;
+    float sum = 0.0f;
+    for (int r = 0; r < n_rows; r++) sum += x[r] * w[(i64)r * n_cols];
+    out[job * n_cols + c] = sum;
 }
 
 /// `x += y`.

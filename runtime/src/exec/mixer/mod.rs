@@ -28,6 +28,8 @@ pub(super) enum MixerState {
     /// Latents and, after each, its rotated key part: all heads read the same rows.
     Mla(RowStore),
     Delta(DeltaState),
+    /// On a GPU, which reads and writes it: so many bytes.
+    OnGpu(u64),
 }
 
 impl MixerState {
@@ -43,9 +45,17 @@ impl MixerState {
         }
     }
 
+    /// For up to `context` tokens, where a GPU has it.
+    pub(super) fn on_gpu(mixer: &Mixer, kv_type: KvType, context: usize) -> Self {
+        let bytes = |rows: &KvRows| kv_type.row_bytes(rows.width).saturating_mul(rows.per_token);
+        let token: u64 = mixer_rows(mixer).iter().map(bytes).sum();
+        Self::OnGpu(token.saturating_mul(context as u64))
+    }
+
     /// Bytes held.
     pub(super) fn bytes(&self) -> u64 {
         match self {
+            Self::OnGpu(bytes) => *bytes,
             Self::Gqa(cache) => cache.keys.bytes() + cache.values.bytes(),
             Self::Mla(rows) => rows.bytes(),
             Self::Delta(state) => state.bytes(),
@@ -58,13 +68,14 @@ impl MixerState {
             Self::Gqa(cache) => cache.keys.move_to(pages).and_then(|()| cache.values.move_to(pages)),
             Self::Mla(rows) => rows.move_to(pages),
             Self::Delta(state) => state.move_to(pages),
+            Self::OnGpu(_) => Ok(()),
         }
     }
 
     /// Whether it can go back to what it was after fewer tokens; otherwise only to the beginning.
     pub(super) fn can_rewind(&self) -> bool {
         match self {
-            Self::Gqa(_) | Self::Mla(_) => true,
+            Self::Gqa(_) | Self::Mla(_) | Self::OnGpu(_) => true,
             Self::Delta(_) => false,
         }
     }
@@ -73,7 +84,7 @@ impl MixerState {
     pub(super) fn reset(&mut self) {
         match self {
             // Rows are written before they are read.
-            Self::Gqa(_) | Self::Mla(_) => {}
+            Self::Gqa(_) | Self::Mla(_) | Self::OnGpu(_) => {}
             Self::Delta(state) => state.reset(),
         }
     }

@@ -1,0 +1,322 @@
+//! Products of matrices with activations, quantisation and decoding.
+
+use super::{THREADS, blocks, few, int, null_or};
+use crate::cuda::device::{Buffer, Device, View};
+use crate::cuda::{CudaError, Ops, source};
+use crate::kernels::needs_quants;
+use crate::quant::TensorType;
+use std::sync::Arc;
+
+/// Rows of a matrix that a block multiplies, a warp each.
+const MATVEC_ROWS: usize = 4;
+
+/// Rows of a block of a product with many tokens, as the kernel has them.
+const TILE_ROWS: u32 = 64;
+
+/// Tokens of such a block.
+const TILE_TOKENS: usize = 32;
+
+/// 8-bit activations on a device, 32 values a scale, quantised as the processor quantises them.
+pub struct Quants {
+    /// `[rows, cols]`.
+    pub codes: Buffer,
+    /// `[rows, cols / 32]`.
+    pub scales: Buffer,
+    /// `[rows, cols / 16]`: scale times the sum of codes.
+    pub sums: Buffer,
+    room: usize,
+    rows: usize,
+    cols: usize,
+}
+
+impl Quants {
+    /// Room for `values` values.
+    ///
+    /// # Errors
+    /// When there is not enough memory.
+    pub fn new(device: &Arc<dyn Device>, values: usize) -> Result<Self, CudaError> {
+        Ok(Self {
+            codes: Buffer::new(device, values)?,
+            scales: Buffer::room_f32(device, values / 32)?,
+            sums: Buffer::room_f32(device, values / 16)?,
+            room: values,
+            rows: 0,
+            cols: 0,
+        })
+    }
+}
+
+/// Matrices of one type and size: one for all jobs, or several of which each job has one.
+#[derive(Clone, Copy)]
+pub enum Matrices<'a> {
+    /// The same for every job.
+    One(View<'a>),
+    /// The job's own, by number.
+    Table(&'a Table<'a>),
+    /// The one that `which`, `[jobs]` whole numbers on the device, says; a number outside the table is none, and the
+    /// job's result stays as it is.
+    Chosen(&'a Table<'a>, View<'a>),
+}
+
+/// Matrices by number; some may be missing.
+pub struct Table<'a> {
+    pointers: Buffer,
+    n: usize,
+    /// Bytes of the smallest; none when all are missing.
+    least: Option<usize>,
+    /// What it names, where it keeps it itself.
+    _held: Vec<Arc<Buffer>>,
+    _borrowed: std::marker::PhantomData<View<'a>>,
+}
+
+/// Bytes of a buffer that has several owners.
+pub type SharedPart = (Arc<Buffer>, std::ops::Range<usize>);
+
+impl Table<'static> {
+    /// A table that keeps the memory of its matrices.
+    ///
+    /// # Errors
+    /// When the device fails.
+    ///
+    /// # Panics
+    /// When a matrix is not inside its buffer.
+    pub fn owning(device: &Arc<dyn Device>, matrices: Vec<Option<SharedPart>>) -> Result<Self, CudaError> {
+        let views: Vec<_> =
+            matrices.iter().map(|m| m.as_ref().map(|(buffer, range)| buffer.view().part(range.clone()))).collect();
+        let Table { pointers, n, least, .. } = Table::new(device, &views)?;
+        let held = matrices.into_iter().flatten().map(|(buffer, _)| buffer).collect();
+        Ok(Self { pointers, n, least, _held: held, _borrowed: std::marker::PhantomData })
+    }
+}
+
+impl<'a> Table<'a> {
+    /// A table on the device of its matrices.
+    ///
+    /// # Errors
+    /// When the device fails.
+    ///
+    /// # Panics
+    /// When a matrix does not begin at a multiple of 16.
+    pub fn new(device: &Arc<dyn Device>, matrices: &[Option<View<'a>>]) -> Result<Self, CudaError> {
+        let address = |m: &Option<View<'a>>| m.map_or(0, |view| view.aligned().address()).to_ne_bytes();
+        let bytes: Vec<u8> = matrices.iter().flat_map(address).collect();
+        Ok(Self {
+            pointers: Buffer::of_bytes(device, &bytes)?,
+            n: matrices.len(),
+            least: matrices.iter().flatten().map(|m| m.len()).min(),
+            _held: Vec::new(),
+            _borrowed: std::marker::PhantomData,
+        })
+    }
+}
+
+/// Tokens of a batch that one matrix of a table is multiplied with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Group {
+    /// The matrix, by its number; one that is missing leaves its results as they are.
+    pub matrix: usize,
+    /// The first token, of those gathered.
+    pub first: usize,
+    /// Tokens.
+    pub tokens: usize,
+}
+
+/// Matrices of a product with many tokens.
+#[derive(Clone, Copy)]
+pub enum Batch<'a> {
+    /// One matrix and so many tokens.
+    One(View<'a>, usize),
+    /// Several, each with tokens of its own.
+    Groups(&'a Table<'a>, &'a [Group]),
+}
+
+/// Activations of a product.
+#[derive(Clone, Copy)]
+pub enum Input<'a> {
+    /// For quantised formats.
+    Quants(&'a Quants),
+    /// For F32, F16 and BF16: `[rows, cols]`.
+    Floats(View<'a>),
+}
+
+impl Ops {
+    /// Quantises `[rows, cols]` to 8 bits, as the processor does, to the bit.
+    ///
+    /// # Errors
+    /// When the device fails.
+    ///
+    /// # Panics
+    /// When `cols` is no multiple of 32, or there is not room.
+    pub fn quantize(&self, x: View<'_>, rows: usize, cols: usize, out: &mut Quants) -> Result<(), CudaError> {
+        assert!(
+            cols.is_multiple_of(32) && rows * cols <= out.room && x.words() >= rows * cols,
+            "{rows} x {cols} values"
+        );
+        (out.rows, out.cols) = (rows, cols);
+        let n_runs = rows * cols / 32;
+        let args = [x.arg(), int(n_runs), out.codes.view().arg(), out.scales.view().arg(), out.sums.view().arg()];
+        self.launch("quantize", [blocks(n_runs, THREADS / 32), 1, 1], THREADS, &args)
+    }
+
+    /// `out[job, row] = sum over c of w[row, c] * x[job / jobs_per_x, c]`, `out` `[jobs, n_rows]`.
+    ///
+    /// # Errors
+    /// When the device fails.
+    ///
+    /// # Panics
+    /// When a size does not fit.
+    pub fn matvec(
+        &self,
+        ty: TensorType,
+        matrices: Matrices<'_>,
+        jobs: usize,
+        n_rows: usize,
+        n_cols: usize,
+        x: Input<'_>,
+        jobs_per_x: usize,
+        out: View<'_>,
+    ) -> Result<(), CudaError> {
+        let row_bytes = ty.row_bytes(n_cols as u64).unwrap_or_else(|| panic!("rows of {n_cols} {ty} values")) as usize;
+        let (one, table, which) = match matrices {
+            Matrices::One(w) => (Some(w.aligned()), None, None),
+            Matrices::Table(table) => (None, Some(table), None),
+            Matrices::Chosen(table, which) => (None, Some(table), Some(which)),
+        };
+        let least = one.map(View::len).or(table.and_then(|t| t.least));
+        assert!(least.is_none_or(|len| len >= n_rows * row_bytes), "{n_rows} rows of {row_bytes} bytes");
+        assert!(which.is_none_or(|w| w.words() >= jobs), "{jobs} choices");
+        assert!(jobs_per_x > 0 && out.words() >= jobs * n_rows, "{jobs} x {n_rows} results");
+        let x_rows = jobs.div_ceil(jobs_per_x);
+        let n_table = table.map_or(0, |t| t.n);
+        let mut args = vec![null_or(one), null_or(table.map(|t| t.pointers.view())), int(n_table), null_or(which)];
+        args.extend([int(n_rows), int(n_cols)]);
+        match x {
+            Input::Quants(x) => {
+                assert!(needs_quants(ty) && x.rows >= x_rows && x.cols == n_cols, "activations for {ty}");
+                args.extend([x.codes.view().arg(), x.scales.view().arg(), x.sums.view().arg()]);
+            }
+            Input::Floats(x) => {
+                assert!(!needs_quants(ty) && x.words() >= x_rows * n_cols, "activations for {ty}");
+                args.push(x.aligned().arg());
+            }
+        }
+        args.extend([int(jobs_per_x), out.arg()]);
+        let grid = [blocks(n_rows, MATVEC_ROWS as u32), few(jobs), 1];
+        self.launch(source::matvec_kernel(ty), grid, 32 * MATVEC_ROWS as u32, &args)
+    }
+
+    /// `out[token, row] = sum over c of w[row, c] * x[token, c]` of a quantised type, for many tokens at a time.
+    ///
+    /// # Errors
+    /// When the device fails.
+    ///
+    /// # Panics
+    /// When a size does not fit, or the type is not quantised.
+    pub fn matmul(
+        &self,
+        ty: TensorType,
+        batch: Batch<'_>,
+        n_rows: usize,
+        n_cols: usize,
+        x: &Quants,
+        out: View<'_>,
+    ) -> Result<(), CudaError> {
+        let row_bytes = ty.row_bytes(n_cols as u64).unwrap_or_else(|| panic!("rows of {n_cols} {ty} values")) as usize;
+        let (one, table, groups) = match batch {
+            Batch::One(w, tokens) => (Some(w.aligned()), None, vec![Group { matrix: 0, first: 0, tokens }]),
+            Batch::Groups(table, groups) => (None, Some(table), groups.to_vec()),
+        };
+        let least = one.map(View::len).or(table.and_then(|t| t.least));
+        assert!(least.is_none_or(|len| len >= n_rows * row_bytes), "{n_rows} rows of {row_bytes} bytes");
+        let last = groups.iter().map(|g| g.first + g.tokens).max().unwrap_or(0);
+        assert!(x.cols == n_cols && x.rows >= last && out.words() >= last * n_rows, "{last} x {n_rows} results");
+        let n_table = table.map_or(0, |t| t.n);
+        let numbers: Vec<i32> = groups.iter().flat_map(|g| [g.matrix, g.first, g.tokens]).map(|v| v as i32).collect();
+        let numbers = if table.is_some() { Some(Buffer::of_i32(&self.device, &numbers)?) } else { None };
+        let most = groups.iter().map(|g| g.tokens).max().unwrap_or(0);
+        let args = [
+            null_or(one),
+            null_or(table.map(|t| t.pointers.view())),
+            int(n_table),
+            null_or(numbers.as_ref().map(Buffer::view)),
+            int(most),
+            int(n_rows),
+            int(n_cols),
+            x.codes.view().arg(),
+            x.scales.view().arg(),
+            x.sums.view().arg(),
+            out.arg(),
+        ];
+        let grid = [blocks(n_rows, TILE_ROWS), few(most.div_ceil(TILE_TOKENS)), few(groups.len())];
+        self.launch(source::matmul_kernel(ty), grid, 128, &args)
+    }
+
+    /// Decodes rows of `n_cols` values: those numbered by `rows`, `out` `[rows, n_cols]`.
+    ///
+    /// # Errors
+    /// When the device fails.
+    ///
+    /// # Panics
+    /// When a row is not there, or a size does not fit.
+    pub fn dequantize(
+        &self,
+        ty: TensorType,
+        w: View<'_>,
+        n_cols: usize,
+        rows: &[u32],
+        out: View<'_>,
+    ) -> Result<(), CudaError> {
+        let row_bytes = ty.row_bytes(n_cols as u64).unwrap_or_else(|| panic!("rows of {n_cols} {ty} values")) as usize;
+        let last = rows.iter().max().map_or(0, |row| *row as usize + 1);
+        assert!(w.len() >= last * row_bytes, "{last} rows of {row_bytes} bytes");
+        let numbers: Vec<i32> = rows.iter().map(|row| *row as i32).collect();
+        let which = Buffer::of_i32(&self.device, &numbers)?;
+        self.dequantize_chosen(ty, w, n_cols, which.view(), rows.len(), out)
+    }
+
+    /// [`dequantize`](Self::dequantize) with the numbers on the device, `[n]`. Each must be that of a row: nothing looks.
+    ///
+    /// # Errors
+    /// When the device fails.
+    ///
+    /// # Panics
+    /// When a size does not fit.
+    pub fn dequantize_chosen(
+        &self,
+        ty: TensorType,
+        w: View<'_>,
+        n_cols: usize,
+        which: View<'_>,
+        n: usize,
+        out: View<'_>,
+    ) -> Result<(), CudaError> {
+        assert!(which.words() >= n && out.words() >= n * n_cols, "{n} rows of {n_cols} values");
+        let args = [w.aligned().arg(), which.arg(), int(n), int(n_cols), out.arg()];
+        let threads = n * if needs_quants(ty) { n_cols / 32 } else { n_cols };
+        self.launch(source::dequantize_kernel(ty), [blocks(threads, THREADS), 1, 1], THREADS, &args)
+    }
+
+    /// Each head's product with its transposed matrix: `out[job, c] = sum over r of x[job, r] * w[job % heads, r, c]`, `x`
+    /// `[jobs, n_rows]` and `w` `[heads, n_rows, n_cols]`, both floats.
+    ///
+    /// # Errors
+    /// When the device fails.
+    ///
+    /// # Panics
+    /// When a size does not fit.
+    pub fn matvec_transposed(
+        &self,
+        w: View<'_>,
+        heads: usize,
+        jobs: usize,
+        n_rows: usize,
+        n_cols: usize,
+        x: View<'_>,
+        out: View<'_>,
+    ) -> Result<(), CudaError> {
+        assert!(heads > 0 && w.words() >= heads * n_rows * n_cols, "{heads} x {n_rows} x {n_cols}");
+        assert!(x.words() >= jobs * n_rows && out.words() >= jobs * n_cols, "{jobs} jobs");
+        let args = [w.arg(), int(heads), int(n_rows), int(n_cols), x.arg(), out.arg()];
+        self.launch("matvec_transposed", [blocks(n_cols, THREADS), few(jobs), 1], THREADS, &args)
+    }
+}

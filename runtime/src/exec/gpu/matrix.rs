@@ -1,0 +1,119 @@
+//! Matrices and vectors of a model on a GPU, and their products.
+
+use super::room::Room;
+use crate::cuda::ops::{Batch, Input, Matrices, Quants};
+use crate::cuda::{Buffer, CudaError, Device, Ops, View};
+use crate::exec::weights::DenseWeights;
+use crate::kernels::needs_quants;
+use crate::model::spec::{Activation, GatedFfn, Linear, TensorId};
+use crate::quant::TensorType;
+use std::ops::Range;
+use std::sync::Arc;
+
+/// Rows from which on matrices are multiplied with many at a time.
+const MANY: usize = 8;
+
+/// A matrix on a GPU: a tensor as it lies in the file, or some of its rows.
+pub(super) struct Matrix {
+    pub(super) bytes: Arc<Buffer>,
+    pub(super) range: Range<usize>,
+    pub(super) ty: TensorType,
+    pub(super) n_out: usize,
+    pub(super) n_in: usize,
+    bias: Option<Buffer>,
+}
+
+impl Matrix {
+    pub(super) fn view(&self) -> View<'_> {
+        self.bytes.view().part(self.range.clone())
+    }
+
+    pub(super) fn takes_quants(&self) -> bool {
+        needs_quants(self.ty)
+    }
+}
+
+/// Takes a model's tensors to a GPU, or finds those that are there.
+#[derive(Clone, Copy)]
+pub(super) struct Maker<'a> {
+    pub(super) device: &'a Arc<dyn Device>,
+    pub(super) weights: &'a DenseWeights,
+}
+
+impl Maker<'_> {
+    /// Rows `rows` of a tensor that the GPU has.
+    pub(super) fn rows(&self, id: TensorId, rows: Range<usize>, n_in: usize) -> Matrix {
+        let ty = self.weights.ty(id);
+        let Some(bytes) = self.weights.on_device(id) else {
+            unreachable!("loading took the tensors of a GPU's parts there")
+        };
+        let row = ty.row_bytes(n_in as u64).unwrap_or_default() as usize;
+        let range = rows.start * row..rows.end * row;
+        Matrix { bytes: Arc::clone(bytes), range, ty, n_out: rows.len(), n_in, bias: None }
+    }
+
+    pub(super) fn linear(&self, l: &Linear) -> Result<Matrix, CudaError> {
+        let bias = self.weights.bias(l).map(|bias| Buffer::of_f32(self.device, bias)).transpose()?;
+        Ok(Matrix { bias, ..self.rows(l.weight, l.first_row..l.first_row + l.n_out, l.n_in) })
+    }
+
+    pub(super) fn vector(&self, id: TensorId) -> Result<Buffer, CudaError> {
+        Buffer::of_f32(self.device, self.weights.vector(id))
+    }
+
+    pub(super) fn opt_vector(&self, id: Option<TensorId>) -> Result<Option<Buffer>, CudaError> {
+        id.map(|id| self.vector(id)).transpose()
+    }
+}
+
+/// `out = matrix · x + bias` for `n` rows; `quants` are those of `x`, where the matrix takes them.
+pub(super) fn product(
+    ops: &Ops,
+    matrix: &Matrix,
+    n: usize,
+    x: View<'_>,
+    quants: &Quants,
+    out: View<'_>,
+) -> Result<(), CudaError> {
+    let &Matrix { ty, n_out, n_in, .. } = matrix;
+    if !matrix.takes_quants() {
+        ops.matvec(ty, Matrices::One(matrix.view()), n, n_out, n_in, Input::Floats(x), 1, out)?;
+    } else if n >= MANY {
+        ops.matmul(ty, Batch::One(matrix.view(), n), n_out, n_in, quants, out)?;
+    } else {
+        ops.matvec(ty, Matrices::One(matrix.view()), n, n_out, n_in, Input::Quants(quants), 1, out)?;
+    }
+    match &matrix.bias {
+        Some(bias) => ops.add_bias(out, bias.view(), None, n, n_out),
+        None => Ok(()),
+    }
+}
+
+/// A gated feed-forward block.
+pub(super) struct Ffn {
+    gate: Matrix,
+    up: Matrix,
+    down: Matrix,
+}
+
+impl Ffn {
+    pub(super) fn new(maker: &Maker<'_>, ffn: &GatedFfn) -> Result<Self, CudaError> {
+        let [gate, up, down] = [&ffn.gate, &ffn.up, &ffn.down].map(|l| maker.linear(l));
+        Ok(Self { gate: gate?, up: up?, down: down? })
+    }
+
+    /// `room.out = down(silu(gate x) · up x)` for `n` rows of `room.answer`.
+    pub(super) fn run(&self, ops: &Ops, room: &mut Room, n: usize) -> Result<(), CudaError> {
+        let (x, width) = (room.answer.view(), self.gate.n_out);
+        if self.gate.takes_quants() || self.up.takes_quants() {
+            ops.quantize(x, n, self.gate.n_in, &mut room.quants)?;
+        }
+        product(ops, &self.gate, n, x, &room.quants, room.ffn_gate.view())?;
+        product(ops, &self.up, n, x, &room.quants, room.ffn_up.view())?;
+        ops.activate(Activation::Silu, room.ffn_gate.view(), room.ffn_up.view(), n * width)?;
+        if self.down.takes_quants() {
+            ops.quantize(room.ffn_gate.view(), n, width, &mut room.inner)?;
+        }
+        product(ops, &self.down, n, room.ffn_gate.view(), &room.inner, room.out.view())
+    }
+}

@@ -1,0 +1,149 @@
+//! Which parts of a model's dense stages run on a GPU, and whether they can.
+//!
+//! A part runs where its weights are: a layer's mixer (with the keys and values of all layers), its router, its shared
+//! expert or its dense block, the head, and the embedding. The hidden state goes to where the next part is.
+
+use crate::cuda::ops::{MAX_EXPERTS, MAX_GROUPS, MAX_KEY};
+use crate::exec::devices::{is_gpu, on_gpu};
+use crate::exec::load::LoadError;
+use crate::formats::placement::{Placement, TierIdx};
+use crate::gguf::Gguf;
+use crate::model::shape::DenseKind;
+use crate::model::spec::{Ffn, LayerSpec, Linear, Mixer, ModelSpec};
+
+/// Where a part runs: on the GPU of a tier, or, without one, on the processor.
+pub(in crate::exec) type Place = Option<TierIdx>;
+
+/// The places of one layer.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(in crate::exec) struct LayerPlaces {
+    pub(in crate::exec) mixer: Place,
+    /// Of the router, or of the dense block of a layer without routed experts.
+    pub(in crate::exec) ffn: Place,
+    pub(in crate::exec) shared: Place,
+}
+
+/// The places of a plan.
+#[derive(Debug, Clone, Default)]
+pub(in crate::exec) struct Places {
+    pub(in crate::exec) layers: Vec<LayerPlaces>,
+    pub(in crate::exec) head: Place,
+    pub(in crate::exec) embedding: Place,
+}
+
+impl Places {
+    pub(in crate::exec) fn new(plan: &Placement, n_layers: usize) -> Self {
+        let place = |tier: TierIdx| plan.tiers.get(tier).filter(|t| on_gpu(t)).map(|_| tier);
+        let mut places = Self { layers: vec![LayerPlaces::default(); n_layers], ..Self::default() };
+        let mut embedding = None;
+        for d in &plan.dense {
+            let at = place(d.tier);
+            match (d.kind, d.layer.and_then(|l| places.layers.get_mut(l as usize))) {
+                (DenseKind::Attention, Some(layer)) => layer.mixer = at,
+                (DenseKind::Router | DenseKind::DenseFfn, Some(layer)) => layer.ffn = at,
+                (DenseKind::SharedExpert, Some(layer)) => layer.shared = at,
+                (DenseKind::Embedding, _) => embedding = Some(at),
+                (DenseKind::Head, _) => places.head = at,
+                _ => {}
+            }
+        }
+        // The head of a tied model is the embedding.
+        places.embedding = embedding.unwrap_or(places.head);
+        places
+    }
+
+    /// Whether any part runs on the GPU of a tier.
+    pub(in crate::exec) fn uses(&self, tier: TierIdx) -> bool {
+        let here = |place: Place| place == Some(tier);
+        here(self.head)
+            || here(self.embedding)
+            || self.layers.iter().any(|l| here(l.mixer) || here(l.ffn) || here(l.shared))
+    }
+}
+
+/// Refuses what a plan puts on a GPU that can't run there.
+///
+/// # Errors
+/// Names the part, the tier, why, and what to do.
+pub(in crate::exec) fn check(gguf: &Gguf, spec: &ModelSpec, plan: &Placement) -> Result<(), LoadError> {
+    let places = Places::new(plan, spec.layers.len());
+    let refused = |tier: TierIdx, what: String, mend: String| LoadError::OnGpu {
+        plan: plan.name.clone(),
+        tier: plan.tiers.get(tier).map(|t| t.tier.name.clone()).unwrap_or_default(),
+        what,
+        mend,
+    };
+    let forbid = |tier: TierIdx, group: &str| {
+        let name = plan.tiers.get(tier).map_or("", |t| &t.tier.name);
+        format!("solve with --forbid {name}:{group}")
+    };
+    let cache = plan.tiers.get(plan.kv_tier).filter(|t| is_gpu(t)).map(|_| plan.kv_tier);
+    for (index, (layer, at)) in spec.layers.iter().zip(&places.layers).enumerate() {
+        if at.mixer != cache {
+            let tier = at.mixer.or(cache).unwrap_or_default();
+            let what = "keys and values are on another tier than the attention that reads them";
+            return Err(refused(
+                tier,
+                format!("layer {index}: {what}"),
+                "solve again, which keeps them together".into(),
+            ));
+        }
+        let places = [(at.mixer, "attention"), (at.ffn, "router"), (at.shared, "shared_expert")];
+        for (tier, group) in places.into_iter().filter_map(|(place, group)| Some((place?, group))) {
+            let why = match group {
+                "attention" => mixer(gguf, layer),
+                "router" => router(gguf, layer),
+                _ => None,
+            };
+            let group = if group == "router" && layer.moe().is_none() { "dense_ffn" } else { group };
+            if let Some(why) = why {
+                return Err(refused(tier, format!("{group} of layer {index}: {why}"), forbid(tier, group)));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Why a layer's mixer can't run on a GPU.
+fn mixer(gguf: &Gguf, layer: &LayerSpec) -> Option<String> {
+    let key = |width: usize| {
+        let odd = !width.is_multiple_of(4) || width > MAX_KEY;
+        odd.then(|| format!("rows of {width} values in the cache; a GPU takes multiples of 4 up to {MAX_KEY}"))
+    };
+    match &layer.mixer {
+        Mixer::Gqa(a) => {
+            let linears = [&a.q, &a.k, &a.v, &a.o].into_iter().find_map(|l| misplaced(gguf, l));
+            linears.or(key(a.key_dim)).or(key(a.value_dim))
+        }
+        Mixer::Mla(a) => {
+            let linears = [&a.q, &a.kv_down, &a.o].into_iter().chain(a.q_down.as_ref().map(|(l, _)| l));
+            linears.into_iter().find_map(|l| misplaced(gguf, l)).or(key(a.kv_rank + a.rope.dims))
+        }
+        Mixer::Delta(_) => Some("the gated delta net has no kernels for GPUs".into()),
+    }
+}
+
+/// Why a layer's router or dense block can't run on a GPU.
+fn router(gguf: &Gguf, layer: &LayerSpec) -> Option<String> {
+    match &layer.ffn {
+        Ffn::Dense(ffn) => [&ffn.gate, &ffn.up, &ffn.down].into_iter().find_map(|l| misplaced(gguf, l)),
+        Ffn::Moe(moe) => {
+            let groups = moe.groups.map_or(0, |(n, _)| n);
+            let many = moe.n_expert > MAX_EXPERTS || groups > MAX_GROUPS;
+            let why = format!(
+                "{} experts in {groups} groups; a GPU chooses among {MAX_EXPERTS} in {MAX_GROUPS}",
+                moe.n_expert
+            );
+            many.then_some(why).or(misplaced(gguf, &moe.router))
+        }
+    }
+}
+
+/// Kernels read 16 bytes at once: a matrix that begins inside a tensor must begin at a multiple of that.
+fn misplaced(gguf: &Gguf, linear: &Linear) -> Option<String> {
+    let tensor = gguf.tensors().get(linear.weight)?;
+    let row = tensor.ty.row_bytes(linear.n_in as u64)?;
+    let at = (linear.first_row as u64).checked_mul(row)?;
+    (!at.is_multiple_of(16))
+        .then(|| format!("a matrix begins at byte {at} of tensor '{}', not at one of 16", tensor.name))
+}
