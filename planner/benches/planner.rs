@@ -52,6 +52,7 @@ fn machine() -> Machine {
         read_gbps,
         latency_us,
         emulated: false,
+        unit: None,
         source: "chosen for this benchmark".to_string(),
     };
     Machine {

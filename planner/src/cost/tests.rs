@@ -24,6 +24,7 @@ fn the_stage_is_the_longest_path() {
         read_gbps,
         latency_us,
         emulated: true,
+        unit: None,
         source: String::new(),
     };
     let tiers = [

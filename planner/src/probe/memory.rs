@@ -8,6 +8,7 @@ use tier_plan_runtime::kernels::{Activations, Kernels, Weights, needs_quants};
 use tier_plan_runtime::quant::TensorType;
 use tier_plan_runtime::threads::ThreadPool;
 use tier_plan_runtime::tiers::arena::{Arena, Piece};
+use tier_plan_runtime::tiers::nodes::Pages;
 
 /// Width of the hidden state of the experts that are computed.
 const HIDDEN: usize = 2048;
@@ -51,8 +52,16 @@ impl Memory {
     /// # Errors
     /// When the system has not got them.
     pub fn new(kernels: Kernels, bytes: u64) -> Result<Self> {
+        Self::on(kernels, bytes, &Pages::Anywhere)
+    }
+
+    /// The same with its pages where `pages` says.
+    ///
+    /// # Errors
+    /// When the system has not got them, or refuses to have them there.
+    pub fn on(kernels: Kernels, bytes: u64, pages: &Pages) -> Result<Self> {
         let len = usize::try_from(bytes).context("more memory than can be addressed")?;
-        let mut piece = Arena::new("memory to be measured", bytes)?.take(len)?;
+        let mut piece = Arena::on("memory to be measured", bytes, pages)?.take(len)?;
         fill(&mut piece);
         let mut x = Activations::new(1, HIDDEN);
         let values: Vec<f32> = (0..HIDDEN).map(|i| (i % 17) as f32 * 0.01 - 0.08).collect();

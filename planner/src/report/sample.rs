@@ -109,6 +109,7 @@ fn tiers(count: usize, emulated: bool) -> Vec<Tier> {
             read_gbps,
             latency_us: 80.0,
             emulated: emulated && kind != TierKind::Dram,
+            unit: None,
             source: "made up".into(),
         }
     };

@@ -23,6 +23,7 @@ fn tier(name: &str, kind: TierKind, read_gbps: f64, latency_us: f64) -> Tier {
         read_gbps,
         latency_us,
         emulated: false,
+        unit: None,
         source: String::new(),
     }
 }

@@ -8,6 +8,7 @@ use super::gpu::{Gpus, LayerPlaces, Places};
 use super::load::{LoadError, LoadOptions, Loaded, Progress, load};
 use super::mixer::{CacheReads, MixerState};
 use super::moe::{Choices, Compute, moe_batch, moe_token};
+use super::moe_gpu::{GpuRows, gpu_rows};
 use super::rope::{RopeTable, rope_tables};
 use super::scratch::Scratch;
 use super::weights::DenseWeights;
@@ -18,6 +19,8 @@ use crate::model::describe;
 use crate::model::shape::{ModelShape, shape_of};
 use crate::model::spec::{Ffn, LayerSpec, ModelSpec, MoeSpec};
 use crate::threads::{ThreadPool, physical_cores};
+use crate::tiers::arena::ArenaError;
+use crate::tiers::nodes::Pages;
 use crate::tiers::pace::{Pacer, StageBytes, settle};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -139,6 +142,11 @@ impl Engine {
             None => MixerState::new(&layer.mixer, plan.kv_type, context),
         };
         let states: Vec<MixerState> = spec.layers.iter().zip(&places.layers).map(state).collect();
+        let kv_tier = &plan.tiers[plan.kv_tier].tier;
+        let pages = Pages::of_tier(kv_tier);
+        for state in &states {
+            state.move_to(&pages).map_err(|source| ArenaError::refused(&kv_tier.name, &pages, source))?;
+        }
         resident_bytes[plan.kv_tier] += states.iter().map(MixerState::bytes).sum::<u64>();
         let (ropes, layer_rope) = rope_tables(&spec, &weights);
         let gpus = Gpus::new(&spec, plan, options, &weights, &devices, places, &layer_rope)?;
@@ -151,14 +159,18 @@ impl Engine {
         };
         let floats = |layer: &LayerSpec| match &layer.ffn {
             // A GPU quantises them itself.
-            Ffn::Moe(_) if experts.has_gpu() => true,
+            Ffn::Moe(_) if experts.n_gpus() > 0 => true,
             Ffn::Moe(moe) => moe.expert_linears().any(|l| !needs_quants(gguf.tensors()[l.weight].ty)),
             Ffn::Dense(_) => false,
         };
+        let mut scratch = Scratch::new(&spec, batch, micro_batch, tiers.len());
+        if experts.n_gpus() > 0 {
+            scratch.ffn.gpu = GpuRows::new(gpu_rows(&spec), spec.hidden);
+        }
         Ok(Self {
             mixer_quants: spec.layers.iter().map(needs).collect(),
             expert_floats: spec.layers.iter().map(floats).collect(),
-            scratch: Scratch::new(&spec, batch, micro_batch, tiers.len()),
+            scratch,
             kernels,
             pool: ThreadPool::new(threads),
             pacer: Pacer::new(&tiers, plan.layer_overhead_us, plan.token_overhead_us),

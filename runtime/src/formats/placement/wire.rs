@@ -1,11 +1,11 @@
-//! The text of versions 1 to 3 of a plan: written by hand for people, read through wire structs for safety.
+//! The text of versions 1 to 4 of a plan: written by hand for people, read through wire structs for safety.
 
 use super::{
     DensePlacement, Goal, LayerPlacement, PLACEMENT, Placement, PlanTier, Prediction, SlotPolicy, SolverReport, TierIdx,
 };
 use crate::formats::SourceId;
 use crate::formats::kind::toml_words;
-use crate::formats::machine::{Tier, WireKind};
+use crate::formats::machine::{Tier, WireKind, check_unit};
 use crate::formats::ranges::{self, Allowance, MAX_EXPERT, MAX_LAYER};
 use crate::formats::text::{float, quote};
 use crate::model::kv::KvType;
@@ -137,6 +137,9 @@ fn encode_tier(tier: &PlanTier, out: &mut Text) {
     out.field("read_gbps", float(tier.tier.read_gbps));
     out.field("latency_us", float(tier.tier.latency_us));
     out.field("emulated", tier.tier.emulated);
+    if let Some((key, number)) = tier.tier.unit_key() {
+        out.field(key, number);
+    }
     out.field("source", quote(&tier.tier.source));
     out.field("budget_bytes", tier.budget_bytes);
     for (key, bytes) in tier.lines() {
@@ -181,7 +184,14 @@ fn encode_layers<'a>(plan: &Placement, out: &mut Text, name: impl Fn(TierIdx) ->
 fn version(plan: &Placement) -> u64 {
     let lru = plan.layers.iter().all(|l| l.policy == SlotPolicy::Lru);
     let old = lru && plan.solver.goal.is_none() && !charges_kv(&plan.predicted);
-    if old { 2 } else { PLACEMENT.newest }
+    let units = plan.tiers.iter().any(|t| t.tier.unit.is_some());
+    if units {
+        4
+    } else if old {
+        2
+    } else {
+        3
+    }
 }
 
 /// Whether a prediction has keys of version 3.
@@ -226,6 +236,9 @@ pub(super) fn decode(text: &str) -> Result<Placement, String> {
         return Err(
             "predicted.at, kv_s and prompt_gflops are keys of version 3; write `version = 3`, or leave them out".into(),
         );
+    }
+    for tier in &wire.tier {
+        check_unit(&tier.name, tier.kind.into(), tier.node, tier.device, (wire.version, 4))?;
     }
     let goal = decode_goal(&wire.solver, wire.version)?;
     let mut allowance = Allowance::for_a_file();
@@ -520,6 +533,8 @@ struct WireTier {
     read_gbps: f64,
     latency_us: f64,
     emulated: bool,
+    node: Option<u32>,
+    device: Option<u32>,
     source: String,
     budget_bytes: u64,
     dense_bytes: u64,
@@ -540,6 +555,7 @@ impl WireTier {
                 read_gbps: self.read_gbps,
                 latency_us: self.latency_us,
                 emulated: self.emulated,
+                unit: self.node.or(self.device),
                 source: self.source,
             },
             budget_bytes: self.budget_bytes,
