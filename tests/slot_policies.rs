@@ -50,6 +50,7 @@ fn run(gguf: &Arc<Gguf>, plan: &Placement, prompts: &[Prompt]) -> Run {
         made: String::new(),
         prompts: Vec::new(),
         counted: None,
+        guesses: None,
         id: SourceId { name: "run".into(), hash: String::new() },
     };
     let mut text = Vec::new();

@@ -200,7 +200,8 @@ fn a_machine_file_is_fitted_to_runs_of_its_plans() {
     let calibrate = ["calibrate", "a.json", "b.json", "c.json", "-m", "here.toml"];
     let found = json(run_in(dir.path(), &[&calibrate[..], &["-o", "fitted.toml", "--json"]].concat()));
     let error = |key: &str| found[key].as_f64().unwrap();
-    assert!(error("error_after") <= error("error_before") + 1e-9, "{found}");
+    // Runs in bad weather change nothing rather than make it worse.
+    assert!(error("error_left_out") <= error("error_before") + 1e-9, "{found}");
     assert_eq!(found["records"].as_array().map(Vec::len), Some(3));
     assert!(found["records"][0]["measured_tok_s"].as_f64().unwrap() > 0.0);
     let fitted = fs::read_to_string(dir.path().join("fitted.toml")).unwrap();

@@ -35,7 +35,7 @@ fn shape(n_layer: u32, n_expert: u32, n_used: u32) -> ModelShape {
         hidden: 7168,
         n_vocab: 163_840,
         context: 131_072,
-        kv_rows: vec![KvRows { width: 576, per_token: 61, window: None }],
+        kv_rows: vec![KvRows { width: 576, per_token: 61, queries: 128, window: None }],
         state_bytes: 0,
         dense: attention.collect(),
         experts: (0..n_layer)
@@ -52,6 +52,7 @@ fn machine() -> Machine {
         read_gbps,
         latency_us,
         emulated: false,
+        unit: None,
         source: "chosen for this benchmark".to_string(),
     };
     Machine {

@@ -33,6 +33,7 @@ fn machine(tiers: &[(&str, TierKind, u64, f64, f64)]) -> Machine {
         read_gbps,
         latency_us,
         emulated: false,
+        unit: None,
         source: "chosen for this benchmark".to_string(),
     };
     Machine {

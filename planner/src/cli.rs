@@ -109,6 +109,9 @@ pub struct ProbeArgs {
     /// Threads; the physical cores when not given
     #[arg(long)]
     pub threads: Option<usize>,
+    /// Make each memory node of the machine a tier, measured by itself
+    #[arg(long)]
+    pub numa_tiers: bool,
     /// Print JSON
     #[arg(long)]
     pub json: bool,

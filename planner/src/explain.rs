@@ -121,7 +121,7 @@ pub fn explain(plan: &Placement, shape: &ModelShape, evidence: &Evidence, time_l
 }
 
 fn layer(plan: &Placement, layer: &LayerPlacement, evidence: &LayerEvidence, tiers: &[Tier]) -> LayerReason {
-    let stage = ExpertStage::new(tiers, evidence.shape.expert_bytes);
+    let stage = ExpertStage::new(tiers, evidence.shape.expert_bytes, evidence.ahead);
     let found = outcomes(layer, evidence, tiers, plan.staging_tier);
     let paths: Vec<f64> = (0..=tiers.len())
         .map(|path| found.iter().map(|(experts, share)| share * stage.path_s(path, f64::from(experts[path]))).sum())

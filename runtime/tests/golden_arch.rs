@@ -128,6 +128,7 @@ fn three_tiers(shape: &ModelShape, context: u32, spread: Spread) -> Placement {
             read_gbps: 1e6,
             latency_us: 0.0,
             emulated: true,
+            unit: None,
             source: "declared".into(),
         },
         budget_bytes: u64::MAX,

@@ -11,6 +11,8 @@ use tier_plan_runtime::tiers::bandwidth::dram_read_gbps;
 /// One repetition.
 struct Sample {
     prompt_s: f64,
+    /// Of that, the dense stages and the routed experts.
+    prompt_stages_s: [f64; 2],
     /// Brought in from the last tier for the prompt.
     prompt_missed_bytes: u64,
     decode_s: f64,
@@ -83,6 +85,7 @@ fn repeat(session: &mut Session, prompt: &[u32], tokens: u32) -> Result<Sample> 
     };
     let prompt_s = started.elapsed().as_secs_f64();
     let prompt_missed_bytes = engine.counters().prompt_missed_bytes;
+    let prompt_stages_s = engine.counters().prompt_stages.map(|stage| stage.as_secs_f64());
     engine.reset_counters();
     for _ in 0..tokens {
         next = greedy(engine.forward(&[next], Wanted::Last)?);
@@ -93,6 +96,7 @@ fn repeat(session: &mut Session, prompt: &[u32], tokens: u32) -> Result<Sample> 
     Ok(Sample {
         prompt_s,
         prompt_missed_bytes,
+        prompt_stages_s,
         decode_s: counters.decode.as_secs_f64(),
         decode_bytes: counters.read_bytes.iter().sum(),
         ahead: [counters.ahead.right, counters.ahead.in_time, counters.ahead.wrong],
@@ -128,6 +132,7 @@ fn report(args: &BenchArgs, session: &Session, samples: &[Sample]) -> Result<()>
     let per_token = |s: &Sample| s.missed_bytes as f64 / f64::from(args.tokens.max(1)) / 1e6;
     let prompt_missed: Vec<f64> = samples.iter().map(|s| s.prompt_missed_bytes as f64 / 1e6).collect();
     let prompt_gbps: Vec<f64> = samples.iter().map(|s| s.prompt_missed_bytes as f64 / s.prompt_s / 1e9).collect();
+    let stages = [0, 1].map(|stage| samples.iter().map(|s| s.prompt_stages_s[stage]).collect::<Vec<f64>>());
     let missed: Vec<f64> = samples.iter().map(per_token).collect();
     let hit_rate: Vec<f64> = samples.iter().filter_map(|s| s.hit_rate).collect();
     let plan = session.engine.plan();
@@ -144,6 +149,8 @@ fn report(args: &BenchArgs, session: &Session, samples: &[Sample]) -> Result<()>
             "prompt_tokens": args.prompt,
             "decode_tokens": args.tokens,
             "prompt_tok_s": median(&prompt),
+            "prompt_dense_s": median(&stages[0]),
+            "prompt_experts_s": median(&stages[1]),
             "decode_tok_s": median(&decode),
             "decode_gbps": median(&gbps),
             "dram_read_gbps": dram,
@@ -171,6 +178,10 @@ fn report(args: &BenchArgs, session: &Session, samples: &[Sample]) -> Result<()>
     for (name, values) in [("prompt tok/s", &prompt), ("decode tok/s", &decode), ("decode GB/s", &gbps)] {
         let (min, max) = values.iter().fold((f64::MAX, 0f64), |(a, b), v| (a.min(*v), b.max(*v)));
         println!("{name:<14} {:>10.2} {min:>10.2} {max:>10.2}", median(values));
+    }
+    if args.prompt > 1 {
+        let [dense, experts] = [&stages[0], &stages[1]].map(|stage| 1e3 * median(stage));
+        println!("prompt: {dense:.0} ms in dense stages, {experts:.0} ms in routed experts");
     }
     if let Some(dram) = dram {
         let share = 100.0 * median(&gbps) / dram;

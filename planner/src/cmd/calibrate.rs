@@ -88,6 +88,11 @@ fn print_text(fit: &Fit, records: &[(String, RunRecord)], machine: &Machine, fit
 
 fn notes(fit: &Fit, records: &[(String, RunRecord)]) -> Vec<String> {
     let mut notes = Vec::new();
+    if fit.pull.is_infinite() {
+        notes.push(
+            "every fit predicted the runs it had not seen worse than the file does, so the file stays as it is".into(),
+        );
+    }
     if records.len() < FEW {
         notes.push(format!(
             "{} runs say little: give {FEW} or more, under different budgets, so that rates and fixed times can be told apart",
@@ -132,6 +137,7 @@ fn as_json(
     json!({
         "machine": output,
         "hash": fitted.id.hash,
+        "changed": fit.pull.is_finite(),
         "records": rows.collect::<Vec<_>>(),
         "error_before": fit.error(|row| Some(row.before_s)),
         "error_after": fit.error(|row| Some(row.after_s)),

@@ -1,6 +1,7 @@
 //! `tier-plan probe`: measures this machine and writes a machine file.
 
 use crate::cli::ProbeArgs;
+use crate::probe::gpu::GpuRate;
 use crate::probe::{Findings, Settings, measure};
 use crate::session::check_threads;
 use anyhow::Result;
@@ -13,8 +14,12 @@ use tier_plan_runtime::units::show_bytes;
 pub fn run(args: &ProbeArgs) -> Result<()> {
     check_threads(args.threads)?;
     safely::check(&args.output)?;
-    let found =
-        measure(&Settings { model: args.model.as_deref(), slow_dir: args.slow_dir.as_deref(), threads: args.threads })?;
+    let found = measure(&Settings {
+        model: args.model.as_deref(),
+        slow_dir: args.slow_dir.as_deref(),
+        threads: args.threads,
+        numa_tiers: args.numa_tiers,
+    })?;
     let machine = found.machine();
     machine.write(&args.output)?;
     for doubt in &found.doubts {
@@ -58,11 +63,55 @@ fn print_text(args: &ProbeArgs, found: &Findings, machine: &Machine) {
         "fixed: {:.1} µs a layer, {:.1} µs a token: {}",
         found.fixed.layer_us, found.fixed.token_us, found.fixed.how
     );
+    for node in &found.nodes {
+        let own = node.own_gbps.map_or(String::new(), |own| format!(", {own:.1} from its own processors"));
+        let (number, gbps, alone) = (node.node.number, node.gbps, node.alone_gbps);
+        println!("memory node {number}: {gbps:.1} GB/s with all nodes in use, {alone:.1} alone{own}");
+    }
+    for gpu in &found.gpus.found {
+        print_gpu(gpu);
+    }
+    for missing in &found.gpus.missing {
+        println!("{}{missing}", if found.gpus.found.is_empty() { "no GPU: " } else { "" });
+    }
+    match found.power.watts {
+        Some(watts) => println!("power: {watts} W: {}", found.power.how),
+        None => {
+            println!("power: left out ({}); write `watts` into the machine file to have it counted", found.power.how)
+        }
+    }
     println!();
     for tier in &machine.tiers {
         println!("{}: {} GB/s, {}", tier.name, tier.read_gbps, show_bytes(tier.capacity_bytes));
     }
     println!("wrote {}", args.output.display());
+}
+
+fn print_gpu(gpu: &GpuRate) {
+    let r = &gpu.rates;
+    let emulated = if gpu.emulated { " (emulated)" } else { "" };
+    println!(
+        "GPU {}: {}{emulated}, {} free of {}",
+        gpu.device,
+        gpu.name,
+        show_bytes(gpu.free_bytes),
+        show_bytes(gpu.total_bytes)
+    );
+    println!(
+        "  a launch {:.1} µs, there and back {:.1} µs; bare reads {:.1} GB/s",
+        r.launch_us, r.round_trip_us, r.read_gbps
+    );
+    for (ty, gbps) in &gpu.products {
+        println!("  products of {ty}: {gbps:.1} GB/s");
+    }
+    if let Some(experts) = &gpu.experts {
+        let (used, us, gflops) = (experts.used, experts.token_us, experts.batch_gflops);
+        println!("  {used} experts of a token {us:.1} µs; prompts {gflops:.0} GFLOP/s");
+    }
+    let ((to, to_pageable), (from, from_pageable)) = (r.to_device_gbps, r.from_device_gbps);
+    println!("  to it {to:.1} GB/s ({to_pageable:.1} pageable), from it {from:.1} ({from_pageable:.1} pageable)");
+    let both = &gpu.contended;
+    println!("  to it {:.1} GB/s while main memory gives {:.1} GB/s to products", both.to_device_gbps, both.beside);
 }
 
 fn as_json(args: &ProbeArgs, found: &Findings, machine: &Machine) -> Value {
@@ -97,6 +146,37 @@ fn as_json(args: &ProbeArgs, found: &Findings, machine: &Machine) -> Value {
         "together": {"compute_gbps": found.together_gbps.0, "disk_gbps": found.together_gbps.1},
         "layer_overhead_us": found.fixed.layer_us,
         "token_overhead_us": found.fixed.token_us,
+        "gpus": found.gpus.found.iter().map(|g| json!({
+            "name": g.name,
+            "device": g.device,
+            "emulated": g.emulated,
+            "total_bytes": g.total_bytes,
+            "free_bytes": g.free_bytes,
+            "launch_us": g.rates.launch_us,
+            "round_trip_us": g.rates.round_trip_us,
+            "read_gbps": g.rates.read_gbps,
+            "compute_gbps": g.compute_gbps,
+            "products": g.products.iter().map(|(ty, gbps)| json!({"type": ty.to_string(), "gbps": gbps})).collect::<Vec<_>>(),
+            "experts_us": g.experts.map(|e| e.token_us),
+            "batch_gflops": g.experts.map(|e| e.batch_gflops),
+            "to_gbps": g.rates.to_device_gbps.0,
+            "to_pageable_gbps": g.rates.to_device_gbps.1,
+            "from_gbps": g.rates.from_device_gbps.0,
+            "from_pageable_gbps": g.rates.from_device_gbps.1,
+            "contended_gbps": g.contended.to_device_gbps,
+            "dram_contended_gbps": g.contended.beside,
+            "watts": g.power.watts,
+        })).collect::<Vec<_>>(),
+        "gpus_missing": found.gpus.missing,
+        "nodes": found.nodes.iter().map(|n| json!({
+            "node": n.node.number,
+            "gbps": n.gbps,
+            "alone_gbps": n.alone_gbps,
+            "own_gbps": n.own_gbps,
+            "capacity_bytes": n.capacity_bytes,
+        })).collect::<Vec<_>>(),
+        "watts": found.power.watts,
+        "watts_from": found.power.how,
         "loop_us": found.fixed.entry_us,
         "overheads_from": found.fixed.how,
         "tiers": machine.tiers.iter().map(|t| json!({

@@ -281,6 +281,7 @@ mod tests {
             read_gbps: 1.0,
             latency_us: 0.0,
             emulated: false,
+            unit: None,
             source: String::new(),
         };
         let machine = Machine {

@@ -9,9 +9,11 @@
 //!   bytes that the run really read (so that a text with other experts is no error of a rate), and `overlap` is the
 //!   predicted ratio of the longest paths to the sum of all.
 //!
-//! The unknowns are the two fixed times and a factor on the time of each tier, found by least squares. A weak pull
-//! towards what the machine file says ([`PULL`]) decides what the runs leave open: a tier that none of them read stays as
-//! it was, and with one model the fixed times of layers and tokens move together.
+//! The unknowns are the two fixed times and a factor on the time of each tier, found by least squares. A pull towards what
+//! the machine file says decides what the runs leave open: a tier that none of them read stays as it was, and with one
+//! model the fixed times of layers and tokens move together. How strong it is, the runs decide ([`PULLS`]): each is
+//! predicted from the others, and the pull that does this best is taken, up to one that leaves the file as it is. So a few
+//! runs in bad weather can't make the file worse at what they don't say.
 
 use anyhow::{Result, bail, ensure};
 use tier_plan_runtime::formats::machine::{Calibration, Machine, TierKind};
@@ -19,8 +21,15 @@ use tier_plan_runtime::formats::placement::Prediction;
 use tier_plan_runtime::formats::record::RunRecord;
 
 /// How strongly a change of a parameter by one unit is held against: as much as an error of this share of one run's
-/// token. The unit of a factor is 1, that of a fixed time what the file says, or [`FIXED_S`] if that is more.
-const PULL: f64 = 0.01;
+/// token. The unit of a factor is 1, that of a fixed time what the file says, or [`FIXED_S`] if that is more. The last one
+/// changes nothing.
+const PULLS: [f64; 6] = [0.01, 0.03, 0.1, 0.3, 1.0, f64::INFINITY];
+
+/// The pull where there are too few runs to tell.
+const CAREFUL: f64 = 0.1;
+
+/// Runs from which on each can be predicted from the others.
+const ENOUGH: usize = 3;
 
 /// Least and greatest factor on a tier's time. What lies beyond is no misjudged rate but something else.
 const FACTORS: (f64, f64) = (0.1, 10.0);
@@ -52,6 +61,8 @@ pub struct Fit {
     pub layer_s: f64,
     /// Fixed time of a token, in seconds.
     pub token_s: f64,
+    /// How strongly the machine file held against changes; infinite where nothing was changed.
+    pub pull: f64,
     /// By record.
     pub rows: Vec<Row>,
 }
@@ -82,20 +93,28 @@ impl Fit {
         let runs = records.iter().map(|(name, r)| run(machine, name, r)).collect::<Result<Vec<_>>>()?;
         let start = start(machine);
         let all: Vec<&Run> = runs.iter().collect();
-        let found = least_squares(&all, &start);
-        let without = |out: usize| {
+        let without = |out: usize, pull: f64| {
             let rest: Vec<&Run> = runs.iter().enumerate().filter(|(at, _)| *at != out).map(|(_, run)| run).collect();
-            (runs.len() >= 3).then(|| runs[out].seconds(&least_squares(&rest, &start)))
+            runs[out].seconds(&least_squares(&rest, &start, pull))
         };
+        let missed = |pull: f64| -> f64 {
+            let off = |(at, run): (usize, &Run)| (without(at, pull) / run.measured_s - 1.0).abs();
+            runs.iter().enumerate().map(off).sum()
+        };
+        let pull = match runs.len() {
+            ..ENOUGH => CAREFUL,
+            _ => PULLS.into_iter().min_by(|&a, &b| missed(a).total_cmp(&missed(b))).unwrap_or(CAREFUL),
+        };
+        let found = least_squares(&all, &start, pull);
         let row = |(at, run): (usize, &Run)| Row {
             measured_s: run.measured_s,
             predicted_s: run.predicted_s,
             before_s: run.seconds(&start),
             after_s: run.seconds(&found),
-            left_out_s: without(at),
+            left_out_s: (runs.len() >= ENOUGH).then(|| without(at, pull)),
         };
         let rows = runs.iter().enumerate().map(row).collect();
-        Ok(Fit { layer_s: found[0], token_s: found[1], factors: found[2..].to_vec(), rows })
+        Ok(Fit { layer_s: found[0], token_s: found[1], factors: found[2..].to_vec(), pull, rows })
     }
 
     /// Mean difference to the measured time, as a share of it, of one of a row's times.
@@ -213,7 +232,10 @@ fn layers(machine: &Machine, record: &RunRecord, predicted: &Prediction) -> f64 
 }
 
 /// The parameters with the least sum of squared errors, each error as a share of its run's time of a token.
-fn least_squares(runs: &[&Run], start: &[f64]) -> Vec<f64> {
+fn least_squares(runs: &[&Run], start: &[f64], pull: f64) -> Vec<f64> {
+    if pull.is_infinite() {
+        return start.to_vec();
+    }
     let n = start.len();
     let least = FIXED_S.into_iter().chain(std::iter::repeat(1.0));
     let unit: Vec<f64> = start.iter().zip(least).map(|(&start, least)| start.max(least)).collect();
@@ -233,8 +255,8 @@ fn least_squares(runs: &[&Run], start: &[f64]) -> Vec<f64> {
             }
         }
         for i in 0..n {
-            matrix[i][i] += PULL * PULL;
-            right[i] += PULL * PULL * start[i] / unit[i];
+            matrix[i][i] += pull * pull;
+            right[i] += pull * pull * start[i] / unit[i];
         }
         for (at, value) in held.iter().enumerate() {
             let Some(value) = value else { continue };

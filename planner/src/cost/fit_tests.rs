@@ -89,6 +89,25 @@ fn known_parameters_are_found() {
 }
 
 #[test]
+fn runs_that_contradict_each_other_make_nothing_worse() {
+    let machine = machine(25.0);
+    for seed in 0..40u32 {
+        // Each run has weather of its own.
+        let weather = |run: u32| 0.8 + 0.1 * f64::from((seed.wrapping_mul(7) + run * 3 + seed * run) % 5);
+        let records: Vec<_> = (0..4)
+            .flat_map(|run| {
+                let factor = weather(run);
+                let truth = Truth { layer_s: 25e-6 * factor, token_s: 50e-6, factors: [1.0, factor, 2.0 - factor] };
+                records(&machine, truth).into_iter().nth(run as usize)
+            })
+            .collect();
+        let fit = Fit::new(&machine, &records).unwrap();
+        let (left_out, before) = (fit.error(|r| r.left_out_s).unwrap(), fit.error(|r| Some(r.before_s)).unwrap());
+        assert!(left_out <= before + 1e-12, "{left_out} {before}");
+    }
+}
+
+#[test]
 fn what_the_text_read_is_no_error_of_a_rate() {
     let machine = machine(25.0);
     let truth = Truth { layer_s: 25e-6, token_s: 50e-6, factors: [1.0; 3] };

@@ -9,7 +9,8 @@
 //!   device counts as its bytes.
 //! - **Expert stage**, only in layers with routed experts: the longest of the paths that overlap, which are
 //!   - each tier that chosen experts compute from: `bytes / rate`, for VRAM after the latency of a launch;
-//!   - for `m > 0` missed experts their transfer from the last tier: `latency + m · expert_bytes / rate`.
+//!   - for `m > 0` missed experts their transfer from the last tier: `latency + m · expert_bytes / rate`, less what reading
+//!     ahead of the router hides ([`Ahead`]).
 //! - A chosen expert computes where it is pinned. A pooled one computes on its layer's slot tier if it lies in a slot
 //!   or is brought into one; else it is brought into staging and computes there. So a miss is charged twice, on two
 //!   paths: its transfer, and its computation from the slot or the buffer.
@@ -54,6 +55,26 @@ pub fn read_s(tier: &Tier, bytes: f64) -> f64 {
     bytes / (tier.read_gbps * 1e9)
 }
 
+/// What reading ahead of a layer's router can hide of its transfers.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Ahead {
+    /// Share of the experts guessed for the layer that it did choose; 0 where nothing is known of it.
+    pub right: f64,
+    /// Bytes that the dense stage before the experts reads.
+    pub dense_bytes: u64,
+}
+
+impl Ahead {
+    /// Seconds of a layer's transfers that are over when its experts begin, if any is missed: the engine reads one expert
+    /// ahead of each layer, from a block device that is not emulated, while at least half of its guesses come true. It has
+    /// the time of the dense stage, taken to lie on the fastest tier.
+    fn hidden_s(self, tiers: &[Tier], each_s: f64) -> f64 {
+        let (Some(first), Some(home)) = (tiers.first(), tiers.last()) else { return 0.0 };
+        let reads_ahead = self.right >= 0.5 && home.kind == TierKind::Nvme && !home.emulated && tiers.len() > 1;
+        if reads_ahead { self.right.min(1.0) * each_s.min(read_s(first, self.dense_bytes as f64)) } else { 0.0 }
+    }
+}
+
 /// The expert stage of one layer on given tiers.
 #[derive(Debug, Clone)]
 pub struct ExpertStage {
@@ -63,10 +84,13 @@ pub struct ExpertStage {
 
 impl ExpertStage {
     /// The stage of a layer whose experts have `expert_bytes` bytes.
-    pub fn new(tiers: &[Tier], expert_bytes: u64) -> Self {
+    pub fn new(tiers: &[Tier], expert_bytes: u64, ahead: Ahead) -> Self {
         let each = |tier: &Tier| read_s(tier, expert_bytes as f64);
         let launch = |tier: &Tier| if tier.kind == TierKind::Vram { tier.latency_us * 1e-6 } else { 0.0 };
-        let transfer = tiers.last().map(|home| (each(home), home.latency_us * 1e-6));
+        let transfer = tiers.last().map(|home| {
+            let each = each(home);
+            (each, home.latency_us * 1e-6 - ahead.hidden_s(tiers, each))
+        });
         ExpertStage { paths: tiers.iter().map(|t| (each(t), launch(t))).chain(transfer).collect() }
     }
 
@@ -273,7 +297,7 @@ pub fn predict(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -> Pre
     let (mut expert_s, mut critical) = (vec![0.0; n], 0.0);
     let (mut accesses, mut missed) = (0.0, 0.0);
     for (layer, evidence) in plan.layers.iter().zip(&evidence.layers) {
-        let stage = ExpertStage::new(&tiers, evidence.shape.expert_bytes);
+        let stage = ExpertStage::new(&tiers, evidence.shape.expert_bytes, evidence.ahead);
         let outcomes = outcomes(layer, evidence, &tiers, plan.staging_tier);
         critical += stage_mean_s(&stage, &outcomes);
         accesses += f64::from(evidence.shape.n_used);

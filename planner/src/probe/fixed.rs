@@ -1,5 +1,6 @@
 //! What a token costs beyond its bytes, measured on the bundled model, which fits the processor's caches.
 
+use super::Measured;
 use super::memory::Memory;
 use crate::bundled;
 use crate::session::Session;
@@ -95,46 +96,82 @@ pub fn measure(pool: &ThreadPool, memory: &mut Memory) -> Result<Fixed> {
     Ok(Fixed { layer_us: layer_us.max(entry_us), token_us: token_us.max(entry_us), entry_us, how })
 }
 
-/// Tokens decoded with a model of the user's, and seconds that they may take.
-const MODEL_TOKENS: (usize, usize) = (5, 48);
+/// Rounds decoded with a model of the user's, and seconds that they may take.
+const ROUNDS: (usize, usize) = (3, 12);
 const MODEL_TIME: Duration = Duration::from_secs(5);
 
-/// The fixed time of a layer of a model that is at hand, in microseconds: what its dense stages take beyond their bytes
-/// at `gbps`, while its experts are in memory too.
+/// Tokens of a round, and bytes of experts that they may choose: as much memory as makes pages as hard to find as in a
+/// real run, and no more than a drive reads in a few seconds.
+const ROUND: u64 = 8;
+const ROUND_BYTES: u64 = 4 << 30;
+
+/// What the layers of a model that is at hand take, its experts in memory.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct OwnLayers {
+    /// Bytes of the chosen experts over the time of the expert stages, in 10⁹ bytes a second.
+    pub expert_gbps: Measured,
+    /// What a layer's dense stage takes beyond its bytes at that rate, in microseconds.
+    pub layer_us: f64,
+}
+
+/// Decodes a few tokens over and over, so that their experts stay in memory.
 ///
 /// # Errors
 /// When it does not fit memory, or can't be read.
-pub fn layer_of_model(path: &Path, threads: usize, gbps: f64) -> Result<f64> {
+pub fn own_layers(path: &Path, threads: usize) -> Result<OwnLayers> {
     let gguf = Gguf::open(path)?;
     let spec = describe(&gguf)?;
     let shape = shape_of(&gguf, &spec);
     let budget = memory_limit().map_or(u64::MAX >> 8, |limit| limit.bytes);
     let mut plan = within(&gguf, &spec, &shape, 2, KvType::F16, budget)?.plan;
-    // Room for the experts of two tokens, which come again and again: after the first time nothing is read beside the
-    // stages that are timed.
+    // Room for the experts of a round, which come again and again: after the first time nothing is read beside the stages
+    // that are timed.
+    let experts: u64 = shape.experts.iter().map(|e| e.expert_bytes * u64::from(e.n_used)).sum();
+    let fitting = plan.layers.iter().zip(&shape.experts).map(|(l, e)| match l.slots {
+        // All experts are pinned, or mapped.
+        0 => ROUND,
+        // Beside those of the token before them all.
+        slots => u64::from(slots / e.n_used.max(1)).saturating_sub(1),
+    });
+    let round = fitting.min().unwrap_or(1).min(ROUND).min(ROUND_BYTES / experts.max(1)).max(1);
     plan.tiers[0].slot_bytes = 0;
     for (layer, experts) in plan.layers.iter_mut().zip(&shape.experts) {
-        layer.slots = layer.slots.min(2 * experts.n_used);
+        layer.slots = layer.slots.min((round as u32 + 1) * experts.n_used);
         plan.tiers[0].slot_bytes += u64::from(layer.slots) * experts.expert_bytes;
     }
     let mut session = Session::load(Arc::new(gguf), &plan, Some(threads))?;
     let engine = &mut session.engine;
-    let mut times = Vec::new();
-    let start = Instant::now();
-    while times.len() < MODEL_TOKENS.0 || (times.len() < MODEL_TOKENS.1 && start.elapsed() < MODEL_TIME) {
-        // The first token of a text is a prompt to the counters.
-        engine.clear();
-        engine.forward(&[0], Wanted::Last)?;
-        engine.reset_counters();
-        engine.forward(&[0], Wanted::Last)?;
-        let dense: Duration = engine.counters().layers.iter().map(|l| l.dense).sum();
-        times.push(dense.as_secs_f64() * 1e6);
+    let n_vocab = u64::from(shape.n_vocab.max(1));
+    let (mut dense_us, mut gbps) = (Vec::new(), Vec::new());
+    let mut start = Instant::now();
+    for done in 0..=ROUNDS.1 {
+        if done > ROUNDS.0 && start.elapsed() > MODEL_TIME {
+            break;
+        }
+        for token in 0..round {
+            // The first token of a text is a prompt to the counters.
+            engine.clear();
+            engine.forward(&[0], Wanted::Last)?;
+            engine.reset_counters();
+            engine.forward(&[(token.wrapping_mul(2_654_435_761) % n_vocab) as u32], Wanted::Last)?;
+            let layers = &engine.counters().layers;
+            let dense: Duration = layers.iter().map(|l| l.dense).sum();
+            dense_us.push(dense.as_secs_f64() * 1e6);
+            let stages: Duration = layers.iter().map(|l| l.experts).sum();
+            gbps.push(experts as f64 / stages.as_secs_f64().max(1e-9) / 1e9);
+        }
+        if done == 0 {
+            // The first round waits for the drive.
+            dense_us.clear();
+            gbps.clear();
+            start = Instant::now();
+        }
     }
-    // The first token waits for the drive.
-    times.remove(0);
     let in_layers = |layer: Option<u32>| shape.experts.iter().any(|e| Some(e.layer) == layer);
     let dense = shape.dense.iter().filter(|d| in_layers(d.layer));
     let bytes: u64 = dense.map(|d| d.token_bytes).sum();
     let layers = shape.experts.len().max(1) as f64;
-    Ok((super::Measured::of(times).value - bytes as f64 / gbps.max(1e-9) / 1e3) / layers)
+    let expert_gbps = Measured::of_many(&gbps);
+    let dense_us = Measured::of(dense_us).value - bytes as f64 / expert_gbps.value.max(1e-9) / 1e3;
+    Ok(OwnLayers { expert_gbps, layer_us: dense_us / layers })
 }

@@ -8,6 +8,7 @@ use tier_plan_runtime::kernels::{Activations, Kernels, Weights, needs_quants};
 use tier_plan_runtime::quant::TensorType;
 use tier_plan_runtime::threads::ThreadPool;
 use tier_plan_runtime::tiers::arena::{Arena, Piece};
+use tier_plan_runtime::tiers::nodes::Pages;
 
 /// Width of the hidden state of the experts that are computed.
 const HIDDEN: usize = 2048;
@@ -24,8 +25,8 @@ const VALUES: usize = 3 * HIDDEN * WIDTH;
 /// Passes over the memory for one figure, after one that warms up.
 const PASSES: usize = 5;
 
-/// Tokens of a prompt that one expert gets: a batch of 512 over 128 experts of which a token uses 8.
-const BATCH_TOKENS: usize = 32;
+/// Tokens of a prompt that are multiplied together: as many as a dense stage takes at once.
+const BATCH_TOKENS: usize = 512;
 
 /// Experts of one pass of that, at most, and its time, about.
 const BATCH_EXPERTS: usize = 48;
@@ -51,8 +52,16 @@ impl Memory {
     /// # Errors
     /// When the system has not got them.
     pub fn new(kernels: Kernels, bytes: u64) -> Result<Self> {
+        Self::on(kernels, bytes, &Pages::Anywhere)
+    }
+
+    /// The same with its pages where `pages` says.
+    ///
+    /// # Errors
+    /// When the system has not got them, or refuses to have them there.
+    pub fn on(kernels: Kernels, bytes: u64, pages: &Pages) -> Result<Self> {
         let len = usize::try_from(bytes).context("more memory than can be addressed")?;
-        let mut piece = Arena::new("memory to be measured", bytes)?.take(len)?;
+        let mut piece = Arena::on("memory to be measured", bytes, pages)?.take(len)?;
         fill(&mut piece);
         let mut x = Activations::new(1, HIDDEN);
         let values: Vec<f32> = (0..HIDDEN).map(|i| (i % 17) as f32 * 0.01 - 0.08).collect();
@@ -136,7 +145,7 @@ impl Memory {
                 inner.fill_shared(pool, self.kernels, BATCH_TOKENS, WIDTH, &gate, needs_quants(ty));
                 matmul_all(pool, self.kernels, &[MatJob::new(w_down, inner.view(), &mut out)]);
                 done += 1;
-                if done >= 4 && start.elapsed() > BATCH_TIME {
+                if start.elapsed() > BATCH_TIME {
                     break;
                 }
             }

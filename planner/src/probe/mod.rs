@@ -6,13 +6,20 @@
 
 pub mod disk;
 pub mod fixed;
+pub mod gpu;
 pub mod memory;
+pub mod nodes;
+pub mod power;
 
 use crate::{host, progress};
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use disk::{Disk, DiskRate};
 use fixed::Fixed;
+use gpu::{Gpus, Work};
 use memory::{Memory, STAGE};
+use nodes::NodeRate;
+use power::{Meter, Part, Power};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 use tier_plan_runtime::formats::SourceId;
@@ -42,6 +49,13 @@ const BOTH_TIME: Duration = Duration::from_secs(3);
 
 /// The part of the memory that a plan is not given: the program, activations, the system.
 const KEPT_FREE: u64 = 16;
+
+/// What the layers of a prompt reach of the rate of products alone: norms, rotations and activations come between them.
+/// Measured with AMX: 473 of 591 GFLOP/s.
+const IN_LAYERS: f64 = 0.8;
+
+/// Memory of a machine that does not tell.
+const UNTOLD: u64 = 16 << 30;
 
 /// Spread of repetitions from which on a figure is doubted.
 const DOUBTFUL: f64 = 0.15;
@@ -103,6 +117,8 @@ pub struct Settings<'a> {
     pub slow_dir: Option<&'a Path>,
     /// Threads; the physical cores when `None`.
     pub threads: Option<usize>,
+    /// Each memory node is a tier.
+    pub numa_tiers: bool,
 }
 
 /// The rate at which products of one format are computed from main memory.
@@ -153,6 +169,12 @@ pub struct Findings {
     pub together_gbps: (f64, f64),
     /// Fixed times.
     pub fixed: Fixed,
+    /// GPUs.
+    pub gpus: Gpus,
+    /// Memory nodes, where they were asked for.
+    pub nodes: Vec<NodeRate>,
+    /// What the machine draws.
+    pub power: Power,
     /// What makes the figures doubtful, in sentences.
     pub doubts: Vec<String>,
 }
@@ -165,6 +187,12 @@ pub struct Findings {
 pub fn measure(settings: &Settings<'_>) -> Result<Findings> {
     let mut doubts: Vec<String> = busy().into_iter().collect();
     let kernels = Kernels::from_env()?;
+    // Told before anything is measured that can't be had.
+    let memory_nodes = if settings.numa_tiers {
+        tier_plan_runtime::tiers::nodes::nodes().context("--numa-tiers")?
+    } else {
+        Vec::new()
+    };
     let pool = ThreadPool::new(settings.threads.unwrap_or_else(tier_plan_runtime::threads::physical_cores));
     let threads = pool.n_threads();
     let opened = settings.model.map(open).transpose()?;
@@ -174,7 +202,7 @@ pub fn measure(settings: &Settings<'_>) -> Result<Findings> {
     types.sort();
     types.dedup();
 
-    let bar = progress::count("measuring", types.len() as u64 + 5);
+    let bar = progress::count("measuring", types.len() as u64 + 7);
     // The program is small, so what it may have now is what a plan's engine may have.
     let limit = memory_limit();
     let bytes = limit.as_ref().map_or(MEMORY, |l| MEMORY.min(l.bytes / 4)) / STAGE * STAGE;
@@ -189,6 +217,7 @@ pub fn measure(settings: &Settings<'_>) -> Result<Findings> {
 
     let mut memory = Memory::new(kernels, bytes)?;
     let mut rates = Vec::new();
+    let meter = Meter::start();
     for &ty in &types {
         let gbps = memory.products(&pool, ty);
         let of = |shares: &[(TensorType, f64)]| shares.iter().find(|(t, _)| *t == ty).map_or(0.0, |(_, s)| *s);
@@ -199,17 +228,26 @@ pub fn measure(settings: &Settings<'_>) -> Result<Findings> {
         rates.push(KernelRate { ty, gbps, batch_gflops: memory.batch_gflops(&pool, ty), share });
         bar.inc(1);
     }
-    let compute_gbps = mean_rate(&rates);
-    let prompt_gflops = mean_gflops(&rates);
+    let drawn = meter.parts();
+    let mut compute_gbps = mean_rate(&rates);
+    let prompt_gflops = IN_LAYERS * mean_gflops(&rates);
     // The format that a token reads most of.
     let main = rates.iter().max_by(|a, b| a.share.unwrap_or(0.0).total_cmp(&b.share.unwrap_or(0.0)));
     let main = if opened.is_some() { main.map_or(TensorType::Q4_K, |r| r.ty) } else { TensorType::Q4_K };
 
     let mut fixed = fixed::measure(&pool, &mut memory)?;
     if let Some(path) = settings.model {
-        match fixed::layer_of_model(path, threads, compute_gbps) {
-            Ok(us) => {
-                fixed.layer_us = us.max(fixed.entry_us);
+        match fixed::own_layers(path, threads) {
+            Ok(own) => {
+                // The kernels alone don't pay for a stage's beginning and end, and walk through memory in order.
+                compute_gbps = own.expert_gbps.value.min(compute_gbps);
+                fixed.layer_us = own.layer_us.max(fixed.entry_us);
+                if own.expert_gbps.spread > DOUBTFUL {
+                    doubts.push(format!(
+                        "the model's own expert stages differ by {:.0} %",
+                        own.expert_gbps.spread * 100.0
+                    ));
+                }
                 fixed.how = format!("layers: the model's dense stages, less their bytes; tokens: {}", fixed.how);
             }
             Err(error) => doubts.push(format!(
@@ -252,6 +290,14 @@ pub fn measure(settings: &Settings<'_>) -> Result<Findings> {
         (Measured::of(passes).value, reading.join())
     });
     let reads = reads.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+    bar.inc(1);
+    let work = opened.as_ref().map_or_else(Work::common, |(gguf, spec)| Work::of_model(gguf, spec, &shares));
+    let gpus = gpu::measure_all(&work, &mut || memory.pass_gbps(&pool, main));
+    drop(memory);
+    bar.inc(1);
+    let limit_bytes = limit.as_ref().map_or(UNTOLD, |limit| limit.bytes);
+    let nodes = nodes::measure(memory_nodes, kernels, &pool, &work.formats, limit_bytes)?;
+    let gpu_power: Vec<Part> = gpus.found.iter().map(|gpu| gpu.power.clone()).collect();
     bar.finish_and_clear();
 
     let (dram_bytes, dram_bytes_from) = match &limit {
@@ -259,7 +305,7 @@ pub fn measure(settings: &Settings<'_>) -> Result<Findings> {
             let bytes = (limit.bytes - limit.bytes / KEPT_FREE) >> 20 << 20;
             (bytes, format!("{}, {}, less a {KEPT_FREE}th", limit.of, show_bytes(limit.bytes)))
         }
-        None => (16 << 30, "the system tells of no limit: assumed".to_string()),
+        None => (UNTOLD, "the system tells of no limit: assumed".to_string()),
     };
     let disk_bytes = file_system_bytes(&disk_path).map_or(1 << 40, |(all, _)| all.max(1));
     Ok(Findings {
@@ -279,6 +325,9 @@ pub fn measure(settings: &Settings<'_>) -> Result<Findings> {
         disk_bytes,
         together_gbps: (both, reads.gbps.value),
         fixed,
+        power: Power::of(&drawn, &gpu_power),
+        gpus,
+        nodes,
         doubts,
     })
 }
@@ -301,6 +350,7 @@ impl Findings {
             read_gbps: compute,
             latency_us: 0.0,
             emulated: false,
+            unit: None,
             source: format!(
                 "measured {day}: products of {of} with {} threads and {} kernels; bare reads {:.1} GB/s; while the drive \
                  is read {:.1} GB/s; capacity: {}",
@@ -315,20 +365,44 @@ impl Findings {
             read_gbps: read,
             latency_us: rounded(self.disk.latency_us.value),
             emulated: false,
+            unit: None,
             source: format!(
                 "measured {day}: reads of {} {how}, 1 to 8 at once, while the cores compute; alone {:.2} GB/s",
                 show_bytes(self.disk.piece_bytes),
                 self.disk.gbps.value
             ),
         };
+        let how = format!("products of {of} with {} threads and {} kernels", self.threads, self.isa);
+        let main_memory = self.nodes.iter().map(|node| node.tier(day, &how));
+        let mut tiers: Vec<Tier> = main_memory.collect();
+        let computing = if tiers.is_empty() { "dram".to_string() } else { tiers[0].name.clone() };
+        if tiers.is_empty() {
+            tiers.push(dram);
+        }
+        let mut prompt_gflops = BTreeMap::from([(computing, rounded(self.prompt_gflops).max(1e-5))]);
+        let mut links = BTreeMap::new();
+        for gpu in self.gpus.found.iter().filter(|gpu| gpu.capacity_bytes() > 0) {
+            let name = if self.gpus.found.len() > 1 { format!("vram{}", gpu.device) } else { "vram".to_string() };
+            links.insert(name.clone(), gpu.link());
+            if let Some(experts) = &gpu.experts {
+                prompt_gflops.insert(name.clone(), rounded(experts.batch_gflops).max(1e-5));
+            }
+            tiers.push(gpu.tier(name, day));
+        }
+        tiers.sort_by(|a, b| b.read_gbps.total_cmp(&a.read_gbps));
+        let slowest = tiers.last().map_or(compute, |t| t.read_gbps);
+        tiers.push(Tier { read_gbps: slow.read_gbps.min(slowest), ..slow });
         Machine {
             name: "probed".into(),
             description: format!("measured on {day}: {}", self.host),
-            tiers: vec![dram, slow],
+            tiers,
             layer_overhead_us: rounded(self.fixed.layer_us),
             token_overhead_us: rounded(self.fixed.token_us),
             extras: Extras {
-                prompt_gflops: [("dram".to_string(), rounded(self.prompt_gflops).max(1e-5))].into(),
+                prompt_gflops,
+                links,
+                watts: self.power.watts,
+                watts_source: self.power.watts.map(|_| self.power.how.clone()),
                 ..Extras::default()
             },
             id: SourceId { name: "probed".into(), hash: String::new() },

@@ -24,6 +24,9 @@ fn findings() -> Findings {
         disk_path: "model.gguf".into(),
         disk_bytes: 1 << 40,
         together_gbps: (17.0, 1.1),
+        gpus: Gpus::default(),
+        nodes: Vec::new(),
+        power: Power::default(),
         fixed: Fixed { layer_us: 31.25, token_us: 12.0, entry_us: 1.0, how: "counted".into() },
         doubts: Vec::new(),
     }
@@ -45,6 +48,88 @@ fn a_machine_is_written_that_reads_back() {
     assert!(dram.source.contains("while the drive is read 17.0 GB/s"));
     assert!(dram.source.starts_with("measured 2026-11-22: products of Q4_K with 2 threads and avx512 kernels"));
     assert!(back.description.contains("measured on 2026-11-22: a processor"));
+}
+
+fn gpu(device: u32, gbps: f64) -> gpu::GpuRate {
+    use tier_plan_runtime::cuda::measure::{Contended, Experts, Rates};
+    gpu::GpuRate {
+        name: "a GPU".into(),
+        device,
+        emulated: false,
+        total_bytes: 32 << 30,
+        free_bytes: 31 << 30,
+        rates: Rates {
+            launch_us: 2.0,
+            round_trip_us: 8.0,
+            read_gbps: 900.0,
+            to_device_gbps: (25.0, 9.0),
+            from_device_gbps: (26.0, 8.0),
+        },
+        contended: Contended { to_device_gbps: 21.0, beside: 15.0 },
+        products: vec![(TensorType::Q4_K, gbps)],
+        compute_gbps: gbps,
+        experts: Some(Experts { expert_bytes: 2_000_000, used: 8, token_us: 60.0, batch_gflops: 5e4 }),
+        of: "Q4_K".into(),
+        power: Part { name: "a GPU".into(), watts: Some(350.0), how: "limit read from the driver".into() },
+    }
+}
+
+#[test]
+fn gpus_are_tiers_with_their_links_and_power() {
+    let mut found = findings();
+    found.gpus.found = vec![gpu(0, 400.0), gpu(1, 800.0)];
+    found.power = Power { watts: Some(475.0), how: "limits".into() };
+    let machine = found.machine();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("machine.toml");
+    machine.write(&path).unwrap();
+    assert_eq!(tier_plan_runtime::formats::machine::read(&path).unwrap(), machine);
+    let tiers: Vec<_> = machine.tiers.iter().map(|t| (t.name.as_str(), t.unit, t.read_gbps)).collect();
+    // The fastest first, each with its own number.
+    assert_eq!(
+        tiers,
+        [("vram1", Some(1), 800.0), ("vram0", Some(0), 400.0), ("dram", None, 20.5), ("nvme", None, 1.1)]
+    );
+    assert_eq!(machine.tiers[0].capacity_bytes, 30 << 30);
+    // 16 MB at 400 GB/s are 40 µs; what is left of 60 is the latency. At 800 GB/s they are 20.
+    assert_eq!((machine.tiers[1].latency_us, machine.tiers[0].latency_us), (20.0, 40.0));
+    assert_eq!(machine.extras.links["vram0"].contended_gbps, 21.0);
+    assert_eq!(machine.prompt_gflops(), [5e4, 5e4, 950.0, 950.0]);
+    assert_eq!((machine.extras.watts, machine.extras.watts_source.as_deref()), (Some(475.0), Some("limits")));
+    found.gpus.found = vec![gpu::GpuRate { emulated: true, compute_gbps: 5.0, ..gpu(0, 5.0) }];
+    let machine = found.machine();
+    let emulated = &machine.tiers[1];
+    assert_eq!((emulated.name.as_str(), emulated.emulated), ("vram", true), "slower than main memory, and after it");
+    assert!(emulated.source.contains("a GPU, which is emulated"), "{}", emulated.source);
+}
+
+#[test]
+fn memory_nodes_are_tiers() {
+    let node = |number: u32, gbps: f64, processors: Vec<u32>| NodeRate {
+        node: tier_plan_runtime::tiers::nodes::Node { number, total_bytes: 64 << 30, free_bytes: 32 << 30, processors },
+        alone_gbps: gbps,
+        own_gbps: None,
+        gbps,
+        capacity_bytes: 30 << 30,
+    };
+    let mut found = findings();
+    found.nodes = vec![node(0, 18.0, vec![0]), node(1, 19.0, vec![1]), node(2, 9.0, vec![])];
+    let machine = found.machine();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("machine.toml");
+    machine.write(&path).unwrap();
+    assert_eq!(tier_plan_runtime::formats::machine::read(&path).unwrap(), machine);
+    let tiers: Vec<_> = machine.tiers.iter().map(|t| (t.name.as_str(), t.kind, t.node())).collect();
+    assert_eq!(
+        tiers,
+        [
+            ("dram1", TierKind::Dram, Some(1)),
+            ("dram0", TierKind::Dram, Some(0)),
+            ("cxl2", TierKind::Cxl, Some(2)),
+            ("nvme", TierKind::Nvme, None)
+        ]
+    );
+    assert_eq!(machine.prompt_gflops(), [950.0; 4]);
 }
 
 #[test]
@@ -112,7 +197,6 @@ fn a_drive_is_read_in_experts() {
 #[test]
 fn a_models_own_layers_are_timed() {
     let path = crate::bundled::path("demo/demo.gguf").unwrap();
-    // Beyond bytes that take no time, all of the stages is left.
-    let us = fixed::layer_of_model(&path, 1, 1e12).unwrap();
-    assert!(us.is_finite() && us > 0.0, "{us}");
+    let own = fixed::own_layers(&path, 1).unwrap();
+    assert!(own.layer_us.is_finite() && own.expert_gbps.value > 0.0, "{own:?}");
 }

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use tier_plan_runtime::exec::engine::Routing;
 use tier_plan_runtime::exec::{Engine, Wanted};
 use tier_plan_runtime::formats::SourceId;
-use tier_plan_runtime::formats::profile::{self, Profile, PromptTrace};
+use tier_plan_runtime::formats::profile::{self, Guesses, Profile, PromptTrace};
 use tier_plan_runtime::sampler::{Sampler, SamplerConfig};
 use tier_plan_runtime::tokenizer::Tokenizer;
 
@@ -72,10 +72,12 @@ pub fn collect(
         made: settings.describe(prompts),
         prompts: Vec::new(),
         counted: None,
+        guesses: None,
         id: SourceId { name: stem(output), hash: String::new() },
     };
     let partial = partial_path(output);
     let mut profile = if restart { fresh } else { resume(&partial, fresh, prompts) };
+    session.engine.score_guesses();
     let bar = progress::count("profiling prompts", prompts.len() as u64);
     bar.set_position(profile.prompts.len() as u64);
     for prompt in &prompts[profile.prompts.len()..] {
@@ -90,6 +92,7 @@ pub fn collect(
             );
         };
         profile.prompts.push(trace);
+        add_guesses(&mut profile.guesses, &mut session.engine);
         profile.write(&partial)?;
         bar.inc(1);
     }
@@ -167,6 +170,17 @@ fn run_prompt(
         trace.decode_tokens += 1;
     }
     Ok(Some(trace))
+}
+
+/// Adds how good the engine's guesses were for a prompt, and has it count afresh.
+fn add_guesses(guesses: &mut Option<Vec<Guesses>>, engine: &mut Engine) {
+    let layers = &engine.counters().layers;
+    let sums = guesses.get_or_insert_with(|| vec![Guesses::default(); layers.len()]);
+    for (sum, layer) in sums.iter_mut().zip(layers) {
+        sum.made += layer.guessed;
+        sum.right += layer.guessed_right;
+    }
+    engine.reset_counters();
 }
 
 fn append(trace: &mut PromptTrace, routing: &Routing) {

@@ -90,6 +90,7 @@ pub fn read(path: &Path, model: Option<&ModelShape>) -> Result<Profile> {
         made: made(&gguf),
         prompts: Vec::new(),
         counted: Some(counted),
+        guesses: None,
         id,
     };
     Ok(profile.identified())

@@ -11,6 +11,7 @@ pub mod prompts;
 pub mod stats;
 pub mod synthetic;
 
+use crate::cost::Ahead;
 use crate::replay::LayerTrace;
 use anyhow::{Result, bail, ensure};
 use tier_plan_runtime::formats::profile::{Profile, Split};
@@ -38,6 +39,8 @@ pub struct LayerEvidence {
     pub prompt_share: Vec<f64>,
     /// What plans are judged on.
     pub judged: Judged,
+    /// What reading ahead is worth.
+    pub ahead: Ahead,
     /// Layers of one class are known to be used alike: all of the above but the sizes is the same in each of them.
     pub class: Option<u32>,
 }
@@ -75,6 +78,7 @@ impl Evidence {
                     prompt_share: share.clone(),
                     share,
                     judged: Judged::Uniform,
+                    ahead: Ahead::default(),
                     class: Some(0),
                 }
             })
@@ -134,6 +138,7 @@ impl Evidence {
                     prompt_share: trace.prompt_share().unwrap_or_else(|| trace.decode_share()),
                     share,
                     judged: Judged::Recorded(trace),
+                    ahead: ahead(shape, profile, at),
                     class: None,
                 }
             })
@@ -161,6 +166,7 @@ impl Evidence {
                     prompt_share: share.clone(),
                     share,
                     judged: Judged::Recorded(trace),
+                    ahead: Ahead::default(),
                     class: None,
                 }
             })
@@ -185,6 +191,15 @@ impl Evidence {
             None => Self::uniform(shape),
         }
     }
+}
+
+/// What the profile says of guesses of a layer, by position.
+fn ahead(shape: &ModelShape, profile: &Profile, at: usize) -> Ahead {
+    let right =
+        profile.guesses.as_ref().and_then(|all| all.get(at)).map_or(0.0, |g| g.right as f64 / g.made.max(1) as f64);
+    let layer = profile.layers[at];
+    let dense = shape.dense.iter().filter(|d| d.layer == Some(layer));
+    Ahead { right, dense_bytes: dense.map(|d| d.token_bytes).sum() }
 }
 
 fn check_shape(shape: &ModelShape) -> Result<()> {
@@ -313,6 +328,7 @@ pub(crate) mod tests {
             made: String::new(),
             prompts,
             counted: None,
+            guesses: None,
             id: id("p"),
         }
     }

@@ -6,6 +6,7 @@
 use super::drawn;
 use super::synthetic::Random;
 use super::{Evidence, Judged, LayerEvidence, by_share, check_shape};
+use crate::cost::Ahead;
 use crate::replay::LayerTrace;
 use anyhow::Result;
 use std::collections::BTreeMap;
@@ -84,7 +85,18 @@ impl Evidence {
                 };
                 let order = by_share(&share);
                 let judged = Judged::Recorded(trace);
-                (next, LayerEvidence { shape: layer, order, prompt_share: share.clone(), share, judged, class: None })
+                (
+                    next,
+                    LayerEvidence {
+                        shape: layer,
+                        order,
+                        prompt_share: share.clone(),
+                        share,
+                        judged,
+                        ahead: Ahead::default(),
+                        class: None,
+                    },
+                )
             });
             layers.push(LayerEvidence { shape: layer, class: Some(*class), ..of.clone() });
         }

@@ -113,6 +113,7 @@ pub fn profile(shape: &ModelShape, routing: &Routing) -> Profile {
         made: format!("{routing:?}"),
         prompts,
         counted: None,
+        guesses: None,
         id: SourceId { name: "synthetic".to_string(), hash: "0".repeat(32) },
     }
 }

@@ -83,6 +83,7 @@ pub(super) fn profile(layers: u32, experts: u32, used: u32) -> Profile {
         made: "made up for tests".into(),
         prompts,
         counted: None,
+        guesses: None,
         id: id("sample.profile"),
     }
 }
@@ -108,6 +109,7 @@ fn tiers(count: usize, emulated: bool) -> Vec<Tier> {
             read_gbps,
             latency_us: 80.0,
             emulated: emulated && kind != TierKind::Dram,
+            unit: None,
             source: "made up".into(),
         }
     };

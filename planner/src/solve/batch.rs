@@ -6,7 +6,7 @@
 //! ones. Dense groups are read once, the rows of an embedding once a sequence. Rates of computation are not in the machine
 //! file, so this is the time of the reads alone: an upper limit of speed that is near it for few sequences only.
 
-use crate::cost::{ExpertStage, home_in_place, overhead_s, read_s};
+use crate::cost::{Ahead, ExpertStage, home_in_place, overhead_s, read_s};
 use crate::profile::{Evidence, Judged, LayerEvidence};
 use tier_plan_runtime::formats::machine::Tier;
 use tier_plan_runtime::formats::placement::{Placement, TierIdx};
@@ -82,7 +82,7 @@ pub fn step_s(plan: &Placement, shape: &ModelShape, evidence: &Evidence, batch: 
             spread.pooled -= here;
             spread.n_pooled -= pins.len() as f64;
         }
-        let stage = ExpertStage::new(&tiers, evidence.shape.expert_bytes);
+        let stage = ExpertStage::new(&tiers, evidence.shape.expert_bytes, Ahead::default());
         total += stage_s(&stage, &spread, in_place, plan.staging_tier);
     }
     total

@@ -179,7 +179,7 @@ pub fn token_s(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -> f64
             Judged::Recorded(_) => stepped_s(plan, layer, evidence),
             Judged::Uniform => {
                 let tiers: Vec<_> = plan.tiers.iter().map(|t| t.tier.clone()).collect();
-                let stage = crate::cost::ExpertStage::new(&tiers, evidence.shape.expert_bytes);
+                let stage = crate::cost::ExpertStage::new(&tiers, evidence.shape.expert_bytes, evidence.ahead);
                 crate::cost::stage_mean_s(&stage, &crate::cost::outcomes(layer, evidence, &tiers, plan.staging_tier))
             }
         };
@@ -195,6 +195,15 @@ fn stepped_s(plan: &Placement, layer: &LayerPlacement, evidence: &LayerEvidence)
     layer.pinned.iter().for_each(|(tier, experts)| experts.iter().for_each(|&e| on[e as usize] = Some(*tier)));
     let mut cache = SlotCache::new(evidence.shape.n_expert, layer.slots, layer.policy);
     let (mut out, mut sum, mut tokens) = (Vec::new(), 0.0, 0u64);
+    // One expert is read while the dense stage before computes, if guesses are good.
+    let ahead = evidence.ahead;
+    let mut ahead_s = 0.0;
+    if plan.tiers[home].tier.kind == TierKind::Nvme && !plan.tiers[home].tier.emulated && home > 0 && ahead.right >= 0.5
+    {
+        let dense_s = ahead.dense_bytes as f64 / (plan.tiers[0].tier.read_gbps * 1e9);
+        let expert_s = evidence.shape.expert_bytes as f64 / (plan.tiers[home].tier.read_gbps * 1e9);
+        ahead_s = ahead.right.min(1.0) * dense_s.min(expert_s);
+    }
     for event in trace.events() {
         let pooled = |chosen: &[u16]| -> Vec<u32> {
             chosen.iter().map(|&e| e.into()).filter(|&e: &u32| on[e as usize].is_none()).collect()
@@ -223,7 +232,7 @@ fn stepped_s(plan: &Placement, layer: &LayerPlacement, evidence: &LayerEvidence)
         let read =
             |tier: usize, n: u64| (n * evidence.shape.expert_bytes) as f64 / (plan.tiers[tier].tier.read_gbps * 1e9);
         let latency = |tier: usize| plan.tiers[tier].tier.latency_us * 1e-6;
-        let mut longest = if missed > 0 { latency(home) + read(home, missed) } else { 0.0 };
+        let mut longest = if missed > 0 { latency(home) + read(home, missed) - ahead_s } else { 0.0 };
         for (at, &n) in experts.iter().enumerate().filter(|(_, n)| **n > 0) {
             let launch = if plan.tiers[at].tier.kind == TierKind::Vram { latency(at) } else { 0.0 };
             longest = longest.max(launch + read(at, n));

@@ -99,6 +99,9 @@ pub fn solve(items: &[Item], room: &Room, dual: &Dual, known: &Choice, deadline:
         }
         let mut next = Vec::new();
         for (parent, label) in labels.iter().enumerate() {
+            if parent % 1024 == 0 && Instant::now() >= deadline {
+                return nothing;
+            }
             for (column, above, cost_s, bytes) in &columns {
                 let above = label.above + above;
                 if above > cut {

@@ -8,7 +8,7 @@ use super::room::{MAX_FAST, Room};
 use super::table::Table;
 use super::whole::Layer;
 use super::wishes::{LayerWishes, Wishes};
-use crate::cost::{self, ExpertStage, outcomes, stage_mean_s};
+use crate::cost::{self, Ahead, ExpertStage, outcomes, stage_mean_s};
 use crate::profile::{Evidence, Judged, LayerEvidence};
 use crate::replay::{COLD, LayerTrace, Positions};
 use std::collections::{BTreeMap, BTreeSet};
@@ -131,7 +131,7 @@ impl<'a> Maker<'a> {
         let added = self.on_all(items, |item, _| {
             let (layer, trace, start) = self.begin(item, price, deadline)?;
             let table = Table::new(layer, trace)?;
-            let mut search = Layer::new(&table, self.room, layer.shape.expert_bytes, price);
+            let mut search = Layer::new(&table, self.room, layer, price);
             let found = search.cheapest(&start, deadline);
             let Meaning::Experts(members, configs) = &item.meaning else { return None };
             let members = members.clone();
@@ -155,7 +155,7 @@ impl<'a> Maker<'a> {
             let table = Table::new(layer, trace)?;
             let now = Instant::now();
             let part = deadline.saturating_duration_since(now).mul_f64((threads as f64 / left as f64).min(1.0));
-            let mut search = Layer::new(&table, self.room, layer.shape.expert_bytes, price);
+            let mut search = Layer::new(&table, self.room, layer, price);
             Some(search.bound(&start, close, now + part)).filter(|b| b.is_finite())
         });
         items.iter().zip(bounds).map(|(item, bound)| Some(bound? * item.count() as f64)).sum()
@@ -273,7 +273,7 @@ impl<'a> Maker<'a> {
     pub fn extend(&self, item: &mut Item, axes: &Axes) {
         let Meaning::Experts(members, _) = &item.meaning else { return };
         let layer = &self.evidence.layers[members[0]];
-        let stage = ExpertStage::new(&self.room.tiers, layer.shape.expert_bytes);
+        let stage = self.stage(layer);
         let fixed = &self.wishes[members[0]];
         let before = item.len();
         match &layer.judged {
@@ -291,7 +291,7 @@ impl<'a> Maker<'a> {
             return Some(at);
         }
         let layer = &self.evidence.layers[members[0]];
-        let stage = ExpertStage::new(&self.room.tiers, layer.shape.expert_bytes);
+        let stage = self.stage(layer);
         let at = members[0];
         let fixed = &self.wishes[at];
         let seconds = match self.charge.batch {
@@ -305,6 +305,12 @@ impl<'a> Maker<'a> {
             }
         };
         self.push(item, layer, fixed, config, seconds).then(|| item.len() - 1)
+    }
+
+    fn stage(&self, layer: &LayerEvidence) -> ExpertStage {
+        // A step over several sequences is reckoned without reading ahead.
+        let ahead = if self.charge.batch.is_some() { Ahead::default() } else { layer.ahead };
+        ExpertStage::new(&self.room.tiers, layer.shape.expert_bytes, ahead)
     }
 
     fn push(&self, item: &mut Item, layer: &LayerEvidence, fixed: &Fixed, config: Config, seconds: f64) -> bool {

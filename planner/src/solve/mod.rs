@@ -8,6 +8,7 @@
 
 pub mod batch;
 pub mod check;
+mod choose;
 pub mod columns;
 pub mod dual;
 pub mod goal;
@@ -17,8 +18,10 @@ pub mod labels;
 pub mod maker;
 mod planner;
 pub mod policy;
+pub mod polish;
 pub mod program;
 pub mod room;
+pub mod round;
 pub mod rules;
 pub mod search;
 pub mod table;

@@ -59,14 +59,16 @@ pub fn greedy(items: &[Item], room: &Room, dual: &Dual) -> Vec<Choice> {
 /// How much a byte beside the even share counts, as a part of its price, in turn.
 const EVEN: [f64; 4] = [0.01, 0.05, 0.2, 0.6];
 
-/// Columns of an item that are looked at for an even share.
+/// Columns of an item that are looked at for an even share, once one is found that fits.
 const LOOKED_AT: usize = 4000;
 
 /// Choices that use up every tier: item by item, a column near the cheapest whose bytes are near the item's share of what
-/// is left. Where many columns are nearly as cheap, this finds those that go together.
-pub fn even(items: &[Item], room: &Room, dual: &Dual) -> Vec<Choice> {
+/// is left. Where many columns are nearly as cheap, this finds those that go together. `all` is what [`ranked`] says of all
+/// columns; `fixed` (`[items]`, or empty) has columns of members that are not asked.
+pub fn even(items: &[Item], room: &Room, dual: &Dual, all: &[Vec<(usize, f64)>], fixed: &[Vec<usize>]) -> Vec<Choice> {
     let n = room.left_bytes.len();
-    let all = ranked(items, room, dual, f64::INFINITY);
+    let fixed = |item: usize| fixed.get(item).map_or(&[][..], Vec::as_slice);
+    let open = |item: usize| items[item].count().saturating_sub(fixed(item).len());
     let least: Vec<Vec<u64>> = items
         .iter()
         .map(|i| (0..n).map(|t| (0..i.len()).map(|c| i.column_bytes(c, n)[t]).min().unwrap_or(0)).collect())
@@ -81,19 +83,24 @@ pub fn even(items: &[Item], room: &Room, dual: &Dual) -> Vec<Choice> {
     order.sort_by_key(|&i| (items[i].len(), i));
     let mut found = Vec::new();
     'weights: for weight in EVEN {
-        let mut columns = vec![Vec::new(); items.len()];
+        let mut columns: Vec<Vec<usize>> = (0..items.len()).map(|i| fixed(i).to_vec()).collect();
         let mut left: Vec<f64> = room.left_bytes.iter().map(|&b| b as f64).collect();
+        for (item, columns) in items.iter().zip(&columns) {
+            for &column in columns {
+                left.iter_mut().zip(item.column_bytes(column, n)).for_each(|(l, &b)| *l -= b as f64);
+            }
+        }
         let mut need: Vec<f64> =
-            (0..n).map(|t| items.iter().zip(&least).map(|(i, l)| i.count() as f64 * l[t] as f64).sum()).collect();
-        let mut rest: f64 = (0..items.len()).map(|i| items[i].count() as f64 * cheap(i)).sum();
+            (0..n).map(|t| least.iter().enumerate().map(|(i, l)| open(i) as f64 * l[t] as f64).sum()).collect();
+        let mut rest: f64 = (0..items.len()).map(|i| open(i) as f64 * cheap(i)).sum();
         for &at in &order {
             let item = &items[at];
-            for _ in 0..item.count() {
+            for _ in 0..open(at) {
                 let share = if rest > 0.0 { (cheap(at) / rest).min(1.0) } else { 1.0 };
                 (0..n).for_each(|t| need[t] -= least[at][t] as f64);
                 let mut best: Option<(usize, f64)> = None;
-                for &(column, above) in all[at].iter().take(LOOKED_AT) {
-                    if best.is_some_and(|(_, score)| above >= score) {
+                for (place, &(column, above)) in all[at].iter().enumerate() {
+                    if best.is_some_and(|(_, score)| above >= score || place >= LOOKED_AT) {
                         break;
                     }
                     let bytes = item.column_bytes(column, n);
@@ -260,12 +267,9 @@ impl Search<'_> {
     }
 }
 
-/// By item, the few columns that the prices favour.
-pub fn shortlist(items: &[Item], room: &Room, dual: &Dual) -> Vec<Vec<usize>> {
-    ranked(items, room, dual, f64::INFINITY)
-        .into_iter()
-        .map(|columns| columns.into_iter().take(SHORT).map(|(c, _)| c).collect())
-        .collect()
+/// By item, the few columns that the prices favour, of all that [`ranked`] has.
+pub fn shortlist(all: &[Vec<(usize, f64)>]) -> Vec<Vec<usize>> {
+    all.iter().map(|columns| columns.iter().take(SHORT).map(|&(c, _)| c).collect()).collect()
 }
 
 /// Improves a choice by single changes and pairs of changes, with the columns of a shortlist, until neither helps or

@@ -7,6 +7,7 @@ use tier_plan_runtime::exec::KvType;
 use tier_plan_runtime::formats::SourceId;
 use tier_plan_runtime::formats::machine::{Tier, TierKind};
 use tier_plan_runtime::formats::placement::{LayerPlacement, SlotPolicy};
+use tier_plan_runtime::formats::profile::Guesses;
 use tier_plan_runtime::model::kv::KvRows;
 use tier_plan_runtime::model::shape::{DenseKind, DenseShape, ExpertShape};
 
@@ -23,6 +24,7 @@ fn tier(name: &str, kind: TierKind, read_gbps: f64, latency_us: f64) -> Tier {
         latency_us,
         // Nothing but its own limits ties what lies on an emulated GPU together.
         emulated: kind == TierKind::Vram,
+        unit: None,
         source: String::new(),
     }
 }
@@ -72,7 +74,7 @@ fn shape(n_layer: u32, n_expert: u32, n_used: u32, expert_bytes: u64) -> ModelSh
         hidden: 64,
         n_vocab: 100,
         context: 4096,
-        kv_rows: vec![KvRows { width: 5, per_token: 1, window: None }],
+        kv_rows: vec![KvRows { width: 5, per_token: 1, queries: 1, window: None }],
         state_bytes: 0,
         dense: groups,
         experts: (0..n_layer)
@@ -129,7 +131,11 @@ fn instance(seed: u64) -> (ModelShape, Option<Profile>, Machine, Vec<u64>) {
         group.bytes = pick(300, 2000) * 1000;
         group.token_bytes = group.bytes / pick(1, 3);
     }
-    let profile = (pick(0, 4) > 0).then(|| synthetic::profile(&shape, &routing(seed)));
+    let mut profile = (pick(0, 4) > 0).then(|| synthetic::profile(&shape, &routing(seed)));
+    // Guesses that are good for reading ahead, and some that are not.
+    if let Some(profile) = profile.as_mut().filter(|_| pick(0, 1) > 0) {
+        profile.guesses = Some((0..layers).map(|_| Guesses { made: 10, right: pick(3, 10) }).collect());
+    }
     let dense: u64 = shape.dense.iter().map(|d| d.bytes).sum();
     let experts = shape.weight_bytes() - dense;
     let home = kinds.len() - 1;
@@ -147,7 +153,7 @@ fn instance(seed: u64) -> (ModelShape, Option<Profile>, Machine, Vec<u64>) {
 fn treatments(room: &Room, evidence: &crate::profile::LayerEvidence) -> Vec<(Vec<u64>, f64)> {
     let (n, home) = (room.tiers.len(), room.home());
     let e = evidence.shape;
-    let stage = cost::ExpertStage::new(&room.tiers, e.expert_bytes);
+    let stage = cost::ExpertStage::new(&room.tiers, e.expert_bytes, evidence.ahead);
     let mut found = Vec::new();
     let mut counts = vec![0u32; home];
     loop {

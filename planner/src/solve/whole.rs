@@ -11,6 +11,7 @@ use super::columns::Config;
 use super::room::{MAX_FAST, Room};
 use super::table::Table;
 use crate::cost::ExpertStage;
+use crate::profile::LayerEvidence;
 use std::collections::HashMap;
 use std::time::Instant;
 use tier_plan_runtime::formats::placement::TierIdx;
@@ -57,8 +58,9 @@ pub struct Layer<'a> {
 
 impl<'a> Layer<'a> {
     /// One for a layer's table.
-    pub fn new(table: &'a Table, room: &'a Room, expert_bytes: u64, price: &[f64]) -> Self {
-        let stage = ExpertStage::new(&room.tiers, expert_bytes);
+    pub fn new(table: &'a Table, room: &'a Room, layer: &LayerEvidence, price: &[f64]) -> Self {
+        let expert_bytes = layer.shape.expert_bytes;
+        let stage = ExpertStage::new(&room.tiers, expert_bytes, layer.ahead);
         let (mut each, mut fixed, mut priced) = ([0.0; PATHS], [0.0; PATHS], [0.0; MAX_FAST + 1]);
         for path in 0..=room.tiers.len() {
             each[path] = stage.path_s(path, 2.0) - stage.path_s(path, 1.0);

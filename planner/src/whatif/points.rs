@@ -66,7 +66,7 @@ fn points() -> Vec<Point> {
         6,
         3_450_000_000 / (43 * 6),
         6_500_000_000,
-        KvRows { width: 576, per_token: 43, window: None },
+        KvRows { width: 576, per_token: 43, queries: 128, window: None },
     );
     // 60 layers of 512 experts, 10 used, of 3 * 4096 * 1024 values each; 209 GB for 397e9 parameters are 4.2 bits. Of
     // the 17e9 active parameters 9e9 are not routed. Every fourth layer has keys and values.
@@ -77,7 +77,7 @@ fn points() -> Vec<Point> {
         10,
         6_620_000,
         9_000_000_000 * 42 / 80,
-        KvRows { width: 256, per_token: 15 * 2 * 2, window: None },
+        KvRows { width: 256, per_token: 15 * 2 * 2, queries: 16, window: None },
     );
     vec![
         Point {

@@ -1,7 +1,11 @@
-//! Routed experts that are pinned in a device's memory, and what they compute: all that a token chose of a layer in one
-//! row of launches, which the processor does not wait for.
+//! Routed experts in a device's memory, pinned there or in slots, and what they compute: all that a token chose of a layer
+//! in one row of launches, which the processor does not wait for.
+//!
+//! A layer's matrices are one table: the pinned experts by their numbers, then the slots. What a slot holds changes where
+//! it lies, so the table never does; and since a device does all in one order, a slot may be filled anew as soon as what
+//! it held has been asked for.
 
-use super::device::{Buffer, Device};
+use super::device::{Buffer, Device, View};
 use super::ops::{Batch, Group, Input, Matrices, Quants, SharedPart, Table};
 use super::{CudaError, Ops};
 use crate::kernels::needs_quants;
@@ -47,27 +51,94 @@ pub struct ExpertBytes<'a> {
     pub biases: Option<[&'a [f32]; 3]>,
 }
 
-/// The pinned experts of one layer.
+/// The room of one expert: where its matrices begin, and bytes of each.
+#[derive(Debug, Clone, Copy)]
+struct Places {
+    at: [usize; 3],
+    len: [usize; 3],
+    /// All of it, up to where the next one begins.
+    all: usize,
+}
+
+impl Places {
+    fn new(kind: &ExpertKind) -> Self {
+        let ExpertKind { hidden, ffn, .. } = *kind;
+        let of = |ty: TensorType, rows: usize, cols: usize| {
+            let row = ty.row_bytes(cols as u64).unwrap_or_else(|| panic!("rows of {cols} {ty} values"));
+            row as usize * rows
+        };
+        let len = [of(kind.gate, ffn, hidden), of(kind.up, ffn, hidden), of(kind.down, hidden, ffn)];
+        let round = |bytes: usize| bytes.next_multiple_of(ALIGNED);
+        let at = [0, round(len[0]), round(len[0]) + round(len[1])];
+        Self { at, len, all: at[2] + round(len[2]) }
+    }
+
+    /// The bytes of one of the matrices of the `i`-th expert.
+    fn range(&self, i: usize, matrix: usize) -> std::ops::Range<usize> {
+        let start = i * self.all + self.at[matrix];
+        start..start + self.len[matrix]
+    }
+}
+
+/// The experts of one layer.
 struct Layer {
     kind: ExpertKind,
+    places: Places,
     gate: Table<'static>,
     up: Table<'static>,
     down: Table<'static>,
-    /// `[n_expert, _]` of gate, up and down; those of experts that are elsewhere are zeros.
+    /// `[n_expert + slots, _]` of gate, up and down; those of experts that are elsewhere are zeros.
     biases: Option<[Buffer; 3]>,
+    /// Which experts are pinned.
     here: Vec<bool>,
+    slots: Arc<Buffer>,
+    n_slots: usize,
 }
 
-/// Pinned experts of a model on one device.
+impl Layer {
+    /// Copies an expert to its place in a buffer, and its biases to their row.
+    fn put(&self, memory: &Buffer, i: usize, row: usize, expert: &ExpertBytes<'_>) -> Result<(), CudaError> {
+        for (matrix, bytes) in [expert.gate, expert.up, expert.down].into_iter().enumerate() {
+            let range = self.places.range(i, matrix);
+            assert_eq!(range.len(), bytes.len(), "bytes of matrix {matrix} of an expert");
+            memory.view().part(range).write(bytes)?;
+        }
+        if let (Some(all), Some(own)) = (&self.biases, expert.biases) {
+            for (all, own) in all.iter().zip(own) {
+                all.view().floats(row * own.len()..(row + 1) * own.len()).write_f32(own)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// An expert in a device's memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    /// The pinned expert of this number.
+    Pinned(usize),
+    /// What this slot holds.
+    Slot(usize),
+}
+
+/// Experts of a model on one device.
 pub struct PinnedExperts {
     ops: Ops,
     layers: Vec<Option<Layer>>,
     room: Room,
-    /// Results asked for and not fetched yet, `[jobs, hidden]`.
+    /// Rows that there is room for.
+    rows: usize,
+    /// Rows that the last one to ask gave.
+    given: usize,
+    /// Results asked for and not fetched yet.
     asked: usize,
+    /// Width of the results.
+    hidden: usize,
+    /// Bytes of matrices, in slots or pinned, with what lies between them.
+    bytes: u64,
 }
 
-/// Buffers, as large as the largest use so far.
+/// Buffers for what is asked for.
 struct Room {
     x: Buffer,
     x_quants: Quants,
@@ -76,88 +147,145 @@ struct Room {
     up: Buffer,
     inner: Quants,
     out: Buffer,
-    sizes: [usize; 3],
+}
+
+/// Values of the buffers for so many rows.
+fn room_sizes(rows: usize, hidden: usize, ffn: usize) -> [usize; 2] {
+    [rows.saturating_mul(hidden), rows.saturating_mul(ffn)].map(|n| n.next_multiple_of(32))
+}
+
+/// Bytes of the buffers for `rows` uses of experts of a model whose layers are at most so wide.
+pub fn workspace_bytes(rows: usize, hidden: usize, ffn: usize) -> u64 {
+    let [outer, inner] = room_sizes(rows, hidden, ffn).map(|n| n as u64);
+    // Codes, and a scale and two sums for each 32 values.
+    let quants = |n: u64| n + n / 32 * 12;
+    8 * outer + quants(outer) + 8 * inner + quants(inner) + 4 * rows as u64
 }
 
 impl Room {
-    /// For `x` values that go in, `inner` inside, and `out` that come out.
-    fn new(device: &Arc<dyn Device>, sizes: [usize; 3], jobs: usize) -> Result<Self, CudaError> {
-        let [x, inner, out] = sizes;
+    fn new(device: &Arc<dyn Device>, rows: usize, hidden: usize, ffn: usize) -> Result<Self, CudaError> {
+        let [outer, inner] = room_sizes(rows, hidden, ffn);
         Ok(Self {
-            x: Buffer::room_f32(device, x)?,
-            x_quants: Quants::new(device, x.next_multiple_of(32))?,
-            which: Buffer::room_f32(device, jobs)?,
+            x: Buffer::room_f32(device, outer)?,
+            x_quants: Quants::new(device, outer)?,
+            which: Buffer::room_f32(device, rows)?,
             gate: Buffer::room_f32(device, inner)?,
             up: Buffer::room_f32(device, inner)?,
-            inner: Quants::new(device, inner.next_multiple_of(32))?,
-            out: Buffer::room_f32(device, out)?,
-            sizes,
+            inner: Quants::new(device, inner)?,
+            out: Buffer::room_f32(device, outer)?,
         })
     }
 }
 
 impl PinnedExperts {
-    /// No expert of `n_layers` layers yet.
+    /// No expert of `n_layers` layers yet, and no room for what is asked for.
     ///
     /// # Errors
     /// When the device fails.
     pub fn new(device: Arc<dyn Device>, n_layers: usize) -> Result<Self, CudaError> {
-        let room = Room::new(&device, [0; 3], 0)?;
-        Ok(Self { ops: Ops::new(device), layers: (0..n_layers).map(|_| None).collect(), room, asked: 0 })
+        let room = Room::new(&device, 0, 0, 0)?;
+        let layers = (0..n_layers).map(|_| None).collect();
+        Ok(Self { ops: Ops::new(device), layers, room, rows: 0, given: 0, asked: 0, hidden: 0, bytes: 0 })
     }
 
-    /// Copies experts of a layer to the device, `experts` by number.
+    /// Copies experts of a layer to the device, `pinned` by number, and makes slots; `with_biases` if the layer's experts
+    /// have any.
     ///
     /// # Errors
     /// When there is not enough memory, or the device fails.
     ///
     /// # Panics
     /// When a number or a size is not the layer's.
-    pub fn pin(
+    pub fn add_layer(
         &mut self,
         layer: usize,
         kind: ExpertKind,
-        experts: &[(usize, ExpertBytes<'_>)],
+        pinned: &[(usize, ExpertBytes<'_>)],
+        n_slots: usize,
+        with_biases: bool,
     ) -> Result<(), CudaError> {
         let device = self.ops.device();
-        let round = |bytes: &[u8]| bytes.len().next_multiple_of(ALIGNED);
-        let sizes = experts.iter().map(|(_, e)| round(e.gate) + round(e.up) + round(e.down));
-        let memory = Arc::new(Buffer::new(device, sizes.sum())?);
-        let mut tables: [Vec<Option<SharedPart>>; 3] = std::array::from_fn(|_| vec![None; kind.n_expert]);
-        let widths = [kind.ffn, kind.ffn, kind.hidden];
-        let with_biases = experts.iter().any(|(_, e)| e.biases.is_some());
-        let mut biases = widths.map(|width| vec![0.0f32; if with_biases { kind.n_expert * width } else { 0 }]);
+        let places = Places::new(&kind);
+        let buffer = |n: usize| Ok::<_, CudaError>(Arc::new(Buffer::new(device, n.saturating_mul(places.all))?));
+        let (pins, slots) = (buffer(pinned.len())?, buffer(n_slots)?);
+        let n = kind.n_expert + n_slots;
         let mut here = vec![false; kind.n_expert];
-        let mut at = 0;
-        for (number, expert) in experts {
-            for (table, bytes) in tables.iter_mut().zip([expert.gate, expert.up, expert.down]) {
-                let range = at..at + bytes.len();
-                memory.view().part(range.clone()).write(bytes)?;
-                table[*number] = Some((Arc::clone(&memory), range));
-                at += round(bytes);
+        let mut tables: [Vec<Option<SharedPart>>; 3] = std::array::from_fn(|_| vec![None; n]);
+        for (matrix, table) in tables.iter_mut().enumerate() {
+            for (i, (number, _)) in pinned.iter().enumerate() {
+                table[*number] = Some((Arc::clone(&pins), places.range(i, matrix)));
+                here[*number] = true;
             }
-            for ((all, width), own) in biases.iter_mut().zip(widths).zip(expert.biases.into_iter().flatten()) {
-                all[number * width..(number + 1) * width].copy_from_slice(own);
+            for slot in 0..n_slots {
+                table[kind.n_expert + slot] = Some((Arc::clone(&slots), places.range(slot, matrix)));
             }
-            here[*number] = true;
         }
         let [gate, up, down] = tables;
-        let biases = match with_biases {
-            false => None,
-            true => {
-                let [g, u, d] = &biases;
-                Some([Buffer::of_f32(device, g)?, Buffer::of_f32(device, u)?, Buffer::of_f32(device, d)?])
-            }
-        };
-        self.layers[layer] = Some(Layer {
+        let zeros = |width: usize| Buffer::of_f32(device, &vec![0.0; n * width]);
+        let biases = if with_biases { Some([zeros(kind.ffn)?, zeros(kind.ffn)?, zeros(kind.hidden)?]) } else { None };
+        let made = Layer {
             kind,
+            places,
             gate: Table::owning(device, gate)?,
             up: Table::owning(device, up)?,
             down: Table::owning(device, down)?,
             biases,
             here,
-        });
+            slots,
+            n_slots,
+        };
+        for (i, (number, expert)) in pinned.iter().enumerate() {
+            made.put(&pins, i, *number, expert)?;
+        }
+        self.bytes += ((pinned.len() + n_slots) * places.all) as u64;
+        self.layers[layer] = Some(made);
         Ok(())
+    }
+
+    /// Makes room for `rows` results between two times that they are fetched.
+    ///
+    /// # Errors
+    /// When there is not enough memory.
+    pub fn reserve(&mut self, rows: usize) -> Result<(), CudaError> {
+        let kinds = || self.layers.iter().flatten().map(|l| l.kind);
+        let (hidden, ffn) = (kinds().map(|k| k.hidden).max(), kinds().map(|k| k.ffn).max());
+        self.room = Room::new(self.ops.device(), rows, hidden.unwrap_or(0), ffn.unwrap_or(0))?;
+        self.rows = rows;
+        Ok(())
+    }
+
+    /// Results that there is room for until they are fetched.
+    pub fn room(&self) -> usize {
+        self.rows - self.asked
+    }
+
+    /// Bytes that matrices take on the device.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Copies an expert into a slot, after all that was asked of the one that it held.
+    ///
+    /// # Errors
+    /// When the device fails; nothing is known of the slot then.
+    ///
+    /// # Panics
+    /// When there is no such slot, or a size is not the layer's.
+    pub fn fill(&mut self, layer: usize, slot: usize, expert: &ExpertBytes<'_>) -> Result<(), CudaError> {
+        let Some(l) = self.layers.get(layer).and_then(Option::as_ref) else { panic!("layer {layer} on a device") };
+        assert!(slot < l.n_slots, "slot {slot} of {}", l.n_slots);
+        l.put(&l.slots, slot, l.kind.n_expert + slot, expert)
+    }
+
+    /// The matrices that a slot holds, one after the other.
+    ///
+    /// # Errors
+    /// When the device fails.
+    #[cfg(test)]
+    pub(crate) fn slot_bytes(&self, layer: usize, slot: usize) -> Result<Vec<u8>, CudaError> {
+        let Some(l) = self.layers[layer].as_ref() else { return Ok(Vec::new()) };
+        let parts = (0..3).map(|matrix| l.slots.view().part(l.places.range(slot, matrix)).to_bytes());
+        Ok(parts.collect::<Result<Vec<_>, _>>()?.concat())
     }
 
     /// Whether an expert is here.
@@ -165,78 +293,94 @@ impl PinnedExperts {
         self.layers.get(layer).and_then(Option::as_ref).is_some_and(|l| l.here.get(expert) == Some(&true))
     }
 
-    /// Asks for results: `x` is `[rows, hidden]`, and each row goes through as many of `experts` as there are for it, the
-    /// first row's first. [`fetch`](Self::fetch) has them.
+    /// Asks for results: `x` is `[rows, hidden]`, or the rows of the last time, which had the same layer; each row goes
+    /// through as many of `experts` as there are for it, the first row's first. [`fetch`](Self::fetch) has the results,
+    /// after those that were asked for before.
     ///
     /// # Errors
     /// When the device fails.
     ///
     /// # Panics
-    /// When an expert is not here, or there are not as many for each row.
-    pub fn ask(&mut self, layer: usize, x: &[f32], experts: &[usize]) -> Result<(), CudaError> {
-        self.asked = 0;
+    /// When an expert is not here, there are not as many for each row, or there is no [room](Self::room).
+    pub fn ask(&mut self, layer: usize, x: Option<&[f32]>, experts: &[Place]) -> Result<(), CudaError> {
         if experts.is_empty() {
             return Ok(());
         }
-        assert!(experts.iter().all(|e| self.has(layer, *e)), "experts {experts:?} of layer {layer}");
-        let Some(l) = self.layers[layer].as_ref() else { return Ok(()) };
-        let ExpertKind { hidden, ffn, .. } = l.kind;
-        let (rows, jobs) = (x.len() / hidden, experts.len());
-        assert!(rows > 0 && x.len() == rows * hidden && jobs.is_multiple_of(rows), "{jobs} uses of {rows} rows");
-        let wanted = [x.len(), jobs * ffn, jobs * hidden];
-        if self.room.sizes.iter().zip(wanted).any(|(have, wanted)| *have < wanted)
-            || self.room.which.view().words() < jobs
-        {
-            let sizes = std::array::from_fn(|i| self.room.sizes[i].max(wanted[i]));
-            let most = self.room.which.view().words().max(jobs);
-            self.room = Room::new(self.ops.device(), sizes, most)?;
-        }
+        let Some(l) = self.layers.get(layer).and_then(Option::as_ref) else { panic!("layer {layer} on a device") };
+        let ExpertKind { n_expert, hidden, ffn, .. } = l.kind;
+        let number = |place: &Place| match *place {
+            Place::Pinned(expert) if l.here.get(expert) == Some(&true) => expert,
+            Place::Slot(slot) if slot < l.n_slots => n_expert + slot,
+            _ => panic!("{place:?} of layer {layer} is not on the device"),
+        };
+        let numbers: Vec<usize> = experts.iter().map(number).collect();
+        let rows = x.map_or(self.given, |x| x.len() / hidden);
+        let jobs = numbers.len();
+        assert!(
+            x.is_none_or(|x| x.len() == rows * hidden) && rows > 0 && jobs.is_multiple_of(rows),
+            "{jobs} of {rows}"
+        );
+        assert!(
+            jobs <= self.rows - self.asked && rows <= self.rows,
+            "{jobs} uses, room for {}",
+            self.rows - self.asked
+        );
         let (ops, r) = (&self.ops, &mut self.room);
-        r.x.view().write_f32(x)?;
-        let numbers: Vec<u8> = experts.iter().flat_map(|e| (*e as i32).to_ne_bytes()).collect();
-        r.which.view().write(&numbers)?;
-        if needs_quants(l.kind.gate) || needs_quants(l.kind.up) {
-            ops.quantize(r.x.view(), rows, hidden, &mut r.x_quants)?;
+        let which: Vec<u8> = numbers.iter().flat_map(|n| (*n as i32).to_ne_bytes()).collect();
+        r.which.view().write(&which)?;
+        if let Some(x) = x {
+            r.x.view().write_f32(x)?;
+            if needs_quants(l.kind.gate) || needs_quants(l.kind.up) {
+                ops.quantize(r.x.view(), rows, hidden, &mut r.x_quants)?;
+            }
         }
+        self.given = rows;
+        let results = r.out.view().floats(self.asked * hidden..(self.asked + jobs) * hidden);
         // With rows of their own, neighbours that go through the same expert are multiplied together.
         let mut groups = Vec::new();
         if jobs == rows && jobs >= MANY {
             let mut first = 0;
-            for alike in experts.chunk_by(|a, b| a == b) {
+            for alike in numbers.chunk_by(|a, b| a == b) {
                 groups.push(Group { matrix: alike[0], first, tokens: alike.len() });
                 first += alike.len();
             }
         }
-        let product = |ty, table, n_out, n_in, floats: &Buffer, quants: &Quants, per_x, out: &Buffer| {
+        let product = |ty, table, n_out, n_in, floats: &Buffer, quants: &Quants, per_x, out: View<'_>| {
             if !needs_quants(ty) {
                 let chosen = Matrices::Chosen(table, r.which.view());
-                return ops.matvec(ty, chosen, jobs, n_out, n_in, Input::Floats(floats.view()), per_x, out.view());
+                return ops.matvec(ty, chosen, jobs, n_out, n_in, Input::Floats(floats.view()), per_x, out);
             }
             if !groups.is_empty() {
-                return ops.matmul(ty, Batch::Groups(table, &groups), n_out, n_in, quants, out.view());
+                return ops.matmul(ty, Batch::Groups(table, &groups), n_out, n_in, quants, out);
             }
             let chosen = Matrices::Chosen(table, r.which.view());
-            ops.matvec(ty, chosen, jobs, n_out, n_in, Input::Quants(quants), per_x, out.view())
+            ops.matvec(ty, chosen, jobs, n_out, n_in, Input::Quants(quants), per_x, out)
         };
-        product(l.kind.gate, &l.gate, ffn, hidden, &r.x, &r.x_quants, jobs / rows, &r.gate)?;
-        product(l.kind.up, &l.up, ffn, hidden, &r.x, &r.x_quants, jobs / rows, &r.up)?;
-        let bias = |which: usize, values: &Buffer, width: usize| match &l.biases {
-            Some(biases) => ops.add_bias(values.view(), biases[which].view(), Some(r.which.view()), jobs, width),
+        product(l.kind.gate, &l.gate, ffn, hidden, &r.x, &r.x_quants, jobs / rows, r.gate.view())?;
+        product(l.kind.up, &l.up, ffn, hidden, &r.x, &r.x_quants, jobs / rows, r.up.view())?;
+        let bias = |which: usize, values: View<'_>, width: usize| match &l.biases {
+            Some(biases) => ops.add_bias(values, biases[which].view(), Some(r.which.view()), jobs, width),
             None => Ok(()),
         };
-        bias(0, &r.gate, ffn)?;
-        bias(1, &r.up, ffn)?;
+        bias(0, r.gate.view(), ffn)?;
+        bias(1, r.up.view(), ffn)?;
         ops.activate(l.kind.activation, r.gate.view(), r.up.view(), jobs * ffn)?;
         if needs_quants(l.kind.down) {
             ops.quantize(r.gate.view(), jobs, ffn, &mut r.inner)?;
         }
-        product(l.kind.down, &l.down, hidden, ffn, &r.gate, &r.inner, 1, &r.out)?;
-        bias(2, &r.out, hidden)?;
-        self.asked = jobs * hidden;
+        product(l.kind.down, &l.down, hidden, ffn, &r.gate, &r.inner, 1, results)?;
+        bias(2, results, hidden)?;
+        self.asked += jobs;
+        self.hidden = hidden;
         Ok(())
     }
 
-    /// Waits for the results of the last [`ask`](Self::ask), `[uses, hidden]`.
+    /// Results that were asked for and not fetched yet.
+    pub fn asked(&self) -> usize {
+        self.asked
+    }
+
+    /// Waits for all results that were [asked](Self::ask) for, `[uses, hidden]` in the order of asking.
     ///
     /// # Errors
     /// When the device fails.
@@ -244,8 +388,13 @@ impl PinnedExperts {
     /// # Panics
     /// When `out` is not as long.
     pub fn fetch(&mut self, out: &mut [f32]) -> Result<(), CudaError> {
-        assert_eq!(out.len(), self.asked, "results of experts on a device");
+        assert_eq!(out.len(), self.asked * self.hidden, "results of experts on a device");
         self.asked = 0;
         self.room.out.view().read_f32(out)
+    }
+
+    /// Forgets what was asked for.
+    pub fn forget(&mut self) {
+        self.asked = 0;
     }
 }

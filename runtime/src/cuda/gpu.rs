@@ -146,6 +146,20 @@ impl Gpu {
         Ok(self.context.mem_get_info().map_err(|e| self.failed("asking for free memory", e))?.0)
     }
 
+    /// Its place on the PCI bus, `0000:65:00.0`, by which other libraries know it.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn pci(&self) -> Result<String, CudaError> {
+        let attribute = |a| self.context.attribute(a).map_err(|e| self.failed("asking for its place", e));
+        Ok(format!(
+            "{:04x}:{:02x}:{:02x}.0",
+            attribute(Attribute::CU_DEVICE_ATTRIBUTE_PCI_DOMAIN_ID)?,
+            attribute(Attribute::CU_DEVICE_ATTRIBUTE_PCI_BUS_ID)?,
+            attribute(Attribute::CU_DEVICE_ATTRIBUTE_PCI_DEVICE_ID)?
+        ))
+    }
+
     /// Compiles and loads every kernel that is not loaded yet.
     ///
     /// # Errors
@@ -370,6 +384,16 @@ impl Drop for Pinned {
 }
 
 impl Pinned {
+    /// How many bytes there are.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
     /// The bytes.
     pub fn bytes(&mut self) -> &mut [u8] {
         // SAFETY: as many bytes were allocated and set to 0.

@@ -13,6 +13,7 @@ pub mod device;
 pub mod experts;
 pub mod gpu;
 pub mod measure;
+pub mod nvml;
 mod nvrtc;
 pub mod ops;
 #[cfg(test)]

@@ -41,6 +41,10 @@ pub struct LayerCounters {
     pub reading: Duration,
     /// Of that, the time in which nothing could compute for want of a read.
     pub waited: Duration,
+    /// Experts that were guessed before the layer chose.
+    pub guessed: u64,
+    /// Of those, the ones that it chose.
+    pub guessed_right: u64,
 }
 
 /// What is counted, most of it while decoding.
@@ -50,6 +54,8 @@ pub struct Counters {
     pub prompt_tokens: u64,
     /// Time they took.
     pub prompt: Duration,
+    /// Of that, the dense stages and the routed experts.
+    pub prompt_stages: [Duration; 2],
     /// Bytes brought in from the slow tier for them.
     pub prompt_missed_bytes: u64,
     /// Tokens decoded: forward passes of one token after the prompt.

@@ -26,8 +26,8 @@ pub(super) struct Devices {
 }
 
 impl Devices {
-    /// Opens the GPU of each real VRAM tier that holds bytes. Its number is the tier's place among the plan's real VRAM
-    /// tiers, whether or not those before it hold any.
+    /// Opens the GPU of each real VRAM tier that holds bytes. Its number is the one that the tier says, or else the tier's
+    /// place among the plan's real VRAM tiers, whether or not those before it hold any.
     ///
     /// # Errors
     /// When one is not there, or can't be used.
@@ -35,9 +35,10 @@ impl Devices {
         let mut number = 0;
         let mut by_tier = Vec::with_capacity(plan.tiers.len());
         for t in &plan.tiers {
+            let which = t.tier.device().map_or(number, |device| device as usize);
             let opened = on_gpu(t).then(|| match give {
-                Some(give) => give(number),
-                None => Gpu::open(number).map(|gpu| gpu as Arc<dyn Device>),
+                Some(give) => give(which),
+                None => Gpu::open(which).map(|gpu| gpu as Arc<dyn Device>),
             });
             by_tier.push(opened.transpose().map_err(|source| LoadError::Gpu { plan: plan.name.clone(), source })?);
             number += usize::from(is_gpu(t));
@@ -87,6 +88,10 @@ mod tests {
         };
         let devices = Devices::open(&plan, Some(&give)).unwrap();
         assert_eq!(*asked.borrow(), [1, 2]);
+        asked.borrow_mut().clear();
+        plan.tiers[2].tier.unit = Some(5);
+        Devices::open(&plan, Some(&give)).unwrap();
+        assert_eq!(*asked.borrow(), [5, 2]);
         assert_eq!(devices.all().map(|(tier, _)| tier).collect::<Vec<_>>(), [2, 3]);
         assert!(devices.of(0).is_none() && devices.of(2).is_some() && devices.of(99).is_none());
     }

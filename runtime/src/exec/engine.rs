@@ -8,6 +8,7 @@ use super::gpu::{Gpus, LayerPlaces, Places};
 use super::load::{LoadError, LoadOptions, Loaded, Progress, load};
 use super::mixer::{CacheReads, MixerState};
 use super::moe::{Choices, Compute, moe_batch, moe_token};
+use super::moe_gpu::{GpuRows, gpu_rows};
 use super::rope::{RopeTable, rope_tables};
 use super::scratch::Scratch;
 use super::weights::DenseWeights;
@@ -18,6 +19,8 @@ use crate::model::describe;
 use crate::model::shape::{ModelShape, shape_of};
 use crate::model::spec::{Ffn, LayerSpec, ModelSpec, MoeSpec};
 use crate::threads::{ThreadPool, physical_cores};
+use crate::tiers::arena::ArenaError;
+use crate::tiers::nodes::Pages;
 use crate::tiers::pace::{Pacer, StageBytes, settle};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -87,7 +90,8 @@ pub struct Engine {
     pub(super) scratch: Scratch,
     pub(super) logits: Vec<f32>,
     routing: Routing,
-    counters: Counters,
+    pub(super) counters: Counters,
+    pub(super) scores_guesses: bool,
     broken: bool,
 }
 
@@ -138,6 +142,11 @@ impl Engine {
             None => MixerState::new(&layer.mixer, plan.kv_type, context),
         };
         let states: Vec<MixerState> = spec.layers.iter().zip(&places.layers).map(state).collect();
+        let kv_tier = &plan.tiers[plan.kv_tier].tier;
+        let pages = Pages::of_tier(kv_tier);
+        for state in &states {
+            state.move_to(&pages).map_err(|source| ArenaError::refused(&kv_tier.name, &pages, source))?;
+        }
         resident_bytes[plan.kv_tier] += states.iter().map(MixerState::bytes).sum::<u64>();
         let (ropes, layer_rope) = rope_tables(&spec, &weights);
         let gpus = Gpus::new(&spec, plan, options, &weights, &devices, places, &layer_rope)?;
@@ -150,14 +159,18 @@ impl Engine {
         };
         let floats = |layer: &LayerSpec| match &layer.ffn {
             // A GPU quantises them itself.
-            Ffn::Moe(_) if experts.has_gpu() => true,
+            Ffn::Moe(_) if experts.n_gpus() > 0 => true,
             Ffn::Moe(moe) => moe.expert_linears().any(|l| !needs_quants(gguf.tensors()[l.weight].ty)),
             Ffn::Dense(_) => false,
         };
+        let mut scratch = Scratch::new(&spec, batch, micro_batch, tiers.len());
+        if experts.n_gpus() > 0 {
+            scratch.ffn.gpu = GpuRows::new(gpu_rows(&spec), spec.hidden);
+        }
         Ok(Self {
             mixer_quants: spec.layers.iter().map(needs).collect(),
             expert_floats: spec.layers.iter().map(floats).collect(),
-            scratch: Scratch::new(&spec, batch, micro_batch, tiers.len()),
+            scratch,
             kernels,
             pool: ThreadPool::new(threads),
             pacer: Pacer::new(&tiers, plan.layer_overhead_us, plan.token_overhead_us),
@@ -169,6 +182,7 @@ impl Engine {
             routing: Routing::default(),
             n_past: 0,
             context,
+            scores_guesses: false,
             broken: false,
             gguf,
             spec,
@@ -223,6 +237,12 @@ impl Engine {
     /// Starts counting afresh.
     pub fn reset_counters(&mut self) {
         self.counters = Counters::new(self.plan.tiers.len(), self.counters.layers.len());
+    }
+
+    /// Guesses what a decoded token's next layer needs even where nothing is read ahead, so that the counters tell how
+    /// good guesses are.
+    pub fn score_guesses(&mut self) {
+        self.scores_guesses = true;
     }
 
     /// Threads that compute.
@@ -374,6 +394,9 @@ impl Engine {
             let experts_start = Instant::now();
             if decoding {
                 self.counters.charge(&self.dense_bytes[index], experts_start - layer_start);
+                self.score_guess(moe_at, index);
+            } else {
+                self.counters.prompt_stages[0] += experts_start - layer_start;
             }
             self.look_ahead(index, moe_at, n, !alone, place)?;
             let Ffn::Moe(moe) = &self.spec.layers[index].ffn else { continue };
@@ -400,6 +423,7 @@ impl Engine {
             }
             if !decoding {
                 self.counters.prompt_missed_bytes += step.read_bytes;
+                self.counters.prompt_stages[1] += experts_start.elapsed();
             } else {
                 self.count_experts(
                     moe_at,

@@ -5,6 +5,7 @@
 //! slots is decided by [`SlotCache`](super::slots::SlotCache) alone, the same code that the planner replays.
 
 mod ahead;
+mod gpu;
 mod layer;
 mod view;
 mod warm;
@@ -15,12 +16,12 @@ pub(super) use view::{Bias, ExpertView, ViewLinear};
 use super::slots::Access;
 use super::verify::Checks;
 use crate::cuda::CudaError;
-use crate::cuda::experts::PinnedExperts;
 use crate::gguf::Gguf;
 use crate::model::spec::TensorId;
 use crate::tiers::arena::Piece;
 use crate::tiers::file::{Arrival, FileTier, ReadError, Urgency};
 use ahead::{Ahead, LEFT_FREE, Landed};
+use gpu::OnGpu;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use warm::Warm;
@@ -57,8 +58,10 @@ pub(super) struct Step {
     /// Experts that compute from staging before they move to their slot: position, slot, position they wait for if the
     /// slot is in use till then.
     late: Vec<(usize, usize, Option<usize>)>,
-    /// Computed experts whose bytes wait in staging for a slot: position they wait for, slot, bytes.
-    held: Vec<(usize, usize, Piece)>,
+    /// Computed experts whose bytes wait in staging for a slot: position they wait for, expert, slot, bytes.
+    held: Vec<(usize, u32, usize, Piece)>,
+    /// Which need no read, whatever was read ahead.
+    at_hand: Vec<bool>,
     /// Slots to be read, perhaps again, when the step ends, for want of staging: position, slot.
     reread: Vec<(usize, usize)>,
     /// How many were at home, in a slot, and missing.
@@ -93,6 +96,11 @@ impl Step {
         self.during.map_or(Duration::ZERO, |(began, ended)| ended - began)
     }
 
+    /// Whether the expert at this position of the step was at home or in a slot when the step began.
+    pub(super) fn was_at_hand(&self, at: usize) -> bool {
+        self.at_hand[at]
+    }
+
     /// Whether the expert at this position of the step can compute.
     pub(super) fn is_ready(&self, at: usize) -> bool {
         matches!(self.uses[at], Use::AtHome | Use::Slot(_) | Use::Staged(_))
@@ -115,7 +123,9 @@ pub(super) struct ExpertStore {
     warm: Warm,
     /// What every read is compared with.
     checks: Option<Arc<Checks>>,
-    gpu: Option<PinnedExperts>,
+    gpus: Vec<OnGpu>,
+    /// Why an expert could not be copied to its slot.
+    gpu_error: Option<CudaError>,
 }
 
 impl ExpertStore {
@@ -145,7 +155,8 @@ impl ExpertStore {
             ahead,
             warm: Warm::default(),
             checks: None,
-            gpu: None,
+            gpus: Vec::new(),
+            gpu_error: None,
         }
     }
 
@@ -172,44 +183,6 @@ impl ExpertStore {
         files.submit_checked(key, &spans, checks, piece, urgency);
     }
 
-    /// The GPU that has the experts whose home it is.
-    pub(super) fn set_gpu(&mut self, gpu: Option<PinnedExperts>) {
-        self.gpu = gpu;
-    }
-
-    /// Whether a GPU has experts.
-    pub(super) fn has_gpu(&self) -> bool {
-        self.gpu.is_some()
-    }
-
-    /// The tier of the GPU's memory that the expert at this position of the step is in.
-    pub(super) fn gpu_tier(&self, step: &Step, at: usize) -> Option<usize> {
-        match (&step.uses[at], &self.layers[step.layer].homes[step.experts[at] as usize]) {
-            (Use::AtHome, Home::Gpu(tier)) => Some(*tier),
-            _ => None,
-        }
-    }
-
-    /// Has the GPU compute the experts at these positions of the step, for each row of `x` as many; goes on at once.
-    ///
-    /// # Errors
-    /// When the GPU fails; the step is given up then.
-    pub(super) fn ask_gpu(&mut self, step: &mut Step, positions: &[usize], x: &[f32]) -> Result<(), CudaError> {
-        let Some(gpu) = &mut self.gpu else { unreachable!("no expert is at home on a GPU that is not there") };
-        let experts: Vec<usize> = positions.iter().map(|at| step.experts[*at] as usize).collect();
-        let asked = gpu.ask(step.layer, x, &experts);
-        asked.inspect_err(|_| self.give_up(step))
-    }
-
-    /// Waits for what the GPU was asked for last.
-    ///
-    /// # Errors
-    /// As [`ask_gpu`](Self::ask_gpu).
-    pub(super) fn fetch_gpu(&mut self, step: &mut Step, out: &mut [f32]) -> Result<(), CudaError> {
-        let fetched = self.gpu.as_mut().map_or(Ok(()), |gpu| gpu.fetch(out));
-        fetched.inspect_err(|_| self.give_up(step))
-    }
-
     pub(super) fn expert_bytes(&self, layer: usize) -> u64 {
         self.layers[layer].expert_bytes as u64
     }
@@ -222,6 +195,7 @@ impl ExpertStore {
     /// Looks all `used` experts up, in order of last use, and submits the first reads. They will compute in the order
     /// given by `order`, a permutation of `used`.
     pub(super) fn begin(&mut self, layer: usize, used: &[u32], order: Vec<u32>) -> Step {
+        self.forget_asked();
         let store = &mut self.layers[layer];
         self.pooled.clear();
         self.pooled.extend(used.iter().filter(|e| matches!(store.homes[**e as usize], Home::Pooled)));
@@ -234,6 +208,7 @@ impl ExpertStore {
             in_flight: 0,
             late: Vec::new(),
             held: Vec::new(),
+            at_hand: Vec::new(),
             reread: Vec::new(),
             pinned_hits: (used.len() - self.pooled.len()) as u64,
             slot_hits: 0,
@@ -274,6 +249,7 @@ impl ExpertStore {
                 step.read_bytes += store.expert_bytes as u64;
             }
         }
+        step.at_hand = (0..step.uses.len()).map(|at| step.is_ready(at)).collect();
         self.take_ahead(&mut step);
         self.submit(&mut step);
         self.read_ahead(&step);
@@ -287,9 +263,17 @@ impl ExpertStore {
         }
         while step.next_read < step.uses.len() && step.in_flight < READ_AHEAD.max(self.staging.len()) {
             let at = step.next_read;
+            let on_gpu = self.layers[step.layer].slots_on_gpu;
             let (slot, late) = match step.uses[at] {
+                Use::FillSlot { slot, after: None } if on_gpu && self.n_staging == 0 => {
+                    self.fill(step.layer, step.experts[at], slot, None);
+                    step.uses[at] = Use::Slot(slot);
+                    step.next_read += 1;
+                    continue;
+                }
                 Use::FillSlot { slot, after: None } => (Some(slot), None),
-                Use::FillSlot { slot, after: Some(after) } if matches!(step.uses[after], Use::Done) => {
+                // Where an expert computes must not depend on how fast reads are.
+                Use::FillSlot { slot, after: Some(after) } if !on_gpu && matches!(step.uses[after], Use::Done) => {
                     (Some(slot), None)
                 }
                 Use::FillSlot { slot, after: Some(after) } => (None, Some((at, slot, Some(after)))),
@@ -301,8 +285,8 @@ impl ExpertStore {
             };
             let store = &mut self.layers[step.layer];
             let piece = match slot {
-                Some(slot) => store.slots[slot].take(),
-                None => self.staging.pop().map(|mut piece| {
+                Some(slot) if !on_gpu => store.slots[slot].take(),
+                _ => self.staging.pop().map(|mut piece| {
                     piece.truncate(store.buffer_bytes(store.layout));
                     piece
                 }),
@@ -347,6 +331,13 @@ impl ExpertStore {
         step.in_flight -= 1;
         let good = result.is_ok();
         step.uses[at] = match step.uses[at] {
+            Use::Loading(Some(slot)) if self.layers[step.layer].slots_on_gpu => {
+                if good {
+                    self.fill(step.layer, step.experts[at], slot, Some(&piece));
+                }
+                self.staging.push(whole(piece));
+                if good { Use::Slot(slot) } else { Use::Done }
+            }
             Use::Loading(Some(slot)) => {
                 self.layers[step.layer].slots[slot] = Some(piece);
                 if good { Use::Slot(slot) } else { Use::Done }
@@ -379,7 +370,8 @@ impl ExpertStore {
                 _ => cache.forget(*expert),
             }
         }
-        self.staging.extend(step.held.drain(..).map(|(_, _, piece)| whole(piece)));
+        self.staging.extend(step.held.drain(..).map(|(.., piece)| whole(piece)));
+        self.forget_asked();
         self.forget_ahead();
     }
 
@@ -399,11 +391,7 @@ impl ExpertStore {
             },
         };
         let layout = if matches!(step.uses[at], Use::AtHome) { Layout::Packed } else { store.layout };
-        let view = store.view(|part| {
-            let (_, at) = store.place(&self.gguf, part, expert, layout);
-            &bytes[at..at + part.slice_bytes]
-        });
-        (view, tier)
+        (self.seen(step.layer, step.experts[at], bytes, layout), tier)
     }
 
     fn mapped<'a>(&'a self, store: &LayerExperts, expert: usize) -> ExpertView<'a> {
@@ -415,14 +403,15 @@ impl ExpertStore {
 
     /// Gives back the buffer of a computed expert and submits what was waiting for one.
     pub(super) fn release(&mut self, step: &mut Step, at: usize) {
-        let slots = &mut self.layers[step.layer].slots;
+        let (layer, expert) = (step.layer, step.experts[at]);
         if let Use::Staged(piece) = std::mem::replace(&mut step.uses[at], Use::Done) {
             match step.late.iter().find(|(late, ..)| *late == at) {
                 Some(&(_, slot, after)) if after.is_none_or(|after| matches!(step.uses[after], Use::Done)) => {
-                    self.staging.push(keep(slots, slot, piece));
+                    let free = self.move_to_slot(layer, expert, slot, piece);
+                    self.staging.push(free);
                 }
                 // The last buffers stay free, or reads could not go on.
-                Some(&(_, slot, Some(after))) if self.staging.len() > 1 => step.held.push((after, slot, piece)),
+                Some(&(_, slot, Some(after))) if self.staging.len() > 1 => step.held.push((after, expert, slot, piece)),
                 Some(&(_, slot, _)) => {
                     step.reread.push((at, slot));
                     self.staging.push(whole(piece));
@@ -431,8 +420,9 @@ impl ExpertStore {
             }
         }
         while let Some(i) = step.held.iter().position(|(after, ..)| *after == at) {
-            let (_, slot, piece) = step.held.swap_remove(i);
-            self.staging.push(keep(slots, slot, piece));
+            let (_, expert, slot, piece) = step.held.swap_remove(i);
+            let free = self.move_to_slot(layer, expert, slot, piece);
+            self.staging.push(free);
         }
         self.submit(step);
         self.read_ahead(step);
@@ -444,7 +434,25 @@ impl ExpertStore {
     /// As [`wait`](Self::wait).
     pub(super) fn finish(&mut self, step: &mut Step) -> Result<(), ReadError> {
         while let Some((at, slot)) = step.reread.pop() {
-            let Some(piece) = self.layers[step.layer].slots[slot].take() else { continue };
+            let store = &mut self.layers[step.layer];
+            let piece = if store.slots_on_gpu {
+                if self.n_staging == 0 {
+                    self.fill(step.layer, step.experts[at], slot, None);
+                    continue;
+                }
+                let room = store.buffer_bytes(store.layout);
+                self.staging.pop().map(|mut piece| {
+                    piece.truncate(room);
+                    piece
+                })
+            } else {
+                store.slots[slot].take()
+            };
+            let Some(piece) = piece else {
+                // Nobody has it then.
+                self.layers[step.layer].cache.forget(step.experts[at]);
+                continue;
+            };
             step.uses[at] = Use::Loading(Some(slot));
             step.in_flight += 1;
             self.fetch(at as u64, step.layer, step.experts[at], piece, Urgency::Now);

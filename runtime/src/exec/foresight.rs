@@ -18,12 +18,26 @@ pub(super) struct Foresight {
     weights: Vec<f32>,
     /// `[n_expert]`.
     seen: Vec<bool>,
+    /// The layer with routed experts that a guess for one token is of, by position, until it is scored.
+    of: Option<usize>,
 }
 
 impl Foresight {
     /// Buffers for batches of up to `rows` tokens.
     pub(super) fn new(rows: usize, hidden: usize) -> Self {
         Self { acts: Activations::new(rows, hidden), ..Self::default() }
+    }
+
+    /// Remembers that the guess to come is for a token alone, in the layer `at` among those with routed experts.
+    pub(super) fn will_be_scored(&mut self, at: usize) {
+        self.of = Some(at);
+    }
+
+    /// If the last guess was of this layer, how many experts it named and how many of them were `chosen`.
+    pub(super) fn score(&mut self, at: usize, chosen: &[u16]) -> Option<(u64, u64)> {
+        self.of.take_if(|of| *of == at)?;
+        let right = self.experts.iter().filter(|e| chosen.contains(e)).count();
+        Some((self.experts.len() as u64, right as u64))
     }
 
     /// The experts that `next` would choose for the hidden states that `normed` has become by its norm, `[tokens, hidden]`:

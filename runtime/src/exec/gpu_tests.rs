@@ -323,7 +323,7 @@ fn what_a_gpu_cannot_run_is_refused() {
     let error = refused(&gguf, &plan(&shape, of, but_one, true, Experts::Memory), usize::MAX).to_string();
     assert!(error.contains("layer 1: keys and values are on another tier"), "{error}");
     let mut slots = plan(&shape, of, ALL, true, Experts::Memory);
-    slots.tiers[0].slot_bytes = 1;
+    slots.tiers[0].staging_bytes = 1;
     slots.tiers[0].budget_bytes = u64::MAX;
     assert!(matches!(refused(&gguf, &slots, usize::MAX), LoadError::Tier { .. }));
     let (gguf, shape) = open("arch/qwen3next.gguf");

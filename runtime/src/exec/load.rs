@@ -1,12 +1,15 @@
 //! Loads a model as a plan says: checks the plan against the file, makes one arena a tier, fills it, and counts.
 
+#[path = "load_gpu.rs"]
+mod load_gpu;
+
 use super::devices::{Devices, GiveDevice, on_gpu};
-use super::experts::{ExpertStore, ExpertView, Home, LayerExperts, Layout};
+use super::experts::{ExpertStore, Home, LayerExperts, Layout};
 use super::gpu::{fits, units};
 use super::pack::Pack;
 use super::verify::Checks;
 use super::weights::{DenseWeights, Held};
-use crate::cuda::experts::{ExpertBytes, PinnedExperts};
+use crate::cuda::experts::PinnedExperts;
 use crate::cuda::{Buffer, CudaError, Device};
 use crate::formats::machine::{Tier, TierKind};
 use crate::formats::placement::{LayerPlacement, Placement};
@@ -19,6 +22,8 @@ use crate::quant::{TensorType, dequantize_row};
 use crate::threads::physical_cores;
 use crate::tiers::arena::{Arena, ArenaError, Piece};
 use crate::tiers::file::{Check, Extent, FileTier, ReadError, ReadMode, Span};
+use crate::tiers::nodes::{self, Pages};
+use crate::tiers::numa::NumaError;
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -58,6 +63,14 @@ pub enum LoadError {
         plan: String,
         /// What is wrong; part of the message, so no source of its own.
         r#source: CudaError,
+    },
+    /// A memory node that the plan wants is not there, or full.
+    #[error("plan '{plan}' can't have the memory that it was made for: {source}")]
+    Node {
+        /// The plan's name.
+        plan: String,
+        /// What is wrong; part of the message, so no source of its own.
+        r#source: NumaError,
     },
     /// Something is on a GPU that can't run there.
     #[error("plan '{plan}' puts on tier '{tier}', a GPU's memory, what can't run there: {what}; {mend}")]
@@ -179,14 +192,8 @@ struct Loader<'a> {
     done: u64,
     total: u64,
     devices: Devices,
-    gpu: Option<PinnedExperts>,
-}
-
-/// The pinned experts of a plan that has some on a GPU.
-fn pinned_experts(plan: &Placement, devices: &Devices) -> Result<Option<PinnedExperts>, LoadError> {
-    let Some((_, device)) = devices.all().next() else { return Ok(None) };
-    let pinned = PinnedExperts::new(Arc::clone(device), plan.layers.len());
-    pinned.map(Some).map_err(|source| LoadError::Gpu { plan: plan.name.clone(), source })
+    /// Experts on GPUs, by tier.
+    gpus: Vec<Option<PinnedExperts>>,
 }
 
 /// Loads. Nothing is allocated before the whole plan has been checked.
@@ -202,9 +209,10 @@ pub(super) fn load(
     check(shape, plan)?;
     units::check(gguf, spec, plan)?;
     check_context_fits(shape, plan)?;
+    check_nodes(plan)?;
     let devices = Devices::open(plan, give)?;
     fits::check(spec, plan, options, &devices)?;
-    let gpu = pinned_experts(plan, &devices)?;
+    let gpus = load_gpu::open(plan, &devices)?;
     let slow = plan.tiers.len() - 1;
     // What only stands for a slow device, or for memory, is read as fast as it goes.
     let device = |t: &Tier| t.kind == TierKind::Nvme && !t.emulated;
@@ -232,13 +240,14 @@ pub(super) fn load(
     let (layout, padding) = layout(plan, &layers, files.as_ref().is_some_and(FileTier::is_direct));
     let mut backings = Vec::new();
     for (i, t) in plan.tiers.iter().enumerate() {
+        let pages = Pages::of_tier(&t.tier);
         backings.push(match t.tier.kind {
             TierKind::Nvme if i == slow => Backing::File,
             _ if on_gpu(t) => Backing::Gpu,
             _ if i == slow && mapped(&t.tier) => Backing::Mapped,
             _ => Backing::Arena {
-                weights: Arena::new(&t.tier.name, t.dense_bytes + t.pinned_bytes)?,
-                buffers: Arena::new(&t.tier.name, t.slot_bytes + t.staging_bytes + padding[i])?,
+                weights: Arena::on(&t.tier.name, t.dense_bytes + t.pinned_bytes, &pages)?,
+                buffers: Arena::on(&t.tier.name, t.slot_bytes + t.staging_bytes + padding[i], &pages)?,
             },
         });
     }
@@ -265,7 +274,7 @@ pub(super) fn load(
         done: 0,
         total,
         devices,
-        gpu,
+        gpus,
     };
     let tiers: HashMap<(DenseKind, Option<u32>), usize> =
         plan.dense.iter().map(|d| ((d.kind, d.layer), d.tier)).collect();
@@ -297,6 +306,10 @@ fn layout(plan: &Placement, layers: &[LayerExperts], direct: bool) -> (Layout, V
     let mut padding = none.1.clone();
     padding[plan.staging_tier] += u64::from(plan.staging_experts) * (paged - packed) as u64;
     for (placed, layer) in plan.layers.iter().zip(layers) {
+        // A GPU's slots are filled from staging, with nothing around an expert.
+        if plan.tiers.get(placed.slot_tier).is_some_and(on_gpu) {
+            continue;
+        }
         let more = layer.buffer_bytes(Layout::WholePages) - layer.buffer_bytes(Layout::Packed);
         padding[placed.slot_tier] += u64::from(placed.slots) * more as u64;
     }
@@ -322,6 +335,13 @@ fn check_context_fits(shape: &ModelShape, plan: &Placement) -> Result<(), LoadEr
     }
 }
 
+/// Refuses a plan whose tiers are memory nodes that are not here, or too full.
+fn check_nodes(plan: &Placement) -> Result<(), LoadError> {
+    let in_use = plan.tiers.iter().filter(|t| t.used_bytes() > 0);
+    nodes::check(in_use.map(|t| (&t.tier, t.used_bytes())))
+        .map_err(|r#source| LoadError::Node { plan: plan.name.clone(), r#source })
+}
+
 /// Everything about a plan that could contradict the model or itself.
 fn check(shape: &ModelShape, plan: &Placement) -> Result<(), LoadError> {
     let bad = |what: String| LoadError::Plan { plan: plan.name.clone(), model: shape.id.name.clone(), what };
@@ -336,12 +356,9 @@ fn check(shape: &ModelShape, plan: &Placement) -> Result<(), LoadError> {
         }
         let tier_error =
             |kind, mend| LoadError::Tier { plan: plan.name.clone(), tier: t.tier.name.clone(), kind, mend };
-        if on_gpu(t) && (i == slow || t.slot_bytes + t.staging_bytes > 0) {
-            let mend = "slots, buffers for experts in flight and pooled experts can't be there: solve with --vram 0";
+        if on_gpu(t) && (i == slow || t.staging_bytes > 0) {
+            let mend = "buffers for experts in flight and pooled experts can't be there: solve with --vram 0";
             return Err(tier_error("a GPU's memory", mend));
-        }
-        if on_gpu(t) && plan.tiers[..i].iter().any(on_gpu) {
-            return Err(tier_error("a GPU's memory", "only one GPU can be used yet: give one tier's budget"));
         }
         if t.tier.kind == TierKind::Nvme && i != slow && t.used_bytes() > 0 {
             return Err(tier_error("a block device", "only the last tier may be one: reorder the machine file"));
@@ -558,45 +575,8 @@ impl Loader<'_> {
             }
             store.verify(Arc::clone(checks));
         }
-        store.set_gpu(self.gpu.take());
+        store.set_gpus(self.ready_gpus()?);
         Ok(store)
-    }
-
-    /// Copies a layer's experts to the GPU, by way of main memory.
-    fn pin_on_gpu(
-        &mut self,
-        (at, moe): (usize, &MoeSpec),
-        layer: &mut LayerExperts,
-        tier: usize,
-        experts: &[u32],
-    ) -> Result<(), LoadError> {
-        let bytes = layer.expert_bytes;
-        let mut passing = Arena::new("", (bytes * experts.len()) as u64)?;
-        let mut pieces = Vec::with_capacity(experts.len());
-        for expert in experts {
-            let spans = layer.spans(self.gguf, *expert as usize, Layout::Packed);
-            let checks = layer.checks(self.gguf, self.options.checks.as_deref(), *expert as usize, Layout::Packed);
-            pieces.push(self.read(&spans, checks, passing.take(bytes)?)?);
-            layer.home(*expert as usize, Home::Gpu(tier));
-        }
-        let views: Vec<_> = pieces.iter().map(|piece| layer.packed(piece)).collect();
-        let biases: Vec<_> = views.iter().map(ExpertView::biases).collect();
-        let all: Vec<_> = experts
-            .iter()
-            .zip(views.iter().zip(&biases))
-            .map(|(expert, (view, biases))| {
-                let biases = biases.as_ref().map(|[gate, up, down]| [&gate[..], &up[..], &down[..]]);
-                let (gate, up, down) = (view.gate.weights, view.up.weights, view.down.weights);
-                (*expert as usize, ExpertBytes { gate: gate.bytes(), up: up.bytes(), down: down.bytes(), biases })
-            })
-            .collect();
-        if let (Some(gpu), Some(view)) = (&mut self.gpu, views.first()) {
-            let bad = |source| LoadError::Gpu { plan: self.plan.name.clone(), source };
-            gpu.pin(at, view.kind(moe), &all).map_err(bad)?;
-        }
-        self.resident[tier] += (bytes * experts.len()) as u64;
-        self.done += (bytes * experts.len()) as u64;
-        Ok(())
     }
 
     fn layer(
@@ -609,11 +589,15 @@ impl Loader<'_> {
         let slow = self.plan.tiers.len() - 1;
         let bytes = layer.expert_bytes;
         let mut n_pinned = 0;
+        for tier in 0..self.plan.tiers.len() {
+            if matches!(self.backings[tier], Backing::Gpu) {
+                self.experts_on_gpu(at, placed, layer, tier)?;
+                progress(self.done, self.total);
+            }
+        }
         for (tier, experts) in &placed.pinned {
             if matches!(self.backings[*tier], Backing::Gpu) {
-                self.pin_on_gpu(at, layer, *tier, experts)?;
                 n_pinned += experts.len();
-                progress(self.done, self.total);
                 continue;
             }
             for expert in experts {
@@ -632,10 +616,14 @@ impl Loader<'_> {
                 layer.pin(*expert as usize, *tier, self.read(&spans, checks, piece)?);
             }
         }
+        self.resident[slow] += (layer.n_expert() - n_pinned) as u64 * bytes as u64;
+        if placed.slots > 0 && matches!(self.backings[placed.slot_tier], Backing::Gpu) {
+            layer.set_slots_on_gpu(placed.slots, self.layout, placed.policy);
+            return Ok(());
+        }
         let room = layer.buffer_bytes(self.layout);
         let slots = (0..placed.slots).map(|_| self.buffer(placed.slot_tier, bytes, room)).collect::<Result<_, _>>()?;
         layer.set_slots(slots, self.layout, placed.policy);
-        self.resident[slow] += (layer.n_expert() - n_pinned) as u64 * bytes as u64;
         Ok(())
     }
 

@@ -17,6 +17,9 @@ mod load;
 pub mod measure;
 mod mixer;
 mod moe;
+mod moe_gpu;
+#[cfg(test)]
+mod node_tests;
 pub mod pack;
 pub mod plan;
 pub(crate) mod rope;

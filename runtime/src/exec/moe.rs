@@ -2,6 +2,7 @@
 
 use super::RunError;
 use super::experts::{ExpertStore, ExpertView, Step};
+use super::moe_gpu::{Batch, GpuBatch, GpuRows};
 use super::weights::DenseWeights;
 use crate::kernels::pooled::{MatJob, matmul_all};
 use crate::kernels::{ActView, Activations, Kernels, needs_quants};
@@ -21,8 +22,8 @@ pub(super) struct FfnScratch {
     results: Vec<f32>,
     /// Rows that a block takes at once.
     rows: usize,
-    /// Results of a GPU.
-    fetched: Vec<f32>,
+    /// Rows for GPUs.
+    pub(super) gpu: GpuRows,
 }
 
 impl FfnScratch {
@@ -37,7 +38,7 @@ impl FfnScratch {
             gathered: Activations::new(rows, hidden),
             bias: Vec::with_capacity(ffn.max(hidden)),
             results: vec![0.0; rows * hidden],
-            fetched: Vec::new(),
+            gpu: GpuRows::default(),
         }
     }
 }
@@ -137,13 +138,10 @@ pub(super) fn moe_token(
     let used: Vec<u32> = choices.experts.iter().map(|e| u32::from(*e)).collect();
     store.note(layer, choices.experts);
     let mut step = store.begin(layer, &used, used.clone());
-    let (on_gpu, mut ready): (Vec<usize>, Vec<usize>) = (0..used.len())
-        .filter(|at| step.is_ready(*at))
-        .partition(|at| store.gpu_tier(&step, *at).is_some_and(|tier| count(computed, tier, store, layer)));
-    if !on_gpu.is_empty() {
-        // The processor computes the others meanwhile.
-        store.ask_gpu(&mut step, &on_gpu, x.values())?;
-    }
+    let (on_gpu, mut ready): (Vec<usize>, Vec<usize>) =
+        (0..used.len()).filter(|at| step.is_ready(*at)).partition(|at| store.spot(&step, *at).is_some());
+    // The processor computes the others meanwhile.
+    ask_for(store, &mut step, &on_gpu, x, computed)?;
     let mut left = used.len() - on_gpu.len();
     loop {
         if !ready.is_empty() {
@@ -157,17 +155,22 @@ pub(super) fn moe_token(
             break;
         }
         ready.clear();
-        ready.push(store.wait(&mut step)?);
+        let at = store.wait(&mut step)?;
+        if store.spot(&step, at).is_some() {
+            ask_for(store, &mut step, &[at], x, computed)?;
+            left -= 1;
+        } else {
+            ready.push(at);
+        }
     }
-    if !on_gpu.is_empty() {
-        s.fetched.resize(on_gpu.len() * hidden, 0.0);
-        store.fetch_gpu(&mut step, &mut s.fetched)?;
-        for (at, result) in on_gpu.iter().zip(s.fetched.chunks_exact(hidden)) {
+    for gpu in 0..store.n_gpus() {
+        let positions = store.fetch_gpu(&mut step, gpu, hidden, &mut s.gpu.fetched)?;
+        for (at, result) in positions.iter().zip(s.gpu.fetched.chunks_exact(hidden)) {
             s.results[at * hidden..][..hidden].copy_from_slice(result);
-            store.release(&mut step, *at);
         }
     }
     store.finish(&mut step)?;
+    store.check_gpus()?;
     // Summed in the router's order whatever the order of arrival: the plan must not change the result.
     out.fill(0.0);
     for (weight, result) in choices.weights.iter().zip(s.results.chunks_exact(hidden)) {
@@ -176,10 +179,24 @@ pub(super) fn moe_token(
     Ok(step)
 }
 
-/// Counts an expert of a layer as computed from a tier; true.
-fn count(computed: &mut StageBytes, tier: usize, store: &ExpertStore, layer: usize) -> bool {
-    computed.add(tier, store.expert_bytes(layer));
-    true
+/// Asks GPUs for experts of a token that are there.
+fn ask_for(
+    store: &mut ExpertStore,
+    step: &mut Step,
+    positions: &[usize],
+    x: ActView<'_>,
+    computed: &mut StageBytes,
+) -> Result<(), RunError> {
+    if positions.is_empty() {
+        return Ok(());
+    }
+    for spot in positions.iter().filter_map(|at| store.spot(step, *at)) {
+        computed.add(spot.tier, store.expert_bytes(step.layer()));
+    }
+    store.ask_token(step, positions, x.values())?;
+    // What comes to their slots now comes after them on the GPU.
+    positions.iter().for_each(|at| store.release(step, *at));
+    Ok(())
 }
 
 /// Computes the experts at positions `ready` of the step into their rows of `results`.
@@ -230,7 +247,7 @@ fn experts_of_token(
 }
 
 /// Routed experts of a batch: each expert computes once, for all tokens that chose it, in ascending order so that the
-/// sums do not depend on the plan; those of a GPU come last. `x` has a row a token; `out` is `[tokens, hidden]`.
+/// sums do not depend on the plan; those of GPUs come when they have been fetched. `x` has a row a token; `out` is `[tokens, hidden]`.
 pub(super) fn moe_batch(
     c: Compute<'_>,
     store: &mut ExpertStore,
@@ -247,20 +264,30 @@ pub(super) fn moe_batch(
     choices.experts.chunks_exact(choices.n_used.max(1)).for_each(|chosen| store.note(layer, chosen));
     let mut step = store.begin(layer, &users.by_last_use(choices), users.present());
     out.fill(0.0);
-    let (on_gpu, here): (Vec<usize>, Vec<usize>) = (0..step.experts().len())
-        .partition(|at| store.gpu_tier(&step, *at).is_some_and(|tier| count(computed, tier, store, layer)));
-    if !on_gpu.is_empty() {
-        // The processor computes the others meanwhile.
-        let rows = on_gpu.iter().flat_map(|at| users.of(step.experts()[*at] as usize).iter().map(|(token, _)| *token));
-        s.gathered.gather(x, rows, true);
-        let n_users = |at: usize| users.of(step.experts()[at] as usize).len();
-        let positions: Vec<usize> = on_gpu.iter().flat_map(|at| std::iter::repeat_n(*at, n_users(*at))).collect();
-        store.ask_gpu(&mut step, &positions, s.gathered.values())?;
-        s.fetched.resize(positions.len() * hidden, 0.0);
+    // When which results are added must not depend on what happened to be read ahead.
+    let batch = Batch { x, users: &users, hidden };
+    let mut work = GpuBatch::new(store.n_gpus());
+    let mut here = Vec::new();
+    for at in 0..step.experts().len() {
+        match store.spot(&step, at).filter(|_| step.was_at_hand(at)) {
+            Some(spot) => {
+                computed.add(spot.tier, store.expert_bytes(layer));
+                work.add(spot.gpu, at, users.of(step.experts()[at] as usize).len());
+            }
+            None => here.push(at),
+        }
     }
+    // The processor computes the others meanwhile.
+    work.ask(store, &mut step, batch, &mut s.gpu)?;
     for at in here {
         while !step.is_ready(at) {
             store.wait(&mut step)?;
+        }
+        if let Some(spot) = store.spot(&step, at) {
+            computed.add(spot.tier, store.expert_bytes(layer));
+            work.add(spot.gpu, at, users.of(step.experts()[at] as usize).len());
+            work.ask(store, &mut step, batch, &mut s.gpu)?;
+            continue;
         }
         let (view, tier) = store.view(&step, at);
         computed.add(tier, store.expert_bytes(layer));
@@ -271,19 +298,17 @@ pub(super) fn moe_batch(
             }
         }
         store.release(&mut step, at);
-    }
-    if !on_gpu.is_empty() {
-        store.fetch_gpu(&mut step, &mut s.fetched)?;
-        let mut results = s.fetched.chunks_exact(hidden);
-        for at in on_gpu {
-            // The users come first: the shorter side of a pair must not swallow a result of the next expert.
-            for ((token, weight), result) in users.of(step.experts()[at] as usize).iter().zip(&mut results) {
-                c.kernels.axpy(*weight, result, &mut out[token * hidden..(token + 1) * hidden]);
-            }
-            store.release(&mut step, at);
+        if work.has_more() {
+            work.fetch(store, &mut step, batch, &mut s.gpu, c.kernels, false, out)?;
+            work.ask(store, &mut step, batch, &mut s.gpu)?;
         }
     }
+    while work.is_busy() {
+        work.fetch(store, &mut step, batch, &mut s.gpu, c.kernels, true, out)?;
+        work.ask(store, &mut step, batch, &mut s.gpu)?;
+    }
     store.finish(&mut step)?;
+    store.check_gpus()?;
     Ok(step)
 }
 
@@ -314,7 +339,7 @@ fn expert_of_batch<'s>(
 }
 
 /// The tokens of a batch sorted by expert.
-struct Users {
+pub(super) struct Users {
     /// First entry of each expert, `[n_expert + 1]`.
     starts: Vec<usize>,
     /// (token, weight), grouped by expert, tokens ascending.
@@ -340,7 +365,7 @@ impl Users {
         Self { starts, entries }
     }
 
-    fn of(&self, expert: usize) -> &[(usize, f32)] {
+    pub(super) fn of(&self, expert: usize) -> &[(usize, f32)] {
         &self.entries[self.starts[expert]..self.starts[expert + 1]]
     }
 

@@ -20,6 +20,7 @@ pub fn obvious(shape: &ModelShape, context: u32, kv_type: KvType) -> Placement {
             read_gbps: 1.0,
             latency_us: 0.0,
             emulated: false,
+            unit: None,
             source: "not measured".into(),
         },
         budget_bytes: u64::MAX,

@@ -228,25 +228,45 @@ impl Engine {
         };
         // The next layer's router must be where the hidden state is.
         let there = self.gpus.places.layers[index + 1].ffn == place;
-        if !matches!(next.ffn, Ffn::Moe(_)) || !there || !self.experts.wants_guess(batch) {
+        if !matches!(next.ffn, Ffn::Moe(_)) || !there {
+            return Ok(());
+        }
+        let of_use = self.experts.wants_guess(batch);
+        if !of_use && (batch || !self.scores_guesses) {
             return Ok(());
         }
         let c = Compute { pool: &self.pool, kernels: self.kernels };
         let s = &mut self.scratch;
         let hidden = self.spec.hidden;
         let rows = n.min(self.micro_batch);
+        if !batch {
+            s.foresight.will_be_scored(moe_at + 1);
+        }
         if let Some(tier) = place {
             let guess =
                 s.foresight.guess_of(|experts| self.gpus.of(tier).guess(index + 1, n - rows..n, experts), next)?;
-            self.experts.expect(moe_at + 1, guess, batch);
+            if of_use {
+                self.experts.expect(moe_at + 1, guess, batch);
+            }
             return Ok(());
         }
         let (x, len) = (&s.x[(n - rows) * hidden..n * hidden], rows * hidden);
         // What experts add up is not there yet, so its buffer is free.
         norm_rows(c, x, self.weights.vector(next.ffn_norm), self.spec.norm_eps, &mut s.out[..len]);
         let guess = s.foresight.guess(c, &self.weights, next, &s.out[..len], &mut s.router_logits);
-        self.experts.expect(moe_at + 1, guess, batch);
+        if of_use {
+            self.experts.expect(moe_at + 1, guess, batch);
+        }
         Ok(())
+    }
+
+    /// Counts how many of the guessed experts of a decoded token's layer it chose.
+    pub(super) fn score_guess(&mut self, at: usize, index: usize) {
+        let Ffn::Moe(moe) = &self.spec.layers[index].ffn else { return };
+        if let Some((guessed, right)) = self.scratch.foresight.score(at, &self.scratch.experts[..moe.n_used]) {
+            self.counters.layers[at].guessed += guessed;
+            self.counters.layers[at].guessed_right += right;
+        }
     }
 }
 

@@ -39,21 +39,21 @@ pub(super) struct Kind {
 pub(super) const MACHINE: Kind = Kind {
     format: "tier-plan machine",
     what: "machine file",
-    newest: 2,
+    newest: 3,
     limit_bytes: 1 << 20,
     mend: "profiles/machines holds examples",
 };
 pub(super) const PLACEMENT: Kind = Kind {
     format: "tier-plan placement",
     what: "placement plan",
-    newest: 3,
+    newest: 4,
     limit_bytes: 64 << 20,
     mend: "`tier-plan solve` writes one",
 };
 pub(super) const PROFILE: Kind = Kind {
     format: "tier-plan profile",
     what: "profile",
-    newest: 2,
+    newest: 3,
     limit_bytes: 4 << 30,
     mend: "`tier-plan profile` writes one",
 };
@@ -68,7 +68,7 @@ pub(super) const RECORD: Kind = Kind {
 pub(super) const SHAPE: Kind = Kind {
     format: "tier-plan shape",
     what: "model shape",
-    newest: 1,
+    newest: 2,
     limit_bytes: 1 << 20,
     mend: "profiles/models holds examples",
 };

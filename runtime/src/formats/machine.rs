@@ -1,12 +1,14 @@
 //! `machine.toml`: the memory tiers of a machine with their capacities and measured or declared rates.
 
-use super::kind::{MACHINE, toml_words};
+mod wire;
+
+pub(super) use wire::{WireKind, check_unit};
+
+use super::kind::MACHINE;
 use super::text::{check_amount, check_bytes, float, quote};
 use super::{FormatError, SourceId, safely};
 use crate::units::parse_bytes;
-use serde::Deserialize;
-use serde::de::{self, Deserializer, Visitor};
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
 use std::path::Path;
 
@@ -59,8 +61,27 @@ pub struct Tier {
     pub latency_us: f64,
     /// The rate, latency and capacity are declared, and run on top of real memory that is faster.
     pub emulated: bool,
+    /// Which one of its kind: the memory node of host memory whose pages must be there, or the number of the GPU.
+    pub unit: Option<u32>,
     /// Where the figures come from, in words: `measured 2026-11-22`, `spec`, a paper.
     pub source: String,
+}
+
+impl Tier {
+    /// The memory node that its pages must be on.
+    pub fn node(&self) -> Option<u32> {
+        self.unit.filter(|_| self.kind != TierKind::Vram)
+    }
+
+    /// The number of the GPU that it is the memory of, as the driver counts them from 0.
+    pub fn device(&self) -> Option<u32> {
+        self.unit.filter(|_| self.kind == TierKind::Vram)
+    }
+
+    /// The key of the unit in files, and the unit.
+    pub(super) fn unit_key(&self) -> Option<(&'static str, u32)> {
+        Some((if self.kind == TierKind::Vram { "device" } else { "node" }, self.unit?))
+    }
 }
 
 /// A machine: its tiers from fastest to slowest, the last one large enough for any model on it.
@@ -94,13 +115,48 @@ pub struct Extras {
     pub price_usd: Option<f64>,
     /// Power while decoding, at the wall, in watts.
     pub watts: Option<f64>,
+    /// Where that figure comes from, in words.
+    pub watts_source: Option<String>,
     /// Price of more of a tier, by its name, in US dollars for 10⁹ bytes.
     pub usd_per_gb: BTreeMap<String, f64>,
     /// Rate of products of many tokens with what lies on a tier, by its name, in 10⁹ floating-point operations a second
     /// (a multiply-accumulate is two).
     pub prompt_gflops: BTreeMap<String, f64>,
+    /// Rates of the link to an accelerator, by the name of its tier.
+    pub links: BTreeMap<String, Link>,
     /// The runs that rates and fixed times were fitted to, if they were.
     pub calibration: Option<Calibration>,
+}
+
+/// Rates of the link between main memory and an accelerator's memory, in 10⁹ bytes a second.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Link {
+    /// To the accelerator from memory that it reads by itself.
+    pub to_gbps: f64,
+    /// To the accelerator from any other memory.
+    pub to_pageable_gbps: f64,
+    /// From the accelerator to memory that it writes by itself.
+    pub from_gbps: f64,
+    /// From the accelerator to any other memory.
+    pub from_pageable_gbps: f64,
+    /// As `to_gbps`, while the CPU's kernels read main memory.
+    pub contended_gbps: f64,
+    /// What these compute at meanwhile.
+    pub dram_contended_gbps: f64,
+}
+
+impl Link {
+    /// The rates with their keys in files.
+    fn rates(&self) -> [(&'static str, f64); 6] {
+        [
+            ("to_gbps", self.to_gbps),
+            ("to_pageable_gbps", self.to_pageable_gbps),
+            ("from_gbps", self.from_gbps),
+            ("from_pageable_gbps", self.from_pageable_gbps),
+            ("contended_gbps", self.contended_gbps),
+            ("dram_contended_gbps", self.dram_contended_gbps),
+        ]
+    }
 }
 
 /// What a machine's rates and fixed times were fitted to.
@@ -123,8 +179,10 @@ impl Default for Extras {
             load_gbps: None,
             price_usd: None,
             watts: None,
+            watts_source: None,
             usd_per_gb: BTreeMap::new(),
             prompt_gflops: BTreeMap::new(),
+            links: BTreeMap::new(),
             calibration: None,
         }
     }
@@ -133,32 +191,9 @@ impl Default for Extras {
 /// Reads a machine from the bytes of its file. `path` is only named in errors.
 pub fn decode(bytes: &[u8], path: &Path) -> Result<Machine, FormatError> {
     let text = MACHINE.open_toml(bytes, path)?;
-    let wire: WireMachine = toml::from_str(text).map_err(|e| FormatError::invalid(path, toml_words(text, &e)))?;
-    if wire.version < 2 && (wire.calibration.is_some() || wire.tier.iter().any(|t| t.prompt_gflops.is_some())) {
-        let what = "prompt_gflops and calibration are keys of version 2; write `version = 2`, or leave them out";
-        return Err(FormatError::invalid(path, what));
-    }
-    let prices = wire.tier.iter().filter_map(|t| Some((t.name.clone(), t.usd_per_gb?)));
-    let products = wire.tier.iter().filter_map(|t| Some((t.name.clone(), t.prompt_gflops?)));
-    let machine = Machine {
-        id: SourceId::of_bytes(&wire.name, bytes),
-        extras: Extras {
-            efficiency: wire.efficiency.unwrap_or(1.0),
-            load_gbps: wire.load_gbps,
-            price_usd: wire.price_usd,
-            watts: wire.watts,
-            usd_per_gb: prices.collect(),
-            prompt_gflops: products.collect(),
-            calibration: wire.calibration.map(Calibration::from),
-        },
-        name: wire.name,
-        description: wire.description,
-        tiers: wire.tier.into_iter().map(WireTier::into_tier).collect(),
-        layer_overhead_us: wire.layer_overhead_us,
-        token_overhead_us: wire.token_overhead_us,
-    };
+    let machine = wire::decode(text).map_err(|what| FormatError::invalid(path, what))?;
     machine.check().map_err(|what| FormatError::invalid(path, what))?;
-    Ok(machine)
+    Ok(Machine { id: SourceId::of_bytes(&machine.name, bytes), ..machine })
 }
 
 /// Reads a machine file.
@@ -170,8 +205,7 @@ impl Machine {
     /// The file as text. The identity is not written: it is the hash of this text.
     pub fn encode(&self) -> String {
         let mut out = String::new();
-        let version = if self.extras.prompt_gflops.is_empty() && self.extras.calibration.is_none() { 1 } else { 2 };
-        out.push_str(&format!("format = {}\nversion = {version}\n", quote(MACHINE.format)));
+        out.push_str(&format!("format = {}\nversion = {}\n", quote(MACHINE.format), self.version()));
         out.push_str(&format!("name = {}\n", quote(&self.name)));
         out.push_str(&format!("description = {}\n", quote(&self.description)));
         out.push_str(&format!("layer_overhead_us = {}\n", float(self.layer_overhead_us)));
@@ -188,6 +222,9 @@ impl Machine {
                 out.push_str(&format!("{key} = {}\n", float(value)));
             }
         }
+        if let Some(source) = &extras.watts_source {
+            out.push_str(&format!("watts_source = {}\n", quote(source)));
+        }
         if let Some(calibration) = &extras.calibration {
             out.push_str(&format!("\n[calibration]\nwhen = {}\n", quote(&calibration.when)));
             out.push_str(&format!("records = {}\n", calibration.records));
@@ -202,15 +239,33 @@ impl Machine {
             out.push_str(&format!("read_gbps = {}\n", float(tier.read_gbps)));
             out.push_str(&format!("latency_us = {}\n", float(tier.latency_us)));
             out.push_str(&format!("emulated = {}\n", tier.emulated));
+            if let Some((key, number)) = tier.unit_key() {
+                out.push_str(&format!("{key} = {number}\n"));
+            }
             if let Some(price) = extras.usd_per_gb.get(&tier.name) {
                 out.push_str(&format!("usd_per_gb = {}\n", float(*price)));
             }
             if let Some(rate) = extras.prompt_gflops.get(&tier.name) {
                 out.push_str(&format!("prompt_gflops = {}\n", float(*rate)));
             }
+            if let Some(link) = extras.links.get(&tier.name) {
+                let rates = link.rates().map(|(key, rate)| format!("{key} = {}", float(rate)));
+                out.push_str(&format!("link = {{ {} }}\n", rates.join(", ")));
+            }
             out.push_str(&format!("source = {}\n", quote(&tier.source)));
         }
         out
+    }
+
+    /// The oldest version that has all its keys.
+    fn version(&self) -> u32 {
+        let extras = &self.extras;
+        let units = self.tiers.iter().any(|t| t.unit.is_some());
+        match () {
+            () if units || !extras.links.is_empty() || extras.watts_source.is_some() => 3,
+            () if extras.prompt_gflops.is_empty() && extras.calibration.is_none() => 1,
+            () => 2,
+        }
     }
 
     /// Writes the file, or says why its content would not be readable again.
@@ -267,6 +322,11 @@ impl Machine {
         if let Some((tier, rate)) = extras.prompt_gflops.iter().find(|(_, rate)| !(rate.is_finite() && **rate > 0.0)) {
             return Err(format!("prompt_gflops of tier '{tier}' is {rate}, but must be a positive finite number"));
         }
+        for (tier, link) in &extras.links {
+            if let Some((key, rate)) = link.rates().into_iter().find(|(_, rate)| !(rate.is_finite() && *rate > 0.0)) {
+                return Err(format!("link.{key} of tier '{tier}' is {rate}, but must be a positive finite number"));
+            }
+        }
         if let Some(calibration) = &extras.calibration {
             check_amount("calibration.error_before", calibration.error_before)?;
             check_amount("calibration.error_after", calibration.error_after)?;
@@ -290,8 +350,11 @@ impl Machine {
 /// What holds for the tiers of a machine and of a plan alike, whatever their order.
 pub(super) fn check_tiers<'a>(tiers: impl Iterator<Item = &'a Tier>) -> Result<(), String> {
     const MAX_TIERS: usize = 16;
+    const MAX_UNIT: u32 = 1023;
     let mut names = HashSet::new();
     let mut drams = Vec::new();
+    let mut units = HashMap::new();
+    let mut last: Option<&Tier> = None;
     for tier in tiers {
         let name = &tier.name;
         if name.is_empty()
@@ -318,18 +381,46 @@ pub(super) fn check_tiers<'a>(tiers: impl Iterator<Item = &'a Tier>) -> Result<(
         }
         check_amount(&format!("latency_us of tier '{name}'"), tier.latency_us)?;
         if tier.kind == TierKind::Dram {
-            drams.push(name.as_str());
+            drams.push(tier);
         }
+        if let Some((key, number)) = tier.unit_key() {
+            if matches!(tier.kind, TierKind::Nvme) {
+                return Err(format!("tier '{name}' is a block device, which has no {key}; leave the line out"));
+            }
+            if number > MAX_UNIT {
+                return Err(format!("{key} of tier '{name}' is {number}, but {MAX_UNIT} is the most"));
+            }
+            if let Some(other) = units.insert((key, number), name) {
+                return Err(format!("tiers '{other}' and '{name}' both have {key} {number}; merge them"));
+            }
+        }
+        last = Some(tier);
     }
     if names.is_empty() {
         return Err("no tier; add a [[tier]] table for each kind of memory".into());
     }
     match drams.as_slice() {
-        [_] => Ok(()),
-        [] => Err("no tier of kind \"dram\"; add the main memory, where the rest of the program works".into()),
-        [first, second, ..] => {
-            Err(format!("tiers '{first}' and '{second}' are both of kind \"dram\"; there can be only one"))
+        [_] => {}
+        [] => return Err("no tier of kind \"dram\"; add the main memory, where the rest of the program works".into()),
+        several => {
+            if let Some(without) = several.iter().find(|t| t.unit.is_none()) {
+                let [first, second, ..] = several else { return Ok(()) };
+                return Err(format!(
+                    "tiers '{}' and '{}' are both of kind \"dram\", and '{}' does not say which memory node it is; there \
+                     can be only one, or one for each `node`",
+                    first.name, second.name, without.name
+                ));
+            }
         }
+    }
+    match last.filter(|t| t.node().is_some()) {
+        // What lives there for good is looked at in the mapped file, whose pages the system puts where it likes.
+        Some(tier) => Err(format!(
+            "tier '{}' is the last one, where experts stay in the mapped file, and has a `node`; leave the line out, or \
+             add the drive as the last tier",
+            tier.name
+        )),
+        None => Ok(()),
     }
 }
 
@@ -352,115 +443,6 @@ fn show_capacity(bytes: u64) -> String {
         }
     }
     bytes.to_string()
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct WireMachine {
-    #[serde(rename = "format")]
-    _format: String,
-    version: u64,
-    name: String,
-    #[serde(default)]
-    description: String,
-    layer_overhead_us: f64,
-    token_overhead_us: f64,
-    efficiency: Option<f64>,
-    load_gbps: Option<f64>,
-    price_usd: Option<f64>,
-    watts: Option<f64>,
-    calibration: Option<WireCalibration>,
-    tier: Vec<WireTier>,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct WireCalibration {
-    when: String,
-    records: u32,
-    error_before: f64,
-    error_after: f64,
-}
-
-impl From<WireCalibration> for Calibration {
-    fn from(wire: WireCalibration) -> Calibration {
-        let WireCalibration { when, records, error_before, error_after } = wire;
-        Calibration { when, records, error_before, error_after }
-    }
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct WireTier {
-    name: String,
-    kind: WireKind,
-    #[serde(deserialize_with = "capacity")]
-    capacity: u64,
-    read_gbps: f64,
-    latency_us: f64,
-    #[serde(default)]
-    emulated: bool,
-    usd_per_gb: Option<f64>,
-    prompt_gflops: Option<f64>,
-    source: String,
-}
-
-impl WireTier {
-    fn into_tier(self) -> Tier {
-        Tier {
-            name: self.name,
-            kind: self.kind.into(),
-            capacity_bytes: self.capacity,
-            read_gbps: self.read_gbps,
-            latency_us: self.latency_us,
-            emulated: self.emulated,
-            source: self.source,
-        }
-    }
-}
-
-/// [`TierKind`] as files spell it.
-#[derive(Deserialize, Clone, Copy)]
-#[serde(rename_all = "lowercase")]
-pub(super) enum WireKind {
-    Vram,
-    Dram,
-    Pmem,
-    Cxl,
-    Nvme,
-}
-
-impl From<WireKind> for TierKind {
-    fn from(kind: WireKind) -> TierKind {
-        match kind {
-            WireKind::Vram => TierKind::Vram,
-            WireKind::Dram => TierKind::Dram,
-            WireKind::Pmem => TierKind::Pmem,
-            WireKind::Cxl => TierKind::Cxl,
-            WireKind::Nvme => TierKind::Nvme,
-        }
-    }
-}
-
-/// Accepts a number of bytes or a size in words.
-fn capacity<'de, D: Deserializer<'de>>(from: D) -> Result<u64, D::Error> {
-    struct Size;
-    impl Visitor<'_> for Size {
-        type Value = u64;
-        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-            f.write_str("a number of bytes or a size like \"24GiB\"")
-        }
-        fn visit_u64<E: de::Error>(self, bytes: u64) -> Result<u64, E> {
-            Ok(bytes)
-        }
-        fn visit_i64<E: de::Error>(self, bytes: i64) -> Result<u64, E> {
-            u64::try_from(bytes).map_err(|_| E::invalid_value(de::Unexpected::Signed(bytes), &self))
-        }
-        fn visit_str<E: de::Error>(self, text: &str) -> Result<u64, E> {
-            parse_bytes(text).map_err(E::custom)
-        }
-    }
-    from.deserialize_any(Size)
 }
 
 #[cfg(test)]

@@ -23,6 +23,7 @@ fn version_1_means_what_it_meant() {
         read_gbps,
         latency_us,
         emulated,
+        unit: None,
         source: source.into(),
     };
     let want = Machine {
@@ -72,11 +73,11 @@ fn the_demo_machine_is_emulated_throughout() {
 fn errors_say_what_and_how_to_mend() {
     let cases = [
         (v1_with("format = \"tier-plan machine\"", "format = \"tier-plan placement\""), "not a machine file: its format is \"tier-plan placement\"; profiles/machines holds examples"),
-        (v1_with("version = 1", "version = 3"), "machine file version 3, but this program reads up to version 2; update tier-plan"),
+        (v1_with("version = 1", "version = 4"), "machine file version 4, but this program reads up to version 3; update tier-plan"),
         (v1_with("kind = \"dram\"", "kind = \"dram\"\nprompt_gflops = 1"), "prompt_gflops and calibration are keys of version 2; write `version = 2`"),
         (v1_with("version = 1", "version = 0"), "version is 0, but versions start at 1"),
         (v1_with("version = 1", "version = -4"), "version is -4"),
-        (v1_with("version = 1\n", ""), "no version; write `version = 2`"),
+        (v1_with("version = 1\n", ""), "no version; write `version = 3`"),
         (v1_with("version = 1", "version = \"1\""), "line 4: invalid type"),
         (v1_with("kind = \"vram\"", "kind = \"hbm\""), "line 11: unknown variant `hbm`, expected one of `vram`, `dram`, `pmem`, `cxl`, `nvme`"),
         (v1_with("latency_us = 10", "latency_ns = 10"), "line 14: unknown field `latency_ns`"),
@@ -95,7 +96,7 @@ fn errors_say_what_and_how_to_mend() {
         (v1_with("name = \"vram\"", "name = \"dram\""), "two tiers are named 'dram'; give each its own name"),
         (v1_with("name = \"vram\"", "name = \"v=1\""), "tier name \"v=1\" must be 1 to 64 letters"),
         (v1_with("kind = \"dram\"", "kind = \"cxl\""), "no tier of kind \"dram\"; add the main memory"),
-        (v1_with("kind = \"vram\"", "kind = \"dram\""), "tiers 'vram' and 'dram' are both of kind \"dram\""),
+        (v1_with("kind = \"vram\"", "kind = \"dram\""), "tiers 'vram' and 'dram' are both of kind \"dram\", and 'vram' does not say which memory node it is; there can be only one, or one for each `node`"),
         ("format = \"tier-plan machine\"\nversion = 1\nname = \"x\"\nlayer_overhead_us = 0\ntoken_overhead_us = 0\ntier = []".into(), "no tier; add a [[tier]] table"),
         ("format = \"tier-plan machine\"\nversion = [".into(), "line 2: "),
         (String::new(), "not a machine file: it is empty"),
@@ -173,19 +174,25 @@ pub(crate) fn any_rate() -> impl Strategy<Value = f64> {
     prop_oneof![0.001f64..10_000.0, Just(1e-300), Just(1e300), (1u32..1000).prop_map(f64::from)]
 }
 
-/// One to five tiers, exactly one of them main memory, in no order.
+/// One to five tiers, exactly one of them main memory, in no order; any but the last one may say which of its kind it is.
 pub(crate) fn any_tiers() -> impl Strategy<Value = Vec<Tier>> {
     let kind = prop_oneof![Just(TierKind::Vram), Just(TierKind::Pmem), Just(TierKind::Cxl), Just(TierKind::Nvme)];
     let capacity =
         prop_oneof![1u64..=i64::MAX as u64, (1u64..5000).prop_map(|g| g << 30), (1u64..99).prop_map(|m| m << 19)];
-    let tier = (kind, capacity, any_rate(), 0f64..500.0, any::<bool>(), any_text());
+    let tier = (kind, capacity, any_rate(), 0f64..500.0, any::<bool>(), any::<bool>(), any_text());
     (proptest::collection::vec(tier, 1..=5), any::<prop::sample::Index>()).prop_map(|(tiers, dram)| {
         let dram = dram.index(tiers.len());
         let mut out = Vec::new();
-        for (at, (kind, capacity_bytes, read_gbps, latency_us, emulated, source)) in tiers.into_iter().enumerate() {
+        let slowest = tiers.iter().map(|t| t.2).fold(f64::INFINITY, f64::min);
+        let last = tiers.len() - 1;
+        for (at, tier) in tiers.into_iter().enumerate() {
+            let (kind, capacity_bytes, read_gbps, latency_us, emulated, has_unit, source) = tier;
             let kind = if at == dram { TierKind::Dram } else { kind };
             let name = format!("{kind}-{at}");
-            out.push(Tier { name, kind, capacity_bytes, read_gbps, latency_us, emulated, source });
+            // Whatever they are sorted by, one of the slowest tiers comes last.
+            let may_have = kind != TierKind::Nvme && at != last && read_gbps > slowest;
+            let unit = (has_unit && may_have).then_some(at as u32);
+            out.push(Tier { name, kind, capacity_bytes, read_gbps, latency_us, emulated, unit, source });
         }
         out
     })
@@ -198,15 +205,32 @@ fn any_machine() -> impl Strategy<Value = Machine> {
             Calibration { when, records, error_before, error_after }
         });
     let of_2 = (proptest::option::of(any_rate()), proptest::option::of(fitted));
-    let extras = (0.01f64..=1.0, proptest::option::of(0.1f64..100.0), amount(), amount(), amount(), of_2);
+    let rates = || [any_rate(), any_rate(), any_rate(), any_rate(), any_rate(), any_rate()];
+    let link = rates().prop_map(|[to_gbps, to_pageable_gbps, from_gbps, from_pageable_gbps, contended_gbps, other]| {
+        let dram_contended_gbps = other;
+        Link { to_gbps, to_pageable_gbps, from_gbps, from_pageable_gbps, contended_gbps, dram_contended_gbps }
+    });
+    let of_3 = (proptest::option::of(link), proptest::option::of(any_text()));
+    let extras = (0.01f64..=1.0, proptest::option::of(0.1f64..100.0), amount(), amount(), amount(), of_2, of_3);
     (any_text(), any_text(), any_tiers(), 0f64..1e6, 0f64..1e6, extras).prop_map(
         |(name, description, mut tiers, layer, token, extras)| {
-            let (efficiency, load_gbps, price_usd, watts, each, (gflops, calibration)) = extras;
+            let (efficiency, load_gbps, price_usd, watts, each, (gflops, calibration), (link, watts_source)) = extras;
             tiers.sort_by(|a, b| b.read_gbps.total_cmp(&a.read_gbps));
             let id = SourceId { name: String::new(), hash: String::new() };
             let usd_per_gb = each.map(|price| (tiers[0].name.clone(), price)).into_iter().collect();
             let prompt_gflops = gflops.map(|rate| (tiers[0].name.clone(), rate)).into_iter().collect();
-            let extras = Extras { efficiency, load_gbps, price_usd, watts, usd_per_gb, prompt_gflops, calibration };
+            let links = link.map(|link| (tiers[0].name.clone(), link)).into_iter().collect();
+            let extras = Extras {
+                efficiency,
+                load_gbps,
+                price_usd,
+                watts,
+                watts_source,
+                usd_per_gb,
+                prompt_gflops,
+                links,
+                calibration,
+            };
             Machine { name, description, tiers, layer_overhead_us: layer, token_overhead_us: token, extras, id }
                 .identified()
         },
@@ -287,4 +311,48 @@ fn version_2_means_what_it_meant() {
         let error = load(&V2.replace(from, to)).unwrap_err();
         assert!(error.contains(words), "{error}");
     }
+}
+
+const V3: &str = include_str!("../../../tests/data/formats/machine.v3.toml");
+
+#[test]
+fn version_3_means_what_it_meant() {
+    let machine = load(V3).unwrap();
+    let units: Vec<_> = machine.tiers.iter().map(|t| (t.device(), t.node())).collect();
+    assert_eq!(units, [(Some(0), None), (None, Some(0)), (None, Some(1)), (None, Some(2)), (None, None)]);
+    let link = Link {
+        to_gbps: 25.5,
+        to_pageable_gbps: 9.25,
+        from_gbps: 26.0,
+        from_pageable_gbps: 8.0,
+        contended_gbps: 21.0,
+        dram_contended_gbps: 50.0,
+    };
+    assert_eq!(machine.extras.links, BTreeMap::from([("vram".to_string(), link)]));
+    assert!(machine.extras.watts_source.as_ref().is_some_and(|s| s.starts_with("limits: package-0 150 W")));
+    assert_eq!(machine.encode(), V3, "the writer lays out version 3 as it always did");
+    for (from, to, words) in [
+        ("version = 3", "version = 2", "watts_source and link are keys of version 3; write `version = 3`"),
+        ("to_gbps = 25.5", "to_gbps = 0", "link.to_gbps of tier 'vram' is 0, but must be a positive finite number"),
+        ("to_gbps = 25.5, ", "", "missing field `to_gbps`"),
+        ("node = 1", "node = 0", "tiers 'dram0' and 'dram1' both have node 0; merge them"),
+        ("node = 2", "node = 1", "tiers 'dram1' and 'cxl' both have node 1; merge them"),
+        ("node = 1\n", "", "'dram1' does not say which memory node it is"),
+        ("node = 1", "device = 1", "tier 'dram1' is of kind \"dram\": which one it is says `node`"),
+        ("device = 0", "node = 0", "tier 'vram' is of kind \"vram\": which one it is says `device`"),
+        ("source = \"probe\"", "node = 0\nsource = \"probe\"", "tier 'nvme' is a block device, which has no node"),
+    ] {
+        assert!(V3.contains(from), "{from}");
+        let error = load(&V3.replacen(from, to, 1)).unwrap_err();
+        assert!(error.contains(words), "{error}");
+    }
+    let old = V3.replace("version = 3", "version = 2");
+    let old: Vec<&str> = old.lines().filter(|l| !l.starts_with("watts_source") && !l.starts_with("link")).collect();
+    assert!(load(&old.join("\n")).unwrap_err().contains("device is a key of version 3; write `version = 3`"));
+    let without_drive = V3.split("\n[[tier]]\nname = \"nvme\"").next().unwrap();
+    let error = load(without_drive).unwrap_err();
+    assert!(
+        error.contains("tier 'cxl' is the last one, where experts stay in the mapped file, and has a `node`"),
+        "{error}"
+    );
 }

@@ -2,6 +2,7 @@
 
 mod check;
 mod wire;
+mod write;
 
 #[cfg(test)]
 mod tests;
@@ -262,7 +263,7 @@ pub fn read(path: &Path) -> Result<Placement, FormatError> {
 impl Placement {
     /// The file as text: dense groups by kind and tier, experts as ranges, like layers together.
     pub fn encode(&self) -> String {
-        wire::encode(self)
+        write::encode(self)
     }
 
     /// Writes the file, or says why its content would not be readable again.

@@ -64,6 +64,16 @@ impl PromptTrace {
     }
 }
 
+/// How good guesses of a layer's experts were, made from the hidden state before the layer's input was complete: what
+/// the engine reads ahead by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Guesses {
+    /// Experts guessed for decoded tokens.
+    pub made: u64,
+    /// Of those, the ones that were chosen.
+    pub right: u64,
+}
+
 /// A profile. Layers here are those with routed experts only, in ascending order.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Profile {
@@ -82,6 +92,8 @@ pub struct Profile {
     /// Where only counts are known: how often prompt tokens chose each expert, `[layer position][expert]`. There is then
     /// no order in time, nothing was decoded, and the model's hash may be empty: counts hold for every file of a model.
     pub counted: Option<Vec<Vec<u64>>>,
+    /// `[layer position]`, where guesses were scored; none are made of the first layer.
+    pub guesses: Option<Vec<Guesses>>,
     /// Hash of the file it was read from, under the model's name.
     pub id: SourceId,
 }

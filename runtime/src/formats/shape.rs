@@ -76,6 +76,10 @@ pub enum Attention {
         norms: Norms,
         /// Each head has a score that takes part in the softmax and has no value.
         sinks: bool,
+        /// Positions that a token looks back at, its own included; all of them when `None`.
+        window: Option<u32>,
+        /// With a window: every so-manieth layer looks at all positions all the same; none does when 0.
+        full_every: u32,
     },
     /// Keys and values kept compressed.
     Mla {
@@ -215,11 +219,6 @@ impl Architecture {
                 (None, None) => {}
             }
         }
-        // A key and a value for each head, or one latent with its rotated key part.
-        let (rows, width) = match self.attention {
-            Attention::Gqa { kv_heads, head, .. } => (2 * u64::from(kv_heads), u64::from(head)),
-            Attention::Mla { kv_rank, rope, .. } => (1, u64::from(kv_rank) + u64::from(rope)),
-        };
         let hash = xxh3_128(format!("{} {}", self.id.hash, mix.name()).as_bytes());
         ModelShape {
             id: SourceId {
@@ -231,10 +230,31 @@ impl Architecture {
             hidden: self.hidden,
             n_vocab: self.vocab,
             context: self.context,
-            kv_rows: vec![KvRows { width, per_token: rows * u64::from(self.layers), window: None }],
+            kv_rows: self.kv_rows(),
             state_bytes: 0,
             dense,
             experts,
+        }
+    }
+
+    /// A key and a value for each head, or one latent with its rotated key part.
+    fn kv_rows(&self) -> Vec<KvRows> {
+        let layers = u64::from(self.layers);
+        match self.attention {
+            Attention::Gqa { heads, kv_heads, head, window, full_every, .. } => {
+                let (rows, queries) = (2 * u64::from(kv_heads), u64::from(heads / kv_heads));
+                let full = match window {
+                    None => layers,
+                    Some(_) => layers.checked_div(full_every.into()).unwrap_or(0),
+                };
+                let of = |layers: u64, window| KvRows { width: head.into(), per_token: rows * layers, queries, window };
+                let all = [of(full, None), of(layers - full, window.map(u64::from))];
+                all.into_iter().filter(|rows| rows.per_token > 0).collect()
+            }
+            Attention::Mla { heads, kv_rank, rope, .. } => {
+                let width = u64::from(kv_rank) + u64::from(rope);
+                vec![KvRows { width, per_token: layers, queries: 2 * u64::from(heads), window: None }]
+            }
         }
     }
 
@@ -297,7 +317,7 @@ impl Architecture {
         let hidden = self.hidden;
         let mut weights = vec![Weight::vector(hidden)];
         match self.attention {
-            Attention::Gqa { heads, kv_heads, head, bias, output_bias, norms, sinks } => {
+            Attention::Gqa { heads, kv_heads, head, bias, output_bias, norms, sinks, .. } => {
                 let (q, kv) = (heads * head, kv_heads * head);
                 weights.push(Weight::matrix(Role::Query, hidden, q));
                 weights.push(Weight::matrix(Role::Key, hidden, kv));
@@ -372,7 +392,13 @@ impl Architecture {
             return Err("dense_ffn is given, but leading_dense is 0: no layer would have it; remove one".into());
         }
         match self.attention {
-            Attention::Gqa { heads, kv_heads, head, .. } => {
+            Attention::Gqa { heads, kv_heads, head, window, full_every, .. } => {
+                if window == Some(0) {
+                    return Err("attention.window is 0; leave it out if every layer looks at all positions".into());
+                }
+                if window.is_none() && full_every > 0 {
+                    return Err("attention.full_every is given, but no window; write `window = …` too".into());
+                }
                 dim("attention.kv_heads", kv_heads)?;
                 product("attention.heads × head", &[heads, head])?;
                 product("attention.kv_heads × head", &[kv_heads, head])?;
@@ -435,6 +461,10 @@ fn gated(hidden: u32, ffn: u32, copies: u32, bias: bool) -> Vec<Weight> {
 pub fn decode(bytes: &[u8], path: &Path) -> Result<Architecture, FormatError> {
     let text = SHAPE.open_toml(bytes, path)?;
     let wire: WireShape = toml::from_str(text).map_err(|e| FormatError::invalid(path, toml_words(text, &e)))?;
+    if wire.version < 2 && matches!(wire.attention, WireAttention::Gqa { window: Some(_), .. }) {
+        let what = "attention.window is a key of version 2; write `version = 2`, or leave it out";
+        return Err(FormatError::invalid(path, what));
+    }
     let shape = wire.into_architecture(bytes);
     shape.check().map_err(|what| FormatError::invalid(path, what))?;
     Ok(shape)
@@ -450,8 +480,7 @@ pub fn read(path: &Path) -> Result<Architecture, FormatError> {
 struct WireShape {
     #[serde(rename = "format")]
     _format: String,
-    #[serde(rename = "version")]
-    _version: u64,
+    version: u64,
     name: String,
     #[serde(default)]
     description: String,
@@ -486,6 +515,9 @@ enum WireAttention {
         norms: Norms,
         #[serde(default)]
         sinks: bool,
+        window: Option<u32>,
+        #[serde(default)]
+        full_every: u32,
     },
     Mla {
         heads: u32,
@@ -529,8 +561,8 @@ impl WireShape {
             leading_dense: self.leading_dense,
             dense_ffn: self.dense_ffn,
             attention: match self.attention {
-                WireAttention::Gqa { heads, kv_heads, head, bias, output_bias, norms, sinks } => {
-                    Attention::Gqa { heads, kv_heads, head, bias, output_bias, norms, sinks }
+                WireAttention::Gqa { heads, kv_heads, head, bias, output_bias, norms, sinks, window, full_every } => {
+                    Attention::Gqa { heads, kv_heads, head, bias, output_bias, norms, sinks, window, full_every }
                 }
                 WireAttention::Mla { heads, q_rank, kv_rank, nope, rope, value } => {
                     Attention::Mla { heads, q_rank, kv_rank, nope, rope, value }

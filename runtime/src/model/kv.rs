@@ -31,6 +31,9 @@ pub struct KvRows {
     pub width: u64,
     /// Rows that one token of context adds, over all layers.
     pub per_token: u64,
+    /// Products of the whole row that a later token's queries do with it: one for each query head of a key or value, two
+    /// for each head of a latent, which is both.
+    pub queries: u64,
     /// Positions that a token looks back at, its own included; all of them when `None`.
     pub window: Option<u64>,
 }
@@ -41,6 +44,15 @@ impl KvRows {
     pub fn read(&self, positions: u64, tokens: u64) -> u64 {
         let reach = self.window.map_or(u64::MAX, |window| window.saturating_add(tokens.saturating_sub(1)));
         self.per_token.saturating_mul(positions.min(reach))
+    }
+}
+
+impl KvRows {
+    /// Multiply-accumulates of a prompt's first `tokens` tokens with the rows of the tokens before each and its own.
+    pub fn prompt_macs(&self, tokens: u64) -> f64 {
+        let (n, window) = (tokens as f64, self.window.unwrap_or(u64::MAX).min(tokens) as f64);
+        let pairs = window * (window + 1.0) / 2.0 + (n - window) * window;
+        pairs * (self.width.saturating_mul(self.per_token).saturating_mul(self.queries)) as f64
     }
 }
 
@@ -128,8 +140,11 @@ mod tests {
 
     #[test]
     fn windows_end_what_is_read_but_not_what_is_held() {
-        let all = KvRows { width: 8, per_token: 3, window: None };
+        let all = KvRows { width: 8, per_token: 3, queries: 2, window: None };
         let near = KvRows { window: Some(10), ..all };
+        // Token i has i rows to look at, the near one at most ten of them.
+        assert_eq!((all.prompt_macs(4), near.prompt_macs(4)), (10.0 * 48.0, 10.0 * 48.0));
+        assert_eq!((all.prompt_macs(12), near.prompt_macs(12)), (78.0 * 48.0, 75.0 * 48.0));
         assert_eq!([all.read(4, 1), all.read(40, 1), all.read(40, 8)], [12, 120, 120]);
         // Eight tokens that share their reads look back at 17 positions: the first of them at 10.
         assert_eq!([near.read(4, 1), near.read(40, 1), near.read(40, 8), near.read(12, 8)], [12, 30, 51, 36]);

@@ -148,9 +148,10 @@ pub fn shape_of(gguf: &Gguf, spec: &ModelSpec) -> ModelShape {
 fn kv_rows(spec: &ModelSpec) -> Vec<KvRows> {
     let mut found = BTreeMap::new();
     for rows in spec.layers.iter().flat_map(|layer| mixer_rows(&layer.mixer)) {
-        *found.entry((rows.width, rows.window)).or_insert(0) += rows.per_token;
+        *found.entry((rows.width, rows.window, rows.queries)).or_insert(0) += rows.per_token;
     }
-    found.into_iter().map(|((width, window), per_token)| KvRows { width, per_token, window }).collect()
+    let rows = |((width, window, queries), per_token)| KvRows { width, per_token, queries, window };
+    found.into_iter().map(rows).collect()
 }
 
 /// What one layer's cache holds of a token.
@@ -159,6 +160,11 @@ pub fn mixer_rows(mixer: &Mixer) -> Vec<KvRows> {
         Mixer::Gqa(attention) => attention.window.map(|window| window as u64),
         Mixer::Mla(_) | Mixer::Delta(_) => None,
     };
-    let rows = |(rows, width): (usize, usize)| KvRows { width: width as u64, per_token: rows as u64, window };
+    let queries = match mixer {
+        Mixer::Gqa(attention) => attention.n_head as u64 / (attention.n_head_kv as u64).max(1),
+        Mixer::Mla(attention) => 2 * attention.n_head as u64,
+        Mixer::Delta(_) => 0,
+    };
+    let rows = |(rows, width): (usize, usize)| KvRows { width: width as u64, per_token: rows as u64, queries, window };
     mixer.cache_rows().into_iter().map(rows).collect()
 }

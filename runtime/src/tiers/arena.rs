@@ -3,6 +3,8 @@
 //! The arena has exactly the bytes that the plan gives the tier: pieces are packed without padding, since every
 //! kernel reads unaligned.
 
+use super::nodes::Pages;
+use super::numa::NumaError;
 use memmap2::MmapMut;
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
@@ -21,6 +23,14 @@ pub enum ArenaError {
         /// What the system said.
         r#source: std::io::Error,
     },
+    /// Its pages can't be where its tier says.
+    #[error("tier '{tier}' is the memory of a node: {source}")]
+    Node {
+        /// The tier.
+        tier: String,
+        /// Why; part of the message, so no source of its own.
+        r#source: NumaError,
+    },
     /// More was asked of it than the plan reserved.
     #[error(
         "tier '{tier}' is full: {wanted} bytes wanted, {left} of {capacity} left; the plan does not fit this model, solve again"
@@ -35,6 +45,16 @@ pub enum ArenaError {
         /// Bytes in all.
         capacity: usize,
     },
+}
+
+impl ArenaError {
+    /// The system does not put pages of a tier where they should be.
+    pub fn refused(tier: &str, pages: &Pages, source: std::io::Error) -> Self {
+        ArenaError::Node {
+            tier: tier.to_string(),
+            r#source: NumaError::Refused { policy: pages.to_string(), r#source: source },
+        }
+    }
 }
 
 struct Mapping(#[allow(dead_code, reason = "held for its memory")] MmapMut);
@@ -54,7 +74,18 @@ unsafe impl Send for Arena {}
 impl Arena {
     /// An arena of exactly `bytes`, zero-filled, on huge pages where the system offers them; what has been written stays in
     /// memory where the process may lock so much.
+    ///
+    /// # Errors
+    /// When the system has not got the memory.
     pub fn new(tier: &str, bytes: u64) -> Result<Self, ArenaError> {
+        Self::on(tier, bytes, &Pages::Anywhere)
+    }
+
+    /// The same, with its pages where `pages` says.
+    ///
+    /// # Errors
+    /// When the system has not got the memory, or refuses to have its pages there.
+    pub fn on(tier: &str, bytes: u64, pages: &Pages) -> Result<Self, ArenaError> {
         let map_error = |source| ArenaError::Map { tier: tier.to_string(), bytes, r#source };
         let capacity = usize::try_from(bytes).map_err(|_| map_error(std::io::ErrorKind::OutOfMemory.into()))?;
         // An empty mapping is refused by the system; one byte that nobody gets stands in for it.
@@ -62,6 +93,8 @@ impl Arena {
         #[cfg(target_os = "linux")]
         let _ = map.advise(memmap2::Advice::HugePage);
         let base = map.as_mut_ptr();
+        // SAFETY: the range is the mapping's own.
+        unsafe { pages.bind(base, capacity) }.map_err(|source| ArenaError::refused(tier, pages, source))?;
         #[cfg(target_os = "linux")]
         // SAFETY: the range is the mapping's own. Few users may lock much; without that, all works the same.
         unsafe {

@@ -5,6 +5,7 @@ pub mod arena;
 pub mod bandwidth;
 pub mod file;
 pub mod limits;
+pub mod nodes;
 pub mod numa;
 pub mod pace;
 pub mod source;

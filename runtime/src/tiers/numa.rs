@@ -32,14 +32,37 @@ pub enum NumaError {
         /// What there is.
         nodes: String,
     },
+    /// No such node for a tier.
+    #[error(
+        "this machine has no memory node {node}, only {nodes}; plan for this machine's own file, which `tier-plan probe \
+         --numa-tiers` writes"
+    )]
+    Missing {
+        /// What was asked for.
+        node: u32,
+        /// What there is.
+        nodes: String,
+    },
+    /// A node that is too full for a tier.
+    #[error(
+        "memory node {node} has {free} free, and {wanted} are wanted of it; solve with a smaller budget for its tier"
+    )]
+    NoRoom {
+        /// The node.
+        node: u32,
+        /// Bytes, in words.
+        wanted: String,
+        /// Bytes, in words.
+        free: String,
+    },
     /// The system does not tell of nodes.
-    #[error("this system does not say which memory nodes it has; leave the option out")]
+    #[error("this system does not say which memory nodes it has; ask for none")]
     NotSaid,
     /// The system refused.
-    #[error("the system refused to place memory ({policy}): {source}; leave the option out")]
+    #[error("the system refused to place memory ({policy}): {source}; leave the option, or the tier's `node`, out")]
     Refused {
-        /// What was asked for.
-        policy: NumaPolicy,
+        /// What was asked for, in words.
+        policy: String,
         /// What it said; part of the message, so no source of its own.
         r#source: std::io::Error,
     },
@@ -86,7 +109,7 @@ impl NumaPolicy {
                 return Err(NumaError::NoNode { node, nodes: nodes.join(", ") });
             }
         };
-        let refused = |r#source| NumaError::Refused { policy: self, r#source };
+        let refused = |r#source| NumaError::Refused { policy: self.to_string(), r#source };
         set_policy(self, &nodes).map_err(refused)?;
         if let NumaPolicy::Node(node) = self {
             let processors = read(&format!("node{node}/cpulist")).and_then(|text| list(&text));
@@ -97,7 +120,7 @@ impl NumaPolicy {
 }
 
 /// The numbers of a list like `0-3,8`; `None` where it is none, or a number is too large.
-fn list(text: &str) -> Option<Vec<u32>> {
+pub(super) fn list(text: &str) -> Option<Vec<u32>> {
     let mut numbers = Vec::new();
     for part in text.trim().split(',') {
         let (first, last) = part.split_once('-').unwrap_or((part, part));
@@ -110,16 +133,95 @@ fn list(text: &str) -> Option<Vec<u32>> {
     Some(numbers)
 }
 
+/// Pages on the given nodes only.
 #[cfg(target_os = "linux")]
-fn set_policy(policy: NumaPolicy, nodes: &[u32]) -> std::io::Result<()> {
-    const MPOL_BIND: libc::c_long = 2;
-    const MPOL_INTERLEAVE: libc::c_long = 3;
+pub(super) const BOUND: libc::c_long = 2;
+
+/// Pages on the given nodes in turn.
+#[cfg(target_os = "linux")]
+const IN_TURN: libc::c_long = 3;
+
+/// A set of nodes as the system takes it.
+#[cfg(target_os = "linux")]
+fn mask(nodes: &[u32]) -> [libc::c_ulong; (MOST_NODES / libc::c_ulong::BITS) as usize] {
     const BITS: u32 = libc::c_ulong::BITS;
-    let mode = if policy == NumaPolicy::Interleave { MPOL_INTERLEAVE } else { MPOL_BIND };
-    let mut mask = [0 as libc::c_ulong; (MOST_NODES / BITS) as usize];
+    let mut mask = [0; (MOST_NODES / BITS) as usize];
     for node in nodes.iter().filter(|node| **node < MOST_NODES) {
         mask[(node / BITS) as usize] |= 1 << (node % BITS);
     }
+    mask
+}
+
+/// Keeps this thread, and those it starts, on the processors given.
+///
+/// # Errors
+/// When the system refuses.
+pub fn stay_on(processors: &[u32]) -> std::io::Result<()> {
+    set_processors(processors)
+}
+
+/// Has the whole pages among `len` bytes from `start` be on these nodes, also those that are elsewhere now.
+///
+/// # Safety
+/// The bytes are memory of this process.
+#[cfg(target_os = "linux")]
+pub(super) unsafe fn bind(start: *const u8, len: usize, nodes: &[u32], in_turn: bool) -> std::io::Result<()> {
+    const MOVE: libc::c_uint = 2;
+    // SAFETY: the call only asks for a number.
+    let page = usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(4096);
+    let first = start.addr().next_multiple_of(page);
+    let end = start.addr().saturating_add(len) / page * page;
+    if end <= first {
+        return Ok(());
+    }
+    let mode = if in_turn { IN_TURN } else { BOUND };
+    let mask = mask(nodes);
+    // SAFETY: the pages lie within memory of this process; the system reads at most the mask's bits, and counts one more
+    // than it reads.
+    let rc = unsafe {
+        libc::syscall(
+            libc::SYS_mbind,
+            start.with_addr(first),
+            end - first,
+            mode,
+            mask.as_ptr(),
+            libc::c_ulong::from(MOST_NODES) + 1,
+            MOVE,
+        )
+    };
+    if rc == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+}
+
+/// See above.
+///
+/// # Safety
+/// None is needed.
+#[cfg(not(target_os = "linux"))]
+pub(super) unsafe fn bind(_: *const u8, _: usize, _: &[u32], _: bool) -> std::io::Result<()> {
+    Err(std::io::ErrorKind::Unsupported.into())
+}
+
+/// The node that a byte's page is on, and the policy of its surroundings.
+#[cfg(all(test, target_os = "linux"))]
+pub(super) fn node_of_page(byte: &u8) -> std::io::Result<(u32, libc::c_long)> {
+    const NODE: libc::c_ulong = 1;
+    const ADDRESS: libc::c_ulong = 2;
+    let ask = |flags: libc::c_ulong| {
+        let mut answer: libc::c_int = -1;
+        let none = std::ptr::null_mut::<libc::c_ulong>();
+        // SAFETY: the number outlives the call, no mask is given, and the byte is borrowed.
+        let rc = unsafe {
+            libc::syscall(libc::SYS_get_mempolicy, &raw mut answer, none, 0 as libc::c_ulong, &raw const *byte, flags)
+        };
+        if rc == 0 { Ok(answer) } else { Err(std::io::Error::last_os_error()) }
+    };
+    Ok((ask(NODE | ADDRESS)? as u32, libc::c_long::from(ask(ADDRESS)?)))
+}
+
+#[cfg(target_os = "linux")]
+fn set_policy(policy: NumaPolicy, nodes: &[u32]) -> std::io::Result<()> {
+    let mode = if policy == NumaPolicy::Interleave { IN_TURN } else { BOUND };
+    let mask = mask(nodes);
     // SAFETY: the system reads at most the mask's bits; it counts one bit more than it reads.
     let rc =
         unsafe { libc::syscall(libc::SYS_set_mempolicy, mode, mask.as_ptr(), libc::c_ulong::from(MOST_NODES) + 1) };

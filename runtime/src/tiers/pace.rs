@@ -128,7 +128,7 @@ mod tests {
 
     fn tier(kind: TierKind, read_gbps: f64, latency_us: f64, emulated: bool) -> Tier {
         let name = format!("{kind:?}");
-        Tier { name, kind, capacity_bytes: 1 << 30, read_gbps, latency_us, emulated, source: String::new() }
+        Tier { name, kind, capacity_bytes: 1 << 30, read_gbps, latency_us, emulated, unit: None, source: String::new() }
     }
 
     #[test]

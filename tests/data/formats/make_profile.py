@@ -1,4 +1,4 @@
-"""Writes profile.v1.profile and profile.v2.profile from docs/FORMAT.md alone, so that the Rust codec is tested against a second opinion.
+"""Writes profile.v1.profile, profile.v2.profile and profile.v3.profile from docs/FORMAT.md alone, so that the Rust codec is tested against a second opinion.
 
     pip install xxhash && python3 make_profile.py
 """
@@ -59,4 +59,22 @@ header = json.dumps(
 body = b"tierprof" + struct.pack("<II", 2, len(header)) + header + struct.pack("<120Q", *sum(counts, []))
 data = body + struct.pack("<Q", xxhash.xxh3_64_intdigest(body))
 Path(__file__).with_name("profile.v2.profile").write_bytes(data)
+print(len(data), xxhash.xxh3_128_hexdigest(data))
+
+header = json.dumps(
+    dict(
+        model=dict(name="fixture", hash="000102030405060708090a0b0c0d0e0f"),
+        made="by hand, \u00e0 la main",
+        n_expert=N_EXPERT,
+        n_used=N_USED,
+        layers=LAYERS,
+        prompts=prompts,
+        guesses=[[0, 0], [6, 5], [6, 3]],
+    ),
+    separators=(",", ":"),
+    ensure_ascii=False,
+).encode()
+body = b"tierprof" + struct.pack("<II", 3, len(header)) + header + payload
+data = body + struct.pack("<Q", xxhash.xxh3_64_intdigest(body))
+Path(__file__).with_name("profile.v3.profile").write_bytes(data)
 print(len(data), xxhash.xxh3_128_hexdigest(data))

@@ -15,6 +15,7 @@ fn machine(home: TierKind) -> Machine {
         latency_us,
         // A real drive would keep room for pages.
         emulated: true,
+        unit: None,
         source: String::new(),
     };
     Machine {

@@ -97,7 +97,7 @@ proptest! {
         let all = treatments(&room, &evidence.layers[0]);
         let least = all.iter().map(value).fold(f64::INFINITY, f64::min);
         let table = Table::new(&evidence.layers[0], trace).ok_or_else(|| TestCaseError::fail("no table"))?;
-        let mut layer = Layer::new(&table, &room, 1_000_000, &price);
+        let mut layer = Layer::new(&table, &room, &evidence.layers[0], &price);
         let none = columns::Config { cuts: [0; room::MAX_FAST], slots: 0, slot_tier: room.staging_tier as u8 };
         let soon = || Instant::now() + Duration::from_secs(5);
         let bound = layer.bound(&[none], 1e-4, soon());
@@ -106,7 +106,7 @@ proptest! {
         // What is found by steps is priced as the cost model prices it.
         for (config, seconds) in layer.cheapest(&[none], soon()) {
             let placed = config.placement(0, &evidence.layers[0].order, room.home());
-            let stage = cost::ExpertStage::new(&room.tiers, 1_000_000);
+            let stage = cost::ExpertStage::new(&room.tiers, 1_000_000, evidence.layers[0].ahead);
             let outcomes = cost::outcomes(&placed, &evidence.layers[0], &room.tiers, room.staging_tier);
             let want = cost::stage_mean_s(&stage, &outcomes);
             prop_assert!((seconds - want).abs() <= 1e-9 * want, "{config:?} {seconds} {want}");

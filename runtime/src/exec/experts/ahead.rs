@@ -192,8 +192,15 @@ impl ExpertStore {
             return;
         }
         let mut wanted = Vec::new();
+        let on_gpu = self.layers[step.layer].slots_on_gpu;
         for at in 0..step.uses.len() {
+            let mut into = None;
             let late = match step.uses[at] {
+                // To a GPU's slot it is copied at once.
+                Use::FillSlot { slot, after: None } if on_gpu => {
+                    into = Some(slot);
+                    None
+                }
                 Use::FillSlot { slot, after } => Some((at, slot, after)),
                 Use::Stage => None,
                 _ => continue,
@@ -205,12 +212,19 @@ impl ExpertStore {
             if let State::Reading = self.ahead.entries[i].state {
                 self.ahead.entries[i].state = State::Claimed(at);
                 wanted.push(self.ahead.entries[i].key);
-                step.uses[at] = Use::Loading(None);
+                step.uses[at] = Use::Loading(into);
                 step.in_flight += 1;
             } else if let State::Ready(piece, during) = self.ahead.entries.swap_remove(i).state {
                 self.ahead.count.in_time += 1;
                 step.was_reading(during);
-                step.uses[at] = Use::Staged(piece);
+                step.uses[at] = match into {
+                    None => Use::Staged(piece),
+                    Some(slot) => {
+                        self.fill(step.layer, step.experts[at], slot, Some(&piece));
+                        self.staging.push(whole(piece));
+                        Use::Slot(slot)
+                    }
+                };
             }
         }
         self.drop_unclaimed(&wanted);

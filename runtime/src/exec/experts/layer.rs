@@ -70,6 +70,8 @@ pub(in crate::exec) struct LayerExperts {
     /// `None` while a read into the slot is in flight.
     pub(super) slots: Vec<Option<Piece>>,
     pub(super) slot_tier: usize,
+    /// The slots are in a GPU's memory.
+    pub(super) slots_on_gpu: bool,
 }
 
 impl Part {
@@ -110,6 +112,7 @@ impl LayerExperts {
             cache: SlotCache::new(moe.n_expert as u32, 0, SlotPolicy::Lru),
             slots: Vec::new(),
             slot_tier,
+            slots_on_gpu: false,
         }
     }
 
@@ -146,6 +149,13 @@ impl LayerExperts {
         self.layout = layout;
         self.cache = SlotCache::new(self.homes.len() as u32, slots.len() as u32, policy);
         self.slots = slots.into_iter().map(Some).collect();
+    }
+
+    /// The same where the slots are `n` in a GPU's memory; `layout` is that of staging.
+    pub(in crate::exec) fn set_slots_on_gpu(&mut self, n: u32, layout: Layout, policy: SlotPolicy) {
+        self.set_slots(Vec::new(), layout, policy);
+        self.cache = SlotCache::new(self.homes.len() as u32, n, policy);
+        self.slots_on_gpu = true;
     }
 
     /// Reads experts from a copy in which each lies in one piece, `part` among the files: `places` is where they begin.

@@ -132,7 +132,10 @@ impl ExpertStore {
         if result.is_ok()
             && let Some(slot) = store.cache.preload(expert)
         {
-            if store.slots[slot as usize].is_some() {
+            if store.slots_on_gpu {
+                self.fill(layer, expert, slot as usize, Some(&piece));
+                self.warm.filled += u64::from(self.layers[layer].cache.contains(expert));
+            } else if store.slots[slot as usize].is_some() {
                 piece = keep(&mut store.slots, slot as usize, piece);
                 self.warm.filled += 1;
             } else {

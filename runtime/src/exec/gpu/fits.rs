@@ -5,6 +5,7 @@ use super::units::Places;
 use crate::exec::devices::Devices;
 use crate::exec::engine::batches;
 use crate::exec::load::{LoadError, LoadOptions};
+use crate::exec::moe_gpu::gpu_room_bytes;
 use crate::formats::placement::{Placement, TierIdx};
 use crate::model::spec::ModelSpec;
 
@@ -25,8 +26,10 @@ pub(in crate::exec) fn check(
     for (tier, device) in devices.all() {
         let t = &plan.tiers[tier];
         let free = device.free_bytes().map_err(|source| LoadError::Gpu { plan: plan.name.clone(), source })? as u64;
-        let (weights, cache) = (t.dense_bytes + t.pinned_bytes, t.kv_bytes);
-        let work = if places.uses(tier) { room(spec, plan, options, &places, tier).bytes() } else { 0 };
+        let (weights, cache) = (t.dense_bytes + t.pinned_bytes + t.slot_bytes, t.kv_bytes);
+        let dense = if places.uses(tier) { room(spec, plan, options, &places, tier).bytes() } else { 0 };
+        let experts = if t.pinned_bytes + t.slot_bytes > 0 { gpu_room_bytes(spec) } else { 0 };
+        let work = dense + experts;
         let needed = [weights, cache, work, GPU_RESERVE].into_iter().fold(0, u64::saturating_add);
         if needed > free {
             let (plan, tier, device) = (plan.name.clone(), t.tier.name.clone(), device.name().to_string());

@@ -9,6 +9,7 @@ use crate::exec::weights::DenseWeights;
 use crate::kernels::pooled::{MatJob, matmul_all};
 use crate::kernels::{Activations, DeltaStep, MAX_CONV_TAPS, delta_columns, needs_quants};
 use crate::model::spec::{DeltaInput, DeltaRates, DeltaSpec};
+use crate::tiers::nodes::Pages;
 use std::cell::RefCell;
 
 thread_local! {
@@ -36,6 +37,12 @@ impl DeltaState {
     pub(super) fn reset(&mut self) {
         self.inputs.fill(0.0);
         self.matrices.fill(0.0);
+    }
+
+    /// Has its pages be where `pages` says.
+    pub(super) fn move_to(&self, pages: &Pages) -> std::io::Result<()> {
+        pages.move_here(&self.inputs)?;
+        pages.move_here(&self.matrices)
     }
 
     /// Bytes held.

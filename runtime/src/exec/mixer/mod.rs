@@ -16,6 +16,7 @@ use crate::kernels::ActView;
 use crate::model::kv::{KvRows, KvType};
 use crate::model::shape::mixer_rows;
 use crate::model::spec::Mixer;
+use crate::tiers::nodes::Pages;
 use delta::{DeltaScratch, DeltaState};
 use gqa::GqaScratch;
 use mla::MlaScratch;
@@ -58,6 +59,16 @@ impl MixerState {
             Self::Gqa(cache) => cache.keys.bytes() + cache.values.bytes(),
             Self::Mla(rows) => rows.bytes(),
             Self::Delta(state) => state.bytes(),
+        }
+    }
+
+    /// Has its pages be where `pages` says.
+    pub(super) fn move_to(&self, pages: &Pages) -> std::io::Result<()> {
+        match self {
+            Self::Gqa(cache) => cache.keys.move_to(pages).and_then(|()| cache.values.move_to(pages)),
+            Self::Mla(rows) => rows.move_to(pages),
+            Self::Delta(state) => state.move_to(pages),
+            Self::OnGpu(_) => Ok(()),
         }
     }
 

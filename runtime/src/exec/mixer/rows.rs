@@ -2,6 +2,7 @@
 
 use crate::kernels::{Kernels, StoredRows, q8_row_bytes};
 use crate::model::kv::KvType;
+use crate::tiers::nodes::Pages;
 use half::f16;
 use std::ops::Range;
 
@@ -60,6 +61,15 @@ impl RowStore {
             Data::F32(data) => StoredRows::F32(data),
         };
         all.range(first + positions.start..first + positions.end, self.width)
+    }
+
+    /// Has its pages be where `pages` says.
+    pub(super) fn move_to(&self, pages: &Pages) -> std::io::Result<()> {
+        match &self.data {
+            Data::F16(data) => pages.move_here(data),
+            Data::Q8_0(data) => pages.move_here(data),
+            Data::F32(data) => pages.move_here(data),
+        }
     }
 
     /// Bytes held.

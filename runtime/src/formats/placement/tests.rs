@@ -7,6 +7,7 @@ use proptest::prelude::*;
 const V1: &str = include_str!("../../../../tests/data/formats/placement.v1.toml");
 const V2: &str = include_str!("../../../../tests/data/formats/placement.v2.toml");
 const V3: &str = include_str!("../../../../tests/data/formats/placement.v3.toml");
+const V4: &str = include_str!("../../../../tests/data/formats/placement.v4.toml");
 
 fn load(text: &str) -> Result<Placement, String> {
     decode(text.as_bytes(), Path::new("p.toml")).map_err(|e| e.to_string())
@@ -31,6 +32,7 @@ fn versions_mean_what_they_meant() {
         read_gbps,
         latency_us,
         emulated: true,
+        unit: None,
         source: "declared".into(),
     };
     let [vram, dram] = [0, 1];
@@ -141,6 +143,41 @@ fn versions_mean_what_they_meant() {
 }
 
 #[test]
+fn a_tier_may_be_a_memory_node_or_a_gpu() {
+    let plan = load(V4).unwrap();
+    let units: Vec<_> = plan.tiers.iter().map(|t| (t.tier.device(), t.tier.node())).collect();
+    assert_eq!(units, [(Some(1), None), (None, Some(0)), (None, None)]);
+    assert_eq!(plan.encode(), V4, "a plan with a key of version 4 says so");
+    let without = Placement {
+        tiers: plan
+            .tiers
+            .iter()
+            .map(|t| PlanTier { tier: Tier { unit: None, ..t.tier.clone() }, ..t.clone() })
+            .collect(),
+        ..plan
+    };
+    assert_eq!(without.encode(), V3);
+    for (from, to, words) in [
+        ("version = 4", "version = 3", "device is a key of version 4; write `version = 4`"),
+        (
+            "device = 1",
+            "node = 1",
+            "tier 'vram' is of kind \"vram\": which one it is says `device`, the number of the GPU",
+        ),
+        (
+            "node = 0",
+            "device = 0",
+            "tier 'dram' is of kind \"dram\": which one it is says `node`, the number of the memory",
+        ),
+        ("node = 0", "node = 5000", "node of tier 'dram' is 5000, but 1023 is the most"),
+    ] {
+        assert!(V4.contains(from), "{from}");
+        let error = load(&V4.replacen(from, to, 1)).unwrap_err();
+        assert!(error.contains(words), "{error}");
+    }
+}
+
+#[test]
 fn an_objective_is_whole_and_of_version_3() {
     let refused = |text: String, words: &str| {
         let error = load(&text).unwrap_err();
@@ -196,7 +233,7 @@ fn errors_say_what_and_how_to_mend() {
         (
             "version = 1",
             "version = 7",
-            "placement plan version 7, but this program reads up to version 3; update tier-plan",
+            "placement plan version 7, but this program reads up to version 4; update tier-plan",
         ),
         ("context = 1024", "context = 1024\nkv_type = \"f16\"", "kv_type is a key of version 2; write `version = 2`"),
         (

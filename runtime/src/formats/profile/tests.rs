@@ -44,6 +44,7 @@ fn fixture() -> Profile {
             fixture_prompt(2, "code", "empty", Split::Train, 0, 0),
         ],
         counted: None,
+        guesses: None,
         id: SourceId { name: "fixture".into(), hash: "f395ca134f02aa55f50df4c73c532b78".into() },
     }
 }
@@ -51,6 +52,34 @@ fn fixture() -> Profile {
 #[test]
 fn version_1_means_what_it_meant() {
     assert_eq!(load(V1).unwrap(), fixture());
+}
+
+/// Written by `make_profile.py` too.
+const V3: &[u8] = include_bytes!("../../../../tests/data/formats/profile.v3.profile");
+
+#[test]
+fn version_3_means_what_it_meant() {
+    let guesses = vec![Guesses { made: 0, right: 0 }, Guesses { made: 6, right: 5 }, Guesses { made: 6, right: 3 }];
+    let found = load(V3).unwrap();
+    let want = Profile { guesses: Some(guesses.clone()), id: found.id.clone(), ..fixture() };
+    assert_eq!(found, want);
+    assert_eq!(load(&want.encode()).unwrap(), want);
+    let refused = |guesses: &[Guesses], words: &str| {
+        let bad = Profile { guesses: Some(guesses.to_vec()), ..fixture() };
+        let unread = load(&bad.encode()).unwrap_err();
+        assert!(unread.contains(words), "{words}: {unread}");
+        let folder = tempfile::tempdir().unwrap();
+        let unwritten = bad.write(&folder.path().join("p")).unwrap_err().to_string();
+        assert!(unwritten.contains(words), "{words}: {unwritten}");
+    };
+    refused(&guesses[..2], "guesses of 2 layers, but there are 3");
+    refused(&[guesses[0], guesses[1], Guesses { made: 1, right: 2 }], "layer 5 has 2 right guesses of 1");
+    let mut old = V3.to_vec();
+    old[8] = 2;
+    let body = old.len() - 8;
+    let sum = xxh3_64(&old[..body]).to_le_bytes();
+    old[body..].copy_from_slice(&sum);
+    assert!(load(&old).unwrap_err().contains("unknown field `guesses` in version 2"));
 }
 
 /// Written by `make_profile.py` too.
@@ -149,8 +178,8 @@ fn errors_say_what_and_how_to_mend() {
         (V1[..V1.len() - 1].to_vec(), "the checksum is wrong: the file is damaged or cut short"),
         (first_bit, "the checksum is wrong"),
         (
-            rebuild(str::to_string, 3, <[u8]>::to_vec),
-            "profile version 3, but this program reads up to version 2; update tier-plan",
+            rebuild(str::to_string, 4, <[u8]>::to_vec),
+            "profile version 4, but this program reads up to version 3; update tier-plan",
         ),
         (rebuild(str::to_string, 0, <[u8]>::to_vec), "version is 0"),
         (rebuild(|_| "{".into(), 1, <[u8]>::to_vec), "header: EOF while parsing"),
@@ -257,6 +286,7 @@ fn large(layers: u32, n_expert: u32, n_used: u32, tokens: u32) -> Profile {
         made: String::new(),
         prompts: vec![prompt],
         counted: None,
+        guesses: None,
         id,
     }
 }
@@ -323,7 +353,8 @@ fn any_profile() -> impl Strategy<Value = Profile> {
             vec(prompt, 0..4).prop_map(move |prompts| {
                 let id = SourceId { name: "any".into(), hash: "ab".repeat(16) };
                 let (layers, made) = (layers.clone(), made.clone());
-                Profile { model: id.clone(), layers, n_expert, n_used, made, prompts, counted: None, id }.identified()
+                Profile { model: id.clone(), layers, n_expert, n_used, made, prompts, counted: None, guesses: None, id }
+                    .identified()
             })
         },
     )

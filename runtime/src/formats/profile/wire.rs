@@ -1,11 +1,12 @@
-//! The bytes of versions 1 and 2 of a profile.
+//! The bytes of versions 1 to 3 of a profile.
 //!
-//! Version 2 adds profiles of counts alone; one with traces is still written as version 1, which older programs read.
+//! Version 2 adds profiles of counts alone, version 3 the guesses of a profile with traces; each is written in the lowest
+//! version that has all of it, which older programs read.
 //!
 //! A trace has millions of choices, so they are packed: an expert in as many bits as the number of experts needs, its
 //! weight in a byte. Everything small and of varying length is in a JSON header.
 
-use super::{Profile, PromptTrace, Split};
+use super::{Guesses, Profile, PromptTrace, Split};
 use crate::formats::kind::{Kind, PROFILE, PROFILE_MAGIC};
 use crate::formats::ranges::{Allowance, MAX_EXPERT, MAX_LAYER};
 use crate::formats::{FormatError, SourceId};
@@ -36,6 +37,9 @@ struct WireHeader {
     /// Version 2: the payload is counts and nothing else.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     counts: Option<WireCounts>,
+    /// Version 3: guessed experts of each layer, and how many of them were chosen.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    guesses: Option<Vec<[u64; 2]>>,
 }
 
 /// What was counted.
@@ -147,6 +151,19 @@ fn check_counts(counted: &[Vec<u64>], layers: &[u32], n_expert: u32) -> Result<(
     Ok(())
 }
 
+/// Guesses must be those of every layer, no more of them right than were made, and as many as floats can count.
+fn check_guesses(guesses: &[Guesses], layers: &[u32]) -> Result<(), String> {
+    if guesses.len() != layers.len() {
+        return Err(format!("guesses of {} layers, but there are {}", guesses.len(), layers.len()));
+    }
+    for (Guesses { made, right }, layer) in guesses.iter().zip(layers) {
+        if right > made || *made > MAX_COUNT {
+            return Err(format!("layer {layer} has {right} right guesses of {made}; at most {MAX_COUNT} are counted"));
+        }
+    }
+    Ok(())
+}
+
 /// Says why a profile could not be read back.
 pub(super) fn check(profile: &Profile) -> Result<(), String> {
     check_shape(&profile.layers, profile.n_expert, profile.n_used)?;
@@ -155,6 +172,9 @@ pub(super) fn check(profile: &Profile) -> Result<(), String> {
         if !profile.prompts.is_empty() {
             return Err("it has both counts and traces; counts are for profiles without traces".into());
         }
+    }
+    if let Some(guesses) = &profile.guesses {
+        check_guesses(guesses, &profile.layers)?;
     }
     for prompt in &profile.prompts {
         let want = choices(prompt.prompt_tokens, prompt.decode_tokens, profile.layers.len(), profile.n_used);
@@ -203,12 +223,17 @@ pub(super) fn encode(profile: &Profile) -> Vec<u8> {
         layers: profile.layers.clone(),
         prompts,
         counts: profile.counted.as_ref().map(|_| WireCounts::Prompt),
+        guesses: profile.guesses.as_ref().map(|all| all.iter().map(|g| [g.made, g.right]).collect()),
     };
     // A struct of strings and numbers has no way to fail; if it did, an empty header would be refused on reading.
     let header = serde_json::to_vec(&header).unwrap_or_default();
     let mut out = Vec::with_capacity(FIXED + header.len() + payload.len() + SUM);
     out.extend_from_slice(&PROFILE_MAGIC);
-    let version: u32 = if profile.counted.is_some() { 2 } else { 1 };
+    let version: u32 = match (&profile.guesses, &profile.counted) {
+        (Some(_), _) => 3,
+        (None, Some(_)) => 2,
+        (None, None) => 1,
+    };
     out.extend_from_slice(&version.to_le_bytes());
     out.extend_from_slice(&u32::try_from(header.len()).unwrap_or(0).to_le_bytes());
     out.extend_from_slice(&header);
@@ -261,6 +286,14 @@ fn decode_body(version: u32, all: &[u8], rest: &[u8]) -> Result<Profile, String>
     if header.counts.is_some() && version < 2 {
         return Err("header: unknown field `counts` in version 1; write version 2".into());
     }
+    if header.guesses.is_some() && version < 3 {
+        return Err(format!("header: unknown field `guesses` in version {version}; write version 3"));
+    }
+    let guesses: Option<Vec<Guesses>> =
+        header.guesses.as_ref().map(|all| all.iter().map(|&[made, right]| Guesses { made, right }).collect());
+    if let Some(guesses) = &guesses {
+        check_guesses(guesses, &header.layers)?;
+    }
     let counted = match header.counts {
         Some(WireCounts::Prompt) => Some(decode_counts(&header, payload)?),
         None => None,
@@ -305,6 +338,7 @@ fn decode_body(version: u32, all: &[u8], rest: &[u8]) -> Result<Profile, String>
     Ok(Profile {
         id: identify(&header.model.name, counted.is_some(), all),
         counted,
+        guesses,
         model: SourceId { name: header.model.name, hash: header.model.hash },
         layers: header.layers,
         n_expert: header.n_expert,

@@ -58,6 +58,26 @@ fn version_1_means_what_it_meant() {
 }
 
 #[test]
+fn version_2_means_what_it_meant() {
+    let text = include_str!("../../../../tests/data/formats/shape.v2.toml");
+    let load = |text: &str| decode(text.as_bytes(), Path::new("shape.v2.toml")).map_err(|e| e.to_string());
+    let rows = |text: &str| load(text).unwrap().model_shape(Mix::F16).kv_rows;
+    // Keys and values of two heads each; the second and the fourth of five layers look at everything.
+    let of = |layers: u64, window| KvRows { width: 16, per_token: 4 * layers, queries: 2, window };
+    assert_eq!(rows(text), [of(2, None), of(3, Some(16))]);
+    assert_eq!(rows(&text.replace("full_every = 2\n", "")), [of(5, Some(16))]);
+    assert_eq!(rows(&text.replace("full_every = 2\n", "").replace("window = 16\n", "")), [of(5, None)]);
+    for (from, to, words) in [
+        ("version = 2", "version = 1", "attention.window is a key of version 2"),
+        ("window = 16", "window = 0", "attention.window is 0"),
+        ("window = 16\n", "", "attention.full_every is given, but no window"),
+    ] {
+        let error = load(&text.replace(from, to)).unwrap_err();
+        assert!(error.contains(words), "{error}");
+    }
+}
+
+#[test]
 fn parameters_of_the_models_that_ship() {
     // Published totals and active parameters, in 1e9 to the digits printed.
     let known = [
@@ -100,7 +120,7 @@ fn parameters_of_the_models_that_ship() {
 /// A shape of the golden models, whose dimensions are small and whose files hold 16-bit matrices.
 fn golden(arch: &str, lines: &str, tables: &str) -> Architecture {
     let text = format!(
-        "format = \"tier-plan shape\"\nversion = 1\nname = \"golden\"\narch = \"{arch}\"\nlayers = 3\nhidden = 64\n\
+        "format = \"tier-plan shape\"\nversion = 2\nname = \"golden\"\narch = \"{arch}\"\nlayers = 3\nhidden = 64\n\
          vocab = 96\ncontext = 256\nsource = \"test\"\n{lines}\n{tables}"
     );
     decode(text.as_bytes(), Path::new("golden.toml")).unwrap()
@@ -122,7 +142,8 @@ fn shapes_are_those_of_the_files_they_describe() {
             "gpt-oss",
             "gpt-oss",
             "",
-            gqa("bias = true\noutput_bias = true\nsinks = true") + &experts(3, 32, "bias = true\nrouter_bias = true"),
+            gqa("bias = true\noutput_bias = true\nsinks = true\nwindow = 16\nfull_every = 2")
+                + &experts(3, 32, "bias = true\nrouter_bias = true"),
         ),
         ("minimax-m2", "minimax-m2", "", gqa("norms = \"full\"") + &experts(3, 64, "selection_bias = true")),
         ("mixtral", "llama", "", gqa("") + &experts(2, 64, "")),
@@ -136,12 +157,7 @@ fn shapes_are_those_of_the_files_they_describe() {
     ];
     for (file, arch, lines, tables) in cases {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../tests/data/arch/{file}.gguf"));
-        let mut want = shape_of_file(&path).unwrap();
-        // A shape does not say which layers look at a window only.
-        let held: u64 = want.kv_rows.iter().map(|rows| rows.per_token).sum();
-        if want.kv_rows.iter().any(|rows| rows.window.is_some()) {
-            want.kv_rows = vec![KvRows { per_token: held, window: None, ..want.kv_rows[0] }];
-        }
+        let want = shape_of_file(&path).unwrap();
         let found = golden(arch, lines, &tables).model_shape(Mix::F16);
         assert_eq!(ModelShape { id: want.id.clone(), ..found }, want, "{file}");
     }
@@ -212,7 +228,7 @@ fn refused(from: &str, to: &str) -> String {
 #[test]
 fn errors_say_what_and_how_to_mend() {
     for (from, to, words) in [
-        ("version = 1", "version = 2", "model shape version 2, but this program reads up to version 1"),
+        ("version = 1", "version = 3", "model shape version 3, but this program reads up to version 2"),
         ("tier-plan shape", "tier-plan machine", "not a model shape: its format is \"tier-plan machine\""),
         ("hidden = 7168", "hiden = 7168", "unknown field `hiden`"),
         ("layers = 61", "layers = 0", "layers is 0, but must be 1 to 4096"),

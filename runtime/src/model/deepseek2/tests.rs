@@ -177,7 +177,7 @@ fn every_tensor_is_placed_once_and_a_token_caches_its_latent() {
         let gguf = opened(&file);
         let spec = crate::model::describe(&gguf).unwrap();
         let shape = shape_of(&gguf, &spec);
-        assert_eq!(shape.kv_rows, [KvRows { width: 64 + 32, per_token: 3, window: None }]);
+        assert_eq!(shape.kv_rows, [KvRows { width: 64 + 32, per_token: 3, queries: 2 * 4, window: None }]);
         assert_eq!(KvType::ALL.map(|ty| ty.token_bytes(&shape)), [3 * 192, 3 * (96 + 6), 3 * 384]);
         let mut placed: Vec<usize> = spec.dense_groups().into_iter().flat_map(|g| g.tensors).collect();
         placed.extend(spec.moe_layers().flat_map(|(_, m)| m.expert_tensors()));

@@ -1,0 +1,249 @@
+//! GPUs: their memory under the kernels that will run, and the link to them.
+
+use super::power::Part;
+use super::{KEPT_FREE, rounded};
+use std::sync::Arc;
+use tier_plan_runtime::cuda::experts::ExpertKind;
+use tier_plan_runtime::cuda::measure::{
+    Contended, Experts, Rates, Subject, common_experts, contended, experts, products_of, rates_of,
+};
+use tier_plan_runtime::cuda::nvml::Nvml;
+use tier_plan_runtime::cuda::{CudaError, Gpu};
+use tier_plan_runtime::formats::machine::{Link, Tier, TierKind};
+use tier_plan_runtime::gguf::Gguf;
+use tier_plan_runtime::model::spec::{ModelSpec, MoeSpec};
+use tier_plan_runtime::quant::TensorType;
+use tier_plan_runtime::units::show_bytes;
+
+/// What is measured on a GPU.
+#[derive(Debug, Clone)]
+pub struct Work {
+    /// Formats with their shares of a token's bytes.
+    pub formats: Vec<(TensorType, f64)>,
+    /// The experts that it will have, and how many of them a token uses.
+    pub experts: (ExpertKind, usize),
+    /// In words.
+    pub of: String,
+}
+
+impl Work {
+    /// Where no model is known.
+    pub fn common() -> Self {
+        Self { formats: vec![(TensorType::Q4_K, 1.0)], experts: common_experts(), of: "Q4_K".into() }
+    }
+
+    /// That of a model; `formats` are its shares.
+    pub fn of_model(gguf: &Gguf, spec: &ModelSpec, formats: &[(TensorType, f64)]) -> Self {
+        let experts = spec.moe_layers().next().map(|(_, moe)| (kind(gguf, moe), moe.n_used));
+        Self {
+            formats: formats.to_vec(),
+            experts: experts.unwrap_or_else(common_experts),
+            of: format!("the formats that a token of {} reads", gguf.id().name),
+        }
+    }
+}
+
+fn kind(gguf: &Gguf, moe: &MoeSpec) -> ExpertKind {
+    let types: Vec<TensorType> = moe.expert_linears().map(|l| gguf.tensors()[l.weight].ty).collect();
+    // Gate and up may be one matrix.
+    let first = types.first().copied().unwrap_or(TensorType::F32);
+    let last = types.last().copied().unwrap_or(first);
+    ExpertKind {
+        n_expert: moe.n_expert,
+        hidden: moe.router.n_in,
+        ffn: moe.expert_ffn,
+        gate: first,
+        up: if types.len() > 2 { types[1] } else { first },
+        down: last,
+        activation: moe.activation,
+    }
+}
+
+/// A GPU that was measured.
+#[derive(Debug, Clone, PartialEq)]
+pub struct GpuRate {
+    /// Its name.
+    pub name: String,
+    /// Its number.
+    pub device: u32,
+    /// The processor stands for it.
+    pub emulated: bool,
+    /// All of its memory.
+    pub total_bytes: u64,
+    /// What is free of it.
+    pub free_bytes: u64,
+    /// Fixed times, bare rates.
+    pub rates: Rates,
+    /// The link while main memory is read; `beside` is what products came to meanwhile, in 10⁹ bytes a second.
+    pub contended: Contended,
+    /// Products of one token by format, in 10⁹ bytes a second.
+    pub products: Vec<(TensorType, f64)>,
+    /// The same of all formats together, each by its share.
+    pub compute_gbps: f64,
+    /// A token's experts, where a few of them fit the measurement.
+    pub experts: Option<Experts>,
+    /// What was measured, in words.
+    pub of: String,
+    /// What it may draw.
+    pub power: Part,
+}
+
+/// The GPUs of this machine.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Gpus {
+    /// Those that were measured.
+    pub found: Vec<GpuRate>,
+    /// Why there is none, or why one of them was left out.
+    pub missing: Vec<String>,
+}
+
+/// Measures every GPU. `beside` is a pass of products over main memory, which says how fast it was.
+pub fn measure_all(work: &Work, beside: &mut dyn FnMut() -> f64) -> Gpus {
+    let (mut gpus, nvml) = (Gpus::default(), Nvml::find());
+    for ordinal in 0.. {
+        let gpu = match Gpu::open(ordinal) {
+            Ok(gpu) => gpu,
+            // There are no more; that there is none at all is to be said.
+            Err(CudaError::NoDevice { .. }) if ordinal > 0 => break,
+            Err(error @ (CudaError::NoDriver | CudaError::OldDriver { .. } | CudaError::NoDevice { .. })) => {
+                gpus.missing.push(error.to_string());
+                break;
+            }
+            Err(error) => {
+                gpus.missing.push(format!("GPU {ordinal} was left out: {error}"));
+                // Whatever it was, it may be the same with all numbers that follow.
+                if matches!(error, CudaError::Call { .. }) { break } else { continue }
+            }
+        };
+        match measure_gpu(&gpu, &nvml, work, beside) {
+            Ok(found) => gpus.found.push(found),
+            Err(error) => gpus.missing.push(format!("GPU {ordinal} ({}) was left out: {error}", gpu.properties().name)),
+        }
+    }
+    gpus
+}
+
+fn measure_gpu(
+    gpu: &Arc<Gpu>,
+    nvml: &Result<Nvml, CudaError>,
+    work: &Work,
+    beside: &mut dyn FnMut() -> f64,
+) -> Result<GpuRate, CudaError> {
+    let p = gpu.properties();
+    // Before anything is measured, so that nothing of this program is counted but what the driver takes for it.
+    let free_bytes = gpu.free_bytes()? as u64;
+    let power = match nvml {
+        Ok(nvml) => gpu.pci().and_then(|pci| nvml.read(&pci)).map(|reading| reading.limit_watts),
+        Err(error) => Err(CudaError::Call {
+            device: p.name.clone(),
+            what: "asking for its power limit".into(),
+            why: error.to_string(),
+        }),
+    };
+    let power = match power {
+        Ok(watts) => {
+            let how = if watts.is_some() { "limit read from the driver" } else { "the driver knows no limit" };
+            Part { name: p.name.clone(), watts, how: how.into() }
+        }
+        Err(error) => Part { name: p.name.clone(), watts: None, how: error.to_string() },
+    };
+    let device = u32::try_from(p.ordinal).unwrap_or(u32::MAX);
+    let about = About { name: p.name.clone(), device, emulated: false, total_bytes: p.total_bytes as u64, free_bytes };
+    measure(&mut Subject::of(gpu)?, about, power, work, beside)
+}
+
+/// What is known of a device before it is measured.
+struct About {
+    name: String,
+    device: u32,
+    emulated: bool,
+    total_bytes: u64,
+    free_bytes: u64,
+}
+
+fn measure(
+    subject: &mut Subject,
+    about: About,
+    power: Part,
+    work: &Work,
+    beside: &mut dyn FnMut() -> f64,
+) -> Result<GpuRate, CudaError> {
+    let rates = rates_of(subject)?;
+    let mut products = Vec::new();
+    for (ty, _) in &work.formats {
+        products.push((*ty, products_of(subject, *ty)?));
+    }
+    let seconds: f64 = work.formats.iter().zip(&products).map(|((_, share), (_, rate))| share / rate.max(1e-9)).sum();
+    let shares: f64 = work.formats.iter().map(|(_, share)| share).sum();
+    let (kind, used) = work.experts;
+    let experts = experts(subject, kind, used)?;
+    let contended = contended(subject, beside)?;
+    let About { name, device, emulated, total_bytes, free_bytes } = about;
+    Ok(GpuRate {
+        name,
+        device,
+        emulated,
+        total_bytes,
+        free_bytes,
+        rates,
+        contended,
+        products,
+        compute_gbps: if shares > 0.0 { shares / seconds.max(1e-12) } else { rates.read_gbps },
+        experts,
+        of: work.of.clone(),
+        power,
+    })
+}
+
+impl GpuRate {
+    /// Bytes that a plan may have: what is free, less what the kernels and their buffers are left.
+    pub fn capacity_bytes(&self) -> u64 {
+        // Half as much as of main memory: no other programs and no page cache live there.
+        let kept = self.total_bytes / (2 * KEPT_FREE);
+        self.free_bytes.saturating_sub(kept) >> 20 << 20
+    }
+
+    /// What a token's experts take beyond their bytes, in microseconds; at least the way there and back.
+    pub fn latency_us(&self) -> f64 {
+        let beyond = |e: &Experts| e.token_us - (e.used * e.expert_bytes) as f64 / self.compute_gbps.max(1e-9) / 1e3;
+        self.experts.as_ref().map_or(0.0, beyond).max(self.rates.round_trip_us)
+    }
+
+    /// The tier that its memory is.
+    pub fn tier(&self, name: String, day: &str) -> Tier {
+        let who = if self.emulated { format!("{}, which is emulated", self.name) } else { self.name.clone() };
+        Tier {
+            name,
+            kind: TierKind::Vram,
+            capacity_bytes: self.capacity_bytes(),
+            read_gbps: rounded(self.compute_gbps),
+            latency_us: rounded(self.latency_us()),
+            emulated: self.emulated,
+            unit: Some(self.device),
+            source: format!(
+                "measured {day} on {who}: products of {}; bare reads {:.1} GB/s; latency: a token's experts, beyond their \
+                 bytes; a launch {:.1} µs, there and back {:.1} µs; capacity: {} free of {}, less a {}th",
+                self.of,
+                self.rates.read_gbps,
+                self.rates.launch_us,
+                self.rates.round_trip_us,
+                show_bytes(self.free_bytes),
+                show_bytes(self.total_bytes),
+                2 * KEPT_FREE
+            ),
+        }
+    }
+
+    /// The link to it.
+    pub fn link(&self) -> Link {
+        let ((to, to_pageable), (from, from_pageable)) = (self.rates.to_device_gbps, self.rates.from_device_gbps);
+        Link {
+            to_gbps: rounded(to),
+            to_pageable_gbps: rounded(to_pageable),
+            from_gbps: rounded(from),
+            from_pageable_gbps: rounded(from_pageable),
+            contended_gbps: rounded(self.contended.to_device_gbps),
+            dram_contended_gbps: rounded(self.contended.beside),
+        }
+    }
+}
