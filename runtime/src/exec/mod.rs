@@ -32,6 +32,7 @@ mod stages;
 pub mod verify;
 mod warm;
 mod weights;
+pub mod whole;
 
 pub use crate::model::kv::KvType;
 pub use devices::GiveDevice;
