@@ -5,6 +5,8 @@ use super::columns::{Charge, Config, Item, Meaning};
 use super::dual;
 use super::grid::{Axes, Grid};
 use super::room::{MAX_FAST, Room};
+use super::search;
+use super::steps::{Drawn, Steps};
 use super::table::Table;
 use super::whole::Layer;
 use super::wishes::{LayerWishes, Wishes};
@@ -16,13 +18,19 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 use tier_plan_runtime::formats::placement::{LayerPlacement, TierIdx};
-use tier_plan_runtime::model::shape::ModelShape;
+use tier_plan_runtime::model::shape::{ExpertShape, ModelShape};
 
 /// Part of the time that the grid is made for where it is only a beginning.
 const BEGIN: f64 = 0.4;
 
 /// Configurations near the best that each round adds to a layer's columns.
 const NEAR: usize = 160;
+
+/// The same of columns that several layers share.
+const NEAR_SHARED: usize = 2000;
+
+/// Columns of layers that share them which steps begin from.
+const UNLIKE: usize = 16;
 
 /// Experts of one token on each path: tiers, then transfers; the pooled ones are first counted on the last tier.
 type Paths = [u16; MAX_FAST + 2];
@@ -35,7 +43,7 @@ pub struct Maker<'a> {
     pub grid: Grid,
     /// Tiers that can run out.
     scarce: Vec<TierIdx>,
-    /// All configurations of every layer can be priced together.
+    /// Steps between all configurations of every layer can be taken, since columns cost their seconds alone.
     pub whole: bool,
     charge: &'a Charge,
     /// By layer.
@@ -91,7 +99,8 @@ impl<'a> Maker<'a> {
         let scarce = (0..room.tiers.len()).filter(|&t| room.left_bytes[t] < all).chain(time).collect();
         let mut grid = Grid::new(evidence, room, seconds);
         let plain = charge.is_plain() && !wishes.of_experts();
-        let whole = plain && !grid.full && evidence.layers.iter().all(Table::possible);
+        let steps = |layer: &LayerEvidence| matches!(layer.judged, Judged::Uniform) || Table::possible(layer);
+        let whole = plain && !grid.full && evidence.layers.iter().all(steps);
         if whole {
             grid = Grid::new(evidence, room, seconds * BEGIN);
         }
@@ -126,21 +135,72 @@ impl<'a> Maker<'a> {
         slots.into_iter().map(|slot| slot.into_inner().ok().and_then(|s| s.1)).collect()
     }
 
-    /// Adds to each item what steps from its cheapest columns lead to among all configurations; how many that were.
-    pub fn price_whole(&self, items: &mut [Item], price: &[f64], deadline: Instant) -> usize {
+    /// Adds to each item what steps from its cheapest columns, and if it is to be `thorough` from others, lead to among all
+    /// configurations; how many that were.
+    pub fn price_whole(&self, items: &mut [Item], price: &[f64], thorough: bool, deadline: Instant) -> usize {
         let added = self.on_all(items, |item, _| {
-            let (layer, trace, start) = self.begin(item, price, deadline)?;
-            let table = Table::new(layer, trace)?;
-            let mut search = Layer::new(&table, self.room, layer.shape.expert_bytes, price);
-            let found = search.cheapest(&start, deadline);
-            let Meaning::Experts(members, configs) = &item.meaning else { return None };
-            let members = members.clone();
-            let have: BTreeSet<Config> = configs.iter().copied().collect();
-            let new = found.into_iter().take(NEAR).filter(|(config, _)| !have.contains(config));
-            let fixed = &self.wishes[*members.first()?];
-            Some(new.filter(|&(config, cost_s)| self.push(item, layer, fixed, config, cost_s)).count())
+            let (layer, mut start) = self.begin(item, price, deadline)?;
+            if let (Meaning::Experts(_, configs), true) = (&item.meaning, item.count() > 1) {
+                // Members of one item share it out among unlike columns.
+                let unlike = search::apart(item, price, UNLIKE).into_iter().chain(by_slots(item, price));
+                let unlike: BTreeSet<Config> = unlike.map(|c| configs[c]).filter(|c| !start.contains(c)).collect();
+                start.extend(unlike);
+            }
+            let found = match &layer.judged {
+                Judged::Recorded(trace) => {
+                    let table = Table::new(layer, trace)?;
+                    let mut search = Layer::new(&table, self.room, layer.shape.expert_bytes, price);
+                    search.cheapest(&start, thorough, deadline)
+                }
+                Judged::Uniform => {
+                    let descents = start.len();
+                    self.drawn(layer, price).cheapest(start, descents, deadline)
+                }
+            };
+            let most = if item.count() > 1 { NEAR_SHARED } else { NEAR };
+            self.push_new(item, layer, found.into_iter().take(most))
         });
         added.into_iter().flatten().sum()
+    }
+
+    /// Adds to each item the configurations around those of a choice (`[items][members]` columns); how many that were.
+    pub fn widen(&self, items: &mut [Item], columns: &[Vec<usize>], price: &[f64], deadline: Instant) -> usize {
+        let added = self.on_all(items, |item, left| {
+            let (layer, _) = self.begin(item, price, deadline)?;
+            let Meaning::Experts(_, configs) = &item.meaning else { return None };
+            let chosen = columns.get(columns.len() - left)?;
+            let chosen: BTreeSet<Config> = chosen.iter().filter_map(|&c| configs.get(c).copied()).collect();
+            let found = match &layer.judged {
+                Judged::Recorded(trace) => {
+                    let table = Table::new(layer, trace)?;
+                    Layer::new(&table, self.room, layer.shape.expert_bytes, price).around(&chosen, deadline)
+                }
+                Judged::Uniform => self.drawn(layer, price).around(&chosen, deadline),
+            };
+            self.push_new(item, layer, found.into_iter())
+        });
+        added.into_iter().flatten().sum()
+    }
+
+    /// Steps of a layer whose experts are all equally likely.
+    fn drawn(&self, layer: &LayerEvidence, price: &[f64]) -> Steps<'a, Drawn<'a>> {
+        let ExpertShape { n_expert, n_used, expert_bytes, .. } = layer.shape;
+        let timed = Drawn::new(self.room, n_expert, n_used, expert_bytes);
+        Steps::new(timed, self.room, [n_expert as u16, n_used as u16], expert_bytes, price)
+    }
+
+    /// Adds the configurations, each with its seconds, that an item does not have; how many that were.
+    fn push_new(
+        &self,
+        item: &mut Item,
+        layer: &LayerEvidence,
+        found: impl Iterator<Item = (Config, f64)>,
+    ) -> Option<usize> {
+        let Meaning::Experts(members, configs) = &item.meaning else { return None };
+        let fixed = &self.wishes[*members.first()?];
+        let have: BTreeSet<Config> = configs.iter().copied().collect();
+        let new = found.filter(|(config, _)| !have.contains(config));
+        Some(new.filter(|&(config, cost_s)| self.push(item, layer, fixed, config, cost_s)).count())
     }
 
     /// A bound over all configurations of all items at some prices, if there is time: what their members cost at least,
@@ -151,7 +211,8 @@ impl<'a> Maker<'a> {
             if matches!(item.meaning, Meaning::Dense(..)) {
                 return dual::cheapest(item, price).map(|(_, value)| value);
             }
-            let (layer, trace, start) = self.begin(item, price, deadline)?;
+            let (layer, start) = self.begin(item, price, deadline)?;
+            let Judged::Recorded(trace) = &layer.judged else { return None };
             let table = Table::new(layer, trace)?;
             let now = Instant::now();
             let part = deadline.saturating_duration_since(now).mul_f64((threads as f64 / left as f64).min(1.0));
@@ -161,19 +222,13 @@ impl<'a> Maker<'a> {
         items.iter().zip(bounds).map(|(item, bound)| Some(bound? * item.count() as f64)).sum()
     }
 
-    /// An item's layer, its tokens, and its cheapest configuration for each tier of slots and without.
-    fn begin(
-        &self,
-        item: &Item,
-        price: &[f64],
-        deadline: Instant,
-    ) -> Option<(&'a LayerEvidence, &'a LayerTrace, Vec<Config>)> {
+    /// An item's layer, and its cheapest configuration for each tier of slots and without.
+    fn begin(&self, item: &Item, price: &[f64], deadline: Instant) -> Option<(&'a LayerEvidence, Vec<Config>)> {
         let Meaning::Experts(members, configs) = &item.meaning else { return None };
         if Instant::now() >= deadline {
             return None;
         }
         let layer = &self.evidence.layers[*members.first()?];
-        let Judged::Recorded(trace) = &layer.judged else { return None };
         let n = self.room.left_bytes.len();
         let mut start: BTreeMap<Option<u8>, (Config, f64)> = BTreeMap::new();
         for (at, config) in configs.iter().enumerate() {
@@ -186,7 +241,7 @@ impl<'a> Maker<'a> {
         }
         let mut start: Vec<(Config, f64)> = start.into_values().collect();
         start.sort_by(|a, b| a.1.total_cmp(&b.1));
-        Some((layer, trace, start.into_iter().map(|(config, _)| config).collect()))
+        Some((layer, start.into_iter().map(|(config, _)| config).collect()))
     }
 
     /// The placement of the layer at this position that a configuration stands for.
@@ -612,4 +667,20 @@ impl<'a> Maker<'a> {
             });
         }
     }
+}
+
+/// The cheapest columns of an item by tier of slots and their number, in powers of two to the half.
+fn by_slots(item: &Item, price: &[f64]) -> Vec<usize> {
+    let Meaning::Experts(_, configs) = &item.meaning else { return Vec::new() };
+    let mut best: BTreeMap<(u8, u32), (usize, f64)> = BTreeMap::new();
+    for (at, config) in configs.iter().enumerate() {
+        let bytes = item.column_bytes(at, price.len()).iter().zip(price).map(|(&b, p)| b as f64 * p).sum::<f64>();
+        let value = item.cost_s[at] + bytes;
+        let class = u32::from(config.slots).pow(2).checked_ilog2().unwrap_or(0);
+        let found = best.entry((config.slot_tier, class)).or_insert((at, value));
+        if value < found.1 {
+            *found = (at, value);
+        }
+    }
+    best.into_values().map(|(at, _)| at).collect()
 }

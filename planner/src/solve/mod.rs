@@ -24,6 +24,7 @@ pub mod room;
 pub mod round;
 pub mod rules;
 pub mod search;
+pub mod steps;
 pub mod table;
 pub mod verdict;
 pub mod whole;
