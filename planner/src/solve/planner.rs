@@ -182,7 +182,7 @@ impl Planner<'_> {
     fn report(&self, plan: &mut Placement, found: &Programmed) {
         plan.solver.backend = found.backend.name().to_string();
         plan.solver.status = "feasible".to_string();
-        let gap = self.gap(plan, found.bound);
+        let gap = found.bound.and_then(|bound| self.gap(plan, bound));
         plan.solver.gap = gap;
         if gap.is_some_and(|gap| gap <= NO_GAP) {
             plan.solver.status = "optimal".to_string();
@@ -232,9 +232,14 @@ impl Planner<'_> {
             // A rule that is faster on held-out tokens may do what the train split's plan does not.
             let rules = drafts.iter().map(|draft| (draft, self.assemble("ilp", draft))).filter(|(_, p)| self.may_be(p));
             if let Some((draft, rule)) = rules.min_by(|a, b| self.value(&a.1).total_cmp(&self.value(&b.1))) {
-                return Ok((rule, Programmed { draft: draft.clone(), bound: 0.0, whole: None, ..found }));
+                return Ok((rule, Programmed { draft: draft.clone(), bound: None, whole: None, ..found }));
             }
-            bail!(infeasible::target(&plan, found.bound + self.fixed_s(1), most_s, self.inputs));
+            bail!(infeasible::target(
+                &plan,
+                found.bound.map_or(0.0, |bound| bound + self.fixed_s(1)),
+                most_s,
+                self.inputs
+            ));
         }
         let mut room = self.room.clone();
         if let (true, Some(most_s)) = (self.goal.limits_time(), self.goal.most_s()) {
@@ -250,7 +255,7 @@ impl Planner<'_> {
                 Ok(next) => next,
                 // So near the fastest plan that rounded times leave no other; nothing is known of less memory then.
                 Err(_) if self.may_be(&plan) => {
-                    (found.bound, found.whole) = (0.0, None);
+                    (found.bound, found.whole) = (None, None);
                     break;
                 }
                 Err(error) => return Err(error),
