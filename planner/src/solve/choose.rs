@@ -70,6 +70,8 @@ pub(super) struct Programmed {
     pub(super) draft: Draft,
     /// No choice of the columns tried costs less; nothing if none is known for what is made least.
     pub(super) bound: Option<f64>,
+    /// What the prices alone say of that: with other bytes left it moves by their worth.
+    pub(super) priced: f64,
     /// Nor of all that there are, where that was found out.
     pub(super) whole: Option<f64>,
     pub(super) backend: Origin,
@@ -155,6 +157,7 @@ impl Planner<'_> {
         Ok(Programmed {
             draft: self.as_draft(&maker, &items, &best),
             bound: Some(bound.min(best.cost_s)),
+            priced: dual.bound_s,
             whole: whole.map(|sum| sum - room.priced_left(&dual.price)),
             backend,
             full: maker.grid.full,

@@ -351,6 +351,7 @@ mod tests {
             capacity_bytes: 1 << 40,
             read_gbps: 1.0,
             latency_us: 0.0,
+            unit: None,
             emulated: false,
             source: String::new(),
         };
