@@ -108,9 +108,14 @@ pub struct Attend<'a> {
 }
 
 impl Attend<'_> {
-    /// Chunks that some of the tokens look back at, from the first one's first to the last one's last.
+    /// Chunks that some of the tokens look back at, from the first one's first to the last one's last. For a single token
+    /// the most at any position of its last chunk, so that launches that were recorded serve for all of them.
     fn chunks(&self, first: usize, tokens: usize) -> usize {
         let past = self.positions.past + self.first + first;
+        if tokens == 1 {
+            let windows = self.window.map_or(usize::MAX, |window| window.div_ceil(CHUNK) + 1);
+            return (past + 1).div_ceil(CHUNK).min(windows);
+        }
         let begin = self.window.map_or(0, |window| (past + 1).saturating_sub(window)) / CHUNK;
         (past + tokens).div_ceil(CHUNK) - begin
     }

@@ -7,9 +7,11 @@
 pub(super) mod fits;
 mod matrix;
 mod mixer;
+mod resident;
 mod room;
 pub(super) mod units;
 
+pub(super) use resident::{Token, resident_tier};
 pub(super) use units::{LayerPlaces, Place, Places};
 
 use super::devices::Devices;
@@ -24,6 +26,7 @@ use crate::model::kv::KvType;
 use crate::model::spec::{Ffn as FfnSpec, Mixer as MixerSpec, ModelSpec, MoeSpec, Temperature};
 use matrix::{Ffn, Maker, Matrix, product};
 use mixer::{Batch, Cache, Mixer};
+use resident::Replay;
 use room::{Room, Sizes, logit_rows};
 use std::ops::Range;
 use std::sync::Arc;
@@ -111,6 +114,7 @@ pub(super) struct Gpu {
     prepared: Option<(usize, usize)>,
     /// What was read last.
     answer: Vec<f32>,
+    replay: Replay,
 }
 
 /// What a GPU's parts are made of.
@@ -173,6 +177,7 @@ impl Gpu {
             temperature: temperature(spec),
             prepared: None,
             answer: Vec::new(),
+            replay: Replay::default(),
         })
     }
 
@@ -241,8 +246,13 @@ impl Gpu {
         past: usize,
         ropes: &mut [RopeTable],
     ) -> Result<(), CudaError> {
+        self.prepare(past, rows.len(), ropes)?;
+        self.mix(index, rows, past)
+    }
+
+    /// [`mixer`](Self::mixer) after [`prepare`](Self::prepare): launches only.
+    fn mix(&mut self, index: usize, rows: Range<usize>, past: usize) -> Result<(), CudaError> {
         let n = rows.len();
-        self.prepare(past, n, ropes)?;
         let x = self.room.x.view().floats(rows.start * self.hidden..rows.end * self.hidden);
         let Some((norm, mixer)) = &self.layers[index].mixer else { unreachable!("the plan has it elsewhere") };
         self.ops.rms_norm(x, Some(norm.view()), n, self.hidden, self.eps, self.room.answer.view())?;
@@ -267,8 +277,9 @@ impl Gpu {
         (n * self.hidden, n * n_used)
     }
 
-    /// Norms rows and has the layer's router choose.
-    fn choose(&mut self, index: usize, rows: Range<usize>) -> Result<(), CudaError> {
+    /// Norms rows and has the layer's router choose. The choices come after the normed rows, or to the record from a place
+    /// on.
+    fn choose(&mut self, index: usize, rows: Range<usize>, recorded: Option<usize>) -> Result<(), CudaError> {
         let n = rows.len();
         self.norm(index, rows)?;
         let (first, len) = self.choices(index, n);
@@ -280,7 +291,8 @@ impl Gpu {
         let answer = room.answer.view();
         product(ops, &router.matrix, n, answer, &room.quants, room.router_logits.view())?;
         let bias = router.selection_bias.as_ref().map(Buffer::view);
-        let (experts, weights) = (answer.floats(first..first + len), answer.floats(first + len..first + 2 * len));
+        let (to, first) = recorded.map_or((answer, first), |at| (room.record.view(), at));
+        let (experts, weights) = (to.floats(first..first + len), to.floats(first + len..first + 2 * len));
         ops.route(&router.routing, room.router_logits.view(), bias, n, experts, weights)
     }
 
@@ -294,7 +306,7 @@ impl Gpu {
         weights: &mut [f32],
     ) -> Result<&[f32], CudaError> {
         let n = rows.len();
-        self.choose(index, rows)?;
+        self.choose(index, rows, None)?;
         let (first, len) = self.choices(index, n);
         self.answer.resize(first + 2 * len, 0.0);
         self.room.answer.view().read_f32(&mut self.answer)?;
@@ -308,7 +320,7 @@ impl Gpu {
     /// What the layer's router would choose for rows now, `[rows, n_used]`.
     pub(super) fn guess(&mut self, index: usize, rows: Range<usize>, experts: &mut Vec<u16>) -> Result<(), CudaError> {
         let n = rows.len();
-        self.choose(index, rows)?;
+        self.choose(index, rows, None)?;
         let (first, len) = self.choices(index, n);
         self.answer.resize(len, 0.0);
         self.room.answer.view().floats(first..first + len).read_f32(&mut self.answer)?;
@@ -348,20 +360,28 @@ impl Gpu {
     /// Logits of rows, `[rows, n_vocab]`.
     pub(super) fn head(&mut self, rows: Range<usize>, logits: &mut [f32]) -> Result<(), CudaError> {
         let Some(head) = &self.head else { unreachable!("the plan has it elsewhere") };
-        let (ops, room, hidden) = (&self.ops, &mut self.room, self.hidden);
+        let (ops, room) = (&self.ops, &mut self.room);
         let (n_vocab, mut first) = (head.matrix.n_out, rows.start);
         for part in logits.chunks_mut(logit_rows(n_vocab, self.rows) * n_vocab) {
             let n = part.len() / n_vocab;
-            let x = room.x.view().floats(first * hidden..(first + n) * hidden);
-            ops.rms_norm(x, Some(head.norm.view()), n, hidden, self.eps, room.answer.view())?;
-            if head.matrix.takes_quants() {
-                ops.quantize(room.answer.view(), n, hidden, &mut room.quants)?;
-            }
-            product(ops, &head.matrix, n, room.answer.view(), &room.quants, room.logits.view())?;
+            head.run(ops, room, first..first + n, self.eps)?;
             room.logits.view().read_f32(part)?;
             first += n;
         }
         Ok(())
+    }
+}
+
+impl Head {
+    /// Logits of rows.
+    fn run(&self, ops: &Ops, room: &mut Room, rows: Range<usize>, eps: f32) -> Result<(), CudaError> {
+        let (n, hidden) = (rows.len(), self.matrix.n_in);
+        let x = room.x.view().floats(rows.start * hidden..rows.end * hidden);
+        ops.rms_norm(x, Some(self.norm.view()), n, hidden, eps, room.answer.view())?;
+        if self.matrix.takes_quants() {
+            ops.quantize(room.answer.view(), n, hidden, &mut room.quants)?;
+        }
+        product(ops, &self.matrix, n, room.answer.view(), &room.quants, room.logits.view())
     }
 }
 
