@@ -453,10 +453,8 @@ fn compute(
     product(l.kind.up, &l.up, ffn, hidden, x, quants, jobs / rows, up)?;
     bias(0, gate, ffn)?;
     bias(1, up, ffn)?;
-    ops.activate(l.kind.activation, gate, up, jobs * ffn)?;
-    if needs_quants(l.kind.down) {
-        ops.quantize(gate, jobs, ffn, inner.quants)?;
-    }
+    let quants = needs_quants(l.kind.down).then_some(&mut *inner.quants);
+    ops.activate(l.kind.activation, gate, up, jobs, ffn, quants)?;
     product(l.kind.down, &l.down, hidden, ffn, gate, inner.quants, 1, results)?;
     bias(2, results, hidden)
 }

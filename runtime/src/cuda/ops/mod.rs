@@ -4,7 +4,7 @@ mod attention;
 mod products;
 mod small;
 
-pub use attention::{Attend, AttendRoom, CHUNK, MAX_KEY, Positions};
+pub use attention::{Attend, AttendRoom, CHUNK, Heads, MAX_KEY, Positions};
 pub use products::{Batch, Group, Input, Matrices, Quants, SharedPart, Table};
 pub use small::{MAX_EXPERTS, MAX_GROUPS, Routing, Strided};
 

@@ -121,15 +121,19 @@ impl Gpu {
             self.ops.dequantize_chosen(table.ty, table.view(), self.hidden, ids, 1, x)?;
         }
         let (mut at, mut moe_at) = (0, 0);
+        // Whether what the last part made is still to be added, by the next part's norm.
+        let mut add = false;
         for index in 0..self.layers.len() {
-            self.mix(index, 0..1, past)?;
+            self.mix(index, 0..1, past, add)?;
+            add = true;
             let Some(n) = self.layers[index].router.as_ref().map(|r| r.routing.n_used) else {
-                self.ffn(index, 0..1, false)?;
+                self.block(index, 0..1, false, true)?;
                 continue;
             };
-            self.choose(index, 0..1, Some(at))?;
-            if self.layers[index].ffn.is_some() {
-                self.ffn(index, 0..1, true)?;
+            self.choose(index, 0..1, Some(at), true)?;
+            add = self.layers[index].ffn.is_some();
+            if add {
+                self.block(index, 0..1, true, false)?;
             }
             if let Some(experts) = experts.as_deref_mut() {
                 let (record, input) = (self.room.record.view(), self.room.answer.view());
@@ -140,6 +144,6 @@ impl Gpu {
             moe_at += 1;
         }
         let Some(head) = &self.head else { unreachable!("the plan has it elsewhere") };
-        head.run(&self.ops, &mut self.room, 0..1, self.eps)
+        head.run(&self.ops, &mut self.room, 0..1, self.eps, add)
     }
 }
