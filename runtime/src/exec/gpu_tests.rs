@@ -1,6 +1,6 @@
 //! Engines whose experts are partly on a GPU, which is emulated on the processor: the kernels are those of a real one.
 
-use super::plan::obvious;
+use super::plan::{all_on_gpu, obvious};
 use super::{Engine, KvType, LoadError, LoadOptions, Wanted};
 use crate::cuda::device::{Arg, Grid, Recording};
 use crate::cuda::{CudaError, Device, shim};
@@ -382,48 +382,62 @@ fn a_token_of_a_model_on_one_gpu_is_replayed() {
     for (name, with_embedding) in [("arch/gpt-oss.gguf", true), ("arch/kimi-k2.gguf", false)] {
         let (gguf, shape) = open(name);
         let of = (280, KvType::F16);
-        {
-            let here = |kind, _| with_embedding || kind != DenseKind::Embedding;
-            let plan = plan(&shape, of, here, true, Experts::Gpu);
-            let device = Arc::new(Watched::new(usize::MAX));
-            let give = |_: usize| Ok(Arc::clone(&device) as Arc<dyn Device>);
-            let options = LoadOptions { threads: Some(2), batch: Some(64), ..LoadOptions::default() };
-            let mut engine = Engine::load_on(Arc::clone(&gguf), &plan, &options, Some(&give), &mut |_, _| {}).unwrap();
-            let mut plain = load(&gguf, &obvious(&shape, of.0, of.1), 64);
-            // Up to a little before the end of a chunk.
-            let n_vocab = shape.n_vocab;
-            let prompt: Vec<u32> = (0..252).map(|i| (i * 37 + 5) % n_vocab).collect();
-            engine.forward(&prompt, Wanted::Last).unwrap();
-            plain.forward(&prompt, Wanted::Last).unwrap();
-            for i in 0..9 {
-                device.take();
-                let token = (i * 11 + 3) % n_vocab;
-                let got = engine.forward(&[token], Wanted::Last).unwrap().to_vec();
-                let [launches, reads, writes, recordings] = device.take();
-                assert_eq!(reads, 2, "logits and choices");
-                // Position, token or state, rotations of each kind, and a factor for queries at most.
-                assert!(writes <= 5, "{writes} writes");
-                // Launched, then recorded, and again where a chunk begins.
-                let records = [1, 4].contains(&i);
-                assert_eq!(recordings, usize::from(records), "token {i}");
-                assert_eq!(launches > 0, i == 0 || records, "token {i}: {launches} launches");
-                let expected = plain.forward(&[token], Wanted::Last).unwrap();
-                let off = nmse(&got, expected);
-                assert!(off < 1e-5, "{name}, token {i}: {off:e}");
-                assert_eq!(engine.routing().experts, plain.routing().experts, "{name}, token {i}");
-            }
-            // It is counted as if it had been taken through the layers one by one.
-            let counters = engine.counters();
-            let used: u64 = shape.experts.iter().map(|e| u64::from(e.n_used)).sum();
-            assert_eq!(counters.layers.iter().map(|l| l.pinned_hits).sum::<u64>(), 9 * used);
-            let read: u64 = counters.read_bytes.iter().sum();
-            assert_eq!(read, plain.counters().read_bytes.iter().sum::<u64>());
-            assert!(counters.decode_tokens == 9 && counters.busy[0] > std::time::Duration::ZERO);
-            // Back to positions that were seen before.
-            engine.truncate(200).unwrap();
-            plain.truncate(200).unwrap();
-            let got = engine.forward(&[1], Wanted::Last).unwrap().to_vec();
-            assert!(nmse(&got, plain.forward(&[1], Wanted::Last).unwrap()) < 1e-5);
+        let here = |kind, _| with_embedding || kind != DenseKind::Embedding;
+        let plan = plan(&shape, of, here, true, Experts::Gpu);
+        let device = Arc::new(Watched::new(usize::MAX));
+        let give = |_: usize| Ok(Arc::clone(&device) as Arc<dyn Device>);
+        let options = LoadOptions { threads: Some(2), batch: Some(64), ..LoadOptions::default() };
+        let mut engine = Engine::load_on(Arc::clone(&gguf), &plan, &options, Some(&give), &mut |_, _| {}).unwrap();
+        let mut plain = load(&gguf, &obvious(&shape, of.0, of.1), 64);
+        // Up to a little before the end of a chunk.
+        let n_vocab = shape.n_vocab;
+        let prompt: Vec<u32> = (0..252).map(|i| (i * 37 + 5) % n_vocab).collect();
+        engine.forward(&prompt, Wanted::Last).unwrap();
+        plain.forward(&prompt, Wanted::Last).unwrap();
+        for i in 0..9 {
+            device.take();
+            let token = (i * 11 + 3) % n_vocab;
+            let got = engine.forward(&[token], Wanted::Last).unwrap().to_vec();
+            let [launches, reads, writes, recordings] = device.take();
+            assert_eq!(reads, 2, "logits and choices");
+            // Position, token or state, rotations of each kind, and a factor for queries at most.
+            assert!(writes <= 5, "{writes} writes");
+            // Launched, then recorded, and again where a chunk begins.
+            let records = [1, 4].contains(&i);
+            assert_eq!(recordings, usize::from(records), "token {i}");
+            assert_eq!(launches > 0, i == 0 || records, "token {i}: {launches} launches");
+            let expected = plain.forward(&[token], Wanted::Last).unwrap();
+            let off = nmse(&got, expected);
+            assert!(off < 1e-5, "{name}, token {i}: {off:e}");
+            assert_eq!(engine.routing().experts, plain.routing().experts, "{name}, token {i}");
         }
+        // It is counted as if it had been taken through the layers one by one.
+        let counters = engine.counters();
+        let used: u64 = shape.experts.iter().map(|e| u64::from(e.n_used)).sum();
+        assert_eq!(counters.layers.iter().map(|l| l.pinned_hits).sum::<u64>(), 9 * used);
+        let read: u64 = counters.read_bytes.iter().sum();
+        assert_eq!(read, plain.counters().read_bytes.iter().sum::<u64>());
+        assert!(counters.decode_tokens == 9 && counters.busy[0] > std::time::Duration::ZERO);
+        // Back to positions that were seen before.
+        engine.truncate(200).unwrap();
+        plain.truncate(200).unwrap();
+        let got = engine.forward(&[1], Wanted::Last).unwrap().to_vec();
+        assert!(nmse(&got, plain.forward(&[1], Wanted::Last).unwrap()) < 1e-5);
     }
+}
+
+#[test]
+fn a_layer_is_few_launches() {
+    let gguf = Arc::new(Gguf::open(&data("../../profiles/demo/demo.gguf")).unwrap());
+    let shape = shape_of(&gguf, &describe(&gguf).unwrap());
+    let plan = all_on_gpu(&shape, 16, KvType::F16);
+    let device = Arc::new(Watched::new(usize::MAX));
+    let give = |_: usize| Ok(Arc::clone(&device) as Arc<dyn Device>);
+    let options = LoadOptions { threads: Some(1), ..LoadOptions::default() };
+    let mut engine = Engine::load_on(Arc::clone(&gguf), &plan, &options, Some(&give), &mut |_, _| {}).unwrap();
+    device.take();
+    engine.forward(&[5], Wanted::Last).unwrap();
+    let [launches, ..] = device.take();
+    // Beside the layers the embedding, the last norm and the head.
+    assert_eq!(launches, 17 * shape.n_layer as usize + 3);
 }

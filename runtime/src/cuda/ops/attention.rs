@@ -293,7 +293,7 @@ impl Ops {
         let width = heads * a.value_width;
         let quants = quants.map(|quants| {
             assert!(a.value_width.is_multiple_of(32), "values of {} to quantise", a.value_width);
-            let _ = quants.to_fill(a.tokens, width);
+            let _ = quants.take_shape(a.tokens, width);
             &*quants
         });
         let mut first = 0;

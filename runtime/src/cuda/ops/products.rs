@@ -47,8 +47,8 @@ impl Quants {
 }
 
 impl Quants {
-    /// Takes the shape of what a kernel will write, and gives its three arguments.
-    pub(super) fn to_fill(&mut self, rows: usize, cols: usize) -> [Arg; 3] {
+    /// Takes the shape of what a kernel will write; returns its three arguments.
+    pub(super) fn take_shape(&mut self, rows: usize, cols: usize) -> [Arg; 3] {
         assert!(cols.is_multiple_of(32) && rows * cols <= self.room, "{rows} x {cols} values");
         (self.rows, self.cols) = (rows, cols);
         [self.codes.view().arg(), self.scales.view().arg(), self.sums.view().arg()]
@@ -56,7 +56,7 @@ impl Quants {
 
     /// Null arguments where nothing is to be quantised.
     pub(super) fn fill_or_null(quants: Option<(&mut Quants, usize, usize)>) -> [Arg; 3] {
-        quants.map_or([Arg::Pointer(0); 3], |(quants, rows, cols)| quants.to_fill(rows, cols))
+        quants.map_or([Arg::Pointer(0); 3], |(quants, rows, cols)| quants.take_shape(rows, cols))
     }
 }
 
@@ -164,7 +164,7 @@ impl Ops {
     pub fn quantize(&self, x: View<'_>, rows: usize, cols: usize, out: &mut Quants) -> Result<(), CudaError> {
         assert!(x.words() >= rows * cols, "{rows} x {cols} values");
         let n_runs = rows * cols / 32;
-        let [codes, scales, sums] = out.to_fill(rows, cols);
+        let [codes, scales, sums] = out.take_shape(rows, cols);
         let args = [x.arg(), int(n_runs), codes, scales, sums];
         self.launch("quantize", [blocks(n_runs, THREADS / 32), 1, 1], THREADS, &args)
     }
