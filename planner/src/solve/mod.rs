@@ -1,12 +1,13 @@
 //! Finds where every tensor should live.
 //!
 //! [`goal`] says what is made least and [`wishes`] what is fixed by hand; [`room`] sets aside what every plan needs;
-//! [`columns`], [`grid`] and [`maker`] list what can be chosen and what it costs, [`table`] and [`whole`] look at what can't be
-//! listed; [`dual`] finds prices for bytes and a proven bound; [`search`], [`labels`] and [`program`] find the integer
-//! choice; [`rules`] makes the plans to compare with; [`check`] re-checks every plan before anybody sees it;
+//! [`columns`], [`grid`] and [`maker`] list what can be chosen and what it costs, [`steps`], [`table`] and [`whole`] look at
+//! what can't be listed; [`dual`] finds prices for bytes and a proven bound; [`round`], [`search`], [`polish`], [`labels`]
+//! and [`program`] find the integer choice; [`rules`] makes the plans to compare with; [`check`] re-checks every plan before anybody sees it;
 //! [`policy`] then says how slots are refilled; [`infeasible`] and [`verdict`] put into words what came of it.
 
 pub mod batch;
+mod beyond;
 pub mod check;
 mod choose;
 pub mod columns;
@@ -24,6 +25,7 @@ pub mod room;
 pub mod round;
 pub mod rules;
 pub mod search;
+pub mod steps;
 pub mod table;
 pub mod verdict;
 pub mod whole;

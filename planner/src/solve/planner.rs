@@ -12,7 +12,9 @@ use crate::cost::{self, predict, token_s};
 use crate::profile::Evidence;
 use anyhow::{Result, bail, ensure};
 use std::time::Instant;
-use tier_plan_runtime::formats::placement::{DensePlacement, Placement, PlanTier, Prediction, SolverReport};
+use tier_plan_runtime::formats::placement::{
+    DensePlacement, Placement, PlanTier, Prediction, SolverReport, attention_s,
+};
 
 /// A relative gap that is rounding.
 pub(super) const NO_GAP: f64 = 1e-9;
@@ -180,7 +182,7 @@ impl Planner<'_> {
     fn report(&self, plan: &mut Placement, found: &Programmed) {
         plan.solver.backend = found.backend.name().to_string();
         plan.solver.status = "feasible".to_string();
-        let gap = self.gap(plan, found.bound);
+        let gap = found.bound.and_then(|bound| self.gap(plan, bound));
         plan.solver.gap = gap;
         if gap.is_some_and(|gap| gap <= NO_GAP) {
             plan.solver.status = "optimal".to_string();
@@ -211,8 +213,10 @@ impl Planner<'_> {
     fn fixed_s(&self, sequences: u32) -> f64 {
         let Inputs { shape, machine, context, kv_type, .. } = *self.inputs;
         let overhead = cost::overhead_s(shape.n_layer, machine.layer_overhead_us, machine.token_overhead_us);
-        let cache = kv_type.moved_bytes(shape, cost::middle(context).into(), 1) as f64;
-        overhead + f64::from(sequences) * cost::read_s(&self.room.tiers[self.room.kv_tier], cache)
+        let gflops = machine.prompt_gflops().get(self.room.kv_tier).copied().unwrap_or(0.0);
+        let tier = &self.room.tiers[self.room.kv_tier];
+        let attention = attention_s(shape, kv_type, tier, gflops, cost::middle(context).into());
+        overhead + f64::from(sequences) * attention
     }
 
     /// Goals in which bytes cost something themselves: the fastest plan first, then from it the least value.
@@ -228,9 +232,14 @@ impl Planner<'_> {
             // A rule that is faster on held-out tokens may do what the train split's plan does not.
             let rules = drafts.iter().map(|draft| (draft, self.assemble("ilp", draft))).filter(|(_, p)| self.may_be(p));
             if let Some((draft, rule)) = rules.min_by(|a, b| self.value(&a.1).total_cmp(&self.value(&b.1))) {
-                return Ok((rule, Programmed { draft: draft.clone(), bound: 0.0, whole: None, ..found }));
+                return Ok((rule, Programmed { draft: draft.clone(), bound: None, whole: None, ..found }));
             }
-            bail!(infeasible::target(&plan, found.bound + self.fixed_s(1), most_s, self.inputs));
+            bail!(infeasible::target(
+                &plan,
+                found.bound.map_or(0.0, |bound| bound + self.fixed_s(1)),
+                most_s,
+                self.inputs
+            ));
         }
         let mut room = self.room.clone();
         if let (true, Some(most_s)) = (self.goal.limits_time(), self.goal.most_s()) {
@@ -246,7 +255,7 @@ impl Planner<'_> {
                 Ok(next) => next,
                 // So near the fastest plan that rounded times leave no other; nothing is known of less memory then.
                 Err(_) if self.may_be(&plan) => {
-                    (found.bound, found.whole) = (0.0, None);
+                    (found.bound, found.whole) = (None, None);
                     break;
                 }
                 Err(error) => return Err(error),

@@ -540,7 +540,8 @@ fn highs_agrees_with_microlp() -> Result<()> {
         let mut items = columns::dense_items(&shape, &room, &charge, &wishes);
         items.extend(maker.items());
         let Ok(dual) = dual::maximise(&items, &room, None, Instant::now() + Duration::from_secs(10)) else { continue };
-        let [a, b] = [Backend::Microlp, Backend::Highs].map(|s| program::solve(&items, &room, &dual, None, 10.0, s));
+        let [a, b] = [Backend::Microlp, Backend::Highs]
+            .map(|s| program::solve(&items, &room, &dual, None, program::MAX_COLUMNS, 10.0, s));
         match (a.choice, b.choice) {
             (Some(a), Some(b)) => {
                 tried += 1;

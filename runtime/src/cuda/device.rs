@@ -107,7 +107,10 @@ pub trait Device: Send + Sync {
     ///
     /// # Errors
     /// When the device fails, or did something else meanwhile than launch kernels.
-    fn end_recording(self: Arc<Self>) -> Result<Box<dyn Recording>, CudaError>;
+    fn end_recording(self: Arc<Self>) -> Result<Box<dyn Recording>, CudaError> {
+        let (device, what) = (self.name().to_string(), "ending a recording".to_string());
+        Err(CudaError::Call { device, what, why: "none was begun".into() })
+    }
 }
 
 /// Launches that were recorded, with their arguments.

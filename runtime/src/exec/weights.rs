@@ -39,7 +39,7 @@ impl DenseWeights {
 
     /// Takes all matrices to a device.
     #[cfg(test)]
-    pub(super) fn move_to_device(&mut self, device: &Arc<dyn crate::cuda::Device>) {
+    pub(super) fn move_to(&mut self, device: &Arc<dyn crate::cuda::Device>) {
         for (tensor, held) in self.gguf.tensors().iter().zip(&mut self.held) {
             if let Some((_, held @ Held::Mapped)) = held {
                 *held = Held::Device(Arc::new(Buffer::of_bytes(device, self.gguf.bytes(tensor)).unwrap()));

@@ -104,7 +104,7 @@ proptest! {
         prop_assert!(bound <= least * (1.0 + 1e-9), "{bound} {least}");
         prop_assert!(bound >= least * (1.0 - 2e-4), "{bound} {least}");
         // What is found by steps is priced as the cost model prices it.
-        for (config, seconds) in layer.cheapest(&[none], soon()) {
+        for (config, seconds) in layer.cheapest(&[none], true, soon()) {
             let placed = config.placement(0, &evidence.layers[0].order, room.home());
             let stage = cost::ExpertStage::new(&room.tiers, 1_000_000, evidence.layers[0].ahead);
             let outcomes = cost::outcomes(&placed, &evidence.layers[0], &room.tiers, room.staging_tier);

@@ -444,7 +444,7 @@ pub(super) fn mixer_alone(
 ) -> Vec<f32> {
     use crate::model::spec::{GatedFfn, LayerSpec, Linear};
     let device: Arc<dyn Device> = crate::cuda::shim::shared();
-    weights.move_to_device(&device);
+    weights.move_to(&device);
     let linear = Linear { weight: 0, bias: None, n_out: 0, n_in: 0, first_row: 0 };
     let ffn = FfnSpec::Dense(GatedFfn { gate: linear, up: linear, down: linear });
     let layer = LayerSpec { mixer_norm: norm, mixer: mixer.clone(), ffn_norm: norm, ffn };
