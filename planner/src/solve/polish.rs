@@ -353,6 +353,7 @@ mod tests {
             latency_us: 0.0,
             unit: None,
             emulated: false,
+            unit: None,
             source: String::new(),
         };
         Room {

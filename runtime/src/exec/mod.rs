@@ -24,6 +24,7 @@ mod moe_gpu;
 mod node_tests;
 pub mod pack;
 pub mod plan;
+mod resident;
 pub(crate) mod rope;
 pub(crate) mod router;
 mod scratch;
