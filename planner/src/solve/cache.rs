@@ -109,7 +109,7 @@ pub(super) fn best(planners: &[Planner<'_>], start: Instant, deadline: Instant) 
         let none = || anyhow::anyhow!("no tier has room for the key and value cache");
         return Err(first_error.unwrap_or_else(none));
     };
-    let others = attempts.map(|a| a.bound).fold(Some(left_out), |least, bound| Some(least?.min(bound?)));
+    let others = attempts.map(|a| a.bound).try_fold(left_out, |least, bound| Some(least.min(bound?)));
     take_in(&mut best.found.plan, best.value, others);
     best.found.plan.solver.solve_s = start.elapsed().as_secs_f64();
     Ok(best.found)

@@ -353,7 +353,6 @@ mod tests {
             latency_us: 0.0,
             unit: None,
             emulated: false,
-            unit: None,
             source: String::new(),
         };
         Room {
