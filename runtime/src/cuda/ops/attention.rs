@@ -1,5 +1,6 @@
 //! Rotation, the cache and attention over it.
 
+use super::prompt_attention::prompt_kernel;
 use super::{blocks, few, int, null_or};
 use crate::cuda::device::{Arg, Buffer, Device, View};
 use crate::cuda::{CudaError, Ops};
@@ -27,16 +28,16 @@ pub struct Positions<'a> {
 }
 
 impl Positions<'_> {
-    fn word(self) -> Arg {
+    pub(super) fn word(self) -> Arg {
         self.on_device.floats(0..1).arg()
     }
 }
 
 /// Room for what attention finds in each chunk of the context.
 pub struct AttendRoom {
-    mixed: Buffer,
-    largest: Buffer,
-    sums: Buffer,
+    pub(super) mixed: Buffer,
+    pub(super) largest: Buffer,
+    pub(super) sums: Buffer,
 }
 
 impl AttendRoom {
@@ -65,7 +66,7 @@ impl AttendRoom {
     }
 
     /// Queries and chunks that there is room for.
-    fn parts(&self, value_width: usize) -> usize {
+    pub(super) fn parts(&self, value_width: usize) -> usize {
         (self.mixed.view().words() / value_width.max(1)).min(self.largest.view().words())
     }
 }
@@ -108,11 +109,22 @@ pub struct Attend<'a> {
 }
 
 impl Attend<'_> {
-    /// Chunks that some of the tokens look back at, from the first one's first to the last one's last.
-    fn chunks(&self, first: usize, tokens: usize) -> usize {
+    /// Pieces of `len` positions that some of the tokens look back at, from the first one's first to the last one's last.
+    pub(super) fn pieces(&self, len: usize, first: usize, tokens: usize) -> usize {
         let past = self.positions.past + self.first + first;
-        let begin = self.window.map_or(0, |window| (past + 1).saturating_sub(window)) / CHUNK;
-        (past + tokens).div_ceil(CHUNK) - begin
+        let begin = self.window.map_or(0, |window| (past + 1).saturating_sub(window)) / len;
+        (past + tokens).div_ceil(len) - begin
+    }
+
+    /// As many tokens from `first` on as there is room for at once when the context is cut into pieces of `len`
+    /// positions, and their pieces.
+    pub(super) fn fitting(&self, room: &AttendRoom, len: usize, first: usize) -> (usize, usize) {
+        let heads = self.n_head_kv * self.group;
+        let fits = |tokens: usize| self.pieces(len, first, tokens) * tokens * heads <= room.parts(self.value_width);
+        let tokens = (1..=self.tokens - first).rev().find(|n| fits(*n));
+        let positions = self.positions.past + self.first + first + 1;
+        let tokens = tokens.unwrap_or_else(|| panic!("no room for attention to {positions} positions"));
+        (tokens, self.pieces(len, first, tokens))
     }
 }
 
@@ -173,7 +185,8 @@ impl Ops {
         self.launch(kernel, [blocks(heads, 1), few(tokens), 1], 128, &args)
     }
 
-    /// Attention; `out` is `[tokens, n_head_kv * group, value_width]`.
+    /// Attention; `out` is `[tokens, n_head_kv * group, value_width]`. For [`PROMPT_TOKENS`] and more, 16-bit floats are
+    /// multiplied where the keys are not too wide for that.
     ///
     /// # Errors
     /// When the device fails.
@@ -191,6 +204,9 @@ impl Ops {
         assert!(a.queries.words() >= a.tokens * heads * a.key_width, "queries");
         assert!(out.words() >= a.tokens * heads * a.value_width, "room for attention");
         assert!(a.sinks.is_none_or(|s| s.words() >= heads), "a sink a head");
+        if let Some(kernel) = prompt_kernel(a) {
+            return self.attend_prompt(kernel, a, room, out);
+        }
         let kernel = match a.kv_type {
             KvType::F32 => "attend_f32",
             KvType::F16 => "attend_f16",
@@ -198,11 +214,7 @@ impl Ops {
         };
         let mut first = 0;
         while first < a.tokens {
-            // As many tokens at once as there is room for.
-            let fitting = |tokens: usize| a.chunks(first, tokens) * tokens * heads <= room.parts(a.value_width);
-            let tokens = (1..=a.tokens - first).rev().find(|n| fitting(*n));
-            let tokens = tokens.unwrap_or_else(|| panic!("no room for attention to {} positions", past + first + 1));
-            let chunks = a.chunks(first, tokens);
+            let (tokens, chunks) = a.fitting(room, CHUNK, first);
             let queries = a.queries.floats(first * heads * a.key_width..(first + tokens) * heads * a.key_width);
             let to = out.floats(first * heads * a.value_width..(first + tokens) * heads * a.value_width);
             let (mixed, largest, sums) = (room.mixed.view(), room.largest.view(), room.sums.view());
@@ -226,11 +238,23 @@ impl Ops {
             ];
             let grid = [blocks(chunks, 1), few(a.n_head_kv * a.group.div_ceil(HEADS)), few(tokens)];
             self.launch(kernel, grid, 128, &args)?;
-            let args =
-                [mixed.arg(), largest.arg(), sums.arg(), int(chunks), int(a.value_width), null_or(a.sinks), to.arg()];
-            self.launch("join_chunks", [blocks(heads, 1), few(tokens), 1], 128, &args)?;
+            self.join(a, room, tokens, chunks, to)?;
             first += tokens;
         }
         Ok(())
+    }
+
+    /// Puts the pieces of the context together, of so many tokens.
+    pub(super) fn join(
+        &self,
+        a: &Attend<'_>,
+        room: &AttendRoom,
+        tokens: usize,
+        pieces: usize,
+        out: View<'_>,
+    ) -> Result<(), CudaError> {
+        let [mixed, largest, sums] = [&room.mixed, &room.largest, &room.sums].map(|b| b.view().arg());
+        let args = [mixed, largest, sums, int(pieces), int(a.value_width), null_or(a.sinks), out.arg()];
+        self.launch("join_chunks", [blocks(a.n_head_kv * a.group, 1), few(tokens), 1], 128, &args)
     }
 }
