@@ -346,15 +346,12 @@ impl PinnedExperts {
             }
         }
         let product = |ty, table, n_out, n_in, floats: &Buffer, quants: &Quants, per_x, out: View<'_>| {
-            if !needs_quants(ty) {
-                let chosen = Matrices::Chosen(table, r.which.view());
-                return ops.matvec(ty, chosen, jobs, n_out, n_in, Input::Floats(floats.view()), per_x, out);
-            }
+            let input = if needs_quants(ty) { Input::Quants(quants) } else { Input::Floats(floats.view()) };
             if !groups.is_empty() {
-                return ops.matmul(ty, Batch::Groups(table, &groups), n_out, n_in, quants, out);
+                return ops.matmul(ty, Batch::Groups(table, &groups), n_out, n_in, input, out);
             }
             let chosen = Matrices::Chosen(table, r.which.view());
-            ops.matvec(ty, chosen, jobs, n_out, n_in, Input::Quants(quants), per_x, out)
+            ops.matvec(ty, chosen, jobs, n_out, n_in, input, per_x, out)
         };
         product(l.kind.gate, &l.gate, ffn, hidden, &r.x, &r.x_quants, jobs / rows, r.gate.view())?;
         product(l.kind.up, &l.up, ffn, hidden, &r.x, &r.x_quants, jobs / rows, r.up.view())?;
