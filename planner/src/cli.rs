@@ -553,7 +553,7 @@ pub struct TokenizeArgs {
 /// `selftest`.
 #[derive(Debug, Args)]
 pub struct SelftestArgs {
-    /// Check a GPU's kernels instead of the processor's, and measure its memory, its link, launches and products
+    /// Check a GPU: its kernels, the bundled model on it, and measure its memory, its link, launches and products
     #[arg(long)]
     pub gpu: bool,
     /// The GPU, by the driver's number

@@ -1,5 +1,6 @@
 //! `tier-plan selftest`: the kernels of this machine against the plain ones, and what a GPU gives.
 
+use crate::bundled;
 use crate::cli::SelftestArgs;
 use crate::host;
 use anyhow::{Result, bail};
@@ -8,6 +9,8 @@ use std::sync::Arc;
 use tier_plan_runtime::check::{self, Outcome};
 use tier_plan_runtime::cuda::measure::{Rates, products_gbps, rates};
 use tier_plan_runtime::cuda::{self, Device, Gpu};
+use tier_plan_runtime::exec::whole;
+use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::kernels::Kernels;
 use tier_plan_runtime::quant::TensorType;
 use tier_plan_runtime::units::show_bytes;
@@ -71,7 +74,28 @@ fn on_gpu(gpu: &Arc<Gpu>) -> Vec<Row> {
         let found = c.run(&device).map_err(|error| error.to_string());
         Row { on: format!("GPU {}", gpu.properties().ordinal), name: c.name, found }
     };
-    cuda::check::all().into_iter().map(row).collect()
+    let mut rows: Vec<Row> = cuda::check::all().into_iter().map(row).collect();
+    // Kernels that are wrong by themselves need no more proof.
+    if rows.iter().all(Row::is_well) {
+        rows.extend(whole_models(gpu));
+    }
+    rows
+}
+
+/// The bundled model on the GPU against the same on the processor.
+fn whole_models(gpu: &Arc<Gpu>) -> Vec<Row> {
+    let device: Arc<dyn Device> = Arc::clone(gpu) as _;
+    let give = |_: usize| Ok(Arc::clone(&device));
+    let compare = |experts_too| -> Result<Outcome> {
+        let gguf = Arc::new(Gguf::open(&bundled::path("demo/demo.gguf")?)?);
+        Ok(whole::compare(&gguf, experts_too, Some(&give))?)
+    };
+    let names = [("demo, all of it", true), ("demo, experts in main memory", false)];
+    let row = |(name, experts_too): (&str, bool)| {
+        let found = compare(experts_too).map_err(|error| format!("{error:#}"));
+        Row { on: format!("GPU {}", gpu.properties().ordinal), name: name.into(), found }
+    };
+    names.into_iter().map(row).collect()
 }
 
 fn measure(gpu: &Arc<Gpu>) -> Result<Measured> {

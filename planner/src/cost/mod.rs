@@ -23,7 +23,8 @@
 //! exact for LRU, and taken for the other policies too, which can do no better there.
 //!
 //! A dense stage also reads the keys and values of every position that the token attends to (of as many as a layer's
-//! window has), and reads and writes back recurrent state, all at the rate of the tier that the cache is on. The time
+//! window has), and reads and writes back recurrent state, all at the rate of the tier that the cache is on; where the
+//! products with them take longer than that, and their rate is known, those count. The time
 //! of a token so depends on its place in the text: a prediction is for the place `at`, half of the planned context
 //! unless told otherwise, and a run's record has it for the middle of what the run decoded.
 //!
@@ -312,7 +313,7 @@ pub fn predict(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -> Pre
     }
     let overhead_s = overhead_s(shape.n_layer, plan.layer_overhead_us, plan.token_overhead_us);
     let (at, prompt_gflops) = (plan.predicted.at, plan.predicted.prompt_gflops.clone());
-    let kv_s = if at > 0 { plan.kv_s(shape, at.into(), 1) } else { 0.0 };
+    let kv_s = if at > 0 { plan.attention_s(shape, at.into()) } else { 0.0 };
     let total = overhead_s + dense_s.iter().sum::<f64>() + kv_s + critical;
     Prediction {
         decode_tok_s: if total > 0.0 { 1.0 / total } else { 0.0 },

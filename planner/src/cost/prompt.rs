@@ -9,8 +9,8 @@
 //!   `1 − (1 − share)^BATCH`, and a full set of slots spares its part of the pooled ones; the paths overlap as for one
 //!   token. The stage takes at least as long as the processor computes on all that lies on tiers of the CPU together, and
 //!   as the accelerator computes on its own;
-//! - keys and values of the batch are read once; every token's products with those before it run at [`ATTENTION`] of the
-//!   rate, one layer after the other.
+//! - keys and values of the batch are read once, and every token's products with those before it run at [`ATTENTION`] of
+//!   the rate; the longer of the two counts.
 //!
 //! An expert's products run at `gflops · rows / (rows + HALF_ROWS)` when so many of the batch's tokens use it.
 //!
@@ -39,7 +39,7 @@ pub fn batch_s(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -> f64
     let tiers: Vec<Tier> = plan.tiers.iter().map(|t| t.tier.clone()).collect();
     let overhead = overhead_s(shape.n_layer, plan.layer_overhead_us, plan.token_overhead_us);
     let tier_of: BTreeMap<_, _> = plan.dense.iter().map(|d| ((d.kind, d.layer), d.tier)).collect();
-    let mut total = overhead + plan.kv_s(shape, BATCH.into(), BATCH.into());
+    let mut total = overhead;
     for group in &shape.dense {
         let Some(&tier) = tier_of.get(&(group.kind, group.layer)) else { continue };
         let (reads, tokens) = match group.kind {
@@ -51,7 +51,8 @@ pub fn batch_s(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -> f64
         total += read.max(compute_s(plan, tier, tokens * group.macs as f64));
     }
     let macs: f64 = shape.kv_rows.iter().map(|rows| rows.prompt_macs(BATCH.into())).sum();
-    total += compute_s(plan, plan.kv_tier, macs / ATTENTION);
+    let moved = plan.kv_s(shape, BATCH.into(), BATCH.into());
+    total += moved.max(compute_s(plan, plan.kv_tier, macs / ATTENTION));
     for (layer, evidence) in plan.layers.iter().zip(&evidence.layers) {
         total += experts_s(plan, layer, evidence, &tiers);
     }

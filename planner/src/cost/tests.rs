@@ -58,6 +58,7 @@ fn reading_ahead_hides_one_expert_at_most_behind_the_dense_stage() {
         read_gbps,
         latency_us,
         emulated,
+        unit: None,
         source: String::new(),
     };
     let drive = |emulated| [tier(TierKind::Dram, 10.0, 0.0, false), tier(TierKind::Nvme, 1.0, 100.0, emulated)];
@@ -130,6 +131,19 @@ mod whole {
     }
 
     #[test]
+    fn attention_is_bound_by_bytes_or_by_products() {
+        let known = catalogue::model(Path::new("qwen3-30b-a3b"), Some("q4_k_m")).unwrap();
+        // Eight query heads to each of four heads of keys and values of 128 values, in 48 layers.
+        let operations = 2.0 * f64::from(48 * 2 * 4 * 128 * 8) * 512.0;
+        let (slow, evidence) = plan(&known, &machine(Some(100.0)), 1024, KvType::F16);
+        assert!((slow.predicted.kv_s / (operations / 16e9) - 1.0).abs() < 1e-9, "{}", slow.predicted.kv_s);
+        assert_eq!(check::check(&slow, &known.sizes, &evidence), Vec::<String>::new());
+        let (fast, _) = plan(&known, &machine(Some(1e6)), 1024, KvType::F16);
+        let bytes = f64::from(48 * 4 * 2 * 128 * 2) * 512.0;
+        assert!((fast.predicted.kv_s / (bytes / 50e9) - 1.0).abs() < 1e-9, "{}", fast.predicted.kv_s);
+    }
+
+    #[test]
     fn state_is_read_and_written_and_windows_end() {
         use tier_plan_runtime::model::kv::KvRows;
         let mut known = catalogue::model(Path::new("qwen3-30b-a3b"), Some("q4_k_m")).unwrap();
@@ -163,7 +177,10 @@ mod whole {
         let seconds = 2.0 * (512.0 * dense as f64 + experts + attention) / 10e9;
         let expected = f64::from(BATCH) / seconds;
         assert!((slow.prompt_tok_s / expected - 1.0).abs() < 0.01, "{} {expected}", slow.prompt_tok_s);
-        assert_eq!(slow.decode_tok_s, reads.decode_tok_s, "decoding has no products to speak of");
+        assert_eq!(
+            slow.expert_critical_s, reads.expert_critical_s,
+            "of decoding, only attention has products to speak of"
+        );
         // A batch chooses nearly every one of 128 experts, so a read of all but the embedding is what reads take.
         let embedding: u64 = shape.dense.iter().filter(|d| d.kind == DenseKind::Embedding).map(|d| d.bytes).sum();
         let bytes = (shape.weight_bytes() - embedding) as f64;

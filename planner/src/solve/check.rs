@@ -8,7 +8,7 @@ use crate::replay::Event;
 use std::collections::BTreeMap;
 use tier_plan_runtime::exec::slots::{Access, SlotCache};
 use tier_plan_runtime::formats::machine::TierKind;
-use tier_plan_runtime::formats::placement::{LayerPlacement, Placement, PlanTier, SlotPolicy};
+use tier_plan_runtime::formats::placement::{ATTENTION_OF_A_TOKEN, LayerPlacement, Placement, PlanTier, SlotPolicy};
 use tier_plan_runtime::model::shape::{DenseKind, ModelShape};
 use tier_plan_runtime::units::show_bytes;
 
@@ -167,12 +167,21 @@ pub fn token_s(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -> f64
         }
     }
     if plan.predicted.at > 0 {
-        let rows = shape.kv_rows.iter().map(|rows| {
-            let positions = rows.window.unwrap_or(u64::MAX).min(plan.predicted.at.into());
-            (plan.kv_type.row_bytes(rows.width) * rows.per_token * positions) as f64
-        });
-        let bytes = rows.sum::<f64>() + 2.0 * shape.state_bytes as f64;
-        total += bytes / (plan.tiers[plan.kv_tier].tier.read_gbps * 1e9);
+        let (mut bytes, mut values) = (2.0 * shape.state_bytes as f64, 0.0);
+        for rows in &shape.kv_rows {
+            let seen = rows.per_token * rows.window.unwrap_or(u64::MAX).min(plan.predicted.at.into());
+            bytes += (plan.kv_type.row_bytes(rows.width) * seen) as f64;
+            values += (rows.width * rows.queries * seen) as f64;
+        }
+        let tier = &plan.tiers[plan.kv_tier].tier;
+        let mut seconds = bytes / (tier.read_gbps * 1e9);
+        match plan.predicted.prompt_gflops.get(plan.kv_tier) {
+            Some(&rate) if rate > 0.0 && !tier.emulated => {
+                seconds = seconds.max(2.0 * values / (ATTENTION_OF_A_TOKEN * rate * 1e9));
+            }
+            _ => {}
+        }
+        total += seconds;
     }
     for (layer, evidence) in plan.layers.iter().zip(&evidence.layers) {
         total += match &evidence.judged {

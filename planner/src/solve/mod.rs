@@ -149,7 +149,7 @@ pub fn solve_all(inputs: &Inputs<'_>, options: &Options) -> Result<Solved> {
 pub fn solve_judged(inputs: &Inputs<'_>, evidence: &Evidence, options: &Options) -> Result<Solved> {
     let start = Instant::now();
     let goal = Goal::new(options.objective, options.batch, options.target_tok_s, inputs)?;
-    let room = Room::new(inputs)?;
+    let room = Room::with(inputs, &options.wishes)?;
     let planner =
         Planner { inputs, evidence, room: &room, goal: &goal, wishes: &options.wishes, backend: options.backend };
     let mut notes = evidence.notes.clone();

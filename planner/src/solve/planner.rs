@@ -12,7 +12,9 @@ use crate::cost::{self, predict, token_s};
 use crate::profile::Evidence;
 use anyhow::{Result, bail, ensure};
 use std::time::Instant;
-use tier_plan_runtime::formats::placement::{DensePlacement, Placement, PlanTier, Prediction, SolverReport};
+use tier_plan_runtime::formats::placement::{
+    DensePlacement, Placement, PlanTier, Prediction, SolverReport, attention_s,
+};
 
 /// A relative gap that is rounding.
 pub(super) const NO_GAP: f64 = 1e-9;
@@ -211,8 +213,10 @@ impl Planner<'_> {
     fn fixed_s(&self, sequences: u32) -> f64 {
         let Inputs { shape, machine, context, kv_type, .. } = *self.inputs;
         let overhead = cost::overhead_s(shape.n_layer, machine.layer_overhead_us, machine.token_overhead_us);
-        let cache = kv_type.moved_bytes(shape, cost::middle(context).into(), 1) as f64;
-        overhead + f64::from(sequences) * cost::read_s(&self.room.tiers[self.room.kv_tier], cache)
+        let gflops = machine.prompt_gflops().get(self.room.kv_tier).copied().unwrap_or(0.0);
+        let tier = &self.room.tiers[self.room.kv_tier];
+        let attention = attention_s(shape, kv_type, tier, gflops, cost::middle(context).into());
+        overhead + f64::from(sequences) * attention
     }
 
     /// Goals in which bytes cost something themselves: the fastest plan first, then from it the least value.

@@ -2,11 +2,12 @@
 
 use super::Inputs;
 use super::infeasible::mends;
+use super::wishes::Wishes;
 use crate::cost::home_in_place;
 use anyhow::{Result, bail, ensure};
 use tier_plan_runtime::formats::machine::{Tier, TierKind};
 use tier_plan_runtime::formats::placement::TierIdx;
-use tier_plan_runtime::model::shape::{DenseKind, ModelShape};
+use tier_plan_runtime::model::shape::{DenseKind, DenseShape, ModelShape};
 use tier_plan_runtime::units::show_bytes;
 
 /// Tiers above the last one, at most.
@@ -89,6 +90,14 @@ impl Room {
     /// When the machine file makes no sense for planning, or the budgets cannot hold the dense groups, the cache, the
     /// staging buffers and a home for every expert.
     pub fn new(inputs: &Inputs<'_>) -> Result<Self> {
+        Self::with(inputs, &Wishes::default())
+    }
+
+    /// [`new`](Self::new) where attention may not be everywhere.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn with(inputs: &Inputs<'_>, wishes: &Wishes) -> Result<Self> {
         let (machine, shape) = (inputs.machine, inputs.shape);
         let tiers = machine.computing_tiers();
         ensure!(
@@ -163,7 +172,7 @@ impl Room {
             in_place,
             tiers,
         };
-        room.set_aside(inputs)?;
+        room.set_aside(inputs, wishes)?;
         room.check_sums(inputs)?;
         room.leave_for_pages(inputs.shape);
         Ok(room)
@@ -189,7 +198,7 @@ impl Room {
         }
     }
 
-    fn set_aside(&mut self, inputs: &Inputs<'_>) -> Result<()> {
+    fn set_aside(&mut self, inputs: &Inputs<'_>, wishes: &Wishes) -> Result<()> {
         let staging = self.staging_tier;
         let left = self.left_bytes[staging];
         let Some(after) = left.checked_sub(self.staging_bytes) else {
@@ -213,7 +222,11 @@ impl Room {
         let all = beside(&|kind| kind != DenseKind::Embedding);
         // A real GPU must have room for all attention besides, and has no kernels for recurrent states.
         let attention = beside(&|kind| kind == DenseKind::Attention);
-        let runs = |t: TierIdx| inputs.shape.state_bytes == 0 && self.left_bytes[t] >= attention;
+        let may = |t| {
+            let of = |d: &&DenseShape| d.kind == DenseKind::Attention;
+            inputs.shape.dense.iter().filter(of).all(|d| wishes.allows(d.kind, d.layer, t))
+        };
+        let runs = |t: TierIdx| inputs.shape.state_bytes == 0 && self.left_bytes[t] >= attention && may(t);
         let tiers = || self.dense_tiers(DenseKind::Head);
         let beside_dense = tiers().find(|&t| if self.is_gpu(t) { runs(t) } else { self.left_bytes[t] >= all });
         let anywhere = || tiers().filter(|&t| !self.is_gpu(t) || runs(t)).find(fits);

@@ -22,7 +22,8 @@ fn tier(name: &str, kind: TierKind, read_gbps: f64, latency_us: f64) -> Tier {
         capacity_bytes: 1 << 40,
         read_gbps,
         latency_us,
-        emulated: false,
+        // Nothing but its own limits ties what lies on an emulated GPU together.
+        emulated: kind == TierKind::Vram,
         unit: None,
         source: String::new(),
     }
@@ -231,7 +232,8 @@ proptest! {
 
     #[test]
     fn small_instances_are_solved_to_the_optimum(seed in 0u64..u64::MAX / 2) {
-        let (shape, profile, machine, budgets) = instance(seed);
+        let (shape, profile, mut machine, budgets) = instance(seed);
+        machine.tiers.iter_mut().for_each(|t| t.emulated &= seed % 2 == 0);
         let inputs = Inputs { shape: &shape, profile: profile.as_ref(), machine: &machine, budgets, context: 100, kv_type: KvType::F16 };
         let Ok(room) = Room::new(&inputs) else { return Ok(()) };
         let evidence = Evidence::new(&shape, profile.as_ref()).map_err(|e| TestCaseError::fail(e.to_string()))?;
@@ -292,6 +294,33 @@ fn rules_use_their_bytes_and_never_beat_the_program() -> Result<()> {
     let by_name = |name: &str| solved.baselines.iter().find(|b| b.name == name);
     assert!(by_name("lru-only").is_some_and(|p| p.layers.iter().all(|l| l.pinned.is_empty())));
     assert!(by_name("first-layers-cpu").is_some_and(|p| p.layers[11].pinned == [(0, (0..40).collect())]));
+    Ok(())
+}
+
+#[test]
+fn attention_on_a_real_gpu_is_with_its_keys_and_values() -> Result<()> {
+    let shape = shape(4, 16, 2, 2_000_000);
+    let mut tiers = three_tiers();
+    tiers[0].emulated = false;
+    let machine = machine(tiers);
+    let attention: u64 = shape.dense.iter().filter(|d| d.kind == DenseKind::Attention).map(|d| d.bytes).sum();
+    let kv = KvType::F16.context_bytes(&shape, 1000);
+    let plan = |vram: u64, forbid: &[&str]| {
+        let budgets = vec![vram, 200_000_000, 1 << 40];
+        let inputs =
+            Inputs { shape: &shape, profile: None, machine: &machine, budgets, context: 1000, kv_type: KvType::F16 };
+        let forbid: Vec<String> = forbid.iter().map(|f| f.to_string()).collect();
+        let wishes = wishes::Wishes::parse(&[], &forbid, &shape, &machine)?;
+        solve_all(&inputs, &Options { wishes, ..options() }).map(|solved| solved.plan)
+    };
+    let on_gpu = |plan: &Placement| {
+        let of = |kind| plan.dense.iter().filter(|d| d.kind == kind).map(|d| d.tier).collect::<Vec<_>>();
+        (plan.kv_tier, of(DenseKind::Attention))
+    };
+    assert_eq!(on_gpu(&plan(kv + attention, &[])?), (0, vec![0; 4]));
+    assert_eq!(on_gpu(&plan(kv + attention - 1, &[])?), (1, vec![1; 4]));
+    // By hand.
+    assert_eq!(on_gpu(&plan(100_000_000, &["vram:attention:2"])?), (1, vec![1; 4]));
     Ok(())
 }
 

@@ -298,10 +298,10 @@ pub fn common_experts() -> (ExpertKind, usize) {
 }
 
 /// Experts of a kind, of which a token uses `used`: as the engine asks a device for them. None for sizes that a type
-/// can't have, or where not even a token's fit [`Effort::bytes`].
+/// can't have, or where the device has no room for those of two tokens.
 ///
 /// # Errors
-/// When the device fails, or has not got the memory for it.
+/// When the device fails.
 pub fn experts(subject: &Subject, kind: ExpertKind, used: usize) -> Result<Option<Experts>, CudaError> {
     let bytes_of = |ty: TensorType, rows: usize, cols: usize| {
         let row = ty.row_bytes(cols as u64).and_then(|bytes| usize::try_from(bytes).ok());
@@ -314,7 +314,7 @@ pub fn experts(subject: &Subject, kind: ExpertKind, used: usize) -> Result<Optio
     ];
     let [Some(gate), Some(up), Some(down)] = sizes else { return Ok(None) };
     let (effort, expert_bytes) = (subject.effort, gate + up + down);
-    let n = (effort.bytes / expert_bytes.max(1)).min(kind.n_expert);
+    let n = (effort.bytes / expert_bytes.max(1)).max(used.saturating_mul(2)).min(kind.n_expert);
     if used == 0 || n < used {
         return Ok(None);
     }
@@ -322,7 +322,10 @@ pub fn experts(subject: &Subject, kind: ExpertKind, used: usize) -> Result<Optio
     let one = ExpertBytes { gate: &largest[..gate], up: &largest[..up], down: &largest[..down], biases: None };
     let mut here = PinnedExperts::new(Arc::clone(&subject.device), 1)?;
     let all: Vec<(usize, ExpertBytes<'_>)> = (0..n).map(|expert| (expert, one)).collect();
-    here.add_layer(0, kind, &all, 0, false)?;
+    match here.add_layer(0, kind, &all, 0, false) {
+        Err(CudaError::OutOfMemory { .. }) => return Ok(None),
+        done => done?,
+    }
     let in_batch = n.min(16);
     let rows = in_batch * BATCH_TOKENS;
     here.reserve(rows.max(used))?;

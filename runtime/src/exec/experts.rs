@@ -372,6 +372,8 @@ impl ExpertStore {
         }
         self.staging.extend(step.held.drain(..).map(|(.., piece)| whole(piece)));
         self.forget_asked();
+        // Whoever lost its slot to it has none any more, and one error is enough.
+        self.gpu_error = None;
         self.forget_ahead();
     }
 

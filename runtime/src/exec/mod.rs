@@ -12,6 +12,8 @@ mod foresight;
 pub mod generate;
 mod gpu;
 #[cfg(test)]
+mod gpu_slot_tests;
+#[cfg(test)]
 mod gpu_tests;
 mod load;
 pub mod measure;
@@ -30,6 +32,7 @@ mod stages;
 pub mod verify;
 mod warm;
 mod weights;
+pub mod whole;
 
 pub use crate::model::kv::KvType;
 pub use devices::GiveDevice;

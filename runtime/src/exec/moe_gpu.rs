@@ -123,7 +123,7 @@ impl GpuBatch {
         out: &mut [f32],
     ) -> Result<(), RunError> {
         for gpu in 0..self.asked.len() {
-            if self.asked[gpu].is_empty() || !(all || !self.waiting[gpu].is_empty()) {
+            if self.asked[gpu].is_empty() || !all && self.waiting[gpu].is_empty() {
                 continue;
             }
             store.fetch_gpu(step, gpu, batch.hidden, &mut rows.fetched)?;

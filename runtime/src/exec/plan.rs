@@ -1,4 +1,5 @@
-//! The obvious plan, for running without one: everything in main memory, in place in the mapped file.
+//! The obvious plans: everything in main memory, in place in the mapped file, for running without a plan; and everything
+//! on one GPU.
 
 use crate::formats::SourceId;
 use crate::formats::machine::{Tier, TierKind};
@@ -68,4 +69,22 @@ pub fn obvious(shape: &ModelShape, context: u32, kv_type: KvType) -> Placement {
         },
         predicted: Prediction::default(),
     }
+}
+
+/// A plan with two tiers, `vram` and `dram`, that has the whole model on the first real GPU, keys and values too.
+pub fn all_on_gpu(shape: &ModelShape, context: u32, kv_type: KvType) -> Placement {
+    let mut plan = obvious(shape, context, kv_type);
+    plan.name = "all-in-vram".into();
+    let mut vram = plan.tiers[0].clone();
+    (vram.tier.name, vram.tier.kind) = ("vram".into(), TierKind::Vram);
+    (vram.pinned_bytes, vram.home_bytes) = (vram.home_bytes, 0);
+    let dram = &mut plan.tiers[0];
+    (dram.dense_bytes, dram.kv_bytes, dram.home_bytes) = (0, 0, 0);
+    plan.tiers.insert(0, vram);
+    plan.staging_tier = 1;
+    for (layer, experts) in plan.layers.iter_mut().zip(&shape.experts) {
+        layer.pinned.push((0, (0..experts.n_expert).collect()));
+        layer.slot_tier = 1;
+    }
+    plan
 }

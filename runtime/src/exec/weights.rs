@@ -37,6 +37,16 @@ impl DenseWeights {
         self.held[id] = Some((tier, held));
     }
 
+    /// Takes all matrices to a device.
+    #[cfg(test)]
+    pub(super) fn move_to(&mut self, device: &Arc<dyn crate::cuda::Device>) {
+        for (tensor, held) in self.gguf.tensors().iter().zip(&mut self.held) {
+            if let Some((_, held @ Held::Mapped)) = held {
+                *held = Held::Device(Arc::new(Buffer::of_bytes(device, self.gguf.bytes(tensor)).unwrap()));
+            }
+        }
+    }
+
     /// Bytes of the file that the tensor stands for, and its tier.
     pub(super) fn placed(&self) -> impl Iterator<Item = (TensorId, usize, u64)> {
         let tensors = self.gguf.tensors();

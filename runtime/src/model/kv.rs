@@ -48,6 +48,12 @@ impl KvRows {
 }
 
 impl KvRows {
+    /// Multiply-accumulates of a token with the rows of `positions` positions, its own included.
+    pub fn token_macs(&self, positions: u64) -> f64 {
+        let seen = positions.min(self.window.unwrap_or(u64::MAX)) as f64;
+        seen * (self.width.saturating_mul(self.per_token).saturating_mul(self.queries)) as f64
+    }
+
     /// Multiply-accumulates of a prompt's first `tokens` tokens with the rows of the tokens before each and its own.
     pub fn prompt_macs(&self, tokens: u64) -> f64 {
         let (n, window) = (tokens as f64, self.window.unwrap_or(u64::MAX).min(tokens) as f64);
@@ -143,6 +149,7 @@ mod tests {
         let all = KvRows { width: 8, per_token: 3, queries: 2, window: None };
         let near = KvRows { window: Some(10), ..all };
         // Token i has i rows to look at, the near one at most ten of them.
+        assert_eq!((all.token_macs(12), near.token_macs(12)), (12.0 * 48.0, 10.0 * 48.0));
         assert_eq!((all.prompt_macs(4), near.prompt_macs(4)), (10.0 * 48.0, 10.0 * 48.0));
         assert_eq!((all.prompt_macs(12), near.prompt_macs(12)), (78.0 * 48.0, 75.0 * 48.0));
         assert_eq!([all.read(4, 1), all.read(40, 1), all.read(40, 8)], [12, 120, 120]);

@@ -50,10 +50,7 @@ pub enum ArenaError {
 impl ArenaError {
     /// The system does not put pages of a tier where they should be.
     pub fn refused(tier: &str, pages: &Pages, source: std::io::Error) -> Self {
-        ArenaError::Node {
-            tier: tier.to_string(),
-            r#source: NumaError::Refused { policy: pages.to_string(), r#source: source },
-        }
+        ArenaError::Node { tier: tier.to_string(), r#source: NumaError::Refused { policy: pages.to_string(), source } }
     }
 }
 

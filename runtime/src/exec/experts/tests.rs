@@ -2,6 +2,8 @@
 //! has the bytes of the file.
 
 use super::*;
+use crate::cuda::experts::PinnedExperts;
+use crate::cuda::{Device, shim};
 use crate::exec::verify::make_sums;
 use crate::formats::placement::SlotPolicy;
 use crate::model::describe;
@@ -59,6 +61,8 @@ struct Setup {
     layout: Layout,
     /// Experts come from a copy: all of them, or those with even numbers.
     copy: Option<bool>,
+    /// The slots are on a GPU.
+    on_gpu: bool,
     /// A byte of this expert of the first layer is not what its checksum was made of, in the file and in the copy.
     damaged: Option<usize>,
 }
@@ -102,7 +106,17 @@ fn store(setup: &Setup, failing: &Arc<Mutex<(u64, Vec<u64>)>>) -> ExpertStore {
     }
     let room = layers.iter().map(|l| l.buffer_bytes(setup.layout)).max().unwrap();
     let mut arena = Arena::new("dram", (room * (setup.slots * layers.len() + setup.staging)) as u64).unwrap();
-    for layer in &mut layers {
+    let device: Arc<dyn Device> = shim::shared();
+    let mut gpu = PinnedExperts::new(device, layers.len()).unwrap();
+    for (at, layer) in layers.iter_mut().enumerate() {
+        if setup.on_gpu {
+            let any = vec![0; layer.expert_bytes];
+            let any = layer.packed(&any);
+            let biased = any.biases().is_some();
+            gpu.add_layer(at, any.kind(moes[at]), &[], setup.slots, biased).unwrap();
+            layer.set_slots_on_gpu(setup.slots as u32, setup.layout, setup.policy);
+            continue;
+        }
         let slots = (0..setup.slots).map(|_| arena.take(layer.buffer_bytes(setup.layout)).unwrap()).collect();
         layer.set_slots(slots, setup.layout, setup.policy);
     }
@@ -116,6 +130,7 @@ fn store(setup: &Setup, failing: &Arc<Mutex<(u64, Vec<u64>)>>) -> ExpertStore {
     let checks = Checks::bind(&gguf, &spec, &sums, &path).unwrap();
     let mut store = ExpertStore::new(gguf, layers, Some(files), staging, 0, 1, setup.staging > 0);
     store.verify(Arc::new(checks));
+    store.set_gpus(vec![(0, gpu)]);
     store
 }
 
@@ -127,7 +142,18 @@ fn shown(store: &ExpertStore, step: &Step, at: usize) -> (Vec<u8>, Vec<u8>) {
         linears.iter().flat_map(bytes).collect::<Vec<u8>>()
     };
     let layer = &store.layers[step.layer()];
+    if let Use::Slot(slot) = step.uses[at]
+        && layer.slots_on_gpu
+    {
+        return (store.bytes_on_gpu(step.layer(), slot), matrices(store, layer, step.experts()[at]));
+    }
     (flat(store.view(step, at).0), flat(store.mapped(layer, step.experts()[at] as usize)))
+}
+
+/// The file's bytes of an expert's matrices, one after the other.
+fn matrices(store: &ExpertStore, layer: &LayerExperts, expert: u32) -> Vec<u8> {
+    let view = store.mapped(layer, expert as usize);
+    [view.gate, view.up, view.down].map(|l| l.weights.bytes()).concat()
 }
 
 /// One step as the engine takes it: a token's experts as they become ready, or a batch's in order.
@@ -188,6 +214,7 @@ proptest! {
         staging in 0usize..16,
         whole_pages in any::<bool>(),
         copy in proptest::option::of(any::<bool>()),
+        on_gpu in any::<bool>(),
         warm in proptest::collection::vec((0usize..3, proptest::collection::vec(0u32..10, 0..9)), 0..4),
         policy in prop_oneof![
             Just(SlotPolicy::Lru),
@@ -198,7 +225,7 @@ proptest! {
     ) {
         let layout = if whole_pages { Layout::WholePages } else { Layout::Packed };
         let failing = Arc::new(Mutex::new((0, failing)));
-        let setup = Setup { policy, slots, staging, layout, copy, damaged: None };
+        let setup = Setup { policy, slots, staging, layout, copy, on_gpu, damaged: None };
         let mut store = store(&setup, &failing);
         let may_warm = store.warm_up(&warm).unwrap();
         prop_assert!(may_warm <= (slots * store.layers.len()) as u64);
@@ -233,7 +260,12 @@ proptest! {
         prop_assert_eq!(store.staging.len(), staging, "all buffers came back");
         prop_assert!(store.warmed() <= may_warm);
         for layer in &store.layers {
-            for (expert, slot) in layer.cache.resident() {
+            for (expert, slot) in layer.cache.resident().filter(|_| on_gpu) {
+                let at = store.layers.iter().position(|l| std::ptr::eq(l, layer)).unwrap();
+                let expected = matrices(&store, layer, expert);
+                prop_assert!(store.bytes_on_gpu(at, slot as usize) == expected, "slot {} of expert {}", slot, expert);
+            }
+            for (expert, slot) in layer.cache.resident().filter(|_| !on_gpu) {
                 let held = layer.slots[slot as usize].as_ref().unwrap();
                 for part in &layer.parts {
                     let (_, at) = layer.place(&store.gguf, part, expert as usize, layer.layout);
@@ -254,8 +286,15 @@ proptest! {
 #[test]
 fn slots_are_filled_while_nothing_is_asked_for() {
     for (staging, slots) in [(0, 4), (1, 4), (6, 4), (6, 2)] {
-        let setup =
-            Setup { policy: SlotPolicy::Lru, slots, staging, layout: Layout::WholePages, copy: None, damaged: None };
+        let setup = Setup {
+            policy: SlotPolicy::Lru,
+            slots,
+            staging,
+            layout: Layout::WholePages,
+            copy: None,
+            on_gpu: false,
+            damaged: None,
+        };
         let mut store = store(&setup, &Arc::default());
         let wanted = [(0, vec![5, 1, 5, 99, 3, 7, 2]), (1, vec![4, 0])];
         let slots = slots as u64;
@@ -281,8 +320,15 @@ fn slots_are_filled_while_nothing_is_asked_for() {
 #[test]
 fn one_changed_byte_is_an_error_and_never_shown() {
     for (staging, copy) in [(0, None), (5, None), (5, Some(true))] {
-        let setup =
-            Setup { policy: SlotPolicy::Lru, slots: 2, staging, layout: Layout::Packed, copy, damaged: Some(3) };
+        let setup = Setup {
+            policy: SlotPolicy::Lru,
+            slots: 2,
+            staging,
+            layout: Layout::Packed,
+            copy,
+            on_gpu: false,
+            damaged: Some(3),
+        };
         let mut store = store(&setup, &Arc::default());
         for _ in 0..3 {
             take(&mut store, 0, &[1, 2], false).unwrap();
@@ -299,8 +345,15 @@ fn one_changed_byte_is_an_error_and_never_shown() {
 
 #[test]
 fn on_a_mapped_tier_what_gets_no_slot_computes_where_it_lies() {
-    let setup =
-        Setup { policy: SlotPolicy::Lru, slots: 2, staging: 0, layout: Layout::Packed, copy: None, damaged: None };
+    let setup = Setup {
+        policy: SlotPolicy::Lru,
+        slots: 2,
+        staging: 0,
+        layout: Layout::Packed,
+        copy: None,
+        on_gpu: false,
+        damaged: None,
+    };
     let mut store = store(&setup, &Arc::default());
     take(&mut store, 0, &[6, 7], true).unwrap();
     // Expert 1 is to have the slot of an expert that computes after it.

@@ -382,3 +382,53 @@ fn temperature(spec: &ModelSpec) -> Option<Temperature> {
         MixerSpec::Gqa(_) | MixerSpec::Delta(_) => None,
     })
 }
+
+/// One layer's mixer by itself on the emulated device: `x` is `[tokens, hidden]`, normed, and goes through it in batches.
+#[cfg(test)]
+pub(super) fn mixer_alone(
+    mixer: &MixerSpec,
+    norm: crate::model::spec::TensorId,
+    eps: f32,
+    mut weights: DenseWeights,
+    kv_type: KvType,
+    (x, hidden): (&[f32], usize),
+    batches: &[usize],
+) -> Vec<f32> {
+    use crate::model::spec::{GatedFfn, LayerSpec, Linear};
+    let device: Arc<dyn Device> = crate::cuda::shim::shared();
+    weights.move_to(&device);
+    let linear = Linear { weight: 0, bias: None, n_out: 0, n_in: 0, first_row: 0 };
+    let ffn = FfnSpec::Dense(GatedFfn { gate: linear, up: linear, down: linear });
+    let layer = LayerSpec { mixer_norm: norm, mixer: mixer.clone(), ffn_norm: norm, ffn };
+    let spec = ModelSpec {
+        arch: String::new(),
+        hidden,
+        n_vocab: 1,
+        context: 0,
+        norm_eps: eps,
+        embedding: 0,
+        output_norm: 0,
+        output: 0,
+        layers: vec![layer],
+    };
+    let places = Places { layers: vec![LayerPlaces { mixer: Some(0), ..LayerPlaces::default() }], ..Places::default() };
+    let (context, rows) = (x.len() / hidden, batches.iter().copied().max().unwrap());
+    let sizes = Sizes::new(&spec, &places, 0, context, rows, context);
+    let (mut ropes, by_layer) = super::rope::rope_tables(&spec, &weights);
+    let (weights, places, ropes_of, sizes) = (&weights, &places, &by_layer[..], &sizes);
+    let parts = Parts { spec: &spec, weights, places, tier: 0, kv_type, context, rows, ropes: ropes_of, sizes };
+    let mut gpu = Gpu::new(&device, &parts).unwrap();
+    let (mut past, mut out) = (0, Vec::new());
+    for &n in batches {
+        gpu.prepare(past, n, &mut ropes).unwrap();
+        gpu.room.answer.view().write_f32(&x[past * hidden..][..n * hidden]).unwrap();
+        let (_, mixer) = gpu.layers[0].mixer.as_ref().unwrap();
+        if mixer.takes_quants() {
+            gpu.ops.quantize(gpu.room.answer.view(), n, hidden, &mut gpu.room.quants).unwrap();
+        }
+        mixer.run(&gpu.ops, &mut gpu.room, Batch { n, past, eps }).unwrap();
+        out.extend(gpu.room.out.view().floats(0..n * hidden).to_f32().unwrap());
+        past += n;
+    }
+    out
+}

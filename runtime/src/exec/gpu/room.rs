@@ -15,7 +15,7 @@ const ATTEND_VALUES: usize = 16 << 20;
 const LOGITS: usize = 4 << 20;
 
 /// Values in the space of the latents that are worked on at once: 16 MiB. Fewer in tests, so that there are parts.
-const MAX_LATENT_VALUES: usize = if cfg!(test) { 4096 } else { 4 << 20 };
+const MAX_LATENT_VALUES: usize = if cfg!(test) { 512 } else { 4 << 20 };
 
 /// Jobs that a launch can take.
 const MAX_JOBS: usize = 65_535;

@@ -9,7 +9,7 @@ use crate::exec::load::LoadError;
 use crate::formats::placement::{Placement, TierIdx};
 use crate::gguf::Gguf;
 use crate::model::shape::DenseKind;
-use crate::model::spec::{Ffn, LayerSpec, Linear, Mixer, ModelSpec};
+use crate::model::spec::{Ffn, KvUp, LayerSpec, Linear, Mixer, MlaSpec, ModelSpec};
 
 /// Where a part runs: on the GPU of a tier, or, without one, on the processor.
 pub(in crate::exec) type Place = Option<TierIdx>;
@@ -117,7 +117,8 @@ fn mixer(gguf: &Gguf, layer: &LayerSpec) -> Option<String> {
         }
         Mixer::Mla(a) => {
             let linears = [&a.q, &a.kv_down, &a.o].into_iter().chain(a.q_down.as_ref().map(|(l, _)| l));
-            linears.into_iter().find_map(|l| misplaced(gguf, l)).or(key(a.kv_rank + a.rope.dims))
+            let linears = linears.into_iter().find_map(|l| misplaced(gguf, l));
+            linears.or(key(a.kv_rank + a.rope.dims)).or_else(|| misplaced_heads(gguf, a))
         }
         Mixer::Delta(_) => Some("the gated delta net has no kernels for GPUs".into()),
     }
@@ -146,4 +147,20 @@ fn misplaced(gguf: &Gguf, linear: &Linear) -> Option<String> {
     let at = (linear.first_row as u64).checked_mul(row)?;
     (!at.is_multiple_of(16))
         .then(|| format!("a matrix begins at byte {at} of tensor '{}', not at one of 16", tensor.name))
+}
+
+/// The same for the matrices of heads.
+fn misplaced_heads(gguf: &Gguf, a: &MlaSpec) -> Option<String> {
+    let (rank, nope, value) = (a.kv_rank, a.nope_dim, a.value_dim);
+    let of = match a.kv_up {
+        KvUp::Split { k, v } => [(k, rank, nope), (v, value, rank)],
+        KvUp::Fused(kv) => [(kv, nope + value, rank), (kv, nope, rank)],
+    };
+    of.into_iter().find_map(|(id, rows, n_in)| {
+        let tensor = gguf.tensors().get(id)?;
+        let bytes = (rows as u64).checked_mul(tensor.ty.row_bytes(n_in as u64)?)?;
+        let name = &tensor.name;
+        (!bytes.is_multiple_of(16))
+            .then(|| format!("heads are {bytes} bytes apart in tensor '{name}', no multiple of 16"))
+    })
 }

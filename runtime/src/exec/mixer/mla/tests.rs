@@ -1,4 +1,5 @@
 use super::*;
+use crate::exec::gpu::mixer_alone;
 use crate::exec::mixer::KvType;
 use crate::exec::rope::RopeTable;
 use crate::exec::weights::Held;
@@ -290,5 +291,23 @@ fn batches_do_not_change_a_bit() {
         let whole = absorbed(&layer, case.kv_type, &x, &[9]);
         assert_eq!(absorbed(&layer, case.kv_type, &x, &[1; 9]), whole);
         assert_eq!(absorbed(&layer, case.kv_type, &x, &[2, 5, 2]), whole);
+    }
+}
+
+#[test]
+fn a_gpu_attends_to_latents_as_the_processor_does() {
+    let x = noise(25, 9 * HIDDEN);
+    for low_rank_queries in [false, true] {
+        for fused in [false, true] {
+            for ty in [TensorType::F32, TensorType::F16] {
+                let case = Case { low_rank_queries, fused, ty, ..PLAIN };
+                let Layer { weights, spec, .. } = layer(case);
+                let norm = spec.kv_norm;
+                let mixer = Mixer::Mla(spec);
+                let got = mixer_alone(&mixer, norm, EPS, weights, KvType::F32, (&x, HIDDEN), &[5, 3, 1]);
+                let off = error(&got, &expanded(&layer(case), &x));
+                assert!(off < 1e-10, "low-rank queries {low_rank_queries}, fused {fused}, {ty}: {off:e}");
+            }
+        }
     }
 }
