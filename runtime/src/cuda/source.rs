@@ -24,7 +24,7 @@ macro_rules! format_kernels {
 }
 
 /// Every module.
-pub static MODULES: [Module; 8] = [
+pub static MODULES: [Module; 9] = [
     Module {
         name: "ops.cu",
         text: include_str!("kernels/ops.cu"),
@@ -71,10 +71,11 @@ pub static MODULES: [Module; 8] = [
         ],
     },
     Module {
-        name: "float.cu",
-        text: include_str!("kernels/float.cu"),
-        kernels: format_kernels!("F32" "F16" "BF16"),
+        name: "stream.cu",
+        text: include_str!("kernels/stream.cu"),
+        kernels: &["gather_rows", "add_rows", "clear"],
     },
+    Module { name: "float.cu", text: include_str!("kernels/float.cu"), kernels: format_kernels!("F32" "F16" "BF16") },
     Module {
         name: "small.cu",
         text: include_str!("kernels/small.cu"),

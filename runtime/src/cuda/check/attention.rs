@@ -26,7 +26,8 @@ pub(super) fn checks() -> Vec<Check> {
     for kv_type in KvType::ALL {
         checks.push(Check::new(format!("store, {kv_type}"), move |ops, random| store(ops, random, kv_type)));
         checks.push(Check::new(format!("attend, {kv_type}"), move |ops, random| attend(ops, random, kv_type)));
-        checks.push(Check::new(format!("attend, a prompt, {kv_type}"), move |ops, random| prompt(ops, random, kv_type)));
+        checks
+            .push(Check::new(format!("attend, a prompt, {kv_type}"), move |ops, random| prompt(ops, random, kv_type)));
         let alone = move |ops: &Ops, random: &mut Random| parts_of_a_prompt(ops, random, kv_type);
         checks.push(Check::new(format!("attend, parts of a prompt, {kv_type}"), alone));
     }
@@ -164,7 +165,16 @@ fn prompt(ops: &Ops, random: &mut Random, kv_type: KvType) -> Result<Outcome, Cu
         Case { n_head_kv: 1, group: 1, key_width: 640, value_width: 4, past: 3, ..gqa },
         // A context of two pieces, and one whose first no token sees.
         Case { n_head_kv: 1, group: 1, key_width: 32, value_width: 32, past: 2040, tokens: 17, ..gqa },
-        Case { n_head_kv: 1, group: 2, key_width: 16, value_width: 20, past: 2070, window: Some(30), sinks: true, ..gqa },
+        Case {
+            n_head_kv: 1,
+            group: 2,
+            key_width: 16,
+            value_width: 20,
+            past: 2070,
+            window: Some(30),
+            sinks: true,
+            ..gqa
+        },
     ];
     let mut outcome = Outcome::default();
     for case in cases {
@@ -286,7 +296,8 @@ fn one(ops: &Ops, random: &mut Random, kv_type: KvType, case: Case) -> Result<Ou
             let weight = (score - most).exp() / total;
             expected.iter_mut().zip(&values[first + p]).for_each(|(e, v)| *e += weight * f64::from(*v));
         }
-        let allowed = if halves { HALF * in_halves(kv_type, f64::from(scale), query, &keys[first..][seen]) } else { 0.0 };
+        let allowed =
+            if halves { HALF * in_halves(kv_type, f64::from(scale), query, &keys[first..][seen]) } else { 0.0 };
         off += got.iter().zip(&expected).map(|(got, e)| (f64::from(*got) - e).powi(2)).sum::<f64>();
         all += expected.iter().map(|e| e * e).sum::<f64>();
         outcome.floats(got, expected.into_iter().map(|e| (e, MIXED + allowed)));
