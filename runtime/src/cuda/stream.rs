@@ -171,14 +171,16 @@ impl ExpertStream {
         });
         self.lane.send(which, self.memory[which].view().part(0..end.min(self.room.expert())))?;
         let last = self.uses.1 + n;
-        while self.uses.1 < last {
+        let mut asked = Ok(());
+        while asked.is_ok() && self.uses.1 < last {
             let rows = (last - self.uses.1).min(self.room.rows);
-            self.compute(kind, &matrices, biases.as_ref(), rows)?;
+            asked = self.compute(kind, &matrices, biases.as_ref(), rows);
             self.uses.1 += rows;
         }
+        // Also when something failed: what was asked for before still reads the buffer.
         self.lane.used(which)?;
         self.next = (which + 1) % BUFFERS;
-        Ok(())
+        asked
     }
 
     /// Asks for the products of the next rows with the expert in the buffer whose turn it is.

@@ -38,8 +38,8 @@ pub(super) fn prompt_kernel(a: &Attend<'_>) -> Option<PromptKernel> {
     };
     match a.key_width {
         0..=128 => of(4, "prompt_attend_f32", "prompt_attend_f16", "prompt_attend_q8"),
-        ..=256 => of(4, "prompt_attend_wide_f32", "prompt_attend_wide_f16", "prompt_attend_wide_q8"),
-        ..=576 => of(2, "prompt_attend_latent_f32", "prompt_attend_latent_f16", "prompt_attend_latent_q8"),
+        129..=256 => of(4, "prompt_attend_wide_f32", "prompt_attend_wide_f16", "prompt_attend_wide_q8"),
+        257..=576 => of(2, "prompt_attend_latent_f32", "prompt_attend_latent_f16", "prompt_attend_latent_q8"),
         _ => None,
     }
 }
