@@ -43,8 +43,21 @@ const ALIKE: usize = 3;
 /// A relative gain of the bound that more columns are not worth the time for.
 const SETTLED: f64 = 2e-5;
 
-/// A relative gap that no more time is spent on where not all columns were tried.
-const SMALL: f64 = 1e-5;
+/// Part of the time that is left for finding columns, where not all are listed.
+const PRICING: f64 = 0.6;
+
+/// Rounds of that which look everywhere.
+const THOROUGH: usize = 2;
+
+/// Times that columns around those of a choice are added.
+const WIDER: usize = 2;
+
+/// A relative gap that needs no more of them.
+const SMALL: f64 = 2e-4;
+
+/// Columns in question up to which the integer program is stated where not all were tried: more would take the time that
+/// is better spent on a bound over all.
+const FEW: usize = 400;
 
 /// A choice to begin with whose gap is so many times the best one's is not worth improving.
 const FAR: f64 = 100.0;
@@ -55,8 +68,10 @@ const CLOSE: f64 = 2e-4;
 /// The columns, in `[items]`, that a program takes.
 pub(super) struct Programmed {
     pub(super) draft: Draft,
-    /// No choice of the columns tried costs less.
-    pub(super) bound: f64,
+    /// No choice of the columns tried costs less; nothing if none is known for what is made least.
+    pub(super) bound: Option<f64>,
+    /// What the prices alone say of that: with other bytes left it moves by their worth.
+    pub(super) priced: f64,
     /// Nor of all that there are, where that was found out.
     pub(super) whole: Option<f64>,
     pub(super) backend: Origin,
@@ -96,16 +111,25 @@ impl Planner<'_> {
         let known = known.into_iter().filter_map(|columns| Choice::new(&items, room, columns)).collect();
         let mut best = whole_choice(&items, room, &dual, &ranked, known, deadline);
 
-        let mut backend = Origin::LocalSearch;
-        let mut bound = dual.bound_s;
-        let enough = if maker.grid.full { NO_GAP } else { SMALL };
-        let is_open =
-            |best: &Option<Choice>, bound: f64| best.as_ref().is_none_or(|b| b.cost_s - bound > enough * b.cost_s);
-        if let (true, Some(known)) = (is_open(&best, bound), &best) {
+        for _ in 0..if maker.whole { WIDER } else { 0 } {
             let now = Instant::now();
             let left = deadline.saturating_duration_since(now);
-            let end = if maker.grid.full { deadline } else { now + left / 2 };
-            let found = labels::solve(&items, room, &dual, known, end);
+            let Some(choice) = best.take_if(|b| b.cost_s - dual.bound_s > SMALL * b.cost_s && !left.is_zero()) else {
+                break;
+            };
+            maker.widen(&mut items, &choice.columns, &dual.price, now + left / 3);
+            dual = dual::maximise(&items, room, Some(&dual.price), now + left / 2)?;
+            let ranked = search::ranked(&items, room, &dual, f64::INFINITY);
+            best = polished(&items, room, &dual, &ranked, vec![choice], deadline);
+        }
+
+        let mut backend = Origin::LocalSearch;
+        let mut bound = dual.bound_s;
+        let is_open =
+            |best: &Option<Choice>, bound: f64| best.as_ref().is_none_or(|b| b.cost_s - bound > NO_GAP * b.cost_s);
+        // Where not all columns were tried, those in question are far too many to prove more.
+        if let (true, true, Some(known)) = (maker.grid.full, is_open(&best, bound), &best) {
+            let found = labels::solve(&items, room, &dual, known, deadline);
             if found.bound_s > bound || found.choice.is_some() {
                 backend = Origin::PartialChoices;
             }
@@ -115,7 +139,8 @@ impl Planner<'_> {
         let open = is_open(&best, bound);
         let left = deadline.saturating_duration_since(Instant::now()).as_secs_f64();
         if open && (left > 0.0 || best.is_none()) {
-            let found = program::solve(&items, room, &dual, best.as_ref(), left.max(1.0), self.backend);
+            let most = if maker.grid.full { program::MAX_COLUMNS } else { FEW };
+            let found = program::solve(&items, room, &dual, best.as_ref(), most, left.max(1.0), self.backend);
             if let Some(choice) = found.choice
                 && best.as_ref().is_none_or(|b| choice.cost_s < b.cost_s)
             {
@@ -131,7 +156,8 @@ impl Planner<'_> {
         let whole = maker.whole.then(|| maker.bound_whole(&mut items, &dual.price, CLOSE, deadline)).flatten();
         Ok(Programmed {
             draft: self.as_draft(&maker, &items, &best),
-            bound: bound.min(best.cost_s),
+            bound: Some(bound.min(best.cost_s)),
+            priced: dual.bound_s,
             whole: whole.map(|sum| sum - room.priced_left(&dual.price)),
             backend,
             full: maker.grid.full,
@@ -140,7 +166,7 @@ impl Planner<'_> {
         })
     }
 
-    /// Adds what the prices favour among all configurations, and prices again, for at most half of the time that is left.
+    /// Adds what the prices favour among all configurations, and prices again, for most of the time that is left.
     pub(super) fn price_whole(
         &self,
         maker: &Maker<'_>,
@@ -148,17 +174,21 @@ impl Planner<'_> {
         mut dual: Dual,
         deadline: Instant,
     ) -> Result<Dual> {
-        const ROUNDS: usize = 12;
+        const ROUNDS: usize = 40;
         let begin = Instant::now();
-        let end = begin + deadline.saturating_duration_since(begin) / 2;
-        for _ in 0..ROUNDS {
+        let end = begin + deadline.saturating_duration_since(begin).mul_f64(PRICING);
+        let mut quiet = 0;
+        for round in 0..ROUNDS {
             let started = Instant::now();
             let before = dual.bound_s;
-            let added = maker.price_whole(items, &dual.price, end);
+            // At first, prices are far off and so are the columns; and when steps bring nothing more.
+            let thorough = round < THOROUGH || quiet > 0;
+            let added = maker.price_whole(items, &dual.price, thorough, end);
             // An old price's value is no bound over more columns.
             dual = dual::maximise(items, self.room, Some(&dual.price), end.max(Instant::now() + started.elapsed()))?;
             let settled = before - dual.bound_s <= SETTLED * dual.bound_s.abs();
-            if added == 0 || settled || Instant::now() + started.elapsed() > end {
+            quiet = if settled { quiet + 1 } else { 0 };
+            if (added == 0 && thorough) || quiet > 1 || Instant::now() + started.elapsed() > end {
                 break;
             }
         }
@@ -176,7 +206,7 @@ impl Planner<'_> {
         deadline: Instant,
     ) -> Result<Dual> {
         let begin = Instant::now();
-        let end = begin + deadline.saturating_duration_since(begin) / 2;
+        let end = begin + deadline.saturating_duration_since(begin).mul_f64(PRICING);
         for round in 0..3 {
             let started = Instant::now();
             for item in items.iter_mut() {
@@ -298,20 +328,37 @@ fn whole_choice(
     }
     found.sort_by(|a, b| a.cost_s.total_cmp(&b.cost_s));
     found.dedup();
-    let most = found.first()?.cost_s - dual.bound_s;
-    if most > NO_GAP * found[0].cost_s {
-        let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
-        let lists = polish::Lists::new(items, room, dual, ranked, most);
-        let now = Instant::now();
-        let end = now + deadline.saturating_duration_since(now) / 2;
-        let best = std::mem::take(&mut found).into_iter().take(threads);
-        std::thread::scope(|scope| {
-            let running: Vec<_> = best.map(|choice| scope.spawn(|| polish::polish(&lists, choice, 1, end))).collect();
-            found.extend(running.into_iter().filter_map(|thread| thread.join().ok()));
-        });
-        found.sort_by(|a, b| a.cost_s.total_cmp(&b.cost_s));
+    polished(items, room, dual, ranked, found, deadline)
+}
+
+/// The best of some choices, the cheapest first, after as many of them as there are cores have been polished, for half of
+/// the time that is left.
+fn polished(
+    items: &[Item],
+    room: &Room,
+    dual: &Dual,
+    ranked: &[Vec<(usize, f64)>],
+    choices: Vec<Choice>,
+    deadline: Instant,
+) -> Option<Choice> {
+    let first = choices.first()?;
+    let most = first.cost_s - dual.bound_s;
+    if most <= NO_GAP * first.cost_s {
+        return choices.into_iter().next();
     }
-    found.into_iter().next()
+    let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
+    let lists = polish::Lists::new(items, room, dual, ranked, most);
+    let now = Instant::now();
+    let end = now + deadline.saturating_duration_since(now) / 2;
+    std::thread::scope(|scope| {
+        let running: Vec<_> = choices
+            .into_iter()
+            .take(threads)
+            .map(|choice| scope.spawn(|| polish::polish(&lists, choice, 1, end)))
+            .collect();
+        let done = running.into_iter().filter_map(|thread| thread.join().ok());
+        done.min_by(|a, b| a.cost_s.total_cmp(&b.cost_s))
+    })
 }
 
 /// The same layer with pins for slots where there is a slot for every pooled expert: as many bytes, and none of them has to

@@ -32,10 +32,7 @@ impl Grid {
             for layer in &evidence.layers {
                 let key = (layer.shape.n_expert, layer.shape.n_used, layer.shape.expert_bytes);
                 // Alike layers share their configurations, which are made once.
-                if layer
-                    .class
-                    .is_some_and(|class| !matches!(layer.judged, Judged::Uniform) && !seen.insert((class, key)))
-                {
+                if layer.class.is_some_and(|class| !seen.insert((class, key))) {
                     continue;
                 }
                 let axis = points.min(layer.shape.n_expert as usize + 1) as f64;

@@ -2,44 +2,36 @@
 
 use super::batch::{self, Spread};
 use super::columns::{Charge, Config, Item, Meaning};
-use super::dual;
 use super::grid::{Axes, Grid};
 use super::room::{MAX_FAST, Room};
 use super::table::Table;
-use super::whole::Layer;
 use super::wishes::{LayerWishes, Wishes};
 use crate::cost::{self, Ahead, ExpertStage, outcomes, stage_mean_s};
 use crate::profile::{Evidence, Judged, LayerEvidence};
 use crate::replay::{COLD, LayerTrace, Positions};
-use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Instant;
+use std::collections::BTreeMap;
 use tier_plan_runtime::formats::placement::{LayerPlacement, TierIdx};
 use tier_plan_runtime::model::shape::ModelShape;
 
 /// Part of the time that the grid is made for where it is only a beginning.
 const BEGIN: f64 = 0.4;
 
-/// Configurations near the best that each round adds to a layer's columns.
-const NEAR: usize = 160;
-
 /// Experts of one token on each path: tiers, then transfers; the pooled ones are first counted on the last tier.
 type Paths = [u16; MAX_FAST + 2];
 
 /// Makes configurations of layers, with their times.
 pub struct Maker<'a> {
-    evidence: &'a Evidence,
-    room: &'a Room,
+    pub(super) evidence: &'a Evidence,
+    pub(super) room: &'a Room,
     /// Counts.
     pub grid: Grid,
     /// Tiers that can run out.
     scarce: Vec<TierIdx>,
-    /// All configurations of every layer can be priced together.
+    /// Steps between all configurations of every layer can be taken, since columns cost their seconds alone.
     pub whole: bool,
     charge: &'a Charge,
     /// By layer.
-    wishes: Vec<Fixed>,
+    pub(super) wishes: Vec<Fixed>,
 }
 
 /// The rank of an expert that is fixed to a tier: this plus the tier, beyond every rank.
@@ -47,7 +39,7 @@ const FIXED: u16 = 1 << 15;
 
 /// What the user fixed of a layer, in the form that configurations need.
 #[derive(Debug, Clone, PartialEq)]
-struct Fixed {
+pub(super) struct Fixed {
     /// Experts that configurations pin, the most used first; those fixed to the last tier at the end.
     free: Vec<u32>,
     /// `[n_expert]` rank among the free, or [`FIXED`] and the tier.
@@ -91,102 +83,14 @@ impl<'a> Maker<'a> {
         let scarce = (0..room.tiers.len()).filter(|&t| room.left_bytes[t] < all).chain(time).collect();
         let mut grid = Grid::new(evidence, room, seconds);
         let plain = charge.is_plain() && !wishes.of_experts();
-        let whole = plain && !grid.full && evidence.layers.iter().all(Table::possible);
+        let steps = |layer: &LayerEvidence| matches!(layer.judged, Judged::Uniform) || Table::possible(layer);
+        let whole = plain && !grid.full && evidence.layers.iter().all(steps);
         if whole {
             grid = Grid::new(evidence, room, seconds * BEGIN);
         }
         let home = room.home();
         let wishes = evidence.layers.iter().map(|l| Fixed::new(l, wishes.layer(l.shape.layer), home)).collect();
         Maker { evidence, room, grid, scarce, whole, charge, wishes }
-    }
-
-    /// Calls `each` with every item, on all cores, until the deadline; what it gave, nothing where time ran out.
-    fn on_all<T: Send>(
-        &self,
-        items: &mut [Item],
-        each: impl Fn(&mut Item, usize) -> Option<T> + Sync,
-    ) -> Vec<Option<T>> {
-        let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
-        let next = AtomicUsize::new(0);
-        let count = items.len();
-        let slots: Vec<Mutex<(&mut Item, Option<T>)>> = items.iter_mut().map(|item| Mutex::new((item, None))).collect();
-        std::thread::scope(|scope| {
-            for _ in 0..threads {
-                scope.spawn(|| {
-                    while let Some((at, slot)) =
-                        Some(next.fetch_add(1, Ordering::Relaxed)).and_then(|at| Some((at, slots.get(at)?)))
-                    {
-                        let Ok(mut slot) = slot.lock() else { return };
-                        let (item, found) = &mut *slot;
-                        *found = each(item, count - at);
-                    }
-                });
-            }
-        });
-        slots.into_iter().map(|slot| slot.into_inner().ok().and_then(|s| s.1)).collect()
-    }
-
-    /// Adds to each item what steps from its cheapest columns lead to among all configurations; how many that were.
-    pub fn price_whole(&self, items: &mut [Item], price: &[f64], deadline: Instant) -> usize {
-        let added = self.on_all(items, |item, _| {
-            let (layer, trace, start) = self.begin(item, price, deadline)?;
-            let table = Table::new(layer, trace)?;
-            let mut search = Layer::new(&table, self.room, layer, price);
-            let found = search.cheapest(&start, deadline);
-            let Meaning::Experts(members, configs) = &item.meaning else { return None };
-            let members = members.clone();
-            let have: BTreeSet<Config> = configs.iter().copied().collect();
-            let new = found.into_iter().take(NEAR).filter(|(config, _)| !have.contains(config));
-            let fixed = &self.wishes[*members.first()?];
-            Some(new.filter(|&(config, cost_s)| self.push(item, layer, fixed, config, cost_s)).count())
-        });
-        added.into_iter().flatten().sum()
-    }
-
-    /// A bound over all configurations of all items at some prices, if there is time: what their members cost at least,
-    /// bytes priced.
-    pub fn bound_whole(&self, items: &mut [Item], price: &[f64], close: f64, deadline: Instant) -> Option<f64> {
-        let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
-        let bounds = self.on_all(items, |item, left| {
-            if matches!(item.meaning, Meaning::Dense(..)) {
-                return dual::cheapest(item, price).map(|(_, value)| value);
-            }
-            let (layer, trace, start) = self.begin(item, price, deadline)?;
-            let table = Table::new(layer, trace)?;
-            let now = Instant::now();
-            let part = deadline.saturating_duration_since(now).mul_f64((threads as f64 / left as f64).min(1.0));
-            let mut search = Layer::new(&table, self.room, layer, price);
-            Some(search.bound(&start, close, now + part)).filter(|b| b.is_finite())
-        });
-        items.iter().zip(bounds).map(|(item, bound)| Some(bound? * item.count() as f64)).sum()
-    }
-
-    /// An item's layer, its tokens, and its cheapest configuration for each tier of slots and without.
-    fn begin(
-        &self,
-        item: &Item,
-        price: &[f64],
-        deadline: Instant,
-    ) -> Option<(&'a LayerEvidence, &'a LayerTrace, Vec<Config>)> {
-        let Meaning::Experts(members, configs) = &item.meaning else { return None };
-        if Instant::now() >= deadline {
-            return None;
-        }
-        let layer = &self.evidence.layers[*members.first()?];
-        let Judged::Recorded(trace) = &layer.judged else { return None };
-        let n = self.room.left_bytes.len();
-        let mut start: BTreeMap<Option<u8>, (Config, f64)> = BTreeMap::new();
-        for (at, config) in configs.iter().enumerate() {
-            let bytes = item.column_bytes(at, n).iter().zip(price).map(|(&b, p)| b as f64 * p).sum::<f64>();
-            let value = item.cost_s[at] + bytes;
-            let best = start.entry((config.slots > 0).then_some(config.slot_tier)).or_insert((*config, value));
-            if value < best.1 {
-                *best = (*config, value);
-            }
-        }
-        let mut start: Vec<(Config, f64)> = start.into_values().collect();
-        start.sort_by(|a, b| a.1.total_cmp(&b.1));
-        Some((layer, trace, start.into_iter().map(|(config, _)| config).collect()))
     }
 
     /// The placement of the layer at this position that a configuration stands for.
@@ -307,13 +211,21 @@ impl<'a> Maker<'a> {
         self.push(item, layer, fixed, config, seconds).then(|| item.len() - 1)
     }
 
-    fn stage(&self, layer: &LayerEvidence) -> ExpertStage {
+    /// A layer's expert stage.
+    pub(super) fn stage(&self, layer: &LayerEvidence) -> ExpertStage {
         // A step over several sequences is reckoned without reading ahead.
         let ahead = if self.charge.batch.is_some() { Ahead::default() } else { layer.ahead };
         ExpertStage::new(&self.room.tiers, layer.shape.expert_bytes, ahead)
     }
 
-    fn push(&self, item: &mut Item, layer: &LayerEvidence, fixed: &Fixed, config: Config, seconds: f64) -> bool {
+    pub(super) fn push(
+        &self,
+        item: &mut Item,
+        layer: &LayerEvidence,
+        fixed: &Fixed,
+        config: Config,
+        seconds: f64,
+    ) -> bool {
         let (home, n, each) = (self.room.home(), self.room.tiers.len(), layer.shape.expert_bytes);
         let mut bytes = [0u64; MAX_FAST + 1];
         let mut pooled = u64::from(layer.shape.n_expert);

@@ -1,12 +1,14 @@
 //! Finds where every tensor should live.
 //!
 //! [`goal`] says what is made least and [`wishes`] what is fixed by hand; [`room`] sets aside what every plan needs;
-//! [`columns`], [`grid`] and [`maker`] list what can be chosen and what it costs, [`table`] and [`whole`] look at what can't be
-//! listed; [`dual`] finds prices for bytes and a proven bound; [`search`], [`labels`] and [`program`] find the integer
-//! choice; [`rules`] makes the plans to compare with; [`check`] re-checks every plan before anybody sees it;
+//! [`columns`], [`grid`] and [`maker`] list what can be chosen and what it costs, [`steps`], [`table`] and [`whole`] look at
+//! what can't be listed; [`dual`] finds prices for bytes and a proven bound; [`round`], [`search`], [`polish`], [`labels`]
+//! and [`program`] find the integer choice; [`rules`] makes the plans to compare with; [`check`] re-checks every plan before anybody sees it;
 //! [`policy`] then says how slots are refilled; [`infeasible`] and [`verdict`] put into words what came of it.
 
 pub mod batch;
+mod beyond;
+mod cache;
 pub mod check;
 mod choose;
 pub mod columns;
@@ -24,6 +26,7 @@ pub mod room;
 pub mod round;
 pub mod rules;
 pub mod search;
+pub mod steps;
 pub mod table;
 pub mod verdict;
 pub mod whole;
@@ -43,6 +46,7 @@ use std::time::{Duration, Instant};
 use tier_plan_runtime::exec::KvType;
 use tier_plan_runtime::formats::machine::Machine;
 use tier_plan_runtime::formats::placement::Placement;
+use tier_plan_runtime::formats::placement::TierIdx;
 use tier_plan_runtime::formats::profile::Profile;
 use tier_plan_runtime::model::shape::ModelShape;
 use wishes::Wishes;
@@ -149,9 +153,12 @@ pub fn solve_all(inputs: &Inputs<'_>, options: &Options) -> Result<Solved> {
 pub fn solve_judged(inputs: &Inputs<'_>, evidence: &Evidence, options: &Options) -> Result<Solved> {
     let start = Instant::now();
     let goal = Goal::new(options.objective, options.batch, options.target_tok_s, inputs)?;
-    let room = Room::with(inputs, &options.wishes)?;
+    let mut rooms = Room::all(inputs, &options.wishes)?;
+    if options.strategy != Strategy::Optimal {
+        rooms.truncate(1);
+    }
     let planner =
-        Planner { inputs, evidence, room: &room, goal: &goal, wishes: &options.wishes, backend: options.backend };
+        |room| Planner { inputs, evidence, room, goal: &goal, wishes: &options.wishes, backend: options.backend };
     let mut notes = evidence.notes.clone();
     let efficiency = inputs.machine.extras.efficiency;
     if efficiency != 1.0 {
@@ -160,15 +167,7 @@ pub fn solve_judged(inputs: &Inputs<'_>, evidence: &Evidence, options: &Options)
             inputs.machine.name
         ));
     }
-    let mut drafts = Vec::new();
-    let mut baselines = Vec::new();
     let mut verdict = Vec::new();
-    for rule in Rule::ALL {
-        if let Some(draft) = rules::draft(rule, inputs.shape, evidence, &room) {
-            baselines.push(planner.baseline(rule, &draft)?);
-            drafts.push(draft);
-        }
-    }
     let wanted = match options.strategy {
         Strategy::Optimal => None,
         Strategy::Uniform => Some(Rule::Uniform),
@@ -176,20 +175,26 @@ pub fn solve_judged(inputs: &Inputs<'_>, evidence: &Evidence, options: &Options)
         Strategy::LruOnly => Some(Rule::LruOnly),
         Strategy::FirstLayersCpu => Some(Rule::FirstLayersCpu),
     };
-    let plan = match wanted {
-        Some(rule) => baselines.iter().find(|b| b.name == rule.name()).cloned().with_context(|| {
-            format!("the rule '{}' makes no plan on these tiers and budgets; try --strategy optimal", rule.name())
-        })?,
+    let (plan, baselines) = match wanted {
+        Some(rule) => {
+            let (_, baselines) = planner(&rooms[0]).baselines()?;
+            let plan = baselines.iter().find(|b| b.name == rule.name()).cloned().with_context(|| {
+                format!("the rule '{}' makes no plan on these tiers and budgets; try --strategy optimal", rule.name())
+            })?;
+            (plan, baselines)
+        }
         None => {
             let limit = Duration::try_from_secs_f64(options.time_limit_s)
                 .ok()
                 .with_context(|| format!("a time limit of {} s; give a positive one", options.time_limit_s))?;
             let deadline = start.checked_add(limit).context("the time limit is too long; give less than a year")?;
-            let (plan, prices) = planner.optimum(&drafts, &baselines, start, deadline, &mut notes)?;
+            let planners: Vec<Planner<'_>> = rooms.iter().map(planner).collect();
+            let found = cache::best(&planners, start, deadline)?;
             if goal.is_latency() {
-                verdict = verdict::verdict(&plan, &baselines, &prices, inputs);
+                verdict = verdict::verdict(&found.plan, &found.baselines, &found.prices, inputs);
             }
-            plan
+            notes.extend(found.notes);
+            (found.plan, found.baselines)
         }
     };
     if goal.target_tok_s.is_some() || goal.objective != Objective::Latency {
@@ -198,12 +203,15 @@ pub fn solve_judged(inputs: &Inputs<'_>, evidence: &Evidence, options: &Options)
     Ok(Solved { ceiling_hit_rate: ceiling_hit_rate(&plan, evidence), plan, baselines, notes, verdict })
 }
 
-/// What a byte more of each tier is worth: `[tiers]` seconds of a decoded token, from the linear program's prices.
+/// What a byte more of each tier is worth: `[tiers]` seconds of a decoded token, from the linear program's prices, with
+/// keys and values on the tier `cache`.
 ///
 /// # Errors
 /// As [`solve_all`].
-pub fn shadow_prices(inputs: &Inputs<'_>, evidence: &Evidence, time_limit_s: f64) -> Result<Vec<f64>> {
-    let room = Room::new(inputs)?;
+pub fn shadow_prices(inputs: &Inputs<'_>, evidence: &Evidence, cache: TierIdx, time_limit_s: f64) -> Result<Vec<f64>> {
+    let mut rooms = Room::all(inputs, &Wishes::default())?;
+    let at = rooms.iter().position(|room| room.kv_tier == cache).unwrap_or(0);
+    let room = rooms.swap_remove(at);
     let goal = Goal::new(Objective::Latency, None, None, inputs)?;
     let wishes = Wishes::default();
     let planner = Planner { inputs, evidence, room: &room, goal: &goal, wishes: &wishes, backend: Backend::default() };

@@ -4,7 +4,7 @@ use super::choose::Programmed;
 use super::columns::Charge;
 use super::goal::Goal;
 use super::room::{Room, TICKS};
-use super::rules::{Draft, Rule};
+use super::rules::{self, Draft, Rule};
 use super::wishes::Wishes;
 use super::{Inputs, check, infeasible};
 use crate::cli::{Backend, Objective};
@@ -31,11 +31,23 @@ pub(super) struct Planner<'a> {
 
 impl Planner<'_> {
     /// A rule's plan.
-    pub(super) fn baseline(&self, rule: Rule, draft: &Draft) -> Result<Placement> {
+    fn baseline(&self, rule: Rule, draft: &Draft) -> Result<Placement> {
         let mut plan = self.assemble(rule.name(), draft);
         plan.solver.backend = rule.name().to_string();
         plan.solver.status = "baseline".to_string();
         self.checked(plan)
+    }
+
+    /// The rules' drafts and plans, those that fit.
+    pub(super) fn baselines(&self) -> Result<(Vec<Draft>, Vec<Placement>)> {
+        let (mut drafts, mut plans) = (Vec::new(), Vec::new());
+        for rule in Rule::ALL {
+            if let Some(draft) = rules::draft(rule, self.inputs.shape, self.evidence, self.room) {
+                plans.push(self.baseline(rule, &draft)?);
+                drafts.push(draft);
+            }
+        }
+        Ok((drafts, plans))
     }
 
     fn checked(&self, plan: Placement) -> Result<Placement> {
@@ -124,7 +136,7 @@ impl Planner<'_> {
     }
 
     /// What a plan comes to under the goal.
-    fn value(&self, plan: &Placement) -> f64 {
+    pub(super) fn value(&self, plan: &Placement) -> f64 {
         self.goal.value(plan, self.inputs.shape, self.evidence)
     }
 
@@ -134,7 +146,7 @@ impl Planner<'_> {
             && (!self.goal.limits_time() || self.goal.reached(plan, self.inputs.shape, self.evidence))
     }
 
-    /// The plan of least value, and what a byte of each tier is worth.
+    /// The plan of least value, and what was found with it.
     pub(super) fn optimum(
         &self,
         drafts: &[Draft],
@@ -142,7 +154,7 @@ impl Planner<'_> {
         start: Instant,
         deadline: Instant,
         notes: &mut Vec<String>,
-    ) -> Result<(Placement, Vec<f64>)> {
+    ) -> Result<(Placement, Programmed)> {
         let (mut plan, found) = if self.goal.has_weights() {
             self.weighted(drafts, start, deadline)?
         } else {
@@ -175,14 +187,14 @@ impl Planner<'_> {
         }
         self.speak_of_target(&plan, notes)?;
         plan.solver.solve_s = start.elapsed().as_secs_f64();
-        Ok((self.checked(plan)?, found.price))
+        Ok((self.checked(plan)?, found))
     }
 
     /// Fills in what is proven of a plan.
     fn report(&self, plan: &mut Placement, found: &Programmed) {
         plan.solver.backend = found.backend.name().to_string();
         plan.solver.status = "feasible".to_string();
-        let gap = self.gap(plan, found.bound);
+        let gap = found.bound.and_then(|bound| self.gap(plan, bound));
         plan.solver.gap = gap;
         if gap.is_some_and(|gap| gap <= NO_GAP) {
             plan.solver.status = "optimal".to_string();
@@ -197,7 +209,7 @@ impl Planner<'_> {
 
     /// The relative gap between a plan's value and a bound of its columns' costs; none for a cost that is a product, of
     /// which columns only know the tangent.
-    fn gap(&self, plan: &Placement, bound: f64) -> Option<f64> {
+    pub(super) fn gap(&self, plan: &Placement, bound: f64) -> Option<f64> {
         let (value, bound) = match self.goal.objective {
             Objective::Cost if self.goal.has_weights() => return None,
             Objective::Memory => (self.value(plan), bound + self.goal.fixed_weight(self.room)),
@@ -210,7 +222,7 @@ impl Planner<'_> {
     }
 
     /// Seconds of a step over so many sequences whatever the plan: overheads, and each one's keys and values.
-    fn fixed_s(&self, sequences: u32) -> f64 {
+    pub(super) fn fixed_s(&self, sequences: u32) -> f64 {
         let Inputs { shape, machine, context, kv_type, .. } = *self.inputs;
         let overhead = cost::overhead_s(shape.n_layer, machine.layer_overhead_us, machine.token_overhead_us);
         let gflops = machine.prompt_gflops().get(self.room.kv_tier).copied().unwrap_or(0.0);
@@ -232,9 +244,14 @@ impl Planner<'_> {
             // A rule that is faster on held-out tokens may do what the train split's plan does not.
             let rules = drafts.iter().map(|draft| (draft, self.assemble("ilp", draft))).filter(|(_, p)| self.may_be(p));
             if let Some((draft, rule)) = rules.min_by(|a, b| self.value(&a.1).total_cmp(&self.value(&b.1))) {
-                return Ok((rule, Programmed { draft: draft.clone(), bound: 0.0, whole: None, ..found }));
+                return Ok((rule, Programmed { draft: draft.clone(), bound: None, whole: None, ..found }));
             }
-            bail!(infeasible::target(&plan, found.bound + self.fixed_s(1), most_s, self.inputs));
+            bail!(infeasible::target(
+                &plan,
+                found.bound.map_or(0.0, |bound| bound + self.fixed_s(1)),
+                most_s,
+                self.inputs
+            ));
         }
         let mut room = self.room.clone();
         if let (true, Some(most_s)) = (self.goal.limits_time(), self.goal.most_s()) {
@@ -250,7 +267,7 @@ impl Planner<'_> {
                 Ok(next) => next,
                 // So near the fastest plan that rounded times leave no other; nothing is known of less memory then.
                 Err(_) if self.may_be(&plan) => {
-                    (found.bound, found.whole) = (0.0, None);
+                    (found.bound, found.whole) = (None, None);
                     break;
                 }
                 Err(error) => return Err(error),

@@ -14,13 +14,16 @@ use std::collections::HashSet;
 use std::time::Instant;
 
 /// Columns of an item that are looked at.
-const LOOKED_AT: usize = 3000;
+const LOOKED_AT: usize = 8000;
 
-/// Columns of the first two of three members.
+/// Columns of the first two of three members, taken evenly from those in question.
 const OF_THREE: usize = 200;
 
+/// Columns from which on triples are made of an item's members, if there are enough of them.
+const MANY: usize = 8;
+
 /// Triples in a row that bring nothing before it ends.
-const FRUITLESS: usize = 3000;
+const FRUITLESS: usize = 6000;
 
 /// The least gain that counts, relative to the bound.
 const GAIN: f64 = 1e-10;
@@ -152,9 +155,14 @@ impl Polish<'_> {
         }
         let close = CLOSE * self.lists.dual.bound_s.abs();
         self.pairs(random);
+        let columns = |u: usize| self.lists.lists[self.units[u].item].by_price.len();
+        let mut of: Vec<usize> = (0..self.units.len()).filter(|&u| columns(u) >= MANY).collect();
+        if of.len() < 3 {
+            of = (0..self.units.len()).collect();
+        }
         let mut fruitless = 0;
         while fruitless < FRUITLESS && self.above() > close && Instant::now() < self.deadline {
-            if self.three(random) {
+            if self.three(&of, random) {
                 fruitless = 0;
                 self.pairs(random);
             } else {
@@ -269,16 +277,9 @@ impl Polish<'_> {
         true
     }
 
-    /// Gives three units, taken by chance, better columns if there are any.
-    fn three(&mut self, random: &mut Random) -> bool {
-        let items = self.lists.items.len();
-        let mut pick = || {
-            // By item first: those with many members are alike.
-            let item = random.below(items);
-            let of_item = self.units.iter().position(|u| u.item == item)?;
-            Some(of_item + random.below(self.lists.items[item].count().max(1)))
-        };
-        let (Some(a), Some(b), Some(c)) = (pick(), pick(), pick()) else { return false };
+    /// Gives three of some units, taken by chance, better columns if there are any.
+    fn three(&mut self, of: &[usize], random: &mut Random) -> bool {
+        let [a, b, c] = [(); 3].map(|()| of[random.below(of.len())]);
         if a == b || b == c || a == c {
             return false;
         }
@@ -289,7 +290,13 @@ impl Polish<'_> {
         let lists = self.lists;
         let (of_a, of_b) = (&lists.lists[self.units[a].item], &lists.lists[self.units[b].item]);
         let item_c = self.units[c].item;
-        for &first in of_a.by_above.iter().take(OF_THREE) {
+        let mut some = |list: &'_ List| {
+            let cheap = list.by_above.partition_point(|&at| list.by_price[at as usize].above < best);
+            let step = cheap.div_ceil(OF_THREE).max(1);
+            (random.below(step)..cheap).step_by(step).map(|at| list.by_above[at]).collect::<Vec<u32>>()
+        };
+        let (some_a, some_b) = (some(of_a), some(of_b));
+        for first in some_a {
             let first = &of_a.by_price[first as usize];
             if first.above >= best {
                 break;
@@ -298,7 +305,7 @@ impl Polish<'_> {
                 continue;
             }
             let after = minus(&left, &first.bytes);
-            for &second in of_b.by_above.iter().take(OF_THREE) {
+            for &second in &some_b {
                 let second = &of_b.by_price[second as usize];
                 let above = first.above + second.above;
                 if above >= best {
@@ -326,4 +333,89 @@ fn minus(left: &[u64; MAX_ROWS], bytes: &[u64; MAX_ROWS]) -> [u64; MAX_ROWS] {
     let mut rest = *left;
     rest.iter_mut().zip(bytes).for_each(|(l, b)| *l = l.saturating_sub(*b));
     rest
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::columns::Meaning;
+    use super::super::{dual, search};
+    use super::*;
+    use proptest::prelude::*;
+    use std::time::Duration;
+    use tier_plan_runtime::formats::machine::{Tier, TierKind};
+
+    fn room(left_bytes: Vec<u64>) -> Room {
+        let tier = |at: usize| Tier {
+            name: format!("t{at}"),
+            kind: if at == 0 { TierKind::Dram } else { TierKind::Nvme },
+            capacity_bytes: 1 << 40,
+            read_gbps: 1.0,
+            latency_us: 0.0,
+            unit: None,
+            emulated: false,
+            source: String::new(),
+        };
+        Room {
+            tiers: (0..left_bytes.len()).map(tier).collect(),
+            budget_bytes: left_bytes.clone(),
+            left_bytes,
+            kv_tier: 0,
+            kv_bytes: 0,
+            staging_tier: 0,
+            staging_experts: 0,
+            staging_bytes: 0,
+            in_place: false,
+        }
+    }
+
+    fn item(members: usize, columns: &[(u16, u64, u64)]) -> Item {
+        Item {
+            meaning: Meaning::Dense((0..members).collect(), vec![0; columns.len()]),
+            cost_s: columns.iter().map(|c| f64::from(c.0) * 1e-3).collect(),
+            bytes: columns.iter().flat_map(|c| [c.1, c.2]).collect(),
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn two_members_come_to_the_optimum_and_more_never_get_worse(
+            a in proptest::collection::vec((1u16..500, 0u64..40, 0u64..40), 2..30),
+            b in proptest::collection::vec((1u16..500, 0u64..40, 0u64..40), 2..30),
+            left in (30u64..70, 30u64..70),
+            alike in any::<bool>(),
+        ) {
+            let far = || Instant::now() + Duration::from_secs(60);
+            let fail = |e: anyhow::Error| TestCaseError::fail(e.to_string());
+            let room = room(vec![left.0, left.1]);
+            let two = if alike { vec![item(2, &a)] } else { vec![item(1, &a), item(1, &b)] };
+            let other = if alike { &a } else { &b };
+            let mut fits = Vec::new();
+            for (i, x) in a.iter().enumerate() {
+                for (j, y) in other.iter().enumerate() {
+                    if x.1 + y.1 <= left.0 && x.2 + y.2 <= left.1 {
+                        fits.push((x.0 + y.0, if alike { vec![vec![i, j]] } else { vec![vec![i], vec![j]] }));
+                    }
+                }
+            }
+            let polished = |items: &[Item], columns: Vec<Vec<usize>>| {
+                let dual = dual::maximise(items, &room, None, far()).map_err(fail)?;
+                let ranked = search::ranked(items, &room, &dual, f64::INFINITY);
+                let lists = Lists::new(items, &room, &dual, &ranked, f64::INFINITY);
+                let choice = Choice::new(items, &room, columns);
+                let choice = choice.ok_or_else(|| TestCaseError::fail("does not fit"))?;
+                let better = polish(&lists, choice.clone(), 1, far());
+                prop_assert!(better.cost_s <= choice.cost_s && better.cost_s >= dual.bound_s * (1.0 - 1e-9));
+                prop_assert!(Choice::new(items, &room, better.columns.clone()).is_some());
+                Ok(better.cost_s)
+            };
+            if let (Some(worst), Some(least)) = (fits.iter().max(), fits.iter().map(|f| f.0).min()) {
+                let found = polished(&two, worst.1.clone())?;
+                let least = f64::from(least) * 1e-3;
+                prop_assert!((found - least).abs() <= 2e-6 * least, "{found} {least}");
+            }
+            let none = (600, 0, 0);
+            let many = vec![item(3, &[&a[..], &[none]].concat()), item(2, &[&b[..], &[none]].concat())];
+            polished(&many, vec![vec![a.len(); 3], vec![b.len(); 2]])?;
+        }
+    }
 }

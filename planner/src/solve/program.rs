@@ -15,9 +15,8 @@ use good_lp::{
     variable, variables,
 };
 
-/// Columns that the program takes at most. Beyond, nothing would be proven, so a known choice is left as it is; without
-/// one the cheapest columns are taken.
-const MAX_COLUMNS: usize = 3000;
+/// Columns that the program takes at most.
+pub const MAX_COLUMNS: usize = 3000;
 
 /// What the program found.
 #[derive(Debug, Clone, PartialEq)]
@@ -28,27 +27,30 @@ pub struct Found {
     pub proven: bool,
 }
 
-/// Solves the program, starting from a known choice if there is one.
+/// Solves the program, starting from a known choice if there is one. Of more than `most` columns in question nothing would be
+/// proven, so a known choice is left as it is; without one the cheapest columns are taken.
 pub fn solve(
     items: &[Item],
     room: &Room,
     dual: &Dual,
     known: Option<&Choice>,
+    most: usize,
     seconds: f64,
     backend: Backend,
 ) -> Found {
     let unit = known.map_or(dual.bound_s, |k| k.cost_s).abs().max(1e-12);
-    let most = known.map_or(f64::INFINITY, |k| (k.cost_s - dual.bound_s).max(0.0) + 1e-9 * unit);
-    let mut kept = ranked(items, room, dual, most);
+    let above = known.map_or(f64::INFINITY, |k| (k.cost_s - dual.bound_s).max(0.0) + 1e-9 * unit);
+    let mut kept = ranked(items, room, dual, above);
     let total: usize = kept.iter().map(Vec::len).sum();
-    let complete = total <= MAX_COLUMNS;
+    let most = if known.is_some() { most } else { MAX_COLUMNS };
+    let complete = total <= most;
     if !complete && known.is_some() {
         return Found { choice: None, proven: false };
     }
     if !complete {
         let mut above: Vec<f64> = kept.iter().flatten().map(|&(_, above)| above).collect();
         above.sort_by(f64::total_cmp);
-        let limit = above[MAX_COLUMNS];
+        let limit = above[most];
         kept.iter_mut().for_each(|columns| columns.retain(|&(_, a)| a < limit));
     }
     for (item, columns) in kept.iter_mut().enumerate() {

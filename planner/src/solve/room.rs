@@ -70,7 +70,8 @@ impl Room {
         (0..self.tiers.len()).filter(move |&t| computes(t) && !apart(t))
     }
 
-    fn is_gpu(&self, tier: TierIdx) -> bool {
+    /// Whether a tier is a real GPU's memory.
+    pub fn is_gpu(&self, tier: TierIdx) -> bool {
         self.tiers[tier].kind == TierKind::Vram && !self.tiers[tier].emulated
     }
 
@@ -90,14 +91,39 @@ impl Room {
     /// When the machine file makes no sense for planning, or the budgets cannot hold the dense groups, the cache, the
     /// staging buffers and a home for every expert.
     pub fn new(inputs: &Inputs<'_>) -> Result<Self> {
-        Self::with(inputs, &Wishes::default())
+        Ok(Self::all(inputs, &Wishes::default())?.swap_remove(0))
     }
 
-    /// [`new`](Self::new) where attention may not be everywhere.
+    /// One room for each tier that can have the key and value cache, the likeliest first.
     ///
     /// # Errors
     /// As [`new`](Self::new).
-    pub fn with(inputs: &Inputs<'_>, wishes: &Wishes) -> Result<Self> {
+    pub fn all(inputs: &Inputs<'_>, wishes: &Wishes) -> Result<Vec<Self>> {
+        let before = Self::before_the_cache(inputs)?;
+        let mut rooms = Vec::new();
+        let mut first_error = None;
+        for tier in before.cache_tiers(inputs, wishes)? {
+            let mut room = before.clone();
+            room.kv_tier = tier;
+            room.left_bytes[tier] -= room.kv_bytes;
+            match room.check_sums(inputs) {
+                Ok(()) => {
+                    room.leave_for_pages(inputs.shape);
+                    rooms.push(room);
+                }
+                Err(error) => {
+                    first_error.get_or_insert(error);
+                }
+            }
+        }
+        match first_error {
+            Some(error) if rooms.is_empty() => Err(error),
+            _ => Ok(rooms),
+        }
+    }
+
+    /// Everything but where the cache is.
+    fn before_the_cache(inputs: &Inputs<'_>) -> Result<Self> {
         let (machine, shape) = (inputs.machine, inputs.shape);
         let tiers = machine.computing_tiers();
         ensure!(
@@ -172,9 +198,7 @@ impl Room {
             in_place,
             tiers,
         };
-        room.set_aside(inputs, wishes)?;
-        room.check_sums(inputs)?;
-        room.leave_for_pages(inputs.shape);
+        room.set_staging_aside(inputs)?;
         Ok(room)
     }
 
@@ -198,7 +222,7 @@ impl Room {
         }
     }
 
-    fn set_aside(&mut self, inputs: &Inputs<'_>, wishes: &Wishes) -> Result<()> {
+    fn set_staging_aside(&mut self, inputs: &Inputs<'_>) -> Result<()> {
         let staging = self.staging_tier;
         let left = self.left_bytes[staging];
         let Some(after) = left.checked_sub(self.staging_bytes) else {
@@ -212,9 +236,14 @@ impl Room {
             );
         };
         self.left_bytes[staging] = after;
+        Ok(())
+    }
+
+    /// Where the cache can be. A token reads about half of the planned context: less of a byte than of dense weights, more
+    /// than of most experts. So first comes the fastest tier that has room for both.
+    fn cache_tiers(&self, inputs: &Inputs<'_>, wishes: &Wishes) -> Result<Vec<TierIdx>> {
+        let staging = self.staging_tier;
         let fits = |t: &TierIdx| self.left_bytes[*t] >= self.kv_bytes;
-        // A token reads about half of the planned context: less of a byte than of dense weights, more than of most
-        // experts. So the cache follows the dense weights to the fastest tier that has room for both.
         let beside = |keep: &dyn Fn(DenseKind) -> bool| {
             let bytes = inputs.shape.dense.iter().filter(|d| keep(d.kind)).map(|d| d.bytes);
             bytes.fold(self.kv_bytes, u64::saturating_add)
@@ -229,23 +258,34 @@ impl Room {
         let runs = |t: TierIdx| inputs.shape.state_bytes == 0 && self.left_bytes[t] >= attention && may(t);
         let tiers = || self.dense_tiers(DenseKind::Head);
         let beside_dense = tiers().find(|&t| if self.is_gpu(t) { runs(t) } else { self.left_bytes[t] >= all });
-        let anywhere = || tiers().filter(|&t| !self.is_gpu(t) || runs(t)).find(fits);
-        let Some(tier) = beside_dense.or(Some(staging).filter(fits)).or_else(anywhere) else {
+        let anywhere = tiers().filter(|&t| !self.is_gpu(t) || runs(t)).filter(fits);
+        let mut found: Vec<TierIdx> = Vec::new();
+        for tier in beside_dense.into_iter().chain(Some(staging).filter(fits)).chain(anywhere) {
+            if wishes.allows_cache(tier) && !found.contains(&tier) {
+                found.push(tier);
+            }
+        }
+        if found.is_empty() {
+            let after = self.left_bytes[staging];
+            ensure!(
+                !wishes.of_cache(),
+                "no tier that --fix and --forbid leave for the key and value cache has room for its {}; take some of it \
+                 back, or shorten the context",
+                show_bytes(self.kv_bytes)
+            );
             bail!(
                 "tier '{}' has {} left of its budget of {}, but the key and value cache of {} tokens of context needs \
                  {} as {}; {}",
                 self.tiers[staging].name,
                 show_bytes(after),
-                show_bytes(left),
+                show_bytes(self.budget_bytes[staging]),
                 inputs.context,
                 show_bytes(self.kv_bytes),
                 inputs.kv_type,
-                mends(inputs, staging, self.kv_bytes - after)
+                mends(inputs, staging, self.kv_bytes.saturating_sub(after))
             );
-        };
-        self.kv_tier = tier;
-        self.left_bytes[tier] -= self.kv_bytes;
-        Ok(())
+        }
+        Ok(found)
     }
 
     fn check_sums(&self, inputs: &Inputs<'_>) -> Result<()> {

@@ -9,10 +9,11 @@
 
 use super::columns::Config;
 use super::room::{MAX_FAST, Room};
+use super::steps::{Steps, Timed};
 use super::table::Table;
 use crate::cost::ExpertStage;
 use crate::profile::LayerEvidence;
-use std::collections::HashMap;
+use std::collections::BTreeSet;
 use std::time::Instant;
 use tier_plan_runtime::formats::placement::TierIdx;
 
@@ -43,46 +44,27 @@ struct Box {
     point: Config,
 }
 
-/// The search of one layer at some prices.
-pub struct Layer<'a> {
+/// A layer's tokens under any configuration.
+struct Tokens<'a> {
     table: &'a Table,
     room: &'a Room,
     /// `[paths]` seconds an expert, and fixed seconds if there is any.
     each: [f64; PATHS],
     fixed: [f64; PATHS],
-    /// `[tiers]` seconds for the bytes of an expert.
-    price: [f64; MAX_FAST + 1],
-    expert_bytes: u64,
-    known: HashMap<Config, f64>,
 }
 
-impl<'a> Layer<'a> {
-    /// One for a layer's table.
-    pub fn new(table: &'a Table, room: &'a Room, layer: &LayerEvidence, price: &[f64]) -> Self {
-        let expert_bytes = layer.shape.expert_bytes;
-        let stage = ExpertStage::new(&room.tiers, expert_bytes, layer.ahead);
-        let (mut each, mut fixed, mut priced) = ([0.0; PATHS], [0.0; PATHS], [0.0; MAX_FAST + 1]);
-        for path in 0..=room.tiers.len() {
-            each[path] = stage.path_s(path, 2.0) - stage.path_s(path, 1.0);
-            fixed[path] = stage.path_s(path, 1.0) - each[path];
-        }
-        priced.iter_mut().zip(price).for_each(|(to, p)| *to = p * expert_bytes as f64);
-        Layer { table, room, each, fixed, price: priced, expert_bytes, known: HashMap::new() }
+impl Timed for Tokens<'_> {
+    fn seconds(&self, config: &Config) -> f64 {
+        let mut sum = 0.0;
+        self.paths(config, |_, times| sum += times.iter().copied().fold(0.0, f64::max));
+        sum / self.table.tokens as f64
     }
+}
 
-    fn fast(&self) -> usize {
-        self.room.home()
-    }
-
-    /// The slots that a last cut allows.
-    fn slot_range(&self, last: u16) -> Option<(u16, u16)> {
-        let pooled = (self.table.n_expert as u16).checked_sub(last).filter(|&p| p > 0)?;
-        Some(((self.table.used as u16).min(pooled), pooled))
-    }
-
+impl Tokens<'_> {
     /// Calls `each` with every token's path times under a configuration.
     fn paths(&self, config: &Config, mut each: impl FnMut(usize, &[f64; PATHS])) {
-        let (table, fast, n) = (self.table, self.fast(), self.room.tiers.len());
+        let (table, fast, n) = (self.table, self.room.home(), self.room.tiers.len());
         let last = if fast == 0 { 0 } else { config.cuts[fast - 1] };
         // `[token]` misses among the pooled choices that were used before.
         let mut again = vec![0u16; table.tokens];
@@ -125,79 +107,65 @@ impl<'a> Layer<'a> {
         }
     }
 
-    /// Mean seconds of a configuration.
-    pub fn seconds(&mut self, config: &Config) -> f64 {
-        if let Some(&known) = self.known.get(config) {
-            return known;
+    /// `[token, path]` times under a configuration.
+    fn means(&self, config: &Config) -> Vec<f32> {
+        let n = self.room.tiers.len() + 1;
+        let mut means = vec![0.0; self.table.tokens * n];
+        self.paths(config, |token, times| {
+            means[token * n..][..n].iter_mut().zip(times).for_each(|(m, t)| *m = *t as f32);
+        });
+        means
+    }
+}
+
+/// The search of one layer at some prices.
+pub struct Layer<'a> {
+    steps: Steps<'a, Tokens<'a>>,
+}
+
+impl<'a> Layer<'a> {
+    /// One for a layer's table.
+    pub fn new(table: &'a Table, room: &'a Room, layer: &LayerEvidence, price: &[f64]) -> Self {
+        let expert_bytes = layer.shape.expert_bytes;
+        let stage = ExpertStage::new(&room.tiers, expert_bytes, layer.ahead);
+        let (mut each, mut fixed) = ([0.0; PATHS], [0.0; PATHS]);
+        for path in 0..=room.tiers.len() {
+            each[path] = stage.path_s(path, 2.0) - stage.path_s(path, 1.0);
+            fixed[path] = stage.path_s(path, 1.0) - each[path];
         }
-        let mut sum = 0.0;
-        self.paths(config, |_, times| sum += times.iter().copied().fold(0.0, f64::max));
-        let seconds = sum / self.table.tokens as f64;
-        self.known.insert(*config, seconds);
-        seconds
+        let tokens = Tokens { table, room, each, fixed };
+        let counts = [table.n_expert as u16, table.used as u16];
+        Layer { steps: Steps::new(tokens, room, counts, expert_bytes, price) }
     }
 
-    fn priced_bytes(&self, config: &Config) -> f64 {
-        let fast = self.fast();
-        let last = if fast == 0 { 0 } else { config.cuts[fast - 1] };
-        let pins: f64 = config.pins(fast).zip(&self.price).map(|(n, p)| f64::from(n) * p).sum();
-        let slots =
-            if config.slots > 0 { self.price[usize::from(config.slot_tier)] * f64::from(config.slots) } else { 0.0 };
-        pins + slots + self.price[fast] * (self.table.n_expert as f64 - f64::from(last))
-    }
-
-    /// Seconds and priced bytes of a configuration.
-    pub fn value(&mut self, config: &Config) -> f64 {
-        self.seconds(config) + self.priced_bytes(config)
-    }
-
-    fn fits(&self, config: &Config) -> bool {
-        let fast = self.fast();
-        let last = if fast == 0 { 0 } else { config.cuts[fast - 1] };
-        let pins = |tier: usize| {
-            if tier < fast { config.cuts[tier] - if tier == 0 { 0 } else { config.cuts[tier - 1] } } else { 0 }
-        };
-        (0..=fast).all(|tier| {
-            let slots = if config.slots > 0 && usize::from(config.slot_tier) == tier { config.slots } else { 0 };
-            let home = if tier == fast { self.table.n_expert as u64 - u64::from(last) } else { 0 };
-            (u64::from(pins(tier)) + u64::from(slots) + home) * self.expert_bytes <= self.room.left_bytes[tier]
-        })
-    }
-
-    /// The cheapest configurations that steps from some known ones lead to, the best first, with their seconds.
-    pub fn cheapest(&mut self, start: &[Config], deadline: Instant) -> Vec<(Config, f64)> {
+    /// The cheapest configurations that steps from some known ones lead to, and if it is to be `thorough` from where the
+    /// weighted means are least, the best first, with their seconds.
+    pub fn cheapest(&mut self, start: &[Config], thorough: bool, deadline: Instant) -> Vec<(Config, f64)> {
         start.iter().for_each(|config| {
-            self.value(config);
+            self.steps.value(config);
         });
         // Where the weighted means are least is another place to begin.
         let mut begin = start.to_vec();
-        for mut this in self.boxes(start) {
+        for mut this in if thorough { self.boxes(start) } else { Vec::new() } {
             for _ in 0..2 {
                 if Instant::now() >= deadline {
                     break;
                 }
                 self.tighten(&mut this);
-                let (point, means) = (this.point, self.means(&this.point));
+                let (point, means) = (this.point, self.steps.timed.means(&this.point));
                 this.mean.iter_mut().zip(&means).for_each(|(m, new)| *m += (new - *m) / 2.0);
-                if self.fits(&point) && !begin.contains(&point) {
+                if self.steps.fits(&point) && !begin.contains(&point) {
                     begin.push(point);
                 }
             }
         }
-        begin.iter().for_each(|config| {
-            self.value(config);
-        });
-        begin.sort_by(|a, b| self.known_value(a).total_cmp(&self.known_value(b)));
-        for config in begin.into_iter().take(DESCENTS) {
-            self.descend(config, deadline);
-        }
-        let mut configs: Vec<(Config, f64)> =
-            self.known.iter().map(|(c, s)| (*c, *s)).filter(|(c, _)| self.fits(c)).collect();
-        configs.sort_by(|a, b| {
-            let value = |x: &(Config, f64)| x.1 + self.priced_bytes(&x.0);
-            value(a).total_cmp(&value(b)).then(a.0.cmp(&b.0))
-        });
-        configs
+        let descents = start.len().max(DESCENTS);
+        self.steps.cheapest(begin, descents, deadline)
+    }
+
+    /// The configurations around some, the best first, with their seconds.
+    pub fn around(&mut self, these: &BTreeSet<Config>, deadline: Instant) -> Vec<(Config, f64)> {
+        self.steps.around(these, deadline)
     }
 
     /// Seconds and priced bytes that no configuration goes below: searches from some known ones until that is within
@@ -205,7 +173,7 @@ impl<'a> Layer<'a> {
     pub fn bound(&mut self, start: &[Config], close: f64, deadline: Instant) -> f64 {
         let mut best: Option<(Config, f64)> = None;
         for config in start {
-            let value = self.value(config);
+            let value = self.steps.value(config);
             if best.is_none_or(|(_, least)| value < least) {
                 best = Some((*config, value));
             }
@@ -223,8 +191,8 @@ impl<'a> Layer<'a> {
                 continue;
             }
             let point = this.point;
-            let value = self.value(&point);
-            if self.fits(&point) && best.is_none_or(|(_, least)| value < least) {
+            let value = self.steps.value(&point);
+            if self.steps.fits(&point) && best.is_none_or(|(_, least)| value < least) {
                 best = Some((point, value));
             }
             let least = best.map_or(f64::INFINITY, |b| b.1);
@@ -236,7 +204,7 @@ impl<'a> Layer<'a> {
                 closed = closed.min(value);
                 continue;
             }
-            let means = self.means(&point);
+            let means = self.steps.timed.means(&point);
             if this.points.contains(&point) {
                 this.tried += 1;
             } else {
@@ -258,40 +226,43 @@ impl<'a> Layer<'a> {
 
     /// Boxes that hold all configurations: one for each tier of slots, and one without.
     fn boxes(&self, start: &[Config]) -> Vec<Box> {
-        let fast = self.fast();
-        let most = self.table.n_expert as u16;
-        let variants = self.room.slot_tiers().map(Some).chain([None]);
+        let fast = self.steps.room.home();
+        let most = self.steps.timed.table.n_expert as u16;
+        let variants = self.steps.room.slot_tiers().map(Some).chain([None]);
         variants
             .map(|slot_tier| {
                 let (mut low, mut high) = ([0; MAX_FAST + 1], [0; MAX_FAST + 1]);
                 high[..fast].fill(most);
                 if slot_tier.is_some() {
-                    (low[fast], high[fast]) = ((self.table.used as u16).min(most), most);
+                    (low[fast], high[fast]) = ((self.steps.timed.table.used as u16).min(most), most);
                     low[fast] = 1;
                 }
                 let at = start.iter().filter(|c| (c.slots > 0).then_some(usize::from(c.slot_tier)) == slot_tier);
-                let at = at.min_by(|a, b| self.known_value(a).total_cmp(&self.known_value(b)));
+                let at = at.min_by(|a, b| self.steps.known_value(a).total_cmp(&self.steps.known_value(b)));
                 let begin = at.or(start.first()).copied().map(|mut c| {
                     match slot_tier {
                         Some(tier) => {
                             c.slot_tier = tier as u8;
                             let last = if fast == 0 { 0 } else { c.cuts[fast - 1] };
-                            if let Some((least, pooled)) = self.slot_range(last) {
+                            if let Some((least, pooled)) = self.steps.slot_range(last) {
                                 c.slots = c.slots.clamp(least, pooled);
                             }
                         }
-                        None => (c.slots, c.slot_tier) = (0, self.room.staging_tier as u8),
+                        None => (c.slots, c.slot_tier) = (0, self.steps.room.staging_tier as u8),
                     }
                     c
                 });
-                let point =
-                    begin.unwrap_or(Config { cuts: [0; MAX_FAST], slots: 0, slot_tier: self.room.staging_tier as u8 });
+                let point = begin.unwrap_or(Config {
+                    cuts: [0; MAX_FAST],
+                    slots: 0,
+                    slot_tier: self.steps.room.staging_tier as u8,
+                });
                 Box {
                     slot_tier,
                     low,
                     high,
                     points: vec![point],
-                    mean: self.means(&point),
+                    mean: self.steps.timed.means(&point),
                     tried: 1,
                     bound: f64::NEG_INFINITY,
                     point,
@@ -300,22 +271,9 @@ impl<'a> Layer<'a> {
             .collect()
     }
 
-    fn known_value(&self, config: &Config) -> f64 {
-        self.known.get(config).map_or(f64::INFINITY, |s| s + self.priced_bytes(config))
-    }
-
-    fn means(&self, config: &Config) -> Vec<f32> {
-        let n = self.room.tiers.len() + 1;
-        let mut means = vec![0.0; self.table.tokens * n];
-        self.paths(config, |token, times| {
-            means[token * n..][..n].iter_mut().zip(times).for_each(|(m, t)| *m = *t as f32);
-        });
-        means
-    }
-
     /// Finds the least weighted mean over a box.
     fn tighten(&self, this: &mut Box) {
-        let (table, fast, n) = (self.table, self.fast(), self.room.tiers.len());
+        let (table, fast, n) = (self.steps.timed.table, self.steps.room.home(), self.steps.room.tiers.len());
         let (n_expert, used) = (table.n_expert, table.used);
         let paths = n + 1;
         // Weights: the longest path's, spread over those that are nearly as long.
@@ -327,8 +285,8 @@ impl<'a> Layer<'a> {
         let mut moved = vec![0.0f64; table.tokens];
         let pools_on = match this.slot_tier {
             Some(tier) => tier,
-            None if self.room.in_place => fast,
-            None => self.room.staging_tier,
+            None if self.steps.room.in_place => fast,
+            None => self.steps.room.staging_tier,
         };
         for (token, ranks) in table.ranks.chunks_exact(used).enumerate() {
             let mean = &this.mean[token * paths..][..paths];
@@ -344,12 +302,12 @@ impl<'a> Layer<'a> {
                 // What starts a path is paid once a token: exactly so for the first tier's pins, whose first expert is the
                 // token's most used one; else at least an expert's part of it.
                 let whole = path == 0 && pools_on != 0;
-                let part = if whole { 0.0 } else { self.fixed[path] / used as f64 };
+                let part = if whole { 0.0 } else { self.steps.timed.fixed[path] / used as f64 };
                 for &rank in ranks {
-                    on[usize::from(rank)] += w * (self.each[path] + part);
+                    on[usize::from(rank)] += w * (self.steps.timed.each[path] + part);
                 }
                 if whole {
-                    on[usize::from(ranks[0])] += w * self.fixed[path];
+                    on[usize::from(ranks[0])] += w * self.steps.timed.fixed[path];
                 }
             }
             moved[token] = weight[n] / sum;
@@ -359,7 +317,7 @@ impl<'a> Layer<'a> {
         let before: Vec<Vec<f64>> = (0..n)
             .map(|path| {
                 let mut sum = 0.0;
-                let price = self.price[path];
+                let price = self.steps.price[path];
                 let steps = on[path * n_expert..][..n_expert].iter().map(|&s| {
                     sum += s * scale + price;
                     sum
@@ -370,13 +328,13 @@ impl<'a> Layer<'a> {
         // The pooled ones compute on one tier, but their home copies are on the last.
         let pooled = |cut: usize| {
             let left = (n_expert - cut) as f64;
-            let compute = before[pools_on][n_expert] - before[pools_on][cut] - self.price[pools_on] * left;
-            compute + self.price[fast] * left
+            let compute = before[pools_on][n_expert] - before[pools_on][cut] - self.steps.price[pools_on] * left;
+            compute + self.steps.price[fast] * left
         };
-        let (each, fixed) = (self.each[n] * scale, self.fixed[n] * scale);
+        let (each, fixed) = (self.steps.timed.each[n] * scale, self.steps.timed.fixed[n] * scale);
         // Without slots every pooled choice is moved: `[cut]`.
         let mut all_moved = vec![0.0; n_expert + 1];
-        if this.slot_tier.is_none() && !self.room.in_place {
+        if this.slot_tier.is_none() && !self.steps.room.in_place {
             for (token, ranks) in table.ranks.chunks_exact(used).enumerate() {
                 ranks.iter().for_each(|&r| all_moved[usize::from(r)] += moved[token] * each);
                 all_moved[usize::from(ranks[used - 1])] += moved[token] * fixed;
@@ -436,7 +394,7 @@ impl<'a> Layer<'a> {
             let (value, slots) = match this.slot_tier {
                 None => (base + all_moved[last], 0),
                 Some(tier) => {
-                    let Some((fewest, most)) = self.slot_range(last as u16) else { continue };
+                    let Some((fewest, most)) = self.steps.slot_range(last as u16) else { continue };
                     let (low, high) = (this.low[fast].max(fewest), this.high[fast].min(most));
                     if low > high {
                         continue;
@@ -452,7 +410,7 @@ impl<'a> Layer<'a> {
                     for slots in (low..=high).rev() {
                         let [a, b] = sums[usize::from(slots - bottom)];
                         missed += a + b;
-                        let value = missed + self.price[tier] * f64::from(slots);
+                        let value = missed + self.steps.price[tier] * f64::from(slots);
                         if value < best {
                             (best, best_at) = (value, slots);
                         }
@@ -462,7 +420,7 @@ impl<'a> Layer<'a> {
             };
             if value < bound {
                 bound = value;
-                let slot_tier = this.slot_tier.unwrap_or(self.room.staging_tier) as u8;
+                let slot_tier = this.slot_tier.unwrap_or(self.steps.room.staging_tier) as u8;
                 point = Config { cuts: [0; MAX_FAST], slots, slot_tier };
                 let mut cut = last as u16;
                 for tier in (0..fast).rev() {
@@ -481,9 +439,9 @@ impl<'a> Layer<'a> {
 
     /// Two halves of a box, cut where the points tried differ most.
     fn split(&self, this: &Box) -> Option<[Box; 2]> {
-        let (fast, n) = (self.fast(), self.room.tiers.len());
+        let (fast, n) = (self.steps.room.home(), self.steps.room.tiers.len());
         let of = |c: &Config, at: usize| if at == fast { c.slots } else { c.cuts[at] };
-        let slower = |at: usize| if at + 1 >= fast { self.each[n] } else { self.each[at + 1] };
+        let slower = |at: usize| if at + 1 >= fast { self.steps.timed.each[n] } else { self.steps.timed.each[at + 1] };
         let range = |at: usize| {
             let least = this.points.iter().map(|c| of(c, at)).min().unwrap_or(this.low[at]);
             let most = this.points.iter().map(|c| of(c, at)).max().unwrap_or(this.high[at]);
@@ -509,7 +467,9 @@ impl<'a> Layer<'a> {
             if !points.is_empty() {
                 mean.fill(0.0);
                 let share = 1.0 / points.len() as f32;
-                points.iter().for_each(|c| mean.iter_mut().zip(self.means(c)).for_each(|(m, t)| *m += t * share));
+                points
+                    .iter()
+                    .for_each(|c| mean.iter_mut().zip(self.steps.timed.means(c)).for_each(|(m, t)| *m += t * share));
             }
             let tried = TRIES - 2;
             let (slot_tier, bound, point) = (this.slot_tier, this.bound, this.point);
@@ -518,67 +478,5 @@ impl<'a> Layer<'a> {
             new
         };
         Some([half(this.low[at], middle), half(middle + 1, this.high[at])])
-    }
-
-    /// Goes to the best neighbour until there is none, with ever smaller steps.
-    fn descend(&mut self, from: Config, deadline: Instant) {
-        let (mut at, mut value) = (from, self.value(&from));
-        let mut step = 16u16;
-        while step > 0 && Instant::now() < deadline {
-            let next =
-                self.neighbours(&at, step).into_iter().map(|c| (self.value(&c), c)).min_by(|a, b| a.0.total_cmp(&b.0));
-            match next.filter(|(v, _)| *v < value) {
-                Some((v, c)) => (at, value) = (c, v),
-                None => step /= 2,
-            }
-        }
-        for step in [2, 3] {
-            self.neighbours(&at, step).iter().for_each(|c| {
-                self.seconds(c);
-            });
-        }
-    }
-
-    /// Configurations that move some experts from one place to another: pins of a tier, slots, or the rest.
-    fn neighbours(&self, at: &Config, step: u16) -> Vec<Config> {
-        let fast = self.fast();
-        let most = self.table.n_expert as u16;
-        let mut found = Vec::new();
-        // A move adds to all cuts from one tier up to another, and to the slots.
-        for from in 0..fast {
-            for to in from + 1..=fast {
-                for up in [false, true] {
-                    for slots in [0i32, 1, -1] {
-                        let mut next = *at;
-                        let sign = if up { 1 } else { -1 };
-                        for cut in &mut next.cuts[from..to] {
-                            *cut = (i32::from(*cut) + sign * i32::from(step)).clamp(0, i32::from(most)) as u16;
-                        }
-                        let moved = i32::from(next.slots) - slots * sign * i32::from(step);
-                        if slots != 0 && (to != fast || at.slots == 0) {
-                            continue;
-                        }
-                        next.slots = moved.clamp(0, i32::from(most)) as u16;
-                        found.push(next);
-                    }
-                }
-            }
-        }
-        if at.slots > 0 {
-            for slots in [at.slots.saturating_sub(step), at.slots.saturating_add(step)] {
-                found.push(Config { slots, ..*at });
-            }
-        }
-        found.retain(|c| {
-            let ordered = c.cuts[..fast].windows(2).all(|w| w[0] <= w[1]);
-            let last = if fast == 0 { 0 } else { c.cuts[fast - 1] };
-            let slots = match (at.slots > 0, self.slot_range(last)) {
-                (true, Some((least, most))) => (least..=most).contains(&c.slots),
-                (true, None) => false,
-                (false, _) => c.slots == 0,
-            };
-            ordered && slots && c != at && self.fits(c)
-        });
-        found
     }
 }

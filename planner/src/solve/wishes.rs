@@ -1,7 +1,7 @@
 //! What the user fixes or forbids by hand: `--fix vram:experts:3-5:0-15`, `--forbid nvme:embedding`.
 //!
-//! `TIER:WHAT[:LAYERS[:EXPERTS]]`, where WHAT is `attention`, `router`, `shared_expert`, `dense_ffn`, `embedding`, `head` or
-//! `experts`; `TIER:LAYERS[:EXPERTS]` means experts. Without LAYERS it is all layers, without EXPERTS all experts of them.
+//! `TIER:WHAT[:LAYERS[:EXPERTS]]`, where WHAT is `attention`, `router`, `shared_expert`, `dense_ffn`, `embedding`, `head`,
+//! `cache` (keys and values) or `experts`; `TIER:LAYERS[:EXPERTS]` means experts. Without LAYERS it is all layers, without EXPERTS all experts of them.
 //! An expert fixed to the last tier is never pinned. Forbidding experts forbids pins and slots of the layers there.
 
 use anyhow::{Context, Result, bail, ensure};
@@ -43,6 +43,8 @@ pub struct Wishes {
     dense_fixed: BTreeMap<(DenseKind, Option<u32>), TierIdx>,
     dense_forbidden: BTreeSet<(DenseKind, Option<u32>, TierIdx)>,
     experts: BTreeMap<u32, LayerWishes>,
+    cache_fixed: Option<TierIdx>,
+    cache_forbidden: BTreeSet<TierIdx>,
 }
 
 impl Wishes {
@@ -83,10 +85,21 @@ impl Wishes {
             && !self.dense_forbidden.contains(&(kind, layer, tier))
     }
 
+    /// Whether the key and value cache may be on a tier.
+    pub fn allows_cache(&self, tier: TierIdx) -> bool {
+        self.cache_fixed.is_none_or(|t| t == tier) && !self.cache_forbidden.contains(&tier)
+    }
+
+    /// Whether anything is said of the cache.
+    pub fn of_cache(&self) -> bool {
+        self.cache_fixed.is_some() || !self.cache_forbidden.is_empty()
+    }
+
     /// Whether a plan does as it is told.
     pub fn holds(&self, plan: &Placement) -> bool {
         let home = plan.home_tier();
-        plan.dense.iter().all(|d| self.allows(d.kind, d.layer, d.tier))
+        self.allows_cache(plan.kv_tier)
+            && plan.dense.iter().all(|d| self.allows(d.kind, d.layer, d.tier))
             && plan.layers.iter().enumerate().all(|(at, layer)| {
                 let wishes = self.layer(layer.layer);
                 let fixed = wishes.fixed.iter().all(|(&e, &t)| plan.pinned_tier(at, e).unwrap_or(home) == t);
@@ -116,8 +129,12 @@ impl Wishes {
             ensure!(rest.len() <= 2, "{example}");
             return self.add_experts(at, layers, rest.get(1).copied(), fix, shape, machine);
         }
+        if what == "cache" {
+            ensure!(rest.is_empty(), "the cache of all layers is on one tier; {example}");
+            return self.add_cache(at, fix, machine);
+        }
         let Some(&(_, kind)) = KINDS.iter().find(|(name, _)| *name == what) else {
-            let known: Vec<&str> = KINDS.iter().map(|k| k.0).chain(["experts"]).collect();
+            let known: Vec<&str> = KINDS.iter().map(|k| k.0).chain(["cache", "experts"]).collect();
             bail!("there is nothing called '{what}'; give one of {}", known.join(", "));
         };
         ensure!(rest.len() <= 1, "only experts have numbers inside a layer; {example}");
@@ -142,6 +159,22 @@ impl Wishes {
                 self.dense_forbidden.insert((kind, group.layer, at));
             }
         }
+        Ok(())
+    }
+
+    fn add_cache(&mut self, tier: TierIdx, fix: bool, machine: &Machine) -> Result<()> {
+        let name = |t: TierIdx| machine.tiers[t].name.as_str();
+        if !fix {
+            self.cache_forbidden.insert(tier);
+            return Ok(());
+        }
+        ensure!(machine.tiers[tier].kind != TierKind::Nvme, "the cache can't be on the block device '{}'", name(tier));
+        let before = self.cache_fixed.replace(tier);
+        ensure!(
+            before.is_none_or(|b| b == tier),
+            "the cache was fixed to '{}' before; give one tier",
+            before.map_or("", name)
+        );
         Ok(())
     }
 

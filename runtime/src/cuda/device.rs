@@ -102,6 +102,36 @@ pub trait Device: Send + Sync {
     fn lane(self: Arc<Self>, _len: usize) -> Result<Option<Box<dyn Lane>>, CudaError> {
         Ok(None)
     }
+
+    /// Begins to record what this thread launches, instead of doing it; false where that can't be done. Until
+    /// [`end_recording`](Self::end_recording) this thread may do nothing but launch kernels that were launched before.
+    ///
+    /// # Errors
+    /// When the device fails.
+    fn begin_recording(&self) -> Result<bool, CudaError> {
+        Ok(false)
+    }
+
+    /// Ends the recording that this thread began.
+    ///
+    /// # Errors
+    /// When the device fails, or did something else meanwhile than launch kernels.
+    fn end_recording(self: Arc<Self>) -> Result<Box<dyn Recording>, CudaError> {
+        let (device, what) = (self.name().to_string(), "ending a recording".to_string());
+        Err(CudaError::Call { device, what, why: "none was begun".into() })
+    }
+}
+
+/// Launches that were recorded, with their arguments.
+pub trait Recording: Send {
+    /// Does them all in their order.
+    ///
+    /// # Errors
+    /// When the device fails.
+    ///
+    /// # Safety
+    /// The memory that the launches touch is still that of this device.
+    unsafe fn replay(&self) -> Result<(), CudaError>;
 }
 
 impl std::fmt::Debug for dyn Device + '_ {

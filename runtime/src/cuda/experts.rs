@@ -307,7 +307,7 @@ impl PinnedExperts {
             return Ok(());
         }
         let Some(l) = self.layers.get(layer).and_then(Option::as_ref) else { panic!("layer {layer} on a device") };
-        let ExpertKind { n_expert, hidden, ffn, .. } = l.kind;
+        let ExpertKind { n_expert, hidden, .. } = l.kind;
         let number = |place: &Place| match *place {
             Place::Pinned(expert) if l.here.get(expert) == Some(&true) => expert,
             Place::Slot(slot) if slot < l.n_slots => n_expert + slot,
@@ -345,31 +345,43 @@ impl PinnedExperts {
                 first += alike.len();
             }
         }
-        let product = |ty, table, n_out, n_in, floats: &Buffer, quants: &Quants, per_x, out: View<'_>| {
-            let input = if needs_quants(ty) { Input::Quants(quants) } else { Input::Floats(floats.view()) };
-            if !groups.is_empty() {
-                return ops.matmul(ty, Batch::Groups(table, &groups), n_out, n_in, input, out);
-            }
-            let chosen = Matrices::Chosen(table, r.which.view());
-            ops.matvec(ty, chosen, jobs, n_out, n_in, input, per_x, out)
-        };
-        product(l.kind.gate, &l.gate, ffn, hidden, &r.x, &r.x_quants, jobs / rows, r.gate.view())?;
-        product(l.kind.up, &l.up, ffn, hidden, &r.x, &r.x_quants, jobs / rows, r.up.view())?;
-        let bias = |which: usize, values: View<'_>, width: usize| match &l.biases {
-            Some(biases) => ops.add_bias(values, biases[which].view(), Some(r.which.view()), jobs, width),
-            None => Ok(()),
-        };
-        bias(0, r.gate.view(), ffn)?;
-        bias(1, r.up.view(), ffn)?;
-        ops.activate(l.kind.activation, r.gate.view(), r.up.view(), jobs * ffn)?;
-        if needs_quants(l.kind.down) {
-            ops.quantize(r.gate.view(), jobs, ffn, &mut r.inner)?;
-        }
-        product(l.kind.down, &l.down, hidden, ffn, &r.gate, &r.inner, 1, results)?;
-        bias(2, results, hidden)?;
+        let inner = Inner { gate: &r.gate, up: &r.up, quants: &mut r.inner };
+        let uses = Uses { which: r.which.view(), jobs, rows, groups: &groups };
+        compute(ops, l, inner, r.x.view(), &r.x_quants, uses, results)?;
         self.asked += jobs;
         self.hidden = hidden;
         Ok(())
+    }
+
+    /// Adds to `x`, `[hidden]`, what the experts that `which`, `[n]`, numbers on the device make of `input`, `[hidden]`, each
+    /// by its weight of `weights`, `[n]`. Nothing comes back to the host.
+    ///
+    /// # Errors
+    /// When the device fails.
+    ///
+    /// # Panics
+    /// When not all experts of the layer are pinned here, or there is no [room](Self::room).
+    pub fn add_chosen(
+        &mut self,
+        layer: usize,
+        input: View<'_>,
+        which: View<'_>,
+        weights: View<'_>,
+        n: usize,
+        x: View<'_>,
+    ) -> Result<(), CudaError> {
+        let Some(l) = self.layers.get(layer).and_then(Option::as_ref) else { panic!("layer {layer} on a device") };
+        assert!(l.here.iter().all(|here| *here) && n <= self.rows - self.asked, "{n} experts of layer {layer}");
+        let ExpertKind { hidden, gate, up, .. } = l.kind;
+        let (ops, r) = (&self.ops, &mut self.room);
+        if needs_quants(gate) || needs_quants(up) {
+            ops.quantize(input, 1, hidden, &mut r.x_quants)?;
+        }
+        let results = r.out.view().floats(self.asked * hidden..(self.asked + n) * hidden);
+        let inner = Inner { gate: &r.gate, up: &r.up, quants: &mut r.inner };
+        let uses = Uses { which, jobs: n, rows: 1, groups: &[] };
+        compute(ops, l, inner, input, &r.x_quants, uses, results)?;
+        ops.weighted_sum(results, weights, Some(x), 1, n, hidden, x)
     }
 
     /// Results that were asked for and not fetched yet.
@@ -394,4 +406,55 @@ impl PinnedExperts {
     pub fn forget(&mut self) {
         self.asked = 0;
     }
+}
+
+/// Buffers inside experts.
+struct Inner<'a> {
+    gate: &'a Buffer,
+    up: &'a Buffer,
+    quants: &'a mut Quants,
+}
+
+/// Which experts take which rows.
+struct Uses<'a> {
+    /// `[jobs]` numbers in the layer's tables.
+    which: View<'a>,
+    jobs: usize,
+    /// Rows, of which each has as many of the jobs.
+    rows: usize,
+    /// Neighbours that go through the same expert, or none.
+    groups: &'a [Group],
+}
+
+/// What a layer's experts make of `x`, `[jobs, hidden]`; `quants` are those of `x`, where gate or up take them.
+fn compute(
+    ops: &Ops,
+    l: &Layer,
+    inner: Inner<'_>,
+    x: View<'_>,
+    quants: &Quants,
+    uses: Uses<'_>,
+    results: View<'_>,
+) -> Result<(), CudaError> {
+    let (Uses { which, jobs, rows, groups }, ExpertKind { hidden, ffn, .. }) = (uses, l.kind);
+    let product = |ty, table, n_out, n_in, floats: View<'_>, quants: &Quants, per_x, out: View<'_>| {
+        let input = if needs_quants(ty) { Input::Quants(quants) } else { Input::Floats(floats) };
+        if !groups.is_empty() {
+            return ops.matmul(ty, Batch::Groups(table, groups), n_out, n_in, input, out);
+        }
+        ops.matvec(ty, Matrices::Chosen(table, which), jobs, n_out, n_in, input, per_x, out)
+    };
+    let bias = |at: usize, values: View<'_>, width: usize| match &l.biases {
+        Some(biases) => ops.add_bias(values, biases[at].view(), Some(which), jobs, width),
+        None => Ok(()),
+    };
+    let (gate, up) = (inner.gate.view(), inner.up.view());
+    product(l.kind.gate, &l.gate, ffn, hidden, x, quants, jobs / rows, gate)?;
+    product(l.kind.up, &l.up, ffn, hidden, x, quants, jobs / rows, up)?;
+    bias(0, gate, ffn)?;
+    bias(1, up, ffn)?;
+    let quants = needs_quants(l.kind.down).then_some(&mut *inner.quants);
+    ops.activate(l.kind.activation, gate, up, jobs, ffn, quants)?;
+    product(l.kind.down, &l.down, hidden, ffn, gate, inner.quants, 1, results)?;
+    bias(2, results, hidden)
 }

@@ -1,7 +1,7 @@
 //! A real GPU: the driver's first context, one stream, and kernels compiled when they are first launched and kept on
 //! disk.
 
-use super::device::{Arg, Device, Grid};
+use super::device::{Arg, Device, Grid, Recording};
 use super::lane::{self, Lane};
 use super::nvrtc::{Compiler, OPTIONS};
 use super::source::{MODULES, Module, headers, module_of};
@@ -371,6 +371,58 @@ impl Device for Gpu {
 
     fn lane(self: Arc<Self>, len: usize) -> Result<Option<Box<dyn Lane>>, CudaError> {
         lane::open(self, len).map(Some)
+    }
+
+    fn begin_recording(&self) -> Result<bool, CudaError> {
+        self.bind()?;
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // SAFETY: the stream lives as long as this value.
+        unsafe { result::stream::begin_capture(self.stream, mode) }
+            .map_err(|e| self.failed("recording launches", e))?;
+        Ok(true)
+    }
+
+    fn end_recording(self: Arc<Self>) -> Result<Box<dyn Recording>, CudaError> {
+        self.bind()?;
+        // SAFETY: the stream lives as long as this value, and was recording.
+        let graph =
+            unsafe { result::stream::end_capture(self.stream) }.map_err(|e| self.failed("recording launches", e))?;
+        let mut made = std::ptr::null_mut();
+        // SAFETY: the graph is whole; what can be launched is made from it, and no longer needs it.
+        let done = unsafe {
+            let done = sys::cuGraphInstantiateWithFlags(&mut made, graph, 0).result();
+            let _ = sys::cuGraphDestroy(graph).result();
+            done
+        };
+        done.map_err(|e| self.failed("preparing recorded launches", e))?;
+        Ok(Box::new(Graph { gpu: self, made }))
+    }
+}
+
+/// Launches that the driver has put together.
+struct Graph {
+    gpu: Arc<Gpu>,
+    made: sys::CUgraphExec,
+}
+
+// SAFETY: the handle may be used from any thread whose context is the GPU's, which every function sees to.
+unsafe impl Send for Graph {}
+
+impl Drop for Graph {
+    fn drop(&mut self) {
+        if self.gpu.wait().is_ok() {
+            // SAFETY: `end_recording` made it, and nothing of it is running.
+            let _ = unsafe { sys::cuGraphExecDestroy(self.made) }.result();
+        }
+    }
+}
+
+impl Recording for Graph {
+    unsafe fn replay(&self) -> Result<(), CudaError> {
+        self.gpu.bind()?;
+        // SAFETY: the caller's promise; graph and stream live as long as this value.
+        let done = unsafe { sys::cuGraphLaunch(self.made, self.gpu.stream) }.result();
+        done.map_err(|e| self.gpu.failed("recorded launches", e))
     }
 }
 

@@ -1,7 +1,7 @@
 //! A device for tests: the kernels compiled as plain C++ by the system's compiler, in main memory, a block's threads one
 //! after the other. Writes beyond a buffer and reads of what nobody wrote are found.
 
-use super::device::{Arg, Device, Grid};
+use super::device::{Arg, Device, Grid, Recording};
 use super::lane::{BUFFERS, Lane};
 use super::source::{MODULES, headers};
 use super::{CudaError, View, device::Buffer};
@@ -12,6 +12,7 @@ use std::ffi::{c_int, c_uint, c_void};
 use std::fmt::Write;
 use std::process::Command;
 use std::sync::{Arc, LazyLock, Mutex, PoisonError};
+use std::thread::ThreadId;
 
 /// Bytes around every buffer that must stay as they are.
 const GUARD: usize = 256;
@@ -23,6 +24,24 @@ pub(crate) struct Shim {
     library: Library,
     /// Bytes of what is allocated, and the kernels that were launched. Held while one runs: its blocks share statics.
     state: Mutex<(HashMap<u64, usize>, BTreeSet<&'static str>)>,
+    /// What threads that record have launched.
+    recordings: Mutex<HashMap<ThreadId, Vec<Launch>>>,
+}
+
+/// A kernel with its grid and arguments.
+type Launch = (&'static str, Grid, Vec<Arg>);
+
+/// Launches to do again.
+struct Recorded {
+    shim: Arc<Shim>,
+    launches: Vec<Launch>,
+}
+
+impl Recording for Recorded {
+    unsafe fn replay(&self) -> Result<(), CudaError> {
+        // SAFETY: the caller's promise, and that of who launched them.
+        self.launches.iter().try_for_each(|(kernel, grid, args)| unsafe { self.shim.run(kernel, *grid, args) })
+    }
 }
 
 /// The one device of all tests.
@@ -68,7 +87,37 @@ impl Shim {
         assert!(log.is_empty(), "the kernels compile as C++ with warnings: {log}");
         // SAFETY: the library has no code that runs when it is loaded.
         let library = unsafe { Library::new(&library) }.unwrap();
-        Self { library, state: Mutex::default() }
+        Self { library, state: Mutex::default(), recordings: Mutex::default() }
+    }
+
+    /// A real device refuses what is not a launch meanwhile.
+    fn must_not_record(&self) {
+        let recordings = self.recordings.lock().unwrap_or_else(PoisonError::into_inner);
+        assert!(!recordings.contains_key(&std::thread::current().id()), "not a launch in a recording");
+    }
+
+    /// Runs a kernel.
+    ///
+    /// # Safety
+    /// As [`Device::launch`].
+    unsafe fn run(&self, kernel: &'static str, grid: Grid, args: &[Arg]) -> Result<(), CudaError> {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.1.insert(kernel);
+        // SAFETY: the generated functions have this type.
+        let run = unsafe { self.library.get::<Run>(format!("run_{kernel}").as_bytes()) };
+        let run = run.map_err(|_| CudaError::NoKernel(kernel.into()))?;
+        let mut addresses: Vec<*mut c_void> = args.iter().map(|a| a.address().cast_mut()).collect();
+        let [x, y, z] = grid.blocks;
+        let dims = [x, y, z, grid.threads, 1, 1];
+        // SAFETY: the caller's promise about the arguments; the lock keeps other kernels away.
+        let status = unsafe { run(addresses.as_mut_ptr(), dims.as_ptr()) };
+        let why = match status {
+            0 => return Ok(()),
+            1 => "too many threads in a block",
+            2 => "no memory for threads",
+            _ => "threads wait for others that never come",
+        };
+        Err(CudaError::Call { device: self.name().into(), what: kernel.into(), why: why.into() })
     }
 
     /// The kernels that were launched so far.
@@ -91,6 +140,7 @@ impl Device for Shim {
     }
 
     fn allocate(&self, len: usize) -> Result<u64, CudaError> {
+        self.must_not_record();
         // SAFETY: the size is not 0.
         let at = unsafe { alloc(layout(len)) };
         assert!(!at.is_null());
@@ -105,6 +155,7 @@ impl Device for Shim {
     }
 
     unsafe fn free(&self, at: u64) {
+        self.must_not_record();
         let len = self.state.lock().unwrap_or_else(PoisonError::into_inner).0.remove(&at).unwrap();
         let start = (at - GUARD as u64) as *mut u8;
         // SAFETY: `allocate` made this, with guards on both sides.
@@ -118,39 +169,45 @@ impl Device for Shim {
     }
 
     unsafe fn write(&self, to: u64, bytes: &[u8]) -> Result<(), CudaError> {
+        self.must_not_record();
         // SAFETY: the caller's promise.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to as *mut u8, bytes.len()) };
         Ok(())
     }
 
     unsafe fn read(&self, from: u64, bytes: &mut [u8]) -> Result<(), CudaError> {
+        self.must_not_record();
         // SAFETY: the caller's promise.
         unsafe { std::ptr::copy_nonoverlapping(from as *const u8, bytes.as_mut_ptr(), bytes.len()) };
         Ok(())
     }
 
     unsafe fn launch(&self, kernel: &'static str, grid: Grid, args: &[Arg]) -> Result<(), CudaError> {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        state.1.insert(kernel);
-        // SAFETY: the generated functions have this type.
-        let run = unsafe { self.library.get::<Run>(format!("run_{kernel}").as_bytes()) };
-        let run = run.map_err(|_| CudaError::NoKernel(kernel.into()))?;
-        let mut addresses: Vec<*mut c_void> = args.iter().map(|a| a.address().cast_mut()).collect();
-        let [x, y, z] = grid.blocks;
-        let dims = [x, y, z, grid.threads, 1, 1];
-        // SAFETY: the caller's promise about the arguments; the lock keeps other kernels away.
-        let status = unsafe { run(addresses.as_mut_ptr(), dims.as_ptr()) };
-        let why = match status {
-            0 => return Ok(()),
-            1 => "too many threads in a block",
-            2 => "no memory for threads",
-            _ => "threads wait for others that never come",
-        };
-        Err(CudaError::Call { device: self.name().into(), what: kernel.into(), why: why.into() })
+        let mut recordings = self.recordings.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(launches) = recordings.get_mut(&std::thread::current().id()) {
+            launches.push((kernel, grid, args.to_vec()));
+            return Ok(());
+        }
+        drop(recordings);
+        // SAFETY: the caller's promise.
+        unsafe { self.run(kernel, grid, args) }
     }
 
     fn wait(&self) -> Result<(), CudaError> {
+        self.must_not_record();
         Ok(())
+    }
+
+    fn begin_recording(&self) -> Result<bool, CudaError> {
+        let mut recordings = self.recordings.lock().unwrap_or_else(PoisonError::into_inner);
+        assert!(recordings.insert(std::thread::current().id(), Vec::new()).is_none(), "a recording in a recording");
+        Ok(true)
+    }
+
+    fn end_recording(self: Arc<Self>) -> Result<Box<dyn Recording>, CudaError> {
+        let launches =
+            self.recordings.lock().unwrap_or_else(PoisonError::into_inner).remove(&std::thread::current().id());
+        Ok(Box::new(Recorded { launches: launches.unwrap(), shim: self }))
     }
 
     fn lane(self: Arc<Self>, len: usize) -> Result<Option<Box<dyn Lane>>, CudaError> {

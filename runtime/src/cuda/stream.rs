@@ -214,10 +214,8 @@ impl ExpertStream {
         };
         product(0, (ffn, hidden), &self.rows, &self.rows_quants, self.gate.view())?;
         product(1, (ffn, hidden), &self.rows, &self.rows_quants, self.up.view())?;
-        ops.activate(kind.activation, self.gate.view(), self.up.view(), n * ffn)?;
-        if needs_quants(kind.down) {
-            ops.quantize(self.gate.view(), n, ffn, &mut self.inner)?;
-        }
+        let inner = needs_quants(kind.down).then_some(&mut self.inner);
+        ops.activate(kind.activation, self.gate.view(), self.up.view(), n, ffn, inner)?;
         product(2, (hidden, ffn), &self.gate, &self.inner, self.results.view())?;
         ops.add_rows(self.results.view(), which, weights, n, hidden, self.out.view())
     }

@@ -4,7 +4,7 @@ use super::RunError;
 use super::counters::Counters;
 use super::devices::GiveDevice;
 use super::experts::{ExpertStore, Step};
-use super::gpu::{Gpus, LayerPlaces, Places};
+use super::gpu::{Gpus, LayerPlaces, Places, resident_tier};
 use super::load::{LoadError, LoadOptions, Loaded, Progress, load};
 use super::mixer::{CacheReads, MixerState};
 use super::moe::{Choices, Compute, moe_batch, moe_token};
@@ -65,12 +65,14 @@ pub struct Engine {
     pub(super) weights: DenseWeights,
     pub(super) experts: ExpertStore,
     pub(super) gpus: Gpus,
+    /// The tier whose GPU has all of the model, if one has.
+    resident: Option<usize>,
     resident_bytes: Vec<u64>,
     padding_bytes: Vec<u64>,
-    embedding_tier: usize,
-    head_tier: usize,
+    pub(super) embedding_tier: usize,
+    pub(super) head_tier: usize,
     /// By layer, by tier.
-    dense_bytes: Vec<StageBytes>,
+    pub(super) dense_bytes: Vec<StageBytes>,
     /// By layer: what its keys, values and state are charged as.
     caches: Vec<CacheReads>,
     pacer: Option<Pacer>,
@@ -90,7 +92,7 @@ pub struct Engine {
     pub(super) layer_rope: Vec<Option<usize>>,
     pub(super) scratch: Scratch,
     pub(super) logits: Vec<f32>,
-    routing: Routing,
+    pub(super) routing: Routing,
     pub(super) counters: Counters,
     pub(super) scores_guesses: bool,
     broken: bool,
@@ -150,6 +152,7 @@ impl Engine {
         }
         resident_bytes[plan.kv_tier] += states.iter().map(MixerState::bytes).sum::<u64>();
         let (ropes, layer_rope) = rope_tables(&spec, &weights);
+        let resident = resident_tier(plan, &shape, &places);
         let gpus = Gpus::new(&spec, plan, options, &weights, &devices, places, &layer_rope)?;
         let tiers: Vec<_> = plan.tiers.iter().map(|t| t.tier.clone()).collect();
         let threads = options.threads.unwrap_or_else(physical_cores);
@@ -196,6 +199,7 @@ impl Engine {
             weights,
             experts,
             gpus,
+            resident,
             resident_bytes,
             padding_bytes,
             embedding_tier,
@@ -383,6 +387,9 @@ impl Engine {
         alone: bool,
         decoding: bool,
     ) -> Result<(), RunError> {
+        if let (true, Some(tier), false) = (alone, self.resident, self.scores_guesses) {
+            return self.resident_pass(tier, tokens[0], decoding);
+        }
         let n = tokens.len();
         let mut place = self.embed(tokens)?;
         let mut outside = StageBytes::new(self.plan.tiers.len());
@@ -493,11 +500,11 @@ impl Engine {
         }
     }
 
-    fn embedding_row_bytes(&self) -> usize {
+    pub(super) fn embedding_row_bytes(&self) -> usize {
         self.gguf.tensors()[self.spec.embedding].n_bytes as usize / self.spec.n_vocab
     }
 
-    fn head_bytes(&self) -> u64 {
+    pub(super) fn head_bytes(&self) -> u64 {
         self.shape.dense.iter().filter(|d| d.kind == crate::model::shape::DenseKind::Head).map(|d| d.token_bytes).sum()
     }
 }

@@ -1,8 +1,8 @@
 //! Engines whose experts are partly on a GPU, which is emulated on the processor: the kernels are those of a real one.
 
-use super::plan::obvious;
+use super::plan::{all_on_gpu, obvious};
 use super::{Engine, KvType, LoadError, LoadOptions, Wanted};
-use crate::cuda::device::{Arg, Grid};
+use crate::cuda::device::{Arg, Grid, Recording};
 use crate::cuda::{CudaError, Device, shim};
 use crate::formats::machine::TierKind;
 use crate::formats::placement::{Placement, PlanTier};
@@ -10,7 +10,7 @@ use crate::gguf::Gguf;
 use crate::model::shape::{DenseKind, ModelShape};
 use crate::model::{describe, shape::shape_of};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 fn data(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data").join(name)
@@ -274,42 +274,71 @@ fn parts_of_a_layer_may_be_apart() {
 }
 
 fn refused(gguf: &Arc<Gguf>, plan: &Placement, free: usize) -> LoadError {
-    let give = |_: usize| Ok(Arc::new(Small(shim::shared(), free)) as Arc<dyn Device>);
+    let give = |_: usize| Ok(Arc::new(Watched::new(free)) as Arc<dyn Device>);
     let loaded = Engine::load_on(Arc::clone(gguf), plan, &LoadOptions::default(), Some(&give), &mut |_, _| {});
     loaded.map(|_| ()).unwrap_err()
 }
 
-/// A device that says how much is free.
-struct Small(Arc<shim::Shim>, usize);
+/// The emulated device, with so many bytes free; counts launches, reads, writes and recordings.
+struct Watched {
+    shim: Arc<shim::Shim>,
+    free: usize,
+    counts: Mutex<[usize; 4]>,
+}
 
-impl Device for Small {
+impl Watched {
+    fn new(free: usize) -> Self {
+        Self { shim: shim::shared(), free, counts: Mutex::default() }
+    }
+
+    fn count(&self, what: usize) {
+        self.counts.lock().unwrap()[what] += 1;
+    }
+
+    /// What happened since the last time.
+    fn take(&self) -> [usize; 4] {
+        std::mem::take(&mut *self.counts.lock().unwrap())
+    }
+}
+
+impl Device for Watched {
     fn name(&self) -> &str {
         "a small GPU"
     }
     fn free_bytes(&self) -> Result<usize, CudaError> {
-        Ok(self.1)
+        Ok(self.free)
     }
     fn allocate(&self, len: usize) -> Result<u64, CudaError> {
-        self.0.allocate(len)
+        self.shim.allocate(len)
     }
     unsafe fn free(&self, at: u64) {
         // SAFETY: the caller's promise.
-        unsafe { self.0.free(at) };
+        unsafe { self.shim.free(at) };
     }
     unsafe fn write(&self, to: u64, bytes: &[u8]) -> Result<(), CudaError> {
+        self.count(2);
         // SAFETY: the caller's promise.
-        unsafe { self.0.write(to, bytes) }
+        unsafe { self.shim.write(to, bytes) }
     }
     unsafe fn read(&self, from: u64, bytes: &mut [u8]) -> Result<(), CudaError> {
+        self.count(1);
         // SAFETY: the caller's promise.
-        unsafe { self.0.read(from, bytes) }
+        unsafe { self.shim.read(from, bytes) }
     }
     unsafe fn launch(&self, kernel: &'static str, grid: Grid, args: &[Arg]) -> Result<(), CudaError> {
+        self.count(0);
         // SAFETY: the caller's promise.
-        unsafe { self.0.launch(kernel, grid, args) }
+        unsafe { self.shim.launch(kernel, grid, args) }
     }
     fn wait(&self) -> Result<(), CudaError> {
-        self.0.wait()
+        self.shim.wait()
+    }
+    fn begin_recording(&self) -> Result<bool, CudaError> {
+        self.count(3);
+        self.shim.begin_recording()
+    }
+    fn end_recording(self: Arc<Self>) -> Result<Box<dyn Recording>, CudaError> {
+        Arc::clone(&self.shim).end_recording()
     }
 }
 
@@ -345,4 +374,70 @@ fn a_gpu_that_is_too_small_is_refused_before_anything_is_copied() {
     assert!(work > 0);
     let error = refused(&gguf, &plan, needed as usize - 1).to_string();
     assert!(error.contains(&format!("needs {needed} bytes")) && error.contains("a small GPU"), "{error}");
+}
+
+#[test]
+fn a_token_of_a_model_on_one_gpu_is_replayed() {
+    // Windows of 8 positions, and none.
+    for (name, with_embedding) in [("arch/gpt-oss.gguf", true), ("arch/kimi-k2.gguf", false)] {
+        let (gguf, shape) = open(name);
+        let of = (280, KvType::F16);
+        let here = |kind, _| with_embedding || kind != DenseKind::Embedding;
+        let plan = plan(&shape, of, here, true, Experts::Gpu);
+        let device = Arc::new(Watched::new(usize::MAX));
+        let give = |_: usize| Ok(Arc::clone(&device) as Arc<dyn Device>);
+        let options = LoadOptions { threads: Some(2), batch: Some(64), ..LoadOptions::default() };
+        let mut engine = Engine::load_on(Arc::clone(&gguf), &plan, &options, Some(&give), &mut |_, _| {}).unwrap();
+        let mut plain = load(&gguf, &obvious(&shape, of.0, of.1), 64);
+        // Up to a little before the end of a chunk.
+        let n_vocab = shape.n_vocab;
+        let prompt: Vec<u32> = (0..252).map(|i| (i * 37 + 5) % n_vocab).collect();
+        engine.forward(&prompt, Wanted::Last).unwrap();
+        plain.forward(&prompt, Wanted::Last).unwrap();
+        for i in 0..9 {
+            device.take();
+            let token = (i * 11 + 3) % n_vocab;
+            let got = engine.forward(&[token], Wanted::Last).unwrap().to_vec();
+            let [launches, reads, writes, recordings] = device.take();
+            assert_eq!(reads, 2, "logits and choices");
+            // Position, token or state, rotations of each kind, and a factor for queries at most.
+            assert!(writes <= 5, "{writes} writes");
+            // Launched, then recorded, and again where a chunk begins.
+            let records = [1, 4].contains(&i);
+            assert_eq!(recordings, usize::from(records), "token {i}");
+            assert_eq!(launches > 0, i == 0 || records, "token {i}: {launches} launches");
+            let expected = plain.forward(&[token], Wanted::Last).unwrap();
+            let off = nmse(&got, expected);
+            assert!(off < 1e-5, "{name}, token {i}: {off:e}");
+            assert_eq!(engine.routing().experts, plain.routing().experts, "{name}, token {i}");
+        }
+        // It is counted as if it had been taken through the layers one by one.
+        let counters = engine.counters();
+        let used: u64 = shape.experts.iter().map(|e| u64::from(e.n_used)).sum();
+        assert_eq!(counters.layers.iter().map(|l| l.pinned_hits).sum::<u64>(), 9 * used);
+        let read: u64 = counters.read_bytes.iter().sum();
+        assert_eq!(read, plain.counters().read_bytes.iter().sum::<u64>());
+        assert!(counters.decode_tokens == 9 && counters.busy[0] > std::time::Duration::ZERO);
+        // Back to positions that were seen before.
+        engine.truncate(200).unwrap();
+        plain.truncate(200).unwrap();
+        let got = engine.forward(&[1], Wanted::Last).unwrap().to_vec();
+        assert!(nmse(&got, plain.forward(&[1], Wanted::Last).unwrap()) < 1e-5);
+    }
+}
+
+#[test]
+fn a_layer_is_few_launches() {
+    let gguf = Arc::new(Gguf::open(&data("../../profiles/demo/demo.gguf")).unwrap());
+    let shape = shape_of(&gguf, &describe(&gguf).unwrap());
+    let plan = all_on_gpu(&shape, 16, KvType::F16);
+    let device = Arc::new(Watched::new(usize::MAX));
+    let give = |_: usize| Ok(Arc::clone(&device) as Arc<dyn Device>);
+    let options = LoadOptions { threads: Some(1), ..LoadOptions::default() };
+    let mut engine = Engine::load_on(Arc::clone(&gguf), &plan, &options, Some(&give), &mut |_, _| {}).unwrap();
+    device.take();
+    engine.forward(&[5], Wanted::Last).unwrap();
+    let [launches, ..] = device.take();
+    // Beside the layers the embedding, the last norm and the head.
+    assert_eq!(launches, 17 * shape.n_layer as usize + 3);
 }

@@ -26,6 +26,7 @@ pub mod pack;
 pub mod plan;
 #[cfg(test)]
 mod prompt_gpu_tests;
+mod resident;
 pub(crate) mod rope;
 pub(crate) mod router;
 mod scratch;

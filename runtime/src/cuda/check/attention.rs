@@ -1,12 +1,14 @@
 //! The cache and attention over it.
 
 use super::Check;
+use super::small::same_quants;
 use crate::check::{Outcome, Random};
 use crate::cuda::device::Buffer;
-use crate::cuda::ops::{Attend, AttendRoom, PROMPT_TOKENS, Positions};
+use crate::cuda::ops::{Attend, AttendRoom, Heads, PROMPT_TOKENS, Positions, Quants};
 use crate::cuda::{CudaError, Ops};
 use crate::kernels::{Kernels, StoredRows, q8_row_bytes};
 use crate::model::kv::KvType;
+use crate::model::spec::RopeKind;
 use half::f16;
 
 /// What a result may differ by as a share of the largest value mixed.
@@ -25,6 +27,7 @@ pub(super) fn checks() -> Vec<Check> {
     let mut checks = Vec::new();
     for kv_type in KvType::ALL {
         checks.push(Check::new(format!("store, {kv_type}"), move |ops, random| store(ops, random, kv_type)));
+        checks.push(Check::new(format!("place_heads, {kv_type}"), move |ops, random| place(ops, random, kv_type)));
         checks.push(Check::new(format!("attend, {kv_type}"), move |ops, random| attend(ops, random, kv_type)));
         checks
             .push(Check::new(format!("attend, a prompt, {kv_type}"), move |ops, random| prompt(ops, random, kv_type)));
@@ -90,6 +93,87 @@ fn store(ops: &Ops, random: &mut Random, kv_type: KvType) -> Result<Outcome, Cud
             expected[(head * context + past + t) * row_bytes..][..row_bytes].copy_from_slice(&stored(kv_type, row));
         }
         outcome.exactly(&cache.view().to_bytes()?, &expected);
+    }
+    Ok(outcome)
+}
+
+/// All at once against one step after the other, with the kernels that are checked by themselves.
+fn place(ops: &Ops, random: &mut Random, kv_type: KvType) -> Result<Outcome, CudaError> {
+    let mut outcome = Outcome::default();
+    let (tokens, n_head, n_head_kv, context, past, half) = (3, 4, 2, 9, 5, 12);
+    for (key_width, value_width, kind) in [(64, 64, RopeKind::Halves), (40, 24, RopeKind::Adjacent)] {
+        for (normed, turned) in [(true, true), (false, true), (false, false)] {
+            let device = ops.device();
+            let (q, k) = (random.floats(tokens * n_head * key_width), random.floats(tokens * n_head_kv * key_width));
+            let v = random.floats(tokens * n_head_kv * value_width);
+            let norms = [
+                Buffer::of_f32(device, &random.floats(key_width))?,
+                Buffer::of_f32(device, &random.floats(key_width))?,
+            ];
+            let turns = Buffer::of_f32(device, &random.floats(2 * tokens * half))?;
+            let word = Buffer::of_i32(device, &[past as i32])?;
+            let positions = Positions { past, on_device: word.view() };
+            let rows = |width: usize| vec![0x5a; n_head_kv * context * kv_type.row_bytes(width as u64) as usize];
+            let mut found = Vec::new();
+            for at_once in [true, false] {
+                let (q, k, v) = (Buffer::of_f32(device, &q)?, Buffer::of_f32(device, &k)?, Buffer::of_f32(device, &v)?);
+                let keys = Buffer::of_bytes(device, &rows(key_width))?;
+                let values = Buffer::of_bytes(device, &rows(value_width))?;
+                if at_once {
+                    ops.place_heads(&Heads {
+                        queries: q.view(),
+                        new_keys: k.view(),
+                        new_values: v.view(),
+                        norms: normed.then_some((norms[0].view(), norms[1].view(), 1e-6)),
+                        turns: turned.then_some((turns.view(), kind, half)),
+                        tokens,
+                        n_head,
+                        n_head_kv,
+                        key_width,
+                        value_width,
+                        kv_type,
+                        context,
+                        positions,
+                        keys: keys.view(),
+                        values: values.view(),
+                    })?;
+                } else {
+                    for (x, norm, heads) in [(&q, &norms[0], n_head), (&k, &norms[1], n_head_kv)] {
+                        if normed {
+                            // So narrow that the order of the sums does not depend on the number of threads.
+                            ops.rms_norm(x.view(), Some(norm.view()), tokens * heads, key_width, 1e-6, x.view())?;
+                        }
+                        if turned {
+                            ops.rope(x.view(), turns.view(), kind, tokens, heads, key_width, half)?;
+                        }
+                    }
+                    ops.store(kv_type, k.view(), tokens, n_head_kv, key_width, context, positions, keys.view())?;
+                    ops.store(kv_type, v.view(), tokens, n_head_kv, value_width, context, positions, values.view())?;
+                }
+                found.push([q.view().to_bytes()?, keys.view().to_bytes()?, values.view().to_bytes()?]);
+            }
+            let floats = |bytes: &[u8]| widened(KvType::F32, bytes, bytes.len() / 4);
+            let (got, expected) = (floats(&found[0][0]), floats(&found[1][0]));
+            outcome.floats(&got, expected.iter().map(|v| (f64::from(*v), 1e-5)));
+            // A last bit may decide how a value is rounded where it is stored.
+            let least = match kv_type {
+                KvType::F32 => 1e-5,
+                KvType::F16 => 4e-3,
+                KvType::Q8_0 => 4e-2,
+            };
+            for (at, width) in [(1, key_width), (2, value_width)] {
+                let bytes = kv_type.row_bytes(width as u64) as usize;
+                let rows = found[0][at].chunks_exact(bytes).zip(found[1][at].chunks_exact(bytes));
+                for (row, (got, expected)) in rows.enumerate() {
+                    if (past..past + tokens).contains(&(row % context)) {
+                        let expected = widened(kv_type, expected, width);
+                        outcome.floats(&widened(kv_type, got, width), expected.iter().map(|v| (f64::from(*v), least)));
+                    } else {
+                        outcome.exactly(got, expected);
+                    }
+                }
+            }
+        }
     }
     Ok(outcome)
 }
@@ -217,7 +301,7 @@ fn parts_of_a_prompt(ops: &Ops, random: &mut Random, kv_type: KvType) -> Result<
                 window,
                 sinks: None,
             };
-            ops.attend(&attention, &room, out.view())?;
+            ops.attend(&attention, &room, out.view(), None)?;
             Ok(out.view().to_f32()?.into_iter().map(f32::to_bits).collect())
         };
         let whole = run(0, tokens)?;
@@ -271,12 +355,20 @@ fn one(ops: &Ops, random: &mut Random, kv_type: KvType, case: Case) -> Result<Ou
         window,
         sinks: sinks.then_some(sink_buffer.view()),
     };
-    ops.attend(&attention, &room, out.view())?;
+    let n = tokens * heads * value_width;
+    let mut quants = Quants::new(ops.device(), n.next_multiple_of(32))?;
+    let quantized = value_width.is_multiple_of(32);
+    ops.attend(&attention, &room, out.view(), quantized.then_some(&mut quants))?;
     let got = out.view().to_f32()?;
     // By 16-bit floats only what can't be as fast otherwise.
     let halves = tokens >= PROMPT_TOKENS && key_width <= 576;
     let (mut off, mut all) = (0.0, 0.0);
     let mut outcome = Outcome::default();
+    if quantized {
+        let mut after = Quants::new(ops.device(), n)?;
+        ops.quantize(out.view(), tokens, heads * value_width, &mut after)?;
+        outcome.also(same_quants(&quants, &after)?);
+    }
     for (at, got) in got.chunks_exact(value_width).enumerate() {
         let (t, head) = (at / heads, at % heads);
         let query = &queries[at * key_width..][..key_width];

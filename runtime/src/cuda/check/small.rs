@@ -3,7 +3,7 @@
 use super::Check;
 use crate::check::{Outcome, Random};
 use crate::cuda::device::Buffer;
-use crate::cuda::ops::{Routing, Strided};
+use crate::cuda::ops::{Quants, Routing, Strided};
 use crate::cuda::{CudaError, Ops};
 use crate::exec::rope::RopeTable;
 use crate::exec::router::Router;
@@ -18,6 +18,7 @@ pub(super) fn checks() -> Vec<Check> {
         Check::new("rms_norm", rms_norm),
         Check::new("rms_norm, copy_rows, with values between", strided),
         Check::new("scale_rows, gate", factors),
+        Check::new("add_norm", add_norm),
         Check::new("rope", rope),
         Check::new("silu_mul", |ops, random| activation(ops, random, Activation::Silu)),
         Check::new("clamped_swiglu", |ops, random| {
@@ -124,7 +125,7 @@ fn activation(ops: &Ops, random: &mut Random, how: Activation) -> Result<Outcome
     // Above, below and beside every bound, and where an exponential is too large.
     (gate[0], gate[1], gate[2], gate[3], up[4], up[5]) = (7.0, 7.1, -200.0, 0.0, -7.1, 7.1);
     let (g, u) = (Buffer::of_f32(ops.device(), &gate)?, Buffer::of_f32(ops.device(), &up)?);
-    ops.activate(how, g.view(), u.view(), 999)?;
+    ops.activate(how, g.view(), u.view(), 1, 999, None)?;
     let last = gate.pop();
     match how {
         Activation::Silu => Kernels::SCALAR.silu_mul(&mut gate, &up[..999]),
@@ -135,6 +136,52 @@ fn activation(ops: &Ops, random: &mut Random, how: Activation) -> Result<Outcome
     gate.extend(last);
     let mut outcome = Outcome::default();
     outcome.floats(&g.view().to_f32()?, near(&gate, 1e-30));
+    // The same bits in 8 bits as when they are quantised afterwards.
+    let (mut with, mut after) = (Quants::new(ops.device(), 960)?, Quants::new(ops.device(), 960)?);
+    ops.activate(how, g.view(), u.view(), 3, 320, Some(&mut with))?;
+    ops.quantize(g.view(), 3, 320, &mut after)?;
+    outcome.also(same_quants(&with, &after)?);
+    Ok(outcome)
+}
+
+/// Quantised values of two kernels.
+pub(super) fn same_quants(a: &Quants, b: &Quants) -> Result<Outcome, CudaError> {
+    let mut outcome = Outcome::default();
+    for (a, b) in [(&a.codes, &b.codes), (&a.scales, &b.scales), (&a.sums, &b.sums)] {
+        outcome.exactly(&a.view().to_bytes()?, &b.view().to_bytes()?);
+    }
+    Ok(outcome)
+}
+
+fn add_norm(ops: &Ops, random: &mut Random) -> Result<Outcome, CudaError> {
+    let mut outcome = Outcome::default();
+    for (rows, width) in [(1, 64), (3, 96), (2, 1000), (1, 2880)] {
+        let (mut x, more) = (random.activations(rows * width), random.floats(rows * width));
+        let weight = random.floats(width);
+        for add in [false, true] {
+            let (on_device, weights) = (Buffer::of_f32(ops.device(), &x)?, Buffer::of_f32(ops.device(), &weight)?);
+            let (out, added) = (Buffer::room_f32(ops.device(), rows * width)?, Buffer::of_f32(ops.device(), &more)?);
+            let values = (rows * width).next_multiple_of(32);
+            let (mut with, mut after) = (Quants::new(ops.device(), values)?, Quants::new(ops.device(), values)?);
+            let quantized = width.is_multiple_of(32);
+            let quants = quantized.then_some(&mut with);
+            let given = add.then_some(added.view());
+            ops.add_norm(on_device.view(), given, weights.view(), rows, width, 1e-6, out.view(), quants)?;
+            if add {
+                Kernels::SCALAR.add(&mut x, &more);
+            }
+            outcome.exactly(&on_device.view().to_f32()?, &x);
+            let mut expected = vec![0.0; rows * width];
+            for (x, to) in x.chunks_exact(width).zip(expected.chunks_exact_mut(width)) {
+                Kernels::SCALAR.rms_norm(x, &weight, 1e-6, to);
+            }
+            outcome.floats(&out.view().to_f32()?, near(&expected, 1e-3));
+            if quantized {
+                ops.quantize(out.view(), rows, width, &mut after)?;
+                outcome.also(same_quants(&with, &after)?);
+            }
+        }
+    }
     Ok(outcome)
 }
 

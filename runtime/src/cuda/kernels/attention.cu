@@ -112,9 +112,10 @@ ATTEND(attend_f16, RowsF16)
 ATTEND(attend_q8, RowsQ8)
 
 /// Puts the chunks of a query together, `out` is `[tokens, heads, value_width]`. `sinks`, one a head, may be null: scores
-/// beside those of the positions that take their share of the weights away. Grid: heads, tokens.
+/// beside those of the positions that take their share of the weights away. Where `q` is not null it gets the 8-bit form of
+/// `out`, and widths are multiples of 32. Grid: heads, tokens.
 KERNEL join_chunks(const float* mixed, const float* largest, const float* sums, int chunks, int value_width,
-                   const float* sinks, float* out) {
+                   const float* sinks, float* out, i8* q, float* scale, float* quant_sums) {
     const i64 query = (i64)blockIdx.y * gridDim.x + blockIdx.x;
     float most = sinks ? sinks[blockIdx.x] : minus_infinity();
     for (int c = 0; c < chunks; c++) {
@@ -132,6 +133,8 @@ KERNEL join_chunks(const float* mixed, const float* largest, const float* sums, 
             if (sums[query * chunks + c] == 0.0f) continue;
             acc += expf(largest[query * chunks + c] - most) * mixed[(query * chunks + c) * value_width + i];
         }
-        out[query * value_width + i] = acc / sum;
+        const float v = acc / sum;
+        out[query * value_width + i] = v;
+        if (q) quantize_run(v, (query * value_width + i) / 32, q, scale, quant_sums);
     }
 }

@@ -76,6 +76,31 @@ DEVICE float block_max(float v, float* room) {
     return most;
 }
 
+/// Added to a small number and taken off again it rounds to the nearest whole number, ties to even.
+#define ROUND 12582912.0f
+
+/// 8-bit activations of a run of 32 values, of which each lane of a warp has one: `q` is `[n_runs, 32]`, `scale` `[n_runs]`,
+/// `sums` (scale times the sum of codes of each sixteen) `[n_runs, 2]`. The same bits as on the processor.
+DEVICE void quantize_run(float v, i64 run, i8* q, float* scale, float* sums) {
+    const int lane = threadIdx.x % WARP;
+    // Compared as bits so that a NaN is the largest and ends up in the scale, where it is seen.
+    int bits = __float_as_int(v) & 0x7fffffff;
+    for (int step = WARP / 2; step > 0; step /= 2) {
+        const int other = __shfl_xor_sync(ALL_LANES, bits, step);
+        bits = other > bits ? other : bits;
+    }
+    const float largest = __int_as_float(bits);
+    const bool tiny = largest < 1e-35f;
+    const float s = tiny ? 0.0f : __fdiv_rn(largest, 127.0f), inverse = tiny ? 0.0f : __fdiv_rn(127.0f, largest);
+    // Not fused: a tie must round as it does on the processor.
+    const i8 code = (i8)(__float_as_int(__fadd_rn(__fmul_rn(v, inverse), ROUND)) - __float_as_int(ROUND));
+    int sum = code;
+    for (int step = 8; step > 0; step /= 2) sum += __shfl_xor_sync(ALL_LANES, sum, step);
+    q[32 * run + lane] = code;
+    if (lane % 16 == 0) sums[2 * run + lane / 16] = s * (float)sum;
+    if (lane == 0) scale[run] = s;
+}
+
 DEVICE float half_at(const u8* p) {
     return widen(*(const u16*)p);
 }

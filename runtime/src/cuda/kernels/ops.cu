@@ -1,31 +1,36 @@
 // The small operations between products.
 #include "rows.cuh"
 
-/// Added to a small number and taken off again it rounds to the nearest whole number, ties to even.
-#define ROUND 12582912.0f
-
-/// 8-bit activations: `q` is `[n_runs, 32]`, `scale` `[n_runs]`, `sums` (scale times the sum of codes of each sixteen)
-/// `[n_runs, 2]`. A warp a run; the same bits as on the processor.
+/// 8-bit activations, a warp a run.
 KERNEL quantize(const float* x, int n_runs, i8* q, float* scale, float* sums) {
     const int run = (int)(blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP), lane = threadIdx.x % WARP;
-    if (run >= n_runs) return;
-    const float v = x[32 * (i64)run + lane];
-    // Compared as bits so that a NaN is the largest and ends up in the scale, where it is seen.
-    int bits = __float_as_int(v) & 0x7fffffff;
-    for (int step = WARP / 2; step > 0; step /= 2) {
-        const int other = __shfl_xor_sync(ALL_LANES, bits, step);
-        bits = other > bits ? other : bits;
+    if (run < n_runs) quantize_run(x[32 * (i64)run + lane], run, q, scale, sums);
+}
+
+/// `x += add`, then `out = x / sqrt(mean(x^2) + eps) * weight` and the 8-bit form of that; `add` and `q` may be null. A block
+/// a row of `width` values, with `q` a multiple of 32.
+KERNEL add_norm(float* x, const float* add, const float* weight, int width, float eps, float* out, i8* q, float* scale,
+                float* sums) {
+    __shared__ float room[WARP];
+    const i64 first = (i64)blockIdx.x * width;
+    x += first;
+    out += first;
+    float squares = 0.0f;
+    for (int i = (int)threadIdx.x; i < width; i += (int)blockDim.x) {
+        float v = x[i];
+        if (add) {
+            v += add[first + i];
+            x[i] = v;
+        }
+        squares += v * v;
     }
-    const float largest = __int_as_float(bits);
-    const bool tiny = largest < 1e-35f;
-    const float s = tiny ? 0.0f : __fdiv_rn(largest, 127.0f), inverse = tiny ? 0.0f : __fdiv_rn(127.0f, largest);
-    // Not fused: a tie must round as it does on the processor.
-    const i8 code = (i8)(__float_as_int(__fadd_rn(__fmul_rn(v, inverse), ROUND)) - __float_as_int(ROUND));
-    int sum = code;
-    for (int step = 8; step > 0; step /= 2) sum += __shfl_xor_sync(ALL_LANES, sum, step);
-    q[32 * (i64)run + lane] = code;
-    if (lane % 16 == 0) sums[2 * (i64)run + lane / 16] = s * (float)sum;
-    if (lane == 0) scale[run] = s;
+    const float factor = 1.0f / sqrtf(block_sum(squares, room) / (float)width + eps);
+    // The lanes of a warp have neighbours, which are a run.
+    for (int i = (int)threadIdx.x; i < width; i += (int)blockDim.x) {
+        const float v = x[i] * factor * weight[i];
+        out[i] = v;
+        if (q) quantize_run(v, (first + i) / 32, q, scale, sums);
+    }
 }
 
 /// `out = x / sqrt(mean(x^2) + eps) * weight`, a block a row of `width` values; a null `weight` stands for ones. Rows begin
@@ -56,64 +61,138 @@ KERNEL rope(float* x, const float* turns, int head_dim, int half, int neighbours
     }
 }
 
-/// Stores `[tokens, heads, width]` in a cache `[heads, context, width]` of 32-bit floats, from position `*past` on. Grid:
-/// heads, tokens.
-KERNEL store_f32(const float* x, int width, int context, const int* past, float* cache) {
-    const float* from = x + ((i64)blockIdx.y * gridDim.x + blockIdx.x) * width;
-    float* to = cache + ((i64)blockIdx.x * context + *past + blockIdx.y) * width;
-    for (int i = (int)threadIdx.x; i < width; i += (int)blockDim.x) to[i] = from[i];
-}
-
-/// The same as 16-bit floats.
-KERNEL store_f16(const float* x, int width, int context, const int* past, u16* cache) {
-    const float* from = x + ((i64)blockIdx.y * gridDim.x + blockIdx.x) * width;
-    u16* to = cache + ((i64)blockIdx.x * context + *past + blockIdx.y) * width;
-    for (int i = (int)threadIdx.x; i < width; i += (int)blockDim.x) to[i] = narrow(from[i]);
-}
-
-/// The same in 8 bits: a warp a block of 32 values, whose scale is the least 16-bit float not below the largest magnitude
-/// by 127.
-KERNEL store_q8(const float* x, int width, int context, const int* past, u8* cache) {
-    const float* from = x + ((i64)blockIdx.y * gridDim.x + blockIdx.x) * width;
-    u8* row = cache + ((i64)blockIdx.x * context + *past + blockIdx.y) * RowsQ8::row_bytes(width);
-    const int lane = threadIdx.x % WARP;
-    for (int block = (int)(threadIdx.x / WARP); 32 * block < width; block += (int)(blockDim.x / WARP)) {
-        const bool inside = 32 * block + lane < width;
-        const float v = inside ? from[32 * block + lane] : 0.0f;
-        int bits = __float_as_int(v) & 0x7fffffff;
-        for (int step = WARP / 2; step > 0; step /= 2) {
-            const int other = __shfl_xor_sync(ALL_LANES, bits, step);
-            bits = other > bits ? other : bits;
-        }
-        const float exact = __fdiv_rn(__int_as_float(bits), 127.0f);
-        u16 scale = narrow(exact);
-        if (widen(scale) < exact) scale++;
-        const float inverse = scale == 0 ? 0.0f : __fdiv_rn(1.0f, widen(scale));
-        u8* to = row + 34 * block;
-        if (inside) to[2 + lane] = (u8)(i8)__float2int_rn(__fmul_rn(v, inverse));
-        if (lane == 0) *(u16*)to = scale;
+struct StoreF32 {
+    static DEVICE i64 row_bytes(int width) { return RowsF32::row_bytes(width); }
+    static DEVICE void row(const float* from, int width, u8* to) {
+        for (int i = (int)threadIdx.x; i < width; i += (int)blockDim.x) ((float*)to)[i] = from[i];
     }
+};
+
+struct StoreF16 {
+    static DEVICE i64 row_bytes(int width) { return RowsF16::row_bytes(width); }
+    static DEVICE void row(const float* from, int width, u8* to) {
+        for (int i = (int)threadIdx.x; i < width; i += (int)blockDim.x) ((u16*)to)[i] = narrow(from[i]);
+    }
+};
+
+/// A warp a block of 32 values, whose scale is the least 16-bit float not below the largest magnitude by 127.
+struct StoreQ8 {
+    static DEVICE i64 row_bytes(int width) { return RowsQ8::row_bytes(width); }
+    static DEVICE void row(const float* from, int width, u8* row) {
+        const int lane = threadIdx.x % WARP;
+        for (int block = (int)(threadIdx.x / WARP); 32 * block < width; block += (int)(blockDim.x / WARP)) {
+            const bool inside = 32 * block + lane < width;
+            const float v = inside ? from[32 * block + lane] : 0.0f;
+            int bits = __float_as_int(v) & 0x7fffffff;
+            for (int step = WARP / 2; step > 0; step /= 2) {
+                const int other = __shfl_xor_sync(ALL_LANES, bits, step);
+                bits = other > bits ? other : bits;
+            }
+            const float exact = __fdiv_rn(__int_as_float(bits), 127.0f);
+            u16 scale = narrow(exact);
+            if (widen(scale) < exact) scale++;
+            const float inverse = scale == 0 ? 0.0f : __fdiv_rn(1.0f, widen(scale));
+            u8* to = row + 34 * block;
+            if (inside) to[2 + lane] = (u8)(i8)__float2int_rn(__fmul_rn(v, inverse));
+            if (lane == 0) *(u16*)to = scale;
+        }
+    }
+};
+
+/// Stores `[tokens, heads, width]` in a cache `[heads, context, width]`, from position `*past` on. Grid: heads, tokens.
+template <class Store>
+DEVICE void store(const float* x, int width, int context, const int* past, u8* cache) {
+    const float* from = x + ((i64)blockIdx.y * gridDim.x + blockIdx.x) * width;
+    Store::row(from, width, cache + ((i64)blockIdx.x * context + *past + blockIdx.y) * Store::row_bytes(width));
 }
+
+/// The widest key or value.
+#define MAX_KEY 640
+
+/// Norms and rotates the heads of queries and keys, the queries in place, and stores keys and values, from position `*past`
+/// on. Norms and `turns` may be null. Grid: heads of queries, of keys and of values; tokens.
+template <class Store>
+DEVICE void place_heads(float* q, const float* k, const float* v, const float* q_norm, const float* k_norm, float eps,
+                        const float* turns, int half, int neighbours, int n_head, int n_head_kv, int key_width,
+                        int value_width, int context, const int* past, u8* keys, u8* values) {
+    __shared__ float row[MAX_KEY];
+    __shared__ float room[WARP];
+    const int head = (int)blockIdx.x, token = (int)blockIdx.y;
+    const bool is_query = head < n_head, is_value = head >= n_head + n_head_kv;
+    const int at = is_query ? head : is_value ? head - n_head - n_head_kv : head - n_head;
+    const int width = is_value ? value_width : key_width;
+    float* query = q + ((i64)token * n_head + at) * width;
+    const float* from = is_query ? query : (is_value ? v : k) + ((i64)token * n_head_kv + at) * width;
+    const float* norm = is_query ? q_norm : is_value ? nullptr : k_norm;
+    float squares = 0.0f;
+    for (int i = (int)threadIdx.x; i < width; i += (int)blockDim.x) {
+        row[i] = from[i];
+        squares += row[i] * row[i];
+    }
+    if (norm) {
+        const float factor = 1.0f / sqrtf(block_sum(squares, room) / (float)width + eps);
+        for (int i = (int)threadIdx.x; i < width; i += (int)blockDim.x) row[i] = row[i] * factor * norm[i];
+    }
+    __syncthreads();
+    if (turns && !is_value) {
+        const float* turn = turns + (i64)token * half * 2;
+        for (int i = (int)threadIdx.x; i < half; i += (int)blockDim.x) {
+            float* a = row + (neighbours ? 2 * i : i);
+            float* b = neighbours ? a + 1 : a + half;
+            const float cosine = turn[2 * i], sine = turn[2 * i + 1], from_a = *a, from_b = *b;
+            *a = from_a * cosine - from_b * sine;
+            *b = from_a * sine + from_b * cosine;
+        }
+        __syncthreads();
+    }
+    if (is_query) {
+        for (int i = (int)threadIdx.x; i < width; i += (int)blockDim.x) query[i] = row[i];
+        return;
+    }
+    u8* cache = is_value ? values : keys;
+    Store::row(row, width, cache + ((i64)at * context + *past + token) * Store::row_bytes(width));
+}
+
+#define STORE(NAME, STORE_ROWS)                                                                                        \
+    KERNEL store_##NAME(const float* x, int width, int context, const int* past, u8* cache) {                          \
+        store<STORE_ROWS>(x, width, context, past, cache);                                                             \
+    }                                                                                                                  \
+    KERNEL place_heads_##NAME(float* q, const float* k, const float* v, const float* q_norm, const float* k_norm,      \
+                              float eps, const float* turns, int half, int neighbours, int n_head, int n_head_kv,      \
+                              int key_width, int value_width, int context, const int* past, u8* keys, u8* values) {    \
+        place_heads<STORE_ROWS>(q, k, v, q_norm, k_norm, eps, turns, half, neighbours, n_head, n_head_kv, key_width,   \
+                                value_width, context, past, keys, values);                                             \
+    }
+
+STORE(f32, StoreF32)
+STORE(f16, StoreF16)
+STORE(q8, StoreQ8)
 
 DEVICE i64 thread_number() {
     return (i64)blockIdx.x * blockDim.x + threadIdx.x;
 }
 
-/// `gate = gate / (1 + exp(-gate)) * up`.
-KERNEL silu_mul(float* gate, const float* up, int n) {
+/// `gate = gate / (1 + exp(-gate)) * up`, and the 8-bit form of that where `q` is not null; `n` is a multiple of 32 then.
+KERNEL silu_mul(float* gate, const float* up, int n, i8* q, float* scale, float* sums) {
     const i64 i = thread_number();
-    if (i < n) gate[i] = gate[i] / (1.0f + expf(-gate[i])) * up[i];
+    if (i >= n) return;
+    const float v = gate[i] / (1.0f + expf(-gate[i])) * up[i];
+    gate[i] = v;
+    if (q) quantize_run(v, i / 32, q, scale, sums);
 }
 
 /// `gate = g / (1 + exp(-alpha * g)) * (u + 1)`: `g` is gate, at most `limit`, and `u` up, within `limit` of zero.
-KERNEL clamped_swiglu(float* gate, const float* up, float alpha, float limit, int n) {
+/// The 8-bit form as `silu_mul`.
+KERNEL clamped_swiglu(float* gate, const float* up, float alpha, float limit, int n, i8* q, float* scale, float* sums) {
     const i64 i = thread_number();
     if (i >= n) return;
     // Compared rather than clamped: a NaN goes through.
     const float g = gate[i] > limit ? limit : gate[i];
     const float below = up[i] > limit ? limit : up[i];
     const float u = below < -limit ? -limit : below;
-    gate[i] = g / (1.0f + expf(-alpha * g)) * (u + 1.0f);
+    const float v = g / (1.0f + expf(-alpha * g)) * (u + 1.0f);
+    gate[i] = v;
+    if (q) quantize_run(v, i / 32, q, scale, sums);
 }
 
 /// `x = x / (1 + exp(-gate))`.

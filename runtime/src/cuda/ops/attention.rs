@@ -1,11 +1,12 @@
 //! Rotation, the cache and attention over it.
 
 use super::prompt_attention::prompt_kernel;
-use super::{blocks, few, int, null_or};
+use super::{Quants, blocks, few, int, null_or};
 use crate::cuda::device::{Arg, Buffer, Device, View};
 use crate::cuda::{CudaError, Ops};
 use crate::model::kv::KvType;
 use crate::model::spec::RopeKind;
+use std::ops::Range;
 use std::sync::Arc;
 
 /// Positions of a chunk of the context, as the kernel has it.
@@ -31,6 +32,41 @@ impl Positions<'_> {
     pub(super) fn word(self) -> Arg {
         self.on_device.floats(0..1).arg()
     }
+}
+
+/// Heads of new tokens and the cache that they go to.
+#[derive(Clone, Copy)]
+pub struct Heads<'a> {
+    /// `[tokens, n_head, key_width]`.
+    pub queries: View<'a>,
+    /// `[tokens, n_head_kv, key_width]`.
+    pub new_keys: View<'a>,
+    /// `[tokens, n_head_kv, value_width]`.
+    pub new_values: View<'a>,
+    /// Weights of the norms of each head of queries and keys, `[key_width]`, and their epsilon.
+    pub norms: Option<(View<'a>, View<'a>, f32)>,
+    /// `[tokens, half]` of cosine and sine, which values they turn, and `half`.
+    pub turns: Option<(View<'a>, RopeKind, usize)>,
+    /// Tokens.
+    pub tokens: usize,
+    /// Query heads.
+    pub n_head: usize,
+    /// Heads of keys and values.
+    pub n_head_kv: usize,
+    /// Values of a query or key.
+    pub key_width: usize,
+    /// Values of a value.
+    pub value_width: usize,
+    /// How the cache stores both.
+    pub kv_type: KvType,
+    /// Positions that there is room for.
+    pub context: usize,
+    /// Where the tokens are in the text.
+    pub positions: Positions<'a>,
+    /// `[n_head_kv, context, key_width]`.
+    pub keys: View<'a>,
+    /// `[n_head_kv, context, value_width]`.
+    pub values: View<'a>,
 }
 
 /// Room for what attention finds in each chunk of the context.
@@ -110,8 +146,14 @@ pub struct Attend<'a> {
 
 impl Attend<'_> {
     /// Pieces of `len` positions that some of the tokens look back at, from the first one's first to the last one's last.
+    /// For a single token the most at any position of its last piece, so that launches that were recorded serve for all of
+    /// them.
     pub(super) fn pieces(&self, len: usize, first: usize, tokens: usize) -> usize {
         let past = self.positions.past + self.first + first;
+        if tokens == 1 {
+            let windows = self.window.map_or(usize::MAX, |window| window.div_ceil(len) + 1);
+            return (past + 1).div_ceil(len).min(windows);
+        }
         let begin = self.window.map_or(0, |window| (past + 1).saturating_sub(window)) / len;
         (past + tokens).div_ceil(len) - begin
     }
@@ -185,15 +227,70 @@ impl Ops {
         self.launch(kernel, [blocks(heads, 1), few(tokens), 1], 128, &args)
     }
 
-    /// Attention; `out` is `[tokens, n_head_kv * group, value_width]`. For [`PROMPT_TOKENS`] and more, 16-bit floats are
-    /// multiplied where the keys are not too wide for that.
+    /// Norms and rotates the heads of queries and keys, the queries in place, and stores keys and values; one launch.
     ///
     /// # Errors
     /// When the device fails.
     ///
     /// # Panics
-    /// When a size does not fit, a width is no multiple of 4, or keys are wider than [`MAX_KEY`].
-    pub fn attend(&self, a: &Attend<'_>, room: &AttendRoom, out: View<'_>) -> Result<(), CudaError> {
+    /// When a size does not fit, or a head is wider than [`MAX_KEY`].
+    pub fn place_heads(&self, h: &Heads<'_>) -> Result<(), CudaError> {
+        let (n, past) = (h.tokens, h.positions.past);
+        let cache = |width: usize| h.n_head_kv * h.context * h.kv_type.row_bytes(width as u64) as usize;
+        assert!(h.key_width <= MAX_KEY && h.value_width <= MAX_KEY, "heads of {}, {}", h.key_width, h.value_width);
+        assert!(h.queries.words() >= n * h.n_head * h.key_width, "queries");
+        assert!(h.new_keys.words() >= n * h.n_head_kv * h.key_width, "keys");
+        assert!(h.new_values.words() >= n * h.n_head_kv * h.value_width, "values");
+        assert!(past + n <= h.context, "{past} + {n} of {} positions", h.context);
+        assert!(h.keys.len() >= cache(h.key_width) && h.values.len() >= cache(h.value_width), "cached rows");
+        assert!(h.norms.is_none_or(|(q, k, _)| q.words() >= h.key_width && k.words() >= h.key_width), "norms");
+        let half = h.turns.map_or(0, |(_, _, half)| half);
+        let turned = h.turns.is_none_or(|(turns, ..)| 2 * half <= h.key_width && turns.words() >= 2 * n * half);
+        assert!(turned, "{n} x {half} turns");
+        let kernel = match h.kv_type {
+            KvType::F32 => "place_heads_f32",
+            KvType::F16 => "place_heads_f16",
+            KvType::Q8_0 => "place_heads_q8",
+        };
+        let args = [
+            h.queries.arg(),
+            h.new_keys.arg(),
+            h.new_values.arg(),
+            null_or(h.norms.map(|(q, ..)| q)),
+            null_or(h.norms.map(|(_, k, _)| k)),
+            Arg::Float(h.norms.map_or(0.0, |(_, _, eps)| eps)),
+            null_or(h.turns.map(|(turns, ..)| turns)),
+            int(half),
+            Arg::Int(i32::from(h.turns.is_some_and(|(_, kind, _)| kind == RopeKind::Adjacent))),
+            int(h.n_head),
+            int(h.n_head_kv),
+            int(h.key_width),
+            int(h.value_width),
+            int(h.context),
+            h.positions.word(),
+            h.keys.arg(),
+            h.values.arg(),
+        ];
+        self.launch(kernel, [blocks(h.n_head + 2 * h.n_head_kv, 1), few(n), 1], 128, &args)
+    }
+
+    /// Attention; `out` is `[tokens, n_head_kv * group, value_width]`, and `quants` get the 8-bit form of that, a row a token.
+    /// For [`PROMPT_TOKENS`](super::PROMPT_TOKENS) and more, 16-bit floats are multiplied where the keys are not too wide for
+    /// that.
+    ///
+    /// # Errors
+    /// When the device fails.
+    ///
+    /// # Panics
+    /// When a size does not fit, a width is no multiple of 4 (of values, of 32 where they are quantised), or keys are wider
+    /// than [`MAX_KEY`].
+    pub fn attend(
+        &self,
+        a: &Attend<'_>,
+        room: &AttendRoom,
+        out: View<'_>,
+        quants: Option<&mut Quants>,
+    ) -> Result<(), CudaError> {
         let heads = a.n_head_kv * a.group;
         let past = a.positions.past + a.first;
         let cache = |width: usize| a.n_head_kv * a.context * a.kv_type.row_bytes(width as u64) as usize;
@@ -204,14 +301,20 @@ impl Ops {
         assert!(a.queries.words() >= a.tokens * heads * a.key_width, "queries");
         assert!(out.words() >= a.tokens * heads * a.value_width, "room for attention");
         assert!(a.sinks.is_none_or(|s| s.words() >= heads), "a sink a head");
-        if let Some(kernel) = prompt_kernel(a) {
-            return self.attend_prompt(kernel, a, room, out);
-        }
         let kernel = match a.kv_type {
             KvType::F32 => "attend_f32",
             KvType::F16 => "attend_f16",
             KvType::Q8_0 => "attend_q8",
         };
+        let width = heads * a.value_width;
+        let quants = quants.map(|quants| {
+            assert!(a.value_width.is_multiple_of(32), "values of {} to quantise", a.value_width);
+            let _ = quants.take_shape(a.tokens, width);
+            &*quants
+        });
+        if let Some(kernel) = prompt_kernel(a) {
+            return self.attend_prompt(kernel, a, room, out, quants);
+        }
         let mut first = 0;
         while first < a.tokens {
             let (tokens, chunks) = a.fitting(room, CHUNK, first);
@@ -238,23 +341,33 @@ impl Ops {
             ];
             let grid = [blocks(chunks, 1), few(a.n_head_kv * a.group.div_ceil(HEADS)), few(tokens)];
             self.launch(kernel, grid, 128, &args)?;
-            self.join(a, room, tokens, chunks, to)?;
+            self.join(a, room, first..first + tokens, chunks, to, quants)?;
             first += tokens;
         }
         Ok(())
     }
 
-    /// Puts the pieces of the context together, of so many tokens.
+    /// Puts the pieces of the context together, of some of the tokens.
     pub(super) fn join(
         &self,
         a: &Attend<'_>,
         room: &AttendRoom,
-        tokens: usize,
+        tokens: Range<usize>,
         pieces: usize,
         out: View<'_>,
+        quants: Option<&Quants>,
     ) -> Result<(), CudaError> {
-        let [mixed, largest, sums] = [&room.mixed, &room.largest, &room.sums].map(|b| b.view().arg());
-        let args = [mixed, largest, sums, int(pieces), int(a.value_width), null_or(a.sinks), out.arg()];
-        self.launch("join_chunks", [blocks(a.n_head_kv * a.group, 1), few(tokens), 1], 128, &args)
+        let heads = a.n_head_kv * a.group;
+        let [mixed, largest, parts] = [&room.mixed, &room.largest, &room.sums].map(|b| b.view().arg());
+        let [q, scale, sums] = quants.map_or([Arg::Pointer(0); 3], |quants| {
+            let from = tokens.start * heads * a.value_width;
+            let codes = quants.codes.view();
+            let (scales, sums) = (quants.scales.view(), quants.sums.view());
+            let codes = codes.part(from..codes.len()).arg();
+            [codes, scales.floats(from / 32..scales.words()).arg(), sums.floats(from / 16..sums.words()).arg()]
+        });
+        let (pieces, width, sinks) = (int(pieces), int(a.value_width), null_or(a.sinks));
+        let args = [mixed, largest, parts, pieces, width, sinks, out.arg(), q, scale, sums];
+        self.launch("join_chunks", [blocks(heads, 1), few(tokens.len()), 1], 128, &args)
     }
 }

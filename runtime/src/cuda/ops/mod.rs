@@ -6,13 +6,13 @@ mod prompt_attention;
 mod small;
 mod stream;
 
-pub use attention::{Attend, AttendRoom, CHUNK, MAX_KEY, Positions};
+pub use attention::{Attend, AttendRoom, CHUNK, Heads, MAX_KEY, Positions};
 pub use products::{Batch, Group, Input, Matrices, Quants, SharedPart, Table};
 pub use prompt_attention::PROMPT_TOKENS;
 pub use small::{MAX_EXPERTS, MAX_GROUPS, Routing, Strided};
 
 use super::CudaError;
-use super::device::{Arg, Device, Grid, View};
+use super::device::{Arg, Device, Grid, Recording, View};
 use std::sync::Arc;
 
 /// Threads of a block where nothing asks for another number.
@@ -22,6 +22,21 @@ const THREADS: u32 = 256;
 #[derive(Clone)]
 pub struct Ops {
     device: Arc<dyn Device>,
+}
+
+/// Launches that were recorded.
+pub struct Recorded(Box<dyn Recording>);
+
+impl Recorded {
+    /// Does them again. The buffers that they were given must still be there: what a launch finds at the address of one
+    /// that was given back is anything.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn replay(&self) -> Result<(), CudaError> {
+        // SAFETY: who recorded them keeps their buffers as long as the recording.
+        unsafe { self.0.replay() }
+    }
 }
 
 fn int(value: usize) -> Arg {
@@ -53,6 +68,22 @@ impl Ops {
     /// The device.
     pub fn device(&self) -> &Arc<dyn Device> {
         &self.device
+    }
+
+    /// Records what `launches` launches, without doing it; `None` where that can't be done. All kernels must have been
+    /// launched before, and nothing but launches may be asked for meanwhile.
+    ///
+    /// # Errors
+    /// When the device fails, or `launches` does.
+    pub fn record(&self, launches: impl FnOnce() -> Result<(), CudaError>) -> Result<Option<Recorded>, CudaError> {
+        if !self.device.begin_recording()? {
+            return Ok(None);
+        }
+        let done = launches();
+        // Ended whatever became of it.
+        let recording = Arc::clone(&self.device).end_recording();
+        done?;
+        recording.map(|recording| Some(Recorded(recording)))
     }
 
     fn launch(&self, kernel: &'static str, blocks: [u32; 3], threads: u32, args: &[Arg]) -> Result<(), CudaError> {

@@ -1,7 +1,7 @@
 //! Products of matrices with activations, quantisation and decoding.
 
 use super::{THREADS, blocks, few, int, null_or};
-use crate::cuda::device::{Buffer, Device, View};
+use crate::cuda::device::{Arg, Buffer, Device, View};
 use crate::cuda::{CudaError, Ops, source};
 use crate::kernels::needs_quants;
 use crate::quant::TensorType;
@@ -43,6 +43,20 @@ impl Quants {
             rows: 0,
             cols: 0,
         })
+    }
+}
+
+impl Quants {
+    /// Takes the shape of what a kernel will write; returns its three arguments.
+    pub(super) fn take_shape(&mut self, rows: usize, cols: usize) -> [Arg; 3] {
+        assert!(cols.is_multiple_of(32) && rows * cols <= self.room, "{rows} x {cols} values");
+        (self.rows, self.cols) = (rows, cols);
+        [self.codes.view().arg(), self.scales.view().arg(), self.sums.view().arg()]
+    }
+
+    /// Null arguments where nothing is to be quantised.
+    pub(super) fn fill_or_null(quants: Option<(&mut Quants, usize, usize)>) -> [Arg; 3] {
+        quants.map_or([Arg::Pointer(0); 3], |(quants, rows, cols)| quants.take_shape(rows, cols))
     }
 }
 
@@ -148,13 +162,10 @@ impl Ops {
     /// # Panics
     /// When `cols` is no multiple of 32, or there is not room.
     pub fn quantize(&self, x: View<'_>, rows: usize, cols: usize, out: &mut Quants) -> Result<(), CudaError> {
-        assert!(
-            cols.is_multiple_of(32) && rows * cols <= out.room && x.words() >= rows * cols,
-            "{rows} x {cols} values"
-        );
-        (out.rows, out.cols) = (rows, cols);
+        assert!(x.words() >= rows * cols, "{rows} x {cols} values");
         let n_runs = rows * cols / 32;
-        let args = [x.arg(), int(n_runs), out.codes.view().arg(), out.scales.view().arg(), out.sums.view().arg()];
+        let [codes, scales, sums] = out.take_shape(rows, cols);
+        let args = [x.arg(), int(n_runs), codes, scales, sums];
         self.launch("quantize", [blocks(n_runs, THREADS / 32), 1, 1], THREADS, &args)
     }
 

@@ -1,7 +1,7 @@
 //! Attention of many tokens at once, on tensor cores of 16-bit floats.
 
 use super::attention::{Attend, AttendRoom};
-use super::{blocks, few, int};
+use super::{Quants, blocks, few, int};
 use crate::cuda::device::{Arg, View};
 use crate::cuda::{CudaError, Ops};
 use crate::model::kv::KvType;
@@ -52,6 +52,7 @@ impl Ops {
         a: &Attend<'_>,
         room: &AttendRoom,
         out: View<'_>,
+        quants: Option<&Quants>,
     ) -> Result<(), CudaError> {
         let heads = a.n_head_kv * a.group;
         let mut first = 0;
@@ -82,7 +83,7 @@ impl Ops {
             let grid =
                 [blocks(rows, 16 * kernel.warps as u32), few(a.n_head_kv * a.value_width.div_ceil(PART)), few(splits)];
             self.launch(kernel.name, grid, 32 * kernel.warps as u32, &args)?;
-            self.join(a, room, tokens, splits, to)?;
+            self.join(a, room, first..first + tokens, splits, to, quants)?;
             first += tokens;
         }
         Ok(())

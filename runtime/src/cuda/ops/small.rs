@@ -1,6 +1,6 @@
 //! The small operations between products, and the router.
 
-use super::{THREADS, blocks, int, null_or};
+use super::{Quants, THREADS, blocks, int, null_or};
 use crate::cuda::device::{Arg, View};
 use crate::cuda::{CudaError, Ops};
 use crate::model::spec::{Activation, Gating, MoeSpec};
@@ -95,6 +95,33 @@ impl Ops {
         self.launch("rms_norm", [blocks(rows, 1), 1, 1], THREADS, &args)
     }
 
+    /// `x += add`, then the [norm](Self::rms_norm) of it to `out`, and its 8-bit form; one launch.
+    ///
+    /// # Errors
+    /// When the device fails.
+    ///
+    /// # Panics
+    /// When a size does not fit, or `width` is no multiple of 32 where it is quantised.
+    pub fn add_norm(
+        &self,
+        x: View<'_>,
+        add: Option<View<'_>>,
+        weight: View<'_>,
+        rows: usize,
+        width: usize,
+        eps: f32,
+        out: View<'_>,
+        quants: Option<&mut Quants>,
+    ) -> Result<(), CudaError> {
+        let n = rows * width;
+        assert!(x.words() >= n && out.words() >= n && weight.words() >= width, "{rows} rows of {width}");
+        assert!(add.is_none_or(|add| add.words() >= n), "{rows} rows of {width} to add");
+        let [q, scale, sums] = Quants::fill_or_null(quants.map(|quants| (quants, rows, width)));
+        let (add, eps) = (null_or(add), Arg::Float(eps));
+        let args = [x.arg(), add, weight.arg(), int(width), eps, out.arg(), q, scale, sums];
+        self.launch("add_norm", [blocks(rows, 1), 1, 1], THREADS, &args)
+    }
+
     /// Copies `rows` rows of `width` values.
     ///
     /// # Errors
@@ -179,20 +206,32 @@ impl Ops {
         self.launch("route", [blocks(tokens, 1), 1, 1], 128, &args)
     }
 
-    /// What stands between the products of an expert, `n` values; the result is in `gate`.
+    /// What stands between the products of an expert, `rows` rows of `width` values; the result is in `gate`, and its 8-bit
+    /// form in `quants`.
     ///
     /// # Errors
     /// When the device fails.
     ///
     /// # Panics
     /// When a size does not fit.
-    pub fn activate(&self, how: Activation, gate: View<'_>, up: View<'_>, n: usize) -> Result<(), CudaError> {
+    pub fn activate(
+        &self,
+        how: Activation,
+        gate: View<'_>,
+        up: View<'_>,
+        rows: usize,
+        width: usize,
+        quants: Option<&mut Quants>,
+    ) -> Result<(), CudaError> {
+        let n = rows * width;
         assert!(gate.words() >= n && up.words() >= n, "{n} values");
         let grid = [blocks(n, THREADS), 1, 1];
+        let [q, scale, sums] = Quants::fill_or_null(quants.map(|quants| (quants, rows, width)));
         match how {
-            Activation::Silu => self.launch("silu_mul", grid, THREADS, &[gate.arg(), up.arg(), int(n)]),
+            Activation::Silu => self.launch("silu_mul", grid, THREADS, &[gate.arg(), up.arg(), int(n), q, scale, sums]),
             Activation::ClampedSwiglu { alpha, limit } => {
-                let args = [gate.arg(), up.arg(), Arg::Float(alpha), Arg::Float(limit), int(n)];
+                let (alpha, limit) = (Arg::Float(alpha), Arg::Float(limit));
+                let args = [gate.arg(), up.arg(), alpha, limit, int(n), q, scale, sums];
                 self.launch("clamped_swiglu", grid, THREADS, &args)
             }
         }

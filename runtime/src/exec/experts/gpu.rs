@@ -41,6 +41,11 @@ impl ExpertStore {
         self.gpus.len()
     }
 
+    /// The experts on a tier's GPU.
+    pub(in crate::exec) fn of_tier(&mut self, tier: usize) -> Option<&mut PinnedExperts> {
+        self.gpus.iter_mut().find(|g| g.tier == tier).map(|g| &mut g.experts)
+    }
+
     /// Results that a GPU has room for until they are fetched.
     pub(in crate::exec) fn gpu_room(&self, gpu: usize) -> usize {
         self.gpus.get(gpu).map_or(0, |g| g.experts.room())

@@ -101,18 +101,18 @@ impl Ffn {
         Ok(Self { gate: gate?, up: up?, down: down? })
     }
 
-    /// `room.out = down(silu(gate x) · up x)` for `n` rows of `room.answer`.
+    /// Whether its first products take 8-bit activations.
+    pub(super) fn takes_quants(&self) -> bool {
+        self.gate.takes_quants() || self.up.takes_quants()
+    }
+
+    /// `room.out = down(silu(gate x) · up x)` for `n` rows of `room.answer`, quantised where it takes that.
     pub(super) fn run(&self, ops: &Ops, room: &mut Room, n: usize) -> Result<(), CudaError> {
         let (x, width) = (room.answer.view(), self.gate.n_out);
-        if self.gate.takes_quants() || self.up.takes_quants() {
-            ops.quantize(x, n, self.gate.n_in, &mut room.quants)?;
-        }
         product(ops, &self.gate, n, x, &room.quants, room.ffn_gate.view())?;
         product(ops, &self.up, n, x, &room.quants, room.ffn_up.view())?;
-        ops.activate(Activation::Silu, room.ffn_gate.view(), room.ffn_up.view(), n * width)?;
-        if self.down.takes_quants() {
-            ops.quantize(room.ffn_gate.view(), n, width, &mut room.inner)?;
-        }
+        let quants = self.down.takes_quants().then_some(&mut room.inner);
+        ops.activate(Activation::Silu, room.ffn_gate.view(), room.ffn_up.view(), n, width, quants)?;
         product(ops, &self.down, n, room.ffn_gate.view(), &room.inner, room.out.view())
     }
 }

@@ -2,7 +2,7 @@
 
 use super::matrix::{Maker, Matrix, product};
 use super::room::{Room, part_tokens};
-use crate::cuda::ops::{Attend, Input, Matrices, Positions, Quants, SharedPart, Strided, Table};
+use crate::cuda::ops::{Attend, Heads as NewHeads, Input, Matrices, Positions, Quants, SharedPart, Strided, Table};
 use crate::cuda::{Buffer, CudaError, Device, Ops, View};
 use crate::kernels::needs_quants;
 use crate::model::kv::KvType;
@@ -119,26 +119,30 @@ impl Gqa {
             apart(first, &room.q)?;
             apart(first.floats(width..first.words()), &room.gate)?;
         }
-        if let Some((for_q, for_k, span)) = &self.qk_norm {
-            let norm = |x: View<'_>, weight: &Buffer, heads: usize| {
-                let (rows, width) = match span {
-                    NormSpan::Head => (n * heads, width),
-                    NormSpan::Full => (n, heads * width),
-                };
-                ops.rms_norm(x, Some(weight.view()), rows, width, eps, x)
-            };
-            norm(q, for_q, a.n_head)?;
-            norm(k, for_k, a.n_head_kv)?;
-        }
-        if let Some(table) = self.rope {
-            let turns = room.turns[table].view();
-            ops.rope(q, turns, a.rope.kind, n, a.n_head, width, a.rope.dims / 2)?;
-            ops.rope(k, turns, a.rope.kind, n, a.n_head_kv, width, a.rope.dims / 2)?;
+        let norms = self.qk_norm.as_ref().map(|(q, k, span)| (q.view(), k.view(), *span));
+        if let Some((for_q, for_k, NormSpan::Full)) = norms {
+            ops.rms_norm(q, Some(for_q), n, a.n_head * width, eps, q)?;
+            ops.rms_norm(k, Some(for_k), n, a.n_head_kv * width, eps, k)?;
         }
         let Cache { kv_type, context } = self.cache;
         let positions = Positions { past, on_device: room.past.view() };
-        ops.store(kv_type, k, n, a.n_head_kv, width, context, positions, self.keys.view())?;
-        ops.store(kv_type, v, n, a.n_head_kv, a.value_dim, context, positions, self.values.view())?;
+        ops.place_heads(&NewHeads {
+            queries: q,
+            new_keys: k,
+            new_values: v,
+            norms: norms.filter(|(.., span)| *span == NormSpan::Head).map(|(q, k, _)| (q, k, eps)),
+            turns: self.rope.map(|table| (room.turns[table].view(), a.rope.kind, a.rope.dims / 2)),
+            tokens: n,
+            n_head: a.n_head,
+            n_head_kv: a.n_head_kv,
+            key_width: width,
+            value_width: a.value_dim,
+            kv_type,
+            context,
+            positions,
+            keys: self.keys.view(),
+            values: self.values.view(),
+        })?;
         let attention = Attend {
             queries: q,
             keys: self.keys.view(),
@@ -157,9 +161,14 @@ impl Gqa {
             window: a.window,
             sinks: self.sinks.as_ref().map(Buffer::view),
         };
-        ops.attend(&attention, &room.attend, room.mixed.view())?;
+        // Gates stand between them and the last product.
+        let quantizes = self.o.takes_quants() && !a.gated && a.value_dim.is_multiple_of(32);
+        ops.attend(&attention, &room.attend, room.mixed.view(), quantizes.then_some(&mut room.inner))?;
         if a.gated {
             ops.gate(room.mixed.view(), room.gate.view(), n * a.o.n_in)?;
+        }
+        if quantizes {
+            return product(ops, &self.o, n, room.mixed.view(), &room.inner, room.out.view());
         }
         output(ops, &self.o, n, room)
     }
@@ -361,7 +370,7 @@ impl Mla {
             window: None,
             sinks: None,
         };
-        ops.attend(&attention, &room.attend, latents)?;
+        ops.attend(&attention, &room.attend, latents, None)?;
         let mixed = room.mixed.view();
         let mixed = mixed.floats(first * a.o.n_in..mixed.words());
         self.to_values.product(ops, &self.heads, jobs, latents, &mut room.inner, mixed)

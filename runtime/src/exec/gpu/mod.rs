@@ -7,9 +7,11 @@
 pub(super) mod fits;
 mod matrix;
 mod mixer;
+mod resident;
 mod room;
 pub(super) mod units;
 
+pub(super) use resident::{Token, resident_tier};
 pub(super) use units::{LayerPlaces, Place, Places};
 
 use super::devices::Devices;
@@ -24,6 +26,7 @@ use crate::model::kv::KvType;
 use crate::model::spec::{Ffn as FfnSpec, Mixer as MixerSpec, ModelSpec, MoeSpec, Temperature};
 use matrix::{Ffn, Maker, Matrix, product};
 use mixer::{Batch, Cache, Mixer};
+use resident::Replay;
 use room::{Room, Sizes, logit_rows};
 use std::ops::Range;
 use std::sync::Arc;
@@ -111,6 +114,7 @@ pub(super) struct Gpu {
     prepared: Option<(usize, usize)>,
     /// What was read last.
     answer: Vec<f32>,
+    replay: Replay,
 }
 
 /// What a GPU's parts are made of.
@@ -173,6 +177,7 @@ impl Gpu {
             temperature: temperature(spec),
             prepared: None,
             answer: Vec::new(),
+            replay: Replay::default(),
         })
     }
 
@@ -241,24 +246,33 @@ impl Gpu {
         past: usize,
         ropes: &mut [RopeTable],
     ) -> Result<(), CudaError> {
-        let n = rows.len();
-        self.prepare(past, n, ropes)?;
-        let x = self.room.x.view().floats(rows.start * self.hidden..rows.end * self.hidden);
-        let Some((norm, mixer)) = &self.layers[index].mixer else { unreachable!("the plan has it elsewhere") };
-        self.ops.rms_norm(x, Some(norm.view()), n, self.hidden, self.eps, self.room.answer.view())?;
-        if mixer.takes_quants() {
-            self.ops.quantize(self.room.answer.view(), n, self.hidden, &mut self.room.quants)?;
-        }
-        mixer.run(&self.ops, &mut self.room, Batch { n, past, eps: self.eps })?;
-        let x = self.room.x.view().floats(rows.start * self.hidden..rows.end * self.hidden);
-        self.ops.add(x, self.room.out.view(), n * self.hidden)
+        self.prepare(past, rows.len(), ropes)?;
+        self.mix(index, rows.clone(), past, false)?;
+        self.add_out(rows)
     }
 
-    /// Norms rows for a layer's feed-forward block.
-    fn norm(&self, index: usize, rows: Range<usize>) -> Result<(), CudaError> {
-        let Some(norm) = &self.layers[index].ffn_norm else { unreachable!("the plan has it elsewhere") };
+    /// `room.out` becomes what the layer's mixer adds to rows, after [`prepare`](Self::prepare): launches only. `add` says
+    /// that `room.out` has something to be added to the rows before.
+    fn mix(&mut self, index: usize, rows: Range<usize>, past: usize, add: bool) -> Result<(), CudaError> {
         let n = rows.len();
-        self.ops.rms_norm(self.state(rows), Some(norm.view()), n, self.hidden, self.eps, self.room.answer.view())
+        let Some((norm, mixer)) = &self.layers[index].mixer else { unreachable!("the plan has it elsewhere") };
+        norm_rows(&self.ops, &mut self.room, norm, rows, self.hidden, self.eps, add, mixer.takes_quants())?;
+        mixer.run(&self.ops, &mut self.room, Batch { n, past, eps: self.eps })
+    }
+
+    /// Adds what is in `room.out` to rows.
+    fn add_out(&self, rows: Range<usize>) -> Result<(), CudaError> {
+        let n = rows.len() * self.hidden;
+        self.ops.add(self.state(rows), self.room.out.view(), n)
+    }
+
+    /// Norms rows for a layer's feed-forward block, in 8 bits too where a part of it here takes that.
+    fn norm(&mut self, index: usize, rows: Range<usize>, add: bool) -> Result<(), CudaError> {
+        let layer = &self.layers[index];
+        let Some(norm) = &layer.ffn_norm else { unreachable!("the plan has it elsewhere") };
+        let quantize = layer.router.as_ref().is_some_and(|r| r.matrix.takes_quants())
+            || layer.ffn.as_ref().is_some_and(|(ffn, _)| ffn.takes_quants());
+        norm_rows(&self.ops, &mut self.room, norm, rows, self.hidden, self.eps, add, quantize)
     }
 
     /// Where the choices for `n` rows begin in `room.answer`, in values, and their number.
@@ -267,20 +281,25 @@ impl Gpu {
         (n * self.hidden, n * n_used)
     }
 
-    /// Norms rows and has the layer's router choose.
-    fn choose(&mut self, index: usize, rows: Range<usize>) -> Result<(), CudaError> {
+    /// Norms rows and has the layer's router choose. The choices come after the normed rows, or to the record from a place
+    /// on.
+    fn choose(
+        &mut self,
+        index: usize,
+        rows: Range<usize>,
+        recorded: Option<usize>,
+        add: bool,
+    ) -> Result<(), CudaError> {
         let n = rows.len();
-        self.norm(index, rows)?;
+        self.norm(index, rows, add)?;
         let (first, len) = self.choices(index, n);
         let Some(router) = &self.layers[index].router else { unreachable!("the plan has it elsewhere") };
         let (ops, room) = (&self.ops, &mut self.room);
-        if router.matrix.takes_quants() {
-            ops.quantize(room.answer.view(), n, self.hidden, &mut room.quants)?;
-        }
         let answer = room.answer.view();
         product(ops, &router.matrix, n, answer, &room.quants, room.router_logits.view())?;
         let bias = router.selection_bias.as_ref().map(Buffer::view);
-        let (experts, weights) = (answer.floats(first..first + len), answer.floats(first + len..first + 2 * len));
+        let (to, first) = recorded.map_or((answer, first), |at| (room.record.view(), at));
+        let (experts, weights) = (to.floats(first..first + len), to.floats(first + len..first + 2 * len));
         ops.route(&router.routing, room.router_logits.view(), bias, n, experts, weights)
     }
 
@@ -294,7 +313,7 @@ impl Gpu {
         weights: &mut [f32],
     ) -> Result<&[f32], CudaError> {
         let n = rows.len();
-        self.choose(index, rows)?;
+        self.choose(index, rows, None, false)?;
         let (first, len) = self.choices(index, n);
         self.answer.resize(first + 2 * len, 0.0);
         self.room.answer.view().read_f32(&mut self.answer)?;
@@ -308,7 +327,7 @@ impl Gpu {
     /// What the layer's router would choose for rows now, `[rows, n_used]`.
     pub(super) fn guess(&mut self, index: usize, rows: Range<usize>, experts: &mut Vec<u16>) -> Result<(), CudaError> {
         let n = rows.len();
-        self.choose(index, rows)?;
+        self.choose(index, rows, None, false)?;
         let (first, len) = self.choices(index, n);
         self.answer.resize(len, 0.0);
         self.room.answer.view().floats(first..first + len).read_f32(&mut self.answer)?;
@@ -332,37 +351,66 @@ impl Gpu {
 
     /// Adds the shared expert or the dense block to rows; `normed` says that this layer's router has normed them here.
     pub(super) fn ffn(&mut self, index: usize, rows: Range<usize>, normed: bool) -> Result<(), CudaError> {
+        self.block(index, rows.clone(), normed, false)?;
+        self.add_out(rows)
+    }
+
+    /// `room.out` becomes what the shared expert or the dense block adds to rows; `add` as for a mixer, where they are not
+    /// normed yet.
+    fn block(&mut self, index: usize, rows: Range<usize>, normed: bool, add: bool) -> Result<(), CudaError> {
         let n = rows.len();
         if !normed {
-            self.norm(index, rows.clone())?;
+            self.norm(index, rows, add)?;
         }
         let Some((ffn, gate)) = &self.layers[index].ffn else { unreachable!("the plan has it elsewhere") };
         let (ops, room, hidden) = (&self.ops, &mut self.room, self.hidden);
         ffn.run(ops, room, n)?;
-        if let Some(gate) = gate {
-            ops.sigmoid_gate(gate.view(), room.answer.view(), n, hidden, hidden, room.out.view())?;
+        match gate {
+            Some(gate) => ops.sigmoid_gate(gate.view(), room.answer.view(), n, hidden, hidden, room.out.view()),
+            None => Ok(()),
         }
-        ops.add(room.x.view().floats(rows.start * hidden..rows.end * hidden), room.out.view(), n * hidden)
     }
 
     /// Logits of rows, `[rows, n_vocab]`.
     pub(super) fn head(&mut self, rows: Range<usize>, logits: &mut [f32]) -> Result<(), CudaError> {
         let Some(head) = &self.head else { unreachable!("the plan has it elsewhere") };
-        let (ops, room, hidden) = (&self.ops, &mut self.room, self.hidden);
+        let (ops, room) = (&self.ops, &mut self.room);
         let (n_vocab, mut first) = (head.matrix.n_out, rows.start);
         for part in logits.chunks_mut(logit_rows(n_vocab, self.rows) * n_vocab) {
             let n = part.len() / n_vocab;
-            let x = room.x.view().floats(first * hidden..(first + n) * hidden);
-            ops.rms_norm(x, Some(head.norm.view()), n, hidden, self.eps, room.answer.view())?;
-            if head.matrix.takes_quants() {
-                ops.quantize(room.answer.view(), n, hidden, &mut room.quants)?;
-            }
-            product(ops, &head.matrix, n, room.answer.view(), &room.quants, room.logits.view())?;
+            head.run(ops, room, first..first + n, self.eps, false)?;
             room.logits.view().read_f32(part)?;
             first += n;
         }
         Ok(())
     }
+}
+
+impl Head {
+    /// Logits of rows; `add` as for a mixer.
+    fn run(&self, ops: &Ops, room: &mut Room, rows: Range<usize>, eps: f32, add: bool) -> Result<(), CudaError> {
+        let (n, hidden) = (rows.len(), self.matrix.n_in);
+        norm_rows(ops, room, &self.norm, rows, hidden, eps, add, self.matrix.takes_quants())?;
+        product(ops, &self.matrix, n, room.answer.view(), &room.quants, room.logits.view())
+    }
+}
+
+/// `room.answer` becomes the norm of rows of the state, after `room.out` is added to them where `add` says so, and
+/// `room.quants` the 8-bit form of that.
+fn norm_rows(
+    ops: &Ops,
+    room: &mut Room,
+    weight: &Buffer,
+    rows: Range<usize>,
+    hidden: usize,
+    eps: f32,
+    add: bool,
+    quantize: bool,
+) -> Result<(), CudaError> {
+    let x = room.x.view().floats(rows.start * hidden..rows.end * hidden);
+    let add = add.then(|| room.out.view());
+    let quants = quantize.then_some(&mut room.quants);
+    ops.add_norm(x, add, weight.view(), rows.len(), hidden, eps, room.answer.view(), quants)
 }
 
 impl Router {

@@ -44,6 +44,8 @@ pub(in crate::exec) struct Sizes {
     latents: usize,
     absorbed: usize,
     logits: usize,
+    /// Choices of a token, over all layers.
+    record: usize,
     attend: usize,
     /// The narrowest values of attention.
     attend_width: usize,
@@ -83,6 +85,7 @@ impl Sizes {
                 Ffn::Dense(ffn) if here(at.ffn) => s.ffn = s.ffn.max(ffn.gate.n_out),
                 Ffn::Moe(moe) => {
                     if here(at.ffn) {
+                        s.record += 2 * moe.n_used;
                         (s.n_expert, s.n_used) = (s.n_expert.max(moe.n_expert), s.n_used.max(moe.n_used));
                     }
                     if let Some(shared) = moe.shared.filter(|_| here(at.shared)) {
@@ -179,6 +182,7 @@ impl Sizes {
             self.latents,
             self.absorbed,
             self.logits,
+            self.record,
         ];
         let floats = floats.into_iter().chain(self.turns.iter().copied()).map(|values| 4 * values);
         let quants = Self::quants(rows * hidden).into_iter().chain(Self::quants(self.inner()));
@@ -219,6 +223,8 @@ pub(super) struct Room {
     /// A layer's projections from latents to keys, decoded.
     pub(super) absorbed: Buffer,
     pub(super) logits: Buffer,
+    /// What routers chose of a token that does not leave the GPU: by layer, experts and then their weights.
+    pub(super) record: Buffer,
     /// Rotations by table, `[rows, pairs]` of cosine and sine.
     pub(super) turns: Vec<Buffer>,
     /// The normed state in 8 bits.
@@ -253,6 +259,7 @@ impl Room {
             latents: floats(s.latents)?,
             absorbed: floats(s.absorbed)?,
             logits: floats(s.logits)?,
+            record: floats(s.record)?,
             turns: s.turns.iter().map(|values| floats(*values)).collect::<Result<_, _>>()?,
             quants: Quants::new(device, (rows * hidden).next_multiple_of(32))?,
             inner: Quants::new(device, s.inner().next_multiple_of(32))?,
