@@ -152,7 +152,7 @@ impl Session {
         let checks = verify::checks(&gguf, &spec, opening.verify)?;
         let start = Start::read(&gguf, opening.slots, opening.warm)?;
         let (pack, note) = store::pack(&gguf, &spec, &plan, opening.pack)?.unzip();
-        let options = LoadOptions { threads: opening.threads, batch, checks, pack };
+        let options = LoadOptions { threads: opening.threads, batch, checks, pack, stream: None };
         let loaded = Self::load_with(Arc::new(gguf), &plan, &options);
         let mut session = loaded.map_err(|e| naming(model, e))?;
         if let Some(context) = opening.context {

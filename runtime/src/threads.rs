@@ -159,6 +159,24 @@ impl ThreadPool {
 }
 
 impl ThreadPool {
+    /// Copies bytes, the threads taking a part each.
+    ///
+    /// # Panics
+    /// When the lengths differ.
+    pub fn copy(&self, to: &mut [u8], from: &[u8]) {
+        const PART: usize = 256 << 10;
+        assert_eq!(to.len(), from.len(), "bytes to be copied");
+        let base = Bytes(to.as_mut_ptr());
+        self.for_each_chunk(from.len().div_ceil(PART), 1, |range| {
+            for index in range {
+                let part = &from[index * PART..from.len().min((index + 1) * PART)];
+                // SAFETY: indices are handed out once, so the ranges are disjoint parts of `to`, which is borrowed for
+                // the whole call and as long as `from`.
+                unsafe { std::ptr::copy_nonoverlapping(part.as_ptr(), base.at(index * PART), part.len()) };
+            }
+        });
+    }
+
     /// Cuts `a` and `b` each into `n` slices of equal length and runs `work(index, slice of a, slice of b)` on each pair.
     ///
     /// # Panics
@@ -199,6 +217,21 @@ impl Base {
     /// # Safety
     /// `offset` must be within the buffer.
     unsafe fn at(&self, offset: usize) -> *mut f32 {
+        // SAFETY: the caller's promise.
+        unsafe { self.0.add(offset) }
+    }
+}
+
+/// Start of bytes that threads write disjoint parts of.
+struct Bytes(*mut u8);
+
+// SAFETY: used in `copy` only, for disjoint parts.
+unsafe impl Sync for Bytes {}
+
+impl Bytes {
+    /// # Safety
+    /// `offset` must be within the buffer.
+    unsafe fn at(&self, offset: usize) -> *mut u8 {
         // SAFETY: the caller's promise.
         unsafe { self.0.add(offset) }
     }

@@ -1,6 +1,7 @@
 //! A device: memory of its own, and kernels launched on it, all in one order.
 
 use super::CudaError;
+use super::lane::Lane;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -93,6 +94,14 @@ pub trait Device: Send + Sync {
     /// # Errors
     /// When any of it failed.
     fn wait(&self) -> Result<(), CudaError>;
+
+    /// A way for bytes to it beside what it computes, with host buffers of so many bytes; `None` where there is none.
+    ///
+    /// # Errors
+    /// When the system has not got the memory, or the device fails.
+    fn lane(self: Arc<Self>, _len: usize) -> Result<Option<Box<dyn Lane>>, CudaError> {
+        Ok(None)
+    }
 
     /// Begins to record what this thread launches, instead of doing it; false where that can't be done. Until
     /// [`end_recording`](Self::end_recording) this thread may do nothing but launch kernels that were launched before.

@@ -438,10 +438,10 @@ fn compute(
 ) -> Result<(), CudaError> {
     let (Uses { which, jobs, rows, groups }, ExpertKind { hidden, ffn, .. }) = (uses, l.kind);
     let product = |ty, table, n_out, n_in, floats: View<'_>, quants: &Quants, per_x, out: View<'_>| {
-        if needs_quants(ty) && !groups.is_empty() {
-            return ops.matmul(ty, Batch::Groups(table, groups), n_out, n_in, quants, out);
-        }
         let input = if needs_quants(ty) { Input::Quants(quants) } else { Input::Floats(floats) };
+        if !groups.is_empty() {
+            return ops.matmul(ty, Batch::Groups(table, groups), n_out, n_in, input, out);
+        }
         ops.matvec(ty, Matrices::Chosen(table, which), jobs, n_out, n_in, input, per_x, out)
     };
     let bias = |at: usize, values: View<'_>, width: usize| match &l.biases {

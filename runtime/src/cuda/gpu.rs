@@ -2,6 +2,7 @@
 //! disk.
 
 use super::device::{Arg, Device, Grid, Recording};
+use super::lane::{self, Lane};
 use super::nvrtc::{Compiler, OPTIONS};
 use super::source::{MODULES, Module, headers, module_of};
 use super::{CudaError, View};
@@ -184,11 +185,16 @@ impl Gpu {
         Ok(Pinned { gpu: Arc::clone(self), start: start.cast(), len })
     }
 
-    fn bind(&self) -> Result<(), CudaError> {
+    pub(super) fn bind(&self) -> Result<(), CudaError> {
         self.context.bind_to_thread().map_err(|e| self.failed("choosing the device", e))
     }
 
-    fn failed(&self, what: impl Into<String>, error: DriverError) -> CudaError {
+    /// The stream that it computes in.
+    pub(super) fn stream(&self) -> sys::CUstream {
+        self.stream
+    }
+
+    pub(super) fn failed(&self, what: impl Into<String>, error: DriverError) -> CudaError {
         CudaError::Call { device: self.properties.name.clone(), what: what.into(), why: words(error) }
     }
 
@@ -361,6 +367,10 @@ impl Device for Gpu {
         self.bind()?;
         // SAFETY: the stream lives as long as this value.
         unsafe { result::stream::synchronize(self.stream) }.map_err(|e| self.failed("what was asked of it", e))
+    }
+
+    fn lane(self: Arc<Self>, len: usize) -> Result<Option<Box<dyn Lane>>, CudaError> {
+        lane::open(self, len).map(Some)
     }
 
     fn begin_recording(&self) -> Result<bool, CudaError> {

@@ -12,6 +12,7 @@ pub mod check;
 pub mod device;
 pub mod experts;
 pub mod gpu;
+pub mod lane;
 pub mod measure;
 pub mod nvml;
 mod nvrtc;
@@ -19,6 +20,7 @@ pub mod ops;
 #[cfg(test)]
 pub(crate) mod shim;
 pub mod source;
+pub mod stream;
 
 pub use device::{Buffer, Device, View};
 pub use gpu::Gpu;

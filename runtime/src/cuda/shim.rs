@@ -2,8 +2,9 @@
 //! after the other. Writes beyond a buffer and reads of what nobody wrote are found.
 
 use super::device::{Arg, Device, Grid, Recording};
+use super::lane::{BUFFERS, Lane};
 use super::source::{MODULES, headers};
-use super::{CudaError, device::Buffer};
+use super::{CudaError, View, device::Buffer};
 use libloading::Library;
 use std::alloc::{Layout, alloc, dealloc};
 use std::collections::{BTreeSet, HashMap};
@@ -207,6 +208,37 @@ impl Device for Shim {
         let launches =
             self.recordings.lock().unwrap_or_else(PoisonError::into_inner).remove(&std::thread::current().id());
         Ok(Box::new(Recorded { launches: launches.unwrap(), shim: self }))
+    }
+
+    fn lane(self: Arc<Self>, len: usize) -> Result<Option<Box<dyn Lane>>, CudaError> {
+        Ok(Some(Box::new(ShimLane { staging: vec![vec![0xff; len]; BUFFERS], used: [true; BUFFERS] })))
+    }
+}
+
+/// Sends at once; what was sent must be used before more is.
+struct ShimLane {
+    staging: Vec<Vec<u8>>,
+    used: [bool; BUFFERS],
+}
+
+impl Lane for ShimLane {
+    fn staging(&mut self, which: usize) -> Result<&mut [u8], CudaError> {
+        Ok(&mut self.staging[which])
+    }
+
+    fn is_free(&mut self, which: usize) -> Result<bool, CudaError> {
+        // Every other time, so that whoever asks has something else to do.
+        Ok(which == 0)
+    }
+
+    fn send(&mut self, which: usize, to: View<'_>) -> Result<(), CudaError> {
+        assert!(std::mem::replace(&mut self.used[which], false), "what was sent last is still to be used");
+        to.write(&self.staging[which][..to.len()])
+    }
+
+    fn used(&mut self, which: usize) -> Result<(), CudaError> {
+        self.used[which] = true;
+        Ok(())
     }
 }
 

@@ -24,7 +24,7 @@ macro_rules! format_kernels {
 }
 
 /// Every module.
-pub static MODULES: [Module; 7] = [
+pub static MODULES: [Module; 9] = [
     Module {
         name: "ops.cu",
         text: include_str!("kernels/ops.cu"),
@@ -60,10 +60,26 @@ pub static MODULES: [Module; 7] = [
         kernels: &["attend_f32", "attend_f16", "attend_q8", "join_chunks"],
     },
     Module {
-        name: "float.cu",
-        text: include_str!("kernels/float.cu"),
-        kernels: &["matvec_F32", "dequantize_F32", "matvec_F16", "dequantize_F16", "matvec_BF16", "dequantize_BF16"],
+        name: "prompt_attention.cu",
+        text: include_str!("kernels/prompt_attention.cu"),
+        kernels: &[
+            "prompt_attend_f32",
+            "prompt_attend_f16",
+            "prompt_attend_q8",
+            "prompt_attend_wide_f32",
+            "prompt_attend_wide_f16",
+            "prompt_attend_wide_q8",
+            "prompt_attend_latent_f32",
+            "prompt_attend_latent_f16",
+            "prompt_attend_latent_q8",
+        ],
     },
+    Module {
+        name: "stream.cu",
+        text: include_str!("kernels/stream.cu"),
+        kernels: &["gather_rows", "add_rows", "clear"],
+    },
+    Module { name: "float.cu", text: include_str!("kernels/float.cu"), kernels: format_kernels!("F32" "F16" "BF16") },
     Module {
         name: "small.cu",
         text: include_str!("kernels/small.cu"),
@@ -92,6 +108,7 @@ pub fn headers() -> &'static [(&'static str, String)] {
             ("small.cuh", include_str!("kernels/small.cuh").to_string()),
             ("k.cuh", include_str!("kernels/k.cuh").to_string()),
             ("iq.cuh", include_str!("kernels/iq.cuh").to_string()),
+            ("halves.cuh", include_str!("kernels/halves.cuh").to_string()),
             ("rows.cuh", include_str!("kernels/rows.cuh").to_string()),
             ("grids.cuh", grids_header()),
         ]
@@ -109,10 +126,7 @@ pub fn matvec_kernel(ty: TensorType) -> &'static str {
     kernel_of("matvec_", ty)
 }
 
-/// The kernel that multiplies matrices of a quantised type with many tokens.
-///
-/// # Panics
-/// For F32, F16 and BF16, which have none.
+/// The kernel that multiplies matrices of a type with many tokens.
 pub fn matmul_kernel(ty: TensorType) -> &'static str {
     kernel_of("matmul_", ty)
 }
@@ -152,15 +166,12 @@ fn table<T: LowerHex + Display>(text: &mut String, ty: &str, name: &str, suffix:
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernels::needs_quants;
 
     #[test]
     fn every_type_has_its_kernels_and_no_name_is_twice() {
         for ty in TensorType::ALL {
             assert_eq!(matvec_kernel(ty), format!("matvec_{ty}"));
-            if needs_quants(ty) {
-                assert_eq!(matmul_kernel(ty), format!("matmul_{ty}"));
-            }
+            assert_eq!(matmul_kernel(ty), format!("matmul_{ty}"));
             assert_eq!(dequantize_kernel(ty), format!("dequantize_{ty}"));
         }
         let mut names: Vec<&str> = MODULES.iter().flat_map(|m| m.kernels).copied().collect();

@@ -11,6 +11,7 @@ use super::moe::{Choices, Compute, moe_batch, moe_token};
 use super::moe_gpu::{GpuRows, gpu_rows};
 use super::rope::{RopeTable, rope_tables};
 use super::scratch::Scratch;
+use super::stream::Streams;
 use super::weights::DenseWeights;
 use crate::formats::placement::Placement;
 use crate::gguf::Gguf;
@@ -160,9 +161,12 @@ impl Engine {
             let matrices = layer.mixer.tensors().matrices;
             matrices.iter().any(|id| needs_quants(weights.ty(*id))) && spec.hidden.is_multiple_of(32)
         };
+        let pool = ThreadPool::new(threads);
+        let sizes = (batch, micro_batch);
+        let streams = Streams::new((&spec, &shape), plan, options, &devices, &gpus.places, sizes, &pool)?;
         let floats = |layer: &LayerSpec| match &layer.ffn {
             // A GPU quantises them itself.
-            Ffn::Moe(_) if experts.n_gpus() > 0 => true,
+            Ffn::Moe(_) if experts.n_gpus() > 0 || streams.any() => true,
             Ffn::Moe(moe) => moe.expert_linears().any(|l| !needs_quants(gguf.tensors()[l.weight].ty)),
             Ffn::Dense(_) => false,
         };
@@ -170,12 +174,14 @@ impl Engine {
         if experts.n_gpus() > 0 {
             scratch.ffn.gpu = GpuRows::new(gpu_rows(&spec), spec.hidden);
         }
+        let expert_floats = spec.layers.iter().map(floats).collect();
+        scratch.ffn.streams = streams;
         Ok(Self {
             mixer_quants: spec.layers.iter().map(needs).collect(),
-            expert_floats: spec.layers.iter().map(floats).collect(),
+            expert_floats,
             scratch,
             kernels,
-            pool: ThreadPool::new(threads),
+            pool,
             pacer: Pacer::new(&tiers, plan.layer_overhead_us, plan.token_overhead_us),
             counters: Counters::new(tiers.len(), n_moe),
             dense_bytes: dense_bytes.into_iter().map(StageBytes::from).collect(),
@@ -231,6 +237,11 @@ impl Engine {
     /// straight into them.
     pub fn padding_bytes(&self) -> &[u64] {
         &self.padding_bytes
+    }
+
+    /// Experts of main memory that passed through a GPU for prompts, once for each batch that they did.
+    pub fn experts_passed(&self) -> u64 {
+        self.scratch.ffn.streams.passed()
     }
 
     /// What was counted since the engine was loaded or [`reset_counters`](Self::reset_counters).

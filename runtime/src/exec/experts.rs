@@ -101,6 +101,11 @@ impl Step {
         self.at_hand[at]
     }
 
+    /// Whether the expert at this position of the step computes where it lives for good.
+    pub(super) fn is_at_home(&self, at: usize) -> bool {
+        matches!(self.uses[at], Use::AtHome)
+    }
+
     /// Whether the expert at this position of the step can compute.
     pub(super) fn is_ready(&self, at: usize) -> bool {
         matches!(self.uses[at], Use::AtHome | Use::Slot(_) | Use::Staged(_))
@@ -352,7 +357,7 @@ impl ExpertStore {
     }
 
     /// Ends a step that can't go on: all buffers come back, and slots that do not hold what the cache says are freed.
-    fn give_up(&mut self, step: &mut Step) {
+    pub(super) fn give_up(&mut self, step: &mut Step) {
         while step.in_flight > 0 {
             let Some(Ok(arrival)) = self.files.as_ref().map(FileTier::wait) else { break };
             // One error is reported; the others of this step have the same cause or will come again.

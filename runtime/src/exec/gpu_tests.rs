@@ -38,7 +38,7 @@ fn half_on_gpu(shape: &ModelShape, context: u32) -> Placement {
     plan
 }
 
-fn open(name: &str) -> (Arc<Gguf>, ModelShape) {
+pub(super) fn open(name: &str) -> (Arc<Gguf>, ModelShape) {
     let gguf = Arc::new(Gguf::open(&data(name)).unwrap());
     let shape = shape_of(&gguf, &describe(&gguf).unwrap());
     (gguf, shape)
@@ -86,7 +86,7 @@ fn experts_on_a_gpu_give_the_same_text() {
 
 /// Where the experts of a plan are.
 #[derive(Debug, Clone, Copy, PartialEq)]
-enum Experts {
+pub(super) enum Experts {
     /// Every one on the GPU.
     Gpu,
     /// In main memory.
@@ -96,7 +96,7 @@ enum Experts {
 }
 
 /// A plan with the dense groups that `on_gpu` names on a GPU.
-fn plan(
+pub(super) fn plan(
     shape: &ModelShape,
     (context, kv_type): (u32, KvType),
     on_gpu: impl Fn(DenseKind, Option<u32>) -> bool,
@@ -157,7 +157,7 @@ fn load(gguf: &Arc<Gguf>, plan: &Placement, batch: usize) -> Engine {
 }
 
 /// The mean squared difference as a share of the mean square.
-fn nmse(got: &[f32], expected: &[f32]) -> f64 {
+pub(super) fn nmse(got: &[f32], expected: &[f32]) -> f64 {
     let square = |v: f32| f64::from(v) * f64::from(v);
     let off: f64 = got.iter().zip(expected).map(|(a, b)| square(a - b)).sum();
     off / expected.iter().map(|v| square(*v)).sum::<f64>()
@@ -201,7 +201,7 @@ fn compare(name: &str, (context, kv_type): (u32, KvType), make: impl Fn(&ModelSh
     assert!(nmse(again, &expected[20 * n_vocab..21 * n_vocab]) < 1e-5, "{what}");
 }
 
-const ALL: fn(DenseKind, Option<u32>) -> bool = |_, _| true;
+pub(super) const ALL: fn(DenseKind, Option<u32>) -> bool = |_, _| true;
 
 #[test]
 fn a_whole_model_on_a_gpu_gives_the_same_text() {

@@ -148,6 +148,18 @@ pub struct LoadOptions {
     pub checks: Option<Arc<Checks>>,
     /// A copy that experts are read from, where they are read from files at all.
     pub pack: Option<Arc<Pack>>,
+    /// How fast experts of main memory pass through a GPU for prompts, and are multiplied without; where `None`, the first
+    /// is measured and the second is the plan's.
+    pub stream: Option<StreamRates>,
+}
+
+/// What decides which experts of main memory a GPU computes for a prompt.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct StreamRates {
+    /// Bytes of experts that pass through a GPU, in 10⁹ a second; 0 for none.
+    pub link_gbps: f64,
+    /// Products of the processor with many tokens, in 10⁹ floating-point operations a second.
+    pub processor_gflops: f64,
 }
 
 /// What loading made.

@@ -24,12 +24,15 @@ mod moe_gpu;
 mod node_tests;
 pub mod pack;
 pub mod plan;
+#[cfg(test)]
+mod prompt_gpu_tests;
 mod resident;
 pub(crate) mod rope;
 pub(crate) mod router;
 mod scratch;
 pub mod slots;
 mod stages;
+mod stream;
 pub mod verify;
 mod warm;
 mod weights;
@@ -38,7 +41,7 @@ pub mod whole;
 pub use crate::model::kv::KvType;
 pub use devices::GiveDevice;
 pub use engine::{Engine, Wanted};
-pub use load::{LoadError, LoadOptions};
+pub use load::{LoadError, LoadOptions, StreamRates};
 #[doc(hidden)]
 pub use mixer::{AttentionProbe, AttentionSizes};
 

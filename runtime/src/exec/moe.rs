@@ -3,6 +3,7 @@
 use super::RunError;
 use super::experts::{ExpertStore, ExpertView, Step};
 use super::moe_gpu::{Batch, GpuBatch, GpuRows};
+use super::stream::Streams;
 use super::weights::DenseWeights;
 use crate::kernels::pooled::{MatJob, matmul_all};
 use crate::kernels::{ActView, Activations, Kernels, needs_quants};
@@ -24,6 +25,8 @@ pub(super) struct FfnScratch {
     rows: usize,
     /// Rows for GPUs.
     pub(super) gpu: GpuRows,
+    /// GPUs that experts of main memory pass through.
+    pub(super) streams: Streams,
 }
 
 impl FfnScratch {
@@ -39,6 +42,7 @@ impl FfnScratch {
             bias: Vec::with_capacity(ffn.max(hidden)),
             results: vec![0.0; rows * hidden],
             gpu: GpuRows::default(),
+            streams: Streams::default(),
         }
     }
 }
@@ -279,7 +283,11 @@ pub(super) fn moe_batch(
     }
     // The processor computes the others meanwhile.
     work.ask(store, &mut step, batch, &mut s.gpu)?;
+    let mut passing = s.streams.choose(store, &step, &users, moe, x.rows());
+    here.retain(|at| !passing.has(*at));
+    passing.begin(&mut s.streams, batch, &mut step, store)?;
     for at in here {
+        passing.send(&mut s.streams, c, (store, &mut step), &users, moe, false, computed)?;
         while !step.is_ready(at) {
             store.wait(&mut step)?;
         }
@@ -303,10 +311,12 @@ pub(super) fn moe_batch(
             work.ask(store, &mut step, batch, &mut s.gpu)?;
         }
     }
+    passing.send(&mut s.streams, c, (store, &mut step), &users, moe, true, computed)?;
     while work.is_busy() {
         work.fetch(store, &mut step, batch, &mut s.gpu, c.kernels, true, out)?;
         work.ask(store, &mut step, batch, &mut s.gpu)?;
     }
+    passing.finish(&mut s.streams, c, (store, &mut step), out)?;
     store.finish(&mut step)?;
     store.check_gpus()?;
     Ok(step)

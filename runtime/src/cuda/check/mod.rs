@@ -4,6 +4,7 @@
 mod attention;
 mod products;
 mod small;
+mod stream;
 
 use super::{CudaError, Device, Ops};
 use crate::check::{Outcome, Random};
@@ -43,6 +44,7 @@ pub fn all() -> Vec<Check> {
     let mut checks = products::checks();
     checks.extend(small::checks());
     checks.extend(attention::checks());
+    checks.extend(stream::checks());
     checks
 }
 

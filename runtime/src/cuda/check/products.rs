@@ -17,7 +17,7 @@ pub(super) fn checks() -> Vec<Check> {
         checks.push(Check::new(format!("matvec_{ty}"), move |ops, random| product(ops, random, ty)));
         checks.push(Check::new(format!("matvec_{ty}, chosen experts"), move |ops, random| chosen(ops, random, ty)));
     }
-    for ty in TensorType::ALL.into_iter().filter(|ty| needs_quants(*ty)) {
+    for ty in TensorType::ALL {
         checks.push(Check::new(format!("matmul_{ty}"), move |ops, random| batches(ops, random, ty)));
     }
     checks
@@ -205,12 +205,17 @@ fn chosen(ops: &Ops, random: &mut Random, ty: TensorType) -> Result<Outcome, Cud
 fn batches(ops: &Ops, random: &mut Random, ty: TensorType) -> Result<Outcome, CudaError> {
     let mut outcome = Outcome::default();
     let cols = |n: usize| n.next_multiple_of(ty.block_len().max(32));
-    for (tokens, n_rows, cols) in [(1, 3, cols(32)), (40, 70, cols(96))] {
+    let mut sizes = vec![(1, 3, cols(32)), (40, 70, cols(96))];
+    // Float formats take any number of columns.
+    if !needs_quants(ty) {
+        sizes.extend([(33, 65, 37), (9, 5, 1028)]);
+    }
+    for (tokens, n_rows, cols) in sizes {
         let both = Both::new(ops, random, ty, tokens, cols)?;
         let bytes = random.weights(ty, n_rows * cols);
         let weights = Buffer::of_bytes(ops.device(), &bytes)?;
         let out = Buffer::room_f32(ops.device(), tokens * n_rows)?;
-        ops.matmul(ty, Batch::One(weights.view(), tokens), n_rows, cols, &both.quants, out.view())?;
+        ops.matmul(ty, Batch::One(weights.view(), tokens), n_rows, cols, both.input(ty), out.view())?;
         let Some(w) = Weights::new(ty, &bytes, n_rows, cols) else { continue };
         for (t, got) in out.view().to_f32()?.chunks_exact(n_rows).enumerate() {
             outcome.floats(got, both.expected(w, t));
@@ -226,7 +231,7 @@ fn batches(ops: &Ops, random: &mut Random, ty: TensorType) -> Result<Outcome, Cu
     let groups = [group(2, 0, 2), group(1, 2, 4), group(0, 6, 39)];
     let untouched = 7.5f32;
     let out = Buffer::of_f32(ops.device(), &vec![untouched; tokens * n_rows])?;
-    ops.matmul(ty, Batch::Groups(&table, &groups), n_rows, cols, &both.quants, out.view())?;
+    ops.matmul(ty, Batch::Groups(&table, &groups), n_rows, cols, both.input(ty), out.view())?;
     let got = out.view().to_f32()?;
     for g in groups {
         let Some(w) = Weights::new(ty, &experts[g.matrix], n_rows, cols) else { continue };

@@ -1,10 +1,12 @@
 //! Rotation, the cache and attention over it.
 
+use super::prompt_attention::prompt_kernel;
 use super::{Quants, blocks, few, int, null_or};
 use crate::cuda::device::{Arg, Buffer, Device, View};
 use crate::cuda::{CudaError, Ops};
 use crate::model::kv::KvType;
 use crate::model::spec::RopeKind;
+use std::ops::Range;
 use std::sync::Arc;
 
 /// Positions of a chunk of the context, as the kernel has it.
@@ -27,7 +29,7 @@ pub struct Positions<'a> {
 }
 
 impl Positions<'_> {
-    fn word(self) -> Arg {
+    pub(super) fn word(self) -> Arg {
         self.on_device.floats(0..1).arg()
     }
 }
@@ -69,9 +71,9 @@ pub struct Heads<'a> {
 
 /// Room for what attention finds in each chunk of the context.
 pub struct AttendRoom {
-    mixed: Buffer,
-    largest: Buffer,
-    sums: Buffer,
+    pub(super) mixed: Buffer,
+    pub(super) largest: Buffer,
+    pub(super) sums: Buffer,
 }
 
 impl AttendRoom {
@@ -100,7 +102,7 @@ impl AttendRoom {
     }
 
     /// Queries and chunks that there is room for.
-    fn parts(&self, value_width: usize) -> usize {
+    pub(super) fn parts(&self, value_width: usize) -> usize {
         (self.mixed.view().words() / value_width.max(1)).min(self.largest.view().words())
     }
 }
@@ -143,16 +145,28 @@ pub struct Attend<'a> {
 }
 
 impl Attend<'_> {
-    /// Chunks that some of the tokens look back at, from the first one's first to the last one's last. For a single token
-    /// the most at any position of its last chunk, so that launches that were recorded serve for all of them.
-    fn chunks(&self, first: usize, tokens: usize) -> usize {
+    /// Pieces of `len` positions that some of the tokens look back at, from the first one's first to the last one's last.
+    /// For a single token the most at any position of its last piece, so that launches that were recorded serve for all of
+    /// them.
+    pub(super) fn pieces(&self, len: usize, first: usize, tokens: usize) -> usize {
         let past = self.positions.past + self.first + first;
         if tokens == 1 {
-            let windows = self.window.map_or(usize::MAX, |window| window.div_ceil(CHUNK) + 1);
-            return (past + 1).div_ceil(CHUNK).min(windows);
+            let windows = self.window.map_or(usize::MAX, |window| window.div_ceil(len) + 1);
+            return (past + 1).div_ceil(len).min(windows);
         }
-        let begin = self.window.map_or(0, |window| (past + 1).saturating_sub(window)) / CHUNK;
-        (past + tokens).div_ceil(CHUNK) - begin
+        let begin = self.window.map_or(0, |window| (past + 1).saturating_sub(window)) / len;
+        (past + tokens).div_ceil(len) - begin
+    }
+
+    /// As many tokens from `first` on as there is room for at once when the context is cut into pieces of `len`
+    /// positions, and their pieces.
+    pub(super) fn fitting(&self, room: &AttendRoom, len: usize, first: usize) -> (usize, usize) {
+        let heads = self.n_head_kv * self.group;
+        let fits = |tokens: usize| self.pieces(len, first, tokens) * tokens * heads <= room.parts(self.value_width);
+        let tokens = (1..=self.tokens - first).rev().find(|n| fits(*n));
+        let positions = self.positions.past + self.first + first + 1;
+        let tokens = tokens.unwrap_or_else(|| panic!("no room for attention to {positions} positions"));
+        (tokens, self.pieces(len, first, tokens))
     }
 }
 
@@ -261,6 +275,8 @@ impl Ops {
     }
 
     /// Attention; `out` is `[tokens, n_head_kv * group, value_width]`, and `quants` get the 8-bit form of that, a row a token.
+    /// For [`PROMPT_TOKENS`](super::PROMPT_TOKENS) and more, 16-bit floats are multiplied where the keys are not too wide for
+    /// that.
     ///
     /// # Errors
     /// When the device fails.
@@ -296,13 +312,12 @@ impl Ops {
             let _ = quants.take_shape(a.tokens, width);
             &*quants
         });
+        if let Some(kernel) = prompt_kernel(a) {
+            return self.attend_prompt(kernel, a, room, out, quants);
+        }
         let mut first = 0;
         while first < a.tokens {
-            // As many tokens at once as there is room for.
-            let fitting = |tokens: usize| a.chunks(first, tokens) * tokens * heads <= room.parts(a.value_width);
-            let tokens = (1..=a.tokens - first).rev().find(|n| fitting(*n));
-            let tokens = tokens.unwrap_or_else(|| panic!("no room for attention to {} positions", past + first + 1));
-            let chunks = a.chunks(first, tokens);
+            let (tokens, chunks) = a.fitting(room, CHUNK, first);
             let queries = a.queries.floats(first * heads * a.key_width..(first + tokens) * heads * a.key_width);
             let to = out.floats(first * heads * a.value_width..(first + tokens) * heads * a.value_width);
             let (mixed, largest, sums) = (room.mixed.view(), room.largest.view(), room.sums.view());
@@ -326,28 +341,33 @@ impl Ops {
             ];
             let grid = [blocks(chunks, 1), few(a.n_head_kv * a.group.div_ceil(HEADS)), few(tokens)];
             self.launch(kernel, grid, 128, &args)?;
-            let [q, scale, quant_sums] = quants.map_or([Arg::Pointer(0); 3], |quants| {
-                let from = first * width;
-                let codes = quants.codes.view();
-                let (scales, sums) = (quants.scales.view(), quants.sums.view());
-                let codes = codes.part(from..codes.len()).arg();
-                [codes, scales.floats(from / 32..scales.words()).arg(), sums.floats(from / 16..sums.words()).arg()]
-            });
-            let args = [
-                mixed.arg(),
-                largest.arg(),
-                sums.arg(),
-                int(chunks),
-                int(a.value_width),
-                null_or(a.sinks),
-                to.arg(),
-                q,
-                scale,
-                quant_sums,
-            ];
-            self.launch("join_chunks", [blocks(heads, 1), few(tokens), 1], 128, &args)?;
+            self.join(a, room, first..first + tokens, chunks, to, quants)?;
             first += tokens;
         }
         Ok(())
+    }
+
+    /// Puts the pieces of the context together, of some of the tokens.
+    pub(super) fn join(
+        &self,
+        a: &Attend<'_>,
+        room: &AttendRoom,
+        tokens: Range<usize>,
+        pieces: usize,
+        out: View<'_>,
+        quants: Option<&Quants>,
+    ) -> Result<(), CudaError> {
+        let heads = a.n_head_kv * a.group;
+        let [mixed, largest, parts] = [&room.mixed, &room.largest, &room.sums].map(|b| b.view().arg());
+        let [q, scale, sums] = quants.map_or([Arg::Pointer(0); 3], |quants| {
+            let from = tokens.start * heads * a.value_width;
+            let codes = quants.codes.view();
+            let (scales, sums) = (quants.scales.view(), quants.sums.view());
+            let codes = codes.part(from..codes.len()).arg();
+            [codes, scales.floats(from / 32..scales.words()).arg(), sums.floats(from / 16..sums.words()).arg()]
+        });
+        let (pieces, width, sinks) = (int(pieces), int(a.value_width), null_or(a.sinks));
+        let args = [mixed, largest, parts, pieces, width, sinks, out.arg(), q, scale, sums];
+        self.launch("join_chunks", [blocks(heads, 1), few(tokens.len()), 1], 128, &args)
     }
 }

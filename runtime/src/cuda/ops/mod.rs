@@ -2,10 +2,13 @@
 
 mod attention;
 mod products;
+mod prompt_attention;
 mod small;
+mod stream;
 
 pub use attention::{Attend, AttendRoom, CHUNK, Heads, MAX_KEY, Positions};
 pub use products::{Batch, Group, Input, Matrices, Quants, SharedPart, Table};
+pub use prompt_attention::PROMPT_TOKENS;
 pub use small::{MAX_EXPERTS, MAX_GROUPS, Routing, Strided};
 
 use super::CudaError;

@@ -216,20 +216,20 @@ impl Ops {
         self.launch(source::matvec_kernel(ty), grid, 32 * MATVEC_ROWS as u32, &args)
     }
 
-    /// `out[token, row] = sum over c of w[row, c] * x[token, c]` of a quantised type, for many tokens at a time.
+    /// `out[token, row] = sum over c of w[row, c] * x[token, c]`, for many tokens at a time.
     ///
     /// # Errors
     /// When the device fails.
     ///
     /// # Panics
-    /// When a size does not fit, or the type is not quantised.
+    /// When a size does not fit, or activations are not those of the type.
     pub fn matmul(
         &self,
         ty: TensorType,
         batch: Batch<'_>,
         n_rows: usize,
         n_cols: usize,
-        x: &Quants,
+        x: Input<'_>,
         out: View<'_>,
     ) -> Result<(), CudaError> {
         let row_bytes = ty.row_bytes(n_cols as u64).unwrap_or_else(|| panic!("rows of {n_cols} {ty} values")) as usize;
@@ -240,12 +240,12 @@ impl Ops {
         let least = one.map(View::len).or(table.and_then(|t| t.least));
         assert!(least.is_none_or(|len| len >= n_rows * row_bytes), "{n_rows} rows of {row_bytes} bytes");
         let last = groups.iter().map(|g| g.first + g.tokens).max().unwrap_or(0);
-        assert!(x.cols == n_cols && x.rows >= last && out.words() >= last * n_rows, "{last} x {n_rows} results");
+        assert!(out.words() >= last * n_rows, "{last} x {n_rows} results");
         let n_table = table.map_or(0, |t| t.n);
         let numbers: Vec<i32> = groups.iter().flat_map(|g| [g.matrix, g.first, g.tokens]).map(|v| v as i32).collect();
         let numbers = if table.is_some() { Some(Buffer::of_i32(&self.device, &numbers)?) } else { None };
         let most = groups.iter().map(|g| g.tokens).max().unwrap_or(0);
-        let args = [
+        let mut args = vec![
             null_or(one),
             null_or(table.map(|t| t.pointers.view())),
             int(n_table),
@@ -253,11 +253,18 @@ impl Ops {
             int(most),
             int(n_rows),
             int(n_cols),
-            x.codes.view().arg(),
-            x.scales.view().arg(),
-            x.sums.view().arg(),
-            out.arg(),
         ];
+        match x {
+            Input::Quants(x) => {
+                assert!(needs_quants(ty) && x.rows >= last && x.cols == n_cols, "activations for {ty}");
+                args.extend([x.codes.view().arg(), x.scales.view().arg(), x.sums.view().arg()]);
+            }
+            Input::Floats(x) => {
+                assert!(!needs_quants(ty) && x.words() >= last * n_cols, "activations for {ty}");
+                args.push(x.aligned().arg());
+            }
+        }
+        args.push(out.arg());
         let grid = [blocks(n_rows, TILE_ROWS), few(most.div_ceil(TILE_TOKENS)), few(groups.len())];
         self.launch(source::matmul_kernel(ty), grid, 128, &args)
     }

@@ -242,3 +242,24 @@ inline void multiply_tiles(int* c, u32 low, u32 high, u32 b) {
     }
     shim::wait(shim::AT_WARP);
 }
+
+inline u32 pack_halves(float first, float second) { return (u32)narrow(first) | (u32)narrow(second) << 16; }
+
+/// `c += a * b` of 16 x 16 and 16 x 8 16-bit floats, spread over a warp as a tensor core has them.
+inline void multiply_halves(float* c, uint2 low, uint2 high, uint2 b) {
+    static uint2 fragments[shim::MAX_THREADS][3];
+    const u32 self = shim::running, first = self / 32 * 32, lane = self % 32;
+    fragments[self][0] = low;
+    fragments[self][1] = high;
+    fragments[self][2] = b;
+    shim::wait(shim::AT_WARP);
+    for (u32 i = 0; i < 4; i++) {
+        const u32 row = lane / 4, column = lane % 4 * 2 + i % 2;
+        for (u32 k = 0; k < 16; k++) {
+            const uint2 a = fragments[first + row * 4 + k % 8 / 2][i / 2], with = fragments[first + column * 4 + k % 8 / 2][2];
+            const u32 words[2] = {k < 8 ? a.x : a.y, k < 8 ? with.x : with.y};
+            c[i] += widen((u16)(words[0] >> (k % 2 * 16))) * widen((u16)(words[1] >> (k % 2 * 16)));
+        }
+    }
+    shim::wait(shim::AT_WARP);
+}

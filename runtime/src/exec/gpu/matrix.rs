@@ -76,12 +76,11 @@ pub(super) fn product(
     out: View<'_>,
 ) -> Result<(), CudaError> {
     let &Matrix { ty, n_out, n_in, .. } = matrix;
-    if !matrix.takes_quants() {
-        ops.matvec(ty, Matrices::One(matrix.view()), n, n_out, n_in, Input::Floats(x), 1, out)?;
-    } else if n >= MANY {
-        ops.matmul(ty, Batch::One(matrix.view(), n), n_out, n_in, quants, out)?;
+    let x = if matrix.takes_quants() { Input::Quants(quants) } else { Input::Floats(x) };
+    if n >= MANY {
+        ops.matmul(ty, Batch::One(matrix.view(), n), n_out, n_in, x, out)?;
     } else {
-        ops.matvec(ty, Matrices::One(matrix.view()), n, n_out, n_in, Input::Quants(quants), 1, out)?;
+        ops.matvec(ty, Matrices::One(matrix.view()), n, n_out, n_in, x, 1, out)?;
     }
     match &matrix.bias {
         Some(bias) => ops.add_bias(out, bias.view(), None, n, n_out),
