@@ -267,7 +267,7 @@ fn machine_files_that_make_no_sense() {
     let head = "format = \"tier-plan machine\"\nversion = 1\n";
     solve("bare.toml", head, &["missing", "name"]);
     solve("text.toml", "hello", &["not a machine file"]);
-    solve("newer.toml", &swap(&good, "version = 1", "version = 4"), &["version 4", "up to version 4", "update"]);
+    solve("newer.toml", &swap(&good, "version = 1", "version = 4"), &["version 4", "up to version 3", "update"]);
     solve("lacks.toml", &swap(&good, "read_gbps = 8\n", ""), &["read_gbps"]);
     solve("words.toml", &swap(&good, "read_gbps = 8\n", "read_gbps = \"fast\"\n"), &["line 14", "fast"]);
     solve("below.toml", &swap(&good, "read_gbps = 8\n", "read_gbps = -8\n"), &["'vram'", "-8", "positive"]);
