@@ -6,6 +6,7 @@
 //! least of all of them.
 
 use super::planner::{NO_GAP, Planner};
+use super::rules::Draft;
 use anyhow::Result;
 use std::time::Instant;
 use tier_plan_runtime::formats::placement::Placement;
@@ -16,11 +17,30 @@ const QUICK: f64 = 0.3;
 /// The best plan over all places of the cache.
 pub(super) struct Found {
     pub(super) plan: Placement,
-    /// The rules' plans with the cache at the same place.
+    /// The rules' plans, each with the cache where it does best.
     pub(super) baselines: Vec<Placement>,
     /// `[tiers]` worth of a byte.
     pub(super) prices: Vec<f64>,
     pub(super) notes: Vec<String>,
+}
+
+/// The rules' drafts and plans of one problem.
+type Rules = (Vec<Draft>, Vec<Placement>);
+
+/// Of each rule the plan that does best, wherever it has the cache.
+pub(super) fn baselines(planners: &[Planner<'_>], rules: Vec<Rules>) -> Vec<Placement> {
+    let mut best: Vec<(f64, Placement)> = Vec::new();
+    for (planner, (_, plans)) in planners.iter().zip(rules) {
+        for plan in plans {
+            let value = planner.value(&plan);
+            match best.iter_mut().find(|(_, known)| known.name == plan.name) {
+                Some(known) if value < known.0 => *known = (value, plan),
+                Some(_) => {}
+                None => best.push((value, plan)),
+            }
+        }
+    }
+    best.into_iter().map(|(_, plan)| plan).collect()
 }
 
 /// One problem, solved.
@@ -37,14 +57,14 @@ struct Attempt<'a, 'b> {
 }
 
 impl<'a, 'b> Attempt<'a, 'b> {
-    fn new(planner: &'a Planner<'b>, deadline: Instant, thorough: bool) -> Result<Self> {
-        let (drafts, baselines) = planner.baselines()?;
+    fn new((planner, rules): (&'a Planner<'b>, &Rules), deadline: Instant, thorough: bool) -> Result<Self> {
+        let (drafts, baselines) = rules;
         let mut notes = Vec::new();
-        let (plan, programmed) = planner.optimum(&drafts, &baselines, Instant::now(), deadline, &mut notes)?;
+        let (plan, programmed) = planner.optimum(drafts, baselines, Instant::now(), deadline, &mut notes)?;
         let priced_s = programmed.priced + planner.fixed_s(1);
         let value = planner.value(&plan);
         let gap = programmed.bound.and_then(|bound| planner.gap(&plan, bound));
-        let found = Found { plan, baselines, prices: programmed.price, notes };
+        let found = Found { plan, baselines: Vec::new(), prices: programmed.price, notes };
         Ok(Attempt { planner, found, value, bound: gap.map(|gap| value * (1.0 - gap)), priced_s, thorough })
     }
 
@@ -70,41 +90,51 @@ impl<'a, 'b> Attempt<'a, 'b> {
 /// # Errors
 /// When none of them has a solution.
 pub(super) fn best(planners: &[Planner<'_>], start: Instant, deadline: Instant) -> Result<Found> {
-    if let [only] = planners {
-        return Ok(Attempt::new(only, deadline, true)?.found);
+    let rules = planners.iter().map(Planner::baselines).collect::<Result<Vec<Rules>>>()?;
+    let mut found = search(planners, &rules, start, deadline)?;
+    found.baselines = baselines(planners, rules);
+    Ok(found)
+}
+
+fn search(planners: &[Planner<'_>], rules: &[Rules], start: Instant, deadline: Instant) -> Result<Found> {
+    if let ([only], [rules]) = (planners, rules) {
+        return Ok(Attempt::new((only, rules), deadline, true)?.found);
     }
     let part = deadline.saturating_duration_since(start).mul_f64(QUICK / planners.len().max(1) as f64);
-    let mut attempts: Vec<Attempt<'_, '_>> = Vec::new();
+    let mut attempts: Vec<(Attempt<'_, '_>, &Rules)> = Vec::new();
     let mut left_out = f64::INFINITY;
     let mut first_error = None;
-    for planner in planners {
-        let least = attempts.iter().map(|a| a.value).fold(f64::INFINITY, f64::min);
-        let bound = attempts.iter().filter_map(|a| a.bound_of(planner)).fold(f64::NEG_INFINITY, f64::max);
-        if bound >= least {
+    for (planner, rules) in planners.iter().zip(rules) {
+        let least = attempts.iter().map(|(a, _)| a.value).fold(f64::INFINITY, f64::min);
+        let bound = attempts.iter().filter_map(|(a, _)| a.bound_of(planner)).fold(f64::NEG_INFINITY, f64::max);
+        // A rule that ignores the train split may be luckier than every plan that the bound is of.
+        let lucky = rules.1.iter().any(|plan| planner.value(plan) < least);
+        if bound >= least && !lucky {
             left_out = left_out.min(bound);
             continue;
         }
-        match Attempt::new(planner, deadline.min(Instant::now() + part), false) {
-            Ok(attempt) => attempts.push(attempt),
+        match Attempt::new((planner, rules), deadline.min(Instant::now() + part), false) {
+            Ok(attempt) => attempts.push((attempt, rules)),
             Err(error) => {
                 first_error.get_or_insert(error);
             }
         }
     }
     loop {
-        attempts.sort_by(|a, b| a.value.total_cmp(&b.value));
-        let least = attempts.first().map_or(0.0, |a| a.value);
-        let Some(open) = attempts.iter_mut().find(|a| a.is_open(least)).filter(|_| Instant::now() < deadline) else {
+        attempts.sort_by(|a, b| a.0.value.total_cmp(&b.0.value));
+        let least = attempts.first().map_or(0.0, |(a, _)| a.value);
+        let in_time = Instant::now() < deadline;
+        let Some((open, rules)) = attempts.iter_mut().find(|(a, _)| a.is_open(least)).filter(|_| in_time) else {
             break;
         };
         open.thorough = true;
-        let again = Attempt::new(open.planner, deadline, true)?;
+        let again = Attempt::new((open.planner, rules), deadline, true)?;
         // Both bounds hold, each for what was tried.
         if again.value <= open.value {
             *open = again;
         }
     }
-    let mut attempts = attempts.into_iter();
+    let mut attempts = attempts.into_iter().map(|(attempt, _)| attempt);
     let Some(mut best) = attempts.next() else {
         let none = || anyhow::anyhow!("no tier has room for the key and value cache");
         return Err(first_error.unwrap_or_else(none));

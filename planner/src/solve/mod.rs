@@ -153,10 +153,7 @@ pub fn solve_all(inputs: &Inputs<'_>, options: &Options) -> Result<Solved> {
 pub fn solve_judged(inputs: &Inputs<'_>, evidence: &Evidence, options: &Options) -> Result<Solved> {
     let start = Instant::now();
     let goal = Goal::new(options.objective, options.batch, options.target_tok_s, inputs)?;
-    let mut rooms = Room::all(inputs, &options.wishes)?;
-    if options.strategy != Strategy::Optimal {
-        rooms.truncate(1);
-    }
+    let rooms = Room::all(inputs, &options.wishes)?;
     let planner =
         |room| Planner { inputs, evidence, room, goal: &goal, wishes: &options.wishes, backend: options.backend };
     let mut notes = evidence.notes.clone();
@@ -167,6 +164,7 @@ pub fn solve_judged(inputs: &Inputs<'_>, evidence: &Evidence, options: &Options)
             inputs.machine.name
         ));
     }
+    let planners: Vec<Planner<'_>> = rooms.iter().map(planner).collect();
     let mut verdict = Vec::new();
     let wanted = match options.strategy {
         Strategy::Optimal => None,
@@ -177,7 +175,8 @@ pub fn solve_judged(inputs: &Inputs<'_>, evidence: &Evidence, options: &Options)
     };
     let (plan, baselines) = match wanted {
         Some(rule) => {
-            let (_, baselines) = planner(&rooms[0]).baselines()?;
+            let rules = planners.iter().map(Planner::baselines).collect::<Result<Vec<_>>>()?;
+            let baselines = cache::baselines(&planners, rules);
             let plan = baselines.iter().find(|b| b.name == rule.name()).cloned().with_context(|| {
                 format!("the rule '{}' makes no plan on these tiers and budgets; try --strategy optimal", rule.name())
             })?;
@@ -188,7 +187,6 @@ pub fn solve_judged(inputs: &Inputs<'_>, evidence: &Evidence, options: &Options)
                 .ok()
                 .with_context(|| format!("a time limit of {} s; give a positive one", options.time_limit_s))?;
             let deadline = start.checked_add(limit).context("the time limit is too long; give less than a year")?;
-            let planners: Vec<Planner<'_>> = rooms.iter().map(planner).collect();
             let found = cache::best(&planners, start, deadline)?;
             if goal.is_latency() {
                 verdict = verdict::verdict(&found.plan, &found.baselines, &found.prices, inputs);
