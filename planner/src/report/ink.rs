@@ -30,8 +30,6 @@ pub(super) enum Ink {
     Experts,
     /// Waiting for expert reads.
     Waiting,
-    /// Fixed costs, and time that no stage accounts for.
-    Rest,
     /// How often an expert is used: 0 never, 7 most.
     Heat(u8),
     /// A layer, from first (0) to last (7).
@@ -91,7 +89,6 @@ impl Ink {
             Ink::Unsplit => (0x8C8270, 0xA79C88),
             Ink::Experts => (0xEE6677, 0xF07F8E),
             Ink::Waiting => (0xCCBB44, 0xD8C95F),
-            Ink::Rest => (0xB0B0B0, 0x6E7276),
             Ink::Heat(i) => at(&HEAT, i),
             Ink::Depth(i) => at(&DEPTH, i),
         }
@@ -122,7 +119,6 @@ impl Ink {
             Ink::Unsplit,
             Ink::Experts,
             Ink::Waiting,
-            Ink::Rest,
         ];
         all.extend((0..TIERS.len() as u8).map(Ink::Tier));
         all.extend((0..HEAT.len() as u8).map(Ink::Heat));

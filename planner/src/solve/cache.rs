@@ -69,10 +69,15 @@ impl<'a, 'b> Attempt<'a, 'b> {
     }
 
     /// What the plans of a problem that has the cache elsewhere take at least; nothing where the two differ by more: what
-    /// may be on a real GPU depends on whether the cache is there.
+    /// may be on a real GPU depends on whether the cache is there, and a tier that has room for one layer's experts or one
+    /// group there and not here makes columns that these prices have not seen.
     fn bound_of(&self, other: &Planner<'_>) -> Option<f64> {
         let (this, that) = (self.planner.room, other.room);
-        if !self.planner.goal.is_latency() || this.is_gpu(this.kv_tier) || that.is_gpu(that.kv_tier) {
+        let largest = self.planner.largest_column();
+        let mut left = this.left_bytes.iter().zip(&that.left_bytes);
+        let same_columns = left.all(|(here, there)| there <= here || *here >= largest);
+        let real = this.is_gpu(this.kv_tier) || that.is_gpu(that.kv_tier);
+        if !self.planner.goal.is_latency() || real || !same_columns {
             return None;
         }
         let moved = other.fixed_s(1) - self.planner.fixed_s(1);
@@ -128,9 +133,10 @@ fn search(planners: &[Planner<'_>], rules: &[Rules], start: Instant, deadline: I
             break;
         };
         open.thorough = true;
-        let again = Attempt::new((open.planner, rules), deadline, true)?;
-        // Both bounds hold, each for what was tried.
-        if again.value <= open.value {
+        // Both bounds hold, each for what was tried; and what was found in a hurry stays found.
+        if let Ok(again) = Attempt::new((open.planner, rules), deadline, true)
+            && again.value <= open.value
+        {
             *open = again;
         }
     }

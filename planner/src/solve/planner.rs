@@ -50,6 +50,13 @@ impl Planner<'_> {
         Ok((drafts, plans))
     }
 
+    /// The most bytes that one choice puts anywhere: all experts of a layer, or a dense group.
+    pub(super) fn largest_column(&self) -> u64 {
+        let Inputs { shape, .. } = self.inputs;
+        let experts = shape.experts.iter().map(|e| e.expert_bytes.saturating_mul(e.n_expert.into()));
+        experts.chain(shape.dense.iter().map(|d| d.bytes)).max().unwrap_or(0)
+    }
+
     fn checked(&self, plan: Placement) -> Result<Placement> {
         let wrong = check::check(&plan, self.inputs.shape, self.evidence);
         ensure!(

@@ -134,16 +134,7 @@ fn left_in(folder: &Path, version: u8, own: u64) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn system(files: &[(&str, &str)]) -> tempfile::TempDir {
-        let root = tempfile::tempdir().unwrap();
-        for (path, text) in files {
-            let path = root.path().join(path);
-            fs::create_dir_all(path.parent().unwrap()).unwrap();
-            fs::write(path, text).unwrap();
-        }
-        root
-    }
+    use crate::tiers::system;
 
     const MEMINFO: (&str, &str) = ("proc/meminfo", "MemTotal: 24000 kB\nMemAvailable:    1000 kB\n");
     const STATUS: (&str, &str) = ("proc/self/status", "Name: x\nRssAnon:\t     24 kB\n");

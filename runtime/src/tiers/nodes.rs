@@ -154,16 +154,7 @@ mod tests {
     use super::*;
     use crate::formats::machine::TierKind;
     use crate::tiers::arena::{Arena, ArenaError};
-
-    fn system(files: &[(&str, &str)]) -> tempfile::TempDir {
-        let root = tempfile::tempdir().unwrap();
-        for (path, text) in files {
-            let path = root.path().join(path);
-            fs::create_dir_all(path.parent().unwrap()).unwrap();
-            fs::write(path, text).unwrap();
-        }
-        root
-    }
+    use crate::tiers::system;
 
     const FILES: [(&str, &str); 7] = [
         ("online", "0-2\n"),

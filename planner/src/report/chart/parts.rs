@@ -37,9 +37,8 @@ pub(super) fn chart(o: &Overview<'_>) -> Option<Chart> {
     let (mut scene, y) = begin(&title, &subtitle);
     let stage_signs = [
         (Sign::Words, "Left:".to_string()),
-        (Sign::Swatch(Ink::Dense), "dense layers (attention, norms, head)".to_string()),
         (Sign::Swatch(Ink::Experts), "routed experts, waiting included".to_string()),
-        (Sign::Swatch(Ink::Rest), "fixed overhead and the rest".to_string()),
+        (Sign::Swatch(Ink::Dense), "everything else (dense weights, keys and values, head, fixed times)".to_string()),
     ];
     let with_tiers = tiers.iter().flatten().any(Option::is_some);
     let mut y = legend(&mut scene, y, if with_tiers { &stage_signs } else { &stage_signs[1..] });
@@ -55,7 +54,7 @@ pub(super) fn chart(o: &Overview<'_>) -> Option<Chart> {
     }
     let bottom = panel(&mut scene, NAMES, width, y, "by stage", &stages);
     if with_tiers {
-        panel(&mut scene, NAMES + width + 50.0, width, y, "by tier, before overlap", &tiers);
+        panel(&mut scene, NAMES + width + 50.0, width, y, "by tier, overlapping time shared out", &tiers);
     }
     scene.height = bottom;
     Some(Chart {
@@ -101,20 +100,19 @@ fn token_s(rate: Option<f64>) -> Option<f64> {
 
 fn measured_stages(p: &PlanView<'_>) -> Option<Bar> {
     let total = token_s(p.decode.map(|d| d.tok_s))?;
-    let dense: f64 = p.layers.iter().map(|l| l.dense_s).sum();
-    let experts: f64 = p.layers.iter().map(|l| l.expert_s).sum();
-    let rest = (total - dense - experts).max(0.0);
-    Some(Bar { parts: vec![(dense, Ink::Dense), (experts, Ink::Experts), (rest, Ink::Rest)], total: Some(total) })
+    Some(stages(total, p.layers.iter().map(|l| l.expert_s).sum()))
 }
 
 fn predicted_stages(p: &PlanView<'_>) -> Option<Bar> {
     let total = token_s(p.predicted_tok_s())?;
-    let predicted = p.predicted?;
-    // Keys and values are read by the dense stages.
-    let dense = finite_sum(&predicted.dense_s) + finite(predicted.kv_s);
-    let experts = finite(predicted.expert_critical_s);
-    let rest = (total - dense - experts).max(0.0);
-    Some(Bar { parts: vec![(dense, Ink::Dense), (experts, Ink::Experts), (rest, Ink::Rest)], total: Some(total) })
+    Some(stages(total, finite(p.predicted?.expert_critical_s)))
+}
+
+/// What a run measures of dense stages has no head in it, and what is predicted of dense weights has: only the experts' time
+/// and all of the rest mean the same in both.
+fn stages(total: f64, experts: f64) -> Bar {
+    let rest = (total - experts).max(0.0);
+    Bar { parts: vec![(experts, Ink::Experts), (rest, Ink::Dense)], total: Some(total) }
 }
 
 fn measured_tiers(o: &Overview<'_>, p: &PlanView<'_>) -> Option<Bar> {
@@ -127,21 +125,20 @@ fn predicted_tiers(o: &Overview<'_>, p: &PlanView<'_>) -> Option<Bar> {
     let at = |of: &[f64], i: usize| finite(of.get(i).copied().unwrap_or(0.0));
     let kv_tier = p.entry.placement.as_ref().map(|plan| plan.kv_tier);
     let cache = |i: usize| if kv_tier == Some(i) { finite(predicted.kv_s) } else { 0.0 };
+    // The time of an expert stage is shared out by the times of its paths, as a run's is.
+    let paths: f64 = predicted.expert_s.iter().copied().map(finite).sum();
+    let share = if paths > 0.0 { finite(predicted.expert_critical_s) / paths } else { 0.0 };
     let parts: Vec<_> = p
         .tiers
         .iter()
         .enumerate()
-        .map(|(i, t)| (at(&predicted.dense_s, i) + cache(i) + at(&predicted.expert_s, i), o.ink_of(&t.name)))
+        .map(|(i, t)| (at(&predicted.dense_s, i) + cache(i) + share * at(&predicted.expert_s, i), o.ink_of(&t.name)))
         .collect();
     (parts.iter().map(|(s, _)| s).sum::<f64>() > 0.0).then_some(Bar { parts, total: None })
 }
 
 fn finite(v: f64) -> f64 {
     if v.is_finite() { v.max(0.0) } else { 0.0 }
-}
-
-fn finite_sum(values: &[f64]) -> f64 {
-    values.iter().copied().map(finite).sum()
 }
 
 fn title(o: &Overview<'_>) -> String {
@@ -173,7 +170,7 @@ fn data(o: &Overview<'_>) -> Table {
         };
         for (kind, bar) in [("measured", measured_stages(p)), ("predicted", predicted_stages(p))] {
             let Some(bar) = bar else { continue };
-            for ((seconds, _), name) in bar.parts.iter().zip(["dense", "experts", "rest"]) {
+            for ((seconds, _), name) in bar.parts.iter().zip(["experts", "else"]) {
                 push(kind, "stage", name, Some(*seconds));
             }
         }
