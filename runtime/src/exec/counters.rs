@@ -102,7 +102,7 @@ impl Counters {
         }
     }
 
-    /// Shares out the time of an expert stage by the declared times of its paths.
+    /// Shares out the time of a stage by the declared times of its paths.
     pub(super) fn charge_paths(&mut self, paths: &[Duration], time: Duration) {
         let all: f64 = paths.iter().map(Duration::as_secs_f64).sum();
         if all > 0.0 {

@@ -411,7 +411,7 @@ impl Engine {
             place = after;
             let experts_start = Instant::now();
             if decoding {
-                self.counters.charge(&self.dense_bytes[index], experts_start - layer_start);
+                self.charge_dense(index, experts_start - layer_start);
                 self.score_guess(moe_at, index);
             } else {
                 self.counters.prompt_stages[0] += experts_start - layer_start;
@@ -466,6 +466,16 @@ impl Engine {
             self.counters.charge(&outside, head_start.elapsed());
         }
         Ok(())
+    }
+
+    /// Counts a decoded token's dense stage: its weights, and its time by tier. On emulated tiers that is shared out by what
+    /// is declared, for keys and values too.
+    fn charge_dense(&mut self, index: usize, time: Duration) {
+        let bytes = &self.dense_bytes[index];
+        let Some(pacer) = &self.pacer else { return self.counters.charge(bytes, time) };
+        let cache = self.caches[index].bytes(self.n_past as u64 + 1, 1);
+        self.counters.count(bytes);
+        self.counters.charge_paths(&pacer.dense_by_tier(bytes, self.plan.kv_tier, cache), time);
     }
 
     fn count_experts(

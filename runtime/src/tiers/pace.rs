@@ -73,7 +73,14 @@ impl Pacer {
     /// Declared time of a layer's dense stage that reads `bytes` of weights and moves `cache_bytes` of keys, values and
     /// state on the tier `kv_tier`.
     pub fn dense(&self, bytes: &StageBytes, kv_tier: usize, cache_bytes: u64) -> Duration {
-        self.layer_overhead + self.sum(bytes) + self.transfer(kv_tier, cache_bytes)
+        self.layer_overhead + self.dense_by_tier(bytes, kv_tier, cache_bytes).iter().sum::<Duration>()
+    }
+
+    /// The part of [`dense`](Self::dense) that each tier's bytes take.
+    pub fn dense_by_tier(&self, bytes: &StageBytes, kv_tier: usize, cache_bytes: u64) -> Vec<Duration> {
+        let mut times: Vec<Duration> = bytes.0.iter().enumerate().map(|(t, b)| self.transfer(t, *b)).collect();
+        times[kv_tier] += self.transfer(kv_tier, cache_bytes);
+        times
     }
 
     /// Declared time of the work outside layers.

@@ -54,7 +54,7 @@ pub(super) fn chart(o: &Overview<'_>) -> Option<Chart> {
     }
     let bottom = panel(&mut scene, NAMES, width, y, "by stage", &stages);
     if with_tiers {
-        panel(&mut scene, NAMES + width + 50.0, width, y, "by tier, overlapping time shared out", &tiers);
+        panel(&mut scene, NAMES + width + 50.0, width, y, "by tier, all of the time shared out", &tiers);
     }
     scene.height = bottom;
     Some(Chart {
@@ -128,13 +128,12 @@ fn predicted_tiers(o: &Overview<'_>, p: &PlanView<'_>) -> Option<Bar> {
     // The time of an expert stage is shared out by the times of its paths, as a run's is.
     let paths: f64 = predicted.expert_s.iter().copied().map(finite).sum();
     let share = if paths > 0.0 { finite(predicted.expert_critical_s) / paths } else { 0.0 };
-    let parts: Vec<_> = p
-        .tiers
-        .iter()
-        .enumerate()
-        .map(|(i, t)| (at(&predicted.dense_s, i) + cache(i) + share * at(&predicted.expert_s, i), o.ink_of(&t.name)))
-        .collect();
-    (parts.iter().map(|(s, _)| s).sum::<f64>() > 0.0).then_some(Bar { parts, total: None })
+    let of = |i: usize| at(&predicted.dense_s, i) + cache(i) + share * at(&predicted.expert_s, i);
+    let sum: f64 = (0..p.tiers.len()).map(of).sum();
+    // So are fixed times.
+    let longer = token_s(p.predicted_tok_s())? / sum;
+    let parts = p.tiers.iter().enumerate().map(|(i, t)| (longer * of(i), o.ink_of(&t.name))).collect();
+    (sum > 0.0).then_some(Bar { parts, total: None })
 }
 
 fn finite(v: f64) -> f64 {
