@@ -53,6 +53,7 @@ fn machine() -> Machine {
         latency_us,
         emulated: false,
         unit: None,
+        link_gbps: None,
         source: "chosen for this benchmark".to_string(),
     };
     Machine {

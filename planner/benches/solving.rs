@@ -34,6 +34,7 @@ fn machine(tiers: &[(&str, TierKind, u64, f64, f64)]) -> Machine {
         latency_us,
         emulated: false,
         unit: None,
+        link_gbps: None,
         source: "chosen for this benchmark".to_string(),
     };
     Machine {

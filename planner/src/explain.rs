@@ -123,8 +123,10 @@ pub fn explain(plan: &Placement, shape: &ModelShape, evidence: &Evidence, time_l
 fn layer(plan: &Placement, layer: &LayerPlacement, evidence: &LayerEvidence, tiers: &[Tier]) -> LayerReason {
     let stage = ExpertStage::new(tiers, evidence.shape.expert_bytes, evidence.ahead);
     let found = outcomes(layer, evidence, tiers, plan.staging_tier);
+    let to = layer.brought_to(plan.staging_tier);
+    let path_s = |path: usize, experts: &[u16]| stage.path_s(path, f64::from(experts[path]), to);
     let paths: Vec<f64> = (0..=tiers.len())
-        .map(|path| found.iter().map(|(experts, share)| share * stage.path_s(path, f64::from(experts[path]))).sum())
+        .map(|path| found.iter().map(|(experts, share)| share * path_s(path, experts)).sum())
         .collect();
     let longest = (0..paths.len()).max_by(|&a, &b| paths[a].total_cmp(&paths[b])).unwrap_or(0);
     let mut is_pinned = vec![false; evidence.shape.n_expert as usize];
@@ -159,7 +161,7 @@ fn layer(plan: &Placement, layer: &LayerPlacement, evidence: &LayerEvidence, tie
         policy: layer.policy,
         pin_hits,
         slot_hits: (1.0 - missed / used - pin_hits).max(0.0),
-        seconds: stage_mean_s(&stage, &found),
+        seconds: stage_mean_s(&stage, &found, to),
         longest: if longest < tiers.len() { Path::Computing(longest) } else { Path::Reading },
         border: (of(true).min_by(f64::total_cmp), of(false).max_by(f64::total_cmp)),
     }

@@ -129,6 +129,7 @@ fn three_tiers(shape: &ModelShape, context: u32, spread: Spread) -> Placement {
             latency_us: 0.0,
             emulated: true,
             unit: None,
+            link_gbps: None,
             source: "declared".into(),
         },
         budget_bytes: u64::MAX,

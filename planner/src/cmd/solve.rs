@@ -282,6 +282,7 @@ mod tests {
             latency_us: 0.0,
             emulated: false,
             unit: None,
+            link_gbps: None,
             source: String::new(),
         };
         let machine = Machine {

@@ -10,7 +10,8 @@
 //! - **Expert stage**, only in layers with routed experts: the longest of the paths that overlap, which are
 //!   - each tier that chosen experts compute from: `bytes / rate`, for VRAM after the latency of a launch;
 //!   - for `m > 0` missed experts their transfer from the last tier: `latency + m · expert_bytes / rate`, less what reading
-//!     ahead of the router hides ([`Ahead`]).
+//!     ahead of the router hides ([`Ahead`]). Where slots are in VRAM behind a link, the rate is that of the link if it is
+//!     the slower one ([`Tier::transfer_s`]).
 //! - A chosen expert computes where it is pinned. A pooled one computes on its layer's slot tier if it lies in a slot
 //!   or is brought into one; else it is brought into staging and computes there. So a miss is charged twice, on two
 //!   paths: its transfer, and its computation from the slot or the buffer.
@@ -79,8 +80,10 @@ impl Ahead {
 /// The expert stage of one layer on given tiers.
 #[derive(Debug, Clone)]
 pub struct ExpertStage {
-    /// `[paths]` seconds an expert, and fixed seconds if there is any: each tier, then the transfers.
-    paths: Vec<(f64, f64)>,
+    /// `[tiers]` seconds of an expert that computes from there, and fixed seconds if there is any.
+    compute: Vec<(f64, f64)>,
+    /// `[tiers]` the same of an expert that is brought there.
+    transfers: Vec<(f64, f64)>,
 }
 
 impl ExpertStage {
@@ -88,28 +91,38 @@ impl ExpertStage {
     pub fn new(tiers: &[Tier], expert_bytes: u64, ahead: Ahead) -> Self {
         let each = |tier: &Tier| read_s(tier, expert_bytes as f64);
         let launch = |tier: &Tier| if tier.kind == TierKind::Vram { tier.latency_us * 1e-6 } else { 0.0 };
-        let transfer = tiers.last().map(|home| {
-            let each = each(home);
-            (each, home.latency_us * 1e-6 - ahead.hidden_s(tiers, each))
-        });
-        ExpertStage { paths: tiers.iter().map(|t| (each(t), launch(t))).chain(transfer).collect() }
+        let brought = |to: &Tier| {
+            let Some(home) = tiers.last() else { return (0.0, 0.0) };
+            let fixed = home.latency_us * 1e-6 - ahead.hidden_s(tiers, each(home));
+            (to.transfer_s(home, expert_bytes as f64), fixed)
+        };
+        ExpertStage {
+            compute: tiers.iter().map(|t| (each(t), launch(t))).collect(),
+            transfers: tiers.iter().map(brought).collect(),
+        }
     }
 
-    /// Seconds that one path takes for so many experts, before any overlap. Paths are the tiers, then the transfers.
-    pub fn path_s(&self, path: usize, experts: f64) -> f64 {
-        let (each, fixed) = self.paths[path];
+    /// Seconds an expert of one path, and its fixed seconds. Paths are the tiers, then the transfers to the tier `to`.
+    pub fn path(&self, path: usize, to: TierIdx) -> (f64, f64) {
+        self.compute.get(path).copied().unwrap_or_else(|| self.transfers[to])
+    }
+
+    /// Seconds that one path takes for so many experts, before any overlap.
+    pub fn path_s(&self, path: usize, experts: f64, to: TierIdx) -> f64 {
+        let (each, fixed) = self.path(path, to);
         if experts > 0.0 { fixed + experts * each } else { 0.0 }
     }
 
     /// Seconds of the stage when so many experts are on each path.
-    pub fn seconds(&self, experts: &[f64]) -> f64 {
-        experts.iter().enumerate().map(|(path, &n)| self.path_s(path, n)).fold(0.0, f64::max)
+    pub fn seconds(&self, experts: &[f64], to: TierIdx) -> f64 {
+        experts.iter().enumerate().map(|(path, &n)| self.path_s(path, n, to)).fold(0.0, f64::max)
     }
 
     /// The same for whole experts: those of one token.
-    pub fn token_s(&self, experts: &[u16]) -> f64 {
+    pub fn token_s(&self, experts: &[u16], to: TierIdx) -> f64 {
         let path = |(&n, &(each, fixed)): (&u16, &(f64, f64))| if n > 0 { fixed + f64::from(n) * each } else { 0.0 };
-        experts.iter().zip(&self.paths).map(path).fold(0.0, f64::max)
+        let paths = self.compute.iter().chain([&self.transfers[to]]);
+        experts.iter().zip(paths).map(path).fold(0.0, f64::max)
     }
 }
 
@@ -245,9 +258,9 @@ fn ln_factorials(n: usize) -> Vec<f64> {
         .collect()
 }
 
-/// Mean seconds of the expert stage over a layer's outcomes.
-pub fn stage_mean_s(stage: &ExpertStage, outcomes: &Outcomes) -> f64 {
-    outcomes.iter().map(|(experts, share)| share * stage.token_s(experts)).sum()
+/// Mean seconds of the expert stage over a layer's outcomes, with missed experts brought to the tier `to`.
+pub fn stage_mean_s(stage: &ExpertStage, outcomes: &Outcomes, to: TierIdx) -> f64 {
+    outcomes.iter().map(|(experts, share)| share * stage.token_s(experts, to)).sum()
 }
 
 /// Fixed seconds a token: its own and its layers'.
@@ -300,13 +313,14 @@ pub fn predict(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -> Pre
     for (layer, evidence) in plan.layers.iter().zip(&evidence.layers) {
         let stage = ExpertStage::new(&tiers, evidence.shape.expert_bytes, evidence.ahead);
         let outcomes = outcomes(layer, evidence, &tiers, plan.staging_tier);
-        critical += stage_mean_s(&stage, &outcomes);
+        let to = layer.brought_to(plan.staging_tier);
+        critical += stage_mean_s(&stage, &outcomes, to);
         accesses += f64::from(evidence.shape.n_used);
         for (experts, share) in &outcomes {
             missed += share * experts[n - 1..].iter().copied().map(f64::from).sum::<f64>();
             for (path, &count) in experts.iter().enumerate() {
                 let tier = path.min(n - 1);
-                expert_s[tier] += share * stage.path_s(path, f64::from(count));
+                expert_s[tier] += share * stage.path_s(path, f64::from(count), to);
                 read_bytes[tier] += share * f64::from(count) * evidence.shape.expert_bytes as f64;
             }
         }

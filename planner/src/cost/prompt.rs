@@ -122,7 +122,7 @@ fn experts_s(plan: &Placement, layer: &LayerPlacement, evidence: &LayerEvidence,
     let transfers = if stays { 0.0 } else { missed.experts };
 
     let reads: Vec<f64> = on.iter().map(|t| t.experts).chain([transfers]).collect();
-    let read = ExpertStage::new(tiers, evidence.shape.expert_bytes, Ahead::default()).seconds(&reads);
+    let read = ExpertStage::new(tiers, evidence.shape.expert_bytes, Ahead::default()).seconds(&reads, brought_to);
     let (mut of_cpu, mut of_gpu) = (0.0, 0.0f64);
     for (at, (tier, touched)) in tiers.iter().zip(&on).enumerate() {
         // Each expert that is touched costs as much as HALF_ROWS rows more.

@@ -25,6 +25,7 @@ fn the_stage_is_the_longest_path() {
         latency_us,
         emulated: true,
         unit: None,
+        link_gbps: None,
         source: String::new(),
     };
     let tiers = [
@@ -35,18 +36,26 @@ fn the_stage_is_the_longest_path() {
     ];
     // An expert of 1 MB: 10, 50, 100 and 1000 µs.
     let stage = ExpertStage::new(&tiers, 1_000_000, Ahead::default());
-    let us = |experts: [u16; 5]| (stage.token_s(&experts) * 1e6).round() as u32;
+    let us = |experts: [u16; 5]| (stage.token_s(&experts, 1) * 1e6).round() as u32;
     assert_eq!(us([0, 0, 0, 0, 0]), 0);
     assert_eq!(us([8, 0, 0, 0, 0]), 90);
     assert_eq!(us([8, 3, 0, 0, 0]), 150);
     assert_eq!(us([8, 3, 2, 0, 0]), 200);
     assert_eq!(us([8, 4, 0, 0, 1]), 1050);
-    assert_eq!(stage.seconds(&[8.0, 4.0, 0.0, 0.0, 1.0]), stage.token_s(&[8, 4, 0, 0, 1]));
+    assert_eq!(stage.seconds(&[8.0, 4.0, 0.0, 0.0, 1.0], 1), stage.token_s(&[8, 4, 0, 0, 1], 1));
+    // Behind a link that is slower than the drive, transfers take as long as on that; behind a faster one, as the drive.
+    let [vram, dram, cxl, nvme] = tiers.clone();
+    for (link_gbps, wanted) in [(0.5, 2050), (4.0, 1050)] {
+        let behind = [Tier { link_gbps: Some(link_gbps), ..vram.clone() }, dram.clone(), cxl.clone(), nvme.clone()];
+        let stage = ExpertStage::new(&behind, 1_000_000, Ahead::default());
+        let us = |to: usize| (stage.token_s(&[8, 4, 0, 0, 1], to) * 1e6).round() as u32;
+        assert_eq!((us(0), us(1)), (wanted, 1050));
+    }
     // The same experts on a DRAM that is the last tier: computed in place, or transferred after its latency.
     let home = ExpertStage::new(&tiers[..2], 1_000_000, Ahead::default());
     assert!(home_in_place(&tiers[..2]) && !home_in_place(&tiers));
-    assert_eq!((home.token_s(&[8, 3, 0]) * 1e6).round() as u32, 150);
-    assert_eq!((home.token_s(&[8, 0, 3]) * 1e6).round() as u32, 249);
+    assert_eq!((home.token_s(&[8, 3, 0], 1) * 1e6).round() as u32, 150);
+    assert_eq!((home.token_s(&[8, 0, 3], 1) * 1e6).round() as u32, 249);
 }
 
 #[test]
@@ -59,12 +68,13 @@ fn reading_ahead_hides_one_expert_at_most_behind_the_dense_stage() {
         latency_us,
         emulated,
         unit: None,
+        link_gbps: None,
         source: String::new(),
     };
     let drive = |emulated| [tier(TierKind::Dram, 10.0, 0.0, false), tier(TierKind::Nvme, 1.0, 100.0, emulated)];
     let missed_us = |tiers: &[Tier], right, dense_bytes, missed| {
         let stage = ExpertStage::new(tiers, 1_000_000, Ahead { right, dense_bytes });
-        (stage.path_s(2, missed) * 1e6).round()
+        (stage.path_s(2, missed, 0) * 1e6).round()
     };
     // A dense stage of 0.5 ms, and 1 ms for an expert.
     assert_eq!(missed_us(&drive(false), 0.8, 5_000_000, 3.0), 3100.0 - 400.0);

@@ -220,6 +220,8 @@ impl GpuRate {
             latency_us: rounded(self.latency_us()),
             emulated: self.emulated,
             unit: Some(self.device),
+            // Slots are filled from memory that the GPU does not read by itself.
+            link_gbps: Some(rounded(self.rates.to_device_gbps.1)),
             source: format!(
                 "measured {day} on {who}: products of {}; bare reads {:.1} GB/s; latency: a token's experts, beyond their \
                  bytes; a launch {:.1} µs, there and back {:.1} µs; capacity: {} free of {}, less a {}th",

@@ -351,6 +351,7 @@ impl Findings {
             latency_us: 0.0,
             emulated: false,
             unit: None,
+            link_gbps: None,
             source: format!(
                 "measured {day}: products of {of} with {} threads and {} kernels; bare reads {:.1} GB/s; while the drive \
                  is read {:.1} GB/s; capacity: {}",
@@ -366,6 +367,7 @@ impl Findings {
             latency_us: rounded(self.disk.latency_us.value),
             emulated: false,
             unit: None,
+            link_gbps: None,
             source: format!(
                 "measured {day}: reads of {} {how}, 1 to 8 at once, while the cores compute; alone {:.2} GB/s",
                 show_bytes(self.disk.piece_bytes),

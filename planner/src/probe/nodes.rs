@@ -118,6 +118,7 @@ impl NodeRate {
             latency_us: 0.0,
             emulated: false,
             unit: Some(number),
+            link_gbps: None,
             source: format!(
                 "measured {day}: {how}, with all nodes in use; memory node {number} alone {:.1} GB/s{own}; capacity: {} free \
                  of {}, less a {KEPT_FREE}th",

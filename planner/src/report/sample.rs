@@ -110,6 +110,7 @@ fn tiers(count: usize, emulated: bool) -> Vec<Tier> {
             latency_us: 80.0,
             emulated: emulated && kind != TierKind::Dram,
             unit: None,
+            link_gbps: None,
             source: "made up".into(),
         }
     };

@@ -43,6 +43,7 @@ pub struct Spread {
 /// Seconds of a layer's expert stage.
 pub fn stage_s(stage: &ExpertStage, spread: &Spread, in_place: bool, staging: TierIdx) -> f64 {
     let (slots, slot_tier) = spread.slots;
+    let to = if slots > 0 { slot_tier } else { staging };
     let n = spread.pinned.len();
     let mut experts = spread.pinned.clone();
     experts.push(0.0);
@@ -52,9 +53,9 @@ pub fn stage_s(stage: &ExpertStage, spread: &Spread, in_place: bool, staging: Ti
     } else {
         let hits = pooled * (f64::from(slots) / spread.n_pooled.max(1.0)).min(1.0);
         experts[n] += pooled - hits;
-        experts[if slots > 0 { slot_tier } else { staging }] += pooled;
+        experts[to] += pooled;
     }
-    stage.seconds(&experts)
+    stage.seconds(&experts, to)
 }
 
 /// Seconds of one step of a plan over `batch` sequences.

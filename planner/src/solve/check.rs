@@ -189,7 +189,8 @@ pub fn token_s(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -> f64
             Judged::Uniform => {
                 let tiers: Vec<_> = plan.tiers.iter().map(|t| t.tier.clone()).collect();
                 let stage = crate::cost::ExpertStage::new(&tiers, evidence.shape.expert_bytes, evidence.ahead);
-                crate::cost::stage_mean_s(&stage, &crate::cost::outcomes(layer, evidence, &tiers, plan.staging_tier))
+                let found = crate::cost::outcomes(layer, evidence, &tiers, plan.staging_tier);
+                crate::cost::stage_mean_s(&stage, &found, layer.brought_to(plan.staging_tier))
             }
         };
     }
@@ -238,10 +239,13 @@ fn stepped_s(plan: &Placement, layer: &LayerPlacement, evidence: &LayerEvidence)
             }
         }
         // The paths that overlap: every tier that computes, and the transfers from the last one.
-        let read =
-            |tier: usize, n: u64| (n * evidence.shape.expert_bytes) as f64 / (plan.tiers[tier].tier.read_gbps * 1e9);
+        let each = evidence.shape.expert_bytes as f64;
+        let read = |tier: usize, n: u64| n as f64 * each / (plan.tiers[tier].tier.read_gbps * 1e9);
         let latency = |tier: usize| plan.tiers[tier].tier.latency_us * 1e-6;
-        let mut longest = if missed > 0 { latency(home) + read(home, missed) - ahead_s } else { 0.0 };
+        // What goes to slots behind a link that is slower than the reads takes as long as on that.
+        let to = if layer.slots > 0 { layer.slot_tier } else { plan.staging_tier };
+        let link = plan.tiers[to].tier.link_gbps.map_or(0.0, |gbps| missed as f64 * each / (gbps * 1e9));
+        let mut longest = if missed > 0 { latency(home) + read(home, missed).max(link) - ahead_s } else { 0.0 };
         for (at, &n) in experts.iter().enumerate().filter(|(_, n)| **n > 0) {
             let launch = if plan.tiers[at].tier.kind == TierKind::Vram { latency(at) } else { 0.0 };
             longest = longest.max(launch + read(at, n));

@@ -205,7 +205,8 @@ impl<'a> Maker<'a> {
             }
             None => {
                 let placed = self.placement(at, &config);
-                stage_mean_s(&stage, &outcomes(&placed, layer, &self.room.tiers, self.room.staging_tier))
+                let found = outcomes(&placed, layer, &self.room.tiers, self.room.staging_tier);
+                stage_mean_s(&stage, &found, placed.brought_to(self.room.staging_tier))
             }
         };
         self.push(item, layer, fixed, config, seconds).then(|| item.len() - 1)
@@ -368,6 +369,13 @@ impl<'a> Maker<'a> {
         }
     }
 
+    /// For each tier that slots may be on, seconds of bringing none to `used` missed experts there.
+    fn transfers(&self, stage: &ExpertStage, used: u16) -> Vec<(TierIdx, Vec<f64>)> {
+        let path = self.room.tiers.len();
+        let to = |tier: TierIdx| (tier, (0..=used).map(|m| stage.path_s(path, f64::from(m), tier)).collect());
+        self.room.slot_tiers().map(to).collect()
+    }
+
     fn recorded(
         &self,
         item: &mut Item,
@@ -388,7 +396,7 @@ impl<'a> Maker<'a> {
             ranks.extend(chosen.iter().map(|&e| rank[usize::from(e)]));
             ranks[from..].sort_unstable();
         }
-        let transfer: Vec<f64> = (0..=used).map(|m| stage.path_s(n, f64::from(m))).collect();
+        let transfers = self.transfers(stage, used);
         let mut delta: Vec<f64> = Vec::new();
         let mut sorted: Vec<u16> = Vec::new();
         let mut starts: Vec<usize> = Vec::new();
@@ -431,20 +439,21 @@ impl<'a> Maker<'a> {
                 let plain: f64 = each_token()
                     .map(|mut experts| {
                         self.stage_pooled(&mut experts);
-                        stage.token_s(&experts[..=n])
+                        stage.token_s(&experts[..=n], self.room.staging_tier)
                     })
                     .sum();
                 self.push(item, layer, fixed, config(0, self.room.staging_tier), plain / tokens);
                 if slots.is_empty() {
                     return;
                 }
-                for tier in self.room.slot_tiers() {
+                for (tier, transfer) in &transfers {
+                    let (tier, transfer) = (*tier, &transfer[..]);
                     delta.clear();
                     delta.resize(usize::from(pooled) + 1, 0.0);
                     for (mut experts, span) in each_token().zip(starts.windows(2)) {
                         let mut missed = usize::from(std::mem::take(&mut experts[home]));
                         experts[tier] += missed as u16;
-                        let compute = stage.token_s(&experts[..n]);
+                        let compute = stage.token_s(&experts[..n], tier);
                         let mut now = compute.max(transfer[missed]);
                         delta[0] += now;
                         for &position in sorted[span[0]..span[1]].iter().take_while(|&&p| p != COLD) {
@@ -470,7 +479,7 @@ impl<'a> Maker<'a> {
     fn uniform(&self, item: &mut Item, layer: &LayerEvidence, fixed: &Fixed, stage: &ExpertStage, axes: &Axes) {
         let (home, n) = (self.room.home(), self.room.tiers.len());
         let used = layer.shape.n_used as u16;
-        let transfer: Vec<f64> = (0..=used).map(|m| stage.path_s(n, f64::from(m))).collect();
+        let transfers = self.transfers(stage, used);
         for &last in axes.last_cuts.iter().filter(|&&last| last <= fixed.most) {
             if home == 0 && last > 0 {
                 break;
@@ -506,22 +515,23 @@ impl<'a> Maker<'a> {
                     .iter()
                     .map(|&(mut experts, share)| {
                         self.stage_pooled(&mut experts);
-                        share * stage.token_s(&experts[..=n])
+                        share * stage.token_s(&experts[..=n], self.room.staging_tier)
                     })
                     .sum();
                 self.push(item, layer, fixed, config(0, self.room.staging_tier), plain);
-                for tier in self.room.slot_tiers() {
+                for (tier, transfer) in &transfers {
+                    let tier = *tier;
                     let computes: Vec<(f64, usize, f64)> = tokens
                         .iter()
                         .map(|&(mut experts, share)| {
                             let q = std::mem::take(&mut experts[home]);
                             experts[tier] += q;
-                            (stage.token_s(&experts[..n]), usize::from(q), share)
+                            (stage.token_s(&experts[..n], tier), usize::from(q), share)
                         })
                         .collect();
                     for (&s, misses) in slots.iter().zip(&misses) {
                         let mean = |(compute, q, share): &(f64, usize, f64)| {
-                            let over: f64 = misses[*q].iter().zip(&transfer).map(|(p, t)| p * compute.max(*t)).sum();
+                            let over: f64 = misses[*q].iter().zip(transfer).map(|(p, t)| p * compute.max(*t)).sum();
                             share * over
                         };
                         self.push(item, layer, fixed, config(s, tier), computes.iter().map(mean).sum());

@@ -352,6 +352,7 @@ mod tests {
             read_gbps: 1.0,
             latency_us: 0.0,
             unit: None,
+            link_gbps: None,
             emulated: false,
             source: String::new(),
         };

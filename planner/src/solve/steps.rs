@@ -49,7 +49,7 @@ impl Timed for Drawn<'_> {
                 experts[self.room.staging_tier] += missed;
                 experts[n] = missed;
             }
-            mean += share * self.stage.token_s(&experts[..=n]);
+            mean += share * self.stage.token_s(&experts[..=n], config.slot_tier.into());
         });
         mean
     }

@@ -25,6 +25,7 @@ fn tier(name: &str, kind: TierKind, read_gbps: f64, latency_us: f64) -> Tier {
         // Nothing but its own limits ties what lies on an emulated GPU together.
         emulated: kind == TierKind::Vram,
         unit: None,
+        link_gbps: None,
         source: String::new(),
     }
 }
@@ -95,7 +96,7 @@ fn options() -> Options {
 fn instance(seed: u64) -> (ModelShape, Option<Profile>, Machine, Vec<u64>) {
     let mut random = Random::new(seed + 1);
     let mut pick = |from: u64, to: u64| from + random.below((to - from + 1) as usize) as u64;
-    let kinds = match pick(0, 9) {
+    let mut kinds = match pick(0, 9) {
         0..=2 => three_tiers(),
         3 => three_tiers().split_off(1),
         4 => three_tiers()[..2].to_vec(),
@@ -121,6 +122,11 @@ fn instance(seed: u64) -> (ModelShape, Option<Profile>, Machine, Vec<u64>) {
         }
         _ => five_tiers(),
     };
+    // Some links are slower than what is at the other end.
+    if pick(0, 1) > 0 {
+        let vram = kinds.iter_mut().filter(|t| t.kind == TierKind::Vram);
+        vram.for_each(|t| t.link_gbps = Some(pick(5, 80) as f64 / 10.0));
+    }
     let n_expert = pick(3, if kinds.len() > 3 { 4 } else { 5 }).min(if kinds.len() == 5 { 3 } else { 5 }) as u32;
     let layers = pick(1, if kinds.len() == 5 { 1 } else { 2 }) as u32;
     let mut shape = shape(layers, n_expert, pick(1, 2) as u32, 1000);
@@ -183,7 +189,7 @@ fn treatments(room: &Room, evidence: &crate::profile::LayerEvidence) -> Vec<(Vec
                 counts.iter().enumerate().for_each(|(t, &c)| bytes[t] += u64::from(c) * e.expert_bytes);
                 bytes[slot_tier] += u64::from(slots) * e.expert_bytes;
                 bytes[home] += u64::from(pooled) * e.expert_bytes;
-                found.push((bytes, cost::stage_mean_s(&stage, &outcomes)));
+                found.push((bytes, cost::stage_mean_s(&stage, &outcomes, layer.brought_to(room.staging_tier))));
             }
         }
         let Some(at) = counts.iter().position(|&c| c < e.n_expert) else { break };

@@ -48,9 +48,11 @@ struct Box {
 struct Tokens<'a> {
     table: &'a Table,
     room: &'a Room,
-    /// `[paths]` seconds an expert, and fixed seconds if there is any.
-    each: [f64; PATHS],
-    fixed: [f64; PATHS],
+    /// `[tiers]` seconds of an expert that computes from there, and fixed seconds if there is any.
+    each: [f64; MAX_FAST + 1],
+    fixed: [f64; MAX_FAST + 1],
+    /// `[tiers]` the same of an expert that is brought to slots, or staging, there.
+    brought: [(f64, f64); MAX_FAST + 1],
 }
 
 impl Timed for Tokens<'_> {
@@ -98,10 +100,14 @@ impl Tokens<'_> {
                 counts[n] = pooled;
             }
             let mut times = [0.0; PATHS];
-            for path in 0..=n {
+            for path in 0..n {
                 if counts[path] > 0 {
                     times[path] = self.fixed[path] + f64::from(counts[path]) * self.each[path];
                 }
+            }
+            if counts[n] > 0 {
+                let (each, fixed) = self.brought[usize::from(config.slot_tier)];
+                times[n] = fixed + f64::from(counts[n]) * each;
             }
             each(token, &times);
         }
@@ -128,12 +134,13 @@ impl<'a> Layer<'a> {
     pub fn new(table: &'a Table, room: &'a Room, layer: &LayerEvidence, price: &[f64]) -> Self {
         let expert_bytes = layer.shape.expert_bytes;
         let stage = ExpertStage::new(&room.tiers, expert_bytes, layer.ahead);
-        let (mut each, mut fixed) = ([0.0; PATHS], [0.0; PATHS]);
-        for path in 0..=room.tiers.len() {
-            each[path] = stage.path_s(path, 2.0) - stage.path_s(path, 1.0);
-            fixed[path] = stage.path_s(path, 1.0) - each[path];
+        let (mut each, mut fixed, mut brought) = ([0.0; MAX_FAST + 1], [0.0; MAX_FAST + 1], [(0.0, 0.0); MAX_FAST + 1]);
+        let n = room.tiers.len();
+        for tier in 0..n {
+            (each[tier], fixed[tier]) = stage.path(tier, tier);
+            brought[tier] = stage.path(n, tier);
         }
-        let tokens = Tokens { table, room, each, fixed };
+        let tokens = Tokens { table, room, each, fixed, brought };
         let counts = [table.n_expert as u16, table.used as u16];
         Layer { steps: Steps::new(tokens, room, counts, expert_bytes, price) }
     }
@@ -331,7 +338,9 @@ impl<'a> Layer<'a> {
             let compute = before[pools_on][n_expert] - before[pools_on][cut] - self.steps.price[pools_on] * left;
             compute + self.steps.price[fast] * left
         };
-        let (each, fixed) = (self.steps.timed.each[n] * scale, self.steps.timed.fixed[n] * scale);
+        let brought_to = this.slot_tier.unwrap_or(self.steps.room.staging_tier);
+        let (each, fixed) = self.steps.timed.brought[brought_to];
+        let (each, fixed) = (each * scale, fixed * scale);
         // Without slots every pooled choice is moved: `[cut]`.
         let mut all_moved = vec![0.0; n_expert + 1];
         if this.slot_tier.is_none() && !self.steps.room.in_place {

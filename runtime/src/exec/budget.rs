@@ -271,6 +271,7 @@ pub fn machine_tiers(dram_bytes: u64, file_bytes: u64) -> [Tier; 2] {
         latency_us,
         emulated: false,
         unit: None,
+        link_gbps: None,
         source: "not measured".into(),
     };
     [tier("dram", TierKind::Dram, dram_bytes, 20.0, 0.0), tier("file", TierKind::Nvme, file_bytes, 1.0, 100.0)]

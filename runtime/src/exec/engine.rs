@@ -430,7 +430,8 @@ impl Engine {
                 &mut self.scratch,
             )?;
             self.add_experts(n, place)?;
-            let paths = self.pacer.as_ref().map(|p| p.expert_paths(&self.scratch.computed, step.read_bytes));
+            let to = self.plan.layers[moe_at].brought_to(self.plan.staging_tier);
+            let paths = self.pacer.as_ref().map(|p| p.expert_paths(&self.scratch.computed, step.read_bytes, to));
             if let Some(longest) = paths.as_ref().and_then(|p| p.iter().max()) {
                 settle(experts_start, *longest);
             }

@@ -21,6 +21,7 @@ pub fn obvious(shape: &ModelShape, context: u32, kv_type: KvType) -> Placement {
             latency_us: 0.0,
             emulated: false,
             unit: None,
+            link_gbps: None,
             source: "not measured".into(),
         },
         budget_bytes: u64::MAX,

@@ -39,14 +39,14 @@ pub(super) struct Kind {
 pub(super) const MACHINE: Kind = Kind {
     format: "tier-plan machine",
     what: "machine file",
-    newest: 3,
+    newest: 4,
     limit_bytes: 1 << 20,
     mend: "profiles/machines holds examples",
 };
 pub(super) const PLACEMENT: Kind = Kind {
     format: "tier-plan placement",
     what: "placement plan",
-    newest: 4,
+    newest: 5,
     limit_bytes: 64 << 20,
     mend: "`tier-plan solve` writes one",
 };

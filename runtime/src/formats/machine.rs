@@ -2,7 +2,7 @@
 
 mod wire;
 
-pub(super) use wire::{WireKind, check_unit};
+pub(super) use wire::{WireKind, check_link, check_unit};
 
 use super::kind::MACHINE;
 use super::text::{check_amount, check_bytes, float, quote};
@@ -63,6 +63,9 @@ pub struct Tier {
     pub emulated: bool,
     /// Which one of its kind: the memory node of host memory whose pages must be there, or the number of the GPU.
     pub unit: Option<u32>,
+    /// Rate at which what is brought to it from elsewhere crosses its link, in 10⁹ bytes a second; only VRAM has one.
+    /// Without it the link is taken to be no slower than what lies at its other end.
+    pub link_gbps: Option<f64>,
     /// Where the figures come from, in words: `measured 2026-11-22`, `spec`, a paper.
     pub source: String,
 }
@@ -76,6 +79,12 @@ impl Tier {
     /// The number of the GPU that it is the memory of, as the driver counts them from 0.
     pub fn device(&self) -> Option<u32> {
         self.unit.filter(|_| self.kind == TierKind::Vram)
+    }
+
+    /// Seconds that so many bytes take from the tier `from` to slots here: the slower of its reads and this tier's link.
+    pub fn transfer_s(&self, from: &Tier, bytes: f64) -> f64 {
+        let gbps = self.link_gbps.map_or(from.read_gbps, |link| link.min(from.read_gbps));
+        bytes / (gbps * 1e9)
     }
 
     /// The key of the unit in files, and the unit.
@@ -242,6 +251,9 @@ impl Machine {
             if let Some((key, number)) = tier.unit_key() {
                 out.push_str(&format!("{key} = {number}\n"));
             }
+            if let Some(rate) = tier.link_gbps {
+                out.push_str(&format!("link_gbps = {}\n", float(rate)));
+            }
             if let Some(price) = extras.usd_per_gb.get(&tier.name) {
                 out.push_str(&format!("usd_per_gb = {}\n", float(*price)));
             }
@@ -262,6 +274,7 @@ impl Machine {
         let extras = &self.extras;
         let units = self.tiers.iter().any(|t| t.unit.is_some());
         match () {
+            () if self.tiers.iter().any(|t| t.link_gbps.is_some()) => 4,
             () if units || !extras.links.is_empty() || extras.watts_source.is_some() => 3,
             () if extras.prompt_gflops.is_empty() && extras.calibration.is_none() => 1,
             () => 2,
@@ -380,6 +393,16 @@ pub(super) fn check_tiers<'a>(tiers: impl Iterator<Item = &'a Tier>) -> Result<(
             ));
         }
         check_amount(&format!("latency_us of tier '{name}'"), tier.latency_us)?;
+        if let Some(rate) = tier.link_gbps {
+            if tier.kind != TierKind::Vram {
+                return Err(format!("tier '{name}' is of kind \"{}\": only VRAM has link_gbps; leave it out", tier.kind));
+            }
+            if !(rate.is_finite() && rate > 0.0) {
+                return Err(format!(
+                    "link_gbps of tier '{name}' is {rate}, but must be a positive finite number of 10^9 bytes a second"
+                ));
+            }
+        }
         if tier.kind == TierKind::Dram {
             drams.push(tier);
         }

@@ -24,6 +24,7 @@ fn version_1_means_what_it_meant() {
         latency_us,
         emulated,
         unit: None,
+        link_gbps: None,
         source: source.into(),
     };
     let want = Machine {
@@ -179,20 +180,21 @@ pub(crate) fn any_tiers() -> impl Strategy<Value = Vec<Tier>> {
     let kind = prop_oneof![Just(TierKind::Vram), Just(TierKind::Pmem), Just(TierKind::Cxl), Just(TierKind::Nvme)];
     let capacity =
         prop_oneof![1u64..=i64::MAX as u64, (1u64..5000).prop_map(|g| g << 30), (1u64..99).prop_map(|m| m << 19)];
-    let tier = (kind, capacity, any_rate(), 0f64..500.0, any::<bool>(), any::<bool>(), any_text());
+    let tier = (kind, capacity, any_rate(), 0f64..500.0, any::<bool>(), any::<bool>(), proptest::option::of(any_rate()), any_text());
     (proptest::collection::vec(tier, 1..=5), any::<prop::sample::Index>()).prop_map(|(tiers, dram)| {
         let dram = dram.index(tiers.len());
         let mut out = Vec::new();
         let slowest = tiers.iter().map(|t| t.2).fold(f64::INFINITY, f64::min);
         let last = tiers.len() - 1;
         for (at, tier) in tiers.into_iter().enumerate() {
-            let (kind, capacity_bytes, read_gbps, latency_us, emulated, has_unit, source) = tier;
+            let (kind, capacity_bytes, read_gbps, latency_us, emulated, has_unit, link_gbps, source) = tier;
             let kind = if at == dram { TierKind::Dram } else { kind };
             let name = format!("{kind}-{at}");
             // Whatever they are sorted by, one of the slowest tiers comes last.
             let may_have = kind != TierKind::Nvme && at != last && read_gbps > slowest;
             let unit = (has_unit && may_have).then_some(at as u32);
-            out.push(Tier { name, kind, capacity_bytes, read_gbps, latency_us, emulated, unit, source });
+            let link_gbps = link_gbps.filter(|_| kind == TierKind::Vram);
+            out.push(Tier { name, kind, capacity_bytes, read_gbps, latency_us, emulated, unit, link_gbps, source });
         }
         out
     })
@@ -355,4 +357,27 @@ fn version_3_means_what_it_meant() {
         error.contains("tier 'cxl' is the last one, where experts stay in the mapped file, and has a `node`"),
         "{error}"
     );
+}
+
+const V4: &str = include_str!("../../../tests/data/formats/machine.v4.toml");
+
+#[test]
+fn version_4_means_what_it_meant() {
+    let machine = load(V4).unwrap();
+    assert_eq!(machine.tiers[0].link_gbps, Some(9.25));
+    assert!(machine.tiers[1..].iter().all(|t| t.link_gbps.is_none()));
+    assert_eq!(machine.encode(), V4, "the writer lays out version 4 as it always did");
+    let [vram, dram, .., nvme] = &machine.tiers[..] else { panic!("five tiers") };
+    let us = |to: &Tier, from: &Tier| (to.transfer_s(from, 1e6) * 1e7).round() / 10.0;
+    assert_eq!((us(vram, dram), us(vram, nvme), us(dram, nvme)), (108.1, 156.3, 156.3));
+    for (from, to, words) in [
+        ("version = 4", "version = 3", "link_gbps is a key of version 4; write `version = 4`, or leave it out"),
+        ("link_gbps = 9.25", "link_gbps = 0", "link_gbps of tier 'vram' is 0, but must be a positive finite number"),
+        ("link_gbps = 9.25", "link_gbps = inf", "link_gbps of tier 'vram' is inf, but must be"),
+        ("node = 1", "node = 1\nlink_gbps = 9.25", "tier 'dram1' is of kind \"dram\": only VRAM has link_gbps"),
+    ] {
+        assert!(V4.contains(from), "{from}");
+        let error = load(&V4.replacen(from, to, 1)).unwrap_err();
+        assert!(error.contains(words), "{error}");
+    }
 }

@@ -138,6 +138,13 @@ pub struct LayerPlacement {
     pub policy: SlotPolicy,
 }
 
+impl LayerPlacement {
+    /// The tier that missed experts are brought to: that of the slots, or of the staging buffers where there are none.
+    pub fn brought_to(&self, staging: TierIdx) -> TierIdx {
+        if self.slots > 0 { self.slot_tier } else { staging }
+    }
+}
+
 /// How the plan was found and how good it is proven to be.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SolverReport {

@@ -179,6 +179,7 @@ mod tests {
             latency_us: 0.0,
             emulated,
             unit: Some(node),
+            link_gbps: None,
             source: String::new(),
         }
     }

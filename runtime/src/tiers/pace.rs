@@ -7,7 +7,7 @@
 //!   for the keys, values and recurrent state that the stage moves;
 //! - an expert stage: the longest of the paths that overlap: each accelerator tier (latency of a launch, then bytes
 //!   over rate), each tier the CPU computes from (bytes over rate), and the slow tier (latency, then missed bytes over
-//!   rate).
+//!   rate, or over that of the link to where they go if it is slower).
 
 use crate::formats::machine::{Tier, TierKind};
 use std::time::{Duration, Instant};
@@ -92,17 +92,22 @@ impl Pacer {
         bytes.0.iter().enumerate().map(|(tier, b)| self.transfer(tier, *b)).sum()
     }
 
-    /// Declared time of each path of an expert stage, by tier: computed bytes, and bytes brought in from the last tier.
-    pub fn expert_paths(&self, computed: &StageBytes, missed_bytes: u64) -> Vec<Duration> {
+    /// Declared time of each path of an expert stage, by tier: computed bytes, and bytes brought in from the last tier to
+    /// the tier `to`.
+    pub fn expert_paths(&self, computed: &StageBytes, missed_bytes: u64, to: usize) -> Vec<Duration> {
         let slow = self.tiers.len() - 1;
+        let link = self.tiers[to].link_gbps.filter(|_| self.tiers[to].emulated && missed_bytes > 0);
+        let link = link.map_or(Duration::ZERO, |gbps| seconds(missed_bytes as f64 / (gbps * 1e9)));
         let path = |(at, tier): (usize, &Tier)| {
             let bytes = computed.0[at];
             let launches = tier.kind == TierKind::Vram && tier.emulated && bytes > 0;
             let launch = if launches { micros(tier.latency_us) } else { Duration::ZERO };
             let compute = launch + self.transfer(at, bytes);
-            let reads = at == slow && tier.emulated && missed_bytes > 0;
-            let read = if reads { micros(tier.latency_us) + self.transfer(at, missed_bytes) } else { Duration::ZERO };
-            compute.max(read)
+            if at != slow {
+                return compute;
+            }
+            let latency = if tier.emulated && missed_bytes > 0 { micros(tier.latency_us) } else { Duration::ZERO };
+            compute.max(latency + self.transfer(at, missed_bytes).max(link))
         };
         self.tiers.iter().enumerate().map(path).collect()
     }
@@ -135,7 +140,7 @@ mod tests {
 
     fn tier(kind: TierKind, read_gbps: f64, latency_us: f64, emulated: bool) -> Tier {
         let name = format!("{kind:?}");
-        Tier { name, kind, capacity_bytes: 1 << 30, read_gbps, latency_us, emulated, unit: None, source: String::new() }
+        Tier { name, kind, capacity_bytes: 1 << 30, read_gbps, latency_us, emulated, unit: None, link_gbps: None, source: String::new() }
     }
 
     #[test]
@@ -153,8 +158,14 @@ mod tests {
         assert_eq!(pacer.dense(&bytes, 1, 5_000), Duration::from_micros(65));
         assert_eq!(pacer.outside(&bytes), Duration::from_micros(100));
         let micros = |us: [u64; 3]| us.map(Duration::from_micros);
-        assert_eq!(pacer.expert_paths(&bytes, 0), micros([15, 30, 0]));
-        assert_eq!(pacer.expert_paths(&bytes, 1_000), micros([15, 30, 50]));
+        assert_eq!(pacer.expert_paths(&bytes, 0, 1), micros([15, 30, 0]));
+        assert_eq!(pacer.expert_paths(&bytes, 1_000, 1), micros([15, 30, 50]));
+        // A link that is slower than the reads, where they cross it.
+        let [mut vram, dram, slow] = tiers;
+        vram.link_gbps = Some(0.05);
+        let pacer = Pacer::new(&[vram, dram, slow], 20.0, 60.0).unwrap();
+        assert_eq!(pacer.expert_paths(&bytes, 1_000, 0), micros([15, 30, 60]));
+        assert_eq!(pacer.expert_paths(&bytes, 1_000, 1), micros([15, 30, 50]));
     }
 
     #[test]
@@ -166,7 +177,7 @@ mod tests {
         bytes.add(1, u64::MAX);
         let hour = Duration::from_secs(3600);
         assert_eq!(pacer.dense(&bytes, 0, u64::MAX), 4 * hour);
-        assert_eq!(pacer.expert_paths(&bytes, u64::MAX), [2 * hour, 2 * hour]);
+        assert_eq!(pacer.expert_paths(&bytes, u64::MAX, 0), [2 * hour, 2 * hour]);
     }
 
     #[test]

@@ -16,6 +16,7 @@ fn machine(home: TierKind) -> Machine {
         // A real drive would keep room for pages.
         emulated: true,
         unit: None,
+        link_gbps: None,
         source: String::new(),
     };
     Machine {

@@ -113,7 +113,7 @@ proptest! {
             let placed = config.placement(0, &evidence.layers[0].order, room.home());
             let stage = cost::ExpertStage::new(&room.tiers, 1_000_000, evidence.layers[0].ahead);
             let outcomes = cost::outcomes(&placed, &evidence.layers[0], &room.tiers, room.staging_tier);
-            let want = cost::stage_mean_s(&stage, &outcomes);
+            let want = cost::stage_mean_s(&stage, &outcomes, placed.brought_to(room.staging_tier));
             prop_assert!((seconds - want).abs() <= 1e-9 * want, "{config:?} {seconds} {want}");
         }
     }

@@ -8,6 +8,7 @@ const V1: &str = include_str!("../../../../tests/data/formats/placement.v1.toml"
 const V2: &str = include_str!("../../../../tests/data/formats/placement.v2.toml");
 const V3: &str = include_str!("../../../../tests/data/formats/placement.v3.toml");
 const V4: &str = include_str!("../../../../tests/data/formats/placement.v4.toml");
+const V5: &str = include_str!("../../../../tests/data/formats/placement.v5.toml");
 
 fn load(text: &str) -> Result<Placement, String> {
     decode(text.as_bytes(), Path::new("p.toml")).map_err(|e| e.to_string())
@@ -33,6 +34,7 @@ fn versions_mean_what_they_meant() {
         latency_us,
         emulated: true,
         unit: None,
+        link_gbps: None,
         source: "declared".into(),
     };
     let [vram, dram] = [0, 1];
@@ -140,6 +142,25 @@ fn versions_mean_what_they_meant() {
     want.solver.goal = Some(goal);
     assert_eq!(plan, want);
     assert_eq!(plan.encode(), V3, "a plan with a key of version 3 says so");
+}
+
+#[test]
+fn a_tier_of_vram_may_say_how_fast_its_link_is() {
+    let plan = load(V5).unwrap();
+    assert_eq!(plan.tiers[0].tier.link_gbps, Some(9.25));
+    assert_eq!(plan.encode(), V5, "a plan with a key of version 5 says so");
+    let mut without = plan;
+    without.tiers[0].tier.link_gbps = None;
+    assert_eq!(without.encode(), V4);
+    for (from, to, words) in [
+        ("version = 5", "version = 4", "link_gbps is a key of version 5; write `version = 5`, or leave it out"),
+        ("link_gbps = 9.25", "link_gbps = -1", "link_gbps of tier 'vram' is -1, but must be a positive finite number"),
+        ("node = 0", "node = 0\nlink_gbps = 9.25", "tier 'dram' is of kind \"dram\": only VRAM has link_gbps"),
+    ] {
+        assert!(V5.contains(from), "{from}");
+        let error = load(&V5.replacen(from, to, 1)).unwrap_err();
+        assert!(error.contains(words), "{error}");
+    }
 }
 
 #[test]

@@ -1,9 +1,9 @@
-//! The text of versions 1 to 4 of a plan, read through wire structs for safety; [`super::write`] writes it.
+//! The text of versions 1 to 5 of a plan, read through wire structs for safety; [`super::write`] writes it.
 
 use super::{DensePlacement, Goal, LayerPlacement, Placement, PlanTier, Prediction, SlotPolicy, SolverReport, TierIdx};
 use crate::formats::SourceId;
 use crate::formats::kind::toml_words;
-use crate::formats::machine::{Tier, WireKind, check_unit};
+use crate::formats::machine::{Tier, WireKind, check_link, check_unit};
 use crate::formats::ranges::{self, Allowance, MAX_EXPERT, MAX_LAYER};
 use crate::formats::text::quote;
 use crate::model::kv::KvType;
@@ -37,6 +37,7 @@ pub(super) fn decode(text: &str) -> Result<Placement, String> {
     }
     for tier in &wire.tier {
         check_unit(&tier.name, tier.kind.into(), tier.node, tier.device, (wire.version, 4))?;
+        check_link(tier.link_gbps, (wire.version, 5))?;
     }
     let goal = decode_goal(&wire.solver, wire.version)?;
     let mut allowance = Allowance::for_a_file();
@@ -333,6 +334,7 @@ struct WireTier {
     emulated: bool,
     node: Option<u32>,
     device: Option<u32>,
+    link_gbps: Option<f64>,
     source: String,
     budget_bytes: u64,
     dense_bytes: u64,
@@ -354,6 +356,7 @@ impl WireTier {
                 latency_us: self.latency_us,
                 emulated: self.emulated,
                 unit: self.node.or(self.device),
+                link_gbps: self.link_gbps,
                 source: self.source,
             },
             budget_bytes: self.budget_bytes,

@@ -127,6 +127,9 @@ fn encode_tier(tier: &PlanTier, out: &mut Text) {
     if let Some((key, number)) = tier.tier.unit_key() {
         out.field(key, number);
     }
+    if let Some(rate) = tier.tier.link_gbps {
+        out.field("link_gbps", float(rate));
+    }
     out.field("source", quote(&tier.tier.source));
     out.field("budget_bytes", tier.budget_bytes);
     for (key, bytes) in tier.lines() {
@@ -172,7 +175,9 @@ fn version(plan: &Placement) -> u64 {
     let lru = plan.layers.iter().all(|l| l.policy == SlotPolicy::Lru);
     let old = lru && plan.solver.goal.is_none() && !charges_kv(&plan.predicted);
     let units = plan.tiers.iter().any(|t| t.tier.unit.is_some());
-    if units {
+    if plan.tiers.iter().any(|t| t.tier.link_gbps.is_some()) {
+        5
+    } else if units {
         4
     } else if old {
         2
