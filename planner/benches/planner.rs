@@ -9,7 +9,7 @@ use tier_plan_planner::replay::{LayerTrace, Positions, ceiling, hits};
 use tier_plan_planner::solve::{Inputs, Options, solve_all};
 use tier_plan_runtime::exec::KvType;
 use tier_plan_runtime::formats::SourceId;
-use tier_plan_runtime::formats::machine::{Machine, Tier, TierKind};
+use tier_plan_runtime::formats::machine::{Accelerator, Machine, Tier, TierKind};
 use tier_plan_runtime::formats::placement::SlotPolicy;
 use tier_plan_runtime::model::kv::KvRows;
 use tier_plan_runtime::model::shape::{DenseKind, DenseShape, ExpertShape, ModelShape};
@@ -53,7 +53,7 @@ fn machine() -> Machine {
         latency_us,
         emulated: false,
         unit: None,
-        link_gbps: None,
+        accelerator: Accelerator::default(),
         source: "chosen for this benchmark".to_string(),
     };
     Machine {

@@ -15,7 +15,7 @@ use tier_plan_planner::profile::synthetic::{Routing, profile};
 use tier_plan_planner::solve::{Inputs, Options, solve_judged};
 use tier_plan_runtime::exec::KvType;
 use tier_plan_runtime::formats::SourceId;
-use tier_plan_runtime::formats::machine::{Machine, Tier, TierKind};
+use tier_plan_runtime::formats::machine::{Accelerator, Machine, Tier, TierKind};
 use tier_plan_runtime::formats::profile::Profile;
 use tier_plan_runtime::model::shape::ModelShape;
 
@@ -34,7 +34,7 @@ fn machine(tiers: &[(&str, TierKind, u64, f64, f64)]) -> Machine {
         latency_us,
         emulated: false,
         unit: None,
-        link_gbps: None,
+        accelerator: Accelerator::default(),
         source: "chosen for this benchmark".to_string(),
     };
     Machine {

@@ -4,7 +4,7 @@
 //! what saves more time than its bytes cost. So the prices, beside the use of the experts on either side of each border,
 //! are the reason for where things are.
 
-use crate::cost::{ExpertStage, outcomes, stage_mean_s};
+use crate::cost::{ExpertStage, Fixed, outcomes, stage_mean_s};
 use crate::profile::{Evidence, LayerEvidence};
 use crate::solve::{Inputs, shadow_prices};
 use anyhow::{Result, ensure};
@@ -115,7 +115,7 @@ pub fn explain(plan: &Placement, shape: &ModelShape, evidence: &Evidence, time_l
             spare_bytes: tier.budget_bytes.saturating_sub(tier.used_bytes()),
         }
     });
-    let rates: Vec<Tier> = plan.tiers.iter().map(|t| t.tier.clone()).collect();
+    let rates = Fixed::of(plan, shape).tiers;
     let layers = plan.layers.iter().zip(&evidence.layers);
     Ok(Explanation { layers: layers.map(|(l, e)| layer(plan, l, e, &rates)).collect(), tiers: tiers.collect() })
 }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tier_plan_runtime::exec::plan::obvious;
 use tier_plan_runtime::exec::{Engine, KvType, LoadOptions, Wanted};
-use tier_plan_runtime::formats::machine::{Tier, TierKind};
+use tier_plan_runtime::formats::machine::{Accelerator, Tier, TierKind};
 use tier_plan_runtime::formats::placement::{DensePlacement, LayerPlacement, Placement, PlanTier, SlotPolicy};
 use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::model::shape::{DenseKind, ModelShape};
@@ -129,7 +129,7 @@ fn three_tiers(shape: &ModelShape, context: u32, spread: Spread) -> Placement {
             latency_us: 0.0,
             emulated: true,
             unit: None,
-            link_gbps: None,
+            accelerator: Accelerator::default(),
             source: "declared".into(),
         },
         budget_bytes: u64::MAX,

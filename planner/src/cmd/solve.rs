@@ -271,7 +271,7 @@ mod tests {
     use crate::cli::{Cli, Command};
     use clap::Parser;
     use tier_plan_runtime::formats::SourceId;
-    use tier_plan_runtime::formats::machine::{Tier, TierKind};
+    use tier_plan_runtime::formats::machine::{Accelerator, Tier, TierKind};
 
     fn asked(flags: &[&str]) -> Result<Vec<u64>> {
         let tier = |name: &str, kind, capacity_bytes| Tier {
@@ -282,7 +282,7 @@ mod tests {
             latency_us: 0.0,
             emulated: false,
             unit: None,
-            link_gbps: None,
+            accelerator: Accelerator::default(),
             source: String::new(),
         };
         let machine = Machine {

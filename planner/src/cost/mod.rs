@@ -23,6 +23,10 @@
 //! are independent and all sets of experts equally likely, and the slots hold that many pooled experts; the mean is then
 //! exact for LRU, and taken for the other policies too, which can do no better there.
 //!
+//! On an accelerator a dense stage has launches, and its router's choices come back: a layer whose attention is there takes
+//! its `layer_us` more. Where one accelerator has all of a model, nothing comes back between a token's number and its
+//! logits, and each layer takes `resident_layer_us` in place of the layer overhead, `layer_us` and the latency of launches.
+//!
 //! A dense stage also reads the keys and values of every position that the token attends to (of as many as a layer's
 //! window has), and reads and writes back recurrent state, all at the rate of the tier that the cache is on; where the
 //! products with them take longer than that, and their rate is known, those count. The time
@@ -38,11 +42,12 @@ use crate::profile::{Evidence, Judged, LayerEvidence};
 use crate::replay::{Positions, play};
 use std::collections::BTreeMap;
 use tier_plan_runtime::exec::slots::{Access, SlotCache};
+use tier_plan_runtime::exec::stays_on;
 use tier_plan_runtime::formats::machine::{Tier, TierKind};
 use tier_plan_runtime::formats::placement::{
     DensePlacement, LayerPlacement, Placement, Prediction, SlotPolicy, TierIdx,
 };
-use tier_plan_runtime::model::shape::ModelShape;
+use tier_plan_runtime::model::shape::{DenseKind, ModelShape};
 
 /// Tokens of a prompt that are processed together.
 pub const BATCH: u32 = 512;
@@ -268,6 +273,40 @@ pub fn overhead_s(n_layer: u32, layer_overhead_us: f64, token_overhead_us: f64) 
     (token_overhead_us + layer_overhead_us * f64::from(n_layer)) * 1e-6
 }
 
+/// The fixed times of a plan.
+#[derive(Debug, Clone)]
+pub struct Fixed {
+    /// Seconds a token: its own and its layers'.
+    pub overhead_s: f64,
+    /// `[tiers]` seconds a token, beside that, of layers whose attention is on an accelerator.
+    pub dense_s: Vec<f64>,
+    /// The plan's tiers as experts compute on them: where all of a model stays on one accelerator, nobody waits for a
+    /// launch.
+    pub tiers: Vec<Tier>,
+}
+
+impl Fixed {
+    /// Those of a plan for a model.
+    pub fn of(plan: &Placement, shape: &ModelShape) -> Self {
+        let mut tiers: Vec<Tier> = plan.tiers.iter().map(|t| t.tier.clone()).collect();
+        let mut dense_s = vec![0.0; tiers.len()];
+        let resident = stays_on(plan, shape).and_then(|tier| Some((tier, tiers[tier].accelerator.resident_layer_us?)));
+        if let Some((tier, layer_us)) = resident {
+            tiers[tier].latency_us = 0.0;
+            return Fixed { overhead_s: overhead_s(shape.n_layer, layer_us, plan.token_overhead_us), dense_s, tiers };
+        }
+        for group in plan.dense.iter().filter(|d| d.kind == DenseKind::Attention) {
+            dense_s[group.tier] += attention_fixed_s(&tiers[group.tier]);
+        }
+        Fixed { overhead_s: overhead_s(shape.n_layer, plan.layer_overhead_us, plan.token_overhead_us), dense_s, tiers }
+    }
+}
+
+/// Fixed seconds of a layer whose attention is on this tier, beside those of any layer.
+pub fn attention_fixed_s(tier: &Tier) -> f64 {
+    tier.accelerator.layer_us.unwrap_or(0.0) * 1e-6
+}
+
 /// Bytes that a decoded token reads of the dense groups, by tier.
 fn dense_bytes(shape: &ModelShape, dense: &[DensePlacement], n_tiers: usize) -> Vec<f64> {
     let tier_of: BTreeMap<_, _> = dense.iter().map(|d| ((d.kind, d.layer), d.tier)).collect();
@@ -304,10 +343,10 @@ pub fn move_to(plan: &mut Placement, shape: &ModelShape, at: u32) {
 /// Predicts a placement's speed from its own tiers, with its parts. For which place in the text, and with which rates of
 /// products, is taken from the prediction that the plan has.
 pub fn predict(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -> Prediction {
-    let tiers: Vec<Tier> = plan.tiers.iter().map(|t| t.tier.clone()).collect();
+    let Fixed { overhead_s, mut dense_s, tiers } = Fixed::of(plan, shape);
     let n = tiers.len();
     let mut read_bytes = dense_bytes(shape, &plan.dense, n);
-    let dense_s: Vec<f64> = read_bytes.iter().zip(&tiers).map(|(&bytes, tier)| read_s(tier, bytes)).collect();
+    dense_s.iter_mut().zip(&read_bytes).zip(&tiers).for_each(|((s, &bytes), tier)| *s += read_s(tier, bytes));
     let (mut expert_s, mut critical) = (vec![0.0; n], 0.0);
     let (mut accesses, mut missed) = (0.0, 0.0);
     for (layer, evidence) in plan.layers.iter().zip(&evidence.layers) {
@@ -325,7 +364,6 @@ pub fn predict(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -> Pre
             }
         }
     }
-    let overhead_s = overhead_s(shape.n_layer, plan.layer_overhead_us, plan.token_overhead_us);
     let (at, prompt_gflops) = (plan.predicted.at, plan.predicted.prompt_gflops.clone());
     let kv_s = if at > 0 { plan.attention_s(shape, at.into()) } else { 0.0 };
     let total = overhead_s + dense_s.iter().sum::<f64>() + kv_s + critical;

@@ -19,7 +19,7 @@
 //!
 //! [`Prediction::prompt_gflops`]: tier_plan_runtime::formats::placement::Prediction::prompt_gflops
 
-use super::{Ahead, BATCH, ExpertStage, home_in_place, overhead_s, read_s};
+use super::{Ahead, BATCH, ExpertStage, Fixed, home_in_place, read_s};
 use crate::profile::{Evidence, LayerEvidence};
 use std::collections::BTreeMap;
 use tier_plan_runtime::formats::machine::{Tier, TierKind};
@@ -36,10 +36,9 @@ const HALF_ROWS: f64 = 4.0;
 
 /// Seconds that the first batch of a prompt takes.
 pub fn batch_s(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -> f64 {
-    let tiers: Vec<Tier> = plan.tiers.iter().map(|t| t.tier.clone()).collect();
-    let overhead = overhead_s(shape.n_layer, plan.layer_overhead_us, plan.token_overhead_us);
+    let Fixed { overhead_s, dense_s, tiers } = Fixed::of(plan, shape);
     let tier_of: BTreeMap<_, _> = plan.dense.iter().map(|d| ((d.kind, d.layer), d.tier)).collect();
-    let mut total = overhead;
+    let mut total = overhead_s + dense_s.iter().sum::<f64>();
     for group in &shape.dense {
         let Some(&tier) = tier_of.get(&(group.kind, group.layer)) else { continue };
         let (reads, tokens) = match group.kind {

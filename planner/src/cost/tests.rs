@@ -25,7 +25,7 @@ fn the_stage_is_the_longest_path() {
         latency_us,
         emulated: true,
         unit: None,
-        link_gbps: None,
+        accelerator: Accelerator::default(),
         source: String::new(),
     };
     let tiers = [
@@ -46,7 +46,8 @@ fn the_stage_is_the_longest_path() {
     // Behind a link that is slower than the drive, transfers take as long as on that; behind a faster one, as the drive.
     let [vram, dram, cxl, nvme] = tiers.clone();
     for (link_gbps, wanted) in [(0.5, 2050), (4.0, 1050)] {
-        let behind = [Tier { link_gbps: Some(link_gbps), ..vram.clone() }, dram.clone(), cxl.clone(), nvme.clone()];
+        let accelerator = Accelerator { link_gbps: Some(link_gbps), ..Accelerator::default() };
+        let behind = [Tier { accelerator, ..vram.clone() }, dram.clone(), cxl.clone(), nvme.clone()];
         let stage = ExpertStage::new(&behind, 1_000_000, Ahead::default());
         let us = |to: usize| (stage.token_s(&[8, 4, 0, 0, 1], to) * 1e6).round() as u32;
         assert_eq!((us(0), us(1)), (wanted, 1050));
@@ -68,7 +69,7 @@ fn reading_ahead_hides_one_expert_at_most_behind_the_dense_stage() {
         latency_us,
         emulated,
         unit: None,
-        link_gbps: None,
+        accelerator: Accelerator::default(),
         source: String::new(),
     };
     let drive = |emulated| [tier(TierKind::Dram, 10.0, 0.0, false), tier(TierKind::Nvme, 1.0, 100.0, emulated)];
@@ -95,7 +96,7 @@ mod whole {
     use crate::solve::{Inputs, Options, check, solve_judged};
     use std::path::Path;
     use tier_plan_runtime::exec::KvType;
-    use tier_plan_runtime::formats::machine::{self, Machine};
+    use tier_plan_runtime::formats::machine::{self, Accelerator, Machine};
 
     fn machine(gflops: Option<f64>) -> Machine {
         let products = gflops.map_or(String::new(), |rate| format!("prompt_gflops = {rate}\n"));

@@ -9,7 +9,7 @@ use tier_plan_runtime::cuda::measure::{
 };
 use tier_plan_runtime::cuda::nvml::Nvml;
 use tier_plan_runtime::cuda::{CudaError, Gpu};
-use tier_plan_runtime::formats::machine::{Link, Tier, TierKind};
+use tier_plan_runtime::formats::machine::{Accelerator, Link, Tier, TierKind};
 use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::model::spec::{ModelSpec, MoeSpec};
 use tier_plan_runtime::quant::TensorType;
@@ -221,7 +221,10 @@ impl GpuRate {
             emulated: self.emulated,
             unit: Some(self.device),
             // Slots are filled from memory that the GPU does not read by itself.
-            link_gbps: Some(rounded(self.rates.to_device_gbps.1)),
+            accelerator: Accelerator {
+                link_gbps: Some(rounded(self.rates.to_device_gbps.1)),
+                ..Accelerator::default()
+            },
             source: format!(
                 "measured {day} on {who}: products of {}; bare reads {:.1} GB/s; latency: a token's experts, beyond their \
                  bytes; a launch {:.1} µs, there and back {:.1} µs; capacity: {} free of {}, less a {}th",

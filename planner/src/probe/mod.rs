@@ -23,7 +23,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 use tier_plan_runtime::formats::SourceId;
-use tier_plan_runtime::formats::machine::{Extras, Machine, Tier, TierKind};
+use tier_plan_runtime::formats::machine::{Accelerator, Extras, Machine, Tier, TierKind};
 use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::kernels::Kernels;
 use tier_plan_runtime::model::describe;
@@ -351,7 +351,7 @@ impl Findings {
             latency_us: 0.0,
             emulated: false,
             unit: None,
-            link_gbps: None,
+            accelerator: Accelerator::default(),
             source: format!(
                 "measured {day}: products of {of} with {} threads and {} kernels; bare reads {:.1} GB/s; while the drive \
                  is read {:.1} GB/s; capacity: {}",
@@ -367,7 +367,7 @@ impl Findings {
             latency_us: rounded(self.disk.latency_us.value),
             emulated: false,
             unit: None,
-            link_gbps: None,
+            accelerator: Accelerator::default(),
             source: format!(
                 "measured {day}: reads of {} {how}, 1 to 8 at once, while the cores compute; alone {:.2} GB/s",
                 show_bytes(self.disk.piece_bytes),

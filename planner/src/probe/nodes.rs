@@ -3,7 +3,7 @@
 use super::memory::{Memory, STAGE};
 use super::{KEPT_FREE, LEAST_MEMORY, MEMORY, rounded};
 use anyhow::{Context, Result, ensure};
-use tier_plan_runtime::formats::machine::{Tier, TierKind};
+use tier_plan_runtime::formats::machine::{Accelerator, Tier, TierKind};
 use tier_plan_runtime::kernels::Kernels;
 use tier_plan_runtime::quant::TensorType;
 use tier_plan_runtime::threads::ThreadPool;
@@ -118,7 +118,7 @@ impl NodeRate {
             latency_us: 0.0,
             emulated: false,
             unit: Some(number),
-            link_gbps: None,
+            accelerator: Accelerator::default(),
             source: format!(
                 "measured {day}: {how}, with all nodes in use; memory node {number} alone {:.1} GB/s{own}; capacity: {} free \
                  of {}, less a {KEPT_FREE}th",

@@ -3,7 +3,7 @@
 use super::{HitCurve, PlanEntry, Report};
 use tier_plan_runtime::exec::KvType;
 use tier_plan_runtime::formats::SourceId;
-use tier_plan_runtime::formats::machine::{Tier, TierKind};
+use tier_plan_runtime::formats::machine::{Accelerator, Tier, TierKind};
 use tier_plan_runtime::formats::placement::{
     DensePlacement, LayerPlacement, Placement, PlanTier, Prediction, SlotPolicy, SolverReport,
 };
@@ -110,7 +110,7 @@ fn tiers(count: usize, emulated: bool) -> Vec<Tier> {
             latency_us: 80.0,
             emulated: emulated && kind != TierKind::Dram,
             unit: None,
-            link_gbps: None,
+            accelerator: Accelerator::default(),
             source: "made up".into(),
         }
     };

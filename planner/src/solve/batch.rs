@@ -6,9 +6,8 @@
 //! ones. Dense groups are read once, the rows of an embedding once a sequence. Rates of computation are not in the machine
 //! file, so this is the time of the reads alone: an upper limit of speed that is near it for few sequences only.
 
-use crate::cost::{Ahead, ExpertStage, home_in_place, overhead_s, read_s};
+use crate::cost::{Ahead, ExpertStage, Fixed, home_in_place, read_s};
 use crate::profile::{Evidence, Judged, LayerEvidence};
-use tier_plan_runtime::formats::machine::Tier;
 use tier_plan_runtime::formats::placement::{Placement, TierIdx};
 use tier_plan_runtime::model::shape::{DenseKind, DenseShape, ModelShape};
 
@@ -60,9 +59,9 @@ pub fn stage_s(stage: &ExpertStage, spread: &Spread, in_place: bool, staging: Ti
 
 /// Seconds of one step of a plan over `batch` sequences.
 pub fn step_s(plan: &Placement, shape: &ModelShape, evidence: &Evidence, batch: u32) -> f64 {
-    let tiers: Vec<Tier> = plan.tiers.iter().map(|t| t.tier.clone()).collect();
+    let Fixed { overhead_s, dense_s, tiers } = Fixed::of(plan, shape);
     let in_place = home_in_place(&tiers);
-    let mut total = overhead_s(shape.n_layer, plan.layer_overhead_us, plan.token_overhead_us);
+    let mut total = overhead_s + dense_s.iter().sum::<f64>();
     total += f64::from(batch) * plan.predicted.kv_s;
     for dense in &plan.dense {
         for group in shape.dense.iter().filter(|g| (g.kind, g.layer) == (dense.kind, dense.layer)) {

@@ -7,6 +7,7 @@ use crate::profile::{Evidence, Judged, LayerEvidence};
 use crate::replay::Event;
 use std::collections::BTreeMap;
 use tier_plan_runtime::exec::slots::{Access, SlotCache};
+use tier_plan_runtime::exec::stays_on;
 use tier_plan_runtime::formats::machine::TierKind;
 use tier_plan_runtime::formats::placement::{ATTENTION_OF_A_TOKEN, LayerPlacement, Placement, PlanTier, SlotPolicy};
 use tier_plan_runtime::model::shape::{DenseKind, ModelShape};
@@ -160,8 +161,12 @@ fn times(plan: &Placement, shape: &ModelShape, evidence: &Evidence, wrong: &mut 
 
 /// Seconds of a decoded token, token by token as [`crate::cost`] states the charges.
 pub fn token_s(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -> f64 {
+    let plan = &with_fixed_times(plan, shape);
     let mut total = 1e-6 * (plan.token_overhead_us + f64::from(shape.n_layer) * plan.layer_overhead_us);
     for dense in &plan.dense {
+        if dense.kind == DenseKind::Attention {
+            total += 1e-6 * plan.tiers[dense.tier].tier.accelerator.layer_us.unwrap_or(0.0);
+        }
         for group in shape.dense.iter().filter(|g| (g.kind, g.layer) == (dense.kind, dense.layer)) {
             total += group.token_bytes as f64 / (plan.tiers[dense.tier].tier.read_gbps * 1e9);
         }
@@ -195,6 +200,20 @@ pub fn token_s(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -> f64
         };
     }
     total
+}
+
+/// The plan with the fixed times that hold for it: where all of the model stays on one accelerator, its layers have their
+/// own, and launches are not waited for.
+fn with_fixed_times(plan: &Placement, shape: &ModelShape) -> Placement {
+    let mut plan = plan.clone();
+    if let Some(tier) = stays_on(&plan, shape)
+        && let Some(layer_us) = plan.tiers[tier].tier.accelerator.resident_layer_us
+    {
+        plan.layer_overhead_us = layer_us;
+        let tier = &mut plan.tiers[tier].tier;
+        (tier.latency_us, tier.accelerator.layer_us) = (0.0, None);
+    }
+    plan
 }
 
 fn stepped_s(plan: &Placement, layer: &LayerPlacement, evidence: &LayerEvidence) -> f64 {
@@ -244,7 +263,7 @@ fn stepped_s(plan: &Placement, layer: &LayerPlacement, evidence: &LayerEvidence)
         let latency = |tier: usize| plan.tiers[tier].tier.latency_us * 1e-6;
         // What goes to slots behind a link that is slower than the reads takes as long as on that.
         let to = if layer.slots > 0 { layer.slot_tier } else { plan.staging_tier };
-        let link = plan.tiers[to].tier.link_gbps.map_or(0.0, |gbps| missed as f64 * each / (gbps * 1e9));
+        let link = plan.tiers[to].tier.accelerator.link_gbps.map_or(0.0, |gbps| missed as f64 * each / (gbps * 1e9));
         let mut longest = if missed > 0 { latency(home) + read(home, missed).max(link) - ahead_s } else { 0.0 };
         for (at, &n) in experts.iter().enumerate().filter(|(_, n)| **n > 0) {
             let launch = if plan.tiers[at].tier.kind == TierKind::Vram { latency(at) } else { 0.0 };

@@ -10,7 +10,7 @@ use super::batch;
 use super::goal::Goal;
 use super::room::{MAX_FAST, MAX_ROWS, Room, TICKS};
 use super::wishes::Wishes;
-use crate::cost::read_s;
+use crate::cost::{attention_fixed_s, read_s};
 use std::collections::BTreeMap;
 use tier_plan_runtime::formats::placement::{LayerPlacement, SlotPolicy, TierIdx};
 use tier_plan_runtime::model::shape::{DenseKind, ModelShape};
@@ -208,16 +208,17 @@ impl Charge {
 
 /// The dense groups, alike ones together.
 pub fn dense_items(shape: &ModelShape, room: &Room, charge: &Charge, wishes: &Wishes) -> Vec<Item> {
-    let mut alike: BTreeMap<(bool, u64, u64, Vec<TierIdx>), Vec<usize>> = BTreeMap::new();
+    let mut alike: BTreeMap<([bool; 2], u64, u64, Vec<TierIdx>), Vec<usize>> = BTreeMap::new();
     for (at, group) in shape.dense.iter().enumerate() {
         let fits = |&t: &TierIdx| group.bytes <= room.left_bytes[t] && wishes.allows(group.kind, group.layer, t);
         let tiers: Vec<TierIdx> = room.dense_tiers(group.kind).filter(fits).collect();
-        alike.entry((group.kind == DenseKind::Embedding, group.bytes, group.token_bytes, tiers)).or_default().push(at);
+        let kind = [DenseKind::Embedding, DenseKind::Attention].map(|kind| group.kind == kind);
+        alike.entry((kind, group.bytes, group.token_bytes, tiers)).or_default().push(at);
     }
     let n = room.tiers.len();
     alike
         .into_iter()
-        .map(|((_, bytes, token_bytes, tiers), groups)| {
+        .map(|(([_, attention], bytes, token_bytes, tiers), groups)| {
             let mut item = Item { meaning: Meaning::Dense(groups, Vec::new()), cost_s: Vec::new(), bytes: Vec::new() };
             for &tier in &tiers {
                 let read = match (&item.meaning, charge.batch) {
@@ -226,7 +227,10 @@ pub fn dense_items(shape: &ModelShape, room: &Room, charge: &Charge, wishes: &Wi
                     }
                     _ => token_bytes as f64,
                 };
-                let seconds = read_s(&room.tiers[tier], read);
+                let mut seconds = read_s(&room.tiers[tier], read);
+                if attention {
+                    seconds += attention_fixed_s(&room.tiers[tier]) / f64::from(charge.batch.unwrap_or(1));
+                }
                 let mut taken = vec![0; n];
                 taken[tier] = bytes;
                 item.cost_s.push(charge.cost(seconds, &taken));

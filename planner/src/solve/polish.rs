@@ -342,7 +342,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
     use std::time::Duration;
-    use tier_plan_runtime::formats::machine::{Tier, TierKind};
+    use tier_plan_runtime::formats::machine::{Accelerator, Tier, TierKind};
 
     fn room(left_bytes: Vec<u64>) -> Room {
         let tier = |at: usize| Tier {
@@ -352,7 +352,7 @@ mod tests {
             read_gbps: 1.0,
             latency_us: 0.0,
             unit: None,
-            link_gbps: None,
+            accelerator: Accelerator::default(),
             emulated: false,
             source: String::new(),
         };

@@ -5,7 +5,7 @@ use crate::profile::synthetic::{self, Random, Routing};
 use proptest::prelude::{ProptestConfig, TestCaseError, prop_assert, prop_assert_eq, proptest};
 use tier_plan_runtime::exec::KvType;
 use tier_plan_runtime::formats::SourceId;
-use tier_plan_runtime::formats::machine::{Tier, TierKind};
+use tier_plan_runtime::formats::machine::{Accelerator, Tier, TierKind};
 use tier_plan_runtime::formats::placement::{LayerPlacement, SlotPolicy};
 use tier_plan_runtime::formats::profile::Guesses;
 use tier_plan_runtime::model::kv::KvRows;
@@ -25,7 +25,7 @@ fn tier(name: &str, kind: TierKind, read_gbps: f64, latency_us: f64) -> Tier {
         // Nothing but its own limits ties what lies on an emulated GPU together.
         emulated: kind == TierKind::Vram,
         unit: None,
-        link_gbps: None,
+        accelerator: Accelerator::default(),
         source: String::new(),
     }
 }
@@ -125,7 +125,7 @@ fn instance(seed: u64) -> (ModelShape, Option<Profile>, Machine, Vec<u64>) {
     // Some links are slower than what is at the other end.
     if pick(0, 1) > 0 {
         let vram = kinds.iter_mut().filter(|t| t.kind == TierKind::Vram);
-        vram.for_each(|t| t.link_gbps = Some(pick(5, 80) as f64 / 10.0));
+        vram.for_each(|t| t.accelerator.link_gbps = Some(pick(5, 80) as f64 / 10.0));
     }
     let n_expert = pick(3, if kinds.len() > 3 { 4 } else { 5 }).min(if kinds.len() == 5 { 3 } else { 5 }) as u32;
     let layers = pick(1, if kinds.len() == 5 { 1 } else { 2 }) as u32;

@@ -9,7 +9,7 @@ use super::KvType;
 use super::engine::{BATCH, MICRO_BATCH};
 use super::experts::{Home, LayerExperts, Layout};
 use super::plan::obvious;
-use crate::formats::machine::{Tier, TierKind};
+use crate::formats::machine::{Accelerator, Tier, TierKind};
 use crate::formats::placement::{Placement, PlanTier};
 use crate::gguf::Gguf;
 use crate::model::shape::ModelShape;
@@ -271,7 +271,7 @@ pub fn machine_tiers(dram_bytes: u64, file_bytes: u64) -> [Tier; 2] {
         latency_us,
         emulated: false,
         unit: None,
-        link_gbps: None,
+        accelerator: Accelerator::default(),
         source: "not measured".into(),
     };
     [tier("dram", TierKind::Dram, dram_bytes, 20.0, 0.0), tier("file", TierKind::Nvme, file_bytes, 1.0, 100.0)]

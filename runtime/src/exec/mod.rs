@@ -41,6 +41,7 @@ pub mod whole;
 pub use crate::model::kv::KvType;
 pub use devices::GiveDevice;
 pub use engine::{Engine, Wanted};
+pub use gpu::stays_on;
 pub use load::{LoadError, LoadOptions, StreamRates};
 #[doc(hidden)]
 pub use mixer::{AttentionProbe, AttentionSizes};

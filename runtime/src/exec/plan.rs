@@ -2,7 +2,7 @@
 //! on one GPU.
 
 use crate::formats::SourceId;
-use crate::formats::machine::{Tier, TierKind};
+use crate::formats::machine::{Accelerator, Tier, TierKind};
 use crate::formats::placement::{
     DensePlacement, LayerPlacement, Placement, PlanTier, Prediction, SlotPolicy, SolverReport,
 };
@@ -21,7 +21,7 @@ pub fn obvious(shape: &ModelShape, context: u32, kv_type: KvType) -> Placement {
             latency_us: 0.0,
             emulated: false,
             unit: None,
-            link_gbps: None,
+            accelerator: Accelerator::default(),
             source: "not measured".into(),
         },
         budget_bytes: u64::MAX,

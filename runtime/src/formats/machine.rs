@@ -2,7 +2,7 @@
 
 mod wire;
 
-pub(super) use wire::{WireKind, check_link, check_unit};
+pub(super) use wire::{WireKind, check_unit};
 
 use super::kind::MACHINE;
 use super::text::{check_amount, check_bytes, float, quote};
@@ -63,11 +63,64 @@ pub struct Tier {
     pub emulated: bool,
     /// Which one of its kind: the memory node of host memory whose pages must be there, or the number of the GPU.
     pub unit: Option<u32>,
-    /// Rate at which what is brought to it from elsewhere crosses its link, in 10⁹ bytes a second; only VRAM has one.
-    /// Without it the link is taken to be no slower than what lies at its other end.
-    pub link_gbps: Option<f64>,
+    /// Of VRAM, what computing there takes beside reading it.
+    pub accelerator: Accelerator,
     /// Where the figures come from, in words: `measured 2026-11-22`, `spec`, a paper.
     pub source: String,
+}
+
+/// What computing on an accelerator takes beside reading its memory, as far as it is known.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Accelerator {
+    /// Rate at which what is brought there crosses its link, in 10⁹ bytes a second. Without it the link is taken to be no
+    /// slower than what lies at its other end.
+    pub link_gbps: Option<f64>,
+    /// Fixed time of a layer whose attention is there and whose experts are not all there, beside that of any layer: its
+    /// launches, and the way there and back; in microseconds.
+    pub layer_us: Option<f64>,
+    /// Fixed time of a layer of a model all of which is there, in place of all other fixed times of a layer, in
+    /// microseconds.
+    pub resident_layer_us: Option<f64>,
+}
+
+impl Accelerator {
+    /// The keys of files, with what is known.
+    pub(super) fn keys(&self) -> impl Iterator<Item = (&'static str, f64)> {
+        let all =
+            [("link_gbps", self.link_gbps), ("layer_us", self.layer_us), ("resident_layer_us", self.resident_layer_us)];
+        all.into_iter().filter_map(|(key, value)| Some((key, value?)))
+    }
+
+    /// Whether a file of this version may say so, as it may from the second number on.
+    pub(super) fn check_version(&self, (version, from): (u64, u64)) -> Result<(), String> {
+        match self.keys().next().filter(|_| version < from) {
+            Some((key, _)) => {
+                Err(format!("{key} is a key of version {from}; write `version = {from}`, or leave it out"))
+            }
+            None => Ok(()),
+        }
+    }
+
+    fn check(&self, tier: &Tier) -> Result<(), String> {
+        let name = &tier.name;
+        if let Some((key, _)) = self.keys().next().filter(|_| tier.kind != TierKind::Vram) {
+            return Err(format!("tier '{name}' is of kind \"{}\": only VRAM has {key}; leave it out", tier.kind));
+        }
+        for (key, time) in self.keys().filter(|(key, _)| *key != "link_gbps") {
+            check_amount(&format!("{key} of tier '{name}'"), time)?;
+            if tier.emulated {
+                return Err(format!(
+                    "tier '{name}' is emulated and takes what the machine declares for a layer; leave {key} out"
+                ));
+            }
+        }
+        match self.link_gbps.filter(|rate| !(rate.is_finite() && *rate > 0.0)) {
+            Some(rate) => Err(format!(
+                "link_gbps of tier '{name}' is {rate}, but must be a positive finite number of 10^9 bytes a second"
+            )),
+            None => Ok(()),
+        }
+    }
 }
 
 impl Tier {
@@ -83,7 +136,7 @@ impl Tier {
 
     /// Seconds that so many bytes take from the tier `from` to slots here: the slower of its reads and this tier's link.
     pub fn transfer_s(&self, from: &Tier, bytes: f64) -> f64 {
-        let gbps = self.link_gbps.map_or(from.read_gbps, |link| link.min(from.read_gbps));
+        let gbps = self.accelerator.link_gbps.map_or(from.read_gbps, |link| link.min(from.read_gbps));
         bytes / (gbps * 1e9)
     }
 
@@ -251,8 +304,8 @@ impl Machine {
             if let Some((key, number)) = tier.unit_key() {
                 out.push_str(&format!("{key} = {number}\n"));
             }
-            if let Some(rate) = tier.link_gbps {
-                out.push_str(&format!("link_gbps = {}\n", float(rate)));
+            for (key, value) in tier.accelerator.keys() {
+                out.push_str(&format!("{key} = {}\n", float(value)));
             }
             if let Some(price) = extras.usd_per_gb.get(&tier.name) {
                 out.push_str(&format!("usd_per_gb = {}\n", float(*price)));
@@ -274,7 +327,7 @@ impl Machine {
         let extras = &self.extras;
         let units = self.tiers.iter().any(|t| t.unit.is_some());
         match () {
-            () if self.tiers.iter().any(|t| t.link_gbps.is_some()) => 4,
+            () if self.tiers.iter().any(|t| t.accelerator != Accelerator::default()) => 4,
             () if units || !extras.links.is_empty() || extras.watts_source.is_some() => 3,
             () if extras.prompt_gflops.is_empty() && extras.calibration.is_none() => 1,
             () => 2,
@@ -393,16 +446,7 @@ pub(super) fn check_tiers<'a>(tiers: impl Iterator<Item = &'a Tier>) -> Result<(
             ));
         }
         check_amount(&format!("latency_us of tier '{name}'"), tier.latency_us)?;
-        if let Some(rate) = tier.link_gbps {
-            if tier.kind != TierKind::Vram {
-                return Err(format!("tier '{name}' is of kind \"{}\": only VRAM has link_gbps; leave it out", tier.kind));
-            }
-            if !(rate.is_finite() && rate > 0.0) {
-                return Err(format!(
-                    "link_gbps of tier '{name}' is {rate}, but must be a positive finite number of 10^9 bytes a second"
-                ));
-            }
-        }
+        tier.accelerator.check(tier)?;
         if tier.kind == TierKind::Dram {
             drams.push(tier);
         }

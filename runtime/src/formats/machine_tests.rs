@@ -24,7 +24,7 @@ fn version_1_means_what_it_meant() {
         latency_us,
         emulated,
         unit: None,
-        link_gbps: None,
+        accelerator: Accelerator::default(),
         source: source.into(),
     };
     let want = Machine {
@@ -74,7 +74,7 @@ fn the_demo_machine_is_emulated_throughout() {
 fn errors_say_what_and_how_to_mend() {
     let cases = [
         (v1_with("format = \"tier-plan machine\"", "format = \"tier-plan placement\""), "not a machine file: its format is \"tier-plan placement\"; profiles/machines holds examples"),
-        (v1_with("version = 1", "version = 4"), "machine file version 4, but this program reads up to version 3; update tier-plan"),
+        (v1_with("version = 1", "version = 5"), "machine file version 5, but this program reads up to version 4; update tier-plan"),
         (v1_with("kind = \"dram\"", "kind = \"dram\"\nprompt_gflops = 1"), "prompt_gflops and calibration are keys of version 2; write `version = 2`"),
         (v1_with("version = 1", "version = 0"), "version is 0, but versions start at 1"),
         (v1_with("version = 1", "version = -4"), "version is -4"),
@@ -175,26 +175,38 @@ pub(crate) fn any_rate() -> impl Strategy<Value = f64> {
     prop_oneof![0.001f64..10_000.0, Just(1e-300), Just(1e300), (1u32..1000).prop_map(f64::from)]
 }
 
+fn any_accelerator() -> impl Strategy<Value = Accelerator> {
+    let time = || proptest::option::of(0f64..500.0);
+    let known = (proptest::option::of(any_rate()), time(), time());
+    known.prop_map(|(link_gbps, layer_us, resident_layer_us)| Accelerator { link_gbps, layer_us, resident_layer_us })
+}
+
 /// One to five tiers, exactly one of them main memory, in no order; any but the last one may say which of its kind it is.
 pub(crate) fn any_tiers() -> impl Strategy<Value = Vec<Tier>> {
     let kind = prop_oneof![Just(TierKind::Vram), Just(TierKind::Pmem), Just(TierKind::Cxl), Just(TierKind::Nvme)];
     let capacity =
         prop_oneof![1u64..=i64::MAX as u64, (1u64..5000).prop_map(|g| g << 30), (1u64..99).prop_map(|m| m << 19)];
-    let tier = (kind, capacity, any_rate(), 0f64..500.0, any::<bool>(), any::<bool>(), proptest::option::of(any_rate()), any_text());
+    let tier = (kind, capacity, any_rate(), 0f64..500.0, any::<bool>(), any::<bool>(), any_accelerator(), any_text());
     (proptest::collection::vec(tier, 1..=5), any::<prop::sample::Index>()).prop_map(|(tiers, dram)| {
         let dram = dram.index(tiers.len());
         let mut out = Vec::new();
         let slowest = tiers.iter().map(|t| t.2).fold(f64::INFINITY, f64::min);
         let last = tiers.len() - 1;
         for (at, tier) in tiers.into_iter().enumerate() {
-            let (kind, capacity_bytes, read_gbps, latency_us, emulated, has_unit, link_gbps, source) = tier;
+            let (kind, capacity_bytes, read_gbps, latency_us, emulated, has_unit, accelerator, source) = tier;
             let kind = if at == dram { TierKind::Dram } else { kind };
             let name = format!("{kind}-{at}");
             // Whatever they are sorted by, one of the slowest tiers comes last.
             let may_have = kind != TierKind::Nvme && at != last && read_gbps > slowest;
             let unit = (has_unit && may_have).then_some(at as u32);
-            let link_gbps = link_gbps.filter(|_| kind == TierKind::Vram);
-            out.push(Tier { name, kind, capacity_bytes, read_gbps, latency_us, emulated, unit, link_gbps, source });
+            let accelerator = match accelerator {
+                all if kind == TierKind::Vram && !emulated => all,
+                Accelerator { link_gbps, .. } if kind == TierKind::Vram => {
+                    Accelerator { link_gbps, ..Default::default() }
+                }
+                _ => Accelerator::default(),
+            };
+            out.push(Tier { name, kind, capacity_bytes, read_gbps, latency_us, emulated, unit, accelerator, source });
         }
         out
     })
@@ -364,8 +376,9 @@ const V4: &str = include_str!("../../../tests/data/formats/machine.v4.toml");
 #[test]
 fn version_4_means_what_it_meant() {
     let machine = load(V4).unwrap();
-    assert_eq!(machine.tiers[0].link_gbps, Some(9.25));
-    assert!(machine.tiers[1..].iter().all(|t| t.link_gbps.is_none()));
+    let known = Accelerator { link_gbps: Some(9.25), layer_us: Some(35.5), resident_layer_us: Some(22.0) };
+    assert_eq!(machine.tiers[0].accelerator, known);
+    assert!(machine.tiers[1..].iter().all(|t| t.accelerator == Accelerator::default()));
     assert_eq!(machine.encode(), V4, "the writer lays out version 4 as it always did");
     let [vram, dram, .., nvme] = &machine.tiers[..] else { panic!("five tiers") };
     let us = |to: &Tier, from: &Tier| (to.transfer_s(from, 1e6) * 1e7).round() / 10.0;
@@ -374,6 +387,12 @@ fn version_4_means_what_it_meant() {
         ("version = 4", "version = 3", "link_gbps is a key of version 4; write `version = 4`, or leave it out"),
         ("link_gbps = 9.25", "link_gbps = 0", "link_gbps of tier 'vram' is 0, but must be a positive finite number"),
         ("link_gbps = 9.25", "link_gbps = inf", "link_gbps of tier 'vram' is inf, but must be"),
+        ("layer_us = 35.5", "layer_us = -1", "layer_us of tier 'vram' is -1"),
+        (
+            "emulated = false",
+            "emulated = true",
+            "tier 'vram' is emulated and takes what the machine declares for a layer",
+        ),
         ("node = 1", "node = 1\nlink_gbps = 9.25", "tier 'dram1' is of kind \"dram\": only VRAM has link_gbps"),
     ] {
         assert!(V4.contains(from), "{from}");

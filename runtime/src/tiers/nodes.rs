@@ -152,7 +152,7 @@ impl Pages {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::formats::machine::TierKind;
+    use crate::formats::machine::{Accelerator, TierKind};
     use crate::tiers::arena::{Arena, ArenaError};
     use crate::tiers::system;
 
@@ -179,7 +179,7 @@ mod tests {
             latency_us: 0.0,
             emulated,
             unit: Some(node),
-            link_gbps: None,
+            accelerator: Accelerator::default(),
             source: String::new(),
         }
     }

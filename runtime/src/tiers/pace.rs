@@ -96,7 +96,7 @@ impl Pacer {
     /// the tier `to`.
     pub fn expert_paths(&self, computed: &StageBytes, missed_bytes: u64, to: usize) -> Vec<Duration> {
         let slow = self.tiers.len() - 1;
-        let link = self.tiers[to].link_gbps.filter(|_| self.tiers[to].emulated && missed_bytes > 0);
+        let link = self.tiers[to].accelerator.link_gbps.filter(|_| self.tiers[to].emulated && missed_bytes > 0);
         let link = link.map_or(Duration::ZERO, |gbps| seconds(missed_bytes as f64 / (gbps * 1e9)));
         let path = |(at, tier): (usize, &Tier)| {
             let bytes = computed.0[at];
@@ -137,10 +137,21 @@ pub fn settle(start: Instant, declared: Duration) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::formats::machine::Accelerator;
 
     fn tier(kind: TierKind, read_gbps: f64, latency_us: f64, emulated: bool) -> Tier {
         let name = format!("{kind:?}");
-        Tier { name, kind, capacity_bytes: 1 << 30, read_gbps, latency_us, emulated, unit: None, link_gbps: None, source: String::new() }
+        Tier {
+            name,
+            kind,
+            capacity_bytes: 1 << 30,
+            read_gbps,
+            latency_us,
+            emulated,
+            unit: None,
+            accelerator: Accelerator::default(),
+            source: String::new(),
+        }
     }
 
     #[test]
@@ -162,7 +173,7 @@ mod tests {
         assert_eq!(pacer.expert_paths(&bytes, 1_000, 1), micros([15, 30, 50]));
         // A link that is slower than the reads, where they cross it.
         let [mut vram, dram, slow] = tiers;
-        vram.link_gbps = Some(0.05);
+        vram.accelerator.link_gbps = Some(0.05);
         let pacer = Pacer::new(&[vram, dram, slow], 20.0, 60.0).unwrap();
         assert_eq!(pacer.expert_paths(&bytes, 1_000, 0), micros([15, 30, 60]));
         assert_eq!(pacer.expert_paths(&bytes, 1_000, 1), micros([15, 30, 50]));

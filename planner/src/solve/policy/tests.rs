@@ -3,7 +3,7 @@ use crate::profile::synthetic::{self, Routing};
 use crate::profile::tests::{id, profile_of, shape};
 use crate::solve::{Options, solve_all};
 use tier_plan_runtime::exec::KvType;
-use tier_plan_runtime::formats::machine::{Machine, Tier, TierKind};
+use tier_plan_runtime::formats::machine::{Accelerator, Machine, Tier, TierKind};
 use tier_plan_runtime::model::shape::ModelShape;
 
 fn machine(home: TierKind) -> Machine {
@@ -16,7 +16,7 @@ fn machine(home: TierKind) -> Machine {
         // A real drive would keep room for pages.
         emulated: true,
         unit: None,
-        link_gbps: None,
+        accelerator: Accelerator::default(),
         source: String::new(),
     };
     Machine {

@@ -11,6 +11,7 @@ mod resident;
 mod room;
 pub(super) mod units;
 
+pub use resident::stays_on;
 pub(super) use resident::{Token, resident_tier};
 pub(super) use units::{LayerPlaces, Place, Places};
 

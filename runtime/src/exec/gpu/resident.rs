@@ -52,6 +52,12 @@ pub(in crate::exec) fn resident_tier(plan: &Placement, shape: &ModelShape, place
     (all_parts && all_experts && real && plan.tiers.get(tier).is_some_and(on_gpu)).then_some(tier)
 }
 
+/// The tier whose accelerator a plan keeps all of a model on, but perhaps the embedding: a decoded token stays there from its
+/// number to its logits.
+pub fn stays_on(plan: &Placement, shape: &ModelShape) -> Option<TierIdx> {
+    resident_tier(plan, shape, &Places::new(plan, shape.n_layer as usize))
+}
+
 impl Gpu {
     /// Takes a token through the whole model; `experts` are those of its layers, where it has any.
     pub(in crate::exec) fn token(

@@ -1,6 +1,6 @@
 //! The text of versions 1 to 4 of a machine file, as it is read.
 
-use super::{Calibration, Extras, Link, Machine, Tier, TierKind};
+use super::{Accelerator, Calibration, Extras, Link, Machine, Tier, TierKind};
 use crate::formats::SourceId;
 use crate::formats::kind::toml_words;
 use crate::units::parse_bytes;
@@ -21,7 +21,7 @@ pub(super) fn decode(text: &str) -> Result<Machine, String> {
     }
     for tier in &wire.tier {
         check_unit(&tier.name, tier.kind.into(), tier.node, tier.device, (wire.version, 3))?;
-        check_link(tier.link_gbps, (wire.version, 4))?;
+        tier.accelerator().check_version((wire.version, 4))?;
     }
     let links = wire.tier.iter().filter_map(|t| Some((t.name.clone(), Link::from(t.link?))));
     let prices = wire.tier.iter().filter_map(|t| Some((t.name.clone(), t.usd_per_gb?)));
@@ -64,14 +64,6 @@ pub(in crate::formats) fn check_unit(
     }
     if (node.is_some() || device.is_some()) && version < from {
         return Err(format!("{key} is a key of version {from}; write `version = {from}`, or leave it out"));
-    }
-    Ok(())
-}
-
-/// Whether `link_gbps` is a key of a file of this version, as it is from the second number on.
-pub(in crate::formats) fn check_link(link_gbps: Option<f64>, (version, from): (u64, u64)) -> Result<(), String> {
-    if link_gbps.is_some() && version < from {
-        return Err(format!("link_gbps is a key of version {from}; write `version = {from}`, or leave it out"));
     }
     Ok(())
 }
@@ -152,13 +144,21 @@ struct WireTier {
     node: Option<u32>,
     device: Option<u32>,
     link_gbps: Option<f64>,
+    layer_us: Option<f64>,
+    resident_layer_us: Option<f64>,
     link: Option<WireLink>,
     source: String,
 }
 
 impl WireTier {
+    fn accelerator(&self) -> Accelerator {
+        let &WireTier { link_gbps, layer_us, resident_layer_us, .. } = self;
+        Accelerator { link_gbps, layer_us, resident_layer_us }
+    }
+
     fn into_tier(self) -> Tier {
         Tier {
+            accelerator: self.accelerator(),
             name: self.name,
             kind: self.kind.into(),
             capacity_bytes: self.capacity,
@@ -166,7 +166,6 @@ impl WireTier {
             latency_us: self.latency_us,
             emulated: self.emulated,
             unit: self.node.or(self.device),
-            link_gbps: self.link_gbps,
             source: self.source,
         }
     }

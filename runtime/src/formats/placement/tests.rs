@@ -1,6 +1,6 @@
 use super::*;
-use crate::formats::machine::TierKind;
 use crate::formats::machine::tests::{any_text, any_tiers};
+use crate::formats::machine::{Accelerator, TierKind};
 use proptest::collection::{btree_map, btree_set, vec};
 use proptest::prelude::*;
 
@@ -34,7 +34,7 @@ fn versions_mean_what_they_meant() {
         latency_us,
         emulated: true,
         unit: None,
-        link_gbps: None,
+        accelerator: Accelerator::default(),
         source: "declared".into(),
     };
     let [vram, dram] = [0, 1];
@@ -147,10 +147,10 @@ fn versions_mean_what_they_meant() {
 #[test]
 fn a_tier_of_vram_may_say_how_fast_its_link_is() {
     let plan = load(V5).unwrap();
-    assert_eq!(plan.tiers[0].tier.link_gbps, Some(9.25));
+    assert_eq!(plan.tiers[0].tier.accelerator.link_gbps, Some(9.25));
     assert_eq!(plan.encode(), V5, "a plan with a key of version 5 says so");
     let mut without = plan;
-    without.tiers[0].tier.link_gbps = None;
+    without.tiers[0].tier.accelerator = Accelerator::default();
     assert_eq!(without.encode(), V4);
     for (from, to, words) in [
         ("version = 5", "version = 4", "link_gbps is a key of version 5; write `version = 5`, or leave it out"),
@@ -254,7 +254,7 @@ fn errors_say_what_and_how_to_mend() {
         (
             "version = 1",
             "version = 7",
-            "placement plan version 7, but this program reads up to version 4; update tier-plan",
+            "placement plan version 7, but this program reads up to version 5; update tier-plan",
         ),
         ("context = 1024", "context = 1024\nkv_type = \"f16\"", "kv_type is a key of version 2; write `version = 2`"),
         (

@@ -3,7 +3,7 @@
 use super::{DensePlacement, Goal, LayerPlacement, Placement, PlanTier, Prediction, SlotPolicy, SolverReport, TierIdx};
 use crate::formats::SourceId;
 use crate::formats::kind::toml_words;
-use crate::formats::machine::{Tier, WireKind, check_link, check_unit};
+use crate::formats::machine::{Accelerator, Tier, WireKind, check_unit};
 use crate::formats::ranges::{self, Allowance, MAX_EXPERT, MAX_LAYER};
 use crate::formats::text::quote;
 use crate::model::kv::KvType;
@@ -37,7 +37,7 @@ pub(super) fn decode(text: &str) -> Result<Placement, String> {
     }
     for tier in &wire.tier {
         check_unit(&tier.name, tier.kind.into(), tier.node, tier.device, (wire.version, 4))?;
-        check_link(tier.link_gbps, (wire.version, 5))?;
+        tier.accelerator().check_version((wire.version, 5))?;
     }
     let goal = decode_goal(&wire.solver, wire.version)?;
     let mut allowance = Allowance::for_a_file();
@@ -335,6 +335,8 @@ struct WireTier {
     node: Option<u32>,
     device: Option<u32>,
     link_gbps: Option<f64>,
+    layer_us: Option<f64>,
+    resident_layer_us: Option<f64>,
     source: String,
     budget_bytes: u64,
     dense_bytes: u64,
@@ -346,9 +348,15 @@ struct WireTier {
 }
 
 impl WireTier {
+    fn accelerator(&self) -> Accelerator {
+        let &WireTier { link_gbps, layer_us, resident_layer_us, .. } = self;
+        Accelerator { link_gbps, layer_us, resident_layer_us }
+    }
+
     fn into_tier(self) -> PlanTier {
         PlanTier {
             tier: Tier {
+                accelerator: self.accelerator(),
                 name: self.name,
                 kind: self.kind.into(),
                 capacity_bytes: self.capacity_bytes,
@@ -356,7 +364,6 @@ impl WireTier {
                 latency_us: self.latency_us,
                 emulated: self.emulated,
                 unit: self.node.or(self.device),
-                link_gbps: self.link_gbps,
                 source: self.source,
             },
             budget_bytes: self.budget_bytes,

@@ -3,6 +3,7 @@
 use super::wire::BY_LAYER;
 use super::{LayerPlacement, PLACEMENT, Placement, PlanTier, Prediction, SlotPolicy, TierIdx};
 use crate::formats::SourceId;
+use crate::formats::machine::Accelerator;
 use crate::formats::ranges;
 use crate::formats::text::{float, quote};
 use crate::model::shape::DenseKind;
@@ -127,8 +128,8 @@ fn encode_tier(tier: &PlanTier, out: &mut Text) {
     if let Some((key, number)) = tier.tier.unit_key() {
         out.field(key, number);
     }
-    if let Some(rate) = tier.tier.link_gbps {
-        out.field("link_gbps", float(rate));
+    for (key, value) in tier.tier.accelerator.keys() {
+        out.field(key, float(value));
     }
     out.field("source", quote(&tier.tier.source));
     out.field("budget_bytes", tier.budget_bytes);
@@ -175,7 +176,7 @@ fn version(plan: &Placement) -> u64 {
     let lru = plan.layers.iter().all(|l| l.policy == SlotPolicy::Lru);
     let old = lru && plan.solver.goal.is_none() && !charges_kv(&plan.predicted);
     let units = plan.tiers.iter().any(|t| t.tier.unit.is_some());
-    if plan.tiers.iter().any(|t| t.tier.link_gbps.is_some()) {
+    if plan.tiers.iter().any(|t| t.tier.accelerator != Accelerator::default()) {
         5
     } else if units {
         4
