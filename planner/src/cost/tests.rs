@@ -1,4 +1,5 @@
 use super::*;
+use tier_plan_runtime::formats::machine::Accelerator;
 
 #[test]
 fn draws_are_a_distribution_with_the_right_means() {
@@ -96,7 +97,7 @@ mod whole {
     use crate::solve::{Inputs, Options, check, solve_judged};
     use std::path::Path;
     use tier_plan_runtime::exec::KvType;
-    use tier_plan_runtime::formats::machine::{self, Accelerator, Machine};
+    use tier_plan_runtime::formats::machine::{self, Machine};
 
     fn machine(gflops: Option<f64>) -> Machine {
         let products = gflops.map_or(String::new(), |rate| format!("prompt_gflops = {rate}\n"));
@@ -139,6 +140,57 @@ mod whole {
         move_to(&mut old, &known.sizes, 5000);
         assert!((token_s(&plan.predicted) - seconds - 96.0 * position).abs() < 1e-12);
         assert_eq!((old.predicted.at, token_s(&old.predicted)), (0, seconds));
+    }
+
+    /// A GPU with so much memory before main memory.
+    fn with_gpu(vram: &str) -> Machine {
+        let text = format!(
+            "format = \"tier-plan machine\"\nversion = 4\nname = \"m\"\nlayer_overhead_us = 10\ntoken_overhead_us = 100\n\
+             [[tier]]\nname = \"vram\"\nkind = \"vram\"\ncapacity = \"{vram}\"\nread_gbps = 800\nlatency_us = 30\n\
+             layer_us = 40\nresident_layer_us = 25\nsource = \"test\"\n\
+             [[tier]]\nname = \"dram\"\nkind = \"dram\"\ncapacity = \"64GiB\"\nread_gbps = 50\nlatency_us = 0\nsource = \"test\"\n"
+        );
+        machine::decode(text.as_bytes(), Path::new("m.toml")).unwrap()
+    }
+
+    #[test]
+    fn a_model_that_stays_on_a_gpu_has_fixed_times_of_its_own() {
+        let known = catalogue::model(Path::new("qwen3-30b-a3b"), Some("q4_k_m")).unwrap();
+        let shape = &known.sizes;
+        let evidence = Evidence::uniform(shape).unwrap();
+        let plan = |vram: &str, bytes: u64| {
+            let machine = with_gpu(vram);
+            let inputs = Inputs {
+                shape,
+                profile: None,
+                machine: &machine,
+                budgets: vec![bytes, 64 << 30],
+                context: 1024,
+                kv_type: KvType::F16,
+            };
+            let options = Options { strategy: Strategy::Optimal, time_limit_s: 1.0, ..Options::default() };
+            solve_judged(&inputs, &evidence, &options).unwrap().plan
+        };
+        let layers = f64::from(shape.n_layer);
+        // All of it, embedding apart: neither the layers' own fixed time nor launches are waited for.
+        let all = plan("32GiB", 32 << 30);
+        assert!((all.predicted.overhead_s - (100.0 + 25.0 * layers) * 1e-6).abs() < 1e-12);
+        let read = all.predicted.read_bytes[0] / 800e9;
+        let vram_s = all.predicted.dense_s[0] + all.predicted.expert_critical_s;
+        assert!((vram_s / read - 1.0).abs() < 1e-9, "{vram_s} {read}");
+        assert_eq!(check::check(&all, shape, &evidence), Vec::<String>::new());
+        assert!(all.solver.bound_s.is_some_and(|b| b <= all.solver.objective_s), "{:?}", all.solver);
+        // Experts in main memory: attention is still worth its launches, one row of them a layer.
+        let some = plan("4GiB", 4 << 30);
+        let attention = some.dense.iter().filter(|d| d.kind == DenseKind::Attention && d.tier == 0).count() as f64;
+        assert_eq!(attention, layers);
+        assert!((some.predicted.overhead_s - (100.0 + 10.0 * layers) * 1e-6).abs() < 1e-12);
+        let dense: f64 = some.dense.iter().filter(|d| d.tier == 0).fold(0.0, |sum, d| {
+            let group = shape.dense.iter().find(|g| (g.kind, g.layer) == (d.kind, d.layer));
+            sum + group.map_or(0.0, |g| g.token_bytes as f64)
+        });
+        assert!((some.predicted.dense_s[0] - dense / 800e9 - 40e-6 * layers).abs() < 1e-9, "{:?}", some.predicted);
+        assert_eq!(check::check(&some, shape, &evidence), Vec::<String>::new());
     }
 
     #[test]

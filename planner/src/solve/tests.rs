@@ -125,7 +125,10 @@ fn instance(seed: u64) -> (ModelShape, Option<Profile>, Machine, Vec<u64>) {
     // Some links are slower than what is at the other end.
     if pick(0, 1) > 0 {
         let vram = kinds.iter_mut().filter(|t| t.kind == TierKind::Vram);
-        vram.for_each(|t| t.accelerator.link_gbps = Some(pick(5, 80) as f64 / 10.0));
+        vram.for_each(|t| {
+            t.accelerator.link_gbps = Some(pick(5, 80) as f64 / 10.0);
+            t.accelerator.layer_us = Some(pick(0, 40) as f64);
+        });
     }
     let n_expert = pick(3, if kinds.len() > 3 { 4 } else { 5 }).min(if kinds.len() == 5 { 3 } else { 5 }) as u32;
     let layers = pick(1, if kinds.len() == 5 { 1 } else { 2 }) as u32;
@@ -219,7 +222,8 @@ fn optimum(shape: &ModelShape, room: &Room, evidence: &Evidence) -> Option<f64> 
         let on = |t: usize| {
             let mut bytes = vec![0; n];
             bytes[t] = group.bytes;
-            (bytes, group.token_bytes as f64 / (room.tiers[t].read_gbps * 1e9))
+            let of_attention = room.tiers[t].accelerator.layer_us.filter(|_| group.kind == DenseKind::Attention);
+            (bytes, group.token_bytes as f64 / (room.tiers[t].read_gbps * 1e9) + of_attention.unwrap_or(0.0) * 1e-6)
         };
         let gpu = |t: usize| room.tiers[t].kind == TierKind::Vram && !room.tiers[t].emulated;
         let together = |t: usize| t == room.kv_tier || !gpu(t) && !gpu(room.kv_tier);

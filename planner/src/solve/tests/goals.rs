@@ -26,7 +26,8 @@ fn everything(shape: &ModelShape, room: &Room, evidence: &Evidence) -> Vec<Vec<(
         let on = |t: usize| {
             let mut bytes = vec![0; n];
             bytes[t] = group.bytes;
-            (bytes, group.token_bytes as f64 / (room.tiers[t].read_gbps * 1e9))
+            let of_attention = room.tiers[t].accelerator.layer_us.filter(|_| group.kind == DenseKind::Attention);
+            (bytes, group.token_bytes as f64 / (room.tiers[t].read_gbps * 1e9) + of_attention.unwrap_or(0.0) * 1e-6)
         };
         let allowed = |t: &usize| group.kind == DenseKind::Embedding || room.tiers[*t].kind != TierKind::Nvme;
         things.push((0..n).filter(allowed).map(on).collect());
