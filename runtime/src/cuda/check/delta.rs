@@ -11,7 +11,7 @@ use crate::model::spec::KeySharing;
 
 /// What a value may differ by as a share of itself or of the mean size of its like: exponentials are other ones, and sums
 /// have another order.
-const VALUE: f64 = 1e-5;
+const VALUE: f64 = 2e-5;
 
 const EPS: f32 = 1e-6;
 
