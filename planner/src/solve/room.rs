@@ -249,13 +249,13 @@ impl Room {
             bytes.fold(self.kv_bytes, u64::saturating_add)
         };
         let all = beside(&|kind| kind != DenseKind::Embedding);
-        // A real GPU must have room for all attention besides, and has no kernels for recurrent states.
+        // A real GPU must have room for all attention besides.
         let attention = beside(&|kind| kind == DenseKind::Attention);
         let may = |t| {
             let of = |d: &&DenseShape| d.kind == DenseKind::Attention;
             inputs.shape.dense.iter().filter(of).all(|d| wishes.allows(d.kind, d.layer, t))
         };
-        let runs = |t: TierIdx| inputs.shape.state_bytes == 0 && self.left_bytes[t] >= attention && may(t);
+        let runs = |t: TierIdx| self.left_bytes[t] >= attention && may(t);
         let tiers = || self.dense_tiers(DenseKind::Head);
         let beside_dense = tiers().find(|&t| if self.is_gpu(t) { runs(t) } else { self.left_bytes[t] >= all });
         let anywhere = tiers().filter(|&t| !self.is_gpu(t) || runs(t)).filter(fits);

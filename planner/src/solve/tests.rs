@@ -313,18 +313,24 @@ fn rules_use_their_bytes_and_never_beat_the_program() -> Result<()> {
 
 #[test]
 fn attention_on_a_real_gpu_is_with_its_keys_and_values() -> Result<()> {
-    let shape = shape(4, 16, 2, 2_000_000);
+    // With recurrent state too, which counts with keys and values.
+    for state_bytes in [0, 12_345] {
+        attention_goes_with_the_cache(&ModelShape { state_bytes, ..shape(4, 16, 2, 2_000_000) })?;
+    }
+    Ok(())
+}
+
+fn attention_goes_with_the_cache(shape: &ModelShape) -> Result<()> {
     let mut tiers = three_tiers();
     tiers[0].emulated = false;
     let machine = machine(tiers);
     let attention: u64 = shape.dense.iter().filter(|d| d.kind == DenseKind::Attention).map(|d| d.bytes).sum();
-    let kv = KvType::F16.context_bytes(&shape, 1000);
+    let kv = KvType::F16.context_bytes(shape, 1000);
     let plan = |vram: u64, forbid: &[&str]| {
         let budgets = vec![vram, 200_000_000, 1 << 40];
-        let inputs =
-            Inputs { shape: &shape, profile: None, machine: &machine, budgets, context: 1000, kv_type: KvType::F16 };
+        let inputs = Inputs { shape, profile: None, machine: &machine, budgets, context: 1000, kv_type: KvType::F16 };
         let forbid: Vec<String> = forbid.iter().map(|f| f.to_string()).collect();
-        let wishes = wishes::Wishes::parse(&[], &forbid, &shape, &machine)?;
+        let wishes = wishes::Wishes::parse(&[], &forbid, shape, &machine)?;
         solve_all(&inputs, &Options { wishes, ..options() }).map(|solved| solved.plan)
     };
     let on_gpu = |plan: &Placement| {

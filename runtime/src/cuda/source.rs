@@ -24,7 +24,7 @@ macro_rules! format_kernels {
 }
 
 /// Every module.
-pub static MODULES: [Module; 9] = [
+pub static MODULES: [Module; 10] = [
     Module {
         name: "ops.cu",
         text: include_str!("kernels/ops.cu"),
@@ -72,6 +72,18 @@ pub static MODULES: [Module; 9] = [
             "prompt_attend_latent_f32",
             "prompt_attend_latent_f16",
             "prompt_attend_latent_q8",
+        ],
+    },
+    Module {
+        name: "delta.cu",
+        text: include_str!("kernels/delta.cu"),
+        kernels: &[
+            "delta_convolve",
+            "delta_recur_32",
+            "delta_recur_64",
+            "delta_recur_128",
+            "delta_recur_256",
+            "delta_gate",
         ],
     },
     Module {

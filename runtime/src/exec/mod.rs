@@ -12,6 +12,8 @@ mod foresight;
 pub mod generate;
 mod gpu;
 #[cfg(test)]
+mod gpu_delta_tests;
+#[cfg(test)]
 mod gpu_slot_tests;
 #[cfg(test)]
 mod gpu_tests;

@@ -406,15 +406,7 @@ impl Mixer {
                 tensors.vectors.push(a.kv_norm);
             }
             Mixer::Delta(d) => {
-                match &d.input {
-                    DeltaInput::Split { qkv, gate } => tensors.linears([qkv, gate]),
-                    DeltaInput::ByKeyHead(all) => tensors.linears([all]),
-                }
-                match &d.rates {
-                    DeltaRates::Split { beta, alpha } => tensors.linears([beta, alpha]),
-                    DeltaRates::ByKeyHead(all) => tensors.linears([all]),
-                }
-                tensors.linears([&d.out]);
+                tensors.linears(d.linears());
                 tensors.vectors.extend([d.conv, d.dt_bias, d.decay, d.norm]);
             }
         }

@@ -2,6 +2,7 @@
 //! runs them, and on the emulated device of the tests.
 
 mod attention;
+mod delta;
 mod products;
 mod small;
 mod stream;
@@ -44,6 +45,7 @@ pub fn all() -> Vec<Check> {
     let mut checks = products::checks();
     checks.extend(small::checks());
     checks.extend(attention::checks());
+    checks.extend(delta::checks());
     checks.extend(stream::checks());
     checks
 }

@@ -1,12 +1,14 @@
 //! The kernels as typed operations: sizes are checked here, once, so that no kernel looks beyond its buffers.
 
 mod attention;
+mod delta;
 mod products;
 mod prompt_attention;
 mod small;
 mod stream;
 
 pub use attention::{Attend, AttendRoom, CHUNK, Heads, MAX_KEY, Positions};
+pub use delta::{Delta, DeltaSizes, MAX_DELTA_HEAD};
 pub use products::{Batch, Group, Input, Matrices, Quants, SharedPart, Table};
 pub use prompt_attention::PROMPT_TOKENS;
 pub use small::{MAX_EXPERTS, MAX_GROUPS, Routing, Strided};

@@ -1,5 +1,6 @@
-//! Attention on a GPU: grouped heads, and latents. The arithmetic is that of `exec/mixer`.
+//! What mixes tokens on a GPU: grouped heads and latents here, the delta net in a file of its own. The arithmetic is that of `exec/mixer`.
 
+use super::delta::Delta;
 use super::matrix::{Maker, Matrix, product};
 use super::room::{Room, part_tokens};
 use crate::cuda::ops::{Attend, Heads as NewHeads, Input, Matrices, Positions, Quants, SharedPart, Strided, Table};
@@ -32,10 +33,11 @@ pub(super) struct Batch {
     pub(super) eps: f32,
 }
 
-/// A layer's attention with its keys and values.
+/// A layer's attention with its keys and values, or its delta net with its state.
 pub(super) enum Mixer {
     Gqa(Box<Gqa>),
     Mla(Box<Mla>),
+    Delta(Box<Delta>),
 }
 
 impl Mixer {
@@ -49,7 +51,7 @@ impl Mixer {
         match spec {
             MixerSpec::Gqa(a) => Ok(Self::Gqa(Box::new(Gqa::new(maker, a, rope, cache)?))),
             MixerSpec::Mla(a) => Ok(Self::Mla(Box::new(Mla::new(maker, a, rope, cache)?))),
-            MixerSpec::Delta(_) => unreachable!("a checked plan has no such layer on a GPU"),
+            MixerSpec::Delta(d) => Ok(Self::Delta(Box::new(Delta::new(maker, d)?))),
         }
     }
 
@@ -58,14 +60,16 @@ impl Mixer {
         match self {
             Self::Gqa(a) => [&a.q, &a.k, &a.v].into_iter().any(Matrix::takes_quants),
             Self::Mla(a) => a.q_down.as_ref().map_or(&a.q, |(m, _)| m).takes_quants() || a.kv_down.takes_quants(),
+            Self::Delta(d) => d.takes_quants(),
         }
     }
 
-    /// `room.out = mixer(x)`; the tokens' keys and values are added to the cache.
+    /// `room.out = mixer(x)`; the tokens' keys and values are added to the cache, or the state goes on to after them.
     pub(super) fn run(&self, ops: &Ops, room: &mut Room, batch: Batch) -> Result<(), CudaError> {
         match self {
             Self::Gqa(a) => a.run(ops, room, batch),
             Self::Mla(a) => a.run(ops, room, batch),
+            Self::Delta(d) => d.run(ops, room, batch),
         }
     }
 }
@@ -175,7 +179,7 @@ impl Gqa {
 }
 
 /// `room.out = o(room.mixed)`.
-fn output(ops: &Ops, o: &Matrix, n: usize, room: &mut Room) -> Result<(), CudaError> {
+pub(super) fn output(ops: &Ops, o: &Matrix, n: usize, room: &mut Room) -> Result<(), CudaError> {
     if o.takes_quants() {
         ops.quantize(room.mixed.view(), n, o.n_in, &mut room.inner)?;
     }

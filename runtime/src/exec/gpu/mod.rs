@@ -4,6 +4,7 @@
 //! The hidden state of a batch lies on the GPU while one part after another runs there. A router's choices come back to
 //! the processor, whose store knows where experts are. Nothing is allocated after loading.
 
+mod delta;
 pub(super) mod fits;
 mod matrix;
 mod mixer;

@@ -5,7 +5,7 @@ use crate::cuda::{Buffer, CudaError, Device};
 use crate::exec::gpu::units::Places;
 use crate::exec::rope::tables;
 use crate::formats::placement::TierIdx;
-use crate::model::spec::{Ffn, KvUp, Mixer, MlaSpec, ModelSpec};
+use crate::model::spec::{DeltaInput, Ffn, KvUp, Mixer, MlaSpec, ModelSpec};
 use std::sync::Arc;
 
 /// Values that attention has room for, unless one token needs more: 64 MiB.
@@ -139,7 +139,21 @@ impl Sizes {
                 }
                 (attend(part, a.n_head, a.kv_rank), a.kv_rank)
             }
-            Mixer::Delta(_) => return,
+            Mixer::Delta(d) => {
+                match d.input {
+                    DeltaInput::Split { qkv, gate } => {
+                        self.raw = self.raw.max(rows * qkv.n_out);
+                        self.gate = self.gate.max(rows * gate.n_out);
+                    }
+                    DeltaInput::ByKeyHead(all) => self.raw = self.raw.max(rows * all.n_out),
+                }
+                self.q = self.q.max(rows * d.channels());
+                self.k = self.k.max(2 * rows * d.n_value_head);
+                self.v = self.v.max(2 * rows * d.n_value_head);
+                self.mixed = self.mixed.max(rows * d.out.n_in);
+                self.inner = self.inner.max(d.out.n_in);
+                return;
+            }
         };
         self.attend = self.attend.max(wanted);
         self.attend_width = self.attend_width.min(width);

@@ -3,7 +3,7 @@
 //! A part runs where its weights are: a layer's mixer (with the keys and values of all layers), its router, its shared
 //! expert or its dense block, the head, and the embedding. The hidden state goes to where the next part is.
 
-use crate::cuda::ops::{MAX_EXPERTS, MAX_GROUPS, MAX_KEY};
+use crate::cuda::ops::{MAX_DELTA_HEAD, MAX_EXPERTS, MAX_GROUPS, MAX_KEY};
 use crate::exec::devices::{is_gpu, on_gpu};
 use crate::exec::load::LoadError;
 use crate::formats::placement::{Placement, TierIdx};
@@ -120,7 +120,17 @@ fn mixer(gguf: &Gguf, layer: &LayerSpec) -> Option<String> {
             let linears = linears.into_iter().find_map(|l| misplaced(gguf, l));
             linears.or(key(a.kv_rank + a.rope.dims)).or_else(|| misplaced_heads(gguf, a))
         }
-        Mixer::Delta(_) => Some("the gated delta net has no kernels for GPUs".into()),
+        Mixer::Delta(d) => {
+            let linears = d.linears().into_iter().find_map(|l| misplaced(gguf, l));
+            let odd = !d.head_dim.is_multiple_of(4) || d.head_dim > MAX_DELTA_HEAD;
+            let why = || {
+                format!(
+                    "heads of {} values in its state; a GPU takes multiples of 4 up to {MAX_DELTA_HEAD}",
+                    d.head_dim
+                )
+            };
+            linears.or_else(|| odd.then(why))
+        }
     }
 }
 

@@ -28,8 +28,13 @@ pub(super) enum MixerState {
     /// Latents and, after each, its rotated key part: all heads read the same rows.
     Mla(RowStore),
     Delta(DeltaState),
-    /// On a GPU, which reads and writes it: so many bytes.
-    OnGpu(u64),
+    /// On a GPU, which reads and writes it.
+    OnGpu {
+        /// What it takes there.
+        bytes: u64,
+        /// It can go back to fewer tokens.
+        rewinds: bool,
+    },
 }
 
 impl MixerState {
@@ -49,13 +54,14 @@ impl MixerState {
     pub(super) fn on_gpu(mixer: &Mixer, kv_type: KvType, context: usize) -> Self {
         let bytes = |rows: &KvRows| kv_type.row_bytes(rows.width).saturating_mul(rows.per_token);
         let token: u64 = mixer_rows(mixer).iter().map(bytes).sum();
-        Self::OnGpu(token.saturating_mul(context as u64))
+        let bytes = token.saturating_mul(context as u64).saturating_add(mixer.state_bytes());
+        Self::OnGpu { bytes, rewinds: !matches!(mixer, Mixer::Delta(_)) }
     }
 
     /// Bytes held.
     pub(super) fn bytes(&self) -> u64 {
         match self {
-            Self::OnGpu(bytes) => *bytes,
+            Self::OnGpu { bytes, .. } => *bytes,
             Self::Gqa(cache) => cache.keys.bytes() + cache.values.bytes(),
             Self::Mla(rows) => rows.bytes(),
             Self::Delta(state) => state.bytes(),
@@ -68,23 +74,24 @@ impl MixerState {
             Self::Gqa(cache) => cache.keys.move_to(pages).and_then(|()| cache.values.move_to(pages)),
             Self::Mla(rows) => rows.move_to(pages),
             Self::Delta(state) => state.move_to(pages),
-            Self::OnGpu(_) => Ok(()),
+            Self::OnGpu { .. } => Ok(()),
         }
     }
 
     /// Whether it can go back to what it was after fewer tokens; otherwise only to the beginning.
     pub(super) fn can_rewind(&self) -> bool {
         match self {
-            Self::Gqa(_) | Self::Mla(_) | Self::OnGpu(_) => true,
+            Self::Gqa(_) | Self::Mla(_) => true,
             Self::Delta(_) => false,
+            Self::OnGpu { rewinds, .. } => *rewinds,
         }
     }
 
     /// Forgets all tokens.
     pub(super) fn reset(&mut self) {
         match self {
-            // Rows are written before they are read.
-            Self::Gqa(_) | Self::Mla(_) | Self::OnGpu(_) => {}
+            // Rows are written before they are read. A GPU's recurrent state is nothing to the token at position 0.
+            Self::Gqa(_) | Self::Mla(_) | Self::OnGpu { .. } => {}
             Self::Delta(state) => state.reset(),
         }
     }

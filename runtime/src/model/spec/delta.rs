@@ -85,6 +85,20 @@ impl DeltaSpec {
         (self.conv_taps - 1) * self.channels() + self.n_value_head * self.head_dim * self.head_dim
     }
 
+    /// Its matrices.
+    pub fn linears(&self) -> Vec<&Linear> {
+        let mut linears = match &self.input {
+            DeltaInput::Split { qkv, gate } => vec![qkv, gate],
+            DeltaInput::ByKeyHead(all) => vec![all],
+        };
+        match &self.rates {
+            DeltaRates::Split { beta, alpha } => linears.extend([beta, alpha]),
+            DeltaRates::ByKeyHead(all) => linears.push(all),
+        }
+        linears.push(&self.out);
+        linears
+    }
+
     /// The key head that serves a value head.
     pub fn key_head(&self, value_head: usize) -> usize {
         match self.sharing {

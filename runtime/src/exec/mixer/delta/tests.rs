@@ -1,11 +1,13 @@
 //! The delta net against the formulas written out in 64-bit floats, and against itself token by token.
 
 use super::*;
+use crate::exec::gpu::mixer_alone;
 use crate::exec::weights::Held;
 use crate::gguf::Gguf;
 use crate::gguf::testing::Writer;
 use crate::kernels::Kernels;
-use crate::model::spec::{KeySharing, Linear, TensorId};
+use crate::model::kv::KvType;
+use crate::model::spec::{KeySharing, Linear, Mixer, TensorId};
 use crate::quant::TensorType;
 use crate::threads::ThreadPool;
 use std::io::Write;
@@ -266,6 +268,29 @@ fn a_layer_is_its_formulas() {
             let worst = found.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
             let largest = expected.iter().map(|v| v.abs()).fold(0.0, f32::max);
             assert!(worst < 2e-5 * largest, "{size:?}, fused {fused}: {worst} of {largest}");
+        }
+    }
+}
+
+#[test]
+fn a_gpu_computes_the_same_layer() {
+    for size in SIZES.into_iter().filter(|size| size.dim.is_multiple_of(4)) {
+        let plain = Plain::new(size);
+        let x = Numbers(3).take(11 * HIDDEN, 1.0);
+        let expected = plain.reference(size, &x);
+        let fused: &[bool] = if size.sharing == KeySharing::Grouped { &[false, true] } else { &[false] };
+        for fused in fused {
+            let run = |batches: &[usize]| {
+                let Layer { spec, weights } = Layer::new(size, &plain, *fused);
+                let norm = spec.norm;
+                mixer_alone(&Mixer::Delta(spec), norm, EPS, weights, KvType::F16, (&x, HIDDEN), batches)
+            };
+            let found = run(&[5, 2, 4]);
+            let worst = found.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            let largest = expected.iter().map(|v| v.abs()).fold(0.0, f32::max);
+            assert!(worst > 0.0 && worst < 2e-5 * largest, "{size:?}, fused {fused}: {worst} of {largest}");
+            // Up to seven tokens are multiplied one by one, and nothing else depends on their number.
+            assert_eq!(run(&[1; 11]), found, "{size:?}, fused {fused}");
         }
     }
 }
