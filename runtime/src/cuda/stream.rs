@@ -198,17 +198,17 @@ impl ExpertStream {
         if needs_quants(kind.gate) || needs_quants(kind.up) {
             ops.quantize(self.rows.view(), n, hidden, &mut self.rows_quants)?;
         }
+        let bias = |at: usize| biases.map(|biases| memory.part(biases[at].clone()));
         let product = |at: usize, (n_out, n_in): (usize, usize), floats: &Buffer, quants: &Quants, out: View<'_>| {
             let ty = [kind.gate, kind.up, kind.down][at];
             let matrix = memory.part(matrices[at].clone());
             let x = if needs_quants(ty) { Input::Quants(quants) } else { Input::Floats(floats.view()) };
-            if n >= MANY {
-                ops.matmul(ty, Batch::One(matrix, n), n_out, n_in, x, out)?;
-            } else {
-                ops.matvec(ty, Matrices::One(matrix), n, n_out, n_in, x, 1, out)?;
+            if n < MANY {
+                return ops.biased_matvec(ty, Matrices::One(matrix), bias(at), n, n_out, n_in, x, 1, out);
             }
-            match biases {
-                Some(biases) => ops.add_bias(out, memory.part(biases[at].clone()), None, n, n_out),
+            ops.matmul(ty, Batch::One(matrix, n), n_out, n_in, x, out)?;
+            match bias(at) {
+                Some(bias) => ops.add_bias(out, bias, None, n, n_out),
                 None => Ok(()),
             }
         };

@@ -2,6 +2,7 @@
 //! runs them, and on the emulated device of the tests.
 
 mod attention;
+mod gated;
 mod products;
 mod small;
 mod stream;
@@ -42,6 +43,7 @@ impl Check {
 /// All checks, those of each tensor type first.
 pub fn all() -> Vec<Check> {
     let mut checks = products::checks();
+    checks.extend(gated::checks());
     checks.extend(small::checks());
     checks.extend(attention::checks());
     checks.extend(stream::checks());
