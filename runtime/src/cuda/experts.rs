@@ -505,3 +505,6 @@ fn product(
         None => Ok(()),
     }
 }
+
+#[cfg(test)]
+mod tests;

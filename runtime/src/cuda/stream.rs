@@ -4,7 +4,7 @@
 use super::device::{Buffer, Device, View};
 use super::experts::{ExpertBytes, ExpertKind};
 use super::lane::{BUFFERS, Lane};
-use super::ops::{Batch, Input, Matrices, Quants};
+use super::ops::{Batch, Gated, Input, Matrices, Pair, Quants};
 use super::{CudaError, Ops};
 use crate::kernels::needs_quants;
 use std::sync::Arc;
@@ -212,10 +212,27 @@ impl ExpertStream {
                 None => Ok(()),
             }
         };
-        product(0, (ffn, hidden), &self.rows, &self.rows_quants, self.gate.view())?;
-        product(1, (ffn, hidden), &self.rows, &self.rows_quants, self.up.view())?;
+        let (gate, up) = (self.gate.view(), self.up.view());
         let inner = needs_quants(kind.down).then_some(&mut self.inner);
-        ops.activate(kind.activation, self.gate.view(), self.up.view(), n, ffn, inner)?;
+        if n < MANY && kind.gate == kind.up {
+            let quants = &self.rows_quants;
+            let gated = Gated {
+                ty: kind.gate,
+                matrices: Pair::One([0, 1].map(|at: usize| memory.part(matrices[at].clone()))),
+                biases: [bias(0), bias(1)],
+                activation: kind.activation,
+                jobs: n,
+                n_rows: ffn,
+                n_cols: hidden,
+                x: if needs_quants(kind.gate) { Input::Quants(quants) } else { Input::Floats(self.rows.view()) },
+                jobs_per_x: 1,
+            };
+            ops.gated(&gated, gate, inner)?;
+        } else {
+            product(0, (ffn, hidden), &self.rows, &self.rows_quants, gate)?;
+            product(1, (ffn, hidden), &self.rows, &self.rows_quants, up)?;
+            ops.activate(kind.activation, gate, up, n, ffn, inner)?;
+        }
         product(2, (hidden, ffn), &self.gate, &self.inner, self.results.view())?;
         ops.add_rows(self.results.view(), which, weights, n, hidden, self.out.view())
     }

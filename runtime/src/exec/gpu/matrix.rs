@@ -163,3 +163,42 @@ impl Ffn {
         product(ops, &self.down, n, gate, &room.inner, room.out.view())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::check::Random;
+    use crate::cuda::shim;
+
+    #[test]
+    fn matrices_multiplied_at_once_make_what_each_makes_alone() {
+        use TensorType::{F16, F32, Q4_0, Q5_1, Q8_0};
+        let device: Arc<dyn Device> = shim::shared();
+        let (ops, mut random, n_in) = (Ops::new(Arc::clone(&device)), Random::new("several matrices"), 96);
+        // Of one family, of several, more than a launch takes, with biases and without.
+        for types in [&[Q4_0, Q8_0, Q4_0][..], &[Q5_1, F32, Q8_0], &[F16, Q4_0], &[Q4_0, Q4_0, Q8_0, Q5_1]] {
+            let make = |(i, ty): (usize, &TensorType), random: &mut Random| {
+                let n_out = 7 + i;
+                let bytes = random.weights(*ty, n_out * n_in);
+                let bias = (i != 1).then(|| Buffer::of_f32(&device, &random.floats(n_out)).unwrap());
+                let on_device = Arc::new(Buffer::of_bytes(&device, &bytes).unwrap());
+                Matrix { bytes: on_device, range: 0..bytes.len(), ty: *ty, n_out, n_in, bias }
+            };
+            let matrices: Vec<_> = types.iter().enumerate().map(|of| make(of, &mut random)).collect();
+            for n in [1, 2, MANY] {
+                let x = Buffer::of_f32(&device, &random.floats(n * n_in)).unwrap();
+                let mut quants = Quants::new(&device, n * n_in).unwrap();
+                ops.quantize(x.view(), n, n_in, &mut quants).unwrap();
+                let room =
+                    || -> Vec<_> { matrices.iter().map(|m| Buffer::room_f32(&device, n * m.n_out).unwrap()).collect() };
+                let (together, alone) = (room(), room());
+                let parts: Vec<_> = matrices.iter().zip(&together).map(|(m, out)| (m, out.view())).collect();
+                products(&ops, &parts, n, x.view(), &quants).unwrap();
+                for ((matrix, out), together) in matrices.iter().zip(&alone).zip(&together) {
+                    product(&ops, matrix, n, x.view(), &quants, out.view()).unwrap();
+                    assert_eq!(out.view().to_f32().unwrap(), together.view().to_f32().unwrap(), "{types:?}, {n} rows");
+                }
+            }
+        }
+    }
+}
