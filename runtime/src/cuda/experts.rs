@@ -6,7 +6,7 @@
 //! it held has been asked for.
 
 use super::device::{Buffer, Device, View};
-use super::ops::{Batch, Group, Input, Matrices, Quants, SharedPart, Table};
+use super::ops::{Batch, ChosenSum, Gated, Group, Input, Matrices, Pair, Quants, SharedPart, Table};
 use super::{CudaError, Ops};
 use crate::kernels::needs_quants;
 use crate::model::spec::Activation;
@@ -96,6 +96,11 @@ struct Layer {
 }
 
 impl Layer {
+    /// The biases of gate, up or down.
+    fn bias(&self, matrix: usize) -> Option<View<'_>> {
+        self.biases.as_ref().map(|biases| biases[matrix].view())
+    }
+
     /// Copies an expert to its place in a buffer, and its biases to their row.
     fn put(&self, memory: &Buffer, i: usize, row: usize, expert: &ExpertBytes<'_>) -> Result<(), CudaError> {
         for (matrix, bytes) in [expert.gate, expert.up, expert.down].into_iter().enumerate() {
@@ -345,16 +350,25 @@ impl PinnedExperts {
                 first += alike.len();
             }
         }
-        let inner = Inner { gate: &r.gate, up: &r.up, quants: &mut r.inner };
+        let mut inner = Inner { gate: &r.gate, up: &r.up, quants: &mut r.inner };
         let uses = Uses { which: r.which.view(), jobs, rows, groups: &groups };
-        compute(ops, l, inner, r.x.view(), &r.x_quants, uses, results)?;
+        first_products(ops, l, &mut inner, r.x.view(), &r.x_quants, uses)?;
+        let (gate, quants) = (inner.gate.view(), &*inner.quants);
+        product(ops, uses, l, 2, gate, quants, 1, results)?;
         self.asked += jobs;
         self.hidden = hidden;
         Ok(())
     }
 
+    /// Whether the experts of a layer take what goes in in 8 bits.
+    pub fn takes_quants(&self, layer: usize) -> bool {
+        let kind = self.layers.get(layer).and_then(Option::as_ref).map(|l| l.kind);
+        kind.is_some_and(|kind| needs_quants(kind.gate) || needs_quants(kind.up))
+    }
+
     /// Adds to `x`, `[hidden]`, what the experts that `which`, `[n]`, numbers on the device make of `input`, `[hidden]`, each
-    /// by its weight of `weights`, `[n]`. Nothing comes back to the host.
+    /// by its weight of `weights`, `[n]`; `quants` are those of `input`, where they [take](Self::takes_quants) them. Nothing
+    /// comes back to the host.
     ///
     /// # Errors
     /// When the device fails.
@@ -365,23 +379,31 @@ impl PinnedExperts {
         &mut self,
         layer: usize,
         input: View<'_>,
+        quants: &Quants,
         which: View<'_>,
         weights: View<'_>,
         n: usize,
         x: View<'_>,
     ) -> Result<(), CudaError> {
         let Some(l) = self.layers.get(layer).and_then(Option::as_ref) else { panic!("layer {layer} on a device") };
-        assert!(l.here.iter().all(|here| *here) && n <= self.rows - self.asked, "{n} experts of layer {layer}");
-        let ExpertKind { hidden, gate, up, .. } = l.kind;
+        assert!(l.here.iter().all(|here| *here) && n <= self.rows, "{n} experts of layer {layer}");
+        let ExpertKind { hidden, ffn, down, .. } = l.kind;
         let (ops, r) = (&self.ops, &mut self.room);
-        if needs_quants(gate) || needs_quants(up) {
-            ops.quantize(input, 1, hidden, &mut r.x_quants)?;
-        }
-        let results = r.out.view().floats(self.asked * hidden..(self.asked + n) * hidden);
-        let inner = Inner { gate: &r.gate, up: &r.up, quants: &mut r.inner };
-        let uses = Uses { which, jobs: n, rows: 1, groups: &[] };
-        compute(ops, l, inner, input, &r.x_quants, uses, results)?;
-        ops.weighted_sum(results, weights, Some(x), 1, n, hidden, x)
+        let mut inner = Inner { gate: &r.gate, up: &r.up, quants: &mut r.inner };
+        first_products(ops, l, &mut inner, input, quants, Uses { which, jobs: n, rows: 1, groups: &[] })?;
+        let sum = ChosenSum {
+            ty: down,
+            table: &l.down,
+            which,
+            bias: l.bias(2),
+            weights,
+            tokens: 1,
+            n_used: n,
+            n_rows: hidden,
+            n_cols: ffn,
+            x: if needs_quants(down) { Input::Quants(inner.quants) } else { Input::Floats(inner.gate.view()) },
+        };
+        ops.chosen_sum(&sum, Some(x), x)
     }
 
     /// Results that were asked for and not fetched yet.
@@ -416,6 +438,7 @@ struct Inner<'a> {
 }
 
 /// Which experts take which rows.
+#[derive(Clone, Copy)]
 struct Uses<'a> {
     /// `[jobs]` numbers in the layer's tables.
     which: View<'a>,
@@ -426,35 +449,62 @@ struct Uses<'a> {
     groups: &'a [Group],
 }
 
-/// What a layer's experts make of `x`, `[jobs, hidden]`; `quants` are those of `x`, where gate or up take them.
-fn compute(
+/// What stands before the last products of a layer's experts, in 8 bits or as floats, as those take it: in `inner.quants` or
+/// `inner.gate`. `x` is `[rows, hidden]`, and `quants` are those of `x`, where gate or up take them.
+fn first_products(
     ops: &Ops,
     l: &Layer,
-    inner: Inner<'_>,
+    inner: &mut Inner<'_>,
     x: View<'_>,
     quants: &Quants,
     uses: Uses<'_>,
-    results: View<'_>,
 ) -> Result<(), CudaError> {
-    let (Uses { which, jobs, rows, groups }, ExpertKind { hidden, ffn, .. }) = (uses, l.kind);
-    let product = |ty, table, n_out, n_in, floats: View<'_>, quants: &Quants, per_x, out: View<'_>| {
-        let input = if needs_quants(ty) { Input::Quants(quants) } else { Input::Floats(floats) };
-        if !groups.is_empty() {
-            return ops.matmul(ty, Batch::Groups(table, groups), n_out, n_in, input, out);
-        }
-        ops.matvec(ty, Matrices::Chosen(table, which), jobs, n_out, n_in, input, per_x, out)
-    };
-    let bias = |at: usize, values: View<'_>, width: usize| match &l.biases {
-        Some(biases) => ops.add_bias(values, biases[at].view(), Some(which), jobs, width),
-        None => Ok(()),
-    };
-    let (gate, up) = (inner.gate.view(), inner.up.view());
-    product(l.kind.gate, &l.gate, ffn, hidden, x, quants, jobs / rows, gate)?;
-    product(l.kind.up, &l.up, ffn, hidden, x, quants, jobs / rows, up)?;
-    bias(0, gate, ffn)?;
-    bias(1, up, ffn)?;
-    let quants = needs_quants(l.kind.down).then_some(&mut *inner.quants);
-    ops.activate(l.kind.activation, gate, up, jobs, ffn, quants)?;
-    product(l.kind.down, &l.down, hidden, ffn, gate, inner.quants, 1, results)?;
-    bias(2, results, hidden)
+    let (Uses { which, jobs, rows, groups }, ExpertKind { ffn, hidden, activation, .. }) = (uses, l.kind);
+    let (gate, up, per_x) = (inner.gate.view(), inner.up.view(), jobs / rows);
+    let to = needs_quants(l.kind.down).then_some(&mut *inner.quants);
+    if groups.is_empty() && l.kind.gate == l.kind.up {
+        let gated = Gated {
+            ty: l.kind.gate,
+            matrices: Pair::Chosen([&l.gate, &l.up], which),
+            biases: [l.bias(0), l.bias(1)],
+            activation,
+            jobs,
+            n_rows: ffn,
+            n_cols: hidden,
+            x: if needs_quants(l.kind.gate) { Input::Quants(quants) } else { Input::Floats(x) },
+            jobs_per_x: per_x,
+        };
+        return ops.gated(&gated, gate, to);
+    }
+    product(ops, uses, l, 0, x, quants, per_x, gate)?;
+    product(ops, uses, l, 1, x, quants, per_x, up)?;
+    ops.activate(activation, gate, up, jobs, ffn, to)
 }
+
+/// Products of one of the three matrices of each expert, with its bias: `floats` or their `quants`, as the type takes them.
+fn product(
+    ops: &Ops,
+    uses: Uses<'_>,
+    l: &Layer,
+    at: usize,
+    floats: View<'_>,
+    quants: &Quants,
+    per_x: usize,
+    out: View<'_>,
+) -> Result<(), CudaError> {
+    let (Uses { which, jobs, groups, .. }, ExpertKind { ffn, hidden, .. }) = (uses, l.kind);
+    let (ty, table, n_out, n_in) =
+        [(l.kind.gate, &l.gate, ffn, hidden), (l.kind.up, &l.up, ffn, hidden), (l.kind.down, &l.down, hidden, ffn)][at];
+    let input = if needs_quants(ty) { Input::Quants(quants) } else { Input::Floats(floats) };
+    if groups.is_empty() {
+        return ops.biased_matvec(ty, Matrices::Chosen(table, which), l.bias(at), jobs, n_out, n_in, input, per_x, out);
+    }
+    ops.matmul(ty, Batch::Groups(table, groups), n_out, n_in, input, out)?;
+    match l.bias(at) {
+        Some(bias) => ops.add_bias(out, bias, Some(which), jobs, n_out),
+        None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -16,10 +16,19 @@ pub struct Module {
     pub kernels: &'static [&'static str],
 }
 
-/// The kernels of each format.
+/// The kernel of all types of a family, then the kernels of each.
 macro_rules! format_kernels {
-    ($($format:literal)*) => {
-        &[$(concat!("matvec_", $format), concat!("matmul_", $format), concat!("dequantize_", $format)),*]
+    ($family:literal: $($format:literal)*) => {
+        &[
+            concat!("matvecs_", $family),
+            $(
+                concat!("matvec_", $format),
+                concat!("gated_", $format),
+                concat!("chosen_sum_", $format),
+                concat!("matmul_", $format),
+                concat!("dequantize_", $format)
+            ),*
+        ]
     };
 }
 
@@ -47,7 +56,6 @@ pub static MODULES: [Module; 10] = [
             "matvec_transposed",
             "add",
             "add_bias",
-            "weighted_sum",
             "sigmoid_gate",
             "read_all",
             "nothing",
@@ -91,21 +99,25 @@ pub static MODULES: [Module; 10] = [
         text: include_str!("kernels/stream.cu"),
         kernels: &["gather_rows", "add_rows", "clear"],
     },
-    Module { name: "float.cu", text: include_str!("kernels/float.cu"), kernels: format_kernels!("F32" "F16" "BF16") },
+    Module {
+        name: "float.cu",
+        text: include_str!("kernels/float.cu"),
+        kernels: format_kernels!("float": "F32" "F16" "BF16"),
+    },
     Module {
         name: "small.cu",
         text: include_str!("kernels/small.cu"),
-        kernels: format_kernels!("Q4_0" "Q4_1" "Q5_0" "Q5_1" "Q8_0" "IQ4_NL" "MXFP4"),
+        kernels: format_kernels!("small": "Q4_0" "Q4_1" "Q5_0" "Q5_1" "Q8_0" "IQ4_NL" "MXFP4"),
     },
     Module {
         name: "k.cu",
         text: include_str!("kernels/k.cu"),
-        kernels: format_kernels!("Q2_K" "Q3_K" "Q4_K" "Q5_K" "Q6_K" "IQ4_XS"),
+        kernels: format_kernels!("k": "Q2_K" "Q3_K" "Q4_K" "Q5_K" "Q6_K" "IQ4_XS"),
     },
     Module {
         name: "iq.cu",
         text: include_str!("kernels/iq.cu"),
-        kernels: format_kernels!("IQ2_XXS" "IQ2_XS" "IQ2_S" "IQ3_XXS" "IQ3_S" "IQ1_S" "IQ1_M"),
+        kernels: format_kernels!("iq": "IQ2_XXS" "IQ2_XS" "IQ2_S" "IQ3_XXS" "IQ3_S" "IQ1_S" "IQ1_M"),
     },
 ];
 
@@ -116,6 +128,7 @@ pub fn headers() -> &'static [(&'static str, String)] {
             ("base.cuh", include_str!("kernels/base.cuh").to_string()),
             ("formats.cuh", include_str!("kernels/formats.cuh").to_string()),
             ("matmul.cuh", include_str!("kernels/matmul.cuh").to_string()),
+            ("products.cuh", include_str!("kernels/products.cuh").to_string()),
             ("matvec.cuh", include_str!("kernels/matvec.cuh").to_string()),
             ("small.cuh", include_str!("kernels/small.cuh").to_string()),
             ("k.cuh", include_str!("kernels/k.cuh").to_string()),
@@ -141,6 +154,29 @@ pub fn matvec_kernel(ty: TensorType) -> &'static str {
 /// The kernel that multiplies matrices of a type with many tokens.
 pub fn matmul_kernel(ty: TensorType) -> &'static str {
     kernel_of("matmul_", ty)
+}
+
+/// The kernel that makes of gate and up of a type what the last product takes.
+pub fn gated_kernel(ty: TensorType) -> &'static str {
+    kernel_of("gated_", ty)
+}
+
+/// The kernel that sums what a token's experts make, whose last matrices are of a type.
+pub fn chosen_sum_kernel(ty: TensorType) -> &'static str {
+    kernel_of("chosen_sum_", ty)
+}
+
+/// The kernel that multiplies several matrices at once, of a type and of all others of its module, and the type's number
+/// among them.
+///
+/// # Panics
+/// Never: every type has one.
+pub fn family(ty: TensorType) -> (&'static str, usize) {
+    let own = matvec_kernel(ty);
+    let kernels = MODULES.iter().map(|m| m.kernels).find(|kernels| kernels.contains(&own)).unwrap_or_default();
+    let number = kernels.iter().filter(|kernel| kernel.starts_with("matvec_")).position(|kernel| *kernel == own);
+    let several = kernels.iter().find(|kernel| kernel.starts_with("matvecs_"));
+    several.copied().zip(number).unwrap_or_else(|| panic!("{ty} has no kernel for several matrices"))
 }
 
 /// The kernel that decodes rows of a type.
@@ -183,9 +219,14 @@ mod tests {
     fn every_type_has_its_kernels_and_no_name_is_twice() {
         for ty in TensorType::ALL {
             assert_eq!(matvec_kernel(ty), format!("matvec_{ty}"));
+            assert_eq!(gated_kernel(ty), format!("gated_{ty}"));
+            assert_eq!(chosen_sum_kernel(ty), format!("chosen_sum_{ty}"));
             assert_eq!(matmul_kernel(ty), format!("matmul_{ty}"));
             assert_eq!(dequantize_kernel(ty), format!("dequantize_{ty}"));
         }
+        assert_eq!(family(TensorType::Q2_K), ("matvecs_k", 0));
+        assert_eq!(family(TensorType::MXFP4), ("matvecs_small", 6));
+        assert_eq!(family(TensorType::F16), ("matvecs_float", 1));
         let mut names: Vec<&str> = MODULES.iter().flat_map(|m| m.kernels).copied().collect();
         let all = names.len();
         names.sort_unstable();

@@ -4,7 +4,7 @@
 use super::device::{Buffer, Device, View};
 use super::experts::{ExpertBytes, ExpertKind};
 use super::lane::{BUFFERS, Lane};
-use super::ops::{Batch, Input, Matrices, Quants};
+use super::ops::{Batch, Gated, Input, Matrices, Pair, Quants};
 use super::{CudaError, Ops};
 use crate::kernels::needs_quants;
 use std::sync::Arc;
@@ -198,24 +198,41 @@ impl ExpertStream {
         if needs_quants(kind.gate) || needs_quants(kind.up) {
             ops.quantize(self.rows.view(), n, hidden, &mut self.rows_quants)?;
         }
+        let bias = |at: usize| biases.map(|biases| memory.part(biases[at].clone()));
         let product = |at: usize, (n_out, n_in): (usize, usize), floats: &Buffer, quants: &Quants, out: View<'_>| {
             let ty = [kind.gate, kind.up, kind.down][at];
             let matrix = memory.part(matrices[at].clone());
             let x = if needs_quants(ty) { Input::Quants(quants) } else { Input::Floats(floats.view()) };
-            if n >= MANY {
-                ops.matmul(ty, Batch::One(matrix, n), n_out, n_in, x, out)?;
-            } else {
-                ops.matvec(ty, Matrices::One(matrix), n, n_out, n_in, x, 1, out)?;
+            if n < MANY {
+                return ops.biased_matvec(ty, Matrices::One(matrix), bias(at), n, n_out, n_in, x, 1, out);
             }
-            match biases {
-                Some(biases) => ops.add_bias(out, memory.part(biases[at].clone()), None, n, n_out),
+            ops.matmul(ty, Batch::One(matrix, n), n_out, n_in, x, out)?;
+            match bias(at) {
+                Some(bias) => ops.add_bias(out, bias, None, n, n_out),
                 None => Ok(()),
             }
         };
-        product(0, (ffn, hidden), &self.rows, &self.rows_quants, self.gate.view())?;
-        product(1, (ffn, hidden), &self.rows, &self.rows_quants, self.up.view())?;
+        let (gate, up) = (self.gate.view(), self.up.view());
         let inner = needs_quants(kind.down).then_some(&mut self.inner);
-        ops.activate(kind.activation, self.gate.view(), self.up.view(), n, ffn, inner)?;
+        if n < MANY && kind.gate == kind.up {
+            let quants = &self.rows_quants;
+            let gated = Gated {
+                ty: kind.gate,
+                matrices: Pair::One([0, 1].map(|at: usize| memory.part(matrices[at].clone()))),
+                biases: [bias(0), bias(1)],
+                activation: kind.activation,
+                jobs: n,
+                n_rows: ffn,
+                n_cols: hidden,
+                x: if needs_quants(kind.gate) { Input::Quants(quants) } else { Input::Floats(self.rows.view()) },
+                jobs_per_x: 1,
+            };
+            ops.gated(&gated, gate, inner)?;
+        } else {
+            product(0, (ffn, hidden), &self.rows, &self.rows_quants, gate)?;
+            product(1, (ffn, hidden), &self.rows, &self.rows_quants, up)?;
+            ops.activate(kind.activation, gate, up, n, ffn, inner)?;
+        }
         product(2, (hidden, ffn), &self.gate, &self.inner, self.results.view())?;
         ops.add_rows(self.results.view(), which, weights, n, hidden, self.out.view())
     }

@@ -425,14 +425,19 @@ fn a_token_of_a_model_on_one_gpu_is_replayed() {
 fn a_layer_is_few_launches() {
     let gguf = Arc::new(Gguf::open(&data("../../profiles/demo/demo.gguf")).unwrap());
     let shape = shape_of(&gguf, &describe(&gguf).unwrap());
-    let plan = all_on_gpu(&shape, 16, KvType::F16);
+    let plan = all_on_gpu(&shape, 300, KvType::F16);
     let device = Arc::new(Watched::new(usize::MAX));
     let give = |_: usize| Ok(Arc::clone(&device) as Arc<dyn Device>);
     let options = LoadOptions { threads: Some(1), ..LoadOptions::default() };
     let mut engine = Engine::load_on(Arc::clone(&gguf), &plan, &options, Some(&give), &mut |_, _| {}).unwrap();
-    device.take();
-    engine.forward(&[5], Wanted::Last).unwrap();
-    let [launches, ..] = device.take();
+    let mut launches = |tokens: &[u32]| {
+        device.take();
+        engine.forward(tokens, Wanted::Last).unwrap();
+        device.take()[0]
+    };
     // Beside the layers the embedding, the last norm and the head.
-    assert_eq!(launches, 17 * shape.n_layer as usize + 3);
+    let n_layer = shape.n_layer as usize;
+    assert_eq!(launches(&[5]), 10 * n_layer + 3);
+    launches(&[7; 255]);
+    assert_eq!(launches(&[5]), 11 * n_layer + 3, "with chunks of the context to put together");
 }

@@ -3,6 +3,7 @@
 
 mod attention;
 mod delta;
+mod gated;
 mod products;
 mod small;
 mod stream;
@@ -43,6 +44,7 @@ impl Check {
 /// All checks, those of each tensor type first.
 pub fn all() -> Vec<Check> {
     let mut checks = products::checks();
+    checks.extend(gated::checks());
     checks.extend(small::checks());
     checks.extend(attention::checks());
     checks.extend(delta::checks());

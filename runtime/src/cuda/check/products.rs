@@ -97,14 +97,20 @@ fn transposed(ops: &Ops, random: &mut Random) -> Result<Outcome, CudaError> {
 }
 
 /// Activations on both sides.
-struct Both {
+pub(super) struct Both {
     acts: Activations,
     floats: Buffer,
     quants: Quants,
 }
 
 impl Both {
-    fn new(ops: &Ops, random: &mut Random, ty: TensorType, rows: usize, cols: usize) -> Result<Self, CudaError> {
+    pub(super) fn new(
+        ops: &Ops,
+        random: &mut Random,
+        ty: TensorType,
+        rows: usize,
+        cols: usize,
+    ) -> Result<Self, CudaError> {
         let x = random.activations(rows * cols);
         let mut acts = Activations::new(rows, cols);
         acts.fill(Kernels::SCALAR, rows, cols, &x, needs_quants(ty));
@@ -116,12 +122,12 @@ impl Both {
         Ok(Self { acts, floats, quants })
     }
 
-    fn input(&self, ty: TensorType) -> Input<'_> {
+    pub(super) fn input(&self, ty: TensorType) -> Input<'_> {
         if needs_quants(ty) { Input::Quants(&self.quants) } else { Input::Floats(self.floats.view()) }
     }
 
     /// The plain product with one row of activations, and what a result may differ by.
-    fn expected(&self, w: Weights<'_>, row: usize) -> Vec<(f64, f64)> {
+    pub(super) fn expected(&self, w: Weights<'_>, row: usize) -> Vec<(f64, f64)> {
         plain_product(w, &self.acts, row)
     }
 }

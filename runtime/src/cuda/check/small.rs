@@ -25,7 +25,6 @@ pub(super) fn checks() -> Vec<Check> {
             activation(ops, random, Activation::ClampedSwiglu { alpha: 1.702, limit: 7.0 })
         }),
         Check::new("add, add_bias", sums),
-        Check::new("weighted_sum", weighted_sum),
         Check::new("sigmoid_gate", sigmoid_gate),
         Check::new("route", route),
     ]
@@ -205,33 +204,6 @@ fn sums(ops: &Ops, random: &mut Random) -> Result<Outcome, CudaError> {
     }
     let mut outcome = Outcome::default();
     outcome.exactly(&a.view().to_f32()?, &x);
-    Ok(outcome)
-}
-
-fn weighted_sum(ops: &Ops, random: &mut Random) -> Result<Outcome, CudaError> {
-    let (tokens, n_used, width) = (3, 8, 100);
-    let (x, weights) = (random.floats(tokens * n_used * width), random.floats(tokens * n_used));
-    let mut onto = random.floats(tokens * width);
-    let (on_device, w) = (Buffer::of_f32(ops.device(), &x)?, Buffer::of_f32(ops.device(), &weights)?);
-    let base = Buffer::of_f32(ops.device(), &onto)?;
-    let out = Buffer::room_f32(ops.device(), tokens * width)?;
-    let mut outcome = Outcome::default();
-    for with in [false, true] {
-        let given = with.then_some(base.view());
-        ops.weighted_sum(on_device.view(), w.view(), given, tokens, n_used, width, out.view())?;
-        let mut expected = vec![0.0; tokens * width];
-        for (t, to) in expected.chunks_exact_mut(width).enumerate() {
-            for k in 0..n_used {
-                let at = t * n_used + k;
-                Kernels::SCALAR.axpy(weights[at], &x[at * width..][..width], to);
-            }
-        }
-        if with {
-            Kernels::SCALAR.add(&mut onto, &expected);
-            expected.copy_from_slice(&onto);
-        }
-        outcome.floats(&out.view().to_f32()?, near(&expected, 1.0));
-    }
     Ok(outcome)
 }
 

@@ -14,15 +14,20 @@
 /// Lanes that share a position while scores are computed.
 #define SHARE 8
 
-/// `mixed` is `[tokens, heads, chunks, value_width]`, `largest` and `sums` `[tokens, heads, chunks]`. The tokens are at
+/// `mixed` is `[tokens, heads, chunks, value_width]`, `largest` and `sums` `[tokens, heads, chunks]`; where there is only one
+/// chunk `out` may be given, and gets what `join_chunks` would make of it, with the arguments that has. The tokens are at
 /// position `*past + first_token` and after it. Grid: chunks, from the first that a token sees on, and perhaps more than
 /// that; heads of keys and values times blocks of heads; tokens.
 template <class Rows>
 DEVICE void attend(const float* queries, const u8* keys, const u8* values, int context, int n_head_kv, int group,
                    int key_width, int value_row_width, int value_width, float scale, const int* past,
-                   int first_token, int window, float* mixed, float* largest, float* sums) {
+                   int first_token, int window, float* mixed, float* largest, float* sums, const float* sinks,
+                   float* out, i8* q, float* quant_scale, float* quant_sums) {
     __shared__ float query[HEADS][MAX_KEY];
     __shared__ float scores[HEADS][CHUNK];
+    // Of a chunk that is all there is: what it counts beside the sink, and the sum of both.
+    __shared__ float share[HEADS];
+    __shared__ float total[HEADS];
     const int head_blocks = (group + HEADS - 1) / HEADS;
     const int kv_head = (int)blockIdx.y / head_blocks, first_head = (int)blockIdx.y % head_blocks * HEADS;
     const int heads = group - first_head < HEADS ? group - first_head : HEADS;
@@ -78,9 +83,16 @@ DEVICE void attend(const float* queries, const u8* keys, const u8* values, int c
             sum += e;
         }
         sum = warp_sum(sum);
-        if (lane == 0) {
+        if (lane == 0 && !out) {
             largest[(first_query + h) * chunks + chunk] = most;
             sums[(first_query + h) * chunks + chunk] = sum;
+        }
+        if (lane == 0 && out) {
+            const float sink = sinks ? sinks[kv_head * group + first_head + h] : minus_infinity();
+            const float top = fmaxf(sink, most);
+            share[h] = expf(most - top);
+            total[h] = share[h] * sum;
+            if (sinks) total[h] += expf(sink - top);
         }
     }
     __syncthreads();
@@ -94,7 +106,15 @@ DEVICE void attend(const float* queries, const u8* keys, const u8* values, int c
             }
         }
         for (int h = 0; h < HEADS; h++) {
-            if (h < heads) mixed[((first_query + h) * chunks + chunk) * value_width + c] = acc[h];
+            if (h >= heads) continue;
+            if (!out) {
+                mixed[((first_query + h) * chunks + chunk) * value_width + c] = acc[h];
+                continue;
+            }
+            const i64 to = (first_query + h) * value_width + c;
+            const float v = share[h] * acc[h] / total[h];
+            out[to] = v;
+            if (q) quantize_run(v, to / 32, q, quant_scale, quant_sums);
         }
     }
 }
@@ -102,9 +122,10 @@ DEVICE void attend(const float* queries, const u8* keys, const u8* values, int c
 #define ATTEND(NAME, ROWS)                                                                                              \
     KERNEL NAME(const float* queries, const u8* keys, const u8* values, int context, int n_head_kv, int group,          \
                 int key_width, int value_row_width, int value_width, float scale, const int* past,                      \
-                int first_token, int window, float* mixed, float* largest, float* sums) {                               \
+                int first_token, int window, float* mixed, float* largest, float* sums, const float* sinks,             \
+                float* out, i8* q, float* quant_scale, float* quant_sums) {                                             \
         attend<ROWS>(queries, keys, values, context, n_head_kv, group, key_width, value_row_width, value_width, scale,  \
-                     past, first_token, window, mixed, largest, sums);                                                  \
+                     past, first_token, window, mixed, largest, sums, sinks, out, q, quant_scale, quant_sums);          \
     }
 
 ATTEND(attend_f32, RowsF32)

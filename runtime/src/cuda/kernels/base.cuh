@@ -15,6 +15,8 @@ typedef long long i64;
 
 #define DEVICE __device__ __forceinline__
 #define KERNEL extern "C" __global__ void
+/// Stands before the name of a kernel whose blocks may have so many threads.
+#define BLOCKS_OF(threads) __launch_bounds__(threads)
 #define TABLE static __device__ const
 
 /// The 16-bit float with these bits.
@@ -99,6 +101,20 @@ DEVICE void quantize_run(float v, i64 run, i8* q, float* scale, float* sums) {
     q[32 * run + lane] = code;
     if (lane % 16 == 0) sums[2 * run + lane / 16] = s * (float)sum;
     if (lane == 0) scale[run] = s;
+}
+
+/// What stands between the products of most feed-forward blocks.
+DEVICE float silu_gated(float gate, float up) {
+    return gate / (1.0f + expf(-gate)) * up;
+}
+
+/// `g / (1 + exp(-alpha * g)) * (u + 1)`: `g` is gate, at most `limit`, and `u` up, within `limit` of zero.
+DEVICE float clamped_gated(float gate, float up, float alpha, float limit) {
+    // Compared rather than clamped: a NaN goes through.
+    const float g = gate > limit ? limit : gate;
+    const float below = up > limit ? limit : up;
+    const float u = below < -limit ? -limit : below;
+    return g / (1.0f + expf(-alpha * g)) * (u + 1.0f);
 }
 
 DEVICE float half_at(const u8* p) {

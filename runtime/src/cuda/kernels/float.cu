@@ -1,5 +1,5 @@
 // Products of float matrices with activations as they are, and widening.
-#include "base.cuh"
+#include "products.cuh"
 
 struct F32 {
     typedef float Bits;
@@ -16,40 +16,27 @@ struct BF16 {
     static DEVICE float value(u16 v) { return __int_as_float((int)((u32)v << 16)); }
 };
 
-/// As the product of the quantised formats, with 32-bit activations `[_, n_cols]`.
+/// A float format as a type of products: a piece is four values where rows have whole fours, and else one.
 template <class F>
-DEVICE void product(const u8* base, const u8* const* table, int n_table, const int* which, int n_rows, int n_cols,
-                    const float* x, int jobs_per_x, float* out) {
+struct Values {
+    typedef Floats Acts;
     typedef typename F::Bits Bits;
-    const int lane = threadIdx.x % WARP;
-    const int row = (int)(blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP);
-    const int job = (int)blockIdx.y;
-    if (row >= n_rows) return;
-    const u8* start = base;
-    if (table) {
-        const int at = which ? which[job] : job;
-        start = at < 0 || at >= n_table ? nullptr : table[at];
-    }
-    if (!start) return;
-    const Bits* w = (const Bits*)start + (i64)row * n_cols;
-    x += (i64)(job / jobs_per_x) * n_cols;
-    float sum = 0.0f;
-    if (n_cols % 4 == 0) {
-        struct alignas(4 * sizeof(Bits)) Four {
-            Bits v[4];
-        };
-        for (int i = 4 * lane; i < n_cols; i += 4 * WARP) {
-            const Four four = *(const Four*)(w + i);
-            const float4 with = *(const float4*)(x + i);
+    struct alignas(4 * sizeof(Bits)) Four {
+        Bits v[4];
+    };
+    static DEVICE i64 row_bytes(int n_cols) { return (i64)n_cols * (i64)sizeof(Bits); }
+    static DEVICE int pieces(int n_cols) { return n_cols % 4 == 0 ? n_cols / 4 : n_cols; }
+    static DEVICE void add(const u8* row, int i, int n_cols, Floats x, float& sum) {
+        if (n_cols % 4 == 0) {
+            const Four four = ((const Four*)row)[i];
+            const float4 with = ((const float4*)x.x)[i];
             sum += F::value(four.v[0]) * with.x + F::value(four.v[1]) * with.y;
             sum += F::value(four.v[2]) * with.z + F::value(four.v[3]) * with.w;
+        } else {
+            sum += F::value(((const Bits*)row)[i]) * ((const float*)x.x)[i];
         }
-    } else {
-        for (int i = lane; i < n_cols; i += WARP) sum += F::value(w[i]) * x[i];
     }
-    sum = warp_sum(sum);
-    if (lane == 0) out[(i64)job * n_rows + row] = sum;
-}
+};
 
 /// `N` values of a row from `column` on, zeros after its end. `quads` says that rows begin where four are read at once.
 template <class F, int N>
@@ -146,10 +133,7 @@ DEVICE void widen_rows(const u8* base, const int* which, int n_rows, int n_cols,
 }
 
 #define FLOAT_KERNELS(F)                                                                                               \
-    KERNEL matvec_##F(const u8* base, const u8* const* table, int n_table, const int* which, int n_rows, int n_cols,   \
-                      const float* x, int jobs_per_x, float* out) {                                                    \
-        product<F>(base, table, n_table, which, n_rows, n_cols, x, jobs_per_x, out);                                   \
-    }                                                                                                                  \
+    PRODUCT_KERNELS(F, Values<F>)                                                                                      \
     KERNEL matmul_##F(const u8* base, const u8* const* table, int n_table, const int* groups, int n_tokens, int n_rows,\
                       int n_cols, const float* x, float* out) {                                                        \
         product_of_many<F>(base, table, n_table, groups, n_tokens, n_rows, n_cols, x, out);                            \
@@ -161,3 +145,5 @@ DEVICE void widen_rows(const u8* base, const int* which, int n_rows, int n_cols,
 FLOAT_KERNELS(F32)
 FLOAT_KERNELS(F16)
 FLOAT_KERNELS(BF16)
+
+MATVECS_KERNEL(float, Values<F32>, Values<F16>, Values<BF16>)

@@ -9,3 +9,6 @@ FORMAT_KERNELS(IQ3_XXS)
 FORMAT_KERNELS(IQ3_S)
 FORMAT_KERNELS(IQ1_S)
 FORMAT_KERNELS(IQ1_M)
+
+MATVECS_KERNEL(iq, Blocks<IQ2_XXS>, Blocks<IQ2_XS>, Blocks<IQ2_S>, Blocks<IQ3_XXS>, Blocks<IQ3_S>, Blocks<IQ1_S>,
+               Blocks<IQ1_M>)

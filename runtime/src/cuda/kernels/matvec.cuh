@@ -1,37 +1,20 @@
 // Products of quantised matrices with 8-bit activations, and plain decoding, for any format.
 #pragma once
 #include "matmul.cuh"
+#include "products.cuh"
 
-/// `out[job, row] = sum over c of w[row, c] * x[job / jobs_per_x, c]`, a warp a row.
-///
-/// The matrix of a job is `base`, or, where there is a table, `table[which[job]]`, and `table[job]` without `which`: a
-/// layer's chosen experts are one launch. Where there is no matrix (a number outside the table, or a null in it) the
-/// result is left as it is.
+/// A block format as a type of products: a piece is a run.
 template <class F>
-DEVICE void matvec(const u8* base, const u8* const* table, int n_table, const int* which, int n_rows, int n_cols,
-                   const i8* q, const float* scale, const float* sums, int jobs_per_x, float* out) {
-    const int lane = threadIdx.x % WARP;
-    const int row = (int)(blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP);
-    const int job = (int)blockIdx.y;
-    if (row >= n_rows) return;
-    const u8* w = base;
-    if (table) {
-        const int at = which ? which[job] : job;
-        w = at < 0 || at >= n_table ? nullptr : table[at];
-    }
-    if (!w) return;
-    const int n_runs = n_cols / 32;
-    const i64 x = (i64)(job / jobs_per_x) * n_runs;
-    w += (i64)row * (n_cols / F::LEN) * F::BYTES;
-    float sum = 0.0f;
-    for (int i = lane; i < n_runs; i += WARP) {
+struct Blocks {
+    typedef Codes Acts;
+    static DEVICE i64 row_bytes(int n_cols) { return (i64)(n_cols / F::LEN) * F::BYTES; }
+    static DEVICE int pieces(int n_cols) { return n_cols / 32; }
+    static DEVICE void add(const u8* row, int i, int, Codes x, float& sum) {
         Run r;
-        F::unpack(w + (i64)(i / F::RUNS) * F::BYTES, i % F::RUNS, r);
-        sum += run_product(r, q + 32 * (x + i), scale[x + i], sums + 2 * (x + i), F::HAS_MIN);
+        F::unpack(row + (i64)(i / F::RUNS) * F::BYTES, i % F::RUNS, r);
+        sum += run_product(r, (const i8*)x.q + 32 * i, x.scale[i], x.sums + 2 * i, F::HAS_MIN);
     }
-    sum = warp_sum(sum);
-    if (lane == 0) out[(i64)job * n_rows + row] = sum;
-}
+};
 
 /// Decodes rows of `n_cols` values: those with numbers in `which`, or the first ones without. A thread takes 32 values.
 template <class F>
@@ -54,10 +37,7 @@ DEVICE void dequantize(const u8* base, const int* which, int n_rows, int n_cols,
 
 /// The kernels of a format.
 #define FORMAT_KERNELS(F)                                                                                              \
-    KERNEL matvec_##F(const u8* base, const u8* const* table, int n_table, const int* which, int n_rows, int n_cols,   \
-                      const i8* q, const float* scale, const float* sums, int jobs_per_x, float* out) {                \
-        matvec<F>(base, table, n_table, which, n_rows, n_cols, q, scale, sums, jobs_per_x, out);                       \
-    }                                                                                                                  \
+    PRODUCT_KERNELS(F, Blocks<F>)                                                                                      \
     KERNEL matmul_##F(const u8* base, const u8* const* table, int n_table, const int* groups, int n_tokens, int n_rows,\
                       int n_cols, const i8* q, const float* scale, const float* sums, float* out) {                    \
         matmul<F>(base, table, n_table, groups, n_tokens, n_rows, n_cols, q, scale, sums, out);                        \

@@ -172,25 +172,20 @@ DEVICE i64 thread_number() {
     return (i64)blockIdx.x * blockDim.x + threadIdx.x;
 }
 
-/// `gate = gate / (1 + exp(-gate)) * up`, and the 8-bit form of that where `q` is not null; `n` is a multiple of 32 then.
+/// `gate = silu_gated(gate, up)`, and the 8-bit form of that where `q` is not null; `n` is a multiple of 32 then.
 KERNEL silu_mul(float* gate, const float* up, int n, i8* q, float* scale, float* sums) {
     const i64 i = thread_number();
     if (i >= n) return;
-    const float v = gate[i] / (1.0f + expf(-gate[i])) * up[i];
+    const float v = silu_gated(gate[i], up[i]);
     gate[i] = v;
     if (q) quantize_run(v, i / 32, q, scale, sums);
 }
 
-/// `gate = g / (1 + exp(-alpha * g)) * (u + 1)`: `g` is gate, at most `limit`, and `u` up, within `limit` of zero.
-/// The 8-bit form as `silu_mul`.
+/// `gate = clamped_gated(gate, up)`, and the 8-bit form as `silu_mul`.
 KERNEL clamped_swiglu(float* gate, const float* up, float alpha, float limit, int n, i8* q, float* scale, float* sums) {
     const i64 i = thread_number();
     if (i >= n) return;
-    // Compared rather than clamped: a NaN goes through.
-    const float g = gate[i] > limit ? limit : gate[i];
-    const float below = up[i] > limit ? limit : up[i];
-    const float u = below < -limit ? -limit : below;
-    const float v = g / (1.0f + expf(-alpha * g)) * (u + 1.0f);
+    const float v = clamped_gated(gate[i], up[i], alpha, limit);
     gate[i] = v;
     if (q) quantize_run(v, i / 32, q, scale, sums);
 }
@@ -238,17 +233,6 @@ KERNEL add_bias(float* x, const float* bias, int n_bias, const int* which, int w
     if (i >= n) return;
     const i64 row = which ? which[i / width] : 0;
     if (row >= 0 && row < n_bias) x[i] += bias[row * width + i % width];
-}
-
-/// `out[token] = onto[token] + sum over k of weight[token, k] * x[token, k]`, in the order of `k`; a null `onto` stands for
-/// zeros. `x` is `[tokens, n_used, width]`, `n` is `tokens * width`.
-KERNEL weighted_sum(const float* x, const float* weight, const float* onto, int n_used, int width, int n, float* out) {
-    const i64 i = thread_number();
-    if (i >= n) return;
-    const i64 token = i / width, at = i % width;
-    float sum = 0.0f;
-    for (int k = 0; k < n_used; k++) sum += weight[token * n_used + k] * x[(token * n_used + k) * width + at];
-    out[i] = onto ? onto[i] + sum : sum;
 }
 
 /// Multiplies each row of `out` `[rows, width]` by `1 / (1 + exp(-gate . x))`, `x` `[rows, n]`: the gate of a shared

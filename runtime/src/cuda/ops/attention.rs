@@ -170,6 +170,16 @@ impl Attend<'_> {
     }
 }
 
+/// Arguments of what quantises the results of tokens from `first` on.
+fn quant_args(a: &Attend<'_>, quants: Option<&Quants>, first: usize) -> [Arg; 3] {
+    quants.map_or([Arg::Pointer(0); 3], |quants| {
+        let from = first * a.n_head_kv * a.group * a.value_width;
+        let (codes, scales, sums) = (quants.codes.view(), quants.scales.view(), quants.sums.view());
+        let codes = codes.part(from..codes.len()).arg();
+        [codes, scales.floats(from / 32..scales.words()).arg(), sums.floats(from / 16..sums.words()).arg()]
+    })
+}
+
 impl Ops {
     /// Rotates the first values of every head of `[tokens, heads, head_dim]`; `turns` is `[tokens, half]` of cosine and
     /// sine, prepared on the processor, so that scaling needs no kernel.
@@ -321,6 +331,9 @@ impl Ops {
             let queries = a.queries.floats(first * heads * a.key_width..(first + tokens) * heads * a.key_width);
             let to = out.floats(first * heads * a.value_width..(first + tokens) * heads * a.value_width);
             let (mixed, largest, sums) = (room.mixed.view(), room.largest.view(), room.sums.view());
+            // A chunk that is all there is needs no others.
+            let whole = chunks == 1;
+            let [q, quant_scale, quant_sums] = quant_args(a, quants.filter(|_| whole), first);
             let args = [
                 queries.arg(),
                 a.keys.aligned().arg(),
@@ -338,10 +351,17 @@ impl Ops {
                 mixed.arg(),
                 largest.arg(),
                 sums.arg(),
+                null_or(a.sinks),
+                null_or(whole.then_some(to)),
+                q,
+                quant_scale,
+                quant_sums,
             ];
             let grid = [blocks(chunks, 1), few(a.n_head_kv * a.group.div_ceil(HEADS)), few(tokens)];
             self.launch(kernel, grid, 128, &args)?;
-            self.join(a, room, first..first + tokens, chunks, to, quants)?;
+            if !whole {
+                self.join(a, room, first..first + tokens, chunks, to, quants)?;
+            }
             first += tokens;
         }
         Ok(())
@@ -359,13 +379,7 @@ impl Ops {
     ) -> Result<(), CudaError> {
         let heads = a.n_head_kv * a.group;
         let [mixed, largest, parts] = [&room.mixed, &room.largest, &room.sums].map(|b| b.view().arg());
-        let [q, scale, sums] = quants.map_or([Arg::Pointer(0); 3], |quants| {
-            let from = tokens.start * heads * a.value_width;
-            let codes = quants.codes.view();
-            let (scales, sums) = (quants.scales.view(), quants.sums.view());
-            let codes = codes.part(from..codes.len()).arg();
-            [codes, scales.floats(from / 32..scales.words()).arg(), sums.floats(from / 16..sums.words()).arg()]
-        });
+        let [q, scale, sums] = quant_args(a, quants, tokens.start);
         let (pieces, width, sinks) = (int(pieces), int(a.value_width), null_or(a.sinks));
         let args = [mixed, largest, parts, pieces, width, sinks, out.arg(), q, scale, sums];
         self.launch("join_chunks", [blocks(heads, 1), few(tokens.len()), 1], 128, &args)

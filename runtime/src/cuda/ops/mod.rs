@@ -2,6 +2,7 @@
 
 mod attention;
 mod delta;
+mod gated;
 mod products;
 mod prompt_attention;
 mod small;
@@ -9,7 +10,8 @@ mod stream;
 
 pub use attention::{Attend, AttendRoom, CHUNK, Heads, MAX_KEY, Positions};
 pub use delta::{Delta, DeltaSizes, MAX_DELTA_HEAD};
-pub use products::{Batch, Group, Input, Matrices, Quants, SharedPart, Table};
+pub use gated::{ChosenSum, Gated, Pair};
+pub use products::{Batch, Group, Input, MOST_PARTS, Matrices, Part, Quants, SharedPart, Table};
 pub use prompt_attention::PROMPT_TOKENS;
 pub use small::{MAX_EXPERTS, MAX_GROUPS, Routing, Strided};
 
@@ -19,6 +21,9 @@ use std::sync::Arc;
 
 /// Threads of a block where nothing asks for another number.
 const THREADS: u32 = 256;
+
+/// Rows of a matrix that a block multiplies with few rows of activations, a warp each.
+const MATVEC_ROWS: usize = 4;
 
 /// Operations on a device.
 #[derive(Clone)]

@@ -1,14 +1,14 @@
 //! Products of matrices with activations, quantisation and decoding.
 
-use super::{THREADS, blocks, few, int, null_or};
+use super::{MATVEC_ROWS, THREADS, blocks, few, int, null_or};
 use crate::cuda::device::{Arg, Buffer, Device, View};
 use crate::cuda::{CudaError, Ops, source};
 use crate::kernels::needs_quants;
 use crate::quant::TensorType;
 use std::sync::Arc;
 
-/// Rows of a matrix that a block multiplies, a warp each.
-const MATVEC_ROWS: usize = 4;
+/// Matrices that are multiplied at once at most.
+pub const MOST_PARTS: usize = 3;
 
 /// Rows of a block of a product with many tokens, as the kernel has them.
 const TILE_ROWS: u32 = 64;
@@ -70,6 +70,45 @@ pub enum Matrices<'a> {
     /// The one that `which`, `[jobs]` whole numbers on the device, says; a number outside the table is none, and the
     /// job's result stays as it is.
     Chosen(&'a Table<'a>, View<'a>),
+}
+
+impl Matrices<'_> {
+    /// A kernel's arguments: the one matrix, the table, its length, and what each job chose; `bytes` are those of a matrix.
+    pub(super) fn args(self, jobs: usize, bytes: usize) -> [Arg; 4] {
+        let (one, table, which) = match self {
+            Matrices::One(w) => (Some(w.aligned()), None, None),
+            Matrices::Table(table) => (None, Some(table), None),
+            Matrices::Chosen(table, which) => (None, Some(table), Some(which)),
+        };
+        let least = one.map(View::len).or(table.and_then(|t| t.least));
+        assert!(least.is_none_or(|len| len >= bytes), "matrices of {bytes} bytes");
+        assert!(which.is_none_or(|w| w.words() >= jobs), "{jobs} choices");
+        let n_table = table.map_or(0, |t| t.n);
+        [null_or(one), null_or(table.map(|t| t.pointers.view())), int(n_table), null_or(which)]
+    }
+
+    /// How many there are.
+    pub(super) fn count(self) -> usize {
+        match self {
+            Matrices::One(_) => 1,
+            Matrices::Table(table) | Matrices::Chosen(table, _) => table.n,
+        }
+    }
+}
+
+/// One of several matrices that are multiplied with the same activations.
+#[derive(Clone, Copy)]
+pub struct Part<'a> {
+    /// Of the matrix.
+    pub ty: TensorType,
+    /// `[n_rows, _]`.
+    pub w: View<'a>,
+    /// Rows.
+    pub n_rows: usize,
+    /// `[n_rows]`.
+    pub bias: Option<View<'a>>,
+    /// `[tokens, n_rows]`.
+    pub out: View<'a>,
 }
 
 /// Matrices by number; some may be missing.
@@ -153,6 +192,27 @@ pub enum Input<'a> {
     Floats(View<'a>),
 }
 
+impl Input<'_> {
+    /// The three arguments of a product of matrices of a type with `[rows, cols]`.
+    pub(super) fn args(self, ty: TensorType, rows: usize, cols: usize) -> [Arg; 3] {
+        match self {
+            Input::Quants(x) => {
+                assert!(needs_quants(ty) && x.rows >= rows && x.cols == cols, "activations for {ty}");
+                [x.codes.view().arg(), x.scales.view().arg(), x.sums.view().arg()]
+            }
+            Input::Floats(x) => {
+                assert!(!needs_quants(ty) && x.words() >= rows * cols, "activations for {ty}");
+                [x.aligned().arg(), Arg::Pointer(0), Arg::Pointer(0)]
+            }
+        }
+    }
+}
+
+/// Bytes of a row.
+pub(super) fn row_bytes(ty: TensorType, n_cols: usize) -> usize {
+    ty.row_bytes(n_cols as u64).unwrap_or_else(|| panic!("rows of {n_cols} {ty} values")) as usize
+}
+
 impl Ops {
     /// Quantises `[rows, cols]` to 8 bits, as the processor does, to the bit.
     ///
@@ -187,33 +247,68 @@ impl Ops {
         jobs_per_x: usize,
         out: View<'_>,
     ) -> Result<(), CudaError> {
-        let row_bytes = ty.row_bytes(n_cols as u64).unwrap_or_else(|| panic!("rows of {n_cols} {ty} values")) as usize;
-        let (one, table, which) = match matrices {
-            Matrices::One(w) => (Some(w.aligned()), None, None),
-            Matrices::Table(table) => (None, Some(table), None),
-            Matrices::Chosen(table, which) => (None, Some(table), Some(which)),
-        };
-        let least = one.map(View::len).or(table.and_then(|t| t.least));
-        assert!(least.is_none_or(|len| len >= n_rows * row_bytes), "{n_rows} rows of {row_bytes} bytes");
-        assert!(which.is_none_or(|w| w.words() >= jobs), "{jobs} choices");
+        self.biased_matvec(ty, matrices, None, jobs, n_rows, n_cols, x, jobs_per_x, out)
+    }
+
+    /// [`matvec`](Self::matvec) with a bias added, `[_, n_rows]` with a row for every matrix.
+    ///
+    /// # Errors
+    /// When the device fails.
+    ///
+    /// # Panics
+    /// When a size does not fit.
+    pub fn biased_matvec(
+        &self,
+        ty: TensorType,
+        matrices: Matrices<'_>,
+        bias: Option<View<'_>>,
+        jobs: usize,
+        n_rows: usize,
+        n_cols: usize,
+        x: Input<'_>,
+        jobs_per_x: usize,
+        out: View<'_>,
+    ) -> Result<(), CudaError> {
+        let [one, table, n_table, which] = matrices.args(jobs, n_rows * row_bytes(ty, n_cols));
+        assert!(bias.is_none_or(|b| b.words() >= matrices.count() * n_rows), "biases of {n_rows} rows");
         assert!(jobs_per_x > 0 && out.words() >= jobs * n_rows, "{jobs} x {n_rows} results");
-        let x_rows = jobs.div_ceil(jobs_per_x);
-        let n_table = table.map_or(0, |t| t.n);
-        let mut args = vec![null_or(one), null_or(table.map(|t| t.pointers.view())), int(n_table), null_or(which)];
-        args.extend([int(n_rows), int(n_cols)]);
-        match x {
-            Input::Quants(x) => {
-                assert!(needs_quants(ty) && x.rows >= x_rows && x.cols == n_cols, "activations for {ty}");
-                args.extend([x.codes.view().arg(), x.scales.view().arg(), x.sums.view().arg()]);
-            }
-            Input::Floats(x) => {
-                assert!(!needs_quants(ty) && x.words() >= x_rows * n_cols, "activations for {ty}");
-                args.push(x.aligned().arg());
-            }
-        }
-        args.extend([int(jobs_per_x), out.arg()]);
+        let [x, scale, sums] = x.args(ty, jobs.div_ceil(jobs_per_x), n_cols);
+        let (bias, rows, cols) = (null_or(bias), int(n_rows), int(n_cols));
+        let args = [one, table, n_table, which, bias, rows, cols, x, scale, sums, int(jobs_per_x), out.arg()];
         let grid = [blocks(n_rows, MATVEC_ROWS as u32), few(jobs), 1];
         self.launch(source::matvec_kernel(ty), grid, 32 * MATVEC_ROWS as u32, &args)
+    }
+
+    /// Products of up to [`MOST_PARTS`] matrices, whose types are of one [family](source::family), with the same `tokens` rows
+    /// of activations; one launch.
+    ///
+    /// # Errors
+    /// When the device fails.
+    ///
+    /// # Panics
+    /// When there are too many, of several families, or a size does not fit.
+    pub fn matvecs(&self, parts: &[Part<'_>], tokens: usize, n_cols: usize, x: Input<'_>) -> Result<(), CudaError> {
+        let Some(first) = parts.first() else { return Ok(()) };
+        assert!(parts.len() <= MOST_PARTS, "{} matrices at once", parts.len());
+        let (kernel, _) = source::family(first.ty);
+        let mut args = Vec::with_capacity(5 * MOST_PARTS + 4);
+        let mut n_blocks = 0;
+        for part in parts {
+            let &Part { ty, n_rows, .. } = part;
+            let (of, number) = source::family(ty);
+            assert!(of == kernel, "{ty} is not multiplied by {kernel}");
+            assert!(part.w.len() >= n_rows * row_bytes(ty, n_cols), "{n_rows} rows of {n_cols} {ty} values");
+            assert!(part.bias.is_none_or(|b| b.words() >= n_rows), "a bias of {n_rows} rows");
+            assert!(part.out.words() >= tokens * n_rows, "{tokens} x {n_rows} results");
+            args.extend([part.w.aligned().arg(), int(number), int(n_rows), null_or(part.bias), part.out.arg()]);
+            n_blocks += n_rows.div_ceil(MATVEC_ROWS);
+        }
+        for _ in parts.len()..MOST_PARTS {
+            args.extend([Arg::Pointer(0), Arg::Int(0), Arg::Int(0), Arg::Pointer(0), Arg::Pointer(0)]);
+        }
+        args.push(int(n_cols));
+        args.extend(x.args(first.ty, tokens, n_cols));
+        self.launch(kernel, [blocks(n_blocks, 1), few(tokens), 1], 32 * MATVEC_ROWS as u32, &args)
     }
 
     /// `out[token, row] = sum over c of w[row, c] * x[token, c]`, for many tokens at a time.

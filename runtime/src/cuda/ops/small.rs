@@ -273,30 +273,6 @@ impl Ops {
         self.launch("add_bias", [blocks(n, THREADS), 1, 1], THREADS, &args)
     }
 
-    /// `out[token] = onto[token] + sum over k of weights[token, k] * x[token, k]` in the order of `k`; rows of `width`.
-    ///
-    /// # Errors
-    /// When the device fails.
-    ///
-    /// # Panics
-    /// When a size does not fit.
-    pub fn weighted_sum(
-        &self,
-        x: View<'_>,
-        weights: View<'_>,
-        onto: Option<View<'_>>,
-        tokens: usize,
-        n_used: usize,
-        width: usize,
-        out: View<'_>,
-    ) -> Result<(), CudaError> {
-        let n = tokens * width;
-        assert!(x.words() >= n * n_used && weights.words() >= tokens * n_used, "{tokens} x {n_used} x {width}");
-        assert!(out.words() >= n && onto.is_none_or(|o| o.words() >= n), "{tokens} x {width} sums");
-        let args = [x.arg(), weights.arg(), null_or(onto), int(n_used), int(width), int(n), out.arg()];
-        self.launch("weighted_sum", [blocks(n, THREADS), 1, 1], THREADS, &args)
-    }
-
     /// Multiplies each row of `out`, `[rows, width]`, by the sigmoid of `gate . x`, `x` `[rows, n]`.
     ///
     /// # Errors

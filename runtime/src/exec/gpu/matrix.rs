@@ -1,8 +1,8 @@
 //! Matrices and vectors of a model on a GPU, and their products.
 
 use super::room::Room;
-use crate::cuda::ops::{Batch, Input, Matrices, Quants};
-use crate::cuda::{Buffer, CudaError, Device, Ops, View};
+use crate::cuda::ops::{Batch, Gated, Input, MOST_PARTS, Matrices, Pair, Part, Quants};
+use crate::cuda::{Buffer, CudaError, Device, Ops, View, source};
 use crate::exec::weights::DenseWeights;
 use crate::kernels::needs_quants;
 use crate::model::spec::{Activation, GatedFfn, Linear, TensorId};
@@ -30,6 +30,15 @@ impl Matrix {
 
     pub(super) fn takes_quants(&self) -> bool {
         needs_quants(self.ty)
+    }
+
+    fn bias(&self) -> Option<View<'_>> {
+        self.bias.as_ref().map(Buffer::view)
+    }
+
+    /// Activations as it takes them.
+    fn input<'a>(&self, x: View<'a>, quants: &'a Quants) -> Input<'a> {
+        if self.takes_quants() { Input::Quants(quants) } else { Input::Floats(x) }
     }
 }
 
@@ -76,16 +85,39 @@ pub(super) fn product(
     out: View<'_>,
 ) -> Result<(), CudaError> {
     let &Matrix { ty, n_out, n_in, .. } = matrix;
-    let x = if matrix.takes_quants() { Input::Quants(quants) } else { Input::Floats(x) };
-    if n >= MANY {
-        ops.matmul(ty, Batch::One(matrix.view(), n), n_out, n_in, x, out)?;
-    } else {
-        ops.matvec(ty, Matrices::One(matrix.view()), n, n_out, n_in, x, 1, out)?;
+    let x = matrix.input(x, quants);
+    if n < MANY {
+        return ops.biased_matvec(ty, Matrices::One(matrix.view()), matrix.bias(), n, n_out, n_in, x, 1, out);
     }
-    match &matrix.bias {
-        Some(bias) => ops.add_bias(out, bias.view(), None, n, n_out),
+    ops.matmul(ty, Batch::One(matrix.view(), n), n_out, n_in, x, out)?;
+    match matrix.bias() {
+        Some(bias) => ops.add_bias(out, bias, None, n, n_out),
         None => Ok(()),
     }
+}
+
+/// [`product`] of several matrices with the same rows; for few rows one launch, if a kernel knows all their types.
+pub(super) fn products<'a>(
+    ops: &Ops,
+    matrices: &[(&'a Matrix, View<'a>)],
+    n: usize,
+    x: View<'_>,
+    quants: &Quants,
+) -> Result<(), CudaError> {
+    let mut left = matrices.to_vec();
+    while let Some(&(first, _)) = left.first() {
+        let of = |m: &Matrix| (source::family(m.ty).0, m.n_in);
+        let (now, later): (Vec<_>, Vec<_>) = left.into_iter().partition(|(m, _)| of(m) == of(first));
+        if n >= MANY || now.len() == 1 || now.len() > MOST_PARTS {
+            now.iter().try_for_each(|(matrix, out)| product(ops, matrix, n, x, quants, *out))?;
+        } else {
+            let part = |m: &'a Matrix, out| Part { ty: m.ty, w: m.view(), n_rows: m.n_out, bias: m.bias(), out };
+            let parts: Vec<_> = now.iter().map(|(m, out)| part(m, *out)).collect();
+            ops.matvecs(&parts, n, first.n_in, first.input(x, quants))?;
+        }
+        left = later;
+    }
+    Ok(())
 }
 
 /// A gated feed-forward block.
@@ -109,10 +141,64 @@ impl Ffn {
     /// `room.out = down(silu(gate x) · up x)` for `n` rows of `room.answer`, quantised where it takes that.
     pub(super) fn run(&self, ops: &Ops, room: &mut Room, n: usize) -> Result<(), CudaError> {
         let (x, width) = (room.answer.view(), self.gate.n_out);
-        product(ops, &self.gate, n, x, &room.quants, room.ffn_gate.view())?;
-        product(ops, &self.up, n, x, &room.quants, room.ffn_up.view())?;
+        let (gate, up) = (room.ffn_gate.view(), room.ffn_up.view());
         let quants = self.down.takes_quants().then_some(&mut room.inner);
-        ops.activate(Activation::Silu, room.ffn_gate.view(), room.ffn_up.view(), n, width, quants)?;
-        product(ops, &self.down, n, room.ffn_gate.view(), &room.inner, room.out.view())
+        if n < MANY && self.gate.ty == self.up.ty {
+            let gated = Gated {
+                ty: self.gate.ty,
+                matrices: Pair::One([self.gate.view(), self.up.view()]),
+                biases: [self.gate.bias(), self.up.bias()],
+                activation: Activation::Silu,
+                jobs: n,
+                n_rows: width,
+                n_cols: self.gate.n_in,
+                x: self.gate.input(x, &room.quants),
+                jobs_per_x: 1,
+            };
+            ops.gated(&gated, gate, quants)?;
+        } else {
+            products(ops, &[(&self.gate, gate), (&self.up, up)], n, x, &room.quants)?;
+            ops.activate(Activation::Silu, gate, up, n, width, quants)?;
+        }
+        product(ops, &self.down, n, gate, &room.inner, room.out.view())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::check::Random;
+    use crate::cuda::shim;
+
+    #[test]
+    fn matrices_multiplied_at_once_make_what_each_makes_alone() {
+        use TensorType::{F16, F32, Q4_0, Q5_1, Q8_0};
+        let device: Arc<dyn Device> = shim::shared();
+        let (ops, mut random, n_in) = (Ops::new(Arc::clone(&device)), Random::new("several matrices"), 96);
+        // Of one family, of several, more than a launch takes, with biases and without.
+        for types in [&[Q4_0, Q8_0, Q4_0][..], &[Q5_1, F32, Q8_0], &[F16, Q4_0], &[Q4_0, Q4_0, Q8_0, Q5_1]] {
+            let make = |(i, ty): (usize, &TensorType), random: &mut Random| {
+                let n_out = 7 + i;
+                let bytes = random.weights(*ty, n_out * n_in);
+                let bias = (i != 1).then(|| Buffer::of_f32(&device, &random.floats(n_out)).unwrap());
+                let on_device = Arc::new(Buffer::of_bytes(&device, &bytes).unwrap());
+                Matrix { bytes: on_device, range: 0..bytes.len(), ty: *ty, n_out, n_in, bias }
+            };
+            let matrices: Vec<_> = types.iter().enumerate().map(|of| make(of, &mut random)).collect();
+            for n in [1, 2, MANY] {
+                let x = Buffer::of_f32(&device, &random.floats(n * n_in)).unwrap();
+                let mut quants = Quants::new(&device, n * n_in).unwrap();
+                ops.quantize(x.view(), n, n_in, &mut quants).unwrap();
+                let room =
+                    || -> Vec<_> { matrices.iter().map(|m| Buffer::room_f32(&device, n * m.n_out).unwrap()).collect() };
+                let (together, alone) = (room(), room());
+                let parts: Vec<_> = matrices.iter().zip(&together).map(|(m, out)| (m, out.view())).collect();
+                products(&ops, &parts, n, x.view(), &quants).unwrap();
+                for ((matrix, out), together) in matrices.iter().zip(&alone).zip(&together) {
+                    product(&ops, matrix, n, x.view(), &quants, out.view()).unwrap();
+                    assert_eq!(out.view().to_f32().unwrap(), together.view().to_f32().unwrap(), "{types:?}, {n} rows");
+                }
+            }
+        }
     }
 }

@@ -1,7 +1,7 @@
 //! What mixes tokens on a GPU: grouped heads and latents here, the delta net in a file of its own. The arithmetic is that of `exec/mixer`.
 
 use super::delta::Delta;
-use super::matrix::{Maker, Matrix, product};
+use super::matrix::{Maker, Matrix, product, products};
 use super::room::{Room, part_tokens};
 use crate::cuda::ops::{Attend, Heads as NewHeads, Input, Matrices, Positions, Quants, SharedPart, Strided, Table};
 use crate::cuda::{Buffer, CudaError, Device, Ops, View};
@@ -111,9 +111,7 @@ impl Gqa {
         let (x, q, k, v) = (room.answer.view(), room.q.view(), room.k.view(), room.v.view());
         let (heads, width) = (n * a.n_head, a.key_dim);
         let first = if a.gated { room.raw.view() } else { q };
-        product(ops, &self.q, n, x, &room.quants, first)?;
-        product(ops, &self.k, n, x, &room.quants, k)?;
-        product(ops, &self.v, n, x, &room.quants, v)?;
+        products(ops, &[(&self.q, first), (&self.k, k), (&self.v, v)], n, x, &room.quants)?;
         if a.gated {
             // Each head is followed by its gate.
             let apart = |from: View<'_>, to: &Buffer| {
@@ -293,19 +291,16 @@ impl Mla {
         let (rank, pairs) = (a.kv_rank, a.rope.dims / 2);
         let (width, key_dim) = (rank + a.rope.dims, a.nope_dim + a.rope.dims);
         let (x, q, kv) = (room.answer.view(), room.q.view(), room.k.view());
-        match &self.q_down {
-            None => product(ops, &self.q, n, x, &room.quants, q)?,
-            Some((down, norm)) => {
-                let low = room.low.view();
-                product(ops, down, n, x, &room.quants, low)?;
-                ops.rms_norm(low, Some(norm.view()), n, down.n_out, eps, low)?;
-                if self.q.takes_quants() {
-                    ops.quantize(low, n, down.n_out, &mut room.inner)?;
-                }
-                product(ops, &self.q, n, low, &room.inner, q)?;
+        let (first, to) = self.q_down.as_ref().map_or((&self.q, q), |(down, _)| (down, room.low.view()));
+        products(ops, &[(first, to), (&self.kv_down, kv)], n, x, &room.quants)?;
+        if let Some((down, norm)) = &self.q_down {
+            let low = room.low.view();
+            ops.rms_norm(low, Some(norm.view()), n, down.n_out, eps, low)?;
+            if self.q.takes_quants() {
+                ops.quantize(low, n, down.n_out, &mut room.inner)?;
             }
+            product(ops, &self.q, n, low, &room.inner, q)?;
         }
-        product(ops, &self.kv_down, n, x, &room.quants, kv)?;
         let latents = Strided { at: kv, stride: width };
         ops.rms_norm_of(latents, Some(self.kv_norm.view()), n, rank, eps, latents)?;
         if let Some(table) = self.rope {

@@ -268,11 +268,12 @@ impl Gpu {
         self.ops.add(self.state(rows), self.room.out.view(), n)
     }
 
-    /// Norms rows for a layer's feed-forward block, in 8 bits too where a part of it here takes that.
-    fn norm(&mut self, index: usize, rows: Range<usize>, add: bool) -> Result<(), CudaError> {
+    /// Norms rows for a layer's feed-forward block, in 8 bits too where a part of it here takes that, or experts do.
+    fn norm(&mut self, index: usize, rows: Range<usize>, add: bool, for_experts: bool) -> Result<(), CudaError> {
         let layer = &self.layers[index];
         let Some(norm) = &layer.ffn_norm else { unreachable!("the plan has it elsewhere") };
-        let quantize = layer.router.as_ref().is_some_and(|r| r.matrix.takes_quants())
+        let quantize = for_experts
+            || layer.router.as_ref().is_some_and(|r| r.matrix.takes_quants())
             || layer.ffn.as_ref().is_some_and(|(ffn, _)| ffn.takes_quants());
         norm_rows(&self.ops, &mut self.room, norm, rows, self.hidden, self.eps, add, quantize)
     }
@@ -284,16 +285,17 @@ impl Gpu {
     }
 
     /// Norms rows and has the layer's router choose. The choices come after the normed rows, or to the record from a place
-    /// on.
+    /// on. `for_experts` says that experts take the normed rows in 8 bits, from `room.quants`.
     fn choose(
         &mut self,
         index: usize,
         rows: Range<usize>,
         recorded: Option<usize>,
         add: bool,
+        for_experts: bool,
     ) -> Result<(), CudaError> {
         let n = rows.len();
-        self.norm(index, rows, add)?;
+        self.norm(index, rows, add, for_experts)?;
         let (first, len) = self.choices(index, n);
         let Some(router) = &self.layers[index].router else { unreachable!("the plan has it elsewhere") };
         let (ops, room) = (&self.ops, &mut self.room);
@@ -315,7 +317,7 @@ impl Gpu {
         weights: &mut [f32],
     ) -> Result<&[f32], CudaError> {
         let n = rows.len();
-        self.choose(index, rows, None, false)?;
+        self.choose(index, rows, None, false, false)?;
         let (first, len) = self.choices(index, n);
         self.answer.resize(first + 2 * len, 0.0);
         self.room.answer.view().read_f32(&mut self.answer)?;
@@ -329,7 +331,7 @@ impl Gpu {
     /// What the layer's router would choose for rows now, `[rows, n_used]`.
     pub(super) fn guess(&mut self, index: usize, rows: Range<usize>, experts: &mut Vec<u16>) -> Result<(), CudaError> {
         let n = rows.len();
-        self.choose(index, rows, None, false)?;
+        self.choose(index, rows, None, false, false)?;
         let (first, len) = self.choices(index, n);
         self.answer.resize(len, 0.0);
         self.room.answer.view().floats(first..first + len).read_f32(&mut self.answer)?;
@@ -362,7 +364,7 @@ impl Gpu {
     fn block(&mut self, index: usize, rows: Range<usize>, normed: bool, add: bool) -> Result<(), CudaError> {
         let n = rows.len();
         if !normed {
-            self.norm(index, rows, add)?;
+            self.norm(index, rows, add, false)?;
         }
         let Some((ffn, gate)) = &self.layers[index].ffn else { unreachable!("the plan has it elsewhere") };
         let (ops, room, hidden) = (&self.ops, &mut self.room, self.hidden);

@@ -136,7 +136,8 @@ impl Gpu {
                 self.block(index, 0..1, false, true)?;
                 continue;
             };
-            self.choose(index, 0..1, Some(at), true)?;
+            let for_experts = experts.as_deref().is_some_and(|experts| experts.takes_quants(moe_at));
+            self.choose(index, 0..1, Some(at), true, for_experts)?;
             add = self.layers[index].ffn.is_some();
             if add {
                 self.block(index, 0..1, true, false)?;
@@ -144,7 +145,7 @@ impl Gpu {
             if let Some(experts) = experts.as_deref_mut() {
                 let (record, input) = (self.room.record.view(), self.room.answer.view());
                 let (which, by) = (record.floats(at..at + n), record.floats(at + n..at + 2 * n));
-                experts.add_chosen(moe_at, input, which, by, n, self.state(0..1))?;
+                experts.add_chosen(moe_at, input, &self.room.quants, which, by, n, self.state(0..1))?;
             }
             at += 2 * n;
             moe_at += 1;

@@ -1,0 +1,236 @@
+// Products of matrices with a few rows of activations, whatever the type: one by one, several at a time, gate and up with
+// what stands between them and the last product, and the last products of a token's experts with their weighted sum. A warp
+// has a row of a matrix, and its lanes take the row's pieces in turn.
+//
+// A type is a struct with the activations that it takes (`Acts`), bytes of a row, pieces of a row, and `add`, which adds
+// the products of a piece.
+#pragma once
+#include "base.cuh"
+
+/// 8-bit activations: what `quantize_run` writes, `[_, n_cols]`.
+struct Codes {
+    const u8* q;
+    const float* scale;
+    const float* sums;
+    DEVICE Codes row(i64 row, int n_cols) const {
+        const i64 run = row * (n_cols / 32);
+        return {q + 32 * run, scale + run, sums + 2 * run};
+    }
+};
+
+/// Activations as they are, `[_, n_cols]`, and two pointers that say nothing.
+struct Floats {
+    const u8* x;
+    const float* no_scale;
+    const float* no_sums;
+    DEVICE Floats row(i64 row, int n_cols) const { return {x + 4 * row * n_cols, nullptr, nullptr}; }
+};
+
+/// Matrices of jobs: `base`, or, where there is a table, `table[which[job]]`, and `table[job]` without `which`.
+struct Matrices {
+    const u8* base;
+    const u8* const* table;
+    int n_table;
+    const int* which;
+    /// A job's matrix, and its number to `at`; null where there is none: a number outside the table, or a null in it.
+    DEVICE const u8* of(i64 job, i64& at) const {
+        at = 0;
+        if (!table) return base;
+        at = which ? which[job] : job;
+        return at < 0 || at >= n_table ? nullptr : table[at];
+    }
+};
+
+/// A lane's share of the product of a row.
+template <class W>
+DEVICE float share_of_row(const u8* w, i64 row, int n_cols, typename W::Acts x, int lane) {
+    w += row * W::row_bytes(n_cols);
+    float sum = 0.0f;
+    for (int i = lane; i < W::pieces(n_cols); i += WARP) W::add(w, i, n_cols, x, sum);
+    return sum;
+}
+
+/// `out[job, row] = sum over c of w[row, c] * x[job / jobs_per_x, c] + bias[row]`: a layer's chosen experts are one launch.
+/// `bias`, a row of it for each matrix, may be null. Where there is no matrix the result is left as it is. Grid: rows by
+/// warps, jobs.
+template <class W>
+DEVICE void matvec(Matrices matrices, const float* bias, int n_rows, int n_cols, typename W::Acts x, int jobs_per_x,
+                   float* out) {
+    const int lane = threadIdx.x % WARP;
+    const int row = (int)(blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP);
+    const int job = (int)blockIdx.y;
+    if (row >= n_rows) return;
+    i64 at;
+    const u8* w = matrices.of(job, at);
+    if (!w) return;
+    const float sum = warp_sum(share_of_row<W>(w, row, n_cols, x.row(job / jobs_per_x, n_cols), lane));
+    if (lane == 0) out[(i64)job * n_rows + row] = bias ? sum + bias[at * n_rows + row] : sum;
+}
+
+/// A lane's share of the product of a row whose type is one of several, by its place among them.
+template <class W, class... Others>
+DEVICE float share_by_type(int type, const u8* w, i64 row, int n_cols, typename W::Acts x, int lane) {
+    if constexpr (sizeof...(Others) > 0) {
+        if (type > 0) return share_by_type<Others...>(type - 1, w, row, n_cols, x, lane);
+    }
+    return share_of_row<W>(w, row, n_cols, x, lane);
+}
+
+/// One of several matrices that are multiplied with the same activations.
+struct Part {
+    const u8* w;
+    /// Its place among the types that a kernel knows.
+    int type;
+    int n_rows;
+    /// May be null.
+    const float* bias;
+    /// `[tokens, n_rows]`.
+    float* out;
+};
+
+/// `matvec` of up to three matrices, those that there are not without rows. A block has rows of one matrix, so its warps
+/// have one type. Grid: rows by warps, each matrix begins with a block of its own; tokens.
+template <class W, class... Others>
+DEVICE void matvecs(Part part, Part second, Part third, int n_cols, typename W::Acts x) {
+    const int lane = threadIdx.x % WARP, warps = (int)(blockDim.x / WARP);
+    const i64 token = blockIdx.y;
+    int block = (int)blockIdx.x;
+    int blocks = (part.n_rows + warps - 1) / warps;
+    if (block >= blocks) {
+        block -= blocks;
+        part = second;
+        blocks = (part.n_rows + warps - 1) / warps;
+        if (block >= blocks) {
+            block -= blocks;
+            part = third;
+        }
+    }
+    const int row = block * warps + (int)(threadIdx.x / WARP);
+    if (row >= part.n_rows) return;
+    const float share = share_by_type<W, Others...>(part.type, part.w, row, n_cols, x.row(token, n_cols), lane);
+    const float sum = warp_sum(share);
+    if (lane == 0) part.out[token * part.n_rows + row] = part.bias ? sum + part.bias[row] : sum;
+}
+
+/// Rows of a block of `gated`: a run of what it makes.
+#define GATED_ROWS 32
+
+/// Gate's and up's products of each job, and what stands between them and the last product: `silu_gated`, or
+/// `clamped_gated` where `clamped` says so. The result is `[jobs, n_rows]`, in 8 bits where `q` is not null, with `n_rows` a
+/// multiple of 32, or else in `out`. Biases and missing matrices as with `matvec`. Grid: runs of 32 rows, jobs.
+template <class W>
+DEVICE void gated(Matrices gate, Matrices up, const float* gate_bias, const float* up_bias, int n_rows, int n_cols,
+                  typename W::Acts x, int jobs_per_x, int clamped, float alpha, float limit, float* out, i8* q,
+                  float* scale, float* sums) {
+    __shared__ float gates[GATED_ROWS];
+    __shared__ float ups[GATED_ROWS];
+    const int lane = threadIdx.x % WARP, warp = (int)(threadIdx.x / WARP);
+    const int first = (int)blockIdx.x * GATED_ROWS;
+    const i64 job = blockIdx.y;
+    i64 gate_at, up_at;
+    const u8 *g = gate.of(job, gate_at), *u = up.of(job, up_at);
+    if (!g || !u) return;
+    x = x.row(job / jobs_per_x, n_cols);
+    const i64 row_bytes = W::row_bytes(n_cols);
+    for (int r = warp; r < GATED_ROWS && first + r < n_rows; r += (int)(blockDim.x / WARP)) {
+        const i64 row = first + r;
+        const u8 *gate_row = g + row * row_bytes, *up_row = u + row * row_bytes;
+        float of_gate = 0.0f, of_up = 0.0f;
+        for (int i = lane; i < W::pieces(n_cols); i += WARP) {
+            W::add(gate_row, i, n_cols, x, of_gate);
+            W::add(up_row, i, n_cols, x, of_up);
+        }
+        of_gate = warp_sum(of_gate);
+        of_up = warp_sum(of_up);
+        if (lane == 0) {
+            gates[r] = gate_bias ? of_gate + gate_bias[gate_at * n_rows + row] : of_gate;
+            ups[r] = up_bias ? of_up + up_bias[up_at * n_rows + row] : of_up;
+        }
+    }
+    __syncthreads();
+    if (warp > 0) return;
+    const bool inside = first + lane < n_rows;
+    const float a = inside ? gates[lane] : 0.0f, b = inside ? ups[lane] : 0.0f;
+    const float v = clamped ? clamped_gated(a, b, alpha, limit) : silu_gated(a, b);
+    const i64 to = job * n_rows + first + lane;
+    if (q) {
+        quantize_run(v, to / 32, q, scale, sums);
+    } else if (inside) {
+        out[to] = v;
+    }
+}
+
+/// `out[token, row] = onto[token, row] + sum over k of weights[token, k] * (w[k][row] . x[token, k] + bias)`: the last
+/// products of the experts that a token chose. `onto` and `bias` may be null; missing matrices add nothing. A warp has a row
+/// of all of them, and its lanes take their pieces in turn as if they were one long row, so that none idles where an expert
+/// has few. Grid: rows by warps, tokens.
+template <class W>
+DEVICE void chosen_sum(Matrices matrices, const float* bias, const float* weights, int n_used, int n_rows, int n_cols,
+                       typename W::Acts x, const float* onto, float* out) {
+    // Of as many experts as a warp has lanes at once.
+    __shared__ const u8* starts[WARP];
+    __shared__ float factors[WARP];
+    const int lane = threadIdx.x % WARP, pieces = W::pieces(n_cols);
+    const i64 row = (i64)blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP, token = blockIdx.y;
+    const i64 row_at = row * W::row_bytes(n_cols);
+    float sum = 0.0f;
+    for (int first = 0; first < n_used; first += WARP) {
+        const int n = n_used - first < WARP ? n_used - first : WARP;
+        const i64 first_job = token * n_used + first;
+        i64 at = 0;
+        const u8* own = lane < n ? matrices.of(first_job + lane, at) : nullptr;
+        const float factor = lane < n ? weights[first_job + lane] : 0.0f;
+        __syncthreads();
+        if (threadIdx.x < WARP) {
+            starts[lane] = own;
+            factors[lane] = factor;
+        }
+        __syncthreads();
+        if (row >= n_rows) continue;
+        for (int i = lane; i < n * pieces; i += WARP) {
+            const int k = i / pieces;
+            const u8* w = starts[k];
+            if (!w) continue;
+            float part = 0.0f;
+            W::add(w + row_at, i - k * pieces, n_cols, x.row(first_job + k, n_cols), part);
+            sum += factors[k] * part;
+        }
+        if (bias && own) sum += factor * bias[at * n_rows + row];
+    }
+    if (row >= n_rows) return;
+    sum = warp_sum(sum);
+    const i64 to = token * n_rows + row;
+    if (lane == 0) out[to] = onto ? onto[to] + sum : sum;
+}
+
+/// The kernels of a type; activations are three pointers whatever it takes.
+#define PRODUCT_KERNELS(NAME, TYPE)                                                                                    \
+    KERNEL matvec_##NAME(const u8* base, const u8* const* table, int n_table, const int* which, const float* bias,     \
+                         int n_rows, int n_cols, const u8* x, const float* scale, const float* sums, int jobs_per_x,   \
+                         float* out) {                                                                                 \
+        matvec<TYPE>({base, table, n_table, which}, bias, n_rows, n_cols, {x, scale, sums}, jobs_per_x, out);          \
+    }                                                                                                                  \
+    KERNEL BLOCKS_OF(512) gated_##NAME(const u8* gate, const u8* const* gates, const u8* up, const u8* const* ups,     \
+                                       int n_table, const int* which, const float* gate_bias, const float* up_bias,    \
+                                       int n_rows, int n_cols, const u8* x, const float* scale, const float* sums,     \
+                                       int jobs_per_x, int clamped, float alpha, float limit, float* out, i8* to_q,    \
+                                       float* to_scale, float* to_sums) {                                              \
+        gated<TYPE>({gate, gates, n_table, which}, {up, ups, n_table, which}, gate_bias, up_bias, n_rows, n_cols,      \
+                    {x, scale, sums}, jobs_per_x, clamped, alpha, limit, out, to_q, to_scale, to_sums);                \
+    }                                                                                                                  \
+    KERNEL chosen_sum_##NAME(const u8* const* table, int n_table, const int* which, const float* bias,                 \
+                             const float* weights, int n_used, int n_rows, int n_cols, const u8* x,                    \
+                             const float* scale, const float* sums, const float* onto, float* out) {                   \
+        chosen_sum<TYPE>({nullptr, table, n_table, which}, bias, weights, n_used, n_rows, n_cols, {x, scale, sums},    \
+                         onto, out);                                                                                   \
+    }
+
+/// The kernel of a module's types, in the order that the program numbers them.
+#define MATVECS_KERNEL(NAME, ...)                                                                                      \
+    KERNEL matvecs_##NAME(const u8* w0, int type0, int rows0, const float* bias0, float* out0, const u8* w1,           \
+                          int type1, int rows1, const float* bias1, float* out1, const u8* w2, int type2, int rows2,   \
+                          const float* bias2, float* out2, int n_cols, const u8* x, const float* scale,                \
+                          const float* sums) {                                                                         \
+        matvecs<__VA_ARGS__>({w0, type0, rows0, bias0, out0}, {w1, type1, rows1, bias1, out1},                         \
+                             {w2, type2, rows2, bias2, out2}, n_cols, {x, scale, sums});                               \
+    }
