@@ -134,7 +134,11 @@ struct Room<'a> {
 impl Write for Room<'_> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         if bytes.len() as u64 > self.left {
-            return Err(io::Error::other(format!("{} bytes for a tensor that has room for {}", bytes.len(), self.left)));
+            return Err(io::Error::other(format!(
+                "{} bytes for a tensor that has room for {}",
+                bytes.len(),
+                self.left
+            )));
         }
         let written = self.out.write(bytes)?;
         self.left -= written as u64;

@@ -164,7 +164,7 @@ mod tests {
                         compared += 1;
                     }
                     Err(error) => {
-                        assert!(error.is_not_for_gpus(), "{name}: {error}");
+                        assert!(error.is_not_for_it(), "{name}: {error}");
                         left_out.push(name);
                     }
                 }

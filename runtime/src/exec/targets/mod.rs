@@ -1,6 +1,7 @@
 //! What a device gives a whole model, measured: `selftest --gpu` holds it against targets. Here are only measurements and
 //! comparisons; what is expected of them is the caller's business.
 
+pub mod all;
 pub mod golden;
 pub mod launches;
 pub mod speed;
@@ -70,9 +71,9 @@ impl From<WholeError> for TargetError {
 }
 
 impl TargetError {
-    /// Whether a GPU can't run this model at all, which is no failure of the GPU.
-    pub fn is_not_for_gpus(&self) -> bool {
-        matches!(self, TargetError::Load(LoadError::OnGpu { .. }))
+    /// Whether a GPU can't run this model at all, or has no room for it: no failure of the GPU.
+    pub fn is_not_for_it(&self) -> bool {
+        matches!(self, TargetError::Load(LoadError::OnGpu { .. } | LoadError::GpuFull { .. }))
     }
 }
 

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Keys and values of what is timed, as `run` stores them.
-const KV_TYPE: KvType = KvType::F16;
+pub const KV_TYPE: KvType = KvType::F16;
 
 /// The part of a prompt that says how long all of it will take.
 const PART: usize = 8;
@@ -33,8 +33,7 @@ pub enum Place<'a> {
 }
 
 impl Place<'_> {
-    /// The plan for it.
-    pub fn plan(&self, shape: &ModelShape, context: u32) -> Placement {
+    fn plan(&self, shape: &ModelShape, context: u32) -> Placement {
         match self {
             Place::Resident(_) => all_on_gpu(shape, context, KV_TYPE),
             Place::Hybrid(_) => experts_in_memory(shape, context, KV_TYPE),
@@ -152,8 +151,7 @@ pub fn time(gguf: &Arc<Gguf>, place: Place<'_>, effort: Effort, stop: Stop<'_>) 
         Some(counting) => Ok(Arc::clone(counting) as Arc<dyn Device>),
         None => Err(CudaError::NoDevice { ordinal, found: 0 }),
     };
-    let mut engine =
-        Engine::load_on(Arc::clone(gguf), &plan, &LoadOptions::default(), Some(&give), &mut |_, _| {})?;
+    let mut engine = Engine::load_on(Arc::clone(gguf), &plan, &LoadOptions::default(), Some(&give), &mut |_, _| {})?;
     // Spread over the vocabulary, so that routing is too.
     let token = |i: usize| (i as u32).wrapping_mul(2_654_435_761) % shape.n_vocab.max(1);
     let prompt: Vec<u32> = (0..effort.prompt.max(1)).map(token).collect();
@@ -209,12 +207,7 @@ fn pass(engine: &mut Engine, tokens: &[u32], stop: Stop<'_>) -> Result<(), Targe
 }
 
 /// Tokens and seconds of a prompt.
-fn prompts(
-    engine: &mut Engine,
-    prompt: &[u32],
-    effort: Effort,
-    stop: Stop<'_>,
-) -> Result<(usize, f64), TargetError> {
+fn prompts(engine: &mut Engine, prompt: &[u32], effort: Effort, stop: Stop<'_>) -> Result<(usize, f64), TargetError> {
     let mut timed = |tokens: &[u32]| -> Result<f64, TargetError> {
         engine.clear();
         let start = Instant::now();

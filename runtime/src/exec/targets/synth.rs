@@ -78,17 +78,8 @@ impl Shape {
     };
 
     /// One that runs anywhere, of which no speed means anything.
-    pub const TINY: Shape = Shape {
-        layers: 2,
-        experts: 8,
-        used: 2,
-        hidden: 256,
-        ffn: 256,
-        heads: 4,
-        kv_heads: 2,
-        head: 64,
-        vocab: 512,
-    };
+    pub const TINY: Shape =
+        Shape { layers: 2, experts: 8, used: 2, hidden: 256, ffn: 256, heads: 4, kv_heads: 2, head: 64, vocab: 512 };
 
     /// The deepest of real shapes that there is room for, or else the tiny one.
     pub fn fitting(free: Free) -> Self {
@@ -316,7 +307,8 @@ mod tests {
         let bytes = whole.file_bytes().unwrap();
         assert!((gib(8)..gib(9)).contains(&bytes), "{bytes}");
         // Each of the three limits it.
-        for shape in [free(gib(5), gib(64), gib(100)), free(gib(80), gib(10), gib(100)), free(gib(80), gib(64), gib(4))] {
+        for shape in [free(gib(5), gib(64), gib(100)), free(gib(80), gib(10), gib(100)), free(gib(80), gib(64), gib(4))]
+        {
             assert!(shape.is_real() && (LEAST_LAYERS..MOST_LAYERS).contains(&shape.layers), "{shape:?}");
             assert!(shape.file_bytes().unwrap() <= gib(4));
         }
