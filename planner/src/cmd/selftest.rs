@@ -60,19 +60,22 @@ fn on_gpu(args: &SelftestArgs) -> Result<()> {
     drop(catching);
     let (text, mut value) = (found.table.text(), gpu_json(&gpu, &found));
     let pretty = serde_json::to_string_pretty(&value)?;
-    // Whoever named no folder may stand where none can be made.
-    let written = match write(args.output.clone(), &found, &text, &pretty) {
-        Err(error) if args.output.is_none() => Err(eprintln!("warning: no report was written: {error:#}")),
-        written => Ok(written?),
-    };
+    let written = write(args.output.clone(), &found, &text, &pretty);
+    // Printed whatever became of the folder: it took minutes.
     if args.json {
-        value["report"] = json!(written.ok());
+        value["report"] = json!(written.as_ref().ok());
         println!("{}", serde_json::to_string_pretty(&value)?);
     } else {
         print!("{text}");
-        if let Ok(folder) = written {
+        if let Ok(folder) = &written {
             println!("report: {}", folder.display());
         }
+    }
+    match written {
+        Err(error) if args.output.is_some() => return Err(error),
+        // Whoever named no folder may stand where none can be made.
+        Err(error) => eprintln!("warning: no report was written: {error:#}"),
+        Ok(_) => {}
     }
     if interrupted() {
         return Err(Interrupted.into());
