@@ -31,3 +31,16 @@ fn without_a_driver_it_says_what_is_missing() {
     let folder = tempfile::tempdir().unwrap();
     refused(folder.path(), &["selftest", "--gpu"], &["no NVIDIA driver", "libcuda.so.1", "install the driver"]);
 }
+
+#[test]
+fn what_is_for_gpus_needs_one() {
+    let folder = tempfile::tempdir().unwrap();
+    for args in [&["selftest", "--quick"][..], &["selftest", "--peer", "llama-bench"], &["selftest", "-o", "here"]] {
+        let output = run_in(folder.path(), args);
+        let err = common::stderr(&output);
+        assert!(output.status.code() == Some(2) && err.contains("--gpu"), "{args:?}: {err}");
+    }
+    let output = run_in(folder.path(), &["selftest", "--gpu", "--quick", "--model", "a.gguf"]);
+    assert!(common::stderr(&output).contains("cannot be used with"), "{}", common::stderr(&output));
+    assert_eq!(common::listing(folder.path()).len(), 0);
+}

@@ -553,12 +553,28 @@ pub struct TokenizeArgs {
 /// `selftest`.
 #[derive(Debug, Args)]
 pub struct SelftestArgs {
-    /// Check a GPU: its kernels, the bundled model on it, and measure its memory, its link, launches and products
+    /// Check a GPU: its kernels, golden values and whole models on it; measure its memory, its link and a model of real
+    /// shapes; and compare all of it with targets
     #[arg(long)]
     pub gpu: bool,
     /// The GPU, by the driver's number
     #[arg(long, value_name = "NUMBER", default_value_t = 0, requires = "gpu")]
     pub device: usize,
+    /// Results only: kernels, golden values and the bundled model; nothing is timed
+    #[arg(long, requires = "gpu", conflicts_with_all = ["model", "peer"])]
+    pub quick: bool,
+    /// The model that is timed; a synthetic one of real shapes, as deep as there is room for, when not given
+    #[arg(long, value_name = "FILE", requires = "gpu")]
+    pub model: Option<PathBuf>,
+    /// Folder with golden values in arch and quant; the source's tests/data when not given
+    #[arg(long, value_name = "FOLDER", requires = "gpu")]
+    pub golden: Option<PathBuf>,
+    /// llama.cpp's llama-bench, built with CUDA: run it on the same model, and compare
+    #[arg(long, value_name = "PATH", requires = "gpu")]
+    pub peer: Option<PathBuf>,
+    /// Folder for the table, as text and JSON; a dated one under reports/ when not given
+    #[arg(short, long, value_name = "FOLDER", requires = "gpu")]
+    pub output: Option<PathBuf>,
     /// Print JSON
     #[arg(long)]
     pub json: bool,

@@ -24,6 +24,7 @@ pub mod profile;
 pub mod progress;
 pub mod replay;
 pub mod report;
+pub mod selftest;
 pub mod session;
 pub mod solve;
 pub mod store;

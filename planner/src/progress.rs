@@ -21,3 +21,11 @@ pub fn count(what: &'static str, total: u64) -> ProgressBar {
     bar.set_message(what);
     bar
 }
+
+/// What is done at the moment, in a line; shown with [`ProgressBar::set_message`].
+pub fn steps() -> ProgressBar {
+    let bar = ProgressBar::new_spinner();
+    bar.set_style(style("{spinner} {msg} {elapsed}"));
+    bar.enable_steady_tick(std::time::Duration::from_millis(200));
+    bar
+}

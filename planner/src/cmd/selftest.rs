@@ -1,22 +1,20 @@
-//! `tier-plan selftest`: the kernels of this machine against the plain ones, and what a GPU gives.
+//! `tier-plan selftest`: the kernels of this machine against the plain ones, and what a GPU gives beside what it should.
 
-use crate::bundled;
 use crate::cli::SelftestArgs;
-use crate::host;
-use anyhow::{Result, bail};
+use crate::selftest::table::number;
+use crate::selftest::{self, Findings, Options};
+use crate::session::{Interrupted, catch_interrupts, interrupted};
+use crate::{host, report};
+use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
-use std::sync::Arc;
+use std::path::PathBuf;
 use tier_plan_runtime::check::{self, Outcome};
-use tier_plan_runtime::cuda::measure::{Rates, products_gbps, rates};
-use tier_plan_runtime::cuda::{self, Device, Gpu};
-use tier_plan_runtime::exec::whole;
-use tier_plan_runtime::gguf::Gguf;
+use tier_plan_runtime::cuda::Gpu;
+use tier_plan_runtime::exec::targets::all::{Gives, On, Results};
 use tier_plan_runtime::kernels::Kernels;
-use tier_plan_runtime::quant::TensorType;
-use tier_plan_runtime::units::show_bytes;
 
 /// One comparison.
-struct Row {
+struct Compared {
     /// Instruction set, or the GPU.
     on: String,
     name: String,
@@ -24,105 +22,85 @@ struct Row {
     found: Result<Outcome, String>,
 }
 
-impl Row {
-    fn is_well(&self) -> bool {
-        self.found.as_ref().is_ok_and(Outcome::is_well)
-    }
-}
-
-/// What a GPU gives, measured.
-struct Measured {
-    rates: Rates,
-    /// Products of one token, by type.
-    products: Vec<(TensorType, f64)>,
-}
-
 /// Runs it.
 pub fn run(args: &SelftestArgs) -> Result<()> {
-    let gpu = if args.gpu { Some(Gpu::open(args.device)?) } else { None };
-    let (rows, measured) = match &gpu {
-        None => (processor(), None),
-        Some(gpu) => {
-            // Says at once, and once, where there is no compiler.
-            gpu.prepare()?;
-            let rows = on_gpu(gpu);
-            // A GPU whose kernels are wrong is not worth timing, and may have failed for good.
-            let measured = if rows.iter().all(Row::is_well) { Some(measure(gpu)?) } else { None };
-            (rows, measured)
-        }
-    };
-    if args.json {
-        println!("{}", serde_json::to_string_pretty(&as_json(gpu.as_deref(), &rows, measured.as_ref()))?);
+    if args.gpu { on_gpu(args) } else { on_processor(args.json) }
+}
+
+fn on_processor(as_json: bool) -> Result<()> {
+    let compare = |c: check::Check| Compared { on: c.kernels.isa().to_string(), found: Ok(c.run()), name: c.name };
+    let rows: Vec<Compared> = check::checks().into_iter().map(compare).collect();
+    if as_json {
+        println!("{}", serde_json::to_string_pretty(&json_of(None, &rows, None))?);
     } else {
-        print_text(gpu.as_deref(), &rows, measured.as_ref());
+        print_text(&rows);
     }
-    let failed = rows.iter().filter(|row| !row.is_well()).count();
+    let failed = rows.iter().filter(|row| !row.found.as_ref().is_ok_and(Outcome::is_well)).count();
+    distrust(failed, rows.len())
+}
+
+fn distrust(failed: usize, of: usize) -> Result<()> {
     if failed > 0 {
-        bail!("{failed} of {} comparisons failed; text from these kernels can't be trusted: report it", rows.len());
+        bail!("{failed} of {of} comparisons failed; text from these kernels can't be trusted: report it");
     }
     Ok(())
 }
 
-fn processor() -> Vec<Row> {
-    let row = |c: check::Check| Row { on: c.kernels.isa().to_string(), found: Ok(c.run()), name: c.name };
-    check::checks().into_iter().map(row).collect()
-}
-
-fn on_gpu(gpu: &Arc<Gpu>) -> Vec<Row> {
-    let device: Arc<dyn Device> = Arc::clone(gpu) as _;
-    let row = |c: cuda::check::Check| {
-        let found = c.run(&device).map_err(|error| error.to_string());
-        Row { on: format!("GPU {}", gpu.properties().ordinal), name: c.name, found }
-    };
-    let mut rows: Vec<Row> = cuda::check::all().into_iter().map(row).collect();
-    // Kernels that are wrong by themselves need no more proof.
-    if rows.iter().all(Row::is_well) {
-        rows.extend(whole_models(gpu));
+fn on_gpu(args: &SelftestArgs) -> Result<()> {
+    if let Some(folder) = &args.output {
+        report::check(folder)?;
     }
-    rows
-}
-
-/// The bundled model on the GPU against the same on the processor.
-fn whole_models(gpu: &Arc<Gpu>) -> Vec<Row> {
-    let device: Arc<dyn Device> = Arc::clone(gpu) as _;
-    let give = |_: usize| Ok(Arc::clone(&device));
-    let compare = |experts_too| -> Result<Outcome> {
-        let gguf = Arc::new(Gguf::open(&bundled::path("demo/demo.gguf")?)?);
-        Ok(whole::compare(&gguf, experts_too, Some(&give))?)
-    };
-    let names = [("demo, all of it", true), ("demo, experts in main memory", false)];
-    let row = |(name, experts_too): (&str, bool)| {
-        let found = compare(experts_too).map_err(|error| format!("{error:#}"));
-        Row { on: format!("GPU {}", gpu.properties().ordinal), name: name.into(), found }
-    };
-    names.into_iter().map(row).collect()
-}
-
-fn measure(gpu: &Arc<Gpu>) -> Result<Measured> {
-    let device: Arc<dyn Device> = Arc::clone(gpu) as _;
-    let products = TensorType::ALL.into_iter().map(|ty| Ok((ty, products_gbps(&device, ty)?)));
-    Ok(Measured { products: products.collect::<Result<_>>()?, rates: rates(gpu)? })
-}
-
-fn print_text(gpu: Option<&Gpu>, rows: &[Row], measured: Option<&Measured>) {
-    println!("{}", host::describe());
-    match gpu.map(Gpu::properties) {
-        None => {
-            let names: Vec<String> = Kernels::available().iter().map(|k| k.isa().to_string()).collect();
-            println!("kernels: {}; each is compared with the plain ones", names.join(", "));
+    let gpu = Gpu::open(args.device)?;
+    // Says at once, and once, where there is no compiler.
+    gpu.prepare()?;
+    let options =
+        Options { quick: args.quick, golden: args.golden.clone(), model: args.model.clone(), peer: args.peer.clone() };
+    let catching = catch_interrupts();
+    let found = selftest::run(&gpu, &options)?;
+    drop(catching);
+    let (text, mut value) = (found.table.text(), gpu_json(&gpu, &found));
+    let pretty = serde_json::to_string_pretty(&value)?;
+    let written = write(args.output.clone(), &found, &text, &pretty);
+    // Printed whatever became of the folder: it took minutes.
+    if args.json {
+        value["report"] = json!(written.as_ref().ok());
+        println!("{}", serde_json::to_string_pretty(&value)?);
+    } else {
+        print!("{text}");
+        if let Ok(folder) = &written {
+            println!("report: {}", folder.display());
         }
-        Some(p) => println!(
-            "GPU {}: {}, compute capability {}.{}, {} multiprocessors, {}, driver of CUDA {}.{}",
-            p.ordinal,
-            p.name,
-            p.capability.0,
-            p.capability.1,
-            p.multiprocessors,
-            show_bytes(p.total_bytes as u64),
-            p.driver / 1000,
-            p.driver % 1000 / 10
-        ),
     }
+    match written {
+        Err(error) if args.output.is_some() => return Err(error),
+        // Whoever named no folder may stand where none can be made.
+        Err(error) => eprintln!("warning: no report was written: {error:#}"),
+        Ok(_) => {}
+    }
+    if interrupted() {
+        return Err(Interrupted.into());
+    }
+    let rows = &found.table.rows;
+    distrust(rows.iter().filter(|row| row.is_wrong()).count(), rows.iter().filter(|row| row.results).count())
+}
+
+/// Writes the table into a folder that is new, and says where.
+fn write(folder: Option<PathBuf>, found: &Findings, text: &str, json: &str) -> Result<PathBuf> {
+    let day = found.table.when.replace(':', "").replace('T', "-");
+    let folder = folder.unwrap_or_else(|| PathBuf::from(format!("reports/{}-selftest", day.trim_end_matches('Z'))));
+    report::write_folder(&folder, |folder| {
+        for (name, content) in [("selftest.txt", text), ("selftest.json", json)] {
+            let path = folder.join(name);
+            std::fs::write(&path, content).with_context(|| format!("writing {}", path.display()))?;
+        }
+        Ok(())
+    })
+}
+
+fn print_text(rows: &[Compared]) {
+    println!("{}", host::describe());
+    let names: Vec<String> = Kernels::available().iter().map(|k| k.isa().to_string()).collect();
+    println!("kernels: {}; each is compared with the plain ones", names.join(", "));
     if rows.is_empty() {
         println!("this processor runs the plain kernels only: there is nothing to compare");
         return;
@@ -138,24 +116,39 @@ fn print_text(gpu: Option<&Gpu>, rows: &[Row], measured: Option<&Measured>) {
             Err(error) => println!("  {on:<8} {name:<32} failed: {error}"),
         }
     }
-    let Some(Measured { rates, products }) = measured else { return };
-    println!("  {:<41} {:>8}", "measured", "");
-    let line = |what: &str, value: f64, unit: &str| println!("  {what:<41} {value:>8.2} {unit}");
-    line("a launch", rates.launch_us, "µs");
-    line("a launch and the way back", rates.round_trip_us, "µs");
-    line("memory of the GPU, read", rates.read_gbps, "GB/s");
-    line("to the GPU, pinned memory", rates.to_device_gbps.0, "GB/s");
-    line("to the GPU, pageable memory", rates.to_device_gbps.1, "GB/s");
-    line("from the GPU, pinned memory", rates.from_device_gbps.0, "GB/s");
-    line("from the GPU, pageable memory", rates.from_device_gbps.1, "GB/s");
-    for (ty, gbps) in products {
-        line(&format!("products of one token, {ty}"), *gbps, "GB/s");
-    }
 }
 
-fn as_json(gpu: Option<&Gpu>, rows: &[Row], measured: Option<&Measured>) -> Value {
-    // JSON has no number for what is endlessly wrong.
-    let share = |worst: f64| if worst.is_finite() { json!(worst) } else { Value::Null };
+/// Everything of a GPU: comparisons and rates by themselves, and all rows of the table.
+fn gpu_json(gpu: &Gpu, found: &Findings) -> Value {
+    let on = format!("GPU {}", gpu.properties().ordinal);
+    let mut value = json_of(Some(gpu), &compared(&on, &found.results), found.gives.as_ref());
+    let table = &found.table;
+    for (key, part) in [
+        ("when", json!(table.when)),
+        ("version", json!(table.version)),
+        ("rows", table.rows_json()),
+        ("summary", table.summary_json()),
+    ] {
+        value[key] = part;
+    }
+    value
+}
+
+fn compared(on: &str, found: &Results) -> Vec<Compared> {
+    let row = |name: &str, outcome: &Result<Outcome, _>| Compared {
+        on: on.to_string(),
+        name: name.to_string(),
+        found: outcome.as_ref().map(|o| *o).map_err(ToString::to_string),
+    };
+    let kernels = found.kernels.iter().map(|(name, outcome)| row(name, outcome));
+    let models = found.logits.iter().map(|(place, outcome)| match place {
+        On::All => row("demo, all of it", outcome),
+        On::ExpertsInMemory => row("demo, experts in main memory", outcome),
+    });
+    kernels.chain(models).collect()
+}
+
+fn json_of(gpu: Option<&Gpu>, rows: &[Compared], measured: Option<&Gives>) -> Value {
     json!({
         "host": host::describe(),
         "isas": Kernels::available().iter().map(|k| k.isa().to_string()).collect::<Vec<_>>(),
@@ -173,7 +166,7 @@ fn as_json(gpu: Option<&Gpu>, rows: &[Row], measured: Option<&Measured>) -> Valu
                 "on": row.on,
                 "kernel": row.name,
                 "values": o.compared,
-                "share_of_tolerance": share(o.worst),
+                "share_of_tolerance": number(o.worst),
                 "well": o.is_well(),
             }),
             Err(error) => json!({"on": row.on, "kernel": row.name, "error": error, "well": false}),
@@ -182,6 +175,7 @@ fn as_json(gpu: Option<&Gpu>, rows: &[Row], measured: Option<&Measured>) -> Valu
             "launch_us": m.rates.launch_us,
             "round_trip_us": m.rates.round_trip_us,
             "read_gbps": m.rates.read_gbps,
+            "copy_gbps": m.copy_gbps,
             "to_device_pinned_gbps": m.rates.to_device_gbps.0,
             "to_device_pageable_gbps": m.rates.to_device_gbps.1,
             "from_device_pinned_gbps": m.rates.from_device_gbps.0,
@@ -189,4 +183,36 @@ fn as_json(gpu: Option<&Gpu>, rows: &[Row], measured: Option<&Measured>) -> Valu
             "products_gbps": m.products.iter().map(|(ty, v)| (ty.to_string(), json!(v))).collect::<serde_json::Map<_, _>>(),
         })),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::selftest::table::{Row, Table, Target};
+
+    #[test]
+    fn the_table_is_written_whole_and_nothing_is_overwritten() {
+        let folder = tempfile::tempdir().unwrap();
+        let table = Table {
+            rows: vec![Row::figure("kernels", "products", 3.0, "%").with(Target::AtMost(100.0)).compared()],
+            ..Table::default()
+        };
+        let found = Findings { table, results: Results::default(), gives: None };
+        let target = folder.path().join("here");
+        for name in ["here", "here-2"] {
+            let written = write(Some(target.clone()), &found, &found.table.text(), "{}").unwrap();
+            assert_eq!(written, folder.path().join(name));
+            let text = std::fs::read_to_string(written.join("selftest.txt")).unwrap();
+            assert!(text.contains("1 of 1 targets met"), "{text}");
+            assert_eq!(std::fs::read_to_string(written.join("selftest.json")).unwrap(), "{}");
+        }
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 2, "no temporary folder is left");
+    }
+
+    #[test]
+    fn failed_comparisons_are_an_error() {
+        assert!(distrust(0, 5).is_ok());
+        let why = distrust(2, 5).unwrap_err().to_string();
+        assert!(why.contains("2 of 5") && why.contains("can't be trusted"), "{why}");
+    }
 }

@@ -245,6 +245,11 @@ pub fn check(dir: &Path) -> Result<()> {
 /// name only when it is whole. Fails when the file system refuses, or when no free name is found.
 pub fn write(dir: &Path, report: &Report) -> Result<PathBuf> {
     scene::check_fonts()?;
+    Ok(write_folder(dir, |folder| fill(folder, report))?.join("index.html"))
+}
+
+/// Makes a folder of what `fill` puts into it, by the same rules, and returns it.
+pub fn write_folder(dir: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf> {
     check(dir)?;
     let name = dir.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let parent = match dir.parent() {
@@ -257,12 +262,12 @@ pub fn write(dir: &Path, report: &Report) -> Result<PathBuf> {
         fs::remove_dir_all(&temporary).with_context(|| format!("clearing {}", temporary.display()))?;
     }
     fs::create_dir(&temporary).with_context(|| format!("making the folder {}", temporary.display()))?;
-    let written = fill(&temporary, report).and_then(|()| publish(&temporary, parent, &name));
+    let written = fill(&temporary).and_then(|()| publish(&temporary, parent, &name));
     if written.is_err() {
         // The first error is the one to report; a left-over folder is only untidy.
         let _ = fs::remove_dir_all(&temporary);
     }
-    Ok(written?.join("index.html"))
+    written
 }
 
 fn fill(dir: &Path, report: &Report) -> Result<()> {

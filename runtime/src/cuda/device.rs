@@ -80,6 +80,23 @@ pub trait Device: Send + Sync {
     /// `from..from + bytes.len()` is memory of this device.
     unsafe fn read(&self, from: u64, bytes: &mut [u8]) -> Result<(), CudaError>;
 
+    /// Copies bytes from one place of its memory to another, which does not overlap it: by itself where it can, else by way
+    /// of main memory.
+    ///
+    /// # Errors
+    /// As [`write`](Self::write).
+    ///
+    /// # Safety
+    /// `to..to + len` and `from..from + len` are memory of this device, and have nothing in common.
+    unsafe fn copy(&self, to: u64, from: u64, len: usize) -> Result<(), CudaError> {
+        let mut bytes = vec![0; len];
+        // SAFETY: the caller's promise.
+        unsafe {
+            self.read(from, &mut bytes)?;
+            self.write(to, &bytes)
+        }
+    }
+
     /// Starts a kernel.
     ///
     /// # Errors
@@ -302,6 +319,24 @@ impl<'a> View<'a> {
         }
         // SAFETY: the part is inside a buffer of this device.
         unsafe { self.buffer.device.read(from.address(), bytes) }
+    }
+
+    /// Overwrites all of it with bytes of another buffer of the device, as many.
+    ///
+    /// # Errors
+    /// When the device fails.
+    ///
+    /// # Panics
+    /// When there are more or fewer, or they are of the same buffer or of another device.
+    pub fn copy_from(self, from: View<'_>) -> Result<(), CudaError> {
+        assert_eq!(self.len, from.len, "bytes of a copy");
+        assert!(!std::ptr::eq(self.buffer, from.buffer), "a copy within a buffer");
+        assert!(Arc::ptr_eq(&self.buffer.device, &from.buffer.device), "a copy between devices");
+        if self.is_empty() {
+            return Ok(());
+        }
+        // SAFETY: both are inside buffers of this device, which are two.
+        unsafe { self.buffer.device.copy(self.address(), from.address(), self.len) }
     }
 
     /// Overwrites the first floats.

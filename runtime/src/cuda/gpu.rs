@@ -352,6 +352,13 @@ impl Device for Gpu {
         self.wait()
     }
 
+    unsafe fn copy(&self, to: u64, from: u64, len: usize) -> Result<(), CudaError> {
+        self.bind()?;
+        // SAFETY: the caller's promise.
+        let done = unsafe { result::memcpy_dtod_async(to, from, len, self.stream) };
+        done.map_err(|e| self.failed(format!("copying {len} bytes within it"), e))
+    }
+
     unsafe fn launch(&self, kernel: &'static str, grid: Grid, args: &[Arg]) -> Result<(), CudaError> {
         self.bind()?;
         let function = self.kernel(kernel)?;

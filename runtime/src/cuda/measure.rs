@@ -211,6 +211,30 @@ pub fn rates_of(subject: &mut Subject) -> Result<Rates, CudaError> {
     })
 }
 
+/// Copies from one part of a GPU's memory to another, bytes read and bytes written together, 10⁹ bytes a second.
+///
+/// # Errors
+/// As [`rates`].
+pub fn copy_gbps(gpu: &Arc<Gpu>) -> Result<f64, CudaError> {
+    let device: Arc<dyn Device> = Arc::clone(gpu) as _;
+    copy_gbps_of(&device, Effort::FULL)
+}
+
+/// The same of any device.
+///
+/// # Errors
+/// As [`rates`].
+pub fn copy_gbps_of(device: &Arc<dyn Device>, effort: Effort) -> Result<f64, CudaError> {
+    // What nobody wrote is not to be read.
+    let from = Buffer::of_bytes(device, &vec![1; effort.bytes])?;
+    let to = Buffer::new(device, effort.bytes)?;
+    let seconds = fastest(effort.passes, || {
+        to.view().copy_from(from.view())?;
+        device.wait()
+    })?;
+    Ok(gbps(effort.bytes.saturating_mul(2), seconds))
+}
+
 /// Says that it is enough, also when something panics before.
 struct Enough<'a>(&'a AtomicBool);
 
@@ -396,6 +420,8 @@ mod tests {
         for value in all.into_iter().chain([r.from_device_gbps.0, r.from_device_gbps.1]) {
             assert!(value.is_finite() && value > 0.0, "{r:?}");
         }
+        let copied = copy_gbps_of(&subject.device, LITTLE).unwrap();
+        assert!(copied.is_finite() && copied > 0.0, "{copied}");
         let mut passes = 0;
         let mut beside = || {
             passes += 1;
@@ -426,6 +452,19 @@ mod tests {
         for ty in TensorType::ALL {
             let rate = products(&device, ty, Effort { bytes: 3000, ..LITTLE }, 2, 256).unwrap();
             assert!(rate > 0.0 && rate.is_finite(), "{ty}: {rate}");
+        }
+    }
+
+    #[test]
+    fn a_copy_within_a_device_is_the_same_bytes() {
+        let counting = Arc::new(crate::cuda::Counting::new(shim::shared()));
+        let devices: [Arc<dyn Device>; 2] = [shim::shared(), counting];
+        for device in devices {
+            let bytes: Vec<u8> = (0..1000).map(|i| (i % 251) as u8).collect();
+            let (from, to) = (Buffer::of_bytes(&device, &bytes).unwrap(), Buffer::new(&device, 500).unwrap());
+            to.view().copy_from(from.view().part(300..800)).unwrap();
+            assert_eq!(to.view().to_bytes().unwrap(), bytes[300..800]);
+            to.view().part(0..0).copy_from(from.view().part(0..0)).unwrap();
         }
     }
 

@@ -9,6 +9,7 @@
 //! Nothing here was ever run on a real GPU by its authors, and no speed of it was measured.
 
 pub mod check;
+mod counting;
 pub mod device;
 pub mod experts;
 pub mod gpu;
@@ -22,6 +23,7 @@ pub(crate) mod shim;
 pub mod source;
 pub mod stream;
 
+pub use counting::Counting;
 pub use device::{Buffer, Device, View};
 pub use gpu::Gpu;
 pub use nvrtc::{Compiled, Compiler, NVRTC_VARIABLE};

@@ -182,6 +182,13 @@ impl Device for Shim {
         Ok(())
     }
 
+    unsafe fn copy(&self, to: u64, from: u64, len: usize) -> Result<(), CudaError> {
+        self.must_not_record();
+        // SAFETY: the caller's promise.
+        unsafe { std::ptr::copy_nonoverlapping(from as *const u8, to as *mut u8, len) };
+        Ok(())
+    }
+
     unsafe fn launch(&self, kernel: &'static str, grid: Grid, args: &[Arg]) -> Result<(), CudaError> {
         let mut recordings = self.recordings.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(launches) = recordings.get_mut(&std::thread::current().id()) {

@@ -35,6 +35,7 @@ mod scratch;
 pub mod slots;
 mod stages;
 mod stream;
+pub mod targets;
 pub mod verify;
 mod warm;
 mod weights;

@@ -89,3 +89,13 @@ pub fn all_on_gpu(shape: &ModelShape, context: u32, kv_type: KvType) -> Placemen
     }
     plan
 }
+
+/// [`all_on_gpu`] with the routed experts in main memory, in place in the mapped file.
+pub fn experts_in_memory(shape: &ModelShape, context: u32, kv_type: KvType) -> Placement {
+    let mut plan = all_on_gpu(shape, context, kv_type);
+    plan.name = "experts-in-dram".into();
+    plan.layers.iter_mut().for_each(|layer| layer.pinned.clear());
+    let bytes = std::mem::take(&mut plan.tiers[0].pinned_bytes);
+    plan.tiers[1].home_bytes = bytes;
+    plan
+}

@@ -1,12 +1,12 @@
 //! A whole model on a GPU against the same model on the processor: what `selftest --gpu` runs beside the kernels by
 //! themselves, and the tests on an emulated device.
 
-use super::plan::{all_on_gpu, obvious};
+use super::plan::{all_on_gpu, experts_in_memory, obvious};
 use super::{Engine, GiveDevice, KvType, LoadError, LoadOptions, RunError, Wanted};
 use crate::check::Outcome;
 use crate::gguf::Gguf;
 use crate::model::describe;
-use crate::model::shape::shape_of;
+use crate::model::shape::{ModelShape, shape_of};
 use std::sync::Arc;
 use thiserror::Error;
 
@@ -44,16 +44,7 @@ pub fn compare(gguf: &Arc<Gguf>, experts_too: bool, give: Option<GiveDevice<'_>>
     let spec = describe(gguf).map_err(LoadError::from)?;
     let shape = shape_of(gguf, &spec);
     let context = PROMPT + DECODED as u32;
-    let mut plan = all_on_gpu(&shape, context, KvType::F16);
-    if !experts_too {
-        plan.layers.iter_mut().for_each(|layer| layer.pinned.clear());
-        let [vram, dram] = &mut plan.tiers[..] else { unreachable!("the plan has two tiers") };
-        dram.home_bytes = std::mem::take(&mut vram.pinned_bytes);
-    }
-    let options = LoadOptions::default();
-    let mut on_gpu = Engine::load_on(Arc::clone(gguf), &plan, &options, give, &mut |_, _| {})?;
-    let plain = obvious(&shape, context, KvType::F16);
-    let mut here = Engine::load(Arc::clone(gguf), &plain, &options, &mut |_, _| {})?;
+    let [mut on_gpu, mut here] = both(gguf, &shape, context, experts_too, give)?;
     let n_vocab = spec.n_vocab as u32;
     let mut tokens: Vec<u32> = (0..PROMPT).map(|i| i.wrapping_mul(2_654_435_761) % n_vocab).collect();
     let mut outcome = Outcome::default();
@@ -67,6 +58,65 @@ pub fn compare(gguf: &Arc<Gguf>, experts_too: bool, give: Option<GiveDevice<'_>>
         }
     }
     Ok(outcome)
+}
+
+/// How far two engines generated the same text.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct SameText {
+    /// Tokens until the first that differs.
+    pub same: usize,
+    /// Tokens asked for.
+    pub of: usize,
+    /// At the one that differs: how far the processor's likeliest was above the next, as a share of the logits' spread.
+    pub lead: Option<f32>,
+}
+
+/// Continues a prompt greedily by `n` tokens on the processor, and with everything on the GPU that `give` gives or with the
+/// experts in main memory, until a token differs.
+///
+/// # Errors
+/// When the model can't be loaded or a pass fails.
+pub fn greedy(
+    gguf: &Arc<Gguf>,
+    experts_too: bool,
+    give: Option<GiveDevice<'_>>,
+    prompt: &[u32],
+    n: usize,
+) -> Result<SameText, WholeError> {
+    let shape = shape_of(gguf, &describe(gguf).map_err(LoadError::from)?);
+    let context = u32::try_from(prompt.len().saturating_add(n)).unwrap_or(u32::MAX);
+    let [mut on_gpu, mut here] = both(gguf, &shape, context, experts_too, give)?;
+    let mut tokens = prompt.to_vec();
+    for same in 0..n {
+        let expected = here.forward(&tokens, Wanted::Last)?;
+        let got = on_gpu.forward(&tokens, Wanted::Last)?;
+        let (best, lead) = likeliest(expected);
+        // Of logits that are no numbers none is the likeliest.
+        if likeliest(got).0 != best || got.iter().any(|v| v.is_nan()) {
+            let squares: f64 = expected.iter().map(|v| f64::from(*v) * f64::from(*v)).sum();
+            let spread = (squares / expected.len().max(1) as f64).sqrt() as f32;
+            return Ok(SameText { same, of: n, lead: Some(lead / spread.max(f32::MIN_POSITIVE)) });
+        }
+        tokens = vec![best];
+    }
+    Ok(SameText { same: n, of: n, lead: None })
+}
+
+/// Two engines: one with everything on the GPU, or all but its experts, and one with nothing there.
+fn both(
+    gguf: &Arc<Gguf>,
+    shape: &ModelShape,
+    context: u32,
+    experts_too: bool,
+    give: Option<GiveDevice<'_>>,
+) -> Result<[Engine; 2], LoadError> {
+    let make = if experts_too { all_on_gpu } else { experts_in_memory };
+    let plan = make(shape, context, KvType::F16);
+    let options = LoadOptions::default();
+    let on_gpu = Engine::load_on(Arc::clone(gguf), &plan, &options, give, &mut |_, _| {})?;
+    let plain = obvious(shape, context, KvType::F16);
+    let here = Engine::load(Arc::clone(gguf), &plain, &options, &mut |_, _| {})?;
+    Ok([on_gpu, here])
 }
 
 /// Compares the logits of one token; returns the likeliest on the processor.
@@ -112,6 +162,18 @@ mod tests {
             let outcome = compare(&gguf, experts_too, Some(&give)).unwrap();
             assert!(outcome.is_well(), "{outcome:?}");
             assert!(outcome.compared == 17 * 4096 && outcome.worst > 0.0, "{outcome:?}");
+        }
+    }
+
+    #[test]
+    fn the_bundled_models_greedy_text_on_an_emulated_gpu_is_the_same() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../profiles/demo/demo.gguf");
+        let gguf = Arc::new(Gguf::open(&path).unwrap());
+        let give = |_: usize| Ok(shim::shared() as Arc<dyn Device>);
+        let prompt: Vec<u32> = (0..20).map(|i| i * 31 + 7).collect();
+        for experts_too in [true, false] {
+            let found = greedy(&gguf, experts_too, Some(&give), &prompt, 24).unwrap();
+            assert_eq!(found, SameText { same: 24, of: 24, lead: None });
         }
     }
 

@@ -15,11 +15,13 @@ pub mod testing;
 #[cfg(test)]
 mod tests;
 mod value;
+mod write;
 
 pub use error::GgufError;
 pub use header::{Header, MAX_ARRAY, MAX_HEADER_BYTES, MAX_KEYS, MAX_TENSORS, TensorInfo};
 pub use map::Advice;
 pub use value::{ArrayValue, Value};
+pub use write::{BadTensor, Draft, DraftTensor};
 
 use crate::formats::SourceId;
 use map::{Copied, Map};

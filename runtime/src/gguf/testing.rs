@@ -1,6 +1,8 @@
 //! Writes GGUF files for tests, right ones and wrong ones.
 
-use super::value::{ArrayValue, Value};
+use super::value::Value;
+pub(crate) use super::write::put_bytes;
+use super::write::put_value;
 use crate::quant::TensorType;
 
 /// A file to be. Nothing is checked: tests write wrong files too.
@@ -78,65 +80,5 @@ impl Writer {
             out.extend(&t.data);
         }
         out
-    }
-}
-
-/// A string as GGUF has it: length, then bytes.
-pub fn put_bytes(out: &mut Vec<u8>, bytes: &[u8]) {
-    out.extend((bytes.len() as u64).to_le_bytes());
-    out.extend(bytes);
-}
-
-fn put_value(out: &mut Vec<u8>, value: &Value) {
-    let mut put = |kind: u32, bytes: &[u8]| {
-        out.extend(kind.to_le_bytes());
-        out.extend(bytes);
-    };
-    match value {
-        Value::U8(v) => put(0, &v.to_le_bytes()),
-        Value::I8(v) => put(1, &v.to_le_bytes()),
-        Value::U16(v) => put(2, &v.to_le_bytes()),
-        Value::I16(v) => put(3, &v.to_le_bytes()),
-        Value::U32(v) => put(4, &v.to_le_bytes()),
-        Value::I32(v) => put(5, &v.to_le_bytes()),
-        Value::F32(v) => put(6, &v.to_le_bytes()),
-        Value::Bool(v) => put(7, &[u8::from(*v)]),
-        Value::Str(v) => {
-            put(8, &[]);
-            put_bytes(out, v.as_bytes());
-        }
-        Value::Array(a) => {
-            put(9, &[]);
-            put_array(out, a);
-        }
-        Value::U64(v) => put(10, &v.to_le_bytes()),
-        Value::I64(v) => put(11, &v.to_le_bytes()),
-        Value::F64(v) => put(12, &v.to_le_bytes()),
-    }
-}
-
-fn put_array(out: &mut Vec<u8>, array: &ArrayValue) {
-    fn all<T: Copy, const N: usize>(out: &mut Vec<u8>, kind: u32, items: &[T], to: impl Fn(T) -> [u8; N]) {
-        out.extend(kind.to_le_bytes());
-        out.extend((items.len() as u64).to_le_bytes());
-        items.iter().for_each(|&v| out.extend(to(v)));
-    }
-    match array {
-        ArrayValue::U8(a) => all(out, 0, a, u8::to_le_bytes),
-        ArrayValue::I8(a) => all(out, 1, a, i8::to_le_bytes),
-        ArrayValue::U16(a) => all(out, 2, a, u16::to_le_bytes),
-        ArrayValue::I16(a) => all(out, 3, a, i16::to_le_bytes),
-        ArrayValue::U32(a) => all(out, 4, a, u32::to_le_bytes),
-        ArrayValue::I32(a) => all(out, 5, a, i32::to_le_bytes),
-        ArrayValue::F32(a) => all(out, 6, a, f32::to_le_bytes),
-        ArrayValue::Bool(a) => all(out, 7, a, |b| [u8::from(b)]),
-        ArrayValue::Str(a) => {
-            out.extend(8u32.to_le_bytes());
-            out.extend((a.len() as u64).to_le_bytes());
-            a.iter().for_each(|s| put_bytes(out, s.as_bytes()));
-        }
-        ArrayValue::U64(a) => all(out, 10, a, u64::to_le_bytes),
-        ArrayValue::I64(a) => all(out, 11, a, i64::to_le_bytes),
-        ArrayValue::F64(a) => all(out, 12, a, f64::to_le_bytes),
     }
 }
