@@ -108,6 +108,13 @@ fn print_gpu(gpu: &GpuRate) {
         let (used, us, gflops) = (experts.used, experts.token_us, experts.batch_gflops);
         println!("  {used} experts of a token {us:.1} µs; prompts {gflops:.0} GFLOP/s");
     }
+    match &gpu.layers {
+        Ok(layers) => println!(
+            "  a layer takes {:.1} µs more than on the processor; a token of {} layers all of which are there {:.1} µs",
+            layers.layer_us, layers.n_layer, layers.resident_token_us
+        ),
+        Err(why) => println!("  fixed times of layers there were not measured: {why}"),
+    }
     let ((to, to_pageable), (from, from_pageable)) = (r.to_device_gbps, r.from_device_gbps);
     println!("  to it {to:.1} GB/s ({to_pageable:.1} pageable), from it {from:.1} ({from_pageable:.1} pageable)");
     let both = &gpu.contended;
@@ -159,6 +166,8 @@ fn as_json(args: &ProbeArgs, found: &Findings, machine: &Machine) -> Value {
             "products": g.products.iter().map(|(ty, gbps)| json!({"type": ty.to_string(), "gbps": gbps})).collect::<Vec<_>>(),
             "experts_us": g.experts.map(|e| e.token_us),
             "batch_gflops": g.experts.map(|e| e.batch_gflops),
+            "layer_us": g.layers.as_ref().ok().map(|l| l.layer_us),
+            "resident_token_us": g.layers.as_ref().ok().map(|l| l.resident_token_us),
             "to_gbps": g.rates.to_device_gbps.0,
             "to_pageable_gbps": g.rates.to_device_gbps.1,
             "from_gbps": g.rates.from_device_gbps.0,

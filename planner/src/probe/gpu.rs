@@ -2,18 +2,25 @@
 
 use super::power::Part;
 use super::{KEPT_FREE, rounded};
+use crate::bundled;
+use crate::session::interrupted;
 use std::sync::Arc;
+use std::time::Duration;
 use tier_plan_runtime::cuda::experts::ExpertKind;
 use tier_plan_runtime::cuda::measure::{
     Contended, Experts, Rates, Subject, common_experts, contended, experts, products_of, rates_of,
 };
 use tier_plan_runtime::cuda::nvml::Nvml;
-use tier_plan_runtime::cuda::{CudaError, Gpu};
+use tier_plan_runtime::cuda::{CudaError, Device, Gpu};
+use tier_plan_runtime::exec::targets::speed::{Effort, Place, Timed, time};
 use tier_plan_runtime::formats::machine::{Accelerator, Link, Tier, TierKind};
 use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::model::spec::{ModelSpec, MoeSpec};
 use tier_plan_runtime::quant::TensorType;
 use tier_plan_runtime::units::show_bytes;
+
+/// Tokens by which fixed times are measured.
+const LAYERS: Effort = Effort { prompt: 1, decode: 160, warm: 8, rounds: 3, limit: Duration::from_secs(5) };
 
 /// What is measured on a GPU.
 #[derive(Debug, Clone)]
@@ -82,10 +89,46 @@ pub struct GpuRate {
     pub compute_gbps: f64,
     /// A token's experts, where a few of them fit the measurement.
     pub experts: Option<Experts>,
+    /// Fixed times of layers there, or why they were not measured.
+    pub layers: Result<Layers, String>,
     /// What was measured, in words.
     pub of: String,
     /// What it may draw.
     pub power: Part,
+}
+
+/// Fixed times of layers on a GPU, from the bundled model, whose bytes hardly count.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Layers {
+    /// By how much a layer's dense stage takes longer there than on the processor, in microseconds: its launches, and the
+    /// router's choices on their way back.
+    pub layer_us: f64,
+    /// A token of the model with all of it there, its bytes at the GPU's rate left out, in microseconds.
+    pub resident_token_us: f64,
+    /// Layers of that model.
+    pub n_layer: u32,
+}
+
+impl Layers {
+    /// From the same tokens with all of the model on a GPU of a rate, with its experts in main memory, and without a GPU.
+    fn new(resident: &Timed, hybrid: &Timed, processor: &Timed, gpu_gbps: f64) -> Self {
+        let n_layer = resident.layers.max(1);
+        let more_s = (hybrid.dense_s - processor.dense_s) / f64::from(n_layer);
+        let bytes = resident.token_bytes + resident.cache_bytes as f64;
+        Self {
+            layer_us: (more_s * 1e6).max(0.0),
+            resident_token_us: (resident.token_s * 1e6 - bytes / gpu_gbps.max(1e-9) / 1e3).max(0.0),
+            n_layer,
+        }
+    }
+
+    fn measure(device: &Arc<dyn Device>, gpu_gbps: f64) -> Result<Self, String> {
+        let model = || -> anyhow::Result<Arc<Gguf>> { Ok(Arc::new(Gguf::open(&bundled::path("demo/demo.gguf")?)?)) };
+        let gguf = model().map_err(|error| format!("{error:#}"))?;
+        let timed = |place| time(&gguf, place, LAYERS, &interrupted).map_err(|error| error.to_string());
+        let (resident, hybrid) = (timed(Place::Resident(device))?, timed(Place::Hybrid(device))?);
+        Ok(Self::new(&resident, &hybrid, &timed(Place::Processor)?, gpu_gbps))
+    }
 }
 
 /// The GPUs of this machine.
@@ -149,7 +192,9 @@ fn measure_gpu(
     };
     let device = u32::try_from(p.ordinal).unwrap_or(u32::MAX);
     let about = About { name: p.name.clone(), device, emulated: false, total_bytes: p.total_bytes as u64, free_bytes };
-    measure(&mut Subject::of(gpu)?, about, power, work, beside)
+    let mut found = measure(&mut Subject::of(gpu)?, about, power, work, beside)?;
+    found.layers = Layers::measure(&(Arc::clone(gpu) as Arc<dyn Device>), found.compute_gbps);
+    Ok(found)
 }
 
 /// What is known of a device before it is measured.
@@ -190,6 +235,7 @@ fn measure(
         products,
         compute_gbps: if shares > 0.0 { shares / seconds.max(1e-12) } else { rates.read_gbps },
         experts,
+        layers: Err("only a GPU of this machine computes a whole model".into()),
         of: work.of.clone(),
         power,
     })
@@ -209,8 +255,20 @@ impl GpuRate {
         self.experts.as_ref().map_or(0.0, beyond).max(self.rates.round_trip_us)
     }
 
-    /// The tier that its memory is.
-    pub fn tier(&self, name: String, day: &str) -> Tier {
+    /// What computing there takes beside reading, where a token's own fixed time is that of the processor.
+    fn accelerator(&self, token_us: f64) -> Accelerator {
+        let layers = self.layers.as_ref().ok().filter(|_| !self.emulated);
+        let resident = |l: &Layers| (l.resident_token_us - token_us).max(0.0) / f64::from(l.n_layer.max(1));
+        Accelerator {
+            // Slots are filled from memory that the GPU does not read by itself.
+            link_gbps: Some(rounded(self.rates.to_device_gbps.1)),
+            layer_us: layers.map(|l| rounded(l.layer_us)),
+            resident_layer_us: layers.map(|l| rounded(resident(l))),
+        }
+    }
+
+    /// The tier that its memory is, where a token's own fixed time is that of the processor.
+    pub fn tier(&self, name: String, token_us: f64, day: &str) -> Tier {
         let who = if self.emulated { format!("{}, which is emulated", self.name) } else { self.name.clone() };
         Tier {
             name,
@@ -220,11 +278,7 @@ impl GpuRate {
             latency_us: rounded(self.latency_us()),
             emulated: self.emulated,
             unit: Some(self.device),
-            // Slots are filled from memory that the GPU does not read by itself.
-            accelerator: Accelerator {
-                link_gbps: Some(rounded(self.rates.to_device_gbps.1)),
-                ..Accelerator::default()
-            },
+            accelerator: self.accelerator(token_us),
             source: format!(
                 "measured {day} on {who}: products of {}; bare reads {:.1} GB/s; latency: a token's experts, beyond their \
                  bytes; a launch {:.1} µs, there and back {:.1} µs; capacity: {} free of {}, less a {}th",

@@ -389,7 +389,7 @@ impl Findings {
             if let Some(experts) = &gpu.experts {
                 prompt_gflops.insert(name.clone(), rounded(experts.batch_gflops).max(1e-5));
             }
-            tiers.push(gpu.tier(name, day));
+            tiers.push(gpu.tier(name, self.fixed.token_us, day));
         }
         tiers.sort_by(|a, b| b.read_gbps.total_cmp(&a.read_gbps));
         let slowest = tiers.last().map_or(compute, |t| t.read_gbps);

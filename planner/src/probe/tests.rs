@@ -1,4 +1,5 @@
 use super::*;
+use tier_plan_runtime::formats::machine::Accelerator;
 
 fn findings() -> Findings {
     let of = |value| Measured { value, spread: 0.01 };
@@ -69,6 +70,7 @@ fn gpu(device: u32, gbps: f64) -> gpu::GpuRate {
         products: vec![(TensorType::Q4_K, gbps)],
         compute_gbps: gbps,
         experts: Some(Experts { expert_bytes: 2_000_000, used: 8, token_us: 60.0, batch_gflops: 5e4 }),
+        layers: Ok(gpu::Layers { layer_us: 34.56, resident_token_us: 260.0, n_layer: 10 }),
         of: "Q4_K".into(),
         power: Part { name: "a GPU".into(), watts: Some(350.0), how: "limit read from the driver".into() },
     }
@@ -94,6 +96,9 @@ fn gpus_are_tiers_with_their_links_and_power() {
     // 16 MB at 400 GB/s are 40 µs; what is left of 60 is the latency. At 800 GB/s they are 20.
     assert_eq!((machine.tiers[1].latency_us, machine.tiers[0].latency_us), (20.0, 40.0));
     assert_eq!(machine.extras.links["vram0"].contended_gbps, 21.0);
+    // A tenth of what a token takes there beyond the 12 µs of its own.
+    let wanted = Accelerator { link_gbps: Some(9.0), layer_us: Some(34.6), resident_layer_us: Some(24.8) };
+    assert_eq!(machine.tiers[0].accelerator, wanted);
     assert_eq!(machine.prompt_gflops(), [5e4, 5e4, 950.0, 950.0]);
     assert_eq!((machine.extras.watts, machine.extras.watts_source.as_deref()), (Some(475.0), Some("limits")));
     found.gpus.found = vec![gpu::GpuRate { emulated: true, compute_gbps: 5.0, ..gpu(0, 5.0) }];
@@ -101,6 +106,9 @@ fn gpus_are_tiers_with_their_links_and_power() {
     let emulated = &machine.tiers[1];
     assert_eq!((emulated.name.as_str(), emulated.emulated), ("vram", true), "slower than main memory, and after it");
     assert!(emulated.source.contains("a GPU, which is emulated"), "{}", emulated.source);
+    assert_eq!(emulated.accelerator, Accelerator { link_gbps: Some(9.0), ..Accelerator::default() });
+    found.gpus.found[0] = gpu::GpuRate { layers: Err("no model".into()), ..gpu(0, 400.0) };
+    assert_eq!(found.machine().tiers[0].accelerator, emulated.accelerator);
 }
 
 #[test]

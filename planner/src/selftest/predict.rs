@@ -46,12 +46,22 @@ mod tests {
     use tier_plan_runtime::exec::KvType;
     use tier_plan_runtime::exec::plan::{all_on_gpu, experts_in_memory};
     use tier_plan_runtime::formats::SourceId;
-    use tier_plan_runtime::formats::machine::Extras;
+    use tier_plan_runtime::formats::machine::{Accelerator, Extras};
     use tier_plan_runtime::model::shape::shape_of_file;
 
     fn tier(name: &str, kind: TierKind, read_gbps: f64, unit: Option<u32>) -> Tier {
         let (name, source) = (name.into(), "made up".into());
-        Tier { name, kind, capacity_bytes: 1 << 40, read_gbps, latency_us: 0.0, emulated: false, unit, source }
+        Tier {
+            name,
+            kind,
+            capacity_bytes: 1 << 40,
+            read_gbps,
+            latency_us: 0.0,
+            emulated: false,
+            unit,
+            accelerator: Accelerator::default(),
+            source,
+        }
     }
 
     #[test]
