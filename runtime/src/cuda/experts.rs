@@ -6,7 +6,7 @@
 //! it held has been asked for.
 
 use super::device::{Buffer, Device, View};
-use super::ops::{Batch, ChosenSum, Gated, Group, Input, Matrices, Pair, Quants, SharedPart, Table};
+use super::ops::{Batch, ChosenSum, Gated, Group, Groups, Input, Matrices, Pair, Quants, SharedPart, Table};
 use super::{CudaError, Ops};
 use crate::kernels::needs_quants;
 use crate::model::spec::Activation;
@@ -148,6 +148,7 @@ struct Room {
     x: Buffer,
     x_quants: Quants,
     which: Buffer,
+    groups: Buffer,
     gate: Buffer,
     up: Buffer,
     inner: Quants,
@@ -164,7 +165,7 @@ pub fn workspace_bytes(rows: usize, hidden: usize, ffn: usize) -> u64 {
     let [outer, inner] = room_sizes(rows, hidden, ffn).map(|n| n as u64);
     // Codes, and a scale and two sums for each 32 values.
     let quants = |n: u64| n + n / 32 * 12;
-    8 * outer + quants(outer) + 8 * inner + quants(inner) + 4 * rows as u64
+    8 * outer + quants(outer) + 8 * inner + quants(inner) + 4 * (1 + Groups::WORDS as u64) * rows as u64
 }
 
 impl Room {
@@ -174,6 +175,7 @@ impl Room {
             x: Buffer::room_f32(device, outer)?,
             x_quants: Quants::new(device, outer)?,
             which: Buffer::room_f32(device, rows)?,
+            groups: Buffer::room_f32(device, Groups::WORDS * rows)?,
             gate: Buffer::room_f32(device, inner)?,
             up: Buffer::room_f32(device, inner)?,
             inner: Quants::new(device, inner)?,
@@ -342,16 +344,17 @@ impl PinnedExperts {
         self.given = rows;
         let results = r.out.view().floats(self.asked * hidden..(self.asked + jobs) * hidden);
         // With rows of their own, neighbours that go through the same expert are multiplied together.
-        let mut groups = Vec::new();
+        let mut alike_rows = Vec::new();
         if jobs == rows && jobs >= MANY {
             let mut first = 0;
             for alike in numbers.chunk_by(|a, b| a == b) {
-                groups.push(Group { matrix: alike[0], first, tokens: alike.len() });
+                alike_rows.push(Group { matrix: alike[0], first, tokens: alike.len() });
                 first += alike.len();
             }
         }
+        let groups = Groups::send(&alike_rows, r.groups.view())?;
         let mut inner = Inner { gate: &r.gate, up: &r.up, quants: &mut r.inner };
-        let uses = Uses { which: r.which.view(), jobs, rows, groups: &groups };
+        let uses = Uses { which: r.which.view(), jobs, rows, groups };
         first_products(ops, l, &mut inner, r.x.view(), &r.x_quants, uses)?;
         let (gate, quants) = (inner.gate.view(), &*inner.quants);
         product(ops, uses, l, 2, gate, quants, 1, results)?;
@@ -390,7 +393,14 @@ impl PinnedExperts {
         let ExpertKind { hidden, ffn, down, .. } = l.kind;
         let (ops, r) = (&self.ops, &mut self.room);
         let mut inner = Inner { gate: &r.gate, up: &r.up, quants: &mut r.inner };
-        first_products(ops, l, &mut inner, input, quants, Uses { which, jobs: n, rows: 1, groups: &[] })?;
+        first_products(
+            ops,
+            l,
+            &mut inner,
+            input,
+            quants,
+            Uses { which, jobs: n, rows: 1, groups: Groups::none(which) },
+        )?;
         let sum = ChosenSum {
             ty: down,
             table: &l.down,
@@ -446,7 +456,7 @@ struct Uses<'a> {
     /// Rows, of which each has as many of the jobs.
     rows: usize,
     /// Neighbours that go through the same expert, or none.
-    groups: &'a [Group],
+    groups: Groups<'a>,
 }
 
 /// What stands before the last products of a layer's experts, in 8 bits or as floats, as those take it: in `inner.quants` or

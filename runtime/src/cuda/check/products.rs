@@ -3,7 +3,7 @@
 use super::Check;
 use crate::check::{Outcome, Random, plain_product};
 use crate::cuda::device::Buffer;
-use crate::cuda::ops::{Batch, Group, Input, Matrices, Quants, Table};
+use crate::cuda::ops::{Batch, Group, Groups, Input, Matrices, Quants, Table};
 use crate::cuda::{CudaError, Ops};
 use crate::kernels::{Activations, Kernels, Weights, needs_quants};
 use crate::quant::{TensorType, dequantize_row};
@@ -237,7 +237,9 @@ fn batches(ops: &Ops, random: &mut Random, ty: TensorType) -> Result<Outcome, Cu
     let groups = [group(2, 0, 2), group(1, 2, 4), group(0, 6, 39)];
     let untouched = 7.5f32;
     let out = Buffer::of_f32(ops.device(), &vec![untouched; tokens * n_rows])?;
-    ops.matmul(ty, Batch::Groups(&table, &groups), n_rows, cols, both.input(ty), out.view())?;
+    let room = Buffer::room_f32(ops.device(), Groups::WORDS * groups.len())?;
+    let sent = Groups::send(&groups, room.view())?;
+    ops.matmul(ty, Batch::Groups(&table, sent), n_rows, cols, both.input(ty), out.view())?;
     let got = out.view().to_f32()?;
     for g in groups {
         let Some(w) = Weights::new(ty, &experts[g.matrix], n_rows, cols) else { continue };

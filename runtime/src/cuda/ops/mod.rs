@@ -11,7 +11,7 @@ mod stream;
 pub use attention::{Attend, AttendRoom, CHUNK, Heads, MAX_KEY, Positions};
 pub use delta::{Delta, DeltaSizes, MAX_DELTA_HEAD};
 pub use gated::{ChosenSum, Gated, Pair};
-pub use products::{Batch, Group, Input, MOST_PARTS, Matrices, Part, Quants, SharedPart, Table};
+pub use products::{Batch, Group, Groups, Input, MOST_PARTS, Matrices, Part, Quants, SharedPart, Table};
 pub use prompt_attention::PROMPT_TOKENS;
 pub use small::{MAX_EXPERTS, MAX_GROUPS, Routing, Strided};
 

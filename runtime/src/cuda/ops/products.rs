@@ -174,13 +174,49 @@ pub struct Group {
     pub tokens: usize,
 }
 
+/// Groups that the device knows.
+#[derive(Clone, Copy)]
+pub struct Groups<'a> {
+    all: &'a [Group],
+    on_device: View<'a>,
+}
+
+impl<'a> Groups<'a> {
+    /// 32-bit values of one on the device.
+    pub const WORDS: usize = 3;
+
+    /// None.
+    pub fn none(room: View<'a>) -> Self {
+        Self { all: &[], on_device: room.part(0..0) }
+    }
+
+    /// Sends them to the device, to `room`, `[groups, 3]`.
+    ///
+    /// # Errors
+    /// When the device fails.
+    ///
+    /// # Panics
+    /// When there is too little room.
+    pub fn send(all: &'a [Group], room: View<'a>) -> Result<Self, CudaError> {
+        let numbers = all.iter().flat_map(|g| [g.matrix, g.first, g.tokens]);
+        let bytes: Vec<u8> = numbers.flat_map(|v| (v as i32).to_ne_bytes()).collect();
+        room.write(&bytes)?;
+        Ok(Self { all, on_device: room.part(0..bytes.len()) })
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.all.is_empty()
+    }
+}
+
 /// Matrices of a product with many tokens.
 #[derive(Clone, Copy)]
 pub enum Batch<'a> {
     /// One matrix and so many tokens.
     One(View<'a>, usize),
     /// Several, each with tokens of its own.
-    Groups(&'a Table<'a>, &'a [Group]),
+    Groups(&'a Table<'a>, Groups<'a>),
 }
 
 /// Activations of a product.
@@ -328,23 +364,23 @@ impl Ops {
         out: View<'_>,
     ) -> Result<(), CudaError> {
         let row_bytes = ty.row_bytes(n_cols as u64).unwrap_or_else(|| panic!("rows of {n_cols} {ty} values")) as usize;
-        let (one, table, groups) = match batch {
-            Batch::One(w, tokens) => (Some(w.aligned()), None, vec![Group { matrix: 0, first: 0, tokens }]),
-            Batch::Groups(table, groups) => (None, Some(table), groups.to_vec()),
+        let (one, table, tokens, groups) = match batch {
+            Batch::One(w, tokens) => (Some(w.aligned()), None, tokens, None),
+            Batch::Groups(table, groups) => (None, Some(table), 0, Some(groups)),
         };
+        let alone = [Group { matrix: 0, first: 0, tokens }];
+        let all = groups.map_or(&alone[..], |g| g.all);
         let least = one.map(View::len).or(table.and_then(|t| t.least));
         assert!(least.is_none_or(|len| len >= n_rows * row_bytes), "{n_rows} rows of {row_bytes} bytes");
-        let last = groups.iter().map(|g| g.first + g.tokens).max().unwrap_or(0);
+        let last = all.iter().map(|g| g.first + g.tokens).max().unwrap_or(0);
         assert!(out.words() >= last * n_rows, "{last} x {n_rows} results");
         let n_table = table.map_or(0, |t| t.n);
-        let numbers: Vec<i32> = groups.iter().flat_map(|g| [g.matrix, g.first, g.tokens]).map(|v| v as i32).collect();
-        let numbers = if table.is_some() { Some(Buffer::of_i32(&self.device, &numbers)?) } else { None };
-        let most = groups.iter().map(|g| g.tokens).max().unwrap_or(0);
+        let most = all.iter().map(|g| g.tokens).max().unwrap_or(0);
         let mut args = vec![
             null_or(one),
             null_or(table.map(|t| t.pointers.view())),
             int(n_table),
-            null_or(numbers.as_ref().map(Buffer::view)),
+            null_or(groups.map(|g| g.on_device)),
             int(most),
             int(n_rows),
             int(n_cols),
@@ -360,7 +396,7 @@ impl Ops {
             }
         }
         args.push(out.arg());
-        let grid = [blocks(n_rows, TILE_ROWS), few(most.div_ceil(TILE_TOKENS)), few(groups.len())];
+        let grid = [blocks(n_rows, TILE_ROWS), few(most.div_ceil(TILE_TOKENS)), few(all.len())];
         self.launch(source::matmul_kernel(ty), grid, 128, &args)
     }
 
