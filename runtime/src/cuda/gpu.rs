@@ -95,14 +95,18 @@ impl Gpu {
         };
         let mut driver = 0;
         // SAFETY: the number outlives the call.
-        let status = unsafe { sys::cuDriverGetVersion(&mut driver) };
-        if status != CUresult::CUDA_SUCCESS || driver < LEAST_DRIVER {
+        match unsafe { sys::cuDriverGetVersion(&mut driver) }.result() {
+            Err(DriverError(CUresult::CUDA_ERROR_STUB_LIBRARY)) => return Err(CudaError::StubDriver),
+            done => done.map_err(failed("asking for the driver's version"))?,
+        }
+        if driver < LEAST_DRIVER {
             return Err(CudaError::OldDriver { major: driver / 1000, minor: driver % 1000 / 10 });
         }
         match result::init() {
             Err(DriverError(CUresult::CUDA_ERROR_NO_DEVICE)) => {
                 return Err(CudaError::NoDevice { ordinal, found: 0 });
             }
+            Err(DriverError(CUresult::CUDA_ERROR_STUB_LIBRARY)) => return Err(CudaError::StubDriver),
             done => done.map_err(failed("starting the driver"))?,
         }
         let count = result::device::get_count().map_err(failed("counting GPUs"))?;

@@ -38,6 +38,12 @@ pub enum CudaError {
          start it with the GPU passed through"
     )]
     NoDriver,
+    /// The toolkit's library for linking is found where the driver's should be.
+    #[error(
+        "no NVIDIA driver: the libcuda.so that is found is the CUDA toolkit's stub, which is only for linking; install the \
+         driver, and take the toolkit's folder `stubs` out of LD_LIBRARY_PATH"
+    )]
+    StubDriver,
     /// A driver whose interface lacks what is used.
     #[error("the NVIDIA driver has the interface of CUDA {major}.{minor}, 12.0 or newer is needed: update the driver")]
     OldDriver {
