@@ -216,12 +216,15 @@ impl Gpu {
                 loaded
             }
         };
-        let c_name = CString::new(name).map_err(|_| CudaError::NoKernel(name.into()))?;
-        // SAFETY: the module is loaded and stays so.
-        let kernel = unsafe { result::module::get_function(loaded, c_name) };
-        let kernel = kernel.map_err(|e| self.failed(format!("finding kernel {name}"), e))?;
-        state.kernels.insert(name, kernel);
-        Ok(kernel)
+        // All of them at once: where launches are recorded, the driver loads nothing.
+        for name in module.kernels {
+            let c_name = CString::new(*name).map_err(|_| CudaError::NoKernel((*name).into()))?;
+            // SAFETY: the module is loaded and stays so.
+            let kernel = unsafe { result::module::get_function(loaded, c_name) };
+            let kernel = kernel.map_err(|e| self.failed(format!("finding kernel {name}"), e))?;
+            state.kernels.insert(name, kernel);
+        }
+        state.kernels.get(name).copied().ok_or_else(|| CudaError::NoKernel(name.into()))
     }
 
     /// Loads a module from the cache, or compiles it.
