@@ -44,7 +44,8 @@ pub struct Properties {
 pub struct Gpu {
     context: Arc<CudaContext>,
     stream: sys::CUstream,
-    pooled: bool,
+    /// What allocations come from, where the device has such.
+    pool: Option<sys::CUmemoryPool>,
     properties: Properties,
     state: Mutex<State>,
 }
@@ -130,12 +131,10 @@ impl Gpu {
             l2_bytes: attribute(Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)?.try_into().unwrap_or(0),
             driver,
         };
-        let pooled = context.has_async_alloc();
-        if pooled {
-            keep_freed_memory(&context).map_err(failed("setting up its memory pool"))?;
-        }
+        let pool = context.has_async_alloc().then(|| keep_freed_memory(&context)).transpose();
+        let pool = pool.map_err(failed("setting up its memory pool"))?;
         let stream = result::stream::create(result::stream::StreamKind::NonBlocking).map_err(failed("a stream"))?;
-        Ok(Arc::new(Self { context, stream, pooled, properties, state: Mutex::default() }))
+        Ok(Arc::new(Self { context, stream, pool, properties, state: Mutex::default() }))
     }
 
     /// What it says of itself.
@@ -143,12 +142,23 @@ impl Gpu {
         &self.properties
     }
 
-    /// Bytes of its memory that are free now.
+    /// Bytes of its memory that are free now, once all is done that was asked of it.
     ///
     /// # Errors
     /// When the device fails.
     pub fn free_bytes(&self) -> Result<usize, CudaError> {
+        self.give_back()?;
         Ok(self.context.mem_get_info().map_err(|e| self.failed("asking for free memory", e))?.0)
+    }
+
+    /// Has the pool give back what nobody has: the driver counts what a pool keeps as taken.
+    fn give_back(&self) -> Result<(), CudaError> {
+        let Some(pool) = self.pool else { return Ok(()) };
+        // What was freed is the pool's only when the stream has come that far.
+        self.wait()?;
+        // SAFETY: the pool is the device's own.
+        let done = unsafe { sys::cuMemPoolTrimTo(pool, 0) }.result();
+        done.map_err(|e| self.failed("giving back free memory", e))
     }
 
     /// Its place on the PCI bus, `0000:65:00.0`, by which other libraries know it.
@@ -250,6 +260,19 @@ impl Gpu {
     }
 }
 
+impl Gpu {
+    /// Allocates once.
+    fn try_to_allocate(&self, room: usize) -> Result<u64, DriverError> {
+        // SAFETY: the context is current, as the caller has seen to.
+        unsafe {
+            match self.pool {
+                Some(_) => result::malloc_async(self.stream, room),
+                None => result::malloc_sync(room),
+            }
+        }
+    }
+}
+
 /// Loads machine code or PTX into the current context.
 fn load_image(image: &[u8]) -> Result<sys::CUmodule, DriverError> {
     // SAFETY: the compiler made it, and what came from disk has the sum that it was written with.
@@ -287,16 +310,17 @@ fn unseal(bytes: &[u8]) -> Option<Vec<u8>> {
     (!image.is_empty() && u64::from_le_bytes(*sum) == xxh3_64(image)).then(|| image.to_vec())
 }
 
-/// Lets the pool keep what is freed, for the next allocation.
-fn keep_freed_memory(context: &CudaContext) -> Result<(), DriverError> {
+/// Lets the device's pool keep what is freed, for the next allocation; returns it.
+fn keep_freed_memory(context: &CudaContext) -> Result<sys::CUmemoryPool, DriverError> {
     let mut pool = std::ptr::null_mut();
     let mut all = u64::MAX;
     let name = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
     // SAFETY: the device exists, and the attribute is a 64-bit number.
     unsafe {
         sys::cuDeviceGetDefaultMemPool(&mut pool, context.cu_device()).result()?;
-        sys::cuMemPoolSetAttribute(pool, name, std::ptr::from_mut(&mut all).cast()).result()
+        sys::cuMemPoolSetAttribute(pool, name, std::ptr::from_mut(&mut all).cast()).result()?;
     }
+    Ok(pool)
 }
 
 /// What the driver says about an error.
@@ -319,9 +343,11 @@ impl Device for Gpu {
         self.bind()?;
         // Kernels may look at a few bytes after the end of what they read.
         let room = len.saturating_add(16).max(256);
-        // SAFETY: the context is current.
-        let made =
-            unsafe { if self.pooled { result::malloc_async(self.stream, room) } else { result::malloc_sync(room) } };
+        let mut made = self.try_to_allocate(room);
+        // What was freed in pieces may do as a whole.
+        if matches!(made, Err(DriverError(CUresult::CUDA_ERROR_OUT_OF_MEMORY))) && self.give_back().is_ok() {
+            made = self.try_to_allocate(room);
+        }
         made.map_err(|error| match error {
             DriverError(CUresult::CUDA_ERROR_OUT_OF_MEMORY) => CudaError::OutOfMemory {
                 device: self.properties.name.clone(),
@@ -339,7 +365,10 @@ impl Device for Gpu {
         }
         // SAFETY: the caller's promise; work that uses the memory was asked for before.
         unsafe {
-            let _ = if self.pooled { result::free_async(at, self.stream) } else { result::free_sync(at) };
+            let _ = match self.pool {
+                Some(_) => result::free_async(at, self.stream),
+                None => result::free_sync(at),
+            };
         }
     }
 
