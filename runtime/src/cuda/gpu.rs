@@ -4,6 +4,7 @@
 use super::device::{Arg, Device, Grid, Recording};
 use super::lane::{self, Lane};
 use super::nvrtc::{Compiler, OPTIONS};
+use super::outbox::{HALF, Outbox};
 use super::source::{MODULES, Module, headers, module_of};
 use super::{CudaError, View};
 use crate::formats::safely;
@@ -48,6 +49,7 @@ pub struct Gpu {
     pool: Option<sys::CUmemoryPool>,
     properties: Properties,
     state: Mutex<State>,
+    outbox: Mutex<Option<Outbox>>,
 }
 
 #[derive(Default)]
@@ -69,9 +71,13 @@ impl Drop for Gpu {
             return;
         }
         let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let outbox = self.outbox.get_mut().unwrap_or_else(PoisonError::into_inner);
         // SAFETY: nothing that borrows the device is left.
         unsafe {
             let _ = result::stream::synchronize(self.stream);
+            if let Some(outbox) = outbox {
+                outbox.close();
+            }
             for module in state.modules.values() {
                 let _ = result::module::unload(*module);
             }
@@ -134,7 +140,8 @@ impl Gpu {
         let pool = context.has_async_alloc().then(|| keep_freed_memory(&context)).transpose();
         let pool = pool.map_err(failed("setting up its memory pool"))?;
         let stream = result::stream::create(result::stream::StreamKind::NonBlocking).map_err(failed("a stream"))?;
-        Ok(Arc::new(Self { context, stream, pool, properties, state: Mutex::default() }))
+        let (state, outbox) = (Mutex::default(), Mutex::default());
+        Ok(Arc::new(Self { context, stream, pool, properties, state, outbox }))
     }
 
     /// What it says of itself.
@@ -374,10 +381,19 @@ impl Device for Gpu {
 
     unsafe fn write(&self, to: u64, bytes: &[u8]) -> Result<(), CudaError> {
         self.bind()?;
-        // SAFETY: the caller's promise. From pageable memory, which every slice is but those that `Pinned` keeps to
-        // itself, the driver has taken the bytes when this returns.
-        let done = unsafe { result::memcpy_htod_async(to, bytes, self.stream) };
-        done.map_err(|e| self.failed(format!("copying {} bytes to it", bytes.len()), e))
+        let failed = |e| self.failed(format!("copying {} bytes to it", bytes.len()), e);
+        if bytes.len() > HALF {
+            // SAFETY: the caller's promise; the bytes stay until the stream has come this far.
+            unsafe { result::memcpy_htod_async(to, bytes, self.stream) }.map_err(failed)?;
+            return self.wait();
+        }
+        let mut outbox = self.outbox.lock().unwrap_or_else(PoisonError::into_inner);
+        let outbox = match &mut *outbox {
+            Some(outbox) => outbox,
+            none => none.insert(Outbox::new().map_err(|e| self.failed("pinning host memory", e))?),
+        };
+        // SAFETY: the caller's promise; the context is current, and the stream always this one.
+        unsafe { outbox.send(to, bytes, self.stream) }.map_err(failed)
     }
 
     unsafe fn read(&self, from: u64, bytes: &mut [u8]) -> Result<(), CudaError> {
@@ -506,9 +522,13 @@ impl Pinned {
     /// # Panics
     /// When there is no room.
     pub fn send(&mut self, to: View<'_>) -> Result<(), CudaError> {
-        let gpu = Arc::clone(&self.gpu);
-        to.write(self.bytes())?;
-        gpu.wait()
+        let to = to.part(0..self.len);
+        self.gpu.bind()?;
+        let stream = self.gpu.stream;
+        // SAFETY: there is room, and the bytes stay until the stream has come this far.
+        let done = unsafe { result::memcpy_htod_async(to.address(), self.bytes(), stream) };
+        done.map_err(|e| self.gpu.failed(format!("copying {} bytes to it", self.len), e))?;
+        self.gpu.wait()
     }
 
     /// Fills it from the device.

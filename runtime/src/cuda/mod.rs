@@ -16,6 +16,7 @@ pub mod lane;
 pub mod measure;
 pub mod nvml;
 mod nvrtc;
+mod outbox;
 pub mod ops;
 #[cfg(test)]
 pub(crate) mod shim;
