@@ -3,7 +3,7 @@
 
 use super::device::{Arg, Device, Grid, Recording};
 use super::lane::{self, Lane};
-use super::nvrtc::{Compiler, OPTIONS};
+use super::nvrtc::{Compiler, NVRTC_VARIABLE, OPTIONS};
 use super::outbox::{HALF, Outbox};
 use super::source::{MODULES, Module, headers, module_of};
 use super::{CudaError, View};
@@ -254,10 +254,10 @@ impl Gpu {
         }
         let compiler = match compiler {
             Some(compiler) => compiler,
-            None => compiler.insert(Compiler::find()?),
+            None => compiler.insert(Compiler::find_for(self.properties.driver / 1000)?),
         };
         let compiled = compiler.compile(module, self.properties.capability)?;
-        let loaded = load_image(&compiled.image).map_err(|e| self.failed(format!("loading {}", module.name), e))?;
+        let loaded = load_image(&compiled.image).map_err(|e| self.not_loaded(module, compiler, e))?;
         if let Some(path) = kept {
             // A cache that can't be written costs time at the next start, nothing else.
             let made = path.parent().map_or(Ok(()), std::fs::create_dir_all);
@@ -268,6 +268,23 @@ impl Gpu {
 }
 
 impl Gpu {
+    /// Why the driver takes no kernels that were just compiled.
+    fn not_loaded(&self, module: &Module, compiler: &Compiler, error: DriverError) -> CudaError {
+        let ((major, minor), driver) = (compiler.version(), self.properties.driver);
+        let mut why = words(error);
+        if major > driver / 1000 {
+            why += &format!(
+                "; NVRTC {major}.{minor} made them, which is newer than the driver, of CUDA {}.{}: update the driver, or set \
+                 {NVRTC_VARIABLE} to the path of a libnvrtc.so of CUDA {}",
+                driver / 1000,
+                driver % 1000 / 10,
+                driver / 1000
+            );
+        }
+        let (device, what) = (self.properties.name.clone(), format!("loading the kernels of {}", module.name));
+        CudaError::Call { device, what, why }
+    }
+
     /// Allocates once.
     fn try_to_allocate(&self, room: usize) -> Result<u64, DriverError> {
         // SAFETY: the context is current, as the caller has seen to.
