@@ -7,7 +7,7 @@ use anyhow::{Result, bail};
 use serde_json::{Value, json};
 use std::sync::Arc;
 use tier_plan_runtime::check::{self, Outcome};
-use tier_plan_runtime::cuda::measure::{Rates, products_gbps, rates};
+use tier_plan_runtime::cuda::measure::{Rates, Subject, products_of, rates_of};
 use tier_plan_runtime::cuda::{self, Device, Gpu};
 use tier_plan_runtime::exec::whole;
 use tier_plan_runtime::gguf::Gguf;
@@ -99,9 +99,9 @@ fn whole_models(gpu: &Arc<Gpu>) -> Vec<Row> {
 }
 
 fn measure(gpu: &Arc<Gpu>) -> Result<Measured> {
-    let device: Arc<dyn Device> = Arc::clone(gpu) as _;
-    let products = TensorType::ALL.into_iter().map(|ty| Ok((ty, products_gbps(&device, ty)?)));
-    Ok(Measured { products: products.collect::<Result<_>>()?, rates: rates(gpu)? })
+    let mut subject = Subject::of(gpu)?;
+    let products = TensorType::ALL.into_iter().map(|ty| Ok((ty, products_of(&subject, ty)?)));
+    Ok(Measured { products: products.collect::<Result<_>>()?, rates: rates_of(&mut subject)? })
 }
 
 fn print_text(gpu: Option<&Gpu>, rows: &[Row], measured: Option<&Measured>) {
