@@ -6,7 +6,8 @@
 //! them is checked without a GPU. [`check`] compares each kernel with the plain ones of the processor on whatever device
 //! it is given; [`measure`] times a device.
 //!
-//! Nothing here was ever run on a real GPU by its authors, and no speed of it was measured.
+//! Nothing here was ever run on a real GPU by its authors, and no speed of it was measured. What talks to the driver is run
+//! on a stand-in for it, written from its documentation (`tests/driver`).
 
 pub mod check;
 pub mod device;
@@ -16,8 +17,8 @@ pub mod lane;
 pub mod measure;
 pub mod nvml;
 mod nvrtc;
-mod outbox;
 pub mod ops;
+mod outbox;
 #[cfg(test)]
 pub(crate) mod shim;
 pub mod source;
