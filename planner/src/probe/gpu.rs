@@ -148,7 +148,12 @@ pub fn measure_all(work: &Work, beside: &mut dyn FnMut() -> f64) -> Gpus {
             Ok(gpu) => gpu,
             // There are no more; that there is none at all is to be said.
             Err(CudaError::NoDevice { .. }) if ordinal > 0 => break,
-            Err(error @ (CudaError::NoDriver | CudaError::OldDriver { .. } | CudaError::NoDevice { .. })) => {
+            Err(
+                error @ (CudaError::NoDriver
+                | CudaError::StubDriver
+                | CudaError::OldDriver { .. }
+                | CudaError::NoDevice { .. }),
+            ) => {
                 gpus.missing.push(error.to_string());
                 break;
             }

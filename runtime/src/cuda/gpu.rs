@@ -3,7 +3,8 @@
 
 use super::device::{Arg, Device, Grid, Recording};
 use super::lane::{self, Lane};
-use super::nvrtc::{Compiler, OPTIONS};
+use super::nvrtc::{Compiler, NVRTC_VARIABLE, OPTIONS};
+use super::outbox::{HALF, Outbox};
 use super::source::{MODULES, Module, headers, module_of};
 use super::{CudaError, View};
 use crate::formats::safely;
@@ -44,9 +45,11 @@ pub struct Properties {
 pub struct Gpu {
     context: Arc<CudaContext>,
     stream: sys::CUstream,
-    pooled: bool,
+    /// What allocations come from, where the device has such.
+    pool: Option<sys::CUmemoryPool>,
     properties: Properties,
     state: Mutex<State>,
+    outbox: Mutex<Option<Outbox>>,
 }
 
 #[derive(Default)]
@@ -68,9 +71,13 @@ impl Drop for Gpu {
             return;
         }
         let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let outbox = self.outbox.get_mut().unwrap_or_else(PoisonError::into_inner);
         // SAFETY: nothing that borrows the device is left.
         unsafe {
             let _ = result::stream::synchronize(self.stream);
+            if let Some(outbox) = outbox {
+                outbox.close();
+            }
             for module in state.modules.values() {
                 let _ = result::module::unload(*module);
             }
@@ -95,14 +102,18 @@ impl Gpu {
         };
         let mut driver = 0;
         // SAFETY: the number outlives the call.
-        let status = unsafe { sys::cuDriverGetVersion(&mut driver) };
-        if status != CUresult::CUDA_SUCCESS || driver < LEAST_DRIVER {
+        match unsafe { sys::cuDriverGetVersion(&mut driver) }.result() {
+            Err(DriverError(CUresult::CUDA_ERROR_STUB_LIBRARY)) => return Err(CudaError::StubDriver),
+            done => done.map_err(failed("asking for the driver's version"))?,
+        }
+        if driver < LEAST_DRIVER {
             return Err(CudaError::OldDriver { major: driver / 1000, minor: driver % 1000 / 10 });
         }
         match result::init() {
             Err(DriverError(CUresult::CUDA_ERROR_NO_DEVICE)) => {
                 return Err(CudaError::NoDevice { ordinal, found: 0 });
             }
+            Err(DriverError(CUresult::CUDA_ERROR_STUB_LIBRARY)) => return Err(CudaError::StubDriver),
             done => done.map_err(failed("starting the driver"))?,
         }
         let count = result::device::get_count().map_err(failed("counting GPUs"))?;
@@ -126,12 +137,11 @@ impl Gpu {
             l2_bytes: attribute(Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)?.try_into().unwrap_or(0),
             driver,
         };
-        let pooled = context.has_async_alloc();
-        if pooled {
-            keep_freed_memory(&context).map_err(failed("setting up its memory pool"))?;
-        }
+        let pool = context.has_async_alloc().then(|| keep_freed_memory(&context)).transpose();
+        let pool = pool.map_err(failed("setting up its memory pool"))?;
         let stream = result::stream::create(result::stream::StreamKind::NonBlocking).map_err(failed("a stream"))?;
-        Ok(Arc::new(Self { context, stream, pooled, properties, state: Mutex::default() }))
+        let (state, outbox) = (Mutex::default(), Mutex::default());
+        Ok(Arc::new(Self { context, stream, pool, properties, state, outbox }))
     }
 
     /// What it says of itself.
@@ -139,12 +149,23 @@ impl Gpu {
         &self.properties
     }
 
-    /// Bytes of its memory that are free now.
+    /// Bytes of its memory that are free now, once all is done that was asked of it.
     ///
     /// # Errors
     /// When the device fails.
     pub fn free_bytes(&self) -> Result<usize, CudaError> {
+        self.give_back()?;
         Ok(self.context.mem_get_info().map_err(|e| self.failed("asking for free memory", e))?.0)
+    }
+
+    /// Has the pool give back what nobody has: the driver counts what a pool keeps as taken.
+    fn give_back(&self) -> Result<(), CudaError> {
+        let Some(pool) = self.pool else { return Ok(()) };
+        // What was freed is the pool's only when the stream has come that far.
+        self.wait()?;
+        // SAFETY: the pool is the device's own.
+        let done = unsafe { sys::cuMemPoolTrimTo(pool, 0) }.result();
+        done.map_err(|e| self.failed("giving back free memory", e))
     }
 
     /// Its place on the PCI bus, `0000:65:00.0`, by which other libraries know it.
@@ -212,12 +233,15 @@ impl Gpu {
                 loaded
             }
         };
-        let c_name = CString::new(name).map_err(|_| CudaError::NoKernel(name.into()))?;
-        // SAFETY: the module is loaded and stays so.
-        let kernel = unsafe { result::module::get_function(loaded, c_name) };
-        let kernel = kernel.map_err(|e| self.failed(format!("finding kernel {name}"), e))?;
-        state.kernels.insert(name, kernel);
-        Ok(kernel)
+        // All of them at once: where launches are recorded, the driver loads nothing.
+        for name in module.kernels {
+            let c_name = CString::new(*name).map_err(|_| CudaError::NoKernel((*name).into()))?;
+            // SAFETY: the module is loaded and stays so.
+            let kernel = unsafe { result::module::get_function(loaded, c_name) };
+            let kernel = kernel.map_err(|e| self.failed(format!("finding kernel {name}"), e))?;
+            state.kernels.insert(name, kernel);
+        }
+        state.kernels.get(name).copied().ok_or_else(|| CudaError::NoKernel(name.into()))
     }
 
     /// Loads a module from the cache, or compiles it.
@@ -230,16 +254,46 @@ impl Gpu {
         }
         let compiler = match compiler {
             Some(compiler) => compiler,
-            None => compiler.insert(Compiler::find()?),
+            None => compiler.insert(Compiler::find_for(self.properties.driver / 1000)?),
         };
         let compiled = compiler.compile(module, self.properties.capability)?;
-        let loaded = load_image(&compiled.image).map_err(|e| self.failed(format!("loading {}", module.name), e))?;
+        let loaded = load_image(&compiled.image).map_err(|e| self.not_loaded(module, compiler, e))?;
         if let Some(path) = kept {
             // A cache that can't be written costs time at the next start, nothing else.
             let made = path.parent().map_or(Ok(()), std::fs::create_dir_all);
             let _ = made.is_ok() && safely::write(&path, &seal(&compiled.image)).is_ok();
         }
         Ok(loaded)
+    }
+}
+
+impl Gpu {
+    /// Why the driver takes no kernels that were just compiled.
+    fn not_loaded(&self, module: &Module, compiler: &Compiler, error: DriverError) -> CudaError {
+        let ((major, minor), driver) = (compiler.version(), self.properties.driver);
+        let mut why = words(error);
+        if major > driver / 1000 {
+            why += &format!(
+                "; NVRTC {major}.{minor} made them, which is newer than the driver, of CUDA {}.{}: update the driver, or set \
+                 {NVRTC_VARIABLE} to the path of a libnvrtc.so of CUDA {}",
+                driver / 1000,
+                driver % 1000 / 10,
+                driver / 1000
+            );
+        }
+        let (device, what) = (self.properties.name.clone(), format!("loading the kernels of {}", module.name));
+        CudaError::Call { device, what, why }
+    }
+
+    /// Allocates once.
+    fn try_to_allocate(&self, room: usize) -> Result<u64, DriverError> {
+        // SAFETY: the context is current, as the caller has seen to.
+        unsafe {
+            match self.pool {
+                Some(_) => result::malloc_async(self.stream, room),
+                None => result::malloc_sync(room),
+            }
+        }
     }
 }
 
@@ -280,16 +334,17 @@ fn unseal(bytes: &[u8]) -> Option<Vec<u8>> {
     (!image.is_empty() && u64::from_le_bytes(*sum) == xxh3_64(image)).then(|| image.to_vec())
 }
 
-/// Lets the pool keep what is freed, for the next allocation.
-fn keep_freed_memory(context: &CudaContext) -> Result<(), DriverError> {
+/// Lets the device's pool keep what is freed, for the next allocation; returns it.
+fn keep_freed_memory(context: &CudaContext) -> Result<sys::CUmemoryPool, DriverError> {
     let mut pool = std::ptr::null_mut();
     let mut all = u64::MAX;
     let name = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
     // SAFETY: the device exists, and the attribute is a 64-bit number.
     unsafe {
         sys::cuDeviceGetDefaultMemPool(&mut pool, context.cu_device()).result()?;
-        sys::cuMemPoolSetAttribute(pool, name, std::ptr::from_mut(&mut all).cast()).result()
+        sys::cuMemPoolSetAttribute(pool, name, std::ptr::from_mut(&mut all).cast()).result()?;
     }
+    Ok(pool)
 }
 
 /// What the driver says about an error.
@@ -312,9 +367,11 @@ impl Device for Gpu {
         self.bind()?;
         // Kernels may look at a few bytes after the end of what they read.
         let room = len.saturating_add(16).max(256);
-        // SAFETY: the context is current.
-        let made =
-            unsafe { if self.pooled { result::malloc_async(self.stream, room) } else { result::malloc_sync(room) } };
+        let mut made = self.try_to_allocate(room);
+        // What was freed in pieces may do as a whole.
+        if matches!(made, Err(DriverError(CUresult::CUDA_ERROR_OUT_OF_MEMORY))) && self.give_back().is_ok() {
+            made = self.try_to_allocate(room);
+        }
         made.map_err(|error| match error {
             DriverError(CUresult::CUDA_ERROR_OUT_OF_MEMORY) => CudaError::OutOfMemory {
                 device: self.properties.name.clone(),
@@ -332,16 +389,28 @@ impl Device for Gpu {
         }
         // SAFETY: the caller's promise; work that uses the memory was asked for before.
         unsafe {
-            let _ = if self.pooled { result::free_async(at, self.stream) } else { result::free_sync(at) };
+            let _ = match self.pool {
+                Some(_) => result::free_async(at, self.stream),
+                None => result::free_sync(at),
+            };
         }
     }
 
     unsafe fn write(&self, to: u64, bytes: &[u8]) -> Result<(), CudaError> {
         self.bind()?;
-        // SAFETY: the caller's promise. From pageable memory, which every slice is but those that `Pinned` keeps to
-        // itself, the driver has taken the bytes when this returns.
-        let done = unsafe { result::memcpy_htod_async(to, bytes, self.stream) };
-        done.map_err(|e| self.failed(format!("copying {} bytes to it", bytes.len()), e))
+        let failed = |e| self.failed(format!("copying {} bytes to it", bytes.len()), e);
+        if bytes.len() > HALF {
+            // SAFETY: the caller's promise; the bytes stay until the stream has come this far.
+            unsafe { result::memcpy_htod_async(to, bytes, self.stream) }.map_err(failed)?;
+            return self.wait();
+        }
+        let mut outbox = self.outbox.lock().unwrap_or_else(PoisonError::into_inner);
+        let outbox = match &mut *outbox {
+            Some(outbox) => outbox,
+            none => none.insert(Outbox::new().map_err(|e| self.failed("pinning host memory", e))?),
+        };
+        // SAFETY: the caller's promise; the context is current, and the stream always this one.
+        unsafe { outbox.send(to, bytes, self.stream) }.map_err(failed)
     }
 
     unsafe fn read(&self, from: u64, bytes: &mut [u8]) -> Result<(), CudaError> {
@@ -477,9 +546,13 @@ impl Pinned {
     /// # Panics
     /// When there is no room.
     pub fn send(&mut self, to: View<'_>) -> Result<(), CudaError> {
-        let gpu = Arc::clone(&self.gpu);
-        to.write(self.bytes())?;
-        gpu.wait()
+        let to = to.part(0..self.len);
+        self.gpu.bind()?;
+        let stream = self.gpu.stream;
+        // SAFETY: there is room, and the bytes stay until the stream has come this far.
+        let done = unsafe { result::memcpy_htod_async(to.address(), self.bytes(), stream) };
+        done.map_err(|e| self.gpu.failed(format!("copying {} bytes to it", self.len), e))?;
+        self.gpu.wait()
     }
 
     /// Fills it from the device.

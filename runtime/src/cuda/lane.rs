@@ -51,8 +51,30 @@ struct GpuLane {
 /// One buffer, and the events of its bytes.
 struct Side {
     staging: Pinned,
-    copied: sys::CUevent,
-    used: sys::CUevent,
+    copied: Event,
+    used: Event,
+}
+
+/// A point of a stream.
+struct Event {
+    gpu: Arc<Gpu>,
+    raw: sys::CUevent,
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        if self.gpu.bind().is_ok() {
+            // SAFETY: nothing else has it.
+            let _ = unsafe { result::event::destroy(self.raw) };
+        }
+    }
+}
+
+impl Event {
+    fn new(gpu: &Arc<Gpu>) -> Result<Self, CudaError> {
+        let raw = result::event::create(CUevent_flags::CU_EVENT_DISABLE_TIMING);
+        Ok(Self { raw: raw.map_err(|e| gpu.failed("an event", e))?, gpu: Arc::clone(gpu) })
+    }
 }
 
 // SAFETY: the driver's handles may be used from any thread whose context is this one, which every function sees to.
@@ -63,13 +85,9 @@ impl Drop for GpuLane {
         if self.gpu.bind().is_err() {
             return;
         }
-        // SAFETY: nothing else has the stream and the events; copies end before their memory goes.
+        // SAFETY: nothing else has the stream; copies end before their memory goes.
         unsafe {
             let _ = result::stream::synchronize(self.stream);
-            for side in &self.sides {
-                let _ = result::event::destroy(side.copied);
-                let _ = result::event::destroy(side.used);
-            }
             let _ = result::stream::destroy(self.stream);
         }
     }
@@ -84,10 +102,8 @@ pub(super) fn open(gpu: Arc<Gpu>, len: usize) -> Result<Box<dyn Lane>, CudaError
     let stream = result::stream::create(result::stream::StreamKind::NonBlocking);
     let mut lane = GpuLane { stream: stream.map_err(|e| gpu.failed("a stream", e))?, gpu, sides: Vec::new() };
     for _ in 0..BUFFERS {
-        let event = || result::event::create(CUevent_flags::CU_EVENT_DISABLE_TIMING);
-        let event = || event().map_err(|e| lane.gpu.failed("an event", e));
-        let side = Side { staging: lane.gpu.pinned(len)?, copied: event()?, used: event()? };
-        lane.sides.push(side);
+        let (copied, used) = (Event::new(&lane.gpu)?, Event::new(&lane.gpu)?);
+        lane.sides.push(Side { staging: lane.gpu.pinned(len)?, copied, used });
     }
     Ok(Box::new(lane))
 }
@@ -102,7 +118,7 @@ impl Lane for GpuLane {
     fn staging(&mut self, which: usize) -> Result<&mut [u8], CudaError> {
         self.gpu.bind()?;
         // SAFETY: the event lives as long as this value.
-        let waited = unsafe { sys::cuEventSynchronize(self.sides[which].copied) }.result();
+        let waited = unsafe { sys::cuEventSynchronize(self.sides[which].copied.raw) }.result();
         self.done(waited)?;
         Ok(self.sides[which].staging.bytes())
     }
@@ -110,7 +126,7 @@ impl Lane for GpuLane {
     fn is_free(&mut self, which: usize) -> Result<bool, CudaError> {
         self.gpu.bind()?;
         // SAFETY: as above.
-        match unsafe { result::event::query(self.sides[which].copied) } {
+        match unsafe { result::event::query(self.sides[which].copied.raw) } {
             Err(DriverError(sys::CUresult::CUDA_ERROR_NOT_READY)) => Ok(false),
             other => self.done(other).map(|()| true),
         }
@@ -125,10 +141,10 @@ impl Lane for GpuLane {
         // SAFETY: the view is memory of this device, as whoever made both sees to; the buffer is pinned, and nobody
         // writes to it before `copied`. Streams and events live as long as this value.
         let sent = unsafe {
-            result::stream::wait_event(stream, side.used, flags)
+            result::stream::wait_event(stream, side.used.raw, flags)
                 .and_then(|()| result::memcpy_htod_async(to.address(), bytes, stream))
-                .and_then(|()| result::event::record(side.copied, stream))
-                .and_then(|()| result::stream::wait_event(computing, side.copied, flags))
+                .and_then(|()| result::event::record(side.copied.raw, stream))
+                .and_then(|()| result::stream::wait_event(computing, side.copied.raw, flags))
         };
         self.done(sent)
     }
@@ -136,7 +152,7 @@ impl Lane for GpuLane {
     fn used(&mut self, which: usize) -> Result<(), CudaError> {
         self.gpu.bind()?;
         // SAFETY: as above.
-        let recorded = unsafe { result::event::record(self.sides[which].used, self.gpu.stream()) };
+        let recorded = unsafe { result::event::record(self.sides[which].used.raw, self.gpu.stream()) };
         self.done(recorded)
     }
 }

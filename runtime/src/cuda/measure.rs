@@ -3,7 +3,7 @@
 
 use super::device::{Buffer, Device, View};
 use super::experts::{ExpertBytes, ExpertKind, PinnedExperts, Place};
-use super::gpu::Pinned;
+use super::gpu::{Pinned, Properties};
 use super::ops::{Input, Matrices, Quants, Table};
 use super::{CudaError, Gpu, Ops};
 use crate::kernels::needs_quants;
@@ -35,7 +35,19 @@ pub struct Effort {
 impl Effort {
     /// What a GPU needs.
     pub const FULL: Effort = Effort { bytes: 256 << 20, passes: 5, launches: 1000, stages: 200 };
+
+    /// What this GPU needs: less bytes where even they are many times its cache.
+    pub fn of(gpu: &Properties) -> Effort {
+        let bytes = gpu.l2_bytes.saturating_mul(64).clamp(LEAST_BYTES, Self::FULL.bytes);
+        Effort { bytes, ..Self::FULL }
+    }
 }
+
+/// Bytes that are moved for a rate at least: below that, it would be the time of a launch.
+const LEAST_BYTES: usize = 256 << 10;
+
+/// Seconds after which a figure has had enough passes.
+const LONGEST: f64 = 2.0;
 
 /// Host memory that a device copies to and from, by itself or not.
 pub trait HostMemory: Send {
@@ -95,8 +107,8 @@ impl Subject {
         Ok(Self {
             device: Arc::clone(gpu) as _,
             multiprocessors: u32::try_from(gpu.properties().multiprocessors).unwrap_or(1).max(1),
-            pinned: Box::new(gpu.pinned(Effort::FULL.bytes)?),
-            effort: Effort::FULL,
+            pinned: Box::new(gpu.pinned(Effort::of(gpu.properties()).bytes)?),
+            effort: Effort::of(gpu.properties()),
         })
     }
 }
@@ -138,14 +150,17 @@ pub struct Experts {
     pub batch_gflops: f64,
 }
 
-/// Seconds of the fastest of several passes.
+/// Seconds of the fastest of several passes; fewer where they are slow.
 fn fastest(passes: usize, mut pass: impl FnMut() -> Result<(), CudaError>) -> Result<f64, CudaError> {
     pass()?;
-    let mut best = f64::INFINITY;
+    let (mut best, begun) = (f64::INFINITY, Instant::now());
     for _ in 0..passes.max(1) {
         let start = Instant::now();
         pass()?;
         best = best.min(start.elapsed().as_secs_f64());
+        if begun.elapsed().as_secs_f64() > LONGEST {
+            break;
+        }
     }
     Ok(best.max(1e-9))
 }
@@ -357,7 +372,7 @@ pub fn experts(subject: &Subject, kind: ExpertKind, used: usize) -> Result<Optio
     let mut out = vec![0.0f32; used * kind.hidden];
     let mut times = Vec::with_capacity(effort.stages.max(1));
     // From one place to the next, so that no cache has them from the last time.
-    let mut first = 0;
+    let (mut first, begun) = (0, Instant::now());
     for stage in 0..=effort.stages.max(1) {
         let chosen: Vec<Place> = (0..used).map(|i| Place::Pinned((first + i) % n)).collect();
         first = (first + used) % n;
@@ -366,6 +381,9 @@ pub fn experts(subject: &Subject, kind: ExpertKind, used: usize) -> Result<Optio
         here.fetch(&mut out)?;
         if stage > 0 {
             times.push(start.elapsed());
+            if begun.elapsed().as_secs_f64() > LONGEST {
+                break;
+            }
         }
     }
     times.sort();

@@ -6,7 +6,8 @@
 //! them is checked without a GPU. [`check`] compares each kernel with the plain ones of the processor on whatever device
 //! it is given; [`measure`] times a device.
 //!
-//! Nothing here was ever run on a real GPU by its authors, and no speed of it was measured.
+//! Nothing here was ever run on a real GPU by its authors, and no speed of it was measured. What talks to the driver is run
+//! on a stand-in for it, written from its documentation (`tests/driver`).
 
 pub mod check;
 mod counting;
@@ -18,6 +19,7 @@ pub mod measure;
 pub mod nvml;
 mod nvrtc;
 pub mod ops;
+mod outbox;
 #[cfg(test)]
 pub(crate) mod shim;
 pub mod source;
@@ -40,6 +42,12 @@ pub enum CudaError {
          start it with the GPU passed through"
     )]
     NoDriver,
+    /// The toolkit's library for linking is found where the driver's should be.
+    #[error(
+        "no NVIDIA driver: the libcuda.so that is found is the CUDA toolkit's stub, which is only for linking; install the \
+         driver, and take the toolkit's folder `stubs` out of LD_LIBRARY_PATH"
+    )]
+    StubDriver,
     /// A driver whose interface lacks what is used.
     #[error("the NVIDIA driver has the interface of CUDA {major}.{minor}, 12.0 or newer is needed: update the driver")]
     OldDriver {

@@ -53,6 +53,15 @@ impl Compiler {
     /// # Errors
     /// When there is none.
     pub fn find() -> Result<Self, CudaError> {
+        Self::find_for(i32::MAX)
+    }
+
+    /// The same for a driver of this generation of CUDA: of those that the system finds one that is not newer, if there is
+    /// any, since an older driver need not take what a newer compiler makes.
+    ///
+    /// # Errors
+    /// As [`find`](Self::find).
+    pub fn find_for(major: i32) -> Result<Self, CudaError> {
         if let Some(path) = std::env::var_os(NVRTC_VARIABLE).filter(|p| !p.is_empty()) {
             return Self::open(Path::new(&path));
         }
@@ -63,9 +72,16 @@ impl Compiler {
             }
         }
         places.push("/usr/local/cuda/lib64/libnvrtc.so".into());
-        let found = places.iter().find_map(|place| Self::open(place).ok());
+        let mut newer = None;
+        for place in &places {
+            match Self::open(place) {
+                Ok(found) if found.version.0 <= major => return Ok(found),
+                Ok(found) => newer = newer.or(Some(found)),
+                Err(_) => {}
+            }
+        }
         let looked = || places.iter().map(|p| p.display().to_string()).collect::<Vec<_>>().join(", ");
-        found.ok_or_else(|| CudaError::NoCompiler { looked: looked() })
+        newer.ok_or_else(|| CudaError::NoCompiler { looked: looked() })
     }
 
     /// The compiler in a file.

@@ -8,9 +8,7 @@ use super::{CudaError, View, device::Buffer};
 use libloading::Library;
 use std::alloc::{Layout, alloc, dealloc};
 use std::collections::{BTreeSet, HashMap};
-use std::ffi::{c_int, c_uint, c_void};
-use std::fmt::Write;
-use std::process::Command;
+use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 use std::thread::ThreadId;
 
@@ -18,7 +16,10 @@ use std::thread::ThreadId;
 const GUARD: usize = 256;
 const GUARD_BYTE: u8 = 0xa5;
 
+mod sources;
+
 type Run = unsafe extern "C" fn(*mut *mut c_void, *const c_uint) -> c_int;
+type Kinds = unsafe extern "C" fn() -> *const c_char;
 
 pub(crate) struct Shim {
     library: Library,
@@ -53,38 +54,11 @@ pub(crate) fn shared() -> Arc<Shim> {
 impl Shim {
     fn compile() -> Self {
         let dir = tempfile::tempdir().unwrap();
-        for (name, text) in headers() {
-            std::fs::write(dir.path().join(name), text).unwrap();
-        }
-        std::fs::write(dir.path().join("shim.h"), include_str!("shim/shim.h")).unwrap();
-        let mut all = String::from("#include \"base.cuh\"\n");
-        for module in &MODULES {
-            std::fs::write(dir.path().join(module.name), module.text).unwrap();
-            writeln!(all, "#include \"{}\"", module.name).unwrap();
-            for kernel in module.kernels {
-                writeln!(
-                    all,
-                    "extern \"C\" int run_{kernel}(void** args, const unsigned* dims) {{\n\
-                     return shim::launch([](void** a) {{ shim::call({kernel}, a); }}, args, dims); }}"
-                )
-                .unwrap();
-            }
-        }
-        std::fs::write(dir.path().join("all.cpp"), all).unwrap();
-        let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".into());
+        let modules: Vec<sources::ModuleText> = MODULES.iter().map(|m| (m.name, m.text, m.kernels)).collect();
+        sources::write(dir.path(), headers(), &modules);
+        let made = ["-shared", "-o", "kernels.so", sources::ALL];
+        sources::run_compiler(dir.path(), &[&sources::OPTIONS[..], &made].concat());
         let library = dir.path().join("kernels.so");
-        // No fused products, as on the processor's plain kernels.
-        let done = Command::new(&compiler)
-            .args(["-std=c++17", "-O2", "-fPIC", "-shared", "-ffp-contract=off", "-fno-strict-aliasing"])
-            // Jumps from one stack to another are meant.
-            .args(["-U_FORTIFY_SOURCE", "-DTIER_PLAN_SHIM", "-Wall", "-Wno-unknown-pragmas", "-Wno-unused-function", "-o"])
-            .arg(&library)
-            .arg(dir.path().join("all.cpp"))
-            .output()
-            .unwrap_or_else(|e| panic!("the tests of GPU kernels need a C++ compiler, and '{compiler}' does not run ({e}): install g++, or set CXX"));
-        let log = String::from_utf8_lossy(&done.stderr);
-        assert!(done.status.success(), "the kernels do not compile as C++: {log}");
-        assert!(log.is_empty(), "the kernels compile as C++ with warnings: {log}");
         // SAFETY: the library has no code that runs when it is loaded.
         let library = unsafe { Library::new(&library) }.unwrap();
         Self { library, state: Mutex::default(), recordings: Mutex::default() }
@@ -106,6 +80,7 @@ impl Shim {
         // SAFETY: the generated functions have this type.
         let run = unsafe { self.library.get::<Run>(format!("run_{kernel}").as_bytes()) };
         let run = run.map_err(|_| CudaError::NoKernel(kernel.into()))?;
+        self.check_kinds(kernel, args)?;
         let mut addresses: Vec<*mut c_void> = args.iter().map(|a| a.address().cast_mut()).collect();
         let [x, y, z] = grid.blocks;
         let dims = [x, y, z, grid.threads, 1, 1];
@@ -117,7 +92,31 @@ impl Shim {
             2 => "no memory for threads",
             _ => "threads wait for others that never come",
         };
-        Err(CudaError::Call { device: self.name().into(), what: kernel.into(), why: why.into() })
+        Err(self.failed(kernel, why.into()))
+    }
+
+    /// A driver takes as many bytes from the address of an argument as the kernel's parameter has, whatever is there.
+    fn check_kinds(&self, kernel: &'static str, args: &[Arg]) -> Result<(), CudaError> {
+        // SAFETY: the generated functions have this type, and return constants.
+        let kinds = unsafe {
+            let kinds = self.library.get::<Kinds>(format!("kinds_{kernel}").as_bytes());
+            CStr::from_ptr(kinds.map_err(|_| CudaError::NoKernel(kernel.into()))?())
+        };
+        let kind = |arg: &Arg| match arg {
+            Arg::Pointer(_) => 'p',
+            Arg::Int(_) => 'i',
+            Arg::Long(_) => 'l',
+            Arg::Float(_) => 'f',
+        };
+        let (wanted, given) = (kinds.to_string_lossy(), args.iter().map(kind).collect::<String>());
+        if wanted == given {
+            return Ok(());
+        }
+        Err(self.failed(kernel, format!("it takes arguments of the kinds {wanted}, not {given}")))
+    }
+
+    fn failed(&self, kernel: &str, why: String) -> CudaError {
+        CudaError::Call { device: self.name().into(), what: kernel.into(), why }
     }
 
     /// The kernels that were launched so far.
@@ -258,4 +257,23 @@ fn a_write_beyond_a_buffer_is_found() {
         unsafe { device.write(buffer.view().address(), &[1; 9]) }.unwrap();
     }));
     assert!(found.is_err());
+}
+
+#[test]
+fn arguments_of_other_kinds_are_refused() {
+    let shim = shared();
+    let x: Arc<dyn Device> = shared();
+    let buffer = Buffer::of_f32(&x, &[1.0; 4]).unwrap();
+    let one = Grid { blocks: [1, 1, 1], threads: 32 };
+    let launch = |args: &[Arg]| {
+        // SAFETY: with the right kinds four values of a buffer of four are cleared, with others nothing is done.
+        unsafe { shim.launch("clear", one, args) }
+    };
+    for args in [&[buffer.view().arg(), Arg::Int(4)][..], &[buffer.view().arg()], &[Arg::Long(0), Arg::Long(4)]] {
+        let error = launch(args).unwrap_err().to_string();
+        assert!(error.contains("clear") && error.contains("of the kinds pl"), "{error}");
+        assert_eq!(buffer.view().to_f32().unwrap(), [1.0; 4]);
+    }
+    launch(&[buffer.view().arg(), Arg::Long(4)]).unwrap();
+    assert_eq!(buffer.view().to_f32().unwrap(), [0.0; 4]);
 }

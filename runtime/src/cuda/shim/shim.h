@@ -9,6 +9,7 @@
 #include <cstring>
 #include <sys/mman.h>
 #include <tuple>
+#include <type_traits>
 #include <ucontext.h>
 #include <utility>
 #include <vector>
@@ -159,6 +160,22 @@ inline void spread(void (*kernel)(A...), void** args, std::index_sequence<I...>)
 template <class... A>
 inline void call(void (*kernel)(A...), void** args) {
     spread(kernel, args, std::index_sequence_for<A...>{});
+}
+
+/// The type of an argument in a letter; there are no others.
+template <class T>
+constexpr char kind() {
+    static_assert(std::is_pointer<T>::value || std::is_same<T, int>::value || std::is_same<T, long long>::value ||
+                      std::is_same<T, float>::value,
+                  "a kernel's argument is a pointer, an int, a long long or a float");
+    return std::is_pointer<T>::value ? 'p' : std::is_same<T, float>::value ? 'f' : sizeof(T) == 8 ? 'l' : 'i';
+}
+
+/// The types of a kernel's arguments.
+template <class... A>
+inline const char* kinds(void (*)(A...)) {
+    static const char all[] = {kind<A>()..., 0};
+    return all;
 }
 
 }  // namespace shim
