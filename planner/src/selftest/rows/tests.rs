@@ -52,7 +52,14 @@ fn not_for_gpus() -> TargetError {
 
 fn some_results() -> Results {
     let golden = |exact, found| GoldenStep { exact, name: "a".into(), found };
-    let nmse = |value: f64| Ok(Golden { prompt_nmse: value, one_by_one_nmse: value / 2.0 });
+    let all = |value: f64| Golden {
+        tokens: 48,
+        alike: 48,
+        alike_nmse: value,
+        prompt_nmse: value,
+        one_by_one_nmse: value / 2.0,
+    };
+    let nmse = |value: f64| Ok(all(value));
     Results {
         kernels: vec![("products".into(), Ok(Outcome { compared: 5, worst: 0.25 }))],
         logits: vec![(On::All, Ok(Outcome { compared: 5, worst: 1.5 })), (On::ExpertsInMemory, Err(device_failed()))],
@@ -92,6 +99,11 @@ fn results_are_held_to_their_bounds() {
     assert!(rows[10].note.contains("1.00 %"), "{:?}", rows[10]);
     let last = &rows[11];
     assert!(last.how == How::Counted && !last.results && last.found == Found::Figure(12.0), "{last:?}");
+    let mut other = some_results();
+    other.golden[1].found =
+        Ok(Golden { tokens: 48, alike: 7, alike_nmse: 1e-6, prompt_nmse: 5e-4, one_by_one_nmse: 1e-9 });
+    let rows = results(&other, None, None);
+    assert!(rows[2].verdict() == Met && rows[2].note.contains("token 8"), "{:?}", rows[2]);
     let mut many = some_results();
     many.launches = Some(Ok(Launches { layer: 13, outside: 3 }));
     let rows = results(&many, None, None);
