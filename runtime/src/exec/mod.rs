@@ -14,6 +14,8 @@ mod gpu;
 #[cfg(test)]
 mod gpu_slot_tests;
 #[cfg(test)]
+mod gpu_split_tests;
+#[cfg(test)]
 mod gpu_tests;
 mod load;
 pub mod measure;
