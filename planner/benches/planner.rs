@@ -36,7 +36,10 @@ fn shape(n_layer: u32, n_expert: u32, n_used: u32) -> ModelShape {
         n_vocab: 163_840,
         context: 131_072,
         caches: vec![
-            CacheShape { rows: vec![KvRows { width: 576, per_token: 1, queries: 128, window: None }], state_bytes: 0 };
+            CacheShape {
+                rows: vec![KvRows { width: 576, per_token: 1, queries: 128, window: None }],
+                state_bytes: 0
+            };
             61
         ],
         dense: attention.collect(),

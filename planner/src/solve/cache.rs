@@ -81,7 +81,8 @@ impl<'a, 'b> Attempt<'a, 'b> {
             return None;
         }
         let prices = &self.found.prices;
-        let moved = other.fixed_s(1) - self.planner.fixed_s(1) + other.dense_s(prices)? - self.planner.dense_s(prices)?;
+        let moved =
+            other.fixed_s(1) - self.planner.fixed_s(1) + other.dense_s(prices)? - self.planner.dense_s(prices)?;
         Some(self.priced_s + moved + this.priced_left(prices) - that.priced_left(prices))
     }
 

@@ -136,9 +136,7 @@ fn lines(plan: &Placement, shape: &ModelShape, wrong: &mut Vec<String>) -> Lines
 fn cache_tier(plan: &Placement, layer: usize) -> TierIdx {
     let mut attention = plan.dense.iter().filter(|d| d.kind == DenseKind::Attention);
     let of_layer = attention.find(|d| d.layer == u32::try_from(layer).ok()).map(|d| d.tier);
-    let gpu = |t: &TierIdx| {
-        plan.tiers.get(*t).is_some_and(|t| t.tier.kind == TierKind::Vram && !t.tier.emulated)
-    };
+    let gpu = |t: &TierIdx| plan.tiers.get(*t).is_some_and(|t| t.tier.kind == TierKind::Vram && !t.tier.emulated);
     of_layer.filter(gpu).unwrap_or(plan.kv_tier)
 }
 

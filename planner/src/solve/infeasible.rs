@@ -77,8 +77,7 @@ pub fn no_division(inputs: &Inputs<'_>, room: &Room, wishes: &Wishes) -> String 
     let by_hand =
         if wishes.is_empty() { "" } else { " under what --fix and --forbid ask for; take some of it back, or" };
     let largest = inputs.shape.dense.iter().max_by_key(|d| d.bytes);
-    let roomiest =
-        room.computing_tiers().max_by_key(|&t| room.left_bytes[t]);
+    let roomiest = room.computing_tiers().max_by_key(|&t| room.left_bytes[t]);
     let (Some(largest), Some(tier)) = (largest, roomiest) else {
         return format!("no way to divide the model among the tiers was found: {left} are left for weights{by_hand}");
     };

@@ -82,7 +82,8 @@ impl Room {
     /// that it may stay in the file. Attention on a real GPU has its keys and values there, and other attention never has.
     pub fn dense_tiers(&self, group: &DenseShape) -> impl Iterator<Item = TierIdx> + '_ {
         let in_file = group.kind == DenseKind::Embedding;
-        let of_layer = (group.kind == DenseKind::Attention).then(|| group.layer.and_then(|l| self.caches.get(l as usize)));
+        let of_layer =
+            (group.kind == DenseKind::Attention).then(|| group.layer.and_then(|l| self.caches.get(l as usize)));
         let beside = move |t: TierIdx| match of_layer {
             None => true,
             Some(cache) if self.tiers[t].is_gpu() => cache.is_some_and(|c| c.gpus.contains(&t)),
@@ -356,6 +357,13 @@ impl Room {
         }
         if found.is_empty() {
             let after = self.left_bytes[staging];
+            let no_gpu = self.caches.iter().position(|c| c.gpus.is_empty());
+            if let (Some(layer), true, false) = (no_gpu, wishes.of_cache(), self.computing_tiers().any(|t| may(&t))) {
+                bail!(
+                    "--fix and --forbid leave no tier for the keys and values of layer {layer}: no GPU that may have them can \
+                     have its attention too, and no other memory may have them; take one of them back"
+                );
+            }
             ensure!(
                 !wishes.of_cache(),
                 "no tier that --fix and --forbid leave for the key and value cache has room for its {}; take some of it \

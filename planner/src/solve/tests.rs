@@ -229,7 +229,8 @@ fn everything(shape: &ModelShape, room: &Room, evidence: &Evidence) -> (Vec<Vec<
             if group.kind == DenseKind::Attention {
                 let real = room.tiers[t].kind == TierKind::Vram && !room.tiers[t].emulated;
                 let at = if real { t } else { room.kv_tier };
-                let row = shape.caches[group.layer.unwrap_or_default() as usize].rows.first().map_or(0, |r| 2 * r.width);
+                let row =
+                    shape.caches[group.layer.unwrap_or_default() as usize].rows.first().map_or(0, |r| 2 * r.width);
                 bytes[at] += 100 * row;
                 seconds += (50 * row) as f64 / rate(at);
             }

@@ -143,7 +143,10 @@ impl Wishes {
             return self.add_experts(at, layers, rest.get(1).copied(), fix, shape, machine);
         }
         if what == "cache" {
-            ensure!(rest.is_empty(), "a layer's cache goes with its attention on a GPU, and else is where all others are: name no layers; {example}");
+            ensure!(
+                rest.is_empty(),
+                "a layer's cache goes with its attention on a GPU, and else is where all others are: name no layers; {example}"
+            );
             return self.add_cache(at, fix, machine);
         }
         let Some(&(_, kind)) = KINDS.iter().find(|(name, _)| *name == what) else {

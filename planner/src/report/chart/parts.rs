@@ -126,9 +126,7 @@ fn predicted_tiers(o: &Overview<'_>, p: &PlanView<'_>) -> Option<Bar> {
     // For another place in the text, the prediction's own time of them.
     let of_plan = p.entry.placement.as_ref().map(|plan| (plan.kv_s_by_tier(), plan.predicted.kv_s));
     let cache = |i: usize| match &of_plan {
-        Some((by_tier, all)) if *all > 0.0 => {
-            finite(predicted.kv_s * by_tier.get(i).copied().unwrap_or(0.0) / all)
-        }
+        Some((by_tier, all)) if *all > 0.0 => finite(predicted.kv_s * by_tier.get(i).copied().unwrap_or(0.0) / all),
         _ => 0.0,
     };
     // The time of an expert stage is shared out by the times of its paths, as a run's is.

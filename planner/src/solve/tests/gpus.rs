@@ -97,8 +97,20 @@ fn wishes_that_no_gpu_grants_say_why() {
     };
     let many = 100_000_000;
     refused(&shape, 11_000_000, &["vram:cache"], &[], &["attention of all layers", "vram:attention:LAYERS", "raise"]);
-    refused(&shape, many, &["vram:cache", "dram:attention:1"], &[], &["attention of layer 1", "take one of them back"]);
-    refused(&shape, many, &["vram:attention:1"], &["vram:cache"], &["attention of layer 1", "which they want elsewhere"]);
+    refused(
+        &shape,
+        many,
+        &["vram:cache", "dram:attention:1"],
+        &[],
+        &["keys and values of layer 1", "take one of them back"],
+    );
+    refused(
+        &shape,
+        many,
+        &["vram:attention:1"],
+        &["vram:cache"],
+        &["attention of layer 1", "which they want elsewhere"],
+    );
     refused(&shape, 2_500_000, &["vram:attention:2"], &[], &["layer 2", "'vram'", "raise the budget of 'vram'"]);
     refused(&shape, many, &["vram:cache:1"], &[], &["name no layers"]);
     refused(&shape, 5_000_000, &["vram:attention"], &[], &["--fix puts", "'vram'", "too much"]);
