@@ -12,7 +12,7 @@ use tier_plan_runtime::formats::SourceId;
 use tier_plan_runtime::formats::machine::{Accelerator, Machine, Tier, TierKind};
 use tier_plan_runtime::formats::placement::SlotPolicy;
 use tier_plan_runtime::model::kv::KvRows;
-use tier_plan_runtime::model::shape::{DenseKind, DenseShape, ExpertShape, ModelShape};
+use tier_plan_runtime::model::shape::{CacheShape, DenseKind, DenseShape, ExpertShape, ModelShape};
 
 const MB: u64 = 1_000_000;
 
@@ -35,8 +35,13 @@ fn shape(n_layer: u32, n_expert: u32, n_used: u32) -> ModelShape {
         hidden: 7168,
         n_vocab: 163_840,
         context: 131_072,
-        kv_rows: vec![KvRows { width: 576, per_token: 61, queries: 128, window: None }],
-        state_bytes: 0,
+        caches: vec![
+            CacheShape {
+                rows: vec![KvRows { width: 576, per_token: 1, queries: 128, window: None }],
+                state_bytes: 0
+            };
+            61
+        ],
         dense: attention.collect(),
         experts: (0..n_layer)
             .map(|layer| ExpertShape { layer, n_expert, n_used, expert_bytes: 25 * MB, expert_macs: 44 * MB })

@@ -193,11 +193,17 @@ fn layers(a: &Placement, b: &Placement) -> Vec<LayerChange> {
     changes
 }
 
+/// The tiers that have keys and values.
+fn caches(plan: &Placement) -> String {
+    let has: Vec<String> = plan.tiers.iter().filter(|t| t.kv_bytes > 0).map(|t| t.tier.name.clone()).collect();
+    if has.is_empty() { name(plan, plan.kv_tier) } else { has.join(" and ") }
+}
+
 fn settings(a: &Placement, b: &Placement) -> Vec<(&'static str, String, String)> {
     let of = |plan: &Placement| {
         [
             ("context", plan.context.to_string()),
-            ("keys and values", format!("{} on {}", plan.kv_type, name(plan, plan.kv_tier))),
+            ("keys and values", format!("{} on {}", plan.kv_type, caches(plan))),
             ("staging", format!("{} experts on {}", plan.staging_experts, name(plan, plan.staging_tier))),
             ("profile", plan.profile.as_ref().map_or("none".to_string(), |p| p.to_string())),
             ("machine", plan.machine.to_string()),

@@ -91,12 +91,12 @@ fn plans_have_room_for_the_state() {
     let spec = describe(&golden.gguf).expect("a network");
     let shape = shape_of(&golden.gguf, &spec);
     // Two of three layers: three past inputs of 128 channels, and four matrices of 16 x 16.
-    assert_eq!(shape.state_bytes, 2 * 4 * (3 * 128 + 4 * 16 * 16));
+    assert_eq!(shape.state_bytes(), 2 * 4 * (3 * 128 + 4 * 16 * 16));
     // One of three layers: two heads of keys and values of 16.
     for (kv_type, bytes) in [(KvType::F16, 2 * 2 * (16 + 16)), (KvType::Q8_0, 2 * (18 + 18)), (KvType::F32, 256)] {
         assert_eq!(kv_type.token_bytes(&shape), bytes);
         let mut plan = obvious(&shape, 100, kv_type);
-        assert_eq!(plan.tiers[0].kv_bytes, 100 * bytes + shape.state_bytes);
+        assert_eq!(plan.tiers[0].kv_bytes, 100 * bytes + shape.state_bytes());
         let options = LoadOptions { threads: Some(1), ..LoadOptions::default() };
         let load = |plan: &_| Engine::load(Arc::clone(&golden.gguf), plan, &options, &mut |_, _| {}).map(|_| ());
         load(&plan).expect("a plan with room");

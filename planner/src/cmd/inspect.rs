@@ -102,8 +102,8 @@ fn print_sizes(shape: &ModelShape, groups: &[(&'static str, u64, u64)]) {
     }
     let kv = |ty: KvType| show_bytes(ty.token_bytes(shape));
     println!("key and value cache: {} a token of context as f16, {} as q8_0", kv(KvType::F16), kv(KvType::Q8_0));
-    if shape.state_bytes > 0 {
-        println!("recurrent state: {}, whatever the length of the context", show_bytes(shape.state_bytes));
+    if shape.state_bytes() > 0 {
+        println!("recurrent state: {}, whatever the length of the context", show_bytes(shape.state_bytes()));
     }
     println!();
     println!("{:<20} {:>12} {:>7} {:>18}", "group", "bytes", "share", "read a token");
@@ -186,7 +186,7 @@ fn sizes_json(shape: &ModelShape, groups: &[(&'static str, u64, u64)]) -> Value 
         "token_bytes": shape.token_bytes(),
         "kv_bytes_per_token": KvType::F16.token_bytes(shape),
         "kv_q8_0_bytes_per_token": KvType::Q8_0.token_bytes(shape),
-        "state_bytes": shape.state_bytes,
+        "state_bytes": shape.state_bytes(),
         "n_layer": shape.n_layer,
         "hidden": shape.hidden,
         "n_vocab": shape.n_vocab,

@@ -28,7 +28,8 @@
 //! logits, and each layer takes `resident_layer_us` in place of the layer overhead, `layer_us` and the latency of launches.
 //!
 //! A dense stage also reads the keys and values of every position that the token attends to (of as many as a layer's
-//! window has), and reads and writes back recurrent state, all at the rate of the tier that the cache is on; where the
+//! window has), and reads and writes back recurrent state, all at the rate of the tier that the layer's cache is on: the
+//! real GPU that has its attention, or the one that all others are on. Where the
 //! products with them take longer than that, and their rate is known, those count. The time
 //! of a token so depends on its place in the text: a prediction is for the place `at`, half of the planned context
 //! unless told otherwise, and a run's record has it for the middle of what the run decoded.
@@ -325,7 +326,7 @@ pub fn middle(context: u32) -> u32 {
 }
 
 /// Moves a plan's prediction, and with it what its solver says, to tokens that attend to `at` positions: every plan for
-/// this model with its cache on this tier takes as much longer or shorter.
+/// this model with its cache on these tiers takes as much longer or shorter.
 pub fn move_to(plan: &mut Placement, shape: &ModelShape, at: u32) {
     let before = plan.predicted.token_s();
     let predicted = plan.predicted_at(shape, at);

@@ -9,7 +9,7 @@
 //!   `1 − (1 − share)^BATCH`, and a full set of slots spares its part of the pooled ones; the paths overlap as for one
 //!   token. The stage takes at least as long as the processor computes on all that lies on tiers of the CPU together, and
 //!   as the accelerator computes on its own;
-//! - keys and values of the batch are read once, and every token's products with those before it run at [`ATTENTION`] of
+//! - keys and values of the batch are read once, layer by layer, and every token's products with those before it run at [`ATTENTION`] of
 //!   the rate; the longer of the two counts.
 //!
 //! An expert's products run at `gflops · rows / (rows + HALF_ROWS)` when so many of the batch's tokens use it.
@@ -49,9 +49,11 @@ pub fn batch_s(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -> f64
         let read = read_s(&tiers[tier], reads * group.token_bytes as f64);
         total += read.max(compute_s(plan, tier, tokens * group.macs as f64));
     }
-    let macs: f64 = shape.kv_rows.iter().map(|rows| rows.prompt_macs(BATCH.into())).sum();
-    let moved = plan.kv_s(shape, BATCH.into(), BATCH.into());
-    total += moved.max(compute_s(plan, plan.kv_tier, macs / ATTENTION));
+    for (cache, tier) in shape.caches.iter().zip(plan.cache_tiers(shape.caches.len())) {
+        let macs: f64 = cache.rows.iter().map(|rows| rows.prompt_macs(BATCH.into())).sum();
+        let moved = read_s(&tiers[tier], cache.moved_bytes(plan.kv_type, BATCH.into(), BATCH.into()) as f64);
+        total += moved.max(compute_s(plan, tier, macs / ATTENTION));
+    }
     for (layer, evidence) in plan.layers.iter().zip(&evidence.layers) {
         total += experts_s(plan, layer, evidence, &tiers);
     }

@@ -210,10 +210,11 @@ mod whole {
     fn state_is_read_and_written_and_windows_end() {
         use tier_plan_runtime::model::kv::KvRows;
         let mut known = catalogue::model(Path::new("qwen3-30b-a3b"), Some("q4_k_m")).unwrap();
-        known.sizes.state_bytes = 1_000_000;
-        known.sizes.kv_rows = vec![
-            KvRows { width: 64, per_token: 10, queries: 4, window: None },
-            KvRows { width: 64, per_token: 10, queries: 4, window: Some(128) },
+        let of = |window| vec![KvRows { width: 64, per_token: 10, queries: 4, window }];
+        known.sizes.caches = vec![
+            CacheShape { rows: of(None), state_bytes: 0 },
+            CacheShape { rows: of(Some(128)), state_bytes: 0 },
+            CacheShape { rows: Vec::new(), state_bytes: 1_000_000 },
         ];
         let (plan, _) = plan(&known, &machine(None), 2000, KvType::Q8_0);
         // 64 values in 8 bits take 64 bytes and two scales.
@@ -250,5 +251,5 @@ mod whole {
         assert!((reads.prompt_tok_s / (f64::from(BATCH) * 50e9 / bytes) - 1.0).abs() < 0.02);
     }
 
-    use tier_plan_runtime::model::shape::{DenseKind, ExpertShape};
+    use tier_plan_runtime::model::shape::{CacheShape, DenseKind, ExpertShape};
 }

@@ -1,7 +1,8 @@
 //! The nearest that llama.cpp can do: whole layers' tensors on the GPU or the CPU.
 //!
 //! Its experts of a layer are one tensor each for gate, up and down, so they go to the GPU together or not at all. The
-//! layers that the plan uses the GPU most for come first, as many as the plan's VRAM budget holds: at equal bytes.
+//! layers that the plan uses the GPU most for come first, as many as the plan's VRAM budget holds: at equal bytes. Several
+//! GPUs share the layers in proportion to their budgets, the last layers on the last one.
 
 use crate::cost::{outcomes, predict, token_s};
 use crate::profile::Evidence;
@@ -47,13 +48,11 @@ pub fn command_line(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -
         plan.name,
         wrong.join("; ")
     );
-    let vram = plan.tiers.iter().position(|t| t.tier.kind == TierKind::Vram);
+    let gpus = gpus(plan);
     let mut notes = Vec::new();
-    let budget = vram.map_or(0, |v| plan.tiers[v].budget_bytes);
-    let mut left = budget;
-    let on_gpu = |kind, layer| {
-        vram.is_some() && plan.dense.iter().any(|d| (d.kind, d.layer, Some(d.tier)) == (kind, layer, vram))
-    };
+    let mut left: Vec<u64> = gpus.iter().map(|&g| plan.tiers[g].budget_bytes).collect();
+    let budget: u64 = left.iter().sum();
+    let on_gpu = |kind, layer| plan.dense.iter().any(|d| (d.kind, d.layer) == (kind, layer) && gpus.contains(&d.tier));
 
     // llama.cpp takes layers from the end. The head counts as one more.
     let wanted = (0..shape.n_layer).filter(|l| on_gpu(DenseKind::Attention, Some(*l))).count() as u32;
@@ -62,47 +61,62 @@ pub fn command_line(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -
             |d: &&tier_plan_runtime::model::shape::DenseShape| d.layer == layer && kind.is_none_or(|k| k == d.kind);
         shape.dense.iter().filter(of).map(|d| d.bytes).sum()
     };
-    // The cache of a layer goes where its attention is.
-    let kv_bytes = plan.kv_type.context_bytes(shape, plan.context);
-    let cache = |layers: u32| kv_bytes * u64::from(layers) / u64::from(shape.n_layer.max(1));
     let head = bytes_of(None, Some(DenseKind::Head));
-    let with_head = wanted == shape.n_layer && on_gpu(DenseKind::Head, None) && head <= left;
-    if with_head {
-        left -= head;
-    }
-    let mut dense_layers = 0;
-    while dense_layers < wanted {
-        let layer = shape.n_layer - 1 - dense_layers;
-        let bytes = bytes_of(Some(layer), None) + cache(dense_layers + 1) - cache(dense_layers);
-        if bytes > left {
-            break;
+    // The head is on the last one.
+    let with_head = wanted == shape.n_layer
+        && on_gpu(DenseKind::Head, None)
+        && left.last_mut().is_some_and(|left| take(left, head));
+    let (mut dense_layers, mut counts) = (0, vec![0; gpus.len()]);
+    for at in (0..gpus.len()).rev() {
+        let upto: u64 = gpus[..=at].iter().map(|&g| plan.tiers[g].budget_bytes).sum();
+        let share = plan.tiers[gpus[at]].budget_bytes as f64 / upto.max(1) as f64;
+        let part = (f64::from(wanted - dense_layers) * share).round() as u32;
+        while counts[at] < part {
+            let layer = shape.n_layer - 1 - dense_layers;
+            // The cache of a layer goes where its attention is.
+            let cache = shape.caches.get(layer as usize).map_or(0, |c| c.context_bytes(plan.kv_type, plan.context));
+            if !take(&mut left[at], bytes_of(Some(layer), None) + cache) {
+                break;
+            }
+            (counts[at], dense_layers) = (counts[at] + 1, dense_layers + 1);
         }
-        left -= bytes;
-        dense_layers += 1;
     }
+    let with_head = if with_head && dense_layers < shape.n_layer {
+        left.iter_mut().next_back().into_iter().for_each(|left| *left += head);
+        false
+    } else {
+        with_head
+    };
     if dense_layers < wanted {
         notes.push(format!(
             "the plan has the attention of {wanted} layers in VRAM; llama.cpp puts all dense tensors and the cache of a \
              layer together, and {dense_layers} fit"
         ));
     }
-    let gpu_layers = dense_layers + u32::from(with_head && dense_layers == shape.n_layer);
+    let gpu_layers = dense_layers + u32::from(with_head);
     let first_gpu = shape.n_layer - dense_layers;
+    // Layers from there on, GPU by GPU.
+    let gpu_of = |layer: u32| {
+        let mut from = first_gpu;
+        counts.iter().position(|count| {
+            from += count;
+            (first_gpu..from).contains(&layer)
+        })
+    };
 
-    let shares = vram.map(|v| gpu_shares(plan, evidence, v)).unwrap_or_default();
+    let shares = gpu_shares(plan, evidence, &gpus);
     let mut order: Vec<(u32, f64, u64)> = shape
         .experts
         .iter()
         .zip(&shares)
-        .filter(|(e, _)| e.layer >= first_gpu)
+        .filter(|(e, _)| gpu_of(e.layer).is_some())
         .map(|(e, share)| (e.layer, *share, e.expert_bytes * u64::from(e.n_expert)))
         .collect();
     order.sort_by(|a, b| b.1.total_cmp(&a.1).then(b.0.cmp(&a.0)));
     let mut expert_layers = BTreeSet::new();
     let mut beyond = 0;
     for (layer, share, bytes) in order {
-        if bytes <= left {
-            left -= bytes;
+        if gpu_of(layer).is_some_and(|at| take(&mut left[at], bytes)) {
             expert_layers.insert(layer);
             beyond += u32::from(share <= 0.5);
         }
@@ -114,8 +128,16 @@ pub fn command_line(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -
         ));
     }
 
-    let args = args(plan, shape, gpu_layers, first_gpu, &expert_layers);
-    let same = same_placement(plan, shape, evidence, vram, first_gpu, with_head, &expert_layers);
+    let mut args = args(plan, shape, gpu_layers, first_gpu, &expert_layers);
+    if gpus.len() > 1 && dense_layers > 0 {
+        // Layers of each GPU; the head counts as one.
+        let last = counts.len() - 1;
+        let of = counts.iter().enumerate().map(|(at, n)| (n + u32::from(at == last && with_head)).to_string());
+        args.extend(["--tensor-split".into(), of.collect::<Vec<_>>().join(",")]);
+    }
+    let tier_of = |layer: u32| gpu_of(layer).map(|at| gpus[at]);
+    let head_tier = gpus.last().copied().filter(|_| with_head);
+    let same = same_placement(plan, shape, evidence, tier_of, head_tier, &expert_layers);
     if same.is_none() {
         notes.push(
             "the weights do not fit VRAM and main memory together: llama.cpp maps the file and the system's page cache \
@@ -131,7 +153,7 @@ pub fn command_line(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -
         args,
         gpu_layers,
         expert_layers,
-        vram_bytes: budget - left,
+        vram_bytes: budget - left.iter().sum::<u64>(),
         vram_budget_bytes: budget,
         predicted,
         notes,
@@ -144,13 +166,30 @@ pub fn loss(plan: &Placement, predicted: &Prediction) -> f64 {
     if other > 0.0 { 1.0 - planned / other } else { 0.0 }
 }
 
+/// Takes bytes of what is left, if it is so much.
+fn take(left: &mut u64, bytes: u64) -> bool {
+    let after = left.checked_sub(bytes);
+    *left = after.unwrap_or(*left);
+    after.is_some()
+}
+
+/// The plan's GPUs in the order in which llama.cpp counts them.
+fn gpus(plan: &Placement) -> Vec<TierIdx> {
+    let all = plan.tiers.iter().enumerate().filter(|(_, t)| t.tier.kind == TierKind::Vram);
+    let mut numbered: Vec<(u32, TierIdx)> =
+        all.enumerate().map(|(at, (tier, t))| (t.tier.device().unwrap_or(at as u32), tier)).collect();
+    numbered.sort_unstable();
+    numbered.into_iter().map(|(_, tier)| tier).collect()
+}
+
 /// The share of each layer's accesses that compute in VRAM.
-fn gpu_shares(plan: &Placement, evidence: &Evidence, vram: TierIdx) -> Vec<f64> {
+fn gpu_shares(plan: &Placement, evidence: &Evidence, gpus: &[TierIdx]) -> Vec<f64> {
     let tiers: Vec<Tier> = plan.tiers.iter().map(|t| t.tier.clone()).collect();
     let of = |(layer, evidence): (&LayerPlacement, _)| {
         let evidence: &crate::profile::LayerEvidence = evidence;
         let found = outcomes(layer, evidence, &tiers, plan.staging_tier);
-        let here: f64 = found.iter().map(|(experts, share)| share * f64::from(experts[vram])).sum();
+        let on_gpus = |experts: &[u16]| gpus.iter().map(|&gpu| f64::from(experts[gpu])).sum::<f64>();
+        let here: f64 = found.iter().map(|(experts, share)| share * on_gpus(experts)).sum();
         here / f64::from(evidence.shape.n_used.max(1))
     };
     plan.layers.iter().zip(&evidence.layers).map(of).collect()
@@ -194,27 +233,30 @@ fn same_placement(
     plan: &Placement,
     shape: &ModelShape,
     evidence: &Evidence,
-    vram: Option<TierIdx>,
-    first_gpu: u32,
-    with_head: bool,
+    tier_of: impl Fn(u32) -> Option<TierIdx>,
+    head_tier: Option<TierIdx>,
     expert_layers: &BTreeSet<u32>,
 ) -> Option<Placement> {
     let dram = plan.tiers.iter().position(|t| t.tier.kind == TierKind::Dram)?;
     let mut left = plan.tiers[dram].budget_bytes;
     let mut same = plan.clone();
+    // Keys and values are with their layer's attention; on emulated tiers where the plan has them.
+    if same.tiers[same.kv_tier].tier.is_gpu() {
+        same.kv_tier = dram;
+    }
     for dense in &mut same.dense {
         let gpu = match dense.layer {
-            Some(layer) => layer >= first_gpu,
-            None => dense.kind == DenseKind::Head && with_head,
+            Some(layer) => tier_of(layer),
+            None => head_tier.filter(|_| dense.kind == DenseKind::Head),
         };
-        dense.tier = vram.filter(|_| gpu).unwrap_or(dram);
+        dense.tier = gpu.unwrap_or(dram);
         if dense.tier == dram {
             let bytes = shape.dense.iter().filter(|d| (d.kind, d.layer) == (dense.kind, dense.layer)).map(|d| d.bytes);
             left = left.checked_sub(bytes.sum())?;
         }
     }
     for (layer, of) in same.layers.iter_mut().zip(&evidence.layers) {
-        let tier = vram.filter(|_| expert_layers.contains(&layer.layer)).unwrap_or(dram);
+        let tier = tier_of(layer.layer).filter(|_| expert_layers.contains(&layer.layer)).unwrap_or(dram);
         layer.slots = 0;
         layer.pinned = vec![(tier, (0..of.shape.n_expert).collect())];
         if tier == dram {

@@ -62,6 +62,46 @@ fn a_command_line_says_what_it_was_made_to_say() {
 }
 
 #[test]
+fn several_gpus_share_the_layers() {
+    let shape = catalogue::model(Path::new("qwen3-30b-a3b"), Some("q4_k_m")).unwrap().sizes;
+    let mut machine = catalogue::machine(Path::new("desktop-4090-ddr5-nvme")).unwrap();
+    let mut second = machine.tiers[0].clone();
+    second.name = "second".into();
+    machine.tiers.insert(1, second);
+    let evidence = Evidence::supposed(&shape, Pattern::Zipf).unwrap();
+    let vram = [6 << 30, 3 << 30];
+    let budgets = vec![vram[0], vram[1], 64 << 30, 2_000_000_000_000];
+    let kv_type = KvType::F16;
+    let inputs = Inputs { shape: &shape, profile: None, machine: &machine, budgets, context: 1024, kv_type };
+    let options = Options { strategy: Strategy::Optimal, time_limit_s: 2.0, ..Options::default() };
+    let plan = solve_judged(&inputs, &evidence, &options).unwrap().plan;
+    let found = llama_cpp::command_line(&plan, &shape, &evidence).unwrap();
+    let split = found.args.iter().position(|a| a == "--tensor-split").and_then(|at| found.args.get(at + 1)).unwrap();
+    let counts: Vec<u32> = split.split(',').map(|n| n.parse().unwrap()).collect();
+    assert_eq!(counts.iter().sum::<u32>(), found.gpu_layers);
+    assert!(counts[0] > counts[1] && counts[1] > 0, "{counts:?}");
+    // What each has, from the words alone.
+    let (mut from, mut all) = (shape.n_layer - found.gpu_layers.min(shape.n_layer), 0);
+    for (count, budget) in counts.iter().zip(vram) {
+        let mine = from..from + count;
+        let dense = shape.dense.iter().filter(|d| match d.layer {
+            Some(layer) => mine.contains(&layer),
+            None => d.kind == DenseKind::Head && mine.contains(&shape.n_layer),
+        });
+        let experts =
+            shape.experts.iter().filter(|e| mine.contains(&e.layer) && found.expert_layers.contains(&e.layer));
+        let caches = shape.caches.iter().enumerate().filter(|(l, _)| mine.contains(&(*l as u32)));
+        let bytes = dense.map(|d| d.bytes).sum::<u64>()
+            + experts.map(|e| e.expert_bytes * u64::from(e.n_expert)).sum::<u64>()
+            + caches.map(|(_, c)| c.context_bytes(kv_type, plan.context)).sum::<u64>();
+        assert!(bytes <= budget, "{bytes} of {budget}");
+        (from, all) = (from + count, all + bytes);
+    }
+    assert_eq!(all, found.vram_bytes);
+    assert!(found.predicted.is_some());
+}
+
+#[test]
 fn what_fits_nowhere_is_not_predicted() {
     let (shape, evidence, plan) = solved(4 << 30, 4 << 30, KvType::F16);
     let found = llama_cpp::command_line(&plan, &shape, &evidence).unwrap();

@@ -342,8 +342,7 @@ pub(crate) mod tests {
             hidden: 1,
             n_vocab: 1,
             context: 1,
-            kv_rows: Vec::new(),
-            state_bytes: 0,
+            caches: Vec::new(),
             dense: Vec::new(),
             experts: vec![experts],
         }

@@ -81,7 +81,8 @@ mod tests {
             id: SourceId { name: "made up".into(), hash: String::new() },
         };
         let at = 9;
-        let cache = KvType::F16.moved_bytes(&shape, at.into(), 1) as f64;
+        let cache: u64 = shape.caches.iter().map(|c| c.moved_bytes(KvType::F16, at.into(), 1)).sum();
+        let cache = cache as f64;
         let resident = tok_s(&machine, 1, &shape, all_on_gpu(&shape, 64, KvType::F16), at).unwrap();
         let expected = 7e-6 + (shape.token_bytes() as f64 + cache) / 500e9;
         assert!((resident * expected - 1.0).abs() < 1e-6, "{resident}");

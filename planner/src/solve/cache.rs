@@ -1,6 +1,7 @@
-//! Where keys and values are: one tier for all layers, chosen with everything else.
+//! Where keys and values are: those of attention on a real GPU there, which columns of attention say, and all others on one
+//! tier, chosen with everything else.
 //!
-//! Every tier that has room for them gives a problem of its own. Each gets a part of the time at first. The prices for
+//! Every tier that has room for these gives a problem of its own. Each gets a part of the time at first. The prices for
 //! bytes that one ends with say what a problem that differs by the cache alone can come to at best, so some need not be
 //! solved. What is left of the time goes to the best one, then to those that might still be better. The bound is the
 //! least of all of them.
@@ -68,20 +69,21 @@ impl<'a, 'b> Attempt<'a, 'b> {
         Ok(Attempt { planner, found, value, bound: gap.map(|gap| value * (1.0 - gap)), priced_s, thorough })
     }
 
-    /// What the plans of a problem that has the cache elsewhere take at least; nothing where the two differ by more: what
-    /// may be on a real GPU depends on whether the cache is there, and a tier that has room for one layer's experts or one
-    /// group there and not here makes columns that these prices have not seen.
+    /// What the plans of a problem that has the cache elsewhere take at least; nothing where the two differ by more: a tier
+    /// that has room for one layer's experts there and not here makes columns that these prices have not seen. Columns of
+    /// dense groups are few, and priced anew: with attention goes the cache.
     fn bound_of(&self, other: &Planner<'_>) -> Option<f64> {
         let (this, that) = (self.planner.room, other.room);
         let largest = self.planner.largest_column();
         let mut left = this.left_bytes.iter().zip(&that.left_bytes);
         let same_columns = left.all(|(here, there)| there <= here || *here >= largest);
-        let real = this.is_gpu(this.kv_tier) || that.is_gpu(that.kv_tier);
-        if !self.planner.goal.is_latency() || real || !same_columns {
+        if !self.planner.goal.is_latency() || !same_columns {
             return None;
         }
-        let moved = other.fixed_s(1) - self.planner.fixed_s(1);
-        Some(self.priced_s + moved + this.priced_left(&self.found.prices) - that.priced_left(&self.found.prices))
+        let prices = &self.found.prices;
+        let moved =
+            other.fixed_s(1) - self.planner.fixed_s(1) + other.dense_s(prices)? - self.planner.dense_s(prices)?;
+        Some(self.priced_s + moved + this.priced_left(prices) - that.priced_left(prices))
     }
 
     /// Whether it might have something better than `value`, and had not all the time yet.

@@ -9,7 +9,9 @@ use std::collections::BTreeMap;
 use tier_plan_runtime::exec::slots::{Access, SlotCache};
 use tier_plan_runtime::exec::stays_on;
 use tier_plan_runtime::formats::machine::TierKind;
-use tier_plan_runtime::formats::placement::{ATTENTION_OF_A_TOKEN, LayerPlacement, Placement, PlanTier, SlotPolicy};
+use tier_plan_runtime::formats::placement::{
+    ATTENTION_OF_A_TOKEN, DensePlacement, LayerPlacement, Placement, PlanTier, SlotPolicy, TierIdx,
+};
 use tier_plan_runtime::model::shape::{DenseKind, ModelShape};
 use tier_plan_runtime::units::show_bytes;
 
@@ -105,10 +107,23 @@ fn lines(plan: &Placement, shape: &ModelShape, wrong: &mut Vec<String>) -> Lines
     }
 
     let largest = shape.experts.iter().map(|e| e.expert_bytes).max().unwrap_or(0);
-    for (name, tier, line, bytes) in [
-        ("key and value cache", plan.kv_tier, 3, u128::from(plan.kv_type.context_bytes(shape, plan.context))),
-        ("staging", plan.staging_tier, 4, u128::from(plan.staging_experts) * u128::from(largest)),
-    ] {
+    let staging = (plan.staging_tier, 4, u128::from(plan.staging_experts) * u128::from(largest));
+    let mut others = vec![("staging".to_string(), staging)];
+    for (layer, cache) in shape.caches.iter().enumerate() {
+        let tier = cache_tier(plan, layer);
+        let mut bytes = u128::from(cache.state_bytes);
+        for rows in &cache.rows {
+            let each = u128::from(plan.kv_type.row_bytes(rows.width)) * u128::from(rows.per_token);
+            bytes += each * u128::from(plan.context);
+        }
+        others.push((format!("key and value cache of layer {layer}"), (tier, 3, bytes)));
+        let attends = |d: &&DensePlacement| d.kind == DenseKind::Attention && d.layer == u32::try_from(layer).ok();
+        let apart = plan.dense.iter().find(attends).filter(|d| d.tier != tier);
+        if apart.is_some() && tier < n && plan.tiers[tier].tier.is_gpu() {
+            wrong.push(format!("the key and value cache of layer {layer} is on a GPU, but not its attention"));
+        }
+    }
+    for (name, (tier, line, bytes)) in others {
         if tier >= n || (bytes > 0 && !computes(tier)) {
             wrong.push(format!("the {name} is on tier {tier}, where nothing computes"));
         } else {
@@ -116,6 +131,14 @@ fn lines(plan: &Placement, shape: &ModelShape, wrong: &mut Vec<String>) -> Lines
         }
     }
     lines
+}
+
+/// Where a layer's keys and values are: on the GPU that has its attention, or with all others.
+fn cache_tier(plan: &Placement, layer: usize) -> TierIdx {
+    let mut attention = plan.dense.iter().filter(|d| d.kind == DenseKind::Attention);
+    let of_layer = attention.find(|d| d.layer == u32::try_from(layer).ok()).map(|d| d.tier);
+    let gpu = |t: &TierIdx| plan.tiers.get(*t).is_some_and(|t| t.tier.kind == TierKind::Vram && !t.tier.emulated);
+    of_layer.filter(gpu).unwrap_or(plan.kv_tier)
 }
 
 fn sums(plan: &Placement, lines: &Lines, wrong: &mut Vec<String>) {
@@ -171,16 +194,18 @@ pub fn token_s(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -> f64
             total += group.token_bytes as f64 / (plan.tiers[dense.tier].tier.read_gbps * 1e9);
         }
     }
-    if plan.predicted.at > 0 {
-        let (mut bytes, mut values) = (2.0 * shape.state_bytes as f64, 0.0);
-        for rows in &shape.kv_rows {
+    let charged = shape.caches.iter().enumerate().filter(|_| plan.predicted.at > 0);
+    for (layer, cache) in charged {
+        let (mut bytes, mut values) = (2.0 * cache.state_bytes as f64, 0.0);
+        for rows in &cache.rows {
             let seen = rows.per_token * rows.window.unwrap_or(u64::MAX).min(plan.predicted.at.into());
             bytes += (plan.kv_type.row_bytes(rows.width) * seen) as f64;
             values += (rows.width * rows.queries * seen) as f64;
         }
-        let tier = &plan.tiers[plan.kv_tier].tier;
+        let at = cache_tier(plan, layer);
+        let tier = &plan.tiers[at].tier;
         let mut seconds = bytes / (tier.read_gbps * 1e9);
-        match plan.predicted.prompt_gflops.get(plan.kv_tier) {
+        match plan.predicted.prompt_gflops.get(at) {
             Some(&rate) if rate > 0.0 && !tier.emulated => {
                 seconds = seconds.max(2.0 * values / (ATTENTION_OF_A_TOKEN * rate * 1e9));
             }

@@ -14,7 +14,7 @@ use crate::profile::Judged;
 use anyhow::{Result, bail};
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
-use tier_plan_runtime::formats::placement::LayerPlacement;
+use tier_plan_runtime::formats::placement::{LayerPlacement, TierIdx};
 use tier_plan_runtime::model::shape::ExpertShape;
 
 /// Where a plan's integer choice came from. The prices for bytes, and with them the bound, are always good_lp's and
@@ -281,7 +281,11 @@ impl Planner<'_> {
         for (item, columns) in items.iter().zip(&choice.columns) {
             match &item.meaning {
                 Meaning::Dense(groups, tiers) => {
-                    groups.iter().zip(columns).for_each(|(&group, &c)| dense[group] = tiers[c]);
+                    // Which of alike groups is where costs nothing: the last layers are on the fastest tier, beside the head,
+                    // and neighbours together, so that a hidden state seldom goes from one to another.
+                    let mut placed: Vec<TierIdx> = columns.iter().map(|&c| tiers[c]).collect();
+                    placed.sort_unstable_by(|a, b| b.cmp(a));
+                    groups.iter().zip(placed).for_each(|(&group, tier)| dense[group] = tier);
                 }
                 Meaning::Experts(members, configs) => {
                     for (&at, &c) in members.iter().zip(columns) {

@@ -8,7 +8,7 @@
 
 use super::batch;
 use super::goal::Goal;
-use super::room::{MAX_FAST, MAX_ROWS, Room, TICKS};
+use super::room::{LayerCache, MAX_FAST, MAX_ROWS, Room, TICKS};
 use super::wishes::Wishes;
 use crate::cost::{attention_fixed_s, read_s};
 use std::collections::BTreeMap;
@@ -208,31 +208,42 @@ impl Charge {
 
 /// The dense groups, alike ones together.
 pub fn dense_items(shape: &ModelShape, room: &Room, charge: &Charge, wishes: &Wishes) -> Vec<Item> {
-    let mut alike: BTreeMap<([bool; 2], u64, u64, Vec<TierIdx>), Vec<usize>> = BTreeMap::new();
+    /// What groups are alike by: whether they are embeddings or attention, bytes, those of a token, tiers, and what they bring.
+    type Key = ([bool; 2], u64, u64, Vec<TierIdx>, Option<usize>);
+    let mut alike: BTreeMap<Key, Vec<usize>> = BTreeMap::new();
+    let mut caches: Vec<&LayerCache> = Vec::new();
     for (at, group) in shape.dense.iter().enumerate() {
-        let fits = |&t: &TierIdx| group.bytes <= room.left_bytes[t] && wishes.allows(group.kind, group.layer, t);
-        let tiers: Vec<TierIdx> = room.dense_tiers(group.kind).filter(fits).collect();
+        let fits = |&t: &TierIdx| {
+            let mut taken = room.taken(group, t).into_iter().zip(&room.left_bytes);
+            wishes.allows(group.kind, group.layer, t) && taken.all(|(bytes, &left)| bytes <= left)
+        };
+        let tiers: Vec<TierIdx> = room.dense_tiers(group).filter(fits).collect();
+        let brings = room.brings(group, 0).map(|(cache, _)| {
+            caches.iter().position(|&c| c == cache).unwrap_or_else(|| {
+                caches.push(cache);
+                caches.len() - 1
+            })
+        });
         let kind = [DenseKind::Embedding, DenseKind::Attention].map(|kind| group.kind == kind);
-        alike.entry((kind, group.bytes, group.token_bytes, tiers)).or_default().push(at);
+        alike.entry((kind, group.bytes, group.token_bytes, tiers, brings)).or_default().push(at);
     }
-    let n = room.tiers.len();
     alike
         .into_iter()
-        .map(|(([_, attention], bytes, token_bytes, tiers), groups)| {
+        .map(|(([_, attention], _, token_bytes, tiers, _), groups)| {
+            let group = &shape.dense[groups[0]];
             let mut item = Item { meaning: Meaning::Dense(groups, Vec::new()), cost_s: Vec::new(), bytes: Vec::new() };
             for &tier in &tiers {
-                let read = match (&item.meaning, charge.batch) {
-                    (Meaning::Dense(groups, _), Some(batch)) => {
-                        batch::dense_bytes(&shape.dense[groups[0]], batch) / f64::from(batch)
-                    }
-                    _ => token_bytes as f64,
+                let read = match charge.batch {
+                    Some(batch) => batch::dense_bytes(group, batch) / f64::from(batch),
+                    None => token_bytes as f64,
                 };
-                let mut seconds = read_s(&room.tiers[tier], read);
+                // Sequences share weights, but each has its own keys and values.
+                let cache_s = room.brings(group, tier).map_or(0.0, |(cache, at)| cache.seconds[at]);
+                let mut seconds = read_s(&room.tiers[tier], read) + cache_s;
                 if attention {
                     seconds += attention_fixed_s(&room.tiers[tier]) / f64::from(charge.batch.unwrap_or(1));
                 }
-                let mut taken = vec![0; n];
-                taken[tier] = bytes;
+                let taken = room.taken(group, tier);
                 item.cost_s.push(charge.cost(seconds, &taken));
                 charge.rows(seconds, &taken, &mut item.bytes);
             }

@@ -176,7 +176,7 @@ impl Goal {
         self.most_s().is_none_or(|most| seconds <= most * (1.0 + 1e-9))
     }
 
-    /// What the bytes left for weights cost whatever the choice: cache and staging are the same in every plan.
+    /// What the bytes left for weights cost whatever the choice: staging is the same in every plan, and the cache that is set aside.
     pub fn fixed_weight(&self, room: &Room) -> f64 {
         let at = |tier: usize, bytes: u64| self.weights.get(tier).copied().unwrap_or(0.0) * bytes as f64;
         at(room.kv_tier, room.kv_bytes) + at(room.staging_tier, room.staging_bytes)

@@ -55,7 +55,7 @@ pub fn no_division(inputs: &Inputs<'_>, room: &Room, wishes: &Wishes) -> String 
     for (tier, bytes) in fixed.iter_mut().enumerate() {
         for group in &inputs.shape.dense {
             let only = (0..room.tiers.len()).all(|t| (t == tier) == wishes.allows(group.kind, group.layer, t));
-            *bytes = bytes.saturating_add(if only { group.bytes } else { 0 });
+            *bytes = bytes.saturating_add(if only { room.taken(group, tier)[tier] } else { 0 });
         }
         for layer in &inputs.shape.experts {
             let here = wishes.layer(layer.layer).fixed.values().filter(|&&t| t == tier).count() as u64;
@@ -77,8 +77,7 @@ pub fn no_division(inputs: &Inputs<'_>, room: &Room, wishes: &Wishes) -> String 
     let by_hand =
         if wishes.is_empty() { "" } else { " under what --fix and --forbid ask for; take some of it back, or" };
     let largest = inputs.shape.dense.iter().max_by_key(|d| d.bytes);
-    let roomiest =
-        room.dense_tiers(tier_plan_runtime::model::shape::DenseKind::Head).max_by_key(|&t| room.left_bytes[t]);
+    let roomiest = room.computing_tiers().max_by_key(|&t| room.left_bytes[t]);
     let (Some(largest), Some(tier)) = (largest, roomiest) else {
         return format!("no way to divide the model among the tiers was found: {left} are left for weights{by_hand}");
     };

@@ -78,7 +78,7 @@ impl<'a> Maker<'a> {
         wishes: &Wishes,
         seconds: f64,
     ) -> Self {
-        let all = shape.weight_bytes();
+        let all = shape.weight_bytes().saturating_add(room.brought_bytes());
         let time = room.tiers.len()..room.left_bytes.len();
         let scarce = (0..room.tiers.len()).filter(|&t| room.left_bytes[t] < all).chain(time).collect();
         let mut grid = Grid::new(evidence, room, seconds);

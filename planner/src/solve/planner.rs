@@ -6,15 +6,14 @@ use super::goal::Goal;
 use super::room::{Room, TICKS};
 use super::rules::{self, Draft, Rule};
 use super::wishes::Wishes;
-use super::{Inputs, check, infeasible};
+use super::{Inputs, check, columns, dual, infeasible};
 use crate::cli::{Backend, Objective};
 use crate::cost::{self, predict, token_s};
 use crate::profile::Evidence;
 use anyhow::{Result, bail, ensure};
 use std::time::Instant;
-use tier_plan_runtime::formats::placement::{
-    DensePlacement, Placement, PlanTier, Prediction, SolverReport, attention_s,
-};
+use tier_plan_runtime::formats::placement::{DensePlacement, Placement, PlanTier, Prediction, SolverReport, TierIdx};
+use tier_plan_runtime::model::shape::DenseKind;
 
 /// A relative gap that is rounding.
 pub(super) const NO_GAP: f64 = 1e-9;
@@ -50,11 +49,12 @@ impl Planner<'_> {
         Ok((drafts, plans))
     }
 
-    /// The most bytes that one choice puts anywhere: all experts of a layer, or a dense group.
+    /// The most bytes that one choice puts anywhere: all experts of a layer, or a dense group with a layer's cache.
     pub(super) fn largest_column(&self) -> u64 {
         let Inputs { shape, .. } = self.inputs;
         let experts = shape.experts.iter().map(|e| e.expert_bytes.saturating_mul(e.n_expert.into()));
-        experts.chain(shape.dense.iter().map(|d| d.bytes)).max().unwrap_or(0)
+        let caches = self.room.caches.iter().map(|c| c.bytes).max().unwrap_or(0);
+        experts.chain(shape.dense.iter().map(|d| d.bytes.saturating_add(caches))).max().unwrap_or(0)
     }
 
     fn checked(&self, plan: Placement) -> Result<Placement> {
@@ -90,6 +90,9 @@ impl Planner<'_> {
         tiers[room.staging_tier].staging_bytes = room.staging_bytes;
         for (group, &tier) in shape.dense.iter().zip(&draft.dense) {
             tiers[tier].dense_bytes += group.bytes;
+            if let Some((cache, at)) = room.brings(group, tier) {
+                tiers[at].kv_bytes += cache.bytes;
+            }
         }
         for (layer, experts) in draft.layers.iter().zip(&shape.experts) {
             let mut pooled = u64::from(experts.n_expert);
@@ -114,7 +117,7 @@ impl Planner<'_> {
             layer_overhead_us: machine.layer_overhead_us,
             token_overhead_us: machine.token_overhead_us,
             context: self.inputs.context,
-            kv_tier: room.kv_tier,
+            kv_tier: self.common_cache(draft),
             kv_type: self.inputs.kv_type,
             staging_tier: room.staging_tier,
             staging_experts: room.staging_experts,
@@ -140,6 +143,14 @@ impl Planner<'_> {
         plan.solver.objective_s = token_s(&plan.predicted);
         plan.solver.goal = self.goal.stored(self.value(&plan), None);
         plan
+    }
+
+    /// The tier that the plan says has the cache: a real GPU, if it has all attention.
+    fn common_cache(&self, draft: &Draft) -> TierIdx {
+        let groups = self.inputs.shape.dense.iter().zip(&draft.dense);
+        let mut tiers = groups.filter(|(group, _)| group.kind == DenseKind::Attention).map(|(_, &tier)| tier);
+        let first = tiers.next().filter(|&t| self.room.tiers[t].is_gpu());
+        first.filter(|&first| tiers.all(|t| t == first)).unwrap_or(self.room.kv_tier)
     }
 
     /// What a plan comes to under the goal.
@@ -228,14 +239,20 @@ impl Planner<'_> {
         (value > 0.0).then(|| ((value - bound) / value).max(0.0)).or((value == 0.0).then_some(0.0))
     }
 
-    /// Seconds of a step over so many sequences whatever the plan: overheads, and each one's keys and values.
+    /// Seconds of a step over so many sequences whatever the plan: overheads, and each one's keys and values, but for those
+    /// that go where attention goes.
     pub(super) fn fixed_s(&self, sequences: u32) -> f64 {
-        let Inputs { shape, machine, context, kv_type, .. } = *self.inputs;
+        let Inputs { shape, machine, .. } = *self.inputs;
         let overhead = cost::overhead_s(shape.n_layer, machine.layer_overhead_us, machine.token_overhead_us);
-        let gflops = machine.prompt_gflops().get(self.room.kv_tier).copied().unwrap_or(0.0);
-        let tier = &self.room.tiers[self.room.kv_tier];
-        let attention = attention_s(shape, kv_type, tier, gflops, cost::middle(context).into());
-        overhead + f64::from(sequences) * attention
+        overhead + f64::from(sequences) * self.room.kv_s()
+    }
+
+    /// Seconds of the dense groups, each on the tier that is cheapest at some prices of bytes, which are added; nothing where
+    /// one has no tier.
+    pub(super) fn dense_s(&self, price: &[f64]) -> Option<f64> {
+        let charge = Charge::new(self.goal, (1.0, 1.0));
+        let items = columns::dense_items(self.inputs.shape, self.room, &charge, self.wishes);
+        items.iter().map(|item| Some(item.count() as f64 * dual::cheapest(item, price)?.1)).sum()
     }
 
     /// Goals in which bytes cost something themselves: the fastest plan first, then from it the least value.

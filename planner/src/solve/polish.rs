@@ -362,6 +362,7 @@ mod tests {
             left_bytes,
             kv_tier: 0,
             kv_bytes: 0,
+            caches: Vec::new(),
             staging_tier: 0,
             staging_experts: 0,
             staging_bytes: 0,

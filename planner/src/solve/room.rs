@@ -3,10 +3,10 @@
 use super::Inputs;
 use super::infeasible::mends;
 use super::wishes::Wishes;
-use crate::cost::home_in_place;
+use crate::cost::{home_in_place, middle};
 use anyhow::{Result, bail, ensure};
 use tier_plan_runtime::formats::machine::{Tier, TierKind};
-use tier_plan_runtime::formats::placement::TierIdx;
+use tier_plan_runtime::formats::placement::{TierIdx, attention_s};
 use tier_plan_runtime::model::shape::{DenseKind, DenseShape, ModelShape};
 use tier_plan_runtime::units::show_bytes;
 
@@ -35,10 +35,12 @@ pub struct Room {
     /// `[tiers]` bytes left for dense groups, pins, slots and home copies; then, if there is a target, the time left for
     /// them in units of [`TICKS`].
     pub left_bytes: Vec<u64>,
-    /// Where the key and value cache is.
+    /// Where the key and value cache is, but for layers whose attention is on a real GPU.
     pub kv_tier: TierIdx,
-    /// Its bytes.
+    /// Bytes of it that are there whatever the plan: those of layers that no real GPU may have.
     pub kv_bytes: u64,
+    /// What each layer remembers, `[n_layer]`.
+    pub caches: Vec<LayerCache>,
     /// Where staging is.
     pub staging_tier: TierIdx,
     /// Experts it holds.
@@ -47,6 +49,17 @@ pub struct Room {
     pub staging_bytes: u64,
     /// What lies on the last tier computes in place, so nothing is staged.
     pub in_place: bool,
+}
+
+/// A layer's keys and values, or its recurrent state.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct LayerCache {
+    /// Bytes.
+    pub bytes: u64,
+    /// `[tiers]` seconds of a decoded token where each has them.
+    pub seconds: Vec<f64>,
+    /// Real GPUs that may have the layer's attention, and with it these.
+    pub gpus: Vec<TierIdx>,
 }
 
 impl Room {
@@ -60,19 +73,51 @@ impl Room {
         price.iter().zip(&self.left_bytes).map(|(p, &left)| p * left as f64).sum()
     }
 
-    /// Tiers that can hold a dense group: what they hold computes there, and a token reads so little of the embedding
-    /// that it may stay in the file. Attention on a real GPU has its keys and values there, so both are on one or neither.
-    pub fn dense_tiers(&self, kind: DenseKind) -> impl Iterator<Item = TierIdx> + '_ {
-        let apart = move |t: TierIdx| {
-            kind == DenseKind::Attention && t != self.kv_tier && (self.is_gpu(t) || self.is_gpu(self.kv_tier))
-        };
-        let computes = move |t: TierIdx| kind == DenseKind::Embedding || self.tiers[t].kind != TierKind::Nvme;
-        (0..self.tiers.len()).filter(move |&t| computes(t) && !apart(t))
+    /// Tiers that compute.
+    pub fn computing_tiers(&self) -> impl Iterator<Item = TierIdx> + '_ {
+        (0..self.tiers.len()).filter(|&t| self.tiers[t].kind != TierKind::Nvme)
     }
 
-    /// Whether a tier is a real GPU's memory.
-    pub fn is_gpu(&self, tier: TierIdx) -> bool {
-        self.tiers[tier].kind == TierKind::Vram && !self.tiers[tier].emulated
+    /// Tiers that can hold a dense group: what they hold computes there, and a token reads so little of the embedding
+    /// that it may stay in the file. Attention on a real GPU has its keys and values there, and other attention never has.
+    pub fn dense_tiers(&self, group: &DenseShape) -> impl Iterator<Item = TierIdx> + '_ {
+        let in_file = group.kind == DenseKind::Embedding;
+        let of_layer =
+            (group.kind == DenseKind::Attention).then(|| group.layer.and_then(|l| self.caches.get(l as usize)));
+        let beside = move |t: TierIdx| match of_layer {
+            None => true,
+            Some(cache) if self.tiers[t].is_gpu() => cache.is_some_and(|c| c.gpus.contains(&t)),
+            Some(_) => !self.tiers[self.kv_tier].is_gpu(),
+        };
+        (0..self.tiers.len()).filter(move |&t| (in_file || self.tiers[t].kind != TierKind::Nvme) && beside(t))
+    }
+
+    /// What a dense group on a tier brings with it that is not set aside: the layer's cache, and where that is.
+    pub fn brings(&self, group: &DenseShape, tier: TierIdx) -> Option<(&LayerCache, TierIdx)> {
+        let layer = group.layer.filter(|_| group.kind == DenseKind::Attention)?;
+        let cache = self.caches.get(layer as usize).filter(|c| !c.gpus.is_empty())?;
+        Some((cache, if self.tiers[tier].is_gpu() { tier } else { self.kv_tier }))
+    }
+
+    /// `[tiers]` bytes that a dense group takes where it is on a tier, with what it brings.
+    pub fn taken(&self, group: &DenseShape, tier: TierIdx) -> Vec<u64> {
+        let mut bytes = vec![0; self.tiers.len()];
+        bytes[tier] = group.bytes;
+        if let Some((cache, at)) = self.brings(group, tier) {
+            bytes[at] = bytes[at].saturating_add(cache.bytes);
+        }
+        bytes
+    }
+
+    /// Bytes of the cache that go where attention goes.
+    pub fn brought_bytes(&self) -> u64 {
+        let brought = self.caches.iter().filter(|c| !c.gpus.is_empty());
+        brought.fold(0, |sum, cache| sum.saturating_add(cache.bytes))
+    }
+
+    /// Seconds of a decoded token's attention to what is set aside.
+    pub fn kv_s(&self) -> f64 {
+        self.caches.iter().filter(|c| c.gpus.is_empty()).map(|c| c.seconds[self.kv_tier]).sum()
     }
 
     /// Tiers that can hold slots. A cache in VRAM in front of DRAM would be fed over a link whose rate the machine file
@@ -94,19 +139,21 @@ impl Room {
         Ok(Self::all(inputs, &Wishes::default())?.swap_remove(0))
     }
 
-    /// One room for each tier that can have the key and value cache, the likeliest first.
+    /// One room for each tier that can have the key and value cache of the layers that have it on no real GPU, the likeliest
+    /// first.
     ///
     /// # Errors
     /// As [`new`](Self::new).
     pub fn all(inputs: &Inputs<'_>, wishes: &Wishes) -> Result<Vec<Self>> {
-        let before = Self::before_the_cache(inputs)?;
+        let mut before = Self::before_the_cache(inputs)?;
+        before.add_caches(inputs, wishes)?;
         let mut rooms = Vec::new();
         let mut first_error = None;
         for tier in before.cache_tiers(inputs, wishes)? {
             let mut room = before.clone();
             room.kv_tier = tier;
             room.left_bytes[tier] -= room.kv_bytes;
-            match room.check_sums(inputs) {
+            match room.check_attention(inputs, wishes).and_then(|()| room.check_sums(inputs)) {
                 Ok(()) => {
                     room.leave_for_pages(inputs.shape);
                     rooms.push(room);
@@ -186,12 +233,12 @@ impl Room {
         let largest = shape.experts.iter().map(|e| e.expert_bytes).max().unwrap_or(0);
         let used = shape.experts.iter().map(|e| (e.n_used + STAGING_SPARE).min(e.n_expert)).max().unwrap_or(0);
         let staging_experts = if in_place { 0 } else { used };
-        let kv_bytes = inputs.kv_type.context_bytes(shape, inputs.context);
         let mut room = Room {
             left_bytes: inputs.budgets.clone(),
             budget_bytes: inputs.budgets.clone(),
             kv_tier: staging_tier,
-            kv_bytes,
+            kv_bytes: 0,
+            caches: Vec::new(),
             staging_tier,
             staging_experts,
             staging_bytes: u64::from(staging_experts).saturating_mul(largest),
@@ -213,7 +260,7 @@ impl Room {
         if !real || above >= all {
             return;
         }
-        let dense: u64 = shape.dense.iter().map(|d| d.bytes).sum();
+        let dense = shape.dense.iter().map(|d| d.bytes).sum::<u64>().saturating_add(self.brought_bytes());
         let part = page_share(shape);
         for tier in 0..home {
             let staging = if tier == self.staging_tier { self.staging_bytes } else { 0 };
@@ -239,39 +286,95 @@ impl Room {
         Ok(())
     }
 
-    /// Where the cache can be. A token reads about half of the planned context: less of a byte than of dense weights, more
-    /// than of most experts. So first comes the fastest tier that has room for both.
+    /// What each layer remembers, and which real GPUs may have it: those that have room for the layer's attention too, and
+    /// kernels for it. What none may have is set aside.
+    fn add_caches(&mut self, inputs: &Inputs<'_>, wishes: &Wishes) -> Result<()> {
+        let Inputs { shape, machine, context, kv_type, .. } = *inputs;
+        let (rates, at) = (machine.prompt_gflops(), middle(context).into());
+        let mut attention = vec![None; shape.caches.len()];
+        for group in shape.dense.iter().filter(|d| d.kind == DenseKind::Attention) {
+            if let Some(of) = group.layer.and_then(|layer| attention.get_mut(layer as usize)) {
+                *of = Some(group);
+            }
+        }
+        for (cache, group) in shape.caches.iter().zip(attention) {
+            let seconds = |(t, tier): (TierIdx, &Tier)| {
+                attention_s(cache, kv_type, tier, rates.get(t).copied().unwrap_or(0.0), at)
+            };
+            let bytes = cache.context_bytes(kv_type, context);
+            let may = |t: &TierIdx| {
+                let fits = |g: &DenseShape| g.bytes.saturating_add(bytes) <= self.left_bytes[*t];
+                self.tiers[*t].is_gpu() && group.is_some_and(|g| fits(g) && wishes.allows_attention(g.layer, *t))
+            };
+            let gpus: Vec<TierIdx> = (0..self.tiers.len()).filter(may).collect();
+            if gpus.is_empty() {
+                self.kv_bytes = self.kv_bytes.saturating_add(bytes);
+            }
+            let seconds = self.tiers.iter().enumerate().map(seconds).collect();
+            self.caches.push(LayerCache { bytes, seconds, gpus });
+        }
+        // By hand all of it may be on one GPU, which is no question of layers then.
+        let of = |d: &&DenseShape| d.kind == DenseKind::Attention;
+        if let Some(gpu) = wishes.fixed_cache().filter(|&t| self.tiers[t].is_gpu()) {
+            let bytes = shape.dense.iter().filter(of).map(|d| d.bytes).fold(0, u64::saturating_add);
+            let needed = bytes.saturating_add(kv_type.context_bytes(shape, context));
+            let left = self.left_bytes[gpu];
+            ensure!(
+                needed <= left,
+                "--fix puts the key and value cache on '{}', a GPU's memory, and with it the attention of all layers: {}, but \
+                 {} are left there; fix the attention of fewer layers instead (--fix {0}:attention:LAYERS), or {}",
+                self.tiers[gpu].name,
+                show_bytes(needed),
+                show_bytes(left),
+                mends(inputs, gpu, needed.saturating_sub(left))
+            );
+        }
+        Ok(())
+    }
+
+    /// Where the cache of layers that have it on no real GPU can be. A token reads about half of the planned context: less
+    /// of a byte than of dense weights, more than of most experts. So first comes the fastest tier that has room for both.
+    /// Where no such tier is left, a real GPU stands for it: then GPUs have all attention.
     fn cache_tiers(&self, inputs: &Inputs<'_>, wishes: &Wishes) -> Result<Vec<TierIdx>> {
         let staging = self.staging_tier;
         let fits = |t: &TierIdx| self.left_bytes[*t] >= self.kv_bytes;
-        let beside = |keep: &dyn Fn(DenseKind) -> bool| {
-            let bytes = inputs.shape.dense.iter().filter(|d| keep(d.kind)).map(|d| d.bytes);
-            bytes.fold(self.kv_bytes, u64::saturating_add)
-        };
-        let all = beside(&|kind| kind != DenseKind::Embedding);
-        // A real GPU must have room for all attention besides.
-        let attention = beside(&|kind| kind == DenseKind::Attention);
-        let may = |t| {
-            let of = |d: &&DenseShape| d.kind == DenseKind::Attention;
-            inputs.shape.dense.iter().filter(of).all(|d| wishes.allows(d.kind, d.layer, t))
-        };
-        let runs = |t: TierIdx| self.left_bytes[t] >= attention && may(t);
-        let tiers = || self.dense_tiers(DenseKind::Head);
-        let beside_dense = tiers().find(|&t| if self.is_gpu(t) { runs(t) } else { self.left_bytes[t] >= all });
-        let anywhere = tiers().filter(|&t| !self.is_gpu(t) || runs(t)).filter(fits);
+        let dense = inputs.shape.dense.iter().filter(|d| d.kind != DenseKind::Embedding).map(|d| d.bytes);
+        let all = dense.fold(self.kv_bytes, u64::saturating_add);
+        let may = |t: &TierIdx| !self.tiers[*t].is_gpu() && wishes.allows_cache(*t);
+        let beside_dense = self.computing_tiers().filter(may).find(|&t| self.left_bytes[t] >= all);
+        let anywhere = self.computing_tiers().filter(may).filter(fits);
         let mut found: Vec<TierIdx> = Vec::new();
-        for tier in beside_dense.into_iter().chain(Some(staging).filter(fits)).chain(anywhere) {
-            if wishes.allows_cache(tier) && !found.contains(&tier) {
+        for tier in beside_dense.into_iter().chain(Some(staging).filter(may).filter(fits)).chain(anywhere) {
+            if !found.contains(&tier) {
                 found.push(tier);
             }
         }
+        if found.is_empty() && !self.computing_tiers().any(|t| may(&t)) {
+            let all_on_gpus = !self.caches.is_empty() && self.caches.iter().all(|c| !c.gpus.is_empty());
+            found.extend(self.caches.first().filter(|_| all_on_gpus).and_then(|c| c.gpus.first()));
+        }
         if found.is_empty() {
             let after = self.left_bytes[staging];
+            let no_gpu = self.caches.iter().position(|c| c.gpus.is_empty());
+            if let (Some(layer), true, false) = (no_gpu, wishes.of_cache(), self.computing_tiers().any(|t| may(&t))) {
+                bail!(
+                    "--fix and --forbid leave no tier for the keys and values of layer {layer}: no GPU that may have them can \
+                     have its attention too, and no other memory may have them; take one of them back"
+                );
+            }
             ensure!(
                 !wishes.of_cache(),
                 "no tier that --fix and --forbid leave for the key and value cache has room for its {}; take some of it \
                  back, or shorten the context",
                 show_bytes(self.kv_bytes)
+            );
+            ensure!(
+                !self.tiers[staging].is_gpu(),
+                "the GPUs have no room for the attention of every layer of '{}' with its keys and values, and there is no \
+                 other memory for those; add a DRAM tier to machine '{}', or {}",
+                inputs.shape.id.name,
+                inputs.machine.name,
+                mends(inputs, staging, self.kv_bytes)
             );
             bail!(
                 "tier '{}' has {} left of its budget of {}, but the key and value cache of {} tokens of context needs \
@@ -288,6 +391,38 @@ impl Room {
         Ok(found)
     }
 
+    /// Says which layer's attention has no tier, and why.
+    fn check_attention(&self, inputs: &Inputs<'_>, wishes: &Wishes) -> Result<()> {
+        let of = |d: &&DenseShape| d.kind == DenseKind::Attention;
+        for group in inputs.shape.dense.iter().filter(of) {
+            let allowed = |&t: &TierIdx| wishes.allows(group.kind, group.layer, t);
+            if self.dense_tiers(group).any(|t| allowed(&t)) {
+                continue;
+            }
+            let layer = group.layer.unwrap_or_default();
+            let cache = inputs.shape.caches.get(layer as usize);
+            let Some(gpu) = self.computing_tiers().filter(|&t| self.tiers[t].is_gpu()).find(allowed) else {
+                bail!("--fix and --forbid leave no tier for the attention of layer {layer}; take one of them back");
+            };
+            let name = &self.tiers[gpu].name;
+            ensure!(
+                wishes.allows_cache(gpu),
+                "the attention of layer {layer} can only be on '{name}' by --fix and --forbid, and with it the layer's keys \
+                 and values, which they want elsewhere; take one of them back"
+            );
+            let bytes = cache.map_or(0, |c| c.context_bytes(inputs.kv_type, inputs.context));
+            let needed = bytes.saturating_add(group.bytes);
+            bail!(
+                "the attention of layer {layer} can only be on '{name}', but with the layer's keys and values it takes {} of the \
+                 {} left there; fix or forbid less, or {}",
+                show_bytes(needed),
+                show_bytes(self.left_bytes[gpu]),
+                mends(inputs, gpu, needed.saturating_sub(self.left_bytes[gpu]))
+            );
+        }
+        Ok(())
+    }
+
     fn check_sums(&self, inputs: &Inputs<'_>) -> Result<()> {
         let shape = inputs.shape;
         let dense: u128 = shape.dense.iter().map(|d| u128::from(d.bytes)).sum();
@@ -300,26 +435,30 @@ impl Room {
         let small = |bytes: u128| u64::try_from(bytes).unwrap_or(u64::MAX);
         let show = |bytes: u128| show_bytes(small(bytes));
         let in_file = |kind| kind == DenseKind::Embedding && !self.in_place;
+        let brought = u128::from(self.brought_bytes());
         let computing: u128 = shape.dense.iter().filter(|d| !in_file(d.kind)).map(|d| u128::from(d.bytes)).sum();
-        let have = left(&mut self.dense_tiers(DenseKind::Head));
+        let computing = computing + brought;
+        let have = left(&mut self.computing_tiers());
+        let (with, beside) =
+            if brought > 0 { (", with keys and values,", "") } else { ("", "the key and value cache and ") };
         ensure!(
             computing <= have,
-            "the dense tensors of '{}' need {}, but {} have {} left for them beside the key and value cache and the \
-             staging buffers; {}",
+            "the dense tensors of '{}'{with} need {}, but {} have {} left for them beside {beside}the staging buffers; {}",
             shape.id.name,
             show(computing),
-            names(&mut self.dense_tiers(DenseKind::Head)),
+            names(&mut self.computing_tiers()),
             show(have),
             mends(inputs, self.staging_tier, small(computing.saturating_sub(have)))
         );
         let have = left(&mut (0..self.tiers.len()));
+        let all = dense + experts + brought;
         ensure!(
-            dense + experts <= have,
-            "the weights of '{}' are {}, but all tiers together have {} left for them; {}",
+            all <= have,
+            "the weights of '{}'{with} are {}, but all tiers together have {} left for them; {}",
             shape.id.name,
-            show(dense + experts),
+            show(all),
             show(have),
-            mends(inputs, self.home(), small((dense + experts).saturating_sub(have)))
+            mends(inputs, self.home(), small(all.saturating_sub(have)))
         );
         Ok(())
     }

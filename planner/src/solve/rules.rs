@@ -61,8 +61,9 @@ pub fn draft(rule: Rule, shape: &ModelShape, evidence: &Evidence, room: &Room) -
     let mut dense = vec![0; shape.dense.len()];
     for kind in DENSE_ORDER {
         for (at, group) in shape.dense.iter().enumerate().filter(|(_, g)| g.kind == kind) {
-            dense[at] = room.dense_tiers(kind).find(|&t| left[t] >= group.bytes)?;
-            left[dense[at]] -= group.bytes;
+            let fits = |left: &[u64], t: TierIdx| room.taken(group, t).iter().zip(left).all(|(b, left)| b <= left);
+            dense[at] = room.dense_tiers(group).find(|&t| fits(&left, t))?;
+            left.iter_mut().zip(room.taken(group, dense[at])).for_each(|(left, bytes)| *left -= bytes);
         }
     }
     let mut filler = Filler { evidence, room, left, layers: Vec::new() };

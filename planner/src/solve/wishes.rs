@@ -1,7 +1,7 @@
 //! What the user fixes or forbids by hand: `--fix vram:experts:3-5:0-15`, `--forbid nvme:embedding`.
 //!
 //! `TIER:WHAT[:LAYERS[:EXPERTS]]`, where WHAT is `attention`, `router`, `shared_expert`, `dense_ffn`, `embedding`, `head`,
-//! `cache` (keys and values) or `experts`; `TIER:LAYERS[:EXPERTS]` means experts. Without LAYERS it is all layers, without EXPERTS all experts of them.
+//! `cache` (keys and values; on a real GPU with all attention) or `experts`; `TIER:LAYERS[:EXPERTS]` means experts. Without LAYERS it is all layers, without EXPERTS all experts of them.
 //! An expert fixed to the last tier is never pinned. Forbidding experts forbids pins and slots of the layers there.
 
 use anyhow::{Context, Result, bail, ensure};
@@ -90,6 +90,16 @@ impl Wishes {
         self.cache_fixed.is_none_or(|t| t == tier) && !self.cache_forbidden.contains(&tier)
     }
 
+    /// Whether a layer's attention may be on a real GPU, with its keys and values.
+    pub fn allows_attention(&self, layer: Option<u32>, gpu: TierIdx) -> bool {
+        self.allows(DenseKind::Attention, layer, gpu) && self.allows_cache(gpu)
+    }
+
+    /// The tier that the key and value cache of all layers is fixed to.
+    pub fn fixed_cache(&self) -> Option<TierIdx> {
+        self.cache_fixed
+    }
+
     /// Whether anything is said of the cache.
     pub fn of_cache(&self) -> bool {
         self.cache_fixed.is_some() || !self.cache_forbidden.is_empty()
@@ -98,7 +108,10 @@ impl Wishes {
     /// Whether a plan does as it is told.
     pub fn holds(&self, plan: &Placement) -> bool {
         let home = plan.home_tier();
-        self.allows_cache(plan.kv_tier)
+        let attention = || plan.dense.iter().filter(|d| d.kind == DenseKind::Attention);
+        let caches = attention().map(|d| plan.cache_tier(d.tier));
+        let rest = (attention().next().is_none()).then_some(plan.kv_tier);
+        caches.chain(rest).all(|t| self.allows_cache(t))
             && plan.dense.iter().all(|d| self.allows(d.kind, d.layer, d.tier))
             && plan.layers.iter().enumerate().all(|(at, layer)| {
                 let wishes = self.layer(layer.layer);
@@ -130,7 +143,10 @@ impl Wishes {
             return self.add_experts(at, layers, rest.get(1).copied(), fix, shape, machine);
         }
         if what == "cache" {
-            ensure!(rest.is_empty(), "the cache of all layers is on one tier; {example}");
+            ensure!(
+                rest.is_empty(),
+                "a layer's cache goes with its attention on a GPU, and else is where all others are: name no layers; {example}"
+            );
             return self.add_cache(at, fix, machine);
         }
         let Some(&(_, kind)) = KINDS.iter().find(|(name, _)| *name == what) else {

@@ -112,8 +112,8 @@ pub fn bound(plan: &Placement) -> Bound {
     let predicted = &plan.predicted;
     let total = token_s(predicted).max(f64::MIN_POSITIVE);
     let tiers = plan.tiers.iter().zip(predicted.dense_s.iter().zip(&predicted.expert_s)).enumerate();
-    let cache = |at: usize| if at == plan.kv_tier { predicted.kv_s } else { 0.0 };
-    let of_tiers = tiers.map(|(at, (tier, (dense, expert)))| (tier.tier.name.clone(), dense + expert + cache(at)));
+    let cache = plan.kv_s_by_tier();
+    let of_tiers = tiers.map(|(at, (tier, (dense, expert)))| (tier.tier.name.clone(), dense + expert + cache[at]));
     let all = std::iter::once(("overheads".to_string(), predicted.overhead_s)).chain(of_tiers);
     let (by, seconds) = all.max_by(|a, b| a.1.total_cmp(&b.1)).unwrap_or_default();
     Bound { by, seconds, share: seconds / total }

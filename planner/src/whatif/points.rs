@@ -7,7 +7,7 @@ use tier_plan_runtime::exec::KvType;
 use tier_plan_runtime::formats::SourceId;
 use tier_plan_runtime::formats::machine::{Tier, TierKind};
 use tier_plan_runtime::model::kv::KvRows;
-use tier_plan_runtime::model::shape::{DenseKind, DenseShape, ExpertShape, ModelShape};
+use tier_plan_runtime::model::shape::{CacheShape, DenseKind, DenseShape, ExpertShape, ModelShape};
 
 /// What somebody measured.
 struct Point {
@@ -31,7 +31,8 @@ fn lumps(
     n_used: u32,
     expert_bytes: u64,
     dense_bytes: u64,
-    kv: KvRows,
+    // The rows of so-manieth layers, which have keys and values.
+    (every, kv): (u32, KvRows),
 ) -> Known {
     let dense = |layer| DenseShape {
         kind: DenseKind::Attention,
@@ -48,8 +49,9 @@ fn lumps(
         hidden: 4096,
         n_vocab: 100_000,
         context: 1 << 17,
-        kv_rows: vec![kv],
-        state_bytes: 0,
+        caches: (1..=layers)
+            .map(|l| CacheShape { rows: if l % every == 0 { vec![kv] } else { Vec::new() }, state_bytes: 0 })
+            .collect(),
         dense: (0..layers).map(dense).collect(),
         experts: (0..layers).map(expert).collect(),
     };
@@ -66,7 +68,7 @@ fn points() -> Vec<Point> {
         6,
         3_450_000_000 / (43 * 6),
         6_500_000_000,
-        KvRows { width: 576, per_token: 43, queries: 128, window: None },
+        (1, KvRows { width: 576, per_token: 1, queries: 128, window: None }),
     );
     // 60 layers of 512 experts, 10 used, of 3 * 4096 * 1024 values each; 209 GB for 397e9 parameters are 4.2 bits. Of
     // the 17e9 active parameters 9e9 are not routed. Every fourth layer has keys and values.
@@ -77,7 +79,7 @@ fn points() -> Vec<Point> {
         10,
         6_620_000,
         9_000_000_000 * 42 / 80,
-        KvRows { width: 256, per_token: 15 * 2 * 2, queries: 16, window: None },
+        (4, KvRows { width: 256, per_token: 2 * 2, queries: 16, window: None }),
     );
     vec![
         Point {

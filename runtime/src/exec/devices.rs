@@ -2,7 +2,6 @@
 
 use super::load::LoadError;
 use crate::cuda::{CudaError, Device, Gpu};
-use crate::formats::machine::TierKind;
 use crate::formats::placement::{Placement, PlanTier, TierIdx};
 use std::sync::Arc;
 
@@ -11,7 +10,7 @@ pub type GiveDevice<'a> = &'a dyn Fn(usize) -> Result<Arc<dyn Device>, CudaError
 
 /// Whether a tier is a real GPU's memory.
 pub(super) fn is_gpu(t: &PlanTier) -> bool {
-    t.tier.kind == TierKind::Vram && !t.tier.emulated
+    t.tier.is_gpu()
 }
 
 /// Whether a tier is a real GPU's memory, with something in it.
@@ -63,6 +62,7 @@ mod tests {
     use crate::cuda::shim;
     use crate::exec::KvType;
     use crate::exec::plan::obvious;
+    use crate::formats::machine::TierKind;
     use crate::gguf::Gguf;
     use crate::model::{describe, shape::shape_of};
     use std::cell::RefCell;

@@ -13,7 +13,7 @@ use super::rope::{RopeTable, rope_tables};
 use super::scratch::Scratch;
 use super::stream::Streams;
 use super::weights::DenseWeights;
-use crate::formats::placement::Placement;
+use crate::formats::placement::{Placement, TierIdx};
 use crate::gguf::Gguf;
 use crate::kernels::{Kernels, needs_quants};
 use crate::model::describe;
@@ -75,6 +75,8 @@ pub struct Engine {
     pub(super) dense_bytes: Vec<StageBytes>,
     /// By layer: what its keys, values and state are charged as.
     caches: Vec<CacheReads>,
+    /// By layer: their tier.
+    cache_tiers: Vec<TierIdx>,
     pacer: Option<Pacer>,
     pub(super) pool: ThreadPool,
     pub(super) kernels: Kernels,
@@ -145,12 +147,13 @@ impl Engine {
             None => MixerState::new(&layer.mixer, plan.kv_type, context),
         };
         let states: Vec<MixerState> = spec.layers.iter().zip(&places.layers).map(state).collect();
-        let kv_tier = &plan.tiers[plan.kv_tier].tier;
-        let pages = Pages::of_tier(kv_tier);
-        for state in &states {
-            state.move_to(&pages).map_err(|source| ArenaError::refused(&kv_tier.name, &pages, source))?;
+        let cache_tiers = plan.cache_tiers(spec.layers.len());
+        for (state, tier) in states.iter().zip(&cache_tiers) {
+            let of = &plan.tiers[*tier].tier;
+            let pages = Pages::of_tier(of);
+            state.move_to(&pages).map_err(|source| ArenaError::refused(&of.name, &pages, source))?;
+            resident_bytes[*tier] += state.bytes();
         }
-        resident_bytes[plan.kv_tier] += states.iter().map(MixerState::bytes).sum::<u64>();
         let (ropes, layer_rope) = rope_tables(&spec, &weights);
         let resident = resident_tier(plan, &shape, &places);
         let gpus = Gpus::new(&spec, plan, options, &weights, &devices, places, &layer_rope)?;
@@ -186,6 +189,7 @@ impl Engine {
             counters: Counters::new(tiers.len(), n_moe),
             dense_bytes: dense_bytes.into_iter().map(StageBytes::from).collect(),
             caches: spec.layers.iter().map(|layer| CacheReads::new(&layer.mixer, plan.kv_type)).collect(),
+            cache_tiers,
             plan: plan.clone(),
             logits: Vec::new(),
             routing: Routing::default(),
@@ -405,7 +409,7 @@ impl Engine {
                 after = self.dense_stage(index, rows.clone(), place)?;
                 if let Some(pacer) = &self.pacer {
                     let cache = self.caches[index].bytes((self.n_past + rows.end) as u64, rows.len() as u64);
-                    settle(start, pacer.dense(&self.dense_bytes[index], self.plan.kv_tier, cache));
+                    settle(start, pacer.dense(&self.dense_bytes[index], self.cache_tiers[index], cache));
                 }
             }
             place = after;
@@ -476,7 +480,7 @@ impl Engine {
         let Some(pacer) = &self.pacer else { return self.counters.charge(bytes, time) };
         let cache = self.caches[index].bytes(self.n_past as u64 + 1, 1);
         self.counters.count(bytes);
-        self.counters.charge_paths(&pacer.dense_by_tier(bytes, self.plan.kv_tier, cache), time);
+        self.counters.charge_paths(&pacer.dense_by_tier(bytes, self.cache_tiers[index], cache), time);
     }
 
     fn count_experts(

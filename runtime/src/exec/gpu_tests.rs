@@ -109,9 +109,6 @@ pub(super) fn plan(
     (vram.tier.name, vram.tier.kind) = ("vram".into(), TierKind::Vram);
     plan.tiers.insert(0, vram);
     (plan.staging_tier, plan.kv_tier) = (1, usize::from(!kv_on_gpu));
-    if kv_on_gpu {
-        (plan.tiers[0].kv_bytes, plan.tiers[1].kv_bytes) = (plan.tiers[1].kv_bytes, 0);
-    }
     for (d, group) in plan.dense.iter_mut().zip(&shape.dense) {
         d.tier = usize::from(!on_gpu(d.kind, d.layer));
         if d.tier == 0 {
@@ -119,6 +116,8 @@ pub(super) fn plan(
             plan.tiers[1].dense_bytes -= group.bytes;
         }
     }
+    let caches = plan.cache_bytes(shape);
+    plan.tiers.iter_mut().zip(caches).for_each(|(t, bytes)| t.kv_bytes = bytes);
     for (layer, of) in plan.layers.iter_mut().zip(&shape.experts) {
         layer.slot_tier = 1;
         match experts {
@@ -344,11 +343,14 @@ impl Device for Watched {
 fn what_a_gpu_cannot_run_is_refused() {
     let of = (64, KvType::F16);
     let (gguf, shape) = open("arch/qwen3moe.gguf");
-    let error = refused(&gguf, &plan(&shape, of, ALL, false, Experts::Memory), usize::MAX).to_string();
-    assert!(error.contains("layer 0: keys and values are on another tier") && error.contains("solve again"), "{error}");
     let but_one = |kind, layer| (kind, layer) != (DenseKind::Attention, Some(1));
     let error = refused(&gguf, &plan(&shape, of, but_one, true, Experts::Memory), usize::MAX).to_string();
-    assert!(error.contains("layer 1: keys and values are on another tier"), "{error}");
+    assert!(error.contains("layer 1: keys and values of attention that the processor computes"), "{error}");
+    let mut split = plan(&shape, of, but_one, false, Experts::Memory);
+    split.tiers[0].kv_bytes -= 64;
+    split.tiers[1].kv_bytes += 64;
+    let error = refused(&gguf, &split, usize::MAX).to_string();
+    assert!(error.contains("tier 'vram' has") && error.contains("bytes for the key and value cache"), "{error}");
     let mut slots = plan(&shape, of, ALL, true, Experts::Memory);
     slots.tiers[0].staging_bytes = 1;
     slots.tiers[0].budget_bytes = u64::MAX;

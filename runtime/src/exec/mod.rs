@@ -16,6 +16,8 @@ mod gpu_delta_tests;
 #[cfg(test)]
 mod gpu_slot_tests;
 #[cfg(test)]
+mod gpu_split_tests;
+#[cfg(test)]
 mod gpu_tests;
 mod load;
 pub mod measure;

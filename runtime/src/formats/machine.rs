@@ -140,6 +140,11 @@ impl Tier {
         bytes / (gbps * 1e9)
     }
 
+    /// Whether it is a real GPU's memory.
+    pub fn is_gpu(&self) -> bool {
+        self.kind == TierKind::Vram && !self.emulated
+    }
+
     /// The key of the unit in files, and the unit.
     pub(super) fn unit_key(&self) -> Option<(&'static str, u32)> {
         Some((if self.kind == TierKind::Vram { "device" } else { "node" }, self.unit?))

@@ -11,7 +11,7 @@ use super::kind::PLACEMENT;
 use super::machine::Tier;
 use super::{FormatError, SourceId, safely};
 use crate::model::kv::KvType;
-use crate::model::shape::{DenseKind, ModelShape};
+use crate::model::shape::{CacheShape, DenseKind, ModelShape};
 use std::path::Path;
 
 /// Index into [`Placement::tiers`].
@@ -85,7 +85,7 @@ pub struct PlanTier {
     pub pinned_bytes: u64,
     /// Slots for pooled experts.
     pub slot_bytes: u64,
-    /// Key and value cache of the planned context.
+    /// Key and value cache of the planned context, and recurrent state: of the layers that have it here.
     pub kv_bytes: u64,
     /// Buffers for experts in flight and for activations.
     pub staging_bytes: u64,
@@ -221,12 +221,12 @@ impl Prediction {
     }
 }
 
-/// Seconds of a decoded token's attention to `positions` positions that are cached on a tier: of the bytes or of the
-/// products with them, whichever take longer. `gflops` is the rate of a prompt's products there; where it is 0, not known,
-/// or the tier is emulated, bytes alone count.
-pub fn attention_s(shape: &ModelShape, kv_type: KvType, tier: &Tier, gflops: f64, positions: u64) -> f64 {
-    let moved = kv_type.moved_bytes(shape, positions, 1) as f64 / (tier.read_gbps * 1e9);
-    let macs: f64 = shape.kv_rows.iter().map(|rows| rows.token_macs(positions)).sum();
+/// Seconds of a decoded token's attention, in one layer, to `positions` positions that are cached on a tier: of the bytes
+/// or of the products with them, whichever take longer. `gflops` is the rate of a prompt's products there; where it is 0,
+/// not known, or the tier is emulated, bytes alone count.
+pub fn attention_s(cache: &CacheShape, kv_type: KvType, tier: &Tier, gflops: f64, positions: u64) -> f64 {
+    let moved = cache.moved_bytes(kv_type, positions, 1) as f64 / (tier.read_gbps * 1e9);
+    let macs: f64 = cache.rows.iter().map(|rows| rows.token_macs(positions)).sum();
     let rate = ATTENTION_OF_A_TOKEN * gflops * 1e9;
     if rate > 0.0 && !tier.emulated { moved.max(2.0 * macs / rate) } else { moved }
 }
@@ -248,7 +248,8 @@ pub struct Placement {
     pub token_overhead_us: f64,
     /// Context length that the key and value cache is planned for.
     pub context: u32,
-    /// Tier of the key and value cache.
+    /// Tier of what layers remember, keys, values and recurrent state, but for those whose attention is on a real GPU:
+    /// that has its layers' own. So it is a real GPU only where real GPUs have all attention.
     pub kv_tier: TierIdx,
     /// How keys and values are stored.
     pub kv_type: KvType,
@@ -304,17 +305,53 @@ impl Placement {
         self.tiers.len().saturating_sub(1)
     }
 
-    /// Seconds in which a pass of `tokens` tokens moves its keys, values and recurrent state; the last token is the
-    /// `positions`-th of its text.
-    pub fn kv_s(&self, shape: &ModelShape, positions: u64, tokens: u64) -> f64 {
-        let rate = self.tiers.get(self.kv_tier).map_or(f64::INFINITY, |t| t.tier.read_gbps * 1e9);
-        self.kv_type.moved_bytes(shape, positions, tokens) as f64 / rate
+    /// The tier of what a layer remembers whose attention is on the tier `attention`.
+    pub fn cache_tier(&self, attention: TierIdx) -> TierIdx {
+        let own = self.tiers.get(attention).is_some_and(|t| t.tier.is_gpu());
+        if own { attention } else { self.kv_tier }
     }
 
-    /// [`attention_s`] of the plan's own cache.
+    /// The tier of what each of so many layers remembers.
+    pub fn cache_tiers(&self, n_layer: usize) -> Vec<TierIdx> {
+        let mut tiers = vec![self.kv_tier; n_layer];
+        for group in self.dense.iter().filter(|d| d.kind == DenseKind::Attention) {
+            if let Some(tier) = group.layer.and_then(|layer| tiers.get_mut(layer as usize)) {
+                *tier = self.cache_tier(group.tier);
+            }
+        }
+        tiers
+    }
+
+    /// Bytes that a model's layers take on each tier for the planned context, `[tiers]`.
+    pub fn cache_bytes(&self, shape: &ModelShape) -> Vec<u64> {
+        let mut bytes = vec![0u64; self.tiers.len()];
+        for (cache, tier) in shape.caches.iter().zip(self.cache_tiers(shape.caches.len())) {
+            if let Some(sum) = bytes.get_mut(tier) {
+                *sum = sum.saturating_add(cache.context_bytes(self.kv_type, self.context));
+            }
+        }
+        bytes
+    }
+
+    /// [`attention_s`] of all layers, each where it is.
     pub fn attention_s(&self, shape: &ModelShape, positions: u64) -> f64 {
-        let rate = self.predicted.prompt_gflops.get(self.kv_tier).copied().unwrap_or(0.0);
-        self.tiers.get(self.kv_tier).map_or(0.0, |t| attention_s(shape, self.kv_type, &t.tier, rate, positions))
+        let of = |(cache, at): (&CacheShape, TierIdx)| {
+            let rate = self.predicted.prompt_gflops.get(at).copied().unwrap_or(0.0);
+            self.tiers.get(at).map_or(0.0, |t| attention_s(cache, self.kv_type, &t.tier, rate, positions))
+        };
+        shape.caches.iter().zip(self.cache_tiers(shape.caches.len())).map(of).sum()
+    }
+
+    /// The predicted time of keys and values by tier, `[tiers]`: shared out by the time that their bytes take there.
+    pub fn kv_s_by_tier(&self) -> Vec<f64> {
+        let mut parts: Vec<f64> = self.tiers.iter().map(|t| t.kv_bytes as f64 / t.tier.read_gbps).collect();
+        let sum: f64 = parts.iter().sum();
+        if sum > 0.0 {
+            parts.iter_mut().for_each(|part| *part *= self.predicted.kv_s / sum);
+        } else if let Some(part) = parts.get_mut(self.kv_tier) {
+            *part = self.predicted.kv_s;
+        }
+        parts
     }
 
     /// The prediction for a token that attends to `at` positions. A prediction that does not charge keys and values stays

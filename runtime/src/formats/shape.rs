@@ -14,7 +14,7 @@ use mix::{Place, Role};
 use super::kind::{SHAPE, toml_words};
 use super::{FormatError, SourceId};
 use crate::model::kv::KvRows;
-use crate::model::shape::{DenseKind, DenseShape, ExpertShape, ModelShape};
+use crate::model::shape::{CacheShape, DenseKind, DenseShape, ExpertShape, ModelShape};
 use serde::Deserialize;
 use std::path::Path;
 use xxhash_rust::xxh3::xxh3_128;
@@ -230,32 +230,26 @@ impl Architecture {
             hidden: self.hidden,
             n_vocab: self.vocab,
             context: self.context,
-            kv_rows: self.kv_rows(),
-            state_bytes: 0,
+            caches: (0..self.layers).map(|layer| self.cache(layer)).collect(),
             dense,
             experts,
         }
     }
 
-    /// A key and a value for each head, or one latent with its rotated key part.
-    fn kv_rows(&self) -> Vec<KvRows> {
-        let layers = u64::from(self.layers);
-        match self.attention {
+    /// A layer's key and value for each head, or its one latent with its rotated key part.
+    fn cache(&self, layer: u32) -> CacheShape {
+        let rows = match self.attention {
             Attention::Gqa { heads, kv_heads, head, window, full_every, .. } => {
-                let (rows, queries) = (2 * u64::from(kv_heads), u64::from(heads / kv_heads));
-                let full = match window {
-                    None => layers,
-                    Some(_) => layers.checked_div(full_every.into()).unwrap_or(0),
-                };
-                let of = |layers: u64, window| KvRows { width: head.into(), per_token: rows * layers, queries, window };
-                let all = [of(full, None), of(layers - full, window.map(u64::from))];
-                all.into_iter().filter(|rows| rows.per_token > 0).collect()
+                let full = full_every > 0 && (layer + 1).is_multiple_of(full_every);
+                let (per_token, queries) = (2 * u64::from(kv_heads), u64::from(heads / kv_heads));
+                KvRows { width: head.into(), per_token, queries, window: window.filter(|_| !full).map(u64::from) }
             }
             Attention::Mla { heads, kv_rank, rope, .. } => {
                 let width = u64::from(kv_rank) + u64::from(rope);
-                vec![KvRows { width, per_token: layers, queries: 2 * u64::from(heads), window: None }]
+                KvRows { width, per_token: 1, queries: 2 * u64::from(heads), window: None }
             }
-        }
+        };
+        CacheShape { rows: vec![rows], state_bytes: 0 }
     }
 
     /// What the mixes look at, for no layer in particular.

@@ -1,6 +1,6 @@
 //! How keys and values of past tokens are stored, and what that takes.
 
-use super::shape::ModelShape;
+use super::shape::{CacheShape, ModelShape};
 use crate::kernels::q8_row_bytes;
 use std::fmt;
 use std::str::FromStr;
@@ -24,12 +24,12 @@ pub enum KvType {
 #[error("'{0}' is no type of keys and values: use f16, q8_0 or f32")]
 pub struct UnknownKvType(pub String);
 
-/// Rows of one width that caches hold.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// Rows of one width that a layer's cache holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct KvRows {
     /// Values of a row: a head's key or value, or a latent with its rotated key part.
     pub width: u64,
-    /// Rows that one token of context adds, over all layers.
+    /// Rows that one token of context adds.
     pub per_token: u64,
     /// Products of the whole row that a later token's queries do with it: one for each query head of a key or value, two
     /// for each head of a latent, which is both.
@@ -86,21 +86,33 @@ impl KvType {
 
     /// Bytes of keys and values that one token of context takes, over all layers.
     pub fn token_bytes(self, shape: &ModelShape) -> u64 {
-        let bytes = |rows: &KvRows| self.row_bytes(rows.width).saturating_mul(rows.per_token);
-        shape.kv_rows.iter().fold(0, |sum, rows| sum.saturating_add(bytes(rows)))
+        shape.caches.iter().fold(0, |sum, cache| sum.saturating_add(cache.token_bytes(self)))
+    }
+
+    /// Bytes that a context of this many tokens takes, over all layers: keys and values stored so, and recurrent state.
+    pub fn context_bytes(self, shape: &ModelShape, tokens: u32) -> u64 {
+        shape.caches.iter().fold(0, |sum, cache| sum.saturating_add(cache.context_bytes(self, tokens)))
+    }
+}
+
+impl CacheShape {
+    /// Bytes that one token of context adds.
+    pub fn token_bytes(&self, kv_type: KvType) -> u64 {
+        let bytes = |rows: &KvRows| kv_type.row_bytes(rows.width).saturating_mul(rows.per_token);
+        self.rows.iter().fold(0, |sum, rows| sum.saturating_add(bytes(rows)))
+    }
+
+    /// Bytes that a context of this many tokens takes: keys and values stored so, and recurrent state.
+    pub fn context_bytes(&self, kv_type: KvType, tokens: u32) -> u64 {
+        self.token_bytes(kv_type).saturating_mul(u64::from(tokens)).saturating_add(self.state_bytes)
     }
 
     /// Bytes of keys, values and recurrent state that a pass of `tokens` tokens moves, the last of which is the
     /// `positions`-th of its text: rows are read once, state is read and written back.
-    pub fn moved_bytes(self, shape: &ModelShape, positions: u64, tokens: u64) -> u64 {
-        let bytes = |rows: &KvRows| self.row_bytes(rows.width).saturating_mul(rows.read(positions, tokens));
-        let state = shape.state_bytes.saturating_mul(2);
-        shape.kv_rows.iter().fold(state, |sum, rows| sum.saturating_add(bytes(rows)))
-    }
-
-    /// Bytes that a context of this many tokens takes: keys and values stored so, and recurrent state.
-    pub fn context_bytes(self, shape: &ModelShape, tokens: u32) -> u64 {
-        self.token_bytes(shape).saturating_mul(u64::from(tokens)).saturating_add(shape.state_bytes)
+    pub fn moved_bytes(&self, kv_type: KvType, positions: u64, tokens: u64) -> u64 {
+        let bytes = |rows: &KvRows| kv_type.row_bytes(rows.width).saturating_mul(rows.read(positions, tokens));
+        let state = self.state_bytes.saturating_mul(2);
+        self.rows.iter().fold(state, |sum, rows| sum.saturating_add(bytes(rows)))
     }
 }
 

@@ -55,6 +55,15 @@ pub struct ExpertShape {
     pub expert_macs: u64,
 }
 
+/// What a layer remembers of past tokens: its keys, values or latents, and its recurrent state.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Default)]
+pub struct CacheShape {
+    /// Rows that one token of context adds: each width once, ascending.
+    pub rows: Vec<KvRows>,
+    /// Bytes of recurrent state, whatever the length of the context.
+    pub state_bytes: u64,
+}
+
 /// A model's sizes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ModelShape {
@@ -70,10 +79,8 @@ pub struct ModelShape {
     pub n_vocab: u32,
     /// Longest context the file claims to be trained for.
     pub context: u32,
-    /// Rows of keys, values and latents that one token of context adds: each width and window once, ascending.
-    pub kv_rows: Vec<KvRows>,
-    /// Bytes of recurrent state, over all layers, whatever the length of the context.
-    pub state_bytes: u64,
+    /// What each layer remembers of past tokens, `[n_layer]`.
+    pub caches: Vec<CacheShape>,
     /// Every dense group once.
     pub dense: Vec<DenseShape>,
     /// Every layer with routed experts once, ascending.
@@ -93,6 +100,11 @@ impl ModelShape {
         let dense: u64 = self.dense.iter().map(|d| d.token_bytes).sum();
         let experts: u64 = self.experts.iter().map(|e| e.expert_bytes * u64::from(e.n_used)).sum();
         dense + experts
+    }
+
+    /// Bytes of recurrent state, over all layers.
+    pub fn state_bytes(&self) -> u64 {
+        self.caches.iter().fold(0, |sum, cache| sum.saturating_add(cache.state_bytes))
     }
 }
 
@@ -137,21 +149,20 @@ pub fn shape_of(gguf: &Gguf, spec: &ModelSpec) -> ModelShape {
         hidden: spec.hidden as u32,
         n_vocab: spec.n_vocab as u32,
         context: spec.context as u32,
-        kv_rows: kv_rows(spec),
-        state_bytes: spec.layers.iter().map(|l| l.mixer.state_bytes()).sum(),
+        caches: spec.layers.iter().map(|l| cache_shape(&l.mixer)).collect(),
         dense,
         experts,
     }
 }
 
-/// What all caches together hold of a token.
-fn kv_rows(spec: &ModelSpec) -> Vec<KvRows> {
+/// What a layer with this mixer remembers.
+fn cache_shape(mixer: &Mixer) -> CacheShape {
     let mut found = BTreeMap::new();
-    for rows in spec.layers.iter().flat_map(|layer| mixer_rows(&layer.mixer)) {
+    for rows in mixer_rows(mixer) {
         *found.entry((rows.width, rows.window, rows.queries)).or_insert(0) += rows.per_token;
     }
     let rows = |((width, window, queries), per_token)| KvRows { width, per_token, queries, window };
-    found.into_iter().map(rows).collect()
+    CacheShape { rows: found.into_iter().map(rows).collect(), state_bytes: mixer.state_bytes() }
 }
 
 /// What one layer's cache holds of a token.

@@ -123,8 +123,12 @@ fn measured_tiers(o: &Overview<'_>, p: &PlanView<'_>) -> Option<Bar> {
 fn predicted_tiers(o: &Overview<'_>, p: &PlanView<'_>) -> Option<Bar> {
     let predicted = p.predicted?;
     let at = |of: &[f64], i: usize| finite(of.get(i).copied().unwrap_or(0.0));
-    let kv_tier = p.entry.placement.as_ref().map(|plan| plan.kv_tier);
-    let cache = |i: usize| if kv_tier == Some(i) { finite(predicted.kv_s) } else { 0.0 };
+    // For another place in the text, the prediction's own time of them.
+    let of_plan = p.entry.placement.as_ref().map(|plan| (plan.kv_s_by_tier(), plan.predicted.kv_s));
+    let cache = |i: usize| match &of_plan {
+        Some((by_tier, all)) if *all > 0.0 => finite(predicted.kv_s * by_tier.get(i).copied().unwrap_or(0.0) / all),
+        _ => 0.0,
+    };
     // The time of an expert stage is shared out by the times of its paths, as a run's is.
     let paths: f64 = predicted.expert_s.iter().copied().map(finite).sum();
     let share = if paths > 0.0 { finite(predicted.expert_critical_s) / paths } else { 0.0 };

@@ -1,7 +1,7 @@
 //! Which parts of a model's dense stages run on a GPU, and whether they can.
 //!
-//! A part runs where its weights are: a layer's mixer (with the keys and values of all layers), its router, its shared
-//! expert or its dense block, the head, and the embedding. The hidden state goes to where the next part is.
+//! A part runs where its weights are: a layer's mixer (with its keys and values), its router, its shared expert or its
+//! dense block, the head, and the embedding. The hidden state goes to where the next part is.
 
 use crate::cuda::ops::{MAX_DELTA_HEAD, MAX_EXPERTS, MAX_GROUPS, MAX_KEY};
 use crate::exec::devices::{is_gpu, on_gpu};
@@ -79,13 +79,12 @@ pub(in crate::exec) fn check(gguf: &Gguf, spec: &ModelSpec, plan: &Placement) ->
     };
     let cache = plan.tiers.get(plan.kv_tier).filter(|t| is_gpu(t)).map(|_| plan.kv_tier);
     for (index, (layer, at)) in spec.layers.iter().zip(&places.layers).enumerate() {
-        if at.mixer != cache {
-            let tier = at.mixer.or(cache).unwrap_or_default();
-            let what = "keys and values are on another tier than the attention that reads them";
+        if let (None, Some(tier)) = (at.mixer, cache) {
+            let what = "keys and values of attention that the processor computes";
             return Err(refused(
                 tier,
                 format!("layer {index}: {what}"),
-                "solve again, which keeps them together".into(),
+                "solve again, which has them in main memory".into(),
             ));
         }
         let places = [(at.mixer, "attention"), (at.ffn, "router"), (at.shared, "shared_expert")];

@@ -11,11 +11,13 @@ use std::collections::HashSet;
 
 /// Asks the system for the cache's memory and gives it back: a vector that is too large ends the program.
 pub(super) fn context_fits(shape: &ModelShape, plan: &Placement) -> Result<(), LoadError> {
-    if plan.tiers.get(plan.kv_tier).is_some_and(on_gpu) {
+    let context = plan.context;
+    // What GPUs have is counted with everything else there.
+    let here = plan.cache_bytes(shape).into_iter().zip(&plan.tiers).filter(|(_, t)| !t.tier.is_gpu());
+    let bytes = here.fold(0, |sum: u64, (bytes, _)| sum.saturating_add(bytes));
+    if bytes == 0 {
         return Ok(());
     }
-    let context = plan.context;
-    let bytes = plan.kv_type.context_bytes(shape, context);
     match Arena::new("", bytes) {
         Err(ArenaError::Map { source, .. }) => Err(LoadError::Context { context, bytes, r#source }),
         other => Ok(other.map(|_| ())?),
@@ -123,19 +125,13 @@ pub(super) fn plan(shape: &ModelShape, plan: &Placement) -> Result<(), LoadError
             return Err(bad(format!("tier '{name}' says {said} bytes of {line}, but they take {is}")));
         }
     }
-    let kv = plan.kv_type.context_bytes(shape, plan.context);
-    let reserved = plan.tiers.get(plan.kv_tier).map_or(0, |t| t.kv_bytes);
-    if reserved != kv {
+    let caches = plan.cache_bytes(shape);
+    if let Some((t, takes)) = plan.tiers.iter().zip(caches).find(|(t, takes)| t.kv_bytes != *takes) {
         return Err(bad(format!(
-            "it has {reserved} bytes for the key and value cache and recurrent state, but {} tokens of context take {kv} \
-             with keys and values as {}",
-            plan.context, plan.kv_type
+            "tier '{}' has {} bytes for the key and value cache and recurrent state, but the layers that have theirs there \
+             take {takes} with {} tokens of context and keys and values as {}",
+            t.tier.name, t.kv_bytes, plan.context, plan.kv_type
         )));
-    }
-    let elsewhere = plan.tiers.iter().enumerate().find(|(i, t)| *i != plan.kv_tier && t.kv_bytes > 0);
-    if let Some((_, t)) = elsewhere {
-        let name = &t.tier.name;
-        return Err(bad(format!("tier '{name}' has {} bytes of key and value cache, which is not there", t.kv_bytes)));
     }
     if plan.tiers[slow].tier.kind == TierKind::Nvme && u64::from(plan.staging_experts) < pooled_anywhere {
         let staged = plan.staging_experts;

@@ -128,7 +128,7 @@ impl CacheReads {
         Self { rows, state_bytes: mixer.state_bytes() }
     }
 
-    /// For `tokens` tokens, the last at the `positions`-th place, as [`KvType::moved_bytes`] counts for all layers.
+    /// For `tokens` tokens, the last at the `positions`-th place, as [`CacheShape::moved_bytes`](crate::model::shape::CacheShape::moved_bytes) counts.
     pub(super) fn bytes(&self, positions: u64, tokens: u64) -> u64 {
         let rows = self.rows.iter().map(|(rows, bytes)| bytes.saturating_mul(rows.read(positions, tokens)));
         rows.fold(self.state_bytes.saturating_mul(2), u64::saturating_add)

@@ -192,7 +192,7 @@ pub fn time(gguf: &Arc<Gguf>, place: Place<'_>, effort: Effort, stop: Stop<'_>) 
         dense_s: round.dense_s,
         expert_s: round.expert_s,
         token_bytes: round.bytes,
-        cache_bytes: KV_TYPE.moved_bytes(&shape, effort.middle().into(), 1),
+        cache_bytes: shape.caches.iter().map(|cache| cache.moved_bytes(KV_TYPE, effort.middle().into(), 1)).sum(),
         launches: round.launches,
         layers: shape.n_layer,
     })

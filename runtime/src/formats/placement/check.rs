@@ -45,6 +45,7 @@ pub(super) fn check(plan: &Placement) -> Result<(), String> {
         return Err(format!("staging holds {} experts, but {MAX_STAGING} is the most", plan.staging_experts));
     }
     check_dense(plan)?;
+    check_cache(plan)?;
     check_layers(plan)?;
     check_numbers(plan)
 }
@@ -89,6 +90,33 @@ fn check_dense(plan: &Placement) -> Result<(), String> {
         }
     }
     Ok(())
+}
+
+/// A real GPU has what its layers remember, and nobody else's.
+fn check_cache(plan: &Placement) -> Result<(), String> {
+    let attention = || plan.dense.iter().filter(|d| d.kind == DenseKind::Attention);
+    let on_gpu = |tier: TierIdx| plan.tiers[tier].tier.is_gpu();
+    let common = &plan.tiers[plan.kv_tier].tier.name;
+    if let (true, Some(group)) = (on_gpu(plan.kv_tier), attention().find(|d| !on_gpu(d.tier))) {
+        return Err(format!(
+            "kv_tier is '{common}', a GPU's memory, but the attention of layer {} is on '{}', and so its keys and values \
+             can't be there; name a tier of memory",
+            group.layer.unwrap_or_default(),
+            plan.tiers[group.tier].tier.name
+        ));
+    }
+    let has_cache = |at: TierIdx| match attention().next() {
+        Some(_) => attention().any(|d| plan.cache_tier(d.tier) == at),
+        None => at == plan.kv_tier,
+    };
+    match plan.tiers.iter().enumerate().find(|&(at, t)| t.kv_bytes > 0 && !has_cache(at)) {
+        Some((_, t)) => Err(format!(
+            "kv_bytes of tier '{}' must be 0: a layer's keys and values are on the GPU that has its attention, or else on \
+             '{common}', the kv_tier",
+            t.tier.name
+        )),
+        None => Ok(()),
+    }
 }
 
 fn check_layers(plan: &Placement) -> Result<(), String> {

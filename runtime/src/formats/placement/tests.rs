@@ -403,6 +403,24 @@ fn only_a_sound_plan_is_written() {
     refuse(|p| p.dense[0].layer = Some(0), "the Embedding group stands in layer 0, but has no layer");
     refuse(|p| p.dense[1].layer = None, "the Attention group has no layer");
     refuse(|p| p.tiers.clear(), "no tier");
+    refuse(|p| p.tiers[1].kv_bytes = 1, "kv_bytes of tier 'dram' must be 0: a layer's keys and values are on");
+    // A real GPU has its own layers' keys and values, and no others.
+    refuse(
+        |p| p.tiers[0].tier.emulated = false,
+        "kv_tier is 'vram', a GPU's memory, but the attention of layer 4 is on 'dram', and so its keys and values can't",
+    );
+    refuse(
+        |p| {
+            (p.tiers[0].tier.emulated, p.kv_tier, p.tiers[1].kv_bytes) = (false, 1, 64);
+            p.dense.iter_mut().for_each(|d| d.tier = 0);
+        },
+        "kv_bytes of tier 'dram' must be 0: a layer's keys and values are on the GPU that has its attention",
+    );
+    let mut split = plan.clone();
+    (split.tiers[0].tier.emulated, split.kv_tier) = (false, 1);
+    (split.tiers[1].kv_bytes, split.tiers[1].budget_bytes, split.tiers[1].tier.capacity_bytes) = (64, 1 << 30, 1 << 30);
+    split.write(&dir.path().join("split.toml")).unwrap();
+    assert_eq!(split.cache_tiers(7), [0, 0, 0, 0, 1, 0, 1]);
     assert_eq!(read(&path).unwrap(), plan, "the file from before is still there");
 }
 
@@ -552,7 +570,7 @@ fn any_plan() -> impl Strategy<Value = Placement> {
                     }
                 };
                 let (dense, layers, solver, predicted) = body;
-                Placement {
+                let mut plan = Placement {
                     name,
                     model,
                     profile,
@@ -569,7 +587,25 @@ fn any_plan() -> impl Strategy<Value = Placement> {
                     layers,
                     solver,
                     predicted,
+                };
+                let attention = |plan: &Placement| -> Vec<TierIdx> {
+                    plan.dense.iter().filter(|d| d.kind == DenseKind::Attention).map(|d| d.tier).collect()
+                };
+                // Where not all attention is on GPUs, what the processor attends to is not there.
+                let on_gpus = attention(&plan).iter().all(|&t| plan.tiers[t].tier.is_gpu());
+                let host = memory.iter().copied().find(|&t| !plan.tiers[t].tier.is_gpu());
+                if plan.tiers[plan.kv_tier].tier.is_gpu() && !on_gpus {
+                    match host {
+                        Some(host) => plan.kv_tier = host,
+                        None => plan.dense.retain(|d| d.kind != DenseKind::Attention),
+                    }
                 }
+                let mut has: Vec<TierIdx> = attention(&plan).into_iter().map(|t| plan.cache_tier(t)).collect();
+                if has.is_empty() {
+                    has.push(plan.kv_tier);
+                }
+                plan.tiers.iter_mut().enumerate().filter(|(t, _)| !has.contains(t)).for_each(|(_, t)| t.kv_bytes = 0);
+                plan
             },
         )
     })

@@ -1,5 +1,5 @@
 use super::*;
-use crate::model::kv::{KvRows, KvType};
+use crate::model::kv::KvType;
 use crate::model::shape_of_file;
 use proptest::prelude::*;
 
@@ -61,12 +61,20 @@ fn version_1_means_what_it_meant() {
 fn version_2_means_what_it_meant() {
     let text = include_str!("../../../../tests/data/formats/shape.v2.toml");
     let load = |text: &str| decode(text.as_bytes(), Path::new("shape.v2.toml")).map_err(|e| e.to_string());
-    let rows = |text: &str| load(text).unwrap().model_shape(Mix::F16).kv_rows;
-    // Keys and values of two heads each; the second and the fourth of five layers look at everything.
-    let of = |layers: u64, window| KvRows { width: 16, per_token: 4 * layers, queries: 2, window };
-    assert_eq!(rows(text), [of(2, None), of(3, Some(16))]);
-    assert_eq!(rows(&text.replace("full_every = 2\n", "")), [of(5, Some(16))]);
-    assert_eq!(rows(&text.replace("full_every = 2\n", "").replace("window = 16\n", "")), [of(5, None)]);
+    let windows = |text: &str| {
+        let of = |cache: CacheShape| {
+            // Keys and values of two heads each.
+            let [rows] = cache.rows[..] else { panic!("{cache:?}") };
+            assert_eq!((rows.width, rows.per_token, rows.queries, cache.state_bytes), (16, 4, 2, 0));
+            rows.window
+        };
+        load(text).unwrap().model_shape(Mix::F16).caches.into_iter().map(of).collect::<Vec<_>>()
+    };
+    let near = Some(16);
+    // The second and the fourth of five layers look at everything.
+    assert_eq!(windows(text), [near, None, near, None, near]);
+    assert_eq!(windows(&text.replace("full_every = 2\n", "")), [near; 5]);
+    assert_eq!(windows(&text.replace("full_every = 2\n", "").replace("window = 16\n", "")), [None; 5]);
     for (from, to, words) in [
         ("version = 2", "version = 1", "attention.window is a key of version 2"),
         ("window = 16", "window = 0", "attention.window is 0"),

@@ -4,7 +4,7 @@ use crate::exec::{Engine, KvType, LoadOptions, Wanted};
 use crate::gguf::testing::{Writer, WriterTensor};
 use crate::gguf::{Gguf, Value};
 use crate::model::kv::KvRows;
-use crate::model::shape::shape_of;
+use crate::model::shape::{CacheShape, shape_of};
 use crate::model::spec::MoeSpec;
 use crate::quant::TensorType;
 use std::path::PathBuf;
@@ -177,7 +177,8 @@ fn every_tensor_is_placed_once_and_a_token_caches_its_latent() {
         let gguf = opened(&file);
         let spec = crate::model::describe(&gguf).unwrap();
         let shape = shape_of(&gguf, &spec);
-        assert_eq!(shape.kv_rows, [KvRows { width: 64 + 32, per_token: 3, queries: 2 * 4, window: None }]);
+        let rows = vec![KvRows { width: 64 + 32, per_token: 1, queries: 2 * 4, window: None }];
+        assert_eq!(shape.caches, vec![CacheShape { rows, state_bytes: 0 }; 3]);
         assert_eq!(KvType::ALL.map(|ty| ty.token_bytes(&shape)), [3 * 192, 3 * (96 + 6), 3 * 384]);
         let mut placed: Vec<usize> = spec.dense_groups().into_iter().flat_map(|g| g.tensors).collect();
         placed.extend(spec.moe_layers().flat_map(|(_, m)| m.expert_tensors()));

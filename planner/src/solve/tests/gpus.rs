@@ -1,0 +1,155 @@
+//! Attention on real GPUs, which have its keys and values: GPUs that are too small for all layers, and what is wished.
+
+use super::*;
+use crate::solve::wishes::Wishes;
+
+const CONTEXT: u32 = 1000;
+
+fn solved(shape: &ModelShape, tiers: &[Tier], budgets: &[u64], fix: &[&str], forbid: &[&str]) -> Result<Placement> {
+    let mut machine = machine(tiers.to_vec());
+    machine.tiers.iter_mut().for_each(|t| t.emulated = false);
+    let kv_type = KvType::F16;
+    let budgets = budgets.to_vec();
+    let inputs = Inputs { shape, profile: None, machine: &machine, budgets, context: CONTEXT, kv_type };
+    let text = |of: &[&str]| of.iter().map(|s| s.to_string()).collect::<Vec<_>>();
+    let wishes = Wishes::parse(&text(fix), &text(forbid), shape, &machine)?;
+    let solved = solve_all(&inputs, &Options { wishes: wishes.clone(), ..options() })?;
+    assert!(wishes.holds(&solved.plan));
+    let evidence = Evidence::uniform(shape)?;
+    for plan in solved.baselines.iter().chain([&solved.plan]) {
+        assert_eq!(check::check(plan, shape, &evidence), Vec::<String>::new());
+        assert_eq!(plan.tiers.iter().map(|t| t.kv_bytes).collect::<Vec<_>>(), plan.cache_bytes(shape));
+    }
+    Ok(solved.plan)
+}
+
+fn model() -> ModelShape {
+    let mut shape = shape(4, 16, 2, 2_000_000);
+    shape.caches = vec![cache(500); 4];
+    shape
+}
+
+/// The tier of the cache of layers on no GPU, and each layer's attention.
+fn attention(plan: &Placement) -> (TierIdx, Vec<TierIdx>) {
+    (plan.kv_tier, plan.dense.iter().filter(|d| d.kind == DenseKind::Attention).map(|d| d.tier).collect())
+}
+
+#[test]
+fn a_gpu_has_as_many_layers_as_fit_with_their_keys_and_values() -> Result<()> {
+    let shape = model();
+    // Two megabytes of attention and one of keys and values a layer.
+    let plan = |vram: u64, fix: &[&str], forbid: &[&str]| {
+        solved(&shape, &three_tiers(), &[vram, 200_000_000, 1 << 40], fix, forbid)
+    };
+    assert_eq!(attention(&plan(12_000_000, &[], &[])?), (0, vec![0; 4]));
+    let split = plan(11_999_999, &[], &[])?;
+    // The last ones, beside the head.
+    assert_eq!(attention(&split), (1, vec![1, 0, 0, 0]));
+    assert_eq!([split.tiers[0].kv_bytes, split.tiers[1].kv_bytes], [3_000_000, 1_000_000]);
+    assert_eq!(attention(&plan(3_000_000, &[], &[])?), (1, vec![1, 1, 1, 0]));
+    assert_eq!(attention(&plan(2_999_999, &[], &[])?), (1, vec![1; 4]));
+    // By hand.
+    assert_eq!(attention(&plan(100_000_000, &[], &["vram:attention:2"])?), (1, vec![0, 0, 1, 0]));
+    assert_eq!(attention(&plan(100_000_000, &[], &["vram:cache"])?), (1, vec![1; 4]));
+    assert_eq!(attention(&plan(100_000_000, &["dram:cache"], &[])?), (1, vec![1; 4]));
+    assert_eq!(attention(&plan(100_000_000, &["vram:cache"], &[])?), (0, vec![0; 4]));
+    assert_eq!(attention(&plan(3_000_000, &["vram:attention:3"], &[])?), (1, vec![1, 1, 1, 0]));
+    assert_eq!(attention(&plan(100_000_000, &[], &["dram:cache"])?), (0, vec![0; 4]));
+    Ok(())
+}
+
+#[test]
+fn two_gpus_share_what_neither_can_hold() -> Result<()> {
+    let shape = model();
+    let mut tiers = five_tiers();
+    tiers.remove(3);
+    let plan = |a: u64, b: u64, fix: &[&str], forbid: &[&str]| {
+        solved(&shape, &tiers, &[a, b, 200_000_000, 1 << 40], fix, forbid)
+    };
+    let both = plan(6_000_000, 6_000_000, &[], &[])?;
+    assert_eq!(attention(&both), (2, vec![1, 1, 0, 0]));
+    assert_eq!(both.tiers.iter().map(|t| t.kv_bytes).collect::<Vec<_>>(), [2_000_000, 2_000_000, 0, 0]);
+    assert_eq!(attention(&plan(6_000_000, 3_000_000, &[], &[])?), (2, vec![2, 1, 0, 0]));
+    let by_hand = plan(6_000_000, 6_000_000, &["gpu-b:attention:0-1"], &["gpu-a:cache"])?;
+    assert_eq!(attention(&by_hand), (2, vec![1, 1, 2, 2]));
+    Ok(())
+}
+
+#[test]
+fn gpus_alone_have_everything_that_is_remembered() -> Result<()> {
+    let shape = model();
+    // No memory of the processor: what is not pinned is computed where it is mapped, by a GPU in this machine's words.
+    let gpus = vec![tier("gpu-a", TierKind::Vram, 300.0, 8.0), tier("gpu-b", TierKind::Vram, 150.0, 12.0)];
+    let plan = solved(&shape, &gpus, &[80_000_000, 200_000_000], &[], &[])?;
+    assert_eq!(plan.tiers.iter().map(|t| t.kv_bytes).sum::<u64>(), 4_000_000);
+    let small = solved(&shape, &gpus, &[2_000_000, 2_500_000], &[], &[]).err().map(|e| format!("{e:#}"));
+    assert!(small.is_some_and(|e| e.contains("no room for the attention of every layer") && e.contains("DRAM")));
+    Ok(())
+}
+
+#[test]
+fn wishes_that_no_gpu_grants_say_why() {
+    let shape = model();
+    let refused = |shape: &ModelShape, vram: u64, fix: &[&str], forbid: &[&str], words: &[&str]| {
+        let found = solved(shape, &three_tiers(), &[vram, 200_000_000, 1 << 40], fix, forbid);
+        let error = found.err().map(|e| format!("{e:#}")).unwrap_or_default();
+        assert!(words.iter().all(|w| error.contains(w)), "{words:?}: {error}");
+    };
+    let many = 100_000_000;
+    refused(&shape, 11_000_000, &["vram:cache"], &[], &["attention of all layers", "vram:attention:LAYERS", "raise"]);
+    refused(
+        &shape,
+        many,
+        &["vram:cache", "dram:attention:1"],
+        &[],
+        &["keys and values of layer 1", "take one of them back"],
+    );
+    refused(
+        &shape,
+        many,
+        &["vram:attention:1"],
+        &["vram:cache"],
+        &["attention of layer 1", "which they want elsewhere"],
+    );
+    refused(&shape, 2_500_000, &["vram:attention:2"], &[], &["layer 2", "'vram'", "raise the budget of 'vram'"]);
+    refused(&shape, many, &["vram:cache:1"], &[], &["name no layers"]);
+    refused(&shape, 5_000_000, &["vram:attention"], &[], &["--fix puts", "'vram'", "too much"]);
+}
+
+#[test]
+fn recurrent_state_goes_with_its_layer() -> Result<()> {
+    let mut shape = model();
+    shape.caches[1] = CacheShape { rows: Vec::new(), state_bytes: 5000 };
+    let plan = |forbid: &[&str]| solved(&shape, &three_tiers(), &[100_000_000, 200_000_000, 1 << 40], &[], forbid);
+    let all = plan(&[])?;
+    assert_eq!(attention(&all), (0, vec![0; 4]));
+    assert_eq!((all.tiers[0].kv_bytes, all.tiers[1].kv_bytes), (all.kv_type.context_bytes(&shape, all.context), 0));
+    let but_one = plan(&["vram:attention:1"])?;
+    assert_eq!(attention(&but_one), (1, vec![0, 1, 0, 0]));
+    assert_eq!(but_one.tiers[1].kv_bytes, 5000);
+    Ok(())
+}
+
+#[test]
+fn mistakes_about_keys_and_values_are_found() -> Result<()> {
+    let shape = model();
+    let evidence = Evidence::uniform(&shape)?;
+    let good = solved(&shape, &three_tiers(), &[9_000_000, 200_000_000, 1 << 40], &[], &[])?;
+    let finds = |word: &str, spoil: &dyn Fn(&mut Placement)| {
+        let mut plan = good.clone();
+        spoil(&mut plan);
+        let wrong = check::check(&plan, &shape, &evidence).join("; ");
+        assert!(wrong.contains(word), "{word}: {wrong}");
+    };
+    finds("kv bytes, but they are", &|p| (p.tiers[0].kv_bytes, p.tiers[1].kv_bytes) = (0, 4_000_000));
+    finds("is on a GPU, but not its attention", &|p| p.kv_tier = 0);
+    finds("where nothing computes", &|p| p.kv_tier = 2);
+    // A layer whose attention moves takes its keys and values with it.
+    finds("kv bytes, but they are", &|p| {
+        let moved = p.dense.iter_mut().find(|d| d.kind == DenseKind::Attention && d.tier == 0);
+        moved.into_iter().for_each(|d| d.tier = 1);
+        p.tiers[0].dense_bytes -= 2_000_000;
+        p.tiers[1].dense_bytes += 2_000_000;
+    });
+    Ok(())
+}
