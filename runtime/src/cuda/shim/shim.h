@@ -15,7 +15,6 @@
 
 #define DEVICE inline
 #define KERNEL static void
-#define BLOCKS_OF(threads)
 #define TABLE static const
 #define __shared__ static
 
