@@ -9,6 +9,9 @@ const CAPABILITIES: [(i32, i32); 6] = [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (
 /// Registers that a thread of a kernel may take so that three blocks of 128 threads fit a multiprocessor.
 const MOST_REGISTERS: u32 = 168;
 
+/// The same of a kernel whose blocks have 512 threads, of which one must fit.
+const MOST_OF_LARGE_BLOCKS: u32 = 128;
+
 #[test]
 #[ignore = "needs NVRTC; .ci/nvrtc fetches it"]
 fn every_kernel_compiles_for_every_architecture() {
@@ -28,7 +31,8 @@ fn every_kernel_compiles_for_every_architecture() {
                 let entry = entries.iter().find(|(name, ..)| name == kernel);
                 let (_, registers, spilled) =
                     entry.unwrap_or_else(|| panic!("nothing about {kernel}: {}", compiled.log));
-                assert!(*registers <= MOST_REGISTERS, "{kernel} takes {registers} registers on sm_{arch}");
+                let most = if kernel.starts_with("gated_") { MOST_OF_LARGE_BLOCKS } else { MOST_REGISTERS };
+                assert!(*registers <= most, "{kernel} takes {registers} registers on sm_{arch}");
                 assert_eq!(*spilled, 0, "{kernel} keeps registers in memory on sm_{arch}");
                 if capability == (8, 6) {
                     println!("sm_86 {kernel}: {registers} registers");

@@ -15,8 +15,6 @@ typedef long long i64;
 
 #define DEVICE __device__ __forceinline__
 #define KERNEL extern "C" __global__ void
-/// Stands before the name of a kernel whose blocks may have so many threads.
-#define BLOCKS_OF(threads) __launch_bounds__(threads)
 #define TABLE static __device__ const
 
 /// The 16-bit float with these bits.

@@ -210,11 +210,10 @@ DEVICE void chosen_sum(Matrices matrices, const float* bias, const float* weight
                          float* out) {                                                                                 \
         matvec<TYPE>({base, table, n_table, which}, bias, n_rows, n_cols, {x, scale, sums}, jobs_per_x, out);          \
     }                                                                                                                  \
-    KERNEL BLOCKS_OF(512) gated_##NAME(const u8* gate, const u8* const* gates, const u8* up, const u8* const* ups,     \
-                                       int n_table, const int* which, const float* gate_bias, const float* up_bias,    \
-                                       int n_rows, int n_cols, const u8* x, const float* scale, const float* sums,     \
-                                       int jobs_per_x, int clamped, float alpha, float limit, float* out, i8* to_q,    \
-                                       float* to_scale, float* to_sums) {                                              \
+    KERNEL gated_##NAME(const u8* gate, const u8* const* gates, const u8* up, const u8* const* ups, int n_table,       \
+                        const int* which, const float* gate_bias, const float* up_bias, int n_rows, int n_cols,        \
+                        const u8* x, const float* scale, const float* sums, int jobs_per_x, int clamped,               \
+                        float alpha, float limit, float* out, i8* to_q, float* to_scale, float* to_sums) {             \
         gated<TYPE>({gate, gates, n_table, which}, {up, ups, n_table, which}, gate_bias, up_bias, n_rows, n_cols,      \
                     {x, scale, sums}, jobs_per_x, clamped, alpha, limit, out, to_q, to_scale, to_sums);                \
     }                                                                                                                  \

@@ -16,7 +16,6 @@
 
 #define DEVICE inline
 #define KERNEL static void
-#define BLOCKS_OF(threads)
 #define TABLE static const
 #define __shared__ static
 
