@@ -70,6 +70,8 @@ pub struct Explanation {
 
 /// The machine that a plan was made for, as far as the plan says.
 pub fn machine_of(plan: &Placement) -> Machine {
+    let rates = plan.tiers.iter().zip(&plan.predicted.prompt_gflops).filter(|(_, rate)| **rate > 0.0);
+    let rates = rates.map(|(t, rate)| (t.tier.name.clone(), *rate));
     Machine {
         name: plan.machine.name.clone(),
         description: String::new(),
@@ -77,7 +79,7 @@ pub fn machine_of(plan: &Placement) -> Machine {
         layer_overhead_us: plan.layer_overhead_us,
         token_overhead_us: plan.token_overhead_us,
         // A plan's rates have the efficiency in them.
-        extras: Extras::default(),
+        extras: Extras { prompt_gflops: rates.collect(), ..Extras::default() },
         id: plan.machine.clone(),
     }
 }

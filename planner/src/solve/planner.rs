@@ -149,7 +149,7 @@ impl Planner<'_> {
     fn common_cache(&self, draft: &Draft) -> TierIdx {
         let groups = self.inputs.shape.dense.iter().zip(&draft.dense);
         let mut tiers = groups.filter(|(group, _)| group.kind == DenseKind::Attention).map(|(_, &tier)| tier);
-        let first = tiers.next().filter(|&t| self.room.tiers[t].is_gpu());
+        let first = tiers.next().filter(|&t| self.room.tiers[t].is_gpu() && self.room.kv_bytes == 0);
         first.filter(|&first| tiers.all(|t| t == first)).unwrap_or(self.room.kv_tier)
     }
 

@@ -26,6 +26,8 @@ fn solved(shape: &ModelShape, tiers: &[Tier], budgets: &[u64], fix: &[&str], for
 fn model() -> ModelShape {
     let mut shape = shape(4, 16, 2, 2_000_000);
     shape.caches = vec![cache(500); 4];
+    // A head that is read whole would be worth more of a GPU than attention.
+    shape.dense.iter_mut().filter(|d| d.kind == DenseKind::Head).for_each(|d| d.token_bytes = 100);
     shape
 }
 
