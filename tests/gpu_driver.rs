@@ -176,7 +176,7 @@ fn parts_on_a_gpu_say_the_same_in_every_order_of_streams() {
     let place = Place::new();
     let solved = solve(&place, &["5MiB"], "64MiB", "128");
     assert!(bytes(&solved, 0, "dense") > 0 && bytes(&solved, 1, "pinned") > 0, "{solved}");
-    let long = PROMPT.repeat(3);
+    let long = PROMPT.repeat(2);
     let plain = {
         let model = demo_model();
         let list =
