@@ -1,5 +1,5 @@
-//! What of a model runs on one GPU beside routed experts: attention with keys and values, routers, shared experts, dense
-//! blocks, the head and the embedding, whatever of them the plan put there.
+//! What of a model runs on one GPU beside routed experts: attention with keys and values, delta nets with their state,
+//! routers, shared experts, dense blocks, the head and the embedding, whatever of them the plan put there.
 //!
 //! The hidden state of a batch lies on the GPU while one part after another runs there. A router's choices come back to
 //! the processor, whose store knows where experts are. Nothing is allocated after loading.
