@@ -63,7 +63,7 @@ pub fn command_line(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -
     };
     let head = bytes_of(None, Some(DenseKind::Head));
     // The head is on the last one.
-    let with_head = wanted == shape.n_layer
+    let head_fits = wanted == shape.n_layer
         && on_gpu(DenseKind::Head, None)
         && left.last_mut().is_some_and(|left| take(left, head));
     let (mut dense_layers, mut counts) = (0, vec![0; gpus.len()]);
@@ -81,12 +81,10 @@ pub fn command_line(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -
             (counts[at], dense_layers) = (counts[at] + 1, dense_layers + 1);
         }
     }
-    let with_head = if with_head && dense_layers < shape.n_layer {
-        left.iter_mut().next_back().into_iter().for_each(|left| *left += head);
-        false
-    } else {
-        with_head
-    };
+    let with_head = head_fits && dense_layers == shape.n_layer;
+    if let (true, false, Some(last)) = (head_fits, with_head, left.last_mut()) {
+        *last += head;
+    }
     if dense_layers < wanted {
         notes.push(format!(
             "the plan has the attention of {wanted} layers in VRAM; llama.cpp puts all dense tensors and the cache of a \
