@@ -3,18 +3,16 @@
 
 use super::device::{Arg, Device, Grid, Recording};
 use super::lane::{self, Lane};
-use super::nvrtc::{Compiler, NVRTC_VARIABLE, OPTIONS};
+use super::nvrtc::{Compiler, NVRTC_VARIABLE};
 use super::outbox::{HALF, Outbox};
-use super::source::{MODULES, Module, headers, module_of};
-use super::{CudaError, View};
+use super::source::{MODULES, Module, module_of};
+use super::{CudaError, View, kept};
 use crate::formats::safely;
 use cudarc::driver::sys::{self, CUdevice_attribute_enum as Attribute, CUresult};
 use cudarc::driver::{CudaContext, DriverError, result};
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
-use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
 /// The oldest driver interface that everything here is in, as the driver numbers it.
 const LEAST_DRIVER: i32 = 12_000;
@@ -246,8 +244,8 @@ impl Gpu {
 
     /// Loads a module from the cache, or compiles it.
     fn load(&self, module: &'static Module, compiler: &mut Option<Compiler>) -> Result<sys::CUmodule, CudaError> {
-        let kept = kept_path(module, self.properties.capability, self.properties.driver);
-        if let Some(image) = kept.as_ref().and_then(|path| std::fs::read(path).ok()).and_then(|b| unseal(&b))
+        let kept = kept::path(module, self.properties.capability, self.properties.driver);
+        if let Some(image) = kept.as_ref().and_then(|path| std::fs::read(path).ok()).and_then(|b| kept::unseal(&b))
             && let Ok(loaded) = load_image(&image)
         {
             return Ok(loaded);
@@ -261,7 +259,7 @@ impl Gpu {
         if let Some(path) = kept {
             // A cache that can't be written costs time at the next start, nothing else.
             let made = path.parent().map_or(Ok(()), std::fs::create_dir_all);
-            let _ = made.is_ok() && safely::write(&path, &seal(&compiled.image)).is_ok();
+            let _ = made.is_ok() && safely::write(&path, &kept::seal(&compiled.image)).is_ok();
         }
         Ok(loaded)
     }
@@ -301,37 +299,6 @@ impl Gpu {
 fn load_image(image: &[u8]) -> Result<sys::CUmodule, DriverError> {
     // SAFETY: the compiler made it, and what came from disk has the sum that it was written with.
     unsafe { result::module::load_data(image.as_ptr().cast()) }
-}
-
-/// Where a compiled module is kept; `None` where the environment names no folder. The name changes with everything that
-/// changes the code.
-fn kept_path(module: &Module, capability: (i32, i32), driver: i32) -> Option<PathBuf> {
-    let set = |name| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
-    let cache = set("XDG_CACHE_HOME").or_else(|| Some(set("HOME")?.join(".cache")))?;
-    Some(cache.join("tier-plan").join("kernels").join(kept_name(module, capability, driver)))
-}
-
-fn kept_name(module: &Module, (major, minor): (i32, i32), driver: i32) -> String {
-    let mut hash = Xxh3::new();
-    for text in headers().iter().map(|(_, text)| text.as_str()).chain(OPTIONS).chain([module.text]) {
-        hash.update(&(text.len() as u64).to_le_bytes());
-        hash.update(text.as_bytes());
-    }
-    let stem = module.name.trim_end_matches(".cu");
-    format!("{stem}-sm{major}{minor}-{driver}-{:032x}.bin", hash.digest128())
-}
-
-/// An image with its sum before it.
-fn seal(image: &[u8]) -> Vec<u8> {
-    let mut bytes = xxh3_64(image).to_le_bytes().to_vec();
-    bytes.extend_from_slice(image);
-    bytes
-}
-
-/// The image, if it is whole.
-fn unseal(bytes: &[u8]) -> Option<Vec<u8>> {
-    let (sum, image) = bytes.split_first_chunk()?;
-    (!image.is_empty() && u64::from_le_bytes(*sum) == xxh3_64(image)).then(|| image.to_vec())
 }
 
 /// Lets the device's pool keep what is freed, for the next allocation; returns it.
@@ -579,33 +546,5 @@ mod tests {
         }
         let message = Gpu::open(0).err().map(|e| e.to_string()).unwrap_or_default();
         assert!(message.contains("libcuda.so.1") && message.contains("install the driver"), "{message}");
-    }
-
-    #[test]
-    fn kept_kernels_must_be_whole() {
-        let sealed = seal(b"machine code");
-        assert_eq!(unseal(&sealed).as_deref(), Some(b"machine code".as_slice()));
-        for cut in 0..sealed.len() {
-            assert_eq!(unseal(&sealed[..cut]), None);
-        }
-        for at in 0..sealed.len() {
-            let mut changed = sealed.clone();
-            changed[at] ^= 1;
-            assert_eq!(unseal(&changed), None);
-        }
-    }
-
-    #[test]
-    fn what_changes_the_code_changes_the_name() {
-        let name = |module, capability, driver| kept_name(module, capability, driver);
-        let [a, b, ..] = &MODULES;
-        let first = name(a, (8, 6), 12_040);
-        assert_eq!(first, name(a, (8, 6), 12_040));
-        let changed = Module { name: a.name, text: "other", kernels: a.kernels };
-        for other in
-            [name(b, (8, 6), 12_040), name(a, (8, 9), 12_040), name(a, (8, 6), 13_000), name(&changed, (8, 6), 12_040)]
-        {
-            assert_ne!(first, other);
-        }
     }
 }

@@ -14,6 +14,7 @@ mod counting;
 pub mod device;
 pub mod experts;
 pub mod gpu;
+mod kept;
 pub mod lane;
 pub mod measure;
 pub mod nvml;

@@ -1,6 +1,6 @@
 //! The gated delta net on a GPU. The arithmetic is that of `exec/mixer/delta.rs`.
 
-use super::matrix::{Maker, Matrix, product};
+use super::matrix::{Maker, Matrix, product, products};
 use super::mixer::{Batch, output};
 use super::room::Room;
 use crate::cuda::ops::{self, DeltaSizes};
@@ -61,11 +61,9 @@ impl Delta {
     pub(super) fn run(&self, ops: &Ops, room: &mut Room, batch: Batch) -> Result<(), CudaError> {
         let Batch { n, eps, .. } = batch;
         let (x, raw_rates) = (room.answer.view(), room.k.view());
-        product(ops, &self.projection, n, x, &room.quants, room.raw.view())?;
-        if let Some(gate) = &self.gate {
-            product(ops, gate, n, x, &room.quants, room.gate.view())?;
-        }
-        product(ops, &self.beta, n, x, &room.quants, raw_rates)?;
+        let mut first = vec![(&self.projection, room.raw.view()), (&self.beta, raw_rates)];
+        first.extend(self.gate.as_ref().map(|gate| (gate, room.gate.view())));
+        products(ops, &first, n, x, &room.quants)?;
         if let Some(alpha) = &self.alpha {
             let after = raw_rates.floats(n * self.beta.n_out..raw_rates.words());
             product(ops, alpha, n, x, &room.quants, after)?;
