@@ -167,6 +167,9 @@ fn instance(seed: u64) -> (ModelShape, Option<Profile>, Machine, Vec<u64>) {
     (shape, profile, machine(kinds), budgets)
 }
 
+/// Ways to treat one thing: bytes by tier, and seconds.
+type Ways = Vec<(Vec<u64>, f64)>;
+
 /// Every treatment of one layer: `(bytes by tier, seconds)`, found without the solver's code.
 fn treatments(room: &Room, evidence: &crate::profile::LayerEvidence) -> Vec<(Vec<u64>, f64)> {
     let (n, home) = (room.tiers.len(), room.home());
@@ -226,9 +229,9 @@ fn exhaustive(things: &[Vec<(Vec<u64>, f64)>], left: &[u64]) -> Option<f64> {
 
 /// By thing, all `(bytes by tier, seconds)`, and what is left for them. Attention has its layer's cache with it: on a real
 /// GPU there, and else where the room has it. 100 positions are held, and 50 read.
-fn everything(shape: &ModelShape, room: &Room, evidence: &Evidence) -> (Vec<Vec<(Vec<u64>, f64)>>, Vec<u64>) {
+fn everything(shape: &ModelShape, room: &Room, evidence: &Evidence) -> (Vec<Ways>, Vec<u64>) {
     let n = room.tiers.len();
-    let mut things: Vec<Vec<(Vec<u64>, f64)>> = evidence.layers.iter().map(|l| treatments(room, l)).collect();
+    let mut things: Vec<Ways> = evidence.layers.iter().map(|l| treatments(room, l)).collect();
     for group in &shape.dense {
         let on = |t: usize| {
             let rate = |t: usize| room.tiers[t].read_gbps * 1e9;
