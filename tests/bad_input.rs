@@ -170,7 +170,7 @@ fn plans_that_do_not_fit() {
     run(
         "newer.toml",
         &swap(&plan, "version = 3", "version = 7"),
-        &["newer.toml", "version 7", "up to version 4", "update"],
+        &["newer.toml", "version 7", "up to version 5", "update"],
     );
     run("cut.toml", &plan[..900], &["cut.toml", "line "]);
     run("empty.toml", "", &["empty.toml", "not a placement plan", "tier-plan solve"]);
@@ -267,7 +267,7 @@ fn machine_files_that_make_no_sense() {
     let head = "format = \"tier-plan machine\"\nversion = 1\n";
     solve("bare.toml", head, &["missing", "name"]);
     solve("text.toml", "hello", &["not a machine file"]);
-    solve("newer.toml", &swap(&good, "version = 1", "version = 4"), &["version 4", "up to version 3", "update"]);
+    solve("newer.toml", &swap(&good, "version = 1", "version = 5"), &["version 5", "up to version 4", "update"]);
     solve("lacks.toml", &swap(&good, "read_gbps = 8\n", ""), &["read_gbps"]);
     solve("words.toml", &swap(&good, "read_gbps = 8\n", "read_gbps = \"fast\"\n"), &["line 14", "fast"]);
     solve("below.toml", &swap(&good, "read_gbps = 8\n", "read_gbps = -8\n"), &["'vram'", "-8", "positive"]);

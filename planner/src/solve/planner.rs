@@ -12,6 +12,7 @@ use crate::cost::{self, predict, token_s};
 use crate::profile::Evidence;
 use anyhow::{Result, bail, ensure};
 use std::time::Instant;
+use tier_plan_runtime::exec::stays_on;
 use tier_plan_runtime::formats::placement::{DensePlacement, Placement, PlanTier, Prediction, SolverReport, TierIdx};
 use tier_plan_runtime::model::shape::DenseKind;
 
@@ -180,6 +181,12 @@ impl Planner<'_> {
             let found = self.program(&charge, self.room, drafts, start, deadline)?;
             (self.assemble("ilp", &found.draft), found)
         };
+        // Layers of a model that stays on one accelerator have a fixed time of their own, which no column knows.
+        let resident = baselines.iter().filter(|b| self.may_be(b) && stays_on(b, self.inputs.shape).is_some());
+        let least = resident.min_by(|a, b| self.value(a).total_cmp(&self.value(b)));
+        if let Some(all) = least.filter(|b| self.value(b) < self.value(&plan)) {
+            plan = Placement { name: plan.name, ..all.clone() };
+        }
         self.report(&mut plan, &found);
         if !found.full {
             let of_all = found.whole.and_then(|w| self.gap(&plan, w)).map_or(String::new(), |gap| {

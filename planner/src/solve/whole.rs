@@ -448,9 +448,11 @@ impl<'a> Layer<'a> {
 
     /// Two halves of a box, cut where the points tried differ most.
     fn split(&self, this: &Box) -> Option<[Box; 2]> {
-        let (fast, n) = (self.steps.room.home(), self.steps.room.tiers.len());
+        let fast = self.steps.room.home();
         let of = |c: &Config, at: usize| if at == fast { c.slots } else { c.cuts[at] };
-        let slower = |at: usize| if at + 1 >= fast { self.steps.timed.each[n] } else { self.steps.timed.each[at + 1] };
+        let brought_to = this.slot_tier.unwrap_or(self.steps.room.staging_tier);
+        let moved = self.steps.timed.brought[brought_to].0;
+        let slower = |at: usize| if at + 1 >= fast { moved } else { self.steps.timed.each[at + 1] };
         let range = |at: usize| {
             let least = this.points.iter().map(|c| of(c, at)).min().unwrap_or(this.low[at]);
             let most = this.points.iter().map(|c| of(c, at)).max().unwrap_or(this.high[at]);

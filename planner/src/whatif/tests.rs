@@ -104,7 +104,7 @@ fn what_does_not_fit_is_an_answer_too() {
     let value = as_json(&question, &answer(&question));
     assert_eq!(value["fits"].as_bool(), Some(false));
     let reason = value["reason"].as_str().unwrap();
-    assert!(reason.contains("are 578 GiB, but all tiers together have 138 GiB left"), "{reason}");
+    assert!(reason.contains("are 578 GiB, but all tiers together have 139 GiB left"), "{reason}");
     assert!(value.get("decode_tok_s").is_none());
 }
 
