@@ -103,31 +103,6 @@ fn selftest_tells_what_a_gpu_that_fails_says() {
 }
 
 #[test]
-fn probe_measures_every_gpu_and_its_machine_serves() {
-    let place = Place::new();
-    let model = demo_model();
-    let list = ["probe", "-o", "machine.toml", "--model", model.to_str().unwrap(), "--json"];
-    let settings = [("STAND_IN_DEVICES", "2"), ("STAND_IN_MEMORY", "734003200")];
-    let (output, report) = place.clean(&settings, &list);
-    let found = json(output);
-    for n in 0..2 {
-        let gpu = &found["gpus"][n];
-        assert_eq!((&gpu["name"], &gpu["device"]), (&format!("Stand-in {n}").into(), &n.into()));
-        // What a context takes is not free.
-        assert_eq!(gpu["total_bytes"].as_u64().unwrap() - gpu["free_bytes"].as_u64().unwrap(), 16 << 20);
-        for rate in ["read_gbps", "compute_gbps", "experts_us", "batch_gflops", "contended_gbps", "to_pageable_gbps"] {
-            assert!(gpu[rate].as_f64() > Some(0.0), "{rate}: {gpu}");
-        }
-    }
-    assert!(found["gpus_missing"].as_array().unwrap().is_empty(), "{}", found["gpus_missing"]);
-    assert_eq!(report.calls("cuMemAlloc_v2"), 0);
-    let list = ["solve", model.to_str().unwrap(), "-m", "machine.toml", "-o", "plan.toml", "--context", "64"];
-    succeeded(common::run_in(place.path(), &list));
-    let (_, report) = run_plan(&place, &settings, &["-n", "4"]);
-    assert!(report.calls("cuLaunchKernel") > 0);
-}
-
-#[test]
 fn a_model_that_is_all_on_a_gpu_is_recorded_and_replayed() {
     let place = Place::new();
     let solved = solve(&place, &["64MiB"], "64MiB", "64");

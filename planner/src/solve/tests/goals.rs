@@ -129,6 +129,8 @@ proptest! {
                 prop_assert!(plan.solver.objective_s <= least * (1.0 + 1e-9));
             }
             (Err(error), None) => prop_assert!(!error.to_string().is_empty()),
+            // What was listed has the cache on the room's tier.
+            (Ok(plan), None) => prop_assert!(plan.kv_tier != room.kv_tier, "{plan:?}"),
             (got, want) => prop_assert!(false, "{got:?} {want:?}"),
         }
     }
