@@ -78,7 +78,7 @@ fn errors_say_what_and_how_to_mend() {
         (v1_with("kind = \"dram\"", "kind = \"dram\"\nprompt_gflops = 1"), "prompt_gflops and calibration are keys of version 2; write `version = 2`"),
         (v1_with("version = 1", "version = 0"), "version is 0, but versions start at 1"),
         (v1_with("version = 1", "version = -4"), "version is -4"),
-        (v1_with("version = 1\n", ""), "no version; write `version = 3`"),
+        (v1_with("version = 1\n", ""), "no version; write `version = 4`"),
         (v1_with("version = 1", "version = \"1\""), "line 4: invalid type"),
         (v1_with("kind = \"vram\"", "kind = \"hbm\""), "line 11: unknown variant `hbm`, expected one of `vram`, `dram`, `pmem`, `cxl`, `nvme`"),
         (v1_with("latency_us = 10", "latency_ns = 10"), "line 14: unknown field `latency_ns`"),
