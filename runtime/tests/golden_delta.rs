@@ -4,11 +4,11 @@
 use serde_json::Value;
 use std::path::PathBuf;
 use std::sync::Arc;
-use tier_plan_runtime::exec::plan::obvious;
-use tier_plan_runtime::exec::{Engine, KvType, LoadOptions, RunError, Wanted};
 use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::model::describe;
 use tier_plan_runtime::model::shape::shape_of;
+use tier_plan_runtime::plans::in_memory::obvious;
+use tier_plan_runtime::{Engine, KvType, LoadOptions, RunError, Wanted};
 
 const NAMES: [&str; 2] = ["qwen3next", "qwen35moe"];
 

@@ -8,7 +8,7 @@ use crate::cost::{outcomes, predict, token_s};
 use crate::profile::Evidence;
 use anyhow::{Result, ensure};
 use std::collections::BTreeSet;
-use tier_plan_runtime::exec::KvType;
+use tier_plan_runtime::KvType;
 use tier_plan_runtime::formats::machine::{Tier, TierKind};
 use tier_plan_runtime::formats::placement::{LayerPlacement, Placement, Prediction, TierIdx};
 use tier_plan_runtime::model::shape::{DenseKind, ModelShape};

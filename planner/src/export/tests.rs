@@ -6,7 +6,7 @@ use crate::profile::pattern::Pattern;
 use crate::profile::synthetic::{self, Routing};
 use crate::solve::{Inputs, Options, solve_judged};
 use std::path::Path;
-use tier_plan_runtime::exec::KvType;
+use tier_plan_runtime::KvType;
 use tier_plan_runtime::formats::placement::Placement;
 use tier_plan_runtime::model::shape::{DenseKind, ModelShape};
 

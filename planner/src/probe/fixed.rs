@@ -8,15 +8,15 @@ use anyhow::Result;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tier_plan_runtime::exec::budget::within;
-use tier_plan_runtime::exec::plan::obvious;
-use tier_plan_runtime::exec::{KvType, Wanted};
 use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::model::shape::DenseKind;
 use tier_plan_runtime::model::{describe, shape::shape_of};
+use tier_plan_runtime::plans::budget::within;
+use tier_plan_runtime::plans::in_memory::obvious;
 use tier_plan_runtime::quant::TensorType;
 use tier_plan_runtime::threads::ThreadPool;
 use tier_plan_runtime::tiers::limits::memory_limit;
+use tier_plan_runtime::{KvType, Wanted};
 
 /// Tokens decoded for one figure.
 const TOKENS: u32 = 160;

@@ -7,16 +7,16 @@ use crate::session::interrupted;
 use std::sync::Arc;
 use std::time::Duration;
 use tier_plan_runtime::cuda::experts::ExpertKind;
-use tier_plan_runtime::cuda::measure::{
-    Contended, Experts, Rates, Subject, common_experts, contended, experts, products_of, rates_of,
-};
 use tier_plan_runtime::cuda::nvml::Nvml;
 use tier_plan_runtime::cuda::{CudaError, Device, Gpu};
-use tier_plan_runtime::exec::targets::speed::{Effort, Place, Timed, time};
 use tier_plan_runtime::formats::machine::{Accelerator, Link, Tier, TierKind};
 use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::model::spec::{ModelSpec, MoeSpec};
 use tier_plan_runtime::quant::TensorType;
+use tier_plan_runtime::selftest::gpu_rates::{
+    Contended, Experts, Rates, Subject, common_experts, contended, experts, products_of, rates_of,
+};
+use tier_plan_runtime::selftest::speed::{Effort, Place, Timed, time};
 use tier_plan_runtime::units::show_bytes;
 
 /// Tokens by which fixed times are measured.

@@ -9,14 +9,11 @@
 //! Nothing here was ever run on a real GPU by its authors, and no speed of it was measured. What talks to the driver is run
 //! on a stand-in for it, written from its documentation (`tests/driver`).
 
-pub mod check;
-mod counting;
 pub mod device;
 pub mod experts;
 pub mod gpu;
 mod kept;
 pub mod lane;
-pub mod measure;
 pub mod nvml;
 mod nvrtc;
 pub mod ops;
@@ -26,7 +23,6 @@ pub(crate) mod shim;
 pub mod source;
 pub mod stream;
 
-pub use counting::Counting;
 pub use device::{Buffer, Device, View};
 pub use gpu::Gpu;
 pub use nvrtc::{Compiled, Compiler, NVRTC_VARIABLE};

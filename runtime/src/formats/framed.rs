@@ -1,7 +1,8 @@
 //! Binary files that begin with a magic, a version and a JSON header: the frame that checksums and packed experts share.
 
 use super::kind::Kind;
-use super::{FormatError, SourceId};
+use crate::formats::FormatError;
+use crate::source_id::SourceId;
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 

@@ -4,7 +4,8 @@
 //! file is large (two bytes a token of the vocabulary and place), so that it is written and read row by row.
 
 use super::kind::{Kind, LOGPROBS, LOGPROBS_MAGIC};
-use super::{FormatError, SourceId};
+use crate::formats::FormatError;
+use crate::source_id::SourceId;
 use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::io::{self, BufReader, ErrorKind, Read, Write};

@@ -6,7 +6,8 @@ pub(super) use wire::{WireKind, check_unit};
 
 use super::kind::MACHINE;
 use super::text::{check_amount, check_bytes, float, quote};
-use super::{FormatError, SourceId, safely};
+use crate::formats::{FormatError, safely};
+use crate::source_id::SourceId;
 use crate::units::parse_bytes;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;

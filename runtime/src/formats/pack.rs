@@ -6,7 +6,8 @@
 
 use super::framed::{FIXED_BYTES, WireSource, cut_short, head, header_bytes, u64_at};
 use super::kind::{PACK, PACK_MAGIC};
-use super::{FormatError, SourceId, check_model};
+use crate::formats::{FormatError, check_model};
+use crate::source_id::SourceId;
 use serde::{Deserialize, Serialize};
 use std::collections::HashSet;
 use std::fs::File;

@@ -9,9 +9,10 @@ mod tests;
 
 use super::kind::PLACEMENT;
 use super::machine::Tier;
-use super::{FormatError, SourceId, safely};
+use crate::formats::{FormatError, safely};
 use crate::model::kv::KvType;
 use crate::model::shape::{CacheShape, DenseKind, ModelShape};
+use crate::source_id::SourceId;
 use std::path::Path;
 
 /// Index into [`Placement::tiers`].

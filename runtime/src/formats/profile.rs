@@ -6,7 +6,8 @@ mod wire;
 mod tests;
 
 use super::kind::{PROFILE, PROFILE_MAGIC};
-use super::{FormatError, SourceId, safely};
+use crate::formats::{FormatError, safely};
+use crate::source_id::SourceId;
 use std::ops::Range;
 use std::path::Path;
 

@@ -7,7 +7,8 @@ mod tests;
 
 use super::kind::RECORD;
 use super::placement::Prediction;
-use super::{FormatError, SourceId, safely};
+use crate::formats::{FormatError, safely};
+use crate::source_id::SourceId;
 use std::path::Path;
 
 /// Time and bytes of one tier during a run's decode phase.

@@ -12,9 +12,10 @@ pub use mix::Mix;
 use mix::{Place, Role};
 
 use super::kind::{SHAPE, toml_words};
-use super::{FormatError, SourceId};
+use crate::formats::FormatError;
 use crate::model::kv::KvRows;
 use crate::model::shape::{CacheShape, DenseKind, DenseShape, ExpertShape, ModelShape};
+use crate::source_id::SourceId;
 use serde::Deserialize;
 use std::path::Path;
 use xxhash_rust::xxh3::xxh3_128;

@@ -2,7 +2,8 @@
 
 use super::framed::WireSource;
 use super::kind::SLOTS;
-use super::{FormatError, SourceId, safely};
+use crate::formats::{FormatError, safely};
+use crate::source_id::SourceId;
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 

@@ -4,7 +4,8 @@
 
 use super::framed::{FIXED_BYTES, WireSource, cut_short, head, header_bytes, u64_at};
 use super::kind::{SUMS, SUMS_MAGIC};
-use super::{FormatError, SourceId, check_model, safely};
+use crate::formats::{FormatError, check_model, safely};
+use crate::source_id::SourceId;
 use serde::{Deserialize, Serialize};
 use std::collections::HashSet;
 use std::path::Path;

@@ -23,7 +23,7 @@ pub use map::Advice;
 pub use value::{ArrayValue, Value};
 pub use write::{BadTensor, Draft, DraftTensor};
 
-use crate::formats::SourceId;
+use crate::source_id::SourceId;
 use map::{Copied, Map};
 use split::{MAX_PARTS, PartName};
 use std::collections::HashMap;

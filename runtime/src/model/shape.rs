@@ -3,8 +3,8 @@
 use super::kv::KvRows;
 use super::spec::{Mixer, ModelSpec};
 use super::{ModelError, describe};
-use crate::formats::SourceId;
 use crate::gguf::Gguf;
+use crate::source_id::SourceId;
 use std::collections::BTreeMap;
 use std::path::Path;
 

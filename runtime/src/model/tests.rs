@@ -2,13 +2,15 @@
 //! and files that contradict themselves must be refused by name.
 
 use super::{ModelError, describe};
-use crate::exec::plan::obvious;
-use crate::exec::{Engine, KvType, LoadOptions, Wanted};
+use crate::engine::{Engine, Wanted};
 use crate::formats::machine::TierKind;
 use crate::formats::placement::Placement;
 use crate::gguf::testing::{Writer, WriterTensor};
 use crate::gguf::{ArrayValue, Gguf, Value};
+use crate::model::kv::KvType;
 use crate::model::shape::{ModelShape, shape_of};
+use crate::options::LoadOptions;
+use crate::plans::in_memory::obvious;
 use crate::quant::TensorType;
 use proptest::prelude::*;
 use std::path::Path;

@@ -1,9 +1,10 @@
 //! Experts of several mixes of types on the emulated device, against the plain products of the processor.
 
 use super::*;
-use crate::check::{Random, plain_product};
 use crate::cuda::shim;
 use crate::kernels::{Activations, Kernels, Weights};
+use crate::selftest::cpu_kernels::plain_product;
+use crate::selftest::random::Random;
 
 const HIDDEN: usize = 64;
 const FFN: usize = 96;

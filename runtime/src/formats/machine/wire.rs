@@ -1,8 +1,8 @@
 //! The text of versions 1 to 4 of a machine file, as it is read.
 
 use super::{Accelerator, Calibration, Extras, Link, Machine, Tier, TierKind};
-use crate::formats::SourceId;
 use crate::formats::kind::toml_words;
+use crate::source_id::SourceId;
 use crate::units::parse_bytes;
 use serde::Deserialize;
 use serde::de::{self, Deserializer, Visitor};

@@ -1,13 +1,13 @@
 //! The text of versions 1 to 5 of a plan, read through wire structs for safety; [`super::write`] writes it.
 
 use super::{DensePlacement, Goal, LayerPlacement, Placement, PlanTier, Prediction, SlotPolicy, SolverReport, TierIdx};
-use crate::formats::SourceId;
 use crate::formats::kind::toml_words;
 use crate::formats::machine::{Accelerator, Tier, WireKind, check_unit};
 use crate::formats::ranges::{self, Allowance, MAX_EXPERT, MAX_LAYER};
 use crate::formats::text::quote;
 use crate::model::kv::KvType;
 use crate::model::shape::DenseKind;
+use crate::source_id::SourceId;
 use serde::Deserialize;
 use std::collections::{BTreeMap, HashMap};
 

@@ -2,11 +2,11 @@
 
 use super::wire::BY_LAYER;
 use super::{LayerPlacement, PLACEMENT, Placement, PlanTier, Prediction, SlotPolicy, TierIdx};
-use crate::formats::SourceId;
 use crate::formats::machine::Accelerator;
 use crate::formats::ranges;
 use crate::formats::text::{float, quote};
 use crate::model::shape::DenseKind;
+use crate::source_id::SourceId;
 use crate::units::show_bytes;
 use std::collections::BTreeMap;
 

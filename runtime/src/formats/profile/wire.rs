@@ -7,9 +7,10 @@
 //! weight in a byte. Everything small and of varying length is in a JSON header.
 
 use super::{Guesses, Profile, PromptTrace, Split};
+use crate::formats::FormatError;
 use crate::formats::kind::{Kind, PROFILE, PROFILE_MAGIC};
 use crate::formats::ranges::{Allowance, MAX_EXPERT, MAX_LAYER};
-use crate::formats::{FormatError, SourceId};
+use crate::source_id::SourceId;
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 use xxhash_rust::xxh3::xxh3_64;

@@ -3,9 +3,9 @@
 //! Rates that follow from counts and times are written for readers of the file, and computed again when it is read.
 
 use super::{LayerRecord, RECORD, RunRecord, TierRecord};
-use crate::formats::SourceId;
 use crate::formats::placement::Prediction;
 use crate::formats::text::check_amount;
+use crate::source_id::SourceId;
 use serde::{Deserialize, Serialize};
 
 #[derive(Serialize, Deserialize)]

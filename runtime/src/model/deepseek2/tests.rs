@@ -1,11 +1,13 @@
 use super::*;
-use crate::exec::plan::obvious;
-use crate::exec::{Engine, KvType, LoadOptions, Wanted};
+use crate::engine::{Engine, Wanted};
 use crate::gguf::testing::{Writer, WriterTensor};
 use crate::gguf::{Gguf, Value};
 use crate::model::kv::KvRows;
+use crate::model::kv::KvType;
 use crate::model::shape::{CacheShape, shape_of};
 use crate::model::spec::MoeSpec;
+use crate::options::LoadOptions;
+use crate::plans::in_memory::obvious;
 use crate::quant::TensorType;
 use std::path::PathBuf;
 use std::sync::Arc;
