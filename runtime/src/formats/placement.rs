@@ -95,6 +95,11 @@ pub struct PlanTier {
 }
 
 impl PlanTier {
+    /// Whether the tier is a real GPU's memory and the plan puts bytes there.
+    pub fn uses_gpu(&self) -> bool {
+        self.tier.is_gpu() && self.used_bytes() > 0
+    }
+
     /// All lines together; a sum beyond the range, which no readable plan has, stops at its end.
     pub fn used_bytes(&self) -> u64 {
         self.lines().iter().fold(0, |sum, (_, bytes)| sum.saturating_add(*bytes))

@@ -2,21 +2,11 @@
 
 use crate::cuda::{CudaError, Device, Gpu};
 use crate::error::LoadError;
-use crate::formats::placement::{Placement, PlanTier, TierIdx};
+use crate::formats::placement::{Placement, TierIdx};
 use std::sync::Arc;
 
 /// Opens the GPU with a number, from 0; tests give another device.
 pub type GiveDevice<'a> = &'a dyn Fn(usize) -> Result<Arc<dyn Device>, CudaError>;
-
-/// Whether a tier is a real GPU's memory.
-pub(crate) fn is_gpu(t: &PlanTier) -> bool {
-    t.tier.is_gpu()
-}
-
-/// Whether a tier is a real GPU's memory, with something in it.
-pub(crate) fn on_gpu(t: &PlanTier) -> bool {
-    is_gpu(t) && t.used_bytes() > 0
-}
 
 /// The GPUs of a plan, by tier.
 #[derive(Debug, Clone, Default)]
@@ -35,12 +25,12 @@ impl Devices {
         let mut by_tier = Vec::with_capacity(plan.tiers.len());
         for t in &plan.tiers {
             let which = t.tier.device().map_or(number, |device| device as usize);
-            let opened = on_gpu(t).then(|| match give {
+            let opened = t.uses_gpu().then(|| match give {
                 Some(give) => give(which),
                 None => Gpu::open(which).map(|gpu| gpu as Arc<dyn Device>),
             });
             by_tier.push(opened.transpose().map_err(|source| LoadError::Gpu { plan: plan.name.clone(), source })?);
-            number += usize::from(is_gpu(t));
+            number += usize::from(t.tier.is_gpu());
         }
         Ok(Self { by_tier })
     }

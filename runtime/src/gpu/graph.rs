@@ -5,8 +5,7 @@
 use crate::cuda::CudaError;
 use crate::cuda::experts::PinnedExperts;
 use crate::cuda::ops::{CHUNK, Recorded};
-use crate::formats::placement::{Placement, TierIdx};
-use crate::gpu::devices::on_gpu;
+use crate::formats::placement::{Placement, PlanTier, TierIdx};
 use crate::gpu::{Gpu, RopeTable};
 use crate::layers::places::Places;
 use crate::model::shape::ModelShape;
@@ -49,7 +48,7 @@ pub(crate) fn resident_tier(plan: &Placement, shape: &ModelShape, places: &Place
     });
     // Emulated tiers take their time layer by layer.
     let real = plan.tiers.iter().all(|t| !t.tier.emulated);
-    (all_parts && all_experts && real && plan.tiers.get(tier).is_some_and(on_gpu)).then_some(tier)
+    (all_parts && all_experts && real && plan.tiers.get(tier).is_some_and(PlanTier::uses_gpu)).then_some(tier)
 }
 
 /// The tier whose accelerator a plan keeps all of a model on, but perhaps the embedding: a decoded token stays there from its

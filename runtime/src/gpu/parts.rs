@@ -7,7 +7,6 @@ use crate::cuda::ops::{MAX_DELTA_HEAD, MAX_EXPERTS, MAX_GROUPS, MAX_KEY};
 use crate::error::LoadError;
 use crate::formats::placement::{Placement, TierIdx};
 use crate::gguf::Gguf;
-use crate::gpu::devices::is_gpu;
 use crate::layers::places::Places;
 use crate::model::spec::{Ffn, KvUp, LayerSpec, Linear, Mixer, MlaSpec, ModelSpec};
 
@@ -27,7 +26,7 @@ pub(crate) fn check(gguf: &Gguf, spec: &ModelSpec, plan: &Placement) -> Result<(
         let name = plan.tiers.get(tier).map_or("", |t| &t.tier.name);
         format!("solve with --forbid {name}:{group}")
     };
-    let cache = plan.tiers.get(plan.kv_tier).filter(|t| is_gpu(t)).map(|_| plan.kv_tier);
+    let cache = plan.tiers.get(plan.kv_tier).filter(|t| t.tier.is_gpu()).map(|_| plan.kv_tier);
     for (index, (layer, at)) in spec.layers.iter().zip(&places.layers).enumerate() {
         if let (None, Some(tier)) = (at.mixer, cache) {
             let what = "keys and values of attention that the processor computes";

@@ -1,7 +1,6 @@
 //! Where the parts of a model's dense stages run.
 
 use crate::formats::placement::{Placement, TierIdx};
-use crate::gpu::devices::on_gpu;
 use crate::model::shape::DenseKind;
 
 /// Where a part runs: on the GPU of a tier, or, without one, on the processor.
@@ -26,7 +25,7 @@ pub(crate) struct Places {
 
 impl Places {
     pub(crate) fn new(plan: &Placement, n_layers: usize) -> Self {
-        let place = |tier: TierIdx| plan.tiers.get(tier).filter(|t| on_gpu(t)).map(|_| tier);
+        let place = |tier: TierIdx| plan.tiers.get(tier).filter(|t| t.uses_gpu()).map(|_| tier);
         let mut places = Self { layers: vec![LayerPlaces::default(); n_layers], ..Self::default() };
         let mut embedding = None;
         for d in &plan.dense {

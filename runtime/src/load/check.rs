@@ -3,7 +3,6 @@
 use crate::error::LoadError;
 use crate::formats::machine::TierKind;
 use crate::formats::placement::Placement;
-use crate::gpu::devices::on_gpu;
 use crate::model::shape::{DenseKind, ModelShape};
 use crate::tiers::arena::{Arena, ArenaError};
 use crate::tiers::nodes;
@@ -45,7 +44,7 @@ pub(super) fn plan(shape: &ModelShape, plan: &Placement) -> Result<(), LoadError
         }
         let tier_error =
             |kind, mend| LoadError::Tier { plan: plan.name.clone(), tier: t.tier.name.clone(), kind, mend };
-        if on_gpu(t) && (i == slow || t.staging_bytes > 0) {
+        if t.uses_gpu() && (i == slow || t.staging_bytes > 0) {
             let mend = "buffers for experts in flight and pooled experts can't be there: solve with --vram 0";
             return Err(tier_error("a GPU's memory", mend));
         }

@@ -9,9 +9,9 @@ use crate::error::LoadError;
 use crate::experts::layer::{Home, LayerExperts, Layout};
 use crate::experts::store::ExpertStore;
 use crate::formats::machine::{Tier, TierKind};
-use crate::formats::placement::{LayerPlacement, Placement};
+use crate::formats::placement::{LayerPlacement, Placement, PlanTier};
 use crate::gguf::{Advice, Gguf};
-use crate::gpu::devices::{Devices, GiveDevice, on_gpu};
+use crate::gpu::devices::{Devices, GiveDevice};
 use crate::gpu::{fits, parts};
 use crate::layers::weights::{DenseWeights, Held};
 use crate::model::shape::{DenseKind, ModelShape};
@@ -119,7 +119,7 @@ pub(crate) fn load(
         let pages = Pages::of_tier(&t.tier);
         backings.push(match t.tier.kind {
             TierKind::Nvme if i == slow => Backing::File,
-            _ if on_gpu(t) => Backing::Gpu,
+            _ if t.uses_gpu() => Backing::Gpu,
             _ if i == slow && mapped(&t.tier) => Backing::Mapped,
             _ => Backing::Arena {
                 weights: Arena::on(&t.tier.name, t.dense_bytes + t.pinned_bytes, &pages)?,
@@ -183,7 +183,7 @@ fn layout(plan: &Placement, layers: &[LayerExperts], direct: bool) -> (Layout, V
     padding[plan.staging_tier] += u64::from(plan.staging_experts) * (paged - packed) as u64;
     for (placed, layer) in plan.layers.iter().zip(layers) {
         // A GPU's slots are filled from staging, with nothing around an expert.
-        if plan.tiers.get(placed.slot_tier).is_some_and(on_gpu) {
+        if plan.tiers.get(placed.slot_tier).is_some_and(PlanTier::uses_gpu) {
             continue;
         }
         let more = layer.buffer_bytes(Layout::WholePages) - layer.buffer_bytes(Layout::Packed);
