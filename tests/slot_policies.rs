@@ -9,12 +9,12 @@ use tier_plan_planner::profile::prompts::{self, Prompt};
 use tier_plan_planner::replay::{LayerTrace, hits};
 use tier_plan_planner::session::{Session, tokenizer};
 use tier_plan_runtime::Wanted;
+use tier_plan_runtime::formats::SourceId;
 use tier_plan_runtime::formats::machine::TierKind;
 use tier_plan_runtime::formats::placement::{self, LayerPlacement, Placement, SlotPolicy};
 use tier_plan_runtime::formats::profile::{Profile, PromptTrace, Split};
 use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::sampler::{Sampler, SamplerConfig};
-use tier_plan_runtime::source_id::SourceId;
 
 const PROMPT_TOKENS: usize = 40;
 const DECODE_TOKENS: usize = 40;

@@ -8,11 +8,11 @@ use tier_plan_planner::profile::synthetic::{Routing, profile};
 use tier_plan_planner::replay::{LayerTrace, Positions, ceiling, hits};
 use tier_plan_planner::solve::{Inputs, Options, solve_all};
 use tier_plan_runtime::KvType;
+use tier_plan_runtime::formats::SourceId;
 use tier_plan_runtime::formats::machine::{Accelerator, Machine, Tier, TierKind};
 use tier_plan_runtime::formats::placement::SlotPolicy;
 use tier_plan_runtime::model::kv::KvRows;
 use tier_plan_runtime::model::shape::{CacheShape, DenseKind, DenseShape, ExpertShape, ModelShape};
-use tier_plan_runtime::source_id::SourceId;
 
 const MB: u64 = 1_000_000;
 

@@ -14,10 +14,10 @@ use tier_plan_planner::profile::pattern::Pattern;
 use tier_plan_planner::profile::synthetic::{Routing, profile};
 use tier_plan_planner::solve::{Inputs, Options, solve_judged};
 use tier_plan_runtime::KvType;
+use tier_plan_runtime::formats::SourceId;
 use tier_plan_runtime::formats::machine::{Accelerator, Machine, Tier, TierKind};
 use tier_plan_runtime::formats::profile::Profile;
 use tier_plan_runtime::model::shape::ModelShape;
-use tier_plan_runtime::source_id::SourceId;
 
 const GB: u64 = 1_000_000_000;
 

@@ -1,12 +1,12 @@
 //! Why a model could not be loaded, and why a forward pass failed.
 
-use crate::cuda::CudaError;
-use crate::kernels::IsaError;
-use crate::model::ModelError;
 use crate::tiers::arena::ArenaError;
 use crate::tiers::file::ReadError;
 use crate::tiers::numa::NumaError;
 use thiserror::Error;
+use tier_plan_cuda::CudaError;
+use tier_plan_formats::model::ModelError;
+use tier_plan_kernels::IsaError;
 
 /// Why a model could not be loaded.
 #[derive(Debug, Error)]

@@ -10,9 +10,9 @@ use serde_json::{Value, json};
 use std::path::PathBuf;
 use tier_plan_runtime::cuda::Gpu;
 use tier_plan_runtime::kernels::Kernels;
-use tier_plan_runtime::selftest::all::{Gives, On, Results};
-use tier_plan_runtime::selftest::cpu_kernels;
-use tier_plan_runtime::selftest::outcome::Outcome;
+use tier_plan_selftest::all::{Gives, On, Results};
+use tier_plan_selftest::cpu_kernels;
+use tier_plan_selftest::outcome::Outcome;
 
 /// One comparison.
 struct Compared {

@@ -270,8 +270,8 @@ mod tests {
     use super::*;
     use crate::cli::{Cli, Command};
     use clap::Parser;
+    use tier_plan_runtime::formats::SourceId;
     use tier_plan_runtime::formats::machine::{Accelerator, Tier, TierKind};
-    use tier_plan_runtime::source_id::SourceId;
 
     fn asked(flags: &[&str]) -> Result<Vec<u64>> {
         let tier = |name: &str, kind, capacity_bytes| Tier {

@@ -13,11 +13,11 @@ use tier_plan_runtime::formats::machine::{Accelerator, Link, Tier, TierKind};
 use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::model::spec::{ModelSpec, MoeSpec};
 use tier_plan_runtime::quant::TensorType;
-use tier_plan_runtime::selftest::gpu_rates::{
+use tier_plan_runtime::units::show_bytes;
+use tier_plan_selftest::gpu_rates::{
     Contended, Experts, Rates, Subject, common_experts, contended, experts, products_of, rates_of,
 };
-use tier_plan_runtime::selftest::speed::{Effort, Place, Timed, time};
-use tier_plan_runtime::units::show_bytes;
+use tier_plan_selftest::speed::{Effort, Place, Timed, time};
 
 /// Tokens by which fixed times are measured.
 const LAYERS: Effort = Effort { prompt: 1, decode: 160, warm: 8, rounds: 3, limit: Duration::from_secs(5) };

@@ -52,7 +52,7 @@ fn a_machine_is_written_that_reads_back() {
 }
 
 fn gpu(device: u32, gbps: f64) -> gpu::GpuRate {
-    use tier_plan_runtime::selftest::gpu_rates::{Contended, Experts, Rates};
+    use tier_plan_selftest::gpu_rates::{Contended, Experts, Rates};
     gpu::GpuRate {
         name: "a GPU".into(),
         device,

@@ -9,9 +9,9 @@ use crate::session::{Session, interrupted};
 use anyhow::{Context, Result, bail, ensure};
 use std::path::{Path, PathBuf};
 use tier_plan_runtime::engine::Routing;
+use tier_plan_runtime::formats::SourceId;
 use tier_plan_runtime::formats::profile::{self, Guesses, Profile, PromptTrace};
 use tier_plan_runtime::sampler::{Sampler, SamplerConfig};
-use tier_plan_runtime::source_id::SourceId;
 use tier_plan_runtime::tokenizer::Tokenizer;
 use tier_plan_runtime::{Engine, Wanted};
 

@@ -9,11 +9,11 @@ use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::io::Read;
 use std::path::Path;
+use tier_plan_runtime::formats::SourceId;
 use tier_plan_runtime::formats::profile::Profile;
 use tier_plan_runtime::gguf::{ArrayValue, Gguf, TensorInfo, Value};
 use tier_plan_runtime::model::shape::ModelShape;
 use tier_plan_runtime::quant::TensorType;
-use tier_plan_runtime::source_id::SourceId;
 
 /// The stacked matrices of routed experts; each sees the same choices, so the first that is there is read.
 const STACKED: [&str; 4] = ["ffn_gate_exps", "ffn_up_exps", "ffn_gate_up_exps", "ffn_down_exps"];

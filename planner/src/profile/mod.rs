@@ -292,8 +292,8 @@ pub fn check_traces(profile: &Profile) -> Result<()> {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+    use tier_plan_runtime::formats::SourceId;
     use tier_plan_runtime::formats::profile::PromptTrace;
-    use tier_plan_runtime::source_id::SourceId;
 
     pub(crate) fn id(name: &str) -> SourceId {
         SourceId { name: name.to_string(), hash: "0".repeat(32) }

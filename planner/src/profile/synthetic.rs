@@ -2,9 +2,9 @@
 //!
 //! Plans made from it say nothing of any model.
 
+use tier_plan_runtime::formats::SourceId;
 use tier_plan_runtime::formats::profile::{Profile, PromptTrace, Split};
 use tier_plan_runtime::model::shape::ModelShape;
-use tier_plan_runtime::source_id::SourceId;
 
 /// What the routing is like.
 #[derive(Debug, Clone, Copy, PartialEq)]

@@ -40,7 +40,7 @@ pub(super) fn keep(dir: &Path, report: &Report) -> Result<()> {
 pub(super) fn past(record: &RunRecord, report: &str, is_new: bool) -> Option<PastRun> {
     let predicted = record.predicted.as_ref()?;
     let name =
-        |id: &Option<tier_plan_runtime::source_id::SourceId>| id.as_ref().map_or(String::new(), |i| i.name.clone());
+        |id: &Option<tier_plan_runtime::formats::SourceId>| id.as_ref().map_or(String::new(), |i| i.name.clone());
     let run = PastRun {
         report: report.to_string(),
         plan: record.plan.clone(),

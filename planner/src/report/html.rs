@@ -5,7 +5,7 @@ use super::ink::dark_css;
 use super::text::{percent, sig3, signed_percent};
 use super::view::{Budgets, Overview, PlanView};
 use std::fmt::Write as _;
-use tier_plan_runtime::source_id::SourceId;
+use tier_plan_runtime::formats::SourceId;
 use tier_plan_runtime::units::show_bytes;
 
 const CSS: &str = "\

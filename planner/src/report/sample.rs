@@ -2,6 +2,7 @@
 
 use super::{HitCurve, PlanEntry, Report};
 use tier_plan_runtime::KvType;
+use tier_plan_runtime::formats::SourceId;
 use tier_plan_runtime::formats::machine::{Accelerator, Tier, TierKind};
 use tier_plan_runtime::formats::placement::{
     DensePlacement, LayerPlacement, Placement, PlanTier, Prediction, SlotPolicy, SolverReport,
@@ -9,7 +10,6 @@ use tier_plan_runtime::formats::placement::{
 use tier_plan_runtime::formats::profile::{Profile, PromptTrace, Split};
 use tier_plan_runtime::formats::record::{LayerRecord, RunRecord, TierRecord};
 use tier_plan_runtime::model::shape::DenseKind;
-use tier_plan_runtime::source_id::SourceId;
 
 const EXPERT_BYTES: u64 = 3_400_000;
 

@@ -3,7 +3,7 @@
 use super::view::{Overview, PARTS, PlanView, TierView};
 use anyhow::{Context, Result};
 use serde_json::{Map, Value, json};
-use tier_plan_runtime::source_id::SourceId;
+use tier_plan_runtime::formats::SourceId;
 
 /// Rows under a head.
 #[derive(Debug, Clone)]

@@ -20,14 +20,14 @@ use tier_plan_runtime::formats::placement::Placement;
 use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::model::shape::{ModelShape, shape_of_file};
 use tier_plan_runtime::plans::in_memory::{all_on_gpu, experts_in_memory};
-use tier_plan_runtime::selftest::all::{self, Gives, Known, Results, Speeds, Watch};
-use tier_plan_runtime::selftest::gpu_rates::Subject;
-use tier_plan_runtime::selftest::speed::{Effort, KV_TYPE, Timed};
-use tier_plan_runtime::selftest::synth::{self, Free, Shape};
-use tier_plan_runtime::selftest::{TargetError, Temporary};
 use tier_plan_runtime::threads::physical_cores;
 use tier_plan_runtime::tiers::limits::{file_system_bytes, memory_limit};
 use tier_plan_runtime::units::{show_bytes, show_utc};
+use tier_plan_selftest::all::{self, Gives, Known, Results, Speeds, Watch};
+use tier_plan_selftest::gpu_rates::Subject;
+use tier_plan_selftest::speed::{Effort, KV_TYPE, Timed};
+use tier_plan_selftest::synth::{self, Free, Shape};
+use tier_plan_selftest::{TargetError, Temporary};
 
 /// Tokens of greedy text.
 const TOKENS: usize = 64;

@@ -7,7 +7,7 @@ use std::io::Read;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
-use tier_plan_runtime::selftest::speed::{Effort, Timed};
+use tier_plan_selftest::speed::{Effort, Timed};
 
 const PART: &str = "llama.cpp";
 

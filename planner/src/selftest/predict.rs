@@ -44,10 +44,10 @@ mod tests {
     use crate::bundled;
     use std::collections::BTreeMap;
     use tier_plan_runtime::KvType;
+    use tier_plan_runtime::formats::SourceId;
     use tier_plan_runtime::formats::machine::{Accelerator, Extras};
     use tier_plan_runtime::model::shape::shape_of_file;
     use tier_plan_runtime::plans::in_memory::{all_on_gpu, experts_in_memory};
-    use tier_plan_runtime::source_id::SourceId;
 
     fn tier(name: &str, kind: TierKind, read_gbps: f64, unit: Option<u32>) -> Tier {
         let (name, source) = (name.into(), "made up".into());

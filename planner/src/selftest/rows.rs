@@ -1,11 +1,11 @@
 //! What a device was found to give, as rows with the targets that it is held to.
 
 use super::table::{Found, Row, Target};
-use tier_plan_runtime::selftest::TargetError;
-use tier_plan_runtime::selftest::all::{Gives, On, Results, Speeds, Step};
-use tier_plan_runtime::selftest::outcome::Outcome;
-use tier_plan_runtime::selftest::speed::Timed;
-use tier_plan_runtime::selftest::whole::SameText;
+use tier_plan_selftest::TargetError;
+use tier_plan_selftest::all::{Gives, On, Results, Speeds, Step};
+use tier_plan_selftest::outcome::Outcome;
+use tier_plan_selftest::speed::Timed;
+use tier_plan_selftest::whole::SameText;
 
 /// Largest normalised mean squared error of logits, of models that quantise nothing, and of those that do.
 const GOLDEN_NMSE: [f64; 2] = [1e-4, 1e-2];

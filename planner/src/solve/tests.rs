@@ -4,12 +4,12 @@ use crate::cost::{self, predict, token_s};
 use crate::profile::synthetic::{self, Random, Routing};
 use proptest::prelude::{ProptestConfig, TestCaseError, prop_assert, prop_assert_eq, proptest};
 use tier_plan_runtime::KvType;
+use tier_plan_runtime::formats::SourceId;
 use tier_plan_runtime::formats::machine::{Accelerator, Tier, TierKind};
 use tier_plan_runtime::formats::placement::{LayerPlacement, SlotPolicy};
 use tier_plan_runtime::formats::profile::Guesses;
 use tier_plan_runtime::model::kv::KvRows;
 use tier_plan_runtime::model::shape::{CacheShape, DenseKind, DenseShape, ExpertShape};
-use tier_plan_runtime::source_id::SourceId;
 
 fn id(name: &str) -> SourceId {
     SourceId { name: name.to_string(), hash: "0".repeat(32) }

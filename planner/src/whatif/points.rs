@@ -4,10 +4,10 @@ use super::{Question, answer};
 use crate::catalogue::{self, Known};
 use std::path::Path;
 use tier_plan_runtime::KvType;
+use tier_plan_runtime::formats::SourceId;
 use tier_plan_runtime::formats::machine::{Tier, TierKind};
 use tier_plan_runtime::model::kv::KvRows;
 use tier_plan_runtime::model::shape::{CacheShape, DenseKind, DenseShape, ExpertShape, ModelShape};
-use tier_plan_runtime::source_id::SourceId;
 
 /// What somebody measured.
 struct Point {

@@ -1,16 +1,16 @@
 //! Models with gated delta nets on a GPU, which is emulated on the processor: the kernels are those of a real one.
 
 use super::gpu_tests::{ALL, Experts, Watched, data, load, nmse, open, plan};
-use crate::cuda::Device;
 use crate::engine::{Engine, Wanted};
 use crate::error::RunError;
 use crate::gpu::parts;
-use crate::model::describe;
-use crate::model::kv::KvType;
-use crate::model::spec::Mixer;
 use crate::options::LoadOptions;
 use crate::plans::in_memory::obvious;
 use std::sync::Arc;
+use tier_plan_cuda::Device;
+use tier_plan_formats::model::describe;
+use tier_plan_formats::model::kv::KvType;
+use tier_plan_formats::model::spec::Mixer;
 
 const NAMES: [&str; 2] = ["qwen3next", "qwen35moe"];
 

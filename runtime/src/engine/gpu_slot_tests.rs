@@ -1,20 +1,20 @@
 //! Experts on several GPUs, pinned and in slots, on emulated devices: against the processor alone, and against the same
 //! plan with the tiers emulated in main memory.
 
-use crate::cuda::device::{Arg, Grid};
-use crate::cuda::{CudaError, Device, shim};
 use crate::engine::{Engine, Wanted};
-use crate::formats::machine::TierKind;
-use crate::formats::placement::{Placement, PlanTier, SlotPolicy};
-use crate::gguf::Gguf;
-use crate::model::kv::KvType;
-use crate::model::shape::ModelShape;
-use crate::model::{describe, shape::shape_of};
 use crate::options::LoadOptions;
 use crate::plans::in_memory::obvious;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use tier_plan_cuda::device::{Arg, Grid};
+use tier_plan_cuda::{CudaError, Device, shim};
+use tier_plan_formats::gguf::Gguf;
+use tier_plan_formats::machine::TierKind;
+use tier_plan_formats::model::kv::KvType;
+use tier_plan_formats::model::shape::ModelShape;
+use tier_plan_formats::model::{describe, shape::shape_of};
+use tier_plan_formats::placement::{Placement, PlanTier, SlotPolicy};
 
 const VRAM0: usize = 0;
 const VRAM1: usize = 1;

@@ -2,17 +2,17 @@
 //! devices are emulated, and each refuses what lies in another's memory.
 
 use super::gpu_tests::{nmse, open};
-use crate::cuda::device::{Arg, Grid};
-use crate::cuda::{CudaError, Device, shim};
 use crate::engine::{Engine, Wanted};
-use crate::formats::machine::TierKind;
-use crate::formats::placement::{Placement, PlanTier};
-use crate::model::kv::KvType;
-use crate::model::shape::{DenseKind, ModelShape};
 use crate::options::LoadOptions;
 use crate::plans::in_memory::obvious;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
+use tier_plan_cuda::device::{Arg, Grid};
+use tier_plan_cuda::{CudaError, Device, shim};
+use tier_plan_formats::machine::TierKind;
+use tier_plan_formats::model::kv::KvType;
+use tier_plan_formats::model::shape::{DenseKind, ModelShape};
+use tier_plan_formats::placement::{Placement, PlanTier};
 
 /// Tiers of the plans here.
 const GPU0: usize = 0;

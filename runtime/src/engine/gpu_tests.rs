@@ -1,19 +1,19 @@
 //! Engines whose experts are partly on a GPU, which is emulated on the processor: the kernels are those of a real one.
 
-use crate::cuda::device::{Arg, Grid, Recording};
-use crate::cuda::{CudaError, Device, shim};
 use crate::engine::{Engine, Wanted};
 use crate::error::LoadError;
-use crate::formats::machine::TierKind;
-use crate::formats::placement::{Placement, PlanTier};
-use crate::gguf::Gguf;
-use crate::model::kv::KvType;
-use crate::model::shape::{DenseKind, ModelShape};
-use crate::model::{describe, shape::shape_of};
 use crate::options::LoadOptions;
 use crate::plans::in_memory::{all_on_gpu, obvious};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
+use tier_plan_cuda::device::{Arg, Grid, Recording};
+use tier_plan_cuda::{CudaError, Device, shim};
+use tier_plan_formats::gguf::Gguf;
+use tier_plan_formats::machine::TierKind;
+use tier_plan_formats::model::kv::KvType;
+use tier_plan_formats::model::shape::{DenseKind, ModelShape};
+use tier_plan_formats::model::{describe, shape::shape_of};
+use tier_plan_formats::placement::{Placement, PlanTier};
 
 pub(crate) fn data(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data").join(name)

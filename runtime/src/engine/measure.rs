@@ -2,12 +2,12 @@
 
 use super::Engine;
 use super::generate::Generated;
-use crate::formats::record::{LayerRecord, RunRecord, TierRecord};
+use tier_plan_formats::record::{LayerRecord, RunRecord, TierRecord};
 
 /// What a record needs besides the engine's own counts.
 #[derive(Debug, Clone, Default)]
 pub struct Circumstances {
-    /// UTC moment, see [`crate::units::show_utc`].
+    /// UTC moment, see [`tier_plan_formats::units::show_utc`].
     pub when: String,
     /// Processor and memory, in words.
     pub host: String,

@@ -15,6 +15,10 @@ mod node_tests;
 #[cfg(test)]
 mod prompt_gpu_tests;
 mod resident;
+#[cfg(test)]
+mod rewritten_mla_tests;
+#[cfg(test)]
+mod rewritten_tests;
 mod scratch;
 mod stages;
 mod warm;
@@ -23,32 +27,32 @@ use crate::error::LoadError;
 use crate::error::RunError;
 use crate::experts::counters::Counters;
 use crate::experts::store::{ExpertStore, Step};
-use crate::formats::placement::{Placement, TierIdx};
-use crate::gguf::Gguf;
 use crate::gpu::devices::GiveDevice;
 use crate::gpu::rows::{GpuRows, gpu_rows};
 use crate::gpu::{Gpus, resident_tier};
-use crate::kernels::{Kernels, needs_quants};
 use crate::layers::compute::Compute;
 use crate::layers::mixer::{CacheReads, MixerState};
 use crate::layers::places::{LayerPlaces, Places};
 use crate::layers::rope::{RopeTable, rope_tables};
 use crate::layers::weights::DenseWeights;
 use crate::load::{Loaded, load};
-use crate::model::describe;
-use crate::model::shape::{ModelShape, shape_of};
-use crate::model::spec::{Ffn, LayerSpec, ModelSpec, MoeSpec};
 use crate::moe::offload::Streams;
 use crate::moe::routing::Choices;
 use crate::moe::{moe_batch, moe_token};
 use crate::options::{LoadOptions, Progress, batches};
-use crate::threads::{ThreadPool, physical_cores};
 use crate::tiers::arena::ArenaError;
 use crate::tiers::nodes::Pages;
 use crate::tiers::pace::{Pacer, StageBytes, settle};
 use scratch::Scratch;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use tier_plan_formats::gguf::Gguf;
+use tier_plan_formats::model::describe;
+use tier_plan_formats::model::shape::{ModelShape, shape_of};
+use tier_plan_formats::model::spec::{Ffn, LayerSpec, ModelSpec, MoeSpec};
+use tier_plan_formats::placement::{Placement, TierIdx};
+use tier_plan_kernels::threads::{ThreadPool, physical_cores};
+use tier_plan_kernels::{Kernels, needs_quants};
 
 /// Which logits a pass should compute.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -532,7 +536,12 @@ impl Engine {
     }
 
     pub(crate) fn head_bytes(&self) -> u64 {
-        self.shape.dense.iter().filter(|d| d.kind == crate::model::shape::DenseKind::Head).map(|d| d.token_bytes).sum()
+        self.shape
+            .dense
+            .iter()
+            .filter(|d| d.kind == tier_plan_formats::model::shape::DenseKind::Head)
+            .map(|d| d.token_bytes)
+            .sum()
     }
 }
 

@@ -2,17 +2,17 @@
 
 use crate::engine::{Engine, Wanted};
 use crate::error::LoadError;
-use crate::formats::machine::TierKind;
-use crate::formats::placement::Placement;
-use crate::gguf::Gguf;
-use crate::model::kv::KvType;
-use crate::model::shape::ModelShape;
-use crate::model::{describe, shape::shape_of};
 use crate::options::LoadOptions;
 use crate::plans::in_memory::obvious;
 use crate::tiers::nodes::nodes;
 use std::path::Path;
 use std::sync::Arc;
+use tier_plan_formats::gguf::Gguf;
+use tier_plan_formats::machine::TierKind;
+use tier_plan_formats::model::kv::KvType;
+use tier_plan_formats::model::shape::ModelShape;
+use tier_plan_formats::model::{describe, shape::shape_of};
+use tier_plan_formats::placement::Placement;
 
 fn open(name: &str) -> (Arc<Gguf>, ModelShape) {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data").join(name);
@@ -70,7 +70,7 @@ fn a_plan_over_nodes_gives_the_same_text_or_says_which_node_is_missing() {
     assert!(error.contains("no memory node 1000, only"), "{error}");
     let plan = two_nodes(&shape, 32, node);
     // As a file says it, too.
-    let plan = crate::formats::placement::decode(plan.encode().as_bytes(), Path::new("p.toml")).unwrap();
+    let plan = tier_plan_formats::placement::decode(plan.encode().as_bytes(), Path::new("p.toml")).unwrap();
     let mut engine = match load(&plan) {
         // A sandbox may forbid it.
         Err(LoadError::Arena(_)) => return,

@@ -1,19 +1,19 @@
 //! Prompts on an emulated GPU, in batches that are large enough for its kernels of many tokens.
 
 use super::gpu_tests::{ALL, Experts, nmse, open, plan};
-use crate::cuda::device::{Arg, Grid};
-use crate::cuda::lane::Lane;
-use crate::cuda::{CudaError, Device, shim};
 use crate::engine::{Engine, Wanted};
-use crate::formats::placement::Placement;
-use crate::gguf::Gguf;
-use crate::model::describe;
-use crate::model::kv::KvType;
-use crate::model::shape::DenseKind;
 use crate::options::{LoadOptions, StreamRates};
 use crate::plans::in_memory::obvious;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use tier_plan_cuda::device::{Arg, Grid};
+use tier_plan_cuda::lane::Lane;
+use tier_plan_cuda::{CudaError, Device, shim};
+use tier_plan_formats::gguf::Gguf;
+use tier_plan_formats::model::describe;
+use tier_plan_formats::model::kv::KvType;
+use tier_plan_formats::model::shape::DenseKind;
+use tier_plan_formats::placement::Placement;
 
 fn load(gguf: &Arc<Gguf>, plan: &Placement, options: &LoadOptions) -> Engine {
     let give = |_: usize| Ok(shim::shared() as Arc<dyn Device>);

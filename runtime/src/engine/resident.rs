@@ -3,10 +3,10 @@
 use crate::engine::Engine;
 use crate::error::RunError;
 use crate::gpu::Token;
-use crate::model::spec::Ffn;
-use crate::quant::dequantize_row;
 use crate::tiers::pace::StageBytes;
 use std::time::Instant;
+use tier_plan_formats::model::spec::Ffn;
+use tier_plan_kernels::quant::dequantize_row;
 
 impl Engine {
     /// Takes a lone token through a model that is all on the GPU of `tier`.

@@ -1,12 +1,12 @@
 //! The buffers of a pass.
 
-use crate::kernels::Activations;
 use crate::layers::mixer::MixerScratch;
 use crate::layers::prefetch_router::Foresight;
 use crate::layers::router::Router;
-use crate::model::spec::{Ffn, ModelSpec};
 use crate::moe::FfnScratch;
 use crate::tiers::pace::StageBytes;
+use tier_plan_formats::model::spec::{Ffn, ModelSpec};
+use tier_plan_kernels::Activations;
 
 /// Buffers of a pass: those of a batch, and those of a micro-batch.
 pub(crate) struct Scratch {

@@ -3,15 +3,15 @@
 
 use crate::engine::{Engine, Wanted};
 use crate::error::RunError;
-use crate::kernels::needs_quants;
-use crate::kernels::pooled::{MatJob, matmul_all};
 use crate::layers::compute::{Compute, add_bias};
 use crate::layers::mixer::{MixerInput, mix};
 use crate::layers::places::Place;
-use crate::model::spec::Ffn;
 use crate::moe::{dense_ffn, shared_expert};
-use crate::quant::dequantize_row;
 use std::ops::Range;
+use tier_plan_formats::model::spec::Ffn;
+use tier_plan_kernels::needs_quants;
+use tier_plan_kernels::pooled::{MatJob, matmul_all};
+use tier_plan_kernels::quant::dequantize_row;
 
 impl Engine {
     /// Takes rows of the hidden state to where the next part is.

@@ -1,9 +1,9 @@
 //! What the slots hold, told and restored: a run that does not begin with empty ones.
 
 use super::Engine;
-use crate::formats::slots::LayerSlots;
 use crate::tiers::arena::ArenaError;
 use std::collections::HashMap;
+use tier_plan_formats::slots::LayerSlots;
 
 impl Engine {
     /// Fills empty slots in the background, while tokens are computed and nothing that is needed is being read, with

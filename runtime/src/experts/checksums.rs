@@ -2,17 +2,17 @@
 //!
 //! A slice is what is read at once: one expert's part of a tensor, or a whole tensor of any other kind.
 
-use crate::formats::FormatError;
-use crate::formats::sums::{Sums, TensorSums};
-use crate::gguf::Gguf;
-use crate::model::spec::{ModelSpec, TensorId};
-use crate::source_id::SourceId;
 use crate::tiers::file::{Check, Extent, FileTier, ReadError, ReadMode, Span, compare, stream};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use thiserror::Error;
+use tier_plan_formats::FormatError;
+use tier_plan_formats::gguf::Gguf;
+use tier_plan_formats::model::spec::{ModelSpec, TensorId};
+use tier_plan_formats::source_id::SourceId;
+use tier_plan_formats::sums::{Sums, TensorSums};
 use xxhash_rust::xxh3::Xxh3;
 
 /// Bytes that are read at once to make checksums.
@@ -213,7 +213,7 @@ impl Checks {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::describe;
+    use tier_plan_formats::model::describe;
     use xxhash_rust::xxh3::xxh3_64;
 
     fn model() -> (Gguf, ModelSpec) {

@@ -7,9 +7,9 @@
 use super::layer::{Home, Layout};
 use super::store::{ExpertStore, Step, Use, keep, whole};
 use super::view::ExpertView;
-use crate::cuda::CudaError;
-use crate::cuda::experts::{ExpertBytes, PinnedExperts, Place};
 use crate::tiers::arena::Piece;
+use tier_plan_cuda::CudaError;
+use tier_plan_cuda::experts::{ExpertBytes, PinnedExperts, Place};
 
 /// A GPU's experts, and who of a step was asked for.
 pub(crate) struct OnGpu {

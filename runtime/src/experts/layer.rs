@@ -3,14 +3,14 @@
 use super::view::{Bias, ExpertView, ViewLinear};
 use crate::experts::cache::SlotCache;
 use crate::experts::checksums::Checks;
-use crate::formats::placement::SlotPolicy;
-use crate::gguf::Gguf;
-use crate::kernels::Weights;
-use crate::model::spec::{ExpertLinear, MoeSpec, TensorId};
-use crate::quant::TensorType;
 use crate::tiers::arena::Piece;
 use crate::tiers::file::{Check, Extent, Span};
 use crate::tiers::source::ALIGN;
+use tier_plan_formats::gguf::Gguf;
+use tier_plan_formats::model::spec::{ExpertLinear, MoeSpec, TensorId};
+use tier_plan_formats::placement::SlotPolicy;
+use tier_plan_kernels::Weights;
+use tier_plan_kernels::quant::TensorType;
 
 /// One of an expert's tensors: a slice of a tensor of the file that has all experts'.
 pub(super) struct Part {

@@ -1,16 +1,16 @@
 //! A copy of a model's experts in which each lies in one piece: making it, and finding experts in it.
 
 use super::layer::{Home, LayerExperts, Layout};
-use crate::formats::pack::{ALIGN, PackIndex, PackLayer, open};
-use crate::formats::{FormatError, safely};
-use crate::gguf::Gguf;
-use crate::model::spec::{ModelSpec, MoeSpec};
 use crate::tiers::file::{FileTier, ReadError, ReadMode, stream};
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use thiserror::Error;
+use tier_plan_formats::gguf::Gguf;
+use tier_plan_formats::model::spec::{ModelSpec, MoeSpec};
+use tier_plan_formats::pack::{ALIGN, PackIndex, PackLayer, open};
+use tier_plan_formats::{FormatError, safely};
 
 /// Experts in flight while they are copied.
 const DEPTH: usize = 8;
@@ -243,7 +243,7 @@ impl From<ReadError> for Stop {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::describe;
+    use tier_plan_formats::model::describe;
 
     fn model() -> (Gguf, ModelSpec) {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data/arch/gpt-oss.gguf");

@@ -12,13 +12,13 @@ use super::checksums::Checks;
 use super::gpu::OnGpu;
 use super::prefetch::{Ahead, Landed};
 use super::warmup::Warm;
-use crate::cuda::CudaError;
-use crate::gguf::Gguf;
-use crate::model::spec::TensorId;
 use crate::tiers::arena::Piece;
 use crate::tiers::file::{Arrival, FileTier, ReadError, Urgency};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use tier_plan_cuda::CudaError;
+use tier_plan_formats::gguf::Gguf;
+use tier_plan_formats::model::spec::TensorId;
 
 /// Reads submitted ahead of the expert that is computing, in a step with more misses than buffers.
 const READ_AHEAD: usize = 8;

@@ -5,13 +5,7 @@ use super::checksums::Checks;
 use super::layer::{Home, LayerExperts, Layout};
 use super::store::*;
 use super::view::{ExpertView, ViewLinear};
-use crate::cuda::experts::PinnedExperts;
-use crate::cuda::{Device, shim};
 use crate::experts::checksums::make_sums;
-use crate::formats::placement::SlotPolicy;
-use crate::gguf::Gguf;
-use crate::model::describe;
-use crate::model::spec::{ModelSpec, MoeSpec};
 use crate::tiers::arena::Arena;
 use crate::tiers::file::{FileTier, ReadError};
 use crate::tiers::source::{ALIGN, ReadAt, Stamp};
@@ -20,6 +14,12 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::Mutex;
+use tier_plan_cuda::experts::PinnedExperts;
+use tier_plan_cuda::{Device, shim};
+use tier_plan_formats::gguf::Gguf;
+use tier_plan_formats::model::describe;
+use tier_plan_formats::model::spec::{ModelSpec, MoeSpec};
+use tier_plan_formats::placement::SlotPolicy;
 
 /// The file in memory; reads fail whose numbers are listed.
 struct Faulty {

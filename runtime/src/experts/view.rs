@@ -1,10 +1,10 @@
 //! One expert's matrices, wherever its bytes are.
 
-use crate::cuda::experts::ExpertKind;
-use crate::kernels::Weights;
 use crate::layers::compute::add_bias;
-use crate::model::spec::MoeSpec;
-use crate::quant::{TensorType, dequantize_row};
+use tier_plan_cuda::experts::ExpertKind;
+use tier_plan_formats::model::spec::MoeSpec;
+use tier_plan_kernels::Weights;
+use tier_plan_kernels::quant::{TensorType, dequantize_row};
 
 /// The matrices of one expert, wherever they are.
 #[derive(Clone, Copy)]

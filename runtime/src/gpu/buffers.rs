@@ -1,12 +1,12 @@
 //! The buffers of a GPU's passes: allocated when a model is loaded, so that none of them allocates.
 
-use crate::cuda::ops::{AttendRoom, Quants};
-use crate::cuda::{Buffer, CudaError, Device};
-use crate::formats::placement::TierIdx;
 use crate::layers::places::Places;
 use crate::layers::rope::tables;
-use crate::model::spec::{DeltaInput, Ffn, KvUp, Mixer, MlaSpec, ModelSpec};
 use std::sync::Arc;
+use tier_plan_cuda::ops::{AttendRoom, Quants};
+use tier_plan_cuda::{Buffer, CudaError, Device};
+use tier_plan_formats::model::spec::{DeltaInput, Ffn, KvUp, Mixer, MlaSpec, ModelSpec};
+use tier_plan_formats::placement::TierIdx;
 
 /// Values that attention has room for, unless one token needs more: 64 MiB.
 const ATTEND_VALUES: usize = 16 << 20;

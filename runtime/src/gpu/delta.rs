@@ -3,9 +3,9 @@
 use super::buffers::Room;
 use super::matrix::{Maker, Matrix, product, products};
 use super::mixer::{Batch, output};
-use crate::cuda::ops::{self, DeltaSizes};
-use crate::cuda::{Buffer, CudaError, Ops};
-use crate::model::spec::{DeltaInput, DeltaRates, DeltaSpec};
+use tier_plan_cuda::ops::{self, DeltaSizes};
+use tier_plan_cuda::{Buffer, CudaError, Ops};
+use tier_plan_formats::model::spec::{DeltaInput, DeltaRates, DeltaSpec};
 
 /// A layer with its state. That begins with the token at position 0, before which the kernels take it for nothing, so that
 /// neither loading nor a new text has to write it.

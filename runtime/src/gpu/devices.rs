@@ -1,9 +1,9 @@
 //! The devices behind a plan's tiers: each real VRAM tier that holds anything is one GPU.
 
-use crate::cuda::{CudaError, Device, Gpu};
 use crate::error::LoadError;
-use crate::formats::placement::{Placement, TierIdx};
 use std::sync::Arc;
+use tier_plan_cuda::{CudaError, Device, Gpu};
+use tier_plan_formats::placement::{Placement, TierIdx};
 
 /// Opens the GPU with a number, from 0; tests give another device.
 pub type GiveDevice<'a> = &'a dyn Fn(usize) -> Result<Arc<dyn Device>, CudaError>;
@@ -49,14 +49,14 @@ impl Devices {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cuda::shim;
-    use crate::formats::machine::TierKind;
-    use crate::gguf::Gguf;
-    use crate::model::kv::KvType;
-    use crate::model::{describe, shape::shape_of};
     use crate::plans::in_memory::obvious;
     use std::cell::RefCell;
     use std::path::Path;
+    use tier_plan_cuda::shim;
+    use tier_plan_formats::gguf::Gguf;
+    use tier_plan_formats::machine::TierKind;
+    use tier_plan_formats::model::kv::KvType;
+    use tier_plan_formats::model::{describe, shape::shape_of};
 
     #[test]
     fn a_gpu_has_the_number_of_its_tier_among_gpus() {

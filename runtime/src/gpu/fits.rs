@@ -2,13 +2,13 @@
 
 use super::buffers::Sizes;
 use crate::error::LoadError;
-use crate::formats::placement::{Placement, TierIdx};
 use crate::gpu::devices::Devices;
 use crate::gpu::rows::gpu_room_bytes;
 use crate::layers::places::Places;
-use crate::model::spec::ModelSpec;
 use crate::options::LoadOptions;
 use crate::options::batches;
+use tier_plan_formats::model::spec::ModelSpec;
+use tier_plan_formats::placement::{Placement, TierIdx};
 
 /// What is left of a GPU's memory for the driver, kernels and small tables.
 const GPU_RESERVE: u64 = 128 << 20;

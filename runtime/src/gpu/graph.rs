@@ -2,13 +2,13 @@
 //! chose comes back at the end. The launches are recorded once for each chunk of the context, and replayed: what is
 //! different from token to token, its number and its position, lies in the device's memory.
 
-use crate::cuda::CudaError;
-use crate::cuda::experts::PinnedExperts;
-use crate::cuda::ops::{CHUNK, Recorded};
-use crate::formats::placement::{Placement, PlanTier, TierIdx};
 use crate::gpu::{Gpu, RopeTable};
 use crate::layers::places::Places;
-use crate::model::shape::ModelShape;
+use tier_plan_cuda::CudaError;
+use tier_plan_cuda::experts::PinnedExperts;
+use tier_plan_cuda::ops::{CHUNK, Recorded};
+use tier_plan_formats::model::shape::ModelShape;
+use tier_plan_formats::placement::{Placement, PlanTier, TierIdx};
 
 /// Launches that were recorded.
 #[derive(Default)]
@@ -38,7 +38,7 @@ pub(crate) fn resident_tier(plan: &Placement, shape: &ModelShape, places: &Place
     let tier = places.head?;
     let here = |place: crate::layers::places::Place| place == Some(tier);
     let shared = |layer: usize| {
-        use crate::model::shape::DenseKind::SharedExpert;
+        use tier_plan_formats::model::shape::DenseKind::SharedExpert;
         shape.dense.iter().any(|d| d.kind == SharedExpert && d.layer == u32::try_from(layer).ok())
     };
     let parts = places.layers.iter().enumerate();

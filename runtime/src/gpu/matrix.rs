@@ -1,14 +1,14 @@
 //! Matrices and vectors of a model on a GPU, and their products.
 
 use super::buffers::Room;
-use crate::cuda::ops::{Batch, Gated, Input, MOST_PARTS, Matrices, Pair, Part, Quants};
-use crate::cuda::{Buffer, CudaError, Device, Ops, View, source};
-use crate::kernels::needs_quants;
 use crate::layers::weights::DenseWeights;
-use crate::model::spec::{Activation, GatedFfn, Linear, TensorId};
-use crate::quant::TensorType;
 use std::ops::Range;
 use std::sync::Arc;
+use tier_plan_cuda::ops::{Batch, Gated, Input, MOST_PARTS, Matrices, Pair, Part, Quants};
+use tier_plan_cuda::{Buffer, CudaError, Device, Ops, View, source};
+use tier_plan_formats::model::spec::{Activation, GatedFfn, Linear, TensorId};
+use tier_plan_kernels::needs_quants;
+use tier_plan_kernels::quant::TensorType;
 
 /// Rows from which on matrices are multiplied with many at a time.
 const MANY: usize = 8;
@@ -167,8 +167,8 @@ impl Ffn {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cuda::shim;
-    use crate::selftest::random::Random;
+    use tier_plan_cuda::shim;
+    use tier_plan_kernels::random::Random;
 
     #[test]
     fn matrices_multiplied_at_once_make_what_each_makes_alone() {

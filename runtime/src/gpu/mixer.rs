@@ -3,13 +3,13 @@
 use super::buffers::{Room, part_tokens};
 use super::delta::Delta;
 use super::matrix::{Maker, Matrix, product, products};
-use crate::cuda::ops::{Attend, Heads as NewHeads, Input, Matrices, Positions, Quants, SharedPart, Strided, Table};
-use crate::cuda::{Buffer, CudaError, Device, Ops, View};
-use crate::kernels::needs_quants;
-use crate::model::kv::KvType;
-use crate::model::spec::{GqaSpec, KvUp, Mixer as MixerSpec, MlaSpec, NormSpan};
-use crate::quant::TensorType;
 use std::sync::Arc;
+use tier_plan_cuda::ops::{Attend, Heads as NewHeads, Input, Matrices, Positions, Quants, SharedPart, Strided, Table};
+use tier_plan_cuda::{Buffer, CudaError, Device, Ops, View};
+use tier_plan_formats::model::kv::KvType;
+use tier_plan_formats::model::spec::{GqaSpec, KvUp, Mixer as MixerSpec, MlaSpec, NormSpan};
+use tier_plan_kernels::needs_quants;
+use tier_plan_kernels::quant::TensorType;
 
 /// The cache of a plan.
 #[derive(Debug, Clone, Copy)]

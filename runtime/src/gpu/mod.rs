@@ -6,7 +6,7 @@
 
 mod buffers;
 mod delta;
-pub(crate) mod devices;
+pub mod devices;
 pub(crate) mod fits;
 mod graph;
 mod matrix;
@@ -17,15 +17,10 @@ pub(crate) mod rows;
 pub use graph::stays_on;
 pub(crate) use graph::{Token, resident_tier};
 
-use crate::cuda::ops::Routing;
-use crate::cuda::{Buffer, CudaError, Device, Ops, View};
 use crate::error::LoadError;
-use crate::formats::placement::{Placement, TierIdx};
 use crate::layers::places::{Place, Places};
 use crate::layers::rope::RopeTable;
 use crate::layers::weights::DenseWeights;
-use crate::model::kv::KvType;
-use crate::model::spec::{Ffn as FfnSpec, Mixer as MixerSpec, ModelSpec, MoeSpec, Temperature};
 use crate::options::LoadOptions;
 use crate::options::batches;
 use buffers::{Room, Sizes, logit_rows};
@@ -35,6 +30,11 @@ use matrix::{Ffn, Maker, Matrix, product};
 use mixer::{Batch, Cache, Mixer};
 use std::ops::Range;
 use std::sync::Arc;
+use tier_plan_cuda::ops::Routing;
+use tier_plan_cuda::{Buffer, CudaError, Device, Ops, View};
+use tier_plan_formats::model::kv::KvType;
+use tier_plan_formats::model::spec::{Ffn as FfnSpec, Mixer as MixerSpec, ModelSpec, MoeSpec, Temperature};
+use tier_plan_formats::placement::{Placement, TierIdx};
 
 /// Parts of one layer.
 struct Layer {
@@ -442,15 +442,15 @@ fn temperature(spec: &ModelSpec) -> Option<Temperature> {
 #[cfg(test)]
 pub(super) fn mixer_alone(
     mixer: &MixerSpec,
-    norm: crate::model::spec::TensorId,
+    norm: tier_plan_formats::model::spec::TensorId,
     eps: f32,
     mut weights: DenseWeights,
     kv_type: KvType,
     (x, hidden): (&[f32], usize),
     batches: &[usize],
 ) -> Vec<f32> {
-    use crate::model::spec::{GatedFfn, LayerSpec, Linear};
-    let device: Arc<dyn Device> = crate::cuda::shim::shared();
+    use tier_plan_formats::model::spec::{GatedFfn, LayerSpec, Linear};
+    let device: Arc<dyn Device> = tier_plan_cuda::shim::shared();
     weights.move_to(&device);
     let linear = Linear { weight: 0, bias: None, n_out: 0, n_in: 0, first_row: 0 };
     let ffn = FfnSpec::Dense(GatedFfn { gate: linear, up: linear, down: linear });

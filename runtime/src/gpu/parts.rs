@@ -3,12 +3,12 @@
 //! A part runs where its weights are: a layer's mixer (with its keys and values), its router, its shared expert or its
 //! dense block, the head, and the embedding. The hidden state goes to where the next part is.
 
-use crate::cuda::ops::{MAX_DELTA_HEAD, MAX_EXPERTS, MAX_GROUPS, MAX_KEY};
 use crate::error::LoadError;
-use crate::formats::placement::{Placement, TierIdx};
-use crate::gguf::Gguf;
 use crate::layers::places::Places;
-use crate::model::spec::{Ffn, KvUp, LayerSpec, Linear, Mixer, MlaSpec, ModelSpec};
+use tier_plan_cuda::ops::{MAX_DELTA_HEAD, MAX_EXPERTS, MAX_GROUPS, MAX_KEY};
+use tier_plan_formats::gguf::Gguf;
+use tier_plan_formats::model::spec::{Ffn, KvUp, LayerSpec, Linear, Mixer, MlaSpec, ModelSpec};
+use tier_plan_formats::placement::{Placement, TierIdx};
 
 /// Refuses what a plan puts on a GPU that can't run there.
 ///

@@ -1,7 +1,7 @@
 //! Rows of hidden states on their way to a GPU and back.
 
-use crate::cuda::experts::workspace_bytes;
-use crate::model::spec::ModelSpec;
+use tier_plan_cuda::experts::workspace_bytes;
+use tier_plan_formats::model::spec::ModelSpec;
 
 /// Rows that a GPU takes at most until its results are fetched; a token's experts are always together.
 const ROWS: usize = 512;

@@ -6,10 +6,10 @@
 //! whether one thread did all chunks or several did some each.
 
 use super::kv_rows::RowStore;
-use crate::kernels::{Kernels, StoredRows};
 use crate::layers::compute::Compute;
 use std::cell::RefCell;
 use std::ops::Range;
+use tier_plan_kernels::{Kernels, StoredRows};
 
 /// Positions of a chunk: their scores stay in the second-level cache. Few in tests, so that there are chunks.
 const CHUNK: usize = if cfg!(test) { 4 } else { 256 };

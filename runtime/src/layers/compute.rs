@@ -1,7 +1,7 @@
 //! What the arithmetic of layers computes with.
 
-use crate::kernels::Kernels;
-use crate::threads::ThreadPool;
+use tier_plan_kernels::Kernels;
+use tier_plan_kernels::threads::ThreadPool;
 
 /// What the blocks compute with.
 #[derive(Clone, Copy)]

@@ -4,13 +4,13 @@
 //! stays in the cache; heads run in parallel. A batch gives the same bits as its tokens one by one.
 
 use super::mixer::MixerInput;
-use crate::kernels::pooled::{MatJob, matmul_all};
-use crate::kernels::{Activations, DeltaStep, MAX_CONV_TAPS, delta_columns, needs_quants};
 use crate::layers::compute::{Compute, add_bias};
 use crate::layers::weights::DenseWeights;
-use crate::model::spec::{DeltaInput, DeltaRates, DeltaSpec};
 use crate::tiers::nodes::Pages;
 use std::cell::RefCell;
+use tier_plan_formats::model::spec::{DeltaInput, DeltaRates, DeltaSpec};
+use tier_plan_kernels::pooled::{MatJob, matmul_all};
+use tier_plan_kernels::{Activations, DeltaStep, MAX_CONV_TAPS, delta_columns, needs_quants};
 
 thread_local! {
     /// One head's result, before and after its norm; one buffer a thread.

@@ -3,11 +3,11 @@
 use super::attention::{Attention, AttentionParts, attend};
 use super::kv_rows::KeyValues;
 use super::mixer::MixerInput;
-use crate::kernels::pooled::{MatJob, matmul_all};
-use crate::kernels::{Activations, needs_quants};
 use crate::layers::compute::{Compute, add_bias};
 use crate::layers::weights::DenseWeights;
-use crate::model::spec::{GqaSpec, NormSpan};
+use tier_plan_formats::model::spec::{GqaSpec, NormSpan};
+use tier_plan_kernels::pooled::{MatJob, matmul_all};
+use tier_plan_kernels::{Activations, needs_quants};
 
 /// Buffers of the attention stage.
 #[derive(Default)]

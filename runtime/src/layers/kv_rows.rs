@@ -1,10 +1,10 @@
 //! The rows that attention remembers of past tokens: keys, values, latents.
 
-use crate::kernels::{Kernels, StoredRows, q8_row_bytes};
-use crate::model::kv::KvType;
 use crate::tiers::nodes::Pages;
 use half::f16;
 use std::ops::Range;
+use tier_plan_formats::model::kv::KvType;
+use tier_plan_kernels::{Kernels, StoredRows, q8_row_bytes};
 
 /// `[n_head, context, width]`, stored as one type: heads apart, so that a head's rows are one stream.
 pub(crate) struct RowStore {

@@ -8,11 +8,11 @@ use super::mla::MlaScratch;
 use super::rope::RopeTable;
 use super::weights::DenseWeights;
 use super::{delta, gqa, mla};
-use crate::kernels::ActView;
-use crate::model::kv::{KvRows, KvType};
-use crate::model::shape::mixer_rows;
-use crate::model::spec::Mixer;
 use crate::tiers::nodes::Pages;
+use tier_plan_formats::model::kv::{KvRows, KvType};
+use tier_plan_formats::model::shape::mixer_rows;
+use tier_plan_formats::model::spec::Mixer;
+use tier_plan_kernels::ActView;
 
 /// What one layer's mixer remembers of past tokens.
 pub(crate) enum MixerState {
@@ -120,7 +120,7 @@ impl CacheReads {
         Self { rows, state_bytes: mixer.state_bytes() }
     }
 
-    /// For `tokens` tokens, the last at the `positions`-th place, as [`CacheShape::moved_bytes`](crate::model::shape::CacheShape::moved_bytes) counts.
+    /// For `tokens` tokens, the last at the `positions`-th place, as [`CacheShape::moved_bytes`](tier_plan_formats::model::shape::CacheShape::moved_bytes) counts.
     pub(crate) fn bytes(&self, positions: u64, tokens: u64) -> u64 {
         let rows = self.rows.iter().map(|(rows, bytes)| bytes.saturating_mul(rows.read(positions, tokens)));
         rows.fold(self.state_bytes.saturating_mul(2), u64::saturating_add)

@@ -6,13 +6,13 @@
 use super::attention::{Attention, AttentionParts, attend};
 use super::kv_rows::RowStore;
 use super::mixer::MixerInput;
-use crate::kernels::pooled::{MatJob, matmul_all};
-use crate::kernels::{ActView, Activations, Weights, needs_quants};
 use crate::layers::compute::{Compute, add_bias};
 use crate::layers::weights::DenseWeights;
-use crate::model::spec::{KvUp, MlaSpec};
-use crate::quant::dequantize_row;
 use std::cell::RefCell;
+use tier_plan_formats::model::spec::{KvUp, MlaSpec};
+use tier_plan_kernels::pooled::{MatJob, matmul_all};
+use tier_plan_kernels::quant::dequantize_row;
+use tier_plan_kernels::{ActView, Activations, Weights, needs_quants};
 
 /// Values in the space of the latents that are worked on at once: 16 MiB. More tokens are taken in parts; few in tests,
 /// so that they have parts.

@@ -11,6 +11,6 @@ pub(crate) mod places;
 pub(crate) mod prefetch_router;
 #[doc(hidden)]
 pub mod probe;
-pub(crate) mod rope;
-pub(crate) mod router;
+pub mod rope;
+pub mod router;
 pub(crate) mod weights;

@@ -1,7 +1,7 @@
 //! Where the parts of a model's dense stages run.
 
-use crate::formats::placement::{Placement, TierIdx};
-use crate::model::shape::DenseKind;
+use tier_plan_formats::model::shape::DenseKind;
+use tier_plan_formats::placement::{Placement, TierIdx};
 
 /// Where a part runs: on the GPU of a tier, or, without one, on the processor.
 pub(crate) type Place = Option<TierIdx>;

@@ -4,9 +4,9 @@
 use super::compute::{Compute, add_bias};
 use super::router::Router;
 use super::weights::DenseWeights;
-use crate::kernels::Activations;
-use crate::kernels::pooled::{MatJob, matmul_all};
-use crate::model::spec::{Ffn, LayerSpec};
+use tier_plan_formats::model::spec::{Ffn, LayerSpec};
+use tier_plan_kernels::Activations;
+use tier_plan_kernels::pooled::{MatJob, matmul_all};
 
 /// Buffers of the guess.
 #[derive(Default)]

@@ -2,10 +2,10 @@
 
 use super::attention::{Attention, AttentionParts, attend};
 use super::kv_rows::RowStore;
-use crate::kernels::Kernels;
 use crate::layers::compute::Compute;
-use crate::model::kv::KvType;
-use crate::threads::ThreadPool;
+use tier_plan_formats::model::kv::KvType;
+use tier_plan_kernels::Kernels;
+use tier_plan_kernels::threads::ThreadPool;
 
 /// Sizes of a layer's attention.
 #[derive(Debug, Clone, Copy)]

@@ -1,10 +1,10 @@
 //! Rotary position embedding, with linear and YaRN scaling.
 
 use super::weights::DenseWeights;
-use crate::model::spec::{ModelSpec, RopeKind, RopeScaling, RopeSpec};
+use tier_plan_formats::model::spec::{ModelSpec, RopeKind, RopeScaling, RopeSpec};
 
 /// Rotations for a row of positions, ready to apply.
-pub(crate) struct RopeTable {
+pub struct RopeTable {
     spec: RopeSpec,
     /// Radians a position, `[dims / 2]`.
     frequencies: Vec<f32>,
@@ -16,7 +16,7 @@ pub(crate) struct RopeTable {
 
 impl RopeTable {
     /// `factors` divide the frequencies, `[dims / 2]`.
-    pub(crate) fn new(spec: &RopeSpec, factors: Option<&[f32]>) -> Self {
+    pub fn new(spec: &RopeSpec, factors: Option<&[f32]>) -> Self {
         let mut frequencies = frequencies(spec, factors);
         if let Some(sections) = &spec.sections {
             for (pair, frequency) in frequencies.iter_mut().enumerate() {
@@ -29,7 +29,7 @@ impl RopeTable {
     }
 
     /// Prepares positions `first..first + n`.
-    pub(crate) fn prepare(&mut self, first: usize, n: usize) {
+    pub fn prepare(&mut self, first: usize, n: usize) {
         if std::mem::replace(&mut self.prepared, (first, n)) == (first, n) {
             return;
         }
@@ -44,12 +44,12 @@ impl RopeTable {
     }
 
     /// The rotations prepared, `[positions, dims / 2]` of cosine and sine.
-    pub(crate) fn turns(&self) -> Vec<f32> {
+    pub fn turns(&self) -> Vec<f32> {
         self.rotations.iter().flat_map(|(cos, sin)| [*cos, *sin]).collect()
     }
 
     /// Rotates every head of the prepared position `index`; `row` is `[heads, head_dim]`.
-    pub(crate) fn apply(&self, row: &mut [f32], head_dim: usize, index: usize) {
+    pub fn apply(&self, row: &mut [f32], head_dim: usize, index: usize) {
         let half = self.spec.dims / 2;
         let rotations = &self.rotations[index * half..(index + 1) * half];
         for head in row.chunks_exact_mut(head_dim) {

@@ -1,13 +1,13 @@
 //! The router: from logits to the chosen experts and their weights.
 
-use crate::model::spec::{Gating, MoeSpec};
+use tier_plan_formats::model::spec::{Gating, MoeSpec};
 
 /// Smallest sum that chosen weights are divided by.
 const MIN_SUM: f32 = 6.103_515_6e-5;
 
 /// Buffers that routing a token needs.
 #[derive(Default)]
-pub(crate) struct Router {
+pub struct Router {
     probs: Vec<f32>,
     scores: Vec<f32>,
     groups: Vec<(f32, usize)>,
@@ -17,7 +17,7 @@ impl Router {
     /// Chooses experts for one token: `experts` and `weights` have `n_used` entries, largest score first.
     ///
     /// `bias` is added for the choice only. Equal scores go to the lower index.
-    pub(crate) fn route(
+    pub fn route(
         &mut self,
         moe: &MoeSpec,
         logits: &[f32],
@@ -118,7 +118,7 @@ fn top(scores: &[f32], chosen: &mut [u16]) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::spec::{Activation, ExpertLinear, GateUp, Linear};
+    use tier_plan_formats::model::spec::{Activation, ExpertLinear, GateUp, Linear};
 
     fn moe(n_expert: usize, n_used: usize) -> MoeSpec {
         let one = ExpertLinear { weight: 0, bias: None, n_out: 1, n_in: 1 };

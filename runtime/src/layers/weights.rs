@@ -1,12 +1,12 @@
 //! Dense tensors where the plan put them: in an arena, in a GPU's memory, or in place in the mapped file.
 
-use crate::cuda::Buffer;
-use crate::gguf::Gguf;
-use crate::kernels::Weights;
-use crate::model::spec::{Linear, TensorId};
-use crate::quant::TensorType;
 use crate::tiers::arena::Piece;
 use std::sync::Arc;
+use tier_plan_cuda::Buffer;
+use tier_plan_formats::gguf::Gguf;
+use tier_plan_formats::model::spec::{Linear, TensorId};
+use tier_plan_kernels::Weights;
+use tier_plan_kernels::quant::TensorType;
 
 /// Where one tensor's bytes are.
 pub(crate) enum Held {
@@ -39,7 +39,7 @@ impl DenseWeights {
 
     /// Takes all matrices to a device.
     #[cfg(test)]
-    pub(crate) fn move_to(&mut self, device: &Arc<dyn crate::cuda::Device>) {
+    pub(crate) fn move_to(&mut self, device: &Arc<dyn tier_plan_cuda::Device>) {
         for (tensor, held) in self.gguf.tensors().iter().zip(&mut self.held) {
             if let Some((_, held @ Held::Mapped)) = held {
                 *held = Held::Device(Arc::new(Buffer::of_bytes(device, self.gguf.bytes(tensor)).unwrap()));

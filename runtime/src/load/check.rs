@@ -1,12 +1,12 @@
 //! What a plan must satisfy beside the model it is for, and on this machine, before anything is loaded.
 
 use crate::error::LoadError;
-use crate::formats::machine::TierKind;
-use crate::formats::placement::Placement;
-use crate::model::shape::{DenseKind, ModelShape};
 use crate::tiers::arena::{Arena, ArenaError};
 use crate::tiers::nodes;
 use std::collections::HashSet;
+use tier_plan_formats::machine::TierKind;
+use tier_plan_formats::model::shape::{DenseKind, ModelShape};
+use tier_plan_formats::placement::Placement;
 
 /// Asks the system for the cache's memory and gives it back: a vector that is too large ends the program.
 pub(super) fn context_fits(shape: &ModelShape, plan: &Placement) -> Result<(), LoadError> {

@@ -3,28 +3,28 @@
 mod check;
 mod to_gpu;
 
-use crate::cuda::experts::PinnedExperts;
-use crate::cuda::{Buffer, Device};
 use crate::error::LoadError;
 use crate::experts::layer::{Home, LayerExperts, Layout};
 use crate::experts::store::ExpertStore;
-use crate::formats::machine::{Tier, TierKind};
-use crate::formats::placement::{LayerPlacement, Placement, PlanTier};
-use crate::gguf::{Advice, Gguf};
 use crate::gpu::devices::{Devices, GiveDevice};
 use crate::gpu::{fits, parts};
 use crate::layers::weights::{DenseWeights, Held};
-use crate::model::shape::{DenseKind, ModelShape};
-use crate::model::spec::{ModelSpec, MoeSpec, TensorId};
 use crate::options::{LoadOptions, Progress};
-use crate::quant::{TensorType, dequantize_row};
-use crate::threads::physical_cores;
 use crate::tiers::arena::{Arena, Piece};
 use crate::tiers::file::{Check, Extent, FileTier, ReadMode, Span};
 use crate::tiers::nodes::Pages;
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::Arc;
+use tier_plan_cuda::experts::PinnedExperts;
+use tier_plan_cuda::{Buffer, Device};
+use tier_plan_formats::gguf::{Advice, Gguf};
+use tier_plan_formats::machine::{Tier, TierKind};
+use tier_plan_formats::model::shape::{DenseKind, ModelShape};
+use tier_plan_formats::model::spec::{ModelSpec, MoeSpec, TensorId};
+use tier_plan_formats::placement::{LayerPlacement, Placement, PlanTier};
+use tier_plan_kernels::quant::{TensorType, dequantize_row};
+use tier_plan_kernels::threads::physical_cores;
 
 /// What loading made.
 pub(crate) struct Loaded {

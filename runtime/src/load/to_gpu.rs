@@ -1,17 +1,17 @@
 //! Loading experts to GPUs: those that a plan pins there, and room for slots.
 
-use crate::cuda::CudaError;
-use crate::cuda::experts::{ExpertBytes, PinnedExperts};
 use crate::error::LoadError;
 use crate::experts::layer::{Home, LayerExperts, Layout};
 use crate::experts::view::ExpertView;
-use crate::formats::placement::{LayerPlacement, Placement, TierIdx};
 use crate::gpu::devices::Devices;
 use crate::gpu::rows::gpu_rows;
 use crate::load::{Backing, Loader};
-use crate::model::spec::MoeSpec;
 use crate::tiers::arena::Arena;
 use std::sync::Arc;
+use tier_plan_cuda::CudaError;
+use tier_plan_cuda::experts::{ExpertBytes, PinnedExperts};
+use tier_plan_formats::model::spec::MoeSpec;
+use tier_plan_formats::placement::{LayerPlacement, Placement, TierIdx};
 
 /// The GPUs of a plan, with no expert yet, by tier.
 pub(super) fn open(plan: &Placement, devices: &Devices) -> Result<Vec<Option<PinnedExperts>>, LoadError> {

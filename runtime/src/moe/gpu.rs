@@ -4,9 +4,9 @@ use super::routing::Batch;
 use crate::error::RunError;
 use crate::experts::store::{ExpertStore, Step};
 use crate::gpu::rows::GpuRows;
-use crate::kernels::Kernels;
 use std::collections::VecDeque;
 use std::ops::Range;
+use tier_plan_kernels::Kernels;
 
 /// What a batch's step has for GPUs.
 pub(crate) struct GpuBatch {

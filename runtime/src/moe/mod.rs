@@ -8,16 +8,16 @@ use crate::error::RunError;
 use crate::experts::store::{ExpertStore, Step};
 use crate::experts::view::ExpertView;
 use crate::gpu::rows::GpuRows;
-use crate::kernels::pooled::{MatJob, matmul_all};
-use crate::kernels::{ActView, Activations, Kernels, needs_quants};
 use crate::layers::compute::{Compute, add_bias};
 use crate::layers::weights::DenseWeights;
-use crate::model::spec::{Activation, GatedFfn, MoeSpec, SharedSpec};
 use crate::tiers::pace::StageBytes;
 use gpu::GpuBatch;
 use offload::Streams;
 use routing::Batch;
 use routing::{Choices, Users};
+use tier_plan_formats::model::spec::{Activation, GatedFfn, MoeSpec, SharedSpec};
+use tier_plan_kernels::pooled::{MatJob, matmul_all};
+use tier_plan_kernels::{ActView, Activations, Kernels, needs_quants};
 
 /// Buffers of the feed-forward blocks.
 pub(crate) struct FfnScratch {

@@ -4,22 +4,22 @@
 
 use super::routing::Batch;
 use super::routing::Users;
-use crate::cuda::CudaError;
-use crate::cuda::experts::ExpertBytes;
-use crate::cuda::stream::{ExpertStream, StreamRoom};
 use crate::error::LoadError;
 use crate::error::RunError;
 use crate::experts::store::{ExpertStore, Step};
-use crate::formats::machine::TierKind;
-use crate::formats::placement::{Placement, TierIdx};
 use crate::gpu::devices::Devices;
 use crate::layers::compute::Compute;
 use crate::layers::places::Places;
-use crate::model::shape::ModelShape;
-use crate::model::spec::{ModelSpec, MoeSpec};
 use crate::options::{LoadOptions, StreamRates};
-use crate::threads::ThreadPool;
 use crate::tiers::pace::StageBytes;
+use tier_plan_cuda::CudaError;
+use tier_plan_cuda::experts::ExpertBytes;
+use tier_plan_cuda::stream::{ExpertStream, StreamRoom};
+use tier_plan_formats::machine::TierKind;
+use tier_plan_formats::model::shape::ModelShape;
+use tier_plan_formats::model::spec::{ModelSpec, MoeSpec};
+use tier_plan_formats::placement::{Placement, TierIdx};
+use tier_plan_kernels::threads::ThreadPool;
 
 /// Tokens of a batch from which on experts pass through a GPU.
 const LEAST_TOKENS: usize = 32;

@@ -1,6 +1,6 @@
 //! Which experts the tokens of a batch use, and which tokens use an expert.
 
-use crate::kernels::ActView;
+use tier_plan_kernels::ActView;
 
 /// Which experts each token of a batch uses.
 pub(crate) struct Choices<'a> {

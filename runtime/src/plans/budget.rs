@@ -7,16 +7,16 @@
 
 use super::in_memory::obvious;
 use crate::experts::layer::{Home, LayerExperts, Layout};
-use crate::formats::machine::{Accelerator, Tier, TierKind};
-use crate::formats::placement::{Placement, PlanTier};
-use crate::gguf::Gguf;
-use crate::model::kv::KvType;
-use crate::model::shape::ModelShape;
-use crate::model::spec::{Ffn, ModelSpec, MoeSpec};
 use crate::options::{BATCH, MICRO_BATCH};
 use crate::tiers::file::FileTier;
-use crate::units::show_bytes;
 use thiserror::Error;
+use tier_plan_formats::gguf::Gguf;
+use tier_plan_formats::machine::{Accelerator, Tier, TierKind};
+use tier_plan_formats::model::kv::KvType;
+use tier_plan_formats::model::shape::ModelShape;
+use tier_plan_formats::model::spec::{Ffn, ModelSpec, MoeSpec};
+use tier_plan_formats::placement::{Placement, PlanTier};
+use tier_plan_formats::units::show_bytes;
 
 /// The program itself, its threads and what its allocator keeps: measured as resident memory beyond all that is counted
 /// (9 MiB), with some room.
@@ -280,10 +280,10 @@ pub fn machine_tiers(dram_bytes: u64, file_bytes: u64) -> [Tier; 2] {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::describe;
-    use crate::model::shape::shape_of;
     use proptest::prelude::*;
     use std::path::Path;
+    use tier_plan_formats::model::describe;
+    use tier_plan_formats::model::shape::shape_of;
 
     proptest! {
         #[test]

@@ -1,13 +1,13 @@
 //! The obvious plans: everything in main memory, in place in the mapped file, for running without a plan; and everything
 //! on one GPU.
 
-use crate::formats::machine::{Accelerator, Tier, TierKind};
-use crate::formats::placement::{
+use tier_plan_formats::machine::{Accelerator, Tier, TierKind};
+use tier_plan_formats::model::kv::KvType;
+use tier_plan_formats::model::shape::ModelShape;
+use tier_plan_formats::placement::{
     DensePlacement, LayerPlacement, Placement, PlanTier, Prediction, SlotPolicy, SolverReport,
 };
-use crate::model::kv::KvType;
-use crate::model::shape::ModelShape;
-use crate::source_id::SourceId;
+use tier_plan_formats::source_id::SourceId;
 
 /// A plan with one tier, `dram`, that holds the whole model where the system mapped it.
 pub fn obvious(shape: &ModelShape, context: u32, kv_type: KvType) -> Placement {

@@ -5,10 +5,10 @@ use super::*;
 use tier_plan_runtime::LoadError;
 use tier_plan_runtime::cuda::CudaError;
 use tier_plan_runtime::quant::TensorType;
-use tier_plan_runtime::selftest::all::GoldenStep;
-use tier_plan_runtime::selftest::golden::Found as Golden;
-use tier_plan_runtime::selftest::gpu_rates::Rates;
-use tier_plan_runtime::selftest::launches::Launches;
+use tier_plan_selftest::all::GoldenStep;
+use tier_plan_selftest::golden::Found as Golden;
+use tier_plan_selftest::gpu_rates::Rates;
+use tier_plan_selftest::launches::Launches;
 
 /// A model whose tokens take so many seconds.
 pub fn timed(token_s: f64) -> Timed {

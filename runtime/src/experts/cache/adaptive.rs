@@ -6,7 +6,7 @@
 
 use super::decayed::Decayed;
 use super::scored::Worth;
-use crate::formats::placement::MAX_RECENT_WEIGHT;
+use tier_plan_formats::placement::MAX_RECENT_WEIGHT;
 
 /// See the module.
 #[derive(Debug, Clone)]

@@ -12,7 +12,7 @@ const GROWTH_BITS: u32 = 30;
 const COUNT_BITS: u32 = 16;
 
 /// The longest half-life, in tokens. With it, no count reaches 2³⁵.
-const MAX_HALF_LIFE: u32 = crate::formats::placement::MAX_HALF_LIFE;
+const MAX_HALF_LIFE: u32 = tier_plan_formats::placement::MAX_HALF_LIFE;
 
 const _: () = assert!(MAX_HALF_LIFE <= 1 << 16);
 

@@ -21,11 +21,11 @@ mod scored;
 #[cfg(test)]
 mod tests;
 
-use crate::formats::placement::SlotPolicy;
 use adaptive::TwoSpeeds;
 use decayed::Decayed;
 use lru::Lru;
 use scored::Scored;
+use tier_plan_formats::placement::SlotPolicy;
 
 /// Where a chosen expert's weights come from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

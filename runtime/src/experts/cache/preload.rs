@@ -32,8 +32,8 @@ impl SlotCache {
 mod tests {
     use super::*;
     use crate::experts::cache::Access;
-    use crate::formats::placement::SlotPolicy;
     use proptest::prelude::*;
+    use tier_plan_formats::placement::SlotPolicy;
 
     const POLICIES: [SlotPolicy; 3] = [
         SlotPolicy::Lru,

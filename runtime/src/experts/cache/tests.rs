@@ -106,7 +106,7 @@ fn bad_input_does_no_harm() {
 
 /// One policy of each kind, and parameters at both ends of their ranges.
 fn policies() -> impl Strategy<Value = SlotPolicy> {
-    let half_life = || prop_oneof![1u32..40, Just(crate::formats::placement::MAX_HALF_LIFE)];
+    let half_life = || prop_oneof![1u32..40, Just(tier_plan_formats::placement::MAX_HALF_LIFE)];
     prop_oneof![
         Just(SlotPolicy::Lru),
         half_life().prop_map(|half_life| SlotPolicy::Lfu { half_life }),

@@ -1,6 +1,6 @@
 use super::*;
-use crate::model::kv::KvType;
-use crate::threads::ThreadPool;
+use tier_plan_formats::model::kv::KvType;
+use tier_plan_kernels::threads::ThreadPool;
 
 /// Numbers within -1 to 1, the same ones for a seed.
 fn noise(seed: u64, len: usize) -> Vec<f32> {

@@ -1,17 +1,17 @@
 //! The delta net against the formulas written out in 64-bit floats, and against itself token by token.
 
 use super::*;
-use crate::gguf::Gguf;
-use crate::gguf::testing::Writer;
 use crate::gpu::mixer_alone;
-use crate::kernels::Kernels;
 use crate::layers::weights::Held;
-use crate::model::kv::KvType;
-use crate::model::spec::{KeySharing, Linear, Mixer, TensorId};
-use crate::quant::TensorType;
-use crate::threads::ThreadPool;
 use std::io::Write;
 use std::sync::Arc;
+use tier_plan_formats::gguf::Gguf;
+use tier_plan_formats::gguf::testing::Writer;
+use tier_plan_formats::model::kv::KvType;
+use tier_plan_formats::model::spec::{KeySharing, Linear, Mixer, TensorId};
+use tier_plan_kernels::Kernels;
+use tier_plan_kernels::quant::TensorType;
+use tier_plan_kernels::threads::ThreadPool;
 
 const HIDDEN: usize = 32;
 const EPS: f32 = 1e-6;

@@ -1,16 +1,16 @@
 use super::*;
-use crate::gguf::Gguf;
-use crate::gguf::testing::Writer;
 use crate::gpu::mixer_alone;
-use crate::kernels::Kernels;
 use crate::layers::rope::RopeTable;
 use crate::layers::weights::Held;
-use crate::model::kv::KvType;
-use crate::model::spec::{Linear, Mixer, RopeKind, RopeScaling, RopeSpec, Temperature};
-use crate::quant::TensorType;
-use crate::threads::ThreadPool;
 use std::collections::HashMap;
 use std::sync::Arc;
+use tier_plan_formats::gguf::Gguf;
+use tier_plan_formats::gguf::testing::Writer;
+use tier_plan_formats::model::kv::KvType;
+use tier_plan_formats::model::spec::{Linear, Mixer, RopeKind, RopeScaling, RopeSpec, Temperature};
+use tier_plan_kernels::Kernels;
+use tier_plan_kernels::quant::TensorType;
+use tier_plan_kernels::threads::ThreadPool;
 
 const HIDDEN: usize = 24;
 const N_HEAD: usize = 3;
