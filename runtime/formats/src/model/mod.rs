@@ -12,6 +12,7 @@ pub mod kv;
 mod llama;
 mod minimax_m2;
 mod olmoe;
+mod opened;
 mod qwen2moe;
 mod qwen3;
 mod qwen3next;
@@ -20,6 +21,7 @@ mod source;
 pub mod spec;
 
 pub use arch::{SUPPORTED, describe};
+pub use opened::Model;
 pub use shape::shape_of_file;
 
 use crate::gguf::GgufError;
