@@ -1,8 +1,10 @@
-//! The nearest that llama.cpp can do: whole layers' tensors on the GPU or the CPU.
+//! Translates a plan into the nearest llama.cpp command line: tensors of whole layers on the GPU or
+//! the CPU.
 //!
-//! Its experts of a layer are one tensor each for gate, up and down, so they go to the GPU together or not at all. The
-//! layers that the plan uses the GPU most for come first, as many as the plan's VRAM budget holds: at equal bytes. Several
-//! GPUs share the layers in proportion to their budgets, the last layers on the last one.
+//! llama.cpp keeps all experts of a layer in one tensor each for gate, up, and down, so they go to
+//! the GPU together or not at all. Layers are chosen by how much the plan uses the GPU for them, up
+//! to the plan's VRAM budget: equal bytes. Several GPUs share the layers in proportion to their
+//! budgets, with the last layers on the last GPU.
 
 use crate::cost::{outcomes, predict, token_s};
 use crate::profile::Evidence;
@@ -13,33 +15,33 @@ use tier_plan_runtime::formats::machine::{Tier, TierKind};
 use tier_plan_runtime::formats::placement::{LayerPlacement, Placement, Prediction, TierIdx};
 use tier_plan_runtime::model::shape::{DenseKind, ModelShape};
 
-/// What llama.cpp calls the tensors of a layer's routed experts, after `blk.N`.
+/// Expression for llama.cpp's expert tensors of a layer, after `blk.N`.
 const EXPERTS: &str = r"\.ffn_(up|down|gate|gate_up)_(ch|)exps=CPU";
 
-/// A command line, and what it means.
+/// A llama.cpp command line and its consequences.
 #[derive(Debug, Clone, PartialEq)]
 pub struct CommandLine {
-    /// The arguments after the program's name and its model, unquoted.
+    /// Arguments after the program's name and its model, unquoted.
     pub args: Vec<String>,
-    /// Layers at the end of the model whose dense tensors are on the GPU; one more for the head.
+    /// Layers at the end of the model whose dense tensors are on the GPU, plus one for the head.
     pub gpu_layers: u32,
-    /// Layers with their experts on the GPU.
+    /// Layers whose experts are on the GPU.
     pub expert_layers: BTreeSet<u32>,
-    /// Bytes of weights and cache that go to VRAM.
+    /// Bytes of weights and KV cache in VRAM.
     pub vram_bytes: u64,
-    /// The plan's budget there.
+    /// The plan's VRAM budget in bytes.
     pub vram_budget_bytes: u64,
-    /// The cost model's word on this placement; `None` where weights are in neither VRAM nor main memory, since
-    /// the system's page cache then decides.
+    /// Prediction for this placement. `None` where weights are in neither VRAM nor main memory,
+    /// since then the system's page cache decides.
     pub predicted: Option<Prediction>,
-    /// What the reader should know, in sentences.
+    /// Remarks for the reader, as sentences.
     pub notes: Vec<String>,
 }
 
 /// Translates a plan.
 ///
 /// # Errors
-/// When the plan does not hold for the model and profile.
+/// When the plan does not fit the model and profile.
 pub fn command_line(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -> Result<CommandLine> {
     let wrong = crate::solve::check::check(plan, shape, evidence);
     ensure!(
@@ -54,7 +56,7 @@ pub fn command_line(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -
     let budget: u64 = left.iter().sum();
     let on_gpu = |kind, layer| plan.dense.iter().any(|d| (d.kind, d.layer) == (kind, layer) && gpus.contains(&d.tier));
 
-    // llama.cpp takes layers from the end. The head counts as one more.
+    // llama.cpp takes layers from the end and counts the head as one more.
     let wanted = (0..shape.n_layer).filter(|l| on_gpu(DenseKind::Attention, Some(*l))).count() as u32;
     let bytes_of = |layer: Option<u32>, kind: Option<DenseKind>| -> u64 {
         let of =
@@ -62,7 +64,7 @@ pub fn command_line(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -
         shape.dense.iter().filter(of).map(|d| d.bytes).sum()
     };
     let head = bytes_of(None, Some(DenseKind::Head));
-    // The head is on the last one.
+    // The head is on the last GPU.
     let head_fits = wanted == shape.n_layer
         && on_gpu(DenseKind::Head, None)
         && left.last_mut().is_some_and(|left| take(left, head));
@@ -73,7 +75,7 @@ pub fn command_line(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -
         let part = (f64::from(wanted - dense_layers) * share).round() as u32;
         while counts[at] < part {
             let layer = shape.n_layer - 1 - dense_layers;
-            // The cache of a layer goes where its attention is.
+            // The KV cache of a layer goes where its attention is.
             let cache = shape.caches.get(layer as usize).map_or(0, |c| c.context_bytes(plan.kv_type, plan.context));
             if !take(&mut left[at], bytes_of(Some(layer), None) + cache) {
                 break;
@@ -93,7 +95,7 @@ pub fn command_line(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -
     }
     let gpu_layers = dense_layers + u32::from(with_head);
     let first_gpu = shape.n_layer - dense_layers;
-    // Layers from there on, GPU by GPU.
+    // Layers from the first offloaded one on, GPU by GPU.
     let gpu_of = |layer: u32| {
         let mut from = first_gpu;
         counts.iter().position(|count| {
@@ -128,7 +130,7 @@ pub fn command_line(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -
 
     let mut args = args(plan, shape, gpu_layers, first_gpu, &expert_layers);
     if gpus.len() > 1 && dense_layers > 0 {
-        // Layers of each GPU; the head counts as one.
+        // Layers per GPU; the head counts as one.
         let last = counts.len() - 1;
         let of = counts.iter().enumerate().map(|(at, n)| (n + u32::from(at == last && with_head)).to_string());
         args.extend(["--tensor-split".into(), of.collect::<Vec<_>>().join(",")]);
@@ -158,20 +160,20 @@ pub fn command_line(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -
     })
 }
 
-/// How much slower a prediction is than the plan's, as a share of the plan's speed.
+/// Returns how much slower a prediction is than the plan's, as a share of the plan's speed.
 pub fn loss(plan: &Placement, predicted: &Prediction) -> f64 {
     let (planned, other) = (token_s(&plan.predicted), token_s(predicted));
     if other > 0.0 { 1.0 - planned / other } else { 0.0 }
 }
 
-/// Takes bytes of what is left, if it is so much.
+/// Takes `bytes` from `left` and returns whether there was enough.
 fn take(left: &mut u64, bytes: u64) -> bool {
     let after = left.checked_sub(bytes);
     *left = after.unwrap_or(*left);
     after.is_some()
 }
 
-/// The plan's GPUs in the order in which llama.cpp counts them.
+/// Returns the plan's GPUs in llama.cpp's order.
 fn gpus(plan: &Placement) -> Vec<TierIdx> {
     let all = plan.tiers.iter().enumerate().filter(|(_, t)| t.tier.kind == TierKind::Vram);
     let mut numbered: Vec<(u32, TierIdx)> =
@@ -180,7 +182,7 @@ fn gpus(plan: &Placement) -> Vec<TierIdx> {
     numbered.into_iter().map(|(_, tier)| tier).collect()
 }
 
-/// The share of each layer's accesses that compute in VRAM.
+/// Returns the share of each layer's expert accesses that compute in VRAM.
 fn gpu_shares(plan: &Placement, evidence: &Evidence, gpus: &[TierIdx]) -> Vec<f64> {
     let tiers: Vec<Tier> = plan.tiers.iter().map(|t| t.tier.clone()).collect();
     let of = |(layer, evidence): (&LayerPlacement, _)| {
@@ -201,11 +203,11 @@ fn args(
     expert_layers: &BTreeSet<u32>,
 ) -> Vec<String> {
     let mut args: Vec<String> = vec!["-c".into(), plan.context.to_string()];
-    // What is given here is to stay as it is.
+    // llama.cpp must not adjust these values by itself.
     args.extend(["-fit".into(), "off".into(), "-ngl".into(), gpu_layers.to_string()]);
     let on_cpu: Vec<u32> =
         shape.experts.iter().map(|e| e.layer).filter(|l| *l >= first_gpu && !expert_layers.contains(l)).collect();
-    // The engine's own argument counts layers from the first, those without experts too.
+    // llama.cpp counts layers from the first, including those without experts.
     let first_on_gpu = expert_layers.first().copied();
     let prefix = on_cpu.iter().all(|l| first_on_gpu.is_none_or(|gpu| *l < gpu));
     match on_cpu.last() {
@@ -219,14 +221,15 @@ fn args(
     }
     match plan.kv_type {
         KvType::F16 => {}
-        // A quantised cache of values needs flash attention.
+        // A quantized V cache requires flash attention.
         KvType::Q8_0 => args.extend(["-fa", "on", "-ctk", "q8_0", "-ctv", "q8_0"].map(String::from)),
         KvType::F32 => args.extend(["-ctk", "f32", "-ctv", "f32"].map(String::from)),
     }
     args
 }
 
-/// This placement as a plan over the same tiers; `None` where something is left for the slow one.
+/// Expresses this placement as a plan over the same tiers. `None` where something remains for the
+/// slow tier.
 fn same_placement(
     plan: &Placement,
     shape: &ModelShape,
@@ -238,7 +241,7 @@ fn same_placement(
     let dram = plan.tiers.iter().position(|t| t.tier.kind == TierKind::Dram)?;
     let mut left = plan.tiers[dram].budget_bytes;
     let mut same = plan.clone();
-    // Keys and values are with their layer's attention; on emulated tiers where the plan has them.
+    // The KV cache is with its layer's attention; on emulated tiers it is where the plan has it.
     if same.tiers[same.kv_tier].tier.is_gpu() {
         same.kv_tier = dram;
     }
@@ -264,13 +267,14 @@ fn same_placement(
     Some(same)
 }
 
-/// The layers in an expression of [`CommandLine::args`] that keeps experts on the CPU, or `None` where it is none.
+/// Parses the layers out of an expression of [`CommandLine::args`] that keeps experts on the CPU.
+/// `None` for any other expression.
 pub fn layers_of(expression: &str) -> Option<Vec<u32>> {
     let list = expression.strip_prefix(r"blk\.(")?.strip_suffix(EXPERTS)?.strip_suffix(')')?;
     list.split('|').map(|layer| layer.parse().ok()).collect()
 }
 
-/// An argument as a shell takes it.
+/// Quotes an argument for a shell.
 pub fn quoted(arg: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "-_./=:,".contains(c);
     if !arg.is_empty() && arg.chars().all(plain) {

@@ -1,4 +1,4 @@
-//! Reports made up for tests: plausible numbers from a small generator, of any size.
+//! Sample reports of any size for tests, with plausible numbers from a small generator.
 
 use super::{HitCurve, PlanEntry, Report};
 use tier_plan_runtime::KvType;
@@ -13,7 +13,7 @@ use tier_plan_runtime::model::shape::DenseKind;
 
 const EXPERT_BYTES: u64 = 3_400_000;
 
-/// A small generator (xorshift), so that samples are the same every time.
+/// A xorshift generator, so that samples are the same every time.
 pub(super) struct Rng(u64);
 
 impl Rng {
@@ -24,7 +24,7 @@ impl Rng {
         self.0
     }
 
-    /// From 0 to 1.
+    /// Returns a number from 0 to 1.
     fn unit(&mut self) -> f64 {
         (self.next() >> 11) as f64 / (1u64 << 53) as f64
     }
@@ -34,7 +34,7 @@ fn id(name: &str) -> SourceId {
     SourceId { name: name.into(), hash: "0123456789abcdef0123456789abcdef".into() }
 }
 
-/// A profile with skewed access, each layer with its own favourites.
+/// Makes a profile with skewed access, where each layer has its own frequent experts.
 pub(super) fn profile(layers: u32, experts: u32, used: u32) -> Profile {
     let mut rng = Rng(0x9E37_79B9_7F4A_7C15);
     let skew: Vec<f64> = (0..layers).map(|l| 0.3 + 1.0 * f64::from(l % 5) / 5.0).collect();
@@ -55,7 +55,7 @@ pub(super) fn profile(layers: u32, experts: u32, used: u32) -> Profile {
             for layer in 0..layers as usize {
                 let mut picked: Vec<u16> = Vec::new();
                 while picked.len() < used as usize {
-                    // A power of a uniform number favours the front of the layer's order.
+                    // A power of a uniform number favors the front of the layer's order.
                     let at = (rng.unit().powf(1.0 + 1.6 * skew[layer]) * f64::from(experts)) as usize;
                     let expert = orders[layer][at.min(experts as usize - 1)];
                     if !picked.contains(&expert) {
@@ -121,7 +121,7 @@ fn tiers(count: usize, emulated: bool) -> Vec<Tier> {
 #[derive(Clone, Copy, PartialEq)]
 enum Style {
     ByFrequency,
-    /// By frequency, and no slots.
+    /// Pins by frequency, no slots.
     PinsOnly,
     ById,
     Nothing,
@@ -213,7 +213,7 @@ fn placement(profile: &Profile, name: &str, tier_count: usize, style: Style, emu
     }
 }
 
-/// A profile of so many layers and a plan with pins and slots for it.
+/// Makes a profile of `layers` layers, and a plan with pins and slots for it.
 pub(super) fn small_placement(layers: u32) -> (Profile, Placement) {
     let profile = profile(layers, 32, 4);
     let placement = placement(&profile, "ilp", 3, Style::ByFrequency, true);
@@ -231,7 +231,7 @@ const NAMES: [&str; 8] = [
     "all-on-slow-tier",
 ];
 
-/// A report of `plans` plans for a model of `layers` × `experts` over `tier_count` tiers.
+/// Makes a report of `plans` plans for a model of `layers` × `experts` over `tier_count` tiers.
 pub(super) fn report(layers: u32, experts: u32, used: u32, tier_count: usize, plans: usize, emulated: bool) -> Report {
     let profile = profile(layers, experts, used);
     let mut rng = Rng(77);
