@@ -13,7 +13,7 @@ use std::collections::BTreeSet;
 use tier_plan_runtime::KvType;
 use tier_plan_runtime::formats::machine::{Tier, TierKind};
 use tier_plan_runtime::formats::placement::{LayerPlacement, Placement, Prediction, TierIdx};
-use tier_plan_runtime::model::shape::{DenseKind, ModelShape};
+use tier_plan_runtime::model::shape::{DenseKind, DenseShape, ExpertShape, ModelShape};
 
 /// Expression for llama.cpp's expert tensors of a layer, after `blk.N`.
 const EXPERTS: &str = r"\.ffn_(up|down|gate|gate_up)_(ch|)exps=CPU";
@@ -50,114 +50,175 @@ pub fn command_line(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -
         plan.name,
         wrong.join("; ")
     );
-    let gpus = gpus(plan);
-    let mut notes = Vec::new();
-    let mut left: Vec<u64> = gpus.iter().map(|&g| plan.tiers[g].budget_bytes).collect();
-    let budget: u64 = left.iter().sum();
-    let on_gpu = |kind, layer| plan.dense.iter().any(|d| (d.kind, d.layer) == (kind, layer) && gpus.contains(&d.tier));
+    let mut offload = Offload::new(plan, shape);
+    offload.take_dense_layers();
+    offload.take_experts(evidence);
 
-    // llama.cpp takes layers from the end and counts the head as one more.
-    let wanted = (0..shape.n_layer).filter(|l| on_gpu(DenseKind::Attention, Some(*l))).count() as u32;
-    let bytes_of = |layer: Option<u32>, kind: Option<DenseKind>| -> u64 {
-        let of =
-            |d: &&tier_plan_runtime::model::shape::DenseShape| d.layer == layer && kind.is_none_or(|k| k == d.kind);
-        shape.dense.iter().filter(of).map(|d| d.bytes).sum()
-    };
-    let head = bytes_of(None, Some(DenseKind::Head));
-    // The head is on the last GPU.
-    let head_fits = wanted == shape.n_layer
-        && on_gpu(DenseKind::Head, None)
-        && left.last_mut().is_some_and(|left| take(left, head));
-    let (mut dense_layers, mut counts) = (0, vec![0; gpus.len()]);
-    for at in (0..gpus.len()).rev() {
-        let upto: u64 = gpus[..=at].iter().map(|&g| plan.tiers[g].budget_bytes).sum();
-        let share = plan.tiers[gpus[at]].budget_bytes as f64 / upto.max(1) as f64;
-        let part = (f64::from(wanted - dense_layers) * share).round() as u32;
-        while counts[at] < part {
-            let layer = shape.n_layer - 1 - dense_layers;
-            // The KV cache of a layer goes where its attention is.
-            let cache = shape.caches.get(layer as usize).map_or(0, |c| c.context_bytes(plan.kv_type, plan.context));
-            if !take(&mut left[at], bytes_of(Some(layer), None) + cache) {
-                break;
-            }
-            (counts[at], dense_layers) = (counts[at] + 1, dense_layers + 1);
-        }
-    }
-    let with_head = head_fits && dense_layers == shape.n_layer;
-    if let (true, false, Some(last)) = (head_fits, with_head, left.last_mut()) {
-        *last += head;
-    }
-    if dense_layers < wanted {
-        notes.push(format!(
-            "the plan has the attention of {wanted} layers in VRAM; llama.cpp puts all dense tensors and the cache of a \
-             layer together, and {dense_layers} fit"
-        ));
-    }
-    let gpu_layers = dense_layers + u32::from(with_head);
-    let first_gpu = shape.n_layer - dense_layers;
-    // Layers from the first offloaded one on, GPU by GPU.
-    let gpu_of = |layer: u32| {
-        let mut from = first_gpu;
-        counts.iter().position(|count| {
-            from += count;
-            (first_gpu..from).contains(&layer)
-        })
-    };
-
-    let shares = gpu_shares(plan, evidence, &gpus);
-    let mut order: Vec<(u32, f64, u64)> = shape
-        .experts
-        .iter()
-        .zip(&shares)
-        .filter(|(e, _)| gpu_of(e.layer).is_some())
-        .map(|(e, share)| (e.layer, *share, e.expert_bytes * u64::from(e.n_expert)))
-        .collect();
-    order.sort_by(|a, b| b.1.total_cmp(&a.1).then(b.0.cmp(&a.0)));
-    let mut expert_layers = BTreeSet::new();
-    let mut beyond = 0;
-    for (layer, share, bytes) in order {
-        if gpu_of(layer).is_some_and(|at| take(&mut left[at], bytes)) {
-            expert_layers.insert(layer);
-            beyond += u32::from(share <= 0.5);
-        }
-    }
-    if beyond > 0 {
-        notes.push(format!(
-            "{beyond} layers have all experts in VRAM although the plan serves less than half of their accesses there: \
-             so the same bytes are used"
-        ));
-    }
-
-    let mut args = args(plan, shape, gpu_layers, first_gpu, &expert_layers);
-    if gpus.len() > 1 && dense_layers > 0 {
-        // Layers per GPU; the head counts as one.
-        let last = counts.len() - 1;
-        let of = counts.iter().enumerate().map(|(at, n)| (n + u32::from(at == last && with_head)).to_string());
-        args.extend(["--tensor-split".into(), of.collect::<Vec<_>>().join(",")]);
-    }
-    let tier_of = |layer: u32| gpu_of(layer).map(|at| gpus[at]);
-    let head_tier = gpus.last().copied().filter(|_| with_head);
-    let same = same_placement(plan, shape, evidence, tier_of, head_tier, &expert_layers);
+    let same = offload.as_plan(evidence);
     if same.is_none() {
-        notes.push(
+        offload.notes.push(
             "the weights do not fit VRAM and main memory together: llama.cpp maps the file and the system's page cache \
              decides what stays, which the cost model does not know, so no speed is predicted"
                 .to_string(),
         );
     }
-    let predicted = same.map(|same| predict(&same, shape, evidence));
     if plan.layers.iter().any(|l| l.slots > 0) {
-        notes.push("llama.cpp has nothing like the plan's slots, which keep experts that were used last".to_string());
+        let note = "llama.cpp has nothing like the plan's slots, which keep experts that were used last";
+        offload.notes.push(note.to_string());
     }
+    let budget: u64 = offload.gpus.iter().map(|&g| plan.tiers[g].budget_bytes).sum();
     Ok(CommandLine {
-        args,
-        gpu_layers,
-        expert_layers,
-        vram_bytes: budget - left.iter().sum::<u64>(),
+        args: offload.args(),
+        gpu_layers: offload.gpu_layers(),
+        vram_bytes: budget - offload.free.iter().sum::<u64>(),
         vram_budget_bytes: budget,
-        predicted,
-        notes,
+        predicted: same.map(|same| predict(&same, shape, evidence)),
+        expert_layers: offload.expert_layers,
+        notes: offload.notes,
     })
+}
+
+/// What goes to the GPUs, layer by layer from the end of the model.
+struct Offload<'a> {
+    plan: &'a Placement,
+    shape: &'a ModelShape,
+    /// The plan's GPUs in llama.cpp's order.
+    gpus: Vec<TierIdx>,
+    /// Bytes left of each GPU's budget.
+    free: Vec<u64>,
+    /// Layers whose dense tensors each GPU has.
+    layers: Vec<u32>,
+    /// Whether the head is on the last GPU.
+    head: bool,
+    expert_layers: BTreeSet<u32>,
+    notes: Vec<String>,
+}
+
+impl<'a> Offload<'a> {
+    fn new(plan: &'a Placement, shape: &'a ModelShape) -> Self {
+        let gpus = gpus(plan);
+        Self {
+            free: gpus.iter().map(|&g| plan.tiers[g].budget_bytes).collect(),
+            layers: vec![0; gpus.len()],
+            head: false,
+            expert_layers: BTreeSet::new(),
+            notes: Vec::new(),
+            plan,
+            shape,
+            gpus,
+        }
+    }
+
+    /// Layers whose dense tensors are on any GPU.
+    fn dense_layers(&self) -> u32 {
+        self.layers.iter().sum()
+    }
+
+    /// llama.cpp counts the head as one more layer.
+    fn gpu_layers(&self) -> u32 {
+        self.dense_layers() + u32::from(self.head)
+    }
+
+    /// The first layer that is on a GPU.
+    fn first_layer(&self) -> u32 {
+        self.shape.n_layer - self.dense_layers()
+    }
+
+    /// Returns the index of the GPU that has a layer's dense tensors.
+    fn gpu_of(&self, layer: u32) -> Option<usize> {
+        let mut end = self.first_layer();
+        self.layers.iter().position(|count| {
+            end += count;
+            (self.first_layer()..end).contains(&layer)
+        })
+    }
+
+    fn is_on_gpu(&self, kind: DenseKind, layer: Option<u32>) -> bool {
+        self.plan.dense.iter().any(|d| (d.kind, d.layer) == (kind, layer) && self.gpus.contains(&d.tier))
+    }
+
+    /// Returns the bytes of a layer's dense tensors and its KV cache, which llama.cpp keeps together.
+    fn layer_bytes(&self, layer: u32) -> u64 {
+        let dense = self.shape.dense.iter().filter(|d| d.layer == Some(layer));
+        let cache = self.shape.caches.get(layer as usize);
+        dense.map(|d| d.bytes).sum::<u64>() + cache.map_or(0, |c| c.context_bytes(self.plan.kv_type, self.plan.context))
+    }
+
+    /// Takes as many layers as the plan has attention on GPUs, in proportion to the budgets, and the head if it fits.
+    fn take_dense_layers(&mut self) {
+        let wanted = (0..self.shape.n_layer).filter(|l| self.is_on_gpu(DenseKind::Attention, Some(*l))).count() as u32;
+        let is_head = |d: &&DenseShape| d.layer.is_none() && d.kind == DenseKind::Head;
+        let head_bytes: u64 = self.shape.dense.iter().filter(is_head).map(|d| d.bytes).sum();
+        // The head is on the last GPU.
+        let head_fits = wanted == self.shape.n_layer
+            && self.is_on_gpu(DenseKind::Head, None)
+            && self.free.last_mut().is_some_and(|free| take(free, head_bytes));
+        for at in (0..self.gpus.len()).rev() {
+            let budget = |gpu: &TierIdx| self.plan.tiers[*gpu].budget_bytes;
+            let up_to: u64 = self.gpus[..=at].iter().map(budget).sum();
+            let share = budget(&self.gpus[at]) as f64 / up_to.max(1) as f64;
+            let part = (f64::from(wanted - self.dense_layers()) * share).round() as u32;
+            while self.layers[at] < part {
+                let bytes = self.layer_bytes(self.first_layer() - 1);
+                if !take(&mut self.free[at], bytes) {
+                    break;
+                }
+                self.layers[at] += 1;
+            }
+        }
+        self.head = head_fits && self.dense_layers() == self.shape.n_layer;
+        if let (true, false, Some(last)) = (head_fits, self.head, self.free.last_mut()) {
+            *last += head_bytes;
+        }
+        if self.dense_layers() < wanted {
+            self.notes.push(format!(
+                "the plan has the attention of {wanted} layers in VRAM; llama.cpp puts all dense tensors and the cache of \
+                 a layer together, and {} fit",
+                self.dense_layers()
+            ));
+        }
+    }
+
+    /// Takes the experts of the layers that the plan uses the GPU most for, as many as fit.
+    fn take_experts(&mut self, evidence: &Evidence) {
+        let shares = gpu_shares(self.plan, evidence, &self.gpus);
+        let mut order: Vec<(&ExpertShape, f64)> =
+            self.shape.experts.iter().zip(shares).filter(|(e, _)| self.gpu_of(e.layer).is_some()).collect();
+        order.sort_by(|a, b| b.1.total_cmp(&a.1).then(b.0.layer.cmp(&a.0.layer)));
+        let mut beyond = 0;
+        for (experts, share) in order {
+            let bytes = experts.expert_bytes * u64::from(experts.n_expert);
+            if self.gpu_of(experts.layer).is_some_and(|at| take(&mut self.free[at], bytes)) {
+                self.expert_layers.insert(experts.layer);
+                beyond += u32::from(share <= 0.5);
+            }
+        }
+        if beyond > 0 {
+            self.notes.push(format!(
+                "{beyond} layers have all experts in VRAM although the plan serves less than half of their accesses \
+                 there: so the same bytes are used"
+            ));
+        }
+    }
+
+    fn args(&self) -> Vec<String> {
+        let mut args = args(self.plan, self.shape, self.gpu_layers(), self.first_layer(), &self.expert_layers);
+        if self.gpus.len() > 1 && self.dense_layers() > 0 {
+            // Layers per GPU; the head counts as one.
+            let last = self.layers.len() - 1;
+            let counts = self.layers.iter().enumerate();
+            let counts = counts.map(|(at, n)| (n + u32::from(at == last && self.head)).to_string());
+            args.extend(["--tensor-split".into(), counts.collect::<Vec<_>>().join(",")]);
+        }
+        args
+    }
+
+    /// Expresses the offloaded layers as a plan over the same tiers, for a prediction.
+    fn as_plan(&self, evidence: &Evidence) -> Option<Placement> {
+        let tier_of = |layer: u32| self.gpu_of(layer).map(|at| self.gpus[at]);
+        let head_tier = self.gpus.last().copied().filter(|_| self.head);
+        same_placement(self.plan, self.shape, evidence, tier_of, head_tier, &self.expert_layers)
+    }
 }
 
 /// Returns how much slower a prediction is than the plan's, as a share of the plan's speed.

@@ -127,6 +127,35 @@ enum Style {
     Nothing,
 }
 
+/// Fills the tiers of a sample plan with what its layers put there.
+fn plan_tiers(tiers: Vec<Tier>, layers: &[LayerPlacement], experts: u32) -> Vec<PlanTier> {
+    let slow = tiers.len() - 1;
+    let total = u64::from(experts) * layers.len() as u64;
+    let pins = |tier: usize| -> u64 {
+        layers.iter().flat_map(|l| &l.pinned).filter(|(at, _)| *at == tier).map(|(_, e)| e.len() as u64).sum()
+    };
+    let all_pins: u64 = (0..tiers.len()).map(pins).sum();
+    tiers
+        .into_iter()
+        .enumerate()
+        .map(|(t, tier)| {
+            let slots: u64 = layers.iter().filter(|l| l.slot_tier == t).map(|l| u64::from(l.slots)).sum();
+            // Every plan's slots are in the tier before the last, which therefore gets the most.
+            let share = if t + 1 == slow { 7 } else { 3 };
+            PlanTier {
+                tier,
+                budget_bytes: if t == slow { 1 << 44 } else { EXPERT_BYTES * total * share / 16 + 60_000_000 },
+                dense_bytes: if t == 0 { 40_000_000 } else { 0 },
+                pinned_bytes: pins(t) * EXPERT_BYTES,
+                slot_bytes: slots * EXPERT_BYTES,
+                kv_bytes: if t == 0 { 9_000_000 } else { 0 },
+                staging_bytes: if t + 1 == slow { 8_000_000 } else { 0 },
+                home_bytes: if t == slow { (total - all_pins) * EXPERT_BYTES } else { 0 },
+            }
+        })
+        .collect()
+}
+
 fn placement(profile: &Profile, name: &str, tier_count: usize, style: Style, emulated: bool) -> Placement {
     let experts = profile.n_expert;
     let tiers = tiers(tier_count, emulated);
@@ -160,31 +189,7 @@ fn placement(profile: &Profile, name: &str, tier_count: usize, style: Style, emu
             LayerPlacement { layer: *layer, pinned, slots, slot_tier: fast - 1, policy: SlotPolicy::Lru }
         })
         .collect();
-    let plan_tiers = tiers
-        .into_iter()
-        .enumerate()
-        .map(|(t, tier)| {
-            let count: usize =
-                layers.iter().flat_map(|l| &l.pinned).filter(|(at, _)| *at == t).map(|(_, e)| e.len()).sum();
-            let slots: u64 = layers.iter().filter(|l| l.slot_tier == t).map(|l| u64::from(l.slots)).sum();
-            let all = u64::from(experts) * layers.len() as u64;
-            let pinned_all: usize = layers.iter().flat_map(|l| &l.pinned).map(|(_, e)| e.len()).sum();
-            let last = t == fast;
-            // Every plan's slots are in the tier before the last, which therefore gets the most.
-            let share = if t + 1 == fast { 7 } else { 3 };
-            let used = EXPERT_BYTES * (u64::from(experts) * layers.len() as u64) * share / 16;
-            PlanTier {
-                tier,
-                budget_bytes: if last { 1 << 44 } else { used + 60_000_000 },
-                dense_bytes: if t == 0 { 40_000_000 } else { 0 },
-                pinned_bytes: count as u64 * EXPERT_BYTES,
-                slot_bytes: slots * EXPERT_BYTES,
-                kv_bytes: if t == 0 { 9_000_000 } else { 0 },
-                staging_bytes: if t + 1 == fast { 8_000_000 } else { 0 },
-                home_bytes: if last { (all - pinned_all as u64) * EXPERT_BYTES } else { 0 },
-            }
-        })
-        .collect();
+    let plan_tiers = plan_tiers(tiers, &layers, experts);
     Placement {
         name: name.into(),
         model: id("sample-moe"),
