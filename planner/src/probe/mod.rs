@@ -32,7 +32,7 @@ use tier_plan_runtime::model::spec::ModelSpec;
 use tier_plan_runtime::quant::TensorType;
 use tier_plan_runtime::threads::ThreadPool;
 use tier_plan_runtime::tiers::bandwidth::dram_read_gbps;
-use tier_plan_runtime::tiers::limits::{file_system_bytes, memory_limit};
+use tier_plan_runtime::tiers::limits::{file_system_space, memory_limit};
 use tier_plan_runtime::units::{show_bytes, show_utc};
 
 /// Memory that is streamed through, at most: more than any last-level cache.
@@ -303,11 +303,11 @@ pub fn measure(settings: &Settings<'_>) -> Result<Findings> {
     let (dram_bytes, dram_bytes_from) = match &limit {
         Some(limit) => {
             let bytes = (limit.bytes - limit.bytes / KEPT_FREE) >> 20 << 20;
-            (bytes, format!("{}, {}, less a {KEPT_FREE}th", limit.of, show_bytes(limit.bytes)))
+            (bytes, format!("{}, {}, less a {KEPT_FREE}th", limit.source, show_bytes(limit.bytes)))
         }
         None => (UNTOLD, "the system tells of no limit: assumed".to_string()),
     };
-    let disk_bytes = file_system_bytes(&disk_path).map_or(1 << 40, |(all, _)| all.max(1));
+    let disk_bytes = file_system_space(&disk_path).map_or(1 << 40, |space| space.total_bytes.max(1));
     Ok(Findings {
         when: show_utc(SystemTime::now()),
         host: host::describe(),
