@@ -1,7 +1,7 @@
 //! Checksums of a model's slices: computing them, and comparing reads with them.
 //!
-//! A slice is the unit of reads: one expert's part of a tensor of experts, or a whole tensor of any other
-//! kind.
+//! A slice is the unit of reads: one expert's part of a tensor of experts, or a whole tensor of any
+//! other kind.
 
 use crate::tiers::file::{Extent, FileTier, ReadError, ReadMode, SliceChecksum, Span, compare, stream};
 use std::collections::HashMap;
@@ -92,9 +92,9 @@ fn chunks(gguf: &Gguf, slice_counts: &[usize]) -> Vec<Chunk> {
     chunks
 }
 
-/// Reads the whole model, with direct I/O where that is supported, and computes the checksums of all its
-/// slices. `made` is the date for the file. `progress` gets the bytes read so far and in all, and returns
-/// whether to go on.
+/// Reads the whole model, with direct I/O where that is supported, and computes the checksums of
+/// all its slices. `made` is the date for the file. `progress` gets the bytes read so far and in
+/// all, and returns whether to go on.
 ///
 /// # Errors
 /// When reading fails, or `progress` returns false.
@@ -162,8 +162,8 @@ impl Checksums {
         Ok(Self { sums: by_tensor })
     }
 
-    /// Returns the checksum that a slice must have at offset `at` of a buffer. `extent` is where it is read
-    /// from: the model's own file, or a copy.
+    /// Returns the checksum that a slice must have at offset `at` of a buffer. `extent` is where it
+    /// is read from: the model's own file, or a copy.
     pub(crate) fn slice(&self, gguf: &Gguf, id: TensorId, slice: usize, at: usize, extent: Extent) -> SliceChecksum {
         SliceChecksum { at, extent, sum: self.sums[id][slice], what: self.name(gguf, id, slice) }
     }
@@ -174,8 +174,8 @@ impl Checksums {
         if self.sums[id].len() > 1 { format!("expert {slice} of tensor '{name}'") } else { format!("tensor '{name}'") }
     }
 
-    /// Compares slices in the mapped file, on `threads` threads. `progress` gets the bytes compared since
-    /// its last call, estimated from this thread's share.
+    /// Compares slices in the mapped file, on `threads` threads. `progress` gets the bytes compared
+    /// since its last call, estimated from this thread's share.
     ///
     /// # Errors
     /// [`ReadError::Damaged`] for the first of `slices` that is damaged.

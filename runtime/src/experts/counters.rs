@@ -37,7 +37,8 @@ pub struct LayerCounters {
     pub experts: Duration,
     /// Bytes that misses read from the slow tier.
     pub missed_bytes: u64,
-    /// Time from the first submission of a token's reads to the end of its last one, prefetches included.
+    /// Time from the first submission of a token's reads to the end of its last one, prefetches
+    /// included.
     pub reading: Duration,
     /// The part of `reading` in which nothing could compute for want of a read.
     pub waited: Duration,
@@ -64,9 +65,9 @@ pub struct Counters {
     pub decode: Duration,
     /// Weight bytes read while decoding, `[n_tiers]`.
     pub read_bytes: Vec<u64>,
-    /// Time spent on each tier's bytes while decoding, `[n_tiers]`: computing on them, or waiting for them.
-    /// The time of a stage that mixes tiers is shared out by bytes. On emulated tiers it is shared out by
-    /// the declared times of the stage's paths.
+    /// Time spent on each tier's bytes while decoding, `[n_tiers]`: computing on them, or waiting
+    /// for them. The time of a stage that mixes tiers is shared out by bytes. On emulated tiers it
+    /// is shared out by the declared times of the stage's paths.
     pub busy: Vec<Duration>,
     /// Prefetched experts, for prompts and while decoding.
     pub prefetch: PrefetchCount,
@@ -103,7 +104,8 @@ impl Counters {
         }
     }
 
-    /// Counts the time of a decode stage, shared out by the declared times of its paths, `[n_tiers]`.
+    /// Counts the time of a decode stage, shared out by the declared times of its paths,
+    /// `[n_tiers]`.
     pub(crate) fn charge_paths(&mut self, paths: &[Duration], time: Duration) {
         let total: f64 = paths.iter().map(Duration::as_secs_f64).sum();
         if total > 0.0 {

@@ -1,9 +1,9 @@
 //! Experts on GPUs: which of a step's are there, requesting their results, and filling slots there.
 //!
-//! An expert whose slot is on a GPU is read into staging, copied to the slot as soon as it has landed, and
-//! computed there; its staging buffer is free at once. If another expert of the step still uses the slot,
-//! the CPU computes the new one from staging. It moves to the slot once the other one has been requested,
-//! as it does with slots in main memory.
+//! An expert whose slot is on a GPU is read into staging, copied to the slot as soon as it has
+//! landed, and computed there; its staging buffer is free at once. If another expert of the step
+//! still uses the slot, the CPU computes the new one from staging. It moves to the slot once the
+//! other one has been requested, as it does with slots in main memory.
 
 use super::ids::{ExpertId, SlotId, StepPos};
 use super::layer::ExpertBacking;
@@ -68,7 +68,8 @@ impl ExpertStore {
         Some(GpuSlot { gpu, tier, place })
     }
 
-    /// Requests the experts at these positions of a token's step, which are all on GPUs, without waiting.
+    /// Requests the experts at these positions of a token's step, which are all on GPUs, without
+    /// waiting.
     ///
     /// # Errors
     /// When a GPU fails; the step is given up then.
@@ -87,8 +88,8 @@ impl ExpertStore {
         Ok(())
     }
 
-    /// Requests experts for rows of a batch without waiting. `x` is `[rows, hidden]`. Row `i` goes through
-    /// the expert at `positions[i]` of the step, which is on this GPU.
+    /// Requests experts for rows of a batch without waiting. `x` is `[rows, hidden]`. Row `i` goes
+    /// through the expert at `positions[i]` of the step, which is on this GPU.
     ///
     /// # Errors
     /// When the GPU fails; the step is given up then.
@@ -104,8 +105,8 @@ impl ExpertStore {
         self.request(step, gpu, Some(x), &places, positions)
     }
 
-    /// Requests results from a GPU; `x` is `None` where it has the token's activations already. An expert
-    /// that could not be copied to its slot since the last request fails this one.
+    /// Requests results from a GPU; `x` is `None` where it has the token's activations already. An
+    /// expert that could not be copied to its slot since the last request fails this one.
     fn request(
         &mut self,
         step: &mut Step,
@@ -121,7 +122,8 @@ impl ExpertStore {
         requested.inspect_err(|_| self.give_up(step))
     }
 
-    /// Waits for the requested results of a GPU, `[requested, hidden]`, and returns their positions.
+    /// Waits for the requested results of a GPU, `[requested, hidden]`, and returns their
+    /// positions.
     ///
     /// # Errors
     /// When the GPU fails; the step is given up then.
@@ -160,8 +162,8 @@ impl ExpertStore {
         }
     }
 
-    /// Copies an expert to its slot on a GPU, from a staging buffer or, without one, from the mapped file.
-    /// An error is kept for the next request, and the cache forgets the expert.
+    /// Copies an expert to its slot on a GPU, from a staging buffer or, without one, from the
+    /// mapped file. An error is kept for the next request, and the cache forgets the expert.
     pub(super) fn fill_gpu_slot(&mut self, layer: usize, expert: ExpertId, slot: SlotId, from: Option<&ArenaSlice>) {
         // Taken out of the store, whose other parts the view borrows.
         let mut gpus = std::mem::take(&mut self.gpus);

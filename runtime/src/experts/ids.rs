@@ -1,7 +1,8 @@
 //! Index types of the expert store, so that a position, an expert, and a slot can't be confused.
 //!
-//! The store's callers index arrays of their own and pass plain integers; the store converts them at its
-//! border. [`cache`](super::cache) works on plain `u32`, since the planner replays it as it is.
+//! The store's callers index arrays of their own and pass plain integers; the store converts them
+//! at its border. [`cache`](super::cache) works on plain `u32`, since the planner replays it as it
+//! is.
 
 /// Number of an expert within its layer, from 0.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -13,8 +14,8 @@ pub(super) struct ExpertId(u32);
 #[repr(transparent)]
 pub(super) struct SlotId(u32);
 
-/// Position of an expert in a [`Step`](super::store::Step): its rank in the order in which the step's
-/// experts are read and compute, from 0.
+/// Position of an expert in a [`Step`](super::store::Step): its rank in the order in which the
+/// step's experts are read and compute, from 0.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(transparent)]
 pub(super) struct StepPos(u32);
@@ -65,8 +66,8 @@ impl StepPos {
         self.0 as usize
     }
 
-    /// Returns the key of the step's own read for this position. The upper bits stay clear: they mark
-    /// [prefetches](super::prefetch) and [warm-up reads](super::warmup).
+    /// Returns the key of the step's own read for this position. The upper bits stay clear: they
+    /// mark [prefetches](super::prefetch) and [warm-up reads](super::warmup).
     pub(super) fn read_key(self) -> u64 {
         u64::from(self.0)
     }

@@ -37,8 +37,8 @@ pub(super) struct SliceLocation {
 pub(crate) enum Layout {
     /// One after the other, without padding.
     Packed,
-    /// Each at the same distance from the beginning of a page as in the file, so that direct I/O reads
-    /// its pages straight into the buffer.
+    /// Each at the same distance from the beginning of a page as in the file, so that direct I/O
+    /// reads its pages straight into the buffer.
     WholePages,
 }
 
@@ -85,7 +85,8 @@ pub(crate) struct LayerExperts {
     backings: Vec<ExpertBacking>,
     copy: Option<PackedCopy>,
     pub(super) cache: SlotCache,
-    /// `[n_slots]`; `None` while a read into the slot is in flight. Empty where the slots are on a GPU.
+    /// `[n_slots]`; `None` while a read into the slot is in flight. Empty where the slots are on a
+    /// GPU.
     pub(super) slots: Vec<Option<ArenaSlice>>,
     pub(super) slot_tier: usize,
     pub(super) slots_on_gpu: bool,
@@ -190,8 +191,8 @@ impl LayerExperts {
         }
     }
 
-    /// Gives the layer its slots: their buffers, the layout in slots and staging, and the policy that
-    /// decides which experts are in them.
+    /// Gives the layer its slots: their buffers, the layout in slots and staging, and the policy
+    /// that decides which experts are in them.
     pub(crate) fn set_slots(&mut self, slots: Vec<ArenaSlice>, layout: Layout, policy: SlotPolicy) {
         self.layout = layout;
         self.cache = SlotCache::new(self.n_expert() as u32, slots.len() as u32, policy);
@@ -205,8 +206,8 @@ impl LayerExperts {
         self.slots_on_gpu = true;
     }
 
-    /// Puts an expert's bytes into its slot, by exchange where both buffers have one size. Returns the
-    /// free buffer.
+    /// Puts an expert's bytes into its slot, by exchange where both buffers have one size. Returns
+    /// the free buffer.
     pub(super) fn exchange(&mut self, slot: SlotId, mut buffer: ArenaSlice) -> ArenaSlice {
         if let Some(target) = &mut self.slots[slot.index()] {
             if target.capacity() == buffer.capacity() {
@@ -218,9 +219,9 @@ impl LayerExperts {
         buffer
     }
 
-    /// Reads experts from a file that holds each as one contiguous copy. `part` is the file's index,
-    /// `offsets` (`[n_expert]`) where the experts begin. `is_pooled` says which of them will be read into
-    /// slots and staging.
+    /// Reads experts from a file that holds each as one contiguous copy. `part` is the file's
+    /// index, `offsets` (`[n_expert]`) where the experts begin. `is_pooled` says which of them will
+    /// be read into slots and staging.
     pub(crate) fn use_copy(&mut self, part: usize, offsets: &[Option<u64>], is_pooled: impl Fn(usize) -> bool) {
         let copy_bytes = self.expert_bytes.next_multiple_of(ALIGN);
         let has_all = (0..offsets.len()).all(|expert| offsets[expert].is_some() || !is_pooled(expert));
@@ -248,7 +249,8 @@ impl LayerExperts {
         self.parts.iter().map(span).collect()
     }
 
-    /// Returns where one of an expert's slices is read from, and where it is in a buffer with this layout.
+    /// Returns where one of an expert's slices is read from, and where it is in a buffer with this
+    /// layout.
     pub(super) fn slice_location(&self, gguf: &Gguf, part: &Part, expert: usize, layout: Layout) -> SliceLocation {
         match (self.extent_in_copy(expert), part.extent(gguf, expert)) {
             (Some(copy), Extent { len, .. }) => {
@@ -260,8 +262,8 @@ impl LayerExperts {
         }
     }
 
-    /// Returns the checksums that an expert's slices must have in a buffer with this layout; none without
-    /// `checksums`.
+    /// Returns the checksums that an expert's slices must have in a buffer with this layout; none
+    /// without `checksums`.
     pub(crate) fn checks(
         &self,
         gguf: &Gguf,

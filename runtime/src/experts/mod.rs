@@ -5,9 +5,11 @@
 //! - `store` moves the bytes as the cache says; `step` is one layer's accesses to it.
 //! - `prefetch` and `warmup` read experts before a router selects them, while the drive is idle.
 //! - `gpu` computes experts and fills slots on GPUs.
-//! - [`pack`] and [`checksums`] make and use the files beside a model that speed up and verify reads.
+//! - [`pack`] and [`checksums`] make and use the files beside a model that speed up and verify
+//!   reads.
 //!
-//! The store knows nothing of tokens, routers, or how an expert computes; that is the business of `moe`.
+//! The store knows nothing of tokens, routers, or how an expert computes; that is the business of
+//! `moe`.
 
 pub mod cache;
 pub mod checksums;

@@ -1,5 +1,5 @@
-//! The expert pack: a file that holds a model's experts as one contiguous copy each, so that a miss is
-//! one sequential read.
+//! The expert pack: a file that holds a model's experts as one contiguous copy each, so that a miss
+//! is one sequential read.
 
 use super::layer::{LayerExperts, Layout};
 use crate::tiers::file::{FileTier, ReadError, ReadMode, stream};
@@ -16,7 +16,8 @@ use tier_plan_formats::{FormatError, safely};
 /// Experts in flight while they are copied.
 const QUEUE_DEPTH: usize = 8;
 
-/// Bytes at the beginning of a slice that are compared, to recognize a pack of another version of the model.
+/// Bytes at the beginning of a slice that are compared, to recognize a pack of another version of
+/// the model.
 const SAMPLE_BYTES: usize = 4096;
 
 /// Experts could not be copied.
@@ -128,7 +129,8 @@ impl Pack {
         self.saving
     }
 
-    /// Returns the offsets of a layer's experts, `[n_expert]`; `None` where the pack lacks the layer.
+    /// Returns the offsets of a layer's experts, `[n_expert]`; `None` where the pack lacks the
+    /// layer.
     pub(crate) fn places(&self, layer: u32) -> Option<&[Option<u64>]> {
         self.layers.get(&layer).map(Vec::as_slice)
     }
@@ -152,8 +154,8 @@ fn same_bytes(gguf: &Gguf, moe: &MoeSpec, expert: usize, file: &mut File, offset
     Ok(true)
 }
 
-/// Returns the index of a pack with these experts, `[n_moe_layers][..]`, in the order in which they will be
-/// written. `made` is its date.
+/// Returns the index of a pack with these experts, `[n_moe_layers][..]`, in the order in which they
+/// will be written. `made` is its date.
 pub fn index(gguf: &Gguf, spec: &ModelSpec, experts: &[Vec<u32>], made: String) -> PackIndex {
     let layers = spec.moe_layers().zip(experts).filter(|(_, experts)| !experts.is_empty());
     let layer = |((layer, moe), experts): ((usize, &MoeSpec), &Vec<u32>)| PackLayer {
@@ -164,8 +166,8 @@ pub fn index(gguf: &Gguf, spec: &ModelSpec, experts: &[Vec<u32>], made: String) 
     PackIndex { model: gguf.id(), made, layers: layers.map(layer).collect() }
 }
 
-/// Writes a pack, whole or not at all. `progress` gets the bytes written so far and in all, and returns
-/// whether to go on.
+/// Writes a pack, whole or not at all. `progress` gets the bytes written so far and in all, and
+/// returns whether to go on.
 ///
 /// # Errors
 /// When reading or writing fails, or `progress` returns false.

@@ -1,12 +1,12 @@
-//! Speculative prefetch. While no demand read is pending, reads the experts that the next layer's router
-//! is predicted to select.
+//! Speculative prefetch. While no demand read is pending, reads the experts that the next layer's
+//! router is predicted to select.
 //!
-//! A prefetch never changes what the slots hold. It is read into staging, and the step that turns out to
-//! need the expert claims it, whether the read has landed or is still in flight. Unclaimed prefetches
-//! give their buffers back when the step of their layer begins.
+//! A prefetch never changes what the slots hold. It is read into staging, and the step that turns
+//! out to need the expert claims it, whether the read has landed or is still in flight. Unclaimed
+//! prefetches give their buffers back when the step of their layer begins.
 //!
-//! Predictions are scored whether they are read or not. While fewer than half of the recent ones were
-//! right, nothing is prefetched.
+//! Predictions are scored whether they are read or not. While fewer than half of the recent ones
+//! were right, nothing is prefetched.
 
 use super::counters::PrefetchCount;
 use super::ids::{ExpertId, LayerExpert, SlotId, StepPos};
@@ -16,11 +16,12 @@ use super::warmup::Warmup;
 use crate::tiers::arena::ArenaSlice;
 use crate::tiers::file::{Completion, Priority, ReadError, ReadTime};
 
-/// Set in the keys of prefetches; a step's own reads have their [position](StepPos::read_key) as key.
+/// Set in the keys of prefetches; a step's own reads have their [position](StepPos::read_key) as
+/// key.
 const PREFETCH_KEY_BIT: u64 = 1 << 63;
 
-/// Prefetches per decoded token and layer. One takes about as long as the drive is idle in a layer; two
-/// and four measured no faster.
+/// Prefetches per decoded token and layer. One takes about as long as the drive is idle in a layer;
+/// two and four measured no faster.
 const MAX_PREFETCHES_PER_TOKEN: usize = 1;
 
 /// Staging buffers that prefetches and warm-up reads leave free for demand reads.
@@ -94,7 +95,8 @@ pub(super) struct Prefetcher {
     is_enabled: bool,
     max_per_batch: usize,
     prefetches: Vec<Prefetch>,
-    /// Prefetches in flight that no prediction wants any more; their buffers are still to come back.
+    /// Prefetches in flight that no prediction wants any more; their buffers are still to come
+    /// back.
     abandoned: usize,
     next_key: u64,
     /// The latest prediction.
@@ -140,7 +142,8 @@ impl Prefetcher {
         if is_batch { &mut self.batch_accuracy } else { &mut self.token_accuracy }
     }
 
-    /// Scores the prediction of the layer of a beginning step, and drops those that are no longer due.
+    /// Scores the prediction of the layer of a beginning step, and drops those that are no longer
+    /// due.
     fn score(&mut self, step: &Step) {
         // A prediction of an earlier layer is left over from a pass that ended early.
         let past = [self.due.take(), self.prediction.take_if(|prediction| prediction.layer <= step.layer)];
@@ -156,7 +159,8 @@ impl Prefetcher {
 }
 
 impl ExpertStore {
-    /// Whether a prediction of the next layer's experts, for one token or for a batch, is worth making.
+    /// Whether a prediction of the next layer's experts, for one token or for a batch, is worth
+    /// making.
     pub(crate) fn wants_prediction(&mut self, is_batch: bool) -> bool {
         if !self.prefetcher.is_enabled {
             return false;
@@ -210,7 +214,8 @@ impl ExpertStore {
         }
     }
 
-    /// Takes the next expert to prefetch from the latest prediction, unless that is of the step's own layer.
+    /// Takes the next expert to prefetch from the latest prediction, unless that is of the step's
+    /// own layer.
     fn next_target(&mut self, step: &Step) -> Option<LayerExpert> {
         let prediction = self.prefetcher.prediction.as_mut()?;
         if !prediction.is_read || prediction.layer == step.layer {
@@ -249,7 +254,8 @@ impl ExpertStore {
         self.drop_unclaimed(&claimed);
     }
 
-    /// Gives prefetch `i` to the step's expert at a position. Returns its key if it is still in flight.
+    /// Gives prefetch `i` to the step's expert at a position. Returns its key if it is still in
+    /// flight.
     fn claim(&mut self, step: &mut Step, at: StepPos, target: LoadTarget, i: usize) -> Option<u64> {
         let prefetch = &mut self.prefetcher.prefetches[i];
         if let PrefetchState::Reading = prefetch.state {
@@ -283,7 +289,8 @@ impl ExpertStore {
         self.drop_unclaimed(&[]);
     }
 
-    /// Drops all prefetches that no step has claimed. Reads with the keys `claimed` become demand reads.
+    /// Drops all prefetches that no step has claimed. Reads with the keys `claimed` become demand
+    /// reads.
     fn drop_unclaimed(&mut self, claimed: &[u64]) {
         for prefetch in std::mem::take(&mut self.prefetcher.prefetches) {
             match prefetch.state {
@@ -325,7 +332,8 @@ impl ExpertStore {
         if result.is_ok() {
             self.prefetcher.prefetches[i].state = PrefetchState::Landed(StagedExpert { bytes: buffer, time });
         } else {
-            // If a step needs the expert after all, it reads it again, and a failure reaches its caller.
+            // If a step needs the expert after all, it reads it again, and a failure reaches its
+            // caller.
             self.prefetcher.prefetches.swap_remove(i);
             self.free_staging(buffer);
         }

@@ -50,7 +50,8 @@ pub(super) struct HeldExpert {
     pub(super) after: StepPos,
 }
 
-/// A slot that is read, perhaps again, when the step ends: there was no staging buffer to keep the bytes.
+/// A slot that is read, perhaps again, when the step ends: there was no staging buffer to keep the
+/// bytes.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct SlotRefill {
     pub(super) at: StepPos,
@@ -144,14 +145,14 @@ impl Step {
         self.read_time = Some(self.read_time.map_or(time, |all| all.union(time)));
     }
 
-    /// Returns the time from the first submission of a read, which may precede the step, to the end of
-    /// the last one.
+    /// Returns the time from the first submission of a read, which may precede the step, to the end
+    /// of the last one.
     pub(crate) fn reading(&self) -> Duration {
         self.read_time.map_or(Duration::ZERO, ReadTime::duration)
     }
 
-    /// Whether the expert at this position of the step was resident when the step began: in a slot or
-    /// in its backing copy. A prefetched expert does not count.
+    /// Whether the expert at this position of the step was resident when the step began: in a slot
+    /// or in its backing copy. A prefetched expert does not count.
     pub(crate) fn was_at_hand(&self, at: usize) -> bool {
         self.was_resident[at]
     }

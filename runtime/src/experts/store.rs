@@ -1,9 +1,10 @@
-//! The expert store: pinned experts, slots that the pooled experts share, and reads from the slow tier.
+//! The expert store: pinned experts, slots that the pooled experts share, and reads from the slow
+//! tier.
 //!
-//! A layer's accesses for a token or a batch are one [`Step`]. All choices are looked up together, reads
-//! of what is missing are submitted as far as there are buffers, and each expert can compute once it is
-//! [ready](Step::is_ready). [`SlotCache`](super::cache::SlotCache) alone decides which experts stay in
-//! the slots; it is the code that the planner replays.
+//! A layer's accesses for a token or a batch are one [`Step`]. All choices are looked up together,
+//! reads of what is missing are submitted as far as there are buffers, and each expert can compute
+//! once it is [ready](Step::is_ready). [`SlotCache`](super::cache::SlotCache) alone decides which
+//! experts stay in the slots; it is the code that the planner replays.
 //!
 //! Each expert of a step goes through these [states](ExpertState):
 //!
@@ -22,13 +23,13 @@
 //!                            Released
 //! ```
 //!
-//! A step may give an expert the slot of another one that it uses too. While that one has not computed,
-//! the bytes take a detour through staging, as a [`DeferredMove`]: the expert computes there, and its
-//! bytes move to the slot when both have computed. Where no staging buffer can be spared for that long,
-//! [`finish`](ExpertStore::finish) reads the slot ([`SlotRefill`]).
+//! A step may give an expert the slot of another one that it uses too. While that one has not
+//! computed, the bytes take a detour through staging, as a [`DeferredMove`]: the expert computes
+//! there, and its bytes move to the slot when both have computed. Where no staging buffer can be
+//! spared for that long, [`finish`](ExpertStore::finish) reads the slot ([`SlotRefill`]).
 //!
-//! If a read fails, the step is [given up](ExpertStore::give_up): all its buffers come back, the cache
-//! forgets every expert whose slot does not hold it, and the store can be used as before.
+//! If a read fails, the step is [given up](ExpertStore::give_up): all its buffers come back, the
+//! cache forgets every expert whose slot does not hold it, and the store can be used as before.
 
 use super::cache::Access;
 use super::checksums::{Checksums, TensorSlice};
@@ -78,8 +79,8 @@ pub(crate) struct ExpertStore {
 }
 
 impl ExpertStore {
-    /// `files` may be absent only where no expert is pooled. `prefetches` says whether they are on a real
-    /// device, where speculative reads save time.
+    /// `files` may be absent only where no expert is pooled. `prefetches` says whether they are on
+    /// a real device, where speculative reads save time.
     pub(crate) fn new(
         gguf: Arc<Gguf>,
         layers: Vec<LayerExperts>,
@@ -124,13 +125,14 @@ impl ExpertStore {
         self.layers[layer].expert_bytes() as u64
     }
 
-    /// Counts one token's choices for the slot policy. All tokens of a step are counted before it begins.
+    /// Counts one token's choices for the slot policy. All tokens of a step are counted before it
+    /// begins.
     pub(crate) fn note(&mut self, layer: usize, chosen: &[u16]) {
         self.layers[layer].cache.note(chosen.iter().copied().map(u32::from));
     }
 
-    /// Looks up all `used` experts, in order of last use, and submits the first reads. They will compute
-    /// in the order given by `order`, a permutation of `used`.
+    /// Looks up all `used` experts, in order of last use, and submits the first reads. They will
+    /// compute in the order given by `order`, a permutation of `used`.
     pub(crate) fn begin(&mut self, layer: usize, used: &[u32], order: Vec<u32>) -> Step {
         self.forget_requests();
         let experts = &mut self.layers[layer];
@@ -152,8 +154,8 @@ impl ExpertStore {
         step
     }
 
-    /// Counts one access of a beginning step, and sets the expert's first state; `None` is an access to
-    /// an expert that is not pooled.
+    /// Counts one access of a beginning step, and sets the expert's first state; `None` is an
+    /// access to an expert that is not pooled.
     fn add_access(&self, step: &mut Step, at: StepPos, access: Option<Access>) {
         let is_mapped = self.n_staging == 0;
         let state = match access {
@@ -163,8 +165,9 @@ impl ExpertStore {
                 let slot = SlotId::new(slot);
                 let after = evicted.and_then(|e| step.position_of(ExpertId::new(e)));
                 if after.is_some() && is_mapped {
-                    // On a mapped tier it computes in place and moves to its slot when the step ends: no
-                    // other buffer could hold it, and the slot's expert may come later in the step.
+                    // On a mapped tier it computes in place and moves to its slot when the step
+                    // ends: no other buffer could hold it, and the slot's expert may come later in
+                    // the step.
                     step.refills.push(SlotRefill { at, slot });
                     ExpertState::InPlace
                 } else {
@@ -282,8 +285,8 @@ impl ExpertStore {
         }
     }
 
-    /// Puts the buffer of a finished read where it belongs. Returns the position that it was for, or its
-    /// error, and `None` if it was not for the step.
+    /// Puts the buffer of a finished read where it belongs. Returns the position that it was for,
+    /// or its error, and `None` if it was not for the step.
     fn land(&mut self, step: &mut Step, completion: Completion) -> Option<Result<StepPos, ReadError>> {
         let StepRead { at, buffer, result, time } = self.take_completion(completion)?;
         step.add_read_time(time);
@@ -311,12 +314,13 @@ impl ExpertStore {
         Some(result.map(|()| at))
     }
 
-    /// Ends a step that can't go on: all buffers come back, and the cache forgets every expert that its
-    /// slot does not hold.
+    /// Ends a step that can't go on: all buffers come back, and the cache forgets every expert that
+    /// its slot does not hold.
     pub(crate) fn give_up(&mut self, step: &mut Step) {
         while step.in_flight > 0 {
             let Some(Ok(completion)) = self.files.as_ref().map(FileTier::wait) else { break };
-            // One error is reported; the others of this step have the same cause or will come again.
+            // One error is reported; the others of this step have the same cause or will come
+            // again.
             let _ = self.land(step, completion);
         }
         for at in (0..step.states.len()).map(StepPos::new) {
@@ -336,7 +340,8 @@ impl ExpertStore {
             self.free_staging(held.bytes);
         }
         self.forget_requests();
-        // The cache has forgotten every expert that did not reach its slot, and one error is enough.
+        // The cache has forgotten every expert that did not reach its slot, and one error is
+        // enough.
         self.gpu_error = None;
         self.drop_predictions();
     }

@@ -1,5 +1,5 @@
-//! The store against the file: in whatever order experts are accessed, and whichever reads fail, an expert
-//! that can compute has the bytes of the file.
+//! The store against the file: in whatever order experts are accessed, and whichever reads fail, an
+//! expert that can compute has the bytes of the file.
 
 use super::checksums::Checksums;
 use super::checksums::compute_checksums;
@@ -71,7 +71,8 @@ struct Setup {
     copy: Option<bool>,
     /// The slots are on a GPU.
     on_gpu: bool,
-    /// A byte of this expert of the first layer is not what its checksum was made of, in the file and in the copy.
+    /// A byte of this expert of the first layer is not what its checksum was made of, in the file
+    /// and in the copy.
     damaged: Option<usize>,
 }
 
@@ -305,7 +306,8 @@ fn warm_up_fills_empty_slots_between_steps() {
         let wanted = [(0, vec![5, 1, 5, 99, 3, 7, 2]), (1, vec![4, 0])];
         let slots = slots as u64;
         assert_eq!(store.warm_up(&wanted).unwrap(), slots + 2);
-        // Each step starts a few reads, and takes in those of the steps before. Expert 4 it reads itself.
+        // Each step starts a few reads, and takes in those of the steps before. Expert 4 it reads
+        // itself.
         while store.warmed() < slots + 1 {
             take(&mut store, 1, &[4], false).unwrap();
         }

@@ -1,4 +1,5 @@
-//! Borrowed views of one expert's matrices: in a slot, in staging, in an arena, or in the mapped file.
+//! Borrowed views of one expert's matrices: in a slot, in staging, in an arena, or in the mapped
+//! file.
 
 use crate::layers::compute::add_bias;
 use tier_plan_cuda::experts::ExpertKind;
@@ -25,8 +26,8 @@ pub(crate) struct ViewLinear<'a> {
 }
 
 impl ExpertView<'_> {
-    /// Returns the dequantized biases of gate, up, and down, with zeros for a matrix without one, or `None`
-    /// if no matrix has one.
+    /// Returns the dequantized biases of gate, up, and down, with zeros for a matrix without one,
+    /// or `None` if no matrix has one.
     pub(crate) fn biases(&self) -> Option<[Vec<f32>; 3]> {
         let linears = [self.gate, self.up, self.down];
         linears.iter().any(|l| l.bias.is_some()).then(|| {

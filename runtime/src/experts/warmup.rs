@@ -1,8 +1,9 @@
 //! Warm-up: fills empty slots in the background with the experts that are most likely to be used.
 //!
-//! A warm-up read goes into a buffer that is not needed at the moment, and its expert gets a slot through
-//! the cache once it has landed. Until then the cache does not know of it, so no step ever waits for a
-//! warm-up read. If a step reads the expert meanwhile, the copy that lands second is dropped.
+//! A warm-up read goes into a buffer that is not needed at the moment, and its expert gets a slot
+//! through the cache once it has landed. Until then the cache does not know of it, so no step ever
+//! waits for a warm-up read. If a step reads the expert meanwhile, the copy that lands second is
+//! dropped.
 
 use super::cache::SlotCache;
 use super::ids::{ExpertId, LayerExpert, SlotId};
@@ -55,8 +56,8 @@ impl Warmup {
 }
 
 impl ExpertStore {
-    /// Fills empty slots from now on with these experts: per layer (by position) in the given order, all
-    /// layers in step. Returns how many of the experts there are slots for.
+    /// Fills empty slots from now on with these experts: per layer (by position) in the given
+    /// order, all layers in step. Returns how many of the experts there are slots for.
     ///
     /// # Errors
     /// When a buffer can't be allocated.
@@ -129,8 +130,8 @@ impl ExpertStore {
         Some(buffer)
     }
 
-    /// Puts away prefetches and warm-up reads that have finished, without waiting. May be called only
-    /// while no step has reads in flight.
+    /// Puts away prefetches and warm-up reads that have finished, without waiting. May be called
+    /// only while no step has reads in flight.
     pub(super) fn poll_completions(&mut self) {
         while let Some(completion) = self.files.as_ref().and_then(FileTier::poll) {
             let _ = self.take_completion(completion);
@@ -143,7 +144,8 @@ impl ExpertStore {
         let Some(i) = self.warmup.in_flight.iter().position(|read| read.key == key) else { return };
         let LayerExpert { layer, expert } = self.warmup.in_flight.swap_remove(i).target;
         let in_layer = &mut self.layers[layer];
-        // After a failure a step that needs the expert reads it again, and its caller gets the error.
+        // After a failure a step that needs the expert reads it again, and its caller gets the
+        // error.
         if result.is_ok()
             && let Some(slot) = in_layer.cache.preload(expert.get()).map(SlotId::new)
         {

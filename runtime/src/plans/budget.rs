@@ -1,8 +1,10 @@
-//! A plan within a memory budget, made without a solver: the default for a model that is larger than memory.
+//! A plan within a memory budget, made without a solver: the default for a model that is larger
+//! than memory.
 //!
-//! The budget is for all memory of the process. Dense tensors, the KV cache, staging, and activations come
-//! first. What is left becomes slots, the same number in every layer, as nothing is known of how the experts
-//! are used. The backing copy of every expert is in the file, which counts as a block device.
+//! The budget is for all memory of the process. Dense tensors, the KV cache, staging, and
+//! activations come first. What is left becomes slots, the same number in every layer, as nothing
+//! is known of how the experts are used. The backing copy of every expert is in the file, which
+//! counts as a block device.
 
 use super::in_memory::obvious;
 use crate::experts::layer::{LayerExperts, Layout};
@@ -17,16 +19,16 @@ use tier_plan_formats::model::spec::{Ffn, ModelSpec, MoeSpec};
 use tier_plan_formats::placement::{Placement, PlanTier};
 use tier_plan_formats::units::show_bytes;
 
-/// Memory of the program, its threads, and its allocator: 9 MiB were measured as resident memory beyond
-/// all that is counted, the rest is margin.
+/// Memory of the program, its threads, and its allocator: 9 MiB were measured as resident memory
+/// beyond all that is counted, the rest is margin.
 const PROGRAM_BYTES: u64 = 16 << 20;
 
-/// Memory of an open file and its tokenizer, in bytes per byte of its header: 15 to 16 were measured on
-/// vocabularies of 49 to 152 thousand tokens.
+/// Memory of an open file and its tokenizer, in bytes per byte of its header: 15 to 16 were
+/// measured on vocabularies of 49 to 152 thousand tokens.
 const MEMORY_PER_HEADER_BYTE: u64 = 17;
 
-/// Fraction (1/n) of a budget that stays free for what can't be counted: page tables, kernel buffers,
-/// fragmentation.
+/// Fraction (1/n) of a budget that stays free for what can't be counted: page tables, kernel
+/// buffers, fragmentation.
 const SPARE_FRACTION: u64 = 64;
 
 /// Most staging buffers beyond the experts that one token uses.
@@ -86,8 +88,8 @@ pub struct FixedMemory {
 }
 
 impl FixedMemory {
-    /// Returns the memory of a model within `budget` bytes, with the largest batch whose activations take
-    /// at most a 32nd of the budget.
+    /// Returns the memory of a model within `budget` bytes, with the largest batch whose
+    /// activations take at most a 32nd of the budget.
     pub fn new(gguf: &Gguf, spec: &ModelSpec, shape: &ModelShape, context: u32, kv_type: KvType, budget: u64) -> Self {
         let header = gguf.tensors().iter().filter(|t| t.part == 0).map(|t| t.offset).min().unwrap_or(0);
         let mut batch = BATCH.min(context.max(1) as usize);
@@ -113,8 +115,9 @@ impl FixedMemory {
     }
 }
 
-/// Returns an upper bound on the activations of a pass of `batch` tokens: the hidden states between layers,
-/// and for a micro-batch the widest rows of each kind of layer, with their 8-bit quantized forms.
+/// Returns an upper bound on the activations of a pass of `batch` tokens: the hidden states between
+/// layers, and for a micro-batch the widest rows of each kind of layer, with their 8-bit quantized
+/// forms.
 fn activation_bytes(gguf: &Gguf, spec: &ModelSpec, context: u32, batch: usize) -> u64 {
     // A value and its 8-bit form with scales take 5.25 bytes.
     const WITH_QUANTS: u64 = 6;
@@ -122,7 +125,8 @@ fn activation_bytes(gguf: &Gguf, spec: &ModelSpec, context: u32, batch: usize) -
     let (mut mixer, mut ffn, mut n_expert, mut n_used) = (0, 0, 0, 0);
     for layer in &spec.layers {
         let matrices = layer.mixer.tensors().matrices;
-        // Each result exists a second time while it is transformed, and is quantized once for its reader.
+        // Each result exists a second time while it is transformed, and is quantized once for its
+        // reader.
         mixer = mixer.max(matrices.iter().map(rows).sum::<u64>().saturating_mul(8 + WITH_QUANTS));
         match &layer.ffn {
             Ffn::Dense(f) => ffn = ffn.max(f.gate.n_out),
@@ -143,8 +147,8 @@ fn activation_bytes(gguf: &Gguf, spec: &ModelSpec, context: u32, batch: usize) -
     kept.saturating_mul(batch as u64).saturating_add(micro).saturating_add(once)
 }
 
-/// Returns the bytes of one expert's buffer in each layer with routed experts, `[n_moe_layers]`, with room
-/// for whole pages.
+/// Returns the bytes of one expert's buffer in each layer with routed experts, `[n_moe_layers]`,
+/// with room for whole pages.
 pub fn buffer_bytes(gguf: &Gguf, spec: &ModelSpec) -> Vec<u64> {
     let bytes = |moe: &MoeSpec| LayerExperts::all_pooled(gguf, moe).buffer_bytes(Layout::WholePages) as u64;
     spec.moe_layers().map(|(_, moe)| bytes(moe)).collect()
@@ -153,8 +157,8 @@ pub fn buffer_bytes(gguf: &Gguf, spec: &ModelSpec) -> Vec<u64> {
 /// Returns a plan under which the process takes at most `budget` bytes of memory.
 ///
 /// # Errors
-/// When the experts of one token don't fit beside what every plan needs. For a model without routed experts:
-/// when its weights don't fit.
+/// When the experts of one token don't fit beside what every plan needs. For a model without routed
+/// experts: when its weights don't fit.
 pub fn within(
     gguf: &Gguf,
     spec: &ModelSpec,
@@ -227,8 +231,9 @@ pub fn lines(plan: &Placement, rooms: &[u64], fixed: &FixedMemory, budget: u64) 
     lines
 }
 
-/// Returns slots per layer, as evenly as `left` bytes allow. A layer gets no slots, or at least as many as a
-/// token uses experts, and at most as many as it has experts; `limits` are these two numbers.
+/// Returns slots per layer, as evenly as `left` bytes allow. A layer gets no slots, or at least as
+/// many as a token uses experts, and at most as many as it has experts; `limits` are these two
+/// numbers.
 fn spread(rooms: &[u64], limits: &[(u32, u32)], mut left: u64) -> Vec<u32> {
     let mut slots = vec![0; rooms.len()];
     let mut open: Vec<usize> = (0..rooms.len()).collect();
@@ -269,8 +274,8 @@ fn two_tiers(shape: &ModelShape, context: u32, kv_type: KvType, bytes: u64) -> P
     plan
 }
 
-/// Returns a tier of memory and the model's file as a block device. Their rates are no measurements; they
-/// only order the two tiers.
+/// Returns a tier of memory and the model's file as a block device. Their rates are no
+/// measurements; they only order the two tiers.
 pub fn machine_tiers(dram_bytes: u64, file_bytes: u64) -> [Tier; 2] {
     let tier = |name: &str, kind, capacity_bytes, read_gbps, latency_us| Tier {
         name: name.into(),

@@ -78,13 +78,14 @@ pub struct Arena {
     capacity: usize,
 }
 
-// SAFETY: `base` points into `mapping`, which is read and written only through slices, and those are
-// disjoint.
+// SAFETY: `base` points into `mapping`, which is read and written only through slices, and those
+// are disjoint.
 unsafe impl Send for Arena {}
 
 impl Arena {
-    /// Allocates an arena of exactly `bytes`, zero-filled, on huge pages where the system offers them.
-    /// Pages that have been written are locked in memory where the process's limit allows that.
+    /// Allocates an arena of exactly `bytes`, zero-filled, on huge pages where the system offers
+    /// them. Pages that have been written are locked in memory where the process's limit allows
+    /// that.
     ///
     /// # Errors
     /// When the system refuses the memory.
@@ -99,7 +100,8 @@ impl Arena {
     pub fn on(tier: &str, bytes: u64, pages: &Pages) -> Result<Self, ArenaError> {
         let map_error = |source| ArenaError::Map { tier: tier.to_string(), bytes, r#source };
         let capacity = usize::try_from(bytes).map_err(|_| map_error(std::io::ErrorKind::OutOfMemory.into()))?;
-        // The system refuses empty mappings, so an empty arena maps one byte that is never handed out.
+        // The system refuses empty mappings, so an empty arena maps one byte that is never handed
+        // out.
         let mut map = MmapMut::map_anon(capacity.max(1)).map_err(map_error)?;
         #[cfg(target_os = "linux")]
         let _ = map.advise(memmap2::Advice::HugePage);
@@ -107,8 +109,8 @@ impl Arena {
         // SAFETY: the range is the mapping's own.
         unsafe { pages.bind(base, capacity) }.map_err(|source| ArenaError::refused(tier, pages, source))?;
         #[cfg(target_os = "linux")]
-        // SAFETY: the range is the mapping's own. Most users may lock little memory: a refusal is ignored,
-        // since the lock only keeps pages from being swapped out.
+        // SAFETY: the range is the mapping's own. Most users may lock little memory: a refusal is
+        // ignored, since the lock only keeps pages from being swapped out.
         unsafe {
             libc::mlock2(base.cast(), capacity, libc::MLOCK_ONFAULT as _);
         }
@@ -147,8 +149,8 @@ pub struct ArenaSlice {
 }
 
 impl ArenaSlice {
-    /// Shortens the visible range to `len` bytes until it is [restored](Self::restored): a buffer for the
-    /// largest expert also serves smaller ones.
+    /// Shortens the visible range to `len` bytes until it is [restored](Self::restored): a buffer
+    /// for the largest expert also serves smaller ones.
     pub fn truncate(&mut self, len: usize) {
         self.len = len.min(self.capacity);
     }
@@ -175,8 +177,8 @@ impl Deref for ArenaSlice {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        // SAFETY: the range lies in the mapping that `_mapping` keeps alive, is initialized (zero-filled),
-        // and belongs to this slice alone.
+        // SAFETY: the range lies in the mapping that `_mapping` keeps alive, is initialized
+        // (zero-filled), and belongs to this slice alone.
         unsafe { std::slice::from_raw_parts(self.start, self.len) }
     }
 }

@@ -11,8 +11,8 @@ const CHUNK_BYTES: usize = 1 << 20;
 /// Passes over the memory, of which the fastest counts.
 const PASSES: usize = 5;
 
-/// Returns the GB/s (10⁹ bytes) at which the pool's threads together read `bytes` of main memory on huge
-/// pages, from the fastest of a few passes. `bytes` should exceed the last-level cache.
+/// Returns the GB/s (10⁹ bytes) at which the pool's threads together read `bytes` of main memory on
+/// huge pages, from the fastest of a few passes. `bytes` should exceed the last-level cache.
 ///
 /// # Errors
 /// When the memory can't be allocated.

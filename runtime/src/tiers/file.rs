@@ -3,9 +3,9 @@
 //! A request reads some [spans](Span) into one buffer. Each span is cut at 1 MiB into
 //! jobs, which the readers take in order of [priority](Priority).
 //!
-//! Direct I/O (`O_DIRECT`) reads whole pages only. They go straight into the buffer where it has room
-//! for them at an aligned address. Otherwise they go through the reader's own page-aligned bounce
-//! buffer, at the price of a copy.
+//! Direct I/O (`O_DIRECT`) reads whole pages only. They go straight into the buffer where it has
+//! room for them at an aligned address. Otherwise they go through the reader's own page-aligned
+//! bounce buffer, at the price of a copy.
 
 mod check;
 mod stream;
@@ -26,8 +26,8 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-/// Reader threads, and so reads in flight at once. Drives reach their rate only at high queue depths,
-/// and a thread that waits for a drive costs little.
+/// Reader threads, and so reads in flight at once. Drives reach their rate only at high queue
+/// depths, and a thread that waits for a drive costs little.
 const READER_THREADS: usize = 16;
 
 /// Most bytes that one read asks the system for.
@@ -63,8 +63,8 @@ pub struct Span {
     pub extent: Extent,
     /// Offset of the extent's first byte in the buffer.
     pub at: usize,
-    /// Whether the buffer has room for whole pages there: [`head`](Extent::head) bytes before `at`, and
-    /// [`pages_bytes`](Extent::pages_bytes) in all. A read may overwrite all of that room.
+    /// Whether the buffer has room for whole pages there: [`head`](Extent::head) bytes before `at`,
+    /// and [`pages_bytes`](Extent::pages_bytes) in all. A read may overwrite all of that room.
     pub whole_pages: bool,
 }
 
@@ -91,8 +91,8 @@ pub enum Priority {
     Background,
 }
 
-/// [Background](Priority::Background) reads in flight at once: few, so that a demand read that comes
-/// meanwhile finds the device nearly idle.
+/// [Background](Priority::Background) reads in flight at once: few, so that a demand read that
+/// comes meanwhile finds the device nearly idle.
 const MAX_BACKGROUND_READS: usize = 2;
 
 /// The time that a request took: from its submission to the end of its last job.
@@ -143,9 +143,9 @@ struct Request {
     checks: Vec<SliceChecksum>,
 }
 
-// SAFETY: `base` points into `buffer`, which stays until the last job has ended. Jobs write disjoint
-// ranges of it (checked in `submit_checked`). Only the last job touches `buffer` itself, after all
-// others have counted themselves out of `jobs_left` (acquire-release).
+// SAFETY: `base` points into `buffer`, which stays until the last job has ended. Jobs write
+// disjoint ranges of it (checked in `submit_checked`). Only the last job touches `buffer` itself,
+// after all others have counted themselves out of `jobs_left` (acquire-release).
 unsafe impl Send for Request {}
 // SAFETY: the fields that threads share are atomics, mutexes, or governed by the rule above.
 unsafe impl Sync for Request {}
@@ -271,7 +271,8 @@ impl FileTier {
         READER_THREADS as u64 * (MAX_READ_BYTES + 2 * ALIGN + (16 << 10)) as u64
     }
 
-    /// Whether any file is read with direct I/O, so that buffers with room for whole pages save a copy.
+    /// Whether any file is read with direct I/O, so that buffers with room for whole pages save a
+    /// copy.
     pub fn is_direct(&self) -> bool {
         self.shared.sources.iter().any(|s| s.alignment() > 1)
     }
@@ -284,7 +285,8 @@ impl FileTier {
         self.shared.sources.iter().try_for_each(Source::check)
     }
 
-    /// Submits a request that reads the spans into `into`; [`wait`](Self::wait) gives the buffer back.
+    /// Submits a request that reads the spans into `into`; [`wait`](Self::wait) gives the buffer
+    /// back.
     ///
     /// # Panics
     /// When a span does not fit the buffer, or two overlap.
@@ -292,8 +294,8 @@ impl FileTier {
         self.submit_checked(key, spans, Vec::new(), into, priority);
     }
 
-    /// Submits a request like [`submit`](Self::submit) whose bytes must have the checksums in `checks`.
-    /// The request completes with [`ReadError::Damaged`] otherwise.
+    /// Submits a request like [`submit`](Self::submit) whose bytes must have the checksums in
+    /// `checks`. The request completes with [`ReadError::Damaged`] otherwise.
     ///
     /// # Panics
     /// When a span does not fit the buffer, two overlap, or a check reaches past the buffer.
@@ -364,8 +366,8 @@ impl FileTier {
         jobs
     }
 
-    /// Promotes the [idle](Priority::Idle) requests with these keys to [demand](Priority::Demand), and
-    /// cancels the jobs of all other idle requests that have not begun.
+    /// Promotes the [idle](Priority::Idle) requests with these keys to [demand](Priority::Demand),
+    /// and cancels the jobs of all other idle requests that have not begun.
     ///
     /// A canceled request still completes, with [`ReadError::Stopped`].
     pub fn resolve_idle(&self, promoted: &[u64]) {
@@ -442,7 +444,8 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|e| e.into_inner())
 }
 
-/// Compares a request's bytes with its checksums. Called by its last job, before it gives back the buffer.
+/// Compares a request's bytes with its checksums. Called by its last job, before it gives back the
+/// buffer.
 fn verify(sources: &[Source], request: &Request) {
     let mut error = lock(&request.error);
     if error.is_some() || request.checks.is_empty() {
@@ -498,9 +501,9 @@ fn read_loop(shared: &Shared, completions: &Sender<Completion>) {
 /// Reads for one job; `bounce` is the reader's own buffer, allocated when it is first needed.
 fn run(source: &Source, job: &Job, bounce: &mut Option<ArenaSlice>) -> Result<(), ReadError> {
     if !job.bounced {
-        // SAFETY: `submit_checked` has checked that the span's writable range lies in the buffer and
-        // overlaps no other span's. Jobs of one span are consecutive parts of it. The buffer lives
-        // until this job has counted itself out.
+        // SAFETY: `submit_checked` has checked that the span's writable range lies in the buffer
+        // and overlaps no other span's. Jobs of one span are consecutive parts of it. The buffer
+        // lives until this job has counted itself out.
         let into = unsafe { std::slice::from_raw_parts_mut(job.request.base.add(job.at - job.skip), job.len) };
         return source.fill(job.from, into, job.need);
     }
@@ -516,7 +519,8 @@ fn run(source: &Source, job: &Job, bounce: &mut Option<ArenaSlice>) -> Result<()
     };
     source.fill(job.from, &mut bounce[..job.len], job.need)?;
     let wanted = &bounce[job.skip..job.need];
-    // SAFETY: the range holds the job's wanted bytes only, which lie in its span; the rest as above.
+    // SAFETY: the range holds the job's wanted bytes only, which lie in its span; the rest as
+    // above.
     let into = unsafe { std::slice::from_raw_parts_mut(job.request.base.add(job.at), wanted.len()) };
     into.copy_from_slice(wanted);
     Ok(())

@@ -127,7 +127,8 @@ fn memory_cgroups(cgroup: &str, mountinfo: &str) -> Vec<Cgroup> {
     cgroups
 }
 
-/// Parses a line of `mountinfo`; `None` unless it mounts the memory controller of that cgroup version.
+/// Parses a line of `mountinfo`; `None` unless it mounts the memory controller of that cgroup
+/// version.
 fn parse_mount(line: &str, version: u8) -> Option<CgroupMount> {
     let (before, after) = line.split_once(" - ")?;
     let mut before = before.split(' ').skip(3);
@@ -141,14 +142,16 @@ fn parse_mount(line: &str, version: u8) -> Option<CgroupMount> {
     has_memory.then(|| CgroupMount { root: root.into(), mount: mount.into() })
 }
 
-/// Returns the bytes that the tightest cgroup, from this one up to its mount, leaves to the process.
+/// Returns the bytes that the tightest cgroup, from this one up to its mount, leaves to the
+/// process.
 fn cgroup_bytes(root: &Path, cgroup: &Cgroup, process_bytes: u64) -> Option<u64> {
     let mount = root.join(cgroup.mount.strip_prefix("/").unwrap_or(&cgroup.mount));
     let left = |path: &Path| left_in(&mount.join(path), cgroup.version, process_bytes);
     cgroup.path.ancestors().filter_map(left).min()
 }
 
-/// Returns the limit of the cgroup in `folder`, less what other processes hold; `None` without a limit.
+/// Returns the limit of the cgroup in `folder`, less what other processes hold; `None` without a
+/// limit.
 fn left_in(folder: &Path, version: u8, process_bytes: u64) -> Option<u64> {
     let (limit, used) = match version {
         2 => ("memory.max", "anon"),

@@ -1,9 +1,10 @@
 //! Memory tiers at run time: arenas that hold bytes, files that bytes are read from, memory limits,
 //! NUMA nodes, and the pacing of emulated tiers.
 //!
-//! All `unsafe` code of this crate that talks to the operating system is in here: anonymous mappings
-//! ([`arena`]), reader threads that fill one buffer together ([`file`]), and system calls without a
-//! safe wrapper ([`numa`], [`limits`], [`source`]). It knows nothing of models, layers, or experts.
+//! All `unsafe` code of this crate that talks to the operating system is in here: anonymous
+//! mappings ([`arena`]), reader threads that fill one buffer together ([`file`]), and system calls
+//! without a safe wrapper ([`numa`], [`limits`], [`source`]). It knows nothing of models, layers,
+//! or experts.
 
 pub mod arena;
 pub mod bandwidth;

@@ -65,8 +65,8 @@ fn kilobytes(meminfo: &str, name: &str) -> Option<u64> {
     value?.parse::<u64>().ok()?.checked_mul(1024)
 }
 
-/// Returns the NUMA node that a tier's memory must be on, if any. An emulated tier stands for memory of
-/// another machine, so its pages may be anywhere.
+/// Returns the NUMA node that a tier's memory must be on, if any. An emulated tier stands for
+/// memory of another machine, so its pages may be anywhere.
 pub fn node_of(tier: &Tier) -> Option<u32> {
     tier.node().filter(|_| !tier.emulated)
 }
@@ -126,8 +126,8 @@ impl Pages {
         node_of(tier).map_or(Pages::Anywhere, Pages::Node)
     }
 
-    /// Binds the whole pages within `len` bytes from `start` to these nodes, and moves those that are
-    /// elsewhere.
+    /// Binds the whole pages within `len` bytes from `start` to these nodes, and moves those that
+    /// are elsewhere.
     ///
     /// # Errors
     /// When the system refuses.
@@ -144,7 +144,8 @@ impl Pages {
         unsafe { numa::bind(start, len, nodes, matches!(self, Pages::Interleaved(_))) }
     }
 
-    /// Moves the whole pages within `values` to these nodes. Partly covered pages stay where they are.
+    /// Moves the whole pages within `values` to these nodes. Partly covered pages stay where they
+    /// are.
     ///
     /// # Errors
     /// When the system refuses.

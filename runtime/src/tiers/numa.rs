@@ -1,7 +1,8 @@
-//! NUMA policy of this process: on which nodes its memory is placed, and on which processors it runs.
+//! NUMA policy of this process: on which nodes its memory is placed, and on which processors it
+//! runs.
 //!
-//! Linux's `mbind`, `set_mempolicy`, and `sched_setaffinity` are called directly, since `libc` wraps
-//! only the last of them.
+//! Linux's `mbind`, `set_mempolicy`, and `sched_setaffinity` are called directly, since `libc`
+//! wraps only the last of them.
 
 use std::fmt;
 use std::fs;
@@ -88,7 +89,8 @@ impl FromStr for NumaPolicy {
 
 impl NumaPolicy {
     /// Makes this the policy for all memory that the process touches from now on.
-    /// [`Node`](Self::Node) also pins this thread, and those it starts later, to the node's processors.
+    /// [`Node`](Self::Node) also pins this thread, and those it starts later, to the node's
+    /// processors.
     ///
     /// Must be called before anything large is allocated or any thread is started.
     ///
@@ -120,7 +122,8 @@ impl NumaPolicy {
     }
 }
 
-/// Parses a list like `0-3,8`. Returns `None` when the text is no such list, or a number is too large.
+/// Parses a list like `0-3,8`. Returns `None` when the text is no such list, or a number is too
+/// large.
 pub(super) fn parse_list(text: &str) -> Option<Vec<u32>> {
     let mut numbers = Vec::new();
     for part in text.trim().split(',') {
@@ -161,8 +164,8 @@ pub fn pin_thread_to_cpus(processors: &[u32]) -> std::io::Result<()> {
     set_processors(processors)
 }
 
-/// Binds the whole pages within `len` bytes from `start` to these nodes, or interleaves them, and moves
-/// those that are elsewhere.
+/// Binds the whole pages within `len` bytes from `start` to these nodes, or interleaves them, and
+/// moves those that are elsewhere.
 ///
 /// # Safety
 /// The bytes must be memory of this process.
@@ -178,8 +181,8 @@ pub(super) unsafe fn bind(start: *const u8, len: usize, nodes: &[u32], interleav
     }
     let mode = if interleaved { MPOL_INTERLEAVE } else { MPOL_BIND };
     let mask = mask(nodes);
-    // SAFETY: the pages lie within memory of this process. The system reads `maxnode - 1` bits of the
-    // mask, which is its length.
+    // SAFETY: the pages lie within memory of this process. The system reads `maxnode - 1` bits of
+    // the mask, which is its length.
     let rc = unsafe {
         libc::syscall(
             libc::SYS_mbind,

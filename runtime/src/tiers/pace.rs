@@ -1,20 +1,22 @@
 //! Pacing of emulated tiers: a stage takes as long as the declared rates of its tiers say.
 //!
-//! A stage's work runs first, on real memory. Then [`settle`] waits until the declared time has passed
-//! since the stage began. Real tiers are not paced. The declared time is what the planner's cost model
-//! predicts:
+//! A stage's work runs first, on real memory. Then [`settle`] waits until the declared time has
+//! passed since the stage began. Real tiers are not paced. The declared time is what the planner's
+//! cost model predicts:
 //!
-//! - A dense stage takes the layer's fixed overhead, plus bytes over rate of each tier, one after the
-//!   other. The KV cache and recurrent state that the stage moves are charged to their tier alike.
-//! - An expert stage takes the longest of its paths, which overlap. An accelerator tier's path is the
-//!   launch latency, then bytes over rate. The path of a tier that the CPU computes from is bytes over
-//!   rate. The slow tier's path is its latency, then missed bytes over its rate, or over the rate of the
-//!   link to their target if that is lower.
+//! - A dense stage takes the layer's fixed overhead, plus bytes over rate of each tier, one after
+//!   the other. The KV cache and recurrent state that the stage moves are charged to their tier
+//!   alike.
+//! - An expert stage takes the longest of its paths, which overlap. An accelerator tier's path is
+//!   the launch latency, then bytes over rate. The path of a tier that the CPU computes from is
+//!   bytes over rate. The slow tier's path is its latency, then missed bytes over its rate, or over
+//!   the rate of the link to their target if that is lower.
 
 use std::time::{Duration, Instant};
 use tier_plan_formats::machine::{Tier, TierKind};
 
-/// The last part of a wait, which spins instead of sleeping: sleeping overshoots by tens of microseconds.
+/// The last part of a wait, which spins instead of sleeping: sleeping overshoots by tens of
+/// microseconds.
 const SPIN: Duration = Duration::from_micros(120);
 
 /// Bytes read from each tier in one stage.
@@ -104,8 +106,9 @@ impl Pacer {
         bytes.0.iter().enumerate().map(|(tier, b)| self.transfer(tier, *b)).sum()
     }
 
-    /// Returns the declared time of each path of an expert stage, `[n_tiers]`: for the bytes that experts
-    /// were `computed` from, and for `missed_bytes` read from the last tier to the tier `to`.
+    /// Returns the declared time of each path of an expert stage, `[n_tiers]`: for the bytes that
+    /// experts were `computed` from, and for `missed_bytes` read from the last tier to the tier
+    /// `to`.
     pub fn expert_paths(&self, computed: &StageBytes, missed_bytes: u64, to: usize) -> Vec<Duration> {
         let slow = self.tiers.len() - 1;
         let link = self.tiers[to].accelerator.link_gbps.filter(|_| self.tiers[to].emulated && missed_bytes > 0);
@@ -129,7 +132,8 @@ fn micros(us: f64) -> Duration {
     seconds(us * 1e-6)
 }
 
-/// Returns a declared time, at most one hour, so that sums stay in range whatever a machine file says.
+/// Returns a declared time, at most one hour, so that sums stay in range whatever a machine file
+/// says.
 fn seconds(s: f64) -> Duration {
     Duration::from_secs_f64(s.clamp(0.0, 3600.0))
 }

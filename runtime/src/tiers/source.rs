@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 use thiserror::Error;
 
-/// Alignment of direct I/O in bytes: offsets, lengths, and buffer addresses are multiples of it. It is
-/// the page size, which every block device accepts.
+/// Alignment of direct I/O in bytes: offsets, lengths, and buffer addresses are multiples of it. It
+/// is the page size, which every block device accepts.
 pub const ALIGN: usize = 4096;
 
 /// Retries of one failed read. The waits in between start at 1 ms and grow fourfold.
@@ -89,7 +89,8 @@ pub enum ReadError {
 pub enum ReadMode {
     /// Through the page cache, which keeps the bytes: for tiers that stand for memory.
     Cached,
-    /// With direct I/O (`O_DIRECT`) where the file system supports it, else as [`Buffered`](Self::Buffered).
+    /// With direct I/O (`O_DIRECT`) where the file system supports it, else as
+    /// [`Buffered`](Self::Buffered).
     Direct,
     /// Through the page cache, then dropped from it, so that memory does not hold the bytes twice.
     Buffered,
@@ -193,7 +194,8 @@ fn open_direct(_: &Path) -> Option<File> {
 #[cfg(target_os = "linux")]
 fn disable_read_ahead(file: &File) {
     use std::os::fd::AsRawFd;
-    // SAFETY: the descriptor is open, and the call takes no memory. A refused hint costs speed only.
+    // SAFETY: the descriptor is open, and the call takes no memory. A refused hint costs speed
+    // only.
     let _ = unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_RANDOM) };
 }
 
@@ -208,7 +210,8 @@ fn drop_cached(file: &File, offset: u64, len: usize) {
     let from = offset / ALIGN as u64 * ALIGN as u64;
     let to = (offset + len as u64).next_multiple_of(ALIGN as u64);
     if let (Ok(from), Ok(len)) = (libc::off_t::try_from(from), libc::off_t::try_from(to - from)) {
-        // SAFETY: the descriptor is open, and the call takes no memory. A refused hint costs cache memory only.
+        // SAFETY: the descriptor is open, and the call takes no memory. A refused hint costs cache
+        // memory only.
         let _ = unsafe { libc::posix_fadvise(file.as_raw_fd(), from, len, libc::POSIX_FADV_DONTNEED) };
     }
 }
@@ -283,8 +286,8 @@ impl Source {
         ReadError::Damaged { path: self.path.clone(), what: what.to_string(), offset, len, found, expected }
     }
 
-    /// Reads at least the first `need` bytes of `into` from `offset` on; more unless the file ends there.
-    /// `offset`, the length of `into`, and its address are multiples of the alignment.
+    /// Reads at least the first `need` bytes of `into` from `offset` on; more unless the file ends
+    /// there. `offset`, the length of `into`, and its address are multiples of the alignment.
     ///
     /// # Errors
     /// When the file has changed, or a read fails after all retries.

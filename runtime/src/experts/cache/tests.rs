@@ -116,8 +116,8 @@ fn policies() -> impl Strategy<Value = SlotPolicy> {
     ]
 }
 
-/// What the slots hold by applying a step's accesses, as an engine does, with what every access must be whatever the
-/// policy is.
+/// What the slots hold by applying a step's accesses, as an engine does, with what every access
+/// must be whatever the policy is.
 fn apply(held: &mut [Option<u32>], cache: &SlotCache, chosen: &[u32], out: &[Access]) -> Result<(), TestCaseError> {
     prop_assert_eq!(out.len(), chosen.len());
     let before = held.to_vec();
@@ -144,7 +144,7 @@ fn apply(held: &mut [Option<u32>], cache: &SlotCache, chosen: &[u32], out: &[Acc
 }
 
 /// The uses of an expert as the formula has them: each weighs half as much a half-life later.
-fn worth(policy: SlotPolicy, history: &[Vec<u32>], expert: u32) -> f64 {
+fn score(policy: SlotPolicy, history: &[Vec<u32>], expert: u32) -> f64 {
     let decayed = |half_life: u32| -> f64 {
         let ages = history.iter().rev().enumerate().filter(|(_, chosen)| chosen.contains(&expert));
         ages.map(|(age, _)| 0.5f64.powf(age as f64 / f64::from(half_life))).sum()
@@ -179,7 +179,7 @@ fn by_last_use(tokens: &[Vec<u32>]) -> Vec<u32> {
 
 proptest! {
     #[test]
-    fn the_slots_hold_what_is_worth_most(policy in policies(), batches in batches(), n_slots in 0u32..10) {
+    fn the_slots_hold_the_highest_scores(policy in policies(), batches in batches(), n_slots in 0u32..10) {
         let mut cache = SlotCache::new(9, n_slots, policy);
         let (mut out, mut history) = (Vec::new(), Vec::new());
         let mut held = vec![None; n_slots as usize];
@@ -201,14 +201,15 @@ proptest! {
             let stays = |e: u32| chosen.len() <= n_slots as usize && before.contains(&e) && chosen.contains(&e);
             if policy != SlotPolicy::Lru {
                 for (&inside, &outside) in now.iter().flat_map(|i| left_out().map(move |o| (i, o))) {
-                    let (a, b) = (worth(policy, &history, inside), worth(policy, &history, outside));
-                    prop_assert!(a >= b * (1.0 - 1e-3) || stays(inside), "{inside} is worth {a}, {outside} {b}");
+                    let (a, b) = (score(policy, &history, inside), score(policy, &history, outside));
+                    prop_assert!(a >= b * (1.0 - 1e-3) || stays(inside), "{inside} has score {a}, {outside} {b}");
                 }
             }
         }
     }
 
-    /// With a half-life of a token every count is a whole number of units, so a plain sort gives the very same slots.
+    /// With a half-life of a token every count is a whole number of units, so a plain sort gives
+    /// the very same slots.
     #[test]
     fn a_plain_sort_agrees(batches in batches(), n_slots in 3u32..10) {
         let mut cache = SlotCache::new(9, n_slots, SlotPolicy::Lfu { half_life: 1 });

@@ -18,7 +18,8 @@ pub struct SliceChecksum {
 }
 
 impl SliceChecksum {
-    /// Compares the buffer's bytes with the checksum; `source` is the file that they were read from.
+    /// Compares the buffer's bytes with the checksum; `source` is the file that they were read
+    /// from.
     ///
     /// # Errors
     /// [`ReadError::Damaged`] when the checksum differs.

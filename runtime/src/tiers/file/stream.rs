@@ -4,11 +4,11 @@ use super::super::arena::Arena;
 use super::{FileTier, Priority, ReadError, Span};
 use std::collections::HashMap;
 
-/// Reads each item's spans into a buffer of `buffer_bytes`, up to `depth` items at once, and passes the
-/// item's index and its buffer to `each`, in the order of the items.
+/// Reads each item's spans into a buffer of `buffer_bytes`, up to `depth` items at once, and passes
+/// the item's index and its buffer to `each`, in the order of the items.
 ///
-/// May be called only while nothing else of the tier is in flight. After an error reads may still be
-/// in flight, so the tier must be dropped.
+/// May be called only while nothing else of the tier is in flight. After an error reads may still
+/// be in flight, so the tier must be dropped.
 ///
 /// # Errors
 /// When a read fails, the buffers can't be allocated, or `each` fails.

@@ -51,7 +51,8 @@ fn many_reads_come_back_with_their_own_bytes() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(48))]
 
-    /// Whatever lies where: exactly the wanted bytes come, and nothing outside the spans' rooms changes.
+    /// Whatever lies where: exactly the wanted bytes come, and nothing outside the spans' rooms
+    /// changes.
     #[test]
     fn any_spans_come_exactly(
         offsets in proptest::collection::vec((0usize..3 * MAX_READ_BYTES, 0usize..MAX_READ_BYTES + 9000), 1..4),
@@ -227,7 +228,8 @@ fn a_change_explains_more_than_a_failed_read() {
     assert_eq!(trial.reads.load(Ordering::SeqCst), 1);
 }
 
-/// Bytes that come at once, but for those from a certain offset on, which come when the gate is opened.
+/// Bytes that come at once, but for those from a certain offset on, which come when the gate is
+/// opened.
 struct Stalling {
     bytes: Vec<u8>,
     from: u64,
