@@ -51,9 +51,9 @@ pub struct LayerCounters {
 /// Counters of a run, most of them for decoding only.
 #[derive(Debug, Clone, Default)]
 pub struct Counters {
-    /// Tokens of prompts.
+    /// Tokens that were processed as prompts.
     pub prompt_tokens: u64,
-    /// Time in prompts.
+    /// Time spent on prompts.
     pub prompt: Duration,
     /// The parts of `prompt` in dense stages and in routed experts.
     pub prompt_stages: [Duration; 2],
@@ -61,7 +61,7 @@ pub struct Counters {
     pub prompt_missed_bytes: u64,
     /// Tokens decoded: forward passes of one token after the prompt.
     pub decode_tokens: u64,
-    /// Time in decoding.
+    /// Time spent on decoding.
     pub decode: Duration,
     /// Weight bytes read while decoding, `[n_tiers]`.
     pub read_bytes: Vec<u64>,

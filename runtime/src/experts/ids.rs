@@ -57,7 +57,8 @@ impl SlotId {
 }
 
 impl StepPos {
-    /// A step has no more positions than its layer has experts, which are numbered by `u32`.
+    /// Makes a position from an index. It fits, since a step has at most as many positions as its
+    /// layer has experts.
     pub(super) fn new(at: usize) -> Self {
         Self(at as u32)
     }

@@ -70,7 +70,7 @@ struct PackedCopy {
     offsets: Vec<Option<u64>>,
 }
 
-/// One layer's experts.
+/// All routed experts of one layer.
 pub(crate) struct LayerExperts {
     pub(super) parts: Vec<Part>,
     /// Gate, up, and down; or gate and up fused, and down.

@@ -227,7 +227,7 @@ pub fn write(
     }
 }
 
-/// Why copying stopped.
+/// The reason for which copying stopped.
 enum CopyError {
     Read(ReadError),
     Write(io::Error),

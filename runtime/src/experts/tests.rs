@@ -76,7 +76,7 @@ struct Setup {
     damaged: Option<usize>,
 }
 
-/// A copy of every layer's experts, each at a page of its own, and where they begin.
+/// Makes a copy of every layer's experts, each on a page of its own, and returns their offsets.
 fn copy_of(gguf: &Gguf, moes: &[&MoeSpec], bytes: &[u8], all: bool) -> (Vec<u8>, Vec<Vec<Option<u64>>>) {
     let (mut copy, mut places) = (vec![0xcc; ALIGN], Vec::new());
     for moe in moes {
@@ -141,7 +141,7 @@ fn store(setup: &Setup, failing: &Arc<Mutex<(u64, Vec<u64>)>>) -> ExpertStore {
     store
 }
 
-/// All bytes of an expert that the store shows, and those of the file.
+/// Returns all bytes of an expert in the store's view, and those of the file.
 fn shown(store: &ExpertStore, step: &Step, at: usize) -> (Vec<u8>, Vec<u8>) {
     let flat = |view: ExpertView<'_>| {
         let linears = [view.gate, view.up, view.down];
@@ -157,13 +157,14 @@ fn shown(store: &ExpertStore, step: &Step, at: usize) -> (Vec<u8>, Vec<u8>) {
     (flat(store.view(step, at).0), flat(store.mapped_view(layer, ExpertId::new(step.experts()[at]))))
 }
 
-/// The file's bytes of an expert's matrices, one after the other.
+/// Returns the file's bytes of an expert's matrices, one after the other.
 fn matrices(store: &ExpertStore, layer: &LayerExperts, expert: u32) -> Vec<u8> {
     let view = store.mapped_view(layer, ExpertId::new(expert));
     [view.gate, view.up, view.down].map(|l| l.weights.bytes()).concat()
 }
 
-/// One step as the engine takes it: a token's experts as they become ready, or a batch's in order.
+/// Takes one step as the engine does: a token's experts as they become ready, or a batch's in
+/// order.
 fn take(store: &mut ExpertStore, layer: usize, used: &[u32], batch: bool) -> Result<(), ReadError> {
     let mut order = used.to_vec();
     if batch {
@@ -200,15 +201,30 @@ fn take(store: &mut ExpertStore, layer: usize, used: &[u32], batch: bool) -> Res
     store.finish(&mut step)
 }
 
-/// Layer, experts, whether a batch; and a prediction of the next step.
-type Steps = Vec<(usize, Vec<u32>, bool, Option<(usize, Vec<u32>)>)>;
+/// A layer and some of its experts.
+#[derive(Clone, Debug)]
+struct Choice {
+    layer: usize,
+    experts: Vec<u32>,
+}
 
-fn steps() -> impl Strategy<Value = Steps> {
+#[derive(Clone, Debug)]
+struct TestStep {
+    used: Choice,
+    batch: bool,
+    /// Of the next step.
+    prediction: Option<Choice>,
+}
+
+fn steps() -> impl Strategy<Value = Vec<TestStep>> {
     let (_, spec, _) = fixture();
     let (layers, n) = (spec.moe_layers().count(), spec.moe_layers().map(|(_, m)| m.n_expert as u32).min().unwrap());
     let chosen = proptest::sample::subsequence((0..n).collect::<Vec<u32>>(), 1..=n as usize).prop_shuffle();
-    let prediction = proptest::option::of((0..layers, chosen.clone()));
-    proptest::collection::vec((0..layers, chosen, any::<bool>(), prediction), 1..25)
+    let choice = (0..layers, chosen).prop_map(|(layer, experts)| Choice { layer, experts });
+    let prediction = proptest::option::of(choice.clone());
+    let step = (choice, any::<bool>(), prediction);
+    let step = step.prop_map(|(used, batch, prediction)| TestStep { used, batch, prediction });
+    proptest::collection::vec(step, 1..25)
 }
 
 proptest! {
@@ -238,17 +254,17 @@ proptest! {
         prop_assert!(may_warm <= (slots * store.layers.len()) as u64);
         let in_flight = |used: &[u32]| staging > 0 && used.len() > staging;
         let (mut failed, mut predicted) = (0, false);
-        let mut next = None;
-        for (layer, used, batch, prediction) in &steps {
+        let mut next: Option<&Choice> = None;
+        for TestStep { used: Choice { layer, experts: used }, batch, prediction } in &steps {
             // A token's experts are all in flight at once, so staging must hold them.
             let batch = *batch || in_flight(used);
-            if let Some((to, experts)) = prediction {
+            if let Some(choice) = prediction {
                 predicted |= store.wants_prediction(batch);
-                store.predict(*to, experts.iter().copied(), batch);
+                store.predict(choice.layer, choice.experts.iter().copied(), batch);
             }
             // Every other prediction comes true.
-            let used = next.take().filter(|(to, _)| to == layer).map_or(used, |(_, experts)| experts);
-            next = prediction.as_ref().map(|(to, experts)| (*to, experts));
+            let used = next.take().filter(|choice| choice.layer == *layer).map_or(used, |choice| &choice.experts);
+            next = prediction.as_ref();
             let batch = batch || in_flight(used);
             if let Err(error) = take(&mut store, *layer, used, batch) {
                 prop_assert!(error.to_string().contains("gpt-oss.gguf"), "{}", error);

@@ -49,7 +49,7 @@ pub struct Line {
 /// A plan within a budget.
 #[derive(Debug, Clone)]
 pub struct Budgeted {
-    /// The plan.
+    /// Plan over memory and file.
     pub plan: Placement,
     /// Most tokens per batch for which the budget has activations.
     pub batch: usize,
@@ -66,7 +66,7 @@ pub struct Budgeted {
 pub struct TooSmall {
     /// Name of the model.
     pub model: String,
-    /// The budget.
+    /// Bytes of the budget.
     pub budget_bytes: u64,
     /// The smallest sufficient budget.
     pub least_bytes: u64,

@@ -18,9 +18,9 @@ pub enum ArenaError {
     Map {
         /// Name of the tier.
         tier: String,
-        /// Bytes asked for.
+        /// Bytes that were requested.
         bytes: u64,
-        /// The system's error.
+        /// Error of the system call.
         r#source: std::io::Error,
     },
     /// The pages could not be bound to the tier's NUMA node.
@@ -38,9 +38,9 @@ pub enum ArenaError {
     Full {
         /// Name of the tier.
         tier: String,
-        /// Bytes asked for.
+        /// Bytes that were requested.
         wanted: usize,
-        /// Bytes left.
+        /// Bytes that are left.
         left: usize,
         /// Bytes of the arena.
         capacity: usize,

@@ -22,11 +22,11 @@ pub enum ReadError {
     /// A read failed, also when it was retried.
     #[error("{}: reading {len} bytes at offset {offset} failed: {source}", path.display())]
     Io {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// Offset in bytes.
+        /// Offset in the file, in bytes.
         offset: u64,
-        /// Bytes asked for.
+        /// Bytes that were requested.
         len: usize,
         /// The system's error; part of the message, so no source of its own.
         r#source: io::Error,
@@ -34,7 +34,7 @@ pub enum ReadError {
     /// A file could not be opened.
     #[error("{}: {source}", path.display())]
     Open {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
         /// What the system said.
         r#source: io::Error,
@@ -42,7 +42,7 @@ pub enum ReadError {
     /// A file has changed since it was opened.
     #[error("{}: {what} while the model was in use; load the model again", path.display())]
     Changed {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
         /// The change, as a clause: `it was written to`.
         what: String,
@@ -54,7 +54,7 @@ pub enum ReadError {
         path.display()
     )]
     Damaged {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
         /// Name of the slice: the tensor, and the expert if the tensor has several.
         what: String,
@@ -70,13 +70,13 @@ pub enum ReadError {
     /// Buffers could not be allocated.
     #[error("allocating {bytes} bytes of read buffers failed")]
     Memory {
-        /// Bytes asked for.
+        /// Bytes that were requested.
         bytes: usize,
     },
     /// The environment variable `TIER_PLAN_IO` names no mode.
     #[error("TIER_PLAN_IO={found}: expected 'direct' (O_DIRECT) or 'buffered' (through the page cache, then dropped)")]
     Mode {
-        /// Its value.
+        /// Value of the variable.
         found: String,
     },
     /// The read was canceled, or the reader threads have stopped.
