@@ -51,12 +51,12 @@ impl ExpertStore {
     }
 
     /// Returns how many results a GPU can hold until they are fetched.
-    pub(crate) fn gpu_room(&self, gpu: usize) -> usize {
+    pub(crate) fn gpu_capacity(&self, gpu: usize) -> usize {
         self.gpus.get(gpu).map_or(0, |g| g.experts.room())
     }
 
     /// Returns where the expert at this position of the step computes, if that is a GPU.
-    pub(crate) fn spot(&self, step: &Step, at: usize) -> Option<GpuSlot> {
+    pub(crate) fn gpu_slot(&self, step: &Step, at: usize) -> Option<GpuSlot> {
         let layer = &self.layers[step.layer];
         let expert = step.expert(StepPos::new(at));
         let (tier, place) = match (&step.states[at], layer.backing(expert)) {
@@ -75,7 +75,7 @@ impl ExpertStore {
     /// When a GPU fails; the step is given up then.
     pub(crate) fn ask_token(&mut self, step: &mut Step, positions: &[usize], x: &[f32]) -> Result<(), CudaError> {
         for gpu in 0..self.gpus.len() {
-            let slots = positions.iter().filter_map(|at| Some((*at, self.spot(step, *at)?)));
+            let slots = positions.iter().filter_map(|at| Some((*at, self.gpu_slot(step, *at)?)));
             let (positions, places): (Vec<usize>, Vec<Place>) =
                 slots.filter(|(_, slot)| slot.gpu == gpu).map(|(at, slot)| (at, slot.place)).unzip();
             if places.is_empty() {
@@ -100,7 +100,7 @@ impl ExpertStore {
         positions: &[usize],
         x: &[f32],
     ) -> Result<(), CudaError> {
-        let places: Vec<Place> = positions.iter().filter_map(|at| Some(self.spot(step, *at)?.place)).collect();
+        let places: Vec<Place> = positions.iter().filter_map(|at| Some(self.gpu_slot(step, *at)?.place)).collect();
         debug_assert_eq!(places.len(), positions.len());
         self.request(step, gpu, Some(x), &places, positions)
     }

@@ -72,7 +72,7 @@ pub(crate) struct Step {
     pub(super) held: Vec<HeldExpert>,
     pub(super) refills: Vec<SlotRefill>,
     /// `[experts]` whether each was resident when the step began, prefetched or not.
-    pub(super) was_resident: Vec<bool>,
+    pub(super) residency: Vec<bool>,
     /// Experts that compute from their backing copy, without a slot.
     pub(crate) pinned_hits: u64,
     pub(crate) slot_hits: u64,
@@ -96,7 +96,7 @@ impl Step {
             deferred: Vec::new(),
             held: Vec::new(),
             refills: Vec::new(),
-            was_resident: Vec::new(),
+            residency: Vec::new(),
             pinned_hits: 0,
             slot_hits: 0,
             misses: 0,
@@ -153,12 +153,12 @@ impl Step {
 
     /// Whether the expert at this position of the step was resident when the step began: in a slot
     /// or in its backing copy. A prefetched expert does not count.
-    pub(crate) fn was_at_hand(&self, at: usize) -> bool {
-        self.was_resident[at]
+    pub(crate) fn was_resident(&self, at: usize) -> bool {
+        self.residency[at]
     }
 
     /// Whether the expert at this position of the step computes from its backing copy.
-    pub(crate) fn is_at_home(&self, at: usize) -> bool {
+    pub(crate) fn is_in_place(&self, at: usize) -> bool {
         matches!(self.states[at], ExpertState::InPlace)
     }
 

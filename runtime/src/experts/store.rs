@@ -147,7 +147,7 @@ impl ExpertStore {
             let access = self.pooled.iter().position(|p| *p == expert).map(|i| self.accesses[i]);
             self.add_access(&mut step, at, access);
         }
-        step.was_resident = (0..step.states.len()).map(|at| step.is_ready(at)).collect();
+        step.residency = (0..step.states.len()).map(|at| step.is_ready(at)).collect();
         self.claim_prefetches(&mut step);
         self.submit(&mut step);
         self.start_idle_reads(&step);
