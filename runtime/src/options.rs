@@ -1,6 +1,6 @@
 //! How a model is loaded, and how many tokens go through its layers at once.
 
-use crate::experts::checksums::Checks;
+use crate::experts::checksums::Checksums;
 use crate::experts::pack::Pack;
 use std::sync::Arc;
 
@@ -15,7 +15,7 @@ pub struct LoadOptions {
     /// Tokens of a prompt that go through a layer together, 2048 when `None`; never more than the context holds.
     pub batch: Option<usize>,
     /// What all bytes that are loaded, or read later, are compared with.
-    pub checks: Option<Arc<Checks>>,
+    pub checks: Option<Arc<Checksums>>,
     /// A copy that experts are read from, where they are read from files at all.
     pub pack: Option<Arc<Pack>>,
     /// How fast experts of main memory pass through a GPU for prompts, and are multiplied without; where `None`, the first

@@ -99,7 +99,7 @@ fn repeat(session: &mut Session, prompt: &[u32], tokens: u32) -> Result<Sample> 
         prompt_stages_s,
         decode_s: counters.decode.as_secs_f64(),
         decode_bytes: counters.read_bytes.iter().sum(),
-        ahead: [counters.ahead.right, counters.ahead.in_time, counters.ahead.wrong],
+        ahead: [counters.prefetch.useful, counters.prefetch.in_time, counters.prefetch.wasted],
         missed_bytes: if misses > 0 { counters.read_bytes.last().copied().unwrap_or(0) } else { 0 },
         hit_rate: (accesses > 0).then(|| 1.0 - misses as f64 / accesses as f64),
     })

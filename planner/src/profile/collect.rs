@@ -177,8 +177,8 @@ fn add_guesses(guesses: &mut Option<Vec<Guesses>>, engine: &mut Engine) {
     let layers = &engine.counters().layers;
     let sums = guesses.get_or_insert_with(|| vec![Guesses::default(); layers.len()]);
     for (sum, layer) in sums.iter_mut().zip(layers) {
-        sum.made += layer.guessed;
-        sum.right += layer.guessed_right;
+        sum.made += layer.predicted;
+        sum.right += layer.predicted_right;
     }
     engine.reset_counters();
 }

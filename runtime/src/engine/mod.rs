@@ -384,7 +384,7 @@ impl Engine {
             }
         }
         let elapsed = start.elapsed();
-        self.counters.ahead += self.experts.take_ahead_count();
+        self.counters.prefetch += self.experts.take_prefetch_count();
         if decoding {
             self.counters.decode_tokens += 1;
             self.counters.decode += elapsed;

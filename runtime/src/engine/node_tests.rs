@@ -67,7 +67,7 @@ fn a_plan_over_nodes_gives_the_same_text_or_says_which_node_is_missing() {
     };
     // A system without nodes has none to name.
     let Some(node) = nodes().ok().and_then(|nodes| nodes.first().map(|n| n.number)) else { return };
-    assert!(error.contains("no memory node 1000, only"), "{error}");
+    assert!(error.contains("no NUMA node 1000, only"), "{error}");
     let plan = two_nodes(&shape, 32, node);
     // As a file says it, too.
     let plan = tier_plan_formats::placement::decode(plan.encode().as_bytes(), Path::new("p.toml")).unwrap();

@@ -233,7 +233,7 @@ impl Engine {
         if !matches!(next.ffn, Ffn::Moe(_)) || !there {
             return Ok(());
         }
-        let of_use = self.experts.wants_guess(batch);
+        let of_use = self.experts.wants_prediction(batch);
         if !of_use && (batch || !self.scores_guesses) {
             return Ok(());
         }
@@ -248,7 +248,7 @@ impl Engine {
             let guess =
                 s.foresight.guess_of(|experts| self.gpus.of(tier).guess(index + 1, n - rows..n, experts), next)?;
             if of_use {
-                self.experts.expect(moe_at + 1, guess, batch);
+                self.experts.predict(moe_at + 1, guess, batch);
             }
             return Ok(());
         }
@@ -257,7 +257,7 @@ impl Engine {
         norm_rows(c, x, self.weights.vector(next.ffn_norm), self.spec.norm_eps, &mut s.out[..len]);
         let guess = s.foresight.guess(c, &self.weights, next, &s.out[..len], &mut s.router_logits);
         if of_use {
-            self.experts.expect(moe_at + 1, guess, batch);
+            self.experts.predict(moe_at + 1, guess, batch);
         }
         Ok(())
     }
@@ -266,8 +266,8 @@ impl Engine {
     pub(crate) fn score_guess(&mut self, at: usize, index: usize) {
         let Ffn::Moe(moe) = &self.spec.layers[index].ffn else { return };
         if let Some((guessed, right)) = self.scratch.foresight.score(at, &self.scratch.experts[..moe.n_used]) {
-            self.counters.layers[at].guessed += guessed;
-            self.counters.layers[at].guessed_right += right;
+            self.counters.layers[at].predicted += guessed;
+            self.counters.layers[at].predicted_right += right;
         }
     }
 }

@@ -1,6 +1,6 @@
 //! Dense tensors where the plan put them: in an arena, in a GPU's memory, or in place in the mapped file.
 
-use crate::tiers::arena::Piece;
+use crate::tiers::arena::ArenaSlice;
 use std::sync::Arc;
 use tier_plan_cuda::Buffer;
 use tier_plan_formats::gguf::Gguf;
@@ -13,7 +13,7 @@ pub(crate) enum Held {
     /// In the mapped file.
     Mapped,
     /// In a tier's arena.
-    Piece(Piece),
+    Piece(ArenaSlice),
     /// In a GPU's memory.
     Device(Arc<Buffer>),
     /// Decoded to `f32`: vectors of parameters. Where a GPU uses them it has a copy.

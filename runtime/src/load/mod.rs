@@ -4,14 +4,14 @@ mod check;
 mod to_gpu;
 
 use crate::error::LoadError;
-use crate::experts::layer::{Home, LayerExperts, Layout};
+use crate::experts::layer::{ExpertBacking, LayerExperts, Layout};
 use crate::experts::store::ExpertStore;
 use crate::gpu::devices::{Devices, GiveDevice};
 use crate::gpu::{fits, parts};
 use crate::layers::weights::{DenseWeights, Held};
 use crate::options::{LoadOptions, Progress};
-use crate::tiers::arena::{Arena, Piece};
-use crate::tiers::file::{Check, Extent, FileTier, ReadMode, Span};
+use crate::tiers::arena::{Arena, ArenaSlice};
+use crate::tiers::file::{Extent, FileTier, ReadMode, SliceChecksum, Span};
 use crate::tiers::nodes::Pages;
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
@@ -169,8 +169,8 @@ pub(crate) fn load(
 }
 
 /// Where each expert of a layer is before any is pinned.
-fn homes(placed: &LayerPlacement, moe: &MoeSpec, mapped: bool) -> Vec<Home> {
-    let pooled = |_| if mapped && placed.slots == 0 { Home::Mapped } else { Home::Pooled };
+fn homes(placed: &LayerPlacement, moe: &MoeSpec, mapped: bool) -> Vec<ExpertBacking> {
+    let pooled = |_| if mapped && placed.slots == 0 { ExpertBacking::Mapped } else { ExpertBacking::Pooled };
     (0..moe.n_expert).map(pooled).collect()
 }
 
@@ -200,7 +200,7 @@ fn largest(layers: &[LayerExperts], layout: Layout) -> usize {
 
 impl Loader<'_> {
     /// Fills a buffer from the files.
-    fn read(&self, spans: &[Span], checks: Vec<Check>, into: Piece) -> Result<Piece, LoadError> {
+    fn read(&self, spans: &[Span], checks: Vec<SliceChecksum>, into: ArenaSlice) -> Result<ArenaSlice, LoadError> {
         match &self.files {
             Some(files) => Ok(files.read_checked(spans, checks, into)?),
             None => unreachable!("files are open wherever a tier has an arena"),
@@ -208,7 +208,7 @@ impl Loader<'_> {
     }
 
     /// Reads a tensor as the only content of a buffer.
-    fn whole_tensor(&self, id: TensorId, into: Piece) -> Result<Piece, LoadError> {
+    fn whole_tensor(&self, id: TensorId, into: ArenaSlice) -> Result<ArenaSlice, LoadError> {
         let tensor = &self.gguf.tensors()[id];
         let extent = Extent { part: tensor.part, offset: tensor.offset, len: tensor.n_bytes as usize };
         let check = self.options.checks.as_ref().map(|checks| checks.slice(self.gguf, id, 0, 0, extent));
@@ -328,7 +328,7 @@ impl Loader<'_> {
         progress: Progress<'_>,
     ) -> Result<(), LoadError> {
         let slow = self.plan.tiers.len() - 1;
-        let bytes = layer.expert_bytes;
+        let bytes = layer.expert_bytes();
         let mut n_pinned = 0;
         for tier in 0..self.plan.tiers.len() {
             if matches!(self.backings[tier], Backing::Gpu) {
@@ -369,7 +369,7 @@ impl Loader<'_> {
     }
 
     /// A buffer of `room` bytes in a tier's arena, which the plan counts as `planned`.
-    fn buffer(&mut self, tier: usize, planned: usize, room: usize) -> Result<Piece, LoadError> {
+    fn buffer(&mut self, tier: usize, planned: usize, room: usize) -> Result<ArenaSlice, LoadError> {
         match &mut self.backings[tier] {
             Backing::Arena { buffers, .. } => {
                 self.resident[tier] += planned as u64;

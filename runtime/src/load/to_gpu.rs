@@ -1,7 +1,7 @@
 //! Loading experts to GPUs: those that a plan pins there, and room for slots.
 
 use crate::error::LoadError;
-use crate::experts::layer::{Home, LayerExperts, Layout};
+use crate::experts::layer::{LayerExperts, Layout};
 use crate::experts::view::ExpertView;
 use crate::gpu::devices::Devices;
 use crate::gpu::rows::gpu_rows;
@@ -39,7 +39,7 @@ impl Loader<'_> {
         if pinned.is_empty() && slots == 0 {
             return Ok(());
         }
-        let bytes = layer.expert_bytes;
+        let bytes = layer.expert_bytes();
         // One more, by which the sizes of any expert are known.
         let mut passing = Arena::new("", (bytes * (pinned.len() + 1)) as u64)?;
         let any = passing.take(bytes)?;
@@ -48,7 +48,7 @@ impl Loader<'_> {
             let spans = layer.spans(self.gguf, *expert as usize, Layout::Packed);
             let checks = layer.checks(self.gguf, self.options.checks.as_deref(), *expert as usize, Layout::Packed);
             pieces.push(self.read(&spans, checks, passing.take(bytes)?)?);
-            layer.home(*expert as usize, Home::Gpu(tier));
+            layer.pin_on_gpu(*expert as usize, tier);
         }
         let views: Vec<_> = pieces.iter().map(|piece| layer.packed(piece)).collect();
         let biases: Vec<_> = views.iter().map(ExpertView::biases).collect();

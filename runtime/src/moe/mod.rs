@@ -126,7 +126,7 @@ pub(crate) fn moe_token(
     store.note(layer, choices.experts);
     let mut step = store.begin(layer, &used, used.clone());
     let (on_gpu, mut ready): (Vec<usize>, Vec<usize>) =
-        (0..used.len()).filter(|at| step.is_ready(*at)).partition(|at| store.spot(&step, *at).is_some());
+        (0..used.len()).filter(|at| step.is_ready(*at)).partition(|at| store.gpu_slot(&step, *at).is_some());
     // The processor computes the others meanwhile.
     ask_for(store, &mut step, &on_gpu, x, computed)?;
     let mut left = used.len() - on_gpu.len();
@@ -143,7 +143,7 @@ pub(crate) fn moe_token(
         }
         ready.clear();
         let at = store.wait(&mut step)?;
-        if store.spot(&step, at).is_some() {
+        if store.gpu_slot(&step, at).is_some() {
             ask_for(store, &mut step, &[at], x, computed)?;
             left -= 1;
         } else {
@@ -177,7 +177,7 @@ fn ask_for(
     if positions.is_empty() {
         return Ok(());
     }
-    for spot in positions.iter().filter_map(|at| store.spot(step, *at)) {
+    for spot in positions.iter().filter_map(|at| store.gpu_slot(step, *at)) {
         computed.add(spot.tier, store.expert_bytes(step.layer()));
     }
     store.ask_token(step, positions, x.values())?;
@@ -256,7 +256,7 @@ pub(crate) fn moe_batch(
     let mut work = GpuBatch::new(store.n_gpus());
     let mut here = Vec::new();
     for at in 0..step.experts().len() {
-        match store.spot(&step, at).filter(|_| step.was_at_hand(at)) {
+        match store.gpu_slot(&step, at).filter(|_| step.was_resident(at)) {
             Some(spot) => {
                 computed.add(spot.tier, store.expert_bytes(layer));
                 work.add(spot.gpu, at, users.of(step.experts()[at] as usize).len());
@@ -274,7 +274,7 @@ pub(crate) fn moe_batch(
         while !step.is_ready(at) {
             store.wait(&mut step)?;
         }
-        if let Some(spot) = store.spot(&step, at) {
+        if let Some(spot) = store.gpu_slot(&step, at) {
             computed.add(spot.tier, store.expert_bytes(layer));
             work.add(spot.gpu, at, users.of(step.experts()[at] as usize).len());
             work.ask(store, &mut step, batch, &mut s.gpu)?;
