@@ -1,4 +1,5 @@
-//! Weight bytes a second of every product kernel: from memory, from the cache, and multiplications a second for batches.
+//! Weight bytes a second of every product kernel: from memory, from the cache, and multiplications
+//! a second for batches.
 //!
 //! `cargo bench -p tier-plan-runtime --bench kernels -- stream/Q4_K`
 
@@ -11,8 +12,8 @@ use tier_plan_kernels::{Activations, Kernels, OutMatrix, Weights, needs_quants, 
 
 const COLS: usize = 2048;
 
-/// Weights of `bytes` bytes or a little less, on huge pages as an engine keeps them: ordinary scales (0x2c2c is 0.07 as
-/// a 16-bit float), codes that vary.
+/// Weights of `bytes` bytes or a little less, on huge pages as an engine keeps them: ordinary
+/// scales (0x2c2c is 0.07 as a 16-bit float), codes that vary.
 fn weights(ty: TensorType, bytes: usize) -> (MmapMut, usize) {
     let row = ty.row_bytes(COLS as u64).expect("2048 columns are whole blocks") as usize;
     let rows = (bytes / row).max(1);

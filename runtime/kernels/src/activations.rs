@@ -7,11 +7,13 @@ use crate::quant::block::GROUP;
 use crate::threads::ThreadPool;
 use std::ops::Range;
 
-/// 256 activations in 8 bits, laid out so that one register of 64 bytes serves eight runs of 32 values.
+/// 256 activations in 8 bits, laid out so that one register of 64 bytes serves eight runs of 32
+/// values.
 ///
-/// The eights of values (four for each of eight runs) stand in the order: the first eight of every run, the second eight
-/// of every run, and so on. Products of the four registers with weights in the same order then add up lane by lane, two
-/// lanes a run, and one multiplication by scales serves 256 values.
+/// The eights of values (four for each of eight runs) stand in the order: the first eight of every
+/// run, the second eight of every run, and so on. Products of the four registers with weights in
+/// the same order then add up lane by lane, two lanes a run, and one multiplication by scales
+/// serves 256 values.
 #[derive(Debug, Clone)]
 #[repr(C, align(64))]
 pub(super) struct ActBlock {
@@ -64,7 +66,8 @@ pub struct Activations {
 }
 
 impl Activations {
-    /// Room for `max_rows` rows of `max_cols` values; more are taken when they come, at the price of an allocation.
+    /// Room for `max_rows` rows of `max_cols` values; more are taken when they come, at the price
+    /// of an allocation.
     pub fn new(max_rows: usize, max_cols: usize) -> Self {
         Self {
             values: Vec::with_capacity(max_rows * max_cols),
@@ -104,8 +107,9 @@ impl Activations {
         pool.for_each_chunk(rows, SHARE_ROWS, |range| {
             for row in range {
                 let x = &x[row * cols..][..cols];
-                // SAFETY: `values` has `rows * cols` values and `blocks` at least `rows * groups` blocks; every row is
-                // handed out once, and both are borrowed exclusively for the whole call.
+                // SAFETY: `values` has `rows * cols` values and `blocks` at least `rows * groups`
+                // blocks; every row is handed out once, and both are borrowed exclusively for the
+                // whole call.
                 let (values, blocks) = unsafe {
                     (
                         std::slice::from_raw_parts_mut(values.at(row * cols), cols),
@@ -127,8 +131,9 @@ impl Activations {
         self.blocks.clear();
     }
 
-    /// Adds the rows of others after its own: the 8-bit form if they have it, the values only where `values` says so.
-    /// All that is added since the last [`clear`](Self::clear) must be of one width and kind.
+    /// Adds the rows of others after its own: the 8-bit form if they have it, the values only where
+    /// `values` says so. All that is added since the last [`clear`](Self::clear) must be of one
+    /// width and kind.
     ///
     /// # Panics
     /// When it is not.
@@ -144,7 +149,8 @@ impl Activations {
         self.rows += from.rows;
     }
 
-    /// Takes some rows of others over: the 8-bit form if they have it, the values only where `values` says so.
+    /// Takes some rows of others over: the 8-bit form if they have it, the values only where
+    /// `values` says so.
     ///
     /// # Panics
     /// When a row is not there.
@@ -156,8 +162,8 @@ impl Activations {
         }
     }
 
-    /// Checks and sets the shape, and makes room for the blocks: those that stay keep what they held, and
-    /// `quantize_row` writes all of every block.
+    /// Checks and sets the shape, and makes room for the blocks: those that stay keep what they
+    /// held, and `quantize_row` writes all of every block.
     fn reshape(&mut self, rows: usize, cols: usize, len: usize, quantize: bool) {
         assert_eq!(Some(len), rows.checked_mul(cols), "{rows} activation rows of {cols} values");
         assert!(!quantize || cols.is_multiple_of(32), "{cols} activations a row are not a multiple of 32");
@@ -240,8 +246,8 @@ impl<'a> ActView<'a> {
         self.values
     }
 
-    /// The 8-bit form of a row in the order of the row: codes, the scale of each 32, and scale times the sum of codes of
-    /// each sixteen.
+    /// The 8-bit form of a row in the order of the row: codes, the scale of each 32, and scale
+    /// times the sum of codes of each sixteen.
     pub fn plain_quants(&self, row: usize) -> (Vec<i8>, Vec<f32>, Vec<f32>) {
         let groups = self.cols.div_ceil(GROUP);
         let (mut codes, mut scales, mut sums) = (Vec::new(), Vec::new(), Vec::new());
@@ -285,7 +291,8 @@ fn quantize_row_avx2(x: &[f32], out: &mut [ActBlock]) {
     quantize_row(x, out, quantize_run);
 }
 
-/// Writes all of every block, the values past the end of `x` as zeros. The same bits on every instruction set.
+/// Writes all of every block, the values past the end of `x` as zeros. The same bits on every
+/// instruction set.
 #[inline(always)]
 fn quantize_row(x: &[f32], out: &mut [ActBlock], quantize_run: impl Fn(usize, &[f32; 32], &mut ActBlock)) {
     for (x, block) in x.chunks(GROUP).zip(out) {
@@ -302,8 +309,8 @@ fn quantize_row(x: &[f32], out: &mut [ActBlock], quantize_run: impl Fn(usize, &[
     }
 }
 
-/// The scale of a run and its inverse, from its largest magnitude: both zero for runs so small that the inverse would not
-/// be finite.
+/// The scale of a run and its inverse, from its largest magnitude: both zero for runs so small that
+/// the inverse would not be finite.
 #[inline(always)]
 pub(super) fn run_scale(largest: f32) -> (f32, f32) {
     if largest < 1e-35 { (0.0, 0.0) } else { (largest / 127.0, 127.0 / largest) }
@@ -312,7 +319,8 @@ pub(super) fn run_scale(largest: f32) -> (f32, f32) {
 /// Writes what a block holds of one run.
 #[inline(always)]
 fn quantize_run(run: usize, x: &[f32; 32], block: &mut ActBlock) {
-    /// Added to a small number and taken off again it rounds to the nearest whole number, ties to even.
+    /// Added to a small number and taken off again it rounds to the nearest whole number, ties to
+    /// even.
     const ROUND: f32 = 12_582_912.0;
     // Compared as bits so that a NaN is the largest and ends up in the scale, where it is seen.
     let mut largest = 0;

@@ -1,4 +1,5 @@
-//! What gated delta-net layers compute beside matrix products: a short convolution and the recurrence itself.
+//! What gated delta-net layers compute beside matrix products: a short convolution and the
+//! recurrence itself.
 
 #[cfg(target_arch = "x86_64")]
 use super::Isa;
@@ -8,11 +9,12 @@ use super::ops::{exp, fma};
 /// Taps that a convolution may have.
 pub const MAX_CONV_TAPS: usize = 16;
 
-/// Columns of a state that are worked on together, at most: with a few of these the sums of a column stay in registers.
+/// Columns of a state that are worked on together, at most: with a few of these the sums of a
+/// column stay in registers.
 const MAX_COLUMNS: usize = 32;
 
-/// How many columns of a head's state are stored, and worked on, together: the largest part of the head that
-/// [`Kernels::delta_step`] takes.
+/// How many columns of a head's state are stored, and worked on, together: the largest part of the
+/// head that [`Kernels::delta_step`] takes.
 pub fn delta_columns(head_dim: usize) -> usize {
     (1..=MAX_COLUMNS.min(head_dim)).rev().find(|c| head_dim.is_multiple_of(*c)).unwrap_or(1)
 }
@@ -33,7 +35,8 @@ pub struct DeltaStep<'a> {
 }
 
 impl Kernels {
-    /// `state' = decay · state + beta · key (value - decay · keyᵀ state)ᵀ`, then `out = queryᵀ state'`.
+    /// `state' = decay · state + beta · key (value - decay · keyᵀ state)ᵀ`, then `out = queryᵀ
+    /// state'`.
     ///
     /// `state` is `[head_dim, columns]` and `out` `[columns]`; columns don't depend on each other.
     ///
@@ -47,7 +50,8 @@ impl Kernels {
         dispatch!(self, delta_step(state: &mut [f32], step: &DeltaStep<'_>, out: &mut [f32]))
     }
 
-    /// `out[c] = silu(Σ_j weight[c, j] · rows[j][c])`; `rows` are consecutive tokens, the oldest first.
+    /// `out[c] = silu(Σ_j weight[c, j] · rows[j][c])`; `rows` are consecutive tokens, the oldest
+    /// first.
     ///
     /// # Panics
     /// When the lengths don't fit, or there are no rows or more than [`MAX_CONV_TAPS`].

@@ -1,26 +1,32 @@
-//! What the processor computes: products of weights as they lie in the file with activations, and the small operations
-//! between them, for the instruction set that is found when the program runs.
+//! What the processor computes: products of weights as they lie in the file with activations, and
+//! the small operations between them, for the instruction set that is found when the program runs.
 //!
-//! A [`Kernels`] value exists only for an instruction set that this processor has, so holding one is the proof that its
-//! functions may be called. Every set computes the same sums in nearly the same order; each alone gives the same bits
-//! for a row and a token however many rows or tokens are computed with it.
+//! A [`Kernels`] value exists only for an instruction set that this processor has, so holding one
+//! is the proof that its functions may be called. Every set computes the same sums in nearly the
+//! same order; each alone gives the same bits for a row and a token however many rows or tokens are
+//! computed with it.
 //!
-//! On x86-64 there are AVX2 and AVX-512 kernels, and on top of the latter AMX tiles for products with many tokens; on
-//! AArch64 products with NEON where the processor has its `dotprod` extension; what else there is runs the plain code. The NEON products were tested under emulation only and never timed.
+//! On x86-64 there are AVX2 and AVX-512 kernels, and on top of the latter AMX tiles for products
+//! with many tokens; on AArch64 products with NEON where the processor has its `dotprod` extension;
+//! what else there is runs the plain code. The NEON products were tested under emulation only and
+//! never timed.
 //!
 //! ## Quantised formats
-//! Activations are quantised to 8 bits with one scale for each 32 values ([`Activations`]), weights come apart into
-//! small codes, scales and minimums (`quant::block`), and a row's product is
-//! `sum over 16 or 32 values of (scale * activation scale * integer product - min * activation sum)`.
+//! Activations are quantised to 8 bits with one scale for each 32 values ([`Activations`]), weights
+//! come apart into small codes, scales and minimums (`quant::block`), and a row's product is `sum
+//! over 16 or 32 values of (scale * activation scale * integer product - min * activation sum)`.
 //! F32, F16 and BF16 weights are multiplied with the activations as they are.
 
 mod activations;
 #[macro_use]
 mod ops;
 mod delta;
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+mod lanes;
 mod matmul;
 #[cfg(target_arch = "aarch64")]
 mod neon;
+mod panel;
 pub mod pooled;
 pub mod quant;
 pub mod random;
@@ -53,7 +59,8 @@ pub enum Isa {
     Avx2,
     /// AVX-512 F, BW, VL, DQ and VNNI, with all of [`Avx2`](Self::Avx2).
     Avx512,
-    /// AMX tiles of 8-bit integers for many tokens, and all of [`Avx512`](Self::Avx512) for the rest.
+    /// AMX tiles of 8-bit integers for many tokens, and all of [`Avx512`](Self::Avx512) for the
+    /// rest.
     Amx,
     /// NEON with `dotprod`, on little-endian AArch64.
     Neon,
@@ -129,7 +136,8 @@ impl Kernels {
         [Isa::Amx, Isa::Avx512, Isa::Avx2, Isa::Neon].into_iter().find_map(Kernels::with_isa).unwrap_or(Kernels::SCALAR)
     }
 
-    /// The kernels that the environment variable [`ISA_VARIABLE`] names; the fastest when it is unset or empty.
+    /// The kernels that the environment variable [`ISA_VARIABLE`] names; the fastest when it is
+    /// unset or empty.
     ///
     /// # Errors
     /// When the name is unknown, or this processor cannot run them.

@@ -1,14 +1,16 @@
-//! The small operations between products, each compiled for every instruction set from one plain source.
+//! The small operations between products, each compiled for every instruction set from one plain
+//! source.
 //!
-//! Sums run in 32 lanes that the compiler keeps in registers, so their order doesn't depend on the instruction set's
-//! width; with and without fused multiplication the last bits differ.
+//! Sums run in 32 lanes that the compiler keeps in registers, so their order doesn't depend on the
+//! instruction set's width; with and without fused multiplication the last bits differ.
 
 #[cfg(target_arch = "x86_64")]
 use super::Isa;
 use super::Kernels;
 use half::f16;
 
-/// Calls `$name::<true>` compiled for the instruction set of `$k`, or `$name::<false>` as plain code.
+/// Calls `$name::<true>` compiled for the instruction set of `$k`, or `$name::<false>` as plain
+/// code.
 macro_rules! dispatch {
     ($k:expr, $name:ident($($arg:ident: $ty:ty),*) $(-> $out:ty)?) => {{
         #[cfg(target_arch = "x86_64")]
@@ -52,8 +54,8 @@ impl Kernels {
         dispatch!(self, silu_mul(gate: &mut [f32], up: &[f32]))
     }
 
-    /// `gate = g / (1 + exp(-alpha * g)) * (u + 1)`, where `g` is gate, at most `limit`, and `u` is up, within `limit`
-    /// of zero.
+    /// `gate = g / (1 + exp(-alpha * g)) * (u + 1)`, where `g` is gate, at most `limit`, and `u` is
+    /// up, within `limit` of zero.
     ///
     /// # Panics
     /// When the lengths differ.
@@ -62,7 +64,8 @@ impl Kernels {
         dispatch!(self, clamped_swiglu(gate: &mut [f32], up: &[f32], alpha: f32, limit: f32))
     }
 
-    /// `x = exp(x)`, to a few units in the last place; 0 below -86.5, where results near the smallest float begin.
+    /// `x = exp(x)`, to a few units in the last place; 0 below -86.5, where results near the
+    /// smallest float begin.
     pub fn exp(self, x: &mut [f32]) {
         dispatch!(self, exp_all(x: &mut [f32]))
     }
@@ -102,7 +105,8 @@ impl Kernels {
         assert_eq!(x.len(), out.len(), "lengths of a conversion");
         match self.isa() {
             #[cfg(target_arch = "x86_64")]
-            // SAFETY: `self` proves the instructions (AVX-512 comes with AVX2 and F16C); the lengths are equal.
+            // SAFETY: `self` proves the instructions (AVX-512 comes with AVX2 and F16C); the
+            // lengths are equal.
             Isa::Amx | Isa::Avx512 | Isa::Avx2 => unsafe { super::x86::rows::narrow(x, out) },
             _ => {
                 for (to, from) in out.iter_mut().zip(x) {
@@ -166,11 +170,13 @@ fn rms_norm<const FUSED: bool>(x: &[f32], weight: &[f32], eps: f32, out: &mut [f
     }
 }
 
-/// `e^x`. The range is reduced to `|r| <= ln(2) / 2`, where seven terms of the series are exact to 1e-8.
+/// `e^x`. The range is reduced to `|r| <= ln(2) / 2`, where seven terms of the series are exact to
+/// 1e-8.
 #[inline(always)]
 pub(super) fn exp<const FUSED: bool>(x: f32) -> f32 {
     const ROUND: f32 = 12_582_912.0;
-    // ln(2) in two parts, the first short enough for its product with a small whole number to be exact.
+    // ln(2) in two parts, the first short enough for its product with a small whole number to be
+    // exact.
     const LN2_HIGH: f32 = 0.693_359_4;
     const LN2_LOW: f32 = -2.121_944_4e-4;
     // Compared rather than clamped: a NaN goes through.
@@ -182,7 +188,8 @@ pub(super) fn exp<const FUSED: bool>(x: f32) -> f32 {
     for term in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
         p = fma::<FUSED>(p, r, term);
     }
-    // Half of 2^n, so that n = 128 (from 88.4 on) is in range; what is too large overflows in the doubling.
+    // Half of 2^n, so that n = 128 (from 88.4 on) is in range; what is too large overflows in the
+    // doubling.
     let exponent = (shifted.to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32).wrapping_add(126);
     let value = p * f32::from_bits((exponent as u32) << 23) * 2.0;
     if x < -86.5 { 0.0 } else { value }

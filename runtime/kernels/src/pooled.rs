@@ -3,7 +3,8 @@
 use super::{ActView, Kernels, OutMatrix, Weights};
 use crate::threads::ThreadPool;
 
-/// Pieces of work a thread gets per product, so that a thread that is held up does not hold up the others.
+/// Pieces of work a thread gets per product, so that a thread that is held up does not hold up the
+/// others.
 const SHARES: usize = 8;
 
 /// The same for batches, whose pieces are larger, and whose activations are prepared anew for each.
@@ -58,8 +59,8 @@ pub fn matmul_all(pool: &ThreadPool, kernels: Kernels, jobs: &[MatJob<'_>]) {
                 let rows = chunk_rows(job);
                 let first = chunk * rows;
                 let last = (first + rows).min(job.w.n_rows());
-                // SAFETY: every chunk index is handed out once, chunks of a job are disjoint rows, and each job
-                // borrows its own result exclusively.
+                // SAFETY: every chunk index is handed out once, chunks of a job are disjoint rows,
+                // and each job borrows its own result exclusively.
                 unsafe { kernels.matmul(job.w, first..last, job.x, job.out) };
                 break;
             }

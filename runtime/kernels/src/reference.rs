@@ -8,7 +8,8 @@ use crate::{Activations, Kernels, Weights};
 /// What a sum may differ by, as a share of the sum of magnitudes: its order is another.
 pub const SUM: f64 = 4e-6;
 
-/// The plain product of a matrix with one row of activations, and what another order of its sums may differ by.
+/// The plain product of a matrix with one row of activations, and what another order of its sums
+/// may differ by.
 pub fn plain_product(w: Weights<'_>, acts: &Activations, row: usize) -> Vec<(f64, f64)> {
     let mut out = vec![0.0f32; w.n_rows()];
     let x = acts.view().rows_range(row..row + 1);

@@ -1,10 +1,11 @@
-//! Rows of past tokens: storing them in 8 bits, widening them again, and what attention computes over them.
+//! Rows of past tokens: storing them in 8 bits, widening them again, and what attention computes
+//! over them.
 //!
-//! A row in 8 bits is its values in blocks of 32, the last one as short as it comes: a 16-bit float scale, then a signed
-//! byte a value.
+//! A row in 8 bits is its values in blocks of 32, the last one as short as it comes: a 16-bit float
+//! scale, then a signed byte a value.
 //!
-//! A result has the same bits whatever other queries and rows are beside it in a call, and whether rows are given as they
-//! are stored or widened before.
+//! A result has the same bits whatever other queries and rows are beside it in a call, and whether
+//! rows are given as they are stored or widened before.
 
 #[cfg(target_arch = "x86_64")]
 use super::Isa;
@@ -20,7 +21,8 @@ pub(super) const BLOCK: usize = 32;
 /// The largest code; its negative is the smallest.
 const LARGEST_CODE: f32 = 127.0;
 
-/// Bytes of a row of `width` values in 8 bits: one a value, and two for each block of 32 that is begun.
+/// Bytes of a row of `width` values in 8 bits: one a value, and two for each block of 32 that is
+/// begun.
 pub const fn q8_row_bytes(width: usize) -> usize {
     width.saturating_add(2 * width.div_ceil(BLOCK))
 }
@@ -78,9 +80,9 @@ impl Kernels {
         }
     }
 
-    /// Stores a row in 8 bits. Every value comes back to half a step of its block, a step being the block's largest
-    /// magnitude by 127, rounded up to a 16-bit float. A block with something infinite, a NaN or a magnitude above 8
-    /// million comes back as NaN.
+    /// Stores a row in 8 bits. Every value comes back to half a step of its block, a step being the
+    /// block's largest magnitude by 127, rounded up to a 16-bit float. A block with something
+    /// infinite, a NaN or a magnitude above 8 million comes back as NaN.
     ///
     /// # Panics
     /// When `out` has not the length that [`q8_row_bytes`] says.
@@ -107,7 +109,8 @@ impl Kernels {
         assert_eq!(x.len(), out.len(), "lengths of a conversion");
         match self.isa() {
             #[cfg(target_arch = "x86_64")]
-            // SAFETY: `self` proves the instructions (AVX-512 comes with AVX2 and F16C); the lengths are equal.
+            // SAFETY: `self` proves the instructions (AVX-512 comes with AVX2 and F16C); the
+            // lengths are equal.
             Isa::Amx | Isa::Avx512 | Isa::Avx2 => unsafe { super::x86::rows::widen(x, out) },
             _ => {
                 for (to, from) in out.iter_mut().zip(x) {
@@ -117,11 +120,12 @@ impl Kernels {
         }
     }
 
-    /// `scores[q · stride + r] = query q · row r`; queries and rows are of `width` values, what is between the rows of
-    /// scores stays.
+    /// `scores[q · stride + r] = query q · row r`; queries and rows are of `width` values, what is
+    /// between the rows of scores stays.
     ///
     /// # Panics
-    /// When `width` is 0, `queries` or `rows` are not whole rows, or there is no room for the scores.
+    /// When `width` is 0, `queries` or `rows` are not whole rows, or there is no room for the
+    /// scores.
     pub fn row_dots(self, queries: &[f32], rows: StoredRows<'_>, width: usize, scores: &mut [f32], stride: usize) {
         let (n_queries, n_rows) = (StoredRows::F32(queries).count(width), rows.count(width));
         if n_queries == 0 || n_rows == 0 {
@@ -131,10 +135,12 @@ impl Kernels {
         match self.isa() {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `self` proves the instructions; the lengths are checked above.
-            Isa::Amx | Isa::Avx512 => unsafe { super::x86::rows::avx512::dots(queries, rows, width, scores, stride) },
+            Isa::Amx | Isa::Avx512 => unsafe {
+                super::x86::rows::avx512(rows).dots(n_rows, width, queries, scores, stride)
+            },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
-            Isa::Avx2 => unsafe { super::x86::rows::avx2::dots(queries, rows, width, scores, stride) },
+            Isa::Avx2 => unsafe { super::x86::rows::avx2(rows).dots(n_rows, width, queries, scores, stride) },
             _ => {
                 let mut row = vec![0.0; width];
                 for r in 0..n_rows {
@@ -147,8 +153,8 @@ impl Kernels {
         }
     }
 
-    /// `out[q] += Σ_r weights[q · stride + r] · row r`, in the order of the rows. Rows are of `width` values, of which
-    /// the first ones as many as `out_width` are read.
+    /// `out[q] += Σ_r weights[q · stride + r] · row r`, in the order of the rows. Rows are of
+    /// `width` values, of which the first ones as many as `out_width` are read.
     ///
     /// # Panics
     /// When a width is 0, `rows` or `out` are not whole rows, or the weights don't reach.
@@ -171,11 +177,11 @@ impl Kernels {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `self` proves the instructions; the lengths are checked above.
             Isa::Amx | Isa::Avx512 => unsafe {
-                super::x86::rows::avx512::mix(weights, stride, rows, width, out, out_width)
+                super::x86::rows::avx512(rows).mix(n_rows, width, weights, stride, out, out_width)
             },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
-            Isa::Avx2 => unsafe { super::x86::rows::avx2::mix(weights, stride, rows, width, out, out_width) },
+            Isa::Avx2 => unsafe { super::x86::rows::avx2(rows).mix(n_rows, width, weights, stride, out, out_width) },
             _ => {
                 let mut row = vec![0.0; width];
                 for r in 0..n_rows {
@@ -189,7 +195,8 @@ impl Kernels {
         }
     }
 
-    /// `x = exp(x - largest x)`; returns the largest and the sum of the results. Of nothing: minus infinity and 0.
+    /// `x = exp(x - largest x)`; returns the largest and the sum of the results. Of nothing: minus
+    /// infinity and 0.
     pub fn exp_below_largest(self, x: &mut [f32]) -> (f32, f32) {
         dispatch!(self, exp_below_largest(x: &mut [f32]) -> (f32, f32))
     }
@@ -204,12 +211,14 @@ impl Kernels {
     }
 }
 
-/// Whether `len` values hold `n` runs of `run`, `stride` from one's beginning to the next one's; `n` is not 0.
+/// Whether `len` values hold `n` runs of `run`, `stride` from one's beginning to the next one's;
+/// `n` is not 0.
 fn fits(n: usize, stride: usize, run: usize, len: usize) -> bool {
     (n - 1).checked_mul(stride).and_then(|last| last.checked_add(run)).is_some_and(|end| end <= len)
 }
 
-/// The least 16-bit float not below the `largest` magnitude by 127, so that no code is out of range.
+/// The least 16-bit float not below the `largest` magnitude by 127, so that no code is out of
+/// range.
 fn q8_scale(largest: f32) -> f16 {
     let exact = largest / LARGEST_CODE;
     let near = f16::from_f32_const(exact);

@@ -8,8 +8,8 @@ use super::Kernels;
 const STEP: usize = 256;
 
 impl Kernels {
-    /// Reads all bytes with the widest loads there are and returns the exclusive or of their 64-bit words (of the bytes
-    /// after the last whole 256, nothing).
+    /// Reads all bytes with the widest loads there are and returns the exclusive or of their 64-bit
+    /// words (of the bytes after the last whole 256, nothing).
     pub fn read_all(self, bytes: &[u8]) -> u64 {
         match self.isa() {
             #[cfg(target_arch = "x86_64")]

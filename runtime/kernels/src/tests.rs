@@ -1,4 +1,5 @@
-//! Every kernel against plain code that shares nothing with it, on every instruction set of this processor.
+//! Every kernel against plain code that shares nothing with it, on every instruction set of this
+//! processor.
 
 use super::*;
 use crate::quant::{TensorType, dequantize_row};
@@ -59,8 +60,8 @@ pub(super) fn random_weights(ty: TensorType, rows: usize, cols: usize, rng: &mut
     out
 }
 
-/// `[tokens, rows]` in 64-bit floats, and the sum of magnitudes, from the decoded weights and the activations that the
-/// 8-bit form stands for (or the values themselves).
+/// `[tokens, rows]` in 64-bit floats, and the sum of magnitudes, from the decoded weights and the
+/// activations that the 8-bit form stands for (or the values themselves).
 fn reference(w: Weights<'_>, x: &[f32], quantized: bool) -> Vec<(f64, f64)> {
     let cols = w.n_cols();
     let mut decoded = vec![0.0; cols];
@@ -112,7 +113,8 @@ fn products_match_the_decoded_weights() {
                 unsafe { k.matmul(w, 0..rows, acts.view(), OutMatrix::new(&mut out, rows)) };
                 let want = reference(w, &x, needs_quants(ty));
                 for (i, (got, (want, magnitude))) in out.iter().zip(want).enumerate() {
-                    // A value that lies between two whole numbers may round either way: 1e-3 of one of many terms.
+                    // A value that lies between two whole numbers may round either way: 1e-3 of one
+                    // of many terms.
                     let bound = if needs_quants(ty) { 1e-4 } else { 1e-6 } * magnitude;
                     let off = (f64::from(*got) - want).abs();
                     assert!(off <= bound, "{} {ty} {cols} columns, value {i}: {got}, expected {want}", k.isa());

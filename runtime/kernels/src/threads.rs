@@ -1,16 +1,17 @@
 //! A pool of persistent threads that share out the indices of a loop.
 //!
-//! A decode step enters the pool some hundred times, so entering must cost about a microsecond: workers spin for a
-//! moment after each task and only then sleep. The caller is one of the threads, and it never waits for a worker that
-//! has not begun: on a busy machine a worker may be off its core for milliseconds, and its share is then done by the
-//! others.
+//! A decode step enters the pool some hundred times, so entering must cost about a microsecond:
+//! workers spin for a moment after each task and only then sleep. The caller is one of the threads,
+//! and it never waits for a worker that has not begun: on a busy machine a worker may be off its
+//! core for milliseconds, and its share is then done by the others.
 
 use std::cell::UnsafeCell;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
 
-/// Looks at the state before a worker goes to sleep: some 50 µs, longer than any serial stretch of a decode step.
+/// Looks at the state before a worker goes to sleep: some 50 µs, longer than any serial stretch of
+/// a decode step.
 const SPINS: u32 = 20_000;
 
 /// Workers inside the current task, in the low bits of the state.
@@ -35,8 +36,8 @@ struct Shared {
     wake: Condvar,
 }
 
-// SAFETY: `task` is the only field that is not `Sync`; the protocol of `state` orders its accesses, see there, and the
-// closure behind the pointer is `Sync`.
+// SAFETY: `task` is the only field that is not `Sync`; the protocol of `state` orders its accesses,
+// see there, and the closure behind the pointer is `Sync`.
 unsafe impl Sync for Shared {}
 // SAFETY: as above.
 unsafe impl Send for Shared {}
@@ -92,7 +93,8 @@ impl ThreadPool {
         self.workers.len() + 1
     }
 
-    /// Runs `work` on this thread and on every worker that comes in time; returns when all that came are done.
+    /// Runs `work` on this thread and on every worker that comes in time; returns when all that
+    /// came are done.
     ///
     /// # Panics
     /// When `work` panicked on any thread.
@@ -103,10 +105,11 @@ impl ThreadPool {
         let _entry = self.entry.lock().unwrap_or_else(|e| e.into_inner());
         let shared = &*self.shared;
         let borrowed: *const (dyn Fn() + Sync + '_) = &work;
-        // SAFETY: only the lifetime changes; `Finish` closes the task and waits for every worker inside before `work`
-        // goes out of scope, also when the caller's own share panics.
+        // SAFETY: only the lifetime changes; `Finish` closes the task and waits for every worker
+        // inside before `work` goes out of scope, also when the caller's own share panics.
         let erased: Task = unsafe { std::mem::transmute(borrowed) };
-        // SAFETY: the last task was closed and left by all (`Finish`), and `entry` keeps other callers out.
+        // SAFETY: the last task was closed and left by all (`Finish`), and `entry` keeps other
+        // callers out.
         unsafe { *shared.task.get() = Some(erased) };
         let number = shared.state.load(Ordering::Relaxed) / TASK;
         shared.state.store((number + 1) * TASK + OPEN, Ordering::SeqCst);
@@ -120,7 +123,8 @@ impl ThreadPool {
         assert!(!shared.panicked.swap(false, Ordering::Relaxed), "a compute thread panicked");
     }
 
-    /// Runs `work` for each index below `n`, the threads taking the next `chunk` indices as they become free.
+    /// Runs `work` for each index below `n`, the threads taking the next `chunk` indices as they
+    /// become free.
     pub fn for_each_chunk<F: Fn(std::ops::Range<usize>) + Sync>(&self, n: usize, chunk: usize, work: F) {
         let chunk = chunk.max(1);
         if n <= chunk {
@@ -141,7 +145,8 @@ impl ThreadPool {
         });
     }
 
-    /// Cuts `data` into slices of `len` values (the last may be shorter) and runs `work(index, slice)` on each.
+    /// Cuts `data` into slices of `len` values (the last may be shorter) and runs `work(index,
+    /// slice)` on each.
     pub fn for_each_slice<F: Fn(usize, &mut [f32]) + Sync>(&self, data: &mut [f32], len: usize, work: F) {
         let total = data.len();
         let base = Base(data.as_mut_ptr());
@@ -149,8 +154,8 @@ impl ThreadPool {
             for index in range {
                 let start = index * len;
                 let end = (start + len).min(total);
-                // SAFETY: indices are handed out once, so the ranges are disjoint parts of `data`, which is borrowed
-                // for the whole call.
+                // SAFETY: indices are handed out once, so the ranges are disjoint parts of `data`,
+                // which is borrowed for the whole call.
                 let slice = unsafe { std::slice::from_raw_parts_mut(base.at(start), end - start) };
                 work(index, slice);
             }
@@ -170,14 +175,15 @@ impl ThreadPool {
         self.for_each_chunk(from.len().div_ceil(PART), 1, |range| {
             for index in range {
                 let part = &from[index * PART..from.len().min((index + 1) * PART)];
-                // SAFETY: indices are handed out once, so the ranges are disjoint parts of `to`, which is borrowed for
-                // the whole call and as long as `from`.
+                // SAFETY: indices are handed out once, so the ranges are disjoint parts of `to`,
+                // which is borrowed for the whole call and as long as `from`.
                 unsafe { std::ptr::copy_nonoverlapping(part.as_ptr(), base.at(index * PART), part.len()) };
             }
         });
     }
 
-    /// Cuts `a` and `b` each into `n` slices of equal length and runs `work(index, slice of a, slice of b)` on each pair.
+    /// Cuts `a` and `b` each into `n` slices of equal length and runs `work(index, slice of a,
+    /// slice of b)` on each pair.
     ///
     /// # Panics
     /// When `n` does not divide both lengths.
@@ -193,8 +199,8 @@ impl ThreadPool {
         let (a, b) = (Base(a.as_mut_ptr()), Base(b.as_mut_ptr()));
         self.for_each_chunk(n, 1, |range| {
             for index in range {
-                // SAFETY: indices are handed out once and are below `n`, so the ranges are disjoint parts of `a` and of
-                // `b`, which are borrowed for the whole call.
+                // SAFETY: indices are handed out once and are below `n`, so the ranges are disjoint
+                // parts of `a` and of `b`, which are borrowed for the whole call.
                 let (a, b) = unsafe {
                     (
                         std::slice::from_raw_parts_mut(a.at(index * a_len), a_len),
@@ -281,8 +287,8 @@ fn worker(shared: &Shared) {
                 continue;
             }
             done = state / TASK;
-            // SAFETY: inside an open task, so the pointer was written before the task opened, and `Finish` keeps the
-            // closure alive until this worker has left.
+            // SAFETY: inside an open task, so the pointer was written before the task opened, and
+            // `Finish` keeps the closure alive until this worker has left.
             let work = unsafe { (*shared.task.get()).map(|task| &*task) };
             if let Some(work) = work
                 && std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).is_err()
@@ -298,8 +304,8 @@ fn worker(shared: &Shared) {
         } else {
             let mut lock = shared.lock.lock().unwrap_or_else(|e| e.into_inner());
             shared.asleep.fetch_add(1, Ordering::SeqCst);
-            // The state is read after `asleep` is raised, and a caller raises the state before it reads `asleep`: one
-            // of the two sees the other.
+            // The state is read after `asleep` is raised, and a caller raises the state before it
+            // reads `asleep`: one of the two sees the other.
             while !is_new(shared.state.load(Ordering::SeqCst), done) && !shared.stop.load(Ordering::SeqCst) {
                 lock = shared.wake.wait(lock).unwrap_or_else(|e| e.into_inner());
             }

@@ -1,10 +1,12 @@
-//! The matrices a product reads and writes: weights as they lie in the file, and an output shared by threads.
+//! The matrices a product reads and writes: weights as they lie in the file, and an output shared
+//! by threads.
 
 use crate::quant::TensorType;
 use std::marker::PhantomData;
 use std::ops::Range;
 
-/// Whether products with weights of this type read the 8-bit activations; F32, F16 and BF16 read the floats.
+/// Whether products with weights of this type read the 8-bit activations; F32, F16 and BF16 read
+/// the floats.
 pub fn needs_quants(ty: TensorType) -> bool {
     !matches!(ty, TensorType::F32 | TensorType::F16 | TensorType::BF16)
 }
@@ -20,8 +22,8 @@ pub struct Weights<'a> {
 }
 
 impl<'a> Weights<'a> {
-    /// A matrix over `bytes`, or `None` where `n_cols` is no whole number of blocks or `bytes` is not exactly `n_rows`
-    /// rows.
+    /// A matrix over `bytes`, or `None` where `n_cols` is no whole number of blocks or `bytes` is
+    /// not exactly `n_rows` rows.
     pub fn new(ty: TensorType, bytes: &'a [u8], n_rows: usize, n_cols: usize) -> Option<Self> {
         let row_bytes = usize::try_from(ty.row_bytes(n_cols as u64)?).ok()?;
         (row_bytes.checked_mul(n_rows)? == bytes.len()).then_some(Self { ty, bytes, n_rows, n_cols, row_bytes })
@@ -67,7 +69,8 @@ impl<'a> Weights<'a> {
     }
 }
 
-/// A `[n_tokens, stride]` matrix of `f32` that several threads may write at once, each at columns of its own.
+/// A `[n_tokens, stride]` matrix of `f32` that several threads may write at once, each at columns
+/// of its own.
 #[derive(Debug, Clone, Copy)]
 pub struct OutMatrix<'a> {
     base: *mut f32,
@@ -76,7 +79,8 @@ pub struct OutMatrix<'a> {
     borrowed: PhantomData<&'a mut [f32]>,
 }
 
-// SAFETY: all writes go through `put`, whose callers promise that no element is written by two threads at once.
+// SAFETY: all writes go through `put`, whose callers promise that no element is written by two
+// threads at once.
 unsafe impl Send for OutMatrix<'_> {}
 // SAFETY: as above; there is no way to read through an `OutMatrix`.
 unsafe impl Sync for OutMatrix<'_> {}

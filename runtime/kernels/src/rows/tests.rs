@@ -28,7 +28,8 @@ fn rows_in_8_bits_come_back_to_half_a_step() {
                 for (x, back) in x.chunks_exact(width).zip(back.chunks_exact(width)) {
                     for (x, back) in x.chunks(BLOCK).zip(back.chunks(BLOCK)) {
                         let largest = x.iter().fold(0.0f32, |m, v| m.max(v.abs()));
-                        // A scale is rounded up: by a 1024th, or to the next multiple of the least 16-bit float.
+                        // A scale is rounded up: by a 1024th, or to the next multiple of the least
+                        // 16-bit float.
                         let step = (largest / 127.0 * (1.0 + 1.0 / 1024.0)).max(largest / 127.0 + 6e-8);
                         for (x, back) in x.iter().zip(back) {
                             assert!((x - back).abs() <= 0.5001 * step, "{kernels:?} {width} {x} {back} {step}");

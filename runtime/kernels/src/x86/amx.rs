@@ -1,16 +1,18 @@
 //! Products with AMX: tiles of 8-bit integers, for many tokens at once.
 //!
-//! A tile product takes the weights of some rows that share a scale, 32 values of each row or 16 where the format is
-//! finer, and the same values of 16 tokens. Its integers then go through AVX-512, sixteen tokens a register: these few
-//! instructions for each product bound the speed, the tiles themselves are faster. Weights come apart once for every
-//! token, and activations are put in the order of the tiles once for every row.
+//! A tile product takes the weights of some rows that share a scale, 32 values of each row or 16
+//! where the format is finer, and the same values of 16 tokens. Its integers then go through
+//! AVX-512, sixteen tokens a register: these few instructions for each product bound the speed, the
+//! tiles themselves are faster. Weights come apart once for every token, and activations are put in
+//! the order of the tiles once for every row.
 //!
-//! The order of all sums is that of the AVX-512 kernels with `BY_SCALE`, which do what is left over of the tokens.
+//! The order of all sums is that of the AVX-512 kernels with `BY_SCALE`, which do what is left over
+//! of the tokens.
 
 use super::avx512_unpack::{self as unpack, Tile, Unpack};
 use super::prefetch;
 use crate::activations::ActBlock;
-use crate::matmul::{Panel, PanelFn};
+use crate::panel::{Panel, PanelFn};
 use crate::quant::TensorType;
 use crate::quant::block::GROUP;
 use std::arch::asm;
@@ -43,7 +45,8 @@ const PANEL_BYTES: usize = 768 << 10;
 /// The most bytes that 256 values have in a format of small blocks.
 const MOST_BYTES: usize = 272;
 
-/// Whether the processor has the tiles and the system lets this process use them, which it is asked for once.
+/// Whether the processor has the tiles and the system lets this process use them, which it is asked
+/// for once.
 pub(crate) fn permitted() -> bool {
     static PERMITTED: OnceLock<bool> = OnceLock::new();
     *PERMITTED.get_or_init(|| {
@@ -87,7 +90,8 @@ fn ask() -> bool {
     false
 }
 
-/// The kernel of a type, and how many of the first of `tokens` tokens it is the fastest for; it takes any number.
+/// The kernel of a type, and how many of the first of `tokens` tokens it is the fastest for; it
+/// takes any number.
 pub(crate) fn tiled(ty: TensorType, tokens: usize) -> Option<(PanelFn, usize)> {
     let rest = tokens % TOKENS;
     let count = if rest < MIN_REST { tokens - rest } else { tokens };
@@ -138,10 +142,11 @@ thread_local! {
     static SCRATCH: RefCell<Vec<Line>> = const { RefCell::new(Vec::new()) };
 }
 
-/// The parts of a thread's scratch memory, for a format with `lanes` sums a row (8 of 32 values or 16 of 16).
+/// The parts of a thread's scratch memory, for a format with `lanes` sums a row (8 of 32 values or
+/// 16 of 16).
 ///
-/// Of each `lanes`, then each group of 256 values there are tiles of both sides, so that a sum goes through memory in one
-/// direction.
+/// Of each `lanes`, then each group of 256 values there are tiles of both sides, so that a sum goes
+/// through memory in one direction.
 struct Buffers {
     /// `[token / 16, lanes, groups, 64 / lanes, 16, 4]`: activations.
     x: *mut i8,
@@ -190,7 +195,7 @@ impl Buffers {
 /// As [`PanelFn`], and [`permitted`] was true.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
 unsafe fn product<U: Unpack>(panel: &Panel<'_>) {
-    let lanes = if U::FINE { 16 } else { 8 };
+    let lanes = if U::SCALE_PER_16 { 16 } else { 8 };
     let cols = panel.x.cols();
     let groups = cols.div_ceil(GROUP);
     let tokens = panel.x.blocks().len() / groups;
@@ -207,12 +212,14 @@ unsafe fn product<U: Unpack>(panel: &Panel<'_>) {
             let first_token = i * at_once * TOKENS;
             let n_panels = (blocks.len() / groups).div_ceil(TOKENS);
             for (p, blocks) in blocks.chunks(TOKENS * groups).enumerate() {
-                // SAFETY: the buffers were made for so many; the instructions are the caller's promise.
+                // SAFETY: the buffers were made for so many; the instructions are the caller's
+                // promise.
                 unsafe { arrange_tokens::<U>(blocks, p, groups, &to) };
             }
             for (b, rows) in panel.weights.chunks(ROWS * panel.row_bytes).enumerate() {
                 let n_rows = rows.len() / panel.row_bytes;
-                // SAFETY: as above; the tiles are configured, and the caller's output holds the product.
+                // SAFETY: as above; the tiles are configured, and the caller's output holds the
+                // product.
                 unsafe {
                     arrange_rows::<U>(rows, panel.row_bytes, cols, &to);
                     for lane in 0..lanes {
@@ -239,7 +246,8 @@ fn configure(bytes: usize) {
     let mut config = Config { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
     config.row_bytes[..3].copy_from_slice(&[64, bytes as u16, 64]);
     config.rows[..3].copy_from_slice(&[ROWS as u8, ROWS as u8, (bytes / 4) as u8]);
-    // SAFETY: a valid configuration of palette 1; only `product` runs this, on a processor with tiles.
+    // SAFETY: a valid configuration of palette 1; only `product` runs this, on a processor with
+    // tiles.
     unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const config, options(readonly, nostack, preserves_flags)) };
 }
 
@@ -250,7 +258,7 @@ fn configure(bytes: usize) {
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
 unsafe fn arrange_tokens<U: Unpack>(blocks: &[ActBlock], p: usize, groups: usize, to: &Buffers) {
-    let lanes = if U::FINE { 16 } else { 8 };
+    let lanes = if U::SCALE_PER_16 { 16 } else { 8 };
     let tile = TOKENS * GROUP / lanes;
     let count = blocks.len() / groups;
     for g in 0..groups {
@@ -267,8 +275,11 @@ unsafe fn arrange_tokens<U: Unpack>(blocks: &[ActBlock], p: usize, groups: usize
             let columns = read(&|block| unsafe { _mm512_load_si512(block.q.as_ptr().cast::<__m512i>().add(eight)) });
             for (i, column) in columns.into_iter().enumerate() {
                 let (run, half) = (i / 2, i % 2);
-                let (lane, line) =
-                    if U::FINE { (2 * run + eight / 2, 2 * (eight % 2) + half) } else { (run, 2 * eight + half) };
+                let (lane, line) = if U::SCALE_PER_16 {
+                    (2 * run + eight / 2, 2 * (eight % 2) + half)
+                } else {
+                    (run, 2 * eight + half)
+                };
                 // SAFETY: the tile of this lane and group has this line.
                 unsafe { _mm512_store_si512(to.x.add(step(lane) * tile + line * 64).cast(), column) };
             }
@@ -279,7 +290,7 @@ unsafe fn arrange_tokens<U: Unpack>(blocks: &[ActBlock], p: usize, groups: usize
         let sums =
             read(&|block| unsafe { _mm512_load_si512(block.sums.as_ptr().cast()) }).map(|s| _mm512_castsi512_ps(s));
         for lane in 0..lanes {
-            let (scale, sum) = if U::FINE {
+            let (scale, sum) = if U::SCALE_PER_16 {
                 (scales[lane], sums[lane])
             } else {
                 (scales[2 * lane], _mm512_add_ps(sums[2 * lane], sums[2 * lane + 1]))
@@ -320,7 +331,7 @@ unsafe fn arrange_rows<U: Unpack>(rows: &[u8], row_bytes: usize, cols: usize, to
             unsafe { arrange_group::<U>(U::unpack(padded.as_ptr()), r, whole, groups, to) };
         }
     }
-    let (lanes, stride) = if U::FINE { (16, 1) } else { (8, 2) };
+    let (lanes, stride) = if U::SCALE_PER_16 { (16, 1) } else { (8, 2) };
     for i in 0..2 * groups {
         let mut rows = [_mm512_setzero_si512(); ROWS];
         for (r, row) in rows.iter_mut().enumerate() {
@@ -349,7 +360,7 @@ unsafe fn arrange_group<U: Unpack>(tile: Tile, row: usize, g: usize, groups: usi
     // SAFETY: every lane and group has 16 rows.
     unsafe {
         for (parity, [first, second]) in [even, odd].into_iter().enumerate() {
-            if U::FINE {
+            if U::SCALE_PER_16 {
                 for (half, v) in [first, second].into_iter().enumerate() {
                     let to = |run: usize| to.w.add((((2 * run + half) * groups + g) * ROWS + row) * 16).cast();
                     _mm_store_si128(to(parity), _mm512_castsi512_si128(v));
@@ -382,7 +393,7 @@ unsafe fn arrange_group<U: Unpack>(tile: Tile, row: usize, g: usize, groups: usi
 unsafe fn add_up<U: Unpack>(lane: usize, p: usize, groups: usize, from: &Buffers) {
     #[repr(C, align(64))]
     struct Products(MaybeUninit<[i32; RING * ROWS * TOKENS]>);
-    let lanes = if U::FINE { 16 } else { 8 };
+    let lanes = if U::SCALE_PER_16 { 16 } else { 8 };
     let bytes = GROUP / lanes;
     let step = (p * lanes + lane) * groups;
     let mut products = Products(MaybeUninit::uninit());
@@ -419,7 +430,8 @@ unsafe fn add_up<U: Unpack>(lane: usize, p: usize, groups: usize, from: &Buffers
     for g in 0..AHEAD.min(groups) {
         multiply(g);
     }
-    // The minimums first, while the first products are under way: registers hold sums of one kind at a time.
+    // The minimums first, while the first products are under way: registers hold sums of one kind
+    // at a time.
     let mut mins = [_mm512_setzero_ps(); ROWS];
     for g in 0..groups {
         // SAFETY: scales of group `g`.
@@ -461,8 +473,8 @@ unsafe fn add_up<U: Unpack>(lane: usize, p: usize, groups: usize, from: &Buffers
     }
 }
 
-/// Adds the lanes of `[lanes, 16, 16]` sums up, in the order in which a register's are, and writes the products of
-/// `n_rows` rows with `count` tokens.
+/// Adds the lanes of `[lanes, 16, 16]` sums up, in the order in which a register's are, and writes
+/// the products of `n_rows` rows with `count` tokens.
 ///
 /// # Safety
 /// The output holds them, no other thread touches them, and the processor has the instructions.

@@ -3,7 +3,7 @@
 use super::avx512_unpack::{self as unpack, Tile, Unpack};
 use super::prefetch;
 use crate::activations::{ActBlock, place, run_scale};
-use crate::matmul::{Panel, PanelFn, PanelFns};
+use crate::panel::{Bf16, F16, F32, FloatFormat, Panel, PanelFn, PanelFns, float_panel};
 use crate::quant::TensorType;
 use crate::quant::block::GROUP;
 use std::arch::x86_64::*;
@@ -17,8 +17,9 @@ macro_rules! panel_fns {
     };
 }
 
-/// The kernels of a type. With `BY_SCALE` all values that share a weight's and an activation's scale are added up as
-/// integers, in the order of the tiles ([`super::amx`]); without it two lanes share them, which takes fewer instructions.
+/// The kernels of a type. With `BY_SCALE` all values that share a weight's and an activation's
+/// scale are added up as integers, in the order of the tiles ([`super::amx`]); without it two lanes
+/// share them, which takes fewer instructions.
 pub(crate) fn panels<const BY_SCALE: bool>(ty: TensorType) -> PanelFns {
     match ty {
         TensorType::F32 => panel_fns!(float, F32; 1 2 3 4),
@@ -75,7 +76,8 @@ unsafe fn quantized<U: Unpack, const N: usize, const BY_SCALE: bool>(panel: &Pan
             let mut padded = [0u8; MOST];
             let tail = &row[whole * U::GROUP_BYTES..];
             padded[..tail.len()].copy_from_slice(tail);
-            // SAFETY: `padded` is a whole group, and the last blocks of `x` are filled up with zeros.
+            // SAFETY: `padded` is a whole group, and the last blocks of `x` are filled up with
+            // zeros.
             unsafe {
                 let tile = U::unpack(padded.as_ptr());
                 multiply::<U, N, BY_SCALE>(tile, x.add(whole), groups, &mut acc);
@@ -83,8 +85,11 @@ unsafe fn quantized<U: Unpack, const N: usize, const BY_SCALE: bool>(panel: &Pan
         }
         for (n, acc) in acc.into_iter().enumerate() {
             let both = _mm512_add_ps(acc[0], acc[1]);
-            let sum =
-                if BY_SCALE && !U::FINE { _mm512_mask_reduce_add_ps(EVEN, both) } else { _mm512_reduce_add_ps(both) };
+            let sum = if BY_SCALE && !U::SCALE_PER_16 {
+                _mm512_mask_reduce_add_ps(EVEN, both)
+            } else {
+                _mm512_reduce_add_ps(both)
+            };
             // SAFETY: the caller's output holds this element.
             unsafe { panel.out.put(n, panel.first_row + r, sum) };
         }
@@ -118,7 +123,8 @@ pub(crate) fn quantize_run(run: usize, x: &[f32; 32], block: &mut ActBlock) {
     block.scale[2 * run..][..2].fill(scale);
 }
 
-/// Adds the products of 256 weights with `N` tokens, the blocks of neighbouring tokens `stride` apart.
+/// Adds the products of 256 weights with `N` tokens, the blocks of neighbouring tokens `stride`
+/// apart.
 ///
 /// # Safety
 /// The blocks can be read, and the processor has the instructions.
@@ -135,7 +141,8 @@ unsafe fn multiply<U: Unpack, const N: usize, const BY_SCALE: bool>(
     for (n, acc) in acc.iter_mut().enumerate() {
         // SAFETY: the caller's blocks.
         let x = unsafe { &*x.add(n * stride) };
-        // SAFETY: a block has four registers of values, one of scales and one of sums, and is aligned to them.
+        // SAFETY: a block has four registers of values, one of scales and one of sums, and is
+        // aligned to them.
         let (q, scale, sums) = unsafe {
             let q = x.q.as_ptr().cast::<__m512i>();
             let q = [
@@ -147,16 +154,17 @@ unsafe fn multiply<U: Unpack, const N: usize, const BY_SCALE: bool>(
             (q, _mm512_load_ps(x.scale.as_ptr()), _mm512_load_ps(x.sums.as_ptr()))
         };
         let one = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(zero, tile.q[0], q[0]), tile.q[1], q[1]);
-        let two = if U::FINE { zero } else { one };
+        let two = if U::SCALE_PER_16 { zero } else { one };
         let two = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(two, tile.q[2], q[2]), tile.q[3], q[3]);
-        let (sum, sums) = match (BY_SCALE, U::FINE) {
+        let (sum, sums) = match (BY_SCALE, U::SCALE_PER_16) {
             (false, true) => {
                 let one = _mm512_mul_ps(_mm512_cvtepi32_ps(one), first);
                 (_mm512_fmadd_ps(_mm512_cvtepi32_ps(two), second, one), sums)
             }
             (false, false) => (_mm512_mul_ps(_mm512_cvtepi32_ps(two), tile.scale), sums),
             (true, true) => {
-                // The first sixteen of a run to its first lane, the second sixteen to its second lane.
+                // The first sixteen of a run to its first lane, the second sixteen to its second
+                // lane.
                 let low = _mm512_mask_shuffle_epi32::<0b10_10_00_00>(one, !EVEN, two);
                 let high = _mm512_mask_shuffle_epi32::<0b11_11_01_01>(two, EVEN, one);
                 (_mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(low, high)), tile.scale), sums)
@@ -172,99 +180,10 @@ unsafe fn multiply<U: Unpack, const N: usize, const BY_SCALE: bool>(
     }
 }
 
-/// A float format: sixteen values from their bytes.
-trait Float {
-    const BYTES: usize;
-
-    /// # Safety
-    /// Sixteen values can be read; the processor has AVX-512.
-    unsafe fn load(p: *const u8) -> __m512;
-}
-
-struct F32;
-struct F16;
-struct Bf16;
-
-impl Float for F32 {
-    const BYTES: usize = 4;
-
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
-    unsafe fn load(p: *const u8) -> __m512 {
-        // SAFETY: the caller's.
-        unsafe { _mm512_loadu_ps(p.cast()) }
-    }
-}
-
-impl Float for F16 {
-    const BYTES: usize = 2;
-
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
-    unsafe fn load(p: *const u8) -> __m512 {
-        // SAFETY: the caller's.
-        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())) }
-    }
-}
-
-impl Float for Bf16 {
-    const BYTES: usize = 2;
-
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
-    unsafe fn load(p: *const u8) -> __m512 {
-        // SAFETY: the caller's.
-        let bits = unsafe { _mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast())) };
-        _mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits))
-    }
-}
-
 /// # Safety
 /// As [`PanelFn`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
-unsafe fn float<W: Float, const N: usize>(panel: &Panel<'_>) {
-    const STEP: usize = 32;
-    let cols = panel.x.cols();
-    let whole = cols - cols % STEP;
-    // The last, shorter step, filled up with zeros.
-    let mut tail = [[0.0f32; STEP]; N];
-    for (n, tail) in tail.iter_mut().enumerate() {
-        tail[..cols - whole].copy_from_slice(&panel.x.values()[n * cols + whole..(n + 1) * cols]);
-    }
-    let x = panel.x.values().as_ptr();
-    for (r, row) in panel.weights.chunks_exact(panel.row_bytes).enumerate() {
-        let mut acc = [[_mm512_setzero_ps(); 2]; N];
-        let mut c = 0;
-        while c < whole {
-            // SAFETY: a step is left in the row and in each of the `N` rows of `x`.
-            unsafe {
-                let p = row.as_ptr().add(c * W::BYTES);
-                prefetch(p, STEP * W::BYTES);
-                let (w0, w1) = (W::load(p), W::load(p.add(16 * W::BYTES)));
-                for (n, acc) in acc.iter_mut().enumerate() {
-                    let x = x.add(n * cols + c);
-                    acc[0] = _mm512_fmadd_ps(w0, _mm512_loadu_ps(x), acc[0]);
-                    acc[1] = _mm512_fmadd_ps(w1, _mm512_loadu_ps(x.add(16)), acc[1]);
-                }
-            }
-            c += STEP;
-        }
-        if whole < cols {
-            let mut bytes = [0u8; STEP * 4];
-            bytes[..(cols - whole) * W::BYTES].copy_from_slice(&row[whole * W::BYTES..]);
-            // SAFETY: the buffers hold a step.
-            unsafe {
-                let (w0, w1) = (W::load(bytes.as_ptr()), W::load(bytes.as_ptr().add(16 * W::BYTES)));
-                for (acc, x) in acc.iter_mut().zip(&tail) {
-                    acc[0] = _mm512_fmadd_ps(w0, _mm512_loadu_ps(x.as_ptr()), acc[0]);
-                    acc[1] = _mm512_fmadd_ps(w1, _mm512_loadu_ps(x.as_ptr().add(16)), acc[1]);
-                }
-            }
-        }
-        for (n, acc) in acc.into_iter().enumerate() {
-            let sum = _mm512_reduce_add_ps(_mm512_add_ps(acc[0], acc[1]));
-            // SAFETY: the caller's output holds this element.
-            unsafe { panel.out.put(n, panel.first_row + r, sum) };
-        }
-    }
+unsafe fn float<W: FloatFormat, const N: usize>(panel: &Panel<'_>) {
+    // SAFETY: the caller's panel.
+    unsafe { float_panel::<__m512, W, N>(panel) }
 }

@@ -1,6 +1,7 @@
 //! Taking 256 weights of the grid formats (IQ1, IQ2, IQ3) apart into AVX-512 registers.
 //!
-//! The k-th register of a [`Tile`] holds the k-th eight of every run of 32: eight grid entries, which one gather fetches.
+//! The k-th register of a [`Tile`] holds the k-th eight of every run of 32: eight grid entries,
+//! which one gather fetches.
 
 use super::avx512_unpack::{Tile, each_twice, one_scale, unpack};
 use crate::quant::block::f16_to_f32;
@@ -37,8 +38,8 @@ fn gather16<const N: usize>(table: &[u32; N], index: __m512i) -> __m512i {
     unsafe { _mm512_i32gather_epi32::<4>(index, table.as_ptr().cast()) }
 }
 
-/// Adds [`OFFSET`] to magnitudes, negated where their sign bit is set: the signs of the lane's eight bytes are in the
-/// lane's byte `k` of `signs`.
+/// Adds [`OFFSET`] to magnitudes, negated where their sign bit is set: the signs of the lane's
+/// eight bytes are in the lane's byte `k` of `signs`.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
 fn with_signs(magnitudes: __m512i, signs: __m512i, k: usize) -> __m512i {
@@ -149,7 +150,8 @@ fn byte_pair(v: __m512i, k: usize) -> __m512i {
     _mm512_shuffle_epi8(v, _mm512_broadcast_i32x4(pick))
 }
 
-/// Adds [`OFFSET`] and an eighth of a level, negative in the lanes of `negative`, to grid entries in eighths.
+/// Adds [`OFFSET`] and an eighth of a level, negative in the lanes of `negative`, to grid entries
+/// in eighths.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
 fn with_eighth(grid: __m512i, negative: __mmask8) -> __m512i {
@@ -194,7 +196,8 @@ unpack!(
 );
 
 unpack!(
-    /// One factor, 32 bytes of grid numbers, 32 of signs, 8 of two more grid bits each, 8 of scales.
+    /// One factor, 32 bytes of grid numbers, 32 of signs, 8 of two more grid bits each, 8 of
+    /// scales.
     IQ2_S, 82, true, |p| {
         let (low, signs, high) = (words(p.add(2)), words(p.add(34)), bytes(p.add(66)));
         let q = [0, 1, 2, 3].map(|k| with_signs(gather8(&grids::IQ2_S, index(low, k, high, 2 * k, 2)), signs, k));
@@ -244,7 +247,8 @@ unpack!(
 );
 
 unpack!(
-    /// 32 bytes of grid numbers, 16 of grid bits and signs of the eighths, 4 u16 of scales and of bits of one factor.
+    /// 32 bytes of grid numbers, 16 of grid bits and signs of the eighths, 4 u16 of scales and of
+    /// bits of one factor.
     IQ1_M, 56, true, |p| {
         let (low, high) = (words(p), half_words(p.add(32)));
         let q = [0, 1, 2, 3].map(|k| {

@@ -1,7 +1,7 @@
 //! Taking 256 weights of each format apart into AVX-512 registers, in the order of the activations.
 //!
-//! Codes come out unsigned, as the 8-bit dot product wants its left side: a format with negative codes adds an offset,
-//! and the minimum grows by offset times scale, which takes it off again.
+//! Codes come out unsigned, as the 8-bit dot product wants its left side: a format with negative
+//! codes adds an offset, and the minimum grows by offset times scale, which takes it off again.
 
 use crate::quant::block::{q3_scales, scales_and_mins};
 use crate::quant::iq4_nl::IQ4_LEVELS;
@@ -26,10 +26,11 @@ pub(super) trait Unpack {
     /// Bytes of 256 values.
     const GROUP_BYTES: usize;
     /// The halves of 32 values have scales of their own.
-    const FINE: bool = false;
+    const SCALE_PER_16: bool = false;
 
     /// # Safety
-    /// `GROUP_BYTES` bytes can be read at `p`, and the processor has the AVX-512 sets of `Isa::Avx512`.
+    /// `GROUP_BYTES` bytes can be read at `p`, and the processor has the AVX-512 sets of
+    /// `Isa::Avx512`.
     unsafe fn unpack(p: *const u8) -> Tile;
 }
 
@@ -42,7 +43,7 @@ macro_rules! unpack {
 
         impl $crate::x86::avx512_unpack::Unpack for $name {
             const GROUP_BYTES: usize = $bytes;
-            const FINE: bool = $fine;
+            const SCALE_PER_16: bool = $fine;
 
             #[inline]
             #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
@@ -55,8 +56,8 @@ macro_rules! unpack {
 }
 pub(super) use unpack;
 
-/// Puts the eights of the odd runs beside those of the even ones; given are the first halves of the even runs, their
-/// second halves, and the same of the odd runs.
+/// Puts the eights of the odd runs beside those of the even ones; given are the first halves of the
+/// even runs, their second halves, and the same of the odd runs.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
 fn interleave([e0, e1, o0, o1]: [__m512i; 4]) -> [__m512i; 4] {
@@ -126,7 +127,8 @@ unsafe fn eight_scales(p: *const u8, step: usize) -> __m256 {
     _mm256_cvtph_ps(_mm_setr_epi16(at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7)))
 }
 
-/// The f16 scales and addends that begin eight blocks of `step` bytes; the addends come out negated, as minimums.
+/// The f16 scales and addends that begin eight blocks of `step` bytes; the addends come out
+/// negated, as minimums.
 ///
 /// # Safety
 /// The first four bytes of each block can be read.
@@ -153,8 +155,8 @@ pub(super) unsafe fn one_scale(p: *const u8) -> __m512 {
     _mm512_cvtph_ps(_mm256_set1_epi16(bits))
 }
 
-/// Adds `bit` to the bytes of `v` where bit `k` of the fifth-bit words is set: in each sixteen, bit `i` of the u16 that is
-/// in bytes `pick` of the same sixteen of `words` belongs to byte `i`.
+/// Adds `bit` to the bytes of `v` where bit `k` of the fifth-bit words is set: in each sixteen, bit
+/// `i` of the u16 that is in bytes `pick` of the same sixteen of `words` belongs to byte `i`.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
 fn with_bits(v: __m512i, words: __m512i, pick: i16, bit: i8) -> __m512i {
@@ -181,7 +183,8 @@ fn shift_every_other(v: __m512i) -> __m512i {
     _mm512_srlv_epi16(v, _mm512_setr_epi64(0, 0, FOUR, FOUR, 0, 0, FOUR, FOUR))
 }
 
-/// 2-bit codes as Q2_K and Q3_K pack them (four runs of 32 in each 32 bytes), 64 bytes of them, for [`interleave`].
+/// 2-bit codes as Q2_K and Q3_K pack them (four runs of 32 in each 32 bytes), 64 bytes of them, for
+/// [`interleave`].
 ///
 /// # Safety
 /// They can be read.
@@ -200,7 +203,8 @@ unsafe fn two_bit_codes(p: *const u8) -> [__m512i; 4] {
     ]
 }
 
-/// The scales and minimums of Q4_K and Q5_K, whose block begins at `p`; the scales of odd runs times `odd`.
+/// The scales and minimums of Q4_K and Q5_K, whose block begins at `p`; the scales of odd runs
+/// times `odd`.
 ///
 /// # Safety
 /// Sixteen bytes can be read.

@@ -5,13 +5,14 @@ pub(super) mod avx2;
 pub(super) mod avx512;
 mod avx512_grids;
 mod avx512_unpack;
+mod lanes;
 pub(super) mod rows;
 
 /// Bytes ahead of the ones in use that are asked into the first-level cache.
 const NEAR: usize = 512;
 
-/// Bytes ahead of the ones in use that are asked into the second-level cache, which waits for more lines at a time; and
-/// further than the processor looks by itself, across a page's end too.
+/// Bytes ahead of the ones in use that are asked into the second-level cache, which waits for more
+/// lines at a time; and further than the processor looks by itself, across a page's end too.
 const FAR: usize = 3072;
 
 /// Asks for `bytes` bytes that lie [`NEAR`] and [`FAR`] ahead of `p`.
