@@ -1,22 +1,34 @@
-//! Products with NEON and its `dotprod` extension: the plain unpacking compiled for it, and a dot
-//! product of its own.
+//! Matmul kernels for NEON with its `dotprod` extension: the scalar unpacking compiled for it, and
+//! a dot product of its own.
 //!
-//! The order of the values is that of `x86::avx2`, in registers of half the width: one holds eight
-//! values each of two runs of 32, so that the four lanes of their products stand under the four
-//! scales of those runs.
+//! The order of the values is that of `x86::avx2`, in registers of half the width. A register holds
+//! an eight of each of two runs of 32, so that the four lanes of their products are under the four
+//! scales of those runs. `sdot` adds products of signed bytes to 32 bits, so neither offsets nor
+//! 16-bit sums are needed:
 //!
-//! Only the products are here. The operations between them and what attention does with stored rows
-//! run the plain code, which every AArch64 compiler turns into NEON by itself. Nothing is asked
-//! into the caches ahead: no processor of this kind has been measured.
+//! ```text
+//! for each two runs (a quarter of the group):
+//!     w[0..4] = eights 0, 1, 2, 3 of the two runs, side by side        # 16 bytes each
+//!     for each token n:
+//!         sum = sdot(... sdot(0, w[0], x[n][0]) ..., w[3], x[n][3])    # two lanes per run
+//!         acc[n] += float(sum) * weight scales * x scales
+//!         acc[n] -= minimums * x sums
+//! ```
+//!
+//! Only matmuls are here. Element-wise operations and attention rows run the scalar code, which
+//! every AArch64 compiler turns into NEON by itself. Nothing is prefetched: no processor of this
+//! kind has been measured.
 
 use super::activations::ActBlock;
+use super::float_panel::{Bf16, F16, F32, FloatFormat, float_panel};
 use super::lanes::Lanes;
-use super::panel::{Bf16, BlockDot, F16, F32, FloatFormat, Panel, PanelFn, PanelFns, float_panel, quantized_panel};
+use super::panel::{BlockDot, Panel, PanelFn, PanelFns, quantized_panel};
 use crate::quant::block::{Codes, Format, GROUP, UnpackOps};
 use crate::quant::{TensorType, with_format};
 use std::arch::aarch64::*;
 use std::arch::asm;
 
+/// Lists the instances of a kernel for 1 to 4 tokens.
 macro_rules! panel_fns {
     ($kernel:ident, $of:ty) => {{
         const PANELS: &[PanelFn] = &[$kernel::<$of, 1>, $kernel::<$of, 2>, $kernel::<$of, 3>, $kernel::<$of, 4>];
@@ -24,7 +36,7 @@ macro_rules! panel_fns {
     }};
 }
 
-/// The kernels of a type.
+/// Returns the kernels of a type, for 1, 2, ... tokens.
 pub(super) fn panels(ty: TensorType) -> PanelFns {
     with_format!(ty, F => panel_fns!(quantized, F), float => match ty {
         TensorType::F32 => panel_fns!(float, F32),
@@ -33,7 +45,7 @@ pub(super) fn panels(ty: TensorType) -> PanelFns {
     })
 }
 
-/// The steps of unpacking with NEON.
+/// Unpacking and dot products with NEON.
 struct Neon;
 
 impl UnpackOps for Neon {
@@ -48,7 +60,8 @@ impl UnpackOps for Neon {
         const BIT: u64 = 0x8040_2010_0804_0201;
         const EACH: u64 = 0x0101_0101_0101_0101;
         let mut out = [0; 32];
-        // SAFETY: as above; sixteen bytes are read, and each half of `out` is sixteen.
+        // SAFETY: every AArch64 processor that this is compiled for has NEON; sixteen bytes are
+        // read, and each half of `out` is sixteen.
         unsafe {
             let low = vld1q_u8(bytes.as_ptr());
             let fifth = vreinterpretq_u8_u32(vdupq_n_u32(fifth));
@@ -108,6 +121,8 @@ impl BlockDot for Neon {
     }
 }
 
+/// Computes a panel of a quantized format.
+///
 /// # Safety
 /// As [`PanelFn`].
 #[target_feature(enable = "neon,dotprod")]
@@ -116,6 +131,8 @@ unsafe fn quantized<F: Format, const N: usize>(panel: &Panel<'_>) {
     unsafe { quantized_panel::<Neon, F, N>(panel) }
 }
 
+/// Computes a panel of a float format.
+///
 /// # Safety
 /// As [`PanelFn`].
 #[target_feature(enable = "neon,dotprod")]
@@ -124,12 +141,12 @@ unsafe fn float<W: FloatFormat, const N: usize>(panel: &Panel<'_>) {
     unsafe { float_panel::<Eight, W, N>(panel) }
 }
 
-/// Adds the products of 256 weights with `N` tokens.
+/// Adds the dot products of 256 weights with `N` tokens.
 #[inline]
 #[target_feature(enable = "neon,dotprod")]
 fn add_block<F: Format, const N: usize>(codes: &Codes, x: [&ActBlock; N], acc: &mut [float32x4_t; N]) {
     for two in 0..4 {
-        // Two runs of 32 values: their eights side by side, as the activations have them.
+        // Eights of two runs, side by side as the activations have them.
         let [w0, w1] = eights::<F>(codes, 2 * two, 0);
         let [w2, w3] = eights::<F>(codes, 2 * two, 16);
         let scale = load4(&codes.scale, 4 * two);
@@ -152,7 +169,7 @@ fn add_block<F: Format, const N: usize>(codes: &Codes, x: [&ActBlock; N], acc: &
     }
 }
 
-/// Two eights each of two runs: those at `at` of both runs, and those 8 further.
+/// Returns two eights of each of two runs: those at `at` of both runs, and the next ones.
 #[inline]
 #[target_feature(enable = "neon,dotprod")]
 fn eights<F: Format>(codes: &Codes, run: usize, at: usize) -> [int8x16_t; 2] {
@@ -168,6 +185,7 @@ fn eights<F: Format>(codes: &Codes, run: usize, at: usize) -> [int8x16_t; 2] {
     [vreinterpretq_s8_s64(vzip1q_s64(even, odd)), vreinterpretq_s8_s64(vzip2q_s64(even, odd))]
 }
 
+/// Loads 16 codes.
 #[inline]
 #[target_feature(enable = "neon,dotprod")]
 fn load16(q: &[i8; GROUP], at: usize) -> int8x16_t {
@@ -176,6 +194,7 @@ fn load16(q: &[i8; GROUP], at: usize) -> int8x16_t {
     unsafe { vld1q_s8(part.as_ptr()) }
 }
 
+/// Loads four floats.
 #[inline]
 #[target_feature(enable = "neon,dotprod")]
 fn load4(values: &[f32], at: usize) -> float32x4_t {
@@ -184,7 +203,7 @@ fn load4(values: &[f32], at: usize) -> float32x4_t {
     unsafe { vld1q_f32(part.as_ptr()) }
 }
 
-/// Two registers, so that a load of 16-bit floats fills them.
+/// Two registers as one of eight lanes: as many as a load of 16-bit floats fills.
 #[derive(Clone, Copy)]
 struct Eight([float32x4_t; 2]);
 

@@ -1,12 +1,12 @@
-//! The plain products: what every other kernel is tested against, and what runs where there is no
-//! other.
+//! Scalar matmul kernels: what all others are tested against, and what runs where there are no
+//! others.
 
 use super::activations::{ActBlock, place};
 use super::panel::{BlockDot, Panel, PanelFn, PanelFns, quantized_panel};
 use crate::quant::block::{Codes, Format, Plain};
 use crate::quant::{TensorType, dequantize_row, with_format};
 
-/// The kernels of a type.
+/// Returns the kernels of a type, for 1, 2, ... tokens.
 pub(super) fn panels(ty: TensorType) -> PanelFns {
     with_format!(ty, F => {
         const PANELS: &[PanelFn] = &[quantized::<F, 1>, quantized::<F, 2>, quantized::<F, 3>, quantized::<F, 4>];
@@ -50,6 +50,8 @@ impl BlockDot for Plain {
     }
 }
 
+/// Computes a panel of a quantized format.
+///
 /// # Safety
 /// As [`PanelFn`].
 unsafe fn quantized<F: Format, const N: usize>(panel: &Panel<'_>) {
@@ -57,6 +59,8 @@ unsafe fn quantized<F: Format, const N: usize>(panel: &Panel<'_>) {
     unsafe { quantized_panel::<Plain, F, N>(panel) }
 }
 
+/// Computes a panel of float weights for one token.
+///
 /// # Safety
 /// As [`PanelFn`].
 unsafe fn float<const TYPE: u32>(panel: &Panel<'_>) {

@@ -17,6 +17,7 @@
 //! assert_eq!((values[0], values[31]), (-8.0, 7.5));
 //! ```
 
+#![forbid(unsafe_code)]
 // The formats keep the names that the field gives them.
 #![allow(non_camel_case_types)]
 
@@ -178,7 +179,6 @@ impl TensorType {
     }
 
     /// Returns the name that llama.cpp uses, for example `Q4_K`.
-    #[inline]
     #[inline]
     pub fn name(self) -> &'static str {
         use TensorType::*;

@@ -1,15 +1,37 @@
-//! Products with AMX: tiles of 8-bit integers, for many tokens at once.
+//! Matmul kernels for AMX: tiles of 8-bit integers, for prompts.
 //!
-//! A tile product takes the weights of some rows that share a scale, 32 values of each row or 16
-//! where the format is finer, and the same values of 16 tokens. Its integers then go through
-//! AVX-512, sixteen tokens a register: these few instructions for each product bound the speed, the
-//! tiles themselves are faster. Weights come apart once for every token, and activations are put in
-//! the order of the tiles once for every row.
+//! A tile product (`tdpbusd`) multiplies 16 weight rows by 16 tokens over up to 64 bytes, and adds
+//! up integers. But values may only be added as integers while they share both scales. So a product
+//! here takes 32 values of each row (16 where the format has a scale per 16), and its 16 x 16
+//! integers are then scaled with AVX-512, sixteen tokens per register. Those few instructions bound
+//! the speed; the tiles themselves are faster.
 //!
-//! The order of all sums is that of the AVX-512 kernels with `BY_SCALE`, which do what is left over
-//! of the tokens.
+//! The scaled sums of run 0 of every group are kept apart from those of run 1, and so on. A *lane*
+//! is such a position: 8 runs, or 16 half runs. One lane's sums for 16 rows and 16 tokens are 16
+//! registers.
+//!
+//! ```text
+//! for each set of tokens whose packed form fits the L2 cache:              # MAX_PACKED_BYTES
+//!     pack_tokens: transpose 16 tokens to lines of 4 bytes per token       # what tdpbusd wants on its right
+//!     for each 16 weight rows:
+//!         pack_rows: unpack, once for all tokens; one 16-row tile per lane and group
+//!         for each lane, for each 16 tokens:                               # accumulate_lane
+//!             start the first PRODUCTS_IN_FLIGHT tile products
+//!             mins[row] -= row minimum * token sum, over all groups        # while those are under way
+//!             for each group g:
+//!                 start the tile product of group g + PRODUCTS_IN_FLIGHT
+//!                 acc[row] += (float(product of group g) * row scale) * token scale
+//!             sums[lane][row] = acc + mins
+//!         store_results: add the lanes, transpose to [token, row], store
+//! ```
+//!
+//! Tiles can only be read through memory: a product is stored to one of `PRODUCT_BUFFERS` buffers
+//! and loaded from there `PRODUCTS_IN_FLIGHT` products later, so that its latency is hidden.
+//!
+//! The order of all sums is that of the AVX-512 kernels with `BY_SCALE`, which compute the tokens
+//! that are left over.
 
-use super::avx512_unpack::{self as unpack, Tile, Unpack};
+use super::avx512_unpack::{self as unpack, MAX_GROUP_BYTES, Tile, Unpack};
 use super::prefetch;
 use crate::activations::ActBlock;
 use crate::panel::{Panel, PanelFn};
@@ -21,38 +43,34 @@ use std::cell::RefCell;
 use std::mem::MaybeUninit;
 use std::sync::OnceLock;
 
-/// Tokens of a tile product.
-const TOKENS: usize = 16;
+/// Tokens per tile product.
+const TILE_TOKENS: usize = 16;
 
-/// Fewest tokens for which it pays to put weights into the order of the tiles.
+/// Fewest tokens for which packing pays.
 const MIN_TOKENS: usize = 20;
 
-/// Fewest tokens left over that are worth a tile product of their own.
-const MIN_REST: usize = 9;
+/// Fewest leftover tokens that are worth a tile product of their own.
+const MIN_LEFTOVER_TOKENS: usize = 9;
 
-/// Weight rows of a tile product.
-const ROWS: usize = 16;
+/// Weight rows per tile product.
+const TILE_ROWS: usize = 16;
 
-/// Tile products that are under way before the first is waited for.
-const AHEAD: usize = 2;
+/// Tile products that are started before the first is waited for.
+const PRODUCTS_IN_FLIGHT: usize = 2;
 
-/// Tile products whose integers are kept.
-const RING: usize = 4;
+/// Buffers for the integers of tile products.
+const PRODUCT_BUFFERS: usize = 4;
 
-/// Bytes of activations in the order of the tiles: they stay in the second-level cache.
-const PANEL_BYTES: usize = 768 << 10;
+/// Most bytes of packed activations at a time: they stay in the second-level cache.
+const MAX_PACKED_BYTES: usize = 768 << 10;
 
-/// The most bytes that 256 values have in a format of small blocks.
-const MOST_BYTES: usize = 272;
-
-/// Whether the processor has the tiles and the system lets this process use them, which it is asked
-/// for once.
-pub(crate) fn permitted() -> bool {
-    static PERMITTED: OnceLock<bool> = OnceLock::new();
-    *PERMITTED.get_or_init(|| {
+/// Whether the processor has tiles and the operating system permits them, which is requested once.
+pub(crate) fn available() -> bool {
+    static AVAILABLE: OnceLock<bool> = OnceLock::new();
+    *AVAILABLE.get_or_init(|| {
         /// `amx-tile` and `amx-int8` in EDX of leaf 7.
         const TILE_AND_INT8: u32 = 0b11 << 24;
-        /// Of EBX and ECX of leaf 0xd: the tiles' configuration and their data, in XCR0.
+        /// Bits of XCR0: tile configuration and tile data.
         const STATE: u64 = 0b11 << 17;
         if __cpuid(0).eax < 7
             || __cpuid_count(7, 0).edx & TILE_AND_INT8 != TILE_AND_INT8
@@ -62,69 +80,70 @@ pub(crate) fn permitted() -> bool {
         }
         // SAFETY: the system has enabled XSAVE, so the register can be read.
         let enabled = unsafe { xcr0() };
-        enabled & STATE == STATE && ask()
+        enabled & STATE == STATE && request_tiles()
     })
 }
 
-/// What the system has enabled of the extended state.
+/// Returns the extended state that the operating system has enabled.
 ///
 /// # Safety
 /// The system has enabled XSAVE.
 #[target_feature(enable = "xsave")]
 unsafe fn xcr0() -> u64 {
-    // SAFETY: the caller's.
+    // SAFETY: the caller's promise.
     unsafe { _xgetbv(0) }
 }
 
-/// Asks the system for the tiles.
+/// Requests permission for tile data from the kernel; returns whether it is granted.
 #[cfg(target_os = "linux")]
-fn ask() -> bool {
+fn request_tiles() -> bool {
     const ARCH_REQ_XCOMP_PERM: libc::c_long = 0x1023;
     const XFEATURE_XTILEDATA: libc::c_long = 18;
     // SAFETY: the call takes two numbers and touches no memory.
     unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0 }
 }
 
+/// Tiles are only requested on Linux.
 #[cfg(not(target_os = "linux"))]
-fn ask() -> bool {
+fn request_tiles() -> bool {
     false
 }
 
-/// The kernel of a type, and how many of the first of `tokens` tokens it is the fastest for; it
-/// takes any number.
-pub(crate) fn tiled(ty: TensorType, tokens: usize) -> Option<(PanelFn, usize)> {
-    let rest = tokens % TOKENS;
-    let count = if rest < MIN_REST { tokens - rest } else { tokens };
+/// Returns the kernel of a type, and how many of the first of `tokens` tokens it is the fastest
+/// for; `None` for float formats and few tokens.
+pub(crate) fn kernel_for(ty: TensorType, tokens: usize) -> Option<(PanelFn, usize)> {
+    let leftover = tokens % TILE_TOKENS;
+    let count = if leftover < MIN_LEFTOVER_TOKENS { tokens - leftover } else { tokens };
     let kernel: PanelFn = match ty {
         _ if tokens < MIN_TOKENS => return None,
         TensorType::F32 | TensorType::F16 | TensorType::BF16 => return None,
-        TensorType::Q4_0 => product::<unpack::Q4_0>,
-        TensorType::Q4_1 => product::<unpack::Q4_1>,
-        TensorType::Q5_0 => product::<unpack::Q5_0>,
-        TensorType::Q5_1 => product::<unpack::Q5_1>,
-        TensorType::Q8_0 => product::<unpack::Q8_0>,
-        TensorType::Q2_K => product::<unpack::Q2_K>,
-        TensorType::Q3_K => product::<unpack::Q3_K>,
-        TensorType::Q4_K => product::<unpack::Q4_K>,
-        TensorType::Q5_K => product::<unpack::Q5_K>,
-        TensorType::Q6_K => product::<unpack::Q6_K>,
-        TensorType::IQ4_NL => product::<unpack::IQ4_NL>,
-        TensorType::IQ4_XS => product::<unpack::IQ4_XS>,
-        TensorType::MXFP4 => product::<unpack::MXFP4>,
-        TensorType::IQ2_XXS => product::<unpack::IQ2_XXS>,
-        TensorType::IQ2_XS => product::<unpack::IQ2_XS>,
-        TensorType::IQ2_S => product::<unpack::IQ2_S>,
-        TensorType::IQ3_XXS => product::<unpack::IQ3_XXS>,
-        TensorType::IQ3_S => product::<unpack::IQ3_S>,
-        TensorType::IQ1_S => product::<unpack::IQ1_S>,
-        TensorType::IQ1_M => product::<unpack::IQ1_M>,
+        TensorType::Q4_0 => matmul_panel::<unpack::Q4_0>,
+        TensorType::Q4_1 => matmul_panel::<unpack::Q4_1>,
+        TensorType::Q5_0 => matmul_panel::<unpack::Q5_0>,
+        TensorType::Q5_1 => matmul_panel::<unpack::Q5_1>,
+        TensorType::Q8_0 => matmul_panel::<unpack::Q8_0>,
+        TensorType::Q2_K => matmul_panel::<unpack::Q2_K>,
+        TensorType::Q3_K => matmul_panel::<unpack::Q3_K>,
+        TensorType::Q4_K => matmul_panel::<unpack::Q4_K>,
+        TensorType::Q5_K => matmul_panel::<unpack::Q5_K>,
+        TensorType::Q6_K => matmul_panel::<unpack::Q6_K>,
+        TensorType::IQ4_NL => matmul_panel::<unpack::IQ4_NL>,
+        TensorType::IQ4_XS => matmul_panel::<unpack::IQ4_XS>,
+        TensorType::MXFP4 => matmul_panel::<unpack::MXFP4>,
+        TensorType::IQ2_XXS => matmul_panel::<unpack::IQ2_XXS>,
+        TensorType::IQ2_XS => matmul_panel::<unpack::IQ2_XS>,
+        TensorType::IQ2_S => matmul_panel::<unpack::IQ2_S>,
+        TensorType::IQ3_XXS => matmul_panel::<unpack::IQ3_XXS>,
+        TensorType::IQ3_S => matmul_panel::<unpack::IQ3_S>,
+        TensorType::IQ1_S => matmul_panel::<unpack::IQ1_S>,
+        TensorType::IQ1_M => matmul_panel::<unpack::IQ1_M>,
     };
     Some((kernel, count))
 }
 
-/// What `ldtilecfg` reads.
+/// Tile configuration, as `ldtilecfg` reads it.
 #[repr(C, align(64))]
-struct Config {
+struct TileConfig {
     palette: u8,
     start_row: u8,
     reserved: [u8; 14],
@@ -138,38 +157,39 @@ struct Config {
 struct Line([u8; 64]);
 
 thread_local! {
-    /// What the products of this thread work in.
+    /// Scratch memory of this thread.
     static SCRATCH: RefCell<Vec<Line>> = const { RefCell::new(Vec::new()) };
 }
 
-/// The parts of a thread's scratch memory, for a format with `lanes` sums a row (8 of 32 values or
-/// 16 of 16).
+/// Parts of a thread's scratch memory, for a format with `lanes` lanes (8 of 32 values or 16 of
+/// 16).
 ///
-/// Of each `lanes`, then each group of 256 values there are tiles of both sides, so that a sum goes
-/// through memory in one direction.
+/// Lane is the outer dimension and group the inner one, on both sides, so that `accumulate_lane`
+/// reads memory in one direction.
 struct Buffers {
-    /// `[token / 16, lanes, groups, 64 / lanes, 16, 4]`: activations.
+    /// Packed activations, `[token / 16, lanes, groups, 64 / lanes, 16, 4]`.
     x: *mut i8,
-    /// `[token / 16, lanes, groups, 2, 16]`: their scales and their sums.
+    /// Scales and sums of the activations, `[token / 16, lanes, groups, 2, 16]`.
     x_scales: *mut f32,
-    /// `[lanes, groups, 16, 256 / lanes]`: codes of 16 rows.
+    /// Codes of 16 rows, `[lanes, groups, 16, 256 / lanes]`.
     w: *mut u8,
-    /// `[groups, 2, 16, 16]`: scales and minimums of 16 rows, of each 16 values.
+    /// Scales and minimums of 16 rows per 16 values, as they are unpacked, `[groups, 2, 16, 16]`.
     w_unsorted: *mut f32,
-    /// `[lanes, groups, 2, 16]`: the same of 16 rows.
+    /// Scales and minimums of 16 rows by lane, `[lanes, groups, 2, 16]`.
     w_scales: *mut f32,
-    /// `[token / 16, lanes, 16, 16]`: the sums of rows with tokens.
+    /// Sums of rows with tokens, `[token / 16, lanes, 16, 16]`.
     sums: *mut f32,
 }
 
 impl Buffers {
+    /// Lays the parts out in `scratch`, for `panels` times 16 tokens, and grows it if needed.
     fn new(scratch: &mut Vec<Line>, panels: usize, groups: usize, lanes: usize) -> Self {
-        let x = panels * groups * TOKENS * GROUP / 64;
+        let x = panels * groups * TILE_TOKENS * GROUP / 64;
         let x_scales = panels * groups * lanes * 2;
-        let w = groups * ROWS * GROUP / 64;
-        let w_unsorted = groups * ROWS * 2;
+        let w = groups * TILE_ROWS * GROUP / 64;
+        let w_unsorted = groups * TILE_ROWS * 2;
         let w_scales = groups * lanes * 2;
-        let sums = panels * lanes * ROWS;
+        let sums = panels * lanes * TILE_ROWS;
         let all = x + x_scales + w + w_unsorted + w_scales + sums;
         if scratch.len() < all {
             scratch.resize(all, Line([0; 64]));
@@ -192,45 +212,53 @@ impl Buffers {
 /// Computes a panel of any number of tokens.
 ///
 /// # Safety
-/// As [`PanelFn`], and [`permitted`] was true.
+/// As [`PanelFn`], and [`available`] was true.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
-unsafe fn product<U: Unpack>(panel: &Panel<'_>) {
+unsafe fn matmul_panel<U: Unpack>(panel: &Panel<'_>) {
     let lanes = if U::SCALE_PER_16 { 16 } else { 8 };
     let cols = panel.x.cols();
     let groups = cols.div_ceil(GROUP);
     let tokens = panel.x.blocks().len() / groups;
-    assert!(U::GROUP_BYTES <= MOST_BYTES && panel.row_bytes >= cols / GROUP * U::GROUP_BYTES);
-    let group_bytes = TOKENS * (GROUP + lanes * 8);
-    let most = (PANEL_BYTES / (group_bytes * groups)).max(1);
-    let panels = tokens.div_ceil(TOKENS);
-    // As many as make parts of about the same size.
-    let at_once = panels.div_ceil(panels.div_ceil(most));
+    assert!(U::GROUP_BYTES <= MAX_GROUP_BYTES && panel.row_bytes >= cols / GROUP * U::GROUP_BYTES);
+    let group_bytes = TILE_TOKENS * (GROUP + lanes * 8);
+    let max_panels = (MAX_PACKED_BYTES / (group_bytes * groups)).max(1);
+    let panels = tokens.div_ceil(TILE_TOKENS);
+    // As many as make parts of about equal size.
+    let panels_at_once = panels.div_ceil(panels.div_ceil(max_panels));
     SCRATCH.with_borrow_mut(|scratch| {
-        let to = Buffers::new(scratch, at_once, groups, lanes);
+        let to = Buffers::new(scratch, panels_at_once, groups, lanes);
         configure(GROUP / lanes);
-        for (i, blocks) in panel.x.blocks().chunks(at_once * TOKENS * groups).enumerate() {
-            let first_token = i * at_once * TOKENS;
-            let n_panels = (blocks.len() / groups).div_ceil(TOKENS);
-            for (p, blocks) in blocks.chunks(TOKENS * groups).enumerate() {
+        for (i, blocks) in panel.x.blocks().chunks(panels_at_once * TILE_TOKENS * groups).enumerate() {
+            let first_token = i * panels_at_once * TILE_TOKENS;
+            let n_panels = (blocks.len() / groups).div_ceil(TILE_TOKENS);
+            for (p, blocks) in blocks.chunks(TILE_TOKENS * groups).enumerate() {
                 // SAFETY: the buffers were made for so many; the instructions are the caller's
                 // promise.
-                unsafe { arrange_tokens::<U>(blocks, p, groups, &to) };
+                unsafe { pack_tokens::<U>(blocks, p, groups, &to) };
             }
-            for (b, rows) in panel.weights.chunks(ROWS * panel.row_bytes).enumerate() {
+            for (b, rows) in panel.weights.chunks(TILE_ROWS * panel.row_bytes).enumerate() {
                 let n_rows = rows.len() / panel.row_bytes;
-                // SAFETY: as above; the tiles are configured, and the caller's output holds the
-                // product.
+                // SAFETY: the buffers were made for so many; the tiles are configured, and the
+                // caller's output holds the product.
                 unsafe {
-                    arrange_rows::<U>(rows, panel.row_bytes, cols, &to);
+                    pack_rows::<U>(rows, panel.row_bytes, cols, &to);
                     for lane in 0..lanes {
                         for p in 0..n_panels {
-                            add_up::<U>(lane, p, groups, &to);
+                            accumulate_lane::<U>(lane, p, groups, &to);
                         }
                     }
                     for p in 0..n_panels {
-                        let count = (blocks.len() / groups - p * TOKENS).min(TOKENS);
-                        let (token, row) = (first_token + p * TOKENS, panel.first_row + b * ROWS);
-                        finish(panel, token, count, row, n_rows, to.sums.add(p * lanes * ROWS * TOKENS), lanes);
+                        let count = (blocks.len() / groups - p * TILE_TOKENS).min(TILE_TOKENS);
+                        let (token, row) = (first_token + p * TILE_TOKENS, panel.first_row + b * TILE_ROWS);
+                        store_results(
+                            panel,
+                            token,
+                            count,
+                            row,
+                            n_rows,
+                            to.sums.add(p * lanes * TILE_ROWS * TILE_TOKENS),
+                            lanes,
+                        );
                     }
                 }
             }
@@ -240,30 +268,31 @@ unsafe fn product<U: Unpack>(panel: &Panel<'_>) {
     });
 }
 
-/// Sets tile 0 up for results, 1 for `bytes` bytes of each row, 2 for as many of each token.
+/// Configures tile 0 for results, tile 1 for `bytes` bytes of each row, tile 2 for as many of each
+/// token.
 #[inline]
 fn configure(bytes: usize) {
-    let mut config = Config { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
+    let mut config = TileConfig { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
     config.row_bytes[..3].copy_from_slice(&[64, bytes as u16, 64]);
-    config.rows[..3].copy_from_slice(&[ROWS as u8, ROWS as u8, (bytes / 4) as u8]);
-    // SAFETY: a valid configuration of palette 1; only `product` runs this, on a processor with
-    // tiles.
+    config.rows[..3].copy_from_slice(&[TILE_ROWS as u8, TILE_ROWS as u8, (bytes / 4) as u8]);
+    // SAFETY: a valid configuration of palette 1; only `matmul_panel` runs this, on a processor
+    // with tiles.
     unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const config, options(readonly, nostack, preserves_flags)) };
 }
 
-/// Writes the activations and scales of up to 16 tokens, and zeros for those that are missing.
+/// Packs up to 16 tokens with their scales, and zeros for those that are missing.
 ///
 /// # Safety
 /// The buffers have room, and the processor has the instructions.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
-unsafe fn arrange_tokens<U: Unpack>(blocks: &[ActBlock], p: usize, groups: usize, to: &Buffers) {
+unsafe fn pack_tokens<U: Unpack>(blocks: &[ActBlock], p: usize, groups: usize, to: &Buffers) {
     let lanes = if U::SCALE_PER_16 { 16 } else { 8 };
-    let tile = TOKENS * GROUP / lanes;
+    let tile = TILE_TOKENS * GROUP / lanes;
     let count = blocks.len() / groups;
     for g in 0..groups {
         let read = |at: &dyn Fn(&ActBlock) -> __m512i| {
-            let mut rows = [_mm512_setzero_si512(); TOKENS];
+            let mut rows = [_mm512_setzero_si512(); TILE_TOKENS];
             for (t, row) in rows.iter_mut().enumerate().take(count) {
                 *row = at(&blocks[t * groups + g]);
             }
@@ -286,7 +315,7 @@ unsafe fn arrange_tokens<U: Unpack>(blocks: &[ActBlock], p: usize, groups: usize
         }
         // SAFETY: a block has a register of scales and one of sums.
         let scales = read(&|block| unsafe { _mm512_load_si512(block.scale.as_ptr().cast()) });
-        // SAFETY: as above.
+        // SAFETY: a block has a register of sums.
         let sums =
             read(&|block| unsafe { _mm512_load_si512(block.sums.as_ptr().cast()) }).map(|s| _mm512_castsi512_ps(s));
         for lane in 0..lanes {
@@ -297,21 +326,21 @@ unsafe fn arrange_tokens<U: Unpack>(blocks: &[ActBlock], p: usize, groups: usize
             };
             // SAFETY: every lane and group has two registers.
             unsafe {
-                let to = to.x_scales.add(step(lane) * 2 * TOKENS);
+                let to = to.x_scales.add(step(lane) * 2 * TILE_TOKENS);
                 _mm512_store_si512(to.cast(), scale);
-                _mm512_store_ps(to.add(TOKENS), sum);
+                _mm512_store_ps(to.add(TILE_TOKENS), sum);
             }
         }
     }
 }
 
-/// Takes up to 16 rows apart.
+/// Unpacks up to 16 rows and packs them into tiles.
 ///
 /// # Safety
 /// The rows have `cols` values each, the buffers have room, and the processor has the instructions.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
-unsafe fn arrange_rows<U: Unpack>(rows: &[u8], row_bytes: usize, cols: usize, to: &Buffers) {
+unsafe fn pack_rows<U: Unpack>(rows: &[u8], row_bytes: usize, cols: usize, to: &Buffers) {
     let (whole, groups) = (cols / GROUP, cols.div_ceil(GROUP));
     for (r, row) in rows.chunks_exact(row_bytes).enumerate() {
         let mut w = row.as_ptr();
@@ -319,24 +348,24 @@ unsafe fn arrange_rows<U: Unpack>(rows: &[u8], row_bytes: usize, cols: usize, to
             prefetch(w, U::GROUP_BYTES);
             // SAFETY: the row has `whole` groups.
             unsafe {
-                arrange_group::<U>(U::unpack(w), r, g, groups, to);
+                pack_group::<U>(U::unpack(w), r, g, groups, to);
                 w = w.add(U::GROUP_BYTES);
             }
         }
         if whole < groups {
-            let mut padded = [0u8; MOST_BYTES];
+            let mut padded = [0u8; MAX_GROUP_BYTES];
             let tail = &row[whole * U::GROUP_BYTES..];
             padded[..tail.len()].copy_from_slice(tail);
             // SAFETY: `padded` is a whole group.
-            unsafe { arrange_group::<U>(U::unpack(padded.as_ptr()), r, whole, groups, to) };
+            unsafe { pack_group::<U>(U::unpack(padded.as_ptr()), r, whole, groups, to) };
         }
     }
     let (lanes, stride) = if U::SCALE_PER_16 { (16, 1) } else { (8, 2) };
     for i in 0..2 * groups {
-        let mut rows = [_mm512_setzero_si512(); ROWS];
+        let mut rows = [_mm512_setzero_si512(); TILE_ROWS];
         for (r, row) in rows.iter_mut().enumerate() {
             // SAFETY: the scales or the minimums of a group.
-            *row = unsafe { _mm512_load_si512(to.w_unsorted.add((i * ROWS + r) * 16).cast()) };
+            *row = unsafe { _mm512_load_si512(to.w_unsorted.add((i * TILE_ROWS + r) * 16).cast()) };
         }
         let columns = transpose(rows);
         for lane in 0..lanes {
@@ -352,9 +381,9 @@ unsafe fn arrange_rows<U: Unpack>(rows: &[u8], row_bytes: usize, cols: usize, to
 /// The buffers have room, and the processor has the instructions.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
-unsafe fn arrange_group<U: Unpack>(tile: Tile, row: usize, g: usize, groups: usize, to: &Buffers) {
+unsafe fn pack_group<U: Unpack>(tile: Tile, row: usize, g: usize, groups: usize, to: &Buffers) {
     let [q0, q1, q2, q3] = tile.q;
-    // The first and the second halves of runs 0, 2, 4 and 6, and the same of runs 1, 3, 5 and 7.
+    // First and second halves of runs 0, 2, 4 and 6, then those of runs 1, 3, 5 and 7.
     let even = [_mm512_unpacklo_epi64(q0, q1), _mm512_unpacklo_epi64(q2, q3)];
     let odd = [_mm512_unpackhi_epi64(q0, q1), _mm512_unpackhi_epi64(q2, q3)];
     // SAFETY: every lane and group has 16 rows.
@@ -362,14 +391,14 @@ unsafe fn arrange_group<U: Unpack>(tile: Tile, row: usize, g: usize, groups: usi
         for (parity, [first, second]) in [even, odd].into_iter().enumerate() {
             if U::SCALE_PER_16 {
                 for (half, v) in [first, second].into_iter().enumerate() {
-                    let to = |run: usize| to.w.add((((2 * run + half) * groups + g) * ROWS + row) * 16).cast();
+                    let to = |run: usize| to.w.add((((2 * run + half) * groups + g) * TILE_ROWS + row) * 16).cast();
                     _mm_store_si128(to(parity), _mm512_castsi512_si128(v));
                     _mm_store_si128(to(2 + parity), _mm512_extracti32x4_epi32::<1>(v));
                     _mm_store_si128(to(4 + parity), _mm512_extracti32x4_epi32::<2>(v));
                     _mm_store_si128(to(6 + parity), _mm512_extracti32x4_epi32::<3>(v));
                 }
             } else {
-                let to = |run: usize| to.w.add(((run * groups + g) * ROWS + row) * 32).cast();
+                let to = |run: usize| to.w.add(((run * groups + g) * TILE_ROWS + row) * 32).cast();
                 let low = _mm512_permutex2var_epi64(first, _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), second);
                 let high = _mm512_permutex2var_epi64(first, _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15), second);
                 _mm256_store_si256(to(parity), _mm512_castsi512_si256(low));
@@ -378,21 +407,21 @@ unsafe fn arrange_group<U: Unpack>(tile: Tile, row: usize, g: usize, groups: usi
                 _mm256_store_si256(to(6 + parity), _mm512_extracti64x4_epi64::<1>(high));
             }
         }
-        let scales = to.w_unsorted.add((g * 2 * ROWS + row) * 16);
+        let scales = to.w_unsorted.add((g * 2 * TILE_ROWS + row) * 16);
         _mm512_store_ps(scales, tile.scale);
-        _mm512_store_ps(scales.add(ROWS * 16), tile.min);
+        _mm512_store_ps(scales.add(TILE_ROWS * 16), tile.min);
     }
 }
 
-/// Multiplies 16 rows with 16 tokens and adds up, over all groups, the values of one lane.
+/// Multiplies 16 rows by 16 tokens, and adds up one lane over all groups.
 ///
 /// # Safety
 /// The buffers are filled, the tiles configured, and the processor has the instructions.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
-unsafe fn add_up<U: Unpack>(lane: usize, p: usize, groups: usize, from: &Buffers) {
+unsafe fn accumulate_lane<U: Unpack>(lane: usize, p: usize, groups: usize, from: &Buffers) {
     #[repr(C, align(64))]
-    struct Products(MaybeUninit<[i32; RING * ROWS * TOKENS]>);
+    struct Products(MaybeUninit<[i32; PRODUCT_BUFFERS * TILE_ROWS * TILE_TOKENS]>);
     let lanes = if U::SCALE_PER_16 { 16 } else { 8 };
     let bytes = GROUP / lanes;
     let step = (p * lanes + lane) * groups;
@@ -401,11 +430,11 @@ unsafe fn add_up<U: Unpack>(lane: usize, p: usize, groups: usize, from: &Buffers
     // SAFETY: the parts of the buffers for this lane and these tokens.
     let (x, x_scales, w, w_scales, sums) = unsafe {
         (
-            from.x.add(step * TOKENS * bytes),
-            from.x_scales.add(step * 2 * TOKENS),
-            from.w.add(lane * groups * ROWS * bytes),
-            from.w_scales.add(lane * groups * 2 * ROWS),
-            from.sums.add((p * lanes + lane) * ROWS * TOKENS),
+            from.x.add(step * TILE_TOKENS * bytes),
+            from.x_scales.add(step * 2 * TILE_TOKENS),
+            from.w.add(lane * groups * TILE_ROWS * bytes),
+            from.w_scales.add(lane * groups * 2 * TILE_ROWS),
+            from.sums.add((p * lanes + lane) * TILE_ROWS * TILE_TOKENS),
         )
     };
     let multiply = |g: usize| {
@@ -417,9 +446,9 @@ unsafe fn add_up<U: Unpack>(lane: usize, p: usize, groups: usize, from: &Buffers
                 "tileloadd tmm2, [{x} + {line}]",
                 "tdpbusd tmm0, tmm1, tmm2",
                 "tilestored [{to} + {line}], tmm0",
-                w = in(reg) w.add(g * ROWS * bytes),
-                x = in(reg) x.add(g * TOKENS * bytes),
-                to = in(reg) products.add(g % RING * ROWS * TOKENS),
+                w = in(reg) w.add(g * TILE_ROWS * bytes),
+                x = in(reg) x.add(g * TILE_TOKENS * bytes),
+                to = in(reg) products.add(g % PRODUCT_BUFFERS * TILE_ROWS * TILE_TOKENS),
                 bytes = in(reg) bytes,
                 line = in(reg) 64usize,
                 out("tmm0") _, out("tmm1") _, out("tmm2") _,
@@ -427,17 +456,17 @@ unsafe fn add_up<U: Unpack>(lane: usize, p: usize, groups: usize, from: &Buffers
             );
         }
     };
-    for g in 0..AHEAD.min(groups) {
+    for g in 0..PRODUCTS_IN_FLIGHT.min(groups) {
         multiply(g);
     }
     // The minimums first, while the first products are under way: registers hold sums of one kind
     // at a time.
-    let mut mins = [_mm512_setzero_ps(); ROWS];
+    let mut mins = [_mm512_setzero_ps(); TILE_ROWS];
     for g in 0..groups {
         // SAFETY: scales of group `g`.
         unsafe {
-            let sum = _mm512_load_ps(x_scales.add(g * 2 * TOKENS + TOKENS));
-            let min = w_scales.add(g * 2 * ROWS + ROWS);
+            let sum = _mm512_load_ps(x_scales.add(g * 2 * TILE_TOKENS + TILE_TOKENS));
+            let min = w_scales.add(g * 2 * TILE_ROWS + TILE_ROWS);
             for (r, acc) in mins.iter_mut().enumerate() {
                 *acc = _mm512_fnmadd_ps(_mm512_set1_ps(*min.add(r)), sum, *acc);
             }
@@ -445,42 +474,42 @@ unsafe fn add_up<U: Unpack>(lane: usize, p: usize, groups: usize, from: &Buffers
     }
     for (r, acc) in mins.into_iter().enumerate() {
         // SAFETY: the sums of this lane and these rows.
-        unsafe { _mm512_store_ps(sums.add(r * TOKENS), acc) };
+        unsafe { _mm512_store_ps(sums.add(r * TILE_TOKENS), acc) };
     }
-    let mut acc = [_mm512_setzero_ps(); ROWS];
+    let mut acc = [_mm512_setzero_ps(); TILE_ROWS];
     for g in 0..groups {
-        if g + AHEAD < groups {
-            multiply(g + AHEAD);
+        if g + PRODUCTS_IN_FLIGHT < groups {
+            multiply(g + PRODUCTS_IN_FLIGHT);
         }
         // SAFETY: scales of group `g`, and products that were stored.
         unsafe {
-            let scale = _mm512_load_ps(x_scales.add(g * 2 * TOKENS));
-            let weights = w_scales.add(g * 2 * ROWS);
-            let products = products.add(g % RING * ROWS * TOKENS);
+            let scale = _mm512_load_ps(x_scales.add(g * 2 * TILE_TOKENS));
+            let weights = w_scales.add(g * 2 * TILE_ROWS);
+            let products = products.add(g % PRODUCT_BUFFERS * TILE_ROWS * TILE_TOKENS);
             for (r, acc) in acc.iter_mut().enumerate() {
-                let product = _mm512_cvtepi32_ps(_mm512_load_si512(products.add(r * TOKENS).cast()));
+                let product = _mm512_cvtepi32_ps(_mm512_load_si512(products.add(r * TILE_TOKENS).cast()));
                 let product = _mm512_mul_ps(product, _mm512_set1_ps(*weights.add(r)));
                 *acc = _mm512_fmadd_ps(product, scale, *acc);
             }
         }
     }
     for (r, acc) in acc.into_iter().enumerate() {
-        // SAFETY: as above.
+        // SAFETY: the sums of this lane and these rows.
         unsafe {
-            let to = sums.add(r * TOKENS);
+            let to = sums.add(r * TILE_TOKENS);
             _mm512_store_ps(to, _mm512_add_ps(acc, _mm512_load_ps(to)));
         }
     }
 }
 
-/// Adds the lanes of `[lanes, 16, 16]` sums up, in the order in which a register's are, and writes
-/// the products of `n_rows` rows with `count` tokens.
+/// Adds up the lanes of `[lanes, 16, 16]` sums, in the order of `_mm512_reduce_add_ps`, and stores
+/// the results of `n_rows` rows with `count` tokens.
 ///
 /// # Safety
 /// The output holds them, no other thread touches them, and the processor has the instructions.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
-unsafe fn finish(
+unsafe fn store_results(
     panel: &Panel<'_>,
     token: usize,
     count: usize,
@@ -489,12 +518,12 @@ unsafe fn finish(
     sums: *const f32,
     lanes: usize,
 ) {
-    let mut rows = [_mm512_setzero_si512(); ROWS];
+    let mut rows = [_mm512_setzero_si512(); TILE_ROWS];
     for (r, out) in rows.iter_mut().enumerate().take(n_rows) {
         let mut all = [_mm512_setzero_ps(); 16];
         for (lane, sum) in all.iter_mut().enumerate().take(lanes) {
             // SAFETY: the sums of a lane and a row.
-            *sum = unsafe { _mm512_load_ps(sums.add((lane * ROWS + r) * TOKENS)) };
+            *sum = unsafe { _mm512_load_ps(sums.add((lane * TILE_ROWS + r) * TILE_TOKENS)) };
         }
         let mut n = lanes;
         while n > 1 {
@@ -514,7 +543,7 @@ unsafe fn finish(
     }
 }
 
-/// Turns 16 rows of 16 into 16 columns.
+/// Transposes 16 rows of 16 columns.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
 fn transpose(rows: [__m512i; 16]) -> [__m512i; 16] {

@@ -1,13 +1,49 @@
-//! Products with AVX2: the plain unpacking compiled for it, and a dot product of its own.
+//! Matmul kernels for AVX2: the scalar unpacking compiled for it, and a dot product of its own.
+//!
+//! The loop over rows and groups is [`quantized_panel`], which calls [`add_block`] with 256
+//! unpacked weights in the order of the row. It brings them into the order of the activations
+//! (`activations`), four runs at a time:
+//!
+//! ```text
+//! for each four runs (half of the group):
+//!     w[0..4] = eights 0, 1, 2, 3 of the four runs, side by side          # 32 bytes each
+//!     for each token n:
+//!         p[k] = maddubs(|w[k]|, x[n][k] with the sign of w[k])           # 16 sums of 2 pair_sums, 16 bits
+//!         sum  = widen the p[k] to 8 sums of 4 pair_sums, 32 bits, and add # two lanes per run
+//!         acc[n] += float(sum) * weight scales * x scales
+//!         acc[n] -= minimums * x sums
+//! ```
+//!
+//! # Why 16-bit sums cannot overflow
+//!
+//! `maddubs` multiplies unsigned by signed bytes and adds neighbors in 16 bits, saturating.
+//! Activation codes are within -127 to 127, and a format's codes have magnitudes of at most
+//! `MAX_CODE`, which is at most 128. So a pair sum is at most
+//! `MAX_CODE * 2 * 127 = MAX_CODE * MAX_PAIR_SUM`, and 128 * 254 = 32512 is below 2^15. With
+//! smaller codes, several pair sums can be added before they are widen_pairs to 32 bits:
+//!
+//! | codes up to | pair sums that fit 16 bits | formats, for example |
+//! |---|---|---|
+//! | 32 | 4 | Q4_0, Q4_K, Q5_K, Q6_K |
+//! | 64 | 2 | IQ2_XXS, IQ3_XXS |
+//! | 128 | 1 | Q8_0, IQ4_NL |
+//!
+//! Formats with a scale per 16 values keep the first two eights of a run apart from the last two,
+//! so at most 2 are added.
+//!
+//! A negative code cannot be the unsigned operand: its sign moves to the activation (`sign`), whose
+//! negative always fits, since it is never -128.
 
 use super::lanes::sum_of_8;
 use super::prefetch;
 use crate::activations::ActBlock;
-use crate::panel::{Bf16, BlockDot, F16, F32, FloatFormat, Panel, PanelFn, PanelFns, float_panel, quantized_panel};
+use crate::float_panel::{Bf16, F16, F32, FloatFormat, float_panel};
+use crate::panel::{BlockDot, Panel, PanelFn, PanelFns, quantized_panel};
 use crate::quant::block::{Codes, Format, GROUP, UnpackOps};
 use crate::quant::{TensorType, with_format};
 use std::arch::x86_64::*;
 
+/// Lists the instances of a kernel for 1 to 4 tokens.
 macro_rules! panel_fns {
     ($kernel:ident, $of:ty) => {{
         const PANELS: &[PanelFn] = &[$kernel::<$of, 1>, $kernel::<$of, 2>, $kernel::<$of, 3>, $kernel::<$of, 4>];
@@ -15,7 +51,7 @@ macro_rules! panel_fns {
     }};
 }
 
-/// The kernels of a type.
+/// Returns the kernels of a type, for 1, 2, ... tokens.
 pub(crate) fn panels(ty: TensorType) -> PanelFns {
     with_format!(ty, F => panel_fns!(quantized, F), float => match ty {
         TensorType::F32 => panel_fns!(float, F32),
@@ -24,8 +60,8 @@ pub(crate) fn panels(ty: TensorType) -> PanelFns {
     })
 }
 
-/// The steps of unpacking with AVX2 and F16C. Only kernels that are compiled for these name this
-/// type.
+/// Unpacking and dot pair_sums with AVX2. Only kernels that are compiled for AVX2 and F16C name
+/// this type.
 struct Avx2;
 
 impl UnpackOps for Avx2 {
@@ -38,7 +74,8 @@ impl UnpackOps for Avx2 {
     #[inline(always)]
     fn five_bits(bytes: &[u8; 16], fifth: u32, offset: i8) -> [i8; 32] {
         const EACH: i64 = 0x0101_0101_0101_0101;
-        // SAFETY: as above; a register is 32 bytes.
+        // SAFETY: only code that runs where the instructions are present names this type; a
+        // register is 32 bytes.
         unsafe {
             let spread = _mm256_setr_epi64x(0, EACH, 2 * EACH, 3 * EACH);
             let one_each = _mm256_set1_epi64x(0x8040_2010_0804_0201_u64 as i64);
@@ -81,6 +118,8 @@ impl BlockDot for Avx2 {
     }
 }
 
+/// Computes a panel of a quantized format.
+///
 /// # Safety
 /// As [`PanelFn`].
 #[target_feature(enable = "avx2,fma,f16c")]
@@ -89,6 +128,8 @@ unsafe fn quantized<F: Format, const N: usize>(panel: &Panel<'_>) {
     unsafe { quantized_panel::<Avx2, F, N>(panel) }
 }
 
+/// Computes a panel of a float format.
+///
 /// # Safety
 /// As [`PanelFn`].
 #[target_feature(enable = "avx2,fma,f16c")]
@@ -97,29 +138,29 @@ unsafe fn float<W: FloatFormat, const N: usize>(panel: &Panel<'_>) {
     unsafe { float_panel::<__m256, W, N>(panel) }
 }
 
-/// Adds the products of 256 weights with `N` tokens.
+/// Adds the dot pair_sums of 256 weights with `N` tokens.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn add_block<F: Format, const N: usize>(codes: &Codes, x: [&ActBlock; N], acc: &mut [__m256; N]) {
     for four in 0..2 {
-        // Four runs of 32 values: their eights side by side, as the activations have them.
+        // Eights of four runs, side by side as the activations have them.
         let [w0, w1] = eights::<F>(codes, 4 * four, 0);
         let [w2, w3] = eights::<F>(codes, 4 * four, 16);
         let scale = load8(&codes.scale, 8 * four);
         let (first, second) = (_mm256_moveldup_ps(scale), _mm256_movehdup_ps(scale));
         for n in 0..N {
             let x_scale = load8(&x[n].scale, 8 * four);
-            let p0 = products::<F>(w0, load32(&x[n].q, 32 * four));
-            let p1 = products::<F>(w1, load32(&x[n].q, 64 + 32 * four));
-            let p2 = products::<F>(w2, load32(&x[n].q, 128 + 32 * four));
-            let p3 = products::<F>(w3, load32(&x[n].q, 192 + 32 * four));
-            let (one, two) = if 4 * PAIR * F::MAX_CODE <= MOST && !F::SCALE_PER_16 {
+            let p0 = pair_sums::<F>(w0, load32(&x[n].q, 32 * four));
+            let p1 = pair_sums::<F>(w1, load32(&x[n].q, 64 + 32 * four));
+            let p2 = pair_sums::<F>(w2, load32(&x[n].q, 128 + 32 * four));
+            let p3 = pair_sums::<F>(w3, load32(&x[n].q, 192 + 32 * four));
+            let (one, two) = if 4 * MAX_PAIR_SUM * F::MAX_CODE <= MAX_I16 && !F::SCALE_PER_16 {
                 let all = _mm256_add_epi16(_mm256_add_epi16(p0, p1), _mm256_add_epi16(p2, p3));
-                (widened(all), _mm256_setzero_si256())
-            } else if 2 * PAIR * F::MAX_CODE <= MOST {
-                (widened(_mm256_add_epi16(p0, p1)), widened(_mm256_add_epi16(p2, p3)))
+                (widen_pairs(all), _mm256_setzero_si256())
+            } else if 2 * MAX_PAIR_SUM * F::MAX_CODE <= MAX_I16 {
+                (widen_pairs(_mm256_add_epi16(p0, p1)), widen_pairs(_mm256_add_epi16(p2, p3)))
             } else {
-                (_mm256_add_epi32(widened(p0), widened(p1)), _mm256_add_epi32(widened(p2), widened(p3)))
+                (_mm256_add_epi32(widen_pairs(p0), widen_pairs(p1)), _mm256_add_epi32(widen_pairs(p2), widen_pairs(p3)))
             };
             let sum = if F::SCALE_PER_16 {
                 let one = _mm256_mul_ps(_mm256_cvtepi32_ps(one), first);
@@ -135,16 +176,17 @@ fn add_block<F: Format, const N: usize>(codes: &Codes, x: [&ActBlock; N], acc: &
     }
 }
 
-/// The most that a sum in 16 bits holds.
-const MOST: i32 = i16::MAX as i32;
+/// Largest sum that 16 bits hold.
+const MAX_I16: i32 = i16::MAX as i32;
 
-/// The most that two products of a code of magnitude 1 with activations come to.
-const PAIR: i32 = 2 * 127;
+/// Largest sum of two pair_sums of activations with codes of magnitude 1.
+const MAX_PAIR_SUM: i32 = 2 * 127;
 
-/// Sums of two neighbouring products, in 16 bits: at most 128 times [`PAIR`], which fits.
+/// Returns the sums of two neighboring pair_sums, in 16 bits: at most 128 * [`MAX_PAIR_SUM`], which
+/// fits.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn products<F: Format>(w: __m256i, x: __m256i) -> __m256i {
+fn pair_sums<F: Format>(w: __m256i, x: __m256i) -> __m256i {
     if F::SIGNED {
         _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w))
     } else {
@@ -152,14 +194,14 @@ fn products<F: Format>(w: __m256i, x: __m256i) -> __m256i {
     }
 }
 
-/// Sums of neighbours, in 32 bits.
+/// Adds neighboring 16-bit sums, in 32 bits.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn widened(pairs: __m256i) -> __m256i {
+fn widen_pairs(pairs: __m256i) -> __m256i {
     _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))
 }
 
-/// Two eights each of four runs: those at `at` of every run, and those 8 further.
+/// Returns two eights of each of four runs: those at `at` of every run, and the next ones.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn eights<F: Format>(codes: &Codes, run: usize, at: usize) -> [__m256i; 2] {
@@ -178,6 +220,7 @@ fn eights<F: Format>(codes: &Codes, run: usize, at: usize) -> [__m256i; 2] {
     [_mm256_unpacklo_epi64(even, odd), _mm256_unpackhi_epi64(even, odd)]
 }
 
+/// Loads 32 codes.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn load32(q: &[i8; GROUP], at: usize) -> __m256i {
@@ -186,6 +229,7 @@ fn load32(q: &[i8; GROUP], at: usize) -> __m256i {
     unsafe { _mm256_loadu_si256(part.as_ptr().cast()) }
 }
 
+/// Loads eight floats.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn load8(values: &[f32], at: usize) -> __m256 {

@@ -1,13 +1,41 @@
-//! Products with AVX-512 and its 8-bit dot product.
+//! Matmul kernels for AVX-512 with VNNI, the 8-bit dot product.
+//!
+//! 256 weights are unpacked straight into four registers in the order of the activations
+//! (`avx512_unpack`), and multiplied from there with up to 8 tokens:
+//!
+//! ```text
+//! for each weight row:
+//!     for each group of 256 values:
+//!         tile = unpack(group)                                 # 4 registers of codes, 1 of scales, 1 of minimums
+//!         for each token n:
+//!             dot  = dpbusd(dpbusd(0, tile.q[0], x.q[0]), tile.q[1], x.q[1]) ...   # two 32-bit lanes per run
+//!             acc[n][0] += float(dot) * tile.scale * x.scale
+//!             acc[n][1] -= tile.min * x.sums
+//!     out[n] = sum of the lanes of acc[n][0] + acc[n][1]
+//! ```
+//!
+//! `dpbusd` multiplies unsigned by signed bytes and adds four products to a 32-bit lane without
+//! saturation. A lane gets at most 16 products of 255 * 127, so nothing can overflow. Its left
+//! operand is unsigned: see `avx512_unpack` for the offset that makes codes so.
+//!
+//! # `BY_SCALE`
+//!
+//! Two lanes have the products of a run. They can be multiplied by the (equal) scales one by one,
+//! or be added as integers first. The first takes fewer instructions; the second is what AMX tiles
+//! do, since a tile product adds up everything that shares a scale. The two differ in rounding.
+//! Where AMX is used, `BY_SCALE` makes these kernels add in its order, so that a token has the same
+//! bits whether a tile or a leftover kernel computed it.
 
-use super::avx512_unpack::{self as unpack, Tile, Unpack};
+use super::avx512_unpack::{self as unpack, MAX_GROUP_BYTES, Tile, Unpack};
 use super::prefetch;
 use crate::activations::{ActBlock, place, run_scale};
-use crate::panel::{Bf16, F16, F32, FloatFormat, Panel, PanelFn, PanelFns, float_panel};
+use crate::float_panel::{Bf16, F16, F32, FloatFormat, float_panel};
+use crate::panel::{Panel, PanelFn, PanelFns};
 use crate::quant::TensorType;
 use crate::quant::block::GROUP;
 use std::arch::x86_64::*;
 
+/// Lists the instances of a kernel for the given numbers of tokens.
 macro_rules! panel_fns {
     (float, $of:ty; $($n:literal)*) => {
         &[$(float::<$of, $n> as PanelFn),*]
@@ -17,9 +45,8 @@ macro_rules! panel_fns {
     };
 }
 
-/// The kernels of a type. With `BY_SCALE` all values that share a weight's and an activation's
-/// scale are added up as integers, in the order of the tiles ([`super::amx`]); without it two lanes
-/// share them, which takes fewer instructions.
+/// Returns the kernels of a type, for 1, 2, ... tokens. `BY_SCALE` gives the order of sums of the
+/// AMX kernels.
 pub(crate) fn panels<const BY_SCALE: bool>(ty: TensorType) -> PanelFns {
     match ty {
         TensorType::F32 => panel_fns!(float, F32; 1 2 3 4),
@@ -48,17 +75,17 @@ pub(crate) fn panels<const BY_SCALE: bool>(ty: TensorType) -> PanelFns {
     }
 }
 
+/// Computes a panel of a quantized format.
+///
 /// # Safety
 /// As [`PanelFn`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
 unsafe fn quantized<U: Unpack, const N: usize, const BY_SCALE: bool>(panel: &Panel<'_>) {
-    /// The most bytes that 256 values have in a format of small blocks.
-    const MOST: usize = 272;
     let cols = panel.x.cols();
     let (whole, rest) = (cols / GROUP, cols % GROUP);
     let groups = cols.div_ceil(GROUP);
     let x = panel.x.blocks();
-    assert!(x.len() == N * groups && U::GROUP_BYTES <= MOST && panel.row_bytes >= whole * U::GROUP_BYTES);
+    assert!(x.len() == N * groups && U::GROUP_BYTES <= MAX_GROUP_BYTES && panel.row_bytes >= whole * U::GROUP_BYTES);
     let x = x.as_ptr();
     for (r, row) in panel.weights.chunks_exact(panel.row_bytes).enumerate() {
         let mut acc = [[_mm512_setzero_ps(); 2]; N];
@@ -68,19 +95,19 @@ unsafe fn quantized<U: Unpack, const N: usize, const BY_SCALE: bool>(panel: &Pan
             // SAFETY: the row has `whole` groups and each row of `x` has at least as many.
             unsafe {
                 let tile = U::unpack(w);
-                multiply::<U, N, BY_SCALE>(tile, x.add(g), groups, &mut acc);
+                add_tile::<U, N, BY_SCALE>(tile, x.add(g), groups, &mut acc);
                 w = w.add(U::GROUP_BYTES);
             }
         }
         if rest > 0 {
-            let mut padded = [0u8; MOST];
+            let mut padded = [0u8; MAX_GROUP_BYTES];
             let tail = &row[whole * U::GROUP_BYTES..];
             padded[..tail.len()].copy_from_slice(tail);
             // SAFETY: `padded` is a whole group, and the last blocks of `x` are filled up with
             // zeros.
             unsafe {
                 let tile = U::unpack(padded.as_ptr());
-                multiply::<U, N, BY_SCALE>(tile, x.add(whole), groups, &mut acc);
+                add_tile::<U, N, BY_SCALE>(tile, x.add(whole), groups, &mut acc);
             }
         }
         for (n, acc) in acc.into_iter().enumerate() {
@@ -96,10 +123,10 @@ unsafe fn quantized<U: Unpack, const N: usize, const BY_SCALE: bool>(panel: &Pan
     }
 }
 
-/// The first lane of every run.
+/// Mask of the first lane of every run.
 const EVEN: __mmask16 = 0x5555;
 
-/// Writes what a block of activations holds of one run of 32 values.
+/// Quantizes one run of a block of activations.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
 pub(crate) fn quantize_run(run: usize, x: &[f32; 32], block: &mut ActBlock) {
@@ -123,14 +150,14 @@ pub(crate) fn quantize_run(run: usize, x: &[f32; 32], block: &mut ActBlock) {
     block.scale[2 * run..][..2].fill(scale);
 }
 
-/// Adds the products of 256 weights with `N` tokens, the blocks of neighbouring tokens `stride`
+/// Adds the dot products of 256 weights with `N` tokens, the blocks of neighboring tokens `stride`
 /// apart.
 ///
 /// # Safety
 /// The blocks can be read, and the processor has the instructions.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
-unsafe fn multiply<U: Unpack, const N: usize, const BY_SCALE: bool>(
+unsafe fn add_tile<U: Unpack, const N: usize, const BY_SCALE: bool>(
     tile: Tile,
     x: *const ActBlock,
     stride: usize,
@@ -180,6 +207,8 @@ unsafe fn multiply<U: Unpack, const N: usize, const BY_SCALE: bool>(
     }
 }
 
+/// Computes a panel of a float format.
+///
 /// # Safety
 /// As [`PanelFn`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
