@@ -31,7 +31,6 @@ use crate::threads::{SharedPtr, ThreadPool};
 use std::ops::Range;
 
 /// 256 activations in 8 bits, in the order that the module describes.
-///
 #[derive(Debug, Clone)]
 #[repr(C, align(64))]
 pub(super) struct ActBlock {
@@ -54,7 +53,7 @@ pub(super) const fn place(i: usize) -> usize {
 }
 
 /// Rows per chunk of a thread.
-const SHARE_ROWS: usize = 4;
+const CHUNK_ROWS: usize = 4;
 
 /// `[rows, cols]` activations: the values as they are and, where a matmul needs it, their 8-bit
 /// form.
@@ -102,14 +101,14 @@ impl Activations {
     /// # Panics
     /// As [`fill`](Self::fill).
     pub fn fill_shared(&mut self, pool: &ThreadPool, k: Kernels, rows: usize, cols: usize, x: &[f32], quantize: bool) {
-        if rows < 2 * SHARE_ROWS || cols == 0 {
+        if rows < 2 * CHUNK_ROWS || cols == 0 {
             return self.fill(k, rows, cols, x, quantize);
         }
         self.reshape(rows, cols, x.len(), quantize);
         let groups = if quantize { cols.div_ceil(GROUP) } else { 0 };
         self.values.resize(rows * cols, 0.0);
         let (values, blocks) = (SharedPtr(self.values.as_mut_ptr()), SharedPtr(self.blocks.as_mut_ptr()));
-        pool.for_each_chunk(rows, SHARE_ROWS, |range| {
+        pool.for_each_chunk(rows, CHUNK_ROWS, |range| {
             for row in range {
                 let x = &x[row * cols..][..cols];
                 // SAFETY: `values` has `rows * cols` values and `blocks` at least `rows * groups`
@@ -129,7 +128,7 @@ impl Activations {
         });
     }
 
-    /// Removes all rows.
+    /// Removes all rows; the memory stays.
     pub fn clear(&mut self) {
         self.rows = 0;
         self.values.clear();
@@ -210,7 +209,7 @@ pub struct ActView<'a> {
     cols: usize,
     /// Empty where only the 8-bit form was gathered.
     values: &'a [f32],
-    /// Empty unless quantized.
+    /// 8-bit form; empty unless quantized.
     blocks: &'a [ActBlock],
 }
 

@@ -6,7 +6,7 @@
 //! with the register type, and is the only thing that is compiled for the set:
 //!
 //! ```text
-//! #[inline(always)]                                  // no features of its own: inherits the caller's
+//! #[inline(always)]               // has no features of its own: inherits those of its caller
 //! unsafe fn float_panel<L: Lanes, W, const N>(panel) { ... L::mul_add(w, x, sum) ... }
 //!
 //! #[target_feature(enable = "avx2,fma,f16c")]

@@ -10,7 +10,7 @@
 //! let kernels = Kernels::best();
 //! let pool = ThreadPool::new(2);
 //!
-//! // A [3, 32] weight matrix in Q8_0: per row a scale of 1.0 (0x3c00) and 32 codes, here all 1, 2 and 3.
+//! // A [3, 32] matrix in Q8_0: per row a scale of 1.0 (0x3c00) and 32 codes, all 1, 2 and 3.
 //! let rows = [1u8, 2, 3].map(|code| [&[0x00, 0x3c], &[code; 32][..]].concat()).concat();
 //! let weights = Weights::new(TensorType::Q8_0, &rows, 3, 32).expect("three rows of one block");
 //!
@@ -41,7 +41,8 @@
 //! integer arithmetic:
 //!
 //! ```text
-//! sum over runs of 16 or 32 values:  scale * act_scale * (integer dot of the codes) - min * (act_scale * sum of act codes)
+//! sum over runs of 16 or 32 values:
+//!     scale * act_scale * (integer dot of the codes) - min * (act_scale * sum of the act codes)
 //! ```
 //!
 //! F32, F16 and BF16 weights are multiplied with the activations as they are.

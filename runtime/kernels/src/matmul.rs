@@ -8,7 +8,7 @@
 //! if AMX: all tokens but a small rest go to the tile kernel (x86::amx)
 //! for each block of weight rows that fits half the L2 cache:
 //!     for each N = 4 or 8 tokens:
-//!         kernel[N](rows of the block, the tokens)        # weights come from the cache from the second time on
+//!         kernel[N](rows of the block, the tokens)   # from the second time on, weights are cached
 //! ```
 
 use super::panel::Panel;

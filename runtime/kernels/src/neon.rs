@@ -185,7 +185,7 @@ fn eights<F: Format>(codes: &Codes, run: usize, at: usize) -> [int8x16_t; 2] {
     [vreinterpretq_s8_s64(vzip1q_s64(even, odd)), vreinterpretq_s8_s64(vzip2q_s64(even, odd))]
 }
 
-/// Loads 16 codes.
+/// Loads 16 codes from `at` on.
 #[inline]
 #[target_feature(enable = "neon,dotprod")]
 fn load16(q: &[i8; GROUP], at: usize) -> int8x16_t {
@@ -194,7 +194,7 @@ fn load16(q: &[i8; GROUP], at: usize) -> int8x16_t {
     unsafe { vld1q_s8(part.as_ptr()) }
 }
 
-/// Loads four floats.
+/// Loads four floats from `at` on.
 #[inline]
 #[target_feature(enable = "neon,dotprod")]
 fn load4(values: &[f32], at: usize) -> float32x4_t {

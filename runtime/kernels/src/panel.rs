@@ -7,11 +7,11 @@
 //! ```text
 //! for each weight row r:
 //!     acc[0..N] = 0
-//!     for each group g of 256 values:                      # Q*: float formats take 2 registers instead
+//!     for each group g of 256 values:
 //!         prefetch the bytes a little ahead
 //!         codes = unpack(row r, group g)                   # 256 codes, 16 scales, 16 minimums
 //!         for n in 0..N:
-//!             acc[n] += dot(codes, x[n].block[g])          # what each instruction set writes for itself
+//!             acc[n] += dot(codes, x[n].block[g])   # what each instruction set writes for itself
 //!     for n in 0..N:
 //!         out[n, r] = sum of the lanes of acc[n]
 //! ```

@@ -12,7 +12,7 @@
 //!
 //! ```text
 //! caller:  write the task; state = (number + 1, open, 0 inside); wake sleepers; work;
-//!          close; wait until 0 are inside                                    # also when its own work panics
+//!          close; wait until 0 are inside                         # also when its own work panics
 //! worker:  wait for an open state with a new number; compare-exchange inside + 1, else look again;
 //!          work; inside - 1
 //! ```

@@ -6,7 +6,8 @@
 //!
 //! ```text
 //! dequantize:  value[i] = scale[i / 16] * code[i] - min[i / 16]
-//! dot:         sum over each 16:  scale * act_scale * (integer dot of 16 codes) - min * (act_scale * sum of act codes)
+//! dot:         sum over each 16 of
+//!              scale * act_scale * (integer dot of codes) - min * (act_scale * sum of act codes)
 //! ```
 //!
 //! To add a format: a variant of [`TensorType`] with its sizes, a file with `impl Format`, its name

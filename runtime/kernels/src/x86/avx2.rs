@@ -8,8 +8,8 @@
 //! for each four runs (half of the group):
 //!     w[0..4] = eights 0, 1, 2, 3 of the four runs, side by side          # 32 bytes each
 //!     for each token n:
-//!         p[k] = maddubs(|w[k]|, x[n][k] with the sign of w[k])           # 16 sums of 2 pair_sums, 16 bits
-//!         sum  = widen the p[k] to 8 sums of 4 pair_sums, 32 bits, and add # two lanes per run
+//!         p[k] = maddubs(|w[k]|, x[n][k] with the sign of w[k])   # 16 sums of 2 products, 16 bits
+//!         sum  = widen to 8 sums of 4 products in 32 bits, and add over k # two lanes per run
 //!         acc[n] += float(sum) * weight scales * x scales
 //!         acc[n] -= minimums * x sums
 //! ```
@@ -20,16 +20,16 @@
 //! Activation codes are within -127 to 127, and a format's codes have magnitudes of at most
 //! `MAX_CODE`, which is at most 128. So a pair sum is at most
 //! `MAX_CODE * 2 * 127 = MAX_CODE * MAX_PAIR_SUM`, and 128 * 254 = 32512 is below 2^15. With
-//! smaller codes, several pair sums can be added before they are widen_pairs to 32 bits:
+//! smaller codes, several pair sums can be added before they are widened to 32 bits:
 //!
 //! | codes up to | pair sums that fit 16 bits | formats, for example |
 //! |---|---|---|
-//! | 32 | 4 | Q4_0, Q4_K, Q5_K, Q6_K |
+//! | 32 | 4 | Q4_0, Q4_K, Q5_K |
 //! | 64 | 2 | IQ2_XXS, IQ3_XXS |
 //! | 128 | 1 | Q8_0, IQ4_NL |
 //!
 //! Formats with a scale per 16 values keep the first two eights of a run apart from the last two,
-//! so at most 2 are added.
+//! so at most 2 are added (Q6_K).
 //!
 //! A negative code cannot be the unsigned operand: its sign moves to the activation (`sign`), whose
 //! negative always fits, since it is never -128.
@@ -60,7 +60,7 @@ pub(crate) fn panels(ty: TensorType) -> PanelFns {
     })
 }
 
-/// Unpacking and dot pair_sums with AVX2. Only kernels that are compiled for AVX2 and F16C name
+/// Unpacking and dot products with AVX2. Only kernels that are compiled for AVX2 and F16C name
 /// this type.
 struct Avx2;
 
@@ -138,7 +138,7 @@ unsafe fn float<W: FloatFormat, const N: usize>(panel: &Panel<'_>) {
     unsafe { float_panel::<__m256, W, N>(panel) }
 }
 
-/// Adds the dot pair_sums of 256 weights with `N` tokens.
+/// Adds the dot products of 256 weights with `N` tokens.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn add_block<F: Format, const N: usize>(codes: &Codes, x: [&ActBlock; N], acc: &mut [__m256; N]) {
@@ -179,10 +179,10 @@ fn add_block<F: Format, const N: usize>(codes: &Codes, x: [&ActBlock; N], acc: &
 /// Largest sum that 16 bits hold.
 const MAX_I16: i32 = i16::MAX as i32;
 
-/// Largest sum of two pair_sums of activations with codes of magnitude 1.
+/// Largest sum of two products of activations with codes of magnitude 1.
 const MAX_PAIR_SUM: i32 = 2 * 127;
 
-/// Returns the sums of two neighboring pair_sums, in 16 bits: at most 128 * [`MAX_PAIR_SUM`], which
+/// Returns the sums of two neighboring products, in 16 bits: at most 128 * [`MAX_PAIR_SUM`], which
 /// fits.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
@@ -220,7 +220,7 @@ fn eights<F: Format>(codes: &Codes, run: usize, at: usize) -> [__m256i; 2] {
     [_mm256_unpacklo_epi64(even, odd), _mm256_unpackhi_epi64(even, odd)]
 }
 
-/// Loads 32 codes.
+/// Loads 32 codes from `at` on.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn load32(q: &[i8; GROUP], at: usize) -> __m256i {
@@ -229,7 +229,7 @@ fn load32(q: &[i8; GROUP], at: usize) -> __m256i {
     unsafe { _mm256_loadu_si256(part.as_ptr().cast()) }
 }
 
-/// Loads eight floats.
+/// Loads eight floats from `at` on.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn load8(values: &[f32], at: usize) -> __m256 {

@@ -6,9 +6,9 @@
 //! ```text
 //! for each weight row:
 //!     for each group of 256 values:
-//!         tile = unpack(group)                                 # 4 registers of codes, 1 of scales, 1 of minimums
+//!         tile = unpack(group)                  # 4 registers of codes, 1 of scales, 1 of minimums
 //!         for each token n:
-//!             dot  = dpbusd(dpbusd(0, tile.q[0], x.q[0]), tile.q[1], x.q[1]) ...   # two 32-bit lanes per run
+//!             dot  = dpbusd(dpbusd(0, tile.q[0], x.q[0]), tile.q[1], x.q[1]) ... # 2 lanes/run
 //!             acc[n][0] += float(dot) * tile.scale * x.scale
 //!             acc[n][1] -= tile.min * x.sums
 //!     out[n] = sum of the lanes of acc[n][0] + acc[n][1]

@@ -18,7 +18,7 @@ use std::arch::x86_64::*;
 
 pub(super) use super::avx512_grids::{IQ1_M, IQ1_S, IQ2_S, IQ2_XS, IQ2_XXS, IQ3_S, IQ3_XXS};
 
-/// 256 unpacked weights.
+/// 256 unpacked weights in registers.
 #[derive(Clone, Copy)]
 pub(super) struct Tile {
     /// Unsigned codes: register `k` has eight `k` of every run.

@@ -17,7 +17,7 @@ pub(super) trait PartialLanes: Lanes {
     /// The first lanes of a register: AVX-512 has masks, AVX2 counts.
     type Part: Copy;
 
-    /// All lanes.
+    /// Names all lanes.
     const WHOLE: Self::Part;
 
     /// Names the first `n` lanes, at most [`COUNT`](Lanes::COUNT).

@@ -91,13 +91,13 @@ trait RowFormat {
     unsafe fn load<L: PartialLanes>(row: *const u8, at: usize, part: L::Part) -> L;
 }
 
-/// 32-bit floats.
+/// Rows of 32-bit floats.
 struct F32;
 
-/// 16-bit floats.
+/// Rows of 16-bit floats.
 struct F16;
 
-/// Signed bytes with a 16-bit float per 32 before them.
+/// Rows of signed bytes with a 16-bit float per 32 before them.
 struct Q8;
 
 impl RowFormat for F32 {
@@ -199,7 +199,7 @@ impl RowKernels<'_> {
     /// Writes `scores[q * stride + r] = query q . row r` for `n_rows` rows of `width` values.
     ///
     /// # Safety
-    /// The processor has the kernels' instructions; there are `n_rows` rows of `width` values,
+    /// The processor has the kernels' instructions. There are `n_rows` rows of `width` values,
     /// `queries` are whole rows of `width`, and for each query there is room for `n_rows` scores,
     /// `stride` apart.
     pub(crate) unsafe fn dots(self, n_rows: usize, width: usize, queries: &[f32], scores: &mut [f32], stride: usize) {
@@ -222,7 +222,7 @@ impl RowKernels<'_> {
     /// values.
     ///
     /// # Safety
-    /// The processor has the kernels' instructions; there are `n_rows` rows of `width` values,
+    /// The processor has the kernels' instructions. There are `n_rows` rows of `width` values,
     /// `out` are whole rows of `out_width`, which is at most `width`, and for each of them there
     /// are `n_rows` weights, `stride` apart.
     pub(crate) unsafe fn mix(
