@@ -142,6 +142,7 @@ unsafe fn float<W: FloatFormat, const N: usize>(panel: &Panel<'_>) {
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn add_block<F: Format, const N: usize>(codes: &Codes, x: [&ActBlock; N], acc: &mut [__m256; N]) {
+    const { assert!(MAX_PAIR_SUM * F::MAX_CODE <= MAX_I16, "a pair sum fits 16 bits") };
     for four in 0..2 {
         // Eights of four runs, side by side as the activations have them.
         let [w0, w1] = eights::<F>(codes, 4 * four, 0);
