@@ -57,7 +57,7 @@
 //! | `scalar`, `x86`, `neon` | the dot products of each instruction set |
 //! | `rows`, `delta`, `ops` | attention rows, gated delta net, and element-wise operations |
 //! | [`pooled`], [`threads`] | matmuls spread over a thread pool |
-//! | [`reference`], [`random`] | what tests compare with, and reproducible data for them |
+//! | [`mod@reference`], [`random`] | what tests compare with, and reproducible data for them |
 
 mod activations;
 #[macro_use]
