@@ -89,8 +89,8 @@ fn small(kernels: Kernels, random: &mut Random) -> Outcome {
         compare(1e-30, &|k, out| k.silu_mul(out, &y));
         compare(1e-30, &|k, out| k.clamped_swiglu(out, &y, 1.702, 7.0));
         compare(1e-30, &|k, out| k.exp(out));
-        let allowed =
-            tier_plan_kernels::reference::SUM_TOLERANCE * x.iter().zip(&y).map(|(x, y)| f64::from((x * y).abs())).sum::<f64>();
+        let allowed = tier_plan_kernels::reference::SUM_TOLERANCE
+            * x.iter().zip(&y).map(|(x, y)| f64::from((x * y).abs())).sum::<f64>();
         outcome.floats(&[kernels.dot(&x, &y)], [(f64::from(Kernels::SCALAR.dot(&x, &y)), allowed)]);
     }
     outcome
