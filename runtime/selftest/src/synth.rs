@@ -210,7 +210,7 @@ fn blocks(
     while left > 0 {
         let piece = &mut piece[..left.min(piece_bytes)];
         for bytes in piece.chunks_mut(8) {
-            bytes.copy_from_slice(&random.next().to_le_bytes()[..bytes.len()]);
+            bytes.copy_from_slice(&random.next_u64().to_le_bytes()[..bytes.len()]);
         }
         for block in piece.chunks_exact_mut(block_bytes) {
             for (at, factor) in halves {

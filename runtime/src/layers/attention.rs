@@ -177,7 +177,7 @@ impl Share<'_> {
         }
         let largest = self.largest.max(later.largest);
         let (a, b) = ((*self.largest - largest).exp(), (later.largest - largest).exp());
-        kernels.blend(a, self.mixed, b, later.mixed);
+        kernels.axpby(a, self.mixed, b, later.mixed);
         *self.sum = a * *self.sum + b * later.sum;
         *self.largest = largest;
     }
@@ -332,13 +332,13 @@ impl Block<'_> {
         for query in 0..heads * self.tokens.len() {
             let seen = self.seen_of(chunk, self.tokens.start + query / heads);
             let range = query * CHUNK + seen.start - chunk * CHUNK..query * CHUNK + seen.end - chunk * CHUNK;
-            (part.largest[query], part.sums[query]) = kernels.exp_below_largest(&mut scores[range]);
+            (part.largest[query], part.sums[query]) = kernels.exp_minus_max(&mut scores[range]);
         }
         let width = a.value_width;
         self.for_each_run(kernels, a.values, chunk, tile, |rows, queries, at| {
             let weights = &scores[queries.start * CHUNK + at..];
             let mixed = &mut part.mixed[queries.start * width..queries.end * width];
-            kernels.mix_rows(weights, CHUNK, rows, a.values.width(), mixed, width);
+            kernels.add_weighted_rows(weights, CHUNK, rows, a.values.width(), mixed, width);
         });
     }
 
