@@ -1,8 +1,6 @@
 //! One small model in several tensor types against golden logits, with every instruction set of this processor.
 
-mod common;
-
-use common::{root, stderr, stdout, succeeded, tier_plan};
+use crate::common::{self, root, stderr, stdout, succeeded, tier_plan};
 use std::fs;
 use std::process::Output;
 
