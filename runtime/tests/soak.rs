@@ -1,7 +1,7 @@
 //! A model larger than its memory, prompt after prompt: nothing fails, nothing grows, and the same prompt always gives
 //! the same text.
 //!
-//! Short as it stands. For an hour under a limit of memory, with a model of one's own (the file's experts should be
+//! Eight rounds as it stands, and some minutes in `.ci/nightly`. For an hour under a limit of memory, with a model of one's own (the file's experts should be
 //! larger than the limit):
 //!
 //! ```text
@@ -69,7 +69,7 @@ fn open(path: &Path) -> (Engine, u64) {
 
 #[test]
 fn a_long_run_neither_fails_nor_grows() {
-    let seconds = std::env::var("TIER_PLAN_SOAK_S").map_or(4, |s| s.parse().unwrap());
+    let seconds = std::env::var("TIER_PLAN_SOAK_S").map_or(0, |s| s.parse().unwrap());
     let bundled = || PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../profiles/demo/demo.gguf"));
     let path = std::env::var_os("TIER_PLAN_SOAK_MODEL").map_or_else(bundled, PathBuf::from);
     small_pages();
