@@ -11,6 +11,7 @@ use std::sync::Arc;
 use tier_plan_planner::session::tokenizer;
 use tier_plan_runtime::cuda::source::MODULES;
 use tier_plan_runtime::gguf::Gguf;
+use tier_plan_testing::{floats, nmse};
 
 /// Text for the bundled model.
 const PROMPT: &str = "And it came to pass in those days, that there went out a decree from Caesar";
@@ -88,7 +89,7 @@ impl Case {
         let said = stdout(&succeeded(output));
         let greedy = if said.is_empty() { Vec::new() } else { serde_json::from_str(&said).unwrap() };
         let bytes = fs::read(self.place.path().join("logits.bin")).unwrap();
-        Answer { logits: bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect(), greedy }
+        Answer { logits: floats(&bytes), greedy }
     }
 
     /// Computes on the stand-in, with these settings of it.
@@ -123,12 +124,6 @@ impl Case {
     fn bytes(&self, tier: usize, kind: &str) -> u64 {
         self.solved["tiers"][tier][format!("{kind}_bytes")].as_u64().unwrap()
     }
-}
-
-fn nmse(found: &[f32], expected: &[f32]) -> f64 {
-    let square = |v: f32| f64::from(v) * f64::from(v);
-    let error: f64 = found.iter().zip(expected).map(|(a, b)| square(a - b)).sum();
-    error / expected.iter().map(|v| square(*v)).sum::<f64>()
 }
 
 /// Ids of the small models, whose vocabulary has 96.

@@ -21,6 +21,7 @@ use tier_plan_runtime::model::shape::shape_of;
 use tier_plan_runtime::sampler::{Sampler, SamplerConfig};
 use tier_plan_runtime::tiers::limits::memory_limit;
 use tier_plan_runtime::units::show_bytes;
+use tier_plan_testing::Random;
 
 const CONTEXT: u32 = 768;
 
@@ -32,16 +33,6 @@ fn resident_bytes() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find(|l| l.starts_with("RssAnon:"))?;
     line.split_whitespace().nth(1)?.parse::<u64>().ok().map(|kib| kib << 10)
-}
-
-/// Numbers in no particular order, the same in every run.
-struct Draw(u64);
-
-impl Draw {
-    fn below(&mut self, n: u64) -> u64 {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (self.0 >> 33) % n
-    }
 }
 
 /// No huge pages for this process: the system makes them of what lies beside memory in use, whenever it likes.
@@ -76,7 +67,7 @@ fn a_long_run_neither_fails_nor_grows() {
     let (mut engine, budget) = open(&path);
     let n_vocab = engine.spec().n_vocab as u64;
 
-    let mut draw = Draw(7);
+    let mut draw = Random(7);
     let mut prompt = |n: u64| -> Vec<u32> { (0..n).map(|_| draw.below(n_vocab) as u32).collect() };
     let mut answer = |prompt: &[u32], max_tokens| {
         engine.clear();

@@ -1,13 +1,14 @@
 //! Models with gated delta nets on a GPU, which is emulated on the processor: the kernels are those of a real one.
 
 use super::gpu::units;
-use super::gpu_tests::{ALL, Experts, Watched, data, load, nmse, open, plan};
+use super::gpu_tests::{ALL, Experts, Watched, data, load, open, plan};
 use super::plan::obvious;
 use super::{Engine, KvType, LoadOptions, RunError, Wanted};
 use crate::cuda::Device;
 use crate::model::describe;
 use crate::model::spec::Mixer;
 use std::sync::Arc;
+use tier_plan_testing::nmse;
 
 const NAMES: [&str; 2] = ["qwen3next", "qwen35moe"];
 

@@ -1,7 +1,7 @@
 //! Models whose layers several GPUs share, or a GPU and the processor: each has the keys and values of its own layers. The
 //! devices are emulated, and each refuses what lies in another's memory.
 
-use super::gpu_tests::{nmse, open};
+use super::gpu_tests::open;
 use super::plan::obvious;
 use super::{Engine, KvType, LoadOptions, Wanted};
 use crate::cuda::device::{Arg, Grid};
@@ -11,6 +11,7 @@ use crate::formats::placement::{Placement, PlanTier};
 use crate::model::shape::{DenseKind, ModelShape};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
+use tier_plan_testing::nmse;
 
 /// Tiers of the plans here.
 const GPU0: usize = 0;

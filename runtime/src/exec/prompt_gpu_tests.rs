@@ -1,6 +1,6 @@
 //! Prompts on an emulated GPU, in batches that are large enough for its kernels of many tokens.
 
-use super::gpu_tests::{ALL, Experts, nmse, open, plan};
+use super::gpu_tests::{ALL, Experts, open, plan};
 use super::plan::obvious;
 use super::{Engine, KvType, LoadOptions, StreamRates, Wanted};
 use crate::cuda::device::{Arg, Grid};
@@ -12,6 +12,7 @@ use crate::model::describe;
 use crate::model::shape::DenseKind;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use tier_plan_testing::nmse;
 
 fn load(gguf: &Arc<Gguf>, plan: &Placement, options: &LoadOptions) -> Engine {
     let give = |_: usize| Ok(shim::shared() as Arc<dyn Device>);
