@@ -6,7 +6,7 @@ use std::sync::Arc;
 use tier_plan_planner::profile::prompts::{self, Prompt};
 use tier_plan_planner::replay::{LayerTrace, hits};
 use tier_plan_planner::session::{Session, tokenizer};
-use tier_plan_runtime::exec::Wanted;
+use tier_plan_runtime::Wanted;
 use tier_plan_runtime::formats::SourceId;
 use tier_plan_runtime::formats::machine::TierKind;
 use tier_plan_runtime::formats::placement::{self, LayerPlacement, Placement, SlotPolicy};

@@ -7,7 +7,7 @@ use tier_plan_planner::cli::Strategy;
 use tier_plan_planner::profile::synthetic::{Routing, profile};
 use tier_plan_planner::replay::{LayerTrace, Positions, ceiling, hits};
 use tier_plan_planner::solve::{Inputs, Options, solve_all};
-use tier_plan_runtime::exec::KvType;
+use tier_plan_runtime::KvType;
 use tier_plan_runtime::formats::SourceId;
 use tier_plan_runtime::formats::machine::{Accelerator, Machine, Tier, TierKind};
 use tier_plan_runtime::formats::placement::SlotPolicy;

@@ -13,7 +13,7 @@ use tier_plan_planner::profile::Evidence;
 use tier_plan_planner::profile::pattern::Pattern;
 use tier_plan_planner::profile::synthetic::{Routing, profile};
 use tier_plan_planner::solve::{Inputs, Options, solve_judged};
-use tier_plan_runtime::exec::KvType;
+use tier_plan_runtime::KvType;
 use tier_plan_runtime::formats::SourceId;
 use tier_plan_runtime::formats::machine::{Accelerator, Machine, Tier, TierKind};
 use tier_plan_runtime::formats::profile::Profile;

@@ -7,14 +7,15 @@ use crate::solve::room::page_share;
 use crate::solve::{self, Inputs, Options};
 use anyhow::{Context, Result};
 use std::path::Path;
-use tier_plan_runtime::exec::budget::{Budgeted, Fixed, buffer_bytes, lines, machine_tiers, within};
-use tier_plan_runtime::exec::plan::obvious;
+use tier_plan_runtime::formats::SourceId;
 use tier_plan_runtime::formats::machine::{Extras, Machine};
 use tier_plan_runtime::formats::placement::{Placement, Prediction};
-use tier_plan_runtime::formats::{SourceId, profile};
+use tier_plan_runtime::formats::profile;
 use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::model::shape::ModelShape;
 use tier_plan_runtime::model::spec::ModelSpec;
+use tier_plan_runtime::plans::budget::{Budgeted, Fixed, buffer_bytes, lines, machine_tiers, within};
+use tier_plan_runtime::plans::in_memory::obvious;
 use tier_plan_runtime::tiers::limits::{Limit, memory_limit};
 use tier_plan_runtime::units::show_bytes;
 

@@ -8,7 +8,7 @@ pub use store::{ChecksumArgs, PackArgs, StoreArgs, VerifyArgs};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
-use tier_plan_runtime::exec::KvType;
+use tier_plan_runtime::KvType;
 use tier_plan_runtime::tiers::numa::NumaPolicy;
 
 /// Plans where the tensors of a mixture-of-experts model should live, and runs the model from that plan.

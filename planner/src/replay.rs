@@ -1,6 +1,6 @@
 //! Replays recorded routing through a layer's pins and slots.
 //!
-//! LRU slots are the stack algorithm of [`tier_plan_runtime::exec::slots`]: a choice hits exactly when fewer than
+//! LRU slots are the stack algorithm of [`tier_plan_runtime::experts::cache`]: a choice hits exactly when fewer than
 //! `slots` pooled experts were used more recently. So one pass over the trace ([`Positions`]) finds, for each choice, how
 //! many that are, and with it the hits of *every* number of slots. For the other policies the engine's own cache is
 //! stepped ([`play`]), once for each number of slots.
@@ -11,7 +11,7 @@
 //! prompt is one batch, however long.
 
 use std::collections::BTreeSet;
-use tier_plan_runtime::exec::slots::{Access, SlotCache};
+use tier_plan_runtime::experts::cache::{Access, SlotCache};
 use tier_plan_runtime::formats::placement::SlotPolicy;
 use tier_plan_runtime::formats::profile::{Profile, PromptTrace};
 

@@ -9,7 +9,6 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
-use tier_plan_runtime::exec::{Engine, KvType, LoadOptions};
 use tier_plan_runtime::formats::placement::{self, Placement};
 use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::model::{describe, shape::shape_of};
@@ -17,6 +16,7 @@ use tier_plan_runtime::threads::physical_cores;
 use tier_plan_runtime::tiers::numa::NumaPolicy;
 use tier_plan_runtime::tokenizer::Tokenizer;
 use tier_plan_runtime::units::{parse_bytes, show_bytes};
+use tier_plan_runtime::{Engine, KvType, LoadOptions};
 
 /// Context of the obvious plan where the model would allow more.
 const DEFAULT_CONTEXT: u32 = 4096;

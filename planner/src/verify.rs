@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
-use tier_plan_runtime::exec::verify::{Checks, make_sums};
+use tier_plan_runtime::experts::checksums::{Checks, make_sums};
 use tier_plan_runtime::formats::sums::Sums;
 use tier_plan_runtime::formats::{safely, sums};
 use tier_plan_runtime::gguf::Gguf;

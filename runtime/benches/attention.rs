@@ -6,8 +6,9 @@
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use std::hint::black_box;
 use std::time::Duration;
-use tier_plan_runtime::exec::{AttentionProbe, AttentionSizes, KvType};
+use tier_plan_runtime::KvType;
 use tier_plan_runtime::kernels::Kernels;
+use tier_plan_runtime::layers::probe::{AttentionProbe, AttentionSizes};
 use tier_plan_runtime::threads::physical_cores;
 
 fn attention(c: &mut Criterion) {

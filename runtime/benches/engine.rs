@@ -7,11 +7,11 @@
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use std::path::PathBuf;
 use std::sync::Arc;
-use tier_plan_runtime::exec::plan::obvious;
-use tier_plan_runtime::exec::{Engine, KvType, LoadOptions, Wanted};
 use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::model::shape_of_file;
+use tier_plan_runtime::plans::in_memory::obvious;
 use tier_plan_runtime::threads::physical_cores;
+use tier_plan_runtime::{Engine, KvType, LoadOptions, Wanted};
 
 /// Tokens of the prompt, and in the context before a decoded token.
 const PROMPT: u32 = 64;

@@ -3,13 +3,13 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use tier_plan_runtime::exec::plan::obvious;
-use tier_plan_runtime::exec::{Engine, KvType, LoadOptions, Wanted};
 use tier_plan_runtime::formats::machine::{Accelerator, Tier, TierKind};
 use tier_plan_runtime::formats::placement::{DensePlacement, LayerPlacement, Placement, PlanTier, SlotPolicy};
 use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::model::shape::{DenseKind, ModelShape};
 use tier_plan_runtime::model::shape_of_file;
+use tier_plan_runtime::plans::in_memory::obvious;
+use tier_plan_runtime::{Engine, KvType, LoadOptions, Wanted};
 use tier_plan_testing::{Golden, data};
 
 const FIXTURES: [&str; 13] = [

@@ -2,11 +2,11 @@
 //! passes, contexts that begin again, and plans with room for the state.
 
 use std::sync::Arc;
-use tier_plan_runtime::exec::plan::obvious;
-use tier_plan_runtime::exec::{Engine, KvType, LoadOptions, RunError, Wanted};
 use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::model::describe;
 use tier_plan_runtime::model::shape::shape_of;
+use tier_plan_runtime::plans::in_memory::obvious;
+use tier_plan_runtime::{Engine, KvType, LoadOptions, RunError, Wanted};
 use tier_plan_testing::Golden;
 
 const NAMES: [&str; 2] = ["qwen3next", "qwen35moe"];

@@ -12,15 +12,15 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tier_plan_runtime::exec::budget::{Budgeted, within};
-use tier_plan_runtime::exec::generate::{Limits, generate};
-use tier_plan_runtime::exec::{Engine, KvType, LoadOptions};
+use tier_plan_runtime::engine::generate::{Limits, generate};
 use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::model::describe;
 use tier_plan_runtime::model::shape::shape_of;
+use tier_plan_runtime::plans::budget::{Budgeted, within};
 use tier_plan_runtime::sampler::{Sampler, SamplerConfig};
 use tier_plan_runtime::tiers::limits::memory_limit;
 use tier_plan_runtime::units::show_bytes;
+use tier_plan_runtime::{Engine, KvType, LoadOptions};
 use tier_plan_testing::Random;
 
 const CONTEXT: u32 = 768;

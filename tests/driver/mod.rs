@@ -1,6 +1,6 @@
 //! The stand-in driver, compiled once, and programs that run on it.
 
-#[path = "../../runtime/src/cuda/shim/sources.rs"]
+#[path = "../../runtime/cuda/src/shim/sources.rs"]
 mod sources;
 
 use std::collections::BTreeMap;

@@ -13,10 +13,10 @@ use std::io::{BufRead, Read, Write};
 use std::ops::ControlFlow;
 use std::time::Duration;
 use template::{Message, Role, Template};
-use tier_plan_runtime::exec::generate::{Limits, Stop, generate};
-use tier_plan_runtime::exec::{Engine, Wanted};
+use tier_plan_runtime::engine::generate::{Limits, Stop, generate};
 use tier_plan_runtime::sampler::{Sampler, SamplerConfig};
 use tier_plan_runtime::tokenizer::Tokenizer;
+use tier_plan_runtime::{Engine, Wanted};
 
 /// Longest message, in bytes: far more than any context holds.
 const LINE_LIMIT: u64 = 64 << 20;

@@ -2,7 +2,7 @@
 
 use clap::{Args, ValueEnum};
 use std::path::PathBuf;
-use tier_plan_runtime::exec::KvType;
+use tier_plan_runtime::KvType;
 
 /// `solve`.
 #[derive(Debug, Args)]

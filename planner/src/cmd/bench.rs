@@ -4,7 +4,7 @@ use crate::cli::BenchArgs;
 use crate::session::{self, Opening, Session};
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
-use tier_plan_runtime::exec::Wanted;
+use tier_plan_runtime::Wanted;
 use tier_plan_runtime::threads::ThreadPool;
 use tier_plan_runtime::tiers::bandwidth::dram_read_gbps;
 

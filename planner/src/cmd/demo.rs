@@ -14,7 +14,7 @@ use anyhow::{Context, Result, bail, ensure};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Instant, SystemTime};
-use tier_plan_runtime::exec::KvType;
+use tier_plan_runtime::KvType;
 use tier_plan_runtime::formats::placement;
 use tier_plan_runtime::formats::profile::Split;
 use tier_plan_runtime::gguf::Gguf;

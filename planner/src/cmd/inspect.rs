@@ -6,7 +6,7 @@ use crate::session::naming;
 use anyhow::{Result, ensure};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
-use tier_plan_runtime::exec::KvType;
+use tier_plan_runtime::KvType;
 use tier_plan_runtime::formats::profile;
 use tier_plan_runtime::formats::shape::{Architecture, Mix};
 use tier_plan_runtime::gguf::Gguf;

@@ -3,9 +3,9 @@
 use crate::cli::LogitsArgs;
 use crate::session::{Opening, Session};
 use anyhow::{Context, Result, ensure};
-use tier_plan_runtime::exec::{KvType, Wanted};
 use tier_plan_runtime::formats::safely;
 use tier_plan_runtime::sampler::{Sampler, SamplerConfig};
+use tier_plan_runtime::{KvType, Wanted};
 
 /// Runs it.
 pub fn run(args: &LogitsArgs) -> Result<()> {

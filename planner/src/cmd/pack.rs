@@ -8,7 +8,7 @@ use serde_json::json;
 use std::collections::HashSet;
 use std::path::Path;
 use std::time::SystemTime;
-use tier_plan_runtime::exec::pack::{Pack, PackError, index, write};
+use tier_plan_runtime::experts::pack::{Pack, PackError, index, write};
 use tier_plan_runtime::formats::{placement, profile, safely};
 use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::model::describe;

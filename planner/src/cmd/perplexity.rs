@@ -9,10 +9,10 @@ use serde_json::json;
 use std::io::BufReader;
 use std::path::Path;
 use std::time::{Duration, Instant, SystemTime};
-use tier_plan_runtime::exec::{Engine, Wanted};
 use tier_plan_runtime::formats::logprobs::{Reader, Reference, Row, Writer, scored_per_window};
 use tier_plan_runtime::formats::safely;
 use tier_plan_runtime::units::show_utc;
+use tier_plan_runtime::{Engine, Wanted};
 
 /// Tokens of a window unless told otherwise; the customary number.
 const CONTEXT: u32 = 512;

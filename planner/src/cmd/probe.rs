@@ -54,10 +54,10 @@ fn print_text(args: &ProbeArgs, found: &Findings, machine: &Machine) {
         disk.latency_us.value,
         if disk.direct { "" } else { "; through the page cache" }
     );
-    for (n, gbps) in disk.bursts {
-        println!("  {n} at once: {gbps:.2} GB/s");
+    for burst in disk.bursts {
+        println!("  {} at once: {:.2} GB/s", burst.experts, burst.gbps);
     }
-    let (compute, read) = found.together_gbps;
+    let (compute, read) = (found.together.compute_gbps, found.together.disk_gbps);
     println!("both at once: products {compute:.1} GB/s, drive {read:.2} GB/s");
     println!(
         "fixed: {:.1} µs a layer, {:.1} µs a token: {}",
@@ -148,9 +148,9 @@ fn as_json(args: &ProbeArgs, found: &Findings, machine: &Machine) -> Value {
             "direct": found.disk.direct,
             "piece_bytes": found.disk.piece_bytes,
             "bytes": found.disk_bytes,
-            "bursts": found.disk.bursts.iter().map(|(n, gbps)| json!({"experts": n, "gbps": gbps})).collect::<Vec<_>>(),
+            "bursts": found.disk.bursts.iter().map(|b| json!({"experts": b.experts, "gbps": b.gbps})).collect::<Vec<_>>(),
         },
-        "together": {"compute_gbps": found.together_gbps.0, "disk_gbps": found.together_gbps.1},
+        "together": {"compute_gbps": found.together.compute_gbps, "disk_gbps": found.together.disk_gbps},
         "layer_overhead_us": found.fixed.layer_us,
         "token_overhead_us": found.fixed.token_us,
         "gpus": found.gpus.found.iter().map(|g| json!({

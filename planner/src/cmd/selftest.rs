@@ -8,10 +8,11 @@ use crate::{host, report};
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 use std::path::PathBuf;
-use tier_plan_runtime::check::{self, Outcome};
 use tier_plan_runtime::cuda::Gpu;
-use tier_plan_runtime::exec::targets::all::{Gives, On, Results};
 use tier_plan_runtime::kernels::Kernels;
+use tier_plan_selftest::all::{Gives, On, Results};
+use tier_plan_selftest::cpu_kernels;
+use tier_plan_selftest::outcome::Outcome;
 
 /// One comparison.
 struct Compared {
@@ -28,8 +29,9 @@ pub fn run(args: &SelftestArgs) -> Result<()> {
 }
 
 fn on_processor(as_json: bool) -> Result<()> {
-    let compare = |c: check::Check| Compared { on: c.kernels.isa().to_string(), found: Ok(c.run()), name: c.name };
-    let rows: Vec<Compared> = check::checks().into_iter().map(compare).collect();
+    let compare =
+        |c: cpu_kernels::Check| Compared { on: c.kernels.isa().to_string(), found: Ok(c.run()), name: c.name };
+    let rows: Vec<Compared> = cpu_kernels::checks().into_iter().map(compare).collect();
     if as_json {
         println!("{}", serde_json::to_string_pretty(&json_of(None, &rows, None))?);
     } else {

@@ -42,12 +42,12 @@ pub mod prompt;
 use crate::profile::{Evidence, Judged, LayerEvidence};
 use crate::replay::{Positions, play};
 use std::collections::BTreeMap;
-use tier_plan_runtime::exec::slots::{Access, SlotCache};
-use tier_plan_runtime::exec::stays_on;
+use tier_plan_runtime::experts::cache::{Access, SlotCache};
 use tier_plan_runtime::formats::machine::{Tier, TierKind};
 use tier_plan_runtime::formats::placement::{
     DensePlacement, LayerPlacement, Placement, Prediction, SlotPolicy, TierIdx,
 };
+use tier_plan_runtime::gpu::stays_on;
 use tier_plan_runtime::model::shape::{DenseKind, ModelShape};
 
 /// Tokens of a prompt that are processed together.

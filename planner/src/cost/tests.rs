@@ -96,7 +96,7 @@ mod whole {
     use crate::cli::Strategy;
     use crate::solve::{Inputs, Options, check, solve_judged};
     use std::path::Path;
-    use tier_plan_runtime::exec::KvType;
+    use tier_plan_runtime::KvType;
     use tier_plan_runtime::formats::machine::{self, Machine};
 
     fn machine(gflops: Option<f64>) -> Machine {

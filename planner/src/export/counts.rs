@@ -1,20 +1,21 @@
-//! How often each expert was chosen, as SGLang's `--init-expert-location` reads it.
+//! Expert counts as SGLang's `--init-expert-location` reads them.
 //!
-//! A JSON object with `logical_count`, `[layers][experts]`. Layers are all of the model's, counted as the model counts
-//! them; those without routed experts have zeros. ktransformers reads the same key from a file of PyTorch's.
+//! A JSON object with `logical_count`, `[layers][experts]`. All of the model's layers are there;
+//! those without routed experts have zeros. ktransformers reads the same key from a PyTorch file.
 
 use anyhow::{Result, bail, ensure};
 use serde_json::{Value, json};
 use tier_plan_runtime::formats::profile::Profile;
 use tier_plan_runtime::model::shape::ModelShape;
 
-/// The key that both engines look for.
+/// Key that both engines look for.
 pub const KEY: &str = "logical_count";
 
-/// `[layers][experts]` over all tokens of the profile.
+/// Counts how often each expert was chosen, `[layers][experts]`, over all tokens of the profile.
 ///
 /// # Errors
-/// When the model has no routed experts, or layers of different numbers of them, which the format can't say.
+/// When the model has no routed experts, or layers with different numbers of them, which the format
+/// cannot express.
 pub fn counts(shape: &ModelShape, profile: &Profile) -> Result<Vec<Vec<u64>>> {
     let Some(first) = shape.experts.first() else {
         bail!("'{}' has no routed experts, so there is nothing to count", shape.id.name);
@@ -35,15 +36,15 @@ pub fn counts(shape: &ModelShape, profile: &Profile) -> Result<Vec<Vec<u64>>> {
     Ok(table)
 }
 
-/// The file.
+/// Encodes counts as the JSON file.
 pub fn to_json(counts: &[Vec<u64>]) -> Value {
     json!({ KEY: counts })
 }
 
-/// The counts in such a file.
+/// Decodes the counts of such a file.
 ///
 /// # Errors
-/// When it holds something else.
+/// When the value has another structure.
 pub fn from_json(value: &Value) -> Result<Vec<Vec<u64>>> {
     let rows = value.get(KEY).and_then(Value::as_array);
     let Some(rows) = rows else { bail!("expected a table named '{KEY}'") };

@@ -1,45 +1,47 @@
-//! The nearest that llama.cpp can do: whole layers' tensors on the GPU or the CPU.
+//! Translates a plan into the nearest llama.cpp command line: tensors of whole layers on the GPU or
+//! the CPU.
 //!
-//! Its experts of a layer are one tensor each for gate, up and down, so they go to the GPU together or not at all. The
-//! layers that the plan uses the GPU most for come first, as many as the plan's VRAM budget holds: at equal bytes. Several
-//! GPUs share the layers in proportion to their budgets, the last layers on the last one.
+//! llama.cpp keeps all experts of a layer in one tensor each for gate, up, and down, so they go to
+//! the GPU together or not at all. Layers are chosen by how much the plan uses the GPU for them, up
+//! to the plan's VRAM budget: equal bytes. Several GPUs share the layers in proportion to their
+//! budgets, with the last layers on the last GPU.
 
 use crate::cost::{outcomes, predict, token_s};
 use crate::profile::Evidence;
 use anyhow::{Result, ensure};
 use std::collections::BTreeSet;
-use tier_plan_runtime::exec::KvType;
+use tier_plan_runtime::KvType;
 use tier_plan_runtime::formats::machine::{Tier, TierKind};
 use tier_plan_runtime::formats::placement::{LayerPlacement, Placement, Prediction, TierIdx};
-use tier_plan_runtime::model::shape::{DenseKind, ModelShape};
+use tier_plan_runtime::model::shape::{DenseKind, DenseShape, ExpertShape, ModelShape};
 
-/// What llama.cpp calls the tensors of a layer's routed experts, after `blk.N`.
+/// Expression for llama.cpp's expert tensors of a layer, after `blk.N`.
 const EXPERTS: &str = r"\.ffn_(up|down|gate|gate_up)_(ch|)exps=CPU";
 
-/// A command line, and what it means.
+/// A llama.cpp command line and its consequences.
 #[derive(Debug, Clone, PartialEq)]
 pub struct CommandLine {
-    /// The arguments after the program's name and its model, unquoted.
+    /// Arguments after the program's name and its model, unquoted.
     pub args: Vec<String>,
-    /// Layers at the end of the model whose dense tensors are on the GPU; one more for the head.
+    /// Layers at the end of the model whose dense tensors are on the GPU, plus one for the head.
     pub gpu_layers: u32,
-    /// Layers with their experts on the GPU.
+    /// Layers whose experts are on the GPU.
     pub expert_layers: BTreeSet<u32>,
-    /// Bytes of weights and cache that go to VRAM.
+    /// Bytes of weights and KV cache in VRAM.
     pub vram_bytes: u64,
-    /// The plan's budget there.
+    /// The plan's VRAM budget in bytes.
     pub vram_budget_bytes: u64,
-    /// The cost model's word on this placement; `None` where weights are in neither VRAM nor main memory, since
-    /// the system's page cache then decides.
+    /// Prediction for this placement. `None` where weights are in neither VRAM nor main memory,
+    /// since then the system's page cache decides.
     pub predicted: Option<Prediction>,
-    /// What the reader should know, in sentences.
+    /// Remarks for the reader, as sentences.
     pub notes: Vec<String>,
 }
 
 /// Translates a plan.
 ///
 /// # Errors
-/// When the plan does not hold for the model and profile.
+/// When the plan does not fit the model and profile.
 pub fn command_line(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -> Result<CommandLine> {
     let wrong = crate::solve::check::check(plan, shape, evidence);
     ensure!(
@@ -48,130 +50,191 @@ pub fn command_line(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -
         plan.name,
         wrong.join("; ")
     );
-    let gpus = gpus(plan);
-    let mut notes = Vec::new();
-    let mut left: Vec<u64> = gpus.iter().map(|&g| plan.tiers[g].budget_bytes).collect();
-    let budget: u64 = left.iter().sum();
-    let on_gpu = |kind, layer| plan.dense.iter().any(|d| (d.kind, d.layer) == (kind, layer) && gpus.contains(&d.tier));
+    let mut offload = Offload::new(plan, shape);
+    offload.take_dense_layers();
+    offload.take_experts(evidence);
 
-    // llama.cpp takes layers from the end. The head counts as one more.
-    let wanted = (0..shape.n_layer).filter(|l| on_gpu(DenseKind::Attention, Some(*l))).count() as u32;
-    let bytes_of = |layer: Option<u32>, kind: Option<DenseKind>| -> u64 {
-        let of =
-            |d: &&tier_plan_runtime::model::shape::DenseShape| d.layer == layer && kind.is_none_or(|k| k == d.kind);
-        shape.dense.iter().filter(of).map(|d| d.bytes).sum()
-    };
-    let head = bytes_of(None, Some(DenseKind::Head));
-    // The head is on the last one.
-    let head_fits = wanted == shape.n_layer
-        && on_gpu(DenseKind::Head, None)
-        && left.last_mut().is_some_and(|left| take(left, head));
-    let (mut dense_layers, mut counts) = (0, vec![0; gpus.len()]);
-    for at in (0..gpus.len()).rev() {
-        let upto: u64 = gpus[..=at].iter().map(|&g| plan.tiers[g].budget_bytes).sum();
-        let share = plan.tiers[gpus[at]].budget_bytes as f64 / upto.max(1) as f64;
-        let part = (f64::from(wanted - dense_layers) * share).round() as u32;
-        while counts[at] < part {
-            let layer = shape.n_layer - 1 - dense_layers;
-            // The cache of a layer goes where its attention is.
-            let cache = shape.caches.get(layer as usize).map_or(0, |c| c.context_bytes(plan.kv_type, plan.context));
-            if !take(&mut left[at], bytes_of(Some(layer), None) + cache) {
-                break;
-            }
-            (counts[at], dense_layers) = (counts[at] + 1, dense_layers + 1);
-        }
-    }
-    let with_head = head_fits && dense_layers == shape.n_layer;
-    if let (true, false, Some(last)) = (head_fits, with_head, left.last_mut()) {
-        *last += head;
-    }
-    if dense_layers < wanted {
-        notes.push(format!(
-            "the plan has the attention of {wanted} layers in VRAM; llama.cpp puts all dense tensors and the cache of a \
-             layer together, and {dense_layers} fit"
-        ));
-    }
-    let gpu_layers = dense_layers + u32::from(with_head);
-    let first_gpu = shape.n_layer - dense_layers;
-    // Layers from there on, GPU by GPU.
-    let gpu_of = |layer: u32| {
-        let mut from = first_gpu;
-        counts.iter().position(|count| {
-            from += count;
-            (first_gpu..from).contains(&layer)
-        })
-    };
-
-    let shares = gpu_shares(plan, evidence, &gpus);
-    let mut order: Vec<(u32, f64, u64)> = shape
-        .experts
-        .iter()
-        .zip(&shares)
-        .filter(|(e, _)| gpu_of(e.layer).is_some())
-        .map(|(e, share)| (e.layer, *share, e.expert_bytes * u64::from(e.n_expert)))
-        .collect();
-    order.sort_by(|a, b| b.1.total_cmp(&a.1).then(b.0.cmp(&a.0)));
-    let mut expert_layers = BTreeSet::new();
-    let mut beyond = 0;
-    for (layer, share, bytes) in order {
-        if gpu_of(layer).is_some_and(|at| take(&mut left[at], bytes)) {
-            expert_layers.insert(layer);
-            beyond += u32::from(share <= 0.5);
-        }
-    }
-    if beyond > 0 {
-        notes.push(format!(
-            "{beyond} layers have all experts in VRAM although the plan serves less than half of their accesses there: \
-             so the same bytes are used"
-        ));
-    }
-
-    let mut args = args(plan, shape, gpu_layers, first_gpu, &expert_layers);
-    if gpus.len() > 1 && dense_layers > 0 {
-        // Layers of each GPU; the head counts as one.
-        let last = counts.len() - 1;
-        let of = counts.iter().enumerate().map(|(at, n)| (n + u32::from(at == last && with_head)).to_string());
-        args.extend(["--tensor-split".into(), of.collect::<Vec<_>>().join(",")]);
-    }
-    let tier_of = |layer: u32| gpu_of(layer).map(|at| gpus[at]);
-    let head_tier = gpus.last().copied().filter(|_| with_head);
-    let same = same_placement(plan, shape, evidence, tier_of, head_tier, &expert_layers);
+    let same = offload.as_plan(evidence);
     if same.is_none() {
-        notes.push(
+        offload.notes.push(
             "the weights do not fit VRAM and main memory together: llama.cpp maps the file and the system's page cache \
              decides what stays, which the cost model does not know, so no speed is predicted"
                 .to_string(),
         );
     }
-    let predicted = same.map(|same| predict(&same, shape, evidence));
     if plan.layers.iter().any(|l| l.slots > 0) {
-        notes.push("llama.cpp has nothing like the plan's slots, which keep experts that were used last".to_string());
+        let note = "llama.cpp has nothing like the plan's slots, which keep experts that were used last";
+        offload.notes.push(note.to_string());
     }
+    let budget: u64 = offload.gpus.iter().map(|&g| plan.tiers[g].budget_bytes).sum();
     Ok(CommandLine {
-        args,
-        gpu_layers,
-        expert_layers,
-        vram_bytes: budget - left.iter().sum::<u64>(),
+        args: offload.args(),
+        gpu_layers: offload.gpu_layers(),
+        vram_bytes: budget - offload.free.iter().sum::<u64>(),
         vram_budget_bytes: budget,
-        predicted,
-        notes,
+        predicted: same.map(|same| predict(&same, shape, evidence)),
+        expert_layers: offload.expert_layers,
+        notes: offload.notes,
     })
 }
 
-/// How much slower a prediction is than the plan's, as a share of the plan's speed.
+/// What goes to the GPUs, layer by layer from the end of the model.
+struct Offload<'a> {
+    plan: &'a Placement,
+    shape: &'a ModelShape,
+    /// The plan's GPUs in llama.cpp's order.
+    gpus: Vec<TierIdx>,
+    /// Bytes left of each GPU's budget.
+    free: Vec<u64>,
+    /// Layers whose dense tensors each GPU has.
+    layers: Vec<u32>,
+    /// Whether the head is on the last GPU.
+    head: bool,
+    expert_layers: BTreeSet<u32>,
+    notes: Vec<String>,
+}
+
+impl<'a> Offload<'a> {
+    fn new(plan: &'a Placement, shape: &'a ModelShape) -> Self {
+        let gpus = gpus(plan);
+        Self {
+            free: gpus.iter().map(|&g| plan.tiers[g].budget_bytes).collect(),
+            layers: vec![0; gpus.len()],
+            head: false,
+            expert_layers: BTreeSet::new(),
+            notes: Vec::new(),
+            plan,
+            shape,
+            gpus,
+        }
+    }
+
+    /// Layers whose dense tensors are on any GPU.
+    fn dense_layers(&self) -> u32 {
+        self.layers.iter().sum()
+    }
+
+    /// llama.cpp counts the head as one more layer.
+    fn gpu_layers(&self) -> u32 {
+        self.dense_layers() + u32::from(self.head)
+    }
+
+    /// The first layer that is on a GPU.
+    fn first_layer(&self) -> u32 {
+        self.shape.n_layer - self.dense_layers()
+    }
+
+    /// Returns the index of the GPU that has a layer's dense tensors.
+    fn gpu_of(&self, layer: u32) -> Option<usize> {
+        let mut end = self.first_layer();
+        self.layers.iter().position(|count| {
+            end += count;
+            (self.first_layer()..end).contains(&layer)
+        })
+    }
+
+    fn is_on_gpu(&self, kind: DenseKind, layer: Option<u32>) -> bool {
+        self.plan.dense.iter().any(|d| (d.kind, d.layer) == (kind, layer) && self.gpus.contains(&d.tier))
+    }
+
+    /// Returns the bytes of a layer's dense tensors and its KV cache, which llama.cpp keeps together.
+    fn layer_bytes(&self, layer: u32) -> u64 {
+        let dense = self.shape.dense.iter().filter(|d| d.layer == Some(layer));
+        let cache = self.shape.caches.get(layer as usize);
+        dense.map(|d| d.bytes).sum::<u64>() + cache.map_or(0, |c| c.context_bytes(self.plan.kv_type, self.plan.context))
+    }
+
+    /// Takes as many layers as the plan has attention on GPUs, in proportion to the budgets, and the head if it fits.
+    fn take_dense_layers(&mut self) {
+        let wanted = (0..self.shape.n_layer).filter(|l| self.is_on_gpu(DenseKind::Attention, Some(*l))).count() as u32;
+        let is_head = |d: &&DenseShape| d.layer.is_none() && d.kind == DenseKind::Head;
+        let head_bytes: u64 = self.shape.dense.iter().filter(is_head).map(|d| d.bytes).sum();
+        // The head is on the last GPU.
+        let head_fits = wanted == self.shape.n_layer
+            && self.is_on_gpu(DenseKind::Head, None)
+            && self.free.last_mut().is_some_and(|free| take(free, head_bytes));
+        for at in (0..self.gpus.len()).rev() {
+            let budget = |gpu: &TierIdx| self.plan.tiers[*gpu].budget_bytes;
+            let up_to: u64 = self.gpus[..=at].iter().map(budget).sum();
+            let share = budget(&self.gpus[at]) as f64 / up_to.max(1) as f64;
+            let part = (f64::from(wanted - self.dense_layers()) * share).round() as u32;
+            while self.layers[at] < part {
+                let bytes = self.layer_bytes(self.first_layer() - 1);
+                if !take(&mut self.free[at], bytes) {
+                    break;
+                }
+                self.layers[at] += 1;
+            }
+        }
+        self.head = head_fits && self.dense_layers() == self.shape.n_layer;
+        if let (true, false, Some(last)) = (head_fits, self.head, self.free.last_mut()) {
+            *last += head_bytes;
+        }
+        if self.dense_layers() < wanted {
+            self.notes.push(format!(
+                "the plan has the attention of {wanted} layers in VRAM; llama.cpp puts all dense tensors and the cache of \
+                 a layer together, and {} fit",
+                self.dense_layers()
+            ));
+        }
+    }
+
+    /// Takes the experts of the layers that the plan uses the GPU most for, as many as fit.
+    fn take_experts(&mut self, evidence: &Evidence) {
+        let shares = gpu_shares(self.plan, evidence, &self.gpus);
+        let mut order: Vec<(&ExpertShape, f64)> =
+            self.shape.experts.iter().zip(shares).filter(|(e, _)| self.gpu_of(e.layer).is_some()).collect();
+        order.sort_by(|a, b| b.1.total_cmp(&a.1).then(b.0.layer.cmp(&a.0.layer)));
+        let mut beyond = 0;
+        for (experts, share) in order {
+            let bytes = experts.expert_bytes * u64::from(experts.n_expert);
+            if self.gpu_of(experts.layer).is_some_and(|at| take(&mut self.free[at], bytes)) {
+                self.expert_layers.insert(experts.layer);
+                beyond += u32::from(share <= 0.5);
+            }
+        }
+        if beyond > 0 {
+            self.notes.push(format!(
+                "{beyond} layers have all experts in VRAM although the plan serves less than half of their accesses \
+                 there: so the same bytes are used"
+            ));
+        }
+    }
+
+    fn args(&self) -> Vec<String> {
+        let mut args = args(self.plan, self.shape, self.gpu_layers(), self.first_layer(), &self.expert_layers);
+        if self.gpus.len() > 1 && self.dense_layers() > 0 {
+            // Layers per GPU; the head counts as one.
+            let last = self.layers.len() - 1;
+            let counts = self.layers.iter().enumerate();
+            let counts = counts.map(|(at, n)| (n + u32::from(at == last && self.head)).to_string());
+            args.extend(["--tensor-split".into(), counts.collect::<Vec<_>>().join(",")]);
+        }
+        args
+    }
+
+    /// Expresses the offloaded layers as a plan over the same tiers, for a prediction.
+    fn as_plan(&self, evidence: &Evidence) -> Option<Placement> {
+        let tier_of = |layer: u32| self.gpu_of(layer).map(|at| self.gpus[at]);
+        let head_tier = self.gpus.last().copied().filter(|_| self.head);
+        same_placement(self.plan, self.shape, evidence, tier_of, head_tier, &self.expert_layers)
+    }
+}
+
+/// Returns how much slower a prediction is than the plan's, as a share of the plan's speed.
 pub fn loss(plan: &Placement, predicted: &Prediction) -> f64 {
     let (planned, other) = (token_s(&plan.predicted), token_s(predicted));
     if other > 0.0 { 1.0 - planned / other } else { 0.0 }
 }
 
-/// Takes bytes of what is left, if it is so much.
+/// Takes `bytes` from `left` and returns whether there was enough.
 fn take(left: &mut u64, bytes: u64) -> bool {
     let after = left.checked_sub(bytes);
     *left = after.unwrap_or(*left);
     after.is_some()
 }
 
-/// The plan's GPUs in the order in which llama.cpp counts them.
+/// Returns the plan's GPUs in llama.cpp's order.
 fn gpus(plan: &Placement) -> Vec<TierIdx> {
     let all = plan.tiers.iter().enumerate().filter(|(_, t)| t.tier.kind == TierKind::Vram);
     let mut numbered: Vec<(u32, TierIdx)> =
@@ -180,7 +243,7 @@ fn gpus(plan: &Placement) -> Vec<TierIdx> {
     numbered.into_iter().map(|(_, tier)| tier).collect()
 }
 
-/// The share of each layer's accesses that compute in VRAM.
+/// Returns the share of each layer's expert accesses that compute in VRAM.
 fn gpu_shares(plan: &Placement, evidence: &Evidence, gpus: &[TierIdx]) -> Vec<f64> {
     let tiers: Vec<Tier> = plan.tiers.iter().map(|t| t.tier.clone()).collect();
     let of = |(layer, evidence): (&LayerPlacement, _)| {
@@ -201,11 +264,11 @@ fn args(
     expert_layers: &BTreeSet<u32>,
 ) -> Vec<String> {
     let mut args: Vec<String> = vec!["-c".into(), plan.context.to_string()];
-    // What is given here is to stay as it is.
+    // llama.cpp must not adjust these values by itself.
     args.extend(["-fit".into(), "off".into(), "-ngl".into(), gpu_layers.to_string()]);
     let on_cpu: Vec<u32> =
         shape.experts.iter().map(|e| e.layer).filter(|l| *l >= first_gpu && !expert_layers.contains(l)).collect();
-    // The engine's own argument counts layers from the first, those without experts too.
+    // llama.cpp counts layers from the first, including those without experts.
     let first_on_gpu = expert_layers.first().copied();
     let prefix = on_cpu.iter().all(|l| first_on_gpu.is_none_or(|gpu| *l < gpu));
     match on_cpu.last() {
@@ -219,14 +282,15 @@ fn args(
     }
     match plan.kv_type {
         KvType::F16 => {}
-        // A quantised cache of values needs flash attention.
+        // A quantized V cache requires flash attention.
         KvType::Q8_0 => args.extend(["-fa", "on", "-ctk", "q8_0", "-ctv", "q8_0"].map(String::from)),
         KvType::F32 => args.extend(["-ctk", "f32", "-ctv", "f32"].map(String::from)),
     }
     args
 }
 
-/// This placement as a plan over the same tiers; `None` where something is left for the slow one.
+/// Expresses this placement as a plan over the same tiers. `None` where something remains for the
+/// slow tier.
 fn same_placement(
     plan: &Placement,
     shape: &ModelShape,
@@ -238,7 +302,7 @@ fn same_placement(
     let dram = plan.tiers.iter().position(|t| t.tier.kind == TierKind::Dram)?;
     let mut left = plan.tiers[dram].budget_bytes;
     let mut same = plan.clone();
-    // Keys and values are with their layer's attention; on emulated tiers where the plan has them.
+    // The KV cache is with its layer's attention; on emulated tiers it is where the plan has it.
     if same.tiers[same.kv_tier].tier.is_gpu() {
         same.kv_tier = dram;
     }
@@ -264,13 +328,14 @@ fn same_placement(
     Some(same)
 }
 
-/// The layers in an expression of [`CommandLine::args`] that keeps experts on the CPU, or `None` where it is none.
+/// Parses the layers out of an expression of [`CommandLine::args`] that keeps experts on the CPU.
+/// `None` for any other expression.
 pub fn layers_of(expression: &str) -> Option<Vec<u32>> {
     let list = expression.strip_prefix(r"blk\.(")?.strip_suffix(EXPERTS)?.strip_suffix(')')?;
     list.split('|').map(|layer| layer.parse().ok()).collect()
 }
 
-/// An argument as a shell takes it.
+/// Quotes an argument for a shell.
 pub fn quoted(arg: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "-_./=:,".contains(c);
     if !arg.is_empty() && arg.chars().all(plain) {

@@ -1,7 +1,7 @@
-//! Plans and profiles in the words of other engines.
+//! Plans and profiles as input of other engines.
 //!
-//! Only formats whose reader has been looked at: llama.cpp's command line, and the counts that SGLang's load balancer
-//! and the `frequency` placement of ktransformers begin from.
+//! Only formats whose reader has been examined: llama.cpp's command line, and the expert counts
+//! that SGLang's load balancer and ktransformers' `frequency` placement start from.
 
 pub mod counts;
 pub mod llama_cpp;

@@ -6,7 +6,7 @@ use crate::profile::pattern::Pattern;
 use crate::profile::synthetic::{self, Routing};
 use crate::solve::{Inputs, Options, solve_judged};
 use std::path::Path;
-use tier_plan_runtime::exec::KvType;
+use tier_plan_runtime::KvType;
 use tier_plan_runtime::formats::placement::Placement;
 use tier_plan_runtime::model::shape::{DenseKind, ModelShape};
 
@@ -21,7 +21,8 @@ fn solved(vram: u64, dram: u64, kv_type: KvType) -> (ModelShape, Evidence, Place
     (shape, evidence, plan)
 }
 
-/// Bytes that a command line puts into VRAM, from its words alone: layers from the end, less what it overrides.
+/// Returns the bytes that a command line puts into VRAM, from its words alone: layers from the end,
+/// less what it overrides.
 fn vram_bytes(args: &[String], shape: &ModelShape, kv_bytes: u64) -> u64 {
     let after = |flag: &str| args.iter().position(|a| a == flag).and_then(|at| args.get(at + 1));
     let layers: u32 = after("-ngl").unwrap().parse().unwrap();
@@ -53,7 +54,7 @@ fn a_command_line_says_what_it_was_made_to_say() {
         // Not even one more layer's experts fit: the bytes are used.
         let layer = shape.experts.iter().map(|e| e.expert_bytes * u64::from(e.n_expert)).min().unwrap();
         assert!(vram - found.vram_bytes < layer, "{} of {vram}", found.vram_bytes);
-        // Coarser is never faster, and the prediction is there, since all fits.
+        // The coarser placement is never faster. There is a prediction, since everything fits.
         let predicted = found.predicted.unwrap();
         let lost = llama_cpp::loss(&plan, &predicted);
         assert!((0.0..1.0).contains(&lost), "{lost}");
@@ -80,7 +81,7 @@ fn several_gpus_share_the_layers() {
     let counts: Vec<u32> = split.split(',').map(|n| n.parse().unwrap()).collect();
     assert_eq!(counts.iter().sum::<u32>(), found.gpu_layers);
     assert!(counts[0] > counts[1] && counts[1] > 0, "{counts:?}");
-    // What each has, from the words alone.
+    // What each GPU holds, from the words alone.
     let (mut from, mut all) = (shape.n_layer - found.gpu_layers.min(shape.n_layer), 0);
     for (count, budget) in counts.iter().zip(vram) {
         let mine = from..from + count;
@@ -137,7 +138,7 @@ fn counts_come_back() {
     let profile = synthetic::profile(&shape, &routing);
     let table = counts::counts(&shape, &profile).unwrap();
     assert_eq!(counts::from_json(&counts::to_json(&table)).unwrap(), table);
-    // A row for each layer of the model; the dense ones, which come first here, have zeros.
+    // One row per layer of the model; the leading dense layers have zeros.
     assert_eq!(table.len(), shape.n_layer as usize);
     let used = u64::from(shape.experts[0].n_used);
     for (layer, row) in table.iter().enumerate() {

@@ -1,7 +1,7 @@
-//! The slow tier under the readers: pieces as large as an expert's, past the page cache, as many at once as a layer of
-//! a token misses.
+//! Measures the slow tier with the engine's own readers: direct I/O, expert-sized reads, and as
+//! many at once as a layer of one token misses.
 
-use super::Measured;
+use super::{MAX_TRUSTED_SPREAD, Measured};
 use crate::session::{catch_interrupts, interrupted};
 use anyhow::{Context, Result, bail, ensure};
 use std::fs::{File, OpenOptions};
@@ -14,48 +14,81 @@ use tier_plan_runtime::tiers::arena::{Arena, Piece};
 use tier_plan_runtime::tiers::file::{Extent, FileTier, ReadMode, Span, Urgency};
 use tier_plan_runtime::tiers::source::ALIGN;
 
-/// Experts asked for at once, one number after the other.
+/// Experts requested at once, one burst size after the other.
 const BURSTS: [usize; 4] = [1, 2, 4, 8];
 
-/// Bytes of the file that is written where there is no model.
+/// Bytes of the file that is written where no model is given.
 const FILE_BYTES: usize = 1 << 30;
 
-/// Bytes of an expert in it: three slices.
+/// Bytes of one of the three slices of an expert in that file.
 const SLICE_BYTES: usize = 864 << 10;
 
-/// Small reads, for the latency.
+/// Page-sized reads for one latency figure.
 const SMALL_READS: usize = 100;
 
-/// What a drive gives.
+/// Rate and latency of a drive.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct DiskRate {
-    /// Rate beyond the latency, in 10⁹ bytes a second.
+    /// Rate after the latency is subtracted, in 10⁹ bytes per second.
     pub gbps: Measured,
-    /// One read of a page, in microseconds.
+    /// Time of one page-sized read, in microseconds.
     pub latency_us: Measured,
-    /// Reads went past the page cache.
+    /// Whether reads used direct I/O.
     pub direct: bool,
-    /// Bytes of a piece, about.
+    /// Mean bytes per expert.
     pub piece_bytes: u64,
-    /// Rates by how many pieces were asked for at once, latency included.
-    pub bursts: [(usize, f64); BURSTS.len()],
+    /// Rates by the number of experts requested at once, latency included.
+    pub bursts: [BurstRate; BURSTS.len()],
 }
 
-/// Files with experts in them.
+/// The rate of reads that are requested together.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct BurstRate {
+    /// Experts requested at once.
+    pub experts: usize,
+    /// 10⁹ bytes per second.
+    pub gbps: f64,
+}
+
+impl DiskRate {
+    /// Returns warnings about a drive that is read through `path`.
+    pub(super) fn doubts(&self, path: &Path) -> Vec<String> {
+        let mut doubts = Vec::new();
+        if self.gbps.spread > MAX_TRUSTED_SPREAD {
+            doubts.push(format!("reads of the drive differ by {:.0} %", self.gbps.spread * 100.0));
+        }
+        if !self.direct {
+            doubts.push(format!(
+                "the file system of {} has no direct I/O, so what was measured may be the page cache",
+                path.display()
+            ));
+        }
+        doubts
+    }
+}
+
+/// Bytes and time of a number of reads.
+#[derive(Debug, Clone, Copy, Default)]
+struct Burst {
+    bytes: f64,
+    seconds: f64,
+}
+
+/// Files that contain experts, and the buffers to read them into.
 pub struct Disk {
     files: FileTier,
-    /// The slices of each expert.
+    /// `[expert][slice]`.
     experts: Vec<Vec<Extent>>,
     buffers: Vec<Piece>,
-    /// Where the random choices are.
+    /// State of a xorshift generator that picks experts.
     state: u64,
 }
 
 impl Disk {
-    /// A model's own experts.
+    /// Opens a model's own experts.
     ///
     /// # Errors
-    /// When its files can't be read.
+    /// When its files cannot be read.
     pub fn of_model(gguf: &Gguf, spec: &ModelSpec) -> Result<Self> {
         let paths: Vec<PathBuf> = (0..gguf.n_parts()).map(|part| gguf.part_path(part).to_path_buf()).collect();
         let mut experts = Vec::new();
@@ -70,17 +103,19 @@ impl Disk {
         Self::of(FileTier::open(&paths, ReadMode::from_env()?)?, experts)
     }
 
-    /// A file of 1 GiB in a folder. Nobody else sees it for long: its name goes as soon as it is written.
+    /// Writes a file of 1 GiB into a folder and opens it. The file's name is removed as soon as the
+    /// file is open, so it disappears with the process.
     ///
     /// # Errors
-    /// When the folder can't be written to, or has not got the room.
+    /// When the folder is not writable or has too little space.
     pub fn of_folder(folder: &Path) -> Result<Self> {
         let file = Temporary::new(folder)?;
         file.fill()
             .with_context(|| format!("writing {} to {}", super::show_bytes(FILE_BYTES as u64), folder.display()))?;
         let files = FileTier::open(std::slice::from_ref(&file.path), ReadMode::from_env()?)?;
         let slice = |at: usize| Extent { part: 0, offset: at as u64, len: SLICE_BYTES };
-        // Like a file of tensors, which has an expert's slices far apart, not at the beginning of pages.
+        // As in a file of tensors, the slices of an expert are far apart and do not begin at a
+        // page.
         let third = FILE_BYTES / 3;
         let n = (third - ALIGN) / SLICE_BYTES;
         let experts = (0..n).map(|e| (0..3).map(|part| slice(part * third + 32 + e * SLICE_BYTES)).collect()).collect();
@@ -103,7 +138,7 @@ impl Disk {
         (self.state % below.max(1) as u64) as usize
     }
 
-    /// Reads for about so long.
+    /// Reads random experts for about `time` and returns the rates.
     ///
     /// # Errors
     /// When a read fails.
@@ -111,32 +146,36 @@ impl Disk {
         let latency_us = self.latency_us()?;
         let latency = latency_us.value * 1e-6;
         let start = Instant::now();
-        let (mut rounds, mut bytes_in_all, mut experts) = (Vec::new(), 0, 0);
-        let mut bursts = BURSTS.map(|n| (n, 0.0, 0.0));
+        let (mut rounds, mut total_bytes, mut total_experts) = (Vec::new(), 0.0, 0);
+        let mut totals = [Burst::default(); BURSTS.len()];
         while rounds.is_empty() || start.elapsed() < time {
-            // A round's rate is what a layer gets, whichever of these numbers it misses.
+            // A round's rate is what a layer gets if it misses each of these counts equally often.
             let mut slowness = 0.0;
-            for (n, bytes_of, seconds_of) in &mut bursts {
-                let (bytes, seconds) = self.burst(*n)?;
+            for (n, total) in BURSTS.into_iter().zip(&mut totals) {
+                let Burst { bytes, seconds } = self.burst(n)?;
                 slowness += (seconds - latency).max(seconds * 0.1) / bytes / BURSTS.len() as f64;
-                *bytes_of += bytes;
-                *seconds_of += seconds;
-                bytes_in_all += bytes as u64;
-                experts += *n as u64;
+                total.bytes += bytes;
+                total.seconds += seconds;
+                total_bytes += bytes;
+                total_experts += n as u64;
             }
             rounds.push(1e-9 / slowness);
+        }
+        let mut bursts = BURSTS.map(|experts| BurstRate { experts, gbps: 0.0 });
+        for (burst, total) in bursts.iter_mut().zip(&totals) {
+            burst.gbps = total.bytes / total.seconds.max(1e-9) / 1e9;
         }
         Ok(DiskRate {
             gbps: Measured::of_many(&rounds),
             latency_us,
             direct: self.files.is_direct(),
-            piece_bytes: bytes_in_all / experts.max(1),
-            bursts: bursts.map(|(n, bytes, seconds)| (n, bytes / seconds.max(1e-9) / 1e9)),
+            piece_bytes: total_bytes as u64 / total_experts.max(1),
+            bursts,
         })
     }
 
-    /// Reads so many experts at once; their bytes and the seconds.
-    fn burst(&mut self, n: usize) -> Result<(f64, f64)> {
+    /// Reads `n` random experts at once.
+    fn burst(&mut self, n: usize) -> Result<Burst> {
         let mut bytes = 0;
         let start = Instant::now();
         let mut submitted = 0;
@@ -163,10 +202,13 @@ impl Disk {
             failed = failed.or(arrival.result.err());
         }
         let seconds = start.elapsed().as_secs_f64();
-        failed.map_or(Ok((bytes as f64, seconds.max(1e-9))), |error| Err(error.into()))
+        match failed {
+            None => Ok(Burst { bytes: bytes as f64, seconds: seconds.max(1e-9) }),
+            Some(error) => Err(error.into()),
+        }
     }
 
-    /// One page at a time.
+    /// Times single reads of one page.
     fn latency_us(&mut self) -> Result<Measured> {
         let mut times = Vec::with_capacity(SMALL_READS);
         for _ in 0..SMALL_READS {
@@ -183,7 +225,7 @@ impl Disk {
     }
 }
 
-/// A file that goes when this does.
+/// A file that is removed when the value is dropped.
 struct Temporary {
     path: PathBuf,
     file: File,
@@ -197,7 +239,7 @@ impl Temporary {
         Ok(Self { path, file })
     }
 
-    /// Writes bytes that no file system makes shorter, all the way to the drive.
+    /// Writes incompressible bytes and syncs them to the drive.
     fn fill(&self) -> Result<()> {
         let catching = catch_interrupts();
         let mut block = vec![0u8; 4 << 20];
@@ -221,7 +263,7 @@ impl Temporary {
 
 impl Drop for Temporary {
     fn drop(&mut self) {
-        // It may have been moved away; there is nobody to tell.
+        // The file may have been moved away, and a destructor cannot report an error.
         let _ = std::fs::remove_file(&self.path);
     }
 }

@@ -1,4 +1,5 @@
-//! What a token costs beyond its bytes, measured on the bundled model, which fits the processor's caches.
+//! Measures fixed times per layer and per token with the bundled model, whose weights fit the CPU
+//! caches.
 
 use super::Measured;
 use super::memory::Memory;
@@ -8,59 +9,60 @@ use anyhow::Result;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tier_plan_runtime::exec::budget::within;
-use tier_plan_runtime::exec::plan::obvious;
-use tier_plan_runtime::exec::{KvType, Wanted};
 use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::model::shape::DenseKind;
 use tier_plan_runtime::model::{describe, shape::shape_of};
+use tier_plan_runtime::plans::budget::within;
+use tier_plan_runtime::plans::in_memory::obvious;
 use tier_plan_runtime::quant::TensorType;
 use tier_plan_runtime::threads::ThreadPool;
 use tier_plan_runtime::tiers::limits::memory_limit;
+use tier_plan_runtime::{KvType, Wanted};
 
-/// Tokens decoded for one figure.
+/// Tokens decoded per repetition.
 const TOKENS: u32 = 160;
 
-/// Repetitions, of which the fastest counts: what is fixed is what nothing can shorten.
+/// Repetitions. The fastest counts, because a fixed time is one that nothing can shorten.
 const REPEATS: usize = 5;
 
-/// Where the bundled model is not at hand: loops of all threads in a layer, and outside layers.
-const ENTRIES: (f64, f64) = (10.0, 6.0);
+/// Assumed parallel loops per layer and per token where the bundled model is missing.
+const ASSUMED_LAYER_LOOPS: f64 = 10.0;
+const ASSUMED_TOKEN_LOOPS: f64 = 6.0;
 
 /// Bytes that fit the caches of the cores.
-const CACHED: usize = 8 << 20;
+const CACHED_BYTES: usize = 8 << 20;
 
-/// Fixed times.
+/// Fixed times of the machine.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Fixed {
-    /// Of a layer, in microseconds.
+    /// Time per layer, in microseconds.
     pub layer_us: f64,
-    /// Of a token beyond its layers, in microseconds.
+    /// Time per token outside its layers, in microseconds.
     pub token_us: f64,
-    /// One entry of all threads into a loop, in microseconds.
+    /// Time for all threads to enter one parallel loop, in microseconds.
     pub entry_us: f64,
-    /// How they were found, in words.
+    /// Human-readable description of the method.
     pub how: String,
 }
 
-/// Measures them.
+/// Measures fixed times.
 ///
-/// The bundled model decodes from the caches; what its tokens take beyond its bytes at the kernels' rate there is the
-/// overhead: of the layers by their own clocks, and of the rest.
+/// The bundled model decodes from the caches. The overhead is its time less its bytes at the
+/// kernels' cached rate: per layer by the layers' own clocks, and per token for the rest.
 ///
 /// # Errors
 /// When the bundled model is damaged.
 pub fn measure(pool: &ThreadPool, memory: &mut Memory) -> Result<Fixed> {
     let entry_us = memory.entry_us(pool);
     let Ok(path) = bundled::path("demo/demo.gguf") else {
-        let (layer, token) = ENTRIES;
+        let (layer, token) = (ASSUMED_LAYER_LOOPS, ASSUMED_TOKEN_LOOPS);
         let how = format!(
             "the bundled model was not found, so {layer} and {token} loops of all threads were counted for a layer and a \
              token, of {entry_us:.1} µs each"
         );
         return Ok(Fixed { layer_us: layer * entry_us, token_us: token * entry_us, entry_us, how });
     };
-    let cached_gbps = memory.cached_gbps(pool, TensorType::Q4_K, CACHED);
+    let cached_gbps = memory.cached_gbps(pool, TensorType::Q4_K, CACHED_BYTES);
     let gguf = Gguf::open(&path)?;
     let spec = describe(&gguf)?;
     let shape = shape_of(&gguf, &spec);
@@ -77,7 +79,7 @@ pub fn measure(pool: &ThreadPool, memory: &mut Memory) -> Result<Fixed> {
         engine.forward(&[0], Wanted::Last)?;
         engine.reset_counters();
         for token in 0..TOKENS {
-            // Any token does; these are spread over the vocabulary, so that routing is too.
+            // The tokens are spread over the vocabulary, so that routing is too.
             engine.forward(&[token.wrapping_mul(2_654_435_761) % n_vocab], Wanted::Last)?;
         }
         if repeat == 0 {
@@ -96,44 +98,45 @@ pub fn measure(pool: &ThreadPool, memory: &mut Memory) -> Result<Fixed> {
     Ok(Fixed { layer_us: layer_us.max(entry_us), token_us: token_us.max(entry_us), entry_us, how })
 }
 
-/// Rounds decoded with a model of the user's, and seconds that they may take.
-const ROUNDS: (usize, usize) = (3, 12);
+/// Rounds decoded with the user's model: the minimum, and the maximum where time is left.
+const MIN_ROUNDS: usize = 3;
+const MAX_ROUNDS: usize = 12;
 const MODEL_TIME: Duration = Duration::from_secs(5);
 
-/// Tokens of a round, and bytes of experts that they may choose: as much memory as makes pages as hard to find as in a
-/// real run, and no more than a drive reads in a few seconds.
-const ROUND: u64 = 8;
-const ROUND_BYTES: u64 = 4 << 30;
+/// Tokens per round, and the most bytes of experts that a round may use. That much memory makes TLB
+/// misses as frequent as in a real run, and a drive reads it in a few seconds.
+const MAX_ROUND_TOKENS: u64 = 8;
+const MAX_ROUND_BYTES: u64 = 4 << 30;
 
-/// What the layers of a model that is at hand take, its experts in memory.
+/// Rates of the layers of the user's model, with its experts in memory.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct OwnLayers {
-    /// Bytes of the chosen experts over the time of the expert stages, in 10⁹ bytes a second.
+    /// Bytes of the chosen experts per time of the expert stages, in 10⁹ bytes per second.
     pub expert_gbps: Measured,
-    /// What a layer's dense stage takes beyond its bytes at that rate, in microseconds.
+    /// Time of a layer's dense stage less its bytes at that rate, in microseconds.
     pub layer_us: f64,
 }
 
-/// Decodes a few tokens over and over, so that their experts stay in memory.
+/// Decodes a few tokens repeatedly, so that their experts stay in memory, and times the layers.
 ///
 /// # Errors
-/// When it does not fit memory, or can't be read.
+/// When the model does not fit memory or cannot be read.
 pub fn own_layers(path: &Path, threads: usize) -> Result<OwnLayers> {
     let gguf = Gguf::open(path)?;
     let spec = describe(&gguf)?;
     let shape = shape_of(&gguf, &spec);
     let budget = memory_limit().map_or(u64::MAX >> 8, |limit| limit.bytes);
     let mut plan = within(&gguf, &spec, &shape, 2, KvType::F16, budget)?.plan;
-    // Room for the experts of a round, which come again and again: after the first time nothing is read beside the stages
-    // that are timed.
+    // Slots must hold the experts of a whole round. Then nothing is read beside the timed stages
+    // after the first round.
     let experts: u64 = shape.experts.iter().map(|e| e.expert_bytes * u64::from(e.n_used)).sum();
     let fitting = plan.layers.iter().zip(&shape.experts).map(|(l, e)| match l.slots {
-        // All experts are pinned, or mapped.
-        0 => ROUND,
-        // Beside those of the token before them all.
+        // All experts are pinned or mapped.
+        0 => MAX_ROUND_TOKENS,
+        // The experts of the previous token still occupy their slots.
         slots => u64::from(slots / e.n_used.max(1)).saturating_sub(1),
     });
-    let round = fitting.min().unwrap_or(1).min(ROUND).min(ROUND_BYTES / experts.max(1)).max(1);
+    let round = fitting.min().unwrap_or(1).min(MAX_ROUND_TOKENS).min(MAX_ROUND_BYTES / experts.max(1)).max(1);
     plan.tiers[0].slot_bytes = 0;
     for (layer, experts) in plan.layers.iter_mut().zip(&shape.experts) {
         layer.slots = layer.slots.min((round as u32 + 1) * experts.n_used);
@@ -144,12 +147,12 @@ pub fn own_layers(path: &Path, threads: usize) -> Result<OwnLayers> {
     let n_vocab = u64::from(shape.n_vocab.max(1));
     let (mut dense_us, mut gbps) = (Vec::new(), Vec::new());
     let mut start = Instant::now();
-    for done in 0..=ROUNDS.1 {
-        if done > ROUNDS.0 && start.elapsed() > MODEL_TIME {
+    for done in 0..=MAX_ROUNDS {
+        if done > MIN_ROUNDS && start.elapsed() > MODEL_TIME {
             break;
         }
         for token in 0..round {
-            // The first token of a text is a prompt to the counters.
+            // The counters treat the first token of a text as a prompt.
             engine.clear();
             engine.forward(&[0], Wanted::Last)?;
             engine.reset_counters();

@@ -1,45 +1,45 @@
-//! GPUs: their memory under the kernels that will run, and the link to them.
+//! Measures GPUs: their memory under the kernels that will run, and the link to the host.
 
 use super::power::Part;
-use super::{KEPT_FREE, rounded};
+use super::{RESERVE_DIVISOR, rounded};
 use crate::bundled;
 use crate::session::interrupted;
 use std::sync::Arc;
 use std::time::Duration;
 use tier_plan_runtime::cuda::experts::ExpertKind;
-use tier_plan_runtime::cuda::measure::{
-    Contended, Experts, Rates, Subject, common_experts, contended, experts, products_of, rates_of,
-};
 use tier_plan_runtime::cuda::nvml::Nvml;
 use tier_plan_runtime::cuda::{CudaError, Device, Gpu};
-use tier_plan_runtime::exec::targets::speed::{Effort, Place, Timed, time};
 use tier_plan_runtime::formats::machine::{Accelerator, Link, Tier, TierKind};
 use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::model::spec::{ModelSpec, MoeSpec};
 use tier_plan_runtime::quant::TensorType;
 use tier_plan_runtime::units::show_bytes;
+use tier_plan_selftest::gpu_rates::{
+    Contended, Experts, Rates, Subject, common_experts, contended, experts, products_of, rates_of,
+};
+use tier_plan_selftest::speed::{Effort, Place, Timed, time};
 
-/// Tokens by which fixed times are measured.
+/// Tokens that measure fixed times.
 const LAYERS: Effort = Effort { prompt: 1, decode: 160, warm: 8, rounds: 3, limit: Duration::from_secs(5) };
 
-/// What is measured on a GPU.
+/// The work that a GPU is measured with.
 #[derive(Debug, Clone)]
 pub struct Work {
-    /// Formats with their shares of a token's bytes.
+    /// Formats with their share of the bytes per token.
     pub formats: Vec<(TensorType, f64)>,
-    /// The experts that it will have, and how many of them a token uses.
+    /// The experts that the GPU would compute, and how many of them one token uses.
     pub experts: (ExpertKind, usize),
-    /// In words.
+    /// Human-readable description of the work.
     pub of: String,
 }
 
 impl Work {
-    /// Where no model is known.
+    /// Returns the work to measure where no model is known: Q4_K experts of a common size.
     pub fn common() -> Self {
         Self { formats: vec![(TensorType::Q4_K, 1.0)], experts: common_experts(), of: "Q4_K".into() }
     }
 
-    /// That of a model; `formats` are its shares.
+    /// Returns the work of a model whose bytes per token have the shares `formats`.
     pub fn of_model(gguf: &Gguf, spec: &ModelSpec, formats: &[(TensorType, f64)]) -> Self {
         let experts = spec.moe_layers().next().map(|(_, moe)| (kind(gguf, moe), moe.n_used));
         Self {
@@ -66,51 +66,54 @@ fn kind(gguf: &Gguf, moe: &MoeSpec) -> ExpertKind {
     }
 }
 
-/// A GPU that was measured.
+/// What one GPU delivers.
 #[derive(Debug, Clone, PartialEq)]
 pub struct GpuRate {
-    /// Its name.
+    /// Product name.
     pub name: String,
-    /// Its number.
+    /// The driver's device number.
     pub device: u32,
-    /// The processor stands for it.
+    /// Whether the GPU is emulated by the CPU.
     pub emulated: bool,
-    /// All of its memory.
+    /// Bytes of VRAM.
     pub total_bytes: u64,
-    /// What is free of it.
+    /// Bytes of VRAM that were free before anything was measured.
     pub free_bytes: u64,
-    /// Fixed times, bare rates.
+    /// Launch time, round trip, and bare rates.
     pub rates: Rates,
-    /// The link while main memory is read; `beside` is what products came to meanwhile, in 10⁹ bytes a second.
+    /// Rates of the link while main memory is read; `beside` is the CPU's rate meanwhile, in 10⁹
+    /// bytes per second.
     pub contended: Contended,
-    /// Products of one token by format, in 10⁹ bytes a second.
+    /// Matvec rate per format, in 10⁹ bytes per second.
     pub products: Vec<(TensorType, f64)>,
-    /// The same of all formats together, each by its share.
+    /// Mean of the matvec rates, weighted by each format's share.
     pub compute_gbps: f64,
-    /// A token's experts, where a few of them fit the measurement.
+    /// Times of one token's experts, if a few experts fit the measurement's memory.
     pub experts: Option<Experts>,
-    /// Fixed times of layers there, or why they were not measured.
+    /// Fixed times per layer, or why they were not measured.
     pub layers: Result<Layers, String>,
-    /// What was measured, in words.
+    /// Human-readable description of the work.
     pub of: String,
-    /// What it may draw.
+    /// Power limit.
     pub power: Part,
 }
 
-/// Fixed times of layers on a GPU, from the bundled model, whose bytes hardly count.
+/// Fixed times of layers on a GPU. The bundled model is used, because its bytes hardly count.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Layers {
-    /// By how much a layer's dense stage takes longer there than on the processor, in microseconds: its launches, and the
-    /// router's choices on their way back.
+    /// Extra time of a dense stage on the GPU compared with the CPU, in microseconds: launches, and
+    /// the router's choices on their way back.
     pub layer_us: f64,
-    /// A token of the model with all of it there, its bytes at the GPU's rate left out, in microseconds.
+    /// Time per token with the whole model on the GPU, less its bytes at the GPU's rate, in
+    /// microseconds.
     pub resident_token_us: f64,
-    /// Layers of that model.
+    /// Layers of the bundled model.
     pub n_layer: u32,
 }
 
 impl Layers {
-    /// From the same tokens with all of the model on a GPU of a rate, with its experts in main memory, and without a GPU.
+    /// Compares the same tokens on three placements: the model fully on a GPU that reads at
+    /// `gpu_gbps`, with experts in main memory, and without a GPU.
     fn new(resident: &Timed, hybrid: &Timed, processor: &Timed, gpu_gbps: f64) -> Self {
         let n_layer = resident.layers.max(1);
         let more_s = (hybrid.dense_s - processor.dense_s) / f64::from(n_layer);
@@ -134,19 +137,20 @@ impl Layers {
 /// The GPUs of this machine.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Gpus {
-    /// Those that were measured.
+    /// Measured GPUs.
     pub found: Vec<GpuRate>,
-    /// Why there is none, or why one of them was left out.
+    /// Why there is no GPU, or why one was skipped.
     pub missing: Vec<String>,
 }
 
-/// Measures every GPU. `beside` is a pass of products over main memory, which says how fast it was.
+/// Measures every GPU. `beside` runs one pass over main memory and returns its rate in 10⁹ bytes
+/// per second.
 pub fn measure_all(work: &Work, beside: &mut dyn FnMut() -> f64) -> Gpus {
     let (mut gpus, nvml) = (Gpus::default(), Nvml::find());
     for ordinal in 0.. {
         let gpu = match Gpu::open(ordinal) {
             Ok(gpu) => gpu,
-            // There are no more; that there is none at all is to be said.
+            // The end of the list. Only a machine without any GPU reports this as missing.
             Err(CudaError::NoDevice { .. }) if ordinal > 0 => break,
             Err(
                 error @ (CudaError::NoDriver
@@ -159,7 +163,7 @@ pub fn measure_all(work: &Work, beside: &mut dyn FnMut() -> f64) -> Gpus {
             }
             Err(error) => {
                 gpus.missing.push(format!("GPU {ordinal} was left out: {error}"));
-                // Whatever it was, it may be the same with all numbers that follow.
+                // A failed driver call may fail for every following device too.
                 if matches!(error, CudaError::Call { .. }) { break } else { continue }
             }
         };
@@ -178,7 +182,8 @@ fn measure_gpu(
     beside: &mut dyn FnMut() -> f64,
 ) -> Result<GpuRate, CudaError> {
     let p = gpu.properties();
-    // Before anything is measured, so that nothing of this program is counted but what the driver takes for it.
+    // Free memory is read first, so that it includes only what the driver itself takes for this
+    // process.
     let free_bytes = gpu.free_bytes()? as u64;
     let power = match nvml {
         Ok(nvml) => gpu.pci().and_then(|pci| nvml.read(&pci)).map(|reading| reading.limit_watts),
@@ -202,7 +207,7 @@ fn measure_gpu(
     Ok(found)
 }
 
-/// What is known of a device before it is measured.
+/// Properties of a device that are known before it is measured.
 struct About {
     name: String,
     device: u32,
@@ -247,32 +252,36 @@ fn measure(
 }
 
 impl GpuRate {
-    /// Bytes that a plan may have: what is free, less what the kernels and their buffers are left.
+    /// Returns the bytes that a plan may use: free memory less a reserve for kernels and their
+    /// buffers.
     pub fn capacity_bytes(&self) -> u64 {
-        // Half as much as of main memory: no other programs and no page cache live there.
-        let kept = self.total_bytes / (2 * KEPT_FREE);
+        // The reserve is half of main memory's, since no other programs and no page cache live
+        // there.
+        let kept = self.total_bytes / (2 * RESERVE_DIVISOR);
         self.free_bytes.saturating_sub(kept) >> 20 << 20
     }
 
-    /// What a token's experts take beyond their bytes, in microseconds; at least the way there and back.
+    /// Returns the time of a token's experts less their bytes at the GPU's rate, in microseconds,
+    /// and at least one round trip.
     pub fn latency_us(&self) -> f64 {
         let beyond = |e: &Experts| e.token_us - (e.used * e.expert_bytes) as f64 / self.compute_gbps.max(1e-9) / 1e3;
         self.experts.as_ref().map_or(0.0, beyond).max(self.rates.round_trip_us)
     }
 
-    /// What computing there takes beside reading, where a token's own fixed time is that of the processor.
+    /// Returns fixed times and link rate for the machine file; `token_us` is the CPU's fixed time
+    /// per token.
     fn accelerator(&self, token_us: f64) -> Accelerator {
         let layers = self.layers.as_ref().ok().filter(|_| !self.emulated);
         let resident = |l: &Layers| (l.resident_token_us - token_us).max(0.0) / f64::from(l.n_layer.max(1));
         Accelerator {
-            // Slots are filled from memory that the GPU does not read by itself.
+            // Slots are filled from pageable memory.
             link_gbps: Some(rounded(self.rates.to_device_gbps.1)),
             layer_us: layers.map(|l| rounded(l.layer_us)),
             resident_layer_us: layers.map(|l| rounded(resident(l))),
         }
     }
 
-    /// The tier that its memory is, where a token's own fixed time is that of the processor.
+    /// Describes the GPU's memory as a tier; `token_us` is the CPU's fixed time per token.
     pub fn tier(&self, name: String, token_us: f64, day: &str) -> Tier {
         let who = if self.emulated { format!("{}, which is emulated", self.name) } else { self.name.clone() };
         Tier {
@@ -285,20 +294,20 @@ impl GpuRate {
             unit: Some(self.device),
             accelerator: self.accelerator(token_us),
             source: format!(
-                "measured {day} on {who}: products of {}; bare reads {:.1} GB/s; latency: a token's experts, beyond their \
-                 bytes; a launch {:.1} µs, there and back {:.1} µs; capacity: {} free of {}, less a {}th",
+                "measured {day} on {who}: matvecs of {}; bare reads {:.1} GB/s; latency: a token's experts, beyond their \
+                 bytes; a launch {:.1} µs, there and back {:.1} µs; capacity: {} free of {}, less 1/{}",
                 self.of,
                 self.rates.read_gbps,
                 self.rates.launch_us,
                 self.rates.round_trip_us,
                 show_bytes(self.free_bytes),
                 show_bytes(self.total_bytes),
-                2 * KEPT_FREE
+                2 * RESERVE_DIVISOR
             ),
         }
     }
 
-    /// The link to it.
+    /// Describes the link for the machine file.
     pub fn link(&self) -> Link {
         let ((to, to_pageable), (from, from_pageable)) = (self.rates.to_device_gbps, self.rates.from_device_gbps);
         Link {

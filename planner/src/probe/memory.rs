@@ -1,4 +1,5 @@
-//! Main memory under the kernels: the expert stage of a decoded token, over more bytes than any cache has.
+//! Measures main memory with the expert stage of a decoded token, over more bytes than any cache
+//! holds.
 
 use super::Measured;
 use anyhow::{Context, Result};
@@ -10,32 +11,32 @@ use tier_plan_runtime::threads::ThreadPool;
 use tier_plan_runtime::tiers::arena::{Arena, Piece};
 use tier_plan_runtime::tiers::nodes::Pages;
 
-/// Width of the hidden state of the experts that are computed.
+/// Width of the hidden state, in values.
 const HIDDEN: usize = 2048;
 
-/// Width inside them: a common one, so that they are neither the smallest nor the largest there are.
+/// Inner width of an expert: a common one, neither the smallest nor the largest in use.
 const WIDTH: usize = 768;
 
-/// Experts of a token.
+/// Experts per token.
 const EXPERTS: usize = 8;
 
-/// Values of an expert: gate, up and down.
+/// Values per expert: gate, up, and down.
 const VALUES: usize = 3 * HIDDEN * WIDTH;
 
-/// Passes over the memory for one figure, after one that warms up.
+/// Timed passes over the memory per figure, after one warm-up pass.
 const PASSES: usize = 5;
 
-/// Tokens of a prompt that are multiplied together: as many as a dense stage takes at once.
+/// Prompt tokens multiplied together: the micro-batch of a dense stage.
 const BATCH_TOKENS: usize = 512;
 
-/// Experts of one pass of that, at most, and its time, about.
+/// The most experts of one timed pass of prompt work, and about how long it takes.
 const BATCH_EXPERTS: usize = 48;
 const BATCH_TIME: Duration = Duration::from_millis(150);
 
-/// Memory is taken in multiples of this.
+/// Memory is taken in multiples of this many bytes.
 pub const STAGE: u64 = 1 << 20;
 
-/// Memory on huge pages, with bytes that are weights in every format.
+/// Memory on huge pages whose bytes are valid weights in every format.
 pub struct Memory {
     kernels: Kernels,
     bytes: Piece,
@@ -47,18 +48,18 @@ pub struct Memory {
 }
 
 impl Memory {
-    /// So many bytes of it.
+    /// Takes `bytes` of memory anywhere.
     ///
     /// # Errors
-    /// When the system has not got them.
+    /// When the system refuses the memory.
     pub fn new(kernels: Kernels, bytes: u64) -> Result<Self> {
         Self::on(kernels, bytes, &Pages::Anywhere)
     }
 
-    /// The same with its pages where `pages` says.
+    /// Takes `bytes` of memory where `pages` says.
     ///
     /// # Errors
-    /// When the system has not got them, or refuses to have them there.
+    /// When the system refuses the memory or its location.
     pub fn on(kernels: Kernels, bytes: u64, pages: &Pages) -> Result<Self> {
         let len = usize::try_from(bytes).context("more memory than can be addressed")?;
         let mut piece = Arena::on("memory to be measured", bytes, pages)?.take(len)?;
@@ -77,18 +78,19 @@ impl Memory {
         })
     }
 
-    /// Weights of a format that all threads multiply, in 10⁹ bytes a second.
-    pub fn products(&mut self, pool: &ThreadPool, ty: TensorType) -> Measured {
+    /// Returns the rate of matvecs over all threads, in 10⁹ bytes of weights per second.
+    pub fn matvec_gbps(&mut self, pool: &ThreadPool, ty: TensorType) -> Measured {
         self.pass_gbps(pool, ty);
         Measured::of((0..PASSES).map(|_| self.pass_gbps(pool, ty)).collect())
     }
 
-    /// The same, once over the memory.
+    /// Returns the matvec rate of one pass over the memory, in 10⁹ bytes per second.
     pub fn pass_gbps(&mut self, pool: &ThreadPool, ty: TensorType) -> f64 {
         self.stages_gbps(pool, ty, usize::MAX, 1)
     }
 
-    /// The same from the caches: the first stages over and over, as many as fit `bytes`.
+    /// Returns the matvec rate from the caches, by repeating the first stages that fit `bytes`, in
+    /// 10⁹ bytes per second.
     pub fn cached_gbps(&mut self, pool: &ThreadPool, ty: TensorType, bytes: usize) -> f64 {
         let stages = (bytes / (EXPERTS * expert_bytes(ty)).max(1)).max(1);
         self.stages_gbps(pool, ty, stages, 1);
@@ -124,8 +126,8 @@ impl Memory {
         (stages * times * stage_bytes) as f64 / seconds / 1e9
     }
 
-    /// Products of a batch of a prompt, expert after expert as the engine takes them, in 10⁹ floating-point operations a
-    /// second.
+    /// Returns the rate of prompt matmuls, expert by expert as the engine runs them, in 10⁹
+    /// floating-point operations per second.
     pub fn batch_gflops(&mut self, pool: &ThreadPool, ty: TensorType) -> Measured {
         let values: Vec<f32> = (0..BATCH_TOKENS * HIDDEN).map(|i| (i % 23) as f32 * 0.01 - 0.11).collect();
         let mut x = Activations::new(BATCH_TOKENS, HIDDEN);
@@ -157,7 +159,7 @@ impl Memory {
         Measured::of((0..3).map(|_| pass(BATCH_EXPERTS)).collect())
     }
 
-    /// Microseconds of one entry of all threads into an empty loop.
+    /// Returns the time for all threads to enter an empty parallel loop, in microseconds.
     pub fn entry_us(&self, pool: &ThreadPool) -> f64 {
         const ENTRIES: usize = 20_000;
         let start = Instant::now();
@@ -170,12 +172,12 @@ impl Memory {
     }
 }
 
-/// Bytes of one expert in a format.
+/// Returns the bytes of one expert in a format.
 fn expert_bytes(ty: TensorType) -> usize {
     ty.row_bytes(VALUES as u64).map_or(0, |bytes| bytes as usize)
 }
 
-/// Gate, up and down of an expert.
+/// Splits an expert into gate, up, and down.
 fn matrices(ty: TensorType, expert: &[u8]) -> Option<[Weights<'_>; 3]> {
     let (gate, rest) = expert.split_at_checked(expert.len() / 3)?;
     let (up, down) = rest.split_at_checked(rest.len() / 2)?;
@@ -186,8 +188,8 @@ fn matrices(ty: TensorType, expert: &[u8]) -> Option<[Weights<'_>; 3]> {
     ])
 }
 
-/// Bytes in no order, so that formats with tables look everywhere in them; but every second one is the high byte of a
-/// small float, since no real weight is infinite or so small that a processor takes long over it.
+/// Fills memory with pseudorandom bytes, so that formats with tables use all of them. Every second
+/// byte is the high byte of a small float: no real weight is infinite or denormal.
 fn fill(bytes: &mut [u8]) {
     let mut state = 0x9e37_79b9_7f4a_7c15u64;
     for eight in bytes.chunks_mut(8) {

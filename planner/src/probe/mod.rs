@@ -1,12 +1,14 @@
-//! What this machine can do, measured: the rates and times that the cost model charges.
+//! Measures the rates and times that the cost model charges.
 //!
-//! Every rate is that of the program's own work: experts are multiplied by the kernels that will run, on all threads,
-//! from memory on huge pages; and they are read from the drive by the readers that will read them, in pieces as large as
-//! an expert's, past the page cache.
+//! Every rate is that of the program's own work. Experts are multiplied by the kernels that will
+//! run, on all threads, from huge pages. They are read from the drive by the engine's readers, in
+//! expert-sized pieces, with direct I/O.
 
 pub mod disk;
 pub mod fixed;
 pub mod gpu;
+mod machine;
+mod measured;
 pub mod memory;
 pub mod nodes;
 pub mod power;
@@ -16,14 +18,13 @@ use anyhow::{Context, Result, ensure};
 use disk::{Disk, DiskRate};
 use fixed::Fixed;
 use gpu::{Gpus, Work};
+use machine::rounded;
+pub use measured::Measured;
 use memory::{Memory, STAGE};
 use nodes::NodeRate;
 use power::{Meter, Part, Power};
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
-use tier_plan_runtime::formats::SourceId;
-use tier_plan_runtime::formats::machine::{Accelerator, Extras, Machine, Tier, TierKind};
 use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::kernels::Kernels;
 use tier_plan_runtime::model::describe;
@@ -32,36 +33,36 @@ use tier_plan_runtime::model::spec::ModelSpec;
 use tier_plan_runtime::quant::TensorType;
 use tier_plan_runtime::threads::ThreadPool;
 use tier_plan_runtime::tiers::bandwidth::dram_read_gbps;
-use tier_plan_runtime::tiers::limits::{file_system_bytes, memory_limit};
+use tier_plan_runtime::tiers::limits::{Limit, file_system_bytes, memory_limit};
 use tier_plan_runtime::units::{show_bytes, show_utc};
 
-/// Memory that is streamed through, at most: more than any last-level cache.
-const MEMORY: u64 = 1 << 30;
+/// Most bytes of memory to stream through: more than any last-level cache.
+const MAX_MEMORY_BYTES: u64 = 1 << 30;
 
-/// The least that is worth measuring.
-const LEAST_MEMORY: u64 = 64 << 20;
+/// Fewest bytes that give a meaningful rate.
+const MIN_MEMORY_BYTES: u64 = 64 << 20;
 
-/// How long the drive is read for each figure.
-const DISK_TIME: Duration = Duration::from_secs(6);
+/// Time spent on the drive per figure.
+const DRIVE_TIME: Duration = Duration::from_secs(6);
 
-/// How long memory and drive are used at once.
-const BOTH_TIME: Duration = Duration::from_secs(3);
+/// Time that memory and drive are used at once.
+const CONTENTION_TIME: Duration = Duration::from_secs(3);
 
-/// The part of the memory that a plan is not given: the program, activations, the system.
-const KEPT_FREE: u64 = 16;
+/// One part in this many of memory is left to the program, activations, and the system.
+const RESERVE_DIVISOR: u64 = 16;
 
-/// What the layers of a prompt reach of the rate of products alone: norms, rotations and activations come between them.
-/// Measured with AMX: 473 of 591 GFLOP/s.
-const IN_LAYERS: f64 = 0.8;
+/// Share of the bare matmul rate that a prompt's layers reach, since norms, RoPE, and activations
+/// run in between. Measured with AMX: 473 of 591 GFLOP/s.
+const LAYER_EFFICIENCY: f64 = 0.8;
 
-/// Memory of a machine that does not tell.
-const UNTOLD: u64 = 16 << 30;
+/// Assumed DRAM size where the system reports no limit.
+const DEFAULT_DRAM_BYTES: u64 = 16 << 30;
 
-/// Spread of repetitions from which on a figure is doubted.
-const DOUBTFUL: f64 = 0.15;
+/// Relative spread of repetitions above which a figure gets a warning.
+const MAX_TRUSTED_SPREAD: f64 = 0.15;
 
-/// The formats that most files have.
-const COMMON: [TensorType; 12] = [
+/// Formats that most files use.
+const COMMON_FORMATS: [TensorType; 12] = [
     TensorType::Q2_K,
     TensorType::Q3_K,
     TensorType::Q4_0,
@@ -76,254 +77,186 @@ const COMMON: [TensorType; 12] = [
     TensorType::F32,
 ];
 
-/// A figure that was measured several times.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Measured {
-    /// The median.
-    pub value: f64,
-    /// Difference between the largest and the smallest, as a share of the median.
-    pub spread: f64,
-}
-
-impl Measured {
-    /// Of repetitions; of none, 0.
-    pub fn of(mut values: Vec<f64>) -> Self {
-        values.sort_by(f64::total_cmp);
-        let (Some(first), Some(last)) = (values.first(), values.last()) else {
-            return Measured { value: 0.0, spread: 0.0 };
-        };
-        let middle = values.len() / 2;
-        let value = if values.len() % 2 == 1 { values[middle] } else { (values[middle - 1] + values[middle]) / 2.0 };
-        Measured { value, spread: if value > 0.0 { (last - first) / value } else { 0.0 } }
-    }
-
-    /// Of many short repetitions, in the order of time: the median of all, and the spread of the means of fifths, since
-    /// single ones say more of the moment than of the machine.
-    pub fn of_many(values: &[f64]) -> Self {
-        let fifths: Vec<f64> = values
-            .chunks(values.len().div_ceil(5).max(1))
-            .map(|part| part.iter().sum::<f64>() / part.len() as f64)
-            .collect();
-        Measured { value: Measured::of(values.to_vec()).value, spread: Measured::of(fifths).spread }
-    }
-}
-
 /// What to measure, and with what.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Settings<'a> {
-    /// The model whose types and bytes are used.
+    /// Model whose formats and experts are used.
     pub model: Option<&'a Path>,
-    /// Without a model: the folder whose file system is the slow tier.
+    /// Without a model: a folder on the slow tier's file system.
     pub slow_dir: Option<&'a Path>,
-    /// Threads; the physical cores when `None`.
+    /// Compute threads; the physical cores when `None`.
     pub threads: Option<usize>,
-    /// Each memory node is a tier.
+    /// Whether each NUMA node becomes a tier.
     pub numa_tiers: bool,
 }
 
-/// The rate at which products of one format are computed from main memory.
+/// The compute rate of one format from main memory.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct KernelRate {
-    /// The format.
+    /// Block format.
     pub ty: TensorType,
-    /// Weights in 10⁹ bytes a second.
+    /// Matvec rate in 10⁹ bytes of weights per second.
     pub gbps: Measured,
-    /// Products of a batch of a prompt, in 10⁹ floating-point operations a second.
+    /// Prompt matmul rate in 10⁹ floating-point operations per second.
     pub batch_gflops: Measured,
-    /// Share of a token's bytes that are of this format, where a model was given.
+    /// Share of this format in the bytes per token, if a model was given.
     pub share: Option<f64>,
 }
 
-/// All that was measured.
+impl KernelRate {
+    /// Returns a warning if repetitions of an important format differ too much.
+    fn doubt(&self) -> Option<String> {
+        let share = self.share.unwrap_or(f64::from(self.ty == TensorType::Q4_K));
+        (self.gbps.spread > MAX_TRUSTED_SPREAD && share > 0.1)
+            .then(|| format!("repetitions of {} matvecs differ by {:.0} %", self.ty, self.gbps.spread * 100.0))
+    }
+}
+
+/// Rates of memory and drive while both are in use, in 10⁹ bytes per second.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Together {
+    /// Matvecs from main memory.
+    pub compute_gbps: f64,
+    /// Reads of the drive.
+    pub disk_gbps: f64,
+}
+
+/// Everything that was measured.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Findings {
-    /// UTC moment.
+    /// UTC time, ISO 8601.
     pub when: String,
-    /// Processor and memory, in words.
+    /// CPU and memory in words.
     pub host: String,
-    /// Threads.
+    /// Compute threads.
     pub threads: usize,
-    /// Instruction set.
+    /// Instruction set of the kernels.
     pub isa: String,
-    /// The model, if one was given.
+    /// Name of the model, if one was given.
     pub model: Option<String>,
-    /// Rate of bare reads of main memory, in 10⁹ bytes a second.
+    /// Bare read rate of main memory, in 10⁹ bytes per second.
     pub bare_gbps: f64,
-    /// By format.
+    /// Compute rates by format.
     pub kernels: Vec<KernelRate>,
-    /// What experts compute at: of the formats that a token of the model reads, or of Q4_K.
+    /// Compute rate of the formats that one token of the model reads (Q4_K without a model), in 10⁹
+    /// bytes per second.
     pub compute_gbps: f64,
-    /// What batches of prompts compute at, of the same formats, in 10⁹ floating-point operations a second.
+    /// Prompt rate of the same formats, in 10⁹ floating-point operations per second.
     pub prompt_gflops: f64,
-    /// Bytes of main memory that plans may have.
+    /// Bytes of main memory that plans may use.
     pub dram_bytes: u64,
-    /// Where that figure comes from.
+    /// Human-readable source of that limit.
     pub dram_bytes_from: String,
-    /// The drive.
+    /// Rates of the drive.
     pub disk: DiskRate,
-    /// The file or folder that was read.
+    /// File or folder that was read.
     pub disk_path: PathBuf,
     /// Bytes of its file system.
     pub disk_bytes: u64,
-    /// The same two rates while both are in use: products from memory, and reads.
-    pub together_gbps: (f64, f64),
-    /// Fixed times.
+    /// Rates of memory and drive while both are in use.
+    pub together: Together,
+    /// Fixed times per layer and token.
     pub fixed: Fixed,
-    /// GPUs.
+    /// GPUs and their rates.
     pub gpus: Gpus,
-    /// Memory nodes, where they were asked for.
+    /// NUMA nodes and their rates, if requested.
     pub nodes: Vec<NodeRate>,
-    /// What the machine draws.
+    /// Power that the machine draws.
     pub power: Power,
-    /// What makes the figures doubtful, in sentences.
+    /// Reasons to doubt the figures, as sentences.
     pub doubts: Vec<String>,
 }
 
-/// Measures this machine. Shows progress on a terminal.
+/// Measures this machine, with progress on a terminal.
 ///
 /// # Errors
-/// When the model can't be opened or has no routed experts, there is no memory to measure with, or the drive can't be
-/// read or written to.
+/// When the model cannot be opened or has no routed experts, when too little memory is free, or
+/// when the drive cannot be read or written.
 pub fn measure(settings: &Settings<'_>) -> Result<Findings> {
     let mut doubts: Vec<String> = busy().into_iter().collect();
     let kernels = Kernels::from_env()?;
-    // Told before anything is measured that can't be had.
-    let memory_nodes = if settings.numa_tiers {
+    // An impossible request fails before anything is measured.
+    let numa_nodes = if settings.numa_tiers {
         tier_plan_runtime::tiers::nodes::nodes().context("--numa-tiers")?
     } else {
         Vec::new()
     };
     let pool = ThreadPool::new(settings.threads.unwrap_or_else(tier_plan_runtime::threads::physical_cores));
-    let threads = pool.n_threads();
     let opened = settings.model.map(open).transpose()?;
     let shares = opened.as_ref().map(|(gguf, spec)| shares(gguf, spec)).unwrap_or_default();
-    let mut types: Vec<TensorType> = COMMON.to_vec();
-    types.extend(shares.iter().map(|(ty, _)| ty));
-    types.sort();
-    types.dedup();
+    let types = types_to_measure(&shares);
 
     let bar = progress::count("measuring", types.len() as u64 + 7);
-    // The program is small, so what it may have now is what a plan's engine may have.
+    // This process is small, so its present limit is about that of a plan's engine.
     let limit = memory_limit();
-    let bytes = limit.as_ref().map_or(MEMORY, |l| MEMORY.min(l.bytes / 4)) / STAGE * STAGE;
-    ensure!(
-        bytes >= LEAST_MEMORY,
-        "there are only {} of memory to measure with; free {} or more",
-        show_bytes(bytes),
-        show_bytes(4 * LEAST_MEMORY)
-    );
+    let bytes = bytes_to_measure(limit.as_ref().map(|l| l.bytes))?;
     let bare_gbps = dram_read_gbps(&pool, kernels, bytes)?;
     bar.inc(1);
 
     let mut memory = Memory::new(kernels, bytes)?;
-    let mut rates = Vec::new();
     let meter = Meter::start();
+    let mut rates = Vec::new();
     for &ty in &types {
-        let gbps = memory.products(&pool, ty);
-        let of = |shares: &[(TensorType, f64)]| shares.iter().find(|(t, _)| *t == ty).map_or(0.0, |(_, s)| *s);
-        let share = opened.is_some().then(|| of(&shares));
-        if gbps.spread > DOUBTFUL && share.unwrap_or(f64::from(ty == TensorType::Q4_K)) > 0.1 {
-            doubts.push(format!("repetitions of {ty} products differ by {:.0} %", gbps.spread * 100.0));
-        }
-        rates.push(KernelRate { ty, gbps, batch_gflops: memory.batch_gflops(&pool, ty), share });
+        let share = opened.is_some().then(|| shares.iter().find(|(t, _)| *t == ty).map_or(0.0, |(_, s)| *s));
+        let rate = kernel_rate(&mut memory, &pool, ty, share);
+        doubts.extend(rate.doubt());
+        rates.push(rate);
         bar.inc(1);
     }
     let drawn = meter.parts();
-    let mut compute_gbps = mean_rate(&rates);
-    let prompt_gflops = IN_LAYERS * mean_gflops(&rates);
-    // The format that a token reads most of.
+    // The format with the largest share of a token's bytes.
     let main = rates.iter().max_by(|a, b| a.share.unwrap_or(0.0).total_cmp(&b.share.unwrap_or(0.0)));
     let main = if opened.is_some() { main.map_or(TensorType::Q4_K, |r| r.ty) } else { TensorType::Q4_K };
 
+    let mut compute_gbps = mean_rate(&rates);
     let mut fixed = fixed::measure(&pool, &mut memory)?;
     if let Some(path) = settings.model {
-        match fixed::own_layers(path, threads) {
-            Ok(own) => {
-                // The kernels alone don't pay for a stage's beginning and end, and walk through memory in order.
-                compute_gbps = own.expert_gbps.value.min(compute_gbps);
-                fixed.layer_us = own.layer_us.max(fixed.entry_us);
-                if own.expert_gbps.spread > DOUBTFUL {
-                    doubts.push(format!(
-                        "the model's own expert stages differ by {:.0} %",
-                        own.expert_gbps.spread * 100.0
-                    ));
-                }
-                fixed.how = format!("layers: the model's dense stages, less their bytes; tokens: {}", fixed.how);
-            }
-            Err(error) => doubts.push(format!(
-                "the model's own layers could not be timed ({error:#}), so their fixed time is the bundled model's"
-            )),
-        }
+        let own = fixed::own_layers(path, pool.n_threads());
+        adopt_own_layers(own, &mut compute_gbps, &mut fixed, &mut doubts);
     }
     bar.inc(1);
 
-    let here = PathBuf::from(".");
     let (mut disk, disk_path) = match (&opened, settings.model) {
         (Some((gguf, spec)), Some(path)) => (Disk::of_model(gguf, spec)?, path.to_path_buf()),
         _ => {
-            let folder = settings.slow_dir.unwrap_or(&here);
+            let folder = settings.slow_dir.unwrap_or(Path::new("."));
             (Disk::of_folder(folder)?, folder.to_path_buf())
         }
     };
     bar.inc(1);
-    let rate = disk.measure(DISK_TIME)?;
+    let disk_rate = disk.measure(DRIVE_TIME)?;
+    doubts.extend(disk_rate.doubts(&disk_path));
     bar.inc(2);
-    if rate.gbps.spread > DOUBTFUL {
-        doubts.push(format!("reads of the drive differ by {:.0} %", rate.gbps.spread * 100.0));
-    }
-    if !rate.direct {
-        doubts.push(format!(
-            "the file system of {} has no reads past the page cache, so what was measured may be memory",
-            disk_path.display()
-        ));
-    }
-    let (both, reads) = std::thread::scope(|scope| {
-        let reading = scope.spawn(|| disk.measure(BOTH_TIME));
-        let mut passes = Vec::new();
-        while !reading.is_finished() {
-            passes.push(memory.pass_gbps(&pool, main));
-        }
-        // The last pass had the memory to itself for a part.
-        if passes.len() > 1 {
-            passes.pop();
-        }
-        (Measured::of(passes).value, reading.join())
-    });
-    let reads = reads.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+    let together = measure_together(&mut disk, &mut memory, &pool, main)?;
     bar.inc(1);
+
     let work = opened.as_ref().map_or_else(Work::common, |(gguf, spec)| Work::of_model(gguf, spec, &shares));
     let gpus = gpu::measure_all(&work, &mut || memory.pass_gbps(&pool, main));
     drop(memory);
     bar.inc(1);
-    let limit_bytes = limit.as_ref().map_or(UNTOLD, |limit| limit.bytes);
-    let nodes = nodes::measure(memory_nodes, kernels, &pool, &work.formats, limit_bytes)?;
+    let limit_bytes = limit.as_ref().map_or(DEFAULT_DRAM_BYTES, |limit| limit.bytes);
+    let nodes = nodes::measure(numa_nodes, kernels, &pool, &work.formats, limit_bytes)?;
     let gpu_power: Vec<Part> = gpus.found.iter().map(|gpu| gpu.power.clone()).collect();
     bar.finish_and_clear();
 
-    let (dram_bytes, dram_bytes_from) = match &limit {
-        Some(limit) => {
-            let bytes = (limit.bytes - limit.bytes / KEPT_FREE) >> 20 << 20;
-            (bytes, format!("{}, {}, less a {KEPT_FREE}th", limit.of, show_bytes(limit.bytes)))
-        }
-        None => (UNTOLD, "the system tells of no limit: assumed".to_string()),
-    };
+    let (dram_bytes, dram_bytes_from) = dram_capacity(limit.as_ref());
     let disk_bytes = file_system_bytes(&disk_path).map_or(1 << 40, |(all, _)| all.max(1));
     Ok(Findings {
         when: show_utc(SystemTime::now()),
         host: host::describe(),
-        threads,
+        threads: pool.n_threads(),
         isa: kernels.isa().to_string(),
         model: opened.map(|(gguf, _)| gguf.id().name),
         bare_gbps,
+        prompt_gflops: LAYER_EFFICIENCY * mean_gflops(&rates),
         kernels: rates,
         compute_gbps,
-        prompt_gflops,
         dram_bytes,
         dram_bytes_from,
-        disk: rate,
+        disk: disk_rate,
         disk_path,
         disk_bytes,
-        together_gbps: (both, reads.gbps.value),
+        together,
         fixed,
         power: Power::of(&drawn, &gpu_power),
         gpus,
@@ -332,101 +265,91 @@ pub fn measure(settings: &Settings<'_>) -> Result<Findings> {
     })
 }
 
-impl Findings {
-    /// The machine that they describe.
-    pub fn machine(&self) -> Machine {
-        let day = self.when.split('T').next().unwrap_or_default();
-        let of = match &self.model {
-            Some(model) => format!("the formats that a token of {model} reads"),
-            None => "Q4_K".to_string(),
-        };
-        let compute = rounded(self.compute_gbps);
-        // Experts are read while others compute. A plan's tiers go from fast to slow.
-        let read = rounded(self.disk.gbps.value.min(self.together_gbps.1)).min(compute);
-        let dram = Tier {
-            name: "dram".into(),
-            kind: TierKind::Dram,
-            capacity_bytes: self.dram_bytes,
-            read_gbps: compute,
-            latency_us: 0.0,
-            emulated: false,
-            unit: None,
-            accelerator: Accelerator::default(),
-            source: format!(
-                "measured {day}: products of {of} with {} threads and {} kernels; bare reads {:.1} GB/s; while the drive \
-                 is read {:.1} GB/s; capacity: {}",
-                self.threads, self.isa, self.bare_gbps, self.together_gbps.0, self.dram_bytes_from
-            ),
-        };
-        let how = if self.disk.direct { "past the page cache" } else { "through the page cache" };
-        let slow = Tier {
-            name: "nvme".into(),
-            kind: TierKind::Nvme,
-            capacity_bytes: self.disk_bytes,
-            read_gbps: read,
-            latency_us: rounded(self.disk.latency_us.value),
-            emulated: false,
-            unit: None,
-            accelerator: Accelerator::default(),
-            source: format!(
-                "measured {day}: reads of {} {how}, 1 to 8 at once, while the cores compute; alone {:.2} GB/s",
-                show_bytes(self.disk.piece_bytes),
-                self.disk.gbps.value
-            ),
-        };
-        let how = format!("products of {of} with {} threads and {} kernels", self.threads, self.isa);
-        let main_memory = self.nodes.iter().map(|node| node.tier(day, &how));
-        let mut tiers: Vec<Tier> = main_memory.collect();
-        let computing = if tiers.is_empty() { "dram".to_string() } else { tiers[0].name.clone() };
-        if tiers.is_empty() {
-            tiers.push(dram);
+/// Returns the common formats and those of the model, each once, in file-number order.
+fn types_to_measure(shares: &[(TensorType, f64)]) -> Vec<TensorType> {
+    let mut types: Vec<TensorType> = COMMON_FORMATS.to_vec();
+    types.extend(shares.iter().map(|(ty, _)| ty));
+    types.sort();
+    types.dedup();
+    types
+}
+
+/// Returns the bytes to stream through: at most a quarter of the process's limit, in whole stages.
+///
+/// # Errors
+/// When that is too little for a meaningful rate.
+fn bytes_to_measure(limit_bytes: Option<u64>) -> Result<u64> {
+    let bytes = limit_bytes.map_or(MAX_MEMORY_BYTES, |limit| MAX_MEMORY_BYTES.min(limit / 4)) / STAGE * STAGE;
+    ensure!(
+        bytes >= MIN_MEMORY_BYTES,
+        "too little memory to measure with: {} available, expected {}; free {} or more",
+        show_bytes(bytes),
+        show_bytes(MIN_MEMORY_BYTES),
+        show_bytes(4 * MIN_MEMORY_BYTES)
+    );
+    Ok(bytes)
+}
+
+fn kernel_rate(memory: &mut Memory, pool: &ThreadPool, ty: TensorType, share: Option<f64>) -> KernelRate {
+    KernelRate { ty, gbps: memory.matvec_gbps(pool, ty), batch_gflops: memory.batch_gflops(pool, ty), share }
+}
+
+/// Replaces the fixed time per layer and the compute rate by those of the model's own layers.
+fn adopt_own_layers(
+    own: Result<fixed::OwnLayers>,
+    compute_gbps: &mut f64,
+    fixed: &mut Fixed,
+    doubts: &mut Vec<String>,
+) {
+    let own = match own {
+        Ok(own) => own,
+        Err(error) => {
+            doubts.push(format!(
+                "the model's own layers could not be timed ({error:#}), so the fixed time per layer is the bundled model's"
+            ));
+            return;
         }
-        let mut prompt_gflops = BTreeMap::from([(computing, rounded(self.prompt_gflops).max(1e-5))]);
-        let mut links = BTreeMap::new();
-        for gpu in self.gpus.found.iter().filter(|gpu| gpu.capacity_bytes() > 0) {
-            let name = if self.gpus.found.len() > 1 { format!("vram{}", gpu.device) } else { "vram".to_string() };
-            links.insert(name.clone(), gpu.link());
-            if let Some(experts) = &gpu.experts {
-                prompt_gflops.insert(name.clone(), rounded(experts.batch_gflops).max(1e-5));
-            }
-            tiers.push(gpu.tier(name, self.fixed.token_us, day));
+    };
+    // The bare kernels skip a stage's synchronization and walk through memory in order.
+    *compute_gbps = own.expert_gbps.value.min(*compute_gbps);
+    fixed.layer_us = own.layer_us.max(fixed.entry_us);
+    if own.expert_gbps.spread > MAX_TRUSTED_SPREAD {
+        doubts.push(format!("the model's own expert stages differ by {:.0} %", own.expert_gbps.spread * 100.0));
+    }
+    fixed.how = format!("layers: the model's dense stages, less their bytes; tokens: {}", fixed.how);
+}
+
+/// Measures memory and drive while both are in use.
+fn measure_together(disk: &mut Disk, memory: &mut Memory, pool: &ThreadPool, main: TensorType) -> Result<Together> {
+    let (compute_gbps, reads) = std::thread::scope(|scope| {
+        let reading = scope.spawn(|| disk.measure(CONTENTION_TIME));
+        let mut passes = Vec::new();
+        while !reading.is_finished() {
+            passes.push(memory.pass_gbps(pool, main));
         }
-        tiers.sort_by(|a, b| b.read_gbps.total_cmp(&a.read_gbps));
-        let slowest = tiers.last().map_or(compute, |t| t.read_gbps);
-        tiers.push(Tier { read_gbps: slow.read_gbps.min(slowest), ..slow });
-        Machine {
-            name: "probed".into(),
-            description: format!("measured on {day}: {}", self.host),
-            tiers,
-            layer_overhead_us: rounded(self.fixed.layer_us),
-            token_overhead_us: rounded(self.fixed.token_us),
-            extras: Extras {
-                prompt_gflops,
-                links,
-                watts: self.power.watts,
-                watts_source: self.power.watts.map(|_| self.power.how.clone()),
-                ..Extras::default()
-            },
-            id: SourceId { name: "probed".into(), hash: String::new() },
+        // The last pass had the memory to itself for a while.
+        if passes.len() > 1 {
+            passes.pop();
         }
-        .identified()
+        (Measured::of(passes).value, reading.join())
+    });
+    let reads = reads.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+    Ok(Together { compute_gbps, disk_gbps: reads.gbps.value })
+}
+
+/// Returns the bytes of main memory that plans may use, and where that figure comes from.
+fn dram_capacity(limit: Option<&Limit>) -> (u64, String) {
+    match limit {
+        Some(limit) => {
+            let bytes = (limit.bytes - limit.bytes / RESERVE_DIVISOR) >> 20 << 20;
+            (bytes, format!("{}, {}, less 1/{RESERVE_DIVISOR}", limit.of, show_bytes(limit.bytes)))
+        }
+        None => (DEFAULT_DRAM_BYTES, "assumed, since the system reports no limit".to_string()),
     }
 }
 
-/// Three or four digits, never nothing of something.
-fn rounded(value: f64) -> f64 {
-    let digits = if value < 0.1 {
-        1e5
-    } else if value < 10.0 {
-        1e3
-    } else {
-        1e1
-    };
-    let short = (value * digits).round() / digits;
-    if short > 0.0 { short } else { value.max(0.0) }
-}
-
-/// The rate of all formats together, each by its share of the bytes; that of Q4_K where there are no shares.
+/// Returns the mean matvec rate, weighted by each format's share of the bytes; that of Q4_K without
+/// shares.
 fn mean_rate(rates: &[KernelRate]) -> f64 {
     let seconds: f64 = rates.iter().map(|r| r.share.unwrap_or(0.0) / r.gbps.value.max(1e-9)).sum();
     let shares: f64 = rates.iter().filter_map(|r| r.share).sum();
@@ -434,10 +357,10 @@ fn mean_rate(rates: &[KernelRate]) -> f64 {
     if shares > 0.0 { shares / seconds } else { q4_k }
 }
 
-/// The rate of batches of all formats together, each by its share of the products; that of Q4_K where there are no
-/// shares.
+/// Returns the mean prompt rate, weighted by each format's share of the arithmetic; that of Q4_K
+/// without shares.
 fn mean_gflops(rates: &[KernelRate]) -> f64 {
-    // Bytes of a format stand for as many values as fit them.
+    // Arithmetic is proportional to values, not to bytes.
     let values = |r: &KernelRate| r.share.unwrap_or(0.0) / r.ty.row_bytes(1 << 20).unwrap_or(4 << 20) as f64;
     let seconds: f64 = rates.iter().map(|r| values(r) / r.batch_gflops.value.max(1e-9)).sum();
     let all: f64 = rates.iter().map(values).sum();
@@ -445,7 +368,7 @@ fn mean_gflops(rates: &[KernelRate]) -> f64 {
     if all > 0.0 { all / seconds } else { q4_k }
 }
 
-/// A sentence if other programs keep the machine busy.
+/// Returns a warning if other programs keep the machine busy.
 fn busy() -> Option<String> {
     let text = std::fs::read_to_string("/proc/loadavg").ok()?;
     let load: f64 = text.split_whitespace().next()?.parse().ok()?;
@@ -465,7 +388,7 @@ fn open(path: &Path) -> Result<(Gguf, ModelSpec)> {
     Ok((gguf, spec))
 }
 
-/// The formats of the bytes that a decoded token reads, with their shares.
+/// Returns the formats of the bytes that a decoded token reads, with their shares.
 fn shares(gguf: &Gguf, spec: &ModelSpec) -> Vec<(TensorType, f64)> {
     let mut bytes = std::collections::BTreeMap::<TensorType, f64>::new();
     let dense = spec.dense_groups().into_iter().filter(|g| g.kind != DenseKind::Embedding);

@@ -1,7 +1,7 @@
-//! Main memory by memory node: what all threads compute at from each.
+//! Measures main memory by NUMA node: the compute rate of all threads from each.
 
 use super::memory::{Memory, STAGE};
-use super::{KEPT_FREE, LEAST_MEMORY, MEMORY, rounded};
+use super::{MAX_MEMORY_BYTES, MIN_MEMORY_BYTES, RESERVE_DIVISOR, rounded};
 use anyhow::{Context, Result, ensure};
 use tier_plan_runtime::formats::machine::{Accelerator, Tier, TierKind};
 use tier_plan_runtime::kernels::Kernels;
@@ -11,26 +11,27 @@ use tier_plan_runtime::tiers::nodes::{Node, Pages};
 use tier_plan_runtime::tiers::numa::stay_on;
 use tier_plan_runtime::units::show_bytes;
 
-/// A node's memory, measured.
+/// The rates of one node's memory.
 #[derive(Debug, Clone, PartialEq)]
 pub struct NodeRate {
-    /// The node.
+    /// Node and its processors.
     pub node: Node,
-    /// Products by all threads, this node's memory alone in use, in 10⁹ bytes a second.
+    /// Compute rate of all threads with only this node's memory in use, in 10⁹ bytes per second.
     pub alone_gbps: f64,
-    /// The same by as many threads as the node has processors, on these; none where it has none.
+    /// Compute rate of the node's own processors from its memory, in 10⁹ bytes per second; `None`
+    /// without processors.
     pub own_gbps: Option<f64>,
-    /// Its part when all threads use the memory of all nodes with processors.
+    /// The node's share of the rate when all threads use all nodes with processors.
     pub gbps: f64,
-    /// Bytes that plans may have of it.
+    /// Bytes that plans may use.
     pub capacity_bytes: u64,
 }
 
-/// Measures nodes with products of some formats, each with its share of the bytes; `limit_bytes` is what the process may
-/// have of all.
+/// Measures each node with matvecs of `formats`, weighted by their shares. `limit_bytes` bounds the
+/// process's memory on all nodes.
 ///
 /// # Errors
-/// When there is no memory to measure with, or the system refuses to place it.
+/// When too little memory is free, or the system refuses to place it.
 pub fn measure(
     nodes: Vec<Node>,
     kernels: Kernels,
@@ -40,15 +41,15 @@ pub fn measure(
 ) -> Result<Vec<NodeRate>> {
     let capacities = capacities(&nodes, limit_bytes);
     let rate = |pages: &Pages, bytes: u64, pool: &ThreadPool| -> Result<f64> {
-        let bytes = MEMORY.min(bytes / 4) / STAGE * STAGE;
+        let bytes = MAX_MEMORY_BYTES.min(bytes / 4) / STAGE * STAGE;
         ensure!(
-            bytes >= LEAST_MEMORY,
+            bytes >= MIN_MEMORY_BYTES,
             "there are only {} of memory to measure with on {pages}; free {} or more",
             show_bytes(bytes),
-            show_bytes(4 * LEAST_MEMORY)
+            show_bytes(4 * MIN_MEMORY_BYTES)
         );
         let mut memory = Memory::on(kernels, bytes, pages)?;
-        Ok(mean(formats, |ty| memory.products(pool, ty).value))
+        Ok(mean(formats, |ty| memory.matvec_gbps(pool, ty).value))
     };
     let mut found = Vec::new();
     for (node, capacity_bytes) in nodes.into_iter().zip(capacities) {
@@ -57,7 +58,7 @@ pub fn measure(
         let own_gbps = if node.processors.is_empty() {
             None
         } else {
-            // Threads stay where the one that starts them is.
+            // Threads inherit the node of the thread that starts them.
             let own = std::thread::scope(|scope| {
                 let run = || -> Result<f64> {
                     stay_on(&node.processors).context("keeping threads on a memory node's processors")?;
@@ -79,16 +80,18 @@ pub fn measure(
     Ok(found)
 }
 
-/// What plans may have of each node: what is free there, less a part of it, and in all not more than the process may have.
+/// Returns the bytes that plans may use per node: free memory less a reserve, and in total at most
+/// the process's limit.
 fn capacities(nodes: &[Node], limit_bytes: u64) -> Vec<u64> {
-    let usable = |bytes: u64| bytes - bytes / KEPT_FREE;
+    let usable = |bytes: u64| bytes - bytes / RESERVE_DIVISOR;
     let free: u128 = nodes.iter().map(|n| u128::from(usable(n.free_bytes))).sum();
     let allowed = u128::from(usable(limit_bytes)).min(free);
     let part = |n: &Node| (u128::from(usable(n.free_bytes)) * allowed / free.max(1)) as u64;
     nodes.iter().map(|n| part(n) >> 20 << 20).collect()
 }
 
-/// Of nodes with processors, the cost model takes the time of the slowest, so their rates are those of common use.
+/// Shares out the combined rate among nodes with processors. The cost model takes the time of the
+/// slowest node, so their rates are those of combined use.
 fn share(nodes: &mut [NodeRate], together_gbps: f64) {
     let alone: f64 = nodes.iter().filter(|n| n.own_gbps.is_some()).map(|n| n.alone_gbps).sum();
     for n in nodes.iter_mut().filter(|n| n.own_gbps.is_some()) {
@@ -96,7 +99,7 @@ fn share(nodes: &mut [NodeRate], together_gbps: f64) {
     }
 }
 
-/// The rate of all formats together, each by its share of the bytes.
+/// Returns the mean rate of all formats, weighted by share.
 fn mean(formats: &[(TensorType, f64)], mut rate: impl FnMut(TensorType) -> f64) -> f64 {
     let seconds: f64 = formats.iter().map(|(ty, share)| share / rate(*ty).max(1e-9)).sum();
     let shares: f64 = formats.iter().map(|(_, share)| share).sum();
@@ -104,7 +107,7 @@ fn mean(formats: &[(TensorType, f64)], mut rate: impl FnMut(TensorType) -> f64) 
 }
 
 impl NodeRate {
-    /// The tier that its memory is; `how` says what was multiplied.
+    /// Describes the node as a tier; `how` names the work that was measured.
     pub fn tier(&self, day: &str, how: &str) -> Tier {
         // Memory without processors is behind a link.
         let kind = if self.node.processors.is_empty() { TierKind::Cxl } else { TierKind::Dram };
@@ -121,7 +124,7 @@ impl NodeRate {
             accelerator: Accelerator::default(),
             source: format!(
                 "measured {day}: {how}, with all nodes in use; memory node {number} alone {:.1} GB/s{own}; capacity: {} free \
-                 of {}, less a {KEPT_FREE}th",
+                 of {}, less a {RESERVE_DIVISOR}th",
                 self.alone_gbps,
                 show_bytes(self.node.free_bytes),
                 show_bytes(self.node.total_bytes)
@@ -160,7 +163,7 @@ mod tests {
         assert_eq!(nodes.clone().map(|n| n.gbps), [48.0, 32.0, 20.0]);
         share(&mut nodes, 200.0);
         assert_eq!(nodes.clone().map(|n| n.gbps), [60.0, 40.0, 20.0], "no node is faster than alone");
-        let [dram, _, cxl] = nodes.map(|n| n.tier("2026-11-22", "products of Q4_K"));
+        let [dram, _, cxl] = nodes.map(|n| n.tier("2026-11-22", "matvecs of Q4_K"));
         assert_eq!((dram.name.as_str(), dram.kind, dram.unit), ("dram0", TierKind::Dram, Some(0)));
         assert_eq!((cxl.name.as_str(), cxl.kind, cxl.unit), ("cxl2", TierKind::Cxl, Some(2)));
         assert!(dram.source.contains("from its own processors 60.0 GB/s"), "{}", dram.source);
@@ -168,7 +171,7 @@ mod tests {
 
     #[test]
     fn this_machines_nodes_are_measured() {
-        // Where there is none, or memory may not be placed, there is nothing to measure.
+        // Without NUMA support, or where memory may not be bound, there is nothing to measure.
         let Ok(nodes) = tier_plan_runtime::tiers::nodes::nodes() else { return };
         let pool = ThreadPool::new(2);
         let formats = [(TensorType::Q8_0, 1.0)];

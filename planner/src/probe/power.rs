@@ -1,37 +1,38 @@
-//! What the machine's parts may draw: limits, and meters where this user may read them.
+//! Reads what the machine's parts may draw: power limits, and energy counters where this user may
+//! read them.
 //!
-//! Processors tell through RAPL, which the system shows under `/sys/class/powercap` for Intel's and AMD's. It counts the
-//! package, and on some the memory; nothing else of the machine.
+//! CPUs report through RAPL, which Linux shows under `/sys/class/powercap` for Intel and AMD. It
+//! counts the package, on some machines the memory, and nothing else.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-/// Where the system shows RAPL.
+/// Folder in which Linux shows RAPL.
 pub const ROOT: &str = "/sys/class/powercap";
 
-/// A part of the machine, and what it may draw or drew.
+/// One part of the machine, and the power it may draw or drew.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Part {
     /// `package-0`, or a GPU's name.
     pub name: String,
-    /// Watts; none where nothing is said.
+    /// Watts, if known.
     pub watts: Option<f64>,
-    /// Where that is from, in words; or why there is nothing.
+    /// Human-readable source, or why there is none.
     pub how: String,
 }
 
-/// What the machine file says of power.
+/// Power of the whole machine for the machine file.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Power {
-    /// Watts of all parts.
+    /// Watts of all parts, if all are known.
     pub watts: Option<f64>,
-    /// Where they are from; or why there are none.
+    /// Human-readable source, or why there is none.
     pub how: String,
 }
 
 impl Power {
-    /// All parts together, if each of them says something.
+    /// Adds up all parts; `watts` is `None` if any part is unknown.
     pub fn of(processors: &[Part], gpus: &[Part]) -> Self {
         let parts = || processors.iter().chain(gpus);
         let unknown: Vec<String> =
@@ -45,29 +46,29 @@ impl Power {
         }
         let each = parts().map(|p| format!("{} {:.0} W, {}", p.name, p.watts.unwrap_or(0.0), p.how));
         let how = format!("{}; the rest of the machine is not counted", each.collect::<Vec<_>>().join("; "));
-        // To a tenth, as the source has it.
+        // Rounded to a tenth, as the source is.
         let watts = parts().filter_map(|p| p.watts).sum::<f64>();
         Power { watts: Some((watts * 10.0).round() / 10.0).filter(|watts| *watts > 0.0), how }
     }
 }
 
-/// A package, and the folders that count its energy.
+/// One CPU package and the folders that count its energy.
 #[derive(Debug)]
 struct Package {
     name: String,
     folder: PathBuf,
-    /// The package's own, and its memory's where that is counted apart.
+    /// The package's own counter, and its memory's where that is separate.
     counters: Vec<Counter>,
 }
 
-/// A number of microjoules that grows, up to a range where it begins again.
+/// A counter of microjoules that wraps around at a range.
 #[derive(Debug)]
 struct Counter {
     folder: PathBuf,
     before: Option<u64>,
 }
 
-/// Counts what processors draw from the moment it is made.
+/// Measures what CPUs draw since the meter was started.
 #[derive(Debug)]
 pub struct Meter {
     packages: Vec<Package>,
@@ -75,7 +76,7 @@ pub struct Meter {
 }
 
 impl Meter {
-    /// Of this machine.
+    /// Starts a meter on this machine.
     pub fn start() -> Self {
         Self::start_below(Path::new(ROOT))
     }
@@ -89,7 +90,8 @@ impl Meter {
         for (zone, folder) in &folders {
             let Some(numbers) = zone.strip_prefix("intel-rapl:") else { continue };
             let name = word(&folder.join("name")).unwrap_or_default();
-            // `intel-rapl:0` is a package or the whole platform, `intel-rapl:0:2` a part of the first.
+            // `intel-rapl:0` is a package or the whole platform; `intel-rapl:0:2` is a part of a
+            // package.
             match numbers.split_once(':') {
                 None if name.starts_with("package") => {
                     let counters = vec![Counter::start(folder)];
@@ -107,7 +109,8 @@ impl Meter {
         Self { packages, start: Instant::now() }
     }
 
-    /// What each package drew since the beginning, or else its limit.
+    /// Returns the mean power of each package since the start, or its limit where no counter is
+    /// readable.
     pub fn parts(&self) -> Vec<Part> {
         let seconds = self.start.elapsed().as_secs_f64();
         self.packages.iter().map(|package| package.part(seconds)).collect()
@@ -136,9 +139,9 @@ impl Package {
         }
     }
 
-    /// The limit for long loads, in watts.
+    /// Returns the limit for sustained loads in watts, and the file that it came from.
     fn limit(&self) -> Option<(f64, PathBuf)> {
-        // Names tell them apart; without any the first is the one.
+        // Constraints are identified by name; without names the first one counts.
         let long = (0..8)
             .find(|n| word(&self.folder.join(format!("constraint_{n}_name"))).is_some_and(|name| name == "long_term"));
         let path = self.folder.join(format!("constraint_{}_power_limit_uw", long.unwrap_or(0)));
@@ -156,7 +159,7 @@ impl Counter {
         let (before, now) = (self.before?, number(&self.folder.join("energy_uj"))?);
         let used = match now.checked_sub(before) {
             Some(used) => used,
-            // It began again, once at most in the time that a measurement takes.
+            // The counter wrapped around; during one measurement that happens at most once.
             None => now.checked_add(number(&self.folder.join("max_energy_range_uj"))?.checked_sub(before)?)?,
         };
         Some(used as f64 / 1e6)

@@ -1,5 +1,6 @@
+use super::disk::BurstRate;
 use super::*;
-use tier_plan_runtime::formats::machine::Accelerator;
+use tier_plan_runtime::formats::machine::{Accelerator, Extras, TierKind};
 
 fn findings() -> Findings {
     let of = |value| Measured { value, spread: 0.01 };
@@ -20,11 +21,11 @@ fn findings() -> Findings {
             latency_us: of(87.65),
             direct: true,
             piece_bytes: 2_654_208,
-            bursts: [(1, 1.0), (2, 1.1), (4, 1.2), (8, 1.3)],
+            bursts: [(1, 1.0), (2, 1.1), (4, 1.2), (8, 1.3)].map(|(experts, gbps)| BurstRate { experts, gbps }),
         },
         disk_path: "model.gguf".into(),
         disk_bytes: 1 << 40,
-        together_gbps: (17.0, 1.1),
+        together: Together { compute_gbps: 17.0, disk_gbps: 1.1 },
         gpus: Gpus::default(),
         nodes: Vec::new(),
         power: Power::default(),
@@ -47,12 +48,12 @@ fn a_machine_is_written_that_reads_back() {
     assert_eq!(back.extras, Extras { prompt_gflops: [("dram".to_string(), 950.0)].into(), ..Extras::default() });
     assert_eq!(back.prompt_gflops(), [950.0, 950.0]);
     assert!(dram.source.contains("while the drive is read 17.0 GB/s"));
-    assert!(dram.source.starts_with("measured 2026-11-22: products of Q4_K with 2 threads and avx512 kernels"));
+    assert!(dram.source.starts_with("measured 2026-11-22: matvecs of Q4_K with 2 threads and avx512 kernels"));
     assert!(back.description.contains("measured on 2026-11-22: a processor"));
 }
 
 fn gpu(device: u32, gbps: f64) -> gpu::GpuRate {
-    use tier_plan_runtime::cuda::measure::{Contended, Experts, Rates};
+    use tier_plan_selftest::gpu_rates::{Contended, Experts, Rates};
     gpu::GpuRate {
         name: "a GPU".into(),
         device,
@@ -144,7 +145,7 @@ fn memory_nodes_are_tiers() {
 fn a_drive_faster_than_the_kernels_is_still_the_slow_tier() {
     let mut found = findings();
     found.disk.gbps.value = 60.0;
-    found.together_gbps.1 = 55.0;
+    found.together.disk_gbps = 55.0;
     let machine = found.machine();
     assert_eq!(machine.tiers[1].read_gbps, machine.tiers[0].read_gbps);
 }

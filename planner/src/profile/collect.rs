@@ -8,12 +8,12 @@ use crate::progress;
 use crate::session::{Session, interrupted};
 use anyhow::{Context, Result, bail, ensure};
 use std::path::{Path, PathBuf};
-use tier_plan_runtime::exec::engine::Routing;
-use tier_plan_runtime::exec::{Engine, Wanted};
+use tier_plan_runtime::engine::Routing;
 use tier_plan_runtime::formats::SourceId;
 use tier_plan_runtime::formats::profile::{self, Guesses, Profile, PromptTrace};
 use tier_plan_runtime::sampler::{Sampler, SamplerConfig};
 use tier_plan_runtime::tokenizer::Tokenizer;
+use tier_plan_runtime::{Engine, Wanted};
 
 /// How prompts are run.
 #[derive(Debug, Clone, Copy, PartialEq)]

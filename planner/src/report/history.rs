@@ -1,7 +1,7 @@
-//! The runs that reports keep, and those that the reports beside one have kept.
+//! Run records that reports keep, and the records that earlier reports kept.
 //!
-//! Every report has its run records in a folder of their own, so that predictions can be held against all that was ever
-//! measured, and machine files be fitted to it.
+//! Every report stores its run records in a folder of its own, so that predictions can be held
+//! against everything that was ever measured, and machine files can be fitted to it.
 
 use super::{PastRun, Report};
 use anyhow::{Context, Result};
@@ -9,13 +9,13 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use tier_plan_runtime::formats::record::{self, RunRecord};
 
-/// Where a report keeps its records.
+/// Folder of records inside a report.
 const FOLDER: &str = "records";
 
-/// The ending of their names.
+/// File name ending of records.
 const ENDING: &str = ".record.json";
 
-/// Reports and records that are looked at, at most: the newest by name.
+/// Most reports, and most records, that are read: the newest by name.
 const MOST_REPORTS: usize = 1000;
 const MOST_RECORDS: usize = 4000;
 
@@ -28,7 +28,7 @@ pub(super) fn keep(dir: &Path, report: &Report) -> Result<()> {
     for (at, plan) in report.plans.iter().enumerate() {
         for (run, record) in plan.records.iter().enumerate() {
             fs::create_dir_all(&folder).with_context(|| format!("making the folder {}", folder.display()))?;
-            // Names of plans are anybody's; these are ours.
+            // Plan names are user input; these file names are not.
             let path = folder.join(format!("{:02}-{:03}{ENDING}", at + 1, run + 1));
             fs::write(&path, record.encode()).with_context(|| format!("writing {}", path.display()))?;
         }
@@ -36,7 +36,7 @@ pub(super) fn keep(dir: &Path, report: &Report) -> Result<()> {
     Ok(())
 }
 
-/// What a record says of its prediction; nothing if it had none or measured nothing.
+/// Compares a record with its prediction. `None` without a prediction or a measurement.
 pub(super) fn past(record: &RunRecord, report: &str, is_new: bool) -> Option<PastRun> {
     let predicted = record.predicted.as_ref()?;
     let name =
@@ -55,7 +55,8 @@ pub(super) fn past(record: &RunRecord, report: &str, is_new: bool) -> Option<Pas
     run.is_sound().then_some(run)
 }
 
-/// The runs that the reports in a folder have kept, and how many of their files could not be read.
+/// Reads the runs that the reports in a folder have kept. Returns them with the number of
+/// unreadable files.
 pub fn read(reports: &Path) -> (Vec<PastRun>, usize) {
     let (mut runs, mut unread, mut looked_at) = (Vec::new(), 0, 0);
     let mut folders = names(reports);
@@ -79,7 +80,7 @@ pub fn read(reports: &Path) -> (Vec<PastRun>, usize) {
     (runs, unread)
 }
 
-/// What a folder holds; nothing where there is none.
+/// Lists a folder; empty where there is none.
 fn names(folder: &Path) -> Vec<PathBuf> {
     let entries = fs::read_dir(folder).into_iter().flatten();
     entries.filter_map(|entry| entry.ok().map(|e| e.path())).collect()

@@ -1,4 +1,4 @@
-//! The page: one file with everything in it, readable on light and on dark screens.
+//! The page: one self-contained file, for light and dark screens.
 
 use super::chart::Chart;
 use super::ink::dark_css;
@@ -34,7 +34,7 @@ dd { margin: 0; overflow-wrap: anywhere } code { font: .87em ui-monospace, monos
 @media print { figure, tr { break-inside: avoid } }
 ";
 
-/// Text made safe for HTML, XML and quoted attributes. Characters that XML forbids become `�`.
+/// Escapes text for HTML, XML, and quoted attributes. Characters that XML forbids become `�`.
 pub(super) fn escape(text: &str) -> String {
     let mut safe = String::with_capacity(text.len());
     for c in text.chars() {
@@ -52,7 +52,7 @@ pub(super) fn escape(text: &str) -> String {
     safe
 }
 
-/// A chart as a file of its own: with the style sheet that turns it dark.
+/// Returns a chart as a file of its own, with the style sheet for dark pages.
 pub(super) fn standalone_svg(svg: &str) -> String {
     match svg.find('>') {
         Some(end) => format!("{}<style>{}</style>{}", &svg[..=end], dark_css(), &svg[end + 1..]),
@@ -60,7 +60,7 @@ pub(super) fn standalone_svg(svg: &str) -> String {
     }
 }
 
-/// The page. `drawn` are the charts' SVG documents, in the order of `charts`.
+/// Writes the page. `drawn` are the charts' SVG documents, in the order of `charts`.
 pub(super) fn page(o: &Overview<'_>, charts: &[Chart], drawn: &[String]) -> String {
     let mut html = String::with_capacity(64 * 1024 + drawn.iter().map(String::len).sum::<usize>());
     let title = if o.report.title.is_empty() { "Plans side by side" } else { &o.report.title };
@@ -176,7 +176,7 @@ fn row(html: &mut String, o: &Overview<'_>, p: &PlanView<'_>, faster: &[&str], b
     html.push_str("</tr>\n");
 }
 
-/// What the numbers come from.
+/// Writes the section on the sources of the numbers.
 fn provenance(html: &mut String, o: &Overview<'_>) {
     let mut facts: Vec<(&str, String)> = Vec::new();
     let mut add = |what: &'static str, values: Vec<String>| {

@@ -7,7 +7,7 @@
 use std::fmt::Write as _;
 use tier_plan_runtime::formats::machine::TierKind;
 
-/// A colour by its meaning.
+/// A color by its meaning.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum Ink {
     Paper,
@@ -17,7 +17,7 @@ pub(super) enum Ink {
     Axis,
     Measured,
     Predicted,
-    /// A tier, by its place in [`TIERS`].
+    /// A tier, by its index in [`TIERS`].
     Tier(u8),
     Dense,
     Pinned,
@@ -26,7 +26,7 @@ pub(super) enum Ink {
     Staging,
     Home,
     Unsplit,
-    /// Expert work, as a stage of a token.
+    /// Expert work as a stage of a token.
     Experts,
     /// Waiting for expert reads.
     Waiting,
@@ -68,7 +68,7 @@ const DEPTH: [(u32, u32); 8] = [
 ];
 
 impl Ink {
-    /// `(light, dark)` as 0xRRGGBB.
+    /// Returns `(light, dark)` as 0xRRGGBB.
     fn pair(self) -> (u32, u32) {
         let at = |table: &[(u32, u32)], i: u8| table[usize::from(i).min(table.len() - 1)];
         match self {
@@ -94,13 +94,13 @@ impl Ink {
         }
     }
 
-    /// The colour on light pages.
+    /// Returns the color on light pages.
     pub(super) fn rgb(self) -> (u8, u8, u8) {
         let [_, r, g, b] = self.pair().0.to_be_bytes();
         (r, g, b)
     }
 
-    /// Every ink there is.
+    /// Lists every ink.
     pub(super) fn all() -> Vec<Ink> {
         let mut all = vec![
             Ink::Paper,
@@ -127,7 +127,7 @@ impl Ink {
     }
 }
 
-/// The style sheet that turns charts dark where the reader prefers that.
+/// Returns the style sheet for readers who prefer dark pages.
 pub(super) fn dark_css() -> String {
     let mut css = String::from("@media (prefers-color-scheme: dark) {\n");
     for ink in Ink::all() {
@@ -141,7 +141,8 @@ pub(super) fn dark_css() -> String {
     css
 }
 
-/// One ink a tier, the same in every chart: by kind where that is free, else the next free one.
+/// Assigns one ink per tier, the same in every chart: by kind where that is free, otherwise the
+/// next free one.
 pub(super) fn tier_inks(kinds: &[Option<TierKind>]) -> Vec<Ink> {
     let mut taken = [false; TIERS.len()];
     let mut inks = vec![None; kinds.len()];

@@ -23,92 +23,94 @@ use tier_plan_runtime::formats::placement::Placement;
 use tier_plan_runtime::formats::profile::Profile;
 use tier_plan_runtime::formats::record::RunRecord;
 
-/// One plan with what its runs gave.
+/// One plan and its runs.
 #[derive(Debug, Clone, Default)]
 pub struct PlanEntry {
-    /// Its name in tables and charts.
+    /// Name in tables and charts.
     pub name: String,
-    /// The plan; without it the report shows less of what fills which tier.
+    /// The plan. Without it, the report shows less about what fills which tier.
     pub placement: Option<Placement>,
-    /// One record a prompt and repetition; none for a plan that is only predicted.
+    /// One record per prompt and repetition; none for a plan that is only predicted.
     pub records: Vec<RunRecord>,
 }
 
-/// How the hit rate of one layer grows with its slots.
+/// Hit rate of one layer by its number of slots.
 #[derive(Debug, Clone, PartialEq)]
 pub struct HitCurve {
-    /// What the curve was replayed with: `LRU, held-out prompts`. Curves of one label share a panel.
+    /// Policy and prompts of the replay, such as `LRU, held-out prompts`. Curves of one label share
+    /// a panel.
     pub label: String,
-    /// The layer.
+    /// Layer index.
     pub layer: u32,
-    /// Slots, ascending.
+    /// Slot counts, ascending.
     pub slots: Vec<u32>,
-    /// Share of expert accesses found in a slot, 0 to 1; as many as `slots`.
+    /// Share of expert accesses found in a slot, 0 to 1; one per entry of `slots`.
     pub hit_rate: Vec<f64>,
 }
 
-/// What a report is made from.
+/// Everything that a report is made from.
 #[derive(Debug, Clone, Default)]
 pub struct Report {
-    /// Its title.
+    /// Title of the page.
     pub title: String,
-    /// When it is made, in UTC: `2026-11-22T17:00:00Z`.
+    /// Creation time in UTC, `2026-11-22T17:00:00Z`.
     pub generated: String,
-    /// Processor that the plans ran on.
+    /// CPU that the plans ran on.
     pub host: String,
-    /// The plans, in any order; charts sort them by speed.
+    /// Plans in any order; charts sort them by speed.
     pub plans: Vec<PlanEntry>,
-    /// The profile, for the map of experts.
+    /// Profile for the map of experts.
     pub profile: Option<Profile>,
-    /// Hit curves, for the chart of slots.
+    /// Hit curves for the chart of slots.
     pub curves: Vec<HitCurve>,
-    /// Runs that earlier reports kept, for the chart of predictions; see [`add_own_runs`](Self::add_own_runs) for its own.
+    /// Runs that earlier reports kept, for the chart of predictions.
+    /// [`add_own_runs`](Self::add_own_runs) adds this report's own.
     pub history: Vec<PastRun>,
-    /// Sentences for the end of the page: conditions, warnings.
+    /// Remarks for the end of the page: conditions and warnings.
     pub notes: Vec<String>,
 }
 
-/// A run, as far as its prediction goes.
+/// A past run and its prediction.
 #[derive(Debug, Clone, PartialEq)]
 pub struct PastRun {
     /// Folder of the report that kept it.
     pub report: String,
-    /// Its plan.
+    /// Name of the plan.
     pub plan: String,
-    /// The model.
+    /// Name of the model.
     pub model: String,
-    /// The machine that the plan was made for.
+    /// Name of the machine that the plan was made for.
     pub machine: String,
-    /// When, in UTC.
+    /// UTC time of the run.
     pub when: String,
-    /// It ran on emulated tiers.
+    /// Whether it ran on emulated tiers.
     pub emulated: bool,
-    /// It is of the report that is being made.
+    /// Whether it belongs to the report that is being written.
     pub is_new: bool,
-    /// Predicted tokens a second while decoding.
+    /// Predicted decode rate, in tokens per second.
     pub predicted_tok_s: f64,
-    /// Measured ones.
+    /// Measured decode rate, in tokens per second.
     pub measured_tok_s: f64,
 }
 
 impl PastRun {
-    /// Measured by predicted, less one.
+    /// Returns measured / predicted − 1.
     pub fn error(&self) -> f64 {
         self.measured_tok_s / self.predicted_tok_s - 1.0
     }
 
-    /// Both speeds are numbers above 0.
+    /// Whether both speeds are positive numbers.
     pub fn is_sound(&self) -> bool {
         [self.predicted_tok_s, self.measured_tok_s].iter().all(|v| v.is_finite() && *v > 0.0)
     }
 }
 
 impl Report {
-    /// Adds the runs of this report to those that earlier ones kept.
+    /// Adds the runs of this report to those that earlier reports kept.
     pub fn add_own_runs(&mut self) {
         let own = self.plans.iter().flat_map(|p| &p.records).filter_map(|r| history::past(r, "", true));
         let own: Vec<PastRun> = own.collect();
-        // Records that were given as files may be ones that a report kept.
+        // Records given as files may be ones that a report kept.
         let same = |a: &PastRun, b: &PastRun| {
             (&a.when, &a.plan, a.measured_tok_s.to_bits()) == (&b.when, &b.plan, b.measured_tok_s.to_bits())
         };
@@ -164,29 +166,30 @@ pub fn from_records(records: Vec<RunRecord>) -> Report {
     report
 }
 
-/// Predicted speed against the size of a tier.
+/// Predicted speed by the size of one tier.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Curve {
-    /// The model.
+    /// Name of the model.
     pub model: String,
-    /// The machine.
+    /// Name of the machine.
     pub machine: String,
-    /// The tier.
+    /// Name of the tier.
     pub tier: String,
-    /// The machine has emulated tiers.
+    /// Whether the machine has emulated tiers.
     pub emulated: bool,
-    /// By rising size in bytes: tokens a second in the middle, at least and at most; none where nothing fits.
+    /// Points by rising size in bytes: expected, lowest, and highest tokens per second; `None`
+    /// where nothing fits.
     pub points: Vec<(u64, Option<[f64; 3]>)>,
-    /// The point where the curve bends.
+    /// Index of the point where the curve bends.
     pub knee: Option<usize>,
 }
 
 /// A chart as files.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Drawn {
-    /// The picture, a file of its own.
+    /// SVG document.
     pub svg: String,
-    /// Its numbers.
+    /// CSV with the chart's numbers.
     pub csv: String,
 }
 
@@ -201,12 +204,13 @@ pub fn draw_curve(curve: &Curve) -> Result<Drawn> {
     Ok(Drawn { svg: html::standalone_svg(&svg), csv: chart.data.to_csv() })
 }
 
-/// The finding in plain sentences: which plan is fastest, by how much at which bytes, how right the prediction was.
+/// Summarizes the finding in sentences: which plan is fastest, by how much at which bytes, and how
+/// accurate the prediction was.
 pub fn headline(report: &Report) -> Vec<String> {
     view::Overview::new(report).headline()
 }
 
-/// How right the predictions of all kept runs were, in a sentence; nothing where there are fewer than two.
+/// Summarizes how accurate the predictions of all kept runs were. `None` for fewer than two runs.
 pub fn history_line(report: &Report) -> Option<String> {
     let runs = report.history.iter().filter(|r| r.is_sound()).count();
     let within = report.history.iter().filter(|r| r.is_sound() && r.error().abs() <= 0.1).count();
@@ -217,15 +221,18 @@ pub fn history_line(report: &Report) -> Option<String> {
     })
 }
 
-/// What `summary.json` of the report holds. Fails only if it cannot be turned into JSON.
+/// Encodes the report's `summary.json`.
+///
+/// # Errors
+/// When a value has no JSON form.
 pub fn summary_json(report: &Report) -> Result<String> {
     table::summary(&view::Overview::new(report))
 }
 
-/// Checks that [`write()`] could make its folder: before the runs that fill the report, not after.
+/// Checks that [`write()`] could create its folder, before the runs that fill the report.
 ///
 /// # Errors
-/// When `dir` names no folder, or what should be a folder above it is a file.
+/// When `dir` names no folder, or a parent of it is a file.
 pub fn check(dir: &Path) -> Result<()> {
     if dir.file_name().is_none() {
         bail!("'{}' does not name a folder for the report: give one, like reports/today", dir.display());
@@ -248,7 +255,7 @@ pub fn write(dir: &Path, report: &Report) -> Result<PathBuf> {
     Ok(write_folder(dir, |folder| fill(folder, report))?.join("index.html"))
 }
 
-/// Makes a folder of what `fill` puts into it, by the same rules, and returns it.
+/// Creates a folder with what `fill` writes into it, by the rules of [`write()`], and returns it.
 pub fn write_folder(dir: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf> {
     check(dir)?;
     let name = dir.file_name().unwrap_or_default().to_string_lossy().into_owned();
@@ -264,7 +271,7 @@ pub fn write_folder(dir: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Resul
     fs::create_dir(&temporary).with_context(|| format!("making the folder {}", temporary.display()))?;
     let written = fill(&temporary).and_then(|()| publish(&temporary, parent, &name));
     if written.is_err() {
-        // The first error is the one to report; a left-over folder is only untidy.
+        // The first error is reported; a leftover folder is only untidy.
         let _ = fs::remove_dir_all(&temporary);
     }
     written
@@ -299,7 +306,8 @@ fn publish(temporary: &Path, parent: &Path, name: &str) -> Result<PathBuf> {
         }
         match fs::rename(temporary, &target) {
             Ok(()) => return Ok(target),
-            // Another program took the name between the look and the rename: a full folder is never replaced.
+            // Another program took the name between the check and the rename: a full folder is
+            // never replaced.
             Err(_) if target.symlink_metadata().is_ok() => continue,
             Err(e) => return Err(e).with_context(|| format!("naming the report {}", target.display())),
         }

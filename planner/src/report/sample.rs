@@ -1,7 +1,7 @@
-//! Reports made up for tests: plausible numbers from a small generator, of any size.
+//! Sample reports of any size for tests, with plausible numbers from a small generator.
 
 use super::{HitCurve, PlanEntry, Report};
-use tier_plan_runtime::exec::KvType;
+use tier_plan_runtime::KvType;
 use tier_plan_runtime::formats::SourceId;
 use tier_plan_runtime::formats::machine::{Accelerator, Tier, TierKind};
 use tier_plan_runtime::formats::placement::{
@@ -13,7 +13,7 @@ use tier_plan_runtime::model::shape::DenseKind;
 
 const EXPERT_BYTES: u64 = 3_400_000;
 
-/// A small generator (xorshift), so that samples are the same every time.
+/// A xorshift generator, so that samples are the same every time.
 pub(super) struct Rng(u64);
 
 impl Rng {
@@ -24,7 +24,7 @@ impl Rng {
         self.0
     }
 
-    /// From 0 to 1.
+    /// Returns a number from 0 to 1.
     fn unit(&mut self) -> f64 {
         (self.next() >> 11) as f64 / (1u64 << 53) as f64
     }
@@ -34,7 +34,7 @@ fn id(name: &str) -> SourceId {
     SourceId { name: name.into(), hash: "0123456789abcdef0123456789abcdef".into() }
 }
 
-/// A profile with skewed access, each layer with its own favourites.
+/// Makes a profile with skewed access, where each layer has its own frequent experts.
 pub(super) fn profile(layers: u32, experts: u32, used: u32) -> Profile {
     let mut rng = Rng(0x9E37_79B9_7F4A_7C15);
     let skew: Vec<f64> = (0..layers).map(|l| 0.3 + 1.0 * f64::from(l % 5) / 5.0).collect();
@@ -55,7 +55,7 @@ pub(super) fn profile(layers: u32, experts: u32, used: u32) -> Profile {
             for layer in 0..layers as usize {
                 let mut picked: Vec<u16> = Vec::new();
                 while picked.len() < used as usize {
-                    // A power of a uniform number favours the front of the layer's order.
+                    // A power of a uniform number favors the front of the layer's order.
                     let at = (rng.unit().powf(1.0 + 1.6 * skew[layer]) * f64::from(experts)) as usize;
                     let expert = orders[layer][at.min(experts as usize - 1)];
                     if !picked.contains(&expert) {
@@ -121,10 +121,39 @@ fn tiers(count: usize, emulated: bool) -> Vec<Tier> {
 #[derive(Clone, Copy, PartialEq)]
 enum Style {
     ByFrequency,
-    /// By frequency, and no slots.
+    /// Pins by frequency, no slots.
     PinsOnly,
     ById,
     Nothing,
+}
+
+/// Fills the tiers of a sample plan with what its layers put there.
+fn plan_tiers(tiers: Vec<Tier>, layers: &[LayerPlacement], experts: u32) -> Vec<PlanTier> {
+    let slow = tiers.len() - 1;
+    let total = u64::from(experts) * layers.len() as u64;
+    let pins = |tier: usize| -> u64 {
+        layers.iter().flat_map(|l| &l.pinned).filter(|(at, _)| *at == tier).map(|(_, e)| e.len() as u64).sum()
+    };
+    let all_pins: u64 = (0..tiers.len()).map(pins).sum();
+    tiers
+        .into_iter()
+        .enumerate()
+        .map(|(t, tier)| {
+            let slots: u64 = layers.iter().filter(|l| l.slot_tier == t).map(|l| u64::from(l.slots)).sum();
+            // Every plan's slots are in the tier before the last, which therefore gets the most.
+            let share = if t + 1 == slow { 7 } else { 3 };
+            PlanTier {
+                tier,
+                budget_bytes: if t == slow { 1 << 44 } else { EXPERT_BYTES * total * share / 16 + 60_000_000 },
+                dense_bytes: if t == 0 { 40_000_000 } else { 0 },
+                pinned_bytes: pins(t) * EXPERT_BYTES,
+                slot_bytes: slots * EXPERT_BYTES,
+                kv_bytes: if t == 0 { 9_000_000 } else { 0 },
+                staging_bytes: if t + 1 == slow { 8_000_000 } else { 0 },
+                home_bytes: if t == slow { (total - all_pins) * EXPERT_BYTES } else { 0 },
+            }
+        })
+        .collect()
 }
 
 fn placement(profile: &Profile, name: &str, tier_count: usize, style: Style, emulated: bool) -> Placement {
@@ -160,31 +189,7 @@ fn placement(profile: &Profile, name: &str, tier_count: usize, style: Style, emu
             LayerPlacement { layer: *layer, pinned, slots, slot_tier: fast - 1, policy: SlotPolicy::Lru }
         })
         .collect();
-    let plan_tiers = tiers
-        .into_iter()
-        .enumerate()
-        .map(|(t, tier)| {
-            let count: usize =
-                layers.iter().flat_map(|l| &l.pinned).filter(|(at, _)| *at == t).map(|(_, e)| e.len()).sum();
-            let slots: u64 = layers.iter().filter(|l| l.slot_tier == t).map(|l| u64::from(l.slots)).sum();
-            let all = u64::from(experts) * layers.len() as u64;
-            let pinned_all: usize = layers.iter().flat_map(|l| &l.pinned).map(|(_, e)| e.len()).sum();
-            let last = t == fast;
-            // Every plan's slots are in the tier before the last, which therefore gets the most.
-            let share = if t + 1 == fast { 7 } else { 3 };
-            let used = EXPERT_BYTES * (u64::from(experts) * layers.len() as u64) * share / 16;
-            PlanTier {
-                tier,
-                budget_bytes: if last { 1 << 44 } else { used + 60_000_000 },
-                dense_bytes: if t == 0 { 40_000_000 } else { 0 },
-                pinned_bytes: count as u64 * EXPERT_BYTES,
-                slot_bytes: slots * EXPERT_BYTES,
-                kv_bytes: if t == 0 { 9_000_000 } else { 0 },
-                staging_bytes: if t + 1 == fast { 8_000_000 } else { 0 },
-                home_bytes: if last { (all - pinned_all as u64) * EXPERT_BYTES } else { 0 },
-            }
-        })
-        .collect();
+    let plan_tiers = plan_tiers(tiers, &layers, experts);
     Placement {
         name: name.into(),
         model: id("sample-moe"),
@@ -213,7 +218,7 @@ fn placement(profile: &Profile, name: &str, tier_count: usize, style: Style, emu
     }
 }
 
-/// A profile of so many layers and a plan with pins and slots for it.
+/// Makes a profile of `layers` layers, and a plan with pins and slots for it.
 pub(super) fn small_placement(layers: u32) -> (Profile, Placement) {
     let profile = profile(layers, 32, 4);
     let placement = placement(&profile, "ilp", 3, Style::ByFrequency, true);
@@ -231,7 +236,7 @@ const NAMES: [&str; 8] = [
     "all-on-slow-tier",
 ];
 
-/// A report of `plans` plans for a model of `layers` × `experts` over `tier_count` tiers.
+/// Makes a report of `plans` plans for a model of `layers` × `experts` over `tier_count` tiers.
 pub(super) fn report(layers: u32, experts: u32, used: u32, tier_count: usize, plans: usize, emulated: bool) -> Report {
     let profile = profile(layers, experts, used);
     let mut rng = Rng(77);

@@ -13,10 +13,11 @@ use plotters::style::{FontStyle, TextStyle};
 use std::path::Path;
 use std::sync::LazyLock;
 
-/// Device pixels a scene pixel, in both backends: half-pixel positions in SVG, sharp bitmaps.
+/// Device pixels per scene pixel in both backends: half-pixel positions in SVG, sharp bitmaps.
 pub(super) const SCALE: f64 = 2.0;
 
-/// How much wider than ours a reader's own sans-serif may be (DejaVu Sans is about that much).
+/// How much wider than the bundled font a reader's sans-serif may be (DejaVu Sans is about that
+/// much).
 const WIDTH_SLACK: f64 = 1.12;
 
 static REGULAR: LazyLock<Option<FontRef<'static>>> =
@@ -33,7 +34,7 @@ fn px_scale(font: &FontRef<'_>, em: f64) -> PxScale {
     PxScale::from((em * f64::from(font.height_unscaled()) / units) as f32)
 }
 
-/// Width of a text at an em size, both in pixels, with room for a wider font.
+/// Returns the width of a text at an em size, both in pixels, with a margin for wider fonts.
 pub(super) fn text_width(text: &str, em: f64, bold: bool) -> f64 {
     let Some(font) = font(bold) else { return text.chars().count() as f64 * em * 0.6 };
     let scaled = font.as_scaled(px_scale(font, em));
@@ -41,7 +42,7 @@ pub(super) fn text_width(text: &str, em: f64, bold: bool) -> f64 {
     f64::from(width) * WIDTH_SLACK
 }
 
-/// The text, or as much of it as fits, with an ellipsis.
+/// Shortens a text to a width, with an ellipsis.
 pub(super) fn fit(text: &str, em: f64, bold: bool, width: f64) -> String {
     if text_width(text, em, bold) <= width {
         return text.to_string();
@@ -56,7 +57,7 @@ pub(super) fn fit(text: &str, em: f64, bold: bool, width: f64) -> String {
     String::new()
 }
 
-/// Lines of at most a width, broken at spaces.
+/// Breaks a text at spaces into lines of at most `width` pixels.
 pub(super) fn wrap(text: &str, em: f64, bold: bool, width: f64) -> Vec<String> {
     let mut lines: Vec<String> = Vec::new();
     for word in text.split(' ').filter(|w| !w.is_empty()) {
@@ -71,12 +72,12 @@ pub(super) fn wrap(text: &str, em: f64, bold: bool, width: f64) -> Vec<String> {
     lines
 }
 
-/// The text without the characters that XML forbids.
+/// Replaces the characters that XML forbids.
 fn printable(text: String) -> String {
     text.replace(|c: char| c.is_control() || matches!(c, '\u{fffe}' | '\u{ffff}'), " ")
 }
 
-/// Where a text's x lies on it.
+/// Which point of a text its x coordinate names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Anchor {
     Start,
@@ -88,7 +89,7 @@ pub(super) enum Anchor {
 #[derive(Debug, Clone)]
 pub(super) struct Text {
     pub x: f64,
-    /// Of the baseline.
+    /// Baseline.
     pub y: f64,
     pub em: f64,
     pub bold: bool,
@@ -104,16 +105,16 @@ pub(super) enum Item {
     Rect(f64, f64, f64, f64, Ink),
     /// An open line through points, with a width.
     Path(Vec<(f64, f64)>, f64, Ink),
-    /// A filled circle: centre, radius.
+    /// A filled circle: center, radius.
     Dot(f64, f64, f64, Ink),
     Text(Text),
 }
 
-/// A picture.
+/// A picture as a list of shapes.
 #[derive(Debug, Clone)]
 pub(super) struct Scene {
     pub width: f64,
-    /// Set last, when the layout is done.
+    /// Height in pixels; set last, when the layout is done.
     pub height: f64,
     pub items: Vec<Item>,
 }
@@ -145,7 +146,7 @@ impl Scene {
         self.items.push(Item::Text(Text { x, y, em, bold: false, anchor, ink, text: printable(text.into()) }));
     }
 
-    /// Text on a patch of paper, for places where grid lines pass.
+    /// Adds text on a patch of paper color, for places where grid lines pass.
     pub(super) fn text_on_paper(&mut self, x: f64, y: f64, em: f64, bold: bool, ink: Ink, text: impl Into<String>) {
         let text = text.into();
         let width = text_width(&text, em, bold) / WIDTH_SLACK;
@@ -166,7 +167,7 @@ impl Scene {
         (px(self.width), px(self.height))
     }
 
-    /// The picture as an SVG document whose root says what it shows.
+    /// Returns the picture as an SVG document whose root element carries `label`.
     pub(super) fn svg(&self, label: &str) -> Result<String> {
         let size = self.device_size();
         let mut drawn = String::new();
@@ -200,7 +201,7 @@ impl Scene {
     }
 }
 
-/// Draws every item, texts with `text`.
+/// Draws every item; texts through `text`.
 fn draw<B: DrawingBackend>(
     scene: &Scene,
     backend: &mut B,
@@ -250,7 +251,7 @@ fn draw<B: DrawingBackend>(
     Ok(())
 }
 
-/// Sets one line of text into a bitmap, at sub-pixel positions.
+/// Draws one line of text into a bitmap, at subpixel positions.
 fn set_glyphs<B: DrawingBackend>(backend: &mut B, text: &Text, (x, baseline): (f64, f64)) -> Result<()> {
     let Some(font) = font(text.bold) else { return Ok(()) };
     let scale = px_scale(font, text.em * SCALE);
@@ -292,12 +293,13 @@ fn set_glyphs<B: DrawingBackend>(backend: &mut B, text: &Text, (x, baseline): (f
     first_error.map_or(Ok(()), |e| Err(anyhow!("drawing text: {e}")))
 }
 
-/// Says early, and once, that the bundled fonts cannot be read.
+/// Checks that the bundled fonts can be read.
 pub(super) fn check_fonts() -> Result<()> {
     REGULAR.as_ref().and(BOLD.as_ref()).context("the bundled font cannot be read").map(|_| ())
 }
 
-/// Texts that leave the page or cover one another, and points outside it: what a chart must not have.
+/// Returns the layout faults that a chart must not have: texts that leave the page or overlap, and
+/// points outside it.
 #[cfg(test)]
 pub(super) fn faults(scene: &Scene) -> Vec<String> {
     let mut faults = Vec::new();

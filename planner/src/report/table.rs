@@ -1,11 +1,11 @@
-//! Numbers for other programs: CSV beside each chart, and one JSON summary.
+//! Numbers for other programs: a CSV per chart, and one JSON summary.
 
 use super::view::{Overview, PARTS, PlanView, TierView};
 use anyhow::{Context, Result};
 use serde_json::{Map, Value, json};
 use tier_plan_runtime::formats::SourceId;
 
-/// Rows under a head.
+/// Rows under a header.
 #[derive(Debug, Clone)]
 pub(super) struct Table {
     pub head: Vec<&'static str>,
@@ -21,7 +21,8 @@ impl Table {
         self.rows.push(row.into());
     }
 
-    /// RFC 4180, with `\n` line ends.
+    /// Encodes the table as RFC 4180 with `
+    /// ` line ends.
     pub(super) fn to_csv(&self) -> String {
         let mut csv = self.head.join(",");
         csv.push('\n');
@@ -44,7 +45,7 @@ impl Table {
     }
 }
 
-/// A number for CSV: as short as it reads back exactly, empty when there is none.
+/// Formats a number for CSV: as short as it reads back exactly, empty when there is none.
 pub(super) fn number(value: Option<f64>) -> String {
     value.filter(|v| v.is_finite()).map(|v| v.to_string()).unwrap_or_default()
 }
@@ -57,7 +58,8 @@ fn source(id: Option<&SourceId>) -> Value {
     id.map_or(Value::Null, |id| json!({ "name": id.name, "hash": id.hash }))
 }
 
-/// `summary.json`: every plan with its speeds and bytes; seconds and bytes are per decoded token where so named.
+/// Encodes `summary.json`: every plan with its speeds and bytes. Seconds and bytes are per decoded
+/// token where so named.
 pub(super) fn summary(o: &Overview<'_>) -> Result<String> {
     let summary = json!({
         "version": 1,

@@ -1,4 +1,4 @@
-//! The report as files: whole, well-formed, never overwriting, and legible.
+//! Reports as files: complete, well-formed, never overwriting, and legible.
 
 use super::view::Overview;
 use super::*;

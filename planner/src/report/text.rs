@@ -1,6 +1,6 @@
-//! Numbers as people read them: three significant digits, a real minus sign, units a reader knows.
+//! Numbers as people read them: three significant digits, a real minus sign, familiar units.
 
-/// Three significant digits, no exponent: `0.263`, `15.5`, `1240`.
+/// Formats three significant digits without an exponent: `0.263`, `15.5`, `1240`.
 pub(super) fn sig3(value: f64) -> String {
     if !value.is_finite() {
         return "–".into();
@@ -18,7 +18,7 @@ pub(super) fn sig3(value: f64) -> String {
     minus(&format!("{value:.digits$}"))
 }
 
-/// A share as a percentage, `7.3 %` or `98 %`, with a space that no line breaks at.
+/// Formats a share as a percentage, `7.3 %` or `98 %`, with a non-breaking space.
 pub(super) fn percent(share: f64) -> String {
     let p = share * 100.0;
     if !p.is_finite() {
@@ -27,7 +27,7 @@ pub(super) fn percent(share: f64) -> String {
     if p == 0.0 || p.abs() >= 9.95 { minus(&format!("{p:.0}\u{a0}%")) } else { minus(&format!("{p:.1}\u{a0}%")) }
 }
 
-/// A relative difference with its sign: `+4.2 %`, `−12 %`.
+/// Formats a relative difference with its sign: `+4.2 %`, `−12 %`.
 pub(super) fn signed_percent(share: f64) -> String {
     let shown = percent(share);
     if share >= 0.0 && share.is_finite() { format!("+{shown}") } else { shown }
@@ -38,7 +38,7 @@ fn minus(number: &str) -> String {
     if negative_zero { number[1..].to_string() } else { number.replace('-', "−") }
 }
 
-/// The binary unit that suits a largest value, with its size in bytes.
+/// Returns the binary unit that suits a largest value, and its size in bytes.
 pub(super) fn byte_unit(largest: u64) -> (&'static str, f64) {
     match largest {
         b if b >= 1 << 60 => ("EiB", 2f64.powi(60)),
@@ -51,7 +51,7 @@ pub(super) fn byte_unit(largest: u64) -> (&'static str, f64) {
     }
 }
 
-/// `a`, `a and b`, `a, b and c`.
+/// Joins items as `a`, `a and b`, or `a, b and c`.
 pub(super) fn list<S: AsRef<str>>(items: &[S]) -> String {
     match items {
         [] => String::new(),
@@ -63,7 +63,8 @@ pub(super) fn list<S: AsRef<str>>(items: &[S]) -> String {
     }
 }
 
-/// Round steps for an axis from 0 to at least `largest`, about `about` of them: `(step, last)`.
+/// Returns round steps for an axis from 0 to at least `largest`, about `about` of them: `(step,
+/// last)`.
 pub(super) fn steps(largest: f64, about: usize) -> (f64, f64) {
     let largest = if largest.is_finite() && largest > 0.0 { largest } else { 1.0 };
     let raw = largest / about.max(1) as f64;
@@ -72,7 +73,7 @@ pub(super) fn steps(largest: f64, about: usize) -> (f64, f64) {
     (step, (largest / step * 0.9999).ceil().max(1.0) * step)
 }
 
-/// An axis number, with as many decimals as its step needs.
+/// Formats an axis number with as many decimals as its step needs.
 pub(super) fn tick(value: f64, step: f64) -> String {
     let mut digits = 0usize;
     let mut scaled = step;

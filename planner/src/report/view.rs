@@ -1,4 +1,4 @@
-//! What the records and plans of a report say, worked out once for charts, tables and sentences alike.
+//! Derives what the records and plans of a report say, once for charts, tables, and sentences.
 
 use super::ink::{Ink, tier_inks};
 use super::text::{percent, sig3};
@@ -26,11 +26,12 @@ pub(super) struct TierView {
     pub emulated: bool,
     /// Bytes the plan may use; unknown without the plan.
     pub budget_bytes: Option<u64>,
-    /// Dense, pinned, slots, key and value cache, staging, home copies; then bytes that records don't split.
+    /// Dense groups, pins, slots, KV cache, staging, backing copies; then bytes that records do not
+    /// split.
     pub part_bytes: [u64; 7],
-    /// Bytes a decoded token read of it, by the records.
+    /// Bytes that a decoded token read from the tier, by the records.
     pub read_bytes: Option<f64>,
-    /// Seconds a decoded token waited for it, by the records.
+    /// Seconds that a decoded token waited for the tier, by the records.
     pub busy_s: Option<f64>,
 }
 
@@ -51,7 +52,7 @@ impl TierView {
     }
 }
 
-/// One plan.
+/// One plan, its runs, and its prediction.
 #[derive(Debug)]
 pub(super) struct PlanView<'a> {
     pub entry: &'a PlanEntry,
@@ -60,15 +61,15 @@ pub(super) struct PlanView<'a> {
     pub predicted: Option<&'a Prediction>,
     pub decode: Option<Rate>,
     pub prompt: Option<Rate>,
-    /// Seconds to the first token, loading included, on average.
+    /// Mean seconds to the first token, loading included.
     pub first_token_s: Option<f64>,
-    /// Measured by predicted, less one.
+    /// Measured / predicted − 1.
     pub error: Option<f64>,
     pub hit_rate: Option<f64>,
-    /// Any number of it stands on an emulated tier.
+    /// Whether any number comes from an emulated tier.
     pub emulated: bool,
     pub tiers: Vec<TierView>,
-    /// Averaged over records by decoded tokens; counts are summed.
+    /// Means over records, weighted by decoded tokens; counts are summed.
     pub layers: Vec<LayerRecord>,
 }
 
@@ -81,18 +82,18 @@ impl PlanView<'_> {
         self.status == "baseline"
     }
 
-    /// The predicted decode rate, when there is one.
+    /// Returns the predicted decode rate, if there is a prediction.
     pub(super) fn predicted_tok_s(&self) -> Option<f64> {
         self.predicted.map(|p| p.decode_tok_s).filter(|v| v.is_finite() && *v > 0.0)
     }
 
-    /// Bytes in all tiers but the last, which holds whatever is left.
+    /// Returns the bytes in all tiers but the last, which holds whatever is left.
     pub(super) fn faster_bytes(&self) -> Option<u64> {
         let (_, faster) = self.tiers.split_last()?;
         Some(faster.iter().map(TierView::used_bytes).fold(0, u64::saturating_add))
     }
 
-    /// What the plan is judged by: measured, else predicted.
+    /// Returns the rate that ranks the plan: measured, or else predicted.
     pub(super) fn speed(&self) -> Option<f64> {
         self.decode.map(|d| d.tok_s).or(self.predicted_tok_s())
     }
@@ -104,17 +105,17 @@ pub(super) enum Budgets {
     Equal,
     /// What differs, as a clause.
     Differ(String),
-    /// The plans themselves are not at hand.
+    /// The plans themselves are not available.
     Unknown,
 }
 
-/// The whole report, worked out.
+/// The whole report, derived.
 #[derive(Debug)]
 pub(super) struct Overview<'a> {
     pub report: &'a Report,
-    /// Fastest first: measured plans, then those only predicted, then those with neither.
+    /// Fastest first: measured plans, then predicted ones, then those with neither.
     pub plans: Vec<PlanView<'a>>,
-    /// Names of all tiers, fastest first, each with its ink.
+    /// Names of all tiers, fastest first, with their inks.
     pub tiers: Vec<(String, Ink)>,
     pub emulated: bool,
     pub budgets: Budgets,
@@ -129,7 +130,8 @@ impl<'a> Overview<'a> {
             b.0.cmp(&a.0).then(b.1.total_cmp(&a.1))
         });
         let mut names: Vec<(String, Option<TierKind>)> = Vec::new();
-        // The plan with the most tiers gives the order; a tier only others have goes where they have it.
+        // The plan with the most tiers gives the order. A tier that only others have goes where
+        // they have it.
         let mut by_tiers: Vec<&PlanView<'_>> = plans.iter().collect();
         by_tiers.sort_by_key(|p| std::cmp::Reverse(p.tiers.len()));
         for plan in by_tiers {
@@ -147,12 +149,13 @@ impl<'a> Overview<'a> {
         Overview { report, plans, tiers, emulated, budgets }
     }
 
-    /// The plan that the report is about: the fastest.
+    /// Returns the plan that the report is about: the fastest.
     pub(super) fn best(&self) -> Option<&PlanView<'a>> {
         self.plans.first().filter(|p| p.speed().is_some())
     }
 
-    /// What the best plan is held against: the fastest baseline if it is none itself, else the runner-up.
+    /// Returns the plan that the best one is compared with: the fastest baseline, or the runner-up
+    /// if the best is a baseline itself.
     pub(super) fn rival(&self) -> Option<&PlanView<'a>> {
         let measured = self.best()?.decode.is_some();
         let others = || self.plans.iter().skip(1).filter(|p| p.speed().is_some() && p.decode.is_some() == measured);
@@ -160,7 +163,7 @@ impl<'a> Overview<'a> {
         baseline.or_else(|| others().next())
     }
 
-    /// Whether all plans decoded the same tokens, run by run; `None` when there are not two plans to compare.
+    /// Whether all plans decoded the same tokens, run by run; `None` without two plans to compare.
     pub(super) fn same_output(&self) -> Option<bool> {
         let outputs = |p: &PlanView<'a>| p.entry.records.iter().map(|r| &r.output).collect::<Vec<_>>();
         let mut all = self.plans.iter().map(outputs).filter(|o| o.iter().any(|o| !o.is_empty()));
@@ -173,13 +176,13 @@ impl<'a> Overview<'a> {
         self.tiers.iter().find(|(n, _)| n == tier).map_or(Ink::Unsplit, |(_, ink)| *ink)
     }
 
-    /// A plan's name, marked when its tiers are emulated and others' are not.
+    /// Returns a plan's name, marked if its tiers are emulated and others' are not.
     pub(super) fn label(&self, plan: &PlanView<'_>) -> String {
         let mixed = self.emulated && self.plans.iter().any(|p| !p.emulated);
         if mixed && plan.emulated { format!("{}†", plan.name()) } else { plan.name().to_string() }
     }
 
-    /// How measured numbers are to be called.
+    /// Returns the label of measured numbers.
     pub(super) fn measured(&self) -> &'static str {
         match (self.emulated, self.plans.iter().all(|p| p.emulated)) {
             (false, _) => "measured",
@@ -188,12 +191,13 @@ impl<'a> Overview<'a> {
         }
     }
 
-    /// How predicted numbers are to be called.
+    /// Returns the label of predicted numbers.
     pub(super) fn predicted(&self) -> &'static str {
         if self.emulated { "predicted from declared (emulated) rates" } else { "predicted" }
     }
 
-    /// The finding, in plain sentences: who won, by how much at which bytes, how right the prediction was.
+    /// Summarizes the finding in sentences: the winner, its lead at which bytes, and the accuracy
+    /// of the prediction.
     pub(super) fn headline(&self) -> Vec<String> {
         let Some(best) = self.best() else {
             return vec![if self.plans.is_empty() {
@@ -303,7 +307,7 @@ fn view(entry: &PlanEntry) -> PlanView<'_> {
     let placement = entry.placement.as_ref();
     let decode = rate(records.iter().map(|r| (r.decode_tokens, r.decode_s)));
     let prompt = rate(records.iter().map(|r| (r.prompt_tokens, r.prompt_s)));
-    // What the runs were held against comes first: a plan file may have been solved again since.
+    // The prediction in the runs comes first: a plan file may have been solved again since.
     let predicted = records.iter().find_map(|r| r.predicted.as_ref()).or(placement.map(|p| &p.predicted));
     let status = records.iter().map(|r| r.plan_status.clone()).find(|s| !s.is_empty());
     let error = decode.zip(predicted).map(|(d, p)| d.tok_s / p.decode_tok_s - 1.0).filter(|e| e.is_finite());
@@ -429,7 +433,7 @@ fn budgets(plans: &[PlanView<'_>]) -> Budgets {
     Budgets::Equal
 }
 
-/// How often each expert was used: `[layer][expert]` shares of tokens, and what the tokens were.
+/// How often each expert was used: `[layer][expert]` shares of tokens, and their phase.
 pub(super) struct Usage {
     pub share: Vec<Vec<f64>>,
     pub tokens: u64,
@@ -437,11 +441,11 @@ pub(super) struct Usage {
     pub phase: &'static str,
 }
 
-/// Counts a profile's accesses: decoded tokens, or prompt tokens where none was decoded.
+/// Counts a profile's accesses: of decoded tokens, or of prompt tokens where none was decoded.
 pub(super) fn usage(profile: &Profile) -> Option<Usage> {
     let (layers, used) = (profile.layers.len(), profile.n_used as usize);
     let row = layers.checked_mul(used)?;
-    // Traces name experts by u16, so more of them cannot be meant.
+    // Traces name experts by u16, so a larger number cannot be meant.
     if row == 0 || profile.n_expert == 0 || profile.n_expert > 1 << 16 {
         return None;
     }

@@ -1,5 +1,6 @@
-//! The self-test of a GPU: results against the processor's and against golden values, then what the GPU gives, all in one
-//! table beside what it should give. The runtime measures; here it is asked, and the outcomes become rows.
+//! The self-test of a GPU: results against the CPU's and against golden values, then speeds, all in
+//! one table beside their targets. `tier-plan-selftest` measures; this module asks it and turns the
+//! outcomes into rows.
 
 pub mod peer;
 pub mod predict;
@@ -14,60 +15,61 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
 use table::{Found, Row, Table};
-use tier_plan_runtime::cuda::measure::Subject;
+use tier_plan_runtime::KvType;
 use tier_plan_runtime::cuda::{Device, Gpu};
-use tier_plan_runtime::exec::KvType;
-use tier_plan_runtime::exec::plan::{all_on_gpu, experts_in_memory};
-use tier_plan_runtime::exec::targets::all::{self, Gives, Known, Results, Speeds, Watch};
-use tier_plan_runtime::exec::targets::speed::{Effort, KV_TYPE, Timed};
-use tier_plan_runtime::exec::targets::synth::{self, Free, Shape};
-use tier_plan_runtime::exec::targets::{TargetError, Temporary};
 use tier_plan_runtime::formats::placement::Placement;
 use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::model::shape::{ModelShape, shape_of_file};
+use tier_plan_runtime::plans::in_memory::{all_on_gpu, experts_in_memory};
 use tier_plan_runtime::threads::physical_cores;
 use tier_plan_runtime::tiers::limits::{file_system_bytes, memory_limit};
 use tier_plan_runtime::units::{show_bytes, show_utc};
+use tier_plan_selftest::all::{self, Gives, Known, Results, Speeds, Watch};
+use tier_plan_selftest::gpu_rates::Subject;
+use tier_plan_selftest::speed::{Effort, KV_TYPE, Timed};
+use tier_plan_selftest::synth::{self, Free, Shape};
+use tier_plan_selftest::{TargetError, Temporary};
 
-/// Tokens of greedy text.
+/// Tokens of greedy text to compare.
 const TOKENS: usize = 64;
 
-/// How the text begins.
+/// Beginning of that text.
 const PROMPT: &str = "And it came to pass in those days";
 
-/// Memory of a machine that does not tell.
+/// Assumed memory where the system reports no limit, in bytes.
 const UNTOLD: u64 = 8 << 30;
 
-/// What to do.
+/// What to test.
 #[derive(Debug, Clone, Default)]
 pub struct Options {
-    /// Results only.
+    /// Whether to check results only and skip speeds.
     pub quick: bool,
-    /// The folder of golden values; the source's own when `None`.
+    /// Folder of golden values; the repository's own when `None`.
     pub golden: Option<PathBuf>,
-    /// The model that is timed; a synthetic one when `None`.
+    /// Model to time; a synthetic one when `None`.
     pub model: Option<PathBuf>,
-    /// `llama-bench`.
+    /// Path of llama.cpp's `llama-bench`.
     pub peer: Option<PathBuf>,
 }
 
-/// What was found.
+/// Outcome of a self-test.
 pub struct Findings {
-    /// All of it.
+    /// All rows.
     pub table: Table,
-    /// How right it computes.
+    /// Correctness of kernels, golden values, and texts.
     pub results: Results,
-    /// What it gives by itself, where that was measured.
+    /// Rates of the device itself, where they were measured.
     pub gives: Option<Gives>,
 }
 
-/// Looks at a GPU whose kernels are loaded. Shows progress on a terminal; ends early where a person wishes it.
+/// Tests a GPU whose kernels are loaded. Shows progress on a terminal, and ends early when
+/// interrupted.
 ///
 /// # Errors
-/// When the options name files that are not there.
+/// When the options name files that do not exist.
 pub fn run(gpu: &Arc<Gpu>, options: &Options) -> Result<Findings> {
     let golden = golden(options.golden.as_deref())?;
-    // Said now, not after minutes.
+    // A wrong path is reported now, not after minutes.
     options.model.as_deref().map(Gguf::open).transpose()?;
     let bar = progress::steps();
     let step = |what: &str| bar.set_message(what.to_string());
@@ -85,7 +87,7 @@ pub fn run(gpu: &Arc<Gpu>, options: &Options) -> Result<Findings> {
     let why = text.as_ref().err().map(|error| format!("{error:#}"));
     let mut rows = rows::results(&results, golden.as_ref().err().map(String::as_str), why.as_deref());
     let mut gives = None;
-    // A GPU whose kernels are wrong is not worth timing, and may have failed for good.
+    // A GPU with wrong kernels is not worth timing, and may have failed for good.
     if !options.quick && results.kernels_are_well() && !interrupted() {
         let found = Subject::of(gpu).map_err(TargetError::from).and_then(|mut subject| all::gives(&mut subject, watch));
         rows.extend(rows::gives(&found));
@@ -106,7 +108,7 @@ pub fn run(gpu: &Arc<Gpu>, options: &Options) -> Result<Findings> {
     Ok(Findings { table, results, gives })
 }
 
-/// A GPU in words.
+/// Describes a GPU in words: name, architecture, memory, driver.
 pub fn describe(gpu: &Gpu) -> String {
     let p = gpu.properties();
     format!(
@@ -122,7 +124,7 @@ pub fn describe(gpu: &Gpu) -> String {
     )
 }
 
-/// The folder of golden values; or what to do where there is none.
+/// Returns the folder of golden values, or what to do where there is none.
 fn golden(given: Option<&Path>) -> Result<Result<PathBuf, String>> {
     let Some(folder) = given else { return Ok(bundled::golden().map_err(|error| format!("{error:#}"))) };
     let has = |of: &str| folder.join(of).is_dir();
@@ -134,25 +136,25 @@ fn golden(given: Option<&Path>) -> Result<Result<PathBuf, String>> {
     Ok(Ok(folder.to_path_buf()))
 }
 
-/// The bundled model and the beginning of a text.
+/// Opens the bundled model and tokenizes the beginning of the text.
 fn text() -> Result<(Arc<Gguf>, Vec<u32>)> {
     let gguf = Arc::new(Gguf::open(&bundled::path("demo/demo.gguf")?)?);
     let tokens = tokenizer(&gguf)?.encode(PROMPT, true)?;
     Ok((gguf, tokens))
 }
 
-/// A model that is timed.
+/// The model that is timed.
 struct Model {
-    /// Removes a synthetic one when all is done.
+    /// Removes a synthetic model's file when the test ends.
     _made: Option<Temporary>,
     path: PathBuf,
     name: String,
-    /// Its speeds say something of real models.
+    /// Whether its speeds say something about real models.
     judged: bool,
     effort: Effort,
 }
 
-/// Everything that takes a whole model's time.
+/// Runs everything that takes a whole model.
 fn timed(
     gpu: &Arc<Gpu>,
     gives: &Gives,
@@ -171,7 +173,7 @@ fn timed(
     };
     let device: Arc<dyn Device> = Arc::clone(gpu) as _;
     let speeds = match open(&model.path) {
-        // Its memory is free again afterwards.
+        // The model's memory is free again afterwards.
         Ok(gguf) => all::speeds(&gguf, &device, model.effort, watch),
         Err(error) => return nothing(error),
     };
@@ -179,9 +181,9 @@ fn timed(
     if interrupted() {
         return rows;
     }
-    // Tiny models are faster than anything that could be predicted of them.
+    // Tiny models are faster than any prediction for them.
     if model.judged {
-        // The probe has a bar of its own.
+        // The probe has a progress bar of its own.
         rows.extend(bar.suspend(|| predictions(gpu, &model, &speeds)));
     }
     if let Some(program) = options.peer.as_deref().filter(|_| !interrupted()) {
@@ -192,7 +194,7 @@ fn timed(
     rows
 }
 
-/// The model that a person named, or a synthetic one as deep as there is room for.
+/// Returns the user's model, or writes a synthetic one as deep as memory and disk allow.
 fn model(gpu: &Gpu, given: Option<&Path>, scratch: &Path, watch: Watch<'_>) -> Result<Model> {
     if let Some(path) = given {
         let name = Gguf::open(path)?.id().name;
@@ -237,9 +239,9 @@ fn open(path: &Path) -> Result<Arc<Gguf>> {
     Ok(Arc::new(gguf))
 }
 
-/// Predicted beside measured speeds.
+/// Predicts the measured speeds from this machine's own rates.
 fn predictions(gpu: &Gpu, model: &Model, speeds: &Speeds) -> Vec<Row> {
-    // A dense model has no experts that a probe could read.
+    // A probe needs experts to read, which a dense model does not have.
     let (Ok(resident), Some(Ok(hybrid))) = (&speeds.resident, &speeds.hybrid) else { return Vec::new() };
     let machine = predict::machine(&model.path);
     let device = u32::try_from(gpu.properties().ordinal).unwrap_or(u32::MAX);

@@ -1,4 +1,4 @@
-//! Another engine on the same file: `llama-bench` of llama.cpp, if a person has it and says where.
+//! Runs llama.cpp's `llama-bench` on the same file, if its path is given.
 
 use super::table::{Found, Row, Target};
 use anyhow::{Context, Result, bail, ensure};
@@ -7,28 +7,28 @@ use std::io::Read;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
-use tier_plan_runtime::exec::targets::speed::{Effort, Timed};
+use tier_plan_selftest::speed::{Effort, Timed};
 
 const PART: &str = "llama.cpp";
 
-/// How long it may take.
+/// Time limit of one run.
 const LIMIT: Duration = Duration::from_secs(15 * 60);
 
-/// What it found.
+/// What the peer measured.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Peer {
-    /// Prompt tokens a second.
+    /// Prompt tokens per second.
     pub prompt_tok_s: f64,
-    /// Decoded tokens a second.
+    /// Decoded tokens per second.
     pub decode_tok_s: f64,
-    /// What it says of itself.
+    /// Build description that the peer reports.
     pub build: String,
 }
 
-/// Runs it on a file, everything on the GPU of this number.
+/// Runs `llama-bench` on a file with all layers on GPU number `device`.
 ///
 /// # Errors
-/// When it can't be run, fails, takes too long, or says something else than expected.
+/// When it cannot be started, fails, exceeds the time limit, or prints something unexpected.
 pub fn measure(program: &Path, model: &Path, device: usize, effort: Effort, stop: &dyn Fn() -> bool) -> Result<Peer> {
     let (prompt, decode) = (effort.prompt, effort.decode);
     let mut command = Command::new(program);
@@ -40,7 +40,7 @@ pub fn measure(program: &Path, model: &Path, device: usize, effort: Effort, stop
     let mut child =
         command.spawn().with_context(|| format!("{shown} can't be run; --peer wants the path of llama-bench"))?;
     let (out, err) = (child.stdout.take(), child.stderr.take());
-    // Both at once, since whoever fills one waits until it is read.
+    // Both pipes are read at once: a full pipe would block the child.
     let (out, err) = (collect(out), collect(err));
     let start = Instant::now();
     let status = loop {
@@ -48,7 +48,7 @@ pub fn measure(program: &Path, model: &Path, device: usize, effort: Effort, stop
             break status;
         }
         if stop() || start.elapsed() > LIMIT {
-            // It may have ended meanwhile.
+            // The child may have exited meanwhile.
             let _ = child.kill();
             let _ = child.wait();
             ensure!(stop(), "{shown} was ended after {} minutes", LIMIT.as_secs() / 60);
@@ -68,13 +68,13 @@ pub fn measure(program: &Path, model: &Path, device: usize, effort: Effort, stop
 fn collect(from: Option<impl Read + Send + 'static>) -> std::thread::JoinHandle<Vec<u8>> {
     std::thread::spawn(move || {
         let mut bytes = Vec::new();
-        // What was read before an error is all that there is.
+        // Output before an error is kept.
         let _ = from.map(|mut from| from.read_to_end(&mut bytes));
         bytes
     })
 }
 
-/// Reads its JSON: a list of tests, one of the prompt and one of decoding.
+/// Parses the JSON output: a list of tests, one of the prompt and one of decoding.
 fn parse(text: &str, prompt: usize, decode: usize) -> Result<Peer> {
     let tests: Value = serde_json::from_str(text).context("is no JSON; --peer wants llama-bench of llama.cpp")?;
     let tests = tests.as_array().context("is no list of tests; --peer wants llama-bench of llama.cpp")?;
@@ -101,7 +101,7 @@ fn parse(text: &str, prompt: usize, decode: usize) -> Result<Peer> {
     Ok(Peer { prompt_tok_s, decode_tok_s, build })
 }
 
-/// Rows of it beside what was measured here.
+/// Returns rows of the peer's speeds beside the speeds measured here.
 pub fn rows(found: &Result<Peer>, here: Option<&Timed>, judged: bool) -> Vec<Row> {
     let none = |found| vec![Row::without(PART, "llama-bench", found)];
     let (peer, here) = match (found, here) {

@@ -1,4 +1,4 @@
-//! What this machine's own measurements promise of the plans that the self-test timed.
+//! Predicts the plans that the self-test timed from this machine's own rates.
 
 use crate::cost;
 use crate::probe::{self, Settings};
@@ -9,19 +9,19 @@ use tier_plan_runtime::formats::machine::{Machine, Tier, TierKind};
 use tier_plan_runtime::formats::placement::{Placement, Prediction};
 use tier_plan_runtime::model::shape::ModelShape;
 
-/// Measures this machine for a model: about a minute.
+/// Probes this machine for a model, which takes about a minute.
 ///
 /// # Errors
-/// As `probe --model`.
+/// As for `probe --model`.
 pub fn machine(model: &Path) -> Result<Machine> {
     Ok(probe::measure(&Settings { model: Some(model), ..Settings::default() })?.machine())
 }
 
-/// Tokens a second that a plan over a GPU's memory and main memory, in this order, should decode where a token attends to
-/// `at` positions.
+/// Returns predicted decode tokens per second of a plan over a GPU's memory and main memory, in
+/// this order, where a token attends to `at` positions.
 ///
 /// # Errors
-/// When the machine has no such GPU, or the model more experts than can be predicted.
+/// When the machine has no such GPU, or the model has more experts than can be predicted.
 pub fn tok_s(machine: &Machine, device: u32, shape: &ModelShape, mut plan: Placement, at: u32) -> Result<f64> {
     let find = |is_it: &dyn Fn(&Tier) -> bool| machine.tiers.iter().position(is_it);
     let vram = find(&|t| t.kind == TierKind::Vram && t.device() == Some(device));
@@ -43,11 +43,11 @@ mod tests {
     use super::*;
     use crate::bundled;
     use std::collections::BTreeMap;
-    use tier_plan_runtime::exec::KvType;
-    use tier_plan_runtime::exec::plan::{all_on_gpu, experts_in_memory};
+    use tier_plan_runtime::KvType;
     use tier_plan_runtime::formats::SourceId;
     use tier_plan_runtime::formats::machine::{Accelerator, Extras};
     use tier_plan_runtime::model::shape::shape_of_file;
+    use tier_plan_runtime::plans::in_memory::{all_on_gpu, experts_in_memory};
 
     fn tier(name: &str, kind: TierKind, read_gbps: f64, unit: Option<u32>) -> Tier {
         let (name, source) = (name.into(), "made up".into());

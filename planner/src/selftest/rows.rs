@@ -1,28 +1,28 @@
-//! What a device was found to give, as rows with the targets that it is held to.
+//! Turns measurements of a device into rows with targets.
 
 use super::table::{Found, Row, Target};
-use tier_plan_runtime::check::Outcome;
-use tier_plan_runtime::exec::targets::TargetError;
-use tier_plan_runtime::exec::targets::all::{Gives, On, Results, Speeds, Step};
-use tier_plan_runtime::exec::targets::speed::Timed;
-use tier_plan_runtime::exec::whole::SameText;
+use tier_plan_selftest::TargetError;
+use tier_plan_selftest::all::{Gives, On, Results, Speeds, Step};
+use tier_plan_selftest::outcome::Outcome;
+use tier_plan_selftest::speed::Timed;
+use tier_plan_selftest::whole::SameText;
 
-/// Largest normalised mean squared error of logits, of models that quantise nothing, and of those that do.
+/// Largest NMSE of logits: without quantized weights, and with them.
 const GOLDEN_NMSE: [f64; 2] = [1e-4, 1e-2];
 
-/// Kernels that a layer of a decoded token may take.
+/// Most kernel launches per layer of a decoded token.
 const LAUNCHES: f64 = 12.0;
 
-/// Share of the memory's bandwidth, in %, at which a model that is all on the GPU reads its weights.
+/// Least share of the memory's read rate, in %, for a model that is fully on the GPU.
 const BANDWIDTH: f64 = 70.0;
 
-/// How many times as fast as the processor a prompt is.
+/// Least speedup of a prompt over the CPU.
 const PROMPT: f64 = 50.0;
 
-/// A hybrid token's time against the longer of its parts, round trips apart.
+/// Most time of a hybrid token relative to the longer of its parts, without round trips.
 const HYBRID: f64 = 1.15;
 
-/// How far a measured speed may be from the predicted one, in %.
+/// Most deviation of a measured speed from the prediction, in %.
 const PREDICTED: f64 = 10.0;
 
 const KERNELS: &str = "kernels";
@@ -31,12 +31,13 @@ const MODEL: &str = "bundled model";
 const RATES: &str = "rates";
 pub(super) const SPEED: &str = "a model of real shapes";
 
-/// A failed step; what a GPU can't run at all is no failure of this one.
+/// Returns the row of a failed step. A model that a GPU cannot run at all is not a failure of the
+/// GPU.
 fn failed(part: &'static str, what: impl Into<String>, error: &TargetError) -> Row {
     let why = error.to_string();
     let not_run = error.is_not_for_it() || matches!(error, TargetError::Stopped);
     let found = if not_run { Found::NotRun(why) } else { Found::Failed(why) };
-    // A device that does not come to an end of it is no better than one that is wrong.
+    // A device that never finishes is as bad as one with wrong results.
     Row { results: true, ..Row::without(part, what, found) }
 }
 
@@ -57,7 +58,8 @@ fn on(on: On) -> &'static str {
     }
 }
 
-/// How right the device computes. `golden` and `text` say what there is nothing to compare with, and what to give.
+/// Returns rows on correctness. `golden` and `text` give reasons where there is nothing to compare
+/// with.
 pub fn results(found: &Results, golden: Option<&str>, text: Option<&str>) -> Vec<Row> {
     let mut rows: Vec<Row> = found.kernels.iter().map(|(name, found)| outcome(KERNELS, name, found)).collect();
     if !found.kernels_are_well() {
@@ -122,7 +124,7 @@ fn same_text(what: String, found: &SameText) -> Row {
     }
 }
 
-/// What the device gives by itself.
+/// Returns rows on the device's own rates.
 pub fn gives(found: &Step<Gives>) -> Vec<Row> {
     let Gives { rates, copy_gbps, products } = match found {
         Ok(gives) => gives,
@@ -144,16 +146,16 @@ pub fn gives(found: &Step<Gives>) -> Vec<Row> {
     rows
 }
 
-/// What is timed.
+/// The model that is timed.
 #[derive(Debug, Clone, Copy)]
 pub struct Model<'a> {
-    /// In words.
+    /// Human-readable name.
     pub name: &'a str,
     /// Whether its speeds can be held to targets.
     pub judged: bool,
 }
 
-/// How fast a model is.
+/// Returns rows on the speed of a model.
 pub fn speeds(found: &Speeds, gives: &Gives, model: Model<'_>) -> Vec<Row> {
     let name = model.name;
     let with = |row: Row, target| if model.judged { row.with(target) } else { row };
@@ -222,14 +224,14 @@ fn hybrid_speeds(hybrid: &Timed) -> [Row; 2] {
     [row("a prompt", prompt, hybrid.prompt_tokens), row("decoding", decode, hybrid.decode_tokens)]
 }
 
-/// What a token takes whose experts are in main memory, in seconds.
+/// Time of a token whose experts are in main memory, in seconds.
 #[derive(Debug, Clone, Copy, PartialEq)]
 struct Parts {
-    /// The expert stages of a run with everything on the processor: the same bytes.
+    /// Expert stages of a run fully on the CPU, which read the same bytes.
     processor_s: f64,
-    /// Its dense stages and head on the GPU, without the round trips.
+    /// Dense stages and head on the GPU, without round trips.
     gpu_s: f64,
-    /// A measured round trip for each layer.
+    /// One measured round trip per layer.
     trips_s: f64,
 }
 
@@ -253,7 +255,7 @@ impl Parts {
     }
 }
 
-/// What a machine file from this machine's own measurements says of a speed, beside the speed.
+/// Returns a row of a measured speed against the prediction from this machine's own rates.
 pub fn predicted(what: &str, measured: f64, predicted: &Result<f64, String>, judged: bool) -> Row {
     let what = format!("predicted and measured, {what}");
     match predicted {

@@ -1,18 +1,19 @@
-//! The table of a self-test: what was found beside what it should be, as text and as JSON. Pure: it measures nothing.
+//! The table of a self-test: findings beside targets, as text and as JSON. Pure: it measures
+//! nothing.
 
 use serde_json::{Value, json};
 
-/// What a figure should be.
+/// The target of a figure.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Target {
-    /// No more than this.
+    /// At most this value.
     AtMost(f64),
-    /// No less than this.
+    /// At least this value.
     AtLeast(f64),
 }
 
 impl Target {
-    /// Whether a figure is so; one that is no number never is.
+    /// Whether a figure meets the target. NaN never does.
     pub fn is_met(self, found: f64) -> bool {
         match self {
             Target::AtMost(most) => found <= most,
@@ -21,25 +22,25 @@ impl Target {
     }
 }
 
-/// What came of a row.
+/// The outcome of a row.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Found {
     /// A figure.
     Figure(f64),
-    /// It could not be looked at here, and that is nobody's failure: why, and what to do.
+    /// Could not be tested here, without any failure: the reason, and what to do.
     NotRun(String),
-    /// It should have been, and failed.
+    /// Should have been tested, and failed.
     Failed(String),
 }
 
 /// How a figure came about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum How {
-    /// By a clock, on this machine.
+    /// Timed on this machine.
     Measured,
-    /// Results against others.
+    /// Compared with other results.
     Compared,
-    /// By the device.
+    /// Counted by the device.
     Counted,
 }
 
@@ -53,18 +54,18 @@ impl How {
     }
 }
 
-/// What a row says in one word.
+/// The verdict of a row, one word.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verdict {
-    /// As it should be.
+    /// The target is met.
     Met,
-    /// Not as it should be.
+    /// The target is missed.
     Missed,
-    /// A figure of which nothing is asked.
+    /// The figure has no target.
     NoTarget,
-    /// Nothing was looked at.
+    /// Nothing was tested.
     NotRun,
-    /// It failed.
+    /// The test failed.
     Failed,
 }
 
@@ -80,29 +81,29 @@ impl Verdict {
     }
 }
 
-/// A row.
+/// One row of the table.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Row {
-    /// The part of the table.
+    /// Section of the table.
     pub part: &'static str,
-    /// What was looked at.
+    /// What was tested.
     pub what: String,
-    /// How.
+    /// How the figure came about.
     pub how: How,
-    /// The unit of figure and target.
+    /// Unit of figure and target.
     pub unit: &'static str,
-    /// What it should be, where something is asked.
+    /// Target, if there is one.
     pub target: Option<Target>,
-    /// What it is.
+    /// Outcome.
     pub found: Found,
-    /// Whether a miss means that results are wrong, not slow.
+    /// Whether a miss means wrong results rather than low speed.
     pub results: bool,
-    /// What else there is to say.
+    /// Further remarks.
     pub note: String,
 }
 
 impl Row {
-    /// A figure that nothing is asked of.
+    /// Makes a row with a figure and no target.
     pub fn figure(part: &'static str, what: impl Into<String>, value: f64, unit: &'static str) -> Self {
         let found = Found::Figure(value);
         Row {
@@ -117,30 +118,30 @@ impl Row {
         }
     }
 
-    /// A row without a figure.
+    /// Makes a row without a figure.
     pub fn without(part: &'static str, what: impl Into<String>, found: Found) -> Self {
         Row { found, ..Row::figure(part, what, 0.0, "") }
     }
 
-    /// With something asked of it.
+    /// Adds a target.
     #[must_use]
     pub fn with(self, target: Target) -> Self {
         Row { target: Some(target), ..self }
     }
 
-    /// As a comparison of results.
+    /// Marks the figure as a comparison of results.
     #[must_use]
     pub fn compared(self) -> Self {
         Row { how: How::Compared, results: true, ..self }
     }
 
-    /// With a note.
+    /// Adds a remark.
     #[must_use]
     pub fn noting(self, note: impl Into<String>) -> Self {
         Row { note: note.into(), ..self }
     }
 
-    /// What it comes to.
+    /// Returns the verdict.
     pub fn verdict(&self) -> Verdict {
         match (&self.found, self.target) {
             (Found::Figure(_), None) => Verdict::NoTarget,
@@ -151,36 +152,36 @@ impl Row {
         }
     }
 
-    /// Whether it says that the device's results are wrong, or can't be had.
+    /// Whether the row shows that results are wrong or cannot be obtained.
     pub fn is_wrong(&self) -> bool {
         self.results && matches!(self.verdict(), Verdict::Missed | Verdict::Failed)
     }
 }
 
-/// All rows, and what they were found on.
+/// All rows, and the machine that they were found on.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Table {
-    /// UTC moment.
+    /// UTC time, ISO 8601.
     pub when: String,
-    /// The program's version.
+    /// Version of the program.
     pub version: String,
-    /// Processor and memory, in words.
+    /// CPU and memory in words.
     pub host: String,
-    /// The GPU, in words.
+    /// GPU in words.
     pub gpu: String,
-    /// Rows, those of a part together.
+    /// Rows, grouped by section.
     pub rows: Vec<Row>,
-    /// It was ended before everything had been looked at.
+    /// Whether the test ended before everything was tested.
     pub cut_short: bool,
 }
 
 impl Table {
-    /// Rows with a verdict.
+    /// Counts rows with a verdict.
     pub fn count(&self, verdict: Verdict) -> usize {
         self.rows.iter().filter(|row| row.verdict() == verdict).count()
     }
 
-    /// One sentence on all of it.
+    /// Summarizes all rows in one sentence.
     pub fn summary(&self) -> String {
         let [met, missed, failed, not_run] =
             [Verdict::Met, Verdict::Missed, Verdict::Failed, Verdict::NotRun].map(|v| self.count(v));
@@ -191,7 +192,7 @@ impl Table {
         )
     }
 
-    /// For people.
+    /// Formats the table as text.
     pub fn text(&self) -> String {
         let widest = self.rows.iter().map(|row| row.what.chars().count()).max().unwrap_or(0).max(10);
         let mut text = format!("tier-plan {} · {}\n{}\n{}\n", self.version, self.when, self.host, self.gpu);
@@ -225,12 +226,12 @@ impl Table {
         text + "\n" + &self.summary() + "\n"
     }
 
-    /// For programs: the rows, in the order of the text.
+    /// Encodes the rows as JSON, in the order of the text.
     pub fn rows_json(&self) -> Value {
         self.rows.iter().map(row_json).collect()
     }
 
-    /// Counts of verdicts.
+    /// Encodes the counts of verdicts as JSON.
     pub fn summary_json(&self) -> Value {
         let mut counts = serde_json::Map::new();
         for verdict in [Verdict::Met, Verdict::Missed, Verdict::Failed, Verdict::NotRun, Verdict::NoTarget] {
@@ -241,7 +242,7 @@ impl Table {
     }
 }
 
-/// JSON has no number for what is endlessly wrong.
+/// Encodes a number; JSON has none for infinity and NaN, so those become strings.
 pub fn number(value: f64) -> Value {
     if value.is_finite() { json!(value) } else { Value::Null }
 }
@@ -269,7 +270,7 @@ fn row_json(row: &Row) -> Value {
     })
 }
 
-/// Three or four digits.
+/// Formats three or four digits.
 fn show(value: f64) -> String {
     let size = value.abs();
     if value == 0.0 || !value.is_finite() {

@@ -6,12 +6,12 @@
 use crate::profile::{Evidence, Judged, LayerEvidence};
 use crate::replay::Event;
 use std::collections::BTreeMap;
-use tier_plan_runtime::exec::slots::{Access, SlotCache};
-use tier_plan_runtime::exec::stays_on;
+use tier_plan_runtime::experts::cache::{Access, SlotCache};
 use tier_plan_runtime::formats::machine::TierKind;
 use tier_plan_runtime::formats::placement::{
     ATTENTION_OF_A_TOKEN, DensePlacement, LayerPlacement, Placement, PlanTier, SlotPolicy, TierIdx,
 };
+use tier_plan_runtime::gpu::stays_on;
 use tier_plan_runtime::model::shape::{DenseKind, ModelShape};
 use tier_plan_runtime::units::show_bytes;
 

@@ -4,7 +4,7 @@ use super::Inputs;
 use super::room::Room;
 use super::wishes::Wishes;
 use crate::cost::token_s;
-use tier_plan_runtime::exec::KvType;
+use tier_plan_runtime::KvType;
 use tier_plan_runtime::formats::placement::Placement;
 use tier_plan_runtime::units::show_bytes;
 

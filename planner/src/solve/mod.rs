@@ -43,7 +43,7 @@ use planner::Planner;
 use room::Room;
 use rules::Rule;
 use std::time::{Duration, Instant};
-use tier_plan_runtime::exec::KvType;
+use tier_plan_runtime::KvType;
 use tier_plan_runtime::formats::machine::Machine;
 use tier_plan_runtime::formats::placement::Placement;
 use tier_plan_runtime::formats::placement::TierIdx;

@@ -12,8 +12,8 @@ use crate::cost::{self, predict, token_s};
 use crate::profile::Evidence;
 use anyhow::{Result, bail, ensure};
 use std::time::Instant;
-use tier_plan_runtime::exec::stays_on;
 use tier_plan_runtime::formats::placement::{DensePlacement, Placement, PlanTier, Prediction, SolverReport, TierIdx};
+use tier_plan_runtime::gpu::stays_on;
 use tier_plan_runtime::model::shape::DenseKind;
 
 /// A relative gap that is rounding.

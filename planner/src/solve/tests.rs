@@ -3,7 +3,7 @@ use crate::cli::Strategy;
 use crate::cost::{self, predict, token_s};
 use crate::profile::synthetic::{self, Random, Routing};
 use proptest::prelude::{ProptestConfig, TestCaseError, prop_assert, prop_assert_eq, proptest};
-use tier_plan_runtime::exec::KvType;
+use tier_plan_runtime::KvType;
 use tier_plan_runtime::formats::SourceId;
 use tier_plan_runtime::formats::machine::{Accelerator, Tier, TierKind};
 use tier_plan_runtime::formats::placement::{LayerPlacement, SlotPolicy};

@@ -15,7 +15,7 @@ use crate::solve::{Inputs, Options, Solved, solve_judged};
 use anyhow::Result;
 use purchase::Purchase;
 use serde_json::{Value, json};
-use tier_plan_runtime::exec::KvType;
+use tier_plan_runtime::KvType;
 use tier_plan_runtime::formats::machine::{Machine, TierKind};
 use tier_plan_runtime::formats::placement::Placement;
 use tier_plan_runtime::formats::profile::Profile;

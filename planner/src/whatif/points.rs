@@ -3,7 +3,7 @@
 use super::{Question, answer};
 use crate::catalogue::{self, Known};
 use std::path::Path;
-use tier_plan_runtime::exec::KvType;
+use tier_plan_runtime::KvType;
 use tier_plan_runtime::formats::SourceId;
 use tier_plan_runtime::formats::machine::{Tier, TierKind};
 use tier_plan_runtime::model::kv::KvRows;

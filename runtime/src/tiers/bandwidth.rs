@@ -1,9 +1,9 @@
 //! How fast this machine's main memory can be read.
 
 use super::arena::{Arena, ArenaError};
-use crate::kernels::Kernels;
-use crate::threads::ThreadPool;
 use std::time::Instant;
+use tier_plan_kernels::Kernels;
+use tier_plan_kernels::threads::ThreadPool;
 
 /// Bytes that a thread reads at a time.
 const SHARE: usize = 1 << 20;

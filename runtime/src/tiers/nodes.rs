@@ -1,12 +1,12 @@
 //! Memory nodes: what the system says of them, and memory whose pages are on one.
 
 use super::numa::{self, NumaError};
-use crate::formats::machine::Tier;
-use crate::units::show_bytes;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::fs;
 use std::path::Path;
+use tier_plan_formats::machine::Tier;
+use tier_plan_formats::units::show_bytes;
 
 /// Where the system tells of its nodes.
 const ROOT: &str = "/sys/devices/system/node";
@@ -152,9 +152,9 @@ impl Pages {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::formats::machine::{Accelerator, TierKind};
     use crate::tiers::arena::{Arena, ArenaError};
     use crate::tiers::system;
+    use tier_plan_formats::machine::{Accelerator, TierKind};
 
     const FILES: [(&str, &str); 7] = [
         ("online", "0-2\n"),

@@ -9,8 +9,8 @@
 //!   over rate), each tier the CPU computes from (bytes over rate), and the slow tier (latency, then missed bytes over
 //!   rate, or over that of the link to where they go if it is slower).
 
-use crate::formats::machine::{Tier, TierKind};
 use std::time::{Duration, Instant};
+use tier_plan_formats::machine::{Tier, TierKind};
 
 /// Waits longer than this are slept through; the rest is spun away, since sleeping overshoots by tens of microseconds.
 const SPIN: Duration = Duration::from_micros(120);
@@ -137,7 +137,7 @@ pub fn settle(start: Instant, declared: Duration) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::formats::machine::Accelerator;
+    use tier_plan_formats::machine::Accelerator;
 
     fn tier(kind: TierKind, read_gbps: f64, latency_us: f64, emulated: bool) -> Tier {
         let name = format!("{kind:?}");

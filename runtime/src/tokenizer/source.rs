@@ -1,7 +1,7 @@
 //! The vocabulary as a model file gives it.
 
 use super::TokenizerSource;
-use crate::gguf::{Gguf, GgufError};
+use tier_plan_formats::gguf::{Gguf, GgufError};
 
 impl TokenizerSource {
     /// Reads the `tokenizer.ggml.*` keys of a file. A file without them has the vocabulary `none`.

@@ -1,4 +1,4 @@
-//! What fills each tier, plan by plan, against its budget.
+//! Chart: what fills each tier, plan by plan, against its budget.
 
 use super::{Chart, MARGIN, NAMES, Sign, WIDTH, begin, legend, plan_name, x_axis};
 use crate::report::ink::Ink;
@@ -53,7 +53,7 @@ fn filled(t: &TierView) -> bool {
     t.used_bytes() > 0 || t.budget_bytes.is_some_and(|b| b > 0)
 }
 
-/// One row of panels, a tier each; returns the y below.
+/// Draws one row of panels, one per tier; returns the y below.
 fn panels(scene: &mut Scene, o: &Overview<'_>, band: &[&(String, Ink)], y: f64) -> f64 {
     let n = band.len() as f64;
     let width = (WIDTH - MARGIN - 14.0 - NAMES - GAP * (n - 1.0)) / n;
@@ -69,7 +69,8 @@ fn panels(scene: &mut Scene, o: &Overview<'_>, band: &[&(String, Ink)], y: f64) 
         let heading = if emulated { format!("{name} (emulated)") } else { name.clone() };
         scene.rect(x0, y, 14.0, 14.0, *ink);
         scene.bold(x0 + 20.0, y + 12.0, 14.0, Anchor::Start, Ink::Text, fit(&heading, 14.0, true, width - 24.0));
-        // A home tier's budget can be many times what is used: the bars get the room, the mark is told in words.
+        // A slow tier's budget can be many times what is used. Then the scale fits the bars, and
+        // the budget is given in words.
         let used = views.iter().flatten().map(|t| t.used_bytes()).max().unwrap_or(0);
         let budget = views.iter().flatten().filter_map(|t| t.budget_bytes).max().unwrap_or(0);
         let largest = if budget as f64 > 3.0 * used as f64 && used > 0 { used } else { used.max(budget) };
@@ -87,7 +88,7 @@ fn panels(scene: &mut Scene, o: &Overview<'_>, band: &[&(String, Ink)], y: f64) 
             let mut x = x0;
             for (part, (_, _, ink)) in view.part_bytes.iter().zip(PARTS) {
                 let w = px(*part);
-                // A hair of paper between parts keeps neighbours apart for every eye.
+                // A hair of paper between parts keeps neighbors apart for every eye.
                 let hair = if w > 3.0 { 1.0 } else { 0.0 };
                 scene.rect(x, row + 18.0, w - hair, 16.0, ink);
                 x += w;

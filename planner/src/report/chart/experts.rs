@@ -1,4 +1,4 @@
-//! How often each expert is used, and the tier that each plan gives it.
+//! Chart: how often each expert is used, and the tier that each plan gives it.
 
 use super::{Chart, MARGIN, Sign, WIDTH, begin, label_every, legend};
 use crate::report::ink::Ink;
@@ -10,7 +10,8 @@ use tier_plan_runtime::formats::placement::{LayerPlacement, Placement};
 
 const X0: f64 = 92.0;
 const SLOT_COLUMN: f64 = 150.0;
-/// Rows lower than this have no room for a cell and its tier: then the tiers get maps of their own.
+/// Smallest row height, in pixels, that has room for a cell and its tier. Lower rows get a separate
+/// map of tiers.
 const LOWEST_PAIR: f64 = 14.0;
 /// Upper ends of the shades, in multiples of an even share; the last has none.
 const SHADES: [f64; 6] = [0.25, 0.5, 1.0, 2.0, 4.0, 8.0];
@@ -18,7 +19,7 @@ const SHADE_WORDS: [&str; 8] = ["never", "under ¼", "¼–½", "½–1", "1–2
 
 /// Geometry shared by all panels.
 struct Grid {
-    /// Experts a column stands for, more than one only when there are more experts than pixels.
+    /// Experts per column: more than one only when there are more experts than pixels.
     per_column: usize,
     columns: usize,
     cell: f64,
@@ -44,15 +45,15 @@ impl<'a> Cells<'a> {
     }
 }
 
-/// All that panels have in common.
+/// What all panels have in common.
 struct Map<'a> {
     o: &'a Overview<'a>,
     grid: Grid,
     layers: &'a [u32],
     usage: Usage,
-    /// `[layer][place]`: experts, the most used first.
+    /// `[layer][rank]`: experts, the most used first.
     order: Vec<Vec<usize>>,
-    /// Share of tokens that an expert would have if all were used evenly.
+    /// Share of tokens per expert if all were used evenly.
     even: f64,
 }
 
@@ -120,7 +121,7 @@ pub(super) fn chart(o: &Overview<'_>) -> Option<Chart> {
     Some(Chart { file: "experts", title, how, scene, data })
 }
 
-/// The best plan and its rival, or whatever plans there are: two at most.
+/// Returns the best plan and its rival, or the available plans: two at most.
 fn shown_plans<'a>(o: &'a Overview<'a>) -> Vec<Plan<'a>> {
     let wanted = [o.best(), o.rival()].into_iter().flatten().chain(&o.plans);
     let mut shown: Vec<Plan<'a>> = Vec::new();
@@ -153,7 +154,7 @@ fn grid(experts: usize, layers: usize) -> Grid {
     let room = WIDTH - MARGIN - SLOT_COLUMN - X0;
     let per_column = experts.div_ceil((room * 2.0) as usize).max(1);
     let columns = experts.div_ceil(per_column).max(1);
-    // Whole half-pixels, so that every column is drawn equally wide.
+    // Whole half-pixels, so that every column has the same width.
     let cell = ((room / columns as f64) * 2.0).floor().max(1.0) / 2.0;
     let layers = layers.max(1) as f64;
     let paired = (470.0 / layers).floor().min(36.0);
@@ -161,7 +162,7 @@ fn grid(experts: usize, layers: usize) -> Grid {
     Grid { per_column, columns, cell: cell.min(48.0), row }
 }
 
-/// Tier of an expert under a plan: pinned there, or the last tier when pooled.
+/// Returns the tier of an expert under a plan: where it is pinned, or the last tier when pooled.
 fn tier_of(layer: Option<&LayerPlacement>, placement: &Placement, expert: usize) -> usize {
     let last = placement.tiers.len().saturating_sub(1);
     let found = layer.and_then(|l| {
@@ -175,7 +176,7 @@ fn tier_name(placement: &Placement, tier: usize) -> &str {
     placement.tiers.get(tier).map_or("?", |t| t.tier.name.as_str())
 }
 
-/// One panel; returns the y below.
+/// Draws one panel; returns the y below.
 fn panel(scene: &mut Scene, map: &Map<'_>, cells: Cells<'_>, y: f64) -> f64 {
     let grid = &map.grid;
     let right = X0 + grid.cell * grid.columns as f64;
@@ -231,7 +232,8 @@ fn panel(scene: &mut Scene, map: &Map<'_>, cells: Cells<'_>, y: f64) -> f64 {
     bottom + 24.0
 }
 
-/// The column of slots beside a panel: a bar a layer, in the colour of the tier that holds the slots.
+/// Draws the column of slots beside a panel: one bar per layer, in the color of the tier that holds
+/// the slots.
 fn slots(scene: &mut Scene, map: &Map<'_>, placement: &Placement, (x, top, tall, every): (f64, f64, f64, u32)) {
     scene.text(x, top - 8.0, 12.0, Anchor::Start, Ink::Muted, "slots of the layer");
     let most = placement.layers.iter().map(|l| l.slots).max().unwrap_or(0);
@@ -253,7 +255,7 @@ fn slots(scene: &mut Scene, map: &Map<'_>, placement: &Placement, (x, top, tall,
         let (at, words) = match layer.slots {
             0 => (x, "none".to_string()),
             n if paired => (x + width + 6.0, format!("{n} {tier}")),
-            // Low rows stand so close that a number must keep clear of its neighbours' bars.
+            // Low rows are so close that a number must keep clear of its neighbors' bars.
             n => (x + 66.0, n.to_string()),
         };
         let words = fit(&words, 12.0, false, WIDTH - 8.0 - at);
@@ -261,7 +263,7 @@ fn slots(scene: &mut Scene, map: &Map<'_>, placement: &Placement, (x, top, tall,
     }
 }
 
-/// One row of cells; neighbours of one colour are one shape when cells are too small for gaps.
+/// Draws one row of cells. Neighbors of one color are one shape when cells are too small for gaps.
 fn draw_cells(scene: &mut Scene, grid: &Grid, y: f64, height: f64, inks: &[Ink]) {
     let gap = if grid.cell >= 8.0 { 1.0 } else { 0.0 };
     let mut start = 0;
@@ -276,7 +278,7 @@ fn draw_cells(scene: &mut Scene, grid: &Grid, y: f64, height: f64, inks: &[Ink])
     }
 }
 
-/// Share of accesses by tier: pinned ones by tier, pooled ones last.
+/// Returns the share of accesses per tier: pinned ones by tier, pooled ones last.
 fn shares(map: &Map<'_>, placement: &Placement) -> Vec<f64> {
     let mut by_tier = vec![0.0; placement.tiers.len()];
     let mut all = 0.0;

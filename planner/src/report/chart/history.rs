@@ -1,4 +1,5 @@
-//! Predicted against measured speed, for every run that reports beside this one have kept.
+//! Chart: predicted against measured speed, for every run that the reports beside this one have
+//! kept.
 
 use super::{Chart, MARGIN, Sign, WIDTH, begin, legend};
 use crate::report::PastRun;
@@ -8,13 +9,13 @@ use crate::report::table::{Table, number};
 use crate::report::text::{signed_percent, steps, tick};
 use crate::report::view::Overview;
 
-/// What a prediction should keep to.
+/// Accepted relative deviation of a prediction.
 const BAND: f64 = 0.10;
 
-/// Side of the panel of speeds.
+/// Side of the panel of speeds, in pixels.
 const SIDE: f64 = 440.0;
 
-/// Errors beyond this are drawn at the edge.
+/// Largest relative error that is drawn to scale; larger ones are drawn at the edge.
 const WORST: f64 = 1.0;
 
 pub(super) fn chart(o: &Overview<'_>) -> Option<Chart> {
@@ -59,7 +60,7 @@ fn ink(is_new: bool) -> Ink {
     if is_new { Ink::Measured } else { Ink::Predicted }
 }
 
-/// A full dot, or a ring where tiers were emulated.
+/// Draws a full dot, or a ring where tiers were emulated.
 fn dot(scene: &mut Scene, x: f64, y: f64, run: &PastRun) {
     scene.dot(x, y, 5.0, Ink::Paper);
     scene.dot(x, y, 4.0, ink(run.is_new));
@@ -68,18 +69,18 @@ fn dot(scene: &mut Scene, x: f64, y: f64, run: &PastRun) {
     }
 }
 
-/// The later ones last, so that they are on top.
+/// Sorts runs by time, so that later ones are drawn on top.
 fn in_order<'a>(runs: &[&'a PastRun]) -> Vec<&'a PastRun> {
     let mut sorted = runs.to_vec();
     sorted.sort_by(|a, b| (a.is_new, &a.when).cmp(&(b.is_new, &b.when)));
     sorted
 }
 
-/// Both speeds on logarithmic axes of one range.
+/// Draws both speeds on logarithmic axes of one range.
 fn speeds(scene: &mut Scene, runs: &[&PastRun], x0: f64, top: f64, bottom: f64) {
     let all = || runs.iter().flat_map(|r| [r.predicted_tok_s, r.measured_tok_s]);
     let (low, high) = (all().fold(f64::INFINITY, f64::min) / 1.25, all().fold(0.0, f64::max) * 1.25);
-    // A little more than a factor of two at least, so that a number stands on the axis.
+    // The range covers a little more than a factor of two, so that a number stands on the axis.
     let (low, high) = if high / low < 3.0 { (low / 1.3, high * 1.3) } else { (low, high) };
     let at = |tok_s: f64| (tok_s / low).ln() / (high / low).ln() * SIDE;
     let x1 = x0 + SIDE;
@@ -104,7 +105,7 @@ fn speeds(scene: &mut Scene, runs: &[&PastRun], x0: f64, top: f64, bottom: f64) 
     scene.text(x0, bottom + 38.0, 13.0, Anchor::Start, Ink::Muted, "predicted tok/s (logarithmic, both axes)");
 }
 
-/// How far each run was from its prediction, in the order of time.
+/// Draws how far each run was from its prediction, in the order of time.
 fn errors(scene: &mut Scene, runs: &[&PastRun], x0: f64, x1: f64, top: f64, bottom: f64) {
     let worst = runs.iter().map(|r| r.error().abs().min(WORST)).fold(1.5 * BAND, f64::max);
     let (step, last) = steps(worst * 100.0, 3);
@@ -134,7 +135,7 @@ fn errors(scene: &mut Scene, runs: &[&PastRun], x0: f64, x1: f64, top: f64, bott
     scene.text(x0, bottom + 38.0, 13.0, Anchor::Start, Ink::Muted, format!("{} runs, {span}", runs.len()));
 }
 
-/// Round numbers within a range for a logarithmic axis: as few of each power of ten as make four.
+/// Returns round numbers in a range for a logarithmic axis: as few per power of ten as make four.
 fn round_numbers(low: f64, high: f64) -> Vec<f64> {
     const OF_A_POWER: [&[f64]; 4] =
         [&[1.0], &[1.0, 3.0], &[1.0, 2.0, 5.0], &[1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0]];
@@ -149,7 +150,7 @@ fn round_numbers(low: f64, high: f64) -> Vec<f64> {
     found.cloned().unwrap_or_default()
 }
 
-/// A round number without digits that say nothing.
+/// Formats a round number without trailing zeros.
 fn short(value: f64) -> String {
     if (0.001..1e6).contains(&value) { format!("{}", (value * 1e6).round() / 1e6) } else { format!("{value:.0e}") }
 }

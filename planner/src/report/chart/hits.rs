@@ -1,4 +1,4 @@
-//! Hit rate against slots, layer by layer, with the points a plan chose.
+//! Chart: hit rate against slots, layer by layer, with the points that a plan chose.
 
 use super::{Chart, MARGIN, Sign, WIDTH, begin, legend, ring};
 use crate::report::HitCurve;
@@ -9,7 +9,7 @@ use crate::report::text::{percent, steps, tick};
 use crate::report::view::Overview;
 use tier_plan_runtime::formats::placement::Placement;
 
-/// Beyond this many lines a panel names only the first and the last layer.
+/// Most lines of a panel that are all labeled; beyond it only the first and the last layer are.
 const NAMED: usize = 12;
 const PANELS: usize = 4;
 
@@ -89,7 +89,7 @@ pub(super) fn chart(o: &Overview<'_>) -> Option<Chart> {
     })
 }
 
-/// The plan's slots on a curve, with the rate between the two nearest points.
+/// Locates the plan's slots on a curve and interpolates the rate.
 fn chosen(curve: &HitCurve, placement: &Placement) -> Option<Chosen> {
     let slots = placement.layers.iter().find(|l| l.layer == curve.layer)?.slots;
     if slots == 0 {
@@ -166,7 +166,8 @@ fn panel(
     y1 + 52.0
 }
 
-/// Moves ascending positions apart to at least `room`, staying between `low` and `high` where that is possible.
+/// Moves ascending positions at least `room` apart, between `low` and `high` where that is
+/// possible.
 fn spread(at: &[f64], room: f64, low: f64, high: f64) -> Vec<f64> {
     let mut moved: Vec<f64> = Vec::with_capacity(at.len());
     for y in at {

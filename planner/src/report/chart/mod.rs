@@ -17,16 +17,16 @@ use super::view::Overview;
 
 /// Width of every chart, in pixels.
 const WIDTH: f64 = 1100.0;
-/// Free space at the sides.
+/// Free space at the sides, in pixels.
 const MARGIN: f64 = 24.0;
-/// Where bars begin when plan names stand to their left.
+/// Where bars begin when plan names stand to their left, in pixels.
 const NAMES: f64 = 190.0;
 
 /// A chart with its numbers.
 pub(super) struct Chart {
-    /// Stem of its files.
+    /// Stem of its file names.
     pub file: &'static str,
-    /// What it shows, as a finding.
+    /// The finding that it shows.
     pub title: String,
     /// How to read it, in a sentence or two.
     pub how: String,
@@ -34,7 +34,7 @@ pub(super) struct Chart {
     pub data: Table,
 }
 
-/// Every chart that the report has data for.
+/// Lists every chart that the report has data for.
 pub(super) fn all(overview: &Overview<'_>) -> Vec<Chart> {
     let speed = (!overview.plans.is_empty()).then(|| speed::chart(overview));
     [
@@ -67,7 +67,7 @@ fn begin(title: &str, subtitle: &str) -> (Scene, f64) {
     (scene, y + 12.0)
 }
 
-/// The sign before a legend's words.
+/// The symbol of a legend entry.
 #[derive(Clone, Copy)]
 enum Sign {
     Swatch(Ink),
@@ -79,7 +79,7 @@ enum Sign {
     Dot(Ink, bool),
     /// Slowest to fastest run.
     Whisker,
-    /// Nothing: words that the entries after it belong to.
+    /// No symbol: words that introduce the entries after it.
     Words,
 }
 
@@ -123,7 +123,7 @@ fn ring(scene: &mut Scene, x: f64, y: f64, ink: Ink) {
 }
 
 fn whisker(scene: &mut Scene, x0: f64, x1: f64, y: f64) {
-    // On a rim of paper, so that it shows on a dark bar too.
+    // A rim of paper, so that it shows on a dark bar too.
     scene.rect(x0 - 1.0, y - 2.0, x1 - x0 + 2.0, 4.0, Ink::Paper);
     scene.rect(x0 - 1.0, y - 4.5, 3.5, 9.0, Ink::Paper);
     scene.rect(x1 - 2.5, y - 4.5, 3.5, 9.0, Ink::Paper);
@@ -132,7 +132,8 @@ fn whisker(scene: &mut Scene, x0: f64, x1: f64, y: f64) {
     scene.rect(x1 - 1.5, y - 3.5, 1.5, 7.0, Ink::Text);
 }
 
-/// A horizontal axis from 0: grid lines between `top` and `bottom`, numbers under them. Returns pixels a unit.
+/// Draws a horizontal axis from 0: grid lines between `top` and `bottom`, numbers below. Returns
+/// pixels per unit.
 fn x_axis(scene: &mut Scene, x0: f64, x1: f64, top: f64, bottom: f64, largest: f64, about: usize) -> f64 {
     let (step, last) = steps(largest, about);
     let per_unit = (x1 - x0) / last;
@@ -147,8 +148,8 @@ fn x_axis(scene: &mut Scene, x0: f64, x1: f64, top: f64, bottom: f64, largest: f
     per_unit
 }
 
-/// A vertical axis from 0 at `bottom`: grid lines from `x0` to `x1`, numbers to the left, the topmost with its unit.
-/// Returns pixels a unit.
+/// Draws a vertical axis from 0 at `bottom`: grid lines from `x0` to `x1`, numbers to the left, the
+/// topmost with its unit. Returns pixels per unit.
 fn y_axis(scene: &mut Scene, x0: f64, x1: f64, top: f64, bottom: f64, (step, last): (f64, f64), unit: &str) -> f64 {
     let per_unit = (bottom - top) / last;
     let count = (last / step).round() as usize;
@@ -163,7 +164,7 @@ fn y_axis(scene: &mut Scene, x0: f64, x1: f64, top: f64, bottom: f64, (step, las
     per_unit
 }
 
-/// A plan's name to the left of its bars.
+/// Draws a plan's name to the left of its bars.
 fn plan_name(scene: &mut Scene, y: f64, name: &str, bold: bool) {
     let name = fit(name, 14.0, bold, NAMES - MARGIN - 10.0);
     if bold {
@@ -173,7 +174,7 @@ fn plan_name(scene: &mut Scene, y: f64, name: &str, bold: bool) {
     }
 }
 
-/// The step of layer numbers that an axis shows, so that they stand at least `room` apart.
+/// Returns the step of layer numbers on an axis that keeps labels at least `room` apart.
 fn label_every(spacing: f64, room: f64) -> u32 {
     [1, 2, 5, 10, 20, 50, 100].into_iter().find(|n| f64::from(*n) * spacing >= room).unwrap_or(200)
 }

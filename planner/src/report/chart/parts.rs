@@ -1,4 +1,4 @@
-//! Where a token's time goes, by stage and by tier, predicted and measured.
+//! Chart: where a token's time goes, by stage and by tier, predicted and measured.
 
 use super::{Chart, MARGIN, NAMES, Sign, WIDTH, begin, legend, plan_name, x_axis};
 use crate::report::ink::Ink;
@@ -108,8 +108,8 @@ fn predicted_stages(p: &PlanView<'_>) -> Option<Bar> {
     Some(stages(total, finite(p.predicted?.expert_critical_s)))
 }
 
-/// What a run measures of dense stages has no head in it, and what is predicted of dense weights has: only the experts' time
-/// and all of the rest mean the same in both.
+/// Returns the stages that mean the same in a run and a prediction: experts, and all of the rest. A
+/// run's dense stages exclude the head; predicted dense weights include it.
 fn stages(total: f64, experts: f64) -> Bar {
     let rest = (total - experts).max(0.0);
     Bar { parts: vec![(experts, Ink::Experts), (rest, Ink::Dense)], total: Some(total) }
@@ -123,7 +123,7 @@ fn measured_tiers(o: &Overview<'_>, p: &PlanView<'_>) -> Option<Bar> {
 fn predicted_tiers(o: &Overview<'_>, p: &PlanView<'_>) -> Option<Bar> {
     let predicted = p.predicted?;
     let at = |of: &[f64], i: usize| finite(of.get(i).copied().unwrap_or(0.0));
-    // For another place in the text, the prediction's own time of them.
+    // At another position in the text, the prediction's own KV time counts.
     let of_plan = p.entry.placement.as_ref().map(|plan| (plan.kv_s_by_tier(), plan.predicted.kv_s));
     let cache = |i: usize| match &of_plan {
         Some((by_tier, all)) if *all > 0.0 => finite(predicted.kv_s * by_tier.get(i).copied().unwrap_or(0.0) / all),
@@ -134,7 +134,7 @@ fn predicted_tiers(o: &Overview<'_>, p: &PlanView<'_>) -> Option<Bar> {
     let share = if paths > 0.0 { finite(predicted.expert_critical_s) / paths } else { 0.0 };
     let of = |i: usize| at(&predicted.dense_s, i) + cache(i) + share * at(&predicted.expert_s, i);
     let sum: f64 = (0..p.tiers.len()).map(of).sum();
-    // So are fixed times.
+    // Fixed times are shared out too.
     let longer = token_s(p.predicted_tok_s())? / sum;
     let parts = p.tiers.iter().enumerate().map(|(i, t)| (longer * of(i), o.ink_of(&t.name))).collect();
     (sum > 0.0).then_some(Bar { parts, total: None })

@@ -1,14 +1,17 @@
-//! Tokens a second, predicted and measured, plan by plan.
+//! Chart: tokens per second, predicted and measured, plan by plan.
 
 use super::{Chart, MARGIN, NAMES, Sign, WIDTH, begin, legend, plan_name, whisker, x_axis};
 use crate::report::ink::Ink;
-use crate::report::scene::Anchor;
+use crate::report::scene::{Anchor, Scene};
 use crate::report::table::{Table, number};
 use crate::report::text::{percent, sig3, signed_percent};
-use crate::report::view::Overview;
+use crate::report::view::{Overview, PlanView};
 
+/// Height of a plan's row, in pixels.
 const ROW: f64 = 50.0;
+/// Height of one of two bars, in pixels.
 const BAR: f64 = 17.0;
+/// Width of the column of deviations, in pixels.
 const ERROR_COLUMN: f64 = 150.0;
 
 pub(super) fn chart(o: &Overview<'_>) -> Chart {
@@ -37,6 +40,52 @@ pub(super) fn chart(o: &Overview<'_>) -> Chart {
     let largest = o.plans.iter().flat_map(|p| [p.decode.map(|d| d.max), p.predicted_tok_s()]).flatten();
     let per_unit = x_axis(&mut scene, x0, x1, top, bottom, largest.fold(0.0, f64::max), 6);
     scene.text(x0, bottom + 36.0, 13.0, Anchor::Start, Ink::Muted, "tokens per second, decoding");
+    for (i, plan) in o.plans.iter().enumerate() {
+        let y = top + 6.0 + ROW * i as f64;
+        plan_name(&mut scene, y + 0.5 * ROW, &o.label(plan), i == 0);
+        row(&mut scene, plan, y, x0, per_unit);
+    }
+    scene.height = bottom + 52.0;
+    let error = if any_measured && any_predicted {
+        " The figure on the right is how far the measured speed lies above (+) or below (−) the predicted one."
+    } else {
+        ""
+    };
+    let how = format!("One row per plan, the fastest first; a longer bar is a faster plan.{error}");
+    Chart { file: "speed", title: title(o), how, scene, data: table(o) }
+}
+
+/// Draws the bars of one plan in the row that begins at `y`.
+fn row(scene: &mut Scene, plan: &PlanView<'_>, y: f64, x0: f64, per_unit: f64) {
+    let predicted = plan.predicted_tok_s();
+    let height = if plan.decode.is_some() && predicted.is_some() { BAR } else { 2.0 * BAR };
+    let mut bar_y = y + 2.0;
+    if let Some(rate) = plan.decode {
+        let end = x0 + rate.tok_s * per_unit;
+        scene.rect(x0, bar_y, end - x0, height, Ink::Measured);
+        let mut label = end;
+        if rate.runs > 1 {
+            whisker(scene, x0 + rate.min * per_unit, x0 + rate.max * per_unit, bar_y + height / 2.0);
+            label = label.max(x0 + rate.max * per_unit);
+        }
+        scene.text_on_paper(label + 6.0, bar_y + height / 2.0 + 4.5, 13.0, true, Ink::Text, sig3(rate.tok_s));
+        bar_y += height + 2.0;
+    }
+    if let Some(rate) = predicted {
+        scene.rect(x0, bar_y, rate * per_unit, height, Ink::Predicted);
+        let x = x0 + rate * per_unit + 6.0;
+        scene.text_on_paper(x, bar_y + height / 2.0 + 4.5, 13.0, false, Ink::Muted, sig3(rate));
+    }
+    if plan.decode.is_none() && predicted.is_none() {
+        scene.text(x0 + 6.0, y + 0.5 * ROW, 13.0, Anchor::Start, Ink::Muted, "nothing decoded, nothing predicted");
+    }
+    if let Some(error) = plan.error {
+        scene.text(WIDTH - MARGIN, y + 0.5 * ROW, 14.0, Anchor::End, Ink::Text, signed_percent(error));
+    }
+}
+
+/// Returns the chart's numbers: one row per plan.
+fn table(o: &Overview<'_>) -> Table {
     let mut data = Table::new(&[
         "plan",
         "status",
@@ -49,35 +98,7 @@ pub(super) fn chart(o: &Overview<'_>) -> Chart {
         "prompt_tok_s",
         "emulated",
     ]);
-    for (i, plan) in o.plans.iter().enumerate() {
-        let y = top + 6.0 + ROW * i as f64;
-        plan_name(&mut scene, y + 0.5 * ROW, &o.label(plan), i == 0);
-        let predicted = plan.predicted_tok_s();
-        let tall = if plan.decode.is_some() && predicted.is_some() { BAR } else { 2.0 * BAR };
-        let mut bar_y = y + 2.0;
-        if let Some(rate) = plan.decode {
-            let end = x0 + rate.tok_s * per_unit;
-            scene.rect(x0, bar_y, end - x0, tall, Ink::Measured);
-            let mut label = end;
-            if rate.runs > 1 {
-                whisker(&mut scene, x0 + rate.min * per_unit, x0 + rate.max * per_unit, bar_y + tall / 2.0);
-                label = label.max(x0 + rate.max * per_unit);
-            }
-            scene.text_on_paper(label + 6.0, bar_y + tall / 2.0 + 4.5, 13.0, true, Ink::Text, sig3(rate.tok_s));
-            bar_y += tall + 2.0;
-        }
-        if let Some(rate) = predicted {
-            scene.rect(x0, bar_y, rate * per_unit, tall, Ink::Predicted);
-            let x = x0 + rate * per_unit + 6.0;
-            scene.text_on_paper(x, bar_y + tall / 2.0 + 4.5, 13.0, false, Ink::Muted, sig3(rate));
-        }
-        if plan.decode.is_none() && predicted.is_none() {
-            scene.text(x0 + 6.0, y + 0.5 * ROW, 13.0, Anchor::Start, Ink::Muted, "nothing decoded, nothing predicted");
-        }
-        if let Some(error) = plan.error {
-            let x = WIDTH - MARGIN;
-            scene.text(x, y + 0.5 * ROW, 14.0, Anchor::End, Ink::Text, signed_percent(error));
-        }
+    for plan in &o.plans {
         data.push([
             plan.name().to_string(),
             plan.status.clone(),
@@ -85,25 +106,13 @@ pub(super) fn chart(o: &Overview<'_>) -> Chart {
             number(plan.decode.map(|d| d.min)),
             number(plan.decode.map(|d| d.max)),
             plan.decode.map_or(0, |d| d.runs).to_string(),
-            number(predicted),
+            number(plan.predicted_tok_s()),
             number(plan.error),
             number(plan.prompt.map(|d| d.tok_s)),
             plan.emulated.to_string(),
         ]);
     }
-    scene.height = bottom + 52.0;
-    let error = if any_measured && any_predicted {
-        " The figure on the right is how far the measured speed lies above (+) or below (−) the predicted one."
-    } else {
-        ""
-    };
-    Chart {
-        file: "speed",
-        title: title(o),
-        how: format!("One row a plan, the fastest first; a longer bar is a faster plan.{error}"),
-        scene,
-        data,
-    }
+    data
 }
 
 fn title(o: &Overview<'_>) -> String {

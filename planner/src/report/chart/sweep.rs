@@ -1,4 +1,4 @@
-//! Predicted speed against the size of a tier.
+//! Chart: predicted speed against the size of a tier.
 
 use super::{Chart, MARGIN, Sign, WIDTH, begin, legend, ring, y_axis};
 use crate::report::Curve;
@@ -9,7 +9,7 @@ use crate::report::text::{byte_unit, sig3, steps, tick};
 
 const HEIGHT: f64 = 360.0;
 
-/// The chart of a sweep.
+/// Lays out the chart of a sweep.
 pub(in crate::report) fn chart(curve: &Curve) -> Chart {
     let fit: Vec<(usize, f64, [f64; 3])> =
         curve.points.iter().enumerate().filter_map(|(at, (bytes, s))| Some((at, *bytes as f64, (*s)?))).collect();

@@ -1,16 +1,16 @@
-//! Rows of outcomes that were made up.
+//! Rows of made-up outcomes.
 
 use super::super::table::{How, Verdict};
 use super::*;
+use tier_plan_runtime::LoadError;
 use tier_plan_runtime::cuda::CudaError;
-use tier_plan_runtime::cuda::measure::Rates;
-use tier_plan_runtime::exec::LoadError;
-use tier_plan_runtime::exec::targets::all::GoldenStep;
-use tier_plan_runtime::exec::targets::golden::Found as Golden;
-use tier_plan_runtime::exec::targets::launches::Launches;
 use tier_plan_runtime::quant::TensorType;
+use tier_plan_selftest::all::GoldenStep;
+use tier_plan_selftest::golden::Found as Golden;
+use tier_plan_selftest::gpu_rates::Rates;
+use tier_plan_selftest::launches::Launches;
 
-/// A model whose tokens take so many seconds.
+/// Returns the timing of a model whose tokens take `token_s` seconds.
 pub fn timed(token_s: f64) -> Timed {
     Timed {
         prompt_tokens: 512,
@@ -147,7 +147,7 @@ fn row<'a>(rows: &'a [Row], what: &str) -> &'a Row {
 #[test]
 fn speeds_are_held_to_their_bounds() {
     let model = Model { name: "a model", judged: true };
-    // 800 MB at 70 % of 1000 GB/s; and a little more.
+    // 800 MB at 70 % of 1000 GB/s, and a little more.
     for (token_s, share, prompt_s, times) in
         [(800e6 / 699e9, Verdict::Missed, 5.1, Verdict::Met), (800e6 / 701e9, Verdict::Met, 4.9, Verdict::Missed)]
     {
@@ -156,7 +156,7 @@ fn speeds_are_held_to_their_bounds() {
         let rows = speeds(&found, &some_gives(), model);
         assert_eq!(row(&rows, "read rate").verdict(), share);
         assert_eq!(row(&rows, "times as fast as the processor").verdict(), times);
-        // The same of a model that says nothing of real ones.
+        // Without judgement, for a model that says nothing about real ones.
         let rows = speeds(&found, &some_gives(), Model { judged: false, ..model });
         assert!(verdicts(&rows).iter().all(|v| *v == Verdict::NoTarget));
     }
@@ -168,7 +168,7 @@ fn speeds_are_held_to_their_bounds() {
 #[test]
 fn a_hybrid_token_is_held_to_its_parts() {
     let model = Model { name: "a model", judged: true };
-    // 20 ms of experts on the processor, 24 round trips of 10 µs.
+    // 20 ms of experts on the CPU, 24 round trips of 10 µs.
     let processor = Timed { expert_s: 0.02, ..timed(0.05) };
     let verdict = |token_s: f64| {
         let hybrid = Timed { token_s, dense_s: 0.003, expert_s: token_s - 0.003, ..timed(token_s) };

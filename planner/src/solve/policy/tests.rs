@@ -2,7 +2,7 @@ use super::*;
 use crate::profile::synthetic::{self, Routing};
 use crate::profile::tests::{id, profile_of, shape};
 use crate::solve::{Options, solve_all};
-use tier_plan_runtime::exec::KvType;
+use tier_plan_runtime::KvType;
 use tier_plan_runtime::formats::machine::{Accelerator, Machine, Tier, TierKind};
 use tier_plan_runtime::model::shape::ModelShape;
 

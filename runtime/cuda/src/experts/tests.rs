@@ -1,0 +1,97 @@
+//! Experts of several mixes of types on the emulated device, against the plain products of the processor.
+
+use super::*;
+use crate::shim;
+use tier_plan_kernels::random::Random;
+use tier_plan_kernels::reference::plain_product;
+use tier_plan_kernels::{Activations, Kernels, Weights};
+
+const HIDDEN: usize = 64;
+const FFN: usize = 96;
+const N_EXPERT: usize = 4;
+const CLAMPED: Activation = Activation::ClampedSwiglu { alpha: 1.702, limit: 7.0 };
+
+/// Bytes of gate, up and down, and their biases.
+type Expert = ([Vec<u8>; 3], [Vec<f32>; 3]);
+
+fn product(ty: TensorType, bytes: &[u8], bias: &[f32], x: &[f32], biased: bool) -> Vec<f32> {
+    let mut acts = Activations::new(1, x.len());
+    acts.fill(Kernels::SCALAR, 1, x.len(), x, needs_quants(ty));
+    let w = Weights::new(ty, bytes, bias.len(), x.len()).unwrap();
+    let add = |((v, _), bias): ((f64, f64), &f32)| v as f32 + if biased { *bias } else { 0.0 };
+    plain_product(w, &acts, 0).into_iter().zip(bias).map(add).collect()
+}
+
+/// What an expert makes of `x` on the processor.
+fn plain(kind: &ExpertKind, (bytes, biases): &Expert, x: &[f32], biased: bool) -> Vec<f32> {
+    let mut gate = product(kind.gate, &bytes[0], &biases[0], x, biased);
+    let up = product(kind.up, &bytes[1], &biases[1], x, biased);
+    match kind.activation {
+        Activation::Silu => Kernels::SCALAR.silu_mul(&mut gate, &up),
+        Activation::ClampedSwiglu { alpha, limit } => Kernels::SCALAR.clamped_swiglu(&mut gate, &up, alpha, limit),
+    }
+    product(kind.down, &bytes[2], &biases[2], &gate, biased)
+}
+
+fn near(got: &[f32], expected: &[f32]) {
+    assert_eq!(got.len(), expected.len());
+    let off: f64 = got.iter().zip(expected).map(|(a, b)| f64::from(a - b).powi(2)).sum();
+    let all: f64 = expected.iter().map(|v| f64::from(*v).powi(2)).sum();
+    // Codes of 8 bits may round to the other side.
+    assert!(off < 1e-5 * all, "{off:e} of {all:e}");
+}
+
+/// A token's experts, asked for and added on the device.
+fn compare(gate: TensorType, up: TensorType, down: TensorType, activation: Activation, biased: bool) {
+    let device: Arc<dyn Device> = shim::shared();
+    let mut random = Random::new(&format!("{gate} {up} {down}"));
+    let kind = ExpertKind { n_expert: N_EXPERT, hidden: HIDDEN, ffn: FFN, gate, up, down, activation };
+    let experts: Vec<Expert> = (0..N_EXPERT)
+        .map(|_| {
+            let bytes = [gate, up, down].map(|ty| random.weights(ty, HIDDEN * FFN));
+            (bytes, [FFN, FFN, HIDDEN].map(|n| random.floats(n)))
+        })
+        .collect();
+    let mut here = PinnedExperts::new(Arc::clone(&device), 1).unwrap();
+    let pinned: Vec<_> = experts
+        .iter()
+        .map(|([gate, up, down], [a, b, c])| ExpertBytes { gate, up, down, biases: biased.then_some([a, b, c]) })
+        .enumerate()
+        .collect();
+    here.add_layer(0, kind, &pinned, 0, biased).unwrap();
+    here.reserve(3).unwrap();
+    let x = random.activations(HIDDEN);
+    let chosen = [3usize, 0, 2];
+    here.ask(0, Some(&x), &chosen.map(Place::Pinned)).unwrap();
+    let mut got = vec![0.0; 3 * HIDDEN];
+    here.fetch(&mut got).unwrap();
+    let expected: Vec<Vec<f32>> = chosen.iter().map(|e| plain(&kind, &experts[*e], &x, biased)).collect();
+    near(&got, &expected.concat());
+    // The same, added to a state by weights.
+    let (input, weights) = (Buffer::of_f32(&device, &x).unwrap(), [0.5, -0.25, 0.125]);
+    let which = Buffer::of_i32(&device, &chosen.map(|e| e as i32)).unwrap();
+    let by = Buffer::of_f32(&device, &weights).unwrap();
+    let mut state = random.floats(HIDDEN);
+    let on_device = Buffer::of_f32(&device, &state).unwrap();
+    let mut quants = Quants::new(&device, HIDDEN).unwrap();
+    assert_eq!(here.takes_quants(0), needs_quants(gate) || needs_quants(up));
+    if here.takes_quants(0) {
+        Ops::new(Arc::clone(&device)).quantize(input.view(), 1, HIDDEN, &mut quants).unwrap();
+    }
+    here.add_chosen(0, input.view(), &quants, which.view(), by.view(), 3, on_device.view()).unwrap();
+    for (result, by) in expected.iter().zip(weights) {
+        Kernels::SCALAR.axpy(by, result, &mut state);
+    }
+    near(&on_device.view().to_f32().unwrap(), &state);
+}
+
+#[test]
+fn experts_of_any_mix_of_types_are_those_of_the_processor() {
+    use TensorType::{F16, F32, Q4_0, Q5_0, Q8_0};
+    compare(Q4_0, Q4_0, Q8_0, Activation::Silu, false);
+    compare(Q8_0, Q8_0, F16, CLAMPED, true);
+    compare(F32, F32, Q4_0, Activation::Silu, true);
+    // Gate and up apart.
+    compare(Q4_0, Q5_0, Q4_0, CLAMPED, true);
+    compare(F16, Q8_0, F32, Activation::Silu, false);
+}

@@ -1,0 +1,296 @@
+//! The small operations between products, and the router.
+
+use super::{Quants, THREADS, blocks, int, null_or};
+use crate::device::{Arg, View};
+use crate::{CudaError, Ops};
+use tier_plan_formats::model::spec::{Activation, Gating, MoeSpec};
+
+/// Experts of a layer at most, as the router has it.
+pub const MAX_EXPERTS: usize = 1024;
+
+/// Groups of experts at most, as the router has it.
+pub const MAX_GROUPS: usize = 128;
+
+/// Rows of floats with the same distance from the beginning of one to the next.
+#[derive(Clone, Copy)]
+pub struct Strided<'a> {
+    /// From the first row on.
+    pub at: View<'a>,
+    /// Values from one row to the next.
+    pub stride: usize,
+}
+
+impl Strided<'_> {
+    fn check(&self, rows: usize, width: usize) {
+        let last = rows.saturating_sub(1) * self.stride;
+        assert!(width <= self.stride && self.at.words() >= last + width, "{rows} rows of {width} in {}", self.stride);
+    }
+}
+
+/// How a router chooses.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Routing {
+    /// Experts of the layer.
+    pub n_expert: usize,
+    /// Experts of a token.
+    pub n_used: usize,
+    /// Logits to scores.
+    pub gating: Gating,
+    /// Groups, and how many of them may be chosen from.
+    pub groups: Option<(usize, usize)>,
+    /// Divide the chosen weights by their sum.
+    pub normalize: bool,
+    /// Factor on the weights.
+    pub scale: f32,
+}
+
+impl From<&MoeSpec> for Routing {
+    fn from(moe: &MoeSpec) -> Self {
+        let &MoeSpec { n_expert, n_used, gating, groups, normalize, scale, .. } = moe;
+        Self { n_expert, n_used, gating, groups, normalize, scale }
+    }
+}
+
+impl Ops {
+    /// `out = x / sqrt(mean(x^2) + eps) * weight` for each of `rows` rows of `width` values; `out` may be `x`.
+    ///
+    /// # Errors
+    /// When the device fails.
+    ///
+    /// # Panics
+    /// When a size does not fit.
+    pub fn rms_norm(
+        &self,
+        x: View<'_>,
+        weight: Option<View<'_>>,
+        rows: usize,
+        width: usize,
+        eps: f32,
+        out: View<'_>,
+    ) -> Result<(), CudaError> {
+        self.rms_norm_of(Strided { at: x, stride: width }, weight, rows, width, eps, Strided { at: out, stride: width })
+    }
+
+    /// [`rms_norm`](Self::rms_norm) of rows that have other values between them, which stay as they are.
+    ///
+    /// # Errors
+    /// When the device fails.
+    ///
+    /// # Panics
+    /// When a size does not fit.
+    pub fn rms_norm_of(
+        &self,
+        x: Strided<'_>,
+        weight: Option<View<'_>>,
+        rows: usize,
+        width: usize,
+        eps: f32,
+        out: Strided<'_>,
+    ) -> Result<(), CudaError> {
+        x.check(rows, width);
+        out.check(rows, width);
+        assert!(weight.is_none_or(|w| w.words() >= width), "{width} weights");
+        let args =
+            [x.at.arg(), int(x.stride), null_or(weight), int(width), Arg::Float(eps), out.at.arg(), int(out.stride)];
+        self.launch("rms_norm", [blocks(rows, 1), 1, 1], THREADS, &args)
+    }
+
+    /// `x += add`, then the [norm](Self::rms_norm) of it to `out`, and its 8-bit form; one launch.
+    ///
+    /// # Errors
+    /// When the device fails.
+    ///
+    /// # Panics
+    /// When a size does not fit, or `width` is no multiple of 32 where it is quantised.
+    pub fn add_norm(
+        &self,
+        x: View<'_>,
+        add: Option<View<'_>>,
+        weight: View<'_>,
+        rows: usize,
+        width: usize,
+        eps: f32,
+        out: View<'_>,
+        quants: Option<&mut Quants>,
+    ) -> Result<(), CudaError> {
+        let n = rows * width;
+        assert!(x.words() >= n && out.words() >= n && weight.words() >= width, "{rows} rows of {width}");
+        assert!(add.is_none_or(|add| add.words() >= n), "{rows} rows of {width} to add");
+        let [q, scale, sums] = Quants::fill_or_null(quants.map(|quants| (quants, rows, width)));
+        let (add, eps) = (null_or(add), Arg::Float(eps));
+        let args = [x.arg(), add, weight.arg(), int(width), eps, out.arg(), q, scale, sums];
+        self.launch("add_norm", [blocks(rows, 1), 1, 1], THREADS, &args)
+    }
+
+    /// Copies `rows` rows of `width` values.
+    ///
+    /// # Errors
+    /// When the device fails.
+    ///
+    /// # Panics
+    /// When a size does not fit.
+    pub fn copy_rows(&self, x: Strided<'_>, rows: usize, width: usize, out: Strided<'_>) -> Result<(), CudaError> {
+        x.check(rows, width);
+        out.check(rows, width);
+        let n = rows * width;
+        let args = [x.at.arg(), int(x.stride), int(width), Arg::Long(n as i64), out.at.arg(), int(out.stride)];
+        self.launch("copy_rows", [blocks(n, THREADS), 1, 1], THREADS, &args)
+    }
+
+    /// Multiplies each of `rows` rows of `width` values by its own of `factors`.
+    ///
+    /// # Errors
+    /// When the device fails.
+    ///
+    /// # Panics
+    /// When a size does not fit.
+    pub fn scale_rows(&self, x: View<'_>, factors: View<'_>, rows: usize, width: usize) -> Result<(), CudaError> {
+        assert!(x.words() >= rows * width && factors.words() >= rows, "{rows} rows of {width}");
+        let n = rows * width;
+        let args = [x.arg(), factors.arg(), int(width), Arg::Long(n as i64)];
+        self.launch("scale_rows", [blocks(n, THREADS), 1, 1], THREADS, &args)
+    }
+
+    /// `x *= sigmoid(gate)`, `n` values.
+    ///
+    /// # Errors
+    /// When the device fails.
+    ///
+    /// # Panics
+    /// When a size does not fit.
+    pub fn gate(&self, x: View<'_>, gate: View<'_>, n: usize) -> Result<(), CudaError> {
+        assert!(x.words() >= n && gate.words() >= n, "{n} values");
+        self.launch("gate", [blocks(n, THREADS), 1, 1], THREADS, &[x.arg(), gate.arg(), int(n)])
+    }
+
+    /// Chooses experts for each token: `experts` and `weights` are `[tokens, n_used]`, largest score first.
+    ///
+    /// # Errors
+    /// When the device fails.
+    ///
+    /// # Panics
+    /// When a size does not fit, or there are more experts or groups than the kernel has room for.
+    pub fn route(
+        &self,
+        r: &Routing,
+        logits: View<'_>,
+        bias: Option<View<'_>>,
+        tokens: usize,
+        experts: View<'_>,
+        weights: View<'_>,
+    ) -> Result<(), CudaError> {
+        let (n_group, n_kept) = r.groups.unwrap_or((0, 0));
+        assert!(r.n_used <= r.n_expert && r.n_expert <= MAX_EXPERTS && n_group <= MAX_GROUPS, "{r:?}");
+        assert!(n_group == 0 || r.n_expert.is_multiple_of(n_group), "{r:?}");
+        assert!(logits.words() >= tokens * r.n_expert && bias.is_none_or(|b| b.words() >= r.n_expert), "logits");
+        assert!(experts.words() >= tokens * r.n_used && weights.words() >= tokens * r.n_used, "room for choices");
+        let gating = match r.gating {
+            Gating::Softmax => 0,
+            Gating::Sigmoid => 1,
+            Gating::SqrtSoftplus => 2,
+            Gating::SoftmaxChosen => 3,
+        };
+        let args = [
+            logits.arg(),
+            null_or(bias),
+            int(r.n_expert),
+            int(r.n_used),
+            Arg::Int(gating),
+            int(n_group),
+            int(n_kept),
+            Arg::Int(i32::from(r.normalize)),
+            Arg::Float(r.scale),
+            experts.arg(),
+            weights.arg(),
+        ];
+        self.launch("route", [blocks(tokens, 1), 1, 1], 128, &args)
+    }
+
+    /// What stands between the products of an expert, `rows` rows of `width` values; the result is in `gate`, and its 8-bit
+    /// form in `quants`.
+    ///
+    /// # Errors
+    /// When the device fails.
+    ///
+    /// # Panics
+    /// When a size does not fit.
+    pub fn activate(
+        &self,
+        how: Activation,
+        gate: View<'_>,
+        up: View<'_>,
+        rows: usize,
+        width: usize,
+        quants: Option<&mut Quants>,
+    ) -> Result<(), CudaError> {
+        let n = rows * width;
+        assert!(gate.words() >= n && up.words() >= n, "{n} values");
+        let grid = [blocks(n, THREADS), 1, 1];
+        let [q, scale, sums] = Quants::fill_or_null(quants.map(|quants| (quants, rows, width)));
+        match how {
+            Activation::Silu => self.launch("silu_mul", grid, THREADS, &[gate.arg(), up.arg(), int(n), q, scale, sums]),
+            Activation::ClampedSwiglu { alpha, limit } => {
+                let (alpha, limit) = (Arg::Float(alpha), Arg::Float(limit));
+                let args = [gate.arg(), up.arg(), alpha, limit, int(n), q, scale, sums];
+                self.launch("clamped_swiglu", grid, THREADS, &args)
+            }
+        }
+    }
+
+    /// `x += y`, `n` values.
+    ///
+    /// # Errors
+    /// When the device fails.
+    ///
+    /// # Panics
+    /// When a size does not fit.
+    pub fn add(&self, x: View<'_>, y: View<'_>, n: usize) -> Result<(), CudaError> {
+        assert!(x.words() >= n && y.words() >= n, "{n} values");
+        self.launch("add", [blocks(n, THREADS), 1, 1], THREADS, &[x.arg(), y.arg(), int(n)])
+    }
+
+    /// Adds a bias to each of `rows` rows of `width` values: the first of `[_, width]` biases, or that which `which`,
+    /// `[rows]`, numbers; none where the number is not one of theirs.
+    ///
+    /// # Errors
+    /// When the device fails.
+    ///
+    /// # Panics
+    /// When a size does not fit.
+    pub fn add_bias(
+        &self,
+        x: View<'_>,
+        bias: View<'_>,
+        which: Option<View<'_>>,
+        rows: usize,
+        width: usize,
+    ) -> Result<(), CudaError> {
+        assert!(x.words() >= rows * width && bias.words() >= width, "{rows} rows of {width}");
+        assert!(which.is_none_or(|w| w.words() >= rows), "{rows} choices");
+        let n = rows * width;
+        let n_bias = bias.words() / width.max(1);
+        let args = [x.arg(), bias.arg(), int(n_bias), null_or(which), int(width), int(n)];
+        self.launch("add_bias", [blocks(n, THREADS), 1, 1], THREADS, &args)
+    }
+
+    /// Multiplies each row of `out`, `[rows, width]`, by the sigmoid of `gate . x`, `x` `[rows, n]`.
+    ///
+    /// # Errors
+    /// When the device fails.
+    ///
+    /// # Panics
+    /// When a size does not fit.
+    pub fn sigmoid_gate(
+        &self,
+        gate: View<'_>,
+        x: View<'_>,
+        rows: usize,
+        n: usize,
+        width: usize,
+        out: View<'_>,
+    ) -> Result<(), CudaError> {
+        assert!(gate.words() >= n && x.words() >= rows * n && out.words() >= rows * width, "{rows} x {n}, {width}");
+        let args = [gate.arg(), x.arg(), int(n), int(width), out.arg()];
+        self.launch("sigmoid_gate", [blocks(rows, 1), 1, 1], THREADS, &args)
+    }
+}

@@ -1,0 +1,246 @@
+//! The kernels as text, by module: what NVRTC compiles, and what tests compile as plain C++.
+
+use std::fmt::{Display, LowerHex, Write};
+use std::sync::LazyLock;
+use tier_plan_kernels::quant::TensorType;
+use tier_plan_kernels::quant::grids;
+
+/// Kernels that are compiled together.
+#[derive(Debug)]
+pub struct Module {
+    /// Its file.
+    pub name: &'static str,
+    /// CUDA C++.
+    pub text: &'static str,
+    /// The kernels in it.
+    pub kernels: &'static [&'static str],
+}
+
+/// The kernel of all types of a family, then the kernels of each.
+macro_rules! format_kernels {
+    ($family:literal: $($format:literal)*) => {
+        &[
+            concat!("matvecs_", $family),
+            $(
+                concat!("matvec_", $format),
+                concat!("gated_", $format),
+                concat!("chosen_sum_", $format),
+                concat!("matmul_", $format),
+                concat!("dequantize_", $format)
+            ),*
+        ]
+    };
+}
+
+/// Every module.
+pub static MODULES: [Module; 10] = [
+    Module {
+        name: "ops.cu",
+        text: include_str!("kernels/ops.cu"),
+        kernels: &[
+            "quantize",
+            "rms_norm",
+            "rope",
+            "store_f32",
+            "store_f16",
+            "store_q8",
+            "place_heads_f32",
+            "place_heads_f16",
+            "place_heads_q8",
+            "add_norm",
+            "silu_mul",
+            "clamped_swiglu",
+            "gate",
+            "copy_rows",
+            "scale_rows",
+            "matvec_transposed",
+            "add",
+            "add_bias",
+            "sigmoid_gate",
+            "read_all",
+            "nothing",
+        ],
+    },
+    Module { name: "router.cu", text: include_str!("kernels/router.cu"), kernels: &["route"] },
+    Module {
+        name: "attention.cu",
+        text: include_str!("kernels/attention.cu"),
+        kernels: &["attend_f32", "attend_f16", "attend_q8", "join_chunks"],
+    },
+    Module {
+        name: "prompt_attention.cu",
+        text: include_str!("kernels/prompt_attention.cu"),
+        kernels: &[
+            "prompt_attend_f32",
+            "prompt_attend_f16",
+            "prompt_attend_q8",
+            "prompt_attend_wide_f32",
+            "prompt_attend_wide_f16",
+            "prompt_attend_wide_q8",
+            "prompt_attend_latent_f32",
+            "prompt_attend_latent_f16",
+            "prompt_attend_latent_q8",
+        ],
+    },
+    Module {
+        name: "delta.cu",
+        text: include_str!("kernels/delta.cu"),
+        kernels: &[
+            "delta_convolve",
+            "delta_recur_32",
+            "delta_recur_64",
+            "delta_recur_128",
+            "delta_recur_256",
+            "delta_gate",
+        ],
+    },
+    Module {
+        name: "stream.cu",
+        text: include_str!("kernels/stream.cu"),
+        kernels: &["gather_rows", "add_rows", "clear"],
+    },
+    Module {
+        name: "float.cu",
+        text: include_str!("kernels/float.cu"),
+        kernels: format_kernels!("float": "F32" "F16" "BF16"),
+    },
+    Module {
+        name: "small.cu",
+        text: include_str!("kernels/small.cu"),
+        kernels: format_kernels!("small": "Q4_0" "Q4_1" "Q5_0" "Q5_1" "Q8_0" "IQ4_NL" "MXFP4"),
+    },
+    Module {
+        name: "k.cu",
+        text: include_str!("kernels/k.cu"),
+        kernels: format_kernels!("k": "Q2_K" "Q3_K" "Q4_K" "Q5_K" "Q6_K" "IQ4_XS"),
+    },
+    Module {
+        name: "iq.cu",
+        text: include_str!("kernels/iq.cu"),
+        kernels: format_kernels!("iq": "IQ2_XXS" "IQ2_XS" "IQ2_S" "IQ3_XXS" "IQ3_S" "IQ1_S" "IQ1_M"),
+    },
+];
+
+/// Headers by name: what modules include.
+pub fn headers() -> &'static [(&'static str, String)] {
+    static HEADERS: LazyLock<Vec<(&'static str, String)>> = LazyLock::new(|| {
+        vec![
+            ("base.cuh", include_str!("kernels/base.cuh").to_string()),
+            ("formats.cuh", include_str!("kernels/formats.cuh").to_string()),
+            ("matmul.cuh", include_str!("kernels/matmul.cuh").to_string()),
+            ("products.cuh", include_str!("kernels/products.cuh").to_string()),
+            ("matvec.cuh", include_str!("kernels/matvec.cuh").to_string()),
+            ("small.cuh", include_str!("kernels/small.cuh").to_string()),
+            ("k.cuh", include_str!("kernels/k.cuh").to_string()),
+            ("iq.cuh", include_str!("kernels/iq.cuh").to_string()),
+            ("halves.cuh", include_str!("kernels/halves.cuh").to_string()),
+            ("rows.cuh", include_str!("kernels/rows.cuh").to_string()),
+            ("grids.cuh", grids_header()),
+        ]
+    });
+    &HEADERS
+}
+
+/// The module that has a kernel.
+pub fn module_of(kernel: &str) -> Option<&'static Module> {
+    MODULES.iter().find(|m| m.kernels.contains(&kernel))
+}
+
+/// The kernel that multiplies matrices of a type.
+pub fn matvec_kernel(ty: TensorType) -> &'static str {
+    kernel_of("matvec_", ty)
+}
+
+/// The kernel that multiplies matrices of a type with many tokens.
+pub fn matmul_kernel(ty: TensorType) -> &'static str {
+    kernel_of("matmul_", ty)
+}
+
+/// The kernel that makes of gate and up of a type what the last product takes.
+pub fn gated_kernel(ty: TensorType) -> &'static str {
+    kernel_of("gated_", ty)
+}
+
+/// The kernel that sums what a token's experts make, whose last matrices are of a type.
+pub fn chosen_sum_kernel(ty: TensorType) -> &'static str {
+    kernel_of("chosen_sum_", ty)
+}
+
+/// The kernel that multiplies several matrices at once, of a type and of all others of its module, and the type's number
+/// among them.
+///
+/// # Panics
+/// Never: every type has one.
+pub fn family(ty: TensorType) -> (&'static str, usize) {
+    let own = matvec_kernel(ty);
+    let kernels = MODULES.iter().map(|m| m.kernels).find(|kernels| kernels.contains(&own)).unwrap_or_default();
+    let number = kernels.iter().filter(|kernel| kernel.starts_with("matvec_")).position(|kernel| *kernel == own);
+    let several = kernels.iter().find(|kernel| kernel.starts_with("matvecs_"));
+    several.copied().zip(number).unwrap_or_else(|| panic!("{ty} has no kernel for several matrices"))
+}
+
+/// The kernel that decodes rows of a type.
+pub fn dequantize_kernel(ty: TensorType) -> &'static str {
+    kernel_of("dequantize_", ty)
+}
+
+fn kernel_of(what: &str, ty: TensorType) -> &'static str {
+    let named = |kernel: &&&'static str| kernel.strip_prefix(what) == Some(ty.name());
+    let found = MODULES.iter().flat_map(|m| m.kernels).find(named);
+    found.unwrap_or_else(|| panic!("{ty} has no kernel {what}"))
+}
+
+/// The tables of the processor's kernels as arrays.
+fn grids_header() -> String {
+    let mut text = String::from("#pragma once\n#include \"base.cuh\"\n");
+    table(&mut text, "u64", "IQ2_XXS_GRID", "ull", &grids::IQ2_XXS);
+    table(&mut text, "u64", "IQ2_XS_GRID", "ull", &grids::IQ2_XS);
+    table(&mut text, "u64", "IQ2_S_GRID", "ull", &grids::IQ2_S);
+    table(&mut text, "u32", "IQ3_XXS_GRID", "u", &grids::IQ3_XXS);
+    table(&mut text, "u32", "IQ3_S_GRID", "u", &grids::IQ3_S);
+    table(&mut text, "u64", "IQ1_GRID", "ull", &grids::IQ1);
+    text
+}
+
+fn table<T: LowerHex + Display>(text: &mut String, ty: &str, name: &str, suffix: &str, values: &[T]) {
+    // Writing to a string can't fail.
+    let _ = write!(text, "TABLE {ty} {name}[{}] = {{", values.len());
+    for value in values {
+        let _ = write!(text, "{value:#x}{suffix},");
+    }
+    text.push_str("};\n");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_type_has_its_kernels_and_no_name_is_twice() {
+        for ty in TensorType::ALL {
+            assert_eq!(matvec_kernel(ty), format!("matvec_{ty}"));
+            assert_eq!(gated_kernel(ty), format!("gated_{ty}"));
+            assert_eq!(chosen_sum_kernel(ty), format!("chosen_sum_{ty}"));
+            assert_eq!(matmul_kernel(ty), format!("matmul_{ty}"));
+            assert_eq!(dequantize_kernel(ty), format!("dequantize_{ty}"));
+        }
+        assert_eq!(family(TensorType::Q2_K), ("matvecs_k", 0));
+        assert_eq!(family(TensorType::MXFP4), ("matvecs_small", 6));
+        assert_eq!(family(TensorType::F16), ("matvecs_float", 1));
+        let mut names: Vec<&str> = MODULES.iter().flat_map(|m| m.kernels).copied().collect();
+        let all = names.len();
+        names.sort_unstable();
+        names.dedup();
+        assert_eq!(names.len(), all);
+        assert!(names.into_iter().all(|name| module_of(name).is_some()));
+    }
+
+    #[test]
+    fn every_include_is_a_header() {
+        let texts = MODULES.iter().map(|m| m.text).chain(headers().iter().map(|(_, text)| text.as_str()));
+        for line in texts.flat_map(str::lines).filter_map(|line| line.strip_prefix("#include ")) {
+            let name = line.trim_matches('"');
+            assert!(name == "shim.h" || headers().iter().any(|(header, _)| *header == name), "{line}");
+        }
+    }
+}

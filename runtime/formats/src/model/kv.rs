@@ -1,0 +1,172 @@
+//! How keys and values of past tokens are stored, and what that takes.
+
+use super::shape::{CacheShape, ModelShape};
+use std::fmt;
+use std::str::FromStr;
+use thiserror::Error;
+use tier_plan_kernels::q8_row_bytes;
+
+/// How the cache stores a value of a key, a value or a latent. Recurrent state is always of 32-bit floats.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum KvType {
+    /// 16-bit floats: half the memory of 32-bit ones, and differences of about 10⁻⁷ (NMSE of the logits).
+    #[default]
+    F16,
+    /// Eight bits: blocks of 32 values, each a 16-bit float scale and a signed byte a value; the last block of a row is
+    /// as short as it comes. Differences of about 10⁻⁴ where weights are random.
+    Q8_0,
+    /// 32-bit floats, for checking one engine against another.
+    F32,
+}
+
+/// A name that is no way to store keys and values.
+#[derive(Debug, Error, PartialEq, Eq)]
+#[error("'{0}' is no type of keys and values: use f16, q8_0 or f32")]
+pub struct UnknownKvType(pub String);
+
+/// Rows of one width that a layer's cache holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct KvRows {
+    /// Values of a row: a head's key or value, or a latent with its rotated key part.
+    pub width: u64,
+    /// Rows that one token of context adds.
+    pub per_token: u64,
+    /// Products of the whole row that a later token's queries do with it: one for each query head of a key or value, two
+    /// for each head of a latent, which is both.
+    pub queries: u64,
+    /// Positions that a token looks back at, its own included; all of them when `None`.
+    pub window: Option<u64>,
+}
+
+impl KvRows {
+    /// Rows that a pass of `tokens` tokens reads, the last of which is the `positions`-th of its text. The tokens of a
+    /// pass share their reads.
+    pub fn read(&self, positions: u64, tokens: u64) -> u64 {
+        let reach = self.window.map_or(u64::MAX, |window| window.saturating_add(tokens.saturating_sub(1)));
+        self.per_token.saturating_mul(positions.min(reach))
+    }
+}
+
+impl KvRows {
+    /// Multiply-accumulates of a token with the rows of `positions` positions, its own included.
+    pub fn token_macs(&self, positions: u64) -> f64 {
+        let seen = positions.min(self.window.unwrap_or(u64::MAX)) as f64;
+        seen * (self.width.saturating_mul(self.per_token).saturating_mul(self.queries)) as f64
+    }
+
+    /// Multiply-accumulates of a prompt's first `tokens` tokens with the rows of the tokens before each and its own.
+    pub fn prompt_macs(&self, tokens: u64) -> f64 {
+        let (n, window) = (tokens as f64, self.window.unwrap_or(u64::MAX).min(tokens) as f64);
+        let pairs = window * (window + 1.0) / 2.0 + (n - window) * window;
+        pairs * (self.width.saturating_mul(self.per_token).saturating_mul(self.queries)) as f64
+    }
+}
+
+impl KvType {
+    /// Every type.
+    pub const ALL: [KvType; 3] = [KvType::F16, KvType::Q8_0, KvType::F32];
+
+    /// The name that options and files use.
+    pub fn name(self) -> &'static str {
+        match self {
+            KvType::F16 => "f16",
+            KvType::Q8_0 => "q8_0",
+            KvType::F32 => "f32",
+        }
+    }
+
+    /// Bytes of a row of `width` values: 2 or 4 a value; in 8 bits one a value and 2 for each 32 values begun.
+    pub fn row_bytes(self, width: u64) -> u64 {
+        match self {
+            KvType::F16 => width.saturating_mul(2),
+            KvType::Q8_0 => usize::try_from(width).map_or(u64::MAX, |width| q8_row_bytes(width) as u64),
+            KvType::F32 => width.saturating_mul(4),
+        }
+    }
+
+    /// Bytes of keys and values that one token of context takes, over all layers.
+    pub fn token_bytes(self, shape: &ModelShape) -> u64 {
+        shape.caches.iter().fold(0, |sum, cache| sum.saturating_add(cache.token_bytes(self)))
+    }
+
+    /// Bytes that a context of this many tokens takes, over all layers: keys and values stored so, and recurrent state.
+    pub fn context_bytes(self, shape: &ModelShape, tokens: u32) -> u64 {
+        shape.caches.iter().fold(0, |sum, cache| sum.saturating_add(cache.context_bytes(self, tokens)))
+    }
+}
+
+impl CacheShape {
+    /// Bytes that one token of context adds.
+    pub fn token_bytes(&self, kv_type: KvType) -> u64 {
+        let bytes = |rows: &KvRows| kv_type.row_bytes(rows.width).saturating_mul(rows.per_token);
+        self.rows.iter().fold(0, |sum, rows| sum.saturating_add(bytes(rows)))
+    }
+
+    /// Bytes that a context of this many tokens takes: keys and values stored so, and recurrent state.
+    pub fn context_bytes(&self, kv_type: KvType, tokens: u32) -> u64 {
+        self.token_bytes(kv_type).saturating_mul(u64::from(tokens)).saturating_add(self.state_bytes)
+    }
+
+    /// Bytes of keys, values and recurrent state that a pass of `tokens` tokens moves, the last of which is the
+    /// `positions`-th of its text: rows are read once, state is read and written back.
+    pub fn moved_bytes(&self, kv_type: KvType, positions: u64, tokens: u64) -> u64 {
+        let bytes = |rows: &KvRows| kv_type.row_bytes(rows.width).saturating_mul(rows.read(positions, tokens));
+        let state = self.state_bytes.saturating_mul(2);
+        self.rows.iter().fold(state, |sum, rows| sum.saturating_add(bytes(rows)))
+    }
+}
+
+impl fmt::Display for KvType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for KvType {
+    type Err = UnknownKvType;
+
+    fn from_str(text: &str) -> Result<Self, UnknownKvType> {
+        let found = KvType::ALL.into_iter().find(|ty| ty.name().eq_ignore_ascii_case(text.trim()));
+        found.ok_or_else(|| UnknownKvType(text.to_string()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_read_back() {
+        for ty in KvType::ALL {
+            assert_eq!(ty.to_string().parse(), Ok(ty));
+        }
+        assert_eq!(" Q8_0".parse(), Ok(KvType::Q8_0));
+        let error = "q4_0".parse::<KvType>().unwrap_err().to_string();
+        assert_eq!(error, "'q4_0' is no type of keys and values: use f16, q8_0 or f32");
+    }
+
+    #[test]
+    fn rows_take_the_bytes_that_docs_say() {
+        let bytes = |width| KvType::ALL.map(|ty| ty.row_bytes(width));
+        assert_eq!(bytes(128), [256, 136, 512]);
+        assert_eq!(bytes(16), [32, 18, 64]);
+        assert_eq!(bytes(24), [48, 26, 96]);
+        assert_eq!(bytes(33), [66, 37, 132]);
+        assert_eq!(bytes(576), [1152, 612, 2304]);
+        assert_eq!(bytes(0), [0, 0, 0]);
+    }
+
+    #[test]
+    fn windows_end_what_is_read_but_not_what_is_held() {
+        let all = KvRows { width: 8, per_token: 3, queries: 2, window: None };
+        let near = KvRows { window: Some(10), ..all };
+        // Token i has i rows to look at, the near one at most ten of them.
+        assert_eq!((all.token_macs(12), near.token_macs(12)), (12.0 * 48.0, 10.0 * 48.0));
+        assert_eq!((all.prompt_macs(4), near.prompt_macs(4)), (10.0 * 48.0, 10.0 * 48.0));
+        assert_eq!((all.prompt_macs(12), near.prompt_macs(12)), (78.0 * 48.0, 75.0 * 48.0));
+        assert_eq!([all.read(4, 1), all.read(40, 1), all.read(40, 8)], [12, 120, 120]);
+        // Eight tokens that share their reads look back at 17 positions: the first of them at 10.
+        assert_eq!([near.read(4, 1), near.read(40, 1), near.read(40, 8), near.read(12, 8)], [12, 30, 51, 36]);
+        assert_eq!(near.read(u64::MAX, u64::MAX), u64::MAX);
+    }
+}

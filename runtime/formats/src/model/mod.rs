@@ -1,0 +1,70 @@
+//! Models: what a GGUF file says about its network, and the tensors that network reads.
+//!
+//! One file an architecture turns metadata and tensor names into a [`spec::ModelSpec`]; the engine in `exec` runs
+//! specs and knows no architecture by name.
+
+mod arch;
+mod blocks;
+mod deepseek2;
+mod glm4moe;
+mod gpt_oss;
+pub mod kv;
+mod llama;
+mod minimax_m2;
+mod olmoe;
+mod opened;
+mod qwen2moe;
+mod qwen3;
+mod qwen3next;
+pub mod shape;
+mod source;
+pub mod spec;
+
+pub use arch::{SUPPORTED, describe};
+pub use opened::Model;
+pub use shape::shape_of_file;
+
+use crate::gguf::GgufError;
+use thiserror::Error;
+
+/// Why a file is no model that can be run.
+#[derive(Debug, Error)]
+pub enum ModelError {
+    /// The container is damaged or lacks a key.
+    #[error(transparent)]
+    Gguf(#[from] GgufError),
+    /// No code for this network.
+    #[error("architecture '{found}' is not supported; supported: {}", SUPPORTED.join(", "))]
+    Architecture {
+        /// `general.architecture` of the file.
+        found: String,
+    },
+    /// A tensor the architecture needs is not in the file.
+    #[error(
+        "tensor '{name}' is missing; architecture '{arch}' needs it (is this file complete, or a part of another kind of model?)"
+    )]
+    MissingTensor {
+        /// Its name.
+        name: String,
+        /// The architecture.
+        arch: String,
+    },
+    /// A tensor has another shape than the metadata says.
+    #[error("tensor '{name}' has shape {found:?}, but the metadata of this file imply {expected:?}")]
+    Shape {
+        /// Its name.
+        name: String,
+        /// Shape in the file, fastest axis first.
+        found: Vec<u64>,
+        /// Shape that the metadata imply.
+        expected: Vec<u64>,
+    },
+    /// A metadata value that makes no sense, or that this engine has no code for.
+    #[error("{key}: {what}")]
+    Metadata {
+        /// The key.
+        key: String,
+        /// What is wrong with it.
+        what: String,
+    },
+}

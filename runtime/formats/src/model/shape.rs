@@ -1,0 +1,181 @@
+//! A model's sizes without its weights: all that a planner needs to know.
+
+use super::kv::KvRows;
+use super::spec::{Mixer, ModelSpec};
+use super::{ModelError, describe};
+use crate::gguf::Gguf;
+use crate::source_id::SourceId;
+use std::collections::BTreeMap;
+use std::path::Path;
+
+/// Tensors that are not routed experts, in the groups that are placed together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum DenseKind {
+    /// The token embedding, of which a token reads one row. Empty when tied to the head.
+    Embedding,
+    /// Attention (or another mixer) with its norms.
+    Attention,
+    /// The router with the norm before it.
+    Router,
+    /// Shared experts.
+    SharedExpert,
+    /// The feed-forward block of a layer without routed experts, with its norm.
+    DenseFfn,
+    /// The output projection with its norm.
+    Head,
+}
+
+/// A dense group: its bytes and what a token reads of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DenseShape {
+    /// Which.
+    pub kind: DenseKind,
+    /// The layer, or `None` for embedding and head.
+    pub layer: Option<u32>,
+    /// Bytes it takes where it lives.
+    pub bytes: u64,
+    /// Bytes that one decoded token reads of it.
+    pub token_bytes: u64,
+    /// Multiply-accumulates for one token: its weights, but none of an embedding.
+    pub macs: u64,
+}
+
+/// The routed experts of a layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ExpertShape {
+    /// The layer.
+    pub layer: u32,
+    /// Experts.
+    pub n_expert: u32,
+    /// Experts a token uses.
+    pub n_used: u32,
+    /// Bytes of one expert: its gate, up and down slices with their biases.
+    pub expert_bytes: u64,
+    /// Multiply-accumulates of one expert for one token.
+    pub expert_macs: u64,
+}
+
+/// What a layer remembers of past tokens: its keys, values or latents, and its recurrent state.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Default)]
+pub struct CacheShape {
+    /// Rows that one token of context adds: each width once, ascending.
+    pub rows: Vec<KvRows>,
+    /// Bytes of recurrent state, whatever the length of the context.
+    pub state_bytes: u64,
+}
+
+/// A model's sizes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ModelShape {
+    /// The model.
+    pub id: SourceId,
+    /// Architecture name, `qwen3moe`.
+    pub arch: String,
+    /// Layers.
+    pub n_layer: u32,
+    /// Width of the hidden state.
+    pub hidden: u32,
+    /// Vocabulary.
+    pub n_vocab: u32,
+    /// Longest context the file claims to be trained for.
+    pub context: u32,
+    /// What each layer remembers of past tokens, `[n_layer]`.
+    pub caches: Vec<CacheShape>,
+    /// Every dense group once.
+    pub dense: Vec<DenseShape>,
+    /// Every layer with routed experts once, ascending.
+    pub experts: Vec<ExpertShape>,
+}
+
+impl ModelShape {
+    /// Bytes of all weights.
+    pub fn weight_bytes(&self) -> u64 {
+        let dense: u64 = self.dense.iter().map(|d| d.bytes).sum();
+        let experts: u64 = self.experts.iter().map(|e| e.expert_bytes * u64::from(e.n_expert)).sum();
+        dense + experts
+    }
+
+    /// Weight bytes that one decoded token reads.
+    pub fn token_bytes(&self) -> u64 {
+        let dense: u64 = self.dense.iter().map(|d| d.token_bytes).sum();
+        let experts: u64 = self.experts.iter().map(|e| e.expert_bytes * u64::from(e.n_used)).sum();
+        dense + experts
+    }
+
+    /// Bytes of recurrent state, over all layers.
+    pub fn state_bytes(&self) -> u64 {
+        self.caches.iter().fold(0, |sum, cache| sum.saturating_add(cache.state_bytes))
+    }
+}
+
+/// The shape of the model in a GGUF file; reads its header only.
+pub fn shape_of_file(path: &Path) -> Result<ModelShape, ModelError> {
+    let gguf = Gguf::open(path)?;
+    let spec = describe(&gguf)?;
+    Ok(shape_of(&gguf, &spec))
+}
+
+/// The shape of a described model.
+pub fn shape_of(gguf: &Gguf, spec: &ModelSpec) -> ModelShape {
+    let tensors = gguf.tensors();
+    let bytes = |ids: &[usize]| ids.iter().map(|id| tensors[*id].n_bytes).sum::<u64>();
+    let embedding_row = tensors[spec.embedding].n_bytes / spec.n_vocab as u64;
+    let dense = spec
+        .dense_groups()
+        .iter()
+        .map(|group| {
+            let bytes = bytes(&group.tensors);
+            let token_bytes = if group.kind == DenseKind::Embedding { embedding_row } else { bytes };
+            let values =
+                group.tensors.iter().map(|id| tensors[*id].cols().saturating_mul(tensors[*id].rows())).sum::<u64>();
+            let macs = if group.kind == DenseKind::Embedding { 0 } else { values };
+            DenseShape { kind: group.kind, layer: group.layer, bytes, token_bytes, macs }
+        })
+        .collect();
+    let experts = spec
+        .moe_layers()
+        .map(|(layer, moe)| ExpertShape {
+            layer: layer as u32,
+            n_expert: moe.n_expert as u32,
+            n_used: moe.n_used as u32,
+            expert_bytes: moe.expert_tensors().map(|id| tensors[id].n_bytes).sum::<u64>() / moe.n_expert as u64,
+            expert_macs: 3 * (spec.hidden as u64) * (moe.expert_ffn as u64),
+        })
+        .collect();
+    ModelShape {
+        id: gguf.id(),
+        arch: spec.arch.clone(),
+        n_layer: spec.layers.len() as u32,
+        hidden: spec.hidden as u32,
+        n_vocab: spec.n_vocab as u32,
+        context: spec.context as u32,
+        caches: spec.layers.iter().map(|l| cache_shape(&l.mixer)).collect(),
+        dense,
+        experts,
+    }
+}
+
+/// What a layer with this mixer remembers.
+fn cache_shape(mixer: &Mixer) -> CacheShape {
+    let mut found = BTreeMap::new();
+    for rows in mixer_rows(mixer) {
+        *found.entry((rows.width, rows.window, rows.queries)).or_insert(0) += rows.per_token;
+    }
+    let rows = |((width, window, queries), per_token)| KvRows { width, per_token, queries, window };
+    CacheShape { rows: found.into_iter().map(rows).collect(), state_bytes: mixer.state_bytes() }
+}
+
+/// What one layer's cache holds of a token.
+pub fn mixer_rows(mixer: &Mixer) -> Vec<KvRows> {
+    let window = match mixer {
+        Mixer::Gqa(attention) => attention.window.map(|window| window as u64),
+        Mixer::Mla(_) | Mixer::Delta(_) => None,
+    };
+    let queries = match mixer {
+        Mixer::Gqa(attention) => attention.n_head as u64 / (attention.n_head_kv as u64).max(1),
+        Mixer::Mla(attention) => 2 * attention.n_head as u64,
+        Mixer::Delta(_) => 0,
+    };
+    let rows = |(rows, width): (usize, usize)| KvRows { width: width as u64, per_token: rows as u64, queries, window };
+    mixer.cache_rows().into_iter().map(rows).collect()
+}

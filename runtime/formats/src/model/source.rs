@@ -1,0 +1,329 @@
+//! Reads an architecture's keys and tensors out of a GGUF file, with every shape checked.
+
+use super::ModelError;
+use super::spec::{ExpertLinear, GatedFfn, Linear, RopeKind, RopeScaling, RopeSpec, TensorId};
+use crate::gguf::{ArrayValue, Gguf, Value};
+use std::collections::HashMap;
+use tier_plan_kernels::quant::TensorType;
+
+/// Bounds on dimensions, far above any real model, that keep products of two of them inside 64 bits.
+const MAX_DIM: u32 = 1 << 24;
+
+/// A file being described.
+pub(super) struct Source<'a> {
+    gguf: &'a Gguf,
+    arch: &'a str,
+    index: HashMap<&'a str, TensorId>,
+}
+
+impl<'a> Source<'a> {
+    pub(super) fn new(gguf: &'a Gguf, arch: &'a str) -> Self {
+        let index = gguf.tensors().iter().enumerate().map(|(i, t)| (t.name.as_str(), i)).collect();
+        Self { gguf, arch, index }
+    }
+
+    pub(super) fn arch(&self) -> &str {
+        self.arch
+    }
+
+    fn key(&self, name: &str) -> String {
+        format!("{}.{name}", self.arch)
+    }
+
+    /// An error about the architecture's key `name`.
+    pub(super) fn bad(&self, name: &str, what: impl Into<String>) -> ModelError {
+        ModelError::Metadata { key: self.key(name), what: what.into() }
+    }
+
+    /// A dimension: at least 1, and sane.
+    pub(super) fn dim(&self, name: &str) -> Result<usize, ModelError> {
+        let value = self.gguf.u32(&self.key(name))?;
+        self.check_dim(name, value)
+    }
+
+    pub(super) fn opt_dim(&self, name: &str) -> Result<Option<usize>, ModelError> {
+        self.gguf.opt_u32(&self.key(name))?.map(|v| self.check_dim(name, v)).transpose()
+    }
+
+    /// A count that may be absent, which is zero.
+    pub(super) fn opt_count(&self, name: &str) -> Result<u32, ModelError> {
+        Ok(self.gguf.opt_u32(&self.key(name))?.unwrap_or(0))
+    }
+
+    /// A dimension that may be given once or per layer.
+    pub(super) fn dim_per_layer(&self, name: &str, n_layer: usize) -> Result<Vec<usize>, ModelError> {
+        let values = self.gguf.u32_per_layer(&self.key(name), n_layer as u32)?;
+        values.into_iter().map(|v| self.check_dim(name, v)).collect()
+    }
+
+    /// A count that may be given once or per layer, and may be 0.
+    pub(super) fn counts_per_layer(&self, name: &str, n_layer: usize) -> Result<Vec<u32>, ModelError> {
+        Ok(self.gguf.u32_per_layer(&self.key(name), n_layer as u32)?)
+    }
+
+    /// Truth values, one a layer (or more: of trailing prediction blocks too), or one for all.
+    pub(super) fn opt_flags(&self, name: &str, n_layer: usize) -> Result<Option<Vec<bool>>, ModelError> {
+        let key = self.key(name);
+        let flags = match self.gguf.get(&key) {
+            None => return Ok(None),
+            Some(Value::Bool(one)) => vec![*one; n_layer],
+            Some(Value::Array(ArrayValue::Bool(flags))) => flags.iter().copied().take(n_layer).collect(),
+            Some(_) => self.counts_per_layer(name, n_layer)?.into_iter().map(|flag| flag != 0).collect(),
+        };
+        if flags.len() == n_layer {
+            return Ok(Some(flags));
+        }
+        Err(self.bad(name, format!("{} values; expected one for each of {n_layer} layers", flags.len())))
+    }
+
+    /// Pairs of rotated values that each of four axes has; missing axes have none.
+    pub(super) fn opt_sections(&self, name: &str) -> Result<Option<[u32; 4]>, ModelError> {
+        let Some(found) = self.gguf.opt_u32_array(&self.key(name))? else { return Ok(None) };
+        let mut sections = [0; 4];
+        let fits = found.len() <= sections.len() && found.iter().all(|s| *s <= MAX_DIM) && found.iter().any(|s| *s > 0);
+        if !fits {
+            return Err(self.bad(name, format!("{found:?}; expected up to four counts, not all of them 0")));
+        }
+        sections[..found.len()].copy_from_slice(&found);
+        Ok(Some(sections))
+    }
+
+    /// The dimension, if it is from 1 to `max`.
+    pub(super) fn in_bounds(&self, name: &str, value: usize, max: usize) -> Result<usize, ModelError> {
+        if (1..=max).contains(&value) {
+            Ok(value)
+        } else {
+            Err(self.bad(name, format!("{value} is out of range (1 to {max})")))
+        }
+    }
+
+    pub(super) fn bool_or(&self, name: &str, default: bool) -> Result<bool, ModelError> {
+        Ok(self.gguf.opt_bool(&self.key(name))?.unwrap_or(default))
+    }
+
+    pub(super) fn has(&self, name: &str) -> bool {
+        self.gguf.get(&self.key(name)).is_some()
+    }
+
+    fn check_dim(&self, name: &str, value: u32) -> Result<usize, ModelError> {
+        if (1..=MAX_DIM).contains(&value) {
+            Ok(value as usize)
+        } else {
+            Err(self.bad(name, format!("{value} is out of range (1 to {MAX_DIM})")))
+        }
+    }
+
+    pub(super) fn f32_or(&self, name: &str, default: f32) -> Result<f32, ModelError> {
+        let value = self.gguf.opt_f32(&self.key(name))?.unwrap_or(default);
+        if value.is_finite() { Ok(value) } else { Err(self.bad(name, format!("{value} is not a finite number"))) }
+    }
+
+    pub(super) fn norm_eps(&self) -> Result<f32, ModelError> {
+        let name = "attention.layer_norm_rms_epsilon";
+        let value = self.gguf.f32(&self.key(name))?;
+        if value.is_finite() && value >= 0.0 { Ok(value) } else { Err(self.bad(name, format!("{value}"))) }
+    }
+
+    /// The id of a tensor of exactly this shape (fastest axis first), if the file has one of the name.
+    pub(super) fn opt_tensor(&self, name: &str, dims: &[usize]) -> Result<Option<TensorId>, ModelError> {
+        let Some(&id) = self.index.get(name) else { return Ok(None) };
+        let found = &self.gguf.tensors()[id].dims;
+        let expected: Vec<u64> = dims.iter().map(|d| *d as u64).collect();
+        let trimmed = |d: &[u64]| {
+            let mut d = d.to_vec();
+            while d.len() > 1 && d.last() == Some(&1) {
+                d.pop();
+            }
+            d
+        };
+        if trimmed(found) == trimmed(&expected) {
+            Ok(Some(id))
+        } else {
+            Err(ModelError::Shape { name: name.to_string(), found: found.clone(), expected })
+        }
+    }
+
+    pub(super) fn tensor(&self, name: &str, dims: &[usize]) -> Result<TensorId, ModelError> {
+        self.opt_tensor(name, dims)?
+            .ok_or_else(|| ModelError::MissingTensor { name: name.to_string(), arch: self.arch.to_string() })
+    }
+
+    /// A vector of parameters: `len` floating-point values.
+    pub(super) fn vector(&self, name: &str, len: usize) -> Result<TensorId, ModelError> {
+        self.parameters(name, &[len])
+    }
+
+    /// Floating-point parameters of a shape (fastest axis first).
+    pub(super) fn parameters(&self, name: &str, dims: &[usize]) -> Result<TensorId, ModelError> {
+        let id = self.tensor(name, dims)?;
+        self.check_float(id)?;
+        Ok(id)
+    }
+
+    pub(super) fn opt_vector(&self, name: &str, len: usize) -> Result<Option<TensorId>, ModelError> {
+        let id = self.opt_tensor(name, &[len])?;
+        id.map(|id| self.check_float(id).map(|()| id)).transpose()
+    }
+
+    fn check_float(&self, id: TensorId) -> Result<(), ModelError> {
+        let tensor = &self.gguf.tensors()[id];
+        match tensor.ty {
+            TensorType::F32 | TensorType::F16 | TensorType::BF16 => Ok(()),
+            ty => Err(ModelError::Metadata {
+                key: tensor.name.clone(),
+                what: format!("is {ty}, but a vector of parameters must be F32, F16 or BF16"),
+            }),
+        }
+    }
+
+    /// `PREFIX.weight` of shape `[n_out, n_in]` with `PREFIX.bias` where there is one.
+    pub(super) fn linear(&self, prefix: &str, n_in: usize, n_out: usize) -> Result<Linear, ModelError> {
+        let weight = self.tensor(&format!("{prefix}.weight"), &[n_in, n_out])?;
+        let bias = self.opt_vector(&format!("{prefix}.bias"), n_out)?;
+        Ok(Linear { weight, bias, n_out, n_in, first_row: 0 })
+    }
+
+    /// `PREFIX.weight` of shape `[n_expert, n_out, n_in]` with `PREFIX.bias`, `[n_expert, n_out]`, where there is one.
+    pub(super) fn expert_linear(
+        &self,
+        prefix: &str,
+        n_in: usize,
+        n_out: usize,
+        n_expert: usize,
+    ) -> Result<ExpertLinear, ModelError> {
+        let weight = self.tensor(&format!("{prefix}.weight"), &[n_in, n_out, n_expert])?;
+        let bias = self.opt_tensor(&format!("{prefix}.bias"), &[n_out, n_expert])?;
+        if let Some(bias) = bias {
+            self.check_float(bias)?;
+        }
+        Ok(ExpertLinear { weight, bias, n_out, n_in })
+    }
+
+    /// Whether the file has a tensor of this name.
+    pub(super) fn has_tensor(&self, name: &str) -> bool {
+        self.index.contains_key(name)
+    }
+
+    /// The gated feed-forward block of a layer without routed experts.
+    pub(super) fn gated_ffn(&self, layer: usize, hidden: usize, ffn: usize) -> Result<GatedFfn, ModelError> {
+        self.named_ffn(layer, "", hidden, ffn)
+    }
+
+    /// The gated block whose tensors' names end in `suffix`: `_shexp` for shared experts.
+    pub(super) fn named_ffn(
+        &self,
+        layer: usize,
+        suffix: &str,
+        hidden: usize,
+        ffn: usize,
+    ) -> Result<GatedFfn, ModelError> {
+        Ok(GatedFfn {
+            gate: self.linear(&format!("blk.{layer}.ffn_gate{suffix}"), hidden, ffn)?,
+            up: self.linear(&format!("blk.{layer}.ffn_up{suffix}"), hidden, ffn)?,
+            down: self.linear(&format!("blk.{layer}.ffn_down{suffix}"), ffn, hidden)?,
+        })
+    }
+
+    /// Vocabulary size from the embedding's rows, and the embedding.
+    pub(super) fn embedding(&self, hidden: usize) -> Result<(TensorId, usize), ModelError> {
+        let name = "token_embd.weight";
+        let missing = || ModelError::MissingTensor { name: name.to_string(), arch: self.arch.to_string() };
+        let id = *self.index.get(name).ok_or_else(missing)?;
+        let rows = self.gguf.tensors()[id].dims.get(1).copied().unwrap_or(0);
+        let n_vocab = u32::try_from(rows).ok().filter(|r| (1..=MAX_DIM).contains(r));
+        let n_vocab = n_vocab.ok_or_else(|| ModelError::Metadata {
+            key: name.to_string(),
+            what: format!("{rows} rows; expected 1 to {MAX_DIM}"),
+        })? as usize;
+        Ok((self.tensor(name, &[hidden, n_vocab])?, n_vocab))
+    }
+
+    /// The rotary embedding of a head of `head_dim` values.
+    pub(super) fn rope(&self, kind: RopeKind, head_dim: usize) -> Result<RopeSpec, ModelError> {
+        let dims = self.opt_dim("rope.dimension_count")?.unwrap_or(head_dim);
+        if dims > head_dim || !dims.is_multiple_of(2) {
+            let what = format!("{dims}; expected an even number up to the head's {head_dim}");
+            return Err(self.bad("rope.dimension_count", what));
+        }
+        let base = self.rope_base("rope.freq_base", 10_000.0)?;
+        let scaling = self.rope_scaling()?;
+        // YaRN's own factor, which makes attention over more tokens as sharp as over the original context.
+        let sharpened = match scaling {
+            RopeScaling::Yarn { factor, .. } => 1.0 + 0.1 * factor.max(1.0).ln(),
+            RopeScaling::None | RopeScaling::Linear(_) => 1.0,
+        };
+        Ok(RopeSpec {
+            kind,
+            dims,
+            base,
+            scaling,
+            magnitude: self.f32_or("rope.scaling.attn_factor", 1.0)? * sharpened,
+            freq_factors: self.opt_vector("rope_freqs.weight", dims / 2)?,
+            sections: None,
+        })
+    }
+
+    /// The base of a rotary embedding's frequencies.
+    pub(super) fn rope_base(&self, name: &str, default: f32) -> Result<f32, ModelError> {
+        let base = self.f32_or(name, default)?;
+        if base > 1.0 { Ok(base) } else { Err(self.bad(name, format!("{base}; expected more than 1"))) }
+    }
+
+    /// Refuses rotary sections that would turn text otherwise than by its position: those of pictures and films may be
+    /// there, since a text token has the same position in each.
+    pub(super) fn check_text_rope(&self) -> Result<(), ModelError> {
+        let name = "rope.dimension_sections";
+        let sections = self.gguf.opt_i32_array(&self.key(name))?.unwrap_or_default();
+        if sections.get(3).is_none_or(|extra| *extra == 0) {
+            Ok(())
+        } else {
+            Err(self.bad(name, format!("{sections:?}; supported: a fourth section of 0")))
+        }
+    }
+
+    /// Which layers have a sliding window: a flag a layer, or a period in which all layers but the last have one.
+    pub(super) fn windowed_layers(&self, n_layer: usize, period: u32) -> Result<Vec<bool>, ModelError> {
+        let name = "attention.sliding_window_pattern";
+        let key = self.key(name);
+        let period = match self.gguf.get(&key) {
+            Some(Value::Array(ArrayValue::Bool(flags))) if flags.len() >= n_layer => {
+                return Ok(flags[..n_layer].to_vec());
+            }
+            Some(Value::Array(ArrayValue::Bool(flags))) => {
+                return Err(self.bad(name, format!("{} flags for {n_layer} layers", flags.len())));
+            }
+            Some(Value::Array(_)) => {
+                let flags = self.gguf.u32_per_layer(&key, n_layer as u32)?;
+                return Ok(flags.into_iter().map(|flag| flag != 0).collect());
+            }
+            Some(_) => self.gguf.u32(&key)?,
+            None => period,
+        };
+        Ok((0..n_layer).map(|i| period == 0 || i as u32 % period < period - 1).collect())
+    }
+
+    fn rope_scaling(&self) -> Result<RopeScaling, ModelError> {
+        let name = "rope.scaling.type";
+        let factor = self.f32_or("rope.scaling.factor", 0.0)?;
+        let kind = self.gguf.opt_str(&self.key(name))?.unwrap_or(if factor > 0.0 { "linear" } else { "none" });
+        if kind != "none" && factor < 0.0 {
+            return Err(self.bad("rope.scaling.factor", format!("{factor}; expected a positive number")));
+        }
+        match kind {
+            "none" => Ok(RopeScaling::None),
+            // A factor of zero stands for "not scaled" in files that name a type all the same.
+            "linear" | "yarn" if factor == 0.0 => Ok(RopeScaling::None),
+            "linear" => Ok(RopeScaling::Linear(factor)),
+            "yarn" => Ok(RopeScaling::Yarn {
+                factor,
+                original_context: match self.opt_dim("rope.scaling.original_context_length")? {
+                    Some(context) => context as f32,
+                    None => self.dim("context_length")? as f32,
+                },
+                beta_fast: self.f32_or("rope.scaling.yarn_beta_fast", 32.0)?,
+                beta_slow: self.f32_or("rope.scaling.yarn_beta_slow", 1.0)?,
+            }),
+            other => Err(self.bad(name, format!("'{other}' is not supported; supported: none, linear, yarn"))),
+        }
+    }
+}

@@ -1,0 +1,436 @@
+//! The text of versions 1 to 5 of a plan, read through wire structs for safety; [`super::write`] writes it.
+
+use super::{DensePlacement, Goal, LayerPlacement, Placement, PlanTier, Prediction, SlotPolicy, SolverReport, TierIdx};
+use crate::kind::toml_words;
+use crate::machine::{Accelerator, Tier, WireKind, check_unit};
+use crate::model::kv::KvType;
+use crate::model::shape::DenseKind;
+use crate::ranges::{self, Allowance, MAX_EXPERT, MAX_LAYER};
+use crate::source_id::SourceId;
+use crate::text::quote;
+use serde::Deserialize;
+use std::collections::{BTreeMap, HashMap};
+
+/// Dense groups that every layer may have, with their keys.
+pub(super) const BY_LAYER: [(DenseKind, &str); 4] = [
+    (DenseKind::Attention, "attention"),
+    (DenseKind::Router, "router"),
+    (DenseKind::SharedExpert, "shared_expert"),
+    (DenseKind::DenseFfn, "dense_ffn"),
+];
+
+/// The plan that a text says; what it means is still to be checked.
+pub(super) fn decode(text: &str) -> Result<Placement, String> {
+    let wire: Wire = toml::from_str(text).map_err(|e| toml_words(text, &e))?;
+    let kv_type = match &wire.kv_type {
+        Some(_) if wire.version < 2 => {
+            return Err("kv_type is a key of version 2; write `version = 2`, or leave it out".into());
+        }
+        Some(name) => name.parse().map_err(|e| format!("kv_type: {e}"))?,
+        None => KvType::default(),
+    };
+    let of_3 = &wire.predicted;
+    if wire.version < 3 && (of_3.at.is_some() || of_3.kv_s.is_some() || !of_3.prompt_gflops.is_empty()) {
+        return Err(
+            "predicted.at, kv_s and prompt_gflops are keys of version 3; write `version = 3`, or leave them out".into(),
+        );
+    }
+    for tier in &wire.tier {
+        check_unit(&tier.name, tier.kind.into(), tier.node, tier.device, (wire.version, 4))?;
+        tier.accelerator().check_version((wire.version, 5))?;
+    }
+    let goal = decode_goal(&wire.solver, wire.version)?;
+    let mut allowance = Allowance::for_a_file();
+    let names = Names::new(&wire.tier);
+    let dense = decode_dense(wire.dense, &names, &mut allowance)?;
+    let mut layers = Vec::new();
+    for layer in wire.layer {
+        decode_layer(layer, wire.version, &names, &mut allowance, &mut layers)?;
+    }
+    Ok(Placement {
+        name: wire.name,
+        model: wire.made_from.model.into(),
+        profile: wire.made_from.profile.map(SourceId::from),
+        machine: wire.made_from.machine.into(),
+        layer_overhead_us: wire.layer_overhead_us,
+        token_overhead_us: wire.token_overhead_us,
+        context: wire.context,
+        kv_tier: names.find(&wire.kv_tier, "kv_tier")?,
+        kv_type,
+        staging_tier: names.find(&wire.staging.tier, "staging.tier")?,
+        staging_experts: wire.staging.experts,
+        dense,
+        layers,
+        solver: SolverReport {
+            backend: wire.solver.backend,
+            status: wire.solver.status,
+            objective_s: wire.solver.objective_s,
+            bound_s: wire.solver.bound_s,
+            gap: wire.solver.gap,
+            solve_s: wire.solver.solve_s,
+            goal,
+        },
+        predicted: Prediction {
+            decode_tok_s: wire.predicted.decode_tok_s,
+            prompt_tok_s: wire.predicted.prompt_tok_s,
+            overhead_s: wire.predicted.overhead_s,
+            dense_s: names.by_tier(wire.predicted.dense_s, "predicted.dense_s")?,
+            expert_s: names.by_tier(wire.predicted.expert_s, "predicted.expert_s")?,
+            expert_critical_s: wire.predicted.expert_critical_s,
+            hit_rate: wire.predicted.hit_rate,
+            read_bytes: names.by_tier(wire.predicted.read_bytes, "predicted.read_bytes")?,
+            emulated: wire.predicted.emulated,
+            at: wire.predicted.at.unwrap_or(0),
+            kv_s: wire.predicted.kv_s.unwrap_or(0.0),
+            prompt_gflops: names.by_tier(wire.predicted.prompt_gflops, "predicted.prompt_gflops")?,
+        },
+        tiers: wire.tier.into_iter().map(WireTier::into_tier).collect(),
+    })
+}
+
+fn decode_goal(wire: &WireSolver, version: u64) -> Result<Option<Goal>, String> {
+    let numbers = [wire.objective_value, wire.objective_bound, wire.target_tok_s];
+    let any = numbers.iter().any(Option::is_some)
+        || wire.objective.is_some()
+        || wire.objective_unit.is_some()
+        || wire.batch.is_some();
+    match (&wire.objective, wire.objective_value, &wire.objective_unit) {
+        _ if any && version < 3 => {
+            Err("solver.objective and the keys beside it are of version 3; write `version = 3`, or leave them out"
+                .into())
+        }
+        (Some(objective), Some(value), Some(unit)) => Ok(Some(Goal {
+            objective: objective.clone(),
+            value,
+            unit: unit.clone(),
+            bound: wire.objective_bound,
+            batch: wire.batch,
+            target_tok_s: wire.target_tok_s,
+        })),
+        _ if any => Err("solver.objective, objective_value and objective_unit go together; write all or none".into()),
+        _ => Ok(None),
+    }
+}
+
+fn decode_dense(wire: WireDense, names: &Names, allowance: &mut Allowance) -> Result<Vec<DensePlacement>, String> {
+    let mut dense = Vec::new();
+    let mut whole = |kind, key: &str, tier: Option<String>, names: &Names| {
+        if let Some(tier) = tier {
+            dense.push(DensePlacement { kind, layer: None, tier: names.find(&tier, &format!("dense.{key}"))? });
+        }
+        Ok::<(), String>(())
+    };
+    whole(DenseKind::Embedding, "embedding", wire.embedding, names)?;
+    whole(DenseKind::Head, "head", wire.head, names)?;
+    let groups = [wire.attention, wire.router, wire.shared_expert, wire.dense_ffn];
+    for ((kind, key), groups) in BY_LAYER.into_iter().zip(groups) {
+        for group in groups {
+            let what = format!("dense.{key}");
+            let tier = names.find(&group.tier, &what)?;
+            let layers =
+                ranges::parse(&group.layers, "layer", MAX_LAYER, allowance).map_err(|e| format!("{what}: {e}"))?;
+            dense.extend(layers.into_iter().map(|layer| DensePlacement { kind, layer: Some(layer), tier }));
+        }
+    }
+    dense.sort_by_key(|d| (d.kind, d.layer));
+    Ok(dense)
+}
+
+fn decode_layer(
+    wire: WireLayer,
+    version: u64,
+    names: &Names,
+    allowance: &mut Allowance,
+    out: &mut Vec<LayerPlacement>,
+) -> Result<(), String> {
+    let (place, numbers) = match (wire.layer, &wire.layers) {
+        (Some(layer), None) => (format!("layer {layer}"), vec![layer]),
+        (None, Some(text)) => {
+            let numbers = ranges::parse(text, "layer", MAX_LAYER, allowance)?;
+            (format!("layers {text}"), numbers)
+        }
+        _ => return Err("each [[layer]] needs either layer = 3 or layers = \"3-7\"".into()),
+    };
+    if numbers.is_empty() {
+        return Err("a [[layer]] table names no layer; write layer = 3 or layers = \"3-7\"".into());
+    }
+    let explain = |what: String| format!("{place}: {what}");
+    let policy = wire.policy(version).map_err(explain)?;
+    let mut pinned = Vec::new();
+    let mut count = 0u64;
+    for (tier, experts) in wire.pinned {
+        let tier = names.find(&tier, "pinned").map_err(explain)?;
+        let experts = ranges::parse(&experts, "expert", MAX_EXPERT, allowance).map_err(explain)?;
+        count += experts.len() as u64;
+        if !experts.is_empty() {
+            pinned.push((tier, experts));
+        }
+    }
+    pinned.sort_by_key(|(tier, _)| *tier);
+    // The table is copied for every layer it stands for, so the copies count too.
+    allowance.take(count * (numbers.len() as u64 - 1)).map_err(explain)?;
+    let slot_tier = names.find(&wire.slot_tier, "slot_tier").map_err(explain)?;
+    out.extend(numbers.into_iter().map(|layer| LayerPlacement {
+        layer,
+        pinned: pinned.clone(),
+        slots: wire.slots,
+        slot_tier,
+        policy,
+    }));
+    Ok(())
+}
+
+/// The tiers by name.
+struct Names {
+    by_name: HashMap<String, TierIdx>,
+    all: Vec<String>,
+}
+
+impl Names {
+    fn new(tiers: &[WireTier]) -> Names {
+        let all: Vec<String> = tiers.iter().map(|t| t.name.clone()).collect();
+        let by_name = all.iter().enumerate().map(|(at, name)| (name.clone(), at)).collect();
+        Names { by_name, all }
+    }
+
+    fn find(&self, name: &str, what: &str) -> Result<TierIdx, String> {
+        self.by_name.get(name).copied().ok_or_else(|| {
+            format!("{what} names the tier {}, but the plan's tiers are {}", quote(name), self.all.join(", "))
+        })
+    }
+
+    /// Numbers in the order of the tiers; a tier that is not named has 0, and no name at all means no numbers.
+    fn by_tier(&self, parts: BTreeMap<String, f64>, what: &str) -> Result<Vec<f64>, String> {
+        if parts.is_empty() {
+            return Ok(Vec::new());
+        }
+        let mut out = vec![0.0; self.all.len()];
+        for (name, x) in parts {
+            out[self.find(&name, what)?] = x;
+        }
+        Ok(out)
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Wire {
+    #[serde(rename = "format")]
+    _format: String,
+    version: u64,
+    name: String,
+    context: u32,
+    kv_tier: String,
+    kv_type: Option<String>,
+    staging: WireStaging,
+    layer_overhead_us: f64,
+    token_overhead_us: f64,
+    made_from: WireMadeFrom,
+    solver: WireSolver,
+    predicted: WirePrediction,
+    dense: WireDense,
+    #[serde(default)]
+    tier: Vec<WireTier>,
+    #[serde(default)]
+    layer: Vec<WireLayer>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct WireStaging {
+    tier: String,
+    experts: u32,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct WireMadeFrom {
+    model: WireSource,
+    profile: Option<WireSource>,
+    machine: WireSource,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct WireSource {
+    name: String,
+    hash: String,
+}
+
+impl From<WireSource> for SourceId {
+    fn from(wire: WireSource) -> SourceId {
+        SourceId { name: wire.name, hash: wire.hash }
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct WireSolver {
+    backend: String,
+    status: String,
+    objective_s: f64,
+    bound_s: Option<f64>,
+    gap: Option<f64>,
+    solve_s: f64,
+    objective: Option<String>,
+    objective_value: Option<f64>,
+    objective_unit: Option<String>,
+    objective_bound: Option<f64>,
+    batch: Option<u32>,
+    target_tok_s: Option<f64>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct WirePrediction {
+    decode_tok_s: f64,
+    prompt_tok_s: f64,
+    hit_rate: f64,
+    emulated: bool,
+    overhead_s: f64,
+    expert_critical_s: f64,
+    #[serde(default)]
+    dense_s: BTreeMap<String, f64>,
+    #[serde(default)]
+    expert_s: BTreeMap<String, f64>,
+    #[serde(default)]
+    read_bytes: BTreeMap<String, f64>,
+    at: Option<u32>,
+    kv_s: Option<f64>,
+    #[serde(default)]
+    prompt_gflops: BTreeMap<String, f64>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct WireDense {
+    embedding: Option<String>,
+    head: Option<String>,
+    #[serde(default)]
+    attention: Vec<WireGroup>,
+    #[serde(default)]
+    router: Vec<WireGroup>,
+    #[serde(default)]
+    shared_expert: Vec<WireGroup>,
+    #[serde(default)]
+    dense_ffn: Vec<WireGroup>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct WireGroup {
+    layers: String,
+    tier: String,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct WireTier {
+    name: String,
+    kind: WireKind,
+    capacity_bytes: u64,
+    read_gbps: f64,
+    latency_us: f64,
+    emulated: bool,
+    node: Option<u32>,
+    device: Option<u32>,
+    link_gbps: Option<f64>,
+    layer_us: Option<f64>,
+    resident_layer_us: Option<f64>,
+    source: String,
+    budget_bytes: u64,
+    dense_bytes: u64,
+    pinned_bytes: u64,
+    slot_bytes: u64,
+    kv_bytes: u64,
+    staging_bytes: u64,
+    home_bytes: u64,
+}
+
+impl WireTier {
+    fn accelerator(&self) -> Accelerator {
+        let &WireTier { link_gbps, layer_us, resident_layer_us, .. } = self;
+        Accelerator { link_gbps, layer_us, resident_layer_us }
+    }
+
+    fn into_tier(self) -> PlanTier {
+        PlanTier {
+            tier: Tier {
+                accelerator: self.accelerator(),
+                name: self.name,
+                kind: self.kind.into(),
+                capacity_bytes: self.capacity_bytes,
+                read_gbps: self.read_gbps,
+                latency_us: self.latency_us,
+                emulated: self.emulated,
+                unit: self.node.or(self.device),
+                source: self.source,
+            },
+            budget_bytes: self.budget_bytes,
+            dense_bytes: self.dense_bytes,
+            pinned_bytes: self.pinned_bytes,
+            slot_bytes: self.slot_bytes,
+            kv_bytes: self.kv_bytes,
+            staging_bytes: self.staging_bytes,
+            home_bytes: self.home_bytes,
+        }
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct WireLayer {
+    layer: Option<u32>,
+    layers: Option<String>,
+    #[serde(default)]
+    pinned: BTreeMap<String, String>,
+    slots: u32,
+    slot_tier: String,
+    policy: WirePolicy,
+    half_life: Option<u32>,
+    recent_half_life: Option<u32>,
+    recent_weight: Option<u32>,
+}
+
+impl WireLayer {
+    /// The policy with its parameters: all that it has, and no others.
+    fn policy(&self, version: u64) -> Result<SlotPolicy, String> {
+        let given = [
+            ("half_life", self.half_life),
+            ("recent_half_life", self.recent_half_life),
+            ("recent_weight", self.recent_weight),
+        ];
+        let (name, takes) = match self.policy {
+            WirePolicy::Lru => ("lru", 0),
+            WirePolicy::Lfu => ("lfu", 1),
+            WirePolicy::Adaptive => ("adaptive", 3),
+        };
+        if takes > 0 && version < 3 {
+            return Err(format!("the policy \"{name}\" is of version 3; write `version = 3`"));
+        }
+        if let Some((key, _)) = given[takes..].iter().find(|(_, value)| value.is_some()) {
+            return Err(format!("{key} is no parameter of the policy \"{name}\"; leave it out"));
+        }
+        let parameter = |at: usize| {
+            let (key, value) = given[at];
+            value.ok_or_else(|| format!("the policy \"{name}\" needs {key}; write a number of tokens or a weight"))
+        };
+        Ok(match self.policy {
+            WirePolicy::Lru => SlotPolicy::Lru,
+            WirePolicy::Lfu => SlotPolicy::Lfu { half_life: parameter(0)? },
+            WirePolicy::Adaptive => SlotPolicy::Adaptive {
+                half_life: parameter(0)?,
+                recent_half_life: parameter(1)?,
+                recent_weight: parameter(2)?,
+            },
+        })
+    }
+}
+
+#[derive(Deserialize, Clone, Copy)]
+#[serde(rename_all = "lowercase")]
+enum WirePolicy {
+    Lru,
+    Lfu,
+    Adaptive,
+}

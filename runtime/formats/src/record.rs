@@ -1,0 +1,136 @@
+//! `*.record.json`: what a run did and how fast, beside what its plan predicted.
+
+mod wire;
+
+#[cfg(test)]
+mod tests;
+
+use super::kind::RECORD;
+use super::placement::Prediction;
+use crate::source_id::SourceId;
+use crate::{FormatError, safely};
+use std::path::Path;
+
+/// Time and bytes of one tier during a run's decode phase.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct TierRecord {
+    /// The tier's name.
+    pub name: String,
+    /// Its rates were emulated.
+    pub emulated: bool,
+    /// Bytes the plan puts there.
+    pub planned_bytes: u64,
+    /// Bytes counted there after loading.
+    pub resident_bytes: u64,
+    /// Bytes read from it while decoding.
+    pub read_bytes: u64,
+    /// Seconds in which its reads were the thing being waited for.
+    pub busy_s: f64,
+}
+
+/// One layer's expert accesses during decode.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct LayerRecord {
+    /// The layer.
+    pub layer: u32,
+    /// Accesses to pinned experts.
+    pub pinned_hits: u64,
+    /// Accesses found in a slot.
+    pub slot_hits: u64,
+    /// Accesses that had to be brought from the slow tier.
+    pub misses: u64,
+    /// Seconds a token, on average, by stage: attention and other dense work.
+    pub dense_s: f64,
+    /// Seconds a token, on average: routed experts, waiting included.
+    pub expert_s: f64,
+    /// Bytes that the misses brought in.
+    pub missed_bytes: u64,
+    /// Seconds a token, on average, from the first submission of the layer's reads to the end of the last one, those ahead
+    /// of the layer included.
+    pub reading_s: f64,
+    /// Of these, seconds in which nothing could compute for want of a read: the others were hidden.
+    pub waited_s: f64,
+}
+
+/// One run.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct RunRecord {
+    /// The plan's name.
+    pub plan: String,
+    /// Solver status of the plan.
+    pub plan_status: String,
+    /// The plan's proven gap.
+    pub plan_gap: Option<f64>,
+    /// The model.
+    pub model: Option<SourceId>,
+    /// The machine the plan was made for.
+    pub machine: Option<SourceId>,
+    /// When, in UTC: `2026-11-22T17:00:00Z`.
+    pub when: String,
+    /// Processor and threads it ran on.
+    pub host: String,
+    /// Threads.
+    pub threads: u32,
+    /// Instruction set of the kernels.
+    pub isa: String,
+    /// Any tier was emulated.
+    pub emulated: bool,
+    /// Prompt tokens.
+    pub prompt_tokens: u64,
+    /// Seconds they took.
+    pub prompt_s: f64,
+    /// Decoded tokens.
+    pub decode_tokens: u64,
+    /// Seconds they took.
+    pub decode_s: f64,
+    /// Seconds from start to the first token, loading included.
+    pub first_token_s: f64,
+    /// By tier, fastest first.
+    pub tiers: Vec<TierRecord>,
+    /// By layer with routed experts.
+    pub layers: Vec<LayerRecord>,
+    /// What the plan promised.
+    pub predicted: Option<Prediction>,
+    /// Ids of the decoded tokens, so that runs can be compared.
+    pub output: Vec<u32>,
+}
+
+impl RunRecord {
+    /// Tokens a second while decoding, 0 when nothing was decoded.
+    pub fn decode_tok_s(&self) -> f64 {
+        rate(self.decode_tokens, self.decode_s)
+    }
+
+    /// Tokens a second of prompt processing, 0 when there was none.
+    pub fn prompt_tok_s(&self) -> f64 {
+        rate(self.prompt_tokens, self.prompt_s)
+    }
+
+    /// The file as indented JSON with a line feed at its end; the output's token ids share a line.
+    pub fn encode(&self) -> String {
+        wire::encode(self)
+    }
+
+    /// Writes the file, or says why its content would not be readable again.
+    pub fn write(&self, path: &Path) -> Result<(), FormatError> {
+        wire::check(self).map_err(|what| FormatError::invalid(path, what))?;
+        safely::write(path, self.encode().as_bytes())
+    }
+}
+
+/// Reads a run record from the bytes of its file. `path` is only named in errors.
+pub fn decode(bytes: &[u8], path: &Path) -> Result<RunRecord, FormatError> {
+    let text = RECORD.open_json(bytes, path)?;
+    let record = wire::decode(text).map_err(|what| FormatError::invalid(path, what))?;
+    wire::check(&record).map_err(|what| FormatError::invalid(path, what))?;
+    Ok(record)
+}
+
+/// Reads a run record.
+pub fn read(path: &Path) -> Result<RunRecord, FormatError> {
+    decode(&RECORD.read(path)?, path)
+}
+
+fn rate(count: u64, seconds: f64) -> f64 {
+    if seconds > 0.0 { count as f64 / seconds } else { 0.0 }
+}

@@ -1,0 +1,288 @@
+//! Block formats of GGUF tensors: their sizes, and the plain decoding of each to `f32`.
+//!
+//! One file a block format. What is fast lives in `kernels`; what is here is the reference.
+
+// The formats keep the names that the field gives them.
+#![allow(non_camel_case_types)]
+
+pub(crate) mod block;
+pub mod grids;
+mod iq1_m;
+mod iq1_s;
+mod iq2_s;
+mod iq2_xs;
+mod iq2_xxs;
+mod iq3_s;
+mod iq3_xxs;
+pub(crate) mod iq4_nl;
+mod iq4_xs;
+pub(crate) mod mxfp4;
+mod q2_k;
+mod q3_k;
+mod q4_0;
+mod q4_1;
+mod q4_k;
+mod q5_0;
+mod q5_1;
+mod q5_k;
+mod q6_k;
+mod q8_0;
+
+/// The types that stand for the formats, where a kernel is chosen by format at compile time.
+pub(crate) mod types {
+    pub(crate) use super::{
+        iq1_m::IQ1_M, iq1_s::IQ1_S, iq2_s::IQ2_S, iq2_xs::IQ2_XS, iq2_xxs::IQ2_XXS, iq3_s::IQ3_S, iq3_xxs::IQ3_XXS,
+        iq4_nl::IQ4_NL, iq4_xs::IQ4_XS, mxfp4::MXFP4, q2_k::Q2_K, q3_k::Q3_K, q4_0::Q4_0, q4_1::Q4_1, q4_k::Q4_K,
+        q5_0::Q5_0, q5_1::Q5_1, q5_k::Q5_K, q6_k::Q6_K, q8_0::Q8_0,
+    };
+}
+
+use block::{Codes, Format, GROUP, Plain, f16_to_f32, head};
+use thiserror::Error;
+
+/// Evaluates `$then` with `$F` naming the [`Format`] of the tensor type `$ty`, or `$float` for F32, F16 and BF16.
+macro_rules! with_format {
+    ($ty:expr, $F:ident => $then:expr, float => $float:expr) => {
+        $crate::quant::with_format!(@arms $ty, $F, $then, $float;
+            Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S IQ1_S IQ1_M IQ4_NL
+            IQ4_XS MXFP4)
+    };
+    (@arms $ty:expr, $F:ident, $then:expr, $float:expr; $($name:ident)*) => {
+        match $ty {
+            $($crate::quant::TensorType::$name => {
+                type $F = $crate::quant::types::$name;
+                $then
+            })*
+            $crate::quant::TensorType::F32
+            | $crate::quant::TensorType::F16
+            | $crate::quant::TensorType::BF16 => $float,
+        }
+    };
+}
+pub(crate) use with_format;
+
+/// Decodes a row: the bytes of `out.len()` values of type `ty`, as they lie in the file.
+///
+/// # Panics
+/// When `out.len()` is no whole number of blocks, or `bytes` is not exactly those blocks.
+pub fn dequantize_row(ty: TensorType, bytes: &[u8], out: &mut [f32]) {
+    let expected = ty.row_bytes(out.len() as u64);
+    assert_eq!(expected, Some(bytes.len() as u64), "a row of {} {ty} values", out.len());
+    with_format!(ty, F => dequantize_blocks::<F>(bytes, out), float => match ty {
+        TensorType::F32 => widen(bytes, out, f32::from_le_bytes),
+        TensorType::F16 => widen(bytes, out, |b| f16_to_f32(u16::from_le_bytes(b))),
+        _ => widen(bytes, out, |b| f32::from_bits(u32::from(u16::from_le_bytes(b)) << 16)),
+    });
+}
+
+fn widen<const N: usize>(bytes: &[u8], out: &mut [f32], convert: impl Fn([u8; N]) -> f32) {
+    for (to, from) in out.iter_mut().zip(bytes.chunks_exact(N)) {
+        *to = convert(*head(from));
+    }
+}
+
+fn dequantize_blocks<F: Format>(bytes: &[u8], out: &mut [f32]) {
+    let mut codes = Codes::ZERO;
+    let group_bytes = GROUP / F::TYPE.block_len() * F::TYPE.block_bytes();
+    for (bytes, out) in bytes.chunks(group_bytes).zip(out.chunks_mut(GROUP)) {
+        F::unpack_group::<Plain>(bytes, &mut codes);
+        for (i, to) in out.iter_mut().enumerate() {
+            *to = codes.scale[i / 16] * f32::from(F::code(codes.q[i])) - codes.min[i / 16];
+        }
+    }
+}
+
+/// The element type of a GGUF tensor, by the number the file carries.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[allow(missing_docs)]
+#[repr(u32)]
+pub enum TensorType {
+    F32 = 0,
+    F16 = 1,
+    Q4_0 = 2,
+    Q4_1 = 3,
+    Q5_0 = 6,
+    Q5_1 = 7,
+    Q8_0 = 8,
+    Q2_K = 10,
+    Q3_K = 11,
+    Q4_K = 12,
+    Q5_K = 13,
+    Q6_K = 14,
+    IQ2_XXS = 16,
+    IQ2_XS = 17,
+    IQ3_XXS = 18,
+    IQ1_S = 19,
+    IQ4_NL = 20,
+    IQ3_S = 21,
+    IQ2_S = 22,
+    IQ4_XS = 23,
+    IQ1_M = 29,
+    BF16 = 30,
+    MXFP4 = 39,
+}
+
+/// A tensor type number that this program has no decoder for.
+#[derive(Debug, Error, PartialEq, Eq)]
+#[error("tensor type {0} is not supported")]
+pub struct UnknownType(pub u32);
+
+impl TensorType {
+    /// Every type, in file-number order.
+    pub const ALL: [TensorType; 23] = {
+        use TensorType::*;
+        [
+            F32, F16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ2_XXS, IQ2_XS, IQ3_XXS, IQ1_S,
+            IQ4_NL, IQ3_S, IQ2_S, IQ4_XS, IQ1_M, BF16, MXFP4,
+        ]
+    };
+
+    /// The type with this number in a GGUF file.
+    pub fn from_id(id: u32) -> Result<Self, UnknownType> {
+        Self::ALL.into_iter().find(|t| *t as u32 == id).ok_or(UnknownType(id))
+    }
+
+    /// The type with this name (`Q4_K`), without regard to case.
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|t| t.name().eq_ignore_ascii_case(name))
+    }
+
+    /// The name used throughout the field, `Q4_K` and the like.
+    pub fn name(self) -> &'static str {
+        use TensorType::*;
+        match self {
+            F32 => "F32",
+            F16 => "F16",
+            Q4_0 => "Q4_0",
+            Q4_1 => "Q4_1",
+            Q5_0 => "Q5_0",
+            Q5_1 => "Q5_1",
+            Q8_0 => "Q8_0",
+            Q2_K => "Q2_K",
+            Q3_K => "Q3_K",
+            Q4_K => "Q4_K",
+            Q5_K => "Q5_K",
+            Q6_K => "Q6_K",
+            IQ2_XXS => "IQ2_XXS",
+            IQ2_XS => "IQ2_XS",
+            IQ3_XXS => "IQ3_XXS",
+            IQ1_S => "IQ1_S",
+            IQ4_NL => "IQ4_NL",
+            IQ3_S => "IQ3_S",
+            IQ2_S => "IQ2_S",
+            IQ4_XS => "IQ4_XS",
+            IQ1_M => "IQ1_M",
+            BF16 => "BF16",
+            MXFP4 => "MXFP4",
+        }
+    }
+
+    /// Values in one block.
+    pub const fn block_len(self) -> usize {
+        use TensorType::*;
+        match self {
+            F32 | F16 | BF16 => 1,
+            Q4_0 | Q4_1 | Q5_0 | Q5_1 | Q8_0 | IQ4_NL | MXFP4 => 32,
+            Q2_K | Q3_K | Q4_K | Q5_K | Q6_K | IQ2_XXS | IQ2_XS | IQ3_XXS | IQ1_S | IQ3_S | IQ2_S | IQ4_XS | IQ1_M => {
+                256
+            }
+        }
+    }
+
+    /// Bytes in one block.
+    pub const fn block_bytes(self) -> usize {
+        use TensorType::*;
+        match self {
+            F32 => 4,
+            F16 | BF16 => 2,
+            Q4_0 | IQ4_NL => 18,
+            Q4_1 => 20,
+            Q5_0 => 22,
+            Q5_1 => 24,
+            Q8_0 => 34,
+            MXFP4 => 17,
+            Q2_K => 84,
+            Q3_K => 110,
+            Q4_K => 144,
+            Q5_K => 176,
+            Q6_K => 210,
+            IQ2_XXS => 66,
+            IQ2_XS => 74,
+            IQ2_S => 82,
+            IQ3_XXS => 98,
+            IQ3_S => 110,
+            IQ1_S => 50,
+            IQ1_M => 56,
+            IQ4_XS => 136,
+        }
+    }
+
+    /// Bytes of a row of `cols` values, or `None` where `cols` is no whole number of blocks or the size overflows.
+    pub fn row_bytes(self, cols: u64) -> Option<u64> {
+        let len = self.block_len() as u64;
+        if !cols.is_multiple_of(len) {
+            return None;
+        }
+        (cols / len).checked_mul(self.block_bytes() as u64)
+    }
+}
+
+impl std::fmt::Display for TensorType {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::path::PathBuf;
+
+    /// Raw blocks and their values as another program decodes them.
+    pub(crate) fn golden(ty: TensorType) -> (Vec<u8>, Vec<f32>) {
+        let dir = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../tests/data/dequant");
+        let bytes = std::fs::read(dir.join(format!("{ty}.bin"))).unwrap();
+        let values = std::fs::read(dir.join(format!("{ty}.f32"))).unwrap();
+        (bytes, values.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect())
+    }
+
+    #[test]
+    fn decoding_matches_the_published_values() {
+        for ty in TensorType::ALL.into_iter().filter(|ty| *ty != TensorType::F32) {
+            let (bytes, want) = golden(ty);
+            let mut got = vec![f32::NAN; want.len()];
+            dequantize_row(ty, &bytes, &mut got);
+            for (i, (got, want)) in got.iter().zip(&want).enumerate() {
+                assert!((got - want).abs() <= 1e-6 * want.abs(), "{ty} value {i}: {got}, expected {want}");
+            }
+            assert!(want.iter().any(|v| *v != 0.0), "{ty}: the published values are all zero");
+        }
+    }
+
+    #[test]
+    fn f32_decodes_to_itself() {
+        let values = [0.0f32, -1.5, f32::MIN_POSITIVE, 3.0e38];
+        let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        let mut out = [0.0; 4];
+        dequantize_row(TensorType::F32, &bytes, &mut out);
+        assert_eq!(out, values);
+    }
+
+    #[test]
+    fn every_type_takes_any_bytes_and_odd_numbers_of_blocks() {
+        for ty in TensorType::ALL {
+            for blocks in [0usize, 1, 7, 8, 9] {
+                let bytes: Vec<u8> = (0..blocks * ty.block_bytes()).map(|i| (i * 151 + 7 * blocks) as u8).collect();
+                let mut whole = vec![0.0; blocks * ty.block_len()];
+                dequantize_row(ty, &bytes, &mut whole);
+                let mut one = vec![0.0; ty.block_len()];
+                for block in 0..blocks {
+                    let part = &bytes[block * ty.block_bytes()..][..ty.block_bytes()];
+                    dequantize_row(ty, part, &mut one);
+                    let same = one.iter().zip(&whole[block * ty.block_len()..]);
+                    assert!(same.clone().all(|(a, b)| a.to_bits() == b.to_bits()), "{ty} block {block} of {blocks}");
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,135 @@
+//! A device that counts the kernels another one runs, those of recordings too.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::ThreadId;
+use tier_plan_cuda::CudaError;
+use tier_plan_cuda::device::{Arg, Device, Grid, Recording};
+use tier_plan_cuda::lane::Lane;
+
+/// Another device, with a count.
+pub struct Counting {
+    inner: Arc<dyn Device>,
+    launches: Arc<AtomicU64>,
+    /// What threads that record have launched so far.
+    recording: Mutex<HashMap<ThreadId, u64>>,
+}
+
+impl Counting {
+    /// Counts from now on what `inner` runs for those who ask this device.
+    pub fn new(inner: Arc<dyn Device>) -> Self {
+        Self { inner, launches: Arc::default(), recording: Mutex::default() }
+    }
+
+    /// Kernels that it has run so far; one that was recorded counts each time it is replayed.
+    pub fn launches(&self) -> u64 {
+        self.launches.load(Ordering::Relaxed)
+    }
+
+    fn recording(&self) -> std::sync::MutexGuard<'_, HashMap<ThreadId, u64>> {
+        self.recording.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Device for Counting {
+    fn name(&self) -> &str {
+        self.inner.name()
+    }
+
+    fn free_bytes(&self) -> Result<usize, CudaError> {
+        self.inner.free_bytes()
+    }
+
+    fn allocate(&self, len: usize) -> Result<u64, CudaError> {
+        self.inner.allocate(len)
+    }
+
+    unsafe fn free(&self, at: u64) {
+        // SAFETY: the caller's promise; what this device allocates is the other's.
+        unsafe { self.inner.free(at) }
+    }
+
+    unsafe fn write(&self, to: u64, bytes: &[u8]) -> Result<(), CudaError> {
+        // SAFETY: as above.
+        unsafe { self.inner.write(to, bytes) }
+    }
+
+    unsafe fn read(&self, from: u64, bytes: &mut [u8]) -> Result<(), CudaError> {
+        // SAFETY: as above.
+        unsafe { self.inner.read(from, bytes) }
+    }
+
+    unsafe fn copy(&self, to: u64, from: u64, len: usize) -> Result<(), CudaError> {
+        // SAFETY: as above.
+        unsafe { self.inner.copy(to, from, len) }
+    }
+
+    unsafe fn launch(&self, kernel: &'static str, grid: Grid, args: &[Arg]) -> Result<(), CudaError> {
+        match self.recording().get_mut(&std::thread::current().id()) {
+            Some(recorded) => *recorded += 1,
+            None => {
+                self.launches.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+        // SAFETY: as above.
+        unsafe { self.inner.launch(kernel, grid, args) }
+    }
+
+    fn wait(&self) -> Result<(), CudaError> {
+        self.inner.wait()
+    }
+
+    fn lane(self: Arc<Self>, len: usize) -> Result<Option<Box<dyn Lane>>, CudaError> {
+        Arc::clone(&self.inner).lane(len)
+    }
+
+    fn begin_recording(&self) -> Result<bool, CudaError> {
+        let begun = self.inner.begin_recording()?;
+        if begun {
+            self.recording().insert(std::thread::current().id(), 0);
+        }
+        Ok(begun)
+    }
+
+    fn end_recording(self: Arc<Self>) -> Result<Box<dyn Recording>, CudaError> {
+        let launches = self.recording().remove(&std::thread::current().id()).unwrap_or(0);
+        let inner = Arc::clone(&self.inner).end_recording()?;
+        Ok(Box::new(Counted { inner, launches, all: Arc::clone(&self.launches) }))
+    }
+}
+
+/// A recording that counts.
+struct Counted {
+    inner: Box<dyn Recording>,
+    launches: u64,
+    all: Arc<AtomicU64>,
+}
+
+impl Recording for Counted {
+    unsafe fn replay(&self) -> Result<(), CudaError> {
+        self.all.fetch_add(self.launches, Ordering::Relaxed);
+        // SAFETY: the caller's promise.
+        unsafe { self.inner.replay() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tier_plan_cuda::{Ops, shim};
+
+    #[test]
+    fn launches_are_counted_when_they_run() {
+        let device = Arc::new(Counting::new(shim::shared()));
+        let ops = Ops::new(Arc::clone(&device) as Arc<dyn Device>);
+        ops.nothing().unwrap();
+        assert_eq!(device.launches(), 1);
+        let recorded = ops.record(|| (0..3).try_for_each(|_| ops.nothing())).unwrap().unwrap();
+        assert_eq!(device.launches(), 1, "nothing ran");
+        recorded.replay().unwrap();
+        recorded.replay().unwrap();
+        ops.nothing().unwrap();
+        assert_eq!(device.launches(), 8);
+    }
+}

@@ -1,0 +1,412 @@
+//! The cache and attention over it.
+
+use super::Check;
+use super::small::same_quants;
+use crate::outcome::Outcome;
+use half::f16;
+use tier_plan_cuda::device::Buffer;
+use tier_plan_cuda::ops::{Attend, AttendRoom, Heads, PROMPT_TOKENS, Positions, Quants};
+use tier_plan_cuda::{CudaError, Ops};
+use tier_plan_formats::model::kv::KvType;
+use tier_plan_formats::model::spec::RopeKind;
+use tier_plan_kernels::random::Random;
+use tier_plan_kernels::{Kernels, StoredRows, q8_row_bytes};
+
+/// What a result may differ by as a share of the largest value mixed.
+const MIXED: f64 = 1e-5;
+
+/// Half a unit in the last place of a 16-bit float, as a share of the least value of its power of two.
+const HALF: f64 = 1.0 / 2048.0;
+
+/// What the results of a prompt may differ by, as the mean squared difference over the mean square. Rounding to 16-bit
+/// floats is off by 2e-4 of a value on average, squared 4e-8. Scores here are 1.3 on average, so they are off by 7e-8,
+/// twice where keys are rounded as well as queries, and the weights with them; weights and values are rounded by 4e-8
+/// each. That is 2.2e-7 on average over all that may be mixed; single queries and few positions differ from that.
+const PROMPT_NMSE: f64 = 1e-6;
+
+pub(super) fn checks() -> Vec<Check> {
+    let mut checks = Vec::new();
+    for kv_type in KvType::ALL {
+        checks.push(Check::new(format!("store, {kv_type}"), move |ops, random| store(ops, random, kv_type)));
+        checks.push(Check::new(format!("place_heads, {kv_type}"), move |ops, random| place(ops, random, kv_type)));
+        checks.push(Check::new(format!("attend, {kv_type}"), move |ops, random| attend(ops, random, kv_type)));
+        checks
+            .push(Check::new(format!("attend, a prompt, {kv_type}"), move |ops, random| prompt(ops, random, kv_type)));
+        let alone = move |ops: &Ops, random: &mut Random| parts_of_a_prompt(ops, random, kv_type);
+        checks.push(Check::new(format!("attend, parts of a prompt, {kv_type}"), alone));
+    }
+    checks
+}
+
+/// A row as the processor stores it.
+fn stored(kv_type: KvType, row: &[f32]) -> Vec<u8> {
+    match kv_type {
+        KvType::F32 => row.iter().flat_map(|v| v.to_le_bytes()).collect(),
+        KvType::F16 => {
+            let mut halves = vec![f16::ZERO; row.len()];
+            Kernels::SCALAR.to_f16(row, &mut halves);
+            halves.iter().flat_map(|v| v.to_le_bytes()).collect()
+        }
+        KvType::Q8_0 => {
+            let mut bytes = vec![0; q8_row_bytes(row.len())];
+            Kernels::SCALAR.to_q8(row, &mut bytes);
+            bytes
+        }
+    }
+}
+
+/// A stored row's values.
+fn widened(kv_type: KvType, bytes: &[u8], width: usize) -> Vec<f32> {
+    let mut out = vec![0.0; width];
+    match kv_type {
+        KvType::F32 => {
+            let values = bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b));
+            out.iter_mut().zip(values).for_each(|(to, v)| *to = v);
+        }
+        KvType::F16 => {
+            let halves: Vec<f16> = bytes.as_chunks().0.iter().map(|b| f16::from_le_bytes(*b)).collect();
+            Kernels::SCALAR.from_f16(&halves, &mut out);
+        }
+        KvType::Q8_0 => Kernels::SCALAR.widen_rows(StoredRows::Q8(bytes), width, &mut out),
+    }
+    out
+}
+
+fn store(ops: &Ops, random: &mut Random, kv_type: KvType) -> Result<Outcome, CudaError> {
+    let mut outcome = Outcome::default();
+    for width in [4, 32, 40, 128, 576] {
+        let (tokens, heads, context, past) = (2, 3, 7, 4);
+        let mut x: Vec<f32> = random.activations(tokens * heads * width);
+        // A tie between two 16-bit floats, one below the smallest, zeros, and one that is too large for 16 bits.
+        (x[0], x[1], x[2], x[3]) = (1.0 + 1.0 / 2048.0, 3e-8, 1e-6, -1e-5);
+        x[width..width + 4].fill(0.0);
+        x[2 * width] = 70_000.0;
+        let row_bytes = kv_type.row_bytes(width as u64) as usize;
+        let before = vec![0x5a; heads * context * row_bytes];
+        let cache = Buffer::of_bytes(ops.device(), &before)?;
+        let rows = Buffer::of_f32(ops.device(), &x)?;
+        let word = Buffer::of_i32(ops.device(), &[past as i32])?;
+        let positions = Positions { past, on_device: word.view() };
+        ops.store(kv_type, rows.view(), tokens, heads, width, context, positions, cache.view())?;
+        let mut expected = before;
+        for (at, row) in x.chunks_exact(width).enumerate() {
+            let (t, head) = (at / heads, at % heads);
+            expected[(head * context + past + t) * row_bytes..][..row_bytes].copy_from_slice(&stored(kv_type, row));
+        }
+        outcome.exactly(&cache.view().to_bytes()?, &expected);
+    }
+    Ok(outcome)
+}
+
+/// All at once against one step after the other, with the kernels that are checked by themselves.
+fn place(ops: &Ops, random: &mut Random, kv_type: KvType) -> Result<Outcome, CudaError> {
+    let mut outcome = Outcome::default();
+    let (tokens, n_head, n_head_kv, context, past, half) = (3, 4, 2, 9, 5, 12);
+    for (key_width, value_width, kind) in [(64, 64, RopeKind::Halves), (40, 24, RopeKind::Adjacent)] {
+        for (normed, turned) in [(true, true), (false, true), (false, false)] {
+            let device = ops.device();
+            let (q, k) = (random.floats(tokens * n_head * key_width), random.floats(tokens * n_head_kv * key_width));
+            let v = random.floats(tokens * n_head_kv * value_width);
+            let norms = [
+                Buffer::of_f32(device, &random.floats(key_width))?,
+                Buffer::of_f32(device, &random.floats(key_width))?,
+            ];
+            let turns = Buffer::of_f32(device, &random.floats(2 * tokens * half))?;
+            let word = Buffer::of_i32(device, &[past as i32])?;
+            let positions = Positions { past, on_device: word.view() };
+            let rows = |width: usize| vec![0x5a; n_head_kv * context * kv_type.row_bytes(width as u64) as usize];
+            let mut found = Vec::new();
+            for at_once in [true, false] {
+                let (q, k, v) = (Buffer::of_f32(device, &q)?, Buffer::of_f32(device, &k)?, Buffer::of_f32(device, &v)?);
+                let keys = Buffer::of_bytes(device, &rows(key_width))?;
+                let values = Buffer::of_bytes(device, &rows(value_width))?;
+                if at_once {
+                    ops.place_heads(&Heads {
+                        queries: q.view(),
+                        new_keys: k.view(),
+                        new_values: v.view(),
+                        norms: normed.then_some((norms[0].view(), norms[1].view(), 1e-6)),
+                        turns: turned.then_some((turns.view(), kind, half)),
+                        tokens,
+                        n_head,
+                        n_head_kv,
+                        key_width,
+                        value_width,
+                        kv_type,
+                        context,
+                        positions,
+                        keys: keys.view(),
+                        values: values.view(),
+                    })?;
+                } else {
+                    for (x, norm, heads) in [(&q, &norms[0], n_head), (&k, &norms[1], n_head_kv)] {
+                        if normed {
+                            // So narrow that the order of the sums does not depend on the number of threads.
+                            ops.rms_norm(x.view(), Some(norm.view()), tokens * heads, key_width, 1e-6, x.view())?;
+                        }
+                        if turned {
+                            ops.rope(x.view(), turns.view(), kind, tokens, heads, key_width, half)?;
+                        }
+                    }
+                    ops.store(kv_type, k.view(), tokens, n_head_kv, key_width, context, positions, keys.view())?;
+                    ops.store(kv_type, v.view(), tokens, n_head_kv, value_width, context, positions, values.view())?;
+                }
+                found.push([q.view().to_bytes()?, keys.view().to_bytes()?, values.view().to_bytes()?]);
+            }
+            let floats = |bytes: &[u8]| widened(KvType::F32, bytes, bytes.len() / 4);
+            let (got, expected) = (floats(&found[0][0]), floats(&found[1][0]));
+            outcome.floats(&got, expected.iter().map(|v| (f64::from(*v), 1e-5)));
+            // A last bit may decide how a value is rounded where it is stored.
+            let least = match kv_type {
+                KvType::F32 => 1e-5,
+                KvType::F16 => 4e-3,
+                KvType::Q8_0 => 4e-2,
+            };
+            for (at, width) in [(1, key_width), (2, value_width)] {
+                let bytes = kv_type.row_bytes(width as u64) as usize;
+                let rows = found[0][at].chunks_exact(bytes).zip(found[1][at].chunks_exact(bytes));
+                for (row, (got, expected)) in rows.enumerate() {
+                    if (past..past + tokens).contains(&(row % context)) {
+                        let expected = widened(kv_type, expected, width);
+                        outcome.floats(&widened(kv_type, got, width), expected.iter().map(|v| (f64::from(*v), least)));
+                    } else {
+                        outcome.exactly(got, expected);
+                    }
+                }
+            }
+        }
+    }
+    Ok(outcome)
+}
+
+/// Sizes of an attention.
+#[derive(Clone, Copy)]
+struct Case {
+    n_head_kv: usize,
+    group: usize,
+    key_width: usize,
+    /// Values are the first of the keys, as with latents.
+    latent: bool,
+    value_width: usize,
+    tokens: usize,
+    past: usize,
+    window: Option<usize>,
+    sinks: bool,
+}
+
+fn attend(ops: &Ops, random: &mut Random, kv_type: KvType) -> Result<Outcome, CudaError> {
+    let gqa = Case {
+        n_head_kv: 2,
+        group: 4,
+        key_width: 64,
+        latent: false,
+        value_width: 64,
+        tokens: 1,
+        past: 0,
+        window: None,
+        sinks: false,
+    };
+    let cases = [
+        gqa,
+        Case { past: 300, ..gqa },
+        Case { tokens: 3, past: 255, group: 1, ..gqa },
+        Case { tokens: 5, past: 60, window: Some(20), sinks: true, ..gqa },
+        Case { tokens: 2, past: 600, window: Some(128), ..gqa },
+        Case { n_head_kv: 1, group: 11, key_width: 96, latent: true, value_width: 80, tokens: 2, past: 270, ..gqa },
+        Case { key_width: 40, value_width: 24, group: 3, past: 33, sinks: true, ..gqa },
+    ];
+    let mut outcome = Outcome::default();
+    for case in cases {
+        outcome.also(one(ops, random, kv_type, case)?);
+    }
+    Ok(outcome)
+}
+
+/// Tokens enough for the kernels of prompts.
+fn prompt(ops: &Ops, random: &mut Random, kv_type: KvType) -> Result<Outcome, CudaError> {
+    let gqa = Case {
+        n_head_kv: 2,
+        group: 4,
+        key_width: 64,
+        latent: false,
+        value_width: 64,
+        tokens: 16,
+        past: 0,
+        window: None,
+        sinks: false,
+    };
+    let cases = [
+        gqa,
+        Case { group: 1, tokens: 33, past: 31, ..gqa },
+        Case { n_head_kv: 1, key_width: 128, value_width: 128, tokens: 37, past: 45, ..gqa },
+        Case { group: 8, past: 70, window: Some(20), sinks: true, ..gqa },
+        Case { group: 8, tokens: 50, window: Some(7), ..gqa },
+        Case { key_width: 40, value_width: 24, group: 3, tokens: 21, past: 33, sinks: true, ..gqa },
+        Case { n_head_kv: 1, key_width: 192, value_width: 128, past: 50, ..gqa },
+        Case { group: 2, key_width: 256, value_width: 256, tokens: 20, past: 20, sinks: true, ..gqa },
+        Case { n_head_kv: 1, group: 3, key_width: 576, latent: true, value_width: 512, tokens: 18, past: 40, ..gqa },
+        Case { n_head_kv: 1, group: 2, key_width: 332, latent: true, value_width: 300, window: Some(9), ..gqa },
+        // The last is wider than any of these kernels takes.
+        Case { n_head_kv: 1, group: 1, key_width: 640, value_width: 4, past: 3, ..gqa },
+        // A context of two pieces, and one whose first no token sees.
+        Case { n_head_kv: 1, group: 1, key_width: 32, value_width: 32, past: 2040, tokens: 17, ..gqa },
+        Case {
+            n_head_kv: 1,
+            group: 2,
+            key_width: 16,
+            value_width: 20,
+            past: 2070,
+            window: Some(30),
+            sinks: true,
+            ..gqa
+        },
+    ];
+    let mut outcome = Outcome::default();
+    for case in cases {
+        outcome.also(one(ops, random, kv_type, case)?);
+    }
+    Ok(outcome)
+}
+
+/// What is computed beside a token changes no bit of its result.
+fn parts_of_a_prompt(ops: &Ops, random: &mut Random, kv_type: KvType) -> Result<Outcome, CudaError> {
+    let (n_head_kv, group, width, tokens, past) = (2, 3, 32, 45, 19);
+    let (heads, context) = (n_head_kv * group, past + tokens);
+    let mut cache = || {
+        let rows = (0..n_head_kv * context).map(|_| stored(kv_type, &random.floats(width)));
+        Buffer::of_bytes(ops.device(), &rows.collect::<Vec<_>>().concat())
+    };
+    let (keys, values) = (cache()?, cache()?);
+    let queries = Buffer::of_f32(ops.device(), &random.floats(tokens * heads * width))?;
+    let word = Buffer::of_i32(ops.device(), &[past as i32])?;
+    let room = AttendRoom::new(ops.device(), AttendRoom::values(tokens, heads, context, width), width)?;
+    let mut outcome = Outcome::default();
+    for window in [None, Some(11)] {
+        let run = |first: usize, tokens: usize| -> Result<Vec<u32>, CudaError> {
+            let out = Buffer::room_f32(ops.device(), tokens * heads * width)?;
+            let attention = Attend {
+                queries: queries.view().floats(first * heads * width..(first + tokens) * heads * width),
+                keys: keys.view(),
+                values: values.view(),
+                kv_type,
+                context,
+                n_head_kv,
+                group,
+                key_width: width,
+                value_row_width: width,
+                value_width: width,
+                scale: 0.3,
+                tokens,
+                positions: Positions { past, on_device: word.view() },
+                first,
+                window,
+                sinks: None,
+            };
+            ops.attend(&attention, &room, out.view(), None)?;
+            Ok(out.view().to_f32()?.into_iter().map(f32::to_bits).collect())
+        };
+        let whole = run(0, tokens)?;
+        outcome.exactly(&[run(0, 29)?, run(29, 16)?].concat(), &whole);
+    }
+    Ok(outcome)
+}
+
+fn one(ops: &Ops, random: &mut Random, kv_type: KvType, case: Case) -> Result<Outcome, CudaError> {
+    let Case { n_head_kv, group, key_width, latent, value_width, tokens, past, window, sinks } = case;
+    let (heads, context) = (n_head_kv * group, past + tokens + 3);
+    let mut rows_of = |width: usize| -> (Vec<u8>, Vec<Vec<f32>>) {
+        let mut rows: Vec<Vec<u8>> = (0..n_head_kv * context).map(|_| stored(kv_type, &random.floats(width))).collect();
+        // What no token stored yet may be no number.
+        for head in rows.chunks_exact_mut(context) {
+            head[past + tokens..].iter_mut().for_each(|row| row.fill(0xff));
+        }
+        (rows.concat(), rows.iter().map(|row| widened(kv_type, row, width)).collect())
+    };
+    let (key_bytes, keys) = rows_of(key_width);
+    let value_row_width = if latent { key_width } else { value_width };
+    let (value_bytes, values) = if latent { (key_bytes.clone(), keys.clone()) } else { rows_of(value_width) };
+    let queries: Vec<f32> = random.floats(tokens * heads * key_width).iter().map(|v| 4.0 * v).collect();
+    let sink_values = random.floats(heads);
+    let scale = 1.0 / (key_width as f32).sqrt();
+    let key_buffer = Buffer::of_bytes(ops.device(), &key_bytes)?;
+    let value_buffer = Buffer::of_bytes(ops.device(), &value_bytes)?;
+    let query_buffer = Buffer::of_f32(ops.device(), &queries)?;
+    let sink_buffer = Buffer::of_f32(ops.device(), &sink_values)?;
+    let out = Buffer::room_f32(ops.device(), tokens * heads * value_width)?;
+    let first = past.min(2);
+    let word = Buffer::of_i32(ops.device(), &[(past - first) as i32])?;
+    // For two tokens at once, so that more of them take turns.
+    let room = AttendRoom::values(tokens.min(2), heads, past + tokens, value_width);
+    let room = AttendRoom::new(ops.device(), room, value_width)?;
+    let attention = Attend {
+        queries: query_buffer.view(),
+        keys: key_buffer.view(),
+        values: if latent { key_buffer.view() } else { value_buffer.view() },
+        kv_type,
+        context,
+        n_head_kv,
+        group,
+        key_width,
+        value_row_width,
+        value_width,
+        scale,
+        tokens,
+        positions: Positions { past: past - first, on_device: word.view() },
+        first,
+        window,
+        sinks: sinks.then_some(sink_buffer.view()),
+    };
+    let n = tokens * heads * value_width;
+    let mut quants = Quants::new(ops.device(), n.next_multiple_of(32))?;
+    let quantized = value_width.is_multiple_of(32);
+    ops.attend(&attention, &room, out.view(), quantized.then_some(&mut quants))?;
+    let got = out.view().to_f32()?;
+    // By 16-bit floats only what can't be as fast otherwise.
+    let halves = tokens >= PROMPT_TOKENS && key_width <= 576;
+    let (mut off, mut all) = (0.0, 0.0);
+    let mut outcome = Outcome::default();
+    if quantized {
+        let mut after = Quants::new(ops.device(), n)?;
+        ops.quantize(out.view(), tokens, heads * value_width, &mut after)?;
+        outcome.also(same_quants(&quants, &after)?);
+    }
+    for (at, got) in got.chunks_exact(value_width).enumerate() {
+        let (t, head) = (at / heads, at % heads);
+        let query = &queries[at * key_width..][..key_width];
+        let end = past + t + 1;
+        let seen = window.map_or(0, |w| end.saturating_sub(w))..end;
+        let first = head / group * context;
+        let score = |p: usize| -> f64 {
+            let products = query.iter().zip(&keys[first + p]).map(|(q, k)| f64::from(*q) * f64::from(*k));
+            f64::from(scale) * products.sum::<f64>()
+        };
+        let scores: Vec<f64> = seen.clone().map(score).collect();
+        let sink = sinks.then(|| f64::from(sink_values[head]));
+        let most = scores.iter().copied().chain(sink).fold(f64::NEG_INFINITY, f64::max);
+        let total: f64 = scores.iter().copied().chain(sink).map(|s| (s - most).exp()).sum();
+        let mut expected = vec![0.0f64; value_width];
+        for (p, score) in seen.clone().zip(&scores) {
+            let weight = (score - most).exp() / total;
+            expected.iter_mut().zip(&values[first + p]).for_each(|(e, v)| *e += weight * f64::from(*v));
+        }
+        let allowed =
+            if halves { HALF * in_halves(kv_type, f64::from(scale), query, &keys[first..][seen]) } else { 0.0 };
+        off += got.iter().zip(&expected).map(|(got, e)| (f64::from(*got) - e).powi(2)).sum::<f64>();
+        all += expected.iter().map(|e| e * e).sum::<f64>();
+        outcome.floats(got, expected.into_iter().map(|e| (e, MIXED + allowed)));
+    }
+    if halves {
+        outcome.floats(&[(off / all) as f32], [(0.0, PROMPT_NMSE)]);
+    }
+    Ok(outcome)
+}
+
+/// How many times [`HALF`] of the largest value 16-bit floats may cost at worst: each score is off by a share of the
+/// magnitudes in it, which changes weights and their sum; weights and their sum are off by their own rounding; and so are
+/// values, where they aren't stored that way.
+fn in_halves(kv_type: KvType, scale: f64, query: &[f32], keys: &[Vec<f32>]) -> f64 {
+    let magnitude = |key: &Vec<f32>| -> f64 { query.iter().zip(key).map(|(q, k)| f64::from((q * k).abs())).sum() };
+    let most = scale * keys.iter().map(magnitude).fold(0.0, f64::max);
+    let rounded = if kv_type == KvType::F16 { 1.0 } else { 2.0 };
+    (2.0 * rounded * most * HALF).exp_m1() / HALF + 1.0 + rounded
+}

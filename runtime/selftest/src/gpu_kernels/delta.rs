@@ -1,0 +1,273 @@
+//! The gated delta net between its products.
+
+use super::Check;
+use super::small::same_quants;
+use crate::outcome::Outcome;
+use tier_plan_cuda::device::Buffer;
+use tier_plan_cuda::ops::{Delta, DeltaSizes, Quants};
+use tier_plan_cuda::{CudaError, Ops};
+use tier_plan_formats::model::spec::KeySharing;
+use tier_plan_kernels::random::Random;
+use tier_plan_kernels::{DeltaStep, Kernels};
+
+/// What a value may differ by as a share of itself or of the mean size of its like: exponentials are other ones, and sums
+/// have another order.
+const VALUE: f64 = 2e-5;
+
+const EPS: f32 = 1e-6;
+
+/// More than a block has at hand at once.
+const TOKENS: usize = 21;
+
+pub(super) fn checks() -> Vec<Check> {
+    let plain = DeltaSizes {
+        n_key_head: 2,
+        n_value_head: 4,
+        head_dim: 128,
+        conv_taps: 4,
+        sharing: KeySharing::Cyclic,
+        by_key_head: false,
+        rates_by_key_head: false,
+    };
+    let grouped = DeltaSizes { sharing: KeySharing::Grouped, rates_by_key_head: true, ..plain };
+    let cases = [
+        plain,
+        grouped,
+        DeltaSizes { by_key_head: true, ..grouped },
+        DeltaSizes { n_value_head: 6, head_dim: 16, by_key_head: true, ..grouped },
+        DeltaSizes { n_key_head: 3, n_value_head: 3, head_dim: 20, conv_taps: 1, ..plain },
+        DeltaSizes { head_dim: 64, conv_taps: 7, ..grouped },
+        DeltaSizes { head_dim: 36, conv_taps: 16, n_value_head: 2, ..plain },
+        DeltaSizes { n_key_head: 1, n_value_head: 1, head_dim: 256, ..plain },
+    ];
+    let named = cases.map(|sizes| {
+        let DeltaSizes { n_key_head: keys, n_value_head: values, head_dim, conv_taps: taps, .. } = sizes;
+        let how = match (sizes.by_key_head, sizes.rates_by_key_head) {
+            (true, _) => ", by key head",
+            (false, true) => ", rates by key head",
+            (false, false) => "",
+        };
+        let name = format!("delta, {keys} and {values} heads of {head_dim}, {taps} taps{how}");
+        Check::new(name, move |ops, random| delta(ops, random, sizes))
+    });
+    named.into()
+}
+
+/// A layer's parameters and what its first products gave for [`TOKENS`] tokens.
+struct Layer {
+    sizes: DeltaSizes,
+    /// `[tokens, heads, head_dim]`: what is convolved.
+    heads: Vec<f32>,
+    /// `[tokens, n_value_head, head_dim]`.
+    gates: Vec<f32>,
+    /// `[tokens, n_value_head]`.
+    beta: Vec<f32>,
+    alpha: Vec<f32>,
+    conv: Vec<f32>,
+    bias: Vec<f32>,
+    decay: Vec<f32>,
+    norm: Vec<f32>,
+}
+
+/// What comes of it.
+struct Results {
+    heads: Vec<f32>,
+    rates: Vec<f32>,
+    out: Vec<f32>,
+    inputs: Vec<f32>,
+    matrices: Vec<f32>,
+}
+
+impl Layer {
+    fn new(random: &mut Random, sizes: DeltaSizes) -> Self {
+        let (n_value, dim) = (sizes.n_value_head, sizes.head_dim);
+        let channels = (2 * sizes.n_key_head + n_value) * dim;
+        let mut alpha = random.floats(TOKENS * n_value);
+        // Where an exponential is too large, and where nothing decays.
+        (alpha[0], alpha[n_value]) = (200.0, -200.0);
+        Self {
+            sizes,
+            heads: random.floats(TOKENS * channels),
+            gates: random.floats(TOKENS * n_value * dim).iter().map(|v| 8.0 * v).collect(),
+            beta: random.floats(TOKENS * n_value).iter().map(|v| 4.0 * v).collect(),
+            alpha,
+            conv: random.floats(channels * sizes.conv_taps),
+            bias: random.floats(n_value),
+            decay: random.floats(n_value).iter().map(|v| -0.05 - 0.3 * v.abs()).collect(),
+            norm: random.floats(dim),
+        }
+    }
+
+    fn key_head(&self, value_head: usize) -> usize {
+        let s = self.sizes;
+        match s.sharing {
+            KeySharing::Grouped => value_head / (s.n_value_head / s.n_key_head),
+            KeySharing::Cyclic => value_head % s.n_key_head,
+        }
+    }
+
+    /// By the processor's plain kernels, a token at a time.
+    fn plain(&self) -> Results {
+        let k = Kernels::SCALAR;
+        let &DeltaSizes { n_key_head: n_key, n_value_head: n_value, head_dim: dim, conv_taps: taps, .. } = &self.sizes;
+        let channels = (2 * n_key + n_value) * dim;
+        let before = vec![0.0; (taps - 1) * channels];
+        let rows: Vec<&[f32]> = before.chunks_exact(channels).chain(self.heads.chunks_exact(channels)).collect();
+        let mut heads = vec![0.0; TOKENS * channels];
+        for (t, to) in heads.chunks_exact_mut(channels).enumerate() {
+            k.conv_silu(&rows[t..t + taps], &self.conv, to);
+            for (head, to) in to.chunks_exact_mut(dim).take(2 * n_key).enumerate() {
+                let scale = if head < n_key { 1.0 / (dim as f32).sqrt() } else { 1.0 };
+                let factor = scale / (k.dot(to, to) + EPS).sqrt();
+                to.iter_mut().for_each(|v| *v *= factor);
+            }
+        }
+        let softplus = |x: f32| if x > 20.0 { x } else { x.exp().ln_1p() };
+        let rates = self.alpha.iter().zip(&self.beta).enumerate().flat_map(|(i, (alpha, beta))| {
+            let soft = softplus(alpha + self.bias[i % n_value]);
+            [(self.decay[i % n_value] * soft).exp(), 1.0 / (1.0 + (-beta).exp())]
+        });
+        let rates: Vec<f32> = rates.collect();
+        // A column is a state of its own, which makes it a row of the device's.
+        let mut matrices = vec![0.0; n_value * dim * dim];
+        let mut out = vec![0.0; TOKENS * n_value * dim];
+        for (t, (row, out)) in heads.chunks_exact(channels).zip(out.chunks_exact_mut(n_value * dim)).enumerate() {
+            let head = |at: usize| &row[at * dim..][..dim];
+            for (value_head, out) in out.chunks_exact_mut(dim).enumerate() {
+                let (query, key) = (head(self.key_head(value_head)), head(n_key + self.key_head(value_head)));
+                let mut read = vec![0.0; dim];
+                let columns = matrices[value_head * dim * dim..][..dim * dim].chunks_exact_mut(dim);
+                for ((column, value), read) in columns.zip(head(2 * n_key + value_head)).zip(read.chunks_exact_mut(1)) {
+                    let [decay, beta] = [0, 1].map(|i| rates[2 * (t * n_value + value_head) + i]);
+                    let value = std::slice::from_ref(value);
+                    k.delta_step(column, &DeltaStep { query, key, value, decay, beta }, read);
+                }
+                let mut normed = vec![0.0; dim];
+                k.rms_norm(&read, &self.norm, EPS, &mut normed);
+                out.copy_from_slice(&self.gates[(t * n_value + value_head) * dim..][..dim]);
+                k.silu_mul(out, &normed);
+            }
+        }
+        Results { heads, rates, out, inputs: rows[TOKENS..].concat(), matrices }
+    }
+
+    /// The same on a device, in batches of so many tokens; also whether what is quantised is what comes out.
+    fn on(&self, ops: &Ops, batches: &[usize]) -> Result<(Results, Outcome), CudaError> {
+        let s = self.sizes;
+        let (n_value, dim) = (s.n_value_head, s.head_dim);
+        let (values, channels) = (n_value * dim, (2 * s.n_key_head + n_value) * dim);
+        let given = |values: &[f32]| Buffer::of_f32(ops.device(), values);
+        let room = |values: usize| Buffer::room_f32(ops.device(), values);
+        // Whatever was there before is nothing to the first token.
+        let (inputs, matrices) = (given(&vec![f32::NAN; s.kept()])?, given(&vec![f32::NAN; s.matrices()])?);
+        let (conv, dt_bias, decay) = (given(&self.conv)?, given(&self.bias)?, given(&self.decay)?);
+        let norm = given(&self.norm)?;
+        let mut found = Results { heads: vec![], rates: vec![], out: vec![], inputs: vec![], matrices: vec![] };
+        let (mut past, mut outcome) = (0, Outcome::default());
+        for &n in batches {
+            let (projected, raw_rates) = (given(&self.projected(past, n))?, given(&self.raw_rates(past, n))?);
+            let gates = given(&self.gates[past * values..][..n * values])?;
+            let on_device = Buffer::of_i32(ops.device(), &[past as i32])?;
+            let (heads, rates, out) = (room(n * channels)?, room(2 * n * n_value)?, room(n * values)?);
+            let quantizes = dim.is_multiple_of(32);
+            let mut quants = Quants::new(ops.device(), (n * values).next_multiple_of(32))?;
+            let mut after = Quants::new(ops.device(), (n * values).next_multiple_of(32))?;
+            let delta = Delta {
+                sizes: s,
+                tokens: n,
+                projected: projected.view(),
+                gates: gates.view(),
+                raw_rates: raw_rates.view(),
+                conv: conv.view(),
+                dt_bias: dt_bias.view(),
+                decay: decay.view(),
+                norm: norm.view(),
+                eps: EPS,
+                past: on_device.view(),
+                inputs: inputs.view(),
+                matrices: matrices.view(),
+                heads: heads.view(),
+                rates: rates.view(),
+                out: out.view(),
+            };
+            ops.delta(&delta, quantizes.then_some(&mut quants))?;
+            if quantizes {
+                ops.quantize(out.view(), n, values, &mut after)?;
+                outcome.also(same_quants(&quants, &after)?);
+            }
+            found.heads.extend(heads.view().to_f32()?);
+            found.rates.extend(rates.view().to_f32()?);
+            found.out.extend(out.view().to_f32()?);
+            past += n;
+        }
+        found.inputs = inputs.view().to_f32()?;
+        found.matrices = matrices.view().to_f32()?;
+        Ok((found, outcome))
+    }
+
+    /// Rows of the first product for some tokens.
+    fn projected(&self, first: usize, n: usize) -> Vec<f32> {
+        let s = self.sizes;
+        let (n_key, n_value, dim) = (s.n_key_head, s.n_value_head, s.head_dim);
+        let channels = (2 * n_key + n_value) * dim;
+        let rows = &self.heads[first * channels..][..n * channels];
+        if !s.by_key_head {
+            return rows.to_vec();
+        }
+        let (group, mut all) = (n_value / n_key, Vec::new());
+        for (row, gates) in rows.chunks_exact(channels).zip(self.gates[first * n_value * dim..].chunks(n_value * dim)) {
+            for key_head in 0..n_key {
+                let of = |first: usize, heads: usize| &row[first * dim..][..heads * dim];
+                all.extend_from_slice(of(key_head, 1));
+                all.extend_from_slice(of(n_key + key_head, 1));
+                all.extend_from_slice(of(2 * n_key + key_head * group, group));
+                all.extend_from_slice(&gates[key_head * group * dim..][..group * dim]);
+            }
+        }
+        all
+    }
+
+    /// What the matrices of the rates gave for some tokens.
+    fn raw_rates(&self, first: usize, n: usize) -> Vec<f32> {
+        let s = self.sizes;
+        let range = first * s.n_value_head..(first + n) * s.n_value_head;
+        let (beta, alpha) = (&self.beta[range.clone()], &self.alpha[range]);
+        if !s.rates_by_key_head {
+            return [beta, alpha].concat();
+        }
+        let group = s.n_value_head / s.n_key_head;
+        beta.chunks_exact(group).zip(alpha.chunks_exact(group)).flat_map(|(b, a)| [b, a].concat()).collect()
+    }
+}
+
+fn delta(ops: &Ops, random: &mut Random, sizes: DeltaSizes) -> Result<Outcome, CudaError> {
+    let layer = Layer::new(random, sizes);
+    let expected = layer.plain();
+    let (found, mut outcome) = layer.on(ops, &[TOKENS])?;
+    outcome.floats(&found.heads, near(&expected.heads));
+    outcome.floats(&found.rates, near(&expected.rates));
+    outcome.floats(&found.out, near(&expected.out));
+    outcome.floats(&found.matrices, near(&expected.matrices));
+    outcome.exactly(&found.inputs, &expected.inputs);
+    // However the tokens are cut, not a bit changes.
+    for batches in [&[1; TOKENS][..], &[2, 17, 1, 1]] {
+        let (apart, quantized) = layer.on(ops, batches)?;
+        outcome.also(quantized);
+        let pairs = [
+            (&apart.heads, &found.heads),
+            (&apart.rates, &found.rates),
+            (&apart.out, &found.out),
+            (&apart.inputs, &found.inputs),
+            (&apart.matrices, &found.matrices),
+        ];
+        pairs.into_iter().for_each(|(apart, whole)| outcome.exactly(apart, whole));
+    }
+    Ok(outcome)
+}
+
+/// Each value with what it may differ by.
+fn near(expected: &[f32]) -> impl Iterator<Item = (f64, f64)> + '_ {
+    let squares: f64 = expected.iter().map(|v| f64::from(*v) * f64::from(*v)).sum();
+    let size = (squares / expected.len().max(1) as f64).sqrt();
+    expected.iter().map(move |v| (f64::from(*v), VALUE * f64::from(v.abs()).max(size)))
+}

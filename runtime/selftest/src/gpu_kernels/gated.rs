@@ -1,0 +1,288 @@
+//! What feed-forward blocks and attention do with few rows in one launch: several matrices at once, gate and up with what
+//! follows them, and the sums over a token's experts.
+
+use super::Check;
+use super::products::Both;
+use crate::outcome::Outcome;
+use tier_plan_cuda::device::Buffer;
+use tier_plan_cuda::ops::{ChosenSum, Gated, Pair, Part, Quants, Table};
+use tier_plan_cuda::{CudaError, Ops, source};
+use tier_plan_formats::model::spec::Activation;
+use tier_plan_kernels::Weights;
+use tier_plan_kernels::quant::TensorType;
+use tier_plan_kernels::random::Random;
+
+/// What a value may differ by as a share of itself: exponentials are other ones.
+const VALUE: f64 = 4e-6;
+
+/// The bounds of gpt-oss.
+const CLAMPED: Activation = Activation::ClampedSwiglu { alpha: 1.702, limit: 7.0 };
+
+pub(super) fn checks() -> Vec<Check> {
+    let mut checks = Vec::new();
+    for ty in TensorType::ALL {
+        checks.push(Check::new(format!("matvecs, {ty} beside others"), move |ops, random| several(ops, random, ty)));
+        checks.push(Check::new(format!("gated_{ty}"), move |ops, random| block(ops, random, ty)));
+        checks.push(Check::new(format!("gated_{ty}, chosen experts"), move |ops, random| experts(ops, random, ty)));
+        checks.push(Check::new(format!("chosen_sum_{ty}"), move |ops, random| sums(ops, random, ty)));
+    }
+    checks
+}
+
+/// Columns that rows of a type can have, at least so many.
+fn columns(ty: TensorType, at_least: usize) -> usize {
+    at_least.next_multiple_of(ty.block_len().max(32))
+}
+
+/// Three matrices of a family of types, with biases and without, and fewer of them.
+fn several(ops: &Ops, random: &mut Random, ty: TensorType) -> Result<Outcome, CudaError> {
+    let (family, number) = source::family(ty);
+    let others: Vec<TensorType> = TensorType::ALL.into_iter().filter(|t| source::family(*t).0 == family).collect();
+    let numbers: Vec<usize> = others.iter().map(|t| source::family(*t).1).collect();
+    let Some(next) = numbers.iter().position(|n| *n == (number + 1) % others.len()) else {
+        return Ok(Outcome::default());
+    };
+    let all = [(ty, 9), (others[next], 4), (ty, 1)];
+    let mut outcome = Outcome::default();
+    for (n_parts, tokens, cols) in [(3, 1, 1056), (3, 2, 96), (2, 3, 32)] {
+        let cols = others.iter().map(|t| columns(*t, cols)).max().unwrap_or(cols);
+        let both = Both::new(ops, random, ty, tokens, cols)?;
+        let bytes: Vec<_> = all.map(|(ty, n_rows)| random.weights(ty, n_rows * cols)).into();
+        let biases: Vec<_> = all.map(|(_, n_rows)| random.floats(n_rows)).into();
+        let on_device = bytes.iter().map(|b| Buffer::of_bytes(ops.device(), b)).collect::<Result<Vec<_>, _>>()?;
+        let bias = biases.iter().map(|b| Buffer::of_f32(ops.device(), b)).collect::<Result<Vec<_>, _>>()?;
+        let room = |(_, n_rows): &(TensorType, usize)| Buffer::room_f32(ops.device(), tokens * n_rows);
+        let outs = all.iter().map(room).collect::<Result<Vec<_>, _>>()?;
+        // One of them has none.
+        let bias_of = |i: usize| (i != 1).then(|| &bias[i]);
+        let part = |i: usize| {
+            let ((ty, n_rows), w, bias, out) =
+                (all[i], on_device[i].view(), bias_of(i).map(Buffer::view), outs[i].view());
+            Part { ty, w, n_rows, bias, out }
+        };
+        let parts: Vec<_> = (0..n_parts).map(part).collect();
+        ops.matvecs(&parts, tokens, cols, both.input(ty))?;
+        for (i, (ty, n_rows)) in all.into_iter().enumerate().take(n_parts) {
+            let Some(w) = Weights::new(ty, &bytes[i], n_rows, cols) else { continue };
+            for (t, got) in outs[i].view().to_f32()?.chunks_exact(n_rows).enumerate() {
+                let with = |(v, bias): ((f64, f64), &f32)| if bias_of(i).is_some() { biased(v, *bias) } else { v };
+                outcome.floats(got, both.expected(w, t).into_iter().zip(&biases[i]).map(with));
+            }
+        }
+    }
+    Ok(outcome)
+}
+
+/// What stands between two products, with what either may differ by.
+fn activated(how: Activation, gate: (f64, f64), up: (f64, f64)) -> (f64, f64) {
+    let ((g, g_off), (u, u_off)) = (gate, up);
+    let (left, right) = match how {
+        Activation::Silu => (g / (1.0 + (-g).exp()), u),
+        Activation::ClampedSwiglu { alpha, limit } => {
+            let (alpha, limit) = (f64::from(alpha), f64::from(limit));
+            let g = g.min(limit);
+            (g / (1.0 + (-alpha * g).exp()), u.clamp(-limit, limit) + 1.0)
+        }
+    };
+    // Neither curve is steeper than 1.2.
+    let off = 1.2 * g_off * (right.abs() + u_off) + u_off * left.abs();
+    (left * right, off + VALUE * (left * right).abs() + 1e-30)
+}
+
+/// Takes in values in 8 bits: codes are the nearest ones, or the next where a value may lie on either side, scales those of
+/// the largest, and sums those of the codes.
+fn quantized(outcome: &mut Outcome, quants: &Quants, expected: &[(f64, f64)]) -> Result<(), CudaError> {
+    let codes: Vec<f32> = quants.codes.view().to_bytes()?.iter().map(|b| f32::from(*b as i8)).collect();
+    let (scales, sums) = (quants.scales.view().to_f32()?, quants.sums.view().to_f32()?);
+    for (run, expected) in expected.chunks_exact(32).enumerate() {
+        let largest = expected.iter().map(|(v, _)| v.abs()).fold(0.0, f64::max);
+        let off = expected.iter().map(|(_, off)| *off).fold(0.0, f64::max);
+        outcome.floats(&scales[run..=run], [(largest / 127.0, (off + VALUE * largest) / 127.0)]);
+        let (codes, scale) = (&codes[32 * run..][..32], scales[run]);
+        let decoded: Vec<f32> = codes.iter().map(|code| code * scale).collect();
+        let near = |&(v, off): &(f64, f64)| (v, 0.5001 * f64::from(scale) + off);
+        outcome.floats(&decoded, expected.iter().map(near));
+        let halves = codes.chunks_exact(16).map(|half| scale * half.iter().sum::<f32>());
+        outcome.exactly(&sums[2 * run..][..2], &halves.collect::<Vec<_>>());
+    }
+    Ok(())
+}
+
+/// A dense block's gate and up; few blocks and many.
+fn block(ops: &Ops, random: &mut Random, ty: TensorType) -> Result<Outcome, CudaError> {
+    let mut outcome = Outcome::default();
+    let sizes = [(5, 33, Activation::Silu, 2), (64, 1056, CLAMPED, 1), (160, 32, Activation::Silu, 26)];
+    for (n_rows, cols, activation, tokens) in sizes {
+        let cols = columns(ty, cols);
+        let both = Both::new(ops, random, ty, tokens, cols)?;
+        let bytes = [random.weights(ty, n_rows * cols), random.weights(ty, n_rows * cols)];
+        let biases = [random.floats(n_rows), random.floats(n_rows)];
+        let [gate, up] = [Buffer::of_bytes(ops.device(), &bytes[0])?, Buffer::of_bytes(ops.device(), &bytes[1])?];
+        let up_bias = Buffer::of_f32(ops.device(), &biases[1])?;
+        let gated = Gated {
+            ty,
+            matrices: Pair::One([gate.view(), up.view()]),
+            biases: [None, Some(up_bias.view())],
+            activation,
+            jobs: tokens,
+            n_rows,
+            n_cols: cols,
+            x: both.input(ty),
+            jobs_per_x: 1,
+        };
+        let out = Buffer::room_f32(ops.device(), tokens * n_rows)?;
+        ops.gated(&gated, out.view(), None)?;
+        let mut expected = Vec::with_capacity(tokens * n_rows);
+        let [Some(gate), Some(up)] = bytes.each_ref().map(|b| Weights::new(ty, b, n_rows, cols)) else { continue };
+        for t in 0..tokens {
+            let pairs = both.expected(gate, t).into_iter().zip(both.expected(up, t)).zip(&biases[1]);
+            expected.extend(pairs.map(|((g, u), bias)| activated(activation, g, biased(u, *bias))));
+        }
+        outcome.floats(&out.view().to_f32()?, expected.iter().copied());
+        if n_rows.is_multiple_of(32) {
+            let mut quants = Quants::new(ops.device(), tokens * n_rows)?;
+            ops.gated(&gated, out.view(), Some(&mut quants))?;
+            quantized(&mut outcome, &quants, &expected)?;
+        }
+    }
+    Ok(outcome)
+}
+
+fn biased((v, off): (f64, f64), bias: f32) -> (f64, f64) {
+    (v + f64::from(bias), off + VALUE * f64::from(bias.abs()))
+}
+
+/// Experts of a layer with biases; the third is missing.
+struct Experts {
+    bytes: Vec<Vec<u8>>,
+    biases: Vec<f32>,
+    on_device: Vec<Buffer>,
+    bias: Buffer,
+    n_rows: usize,
+}
+
+impl Experts {
+    const N: usize = 5;
+    const MISSING: usize = 2;
+
+    fn new(ops: &Ops, random: &mut Random, ty: TensorType, n_rows: usize, cols: usize) -> Result<Self, CudaError> {
+        let bytes: Vec<_> = (0..Self::N).map(|_| random.weights(ty, n_rows * cols)).collect();
+        let biases = random.floats(Self::N * n_rows);
+        let on_device = bytes.iter().map(|b| Buffer::of_bytes(ops.device(), b)).collect::<Result<Vec<_>, _>>()?;
+        let bias = Buffer::of_f32(ops.device(), &biases)?;
+        Ok(Self { bytes, biases, on_device, bias, n_rows })
+    }
+
+    fn table(&self, ops: &Ops) -> Result<Table<'_>, CudaError> {
+        let views: Vec<_> =
+            self.on_device.iter().enumerate().map(|(e, b)| (e != Self::MISSING).then_some(b.view())).collect();
+        Table::new(ops.device(), &views)
+    }
+
+    /// Products of one of them, with its bias if `with` says so.
+    fn expected(
+        &self,
+        both: &Both,
+        ty: TensorType,
+        cols: usize,
+        expert: usize,
+        row: usize,
+        with: bool,
+    ) -> Vec<(f64, f64)> {
+        let Some(w) = Weights::new(ty, &self.bytes[expert], self.n_rows, cols) else { return Vec::new() };
+        let bias = &self.biases[expert * self.n_rows..][..self.n_rows];
+        let add = |(v, b): ((f64, f64), &f32)| if with { biased(v, *b) } else { v };
+        both.expected(w, row).into_iter().zip(bias).map(add).collect()
+    }
+
+    /// Whether a number is one of theirs.
+    fn has(number: i32) -> Option<usize> {
+        usize::try_from(number).ok().filter(|e| *e < Self::N && *e != Self::MISSING)
+    }
+}
+
+/// Two tokens that chose three of five experts each; one is missing, one number is none.
+fn experts(ops: &Ops, random: &mut Random, ty: TensorType) -> Result<Outcome, CudaError> {
+    let mut outcome = Outcome::default();
+    let (n_used, tokens, cols) = (3, 2, columns(ty, 96));
+    let choices = [4, 2, 0, 1, -1, 3];
+    let which = Buffer::of_i32(ops.device(), &choices)?;
+    let jobs = tokens * n_used;
+    for (n_rows, activation, with) in [(7, CLAMPED, true), (32, Activation::Silu, false), (40, Activation::Silu, true)]
+    {
+        let both = Both::new(ops, random, ty, tokens, cols)?;
+        let gate = Experts::new(ops, random, ty, n_rows, cols)?;
+        let up = Experts::new(ops, random, ty, n_rows, cols)?;
+        let (gates, ups) = (gate.table(ops)?, up.table(ops)?);
+        let untouched = 7.5f32;
+        let out = Buffer::of_f32(ops.device(), &vec![untouched; jobs * n_rows])?;
+        let gated = Gated {
+            ty,
+            matrices: Pair::Chosen([&gates, &ups], which.view()),
+            biases: [&gate, &up].map(|m| with.then(|| m.bias.view())),
+            activation,
+            jobs,
+            n_rows,
+            n_cols: cols,
+            x: both.input(ty),
+            jobs_per_x: n_used,
+        };
+        ops.gated(&gated, out.view(), None)?;
+        let got = out.view().to_f32()?;
+        for ((job, choice), got) in choices.iter().enumerate().zip(got.chunks_exact(n_rows)) {
+            let Some(e) = Experts::has(*choice) else {
+                outcome.exactly(got, &vec![untouched; n_rows]);
+                continue;
+            };
+            let of = |m: &Experts| m.expected(&both, ty, cols, e, job / n_used, with);
+            let pairs = of(&gate).into_iter().zip(of(&up));
+            outcome.floats(got, pairs.map(|(g, u)| activated(activation, g, u)));
+        }
+    }
+    Ok(outcome)
+}
+
+/// Sums over the experts of a token: fewer runs than lanes, more experts than lanes, more tokens than one.
+fn sums(ops: &Ops, random: &mut Random, ty: TensorType) -> Result<Outcome, CudaError> {
+    let mut outcome = Outcome::default();
+    let sizes = [(1, 8, 6, 768, true), (2, 3, 9, 32, false), (1, 35, 3, 64, true), (1, 1, 5, 1056, false)];
+    for (tokens, n_used, n_rows, cols, with) in sizes {
+        let (cols, jobs) = (columns(ty, cols), tokens * n_used);
+        let both = Both::new(ops, random, ty, jobs, cols)?;
+        let experts = Experts::new(ops, random, ty, n_rows, cols)?;
+        let table = experts.table(ops)?;
+        let choices: Vec<i32> = (0..jobs).map(|job| [4, 0, 2, 3, 1, -1, 5][job % 7]).collect();
+        let which = Buffer::of_i32(ops.device(), &choices)?;
+        let (by, onto) = (random.floats(jobs), random.floats(tokens * n_rows));
+        let weights = Buffer::of_f32(ops.device(), &by)?;
+        let out = Buffer::of_f32(ops.device(), &onto)?;
+        let sum = ChosenSum {
+            ty,
+            table: &table,
+            which: which.view(),
+            bias: with.then(|| experts.bias.view()),
+            weights: weights.view(),
+            tokens,
+            n_used,
+            n_rows,
+            n_cols: cols,
+            x: both.input(ty),
+        };
+        let alone = Buffer::room_f32(ops.device(), tokens * n_rows)?;
+        ops.chosen_sum(&sum, None, alone.view())?;
+        ops.chosen_sum(&sum, Some(out.view()), out.view())?;
+        let mut expected = vec![(0.0, 1e-30); tokens * n_rows];
+        for (job, choice) in choices.iter().enumerate() {
+            let Some(e) = Experts::has(*choice) else { continue };
+            let results = experts.expected(&both, ty, cols, e, job, with);
+            for (to, (v, off)) in expected[job / n_used * n_rows..].iter_mut().zip(results) {
+                let by = f64::from(by[job]);
+                *to = (to.0 + by * v, to.1 + by.abs() * off + VALUE * (by * v).abs());
+            }
+        }
+        outcome.floats(&alone.view().to_f32()?, expected.iter().copied());
+        let added = expected.iter().zip(&onto).map(|(sum, onto)| biased(*sum, *onto));
+        outcome.floats(&out.view().to_f32()?, added);
+    }
+    Ok(outcome)
+}

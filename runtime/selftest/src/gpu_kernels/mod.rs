@@ -1,0 +1,75 @@
+//! Every kernel against the plain ones of the processor, over random data: the same checks on a GPU, where `selftest`
+//! runs them, and on the emulated device of the tests.
+
+mod attention;
+mod delta;
+mod gated;
+mod products;
+mod small;
+mod stream;
+
+use crate::outcome::Outcome;
+use std::sync::Arc;
+use tier_plan_cuda::{CudaError, Device, Ops};
+use tier_plan_kernels::random::Random;
+
+type Comparison = Box<dyn Fn(&Ops, &mut Random) -> Result<Outcome, CudaError> + Send + Sync>;
+
+/// One kernel, compared.
+pub struct Check {
+    /// The kernel and what it was given.
+    pub name: String,
+    run: Comparison,
+}
+
+impl Check {
+    fn new(
+        name: impl Into<String>,
+        run: impl Fn(&Ops, &mut Random) -> Result<Outcome, CudaError> + Send + Sync + 'static,
+    ) -> Self {
+        Self { name: name.into(), run: Box::new(run) }
+    }
+
+    /// Compares on a device.
+    ///
+    /// # Errors
+    /// When a kernel can't be compiled or the device fails.
+    pub fn run(&self, device: &Arc<dyn Device>) -> Result<Outcome, CudaError> {
+        let ops = Ops::new(Arc::clone(device));
+        let outcome = (self.run)(&ops, &mut Random::new(&self.name))?;
+        device.wait()?;
+        Ok(outcome)
+    }
+}
+
+/// All checks, those of each tensor type first.
+pub fn all() -> Vec<Check> {
+    let mut checks = products::checks();
+    checks.extend(gated::checks());
+    checks.extend(small::checks());
+    checks.extend(attention::checks());
+    checks.extend(delta::checks());
+    checks.extend(stream::checks());
+    checks
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tier_plan_cuda::{shim, source};
+
+    #[test]
+    fn every_kernel_agrees_with_the_processor() {
+        let shim = shim::shared();
+        let device: Arc<dyn Device> = shim.clone();
+        for check in all() {
+            let outcome = check.run(&device).unwrap_or_else(|error| panic!("{}: {error}", check.name));
+            assert!(outcome.is_well(), "{}: {outcome:?}", check.name);
+        }
+        let launched = shim.launched();
+        for kernel in source::MODULES.iter().flat_map(|m| m.kernels) {
+            let timed_only = ["read_all", "nothing"].contains(kernel);
+            assert!(timed_only || launched.contains(kernel), "no check launches {kernel}");
+        }
+    }
+}

@@ -1,0 +1,39 @@
+//! What the slots hold, told and restored: a run that does not begin with empty ones.
+
+use super::Engine;
+use crate::tiers::arena::ArenaError;
+use std::collections::HashMap;
+use tier_plan_formats::slots::LayerSlots;
+
+impl Engine {
+    /// Fills empty slots in the background, while tokens are computed and nothing that is needed is being read, with
+    /// these experts of each layer, the most wanted first. Returns how many there are slots for. A plan's prediction
+    /// supposes slots that begin empty.
+    ///
+    /// On an emulated last tier nothing is filled: its reads would take no declared time.
+    ///
+    /// # Errors
+    /// When there is no memory for a buffer.
+    pub fn warm_up(&mut self, layers: &[LayerSlots]) -> Result<u64, ArenaError> {
+        if self.plan().tiers.last().is_none_or(|t| t.tier.emulated) {
+            return Ok(0);
+        }
+        let positions: HashMap<u32, usize> =
+            self.plan().layers.iter().enumerate().map(|(position, placed)| (placed.layer, position)).collect();
+        let known = |l: &LayerSlots| positions.get(&l.layer).map(|position| (*position, l.experts.clone()));
+        let layers: Vec<(usize, Vec<u32>)> = layers.iter().filter_map(known).collect();
+        self.experts.warm_up(&layers)
+    }
+
+    /// Slots that [`warm_up`](Self::warm_up) has filled so far.
+    pub fn warmed(&self) -> u64 {
+        self.experts.warmed()
+    }
+
+    /// What the slots of each layer that has any hold, the most recently used first.
+    pub fn slot_contents(&self) -> Vec<LayerSlots> {
+        let layers = self.plan().layers.iter().zip(self.experts.residents());
+        let with_slots = layers.filter(|(placed, _)| placed.slots > 0);
+        with_slots.map(|(placed, experts)| LayerSlots { layer: placed.layer, experts }).collect()
+    }
+}

@@ -1,0 +1,283 @@
+//! The buffers of a GPU's passes: allocated when a model is loaded, so that none of them allocates.
+
+use crate::layers::places::Places;
+use crate::layers::rope::tables;
+use std::sync::Arc;
+use tier_plan_cuda::ops::{AttendRoom, Quants};
+use tier_plan_cuda::{Buffer, CudaError, Device};
+use tier_plan_formats::model::spec::{DeltaInput, Ffn, KvUp, Mixer, MlaSpec, ModelSpec};
+use tier_plan_formats::placement::TierIdx;
+
+/// Values that attention has room for, unless one token needs more: 64 MiB.
+const ATTEND_VALUES: usize = 16 << 20;
+
+/// Logits that are computed at once, unless one token has more: 16 MiB.
+const LOGITS: usize = 4 << 20;
+
+/// Values in the space of the latents that are worked on at once: 16 MiB. Fewer in tests, so that there are parts.
+const MAX_LATENT_VALUES: usize = if cfg!(test) { 512 } else { 4 << 20 };
+
+/// Jobs that a launch can take.
+const MAX_JOBS: usize = 65_535;
+
+/// Where allocations end.
+const ALLOCATED: usize = 256;
+
+/// Values of each buffer, the largest that any part on this GPU needs.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Sizes {
+    x: usize,
+    rows: usize,
+    hidden: usize,
+    n_used: usize,
+    n_expert: usize,
+    raw: usize,
+    q: usize,
+    k: usize,
+    v: usize,
+    gate: usize,
+    mixed: usize,
+    inner: usize,
+    ffn: usize,
+    low: usize,
+    nope: usize,
+    latents: usize,
+    absorbed: usize,
+    logits: usize,
+    /// Choices of a token, over all layers.
+    record: usize,
+    attend: usize,
+    /// The narrowest values of attention.
+    attend_width: usize,
+    turns: Vec<usize>,
+}
+
+/// Tokens of a part of a batch in attention with latents.
+pub(super) fn part_tokens(spec: &MlaSpec) -> usize {
+    (MAX_LATENT_VALUES / (spec.n_head * spec.kv_rank)).clamp(1, (MAX_JOBS / spec.n_head).max(1))
+}
+
+/// Rows whose logits are computed at once.
+pub(super) fn logit_rows(n_vocab: usize, rows: usize) -> usize {
+    (LOGITS / n_vocab.max(1)).clamp(1, rows.max(1))
+}
+
+impl Sizes {
+    /// For the parts of `spec` on the GPU of a tier: batches of `batch` tokens, of which `rows` go through a part at once,
+    /// and a context of so many.
+    pub(crate) fn new(
+        spec: &ModelSpec,
+        places: &Places,
+        tier: TierIdx,
+        batch: usize,
+        rows: usize,
+        context: usize,
+    ) -> Self {
+        let hidden = spec.hidden;
+        let mut s = Self { x: batch * hidden, rows, hidden, n_used: 1, attend_width: usize::MAX, ..Self::default() };
+        s.turns = tables(spec).0.into_iter().map(|rope| rope.dims / 2 * 2 * rows).collect();
+        let here = |place| place == Some(tier);
+        for (layer, at) in spec.layers.iter().zip(&places.layers) {
+            if here(at.mixer) {
+                s.mixer(&layer.mixer, context);
+            }
+            match &layer.ffn {
+                Ffn::Dense(ffn) if here(at.ffn) => s.ffn = s.ffn.max(ffn.gate.n_out),
+                Ffn::Moe(moe) => {
+                    if here(at.ffn) {
+                        s.record += 2 * moe.n_used;
+                        (s.n_expert, s.n_used) = (s.n_expert.max(moe.n_expert), s.n_used.max(moe.n_used));
+                    }
+                    if let Some(shared) = moe.shared.filter(|_| here(at.shared)) {
+                        s.ffn = s.ffn.max(shared.ffn.gate.n_out);
+                    }
+                }
+                Ffn::Dense(_) => {}
+            }
+        }
+        if here(places.head) {
+            s.logits = logit_rows(spec.n_vocab, rows) * spec.n_vocab;
+        }
+        s
+    }
+
+    fn mixer(&mut self, mixer: &Mixer, context: usize) {
+        let rows = self.rows;
+        let attend = |tokens: usize, heads: usize, width: usize| {
+            let one = AttendRoom::values(1, heads, context, width);
+            AttendRoom::values(tokens, heads, context, width).min(one.max(ATTEND_VALUES))
+        };
+        let (wanted, width) = match mixer {
+            Mixer::Gqa(a) => {
+                if a.gated {
+                    self.raw = self.raw.max(rows * a.q.n_out);
+                    self.gate = self.gate.max(rows * a.o.n_in);
+                }
+                self.q = self.q.max(rows * a.n_head * a.key_dim);
+                self.k = self.k.max(rows * a.k.n_out);
+                self.v = self.v.max(rows * a.v.n_out);
+                self.mixed = self.mixed.max(rows * a.o.n_in);
+                self.inner = self.inner.max(a.o.n_in);
+                (attend(rows, a.n_head, a.value_dim), a.value_dim)
+            }
+            Mixer::Mla(a) => {
+                let low = a.q_down.map_or(0, |(l, _)| l.n_out);
+                let part = part_tokens(a).min(rows);
+                // One head more: rotated parts are looked at from an offset on.
+                self.q = self.q.max(rows * a.q.n_out + a.nope_dim + a.rope.dims);
+                self.k = self.k.max(rows * a.kv_down.n_out + a.kv_down.n_out);
+                self.mixed = self.mixed.max(rows * a.o.n_in);
+                self.low = self.low.max(rows * low);
+                self.inner = self.inner.max(low).max(a.o.n_in);
+                self.nope = self.nope.max(part * a.n_head * a.nope_dim);
+                self.latents = self.latents.max(part * a.n_head * a.kv_rank);
+                self.raw = self.raw.max(part * a.n_head * (a.kv_rank + a.rope.dims));
+                // Heads are rows of their own in a part.
+                self.inner = self.inner.max((part * a.n_head * a.nope_dim.max(a.kv_rank)).div_ceil(rows));
+                if let KvUp::Fused(_) = a.kv_up {
+                    self.absorbed = self.absorbed.max(a.n_head * a.nope_dim * a.kv_rank);
+                }
+                (attend(part, a.n_head, a.kv_rank), a.kv_rank)
+            }
+            Mixer::Delta(d) => {
+                match d.input {
+                    DeltaInput::Split { qkv, gate } => {
+                        self.raw = self.raw.max(rows * qkv.n_out);
+                        self.gate = self.gate.max(rows * gate.n_out);
+                    }
+                    DeltaInput::ByKeyHead(all) => self.raw = self.raw.max(rows * all.n_out),
+                }
+                self.q = self.q.max(rows * d.channels());
+                self.k = self.k.max(2 * rows * d.n_value_head);
+                self.v = self.v.max(2 * rows * d.n_value_head);
+                self.mixed = self.mixed.max(rows * d.out.n_in);
+                self.inner = self.inner.max(d.out.n_in);
+                return;
+            }
+        };
+        self.attend = self.attend.max(wanted);
+        self.attend_width = self.attend_width.min(width);
+    }
+
+    fn quants(values: usize) -> [usize; 3] {
+        let values = values.next_multiple_of(32);
+        [values, values / 8, values / 4]
+    }
+
+    fn answer(&self) -> usize {
+        self.rows * self.hidden + 2 * self.rows * self.n_used
+    }
+
+    fn inner(&self) -> usize {
+        self.rows * self.inner.max(self.ffn)
+    }
+
+    /// Bytes that all of it takes.
+    pub(crate) fn bytes(&self) -> u64 {
+        let (rows, hidden) = (self.rows, self.hidden);
+        let floats = [
+            self.x,
+            rows * hidden,
+            self.answer(),
+            rows * self.n_expert,
+            rows,
+            rows,
+            1,
+            self.raw,
+            self.q,
+            self.k,
+            self.v,
+            self.gate,
+            self.mixed,
+            rows * self.ffn,
+            rows * self.ffn,
+            self.low,
+            self.nope,
+            self.latents,
+            self.absorbed,
+            self.logits,
+            self.record,
+        ];
+        let floats = floats.into_iter().chain(self.turns.iter().copied()).map(|values| 4 * values);
+        let quants = Self::quants(rows * hidden).into_iter().chain(Self::quants(self.inner()));
+        let attend = AttendRoom::bytes(self.attend, self.attend_width.min(self.attend));
+        let all = floats.chain(quants).chain(attend);
+        all.map(|bytes| bytes.max(1).next_multiple_of(ALLOCATED) as u64).sum()
+    }
+}
+
+/// The buffers.
+pub(super) struct Room {
+    /// `[batch, hidden]` the hidden state.
+    pub(super) x: Buffer,
+    /// `[rows, hidden]` what is added to it.
+    pub(super) out: Buffer,
+    /// `[n, hidden]` the normed state of so many rows, then `[n, n_used]` the experts chosen, then their weights: what the
+    /// processor reads in one piece.
+    pub(super) answer: Buffer,
+    pub(super) router_logits: Buffer,
+    /// `[rows]` tokens.
+    pub(super) ids: Buffer,
+    /// `[rows]` factors on the queries of a token.
+    pub(super) factors: Buffer,
+    /// The position of the first row.
+    pub(super) past: Buffer,
+    /// What is not in its final order yet.
+    pub(super) raw: Buffer,
+    pub(super) q: Buffer,
+    pub(super) k: Buffer,
+    pub(super) v: Buffer,
+    pub(super) gate: Buffer,
+    pub(super) mixed: Buffer,
+    pub(super) ffn_gate: Buffer,
+    pub(super) ffn_up: Buffer,
+    pub(super) low: Buffer,
+    pub(super) nope: Buffer,
+    pub(super) latents: Buffer,
+    /// A layer's projections from latents to keys, decoded.
+    pub(super) absorbed: Buffer,
+    pub(super) logits: Buffer,
+    /// What routers chose of a token that does not leave the GPU: by layer, experts and then their weights.
+    pub(super) record: Buffer,
+    /// Rotations by table, `[rows, pairs]` of cosine and sine.
+    pub(super) turns: Vec<Buffer>,
+    /// The normed state in 8 bits.
+    pub(super) quants: Quants,
+    /// What stands before a part's last product, in 8 bits.
+    pub(super) inner: Quants,
+    pub(super) attend: AttendRoom,
+}
+
+impl Room {
+    pub(super) fn new(device: &Arc<dyn Device>, s: &Sizes) -> Result<Self, CudaError> {
+        let floats = |values: usize| Buffer::room_f32(device, values);
+        let (rows, hidden) = (s.rows, s.hidden);
+        Ok(Self {
+            x: floats(s.x)?,
+            out: floats(rows * hidden)?,
+            answer: floats(s.answer())?,
+            router_logits: floats(rows * s.n_expert)?,
+            ids: floats(rows)?,
+            factors: floats(rows)?,
+            past: floats(1)?,
+            raw: floats(s.raw)?,
+            q: floats(s.q)?,
+            k: floats(s.k)?,
+            v: floats(s.v)?,
+            gate: floats(s.gate)?,
+            mixed: floats(s.mixed)?,
+            ffn_gate: floats(rows * s.ffn)?,
+            ffn_up: floats(rows * s.ffn)?,
+            low: floats(s.low)?,
+            nope: floats(s.nope)?,
+            latents: floats(s.latents)?,
+            absorbed: floats(s.absorbed)?,
+            logits: floats(s.logits)?,
+            record: floats(s.record)?,
+            turns: s.turns.iter().map(|values| floats(*values)).collect::<Result<_, _>>()?,
+            quants: Quants::new(device, (rows * hidden).next_multiple_of(32))?,
+            inner: Quants::new(device, s.inner().next_multiple_of(32))?,
+            attend: AttendRoom::new(device, s.attend, s.attend_width.min(s.attend))?,
+        })
+    }
+}

@@ -1,0 +1,88 @@
+//! The devices behind a plan's tiers: each real VRAM tier that holds anything is one GPU.
+
+use crate::error::LoadError;
+use std::sync::Arc;
+use tier_plan_cuda::{CudaError, Device, Gpu};
+use tier_plan_formats::placement::{Placement, TierIdx};
+
+/// Opens the GPU with a number, from 0; tests give another device.
+pub type GiveDevice<'a> = &'a dyn Fn(usize) -> Result<Arc<dyn Device>, CudaError>;
+
+/// The GPUs of a plan, by tier.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Devices {
+    by_tier: Vec<Option<Arc<dyn Device>>>,
+}
+
+impl Devices {
+    /// Opens the GPU of each real VRAM tier that holds bytes. Its number is the one that the tier says, or else the tier's
+    /// place among the plan's real VRAM tiers, whether or not those before it hold any.
+    ///
+    /// # Errors
+    /// When one is not there, or can't be used.
+    pub(crate) fn open(plan: &Placement, give: Option<GiveDevice<'_>>) -> Result<Self, LoadError> {
+        let mut number = 0;
+        let mut by_tier = Vec::with_capacity(plan.tiers.len());
+        for t in &plan.tiers {
+            let which = t.tier.device().map_or(number, |device| device as usize);
+            let opened = t.uses_gpu().then(|| match give {
+                Some(give) => give(which),
+                None => Gpu::open(which).map(|gpu| gpu as Arc<dyn Device>),
+            });
+            by_tier.push(opened.transpose().map_err(|source| LoadError::Gpu { plan: plan.name.clone(), source })?);
+            number += usize::from(t.tier.is_gpu());
+        }
+        Ok(Self { by_tier })
+    }
+
+    /// The device of a tier.
+    pub(crate) fn of(&self, tier: TierIdx) -> Option<&Arc<dyn Device>> {
+        self.by_tier.get(tier).and_then(Option::as_ref)
+    }
+
+    /// Every device with its tier.
+    pub(crate) fn all(&self) -> impl Iterator<Item = (TierIdx, &Arc<dyn Device>)> {
+        self.by_tier.iter().enumerate().filter_map(|(tier, device)| device.as_ref().map(|device| (tier, device)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plans::in_memory::obvious;
+    use std::cell::RefCell;
+    use std::path::Path;
+    use tier_plan_cuda::shim;
+    use tier_plan_formats::gguf::Gguf;
+    use tier_plan_formats::machine::TierKind;
+    use tier_plan_formats::model::kv::KvType;
+    use tier_plan_formats::model::{describe, shape::shape_of};
+
+    #[test]
+    fn a_gpu_has_the_number_of_its_tier_among_gpus() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data/arch/qwen3moe.gguf");
+        let gguf = Gguf::open(&path).unwrap();
+        let mut plan = obvious(&shape_of(&gguf, &describe(&gguf).unwrap()), 8, KvType::F16);
+        let vram = |emulated, pinned_bytes| {
+            let mut t = plan.tiers[0].clone();
+            (t.tier.kind, t.tier.emulated) = (TierKind::Vram, emulated);
+            (t.dense_bytes, t.kv_bytes, t.home_bytes, t.pinned_bytes) = (0, 0, 0, pinned_bytes);
+            t
+        };
+        let tiers = [vram(false, 0), vram(true, 5), vram(false, 7), vram(false, 1)];
+        plan.tiers.splice(0..0, tiers);
+        let asked = RefCell::new(Vec::new());
+        let give = |number| {
+            asked.borrow_mut().push(number);
+            Ok(shim::shared() as Arc<dyn Device>)
+        };
+        let devices = Devices::open(&plan, Some(&give)).unwrap();
+        assert_eq!(*asked.borrow(), [1, 2]);
+        asked.borrow_mut().clear();
+        plan.tiers[2].tier.unit = Some(5);
+        Devices::open(&plan, Some(&give)).unwrap();
+        assert_eq!(*asked.borrow(), [5, 2]);
+        assert_eq!(devices.all().map(|(tier, _)| tier).collect::<Vec<_>>(), [2, 3]);
+        assert!(devices.of(0).is_none() && devices.of(2).is_some() && devices.of(99).is_none());
+    }
+}

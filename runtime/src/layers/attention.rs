@@ -1,0 +1,399 @@
+//! Softmax attention of many queries to the rows of a cache, shared out over threads.
+//!
+//! Queries that read the same rows pass over them together, in blocks; a few rows are widened to 32-bit floats at a time
+//! and stay in the first-level cache meanwhile. The context is cut at fixed positions into chunks; a query's result is
+//! put together from its parts by chunk, in their order. So it has the same bits whatever queries are beside it, and
+//! whether one thread did all chunks or several did some each.
+
+use super::kv_rows::RowStore;
+use crate::layers::compute::Compute;
+use std::cell::RefCell;
+use std::ops::Range;
+use tier_plan_kernels::{Kernels, StoredRows};
+
+/// Positions of a chunk: their scores stay in the second-level cache. Few in tests, so that there are chunks.
+const CHUNK: usize = if cfg!(test) { 4 } else { 256 };
+
+/// Queries of a block, at most.
+const MAX_QUERIES: usize = if cfg!(test) { 6 } else { 32 };
+
+/// Queries of a block that multiply rows as they are stored; for more it pays to widen the rows first.
+const MOST_AS_STORED: usize = if cfg!(test) { 4 } else { 8 };
+
+/// Values that are widened at a time, about: 16 KiB.
+const TILE_VALUES: usize = 4096;
+
+thread_local! {
+    static LOCAL: RefCell<Local> = RefCell::default();
+}
+
+/// Buffers of a thread.
+#[derive(Default)]
+struct Local {
+    /// `[queries, key width]`.
+    queries: Vec<f32>,
+    /// `[queries, CHUNK]`.
+    scores: Vec<f32>,
+    /// Widened rows.
+    tile: Vec<f32>,
+    /// What a block found in one chunk.
+    part: Vec<f32>,
+}
+
+/// What is attended to, and by how many.
+#[derive(Clone, Copy)]
+pub(super) struct Attention<'a> {
+    /// `[n_head_kv, context, key width]`.
+    pub keys: &'a RowStore,
+    /// `[n_head_kv, context, _]`; may be the keys.
+    pub values: &'a RowStore,
+    /// Values of a row of `values` that are mixed, from its beginning on.
+    pub value_width: usize,
+    /// Heads of keys and values.
+    pub n_head_kv: usize,
+    /// Query heads that read each of them.
+    pub group: usize,
+    /// Tokens of this batch, whose rows are stored already.
+    pub tokens: usize,
+    /// Tokens before them.
+    pub past: usize,
+    /// Positions that a token sees at most, its own and those just before it.
+    pub window: Option<usize>,
+}
+
+impl Attention<'_> {
+    /// Positions that a token of the batch sees.
+    fn seen(&self, token: usize) -> Range<usize> {
+        let end = self.past + token + 1;
+        self.window.map_or(0, |window| end.saturating_sub(window))..end
+    }
+}
+
+/// How the queries are shared out: blocks of some heads of a group and some tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+struct Blocks {
+    /// Query heads of a head of keys and values.
+    group: usize,
+    tokens: usize,
+    block_heads: usize,
+    block_tokens: usize,
+    /// First chunk.
+    first: usize,
+    /// Chunks, each a job of its own; with one, a job is a block with all its chunks.
+    chunks: usize,
+    value_width: usize,
+}
+
+impl Blocks {
+    /// A choice that keeps `threads` busy. No choice changes a result.
+    fn new(a: &Attention<'_>, threads: usize) -> Self {
+        let seen = a.seen(0).start..a.past + a.tokens;
+        let (first, end) = (seen.start / CHUNK, seen.end.div_ceil(CHUNK));
+        // Heads in even shares, then as many tokens as there is room for.
+        let block_heads = a.group.div_ceil(a.group.div_ceil(MAX_QUERIES));
+        let block_tokens = (MAX_QUERIES / block_heads).clamp(1, a.tokens);
+        let (group, tokens, value_width) = (a.group, a.tokens, a.value_width);
+        let mut blocks = Self { group, tokens, block_heads, block_tokens, first, chunks: 1, value_width };
+        if blocks.jobs(a.n_head_kv) < 4 * threads {
+            blocks.chunks = (end - first).max(1);
+        }
+        // Smaller blocks read the same rows more often, so this comes last.
+        while threads > 1 && blocks.jobs(a.n_head_kv) < 2 * threads && blocks.block_heads * blocks.block_tokens > 4 {
+            let larger = if blocks.block_tokens > 1 { &mut blocks.block_tokens } else { &mut blocks.block_heads };
+            *larger = larger.div_ceil(2);
+        }
+        blocks
+    }
+
+    fn head_blocks(&self) -> usize {
+        self.group.div_ceil(self.block_heads)
+    }
+
+    fn token_blocks(&self) -> usize {
+        self.tokens.div_ceil(self.block_tokens)
+    }
+
+    fn jobs(&self, n_head_kv: usize) -> usize {
+        n_head_kv * self.head_blocks() * self.token_blocks() * self.chunks
+    }
+
+    /// Queries of a block, at most.
+    fn queries(&self) -> usize {
+        self.block_heads * self.block_tokens
+    }
+
+    /// Values of a part.
+    fn part_len(&self) -> usize {
+        self.queries() * (self.value_width + 2)
+    }
+
+    /// Head of keys and values, heads of its group, tokens and, where it is a job by itself, the chunk.
+    fn job(&self, job: usize) -> (usize, Range<usize>, Range<usize>, Option<usize>) {
+        let (rest, chunk) = (job / self.chunks, job % self.chunks);
+        let (rest, token_block) = (rest / self.token_blocks(), rest % self.token_blocks());
+        let (kv_head, head_block) = (rest / self.head_blocks(), rest % self.head_blocks());
+        let heads = head_block * self.block_heads..((head_block + 1) * self.block_heads).min(self.group);
+        let tokens = token_block * self.block_tokens..((token_block + 1) * self.block_tokens).min(self.tokens);
+        (kv_head, heads, tokens, (self.chunks > 1).then_some(self.first + chunk))
+    }
+
+    /// The first job of a query's block, and the query's number in it.
+    fn place(&self, head: usize, token: usize) -> (usize, usize) {
+        let (kv_head, head) = (head / self.group, head % self.group);
+        let (head_block, head) = (head / self.block_heads, head % self.block_heads);
+        let (token_block, token) = (token / self.block_tokens, token % self.block_tokens);
+        let heads = self.block_heads.min(self.group - head_block * self.block_heads);
+        let block = (kv_head * self.head_blocks() + head_block) * self.token_blocks() + token_block;
+        (block * self.chunks, token * heads + head)
+    }
+}
+
+/// A query's share of a chunk or of several: the largest score, the sum of the exponentials below it, and the rows mixed
+/// by them, not yet divided by the sum. Of no position: minus infinity, 0 and zeros.
+struct Share<'a> {
+    largest: &'a mut f32,
+    sum: &'a mut f32,
+    mixed: &'a mut [f32],
+}
+
+/// A share to read.
+#[derive(Clone, Copy)]
+struct Seen<'a> {
+    largest: f32,
+    sum: f32,
+    mixed: &'a [f32],
+}
+
+impl Share<'_> {
+    /// Takes in the share of later positions.
+    fn add(&mut self, kernels: Kernels, later: Seen<'_>) {
+        if later.sum == 0.0 {
+            return;
+        }
+        if *self.sum == 0.0 {
+            (*self.largest, *self.sum) = (later.largest, later.sum);
+            self.mixed.copy_from_slice(later.mixed);
+            return;
+        }
+        let largest = self.largest.max(later.largest);
+        let (a, b) = ((*self.largest - largest).exp(), (later.largest - largest).exp());
+        kernels.blend(a, self.mixed, b, later.mixed);
+        *self.sum = a * *self.sum + b * later.sum;
+        *self.largest = largest;
+    }
+}
+
+/// A part: `[queries, value_width]`, then `[queries]` largest scores, then `[queries]` sums.
+struct Part<'a> {
+    mixed: &'a mut [f32],
+    largest: &'a mut [f32],
+    sums: &'a mut [f32],
+    width: usize,
+}
+
+impl<'a> Part<'a> {
+    fn new(part: &'a mut [f32], queries: usize, width: usize) -> Self {
+        let (mixed, rest) = part.split_at_mut(queries * width);
+        let (largest, rest) = rest.split_at_mut(queries);
+        Self { mixed, largest, sums: &mut rest[..queries], width }
+    }
+
+    /// No position seen.
+    fn clear(&mut self) {
+        self.mixed.fill(0.0);
+        self.largest.fill(f32::NEG_INFINITY);
+        self.sums.fill(0.0);
+    }
+
+    fn share(&mut self, query: usize) -> Share<'_> {
+        let mixed = &mut self.mixed[query * self.width..][..self.width];
+        Share { largest: &mut self.largest[query], sum: &mut self.sums[query], mixed }
+    }
+
+    fn seen(&self, query: usize) -> Seen<'_> {
+        let mixed = &self.mixed[query * self.width..][..self.width];
+        Seen { largest: self.largest[query], sum: self.sums[query], mixed }
+    }
+}
+
+/// Results of [`attend`], and the memory for them.
+#[derive(Default)]
+pub(super) struct AttentionParts {
+    blocks: Blocks,
+    /// `[jobs, part_len]`.
+    data: Vec<f32>,
+}
+
+impl AttentionParts {
+    /// The result of one query, `[value_width]`. `sink` is a score beside those of the positions, which has no value: it
+    /// takes its share of the weights away.
+    pub(super) fn result(&self, kernels: Kernels, head: usize, token: usize, sink: Option<f32>, out: &mut [f32]) {
+        let (blocks, width) = (&self.blocks, self.blocks.value_width);
+        let (first, query) = blocks.place(head, token);
+        let queries = blocks.job(first).1.len() * blocks.job(first).2.len();
+        let (mut largest, mut sum) = (f32::NEG_INFINITY, 0.0);
+        let mut all = Share { largest: &mut largest, sum: &mut sum, mixed: out };
+        for part in self.data[first * blocks.part_len()..].chunks_exact(blocks.part_len()).take(blocks.chunks) {
+            let (mixed, rest) = part.split_at(queries * width);
+            let (largest, sums) = (rest[query], rest[queries + query]);
+            all.add(kernels, Seen { largest, sum: sums, mixed: &mixed[query * width..][..width] });
+        }
+        let factor = match sink {
+            Some(sink) => {
+                let most = largest.max(sink);
+                let a = (largest - most).exp();
+                a / (a * sum + (sink - most).exp())
+            }
+            None => 1.0 / sum,
+        };
+        out.iter_mut().for_each(|v| *v *= factor);
+    }
+}
+
+/// Attention of all heads of all tokens of a batch. `query` writes a query, `[key width]`, with the factor on its scores
+/// in it, given its head (of all) and its token; results are then in `parts`.
+pub(super) fn attend(
+    c: Compute<'_>,
+    a: &Attention<'_>,
+    query: impl Fn(usize, usize, &mut [f32]) + Sync,
+    parts: &mut AttentionParts,
+) {
+    let blocks = Blocks::new(a, c.pool.n_threads());
+    let len = blocks.jobs(a.n_head_kv) * blocks.part_len();
+    if parts.data.len() < len {
+        parts.data.resize(len, 0.0);
+    }
+    parts.blocks = blocks;
+    c.pool.for_each_slice(&mut parts.data[..len], blocks.part_len(), |job, part| {
+        let (kv_head, heads, tokens, chunk) = blocks.job(job);
+        let n = heads.len() * tokens.len();
+        LOCAL.with_borrow_mut(|local| {
+            let width = a.keys.width();
+            // Taken out for the while, as the rest of the buffers is passed on.
+            let mut queries = std::mem::take(&mut local.queries);
+            queries.resize(n * width, 0.0);
+            let places = tokens.clone().flat_map(|t| heads.clone().map(move |h| (kv_head * a.group + h, t)));
+            for ((head, token), to) in places.zip(queries.chunks_exact_mut(width)) {
+                query(head, token, to);
+            }
+            let block = Block { a, kv_head, heads: heads.len(), tokens: tokens.clone(), queries: &queries };
+            let mut part = Part::new(part, n, a.value_width);
+            match chunk {
+                Some(chunk) => block.chunk(c.kernels, chunk, local, &mut part),
+                None => block.whole(c.kernels, local, &mut part),
+            }
+            local.queries = queries;
+        });
+    });
+}
+
+/// Queries that pass over the rows of a head of keys and values together.
+struct Block<'a> {
+    a: &'a Attention<'a>,
+    kv_head: usize,
+    /// Query heads.
+    heads: usize,
+    tokens: Range<usize>,
+    /// `[tokens, heads, key width]`.
+    queries: &'a [f32],
+}
+
+impl Block<'_> {
+    /// All chunks, one after the other.
+    fn whole(&self, kernels: Kernels, local: &mut Local, part: &mut Part<'_>) {
+        let seen = self.a.seen(self.tokens.start).start..self.a.seen(self.tokens.end - 1).end;
+        let chunks = seen.start / CHUNK..seen.end.div_ceil(CHUNK);
+        self.chunk(kernels, chunks.start, local, part);
+        let (n, width) = (self.heads * self.tokens.len(), self.a.value_width);
+        let mut next = std::mem::take(&mut local.part);
+        next.resize(n * (width + 2), 0.0);
+        for chunk in chunks.skip(1) {
+            let mut next = Part::new(&mut next, n, width);
+            self.chunk(kernels, chunk, local, &mut next);
+            for query in 0..n {
+                part.share(query).add(kernels, next.seen(query));
+            }
+        }
+        local.part = next;
+    }
+
+    /// What the queries see of one chunk.
+    fn chunk(&self, kernels: Kernels, chunk: usize, local: &mut Local, part: &mut Part<'_>) {
+        let (a, heads) = (self.a, self.heads);
+        let Local { scores, tile, .. } = local;
+        scores.resize(heads * self.tokens.len() * CHUNK, 0.0);
+        part.clear();
+        let key_width = a.keys.width();
+        self.for_each_run(kernels, a.keys, chunk, tile, |rows, queries, at| {
+            let scores = &mut scores[queries.start * CHUNK + at..];
+            let queries = &self.queries[queries.start * key_width..queries.end * key_width];
+            kernels.row_dots(queries, rows, key_width, scores, CHUNK);
+        });
+        for query in 0..heads * self.tokens.len() {
+            let seen = self.seen_of(chunk, self.tokens.start + query / heads);
+            let range = query * CHUNK + seen.start - chunk * CHUNK..query * CHUNK + seen.end - chunk * CHUNK;
+            (part.largest[query], part.sums[query]) = kernels.exp_below_largest(&mut scores[range]);
+        }
+        let width = a.value_width;
+        self.for_each_run(kernels, a.values, chunk, tile, |rows, queries, at| {
+            let weights = &scores[queries.start * CHUNK + at..];
+            let mixed = &mut part.mixed[queries.start * width..queries.end * width];
+            kernels.mix_rows(weights, CHUNK, rows, a.values.width(), mixed, width);
+        });
+    }
+
+    /// Positions of a chunk that a token sees; an empty range within the chunk if none.
+    fn seen_of(&self, chunk: usize, token: usize) -> Range<usize> {
+        let (seen, first) = (self.a.seen(token), chunk * CHUNK);
+        let start = seen.start.clamp(first, first + CHUNK);
+        start..seen.end.clamp(start, first + CHUNK)
+    }
+
+    /// Goes through the rows of a chunk, a few at a time, in order, and calls `work` for neighbouring tokens that see the
+    /// same of them: with those rows, the numbers of the tokens' queries, and the first row's place in the chunk.
+    fn for_each_run(
+        &self,
+        kernels: Kernels,
+        store: &RowStore,
+        chunk: usize,
+        buffer: &mut Vec<f32>,
+        mut work: impl FnMut(StoredRows<'_>, Range<usize>, usize),
+    ) {
+        let width = store.width();
+        let step = (TILE_VALUES / width / 4 * 4).clamp(4, CHUNK);
+        // Later tokens see later positions, so the first and the last one see all that any does.
+        let all = self.seen_of(chunk, self.tokens.start).start..self.seen_of(chunk, self.tokens.end - 1).end;
+        for start in all.clone().step_by(step) {
+            let tile = start..(start + step).min(all.end);
+            let mut rows = store.rows(self.kv_head, tile.clone());
+            if self.heads * self.tokens.len() > MOST_AS_STORED && !matches!(rows, StoredRows::F32(_)) {
+                let len = tile.len() * width;
+                if buffer.len() < len {
+                    buffer.resize(len, 0.0);
+                }
+                kernels.widen_rows(rows, width, &mut buffer[..len]);
+                rows = StoredRows::F32(&buffer[..len]);
+            }
+            let seen = |token: usize| {
+                let seen = self.seen_of(chunk, token);
+                let start = seen.start.clamp(tile.start, tile.end);
+                start..seen.end.clamp(start, tile.end)
+            };
+            let mut token = self.tokens.start;
+            while token < self.tokens.end {
+                let (first, alike) = (token, seen(token));
+                while token < self.tokens.end && seen(token) == alike {
+                    token += 1;
+                }
+                if !alike.is_empty() {
+                    let rows = rows.range(alike.start - tile.start..alike.end - tile.start, width);
+                    let number = |token: usize| (token - self.tokens.start) * self.heads;
+                    work(rows, number(first)..number(token), alike.start - chunk * CHUNK);
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

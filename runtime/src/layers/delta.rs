@@ -1,0 +1,329 @@
+//! Gated delta net: a short convolution over the last tokens, then a recurrence over a matrix for each value head.
+//!
+//! Queries, keys and values lie apart by head, so that a head takes all tokens of a batch in one go while its state
+//! stays in the cache; heads run in parallel. A batch gives the same bits as its tokens one by one.
+
+use super::mixer::MixerInput;
+use crate::layers::compute::{Compute, add_bias};
+use crate::layers::weights::DenseWeights;
+use crate::tiers::nodes::Pages;
+use std::cell::RefCell;
+use tier_plan_formats::model::spec::{DeltaInput, DeltaRates, DeltaSpec};
+use tier_plan_kernels::pooled::{MatJob, matmul_all};
+use tier_plan_kernels::{Activations, DeltaStep, MAX_CONV_TAPS, delta_columns, needs_quants};
+
+thread_local! {
+    /// One head's result, before and after its norm; one buffer a thread.
+    static HEAD: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
+
+/// What a layer remembers of past tokens, whatever their number.
+pub(crate) struct DeltaState {
+    /// Inputs of the convolution of the last tokens, `[heads, conv_taps - 1, head_dim]`, the newest last.
+    inputs: Vec<f32>,
+    /// `[n_value_head, head_dim / columns, head_dim, columns]`: a few columns of a matrix are one piece of work.
+    matrices: Vec<f32>,
+}
+
+impl DeltaState {
+    pub(super) fn new(spec: &DeltaSpec) -> Self {
+        Self {
+            inputs: vec![0.0; (spec.conv_taps - 1) * spec.channels()],
+            matrices: vec![0.0; spec.n_value_head * spec.head_dim * spec.head_dim],
+        }
+    }
+
+    /// Forgets all tokens.
+    pub(super) fn reset(&mut self) {
+        self.inputs.fill(0.0);
+        self.matrices.fill(0.0);
+    }
+
+    /// Has its pages be where `pages` says.
+    pub(super) fn move_to(&self, pages: &Pages) -> std::io::Result<()> {
+        pages.move_here(&self.inputs)?;
+        pages.move_here(&self.matrices)
+    }
+
+    /// Bytes held.
+    pub(super) fn bytes(&self) -> u64 {
+        size_of::<f32>() as u64 * (self.inputs.len() + self.matrices.len()) as u64
+    }
+}
+
+/// Buffers of the delta-net stage; lengths are those of the largest batch of the largest layer.
+#[derive(Default)]
+pub(super) struct DeltaScratch {
+    /// What the first or only input matrix gives.
+    projected: Vec<f32>,
+    /// Output gates, where they have a matrix of their own.
+    gate: Vec<f32>,
+    /// What the matrices of the rates give.
+    raw_rates: Vec<f32>,
+    /// `[tokens, n_value_head]` of (decay, beta).
+    rates: Vec<f32>,
+    /// Queries, keys and values after the convolution, `[heads, tokens, head_dim]`.
+    heads: Vec<f32>,
+    /// `[n_value_head, head_dim / columns, tokens, columns]`.
+    read: Vec<f32>,
+    /// `[tokens, n_value_head * head_dim]`.
+    mixed: Vec<f32>,
+    acts: Option<Activations>,
+    acts_width: usize,
+}
+
+impl DeltaScratch {
+    /// For batches of up to `rows` tokens of layers like `spec`; called for each layer, grows to the largest.
+    pub(super) fn reserve(&mut self, rows: usize, spec: &DeltaSpec) {
+        let grow = |buffer: &mut Vec<f32>, width: usize| {
+            if buffer.len() < rows * width {
+                buffer.resize(rows * width, 0.0);
+            }
+        };
+        match &spec.input {
+            DeltaInput::Split { qkv, gate } => {
+                grow(&mut self.projected, qkv.n_out);
+                grow(&mut self.gate, gate.n_out);
+            }
+            DeltaInput::ByKeyHead(all) => grow(&mut self.projected, all.n_out),
+        }
+        grow(&mut self.raw_rates, 2 * spec.n_value_head);
+        grow(&mut self.rates, 2 * spec.n_value_head);
+        grow(&mut self.heads, spec.channels());
+        grow(&mut self.read, spec.out.n_in);
+        grow(&mut self.mixed, spec.out.n_in);
+        if self.acts_width < spec.out.n_in {
+            self.acts_width = spec.out.n_in;
+            self.acts = Some(Activations::new(rows, spec.out.n_in));
+        }
+    }
+}
+
+/// Where in a row of projections things are.
+#[derive(Clone, Copy)]
+struct Layout<'a> {
+    spec: &'a DeltaSpec,
+    /// Value heads a key head serves.
+    group: usize,
+}
+
+impl<'a> Layout<'a> {
+    fn new(spec: &'a DeltaSpec) -> Self {
+        Self { spec, group: spec.n_value_head / spec.n_key_head }
+    }
+
+    /// Width of a row.
+    fn projected_width(self) -> usize {
+        match &self.spec.input {
+            DeltaInput::Split { qkv, .. } => qkv.n_out,
+            DeltaInput::ByKeyHead(all) => all.n_out,
+        }
+    }
+
+    /// First column of what a key head has, where everything goes by key head.
+    fn of_key_head(self, key_head: usize) -> usize {
+        key_head * (2 + 2 * self.group) * self.spec.head_dim
+    }
+
+    /// First column of a head: query heads, then key heads, then value heads.
+    fn head(self, head: usize) -> usize {
+        let (n_key, dim) = (self.spec.n_key_head, self.spec.head_dim);
+        match self.spec.input {
+            DeltaInput::Split { .. } => head * dim,
+            DeltaInput::ByKeyHead(_) if head < n_key => self.of_key_head(head),
+            DeltaInput::ByKeyHead(_) if head < 2 * n_key => self.of_key_head(head - n_key) + dim,
+            DeltaInput::ByKeyHead(_) => {
+                let value_head = head - 2 * n_key;
+                self.of_key_head(value_head / self.group) + (2 + value_head % self.group) * dim
+            }
+        }
+    }
+
+    /// First column of a value head's output gate.
+    fn gate(self, value_head: usize) -> usize {
+        let dim = self.spec.head_dim;
+        match self.spec.input {
+            DeltaInput::Split { .. } => value_head * dim,
+            DeltaInput::ByKeyHead(_) => {
+                self.of_key_head(value_head / self.group) + (2 + self.group + value_head % self.group) * dim
+            }
+        }
+    }
+
+    /// Places of a value head's strength and decay among the raw rates of `n` tokens.
+    fn rates(self, n: usize, token: usize, value_head: usize) -> (usize, usize) {
+        let n_value = self.spec.n_value_head;
+        match self.spec.rates {
+            DeltaRates::Split { .. } => {
+                let at = token * n_value + value_head;
+                (at, n * n_value + at)
+            }
+            DeltaRates::ByKeyHead(_) => {
+                let first = 2 * (token * n_value + value_head / self.group * self.group);
+                (first + value_head % self.group, first + self.group + value_head % self.group)
+            }
+        }
+    }
+}
+
+/// `out = o(norm(delta(conv(qkv x))) · silu(gate x))`; the state goes on to after these tokens.
+pub(super) fn run(
+    c: Compute<'_>,
+    weights: &DenseWeights,
+    spec: &DeltaSpec,
+    input: &MixerInput<'_>,
+    state: &mut DeltaState,
+    s: &mut DeltaScratch,
+    out: &mut [f32],
+) {
+    let n = input.x.rows();
+    project(c, weights, spec, input, s);
+    rates(c, weights, spec, n, s);
+    convolve(c, weights.vector(spec.conv), spec, input.norm_eps, n, &mut state.inputs, s);
+    recur(c, spec, n, &mut state.matrices, s);
+    gate(c, weights.vector(spec.norm), spec, input.norm_eps, n, s);
+    let mixed = &s.mixed[..n * spec.out.n_in];
+    let Some(acts) = &mut s.acts else { unreachable!("reserved at load") };
+    acts.fill_shared(c.pool, c.kernels, n, spec.out.n_in, mixed, needs_quants(weights.ty(spec.out.weight)));
+    matmul_all(c.pool, c.kernels, &[MatJob::new(weights.linear(&spec.out), acts.view(), out)]);
+    add_bias(out, weights.bias(&spec.out));
+}
+
+fn project(c: Compute<'_>, weights: &DenseWeights, spec: &DeltaSpec, input: &MixerInput<'_>, s: &mut DeltaScratch) {
+    let (x, n) = (input.x, input.x.rows());
+    let (first, second) = match &spec.input {
+        DeltaInput::Split { qkv, gate } => (qkv, Some(gate)),
+        DeltaInput::ByKeyHead(all) => (all, None),
+    };
+    let projected = &mut s.projected[..n * first.n_out];
+    let mut products = vec![(first, projected)];
+    if let Some(second) = second {
+        products.push((second, &mut s.gate[..n * second.n_out]));
+    }
+    let raw = &mut s.raw_rates[..2 * n * spec.n_value_head];
+    match &spec.rates {
+        DeltaRates::Split { beta, alpha } => {
+            let (for_beta, for_alpha) = raw.split_at_mut(n * spec.n_value_head);
+            products.extend([(beta, for_beta), (alpha, for_alpha)]);
+        }
+        DeltaRates::ByKeyHead(all) => products.push((all, raw)),
+    }
+    let jobs: Vec<_> = products.iter_mut().map(|(l, out)| MatJob::new(weights.linear(l), x, out)).collect();
+    matmul_all(c.pool, c.kernels, &jobs);
+    for (linear, out) in products {
+        add_bias(out, weights.bias(linear));
+    }
+}
+
+/// Decays and strengths.
+fn rates(c: Compute<'_>, weights: &DenseWeights, spec: &DeltaSpec, n: usize, s: &mut DeltaScratch) {
+    let (bias, decay) = (weights.vector(spec.dt_bias), weights.vector(spec.decay));
+    let (layout, raw) = (Layout::new(spec), &s.raw_rates);
+    let width = 2 * spec.n_value_head;
+    c.pool.for_each_slice(&mut s.rates[..n * width], width, |t, row| {
+        for (head, rates) in row.chunks_exact_mut(2).enumerate() {
+            let (beta, alpha) = layout.rates(n, t, head);
+            rates[0] = (decay[head] * softplus(raw[alpha] + bias[head])).exp();
+            rates[1] = 1.0 / (1.0 + (-raw[beta]).exp());
+        }
+    });
+}
+
+/// `ln(1 + eˣ)`, which is `x` to the last bit where `eˣ` could overflow.
+fn softplus(x: f32) -> f32 {
+    if x > 20.0 { x } else { x.exp().ln_1p() }
+}
+
+/// Convolves all heads; makes queries and keys of length 1, queries divided by the root of the width besides.
+fn convolve(
+    c: Compute<'_>,
+    weight: &[f32],
+    spec: &DeltaSpec,
+    eps: f32,
+    n: usize,
+    past: &mut [f32],
+    s: &mut DeltaScratch,
+) {
+    let layout = Layout::new(spec);
+    let (dim, taps, n_key) = (spec.head_dim, spec.conv_taps, spec.n_key_head);
+    let (n_heads, width, keep) = (2 * n_key + spec.n_value_head, layout.projected_width(), taps - 1);
+    let projected = &s.projected;
+    c.pool.for_each_pair(n_heads, &mut s.heads[..n * n_heads * dim], past, |head, rows, past| {
+        let column = layout.head(head);
+        let input = |t: usize| &projected[t * width + column..][..dim];
+        let weight = &weight[head * dim * taps..][..dim * taps];
+        let scale = if head < n_key { 1.0 / (dim as f32).sqrt() } else { 1.0 };
+        for (t, row) in rows.chunks_exact_mut(dim).enumerate() {
+            let mut seen: [&[f32]; MAX_CONV_TAPS] = [&[]; MAX_CONV_TAPS];
+            for (i, seen) in seen[..taps].iter_mut().enumerate() {
+                let at = t + i;
+                *seen = if at < keep { &past[at * dim..][..dim] } else { input(at - keep) };
+            }
+            c.kernels.conv_silu(&seen[..taps], weight, row);
+            if head < 2 * n_key {
+                let squares = c.kernels.dot(row, row) + eps;
+                let factor = scale / squares.max(f32::MIN_POSITIVE).sqrt();
+                row.iter_mut().for_each(|v| *v *= factor);
+            }
+        }
+        let new = n.min(keep);
+        past.copy_within(new * dim.., 0);
+        for i in keep - new..keep {
+            past[i * dim..][..dim].copy_from_slice(input(n + i - keep));
+        }
+    });
+}
+
+/// Takes the matrices through all tokens and reads them.
+fn recur(c: Compute<'_>, spec: &DeltaSpec, n: usize, matrices: &mut [f32], s: &mut DeltaScratch) {
+    let (dim, n_key, n_value) = (spec.head_dim, spec.n_key_head, spec.n_value_head);
+    let columns = delta_columns(dim);
+    let parts = dim / columns;
+    let (heads, rates) = (&s.heads, &s.rates);
+    c.pool.for_each_pair(n_value * parts, &mut s.read[..n * n_value * dim], matrices, |item, out, matrix| {
+        let (head, part) = (item / parts, item % parts);
+        let rows = |head: usize| heads[head * n * dim..][..n * dim].chunks_exact(dim);
+        let key_head = spec.key_head(head);
+        let inputs = rows(key_head).zip(rows(n_key + key_head)).zip(rows(2 * n_key + head));
+        for (t, (((query, key), value), out)) in inputs.zip(out.chunks_exact_mut(columns)).enumerate() {
+            let at = 2 * (t * n_value + head);
+            let step = DeltaStep {
+                query,
+                key,
+                value: &value[part * columns..][..columns],
+                decay: rates[at],
+                beta: rates[at + 1],
+            };
+            c.kernels.delta_step(matrix, &step, out);
+        }
+    });
+}
+
+/// Norms each head's result and multiplies it by the silu of its gate.
+fn gate(c: Compute<'_>, norm: &[f32], spec: &DeltaSpec, eps: f32, n: usize, s: &mut DeltaScratch) {
+    let layout = Layout::new(spec);
+    let (dim, n_value) = (spec.head_dim, spec.n_value_head);
+    let columns = delta_columns(dim);
+    let parts = dim / columns;
+    let (gates, width) = match &spec.input {
+        DeltaInput::Split { gate, .. } => (&s.gate, gate.n_out),
+        DeltaInput::ByKeyHead(all) => (&s.projected, all.n_out),
+    };
+    let read = &s.read;
+    c.pool.for_each_slice(&mut s.mixed[..n * n_value * dim], dim, |item, mixed| {
+        let (t, head) = (item / n_value, item % n_value);
+        mixed.copy_from_slice(&gates[t * width + layout.gate(head)..][..dim]);
+        HEAD.with_borrow_mut(|buffer| {
+            buffer.resize(2 * dim, 0.0);
+            let (plain, normed) = buffer.split_at_mut(dim);
+            for (part, to) in plain.chunks_exact_mut(columns).enumerate() {
+                to.copy_from_slice(&read[((head * parts + part) * n + t) * columns..][..columns]);
+            }
+            c.kernels.rms_norm(plain, norm, eps, normed);
+            c.kernels.silu_mul(mixed, normed);
+        });
+    });
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,164 @@
+//! What mixes tokens: one file a kind, each with its state of past tokens, its buffers and its pass.
+
+use super::compute::Compute;
+use super::delta::{DeltaScratch, DeltaState};
+use super::gqa::GqaScratch;
+use super::kv_rows::{KeyValues, RowStore};
+use super::mla::MlaScratch;
+use super::rope::RopeTable;
+use super::weights::DenseWeights;
+use super::{delta, gqa, mla};
+use crate::tiers::nodes::Pages;
+use tier_plan_formats::model::kv::{KvRows, KvType};
+use tier_plan_formats::model::shape::mixer_rows;
+use tier_plan_formats::model::spec::Mixer;
+use tier_plan_kernels::ActView;
+
+/// What one layer's mixer remembers of past tokens.
+pub(crate) enum MixerState {
+    Gqa(KeyValues),
+    /// Latents and, after each, its rotated key part: all heads read the same rows.
+    Mla(RowStore),
+    Delta(DeltaState),
+    /// On a GPU, which reads and writes it.
+    OnGpu {
+        /// What it takes there.
+        bytes: u64,
+        /// It can go back to fewer tokens.
+        rewinds: bool,
+    },
+}
+
+impl MixerState {
+    /// For up to `context` tokens.
+    pub(crate) fn new(mixer: &Mixer, kv_type: KvType, context: usize) -> Self {
+        match mixer {
+            Mixer::Gqa(a) => {
+                let rows = |width| RowStore::new(kv_type, a.n_head_kv, context, width);
+                Self::Gqa(KeyValues { keys: rows(a.key_dim), values: rows(a.value_dim) })
+            }
+            Mixer::Mla(a) => Self::Mla(RowStore::new(kv_type, 1, context, a.kv_rank + a.rope.dims)),
+            Mixer::Delta(d) => Self::Delta(DeltaState::new(d)),
+        }
+    }
+
+    /// For up to `context` tokens, where a GPU has it.
+    pub(crate) fn on_gpu(mixer: &Mixer, kv_type: KvType, context: usize) -> Self {
+        let bytes = |rows: &KvRows| kv_type.row_bytes(rows.width).saturating_mul(rows.per_token);
+        let token: u64 = mixer_rows(mixer).iter().map(bytes).sum();
+        let bytes = token.saturating_mul(context as u64).saturating_add(mixer.state_bytes());
+        Self::OnGpu { bytes, rewinds: !matches!(mixer, Mixer::Delta(_)) }
+    }
+
+    /// Bytes held.
+    pub(crate) fn bytes(&self) -> u64 {
+        match self {
+            Self::OnGpu { bytes, .. } => *bytes,
+            Self::Gqa(cache) => cache.keys.bytes() + cache.values.bytes(),
+            Self::Mla(rows) => rows.bytes(),
+            Self::Delta(state) => state.bytes(),
+        }
+    }
+
+    /// Has its pages be where `pages` says.
+    pub(crate) fn move_to(&self, pages: &Pages) -> std::io::Result<()> {
+        match self {
+            Self::Gqa(cache) => cache.keys.move_to(pages).and_then(|()| cache.values.move_to(pages)),
+            Self::Mla(rows) => rows.move_to(pages),
+            Self::Delta(state) => state.move_to(pages),
+            Self::OnGpu { .. } => Ok(()),
+        }
+    }
+
+    /// Whether it can go back to what it was after fewer tokens; otherwise only to the beginning.
+    pub(crate) fn can_rewind(&self) -> bool {
+        match self {
+            Self::Gqa(_) | Self::Mla(_) => true,
+            Self::Delta(_) => false,
+            Self::OnGpu { rewinds, .. } => *rewinds,
+        }
+    }
+
+    /// Forgets all tokens.
+    pub(crate) fn reset(&mut self) {
+        match self {
+            // Rows are written before they are read. A GPU's recurrent state is nothing to the token at position 0.
+            Self::Gqa(_) | Self::Mla(_) | Self::OnGpu { .. } => {}
+            Self::Delta(state) => state.reset(),
+        }
+    }
+}
+
+/// Buffers of the mixers, shared by all layers.
+#[derive(Default)]
+pub(crate) struct MixerScratch {
+    gqa: GqaScratch,
+    mla: MlaScratch,
+    delta: DeltaScratch,
+}
+
+impl MixerScratch {
+    /// Grows to batches of `rows` tokens of a layer like `mixer`.
+    pub(crate) fn reserve(&mut self, rows: usize, mixer: &Mixer) {
+        match mixer {
+            Mixer::Gqa(a) => self.gqa.reserve(rows, a),
+            Mixer::Mla(a) => self.mla.reserve(rows, a),
+            Mixer::Delta(d) => self.delta.reserve(rows, d),
+        }
+    }
+}
+
+/// What one layer's pass moves of keys, values and recurrent state.
+pub(crate) struct CacheReads {
+    rows: Vec<(KvRows, u64)>,
+    state_bytes: u64,
+}
+
+impl CacheReads {
+    pub(crate) fn new(mixer: &Mixer, kv_type: KvType) -> Self {
+        let rows = mixer_rows(mixer).into_iter().map(|rows| (rows, kv_type.row_bytes(rows.width))).collect();
+        Self { rows, state_bytes: mixer.state_bytes() }
+    }
+
+    /// For `tokens` tokens, the last at the `positions`-th place, as [`CacheShape::moved_bytes`](tier_plan_formats::model::shape::CacheShape::moved_bytes) counts.
+    pub(crate) fn bytes(&self, positions: u64, tokens: u64) -> u64 {
+        let rows = self.rows.iter().map(|(rows, bytes)| bytes.saturating_mul(rows.read(positions, tokens)));
+        rows.fold(self.state_bytes.saturating_mul(2), u64::saturating_add)
+    }
+}
+
+/// One batch of tokens at positions `past..past + x.rows()`.
+pub(crate) struct MixerInput<'a> {
+    /// Normed hidden states, quantised if any matrix of the mixer needs it.
+    pub x: ActView<'a>,
+    /// Tokens before this batch.
+    pub past: usize,
+    /// Rotations prepared for this batch's positions, where the mixer rotates.
+    pub rope: Option<&'a RopeTable>,
+    /// Epsilon of norms inside the mixer.
+    pub norm_eps: f32,
+}
+
+/// Runs a layer's mixer; `out` is `[tokens, hidden]`.
+pub(crate) fn mix(
+    c: Compute<'_>,
+    weights: &DenseWeights,
+    mixer: &Mixer,
+    input: &MixerInput<'_>,
+    state: &mut MixerState,
+    scratch: &mut MixerScratch,
+    out: &mut [f32],
+) {
+    match (mixer, state) {
+        (Mixer::Gqa(spec), MixerState::Gqa(cache)) => {
+            gqa::run(c, weights, spec, input, cache, &mut scratch.gqa, out);
+        }
+        (Mixer::Mla(spec), MixerState::Mla(cache)) => {
+            mla::run(c, weights, spec, input, cache, &mut scratch.mla, out);
+        }
+        (Mixer::Delta(spec), MixerState::Delta(state)) => {
+            delta::run(c, weights, spec, input, state, &mut scratch.delta, out);
+        }
+        _ => unreachable!("a layer's state is made for its mixer"),
+    }
+}

@@ -1,0 +1,269 @@
+//! Multi-head latent attention, with the projections to keys and values absorbed.
+//!
+//! A head's score `q · (K c)` equals `(Kᵀ q) · c`, and its result `Σ w (V c)` equals `V (Σ w c)`: so queries are taken
+//! to the space of the latents `c`, all heads attend to the same cached rows, and what they gather is taken back.
+
+use super::attention::{Attention, AttentionParts, attend};
+use super::kv_rows::RowStore;
+use super::mixer::MixerInput;
+use crate::layers::compute::{Compute, add_bias};
+use crate::layers::weights::DenseWeights;
+use std::cell::RefCell;
+use tier_plan_formats::model::spec::{KvUp, MlaSpec};
+use tier_plan_kernels::pooled::{MatJob, matmul_all};
+use tier_plan_kernels::quant::dequantize_row;
+use tier_plan_kernels::{ActView, Activations, Weights, needs_quants};
+
+/// Values in the space of the latents that are worked on at once: 16 MiB. More tokens are taken in parts; few in tests,
+/// so that they have parts.
+const MAX_LATENT_VALUES: usize = if cfg!(test) { 512 } else { 4 << 20 };
+
+thread_local! {
+    /// A row of a matrix, one buffer a thread.
+    static ROW: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Buffers of the attention stage.
+#[derive(Default)]
+pub(super) struct MlaScratch {
+    /// `[tokens, q_rank]`, before and after the norm.
+    q_low: Vec<f32>,
+    q_normed: Vec<f32>,
+    /// `[tokens, n_head, nope_dim + rope dims]`.
+    q: Vec<f32>,
+    /// `[tokens, kv_rank + rope dims]`.
+    kv: Vec<f32>,
+    /// One row for the cache.
+    row: Vec<f32>,
+    /// `[n_head, tokens of a part, nope_dim]`.
+    nope: Vec<f32>,
+    /// `[n_head, tokens of a part, kv_rank]`.
+    latents: Vec<f32>,
+    /// `[n_head, tokens of a part, value_dim]`.
+    values: Vec<f32>,
+    parts: AttentionParts,
+    /// `[tokens, n_head, value_dim]`.
+    mixed: Vec<f32>,
+    /// Rows that are whole tokens.
+    acts: Activations,
+    acts_len: usize,
+    /// Rows that are heads.
+    head_acts: Activations,
+    head_acts_len: usize,
+}
+
+/// Tokens of one part of a batch.
+fn part_tokens(spec: &MlaSpec) -> usize {
+    (MAX_LATENT_VALUES / (spec.n_head * spec.kv_rank)).max(1)
+}
+
+impl MlaScratch {
+    /// For batches of up to `rows` tokens of layers like `spec`; called for each layer, grows to the largest.
+    pub(super) fn reserve(&mut self, rows: usize, spec: &MlaSpec) {
+        let grow = |buffer: &mut Vec<f32>, len: usize| {
+            if buffer.len() < len {
+                buffer.resize(len, 0.0);
+            }
+        };
+        let q_low = spec.q_down.map_or(0, |(l, _)| l.n_out);
+        let heads = spec.n_head * part_tokens(spec).min(rows);
+        grow(&mut self.q_low, rows * q_low);
+        grow(&mut self.q_normed, rows * q_low);
+        grow(&mut self.q, rows * spec.q.n_out);
+        grow(&mut self.kv, rows * spec.kv_down.n_out);
+        grow(&mut self.row, spec.kv_down.n_out);
+        grow(&mut self.nope, heads * spec.nope_dim);
+        grow(&mut self.latents, heads * spec.kv_rank);
+        grow(&mut self.values, heads * spec.value_dim);
+        grow(&mut self.mixed, rows * spec.o.n_in);
+        let room = |acts: &mut Activations, len: &mut usize, rows: usize, cols: usize| {
+            // Rows are padded to 256 values in the 8-bit form.
+            let wanted = rows * cols.next_multiple_of(256);
+            if *len < wanted {
+                *len = wanted;
+                *acts = Activations::new(rows, cols.next_multiple_of(256));
+            }
+        };
+        room(&mut self.acts, &mut self.acts_len, rows, q_low.max(spec.o.n_in));
+        room(&mut self.head_acts, &mut self.head_acts_len, heads, spec.nope_dim.max(spec.kv_rank));
+    }
+}
+
+/// `out = o(attention(x))`; the tokens' latents are added to the cache.
+pub(super) fn run(
+    c: Compute<'_>,
+    weights: &DenseWeights,
+    spec: &MlaSpec,
+    input: &MixerInput<'_>,
+    cache: &mut RowStore,
+    s: &mut MlaScratch,
+    out: &mut [f32],
+) {
+    let n = input.x.rows();
+    project(c, weights, spec, input, s);
+    remember(c, weights, spec, input, cache, s);
+    let mut first = 0;
+    while first < n {
+        let last = (first + part_tokens(spec)).min(n);
+        attend_part(c, weights, spec, input.past, first..last, cache, s);
+        first = last;
+    }
+    let mixed = &s.mixed[..n * spec.o.n_in];
+    s.acts.fill_shared(c.pool, c.kernels, n, spec.o.n_in, mixed, needs_quants(weights.ty(spec.o.weight)));
+    matmul_all(c.pool, c.kernels, &[MatJob::new(weights.linear(&spec.o), s.acts.view(), out)]);
+    add_bias(out, weights.bias(&spec.o));
+}
+
+/// Queries, rotated, into `q`; latents and shared key parts as projected into `kv`.
+fn project(c: Compute<'_>, weights: &DenseWeights, spec: &MlaSpec, input: &MixerInput<'_>, s: &mut MlaScratch) {
+    let &MixerInput { x, rope, norm_eps: eps, .. } = input;
+    let n = x.rows();
+    let q = &mut s.q[..n * spec.q.n_out];
+    let kv = &mut s.kv[..n * spec.kv_down.n_out];
+    match &spec.q_down {
+        None => {
+            let jobs = [MatJob::new(weights.linear(&spec.q), x, q), MatJob::new(weights.linear(&spec.kv_down), x, kv)];
+            matmul_all(c.pool, c.kernels, &jobs);
+        }
+        Some((q_down, norm)) => {
+            let rank = q_down.n_out;
+            let (low, normed) = (&mut s.q_low[..n * rank], &mut s.q_normed[..n * rank]);
+            let jobs = [MatJob::new(weights.linear(q_down), x, low), MatJob::new(weights.linear(&spec.kv_down), x, kv)];
+            matmul_all(c.pool, c.kernels, &jobs);
+            add_bias(low, weights.bias(q_down));
+            for (low, normed) in low.chunks_exact(rank).zip(normed.chunks_exact_mut(rank)) {
+                c.kernels.rms_norm(low, weights.vector(*norm), eps, normed);
+            }
+            s.acts.fill_shared(c.pool, c.kernels, n, rank, normed, needs_quants(weights.ty(spec.q.weight)));
+            matmul_all(c.pool, c.kernels, &[MatJob::new(weights.linear(&spec.q), s.acts.view(), q)]);
+        }
+    }
+    add_bias(q, weights.bias(&spec.q));
+    add_bias(kv, weights.bias(&spec.kv_down));
+    if let Some(rope) = rope {
+        c.pool.for_each_slice(q, spec.q.n_out, |token, row| {
+            for head in row.chunks_exact_mut(spec.nope_dim + spec.rope.dims) {
+                rope.apply(&mut head[spec.nope_dim..], spec.rope.dims, token);
+            }
+        });
+    }
+}
+
+/// Norms latents, rotates key parts, and stores both.
+fn remember(
+    c: Compute<'_>,
+    weights: &DenseWeights,
+    spec: &MlaSpec,
+    input: &MixerInput<'_>,
+    cache: &mut RowStore,
+    s: &mut MlaScratch,
+) {
+    let width = spec.kv_down.n_out;
+    let row = &mut s.row[..width];
+    for (token, kv) in s.kv[..input.x.rows() * width].chunks_exact(width).enumerate() {
+        let (latent, key) = row.split_at_mut(spec.kv_rank);
+        c.kernels.rms_norm(&kv[..spec.kv_rank], weights.vector(spec.kv_norm), input.norm_eps, latent);
+        key.copy_from_slice(&kv[spec.kv_rank..]);
+        if let Some(rope) = input.rope {
+            rope.apply(key, spec.rope.dims, token);
+        }
+        cache.store(c.kernels, input.past + token, row);
+    }
+}
+
+/// Attention of some of the batch's tokens, from `q` to `mixed`.
+fn attend_part(
+    c: Compute<'_>,
+    weights: &DenseWeights,
+    spec: &MlaSpec,
+    past: usize,
+    tokens: std::ops::Range<usize>,
+    cache: &RowStore,
+    s: &mut MlaScratch,
+) {
+    let n = tokens.len();
+    let (rank, nope_dim, rope_dims) = (spec.kv_rank, spec.nope_dim, spec.rope.dims);
+    let key_dim = nope_dim + rope_dims;
+    let q = &s.q[tokens.start * spec.q.n_out..tokens.end * spec.q.n_out];
+    let query = |head: usize, token: usize| &q[(token * spec.n_head + head) * key_dim..][..key_dim];
+    let latents = &mut s.latents[..spec.n_head * n * rank];
+    match spec.kv_up {
+        KvUp::Split { k, .. } => {
+            let nope = &mut s.nope[..spec.n_head * n * nope_dim];
+            for (i, to) in nope.chunks_exact_mut(nope_dim).enumerate() {
+                to.copy_from_slice(&query(i / n, i % n)[..nope_dim]);
+            }
+            s.head_acts.fill_shared(c.pool, c.kernels, spec.n_head * n, nope_dim, nope, needs_quants(weights.ty(k)));
+            let k = weights.matrix(k, spec.n_head * rank, nope_dim);
+            by_head(c, spec.n_head, s.head_acts.view(), latents, |head| part(k, head * rank, rank));
+        }
+        KvUp::Fused(kv) => {
+            let kv = weights.matrix(kv, spec.n_head * (nope_dim + spec.value_dim), rank);
+            c.pool.for_each_slice(latents, n * rank, |head, latents| {
+                let keys = part(kv, head * (nope_dim + spec.value_dim), nope_dim);
+                latents.fill(0.0);
+                ROW.with_borrow_mut(|row| {
+                    row.resize(rank, 0.0);
+                    for i in 0..nope_dim {
+                        let Some(bytes) = keys.row(i) else { unreachable!("as many rows as asked for") };
+                        dequantize_row(kv.ty(), bytes, row);
+                        for (token, latent) in latents.chunks_exact_mut(rank).enumerate() {
+                            c.kernels.axpy(query(head, token)[i], row, latent);
+                        }
+                    }
+                });
+            });
+        }
+    }
+    let first = past + tokens.start;
+    // All heads read the same rows: one head of keys, whose values are the latents at their beginning.
+    let attention = Attention {
+        keys: cache,
+        values: cache,
+        value_width: rank,
+        n_head_kv: 1,
+        group: spec.n_head,
+        tokens: n,
+        past: first,
+        window: None,
+    };
+    let absorbed = &*latents;
+    let query_row = |head: usize, token: usize, to: &mut [f32]| {
+        let scale = spec.scale * spec.temperature.map_or(1.0, |t| t.at(first + token));
+        let row = absorbed[(head * n + token) * rank..][..rank].iter().chain(&query(head, token)[nope_dim..]);
+        to.iter_mut().zip(row).for_each(|(to, q)| *to = scale * q);
+    };
+    attend(c, &attention, query_row, &mut s.parts);
+    let parts = &s.parts;
+    c.pool.for_each_slice(latents, rank, |i, latent| parts.result(c.kernels, i / n, i % n, None, latent));
+    let (v, first, stride) = match spec.kv_up {
+        KvUp::Split { v, .. } => (v, 0, spec.value_dim),
+        KvUp::Fused(kv) => (kv, nope_dim, nope_dim + spec.value_dim),
+    };
+    let values = &mut s.values[..spec.n_head * n * spec.value_dim];
+    s.head_acts.fill_shared(c.pool, c.kernels, spec.n_head * n, rank, latents, needs_quants(weights.ty(v)));
+    let v = weights.matrix(v, spec.n_head * stride, rank);
+    by_head(c, spec.n_head, s.head_acts.view(), values, |head| part(v, head * stride + first, spec.value_dim));
+    let mixed = &mut s.mixed[tokens.start * spec.o.n_in..tokens.end * spec.o.n_in];
+    for (i, to) in mixed.chunks_exact_mut(spec.value_dim).enumerate() {
+        let (token, head) = (i / spec.n_head, i % spec.n_head);
+        to.copy_from_slice(&values[(head * n + token) * spec.value_dim..][..spec.value_dim]);
+    }
+}
+
+/// Multiplies each head's rows of `x`, `[n_head, tokens, _]`, by its own matrix into `out`, `[n_head, tokens, _]`.
+fn by_head<'a>(c: Compute<'_>, n_head: usize, x: ActView<'_>, out: &mut [f32], matrix: impl Fn(usize) -> Weights<'a>) {
+    let n = x.rows() / n_head;
+    let len = out.len() / n_head;
+    let job = |(head, out)| MatJob::new(matrix(head), x.rows_range(head * n..(head + 1) * n), out);
+    let jobs: Vec<MatJob<'_>> = out.chunks_exact_mut(len).enumerate().map(job).collect();
+    matmul_all(c.pool, c.kernels, &jobs);
+}
+
+/// `count` rows of a matrix.
+fn part(w: Weights<'_>, first: usize, count: usize) -> Weights<'_> {
+    w.rows(first..first + count).unwrap_or_else(|| unreachable!("shapes are checked when the model is described"))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,98 @@
+//! One layer's attention over a filled cache, apart from the rest of a network: for benchmarks.
+
+use super::attention::{Attention, AttentionParts, attend};
+use super::kv_rows::RowStore;
+use crate::layers::compute::Compute;
+use tier_plan_formats::model::kv::KvType;
+use tier_plan_kernels::Kernels;
+use tier_plan_kernels::threads::ThreadPool;
+
+/// Sizes of a layer's attention.
+#[derive(Debug, Clone, Copy)]
+pub struct AttentionSizes {
+    /// Query heads.
+    pub n_head: usize,
+    /// Heads of keys and values; divides `n_head`.
+    pub n_head_kv: usize,
+    /// Values of a head.
+    pub dim: usize,
+    /// Tokens whose keys and values are in the cache, the batch's own included.
+    pub context: usize,
+    /// Tokens of the batch, the last ones of the context.
+    pub tokens: usize,
+}
+
+/// A layer's cache full of noise, and queries to it.
+pub struct AttentionProbe {
+    pool: ThreadPool,
+    kernels: Kernels,
+    sizes: AttentionSizes,
+    keys: RowStore,
+    values: RowStore,
+    queries: Vec<f32>,
+    parts: AttentionParts,
+    mixed: Vec<f32>,
+}
+
+impl AttentionProbe {
+    /// Fills the cache.
+    pub fn new(kv_type: KvType, threads: usize, kernels: Kernels, sizes: AttentionSizes) -> Self {
+        let AttentionSizes { n_head, n_head_kv, dim, context, tokens } = sizes;
+        let store = |seed: u64| {
+            let mut rows = RowStore::new(kv_type, n_head_kv, context, dim);
+            for position in 0..context {
+                rows.store(kernels, position, &noise(seed + position as u64, n_head_kv * dim));
+            }
+            rows
+        };
+        Self {
+            pool: ThreadPool::new(threads),
+            kernels,
+            sizes,
+            keys: store(1),
+            values: store(1 << 32),
+            queries: noise(0, tokens * n_head * dim),
+            parts: AttentionParts::default(),
+            mixed: vec![0.0; tokens * n_head * dim],
+        }
+    }
+
+    /// One pass; `[tokens, n_head, dim]`.
+    pub fn run(&mut self) -> &[f32] {
+        let AttentionSizes { n_head, n_head_kv, dim, context, tokens } = self.sizes;
+        let c = Compute { pool: &self.pool, kernels: self.kernels };
+        let attention = Attention {
+            keys: &self.keys,
+            values: &self.values,
+            value_width: dim,
+            n_head_kv,
+            group: n_head / n_head_kv,
+            tokens,
+            past: context - tokens,
+            window: None,
+        };
+        let queries = &self.queries;
+        let query = |head: usize, token: usize, to: &mut [f32]| {
+            to.copy_from_slice(&queries[(token * n_head + head) * dim..][..dim]);
+        };
+        attend(c, &attention, query, &mut self.parts);
+        let parts = &self.parts;
+        let group = n_head / n_head_kv;
+        c.pool.for_each_slice(&mut self.mixed, group * dim, |item, mixed| {
+            for (g, mixed) in mixed.chunks_exact_mut(dim).enumerate() {
+                parts.result(c.kernels, item % n_head_kv * group + g, item / n_head_kv, None, mixed);
+            }
+        });
+        &self.mixed
+    }
+}
+
+/// Numbers within -1 to 1, the same ones for a seed.
+fn noise(seed: u64, len: usize) -> Vec<f32> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut next = || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+    };
+    (0..len).map(|_| next()).collect()
+}

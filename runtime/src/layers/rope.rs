@@ -1,0 +1,202 @@
+//! Rotary position embedding, with linear and YaRN scaling.
+
+use super::weights::DenseWeights;
+use tier_plan_formats::model::spec::{ModelSpec, RopeKind, RopeScaling, RopeSpec};
+
+/// Rotations for a row of positions, ready to apply.
+pub struct RopeTable {
+    spec: RopeSpec,
+    /// Radians a position, `[dims / 2]`.
+    frequencies: Vec<f32>,
+    /// `[positions, dims / 2]` of (cos, sin).
+    rotations: Vec<(f32, f32)>,
+    /// The first of the positions, and how many they are.
+    prepared: (usize, usize),
+}
+
+impl RopeTable {
+    /// `factors` divide the frequencies, `[dims / 2]`.
+    pub fn new(spec: &RopeSpec, factors: Option<&[f32]>) -> Self {
+        let mut frequencies = frequencies(spec, factors);
+        if let Some(sections) = &spec.sections {
+            for (pair, frequency) in frequencies.iter_mut().enumerate() {
+                if !rotates_in_text(sections, pair) {
+                    *frequency = 0.0;
+                }
+            }
+        }
+        Self { spec: spec.clone(), frequencies, rotations: Vec::new(), prepared: (0, 0) }
+    }
+
+    /// Prepares positions `first..first + n`.
+    pub fn prepare(&mut self, first: usize, n: usize) {
+        if std::mem::replace(&mut self.prepared, (first, n)) == (first, n) {
+            return;
+        }
+        self.rotations.clear();
+        for position in first..first + n {
+            let rotation = |f: &f32| {
+                let (sin, cos) = (position as f32 * f).sin_cos();
+                (cos * self.spec.magnitude, sin * self.spec.magnitude)
+            };
+            self.rotations.extend(self.frequencies.iter().map(rotation));
+        }
+    }
+
+    /// The rotations prepared, `[positions, dims / 2]` of cosine and sine.
+    pub fn turns(&self) -> Vec<f32> {
+        self.rotations.iter().flat_map(|(cos, sin)| [*cos, *sin]).collect()
+    }
+
+    /// Rotates every head of the prepared position `index`; `row` is `[heads, head_dim]`.
+    pub fn apply(&self, row: &mut [f32], head_dim: usize, index: usize) {
+        let half = self.spec.dims / 2;
+        let rotations = &self.rotations[index * half..(index + 1) * half];
+        for head in row.chunks_exact_mut(head_dim) {
+            match self.spec.kind {
+                RopeKind::Adjacent => {
+                    for (pair, (cos, sin)) in head.chunks_exact_mut(2).zip(rotations) {
+                        let (a, b) = (pair[0], pair[1]);
+                        pair[0] = a * cos - b * sin;
+                        pair[1] = a * sin + b * cos;
+                    }
+                }
+                RopeKind::Halves => {
+                    let (low, high) = head[..2 * half].split_at_mut(half);
+                    for ((x, y), (cos, sin)) in low.iter_mut().zip(high).zip(rotations) {
+                        let (a, b) = (*x, *y);
+                        *x = a * cos - b * sin;
+                        *y = a * sin + b * cos;
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The different ways in which layers rotate, and each layer's.
+pub(crate) fn tables(spec: &ModelSpec) -> (Vec<&RopeSpec>, Vec<Option<usize>>) {
+    let mut tables: Vec<&RopeSpec> = Vec::new();
+    let mut by_layer = Vec::with_capacity(spec.layers.len());
+    for layer in &spec.layers {
+        by_layer.push(layer.mixer.rope().map(|rope| {
+            tables.iter().position(|table| *table == rope).unwrap_or_else(|| {
+                tables.push(rope);
+                tables.len() - 1
+            })
+        }));
+    }
+    (tables, by_layer)
+}
+
+/// One table for all layers that rotate alike, and each layer's.
+pub(crate) fn rope_tables(spec: &ModelSpec, weights: &DenseWeights) -> (Vec<RopeTable>, Vec<Option<usize>>) {
+    let (tables, by_layer) = tables(spec);
+    let table = |rope: &&RopeSpec| RopeTable::new(rope, weights.opt_vector(rope.freq_factors));
+    (tables.iter().map(table).collect(), by_layer)
+}
+
+/// Whether a pair belongs to one of the axes that text moves along. The axes take turns pair by pair until they have
+/// their pairs; the rest is the fourth's. The whole row of sections repeats when there are more pairs.
+fn rotates_in_text(sections: &[u32; 4], pair: usize) -> bool {
+    let total: u64 = sections.iter().map(|s| u64::from(*s)).sum();
+    let at = if total == 0 { pair as u64 } else { pair as u64 % total };
+    at < 3 * u64::from(sections[(at % 3) as usize])
+}
+
+/// Frequencies `base^(-2i/dims)` after scaling.
+fn frequencies(spec: &RopeSpec, factors: Option<&[f32]>) -> Vec<f32> {
+    let half = spec.dims / 2;
+    let plain = (0..half).map(|i| {
+        let frequency = spec.base.powf(-2.0 * i as f32 / spec.dims as f32);
+        factors.map_or(frequency, |f| frequency / f[i])
+    });
+    match spec.scaling {
+        RopeScaling::None => plain.collect(),
+        RopeScaling::Linear(factor) => plain.map(|f| f / factor).collect(),
+        RopeScaling::Yarn { factor, original_context, beta_fast, beta_slow } => {
+            // The pair whose wavelength makes `rotations` turns over the original context.
+            let pair_of = |rotations: f32| {
+                spec.dims as f32 * (original_context / (rotations * std::f32::consts::TAU)).ln()
+                    / (2.0 * spec.base.ln())
+            };
+            let low = pair_of(beta_fast).floor().max(0.0);
+            let high = pair_of(beta_slow).ceil().min(spec.dims as f32 - 1.0);
+            let scaled = plain.enumerate().map(|(i, f)| {
+                let ramp = ((i as f32 - low) / (high - low).max(0.001)).clamp(0.0, 1.0);
+                let kept = 1.0 - ramp;
+                f / factor * (1.0 - kept) + f * kept
+            });
+            scaled.collect()
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec(kind: RopeKind, dims: usize, scaling: RopeScaling) -> RopeSpec {
+        RopeSpec { kind, dims, base: 10_000.0, scaling, magnitude: 1.0, freq_factors: None, sections: None }
+    }
+
+    #[test]
+    fn position_zero_changes_nothing_and_length_is_kept() {
+        for kind in [RopeKind::Adjacent, RopeKind::Halves] {
+            let mut table = RopeTable::new(&spec(kind, 6, RopeScaling::None), None);
+            table.prepare(0, 3);
+            let row: Vec<f32> = (0..16).map(|i| i as f32 - 5.0).collect();
+            let mut at0 = row.clone();
+            table.apply(&mut at0, 8, 0);
+            assert_eq!(at0, row);
+            let mut at2 = row.clone();
+            table.apply(&mut at2, 8, 2);
+            assert_ne!(at2, row);
+            // The last two values of each head of 8 do not rotate.
+            assert_eq!((at2[6], at2[7], at2[15]), (row[6], row[7], row[15]));
+            let norm = |r: &[f32]| r.iter().map(|v| v * v).sum::<f32>();
+            assert!((norm(&at2) - norm(&row)).abs() < 1e-3);
+        }
+    }
+
+    #[test]
+    fn pairs_of_the_fourth_axis_rest_in_text() {
+        let rotating =
+            |sections: [u32; 4], pairs| (0..pairs).map(|p| rotates_in_text(&sections, p)).collect::<Vec<_>>();
+        assert_eq!(rotating([2, 1, 1, 0], 4), [true; 4]);
+        assert_eq!(rotating([11, 11, 10, 0], 32), [true; 32]);
+        // Five pairs in turn; the heights and widths are used up when their turn comes again.
+        assert_eq!(rotating([3, 1, 1, 0], 5), [true, true, true, true, false]);
+        assert_eq!(rotating([1, 1, 1, 1], 6), [true, true, true, false, true, true]);
+    }
+
+    #[test]
+    fn the_first_pair_turns_one_radian_a_position() {
+        let mut table = RopeTable::new(&spec(RopeKind::Adjacent, 4, RopeScaling::None), None);
+        table.prepare(1, 1);
+        let mut row = [1.0, 0.0, 1.0, 0.0];
+        table.apply(&mut row, 4, 0);
+        assert!((row[0] - 1f32.cos()).abs() < 1e-6 && (row[1] - 1f32.sin()).abs() < 1e-6);
+        assert!((row[2] - 0.01f32.cos()).abs() < 1e-6 && (row[3] - 0.01f32.sin()).abs() < 1e-6);
+    }
+
+    #[test]
+    fn the_magnitude_scales_what_rotates_and_nothing_else() {
+        let spec = RopeSpec { magnitude: 2.0, ..spec(RopeKind::Adjacent, 2, RopeScaling::None) };
+        let mut table = RopeTable::new(&spec, None);
+        table.prepare(0, 1);
+        let mut row = [1.0, 3.0, 5.0];
+        table.apply(&mut row, 3, 0);
+        assert_eq!(row, [2.0, 6.0, 5.0]);
+    }
+
+    #[test]
+    fn yarn_keeps_fast_pairs_and_divides_slow_ones() {
+        let scaling = RopeScaling::Yarn { factor: 8.0, original_context: 4096.0, beta_fast: 32.0, beta_slow: 1.0 };
+        let plain = frequencies(&spec(RopeKind::Adjacent, 64, RopeScaling::None), None);
+        let yarn = frequencies(&spec(RopeKind::Adjacent, 64, scaling), None);
+        assert_eq!(yarn[0], plain[0]);
+        assert!((yarn[31] - plain[31] / 8.0).abs() < 1e-9);
+        assert!(yarn.windows(2).all(|w| w[1] < w[0]));
+    }
+}

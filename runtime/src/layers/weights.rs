@@ -1,0 +1,109 @@
+//! Dense tensors where the plan put them: in an arena, in a GPU's memory, or in place in the mapped file.
+
+use crate::tiers::arena::Piece;
+use std::sync::Arc;
+use tier_plan_cuda::Buffer;
+use tier_plan_formats::gguf::Gguf;
+use tier_plan_formats::model::spec::{Linear, TensorId};
+use tier_plan_kernels::Weights;
+use tier_plan_kernels::quant::TensorType;
+
+/// Where one tensor's bytes are.
+pub(crate) enum Held {
+    /// In the mapped file.
+    Mapped,
+    /// In a tier's arena.
+    Piece(Piece),
+    /// In a GPU's memory.
+    Device(Arc<Buffer>),
+    /// Decoded to `f32`: vectors of parameters. Where a GPU uses them it has a copy.
+    Vector(Box<[f32]>),
+}
+
+/// The dense tensors of a loaded model.
+pub(crate) struct DenseWeights {
+    gguf: Arc<Gguf>,
+    /// By tensor id; `None` for tensors that no dense group has.
+    held: Vec<Option<(usize, Held)>>,
+}
+
+impl DenseWeights {
+    pub(crate) fn new(gguf: Arc<Gguf>) -> Self {
+        let held = gguf.tensors().iter().map(|_| None).collect();
+        Self { gguf, held }
+    }
+
+    pub(crate) fn hold(&mut self, id: TensorId, tier: usize, held: Held) {
+        self.held[id] = Some((tier, held));
+    }
+
+    /// Takes all matrices to a device.
+    #[cfg(test)]
+    pub(crate) fn move_to(&mut self, device: &Arc<dyn tier_plan_cuda::Device>) {
+        for (tensor, held) in self.gguf.tensors().iter().zip(&mut self.held) {
+            if let Some((_, held @ Held::Mapped)) = held {
+                *held = Held::Device(Arc::new(Buffer::of_bytes(device, self.gguf.bytes(tensor)).unwrap()));
+            }
+        }
+    }
+
+    /// Bytes of the file that the tensor stands for, and its tier.
+    pub(crate) fn placed(&self) -> impl Iterator<Item = (TensorId, usize, u64)> {
+        let tensors = self.gguf.tensors();
+        self.held
+            .iter()
+            .enumerate()
+            .filter_map(move |(id, h)| h.as_ref().map(|(tier, _)| (id, *tier, tensors[id].n_bytes)))
+    }
+
+    /// A vector of parameters.
+    pub(crate) fn vector(&self, id: TensorId) -> &[f32] {
+        match &self.held[id] {
+            Some((_, Held::Vector(values))) => values,
+            _ => unreachable!("a tensor that the model description calls a vector is decoded at load"),
+        }
+    }
+
+    pub(crate) fn opt_vector(&self, id: Option<TensorId>) -> Option<&[f32]> {
+        id.map(|id| self.vector(id))
+    }
+
+    /// A matrix's bytes where a GPU has them.
+    pub(crate) fn on_device(&self, id: TensorId) -> Option<&Arc<Buffer>> {
+        match &self.held[id] {
+            Some((_, Held::Device(bytes))) => Some(bytes),
+            _ => None,
+        }
+    }
+
+    /// A matrix of `n_out` rows, which the processor can read.
+    pub(crate) fn matrix(&self, id: TensorId, n_out: usize, n_in: usize) -> Weights<'_> {
+        let tensor = &self.gguf.tensors()[id];
+        let bytes: &[u8] = match &self.held[id] {
+            Some((_, Held::Mapped)) => self.gguf.bytes(tensor),
+            Some((_, Held::Piece(piece))) => piece,
+            _ => unreachable!("a tensor that the model description calls a matrix is held as bytes"),
+        };
+        Weights::new(tensor.ty, bytes, n_out, n_in)
+            .unwrap_or_else(|| unreachable!("shapes are checked when the model is described"))
+    }
+
+    pub(crate) fn linear(&self, linear: &Linear) -> Weights<'_> {
+        let rows = self.gguf.tensors()[linear.weight].dims.get(1).map_or(1, |rows| *rows as usize);
+        let first = linear.first_row;
+        self.matrix(linear.weight, rows, linear.n_in)
+            .rows(first..first + linear.n_out)
+            .unwrap_or_else(|| unreachable!("shapes are checked when the model is described"))
+    }
+
+    /// The bias of a matrix: its part of the vector where several matrices share one.
+    pub(crate) fn bias(&self, linear: &Linear) -> Option<&[f32]> {
+        let all = self.opt_vector(linear.bias)?;
+        let first = if all.len() == linear.n_out { 0 } else { linear.first_row };
+        Some(&all[first..first + linear.n_out])
+    }
+
+    pub(crate) fn ty(&self, id: TensorId) -> TensorType {
+        self.gguf.tensors()[id].ty
+    }
+}

@@ -1,0 +1,88 @@
+//! Loading experts to GPUs: those that a plan pins there, and room for slots.
+
+use crate::error::LoadError;
+use crate::experts::layer::{Home, LayerExperts, Layout};
+use crate::experts::view::ExpertView;
+use crate::gpu::devices::Devices;
+use crate::gpu::rows::gpu_rows;
+use crate::load::{Backing, Loader};
+use crate::tiers::arena::Arena;
+use std::sync::Arc;
+use tier_plan_cuda::CudaError;
+use tier_plan_cuda::experts::{ExpertBytes, PinnedExperts};
+use tier_plan_formats::model::spec::MoeSpec;
+use tier_plan_formats::placement::{LayerPlacement, Placement, TierIdx};
+
+/// The GPUs of a plan, with no expert yet, by tier.
+pub(super) fn open(plan: &Placement, devices: &Devices) -> Result<Vec<Option<PinnedExperts>>, LoadError> {
+    let open = |tier| devices.of(tier).map(|device| PinnedExperts::new(Arc::clone(device), plan.layers.len()));
+    let gpus = (0..plan.tiers.len()).map(|tier| open(tier).transpose());
+    gpus.collect::<Result<_, _>>().map_err(|source| LoadError::Gpu { plan: plan.name.clone(), source })
+}
+
+impl Loader<'_> {
+    fn gpu_failed(&self) -> impl Fn(CudaError) -> LoadError + use<> {
+        let plan = self.plan.name.clone();
+        move |source| LoadError::Gpu { plan: plan.clone(), source }
+    }
+
+    /// Copies what a layer pins on a GPU there, by way of main memory, and makes its slots if they are there.
+    pub(super) fn experts_on_gpu(
+        &mut self,
+        (at, moe): (usize, &MoeSpec),
+        placed: &LayerPlacement,
+        layer: &mut LayerExperts,
+        tier: TierIdx,
+    ) -> Result<(), LoadError> {
+        let pinned = placed.pinned.iter().find(|(on, _)| *on == tier).map_or(&[][..], |(_, experts)| experts);
+        let slots = if placed.slot_tier == tier { placed.slots as usize } else { 0 };
+        if pinned.is_empty() && slots == 0 {
+            return Ok(());
+        }
+        let bytes = layer.expert_bytes;
+        // One more, by which the sizes of any expert are known.
+        let mut passing = Arena::new("", (bytes * (pinned.len() + 1)) as u64)?;
+        let any = passing.take(bytes)?;
+        let mut pieces = Vec::with_capacity(pinned.len());
+        for expert in pinned {
+            let spans = layer.spans(self.gguf, *expert as usize, Layout::Packed);
+            let checks = layer.checks(self.gguf, self.options.checks.as_deref(), *expert as usize, Layout::Packed);
+            pieces.push(self.read(&spans, checks, passing.take(bytes)?)?);
+            layer.home(*expert as usize, Home::Gpu(tier));
+        }
+        let views: Vec<_> = pieces.iter().map(|piece| layer.packed(piece)).collect();
+        let biases: Vec<_> = views.iter().map(ExpertView::biases).collect();
+        let all: Vec<_> = pinned
+            .iter()
+            .zip(views.iter().zip(&biases))
+            .map(|(expert, (view, biases))| {
+                let biases = biases.as_ref().map(|[gate, up, down]| [&gate[..], &up[..], &down[..]]);
+                let (gate, up, down) = (view.gate.weights, view.up.weights, view.down.weights);
+                (*expert as usize, ExpertBytes { gate: gate.bytes(), up: up.bytes(), down: down.bytes(), biases })
+            })
+            .collect();
+        let (any, failed) = (layer.packed(&any), self.gpu_failed());
+        if let Some(gpu) = &mut self.gpus[tier] {
+            gpu.add_layer(at, any.kind(moe), &all, slots, any.biases().is_some()).map_err(failed)?;
+        }
+        self.resident[tier] += (bytes * (pinned.len() + slots)) as u64;
+        self.done += (bytes * pinned.len()) as u64;
+        Ok(())
+    }
+
+    /// The GPUs that have experts, with room for what is asked of them.
+    pub(super) fn ready_gpus(&mut self) -> Result<Vec<(TierIdx, PinnedExperts)>, LoadError> {
+        let (rows, failed) = (gpu_rows(self.spec), self.gpu_failed());
+        let mut ready = Vec::new();
+        for (tier, gpu) in self.gpus.iter_mut().enumerate() {
+            if !matches!(self.backings[tier], Backing::Gpu) {
+                continue;
+            }
+            if let Some(mut gpu) = gpu.take().filter(|gpu| gpu.bytes() > 0) {
+                gpu.reserve(rows).map_err(&failed)?;
+                ready.push((tier, gpu));
+            }
+        }
+        Ok(ready)
+    }
+}

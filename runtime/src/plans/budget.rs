@@ -1,0 +1,329 @@
+//! A plan within a budget of memory, made without a solver: for a model that is larger than memory when nobody made a
+//! plan for it.
+//!
+//! The budget is for all that the process holds. Dense tensors, keys and values, buffers of experts in flight and of
+//! activations come first; what is left becomes slots, the same number in every layer as nothing is known of how the
+//! experts are used. All experts live in the file, which counts as a block device.
+
+use super::in_memory::obvious;
+use crate::experts::layer::{Home, LayerExperts, Layout};
+use crate::options::{BATCH, MICRO_BATCH};
+use crate::tiers::file::FileTier;
+use thiserror::Error;
+use tier_plan_formats::gguf::Gguf;
+use tier_plan_formats::machine::{Accelerator, Tier, TierKind};
+use tier_plan_formats::model::kv::KvType;
+use tier_plan_formats::model::shape::ModelShape;
+use tier_plan_formats::model::spec::{Ffn, ModelSpec, MoeSpec};
+use tier_plan_formats::placement::{Placement, PlanTier};
+use tier_plan_formats::units::show_bytes;
+
+/// The program itself, its threads and what its allocator keeps: measured as resident memory beyond all that is counted
+/// (9 MiB), with some room.
+const PROGRAM_BYTES: u64 = 16 << 20;
+
+/// Memory of an open file and its tokenizer for each byte of its header: measured on vocabularies of 49 to 152 thousand
+/// tokens (15 to 16).
+const HEADER_FACTOR: u64 = 17;
+
+/// The part of a budget that stays free for what can't be counted: page tables, the system's buffers, fragments.
+const SPARE: u64 = 64;
+
+/// Buffers for experts in flight beyond those that one token uses.
+const MORE_STAGING: u32 = 8;
+
+/// Fewest tokens of a batch that a small budget leads to.
+const LEAST_BATCH: usize = 32;
+
+/// What one line of a budget is for, and its bytes.
+pub type Line = (String, u64);
+
+/// A plan within a budget.
+#[derive(Debug, Clone)]
+pub struct Budgeted {
+    /// The plan.
+    pub plan: Placement,
+    /// Tokens of a batch that activations have room for.
+    pub batch: usize,
+    /// What the budget is spent on; the lines add up to no more than it.
+    pub lines: Vec<Line>,
+}
+
+/// A budget that is too small.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[error(
+    "{} of memory are too few for '{model}': {needs}; the least is {}, and more makes it faster",
+    show_bytes(*budget_bytes), show_bytes(*least_bytes)
+)]
+pub struct TooSmall {
+    /// The model.
+    pub model: String,
+    /// What there is.
+    pub budget_bytes: u64,
+    /// What there would have to be.
+    pub least_bytes: u64,
+    /// What for, in words.
+    pub needs: String,
+}
+
+/// What every plan of a model takes beside its weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Fixed {
+    /// Program, open file and tokenizer.
+    pub program_bytes: u64,
+    /// Activations of a batch.
+    pub activation_bytes: u64,
+    /// Keys and values, and recurrent state.
+    pub context_bytes: u64,
+    /// Tokens of a batch.
+    pub batch: usize,
+}
+
+impl Fixed {
+    /// For a model that may use `budget` bytes: the largest batch whose activations are a small part of that.
+    pub fn new(gguf: &Gguf, spec: &ModelSpec, shape: &ModelShape, context: u32, kv_type: KvType, budget: u64) -> Self {
+        let header = gguf.tensors().iter().filter(|t| t.part == 0).map(|t| t.offset).min().unwrap_or(0);
+        let mut batch = BATCH.min(context.max(1) as usize);
+        while batch > LEAST_BATCH && activation_bytes(gguf, spec, context, batch) > budget / 32 {
+            batch /= 2;
+        }
+        Self {
+            program_bytes: PROGRAM_BYTES + FileTier::working_bytes() + header.saturating_mul(HEADER_FACTOR),
+            activation_bytes: activation_bytes(gguf, spec, context, batch),
+            context_bytes: kv_type.context_bytes(shape, context),
+            batch,
+        }
+    }
+
+    /// All of it, with the part of `budget` that stays free.
+    pub fn bytes(&self, budget: u64) -> u64 {
+        self.outside_bytes(budget).saturating_add(self.context_bytes)
+    }
+
+    /// What no plan counts, with the part of `budget` that stays free.
+    pub fn outside_bytes(&self, budget: u64) -> u64 {
+        self.program_bytes.saturating_add(self.activation_bytes).saturating_add(budget / SPARE)
+    }
+}
+
+/// Buffers of a pass of `batch` tokens, from above: what layers hand on, and for a micro-batch each layer kind's widest
+/// rows, with their 8-bit forms.
+fn activation_bytes(gguf: &Gguf, spec: &ModelSpec, context: u32, batch: usize) -> u64 {
+    // A value and its 8-bit form with scales take 5.25 bytes.
+    const WITH_QUANTS: u64 = 6;
+    let rows = |id: &usize| gguf.tensors()[*id].dims.iter().skip(1).product::<u64>();
+    let (mut mixer, mut ffn, mut n_expert, mut n_used) = (0, 0, 0, 0);
+    for layer in &spec.layers {
+        let matrices = layer.mixer.tensors().matrices;
+        // Each result once more as it is transformed, and quantised once for the matrix that reads it.
+        mixer = mixer.max(matrices.iter().map(rows).sum::<u64>().saturating_mul(8 + WITH_QUANTS));
+        match &layer.ffn {
+            Ffn::Dense(f) => ffn = ffn.max(f.gate.n_out),
+            Ffn::Moe(m) => {
+                ffn = ffn.max(m.expert_ffn).max(m.shared.map_or(0, |shared| shared.ffn.gate.n_out));
+                n_expert = n_expert.max(m.n_expert);
+                n_used = n_used.max(m.n_used);
+            }
+        }
+    }
+    let (hidden, ffn, n_expert, n_used) = (spec.hidden as u64, ffn as u64, n_expert as u64, n_used as u64);
+    // Each choice also in the list of its expert's tokens.
+    let kept = hidden * (2 * 4 + WITH_QUANTS) + n_used * (2 + 4 + 16);
+    let row = hidden * (3 * 4 + 3 * WITH_QUANTS) + ffn * (2 * 4 + WITH_QUANTS) + n_expert * 4 + mixer;
+    // Logits and the sampler's copies; scores of a query on each thread.
+    let once = spec.n_vocab as u64 * 24 + u64::from(context) * 64;
+    let micro = row.saturating_mul(batch.min(MICRO_BATCH) as u64);
+    kept.saturating_mul(batch as u64).saturating_add(micro).saturating_add(once)
+}
+
+/// Bytes that one expert's buffer takes in each layer with routed experts, room for whole pages included.
+pub fn buffer_bytes(gguf: &Gguf, spec: &ModelSpec) -> Vec<u64> {
+    let room = |moe: &MoeSpec| {
+        let homes = (0..moe.n_expert).map(|_| Home::Pooled).collect();
+        LayerExperts::new(gguf, moe, homes, 0).buffer_bytes(Layout::WholePages) as u64
+    };
+    spec.moe_layers().map(|(_, moe)| room(moe)).collect()
+}
+
+/// A plan for a model that is not to take more than `budget` bytes of memory.
+///
+/// # Errors
+/// When not even one token's experts fit beside what every plan needs, or the model has no routed experts and its
+/// weights don't fit.
+pub fn within(
+    gguf: &Gguf,
+    spec: &ModelSpec,
+    shape: &ModelShape,
+    context: u32,
+    kv_type: KvType,
+    budget: u64,
+) -> Result<Budgeted, TooSmall> {
+    let fixed = Fixed::new(gguf, spec, shape, context, kv_type, budget);
+    let rooms = buffer_bytes(gguf, spec);
+    let largest = rooms.iter().copied().max().unwrap_or(0);
+    let dense: u64 = shape.dense.iter().map(|d| d.bytes).sum();
+    let used = shape.experts.iter().map(|e| e.n_used).max().unwrap_or(0);
+    let most = shape.experts.iter().map(|e| e.n_expert).max().unwrap_or(0);
+    let needed = fixed.bytes(budget).saturating_add(dense);
+    let least = needed.saturating_add(u64::from(used).saturating_mul(largest));
+    let Some(mut left) = budget.checked_sub(least) else {
+        // The part that stays free grows with the budget.
+        let least_bytes = (least - budget / SPARE).saturating_mul(SPARE) / (SPARE - 1) + SPARE;
+        let needs = format!(
+            "the program and its buffers take {}, {context} tokens of context {}, dense weights {}, and the {used} experts of \
+             a token {}",
+            show_bytes(fixed.program_bytes + fixed.activation_bytes),
+            show_bytes(fixed.context_bytes),
+            show_bytes(dense),
+            show_bytes(least - needed),
+        );
+        return Err(TooSmall { model: shape.id.name.clone(), budget_bytes: budget, least_bytes, needs });
+    };
+    let mut staging = used;
+    while staging < (used + MORE_STAGING).min(most) && largest <= left / 16 {
+        staging += 1;
+        left -= largest;
+    }
+    let limits: Vec<(u32, u32)> = shape.experts.iter().map(|e| (e.n_used, e.n_expert)).collect();
+    let slots = spread(&rooms, &limits, left);
+    let mut plan = two_tiers(shape, context, kv_type, budget - fixed.outside_bytes(budget));
+    for (layer, slots) in plan.layers.iter_mut().zip(&slots) {
+        layer.slots = *slots;
+    }
+    plan.staging_experts = staging;
+    let bytes = |layer: usize| shape.experts[layer].expert_bytes;
+    plan.tiers[0].slot_bytes = slots.iter().enumerate().map(|(l, n)| u64::from(*n) * bytes(l)).sum();
+    plan.tiers[0].staging_bytes = u64::from(staging) * (0..slots.len()).map(bytes).max().unwrap_or(0);
+    let lines = lines(&plan, &rooms, &fixed, budget);
+    Ok(Budgeted { plan, batch: fixed.batch, lines })
+}
+
+/// What a budget is spent on, for a plan over memory and the file.
+pub fn lines(plan: &Placement, rooms: &[u64], fixed: &Fixed, budget: u64) -> Vec<Line> {
+    let slots: u64 = plan.layers.iter().map(|l| u64::from(l.slots)).sum();
+    let in_slots: u64 = plan.layers.iter().zip(rooms).map(|(l, room)| u64::from(l.slots) * room).sum();
+    let staged = u64::from(plan.staging_experts) * rooms.iter().copied().max().unwrap_or(0);
+    let pinned: usize = plan.layers.iter().flat_map(|l| &l.pinned).map(|(_, experts)| experts.len()).sum();
+    let mut lines = vec![
+        ("program, open file and tokenizer".to_string(), fixed.program_bytes),
+        (format!("activations of {} tokens", fixed.batch), fixed.activation_bytes),
+        (format!("keys and values of {} tokens", plan.context), fixed.context_bytes),
+        ("dense weights".to_string(), plan.tiers[0].dense_bytes),
+        (format!("{} experts in flight", plan.staging_experts), staged),
+    ];
+    if pinned > 0 {
+        lines.push((format!("{pinned} pinned experts"), plan.tiers[0].pinned_bytes));
+    }
+    lines.push((format!("{slots} slots in {} layers", plan.layers.len()), in_slots));
+    lines.push(("kept free".to_string(), budget / SPARE));
+    lines
+}
+
+/// As many slots in every layer as `left` bytes hold: at least as many as a token uses or none, and no more than there
+/// are experts (`limits`).
+fn spread(rooms: &[u64], limits: &[(u32, u32)], mut left: u64) -> Vec<u32> {
+    let mut slots = vec![0; rooms.len()];
+    let mut open: Vec<usize> = (0..rooms.len()).collect();
+    while !open.is_empty() {
+        open.retain(|&layer| {
+            let (used, most) = limits[layer];
+            let more = if slots[layer] == 0 { used.min(most) } else { 1 };
+            let cost = u64::from(more).saturating_mul(rooms[layer]);
+            let fits = more > 0 && slots[layer] + more <= most && cost <= left;
+            if fits {
+                slots[layer] += more;
+                left -= cost;
+            }
+            fits
+        });
+    }
+    slots
+}
+
+/// A plan over `bytes` of memory and the file, with nothing but the dense weights in memory yet.
+fn two_tiers(shape: &ModelShape, context: u32, kv_type: KvType, bytes: u64) -> Placement {
+    let mut plan = obvious(shape, context, kv_type);
+    let [dram, file] = machine_tiers(bytes, plan.tiers[0].home_bytes);
+    plan.name = "within-budget".into();
+    plan.solver.status = "made to fit".into();
+    let home = plan.tiers[0].home_bytes;
+    plan.tiers[0] = PlanTier { tier: dram, budget_bytes: bytes, home_bytes: 0, ..plan.tiers[0].clone() };
+    plan.tiers.push(PlanTier {
+        tier: file,
+        budget_bytes: home,
+        dense_bytes: 0,
+        pinned_bytes: 0,
+        slot_bytes: 0,
+        kv_bytes: 0,
+        staging_bytes: 0,
+        home_bytes: home,
+    });
+    plan
+}
+
+/// Memory of so many bytes, and the model's file as a block device. The rates only say which of the two is slow.
+pub fn machine_tiers(dram_bytes: u64, file_bytes: u64) -> [Tier; 2] {
+    let tier = |name: &str, kind, capacity_bytes, read_gbps, latency_us| Tier {
+        name: name.into(),
+        kind,
+        capacity_bytes,
+        read_gbps,
+        latency_us,
+        emulated: false,
+        unit: None,
+        accelerator: Accelerator::default(),
+        source: "not measured".into(),
+    };
+    [tier("dram", TierKind::Dram, dram_bytes, 20.0, 0.0), tier("file", TierKind::Nvme, file_bytes, 1.0, 100.0)]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::path::Path;
+    use tier_plan_formats::model::describe;
+    use tier_plan_formats::model::shape::shape_of;
+
+    proptest! {
+        #[test]
+        fn slots_fill_what_is_left(
+            layers in proptest::collection::vec((1u64..50, 0u32..6, 0u32..20), 0..6),
+            left in 0u64..5000,
+        ) {
+            let rooms: Vec<u64> = layers.iter().map(|l| l.0).collect();
+            let limits: Vec<(u32, u32)> = layers.iter().map(|l| (l.1, l.2.max(l.1))).collect();
+            let slots = spread(&rooms, &limits, left);
+            let bytes: u64 = slots.iter().zip(&rooms).map(|(n, room)| u64::from(*n) * room).sum();
+            prop_assert!(bytes <= left);
+            for (layer, n) in slots.iter().enumerate() {
+                let (used, most) = limits[layer];
+                prop_assert!(*n == 0 || (used..=most).contains(n));
+                let next = if *n == 0 { used } else { 1 };
+                prop_assert!(next == 0 || n + next > most || left - bytes < u64::from(next) * rooms[layer]);
+            }
+        }
+    }
+
+    #[test]
+    fn the_lines_add_up_to_the_budget() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../profiles/demo/demo.gguf");
+        let gguf = Gguf::open(&path).unwrap();
+        let spec = describe(&gguf).unwrap();
+        let shape = shape_of(&gguf, &spec);
+        let at = |budget| within(&gguf, &spec, &shape, 64, KvType::F16, budget);
+        let TooSmall { least_bytes, .. } = at(1 << 20).unwrap_err();
+        let least = at(least_bytes).unwrap();
+        assert!(at(least_bytes - 4096).is_err());
+        assert!(least.plan.layers.iter().all(|l| l.slots == 0));
+        for more in [0, 1 << 20, 3 << 20] {
+            let budget = least_bytes + more;
+            let Budgeted { plan, lines, .. } = at(budget).unwrap();
+            let sum: u64 = lines.iter().map(|(_, bytes)| bytes).sum();
+            assert!(sum <= budget, "{sum} of {budget}: {lines:?}");
+            let [dram, file] = &plan.tiers[..] else { panic!("{:?}", plan.tiers) };
+            assert!(dram.used_bytes() <= dram.budget_bytes && file.used_bytes() == file.budget_bytes);
+            assert_eq!(plan.layers.iter().any(|l| l.slots > 0), more > 0, "{lines:?}");
+        }
+    }
+}
