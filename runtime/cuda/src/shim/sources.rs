@@ -26,7 +26,6 @@ const ALL: &str = "all.cpp";
 /// The object file of the kernels, in the folder that [`kernels`] returns.
 pub const KERNELS_OBJECT: &str = "kernels.o";
 /// The library of the kernels, in the folder that [`kernels`] returns.
-#[allow(dead_code, reason = "the stand-in driver links the object itself")]
 pub const KERNELS_LIBRARY: &str = "kernels.so";
 
 /// Returns the texts of the kernels with [`ALL`].
