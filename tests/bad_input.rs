@@ -1,9 +1,7 @@
 //! Input that cannot work: each is refused with exit code 1 and one line that names the thing, what was expected and
 //! the mend, before any work, and with nothing written.
 
-mod common;
-
-use common::{demo_machine, demo_model, refused, root, run_in, stderr, succeeded};
+use crate::common::{self, demo_machine, demo_model, refused, root, run_in, stderr, succeeded};
 use std::fs;
 use std::path::{Path, PathBuf};
 use tempfile::TempDir;

@@ -1,10 +1,9 @@
 //! What goes wrong around a run: disks that are full, files that shrink, and Ctrl-C. Nothing that was there is harmed,
 //! nothing half-written is left, and what was said so far is right.
-#![cfg(unix)]
 
-mod common;
-
-use common::{check_refusal, demo_machine, demo_model, json, listing, run_in, stdout, succeeded, tier_plan};
+use crate::common::{
+    self, check_refusal, demo_machine, demo_model, json, listing, run_in, stdout, succeeded, tier_plan,
+};
 use std::fs;
 use std::io::Read;
 use std::path::Path;

@@ -1,29 +1,9 @@
 //! One small model in several tensor types against golden logits, with every instruction set of this processor.
 
-mod common;
-
-use common::{root, stderr, stdout, succeeded, tier_plan};
+use crate::common::{self, root, stderr, stdout, succeeded, tier_plan};
 use std::fs;
 use std::process::Output;
-
-struct Golden {
-    n_vocab: usize,
-    tokens: Vec<u32>,
-    greedy: Vec<u32>,
-    logits: Vec<f32>,
-}
-
-fn floats(bytes: &[u8]) -> Vec<f32> {
-    bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
-}
-
-fn golden(name: &str) -> Golden {
-    let file = |extension: &str| root().join(format!("tests/data/quant/{name}.{extension}"));
-    let json: serde_json::Value = serde_json::from_slice(&fs::read(file("json")).unwrap()).unwrap();
-    let ids = |key: &str| json[key].as_array().unwrap().iter().map(|v| v.as_u64().unwrap() as u32).collect();
-    let n_vocab = json["n_vocab"].as_u64().unwrap() as usize;
-    Golden { n_vocab, tokens: ids("tokens"), greedy: ids("greedy"), logits: floats(&fs::read(file("logits")).unwrap()) }
-}
+use tier_plan_testing::{Golden, floats, nmse};
 
 /// `None` where this processor lacks the instruction set, and the program says so.
 fn on_isa(isa: &str, args: &[&str]) -> Option<Output> {
@@ -36,12 +16,6 @@ fn on_isa(isa: &str, args: &[&str]) -> Option<Output> {
     Some(succeeded(output))
 }
 
-fn nmse(found: &[f32], expected: &[f32]) -> f64 {
-    let squares = |values: &mut dyn Iterator<Item = f64>| values.map(|v| v * v).sum::<f64>();
-    let difference = squares(&mut found.iter().zip(expected).map(|(a, b)| f64::from(*a) - f64::from(*b)));
-    difference / squares(&mut expected.iter().map(|b| f64::from(*b)))
-}
-
 fn top(row: &[f32]) -> usize {
     let best = row.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1));
     best.unwrap().0
@@ -49,7 +23,7 @@ fn top(row: &[f32]) -> usize {
 
 /// Checks one file on every instruction set; `bound` is of the NMSE.
 fn check(name: &str, bound: f64, same_greedy: bool) {
-    let golden = golden(name);
+    let golden = Golden::read(&format!("quant/{name}"));
     let folder = tempfile::tempdir().unwrap();
     let output = folder.path().join("logits");
     let model = format!("tests/data/quant/{name}.gguf");

@@ -1,18 +1,28 @@
 //! The whole program on a stand-in for the driver of GPUs (tests/driver): a library of the driver's functions, compiled
 //! here, that does everything as late as the driver's documentation allows, refuses what that refuses, and tells at the end
 //! what was done wrong and what was not given back. Kernels run on the processor.
-#![cfg(target_os = "linux")]
 
-mod common;
-mod driver;
-
-use common::{check_refusal, demo_model, json, stdout, succeeded};
-use driver::{Place, Report};
+use crate::common::{self, check_refusal, demo_model, json, root, stdout, succeeded};
+use crate::driver::{Place, Report};
 use serde_json::Value;
 use std::fs;
+use std::path::PathBuf;
+use std::sync::Arc;
+use tier_plan_planner::session::tokenizer;
 use tier_plan_runtime::cuda::source::MODULES;
+use tier_plan_runtime::gguf::Gguf;
+use tier_plan_testing::{floats, nmse};
 
+/// Text for the bundled model.
 const PROMPT: &str = "And it came to pass in those days, that there went out a decree from Caesar";
+
+/// Largest normalized mean squared error of a token's logits from the processor's: with 16-bit weights sums have another
+/// order, with quantized ones activations are rounded otherwise, too. It was 5e-7 and 2e-4.
+const SMALL_ERROR: f64 = 5e-6;
+const SMALL_ERROR_QUANTIZED: f64 = 1e-3;
+
+/// How much less likely than the processor's choice a chosen token may be, as a part of the logits' spread.
+const NEARLY_EQUAL: f32 = 0.01;
 
 /// A machine with GPUs of so much memory. Its main memory is slow, lest a plan leaves something there that a GPU has room
 /// for, and so is its processor at prompts, so that experts pass through a GPU.
@@ -34,39 +44,91 @@ fn machine(vram: &[&str], dram: &str) -> String {
     )
 }
 
-/// Makes a plan for GPUs of so much memory; returns what `solve` says.
-fn solve(place: &Place, vram: &[&str], dram: &str, context: &str) -> Value {
-    fs::write(place.path().join("machine.toml"), machine(vram, dram)).unwrap();
-    let model = demo_model();
-    let list =
-        ["solve", model.to_str().unwrap(), "-m", "machine.toml", "-o", "plan.toml", "--context", context, "--json"];
-    json(common::run_in(place.path(), &list))
+/// A model with a plan for GPUs and one without.
+struct Case {
+    place: Place,
+    model: PathBuf,
+    /// What `solve` says of the plan for GPUs.
+    solved: Value,
 }
 
-/// What the demo says with a plan, on the stand-in.
-fn run_plan(place: &Place, settings: &[(&str, &str)], more: &[&str]) -> (Value, Report) {
-    let model = demo_model();
-    let list = ["run", model.to_str().unwrap(), "-p", PROMPT, "--ignore-eos", "--threads", "2", "--json"];
-    let (output, report) = place.clean(settings, &[&list[..], &["--plan", "plan.toml"], more].concat());
-    (json(output), report)
+/// What a model computes from tokens: their logits, `[tokens, vocab]`, and the tokens that it adds.
+#[derive(PartialEq)]
+struct Answer {
+    logits: Vec<f32>,
+    greedy: Vec<u32>,
 }
 
-/// What it says without a GPU.
-fn on_the_processor(place: &Place, tokens: &str) -> Value {
-    let model = demo_model();
-    let list = ["run", model.to_str().unwrap(), "-p", PROMPT, "--ignore-eos", "--threads", "2", "--json", "-n", tokens];
-    json(common::run_in(place.path(), &list))
+impl Case {
+    /// Three layers of eight experts with 16-bit weights, 395 KiB in all.
+    fn small(vram: &[&str], dram: &str, context: &str) -> Self {
+        Self::new(root().join("tests/data/arch/qwen3moe.gguf"), vram, dram, context)
+    }
+
+    fn new(model: PathBuf, vram: &[&str], dram: &str, context: &str) -> Self {
+        let place = Place::new();
+        let solve = |vram: &[&str], dram: &str, plan: &str| {
+            fs::write(place.path().join("machine.toml"), machine(vram, dram)).unwrap();
+            let list = ["solve", model.to_str().unwrap(), "-m", "machine.toml", "-o", plan, "--context", context];
+            json(common::run_in(place.path(), &[&list[..], &["--json"]].concat()))
+        };
+        solve(&[], "64MiB", "processor.toml");
+        let solved = solve(vram, dram, "plan.toml");
+        Self { place, model, solved }
+    }
+
+    /// The arguments that have the plan for GPUs computed.
+    fn arguments(&self, tokens: &[u32], greedy: u32) -> Vec<String> {
+        let ids: Vec<String> = tokens.iter().map(u32::to_string).collect();
+        let (model, ids, greedy) = (self.model.to_str().unwrap(), ids.join(","), greedy.to_string());
+        let list = ["logits", model, "--tokens", &ids, "--greedy", &greedy, "-o", "logits.bin", "--plan", "plan.toml"];
+        list.map(String::from).into()
+    }
+
+    fn answer(&self, output: std::process::Output) -> Answer {
+        let said = stdout(&succeeded(output));
+        let greedy = if said.is_empty() { Vec::new() } else { serde_json::from_str(&said).unwrap() };
+        let bytes = fs::read(self.place.path().join("logits.bin")).unwrap();
+        Answer { logits: floats(&bytes), greedy }
+    }
+
+    /// Computes on the stand-in, with these settings of it.
+    fn on_gpu(&self, settings: &[(&str, &str)], tokens: &[u32], greedy: u32) -> (Answer, Report) {
+        let list = self.arguments(tokens, greedy);
+        let (output, report) = self.place.clean(settings, &list.iter().map(String::as_str).collect::<Vec<_>>());
+        (self.answer(output), report)
+    }
+
+    /// The processor must compute nearly the same logits, and find nothing more likely than the tokens that were added.
+    fn agrees(&self, tokens: &[u32], answer: &Answer, most: f64) {
+        let mut list = self.arguments(&[tokens, &answer.greedy].concat(), 0);
+        *list.last_mut().unwrap() = "processor.toml".into();
+        let plain = self.answer(common::run_in(self.place.path(), &list)).logits;
+        let n_vocab = answer.logits.len() / tokens.len();
+        let mut rows = plain.chunks_exact(n_vocab);
+        assert_eq!(rows.len(), tokens.len() + answer.greedy.len());
+        for (i, (row, found)) in rows.by_ref().zip(answer.logits.chunks_exact(n_vocab)).enumerate() {
+            let error = nmse(found, row);
+            assert!(error < most, "the logits after token {i} are off by {error:.1e}");
+        }
+        let after = plain[(tokens.len() - 1) * n_vocab..].chunks_exact(n_vocab);
+        for (i, (row, token)) in after.zip(&answer.greedy).enumerate() {
+            let best = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            let spread = (row.iter().map(|v| v * v).sum::<f32>() / n_vocab as f32).sqrt();
+            let short = (best - row[*token as usize]) / spread;
+            assert!(short <= NEARLY_EQUAL, "token {i} of {:?} is {short} below the best", answer.greedy);
+        }
+    }
+
+    /// Bytes of a kind on a tier of the plan for GPUs.
+    fn bytes(&self, tier: usize, kind: &str) -> u64 {
+        self.solved["tiers"][tier][format!("{kind}_bytes")].as_u64().unwrap()
+    }
 }
 
-/// The beginning that two texts have in common, in bytes.
-fn common_bytes(a: &Value, b: &Value) -> usize {
-    let (a, b) = (a["text"].as_str().unwrap(), b["text"].as_str().unwrap());
-    a.bytes().zip(b.bytes()).take_while(|(a, b)| a == b).count()
-}
-
-/// Bytes of a kind on a tier of a solved plan.
-fn bytes(solved: &Value, tier: usize, kind: &str) -> u64 {
-    solved["tiers"][tier][format!("{kind}_bytes")].as_u64().unwrap()
+/// Ids of the small models, whose vocabulary has 96.
+fn tokens(n: u32) -> Vec<u32> {
+    (0..n).map(|i| i * 37 % 90 + 1).collect()
 }
 
 #[test]
@@ -104,107 +166,102 @@ fn selftest_tells_what_a_gpu_that_fails_says() {
 
 #[test]
 fn a_model_that_is_all_on_a_gpu_is_recorded_and_replayed() {
-    let place = Place::new();
-    let solved = solve(&place, &["64MiB"], "64MiB", "64");
-    assert_eq!(solved["tiers"][1]["pinned_bytes"], 0);
-    assert!(bytes(&solved, 0, "pinned") > 0 && bytes(&solved, 0, "kv") > 0, "{solved}");
-    let plain = on_the_processor(&place, "8");
-    let (said, report) = run_plan(&place, &[], &["-n", "8"]);
-    assert!(common_bytes(&said, &plain) >= 10, "{}\n{}", said["text"], plain["text"]);
+    let case = Case::small(&["64MiB"], "64MiB", "64");
+    assert_eq!(case.solved["tiers"][1]["pinned_bytes"], 0);
+    assert!(case.bytes(0, "pinned") > 0 && case.bytes(0, "kv") > 0, "{}", case.solved);
+    let (answer, report) = case.on_gpu(&[], &tokens(30), 8);
+    case.agrees(&tokens(30), &answer, SMALL_ERROR);
     assert!(report.calls("cuGraphLaunch") >= 5 && report.calls("cuGraphInstantiateWithFlags") == 1, "{report:?}");
     // Without memory pools.
-    let (again, report) = run_plan(&place, &[("STAND_IN_POOLS", "0")], &["-n", "4"]);
+    let (again, report) = case.on_gpu(&[("STAND_IN_POOLS", "0")], &tokens(30), 8);
     assert!(report.calls("cuMemAlloc_v2") > 0 && report.calls("cuMemAllocAsync") == 0);
-    assert_eq!(common_bytes(&said, &again), again["text"].as_str().unwrap().len());
+    assert!(again == answer);
     // An architecture that the compiler knows only an older one of: what it makes then is for the driver to finish.
     let newer = [("STAND_IN_CAPABILITY", "100"), ("STAND_IN_ARCHS", "90")];
-    let (again, _) = run_plan(&place, &newer, &["-n", "4"]);
-    assert_eq!(common_bytes(&said, &again), again["text"].as_str().unwrap().len());
+    assert!(case.on_gpu(&newer, &tokens(30), 8).0 == answer);
+}
+
+#[test]
+fn a_quantized_model_on_a_gpu_computes_what_the_processor_does() {
+    for vram in ["64MiB", "450KiB"] {
+        let case = Case::new(root().join("tests/data/quant/Q4_K_M.gguf"), &[vram], "64MiB", "160");
+        let (answer, _) = case.on_gpu(&[], &tokens(120), 12);
+        case.agrees(&tokens(120), &answer, SMALL_ERROR_QUANTIZED);
+    }
+}
+
+#[test]
+fn the_bundled_model_on_a_gpu_says_what_its_logits_do() {
+    let case = Case::new(demo_model(), &["64MiB"], "64MiB", "64");
+    let tokenizer = tokenizer(&Arc::new(Gguf::open(&demo_model()).unwrap())).unwrap();
+    let ids = tokenizer.encode(PROMPT, true).unwrap();
+    let (answer, _) = case.on_gpu(&[], &ids, 8);
+    case.agrees(&ids, &answer, SMALL_ERROR_QUANTIZED);
+    let model = case.model.to_str().unwrap();
+    let list = ["run", model, "-p", PROMPT, "--ignore-eos", "--json", "--plan", "plan.toml", "-n", "8"];
+    let (output, report) = case.place.clean(&[], &list);
+    assert_eq!(json(output)["text"], tokenizer.decode(&answer.greedy));
+    assert!(report.calls("cuGraphLaunch") >= 5, "{report:?}");
 }
 
 #[test]
 fn where_a_chunk_of_the_context_ends_launches_are_recorded_anew() {
-    let place = Place::new();
-    let model = common::root().join("tests/data/arch/qwen3moe.gguf");
-    let model = model.to_str().unwrap();
-    fs::write(place.path().join("machine.toml"), machine(&["64MiB"], "64MiB")).unwrap();
-    let list = ["solve", model, "-m", "machine.toml", "-o", "plan.toml", "--context", "300"];
-    succeeded(common::run_in(place.path(), &list));
-    let tokens: Vec<String> = (0..240).map(|i| (i * 37 % 90 + 1).to_string()).collect();
-    let tokens = tokens.join(",");
-    let list = ["logits", model, "--tokens", &tokens, "-o", "logits.bin", "--greedy", "30"];
-    let plain = json(common::run_in(place.path(), &list));
-    let (output, report) = place.clean(&[], &[&list[..], &["--plan", "plan.toml"]].concat());
-    let ids = json(output);
-    let (ids, plain) = (ids.as_array().unwrap(), plain.as_array().unwrap());
-    assert_eq!((ids.len(), &ids[..4]), (30, &plain[..4]));
+    let case = Case::small(&["64MiB"], "64MiB", "300");
+    let (answer, report) = case.on_gpu(&[], &tokens(240), 30);
+    case.agrees(&tokens(240), &answer, SMALL_ERROR);
+    assert_eq!(answer.greedy.len(), 30);
     assert_eq!(report.calls("cuGraphInstantiateWithFlags"), 2);
 }
 
 #[test]
 fn compiled_kernels_are_kept() {
-    let place = Place::new();
-    solve(&place, &["64MiB"], "64MiB", "64");
-    let (first, report) = run_plan(&place, &[], &["-n", "3"]);
-    let kept = || fs::read_dir(place.kept()).unwrap().map(|f| f.unwrap().path()).collect::<Vec<_>>();
+    let case = Case::small(&["64MiB"], "64MiB", "64");
+    let run = |settings: &[(&str, &str)]| case.on_gpu(settings, &tokens(10), 3);
+    let (first, report) = run(&[]);
+    let kept = || fs::read_dir(case.place.kept()).unwrap().map(|f| f.unwrap().path()).collect::<Vec<_>>();
     let modules = report.calls("cuModuleLoadData");
     assert!(modules > 2 && kept().len() == modules as usize, "{modules} {:?}", kept());
-    let (second, _) = run_plan(&place, &[("TIER_PLAN_NVRTC", "/nowhere/libnvrtc.so")], &["-n", "3"]);
-    assert_eq!(first["text"], second["text"]);
+    let (second, _) = run(&[("TIER_PLAN_NVRTC", "/nowhere/libnvrtc.so")]);
+    assert!(first == second);
     // What is not whole is made again.
     for file in kept() {
         let bytes = fs::read(&file).unwrap();
         fs::write(&file, &bytes[..bytes.len() - 1]).unwrap();
     }
-    let (third, _) = run_plan(&place, &[], &["-n", "3"]);
-    assert_eq!(first["text"], third["text"]);
+    let (third, _) = run(&[]);
+    assert!(first == third);
     // What another driver is asked about is kept beside it.
-    run_plan(&place, &[("STAND_IN_VERSION", "13000"), ("STAND_IN_NVRTC", "13")], &["-n", "3"]);
+    run(&[("STAND_IN_VERSION", "13000"), ("STAND_IN_NVRTC", "13")]);
     assert_eq!(kept().len(), 2 * modules as usize);
 }
 
 #[test]
 fn parts_on_a_gpu_say_the_same_in_every_order_of_streams() {
-    let place = Place::new();
-    let solved = solve(&place, &["5MiB"], "64MiB", "128");
-    assert!(bytes(&solved, 0, "dense") > 0 && bytes(&solved, 1, "pinned") > 0, "{solved}");
-    let long = PROMPT.repeat(2);
-    let plain = {
-        let model = demo_model();
-        let list =
-            ["run", model.to_str().unwrap(), "-p", &long, "--ignore-eos", "--threads", "2", "--json", "-n", "12"];
-        json(common::run_in(place.path(), &list))
-    };
-    let mut texts = Vec::new();
+    let case = Case::small(&["300KiB"], "64MiB", "200");
+    assert!(case.bytes(0, "dense") > 0 && case.bytes(1, "pinned") > 0, "{}", case.solved);
+    let (first, _) = case.on_gpu(&[], &tokens(150), 12);
+    case.agrees(&tokens(150), &first, SMALL_ERROR);
     for order in ["late", "copies-first", "computing-first"] {
-        let model = demo_model();
-        let list = ["run", model.to_str().unwrap(), "-p", &long, "--ignore-eos", "--threads", "2", "--json"];
-        let list = [&list[..], &["--plan", "plan.toml", "-n", "12"]].concat();
-        let (output, report) = place.clean(&[("STAND_IN_ORDER", order)], &list);
-        let said = json(output);
-        assert!(common_bytes(&said, &plain) >= 20, "{order}: {}\n{}", said["text"], plain["text"]);
+        let (answer, report) = case.on_gpu(&[("STAND_IN_ORDER", order)], &tokens(150), 12);
         // Experts passed through the GPU beside what it computed.
         assert!(report.calls("cuStreamWaitEvent") > 20, "{order}: {report:?}");
-        texts.push(said["text"].clone());
+        assert!(answer == first, "{order}");
     }
-    assert!(texts.iter().all(|text| *text == texts[0]), "{texts:#?}");
 }
 
 #[test]
 fn two_gpus_share_a_model() {
-    let place = Place::new();
-    let solved = solve(&place, &["5MiB", "4MiB"], "2MiB", "96");
-    assert!(bytes(&solved, 0, "used") > 0 && bytes(&solved, 1, "used") > 0, "{solved}");
-    let plain = on_the_processor(&place, "16");
-    let (said, _) = run_plan(&place, &[("STAND_IN_DEVICES", "2")], &["-n", "16"]);
-    assert!(common_bytes(&said, &plain) >= 20, "{}\n{}", said["text"], plain["text"]);
-    let model = demo_model();
-    let bench = ["bench", model.to_str().unwrap(), "--plan", "plan.toml", "-p", "40", "-n", "4", "-r", "2", "--json"];
-    let (output, _) = place.clean(&[("STAND_IN_DEVICES", "2")], &bench);
+    let case = Case::small(&["200KiB", "150KiB"], "2MiB", "96");
+    assert!(case.bytes(0, "used") > 0 && case.bytes(1, "used") > 0, "{}", case.solved);
+    let two = [("STAND_IN_DEVICES", "2")];
+    let (answer, _) = case.on_gpu(&two, &tokens(70), 16);
+    case.agrees(&tokens(70), &answer, SMALL_ERROR);
+    let model = case.model.to_str().unwrap();
+    let bench = ["bench", model, "--plan", "plan.toml", "-p", "40", "-n", "4", "-r", "2", "--json"];
+    let (output, _) = case.place.clean(&two, &bench);
     assert!(json(output)["decode_tok_s"].as_f64() > Some(0.0));
     // The second is not there.
-    let run = ["run", model.to_str().unwrap(), "--plan", "plan.toml", "-p", "x", "-n", "1"];
-    let (output, _) = place.clean(&[], &run);
+    let (output, _) = case.place.clean(&[], &bench);
     check_refusal(&output, &["no GPU number 1, it has 1", "CUDA_VISIBLE_DEVICES"]);
 }
 
@@ -237,21 +294,19 @@ fn what_is_missing_or_too_old_is_named_with_the_mend() {
 
 #[test]
 fn a_gpu_without_room_is_refused_with_the_numbers() {
-    let place = Place::new();
-    solve(&place, &["64MiB"], "64MiB", "64");
-    let model = demo_model();
-    let run = ["run", model.to_str().unwrap(), "--plan", "plan.toml", "-p", "x", "-n", "1"];
-    let (output, report) = place.clean(&[("STAND_IN_MEMORY", "104857600")], &run);
+    let case = Case::small(&["64MiB"], "64MiB", "64");
+    let run = case.arguments(&tokens(1), 1);
+    let run: Vec<&str> = run.iter().map(String::as_str).collect();
+    let (output, report) = case.place.clean(&[("STAND_IN_MEMORY", "104857600")], &run);
     check_refusal(&output, &["Stand-in 0 has 88080384 free", "134217728 for the driver", "smaller budget"]);
     assert_eq!(report.calls("cuMemAllocAsync"), 0);
 }
 
 #[test]
 fn whatever_fails_ends_the_program_with_an_error() {
-    let place = Place::new();
-    solve(&place, &["64MiB"], "64MiB", "64");
-    let model = demo_model();
-    let run = ["run", model.to_str().unwrap(), "--plan", "plan.toml", "-p", "x", "-n", "9", "--ignore-eos"];
+    let case = Case::small(&["64MiB"], "64MiB", "64");
+    let run = case.arguments(&tokens(2), 9);
+    let run: Vec<&str> = run.iter().map(String::as_str).collect();
     let list = [
         ("cuDevicePrimaryCtxRetain:1:2", "opening it"),
         ("cuStreamCreate:1:2", "a stream"),
@@ -268,18 +323,18 @@ fn whatever_fails_ends_the_program_with_an_error() {
         ("cuLaunchKernel:40:719", "launching"),
         ("cuStreamSynchronize:4:214", "what was asked of it"),
         ("kernel:25:700", "what was asked of it"),
-        ("kernel:400:719", "what was asked of it"),
+        ("kernel:250:719", "what was asked of it"),
         ("cuStreamBeginCapture_v2:1:1", "recording launches"),
         ("cuGraphInstantiateWithFlags:1:2", "preparing recorded launches"),
         ("cuGraphLaunch:3:719", "recorded launches"),
     ];
     for (fault, what) in list {
-        let (output, _) = place.clean(&[("STAND_IN_FAULT", fault)], &run);
+        let (output, _) = case.place.clean(&[("STAND_IN_FAULT", fault)], &run);
         check_refusal(&output, &[what]);
     }
     // One that another try mends, and one that costs nothing but memory.
     for fault in ["cuMemAllocAsync:20:2", "cuModuleUnload:1:999"] {
-        let (output, _) = place.run(&[("STAND_IN_FAULT", fault)], &run);
+        let (output, _) = case.place.run(&[("STAND_IN_FAULT", fault)], &run);
         succeeded(output);
     }
 }

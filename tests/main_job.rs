@@ -1,8 +1,6 @@
 //! The main job from end to end on the bundled model: profile, solve, run, compare, each as a user calls it.
 
-mod common;
-
-use common::{demo_machine, demo_model, json, listing, run_in, stderr, stdout, succeeded, tier_plan};
+use crate::common::{self, demo_machine, demo_model, json, listing, run_in, stderr, stdout, succeeded, tier_plan};
 use serde_json::Value;
 use std::fs;
 use std::path::{Path, PathBuf};

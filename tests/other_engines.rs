@@ -1,8 +1,6 @@
 //! Measuring a machine, comparing plans and saying them in other engines' words, as users type them.
 
-mod common;
-
-use common::{demo_machine, demo_model, json, refused, run_in, stdout, succeeded};
+use crate::common::{demo_machine, demo_model, json, refused, run_in, stdout, succeeded};
 use std::fs;
 use std::path::Path;
 

@@ -1,8 +1,6 @@
 //! `tier-plan selftest` as a whole program.
 
-mod common;
-
-use common::{json, refused, run_in};
+use crate::common::{self, json, refused, run_in};
 use tier_plan_runtime::cuda::{CudaError, Gpu};
 use tier_plan_runtime::kernels::Kernels;
 use tier_plan_runtime::quant::TensorType;

@@ -1,9 +1,7 @@
 //! Slot policies in the engine: what the replay says of a routing is what the engine counts on it, to the last hit, and
 //! no policy changes a token.
 
-mod common;
-
-use common::{demo_machine, demo_model, json, run_in};
+use crate::common::{self, demo_machine, demo_model, json, run_in};
 use std::sync::Arc;
 use tier_plan_planner::profile::prompts::{self, Prompt};
 use tier_plan_planner::replay::{LayerTrace, hits};

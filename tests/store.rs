@@ -1,9 +1,9 @@
 //! Experts that come from files: checksums that find a single byte on every way that weights take into memory, packed
 //! copies, slots that are kept from run to run, and a slow tier that is mapped.
 
-mod common;
-
-use common::{check_refusal, demo_machine, demo_model, json, refused, run_in, stderr, succeeded, tier_plan};
+use crate::common::{
+    self, check_refusal, demo_machine, demo_model, json, refused, run_in, stderr, succeeded, tier_plan,
+};
 use serde_json::Value;
 use std::fs;
 use std::path::{Path, PathBuf};

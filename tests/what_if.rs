@@ -1,8 +1,6 @@
 //! Planning without weights: shapes by name, counts of importance matrices, and `what-if`, as users type them.
 
-mod common;
-
-use common::{demo_machine, demo_model, json, refused, root, run_in, stdout, succeeded};
+use crate::common::{demo_machine, demo_model, json, refused, root, run_in, stdout, succeeded};
 use std::fs;
 use std::path::Path;
 

@@ -1,9 +1,7 @@
 //! A model that is larger than the memory it may have: it says what it does, the text stays the same, and what can't be
 //! is refused with the numbers.
 
-mod common;
-
-use common::{check_refusal, demo_model, refused, run_in, stderr, stdout, succeeded, tier_plan};
+use crate::common::{self, check_refusal, demo_model, refused, run_in, stderr, stdout, succeeded, tier_plan};
 use serde_json::Value;
 use std::fs;
 use std::path::Path;

@@ -2,7 +2,6 @@
 //! under plans that spread the model over three tiers: the plan must not change a bit of the result.
 
 use std::collections::BTreeSet;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tier_plan_runtime::formats::machine::{Accelerator, Tier, TierKind};
 use tier_plan_runtime::formats::placement::{DensePlacement, LayerPlacement, Placement, PlanTier, SlotPolicy};
@@ -11,6 +10,7 @@ use tier_plan_runtime::model::shape::{DenseKind, ModelShape};
 use tier_plan_runtime::model::shape_of_file;
 use tier_plan_runtime::plans::in_memory::obvious;
 use tier_plan_runtime::{Engine, KvType, LoadOptions, Wanted};
+use tier_plan_testing::{Golden, data};
 
 const FIXTURES: [&str; 13] = [
     "deepseek-v3",
@@ -32,49 +32,19 @@ const FIXTURES: [&str; 13] = [
 /// are near 1e-12, and anything that is left out of the arithmetic is far above this.
 const BOUND: f64 = 1e-5;
 
-struct Fixture {
-    path: PathBuf,
-    tokens: Vec<u32>,
-    greedy: Vec<u32>,
-    logits: Vec<f32>,
-    n_vocab: usize,
+/// Reads what is known of an architecture.
+fn golden(name: &str) -> Golden {
+    let golden = Golden::read(&format!("arch/{name}"));
+    assert_eq!(golden.greedy.len(), 16);
+    golden
 }
 
-impl Fixture {
-    fn read(name: &str) -> Self {
-        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data/arch");
-        let json = std::fs::read(dir.join(format!("{name}.json"))).unwrap();
-        let json: serde_json::Value = serde_json::from_slice(&json).unwrap();
-        let ids = |key: &str| -> Vec<u32> { serde_json::from_value(json[key].clone()).unwrap() };
-        let bytes = std::fs::read(dir.join(format!("{name}.logits"))).unwrap();
-        let logits: Vec<f32> = bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
-        let n_vocab = json["n_vocab"].as_u64().unwrap() as usize;
-        let fixture = Self {
-            path: dir.join(format!("{name}.gguf")),
-            tokens: ids("tokens"),
-            greedy: ids("greedy"),
-            logits,
-            n_vocab,
-        };
-        assert_eq!(fixture.logits.len(), fixture.tokens.len() * n_vocab);
-        assert_eq!(fixture.greedy.len(), 16);
-        fixture
-    }
-
-    /// A context that fits the tokens and all that is decoded after them.
-    fn context(&self) -> u32 {
-        (self.tokens.len() + self.greedy.len()) as u32
-    }
-
-    fn nmse(&self, logits: &[f32]) -> f64 {
-        assert_eq!(logits.len(), self.logits.len());
-        let square = |x: f64| x * x;
-        let difference: f64 = logits.iter().zip(&self.logits).map(|(a, b)| square(f64::from(a - b))).sum();
-        difference / self.logits.iter().map(|b| square(f64::from(*b))).sum::<f64>()
-    }
+/// A context that fits the tokens and all that is decoded after them.
+fn context(golden: &Golden) -> u32 {
+    (golden.tokens.len() + golden.greedy.len()) as u32
 }
 
-fn engine(fixture: &Fixture, plan: &Placement, batch: usize) -> Engine {
+fn engine(fixture: &Golden, plan: &Placement, batch: usize) -> Engine {
     let gguf = Arc::new(Gguf::open(&fixture.path).unwrap());
     let options = LoadOptions { threads: Some(2), batch: Some(batch), ..LoadOptions::default() };
     Engine::load(gguf, plan, &options, &mut |_, _| {}).unwrap()
@@ -85,7 +55,7 @@ fn largest(logits: &[f32]) -> u32 {
 }
 
 /// Logits of the whole prompt, then of each token as it is decoded; and the decoded tokens.
-fn run(fixture: &Fixture, plan: &Placement, batch: usize) -> (Vec<f32>, Vec<f32>, Vec<u32>) {
+fn run(fixture: &Golden, plan: &Placement, batch: usize) -> (Vec<f32>, Vec<f32>, Vec<u32>) {
     let mut engine = engine(fixture, plan, batch);
     let planned: Vec<u64> = plan.tiers.iter().map(PlanTier::used_bytes).collect();
     assert_eq!(engine.resident_bytes(), planned, "{}: bytes resident and planned", plan.name);
@@ -186,9 +156,9 @@ fn three_tiers(shape: &ModelShape, context: u32, spread: Spread) -> Placement {
 #[test]
 fn logits_and_greedy_tokens_agree() {
     for name in FIXTURES {
-        let fixture = Fixture::read(name);
+        let fixture = golden(name);
         let shape = shape_of_file(&fixture.path).unwrap();
-        let plan = obvious(&shape, fixture.context(), KvType::F32);
+        let plan = obvious(&shape, context(&fixture), KvType::F32);
         let (prompt, _, tokens) = run(&fixture, &plan, 512);
         let error = fixture.nmse(&prompt);
         assert!(error <= BOUND, "{name}: NMSE {error:e}");
@@ -199,9 +169,9 @@ fn logits_and_greedy_tokens_agree() {
 #[test]
 fn tokens_one_by_one_agree() {
     for name in FIXTURES {
-        let fixture = Fixture::read(name);
+        let fixture = golden(name);
         let shape = shape_of_file(&fixture.path).unwrap();
-        let mut engine = engine(&fixture, &obvious(&shape, fixture.context(), KvType::F32), 512);
+        let mut engine = engine(&fixture, &obvious(&shape, context(&fixture), KvType::F32), 512);
         let mut logits = Vec::new();
         for token in &fixture.tokens {
             logits.extend_from_slice(engine.forward(&[*token], Wanted::Last).unwrap());
@@ -233,14 +203,14 @@ fn the_plan_does_not_change_a_bit() {
         real(spread(4, 2, 0, 3, TierKind::Nvme), 0),
     ];
     for name in FIXTURES {
-        let fixture = Fixture::read(name);
+        let fixture = golden(name);
         let shape = shape_of_file(&fixture.path).unwrap();
         // Batches that do not divide the prompt, so that slots carry over from one to the next.
         let batch = 13;
-        let expected = run(&fixture, &obvious(&shape, fixture.context(), KvType::F32), batch);
+        let expected = run(&fixture, &obvious(&shape, context(&fixture), KvType::F32), batch);
         assert!(fixture.nmse(&expected.0) <= BOUND, "{name}");
         for spread in spreads {
-            let plan = three_tiers(&shape, fixture.context(), spread);
+            let plan = three_tiers(&shape, context(&fixture), spread);
             let found = run(&fixture, &plan, batch);
             let same = |a: &[f32], b: &[f32]| a.iter().zip(b).all(|(a, b)| a.to_bits() == b.to_bits());
             assert!(same(&found.0, &expected.0), "{name}: logits of the prompt, {}", plan.name);
@@ -258,9 +228,9 @@ fn the_plan_does_not_change_a_bit() {
 fn keys_and_values_in_fewer_bits_stay_close() {
     let spread = Spread { pin_every: 3, slots: 1, slot_tier: 1, extra_staging: 0, slow: TierKind::Nvme, real: None };
     for name in FIXTURES {
-        let fixture = Fixture::read(name);
+        let fixture = golden(name);
         let shape = shape_of_file(&fixture.path).unwrap();
-        let (context, n) = (fixture.context(), fixture.tokens.len());
+        let (context, n) = (context(&fixture), fixture.tokens.len());
         let chosen = |kv_type| -> Vec<BTreeSet<(usize, u16)>> {
             let mut engine = engine(&fixture, &obvious(&shape, context, kv_type), 512);
             engine.forward(&fixture.tokens, Wanted::Last).unwrap();
@@ -293,7 +263,7 @@ fn keys_and_values_in_fewer_bits_stay_close() {
 #[test]
 fn long_contexts_depend_neither_on_threads_nor_on_batches() {
     for name in ["qwen3-dense", "gpt-oss", "deepseek-v3"] {
-        let fixture = Fixture::read(name);
+        let fixture = golden(name);
         let shape = shape_of_file(&fixture.path).unwrap();
         let n_vocab = fixture.n_vocab as u32;
         let tokens: Vec<u32> = (0..600u32).map(|i| i.wrapping_mul(2_654_435_761) % n_vocab).collect();
@@ -322,9 +292,9 @@ fn long_contexts_depend_neither_on_threads_nor_on_batches() {
 
 #[test]
 fn pins_on_the_only_tier_change_nothing() {
-    let fixture = Fixture::read("gpt-oss");
+    let fixture = golden("gpt-oss");
     let shape = shape_of_file(&fixture.path).unwrap();
-    let plain = obvious(&shape, fixture.context(), KvType::F32);
+    let plain = obvious(&shape, context(&fixture), KvType::F32);
     let mut pinned = plain.clone();
     for (layer, e) in pinned.layers.iter_mut().zip(&shape.experts) {
         layer.pinned = vec![(0, vec![1, 2])];
@@ -337,7 +307,7 @@ fn pins_on_the_only_tier_change_nothing() {
 #[test]
 fn shared_experts_and_biases_are_counted() {
     for name in FIXTURES {
-        let fixture = Fixture::read(name);
+        let fixture = golden(name);
         let shape = shape_of_file(&fixture.path).unwrap();
         let gguf = Gguf::open(&fixture.path).unwrap();
         let total: u64 = gguf.tensors().iter().map(|t| t.n_bytes).sum();
@@ -355,20 +325,19 @@ fn shared_experts_and_biases_are_counted() {
 
 #[test]
 fn a_changed_file_is_an_error_and_no_token() {
-    let original = Fixture::read("qwen3moe");
+    let original = golden("qwen3moe");
     let folder = tempfile::tempdir().unwrap();
-    let fixture = Fixture { path: folder.path().join("model.gguf"), ..original };
-    std::fs::copy(Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data/arch/qwen3moe.gguf"), &fixture.path)
-        .unwrap();
+    let fixture = Golden { path: folder.path().join("model.gguf"), ..original };
+    std::fs::copy(data("arch/qwen3moe.gguf"), &fixture.path).unwrap();
     let shape = shape_of_file(&fixture.path).unwrap();
     let (first, rest) = fixture.tokens.split_at(5);
-    let mut reference = engine(&fixture, &obvious(&shape, fixture.context(), KvType::F32), 512);
+    let mut reference = engine(&fixture, &obvious(&shape, context(&fixture), KvType::F32), 512);
     reference.forward(first, Wanted::Last).unwrap();
     let expected = reference.forward(rest, Wanted::All).unwrap().to_vec();
 
     let spread =
         Spread { pin_every: 0, slots: 3, slot_tier: 1, extra_staging: 0, slow: TierKind::Nvme, real: Some(1 << 20) };
-    let mut engine = engine(&fixture, &three_tiers(&shape, fixture.context(), spread), 512);
+    let mut engine = engine(&fixture, &three_tiers(&shape, context(&fixture), spread), 512);
     engine.forward(first, Wanted::Last).unwrap();
     let file = std::fs::File::options().write(true).open(&fixture.path).unwrap();
     let (len, modified) = (file.metadata().unwrap().len(), file.metadata().unwrap().modified().unwrap());

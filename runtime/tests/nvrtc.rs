@@ -12,13 +12,22 @@ const MOST_REGISTERS: u32 = 168;
 /// The same of a kernel whose blocks have 512 threads, of which one must fit.
 const MOST_OF_LARGE_BLOCKS: u32 = 128;
 
+/// The architectures to compile for. What an older compiler makes differs little from one to the next, so that it is
+/// asked for the oldest and the newest; `.ci/nightly` has it make all.
+fn capabilities(compiler: &Compiler) -> Vec<(i32, i32)> {
+    if compiler.version().0 >= 13 || std::env::var_os("TIER_PLAN_NIGHTLY").is_some() {
+        return CAPABILITIES.into();
+    }
+    vec![CAPABILITIES[0], CAPABILITIES[CAPABILITIES.len() - 1]]
+}
+
 #[test]
 #[ignore = "needs NVRTC; .ci/nvrtc fetches it"]
 fn every_kernel_compiles_for_every_architecture() {
     let compiler = Compiler::find().unwrap();
     let known = compiler.architectures().unwrap();
     println!("NVRTC {}.{}: architectures {known:?}", compiler.version().0, compiler.version().1);
-    for capability in CAPABILITIES {
+    for capability in capabilities(&compiler) {
         let arch = 10 * capability.0 + capability.1;
         assert!(known.contains(&arch), "this NVRTC makes no code for sm_{arch}");
         for module in &MODULES {

@@ -1,7 +1,7 @@
 //! A model larger than its memory, prompt after prompt: nothing fails, nothing grows, and the same prompt always gives
 //! the same text.
 //!
-//! Short as it stands. For an hour under a limit of memory, with a model of one's own (the file's experts should be
+//! Eight rounds as it stands, and some minutes in `.ci/nightly`. For an hour under a limit of memory, with a model of one's own (the file's experts should be
 //! larger than the limit):
 //!
 //! ```text
@@ -21,6 +21,7 @@ use tier_plan_runtime::sampler::{Sampler, SamplerConfig};
 use tier_plan_runtime::tiers::limits::memory_limit;
 use tier_plan_runtime::units::show_bytes;
 use tier_plan_runtime::{Engine, KvType, LoadOptions};
+use tier_plan_testing::Random;
 
 const CONTEXT: u32 = 768;
 
@@ -32,16 +33,6 @@ fn resident_bytes() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find(|l| l.starts_with("RssAnon:"))?;
     line.split_whitespace().nth(1)?.parse::<u64>().ok().map(|kib| kib << 10)
-}
-
-/// Numbers in no particular order, the same in every run.
-struct Draw(u64);
-
-impl Draw {
-    fn below(&mut self, n: u64) -> u64 {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (self.0 >> 33) % n
-    }
 }
 
 /// No huge pages for this process: the system makes them of what lies beside memory in use, whenever it likes.
@@ -69,14 +60,14 @@ fn open(path: &Path) -> (Engine, u64) {
 
 #[test]
 fn a_long_run_neither_fails_nor_grows() {
-    let seconds = std::env::var("TIER_PLAN_SOAK_S").map_or(4, |s| s.parse().unwrap());
+    let seconds = std::env::var("TIER_PLAN_SOAK_S").map_or(0, |s| s.parse().unwrap());
     let bundled = || PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../profiles/demo/demo.gguf"));
     let path = std::env::var_os("TIER_PLAN_SOAK_MODEL").map_or_else(bundled, PathBuf::from);
     small_pages();
     let (mut engine, budget) = open(&path);
     let n_vocab = engine.spec().n_vocab as u64;
 
-    let mut draw = Draw(7);
+    let mut draw = Random(7);
     let mut prompt = |n: u64| -> Vec<u32> { (0..n).map(|_| draw.below(n_vocab) as u32).collect() };
     let mut answer = |prompt: &[u32], max_tokens| {
         engine.clear();

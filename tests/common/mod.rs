@@ -1,5 +1,4 @@
 //! What whole-program tests share: the program, its files, and what every error must look like.
-#![allow(dead_code, reason = "each test program uses its own part")]
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
@@ -7,15 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
-/// The root of the source.
-pub fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("..").canonicalize().unwrap()
-}
-
-/// The bundled model.
-pub fn demo_model() -> PathBuf {
-    root().join("profiles/demo/demo.gguf")
-}
+pub use tier_plan_testing::{demo_model, root};
 
 /// The bundled machine of three emulated tiers.
 pub fn demo_machine() -> PathBuf {

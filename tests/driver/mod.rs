@@ -24,32 +24,28 @@ const TEXTS: [(&str, &str); 5] = [
 /// Seconds that a program may take.
 const LONGEST: &str = "300";
 
-/// The folder with the libraries.
+/// Returns the folder with the libraries.
 fn folder() -> &'static Path {
-    static FOLDER: LazyLock<TempDir> = LazyLock::new(compile);
-    FOLDER.path()
+    static FOLDER: LazyLock<PathBuf> = LazyLock::new(compile);
+    &FOLDER
 }
 
-fn compile() -> TempDir {
-    let folder = tempfile::tempdir().unwrap();
+fn compile() -> PathBuf {
     let modules: Vec<sources::ModuleText> = MODULES.iter().map(|m| (m.name, m.text, m.kernels)).collect();
-    sources::write(folder.path(), headers(), &modules);
-    for (name, text) in TEXTS {
-        fs::write(folder.path().join(name), text).unwrap();
-    }
-    fs::write(folder.path().join("table.h"), table()).unwrap();
-    let run = |args: &[&str]| sources::run_compiler(folder.path(), args);
-    std::thread::scope(|scope| {
-        scope.spawn(|| run(&[&sources::OPTIONS[..], &["-c", sources::ALL, "-o", "kernels.o"]].concat()));
-        let plain = ["-std=c++17", "-O2", "-fPIC", "-Wall", "-Wextra"];
-        run(&[&plain[..], &["-c", "cuda.cpp", "-o", "cuda.o"]].concat());
-        run(&[&plain[..], &["-shared", "nvrtc.cpp", "-o", "libnvrtc.so.12"]].concat());
-    });
-    run(&["-shared", "-pthread", "cuda.o", "kernels.o", "-o", "libcuda.so.1"]);
-    // The name that is tried first, lest a real driver has it.
-    fs::hard_link(folder.path().join("libcuda.so.1"), folder.path().join("libcuda.so")).unwrap();
-    run(&["-std=c++17", "-O1", "-Wall", "-Wextra", "misuse.cpp", "-L.", "-lcuda", "-o", "misuse"]);
-    folder
+    let kernels = sources::kernels(headers(), &modules).join(sources::KERNELS_OBJECT);
+    let kernels = kernels.to_str().unwrap();
+    let mut texts: sources::Texts = TEXTS.map(|(name, text)| (name.into(), text.into())).into();
+    texts.push(("table.h".into(), table()));
+    let plain = ["-std=c++17", "-O2", "-fPIC", "-Wall", "-Wextra"];
+    let commands: [Vec<&str>; 5] = [
+        [&plain[..], &["-c", "cuda.cpp", "-o", "cuda.o"]].concat(),
+        [&plain[..], &["-shared", "nvrtc.cpp", "-o", "libnvrtc.so.12"]].concat(),
+        // Two names: the one without a number is tried first, lest a real driver has it.
+        vec!["-shared", "-pthread", "cuda.o", kernels, "-o", "libcuda.so.1"],
+        vec!["-shared", "-pthread", "cuda.o", kernels, "-o", "libcuda.so"],
+        vec!["-std=c++17", "-O1", "-Wall", "-Wextra", "misuse.cpp", "-L.", "-lcuda", "-o", "misuse"],
+    ];
+    sources::build("driver", &texts, &commands.each_ref().map(Vec::as_slice))
 }
 
 /// The kernels, and sums of what the compiler must be given.

@@ -1,5 +1,6 @@
 //! A device for tests: the kernels compiled as plain C++ by the system's compiler, in main memory, a block's threads one
-//! after the other. Writes beyond a buffer and reads of what nobody wrote are found.
+//! after the other. Kernels that different threads launch run at once. Writes beyond a buffer and reads of what nobody
+//! wrote are found.
 
 #[cfg(test)]
 use super::device::Buffer;
@@ -11,6 +12,7 @@ use libloading::Library;
 use std::alloc::{Layout, alloc, dealloc};
 use std::collections::{BTreeSet, HashMap};
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
+use std::path::PathBuf;
 use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 use std::thread::ThreadId;
 
@@ -25,8 +27,11 @@ type Kinds = unsafe extern "C" fn() -> *const c_char;
 
 /// The emulated GPU: its allocations, and the kernels compiled as C++.
 pub struct Shim {
-    library: Library,
-    /// Bytes of what is allocated, and the kernels that were launched. Held while one runs: its blocks share statics.
+    /// The compiled kernels.
+    path: PathBuf,
+    /// Copies of them that no kernel runs in. A copy's variables are its own, and it runs one kernel at a time.
+    idle: Mutex<Vec<Library>>,
+    /// Bytes of what is allocated, and the kernels that were launched.
     state: Mutex<(HashMap<u64, usize>, BTreeSet<&'static str>)>,
     /// What threads that record have launched.
     recordings: Mutex<HashMap<ThreadId, Vec<Launch>>>,
@@ -56,15 +61,21 @@ pub fn shared() -> Arc<Shim> {
 
 impl Shim {
     fn compile() -> Self {
-        let dir = tempfile::tempdir().unwrap();
         let modules: Vec<sources::ModuleText> = MODULES.iter().map(|m| (m.name, m.text, m.kernels)).collect();
-        sources::write(dir.path(), headers(), &modules);
-        let made = ["-shared", "-o", "kernels.so", sources::ALL];
-        sources::run_compiler(dir.path(), &[&sources::OPTIONS[..], &made].concat());
-        let library = dir.path().join("kernels.so");
-        // SAFETY: the library has no code that runs when it is loaded.
-        let library = unsafe { Library::new(&library) }.unwrap();
-        Self { library, state: Mutex::default(), recordings: Mutex::default() }
+        let path = sources::kernels(headers(), &modules).join(sources::KERNELS_LIBRARY);
+        Self { path, idle: Mutex::default(), state: Mutex::default(), recordings: Mutex::default() }
+    }
+
+    /// Takes a copy of the kernels that is idle, or loads another.
+    fn take_library(&self) -> Library {
+        let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        idle.unwrap_or_else(|| {
+            // What is loaded twice from one file is loaded once.
+            let copy = tempfile::NamedTempFile::new().unwrap();
+            std::fs::copy(&self.path, copy.path()).unwrap();
+            // SAFETY: the library has no code that runs when it is loaded.
+            unsafe { Library::new(copy.path()) }.unwrap()
+        })
     }
 
     /// A real device refuses what is not a launch meanwhile.
@@ -78,17 +89,18 @@ impl Shim {
     /// # Safety
     /// As [`Device::launch`].
     unsafe fn run(&self, kernel: &'static str, grid: Grid, args: &[Arg]) -> Result<(), CudaError> {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        state.1.insert(kernel);
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).1.insert(kernel);
+        let library = self.take_library();
+        self.check_kinds(&library, kernel, args)?;
         // SAFETY: the generated functions have this type.
-        let run = unsafe { self.library.get::<Run>(format!("run_{kernel}").as_bytes()) };
+        let run = unsafe { library.get::<Run>(format!("run_{kernel}").as_bytes()) };
         let run = run.map_err(|_| CudaError::NoKernel(kernel.into()))?;
-        self.check_kinds(kernel, args)?;
         let mut addresses: Vec<*mut c_void> = args.iter().map(|a| a.address().cast_mut()).collect();
         let [x, y, z] = grid.blocks;
         let dims = [x, y, z, grid.threads, 1, 1];
-        // SAFETY: the caller's promise about the arguments; the lock keeps other kernels away.
+        // SAFETY: the caller's promise about the arguments; no other kernel runs in this copy.
         let status = unsafe { run(addresses.as_mut_ptr(), dims.as_ptr()) };
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner).push(library);
         let why = match status {
             0 => return Ok(()),
             1 => "too many threads in a block",
@@ -99,10 +111,10 @@ impl Shim {
     }
 
     /// A driver takes as many bytes from the address of an argument as the kernel's parameter has, whatever is there.
-    fn check_kinds(&self, kernel: &'static str, args: &[Arg]) -> Result<(), CudaError> {
+    fn check_kinds(&self, library: &Library, kernel: &'static str, args: &[Arg]) -> Result<(), CudaError> {
         // SAFETY: the generated functions have this type, and return constants.
         let kinds = unsafe {
-            let kinds = self.library.get::<Kinds>(format!("kinds_{kernel}").as_bytes());
+            let kinds = library.get::<Kinds>(format!("kinds_{kernel}").as_bytes());
             CStr::from_ptr(kinds.map_err(|_| CudaError::NoKernel(kernel.into()))?())
         };
         let kind = |arg: &Arg| match arg {

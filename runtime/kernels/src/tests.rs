@@ -4,28 +4,7 @@
 use super::*;
 use crate::quant::{TensorType, dequantize_row};
 use half::f16;
-
-/// A SplitMix64 generator.
-pub(super) struct Rng(pub u64);
-
-impl Rng {
-    pub fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ z >> 31
-    }
-
-    /// Returns a roughly normal number, mean 0 and deviation 1.
-    pub fn normal(&mut self) -> f32 {
-        (0..12).map(|_| (self.next() >> 40) as f32 / (1u64 << 24) as f32).sum::<f32>() - 6.0
-    }
-
-    pub fn normals(&mut self, n: usize) -> Vec<f32> {
-        (0..n).map(|_| self.normal()).collect()
-    }
-}
+pub(super) use tier_plan_testing::Random as Rng;
 
 /// Returns random blocks whose scales are ordinary numbers: any bits do for the rest.
 pub(super) fn random_weights(ty: TensorType, rows: usize, cols: usize, rng: &mut Rng) -> Vec<u8> {

@@ -398,7 +398,13 @@ mod tests {
     fn workers_wake_after_sleeping() {
         let pool = ThreadPool::new(3);
         for _ in 0..3 {
-            std::thread::sleep(std::time::Duration::from_millis(5));
+            // Without work all of them must come to sleep, however busy the machine is.
+            let start = std::time::Instant::now();
+            while pool.shared.asleep.load(Ordering::SeqCst) < pool.workers.len() {
+                assert!(start.elapsed().as_secs() < 60, "workers that have nothing to do stay awake");
+                std::thread::yield_now();
+            }
+            // And all must wake: this ends when each has an index.
             meet(&pool, |_| {});
         }
     }

@@ -1,6 +1,6 @@
 //! Models with gated delta nets on a GPU, which is emulated on the processor: the kernels are those of a real one.
 
-use super::gpu_tests::{ALL, Experts, Watched, data, load, nmse, open, plan};
+use super::gpu_tests::{ALL, Experts, Watched, data, load, open, plan};
 use crate::engine::{Engine, Wanted};
 use crate::error::RunError;
 use crate::gpu::parts;
@@ -11,6 +11,7 @@ use tier_plan_cuda::Device;
 use tier_plan_formats::model::describe;
 use tier_plan_formats::model::kv::KvType;
 use tier_plan_formats::model::spec::Mixer;
+use tier_plan_testing::nmse;
 
 const NAMES: [&str; 2] = ["qwen3next", "qwen35moe"];
 

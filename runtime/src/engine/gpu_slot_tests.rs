@@ -15,6 +15,7 @@ use tier_plan_formats::model::kv::KvType;
 use tier_plan_formats::model::shape::ModelShape;
 use tier_plan_formats::model::{describe, shape::shape_of};
 use tier_plan_formats::placement::{Placement, PlanTier, SlotPolicy};
+use tier_plan_testing::nmse;
 
 const VRAM0: usize = 0;
 const VRAM1: usize = 1;
@@ -155,12 +156,6 @@ fn text(engine: &mut Engine) -> Vec<f32> {
         all.extend_from_slice(engine.forward(&[(i * i * 11 + 3) % n_vocab], Wanted::Last).unwrap());
     }
     all
-}
-
-fn nmse(got: &[f32], expected: &[f32]) -> f64 {
-    let square = |v: f32| f64::from(v) * f64::from(v);
-    let off: f64 = got.iter().zip(expected).map(|(a, b)| square(a - b)).sum();
-    off / expected.iter().map(|v| square(*v)).sum::<f64>()
 }
 
 /// Pinned hits, slot hits, misses and missed bytes by layer, and bytes of the prompt.

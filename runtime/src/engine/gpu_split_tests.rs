@@ -1,7 +1,7 @@
 //! Models whose layers several GPUs share, or a GPU and the processor: each has the keys and values of its own layers. The
 //! devices are emulated, and each refuses what lies in another's memory.
 
-use super::gpu_tests::{nmse, open};
+use super::gpu_tests::open;
 use crate::engine::{Engine, Wanted};
 use crate::options::LoadOptions;
 use crate::plans::in_memory::obvious;
@@ -13,6 +13,7 @@ use tier_plan_formats::machine::TierKind;
 use tier_plan_formats::model::kv::KvType;
 use tier_plan_formats::model::shape::{DenseKind, ModelShape};
 use tier_plan_formats::placement::{Placement, PlanTier};
+use tier_plan_testing::nmse;
 
 /// Tiers of the plans here.
 const GPU0: usize = 0;

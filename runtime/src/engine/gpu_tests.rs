@@ -14,6 +14,7 @@ use tier_plan_formats::model::kv::KvType;
 use tier_plan_formats::model::shape::{DenseKind, ModelShape};
 use tier_plan_formats::model::{describe, shape::shape_of};
 use tier_plan_formats::placement::{Placement, PlanTier};
+use tier_plan_testing::nmse;
 
 pub(crate) fn data(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data").join(name)
@@ -156,13 +157,6 @@ pub(crate) fn load(gguf: &Arc<Gguf>, plan: &Placement, batch: usize) -> Engine {
     let planned: Vec<u64> = plan.tiers.iter().map(|t| t.used_bytes()).collect();
     assert_eq!(engine.resident_bytes(), planned);
     engine
-}
-
-/// The mean squared difference as a share of the mean square.
-pub(crate) fn nmse(got: &[f32], expected: &[f32]) -> f64 {
-    let square = |v: f32| f64::from(v) * f64::from(v);
-    let off: f64 = got.iter().zip(expected).map(|(a, b)| square(a - b)).sum();
-    off / expected.iter().map(|v| square(*v)).sum::<f64>()
 }
 
 /// Logits of a prompt that takes several batches, and of tokens after it.

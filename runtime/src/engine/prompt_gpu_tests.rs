@@ -1,6 +1,6 @@
 //! Prompts on an emulated GPU, in batches that are large enough for its kernels of many tokens.
 
-use super::gpu_tests::{ALL, Experts, nmse, open, plan};
+use super::gpu_tests::{ALL, Experts, open, plan};
 use crate::engine::{Engine, Wanted};
 use crate::options::{LoadOptions, StreamRates};
 use crate::plans::in_memory::obvious;
@@ -14,6 +14,7 @@ use tier_plan_formats::model::describe;
 use tier_plan_formats::model::kv::KvType;
 use tier_plan_formats::model::shape::DenseKind;
 use tier_plan_formats::placement::Placement;
+use tier_plan_testing::nmse;
 
 fn load(gguf: &Arc<Gguf>, plan: &Placement, options: &LoadOptions) -> Engine {
     let give = |_: usize| Ok(shim::shared() as Arc<dyn Device>);

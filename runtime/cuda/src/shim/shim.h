@@ -1,8 +1,11 @@
 // What makes a kernel plain C++: a block's threads are fibers that change places where they wait for one another. Only
-// tests compile this. Blocks run one after the other, so shared memory is static; nothing else may run meanwhile.
+// tests compile this. Blocks run one after the other, so shared memory is static, and so is all else: what is loaded runs
+// one kernel at a time, and who wants more loads copies.
 #pragma once
 #include <cmath>
+#if defined(__clang__) && !defined(__x86_64__)
 #include <csetjmp>
+#endif
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -27,50 +30,60 @@ inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 struct Dim { u32 x = 0, y = 0, z = 0; };
+
 static Dim threadIdx, blockIdx, blockDim, gridDim;
 
 namespace shim {
 
-enum State { READY, AT_WARP, AT_BLOCK, DONE };
+// A place in the code to jump back to. The compiler's own kind saves three registers, where the C library's saves all of
+// them, in disguise. It must be jumped to from another function than the one that made it.
+#if defined(__clang__) && !defined(__x86_64__)
+struct Place { jmp_buf registers; };
+#define SHIM_PLACE(place) _setjmp((place).registers)
+#define SHIM_JUMP(place) _longjmp((place).registers, 1)
+#else
+struct Place { void* registers[5]; };
+#define SHIM_PLACE(place) __builtin_setjmp((place).registers)
+#define SHIM_JUMP(place) __builtin_longjmp((place).registers, 1)
+#endif
+
+constexpr u32 MAX_THREADS = 1024, LANES = 32;
+/// Bytes of a thread's stack. Stacks begin at different lines of a cache.
+constexpr size_t STACK = (128 << 10) + 17 * 64;
 
 /// A thread of a block. Its stack lives on from block to block: it begins by way of a context and changes places by
 /// jumps, which, unlike contexts, need no system call.
 struct Fiber {
-    jmp_buf place;
-    State state = READY;
-    bool begun = false;
+    Place place;
+    Dim index;
+    bool begun;
+    /// Which of two rooms its next exchange with its warp uses: who reads one late has done so before it is used again.
+    u8 turn;
 };
 
-constexpr size_t STACK = 128 << 10;
-constexpr u32 MAX_THREADS = 1024;
+/// Threads that wait for their warp, or for their block, and those that can go on, a bit each. The others are done.
+struct Warp {
+    u32 ready, at_warp, at_block;
+};
 
+static u32 running, threads, warps;
+static void (*entry)(void**);
+static void** arguments;
+static char* stacks;
+static Place scheduler;
+static Warp states[MAX_THREADS / LANES];
 static Fiber fibers[MAX_THREADS];
-static char* stacks = nullptr;
-static jmp_buf scheduler;
-static u32 running = 0;
-static u64 slots[MAX_THREADS];
-static void (*entry)(void**) = nullptr;
-static void** arguments = nullptr;
+static u64 slots[2][MAX_THREADS];
 
-__attribute__((noinline)) inline void wait(State state) {
-    const u32 self = running;
-    fibers[self].state = state;
-    if (_setjmp(fibers[self].place) == 0) _longjmp(scheduler, 1);
-}
+[[noreturn]] inline void begin();
 
-inline void begin() {
-    for (;;) {
-        entry(arguments);
-        wait(DONE);
-    }
-}
-
-/// Lets a fiber run until it waits or is done.
-__attribute__((noinline)) inline void resume(u32 i) {
+/// Lets a fiber go on, or begin.
+[[noreturn]] inline void enter(u32 i) {
+    Fiber& fiber = fibers[i];
     running = i;
-    if (_setjmp(scheduler) != 0) return;
-    if (fibers[i].begun) _longjmp(fibers[i].place, 1);
-    fibers[i].begun = true;
+    threadIdx = fiber.index;
+    if (fiber.begun) SHIM_JUMP(fiber.place);
+    fiber.begun = true;
     ucontext_t context;
     getcontext(&context);
     context.uc_stack.ss_sp = stacks + i * STACK;
@@ -78,48 +91,70 @@ __attribute__((noinline)) inline void resume(u32 i) {
     context.uc_link = nullptr;
     makecontext(&context, begin, 0);
     setcontext(&context);
+    abort();
 }
 
-/// Frees those that wait for one another and are all there. A warp waits for its own threads, a block for all.
-inline bool release(u32 n) {
-    bool any = false, all = true;
-    for (u32 first = 0; first < n; first += 32) {
-        bool whole = true, some = false;
-        for (u32 i = first; i < first + 32 && i < n; i++) {
-            if (fibers[i].state == DONE) continue;
-            whole = whole && fibers[i].state == AT_WARP;
-            some = some || fibers[i].state == AT_WARP;
-            all = all && fibers[i].state == AT_BLOCK;
-        }
-        if (!whole || !some) continue;
-        for (u32 i = first; i < first + 32 && i < n; i++) {
-            if (fibers[i].state == AT_WARP) fibers[i].state = READY;
-        }
-        any = true;
+/// Frees the block if all its threads wait for one another, those that are done aside.
+inline bool release_block() {
+    bool any = false;
+    for (u32 w = 0; w < warps; w++) {
+        if (states[w].at_warp) return false;
+        any = any || states[w].at_block;
     }
-    if (any || !all) return any;
-    for (u32 i = 0; i < n; i++) {
-        if (fibers[i].state == AT_BLOCK) {
-            fibers[i].state = READY;
-            any = true;
-        }
+    for (u32 w = 0; w < warps; w++) {
+        states[w].ready = states[w].at_block;
+        states[w].at_block = 0;
     }
     return any;
 }
 
-/// Runs one block; false when its threads wait for ones that never come.
-inline bool block(u32 n) {
-    for (u32 i = 0; i < n; i++) fibers[i].state = READY;
+/// Lets the next fiber go on: of this warp while there is one, then of those after it. When all are done, or wait for
+/// ones that never come, the block is at its end.
+[[noreturn]] __attribute__((noinline)) inline void next(u32 w) {
     do {
-        for (u32 i = 0; i < n; i++) {
-            if (fibers[i].state != READY) continue;
-            threadIdx = {i % blockDim.x, i / blockDim.x % blockDim.y, i / (blockDim.x * blockDim.y)};
-            resume(i);
+        for (; w < warps; w++) {
+            Warp& warp = states[w];
+            if (!warp.ready && !warp.at_block) {
+                warp.ready = warp.at_warp;
+                warp.at_warp = 0;
+            }
+            if (warp.ready) enter(w * LANES + (u32)__builtin_ctz(warp.ready));
         }
-    } while (release(n));
+        w = 0;
+    } while (release_block());
+    SHIM_JUMP(scheduler);
+}
+
+enum For { WARP_MATES, BLOCK_MATES, NOTHING };
+
+/// Waits for the other threads, or with nothing to wait for is done.
+__attribute__((noinline)) inline void wait(For whom) {
+    const u32 self = running, bit = 1u << self % LANES;
+    Warp& warp = states[self / LANES];
+    warp.ready &= ~bit;
+    if (whom == WARP_MATES) warp.at_warp |= bit;
+    if (whom == BLOCK_MATES) warp.at_block |= bit;
+    if (SHIM_PLACE(fibers[self].place) == 0) next(self / LANES);
+}
+
+[[noreturn]] inline void begin() {
+    for (;;) {
+        entry(arguments);
+        wait(NOTHING);
+    }
+}
+
+/// Runs one block; false when its threads wait for ones that never come.
+__attribute__((noinline)) inline bool block() {
+    for (u32 w = 0; w < warps; w++) {
+        const u32 lanes = threads - w * LANES;
+        states[w] = {lanes < LANES ? (1u << lanes) - 1 : ~0u, 0, 0};
+    }
+    if (SHIM_PLACE(scheduler) == 0) next(0);
     bool done = true;
-    for (u32 i = 0; i < n; i++) {
-        if (fibers[i].state == DONE) continue;
+    for (u32 i = 0; i < threads; i++) {
+        const Warp& warp = states[i / LANES];
+        if (!((warp.at_warp | warp.at_block) >> i % LANES & 1)) continue;
         // It would go on where it waits.
         fibers[i].begun = false;
         done = false;
@@ -138,18 +173,27 @@ inline int launch(void (*kernel)(void**), void** args, const u32* dims) {
         if (room == MAP_FAILED) return 2;
         stacks = (char*)room;
     }
+    threads = (u32)n;
+    warps = (threads + LANES - 1) / LANES;
+    for (u32 i = 0; i < threads; i++) {
+        fibers[i].index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / (blockDim.x * blockDim.y)};
+        fibers[i].turn = 0;
+    }
     entry = kernel;
     arguments = args;
     for (u32 z = 0; z < gridDim.z; z++) {
         for (u32 y = 0; y < gridDim.y; y++) {
             for (u32 x = 0; x < gridDim.x; x++) {
                 blockIdx = {x, y, z};
-                if (!block((u32)n)) return 3;
+                if (!block()) return 3;
             }
         }
     }
     return 0;
 }
+
+/// Which of its two rooms a warp exchanges values in next.
+inline u32 turn() { return fibers[running].turn ^= 1; }
 
 template <class... A, size_t... I>
 inline void spread(void (*kernel)(A...), void** args, std::index_sequence<I...>) {
@@ -179,17 +223,17 @@ inline const char* kinds(void (*)(A...)) {
 
 }  // namespace shim
 
-inline void __syncthreads() { shim::wait(shim::AT_BLOCK); }
-inline void __syncwarp(u32 = 0xffffffffu) { shim::wait(shim::AT_WARP); }
+inline void __syncthreads() { shim::wait(shim::BLOCK_MATES); }
+inline void __syncwarp(u32 = 0xffffffffu) { shim::wait(shim::WARP_MATES); }
 
 template <class T>
 inline T __shfl_sync(u32, T v, int lane) {
     const u32 self = shim::running;
-    memcpy(&shim::slots[self], &v, sizeof v);
-    shim::wait(shim::AT_WARP);
+    u64* slots = shim::slots[shim::turn()];
+    memcpy(&slots[self], &v, sizeof v);
+    shim::wait(shim::WARP_MATES);
     T other;
-    memcpy(&other, &shim::slots[self / 32 * 32 + (u32)lane % 32], sizeof other);
-    shim::wait(shim::AT_WARP);
+    memcpy(&other, &slots[self / 32 * 32 + (u32)lane % 32], sizeof other);
     return other;
 }
 
@@ -244,12 +288,13 @@ inline u16 narrow(float v) {
 
 /// `c += a * b` of 16 x 16 and 16 x 8 bytes, spread over a warp as a tensor core has them.
 inline void multiply_tiles(int* c, u32 low, u32 high, u32 b) {
-    static u32 fragments[shim::MAX_THREADS][3];
+    static u32 rooms[2][shim::MAX_THREADS][3];
+    auto& fragments = rooms[shim::turn()];
     const u32 self = shim::running, first = self / 32 * 32, lane = self % 32;
     fragments[self][0] = low;
     fragments[self][1] = high;
     fragments[self][2] = b;
-    shim::wait(shim::AT_WARP);
+    shim::wait(shim::WARP_MATES);
     for (u32 i = 0; i < 4; i++) {
         const u32 row = lane / 4, column = lane % 4 * 2 + i % 2;
         for (u32 k = 0; k < 16; k++) {
@@ -257,19 +302,19 @@ inline void multiply_tiles(int* c, u32 low, u32 high, u32 b) {
             c[i] += (int)(i8)(a >> (k % 4 * 8)) * (int)(i8)(with >> (k % 4 * 8));
         }
     }
-    shim::wait(shim::AT_WARP);
 }
 
 inline u32 pack_halves(float first, float second) { return (u32)narrow(first) | (u32)narrow(second) << 16; }
 
 /// `c += a * b` of 16 x 16 and 16 x 8 16-bit floats, spread over a warp as a tensor core has them.
 inline void multiply_halves(float* c, uint2 low, uint2 high, uint2 b) {
-    static uint2 fragments[shim::MAX_THREADS][3];
+    static uint2 rooms[2][shim::MAX_THREADS][3];
+    auto& fragments = rooms[shim::turn()];
     const u32 self = shim::running, first = self / 32 * 32, lane = self % 32;
     fragments[self][0] = low;
     fragments[self][1] = high;
     fragments[self][2] = b;
-    shim::wait(shim::AT_WARP);
+    shim::wait(shim::WARP_MATES);
     for (u32 i = 0; i < 4; i++) {
         const u32 row = lane / 4, column = lane % 4 * 2 + i % 2;
         for (u32 k = 0; k < 16; k++) {
@@ -278,5 +323,4 @@ inline void multiply_halves(float* c, uint2 low, uint2 high, uint2 b) {
             c[i] += widen((u16)(words[0] >> (k % 2 * 16))) * widen((u16)(words[1] >> (k % 2 * 16)));
         }
     }
-    shim::wait(shim::AT_WARP);
 }

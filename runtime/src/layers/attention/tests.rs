@@ -1,15 +1,11 @@
 use super::*;
 use tier_plan_formats::model::kv::KvType;
 use tier_plan_kernels::threads::ThreadPool;
+use tier_plan_testing::{Random, nmse};
 
 /// Numbers within -1 to 1, the same ones for a seed.
 fn noise(seed: u64, len: usize) -> Vec<f32> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let mut next = || {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
-    };
-    (0..len).map(|_| next()).collect()
+    Random(seed).noise(len)
 }
 
 /// A layer: queries `[tokens, heads, key width]`, keys and values `[tokens, kv heads, width]`.
@@ -141,12 +137,6 @@ impl Layer {
         }
         out
     }
-}
-
-fn nmse(found: &[f32], expected: &[f64]) -> f64 {
-    assert_eq!(found.len(), expected.len());
-    let error: f64 = found.iter().zip(expected).map(|(a, b)| (f64::from(*a) - b).powi(2)).sum();
-    error / expected.iter().map(|v| v * v).sum::<f64>()
 }
 
 #[test]

@@ -11,6 +11,7 @@ use tier_plan_formats::model::spec::{Linear, Mixer, RopeKind, RopeScaling, RopeS
 use tier_plan_kernels::Kernels;
 use tier_plan_kernels::quant::TensorType;
 use tier_plan_kernels::threads::ThreadPool;
+use tier_plan_testing::Random;
 
 const HIDDEN: usize = 24;
 const N_HEAD: usize = 3;
@@ -26,12 +27,7 @@ const TEMPERATURE: Temperature = Temperature { scale: 0.2, length: 3 };
 
 /// Numbers within -1 to 1, the same ones for a seed.
 fn noise(seed: u64, len: usize) -> Vec<f32> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let mut next = || {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
-    };
-    (0..len).map(|_| next()).collect()
+    Random(seed).noise(len)
 }
 
 /// Encodes to a type and returns what the bytes decode to beside them.

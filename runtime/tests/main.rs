@@ -1,0 +1,5 @@
+//! The runtime as a library, from outside. One test program, so that it is linked once.
+
+mod golden_arch;
+mod golden_delta;
+mod nvrtc;

@@ -1,0 +1,19 @@
+//! The whole program, as its users call it. One test program, so that it is linked once.
+
+mod common;
+#[cfg(target_os = "linux")]
+mod driver;
+
+mod bad_input;
+#[cfg(unix)]
+mod faults;
+mod golden_quant;
+#[cfg(target_os = "linux")]
+mod gpu_driver;
+mod main_job;
+mod other_engines;
+mod selftest;
+mod slot_policies;
+mod store;
+mod what_if;
+mod within_budget;
