@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::model::shape_of_file;
-use tier_plan_runtime::plans::in_memory::obvious;
+use tier_plan_runtime::plans::in_memory::all_in_memory;
 use tier_plan_runtime::threads::physical_cores;
 use tier_plan_runtime::{Engine, KvType, LoadOptions, Wanted};
 
@@ -22,7 +22,7 @@ fn layers(c: &mut Criterion) {
     let shape = shape_of_file(&path).expect("a model that runs");
     let mut gguf = Gguf::open(&path).expect("a model that opens");
     gguf.copy_to_memory(physical_cores(), &mut |_, _| ()).expect("memory for the model");
-    let plan = obvious(&shape, 2 * PROMPT, KvType::F16);
+    let plan = all_in_memory(&shape, 2 * PROMPT, KvType::F16);
     let mut engine =
         Engine::load(Arc::new(gguf), &plan, &LoadOptions::default(), &mut |_, _| ()).expect("a model that loads");
     let tokens: Vec<u32> = (0..PROMPT).map(|i| i.wrapping_mul(2_654_435_761) % shape.n_vocab).collect();

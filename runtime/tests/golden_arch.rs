@@ -9,7 +9,7 @@ use tier_plan_runtime::formats::placement::{DensePlacement, LayerPlacement, Plac
 use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::model::shape::{DenseKind, ModelShape};
 use tier_plan_runtime::model::shape_of_file;
-use tier_plan_runtime::plans::in_memory::obvious;
+use tier_plan_runtime::plans::in_memory::all_in_memory;
 use tier_plan_runtime::{Engine, KvType, LoadOptions, Wanted};
 
 const FIXTURES: [&str; 13] = [
@@ -140,7 +140,7 @@ fn three_tiers(shape: &ModelShape, context: u32, spread: Spread) -> Placement {
         staging_bytes: 0,
         home_bytes: 0,
     };
-    let mut plan = obvious(shape, context, KvType::F32);
+    let mut plan = all_in_memory(shape, context, KvType::F32);
     plan.name = format!("{spread:?}");
     plan.tiers = vec![tier("vram", TierKind::Vram), tier("dram", TierKind::Dram), tier("slow", spread.slow)];
     plan.tiers[0].kv_bytes = KvType::F32.context_bytes(shape, context);
@@ -188,7 +188,7 @@ fn logits_and_greedy_tokens_agree() {
     for name in FIXTURES {
         let fixture = Fixture::read(name);
         let shape = shape_of_file(&fixture.path).unwrap();
-        let plan = obvious(&shape, fixture.context(), KvType::F32);
+        let plan = all_in_memory(&shape, fixture.context(), KvType::F32);
         let (prompt, _, tokens) = run(&fixture, &plan, 512);
         let error = fixture.nmse(&prompt);
         assert!(error <= BOUND, "{name}: NMSE {error:e}");
@@ -201,7 +201,7 @@ fn tokens_one_by_one_agree() {
     for name in FIXTURES {
         let fixture = Fixture::read(name);
         let shape = shape_of_file(&fixture.path).unwrap();
-        let mut engine = engine(&fixture, &obvious(&shape, fixture.context(), KvType::F32), 512);
+        let mut engine = engine(&fixture, &all_in_memory(&shape, fixture.context(), KvType::F32), 512);
         let mut logits = Vec::new();
         for token in &fixture.tokens {
             logits.extend_from_slice(engine.forward(&[*token], Wanted::Last).unwrap());
@@ -237,7 +237,7 @@ fn the_plan_does_not_change_a_bit() {
         let shape = shape_of_file(&fixture.path).unwrap();
         // Batches that do not divide the prompt, so that slots carry over from one to the next.
         let batch = 13;
-        let expected = run(&fixture, &obvious(&shape, fixture.context(), KvType::F32), batch);
+        let expected = run(&fixture, &all_in_memory(&shape, fixture.context(), KvType::F32), batch);
         assert!(fixture.nmse(&expected.0) <= BOUND, "{name}");
         for spread in spreads {
             let plan = three_tiers(&shape, fixture.context(), spread);
@@ -262,7 +262,7 @@ fn keys_and_values_in_fewer_bits_stay_close() {
         let shape = shape_of_file(&fixture.path).unwrap();
         let (context, n) = (fixture.context(), fixture.tokens.len());
         let chosen = |kv_type| -> Vec<BTreeSet<(usize, u16)>> {
-            let mut engine = engine(&fixture, &obvious(&shape, context, kv_type), 512);
+            let mut engine = engine(&fixture, &all_in_memory(&shape, context, kv_type), 512);
             engine.forward(&fixture.tokens, Wanted::Last).unwrap();
             let experts = &engine.routing().experts;
             let used = shape.experts.first().map_or(1, |e| e.n_used as usize);
@@ -271,7 +271,7 @@ fn keys_and_values_in_fewer_bits_stay_close() {
         };
         let exact = chosen(KvType::F32);
         for (kv_type, most) in [(KvType::F16, 1e-6), (KvType::Q8_0, 5e-4)] {
-            let (prompt, decoded, _) = run(&fixture, &obvious(&shape, context, kv_type), 512);
+            let (prompt, decoded, _) = run(&fixture, &all_in_memory(&shape, context, kv_type), 512);
             let alike = exact.iter().zip(chosen(kv_type)).take_while(|(a, b)| **a == *b).count();
             let square = |x: f32| f64::from(x) * f64::from(x);
             let pairs = || prompt.iter().zip(&fixture.logits).take(alike * fixture.n_vocab);
@@ -298,7 +298,7 @@ fn long_contexts_depend_neither_on_threads_nor_on_batches() {
         let n_vocab = fixture.n_vocab as u32;
         let tokens: Vec<u32> = (0..600u32).map(|i| i.wrapping_mul(2_654_435_761) % n_vocab).collect();
         for kv_type in KvType::ALL {
-            let plan = obvious(&shape, 610, kv_type);
+            let plan = all_in_memory(&shape, 610, kv_type);
             let logits = |threads: usize, batch: usize| -> Vec<u32> {
                 let gguf = Arc::new(Gguf::open(&fixture.path).unwrap());
                 let options = LoadOptions { threads: Some(threads), batch: Some(batch), ..LoadOptions::default() };
@@ -324,7 +324,7 @@ fn long_contexts_depend_neither_on_threads_nor_on_batches() {
 fn pins_on_the_only_tier_change_nothing() {
     let fixture = Fixture::read("gpt-oss");
     let shape = shape_of_file(&fixture.path).unwrap();
-    let plain = obvious(&shape, fixture.context(), KvType::F32);
+    let plain = all_in_memory(&shape, fixture.context(), KvType::F32);
     let mut pinned = plain.clone();
     for (layer, e) in pinned.layers.iter_mut().zip(&shape.experts) {
         layer.pinned = vec![(0, vec![1, 2])];
@@ -362,7 +362,7 @@ fn a_changed_file_is_an_error_and_no_token() {
         .unwrap();
     let shape = shape_of_file(&fixture.path).unwrap();
     let (first, rest) = fixture.tokens.split_at(5);
-    let mut reference = engine(&fixture, &obvious(&shape, fixture.context(), KvType::F32), 512);
+    let mut reference = engine(&fixture, &all_in_memory(&shape, fixture.context(), KvType::F32), 512);
     reference.forward(first, Wanted::Last).unwrap();
     let expected = reference.forward(rest, Wanted::All).unwrap().to_vec();
 

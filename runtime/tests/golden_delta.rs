@@ -7,7 +7,7 @@ use std::sync::Arc;
 use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::model::describe;
 use tier_plan_runtime::model::shape::shape_of;
-use tier_plan_runtime::plans::in_memory::obvious;
+use tier_plan_runtime::plans::in_memory::all_in_memory;
 use tier_plan_runtime::{Engine, KvType, LoadOptions, RunError, Wanted};
 
 const NAMES: [&str; 2] = ["qwen3next", "qwen35moe"];
@@ -36,7 +36,7 @@ impl Golden {
     fn engine(&self, batch: usize, threads: usize) -> Engine {
         let spec = describe(&self.gguf).expect("a network");
         let shape = shape_of(&self.gguf, &spec);
-        let plan = obvious(&shape, self.tokens.len() as u32, KvType::F32);
+        let plan = all_in_memory(&shape, self.tokens.len() as u32, KvType::F32);
         let options = LoadOptions { threads: Some(threads), batch: Some(batch), ..LoadOptions::default() };
         Engine::load(Arc::clone(&self.gguf), &plan, &options, &mut |_, _| {}).expect("a loaded model")
     }
@@ -95,7 +95,7 @@ fn plans_have_room_for_the_state() {
     // One of three layers: two heads of keys and values of 16.
     for (kv_type, bytes) in [(KvType::F16, 2 * 2 * (16 + 16)), (KvType::Q8_0, 2 * (18 + 18)), (KvType::F32, 256)] {
         assert_eq!(kv_type.token_bytes(&shape), bytes);
-        let mut plan = obvious(&shape, 100, kv_type);
+        let mut plan = all_in_memory(&shape, 100, kv_type);
         assert_eq!(plan.tiers[0].kv_bytes, 100 * bytes + shape.state_bytes());
         let options = LoadOptions { threads: Some(1), ..LoadOptions::default() };
         let load = |plan: &_| Engine::load(Arc::clone(&golden.gguf), plan, &options, &mut |_, _| {}).map(|_| ());

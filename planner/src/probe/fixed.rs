@@ -12,7 +12,7 @@ use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::model::shape::DenseKind;
 use tier_plan_runtime::model::{describe, shape::shape_of};
 use tier_plan_runtime::plans::budget::within;
-use tier_plan_runtime::plans::in_memory::obvious;
+use tier_plan_runtime::plans::in_memory::all_in_memory;
 use tier_plan_runtime::quant::TensorType;
 use tier_plan_runtime::threads::ThreadPool;
 use tier_plan_runtime::tiers::limits::memory_limit;
@@ -64,7 +64,7 @@ pub fn measure(pool: &ThreadPool, memory: &mut Memory) -> Result<Fixed> {
     let gguf = Gguf::open(&path)?;
     let spec = describe(&gguf)?;
     let shape = shape_of(&gguf, &spec);
-    let plan = obvious(&shape, TOKENS + 1, KvType::F16);
+    let plan = all_in_memory(&shape, TOKENS + 1, KvType::F16);
     let mut session = Session::load(Arc::new(gguf), &plan, Some(pool.n_threads()))?;
     let engine = &mut session.engine;
     let (mut layer_us, mut token_us) = (f64::INFINITY, f64::INFINITY);

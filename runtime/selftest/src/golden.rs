@@ -12,7 +12,7 @@ use tier_plan_formats::model::kv::KvType;
 use tier_plan_formats::model::shape::shape_of;
 use tier_plan_runtime::engine::{Engine, Wanted};
 use tier_plan_runtime::options::LoadOptions;
-use tier_plan_runtime::plans::in_memory::{all_on_gpu, obvious};
+use tier_plan_runtime::plans::in_memory::{all_on_gpu, all_in_memory};
 
 /// A model with what its tokens should give.
 #[derive(Debug, Clone)]
@@ -130,7 +130,7 @@ impl Golden {
         let (give, options) = (|_: usize| Ok(Arc::clone(device)), LoadOptions::default());
         let mut engine = Engine::load_on(Arc::clone(&gguf), &plan, &options, Some(&give), &mut |_, _| {})?;
         let prompt = engine.forward(&self.tokens, Wanted::All)?.to_vec();
-        let plain = obvious(&shape, context, KvType::F32);
+        let plain = all_in_memory(&shape, context, KvType::F32);
         let mut here = Engine::load(gguf, &plain, &options, &mut |_, _| {})?;
         here.forward(&self.tokens, Wanted::Last)?;
         let n_used = shape.experts.first().map_or(1, |e| e.n_used as usize);

@@ -255,7 +255,7 @@ mod tests {
     use tier_plan_kernels::quant::dequantize_row;
     use tier_plan_runtime::engine::{Engine, Wanted};
     use tier_plan_runtime::options::LoadOptions;
-    use tier_plan_runtime::plans::in_memory::obvious;
+    use tier_plan_runtime::plans::in_memory::all_in_memory;
 
     #[test]
     fn a_model_opens_and_its_passes_are_finite() {
@@ -285,7 +285,7 @@ mod tests {
         }
         let shape = shape_of(&gguf, &describe(&gguf).unwrap());
         assert_eq!((shape.n_layer, shape.experts[0].n_expert, shape.experts[0].n_used), (2, 8, 2));
-        let plan = obvious(&shape, 40, KvType::F16);
+        let plan = all_in_memory(&shape, 40, KvType::F16);
         let options = LoadOptions { threads: Some(1), ..LoadOptions::default() };
         let mut engine = Engine::load(Arc::clone(&gguf), &plan, &options, &mut |_, _| {}).unwrap();
         let tokens: Vec<u32> = (0..32).map(|i| i * 13 % 512).collect();

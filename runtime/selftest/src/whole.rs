@@ -12,7 +12,7 @@ use tier_plan_runtime::engine::{Engine, Wanted};
 use tier_plan_runtime::error::{LoadError, RunError};
 use tier_plan_runtime::gpu::devices::GiveDevice;
 use tier_plan_runtime::options::LoadOptions;
-use tier_plan_runtime::plans::in_memory::{all_on_gpu, experts_in_memory, obvious};
+use tier_plan_runtime::plans::in_memory::{all_on_gpu, experts_in_memory, all_in_memory};
 
 /// Tokens of the prompt.
 const PROMPT: u32 = 24;
@@ -118,7 +118,7 @@ fn both(
     let plan = make(shape, context, KvType::F16);
     let options = LoadOptions::default();
     let on_gpu = Engine::load_on(Arc::clone(gguf), &plan, &options, give, &mut |_, _| {})?;
-    let plain = obvious(shape, context, KvType::F16);
+    let plain = all_in_memory(shape, context, KvType::F16);
     let here = Engine::load(Arc::clone(gguf), &plain, &options, &mut |_, _| {})?;
     Ok([on_gpu, here])
 }

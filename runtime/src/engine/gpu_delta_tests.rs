@@ -5,7 +5,7 @@ use crate::engine::{Engine, Wanted};
 use crate::error::RunError;
 use crate::gpu::parts;
 use crate::options::LoadOptions;
-use crate::plans::in_memory::obvious;
+use crate::plans::in_memory::all_in_memory;
 use std::sync::Arc;
 use tier_plan_cuda::Device;
 use tier_plan_formats::model::describe;
@@ -60,7 +60,7 @@ fn a_replayed_token_of_a_new_text_remembers_nothing() {
         let options = LoadOptions { threads: Some(2), batch: Some(9), ..LoadOptions::default() };
         let all = plan(&shape, of, ALL, true, Experts::Gpu);
         let mut engine = Engine::load_on(Arc::clone(&gguf), &all, &options, Some(&give), &mut |_, _| {}).unwrap();
-        let mut plain = load(&gguf, &obvious(&shape, of.0, of.1), 9);
+        let mut plain = load(&gguf, &all_in_memory(&shape, of.0, of.1), 9);
         let token = |i: u32| (i * 11 + 3) % shape.n_vocab;
         let mut first = Vec::new();
         for i in 0..8 {

@@ -3,7 +3,7 @@
 
 use crate::engine::{Engine, Wanted};
 use crate::options::LoadOptions;
-use crate::plans::in_memory::obvious;
+use crate::plans::in_memory::all_in_memory;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -39,7 +39,7 @@ fn open(name: &str) -> (Arc<Gguf>, ModelShape) {
 /// Two GPUs, main memory with all that is dense, and pooled experts on `home`. Pinned are the last experts, of which a
 /// few are on each tier, so that a layer's pooled experts begin with 0.
 fn plan(shape: &ModelShape, home: TierKind, layer_of: impl Fn(usize) -> Layer) -> Placement {
-    let mut plan = obvious(shape, 96, KvType::F32);
+    let mut plan = all_in_memory(shape, 96, KvType::F32);
     let all = plan.tiers.remove(0);
     let empty = PlanTier { dense_bytes: 0, kv_bytes: 0, home_bytes: 0, ..all.clone() };
     let mut tiers: Vec<PlanTier> = (0..4).map(|_| empty.clone()).collect();
@@ -175,7 +175,7 @@ fn compare(name: &str, home: TierKind, layer_of: impl Fn(usize) -> Layer) -> [us
     let plan = plan(&shape, home, layer_of);
     let (mut engine, devices) = load(&gguf, &plan, 13);
     let got = text(&mut engine);
-    let expected = text(&mut load(&gguf, &obvious(&shape, 96, KvType::F32), 13).0);
+    let expected = text(&mut load(&gguf, &all_in_memory(&shape, 96, KvType::F32), 13).0);
     assert_ne!(got, expected, "{name}: the same bits would mean that the processor computed everything");
     let off = nmse(&got, &expected);
     assert!(off < 1e-5, "{name}: {off:e}");
@@ -254,7 +254,7 @@ fn a_batch_that_a_gpu_has_no_room_for_goes_through_it_in_parts() {
     let all = shape.experts[0].n_expert;
     let mut plan =
         plan(&shape, TierKind::Nvme, |_| Layer { pinned: [all, 0, 0], slots: 0, slot_tier: DRAM, policy: LRU });
-    let mut plain = obvious(&shape, 96, KvType::F32);
+    let mut plain = all_in_memory(&shape, 96, KvType::F32);
     for plan in [&mut plan, &mut plain] {
         plan.context = long;
         let kv = KvType::F32.context_bytes(&shape, long);

@@ -4,7 +4,7 @@
 use super::gpu_tests::{nmse, open};
 use crate::engine::{Engine, Wanted};
 use crate::options::LoadOptions;
-use crate::plans::in_memory::obvious;
+use crate::plans::in_memory::all_in_memory;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 use tier_plan_cuda::device::{Arg, Grid};
@@ -93,7 +93,7 @@ fn plan(
     dense: impl Fn(DenseKind, Option<u32>) -> usize,
     experts: impl Fn(u32) -> usize,
 ) -> Placement {
-    let mut plan = obvious(shape, context, kv_type);
+    let mut plan = all_in_memory(shape, context, kv_type);
     let empty = PlanTier { dense_bytes: 0, kv_bytes: 0, home_bytes: 0, ..plan.tiers[0].clone() };
     for name in ["gpu-b", "gpu-a"] {
         let mut gpu = empty.clone();
@@ -150,7 +150,7 @@ fn compare(name: &str, of: (u32, KvType), make: impl Fn(&ModelShape) -> Placemen
     };
     let mut engine = load(&make(&shape));
     let got = text(&mut engine);
-    let mut plain = load(&obvious(&shape, of.0, of.1));
+    let mut plain = load(&all_in_memory(&shape, of.0, of.1));
     let expected = text(&mut plain);
     assert_ne!(got, expected, "{name}: the same bits would mean that the processor computed everything");
     let off = nmse(&got, &expected);

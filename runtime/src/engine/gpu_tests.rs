@@ -3,7 +3,7 @@
 use crate::engine::{Engine, Wanted};
 use crate::error::LoadError;
 use crate::options::LoadOptions;
-use crate::plans::in_memory::{all_on_gpu, obvious};
+use crate::plans::in_memory::{all_on_gpu, all_in_memory};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use tier_plan_cuda::device::{Arg, Grid, Recording};
@@ -21,7 +21,7 @@ pub(crate) fn data(name: &str) -> PathBuf {
 
 /// Everything in main memory but for every second expert, which a GPU has.
 fn half_on_gpu(shape: &ModelShape, context: u32) -> Placement {
-    let mut plan = obvious(shape, context, KvType::F32);
+    let mut plan = all_in_memory(shape, context, KvType::F32);
     let mut vram = plan.tiers[0].clone();
     vram.tier.name = "vram".into();
     vram.tier.kind = TierKind::Vram;
@@ -76,7 +76,7 @@ fn experts_on_a_gpu_give_the_same_text() {
         assert_eq!(engine.resident_bytes(), planned, "{name}");
         let n_vocab = engine.spec().n_vocab as u32;
         let got = logits(&mut engine, n_vocab);
-        let expected = logits(&mut load(&obvious(&shape, 64, KvType::F32)), n_vocab);
+        let expected = logits(&mut load(&all_in_memory(&shape, 64, KvType::F32)), n_vocab);
         // Their order of sums is another, so the same bits would mean that the processor computed everything.
         assert_ne!(got, expected, "{name}");
         let square = |v: f32| f64::from(v) * f64::from(v);
@@ -106,7 +106,7 @@ pub(crate) fn plan(
     kv_on_gpu: bool,
     experts: Experts,
 ) -> Placement {
-    let mut plan = obvious(shape, context, kv_type);
+    let mut plan = all_in_memory(shape, context, kv_type);
     let empty = PlanTier { dense_bytes: 0, kv_bytes: 0, home_bytes: 0, ..plan.tiers[0].clone() };
     let mut vram = empty.clone();
     (vram.tier.name, vram.tier.kind) = ("vram".into(), TierKind::Vram);
@@ -181,7 +181,7 @@ fn compare(name: &str, (context, kv_type): (u32, KvType), make: impl Fn(&ModelSh
     let plan = make(&shape);
     let mut engine = load(&gguf, &plan, 13);
     let got = text(&mut engine);
-    let mut plain = load(&gguf, &obvious(&shape, context, kv_type), 13);
+    let mut plain = load(&gguf, &all_in_memory(&shape, context, kv_type), 13);
     let expected = text(&mut plain);
     let what = format!("{name} {kv_type}");
     // The same bits would mean that the processor computed everything.
@@ -388,7 +388,7 @@ fn a_token_of_a_model_on_one_gpu_is_replayed() {
         let give = |_: usize| Ok(Arc::clone(&device) as Arc<dyn Device>);
         let options = LoadOptions { threads: Some(2), batch: Some(64), ..LoadOptions::default() };
         let mut engine = Engine::load_on(Arc::clone(&gguf), &plan, &options, Some(&give), &mut |_, _| {}).unwrap();
-        let mut plain = load(&gguf, &obvious(&shape, of.0, of.1), 64);
+        let mut plain = load(&gguf, &all_in_memory(&shape, of.0, of.1), 64);
         // Up to a little before the end of a chunk.
         let n_vocab = shape.n_vocab;
         let prompt: Vec<u32> = (0..252).map(|i| (i * 37 + 5) % n_vocab).collect();

@@ -3,7 +3,7 @@
 use crate::engine::{Engine, Wanted};
 use crate::error::LoadError;
 use crate::options::LoadOptions;
-use crate::plans::in_memory::obvious;
+use crate::plans::in_memory::all_in_memory;
 use crate::tiers::nodes::nodes;
 use std::path::Path;
 use std::sync::Arc;
@@ -23,7 +23,7 @@ fn open(name: &str) -> (Arc<Gguf>, ModelShape) {
 
 /// Every third expert pinned on one node, every third on another; the rest in slots of the second, from a drive.
 fn two_nodes(shape: &ModelShape, context: u32, node: u32) -> Placement {
-    let mut plan = obvious(shape, context, KvType::F16);
+    let mut plan = all_in_memory(shape, context, KvType::F16);
     let drive = &mut plan.tiers[0];
     let mut first = drive.clone();
     (drive.tier.name, drive.tier.kind, drive.tier.emulated) = ("slow".into(), TierKind::Nvme, true);
@@ -78,7 +78,7 @@ fn a_plan_over_nodes_gives_the_same_text_or_says_which_node_is_missing() {
     };
     let planned: Vec<u64> = plan.tiers.iter().map(|t| t.used_bytes()).collect();
     assert_eq!(engine.resident_bytes(), planned);
-    let mut plain = load(&obvious(&shape, 32, KvType::F16)).unwrap();
+    let mut plain = load(&all_in_memory(&shape, 32, KvType::F16)).unwrap();
     let tokens: Vec<u32> = (0..20).map(|i| (i * 37 + 5) % 96).collect();
     let expected = plain.forward(&tokens, Wanted::All).unwrap();
     assert_eq!(engine.forward(&tokens, Wanted::All).unwrap(), expected);

@@ -3,7 +3,7 @@
 use super::gpu_tests::{ALL, Experts, nmse, open, plan};
 use crate::engine::{Engine, Wanted};
 use crate::options::{LoadOptions, StreamRates};
-use crate::plans::in_memory::obvious;
+use crate::plans::in_memory::all_in_memory;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use tier_plan_cuda::device::{Arg, Grid};
@@ -51,7 +51,7 @@ fn attention_of_prompts_in_16_bits_gives_the_same_text() {
         let of = (128, kv_type);
         let mut engine = load(&gguf, &plan(&shape, of, ALL, true, Experts::Gpu), &options(64));
         let (got, chosen) = text(&mut engine);
-        let (expected, choices) = text(&mut load(&gguf, &obvious(&shape, of.0, kv_type), &options(64)));
+        let (expected, choices) = text(&mut load(&gguf, &all_in_memory(&shape, of.0, kv_type), &options(64)));
         assert_ne!(got, expected, "{name}");
         // Where two experts are nearly as good, a token may choose the other one, and all that follow it see that.
         let tokens = got.len() / engine.spec().n_vocab;
@@ -112,7 +112,7 @@ fn experts_of_main_memory_pass_through_a_gpu_for_prompts() {
         let ((got, _), some) = run(rates(1.0, gflops.max(1e-3)));
         assert!(some > 0 && some < all, "{name}: {some} of {all}");
         assert!(nmse(&got, &without) < 1e-5, "{name}: {:e}", nmse(&got, &without));
-        let (here, _) = text(&mut load(&gguf, &obvious(&shape, of.0, of.1), &options(64)));
+        let (here, _) = text(&mut load(&gguf, &all_in_memory(&shape, of.0, of.1), &options(64)));
         assert!(nmse(&got, &here) < 1e-5, "{name}: {:e}", nmse(&got, &here));
     }
 }

@@ -1,6 +1,6 @@
 use crate::engine::{Engine, Wanted};
 use crate::options::LoadOptions;
-use crate::plans::in_memory::obvious;
+use crate::plans::in_memory::all_in_memory;
 use std::path::PathBuf;
 use std::sync::Arc;
 use tier_plan_formats::gguf::testing::Writer;
@@ -153,7 +153,7 @@ fn older_files_give_the_same_logits() {
     let logits = |file: &Writer| {
         let gguf = opened(file);
         let spec = tier_plan_formats::model::describe(&gguf).unwrap();
-        let plan = obvious(&shape_of(&gguf, &spec), 16, KvType::F32);
+        let plan = all_in_memory(&shape_of(&gguf, &spec), 16, KvType::F32);
         let options = LoadOptions { threads: Some(2), ..LoadOptions::default() };
         let mut engine = Engine::load(gguf, &plan, &options, &mut |_, _| {}).unwrap();
         engine.forward(&[82, 71, 24, 12, 77, 74, 64, 50], Wanted::All).unwrap().to_vec()

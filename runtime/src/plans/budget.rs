@@ -5,7 +5,7 @@
 //! activations come first; what is left becomes slots, the same number in every layer as nothing is known of how the
 //! experts are used. All experts live in the file, which counts as a block device.
 
-use super::in_memory::obvious;
+use super::in_memory::all_in_memory;
 use crate::experts::layer::{Home, LayerExperts, Layout};
 use crate::options::{BATCH, MICRO_BATCH};
 use crate::tiers::file::FileTier;
@@ -242,7 +242,7 @@ fn spread(rooms: &[u64], limits: &[(u32, u32)], mut left: u64) -> Vec<u32> {
 
 /// A plan over `bytes` of memory and the file, with nothing but the dense weights in memory yet.
 fn two_tiers(shape: &ModelShape, context: u32, kv_type: KvType, bytes: u64) -> Placement {
-    let mut plan = obvious(shape, context, kv_type);
+    let mut plan = all_in_memory(shape, context, kv_type);
     let [dram, file] = machine_tiers(bytes, plan.tiers[0].home_bytes);
     plan.name = "within-budget".into();
     plan.solver.status = "made to fit".into();

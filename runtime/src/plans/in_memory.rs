@@ -1,5 +1,5 @@
-//! The obvious plans: everything in main memory, in place in the mapped file, for running without a plan; and everything
-//! on one GPU.
+//! Default plans that need no solver: everything in main memory, in place in the mapped file; everything on one GPU;
+//! or the dense parts on a GPU and the routed experts in main memory.
 
 use tier_plan_formats::machine::{Accelerator, Tier, TierKind};
 use tier_plan_formats::model::kv::KvType;
@@ -10,7 +10,7 @@ use tier_plan_formats::placement::{
 use tier_plan_formats::source_id::SourceId;
 
 /// A plan with one tier, `dram`, that holds the whole model where the system mapped it.
-pub fn obvious(shape: &ModelShape, context: u32, kv_type: KvType) -> Placement {
+pub fn all_in_memory(shape: &ModelShape, context: u32, kv_type: KvType) -> Placement {
     let home_bytes = shape.experts.iter().map(|e| e.expert_bytes * u64::from(e.n_expert)).sum();
     let mut tier = PlanTier {
         tier: Tier {
@@ -74,7 +74,7 @@ pub fn obvious(shape: &ModelShape, context: u32, kv_type: KvType) -> Placement {
 
 /// A plan with two tiers, `vram` and `dram`, that has the whole model on the first real GPU, keys and values too.
 pub fn all_on_gpu(shape: &ModelShape, context: u32, kv_type: KvType) -> Placement {
-    let mut plan = obvious(shape, context, kv_type);
+    let mut plan = all_in_memory(shape, context, kv_type);
     plan.name = "all-in-vram".into();
     let mut vram = plan.tiers[0].clone();
     (vram.tier.name, vram.tier.kind) = ("vram".into(), TierKind::Vram);
