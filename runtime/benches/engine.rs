@@ -11,7 +11,7 @@ use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::model::shape_of_file;
 use tier_plan_runtime::plans::in_memory::all_in_memory;
 use tier_plan_runtime::threads::physical_cores;
-use tier_plan_runtime::{Engine, KvType, LoadOptions, Wanted};
+use tier_plan_runtime::{Engine, KvType, LoadOptions, LogitsMode};
 
 /// Tokens of the prompt, and in the context before a decoded token.
 const PROMPT: u32 = 64;
@@ -31,16 +31,16 @@ fn layers(c: &mut Criterion) {
     group.throughput(Throughput::Elements(u64::from(shape.n_layer)));
     group.bench_function("decode", |b| {
         engine.clear();
-        engine.forward(&tokens, Wanted::Last).expect("the context has room");
+        engine.forward(&tokens, LogitsMode::Last).expect("the context has room");
         b.iter(|| {
             engine.truncate(PROMPT as usize).expect("attention goes back");
-            engine.forward(&tokens[..1], Wanted::Last).map(|logits| logits[0]).expect("the context has room")
+            engine.forward(&tokens[..1], LogitsMode::Last).map(|logits| logits[0]).expect("the context has room")
         });
     });
     group.bench_function("prompt64", |b| {
         b.iter(|| {
             engine.clear();
-            engine.forward(&tokens, Wanted::Last).map(|logits| logits[0]).expect("the context has room")
+            engine.forward(&tokens, LogitsMode::Last).map(|logits| logits[0]).expect("the context has room")
         });
     });
     group.finish();

@@ -16,7 +16,7 @@ pub mod sampler;
 pub mod tiers;
 pub mod tokenizer;
 
-pub use engine::{Engine, Wanted};
+pub use engine::{Engine, LogitsMode};
 pub use error::{LoadError, RunError};
 pub use gpu::devices::GiveDevice;
 pub use options::{LoadOptions, StreamRates};

@@ -10,7 +10,7 @@ use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::model::shape::{DenseKind, ModelShape};
 use tier_plan_runtime::model::shape_of_file;
 use tier_plan_runtime::plans::in_memory::all_in_memory;
-use tier_plan_runtime::{Engine, KvType, LoadOptions, Wanted};
+use tier_plan_runtime::{Engine, KvType, LoadOptions, LogitsMode};
 
 const FIXTURES: [&str; 13] = [
     "deepseek-v3",
@@ -92,12 +92,12 @@ fn run(fixture: &Fixture, plan: &Placement, batch: usize) -> (Vec<f32>, Vec<f32>
     for (tier, padding) in plan.tiers.iter().zip(engine.padding_bytes()) {
         assert!(tier.used_bytes() + padding <= tier.budget_bytes, "{}: {padding} bytes of padding", plan.name);
     }
-    let prompt = engine.forward(&fixture.tokens, Wanted::All).unwrap().to_vec();
+    let prompt = engine.forward(&fixture.tokens, LogitsMode::All).unwrap().to_vec();
     let (mut decoded, mut tokens) = (Vec::new(), Vec::new());
     let mut last = prompt[prompt.len() - fixture.n_vocab..].to_vec();
     for _ in 0..fixture.greedy.len() {
         tokens.push(largest(&last));
-        last = engine.forward(&tokens[tokens.len() - 1..], Wanted::Last).unwrap().to_vec();
+        last = engine.forward(&tokens[tokens.len() - 1..], LogitsMode::Last).unwrap().to_vec();
         decoded.extend_from_slice(&last);
     }
     (prompt, decoded, tokens)
@@ -204,7 +204,7 @@ fn tokens_one_by_one_agree() {
         let mut engine = engine(&fixture, &all_in_memory(&shape, fixture.context(), KvType::F32), 512);
         let mut logits = Vec::new();
         for token in &fixture.tokens {
-            logits.extend_from_slice(engine.forward(&[*token], Wanted::Last).unwrap());
+            logits.extend_from_slice(engine.forward(&[*token], LogitsMode::Last).unwrap());
         }
         let error = fixture.nmse(&logits);
         assert!(error <= BOUND, "{name}: NMSE {error:e}");
@@ -263,7 +263,7 @@ fn keys_and_values_in_fewer_bits_stay_close() {
         let (context, n) = (fixture.context(), fixture.tokens.len());
         let chosen = |kv_type| -> Vec<BTreeSet<(usize, u16)>> {
             let mut engine = engine(&fixture, &all_in_memory(&shape, context, kv_type), 512);
-            engine.forward(&fixture.tokens, Wanted::Last).unwrap();
+            engine.forward(&fixture.tokens, LogitsMode::Last).unwrap();
             let experts = &engine.routing().experts;
             let used = shape.experts.first().map_or(1, |e| e.n_used as usize);
             let by_token = |t: usize| experts[t * experts.len() / n..(t + 1) * experts.len() / n].iter().enumerate();
@@ -303,9 +303,9 @@ fn long_contexts_depend_neither_on_threads_nor_on_batches() {
                 let gguf = Arc::new(Gguf::open(&fixture.path).unwrap());
                 let options = LoadOptions { threads: Some(threads), batch: Some(batch), ..LoadOptions::default() };
                 let mut engine = Engine::load(gguf, &plan, &options, &mut |_, _| {}).unwrap();
-                let mut logits = engine.forward(&tokens, Wanted::All).unwrap().to_vec();
+                let mut logits = engine.forward(&tokens, LogitsMode::All).unwrap().to_vec();
                 for token in [3, 1, 4] {
-                    logits.extend_from_slice(engine.forward(&[token], Wanted::Last).unwrap());
+                    logits.extend_from_slice(engine.forward(&[token], LogitsMode::Last).unwrap());
                 }
                 assert!(logits.iter().all(|l| l.is_finite()));
                 logits.into_iter().map(f32::to_bits).collect()
@@ -363,26 +363,26 @@ fn a_changed_file_is_an_error_and_no_token() {
     let shape = shape_of_file(&fixture.path).unwrap();
     let (first, rest) = fixture.tokens.split_at(5);
     let mut reference = engine(&fixture, &all_in_memory(&shape, fixture.context(), KvType::F32), 512);
-    reference.forward(first, Wanted::Last).unwrap();
-    let expected = reference.forward(rest, Wanted::All).unwrap().to_vec();
+    reference.forward(first, LogitsMode::Last).unwrap();
+    let expected = reference.forward(rest, LogitsMode::All).unwrap().to_vec();
 
     let spread =
         Spread { pin_every: 0, slots: 3, slot_tier: 1, extra_staging: 0, slow: TierKind::Nvme, real: Some(1 << 20) };
     let mut engine = engine(&fixture, &three_tiers(&shape, fixture.context(), spread), 512);
-    engine.forward(first, Wanted::Last).unwrap();
+    engine.forward(first, LogitsMode::Last).unwrap();
     let file = std::fs::File::options().write(true).open(&fixture.path).unwrap();
     let (len, modified) = (file.metadata().unwrap().len(), file.metadata().unwrap().modified().unwrap());
     file.set_len(len + 1).unwrap();
-    let message = engine.forward(rest, Wanted::All).unwrap_err().to_string();
+    let message = engine.forward(rest, LogitsMode::All).unwrap_err().to_string();
     assert!(message.contains("model.gguf") && message.contains("length changed"), "{message}");
     file.set_len(len).unwrap();
     file.set_modified(modified + std::time::Duration::from_secs(1)).unwrap();
-    let message = engine.forward(rest, Wanted::All).unwrap_err().to_string();
+    let message = engine.forward(rest, LogitsMode::All).unwrap_err().to_string();
     assert!(message.contains("model.gguf") && message.contains("written to"), "{message}");
     // As if it had never happened: the context is what it was, and the tokens are those of an engine without a fault.
     file.set_modified(modified).unwrap();
     assert_eq!(engine.n_past(), first.len());
-    let found = engine.forward(rest, Wanted::All).unwrap();
+    let found = engine.forward(rest, LogitsMode::All).unwrap();
     assert!(found.iter().zip(&expected).all(|(a, b)| a.to_bits() == b.to_bits()));
     assert_eq!(found.len(), expected.len());
 }

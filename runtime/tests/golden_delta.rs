@@ -8,7 +8,7 @@ use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::model::describe;
 use tier_plan_runtime::model::shape::shape_of;
 use tier_plan_runtime::plans::in_memory::all_in_memory;
-use tier_plan_runtime::{Engine, KvType, LoadOptions, RunError, Wanted};
+use tier_plan_runtime::{Engine, KvType, LoadOptions, RunError, LogitsMode};
 
 const NAMES: [&str; 2] = ["qwen3next", "qwen35moe"];
 
@@ -57,7 +57,7 @@ fn logits_do_not_depend_on_the_passes() {
             let mut engine = golden.engine(batch, 2);
             let mut logits = Vec::new();
             for tokens in golden.tokens.chunks(passes) {
-                logits.extend_from_slice(engine.forward(tokens, Wanted::All).expect("a pass"));
+                logits.extend_from_slice(engine.forward(tokens, LogitsMode::All).expect("a pass"));
             }
             let nmse = golden.nmse(&logits);
             assert!(nmse < 1e-9, "{name}, passes of {passes}, batches of {batch}: {nmse:e}");
@@ -70,7 +70,7 @@ fn a_context_can_begin_again_but_not_go_back() {
     for name in NAMES {
         let golden = Golden::open(name);
         let mut engine = golden.engine(16, 2);
-        let first = engine.forward(&golden.tokens, Wanted::Last).expect("a pass").to_vec();
+        let first = engine.forward(&golden.tokens, LogitsMode::Last).expect("a pass").to_vec();
         let n = golden.tokens.len();
         engine.truncate(n).expect("nothing to do");
         engine.truncate(n + 5).expect("nothing to do");
@@ -81,7 +81,7 @@ fn a_context_can_begin_again_but_not_go_back() {
         assert_eq!(engine.n_past(), n);
         engine.truncate(0).expect("always possible");
         assert_eq!(engine.n_past(), 0);
-        assert_eq!(engine.forward(&golden.tokens, Wanted::Last).expect("a pass"), first, "{name}");
+        assert_eq!(engine.forward(&golden.tokens, LogitsMode::Last).expect("a pass"), first, "{name}");
     }
 }
 

@@ -16,7 +16,7 @@ use tier_plan_runtime::plans::in_memory::all_in_memory;
 use tier_plan_runtime::quant::TensorType;
 use tier_plan_runtime::threads::ThreadPool;
 use tier_plan_runtime::tiers::limits::memory_limit;
-use tier_plan_runtime::{KvType, Wanted};
+use tier_plan_runtime::{KvType, LogitsMode};
 
 /// Tokens decoded for one figure.
 const TOKENS: u32 = 160;
@@ -74,11 +74,11 @@ pub fn measure(pool: &ThreadPool, memory: &mut Memory) -> Result<Fixed> {
     let n_vocab = shape.n_vocab.max(1);
     for repeat in 0..=REPEATS {
         engine.clear();
-        engine.forward(&[0], Wanted::Last)?;
+        engine.forward(&[0], LogitsMode::Last)?;
         engine.reset_counters();
         for token in 0..TOKENS {
             // Any token does; these are spread over the vocabulary, so that routing is too.
-            engine.forward(&[token.wrapping_mul(2_654_435_761) % n_vocab], Wanted::Last)?;
+            engine.forward(&[token.wrapping_mul(2_654_435_761) % n_vocab], LogitsMode::Last)?;
         }
         if repeat == 0 {
             continue;
@@ -151,9 +151,9 @@ pub fn own_layers(path: &Path, threads: usize) -> Result<OwnLayers> {
         for token in 0..round {
             // The first token of a text is a prompt to the counters.
             engine.clear();
-            engine.forward(&[0], Wanted::Last)?;
+            engine.forward(&[0], LogitsMode::Last)?;
             engine.reset_counters();
-            engine.forward(&[(token.wrapping_mul(2_654_435_761) % n_vocab) as u32], Wanted::Last)?;
+            engine.forward(&[(token.wrapping_mul(2_654_435_761) % n_vocab) as u32], LogitsMode::Last)?;
             let layers = &engine.counters().layers;
             let dense: Duration = layers.iter().map(|l| l.dense).sum();
             dense_us.push(dense.as_secs_f64() * 1e6);

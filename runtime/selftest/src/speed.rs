@@ -11,7 +11,7 @@ use tier_plan_formats::model::describe;
 use tier_plan_formats::model::kv::KvType;
 use tier_plan_formats::model::shape::{ModelShape, shape_of};
 use tier_plan_formats::placement::Placement;
-use tier_plan_runtime::engine::{Engine, Wanted};
+use tier_plan_runtime::engine::{Engine, LogitsMode};
 use tier_plan_runtime::options::LoadOptions;
 use tier_plan_runtime::plans::in_memory::{all_on_gpu, experts_in_memory, all_in_memory};
 
@@ -205,7 +205,7 @@ fn pass(engine: &mut Engine, tokens: &[u32], stop: Stop<'_>) -> Result<(), Targe
     if stop() {
         return Err(TargetError::Stopped);
     }
-    engine.forward(tokens, Wanted::Last)?;
+    engine.forward(tokens, LogitsMode::Last)?;
     Ok(())
 }
 

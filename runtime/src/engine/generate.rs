@@ -1,6 +1,6 @@
 //! Text generation: prompt in, tokens out one at a time, until a limit, an end token or the caller says stop.
 
-use crate::engine::{Engine, Wanted};
+use crate::engine::{Engine, LogitsMode};
 use crate::error::RunError;
 use crate::sampler::Sampler;
 use std::ops::ControlFlow;
@@ -53,7 +53,7 @@ pub fn generate(
 ) -> Result<Generated, RunError> {
     let start = Instant::now();
     let mut recent = prompt.to_vec();
-    let mut logits = engine.forward(prompt, Wanted::Last)?.to_vec();
+    let mut logits = engine.forward(prompt, LogitsMode::Last)?.to_vec();
     let mut done = Generated { tokens: Vec::new(), stop: Stop::Limit, first_token: Duration::ZERO };
     while done.tokens.len() < limits.max_tokens {
         let token = sampler.sample(&mut logits, &recent);
@@ -78,7 +78,7 @@ pub fn generate(
             break;
         }
         logits.clear();
-        logits.extend_from_slice(engine.forward(&[token], Wanted::Last)?);
+        logits.extend_from_slice(engine.forward(&[token], LogitsMode::Last)?);
     }
     Ok(done)
 }

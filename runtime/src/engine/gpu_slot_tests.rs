@@ -1,7 +1,7 @@
 //! Experts on several GPUs, pinned and in slots, on emulated devices: against the processor alone, and against the same
 //! plan with the tiers emulated in main memory.
 
-use crate::engine::{Engine, Wanted};
+use crate::engine::{Engine, LogitsMode};
 use crate::options::LoadOptions;
 use crate::plans::in_memory::all_in_memory;
 use std::path::Path;
@@ -150,9 +150,9 @@ fn load(gguf: &Arc<Gguf>, plan: &Placement, batch: usize) -> (Engine, Devices) {
 fn text(engine: &mut Engine) -> Vec<f32> {
     let n_vocab = engine.spec().n_vocab as u32;
     let tokens: Vec<u32> = (0..40).map(|i| (i * 37 + 5) % n_vocab).collect();
-    let mut all = engine.forward(&tokens, Wanted::All).unwrap().to_vec();
+    let mut all = engine.forward(&tokens, LogitsMode::All).unwrap().to_vec();
     for i in 0..12 {
-        all.extend_from_slice(engine.forward(&[(i * i * 11 + 3) % n_vocab], Wanted::Last).unwrap());
+        all.extend_from_slice(engine.forward(&[(i * i * 11 + 3) % n_vocab], LogitsMode::Last).unwrap());
     }
     all
 }
@@ -266,7 +266,7 @@ fn a_batch_that_a_gpu_has_no_room_for_goes_through_it_in_parts() {
         let (mut engine, _) = load(&gguf, plan, long as usize);
         let n_vocab = engine.spec().n_vocab as u32;
         let tokens: Vec<u32> = (0..long).map(|i| (i * 37 + 5) % n_vocab).collect();
-        engine.forward(&tokens, Wanted::Last).unwrap().to_vec()
+        engine.forward(&tokens, LogitsMode::Last).unwrap().to_vec()
     };
     let off = nmse(&run(&plan), &run(&plain));
     assert!(off < 1e-5, "{off:e}");
@@ -282,9 +282,9 @@ fn a_gpu_that_fails_is_an_error_and_leaves_no_wrong_expert_in_a_slot() {
         for _ in 0..2 {
             engine.clear();
             device.fails.store(true, Ordering::Relaxed);
-            let error = engine.forward(&[1, 2, 3, 4, 5], Wanted::Last).unwrap_err().to_string();
+            let error = engine.forward(&[1, 2, 3, 4, 5], LogitsMode::Last).unwrap_err().to_string();
             assert!(error.contains("it was told to fail"), "{error}");
-            let error = engine.forward(&[9], Wanted::Last).unwrap_err().to_string();
+            let error = engine.forward(&[9], LogitsMode::Last).unwrap_err().to_string();
             assert!(error.contains("it was told to fail"), "{error}");
             device.fails.store(false, Ordering::Relaxed);
             let off = nmse(&text(&mut engine), &expected);

@@ -2,7 +2,7 @@
 //! devices are emulated, and each refuses what lies in another's memory.
 
 use super::gpu_tests::{nmse, open};
-use crate::engine::{Engine, Wanted};
+use crate::engine::{Engine, LogitsMode};
 use crate::options::LoadOptions;
 use crate::plans::in_memory::all_in_memory;
 use std::collections::BTreeMap;
@@ -128,9 +128,9 @@ fn text(engine: &mut Engine) -> Vec<f32> {
     let mut all = Vec::new();
     for turn in 0..2 {
         let tokens: Vec<u32> = (0..21 - 3 * turn).map(|i| (i * 37 + 5 + turn) % n_vocab).collect();
-        all.extend_from_slice(engine.forward(&tokens, Wanted::All).unwrap());
+        all.extend_from_slice(engine.forward(&tokens, LogitsMode::All).unwrap());
         for i in 0..3 {
-            all.extend_from_slice(engine.forward(&[(i * 11 + 3) % n_vocab], Wanted::Last).unwrap());
+            all.extend_from_slice(engine.forward(&[(i * 11 + 3) % n_vocab], LogitsMode::Last).unwrap());
         }
     }
     all
@@ -159,8 +159,8 @@ fn compare(name: &str, of: (u32, KvType), make: impl Fn(&ModelShape) -> Placemen
     // Going back, as a conversation does that is edited: every layer has what it had, wherever that is.
     if engine.truncate(9).is_ok() {
         plain.truncate(9).unwrap();
-        let again = engine.forward(&[7, 8], Wanted::All).unwrap().to_vec();
-        let off = nmse(&again, plain.forward(&[7, 8], Wanted::All).unwrap());
+        let again = engine.forward(&[7, 8], LogitsMode::All).unwrap().to_vec();
+        let off = nmse(&again, plain.forward(&[7, 8], LogitsMode::All).unwrap());
         assert!(off < 1e-5, "{name}: {off:e}");
     }
     engine.clear();

@@ -1,6 +1,6 @@
 //! Engines whose experts are partly on a GPU, which is emulated on the processor: the kernels are those of a real one.
 
-use crate::engine::{Engine, Wanted};
+use crate::engine::{Engine, LogitsMode};
 use crate::error::LoadError;
 use crate::options::LoadOptions;
 use crate::plans::in_memory::{all_on_gpu, all_in_memory};
@@ -50,9 +50,9 @@ pub(crate) fn open(name: &str) -> (Arc<Gguf>, ModelShape) {
 /// Logits of a prompt, and of three tokens after it.
 fn logits(engine: &mut Engine, n_vocab: u32) -> Vec<f32> {
     let tokens: Vec<u32> = (0..40).map(|i| (i * 37 + 5) % n_vocab).collect();
-    let mut all = engine.forward(&tokens, Wanted::All).unwrap().to_vec();
+    let mut all = engine.forward(&tokens, LogitsMode::All).unwrap().to_vec();
     for i in 0..3 {
-        all.extend_from_slice(engine.forward(&[(i * 11 + 3) % n_vocab], Wanted::Last).unwrap());
+        all.extend_from_slice(engine.forward(&[(i * 11 + 3) % n_vocab], LogitsMode::Last).unwrap());
     }
     all
 }
@@ -169,9 +169,9 @@ pub(crate) fn nmse(got: &[f32], expected: &[f32]) -> f64 {
 fn text(engine: &mut Engine) -> Vec<f32> {
     let n_vocab = engine.spec().n_vocab as u32;
     let tokens: Vec<u32> = (0..21).map(|i| (i * 37 + 5) % n_vocab).collect();
-    let mut all = engine.forward(&tokens, Wanted::All).unwrap().to_vec();
+    let mut all = engine.forward(&tokens, LogitsMode::All).unwrap().to_vec();
     for i in 0..3 {
-        all.extend_from_slice(engine.forward(&[(i * 11 + 3) % n_vocab], Wanted::Last).unwrap());
+        all.extend_from_slice(engine.forward(&[(i * 11 + 3) % n_vocab], LogitsMode::Last).unwrap());
     }
     all
 }
@@ -192,14 +192,14 @@ fn compare(name: &str, (context, kv_type): (u32, KvType), make: impl Fn(&ModelSh
     // What is forgotten leaves no trace.
     let n_vocab = engine.spec().n_vocab;
     let rewinds = engine.truncate(9).is_ok();
-    engine.forward(&[7, 8], Wanted::Last).unwrap();
+    engine.forward(&[7, 8], LogitsMode::Last).unwrap();
     engine.clear();
     assert_eq!(text(&mut engine), got, "{what}");
     if !rewinds {
         return;
     }
     engine.truncate(20).unwrap();
-    let again = engine.forward(&[(20 * 37 + 5) % n_vocab as u32], Wanted::Last).unwrap();
+    let again = engine.forward(&[(20 * 37 + 5) % n_vocab as u32], LogitsMode::Last).unwrap();
     assert!(nmse(again, &expected[20 * n_vocab..21 * n_vocab]) < 1e-5, "{what}");
 }
 
@@ -392,12 +392,12 @@ fn a_token_of_a_model_on_one_gpu_is_replayed() {
         // Up to a little before the end of a chunk.
         let n_vocab = shape.n_vocab;
         let prompt: Vec<u32> = (0..252).map(|i| (i * 37 + 5) % n_vocab).collect();
-        engine.forward(&prompt, Wanted::Last).unwrap();
-        plain.forward(&prompt, Wanted::Last).unwrap();
+        engine.forward(&prompt, LogitsMode::Last).unwrap();
+        plain.forward(&prompt, LogitsMode::Last).unwrap();
         for i in 0..9 {
             device.take();
             let token = (i * 11 + 3) % n_vocab;
-            let got = engine.forward(&[token], Wanted::Last).unwrap().to_vec();
+            let got = engine.forward(&[token], LogitsMode::Last).unwrap().to_vec();
             let [launches, reads, writes, recordings] = device.take();
             assert_eq!(reads, 2, "logits and choices");
             // Position, token or state, rotations of each kind, and a factor for queries at most.
@@ -406,7 +406,7 @@ fn a_token_of_a_model_on_one_gpu_is_replayed() {
             let records = [1, 4].contains(&i);
             assert_eq!(recordings, usize::from(records), "token {i}");
             assert_eq!(launches > 0, i == 0 || records, "token {i}: {launches} launches");
-            let expected = plain.forward(&[token], Wanted::Last).unwrap();
+            let expected = plain.forward(&[token], LogitsMode::Last).unwrap();
             let off = nmse(&got, expected);
             assert!(off < 1e-5, "{name}, token {i}: {off:e}");
             assert_eq!(engine.routing().experts, plain.routing().experts, "{name}, token {i}");
@@ -421,8 +421,8 @@ fn a_token_of_a_model_on_one_gpu_is_replayed() {
         // Back to positions that were seen before.
         engine.truncate(200).unwrap();
         plain.truncate(200).unwrap();
-        let got = engine.forward(&[1], Wanted::Last).unwrap().to_vec();
-        assert!(nmse(&got, plain.forward(&[1], Wanted::Last).unwrap()) < 1e-5);
+        let got = engine.forward(&[1], LogitsMode::Last).unwrap().to_vec();
+        assert!(nmse(&got, plain.forward(&[1], LogitsMode::Last).unwrap()) < 1e-5);
     }
 }
 
@@ -437,7 +437,7 @@ fn a_layer_is_few_launches() {
     let mut engine = Engine::load_on(Arc::clone(&gguf), &plan, &options, Some(&give), &mut |_, _| {}).unwrap();
     let mut launches = |tokens: &[u32]| {
         device.take();
-        engine.forward(tokens, Wanted::Last).unwrap();
+        engine.forward(tokens, LogitsMode::Last).unwrap();
         device.take()[0]
     };
     // Beside the layers the embedding, the last norm and the head.

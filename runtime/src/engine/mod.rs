@@ -30,14 +30,14 @@ use crate::experts::store::{ExpertStore, Step};
 use crate::gpu::devices::GiveDevice;
 use crate::gpu::rows::{GpuRows, gpu_rows};
 use crate::gpu::{Gpus, resident_tier};
-use crate::layers::compute::Compute;
+use crate::layers::cpu_context::CpuContext;
 use crate::layers::mixer::{CacheReads, MixerState};
 use crate::layers::places::{LayerPlaces, Places};
 use crate::layers::rope::{RopeTable, rope_tables};
 use crate::layers::weights::DenseWeights;
 use crate::load::{Loaded, load};
 use crate::moe::offload::Streams;
-use crate::moe::routing::Choices;
+use crate::moe::routing::BatchRouting;
 use crate::moe::{moe_batch, moe_token};
 use crate::options::{LoadOptions, Progress, batches};
 use crate::tiers::arena::ArenaError;
@@ -56,7 +56,7 @@ use tier_plan_kernels::{Kernels, needs_quants};
 
 /// Which logits a pass should compute.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Wanted {
+pub enum LogitsMode {
     /// Of the last token only.
     Last,
     /// Of every token.
@@ -346,7 +346,7 @@ impl Engine {
     /// # Errors
     /// When the context is full, a token is out of range, or the slow tier fails. After the last the context is as before
     /// the call; but in a network with recurrent states, which can't go back, only [`clear`](Self::clear) helps then.
-    pub fn forward(&mut self, tokens: &[u32], wanted: Wanted) -> Result<&[f32], RunError> {
+    pub fn forward(&mut self, tokens: &[u32], wanted: LogitsMode) -> Result<&[f32], RunError> {
         if self.broken {
             return Err(RunError::Broken);
         }
@@ -374,7 +374,7 @@ impl Engine {
         let n_batches = tokens.len().div_ceil(self.batch);
         for (i, batch) in tokens.chunks(self.batch).enumerate() {
             let last = i + 1 == n_batches;
-            let wanted = (last || wanted == Wanted::All).then_some(wanted);
+            let wanted = (last || wanted == LogitsMode::All).then_some(wanted);
             let result = self.pass(batch, i * self.batch, wanted, alone, decoding);
             // What was read from a file that changed is worth nothing, however well the reads went.
             if let Err(error) = result.and_then(|()| Ok(self.experts.check_files()?)) {
@@ -403,7 +403,7 @@ impl Engine {
         &mut self,
         tokens: &[u32],
         offset: usize,
-        wanted: Option<Wanted>,
+        wanted: Option<LogitsMode>,
         alone: bool,
         decoding: bool,
     ) -> Result<(), RunError> {
@@ -442,7 +442,7 @@ impl Engine {
             let n_moe = self.counters.layers.len();
             self.scratch.computed.clear();
             let step = run_experts(
-                Compute { pool: &self.pool, kernels: self.kernels },
+                CpuContext { pool: &self.pool, kernels: self.kernels },
                 &mut self.experts,
                 moe_at,
                 moe,
@@ -547,7 +547,7 @@ impl Engine {
 
 /// The routed experts of a token alone, or of a batch of so many.
 fn run_experts(
-    c: Compute<'_>,
+    c: CpuContext<'_>,
     store: &mut ExpertStore,
     at: usize,
     moe: &MoeSpec,
@@ -557,7 +557,7 @@ fn run_experts(
     let hidden = moe.router.n_in;
     let n = batch.unwrap_or(1);
     let choices =
-        Choices { experts: &s.experts[..n * moe.n_used], weights: &s.weights[..n * moe.n_used], n_used: moe.n_used };
+        BatchRouting { experts: &s.experts[..n * moe.n_used], weights: &s.weights[..n * moe.n_used], n_used: moe.n_used };
     let out = &mut s.out[..n * hidden];
     let x = s.expert_acts.view();
     match batch {

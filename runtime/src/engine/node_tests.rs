@@ -1,6 +1,6 @@
 //! Engines whose main memory is several tiers, one a memory node.
 
-use crate::engine::{Engine, Wanted};
+use crate::engine::{Engine, LogitsMode};
 use crate::error::LoadError;
 use crate::options::LoadOptions;
 use crate::plans::in_memory::all_in_memory;
@@ -80,7 +80,7 @@ fn a_plan_over_nodes_gives_the_same_text_or_says_which_node_is_missing() {
     assert_eq!(engine.resident_bytes(), planned);
     let mut plain = load(&all_in_memory(&shape, 32, KvType::F16)).unwrap();
     let tokens: Vec<u32> = (0..20).map(|i| (i * 37 + 5) % 96).collect();
-    let expected = plain.forward(&tokens, Wanted::All).unwrap();
-    assert_eq!(engine.forward(&tokens, Wanted::All).unwrap(), expected);
-    assert_eq!(engine.forward(&[3], Wanted::Last).unwrap(), plain.forward(&[3], Wanted::Last).unwrap());
+    let expected = plain.forward(&tokens, LogitsMode::All).unwrap();
+    assert_eq!(engine.forward(&tokens, LogitsMode::All).unwrap(), expected);
+    assert_eq!(engine.forward(&[3], LogitsMode::Last).unwrap(), plain.forward(&[3], LogitsMode::Last).unwrap());
 }

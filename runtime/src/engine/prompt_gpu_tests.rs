@@ -1,7 +1,7 @@
 //! Prompts on an emulated GPU, in batches that are large enough for its kernels of many tokens.
 
 use super::gpu_tests::{ALL, Experts, nmse, open, plan};
-use crate::engine::{Engine, Wanted};
+use crate::engine::{Engine, LogitsMode};
 use crate::options::{LoadOptions, StreamRates};
 use crate::plans::in_memory::all_in_memory;
 use std::sync::Arc;
@@ -28,10 +28,10 @@ fn options(batch: usize) -> LoadOptions {
 fn text(engine: &mut Engine) -> (Vec<f32>, Vec<u16>) {
     let n_vocab = engine.spec().n_vocab as u32;
     let tokens: Vec<u32> = (0..90).map(|i| (i * 37 + 5) % n_vocab).collect();
-    let mut all = engine.forward(&tokens, Wanted::All).unwrap().to_vec();
+    let mut all = engine.forward(&tokens, LogitsMode::All).unwrap().to_vec();
     let choices = engine.routing().experts.clone();
     for i in 0..2 {
-        all.extend_from_slice(engine.forward(&[(i * 11 + 3) % n_vocab], Wanted::Last).unwrap());
+        all.extend_from_slice(engine.forward(&[(i * 11 + 3) % n_vocab], LogitsMode::Last).unwrap());
     }
     (all, choices)
 }
@@ -175,7 +175,7 @@ fn a_gpu_that_fails_while_experts_pass_fails_the_request_alone() {
     engine.clear();
     device.1.store(true, Ordering::Relaxed);
     let tokens: Vec<u32> = (0..40).collect();
-    let error = engine.forward(&tokens, Wanted::Last).unwrap_err().to_string();
+    let error = engine.forward(&tokens, LogitsMode::Last).unwrap_err().to_string();
     assert!(error.contains("a failing GPU: add_rows failed: it was told to"), "{error}");
     device.1.store(false, Ordering::Relaxed);
     engine.clear();

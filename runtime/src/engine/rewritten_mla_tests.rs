@@ -1,4 +1,4 @@
-use crate::engine::{Engine, Wanted};
+use crate::engine::{Engine, LogitsMode};
 use crate::options::LoadOptions;
 use crate::plans::in_memory::all_in_memory;
 use std::path::PathBuf;
@@ -156,7 +156,7 @@ fn older_files_give_the_same_logits() {
         let plan = all_in_memory(&shape_of(&gguf, &spec), 16, KvType::F32);
         let options = LoadOptions { threads: Some(2), ..LoadOptions::default() };
         let mut engine = Engine::load(gguf, &plan, &options, &mut |_, _| {}).unwrap();
-        engine.forward(&[82, 71, 24, 12, 77, 74, 64, 50], Wanted::All).unwrap().to_vec()
+        engine.forward(&[82, 71, 24, 12, 77, 74, 64, 50], LogitsMode::All).unwrap().to_vec()
     };
     let (new, old) = (logits(&fixture()), logits(&fused(fixture())));
     let off: f64 = new.iter().zip(&old).map(|(a, b)| f64::from(a - b).powi(2)).sum();

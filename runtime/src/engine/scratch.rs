@@ -1,7 +1,7 @@
 //! The buffers of a pass.
 
 use crate::layers::mixer::MixerScratch;
-use crate::layers::prefetch_router::Foresight;
+use crate::layers::prefetch_router::RouterPredictor;
 use crate::layers::router::Router;
 use crate::moe::FfnScratch;
 use crate::tiers::pace::StageBytes;
@@ -25,7 +25,7 @@ pub(crate) struct Scratch {
     pub(crate) acts: Activations,
     pub(crate) router_logits: Vec<f32>,
     pub(crate) router: Router,
-    pub(crate) foresight: Foresight,
+    pub(crate) foresight: RouterPredictor,
     pub(crate) mixer: MixerScratch,
     pub(crate) ffn: FfnScratch,
     pub(crate) computed: StageBytes,
@@ -57,7 +57,7 @@ impl Scratch {
             acts: Activations::new(micro_batch, hidden),
             router_logits: vec![0.0; micro_batch * n_expert],
             router: Router::default(),
-            foresight: Foresight::new(micro_batch, hidden),
+            foresight: RouterPredictor::new(micro_batch, hidden),
             mixer,
             ffn: FfnScratch::new(micro_batch, hidden, ffn, n_used),
             computed: StageBytes::new(n_tiers),

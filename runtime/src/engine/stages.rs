@@ -1,9 +1,9 @@
 //! The parts of a pass that are not routed experts, each where its weights are: on the processor, or on a GPU. The hidden
 //! state of a batch is in one place at a time and goes to where the next part is.
 
-use crate::engine::{Engine, Wanted};
+use crate::engine::{Engine, LogitsMode};
 use crate::error::RunError;
-use crate::layers::compute::{Compute, add_bias};
+use crate::layers::cpu_context::{CpuContext, add_bias};
 use crate::layers::mixer::{MixerInput, mix};
 use crate::layers::places::Place;
 use crate::moe::{dense_ffn, shared_expert};
@@ -96,7 +96,7 @@ impl Engine {
     }
 
     fn mixer_here(&mut self, index: usize, rows: Range<usize>) {
-        let c = Compute { pool: &self.pool, kernels: self.kernels };
+        let c = CpuContext { pool: &self.pool, kernels: self.kernels };
         let (spec, weights, s) = (&self.spec, &self.weights, &mut self.scratch);
         let layer = &spec.layers[index];
         let (n, past) = (rows.len(), self.n_past + rows.start);
@@ -119,7 +119,7 @@ impl Engine {
     }
 
     fn dense_block_here(&mut self, index: usize, rows: Range<usize>) {
-        let c = Compute { pool: &self.pool, kernels: self.kernels };
+        let c = CpuContext { pool: &self.pool, kernels: self.kernels };
         let (spec, weights, s) = (&self.spec, &self.weights, &mut self.scratch);
         let layer = &spec.layers[index];
         let Ffn::Dense(ffn) = &layer.ffn else { return };
@@ -134,7 +134,7 @@ impl Engine {
     }
 
     fn route_here(&mut self, index: usize, rows: Range<usize>) {
-        let c = Compute { pool: &self.pool, kernels: self.kernels };
+        let c = CpuContext { pool: &self.pool, kernels: self.kernels };
         let (spec, weights, s) = (&self.spec, &self.weights, &mut self.scratch);
         let layer = &spec.layers[index];
         let Ffn::Moe(moe) = &layer.ffn else { return };
@@ -159,7 +159,7 @@ impl Engine {
 
     /// A GPU's router: its choices, and what experts on the processor read.
     fn route_on_gpu(&mut self, tier: usize, index: usize, rows: Range<usize>) -> Result<(), RunError> {
-        let c = Compute { pool: &self.pool, kernels: self.kernels };
+        let c = CpuContext { pool: &self.pool, kernels: self.kernels };
         let (hidden, s) = (self.spec.hidden, &mut self.scratch);
         let Ffn::Moe(moe) = &self.spec.layers[index].ffn else { return Ok(()) };
         let (n, choices) = (rows.len(), rows.start * moe.n_used..rows.end * moe.n_used);
@@ -173,7 +173,7 @@ impl Engine {
 
     /// The shared expert; its activations are those that the router had.
     fn shared_here(&mut self, index: usize, rows: Range<usize>) {
-        let c = Compute { pool: &self.pool, kernels: self.kernels };
+        let c = CpuContext { pool: &self.pool, kernels: self.kernels };
         let (spec, weights, s) = (&self.spec, &self.weights, &mut self.scratch);
         let Some(shared) = spec.layers[index].moe().and_then(|moe| moe.shared.as_ref()) else { return };
         let len = rows.len() * spec.hidden;
@@ -183,8 +183,8 @@ impl Engine {
     }
 
     /// Logits of the last token of a batch of `n`, or of all.
-    pub(crate) fn head(&mut self, n: usize, wanted: Wanted, place: Place) -> Result<(), RunError> {
-        let wanted = if wanted == Wanted::All { 0..n } else { n - 1..n };
+    pub(crate) fn head(&mut self, n: usize, wanted: LogitsMode, place: Place) -> Result<(), RunError> {
+        let wanted = if wanted == LogitsMode::All { 0..n } else { n - 1..n };
         let to = self.gpus.places.head;
         self.bring(wanted.clone(), place, to)?;
         let before = self.logits.len();
@@ -199,7 +199,7 @@ impl Engine {
     }
 
     fn head_here(&mut self, wanted: Range<usize>, mut at: usize) {
-        let c = Compute { pool: &self.pool, kernels: self.kernels };
+        let c = CpuContext { pool: &self.pool, kernels: self.kernels };
         let (spec, weights, s) = (&self.spec, &self.weights, &mut self.scratch);
         let hidden = spec.hidden;
         let output = weights.matrix(spec.output, spec.n_vocab, hidden);
@@ -237,7 +237,7 @@ impl Engine {
         if !of_use && (batch || !self.scores_guesses) {
             return Ok(());
         }
-        let c = Compute { pool: &self.pool, kernels: self.kernels };
+        let c = CpuContext { pool: &self.pool, kernels: self.kernels };
         let s = &mut self.scratch;
         let hidden = self.spec.hidden;
         let rows = n.min(self.micro_batch);
@@ -272,7 +272,7 @@ impl Engine {
     }
 }
 
-pub(crate) fn norm_rows(c: Compute<'_>, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+pub(crate) fn norm_rows(c: CpuContext<'_>, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
     let width = weight.len();
     c.pool.for_each_slice(out, width, |row, out| c.kernels.rms_norm(&x[row * width..][..width], weight, eps, out));
 }

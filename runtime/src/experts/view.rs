@@ -1,6 +1,6 @@
 //! One expert's matrices, wherever its bytes are.
 
-use crate::layers::compute::add_bias;
+use crate::layers::cpu_context::add_bias;
 use tier_plan_cuda::experts::ExpertKind;
 use tier_plan_formats::model::spec::MoeSpec;
 use tier_plan_kernels::Weights;

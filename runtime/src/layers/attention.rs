@@ -6,7 +6,7 @@
 //! whether one thread did all chunks or several did some each.
 
 use super::kv_rows::RowStore;
-use crate::layers::compute::Compute;
+use crate::layers::cpu_context::CpuContext;
 use std::cell::RefCell;
 use std::ops::Range;
 use tier_plan_kernels::{Kernels, StoredRows};
@@ -253,7 +253,7 @@ impl AttentionParts {
 /// Attention of all heads of all tokens of a batch. `query` writes a query, `[key width]`, with the factor on its scores
 /// in it, given its head (of all) and its token; results are then in `parts`.
 pub(super) fn attend(
-    c: Compute<'_>,
+    c: CpuContext<'_>,
     a: &Attention<'_>,
     query: impl Fn(usize, usize, &mut [f32]) + Sync,
     parts: &mut AttentionParts,

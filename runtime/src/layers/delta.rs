@@ -4,7 +4,7 @@
 //! stays in the cache; heads run in parallel. A batch gives the same bits as its tokens one by one.
 
 use super::mixer::MixerInput;
-use crate::layers::compute::{Compute, add_bias};
+use crate::layers::cpu_context::{CpuContext, add_bias};
 use crate::layers::weights::DenseWeights;
 use crate::tiers::nodes::Pages;
 use std::cell::RefCell;
@@ -168,7 +168,7 @@ impl<'a> Layout<'a> {
 
 /// `out = o(norm(delta(conv(qkv x))) · silu(gate x))`; the state goes on to after these tokens.
 pub(super) fn run(
-    c: Compute<'_>,
+    c: CpuContext<'_>,
     weights: &DenseWeights,
     spec: &DeltaSpec,
     input: &MixerInput<'_>,
@@ -189,7 +189,7 @@ pub(super) fn run(
     add_bias(out, weights.bias(&spec.out));
 }
 
-fn project(c: Compute<'_>, weights: &DenseWeights, spec: &DeltaSpec, input: &MixerInput<'_>, s: &mut DeltaScratch) {
+fn project(c: CpuContext<'_>, weights: &DenseWeights, spec: &DeltaSpec, input: &MixerInput<'_>, s: &mut DeltaScratch) {
     let (x, n) = (input.x, input.x.rows());
     let (first, second) = match &spec.input {
         DeltaInput::Split { qkv, gate } => (qkv, Some(gate)),
@@ -216,7 +216,7 @@ fn project(c: Compute<'_>, weights: &DenseWeights, spec: &DeltaSpec, input: &Mix
 }
 
 /// Decays and strengths.
-fn rates(c: Compute<'_>, weights: &DenseWeights, spec: &DeltaSpec, n: usize, s: &mut DeltaScratch) {
+fn rates(c: CpuContext<'_>, weights: &DenseWeights, spec: &DeltaSpec, n: usize, s: &mut DeltaScratch) {
     let (bias, decay) = (weights.vector(spec.dt_bias), weights.vector(spec.decay));
     let (layout, raw) = (Layout::new(spec), &s.raw_rates);
     let width = 2 * spec.n_value_head;
@@ -236,7 +236,7 @@ fn softplus(x: f32) -> f32 {
 
 /// Convolves all heads; makes queries and keys of length 1, queries divided by the root of the width besides.
 fn convolve(
-    c: Compute<'_>,
+    c: CpuContext<'_>,
     weight: &[f32],
     spec: &DeltaSpec,
     eps: f32,
@@ -275,7 +275,7 @@ fn convolve(
 }
 
 /// Takes the matrices through all tokens and reads them.
-fn recur(c: Compute<'_>, spec: &DeltaSpec, n: usize, matrices: &mut [f32], s: &mut DeltaScratch) {
+fn recur(c: CpuContext<'_>, spec: &DeltaSpec, n: usize, matrices: &mut [f32], s: &mut DeltaScratch) {
     let (dim, n_key, n_value) = (spec.head_dim, spec.n_key_head, spec.n_value_head);
     let columns = delta_columns(dim);
     let parts = dim / columns;
@@ -300,7 +300,7 @@ fn recur(c: Compute<'_>, spec: &DeltaSpec, n: usize, matrices: &mut [f32], s: &m
 }
 
 /// Norms each head's result and multiplies it by the silu of its gate.
-fn gate(c: Compute<'_>, norm: &[f32], spec: &DeltaSpec, eps: f32, n: usize, s: &mut DeltaScratch) {
+fn gate(c: CpuContext<'_>, norm: &[f32], spec: &DeltaSpec, eps: f32, n: usize, s: &mut DeltaScratch) {
     let layout = Layout::new(spec);
     let (dim, n_value) = (spec.head_dim, spec.n_value_head);
     let columns = delta_columns(dim);

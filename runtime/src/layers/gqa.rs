@@ -3,7 +3,7 @@
 use super::attention::{Attention, AttentionParts, attend};
 use super::kv_rows::KeyValues;
 use super::mixer::MixerInput;
-use crate::layers::compute::{Compute, add_bias};
+use crate::layers::cpu_context::{CpuContext, add_bias};
 use crate::layers::weights::DenseWeights;
 use tier_plan_formats::model::spec::{GqaSpec, NormSpan};
 use tier_plan_kernels::pooled::{MatJob, matmul_all};
@@ -49,7 +49,7 @@ impl GqaScratch {
 
 /// `out = o(attention(q x, k x, v x))`; the tokens' keys and values are added to the cache.
 pub(super) fn run(
-    c: Compute<'_>,
+    c: CpuContext<'_>,
     weights: &DenseWeights,
     spec: &GqaSpec,
     input: &MixerInput<'_>,
@@ -140,7 +140,7 @@ fn take_gates(q: &mut [f32], gate: &mut [f32], width: usize, key_dim: usize) {
     }
 }
 
-fn norm_heads(c: Compute<'_>, row: &mut [f32], weight: &[f32], eps: f32, span: NormSpan, scratch: &mut [f32]) {
+fn norm_heads(c: CpuContext<'_>, row: &mut [f32], weight: &[f32], eps: f32, span: NormSpan, scratch: &mut [f32]) {
     let width = match span {
         NormSpan::Head => weight.len(),
         NormSpan::Full => row.len(),

@@ -1,6 +1,6 @@
 //! What mixes tokens: one file a kind, each with its state of past tokens, its buffers and its pass.
 
-use super::compute::Compute;
+use super::cpu_context::CpuContext;
 use super::delta::{DeltaScratch, DeltaState};
 use super::gqa::GqaScratch;
 use super::kv_rows::{KeyValues, RowStore};
@@ -141,7 +141,7 @@ pub(crate) struct MixerInput<'a> {
 
 /// Runs a layer's mixer; `out` is `[tokens, hidden]`.
 pub(crate) fn mix(
-    c: Compute<'_>,
+    c: CpuContext<'_>,
     weights: &DenseWeights,
     mixer: &Mixer,
     input: &MixerInput<'_>,

@@ -6,7 +6,7 @@
 use super::attention::{Attention, AttentionParts, attend};
 use super::kv_rows::RowStore;
 use super::mixer::MixerInput;
-use crate::layers::compute::{Compute, add_bias};
+use crate::layers::cpu_context::{CpuContext, add_bias};
 use crate::layers::weights::DenseWeights;
 use std::cell::RefCell;
 use tier_plan_formats::model::spec::{KvUp, MlaSpec};
@@ -91,7 +91,7 @@ impl MlaScratch {
 
 /// `out = o(attention(x))`; the tokens' latents are added to the cache.
 pub(super) fn run(
-    c: Compute<'_>,
+    c: CpuContext<'_>,
     weights: &DenseWeights,
     spec: &MlaSpec,
     input: &MixerInput<'_>,
@@ -115,7 +115,7 @@ pub(super) fn run(
 }
 
 /// Queries, rotated, into `q`; latents and shared key parts as projected into `kv`.
-fn project(c: Compute<'_>, weights: &DenseWeights, spec: &MlaSpec, input: &MixerInput<'_>, s: &mut MlaScratch) {
+fn project(c: CpuContext<'_>, weights: &DenseWeights, spec: &MlaSpec, input: &MixerInput<'_>, s: &mut MlaScratch) {
     let &MixerInput { x, rope, norm_eps: eps, .. } = input;
     let n = x.rows();
     let q = &mut s.q[..n * spec.q.n_out];
@@ -151,7 +151,7 @@ fn project(c: Compute<'_>, weights: &DenseWeights, spec: &MlaSpec, input: &Mixer
 
 /// Norms latents, rotates key parts, and stores both.
 fn remember(
-    c: Compute<'_>,
+    c: CpuContext<'_>,
     weights: &DenseWeights,
     spec: &MlaSpec,
     input: &MixerInput<'_>,
@@ -173,7 +173,7 @@ fn remember(
 
 /// Attention of some of the batch's tokens, from `q` to `mixed`.
 fn attend_part(
-    c: Compute<'_>,
+    c: CpuContext<'_>,
     weights: &DenseWeights,
     spec: &MlaSpec,
     past: usize,
@@ -252,7 +252,7 @@ fn attend_part(
 }
 
 /// Multiplies each head's rows of `x`, `[n_head, tokens, _]`, by its own matrix into `out`, `[n_head, tokens, _]`.
-fn by_head<'a>(c: Compute<'_>, n_head: usize, x: ActView<'_>, out: &mut [f32], matrix: impl Fn(usize) -> Weights<'a>) {
+fn by_head<'a>(c: CpuContext<'_>, n_head: usize, x: ActView<'_>, out: &mut [f32], matrix: impl Fn(usize) -> Weights<'a>) {
     let n = x.rows() / n_head;
     let len = out.len() / n_head;
     let job = |(head, out)| MatJob::new(matrix(head), x.rows_range(head * n..(head + 1) * n), out);

@@ -1,7 +1,7 @@
 //! The arithmetic of one layer on the processor: mixers, router, rotary embedding, and the weights that they read.
 
 pub(crate) mod attention;
-pub(crate) mod compute;
+pub(crate) mod cpu_context;
 pub(crate) mod delta;
 pub(crate) mod gqa;
 pub(crate) mod kv_rows;

@@ -1,7 +1,7 @@
 //! Guessing which experts the next layer will use: its router, asked about the hidden state before this layer's experts
 //! have been added to it.
 
-use super::compute::{Compute, add_bias};
+use super::cpu_context::{CpuContext, add_bias};
 use super::router::Router;
 use super::weights::DenseWeights;
 use tier_plan_formats::model::spec::{Ffn, LayerSpec};
@@ -10,7 +10,7 @@ use tier_plan_kernels::pooled::{MatJob, matmul_all};
 
 /// Buffers of the guess.
 #[derive(Default)]
-pub(crate) struct Foresight {
+pub(crate) struct RouterPredictor {
     acts: Activations,
     router: Router,
     /// `[tokens, n_used]`.
@@ -22,7 +22,7 @@ pub(crate) struct Foresight {
     of: Option<usize>,
 }
 
-impl Foresight {
+impl RouterPredictor {
     /// Buffers for batches of up to `rows` tokens.
     pub(crate) fn new(rows: usize, hidden: usize) -> Self {
         Self { acts: Activations::new(rows, hidden), ..Self::default() }
@@ -44,7 +44,7 @@ impl Foresight {
     /// of one token in the router's order, of more in ascending order, each once. `logits` is scratch.
     pub(crate) fn guess(
         &mut self,
-        c: Compute<'_>,
+        c: CpuContext<'_>,
         weights: &DenseWeights,
         next: &LayerSpec,
         normed: &[f32],

@@ -2,7 +2,7 @@
 
 use super::attention::{Attention, AttentionParts, attend};
 use super::kv_rows::RowStore;
-use crate::layers::compute::Compute;
+use crate::layers::cpu_context::CpuContext;
 use tier_plan_formats::model::kv::KvType;
 use tier_plan_kernels::Kernels;
 use tier_plan_kernels::threads::ThreadPool;
@@ -60,7 +60,7 @@ impl AttentionProbe {
     /// One pass; `[tokens, n_head, dim]`.
     pub fn run(&mut self) -> &[f32] {
         let AttentionSizes { n_head, n_head_kv, dim, context, tokens } = self.sizes;
-        let c = Compute { pool: &self.pool, kernels: self.kernels };
+        let c = CpuContext { pool: &self.pool, kernels: self.kernels };
         let attention = Attention {
             keys: &self.keys,
             values: &self.values,

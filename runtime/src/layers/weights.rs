@@ -9,7 +9,7 @@ use tier_plan_kernels::Weights;
 use tier_plan_kernels::quant::TensorType;
 
 /// Where one tensor's bytes are.
-pub(crate) enum Held {
+pub(crate) enum WeightStorage {
     /// In the mapped file.
     Mapped,
     /// In a tier's arena.
@@ -24,7 +24,7 @@ pub(crate) enum Held {
 pub(crate) struct DenseWeights {
     gguf: Arc<Gguf>,
     /// By tensor id; `None` for tensors that no dense group has.
-    held: Vec<Option<(usize, Held)>>,
+    held: Vec<Option<(usize, WeightStorage)>>,
 }
 
 impl DenseWeights {
@@ -33,7 +33,7 @@ impl DenseWeights {
         Self { gguf, held }
     }
 
-    pub(crate) fn hold(&mut self, id: TensorId, tier: usize, held: Held) {
+    pub(crate) fn hold(&mut self, id: TensorId, tier: usize, held: WeightStorage) {
         self.held[id] = Some((tier, held));
     }
 
@@ -41,8 +41,8 @@ impl DenseWeights {
     #[cfg(test)]
     pub(crate) fn move_to(&mut self, device: &Arc<dyn tier_plan_cuda::Device>) {
         for (tensor, held) in self.gguf.tensors().iter().zip(&mut self.held) {
-            if let Some((_, held @ Held::Mapped)) = held {
-                *held = Held::Device(Arc::new(Buffer::of_bytes(device, self.gguf.bytes(tensor)).unwrap()));
+            if let Some((_, held @ WeightStorage::Mapped)) = held {
+                *held = WeightStorage::Device(Arc::new(Buffer::of_bytes(device, self.gguf.bytes(tensor)).unwrap()));
             }
         }
     }
@@ -59,7 +59,7 @@ impl DenseWeights {
     /// A vector of parameters.
     pub(crate) fn vector(&self, id: TensorId) -> &[f32] {
         match &self.held[id] {
-            Some((_, Held::Vector(values))) => values,
+            Some((_, WeightStorage::Vector(values))) => values,
             _ => unreachable!("a tensor that the model description calls a vector is decoded at load"),
         }
     }
@@ -71,7 +71,7 @@ impl DenseWeights {
     /// A matrix's bytes where a GPU has them.
     pub(crate) fn on_device(&self, id: TensorId) -> Option<&Arc<Buffer>> {
         match &self.held[id] {
-            Some((_, Held::Device(bytes))) => Some(bytes),
+            Some((_, WeightStorage::Device(bytes))) => Some(bytes),
             _ => None,
         }
     }
@@ -80,8 +80,8 @@ impl DenseWeights {
     pub(crate) fn matrix(&self, id: TensorId, n_out: usize, n_in: usize) -> Weights<'_> {
         let tensor = &self.gguf.tensors()[id];
         let bytes: &[u8] = match &self.held[id] {
-            Some((_, Held::Mapped)) => self.gguf.bytes(tensor),
-            Some((_, Held::Piece(piece))) => piece,
+            Some((_, WeightStorage::Mapped)) => self.gguf.bytes(tensor),
+            Some((_, WeightStorage::Piece(piece))) => piece,
             _ => unreachable!("a tensor that the model description calls a matrix is held as bytes"),
         };
         Weights::new(tensor.ty, bytes, n_out, n_in)

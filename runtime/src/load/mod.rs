@@ -8,7 +8,7 @@ use crate::experts::layer::{Home, LayerExperts, Layout};
 use crate::experts::store::ExpertStore;
 use crate::gpu::devices::{Devices, GiveDevice};
 use crate::gpu::{fits, parts};
-use crate::layers::weights::{DenseWeights, Held};
+use crate::layers::weights::{DenseWeights, WeightStorage};
 use crate::options::{LoadOptions, Progress};
 use crate::tiers::arena::{Arena, Piece};
 use crate::tiers::file::{Check, Extent, FileTier, ReadMode, Span};
@@ -236,17 +236,17 @@ impl Loader<'_> {
             for id in group.tensors {
                 let n_bytes = self.gguf.tensors()[id].n_bytes;
                 let held = if !matrices.contains(&id) {
-                    Held::Vector(self.vector(id)?)
+                    WeightStorage::Vector(self.vector(id)?)
                 } else if let Some(device) = self.devices.of(tier) {
-                    Held::Device(Arc::new(self.to_device(id, device)?))
+                    WeightStorage::Device(Arc::new(self.to_device(id, device)?))
                 } else if let Backing::Arena { weights, .. } = &mut self.backings[tier] {
                     let piece = weights.take(n_bytes as usize)?;
-                    Held::Piece(self.whole_tensor(id, piece)?)
+                    WeightStorage::Piece(self.whole_tensor(id, piece)?)
                 } else {
                     if self.options.checks.is_some() {
                         self.mapped_tensor(id)?;
                     }
-                    Held::Mapped
+                    WeightStorage::Mapped
                 };
                 weights.hold(id, tier, held);
                 self.done += n_bytes;

@@ -8,13 +8,13 @@ use crate::error::RunError;
 use crate::experts::store::{ExpertStore, Step};
 use crate::experts::view::ExpertView;
 use crate::gpu::rows::GpuRows;
-use crate::layers::compute::{Compute, add_bias};
+use crate::layers::cpu_context::{CpuContext, add_bias};
 use crate::layers::weights::DenseWeights;
 use crate::tiers::pace::StageBytes;
 use gpu::GpuBatch;
 use offload::Streams;
 use routing::Batch;
-use routing::{Choices, Users};
+use routing::{BatchRouting, TokensByExpert};
 use tier_plan_formats::model::spec::{Activation, GatedFfn, MoeSpec, SharedSpec};
 use tier_plan_kernels::pooled::{MatJob, matmul_all};
 use tier_plan_kernels::{ActView, Activations, Kernels, needs_quants};
@@ -57,7 +57,7 @@ impl FfnScratch {
 
 /// `out = down(silu(gate x) · up x)`, all rows of `x`.
 pub(crate) fn dense_ffn(
-    c: Compute<'_>,
+    c: CpuContext<'_>,
     weights: &DenseWeights,
     ffn: &GatedFfn,
     x: ActView<'_>,
@@ -79,7 +79,7 @@ pub(crate) fn dense_ffn(
 
 /// The shared expert of a layer, all rows of `x`; `values` are the same rows as plain floats, `[rows, hidden]`.
 pub(crate) fn shared_expert(
-    c: Compute<'_>,
+    c: CpuContext<'_>,
     weights: &DenseWeights,
     shared: &SharedSpec,
     x: ActView<'_>,
@@ -105,18 +105,18 @@ fn activate(kernels: Kernels, activation: Activation, gate: &mut [f32], up: &[f3
 }
 
 /// [`activate`] for `[rows, width]`, shared out among the threads.
-fn activate_shared(c: Compute<'_>, activation: Activation, width: usize, gate: &mut [f32], up: &[f32]) {
+fn activate_shared(c: CpuContext<'_>, activation: Activation, width: usize, gate: &mut [f32], up: &[f32]) {
     c.pool.for_each_slice(gate, width, |row, gate| activate(c.kernels, activation, gate, &up[row * width..][..width]));
 }
 
 /// Routed experts of one token: those at hand compute while the others are read. `out` is `[hidden]`.
 pub(crate) fn moe_token(
-    c: Compute<'_>,
+    c: CpuContext<'_>,
     store: &mut ExpertStore,
     layer: usize,
     moe: &MoeSpec,
     x: ActView<'_>,
-    choices: &Choices<'_>,
+    choices: &BatchRouting<'_>,
     s: &mut FfnScratch,
     out: &mut [f32],
     computed: &mut StageBytes,
@@ -188,7 +188,7 @@ fn ask_for(
 
 /// Computes the experts at positions `ready` of the step into their rows of `results`.
 fn experts_of_token(
-    c: Compute<'_>,
+    c: CpuContext<'_>,
     store: &ExpertStore,
     step: &Step,
     ready: &[usize],
@@ -236,18 +236,18 @@ fn experts_of_token(
 /// Routed experts of a batch: each expert computes once, for all tokens that chose it, in ascending order so that the
 /// sums do not depend on the plan; those of GPUs come when they have been fetched. `x` has a row a token; `out` is `[tokens, hidden]`.
 pub(crate) fn moe_batch(
-    c: Compute<'_>,
+    c: CpuContext<'_>,
     store: &mut ExpertStore,
     layer: usize,
     moe: &MoeSpec,
     x: ActView<'_>,
-    choices: &Choices<'_>,
+    choices: &BatchRouting<'_>,
     s: &mut FfnScratch,
     out: &mut [f32],
     computed: &mut StageBytes,
 ) -> Result<Step, RunError> {
     let hidden = moe.router.n_in;
-    let users = Users::new(choices, moe.n_expert);
+    let users = TokensByExpert::new(choices, moe.n_expert);
     choices.experts.chunks_exact(choices.n_used.max(1)).for_each(|chosen| store.note(layer, chosen));
     let mut step = store.begin(layer, &users.by_last_use(choices), users.present());
     out.fill(0.0);
@@ -307,7 +307,7 @@ pub(crate) fn moe_batch(
 
 /// What one expert makes of some tokens of a batch, `[tokens, hidden]`, not weighted yet.
 fn expert_of_batch<'s>(
-    c: Compute<'_>,
+    c: CpuContext<'_>,
     view: &ExpertView<'_>,
     moe: &MoeSpec,
     x: ActView<'_>,
@@ -337,8 +337,8 @@ mod tests {
 
     #[test]
     fn users_are_grouped_and_ordered() {
-        let choices = Choices { experts: &[3, 1, 1, 0, 3, 2], weights: &[0.1, 0.2, 0.3, 0.4, 0.5, 0.6], n_used: 2 };
-        let users = Users::new(&choices, 5);
+        let choices = BatchRouting { experts: &[3, 1, 1, 0, 3, 2], weights: &[0.1, 0.2, 0.3, 0.4, 0.5, 0.6], n_used: 2 };
+        let users = TokensByExpert::new(&choices, 5);
         assert_eq!(users.present(), [0, 1, 2, 3]);
         assert_eq!(users.of(3), [(0, 0.1), (2, 0.5)]);
         assert_eq!(users.of(1), [(0, 0.2), (1, 0.3)]);

@@ -3,7 +3,7 @@
 use tier_plan_kernels::ActView;
 
 /// Which experts each token of a batch uses.
-pub(crate) struct Choices<'a> {
+pub(crate) struct BatchRouting<'a> {
     /// `[tokens, n_used]`.
     pub experts: &'a [u16],
     /// `[tokens, n_used]`.
@@ -12,15 +12,15 @@ pub(crate) struct Choices<'a> {
 }
 
 /// The tokens of a batch sorted by expert.
-pub(crate) struct Users {
+pub(crate) struct TokensByExpert {
     /// First entry of each expert, `[n_expert + 1]`.
     starts: Vec<usize>,
     /// (token, weight), grouped by expert, tokens ascending.
     entries: Vec<(usize, f32)>,
 }
 
-impl Users {
-    pub(crate) fn new(choices: &Choices<'_>, n_expert: usize) -> Self {
+impl TokensByExpert {
+    pub(crate) fn new(choices: &BatchRouting<'_>, n_expert: usize) -> Self {
         let mut starts = vec![0; n_expert + 1];
         for expert in choices.experts {
             starts[usize::from(*expert) + 1] += 1;
@@ -49,7 +49,7 @@ impl Users {
     }
 
     /// The same experts, the one used last at the end.
-    pub(crate) fn by_last_use(&self, choices: &Choices<'_>) -> Vec<u32> {
+    pub(crate) fn by_last_use(&self, choices: &BatchRouting<'_>) -> Vec<u32> {
         let mut seen = vec![false; self.starts.len()];
         let mut order = Vec::new();
         for expert in choices.experts.iter().rev() {
@@ -66,6 +66,6 @@ impl Users {
 #[derive(Clone, Copy)]
 pub(crate) struct Batch<'a> {
     pub x: ActView<'a>,
-    pub users: &'a Users,
+    pub users: &'a TokensByExpert,
     pub hidden: usize,
 }

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::gpu::mixer_alone;
-use crate::layers::weights::Held;
+use crate::layers::weights::WeightStorage;
 use std::io::Write;
 use std::sync::Arc;
 use tier_plan_formats::gguf::Gguf;
@@ -201,10 +201,10 @@ impl Layer {
         let gguf = Arc::new(Gguf::open(file.path()).expect("the file just written"));
         let mut weights = DenseWeights::new(gguf);
         for id in 0..conv {
-            weights.hold(id, 0, Held::Mapped);
+            weights.hold(id, 0, WeightStorage::Mapped);
         }
         for (id, values) in [conv, dt_bias, decay, norm].into_iter().zip(vectors) {
-            weights.hold(id, 0, Held::Vector(values.clone().into()));
+            weights.hold(id, 0, WeightStorage::Vector(values.clone().into()));
         }
         let heads = (n_key, n_value, dim, taps);
         let (n_key_head, n_value_head, head_dim, conv_taps) = heads;
@@ -228,7 +228,7 @@ impl Layer {
     /// Runs batches one after another; `x` is `[tokens, HIDDEN]`.
     fn run(&self, state: &mut DeltaState, x: &[f32], batches: &[usize], threads: usize) -> Vec<f32> {
         let pool = ThreadPool::new(threads);
-        let c = Compute { pool: &pool, kernels: Kernels::best() };
+        let c = CpuContext { pool: &pool, kernels: Kernels::best() };
         let largest = batches.iter().copied().max().unwrap_or(1);
         let mut scratch = DeltaScratch::default();
         scratch.reserve(largest, &self.spec);

@@ -5,7 +5,7 @@ use tier_plan_kernels::threads::ThreadPool;
 
 /// What the blocks compute with.
 #[derive(Clone, Copy)]
-pub(crate) struct Compute<'a> {
+pub(crate) struct CpuContext<'a> {
     pub pool: &'a ThreadPool,
     pub kernels: Kernels,
 }
