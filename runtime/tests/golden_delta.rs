@@ -8,7 +8,7 @@ use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::model::describe;
 use tier_plan_runtime::model::shape::shape_of;
 use tier_plan_runtime::plans::in_memory::all_in_memory;
-use tier_plan_runtime::{Engine, KvType, LoadOptions, RunError, LogitsMode};
+use tier_plan_runtime::{Engine, KvType, LoadOptions, LogitsMode, RunError};
 
 const NAMES: [&str; 2] = ["qwen3next", "qwen35moe"];
 

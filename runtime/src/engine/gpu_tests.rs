@@ -3,7 +3,7 @@
 use crate::engine::{Engine, LogitsMode};
 use crate::error::LoadError;
 use crate::options::LoadOptions;
-use crate::plans::in_memory::{all_on_gpu, all_in_memory};
+use crate::plans::in_memory::{all_in_memory, all_on_gpu};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use tier_plan_cuda::device::{Arg, Grid, Recording};

@@ -22,17 +22,17 @@ impl Engine {
             self.plan().layers.iter().enumerate().map(|(position, placed)| (placed.layer, position)).collect();
         let known = |l: &LayerSlots| positions.get(&l.layer).map(|position| (*position, l.experts.clone()));
         let layers: Vec<(usize, Vec<u32>)> = layers.iter().filter_map(known).collect();
-        self.experts.warm_up(&layers)
+        self.experts.store.warm_up(&layers)
     }
 
     /// Slots that [`warm_up`](Self::warm_up) has filled so far.
     pub fn warmed(&self) -> u64 {
-        self.experts.warmed()
+        self.experts.store.warmed()
     }
 
     /// What the slots of each layer that has any hold, the most recently used first.
     pub fn slot_contents(&self) -> Vec<LayerSlots> {
-        let layers = self.plan().layers.iter().zip(self.experts.residents());
+        let layers = self.plan().layers.iter().zip(self.experts.store.residents());
         let with_slots = layers.filter(|(placed, _)| placed.slots > 0);
         with_slots.map(|(placed, experts)| LayerSlots { layer: placed.layer, experts }).collect()
     }

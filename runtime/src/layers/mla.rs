@@ -252,7 +252,13 @@ fn attend_part(
 }
 
 /// Multiplies each head's rows of `x`, `[n_head, tokens, _]`, by its own matrix into `out`, `[n_head, tokens, _]`.
-fn by_head<'a>(c: CpuContext<'_>, n_head: usize, x: ActView<'_>, out: &mut [f32], matrix: impl Fn(usize) -> Weights<'a>) {
+fn by_head<'a>(
+    c: CpuContext<'_>,
+    n_head: usize,
+    x: ActView<'_>,
+    out: &mut [f32],
+    matrix: impl Fn(usize) -> Weights<'a>,
+) {
     let n = x.rows() / n_head;
     let len = out.len() / n_head;
     let job = |(head, out)| MatJob::new(matrix(head), x.rows_range(head * n..(head + 1) * n), out);

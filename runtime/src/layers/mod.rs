@@ -4,11 +4,11 @@ pub(crate) mod attention;
 pub(crate) mod cpu_context;
 pub(crate) mod delta;
 pub(crate) mod gqa;
+pub(crate) mod index;
 pub(crate) mod kv_rows;
 pub(crate) mod mixer;
 pub(crate) mod mla;
 pub(crate) mod places;
-pub(crate) mod prefetch_router;
 #[doc(hidden)]
 pub mod probe;
 pub mod rope;
