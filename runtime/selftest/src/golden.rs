@@ -12,7 +12,7 @@ use tier_plan_formats::model::kv::KvType;
 use tier_plan_formats::model::shape::shape_of;
 use tier_plan_runtime::engine::{Engine, LogitsMode};
 use tier_plan_runtime::options::LoadOptions;
-use tier_plan_runtime::plans::in_memory::{all_on_gpu, all_in_memory};
+use tier_plan_runtime::plans::in_memory::{all_in_memory, all_on_gpu};
 
 /// A model with what its tokens should give.
 #[derive(Debug, Clone)]

@@ -13,7 +13,7 @@ use tier_plan_formats::model::shape::{ModelShape, shape_of};
 use tier_plan_formats::placement::Placement;
 use tier_plan_runtime::engine::{Engine, LogitsMode};
 use tier_plan_runtime::options::LoadOptions;
-use tier_plan_runtime::plans::in_memory::{all_on_gpu, experts_in_memory, all_in_memory};
+use tier_plan_runtime::plans::in_memory::{all_in_memory, all_on_gpu, experts_in_memory};
 
 /// Keys and values of what is timed, as `run` stores them.
 pub const KV_TYPE: KvType = KvType::F16;

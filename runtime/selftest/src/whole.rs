@@ -12,7 +12,7 @@ use tier_plan_runtime::engine::{Engine, LogitsMode};
 use tier_plan_runtime::error::{LoadError, RunError};
 use tier_plan_runtime::gpu::devices::GiveDevice;
 use tier_plan_runtime::options::LoadOptions;
-use tier_plan_runtime::plans::in_memory::{all_on_gpu, experts_in_memory, all_in_memory};
+use tier_plan_runtime::plans::in_memory::{all_in_memory, all_on_gpu, experts_in_memory};
 
 /// Tokens of the prompt.
 const PROMPT: u32 = 24;

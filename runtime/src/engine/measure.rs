@@ -4,18 +4,18 @@ use super::Engine;
 use super::generate::Generated;
 use tier_plan_formats::record::{LayerRecord, RunRecord, TierRecord};
 
-/// What a record needs besides the engine's own counts.
+/// The facts of a record that the engine does not know.
 #[derive(Debug, Clone, Default)]
 pub struct Circumstances {
     /// UTC moment, see [`tier_plan_formats::units::show_utc`].
     pub when: String,
-    /// Processor and memory, in words.
+    /// CPU and memory, human-readable.
     pub host: String,
     /// Seconds from the start of loading to the first token.
     pub first_token_s: f64,
 }
 
-/// Records what the engine counted since its counters were reset.
+/// Returns the record of what the engine counted since its counters were reset.
 pub fn record(engine: &Engine, generated: &Generated, circumstances: &Circumstances) -> RunRecord {
     let plan = engine.plan();
     let counters = engine.counters();

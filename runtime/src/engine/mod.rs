@@ -14,10 +14,13 @@ mod gpu_backend;
 #[cfg(test)]
 mod gpu_delta_tests;
 #[cfg(test)]
+#[allow(unsafe_code)]
 mod gpu_slot_tests;
 #[cfg(test)]
+#[allow(unsafe_code)]
 mod gpu_split_tests;
 #[cfg(test)]
+#[allow(unsafe_code)]
 mod gpu_tests;
 mod load;
 pub mod measure;
@@ -26,6 +29,7 @@ mod meter;
 mod node_tests;
 mod predictor;
 #[cfg(test)]
+#[allow(unsafe_code)]
 mod prompt_gpu_tests;
 #[cfg(test)]
 mod rewritten_mla_tests;

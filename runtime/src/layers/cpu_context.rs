@@ -1,9 +1,9 @@
-//! What the arithmetic of layers computes with.
+//! The kernels and threads that layers compute with on the CPU.
 
 use tier_plan_kernels::Kernels;
 use tier_plan_kernels::threads::ThreadPool;
 
-/// What the blocks compute with.
+/// The kernels and threads of a computation on the CPU.
 #[derive(Clone, Copy)]
 pub(crate) struct CpuContext<'a> {
     pub pool: &'a ThreadPool,

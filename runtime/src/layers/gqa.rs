@@ -1,4 +1,4 @@
-//! Attention with grouped key and value heads, causal, over the cache.
+//! Grouped-query attention (GQA), causal, over the KV cache.
 
 use super::attention::{Attention, AttentionParts, attend};
 use super::kv_rows::KeyValues;
@@ -9,14 +9,14 @@ use tier_plan_formats::model::spec::{GqaSpec, NormSpan};
 use tier_plan_kernels::pooled::{MatJob, matmul_all};
 use tier_plan_kernels::{Activations, needs_quants};
 
-/// Buffers of the attention stage.
+/// Buffers of a GQA mixer.
 #[derive(Default)]
 pub(super) struct GqaScratch {
     q: Vec<f32>,
     k: Vec<f32>,
     v: Vec<f32>,
     mixed: Vec<f32>,
-    /// e to the minus output gate, `[tokens, n_head * key_dim]`.
+    /// `e^-g` of the output gate `g`, `[tokens, n_head * key_dim]`.
     gate: Vec<f32>,
     norm: Vec<f32>,
     parts: AttentionParts,
@@ -25,7 +25,7 @@ pub(super) struct GqaScratch {
 }
 
 impl GqaScratch {
-    /// For batches of up to `rows` tokens of layers like `spec`; called for each layer, grows to the largest.
+    /// Grows to batches of `rows` tokens of a layer like `spec`.
     pub(super) fn reserve(&mut self, rows: usize, spec: &GqaSpec) {
         let grow = |buffer: &mut Vec<f32>, len: usize| {
             if buffer.len() < len {
@@ -47,7 +47,7 @@ impl GqaScratch {
     }
 }
 
-/// `out = o(attention(q x, k x, v x))`; the tokens' keys and values are added to the cache.
+/// Computes `out = o(attention(q x, k x, v x))`, and stores the tokens' keys and values in the cache.
 pub(super) fn run(
     c: CpuContext<'_>,
     weights: &DenseWeights,
@@ -125,8 +125,8 @@ pub(super) fn run(
     add_bias(out, weights.bias(&spec.o));
 }
 
-/// Moves the gates that follow each head out of rows of `width` values, and the heads together at the rows' beginnings.
-/// An empty `gate` stands for no gates.
+/// Splits rows of `width` values into heads, moved together at the rows' beginnings, and the gate that follows each.
+/// Where `gate` is empty there are no gates.
 fn take_gates(q: &mut [f32], gate: &mut [f32], width: usize, key_dim: usize) {
     if gate.is_empty() {
         return;

@@ -1,6 +1,6 @@
-//! Multi-head latent attention, with the projections to keys and values absorbed.
+//! Multi-head latent attention (MLA), with the projections to keys and values absorbed.
 //!
-//! A head's score `q · (K c)` equals `(Kᵀ q) · c`, and its result `Σ w (V c)` equals `V (Σ w c)`: so queries are taken
+//! A head's score `q · (K c)` equals `(Kᵀ q) · c`, and its result `Σ w (V c)` equals `V (Σ w c)`. So queries are taken
 //! to the space of the latents `c`, all heads attend to the same cached rows, and what they gather is taken back.
 
 use super::attention::{Attention, AttentionParts, attend};
@@ -14,26 +14,27 @@ use tier_plan_kernels::pooled::{MatJob, matmul_all};
 use tier_plan_kernels::quant::dequantize_row;
 use tier_plan_kernels::{ActView, Activations, Weights, needs_quants};
 
-/// Values in the space of the latents that are worked on at once: 16 MiB. More tokens are taken in parts; few in tests,
-/// so that they have parts.
+/// Floats in the space of the latents that are worked on at once: 16 MiB. Larger batches are taken in parts. Few in tests,
+/// so that there are several parts.
 const MAX_LATENT_VALUES: usize = if cfg!(test) { 512 } else { 4 << 20 };
 
 thread_local! {
-    /// A row of a matrix, one buffer a thread.
+    /// A row of a matrix, one buffer per thread.
     static ROW: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Buffers of the attention stage.
+/// Buffers of an MLA mixer.
 #[derive(Default)]
 pub(super) struct MlaScratch {
-    /// `[tokens, q_rank]`, before and after the norm.
+    /// `[tokens, q_rank]`.
     q_low: Vec<f32>,
+    /// `[tokens, q_rank]`: `q_low` after its norm.
     q_normed: Vec<f32>,
     /// `[tokens, n_head, nope_dim + rope dims]`.
     q: Vec<f32>,
     /// `[tokens, kv_rank + rope dims]`.
     kv: Vec<f32>,
-    /// One row for the cache.
+    /// One row for the cache, `[kv_rank + rope dims]`.
     row: Vec<f32>,
     /// `[n_head, tokens of a part, nope_dim]`.
     nope: Vec<f32>,
@@ -44,21 +45,21 @@ pub(super) struct MlaScratch {
     parts: AttentionParts,
     /// `[tokens, n_head, value_dim]`.
     mixed: Vec<f32>,
-    /// Rows that are whole tokens.
+    /// Activations of rows that are tokens.
     acts: Activations,
     acts_len: usize,
-    /// Rows that are heads.
+    /// Activations of rows that are heads of tokens.
     head_acts: Activations,
     head_acts_len: usize,
 }
 
-/// Tokens of one part of a batch.
+/// Returns the tokens of a batch that are worked on at once.
 fn part_tokens(spec: &MlaSpec) -> usize {
     (MAX_LATENT_VALUES / (spec.n_head * spec.kv_rank)).max(1)
 }
 
 impl MlaScratch {
-    /// For batches of up to `rows` tokens of layers like `spec`; called for each layer, grows to the largest.
+    /// Grows to batches of `rows` tokens of a layer like `spec`.
     pub(super) fn reserve(&mut self, rows: usize, spec: &MlaSpec) {
         let grow = |buffer: &mut Vec<f32>, len: usize| {
             if buffer.len() < len {
@@ -89,7 +90,7 @@ impl MlaScratch {
     }
 }
 
-/// `out = o(attention(x))`; the tokens' latents are added to the cache.
+/// Computes `out = o(attention(x))`, and stores the tokens' latents in the cache.
 pub(super) fn run(
     c: CpuContext<'_>,
     weights: &DenseWeights,
@@ -101,7 +102,7 @@ pub(super) fn run(
 ) {
     let n = input.x.rows();
     project(c, weights, spec, input, s);
-    remember(c, weights, spec, input, cache, s);
+    store_latents(c, weights, spec, input, cache, s);
     let mut first = 0;
     while first < n {
         let last = (first + part_tokens(spec)).min(n);
@@ -114,7 +115,7 @@ pub(super) fn run(
     add_bias(out, weights.bias(&spec.o));
 }
 
-/// Queries, rotated, into `q`; latents and shared key parts as projected into `kv`.
+/// Projects to queries, rotated, in `q`, and to latents and shared key parts in `kv`.
 fn project(c: CpuContext<'_>, weights: &DenseWeights, spec: &MlaSpec, input: &MixerInput<'_>, s: &mut MlaScratch) {
     let &MixerInput { x, rope, norm_eps: eps, .. } = input;
     let n = x.rows();
@@ -149,8 +150,8 @@ fn project(c: CpuContext<'_>, weights: &DenseWeights, spec: &MlaSpec, input: &Mi
     }
 }
 
-/// Norms latents, rotates key parts, and stores both.
-fn remember(
+/// Normalizes latents, rotates key parts, and stores both in the cache.
+fn store_latents(
     c: CpuContext<'_>,
     weights: &DenseWeights,
     spec: &MlaSpec,
@@ -171,7 +172,7 @@ fn remember(
     }
 }
 
-/// Attention of some of the batch's tokens, from `q` to `mixed`.
+/// Computes the attention of some of the batch's tokens, from `q` to `mixed`.
 fn attend_part(
     c: CpuContext<'_>,
     weights: &DenseWeights,
@@ -266,7 +267,7 @@ fn by_head<'a>(
     matmul_all(c.pool, c.kernels, &jobs);
 }
 
-/// `count` rows of a matrix.
+/// Returns `count` rows of a matrix.
 fn part(w: Weights<'_>, first: usize, count: usize) -> Weights<'_> {
     w.rows(first..first + count).unwrap_or_else(|| unreachable!("shapes are checked when the model is described"))
 }

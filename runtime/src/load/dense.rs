@@ -32,7 +32,7 @@ impl Loader<'_> {
                 self.progress.add(gguf.tensors()[id].n_bytes);
             }
         }
-        for (_, tier, bytes) in weights.placed() {
+        for (tier, bytes) in weights.placed() {
             self.memory.resident_bytes[tier] += bytes;
         }
         Ok(weights)

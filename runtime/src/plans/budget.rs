@@ -7,7 +7,7 @@
 
 use super::in_memory::all_in_memory;
 use crate::experts::layer::{Home, LayerExperts, Layout};
-use crate::options::{BATCH, MICRO_BATCH};
+use crate::options::{DEFAULT_BATCH, MAX_MICRO_BATCH};
 use crate::tiers::file::FileTier;
 use thiserror::Error;
 use tier_plan_formats::gguf::Gguf;
@@ -83,7 +83,7 @@ impl Fixed {
     /// For a model that may use `budget` bytes: the largest batch whose activations are a small part of that.
     pub fn new(gguf: &Gguf, spec: &ModelSpec, shape: &ModelShape, context: u32, kv_type: KvType, budget: u64) -> Self {
         let header = gguf.tensors().iter().filter(|t| t.part == 0).map(|t| t.offset).min().unwrap_or(0);
-        let mut batch = BATCH.min(context.max(1) as usize);
+        let mut batch = DEFAULT_BATCH.min(context.max(1) as usize);
         while batch > LEAST_BATCH && activation_bytes(gguf, spec, context, batch) > budget / 32 {
             batch /= 2;
         }
@@ -132,7 +132,7 @@ fn activation_bytes(gguf: &Gguf, spec: &ModelSpec, context: u32, batch: usize) -
     let row = hidden * (3 * 4 + 3 * WITH_QUANTS) + ffn * (2 * 4 + WITH_QUANTS) + n_expert * 4 + mixer;
     // Logits and the sampler's copies; scores of a query on each thread.
     let once = spec.n_vocab as u64 * 24 + u64::from(context) * 64;
-    let micro = row.saturating_mul(batch.min(MICRO_BATCH) as u64);
+    let micro = row.saturating_mul(batch.min(MAX_MICRO_BATCH) as u64);
     kept.saturating_mul(batch as u64).saturating_add(micro).saturating_add(once)
 }
 

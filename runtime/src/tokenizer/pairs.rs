@@ -1,7 +1,7 @@
-//! Byte-level byte-pair encoding (`gpt2` vocabularies).
+//! Byte-level byte-pair encoding, BPE (`gpt2` vocabularies).
 //!
-//! The text is cut into words, each word's bytes are written in the printable alphabet, and neighbouring
-//! tokens are merged in the order in which the merges were learnt.
+//! The text is cut into words, each word's bytes are written in the printable alphabet, and neighboring
+//! tokens are merged in the order in which the merges were learned.
 
 use super::TokenizerError;
 use super::bytes::CHARS;
@@ -14,7 +14,7 @@ use tokenizers::models::bpe::{BPE, Vocab};
 pub(super) struct BytePairs {
     model: BPE,
     splitter: Splitter,
-    /// Which bytes the vocabulary has a token for.
+    /// By byte: whether the vocabulary has a token for it.
     has_byte: Box<[bool; 256]>,
 }
 

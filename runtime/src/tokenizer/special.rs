@@ -8,7 +8,7 @@ use std::collections::HashSet;
 /// What a token is for (`tokenizer.ggml.token_type`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TokenKind {
-    /// A piece of text.
+    /// Text.
     Normal,
     /// Stands for text the vocabulary can't spell.
     Unknown,
@@ -16,14 +16,14 @@ pub enum TokenKind {
     Control,
     /// Added to a trained vocabulary: text, but found before anything is split.
     UserDefined,
-    /// Never produced.
+    /// Unused: never produced.
     Unused,
     /// One byte (`<0x0A>`).
     Byte,
 }
 
 impl TokenKind {
-    /// The kind that a file's number means; numbers without a meaning are unused tokens.
+    /// Returns the kind that a file's number means; numbers without a meaning are unused tokens.
     pub(super) fn from_gguf(number: i32) -> Self {
         match number {
             1 => Self::Normal,
@@ -35,7 +35,7 @@ impl TokenKind {
         }
     }
 
-    /// Whether the token's text belongs to the generated text.
+    /// Returns whether the token's text belongs to the generated text.
     pub fn is_text(self) -> bool {
         matches!(self, Self::Normal | Self::UserDefined | Self::Byte)
     }
@@ -90,9 +90,9 @@ pub(super) struct Specials {
 /// A stretch of a prompt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Fragment<'t> {
-    /// To be split and encoded.
+    /// Text to be split and encoded.
     Text(&'t str),
-    /// A special token.
+    /// Id of a special token.
     Token(u32),
 }
 
@@ -172,8 +172,8 @@ impl Specials {
         fragments
     }
 
-    /// Which entries of `list` occur in `text` at all, in order: one pass over the text, where searching it for
-    /// each of the thousand special tokens that some vocabularies have would take a thousand.
+    /// Returns the indices of the entries of `list` that occur in `text`, in order. Takes one pass over the text: some
+    /// vocabularies have a thousand special tokens, and searching for each would take a thousand passes.
     fn present(&self, text: &str, parse: bool) -> Vec<usize> {
         let bytes = text.as_bytes();
         let mut found = vec![false; self.list.len()];

@@ -1,4 +1,4 @@
-//! Text as it is generated, token by token.
+//! Streaming decoding: text as it is generated, token by token.
 
 use super::Tokenizer;
 

@@ -206,7 +206,7 @@ fn every_query_has_one_place() {
             let blocks = Blocks::new(&a, threads);
             let mut count = std::collections::HashMap::new();
             for job in 0..blocks.jobs(n_head_kv) {
-                let (kv_head, heads, tokens, chunk) = blocks.job(job);
+                let Job { kv_head, heads, tokens, chunk } = blocks.job(job);
                 assert!(heads.len() * tokens.len() <= blocks.queries() && !heads.is_empty() && !tokens.is_empty());
                 for (i, token) in tokens.clone().enumerate() {
                     for (h, head) in heads.clone().enumerate() {
