@@ -1,7 +1,8 @@
-//! Whole layers: a decoded token and a prompt through the bundled model, by layer, on each instruction set.
+//! Whole layers: a decoded token and a prompt through the bundled model, by layer, on each
+//! instruction set.
 //!
-//! `cargo bench -p tier-plan-runtime --bench engine`; set `TIER_PLAN_ISA` for one set, `TIER_PLAN_BENCH_MODEL` for
-//! another model.
+//! `cargo bench -p tier-plan-runtime --bench engine`; set `TIER_PLAN_ISA` for one set,
+//! `TIER_PLAN_BENCH_MODEL` for another model.
 #![allow(missing_docs)]
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};

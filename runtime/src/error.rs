@@ -59,8 +59,8 @@ pub enum LoadError {
         plan: String,
         /// Name of the tier.
         tier: String,
-        /// The tensor group that a plan without this fault keeps off the tier; `None` for the KV cache, which a plan made
-        /// today puts elsewhere.
+        /// The tensor group that a plan without this fault keeps off the tier; `None` for the KV
+        /// cache, which a plan made today puts elsewhere.
         group: Option<&'static str>,
         /// The part, and why it can't run there.
         what: String,

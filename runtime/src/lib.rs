@@ -1,12 +1,14 @@
 //! Runs mixture-of-experts language models whose weights are spread over memory tiers.
 //!
-//! A [placement plan](formats::placement::Placement) says where every tensor of a model lives: in GPU memory, in main
-//! memory, or on a drive. [`Engine::load`] puts the tensors there, and [`Engine::forward`] takes tokens through the
-//! layers. Each dense part of a layer computes where its weights are. Routed experts that are on a drive are read when
-//! a router chooses them, or are prefetched, and stay in slots. The plan changes the speed and never the result: sums
-//! have a fixed order, so that the CPU's logits are the same to the bit under every plan.
+//! A [placement plan](formats::placement::Placement) says where every tensor of a model lives: in
+//! GPU memory, in main memory, or on a drive. [`Engine::load`] puts the tensors there, and
+//! [`Engine::forward`] takes tokens through the layers. Each dense part of a layer computes where
+//! its weights are. Routed experts that are on a drive are read when a router chooses them, or are
+//! prefetched, and stay in slots. The plan changes the speed and never the result: sums have a
+//! fixed order, so that the CPU's logits are the same to the bit under every plan.
 //!
-//! Plans come from a solver, which this crate knows nothing of, or from [`plans`], which needs none.
+//! Plans come from a solver, which this crate knows nothing of, or from [`plans`], which needs
+//! none.
 //!
 //! # Example
 //!
@@ -36,9 +38,10 @@
 //!
 //! # Modules
 //!
-//! [`engine`] has the pass; [`experts`] the store of routed experts with its slot cache; [`tiers`] memory, files and the
-//! pacing of emulated tiers; [`gpu`] the parts of a model on GPUs; [`tokenizer`] and [`sampler`] the way from text to
-//! tokens and back. `docs/ARCHITECTURE.md` shows how they fit together.
+//! [`engine`] has the pass; [`experts`] the store of routed experts with its slot cache; [`tiers`]
+//! memory, files and the pacing of emulated tiers; [`gpu`] the parts of a model on GPUs;
+//! [`tokenizer`] and [`sampler`] the way from text to tokens and back. `docs/ARCHITECTURE.md` shows
+//! how they fit together.
 #![deny(unsafe_code)]
 
 pub mod engine;

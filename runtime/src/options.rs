@@ -12,14 +12,15 @@ pub type Progress<'a> = &'a mut dyn FnMut(u64, u64);
 pub struct LoadOptions {
     /// Compute threads; the physical cores when `None`.
     pub threads: Option<usize>,
-    /// Tokens of a prompt that go through a layer together; 2048 when `None`, and never more than the context holds.
+    /// Tokens of a prompt that go through a layer together; 2048 when `None`, and never more than
+    /// the context holds.
     pub batch: Option<usize>,
     /// Checksums that all bytes are compared with, those that are read later too.
     pub checks: Option<Arc<Checks>>,
     /// A copy that experts are read from, where the plan reads them from files at all.
     pub pack: Option<Arc<Pack>>,
-    /// Rates that decide which experts of main memory are streamed to a GPU for prompts. Where `None`, the link is
-    /// measured and the CPU's rate is the plan's.
+    /// Rates that decide which experts of main memory are streamed to a GPU for prompts. Where
+    /// `None`, the link is measured and the CPU's rate is the plan's.
     pub stream: Option<StreamRates>,
 }
 

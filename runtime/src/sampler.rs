@@ -1,8 +1,8 @@
 //! Sampling: chooses the next token from the logits.
 //!
-//! The stages follow llama.cpp's order: repeat penalty, top-k, top-p, min-p, temperature, draw. Top-p and min-p
-//! therefore see the model's own probabilities, whatever the temperature.
-//! The module knows nothing of vocabularies. Equal logits, history and seed give equal tokens.
+//! The stages follow llama.cpp's order: repeat penalty, top-k, top-p, min-p, temperature, draw.
+//! Top-p and min-p therefore see the model's own probabilities, whatever the temperature. The
+//! module knows nothing of vocabularies. Equal logits, history and seed give equal tokens.
 
 use thiserror::Error;
 
@@ -13,7 +13,8 @@ pub struct SamplerConfig {
     pub temperature: f32,
     /// Top-k: keeps this many of the most likely tokens; 0 keeps all.
     pub top_k: usize,
-    /// Nucleus sampling: keeps the smallest set of most likely tokens with at least this total probability; 1 keeps all.
+    /// Nucleus sampling: keeps the smallest set of most likely tokens with at least this total
+    /// probability; 1 keeps all.
     pub top_p: f32,
     /// Min-p: drops tokens with less than this share of the highest probability; 0 keeps all.
     pub min_p: f32,
@@ -98,8 +99,8 @@ fn by_logit(a: &Candidate, b: &Candidate) -> std::cmp::Ordering {
 }
 
 impl Sampler {
-    /// Makes a sampler at the start of its random numbers. [`SamplerConfig::check`] refuses options outside their range;
-    /// here they do no harm but make little sense.
+    /// Makes a sampler at the start of its random numbers. [`SamplerConfig::check`] refuses options
+    /// outside their range; here they do no harm but make little sense.
     pub fn new(config: SamplerConfig) -> Self {
         let random = Random::new(config.seed);
         Self { config, random, candidates: Vec::new(), penalized: Vec::new() }
@@ -107,8 +108,9 @@ impl Sampler {
 
     /// Chooses a token from `logits`, `[n_vocab]`, given the tokens so far, `recent`, newest last.
     ///
-    /// Only the last `repeat_last_n` tokens count. NaN counts as impossible. The penalty is left applied in `logits`.
-    /// Returns token 0 where all logits are impossible, and where there are none.
+    /// Only the last `repeat_last_n` tokens count. NaN counts as impossible. The penalty is left
+    /// applied in `logits`. Returns token 0 where all logits are impossible, and where there are
+    /// none.
     pub fn sample(&mut self, logits: &mut [f32], recent: &[u32]) -> u32 {
         for l in logits.iter_mut() {
             if l.is_nan() {
@@ -281,7 +283,8 @@ mod tests {
 
     #[test]
     fn random_numbers_are_the_published_ones() {
-        // First outputs for the state 1, 2, 3, 4, from the reference implementation's documentation.
+        // First outputs for the state 1, 2, 3, 4, from the reference implementation's
+        // documentation.
         let mut r = Random([1, 2, 3, 4]);
         assert_eq!([r.next(), r.next(), r.next()], [41_943_041, 58_720_359, 3_588_806_011_781_223]);
         // SplitMix64 of 0.

@@ -77,7 +77,7 @@ pub fn collect(
     };
     let partial = partial_path(output);
     let mut profile = if restart { fresh } else { resume(&partial, fresh, prompts) };
-    session.engine.score_guesses();
+    session.engine.score_predictions();
     let bar = progress::count("profiling prompts", prompts.len() as u64);
     bar.set_position(profile.prompts.len() as u64);
     for prompt in &prompts[profile.prompts.len()..] {

@@ -1,7 +1,8 @@
 //! The stages of a pass apart from routed experts, on the CPU or on GPUs.
 //!
-//! A part of a layer runs where its weights are. The hidden state of a batch is in one place at a time, and moves to
-//! where the next part is. [`LayerBackend`] has one method per stage; [`Backends`] calls them in a layer's order.
+//! A part of a layer runs where its weights are. The hidden state of a batch is in one place at a
+//! time, and moves to where the next part is. [`LayerBackend`] has one method per stage;
+//! [`Backends`] calls them in a layer's order.
 
 use super::batch::Batch;
 use super::cpu::Cpu;
@@ -16,7 +17,8 @@ use tier_plan_formats::model::spec::{Ffn, ModelSpec};
 use tier_plan_kernels::threads::ThreadPool;
 use tier_plan_kernels::{Activations, Kernels};
 
-/// Computes the stages of a pass whose weights it has. Each adds to rows of the hidden state that it holds.
+/// Computes the stages of a pass whose weights it has. Each adds to rows of the hidden state that
+/// it holds.
 pub(crate) trait LayerBackend {
     /// Sets the hidden state of a batch to its tokens' embeddings.
     fn embed(&mut self, stage: &mut Stage<'_>, tokens: &[u32]) -> Result<(), RunError>;
@@ -27,10 +29,12 @@ pub(crate) trait LayerBackend {
     /// Adds the dense block of a layer without routed experts.
     fn dense_ffn(&mut self, stage: &mut Stage<'_>, layer: Layer<'_>) -> Result<(), RunError>;
 
-    /// Lets a layer's router choose experts, and leaves the choices and the normed rows in the stage's buffers.
+    /// Lets a layer's router choose experts, and leaves the choices and the normed rows in the
+    /// stage's buffers.
     fn route(&mut self, stage: &mut Stage<'_>, layer: Layer<'_>) -> Result<(), RunError>;
 
-    /// Adds a layer's shared expert, after [`route`](Self::route); `routed_here` says whether that ran on this backend.
+    /// Adds a layer's shared expert, after [`route`](Self::route); `routed_here` says whether that
+    /// ran on this backend.
     fn shared_expert(&mut self, stage: &mut Stage<'_>, layer: Layer<'_>, routed_here: bool) -> Result<(), RunError>;
 
     /// Adds the sums of the routed experts, `stage.buffers.out`.
@@ -39,7 +43,8 @@ pub(crate) trait LayerBackend {
     /// Writes the logits of rows, `[rows, n_vocab]`.
     fn head(&mut self, stage: &mut Stage<'_>, logits: &mut [f32]) -> Result<(), RunError>;
 
-    /// Writes the experts that a layer's router would choose for rows as they are now, `[rows, n_used]`.
+    /// Writes the experts that a layer's router would choose for rows as they are now, `[rows,
+    /// n_used]`.
     fn predict(&mut self, stage: &mut Stage<'_>, layer: Layer<'_>, experts: &mut Vec<u16>) -> Result<(), RunError>;
 }
 
@@ -169,8 +174,8 @@ impl Backends {
         self.buffers.expert_acts.clear();
     }
 
-    /// Computes everything of a layer but its routed experts: the mixer, then the dense block, or the router and the
-    /// shared expert. Returns where `rows`, which are at `place`, are then.
+    /// Computes everything of a layer but its routed experts: the mixer, then the dense block, or
+    /// the router and the shared expert. Returns where `rows`, which are at `place`, are then.
     pub(crate) fn dense_stage(
         &mut self,
         spec: &ModelSpec,
@@ -199,7 +204,8 @@ impl Backends {
         Ok(places.shared)
     }
 
-    /// Adds what routed experts made of the first `n` tokens of a batch to the hidden state, which is at `place`.
+    /// Adds what routed experts made of the first `n` tokens of a batch to the hidden state, which
+    /// is at `place`.
     pub(crate) fn add_experts(
         &mut self,
         spec: &ModelSpec,
@@ -216,7 +222,8 @@ impl Backends {
         self.processors.gpus.places.layers[layer.index.get()].ffn == place
     }
 
-    /// Writes the experts that the router of `layer` would choose for the hidden state of rows as it is now.
+    /// Writes the experts that the router of `layer` would choose for the hidden state of rows as
+    /// it is now.
     pub(crate) fn predict(
         &mut self,
         spec: &ModelSpec,

@@ -37,8 +37,8 @@ pub(crate) struct Batch<'a> {
     pub(crate) offset: usize,
     /// Tokens whose logits are computed; no logits where `None`.
     pub(crate) logits: Option<LogitsMode>,
-    /// Whether the call has one token only. A token of a longer call is summed like all of them, so that no result
-    /// depends on the size of a batch.
+    /// Whether the call has one token only. A token of a longer call is summed like all of them, so
+    /// that no result depends on the size of a batch.
     pub(crate) single: bool,
     pub(crate) phase: Phase,
 }

@@ -16,7 +16,8 @@ use tier_plan_kernels::quant::dequantize_row;
 /// The parts of a model that the CPU computes, and its buffers for them.
 pub(crate) struct Cpu {
     pub(crate) weights: DenseWeights,
-    /// `[batch, hidden]`: the hidden state. Rows on their way from one GPU to another pass through it too.
+    /// `[batch, hidden]`: the hidden state. Rows on their way from one GPU to another pass through
+    /// it too.
     pub(crate) x: Vec<f32>,
     /// By layer: whether a matrix of the mixer takes quantized activations.
     mixer_quants: Vec<bool>,
@@ -31,7 +32,8 @@ pub(crate) struct Cpu {
 }
 
 impl Cpu {
-    /// Makes the buffers for batches of up to `batch` tokens, of which a stage takes `micro_batch` at once.
+    /// Makes the buffers for batches of up to `batch` tokens, of which a stage takes `micro_batch`
+    /// at once.
     pub(crate) fn new(spec: &ModelSpec, weights: DenseWeights, batch: usize, micro_batch: usize) -> Self {
         let mut mixer = MixerScratch::default();
         let (mut ffn, mut n_expert, mut n_used) = (0, 0, 1);
@@ -149,7 +151,8 @@ impl LayerBackend for Cpu {
         let buffers = &mut *stage.buffers;
         let normed = &mut buffers.normed[..x.len()];
         norm_rows(cpu, x, self.weights.vector(layer.spec.ffn_norm), stage.spec.norm_eps, normed);
-        // Quantized whatever the router's type: the experts of a single token read the same activations.
+        // Quantized whatever the router's type: the experts of a single token read the same
+        // activations.
         buffers.acts.fill_shared(cpu.pool, cpu.kernels, n, hidden, normed, hidden.is_multiple_of(32));
         let (experts, weights) = (&mut buffers.experts[choices.clone()], &mut buffers.weights[choices]);
         self.choose(cpu, moe, buffers.acts.view(), experts, weights);
@@ -194,7 +197,8 @@ impl LayerBackend for Cpu {
         let (cpu, n, hidden) = (stage.cpu, stage.rows.len(), stage.spec.hidden);
         let x = &self.x[stage.values()];
         let buffers = &mut *stage.buffers;
-        // The buffers of normed rows are free: routed experts have copies, and the shared expert is done.
+        // The buffers of normed rows are free: routed experts have copies, and the shared expert is
+        // done.
         let normed = &mut buffers.normed[..x.len()];
         norm_rows(cpu, x, self.weights.vector(layer.spec.ffn_norm), stage.spec.norm_eps, normed);
         buffers.acts.fill(cpu.kernels, n, hidden, normed, hidden.is_multiple_of(32));

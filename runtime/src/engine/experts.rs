@@ -1,4 +1,5 @@
-//! The routed experts of a pass: running a layer's, and prefetching what the next layer is predicted to use.
+//! The routed experts of a pass: running a layer's, and prefetching what the next layer is
+//! predicted to use.
 
 use super::backend::Backends;
 use super::batch::Batch;
@@ -29,8 +30,8 @@ pub(crate) struct Experts {
 }
 
 impl Experts {
-    /// Computes the experts that a layer's router chose for a batch, into `out` of the shared buffers. Counts in
-    /// `computed` the bytes that are read of each tier.
+    /// Computes the experts that a layer's router chose for a batch, into `out` of the shared
+    /// buffers. Counts in `computed` the bytes that are read of each tier.
     ///
     /// # Errors
     /// When an expert can't be read, or a GPU fails.
@@ -64,14 +65,14 @@ impl Experts {
         if batch.single { run.token() } else { run.batch() }
     }
 
-    /// Compares a decoded token's prediction for a layer with what its router chose: returns how many experts were
-    /// predicted, and how many of them were chosen.
+    /// Compares a decoded token's prediction for a layer with what its router chose: returns how
+    /// many experts were predicted, and how many of them were chosen.
     pub(crate) fn score(&mut self, layer: MoeLayer<'_>, backends: &Backends) -> Option<(u64, u64)> {
         self.predictor.score(layer.index, &backends.buffers.experts[..layer.spec.n_used])
     }
 
-    /// Predicts the experts of the layer after `layer`, and has the store prefetch them while nothing that is needed is
-    /// being read. A batch is predicted by its last tokens.
+    /// Predicts the experts of the layer after `layer`, and has the store prefetch them while
+    /// nothing that is needed is being read. A batch is predicted by its last tokens.
     ///
     /// # Errors
     /// When a GPU fails.

@@ -1,4 +1,5 @@
-//! Text generation: prompt in, tokens out one at a time, until a limit, an end token or the callback stops it.
+//! Text generation: prompt in, tokens out one at a time, until a limit, an end token or the
+//! callback stops it.
 
 use crate::engine::{Engine, LogitsMode};
 use crate::error::RunError;

@@ -1,4 +1,5 @@
-//! Models with gated delta nets on a GPU, which is emulated on the processor: the kernels are those of a real one.
+//! Models with gated delta nets on a GPU, which is emulated on the processor: the kernels are those
+//! of a real one.
 
 use super::gpu_tests::{ALL, Experts, Watched, data, load, nmse, open, plan};
 use crate::engine::{Engine, LogitsMode};

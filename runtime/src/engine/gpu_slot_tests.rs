@@ -1,5 +1,5 @@
-//! Experts on several GPUs, pinned and in slots, on emulated devices: against the processor alone, and against the same
-//! plan with the tiers emulated in main memory.
+//! Experts on several GPUs, pinned and in slots, on emulated devices: against the processor alone,
+//! and against the same plan with the tiers emulated in main memory.
 
 use crate::engine::{Engine, LogitsMode};
 use crate::options::LoadOptions;
@@ -36,8 +36,8 @@ fn open(name: &str) -> (Arc<Gguf>, ModelShape) {
     (gguf, shape)
 }
 
-/// Two GPUs, main memory with all that is dense, and pooled experts on `home`. Pinned are the last experts, of which a
-/// few are on each tier, so that a layer's pooled experts begin with 0.
+/// Two GPUs, main memory with all that is dense, and pooled experts on `home`. Pinned are the last
+/// experts, of which a few are on each tier, so that a layer's pooled experts begin with 0.
 fn plan(shape: &ModelShape, home: TierKind, layer_of: impl Fn(usize) -> Layer) -> Placement {
     let mut plan = all_in_memory(shape, 96, KvType::F32);
     let all = plan.tiers.remove(0);
@@ -169,7 +169,8 @@ fn counts(engine: &Engine) -> (Vec<[u64; 4]>, u64) {
     (c.layers.iter().map(|l| [l.pinned_hits, l.slot_hits, l.misses, l.missed_bytes]).collect(), c.prompt_missed_bytes)
 }
 
-/// Compares a plan with the processor alone, and with GPUs that are emulated; says how often each device launched.
+/// Compares a plan with the processor alone, and with GPUs that are emulated; says how often each
+/// device launched.
 fn compare(name: &str, home: TierKind, layer_of: impl Fn(usize) -> Layer) -> [usize; 2] {
     let (gguf, shape) = open(name);
     let plan = plan(&shape, home, layer_of);
@@ -202,7 +203,8 @@ fn slots_on_a_gpu_give_the_same_text_and_hits() {
 
 #[test]
 fn few_slots_and_many_experts_at_once_give_the_same_text_and_hits() {
-    // A batch uses more experts than there are slots, so that some move to slots which others still use.
+    // A batch uses more experts than there are slots, so that some move to slots which others still
+    // use.
     for slots in [1, 2] {
         compare("arch/qwen3moe.gguf", TierKind::Nvme, |_| Layer {
             pinned: [0; 3],

@@ -1,5 +1,5 @@
-//! Models whose layers several GPUs share, or a GPU and the processor: each has the keys and values of its own layers. The
-//! devices are emulated, and each refuses what lies in another's memory.
+//! Models whose layers several GPUs share, or a GPU and the processor: each has the keys and values
+//! of its own layers. The devices are emulated, and each refuses what lies in another's memory.
 
 use super::gpu_tests::{nmse, open};
 use crate::engine::{Engine, LogitsMode};
@@ -156,7 +156,8 @@ fn compare(name: &str, of: (u32, KvType), make: impl Fn(&ModelShape) -> Placemen
     let off = nmse(&got, &expected);
     assert!(off < 1e-5, "{name}: {off:e}");
     assert_eq!(engine.routing().experts, plain.routing().experts, "{name}");
-    // Going back, as a conversation does that is edited: every layer has what it had, wherever that is.
+    // Going back, as a conversation does that is edited: every layer has what it had, wherever that
+    // is.
     if engine.truncate(9).is_ok() {
         plain.truncate(9).unwrap();
         let again = engine.forward(&[7, 8], LogitsMode::All).unwrap().to_vec();

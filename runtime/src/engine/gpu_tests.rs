@@ -1,4 +1,5 @@
-//! Engines whose experts are partly on a GPU, which is emulated on the processor: the kernels are those of a real one.
+//! Engines whose experts are partly on a GPU, which is emulated on the processor: the kernels are
+//! those of a real one.
 
 use crate::engine::{Engine, LogitsMode};
 use crate::error::LoadError;
@@ -59,7 +60,8 @@ fn logits(engine: &mut Engine, n_vocab: u32) -> Vec<f32> {
 
 #[test]
 fn experts_on_a_gpu_give_the_same_text() {
-    // Float and quantised experts, fused and split, with biases and without, shared experts beside them.
+    // Float and quantised experts, fused and split, with biases and without, shared experts beside
+    // them.
     for name in
         ["arch/qwen3moe.gguf", "arch/gpt-oss.gguf", "arch/qwen2moe.gguf", "quant/Q4_K_M.gguf", "quant/Q5_0.gguf"]
     {
@@ -77,12 +79,14 @@ fn experts_on_a_gpu_give_the_same_text() {
         let n_vocab = engine.spec().n_vocab as u32;
         let got = logits(&mut engine, n_vocab);
         let expected = logits(&mut load(&all_in_memory(&shape, 64, KvType::F32)), n_vocab);
-        // Their order of sums is another, so the same bits would mean that the processor computed everything.
+        // Their order of sums is another, so the same bits would mean that the processor computed
+        // everything.
         assert_ne!(got, expected, "{name}");
         let square = |v: f32| f64::from(v) * f64::from(v);
         let off: f64 = got.iter().zip(&expected).map(|(a, b)| square(a - b)).sum();
         let nmse = off / expected.iter().map(|v| square(*v)).sum::<f64>();
-        // Codes of 8-bit activations may round to the other side where sums differ in their last bits.
+        // Codes of 8-bit activations may round to the other side where sums differ in their last
+        // bits.
         assert!(nmse < 1e-5, "{name}: {nmse:e}");
     }
 }

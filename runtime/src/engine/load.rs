@@ -28,7 +28,8 @@ impl Engine {
     /// Loads a model as `plan` says. `progress` is told how many bytes of how many are in place.
     ///
     /// # Errors
-    /// When the plan is for another model, contradicts itself or does not fit; when memory or the file fail.
+    /// When the plan is for another model, contradicts itself or does not fit; when memory or the
+    /// file fail.
     pub fn load(
         gguf: Arc<Gguf>,
         plan: &Placement,
@@ -38,7 +39,8 @@ impl Engine {
         Self::load_on(gguf, plan, options, None, progress)
     }
 
-    /// [`load`](Self::load) with other devices in the place of the plan's GPUs: `give` is asked for each by its number.
+    /// [`load`](Self::load) with other devices in the place of the plan's GPUs: `give` is asked for
+    /// each by its number.
     ///
     /// # Errors
     /// As [`load`](Self::load).

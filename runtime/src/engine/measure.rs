@@ -57,7 +57,8 @@ pub fn record(engine: &Engine, generated: &Generated, circumstances: &Circumstan
         first_token_s: circumstances.first_token_s,
         tiers: tiers.collect(),
         layers: layers.collect(),
-        // For the place in the text where the run's tokens were: halfway through those that were decoded.
+        // For the place in the text where the run's tokens were: halfway through those that were
+        // decoded.
         predicted: (plan.predicted.decode_tok_s > 0.0).then(|| {
             let middle = (engine.n_past() as u64).saturating_sub(counters.decode_tokens.saturating_sub(1) / 2);
             plan.predicted_at(engine.shape(), u32::try_from(middle).unwrap_or(u32::MAX))

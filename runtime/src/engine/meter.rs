@@ -1,4 +1,5 @@
-//! The meter of a pass: what its stages are counted as, and how long they must take on emulated tiers.
+//! The meter of a pass: what its stages are counted as, and how long they must take on emulated
+//! tiers.
 //!
 //! Counting and pacing belong together, as both need the bytes that a stage reads from each tier.
 
@@ -108,8 +109,8 @@ impl Meter {
         self.outside.add(self.embedding.tier, batch.len() as u64 * self.embedding.bytes);
     }
 
-    /// Waits until the dense stage of `rows` tokens, which began at `start`, has taken the declared time. `positions` is
-    /// the length of the text after them.
+    /// Waits until the dense stage of `rows` tokens, which began at `start`, has taken the declared
+    /// time. `positions` is the length of the text after them.
     pub(crate) fn pace_dense(&self, start: Instant, layer: LayerIdx, positions: usize, rows: usize) {
         if let Some(pacer) = &self.pacer {
             let traffic = &self.dense[layer.get()];
@@ -118,8 +119,8 @@ impl Meter {
         }
     }
 
-    /// Counts the dense stages of a batch in a layer, which began at `start`, and starts the clock of its experts.
-    /// `n_past` is the length of the text before the batch.
+    /// Counts the dense stages of a batch in a layer, which began at `start`, and starts the clock
+    /// of its experts. `n_past` is the length of the text before the batch.
     pub(crate) fn finish_dense(&mut self, start: Instant, layer: Layer<'_>, phase: Phase, n_past: usize) -> LayerClock {
         let clock = LayerClock { dense: start, experts: Instant::now() };
         let time = clock.experts - clock.dense;
@@ -130,8 +131,8 @@ impl Meter {
         clock
     }
 
-    /// Counts a decoded token's dense stage: its weights, and its time by tier. On emulated tiers the time is shared out
-    /// by what is declared, for keys and values too.
+    /// Counts a decoded token's dense stage: its weights, and its time by tier. On emulated tiers
+    /// the time is shared out by what is declared, for keys and values too.
     fn charge_dense(&mut self, layer: LayerIdx, time: Duration, n_past: usize) {
         let traffic = &self.dense[layer.get()];
         let Some(pacer) = &self.pacer else { return self.counters.charge(&traffic.weights, time) };
@@ -140,7 +141,8 @@ impl Meter {
         self.counters.charge_paths(&pacer.dense_by_tier(&traffic.weights, traffic.cache_tier, cache), time);
     }
 
-    /// Counts how many experts a prediction named and how many of them the router chose, where there was one.
+    /// Counts how many experts a prediction named and how many of them the router chose, where
+    /// there was one.
     pub(crate) fn count_prediction(&mut self, moe: MoeIdx, predicted_right: Option<(u64, u64)>) {
         if let Some((predicted, right)) = predicted_right {
             let layer = &mut self.counters.layers[moe.get()];
@@ -171,7 +173,8 @@ impl Meter {
         }
     }
 
-    /// Counts a decoded token's experts; `paths` are the declared times by tier where a tier is emulated.
+    /// Counts a decoded token's experts; `paths` are the declared times by tier where a tier is
+    /// emulated.
     fn charge_experts(&mut self, moe: MoeIdx, step: &Step, paths: Option<&[Duration]>, time: Duration) {
         let layer = &mut self.counters.layers[moe.get()];
         layer.pinned_hits += step.pinned_hits;
@@ -194,8 +197,8 @@ impl Meter {
         }
     }
 
-    /// Waits until the head, which began at `start`, has taken the declared time, and counts what a batch read outside
-    /// the layers.
+    /// Waits until the head, which began at `start`, has taken the declared time, and counts what a
+    /// batch read outside the layers.
     pub(crate) fn finish_head(&mut self, start: Instant, batch: &Batch<'_>) {
         if batch.logits.is_some() {
             self.outside.add(self.head.tier, self.head.bytes);
@@ -208,8 +211,8 @@ impl Meter {
         }
     }
 
-    /// Counts a decoded token that never left the GPU of `tier`. Nothing was waited for in between, so its time since
-    /// `start` is shared out by bytes. `experts` are those of each MoE layer.
+    /// Counts a decoded token that never left the GPU of `tier`. Nothing was waited for in between,
+    /// so its time since `start` is shared out by bytes. `experts` are those of each MoE layer.
     pub(crate) fn count_token_on_gpu<'a>(
         &mut self,
         start: Instant,

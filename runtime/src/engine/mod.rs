@@ -1,8 +1,8 @@
 //! The engine: a loaded model with one text, and the pass that takes tokens through the layers.
 //!
-//! [`pass`](Engine::pass) shows the order of the work. What each step does is elsewhere: `backend` has the dense stages
-//! on the CPU and on GPUs, `experts` the routed experts, `meter` the clocks, counters and pacing, `sequence` the state of
-//! the text.
+//! [`pass`](Engine::pass) shows the order of the work. What each step does is elsewhere: `backend`
+//! has the dense stages on the CPU and on GPUs, `experts` the routed experts, `meter` the clocks,
+//! counters and pacing, `sequence` the state of the text.
 
 mod backend;
 mod batch;
@@ -91,8 +91,9 @@ impl Engine {
     /// Takes tokens through the network and returns logits, `[1, n_vocab]` or `[tokens, n_vocab]`.
     ///
     /// # Errors
-    /// When the context is full, a token is out of range, or the slow tier fails. After the last the context is as
-    /// before the call. A network with recurrent states can't go back, so that only [`clear`](Self::clear) helps then.
+    /// When the context is full, a token is out of range, or the slow tier fails. After the last
+    /// the context is as before the call. A network with recurrent states can't go back, so that
+    /// only [`clear`](Self::clear) helps then.
     pub fn forward(&mut self, tokens: &[u32], mode: LogitsMode) -> Result<&[f32], RunError> {
         self.sequence.check_room(tokens.len())?;
         let n_vocab = self.model.spec().n_vocab;
@@ -175,24 +176,27 @@ impl Engine {
         &self.plan
     }
 
-    /// Returns the bytes counted in each tier after loading: dense groups, pinned experts, slots, staging, KV cache and
-    /// recurrent states. The last tier's include the backing copies of pooled experts.
+    /// Returns the bytes counted in each tier after loading: dense groups, pinned experts, slots,
+    /// staging, KV cache and recurrent states. The last tier's include the backing copies of pooled
+    /// experts.
     pub fn resident_bytes(&self) -> &[u64] {
         &self.memory.resident_bytes
     }
 
-    /// Returns the bytes by tier that slots and staging take beyond the plan, within its budget, so that a block device
-    /// is read straight into them.
+    /// Returns the bytes by tier that slots and staging take beyond the plan, within its budget, so
+    /// that a block device is read straight into them.
     pub fn padding_bytes(&self) -> &[u64] {
         &self.memory.padding_bytes
     }
 
-    /// Returns how many experts of main memory were streamed to a GPU for prompts; an expert counts once per batch.
-    pub fn experts_passed(&self) -> u64 {
+    /// Returns how many experts of main memory were streamed to a GPU for prompts; an expert counts
+    /// once per batch.
+    pub fn experts_streamed(&self) -> u64 {
         self.experts.streams.passed()
     }
 
-    /// Returns what was counted since the engine was loaded or [`reset_counters`](Self::reset_counters).
+    /// Returns what was counted since the engine was loaded or
+    /// [`reset_counters`](Self::reset_counters).
     pub fn counters(&self) -> &Counters {
         self.meter.counters()
     }
@@ -202,9 +206,9 @@ impl Engine {
         self.meter.reset();
     }
 
-    /// Predicts what a decoded token's next layer needs even where nothing is prefetched, so that the counters tell how
-    /// good predictions are.
-    pub fn score_guesses(&mut self) {
+    /// Predicts what a decoded token's next layer needs even where nothing is prefetched, so that
+    /// the counters tell how good predictions are.
+    pub fn score_predictions(&mut self) {
         self.experts.scores_predictions = true;
     }
 
@@ -241,8 +245,8 @@ impl Engine {
     /// Forgets all tokens but the first `n`; does nothing where there are no more.
     ///
     /// # Errors
-    /// When a layer has one recurrent state for all past tokens, and `n` is neither 0 nor all of them. Nothing is
-    /// forgotten then.
+    /// When a layer has one recurrent state for all past tokens, and `n` is neither 0 nor all of
+    /// them. Nothing is forgotten then.
     pub fn truncate(&mut self, n: usize) -> Result<(), RunError> {
         self.sequence.truncate(n)
     }
@@ -252,7 +256,8 @@ impl Engine {
         self.sequence.clear();
     }
 
-    /// Returns the experts that the routers chose for the tokens of the last [`forward`](Self::forward).
+    /// Returns the experts that the routers chose for the tokens of the last
+    /// [`forward`](Self::forward).
     pub fn routing(&self) -> &Routing {
         &self.output.routing
     }

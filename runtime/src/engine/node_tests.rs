@@ -21,7 +21,8 @@ fn open(name: &str) -> (Arc<Gguf>, ModelShape) {
     (gguf, shape)
 }
 
-/// Every third expert pinned on one node, every third on another; the rest in slots of the second, from a drive.
+/// Every third expert pinned on one node, every third on another; the rest in slots of the second,
+/// from a drive.
 fn two_nodes(shape: &ModelShape, context: u32, node: u32) -> Placement {
     let mut plan = all_in_memory(shape, context, KvType::F16);
     let drive = &mut plan.tiers[0];

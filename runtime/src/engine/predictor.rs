@@ -1,9 +1,10 @@
-//! Predicting which experts the next layer will use: its router, asked about the hidden state before this layer's
-//! experts have been added to it.
+//! Predicting which experts the next layer will use: its router, asked about the hidden state
+//! before this layer's experts have been added to it.
 
 use crate::layers::index::MoeIdx;
 
-/// Predicted experts of one layer, and which of its predictions will be compared with the router's choice.
+/// Predicted experts of one layer, and which of its predictions will be compared with the router's
+/// choice.
 #[derive(Default)]
 pub(crate) struct RouterPredictor {
     /// `[tokens, n_used]`.
@@ -21,20 +22,22 @@ impl RouterPredictor {
         &mut self.experts
     }
 
-    /// Remembers that the prediction is for a single token in the layer `moe`, and will be [scored](Self::score).
+    /// Remembers that the prediction is for a single token in the layer `moe`, and will be
+    /// [scored](Self::score).
     pub(crate) fn will_be_scored(&mut self, moe: MoeIdx) {
         self.scored = Some(moe);
     }
 
-    /// Returns how many experts the last prediction named and how many of them are `chosen`, if it was for the layer
-    /// `moe`.
+    /// Returns how many experts the last prediction named and how many of them are `chosen`, if it
+    /// was for the layer `moe`.
     pub(crate) fn score(&mut self, moe: MoeIdx, chosen: &[u16]) -> Option<(u64, u64)> {
         self.scored.take_if(|scored| *scored == moe)?;
         let right = self.experts.iter().filter(|e| chosen.contains(e)).count();
         Some((self.experts.len() as u64, right as u64))
     }
 
-    /// Returns the predicted experts: of one token in the router's order, of several in ascending order, each once.
+    /// Returns the predicted experts: of one token in the router's order, of several in ascending
+    /// order, each once.
     pub(crate) fn predicted(&mut self, n_used: usize, n_expert: usize) -> impl Iterator<Item = u32> + '_ {
         self.present.clear();
         if self.experts.len() > n_used {

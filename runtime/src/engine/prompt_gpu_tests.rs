@@ -24,7 +24,8 @@ fn options(batch: usize) -> LoadOptions {
     LoadOptions { threads: Some(2), batch: Some(batch), ..LoadOptions::default() }
 }
 
-/// Logits of a prompt of several batches, and of tokens after it; and the experts that its tokens chose.
+/// Logits of a prompt of several batches, and of tokens after it; and the experts that its tokens
+/// chose.
 fn text(engine: &mut Engine) -> (Vec<f32>, Vec<u16>) {
     let n_vocab = engine.spec().n_vocab as u32;
     let tokens: Vec<u32> = (0..90).map(|i| (i * 37 + 5) % n_vocab).collect();
@@ -38,7 +39,8 @@ fn text(engine: &mut Engine) -> (Vec<f32>, Vec<u16>) {
 
 #[test]
 fn attention_of_prompts_in_16_bits_gives_the_same_text() {
-    // Plain heads, windows with sinks, heads whose norms are their own, and a whole model of 16-bit floats.
+    // Plain heads, windows with sinks, heads whose norms are their own, and a whole model of 16-bit
+    // floats.
     for (name, kv_type) in [
         ("arch/qwen3moe", KvType::F16),
         ("arch/gpt-oss", KvType::Q8_0),
@@ -53,15 +55,16 @@ fn attention_of_prompts_in_16_bits_gives_the_same_text() {
         let (got, chosen) = text(&mut engine);
         let (expected, choices) = text(&mut load(&gguf, &all_in_memory(&shape, of.0, kv_type), &options(64)));
         assert_ne!(got, expected, "{name}");
-        // Where two experts are nearly as good, a token may choose the other one, and all that follow it see that.
+        // Where two experts are nearly as good, a token may choose the other one, and all that
+        // follow it see that.
         let tokens = got.len() / engine.spec().n_vocab;
         let each = shape.experts.iter().map(|e| e.n_used as usize).sum::<usize>().max(1);
         let other = chosen.chunks(each).zip(choices.chunks(each)).position(|(a, b)| a != b);
         let alike = other.unwrap_or(tokens) * engine.spec().n_vocab;
         assert!(alike >= 8 * engine.spec().n_vocab, "{name}: token {other:?} chose others");
-        // What is off by a share of 2e-4 puts some 8-bit codes of activations on the other side of where they round, each
-        // by a whole step, which is 100 times as much: the mean square of it is some 5e-6 a product. Other causes stay
-        // below 1e-5 (`gpu_tests`).
+        // What is off by a share of 2e-4 puts some 8-bit codes of activations on the other side of
+        // where they round, each by a whole step, which is 100 times as much: the mean square of it
+        // is some 5e-6 a product. Other causes stay below 1e-5 (`gpu_tests`).
         let off = nmse(&got[..alike], &expected[..alike]);
         assert!(off < 1e-4, "{name}: {off:e}");
         let launched = shim::shared().launched();
@@ -86,7 +89,7 @@ fn experts_of_main_memory_pass_through_a_gpu_for_prompts() {
         let run = |stream| {
             let mut engine = load(&gguf, &plan, &LoadOptions { stream, ..options(64) });
             let got = text(&mut engine);
-            (got, engine.experts_passed())
+            (got, engine.experts_streamed())
         };
         let ((without, choices), passed) = run(rates(0.0, 1.0));
         assert_eq!(passed, 0, "{name}");

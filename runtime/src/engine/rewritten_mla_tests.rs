@@ -56,7 +56,8 @@ fn moe(spec: &ModelSpec, layer: usize) -> &MoeSpec {
     spec.layers[layer].moe().unwrap()
 }
 
-/// Merges keys and values of every layer into the older tensor, and gives the sizes of heads in the older keys.
+/// Merges keys and values of every layer into the older tensor, and gives the sizes of heads in the
+/// older keys.
 fn fused(file: Writer) -> Writer {
     let (nope, rank, value, n_head) = (48, 64, 48, 4);
     let mut file = without(file, &["attention.key_length_mla", "attention.value_length_mla"]);

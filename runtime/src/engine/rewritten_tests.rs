@@ -1,5 +1,5 @@
-//! The same network in other clothes: files rewritten so that they say the same in another way must give the same bits,
-//! and files that contradict themselves must be refused by name.
+//! The same network in other clothes: files rewritten so that they say the same in another way must
+//! give the same bits, and files that contradict themselves must be refused by name.
 
 use crate::engine::{Engine, LogitsMode};
 use crate::options::LoadOptions;

@@ -27,7 +27,8 @@ pub(crate) struct Sequence {
 }
 
 impl Sequence {
-    /// Makes an empty text with room for the plan's context, its states on the tiers that the plan names.
+    /// Makes an empty text with room for the plan's context, its states on the tiers that the plan
+    /// names.
     ///
     /// # Errors
     /// When a NUMA node refuses the pages.
@@ -96,7 +97,8 @@ impl Sequence {
     /// Forgets all tokens but the first `n`; does nothing where there are no more.
     ///
     /// # Errors
-    /// When a layer has a recurrent state and `n` is neither 0 nor all tokens; nothing is forgotten then.
+    /// When a layer has a recurrent state and `n` is neither 0 nor all tokens; nothing is forgotten
+    /// then.
     pub(crate) fn truncate(&mut self, n: usize) -> Result<(), RunError> {
         if n >= self.n_past {
             return Ok(());

@@ -6,9 +6,11 @@ use std::collections::HashMap;
 use tier_plan_formats::slots::LayerSlots;
 
 impl Engine {
-    /// Fills empty slots with these experts of each layer, the most wanted first. Returns how many there are slots for.
+    /// Fills empty slots with these experts of each layer, the most wanted first. Returns how many
+    /// there are slots for.
     ///
-    /// The reads run at idle priority, while tokens are computed. A plan's prediction supposes slots that begin empty.
+    /// The reads run at idle priority, while tokens are computed. A plan's prediction supposes
+    /// slots that begin empty.
     ///
     /// On an emulated last tier nothing is filled: its reads would take no declared time.
     ///
@@ -30,7 +32,8 @@ impl Engine {
         self.experts.store.warmed()
     }
 
-    /// Returns what the slots of each layer hold, the most recently used first; leaves out layers without slots.
+    /// Returns what the slots of each layer hold, the most recently used first; leaves out layers
+    /// without slots.
     pub fn slot_contents(&self) -> Vec<LayerSlots> {
         let layers = self.plan().layers.iter().zip(self.experts.store.residents());
         let with_slots = layers.filter(|(placed, _)| placed.slots > 0);

@@ -1,9 +1,11 @@
-//! Softmax attention of many queries to the rows of a KV cache, split among threads (flash attention for CPUs).
+//! Softmax attention of many queries to the rows of a KV cache, split among threads (as in
+//! FlashAttention).
 //!
-//! Queries that read the same rows pass over them together, in blocks. A few rows at a time are widened to 32-bit floats
-//! and stay in the first-level cache meanwhile. The context is cut at fixed positions into chunks, and a query's result
-//! is merged from its parts by chunk, in their order. So a result has the same bits whatever queries are beside it, and
-//! whether one thread did all chunks or several did some each.
+//! Queries that read the same rows pass over them together, in blocks. A few rows at a time are
+//! widened to 32-bit floats and stay in the first-level cache meanwhile. The context is cut at
+//! fixed positions into chunks, and a query's result is merged from its parts by chunk, in their
+//! order. So a result has the same bits whatever queries are beside it, and whether one thread did
+//! all chunks or several did some each.
 
 use super::kv_rows::RowStore;
 use crate::layers::cpu_context::CpuContext;
@@ -11,13 +13,15 @@ use std::cell::RefCell;
 use std::ops::Range;
 use tier_plan_kernels::{Kernels, StoredRows};
 
-/// Positions per chunk: their scores stay in the second-level cache. Few in tests, so that there are several chunks.
+/// Positions per chunk: their scores stay in the second-level cache. Few in tests, so that there
+/// are several chunks.
 const CHUNK: usize = if cfg!(test) { 4 } else { 256 };
 
 /// Queries per block at most.
 const MAX_QUERIES: usize = if cfg!(test) { 6 } else { 32 };
 
-/// Queries per block up to which rows are multiplied as they are stored; for more it pays to widen the rows first.
+/// Queries per block up to which rows are multiplied as they are stored; for more it pays to widen
+/// the rows first.
 const MAX_QUERIES_AS_STORED: usize = if cfg!(test) { 4 } else { 8 };
 
 /// Values that are widened at a time, about: 16 KiB of floats.
@@ -164,8 +168,9 @@ impl Job {
     }
 }
 
-/// The softmax of one query over some positions (online softmax): the largest score, the sum of the exponentials below
-/// it, and the rows mixed by them, not yet divided by the sum. Over no position: minus infinity, 0 and zeros.
+/// The softmax of one query over some positions (online softmax): the largest score, the sum of the
+/// exponentials below it, and the rows mixed by them, not yet divided by the sum. Over no position:
+/// minus infinity, 0 and zeros.
 struct PartialSoftmax<'a> {
     largest: &'a mut f32,
     sum: &'a mut f32,
@@ -199,8 +204,8 @@ impl PartialSoftmax<'_> {
     }
 }
 
-/// What a block finds in one chunk or in several: `[queries, value_width]`, then `[queries]` largest scores, then
-/// `[queries]` sums.
+/// What a block finds in one chunk or in several: `[queries, value_width]`, then `[queries]`
+/// largest scores, then `[queries]` sums.
 struct Part<'a> {
     mixed: &'a mut [f32],
     largest: &'a mut [f32],
@@ -244,8 +249,8 @@ pub(super) struct AttentionParts {
 impl AttentionParts {
     /// Writes the result of one query, `[value_width]`.
     ///
-    /// `sink` is an attention sink: a score beside those of the positions, which takes its share of the weights and has no
-    /// value.
+    /// `sink` is an attention sink: a score beside those of the positions, which takes its share of
+    /// the weights and has no value.
     pub(super) fn result(&self, kernels: Kernels, head: usize, token: usize, sink: Option<f32>, out: &mut [f32]) {
         let (blocks, width) = (&self.blocks, self.blocks.value_width);
         let (first, query) = blocks.place(head, token);
@@ -272,7 +277,8 @@ impl AttentionParts {
 
 /// Computes the attention of all heads of all tokens of a batch into `parts`.
 ///
-/// `query` writes a query, `[key width]`, given its head (of all) and its token. The factor on scores is in the query.
+/// `query` writes a query, `[key width]`, given its head (of all) and its token. The factor on
+/// scores is in the query.
 pub(super) fn attend(
     c: CpuContext<'_>,
     a: &Attention<'_>,
@@ -371,8 +377,9 @@ impl Block<'_> {
         start..seen.end.clamp(start, first + CHUNK)
     }
 
-    /// Goes through the rows of a chunk in order, a few at a time, and calls `work` once per run of neighboring tokens that
-    /// see equal rows: with the rows, the indices of the tokens' queries, and the first row's position in the chunk.
+    /// Goes through the rows of a chunk in order, a few at a time, and calls `work` once per run of
+    /// neighboring tokens that see equal rows: with the rows, the indices of the tokens' queries,
+    /// and the first row's position in the chunk.
     fn for_each_run(
         &self,
         kernels: Kernels,

@@ -1,7 +1,9 @@
-//! Gated delta net: a short convolution over the last tokens, then a recurrence over one matrix per value head.
+//! Gated delta net: a short convolution over the last tokens, then a recurrence over one matrix per
+//! value head.
 //!
-//! Queries, keys and values lie apart by head, so that a head takes all tokens of a batch in one go while its state
-//! stays in the CPU's cache. Heads run in parallel. A batch gives the same bits as its tokens one by one.
+//! Queries, keys and values lie apart by head, so that a head takes all tokens of a batch in one go
+//! while its state stays in the CPU's cache. Heads run in parallel. A batch gives the same bits as
+//! its tokens one by one.
 
 use super::mixer::MixerInput;
 use crate::layers::cpu_context::{CpuContext, add_bias};
@@ -19,9 +21,11 @@ thread_local! {
 
 /// The recurrent state of a layer, of a size that no number of tokens changes.
 pub(crate) struct DeltaState {
-    /// `[heads, conv_taps - 1, head_dim]`: the convolution's inputs of the last tokens, the newest last.
+    /// `[heads, conv_taps - 1, head_dim]`: the convolution's inputs of the last tokens, the newest
+    /// last.
     inputs: Vec<f32>,
-    /// `[n_value_head, head_dim / columns, head_dim, columns]`: a few columns of a matrix are one job.
+    /// `[n_value_head, head_dim / columns, head_dim, columns]`: a few columns of a matrix are one
+    /// job.
     matrices: Vec<f32>,
 }
 
@@ -64,7 +68,8 @@ pub(super) struct DeltaScratch {
     rates: Vec<f32>,
     /// `[heads, tokens, head_dim]`: queries, keys and values after the convolution.
     heads: Vec<f32>,
-    /// `[n_value_head, head_dim / columns, tokens, columns]`: what the queries read of the matrices.
+    /// `[n_value_head, head_dim / columns, tokens, columns]`: what the queries read of the
+    /// matrices.
     read: Vec<f32>,
     /// `[tokens, n_value_head * head_dim]`.
     mixed: Vec<f32>,
@@ -166,7 +171,8 @@ impl<'a> Layout<'a> {
     }
 }
 
-/// Computes `out = o(norm(delta(conv(qkv x))) · silu(gate x))`, and takes the state past the batch's tokens.
+/// Computes `out = o(norm(delta(conv(qkv x))) · silu(gate x))`, and takes the state past the
+/// batch's tokens.
 pub(super) fn run(
     c: CpuContext<'_>,
     weights: &DenseWeights,
@@ -234,7 +240,8 @@ fn softplus(x: f32) -> f32 {
     if x > 20.0 { x } else { x.exp().ln_1p() }
 }
 
-/// Convolves all heads, and scales queries and keys to length 1. Queries are also divided by the root of the width.
+/// Convolves all heads, and scales queries and keys to length 1. Queries are also divided by the
+/// root of the width.
 fn convolve(
     c: CpuContext<'_>,
     weight: &[f32],

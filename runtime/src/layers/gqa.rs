@@ -47,7 +47,8 @@ impl GqaScratch {
     }
 }
 
-/// Computes `out = o(attention(q x, k x, v x))`, and stores the tokens' keys and values in the cache.
+/// Computes `out = o(attention(q x, k x, v x))`, and stores the tokens' keys and values in the
+/// cache.
 pub(super) fn run(
     c: CpuContext<'_>,
     weights: &DenseWeights,
@@ -125,8 +126,8 @@ pub(super) fn run(
     add_bias(out, weights.bias(&spec.o));
 }
 
-/// Splits rows of `width` values into heads, moved together at the rows' beginnings, and the gate that follows each.
-/// Where `gate` is empty there are no gates.
+/// Splits rows of `width` values into heads, moved together at the rows' beginnings, and the gate
+/// that follows each. Where `gate` is empty there are no gates.
 fn take_gates(q: &mut [f32], gate: &mut [f32], width: usize, key_dim: usize) {
     if gate.is_empty() {
         return;

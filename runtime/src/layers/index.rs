@@ -6,7 +6,8 @@ use tier_plan_formats::model::spec::{Ffn, LayerSpec, ModelSpec, MoeSpec};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct LayerIdx(usize);
 
-/// Index of a layer among those with routed experts, from 0: the expert store and plans count layers like this.
+/// Index of a layer among those with routed experts, from 0: the expert store and plans count
+/// layers like this.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct MoeIdx(usize);
 

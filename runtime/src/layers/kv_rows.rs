@@ -6,7 +6,8 @@ use std::ops::Range;
 use tier_plan_formats::model::kv::KvType;
 use tier_plan_kernels::{Kernels, StoredRows, q8_row_bytes};
 
-/// Rows of one type, `[n_head, context, width]`: heads lie apart, so that a head's rows are one stream.
+/// Rows of one type, `[n_head, context, width]`: heads lie apart, so that a head's rows are one
+/// stream.
 pub(crate) struct RowStore {
     data: Data,
     context: usize,

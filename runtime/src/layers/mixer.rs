@@ -1,5 +1,5 @@
-//! Mixers, which mix tokens: attention or a delta net. Each kind has one file, with its state of past tokens, its
-//! buffers and its computation.
+//! Mixers, which mix tokens: attention or a delta net. Each kind has one file, with its state of
+//! past tokens, its buffers and its computation.
 
 use super::cpu_context::CpuContext;
 use super::delta::{DeltaScratch, DeltaState};
@@ -71,7 +71,8 @@ impl MixerState {
         }
     }
 
-    /// Returns whether the state can go back to fewer tokens. Otherwise it can only go back to none.
+    /// Returns whether the state can go back to fewer tokens. Otherwise it can only go back to
+    /// none.
     pub(crate) fn can_rewind(&self) -> bool {
         match self {
             Self::Gqa(_) | Self::Mla(_) => true,
@@ -83,7 +84,8 @@ impl MixerState {
     /// Forgets all tokens.
     pub(crate) fn reset(&mut self) {
         match self {
-            // Rows are written before they are read, and a GPU ignores a recurrent state at position 0.
+            // Rows are written before they are read, and a GPU ignores a recurrent state at
+            // position 0.
             Self::Gqa(_) | Self::Mla(_) | Self::OnGpu { .. } => {}
             Self::Delta(state) => state.reset(),
         }
@@ -123,7 +125,8 @@ impl CacheReads {
 
     /// Returns the bytes for `tokens` tokens, with which the text has `positions`.
     ///
-    /// [`CacheShape::moved_bytes`](tier_plan_formats::model::shape::CacheShape::moved_bytes) counts alike.
+    /// [`CacheShape::moved_bytes`](tier_plan_formats::model::shape::CacheShape::moved_bytes) counts
+    /// alike.
     pub(crate) fn bytes(&self, positions: u64, tokens: u64) -> u64 {
         let rows = self.rows.iter().map(|(rows, bytes)| bytes.saturating_mul(rows.read(positions, tokens)));
         rows.fold(self.state_bytes.saturating_mul(2), u64::saturating_add)

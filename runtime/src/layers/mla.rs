@@ -1,7 +1,8 @@
 //! Multi-head latent attention (MLA), with the projections to keys and values absorbed.
 //!
-//! A head's score `q · (K c)` equals `(Kᵀ q) · c`, and its result `Σ w (V c)` equals `V (Σ w c)`. So queries are taken
-//! to the space of the latents `c`, all heads attend to the same cached rows, and what they gather is taken back.
+//! A head's score `q · (K c)` equals `(Kᵀ q) · c`, and its result `Σ w (V c)` equals `V (Σ w c)`.
+//! So queries are taken to the space of the latents `c`, all heads attend to the same cached rows,
+//! and what they gather is taken back.
 
 use super::attention::{Attention, AttentionParts, attend};
 use super::kv_rows::RowStore;
@@ -14,8 +15,8 @@ use tier_plan_kernels::pooled::{MatJob, matmul_all};
 use tier_plan_kernels::quant::dequantize_row;
 use tier_plan_kernels::{ActView, Activations, Weights, needs_quants};
 
-/// Floats in the space of the latents that are worked on at once: 16 MiB. Larger batches are taken in parts. Few in tests,
-/// so that there are several parts.
+/// Floats in the space of the latents that are worked on at once: 16 MiB. Larger batches are taken
+/// in parts. Few in tests, so that there are several parts.
 const MAX_LATENT_VALUES: usize = if cfg!(test) { 512 } else { 4 << 20 };
 
 thread_local! {
@@ -217,7 +218,8 @@ fn attend_part(
         }
     }
     let first = past + tokens.start;
-    // All heads read the same rows: one head of keys, whose values are the latents at their beginning.
+    // All heads read the same rows: one head of keys, whose values are the latents at their
+    // beginning.
     let attention = Attention {
         keys: cache,
         values: cache,
@@ -252,7 +254,8 @@ fn attend_part(
     }
 }
 
-/// Multiplies each head's rows of `x`, `[n_head, tokens, _]`, by its own matrix into `out`, `[n_head, tokens, _]`.
+/// Multiplies each head's rows of `x`, `[n_head, tokens, _]`, by its own matrix into `out`,
+/// `[n_head, tokens, _]`.
 fn by_head<'a>(
     c: CpuContext<'_>,
     n_head: usize,

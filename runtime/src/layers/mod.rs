@@ -1,4 +1,5 @@
-//! The arithmetic of one layer on the CPU: mixers, router, rotary embedding, and the weights that they read.
+//! The arithmetic of one layer on the CPU: mixers, router, rotary embedding, and the weights that
+//! they read.
 
 pub(crate) mod attention;
 pub(crate) mod cpu_context;

@@ -1,4 +1,5 @@
-//! A benchmark hook: one layer's attention over a filled KV cache, apart from the rest of a network.
+//! A benchmark hook: one layer's attention over a filled KV cache, apart from the rest of a
+//! network.
 
 use super::attention::{Attention, AttentionParts, attend};
 use super::kv_rows::RowStore;

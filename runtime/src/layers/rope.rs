@@ -98,8 +98,8 @@ pub(crate) fn rope_tables(spec: &ModelSpec, weights: &DenseWeights) -> (Vec<Rope
 
 /// Returns whether a pair belongs to one of the three axes that text moves along.
 ///
-/// The axes take turns pair by pair until they have their pairs; the rest is the fourth's. All sections repeat when there
-/// are more pairs.
+/// The axes take turns pair by pair until they have their pairs; the rest is the fourth's. All
+/// sections repeat when there are more pairs.
 fn rotates_in_text(sections: &[u32; 4], pair: usize) -> bool {
     let total: u64 = sections.iter().map(|s| u64::from(*s)).sum();
     let at = if total == 0 { pair as u64 } else { pair as u64 % total };

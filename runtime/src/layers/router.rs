@@ -14,7 +14,8 @@ pub struct Router {
 }
 
 impl Router {
-    /// Chooses experts for one token: `experts` and `weights` have `n_used` entries, largest score first.
+    /// Chooses experts for one token: `experts` and `weights` have `n_used` entries, largest score
+    /// first.
     ///
     /// `bias` is added for the choice only. Equal scores go to the lower index.
     pub fn route(
@@ -64,7 +65,8 @@ impl Router {
         }
     }
 
-    /// Rules out the experts of all but the best groups. A group's score is the sum of its two best experts.
+    /// Rules out the experts of all but the best groups. A group's score is the sum of its two best
+    /// experts.
     fn keep_best_groups(&mut self, n_group: usize, n_kept: usize) {
         let size = self.scores.len() / n_group;
         self.groups.clear();

@@ -1,4 +1,5 @@
-//! Dense tensors where the plan puts them: in an arena, in a GPU's memory, or in place in the mapped file.
+//! Dense tensors where the plan puts them: in an arena, in a GPU's memory, or in place in the
+//! mapped file.
 
 use crate::tiers::arena::Piece;
 use std::sync::Arc;

@@ -14,7 +14,8 @@ use tier_plan_formats::placement::TierIdx;
 use tier_plan_kernels::quant::{TensorType, dequantize_row};
 
 impl Loader<'_> {
-    /// Loads every dense group to its tier. Vectors of parameters are decoded wherever the plan puts them.
+    /// Loads every dense group to its tier. Vectors of parameters are decoded wherever the plan
+    /// puts them.
     pub(super) fn dense(&mut self) -> Result<DenseWeights, LoadError> {
         let tiers: HashMap<_, TierIdx> = self.plan.dense.iter().map(|d| ((d.kind, d.layer), d.tier)).collect();
         let (gguf, spec) = (self.model.gguf(), self.model.spec());

@@ -1,4 +1,5 @@
-//! Loading the routed experts: pins them, makes slots and staging, and hands all of it to the store.
+//! Loading the routed experts: pins them, makes slots and staging, and hands all of it to the
+//! store.
 
 use super::Loader;
 use super::storage::{Storage, is_mapped, largest};
@@ -63,7 +64,8 @@ impl Loader<'_> {
         Ok(store)
     }
 
-    /// Compares mapped experts with their checksums now, and has the store compare the others when they are read.
+    /// Compares mapped experts with their checksums now, and has the store compare the others when
+    /// they are read.
     fn verify(&mut self, store: &mut ExpertStore) -> Result<(), LoadError> {
         let Some(checks) = &self.options.checks else { return Ok(()) };
         if matches!(self.storage[self.slow_tier()], Storage::Mapped) {
@@ -93,7 +95,8 @@ impl Loader<'_> {
         Ok(())
     }
 
-    /// Copies what a layer pins in main memory there. Returns how many experts it pins, those on GPUs included.
+    /// Copies what a layer pins in main memory there. Returns how many experts it pins, those on
+    /// GPUs included.
     fn pin_in_memory(&mut self, placed: &LayerPlacement, layer: &mut LayerExperts) -> Result<usize, LoadError> {
         let bytes = layer.expert_bytes;
         let mut n_pinned = 0;
@@ -107,7 +110,8 @@ impl Loader<'_> {
                 self.memory.resident_bytes[*tier] += bytes as u64;
                 let piece = match &mut self.storage[*tier] {
                     Storage::Arena { weights, .. } => weights.take(bytes)?,
-                    // The only tier of its plan: pinned or not, an expert computes where it is mapped.
+                    // The only tier of its plan: pinned or not, an expert computes where it is
+                    // mapped.
                     Storage::Mapped => continue,
                     Storage::File | Storage::Gpu => unreachable!("a checked plan pins nothing to files"),
                 };
@@ -136,7 +140,8 @@ impl Loader<'_> {
         Ok(())
     }
 
-    /// Takes a buffer of `room` bytes from a tier's arena, which the plan counts as `planned` bytes.
+    /// Takes a buffer of `room` bytes from a tier's arena, which the plan counts as `planned`
+    /// bytes.
     fn buffer(&mut self, tier: TierIdx, planned: usize, room: usize) -> Result<Piece, LoadError> {
         match &mut self.storage[tier] {
             Storage::Arena { buffers, .. } => {

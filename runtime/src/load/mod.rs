@@ -1,4 +1,5 @@
-//! Loading a model as a plan says: checks the plan, reserves the tiers' memory, fills it, and counts.
+//! Loading a model as a plan says: checks the plan, reserves the tiers' memory, fills it, and
+//! counts.
 
 mod check;
 mod dense;
@@ -62,7 +63,8 @@ pub(crate) fn load(
     let (layout, padding_bytes) = storage::layout(plan, &layers, files.are_direct());
     let storage = storage::reserve(plan, &padding_bytes)?;
     if !storage.iter().any(|s| matches!(s, Storage::Mapped)) {
-        // Little of the mapping is looked at from here on; readahead around that would only take up memory.
+        // Little of the mapping is looked at from here on; readahead around that would only take up
+        // memory.
         model.gguf().advise_all(Advice::Random);
     }
 
@@ -76,7 +78,8 @@ pub(crate) fn load(
     Ok(Loaded { weights, experts, devices, memory })
 }
 
-/// Returns the bytes that are copied while loading, and those that are compared with their checksums in place.
+/// Returns the bytes that are copied while loading, and those that are compared with their
+/// checksums in place.
 fn bytes_to_load(plan: &Placement, options: &LoadOptions, storage: &[Storage]) -> u64 {
     let copied: u64 = plan.tiers.iter().map(|t| t.dense_bytes + t.pinned_bytes).sum();
     match (plan.tiers.last(), storage.last()) {
@@ -142,7 +145,8 @@ impl Loader<'_> {
         self.read(&[Span { extent, at: 0, whole_pages: false }], check.into_iter().collect(), into)
     }
 
-    /// Returns a tensor's bytes where they are mapped, compared with their checksums where there are some.
+    /// Returns a tensor's bytes where they are mapped, compared with their checksums where there
+    /// are some.
     fn mapped_tensor(&self, id: TensorId) -> Result<&[u8], LoadError> {
         let gguf = self.model.gguf();
         let bytes = gguf.bytes(&gguf.tensors()[id]);

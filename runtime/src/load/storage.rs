@@ -13,7 +13,8 @@ use tier_plan_formats::placement::{Placement, PlanTier};
 
 /// What holds the bytes of a tier.
 pub(super) enum Storage {
-    /// Memory that this program owns: packed weights, which stay, and buffers for experts that come and go.
+    /// Memory that this program owns: packed weights, which stay, and buffers for experts that come
+    /// and go.
     Arena { weights: Arena, buffers: Arena },
     /// The mapped file, read in place.
     Mapped,
@@ -57,7 +58,8 @@ pub(super) struct Files {
 }
 
 impl Files {
-    /// Opens the model's files, and the copy of its experts if there is one, where the plan reads any.
+    /// Opens the model's files, and the copy of its experts if there is one, where the plan reads
+    /// any.
     ///
     /// # Errors
     /// When a file can't be opened.
@@ -81,9 +83,11 @@ impl Files {
     }
 }
 
-/// Returns how slots and staging hold experts, and the bytes by tier that they take beyond the plan.
+/// Returns how slots and staging hold experts, and the bytes by tier that they take beyond the
+/// plan.
 ///
-/// They hold whole pages where files are read with direct I/O and every tier's budget has the bytes left.
+/// They hold whole pages where files are read with direct I/O and every tier's budget has the bytes
+/// left.
 pub(super) fn layout(plan: &Placement, layers: &[LayerExperts], direct: bool) -> (Layout, Vec<u64>) {
     let none = vec![0; plan.tiers.len()];
     let mut padding = none.clone();

@@ -30,7 +30,8 @@ impl Loader<'_> {
         move |source| LoadError::Gpu { plan: plan.clone(), source }
     }
 
-    /// Copies what a layer pins on a GPU there, by way of main memory, and makes its slots if they are there.
+    /// Copies what a layer pins on a GPU there, by way of main memory, and makes its slots if they
+    /// are there.
     pub(super) fn experts_on_gpu(
         &mut self,
         moe: MoeLayer<'_>,

@@ -1,4 +1,5 @@
-//! The routed experts of a batch: each computes once, for all tokens that chose it, in ascending order.
+//! The routed experts of a batch: each computes once, for all tokens that chose it, in ascending
+//! order.
 
 use super::MoeRun;
 use super::ffn::{FfnScratch, activate_shared};
@@ -68,7 +69,8 @@ impl BatchRun<'_, '_> {
         Ok(run.store.check_gpus()?)
     }
 
-    /// Has GPUs compute the experts that they had when the step began. Returns the positions of the others.
+    /// Has GPUs compute the experts that they had when the step began. Returns the positions of the
+    /// others.
     fn start_gpu(&mut self) -> Result<Vec<usize>, RunError> {
         let mut others = Vec::new();
         for at in 0..self.step.experts().len() {
@@ -82,8 +84,8 @@ impl BatchRun<'_, '_> {
         Ok(others)
     }
 
-    /// Chooses which of these experts are streamed to a GPU, and sends the rows for them. Returns the positions of the
-    /// others.
+    /// Chooses which of these experts are streamed to a GPU, and sends the rows for them. Returns
+    /// the positions of the others.
     fn start_streamed(&mut self, mut positions: Vec<usize>) -> Result<Vec<usize>, RunError> {
         let run = &mut *self.run;
         self.streamed = run.streams.choose(run.store, &self.step, self.tokens, run.layer.spec, run.x.rows());

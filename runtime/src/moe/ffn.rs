@@ -1,4 +1,5 @@
-//! Gated feed-forward blocks on the CPU: dense blocks, shared experts, and what routed experts share with them.
+//! Gated feed-forward blocks on the CPU: dense blocks, shared experts, and what routed experts
+//! share with them.
 
 use crate::layers::cpu_context::{CpuContext, add_bias};
 use crate::layers::weights::DenseWeights;
@@ -62,7 +63,8 @@ pub(crate) fn dense_ffn(
     add_bias(out, weights.bias(&ffn.down));
 }
 
-/// Computes the shared expert of a layer for all rows of `x`. `values` are these rows as floats, `[rows, hidden]`.
+/// Computes the shared expert of a layer for all rows of `x`. `values` are these rows as floats,
+/// `[rows, hidden]`.
 pub(crate) fn shared_expert(
     c: CpuContext<'_>,
     weights: &DenseWeights,

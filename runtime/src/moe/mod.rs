@@ -1,9 +1,9 @@
 //! Feed-forward blocks: dense ones, and the routed experts of a layer for one token or for a batch.
 //!
-//! A layer's experts are in up to three places. The CPU computes those in main memory, and those that are read from a
-//! drive once they arrive. A GPU computes those that lie in its memory. For prompts, a GPU also takes experts of main
-//! memory that are streamed to it. All three work at the same time; sums have a fixed order, so that no plan changes
-//! a result.
+//! A layer's experts are in up to three places. The CPU computes those in main memory, and those
+//! that are read from a drive once they arrive. A GPU computes those that lie in its memory. For
+//! prompts, a GPU also takes experts of main memory that are streamed to it. All three work at the
+//! same time; sums have a fixed order, so that no plan changes a result.
 
 mod batch;
 pub(crate) mod ffn;

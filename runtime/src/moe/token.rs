@@ -16,7 +16,8 @@ pub(super) fn run(run: MoeRun<'_>) -> Result<Step, RunError> {
     let mut token = TokenRun { run, step };
     token.compute()?;
     let TokenRun { run, step } = token;
-    // Summed in the router's order whatever the order of arrival: the plan must not change the result.
+    // Summed in the router's order whatever the order of arrival: the plan must not change the
+    // result.
     let hidden = run.out.len();
     run.out.fill(0.0);
     for (weight, result) in run.routing.weights.iter().zip(run.scratch.results.chunks_exact(hidden)) {

@@ -1,9 +1,10 @@
-//! A plan within a budget of memory, made without a solver: for a model that is larger than memory when nobody made a
-//! plan for it.
+//! A plan within a budget of memory, made without a solver: for a model that is larger than memory
+//! when nobody made a plan for it.
 //!
-//! The budget is for all that the process holds. Dense tensors, keys and values, buffers of experts in flight and of
-//! activations come first; what is left becomes slots, the same number in every layer as nothing is known of how the
-//! experts are used. All experts live in the file, which counts as a block device.
+//! The budget is for all that the process holds. Dense tensors, keys and values, buffers of experts
+//! in flight and of activations come first; what is left becomes slots, the same number in every
+//! layer as nothing is known of how the experts are used. All experts live in the file, which
+//! counts as a block device.
 
 use super::in_memory::all_in_memory;
 use crate::experts::layer::{Home, LayerExperts, Layout};
@@ -18,15 +19,16 @@ use tier_plan_formats::model::spec::{Ffn, ModelSpec, MoeSpec};
 use tier_plan_formats::placement::{Placement, PlanTier};
 use tier_plan_formats::units::show_bytes;
 
-/// The program itself, its threads and what its allocator keeps: measured as resident memory beyond all that is counted
-/// (9 MiB), with some room.
+/// The program itself, its threads and what its allocator keeps: measured as resident memory beyond
+/// all that is counted (9 MiB), with some room.
 const PROGRAM_BYTES: u64 = 16 << 20;
 
-/// Memory of an open file and its tokenizer for each byte of its header: measured on vocabularies of 49 to 152 thousand
-/// tokens (15 to 16).
+/// Memory of an open file and its tokenizer for each byte of its header: measured on vocabularies
+/// of 49 to 152 thousand tokens (15 to 16).
 const HEADER_FACTOR: u64 = 17;
 
-/// The part of a budget that stays free for what can't be counted: page tables, the system's buffers, fragments.
+/// The part of a budget that stays free for what can't be counted: page tables, the system's
+/// buffers, fragments.
 const SPARE: u64 = 64;
 
 /// Buffers for experts in flight beyond those that one token uses.
@@ -80,7 +82,8 @@ pub struct Fixed {
 }
 
 impl Fixed {
-    /// For a model that may use `budget` bytes: the largest batch whose activations are a small part of that.
+    /// For a model that may use `budget` bytes: the largest batch whose activations are a small
+    /// part of that.
     pub fn new(gguf: &Gguf, spec: &ModelSpec, shape: &ModelShape, context: u32, kv_type: KvType, budget: u64) -> Self {
         let header = gguf.tensors().iter().filter(|t| t.part == 0).map(|t| t.offset).min().unwrap_or(0);
         let mut batch = DEFAULT_BATCH.min(context.max(1) as usize);
@@ -106,8 +109,8 @@ impl Fixed {
     }
 }
 
-/// Buffers of a pass of `batch` tokens, from above: what layers hand on, and for a micro-batch each layer kind's widest
-/// rows, with their 8-bit forms.
+/// Buffers of a pass of `batch` tokens, from above: what layers hand on, and for a micro-batch each
+/// layer kind's widest rows, with their 8-bit forms.
 fn activation_bytes(gguf: &Gguf, spec: &ModelSpec, context: u32, batch: usize) -> u64 {
     // A value and its 8-bit form with scales take 5.25 bytes.
     const WITH_QUANTS: u64 = 6;
@@ -115,7 +118,8 @@ fn activation_bytes(gguf: &Gguf, spec: &ModelSpec, context: u32, batch: usize) -
     let (mut mixer, mut ffn, mut n_expert, mut n_used) = (0, 0, 0, 0);
     for layer in &spec.layers {
         let matrices = layer.mixer.tensors().matrices;
-        // Each result once more as it is transformed, and quantised once for the matrix that reads it.
+        // Each result once more as it is transformed, and quantised once for the matrix that reads
+        // it.
         mixer = mixer.max(matrices.iter().map(rows).sum::<u64>().saturating_mul(8 + WITH_QUANTS));
         match &layer.ffn {
             Ffn::Dense(f) => ffn = ffn.max(f.gate.n_out),
@@ -136,7 +140,8 @@ fn activation_bytes(gguf: &Gguf, spec: &ModelSpec, context: u32, batch: usize) -
     kept.saturating_mul(batch as u64).saturating_add(micro).saturating_add(once)
 }
 
-/// Bytes that one expert's buffer takes in each layer with routed experts, room for whole pages included.
+/// Bytes that one expert's buffer takes in each layer with routed experts, room for whole pages
+/// included.
 pub fn buffer_bytes(gguf: &Gguf, spec: &ModelSpec) -> Vec<u64> {
     let room = |moe: &MoeSpec| {
         let homes = (0..moe.n_expert).map(|_| Home::Pooled).collect();
@@ -148,8 +153,8 @@ pub fn buffer_bytes(gguf: &Gguf, spec: &ModelSpec) -> Vec<u64> {
 /// A plan for a model that is not to take more than `budget` bytes of memory.
 ///
 /// # Errors
-/// When not even one token's experts fit beside what every plan needs, or the model has no routed experts and its
-/// weights don't fit.
+/// When not even one token's experts fit beside what every plan needs, or the model has no routed
+/// experts and its weights don't fit.
 pub fn within(
     gguf: &Gguf,
     spec: &ModelSpec,
@@ -219,8 +224,8 @@ pub fn lines(plan: &Placement, rooms: &[u64], fixed: &Fixed, budget: u64) -> Vec
     lines
 }
 
-/// As many slots in every layer as `left` bytes hold: at least as many as a token uses or none, and no more than there
-/// are experts (`limits`).
+/// As many slots in every layer as `left` bytes hold: at least as many as a token uses or none, and
+/// no more than there are experts (`limits`).
 fn spread(rooms: &[u64], limits: &[(u32, u32)], mut left: u64) -> Vec<u32> {
     let mut slots = vec![0; rooms.len()];
     let mut open: Vec<usize> = (0..rooms.len()).collect();
@@ -261,7 +266,8 @@ fn two_tiers(shape: &ModelShape, context: u32, kv_type: KvType, bytes: u64) -> P
     plan
 }
 
-/// Memory of so many bytes, and the model's file as a block device. The rates only say which of the two is slow.
+/// Memory of so many bytes, and the model's file as a block device. The rates only say which of the
+/// two is slow.
 pub fn machine_tiers(dram_bytes: u64, file_bytes: u64) -> [Tier; 2] {
     let tier = |name: &str, kind, capacity_bytes, read_gbps, latency_us| Tier {
         name: name.into(),

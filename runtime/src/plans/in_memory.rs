@@ -1,5 +1,5 @@
-//! Default plans that need no solver: everything in main memory, in place in the mapped file; everything on one GPU;
-//! or the dense parts on a GPU and the routed experts in main memory.
+//! Default plans that need no solver: everything in main memory, in place in the mapped file;
+//! everything on one GPU; or the dense parts on a GPU and the routed experts in main memory.
 
 use tier_plan_formats::machine::{Accelerator, Tier, TierKind};
 use tier_plan_formats::model::kv::KvType;
@@ -84,7 +84,8 @@ pub fn all_in_memory(shape: &ModelShape, context: u32, kv_type: KvType) -> Place
     }
 }
 
-/// Returns a plan with two tiers, `vram` and `dram`, that has the whole model on the first real GPU, the KV cache too.
+/// Returns a plan with two tiers, `vram` and `dram`, that has the whole model on the first real
+/// GPU, the KV cache too.
 pub fn all_on_gpu(shape: &ModelShape, context: u32, kv_type: KvType) -> Placement {
     let mut plan = all_in_memory(shape, context, kv_type);
     plan.name = "all-in-vram".into();

@@ -1,6 +1,7 @@
 //! The printable alphabet of byte-level vocabularies: each byte is written as one character.
 //!
-//! Bytes that print in Latin-1 stand for themselves, the other 68 for the characters from U+0100 on, in order.
+//! Bytes that print in Latin-1 stand for themselves, the other 68 for the characters from U+0100
+//! on, in order.
 
 /// Returns whether byte `b` stands for itself.
 const fn prints(b: u8) -> bool {

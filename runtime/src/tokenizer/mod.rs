@@ -1,8 +1,9 @@
 //! Tokenizers: text to token ids and back, by the vocabulary in a model file.
 //!
-//! Two kinds of vocabulary are known. `gpt2` is byte-level BPE, whose pairs merge in the order they were learned, with a
-//! split pattern that `tokenizer.ggml.pre` names. `llama` is SentencePiece scores with a byte fallback.
-//! Special tokens and BOS follow llama.cpp, so that both engines see the same prompt.
+//! Two kinds of vocabulary are known. `gpt2` is byte-level BPE, whose pairs merge in the order they
+//! were learned, with a split pattern that `tokenizer.ggml.pre` names. `llama` is SentencePiece
+//! scores with a byte fallback. Special tokens and BOS follow llama.cpp, so that both engines see
+//! the same prompt.
 //!
 //! This module takes plain arrays ([`TokenizerSource`]) and knows nothing of files or of models.
 
@@ -39,7 +40,8 @@ pub struct TokenizerSource {
     pub scores: Vec<f32>,
     /// `merges`: pairs of token texts with a space between, first learned first.
     pub merges: Vec<String>,
-    /// `bos_token_id`. Ids past the vocabulary, here and below, are taken as "there is none", as writers mean them.
+    /// `bos_token_id`. Ids past the vocabulary, here and below, are taken as "there is none", as
+    /// writers mean them.
     pub bos: Option<u32>,
     /// `eos_token_id`.
     pub eos: Option<u32>,
@@ -164,12 +166,14 @@ impl Tokenizer {
     /// Builds the tokenizer that `source` describes.
     ///
     /// # Errors
-    /// When the kind of vocabulary or its split pattern isn't known, or the arrays contradict each other.
+    /// When the kind of vocabulary or its split pattern isn't known, or the arrays contradict each
+    /// other.
     pub fn new(source: TokenizerSource) -> Result<Self, TokenizerError> {
         Self::with_pre(source, None)
     }
 
-    /// Builds a tokenizer like [`new`](Self::new), with the split pattern `pre` instead of the file's if one is given.
+    /// Builds a tokenizer like [`new`](Self::new), with the split pattern `pre` instead of the
+    /// file's if one is given.
     ///
     /// # Errors
     /// As [`new`](Self::new).
@@ -213,7 +217,8 @@ impl Tokenizer {
             Some(family.ok_or_else(|| TokenizerError::UnknownPre { found: name.to_string(), known: split::known() })?)
         };
 
-        // Writers that mean "none" use an id past the vocabulary; the old llama files name no ids at all.
+        // Writers that mean "none" use an id past the vocabulary; the old llama files name no ids
+        // at all.
         let valid = |id: Option<u32>, usual: u32| id.or(scored.then_some(usual)).filter(|id| (*id as usize) < n);
         let (bos, eos, unk) = (valid(source.bos, 1), valid(source.eos, 2), valid(source.unk, 0));
         let add = |wanted: Option<bool>, usual: bool, id: Option<u32>, what| match (wanted, id) {
@@ -261,8 +266,8 @@ impl Tokenizer {
 
     /// Returns the tokens of `text`.
     ///
-    /// With `special`, special tokens written out in the text become their ids, and BOS and EOS are added where the model
-    /// wants them. Without, all of `text` is plain text and nothing is added.
+    /// With `special`, special tokens written out in the text become their ids, and BOS and EOS are
+    /// added where the model wants them. Without, all of `text` is plain text and nothing is added.
     ///
     /// # Errors
     /// When the model has no vocabulary, or the vocabulary can't spell the text.
@@ -294,8 +299,9 @@ impl Tokenizer {
         Ok(ids)
     }
 
-    /// Returns the text of `ids`, without control tokens and without the space that [`encode`](Self::encode) put in front.
-    /// Bytes that are not UTF-8 become U+FFFD; ids past the vocabulary give nothing.
+    /// Returns the text of `ids`, without control tokens and without the space that
+    /// [`encode`](Self::encode) put in front. Bytes that are not UTF-8 become U+FFFD; ids past the
+    /// vocabulary give nothing.
     pub fn decode(&self, ids: &[u32]) -> String {
         let mut bytes = Vec::with_capacity(ids.len() * 4);
         for &id in ids {
@@ -307,7 +313,8 @@ impl Tokenizer {
         String::from_utf8_lossy(&bytes[skip..]).into_owned()
     }
 
-    /// Returns the bytes of a token; of a control token, its text. Empty for ids past the vocabulary.
+    /// Returns the bytes of a token; of a control token, its text. Empty for ids past the
+    /// vocabulary.
     pub fn piece(&self, id: u32) -> &[u8] {
         let id = id as usize;
         let Some(&end) = self.ends.get(id) else { return &[] };
@@ -340,7 +347,8 @@ impl Tokenizer {
         self.eos
     }
 
-    /// Returns the token that [`encode`](Self::encode) puts before a text: BOS, where the model wants it.
+    /// Returns the token that [`encode`](Self::encode) puts before a text: BOS, where the model
+    /// wants it.
     pub fn prefix(&self) -> Option<u32> {
         self.bos.filter(|_| self.add_bos)
     }
@@ -387,8 +395,8 @@ fn pieces(tokens: &[String], kinds: &[TokenKind], scored: bool) -> (Vec<u8>, Vec
     (pieces, ends)
 }
 
-/// Appends the bytes that a token of a byte-level vocabulary spells; characters outside the alphabet stand for
-/// themselves.
+/// Appends the bytes that a token of a byte-level vocabulary spells; characters outside the
+/// alphabet stand for themselves.
 fn spell(token: &str, out: &mut Vec<u8>) {
     for c in token.chars() {
         match bytes::byte_of(c) {

@@ -1,8 +1,9 @@
 //! SentencePiece-style merging by score (`llama` vocabularies).
 //!
-//! Spaces are written `▁`. The text starts as single characters; of all neighbors whose texts together are a
-//! token, the pair with the highest score is merged first (the leftmost of equals), until none is left.
-//! Characters that aren't tokens are spelled with the byte tokens `<0x00>` to `<0xFF>`.
+//! Spaces are written `▁`. The text starts as single characters; of all neighbors whose texts
+//! together are a token, the pair with the highest score is merged first (the leftmost of equals),
+//! until none is left. Characters that aren't tokens are spelled with the byte tokens `<0x00>` to
+//! `<0xFF>`.
 
 use super::TokenizerError;
 use std::cmp::Ordering;

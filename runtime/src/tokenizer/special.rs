@@ -1,7 +1,8 @@
-//! Tokens that are not text: which ones there are, which end the generation, and finding them in a prompt.
+//! Tokens that are not text: which ones there are, which end the generation, and finding them in a
+//! prompt.
 //!
-//! GGUF files name only one or two end tokens; chat models have more. As in llama.cpp, the rest are known by
-//! their texts, because a generation that misses one never stops.
+//! GGUF files name only one or two end tokens; chat models have more. As in llama.cpp, the rest are
+//! known by their texts, because a generation that misses one never stops.
 
 use std::collections::HashSet;
 
@@ -65,8 +66,8 @@ const END_TEXTS: &[&str] = &[
     "[e~[",
 ];
 
-/// Texts that end a generation because nothing sensible follows them: padding and the borders between the
-/// files of a repository. Only the first found of each group counts.
+/// Texts that end a generation because nothing sensible follows them: padding and the borders
+/// between the files of a repository. Only the first found of each group counts.
 const FILE_TEXTS: &[&[&str]] = &[
     &["<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"],
     &["<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"],
@@ -97,8 +98,8 @@ pub(super) enum Fragment<'t> {
 }
 
 impl Specials {
-    /// Gathers the special tokens; corrects `kinds` where a token's text says more than the file does.
-    /// `ends` are the ids the file names as the end of a text, a turn or a message.
+    /// Gathers the special tokens; corrects `kinds` where a token's text says more than the file
+    /// does. `ends` are the ids the file names as the end of a text, a turn or a message.
     pub fn new(tokens: &[String], kinds: &mut [TokenKind], ends: &[u32]) -> Self {
         let mut eog: HashSet<u32> = ends.iter().copied().collect();
         let wanted: HashSet<&str> =
@@ -125,7 +126,8 @@ impl Specials {
         for id in SHOWN_TEXTS.iter().filter_map(|t| named.get(t)) {
             set(*id, TokenKind::UserDefined);
         }
-        // Where a model has tokens of its own for the end of a reply, `<|end|>` only closes one of its messages.
+        // Where a model has tokens of its own for the end of a reply, `<|end|>` only closes one of
+        // its messages.
         let has = |t: &str| named.contains_key(t);
         if let Some(&end) = named.get("<|end|>")
             && ((has("<|return|>") && has("<|call|>")) || (has("<|flush|>") && (has("<|calls|>") || has("<|call|>"))))
@@ -148,8 +150,8 @@ impl Specials {
         Self { list, by_first, eog }
     }
 
-    /// Cuts `text` at its special tokens. Where two overlap the longer one wins, and of equals the first in the
-    /// text. Without `parse` only user-defined tokens are special.
+    /// Cuts `text` at its special tokens. Where two overlap the longer one wins, and of equals the
+    /// first in the text. Without `parse` only user-defined tokens are special.
     pub fn partition<'t>(&self, text: &'t str, parse: bool) -> Vec<Fragment<'t>> {
         let mut fragments = vec![Fragment::Text(text)];
         for i in self.present(text, parse) {
@@ -172,8 +174,9 @@ impl Specials {
         fragments
     }
 
-    /// Returns the indices of the entries of `list` that occur in `text`, in order. Takes one pass over the text: some
-    /// vocabularies have a thousand special tokens, and searching for each would take a thousand passes.
+    /// Returns the indices of the entries of `list` that occur in `text`, in order. Takes one pass
+    /// over the text: some vocabularies have a thousand special tokens, and searching for each
+    /// would take a thousand passes.
     fn present(&self, text: &str, parse: bool) -> Vec<usize> {
         let bytes = text.as_bytes();
         let mut found = vec![false; self.list.len()];

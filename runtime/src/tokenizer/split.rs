@@ -1,16 +1,18 @@
 //! Pre-tokenization: cuts text into the words that byte pairs are merged within.
 //!
-//! A vocabulary is only good with the split it was trained with, so each family of models has its own
-//! pattern, named by `tokenizer.ggml.pre`. The patterns are those that the models were trained with.
-//! The module knows nothing of vocabularies.
+//! A vocabulary is only good with the split it was trained with, so each family of models has its
+//! own pattern, named by `tokenizer.ggml.pre`. The patterns are those that the models were trained
+//! with. The module knows nothing of vocabularies.
 //!
-//! llama.cpp takes the same words except where it has to approximate a pattern, so a few rare texts get other
-//! tokens there: letter case and combining marks in `gpt-4o`, `tekken` and `kimi-k2` (which it does not split at
-//! a capital), and white space outside ASCII in the older `deepseek` patterns.
+//! llama.cpp takes the same words except where it has to approximate a pattern, so a few rare texts
+//! get other tokens there: letter case and combining marks in `gpt-4o`, `tekken` and `kimi-k2`
+//! (which it does not split at a capital), and white space outside ASCII in the older `deepseek`
+//! patterns.
 //!
-//! Nearly all patterns end in `\s+(?!\S)|\s+`: a run of white space leaves its last character to the word
-//! behind it. Look-ahead needs a backtracking engine, whose time and stack grow with hostile input, so that
-//! ending is matched as a plain `\s+` (which runs in linear time) and the last character is given back here.
+//! Nearly all patterns end in `\s+(?!\S)|\s+`: a run of white space leaves its last character to
+//! the word behind it. Look-ahead needs a backtracking engine, whose time and stack grow with
+//! hostile input, so that ending is matched as a plain `\s+` (which runs in linear time) and the
+//! last character is given back here.
 
 use tokenizers::utils::SysRegex;
 
@@ -166,7 +168,8 @@ struct Stage {
     regex: SysRegex,
     /// Whether a run of white space gives its last character back to the word behind it.
     gives_back: bool,
-    /// Whether such a run never ends in a line break, because another branch of the pattern takes those first.
+    /// Whether such a run never ends in a line break, because another branch of the pattern takes
+    /// those first.
     breaks_apart: bool,
 }
 

@@ -1,4 +1,5 @@
-//! Whole-tokenizer tests, against ids that ik_llama.cpp, a fork of llama.cpp, gave for the same vocabularies.
+//! Whole-tokenizer tests, against ids that ik_llama.cpp, a fork of llama.cpp, gave for the same
+//! vocabularies.
 
 use super::*;
 use proptest::prelude::*;
@@ -66,7 +67,8 @@ fn check(golden: &str, tokenizer: impl Fn(Option<&str>) -> Tokenizer) {
             let told = format!("pre {:?}, text {:?}", group.pre, case.text);
             assert_eq!(t.encode(&case.text, false).unwrap(), case.plain, "{told}");
             assert_eq!(t.encode(&case.text, true).unwrap(), case.special, "{told}, with special tokens");
-            // The space before text that follows a special token can't be told from one that was there.
+            // The space before text that follows a special token can't be told from one that was
+            // there.
             if !(t.space_prefix && case.text.contains("[INST]")) {
                 assert_eq!(t.decode(&case.plain), case.text, "{told}");
             }

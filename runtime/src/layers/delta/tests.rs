@@ -1,4 +1,5 @@
-//! The delta net against the formulas written out in 64-bit floats, and against itself token by token.
+//! The delta net against the formulas written out in 64-bit floats, and against itself token by
+//! token.
 
 use super::*;
 use crate::gpu::mixer_alone;
@@ -289,7 +290,8 @@ fn a_gpu_computes_the_same_layer() {
             let worst = found.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
             let largest = expected.iter().map(|v| v.abs()).fold(0.0, f32::max);
             assert!(worst > 0.0 && worst < 2e-5 * largest, "{size:?}, fused {fused}: {worst} of {largest}");
-            // Up to seven tokens are multiplied one by one, and nothing else depends on their number.
+            // Up to seven tokens are multiplied one by one, and nothing else depends on their
+            // number.
             assert_eq!(run(&[1; 11]), found, "{size:?}, fused {fused}");
         }
     }
