@@ -87,7 +87,8 @@ impl Experts {
     ) -> Result<(), RunError> {
         let Some(moe) = next.moe.filter(|_| backends.can_predict(next, place)) else { return Ok(()) };
         let wanted = self.store.wants_guess(!batch.single);
-        if !wanted && !(batch.single && self.scores_predictions) {
+        let scored = batch.single && self.scores_predictions;
+        if !wanted && !scored {
             return Ok(());
         }
         if batch.single {
