@@ -9,9 +9,9 @@ use crate::layers::router::Router;
 use crate::layers::weights::DenseWeights;
 use crate::moe::ffn::{FfnScratch, dense_ffn, shared_expert};
 use tier_plan_formats::model::spec::{Ffn, LayerSpec, ModelSpec, MoeSpec};
-use tier_plan_kernels::needs_quants;
 use tier_plan_kernels::pooled::{MatJob, matmul_all};
 use tier_plan_kernels::quant::dequantize_row;
+use tier_plan_kernels::{ActView, needs_quants};
 
 /// The parts of a model that the CPU computes, and its buffers for them.
 pub(crate) struct Cpu {
@@ -64,7 +64,7 @@ impl Cpu {
         }
     }
 
-    /// Writes the hidden state that a token has before the first layer, `[hidden]`.
+    /// Returns the hidden state that a token has before the first layer, `[hidden]`.
     pub(crate) fn embed_token(&mut self, spec: &ModelSpec, token: u32) -> &[f32] {
         self.embed_rows(spec, &[token]);
         &self.x[..spec.hidden]
@@ -79,12 +79,12 @@ impl Cpu {
         }
     }
 
-    /// Has the router choose for rows whose activations are in the stage's buffers.
+    /// Writes the experts that the router chooses for rows, `[rows, n_used]`, and their weights.
     fn choose(
         &mut self,
         cpu: CpuContext<'_>,
         moe: &MoeSpec,
-        acts: tier_plan_kernels::ActView<'_>,
+        acts: ActView<'_>,
         experts: &mut [u16],
         weights: &mut [f32],
     ) {

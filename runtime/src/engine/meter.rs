@@ -4,7 +4,7 @@
 //! Counting and pacing belong together, as both need the bytes that a stage reads from each tier.
 
 use super::batch::{Batch, Phase};
-use crate::experts::counters::Counters;
+use crate::experts::counters::{AheadCount, Counters};
 use crate::experts::store::Step;
 use crate::layers::index::{Layer, LayerIdx, MoeIdx};
 use crate::layers::mixer::CacheReads;
@@ -255,7 +255,7 @@ impl Meter {
     }
 
     /// Counts experts that were prefetched.
-    pub(crate) fn count_prefetched(&mut self, count: crate::experts::counters::AheadCount) {
+    pub(crate) fn count_prefetched(&mut self, count: AheadCount) {
         self.counters.ahead += count;
     }
 }
