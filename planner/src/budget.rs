@@ -15,7 +15,7 @@ use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::model::shape::ModelShape;
 use tier_plan_runtime::model::spec::ModelSpec;
 use tier_plan_runtime::plans::budget::{Budgeted, FixedMemory, buffer_bytes, lines, machine_tiers, within};
-use tier_plan_runtime::plans::in_memory::obvious;
+use tier_plan_runtime::plans::in_memory::all_in_memory;
 use tier_plan_runtime::tiers::limits::{Limit, memory_limit};
 use tier_plan_runtime::units::show_bytes;
 
@@ -52,7 +52,7 @@ pub struct Chosen {
 pub fn choose(model: Model<'_>, opening: &Opening<'_>) -> Result<Chosen> {
     let Model { gguf, spec, shape, context } = model;
     let kv_type = opening.kv_type.unwrap_or_default();
-    let mapped = |fits| Chosen { plan: obvious(shape, context, kv_type), batch: None, fits };
+    let mapped = |fits| Chosen { plan: all_in_memory(shape, context, kv_type), batch: None, fits };
     if opening.mapped {
         return Ok(mapped(false));
     }

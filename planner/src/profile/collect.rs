@@ -13,7 +13,7 @@ use tier_plan_runtime::formats::SourceId;
 use tier_plan_runtime::formats::profile::{self, Guesses, Profile, PromptTrace};
 use tier_plan_runtime::sampler::{Sampler, SamplerConfig};
 use tier_plan_runtime::tokenizer::Tokenizer;
-use tier_plan_runtime::{Engine, Wanted};
+use tier_plan_runtime::{Engine, LogitsMode};
 
 /// How prompts are run.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -77,7 +77,7 @@ pub fn collect(
     };
     let partial = partial_path(output);
     let mut profile = if restart { fresh } else { resume(&partial, fresh, prompts) };
-    session.engine.score_guesses();
+    session.engine.score_predictions();
     let bar = progress::count("profiling prompts", prompts.len() as u64);
     bar.set_position(profile.prompts.len() as u64);
     for prompt in &prompts[profile.prompts.len()..] {
@@ -153,7 +153,7 @@ fn run_prompt(
     }
     engine.clear();
     let mut sampler = settings.sampler();
-    let mut logits = engine.forward(&tokens, Wanted::Last)?.to_vec();
+    let mut logits = engine.forward(&tokens, LogitsMode::Last)?.to_vec();
     append(&mut trace, engine.routing());
     for _ in 0..settings.decode_tokens {
         if interrupted() {
@@ -165,7 +165,7 @@ fn run_prompt(
         }
         tokens.push(token);
         logits.clear();
-        logits.extend_from_slice(engine.forward(&[token], Wanted::Last)?);
+        logits.extend_from_slice(engine.forward(&[token], LogitsMode::Last)?);
         append(&mut trace, engine.routing());
         trace.decode_tokens += 1;
     }

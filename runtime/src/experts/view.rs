@@ -1,7 +1,7 @@
 //! Borrowed views of one expert's matrices: in a slot, in staging, in an arena, or in the mapped
 //! file.
 
-use crate::layers::compute::add_bias;
+use crate::layers::cpu_context::add_bias;
 use tier_plan_cuda::experts::ExpertKind;
 use tier_plan_formats::model::spec::MoeSpec;
 use tier_plan_kernels::Weights;

@@ -3,12 +3,12 @@
 //! meanwhile.
 
 use super::routing::Batch;
-use super::routing::Users;
+use super::routing::TokensByExpert;
 use crate::error::LoadError;
 use crate::error::RunError;
 use crate::experts::store::{ExpertStore, Step};
 use crate::gpu::devices::Devices;
-use crate::layers::compute::Compute;
+use crate::layers::cpu_context::CpuContext;
 use crate::layers::places::Places;
 use crate::options::{LoadOptions, StreamRates};
 use crate::tiers::pace::StageBytes;
@@ -126,7 +126,7 @@ impl Streams {
         &self,
         store: &ExpertStore,
         step: &Step,
-        users: &Users,
+        users: &TokensByExpert,
         moe: &MoeSpec,
         tokens: usize,
     ) -> Passing {
@@ -229,9 +229,9 @@ impl Passing {
     pub(crate) fn send(
         &mut self,
         streams: &mut Streams,
-        c: Compute<'_>,
+        c: CpuContext<'_>,
         (store, step): (&mut ExpertStore, &mut Step),
-        users: &Users,
+        users: &TokensByExpert,
         moe: &MoeSpec,
         all: bool,
         computed: &mut StageBytes,
@@ -274,7 +274,7 @@ impl Passing {
     pub(crate) fn finish(
         &self,
         streams: &mut Streams,
-        c: Compute<'_>,
+        c: CpuContext<'_>,
         (store, step): (&mut ExpertStore, &mut Step),
         out: &mut [f32],
     ) -> Result<(), RunError> {

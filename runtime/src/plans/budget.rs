@@ -6,9 +6,9 @@
 //! is known of how the experts are used. The backing copy of every expert is in the file, which
 //! counts as a block device.
 
-use super::in_memory::obvious;
+use super::in_memory::all_in_memory;
 use crate::experts::layer::{LayerExperts, Layout};
-use crate::options::{BATCH, MICRO_BATCH};
+use crate::options::{DEFAULT_BATCH, MAX_MICRO_BATCH};
 use crate::tiers::file::FileTier;
 use thiserror::Error;
 use tier_plan_formats::gguf::Gguf;
@@ -92,7 +92,7 @@ impl FixedMemory {
     /// activations take at most a 32nd of the budget.
     pub fn new(gguf: &Gguf, spec: &ModelSpec, shape: &ModelShape, context: u32, kv_type: KvType, budget: u64) -> Self {
         let header = gguf.tensors().iter().filter(|t| t.part == 0).map(|t| t.offset).min().unwrap_or(0);
-        let mut batch = BATCH.min(context.max(1) as usize);
+        let mut batch = DEFAULT_BATCH.min(context.max(1) as usize);
         while batch > MIN_BATCH && activation_bytes(gguf, spec, context, batch) > budget / 32 {
             batch /= 2;
         }
@@ -143,7 +143,7 @@ fn activation_bytes(gguf: &Gguf, spec: &ModelSpec, context: u32, batch: usize) -
     let row = hidden * (3 * 4 + 3 * WITH_QUANTS) + ffn * (2 * 4 + WITH_QUANTS) + n_expert * 4 + mixer;
     // Logits with the sampler's copies, and attention scores of one query on each thread.
     let once = spec.n_vocab as u64 * 24 + u64::from(context) * 64;
-    let micro = row.saturating_mul(batch.min(MICRO_BATCH) as u64);
+    let micro = row.saturating_mul(batch.min(MAX_MICRO_BATCH) as u64);
     kept.saturating_mul(batch as u64).saturating_add(micro).saturating_add(once)
 }
 
@@ -255,7 +255,7 @@ fn spread(rooms: &[u64], limits: &[(u32, u32)], mut left: u64) -> Vec<u32> {
 
 /// Returns a plan over `bytes` of memory and the file, with only the dense weights in memory yet.
 fn two_tiers(shape: &ModelShape, context: u32, kv_type: KvType, bytes: u64) -> Placement {
-    let mut plan = obvious(shape, context, kv_type);
+    let mut plan = all_in_memory(shape, context, kv_type);
     let [dram, file] = machine_tiers(bytes, plan.tiers[0].home_bytes);
     plan.name = "within-budget".into();
     plan.solver.status = "made to fit".into();
