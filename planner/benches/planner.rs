@@ -3,10 +3,10 @@
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use std::hint::black_box;
-use tier_plan_planner::cli::Strategy;
+use tier_plan_planner::profile::replay::{LayerTrace, Positions, ceiling, hits};
 use tier_plan_planner::profile::synthetic::{Routing, profile};
-use tier_plan_planner::replay::{LayerTrace, Positions, ceiling, hits};
-use tier_plan_planner::solve::{Inputs, Options, solve_all};
+use tier_plan_planner::solve::options::Strategy;
+use tier_plan_planner::solve::{Options, Problem, solve};
 use tier_plan_runtime::exec::KvType;
 use tier_plan_runtime::formats::SourceId;
 use tier_plan_runtime::formats::machine::{Accelerator, Machine, Tier, TierKind};
@@ -139,7 +139,7 @@ fn solving(c: &mut Criterion) {
         let all = shape.weight_bytes();
         // A tenth and a third of the weights; at the largest size that is about the machine's own capacity.
         let budgets = vec![(all / 10).min(24_000 * MB), (all / 3).min(192_000 * MB), 2_000_000 * MB];
-        let inputs = Inputs {
+        let problem = Problem {
             shape: &shape,
             profile: Some(&profile),
             machine: &machine,
@@ -148,10 +148,10 @@ fn solving(c: &mut Criterion) {
             kv_type: KvType::F16,
         };
         let options = Options { strategy: Strategy::Optimal, time_limit_s: 5.0, ..Options::default() };
-        if let Ok(solved) = solve_all(&inputs, &options) {
+        if let Ok(solved) = solve(&problem, &options) {
             eprintln!("{n_layer} x {n_expert}: {:?}", solved.plan.solver);
         }
-        group.bench_function(format!("{n_layer}x{n_expert}"), |b| b.iter(|| black_box(solve_all(&inputs, &options))));
+        group.bench_function(format!("{n_layer}x{n_expert}"), |b| b.iter(|| black_box(solve(&problem, &options))));
     }
 }
 

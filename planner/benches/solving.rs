@@ -8,11 +8,11 @@ use std::hint::black_box;
 use std::path::Path;
 use std::time::Instant;
 use tier_plan_planner::catalogue;
-use tier_plan_planner::cli::Strategy;
 use tier_plan_planner::profile::Evidence;
 use tier_plan_planner::profile::pattern::Pattern;
 use tier_plan_planner::profile::synthetic::{Routing, profile};
-use tier_plan_planner::solve::{Inputs, Options, solve_judged};
+use tier_plan_planner::solve::options::Strategy;
+use tier_plan_planner::solve::{Options, Problem, solve_with_evidence};
 use tier_plan_runtime::exec::KvType;
 use tier_plan_runtime::formats::SourceId;
 use tier_plan_runtime::formats::machine::{Accelerator, Machine, Tier, TierKind};
@@ -117,7 +117,7 @@ fn solving(c: &mut Criterion) {
                     continue;
                 }
                 let Some((evidence, profile)) = evidence(shape, &known) else { continue };
-                let inputs = Inputs {
+                let problem = Problem {
                     shape,
                     profile: profile.as_ref(),
                     machine: &machine,
@@ -130,7 +130,7 @@ fn solving(c: &mut Criterion) {
                 let [_, before] = memory_mib();
                 reset_peak();
                 let start = Instant::now();
-                match solve_judged(&inputs, &evidence, &options) {
+                match solve_with_evidence(&problem, &evidence, &options) {
                     Ok(solved) => {
                         let report = &solved.plan.solver;
                         let gap = report.gap.map_or("none".to_string(), |gap| format!("{:.4} %", gap * 100.0));
@@ -152,7 +152,9 @@ fn solving(c: &mut Criterion) {
                     && matches!(known, Known::Supposed(_))
                     && only.is_empty()
                 {
-                    group.bench_function(&title, |b| b.iter(|| black_box(solve_judged(&inputs, &evidence, &options))));
+                    group.bench_function(&title, |b| {
+                        b.iter(|| black_box(solve_with_evidence(&problem, &evidence, &options)))
+                    });
                 }
             }
         }

@@ -4,9 +4,9 @@
 //! what saves more time than its bytes cost. So the prices, beside the use of the experts on either side of each border,
 //! are the reason for where things are.
 
-use crate::cost::{ExpertStage, Fixed, outcomes, stage_mean_s};
+use crate::cost::{ExpertStage, FixedTimes, outcomes, stage_mean_s};
 use crate::profile::{Evidence, LayerEvidence};
-use crate::solve::{Inputs, shadow_prices};
+use crate::solve::{Problem, shadow_prices};
 use anyhow::{Result, ensure};
 use tier_plan_runtime::formats::machine::{Extras, Machine, Tier};
 use tier_plan_runtime::formats::placement::{LayerPlacement, Placement, SlotPolicy};
@@ -89,7 +89,7 @@ pub fn machine_of(plan: &Placement) -> Machine {
 /// # Errors
 /// When the plan does not hold for the model, or its prices cannot be found.
 pub fn explain(plan: &Placement, shape: &ModelShape, evidence: &Evidence, time_limit_s: f64) -> Result<Explanation> {
-    let wrong = crate::solve::check::check(plan, shape, evidence);
+    let wrong = crate::solve::verify::verify(plan, shape, evidence);
     ensure!(
         wrong.is_empty(),
         "the plan '{}' does not hold for this model and profile: {}; give those that it was made from",
@@ -97,7 +97,7 @@ pub fn explain(plan: &Placement, shape: &ModelShape, evidence: &Evidence, time_l
         wrong.join("; ")
     );
     let machine = machine_of(plan);
-    let inputs = Inputs {
+    let problem = Problem {
         shape,
         profile: None,
         machine: &machine,
@@ -105,7 +105,7 @@ pub fn explain(plan: &Placement, shape: &ModelShape, evidence: &Evidence, time_l
         context: plan.context,
         kv_type: plan.kv_type,
     };
-    let prices = shadow_prices(&inputs, evidence, plan.kv_tier, time_limit_s)?;
+    let prices = shadow_prices(&problem, evidence, plan.kv_tier, time_limit_s)?;
     let total = crate::cost::token_s(&plan.predicted).max(f64::MIN_POSITIVE);
     let tiers = plan.tiers.iter().zip(&prices).map(|(tier, price)| {
         let seconds_per_gib = price * f64::from(1u32 << 30);
@@ -117,13 +117,13 @@ pub fn explain(plan: &Placement, shape: &ModelShape, evidence: &Evidence, time_l
             spare_bytes: tier.budget_bytes.saturating_sub(tier.used_bytes()),
         }
     });
-    let rates = Fixed::of(plan, shape).tiers;
+    let rates = FixedTimes::of(plan, shape).tiers;
     let layers = plan.layers.iter().zip(&evidence.layers);
     Ok(Explanation { layers: layers.map(|(l, e)| layer(plan, l, e, &rates)).collect(), tiers: tiers.collect() })
 }
 
 fn layer(plan: &Placement, layer: &LayerPlacement, evidence: &LayerEvidence, tiers: &[Tier]) -> LayerReason {
-    let stage = ExpertStage::new(tiers, evidence.shape.expert_bytes, evidence.ahead);
+    let stage = ExpertStage::new(tiers, evidence.shape.expert_bytes, evidence.prefetch);
     let found = outcomes(layer, evidence, tiers, plan.staging_tier);
     let to = layer.brought_to(plan.staging_tier);
     let path_s = |path: usize, experts: &[u16]| stage.path_s(path, f64::from(experts[path]), to);
@@ -173,9 +173,9 @@ fn layer(plan: &Placement, layer: &LayerPlacement, evidence: &LayerEvidence, tie
 mod tests {
     use super::*;
     use crate::catalogue;
-    use crate::cli::Strategy;
     use crate::profile::pattern::Pattern;
-    use crate::solve::{Options, solve_judged};
+    use crate::solve::options::Strategy;
+    use crate::solve::{Options, solve_with_evidence};
 
     /// The prices against solving again with more: what a GiB more of a tier really brings.
     #[test]
@@ -186,10 +186,10 @@ mod tests {
         let solve = |vram: u64| {
             let budgets = vec![vram, 6 << 30, 2_000_000_000_000];
             let kv_type = Default::default();
-            let inputs =
-                Inputs { shape: &known.sizes, profile: None, machine: &machine, budgets, context: 1024, kv_type };
+            let problem =
+                Problem { shape: &known.sizes, profile: None, machine: &machine, budgets, context: 1024, kv_type };
             let options = Options { strategy: Strategy::Optimal, time_limit_s: 4.0, ..Options::default() };
-            Ok::<_, anyhow::Error>(solve_judged(&inputs, &evidence, &options)?.plan)
+            Ok::<_, anyhow::Error>(solve_with_evidence(&problem, &evidence, &options)?.plan)
         };
         let plan = solve(4 << 30)?;
         let why = explain(&plan, &known.sizes, &evidence, 4.0)?;

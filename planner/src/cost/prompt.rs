@@ -19,7 +19,8 @@
 //!
 //! [`Prediction::prompt_gflops`]: tier_plan_runtime::formats::placement::Prediction::prompt_gflops
 
-use super::{Ahead, BATCH, ExpertStage, Fixed, home_in_place, read_s};
+use super::{BATCH, ExpertStage, FixedTimes, home_in_place, read_s};
+use crate::profile::prefetch::Prefetch;
 use crate::profile::{Evidence, LayerEvidence};
 use std::collections::BTreeMap;
 use tier_plan_runtime::formats::machine::{Tier, TierKind};
@@ -36,7 +37,7 @@ const HALF_ROWS: f64 = 4.0;
 
 /// Seconds that the first batch of a prompt takes.
 pub fn batch_s(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -> f64 {
-    let Fixed { overhead_s, dense_s, tiers } = Fixed::of(plan, shape);
+    let FixedTimes { overhead_s, dense_s, tiers } = FixedTimes::of(plan, shape);
     let tier_of: BTreeMap<_, _> = plan.dense.iter().map(|d| ((d.kind, d.layer), d.tier)).collect();
     let mut total = overhead_s + dense_s.iter().sum::<f64>();
     for group in &shape.dense {
@@ -123,7 +124,7 @@ fn experts_s(plan: &Placement, layer: &LayerPlacement, evidence: &LayerEvidence,
     let transfers = if stays { 0.0 } else { missed.experts };
 
     let reads: Vec<f64> = on.iter().map(|t| t.experts).chain([transfers]).collect();
-    let read = ExpertStage::new(tiers, evidence.shape.expert_bytes, Ahead::default()).seconds(&reads, brought_to);
+    let read = ExpertStage::new(tiers, evidence.shape.expert_bytes, Prefetch::default()).seconds(&reads, brought_to);
     let (mut of_cpu, mut of_gpu) = (0.0, 0.0f64);
     for (at, (tier, touched)) in tiers.iter().zip(&on).enumerate() {
         // Each expert that is touched costs as much as HALF_ROWS rows more.

@@ -4,7 +4,7 @@
 //! other. Real text repeats itself, so a cache does better on it than on these.
 
 use super::synthetic::Random;
-use crate::replay::LayerTrace;
+use crate::profile::replay::LayerTrace;
 
 /// Drawn tokens that are judged, in each layer.
 pub const TOKENS: usize = 1024;

@@ -7,13 +7,15 @@ pub mod collect;
 pub mod drawn;
 pub mod imatrix;
 pub mod pattern;
+pub mod prefetch;
 pub mod prompts;
+pub mod replay;
 pub mod stats;
 pub mod synthetic;
 
-use crate::cost::Ahead;
-use crate::replay::LayerTrace;
 use anyhow::{Result, bail, ensure};
+use prefetch::Prefetch;
+use replay::LayerTrace;
 use tier_plan_runtime::formats::profile::{Profile, Split};
 use tier_plan_runtime::model::shape::{ExpertShape, ModelShape};
 
@@ -40,7 +42,7 @@ pub struct LayerEvidence {
     /// What plans are judged on.
     pub judged: Judged,
     /// What reading ahead is worth.
-    pub ahead: Ahead,
+    pub prefetch: Prefetch,
     /// Layers of one class are known to be used alike: all of the above but the sizes is the same in each of them.
     pub class: Option<u32>,
 }
@@ -78,7 +80,7 @@ impl Evidence {
                     prompt_share: share.clone(),
                     share,
                     judged: Judged::Uniform,
-                    ahead: Ahead::default(),
+                    prefetch: Prefetch::default(),
                     class: Some(0),
                 }
             })
@@ -138,7 +140,7 @@ impl Evidence {
                     prompt_share: trace.prompt_share().unwrap_or_else(|| trace.decode_share()),
                     share,
                     judged: Judged::Recorded(trace),
-                    ahead: ahead(shape, profile, at),
+                    prefetch: prefetch(shape, profile, at),
                     class: None,
                 }
             })
@@ -166,7 +168,7 @@ impl Evidence {
                     prompt_share: share.clone(),
                     share,
                     judged: Judged::Recorded(trace),
-                    ahead: Ahead::default(),
+                    prefetch: Prefetch::default(),
                     class: None,
                 }
             })
@@ -194,12 +196,12 @@ impl Evidence {
 }
 
 /// What the profile says of guesses of a layer, by position.
-fn ahead(shape: &ModelShape, profile: &Profile, at: usize) -> Ahead {
-    let right =
+fn prefetch(shape: &ModelShape, profile: &Profile, at: usize) -> Prefetch {
+    let accuracy =
         profile.guesses.as_ref().and_then(|all| all.get(at)).map_or(0.0, |g| g.right as f64 / g.made.max(1) as f64);
     let layer = profile.layers[at];
     let dense = shape.dense.iter().filter(|d| d.layer == Some(layer));
-    Ahead { right, dense_bytes: dense.map(|d| d.token_bytes).sum() }
+    Prefetch { accuracy, dense_bytes: dense.map(|d| d.token_bytes).sum() }
 }
 
 fn check_shape(shape: &ModelShape) -> Result<()> {

@@ -6,8 +6,8 @@
 use super::drawn;
 use super::synthetic::Random;
 use super::{Evidence, Judged, LayerEvidence, by_share, check_shape};
-use crate::cost::Ahead;
-use crate::replay::LayerTrace;
+use crate::profile::prefetch::Prefetch;
+use crate::profile::replay::LayerTrace;
 use anyhow::Result;
 use std::collections::BTreeMap;
 use tier_plan_runtime::model::shape::ModelShape;
@@ -93,7 +93,7 @@ impl Evidence {
                         prompt_share: share.clone(),
                         share,
                         judged,
-                        ahead: Ahead::default(),
+                        prefetch: Prefetch::default(),
                         class: None,
                     },
                 )
@@ -157,8 +157,8 @@ fn depth(hits: f64) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::profile::replay::Positions;
     use crate::profile::tests::shape;
-    use crate::replay::Positions;
 
     fn trace(evidence: &Evidence) -> &LayerTrace {
         match &evidence.layers[0].judged {

@@ -1,7 +1,7 @@
 //! Whether pinning can pay: how unevenly experts are used, and how much of that carries over to text not seen.
 
 use super::{check_traces, drawn};
-use crate::replay::{LayerTrace, Positions};
+use crate::profile::replay::{LayerTrace, Positions};
 use anyhow::Result;
 use tier_plan_runtime::formats::profile::{Profile, Split};
 

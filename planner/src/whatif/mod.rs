@@ -7,11 +7,12 @@ pub mod purchase;
 pub mod sweep;
 
 use crate::catalogue::Known;
-use crate::cli::Strategy;
-use crate::cost::{move_to, token_s};
+use crate::cost::token_s;
+use crate::json::tier_json;
 use crate::profile::Evidence;
 use crate::profile::pattern::Pattern;
-use crate::solve::{Inputs, Options, Solved, solve_judged};
+use crate::solve::options::Strategy;
+use crate::solve::{Options, Problem, Solution, solve_with_evidence};
 use anyhow::Result;
 use purchase::Purchase;
 use serde_json::{Value, json};
@@ -132,8 +133,8 @@ fn supposed(question: &Question<'_>) -> Result<Vec<(&'static str, Evidence)>> {
 }
 
 /// The plan for one kind of routing.
-fn plan_for(question: &Question<'_>, evidence: &Evidence) -> Result<Solved> {
-    let inputs = Inputs {
+fn plan_for(question: &Question<'_>, evidence: &Evidence) -> Result<Solution> {
+    let problem = Problem {
         shape: &question.known.sizes,
         profile: question.profile,
         machine: question.machine,
@@ -141,12 +142,9 @@ fn plan_for(question: &Question<'_>, evidence: &Evidence) -> Result<Solved> {
         context: question.context,
         kv_type: question.kv_type,
     };
-    let options = Options { strategy: Strategy::Optimal, time_limit_s: question.time_limit_s, ..Options::default() };
-    let mut solved = solve_judged(&inputs, evidence, &options)?;
-    if let Some(at) = question.at {
-        move_to(&mut solved.plan, &question.known.sizes, at);
-    }
-    Ok(solved)
+    let (time_limit_s, position) = (question.time_limit_s, question.at);
+    let options = Options { strategy: Strategy::Optimal, time_limit_s, position, ..Options::default() };
+    solve_with_evidence(&problem, evidence, &options)
 }
 
 /// Answers a question.
@@ -247,23 +245,13 @@ pub fn as_json(question: &Question<'_>, answer: &Result<Answer>) -> Value {
         .iter()
         .enumerate()
         .map(|(at, t)| {
-            json!({
-                "name": t.tier.name,
-                "kind": t.tier.kind.as_str(),
-                "read_gbps": t.tier.read_gbps,
-                "emulated": t.tier.emulated,
-                "budget_bytes": t.budget_bytes,
-                "used_bytes": t.used_bytes(),
-                "dense_bytes": t.dense_bytes,
-                "pinned_bytes": t.pinned_bytes,
-                "slot_bytes": t.slot_bytes,
-                "kv_bytes": t.kv_bytes,
-                "staging_bytes": t.staging_bytes,
-                "home_bytes": t.home_bytes,
-                "read_bytes_per_token": predicted.read_bytes.get(at),
-                "dense_s": predicted.dense_s.get(at),
-                "expert_s": predicted.expert_s.get(at),
-            })
+            let mut value = tier_json(t);
+            value["kind"] = json!(t.tier.kind.as_str());
+            value["read_gbps"] = json!(t.tier.read_gbps);
+            value["read_bytes_per_token"] = json!(predicted.read_bytes.get(at));
+            value["dense_s"] = json!(predicted.dense_s.get(at));
+            value["expert_s"] = json!(predicted.expert_s.get(at));
+            value
         })
         .collect();
     value["cases"] = answer

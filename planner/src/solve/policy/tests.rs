@@ -1,7 +1,7 @@
 use super::*;
 use crate::profile::synthetic::{self, Routing};
 use crate::profile::tests::{id, profile_of, shape};
-use crate::solve::{Options, solve_all};
+use crate::solve::{Options, solve};
 use tier_plan_runtime::exec::KvType;
 use tier_plan_runtime::formats::machine::{Accelerator, Machine, Tier, TierKind};
 use tier_plan_runtime::model::shape::ModelShape;
@@ -13,7 +13,7 @@ fn machine(home: TierKind) -> Machine {
         capacity_bytes: 1 << 40,
         read_gbps,
         latency_us,
-        // A real drive would keep room for pages.
+        // A real drive would keep capacity for pages.
         emulated: true,
         unit: None,
         accelerator: Accelerator::default(),
@@ -55,9 +55,9 @@ fn fashions() -> Vec<Vec<Vec<u16>>> {
     tokens(&pairs.collect::<Vec<_>>())
 }
 
-fn plan(inputs: &Inputs<'_>) -> Placement {
+fn plan(problem: &Problem<'_>) -> Placement {
     let options = Options { strategy: Strategy::LruOnly, time_limit_s: 1.0, ..Options::default() };
-    let plan = solve_all(inputs, &options).unwrap().plan;
+    let plan = solve(problem, &options).unwrap().plan;
     assert!(plan.layers.iter().all(|l| l.slots == 2 && l.policy == SlotPolicy::Lru), "{:?}", plan.layers);
     plan
 }
@@ -72,12 +72,12 @@ fn refilled(
     let (shape, machine, budgets) = small(2, home);
     let profile = profile_of(8, 2, 1, &[(Split::Train, 0, train), (Split::HeldOut, 0, held_out)]);
     let kv_type = KvType::F16;
-    let inputs = Inputs { shape: &shape, profile: Some(&profile), machine: &machine, budgets, context: 1, kv_type };
+    let problem = Problem { shape: &shape, profile: Some(&profile), machine: &machine, budgets, context: 1, kv_type };
     let evidence = Evidence::new(&shape, Some(&profile)).unwrap();
-    let before = plan(&inputs);
+    let before = plan(&problem);
     let mut after = before.clone();
-    let said = refill(&mut after, &inputs, &evidence, policy).unwrap();
-    assert_eq!(check::check(&after, &shape, &evidence), Vec::<String>::new());
+    let said = refill(&mut after, &problem, &evidence, policy).unwrap();
+    assert_eq!(verify::verify(&after, &shape, &evidence), Vec::<String>::new());
     (before, after, said)
 }
 
@@ -114,28 +114,28 @@ fn what_is_asked_for_is_done() {
         assert_eq!(after.layers[0].policy.name(), name);
         assert!(said.is_some_and(|said| said.contains(name)));
     }
-    assert_eq!(wanted(Policy::Auto, Strategy::Optimal), Some(Policy::Auto));
-    assert_eq!(wanted(Policy::Auto, Strategy::LruOnly), None);
-    assert_eq!(wanted(Policy::Lfu, Strategy::LruOnly), Some(Policy::Lfu));
-    assert_eq!(wanted(Policy::Lru, Strategy::Optimal), None);
+    assert_eq!(to_apply(Policy::Auto, Strategy::Optimal), Some(Policy::Auto));
+    assert_eq!(to_apply(Policy::Auto, Strategy::LruOnly), None);
+    assert_eq!(to_apply(Policy::Lfu, Strategy::LruOnly), Some(Policy::Lfu));
+    assert_eq!(to_apply(Policy::Lru, Strategy::Optimal), None);
 }
 
 #[test]
 fn without_recorded_tokens_there_is_nothing_to_learn() {
     let (shape, machine, budgets) = small(2, TierKind::Nvme);
     let kv_type = KvType::F16;
-    let inputs = Inputs { shape: &shape, profile: None, machine: &machine, budgets, context: 1, kv_type };
+    let problem = Problem { shape: &shape, profile: None, machine: &machine, budgets, context: 1, kv_type };
     let evidence = Evidence::new(&shape, None).unwrap();
-    let before = plan(&inputs);
+    let before = plan(&problem);
     let mut after = before.clone();
-    assert_eq!(refill(&mut after, &inputs, &evidence, Policy::Auto).unwrap(), None);
+    assert_eq!(refill(&mut after, &problem, &evidence, Policy::Auto).unwrap(), None);
     assert_eq!(before, after);
-    let said = refill(&mut after, &inputs, &evidence, Policy::Adaptive).unwrap().unwrap();
-    assert_eq!(after.layers[0].policy, DEFAULTS.1);
+    let said = refill(&mut after, &problem, &evidence, Policy::Adaptive).unwrap().unwrap();
+    assert_eq!(after.layers[0].policy, DEFAULT_ADAPTIVE);
     assert!(said.contains("nothing was recorded"), "{said}");
 }
 
-/// Steps along the axes find as many hits as trying everything, or nearly.
+/// LocalDescent along the axes find as many hits as trying everything, or nearly.
 #[test]
 fn learning_finds_good_parameters() {
     let mut shape = shape(24, 3);
@@ -143,20 +143,20 @@ fn learning_finds_good_parameters() {
     let routing = Routing { skew: 0.7, repeat: 0.4, prompts: 6, prompt_tokens: 20, decode_tokens: 120, seed: 7 };
     let profile = synthetic::profile(&shape, &routing);
     let trace = LayerTrace::new(&profile, 0, |p| p.split == Split::Train);
-    let busy = [Busy { at: 0, slots: 6, pinned: vec![false; 24], trace }];
-    let all: Vec<&Busy> = busy.iter().collect();
+    let layers = [ContendedLayer { at: 0, slots: 6, pinned: vec![false; 24], trace }];
+    let all: Vec<&ContendedLayer> = layers.iter().collect();
     let count = |policy| hits_of(&all, policy)[0];
     let found = count(best_adaptive(&all));
     let mut most = 0;
-    for &half_life in ADAPTIVE[0] {
-        for &recent in ADAPTIVE[1] {
-            for &weight in ADAPTIVE[2] {
+    for &half_life in ADAPTIVE_AXES[0] {
+        for &recent in ADAPTIVE_AXES[1] {
+            for &weight in ADAPTIVE_AXES[2] {
                 most = most.max(count(adaptive([half_life, recent, weight])));
             }
         }
     }
     assert!(found as f64 >= most as f64 * 0.97, "{found} of {most}");
-    assert!(found >= count(DEFAULTS.1));
-    assert!(LFU.iter().all(|&half_life| count(best_lfu(&all)) >= count(SlotPolicy::Lfu { half_life })));
-    assert_eq!(DEFAULTS.1, adaptive([ADAPTIVE[0][2], ADAPTIVE[1][1], ADAPTIVE[2][4]]));
+    assert!(found >= count(DEFAULT_ADAPTIVE));
+    assert!(LFU_HALF_LIVES.iter().all(|&half_life| count(best_lfu(&all)) >= count(SlotPolicy::Lfu { half_life })));
+    assert_eq!(DEFAULT_ADAPTIVE, adaptive([ADAPTIVE_AXES[0][2], ADAPTIVE_AXES[1][1], ADAPTIVE_AXES[2][4]]));
 }

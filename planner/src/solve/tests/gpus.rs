@@ -1,7 +1,7 @@
 //! Attention on real GPUs, which have its keys and values: GPUs that are too small for all layers, and what is wished.
 
 use super::*;
-use crate::solve::wishes::Wishes;
+use crate::solve::problem::constraints::Constraints;
 
 const CONTEXT: u32 = 1000;
 
@@ -10,14 +10,14 @@ fn solved(shape: &ModelShape, tiers: &[Tier], budgets: &[u64], fix: &[&str], for
     machine.tiers.iter_mut().for_each(|t| t.emulated = false);
     let kv_type = KvType::F16;
     let budgets = budgets.to_vec();
-    let inputs = Inputs { shape, profile: None, machine: &machine, budgets, context: CONTEXT, kv_type };
+    let problem = Problem { shape, profile: None, machine: &machine, budgets, context: CONTEXT, kv_type };
     let text = |of: &[&str]| of.iter().map(|s| s.to_string()).collect::<Vec<_>>();
-    let wishes = Wishes::parse(&text(fix), &text(forbid), shape, &machine)?;
-    let solved = solve_all(&inputs, &Options { wishes: wishes.clone(), ..options() })?;
-    assert!(wishes.holds(&solved.plan));
+    let constraints = Constraints::parse(&text(fix), &text(forbid), shape, &machine)?;
+    let solved = solve(&problem, &Options { constraints: constraints.clone(), ..options() })?;
+    assert!(constraints.holds(&solved.plan));
     let evidence = Evidence::uniform(shape)?;
     for plan in solved.baselines.iter().chain([&solved.plan]) {
-        assert_eq!(check::check(plan, shape, &evidence), Vec::<String>::new());
+        assert_eq!(verify::verify(plan, shape, &evidence), Vec::<String>::new());
         assert_eq!(plan.tiers.iter().map(|t| t.kv_bytes).collect::<Vec<_>>(), plan.cache_bytes(shape));
     }
     Ok(solved.plan)
@@ -85,7 +85,7 @@ fn gpus_alone_have_everything_that_is_remembered() -> Result<()> {
     let plan = solved(&shape, &gpus, &[80_000_000, 200_000_000], &[], &[])?;
     assert_eq!(plan.tiers.iter().map(|t| t.kv_bytes).sum::<u64>(), 4_000_000);
     let small = solved(&shape, &gpus, &[2_000_000, 2_500_000], &[], &[]).err().map(|e| format!("{e:#}"));
-    assert!(small.is_some_and(|e| e.contains("no room for the attention of every layer") && e.contains("DRAM")));
+    assert!(small.is_some_and(|e| e.contains("no capacity for the attention of every layer") && e.contains("DRAM")));
     Ok(())
 }
 
@@ -140,7 +140,7 @@ fn mistakes_about_keys_and_values_are_found() -> Result<()> {
     let finds = |word: &str, spoil: &dyn Fn(&mut Placement)| {
         let mut plan = good.clone();
         spoil(&mut plan);
-        let wrong = check::check(&plan, &shape, &evidence).join("; ");
+        let wrong = verify::verify(&plan, &shape, &evidence).join("; ");
         assert!(wrong.contains(word), "{word}: {wrong}");
     };
     finds("kv bytes, but they are", &|p| (p.tiers[0].kv_bytes, p.tiers[1].kv_bytes) = (0, 4_000_000));
