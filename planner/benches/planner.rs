@@ -1,4 +1,4 @@
-//! Speed of replay, in choices a second, and of solving, at the size of the largest models.
+//! Benchmarks replay, in choices per second, and solving, at the size of the largest models.
 #![allow(missing_docs)]
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
@@ -96,8 +96,8 @@ fn replay(c: &mut Criterion) {
     }
 }
 
-/// Stepping the engine's cache with a quarter of the experts as slots, prompts left out: what a decoded token pays for its
-/// bookkeeping in one layer is the time of its choices.
+/// Steps the engine's cache with a quarter of the experts as slots, without prompts. The
+/// bookkeeping of a decoded token in one layer takes the time of its choices.
 fn stepping(c: &mut Criterion) {
     let mut group = c.benchmark_group("stepping");
     for n_expert in [128, 384] {
@@ -117,7 +117,7 @@ fn stepping(c: &mut Criterion) {
     }
 }
 
-/// The one pass over all layers of the largest model: 61 layers of 384 experts.
+/// Replays all layers of the largest model in one pass: 61 layers of 384 experts.
 fn all_layers(c: &mut Criterion) {
     let profile = profile(&shape(61, 384, 8), &Routing { decode_tokens: 512, ..routing(4) });
     let traces: Vec<LayerTrace> = (0..61).map(|layer| LayerTrace::new(&profile, layer, |_| true)).collect();

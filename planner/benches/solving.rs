@@ -1,6 +1,6 @@
-//! Solving at the size of the largest models: seconds, proven gap, and memory, over four and five tiers.
+//! Benchmarks solving at the size of the largest models: seconds, proven gap, and memory.
 //!
-//! A table is printed first (one solve a row); then criterion times the named cases.
+//! A table is printed first, one solve per row. Criterion then times the named cases.
 #![allow(missing_docs)]
 
 use criterion::{Criterion, criterion_group, criterion_main};
@@ -84,12 +84,12 @@ fn evidence(shape: &ModelShape, known: &Known) -> Option<(Evidence, Option<Profi
     }
 }
 
-/// Starts the count of the largest memory afresh, where the system can.
+/// Resets the peak memory of this process, where the system can.
 fn reset_peak() {
     let _ = std::fs::write("/proc/self/clear_refs", "5");
 }
 
-/// Largest and present memory of this process, in MiB.
+/// Returns the peak and present memory of this process, in MiB.
 fn memory_mib() -> [u64; 2] {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     ["VmHWM:", "VmRSS:"].map(|key| {

@@ -1,31 +1,32 @@
 //! Replays recorded routing through a layer's pins and slots.
 //!
-//! LRU slots are the stack algorithm of [`tier_plan_runtime::exec::slots`]: a choice hits exactly when fewer than
-//! `slots` pooled experts were used more recently. So one pass over the trace ([`Positions`]) finds, for each choice, how
-//! many that are, and with it the hits of *every* number of slots. For the other policies the engine's own cache is
-//! stepped ([`play`]), once for each number of slots.
+//! LRU slots are a stack algorithm (R. L. Mattson and others, 1970): a choice hits exactly when
+//! fewer than `slots` pooled experts were used more recently. That number is the choice's stack
+//! distance, or position. One pass over the trace ([`Positions`]) finds it for each choice, and
+//! with it the hits of *every* number of slots. For the other policies the engine's own cache is
+//! stepped ([`play`]), once per number of slots.
 //!
-//! Slots start empty and persist over the prompts in the order given. A prompt is a batch of its distinct experts in
-//! the order of their last use: it changes what the slots hold, but only decoded tokens are counted. The engine takes
-//! prompts of more than 512 tokens in several batches, after each of which policies other than LRU decide anew; here a
-//! prompt is one batch, however long.
+//! Slots start empty and persist over the prompts in the order given. A prompt is a batch of its
+//! distinct experts in the order of their last use. It changes what the slots hold, but only
+//! decoded tokens are counted. The engine takes prompts of more than 512 tokens in several batches,
+//! and policies other than LRU decide anew after each. Here a prompt is one batch, however long.
 
 use std::collections::BTreeSet;
 use tier_plan_runtime::exec::slots::{Access, SlotCache};
 use tier_plan_runtime::formats::placement::SlotPolicy;
 use tier_plan_runtime::formats::profile::{Profile, PromptTrace};
 
-/// The recency position of an expert that was never used before: beyond any number of slots.
+/// Position of an expert that was never used before: beyond any number of slots.
 pub const COLD: u16 = u16::MAX;
 
-/// One prompt in one layer.
+/// One prompt in one layer, with what was decoded after it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Segment {
-    /// Distinct experts of the prompt's tokens, the one whose last use is earliest first.
+    /// Distinct experts of the prompt's tokens, the earliest last use first.
     touched: Vec<u16>,
-    /// The prompt's tokens.
+    /// Tokens of the prompt.
     prompt: usize,
-    /// Decoded tokens after it.
+    /// Tokens decoded after the prompt.
     decoded: usize,
 }
 
@@ -34,16 +35,16 @@ struct Segment {
 pub enum Event<'a> {
     /// A prompt, which is not counted.
     Prompt {
-        /// `[token, used]` its tokens' choices.
+        /// `[token, used]` choices of the prompt's tokens.
         tokens: &'a [u16],
-        /// Its distinct experts, the one whose last use is earliest first.
+        /// Distinct experts of the prompt, the earliest last use first.
         touched: &'a [u16],
     },
     /// A decoded token's choices in router order.
     Token(&'a [u16]),
 }
 
-/// The recorded choices of one layer, over some prompts.
+/// Recorded choices of one layer, over some prompts.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LayerTrace {
     n_expert: usize,
@@ -59,8 +60,10 @@ pub struct LayerTrace {
 }
 
 impl LayerTrace {
-    /// The choices of the profile's layer at position `layer`, over the prompts that `wanted` takes. The profile must
-    /// have been checked against its own sizes.
+    /// Reads the choices of the profile's layer at position `layer`, over the prompts that `wanted`
+    /// takes.
+    ///
+    /// The profile must have been checked against its own sizes.
     pub fn new(profile: &Profile, layer: usize, wanted: impl Fn(&PromptTrace) -> bool) -> Self {
         let mut trace = LayerTrace {
             n_expert: profile.n_expert as usize,
@@ -96,8 +99,10 @@ impl LayerTrace {
         trace
     }
 
-    /// Made-up choices: `warm_up` (`[token, used]`) fills the slots as a prompt does, `chosen` (the same shape) is
-    /// judged. All experts are below `n_expert`, and those of a token different.
+    /// Makes a trace of given choices: `warm_up` fills the slots as a prompt does, `chosen` is
+    /// judged.
+    ///
+    /// Both are `[token, used]`. All experts are below `n_expert`, and those of a token differ.
     pub fn made_up(n_expert: usize, n_used: usize, warm_up: &[u16], chosen: Vec<u16>) -> Self {
         let mut seen = vec![false; n_expert];
         let mut touched: Vec<u16> =
@@ -110,27 +115,27 @@ impl LayerTrace {
         LayerTrace { n_expert, n_used, segments, chosen, prompt_chosen, prompt_uses, prompt_tokens: 0 }
     }
 
-    /// Decoded tokens.
+    /// Returns the number of decoded tokens.
     pub fn tokens(&self) -> usize {
         self.segments.iter().map(|s| s.decoded).sum()
     }
 
-    /// Experts in the layer.
+    /// Returns the number of experts in the layer.
     pub fn n_expert(&self) -> usize {
         self.n_expert
     }
 
-    /// Experts a token uses.
+    /// Returns the number of experts that a token uses.
     pub fn n_used(&self) -> usize {
         self.n_used
     }
 
-    /// Choices in all, those of prompts included.
+    /// Returns the number of choices, those of prompts included.
     pub fn choices(&self) -> usize {
         self.chosen.len() + self.prompt_chosen.len()
     }
 
-    /// The steps in order.
+    /// Returns the steps in order.
     pub fn events(&self) -> impl Iterator<Item = Event<'_>> + '_ {
         let (mut decoded, mut prompts) = (&self.chosen[..], &self.prompt_chosen[..]);
         self.segments.iter().flat_map(move |segment| {
@@ -143,7 +148,7 @@ impl LayerTrace {
         })
     }
 
-    /// The steps in order: `(choices, counted)`, where a prompt's batch is not counted.
+    /// Returns the steps in order, as choices and whether they are counted. A prompt is not.
     pub fn steps(&self) -> impl Iterator<Item = (&[u16], bool)> + '_ {
         self.events().map(|event| match event {
             Event::Prompt { touched, .. } => (touched, false),
@@ -151,7 +156,7 @@ impl LayerTrace {
         })
     }
 
-    /// `[n_expert]` share of decoded tokens that choose each expert.
+    /// Returns `[n_expert]` shares of decoded tokens that choose each expert.
     pub fn decode_share(&self) -> Vec<f64> {
         let mut uses = vec![0u64; self.n_expert];
         for &expert in &self.chosen {
@@ -161,14 +166,14 @@ impl LayerTrace {
         uses.iter().map(|&n| n as f64 / tokens).collect()
     }
 
-    /// `[n_expert]` share of prompt tokens that choose each expert, if there are any.
+    /// Returns `[n_expert]` shares of prompt tokens that choose each expert, if there are any.
     pub fn prompt_share(&self) -> Option<Vec<f64>> {
         let tokens = self.prompt_tokens as f64;
         (self.prompt_tokens > 0).then(|| self.prompt_uses.iter().map(|&n| n as f64 / tokens).collect())
     }
 }
 
-/// How many pooled experts were used more recently than each pooled choice.
+/// LRU stack distances: how many pooled experts were used more recently than each pooled choice.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Positions {
     /// `[pooled choice]` in router order, token after token; [`COLD`] at a first use.
@@ -180,9 +185,13 @@ pub struct Positions {
 impl Positions {
     /// Replays the trace with the pinned experts (`[n_expert]`) taken out of the pool.
     pub fn new(trace: &LayerTrace, pinned: &[bool]) -> Self {
-        // So few experts that times are seldom numbered anew.
-        const FEW: usize = i16::LAST / 2;
-        if trace.n_expert <= FEW { Self::timed::<i16>(trace, pinned) } else { Self::timed::<i32>(trace, pinned) }
+        // Experts up to which 16-bit times are seldom renumbered.
+        const MAX_EXPERTS_16_BIT: usize = i16::LAST / 2;
+        if trace.n_expert <= MAX_EXPERTS_16_BIT {
+            Self::timed::<i16>(trace, pinned)
+        } else {
+            Self::timed::<i32>(trace, pinned)
+        }
     }
 
     fn timed<T: Time>(trace: &LayerTrace, pinned: &[bool]) -> Self {
@@ -201,22 +210,22 @@ impl Positions {
         Positions { at, starts }
     }
 
-    /// Decoded tokens.
+    /// Returns the number of decoded tokens.
     pub fn tokens(&self) -> usize {
         self.starts.len() - 1
     }
 
-    /// The positions of one token's pooled choices, in router order.
+    /// Returns the positions of one token's pooled choices, in router order.
     pub fn token(&self, token: usize) -> &[u16] {
         &self.at[self.starts[token] as usize..self.starts[token + 1] as usize]
     }
 
-    /// Pooled choices in all.
+    /// Returns the number of pooled choices.
     pub fn accesses(&self) -> usize {
         self.at.len()
     }
 
-    /// `[most + 1]` hits for 0, 1, ... `most` slots.
+    /// Returns `[most + 1]` hits for 0, 1, ... `most` slots.
     pub fn hit_curve(&self, most: usize) -> Vec<u64> {
         let mut curve = vec![0u64; most + 1];
         for &position in &self.at {
@@ -233,8 +242,10 @@ impl Positions {
     }
 }
 
-/// Steps a layer's slots through a trace with the pinned experts (`[n_expert]`) taken out of the pool. Calls `each` for
-/// every decoded token, with its choices and the accesses of those that are pooled.
+/// Steps a layer's slots through a trace with the pinned experts (`[n_expert]`) taken out of the
+/// pool.
+///
+/// Calls `each` for every decoded token, with its choices and the accesses of its pooled ones.
 pub fn play(trace: &LayerTrace, pinned: &[bool], cache: &mut SlotCache, mut each: impl FnMut(&[u16], &[Access])) {
     let (mut pooled, mut out) = (Vec::new(), Vec::new());
     for event in trace.events() {
@@ -259,7 +270,7 @@ pub fn play(trace: &LayerTrace, pinned: &[bool], cache: &mut SlotCache, mut each
     }
 }
 
-/// Hits of a policy in so many slots, with the pinned experts (`[n_expert]`) taken out of the pool.
+/// Returns the hits of a policy, with the pinned experts (`[n_expert]`) taken out of the pool.
 pub fn hits(trace: &LayerTrace, pinned: &[bool], slots: u32, policy: SlotPolicy) -> u64 {
     let mut cache = SlotCache::new(trace.n_expert as u32, slots, policy);
     let mut hits = 0;
@@ -269,26 +280,28 @@ pub fn hits(trace: &LayerTrace, pinned: &[bool], slots: u32, policy: SlotPolicy)
     hits
 }
 
-/// Numbers of slots up to `most`, and a policy's hits in each: every number for LRU, for the others no more than some
-/// twenty, since each takes a replay of its own.
+/// Returns the hits of a policy by number of slots, up to `most`.
+///
+/// LRU has every number. The others have about twenty, since each takes a replay of its own.
 pub fn hit_curve(trace: &LayerTrace, pinned: &[bool], most: usize, policy: SlotPolicy) -> Vec<(u32, u64)> {
     if policy == SlotPolicy::Lru {
         return (0..).zip(Positions::new(trace, pinned).hit_curve(most)).collect();
     }
-    const SAMPLES: usize = 20;
-    let mut sizes: Vec<u32> = (0..=SAMPLES).map(|at| (most * at / SAMPLES) as u32).collect();
+    const MAX_SAMPLES: usize = 20;
+    let mut sizes: Vec<u32> = (0..=MAX_SAMPLES).map(|at| (most * at / MAX_SAMPLES) as u32).collect();
     sizes.dedup();
     sizes.into_iter().map(|slots| (slots, hits(trace, pinned, slots, policy))).collect()
 }
 
-/// A number for times: as short as the experts of a layer allow, since counting is bound by their bytes.
+/// Integer type of times: as short as the number of experts allows, since memory bandwidth bounds
+/// the counting.
 trait Time: Copy + Ord {
-    /// Before all others.
+    /// Time before all others.
     const NEVER: Self;
-    /// The largest.
+    /// The largest time.
     const LAST: usize;
 
-    /// The time `at`, which is at most [`LAST`](Self::LAST).
+    /// Converts a time, which is at most [`LAST`](Self::LAST).
     fn at(at: usize) -> Self;
 }
 
@@ -310,8 +323,10 @@ impl Time for i32 {
     }
 }
 
-/// When each expert was last used. Counting the later ones is a straight pass over at most some thousand integers,
-/// which the compiler vectorises; a tree would not pay at these sizes.
+/// Last use of each expert.
+///
+/// Counting the later uses is a straight pass over at most some thousand integers, which the
+/// compiler vectorizes. A tree would not pay at these sizes.
 struct Recency<T> {
     /// `[n_expert]` time of last use.
     last: Vec<T>,
@@ -339,7 +354,7 @@ impl<T: Time> Recency<T> {
         self.now += 1;
     }
 
-    /// Keeps the order and starts counting from 0 again.
+    /// Renumbers the times from 0, in their order.
     fn renumber(&mut self) {
         let mut used: Vec<usize> = (0..self.last.len()).filter(|&e| self.last[e] != T::NEVER).collect();
         used.sort_by_key(|&e| self.last[e]);
@@ -350,17 +365,20 @@ impl<T: Time> Recency<T> {
     }
 }
 
-/// The most hits that any policy could have with `room` experts resident, the future known: the residents with the
-/// nearest next use are kept (L. A. Belády, 1966), a token's choices are looked up together, and what is resident at
-/// the start is chosen freely too. An upper bound for every mix of pins and slots of the same bytes.
-pub fn ceiling(trace: &LayerTrace, room: usize) -> u64 {
+/// Returns the most hits that any policy can have with `n_resident` experts (L. A. Belády, 1966).
+///
+/// The future is known: the experts with the nearest next use are kept. A token's choices are
+/// looked up together, and the experts resident at the start are chosen freely too. This bounds
+/// every mix of pins and slots of the same bytes.
+pub fn ceiling(trace: &LayerTrace, n_resident: usize) -> u64 {
     let steps: Vec<(&[u16], bool)> = trace.steps().collect();
-    // The step of the next counted use after each use, if it comes before a prompt's; found from the end.
+    // Step of the next counted use after each use, unless a prompt's use comes first; found from
+    // the end.
     let mut next = vec![u32::MAX; trace.n_expert];
     let mut after: Vec<Vec<u32>> = Vec::with_capacity(steps.len());
     for (at, (chosen, counted)) in steps.iter().enumerate().rev() {
         after.push(chosen.iter().map(|&e| next[usize::from(e)]).collect());
-        // A prompt brings its experts in for nothing, so there is no use in having kept one for it.
+        // A prompt brings its experts in at no cost, so it does not pay to have kept one for it.
         let when = if *counted { at as u32 } else { u32::MAX };
         chosen.iter().for_each(|&e| next[usize::from(e)] = when);
     }
@@ -369,7 +387,7 @@ pub fn ceiling(trace: &LayerTrace, room: usize) -> u64 {
     let mut resident: BTreeSet<(u32, u16)> = (0..trace.n_expert).map(|e| (next[e], e as u16)).collect();
     let mut due = next;
     let shrink = |resident: &mut BTreeSet<(u32, u16)>| {
-        while resident.len() > room {
+        while resident.len() > n_resident {
             resident.pop_last();
         }
     };

@@ -43,8 +43,8 @@ fn tokens(choices: &[[u16; 2]]) -> Vec<Vec<Vec<u16>>> {
     choices.iter().map(|c| vec![c.to_vec()]).collect()
 }
 
-/// Two favourites, and others that come once between them.
-fn favourites() -> Vec<Vec<Vec<u16>>> {
+/// Two favorites, and others that come once between them.
+fn favorites() -> Vec<Vec<Vec<u16>>> {
     let between = (0..40u16).flat_map(|i| [[0, 1], [2 + i % 6, 2 + (i + 1) % 6], [1, 0]]);
     tokens(&between.collect::<Vec<_>>())
 }
@@ -82,9 +82,9 @@ fn refilled(
 }
 
 #[test]
-fn favourites_are_kept_where_the_held_out_prompts_have_them_too() {
+fn favorites_are_kept_where_the_held_out_prompts_have_them_too() {
     for home in [TierKind::Nvme, TierKind::Pmem] {
-        let (before, after, said) = refilled(favourites(), favourites(), home, Policy::Auto);
+        let (before, after, said) = refilled(favorites(), favorites(), home, Policy::Auto);
         assert_ne!(after.layers[0].policy, SlotPolicy::Lru);
         assert!(after.solver.objective_s < before.solver.objective_s);
         assert!(after.predicted.hit_rate > before.predicted.hit_rate + 0.2, "{said:?}");
@@ -98,7 +98,7 @@ fn favourites_are_kept_where_the_held_out_prompts_have_them_too() {
 #[test]
 fn lru_stays_where_it_is_faster() {
     // On the train prompts it loses, on the held-out ones it wins.
-    let (before, after, said) = refilled(favourites(), fashions(), TierKind::Nvme, Policy::Auto);
+    let (before, after, said) = refilled(favorites(), fashions(), TierKind::Nvme, Policy::Auto);
     assert_eq!(before, after);
     let said = said.unwrap();
     assert!(said.starts_with("slots stay with lru: ") && said.contains("% tok/s"), "{said}");
@@ -110,7 +110,7 @@ fn lru_stays_where_it_is_faster() {
 #[test]
 fn what_is_asked_for_is_done() {
     for (policy, name) in [(Policy::Lfu, "lfu"), (Policy::Adaptive, "adaptive"), (Policy::Lru, "lru")] {
-        let (_, after, said) = refilled(favourites(), fashions(), TierKind::Nvme, policy);
+        let (_, after, said) = refilled(favorites(), fashions(), TierKind::Nvme, policy);
         assert_eq!(after.layers[0].policy.name(), name);
         assert!(said.is_some_and(|said| said.contains(name)));
     }
