@@ -24,7 +24,7 @@ fn tier(name: &str, kind: TierKind, read_gbps: f64, latency_us: f64) -> Tier {
         capacity_bytes: 1 << 40,
         read_gbps,
         latency_us,
-        // Nothing but its own limits ties what lies on an emulated GPU together.
+        // What lies on an emulated GPU has no constraints but its own limits.
         emulated: kind == TierKind::Vram,
         unit: None,
         accelerator: Accelerator::default(),
@@ -52,7 +52,7 @@ fn three_tiers() -> Vec<Tier> {
     ]
 }
 
-/// Two accelerators, the memory of the processor, another's over the link, and a drive.
+/// Two GPUs, the CPU's memory, another CPU's over the link, and a drive.
 fn five_tiers() -> Vec<Tier> {
     vec![
         tier("gpu-a", TierKind::Vram, 300.0, 8.0),
@@ -85,7 +85,7 @@ fn shape(n_layer: u32, n_expert: u32, n_used: u32, expert_bytes: u64) -> ModelSh
     }
 }
 
-/// A layer's one row of so many values for each position.
+/// Returns a KV cache of one row per position with `width` values.
 fn cache(width: u64) -> CacheShape {
     CacheShape { rows: vec![KvRows { width, per_token: 1, queries: 1, window: None }], state_bytes: 0 }
 }
@@ -98,7 +98,7 @@ fn options() -> Options {
     Options { strategy: Strategy::Optimal, time_limit_s: 20.0, ..Options::default() }
 }
 
-/// A small instance: machine, model, profile (or none), budgets.
+/// Makes a small instance: model, profile (or none), machine, budgets.
 fn instance(seed: u64) -> (ModelShape, Option<Profile>, Machine, Vec<u64>) {
     let mut random = Random::new(seed + 1);
     let mut pick = |from: u64, to: u64| from + random.below((to - from + 1) as usize) as u64;
@@ -128,7 +128,7 @@ fn instance(seed: u64) -> (ModelShape, Option<Profile>, Machine, Vec<u64>) {
         }
         _ => five_tiers(),
     };
-    // Some links are slower than what is at the other end.
+    // Some links are slower than the memory at the other end.
     if pick(0, 1) > 0 {
         let vram = kinds.iter_mut().filter(|t| t.kind == TierKind::Vram);
         vram.for_each(|t| {
@@ -146,13 +146,13 @@ fn instance(seed: u64) -> (ModelShape, Option<Profile>, Machine, Vec<u64>) {
         group.bytes = pick(300, 2000) * 1000;
         group.token_bytes = group.bytes / pick(1, 3);
     }
-    // Up to 400 kB for the 100 positions of the tests, in some layers the same.
+    // Up to 400 kB for the 100 positions of the tests; some layers are alike.
     let widths = [pick(0, 2000), pick(0, 2000)];
     for of in &mut shape.caches {
         *of = cache(widths[pick(0, 1) as usize]);
     }
     let mut profile = (pick(0, 4) > 0).then(|| synthetic::profile(&shape, &routing(seed)));
-    // Guesses that are good for reading ahead, and some that are not.
+    // Predictions that are good for prefetching, and some that are not.
     if let Some(profile) = profile.as_mut().filter(|_| pick(0, 1) > 0) {
         profile.guesses = Some((0..layers).map(|_| Guesses { made: 10, right: pick(3, 10) }).collect());
     }
@@ -169,10 +169,10 @@ fn instance(seed: u64) -> (ModelShape, Option<Profile>, Machine, Vec<u64>) {
     (shape, profile, machine(kinds), budgets)
 }
 
-/// Ways to treat one thing: bytes by tier, and seconds.
+/// Choices for one thing: `[tiers]` bytes, and seconds.
 type Ways = Vec<(Vec<u64>, f64)>;
 
-/// Every treatment of one layer: `(bytes by tier, seconds)`, found without the solver's code.
+/// Returns every choice for one layer, found without the solver's code.
 fn treatments(capacity: &Capacity, evidence: &crate::profile::LayerEvidence) -> Vec<(Vec<u64>, f64)> {
     let (n, home) = (capacity.tiers.len(), capacity.home());
     let e = evidence.shape;
@@ -216,7 +216,7 @@ fn treatments(capacity: &Capacity, evidence: &crate::profile::LayerEvidence) -> 
     found
 }
 
-/// The least seconds of all choices, by trying all that fit.
+/// Returns the least seconds over all choices that fit, by exhaustive enumeration.
 fn exhaustive(things: &[Vec<(Vec<u64>, f64)>], left: &[u64]) -> Option<f64> {
     let Some((first, rest)) = things.split_first() else { return Some(0.0) };
     let mut best: Option<f64> = None;
@@ -229,8 +229,10 @@ fn exhaustive(things: &[Vec<(Vec<u64>, f64)>], left: &[u64]) -> Option<f64> {
     best
 }
 
-/// By thing, all `(bytes by tier, seconds)`, and what is left for them. Attention has its layer's cache with it: on a real
-/// GPU there, and else where the capacity has it. 100 positions are held, and 50 read.
+/// Returns all choices by thing, and the bytes left for them.
+///
+/// Attention has its layer's KV cache with it: on a real GPU there, and else on the KV tier. 100
+/// positions are held, and 50 read.
 fn everything(shape: &ModelShape, capacity: &Capacity, evidence: &Evidence) -> (Vec<Ways>, Vec<u64>) {
     let n = capacity.tiers.len();
     let mut things: Vec<Ways> = evidence.layers.iter().map(|l| treatments(capacity, l)).collect();
@@ -344,7 +346,7 @@ fn larger() -> (ModelShape, Profile, Machine, Vec<u64>) {
 }
 
 #[test]
-fn rules_use_their_bytes_and_never_beat_the_program() -> Result<()> {
+fn baselines_use_their_bytes_and_never_beat_the_optimum() -> Result<()> {
     let (shape, profile, machine, budgets) = larger();
     let problem = Problem {
         shape: &shape,
@@ -357,10 +359,11 @@ fn rules_use_their_bytes_and_never_beat_the_program() -> Result<()> {
     let solved = solve(&problem, &Options { time_limit_s: 30.0, ..options() })?;
     assert_eq!(solved.baselines.len(), 4);
     for plan in &solved.baselines {
-        // Less than one expert is left of each fast tier, but for the slots' even spread over the layers.
+        // Less than one expert is left of each fast tier, besides the slots' even spread over the
+        // layers
         for tier in &plan.tiers[..2] {
             let spare = tier.budget_bytes - tier.used_bytes();
-            // and the capacity for pages.
+            // and page padding.
             let pages = (tier.budget_bytes as f64 * problem::capacity::page_share(&shape)) as u64;
             assert!(spare < 4_000_000 + pages, "{} leaves {spare} of {}", plan.name, tier.tier.name);
         }
@@ -375,7 +378,7 @@ fn rules_use_their_bytes_and_never_beat_the_program() -> Result<()> {
 }
 
 #[test]
-fn a_real_drive_leaves_room_for_pages() -> Result<()> {
+fn a_real_drive_leaves_room_for_page_padding() -> Result<()> {
     let shape = shape(4, 16, 2, 2_000_000);
     let capacity = |emulated: bool, dram: u64| {
         let mut tiers = three_tiers();
@@ -388,10 +391,10 @@ fn a_real_drive_leaves_room_for_pages() -> Result<()> {
     };
     let (real, emulated) = (capacity(false, 60_000_000)?, capacity(true, 60_000_000)?);
     let kept = emulated[1] - real[1];
-    // Slots and staging as the engine makes them: three slices, at most two pages more each.
+    // Slots and staging as the engine makes them: three slices, each with at most two pages more.
     let buffers = (real[1] - 18_000_000) / 2_000_000 + 4;
     assert!(kept >= buffers * 6 * 4096 * 9 / 10 && kept < 2_000_000, "{kept} for {buffers} buffers");
-    // The dense groups of 18 MB have no slots among them, and what is all in memory needs none.
+    // The dense groups of 18 MB have no slots among them. A model that fits in memory needs none.
     assert_eq!(real[0], emulated[0]);
     assert_eq!(capacity(false, 200_000_000)?, capacity(true, 200_000_000)?);
     Ok(())
@@ -452,7 +455,7 @@ fn planted_mistakes_are_found() -> Result<()> {
     Ok(())
 }
 
-/// Plans that no instance would make are still charged as the contract says, few slots included.
+/// Plans that the solver would not make are charged as documented too, few slots included.
 #[test]
 fn the_prediction_is_a_token_by_token_simulation() -> Result<()> {
     let shape = shape(2, 9, 3, 1_000_000);
@@ -502,7 +505,7 @@ fn the_prediction_is_a_token_by_token_simulation() -> Result<()> {
 }
 
 #[test]
-fn what_cannot_fit_says_what_would() {
+fn infeasible_problems_get_a_hint() {
     let shape = shape(4, 8, 2, 1_000_000);
     let machine = machine(three_tiers());
     let refused = |budgets: [u64; 3], context: u32, words: &[&str]| {

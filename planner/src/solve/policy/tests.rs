@@ -13,7 +13,7 @@ fn machine(home: TierKind) -> Machine {
         capacity_bytes: 1 << 40,
         read_gbps,
         latency_us,
-        // A real drive would keep capacity for pages.
+        // A real drive would leave room for page padding.
         emulated: true,
         unit: None,
         accelerator: Accelerator::default(),
@@ -43,13 +43,13 @@ fn tokens(choices: &[[u16; 2]]) -> Vec<Vec<Vec<u16>>> {
     choices.iter().map(|c| vec![c.to_vec()]).collect()
 }
 
-/// Two favorites, and others that come once between them.
+/// Two favorites, and others that occur once between them.
 fn favorites() -> Vec<Vec<Vec<u16>>> {
     let between = (0..40u16).flat_map(|i| [[0, 1], [2 + i % 6, 2 + (i + 1) % 6], [1, 0]]);
     tokens(&between.collect::<Vec<_>>())
 }
 
-/// What was used last comes once more, and never again for long.
+/// The experts used last are used once more, and then not for long.
 fn fashions() -> Vec<Vec<Vec<u16>>> {
     let pairs = (0..60u16).flat_map(|i| [[2 * (i % 4), 2 * (i % 4) + 1]; 2]);
     tokens(&pairs.collect::<Vec<_>>())
@@ -62,7 +62,7 @@ fn plan(problem: &Problem<'_>) -> Placement {
     plan
 }
 
-/// The plan of these prompts with LRU, with the policy that was asked for, and what was said.
+/// Returns the plan of these prompts with LRU, the plan with a policy, and the note about it.
 fn refilled(
     train: Vec<Vec<Vec<u16>>>,
     held_out: Vec<Vec<Vec<u16>>>,
@@ -82,7 +82,7 @@ fn refilled(
 }
 
 #[test]
-fn favorites_are_kept_where_the_held_out_prompts_have_them_too() {
+fn favorites_are_kept_where_held_out_prompts_have_them_too() {
     for home in [TierKind::Nvme, TierKind::Pmem] {
         let (before, after, said) = refilled(favorites(), favorites(), home, Policy::Auto);
         assert_ne!(after.layers[0].policy, SlotPolicy::Lru);
@@ -97,18 +97,18 @@ fn favorites_are_kept_where_the_held_out_prompts_have_them_too() {
 
 #[test]
 fn lru_stays_where_it_is_faster() {
-    // On the train prompts it loses, on the held-out ones it wins.
+    // Another policy wins on the train prompts and loses on the held-out ones.
     let (before, after, said) = refilled(favorites(), fashions(), TierKind::Nvme, Policy::Auto);
     assert_eq!(before, after);
     let said = said.unwrap();
     assert!(said.starts_with("slots stay with lru: ") && said.contains("% tok/s"), "{said}");
-    // It wins on both.
+    // LRU wins on both.
     let (before, after, _) = refilled(fashions(), fashions(), TierKind::Nvme, Policy::Auto);
     assert!(after.solver.objective_s <= before.solver.objective_s);
 }
 
 #[test]
-fn what_is_asked_for_is_done() {
+fn a_requested_policy_is_applied() {
     for (policy, name) in [(Policy::Lfu, "lfu"), (Policy::Adaptive, "adaptive"), (Policy::Lru, "lru")] {
         let (_, after, said) = refilled(favorites(), fashions(), TierKind::Nvme, policy);
         assert_eq!(after.layers[0].policy.name(), name);
@@ -135,7 +135,7 @@ fn without_recorded_tokens_there_is_nothing_to_learn() {
     assert!(said.contains("nothing was recorded"), "{said}");
 }
 
-/// LocalDescent along the axes find as many hits as trying everything, or nearly.
+/// Coordinate search finds about as many hits as trying all parameters.
 #[test]
 fn learning_finds_good_parameters() {
     let mut shape = shape(24, 3);

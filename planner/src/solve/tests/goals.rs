@@ -1,4 +1,5 @@
-//! Objectives, targets, what is fixed by hand, and the bound over all configurations, against trying everything.
+//! Tests objectives, targets, constraints, and the bound over all configurations against
+//! enumeration.
 
 use super::*;
 use crate::cost::batch;
@@ -22,7 +23,7 @@ proptest! {
     #![proptest_config(cases(250))]
 
     #[test]
-    fn the_least_memory_for_a_speed_is_the_least(seed in 0u64..u64::MAX / 2, slower in 1.0f64..3.0) {
+    fn the_least_memory_for_a_speed_matches_enumeration(seed in 0u64..u64::MAX / 2, slower in 1.0f64..3.0) {
         let (shape, profile, mut machine, budgets) = instance(seed);
         machine.tiers.iter_mut().for_each(|t| t.emulated &= seed % 2 == 0);
         if machine.tiers.len() < 2 {
@@ -42,7 +43,7 @@ proptest! {
             rows.push((seconds * TICKS_PER_S).ceil() as u64);
             (rows, bytes[..last].iter().sum::<u64>() as f64)
         };
-        // Wherever the cache is.
+        // The least over all KV tiers.
         let of = |capacity: &Capacity| {
             let (all, mut left) = everything(&shape, capacity, &evidence);
             let things: Vec<_> = all.iter().map(|t| t.iter().map(weigh).collect::<Vec<_>>()).collect();
@@ -55,7 +56,7 @@ proptest! {
         prop_assert!(plan.predicted.decode_tok_s >= target * (1.0 - 1e-9));
         let used: u64 = plan.tiers[..last].iter().map(|t| t.used_bytes()).sum();
         prop_assert_eq!(used as f64, goal.value);
-        // A rule may do without the columns.
+        // A baseline may reach the target without columns that do.
         match capacities.iter().filter_map(of).min_by(f64::total_cmp) {
             Some(least) => prop_assert!(goal.value <= least * (1.0 + 1e-9), "{} {}", goal.value, least),
             None => prop_assert!(plan.solver.status.starts_with("feasible")),
@@ -90,7 +91,7 @@ proptest! {
         let bound = layer.bound(&[none], 1e-4, soon());
         prop_assert!(bound <= least * (1.0 + 1e-9), "{bound} {least}");
         prop_assert!(bound >= least * (1.0 - 2e-4), "{bound} {least}");
-        // What is found by steps is priced as the cost model prices it.
+        // What local descent returns is priced as the cost model prices it.
         for timed in layer.cheapest(&[none], true, soon()) {
             let (config, seconds) = (timed.config, timed.seconds);
             let placed = config.placement(0, &evidence.layers[0].order, capacity.home());
@@ -130,7 +131,7 @@ proptest! {
                 prop_assert!(plan.solver.objective_s <= least * (1.0 + 1e-9));
             }
             (Err(error), None) => prop_assert!(!error.to_string().is_empty()),
-            // What was listed has the cache on the capacity's tier.
+            // The enumeration has the cache on the capacity's tier.
             (Ok(plan), None) => prop_assert!(plan.kv_tier != capacity.kv_tier, "{plan:?}"),
             (got, want) => prop_assert!(false, "{got:?} {want:?}"),
         }
@@ -159,7 +160,7 @@ fn experts_fixed_by_hand_are_where_they_were_put() -> Result<()> {
 }
 
 #[test]
-fn fixing_what_is_not_there_or_does_not_fit_is_refused() -> Result<()> {
+fn constraints_on_what_is_missing_or_too_large_are_refused() -> Result<()> {
     let (shape, profile, machine, budgets) = larger();
     let refused = |fix: &[&str], forbid: &[&str], words: &[&str]| {
         let text = |of: &[&str]| of.iter().map(|s| s.to_string()).collect::<Vec<_>>();
@@ -256,7 +257,7 @@ fn cost_and_energy_are_latency_where_there_is_one_price() -> Result<()> {
 }
 
 #[test]
-fn dear_memory_is_left_out_where_it_is_not_worth_its_price() -> Result<()> {
+fn expensive_memory_is_left_out_where_it_is_not_worth_its_price() -> Result<()> {
     let (shape, profile, mut machine, budgets) = larger();
     machine.extras.price_usd = Some(1.0);
     let usd = |vram: f64| [("vram", vram), ("dram", 2.0), ("slow", 0.0)].map(|(n, p)| (n.to_string(), p));
@@ -276,14 +277,16 @@ fn dear_memory_is_left_out_where_it_is_not_worth_its_price() -> Result<()> {
     Ok(())
 }
 
-/// The train split suggests the wrong experts; a rule that ignores it is faster on the held-out tokens.
+/// The train split suggests the wrong experts; a baseline that ignores it is faster on held-out
+/// tokens.
 #[test]
-fn a_rule_that_is_faster_on_held_out_tokens_is_taken() -> Result<()> {
+fn a_baseline_that_is_faster_on_held_out_tokens_is_taken() -> Result<()> {
     use crate::profile::tests::profile_of;
     use tier_plan_runtime::formats::profile::Split;
     let mut shape = shape(1, 8, 1, 1_000_000);
     shape.id = crate::profile::tests::id("m");
-    // Trained on odd experts, judged on even ones, each as often as the other: uniform pins every second.
+    // Trained on odd experts and judged on even ones, each used equally often: uniform pins every
+    // second.
     let tokens = |first: u16| (0..64).map(|t| vec![vec![first + 2 * (t % 4)]]).collect::<Vec<_>>();
     let profile = profile_of(8, 1, 1, &[(Split::Train, 0, tokens(1)), (Split::HeldOut, 0, tokens(0))]);
     let machine = machine(vec![tier("dram", TierKind::Dram, 20.0, 0.0), tier("slow", TierKind::Pmem, 2.0, 1.0)]);
