@@ -137,7 +137,8 @@ fn solving(c: &mut Criterion) {
         let (shape, machine) = (shape(n_layer, n_expert, n_used), machine());
         let profile = profile(&shape, &routing(16));
         let all = shape.weight_bytes();
-        // A tenth and a third of the weights; at the largest size that is about the machine's own capacity.
+        // A tenth and a third of the weights; at the largest size that is about the machine's own
+        // capacity.
         let budgets = vec![(all / 10).min(24_000 * MB), (all / 3).min(192_000 * MB), 2_000_000 * MB];
         let problem = Problem {
             shape: &shape,

@@ -34,7 +34,8 @@ pub struct LayerReason {
     pub seconds: f64,
     /// Path that takes longest on average.
     pub longest: Path,
-    /// Least share of tokens that choose an expert that is pinned, and the largest that choose one that is not.
+    /// Least share of tokens that choose an expert that is pinned, and the largest that choose one
+    /// that is not.
     pub border: (Option<f64>, Option<f64>),
 }
 

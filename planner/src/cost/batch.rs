@@ -1,13 +1,13 @@
 //! Predicts one step that decodes a token of each of several sequences.
 //!
-//! A layer then reads each *distinct* expert that any sequence chooses once. Expert `e` is chosen with
-//! probability `1 − (1 − share)^B`, where the share is that of the judged decoded tokens, as if
-//! sequences were independent. The paths of the expert stage take their expected numbers of experts,
-//! and a full set of slots spares its part of the pooled ones. Dense groups are read once, the rows of
-//! an embedding once per sequence.
+//! A layer then reads each *distinct* expert that any sequence chooses once. Expert `e` is chosen
+//! with probability `1 − (1 − share)^B`, where the share is that of the judged decoded tokens, as
+//! if sequences were independent. The paths of the expert stage take their expected numbers of
+//! experts, and a full set of slots spares its part of the pooled ones. Dense groups are read once,
+//! the rows of an embedding once per sequence.
 //!
-//! Rates of arithmetic are left out, so this is the time of the reads alone: an upper limit of speed
-//! that is near it for few sequences only.
+//! Rates of arithmetic are left out, so this is the time of the reads alone: an upper limit of
+//! speed that is near it for few sequences only.
 
 use super::{ExpertStage, FixedTimes, home_in_place, read_s};
 use crate::profile::prefetch::Prefetch;

@@ -53,7 +53,7 @@ pub struct Row {
     pub left_out_s: Option<f64>,
 }
 
-/// The fitted parameters.
+/// Parameters fitted to some runs, with what they make of each.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Fit {
     /// `[tiers]` factors on each tier's time.

@@ -4,43 +4,43 @@
 //! A decoded token lasts `token overhead + Σ layers (layer overhead + dense stage + expert stage) +
 //! the dense groups of no layer` (embedding and head). The engine's emulated tiers charge the same:
 //!
-//! - **Dense stage**: `Σ token_bytes / rate(tier)` over the layer's groups and its KV cache, one after
-//!   the other. There is no latency: the launches of an ordinary layer are part of the layer overhead,
-//!   and the row of an embedding that stays on a block device counts as its bytes.
+//! - **Dense stage**: `Σ token_bytes / rate(tier)` over the layer's groups and its KV cache, one
+//!   after the other. There is no latency: the launches of an ordinary layer are part of the layer
+//!   overhead, and the row of an embedding that stays on a block device counts as its bytes.
 //! - **Expert stage**, only in layers with routed experts: the longest of the paths that overlap,
 //!   which are
 //!   - each tier that chosen experts compute from: `bytes / rate`, for VRAM after the latency of a
 //!     launch;
 //!   - for `m > 0` missed experts their transfer from the last tier: `latency + m · expert_bytes /
-//!     rate`, less what prefetching hides ([`Prefetch`]). Where slots are in VRAM behind a link, the
-//!     rate is that of the link if it is the slower one ([`Tier::transfer_s`]).
-//! - A chosen expert computes where it is pinned. A pooled one computes on its layer's slot tier if it
-//!   lies in a slot or is brought into one; else it is brought into staging and computes there. So a
-//!   miss is charged twice, on two paths: its transfer, and its computation from the slot or the
-//!   buffer.
-//! - Unless the last tier is a block device, a pooled expert that gets no slot computes in place: it
-//!   is charged on that tier's path as a pinned one is, and nothing is staged.
+//!     rate`, less what prefetching hides ([`Prefetch`]). Where slots are in VRAM behind a link,
+//!     the rate is that of the link if it is the slower one ([`Tier::transfer_s`]).
+//! - A chosen expert computes where it is pinned. A pooled one computes on its layer's slot tier if
+//!   it lies in a slot or is brought into one; else it is brought into staging and computes there.
+//!   So a miss is charged twice, on two paths: its transfer, and its computation from the slot or
+//!   the buffer.
+//! - Unless the last tier is a block device, a pooled expert that gets no slot computes in place:
+//!   it is charged on that tier's path as a pinned one is, and nothing is staged.
 //!
-//! The maximum is taken token by token over recorded, held-out tokens and then averaged: the mean of
-//! the maximum, not the maximum of means. Slots are replayed by their layer's policy, as
-//! [`crate::profile::replay`] says. Without a profile, tokens are independent and all sets of experts
-//! equally likely, and the slots hold that many pooled experts. The mean is then exact for LRU. It is
-//! used for the other policies too, which can do no better there.
+//! The maximum is taken token by token over recorded, held-out tokens and then averaged: the mean
+//! of the maximum, not the maximum of means. Slots are replayed by their layer's policy, as
+//! [`crate::profile::replay`] says. Without a profile, tokens are independent and all sets of
+//! experts equally likely, and the slots hold that many pooled experts. The mean is then exact for
+//! LRU. It is used for the other policies too, which can do no better there.
 //!
-//! On a GPU a dense stage has launches, and its router's choices come back: a layer whose attention is
-//! there takes its `layer_us` more. Where a model is fully on one GPU, nothing comes back between a
-//! token's number and its logits. Each layer then takes `resident_layer_us` in place of the layer
-//! overhead, `layer_us` and the latency of launches.
+//! On a GPU a dense stage has launches, and its router's choices come back: a layer whose attention
+//! is there takes its `layer_us` more. Where a model is fully on one GPU, nothing comes back
+//! between a token's number and its logits. Each layer then takes `resident_layer_us` in place of
+//! the layer overhead, `layer_us` and the latency of launches.
 //!
 //! A dense stage also reads the keys and values of every position that the token attends to, or of
 //! those within a layer's window. It reads and writes back recurrent state. All are charged at the
-//! rate of the KV cache's tier: the real GPU that has the layer's attention, or the tier of all other
-//! layers. Where the arithmetic of attention takes longer than that, and its rate is known, that
-//! counts instead.
+//! rate of the KV cache's tier: the real GPU that has the layer's attention, or the tier of all
+//! other layers. Where the arithmetic of attention takes longer than that, and its rate is known,
+//! that counts instead.
 //!
-//! The time of a token so depends on its position in the text. A prediction is for the position `at`,
-//! half of the planned context unless given; a run's record has it for the middle of what the run
-//! decoded.
+//! The time of a token so depends on its position in the text. A prediction is for the position
+//! `at`, half of the planned context unless given; a run's record has it for the middle of what the
+//! run decoded.
 //!
 //! Prompts are the subject of [`prompt`].
 
@@ -79,7 +79,8 @@ pub fn read_s(tier: &Tier, bytes: f64) -> f64 {
     bytes / (tier.read_gbps * 1e9)
 }
 
-/// Returns the seconds of a layer's transfers that are over when its experts begin, if any is missed.
+/// Returns the seconds of a layer's transfers that are over when its experts begin, if any is
+/// missed.
 ///
 /// The engine prefetches one expert per layer from a block device that is not emulated, while at
 /// least half of its predictions come true. It has the time of the dense stage, taken to lie on the
@@ -360,8 +361,8 @@ pub struct FixedTimes {
     pub overhead_s: f64,
     /// `[tiers]` seconds per token, beside that, of layers whose attention is on a GPU.
     pub dense_s: Vec<f64>,
-    /// The plan's tiers as experts compute on them. Where a model is fully on one GPU, launches have
-    /// no latency.
+    /// The plan's tiers as experts compute on them. Where a model is fully on one GPU, launches
+    /// have no latency.
     pub tiers: Vec<Tier>,
 }
 
@@ -415,8 +416,8 @@ pub fn middle(context: u32) -> u32 {
 
 /// Moves a plan's prediction and its solver report to tokens that attend to `at` positions.
 ///
-/// Every plan for this model with its KV cache on these tiers takes as much longer or shorter, so the
-/// bound moves along.
+/// Every plan for this model with its KV cache on these tiers takes as much longer or shorter, so
+/// the bound moves along.
 pub fn move_to(plan: &mut Placement, shape: &ModelShape, at: u32) {
     let before = plan.predicted.token_s();
     let predicted = plan.predicted_at(shape, at);

@@ -44,7 +44,8 @@ fn the_stage_is_the_longest_path() {
     assert_eq!(us([8, 3, 2, 0, 0]), 200);
     assert_eq!(us([8, 4, 0, 0, 1]), 1050);
     assert_eq!(stage.seconds(&[8.0, 4.0, 0.0, 0.0, 1.0], 1), stage.token_s(&[8, 4, 0, 0, 1], 1));
-    // Behind a link that is slower than the drive, transfers take as long as on that; behind a faster one, as the drive.
+    // Behind a link that is slower than the drive, transfers take as long as on that; behind a
+    // faster one, as the drive.
     let [vram, dram, cxl, nvme] = tiers.clone();
     for (link_gbps, wanted) in [(0.5, 2050), (4.0, 1050)] {
         let accelerator = Accelerator { link_gbps: Some(link_gbps), ..Accelerator::default() };
@@ -53,7 +54,8 @@ fn the_stage_is_the_longest_path() {
         let us = |to: usize| (stage.token_s(&[8, 4, 0, 0, 1], to) * 1e6).round() as u32;
         assert_eq!((us(0), us(1)), (wanted, 1050));
     }
-    // The same experts on a DRAM that is the last tier: computed in place, or transferred after its latency.
+    // The same experts on a DRAM that is the last tier: computed in place, or transferred after its
+    // latency.
     let home = ExpertStage::new(&tiers[..2], 1_000_000, Prefetch::default());
     assert!(home_in_place(&tiers[..2]) && !home_in_place(&tiers));
     assert_eq!((home.token_s(&[8, 3, 0], 1) * 1e6).round() as u32, 150);
@@ -172,7 +174,8 @@ mod whole {
             solve_with_evidence(&problem, &evidence, &options).unwrap().plan
         };
         let layers = f64::from(shape.n_layer);
-        // All of it, embedding apart: neither the layers' own fixed time nor launches are waited for.
+        // All of it, embedding apart: neither the layers' own fixed time nor launches are waited
+        // for.
         let all = plan("32GiB", 32 << 30);
         assert!((all.predicted.overhead_s - (100.0 + 25.0 * layers) * 1e-6).abs() < 1e-12);
         let read = all.predicted.read_bytes[0] / 800e9;
@@ -231,9 +234,11 @@ mod whole {
         let fast = plan(&known, &machine(Some(1e9)), 1024, KvType::F16).0.predicted;
         assert!((fast.prompt_tok_s / reads.prompt_tok_s - 1.0).abs() < 1e-4, "so fast that reads are what is left");
         let slow = plan(&known, &machine(Some(10.0)), 1024, KvType::F16).0.predicted;
-        // Nearly all is products then: two operations for each value of each token, of the head for one.
+        // Nearly all is products then: two operations for each value of each token, of the head for
+        // one.
         let dense: u64 = shape.dense.iter().filter(|d| d.layer.is_some()).map(|d| d.macs).sum();
-        // All 128 experts are used, and each takes four rows more; a head's floats run at a third of the rate.
+        // All 128 experts are used, and each takes four rows more; a head's floats run at a third
+        // of the rate.
         let rows = |e: &ExpertShape| 512.0 * f64::from(e.n_used) + 4.0 * 128.0;
         let experts: f64 = shape.experts.iter().map(|e| rows(e) * e.expert_macs as f64).sum();
         let pairs = (512 * 513 / 2) as f64;
@@ -245,7 +250,8 @@ mod whole {
             slow.expert_critical_s, reads.expert_critical_s,
             "of decoding, only attention has products to speak of"
         );
-        // A batch chooses nearly every one of 128 experts, so a read of all but the embedding is what reads take.
+        // A batch chooses nearly every one of 128 experts, so a read of all but the embedding is
+        // what reads take.
         let embedding: u64 = shape.dense.iter().filter(|d| d.kind == DenseKind::Embedding).map(|d| d.bytes).sum();
         let bytes = (shape.weight_bytes() - embedding) as f64;
         assert!((reads.prompt_tok_s / (f64::from(BATCH) * 50e9 / bytes) - 1.0).abs() < 0.02);

@@ -35,7 +35,8 @@ pub struct LayerEvidence {
     pub shape: ExpertShape,
     /// `[n_expert]` experts by falling use in the train split's decoded tokens; ties by number.
     pub order: Vec<u32>,
-    /// `[n_expert]` share of the train split's decoded tokens that choose each expert; sums to `n_used`.
+    /// `[n_expert]` share of the train split's decoded tokens that choose each expert; sums to
+    /// `n_used`.
     pub share: Vec<f64>,
     /// `[n_expert]` share of judged prompt tokens that choose each expert; sums to `n_used`.
     pub prompt_share: Vec<f64>,

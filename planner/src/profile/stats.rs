@@ -41,7 +41,7 @@ pub enum Verdict {
     Skewed,
     /// Local: tokens use what the tokens before them used, whatever the favorites are.
     Local,
-    /// Flat: neither holds.
+    /// Flat: neither pins nor slots pay.
     Flat,
 }
 
@@ -247,7 +247,8 @@ mod tests {
         let held_out = vec![vec![vec![0, 3]], vec![vec![3, 0]], vec![vec![1, 2]], vec![vec![0, 1]]];
         let skews = skews(&profile_of(4, 2, 1, &[(Split::Train, 0, train), (Split::HeldOut, 0, held_out)]))?;
         let all = &skews[0];
-        // Of 8 choices expert 0 has 3 and expert 1 has 2; two slots hit both of the second token and one of the last.
+        // Of 8 choices expert 0 has 3 and expert 1 has 2; two slots hit both of the second token
+        // and one of the last.
         assert_eq!((all.tokens, all.uniform), (4, [0.25, 0.25, 0.5]));
         assert_eq!(all.caught, [0.375, 0.375, 0.625]);
         assert_eq!(all.cached[2], (2.0 + 1.0) / 8.0);

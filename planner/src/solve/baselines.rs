@@ -1,7 +1,7 @@
 //! Baselines: plans that rules of thumb make from the same bytes, to compare with.
 //!
-//! All place the dense groups alike, kind by kind. Each then uses what is left of every tier as fully
-//! as its rule allows.
+//! All place the dense groups alike, kind by kind. Each then uses what is left of every tier as
+//! fully as its rule allows.
 
 use super::options::Strategy;
 use super::problem::capacity::Capacity;
@@ -188,8 +188,8 @@ impl Filler<'_> {
         }
         // Stable, so that equal shares keep the layer's own order.
         uses.sort_by(|a, b| b.share.total_cmp(&a.share));
-        // Once a layer's expert does not fit a tier, its later ones must not go there either, though a
-        // smaller layer's may.
+        // Once a layer's expert does not fit a tier, its later ones must not go there either,
+        // though a smaller layer's may.
         let mut tier_of = vec![0; self.layers.len()];
         for ExpertUse { layer, expert, .. } in uses {
             let bytes = self.expert_bytes(layer);

@@ -71,7 +71,7 @@ fn best_of_each(instances: &[Instance<'_>], baselines: Vec<BaselinePlans>) -> Ve
     best.into_iter().map(|(_, plan)| plan).collect()
 }
 
-/// One instance, solved.
+/// An instance with the best plan found for it.
 struct Attempt<'a, 'b> {
     instance: &'a Instance<'b>,
     baselines: &'a BaselinePlans,
@@ -104,8 +104,8 @@ impl<'a, 'b> Attempt<'a, 'b> {
     /// Returns the least seconds of plans of an instance that has the KV cache elsewhere.
     ///
     /// Returns `None` where the two differ by more. A tier that has room for one layer's experts
-    /// there and not here makes columns that these prices have not seen. Columns of dense groups are
-    /// few and priced anew, since the cache moves with attention.
+    /// there and not here makes columns that these prices have not seen. Columns of dense groups
+    /// are few and priced anew, since the cache moves with attention.
     fn bound_of(&self, other: &Instance<'_>) -> Option<f64> {
         let (here, there) = (self.instance.capacity, other.capacity);
         let largest = self.instance.largest_column();

@@ -4,12 +4,12 @@
 //! takes one column, and each tier's bytes are limited. It is solved by column generation:
 //!
 //! 1. [`problem`] sets aside what every plan needs, and lists columns with their costs.
-//! 2. [`bound`] finds dual prices of bytes and with them a proven lower bound. It prices the columns
-//!    that were not listed.
+//! 2. [`bound`] finds dual prices of bytes and with them a proven lower bound. It prices the
+//!    columns that were not listed.
 //! 3. [`primal`] turns the prices into an integer choice by LP rounding, greedy construction,
 //!    exchange search, label setting, and a MIP.
-//! 4. `optimize` runs that loop, `assemble` makes plans of choices, `optimum` compares plans with the
-//!    [`baselines`], and `kv_tier` does so for each tier that the KV cache may be on.
+//! 4. `optimize` runs that loop, `assemble` makes plans of choices, `optimum` compares plans with
+//!    the [`baselines`], and `kv_tier` does so for each tier that the KV cache may be on.
 //! 5. [`verify`] checks every plan with code that shares no arithmetic with the search.
 //! 6. [`policy`] chooses how slots are refilled, and [`report`] explains the outcome.
 
@@ -48,13 +48,13 @@ use std::time::{Duration, Instant};
 /// How to make a plan.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Options {
-    /// Kind of plan.
+    /// The optimum, or a baseline.
     pub strategy: Strategy,
     /// How slots are refilled. [`Policy::Lru`] is what columns are priced with.
     pub policy: Policy,
     /// Seconds after which the search stops improving.
     pub time_limit_s: f64,
-    /// Quantity to minimize.
+    /// Quantity that the plan minimizes.
     pub objective: Objective,
     /// Sequences that are decoded together, for [`Objective::Throughput`].
     pub batch: Option<u32>,
@@ -99,8 +99,8 @@ pub fn time_limit(seconds: f64) -> Result<f64> {
 /// Makes the plan and the baselines at equal bytes, each verified.
 ///
 /// # Errors
-/// Fails if the budgets cannot hold what every plan needs, the profile is of another model, a number
-/// of the machine file is out of range, or the baseline that was asked for does not fit.
+/// Fails if the budgets cannot hold what every plan needs, the profile is of another model, a
+/// number of the machine file is out of range, or the baseline that was asked for does not fit.
 pub fn solve(problem: &Problem<'_>, options: &Options) -> Result<Solution> {
     solve_with_evidence(problem, &Evidence::new(problem.shape, problem.profile)?, options)
 }

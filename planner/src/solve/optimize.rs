@@ -1,9 +1,9 @@
 //! Column generation: prices, more columns where prices favor them, an integer choice, and a proof.
 //!
-//! The grid of [`enumerate`](super::problem::enumerate) lists the first columns. [`generate_columns`]
-//! alternates between the dual prices of all columns and the pricing of new ones. [`optimize`] then
-//! finds an integer choice, tries columns around it, and closes what gap it can by label setting and
-//! by the integer program.
+//! The grid of [`enumerate`](super::problem::enumerate) lists the first columns.
+//! [`generate_columns`] alternates between the dual prices of all columns and the pricing of new
+//! ones. [`optimize`] then finds an integer choice, tries columns around it, and closes what gap it
+//! can by label setting and by the integer program.
 
 use super::bound::lagrangian::{self, DualSolution};
 use super::bound::pricing;

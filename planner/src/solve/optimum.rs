@@ -203,8 +203,8 @@ fn target_note(instance: &Instance<'_>, plan: &Placement) -> Result<Option<Strin
         let allowed = tier.tier.read_gbps * 1e9 * max_s;
         (tier.tier.name.as_str(), bytes / allowed)
     });
-    // Reads of one tier follow each other, so this follows from the time of the token. It is checked
-    // all the same.
+    // Reads of one tier follow each other, so this follows from the time of the token. It is
+    // checked all the same.
     if let Some((name, share)) = shares.clone().find(|(_, share)| *share > 1.0 + 1e-9) {
         bail!("'{name}' would be read at {share:.2} of its rate to reach {target} tok/s, a mistake in this program");
     }

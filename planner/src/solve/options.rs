@@ -3,7 +3,7 @@
 /// Kind of plan to make.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Strategy {
-    /// The integer program.
+    /// The optimum of the integer program.
     Optimal,
     /// The same number of experts in every layer, chosen without a profile.
     Uniform,

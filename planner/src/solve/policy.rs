@@ -1,10 +1,10 @@
 //! Slot policies: how each layer's slots are refilled, chosen once pins and slots are settled.
 //!
-//! Half-lives and weights are learned by replaying the train prompts. There is one set for the plan,
-//! since a single layer's prompts are too few to tell neighboring values apart. Every layer then takes
-//! the policy with the most hits over all layers, or another that has clearly more in this layer.
-//! The outcome is kept only if the held-out prompts agree: the plan as a whole must be faster on them
-//! than with LRU.
+//! Half-lives and weights are learned by replaying the train prompts. There is one set for the
+//! plan, since a single layer's prompts are too few to tell neighboring values apart. Every layer
+//! then takes the policy with the most hits over all layers, or another that has clearly more in
+//! this layer. The outcome is kept only if the held-out prompts agree: the plan as a whole must be
+//! faster on them than with LRU.
 
 use super::options::{Policy, Strategy};
 use super::problem::Problem;
@@ -38,8 +38,8 @@ const DEFAULT_ADAPTIVE_AT: [usize; 3] = [2, 1, 4];
 /// smaller gain on a layer's few prompts is noise, and seldom holds for others.
 const MIN_HIT_RATIO: f64 = 1.02;
 
-/// Choices that are replayed per set of parameters, approximately. With more, some of the layers stand
-/// for all.
+/// Choices that are replayed per set of parameters, approximately. With more, some of the layers
+/// stand for all.
 const TARGET_CHOICES: usize = 1_000_000;
 
 const fn adaptive([half_life, recent_half_life, recent_weight]: [u32; 3]) -> SlotPolicy {

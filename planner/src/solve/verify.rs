@@ -1,7 +1,8 @@
-//! Verifies a plan with no solver in it: what lies where, how many bytes that is, and how fast it is.
+//! Verifies a plan with no solver in it: what lies where, how many bytes that is, and how fast it
+//! is.
 //!
-//! It shares no arithmetic with what made the plan. Bytes are added up from the model's shape line by
-//! line. The time is found by stepping the engine's own slot cache through every judged token.
+//! It shares no arithmetic with what made the plan. Bytes are added up from the model's shape line
+//! by line. The time is found by stepping the engine's own slot cache through every judged token.
 
 use crate::cost::{self, ExpertStage};
 use crate::profile::replay::Event;

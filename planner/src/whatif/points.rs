@@ -71,8 +71,9 @@ fn points() -> Vec<Point> {
         6_500_000_000,
         (1, KvRows { width: 576, per_token: 1, queries: 128, window: None }),
     );
-    // 60 layers of 512 experts, 10 used, of 3 * 4096 * 1024 values each; 209 GB for 397e9 parameters are 4.2 bits. Of
-    // the 17e9 active parameters 9e9 are not routed. Every fourth layer has keys and values.
+    // 60 layers of 512 experts, 10 used, of 3 * 4096 * 1024 values each; 209 GB for 397e9
+    // parameters are 4.2 bits. Of the 17e9 active parameters 9e9 are not routed. Every fourth layer
+    // has keys and values.
     let qwen = lumps(
         "qwen3.5-397b",
         60,

@@ -5,10 +5,10 @@ use anyhow::{Context, Result, bail, ensure};
 use tier_plan_runtime::formats::machine::Machine;
 use tier_plan_runtime::units::parse_bytes;
 
-/// Sizes by default.
+/// Sizes that are swept by default.
 const DEFAULT_STEPS: usize = 8;
 
-/// Sizes at most.
+/// Sizes that are swept at most.
 const MAX_STEPS: usize = 256;
 
 /// Relative gain of speed from the first to the last size below which there is no knee.

@@ -1,10 +1,11 @@
 //! Branch and bound over all configurations of one layer, at given prices of bytes.
 //!
 //! A large layer has more configurations than can be listed: 384 experts over four tiers have
-//! billions. A token's time is the longest of its paths, and a longest path is at least any weighted
-//! mean of the paths. With weights that are fixed per token, the layer's time separates into terms of
-//! one cut each, and one of the last cut and the slots. Dynamic programming over tables then finds
-//! its least value over all cuts and slots, which is a lower bound whatever the weights.
+//! billions. A token's time is the longest of its paths, and a longest path is at least any
+//! weighted mean of the paths. With weights that are fixed per token, the layer's time separates
+//! into terms of one cut each, and one of the last cut and the slots. Dynamic programming over
+//! tables then finds its least value over all cuts and slots, which is a lower bound whatever the
+//! weights.
 //!
 //! Where the bound is not good enough, weights move towards the paths that are longest at its least
 //! point, and the [`Region`] of configurations is split in two. The least point is also the next
@@ -14,8 +15,8 @@
 //!    `[token]` the weight of the transfers;
 //! 2. `prefix_costs`: `[tier][cut]` seconds and priced bytes of the experts before a cut on a tier;
 //! 3. `best_cuts`: `[cut]` the least cost of all cuts above the last one, and where it comes from;
-//! 4. `transfer_costs`: `[cut]` seconds of the transfers that no slot spares, and the seconds of each
-//!    miss that slots may spare;
+//! 4. `transfer_costs`: `[cut]` seconds of the transfers that no slot spares, and the seconds of
+//!    each miss that slots may spare;
 //! 5. `best_slots`: for a last cut, the number of slots with the least transfers and priced bytes.
 
 mod tighten;

@@ -1,8 +1,8 @@
 //! The Lagrangian bound: dual prices of bytes, and the lower bound that they prove.
 //!
 //! With a price `λ` on every byte of each tier, the items separate. Each takes its cheapest column,
-//! and `L(λ) = Σ items min (cost + λ · bytes) − λ · left` is below every feasible choice, integer or
-//! not. Its maximum is the optimum of the LP relaxation over all columns, so pricing whole items
+//! and `L(λ) = Σ items min (cost + λ · bytes) − λ · left` is below every feasible choice, integer
+//! or not. Its maximum is the optimum of the LP relaxation over all columns, so pricing whole items
 //! replaces listing them in a program. This is column generation from the dual side (Dantzig–Wolfe
 //! decomposition).
 //!
@@ -85,8 +85,8 @@ pub fn maximize(items: &[Item], capacity: &Capacity, start: Option<&[f64]>, dead
     let n = capacity.left_bytes.len();
     let first = relax(items, capacity, &vec![0.0; n]);
     let mut best = DualSolution { price: vec![0.0; n], bound_s: first.value_s };
-    // Prices are scaled to seconds for the whole of a tier, in units of the time at free bytes. Where
-    // that is zero, the unit is a part of the largest cost there can be.
+    // Prices are scaled to seconds for the whole of a tier, in units of the time at free bytes.
+    // Where that is zero, the unit is a part of the largest cost there can be.
     let dearest = |item: &Item| item.count() as f64 * item.cost_s.iter().copied().fold(0.0, f64::max);
     let unit = first.value_s.max(1e-6 * items.iter().map(dearest).sum::<f64>()).max(1e-12);
     let rows: Vec<usize> = (0..n).filter(|&t| capacity.left_bytes[t] > 0).collect();

@@ -1,7 +1,7 @@
 //! Local descent: steps from one configuration of a layer to cheaper ones, at given prices.
 //!
-//! A step moves some experts between the pins of a tier, the slots, and the rest. Step lengths halve
-//! from 16 to 1 wherever no step gains.
+//! A step moves some experts between the pins of a tier, the slots, and the rest. Step lengths
+//! halve from 16 to 1 wherever no step gains.
 
 use crate::cost::{self, ExpertStage};
 use crate::solve::problem::capacity::{Capacity, MAX_FAST};

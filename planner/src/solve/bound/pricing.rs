@@ -1,7 +1,7 @@
 //! Column pricing off the grid: new columns by local descent, and a lower bound over all of them.
 //!
-//! Every function runs its items on all cores and stops at a deadline. A layer with recorded routing
-//! is priced through its [`ReuseTable`], one with uniform routing by the hypergeometric
+//! Every function runs its items on all cores and stops at a deadline. A layer with recorded
+//! routing is priced through its [`ReuseTable`], one with uniform routing by the hypergeometric
 //! distribution.
 
 use super::branch_and_bound::LayerSearch;

@@ -30,7 +30,8 @@ fn machine(home: TierKind) -> Machine {
     }
 }
 
-/// A layer of 8 experts of which a token uses 2, with memory for `slots` beside what every plan needs.
+/// A layer of 8 experts of which a token uses 2, with memory for `slots` beside what every plan
+/// needs.
 fn small(slots: u64, home: TierKind) -> (ModelShape, Machine, Vec<u64>) {
     let mut shape = shape(8, 2);
     shape.experts[0].expert_bytes = 1_000_000;

@@ -55,7 +55,7 @@ pub struct PricedColumn {
 pub struct Master<'a> {
     /// What to choose one column per member for.
     pub items: &'a [Item],
-    /// The limits.
+    /// Bytes left of each tier.
     pub capacity: &'a Capacity,
     /// Prices and their bound.
     pub dual: &'a DualSolution,

@@ -2,9 +2,9 @@
 //!
 //! With prices whose bound is `L`, a choice costs `L`, its columns' reduced costs, and the priced
 //! worth of the bytes that it leaves unused. Both are small at a good choice, so few columns can be
-//! part of a better one. The last of several members must use up nearly all that the others leave, so
-//! its columns lie in a narrow window of priced bytes. That lets thousands of columns be tried for
-//! each of two members.
+//! part of a better one. The last of several members must use up nearly all that the others leave,
+//! so its columns lie in a narrow window of priced bytes. That lets thousands of columns be tried
+//! for each of two members.
 
 use super::choice::{Choice, Master, PricedColumn};
 use crate::profile::synthetic::Random;
@@ -125,7 +125,7 @@ struct ExchangeSearch<'a> {
     lists: &'a CandidateLists<'a>,
     n_rows: usize,
     units: Vec<Unit>,
-    /// Bytes not used.
+    /// Bytes of each row that the choice leaves unused.
     spare: RowBytes,
     min_gain_s: f64,
     max_gap_s: f64,

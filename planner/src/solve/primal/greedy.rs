@@ -41,7 +41,8 @@ pub fn by_price(master: &Master<'_>) -> Vec<Choice> {
 /// Returns choices that use up every tier, the cheapest first.
 ///
 /// Where many columns are nearly as cheap, this finds those that go together. `ranked` holds the
-/// reduced costs of all columns. `fixed` is `[items]` columns of members that are settled, or empty.
+/// reduced costs of all columns. `fixed` is `[items]` columns of members that are settled, or
+/// empty.
 pub fn balanced(master: &Master<'_>, ranked: &[Vec<PricedColumn>], fixed: &[Vec<usize>]) -> Vec<Choice> {
     let Master { items, capacity, .. } = *master;
     let balance = Balance::new(master, ranked, fixed);

@@ -10,8 +10,8 @@
 //! - and, to bound the work, when there are too many labels and its `r` is among the largest.
 //!
 //! Only the last kind can lose a better choice, and how much is known: every choice lost costs at
-//! least `L` plus the least `r` so dropped. That is a proven bound too, most often a better one than
-//! `L`.
+//! least `L` plus the least `r` so dropped. That is a proven bound too, most often a better one
+//! than `L`.
 
 use super::choice::{Choice, Master, PricedColumn};
 use crate::solve::problem::capacity::MAX_ROWS;

@@ -1,8 +1,8 @@
 //! The integer program (MIP): one column per member, bytes within every tier, least cost.
 //!
 //! It is stated through good_lp and solved by microlp or HiGHS. Reduced-cost fixing leaves out the
-//! columns that cannot improve the incumbent: those whose reduced cost exceeds `incumbent − L`, where
-//! `L` is the Lagrangian bound.
+//! columns that cannot improve the incumbent: those whose reduced cost exceeds `incumbent − L`,
+//! where `L` is the Lagrangian bound.
 
 use super::choice::{Choice, Master, PricedColumn};
 use crate::solve::options::Backend;

@@ -1,8 +1,8 @@
 //! LP rounding: turns the fractional optimum of the master LP into integer choices.
 //!
-//! At the optimum of the LP no more members are split over columns than rows are scarce. So what the
-//! LP gives whole is kept, and split members take a column that still fits. Exchange search makes up
-//! for the rest.
+//! At the optimum of the LP no more members are split over columns than rows are scarce. So what
+//! the LP gives whole is kept, and split members take a column that still fits. Exchange search
+//! makes up for the rest.
 
 use super::choice::{Choice, Master, PricedColumn};
 use super::greedy;

@@ -1,8 +1,8 @@
 //! Capacity: the tiers, the bytes that every plan needs, and the bytes left to choose about.
 //!
 //! Every plan needs staging buffers and the KV cache. Layers whose attention may be on a real GPU
-//! have their cache where their attention is, so columns count it; the rest of the cache is set aside
-//! here. Each tier that can hold that rest gives a [`Capacity`] of its own.
+//! have their cache where their attention is, so columns count it; the rest of the cache is set
+//! aside here. Each tier that can hold that rest gives a [`Capacity`] of its own.
 
 mod check;
 
@@ -28,7 +28,8 @@ pub const TICKS_PER_S: f64 = 1e12;
 /// Experts in flight beyond those of one token that staging has room for.
 const SPARE_STAGING_EXPERTS: u32 = 2;
 
-/// Bytes of pages that an expert's slices touch beyond their own: two pages for each of three slices.
+/// Bytes of pages that an expert's slices touch beyond their own: two pages for each of three
+/// slices.
 const MAX_PAGE_PADDING_BYTES: u64 = 6 * 4096;
 
 /// Smallest and largest share of a budget that page padding takes.
@@ -41,8 +42,8 @@ pub struct Capacity {
     pub tiers: Vec<Tier>,
     /// `[tiers]` bytes that a plan may use.
     pub budget_bytes: Vec<u64>,
-    /// `[rows]` bytes left for dense groups, pins, slots and backing copies. With a target, the time
-    /// left for them follows, in units of [`TICKS_PER_S`].
+    /// `[rows]` bytes left for dense groups, pins, slots and backing copies. With a target, the
+    /// time left for them follows, in units of [`TICKS_PER_S`].
     pub left_bytes: Vec<u64>,
     /// Tier of the KV cache, except for layers whose attention is on a real GPU.
     pub kv_tier: TierIdx,
@@ -89,8 +90,9 @@ impl Capacity {
 
     /// Returns the tiers that can hold a dense group.
     ///
-    /// A dense group computes where it is held. A token reads so little of the embedding that it may
-    /// stay in the file. Attention on a real GPU has its KV cache there; other attention does not.
+    /// A dense group computes where it is held. A token reads so little of the embedding that it
+    /// may stay in the file. Attention on a real GPU has its KV cache there; other attention does
+    /// not.
     pub fn dense_tiers(&self, group: &DenseShape) -> impl Iterator<Item = TierIdx> + '_ {
         let may_stay_in_file = group.kind == DenseKind::Embedding;
         let cache =
@@ -104,14 +106,16 @@ impl Capacity {
         (0..self.tiers.len()).filter(move |&t| computes(t) && has_cache(t))
     }
 
-    /// Returns the KV cache that moves with a dense group, and its tier when the group is on `tier`.
+    /// Returns the KV cache that moves with a dense group, and its tier when the group is on
+    /// `tier`.
     pub fn moving_cache(&self, group: &DenseShape, tier: TierIdx) -> Option<(&LayerCache, TierIdx)> {
         let layer = group.layer.filter(|_| group.kind == DenseKind::Attention)?;
         let cache = self.caches.get(layer as usize).filter(|c| !c.gpus.is_empty())?;
         Some((cache, if self.tiers[tier].is_gpu() { tier } else { self.kv_tier }))
     }
 
-    /// Returns `[tiers]` bytes that a dense group on a tier takes, with the cache that moves with it.
+    /// Returns `[tiers]` bytes that a dense group on a tier takes, with the cache that moves with
+    /// it.
     pub fn taken(&self, group: &DenseShape, tier: TierIdx) -> Vec<u64> {
         let mut bytes = vec![0; self.tiers.len()];
         bytes[tier] = group.bytes;
@@ -141,7 +145,8 @@ impl Capacity {
         0..if has_slots { self.home() } else { 0 }
     }
 
-    /// Sets aside what every plan needs, with the KV cache on the tier that is most likely the best.
+    /// Sets aside what every plan needs, with the KV cache on the tier that is most likely the
+    /// best.
     ///
     /// # Errors
     /// As [`per_kv_tier`](Self::per_kv_tier).
@@ -219,8 +224,8 @@ impl Capacity {
 
     /// Keeps bytes free for page padding, where experts are read from a real drive.
     ///
-    /// Slots and staging then have room for whole pages; without it every read is copied. Nothing is
-    /// kept where all experts fit above the drive. Dense groups have no padding.
+    /// Slots and staging then have room for whole pages; without it every read is copied. Nothing
+    /// is kept where all experts fit above the drive. Dense groups have no padding.
     fn leave_for_pages(&mut self, shape: &ModelShape) {
         let home = self.home();
         let is_real_drive = self.tiers[home].kind == TierKind::Nvme && !self.tiers[home].emulated;
@@ -259,8 +264,8 @@ impl Capacity {
 
     /// Adds the layers' KV caches with the real GPUs that may have them.
     ///
-    /// A GPU may if it has room for the layer's attention too, and kernels for it. A cache that no GPU
-    /// may have is set aside.
+    /// A GPU may if it has room for the layer's attention too, and kernels for it. A cache that no
+    /// GPU may have is set aside.
     fn add_caches(&mut self, problem: &Problem<'_>, constraints: &Constraints) -> Result<()> {
         let Problem { shape, machine, context, kv_type, .. } = *problem;
         let (rates, position) = (machine.prompt_gflops(), middle(context).into());

@@ -1,12 +1,12 @@
 //! Columns: the choices of the knapsack, with their costs and bytes.
 //!
 //! A layer's columns are configurations. A configuration pins the most used experts to the fastest
-//! tier, the next to the second, and so on (`cuts`), and gives the rest some slots. Slots are none, or
-//! at least as many as a token uses: fewer would be overwritten while their experts compute. A dense
-//! group's columns are its tiers.
+//! tier, the next to the second, and so on (`cuts`), and gives the rest some slots. Slots are none,
+//! or at least as many as a token uses: fewer would be overwritten while their experts compute. A
+//! dense group's columns are its tiers.
 //!
-//! Layers about which the same is known share an [`Item`], and so do dense groups of equal bytes. That
-//! keeps the integer program free of symmetry.
+//! Layers about which the same is known share an [`Item`], and so do dense groups of equal bytes.
+//! That keeps the integer program free of symmetry.
 
 use super::capacity::{Capacity, LayerCache, MAX_FAST, MAX_ROWS, TICKS_PER_S};
 use super::constraints::Constraints;

@@ -1,12 +1,13 @@
-//! Constraints fixed or forbidden by hand: `--fix vram:experts:3-5:0-15`, `--forbid nvme:embedding`.
+//! Constraints fixed or forbidden by hand: `--fix vram:experts:3-5:0-15`, `--forbid
+//! nvme:embedding`.
 //!
 //! Each is `TIER:WHAT[:LAYERS[:EXPERTS]]`. WHAT is `attention`, `router`, `shared_expert`,
 //! `dense_ffn`, `embedding`, `head`, `cache` (the KV cache; on a real GPU with all attention), or
-//! `experts`. `TIER:LAYERS[:EXPERTS]` means experts. Without LAYERS it holds for all layers, without
-//! EXPERTS for all experts of the layers.
+//! `experts`. `TIER:LAYERS[:EXPERTS]` means experts. Without LAYERS it holds for all layers,
+//! without EXPERTS for all experts of the layers.
 //!
-//! An expert fixed to the last tier is never pinned. Forbidding experts forbids pins and slots of the
-//! layers there.
+//! An expert fixed to the last tier is never pinned. Forbidding experts forbids pins and slots of
+//! the layers there.
 
 use anyhow::{Context, Result, bail, ensure};
 use std::collections::{BTreeMap, BTreeSet};
@@ -59,8 +60,8 @@ impl Constraints {
     /// Parses the flags.
     ///
     /// # Errors
-    /// Names the flag that is misspelled, that names what the model or the machine does not have, or
-    /// that contradicts another.
+    /// Names the flag that is misspelled, that names what the model or the machine does not have,
+    /// or that contradicts another.
     pub fn parse(fix: &[String], forbid: &[String], shape: &ModelShape, machine: &Machine) -> Result<Self> {
         let mut constraints = Constraints::default();
         for text in fix {

@@ -27,8 +27,8 @@ const INITIAL_GRID_TIME_SHARE: f64 = 0.4;
 /// Rank of an expert that is fixed to a tier: this plus the tier, beyond every rank.
 const FIXED_RANK: u16 = 1 << 15;
 
-/// Experts of one token on each path: tiers, then transfers. Pooled experts are first counted on the
-/// last tier.
+/// Experts of one token on each path: tiers, then transfers. Pooled experts are first counted on
+/// the last tier.
 type Paths = [u16; MAX_FAST + 2];
 
 /// Enumerates the columns of layers.

@@ -1,4 +1,5 @@
-//! The grid: the counts of pins and slots that columns are listed for, as fine as there is time for.
+//! The grid: the counts of pins and slots that columns are listed for, as fine as there is time
+//! for.
 
 use super::capacity::Capacity;
 use super::columns::Config;
@@ -41,7 +42,7 @@ struct Work {
 }
 
 impl Grid {
-    /// Makes the finest grid that takes a part of so many seconds.
+    /// Makes the finest grid whose columns take a part of `seconds` to price.
     pub fn new(evidence: &Evidence, capacity: &Capacity, seconds: f64) -> Self {
         let seconds = seconds.clamp(MIN_GRID_S, MAX_GRID_S);
         let all = evidence.layers.iter().map(|l| l.shape.n_expert as usize + 1).max().unwrap_or(1);

@@ -3,14 +3,16 @@
 //! | objective | minimizes | unit |
 //! |---|---|---|
 //! | latency | predicted time of a decoded token of one sequence | s |
-//! | throughput | predicted time of a step that decodes one token of each of B sequences, divided by B | s per token |
-//! | cost | price of the memory used and of the rest of the machine, times the time of a token | US dollars per token per second |
-//! | energy | the machine's power times the time of a token | J |
-//! | memory | bytes of the tiers above the last one, by price if there are prices, at no less than a target speed | US dollars or bytes |
+//! | throughput | predicted time of a step over B sequences, divided by B | s per token |
+//! | cost | price of the machine with the memory used, times the time of a token | USD · s |
+//! | energy | power of the machine times the time of a token | J |
+//! | memory | bytes above the last tier, by price if there are prices | USD or bytes |
+//!
+//! The least memory must reach a target speed.
 //!
 //! Energy is latency in another unit: the machine file has one power for the whole machine, so the
-//! fastest plan also takes the least energy. Cost is latency too where the machine has one price and
-//! its tiers have none.
+//! fastest plan also takes the least energy. Cost is latency too where the machine has one price
+//! and its tiers have none.
 
 use super::Problem;
 use super::capacity::Capacity;
@@ -40,8 +42,8 @@ pub struct ObjectiveFunction {
     pub batch: u32,
     /// Tokens per second to reach.
     pub target_tok_s: Option<f64>,
-    /// `[tiers]` US dollars per byte. For the least memory without prices, 1 for each byte above the
-    /// last tier.
+    /// `[tiers]` US dollars per byte. For the least memory without prices, 1 for each byte above
+    /// the last tier.
     weights: Vec<f64>,
     /// US dollars for everything but the memory that plans use.
     rest_usd: f64,

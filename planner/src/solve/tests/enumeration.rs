@@ -124,7 +124,8 @@ fn check_against_enumeration(seed: u64) -> std::result::Result<(), TestCaseError
         (Ok(solved), Some(least)) => {
             let report = &solved.plan.solver;
             prop_assert!(report.bound_s.is_none_or(|b| b <= least * (1.0 + 1e-9)), "{report:?} {least}");
-            // A baseline that ignores the train split may be better than every plan that follows it.
+            // A baseline that ignores the train split may be better than every plan that follows
+            // it.
             prop_assert!(report.objective_s <= least * (1.0 + 1e-9), "{report:?} {least}");
             let is_optimal = report.status == "optimal";
             prop_assert!(report.status.starts_with("feasible: ") || is_optimal, "{report:?}");

@@ -222,7 +222,7 @@ fn batches_read_each_distinct_expert_once() -> Result<()> {
             assert!(value <= other * (1.0 + 1e-9), "{} {value} {other}", rule.name);
         }
     }
-    // With so many sequences that every expert is used, a step reads all of them once.
+    // With enough sequences that every expert is used, a step reads all of them once.
     let touched = batch::touched(&evidence.layers[0], 1 << 20);
     let Judged::Recorded(trace) = &evidence.layers[0].judged else { return Ok(()) };
     let ever = trace.decode_share().iter().filter(|s| **s > 0.0).count() as f64;

@@ -30,7 +30,7 @@ struct BestCuts {
 enum TransferCosts {
     /// Without slots: `[cut]` seconds of moving every pooled choice.
     Staged(Vec<f64>),
-    /// With slots.
+    /// With slots, which spare some transfers.
     Missed {
         /// `[2 · token + deepest]` seconds of a miss. The deepest choice also pays what is fixed.
         miss_s: Vec<f64>,
@@ -115,8 +115,9 @@ impl LayerSearch<'_> {
                 let w = weight[path] / sum;
                 let on = &mut rank_s[path * n_expert..][..n_expert];
                 let PathTime { per_expert_s, fixed_s } = self.descent.timed.compute[path];
-                // What starts a path is paid once per token. That is exact for the first tier's pins,
-                // whose first expert is the token's most used one. Else each expert pays its part.
+                // What starts a path is paid once per token. That is exact for the first tier's
+                // pins, whose first expert is the token's most used one. Else each expert pays its
+                // part.
                 let is_exact = path == 0 && pool_tier != 0;
                 let part_s = if is_exact { 0.0 } else { fixed_s / used as f64 };
                 for &rank in ranks {

@@ -78,7 +78,7 @@ impl LayerColumns<'_, '_> {
         self.fixed.free.len() as u16 - last_cut
     }
 
-    /// Returns the numbers of slots to try for so many pooled experts, ascending.
+    /// Returns the numbers of slots to try for `pooled` experts, ascending.
     fn slot_axis(&self, pooled: u16) -> Vec<u16> {
         if self.capacity().slot_tiers().is_empty() || pooled == 0 {
             return Vec::new();
@@ -205,7 +205,8 @@ impl LayerColumns<'_, '_> {
         }
     }
 
-    /// Returns `[token, used]` ranks, ascending, so that one short scan counts the pins of any cuts.
+    /// Returns `[token, used]` ranks, ascending, so that one short scan counts the pins of any
+    /// cuts.
     fn token_ranks(&self, trace: &LayerTrace) -> Vec<u16> {
         let rank = &self.fixed.rank;
         let mut ranks: Vec<u16> = Vec::new();
@@ -307,7 +308,7 @@ impl LayerColumns<'_, '_> {
 struct UniformToken {
     /// Seconds of the computation.
     compute_s: f64,
-    /// Pooled choices.
+    /// Choices of pooled experts per token.
     pooled: usize,
     /// Share of all tokens.
     share: f64,
