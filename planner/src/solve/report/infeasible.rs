@@ -1,7 +1,7 @@
 //! Explains why there is no plan: by how much it misses, and the nearest change that makes one.
 
 use crate::cost::token_s;
-use crate::solve::Problem;
+use crate::solve::problem::Problem;
 use crate::solve::problem::capacity::Capacity;
 use crate::solve::problem::constraints::Constraints;
 use crate::solve::problem::hint;
