@@ -4,7 +4,7 @@
 use crate::common::{self, demo_machine, demo_model, json, run_in};
 use std::sync::Arc;
 use tier_plan_planner::profile::prompts::{self, Prompt};
-use tier_plan_planner::replay::{LayerTrace, hits};
+use tier_plan_planner::profile::replay::{LayerTrace, hits};
 use tier_plan_planner::session::{Session, tokenizer};
 use tier_plan_runtime::LogitsMode;
 use tier_plan_runtime::formats::SourceId;

@@ -1,10 +1,10 @@
 //! What a model gets when there is no plan for it: the mapped file if that fits memory, else a plan within a budget.
 
-use crate::cli::{Policy, Strategy};
 use crate::profile::Evidence;
 use crate::session::Opening;
-use crate::solve::room::page_share;
-use crate::solve::{self, Inputs, Options};
+use crate::solve::options::Policy;
+use crate::solve::problem::capacity::page_share;
+use crate::solve::{self, Options, Problem};
 use anyhow::{Context, Result};
 use std::path::Path;
 use tier_plan_runtime::formats::SourceId;
@@ -137,13 +137,18 @@ fn with_profile(
         token_overhead_us: 0.0,
         extras: Extras::default(),
     };
-    let inputs =
-        Inputs { shape, profile: Some(&profile), machine: &machine, budgets: vec![counted, experts], context, kv_type };
-    let options = Options { strategy: Strategy::Optimal, time_limit_s: SOLVE_S, ..Options::default() };
+    let problem = Problem {
+        shape,
+        profile: Some(&profile),
+        machine: &machine,
+        budgets: vec![counted, experts],
+        context,
+        kv_type,
+    };
+    let options = Options { policy: Policy::Auto, time_limit_s: SOLVE_S, ..Options::default() };
     let what = "making a plan from the profile";
     let evidence = Evidence::new(shape, Some(&profile)).context(what)?;
-    let mut plan = solve::solve_judged(&inputs, &evidence, &options).context(what)?.plan;
-    solve::policy::refill(&mut plan, &inputs, &evidence, Policy::Auto).context(what)?;
+    let mut plan = solve::solve_with_evidence(&problem, &evidence, &options).context(what)?.plan;
     plan.tiers[0].budget_bytes = room;
     plan.predicted = Prediction::default();
     Ok(plan)
