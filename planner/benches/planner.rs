@@ -3,9 +3,9 @@
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use std::hint::black_box;
-use tier_plan_planner::cli::Strategy;
 use tier_plan_planner::profile::synthetic::{Routing, profile};
 use tier_plan_planner::replay::{LayerTrace, Positions, ceiling, hits};
+use tier_plan_planner::solve::options::Strategy;
 use tier_plan_planner::solve::{Inputs, Options, solve_all};
 use tier_plan_runtime::exec::KvType;
 use tier_plan_runtime::formats::SourceId;

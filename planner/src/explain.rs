@@ -173,8 +173,8 @@ fn layer(plan: &Placement, layer: &LayerPlacement, evidence: &LayerEvidence, tie
 mod tests {
     use super::*;
     use crate::catalogue;
-    use crate::cli::Strategy;
     use crate::profile::pattern::Pattern;
+    use crate::solve::options::Strategy;
     use crate::solve::{Options, solve_judged};
 
     /// The prices against solving again with more: what a GiB more of a tier really brings.

@@ -93,7 +93,7 @@ fn reading_ahead_hides_one_expert_at_most_behind_the_dense_stage() {
 mod whole {
     use super::super::*;
     use crate::catalogue::{self, Known};
-    use crate::cli::Strategy;
+    use crate::solve::options::Strategy;
     use crate::solve::{Inputs, Options, check, solve_judged};
     use std::path::Path;
     use tier_plan_runtime::exec::KvType;

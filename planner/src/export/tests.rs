@@ -1,9 +1,9 @@
 use super::{counts, llama_cpp};
 use crate::catalogue;
-use crate::cli::Strategy;
 use crate::profile::Evidence;
 use crate::profile::pattern::Pattern;
 use crate::profile::synthetic::{self, Routing};
+use crate::solve::options::Strategy;
 use crate::solve::{Inputs, Options, solve_judged};
 use std::path::Path;
 use tier_plan_runtime::exec::KvType;

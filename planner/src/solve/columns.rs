@@ -185,7 +185,7 @@ impl Charge {
     /// The charge of a goal, for a cost that is a product at its tangent.
     pub fn new(goal: &Goal, tangent: (f64, f64)) -> Self {
         let (seconds, bytes) = goal.columns(tangent.0, tangent.1);
-        let batch = (goal.objective == crate::cli::Objective::Throughput).then_some(goal.batch);
+        let batch = (goal.objective == crate::solve::options::Objective::Throughput).then_some(goal.batch);
         Charge { seconds, bytes, time_runs_out: goal.limits_time(), batch }
     }
 

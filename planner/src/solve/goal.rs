@@ -13,9 +13,9 @@
 
 use super::room::Room;
 use super::{Inputs, batch};
-use crate::cli::Objective;
 use crate::cost::token_s;
 use crate::profile::Evidence;
+use crate::solve::options::Objective;
 use anyhow::{Context, Result, bail, ensure};
 use tier_plan_runtime::formats::placement::{Goal as Stored, Placement};
 use tier_plan_runtime::model::shape::ModelShape;

@@ -6,10 +6,10 @@
 //! must be faster on them than with LRU.
 
 use super::{Inputs, check};
-use crate::cli::{Policy, Strategy};
 use crate::cost::{predict, token_s};
 use crate::profile::{Evidence, Judged};
 use crate::replay::{LayerTrace, Positions, hits};
+use crate::solve::options::{Policy, Strategy};
 use anyhow::{Result, ensure};
 use std::collections::HashMap;
 use tier_plan_runtime::formats::placement::{LayerPlacement, Placement, SlotPolicy};

@@ -8,7 +8,7 @@ use super::columns::Item;
 use super::dual::Dual;
 use super::room::Room;
 use super::search::{Choice, ranked};
-use crate::cli::Backend;
+use crate::solve::options::Backend;
 use good_lp::solvers::WithInitialSolution;
 use good_lp::{
     Constraint, Expression, Solution, SolutionStatus, SolverModel, Variable, WithTimeLimit, constraint, microlp,

@@ -1,7 +1,7 @@
 use super::*;
-use crate::cli::Strategy;
 use crate::cost::{self, predict, token_s};
 use crate::profile::synthetic::{self, Random, Routing};
+use crate::solve::options::Strategy;
 use proptest::prelude::{ProptestConfig, TestCaseError, prop_assert, prop_assert_eq, proptest};
 use tier_plan_runtime::exec::KvType;
 use tier_plan_runtime::formats::SourceId;
@@ -535,7 +535,7 @@ mod goals;
 #[cfg(feature = "highs")]
 #[test]
 fn highs_agrees_with_microlp() -> Result<()> {
-    use crate::cli::Backend;
+    use crate::solve::options::Backend;
     let mut tried = 0;
     for seed in 0..60 {
         let (shape, profile, machine, budgets) = instance(seed * 7919);

@@ -7,10 +7,10 @@ pub mod purchase;
 pub mod sweep;
 
 use crate::catalogue::Known;
-use crate::cli::Strategy;
 use crate::cost::{move_to, token_s};
 use crate::profile::Evidence;
 use crate::profile::pattern::Pattern;
+use crate::solve::options::Strategy;
 use crate::solve::{Inputs, Options, Solved, solve_judged};
 use anyhow::Result;
 use purchase::Purchase;

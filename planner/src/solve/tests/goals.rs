@@ -1,8 +1,8 @@
 //! Objectives, targets, what is fixed by hand, and the bound over all configurations, against trying everything.
 
 use super::*;
-use crate::cli::Objective;
 use crate::solve::batch;
+use crate::solve::options::Objective;
 use crate::solve::room::TICKS;
 use crate::solve::table::Table;
 use crate::solve::whole::Layer;
