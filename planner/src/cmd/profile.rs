@@ -153,7 +153,7 @@ fn from_imatrix(args: &ProfileArgs, matrix: &Path) -> Result<()> {
     safely::check(&output)?;
     let mut profile = imatrix::read(matrix, known.as_ref().map(|k| &k.sizes))?;
     if let Some((of, _)) = known.as_ref().and_then(|k| k.shape.as_ref()) {
-        // The counts hold for every quantisation.
+        // Counts hold for every quantization.
         profile.model.name = of.name.clone();
         profile = profile.identified();
     }

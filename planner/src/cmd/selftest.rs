@@ -78,7 +78,7 @@ fn on_processor(as_json: bool) -> Result<()> {
 
 fn distrust(failed: usize, of: usize) -> Result<()> {
     if failed > 0 {
-        bail!("{failed} of {of} comparisons failed; text from these kernels can't be trusted: report it");
+        bail!("{failed} of {of} comparisons failed; text from these kernels cannot be trusted: please report it");
     }
     Ok(())
 }
@@ -98,7 +98,7 @@ fn on_gpu(args: &SelftestArgs) -> Result<()> {
     let (text, mut value) = (found.table.text(), gpu_json(&gpu, &found));
     let pretty = serde_json::to_string_pretty(&value)?;
     let written = write(args.output.clone(), &found, &text, &pretty);
-    // Printed whatever became of the folder: it took minutes.
+    // Printed even if the folder failed, since it took minutes.
     if args.format.json {
         value["report"] = json!(written.as_ref().ok());
         println!("{}", serde_json::to_string_pretty(&value)?);
@@ -110,7 +110,7 @@ fn on_gpu(args: &SelftestArgs) -> Result<()> {
     }
     match written {
         Err(error) if args.output.is_some() => return Err(error),
-        // Whoever named no folder may stand where none can be made.
+        // The default folder may not be writable, which is no reason to fail.
         Err(error) => eprintln!("warning: no report was written: {error:#}"),
         Ok(_) => {}
     }
@@ -250,6 +250,6 @@ mod tests {
     fn failed_comparisons_are_an_error() {
         assert!(distrust(0, 5).is_ok());
         let why = distrust(2, 5).unwrap_err().to_string();
-        assert!(why.contains("2 of 5") && why.contains("can't be trusted"), "{why}");
+        assert!(why.contains("2 of 5") && why.contains("cannot be trusted"), "{why}");
     }
 }

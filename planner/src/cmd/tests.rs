@@ -84,6 +84,17 @@ fn the_model_is_an_argument_or_an_option() {
 }
 
 #[test]
+fn tokenize_takes_model_and_text_either_way() {
+    for line in ["m a", "m --ids a", "-m m a", "-m m -p a", "m -p a", "--model m --prompt a"] {
+        let Command::Tokenize(args) = parse(&format!("tokenize {line}")).unwrap() else { panic!() };
+        let (model, text) = args.inputs().unwrap();
+        assert_eq!((model.to_str(), text), (Some("m"), "a"), "{line}");
+    }
+    let Command::Tokenize(args) = parse("tokenize m").unwrap() else { panic!() };
+    assert!(args.inputs().is_err());
+}
+
+#[test]
 fn minus_one_is_unlimited_or_random() {
     use super::args::TokenLimit;
     let Command::Run(args) = parse("run m -n -1 --seed -1 --repeat-last-n -1 --temp -1").unwrap() else { panic!() };

@@ -14,9 +14,12 @@ use tier_plan_runtime::gguf::Gguf;
     after_long_help = "Example:\n  tier-plan tokenize MODEL.gguf \"Hello world\"\n  tier-plan tokenize -m MODEL.gguf -p \"Hello world\" --ids"
 )]
 pub struct TokenizeArgs {
-    /// GGUF file, and the text to tokenize; only the text after -m
-    #[arg(value_names = ["MODEL", "TEXT"], num_args = 0..=2, help_heading = "Model")]
-    pub arguments: Vec<String>,
+    /// GGUF file; with -m, the text
+    #[arg(value_name = "MODEL", help_heading = "Model")]
+    pub first: Option<String>,
+    /// Text to tokenize
+    #[arg(value_name = "TEXT")]
+    pub second: Option<String>,
     /// GGUF file, as an option instead of the argument MODEL
     #[arg(short, long, value_name = "FILE", help_heading = "Model")]
     pub model: Option<PathBuf>,
@@ -39,15 +42,15 @@ impl TokenizeArgs {
     ///
     /// # Errors
     /// When one of them is missing.
-    fn inputs(&self) -> Result<(PathBuf, &str)> {
-        let mut arguments = self.arguments.iter();
-        // Two arguments are model and text, whatever the environment gives for --model.
-        let model = match &self.model {
-            Some(model) if arguments.len() < 2 => model.clone(),
-            _ => arguments.next().map(PathBuf::from).context("no model given, expected MODEL or --model")?,
+    pub fn inputs(&self) -> Result<(PathBuf, &str)> {
+        let (model, text) = match (&self.first, &self.second, &self.model) {
+            // Two arguments are model and text, whatever the environment gives for --model.
+            (Some(model), Some(text), _) => (Some(PathBuf::from(model)), Some(text)),
+            (first, None, Some(model)) => (Some(model.clone()), first.as_ref()),
+            (first, second, _) => (first.as_ref().map(PathBuf::from), second.as_ref()),
         };
-        let text = self.prompt.as_ref().or(arguments.next());
-        Ok((model, text.context("no text given, expected TEXT or --prompt")?))
+        let model = model.context("no model given, expected MODEL or --model")?;
+        Ok((model, self.prompt.as_ref().or(text).context("no text given, expected TEXT or --prompt")?))
     }
 }
 
