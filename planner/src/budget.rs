@@ -1,4 +1,5 @@
-//! Chooses a plan for a model that has none: everything in memory if it fits, else a plan within a budget.
+//! Chooses a plan for a model that has none: everything in memory if it fits, else a plan within a
+//! budget.
 
 use crate::profile::Evidence;
 use crate::session::Opening;
@@ -44,7 +45,8 @@ pub struct Chosen {
     pub fits: bool,
 }
 
-/// Returns a plan for a model without one. Prints the decision to standard error if memory is short.
+/// Returns a plan for a model without one. Prints the decision to standard error if memory is
+/// short.
 ///
 /// # Errors
 /// When the model does not fit the memory asked for, or the profile is unusable.

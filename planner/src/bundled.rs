@@ -1,9 +1,11 @@
-//! Finds the files that come with the source: demo model, machine, calibration prompts and golden values.
+//! Finds the files that come with the source: demo model, machine, calibration prompts and golden
+//! values.
 
 use anyhow::{Context, Result};
 use std::path::{Path, PathBuf};
 
-/// Returns the path of a file or folder under `profiles/`: in the current folder or one above, else in the build tree.
+/// Returns the path of a file or folder under `profiles/`: in the current folder or one above, else
+/// in the build tree.
 ///
 /// # Errors
 /// When there is none.

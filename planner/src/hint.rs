@@ -1,7 +1,7 @@
 //! Advice printed after an error, as `hint: …`.
 //!
-//! The runtime library knows no options, so its errors carry facts only. This module turns them into
-//! advice that names options and commands of the program.
+//! The runtime library knows no options, so its errors carry facts only. This module turns them
+//! into advice that names options and commands of the program.
 
 use anyhow::Error;
 use std::fmt;

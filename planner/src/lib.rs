@@ -1,7 +1,8 @@
-//! Measures which experts a mixture-of-experts model uses, and computes where its tensors should live.
+//! Measures which experts a mixture-of-experts model uses, and computes where its tensors should
+//! live.
 //!
-//! This is the library behind the program `tier-plan`. Its stages are functions on domain types, so that tests and
-//! benchmarks can call them without files.
+//! This is the library behind the program `tier-plan`. Its stages are functions on domain types, so
+//! that tests and benchmarks can call them without files.
 #![forbid(unsafe_code)]
 
 #[macro_use]

@@ -1,8 +1,9 @@
 //! Perplexity of a text, and divergence of a model's probabilities from another model's.
 //!
-//! The rules are llama.cpp's, so that numbers compare with those of its perplexity tool. The text is cut into
-//! independent windows of `ctx` tokens. BOS replaces the first token of a window if the model wants BOS.
-//! Positions from `ctx / 2` on are scored on the token that follows, so that every score has some context.
+//! The rules are llama.cpp's, so that numbers compare with those of its perplexity tool. The text
+//! is cut into independent windows of `ctx` tokens. BOS replaces the first token of a window if the
+//! model wants BOS. Positions from `ctx / 2` on are scored on the token that follows, so that every
+//! score has some context.
 //!
 //! This module knows logits and log-probabilities, but neither files nor the engine.
 
@@ -55,12 +56,14 @@ pub fn fill_row(logits: &[f32], place: &Place, row: &mut Row) {
     row.steps.extend(logits.iter().map(|l| ((top - l) * per_nat).round() as u16));
 }
 
-/// Returns the Kullback–Leibler divergence, in nats, of a position's probabilities from the reference's.
+/// Returns the Kullback–Leibler divergence, in nats, of a position's probabilities from the
+/// reference's.
 pub fn divergence(logits: &[f32], place: &Place, reference: &Row) -> f64 {
     let log_sum = place.log_sum as f32;
     let terms = logits.iter().zip(&reference.steps).map(|(logit, steps)| {
         let wanted = reference.top - reference.step * f32::from(*steps);
-        // Clamped, since a token of probability 0 here and not there would make the divergence infinite.
+        // Clamped, since a token of probability 0 here and not there would make the divergence
+        // infinite.
         let found = (logit - log_sum).max(-1e4);
         f64::from(wanted.exp() * (wanted - found))
     });

@@ -1,7 +1,9 @@
-//! Printing: the macros of this crate, and statistics of a run (on standard error, so that standard output is the text).
+//! Printing: the macros of this crate, and statistics of a run (on standard error, so that standard
+//! output is the text).
 //!
-//! The standard library's macros panic when the reader of a pipe has gone, as in `| head`. These macros of equal names
-//! end the program quietly on standard output, and continue without standard error.
+//! The standard library's macros panic when the reader of a pipe has gone, as in `| head`. These
+//! macros of equal names end the program quietly on standard output, and continue without standard
+//! error.
 
 use std::fmt::Arguments;
 use std::io::{ErrorKind, Write};

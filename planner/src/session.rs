@@ -42,8 +42,8 @@ impl Drop for Catching {
     }
 }
 
-/// Makes Ctrl-C set the flag that [`interrupted`] returns, for callers that poll it often. Not for loading a model,
-/// which may take minutes and can be ended at once.
+/// Makes Ctrl-C set the flag that [`interrupted`] returns, for callers that poll it often. Not for
+/// loading a model, which may take minutes and can be ended at once.
 pub fn catch_interrupts() -> Catching {
     // Fails only if a handler is set already, and then that one serves.
     let _ = ctrlc::set_handler(|| {
@@ -104,7 +104,8 @@ pub struct Opening<'a> {
     pub mapped: bool,
     /// NUMA policy; `None` is the system's.
     pub numa: Option<NumaPolicy>,
-    /// Whether to verify checksums, and the file with them; the inner `None` is the one beside the model.
+    /// Whether to verify checksums, and the file with them; the inner `None` is the one beside the
+    /// model.
     pub verify: Option<Option<&'a Path>>,
     /// A packed copy of the experts; `None` is the one beside the model, if it exists.
     pub pack: Option<&'a Path>,

@@ -1,4 +1,5 @@
-//! Experts that are read on demand in `run`, `bench` and chats: a packed copy of them, and slots filled beforehand.
+//! Experts that are read on demand in `run`, `bench` and chats: a packed copy of them, and slots
+//! filled beforehand.
 
 use anyhow::{Context, Result};
 use std::path::{Path, PathBuf};
@@ -20,8 +21,9 @@ pub fn default_pack(gguf: &Gguf) -> PathBuf {
     gguf.path().with_extension("experts")
 }
 
-/// Opens the packed experts that a plan reads from: the file `asked` for, or the one beside the model. Returns them
-/// with a sentence about them, or `None` if the plan reads no experts from files.
+/// Opens the packed experts that a plan reads from: the file `asked` for, or the one beside the
+/// model. Returns them with a sentence about them, or `None` if the plan reads no experts from
+/// files.
 ///
 /// # Errors
 /// When the file asked for is unusable. An unusable file beside the model is a warning.
@@ -63,7 +65,8 @@ fn sentence(pack: &Pack) -> String {
     )
 }
 
-/// Returns the experts of each layer that a profile shows as used, most used first; ties go to the lower index.
+/// Returns the experts of each layer that a profile shows as used, most used first; ties go to the
+/// lower index.
 pub fn by_use(profile: &Profile) -> Vec<LayerSlots> {
     let counts = profile.counts(None, None, None);
     let sorted = |counts: &Vec<u64>| {

@@ -111,8 +111,8 @@ pub fn first_difference(entries: &[PlanEntry]) -> Option<&str> {
     rest.iter().find(|e| outputs(e) != expected).map(|e| e.name.as_str())
 }
 
-/// Replays the held-out prompts of a profile, and returns hits against slots: by LRU with no pins, and beside each
-/// plan's pins by its own policies.
+/// Replays the held-out prompts of a profile, and returns hits against slots: by LRU with no pins,
+/// and beside each plan's pins by its own policies.
 pub fn curves(profile: &Profile, plans: &[&Placement]) -> Vec<HitCurve> {
     let mut curves = Vec::new();
     let most = profile.n_expert as usize;

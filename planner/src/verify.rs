@@ -39,8 +39,8 @@ pub fn make(gguf: &Gguf, spec: &ModelSpec, output: &Path) -> Result<Sums> {
     Ok(sums)
 }
 
-/// Returns the checksums of `--verify` or `--verify=FILE`, `None` if not asked for. Missing checksums beside the
-/// model are created.
+/// Returns the checksums of `--verify` or `--verify=FILE`, `None` if not asked for. Missing
+/// checksums beside the model are created.
 ///
 /// # Errors
 /// When they cannot be read or created, or are of another model.

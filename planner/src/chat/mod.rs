@@ -1,8 +1,8 @@
 //! Chat with a model: reads messages from any reader and streams answers to any writer.
 //!
-//! Every turn renders the whole conversation anew, since templates change earlier turns (they drop the model's
-//! reasoning, for instance). The common prefix with the tokens in the context is kept, so that only new tokens are
-//! processed.
+//! Every turn renders the whole conversation anew, since templates change earlier turns (they drop
+//! the model's reasoning, for instance). The common prefix with the tokens in the context is kept,
+//! so that only new tokens are processed.
 
 pub mod template;
 #[cfg(test)]
@@ -35,7 +35,8 @@ Ctrl-C stops an answer.
 pub struct Signals<'a> {
     /// Returns whether the answer should stop.
     pub interrupted: &'a dyn Fn() -> bool,
-    /// Called with true before a message is read and with false after. Forgets an earlier interruption.
+    /// Called with true before a message is read and with false after. Forgets an earlier
+    /// interruption.
     pub waiting: &'a dyn Fn(bool),
 }
 
@@ -178,8 +179,8 @@ impl<'a> Chat<'a> {
         Ok(())
     }
 
-    /// Returns the tokens of the conversation, without its oldest turns if it has outgrown the context. Returns `None`
-    /// if the last message alone is too long.
+    /// Returns the tokens of the conversation, without its oldest turns if it has outgrown the
+    /// context. Returns `None` if the last message alone is too long.
     fn fit(&mut self, output: &mut impl Write) -> Result<Option<Vec<u32>>> {
         let context = self.engine.context();
         let wanted = self.options.max_tokens.unwrap_or(usize::MAX).min(context / 4).max(1);
@@ -215,7 +216,8 @@ impl<'a> Chat<'a> {
         let template = self.options.template.as_ref().context("there is no chat template")?;
         let text = match template.render(&self.messages) {
             Ok(text) => text,
-            // Some templates reject system messages. Their authors put the text before the first message instead.
+            // Some templates reject system messages. Their authors put the text before the first
+            // message instead.
             Err(error) => match merge_system(&self.messages).map(|merged| template.render(&merged)) {
                 Some(Ok(text)) => text,
                 _ => return Err(error),

@@ -1,6 +1,8 @@
-//! Chat templates: Jinja as Hugging Face runs it, so that the model sees the format it was trained on.
+//! Chat templates: Jinja as Hugging Face runs it, so that the model sees the format it was trained
+//! on.
 //!
-//! Templates come with model files and are not trusted: they get no file access, and a bounded number of steps.
+//! Templates come with model files and are not trusted: they get no file access, and a bounded
+//! number of steps.
 
 use anyhow::{Result, anyhow};
 use minijinja::syntax::SyntaxConfig;
@@ -125,8 +127,8 @@ fn failed(what: &str, error: &Error) -> anyhow::Error {
     anyhow!("the chat template {what}{line}: {detail}; give another with --chat-template FILE")
 }
 
-/// Replaces Hugging Face's `{% generation %}`, which only marks text for training, by a block without effect and with
-/// equal handling of white space.
+/// Replaces Hugging Face's `{% generation %}`, which only marks text for training, by a block
+/// without effect and with equal handling of white space.
 fn without_generation_marks(source: &str) -> String {
     let mut out = String::with_capacity(source.len());
     let mut rest = source;
@@ -149,7 +151,8 @@ fn without_generation_marks(source: &str) -> String {
     out
 }
 
-/// Serializes JSON as Python's `json.dumps(value, ensure_ascii=False)`, which models were trained on.
+/// Serializes JSON as Python's `json.dumps(value, ensure_ascii=False)`, which models were trained
+/// on.
 fn to_json(value: &Value, options: Kwargs) -> Result<Value, Error> {
     let indent: Option<usize> = options.get::<Option<usize>>("indent")?.map(|n| n.min(16));
     // Both are what this writes anyway.
@@ -234,7 +237,8 @@ const MONTHS: [&str; 12] = [
 ];
 const DAYS: [&str; 7] = ["Thursday", "Friday", "Saturday", "Sunday", "Monday", "Tuesday", "Wednesday"];
 
-/// Formats a time in UTC with the `strftime` conversions that templates use. Other conversions stay as they are.
+/// Formats a time in UTC with the `strftime` conversions that templates use. Other conversions stay
+/// as they are.
 fn strftime(format: &str, moment: SystemTime) -> String {
     let seconds = moment.duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO).as_secs();
     let days = seconds / 86400;
@@ -281,8 +285,8 @@ fn strftime(format: &str, moment: SystemTime) -> String {
     out
 }
 
-/// Returns year, month and day of a number of days after 1970-01-01. Months count from March, so that the leap day is
-/// the last of a year, and years in eras of 400.
+/// Returns year, month and day of a number of days after 1970-01-01. Months count from March, so
+/// that the leap day is the last of a year, and years in eras of 400.
 fn civil(days: u64) -> (u64, u64, u64) {
     let shifted = days + 719_468;
     let era = shifted / 146_097;

@@ -171,7 +171,8 @@ fn greedy(logits: &[f32]) -> u32 {
 /// Bytes read to measure the bandwidth of main memory.
 const PROBE_BYTES: u64 = 1 << 30;
 
-/// Measures the read bandwidth of main memory in GB/s; `None` if a plan leaves no memory for the measurement.
+/// Measures the read bandwidth of main memory in GB/s; `None` if a plan leaves no memory for the
+/// measurement.
 fn dram_gbps(session: &Session) -> Option<f64> {
     let obvious = session.engine.plan().solver.status == "obvious";
     let pool = ThreadPool::new(session.engine.n_threads());
@@ -256,6 +257,12 @@ fn report(args: &BenchArgs, session: &Session, samples: &[Sample]) -> Result<()>
             median(&hit_rate) * 100.0
         );
     }
+    print_prefetches(samples);
+    Ok(())
+}
+
+/// Prints how many prefetched experts were used.
+fn print_prefetches(samples: &[Sample]) {
     let ahead = samples.iter().fold([0; 3], |a, s| [a[0] + s.ahead[0], a[1] + s.ahead[1], a[2] + s.ahead[2]]);
     if ahead[0] + ahead[2] > 0 {
         let [right, in_time, wrong] = ahead;
@@ -263,7 +270,6 @@ fn report(args: &BenchArgs, session: &Session, samples: &[Sample]) -> Result<()>
             "prefetched while decoding: {right} experts that were used ({in_time} in time), {wrong} that were not"
         );
     }
-    Ok(())
 }
 
 fn median(values: &[f64]) -> f64 {

@@ -141,7 +141,8 @@ fn plan_files(folder: &Path, optimal: &Path) -> Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-/// Checks that every plan continues a prompt with the same most likely tokens: placement changes speed, never tokens.
+/// Checks that every plan continues a prompt with the same most likely tokens: placement changes
+/// speed, never tokens.
 fn same_text(model: &Path, plans: &[PathBuf], threads: Option<usize>) -> Result<()> {
     let gguf = Arc::new(Gguf::open(model)?);
     let tokenizer = tokenizer(&gguf)?;

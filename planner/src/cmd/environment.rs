@@ -1,9 +1,9 @@
 //! Environment variables as defaults of options, and llama.cpp's options of several letters.
 //!
-//! The variable of `--some-option` is `TIER_PLAN_SOME_OPTION`. Where an option means different things in
-//! different commands, the command is part of the name: `TIER_PLAN_SOLVE_OUTPUT`. A flag is set by
-//! 1, true, yes or on. The command line wins: a variable is ignored if its option conflicts with one that
-//! the command line gives.
+//! The variable of `--some-option` is `TIER_PLAN_SOME_OPTION`. Where an option means different
+//! things in different commands, the command is part of the name: `TIER_PLAN_SOLVE_OUTPUT`. A flag
+//! is set by 1, true, yes or on. The command line wins: a variable is ignored if its option
+//! conflicts with one that the command line gives.
 
 use clap::builder::BoolishValueParser;
 use clap::parser::ValueSource;
@@ -47,7 +47,8 @@ pub(super) fn long_names(line: impl IntoIterator<Item = OsString>) -> Vec<OsStri
     line.into_iter().map(long).collect()
 }
 
-/// Gives every option its environment variable, except where `line` already has an option that conflicts.
+/// Gives every option its environment variable, except where `line` already has an option that
+/// conflicts.
 pub(super) fn with_variables(command: Command, line: &[OsString]) -> Command {
     let given = command.clone().ignore_errors(true).try_get_matches_from(line).ok();
     let given = given.as_ref().and_then(clap::ArgMatches::subcommand);
@@ -66,7 +67,8 @@ pub(super) fn with_variables(command: Command, line: &[OsString]) -> Command {
     })
 }
 
-/// Returns the ids of the options that conflict with one of `explicit`, whichever of the two declares it.
+/// Returns the ids of the options that conflict with one of `explicit`, whichever of the two
+/// declares it.
 fn conflicting(command: &Command, explicit: &HashSet<String>) -> HashSet<String> {
     let mut excluded = HashSet::new();
     for arg in command.get_arguments() {

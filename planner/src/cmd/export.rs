@@ -1,15 +1,15 @@
 //! `tier-plan export`: writes a plan, or the counts it was made from, for another engine.
 
 use crate::catalogue;
-use crate::cmd::args::{JsonArgs, ModelOption};
+use crate::cmd::args::{JsonArgs, ModelOption, check_profile};
 use crate::export::{counts, llama_cpp};
 use crate::profile::Evidence;
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use tier_plan_runtime::formats::placement::{self, Placement};
-use tier_plan_runtime::formats::profile::{self, Profile};
+use tier_plan_runtime::formats::profile::Profile;
 use tier_plan_runtime::formats::safely;
 use tier_plan_runtime::model::shape::ModelShape;
 use tier_plan_runtime::units::show_bytes;
@@ -29,7 +29,8 @@ pub struct ExportArgs {
     /// Engine to export to; sglang and ktransformers get the counts of the profile
     #[arg(long, value_enum, value_name = "ENGINE")]
     pub to: ExportTo,
-    /// File to write: a script for llama.cpp, counts for the others [default: no script; expert-counts.json]
+    /// File to write: a script for llama.cpp, counts for the others [default: no script;
+    /// expert-counts.json]
     #[arg(short, long, value_name = "FILE", help_heading = "Output")]
     pub output: Option<PathBuf>,
     #[command(flatten)]
@@ -51,7 +52,7 @@ pub enum ExportTo {
     Vllm,
 }
 
-/// Why there is nothing to write for it.
+/// Error for vLLM, which has nothing to export to.
 const VLLM: &str = "vLLM reads neither a placement of experts nor counts of their use: its load balancer (--enable-eplb, \
                     --eplb-config) counts while it serves, --expert-placement-strategy is only linear or round_robin, and \
                     all experts are in GPU memory. Use --to sglang for an engine that starts from counts, or --to \
@@ -68,10 +69,7 @@ pub fn run(args: &ExportArgs) -> Result<()> {
     let plan = placement::read(&args.plan)?;
     let known = catalogue::model(&args.model.model, args.model.quant.as_deref())?;
     plan.check_model(&known.sizes.id, &args.plan)?;
-    let profile = args.model.profile.as_deref().map(profile::read).transpose()?;
-    if let (Some(profile), Some(path)) = (&profile, &args.model.profile) {
-        profile.check_model(&known.sizes.id, path)?;
-    }
+    let profile = args.model.read_profile(&known)?;
     if let Some(output) = &args.output {
         safely::check(output)?;
     }
@@ -83,18 +81,7 @@ pub fn run(args: &ExportArgs) -> Result<()> {
 }
 
 fn llama_cpp(args: &ExportArgs, plan: &Placement, shape: &ModelShape, profile: Option<&Profile>) -> Result<()> {
-    match (&plan.profile, profile) {
-        (Some(made_from), None) => {
-            bail!("{} was made from the profile {made_from}; give it with --profile", args.plan.display())
-        }
-        (Some(made_from), Some(given)) => ensure!(
-            made_from.hash == given.id.hash,
-            "{} was made from the profile {made_from}, but the profile given is {}; give its own",
-            args.plan.display(),
-            given.id
-        ),
-        _ => {}
-    }
+    check_profile(plan, &args.plan, profile)?;
     // A plan made without a profile is judged without one.
     let evidence = Evidence::new(shape, profile.filter(|_| plan.profile.is_some()))?;
     let found = llama_cpp::command_line(plan, shape, &evidence)?;
@@ -157,8 +144,7 @@ fn llama_cpp(args: &ExportArgs, plan: &Placement, shape: &ModelShape, profile: O
 
 fn counted(args: &ExportArgs, plan: &Placement, shape: &ModelShape, profile: Option<&Profile>) -> Result<()> {
     let to = if args.to == ExportTo::Sglang { "sglang" } else { "ktransformers" };
-    let profile =
-        profile.with_context(|| format!("--to {to} writes how often each expert was used; give --profile"))?;
+    let profile = profile.with_context(|| format!("--to {to}: no use counts to write, expected --profile FILE"))?;
     let table = counts::counts(shape, profile)?;
     let output = args.output.clone().unwrap_or_else(|| PathBuf::from("expert-counts.json"));
     safely::check(&output)?;
@@ -180,7 +166,7 @@ fn counted(args: &ExportArgs, plan: &Placement, shape: &ModelShape, profile: Opt
         println!("{line}");
     }
     println!();
-    println!("note: {to} has no use for the plan itself, only for the counts of its profile");
+    println!("note: {to} uses only the counts of the profile, not the plan");
     println!("wrote {}", output.display());
     Ok(())
 }
@@ -191,7 +177,7 @@ fn launch(to: ExportTo, counts: &Path, plan: &Placement) -> Vec<String> {
     if to != ExportTo::Ktransformers {
         return vec![format!("python -m sglang.launch_server --model MODEL --init-expert-location {file}")];
     }
-    // It reads tensors as PyTorch saves them, so PyTorch is to save them.
+    // ktransformers reads tensors that PyTorch saved.
     let tensors = counts.with_extension("pt");
     let script = format!(
         "import json, torch; torch.save({{'{key}': torch.tensor(json.load(open({from:?}))['{key}'])}}, {to:?})",

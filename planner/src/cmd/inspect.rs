@@ -102,7 +102,7 @@ fn groups(shape: &ModelShape) -> Vec<(&'static str, u64, u64)> {
     rows
 }
 
-/// What a shape says too.
+/// Prints the sizes that shapes and model files have in common.
 fn print_sizes(shape: &ModelShape, groups: &[(&'static str, u64, u64)]) {
     println!(
         "{} layers, hidden {}, vocabulary {}, context {}",

@@ -47,7 +47,8 @@ pub fn run(args: &LogitsArgs) -> Result<()> {
     let needed = needed.context("--tokens and --greedy: too many tokens to count, expected fewer")?;
     let threads = args.threads.checked()?;
     safely::check(&args.output)?;
-    // Without a plan: a context that fits the tokens exactly, and keys and values as exact as they can be.
+    // Without a plan: a context that fits the tokens exactly, and keys and values as exact as they
+    // can be.
     let opening = match &args.plan {
         Some(plan) => Opening { plan: Some(plan), threads, ..Opening::default() },
         None => {

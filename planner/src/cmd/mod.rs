@@ -90,7 +90,8 @@ pub enum Command {
     Selftest(selftest::SelftestArgs),
 }
 
-/// Parses a command line, program name first. Environment variables give options that it leaves out.
+/// Parses a command line, program name first. Environment variables give options that it leaves
+/// out.
 ///
 /// # Errors
 /// When it cannot be parsed, or asks for help or the version.

@@ -34,7 +34,8 @@ pub struct PerplexityArgs {
     /// Placement plan [default: everything in main memory]
     #[arg(long, value_name = "FILE", help_heading = "Memory")]
     pub plan: Option<PathBuf>,
-    /// Tokens per window, of which the second half is scored [default: 512, or that of --logits-base]
+    /// Tokens per window, of which the second half is scored [default: 512, or that of
+    /// --logits-base]
     #[arg(short, long, visible_alias = "ctx-size", alias = "ctx", value_name = "N")]
     pub context: Option<u32>,
     /// Most windows to score [default: all]

@@ -24,7 +24,8 @@ pub struct ProbeArgs {
     /// Measure with this model's tensor types, and read its experts from its file
     #[arg(short, long, value_name = "FILE", conflicts_with = "slow_dir")]
     pub model: Option<PathBuf>,
-    /// Measure the file system of this folder with a temporary file of 1 GiB [default: the current folder]
+    /// Measure the file system of this folder with a temporary file of 1 GiB [default: the current
+    /// folder]
     #[arg(long, value_name = "FOLDER")]
     pub slow_dir: Option<PathBuf>,
     #[command(flatten)]

@@ -136,7 +136,8 @@ pub fn run(args: &ProfileArgs) -> Result<()> {
     show(&profile, &output, args.format.json)
 }
 
-/// Returns the path to write: the one asked for, or the stem of the input file in the current folder.
+/// Returns the path to write: the one asked for, or the stem of the input file in the current
+/// folder.
 fn output(args: &ProfileArgs, from: &Path) -> PathBuf {
     args.output.clone().unwrap_or_else(|| {
         let mut name = PathBuf::from(from.file_stem().unwrap_or_default());

@@ -199,7 +199,8 @@ pub fn run(args: &RunArgs) -> Result<()> {
     if session::interrupted() { Err(session::Interrupted.into()) } else { Ok(()) }
 }
 
-/// Generates the answer, and prints it as it comes unless JSON is asked for. Returns it with its text.
+/// Generates the answer, and prints it as it comes unless JSON is asked for. Returns it with its
+/// text.
 fn print_answer(
     session: &mut Session,
     tokenizer: &Tokenizer,

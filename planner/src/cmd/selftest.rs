@@ -21,7 +21,8 @@ use tier_plan_runtime::kernels::Kernels;
     after_long_help = "Example:\n  tier-plan selftest\n  tier-plan selftest --gpu --quick"
 )]
 pub struct SelftestArgs {
-    /// Check a GPU: kernels, golden values and whole models; measure its memory, link and speed against targets
+    /// Check a GPU: kernels, golden values and whole models; measure its memory, link and speed
+    /// against targets
     #[arg(long, help_heading = "GPU")]
     pub gpu: bool,
     /// Ordinal of the GPU, as the driver counts

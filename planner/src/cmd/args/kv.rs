@@ -5,11 +5,13 @@ use anyhow::{Result, bail};
 use clap::Args;
 use tier_plan_runtime::exec::KvType;
 
-/// Storage type of the KV cache. Keys and values have one type, so llama.cpp's two options must agree.
+/// Storage type of the KV cache. Keys and values have one type, so llama.cpp's two options must
+/// agree.
 #[derive(Debug, Default, Args)]
 #[command(next_help_heading = "Memory")]
 pub struct KvArgs {
-    /// KV cache type: f16, q8_0 (about half the memory), or f32 [default: the plan's; f16 without a plan]
+    /// KV cache type: f16, q8_0 (about half the memory), or f32 [default: the plan's; f16 without a
+    /// plan]
     #[arg(long, value_name = "TYPE", conflicts_with_all = ["cache_type_k", "cache_type_v"])]
     pub kv_type: Option<KvType>,
     /// llama.cpp's name for the type of keys

@@ -11,7 +11,8 @@ use tier_plan_runtime::units::{parse_bytes, show_bytes};
 #[derive(Debug, Default, Args)]
 #[command(next_help_heading = "Memory")]
 pub struct MemoryArgs {
-    /// Placement plan that `tier-plan solve` wrote [default: everything in main memory, or as much as fits]
+    /// Placement plan that `tier-plan solve` wrote [default: everything in main memory, or as much
+    /// as fits]
     #[arg(long, value_name = "FILE")]
     pub plan: Option<PathBuf>,
     /// Memory of the whole process; experts that don't fit are read from the file on demand
@@ -97,7 +98,8 @@ struct GivenBudget<'a> {
 /// Whether to compare what is read with checksums.
 #[derive(Debug, Default, Args)]
 pub struct VerifyArgs {
-    /// Verify everything that is read against checksums in FILE [default FILE: MODEL.sums, created if missing]
+    /// Verify everything that is read against checksums in FILE [default FILE: MODEL.sums, created
+    /// if missing]
     #[arg(
         long,
         value_name = "FILE",
@@ -125,7 +127,8 @@ pub struct StoreArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub verify: VerifyArgs,
-    /// Read experts from this copy that `tier-plan pack` made [default: MODEL.experts, if it exists]
+    /// Read experts from this copy that `tier-plan pack` made [default: MODEL.experts, if it
+    /// exists]
     #[arg(long, value_name = "FILE")]
     pub pack: Option<PathBuf>,
     /// Fill the slots with the experts that FILE lists, if it exists, and write it at exit

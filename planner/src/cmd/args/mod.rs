@@ -1,8 +1,8 @@
 //! Groups of options that several commands share, and the types of their values.
 //!
-//! One option has one meaning: `-p` is the prompt, `-P` the profile, `-c` the context. `-m` is the model,
-//! as in llama.cpp; only the commands that take a machine (`solve`, `what-if`, `calibrate`) still accept
-//! it as an old spelling of `-M/--machine`.
+//! One option has one meaning: `-p` is the prompt, `-P` the profile, `-c` the context. `-m` is the
+//! model, as in llama.cpp; only the commands that take a machine (`solve`, `what-if`, `calibrate`)
+//! still accept it as an old spelling of `-M/--machine`.
 
 mod kv;
 mod memory;
@@ -12,7 +12,7 @@ mod value;
 
 pub use kv::KvArgs;
 pub use memory::{BudgetArgs, MemoryArgs, StoreArgs, VerifyArgs};
-pub use model::{ModelArgs, ModelOption, ModelOrShape};
+pub use model::{ModelArgs, ModelOption, ModelOrShape, check_profile};
 pub use sampling::SamplingArgs;
 pub use value::{Seed, TokenLimit};
 
@@ -48,8 +48,8 @@ pub struct ComputeArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub threads: ThreadArgs,
-    /// NUMA policy: `interleave` spreads memory over all nodes, a number keeps memory and threads on that node
-    /// [default: the system's]
+    /// NUMA policy: `interleave` spreads memory over all nodes, a number keeps memory and threads
+    /// on that node [default: the system's]
     #[arg(long, value_name = "POLICY")]
     pub numa: Option<NumaPolicy>,
 }

@@ -1,8 +1,12 @@
 //! The model of a command: a positional argument, or `-m/--model`.
 
-use anyhow::{Context, Result};
+use crate::catalogue::Known;
+use crate::hint::HintExt;
+use anyhow::{Context, Result, bail};
 use clap::Args;
 use std::path::{Path, PathBuf};
+use tier_plan_runtime::formats::placement::Placement;
+use tier_plan_runtime::formats::profile::{self, Profile};
 
 /// The model file that a command opens.
 #[derive(Debug, Args)]
@@ -26,7 +30,8 @@ impl ModelArgs {
     }
 }
 
-/// The model or shape that a command plans for. It has no `-m`, which was the machine in these commands.
+/// The model or shape that a command plans for. It has no `-m`, which was the machine in these
+/// commands.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Model")]
 pub struct ModelOrShape {
@@ -55,7 +60,8 @@ impl ModelOrShape {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Model")]
 pub struct ModelOption {
-    /// Model that the plan was made for: a GGUF file, or a shape (.toml, or a name such as kimi-k2.5)
+    /// Model that the plan was made for: a GGUF file, or a shape (.toml, or a name such as
+    /// kimi-k2.5)
     #[arg(short, long, value_name = "MODEL")]
     pub model: PathBuf,
     /// Quantization to assume for a shape [default: q4_k_m]
@@ -64,4 +70,32 @@ pub struct ModelOption {
     /// Profile that the plan was made from, if any
     #[arg(short = 'P', short_alias = 'p', long, value_name = "FILE")]
     pub profile: Option<PathBuf>,
+}
+
+impl ModelOption {
+    /// Reads the profile, if given, and checks that it is of the model.
+    ///
+    /// # Errors
+    /// When it cannot be read, or is of another model.
+    pub fn read_profile(&self, model: &Known) -> Result<Option<Profile>> {
+        let Some(path) = &self.profile else { return Ok(None) };
+        let profile = profile::read(path)?;
+        profile.check_model(&model.sizes.id, path)?;
+        Ok(Some(profile))
+    }
+}
+
+/// Checks that a plan that was made from a profile comes with that profile.
+///
+/// # Errors
+/// When the profile is missing, or another one.
+pub fn check_profile(plan: &Placement, path: &Path, profile: Option<&Profile>) -> Result<()> {
+    let Some(expected) = &plan.profile else { return Ok(()) };
+    let found = match profile {
+        Some(profile) if profile.id.hash == expected.hash => return Ok(()),
+        Some(profile) => profile.id.to_string(),
+        None => "none".to_string(),
+    };
+    let other = || bail!("--profile: {found}, expected {expected}, which {} was made from", path.display());
+    other().hint("pass the profile that the plan was made from")
 }

@@ -33,7 +33,8 @@ pub struct SamplingArgs {
 }
 
 impl SamplingArgs {
-    /// Returns the checked options. A random seed is printed to standard error, so that the run can be repeated.
+    /// Returns the checked options. A random seed is printed to standard error, so that the run can
+    /// be repeated.
     ///
     /// # Errors
     /// When an option is outside its range.
