@@ -243,8 +243,8 @@ fn profiling_that_cannot_end_is_not_begun() {
     profile(&with(&["-o", "no/x.profile"]), &["no/x.profile", "does not exist", "create it"]);
     profile(&with(&["-o", "file/x.profile"]), &["file/x.profile", "not a folder"]);
     profile(&with(&["-o", ".."]), &["..", "folder"]);
-    profile(&with(&["--threads", "0"]), &["--threads 0", "1 to 1024"]);
-    profile(&with(&["--temperature", "1e9"]), &["--temperature", "0 (the likeliest token) to 100"]);
+    profile(&with(&["--threads", "0"]), &["--threads: 0", "1 to 1024"]);
+    profile(&with(&["--temperature", "1e9"]), &["--temperature: 1000000000", "to 100"]);
     profile(&["--prompts", "none", "-o", "x"], &["none", "one folder a domain"]);
     profile(&["--prompts", "nosuch", "-o", "x"], &["nosuch", "No such file"]);
     profile(&["--prompts", "file", "-o", "x"], &["file", "ot a directory"]);

@@ -28,7 +28,9 @@ pub fn tier_plan() -> Command {
     command.stdin(Stdio::null());
     let variables = std::env::vars_os().map(|(name, _)| name);
     let ours = variables.filter(|name| name.to_str().is_some_and(|name| name.starts_with("TIER_PLAN_")));
-    ours.filter(|name| name != "TIER_PLAN_NVRTC").for_each(|name| drop(command.env_remove(name)));
+    for name in ours.filter(|name| name != "TIER_PLAN_NVRTC") {
+        command.env_remove(name);
+    }
     command
 }
 

@@ -10,8 +10,7 @@ use tier_plan_runtime::exec::KvType;
 #[derive(Debug, Default, Args)]
 #[command(next_help_heading = "Memory")]
 pub struct KvArgs {
-    /// KV cache type: f16, q8_0 (about half the memory), or f32 [default: the plan's; f16 without a
-    /// plan]
+    /// KV cache type: f16, q8_0 (about half the memory), or f32 [default: the plan's, or f16]
     #[arg(long, value_name = "TYPE", conflicts_with_all = ["cache_type_k", "cache_type_v"])]
     pub kv_type: Option<KvType>,
     /// llama.cpp's name for the type of keys
