@@ -187,7 +187,7 @@ fn plans_that_do_not_fit() {
     let unknown = swap(&plan, "kv_type = \"f16\"", "kv_type = \"q4_0\"");
     run("unknown.toml", &unknown, &["unknown.toml", "kv_type", "'q4_0'", "f16, q8_0 or f32"]);
     let other = ["run", &p.demo, "-p", "a", "--plan", "plan.toml", "--kv-type", "q8_0"];
-    p.refused(&other, &["--kv-type q8_0", "plan.toml", "f16", "solve again with --kv-type q8_0"]);
+    p.refused(&other, &["--kv-type: q8_0", "plan.toml", "f16", "solve again with --kv-type q8_0"]);
     let misspelt = swap(&plan, "kv_tier", "kv_teer");
     run("misspelt.toml", &misspelt, &["misspelt.toml", "kv_teer", "kv_tier"]);
     let machine = fs::read_to_string(&p.machine).unwrap();
@@ -241,13 +241,13 @@ fn profiling_that_cannot_end_is_not_begun() {
     profile(&with(&["-o", "no/x.profile"]), &["no/x.profile", "does not exist", "create it"]);
     profile(&with(&["-o", "file/x.profile"]), &["file/x.profile", "not a folder"]);
     profile(&with(&["-o", ".."]), &["..", "folder"]);
-    profile(&with(&["--threads", "0"]), &["--threads 0", "1 to 1024"]);
-    profile(&with(&["--temperature", "1e9"]), &["temperature", "0 (the most likely token) to 100"]);
+    profile(&with(&["--threads", "0"]), &["--threads: 0", "1 to 1024"]);
+    profile(&with(&["--temperature", "1e9"]), &["--temperature: 1000000000", "to 100"]);
     profile(&["--prompts", "none", "-o", "x"], &["none", "one folder a domain"]);
     profile(&["--prompts", "nosuch", "-o", "x"], &["nosuch", "No such file"]);
     profile(&["--prompts", "file", "-o", "x"], &["file", "ot a directory"]);
     profile(&["--prompts", "bare", "-o", "x"], &["bare/a/train-1.txt", "no text"]);
-    profile(&["--prompts", "prompts", "-o", "x", "--prompt-tokens", "0"], &["--prompt-tokens 0", "1 or more"]);
+    profile(&["--prompts", "prompts", "-o", "x", "--prompt-tokens", "0"], &["--prompt-tokens: 0", "1 or more"]);
     let most = ["--prompts", "prompts", "-o", "x", "--prompt-tokens", "4294967295"];
     profile(&most, &["--prompt-tokens", "--decode-tokens", "fewer"]);
     p.write("prompts/a/train-2.txt", [0xff, 0xfe, 0]);
@@ -296,8 +296,7 @@ fn budgets_that_cannot_hold() {
     solve(&["-b", "=3"], &["no tier ''", "vram, dram, slow"]);
     solve(&["-b", "gpu=1GiB"], &["no tier 'gpu'", "vram, dram, slow"]);
     solve(&["--vram", "1GiB"], &["--vram 1GiB", "holds 3.00 MiB"]);
-    solve(&["-b", "dram=1MiB", "--dram", "1MiB"], &["--dram 1MiB", "give one"]);
-    solve(&["--context", "0"], &["--context 0", "1 or more"]);
+    solve(&["-b", "dram=1MiB", "--dram", "1MiB"], &["--dram 1MiB", "expected one"]);
     solve(&["--context", "4294967295"], &["4294967295 tokens", "give --context"]);
     solve(&["--time-limit=-1"], &["--time-limit -1", "between 0"]);
     solve(&["--time-limit", "nan"], &["--time-limit NaN"]);
@@ -328,7 +327,7 @@ fn outputs_that_cannot_be_written() {
     let compare = ["compare", "plan.toml", "--model", &p.demo, "--tokens", "2", "-o"];
     p.refused(&[&compare[..], &["file/report"]].concat(), &["file/report", "not a folder", "--output"]);
     p.refused(&[&compare[..], &["/"]].concat(), &["'/'", "reports/today"]);
-    p.refused(&["demo", "-o", "folder"], &["folder exists", "another --output"]);
+    p.refused(&["demo", "-o", "folder"], &["folder exists", "--output"]);
     p.refused(&["demo", "-o", "file/x"], &["file/x"]);
 }
 
@@ -339,23 +338,22 @@ fn options_out_of_range() {
     let run = |args: &[&str], words: &[&str]| {
         p.refused(&[&["run", &p.demo, "-p", "a text"], args].concat(), words);
     };
-    run(&["--threads", "0"], &["--threads 0", "1 to 1024"]);
-    run(&["--threads", "1025"], &["--threads 1025", "1 to 1024"]);
-    run(&["--ctx", "0"], &["0 tokens", "--ctx 1 or more"]);
-    run(&["--ctx", "4294967295"], &["no memory", "4294967295 tokens"]);
-    run(&["--ctx", "65", "--plan", "plan.toml"], &["--ctx 65", "64 tokens", "plan.toml", "--context 65"]);
-    run(&["--temperature=-1"], &["temperature is -1", "expected 0"]);
-    run(&["--temperature", "nan"], &["temperature is NaN"]);
-    run(&["--top-p", "0"], &["top_p is 0", "more than 0"]);
-    run(&["--top-p", "1.5"], &["top_p is 1.5"]);
-    run(&["--min-p", "2"], &["min_p is 2", "0 (all tokens) to 1"]);
-    run(&["--repeat-penalty", "0"], &["repeat_penalty is 0", "no penalty"]);
-    p.refused(&["bench", &p.demo, "-r", "0"], &["--repeat 0", "1 or more"]);
-    p.refused(&["bench", &p.demo, "-p", "0", "-n", "0"], &["nothing to measure"]);
-    p.refused(&["bench", &p.demo, "-p", "4294967295", "-n", "1"], &["--prompt", "--tokens", "fewer"]);
+    run(&["--threads", "0"], &["--threads: 0", "1 to 1024"]);
+    run(&["--threads", "1025"], &["--threads: 1025", "1 to 1024"]);
+    run(&["--ctx", "4294967295"], &["no memory", "4294967295 tokens", "smaller --context"]);
+    run(&["--ctx", "65", "--plan", "plan.toml"], &["--context: 65", "64 tokens", "plan.toml", "--context 65"]);
+    run(&["--temperature=-1"], &["--temperature: -1", "expected 0"]);
+    run(&["--temperature", "nan"], &["--temperature: NaN"]);
+    run(&["--top-p", "0"], &["--top-p: 0", "more than 0"]);
+    run(&["--top-p", "1.5"], &["--top-p: 1.5"]);
+    run(&["--min-p", "2"], &["--min-p: 2", "0 (all tokens) to 1"]);
+    run(&["--repeat-penalty", "0"], &["--repeat-penalty: 0", "no penalty"]);
+    p.refused(&["bench", &p.demo, "-r", "0"], &["--repeat: 0", "1 or more"]);
+    p.refused(&["bench", &p.demo, "-p", "0", "-n", "0"], &["something to measure"]);
+    p.refused(&["bench", &p.demo, "-p", "4294967295", "-n", "1"], &["--n-prompt", "--n-gen", "fewer"]);
     p.refused(&["bench", &p.demo, "-p", "4294967294", "-n", "1"], &["no memory", "context"]);
     p.refused(&["bench", &p.demo, "-p", "64", "-n", "1", "--plan", "plan.toml"], &["64", "--context 65"]);
-    p.refused(&["demo", "--tokens", "0"], &["--tokens 0", "1 or more"]);
+    p.refused(&["demo", "--tokens", "0"], &["--n-predict: 0", "1 or more"]);
 }
 
 #[test]
@@ -373,9 +371,9 @@ fn prompts_that_cannot_be_continued() {
     p.refused(&["run", &p.demo, "-f", "-"], &["prompt is empty"]);
     p.refused(&["run", &p.demo, "-f", "nosuch.txt"], &["nosuch.txt", "No such file"]);
     p.refused(&["run", &p.demo, "-f", "bytes.txt"], &["bytes.txt", "UTF-8"]);
-    p.refused(&["run", &p.demo, "-f", "long.txt", "--ctx", "8"], &["context full", "8 available"]);
+    p.refused(&["run", &p.demo, "-f", "long.txt", "--ctx", "8"], &["context full", "8 available", "larger --context"]);
     let planned = ["run", &p.demo, "-f", "long.txt", "--plan", "plan.toml"];
-    p.refused(&planned, &["context full", "64 available"]);
+    p.refused(&planned, &["context full", "64 available", "larger --context"]);
     p.refused(&[&planned[..], &["--json", "--record", "r.json"]].concat(), &["context full"]);
 }
 
@@ -397,10 +395,13 @@ fn texts_that_cannot_be_scored() {
     score(&["--file", "nosuch.txt"], &["nosuch.txt", "No such file"]);
     score(&["--file", "bytes.txt"], &["bytes.txt", "UTF-8"]);
     score(&["--file", "empty.txt"], &["0 tokens", "longer text"]);
-    score(&["--file", "text.txt"], &["one window of 512", "smaller --ctx"]);
-    score(&["--file", "text.txt", "--ctx", "0"], &["--ctx 0", "4 or more"]);
-    score(&["--file", "text.txt", "--windows", "0"], &["--windows 0", "1 or more"]);
-    score(&["--file", "text.txt", "--ctx", "128", "--plan", "plan.toml"], &["--ctx 128", "64 tokens", "--context 128"]);
+    score(&["--file", "text.txt"], &["one window of 512", "smaller --context"]);
+    score(&["--file", "text.txt", "--ctx", "0"], &["--context: 0", "4 or more"]);
+    score(&["--file", "text.txt", "--windows", "0"], &["--windows: 0", "1 or more"]);
+    score(
+        &["--file", "text.txt", "--ctx", "128", "--plan", "plan.toml"],
+        &["--context: 128", "64 tokens", "--context 128"],
+    );
     let save = ["--file", "text.txt", "--ctx", "16", "--save-logits-base"];
     score(&[&save[..], &["folder"]].concat(), &["folder", "name a file inside it"]);
     score(&[&save[..], &["no/x"]].concat(), &["no/x", "create it"]);
@@ -408,7 +409,7 @@ fn texts_that_cannot_be_scored() {
     p.write("cut.logprobs", &base[..base.len() / 2]);
     score(&["--logits-base", "cut.logprobs"], &["cut.logprobs", "cut short", "--save-logits-base"]);
     score(&["--logits-base", &p.machine], &["demo-emulated.toml", "--save-logits-base"]);
-    score(&["--logits-base", "base.logprobs", "--ctx", "8"], &["--ctx 8", "16 tokens"]);
+    score(&["--logits-base", "base.logprobs", "--ctx", "8"], &["--context: 8", "16 tokens"]);
     let other = ["--logits-base", "base.logprobs", "--file", "other.txt"];
     score(&other, &["base.logprobs", "differs", "leave --file out"]);
     p.refused(&["perplexity", &p.other, "--logits-base", "base.logprobs"], &["4096", "96"]);
@@ -423,11 +424,11 @@ fn conversations_that_cannot_begin() {
     let chat = |args: &[&str], words: &[&str]| {
         p.refused(&[&["run", &p.demo, "--chat"], args].concat(), words);
     };
-    chat(&["-n", "0"], &["--tokens 0", "1 or more"]);
-    chat(&["--ctx", "1"], &["one token", "larger --ctx"]);
-    chat(&["--ctx", "1", "--plan", "plan.toml"], &["one token", "larger --ctx"]);
-    chat(&["--threads", "0"], &["--threads 0"]);
-    chat(&["--temperature", "nan"], &["temperature is NaN"]);
+    chat(&["-n", "0"], &["--n-predict: 0", "1 or more"]);
+    chat(&["--ctx", "1"], &["one token", "larger --context"]);
+    chat(&["--ctx", "1", "--plan", "plan.toml"], &["one token", "larger --context"]);
+    chat(&["--threads", "0"], &["--threads: 0"]);
+    chat(&["--temperature", "nan"], &["--temperature: NaN"]);
     chat(&["--chat-template", "nosuch.jinja"], &["nosuch.jinja", "No such file"]);
     chat(&["--chat-template", "open.jinja"], &["template", "line 1", "--chat-template FILE"]);
     chat(&["--tokenizer-pre", "nosuch"], &["'nosuch'", "qwen2"]);
@@ -444,8 +445,8 @@ fn tokens_that_are_none() {
     logits(&["--tokens", "1,4096"], &["token 4096", "0 to 4095"]);
     logits(&["--tokens", "4294967295"], &["token 4294967295", "0 to 4095"]);
     logits(&["--tokens", "1", "--greedy", "4294967295"], &["--greedy", "fewer"]);
-    logits(&["--tokens", "1", "--greedy", "64", "--plan", "plan.toml", "--threads", "0"], &["--threads 0"]);
-    logits(&["--tokens", "1", "--greedy", "65", "--plan", "plan.toml"], &["--greedy", "context is 64", "--context 66"]);
+    logits(&["--tokens", "1", "--greedy", "64", "--plan", "plan.toml", "--threads", "0"], &["--threads: 0"]);
+    logits(&["--tokens", "1", "--greedy", "65", "--plan", "plan.toml"], &["--greedy", "at most 64", "--context 66"]);
 }
 
 #[test]
@@ -467,11 +468,11 @@ fn comparisons_of_what_cannot_be_compared() {
     };
     compare(&["plan.toml"], &["--model FILE"]);
     compare(&["plan.toml", "--model", &p.other], &["plan.toml", "tier-plan demo", "fixture-qwen3moe"]);
-    compare(&["plan.toml", "--model", &p.demo, "--tokens", "0"], &["--tokens 0", "1 or more"]);
-    compare(&["plan.toml", "--model", &p.demo], &["--tokens 64", "context of 64", "give fewer"]);
+    compare(&["plan.toml", "--model", &p.demo, "--tokens", "0"], &["--n-predict: 0", "1 or more"]);
+    compare(&["plan.toml", "--model", &p.demo], &["--n-predict: 64", "fewer than 64"]);
     let tried = ["plan.toml", "--model", &p.demo, "--tokens", "2"];
     let trial = |args: &[&str], words: &[&str]| compare(&[&tried[..], args].concat(), words);
-    trial(&["--threads", "0"], &["--threads 0", "1 to 1024"]);
+    trial(&["--threads", "0"], &["--threads: 0", "1 to 1024"]);
     trial(&["--prompts", "untried"], &["untried", "heldout*.txt"]);
     trial(&["--prompts", "nosuch"], &["nosuch", "No such file"]);
     compare(&["plan.other"], &["plan.other", "(.toml)", "(.json)"]);
@@ -493,7 +494,7 @@ fn lines_that_are_no_commands() {
         &["run", &p.demo, "--no-such-option"],
         &["run", &p.demo, "-p", "a", "-f", "b"],
         &["logits", &p.demo, "-o", "x", "--tokens", "1,x"],
-        &["run", &p.demo, "-n", "-1"],
+        &["run", &p.demo, "-n", "-2"],
         &["nosuch"],
     ];
     for line in lines {
@@ -502,4 +503,26 @@ fn lines_that_are_no_commands() {
         assert!(stderr(&output).starts_with("error: ") && stderr(&output).contains("--help"), "{}", stderr(&output));
     }
     assert!(common::listing(p.path()).is_empty());
+}
+
+/// Variables are defaults of options: the command line wins, and empty variables count as unset.
+#[test]
+fn environment_variables_set_defaults() {
+    let p = Place::new();
+    let inspect = |variables: &[(&str, &str)], args: &[&str]| {
+        let mut command = common::tier_plan();
+        command.current_dir(p.path()).envs(variables.iter().copied()).arg("inspect").args(args);
+        command.output().unwrap()
+    };
+    let model = ("TIER_PLAN_MODEL", p.demo.as_str());
+    let value = common::json(inspect(&[model, ("TIER_PLAN_JSON", "true")], &[]));
+    assert_eq!(value["arch"], common::json(inspect(&[], &[&p.demo, "--json"]))["arch"]);
+    for off in ["0", "false", ""] {
+        let said = common::stdout(&succeeded(inspect(&[model, ("TIER_PLAN_JSON", off)], &[])));
+        assert!(!said.starts_with('{'), "{off}: {said}");
+    }
+    // The argument conflicts with --model, and wins.
+    common::json(inspect(&[("TIER_PLAN_MODEL", "none.gguf")], &[&p.demo, "--json"]));
+    common::check_refusal(&inspect(&[("TIER_PLAN_MODEL", "none.gguf")], &[]), &["none.gguf"]);
+    assert_eq!(inspect(&[model, ("TIER_PLAN_JSON", "maybe")], &[]).status.code(), Some(2));
 }

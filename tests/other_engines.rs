@@ -37,7 +37,7 @@ fn what_cannot_be_probed_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let demo = text(&demo_model());
     refused(dir.path(), &["probe", "--model", "no.gguf"], &["no.gguf"]);
-    refused(dir.path(), &["probe", "--model", &demo, "--threads", "0"], &["--threads 0"]);
+    refused(dir.path(), &["probe", "--model", &demo, "--threads", "0"], &["--threads: 0"]);
     refused(dir.path(), &["probe", "--model", &demo, "-o", "no/machine.toml"], &["no"]);
 }
 

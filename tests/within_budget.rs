@@ -101,7 +101,7 @@ fn what_cannot_be_is_refused_with_the_numbers() {
     let least = line.split("needs at least ").nth(1).unwrap().split(" of memory").next().unwrap().replace(' ', "");
     let least: f64 = least.strip_suffix("MiB").unwrap().parse().unwrap();
     succeeded(run_in(folder.path(), &[&list[..], &[&format!("{}MiB", least.ceil())]].concat()));
-    refused(folder.path(), &[&list[..], &["plenty"]].concat(), &["--dram plenty"]);
+    refused(folder.path(), &[&list[..], &["plenty"]].concat(), &["--memory plenty"]);
     check_refusal(&run(folder.path(), &["--dram", MORE], Some("fast")), &["TIER_PLAN_IO=fast", "buffered"]);
     refused(folder.path(), &[&list[..], &[MORE, "--profile", "none.profile"]].concat(), &["none.profile"]);
 }

@@ -1,4 +1,5 @@
-//! What a model gets when there is no plan for it: the mapped file if that fits memory, else a plan within a budget.
+//! Chooses a plan for a model that has none: everything in memory if it fits, else a plan within a
+//! budget.
 
 use crate::profile::Evidence;
 use crate::session::Opening;
@@ -19,7 +20,7 @@ use tier_plan_runtime::plans::in_memory::all_in_memory;
 use tier_plan_runtime::tiers::limits::{Limit, memory_limit};
 use tier_plan_runtime::units::show_bytes;
 
-/// Seconds that looking for pins may take.
+/// Time limit of the search for pins, in seconds.
 const SOLVE_S: f64 = 5.0;
 
 /// An open model.
@@ -35,20 +36,21 @@ pub struct Model<'a> {
     pub context: u32,
 }
 
-/// What a model without a plan gets.
+/// Plan chosen for a model without one.
 pub struct Chosen {
     /// The plan.
     pub plan: Placement,
-    /// Tokens of a batch, where the budget is for fewer than usual.
+    /// Tokens per batch, if the budget allows fewer than usual.
     pub batch: Option<usize>,
-    /// All of it is known to fit memory, a copy of the weights included.
+    /// Whether everything fits memory, including a copy of the weights.
     pub fits: bool,
 }
 
-/// The plan for a model that came without one. Says on standard error what it decided, unless all is as usual.
+/// Returns a plan for a model without one. Prints the decision to standard error if memory is
+/// short.
 ///
 /// # Errors
-/// When the model does not fit the memory that was asked for, or its profile can't be used.
+/// When the model does not fit the memory asked for, or the profile is unusable.
 pub fn choose(model: Model<'_>, opening: &Opening<'_>) -> Result<Chosen> {
     let Model { gguf, spec, shape, context } = model;
     let kv_type = opening.kv_type.unwrap_or_default();
@@ -57,7 +59,7 @@ pub fn choose(model: Model<'_>, opening: &Opening<'_>) -> Result<Chosen> {
         return Ok(mapped(false));
     }
     let limit = memory_limit();
-    let budget = match (opening.dram, &limit) {
+    let budget = match (opening.memory, &limit) {
         (Some(asked), Some(limit)) => asked.min(limit.bytes),
         (Some(asked), None) => asked,
         (None, Some(limit)) => limit.bytes,
@@ -76,13 +78,13 @@ pub fn choose(model: Model<'_>, opening: &Opening<'_>) -> Result<Chosen> {
     };
     let Budgeted { plan, batch, lines } = match made {
         Ok(made) => made,
-        Err(error) if opening.dram.is_none() && opening.profile.is_none() => {
-            eprintln!("warning: {error:#}; the file is mapped instead and read over and over by the system");
+        Err(error) if opening.memory.is_none() && opening.profile.is_none() => {
+            eprintln!("warning: {error:#}; the mapped file is used instead, and the system reads it again and again");
             return Ok(mapped(false));
         }
         Err(error) => return Err(error),
     };
-    eprintln!("{}", sentence(model, opening.dram, limit.as_ref(), budget));
+    eprintln!("{}", sentence(model, opening.memory, limit.as_ref(), budget));
     let width = lines.iter().map(|line| line.purpose.len()).max().unwrap_or(0);
     for line in &lines {
         eprintln!("  {:<width$} {:>10}", line.purpose, show_bytes(line.bytes));
@@ -93,20 +95,20 @@ pub fn choose(model: Model<'_>, opening: &Opening<'_>) -> Result<Chosen> {
 fn sentence(model: Model<'_>, asked: Option<u64>, limit: Option<&Limit>, budget: u64) -> String {
     let why = match (asked, limit) {
         (Some(asked), Some(limit)) if limit.bytes < asked => {
-            format!("--dram {}, but the {} is {}", show_bytes(asked), limit.source, show_bytes(limit.bytes))
+            format!("--memory {}, but {} is {}", show_bytes(asked), limit.source, show_bytes(limit.bytes))
         }
-        (Some(_), _) => "--dram".to_string(),
+        (Some(_), _) => "--memory".to_string(),
         (None, Some(limit)) => limit.source.to_string(),
         (None, None) => "no limit".to_string(),
     };
     format!(
-        "{} of weights do not fit {} ({why}): experts come from the file as they are needed",
+        "{} of weights do not fit {} ({why}): experts are read from the file on demand",
         show_bytes(model.shape.weight_bytes()),
         show_bytes(budget)
     )
 }
 
-/// The solver's plan: the rates of the two tiers are not known, so it says nothing about speed.
+/// Returns the solver's plan. It predicts no speed, since the rates of the two tiers are unknown.
 fn with_profile(
     model: Model<'_>,
     path: &Path,
@@ -118,14 +120,14 @@ fn with_profile(
     let kv_type = opening.kv_type.unwrap_or_default();
     let profile = profile::read(path)?;
     profile.check_model(&shape.id, path)?;
-    // Slots have room for whole pages beyond what a plan counts.
+    // Slots are padded to whole pages, which a plan does not count.
     let share = |(room, e): (u64, &tier_plan_runtime::model::shape::ExpertShape)| room as f64 / e.expert_bytes as f64;
     let padded = buffer_bytes(gguf, spec).into_iter().zip(&shape.experts).map(share).fold(1.0, f64::max);
     let room = budget.saturating_sub(fixed.outside_bytes(budget));
     let experts: u64 = shape.experts.iter().map(|e| e.expert_bytes * u64::from(e.n_expert)).sum();
     let dense = shape.weight_bytes() - experts + kv_type.context_bytes(shape, context);
     let counted = dense.saturating_add((room.saturating_sub(dense) as f64 / padded) as u64);
-    // The solver leaves room for pages itself, which is enough where it leaves as large a part.
+    // The solver reserves a share for pages itself, which suffices if it is as large.
     let counted = if 1.0 - 1.0 / padded <= page_share(shape) { room } else { counted };
     let name = "this machine".to_string();
     let machine = Machine {

@@ -1,9 +1,14 @@
-//! The files that come with the source: the demo model, its machine, the calibration prompts, and golden values.
+//! Finds the files that come with the source: demo model, machine, calibration prompts and golden
+//! values.
 
 use anyhow::{Context, Result};
 use std::path::{Path, PathBuf};
 
-/// A file or folder under `profiles/`: in the current folder or one above it, else where this program was built.
+/// Returns the path of a file or folder under `profiles/`: in the current folder or one above, else
+/// in the build tree.
+///
+/// # Errors
+/// When there is none.
 pub fn path(relative: &str) -> Result<PathBuf> {
     find(&Path::new("profiles").join(relative)).with_context(|| {
         format!(
@@ -12,7 +17,10 @@ pub fn path(relative: &str) -> Result<PathBuf> {
     })
 }
 
-/// The folder of small models and of the logits that another engine gave for them.
+/// Returns the folder of small models with golden logits of another engine.
+///
+/// # Errors
+/// When there is none.
 pub fn golden() -> Result<PathBuf> {
     find(Path::new("tests/data")).filter(|folder| folder.join("arch").is_dir()).context(
         "tests/data, small models with golden logits, was not found in this folder or above it; run tier-plan from a clone of \

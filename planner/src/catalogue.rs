@@ -1,6 +1,6 @@
-//! The shapes and machines that are part of the program, and finding one by name or file.
+//! Bundled shapes and machines, found by name or file.
 //!
-//! They are the files of `profiles/`, so that a name works wherever the program is.
+//! The files of `profiles/` are compiled in, so that names work wherever the program is.
 
 use crate::session::naming;
 use anyhow::{Context, Result, bail, ensure};
@@ -10,7 +10,7 @@ use tier_plan_runtime::formats::shape::{self, Architecture, Mix};
 use tier_plan_runtime::model::shape::ModelShape;
 use tier_plan_runtime::model::shape_of_file;
 
-/// `(name, text)` of every shape.
+/// `(name, text)` per shape.
 const MODELS: &[(&str, &str)] = &[
     ("deepseek-r1", include_str!("../../profiles/models/deepseek-r1.toml")),
     ("deepseek-v3", include_str!("../../profiles/models/deepseek-v3.toml")),
@@ -30,7 +30,7 @@ const MODELS: &[(&str, &str)] = &[
     ("qwen3-30b-a3b", include_str!("../../profiles/models/qwen3-30b-a3b.toml")),
 ];
 
-/// `(name, text)` of every machine.
+/// `(name, text)` per machine.
 const MACHINES: &[(&str, &str)] = &[
     ("article-4090x4", include_str!("../../profiles/machines/article-4090x4.toml")),
     ("article-a100-80", include_str!("../../profiles/machines/article-a100-80.toml")),
@@ -47,7 +47,7 @@ const MACHINES: &[(&str, &str)] = &[
     ("xeon-8480x2-4090", include_str!("../../profiles/machines/xeon-8480x2-4090.toml")),
 ];
 
-/// The quantisation of a shape where none is asked for.
+/// Default quantization of a shape.
 const DEFAULT_MIX: Mix = Mix::Q4_K_M;
 
 /// A model that a plan can be made for.
@@ -55,12 +55,12 @@ const DEFAULT_MIX: Mix = Mix::Q4_K_M;
 pub struct Known {
     /// Its sizes.
     pub sizes: ModelShape,
-    /// What they come from, unless from a model file.
+    /// Shape and quantization that the sizes come from; `None` for a model file.
     pub shape: Option<(Architecture, Mix)>,
 }
 
 impl Known {
-    /// What the reader of a plan should know about where the sizes came from, in sentences.
+    /// Returns notes on the origin of the sizes, in sentences.
     pub fn notes(&self) -> Vec<String> {
         let Some((of, mix)) = &self.shape else { return Vec::new() };
         vec![format!(
@@ -72,16 +72,16 @@ impl Known {
     }
 }
 
-/// What a command line's MODEL means.
+/// Meaning of MODEL on the command line.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Named {
-    /// A model file, there or not.
+    /// A model file, which may not exist.
     File,
     /// A shape.
     Shape(Box<Architecture>),
 }
 
-/// Tells a shape (a file ending in `.toml`, or a name of this catalogue where no such file is) from a model file.
+/// Distinguishes a shape (a `.toml` file, or a bundled name that is not a file) from a model file.
 ///
 /// # Errors
 /// When a shape cannot be read.
@@ -93,26 +93,24 @@ pub fn named(model: &Path) -> Result<Named> {
     }
     match text(MODELS, model) {
         Some(text) if !model.exists() => Ok(Named::Shape(Box::new(shape::decode(text.as_bytes(), model)?))),
-        // A bare word that names nothing was meant as a name.
-        None if !model.exists() && is_word(model) => bail!(
-            "{}: there is no such file, and no shape of that name; shapes that come with the program: {}",
-            model.display(),
-            names(MODELS)
-        ),
+        // A bare word that matches nothing was meant as a name.
+        None if !model.exists() && is_word(model) => {
+            bail!("{}: no such file, and no shape of that name; bundled shapes: {}", model.display(), names(MODELS))
+        }
         _ => Ok(Named::File),
     }
 }
 
-/// The sizes of a model: of its file, or of a shape in a quantisation.
+/// Returns the sizes of a model, from its file or from a shape and a quantization.
 ///
 /// # Errors
-/// When the file or the shape cannot be read, the quantisation is not known, or one is asked for of a file.
+/// When the file or shape cannot be read, the quantization is unknown, or one is given for a file.
 pub fn model(model: &Path, quant: Option<&str>) -> Result<Known> {
     match named(model)? {
         Named::File => {
             ensure!(
                 quant.is_none(),
-                "--quant {}: {} is a model file, whose tensors have their types; leave --quant out, or give a shape",
+                "--quant {}: {} is a model file, expected a shape",
                 quant.unwrap_or_default(),
                 model.display()
             );
@@ -126,27 +124,27 @@ pub fn model(model: &Path, quant: Option<&str>) -> Result<Known> {
     }
 }
 
-/// The quantisation of this name, or the usual one.
+/// Returns the quantization of this name, or the default one.
 ///
 /// # Errors
-/// When there is none of that name; names those there are.
+/// When the name is unknown; lists the known ones.
 pub fn mix(quant: Option<&str>) -> Result<Mix> {
     let Some(name) = quant else { return Ok(DEFAULT_MIX) };
     Mix::from_name(name).with_context(|| {
         let names: Vec<&str> = Mix::ALL.iter().map(|m| m.name()).collect();
-        format!("--quant {name}: no such quantisation; there are {}", names.join(", "))
+        format!("--quant: {name}, expected one of {}", names.join(", "))
     })
 }
 
-/// A machine by file, or by a name of this catalogue where no such file is.
+/// Returns a machine by file, or by bundled name if there is no such file.
 ///
 /// # Errors
-/// When it cannot be read, or there is neither file nor name.
+/// When the file cannot be read, or the name is unknown.
 pub fn machine(path: &Path) -> Result<Machine> {
     match text(MACHINES, path) {
         Some(text) if !path.exists() => Ok(machine::decode(text.as_bytes(), path)?),
         None if !path.exists() && is_word(path) => bail!(
-            "{}: there is no such file, and no machine of that name; machines that come with the program: {}",
+            "{}: no such file, and no machine of that name; bundled machines: {}",
             path.display(),
             names(MACHINES)
         ),
@@ -163,7 +161,7 @@ fn names(of: &[(&str, &str)]) -> String {
     of.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ")
 }
 
-/// Whether this is neither a path with folders nor a file's name as we know them.
+/// Returns whether this is a bare word, without folders and without `.gguf` or `.toml`.
 fn is_word(path: &Path) -> bool {
     let ours = |e: &std::ffi::OsStr| ["gguf", "toml"].iter().any(|ours| e.eq_ignore_ascii_case(ours));
     path.components().count() == 1 && path.file_name().is_some() && !path.extension().is_some_and(ours)
@@ -199,16 +197,13 @@ mod tests {
             let error = model(Path::new(path), quant).err().map(|e| format!("{e:#}")).unwrap_or_default();
             assert!(error.contains(words), "{path}: {error}");
         };
-        refused("kimi", None, "no shape of that name; shapes that come with the program: deepseek-r1, deepseek-v3");
-        refused("kimi-k2", Some("q4"), "--quant q4: no such quantisation; there are bf16, f16");
+        refused("kimi", None, "no shape of that name; bundled shapes: deepseek-r1, deepseek-v3");
+        refused("kimi-k2", Some("q4"), "--quant: q4, expected one of bf16, f16");
         refused("no/such.toml", None, "no/such.toml: No such file");
         refused("no-such.gguf", None, "no-such.gguf: No such file");
-        refused("no-such.gguf", Some("q2_k"), "is a model file, whose tensors have their types");
+        refused("no-such.gguf", Some("q2_k"), "is a model file, expected a shape");
         let error = machine(Path::new("cray-1")).unwrap_err().to_string();
-        assert!(
-            error.contains("no machine of that name; machines that come with the program: article-4090x4"),
-            "{error}"
-        );
+        assert!(error.contains("no machine of that name; bundled machines: article-4090x4"), "{error}");
     }
 
     #[test]

@@ -1,6 +1,6 @@
-//! The machine this runs on, in words, for records.
+//! One-line description of this machine, for records.
 
-/// Processor name and memory, as far as the system tells.
+/// Returns processor name, threads and memory, as far as the system reports them.
 pub fn describe() -> String {
     let cpu = std::fs::read_to_string("/proc/cpuinfo").ok().and_then(|text| field(&text, "model name"));
     let memory = std::fs::read_to_string("/proc/meminfo").ok().and_then(|text| field(&text, "MemTotal"));

@@ -1,7 +1,8 @@
-//! Measures which experts a mixture-of-experts model uses and plans where its tensors should live.
+//! Measures which experts a mixture-of-experts model uses, and computes where its tensors should
+//! live.
 //!
-//! The library behind the program `tier-plan`: its stages as functions on domain types, so that tests and benchmarks
-//! can call them without files.
+//! This is the library behind the program `tier-plan`. Its stages are functions on domain types, so
+//! that tests and benchmarks can call them without files.
 #![forbid(unsafe_code)]
 
 #[macro_use]
@@ -11,12 +12,12 @@ pub mod budget;
 pub mod bundled;
 pub mod catalogue;
 pub mod chat;
-pub mod cli;
 pub mod cmd;
 pub mod cost;
 pub mod diff;
 pub mod explain;
 pub mod export;
+pub mod hint;
 pub mod host;
 pub mod json;
 pub mod perplexity;

@@ -1,20 +1,24 @@
 //! `tier-plan`: parses the command line, dispatches, and prints the error chain once.
 #![forbid(unsafe_code)]
 
-use clap::Parser;
 use std::io::Write;
 use std::process::ExitCode;
 use tier_plan_planner::session::Interrupted;
-use tier_plan_planner::{cli, cmd};
+use tier_plan_planner::{cmd, hint};
 
 fn main() -> ExitCode {
-    match cmd::dispatch(cli::Cli::parse().command) {
+    let command = match cmd::parse(std::env::args_os()) {
+        Ok(command) => command,
+        Err(error) => error.exit(),
+    };
+    match cmd::dispatch(command) {
         Ok(()) => ExitCode::SUCCESS,
-        // Whoever pressed Ctrl-C knows; this is what a shell expects of the signal.
+        // The exit code that a shell expects after Ctrl-C; no message, since the user knows.
         Err(error) if error.is::<Interrupted>() => ExitCode::from(130),
         Err(error) => {
-            // With standard error gone there is nobody to tell.
-            let _ = writeln!(std::io::stderr(), "error: {error:#}");
+            let hint = hint::hint_for(&error).map_or(String::new(), |hint| format!("\nhint: {hint}"));
+            // A closed standard error leaves no place for a message.
+            let _ = writeln!(std::io::stderr(), "error: {error:#}{hint}");
             ExitCode::FAILURE
         }
     }

@@ -1,28 +1,29 @@
-//! How well a model predicts a text: perplexity, and how far its probabilities are from another model's.
+//! Perplexity of a text, and divergence of a model's probabilities from another model's.
 //!
-//! The rules are llama.cpp's, so that numbers can be set beside those of its perplexity tool: the text is cut into
-//! windows of `ctx` tokens, each on its own; BOS takes the place of a window's first token where the model wants BOS;
-//! the places from `ctx / 2` on are scored, each on the token that follows, so that every score has some context.
+//! The rules are llama.cpp's, so that numbers compare with those of its perplexity tool. The text
+//! is cut into independent windows of `ctx` tokens. BOS replaces the first token of a window if the
+//! model wants BOS. Positions from `ctx / 2` on are scored on the token that follows, so that every
+//! score has some context.
 //!
-//! Knows logits and log-probabilities; nothing of files or of the engine.
+//! This module knows logits and log-probabilities, but neither files nor the engine.
 
 use tier_plan_runtime::formats::logprobs::Row;
 
-/// Nats below the likeliest token that a [`Row`] can still tell apart; rarer tokens count as that rare.
+/// Range of a [`Row`] in nats below the most likely token. Rarer tokens count as that rare.
 const ROW_NATS: f64 = 24.0;
 
-/// What one place showed.
+/// Scores of one position.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Place {
-    /// `ln Σ exp(logit)`: what turns a logit into a log-probability.
+    /// `ln Σ exp(logit)`. A logit minus it is a log-probability.
     pub log_sum: f64,
-    /// The likeliest token; of equals the first.
+    /// Most likely token; ties go to the lowest id.
     pub best: u32,
     /// −ln of the probability of the token that followed.
     pub nll: f64,
 }
 
-/// Scores one place from its logits; `None` where they are no numbers.
+/// Scores one position from its logits; returns `None` if they are NaN or infinite.
 pub fn place(logits: &[f32], target: u32) -> Option<Place> {
     let mut best = 0;
     for (i, logit) in logits.iter().enumerate() {
@@ -40,7 +41,7 @@ pub fn place(logits: &[f32], target: u32) -> Option<Place> {
     nll.is_finite().then_some(Place { log_sum, best: best as u32, nll })
 }
 
-/// Fills `row` with the log-probabilities of a place.
+/// Fills `row` with the log-probabilities of a position.
 pub fn fill_row(logits: &[f32], place: &Place, row: &mut Row) {
     let top = logits.get(place.best as usize).copied().unwrap_or(0.0);
     let lowest = logits.iter().copied().fold(top, f32::min);
@@ -51,23 +52,25 @@ pub fn fill_row(logits: &[f32], place: &Place, row: &mut Row) {
     row.best = place.best;
     let per_nat = if row.step > 0.0 { 1.0 / row.step } else { 0.0 };
     row.steps.clear();
-    // `as` keeps within the range of the type, which is the cut at ROW_NATS.
+    // `as` saturates, which is the cut at ROW_NATS.
     row.steps.extend(logits.iter().map(|l| ((top - l) * per_nat).round() as u16));
 }
 
-/// Kullback–Leibler divergence, in nats, of a place's probabilities from the reference's.
+/// Returns the Kullback–Leibler divergence, in nats, of a position's probabilities from the
+/// reference's.
 pub fn divergence(logits: &[f32], place: &Place, reference: &Row) -> f64 {
     let log_sum = place.log_sum as f32;
     let terms = logits.iter().zip(&reference.steps).map(|(logit, steps)| {
         let wanted = reference.top - reference.step * f32::from(*steps);
-        // A token that can't be here but could there would make the divergence infinite; so rare is rare enough.
+        // Clamped, since a token of probability 0 here and not there would make the divergence
+        // infinite.
         let found = (logit - log_sum).max(-1e4);
         f64::from(wanted.exp() * (wanted - found))
     });
     terms.sum()
 }
 
-/// Calls `work` on every item, the items shared out over `threads` threads.
+/// Calls `work` on every item, with the items distributed over `threads` threads.
 pub fn in_parallel<T: Send>(threads: usize, items: &mut [T], work: impl Fn(usize, &mut T) + Sync) {
     let share = items.len().div_ceil(threads.max(1)).max(1);
     std::thread::scope(|scope| {
@@ -82,29 +85,29 @@ pub fn in_parallel<T: Send>(threads: usize, items: &mut [T], work: impl Fn(usize
     });
 }
 
-/// Mean of numbers that come one by one, and how sure it is.
+/// Running mean with its standard error.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Mean {
-    /// How many.
+    /// Number of values.
     pub n: u64,
     sum: f64,
     squares: f64,
 }
 
 impl Mean {
-    /// Takes one more.
+    /// Adds a value.
     pub fn add(&mut self, value: f64) {
         self.n += 1;
         self.sum += value;
         self.squares += value * value;
     }
 
-    /// The mean; 0 of none.
+    /// Returns the mean; 0 without values.
     pub fn value(&self) -> f64 {
         self.sum / self.n.max(1) as f64
     }
 
-    /// Standard error of the mean, taking the numbers as independent; 0 for fewer than two.
+    /// Returns the standard error of the mean for independent values; 0 for fewer than two.
     pub fn error(&self) -> f64 {
         if self.n < 2 {
             return 0.0;
@@ -119,39 +122,39 @@ impl Mean {
 pub struct Scores {
     /// −ln probability of the tokens that followed.
     pub nll: Mean,
-    /// Distance from the reference, if there is one.
+    /// Divergence from the reference, if there is one.
     pub against: Option<Against>,
 }
 
 impl Scores {
-    /// `exp` of the mean negative log-likelihood.
+    /// Returns `exp` of the mean negative log-likelihood.
     pub fn perplexity(&self) -> f64 {
         self.nll.value().exp()
     }
 
-    /// Its standard error.
+    /// Returns the standard error of the perplexity.
     pub fn perplexity_error(&self) -> f64 {
         self.nll.error() * self.perplexity()
     }
 }
 
-/// Distance from a reference.
+/// Divergence from a reference.
 #[derive(Debug, Clone, Default)]
 pub struct Against {
     /// The reference's −ln probability of the tokens that followed.
     pub reference_nll: Mean,
-    /// Divergence of every place.
+    /// Mean divergence in nats.
     pub divergence: Mean,
-    /// The same, each.
+    /// Divergence per position, in nats.
     pub divergences: Vec<f64>,
     /// ln of the ratio of the probabilities of the tokens that followed.
     pub log_ratio: Mean,
-    /// Places where both have the same likeliest token.
+    /// Positions where both agree on the most likely token.
     pub same_best: u64,
 }
 
 impl Against {
-    /// Takes one more place.
+    /// Adds a position.
     pub fn add(&mut self, place: &Place, reference: &Row, divergence: f64) {
         let reference_nll = -f64::from(reference.target);
         self.reference_nll.add(reference_nll);
@@ -161,17 +164,17 @@ impl Against {
         self.same_best += u64::from(place.best == reference.best);
     }
 
-    /// Share of places with the same likeliest token.
+    /// Returns the share of positions where both agree on the most likely token.
     pub fn same_best_share(&self) -> f64 {
         self.same_best as f64 / self.divergence.n.max(1) as f64
     }
 
-    /// Perplexity over the reference's on the same places.
+    /// Returns the perplexity over the reference's on the same positions.
     pub fn perplexity_ratio(&self) -> f64 {
         self.log_ratio.value().exp()
     }
 
-    /// The divergence that a share `q` (0 to 1) of the places does not exceed; 0 of none.
+    /// Returns the `q`-quantile (0 to 1) of the divergence; 0 without positions.
     pub fn quantile(&self, q: f64) -> f64 {
         let mut sorted = self.divergences.clone();
         sorted.sort_by(f64::total_cmp);

@@ -1,8 +1,9 @@
-//! Printing: the macros of this crate, and what commands tell a person about a run (on standard error, so that
-//! standard output stays the text).
+//! Printing: the macros of this crate, and statistics of a run (on standard error, so that standard
+//! output is the text).
 //!
-//! The standard library's macros end the program with a panic when nobody reads any more, as in `| head`. These, of the
-//! same names, end it quietly on standard output, and go on without standard error.
+//! The standard library's macros panic when the reader of a pipe has gone, as in `| head`. These
+//! macros of equal names end the program quietly on standard output, and continue without standard
+//! error.
 
 use std::fmt::Arguments;
 use std::io::{ErrorKind, Write};
@@ -24,20 +25,20 @@ macro_rules! eprintln {
     ($($arg:tt)*) => { $crate::print::err(format_args!("{}\n", format_args!($($arg)*))) };
 }
 
-/// What `print!` and `println!` of this crate do.
+/// Writes to standard output, for `print!` and `println!`.
 pub fn out(text: Arguments<'_>) {
     if let Err(error) = std::io::stdout().write_fmt(text) {
         cannot_print(&error);
     }
 }
 
-/// What `eprintln!` of this crate does.
+/// Writes to standard error, for `eprintln!`.
 pub fn err(text: Arguments<'_>) {
-    // With standard error gone there is nobody to tell.
+    // A closed standard error leaves no place for a message.
     let _ = std::io::stderr().write_fmt(text);
 }
 
-/// Ends the program: as a success when the reader has gone, since it has what it wanted.
+/// Ends the program: with success if the reader has gone, since it has what it wanted.
 pub fn cannot_print(error: &std::io::Error) -> ! {
     if error.kind() == ErrorKind::BrokenPipe {
         std::process::exit(0);
@@ -46,7 +47,7 @@ pub fn cannot_print(error: &std::io::Error) -> ! {
     std::process::exit(1);
 }
 
-/// Speed, measured beside predicted.
+/// Prints the speed of a run, measured and predicted.
 pub fn speed(record: &RunRecord) {
     let emulated = if record.emulated { " on emulated tiers" } else { "" };
     eprintln!(
@@ -60,7 +61,7 @@ pub fn speed(record: &RunRecord) {
     let read: u64 = record.tiers.iter().map(|t| t.read_bytes).sum();
     if record.decode_s > 0.0 {
         eprintln!(
-            "read {:.2} MB a decoded token, {:.2} GB/s{emulated}",
+            "read {:.2} MB per decoded token, {:.2} GB/s{emulated}",
             read as f64 / record.decode_tokens.max(1) as f64 / 1e6,
             read as f64 / record.decode_s / 1e9
         );
@@ -77,7 +78,7 @@ pub fn speed(record: &RunRecord) {
     }
 }
 
-/// Hits, misses and times of every layer with routed experts.
+/// Prints hits, misses and times of every MoE layer.
 pub fn layers(record: &RunRecord) {
     let reads = record.layers.iter().any(|l| l.missed_bytes > 0);
     let more = if reads { "   missed MB/token   GB/s   hidden ms/token   waited ms/token" } else { "" };
@@ -99,7 +100,7 @@ pub fn layers(record: &RunRecord) {
     for t in &record.tiers {
         let emulated = if t.emulated { " (emulated)" } else { "" };
         eprintln!(
-            "{}{emulated}: {:.2} MB read a token, {:.3} ms a token waited for",
+            "{}{emulated}: {:.2} MB read per token, {:.3} ms waited per token",
             t.name,
             t.read_bytes as f64 / record.decode_tokens.max(1) as f64 / 1e6,
             t.busy_s / record.decode_tokens.max(1) as f64 * 1e3
@@ -107,7 +108,7 @@ pub fn layers(record: &RunRecord) {
     }
 }
 
-/// What a layer's misses brought in, how fast, and how much of that was hidden behind work.
+/// Formats the bytes of a layer's misses, their rate, and the time hidden behind compute.
 fn reads_of(l: &LayerRecord, tokens: f64) -> String {
     let bytes = l.missed_bytes as f64 / tokens;
     let rate = if l.reading_s > 0.0 { bytes / l.reading_s / 1e9 } else { 0.0 };

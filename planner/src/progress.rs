@@ -1,4 +1,4 @@
-//! Progress on a terminal; nothing in a pipe (indicatif draws only where standard error is a terminal).
+//! Progress bars, drawn only if standard error is a terminal.
 
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -6,7 +6,7 @@ fn style(template: &str) -> ProgressStyle {
     ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar()).progress_chars("=> ")
 }
 
-/// A bar over bytes.
+/// Returns a progress bar over bytes.
 pub fn bytes(what: &'static str) -> ProgressBar {
     let bar = ProgressBar::new(0);
     bar.set_style(style("{msg} [{bar:30}] {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec} {eta}"));
@@ -14,7 +14,7 @@ pub fn bytes(what: &'static str) -> ProgressBar {
     bar
 }
 
-/// A bar over `total` things.
+/// Returns a progress bar over `total` items.
 pub fn count(what: &'static str, total: u64) -> ProgressBar {
     let bar = ProgressBar::new(total);
     bar.set_style(style("{msg} [{bar:30}] {pos}/{len} {eta}"));
@@ -22,7 +22,7 @@ pub fn count(what: &'static str, total: u64) -> ProgressBar {
     bar
 }
 
-/// What is done at the moment, in a line; shown with [`ProgressBar::set_message`].
+/// Returns a spinner whose line names the current step, set with [`ProgressBar::set_message`].
 pub fn steps() -> ProgressBar {
     let bar = ProgressBar::new_spinner();
     bar.set_style(style("{spinner} {msg} {elapsed}"));

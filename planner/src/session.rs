@@ -1,9 +1,11 @@
-//! Opening a model for a command: the file, the plan or the default one, the engine and the tokenizer.
+//! Opens a model for a command: file, plan, engine and tokenizer. Also handles Ctrl-C.
 
 use crate::budget::{self, Chosen, Model};
+use crate::cmd::args::{ComputeArgs, KvArgs, MemoryArgs, StoreArgs};
+use crate::hint::HintExt;
 use crate::store::{self, Start};
 use crate::{progress, verify};
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use std::io::IsTerminal;
 use std::path::Path;
 use std::sync::Arc;
@@ -15,23 +17,23 @@ use tier_plan_runtime::model::{describe, shape::shape_of};
 use tier_plan_runtime::threads::physical_cores;
 use tier_plan_runtime::tiers::numa::NumaPolicy;
 use tier_plan_runtime::tokenizer::Tokenizer;
-use tier_plan_runtime::units::{parse_bytes, show_bytes};
+use tier_plan_runtime::units::show_bytes;
 use tier_plan_runtime::{Engine, KvType, LoadOptions};
 
-/// Context of the default plan where the model would allow more.
+/// Context in tokens without a plan, where the model would allow more.
 const DEFAULT_CONTEXT: u32 = 4096;
 
-/// Set by Ctrl-C.
+/// Whether Ctrl-C was pressed.
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
-/// Whether a message is being waited for, so that Ctrl-C has nothing to stop.
+/// Whether a chat is waiting for a message, so that Ctrl-C has nothing to stop.
 static WAITING: AtomicBool = AtomicBool::new(false);
 
-/// Whether somebody looks at [`interrupted`].
+/// Whether a [`Catching`] exists, so that [`interrupted`] is polled.
 static CATCHING: AtomicBool = AtomicBool::new(false);
 
-/// While it lives, Ctrl-C is noted instead of ending the program; a second one ends it.
-#[must_use = "Ctrl-C is noted only while this lives"]
+/// Guard while which Ctrl-C sets a flag instead of ending the program. A second Ctrl-C ends it.
+#[must_use = "Ctrl-C sets the flag only while this lives"]
 pub struct Catching(());
 
 impl Drop for Catching {
@@ -40,13 +42,13 @@ impl Drop for Catching {
     }
 }
 
-/// From now on Ctrl-C is noted, for those who ask [`interrupted`] before long: not while files are opened and models
-/// loaded, which may take minutes and which nothing is lost by ending.
+/// Makes Ctrl-C set the flag that [`interrupted`] returns, for callers that poll it often. Not for
+/// loading a model, which may take minutes and can be ended at once.
 pub fn catch_interrupts() -> Catching {
     // Fails only if a handler is set already, and then that one serves.
     let _ = ctrlc::set_handler(|| {
         let waiting = WAITING.load(Ordering::SeqCst);
-        // Who waits for a pipe has nobody to ask for more.
+        // A chat that reads from a pipe gets no further messages after Ctrl-C.
         let idle = !CATCHING.load(Ordering::SeqCst) || (waiting && !std::io::stdin().is_terminal());
         if idle || INTERRUPTED.swap(true, Ordering::SeqCst) {
             std::process::exit(130);
@@ -59,18 +61,18 @@ pub fn catch_interrupts() -> Catching {
     Catching(())
 }
 
-/// Whether Ctrl-C was pressed.
+/// Returns whether Ctrl-C was pressed.
 pub fn interrupted() -> bool {
     INTERRUPTED.load(Ordering::SeqCst)
 }
 
-/// Says that a message is waited for, or no longer; a Ctrl-C before that counts no more.
+/// Sets whether a chat is waiting for a message, and forgets an earlier Ctrl-C.
 pub fn waiting(yes: bool) {
     WAITING.store(yes, Ordering::SeqCst);
     INTERRUPTED.store(false, Ordering::SeqCst);
 }
 
-/// An open model.
+/// A loaded model.
 pub struct Session {
     /// The file.
     pub gguf: Arc<Gguf>,
@@ -78,7 +80,7 @@ pub struct Session {
     pub engine: Engine,
     /// When loading began.
     pub started: Instant,
-    /// What else there is to say about where experts come from.
+    /// Sentences on where experts come from, beyond the plan.
     notes: Vec<String>,
     start: Option<Start>,
 }
@@ -86,63 +88,97 @@ pub struct Session {
 /// What to open and how.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Opening<'a> {
-    /// The plan; one that fits memory when `None`.
+    /// The plan; `None` chooses one that fits memory.
     pub plan: Option<&'a Path>,
-    /// Bytes of memory that may be used when there is no plan; what there is when `None`.
-    pub dram: Option<u64>,
-    /// The profile that says which experts to pin when there is no plan.
+    /// Memory of the whole process in bytes when there is no plan; `None` is all that is free.
+    pub memory: Option<u64>,
+    /// The profile to choose pinned experts from when there is no plan.
     pub profile: Option<&'a Path>,
-    /// Context length asked for.
+    /// Context length asked for; 0 is the model's training context, or the plan's.
     pub context: Option<u32>,
     /// Threads asked for.
     pub threads: Option<usize>,
-    /// How keys and values should be stored; as the plan says, or 16-bit floats without one, when `None`.
+    /// KV cache type; `None` is the plan's, or f16 without a plan.
     pub kv_type: Option<KvType>,
-    /// Leave the weights where the system maps the file, where they could be copied to huge pages.
+    /// Whether to use the mapped weights instead of a copy in huge pages.
     pub mapped: bool,
-    /// Where memory goes on a machine with several memory nodes; as the system does it when `None`.
+    /// NUMA policy; `None` is the system's.
     pub numa: Option<NumaPolicy>,
-    /// Whether to compare what is read with checksums; of this file, or of the one beside the model.
+    /// Whether to verify checksums, and the file with them; the inner `None` is the one beside the
+    /// model.
     pub verify: Option<Option<&'a Path>>,
-    /// A packed copy of the experts; the one beside the model, if it is there, when `None`.
+    /// A packed copy of the experts; `None` is the one beside the model, if it exists.
     pub pack: Option<&'a Path>,
-    /// Where the slots' contents are kept from one run to the next.
+    /// File that keeps the contents of slots between runs.
     pub slots: Option<&'a Path>,
-    /// A profile whose most used experts fill empty slots.
+    /// Profile whose most used experts fill empty slots.
     pub warm: Option<&'a Path>,
 }
 
+impl<'a> Opening<'a> {
+    /// Returns the checked options that all commands share which run a model.
+    ///
+    /// # Errors
+    /// When one of them is invalid.
+    pub fn new(memory: &'a MemoryArgs, kv: &KvArgs, store: &'a StoreArgs, compute: &ComputeArgs) -> Result<Self> {
+        Ok(Self {
+            plan: memory.plan.as_deref(),
+            memory: memory.bytes()?,
+            profile: memory.profile.as_deref(),
+            context: None,
+            threads: compute.threads.checked()?,
+            kv_type: kv.checked()?,
+            mapped: memory.mmap,
+            numa: compute.numa,
+            verify: store.verify.asked(),
+            pack: store.pack.as_deref(),
+            slots: store.slots.as_deref(),
+            warm: store.warm.as_deref(),
+        })
+    }
+
+    /// Reads the plan, and checks it against the model and the options.
+    fn read_plan(&self, gguf: &Gguf, path: &Path) -> Result<Placement> {
+        let plan = placement::read(path)?;
+        plan.check_model(&gguf.id(), path)?;
+        let shown = path.display();
+        let context = self.context.unwrap_or(plan.context);
+        if context > plan.context {
+            let planned = plan.context;
+            let large = format!("--context: {context}, expected at most {planned} tokens, the context of {shown}");
+            return Err(anyhow!(large)).hint(format!("solve again with --context {context}"));
+        }
+        let kv_type = self.kv_type.unwrap_or(plan.kv_type);
+        if kv_type != plan.kv_type {
+            let other = format!("--kv-type: {kv_type}, expected {}, the KV cache type of {shown}", plan.kv_type);
+            return Err(anyhow!(other)).hint(format!("solve again with --kv-type {kv_type}"));
+        }
+        Ok(plan)
+    }
+}
+
 impl Session {
-    /// Opens a model and its plan and loads it.
+    /// Opens and loads a model.
+    ///
+    /// # Errors
+    /// When an option is invalid, a file cannot be read, or the model does not fit.
     pub fn open(model: &Path, opening: Opening<'_>) -> Result<Self> {
         check_threads(opening.threads)?;
         opening.numa.map_or(Ok(()), NumaPolicy::apply).context("--numa")?;
-        ensure!(opening.context != Some(0), "a context of 0 tokens holds no text; give --ctx 1 or more");
         let mut gguf = Gguf::open(model)?;
         let spec = describe(&gguf).map_err(|e| naming(model, e))?;
         let Chosen { plan, batch, fits } = match opening.plan {
             Some(path) => {
-                let plan = placement::read(path)?;
-                plan.check_model(&gguf.id(), path)?;
-                let context = opening.context.unwrap_or(plan.context);
-                ensure!(
-                    context <= plan.context,
-                    "--ctx {context} is more than the {} tokens that {} was made for; solve again with --context {context}",
-                    plan.context,
-                    path.display()
-                );
-                let kv_type = opening.kv_type.unwrap_or(plan.kv_type);
-                ensure!(
-                    kv_type == plan.kv_type,
-                    "--kv-type {kv_type}: {} was made for keys and values as {}; solve again with --kv-type {kv_type}",
-                    path.display(),
-                    plan.kv_type
-                );
+                let plan = opening.read_plan(&gguf, path)?;
                 Chosen { plan, batch: None, fits: false }
             }
             None => {
                 let shape = shape_of(&gguf, &spec);
-                let context = opening.context.unwrap_or(shape.context.min(DEFAULT_CONTEXT));
+                let context = match opening.context {
+                    None => shape.context.min(DEFAULT_CONTEXT),
+                    Some(0) => shape.context,
+                    Some(context) => context,
+                };
                 budget::choose(Model { gguf: &gguf, spec: &spec, shape: &shape, context }, &opening)?
             }
         };
@@ -155,7 +191,7 @@ impl Session {
         let options = LoadOptions { threads: opening.threads, batch, checks, pack, stream: None };
         let loaded = Self::load_with(Arc::new(gguf), &plan, &options);
         let mut session = loaded.map_err(|e| naming(model, e))?;
-        if let Some(context) = opening.context {
+        if let Some(context) = opening.context.filter(|context| *context > 0) {
             session.engine.limit_context(context);
         }
         session.notes.extend(note);
@@ -164,18 +200,20 @@ impl Session {
         Ok(session)
     }
 
-    /// Loads an open file as a plan says.
+    /// Loads an open file by a plan.
+    ///
+    /// # Errors
+    /// When the model does not fit, or a read fails.
     pub fn load(gguf: Arc<Gguf>, plan: &Placement, threads: Option<usize>) -> Result<Self> {
         check_threads(threads)?;
         Self::load_with(gguf, plan, &LoadOptions { threads, ..LoadOptions::default() })
     }
 
     fn load_with(gguf: Arc<Gguf>, plan: &Placement, options: &LoadOptions) -> Result<Self> {
-        ensure!(
-            plan.context > 0,
-            "plan '{}' has a context of 0 tokens, which holds no text; solve again with --context 1 or more",
-            plan.name
-        );
+        if plan.context == 0 {
+            let empty = format!("plan '{}': a context of 0 tokens, expected 1 or more", plan.name);
+            return Err(anyhow!(empty)).hint("solve again with a larger --context");
+        }
         let started = Instant::now();
         let bar = progress::bytes("loading");
         let engine = Engine::load(Arc::clone(&gguf), plan, options, &mut |done, total| {
@@ -186,23 +224,29 @@ impl Session {
         Ok(Self { gguf, engine, started, notes: Vec::new(), start: None })
     }
 
-    /// The model's tokenizer.
+    /// Returns the model's tokenizer.
+    ///
+    /// # Errors
+    /// When the file has none, or one of an unknown kind.
     pub fn tokenizer(&self) -> Result<Tokenizer> {
         self.tokenizer_with(None)
     }
 
-    /// The model's tokenizer, with the split pattern `pre` instead of the file's if one is given.
+    /// Returns the model's tokenizer, with the pre-tokenizer `pre` instead of the file's if given.
+    ///
+    /// # Errors
+    /// When the file has no tokenizer, or one of an unknown kind.
     pub fn tokenizer_with(&self, pre: Option<&str>) -> Result<Tokenizer> {
         tokenizer_with(&self.gguf, pre)
     }
 
-    /// A sentence on what runs where, and per tier the planned and the counted bytes.
+    /// Returns a sentence on the plan, and per tier the planned and the counted bytes.
     pub fn residency(&self) -> Vec<String> {
         let plan = self.engine.plan();
         let mut lines = Vec::new();
         if plan.solver.status == "obvious" {
             let copied = self.gguf.is_copied();
-            let place = if copied { "on huge pages where the system has them" } else { "where it is mapped" };
+            let place = if copied { "on huge pages if the system has them" } else { "as a mapped file" };
             lines.push(format!("no plan given: everything stays in main memory, {place}"));
         } else if plan.solver.backend == "none" {
             lines.push(format!("no plan given: '{}', with as many slots in every layer as fit", plan.name));
@@ -228,12 +272,12 @@ impl Session {
         lines
     }
 
-    /// What there is to say about where experts come from, beyond the plan.
+    /// Returns sentences on where experts come from, beyond the plan.
     pub fn notes(&self) -> &[String] {
         &self.notes
     }
 
-    /// Keeps for the next run what this one leaves, where that was asked for.
+    /// Writes the contents of the slots for the next run, if asked for.
     ///
     /// # Errors
     /// When a file can't be written.
@@ -242,7 +286,7 @@ impl Session {
     }
 }
 
-/// Ctrl-C ended a command before its work was done: exit code 130, and not a word of error.
+/// Ctrl-C ended a command early: exit code 130 and no error message.
 #[derive(Debug)]
 pub struct Interrupted;
 
@@ -254,7 +298,7 @@ impl std::fmt::Display for Interrupted {
 
 impl std::error::Error for Interrupted {}
 
-/// Copies the weights to huge pages; where that fails they stay mapped, which is slower and no harm.
+/// Copies the weights to huge pages. If that fails they stay mapped, which is slower.
 fn copy_to_memory(gguf: &mut Gguf, threads: Option<usize>) {
     let bar = progress::bytes("reading the model");
     let threads = threads.unwrap_or_else(physical_cores);
@@ -268,41 +312,41 @@ fn copy_to_memory(gguf: &mut Gguf, threads: Option<usize>) {
     }
 }
 
-/// Puts a file's name before an error that does not begin with it.
+/// Adds a file's name to an error that does not begin with it.
 pub fn naming(file: &Path, error: impl Into<anyhow::Error>) -> anyhow::Error {
     let (error, name) = (error.into(), file.display().to_string());
     if error.to_string().starts_with(&name) { error } else { error.context(name) }
 }
 
-/// The bytes that `--dram` names.
-pub fn dram(size: Option<&str>) -> Result<Option<u64>> {
-    size.map(|size| parse_bytes(size).with_context(|| format!("--dram {size}"))).transpose()
-}
-
-/// Refuses a `--threads` that makes no sense.
+/// Checks `--threads`.
+///
+/// # Errors
+/// When it is outside 1 to 1024.
 pub fn check_threads(threads: Option<usize>) -> Result<()> {
     let threads = threads.unwrap_or(1);
-    ensure!((1..=1024).contains(&threads), "--threads {threads}: expected 1 to 1024");
+    ensure!((1..=1024).contains(&threads), "--threads: {threads}, expected 1 to 1024");
     Ok(())
 }
 
-/// The tokenizer in a file.
+/// Reads the tokenizer of a file.
 ///
 /// # Errors
-/// When the file has none, or one that isn't known: the caller has text.
+/// When the file has none, or one of an unknown kind.
 pub fn tokenizer(gguf: &Gguf) -> Result<Tokenizer> {
     tokenizer_with(gguf, None)
 }
 
-/// The tokenizer in a file, with the split pattern `pre` instead of the file's if one is given.
+/// Reads the tokenizer of a file, with the pre-tokenizer `pre` instead of the file's if given.
+///
+/// # Errors
+/// When the file has none, or one of an unknown kind.
 pub fn tokenizer_with(gguf: &Gguf, pre: Option<&str>) -> Result<Tokenizer> {
     let source = tier_plan_runtime::tokenizer::TokenizerSource::from_gguf(gguf)?;
-    ensure!(
-        source.model != "none",
-        "{}: this model has no tokenizer (tokenizer.ggml.model is 'none'), so it can't take text; \
-         `tier-plan logits --tokens` and `tier-plan bench` run it",
-        gguf.path().display()
-    );
+    if source.model == "none" {
+        let path = gguf.path().display();
+        let none = format!("{path}: this model has no tokenizer (tokenizer.ggml.model is 'none') and cannot take text");
+        return Err(anyhow!(none)).hint("`tier-plan logits --tokens` and `tier-plan bench` run it");
+    }
     let tokenizer = Tokenizer::with_pre(source, pre).with_context(|| gguf.path().display().to_string())?;
     if let Some(warning) = tokenizer.warning() {
         eprintln!("warning: {warning}");

@@ -1,5 +1,5 @@
-//! What `run`, `bench` and chats do about experts that come from the file: a packed copy, and slots that do not begin
-//! empty.
+//! Experts that are read on demand in `run`, `bench` and chats: a packed copy of them, and slots
+//! filled beforehand.
 
 use anyhow::{Context, Result};
 use std::path::{Path, PathBuf};
@@ -16,16 +16,17 @@ use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::model::spec::ModelSpec;
 use tier_plan_runtime::units::{show_bytes, show_utc};
 
-/// Where a model's packed experts are unless somebody says otherwise: beside it.
+/// Returns the default path of a model's packed experts, beside the model.
 pub fn default_pack(gguf: &Gguf) -> PathBuf {
     gguf.path().with_extension("experts")
 }
 
-/// The packed experts that a plan reads from: those of the file `asked` for, or those beside the model, with a sentence
-/// about them. Nothing where the plan reads no experts from files.
+/// Opens the packed experts that a plan reads from: the file `asked` for, or the one beside the
+/// model. Returns them with a sentence about them, or `None` if the plan reads no experts from
+/// files.
 ///
 /// # Errors
-/// When the file that was asked for can't be used; one that is only found is left aside with a warning.
+/// When the file asked for is unusable. An unusable file beside the model is a warning.
 pub fn pack(
     gguf: &Gguf,
     spec: &ModelSpec,
@@ -36,7 +37,7 @@ pub fn pack(
     let found = if let Some(path) = asked {
         let pack = Pack::open(gguf, spec, path)?;
         if !reads {
-            eprintln!("warning: --pack {}: no expert is read from a file under this plan", path.display());
+            eprintln!("warning: --pack {}: this plan reads no experts from a file", path.display());
         }
         Some(pack).filter(|_| reads)
     } else {
@@ -55,7 +56,7 @@ pub fn pack(
 fn sentence(pack: &Pack) -> String {
     let saving = pack.saving();
     format!(
-        "experts come from {}: {} of them in one piece each, {} a miss instead of {} in {:.0} places",
+        "experts come from {}: {} of them contiguous, {} per miss instead of {} in {:.0} places",
         pack.path().display(),
         saving.experts,
         show_bytes(saving.after_bytes as u64),
@@ -64,7 +65,8 @@ fn sentence(pack: &Pack) -> String {
     )
 }
 
-/// The experts of each layer that a profile shows to be used, most first; of equals the lower number.
+/// Returns the experts of each layer that a profile shows as used, most used first; ties go to the
+/// lower index.
 pub fn by_use(profile: &Profile) -> Vec<LayerSlots> {
     let counts = profile.counts(None, None, None);
     let sorted = |counts: &Vec<u64>| {
@@ -76,7 +78,7 @@ pub fn by_use(profile: &Profile) -> Vec<LayerSlots> {
     layers.map(|(layer, counts)| LayerSlots { layer: *layer, experts: sorted(counts) }).collect()
 }
 
-/// How a run's slots are to begin, and where they are kept when it ends.
+/// Experts to fill the slots with, and the file that keeps them when the run ends.
 #[derive(Debug)]
 pub struct Start {
     wanted: Vec<LayerSlots>,
@@ -84,10 +86,10 @@ pub struct Start {
 }
 
 impl Start {
-    /// Reads what `--slots` and `--warm` name. Of both, the slots that a run left come first.
+    /// Reads the files of `--slots` and `--warm`. Slots kept by an earlier run come first.
     ///
     /// # Errors
-    /// When a file can't be read or is of another model, or the slots could not be written later.
+    /// When a file is unreadable or of another model, or the slots file is not writable.
     pub fn read(gguf: &Gguf, keep: Option<&Path>, warm: Option<&Path>) -> Result<Self> {
         let mut wanted = Vec::new();
         if let Some(path) = keep {
@@ -111,7 +113,7 @@ impl Start {
         Ok(Self { wanted, keep: keep.map(Path::to_path_buf) })
     }
 
-    /// Begins to fill the slots; a sentence about it.
+    /// Starts filling the slots in the background, and returns a sentence about it.
     ///
     /// # Errors
     /// When there is no memory for a buffer.
@@ -122,13 +124,13 @@ impl Start {
         let emulated = engine.plan().tiers.last().is_some_and(|t| t.tier.emulated);
         let n = engine.warm_up(&self.wanted)?;
         Ok(Some(match n {
-            _ if emulated => "slots begin empty: their experts would come from an emulated tier in no time".to_string(),
-            0 => "slots begin empty: nothing that was listed has a slot under this plan".to_string(),
-            n => format!("{n} slots are filled in the background, which no prediction counts"),
+            _ if emulated => "slots begin empty: an emulated tier would fill them in no time".to_string(),
+            0 => "slots begin empty: no listed expert has a slot under this plan".to_string(),
+            n => format!("{n} slots are filled in the background, which predictions do not count"),
         }))
     }
 
-    /// Writes what the slots hold, where that was asked for.
+    /// Writes the contents of the slots, if asked for.
     ///
     /// # Errors
     /// When the file can't be written.

@@ -1,4 +1,4 @@
-//! Trials: the same prompts through the same model under one plan after another.
+//! Trials: runs the same prompts under one plan after another.
 
 use crate::host;
 use crate::profile::collect::Settings;
@@ -22,10 +22,10 @@ use tier_plan_runtime::sampler::{Sampler, SamplerConfig};
 use tier_plan_runtime::tokenizer::Tokenizer;
 use tier_plan_runtime::units::show_utc;
 
-/// Tokens decoded before anything is counted, so that threads are awake and memory is touched.
-const WARM_UP: usize = 8;
+/// Tokens decoded before counting, so that threads are awake and memory is touched.
+const WARM_UP_TOKENS: usize = 8;
 
-/// What plans are tried on.
+/// Model and prompts that plans are tried on.
 pub struct Trial<'a> {
     /// The model.
     pub gguf: Arc<Gguf>,
@@ -33,14 +33,17 @@ pub struct Trial<'a> {
     pub tokenizer: &'a Tokenizer,
     /// Texts to continue.
     pub prompts: Vec<Prompt>,
-    /// How: as the profile was made, so that predictions are about the same kind of text.
+    /// Settings of the profile, so that predictions concern the same kind of text.
     pub settings: Settings,
     /// Threads.
     pub threads: Option<usize>,
 }
 
 impl Trial<'_> {
-    /// Runs every prompt under a plan; one record a prompt.
+    /// Runs every prompt under a plan, and returns one record per prompt.
+    ///
+    /// # Errors
+    /// When the plan does not fit, its byte counts are wrong, or a run fails.
     pub fn run(&self, plan: &Placement) -> Result<PlanEntry> {
         let mut session = Session::load(Arc::clone(&self.gguf), plan, self.threads)
             .with_context(|| format!("plan '{}'", plan.name))?;
@@ -55,7 +58,7 @@ impl Trial<'_> {
         let loading_s = session.started.elapsed().as_secs_f64();
         let mut entry = PlanEntry { name: plan.name.clone(), placement: Some(plan.clone()), records: Vec::new() };
         if let Some(first) = self.prompts.first() {
-            self.one(&mut session, first, WARM_UP, 0.0)?;
+            self.one(&mut session, first, WARM_UP_TOKENS, 0.0)?;
         }
         let bar = progress::count("running prompts", self.prompts.len() as u64);
         for prompt in &self.prompts {
@@ -85,10 +88,13 @@ impl Trial<'_> {
         Ok(record(&session.engine, &generated, &circumstances))
     }
 
-    /// The likeliest continuation of the first prompt under a plan.
+    /// Returns the greedy continuation of the first prompt under a plan.
+    ///
+    /// # Errors
+    /// When there are no prompts, or the run fails.
     pub fn greedy(&self, plan: &Placement, tokens: usize) -> Result<Vec<u32>> {
         let mut session = Session::load(Arc::clone(&self.gguf), plan, self.threads)?;
-        let prompt = self.prompts.first().context("there are no held-out prompts to continue")?;
+        let prompt = self.prompts.first().context("no held-out prompts to continue")?;
         let mut text = self.tokenizer.encode(&prompt.text, true)?;
         text.truncate(self.settings.prompt_tokens as usize);
         let limits = Limits { max_tokens: tokens, is_end: &|_| false };
@@ -97,7 +103,7 @@ impl Trial<'_> {
     }
 }
 
-/// The first plan whose text differs from the first plan's, if any does.
+/// Returns the name of the first plan whose text differs from the first plan's.
 pub fn first_difference(entries: &[PlanEntry]) -> Option<&str> {
     let (first, rest) = entries.split_first()?;
     let outputs = |e: &PlanEntry| e.records.iter().map(|r| r.output.clone()).collect::<Vec<_>>();
@@ -105,8 +111,8 @@ pub fn first_difference(entries: &[PlanEntry]) -> Option<&str> {
     rest.iter().find(|e| outputs(e) != expected).map(|e| e.name.as_str())
 }
 
-/// Hits against slots, replayed over the held-out prompts of a profile: by LRU with no pins, and beside each plan's pins
-/// by its own policies.
+/// Replays the held-out prompts of a profile, and returns hits against slots: by LRU with no pins,
+/// and beside each plan's pins by its own policies.
 pub fn curves(profile: &Profile, plans: &[&Placement]) -> Vec<HitCurve> {
     let mut curves = Vec::new();
     let most = profile.n_expert as usize;

@@ -1,8 +1,9 @@
-//! Checksums for `--verify`: those of a file, or made when they are first wanted.
+//! Checksums for `--verify`: read from a file, or created on first use.
 
+use crate::hint::HintExt;
 use crate::progress;
 use crate::session::naming;
-use anyhow::{Context, Result};
+use anyhow::Result;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -13,7 +14,7 @@ use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::model::spec::ModelSpec;
 use tier_plan_runtime::units::show_utc;
 
-/// Where a model's checksums are unless somebody says otherwise: beside it.
+/// Returns the default path of a model's checksums, beside the model.
 pub fn default_path(gguf: &Gguf) -> PathBuf {
     gguf.path().with_extension("sums")
 }
@@ -21,11 +22,11 @@ pub fn default_path(gguf: &Gguf) -> PathBuf {
 /// Reads the whole model and writes its checksums.
 ///
 /// # Errors
-/// When the model can't be read or the file not be written.
+/// When the model is unreadable or the file not writable.
 pub fn make(gguf: &Gguf, spec: &ModelSpec, output: &Path) -> Result<Sums> {
-    // Not after reading hundreds of gigabytes.
+    // Before reading hundreds of gigabytes.
     safely::check(output)
-        .with_context(|| "checksums can go elsewhere: `tier-plan checksum MODEL -o FILE`, then --verify=FILE")?;
+        .hint("write them elsewhere with `tier-plan checksum MODEL -o FILE`, then pass --verify=FILE")?;
     let bar = progress::bytes("making checksums");
     let made = compute_checksums(gguf, spec, show_utc(SystemTime::now()), &mut |done, total| {
         bar.set_length(total);
@@ -38,11 +39,11 @@ pub fn make(gguf: &Gguf, spec: &ModelSpec, output: &Path) -> Result<Sums> {
     Ok(sums)
 }
 
-/// What `--verify` or `--verify=FILE` compares with; nothing where it was not `asked` for. Checksums that should be
-/// beside the model and are not are made.
+/// Returns the checksums of `--verify` or `--verify=FILE`, `None` if not asked for. Missing
+/// checksums beside the model are created.
 ///
 /// # Errors
-/// When they can't be read or made, or are of another model.
+/// When they cannot be read or created, or are of another model.
 pub fn checks(gguf: &Gguf, spec: &ModelSpec, asked: Option<Option<&Path>>) -> Result<Option<Arc<Checksums>>> {
     let Some(asked) = asked else { return Ok(None) };
     let beside = default_path(gguf);
@@ -51,7 +52,7 @@ pub fn checks(gguf: &Gguf, spec: &ModelSpec, asked: Option<Option<&Path>>) -> Re
         sums::read(path)?
     } else {
         let sums = make(gguf, spec, path)?;
-        eprintln!("{}: checksums made now; from here on they tell whether the model's bytes change", path.display());
+        eprintln!("{}: checksums created; from now on they reveal whether the model's bytes change", path.display());
         sums
     };
     Ok(Some(Arc::new(Checksums::bind(gguf, spec, &sums, path)?)))

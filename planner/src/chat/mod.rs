@@ -1,8 +1,8 @@
-//! A conversation with a model: turns in, answers out as they are made, over any reader and writer.
+//! Chat with a model: reads messages from any reader and streams answers to any writer.
 //!
-//! Every turn renders the whole conversation anew, since templates change earlier turns as it goes on (they leave out
-//! what was thought, for instance). The tokens that the context holds already are kept, so that only what is new is
-//! processed.
+//! Every turn renders the whole conversation anew, since templates change earlier turns (they drop
+//! the model's reasoning, for instance). The common prefix with the tokens in the context is kept,
+//! so that only new tokens are processed.
 
 pub mod template;
 #[cfg(test)]
@@ -18,8 +18,8 @@ use tier_plan_runtime::sampler::{Sampler, SamplerConfig};
 use tier_plan_runtime::tokenizer::Tokenizer;
 use tier_plan_runtime::{Engine, LogitsMode};
 
-/// Longest message, in bytes: far more than any context holds.
-const LINE_LIMIT: u64 = 64 << 20;
+/// Longest line of a message in bytes, far more than any context holds.
+const MAX_LINE_BYTES: u64 = 64 << 20;
 
 const HELP: &str = "\
 /reset  forget the conversation
@@ -30,36 +30,37 @@ A \\ at the end of a line continues the message on the next; // at its start sen
 Ctrl-C stops an answer.
 ";
 
-/// How to know that the person wants an answer to stop.
+/// Callbacks about interruption by the user.
 #[derive(Clone, Copy)]
 pub struct Signals<'a> {
-    /// Whether they said so.
+    /// Returns whether the answer should stop.
     pub interrupted: &'a dyn Fn() -> bool,
-    /// Called with true before a message is read and with false after; what was said before counts no more.
+    /// Called with true before a message is read and with false after. Forgets an earlier
+    /// interruption.
     pub waiting: &'a dyn Fn(bool),
 }
 
-/// How to chat.
+/// Options of a chat.
 pub struct Options<'a> {
-    /// The model's template; without one every message is a text to continue.
+    /// Chat template; without one every message is a text to continue.
     pub template: Option<Template>,
-    /// What the model should know before it begins.
+    /// System message.
     pub system: Option<String>,
-    /// Tokens of an answer at most; as many as fit when `None`.
+    /// Most tokens per answer; `None` is as many as fit.
     pub max_tokens: Option<usize>,
-    /// How tokens are drawn.
+    /// Sampling options.
     pub sampling: SamplerConfig,
-    /// Go on past end tokens.
+    /// Whether to continue past end-of-text tokens.
     pub ignore_eos: bool,
-    /// Written before a message is read; empty where nobody watches.
+    /// Text written before a message is read; empty if standard input is not a terminal.
     pub prompt: &'a str,
-    /// What `/plan` says.
+    /// Lines that `/plan` prints.
     pub plan: Vec<String>,
-    /// Interruption.
+    /// Callbacks about interruption.
     pub signals: Signals<'a>,
 }
 
-/// What the last answer took.
+/// Token counts of the last answer.
 #[derive(Debug, Clone, Copy, Default)]
 struct Stats {
     kept: usize,
@@ -67,20 +68,20 @@ struct Stats {
     answer: usize,
 }
 
-/// A conversation.
+/// A chat with its history.
 pub struct Chat<'a> {
     engine: &'a mut Engine,
     tokenizer: &'a Tokenizer,
     options: Options<'a>,
     sampler: Sampler,
     messages: Vec<Message>,
-    /// The tokens in the engine's context.
+    /// Tokens in the engine's context.
     held: Vec<u32>,
     stats: Option<Stats>,
 }
 
 impl<'a> Chat<'a> {
-    /// A conversation that has not begun; forgets what the engine's context holds.
+    /// Creates an empty chat, and clears the engine's context.
     pub fn new(engine: &'a mut Engine, tokenizer: &'a Tokenizer, options: Options<'a>) -> Self {
         let sampler = Sampler::new(options.sampling.clone());
         let mut chat =
@@ -96,20 +97,20 @@ impl<'a> Chat<'a> {
         self.messages = system.collect();
     }
 
-    /// Reads messages and answers them until the input ends or says so.
+    /// Reads messages and answers them until `/quit` or the end of the input.
     ///
     /// # Errors
-    /// When reading or writing fails, the model fails, or its template can't be used.
+    /// When reading or writing fails, the model fails, or its template is unusable.
     pub fn talk(&mut self, input: &mut impl BufRead, output: &mut impl Write) -> Result<()> {
         if self.options.template.is_none() {
             writeln!(
                 output,
-                "This model has no chat template: every message is a text of its own that the model continues. \
+                "This model has no chat template: the model continues each message as a text of its own. \
                  --chat-template FILE gives it one."
             )?;
         }
         loop {
-            // Without a prompt nobody watches, and an interruption means the whole.
+            // Without a terminal, an interruption ends the chat and not only the answer.
             if self.options.prompt.is_empty() && (self.options.signals.interrupted)() {
                 return Ok(());
             }
@@ -143,7 +144,7 @@ impl<'a> Chat<'a> {
                 _ if text.starts_with('/') => {
                     writeln!(
                         output,
-                        "There is no {}; /help lists what there is.",
+                        "Unknown command {}; /help lists the commands.",
                         text.split(' ').next().unwrap_or(text)
                     )?;
                 }
@@ -152,13 +153,13 @@ impl<'a> Chat<'a> {
         }
     }
 
-    /// Answers one message.
+    /// Answers one message. Without a template, continues it.
     fn turn(&mut self, text: &str, output: &mut impl Write) -> Result<()> {
         if self.options.template.is_none() {
             let ids = self.tokenizer.encode(text, true)?;
             let context = self.engine.context();
             if ids.is_empty() || ids.len() >= context {
-                writeln!(output, "That text has {} tokens; 1 to {} can be continued.", ids.len(), context - 1)?;
+                writeln!(output, "That text has {} tokens, expected 1 to {}.", ids.len(), context - 1)?;
                 return Ok(());
             }
             return self.answer(&ids, output).map(drop);
@@ -170,7 +171,7 @@ impl<'a> Chat<'a> {
         };
         let answer = self.answer(&ids, output)?;
         if answer.trim().is_empty() {
-            // Nothing was said, so the next message takes this one's place: templates want turns to alternate.
+            // An empty answer drops its message, since templates need turns to alternate.
             self.messages.pop();
         } else {
             self.messages.push(parse_answer(&answer));
@@ -178,8 +179,8 @@ impl<'a> Chat<'a> {
         Ok(())
     }
 
-    /// The conversation's tokens, after leaving out its oldest turns where it has outgrown the context; none where
-    /// the last message alone is too long.
+    /// Returns the tokens of the conversation, without its oldest turns if it has outgrown the
+    /// context. Returns `None` if the last message alone is too long.
     fn fit(&mut self, output: &mut impl Write) -> Result<Option<Vec<u32>>> {
         let context = self.engine.context();
         let wanted = self.options.max_tokens.unwrap_or(usize::MAX).min(context / 4).max(1);
@@ -196,7 +197,7 @@ impl<'a> Chat<'a> {
                 }
                 writeln!(
                     output,
-                    "That message makes {} tokens, but the context holds {context}; give a shorter one, or start with a larger --ctx.",
+                    "That message makes {} tokens, but the context holds {context}; send a shorter one, or start with a larger --context.",
                     ids.len()
                 )?;
                 return Ok(None);
@@ -210,19 +211,20 @@ impl<'a> Chat<'a> {
         Ok(Some(ids))
     }
 
-    /// The tokens of the conversation as the template writes it.
+    /// Returns the tokens of the conversation as the template renders it.
     fn tokens(&self) -> Result<Vec<u32>> {
         let template = self.options.template.as_ref().context("there is no chat template")?;
         let text = match template.render(&self.messages) {
             Ok(text) => text,
-            // Some templates know no system message; those of their makers put it before the first message instead.
+            // Some templates reject system messages. Their authors put the text before the first
+            // message instead.
             Err(error) => match merge_system(&self.messages).map(|merged| template.render(&merged)) {
                 Some(Ok(text)) => text,
                 _ => return Err(error),
             },
         };
         let mut ids = self.tokenizer.encode(&text, true)?;
-        // BOS may come from the template as well as from the tokenizer. One is meant, and an end is not.
+        // Template and tokenizer may both add BOS: keep one, and drop an end token.
         if let Some(bos) = self.tokenizer.prefix()
             && ids.starts_with(&[bos, bos])
         {
@@ -234,17 +236,17 @@ impl<'a> Chat<'a> {
         }
         ensure!(
             !ids.is_empty(),
-            "the chat template made no text of the conversation; give another with --chat-template FILE"
+            "the chat template rendered an empty conversation; pass another with --chat-template FILE"
         );
         Ok(ids)
     }
 
-    /// Continues `ids`, which are fewer than the context holds, and writes the text as it comes.
+    /// Continues `ids`, which must fit the context, and writes the text as it is generated.
     fn answer(&mut self, ids: &[u32], output: &mut impl Write) -> Result<String> {
         let same = self.held.iter().zip(ids).take_while(|(a, b)| a == b).count();
         // At least one token must be processed, for the logits.
         if self.engine.truncate(same.min(ids.len() - 1)).is_err() {
-            // A recurrent state can't be cut back: the conversation is processed anew.
+            // A recurrent state cannot be truncated, so the whole conversation is processed again.
             self.engine.clear();
         }
         let kept = self.engine.n_past();
@@ -252,7 +254,7 @@ impl<'a> Chat<'a> {
         self.held.extend_from_slice(ids);
         self.engine.reset_counters();
         let interrupted = self.options.signals.interrupted;
-        // Ctrl-C is looked for between batches.
+        // Ctrl-C is polled between batches.
         let slice = self.engine.batch();
         let mut rest = &ids[kept..];
         while rest.len() > slice && !interrupted() {
@@ -293,7 +295,7 @@ impl<'a> Chat<'a> {
         } else {
             write!(output, "(stopped)")?;
         }
-        // The last token drawn was not processed, nor what an interruption left over.
+        // The last sampled token was not processed, nor the rest after an interruption.
         self.held.truncate(self.engine.n_past());
         self.stats = Some(Stats { kept, prompt: ids.len() - kept, answer: n_answer });
         writeln!(output)?;
@@ -303,7 +305,7 @@ impl<'a> Chat<'a> {
 
     fn show_stats(&self, output: &mut impl Write) -> Result<()> {
         let Some(stats) = self.stats else {
-            writeln!(output, "There was no answer yet.")?;
+            writeln!(output, "No answer yet.")?;
             return Ok(());
         };
         let counters = self.engine.counters();
@@ -326,34 +328,30 @@ impl<'a> Chat<'a> {
             .iter()
             .fold((0, 0), |(hits, misses), l| (hits + l.pinned_hits + l.slot_hits, misses + l.misses));
         if hits + misses > 0 {
-            writeln!(
-                output,
-                "experts: {:.1} % found in their fast tiers",
-                hits as f64 * 100.0 / (hits + misses) as f64
-            )?;
+            writeln!(output, "experts: {:.1} % resident in fast tiers", hits as f64 * 100.0 / (hits + misses) as f64)?;
         }
         for (tier, bytes) in self.engine.plan().tiers.iter().zip(&counters.read_bytes) {
             let each = *bytes as f64 / counters.decode_tokens.max(1) as f64 / 1e6;
-            writeln!(output, "{}: {each:.2} MB read a token", tier.tier.name)?;
+            writeln!(output, "{}: {each:.2} MB read per token", tier.tier.name)?;
         }
         writeln!(output, "context: {} of {} tokens", self.engine.n_past(), self.engine.context())?;
         Ok(())
     }
 }
 
-/// The next message; none at the end of the input. Bytes that are not UTF-8 become U+FFFD.
+/// Reads the next message; returns `None` at the end of the input. Invalid UTF-8 becomes U+FFFD.
 fn read_message(input: &mut impl BufRead) -> Result<Option<String>> {
     let mut message = String::new();
     loop {
         let mut line = Vec::new();
-        let read = input.take(LINE_LIMIT).read_until(b'\n', &mut line).context("reading the message")?;
+        let read = input.take(MAX_LINE_BYTES).read_until(b'\n', &mut line).context("reading the message")?;
         if read == 0 {
             return Ok((!message.is_empty()).then_some(message));
         }
         let line = String::from_utf8_lossy(&line);
         let line = line.trim_end_matches(['\n', '\r']);
         match line.strip_suffix('\\') {
-            Some(start) if (message.len() as u64) < LINE_LIMIT => {
+            Some(start) if (message.len() as u64) < MAX_LINE_BYTES => {
                 message.push_str(start);
                 message.push('\n');
             }
@@ -365,7 +363,7 @@ fn read_message(input: &mut impl BufRead) -> Result<Option<String>> {
     }
 }
 
-/// The conversation with its system message at the start of the first message after it.
+/// Returns the conversation with the system message merged into the first message after it.
 fn merge_system(messages: &[Message]) -> Option<Vec<Message>> {
     let [system, first, rest @ ..] = messages else { return None };
     if system.role != Role::System {
@@ -376,7 +374,7 @@ fn merge_system(messages: &[Message]) -> Option<Vec<Message>> {
     Some(merged)
 }
 
-/// Takes apart what a model thought and what it answered.
+/// Splits a reply into reasoning and answer.
 fn parse_answer(text: &str) -> Message {
     let apart = |thinking: &str, content: &str| Message {
         role: Role::Assistant,

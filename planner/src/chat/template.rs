@@ -1,6 +1,8 @@
-//! A model's own chat template: Jinja as Hugging Face runs it, so that the model sees the turns it was trained on.
+//! Chat templates: Jinja as Hugging Face runs it, so that the model sees the format it was trained
+//! on.
 //!
-//! Templates come with model files and are not trusted: they get no files, and a bounded number of steps.
+//! Templates come with model files and are not trusted: they get no file access, and a bounded
+//! number of steps.
 
 use anyhow::{Result, anyhow};
 use minijinja::syntax::SyntaxConfig;
@@ -9,18 +11,18 @@ use minijinja::{Environment, Error, ErrorKind};
 use minijinja_contrib::pycompat::unknown_method_callback;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-/// Steps that rendering may take: enough for thousands of turns.
+/// Most steps of rendering, enough for thousands of turns.
 const FUEL: u64 = 50_000_000;
 const NAME: &str = "chat template";
-/// Deepest value that is written as JSON.
+/// Deepest value that is serialized as JSON.
 const JSON_DEPTH: usize = 64;
 
-/// Who said something.
+/// Author of a message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
-    /// What the model should know beforehand.
+    /// Instructions before the conversation.
     System,
-    /// The person.
+    /// The user.
     User,
     /// The model.
     Assistant,
@@ -36,19 +38,19 @@ impl Role {
     }
 }
 
-/// One turn.
+/// A message of the conversation.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Message {
-    /// Who.
+    /// Author of the message.
     pub role: Role,
-    /// What the person sees.
+    /// Text of the message.
     pub content: String,
-    /// What the model thought before it answered, where it marks that apart.
+    /// Reasoning before the answer, if the model marks it.
     pub thinking: Option<String>,
 }
 
 impl Message {
-    /// A turn without thoughts.
+    /// Creates a message without reasoning.
     pub fn new(role: Role, content: &str) -> Self {
         Self { role, content: content.to_string(), thinking: None }
     }
@@ -64,7 +66,7 @@ impl Message {
     }
 }
 
-/// A template, ready to render.
+/// A compiled template.
 pub struct Template {
     environment: Environment<'static>,
     bos: String,
@@ -72,15 +74,15 @@ pub struct Template {
 }
 
 impl Template {
-    /// Compiles `source`; `bos` and `eos` are the texts of those tokens.
+    /// Compiles `source`. `bos` and `eos` are the texts of the BOS and EOS tokens.
     ///
     /// # Errors
-    /// When it is no template this program understands.
+    /// When the template cannot be compiled.
     pub fn new(source: &str, bos: &str, eos: &str) -> Result<Self> {
         Self::at(source, bos, eos, None)
     }
 
-    /// As [`new`](Self::new), with `now` for the time of day instead of the clock.
+    /// Compiles `source` like [`new`](Self::new), with `now` instead of the clock.
     pub fn at(source: &str, bos: &str, eos: &str, now: Option<SystemTime>) -> Result<Self> {
         let mut environment = Environment::new();
         let mut syntax = SyntaxConfig::builder();
@@ -100,10 +102,10 @@ impl Template {
         Ok(Self { environment, bos: bos.to_string(), eos: eos.to_string() })
     }
 
-    /// The text of a conversation, up to where the model should answer.
+    /// Renders a conversation up to where the model should answer.
     ///
     /// # Errors
-    /// When the template refuses the conversation or goes on too long.
+    /// When the template rejects the conversation or takes too many steps.
     pub fn render(&self, messages: &[Message]) -> Result<String> {
         let messages: Vec<Value> = messages.iter().map(Message::value).collect();
         let values = Value::from_pairs([
@@ -125,8 +127,8 @@ fn failed(what: &str, error: &Error) -> anyhow::Error {
     anyhow!("the chat template {what}{line}: {detail}; give another with --chat-template FILE")
 }
 
-/// Hugging Face's `{% generation %}` only marks text for training; here it becomes a block that does nothing, with
-/// the same handling of white space.
+/// Replaces Hugging Face's `{% generation %}`, which only marks text for training, by a block
+/// without effect and with equal handling of white space.
 fn without_generation_marks(source: &str) -> String {
     let mut out = String::with_capacity(source.len());
     let mut rest = source;
@@ -149,7 +151,8 @@ fn without_generation_marks(source: &str) -> String {
     out
 }
 
-/// JSON as Python's `json.dumps(value, ensure_ascii=False)` writes it: templates were trained on that.
+/// Serializes JSON as Python's `json.dumps(value, ensure_ascii=False)`, which models were trained
+/// on.
 fn to_json(value: &Value, options: Kwargs) -> Result<Value, Error> {
     let indent: Option<usize> = options.get::<Option<usize>>("indent")?.map(|n| n.min(16));
     // Both are what this writes anyway.
@@ -234,7 +237,8 @@ const MONTHS: [&str; 12] = [
 ];
 const DAYS: [&str; 7] = ["Thursday", "Friday", "Saturday", "Sunday", "Monday", "Tuesday", "Wednesday"];
 
-/// A moment in UTC, in the conversions of C's `strftime` that templates use; others stay as they are.
+/// Formats a time in UTC with the `strftime` conversions that templates use. Other conversions stay
+/// as they are.
 fn strftime(format: &str, moment: SystemTime) -> String {
     let seconds = moment.duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO).as_secs();
     let days = seconds / 86400;
@@ -281,8 +285,8 @@ fn strftime(format: &str, moment: SystemTime) -> String {
     out
 }
 
-/// Year, month and day of a number of days after 1970-01-01: months are counted from March, so that the leap day is
-/// the last of a year, and years in eras of 400.
+/// Returns year, month and day of a number of days after 1970-01-01. Months count from March, so
+/// that the leap day is the last of a year, and years in eras of 400.
 fn civil(days: u64) -> (u64, u64, u64) {
     let shifted = days + 719_468;
     let era = shifted / 146_097;

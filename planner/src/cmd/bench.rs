@@ -1,71 +1,129 @@
 //! `tier-plan bench`: prompt and decode speed, repeated.
 
-use crate::cli::BenchArgs;
-use crate::session::{self, Opening, Session};
-use anyhow::{Context, Result, ensure};
+use crate::cmd::args::{ComputeArgs, JsonArgs, KvArgs, MemoryArgs, ModelArgs, StoreArgs, at_least_one};
+use crate::hint::HintExt;
+use crate::session::{Opening, Session};
+use anyhow::{Context, Result, anyhow, ensure};
+use clap::Args;
 use serde_json::json;
+use std::path::Path;
 use tier_plan_runtime::LogitsMode;
 use tier_plan_runtime::threads::ThreadPool;
 use tier_plan_runtime::tiers::bandwidth::dram_read_gbps;
 
-/// One repetition.
+/// Options of `tier-plan bench`.
+#[derive(Debug, Args)]
+#[command(
+    about = "Measure prompt and decode speed",
+    after_long_help = "Example:\n  tier-plan bench MODEL.gguf -p 512 -n 128 -r 5\n  \
+                       tier-plan bench MODEL.gguf --memory 8GiB\n\n\
+                       As in llama-bench, -p and -n are numbers of tokens here; elsewhere -p is the prompt."
+)]
+pub struct BenchArgs {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub model: ModelArgs,
+    /// Prompt tokens to process
+    #[arg(short = 'p', long, alias = "prompt", value_name = "N", default_value_t = 64, help_heading = "Generation")]
+    pub n_prompt: u32,
+    /// Tokens to decode
+    #[arg(
+        short = 'n',
+        long,
+        aliases = ["tokens", "n-predict", "predict"],
+        value_name = "N",
+        default_value_t = 32,
+        help_heading = "Generation"
+    )]
+    pub n_gen: u32,
+    /// Repetitions, after one to warm up
+    #[arg(
+        short,
+        long,
+        visible_alias = "repetitions",
+        value_name = "N",
+        default_value_t = 3,
+        help_heading = "Generation"
+    )]
+    pub repeat: u32,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub memory: MemoryArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub kv: KvArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub store: StoreArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub compute: ComputeArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub format: JsonArgs,
+}
+
+/// Checked options of a benchmark.
+struct BenchOptions<'a> {
+    model: &'a Path,
+    opening: Opening<'a>,
+    /// Context that one repetition takes.
+    context: u32,
+}
+
+impl<'a> BenchOptions<'a> {
+    fn from_args(args: &'a BenchArgs) -> Result<Self> {
+        at_least_one("--repeat", args.repeat)?;
+        ensure!(args.n_prompt > 0 || args.n_gen > 0, "--n-prompt and --n-gen: both 0, expected something to measure");
+        // Decoding needs at least one token before it.
+        let context = args.n_prompt.max(1).checked_add(args.n_gen);
+        let context = context.context("--n-prompt and --n-gen: too many tokens to count, expected fewer")?;
+        let opening = Opening::new(&args.memory, &args.kv, &args.store, &args.compute)?;
+        let opening = Opening { context: opening.plan.is_none().then_some(context), ..opening };
+        Ok(Self { model: args.model.path()?, opening, context })
+    }
+}
+
+/// Times and counters of one repetition.
 struct Sample {
     prompt_s: f64,
-    /// Of that, the dense stages and the routed experts.
+    /// Seconds of the prompt's dense stages and of its routed experts.
     prompt_stages_s: [f64; 2],
-    /// Brought in from the last tier for the prompt.
+    /// Bytes read from the last tier for the prompt.
     prompt_missed_bytes: u64,
     decode_s: f64,
     decode_bytes: u64,
-    /// Brought in from the last tier while decoding.
+    /// Bytes read from the last tier while decoding.
     missed_bytes: u64,
-    /// Experts read before their layer chose: used, of those in time, and not used.
+    /// Prefetched experts: used, used and read in time, not used.
     ahead: [u64; 3],
-    /// Share of expert accesses while decoding that found the expert at hand; `None` without experts.
+    /// Share of expert accesses while decoding that hit a resident expert; `None` without experts.
     hit_rate: Option<f64>,
 }
 
-/// Runs it.
+/// Runs the command.
+///
+/// # Errors
+/// When an option is invalid, a file cannot be read or written, or the model cannot be loaded.
 pub fn run(args: &BenchArgs) -> Result<()> {
-    ensure!(args.repeat > 0, "--repeat 0 measures nothing; give 1 or more");
-    ensure!(args.prompt > 0 || args.tokens > 0, "--prompt 0 and --tokens 0 leave nothing to measure");
-    // One token more than asked: a decode needs something before it.
-    let needed = args.prompt.max(1).checked_add(args.tokens);
-    let needed = needed.context("--prompt and --tokens are more together than can be counted; give fewer")?;
-    let context = args.plan.is_none().then_some(needed);
-    let mut session = Session::open(
-        &args.model,
-        Opening {
-            plan: args.plan.as_deref(),
-            dram: session::dram(args.dram.as_deref())?,
-            profile: args.profile.as_deref(),
-            context,
-            threads: args.threads,
-            mapped: args.mmap,
-            numa: args.numa,
-            kv_type: args.kv_type,
-            verify: args.store.verify.asked(),
-            pack: args.store.pack.as_deref(),
-            slots: args.store.slots.as_deref(),
-            warm: args.store.warm.as_deref(),
-        },
-    )?;
-    let planned = session.engine.plan().context;
-    ensure!(
-        needed <= planned,
-        "--prompt {} and --tokens {} do not fit the context of {planned} tokens that the plan was made for; give fewer, \
-         or solve again with --context {needed}",
-        args.prompt,
-        args.tokens
-    );
+    let options = BenchOptions::from_args(args)?;
+    let mut session = Session::open(options.model, options.opening)?;
+    let (needed, planned) = (options.context, session.engine.plan().context);
+    if needed > planned {
+        let full = format!(
+            "--n-prompt and --n-gen: {} and {}, expected at most {planned} together, the context of the plan",
+            args.n_prompt, args.n_gen
+        );
+        return Err(anyhow!(full)).hint(format!("pass fewer, or solve again with --context {needed}"));
+    }
     let n_vocab = session.engine.spec().n_vocab as u64;
-    // Any tokens do for timing; these are spread over the vocabulary so that routing is too.
+    // Timing works with any tokens. These spread over the vocabulary, so that routing does too.
     let token = |i: u64| (i.wrapping_mul(2_654_435_761) % n_vocab) as u32;
-    let prompt: Vec<u32> = (0..u64::from(args.prompt)).map(token).collect();
+    let prompt: Vec<u32> = (0..u64::from(args.n_prompt)).map(token).collect();
     let mut samples = Vec::new();
-    // The first repetition only warms up.
+    // The first repetition is the warm-up.
     for repetition in 0..=args.repeat {
-        let sample = repeat(&mut session, &prompt, args.tokens)?;
+        let sample = repeat(&mut session, &prompt, args.n_gen)?;
         if repetition > 0 {
             samples.push(sample);
         }
@@ -110,26 +168,27 @@ fn greedy(logits: &[f32]) -> u32 {
     best.map_or(0, |(i, _)| i as u32)
 }
 
-/// Memory that is read to learn its rate.
+/// Bytes read to measure the bandwidth of main memory.
 const PROBE_BYTES: u64 = 1 << 30;
 
-/// What main memory gives when it is only read, in GB/s; `None` where a plan leaves no memory for the measurement.
+/// Measures the read bandwidth of main memory in GB/s; `None` if a plan leaves no memory for the
+/// measurement.
 fn dram_gbps(session: &Session) -> Option<f64> {
     let obvious = session.engine.plan().solver.status == "obvious";
     let pool = ThreadPool::new(session.engine.n_threads());
     let measured = obvious.then(|| dram_read_gbps(&pool, session.engine.kernels(), PROBE_BYTES))?;
-    measured.map_err(|error| eprintln!("warning: the rate of main memory was not measured: {error}")).ok()
+    measured.map_err(|error| eprintln!("warning: memory bandwidth not measured: {error}")).ok()
 }
 
 fn report(args: &BenchArgs, session: &Session, samples: &[Sample]) -> Result<()> {
     let rates = |seconds: fn(&Sample) -> f64, n: u32| -> Vec<f64> {
         samples.iter().map(|s| if n > 0 { f64::from(n) / seconds(s) } else { 0.0 }).collect()
     };
-    let prompt = rates(|s| s.prompt_s, args.prompt);
-    let decode = rates(|s| s.decode_s, args.tokens);
+    let prompt = rates(|s| s.prompt_s, args.n_prompt);
+    let decode = rates(|s| s.decode_s, args.n_gen);
     let gbps: Vec<f64> =
-        samples.iter().map(|s| if args.tokens > 0 { s.decode_bytes as f64 / s.decode_s / 1e9 } else { 0.0 }).collect();
-    let per_token = |s: &Sample| s.missed_bytes as f64 / f64::from(args.tokens.max(1)) / 1e6;
+        samples.iter().map(|s| if args.n_gen > 0 { s.decode_bytes as f64 / s.decode_s / 1e9 } else { 0.0 }).collect();
+    let per_token = |s: &Sample| s.missed_bytes as f64 / f64::from(args.n_gen.max(1)) / 1e6;
     let prompt_missed: Vec<f64> = samples.iter().map(|s| s.prompt_missed_bytes as f64 / 1e6).collect();
     let prompt_gbps: Vec<f64> = samples.iter().map(|s| s.prompt_missed_bytes as f64 / s.prompt_s / 1e9).collect();
     let stages = [0, 1].map(|stage| samples.iter().map(|s| s.prompt_stages_s[stage]).collect::<Vec<f64>>());
@@ -138,7 +197,7 @@ fn report(args: &BenchArgs, session: &Session, samples: &[Sample]) -> Result<()>
     let plan = session.engine.plan();
     let emulated = plan.tiers.iter().any(|t| t.tier.emulated);
     let dram = dram_gbps(session);
-    if args.json {
+    if args.format.json {
         let value = json!({
             "model": plan.model.name,
             "plan": plan.name,
@@ -146,8 +205,8 @@ fn report(args: &BenchArgs, session: &Session, samples: &[Sample]) -> Result<()>
             "threads": session.engine.n_threads(),
             "isa": session.engine.kernels().isa().to_string(),
             "kv_type": plan.kv_type.name(),
-            "prompt_tokens": args.prompt,
-            "decode_tokens": args.tokens,
+            "prompt_tokens": args.n_prompt,
+            "decode_tokens": args.n_gen,
             "prompt_tok_s": median(&prompt),
             "prompt_dense_s": median(&stages[0]),
             "prompt_experts_s": median(&stages[1]),
@@ -179,7 +238,7 @@ fn report(args: &BenchArgs, session: &Session, samples: &[Sample]) -> Result<()>
         let (min, max) = values.iter().fold((f64::MAX, 0f64), |(a, b), v| (a.min(*v), b.max(*v)));
         println!("{name:<14} {:>10.2} {min:>10.2} {max:>10.2}", median(values));
     }
-    if args.prompt > 1 {
+    if args.n_prompt > 1 {
         let [dense, experts] = [&stages[0], &stages[1]].map(|stage| 1e3 * median(stage));
         println!("prompt: {dense:.0} ms in dense stages, {experts:.0} ms in routed experts");
     }
@@ -189,8 +248,8 @@ fn report(args: &BenchArgs, session: &Session, samples: &[Sample]) -> Result<()>
     }
     if prompt_missed.iter().chain(&missed).any(|mb| *mb > 0.0) {
         println!(
-            "missed {:.0} MB for the prompt, {:.2} GB/s; {:.1} MB a decoded token, {:.2} GB/s{note}; {:.1} % of a decoded \
-             token's experts were at hand",
+            "missed {:.0} MB for the prompt, {:.2} GB/s; {:.1} MB per decoded token, {:.2} GB/s{note}; {:.1} % of a \
+             decoded token's experts were resident",
             median(&prompt_missed),
             median(&prompt_gbps),
             median(&missed),
@@ -198,14 +257,19 @@ fn report(args: &BenchArgs, session: &Session, samples: &[Sample]) -> Result<()>
             median(&hit_rate) * 100.0
         );
     }
+    print_prefetches(samples);
+    Ok(())
+}
+
+/// Prints how many prefetched experts were used.
+fn print_prefetches(samples: &[Sample]) {
     let ahead = samples.iter().fold([0; 3], |a, s| [a[0] + s.ahead[0], a[1] + s.ahead[1], a[2] + s.ahead[2]]);
     if ahead[0] + ahead[2] > 0 {
         let [right, in_time, wrong] = ahead;
         println!(
-            "read ahead while decoding: {right} experts that were used ({in_time} in time), {wrong} that were not"
+            "prefetched while decoding: {right} experts that were used ({in_time} in time), {wrong} that were not"
         );
     }
-    Ok(())
 }
 
 fn median(values: &[f64]) -> f64 {

@@ -1,9 +1,11 @@
-//! `tier-plan calibrate`: fits a machine file to what runs on that machine took.
+//! `tier-plan calibrate`: fits a machine file to measured runs.
 
 use crate::catalogue;
-use crate::cli::CalibrateArgs;
+use crate::cmd::args::JsonArgs;
 use crate::cost::fit::{Fit, Row};
-use anyhow::{Context, Result, ensure};
+use crate::hint::HintExt;
+use anyhow::{Context, Result, bail};
+use clap::Args;
 use serde_json::json;
 use std::path::PathBuf;
 use std::time::SystemTime;
@@ -12,20 +14,43 @@ use tier_plan_runtime::formats::record::RunRecord;
 use tier_plan_runtime::formats::{record, safely};
 use tier_plan_runtime::units::show_utc;
 
-/// Runs below which a fit may follow the weather.
-const FEW: usize = 4;
+/// Options of `tier-plan calibrate`.
+#[derive(Debug, Args)]
+#[command(
+    about = "Fit a machine file to the times of runs on that machine",
+    after_long_help = "Example:\n  tier-plan calibrate reports/*/records/*.json -M machine.toml"
+)]
+pub struct CalibrateArgs {
+    /// Run records (.json) of plans made for this machine file, with different budgets
+    #[arg(required = true, value_name = "RECORD")]
+    pub records: Vec<PathBuf>,
+    /// Machine file, or the name of a bundled machine
+    #[arg(short = 'M', short_alias = 'm', long, value_name = "FILE")]
+    pub machine: PathBuf,
+    /// Fitted machine file to write [default: the machine file itself]
+    #[arg(short, long, value_name = "FILE", help_heading = "Output")]
+    pub output: Option<PathBuf>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub format: JsonArgs,
+}
 
-/// Runs it.
+/// Runs below which a fit may follow noise.
+const MIN_RELIABLE_RUNS: usize = 4;
+
+/// Runs the command.
+///
+/// # Errors
+/// When an option is invalid, a file cannot be read or written, or the model cannot be loaded.
 pub fn run(args: &CalibrateArgs) -> Result<()> {
     let machine = catalogue::machine(&args.machine)?;
     let output = match &args.output {
         Some(output) => output.clone(),
         None => {
-            ensure!(
-                args.machine.is_file(),
-                "'{}' is a machine that comes with the program, which stays as it is; give --output FILE",
-                machine.name
-            );
+            if !args.machine.is_file() {
+                let bundled = || bail!("'{}' comes with the program and is not overwritten", machine.name);
+                return bundled().hint("pass --output FILE");
+            }
             args.machine.clone()
         }
     };
@@ -35,7 +60,7 @@ pub fn run(args: &CalibrateArgs) -> Result<()> {
     let fit = Fit::new(&machine, &records)?;
     let fitted = fit.machine(&machine, &show_utc(SystemTime::now()));
     fitted.write(&output).context("the runs fit the machine so badly that its tiers would change places")?;
-    if args.json {
+    if args.format.json {
         println!("{}", serde_json::to_string_pretty(&as_json(&fit, &records, &machine, &fitted, &output))?);
     } else {
         print_text(&fit, &records, &machine, &fitted);
@@ -93,9 +118,9 @@ fn notes(fit: &Fit, records: &[(String, RunRecord)]) -> Vec<String> {
             "every fit predicted the runs it had not seen worse than the file does, so the file stays as it is".into(),
         );
     }
-    if records.len() < FEW {
+    if records.len() < MIN_RELIABLE_RUNS {
         notes.push(format!(
-            "{} runs say little: give {FEW} or more, under different budgets, so that rates and fixed times can be told apart",
+            "{} runs say little: pass {MIN_RELIABLE_RUNS} or more, under different budgets, so that rates and fixed times can be told apart",
             records.len()
         ));
     }

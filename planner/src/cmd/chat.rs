@@ -1,27 +1,33 @@
-//! `tier-plan run` without a text to continue: a conversation on the terminal.
+//! `tier-plan run` without a text to continue: a chat on the terminal.
 
 use crate::chat::template::Template;
 use crate::chat::{Chat, Options, Signals};
-use crate::cli::RunArgs;
-use crate::cmd::run::{opening, sampler_config};
+use crate::cmd::args::TokenLimit;
+use crate::cmd::run::{RunArgs, RunOptions};
+use crate::hint::HintExt;
 use crate::session::{self, Session};
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use std::io::{ErrorKind, IsTerminal, Write};
 
-/// Whether these arguments ask for a conversation.
+/// Returns whether the arguments ask for a chat.
 pub fn is_wanted(args: &RunArgs) -> bool {
     let text = args.prompt.is_some() || args.file.is_some();
-    let one_run = args.json || args.record.is_some();
+    let one_run = args.format.json || args.record.is_some();
     args.chat || (!text && !one_run && std::io::stdin().is_terminal())
 }
 
-/// Runs it.
-pub fn run(args: &RunArgs) -> Result<()> {
-    let sampling = sampler_config(&args.sampling)?;
-    ensure!(args.tokens != Some(0), "--tokens 0 leaves no answer; give 1 or more");
-    let mut session = Session::open(&args.model, opening(args)?)?;
-    ensure!(session.engine.context() >= 2, "a context of one token holds no conversation; give a larger --ctx");
-    let tokenizer = session.tokenizer_with(args.tokenizer_pre.as_deref())?;
+/// Runs a chat.
+///
+/// # Errors
+/// When an option is invalid, the model cannot be loaded, or its chat template fails.
+pub(super) fn run(args: &RunArgs, run: &RunOptions<'_>) -> Result<()> {
+    ensure!(run.limit != Some(TokenLimit::Count(0)), "--n-predict: 0, expected 1 or more in a chat");
+    let mut session = Session::open(run.model, run.opening)?;
+    if session.engine.context() < 2 {
+        let short = || bail!("--context: one token, expected 2 or more in a chat");
+        return short().hint("pass a larger --context");
+    }
+    let tokenizer = session.tokenizer_with(args.pre.tokenizer_pre.as_deref())?;
     let source = match &args.chat_template {
         Some(path) => {
             let text = std::fs::read_to_string(path);
@@ -45,8 +51,8 @@ pub fn run(args: &RunArgs) -> Result<()> {
     let options = Options {
         template,
         system: args.system.clone(),
-        max_tokens: args.tokens.map(|n| n as usize),
-        sampling,
+        max_tokens: run.limit.and_then(TokenLimit::count),
+        sampling: run.sampling.clone(),
         ignore_eos: args.ignore_eos,
         prompt: if watched { "> " } else { "" },
         plan,
@@ -57,7 +63,7 @@ pub fn run(args: &RunArgs) -> Result<()> {
     let ended = Chat::new(&mut session.engine, &tokenizer, options).talk(&mut std::io::stdin().lock(), &mut output);
     session.keep()?;
     match ended.and_then(|()| Ok(output.flush()?)) {
-        // A reader that went away, as in `| head`, is no failure of ours.
+        // A reader that has gone, as in `| head`, is not a failure.
         Err(error) if error.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == ErrorKind::BrokenPipe) => {
             Ok(())
         }

@@ -1,13 +1,15 @@
-//! `tier-plan compare`: plans and records side by side in a report.
+//! `tier-plan compare`: plans and run records side by side in a report.
 
-use crate::cli::CompareArgs;
+use crate::cmd::args::{JsonArgs, ThreadArgs, at_least_one};
+use crate::hint::HintExt;
 use crate::profile::collect::Settings;
 use crate::profile::prompts;
 use crate::report::{self, PlanEntry, Report};
 use crate::session::tokenizer;
 use crate::trial::{Trial, curves, first_difference};
 use crate::{bundled, host};
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use clap::Args;
 use serde_json::json;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -18,10 +20,47 @@ use tier_plan_runtime::formats::record::{self, RunRecord};
 use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::units::show_utc;
 
-/// How the prompts of a trial are run where nothing else is said; the same as `profile`'s own defaults.
+/// Options of `tier-plan compare`.
+#[derive(Debug, Args)]
+#[command(
+    about = "Compare plans or run records in a report of charts and tables",
+    after_long_help = "Example:\n  tier-plan compare plans/*.toml placement.toml -m MODEL.gguf -P MODEL.profile"
+)]
+pub struct CompareArgs {
+    /// Plans (.toml) to run, or run records (.json) to read
+    #[arg(required = true, value_name = "PLAN|RECORD")]
+    pub inputs: Vec<PathBuf>,
+    /// GGUF file; required to run plans
+    #[arg(short, long, value_name = "FILE", help_heading = "Model")]
+    pub model: Option<PathBuf>,
+    /// Profile, for the heat map and the hit-rate curves
+    #[arg(short = 'P', long, value_name = "FILE", help_heading = "Model")]
+    pub profile: Option<PathBuf>,
+    /// Folder of the prompts that the profile was made from; plans run on the held-out ones
+    /// [default: the bundled prompts]
+    #[arg(long, value_name = "FOLDER")]
+    pub prompts: Option<PathBuf>,
+    /// Folder for the report [default: reports/DATE]
+    #[arg(short, long, value_name = "FOLDER", help_heading = "Output")]
+    pub output: Option<PathBuf>,
+    /// Tokens to generate per plan and prompt
+    #[arg(short, long, visible_alias = "predict", alias = "tokens", value_name = "N", default_value_t = 64)]
+    pub n_predict: u32,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub threads: ThreadArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub format: JsonArgs,
+}
+
+/// Default settings of a trial, equal to the defaults of `tier-plan profile`.
 pub const SETTINGS: Settings = Settings { prompt_tokens: 192, decode_tokens: 64, temperature: 0.8, seed: 1 };
 
-/// Runs it.
+/// Runs the command.
+///
+/// # Errors
+/// When an option is invalid, a file cannot be read or written, or the model cannot be loaded.
 pub fn run(args: &CompareArgs) -> Result<()> {
     if let Some(folder) = &args.output {
         report::check(folder)?;
@@ -42,7 +81,7 @@ pub fn run(args: &CompareArgs) -> Result<()> {
     }
     let mut report = report::from_records(records);
     if !plans.is_empty() {
-        let model = args.model.as_deref().context("plans have to be run: give the model with --model FILE")?;
+        let model = args.model.as_deref().context("no model given, expected --model FILE to run plans with")?;
         let entries = try_plans(args, model, &plans, profile.as_ref())?;
         if let Some(name) = first_difference(&entries) {
             bail!("plan '{name}' generated another text than '{}'; placement must not change tokens", entries[0].name);
@@ -50,11 +89,11 @@ pub fn run(args: &CompareArgs) -> Result<()> {
         let texts = entries.iter().map(|e| e.records.len()).max().unwrap_or(0);
         report.notes.push(format!(
             "Every plan continued the same {texts} held-out prompts by {} tokens at most and generated the same tokens.",
-            args.tokens
+            args.n_predict
         ));
         report.plans.splice(0..0, entries);
     }
-    finish(report, profile, args.output.as_deref(), args.json)
+    finish(report, profile, args.output.as_deref(), args.format.json)
 }
 
 fn try_plans(
@@ -78,21 +117,19 @@ fn try_plans(
     prompts.retain(|p| p.split == Split::HeldOut);
     ensure!(!prompts.is_empty(), "{} has no held-out prompts (files named heldout*.txt)", folder.display());
     let shortest = plans.iter().map(|p| p.context).min().unwrap_or(0);
-    ensure!(args.tokens > 0, "--tokens 0 measures nothing; give 1 or more");
-    ensure!(
-        shortest > args.tokens,
-        "--tokens {} does not fit the context of {shortest} tokens that a plan was made for; give fewer, or solve again with a \
-         larger --context",
-        args.tokens
-    );
-    let prompt_tokens = SETTINGS.prompt_tokens.min(shortest - args.tokens);
+    let n_predict = at_least_one("--n-predict", args.n_predict)?;
+    if shortest <= n_predict {
+        let full = format!("--n-predict: {n_predict}, expected fewer than {shortest}, the context of a plan");
+        return Err(anyhow!(full)).hint("pass fewer, or solve again with a larger --context");
+    }
+    let prompt_tokens = SETTINGS.prompt_tokens.min(shortest - args.n_predict);
     let tokenizer = tokenizer(&gguf)?;
-    let settings = Settings { decode_tokens: args.tokens, prompt_tokens, ..SETTINGS };
-    let trial = Trial { gguf, tokenizer: &tokenizer, prompts, settings, threads: args.threads };
+    let settings = Settings { decode_tokens: args.n_predict, prompt_tokens, ..SETTINGS };
+    let trial = Trial { gguf, tokenizer: &tokenizer, prompts, settings, threads: args.threads.checked()? };
     plans
         .iter()
         .map(|plan| {
-            if !args.json {
+            if !args.format.json {
                 eprintln!("running {} held-out prompts under plan '{}'", trial.prompts.len(), plan.name);
             }
             trial.run(plan)
@@ -100,7 +137,7 @@ fn try_plans(
         .collect()
 }
 
-/// Gives plans of one name their file names, so that charts can tell them apart.
+/// Renames plans that share a name to their file names, so that charts can tell them apart.
 fn name_apart(plans: &mut [Placement], inputs: &[PathBuf]) {
     let names: Vec<String> = plans.iter().map(|p| p.name.clone()).collect();
     let paths = inputs.iter().filter(|p| p.extension().is_some_and(|e| e == "toml"));
@@ -113,7 +150,10 @@ fn name_apart(plans: &mut [Placement], inputs: &[PathBuf]) {
     }
 }
 
-/// Completes a report, writes it and says where it is.
+/// Completes a report, writes it, and prints where it is.
+///
+/// # Errors
+/// When the folder cannot be written.
 pub fn finish(mut report: Report, profile: Option<Profile>, output: Option<&Path>, as_json: bool) -> Result<()> {
     let now = show_utc(SystemTime::now());
     let folder = match output {
@@ -155,7 +195,7 @@ pub fn finish(mut report: Report, profile: Option<Profile>, output: Option<&Path
     Ok(())
 }
 
-/// Tokens a second while decoding over all of a plan's records.
+/// Returns decoded tokens per second over all records of a plan.
 fn measured_tok_s(entry: &PlanEntry) -> Option<f64> {
     let tokens: u64 = entry.records.iter().map(|r| r.decode_tokens).sum();
     let seconds: f64 = entry.records.iter().map(|r| r.decode_s).sum();
@@ -174,7 +214,7 @@ fn hit_rate(entry: &PlanEntry) -> Option<f64> {
     (all > 0).then(|| 1.0 - misses as f64 / all as f64)
 }
 
-/// The plans, fastest first.
+/// Prints the plans, fastest first.
 fn table(plans: &[PlanEntry]) {
     let emulated = plans.iter().any(|p| p.records.iter().any(|r| r.emulated));
     let mut sorted: Vec<&PlanEntry> = plans.iter().collect();

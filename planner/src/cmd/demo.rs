@@ -1,34 +1,57 @@
-//! `tier-plan demo`: the bundled model through every stage, by the same subcommands that a user would call.
+//! `tier-plan demo`: takes the bundled model through every stage, with the commands that a user would type.
 
-use super::{compare, inspect, profile, run, solve};
+use super::{compare, dispatch, parse_alone};
 use crate::bundled;
-use crate::cli::{
-    Backend, CompareArgs, DemoArgs, InspectArgs, Objective, Policy, ProfileArgs, RunArgs, SamplingArgs, SolveArgs,
-    StoreArgs, Strategy, VerifyArgs,
-};
+use crate::cmd::args::{ThreadArgs, at_least_one};
+use crate::export::llama_cpp;
 use crate::profile::collect::Settings;
 use crate::profile::prompts;
 use crate::session::{interrupted, tokenizer};
 use crate::trial::Trial;
 use anyhow::{Context, Result, bail, ensure};
+use clap::Args;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Instant, SystemTime};
-use tier_plan_runtime::KvType;
 use tier_plan_runtime::formats::placement;
 use tier_plan_runtime::formats::profile::Split;
 use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::units::show_utc;
 
-/// Tokens that every plan must continue greedily with the same text.
+/// Options of `tier-plan demo`.
+#[derive(Debug, Args)]
+#[command(
+    about = "Take the bundled model through every stage and write a report",
+    after_long_help = "Example:\n  tier-plan demo -o reports/demo"
+)]
+pub struct DemoArgs {
+    /// Folder for the report, which must not exist [default: reports/DATE-demo]
+    #[arg(short, long, value_name = "FOLDER", help_heading = "Output")]
+    pub output: Option<PathBuf>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub threads: ThreadArgs,
+    /// Tokens to generate per plan and prompt
+    #[arg(short, long, visible_alias = "predict", alias = "tokens", value_name = "N", default_value_t = 64)]
+    pub n_predict: u32,
+}
+
+/// Tokens that every plan must generate alike, greedily.
 const GREEDY: usize = 48;
 
 /// The start of the text that the demo prints.
 const PROMPT: &str = "And it came to pass in those days";
 
-/// Runs it.
+/// Runs the command.
+///
+/// # Errors
+/// When the folder exists, or a stage fails.
 pub fn run(args: &DemoArgs) -> Result<()> {
-    ensure!(args.tokens > 0, "--tokens 0 measures nothing; give 1 or more");
+    let n_predict = at_least_one("--n-predict", args.n_predict)?.to_string();
+    let threads: Vec<String> = match args.threads.checked()? {
+        Some(threads) => vec!["-t".to_string(), threads.to_string()],
+        None => Vec::new(),
+    };
     let started = Instant::now();
     let model = bundled::path("demo/demo.gguf")?;
     let machine = bundled::path("machines/demo-emulated.toml")?;
@@ -37,52 +60,38 @@ pub fn run(args: &DemoArgs) -> Result<()> {
     std::fs::create_dir_all(&plans).with_context(|| format!("making the folder {}", plans.display()))?;
     let shown = |path: &Path| shorter(path).display().to_string();
     let (model_s, machine_s, folder_s) = (shown(&model), shown(&machine), shown(&folder));
+    let (profile_s, plans_s) = (format!("{folder_s}/demo.profile"), format!("{folder_s}/plans"));
+    let optimal_s = format!("{plans_s}/optimal.toml");
 
     say(1, "What the model holds: most of its bytes are experts, and a token reads few of them.");
-    command(&format!("inspect {model_s}"));
-    inspect::run(&InspectArgs { model: model.clone(), quant: None, tensors: false, json: false })?;
+    command(&["inspect", &model_s], &[])?;
 
-    let profile_path = folder.join("demo.profile");
     say(2, "Which experts it really uses: run calibration prompts of four domains and record every token's choice.");
-    command(&format!("profile {model_s} -o {folder_s}/demo.profile"));
-    let threads = args.threads;
-    profile::run(&profile_args(&model, &profile_path, threads))?;
+    command(&["profile", &model_s, "-o", &profile_s], &threads)?;
 
     say(
         3,
-        "Where everything should live: an integer program over three tiers too small for the model, and four rules \
-         of thumb given the same bytes.",
+        "Where everything should live: an integer program over three tiers too small for the model, and four \
+         baselines given the same bytes.",
     );
-    command(&format!(
-        "solve {model_s} -p {folder_s}/demo.profile -m {machine_s} -o {folder_s}/plans/optimal.toml --baselines \
-         {folder_s}/plans"
-    ));
-    let optimal = plans.join("optimal.toml");
-    solve::run(&solve_args(&model, &profile_path, &machine, &optimal, &plans))?;
+    let solve = ["solve", &model_s, "-P", &profile_s, "-M", &machine_s, "-c", "512", "-o", &optimal_s];
+    command(&[&solve[..], &["--baselines", &plans_s]].concat(), &[])?;
 
     say(4, "Text from the plan: pinned experts stay, the others pass through slots, the rest is read from the file.");
-    command(&format!(
-        "run {model_s} --plan {folder_s}/plans/optimal.toml -p {PROMPT:?} -n 48 --temperature 0.8 --seed 3"
-    ));
-    run::run(&run_args(&model, &optimal, threads))?;
+    let run = ["run", &model_s, "--plan", &optimal_s, "-p", PROMPT, "-n", "48", "--temp", "0.8", "--seed", "3"];
+    command(&[&run[..], &["--stats"]].concat(), &threads)?;
     ensure!(!interrupted(), "interrupted; what was written so far is in {folder_s}");
 
-    let inputs = plan_files(&plans, &optimal)?;
+    let inputs = plan_files(&plans, &plans.join("optimal.toml"))?;
     say(5, "All plans side by side, on prompts that no plan was made from.");
-    same_text(&model, &inputs, args)?;
-    command(&format!(
-        "compare {folder_s}/plans/*.toml --model {model_s} --profile {folder_s}/demo.profile -o {folder_s}/report"
-    ));
-    compare::run(&CompareArgs {
-        inputs,
-        model: Some(model),
-        profile: Some(profile_path),
-        prompts: None,
-        output: Some(folder.join("report")),
-        tokens: args.tokens,
-        threads,
-        json: false,
-    })?;
+    same_text(&model, &inputs, args.threads.threads)?;
+    let inputs: Vec<String> = inputs.iter().map(|plan| shown(plan)).collect();
+    let compare = [
+        &["compare"][..],
+        &inputs.iter().map(String::as_str).collect::<Vec<_>>(),
+        &["-m", &model_s, "-P", &profile_s, "-n", &n_predict, "-o", &format!("{folder_s}/report")],
+    ];
+    command(&compare.concat(), &threads)?;
     println!();
     println!(
         "The tiers of this demo are emulated: their rates and sizes are declared in {machine_s}, in the proportions"
@@ -98,19 +107,23 @@ fn say(step: u32, what: &str) {
     println!("\n[{step}/5] {what}");
 }
 
-fn command(line: &str) {
-    println!("$ tier-plan {line}\n");
+/// Prints a command line, and runs it without regard to environment variables.
+fn command(line: &[&str], more: &[String]) -> Result<()> {
+    let line: Vec<&str> = line.iter().copied().chain(more.iter().map(String::as_str)).collect();
+    let quoted: Vec<String> = line.iter().map(|arg| llama_cpp::quoted(arg)).collect();
+    println!("$ tier-plan {}\n", quoted.join(" "));
+    dispatch(parse_alone(std::iter::once("tier-plan").chain(line).map(Into::into))?)
 }
 
-/// Relative to the current folder where that is shorter.
+/// Returns the path relative to the current folder if it is inside.
 fn shorter(path: &Path) -> &Path {
     std::env::current_dir().ok().and_then(|here| path.strip_prefix(here).ok()).unwrap_or(path)
 }
 
-/// The folder asked for, which must not exist, or a new dated one.
+/// Returns the folder asked for, which must not exist, or a new dated one.
 fn free_folder(asked: Option<&Path>) -> Result<PathBuf> {
     if let Some(folder) = asked {
-        ensure!(!folder.exists(), "{} exists; nothing is overwritten, give another --output", folder.display());
+        ensure!(!folder.exists(), "--output: {} exists, expected a new folder", folder.display());
         return Ok(folder.to_path_buf());
     }
     let now = show_utc(SystemTime::now()).replace(':', "").replace('T', "-");
@@ -119,7 +132,7 @@ fn free_folder(asked: Option<&Path>) -> Result<PathBuf> {
     names.map(PathBuf::from).find(|p| !p.exists()).with_context(|| format!("no free name like {base}"))
 }
 
-/// The plans written by `solve`, the optimal one first.
+/// Returns the plans written by `solve`, the optimal one first.
 fn plan_files(folder: &Path, optimal: &Path) -> Result<Vec<PathBuf>> {
     let entries = std::fs::read_dir(folder).with_context(|| format!("listing {}", folder.display()))?;
     let mut files: Vec<PathBuf> = entries.filter_map(|e| e.ok().map(|e| e.path())).filter(|p| p != optimal).collect();
@@ -128,14 +141,15 @@ fn plan_files(folder: &Path, optimal: &Path) -> Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-/// Placement changes speed, never tokens: every plan must continue a prompt with the same likeliest tokens.
-fn same_text(model: &Path, plans: &[PathBuf], args: &DemoArgs) -> Result<()> {
+/// Checks that every plan continues a prompt with the same most likely tokens: placement changes
+/// speed, never tokens.
+fn same_text(model: &Path, plans: &[PathBuf], threads: Option<usize>) -> Result<()> {
     let gguf = Arc::new(Gguf::open(model)?);
     let tokenizer = tokenizer(&gguf)?;
     let mut prompts = prompts::read(&bundled::path("prompts")?)?;
     prompts.retain(|p| p.split == Split::HeldOut);
     let settings = Settings { decode_tokens: GREEDY as u32, ..compare::SETTINGS };
-    let trial = Trial { gguf, tokenizer: &tokenizer, prompts, settings, threads: args.threads };
+    let trial = Trial { gguf, tokenizer: &tokenizer, prompts, settings, threads };
     let mut expected = None;
     for path in plans {
         let plan = placement::read(path)?;
@@ -150,84 +164,4 @@ fn same_text(model: &Path, plans: &[PathBuf], args: &DemoArgs) -> Result<()> {
     }
     println!("greedy text of {GREEDY} tokens: the same, token for token, under all {} plans", plans.len());
     Ok(())
-}
-
-fn profile_args(model: &Path, output: &Path, threads: Option<usize>) -> ProfileArgs {
-    ProfileArgs {
-        model: Some(model.to_path_buf()),
-        from_imatrix: None,
-        prompts: None,
-        output: Some(output.to_path_buf()),
-        prompt_tokens: compare::SETTINGS.prompt_tokens,
-        decode_tokens: 128,
-        temperature: compare::SETTINGS.temperature,
-        seed: compare::SETTINGS.seed,
-        tokenizer_pre: None,
-        restart: false,
-        verify: VerifyArgs::default(),
-        threads,
-        json: false,
-    }
-}
-
-fn solve_args(model: &Path, profile: &Path, machine: &Path, output: &Path, baselines: &Path) -> SolveArgs {
-    SolveArgs {
-        quant: None,
-        model: model.to_path_buf(),
-        profile: Some(profile.to_path_buf()),
-        machine: machine.to_path_buf(),
-        output: output.to_path_buf(),
-        budget: Vec::new(),
-        vram: None,
-        dram: None,
-        context: 512,
-        at: None,
-        kv_type: KvType::F16,
-        objective: Objective::Latency,
-        batch: None,
-        backend: Backend::Microlp,
-        target_tok_s: None,
-        fix: Vec::new(),
-        forbid: Vec::new(),
-        strategy: Strategy::Optimal,
-        policy: Policy::Auto,
-        baselines: Some(baselines.to_path_buf()),
-        time_limit: 10.0,
-        json: false,
-    }
-}
-
-fn run_args(model: &Path, plan: &Path, threads: Option<usize>) -> RunArgs {
-    RunArgs {
-        model: model.to_path_buf(),
-        plan: Some(plan.to_path_buf()),
-        mmap: false,
-        numa: None,
-        dram: None,
-        profile: None,
-        prompt: Some(PROMPT.to_string()),
-        file: None,
-        tokens: Some(48),
-        chat: false,
-        system: None,
-        chat_template: None,
-        tokenizer_pre: None,
-        sampling: SamplingArgs {
-            temperature: 0.8,
-            top_k: 0,
-            top_p: 1.0,
-            min_p: 0.0,
-            repeat_penalty: 1.0,
-            repeat_last_n: 64,
-            seed: 3,
-        },
-        ctx: None,
-        kv_type: None,
-        ignore_eos: false,
-        record: None,
-        store: StoreArgs::default(),
-        stats: true,
-        threads,
-        json: false,
-    }
 }

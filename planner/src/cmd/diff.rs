@@ -1,19 +1,42 @@
-//! `tier-plan diff`: what is different between two plans.
+//! `tier-plan diff`: differences between two plans.
 
-use crate::cli::DiffArgs;
+use crate::cmd::args::JsonArgs;
 use crate::diff::{Bytes, Diff, LayerChange, SettingChange, diff};
 use anyhow::Result;
+use clap::Args;
 use serde_json::{Value, json};
+use std::path::PathBuf;
 use tier_plan_runtime::formats::placement::{self, Placement};
 use tier_plan_runtime::formats::ranges;
 use tier_plan_runtime::model::shape::DenseKind;
 use tier_plan_runtime::units::show_bytes;
 
-/// Runs it.
+/// Options of `tier-plan diff`.
+#[derive(Debug, Args)]
+#[command(
+    about = "Show the differences between two plans for the same model",
+    after_long_help = "Example:\n  tier-plan diff plans/lru-only.toml placement.toml"
+)]
+pub struct DiffArgs {
+    /// A plan
+    #[arg(value_name = "OLD")]
+    pub a: PathBuf,
+    /// Another plan for the same model
+    #[arg(value_name = "NEW")]
+    pub b: PathBuf,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub format: JsonArgs,
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// When an option is invalid, a file cannot be read or written, or the model cannot be loaded.
 pub fn run(args: &DiffArgs) -> Result<()> {
     let (a, b) = (placement::read(&args.a)?, placement::read(&args.b)?);
     let found = diff(&a, &b)?;
-    if args.json {
+    if args.format.json {
         println!("{}", serde_json::to_string_pretty(&as_json(&a, &b, &found))?);
     } else {
         print_text(args, &a, &b, &found);

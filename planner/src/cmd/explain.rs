@@ -1,46 +1,58 @@
 //! `tier-plan explain`: why a plan is as it is.
 
 use crate::catalogue;
-use crate::cli::ExplainArgs;
+use crate::cmd::args::{JsonArgs, ModelOption, check_profile};
 use crate::explain::{Explanation, LayerReason, Path, explain};
+use crate::hint::HintExt;
 use crate::profile::Evidence;
 use crate::solve::time_limit;
 use crate::whatif::bound;
-use anyhow::{Result, bail, ensure};
+use anyhow::{Result, bail};
+use clap::Args;
 use serde_json::{Value, json};
+use std::path::PathBuf;
 use tier_plan_runtime::formats::placement::{self, Placement, SlotPolicy};
-use tier_plan_runtime::formats::profile;
 use tier_plan_runtime::model::shape::DenseKind;
 use tier_plan_runtime::units::show_bytes;
 
-/// Runs it.
+/// Options of `tier-plan explain`.
+#[derive(Debug, Args)]
+#[command(
+    about = "Explain a plan: its bottleneck, and the value of more memory in each tier",
+    after_long_help = "Example:\n  tier-plan explain placement.toml -m MODEL.gguf -P MODEL.profile"
+)]
+pub struct ExplainArgs {
+    /// Plan to explain
+    pub plan: PathBuf,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub model: ModelOption,
+    /// Time limit for the shadow prices, in seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 5.0)]
+    pub time_limit: f64,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub format: JsonArgs,
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// When an option is invalid, a file cannot be read or written, or the model cannot be loaded.
 pub fn run(args: &ExplainArgs) -> Result<()> {
     let time_limit_s = time_limit(args.time_limit)?;
     let plan = placement::read(&args.plan)?;
-    let known = catalogue::model(&args.model, args.quant.as_deref())?;
+    let known = catalogue::model(&args.model.model, args.model.quant.as_deref())?;
     plan.check_model(&known.sizes.id, &args.plan)?;
-    let profile = args.profile.as_deref().map(profile::read).transpose()?;
-    if let (Some(profile), Some(path)) = (&profile, &args.profile) {
-        profile.check_model(&known.sizes.id, path)?;
-    }
-    match (&plan.profile, &profile) {
-        (Some(made_from), None) => {
-            bail!("{} was made from the profile {made_from}; give it with --profile", args.plan.display());
-        }
-        (Some(made_from), Some(given)) => ensure!(
-            made_from.hash == given.id.hash,
-            "{} was made from the profile {made_from}, but the profile given is {}; give its own",
-            args.plan.display(),
-            given.id
-        ),
-        (None, Some(_)) => {
-            bail!("{} was made without a profile; leave --profile out", args.plan.display());
-        }
-        (None, None) => {}
+    let profile = args.model.read_profile(&known)?;
+    check_profile(&plan, &args.plan, profile.as_ref())?;
+    if plan.profile.is_none() && profile.is_some() {
+        let without = || bail!("--profile: {} was made without a profile", args.plan.display());
+        return without().hint("leave --profile out");
     }
     let evidence = Evidence::new(&known.sizes, profile.as_ref())?;
     let why = explain(&plan, &known.sizes, &evidence, time_limit_s)?;
-    if args.json {
+    if args.format.json {
         println!("{}", serde_json::to_string_pretty(&as_json(&plan, &why))?);
     } else {
         print_text(&plan, &why);

@@ -1,36 +1,75 @@
-//! `tier-plan export`: a plan, or the counts it was made from, in the words of another engine.
+//! `tier-plan export`: writes a plan, or the counts it was made from, for another engine.
 
 use crate::catalogue;
-use crate::cli::{ExportArgs, ExportTo};
+use crate::cmd::args::{JsonArgs, ModelOption, check_profile};
 use crate::export::{counts, llama_cpp};
 use crate::profile::Evidence;
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
+use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use tier_plan_runtime::formats::placement::{self, Placement};
-use tier_plan_runtime::formats::profile::{self, Profile};
+use tier_plan_runtime::formats::profile::Profile;
 use tier_plan_runtime::formats::safely;
 use tier_plan_runtime::model::shape::ModelShape;
 use tier_plan_runtime::units::show_bytes;
 
-/// Why there is nothing to write for it.
+/// Options of `tier-plan export`.
+#[derive(Debug, Args)]
+#[command(
+    about = "Export a plan as flags or files for another engine",
+    after_long_help = "Example:\n  tier-plan export placement.toml -m MODEL.gguf -P MODEL.profile --to llama.cpp"
+)]
+pub struct ExportArgs {
+    /// Plan to export
+    pub plan: PathBuf,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub model: ModelOption,
+    /// Engine to export to; sglang and ktransformers get the counts of the profile
+    #[arg(long, value_enum, value_name = "ENGINE")]
+    pub to: ExportTo,
+    /// File to write: a script for llama.cpp, counts for the others [default: no script;
+    /// expert-counts.json]
+    #[arg(short, long, value_name = "FILE", help_heading = "Output")]
+    pub output: Option<PathBuf>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub format: JsonArgs,
+}
+
+/// Engine that a plan is exported to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ExportTo {
+    /// A command line: experts of whole layers on the GPU or the CPU
+    #[value(name = "llama.cpp")]
+    LlamaCpp,
+    /// Use counts per expert, for its `frequency` placement
+    Ktransformers,
+    /// Use counts per expert, for its expert-parallel load balancer
+    Sglang,
+    /// Nothing: vLLM reads neither placements nor counts, and the error says so
+    Vllm,
+}
+
+/// Error for vLLM, which has nothing to export to.
 const VLLM: &str = "vLLM reads neither a placement of experts nor counts of their use: its load balancer (--enable-eplb, \
                     --eplb-config) counts while it serves, --expert-placement-strategy is only linear or round_robin, and \
                     all experts are in GPU memory. Use --to sglang for an engine that starts from counts, or --to \
                     llama.cpp for one that leaves experts in main memory";
 
-/// Runs it.
+/// Runs the command.
+///
+/// # Errors
+/// When an option is invalid, a file cannot be read or written, or the model cannot be loaded.
 pub fn run(args: &ExportArgs) -> Result<()> {
     if args.to == ExportTo::Vllm {
         bail!("{VLLM}");
     }
     let plan = placement::read(&args.plan)?;
-    let known = catalogue::model(&args.model, args.quant.as_deref())?;
+    let known = catalogue::model(&args.model.model, args.model.quant.as_deref())?;
     plan.check_model(&known.sizes.id, &args.plan)?;
-    let profile = args.profile.as_deref().map(profile::read).transpose()?;
-    if let (Some(profile), Some(path)) = (&profile, &args.profile) {
-        profile.check_model(&known.sizes.id, path)?;
-    }
+    let profile = args.model.read_profile(&known)?;
     if let Some(output) = &args.output {
         safely::check(output)?;
     }
@@ -42,22 +81,11 @@ pub fn run(args: &ExportArgs) -> Result<()> {
 }
 
 fn llama_cpp(args: &ExportArgs, plan: &Placement, shape: &ModelShape, profile: Option<&Profile>) -> Result<()> {
-    match (&plan.profile, profile) {
-        (Some(made_from), None) => {
-            bail!("{} was made from the profile {made_from}; give it with --profile", args.plan.display())
-        }
-        (Some(made_from), Some(given)) => ensure!(
-            made_from.hash == given.id.hash,
-            "{} was made from the profile {made_from}, but the profile given is {}; give its own",
-            args.plan.display(),
-            given.id
-        ),
-        _ => {}
-    }
+    check_profile(plan, &args.plan, profile)?;
     // A plan made without a profile is judged without one.
     let evidence = Evidence::new(shape, profile.filter(|_| plan.profile.is_some()))?;
     let found = llama_cpp::command_line(plan, shape, &evidence)?;
-    let mut line = format!("llama-server -m {}", llama_cpp::quoted(&args.model.display().to_string()));
+    let mut line = format!("llama-server -m {}", llama_cpp::quoted(&args.model.model.display().to_string()));
     for arg in &found.args {
         line.push(' ');
         line.push_str(&llama_cpp::quoted(arg));
@@ -67,7 +95,7 @@ fn llama_cpp(args: &ExportArgs, plan: &Placement, shape: &ModelShape, profile: O
     }
     let lost = found.predicted.as_ref().map(|p| llama_cpp::loss(plan, p));
     let emulated = plan.tiers.iter().any(|t| t.tier.emulated);
-    if args.json {
+    if args.format.json {
         let value = json!({
             "to": "llama.cpp",
             "command": line,
@@ -116,14 +144,13 @@ fn llama_cpp(args: &ExportArgs, plan: &Placement, shape: &ModelShape, profile: O
 
 fn counted(args: &ExportArgs, plan: &Placement, shape: &ModelShape, profile: Option<&Profile>) -> Result<()> {
     let to = if args.to == ExportTo::Sglang { "sglang" } else { "ktransformers" };
-    let profile =
-        profile.with_context(|| format!("--to {to} writes how often each expert was used; give --profile"))?;
+    let profile = profile.with_context(|| format!("--to {to}: no use counts to write, expected --profile FILE"))?;
     let table = counts::counts(shape, profile)?;
     let output = args.output.clone().unwrap_or_else(|| PathBuf::from("expert-counts.json"));
     safely::check(&output)?;
     safely::write(&output, serde_json::to_string(&counts::to_json(&table))?.as_bytes())?;
     let lines = launch(args.to, &output, plan);
-    if args.json {
+    if args.format.json {
         let value = json!({
             "to": to,
             "written": output,
@@ -139,18 +166,18 @@ fn counted(args: &ExportArgs, plan: &Placement, shape: &ModelShape, profile: Opt
         println!("{line}");
     }
     println!();
-    println!("note: {to} has no use for the plan itself, only for the counts of its profile");
+    println!("note: {to} uses only the counts of the profile, not the plan");
     println!("wrote {}", output.display());
     Ok(())
 }
 
-/// What to type then.
+/// Returns the command lines that use the counts.
 fn launch(to: ExportTo, counts: &Path, plan: &Placement) -> Vec<String> {
     let file = llama_cpp::quoted(&counts.display().to_string());
     if to != ExportTo::Ktransformers {
         return vec![format!("python -m sglang.launch_server --model MODEL --init-expert-location {file}")];
     }
-    // It reads tensors as PyTorch saves them, so PyTorch is to save them.
+    // ktransformers reads tensors that PyTorch saved.
     let tensors = counts.with_extension("pt");
     let script = format!(
         "import json, torch; torch.save({{'{key}': torch.tensor(json.load(open({from:?}))['{key}'])}}, {to:?})",

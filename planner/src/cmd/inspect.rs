@@ -1,9 +1,10 @@
-//! `tier-plan inspect`: what a model file holds, without reading its weights.
+//! `tier-plan inspect`: contents of a model file, without reading its weights.
 
 use crate::catalogue::{self, Named};
-use crate::cli::InspectArgs;
+use crate::cmd::args::{JsonArgs, ModelArgs};
 use crate::session::naming;
 use anyhow::{Result, ensure};
+use clap::Args;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use tier_plan_runtime::KvType;
@@ -14,6 +15,27 @@ use tier_plan_runtime::model::describe;
 use tier_plan_runtime::model::shape::{DenseKind, ModelShape, shape_of};
 use tier_plan_runtime::units::show_bytes;
 
+/// Options of `tier-plan inspect`.
+#[derive(Debug, Args)]
+#[command(
+    about = "Show a model file's architecture, shapes, and bytes by tensor group and type; also reads shapes and profiles",
+    after_long_help = "Example:\n  tier-plan inspect MODEL.gguf\n  tier-plan inspect kimi-k2.5 --quant q2_k"
+)]
+pub struct InspectArgs {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub model: ModelArgs,
+    /// Quantization to assume for a shape [default: q4_k_m]
+    #[arg(long, value_name = "NAME", help_heading = "Model")]
+    pub quant: Option<String>,
+    /// List every tensor
+    #[arg(long, help_heading = "Output")]
+    pub tensors: bool,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub output: JsonArgs,
+}
+
 /// Bytes and tensors of one type.
 #[derive(Default)]
 struct TypeSum {
@@ -21,26 +43,23 @@ struct TypeSum {
     bytes: u64,
 }
 
-/// Runs it.
+/// Runs the command.
+///
+/// # Errors
+/// When an option is invalid, a file cannot be read or written, or the model cannot be loaded.
 pub fn run(args: &InspectArgs) -> Result<()> {
-    if profile::is_profile(&args.model) {
-        ensure!(
-            !args.tensors && args.quant.is_none(),
-            "--tensors and --quant are for models; leave them out of a profile"
-        );
-        return super::profile::show(&profile::read(&args.model)?, &args.model, args.json);
+    let model = args.model.path()?;
+    if profile::is_profile(model) {
+        ensure!(!args.tensors && args.quant.is_none(), "--tensors and --quant apply to models, and this is a profile");
+        return super::profile::show(&profile::read(model)?, model, args.output.json);
     }
-    if let Named::Shape(shape) = catalogue::named(&args.model)? {
-        ensure!(
-            !args.tensors,
-            "--tensors: '{}' is a shape without weights and has no tensors; leave it out",
-            shape.name
-        );
-        return show_shape(&shape, catalogue::mix(args.quant.as_deref())?, args.json);
+    if let Named::Shape(shape) = catalogue::named(model)? {
+        ensure!(!args.tensors, "--tensors: '{}' is a shape, which has no tensors to list", shape.name);
+        return show_shape(&shape, catalogue::mix(args.quant.as_deref())?, args.output.json);
     }
-    ensure!(args.quant.is_none(), "--quant is for shapes; the tensors of {} have their types", args.model.display());
-    let gguf = Gguf::open(&args.model)?;
-    let spec = describe(&gguf).map_err(|e| naming(&args.model, e))?;
+    ensure!(args.quant.is_none(), "--quant applies to shapes, and {} is a model file", model.display());
+    let gguf = Gguf::open(model)?;
+    let spec = describe(&gguf).map_err(|e| naming(model, e))?;
     let shape = shape_of(&gguf, &spec);
     let mut types: BTreeMap<&str, TypeSum> = BTreeMap::new();
     for tensor in gguf.tensors() {
@@ -49,7 +68,7 @@ pub fn run(args: &InspectArgs) -> Result<()> {
         sum.bytes += tensor.n_bytes;
     }
     let groups = groups(&shape);
-    if args.json {
+    if args.output.json {
         print_json(args, &gguf, &shape, &types, &groups)
     } else {
         print_text(args, &gguf, &shape, &types, &groups);
@@ -83,7 +102,7 @@ fn groups(shape: &ModelShape) -> Vec<(&'static str, u64, u64)> {
     rows
 }
 
-/// What a shape says too.
+/// Prints the sizes that shapes and model files have in common.
 fn print_sizes(shape: &ModelShape, groups: &[(&'static str, u64, u64)]) {
     println!(
         "{} layers, hidden {}, vocabulary {}, context {}",

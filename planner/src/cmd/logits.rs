@@ -1,34 +1,68 @@
-//! `tier-plan logits`: the raw output of the network for given tokens.
+//! `tier-plan logits`: writes the raw logits of given tokens.
 
-use crate::cli::LogitsArgs;
+use crate::cmd::args::{ModelArgs, ThreadArgs};
+use crate::hint::HintExt;
 use crate::session::{Opening, Session};
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
+use clap::Args;
+use std::path::PathBuf;
 use tier_plan_runtime::formats::safely;
 use tier_plan_runtime::sampler::{Sampler, SamplerConfig};
 use tier_plan_runtime::{KvType, LogitsMode};
 
-/// Runs it.
+/// Options of `tier-plan logits`.
+#[derive(Debug, Args)]
+#[command(
+    about = "Write the logits of given tokens, to check one engine against another",
+    after_long_help = "Example:\n  tier-plan logits MODEL.gguf --tokens 1,2,3 -o out.f32"
+)]
+pub struct LogitsArgs {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub model: ModelArgs,
+    /// Token ids, separated by commas
+    #[arg(long, value_delimiter = ',', required = true, value_name = "IDS")]
+    pub tokens: Vec<u32>,
+    /// File to write: little-endian f32 `[tokens, vocab]`
+    #[arg(short, long, value_name = "FILE", help_heading = "Output")]
+    pub output: PathBuf,
+    /// Placement plan [default: everything in main memory]
+    #[arg(long, value_name = "FILE")]
+    pub plan: Option<PathBuf>,
+    /// Also decode this many tokens greedily, and print their ids as a JSON array
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub greedy: u32,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub threads: ThreadArgs,
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// When an option is invalid, a file cannot be read or written, or the model cannot be loaded.
 pub fn run(args: &LogitsArgs) -> Result<()> {
-    ensure!(!args.tokens.is_empty(), "--tokens is empty; give at least one id");
+    ensure!(!args.tokens.is_empty(), "--tokens: no ids, expected at least one");
     let needed = u32::try_from(args.tokens.len()).ok().and_then(|n| n.checked_add(args.greedy));
-    let needed = needed.context("--tokens and --greedy are more tokens together than can be counted; give fewer")?;
+    let needed = needed.context("--tokens and --greedy: too many tokens to count, expected fewer")?;
+    let threads = args.threads.checked()?;
     safely::check(&args.output)?;
-    // Without a plan: a context that fits the tokens exactly, and keys and values as exact as they can be.
+    // Without a plan: a context that fits the tokens exactly, and keys and values as exact as they
+    // can be.
     let opening = match &args.plan {
-        Some(plan) => Opening { plan: Some(plan), threads: args.threads, ..Opening::default() },
+        Some(plan) => Opening { plan: Some(plan), threads, ..Opening::default() },
         None => {
             let kv_type = Some(KvType::F32);
-            Opening { context: Some(needed), threads: args.threads, kv_type, ..Opening::default() }
+            Opening { context: Some(needed), threads, kv_type, ..Opening::default() }
         }
     };
-    let mut session = Session::open(&args.model, opening)?;
+    let mut session = Session::open(args.model.path()?, opening)?;
     let planned = session.engine.context();
     // The last of the decoded tokens needs no pass of its own.
-    ensure!(
-        needed as usize <= planned + usize::from(args.greedy > 0),
-        "--tokens and --greedy are {needed} tokens together, but the context is {planned}; give fewer, or solve again \
-         with --context {needed}"
-    );
+    if needed as usize > planned + usize::from(args.greedy > 0) {
+        let full = format!("--tokens and --greedy: {needed} tokens together, expected at most {planned}, the context");
+        return Err(anyhow!(full)).hint(format!("pass fewer, or solve again with --context {needed}"));
+    }
     let n_vocab = session.engine.spec().n_vocab;
     let logits = session.engine.forward(&args.tokens, LogitsMode::All)?;
     let bytes: Vec<u8> = logits.iter().flat_map(|l| l.to_le_bytes()).collect();

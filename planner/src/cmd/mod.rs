@@ -1,5 +1,6 @@
-//! One file a subcommand, each with one `run`.
+//! The command line. One file per subcommand holds its options, its help and its `run`.
 
+pub mod args;
 pub mod bench;
 pub mod calibrate;
 pub mod chat;
@@ -7,6 +8,7 @@ pub mod checksum;
 pub mod compare;
 pub mod demo;
 pub mod diff;
+mod environment;
 pub mod explain;
 pub mod export;
 pub mod inspect;
@@ -18,13 +20,110 @@ pub mod profile;
 pub mod run;
 pub mod selftest;
 pub mod solve;
+#[cfg(test)]
+mod tests;
 pub mod tokenize;
 pub mod what_if;
 
-use crate::cli::Command;
 use anyhow::Result;
+use clap::{FromArgMatches, Parser, Subcommand};
+use std::ffi::OsString;
 
-/// Runs the chosen subcommand.
+/// What the long help of every command ends with.
+const EXIT_CODES: &str = "\
+Exit codes:
+  0    success
+  1    error: the last lines of standard error begin with `error:` and, if there is advice, `hint:`
+  2    the command line cannot be parsed
+  130  interrupted by Ctrl-C
+
+Environment variables set defaults; the command line overrides them. An empty variable counts as unset.
+TIER_PLAN_ISA=scalar|avx2|avx512|amx|neon selects the CPU kernels, TIER_PLAN_IO=direct|buffered how files are
+read, and TIER_PLAN_NVRTC the library that compiles GPU kernels.";
+
+/// Worked example of the whole program.
+const EXAMPLE: &str = "\
+Example:
+  tier-plan run MODEL.gguf -p \"Once upon a time\"       # runs within the memory that there is
+
+  tier-plan probe                                      # measure the machine: machine.toml
+  tier-plan profile MODEL.gguf                         # count expert use: MODEL.profile
+  tier-plan solve MODEL.gguf -P MODEL.profile -M machine.toml
+  tier-plan run MODEL.gguf --plan placement.toml -p \"Once upon a time\"";
+
+/// Command line of `tier-plan`.
+#[derive(Debug, Parser)]
+#[command(
+    name = "tier-plan",
+    version,
+    propagate_version = true,
+    about = "Run mixture-of-experts models that don't fit in memory, from a computed placement",
+    after_long_help = EXAMPLE
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// A subcommand with its options. The help of each stands beside its options.
+#[derive(Debug, Subcommand)]
+#[allow(missing_docs)]
+pub enum Command {
+    Demo(demo::DemoArgs),
+    Inspect(inspect::InspectArgs),
+    Probe(probe::ProbeArgs),
+    Calibrate(calibrate::CalibrateArgs),
+    Profile(profile::ProfileArgs),
+    Solve(solve::SolveArgs),
+    Explain(explain::ExplainArgs),
+    Diff(diff::DiffArgs),
+    Export(export::ExportArgs),
+    WhatIf(what_if::WhatIfArgs),
+    Run(run::RunArgs),
+    Compare(compare::CompareArgs),
+    Bench(bench::BenchArgs),
+    Checksum(checksum::ChecksumArgs),
+    Pack(pack::PackArgs),
+    Logits(logits::LogitsArgs),
+    Perplexity(perplexity::PerplexityArgs),
+    Tokenize(tokenize::TokenizeArgs),
+    Selftest(selftest::SelftestArgs),
+}
+
+/// Parses a command line, program name first. Environment variables give options that it leaves
+/// out.
+///
+/// # Errors
+/// When it cannot be parsed, or asks for help or the version.
+pub fn parse<I: IntoIterator<Item = OsString>>(line: I) -> Result<Command, clap::Error> {
+    let line = environment::long_names(line);
+    let command = environment::with_variables(command(), &line);
+    let matches = command.try_get_matches_from(line)?;
+    Ok(Cli::from_arg_matches(&matches)?.command)
+}
+
+/// Parses a command line without regard to the environment.
+///
+/// # Errors
+/// When it cannot be parsed.
+pub fn parse_alone<I: IntoIterator<Item = OsString>>(line: I) -> Result<Command, clap::Error> {
+    let matches = command().try_get_matches_from(environment::long_names(line))?;
+    Ok(Cli::from_arg_matches(&matches)?.command)
+}
+
+/// Returns clap's description of the command line, with the exit codes in every long help.
+fn command() -> clap::Command {
+    fn with_exit_codes(command: clap::Command) -> clap::Command {
+        let example = command.get_after_long_help().map(ToString::to_string).unwrap_or_default();
+        command.after_long_help(format!("{example}\n\n{EXIT_CODES}"))
+    }
+    with_exit_codes(<Cli as clap::CommandFactory>::command()).mut_subcommands(with_exit_codes)
+}
+
+/// Runs a subcommand.
+///
+/// # Errors
+/// Those of the subcommand.
 pub fn dispatch(command: Command) -> Result<()> {
     match command {
         Command::Inspect(args) => inspect::run(&args),

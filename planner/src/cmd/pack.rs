@@ -1,12 +1,13 @@
-//! `tier-plan pack`: a copy of a model's experts in which each lies in one piece.
+//! `tier-plan pack`: copies a model's experts so that each is one contiguous block.
 
-use crate::cli::PackArgs;
+use crate::cmd::args::{JsonArgs, ModelArgs};
 use crate::session::{self, Interrupted, naming};
 use crate::{progress, store};
 use anyhow::{Context, Result, ensure};
+use clap::Args;
 use serde_json::json;
 use std::collections::HashSet;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 use tier_plan_runtime::experts::pack::{Pack, PackError, index, write};
 use tier_plan_runtime::formats::{placement, profile, safely};
@@ -16,14 +17,42 @@ use tier_plan_runtime::model::spec::ModelSpec;
 use tier_plan_runtime::tiers::limits::file_system_space;
 use tier_plan_runtime::units::{show_bytes, show_utc};
 
-/// Free bytes of a file system that a copy must leave: full ones work badly.
+/// Options of `tier-plan pack`.
+#[derive(Debug, Args)]
+#[command(
+    about = "Copy a model's experts so that each is contiguous in the file, for `run` and `bench` when memory is short",
+    after_long_help = "Example:\n  tier-plan pack MODEL.gguf -P MODEL.profile\n  tier-plan run MODEL.gguf --memory 8GiB -p Hello"
+)]
+pub struct PackArgs {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub model: ModelArgs,
+    /// File to write [default: MODEL.experts]
+    #[arg(short, long, value_name = "FILE", help_heading = "Output")]
+    pub output: Option<PathBuf>,
+    /// Copy only the experts that this plan leaves on its last tier
+    #[arg(long, value_name = "FILE")]
+    pub plan: Option<PathBuf>,
+    /// Put the experts that this profile shows as most used first in each layer
+    #[arg(short = 'P', short_alias = 'p', long, value_name = "FILE")]
+    pub profile: Option<PathBuf>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub format: JsonArgs,
+}
+
+/// Free bytes that a copy must leave on its file system, since full ones work badly.
 const SPARE_BYTES: u64 = 64 << 20;
 
-/// Runs it.
+/// Runs the command.
+///
+/// # Errors
+/// When an option is invalid, a file cannot be read or written, or the model cannot be loaded.
 pub fn run(args: &PackArgs) -> Result<()> {
-    let gguf = Gguf::open(&args.model)?;
-    let spec = describe(&gguf).map_err(|e| naming(&args.model, e))?;
-    ensure!(spec.moe_layers().next().is_some(), "{}: this model has no routed experts", args.model.display());
+    let model = args.model.path()?;
+    let gguf = Gguf::open(model)?;
+    let spec = describe(&gguf).map_err(|e| naming(model, e))?;
+    ensure!(spec.moe_layers().next().is_some(), "{}: this model has no routed experts", model.display());
     let output = args.output.clone().unwrap_or_else(|| store::default_pack(&gguf));
     let index = index(&gguf, &spec, &experts(args, &gguf, &spec)?, show_utc(SystemTime::now()));
     let n: usize = index.layers.iter().map(|l| l.experts.len()).sum();
@@ -41,13 +70,13 @@ pub fn run(args: &PackArgs) -> Result<()> {
     drop(catching);
     match written {
         Err(PackError::Interrupted) => return Err(Interrupted.into()),
-        Err(PackError::Read(error)) => return Err(naming(&args.model, error)),
+        Err(PackError::Read(error)) => return Err(naming(model, error)),
         Err(error) => return Err(error.into()),
         Ok(()) => {}
     }
     let saving = Pack::open(&gguf, &spec, &output)?.saving();
     let bytes = std::fs::metadata(&output).with_context(|| output.display().to_string())?.len();
-    if args.json {
+    if args.format.json {
         let value = json!({
             "model": index.model.name,
             "experts_file": output,
@@ -73,7 +102,7 @@ pub fn run(args: &PackArgs) -> Result<()> {
     Ok(())
 }
 
-/// The experts of each layer with routed ones, in the order in which they are to lie.
+/// Returns the experts of each MoE layer in the order in which to write them.
 fn experts(args: &PackArgs, gguf: &Gguf, spec: &ModelSpec) -> Result<Vec<Vec<u32>>> {
     let mut experts: Vec<Vec<u32>> = spec.moe_layers().map(|(_, moe)| (0..moe.n_expert as u32).collect()).collect();
     if let Some(path) = &args.plan {
@@ -99,17 +128,17 @@ fn experts(args: &PackArgs, gguf: &Gguf, spec: &ModelSpec) -> Result<Vec<Vec<u32
     Ok(experts)
 }
 
-/// Refuses to begin what would fill the disk.
+/// Checks that the copy fits the file system, before hours of copying.
 fn check_room(output: &Path, bytes: u64) -> Result<()> {
     let folder = output.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    // A device or a pipe has no room of its own.
+    // A device or a pipe has no free space to check.
     if output.exists() && !output.is_file() {
         return Ok(());
     }
     if let Some(free) = file_system_space(folder).map(|space| space.free_bytes) {
         ensure!(
             bytes.saturating_add(SPARE_BYTES) <= free,
-            "{}: the copy takes {}, but {} are free there; choose another folder with -o, or copy fewer experts with --plan",
+            "{}: the copy takes {}, but {} are free there",
             output.display(),
             show_bytes(bytes),
             show_bytes(free)

@@ -1,39 +1,93 @@
-//! `tier-plan perplexity`: how well a model predicts a text, alone or beside saved log-probabilities of another run.
+//! `tier-plan perplexity`: how well a model predicts a text, alone or against saved log-probabilities of another run.
 
-use crate::cli::PerplexityArgs;
+use crate::cmd::args::{JsonArgs, KvArgs, ModelArgs, PreTokenizerArgs, ThreadArgs, VerifyArgs};
+use crate::hint::HintExt;
 use crate::perplexity::{Against, Place, Scores, divergence, fill_row, in_parallel, place};
 use crate::progress;
 use crate::session::{self, Opening, Session};
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use clap::Args;
 use serde_json::json;
 use std::io::BufReader;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 use tier_plan_runtime::formats::logprobs::{Reader, Reference, Row, Writer, scored_per_window};
 use tier_plan_runtime::formats::safely;
 use tier_plan_runtime::units::show_utc;
 use tier_plan_runtime::{Engine, LogitsMode};
 
-/// Tokens of a window unless told otherwise; the customary number.
-const CONTEXT: u32 = 512;
+/// Options of `tier-plan perplexity`.
+#[derive(Debug, Args)]
+#[command(
+    about = "Measure how well the model predicts a text",
+    after_long_help = "Example:\n  tier-plan perplexity MODEL.gguf -f wiki.test.raw --windows 20\n  \
+                       tier-plan perplexity Q8_0.gguf -f wiki.test.raw --save-logits-base base.logprobs\n  \
+                       tier-plan perplexity Q4_0.gguf --logits-base base.logprobs"
+)]
+pub struct PerplexityArgs {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub model: ModelArgs,
+    /// Text to score
+    #[arg(short, long, value_name = "FILE", required_unless_present = "logits_base")]
+    pub file: Option<PathBuf>,
+    /// Placement plan [default: everything in main memory]
+    #[arg(long, value_name = "FILE", help_heading = "Memory")]
+    pub plan: Option<PathBuf>,
+    /// Tokens per window, of which the second half is scored [default: 512, or that of
+    /// --logits-base]
+    #[arg(short, long, visible_alias = "ctx-size", alias = "ctx", value_name = "N")]
+    pub context: Option<u32>,
+    /// Most windows to score [default: all]
+    #[arg(long, visible_alias = "chunks", value_name = "N")]
+    pub windows: Option<u32>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub kv: KvArgs,
+    /// Write the log-probabilities of the whole vocabulary to this file, as a base to compare with
+    #[arg(long, value_name = "FILE", conflicts_with = "logits_base", help_heading = "Output")]
+    pub save_logits_base: Option<PathBuf>,
+    /// Compare with the log-probabilities in this file, on its text
+    #[arg(long, value_name = "FILE")]
+    pub logits_base: Option<PathBuf>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub verify: VerifyArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub pre: PreTokenizerArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub threads: ThreadArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub format: JsonArgs,
+}
+
+/// Default tokens per window, as in llama.cpp.
+const DEFAULT_WINDOW: u32 = 512;
 /// Most bytes of logits held at once.
-const LOGIT_BYTES: usize = 256 << 20;
+const MAX_LOGIT_BYTES: usize = 256 << 20;
 
 type BaseReader = Reader<BufReader<std::fs::File>>;
 
-/// Runs it.
+/// Runs the command.
+///
+/// # Errors
+/// When an option is invalid, a file cannot be read or written, or the model cannot be loaded.
 pub fn run(args: &PerplexityArgs) -> Result<()> {
     let mut base = args.logits_base.as_deref().map(Reader::open).transpose()?;
-    let ctx = match (&base, args.ctx) {
-        (Some(base), Some(ctx)) if base.reference().ctx != ctx => bail!(
-            "--ctx {ctx}: the reference log-probabilities are of windows of {} tokens; leave --ctx out",
-            base.reference().ctx
-        ),
+    let ctx = match (&base, args.context) {
+        (Some(base), Some(ctx)) if base.reference().ctx != ctx => {
+            let expected = base.reference().ctx;
+            let differs = format!("--context: {ctx}, expected {expected} tokens, the windows of --logits-base");
+            return Err(anyhow!(differs)).hint("leave --context out");
+        }
         (Some(base), _) => base.reference().ctx,
-        (None, ctx) => ctx.unwrap_or(CONTEXT),
+        (None, ctx) => ctx.unwrap_or(DEFAULT_WINDOW),
     };
-    ensure!(ctx >= 4, "--ctx {ctx}: windows of 4 or more tokens can be scored");
-    ensure!(args.windows != Some(0), "--windows 0 leaves nothing to score; give 1 or more");
+    ensure!(ctx >= 4, "--context: {ctx}, expected 4 or more tokens per window");
+    ensure!(args.windows != Some(0), "--windows: 0, expected 1 or more");
     let text = match &args.file {
         Some(path) => {
             let bytes = std::fs::read(path).with_context(|| format!("reading the text {}", path.display()))?;
@@ -44,12 +98,12 @@ pub fn run(args: &PerplexityArgs) -> Result<()> {
     let opening = Opening {
         plan: args.plan.as_deref(),
         context: Some(ctx),
-        threads: args.threads,
-        kv_type: args.kv_type,
+        threads: args.threads.checked()?,
+        kv_type: args.kv.checked()?,
         verify: args.verify.asked(),
         ..Opening::default()
     };
-    let mut session = Session::open(&args.model, opening)?;
+    let mut session = Session::open(args.model.path()?, opening)?;
     let tokens = match (&text, &base) {
         (Some(text), base) => {
             let tokens = tokenize(&session, text, ctx, args)?;
@@ -59,7 +113,7 @@ pub fn run(args: &PerplexityArgs) -> Result<()> {
             tokens
         }
         (None, Some(base)) => base.reference().tokens.clone(),
-        (None, None) => bail!("no text; give --file FILE"),
+        (None, None) => bail!("no text to score, expected --file FILE"),
     };
     let n_vocab = session.engine.spec().n_vocab;
     if let Some(base) = &base {
@@ -69,7 +123,7 @@ pub fn run(args: &PerplexityArgs) -> Result<()> {
             "the reference log-probabilities are of a vocabulary of {theirs} tokens, but the model has {n_vocab}; they can't be compared"
         );
     }
-    if !args.json {
+    if !args.format.json {
         session.residency().iter().for_each(|line| eprintln!("{line}"));
     }
     let _catching = session::catch_interrupts();
@@ -102,19 +156,18 @@ pub fn run(args: &PerplexityArgs) -> Result<()> {
     show(&done, ctx, args)
 }
 
-/// The text's tokens, cut to whole windows, BOS in its places.
+/// Returns the tokens of the text, cut to whole windows, with BOS at the start of each.
 fn tokenize(session: &Session, text: &str, ctx: u32, args: &PerplexityArgs) -> Result<Vec<u32>> {
-    let tokenizer = session.tokenizer_with(args.tokenizer_pre.as_deref())?;
+    let tokenizer = session.tokenizer_with(args.pre.tokenizer_pre.as_deref())?;
     let bos = tokenizer.prefix();
-    // What looks like a special token in a text is text here.
+    // Special tokens that occur in the text are scored as plain text.
     let mut tokens: Vec<u32> = bos.into_iter().collect();
     tokens.extend(tokenizer.encode(text, false)?);
     let ctx = ctx as usize;
-    ensure!(
-        tokens.len() >= ctx,
-        "the text has {} tokens, fewer than one window of {ctx}; give a longer text or a smaller --ctx",
-        tokens.len()
-    );
+    if tokens.len() < ctx {
+        let short = format!("the text has {} tokens, expected at least one window of {ctx}", tokens.len());
+        return Err(anyhow!(short)).hint("pass a longer text or a smaller --context");
+    }
     let mut windows = tokens.len() / ctx;
     if let Some(most) = args.windows {
         windows = windows.min(most as usize);
@@ -129,16 +182,17 @@ fn tokenize(session: &Session, text: &str, ctx: u32, args: &PerplexityArgs) -> R
 fn check_tokens(tokens: &[u32], reference: &Reference, path: &Path) -> Result<()> {
     let wanted = &reference.tokens;
     if let Some(at) = tokens.iter().zip(wanted).position(|(a, b)| a != b) {
-        bail!(
-            "{}: its text differs from --file at token {at} ({} there, {} here); leave --file out to use its text",
+        let differs = format!(
+            "{}: its text differs from --file at token {at} ({} there, {} here)",
             path.display(),
             wanted[at],
             tokens[at]
         );
+        return Err(anyhow!(differs)).hint("leave --file out to use the text of --logits-base");
     }
     ensure!(
         tokens.len() <= wanted.len(),
-        "{}: holds {} tokens, but --file has {}; leave --file out to use its text",
+        "{}: holds {} tokens, but --file has {}",
         path.display(),
         wanted.len(),
         tokens.len()
@@ -146,7 +200,7 @@ fn check_tokens(tokens: &[u32], reference: &Reference, path: &Path) -> Result<()
     Ok(())
 }
 
-/// What was done.
+/// Scores and times of a run.
 struct Done {
     scores: Scores,
     windows: usize,
@@ -156,7 +210,7 @@ struct Done {
     interrupted: bool,
 }
 
-/// What happens with the logits of scored places, besides their scores.
+/// Callback with the scored positions and their logits.
 type Also<'a> = &'a mut dyn FnMut(&[Place], &[f32], &mut Scores, usize) -> Result<()>;
 
 /// Scores window after window; stops between two when interrupted.
@@ -164,7 +218,7 @@ fn score(engine: &mut Engine, windows: &[&[u32]], also: Also<'_>) -> Result<Done
     let start = Instant::now();
     let n_vocab = engine.spec().n_vocab;
     let threads = engine.n_threads();
-    let at_once = (LOGIT_BYTES / (4 * n_vocab.max(1))).clamp(1, 512);
+    let at_once = (MAX_LOGIT_BYTES / (4 * n_vocab.max(1))).clamp(1, 512);
     let bar = progress::count("scoring", windows.len() as u64);
     let mut done = Done {
         scores: Scores::default(),
@@ -199,10 +253,7 @@ fn score(engine: &mut Engine, windows: &[&[u32]], also: Also<'_>) -> Result<Done
             });
             let places: Option<Vec<Place>> = places.into_iter().collect();
             let places = places.with_context(|| {
-                format!(
-                    "window {}: the network gave logits that are no numbers; the model file may be damaged",
-                    done.windows
-                )
+                format!("window {}: logits are NaN or infinite; the model file may be damaged", done.windows)
             })?;
             places.iter().for_each(|p| done.scores.nll.add(p.nll));
             also(&places, logits, &mut done.scores, threads)?;
@@ -247,7 +298,7 @@ fn save(engine: &mut Engine, windows: &[&[u32]], reference: &Reference, path: &P
         }
     });
     match (outcome, written) {
-        // What stopped the scoring explains why there is no file; the other way round it doesn't.
+        // The error of scoring explains the missing file, the error of writing doesn't.
         (Some(Err(error)), _) => Err(error.context(path.display().to_string())),
         (_, Err(error)) => Err(error.into()),
         (Some(Ok(done)), Ok(())) => Ok(done),
@@ -255,7 +306,7 @@ fn save(engine: &mut Engine, windows: &[&[u32]], reference: &Reference, path: &P
     }
 }
 
-/// Sets scored places beside the reference's.
+/// Compares scored positions with the reference's.
 fn compare_with(
     base: &mut BaseReader,
     places: &[Place],
@@ -281,7 +332,7 @@ fn compare_with(
 fn show(done: &Done, ctx: u32, args: &PerplexityArgs) -> Result<()> {
     let scores = &done.scores;
     let prompt_tok_s = done.forwarded as f64 / done.forward.as_secs_f64().max(1e-9);
-    if args.json {
+    if args.format.json {
         let mut value = json!({
             "perplexity": scores.perplexity(),
             "perplexity_error": scores.perplexity_error(),
@@ -336,7 +387,7 @@ fn show(done: &Done, ctx: u32, args: &PerplexityArgs) -> Result<()> {
             against.quantile(0.99),
             against.quantile(1.0)
         );
-        println!("same likeliest token at {:.2} % of the places", against.same_best_share() * 100.0);
+        println!("same most likely token at {:.2} % of the positions", against.same_best_share() * 100.0);
     }
     if let Some(path) = &args.save_logits_base {
         println!(

@@ -1,23 +1,55 @@
 //! `tier-plan probe`: measures this machine and writes a machine file.
 
-use crate::cli::ProbeArgs;
+use crate::cmd::args::{JsonArgs, ThreadArgs};
 use crate::probe::gpu::GpuRate;
 use crate::probe::{Findings, Settings, measure};
-use crate::session::check_threads;
 use anyhow::Result;
+use clap::Args;
 use serde_json::{Value, json};
+use std::path::PathBuf;
 use tier_plan_runtime::formats::machine::Machine;
 use tier_plan_runtime::formats::safely;
 use tier_plan_runtime::units::show_bytes;
 
-/// Runs it.
+/// Options of `tier-plan probe`.
+#[derive(Debug, Args)]
+#[command(
+    about = "Measure this machine and write machine.toml",
+    after_long_help = "Example:\n  tier-plan probe --model MODEL.gguf -o machine.toml"
+)]
+pub struct ProbeArgs {
+    /// Machine file to write
+    #[arg(short, long, value_name = "FILE", default_value = "machine.toml", help_heading = "Output")]
+    pub output: PathBuf,
+    /// Measure with this model's tensor types, and read its experts from its file
+    #[arg(short, long, value_name = "FILE", conflicts_with = "slow_dir")]
+    pub model: Option<PathBuf>,
+    /// Measure the file system of this folder with a temporary file of 1 GiB [default: the current
+    /// folder]
+    #[arg(long, value_name = "FOLDER")]
+    pub slow_dir: Option<PathBuf>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub threads: ThreadArgs,
+    /// Make each NUMA node a tier, measured by itself
+    #[arg(long)]
+    pub numa_tiers: bool,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub format: JsonArgs,
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// When an option is invalid, a file cannot be read or written, or the model cannot be loaded.
 pub fn run(args: &ProbeArgs) -> Result<()> {
-    check_threads(args.threads)?;
+    let threads = args.threads.checked()?;
     safely::check(&args.output)?;
     let found = measure(&Settings {
         model: args.model.as_deref(),
         slow_dir: args.slow_dir.as_deref(),
-        threads: args.threads,
+        threads,
         numa_tiers: args.numa_tiers,
     })?;
     let machine = found.machine();
@@ -25,7 +57,7 @@ pub fn run(args: &ProbeArgs) -> Result<()> {
     for doubt in &found.doubts {
         eprintln!("warning: {doubt}; measure again on a quiet machine");
     }
-    if args.json {
+    if args.format.json {
         println!("{}", serde_json::to_string_pretty(&as_json(args, &found, &machine))?);
     } else {
         print_text(args, &found, &machine);
@@ -66,7 +98,7 @@ fn print_text(args: &ProbeArgs, found: &Findings, machine: &Machine) {
     for node in &found.nodes {
         let own = node.own_gbps.map_or(String::new(), |own| format!(", {own:.1} from its own processors"));
         let (number, gbps, alone) = (node.node.number, node.gbps, node.alone_gbps);
-        println!("memory node {number}: {gbps:.1} GB/s with all nodes in use, {alone:.1} alone{own}");
+        println!("NUMA node {number}: {gbps:.1} GB/s with all nodes in use, {alone:.1} alone{own}");
     }
     for gpu in &found.gpus.found {
         print_gpu(gpu);

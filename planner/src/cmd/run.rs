@@ -1,74 +1,224 @@
-//! `tier-plan run`: continues a text, and says what that cost.
+//! `tier-plan run`: continues a text, or chats, and prints what that cost.
 
-use crate::cli::{RunArgs, SamplingArgs};
-use crate::cmd::chat;
+use super::chat;
+use crate::cmd::args::{ComputeArgs, JsonArgs, KvArgs, MemoryArgs, ModelArgs, PreTokenizerArgs};
+use crate::cmd::args::{SamplingArgs, StoreArgs, TokenLimit};
+use crate::hint::HintExt;
 use crate::session::{self, Opening, Session};
 use crate::{host, print};
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
+use clap::Args;
 use std::io::{IsTerminal, Read, Write};
 use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
 use std::time::SystemTime;
-use tier_plan_runtime::engine::generate::{Limits, generate};
+use tier_plan_runtime::engine::generate::{Generated, Limits, generate};
 use tier_plan_runtime::engine::measure::{Circumstances, record};
 use tier_plan_runtime::formats::record::RunRecord;
 use tier_plan_runtime::formats::safely;
 use tier_plan_runtime::sampler::{Sampler, SamplerConfig};
+use tier_plan_runtime::tokenizer::Tokenizer;
 use tier_plan_runtime::units::show_utc;
 
-/// Tokens to generate unless told otherwise.
-const DEFAULT_TOKENS: u32 = 128;
+/// Tokens to generate by default, outside a chat.
+const DEFAULT_TOKENS: usize = 128;
 
-/// How the model is to be opened, for one text and for a chat.
-pub(super) fn opening(args: &RunArgs) -> Result<Opening<'_>> {
-    Ok(Opening {
-        plan: args.plan.as_deref(),
-        dram: session::dram(args.dram.as_deref())?,
-        profile: args.profile.as_deref(),
-        context: args.ctx,
-        threads: args.threads,
-        mapped: args.mmap,
-        numa: args.numa,
-        kv_type: args.kv_type,
-        verify: args.store.verify.asked(),
-        pack: args.store.pack.as_deref(),
-        slots: args.store.slots.as_deref(),
-        warm: args.store.warm.as_deref(),
-    })
+/// Options of `tier-plan run`.
+#[derive(Debug, Args)]
+#[command(
+    about = "Generate text or chat, from a plan or within the memory that there is",
+    after_long_help = "Example:\n  tier-plan run MODEL.gguf -p \"Once upon a time\" -n 100 --temp 0.8 --seed -1\n  \
+                       tier-plan run MODEL.gguf --plan placement.toml        # chat, on a terminal"
+)]
+pub struct RunArgs {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub model: ModelArgs,
+    /// Text to continue; without -p and -f, a chat begins on a terminal
+    #[arg(short, long, value_name = "TEXT", conflicts_with = "file", help_heading = "Generation")]
+    pub prompt: Option<String>,
+    /// File with the text to continue; `-` is standard input
+    #[arg(short, long, value_name = "FILE", help_heading = "Generation")]
+    pub file: Option<PathBuf>,
+    /// Most tokens to generate; -1 is no limit [default: 128; in a chat, no limit]
+    #[arg(
+        short,
+        long,
+        visible_alias = "predict",
+        alias = "tokens",
+        value_name = "N",
+        allow_negative_numbers = true,
+        help_heading = "Generation"
+    )]
+    pub n_predict: Option<TokenLimit>,
+    /// Context length in tokens; 0 is the model's training context
+    /// [default: the plan's; without a plan the model's, up to 4096]
+    #[arg(short, long, visible_alias = "ctx-size", alias = "ctx", value_name = "N", help_heading = "Generation")]
+    pub context: Option<u32>,
+    /// Continue past the end-of-text token
+    #[arg(long, help_heading = "Generation")]
+    pub ignore_eos: bool,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub pre: PreTokenizerArgs,
+    /// Chat even if standard input is not a terminal: every line is a message
+    #[arg(
+        long,
+        visible_alias = "conversation",
+        conflicts_with_all = ["prompt", "file", "json", "record"],
+        help_heading = "Chat"
+    )]
+    pub chat: bool,
+    /// System message of a chat
+    #[arg(
+        long,
+        visible_alias = "system-prompt",
+        value_name = "TEXT",
+        conflicts_with_all = ["prompt", "file"],
+        help_heading = "Chat"
+    )]
+    pub system: Option<String>,
+    /// File with a Jinja chat template to use instead of the model's
+    #[arg(
+        long,
+        visible_alias = "chat-template-file",
+        value_name = "FILE",
+        conflicts_with_all = ["prompt", "file"],
+        help_heading = "Chat"
+    )]
+    pub chat_template: Option<PathBuf>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub sampling: SamplingArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub memory: MemoryArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub kv: KvArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub store: StoreArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub compute: ComputeArgs,
+    /// Write a run record to this file
+    #[arg(long, value_name = "FILE", help_heading = "Output")]
+    pub record: Option<PathBuf>,
+    /// Print hits, misses, bytes and times per layer
+    #[arg(long, help_heading = "Output")]
+    pub stats: bool,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub format: JsonArgs,
 }
 
-/// Runs it.
-pub fn run(args: &RunArgs) -> Result<()> {
-    if chat::is_wanted(args) {
-        return chat::run(args);
+/// Checked options of a run or a chat.
+pub(super) struct RunOptions<'a> {
+    /// The model file.
+    pub model: &'a Path,
+    /// How to open it.
+    pub opening: Opening<'a>,
+    /// How tokens are drawn.
+    pub sampling: SamplerConfig,
+    /// Most tokens to generate, as given.
+    pub limit: Option<TokenLimit>,
+}
+
+impl<'a> RunOptions<'a> {
+    /// Checks the options before any work starts.
+    ///
+    /// # Errors
+    /// When an option is invalid, or the record cannot be written.
+    pub fn from_args(args: &'a RunArgs) -> Result<Self> {
+        if let Some(path) = &args.record {
+            safely::check(path)?;
+        }
+        Ok(Self {
+            model: args.model.path()?,
+            sampling: args.sampling.checked()?,
+            opening: Opening {
+                context: args.context,
+                ..Opening::new(&args.memory, &args.kv, &args.store, &args.compute)?
+            },
+            limit: args.n_predict,
+        })
     }
-    let sampling = sampler_config(&args.sampling)?;
-    if let Some(path) = &args.record {
-        safely::check(path)?;
+
+    /// Returns the most tokens to generate outside a chat.
+    fn max_tokens(&self) -> usize {
+        self.limit.map_or(DEFAULT_TOKENS, |limit| limit.count().unwrap_or(usize::MAX))
+    }
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// When an option is invalid, the model cannot be loaded, or the run fails.
+pub fn run(args: &RunArgs) -> Result<()> {
+    let options = RunOptions::from_args(args)?;
+    if chat::is_wanted(args) {
+        return chat::run(args, &options);
     }
     let text = prompt_text(args)?;
-    let mut session = Session::open(&args.model, opening(args)?)?;
-    let tokenizer = session.tokenizer_with(args.tokenizer_pre.as_deref())?;
+    let mut session = Session::open(options.model, options.opening)?;
+    let tokenizer = session.tokenizer_with(args.pre.tokenizer_pre.as_deref())?;
     let prompt = tokenizer.encode(&text, true)?;
-    ensure!(!prompt.is_empty(), "the prompt is empty; give some text with --prompt or --file");
-    if !args.json {
-        for line in session.residency() {
-            eprintln!("{line}");
-        }
+    if prompt.is_empty() {
+        let empty = || bail!("the prompt is empty, expected text");
+        return empty().hint("pass text with --prompt or --file");
+    }
+    if !args.format.json {
+        session.residency().iter().for_each(|line| eprintln!("{line}"));
     }
     let _catching = session::catch_interrupts();
     let loading_s = session.started.elapsed().as_secs_f64();
+    let (generated, answer) = print_answer(&mut session, &tokenizer, &prompt, args, &options)?;
+    let circumstances = Circumstances {
+        when: show_utc(SystemTime::now()),
+        host: host::describe(),
+        first_token_s: loading_s + generated.first_token.as_secs_f64(),
+    };
+    let record = record(&session.engine, &generated, &circumstances);
+    if let Some(path) = &args.record {
+        record.write(path)?;
+    }
+    if args.format.json {
+        println!("{}", serde_json::to_string_pretty(&json(&record, &answer)?)?);
+    } else {
+        print::speed(&record);
+        if session.engine.warmed() > 0 {
+            eprintln!("{} slots were filled in the background before they were needed", session.engine.warmed());
+        }
+        if args.stats {
+            print::layers(&record);
+        }
+    }
+    session.keep()?;
+    // Only now, so that an interrupted run is reported and its slots are kept.
+    if session::interrupted() { Err(session::Interrupted.into()) } else { Ok(()) }
+}
+
+/// Generates the answer, and prints it as it comes unless JSON is asked for. Returns it with its
+/// text.
+fn print_answer(
+    session: &mut Session,
+    tokenizer: &Tokenizer,
+    prompt: &[u32],
+    args: &RunArgs,
+    options: &RunOptions<'_>,
+) -> Result<(Generated, String)> {
+    let as_text = !args.format.json;
     let mut stream = tokenizer.stream();
     let mut output = std::io::stdout().lock();
     let mut answer = String::new();
     let mut write_error = None;
     let is_end = |token| !args.ignore_eos && tokenizer.is_eog(token);
-    let limits = Limits { max_tokens: args.tokens.unwrap_or(DEFAULT_TOKENS) as usize, is_end: &is_end };
-    let mut sampler = Sampler::new(sampling);
-    let generated = generate(&mut session.engine, &prompt, &mut sampler, &limits, |_, token| {
+    let limits = Limits { max_tokens: options.max_tokens(), is_end: &is_end };
+    let mut sampler = Sampler::new(options.sampling.clone());
+    let generated = generate(&mut session.engine, prompt, &mut sampler, &limits, |_, token| {
         let piece = stream.push(token);
-        if !args.json
-            && let Err(error) = output.write_all(piece.as_bytes()).and_then(|()| output.flush())
-        {
+        if as_text && let Err(error) = output.write_all(piece.as_bytes()).and_then(|()| output.flush()) {
             write_error = Some(error);
             return ControlFlow::Break(());
         }
@@ -80,54 +230,20 @@ pub fn run(args: &RunArgs) -> Result<()> {
     if let Some(error) = write_error {
         print::cannot_print(&error);
     }
-    let circumstances = Circumstances {
-        when: show_utc(SystemTime::now()),
-        host: host::describe(),
-        first_token_s: loading_s + generated.first_token.as_secs_f64(),
-    };
-    let record = record(&session.engine, &generated, &circumstances);
-    if let Some(path) = &args.record {
-        record.write(path)?;
-    }
-    if args.json {
-        println!("{}", serde_json::to_string_pretty(&json(&record, &answer)?)?);
-    } else {
+    drop(output);
+    if as_text {
         println!("{tail}");
-        print::speed(&record);
-        if session.engine.warmed() > 0 {
-            eprintln!("{} slots were filled in the background before anybody asked", session.engine.warmed());
-        }
-        if args.stats {
-            print::layers(&record);
-        }
     }
-    session.keep()?;
-    // All that there is has been told and kept.
-    if session::interrupted() { Err(session::Interrupted.into()) } else { Ok(()) }
+    Ok((generated, answer))
 }
 
-/// The record with the text it stands for.
+/// Returns the record with the generated text.
 fn json(record: &RunRecord, text: &str) -> Result<serde_json::Value> {
     let mut value: serde_json::Value = serde_json::from_str(&record.encode()).context("encoding the run record")?;
     if let Some(object) = value.as_object_mut() {
         object.insert("text".into(), text.into());
     }
     Ok(value)
-}
-
-/// Checked sampling options.
-pub fn sampler_config(args: &SamplingArgs) -> Result<SamplerConfig> {
-    let config = SamplerConfig {
-        temperature: args.temperature,
-        top_k: args.top_k,
-        top_p: args.top_p,
-        min_p: args.min_p,
-        repeat_penalty: args.repeat_penalty,
-        repeat_last_n: args.repeat_last_n,
-        seed: args.seed,
-    };
-    config.check()?;
-    Ok(config)
 }
 
 fn prompt_text(args: &RunArgs) -> Result<String> {
@@ -137,7 +253,8 @@ fn prompt_text(args: &RunArgs) -> Result<String> {
             std::fs::read_to_string(path).with_context(|| format!("reading the prompt {}", path.display()))
         }
         (None, None) if std::io::stdin().is_terminal() => {
-            bail!("no text to continue; give --prompt TEXT, --file FILE, or pipe it in")
+            let missing = || bail!("no text to continue");
+            missing().hint("pass --prompt TEXT or --file FILE, or pipe the text in")
         }
         _ => {
             let mut text = String::new();

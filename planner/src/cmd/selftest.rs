@@ -1,11 +1,12 @@
-//! `tier-plan selftest`: the kernels of this machine against the plain ones, and what a GPU gives beside what it should.
+//! `tier-plan selftest`: compares optimized kernels with reference ones, and a GPU with its targets.
 
-use crate::cli::SelftestArgs;
+use crate::cmd::args::JsonArgs;
 use crate::selftest::table::number;
 use crate::selftest::{self, Findings, Options};
 use crate::session::{Interrupted, catch_interrupts, interrupted};
 use crate::{host, report};
 use anyhow::{Context, Result, bail};
+use clap::Args;
 use serde_json::{Value, json};
 use std::path::PathBuf;
 use tier_plan_runtime::cuda::Gpu;
@@ -13,6 +14,40 @@ use tier_plan_runtime::kernels::Kernels;
 use tier_plan_selftest::all::{Gives, On, Results};
 use tier_plan_selftest::cpu_kernels;
 use tier_plan_selftest::outcome::Outcome;
+
+/// Options of `tier-plan selftest`.
+#[derive(Debug, Args)]
+#[command(
+    about = "Compare the kernels that this machine runs with the reference kernels",
+    after_long_help = "Example:\n  tier-plan selftest\n  tier-plan selftest --gpu --quick"
+)]
+pub struct SelftestArgs {
+    /// Check a GPU: kernels, golden values and whole models; measure its memory, link and speed
+    /// against targets
+    #[arg(long, help_heading = "GPU")]
+    pub gpu: bool,
+    /// Ordinal of the GPU, as the driver counts
+    #[arg(long, value_name = "NUMBER", default_value_t = 0, requires = "gpu", help_heading = "GPU")]
+    pub device: usize,
+    /// Check results only and time nothing
+    #[arg(long, requires = "gpu", conflicts_with_all = ["model", "peer"], help_heading = "GPU")]
+    pub quick: bool,
+    /// Model to time [default: a synthetic one of real shapes, as deep as fits]
+    #[arg(short, long, value_name = "FILE", requires = "gpu", help_heading = "GPU")]
+    pub model: Option<PathBuf>,
+    /// Folder with golden values in arch and quant [default: tests/data of the source]
+    #[arg(long, value_name = "FOLDER", requires = "gpu", help_heading = "GPU")]
+    pub golden: Option<PathBuf>,
+    /// Path of llama.cpp's llama-bench, built with CUDA, to run on the same model
+    #[arg(long, value_name = "PATH", requires = "gpu", help_heading = "GPU")]
+    pub peer: Option<PathBuf>,
+    /// Folder for the table, as text and JSON [default: reports/DATE-selftest]
+    #[arg(short, long, value_name = "FOLDER", requires = "gpu", help_heading = "Output")]
+    pub output: Option<PathBuf>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub format: JsonArgs,
+}
 
 /// One comparison.
 struct Compared {
@@ -23,9 +58,12 @@ struct Compared {
     found: Result<Outcome, String>,
 }
 
-/// Runs it.
+/// Runs the command.
+///
+/// # Errors
+/// When an option is invalid, a file cannot be read or written, or the model cannot be loaded.
 pub fn run(args: &SelftestArgs) -> Result<()> {
-    if args.gpu { on_gpu(args) } else { on_processor(args.json) }
+    if args.gpu { on_gpu(args) } else { on_processor(args.format.json) }
 }
 
 fn on_processor(as_json: bool) -> Result<()> {
@@ -43,7 +81,7 @@ fn on_processor(as_json: bool) -> Result<()> {
 
 fn distrust(failed: usize, of: usize) -> Result<()> {
     if failed > 0 {
-        bail!("{failed} of {of} comparisons failed; text from these kernels can't be trusted: report it");
+        bail!("{failed} of {of} comparisons failed; text from these kernels cannot be trusted: please report it");
     }
     Ok(())
 }
@@ -63,8 +101,8 @@ fn on_gpu(args: &SelftestArgs) -> Result<()> {
     let (text, mut value) = (found.table.text(), gpu_json(&gpu, &found));
     let pretty = serde_json::to_string_pretty(&value)?;
     let written = write(args.output.clone(), &found, &text, &pretty);
-    // Printed whatever became of the folder: it took minutes.
-    if args.json {
+    // Printed even if the folder failed, since it took minutes.
+    if args.format.json {
         value["report"] = json!(written.as_ref().ok());
         println!("{}", serde_json::to_string_pretty(&value)?);
     } else {
@@ -75,7 +113,7 @@ fn on_gpu(args: &SelftestArgs) -> Result<()> {
     }
     match written {
         Err(error) if args.output.is_some() => return Err(error),
-        // Whoever named no folder may stand where none can be made.
+        // The default folder may not be writable, which is no reason to fail.
         Err(error) => eprintln!("warning: no report was written: {error:#}"),
         Ok(_) => {}
     }
@@ -215,6 +253,6 @@ mod tests {
     fn failed_comparisons_are_an_error() {
         assert!(distrust(0, 5).is_ok());
         let why = distrust(2, 5).unwrap_err().to_string();
-        assert!(why.contains("2 of 5") && why.contains("can't be trusted"), "{why}");
+        assert!(why.contains("2 of 5") && why.contains("cannot be trusted"), "{why}");
     }
 }

@@ -1,60 +1,265 @@
-//! `tier-plan solve`: finds where every tensor should live and writes the plan.
+//! `tier-plan solve`: computes where every tensor should live, and writes the plan.
 
 use super::profile::skew_json;
 use crate::catalogue;
-use crate::cli::{SolveArgs, Strategy};
+use crate::catalogue::Known;
+use crate::cmd::args::{BudgetArgs, JsonArgs, KvArgs, ModelOrShape, check_position, context_of};
 use crate::json::tier_json;
 use crate::profile::stats::{Skew, skews};
 use crate::solve::problem::constraints::Constraints;
-use crate::solve::{Options, Problem, Solution, policy, solve, time_limit};
-use anyhow::{Context, Result, bail, ensure};
+use crate::solve::{Options, Problem, Solution, options, policy, solve, time_limit};
+use anyhow::{Context, Result, ensure};
+use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
 use std::fs;
 use std::path::PathBuf;
+use tier_plan_runtime::KvType;
 use tier_plan_runtime::formats::machine::Machine;
 use tier_plan_runtime::formats::placement::{Placement, SlotPolicy};
+use tier_plan_runtime::formats::profile::Profile;
 use tier_plan_runtime::formats::{profile, safely};
-use tier_plan_runtime::units::{parse_bytes, show_bytes};
+use tier_plan_runtime::units::show_bytes;
 
-/// Runs it.
-pub fn run(args: &SolveArgs) -> Result<()> {
-    let machine = catalogue::machine(&args.machine)?;
-    ensure!(args.context > 0, "--context 0 holds no text; give 1 or more");
-    check_at(args.at, args.context)?;
-    let budgets = budgets(&args.budget, args.vram.as_deref(), args.dram.as_deref(), &machine)?;
-    let known = catalogue::model(&args.model, args.quant.as_deref())?;
-    let shape = &known.sizes;
-    let profile = args.profile.as_deref().map(profile::read).transpose()?;
-    if let (Some(profile), Some(path)) = (&profile, &args.profile) {
-        profile.check_model(&shape.id, path)?;
+/// Options of `tier-plan solve`.
+#[derive(Debug, Args)]
+#[command(
+    about = "Compute where every tensor should live, and write placement.toml",
+    after_long_help = "Example:\n  tier-plan solve MODEL.gguf -P MODEL.profile -M machine.toml --dram 3.4GiB -c 4096\n  \
+                       tier-plan solve kimi-k2.5 -M optane-768 --fix vram:attention --objective cost"
+)]
+pub struct SolveArgs {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub model: ModelOrShape,
+    /// Profile of the model [default: uniform access is assumed]
+    #[arg(short = 'P', short_alias = 'p', long, value_name = "FILE", help_heading = "Model")]
+    pub profile: Option<PathBuf>,
+    /// Machine file, or the name of a bundled machine
+    #[arg(short = 'M', short_alias = 'm', long, value_name = "FILE", help_heading = "Machine")]
+    pub machine: PathBuf,
+    /// Plan to write
+    #[arg(short, long, value_name = "FILE", default_value = "placement.toml", help_heading = "Output")]
+    pub output: PathBuf,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub budget: BudgetArgs,
+    /// Context length to plan the KV cache for; 0 is the model's training context
+    #[arg(
+        short,
+        long,
+        visible_alias = "ctx-size",
+        alias = "ctx",
+        value_name = "N",
+        default_value_t = 1024,
+        help_heading = "Memory"
+    )]
+    pub context: u32,
+    /// Position in the context to predict the speed at [default: half of the context]
+    #[arg(long, value_name = "POSITION", help_heading = "Solver")]
+    pub at: Option<u32>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub kv: KvArgs,
+    /// Kind of plan to make
+    #[arg(long, value_enum, default_value_t = Strategy::Optimal, help_heading = "Solver")]
+    pub strategy: Strategy,
+    /// Slot replacement policy; auto takes lru unless another one is faster on held-out prompts
+    #[arg(long, value_enum, default_value_t = Policy::Auto, help_heading = "Solver")]
+    pub policy: Policy,
+    /// Quantity to minimize
+    #[arg(long, value_enum, default_value_t = Objective::Latency, help_heading = "Solver")]
+    pub objective: Objective,
+    /// Sequences decoded together, for --objective throughput
+    #[arg(long, value_name = "B", help_heading = "Solver")]
+    pub batch: Option<u32>,
+    /// Solver of the integer program where the heuristics do not meet the bound
+    #[arg(long, value_enum, default_value_t = Backend::Microlp, help_heading = "Solver")]
+    pub backend: Backend,
+    /// Tokens per second to reach; --objective memory finds the least memory that does
+    #[arg(long, value_name = "X", help_heading = "Solver")]
+    pub target_tok_s: Option<f64>,
+    /// Fix a tensor group to a tier, such as vram:attention or vram:experts:3-5:0-15; repeatable
+    ///
+    /// GROUP is attention, router, shared_expert, dense_ffn, embedding, head, cache, or experts.
+    /// `experts` may be left out before numbers: `vram:3-5:0-15`. Experts fixed to the last tier
+    /// are never pinned.
+    #[arg(long, value_name = "TIER:GROUP[:LAYERS[:EXPERTS]]", value_delimiter = ' ', help_heading = "Solver")]
+    pub fix: Vec<String>,
+    /// Keep a tensor group off a tier, such as cxl:experts:0-3 (no pins, no slots); repeatable
+    #[arg(long, value_name = "TIER:GROUP[:LAYERS[:EXPERTS]]", value_delimiter = ' ', help_heading = "Solver")]
+    pub forbid: Vec<String>,
+    /// Also write the plan of each baseline into this folder
+    #[arg(long, value_name = "FOLDER", help_heading = "Output")]
+    pub baselines: Option<PathBuf>,
+    /// Time limit of the search, in seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 10.0, help_heading = "Solver")]
+    pub time_limit: f64,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub format: JsonArgs,
+}
+
+/// Kind of plan, as the command line spells it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Strategy {
+    /// Integer program
+    Optimal,
+    /// Equal number of experts in every layer, chosen without a profile
+    Uniform,
+    /// Most used experts first, over all layers
+    FrequencyFirst,
+    /// No pins, slots only
+    LruOnly,
+    /// llama.cpp's rule: the experts of the first layers stay on the CPU
+    FirstLayersCpu,
+}
+
+/// Slot replacement policy, as the command line spells it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Policy {
+    /// Policy with the most replayed hits, layer by layer
+    Auto,
+    /// Evict the least recently used expert
+    Lru,
+    /// Evict the least frequently used expert, with uses that decay
+    Lfu,
+    /// Evict by a learned mix of long-term and recent uses
+    Adaptive,
+}
+
+/// Solver of the integer program, as the command line spells it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Backend {
+    /// microlp, in pure Rust
+    Microlp,
+    /// HiGHS
+    #[cfg(feature = "highs")]
+    Highs,
+}
+
+/// Quantity that a plan minimizes, as the command line spells it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Objective {
+    /// Time of a decoded token
+    Latency,
+    /// Time per token when --batch sequences are decoded together
+    Throughput,
+    /// Price of one token per second: the memory used and the rest of the machine
+    Cost,
+    /// Energy per token; latency in another unit, since machine files have one power
+    Energy,
+    /// Memory above the last tier, by price if tiers have prices, that still reaches --target-tok-s
+    Memory,
+}
+
+impl From<Strategy> for options::Strategy {
+    fn from(value: Strategy) -> Self {
+        match value {
+            Strategy::Optimal => options::Strategy::Optimal,
+            Strategy::Uniform => options::Strategy::Uniform,
+            Strategy::FrequencyFirst => options::Strategy::FrequencyFirst,
+            Strategy::LruOnly => options::Strategy::LruOnly,
+            Strategy::FirstLayersCpu => options::Strategy::FirstLayersCpu,
+        }
     }
-    let options = Options {
-        strategy: args.strategy.into(),
-        policy: args.policy.into(),
-        time_limit_s: time_limit(args.time_limit)?,
-        objective: args.objective.into(),
-        batch: args.batch,
-        backend: args.backend.into(),
-        target_tok_s: args.target_tok_s,
-        constraints: Constraints::parse(&args.fix, &args.forbid, shape, &machine)?,
-        position: args.at,
-    };
-    ensure!(
-        args.strategy == Strategy::Optimal || options.constraints.is_empty(),
-        "--fix and --forbid are for --strategy optimal; the rules know nothing of them"
-    );
-    safely::check(&args.output)?;
+}
+
+impl From<Policy> for options::Policy {
+    fn from(value: Policy) -> Self {
+        match value {
+            Policy::Auto => options::Policy::Auto,
+            Policy::Lru => options::Policy::Lru,
+            Policy::Lfu => options::Policy::Lfu,
+            Policy::Adaptive => options::Policy::Adaptive,
+        }
+    }
+}
+
+impl From<Backend> for options::Backend {
+    fn from(value: Backend) -> Self {
+        match value {
+            Backend::Microlp => options::Backend::Microlp,
+            #[cfg(feature = "highs")]
+            Backend::Highs => options::Backend::Highs,
+        }
+    }
+}
+
+impl From<Objective> for options::Objective {
+    fn from(value: Objective) -> Self {
+        match value {
+            Objective::Latency => options::Objective::Latency,
+            Objective::Throughput => options::Objective::Throughput,
+            Objective::Cost => options::Objective::Cost,
+            Objective::Energy => options::Objective::Energy,
+            Objective::Memory => options::Objective::Memory,
+        }
+    }
+}
+
+/// Checked options, with the files that they name.
+struct SolveOptions {
+    model: Known,
+    profile: Option<Profile>,
+    machine: Machine,
+    /// `[tiers]` budgets in bytes.
+    budgets: Vec<u64>,
+    context: u32,
+    kv_type: KvType,
+    solver: Options,
+}
+
+impl SolveOptions {
+    /// Checks the options before any plan is made.
+    fn from_args(args: &SolveArgs) -> Result<Self> {
+        let machine = catalogue::machine(&args.machine)?;
+        let budgets = args.budget.bytes(&machine)?;
+        let model = catalogue::model(args.model.path()?, args.model.quant.as_deref())?;
+        let context = context_of(args.context, &model.sizes);
+        check_position(args.at, context)?;
+        let profile = args.profile.as_deref().map(profile::read).transpose()?;
+        if let (Some(profile), Some(path)) = (&profile, &args.profile) {
+            profile.check_model(&model.sizes.id, path)?;
+        }
+        let solver = Options {
+            strategy: args.strategy.into(),
+            policy: args.policy.into(),
+            time_limit_s: time_limit(args.time_limit)?,
+            objective: args.objective.into(),
+            batch: args.batch,
+            backend: args.backend.into(),
+            target_tok_s: args.target_tok_s,
+            constraints: Constraints::parse(&args.fix, &args.forbid, &model.sizes, &machine)?,
+            position: args.at,
+        };
+        ensure!(
+            args.strategy == Strategy::Optimal || solver.constraints.is_empty(),
+            "--fix and --forbid: a baseline cannot follow them, expected --strategy optimal"
+        );
+        safely::check(&args.output)?;
+        let kv_type = args.kv.checked()?.unwrap_or_default();
+        Ok(Self { model, profile, machine, budgets, context, kv_type, solver })
+    }
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// When an option is invalid, a file cannot be read or written, or the model cannot be loaded.
+pub fn run(args: &SolveArgs) -> Result<()> {
+    let options = SolveOptions::from_args(args)?;
+    let (shape, profile) = (&options.model.sizes, options.profile.as_ref());
     let problem = Problem {
         shape,
-        profile: profile.as_ref(),
-        machine: &machine,
-        budgets,
-        context: args.context,
-        kv_type: args.kv_type,
+        profile,
+        machine: &options.machine,
+        budgets: options.budgets,
+        context: options.context,
+        kv_type: options.kv_type,
     };
-    let mut solved = solve(&problem, &options)?;
-    solved.notes.splice(0..0, known.notes());
-    let skews = profile.as_ref().map(skews).transpose()?.unwrap_or_default();
+    let mut solved = solve(&problem, &options.solver)?;
+    solved.notes.splice(0..0, options.model.notes());
+    let skews = profile.map(skews).transpose()?.unwrap_or_default();
 
     if let Some(folder) = &args.baselines {
         fs::create_dir_all(folder).with_context(|| format!("cannot make the folder {}", folder.display()))?;
@@ -68,7 +273,7 @@ pub fn run(args: &SolveArgs) -> Result<()> {
             written.push(path);
         }
     }
-    if args.json {
+    if args.format.json {
         println!("{}", serde_json::to_string_pretty(&as_json(args, &solved, &skews, &written))?);
     } else {
         print_text(args, &solved, &skews, &written);
@@ -76,47 +281,7 @@ pub fn run(args: &SolveArgs) -> Result<()> {
     Ok(())
 }
 
-/// A place in the text that `--at` may name.
-pub(super) fn check_at(at: Option<u32>, context: u32) -> Result<()> {
-    let fits = at.is_none_or(|at| (1..=context).contains(&at));
-    ensure!(fits, "--at {}: give 1 to {context}, the --context that is planned for", at.unwrap_or(0));
-    Ok(())
-}
-
-/// Bytes the plan may use of each tier.
-pub(super) fn budgets(flags: &[String], vram: Option<&str>, dram: Option<&str>, machine: &Machine) -> Result<Vec<u64>> {
-    let mut asked: Vec<(String, &str, String)> = Vec::new();
-    for text in flags {
-        let Some((name, size)) = text.split_once('=') else {
-            bail!("--budget {text}: write TIER=SIZE, like dram=11GiB");
-        };
-        asked.push((name.trim().to_string(), size, format!("--budget {text}")));
-    }
-    for (name, size) in [("vram", vram), ("dram", dram)] {
-        if let Some(size) = size {
-            asked.push((name.to_string(), size, format!("--{name} {size}")));
-        }
-    }
-    let mut budgets: Vec<Option<u64>> = vec![None; machine.tiers.len()];
-    for (name, size, flag) in asked {
-        let Some(at) = machine.tiers.iter().position(|t| t.name == name) else {
-            let names: Vec<&str> = machine.tiers.iter().map(|t| t.name.as_str()).collect();
-            bail!("{flag}: machine '{}' has no tier '{name}'; its tiers are {}", machine.name, names.join(", "));
-        };
-        let bytes = parse_bytes(size).with_context(|| flag.clone())?;
-        let capacity = machine.tiers[at].capacity_bytes;
-        ensure!(
-            bytes <= capacity,
-            "{flag}: tier '{name}' holds {}; give that or less, or correct the machine file",
-            show_bytes(capacity)
-        );
-        ensure!(budgets[at].is_none(), "{flag}: tier '{name}' was given a budget before; give one");
-        budgets[at] = Some(bytes);
-    }
-    Ok(budgets.iter().zip(&machine.tiers).map(|(b, tier)| b.unwrap_or(tier.capacity_bytes)).collect())
-}
-
-/// The baselines from slowest to fastest, then the plan unless it is one of them.
+/// Returns the baselines from slowest to fastest, then the plan.
 fn rows(solved: &Solution) -> Vec<&Placement> {
     let mut rows: Vec<&Placement> = solved.baselines.iter().filter(|b| b.name != solved.plan.name).collect();
     rows.sort_by(|a, b| a.predicted.decode_tok_s.total_cmp(&b.predicted.decode_tok_s));
@@ -165,7 +330,7 @@ fn print_text(args: &SolveArgs, solved: &Solution, skews: &[Skew], written: &[Pa
     let other = solved.baselines.iter().filter(|b| b.name != plan.name);
     if let Some(best) = other.max_by(|a, b| a.predicted.decode_tok_s.total_cmp(&b.predicted.decode_tok_s)) {
         let times = plan.predicted.decode_tok_s / best.predicted.decode_tok_s;
-        println!("predicted {times:.3} × the best rule of thumb ({}) at equal bytes", best.name);
+        println!("predicted {times:.3} × the best baseline ({}) at equal bytes", best.name);
     }
     if let Some(ceiling) = solved.ceiling_hit_rate {
         println!(
@@ -195,12 +360,12 @@ fn print_text(args: &SolveArgs, solved: &Solution, skews: &[Skew], written: &[Pa
     }
 }
 
-/// A number with five digits or so.
+/// Formats a number with about five significant digits.
 fn amount(value: f64) -> String {
     if value >= 1e7 || (value != 0.0 && value < 1e-3) { format!("{value:.4e}") } else { format!("{value:.5}") }
 }
 
-/// Tokens a second with three digits or so.
+/// Formats tokens per second with about three significant digits.
 fn speed(tok_s: f64) -> String {
     let digits = if tok_s < 10.0 { 2 } else { usize::from(tok_s < 100.0) };
     format!("{tok_s:.digits$}")
@@ -246,58 +411,4 @@ fn as_json(args: &SolveArgs, solved: &Solution, skews: &[Skew], written: &[PathB
     value["notes"] = json!(solved.notes);
     value["verdict"] = json!(solved.summary);
     value
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::cli::{Cli, Command};
-    use clap::Parser;
-    use tier_plan_runtime::formats::SourceId;
-    use tier_plan_runtime::formats::machine::{Accelerator, Tier, TierKind};
-
-    fn asked(flags: &[&str]) -> Result<Vec<u64>> {
-        let tier = |name: &str, kind, capacity_bytes| Tier {
-            name: name.to_string(),
-            kind,
-            capacity_bytes,
-            read_gbps: 1.0,
-            latency_us: 0.0,
-            emulated: false,
-            unit: None,
-            accelerator: Accelerator::default(),
-            source: String::new(),
-        };
-        let machine = Machine {
-            name: "m".to_string(),
-            description: String::new(),
-            tiers: vec![tier("dram", TierKind::Dram, 1 << 30), tier("slow", TierKind::Nvme, 1 << 40)],
-            layer_overhead_us: 0.0,
-            token_overhead_us: 0.0,
-            extras: Default::default(),
-            id: SourceId { name: "m".to_string(), hash: String::new() },
-        };
-        let line = [&["tier-plan", "solve", "model.gguf", "-m", "machine.toml"], flags].concat();
-        match Cli::try_parse_from(line)?.command {
-            Command::Solve(args) => budgets(&args.budget, args.vram.as_deref(), args.dram.as_deref(), &machine),
-            _ => bail!("not solve"),
-        }
-    }
-
-    #[test]
-    fn budgets_are_read_and_refused() -> Result<()> {
-        assert_eq!(asked(&[])?, [1 << 30, 1 << 40]);
-        assert_eq!(asked(&["--dram", "3MiB"])?, [3 << 20, 1 << 40]);
-        assert_eq!(asked(&["-b", "slow=1GiB", "--budget", "dram=0"])?, [0, 1 << 30]);
-        let refused = |flags: &[&str], word: &str| {
-            let error = asked(flags).err().map(|e| format!("{e:#}")).unwrap_or_default();
-            assert!(error.contains(word), "{word}: {error}");
-        };
-        refused(&["--vram", "1GiB"], "has no tier 'vram'; its tiers are dram, slow");
-        refused(&["--dram", "2GiB"], "holds 1.00 GiB");
-        refused(&["--dram", "1MiB", "-b", "dram=2MiB"], "give one");
-        refused(&["-b", "dram"], "TIER=SIZE");
-        refused(&["--dram", "much"], "is not a size");
-        Ok(())
-    }
 }

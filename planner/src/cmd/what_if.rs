@@ -1,8 +1,7 @@
-//! `tier-plan what-if`: what a model would do on a machine, from shapes and rates alone.
+//! `tier-plan what-if`: predicts a model on a machine from its shape and the machine's rates alone.
 
-use super::solve::{budgets, check_at};
-use crate::catalogue;
-use crate::cli::WhatIfArgs;
+use crate::catalogue::{self, Known};
+use crate::cmd::args::{BudgetArgs, JsonArgs, KvArgs, ModelOrShape, check_position, context_of};
 use crate::progress;
 use crate::report;
 use crate::solve::time_limit;
@@ -10,40 +9,130 @@ use crate::whatif::purchase::{Purchase, purchases};
 use crate::whatif::sweep::{Range, Sweep, at_size, sweep};
 use crate::whatif::{Answer, Question, answer, as_json, bound, purchases_json};
 use anyhow::{Context, Result, ensure};
+use clap::Args;
 use serde_json::{Value, json};
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use tier_plan_runtime::KvType;
+use tier_plan_runtime::formats::machine::Machine;
+use tier_plan_runtime::formats::profile::Profile;
 use tier_plan_runtime::formats::{profile, safely};
 use tier_plan_runtime::units::show_bytes;
 
-/// Runs it.
-pub fn run(args: &WhatIfArgs) -> Result<()> {
-    ensure!(args.context > 0, "--context 0 holds no text; give 1 or more");
-    check_at(args.at, args.context)?;
-    let range = args.sweep.as_deref().map(Range::parse).transpose()?;
-    ensure!(range.is_none() || args.machine.len() == 1, "--sweep is for one machine; give --machine once");
-    ensure!(range.is_some() || args.output.is_none(), "--output is the folder of a sweep; give --sweep too");
-    let time_limit_s = time_limit(args.time_limit)?;
-    let known = catalogue::model(&args.model, args.quant.as_deref())?;
-    let machines = args.machine.iter().map(|m| catalogue::machine(m)).collect::<Result<Vec<_>>>()?;
-    let mut profile = args.profile.as_deref().map(profile::read).transpose()?;
-    if let (Some(profile), Some(path)) = (&mut profile, &args.profile) {
-        match &known.shape {
-            None => profile.check_model(&known.sizes.id, path)?,
-            // Routing is the same in every quantisation; layers and experts are still compared.
-            Some(_) => profile.model = known.sizes.id.clone(),
+/// Options of `tier-plan what-if`.
+#[derive(Debug, Args)]
+#[command(
+    about = "Predict speed and cost from a model's shape and a machine file; needs neither model nor machine",
+    after_long_help = "Example:\n  tier-plan what-if kimi-k2.5 -M optane-768\n  \
+                       tier-plan what-if glm-4.5-air -M desktop-4090-ddr5-nvme --sweep dram=16GiB..96GiB -o sweep"
+)]
+pub struct WhatIfArgs {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub model: ModelOrShape,
+    /// Machine file, or the name of a bundled machine (optane-768); repeatable
+    #[arg(short = 'M', short_alias = 'm', long, required = true, value_name = "FILE", help_heading = "Machine")]
+    pub machine: Vec<PathBuf>,
+    /// Profile of expert use [default: the range over three kinds of routing]
+    #[arg(short = 'P', short_alias = 'p', long, value_name = "FILE", help_heading = "Model")]
+    pub profile: Option<PathBuf>,
+    /// Context length to plan the KV cache for; 0 is the model's training context
+    #[arg(
+        short,
+        long,
+        visible_alias = "ctx-size",
+        alias = "ctx",
+        value_name = "N",
+        default_value_t = 4096,
+        help_heading = "Prediction"
+    )]
+    pub context: u32,
+    /// Position in the context to predict the speed at [default: half of the context]
+    #[arg(long, value_name = "POSITION", help_heading = "Prediction")]
+    pub at: Option<u32>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub kv: KvArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub budget: BudgetArgs,
+    /// Predict for a tier of one size after another, such as dram=64GiB..512GiB:8
+    #[arg(long, value_name = "TIER=FROM..TO[:STEPS]", help_heading = "Prediction")]
+    pub sweep: Option<String>,
+    /// Folder for the table and chart of a sweep
+    #[arg(short, long, value_name = "FOLDER", help_heading = "Output")]
+    pub output: Option<PathBuf>,
+    /// Time limit per plan, in seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 3.0, help_heading = "Prediction")]
+    pub time_limit: f64,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub format: JsonArgs,
+}
+
+/// Checked options, with the files that they name.
+struct WhatIfOptions {
+    model: Known,
+    machines: Vec<Machine>,
+    /// `[machines]` budgets of the tiers in bytes.
+    budgets: Vec<Vec<u64>>,
+    profile: Option<Profile>,
+    context: u32,
+    at: Option<u32>,
+    kv_type: KvType,
+    range: Option<Range>,
+    time_limit_s: f64,
+}
+
+impl WhatIfOptions {
+    /// Checks the options before any plan is made.
+    fn from_args(args: &WhatIfArgs) -> Result<Self> {
+        let range = args.sweep.as_deref().map(Range::parse).transpose()?;
+        let n_machines = args.machine.len();
+        ensure!(range.is_none() || n_machines == 1, "--machine: {n_machines} machines, expected one with --sweep");
+        ensure!(range.is_some() || args.output.is_none(), "--output: no sweep to write, expected --sweep too");
+        let time_limit_s = time_limit(args.time_limit)?;
+        let model = catalogue::model(args.model.path()?, args.model.quant.as_deref())?;
+        let context = context_of(args.context, &model.sizes);
+        check_position(args.at, context)?;
+        let machines = args.machine.iter().map(|m| catalogue::machine(m)).collect::<Result<Vec<_>>>()?;
+        let mut profile = args.profile.as_deref().map(profile::read).transpose()?;
+        if let (Some(profile), Some(path)) = (&mut profile, &args.profile) {
+            match &model.shape {
+                None => profile.check_model(&model.sizes.id, path)?,
+                // Routing is independent of quantization; layers and experts are still compared.
+                Some(_) => profile.model = model.sizes.id.clone(),
+            }
         }
+        let budgets = machines.iter().map(|machine| args.budget.bytes(machine)).collect::<Result<Vec<_>>>()?;
+        let (at, kv_type) = (args.at, args.kv.checked()?.unwrap_or_default());
+        Ok(Self { model, machines, budgets, profile, context, at, kv_type, range, time_limit_s })
     }
-    let questions = machines
-        .iter()
-        .map(|machine| {
-            let budgets = budgets(&args.budget, args.vram.as_deref(), args.dram.as_deref(), machine)?;
-            let (known, profile) = (&known, profile.as_ref());
-            let (at, kv_type) = (args.at, args.kv_type);
-            Ok(Question { known, machine, budgets, profile, context: args.context, at, kv_type, time_limit_s })
-        })
-        .collect::<Result<Vec<_>>>()?;
-    if let (Some(range), Some(question)) = (&range, questions.first()) {
+
+    /// Returns one question per machine.
+    fn questions(&self) -> Vec<Question<'_>> {
+        let question = |(machine, budgets): (_, &Vec<u64>)| Question {
+            known: &self.model,
+            machine,
+            budgets: budgets.clone(),
+            profile: self.profile.as_ref(),
+            context: self.context,
+            at: self.at,
+            kv_type: self.kv_type,
+            time_limit_s: self.time_limit_s,
+        };
+        self.machines.iter().zip(&self.budgets).map(question).collect()
+    }
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// When an option is invalid, a file cannot be read or written, or the model cannot be loaded.
+pub fn run(args: &WhatIfArgs) -> Result<()> {
+    let options = WhatIfOptions::from_args(args)?;
+    let (known, questions) = (&options.model, options.questions());
+    if let (Some(range), Some(question)) = (&options.range, questions.first()) {
         return run_sweep(args, question, range);
     }
     let answers: Vec<Result<Answer>> = questions.iter().map(answer).collect();
@@ -52,7 +141,7 @@ pub fn run(args: &WhatIfArgs) -> Result<()> {
         Err(_) => Ok(Vec::new()),
     });
     let bought = bought.collect::<Result<Vec<_>>>()?;
-    if args.json {
+    if args.format.json {
         let mut values: Vec<Value> = questions.iter().zip(&answers).map(|(q, a)| as_json(q, a)).collect();
         for (value, bought) in values.iter_mut().zip(&bought) {
             value["notes"] = json!(known.notes());
@@ -78,7 +167,7 @@ pub fn run(args: &WhatIfArgs) -> Result<()> {
     Ok(())
 }
 
-/// Three digits or so.
+/// Formats a number with about three significant digits.
 fn digits(value: f64) -> String {
     let digits = if value < 10.0 { 2 } else { usize::from(value < 100.0) };
     format!("{value:.digits$}")
@@ -114,7 +203,7 @@ fn show(question: &Question<'_>, answer: &Result<Answer>) {
     let gap = plan.solver.gap.map_or("nothing proven".to_string(), |gap| format!("proven gap {:.3} %", gap * 100.0));
     println!("  plan: {}, {gap} ({})", plan.solver.status, plan.solver.backend);
     println!(
-        "  bound by {}: {:.1} ms a token, {:.0} % of the time of one{}",
+        "  bound by {}: {:.1} ms per token, {:.0} % of its time{}",
         bound.by,
         bound.seconds * 1e3,
         bound.share * 100.0,
@@ -134,7 +223,7 @@ fn show(question: &Question<'_>, answer: &Result<Answer>) {
     );
     for (at, tier) in plan.tiers.iter().enumerate() {
         println!(
-            "  {:<8} {:>9} of {:>9} used, {:>8} read a token at {} GB/s",
+            "  {:<8} {:>9} of {:>9} used, {:>8} read per token at {} GB/s",
             tier.tier.name,
             show_bytes(tier.used_bytes()),
             show_bytes(tier.budget_bytes),
@@ -147,7 +236,7 @@ fn show(question: &Question<'_>, answer: &Result<Answer>) {
         None => println!("  loading: the machine file has no load_gbps"),
     }
     if let (Some(watts), Some(joules)) = (answer.watts, answer.joules_per_token()) {
-        println!("  power: {watts:.0} W, {} J a token", digits(joules));
+        println!("  power: {watts:.0} W, {} J per token", digits(joules));
     }
     if let (Some(price), Some(each)) = (answer.price_usd, answer.tok_s_per_1000_usd()) {
         println!("  price: ${price:.0}, {} tok/s for each $1000", digits(each));
@@ -157,7 +246,7 @@ fn show(question: &Question<'_>, answer: &Result<Answer>) {
     }
 }
 
-/// What the next money should go to, in a sentence; nothing where no price is known.
+/// Returns a sentence on the best purchase; `None` if no price is known.
 fn next_purchase(bought: &[Purchase]) -> Option<String> {
     let best = bought.first()?;
     if !best.helps() {
@@ -212,7 +301,7 @@ fn run_sweep(args: &WhatIfArgs, question: &Question<'_>, range: &Range) -> Resul
     let swept = sweep(question, range, |done| bar.set_position(done as u64))?;
     bar.finish_and_clear();
     let rows = rows(&swept);
-    // After the knee more of this tier brings little, so the question is what does.
+    // Past the knee more of this tier gains little, so other tiers are priced there.
     let after = swept.knee.and_then(|knee| swept.points.get(knee));
     let bought = match after.and_then(|point| Some((point, point.answer.as_ref().ok()?))) {
         Some((point, answer)) => after_knee(question, &swept, point.bytes, answer)?,
@@ -231,7 +320,7 @@ fn run_sweep(args: &WhatIfArgs, question: &Question<'_>, range: &Range) -> Resul
         "notes": question.known.notes(),
     });
     let written = args.output.as_deref().map(|folder| write_sweep(folder, question, &swept, &value)).transpose()?;
-    if args.json {
+    if args.format.json {
         println!("{}", serde_json::to_string_pretty(&value)?);
         return Ok(());
     }
@@ -280,13 +369,13 @@ fn run_sweep(args: &WhatIfArgs, question: &Question<'_>, range: &Range) -> Resul
     Ok(())
 }
 
-/// What to buy where more of the swept tier has stopped to pay.
+/// Returns the purchases at the size where more of the swept tier stops to pay.
 fn after_knee(question: &Question<'_>, swept: &Sweep, bytes: u64, answer: &Answer) -> Result<Vec<Purchase>> {
     let Some((machine, budgets)) = at_size(question, &swept.tier, bytes) else { return Ok(Vec::new()) };
     purchases(&Question { machine: &machine, budgets, ..question.clone() }, answer)
 }
 
-/// The points in the words of `--json`.
+/// Returns the points as `--json` prints them.
 fn rows(swept: &Sweep) -> Vec<Value> {
     let row = |(at, point): (usize, &crate::whatif::sweep::Point)| match &point.answer {
         Ok(answer) => {

@@ -1,0 +1,105 @@
+//! Values of options that also accept -1, as in llama.cpp.
+
+use std::convert::Infallible;
+use std::fmt;
+use std::str::FromStr;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+/// Most tokens to generate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TokenLimit {
+    /// This many.
+    Count(u32),
+    /// Until the end-of-text token or a full context (-1).
+    Unlimited,
+}
+
+impl TokenLimit {
+    /// Returns the count, or `None` without a limit.
+    pub fn count(self) -> Option<usize> {
+        match self {
+            TokenLimit::Count(count) => Some(count as usize),
+            TokenLimit::Unlimited => None,
+        }
+    }
+}
+
+impl FromStr for TokenLimit {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "-1" => Ok(TokenLimit::Unlimited),
+            _ => text.parse().map(TokenLimit::Count).map_err(|_| {
+                "expected a count, or -1 to generate until the end of the text or of the context".to_string()
+            }),
+        }
+    }
+}
+
+/// Seed of the random number generator.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Seed {
+    /// This one: equal seeds give equal text.
+    Fixed(u64),
+    /// A new one in every run (-1).
+    Random,
+}
+
+impl Seed {
+    /// Returns the number, which for a random seed comes from the clock and the process id.
+    pub fn number(self) -> u64 {
+        match self {
+            Seed::Fixed(seed) => seed,
+            Seed::Random => {
+                let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+                // Short enough to type again.
+                (since.as_nanos() as u64 ^ (u64::from(std::process::id()) << 20)) % 4_294_967_295
+            }
+        }
+    }
+}
+
+impl FromStr for Seed {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "-1" => Ok(Seed::Random),
+            _ => {
+                let expected = "expected a number of 64 bits, or -1 for a random seed";
+                text.parse().map(Seed::Fixed).map_err(|_| expected.to_string())
+            }
+        }
+    }
+}
+
+/// How many recent tokens the repeat penalty looks at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RecentTokens(pub usize);
+
+impl FromStr for RecentTokens {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "-1" => Ok(RecentTokens(usize::MAX)),
+            _ => text
+                .parse()
+                .map(RecentTokens)
+                .map_err(|_| "expected a count, 0 for none, or -1 for the whole context".to_string()),
+        }
+    }
+}
+
+impl fmt::Display for RecentTokens {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.0 == usize::MAX { f.write_str("-1") } else { write!(f, "{}", self.0) }
+    }
+}
+
+/// Path of a file, or nothing where an environment variable only says yes.
+pub fn file_or_yes(text: &str) -> Result<Option<std::path::PathBuf>, Infallible> {
+    let yes = ["1", "y", "yes", "t", "true", "on"].iter().any(|word| word.eq_ignore_ascii_case(text));
+    Ok((!yes).then(|| text.into()))
+}
