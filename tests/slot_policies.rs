@@ -4,9 +4,9 @@
 use crate::common::{self, demo_machine, demo_model, json, run_in};
 use std::sync::Arc;
 use tier_plan_planner::profile::prompts::{self, Prompt};
-use tier_plan_planner::replay::{LayerTrace, hits};
+use tier_plan_planner::profile::replay::{LayerTrace, hits};
 use tier_plan_planner::session::{Session, tokenizer};
-use tier_plan_runtime::Wanted;
+use tier_plan_runtime::LogitsMode;
 use tier_plan_runtime::formats::SourceId;
 use tier_plan_runtime::formats::machine::TierKind;
 use tier_plan_runtime::formats::placement::{self, LayerPlacement, Placement, SlotPolicy};
@@ -57,13 +57,13 @@ fn run(gguf: &Arc<Gguf>, plan: &Placement, prompts: &[Prompt]) -> Run {
         tokens.truncate(PROMPT_TOKENS);
         engine.clear();
         let mut sampler = Sampler::new(SamplerConfig::default());
-        let mut logits = engine.forward(&tokens, Wanted::Last).unwrap().to_vec();
+        let mut logits = engine.forward(&tokens, LogitsMode::Last).unwrap().to_vec();
         let mut experts = engine.routing().experts.clone();
         let mut decoded = Vec::new();
         for _ in 0..DECODE_TOKENS {
             let token = sampler.sample(&mut logits, &tokens);
             decoded.push(token);
-            logits = engine.forward(&[token], Wanted::Last).unwrap().to_vec();
+            logits = engine.forward(&[token], LogitsMode::Last).unwrap().to_vec();
             experts.extend_from_slice(&engine.routing().experts);
         }
         profile.prompts.push(PromptTrace {

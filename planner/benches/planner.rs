@@ -1,12 +1,12 @@
-//! Speed of replay, in choices a second, and of solving, at the size of the largest models.
+//! Benchmarks replay, in choices per second, and solving, at the size of the largest models.
 #![allow(missing_docs)]
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use std::hint::black_box;
-use tier_plan_planner::cli::Strategy;
+use tier_plan_planner::profile::replay::{LayerTrace, Positions, ceiling, hits};
 use tier_plan_planner::profile::synthetic::{Routing, profile};
-use tier_plan_planner::replay::{LayerTrace, Positions, ceiling, hits};
-use tier_plan_planner::solve::{Inputs, Options, solve_all};
+use tier_plan_planner::solve::options::Strategy;
+use tier_plan_planner::solve::{Options, Problem, solve};
 use tier_plan_runtime::KvType;
 use tier_plan_runtime::formats::SourceId;
 use tier_plan_runtime::formats::machine::{Accelerator, Machine, Tier, TierKind};
@@ -96,8 +96,8 @@ fn replay(c: &mut Criterion) {
     }
 }
 
-/// Stepping the engine's cache with a quarter of the experts as slots, prompts left out: what a decoded token pays for its
-/// bookkeeping in one layer is the time of its choices.
+/// Steps the engine's cache with a quarter of the experts as slots, without prompts. The
+/// bookkeeping of a decoded token in one layer takes the time of its choices.
 fn stepping(c: &mut Criterion) {
     let mut group = c.benchmark_group("stepping");
     for n_expert in [128, 384] {
@@ -117,7 +117,7 @@ fn stepping(c: &mut Criterion) {
     }
 }
 
-/// The one pass over all layers of the largest model: 61 layers of 384 experts.
+/// Replays all layers of the largest model in one pass: 61 layers of 384 experts.
 fn all_layers(c: &mut Criterion) {
     let profile = profile(&shape(61, 384, 8), &Routing { decode_tokens: 512, ..routing(4) });
     let traces: Vec<LayerTrace> = (0..61).map(|layer| LayerTrace::new(&profile, layer, |_| true)).collect();
@@ -137,9 +137,10 @@ fn solving(c: &mut Criterion) {
         let (shape, machine) = (shape(n_layer, n_expert, n_used), machine());
         let profile = profile(&shape, &routing(16));
         let all = shape.weight_bytes();
-        // A tenth and a third of the weights; at the largest size that is about the machine's own capacity.
+        // A tenth and a third of the weights; at the largest size that is about the machine's own
+        // capacity.
         let budgets = vec![(all / 10).min(24_000 * MB), (all / 3).min(192_000 * MB), 2_000_000 * MB];
-        let inputs = Inputs {
+        let problem = Problem {
             shape: &shape,
             profile: Some(&profile),
             machine: &machine,
@@ -148,10 +149,10 @@ fn solving(c: &mut Criterion) {
             kv_type: KvType::F16,
         };
         let options = Options { strategy: Strategy::Optimal, time_limit_s: 5.0, ..Options::default() };
-        if let Ok(solved) = solve_all(&inputs, &options) {
+        if let Ok(solved) = solve(&problem, &options) {
             eprintln!("{n_layer} x {n_expert}: {:?}", solved.plan.solver);
         }
-        group.bench_function(format!("{n_layer}x{n_expert}"), |b| b.iter(|| black_box(solve_all(&inputs, &options))));
+        group.bench_function(format!("{n_layer}x{n_expert}"), |b| b.iter(|| black_box(solve(&problem, &options))));
     }
 }
 

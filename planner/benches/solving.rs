@@ -1,6 +1,6 @@
-//! Solving at the size of the largest models: seconds, proven gap, and memory, over four and five tiers.
+//! Benchmarks solving at the size of the largest models: seconds, proven gap, and memory.
 //!
-//! A table is printed first (one solve a row); then criterion times the named cases.
+//! A table is printed first, one solve per row. Criterion then times the named cases.
 #![allow(missing_docs)]
 
 use criterion::{Criterion, criterion_group, criterion_main};
@@ -8,11 +8,11 @@ use std::hint::black_box;
 use std::path::Path;
 use std::time::Instant;
 use tier_plan_planner::catalogue;
-use tier_plan_planner::cli::Strategy;
 use tier_plan_planner::profile::Evidence;
 use tier_plan_planner::profile::pattern::Pattern;
 use tier_plan_planner::profile::synthetic::{Routing, profile};
-use tier_plan_planner::solve::{Inputs, Options, solve_judged};
+use tier_plan_planner::solve::options::Strategy;
+use tier_plan_planner::solve::{Options, Problem, solve_with_evidence};
 use tier_plan_runtime::KvType;
 use tier_plan_runtime::formats::SourceId;
 use tier_plan_runtime::formats::machine::{Accelerator, Machine, Tier, TierKind};
@@ -84,12 +84,12 @@ fn evidence(shape: &ModelShape, known: &Known) -> Option<(Evidence, Option<Profi
     }
 }
 
-/// Starts the count of the largest memory afresh, where the system can.
+/// Resets the peak memory of this process, where the system can.
 fn reset_peak() {
     let _ = std::fs::write("/proc/self/clear_refs", "5");
 }
 
-/// Largest and present memory of this process, in MiB.
+/// Returns the peak and present memory of this process, in MiB.
 fn memory_mib() -> [u64; 2] {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     ["VmHWM:", "VmRSS:"].map(|key| {
@@ -117,7 +117,7 @@ fn solving(c: &mut Criterion) {
                     continue;
                 }
                 let Some((evidence, profile)) = evidence(shape, &known) else { continue };
-                let inputs = Inputs {
+                let problem = Problem {
                     shape,
                     profile: profile.as_ref(),
                     machine: &machine,
@@ -130,7 +130,7 @@ fn solving(c: &mut Criterion) {
                 let [_, before] = memory_mib();
                 reset_peak();
                 let start = Instant::now();
-                match solve_judged(&inputs, &evidence, &options) {
+                match solve_with_evidence(&problem, &evidence, &options) {
                     Ok(solved) => {
                         let report = &solved.plan.solver;
                         let gap = report.gap.map_or("none".to_string(), |gap| format!("{:.4} %", gap * 100.0));
@@ -152,7 +152,9 @@ fn solving(c: &mut Criterion) {
                     && matches!(known, Known::Supposed(_))
                     && only.is_empty()
                 {
-                    group.bench_function(&title, |b| b.iter(|| black_box(solve_judged(&inputs, &evidence, &options))));
+                    group.bench_function(&title, |b| {
+                        b.iter(|| black_box(solve_with_evidence(&problem, &evidence, &options)))
+                    });
                 }
             }
         }

@@ -1,10 +1,10 @@
 //! What a model gets when there is no plan for it: the mapped file if that fits memory, else a plan within a budget.
 
-use crate::cli::{Policy, Strategy};
 use crate::profile::Evidence;
 use crate::session::Opening;
-use crate::solve::room::page_share;
-use crate::solve::{self, Inputs, Options};
+use crate::solve::options::Policy;
+use crate::solve::problem::capacity::page_share;
+use crate::solve::{self, Options, Problem};
 use anyhow::{Context, Result};
 use std::path::Path;
 use tier_plan_runtime::formats::SourceId;
@@ -14,8 +14,8 @@ use tier_plan_runtime::formats::profile;
 use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::model::shape::ModelShape;
 use tier_plan_runtime::model::spec::ModelSpec;
-use tier_plan_runtime::plans::budget::{Budgeted, Fixed, buffer_bytes, lines, machine_tiers, within};
-use tier_plan_runtime::plans::in_memory::obvious;
+use tier_plan_runtime::plans::budget::{Budgeted, FixedMemory, buffer_bytes, lines, machine_tiers, within};
+use tier_plan_runtime::plans::in_memory::all_in_memory;
 use tier_plan_runtime::tiers::limits::{Limit, memory_limit};
 use tier_plan_runtime::units::show_bytes;
 
@@ -52,7 +52,7 @@ pub struct Chosen {
 pub fn choose(model: Model<'_>, opening: &Opening<'_>) -> Result<Chosen> {
     let Model { gguf, spec, shape, context } = model;
     let kv_type = opening.kv_type.unwrap_or_default();
-    let mapped = |fits| Chosen { plan: obvious(shape, context, kv_type), batch: None, fits };
+    let mapped = |fits| Chosen { plan: all_in_memory(shape, context, kv_type), batch: None, fits };
     if opening.mapped {
         return Ok(mapped(false));
     }
@@ -63,7 +63,7 @@ pub fn choose(model: Model<'_>, opening: &Opening<'_>) -> Result<Chosen> {
         (None, Some(limit)) => limit.bytes,
         (None, None) => return Ok(mapped(false)),
     };
-    let fixed = Fixed::new(gguf, spec, shape, context, kv_type, budget);
+    let fixed = FixedMemory::new(gguf, spec, shape, context, kv_type, budget);
     if fixed.bytes(budget).saturating_add(gguf.file_bytes()) <= budget {
         return Ok(mapped(true));
     }
@@ -83,9 +83,9 @@ pub fn choose(model: Model<'_>, opening: &Opening<'_>) -> Result<Chosen> {
         Err(error) => return Err(error),
     };
     eprintln!("{}", sentence(model, opening.dram, limit.as_ref(), budget));
-    let width = lines.iter().map(|(what, _)| what.len()).max().unwrap_or(0);
-    for (what, bytes) in &lines {
-        eprintln!("  {what:<width$} {:>10}", show_bytes(*bytes));
+    let width = lines.iter().map(|line| line.purpose.len()).max().unwrap_or(0);
+    for line in &lines {
+        eprintln!("  {:<width$} {:>10}", line.purpose, show_bytes(line.bytes));
     }
     Ok(Chosen { plan, batch: Some(batch), fits: false })
 }
@@ -93,10 +93,10 @@ pub fn choose(model: Model<'_>, opening: &Opening<'_>) -> Result<Chosen> {
 fn sentence(model: Model<'_>, asked: Option<u64>, limit: Option<&Limit>, budget: u64) -> String {
     let why = match (asked, limit) {
         (Some(asked), Some(limit)) if limit.bytes < asked => {
-            format!("--dram {}, but {} is {}", show_bytes(asked), limit.of, show_bytes(limit.bytes))
+            format!("--dram {}, but the {} is {}", show_bytes(asked), limit.source, show_bytes(limit.bytes))
         }
         (Some(_), _) => "--dram".to_string(),
-        (None, Some(limit)) => limit.of.to_string(),
+        (None, Some(limit)) => limit.source.to_string(),
         (None, None) => "no limit".to_string(),
     };
     format!(
@@ -107,7 +107,13 @@ fn sentence(model: Model<'_>, asked: Option<u64>, limit: Option<&Limit>, budget:
 }
 
 /// The solver's plan: the rates of the two tiers are not known, so it says nothing about speed.
-fn with_profile(model: Model<'_>, path: &Path, fixed: &Fixed, opening: &Opening<'_>, budget: u64) -> Result<Placement> {
+fn with_profile(
+    model: Model<'_>,
+    path: &Path,
+    fixed: &FixedMemory,
+    opening: &Opening<'_>,
+    budget: u64,
+) -> Result<Placement> {
     let Model { gguf, spec, shape, context } = model;
     let kv_type = opening.kv_type.unwrap_or_default();
     let profile = profile::read(path)?;
@@ -131,13 +137,18 @@ fn with_profile(model: Model<'_>, path: &Path, fixed: &Fixed, opening: &Opening<
         token_overhead_us: 0.0,
         extras: Extras::default(),
     };
-    let inputs =
-        Inputs { shape, profile: Some(&profile), machine: &machine, budgets: vec![counted, experts], context, kv_type };
-    let options = Options { strategy: Strategy::Optimal, time_limit_s: SOLVE_S, ..Options::default() };
+    let problem = Problem {
+        shape,
+        profile: Some(&profile),
+        machine: &machine,
+        budgets: vec![counted, experts],
+        context,
+        kv_type,
+    };
+    let options = Options { policy: Policy::Auto, time_limit_s: SOLVE_S, ..Options::default() };
     let what = "making a plan from the profile";
     let evidence = Evidence::new(shape, Some(&profile)).context(what)?;
-    let mut plan = solve::solve_judged(&inputs, &evidence, &options).context(what)?.plan;
-    solve::policy::refill(&mut plan, &inputs, &evidence, Policy::Auto).context(what)?;
+    let mut plan = solve::solve_with_evidence(&problem, &evidence, &options).context(what)?.plan;
     plan.tiers[0].budget_bytes = room;
     plan.predicted = Prediction::default();
     Ok(plan)

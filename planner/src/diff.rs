@@ -1,40 +1,41 @@
-//! What is different between two plans for one model: where tensors and experts moved, bytes by tier, predicted speed.
+//! Compares two plans for one model: where tensors and experts moved, bytes by tier, predicted
+//! speed.
 //!
-//! Tiers are the same if they have the same name, whatever their order.
+//! Tiers are matched by name, whatever their order.
 
 use anyhow::{Result, ensure};
 use std::collections::{BTreeMap, BTreeSet};
 use tier_plan_runtime::formats::placement::{LayerPlacement, Placement, PlanTier, SlotPolicy};
 use tier_plan_runtime::model::shape::DenseKind;
 
-/// Where a pooled expert is: nowhere of its own, it passes through slots.
+/// Place of a pooled expert: none of its own, it passes through slots.
 pub const POOLED: &str = "pooled";
 
 /// A tier in both plans, or in one.
 #[derive(Debug, Clone, PartialEq)]
 pub struct TierChange {
-    /// Its name.
+    /// Name of the tier.
     pub name: String,
-    /// In the first plan.
+    /// Bytes in the first plan.
     pub before: Option<Bytes>,
-    /// In the second.
+    /// Bytes in the second plan.
     pub after: Option<Bytes>,
 }
 
-/// A tier's lines.
+/// Bytes of a tier, by kind.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Bytes {
-    /// May be used.
+    /// Budget in bytes.
     pub budget: u64,
-    /// Dense groups.
+    /// Bytes of dense groups.
     pub dense: u64,
-    /// Pinned experts.
+    /// Bytes of pinned experts.
     pub pinned: u64,
-    /// Slots.
+    /// Bytes of slots.
     pub slots: u64,
-    /// All lines, cache, staging and home copies too.
+    /// Bytes of all kinds, KV cache, staging and backing copies included.
     pub used: u64,
-    /// Rate that was planned with, in 10⁹ bytes a second.
+    /// Rate that was planned with, in 10⁹ bytes per second.
     pub read_gbps: f64,
 }
 
@@ -51,29 +52,29 @@ impl Bytes {
     }
 }
 
-/// Dense groups of one kind that moved between the same tiers.
+/// Dense groups of one kind that moved between two tiers.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DenseMove {
-    /// Which.
+    /// Kind of the groups.
     pub kind: DenseKind,
-    /// Their layers; none for embedding and head.
+    /// Layers of the groups; none for embedding and head.
     pub layers: Vec<u32>,
-    /// From this tier.
+    /// Name of the tier in the first plan.
     pub from: String,
-    /// To this one.
+    /// Name of the tier in the second plan.
     pub to: String,
 }
 
-/// What changed in one layer's experts.
+/// Changes of one layer's experts.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LayerChange {
-    /// The layer.
+    /// Number of the layer.
     pub layer: u32,
-    /// Experts that moved, by where from and where to: tiers, or [`POOLED`].
+    /// Experts that moved, by tiers from and to, or [`POOLED`].
     pub moved: BTreeMap<(String, String), Vec<u32>>,
     /// Slots and their tier, before and after.
     pub slots: [(u32, String); 2],
-    /// How slots are refilled, before and after; LRU where there are none.
+    /// Policies before and after; LRU where there are no slots.
     pub policies: [SlotPolicy; 2],
 }
 
@@ -84,33 +85,44 @@ impl LayerChange {
         before.0 != after.0 || (before.0 > 0 && before.1 != after.1) || self.policy_changed()
     }
 
-    /// Whether slots that both plans have are refilled in another way.
+    /// Whether slots that both plans have are refilled by another policy.
     pub fn policy_changed(&self) -> bool {
         self.slots[0].0 > 0 && self.slots[1].0 > 0 && self.policies[0] != self.policies[1]
     }
 }
 
-/// The differences.
+/// A setting that differs between two plans.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SettingChange {
+    /// Name for display.
+    pub name: &'static str,
+    /// Value in the first plan.
+    pub before: String,
+    /// Value in the second plan.
+    pub after: String,
+}
+
+/// Differences between two plans.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Diff {
-    /// All tiers.
+    /// Tiers of either plan.
     pub tiers: Vec<TierChange>,
     /// Dense groups that moved.
     pub dense: Vec<DenseMove>,
     /// Layers whose experts or slots changed.
     pub layers: Vec<LayerChange>,
-    /// Settings that changed: name, before, after.
-    pub settings: Vec<(&'static str, String, String)>,
+    /// Settings that changed.
+    pub settings: Vec<SettingChange>,
 }
 
 impl Diff {
-    /// Whether both place everything alike.
+    /// Whether both plans place everything alike.
     pub fn is_empty(&self) -> bool {
         let same = |t: &TierChange| t.before == t.after;
         self.dense.is_empty() && self.layers.is_empty() && self.settings.is_empty() && self.tiers.iter().all(same)
     }
 
-    /// Experts that moved, over all layers.
+    /// Returns the number of experts that moved, over all layers.
     pub fn experts_moved(&self) -> usize {
         self.layers.iter().flat_map(|l| l.moved.values()).map(Vec::len).sum()
     }
@@ -119,7 +131,7 @@ impl Diff {
 /// Compares two plans.
 ///
 /// # Errors
-/// When they are for different models.
+/// Fails if they are for different models.
 pub fn diff(a: &Placement, b: &Placement) -> Result<Diff> {
     ensure!(
         a.model.hash == b.model.hash,
@@ -141,15 +153,15 @@ fn tiers(a: &Placement, b: &Placement) -> Vec<TierChange> {
             names.push(&tier.tier.name);
         }
     }
-    let of = |plan: &Placement, name: &str| plan.tiers.iter().find(|t| t.tier.name == name).map(Bytes::of);
-    names.iter().map(|n| TierChange { name: n.to_string(), before: of(a, n), after: of(b, n) }).collect()
+    let bytes = |plan: &Placement, name: &str| plan.tiers.iter().find(|t| t.tier.name == name).map(Bytes::of);
+    names.iter().map(|n| TierChange { name: n.to_string(), before: bytes(a, n), after: bytes(b, n) }).collect()
 }
 
 fn dense(a: &Placement, b: &Placement) -> Vec<DenseMove> {
-    let of = |plan: &Placement| -> BTreeMap<(DenseKind, Option<u32>), String> {
+    let tier_names = |plan: &Placement| -> BTreeMap<(DenseKind, Option<u32>), String> {
         plan.dense.iter().map(|d| ((d.kind, d.layer), name(plan, d.tier))).collect()
     };
-    let (before, after) = (of(a), of(b));
+    let (before, after) = (tier_names(a), tier_names(b));
     let mut moves: BTreeMap<(DenseKind, String, String), Vec<u32>> = BTreeMap::new();
     for (key, from) in &before {
         let to = after.get(key).cloned().unwrap_or_else(|| "nowhere".into());
@@ -177,7 +189,7 @@ fn layers(a: &Placement, b: &Placement) -> Vec<LayerChange> {
         let experts: BTreeSet<u32> = before.keys().chain(after.keys()).copied().collect();
         let mut moved: BTreeMap<(String, String), Vec<u32>> = BTreeMap::new();
         for expert in experts {
-            let place = |of: &BTreeMap<u32, String>| of.get(&expert).cloned().unwrap_or_else(|| POOLED.to_string());
+            let place = |pins: &BTreeMap<u32, String>| pins.get(&expert).cloned().unwrap_or_else(|| POOLED.to_string());
             let (from, to) = (place(&before), place(&after));
             if from != to {
                 moved.entry((from, to)).or_default().push(expert);
@@ -193,14 +205,14 @@ fn layers(a: &Placement, b: &Placement) -> Vec<LayerChange> {
     changes
 }
 
-/// The tiers that have keys and values.
+/// Returns the tiers that have a KV cache.
 fn caches(plan: &Placement) -> String {
     let has: Vec<String> = plan.tiers.iter().filter(|t| t.kv_bytes > 0).map(|t| t.tier.name.clone()).collect();
     if has.is_empty() { name(plan, plan.kv_tier) } else { has.join(" and ") }
 }
 
-fn settings(a: &Placement, b: &Placement) -> Vec<(&'static str, String, String)> {
-    let of = |plan: &Placement| {
+fn settings(a: &Placement, b: &Placement) -> Vec<SettingChange> {
+    let values = |plan: &Placement| {
         [
             ("context", plan.context.to_string()),
             ("keys and values", format!("{} on {}", plan.kv_type, caches(plan))),
@@ -209,8 +221,9 @@ fn settings(a: &Placement, b: &Placement) -> Vec<(&'static str, String, String)>
             ("machine", plan.machine.to_string()),
         ]
     };
-    let pairs = of(a).into_iter().zip(of(b));
-    pairs.filter(|(a, b)| a.1 != b.1).map(|(a, b)| (a.0, a.1, b.1)).collect()
+    let pairs = values(a).into_iter().zip(values(b));
+    let changed = pairs.filter(|((_, before), (_, after))| before != after);
+    changed.map(|((name, before), (_, after))| SettingChange { name, before, after }).collect()
 }
 
 #[cfg(test)]
@@ -272,7 +285,7 @@ mod tests {
         assert_eq!(found.settings.len(), 1);
         let dram = found.tiers.iter().find(|t| t.name == "dram").unwrap();
         assert_eq!(dram.after.unwrap().budget - dram.before.unwrap().budget, 5);
-        // The other way round it is the same, turned round.
+        // Compared the other way round, the differences are reversed.
         let back = diff(&b, &a).unwrap();
         for ((from, to), experts) in &change.moved {
             assert_eq!(back.layers[0].moved.get(&(to.clone(), from.clone())), Some(experts));

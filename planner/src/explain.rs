@@ -1,12 +1,13 @@
-//! Why a plan is as it is: what each layer does in a token's time, what bounds it, and what more of a tier is worth.
+//! Explains a plan: what each layer does in a token's time, its bottleneck, and what more of a tier
+//! is worth.
 //!
-//! A plan is the cheapest choice at certain prices for bytes, the shadow prices of the tiers' budgets: every layer takes
-//! what saves more time than its bytes cost. So the prices, beside the use of the experts on either side of each border,
-//! are the reason for where things are.
+//! A plan is the cheapest choice at certain shadow prices of the tiers' bytes: every layer takes
+//! what saves more time than its bytes cost. So the prices, beside the use of the experts on either
+//! side of each border, are the reason for where things are.
 
-use crate::cost::{ExpertStage, Fixed, outcomes, stage_mean_s};
+use crate::cost::{ExpertStage, FixedTimes, outcomes, stage_mean_s};
 use crate::profile::{Evidence, LayerEvidence};
-use crate::solve::{Inputs, shadow_prices};
+use crate::solve::{Problem, shadow_prices};
 use anyhow::{Result, ensure};
 use tier_plan_runtime::formats::machine::{Extras, Machine, Tier};
 use tier_plan_runtime::formats::placement::{LayerPlacement, Placement, SlotPolicy};
@@ -15,25 +16,26 @@ use tier_plan_runtime::model::shape::ModelShape;
 /// One layer's experts under a plan.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LayerReason {
-    /// The layer.
+    /// Number of the layer.
     pub layer: u32,
-    /// Bytes of one of its experts.
+    /// Bytes per expert.
     pub expert_bytes: u64,
-    /// `[tiers]` experts pinned to each.
+    /// `[tiers]` number of pinned experts.
     pub pinned: Vec<u32>,
     /// Slots, and their tier.
     pub slots: (u32, usize),
-    /// How they are refilled.
+    /// Policy of the slots.
     pub policy: SlotPolicy,
     /// Share of the choices that pins serve.
     pub pin_hits: f64,
     /// Share of the choices that slots serve.
     pub slot_hits: f64,
-    /// Seconds of a token that the experts take.
+    /// Seconds per token of the expert stage.
     pub seconds: f64,
-    /// The path that takes longest on average: a tier, or the reads from the last one.
+    /// Path that takes longest on average.
     pub longest: Path,
-    /// Least share of tokens that choose an expert that is pinned, and the largest that choose one that is not.
+    /// Least share of tokens that choose an expert that is pinned, and the largest that choose one
+    /// that is not.
     pub border: (Option<f64>, Option<f64>),
 }
 
@@ -49,26 +51,26 @@ pub enum Path {
 /// What one tier's budget is worth.
 #[derive(Debug, Clone, PartialEq)]
 pub struct TierReason {
-    /// Its name.
+    /// Name of the tier.
     pub name: String,
-    /// Seconds of a token that a GiB more would save, at the margin.
+    /// Seconds per token that one more GiB would save, at the margin.
     pub seconds_per_gib: f64,
-    /// Tokens a second that it would bring.
+    /// Tokens per second that one more GiB would bring.
     pub tok_s_per_gib: f64,
     /// Bytes of the budget that are not used.
     pub spare_bytes: u64,
 }
 
-/// A plan, explained.
+/// Reasons of a plan.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Explanation {
-    /// By layer.
+    /// One per layer with experts.
     pub layers: Vec<LayerReason>,
-    /// By tier.
+    /// One per tier.
     pub tiers: Vec<TierReason>,
 }
 
-/// The machine that a plan was made for, as far as the plan says.
+/// Returns the machine that a plan was made for, as far as the plan says.
 pub fn machine_of(plan: &Placement) -> Machine {
     let rates = plan.tiers.iter().zip(&plan.predicted.prompt_gflops).filter(|(_, rate)| **rate > 0.0);
     let rates = rates.map(|(t, rate)| (t.tier.name.clone(), *rate));
@@ -78,7 +80,7 @@ pub fn machine_of(plan: &Placement) -> Machine {
         tiers: plan.tiers.iter().map(|t| t.tier.clone()).collect(),
         layer_overhead_us: plan.layer_overhead_us,
         token_overhead_us: plan.token_overhead_us,
-        // A plan's rates have the efficiency in them.
+        // The efficiency is part of a plan's rates.
         extras: Extras { prompt_gflops: rates.collect(), ..Extras::default() },
         id: plan.machine.clone(),
     }
@@ -87,9 +89,9 @@ pub fn machine_of(plan: &Placement) -> Machine {
 /// Explains a plan of this model, judged on this evidence.
 ///
 /// # Errors
-/// When the plan does not hold for the model, or its prices cannot be found.
+/// Fails if the plan does not hold for the model, or its prices cannot be found.
 pub fn explain(plan: &Placement, shape: &ModelShape, evidence: &Evidence, time_limit_s: f64) -> Result<Explanation> {
-    let wrong = crate::solve::check::check(plan, shape, evidence);
+    let wrong = crate::solve::verify::verify(plan, shape, evidence);
     ensure!(
         wrong.is_empty(),
         "the plan '{}' does not hold for this model and profile: {}; give those that it was made from",
@@ -97,7 +99,7 @@ pub fn explain(plan: &Placement, shape: &ModelShape, evidence: &Evidence, time_l
         wrong.join("; ")
     );
     let machine = machine_of(plan);
-    let inputs = Inputs {
+    let problem = Problem {
         shape,
         profile: None,
         machine: &machine,
@@ -105,25 +107,25 @@ pub fn explain(plan: &Placement, shape: &ModelShape, evidence: &Evidence, time_l
         context: plan.context,
         kv_type: plan.kv_type,
     };
-    let prices = shadow_prices(&inputs, evidence, plan.kv_tier, time_limit_s)?;
+    let prices = shadow_prices(&problem, evidence, plan.kv_tier, time_limit_s)?;
     let total = crate::cost::token_s(&plan.predicted).max(f64::MIN_POSITIVE);
     let tiers = plan.tiers.iter().zip(&prices).map(|(tier, price)| {
         let seconds_per_gib = price * f64::from(1u32 << 30);
         TierReason {
             name: tier.tier.name.clone(),
             seconds_per_gib,
-            // The slope of 1 / seconds.
+            // The derivative of 1 / seconds.
             tok_s_per_gib: seconds_per_gib / (total * total),
             spare_bytes: tier.budget_bytes.saturating_sub(tier.used_bytes()),
         }
     });
-    let rates = Fixed::of(plan, shape).tiers;
+    let rates = FixedTimes::of(plan, shape).tiers;
     let layers = plan.layers.iter().zip(&evidence.layers);
     Ok(Explanation { layers: layers.map(|(l, e)| layer(plan, l, e, &rates)).collect(), tiers: tiers.collect() })
 }
 
 fn layer(plan: &Placement, layer: &LayerPlacement, evidence: &LayerEvidence, tiers: &[Tier]) -> LayerReason {
-    let stage = ExpertStage::new(tiers, evidence.shape.expert_bytes, evidence.ahead);
+    let stage = ExpertStage::new(tiers, evidence.shape.expert_bytes, evidence.prefetch);
     let found = outcomes(layer, evidence, tiers, plan.staging_tier);
     let to = layer.brought_to(plan.staging_tier);
     let path_s = |path: usize, experts: &[u16]| stage.path_s(path, f64::from(experts[path]), to);
@@ -173,11 +175,11 @@ fn layer(plan: &Placement, layer: &LayerPlacement, evidence: &LayerEvidence, tie
 mod tests {
     use super::*;
     use crate::catalogue;
-    use crate::cli::Strategy;
     use crate::profile::pattern::Pattern;
-    use crate::solve::{Options, solve_judged};
+    use crate::solve::options::Strategy;
+    use crate::solve::{Options, solve_with_evidence};
 
-    /// The prices against solving again with more: what a GiB more of a tier really brings.
+    /// Prices agree with what a GiB more of a tier brings when solved again.
     #[test]
     fn prices_are_what_more_bytes_bring() -> Result<()> {
         let known = catalogue::model(std::path::Path::new("qwen3-30b-a3b"), Some("q4_k_m"))?;
@@ -186,10 +188,10 @@ mod tests {
         let solve = |vram: u64| {
             let budgets = vec![vram, 6 << 30, 2_000_000_000_000];
             let kv_type = Default::default();
-            let inputs =
-                Inputs { shape: &known.sizes, profile: None, machine: &machine, budgets, context: 1024, kv_type };
+            let problem =
+                Problem { shape: &known.sizes, profile: None, machine: &machine, budgets, context: 1024, kv_type };
             let options = Options { strategy: Strategy::Optimal, time_limit_s: 4.0, ..Options::default() };
-            Ok::<_, anyhow::Error>(solve_judged(&inputs, &evidence, &options)?.plan)
+            Ok::<_, anyhow::Error>(solve_with_evidence(&problem, &evidence, &options)?.plan)
         };
         let plan = solve(4 << 30)?;
         let why = explain(&plan, &known.sizes, &evidence, 4.0)?;
@@ -197,15 +199,15 @@ mod tests {
         let more = solve((4 << 30) + (1 << 29))?;
         let saved = (plan.solver.objective_s - more.solver.objective_s) * 2.0;
         let said = why.tiers[0].seconds_per_gib;
-        // Value falls as bytes grow, and both plans have a small gap.
+        // The worth falls as bytes grow, and both plans have a small gap.
         assert!(said > 0.0 && saved > 0.3 * said && saved < 1.3 * said, "{said} {saved}");
         assert!(why.tiers[2].seconds_per_gib.abs() < 1e-9, "nobody lacks room on the drive");
-        // The parts are those of the prediction.
+        // The sums are those of the prediction.
         let seconds: f64 = why.layers.iter().map(|l| l.seconds).sum();
         assert!((seconds - plan.predicted.expert_critical_s).abs() < 1e-9);
         let hits = why.layers.iter().map(|l| l.pin_hits + l.slot_hits).sum::<f64>() / 48.0;
         assert!((hits - plan.predicted.hit_rate).abs() < 1e-6, "{hits}");
-        // Favourites are pinned before others.
+        // Favorites are pinned before others.
         for l in &why.layers {
             if let (Some(least), Some(most)) = l.border {
                 assert!(least >= most, "layer {}", l.layer);

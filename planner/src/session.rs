@@ -1,4 +1,4 @@
-//! Opening a model for a command: the file, the plan or the obvious one, the engine and the tokenizer.
+//! Opening a model for a command: the file, the plan or the default one, the engine and the tokenizer.
 
 use crate::budget::{self, Chosen, Model};
 use crate::store::{self, Start};
@@ -18,7 +18,7 @@ use tier_plan_runtime::tokenizer::Tokenizer;
 use tier_plan_runtime::units::{parse_bytes, show_bytes};
 use tier_plan_runtime::{Engine, KvType, LoadOptions};
 
-/// Context of the obvious plan where the model would allow more.
+/// Context of the default plan where the model would allow more.
 const DEFAULT_CONTEXT: u32 = 4096;
 
 /// Set by Ctrl-C.

@@ -3,8 +3,8 @@
 use crate::host;
 use crate::profile::collect::Settings;
 use crate::profile::prompts::Prompt;
+use crate::profile::replay::{LayerTrace, hit_curve};
 use crate::progress;
-use crate::replay::{LayerTrace, hit_curve};
 use crate::report::{HitCurve, PlanEntry};
 use crate::session::Session;
 use anyhow::{Context, Result, ensure};

@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
-use tier_plan_runtime::experts::checksums::{Checks, make_sums};
+use tier_plan_runtime::experts::checksums::{Checksums, compute_checksums};
 use tier_plan_runtime::formats::sums::Sums;
 use tier_plan_runtime::formats::{safely, sums};
 use tier_plan_runtime::gguf::Gguf;
@@ -27,7 +27,7 @@ pub fn make(gguf: &Gguf, spec: &ModelSpec, output: &Path) -> Result<Sums> {
     safely::check(output)
         .with_context(|| "checksums can go elsewhere: `tier-plan checksum MODEL -o FILE`, then --verify=FILE")?;
     let bar = progress::bytes("making checksums");
-    let made = make_sums(gguf, spec, show_utc(SystemTime::now()), &mut |done, total| {
+    let made = compute_checksums(gguf, spec, show_utc(SystemTime::now()), &mut |done, total| {
         bar.set_length(total);
         bar.set_position(done);
         true
@@ -43,7 +43,7 @@ pub fn make(gguf: &Gguf, spec: &ModelSpec, output: &Path) -> Result<Sums> {
 ///
 /// # Errors
 /// When they can't be read or made, or are of another model.
-pub fn checks(gguf: &Gguf, spec: &ModelSpec, asked: Option<Option<&Path>>) -> Result<Option<Arc<Checks>>> {
+pub fn checks(gguf: &Gguf, spec: &ModelSpec, asked: Option<Option<&Path>>) -> Result<Option<Arc<Checksums>>> {
     let Some(asked) = asked else { return Ok(None) };
     let beside = default_path(gguf);
     let path = asked.unwrap_or(&beside);
@@ -54,5 +54,5 @@ pub fn checks(gguf: &Gguf, spec: &ModelSpec, asked: Option<Option<&Path>>) -> Re
         eprintln!("{}: checksums made now; from here on they tell whether the model's bytes change", path.display());
         sums
     };
-    Ok(Some(Arc::new(Checks::bind(gguf, spec, &sums, path)?)))
+    Ok(Some(Arc::new(Checksums::bind(gguf, spec, &sums, path)?)))
 }

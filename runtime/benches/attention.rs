@@ -1,5 +1,5 @@
-//! Attention alone, for one token and for a batch: 32 heads over 4 heads of keys and values, and 16 over 16, of 128
-//! values each.
+//! Attention alone, for one token and for a batch: 32 heads over 4 heads of keys and values, and 16
+//! over 16, of 128 values each.
 //!
 //! `cargo bench -p tier-plan-runtime --bench attention -- decode/f16`
 

@@ -1,4 +1,6 @@
-//! Why a model could not be loaded, and why a forward pass failed.
+//! Errors of loading a model, and of forward passes.
+//!
+//! Messages hold facts only. A program that offers options adds what to do about them.
 
 use crate::tiers::arena::ArenaError;
 use crate::tiers::file::ReadError;
@@ -8,13 +10,14 @@ use tier_plan_cuda::CudaError;
 use tier_plan_formats::model::ModelError;
 use tier_plan_kernels::IsaError;
 
-/// Why a model could not be loaded.
+/// An error of loading a model.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum LoadError {
-    /// The file is no model that runs.
+    /// The file holds no model that runs.
     #[error(transparent)]
     Model(#[from] ModelError),
-    /// Memory.
+    /// The system has too little memory for a tier.
     #[error(transparent)]
     Arena(#[from] ArenaError),
     /// The file could not be read.
@@ -23,98 +26,97 @@ pub enum LoadError {
     /// The environment asks for kernels that cannot run.
     #[error(transparent)]
     Isa(#[from] IsaError),
-    /// The system has not got the memory for the context.
-    #[error(
-        "no memory for the {bytes} bytes of keys and values of {context} tokens: {source}; give a smaller --ctx, or solve with a smaller --context"
-    )]
+    /// The system has too little memory for the context.
+    #[error("no memory for the KV cache: {bytes} bytes for a context of {context} tokens: {source}")]
     Context {
         /// Tokens of context.
         context: u32,
-        /// Bytes that their keys and values take.
+        /// Bytes of their keys and values, and of recurrent states.
         bytes: u64,
         /// What the system said; part of the message, so no source of its own.
         r#source: std::io::Error,
     },
-    /// The GPU that the plan wants is not there, or failed.
-    #[error("plan '{plan}' uses a GPU's memory: {source}; or solve with --vram 0")]
+    /// A GPU of the plan is missing, or failed.
+    #[error("plan '{plan}' uses a GPU: {source}")]
     Gpu {
-        /// The plan's name.
+        /// Name of the plan.
         plan: String,
         /// What is wrong; part of the message, so no source of its own.
         r#source: CudaError,
     },
-    /// A memory node that the plan wants is not there, or full.
+    /// A NUMA node of the plan is missing, or full.
     #[error("plan '{plan}' can't have the memory that it was made for: {source}")]
     Node {
-        /// The plan's name.
+        /// Name of the plan.
         plan: String,
         /// What is wrong; part of the message, so no source of its own.
         r#source: NumaError,
     },
-    /// Something is on a GPU that can't run there.
-    #[error("plan '{plan}' puts on tier '{tier}', a GPU's memory, what can't run there: {what}; {mend}")]
+    /// A part of the model can't run on the GPU where the plan puts it.
+    #[error("plan '{plan}' puts on tier '{tier}', a GPU's memory, what can't run there: {what}")]
     OnGpu {
-        /// The plan's name.
+        /// Name of the plan.
         plan: String,
-        /// The tier.
+        /// Name of the tier.
         tier: String,
-        /// What, and why.
+        /// The tensor group that a plan without this fault keeps off the tier; `None` for the KV
+        /// cache, which a plan made today puts elsewhere.
+        group: Option<&'static str>,
+        /// The part, and why it can't run there.
         what: String,
-        /// What to do.
-        mend: String,
     },
-    /// A GPU whose memory is too small for what the plan puts there and what computes with it.
+    /// A GPU has too little memory for what the plan puts there and what computes with it.
     #[error(
-        "plan '{plan}' needs {needed} bytes of tier '{tier}', and {device} has {free} free: {weights} of weights, {cache} of \
-         keys and values, {work} to work in and {reserve} for the driver; solve with a smaller budget for '{tier}', or free \
-         some of its memory"
+        "plan '{plan}' needs {needed} bytes of tier '{tier}', and {device} has {free} free: {weights} for weights, \
+         {cache} for the KV cache, {work} for buffers, and {reserve} for the driver"
     )]
     GpuFull {
-        /// The plan's name.
+        /// Name of the plan.
         plan: String,
-        /// The tier.
+        /// Name of the tier.
         tier: String,
-        /// The GPU.
+        /// Name of the GPU.
         device: String,
-        /// Bytes of it that are free.
+        /// Bytes of the GPU that are free.
         free: u64,
         /// Bytes of all below.
         needed: u64,
-        /// Bytes of dense groups and pinned experts.
+        /// Bytes of dense groups, pinned experts and slots.
         weights: u64,
-        /// Bytes of keys and values.
+        /// Bytes of keys, values and recurrent states.
         cache: u64,
         /// Bytes of buffers.
         work: u64,
         /// Bytes left for the driver and the kernels.
         reserve: u64,
     },
-    /// The plan and the model don't belong together, or the plan contradicts itself.
-    #[error("plan '{plan}' does not fit model '{model}': {what}; make a new one with `tier-plan solve`")]
+    /// The plan is for another model, or contradicts itself.
+    #[error("plan '{plan}' does not fit model '{model}': {what}")]
     Plan {
-        /// The plan's name.
+        /// Name of the plan.
         plan: String,
-        /// The model's name.
+        /// Name of the model.
         model: String,
         /// What does not fit.
         what: String,
     },
-    /// A tier that this program can't drive.
-    #[error("plan '{plan}' puts bytes on tier '{tier}', which is {kind} and not emulated; {mend}")]
+    /// A tier holds what its kind of memory can't hold.
+    #[error("plan '{plan}' puts bytes on tier '{tier}', which is {kind} and not emulated: {rule}")]
     Tier {
-        /// The plan's name.
+        /// Name of the plan.
         plan: String,
-        /// The tier.
+        /// Name of the tier.
         tier: String,
-        /// Its kind.
+        /// The kind of memory, with an article.
         kind: &'static str,
-        /// What to do.
-        mend: &'static str,
+        /// The rule that the plan breaks.
+        rule: &'static str,
     },
 }
 
-/// Why a forward pass failed.
+/// An error of a forward pass.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum RunError {
     /// The slow tier could not deliver.
     #[error(transparent)]
@@ -122,25 +124,23 @@ pub enum RunError {
     /// The GPU failed.
     #[error(transparent)]
     Gpu(#[from] CudaError),
-    /// No room in the key and value cache.
-    #[error(
-        "the context is full: {wanted} tokens wanted, {context} planned; give a larger --ctx, or solve with a larger --context"
-    )]
+    /// The context has no room for the tokens.
+    #[error("context full: {wanted} tokens requested, {context} available")]
     ContextFull {
-        /// Tokens after this call.
+        /// Tokens in the context after the call.
         wanted: usize,
-        /// Tokens the cache holds.
+        /// Tokens that the context can hold.
         context: usize,
     },
-    /// A token id outside the vocabulary.
-    #[error("token {token} is not in the vocabulary: its ids go from 0 to {}", n_vocab.saturating_sub(1))]
+    /// A token id is outside the vocabulary.
+    #[error("token {token} is not in the vocabulary: ids go from 0 to {}", n_vocab.saturating_sub(1))]
     Token {
         /// The id.
         token: u32,
-        /// Vocabulary size.
+        /// Size of the vocabulary.
         n_vocab: usize,
     },
-    /// A layer's state cannot go back.
+    /// A recurrent state cannot go back to fewer tokens.
     #[error(
         "the context of {n_past} tokens cannot be cut to {wanted}: this model has layers that remember past tokens in one \
          recurrent state; start again from 0"
@@ -151,7 +151,7 @@ pub enum RunError {
         /// Tokens that should be left.
         wanted: usize,
     },
-    /// An earlier read failed in the middle of a pass.
+    /// An earlier pass failed halfway in recurrent states.
     #[error("an earlier read error left the context of this model unusable, as it can't go back; start again from 0")]
     Broken,
 }

@@ -1,45 +1,46 @@
-//! How a model is loaded, and how many tokens go through its layers at once.
+//! Options of loading a model.
 
-use crate::experts::checksums::Checks;
+use crate::experts::checksums::Checksums;
 use crate::experts::pack::Pack;
 use std::sync::Arc;
 
-/// Told how many bytes of how many are in place.
+/// A callback that is told how many bytes are in place, and how many there will be.
 pub type Progress<'a> = &'a mut dyn FnMut(u64, u64);
 
-/// How to load.
+/// Options of loading a model.
 #[derive(Debug, Clone, Default)]
 pub struct LoadOptions {
-    /// Threads that compute; the physical cores when `None`.
+    /// Compute threads; the physical cores when `None`.
     pub threads: Option<usize>,
-    /// Tokens of a prompt that go through a layer together, 2048 when `None`; never more than the context holds.
+    /// Tokens of a prompt that go through a layer together; 2048 when `None`, and never more than
+    /// the context holds.
     pub batch: Option<usize>,
-    /// What all bytes that are loaded, or read later, are compared with.
-    pub checks: Option<Arc<Checks>>,
-    /// A copy that experts are read from, where they are read from files at all.
+    /// Checksums that all bytes are compared with, those that are read later too.
+    pub checks: Option<Arc<Checksums>>,
+    /// A copy that experts are read from, where the plan reads them from files at all.
     pub pack: Option<Arc<Pack>>,
-    /// How fast experts of main memory pass through a GPU for prompts, and are multiplied without; where `None`, the first
-    /// is measured and the second is the plan's.
+    /// Rates that decide which experts of main memory are streamed to a GPU for prompts. Where
+    /// `None`, the link is measured and the CPU's rate is the plan's.
     pub stream: Option<StreamRates>,
 }
 
-/// What decides which experts of main memory a GPU computes for a prompt.
+/// Rates that decide which experts of main memory a GPU computes for a prompt.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct StreamRates {
-    /// Bytes of experts that pass through a GPU, in 10⁹ a second; 0 for none.
+    /// Experts that are streamed to a GPU, in 10⁹ bytes per second; 0 for none.
     pub link_gbps: f64,
-    /// Products of the processor with many tokens, in 10⁹ floating-point operations a second.
+    /// Matmuls of the CPU with many tokens, in 10⁹ floating-point operations per second.
     pub processor_gflops: f64,
 }
 
-/// Tokens that go through a layer together, unless told otherwise: a prompt's experts are read once for so many.
-pub(crate) const BATCH: usize = 2048;
+/// Tokens per batch by default. A prompt's experts are read once per batch.
+pub(crate) const DEFAULT_BATCH: usize = 2048;
 
-/// Tokens that a layer's dense stage, and an expert, take at once.
-pub(crate) const MICRO_BATCH: usize = 512;
+/// Tokens per micro-batch at most: a dense stage, and an expert, takes these at once.
+pub(crate) const MAX_MICRO_BATCH: usize = 512;
 
-/// Tokens of a batch, and of a micro-batch.
+/// Returns the tokens per batch, and per micro-batch.
 pub(crate) fn batches(options: &LoadOptions, context: usize) -> (usize, usize) {
-    let batch = options.batch.unwrap_or(BATCH).min(context).max(1);
-    (batch, batch.min(MICRO_BATCH))
+    let batch = options.batch.unwrap_or(DEFAULT_BATCH).min(context).max(1);
+    (batch, batch.min(MAX_MICRO_BATCH))
 }

@@ -1,32 +1,33 @@
-//! Choosing the next token from the logits.
+//! Sampling: chooses the next token from the logits.
 //!
-//! The stages follow llama.cpp's order: repeat penalty, top-k, top-p, min-p, temperature, draw. Top-p and min-p
-//! therefore see the model's own probabilities, whatever the temperature.
-//! Knows nothing of vocabularies; the same logits, history and seed give the same token.
+//! The stages follow llama.cpp's order: repeat penalty, top-k, top-p, min-p, temperature, draw.
+//! Top-p and min-p therefore see the model's own probabilities, whatever the temperature. The
+//! module knows nothing of vocabularies. Equal logits, history and seed give equal tokens.
 
 use thiserror::Error;
 
-/// How tokens are chosen.
+/// Options of sampling.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SamplerConfig {
-    /// Divides the logits before the draw; 0 takes the likeliest token.
+    /// Divides the logits before the draw; 0 takes the most likely token (greedy).
     pub temperature: f32,
-    /// Keeps this many of the likeliest tokens; 0 keeps all.
+    /// Top-k: keeps this many of the most likely tokens; 0 keeps all.
     pub top_k: usize,
-    /// Keeps the likeliest tokens that together have at least this probability; 1 keeps all.
+    /// Nucleus sampling: keeps the smallest set of most likely tokens with at least this total
+    /// probability; 1 keeps all.
     pub top_p: f32,
-    /// Drops tokens less likely than this share of the likeliest; 0 keeps all.
+    /// Min-p: drops tokens with less than this share of the highest probability; 0 keeps all.
     pub min_p: f32,
     /// Divides positive logits of recent tokens and multiplies negative ones; 1 changes nothing.
     pub repeat_penalty: f32,
-    /// How many of the last tokens are recent; 0 is none.
+    /// Number of last tokens that count as recent.
     pub repeat_last_n: usize,
-    /// Starts the random numbers.
+    /// Seed of the random numbers.
     pub seed: u64,
 }
 
 impl Default for SamplerConfig {
-    /// Greedy.
+    /// Returns greedy sampling without a penalty.
     fn default() -> Self {
         Self { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, repeat_penalty: 1.0, repeat_last_n: 64, seed: 0 }
     }
@@ -34,13 +35,13 @@ impl Default for SamplerConfig {
 
 /// A sampling option outside its range.
 #[derive(Debug, Error, PartialEq)]
-#[error("{flag} is {found}; expected {expected}")]
+#[error("{option} is {found}, expected {expected}")]
 pub struct BadSampling {
-    /// The option, as on the command line.
-    pub flag: &'static str,
-    /// What was given.
+    /// The option, as its field in [`SamplerConfig`] is called.
+    pub option: &'static str,
+    /// The value given.
     pub found: f32,
-    /// The range.
+    /// The range, with the meaning of its ends.
     pub expected: &'static str,
 }
 
@@ -51,25 +52,39 @@ impl SamplerConfig {
     /// The first option that is outside its range or not a number.
     pub fn check(&self) -> Result<(), BadSampling> {
         let within =
-            |ok: bool, flag, found, expected| if ok { Ok(()) } else { Err(BadSampling { flag, found, expected }) };
+            |ok: bool, option, found, expected| if ok { Ok(()) } else { Err(BadSampling { option, found, expected }) };
         let t = self.temperature;
-        within((0.0..=100.0).contains(&t), "--temperature", t, "0 (the likeliest token) to 100")?;
-        within(self.top_p > 0.0 && self.top_p <= 1.0, "--top-p", self.top_p, "more than 0, up to 1 (all tokens)")?;
-        within((0.0..=1.0).contains(&self.min_p), "--min-p", self.min_p, "0 (all tokens) to 1")?;
+        within((0.0..=100.0).contains(&t), "temperature", t, "0 (the most likely token) to 100")?;
+        within(self.top_p > 0.0 && self.top_p <= 1.0, "top_p", self.top_p, "more than 0, up to 1 (all tokens)")?;
+        within((0.0..=1.0).contains(&self.min_p), "min_p", self.min_p, "0 (all tokens) to 1")?;
         let r = self.repeat_penalty;
-        within((0.01..=100.0).contains(&r), "--repeat-penalty", r, "0.01 to 100, where 1 is no penalty")
+        within((0.01..=100.0).contains(&r), "repeat_penalty", r, "0.01 to 100, where 1 is no penalty")
     }
 }
 
-/// Draws tokens.
+/// Draws tokens from logits.
+///
+/// ```
+/// use tier_plan_runtime::sampler::{Sampler, SamplerConfig};
+///
+/// let mut greedy = Sampler::new(SamplerConfig::default());
+/// assert_eq!(greedy.sample(&mut [0.1, 2.5, -1.0], &[]), 1);
+///
+/// let config = SamplerConfig { temperature: 0.8, top_p: 0.9, seed: 1, ..SamplerConfig::default() };
+/// config.check()?;
+/// let mut sampler = Sampler::new(config);
+/// let token = sampler.sample(&mut [0.1, 2.5, 2.4], &[]);
+/// assert!(token == 1 || token == 2);
+/// # Ok::<(), tier_plan_runtime::sampler::BadSampling>(())
+/// ```
 #[derive(Debug, Clone)]
 pub struct Sampler {
     config: SamplerConfig,
     random: Random,
-    /// Kept between draws to save the allocation.
+    /// Buffer of a draw.
     candidates: Vec<Candidate>,
     /// Recent tokens, each once.
-    penalised: Vec<u32>,
+    penalized: Vec<u32>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -78,22 +93,24 @@ struct Candidate {
     logit: f32,
 }
 
-/// Likeliest first, and of equals the lowest id first; logits are never NaN here.
+/// Orders the most likely first, and of equals the lowest id first; logits are never NaN here.
 fn by_logit(a: &Candidate, b: &Candidate) -> std::cmp::Ordering {
     b.logit.total_cmp(&a.logit).then(a.id.cmp(&b.id))
 }
 
 impl Sampler {
-    /// A sampler at the start of its random numbers. Options outside their range should have been refused by
-    /// [`SamplerConfig::check`]; here they do no harm but make little sense.
+    /// Makes a sampler at the start of its random numbers. [`SamplerConfig::check`] refuses options
+    /// outside their range; here they do no harm but make little sense.
     pub fn new(config: SamplerConfig) -> Self {
         let random = Random::new(config.seed);
-        Self { config, random, candidates: Vec::new(), penalised: Vec::new() }
+        Self { config, random, candidates: Vec::new(), penalized: Vec::new() }
     }
 
-    /// Chooses a token from `logits` `[vocab]`, given the tokens so far (`recent`, newest last; only the last
-    /// `repeat_last_n` count). NaN counts as impossible. The penalty is left applied in `logits`. Where all
-    /// logits are impossible, and where there are none, the answer is token 0.
+    /// Chooses a token from `logits`, `[n_vocab]`, given the tokens so far, `recent`, newest last.
+    ///
+    /// Only the last `repeat_last_n` tokens count. NaN counts as impossible. The penalty is left
+    /// applied in `logits`. Returns token 0 where all logits are impossible, and where there are
+    /// none.
     pub fn sample(&mut self, logits: &mut [f32], recent: &[u32]) -> u32 {
         for l in logits.iter_mut() {
             if l.is_nan() {
@@ -102,10 +119,10 @@ impl Sampler {
                 *l = f32::MAX;
             }
         }
-        self.penalise(logits, recent);
+        self.penalize(logits, recent);
         // Also what `check` would refuse, so that it stays harmless.
         if self.config.temperature <= 0.0 || self.config.temperature.is_nan() {
-            return likeliest(logits);
+            return most_likely(logits);
         }
         self.gather(logits);
         self.keep_top_p();
@@ -113,17 +130,17 @@ impl Sampler {
         self.draw()
     }
 
-    fn penalise(&mut self, logits: &mut [f32], recent: &[u32]) {
+    fn penalize(&mut self, logits: &mut [f32], recent: &[u32]) {
         let penalty = self.config.repeat_penalty;
         if penalty == 1.0 || self.config.repeat_last_n == 0 {
             return;
         }
         let from = recent.len().saturating_sub(self.config.repeat_last_n);
-        self.penalised.clear();
-        self.penalised.extend_from_slice(&recent[from..]);
-        self.penalised.sort_unstable();
-        self.penalised.dedup();
-        for &id in &self.penalised {
+        self.penalized.clear();
+        self.penalized.extend_from_slice(&recent[from..]);
+        self.penalized.sort_unstable();
+        self.penalized.dedup();
+        for &id in &self.penalized {
             if let Some(l) = logits.get_mut(id as usize) {
                 let changed = if *l > 0.0 { *l / penalty } else { *l * penalty };
                 *l = if changed.is_nan() { f32::NEG_INFINITY } else { changed };
@@ -131,7 +148,7 @@ impl Sampler {
         }
     }
 
-    /// Fills the candidates, likeliest first: all that are possible, or the top k.
+    /// Fills the candidates, most likely first: all that are possible, or the top k.
     fn gather(&mut self, logits: &[f32]) {
         let c = &mut self.candidates;
         c.clear();
@@ -146,7 +163,7 @@ impl Sampler {
         c.sort_unstable_by(by_logit);
     }
 
-    /// The likeliest tokens whose probabilities first add up to `top_p`, at least one.
+    /// Keeps the most likely candidates whose probabilities first add up to `top_p`, at least one.
     fn keep_top_p(&mut self) {
         let Some(top) = self.candidates.first().map(|c| c.logit) else { return };
         if self.config.top_p >= 1.0 {
@@ -162,7 +179,7 @@ impl Sampler {
         self.candidates.truncate(kept.map_or(usize::MAX, |i| i + 1));
     }
 
-    /// Those at least `min_p` times as likely as the likeliest.
+    /// Keeps the candidates that are at least `min_p` times as likely as the first.
     fn keep_min_p(&mut self) {
         let Some(top) = self.candidates.first().map(|c| c.logit) else { return };
         if self.config.min_p > 0.0 {
@@ -190,8 +207,8 @@ impl Sampler {
     }
 }
 
-/// The token with the highest logit, the lowest id of equals.
-fn likeliest(logits: &[f32]) -> u32 {
+/// Returns the token with the highest logit, the lowest id of equals.
+fn most_likely(logits: &[f32]) -> u32 {
     let mut best = (0u32, f32::NEG_INFINITY);
     for (id, &l) in (0u32..).zip(logits) {
         if l > best.1 {
@@ -229,7 +246,7 @@ impl Random {
         result
     }
 
-    /// A number from 0 to just under 1, all 53 bits of it random.
+    /// Returns a number from 0 to just under 1, all 53 bits of it random.
     fn unit(&mut self) -> f64 {
         (self.next() >> 11) as f64 * (1.0 / (1u64 << 53) as f64)
     }
@@ -244,7 +261,7 @@ mod tests {
         SamplerConfig { temperature: 1.0, ..Default::default() }
     }
 
-    /// How often each of `logits` is drawn in `n` draws.
+    /// Returns the share of `n` draws that each of `logits` has.
     fn shares(config: SamplerConfig, logits: &[f32], recent: &[u32], n: u32) -> Vec<f64> {
         let mut sampler = Sampler::new(config);
         let mut counts = vec![0u32; logits.len()];
@@ -266,7 +283,8 @@ mod tests {
 
     #[test]
     fn random_numbers_are_the_published_ones() {
-        // First outputs for the state 1, 2, 3, 4, from the reference implementation's documentation.
+        // First outputs for the state 1, 2, 3, 4, from the reference implementation's
+        // documentation.
         let mut r = Random([1, 2, 3, 4]);
         assert_eq!([r.next(), r.next(), r.next()], [41_943_041, 58_720_359, 3_588_806_011_781_223]);
         // SplitMix64 of 0.
@@ -315,7 +333,7 @@ mod tests {
     }
 
     #[test]
-    fn recent_tokens_are_penalised_once_and_only_as_far_back_as_asked() {
+    fn recent_tokens_are_penalized_once_and_only_as_far_back_as_asked() {
         let config = SamplerConfig { repeat_penalty: 2.0, repeat_last_n: 2, ..Default::default() };
         let mut logits = [4.0, -1.0, 3.0, 3.5];
         assert_eq!(Sampler::new(config.clone()).sample(&mut logits, &[3, 0, 0]), 3);
@@ -335,17 +353,17 @@ mod tests {
     }
 
     #[test]
-    fn bad_options_name_the_flag() {
+    fn bad_options_are_named() {
         let ok = SamplerConfig { temperature: 0.8, top_k: 40, top_p: 0.95, min_p: 0.05, ..Default::default() };
         assert_eq!(ok.check(), Ok(()));
-        let flag = |c: SamplerConfig| c.check().unwrap_err().to_string();
+        let message = |c: SamplerConfig| c.check().unwrap_err().to_string();
         assert!(
-            flag(SamplerConfig { temperature: -0.1, ..ok.clone() }).starts_with("--temperature is -0.1; expected 0")
+            message(SamplerConfig { temperature: -0.1, ..ok.clone() }).starts_with("temperature is -0.1, expected 0")
         );
-        assert!(flag(SamplerConfig { temperature: f32::NAN, ..ok.clone() }).contains("--temperature is NaN"));
-        assert!(flag(SamplerConfig { top_p: 0.0, ..ok.clone() }).contains("--top-p"));
-        assert!(flag(SamplerConfig { min_p: 1.5, ..ok.clone() }).contains("--min-p"));
-        assert!(flag(SamplerConfig { repeat_penalty: 0.0, ..ok }).contains("--repeat-penalty"));
+        assert!(message(SamplerConfig { temperature: f32::NAN, ..ok.clone() }).contains("temperature is NaN"));
+        assert!(message(SamplerConfig { top_p: 0.0, ..ok.clone() }).contains("top_p"));
+        assert!(message(SamplerConfig { min_p: 1.5, ..ok.clone() }).contains("min_p"));
+        assert!(message(SamplerConfig { repeat_penalty: 0.0, ..ok }).contains("repeat_penalty"));
     }
 
     proptest! {

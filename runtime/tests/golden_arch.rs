@@ -8,8 +8,8 @@ use tier_plan_runtime::formats::placement::{DensePlacement, LayerPlacement, Plac
 use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::model::shape::{DenseKind, ModelShape};
 use tier_plan_runtime::model::shape_of_file;
-use tier_plan_runtime::plans::in_memory::obvious;
-use tier_plan_runtime::{Engine, KvType, LoadOptions, Wanted};
+use tier_plan_runtime::plans::in_memory::all_in_memory;
+use tier_plan_runtime::{Engine, KvType, LoadOptions, LogitsMode};
 use tier_plan_testing::{Golden, data};
 
 const FIXTURES: [&str; 13] = [
@@ -62,12 +62,12 @@ fn run(fixture: &Golden, plan: &Placement, batch: usize) -> (Vec<f32>, Vec<f32>,
     for (tier, padding) in plan.tiers.iter().zip(engine.padding_bytes()) {
         assert!(tier.used_bytes() + padding <= tier.budget_bytes, "{}: {padding} bytes of padding", plan.name);
     }
-    let prompt = engine.forward(&fixture.tokens, Wanted::All).unwrap().to_vec();
+    let prompt = engine.forward(&fixture.tokens, LogitsMode::All).unwrap().to_vec();
     let (mut decoded, mut tokens) = (Vec::new(), Vec::new());
     let mut last = prompt[prompt.len() - fixture.n_vocab..].to_vec();
     for _ in 0..fixture.greedy.len() {
         tokens.push(largest(&last));
-        last = engine.forward(&tokens[tokens.len() - 1..], Wanted::Last).unwrap().to_vec();
+        last = engine.forward(&tokens[tokens.len() - 1..], LogitsMode::Last).unwrap().to_vec();
         decoded.extend_from_slice(&last);
     }
     (prompt, decoded, tokens)
@@ -110,7 +110,7 @@ fn three_tiers(shape: &ModelShape, context: u32, spread: Spread) -> Placement {
         staging_bytes: 0,
         home_bytes: 0,
     };
-    let mut plan = obvious(shape, context, KvType::F32);
+    let mut plan = all_in_memory(shape, context, KvType::F32);
     plan.name = format!("{spread:?}");
     plan.tiers = vec![tier("vram", TierKind::Vram), tier("dram", TierKind::Dram), tier("slow", spread.slow)];
     plan.tiers[0].kv_bytes = KvType::F32.context_bytes(shape, context);
@@ -158,7 +158,7 @@ fn logits_and_greedy_tokens_agree() {
     for name in FIXTURES {
         let fixture = golden(name);
         let shape = shape_of_file(&fixture.path).unwrap();
-        let plan = obvious(&shape, context(&fixture), KvType::F32);
+        let plan = all_in_memory(&shape, context(&fixture), KvType::F32);
         let (prompt, _, tokens) = run(&fixture, &plan, 512);
         let error = fixture.nmse(&prompt);
         assert!(error <= BOUND, "{name}: NMSE {error:e}");
@@ -171,10 +171,10 @@ fn tokens_one_by_one_agree() {
     for name in FIXTURES {
         let fixture = golden(name);
         let shape = shape_of_file(&fixture.path).unwrap();
-        let mut engine = engine(&fixture, &obvious(&shape, context(&fixture), KvType::F32), 512);
+        let mut engine = engine(&fixture, &all_in_memory(&shape, context(&fixture), KvType::F32), 512);
         let mut logits = Vec::new();
         for token in &fixture.tokens {
-            logits.extend_from_slice(engine.forward(&[*token], Wanted::Last).unwrap());
+            logits.extend_from_slice(engine.forward(&[*token], LogitsMode::Last).unwrap());
         }
         let error = fixture.nmse(&logits);
         assert!(error <= BOUND, "{name}: NMSE {error:e}");
@@ -207,7 +207,7 @@ fn the_plan_does_not_change_a_bit() {
         let shape = shape_of_file(&fixture.path).unwrap();
         // Batches that do not divide the prompt, so that slots carry over from one to the next.
         let batch = 13;
-        let expected = run(&fixture, &obvious(&shape, context(&fixture), KvType::F32), batch);
+        let expected = run(&fixture, &all_in_memory(&shape, context(&fixture), KvType::F32), batch);
         assert!(fixture.nmse(&expected.0) <= BOUND, "{name}");
         for spread in spreads {
             let plan = three_tiers(&shape, context(&fixture), spread);
@@ -232,8 +232,8 @@ fn keys_and_values_in_fewer_bits_stay_close() {
         let shape = shape_of_file(&fixture.path).unwrap();
         let (context, n) = (context(&fixture), fixture.tokens.len());
         let chosen = |kv_type| -> Vec<BTreeSet<(usize, u16)>> {
-            let mut engine = engine(&fixture, &obvious(&shape, context, kv_type), 512);
-            engine.forward(&fixture.tokens, Wanted::Last).unwrap();
+            let mut engine = engine(&fixture, &all_in_memory(&shape, context, kv_type), 512);
+            engine.forward(&fixture.tokens, LogitsMode::Last).unwrap();
             let experts = &engine.routing().experts;
             let used = shape.experts.first().map_or(1, |e| e.n_used as usize);
             let by_token = |t: usize| experts[t * experts.len() / n..(t + 1) * experts.len() / n].iter().enumerate();
@@ -241,7 +241,7 @@ fn keys_and_values_in_fewer_bits_stay_close() {
         };
         let exact = chosen(KvType::F32);
         for (kv_type, most) in [(KvType::F16, 1e-6), (KvType::Q8_0, 5e-4)] {
-            let (prompt, decoded, _) = run(&fixture, &obvious(&shape, context, kv_type), 512);
+            let (prompt, decoded, _) = run(&fixture, &all_in_memory(&shape, context, kv_type), 512);
             let alike = exact.iter().zip(chosen(kv_type)).take_while(|(a, b)| **a == *b).count();
             let square = |x: f32| f64::from(x) * f64::from(x);
             let pairs = || prompt.iter().zip(&fixture.logits).take(alike * fixture.n_vocab);
@@ -268,14 +268,14 @@ fn long_contexts_depend_neither_on_threads_nor_on_batches() {
         let n_vocab = fixture.n_vocab as u32;
         let tokens: Vec<u32> = (0..600u32).map(|i| i.wrapping_mul(2_654_435_761) % n_vocab).collect();
         for kv_type in KvType::ALL {
-            let plan = obvious(&shape, 610, kv_type);
+            let plan = all_in_memory(&shape, 610, kv_type);
             let logits = |threads: usize, batch: usize| -> Vec<u32> {
                 let gguf = Arc::new(Gguf::open(&fixture.path).unwrap());
                 let options = LoadOptions { threads: Some(threads), batch: Some(batch), ..LoadOptions::default() };
                 let mut engine = Engine::load(gguf, &plan, &options, &mut |_, _| {}).unwrap();
-                let mut logits = engine.forward(&tokens, Wanted::All).unwrap().to_vec();
+                let mut logits = engine.forward(&tokens, LogitsMode::All).unwrap().to_vec();
                 for token in [3, 1, 4] {
-                    logits.extend_from_slice(engine.forward(&[token], Wanted::Last).unwrap());
+                    logits.extend_from_slice(engine.forward(&[token], LogitsMode::Last).unwrap());
                 }
                 assert!(logits.iter().all(|l| l.is_finite()));
                 logits.into_iter().map(f32::to_bits).collect()
@@ -294,7 +294,7 @@ fn long_contexts_depend_neither_on_threads_nor_on_batches() {
 fn pins_on_the_only_tier_change_nothing() {
     let fixture = golden("gpt-oss");
     let shape = shape_of_file(&fixture.path).unwrap();
-    let plain = obvious(&shape, context(&fixture), KvType::F32);
+    let plain = all_in_memory(&shape, context(&fixture), KvType::F32);
     let mut pinned = plain.clone();
     for (layer, e) in pinned.layers.iter_mut().zip(&shape.experts) {
         layer.pinned = vec![(0, vec![1, 2])];
@@ -331,27 +331,27 @@ fn a_changed_file_is_an_error_and_no_token() {
     std::fs::copy(data("arch/qwen3moe.gguf"), &fixture.path).unwrap();
     let shape = shape_of_file(&fixture.path).unwrap();
     let (first, rest) = fixture.tokens.split_at(5);
-    let mut reference = engine(&fixture, &obvious(&shape, context(&fixture), KvType::F32), 512);
-    reference.forward(first, Wanted::Last).unwrap();
-    let expected = reference.forward(rest, Wanted::All).unwrap().to_vec();
+    let mut reference = engine(&fixture, &all_in_memory(&shape, context(&fixture), KvType::F32), 512);
+    reference.forward(first, LogitsMode::Last).unwrap();
+    let expected = reference.forward(rest, LogitsMode::All).unwrap().to_vec();
 
     let spread =
         Spread { pin_every: 0, slots: 3, slot_tier: 1, extra_staging: 0, slow: TierKind::Nvme, real: Some(1 << 20) };
     let mut engine = engine(&fixture, &three_tiers(&shape, context(&fixture), spread), 512);
-    engine.forward(first, Wanted::Last).unwrap();
+    engine.forward(first, LogitsMode::Last).unwrap();
     let file = std::fs::File::options().write(true).open(&fixture.path).unwrap();
     let (len, modified) = (file.metadata().unwrap().len(), file.metadata().unwrap().modified().unwrap());
     file.set_len(len + 1).unwrap();
-    let message = engine.forward(rest, Wanted::All).unwrap_err().to_string();
+    let message = engine.forward(rest, LogitsMode::All).unwrap_err().to_string();
     assert!(message.contains("model.gguf") && message.contains("length changed"), "{message}");
     file.set_len(len).unwrap();
     file.set_modified(modified + std::time::Duration::from_secs(1)).unwrap();
-    let message = engine.forward(rest, Wanted::All).unwrap_err().to_string();
+    let message = engine.forward(rest, LogitsMode::All).unwrap_err().to_string();
     assert!(message.contains("model.gguf") && message.contains("written to"), "{message}");
     // As if it had never happened: the context is what it was, and the tokens are those of an engine without a fault.
     file.set_modified(modified).unwrap();
     assert_eq!(engine.n_past(), first.len());
-    let found = engine.forward(rest, Wanted::All).unwrap();
+    let found = engine.forward(rest, LogitsMode::All).unwrap();
     assert!(found.iter().zip(&expected).all(|(a, b)| a.to_bits() == b.to_bits()));
     assert_eq!(found.len(), expected.len());
 }

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::model::describe;
 use tier_plan_runtime::model::shape::shape_of;
-use tier_plan_runtime::plans::in_memory::obvious;
-use tier_plan_runtime::{Engine, KvType, LoadOptions, RunError, Wanted};
+use tier_plan_runtime::plans::in_memory::all_in_memory;
+use tier_plan_runtime::{Engine, KvType, LoadOptions, LogitsMode, RunError};
 use tier_plan_testing::Golden;
 
 const NAMES: [&str; 2] = ["qwen3next", "qwen35moe"];
@@ -26,7 +26,7 @@ impl Model {
     fn engine(&self, batch: usize, threads: usize) -> Engine {
         let spec = describe(&self.gguf).expect("a network");
         let shape = shape_of(&self.gguf, &spec);
-        let plan = obvious(&shape, self.golden.tokens.len() as u32, KvType::F32);
+        let plan = all_in_memory(&shape, self.golden.tokens.len() as u32, KvType::F32);
         let options = LoadOptions { threads: Some(threads), batch: Some(batch), ..LoadOptions::default() };
         Engine::load(Arc::clone(&self.gguf), &plan, &options, &mut |_, _| {}).expect("a loaded model")
     }
@@ -40,7 +40,7 @@ fn logits_do_not_depend_on_the_passes() {
             let mut engine = model.engine(batch, 2);
             let mut logits = Vec::new();
             for tokens in model.golden.tokens.chunks(passes) {
-                logits.extend_from_slice(engine.forward(tokens, Wanted::All).expect("a pass"));
+                logits.extend_from_slice(engine.forward(tokens, LogitsMode::All).expect("a pass"));
             }
             let nmse = model.golden.nmse(&logits);
             assert!(nmse < 1e-9, "{name}, passes of {passes}, batches of {batch}: {nmse:e}");
@@ -53,7 +53,7 @@ fn a_context_can_begin_again_but_not_go_back() {
     for name in NAMES {
         let model = Model::open(name);
         let mut engine = model.engine(16, 2);
-        let first = engine.forward(&model.golden.tokens, Wanted::Last).expect("a pass").to_vec();
+        let first = engine.forward(&model.golden.tokens, LogitsMode::Last).expect("a pass").to_vec();
         let n = model.golden.tokens.len();
         engine.truncate(n).expect("nothing to do");
         engine.truncate(n + 5).expect("nothing to do");
@@ -64,7 +64,7 @@ fn a_context_can_begin_again_but_not_go_back() {
         assert_eq!(engine.n_past(), n);
         engine.truncate(0).expect("always possible");
         assert_eq!(engine.n_past(), 0);
-        assert_eq!(engine.forward(&model.golden.tokens, Wanted::Last).expect("a pass"), first, "{name}");
+        assert_eq!(engine.forward(&model.golden.tokens, LogitsMode::Last).expect("a pass"), first, "{name}");
     }
 }
 
@@ -78,7 +78,7 @@ fn plans_have_room_for_the_state() {
     // One of three layers: two heads of keys and values of 16.
     for (kv_type, bytes) in [(KvType::F16, 2 * 2 * (16 + 16)), (KvType::Q8_0, 2 * (18 + 18)), (KvType::F32, 256)] {
         assert_eq!(kv_type.token_bytes(&shape), bytes);
-        let mut plan = obvious(&shape, 100, kv_type);
+        let mut plan = all_in_memory(&shape, 100, kv_type);
         assert_eq!(plan.tiers[0].kv_bytes, 100 * bytes + shape.state_bytes());
         let options = LoadOptions { threads: Some(1), ..LoadOptions::default() };
         let load = |plan: &_| Engine::load(Arc::clone(&model.gguf), plan, &options, &mut |_, _| {}).map(|_| ());

@@ -16,7 +16,7 @@ use template::{Message, Role, Template};
 use tier_plan_runtime::engine::generate::{Limits, Stop, generate};
 use tier_plan_runtime::sampler::{Sampler, SamplerConfig};
 use tier_plan_runtime::tokenizer::Tokenizer;
-use tier_plan_runtime::{Engine, Wanted};
+use tier_plan_runtime::{Engine, LogitsMode};
 
 /// Longest message, in bytes: far more than any context holds.
 const LINE_LIMIT: u64 = 64 << 20;
@@ -257,7 +257,7 @@ impl<'a> Chat<'a> {
         let mut rest = &ids[kept..];
         while rest.len() > slice && !interrupted() {
             let (now, after) = rest.split_at(slice);
-            self.engine.forward(now, Wanted::Last)?;
+            self.engine.forward(now, LogitsMode::Last)?;
             rest = after;
         }
         let mut answer = String::new();

@@ -1,5 +1,6 @@
-//! Arguments of `solve`.
+//! Arguments of `solve`. The enums here are the command line's spelling of [`options`].
 
+use crate::solve::options;
 use clap::{Args, ValueEnum};
 use std::path::PathBuf;
 use tier_plan_runtime::KvType;
@@ -116,17 +117,6 @@ pub enum Backend {
     Highs,
 }
 
-impl Backend {
-    /// Its name on the command line and in plans.
-    pub fn name(self) -> &'static str {
-        match self {
-            Backend::Microlp => "microlp",
-            #[cfg(feature = "highs")]
-            Backend::Highs => "highs",
-        }
-    }
-}
-
 /// What a plan makes least.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
 pub enum Objective {
@@ -143,15 +133,47 @@ pub enum Objective {
     Memory,
 }
 
-impl Objective {
-    /// Its name on the command line and in plans.
-    pub fn name(self) -> &'static str {
-        match self {
-            Objective::Latency => "latency",
-            Objective::Throughput => "throughput",
-            Objective::Cost => "cost",
-            Objective::Energy => "energy",
-            Objective::Memory => "memory",
+impl From<Strategy> for options::Strategy {
+    fn from(value: Strategy) -> Self {
+        match value {
+            Strategy::Optimal => options::Strategy::Optimal,
+            Strategy::Uniform => options::Strategy::Uniform,
+            Strategy::FrequencyFirst => options::Strategy::FrequencyFirst,
+            Strategy::LruOnly => options::Strategy::LruOnly,
+            Strategy::FirstLayersCpu => options::Strategy::FirstLayersCpu,
+        }
+    }
+}
+
+impl From<Policy> for options::Policy {
+    fn from(value: Policy) -> Self {
+        match value {
+            Policy::Auto => options::Policy::Auto,
+            Policy::Lru => options::Policy::Lru,
+            Policy::Lfu => options::Policy::Lfu,
+            Policy::Adaptive => options::Policy::Adaptive,
+        }
+    }
+}
+
+impl From<Backend> for options::Backend {
+    fn from(value: Backend) -> Self {
+        match value {
+            Backend::Microlp => options::Backend::Microlp,
+            #[cfg(feature = "highs")]
+            Backend::Highs => options::Backend::Highs,
+        }
+    }
+}
+
+impl From<Objective> for options::Objective {
+    fn from(value: Objective) -> Self {
+        match value {
+            Objective::Latency => options::Objective::Latency,
+            Objective::Throughput => options::Objective::Throughput,
+            Objective::Cost => options::Objective::Cost,
+            Objective::Energy => options::Objective::Energy,
+            Objective::Memory => options::Objective::Memory,
         }
     }
 }

@@ -4,7 +4,7 @@ use crate::cli::BenchArgs;
 use crate::session::{self, Opening, Session};
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
-use tier_plan_runtime::Wanted;
+use tier_plan_runtime::LogitsMode;
 use tier_plan_runtime::threads::ThreadPool;
 use tier_plan_runtime::tiers::bandwidth::dram_read_gbps;
 
@@ -80,15 +80,15 @@ fn repeat(session: &mut Session, prompt: &[u32], tokens: u32) -> Result<Sample> 
     engine.reset_counters();
     let started = std::time::Instant::now();
     let mut next = match prompt {
-        [] => greedy(engine.forward(&[0], Wanted::Last)?),
-        prompt => greedy(engine.forward(prompt, Wanted::Last)?),
+        [] => greedy(engine.forward(&[0], LogitsMode::Last)?),
+        prompt => greedy(engine.forward(prompt, LogitsMode::Last)?),
     };
     let prompt_s = started.elapsed().as_secs_f64();
     let prompt_missed_bytes = engine.counters().prompt_missed_bytes;
     let prompt_stages_s = engine.counters().prompt_stages.map(|stage| stage.as_secs_f64());
     engine.reset_counters();
     for _ in 0..tokens {
-        next = greedy(engine.forward(&[next], Wanted::Last)?);
+        next = greedy(engine.forward(&[next], LogitsMode::Last)?);
     }
     let counters = engine.counters();
     let misses: u64 = counters.layers.iter().map(|l| l.misses).sum();
@@ -99,7 +99,7 @@ fn repeat(session: &mut Session, prompt: &[u32], tokens: u32) -> Result<Sample> 
         prompt_stages_s,
         decode_s: counters.decode.as_secs_f64(),
         decode_bytes: counters.read_bytes.iter().sum(),
-        ahead: [counters.ahead.right, counters.ahead.in_time, counters.ahead.wrong],
+        ahead: [counters.prefetch.useful, counters.prefetch.in_time, counters.prefetch.wasted],
         missed_bytes: if misses > 0 { counters.read_bytes.last().copied().unwrap_or(0) } else { 0 },
         hit_rate: (accesses > 0).then(|| 1.0 - misses as f64 / accesses as f64),
     })

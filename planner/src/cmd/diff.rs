@@ -1,7 +1,7 @@
 //! `tier-plan diff`: what is different between two plans.
 
 use crate::cli::DiffArgs;
-use crate::diff::{Bytes, Diff, LayerChange, diff};
+use crate::diff::{Bytes, Diff, LayerChange, SettingChange, diff};
 use anyhow::Result;
 use serde_json::{Value, json};
 use tier_plan_runtime::formats::placement::{self, Placement};
@@ -46,7 +46,7 @@ fn print_text(args: &DiffArgs, a: &Placement, b: &Placement, found: &Diff) {
             b.predicted.hit_rate * 100.0
         );
     }
-    for (name, before, after) in &found.settings {
+    for SettingChange { name, before, after } in &found.settings {
         println!("{name}: {before} → {after}");
     }
     if found.is_empty() {
@@ -138,7 +138,7 @@ fn as_json(a: &Placement, b: &Placement, found: &Diff) -> Value {
         "before": side(a),
         "after": side(b),
         "settings": found.settings.iter()
-            .map(|(name, before, after)| json!({"name": name, "before": before, "after": after})).collect::<Vec<_>>(),
+            .map(|s| json!({"name": s.name, "before": s.before, "after": s.after})).collect::<Vec<_>>(),
         "tiers": found.tiers.iter()
             .map(|t| json!({"name": t.name, "before": bytes(&t.before), "after": bytes(&t.after)})).collect::<Vec<_>>(),
         "dense": found.dense.iter()

@@ -5,7 +5,7 @@ use crate::session::{Opening, Session};
 use anyhow::{Context, Result, ensure};
 use tier_plan_runtime::formats::safely;
 use tier_plan_runtime::sampler::{Sampler, SamplerConfig};
-use tier_plan_runtime::{KvType, Wanted};
+use tier_plan_runtime::{KvType, LogitsMode};
 
 /// Runs it.
 pub fn run(args: &LogitsArgs) -> Result<()> {
@@ -30,7 +30,7 @@ pub fn run(args: &LogitsArgs) -> Result<()> {
          with --context {needed}"
     );
     let n_vocab = session.engine.spec().n_vocab;
-    let logits = session.engine.forward(&args.tokens, Wanted::All)?;
+    let logits = session.engine.forward(&args.tokens, LogitsMode::All)?;
     let bytes: Vec<u8> = logits.iter().flat_map(|l| l.to_le_bytes()).collect();
     safely::write(&args.output, &bytes)?;
     if args.greedy > 0 {
@@ -41,7 +41,7 @@ pub fn run(args: &LogitsArgs) -> Result<()> {
             let token = sampler.sample(&mut last, &[]);
             ids.push(token);
             if i + 1 < args.greedy {
-                last = session.engine.forward(&[token], Wanted::Last)?.to_vec();
+                last = session.engine.forward(&[token], LogitsMode::Last)?.to_vec();
             }
         }
         println!("{}", serde_json::to_string(&ids)?);

@@ -13,7 +13,7 @@ use tier_plan_runtime::formats::{placement, profile, safely};
 use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::model::describe;
 use tier_plan_runtime::model::spec::ModelSpec;
-use tier_plan_runtime::tiers::limits::file_system_bytes;
+use tier_plan_runtime::tiers::limits::file_system_space;
 use tier_plan_runtime::units::{show_bytes, show_utc};
 
 /// Free bytes of a file system that a copy must leave: full ones work badly.
@@ -106,7 +106,7 @@ fn check_room(output: &Path, bytes: u64) -> Result<()> {
     if output.exists() && !output.is_file() {
         return Ok(());
     }
-    if let Some((_, free)) = file_system_bytes(folder) {
+    if let Some(free) = file_system_space(folder).map(|space| space.free_bytes) {
         ensure!(
             bytes.saturating_add(SPARE_BYTES) <= free,
             "{}: the copy takes {}, but {} are free there; choose another folder with -o, or copy fewer experts with --plan",

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant, SystemTime};
 use tier_plan_runtime::formats::logprobs::{Reader, Reference, Row, Writer, scored_per_window};
 use tier_plan_runtime::formats::safely;
 use tier_plan_runtime::units::show_utc;
-use tier_plan_runtime::{Engine, Wanted};
+use tier_plan_runtime::{Engine, LogitsMode};
 
 /// Tokens of a window unless told otherwise; the customary number.
 const CONTEXT: u32 = 512;
@@ -183,13 +183,13 @@ fn score(engine: &mut Engine, windows: &[&[u32]], also: Also<'_>) -> Result<Done
         let first = window.len() / 2;
         let pass = Instant::now();
         engine.clear();
-        engine.forward(&window[..first], Wanted::Last)?;
+        engine.forward(&window[..first], LogitsMode::Last)?;
         done.forward += pass.elapsed();
         // The last token's own prediction has nothing to be scored on.
         let scored = &window[first..window.len() - 1];
         for (piece, tokens) in scored.chunks(at_once).enumerate() {
             let pass = Instant::now();
-            let logits = engine.forward(tokens, Wanted::All)?;
+            let logits = engine.forward(tokens, LogitsMode::All)?;
             done.forward += pass.elapsed();
             let at = first + piece * at_once;
             let targets = &window[at + 1..at + 1 + tokens.len()];

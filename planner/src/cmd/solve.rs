@@ -3,11 +3,10 @@
 use super::profile::skew_json;
 use crate::catalogue;
 use crate::cli::{SolveArgs, Strategy};
-use crate::cost::move_to;
-use crate::profile::Evidence;
+use crate::json::tier_json;
 use crate::profile::stats::{Skew, skews};
-use crate::solve::wishes::Wishes;
-use crate::solve::{Inputs, Options, Solved, policy, solve_all, time_limit};
+use crate::solve::problem::constraints::Constraints;
+use crate::solve::{Options, Problem, Solution, policy, solve, time_limit};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 use std::fs;
@@ -30,20 +29,22 @@ pub fn run(args: &SolveArgs) -> Result<()> {
         profile.check_model(&shape.id, path)?;
     }
     let options = Options {
-        strategy: args.strategy,
+        strategy: args.strategy.into(),
+        policy: args.policy.into(),
         time_limit_s: time_limit(args.time_limit)?,
-        objective: args.objective,
+        objective: args.objective.into(),
         batch: args.batch,
-        backend: args.backend,
+        backend: args.backend.into(),
         target_tok_s: args.target_tok_s,
-        wishes: Wishes::parse(&args.fix, &args.forbid, shape, &machine)?,
+        constraints: Constraints::parse(&args.fix, &args.forbid, shape, &machine)?,
+        position: args.at,
     };
     ensure!(
-        options.strategy == Strategy::Optimal || options.wishes.is_empty(),
+        args.strategy == Strategy::Optimal || options.constraints.is_empty(),
         "--fix and --forbid are for --strategy optimal; the rules know nothing of them"
     );
     safely::check(&args.output)?;
-    let inputs = Inputs {
+    let problem = Problem {
         shape,
         profile: profile.as_ref(),
         machine: &machine,
@@ -51,15 +52,8 @@ pub fn run(args: &SolveArgs) -> Result<()> {
         context: args.context,
         kv_type: args.kv_type,
     };
-    let mut solved = solve_all(&inputs, &options)?;
-    if let Some(policy) = policy::wanted(args.policy, args.strategy) {
-        let evidence = Evidence::new(shape, profile.as_ref())?;
-        solved.notes.extend(policy::refill(&mut solved.plan, &inputs, &evidence, policy)?);
-    }
+    let mut solved = solve(&problem, &options)?;
     solved.notes.splice(0..0, known.notes());
-    if let Some(at) = args.at {
-        std::iter::once(&mut solved.plan).chain(&mut solved.baselines).for_each(|plan| move_to(plan, shape, at));
-    }
     let skews = profile.as_ref().map(skews).transpose()?.unwrap_or_default();
 
     if let Some(folder) = &args.baselines {
@@ -123,14 +117,14 @@ pub(super) fn budgets(flags: &[String], vram: Option<&str>, dram: Option<&str>, 
 }
 
 /// The baselines from slowest to fastest, then the plan unless it is one of them.
-fn rows(solved: &Solved) -> Vec<&Placement> {
+fn rows(solved: &Solution) -> Vec<&Placement> {
     let mut rows: Vec<&Placement> = solved.baselines.iter().filter(|b| b.name != solved.plan.name).collect();
     rows.sort_by(|a, b| a.predicted.decode_tok_s.total_cmp(&b.predicted.decode_tok_s));
     rows.push(&solved.plan);
     rows
 }
 
-fn print_text(args: &SolveArgs, solved: &Solved, skews: &[Skew], written: &[PathBuf]) {
+fn print_text(args: &SolveArgs, solved: &Solution, skews: &[Skew], written: &[PathBuf]) {
     let plan = &solved.plan;
     let emulated = plan.tiers.iter().any(|t| t.tier.emulated);
     let (context, kv_type) = (plan.context, plan.kv_type);
@@ -186,7 +180,7 @@ fn print_text(args: &SolveArgs, solved: &Solved, skews: &[Skew], written: &[Path
     if let Some(goal) = &solver.goal {
         println!("{}: {} {}, predicted", goal.objective, amount(goal.value), goal.unit);
     }
-    for line in &solved.verdict {
+    for line in &solved.summary {
         println!("{line}");
     }
     for note in &solved.notes {
@@ -212,7 +206,7 @@ fn speed(tok_s: f64) -> String {
     format!("{tok_s:.digits$}")
 }
 
-fn as_json(args: &SolveArgs, solved: &Solved, skews: &[Skew], written: &[PathBuf]) -> Value {
+fn as_json(args: &SolveArgs, solved: &Solution, skews: &[Skew], written: &[PathBuf]) -> Value {
     let plan = |plan: &Placement| {
         json!({
             "name": plan.name,
@@ -238,18 +232,7 @@ fn as_json(args: &SolveArgs, solved: &Solved, skews: &[Skew], written: &[PathBuf
             "kv_s": plan.predicted.kv_s,
             "prompt_gflops": plan.predicted.prompt_gflops,
             "read_bytes": plan.predicted.read_bytes,
-            "tiers": plan.tiers.iter().map(|t| json!({
-                "name": t.tier.name,
-                "emulated": t.tier.emulated,
-                "budget_bytes": t.budget_bytes,
-                "used_bytes": t.used_bytes(),
-                "dense_bytes": t.dense_bytes,
-                "pinned_bytes": t.pinned_bytes,
-                "slot_bytes": t.slot_bytes,
-                "kv_bytes": t.kv_bytes,
-                "staging_bytes": t.staging_bytes,
-                "home_bytes": t.home_bytes,
-            })).collect::<Vec<_>>(),
+            "tiers": plan.tiers.iter().map(tier_json).collect::<Vec<_>>(),
         })
     };
     let mut value = plan(&solved.plan);
@@ -261,7 +244,7 @@ fn as_json(args: &SolveArgs, solved: &Solved, skews: &[Skew], written: &[PathBuf
     value["ceiling_hit_rate"] = json!(solved.ceiling_hit_rate);
     value["skew"] = json!(skews);
     value["notes"] = json!(solved.notes);
-    value["verdict"] = json!(solved.verdict);
+    value["verdict"] = json!(solved.summary);
     value
 }
 

@@ -1,79 +1,80 @@
-//! Fits a machine's rates and fixed times to what runs on it took.
+//! Fits a machine's rates and fixed times to measured runs, by regularized least squares.
 //!
-//! A run says how long its dense stages and its expert stages took, and how many bytes of each tier it read; its plan
-//! said what they should take. Two equations a run, in units of that run's own time of a token, so that fast and slow
-//! runs count alike:
+//! A run's record says how long its dense stages and its expert stages took, and how many bytes of
+//! each tier it read. Its plan said what they should take. That gives two equations per run, in
+//! units of the run's own time per token, so that fast and slow runs count alike:
 //!
 //! - all but the expert stages: `layers · l + t + Σ f(tier) · dense(tier) + f(cache) · kv`;
-//! - the expert stages: `overlap · Σ f(tier) · experts(tier)`, where `experts` is what was predicted, corrected for the
-//!   bytes that the run really read (so that a text with other experts is no error of a rate), and `overlap` is the
-//!   predicted ratio of the longest paths to the sum of all.
+//! - the expert stages: `overlap · Σ f(tier) · experts(tier)`. Here `experts` is the prediction,
+//!   corrected for the bytes that the run really read, so that a text with other experts is no
+//!   error of a rate. `overlap` is the predicted ratio of the longest paths to the sum of all.
 //!
-//! The unknowns are the two fixed times and a factor on the time of each tier, found by least squares. A pull towards what
-//! the machine file says decides what the runs leave open: a tier that none of them read stays as it was, and with one
-//! model the fixed times of layers and tokens move together. How strong it is, the runs decide ([`PULLS`]): each is
-//! predicted from the others, and the pull that does this best is taken, up to one that leaves the file as it is. So a few
-//! runs in bad weather can't make the file worse at what they don't say.
+//! The unknowns are the two fixed times and a factor on the time of each tier. The fit is
+//! regularized towards the machine file (ridge regression), which decides what the runs leave
+//! undetermined. A tier that no run read stays as it was, and with one model the fixed times of
+//! layers and tokens move together. Leave-one-out cross-validation chooses the strength from
+//! [`PULLS`], up to one that leaves the file as it is. So a few noisy runs cannot make the file
+//! worse where they say nothing.
 
 use anyhow::{Result, bail, ensure};
 use tier_plan_runtime::formats::machine::{Calibration, Machine, TierKind};
 use tier_plan_runtime::formats::placement::Prediction;
 use tier_plan_runtime::formats::record::RunRecord;
 
-/// How strongly a change of a parameter by one unit is held against: as much as an error of this share of one run's
-/// token. The unit of a factor is 1, that of a fixed time what the file says, or [`FIXED_S`] if that is more. The last one
-/// changes nothing.
+/// Strengths of the regularization. A change of a parameter by one unit costs as much as an error
+/// of this share of one run's token. The unit of a factor is 1, that of a fixed time is the file's
+/// value, or [`FIXED_S`] if that is more. The last strength changes nothing.
 const PULLS: [f64; 6] = [0.01, 0.03, 0.1, 0.3, 1.0, f64::INFINITY];
 
-/// The pull where there are too few runs to tell.
-const CAREFUL: f64 = 0.1;
+/// Strength where there are too few runs for cross-validation.
+const DEFAULT_PULL: f64 = 0.1;
 
-/// Runs from which on each can be predicted from the others.
-const ENOUGH: usize = 3;
+/// Runs from which on each is predicted from the others.
+const MIN_RUNS_TO_CROSS_VALIDATE: usize = 3;
 
-/// Least and greatest factor on a tier's time. What lies beyond is no misjudged rate but something else.
-const FACTORS: (f64, f64) = (0.1, 10.0);
+/// Least and greatest factor on a tier's time. Beyond, the cause is not a misjudged rate.
+const FACTOR_RANGE: [f64; 2] = [0.1, 10.0];
 
-/// By how much the fixed times of a layer and of a token may well be misjudged, in seconds.
+/// Plausible errors of the fixed times of a layer and of a token, in seconds.
 const FIXED_S: [f64; 2] = [100e-6, 500e-6];
 
-/// One run against the model.
+/// One run beside the model's times for it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Row {
-    /// Measured seconds of a token.
+    /// Measured seconds per token.
     pub measured_s: f64,
-    /// What the plan predicted.
+    /// Seconds per token that the plan predicted.
     pub predicted_s: f64,
-    /// The same with the bytes that were read.
+    /// Seconds by the file's parameters, with the bytes that were read.
     pub before_s: f64,
-    /// With the fitted parameters.
+    /// Seconds by the fitted parameters.
     pub after_s: f64,
-    /// With parameters fitted to all other runs, where there are three or more.
+    /// Seconds by parameters fitted to all other runs, where there are three or more.
     pub left_out_s: Option<f64>,
 }
 
-/// What was found.
+/// Parameters fitted to some runs, with what they make of each.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Fit {
-    /// `[tiers]` factors on the time of each.
+    /// `[tiers]` factors on each tier's time.
     pub factors: Vec<f64>,
     /// Fixed time of a layer, in seconds.
     pub layer_s: f64,
     /// Fixed time of a token, in seconds.
     pub token_s: f64,
-    /// How strongly the machine file held against changes; infinite where nothing was changed.
+    /// Strength of the regularization; infinite where nothing was changed.
     pub pull: f64,
-    /// By record.
+    /// One row per record.
     pub rows: Vec<Row>,
 }
 
-/// The equations of one run.
+/// The two equations of one run.
 struct Run {
     measured_s: f64,
     predicted_s: f64,
     /// `[2][tiers + 2]` coefficients of the two equations, in seconds: layer, token, tiers.
     of: [Vec<f64>; 2],
-    /// Their measured seconds.
+    /// `[2]` measured seconds of the two equations.
     took: [f64; 2],
 }
 
@@ -87,7 +88,8 @@ impl Fit {
     /// Fits a machine to runs of plans that were made for it.
     ///
     /// # Errors
-    /// When a record is of another machine, of emulated tiers, has no prediction or measured nothing.
+    /// Fails if a record is of another machine or of emulated tiers, has no prediction, or measured
+    /// nothing.
     pub fn new(machine: &Machine, records: &[(String, RunRecord)]) -> Result<Fit> {
         ensure!(!records.is_empty(), "no run records; `tier-plan run --plan PLAN --record FILE` writes one");
         let runs = records.iter().map(|(name, r)| run(machine, name, r)).collect::<Result<Vec<_>>>()?;
@@ -102,8 +104,8 @@ impl Fit {
             runs.iter().enumerate().map(off).sum()
         };
         let pull = match runs.len() {
-            ..ENOUGH => CAREFUL,
-            _ => PULLS.into_iter().min_by(|&a, &b| missed(a).total_cmp(&missed(b))).unwrap_or(CAREFUL),
+            ..MIN_RUNS_TO_CROSS_VALIDATE => DEFAULT_PULL,
+            _ => PULLS.into_iter().min_by(|&a, &b| missed(a).total_cmp(&missed(b))).unwrap_or(DEFAULT_PULL),
         };
         let found = least_squares(&all, &start, pull);
         let row = |(at, run): (usize, &Run)| Row {
@@ -111,13 +113,13 @@ impl Fit {
             predicted_s: run.predicted_s,
             before_s: run.seconds(&start),
             after_s: run.seconds(&found),
-            left_out_s: (runs.len() >= ENOUGH).then(|| without(at, pull)),
+            left_out_s: (runs.len() >= MIN_RUNS_TO_CROSS_VALIDATE).then(|| without(at, pull)),
         };
         let rows = runs.iter().enumerate().map(row).collect();
         Ok(Fit { layer_s: found[0], token_s: found[1], factors: found[2..].to_vec(), pull, rows })
     }
 
-    /// Mean difference to the measured time, as a share of it, of one of a row's times.
+    /// Returns the mean relative error of one of a row's times.
     pub fn error(&self, of: impl Fn(&Row) -> Option<f64>) -> Option<f64> {
         let errors: Option<Vec<f64>> =
             self.rows.iter().map(|row| Some((of(row)? - row.measured_s).abs() / row.measured_s)).collect();
@@ -125,13 +127,13 @@ impl Fit {
         Some(errors.iter().sum::<f64>() / errors.len() as f64)
     }
 
-    /// The machine with what was found; `when` is the moment, in UTC.
+    /// Returns the fitted machine; `when` is the moment, in UTC.
     pub fn machine(&self, machine: &Machine, when: &str) -> Machine {
         let mut fitted = machine.clone();
         fitted.layer_overhead_us = rounded(self.layer_s * 1e6);
         fitted.token_overhead_us = rounded(self.token_s * 1e6);
         for (tier, factor) in fitted.tiers.iter_mut().zip(&self.factors) {
-            // A tier that no run read is as it was.
+            // A tier that no run read stays as it was.
             if (factor - 1.0).abs() > 1e-6 {
                 let was = tier.read_gbps;
                 tier.read_gbps = rounded(was / factor);
@@ -148,7 +150,7 @@ impl Fit {
     }
 }
 
-/// Four significant digits.
+/// Rounds to four significant digits.
 fn rounded(value: f64) -> f64 {
     if value == 0.0 || !value.is_finite() {
         return 0.0;
@@ -158,7 +160,7 @@ fn rounded(value: f64) -> f64 {
     if short.is_finite() { short } else { value }
 }
 
-/// What the machine file says: layer, token, and no factor.
+/// Returns the machine file's parameters: layer, token, and factors of one.
 fn start(machine: &Machine) -> Vec<f64> {
     let fixed = [machine.layer_overhead_us * 1e-6, machine.token_overhead_us * 1e-6];
     fixed.into_iter().chain(machine.tiers.iter().map(|_| 1.0)).collect()
@@ -204,7 +206,7 @@ fn run(machine: &Machine, name: &str, record: &RunRecord) -> Result<Run> {
     let mut dense = vec![layers(machine, record, predicted), 1.0];
     dense.extend(&predicted.dense_s);
     let dram = machine.tiers.iter().position(|t| t.kind == TierKind::Dram).unwrap_or(0);
-    // Caches are kept in main memory wherever they fit it.
+    // KV caches are kept in main memory wherever they fit it.
     dense[2 + dram] += predicted.kv_s;
 
     let rates = machine.computing_tiers();
@@ -224,14 +226,14 @@ fn run(machine: &Machine, name: &str, record: &RunRecord) -> Result<Run> {
     })
 }
 
-/// Layers of the model: what makes the predicted overhead, or else those that the record lists.
+/// Returns the number of layers: from the predicted overhead, or else those that the record lists.
 fn layers(machine: &Machine, record: &RunRecord, predicted: &Prediction) -> f64 {
     let of_layers = predicted.overhead_s * 1e6 - machine.token_overhead_us;
     let counted = of_layers / machine.layer_overhead_us;
     if counted.is_finite() && counted >= 0.5 { counted.round() } else { record.layers.len().max(1) as f64 }
 }
 
-/// The parameters with the least sum of squared errors, each error as a share of its run's time of a token.
+/// Returns the parameters with the least regularized sum of squared relative errors.
 fn least_squares(runs: &[&Run], start: &[f64], pull: f64) -> Vec<f64> {
     if pull.is_infinite() {
         return start.to_vec();
@@ -239,10 +241,11 @@ fn least_squares(runs: &[&Run], start: &[f64], pull: f64) -> Vec<f64> {
     let n = start.len();
     let least = FIXED_S.into_iter().chain(std::iter::repeat(1.0));
     let unit: Vec<f64> = start.iter().zip(least).map(|(&start, least)| start.max(least)).collect();
-    // Bounds are few and seldom met: what meets one is held there, and the rest is found again.
+    // Bounds are few and seldom met: a parameter that meets one is held there, and the rest is
+    // solved again (active set).
     let mut held: Vec<Option<f64>> = vec![None; n];
     loop {
-        // In multiples of the units: the normal equations of the rows and of the pull towards the start.
+        // The normal equations of the rows and of the regularization, in multiples of the units.
         let mut matrix = vec![vec![0.0; n]; n];
         let mut right = vec![0.0; n];
         for run in runs {
@@ -267,16 +270,22 @@ fn least_squares(runs: &[&Run], start: &[f64], pull: f64) -> Vec<f64> {
             (matrix[at][at], right[at]) = (1.0, value / unit[at]);
         }
         let found: Vec<f64> = solve(matrix, right).iter().zip(&unit).map(|(x, u)| x * u).collect();
-        let bounds = |at: usize| if at < 2 { (0.0, f64::MAX) } else { FACTORS };
-        let beyond = |at: &usize| held[*at].is_none() && !(bounds(*at).0..=bounds(*at).1).contains(&found[*at]);
-        match (0..n).find(beyond) {
-            Some(at) => held[at] = Some(if found[at] < bounds(at).0 { bounds(at).0 } else { bounds(at).1 }),
+        let bounds = |at: usize| if at < 2 { [0.0, f64::MAX] } else { FACTOR_RANGE };
+        let is_out = |at: &usize| {
+            let [least, most] = bounds(*at);
+            held[*at].is_none() && !(least..=most).contains(&found[*at])
+        };
+        match (0..n).find(is_out) {
+            Some(at) => {
+                let [least, most] = bounds(at);
+                held[at] = Some(if found[at] < least { least } else { most });
+            }
             None => return found,
         }
     }
 }
 
-/// Solves a system that the pull makes positive definite, by elimination.
+/// Solves a positive definite system by elimination.
 fn solve(mut matrix: Vec<Vec<f64>>, mut right: Vec<f64>) -> Vec<f64> {
     let n = right.len();
     for at in 0..n {

@@ -23,8 +23,8 @@ struct Truth {
 
 const LAYERS: usize = 24;
 
-/// A run of a plan that reads so many GB a token: dense ones of DRAM, experts of DRAM, experts of the drive. The text
-/// made it read `more` times as much of the drive as predicted.
+/// A run of a plan that reads gigabytes per token: dense groups of DRAM, experts of DRAM, experts
+/// of the drive. The text made it read `more` times as much of the drive as predicted.
 fn record(machine: &Machine, truth: Truth, dense: f64, dram: f64, nvme: f64, more: f64) -> RunRecord {
     let predicted = Prediction {
         overhead_s: (machine.token_overhead_us + machine.layer_overhead_us * LAYERS as f64) * 1e-6,
@@ -92,7 +92,7 @@ fn known_parameters_are_found() {
 fn runs_that_contradict_each_other_make_nothing_worse() {
     let machine = machine(25.0);
     for seed in 0..40u32 {
-        // Each run has weather of its own.
+        // Each run has noise of its own.
         let weather = |run: u32| 0.8 + 0.1 * f64::from((seed.wrapping_mul(7) + run * 3 + seed * run) % 5);
         let records: Vec<_> = (0..4)
             .flat_map(|run| {

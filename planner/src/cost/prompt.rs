@@ -1,42 +1,47 @@
-//! How long a batch of a prompt takes.
+//! Predicts how long a batch of a prompt takes.
 //!
-//! Prompts are processed in batches of [`BATCH`] tokens. A batch reads each weight once, and does `2 · tokens` floating
-//! point operations with each value of it, so each step takes the longer of the two times:
+//! Prompts are processed in batches of [`BATCH`] tokens. A batch reads each weight once, and does
+//! `2 · tokens` floating point operations with each value of it. So each step takes the longer of
+//! the two times:
 //!
-//! - a dense group: `max(bytes / rate, 2 · macs · BATCH / gflops)` of its tier, one group after the other; the head is
-//!   computed for the last token only, and of the embedding a row a token is read;
-//! - routed experts, layer by layer: each *distinct* chosen expert is read once, expert `e` with probability
-//!   `1 − (1 − share)^BATCH`, and a full set of slots spares its part of the pooled ones; the paths overlap as for one
-//!   token. The stage takes at least as long as the processor computes on all that lies on tiers of the CPU together, and
-//!   as the accelerator computes on its own;
-//! - keys and values of the batch are read once, layer by layer, and every token's products with those before it run at [`ATTENTION`] of
-//!   the rate; the longer of the two counts.
+//! - **A dense group**: `max(bytes / rate, 2 · macs · BATCH / gflops)` of its tier, one group after
+//!   the other. The head is computed for the last token only. Of the embedding one row per token is
+//!   read.
+//! - **Routed experts**, layer by layer: each *distinct* chosen expert is read once, expert `e`
+//!   with probability `1 − (1 − share)^BATCH`. A full set of slots spares its part of the pooled
+//!   ones, and the paths overlap as for one token. The stage takes at least as long as the CPU
+//!   computes on all its tiers together, and as the GPU computes on its own.
+//! - **The KV cache** of the batch is read once, layer by layer, and attention runs at
+//!   [`ATTENTION`] of the rate; the longer of the two counts.
 //!
-//! An expert's products run at `gflops · rows / (rows + HALF_ROWS)` when so many of the batch's tokens use it.
+//! An expert's matmul runs at `gflops · rows / (rows + HALF_ROWS)` for the rows of the batch that
+//! use it.
 //!
-//! Where the machine file has no rate of products ([`Prediction::prompt_gflops`]), reads alone are charged: an upper
-//! limit of speed.
+//! Where the machine file has no rate of arithmetic ([`Prediction::prompt_gflops`]), reads alone
+//! are charged: an upper limit of speed.
 //!
 //! [`Prediction::prompt_gflops`]: tier_plan_runtime::formats::placement::Prediction::prompt_gflops
 
-use super::{Ahead, BATCH, ExpertStage, Fixed, home_in_place, read_s};
+use super::{BATCH, ExpertStage, FixedTimes, home_in_place, read_s};
+use crate::profile::prefetch::Prefetch;
 use crate::profile::{Evidence, LayerEvidence};
 use std::collections::BTreeMap;
 use tier_plan_runtime::formats::machine::{Tier, TierKind};
 use tier_plan_runtime::formats::placement::{LayerPlacement, Placement};
 use tier_plan_runtime::model::shape::{DenseKind, ModelShape};
 
-/// Rate of the products of attention, as a share of that of weights: floats instead of 8-bit integers. Measured with AMX:
-/// 150 of 460 GFLOP/s.
+/// Rate of attention as a share of that of weights: floats instead of 8-bit integers. Measured with
+/// AMX: 150 of 460 GFLOP/s.
 const ATTENTION: f64 = 0.33;
 
-/// Rows with which an expert's products run at half of the full rate: its weights are taken apart anew for each batch, and
-/// its last tile of rows is partly empty. Measured with AMX: 358, 405 and 458 GFLOP/s with 14, 32 and 128 rows.
+/// Rows at which an expert's matmul runs at half of the full rate: its weights are dequantized anew
+/// for each batch, and its last tile of rows is partly empty. Measured with AMX: 358, 405 and 458
+/// GFLOP/s with 14, 32 and 128 rows.
 const HALF_ROWS: f64 = 4.0;
 
-/// Seconds that the first batch of a prompt takes.
+/// Returns the seconds of the first batch of a prompt.
 pub fn batch_s(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -> f64 {
-    let Fixed { overhead_s, dense_s, tiers } = Fixed::of(plan, shape);
+    let FixedTimes { overhead_s, dense_s, tiers } = FixedTimes::of(plan, shape);
     let tier_of: BTreeMap<_, _> = plan.dense.iter().map(|d| ((d.kind, d.layer), d.tier)).collect();
     let mut total = overhead_s + dense_s.iter().sum::<f64>();
     for group in &shape.dense {
@@ -60,7 +65,7 @@ pub fn batch_s(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -> f64
     total
 }
 
-/// Seconds of so many multiply-accumulates with what lies on a tier; none where its rate is not known.
+/// Returns the seconds of multiply-accumulates on a tier; 0 where its rate is unknown.
 fn compute_s(plan: &Placement, tier: usize, macs: f64) -> f64 {
     match plan.predicted.prompt_gflops.get(tier) {
         Some(&gflops) if gflops > 0.0 => 2.0 * macs / (gflops * 1e9),
@@ -68,7 +73,7 @@ fn compute_s(plan: &Placement, tier: usize, macs: f64) -> f64 {
     }
 }
 
-/// Experts that a batch touches, and how often it uses them.
+/// Expected experts that a batch uses, and how often it uses them.
 #[derive(Debug, Clone, Copy, Default)]
 struct Touched {
     experts: f64,
@@ -123,10 +128,10 @@ fn experts_s(plan: &Placement, layer: &LayerPlacement, evidence: &LayerEvidence,
     let transfers = if stays { 0.0 } else { missed.experts };
 
     let reads: Vec<f64> = on.iter().map(|t| t.experts).chain([transfers]).collect();
-    let read = ExpertStage::new(tiers, evidence.shape.expert_bytes, Ahead::default()).seconds(&reads, brought_to);
+    let read = ExpertStage::new(tiers, evidence.shape.expert_bytes, Prefetch::default()).seconds(&reads, brought_to);
     let (mut of_cpu, mut of_gpu) = (0.0, 0.0f64);
     for (at, (tier, touched)) in tiers.iter().zip(&on).enumerate() {
-        // Each expert that is touched costs as much as HALF_ROWS rows more.
+        // Each expert that is used costs as much as HALF_ROWS rows more.
         let rows = touched.uses + HALF_ROWS * touched.experts;
         let seconds = compute_s(plan, at, rows * evidence.shape.expert_macs as f64);
         match tier.kind {

@@ -36,7 +36,7 @@ fn the_stage_is_the_longest_path() {
         tier(TierKind::Nvme, 1.0, 50.0),
     ];
     // An expert of 1 MB: 10, 50, 100 and 1000 µs.
-    let stage = ExpertStage::new(&tiers, 1_000_000, Ahead::default());
+    let stage = ExpertStage::new(&tiers, 1_000_000, Prefetch::default());
     let us = |experts: [u16; 5]| (stage.token_s(&experts, 1) * 1e6).round() as u32;
     assert_eq!(us([0, 0, 0, 0, 0]), 0);
     assert_eq!(us([8, 0, 0, 0, 0]), 90);
@@ -44,17 +44,19 @@ fn the_stage_is_the_longest_path() {
     assert_eq!(us([8, 3, 2, 0, 0]), 200);
     assert_eq!(us([8, 4, 0, 0, 1]), 1050);
     assert_eq!(stage.seconds(&[8.0, 4.0, 0.0, 0.0, 1.0], 1), stage.token_s(&[8, 4, 0, 0, 1], 1));
-    // Behind a link that is slower than the drive, transfers take as long as on that; behind a faster one, as the drive.
+    // Behind a link that is slower than the drive, transfers take as long as on that; behind a
+    // faster one, as the drive.
     let [vram, dram, cxl, nvme] = tiers.clone();
     for (link_gbps, wanted) in [(0.5, 2050), (4.0, 1050)] {
         let accelerator = Accelerator { link_gbps: Some(link_gbps), ..Accelerator::default() };
         let behind = [Tier { accelerator, ..vram.clone() }, dram.clone(), cxl.clone(), nvme.clone()];
-        let stage = ExpertStage::new(&behind, 1_000_000, Ahead::default());
+        let stage = ExpertStage::new(&behind, 1_000_000, Prefetch::default());
         let us = |to: usize| (stage.token_s(&[8, 4, 0, 0, 1], to) * 1e6).round() as u32;
         assert_eq!((us(0), us(1)), (wanted, 1050));
     }
-    // The same experts on a DRAM that is the last tier: computed in place, or transferred after its latency.
-    let home = ExpertStage::new(&tiers[..2], 1_000_000, Ahead::default());
+    // The same experts on a DRAM that is the last tier: computed in place, or transferred after its
+    // latency.
+    let home = ExpertStage::new(&tiers[..2], 1_000_000, Prefetch::default());
     assert!(home_in_place(&tiers[..2]) && !home_in_place(&tiers));
     assert_eq!((home.token_s(&[8, 3, 0], 1) * 1e6).round() as u32, 150);
     assert_eq!((home.token_s(&[8, 0, 3], 1) * 1e6).round() as u32, 249);
@@ -75,7 +77,7 @@ fn reading_ahead_hides_one_expert_at_most_behind_the_dense_stage() {
     };
     let drive = |emulated| [tier(TierKind::Dram, 10.0, 0.0, false), tier(TierKind::Nvme, 1.0, 100.0, emulated)];
     let missed_us = |tiers: &[Tier], right, dense_bytes, missed| {
-        let stage = ExpertStage::new(tiers, 1_000_000, Ahead { right, dense_bytes });
+        let stage = ExpertStage::new(tiers, 1_000_000, Prefetch { accuracy: right, dense_bytes });
         (stage.path_s(2, missed, 0) * 1e6).round()
     };
     // A dense stage of 0.5 ms, and 1 ms for an expert.
@@ -93,8 +95,8 @@ fn reading_ahead_hides_one_expert_at_most_behind_the_dense_stage() {
 mod whole {
     use super::super::*;
     use crate::catalogue::{self, Known};
-    use crate::cli::Strategy;
-    use crate::solve::{Inputs, Options, check, solve_judged};
+    use crate::solve::options::Strategy;
+    use crate::solve::{Options, Problem, solve_with_evidence, verify};
     use std::path::Path;
     use tier_plan_runtime::KvType;
     use tier_plan_runtime::formats::machine::{self, Machine};
@@ -112,9 +114,9 @@ mod whole {
     fn plan(known: &Known, machine: &Machine, context: u32, kv_type: KvType) -> (Placement, Evidence) {
         let (shape, budgets) = (&known.sizes, vec![64 << 30]);
         let evidence = Evidence::uniform(shape).unwrap();
-        let inputs = Inputs { shape, profile: None, machine, budgets, context, kv_type };
+        let problem = Problem { shape, profile: None, machine, budgets, context, kv_type };
         let options = Options { strategy: Strategy::Optimal, time_limit_s: 1.0, ..Options::default() };
-        (solve_judged(&inputs, &evidence, &options).unwrap().plan, evidence)
+        (solve_with_evidence(&problem, &evidence, &options).unwrap().plan, evidence)
     }
 
     #[test]
@@ -130,7 +132,7 @@ mod whole {
         assert!((before - token_s(&plan.predicted) - 4000.0 * position).abs() < 1e-12);
         assert!((plan.predicted.decode_tok_s * plan.solver.objective_s - 1.0).abs() < 1e-12);
         assert_eq!(plan.solver.gap, Some(0.0));
-        assert_eq!(check::check(&plan, &known.sizes, &evidence), Vec::<String>::new());
+        assert_eq!(verify::verify(&plan, &known.sizes, &evidence), Vec::<String>::new());
         assert_eq!(predict(&plan, &known.sizes, &evidence), plan.predicted);
         // A plan of an older version charges nothing, wherever it is moved to.
         let mut old = plan.clone();
@@ -160,7 +162,7 @@ mod whole {
         let evidence = Evidence::uniform(shape).unwrap();
         let plan = |vram: &str, bytes: u64| {
             let machine = with_gpu(vram);
-            let inputs = Inputs {
+            let problem = Problem {
                 shape,
                 profile: None,
                 machine: &machine,
@@ -169,16 +171,17 @@ mod whole {
                 kv_type: KvType::F16,
             };
             let options = Options { strategy: Strategy::Optimal, time_limit_s: 1.0, ..Options::default() };
-            solve_judged(&inputs, &evidence, &options).unwrap().plan
+            solve_with_evidence(&problem, &evidence, &options).unwrap().plan
         };
         let layers = f64::from(shape.n_layer);
-        // All of it, embedding apart: neither the layers' own fixed time nor launches are waited for.
+        // All of it, embedding apart: neither the layers' own fixed time nor launches are waited
+        // for.
         let all = plan("32GiB", 32 << 30);
         assert!((all.predicted.overhead_s - (100.0 + 25.0 * layers) * 1e-6).abs() < 1e-12);
         let read = all.predicted.read_bytes[0] / 800e9;
         let vram_s = all.predicted.dense_s[0] + all.predicted.expert_critical_s;
         assert!((vram_s / read - 1.0).abs() < 1e-9, "{vram_s} {read}");
-        assert_eq!(check::check(&all, shape, &evidence), Vec::<String>::new());
+        assert_eq!(verify::verify(&all, shape, &evidence), Vec::<String>::new());
         assert!(all.solver.bound_s.is_some_and(|b| b <= all.solver.objective_s), "{:?}", all.solver);
         // Experts in main memory: attention is still worth its launches, one row of them a layer.
         let some = plan("4GiB", 4 << 30);
@@ -190,7 +193,7 @@ mod whole {
             sum + group.map_or(0.0, |g| g.token_bytes as f64)
         });
         assert!((some.predicted.dense_s[0] - dense / 800e9 - 40e-6 * layers).abs() < 1e-9, "{:?}", some.predicted);
-        assert_eq!(check::check(&some, shape, &evidence), Vec::<String>::new());
+        assert_eq!(verify::verify(&some, shape, &evidence), Vec::<String>::new());
     }
 
     #[test]
@@ -200,7 +203,7 @@ mod whole {
         let operations = 2.0 * f64::from(48 * 2 * 4 * 128 * 8) * 512.0;
         let (slow, evidence) = plan(&known, &machine(Some(100.0)), 1024, KvType::F16);
         assert!((slow.predicted.kv_s / (operations / 16e9) - 1.0).abs() < 1e-9, "{}", slow.predicted.kv_s);
-        assert_eq!(check::check(&slow, &known.sizes, &evidence), Vec::<String>::new());
+        assert_eq!(verify::verify(&slow, &known.sizes, &evidence), Vec::<String>::new());
         let (fast, _) = plan(&known, &machine(Some(1e6)), 1024, KvType::F16);
         let bytes = f64::from(48 * 4 * 2 * 128 * 2) * 512.0;
         assert!((fast.predicted.kv_s / (bytes / 50e9) - 1.0).abs() < 1e-9, "{}", fast.predicted.kv_s);
@@ -231,9 +234,11 @@ mod whole {
         let fast = plan(&known, &machine(Some(1e9)), 1024, KvType::F16).0.predicted;
         assert!((fast.prompt_tok_s / reads.prompt_tok_s - 1.0).abs() < 1e-4, "so fast that reads are what is left");
         let slow = plan(&known, &machine(Some(10.0)), 1024, KvType::F16).0.predicted;
-        // Nearly all is products then: two operations for each value of each token, of the head for one.
+        // Nearly all is products then: two operations for each value of each token, of the head for
+        // one.
         let dense: u64 = shape.dense.iter().filter(|d| d.layer.is_some()).map(|d| d.macs).sum();
-        // All 128 experts are used, and each takes four rows more; a head's floats run at a third of the rate.
+        // All 128 experts are used, and each takes four rows more; a head's floats run at a third
+        // of the rate.
         let rows = |e: &ExpertShape| 512.0 * f64::from(e.n_used) + 4.0 * 128.0;
         let experts: f64 = shape.experts.iter().map(|e| rows(e) * e.expert_macs as f64).sum();
         let pairs = (512 * 513 / 2) as f64;
@@ -245,7 +250,8 @@ mod whole {
             slow.expert_critical_s, reads.expert_critical_s,
             "of decoding, only attention has products to speak of"
         );
-        // A batch chooses nearly every one of 128 experts, so a read of all but the embedding is what reads take.
+        // A batch chooses nearly every one of 128 experts, so a read of all but the embedding is
+        // what reads take.
         let embedding: u64 = shape.dense.iter().filter(|d| d.kind == DenseKind::Embedding).map(|d| d.bytes).sum();
         let bytes = (shape.weight_bytes() - embedding) as f64;
         assert!((reads.prompt_tok_s / (f64::from(BATCH) * 50e9 / bytes) - 1.0).abs() < 0.02);

@@ -43,7 +43,7 @@ pub struct CommandLine {
 /// # Errors
 /// When the plan does not fit the model and profile.
 pub fn command_line(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -> Result<CommandLine> {
-    let wrong = crate::solve::check::check(plan, shape, evidence);
+    let wrong = crate::solve::verify::verify(plan, shape, evidence);
     ensure!(
         wrong.is_empty(),
         "the plan '{}' does not hold for this model and profile: {}; give those that it was made from",

@@ -1,10 +1,10 @@
 use super::{counts, llama_cpp};
 use crate::catalogue;
-use crate::cli::Strategy;
 use crate::profile::Evidence;
 use crate::profile::pattern::Pattern;
 use crate::profile::synthetic::{self, Routing};
-use crate::solve::{Inputs, Options, solve_judged};
+use crate::solve::options::Strategy;
+use crate::solve::{Options, Problem, solve_with_evidence};
 use std::path::Path;
 use tier_plan_runtime::KvType;
 use tier_plan_runtime::formats::placement::Placement;
@@ -15,9 +15,9 @@ fn solved(vram: u64, dram: u64, kv_type: KvType) -> (ModelShape, Evidence, Place
     let machine = catalogue::machine(Path::new("desktop-4090-ddr5-nvme")).unwrap();
     let evidence = Evidence::supposed(&shape, Pattern::Zipf).unwrap();
     let budgets = vec![vram, dram, 2_000_000_000_000];
-    let inputs = Inputs { shape: &shape, profile: None, machine: &machine, budgets, context: 1024, kv_type };
+    let problem = Problem { shape: &shape, profile: None, machine: &machine, budgets, context: 1024, kv_type };
     let options = Options { strategy: Strategy::Optimal, time_limit_s: 2.0, ..Options::default() };
-    let plan = solve_judged(&inputs, &evidence, &options).unwrap().plan;
+    let plan = solve_with_evidence(&problem, &evidence, &options).unwrap().plan;
     (shape, evidence, plan)
 }
 
@@ -73,9 +73,9 @@ fn several_gpus_share_the_layers() {
     let vram = [6 << 30, 3 << 30];
     let budgets = vec![vram[0], vram[1], 64 << 30, 2_000_000_000_000];
     let kv_type = KvType::F16;
-    let inputs = Inputs { shape: &shape, profile: None, machine: &machine, budgets, context: 1024, kv_type };
+    let problem = Problem { shape: &shape, profile: None, machine: &machine, budgets, context: 1024, kv_type };
     let options = Options { strategy: Strategy::Optimal, time_limit_s: 2.0, ..Options::default() };
-    let plan = solve_judged(&inputs, &evidence, &options).unwrap().plan;
+    let plan = solve_with_evidence(&problem, &evidence, &options).unwrap().plan;
     let found = llama_cpp::command_line(&plan, &shape, &evidence).unwrap();
     let split = found.args.iter().position(|a| a == "--tensor-split").and_then(|at| found.args.get(at + 1)).unwrap();
     let counts: Vec<u32> = split.split(',').map(|n| n.parse().unwrap()).collect();

@@ -10,8 +10,8 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::model::spec::ModelSpec;
-use tier_plan_runtime::tiers::arena::{Arena, Piece};
-use tier_plan_runtime::tiers::file::{Extent, FileTier, ReadMode, Span, Urgency};
+use tier_plan_runtime::tiers::arena::{Arena, ArenaSlice};
+use tier_plan_runtime::tiers::file::{Extent, FileTier, Priority, ReadMode, Span};
 use tier_plan_runtime::tiers::source::ALIGN;
 
 /// Experts requested at once, one burst size after the other.
@@ -79,7 +79,7 @@ pub struct Disk {
     files: FileTier,
     /// `[expert][slice]`.
     experts: Vec<Vec<Extent>>,
-    buffers: Vec<Piece>,
+    buffers: Vec<ArenaSlice>,
     /// State of a xorshift generator that picks experts.
     state: u64,
 }
@@ -192,14 +192,14 @@ impl Disk {
                     span
                 })
                 .collect();
-            self.files.submit(key as u64, &spans, buffer, Urgency::Now);
+            self.files.submit(key as u64, &spans, buffer, Priority::Demand);
             submitted += 1;
         }
         let mut failed = None;
         for _ in 0..submitted {
-            let arrival = self.files.wait()?;
-            self.buffers.push(arrival.piece);
-            failed = failed.or(arrival.result.err());
+            let completion = self.files.wait()?;
+            self.buffers.push(completion.buffer);
+            failed = failed.or(completion.result.err());
         }
         let seconds = start.elapsed().as_secs_f64();
         match failed {

@@ -13,11 +13,11 @@ use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::model::shape::DenseKind;
 use tier_plan_runtime::model::{describe, shape::shape_of};
 use tier_plan_runtime::plans::budget::within;
-use tier_plan_runtime::plans::in_memory::obvious;
+use tier_plan_runtime::plans::in_memory::all_in_memory;
 use tier_plan_runtime::quant::TensorType;
 use tier_plan_runtime::threads::ThreadPool;
 use tier_plan_runtime::tiers::limits::memory_limit;
-use tier_plan_runtime::{KvType, Wanted};
+use tier_plan_runtime::{KvType, LogitsMode};
 
 /// Tokens decoded per repetition.
 const TOKENS: u32 = 160;
@@ -66,7 +66,7 @@ pub fn measure(pool: &ThreadPool, memory: &mut Memory) -> Result<Fixed> {
     let gguf = Gguf::open(&path)?;
     let spec = describe(&gguf)?;
     let shape = shape_of(&gguf, &spec);
-    let plan = obvious(&shape, TOKENS + 1, KvType::F16);
+    let plan = all_in_memory(&shape, TOKENS + 1, KvType::F16);
     let mut session = Session::load(Arc::new(gguf), &plan, Some(pool.n_threads()))?;
     let engine = &mut session.engine;
     let (mut layer_us, mut token_us) = (f64::INFINITY, f64::INFINITY);
@@ -76,11 +76,11 @@ pub fn measure(pool: &ThreadPool, memory: &mut Memory) -> Result<Fixed> {
     let n_vocab = shape.n_vocab.max(1);
     for repeat in 0..=REPEATS {
         engine.clear();
-        engine.forward(&[0], Wanted::Last)?;
+        engine.forward(&[0], LogitsMode::Last)?;
         engine.reset_counters();
         for token in 0..TOKENS {
             // The tokens are spread over the vocabulary, so that routing is too.
-            engine.forward(&[token.wrapping_mul(2_654_435_761) % n_vocab], Wanted::Last)?;
+            engine.forward(&[token.wrapping_mul(2_654_435_761) % n_vocab], LogitsMode::Last)?;
         }
         if repeat == 0 {
             continue;
@@ -154,9 +154,9 @@ pub fn own_layers(path: &Path, threads: usize) -> Result<OwnLayers> {
         for token in 0..round {
             // The counters treat the first token of a text as a prompt.
             engine.clear();
-            engine.forward(&[0], Wanted::Last)?;
+            engine.forward(&[0], LogitsMode::Last)?;
             engine.reset_counters();
-            engine.forward(&[(token.wrapping_mul(2_654_435_761) % n_vocab) as u32], Wanted::Last)?;
+            engine.forward(&[(token.wrapping_mul(2_654_435_761) % n_vocab) as u32], LogitsMode::Last)?;
             let layers = &engine.counters().layers;
             let dense: Duration = layers.iter().map(|l| l.dense).sum();
             dense_us.push(dense.as_secs_f64() * 1e6);

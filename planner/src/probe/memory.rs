@@ -8,7 +8,7 @@ use tier_plan_runtime::kernels::pooled::{MatJob, matmul_all};
 use tier_plan_runtime::kernels::{Activations, Kernels, Weights, needs_quants};
 use tier_plan_runtime::quant::TensorType;
 use tier_plan_runtime::threads::ThreadPool;
-use tier_plan_runtime::tiers::arena::{Arena, Piece};
+use tier_plan_runtime::tiers::arena::{Arena, ArenaSlice};
 use tier_plan_runtime::tiers::nodes::Pages;
 
 /// Width of the hidden state, in values.
@@ -39,7 +39,7 @@ pub const STAGE: u64 = 1 << 20;
 /// Memory on huge pages whose bytes are valid weights in every format.
 pub struct Memory {
     kernels: Kernels,
-    bytes: Piece,
+    bytes: ArenaSlice,
     x: Activations,
     inner: Activations,
     gate: Vec<f32>,

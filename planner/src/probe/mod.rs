@@ -33,7 +33,7 @@ use tier_plan_runtime::model::spec::ModelSpec;
 use tier_plan_runtime::quant::TensorType;
 use tier_plan_runtime::threads::ThreadPool;
 use tier_plan_runtime::tiers::bandwidth::dram_read_gbps;
-use tier_plan_runtime::tiers::limits::{Limit, file_system_bytes, memory_limit};
+use tier_plan_runtime::tiers::limits::{Limit, file_system_space, memory_limit};
 use tier_plan_runtime::units::{show_bytes, show_utc};
 
 /// Most bytes of memory to stream through: more than any last-level cache.
@@ -240,7 +240,7 @@ pub fn measure(settings: &Settings<'_>) -> Result<Findings> {
     bar.finish_and_clear();
 
     let (dram_bytes, dram_bytes_from) = dram_capacity(limit.as_ref());
-    let disk_bytes = file_system_bytes(&disk_path).map_or(1 << 40, |(all, _)| all.max(1));
+    let disk_bytes = file_system_space(&disk_path).map_or(1 << 40, |space| space.total_bytes.max(1));
     Ok(Findings {
         when: show_utc(SystemTime::now()),
         host: host::describe(),
@@ -342,7 +342,7 @@ fn dram_capacity(limit: Option<&Limit>) -> (u64, String) {
     match limit {
         Some(limit) => {
             let bytes = (limit.bytes - limit.bytes / RESERVE_DIVISOR) >> 20 << 20;
-            (bytes, format!("{}, {}, less 1/{RESERVE_DIVISOR}", limit.of, show_bytes(limit.bytes)))
+            (bytes, format!("{}, {}, less 1/{RESERVE_DIVISOR}", limit.source, show_bytes(limit.bytes)))
         }
         None => (DEFAULT_DRAM_BYTES, "assumed, since the system reports no limit".to_string()),
     }

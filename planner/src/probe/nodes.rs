@@ -8,7 +8,7 @@ use tier_plan_runtime::kernels::Kernels;
 use tier_plan_runtime::quant::TensorType;
 use tier_plan_runtime::threads::ThreadPool;
 use tier_plan_runtime::tiers::nodes::{Node, Pages};
-use tier_plan_runtime::tiers::numa::stay_on;
+use tier_plan_runtime::tiers::numa::pin_thread_to_cpus;
 use tier_plan_runtime::units::show_bytes;
 
 /// The rates of one node's memory.
@@ -61,7 +61,7 @@ pub fn measure(
             // Threads inherit the node of the thread that starts them.
             let own = std::thread::scope(|scope| {
                 let run = || -> Result<f64> {
-                    stay_on(&node.processors).context("keeping threads on a memory node's processors")?;
+                    pin_thread_to_cpus(&node.processors).context("keeping threads on a memory node's processors")?;
                     rate(&pages, capacity_bytes, &ThreadPool::new(pool.n_threads().min(node.processors.len())))
                 };
                 scope.spawn(run).join()
@@ -73,7 +73,7 @@ pub fn measure(
     let next: Vec<&NodeRate> = found.iter().filter(|n| n.own_gbps.is_some()).collect();
     if next.len() > 1 {
         let least = next.iter().map(|n| n.capacity_bytes).min().unwrap_or(0);
-        let in_turn = Pages::InTurn(next.iter().map(|n| n.node.number).collect());
+        let in_turn = Pages::Interleaved(next.iter().map(|n| n.node.number).collect());
         let together = rate(&in_turn, least.saturating_mul(next.len() as u64), pool)?;
         share(&mut found, together);
     }

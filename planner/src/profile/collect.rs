@@ -1,7 +1,7 @@
 //! Runs calibration prompts through a model and records every token's experts.
 //!
-//! After each prompt the unfinished profile is written beside the wanted one; a later call with the same model,
-//! prompts and settings goes on from there.
+//! After each prompt the unfinished profile is written beside the output. A later call with the
+//! same model, prompts and settings resumes from it.
 
 use super::prompts::Prompt;
 use crate::progress;
@@ -13,14 +13,14 @@ use tier_plan_runtime::formats::SourceId;
 use tier_plan_runtime::formats::profile::{self, Guesses, Profile, PromptTrace};
 use tier_plan_runtime::sampler::{Sampler, SamplerConfig};
 use tier_plan_runtime::tokenizer::Tokenizer;
-use tier_plan_runtime::{Engine, Wanted};
+use tier_plan_runtime::{Engine, LogitsMode};
 
-/// How prompts are run.
+/// Settings of the run.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Settings {
-    /// Tokens of each prompt to process.
+    /// Tokens per prompt that are processed at most.
     pub prompt_tokens: u32,
-    /// Tokens to decode after each.
+    /// Tokens that are decoded after each prompt.
     pub decode_tokens: u32,
     /// Temperature of the decoded text.
     pub temperature: f32,
@@ -29,14 +29,15 @@ pub struct Settings {
 }
 
 impl Settings {
-    /// The sampler of every prompt: the same seed for each, so that one prompt's text does not depend on the others.
+    /// Returns the sampler of a prompt. Each has the same seed, so that one prompt's text does not
+    /// depend on the others.
     pub fn sampler(&self) -> Sampler {
         Sampler::new(SamplerConfig { temperature: self.temperature, seed: self.seed, ..SamplerConfig::default() })
     }
 
-    /// In words, for the profile, with a hash of the prompts.
+    /// Describes the settings for the profile, with a hash of the prompts.
     fn describe(&self, prompts: &[Prompt]) -> String {
-        // Lengths keep texts apart that would otherwise run into each other.
+        // Lengths keep texts apart that would otherwise run together.
         let one = |p: &Prompt| format!("{}/{} {}\n{}", p.domain, p.name, p.text.len(), p.text);
         let all: String = prompts.iter().map(one).collect();
         format!(
@@ -50,7 +51,7 @@ impl Settings {
     }
 }
 
-/// Profiles the model of an open session; writes `output` and returns it.
+/// Profiles the model of an open session, writes the profile to `output`, and returns it.
 pub fn collect(
     session: &mut Session,
     tokenizer: &Tokenizer,
@@ -77,7 +78,7 @@ pub fn collect(
     };
     let partial = partial_path(output);
     let mut profile = if restart { fresh } else { resume(&partial, fresh, prompts) };
-    session.engine.score_guesses();
+    session.engine.score_predictions();
     let bar = progress::count("profiling prompts", prompts.len() as u64);
     bar.set_position(profile.prompts.len() as u64);
     for prompt in &prompts[profile.prompts.len()..] {
@@ -104,7 +105,7 @@ pub fn collect(
     Ok(profile)
 }
 
-/// The unfinished profile, if it is of the same run.
+/// Returns the unfinished profile, if it is of the same run.
 fn resume(partial: &Path, fresh: Profile, prompts: &[Prompt]) -> Profile {
     let begins = |found: &Profile| {
         found.prompts.len() <= prompts.len()
@@ -129,7 +130,7 @@ fn partial_path(output: &Path) -> PathBuf {
     output.with_file_name(name)
 }
 
-/// Runs one prompt; `None` when interrupted.
+/// Runs one prompt. Returns `None` when interrupted.
 fn run_prompt(
     engine: &mut Engine,
     tokenizer: &Tokenizer,
@@ -153,7 +154,7 @@ fn run_prompt(
     }
     engine.clear();
     let mut sampler = settings.sampler();
-    let mut logits = engine.forward(&tokens, Wanted::Last)?.to_vec();
+    let mut logits = engine.forward(&tokens, LogitsMode::Last)?.to_vec();
     append(&mut trace, engine.routing());
     for _ in 0..settings.decode_tokens {
         if interrupted() {
@@ -165,20 +166,20 @@ fn run_prompt(
         }
         tokens.push(token);
         logits.clear();
-        logits.extend_from_slice(engine.forward(&[token], Wanted::Last)?);
+        logits.extend_from_slice(engine.forward(&[token], LogitsMode::Last)?);
         append(&mut trace, engine.routing());
         trace.decode_tokens += 1;
     }
     Ok(Some(trace))
 }
 
-/// Adds how good the engine's guesses were for a prompt, and has it count afresh.
+/// Adds the accuracy of the engine's predictions for a prompt, and resets its counters.
 fn add_guesses(guesses: &mut Option<Vec<Guesses>>, engine: &mut Engine) {
     let layers = &engine.counters().layers;
     let sums = guesses.get_or_insert_with(|| vec![Guesses::default(); layers.len()]);
     for (sum, layer) in sums.iter_mut().zip(layers) {
-        sum.made += layer.guessed;
-        sum.right += layer.guessed_right;
+        sum.made += layer.predicted;
+        sum.right += layer.predicted_right;
     }
     engine.reset_counters();
 }

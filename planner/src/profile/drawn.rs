@@ -1,21 +1,22 @@
-//! Tokens drawn from counts: what plans are judged on where nobody recorded any.
+//! Draws tokens from counts: what plans are judged on where no tokens were recorded.
 //!
-//! A token's experts are drawn so that each is chosen exactly as often as counted, and tokens are independent of each
-//! other. Real text repeats itself, so a cache does better on it than on these.
+//! A token's experts are drawn so that each is chosen exactly as often as counted, and tokens are
+//! independent of each other. Real text repeats itself, so a cache does better on it than on these.
 
 use super::synthetic::Random;
-use crate::replay::LayerTrace;
+use crate::profile::replay::LayerTrace;
 
-/// Drawn tokens that are judged, in each layer.
+/// Drawn tokens per layer that are judged.
 pub const TOKENS: usize = 1024;
 
-/// Drawn tokens that fill the slots before.
+/// Drawn tokens per layer that fill the slots first.
 const WARM_UP: usize = 256;
 
-/// Where the drawing begins; the same always, so that a plan can be made again.
+/// Seed of the drawing. It is fixed, so that a plan can be made again.
 pub const SEED: u64 = 1;
 
-/// `[n_expert]` the share of tokens that choose each expert, from how often each was chosen; sums to `n_used`.
+/// Returns `[n_expert]` shares of tokens that choose each expert, from how often each was chosen;
+/// they sum to `n_used`.
 pub fn shares(counts: &[u64], n_used: u32) -> Vec<f64> {
     let sum: u64 = counts.iter().sum();
     let tokens = sum as f64 / f64::from(n_used);
@@ -23,7 +24,7 @@ pub fn shares(counts: &[u64], n_used: u32) -> Vec<f64> {
     counts.iter().map(|&c| (c as f64 / tokens.max(f64::MIN_POSITIVE)).min(1.0)).collect()
 }
 
-/// A layer's drawn tokens. `share` is as from [`shares`].
+/// Draws a layer's tokens. `share` is as from [`shares`].
 pub fn trace(share: &[f64], n_used: usize, layer: u32) -> LayerTrace {
     let mut random = Random::new(SEED.wrapping_add(u64::from(layer) << 8));
     let mut order: Vec<u16> = (0..share.len() as u16).collect();
@@ -38,8 +39,10 @@ pub fn trace(share: &[f64], n_used: usize, layer: u32) -> LayerTrace {
     LayerTrace::made_up(share.len(), n_used, &warm_up, draw(TOKENS))
 }
 
-/// Draws one token: experts in random order, each as long as its share; marks at equal distances hit `n_used` different
-/// ones, each as often as its share says (systematic sampling, W. G. Madow, 1949).
+/// Draws one token by systematic sampling (W. G. Madow, 1949).
+///
+/// Experts are laid out in random order, each as long as its share. Marks at equal distances hit
+/// `n_used` different ones, each as often as its share says.
 fn one(share: &[f64], n_used: usize, order: &mut [u16], random: &mut Random, chosen: &mut Vec<u16>) {
     (1..order.len()).for_each(|i| order.swap(i, random.below(i + 1)));
     let total: f64 = share.iter().sum();

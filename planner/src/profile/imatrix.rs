@@ -1,8 +1,9 @@
-//! Counts out of an importance matrix.
+//! Reads expert counts from an importance matrix.
 //!
-//! llama.cpp's `llama-imatrix` runs a calibration text through a model to tell quantisation what matters, and notes on
-//! the way how often each expert was chosen. Such files are published beside most community quantisations, so they are
-//! a profile of a model that nobody has to run again. They say less than one: no order in time, and only prompts.
+//! llama.cpp's `llama-imatrix` runs a calibration text through a model to find what matters for
+//! quantization, and counts how often each expert was chosen. Such files are published beside most
+//! community quantizations, so they profile a model without running it again. They say less than a
+//! recorded profile: no order in time, and only prompts.
 
 use anyhow::{Context, Result, bail, ensure};
 use std::collections::BTreeMap;
@@ -15,19 +16,22 @@ use tier_plan_runtime::gguf::{ArrayValue, Gguf, TensorInfo, Value};
 use tier_plan_runtime::model::shape::ModelShape;
 use tier_plan_runtime::quant::TensorType;
 
-/// The stacked matrices of routed experts; each sees the same choices, so the first that is there is read.
+/// Stacked matrices of routed experts. Each sees the same choices, so the first one present is
+/// read.
 const STACKED: [&str; 4] = ["ffn_gate_exps", "ffn_up_exps", "ffn_gate_up_exps", "ffn_down_exps"];
 
-/// Matrices that every token goes through once, so that their count is that of tokens.
+/// Matrices that every token goes through once, so that their count is the number of tokens.
 const EVERY_TOKEN: [&str; 6] = ["ffn_gate_inp", "attn_output", "attn_q", "attn_q_a", "attn_qkv", "ffn_gate_shexp"];
 
-/// Counts are 32-bit floats, which are exact to here; beyond, sums may be off by this share.
+/// Counts are 32-bit floats, exact up to here. Beyond, sums may be off by this share.
 const ROUNDING: f64 = 1e-6;
 
-/// Reads the counts of an importance matrix. With a model they are checked against its layers and experts.
+/// Reads the counts of an importance matrix. With a model they are checked against its layers and
+/// experts.
 ///
 /// # Errors
-/// When the file is no importance matrix in GGUF, has no counts of experts, or does not fit the model.
+/// Fails if the file is no importance matrix in GGUF, has no counts of experts, or does not fit the
+/// model.
 pub fn read(path: &Path, model: Option<&ModelShape>) -> Result<Profile> {
     let file = path.display();
     refuse_legacy(path)?;
@@ -96,13 +100,13 @@ pub fn read(path: &Path, model: Option<&ModelShape>) -> Result<Profile> {
     Ok(profile.identified())
 }
 
-/// Counts of one layer.
+/// Expert counts of one layer.
 struct Found {
     tensor: String,
     counts: Vec<u64>,
 }
 
-/// The counts of routed experts by layer, checked one by one.
+/// Reads the counts of routed experts by layer, checked one by one.
 fn counts(gguf: &Gguf) -> Result<BTreeMap<u32, Found>> {
     let mut found = BTreeMap::new();
     for stacked in STACKED {
@@ -116,13 +120,13 @@ fn counts(gguf: &Gguf) -> Result<BTreeMap<u32, Found>> {
     Ok(found)
 }
 
-/// The layer whose counts of that matrix this is.
+/// Returns the layer whose counts of a matrix this tensor holds.
 fn layer_of(tensor: &str, matrix: &str) -> Option<u32> {
     let (layer, rest) = tensor.strip_prefix("blk.")?.split_once('.')?;
     (rest.strip_prefix(matrix)? == ".weight.counts").then(|| layer.parse().ok())?
 }
 
-/// A tensor of counts as whole numbers.
+/// Reads a tensor of counts as whole numbers.
 fn whole(gguf: &Gguf, tensor: &TensorInfo) -> Result<Vec<u64>> {
     let (file, name) = (gguf.path().display(), &tensor.name);
     let lengths = tensor.dims.iter().filter(|d| **d != 1).count();
@@ -146,7 +150,7 @@ fn whole(gguf: &Gguf, tensor: &TensorInfo) -> Result<Vec<u64>> {
         .collect()
 }
 
-/// The counts of a model's layers, in its order.
+/// Returns the counts of a model's layers, in the model's order.
 fn of_model(found: &BTreeMap<u32, Found>, model: &ModelShape, path: &Path) -> Result<(Vec<u32>, Vec<Vec<u64>>)> {
     let (file, name) = (path.display(), &model.id.name);
     ensure!(!model.experts.is_empty(), "{name} has no routed experts, so there is nothing to count");
@@ -185,7 +189,8 @@ fn of_model(found: &BTreeMap<u32, Found>, model: &ModelShape, path: &Path) -> Re
     Ok((layers, counted))
 }
 
-/// Experts that a token uses: the uses of a layer over the tokens that went through it.
+/// Returns the experts that a token uses: the uses of a layer divided by the tokens that went
+/// through it.
 fn used(gguf: &Gguf, layers: &[u32], counted: &[Vec<u64>]) -> Option<u32> {
     let (layer, counts) = layers.iter().zip(counted).next()?;
     let tokens = EVERY_TOKEN.iter().find_map(|matrix| {
@@ -198,7 +203,7 @@ fn used(gguf: &Gguf, layers: &[u32], counted: &[Vec<u64>]) -> Option<u32> {
     sound.then_some(rounded as u32)
 }
 
-/// How the counts came about, in words.
+/// Describes where the counts came from.
 fn made(gguf: &Gguf) -> String {
     let number = |key: &str| gguf.get(key).and_then(Value::as_i128);
     let mut words = "marginal counts, prompt processing only: from an importance matrix".to_string();
@@ -208,14 +213,15 @@ fn made(gguf: &Gguf) -> String {
     if let Some(Value::Array(ArrayValue::Str(sets))) = gguf.get("imatrix.datasets")
         && let Some(set) = sets.first()
     {
-        // Paths of somebody else's machine say nothing; their last part may.
+        // Another machine's paths say nothing, except maybe their last part.
         let short: String = set.rsplit(['/', '\\']).next().unwrap_or(set).chars().take(80).collect();
         words += &format!(" of {short}");
     }
     words
 }
 
-/// The old format has no magic: a number of entries, then for each the length of a name and the name.
+/// Whether this is the old format, which has no magic: a number of entries, then for each the
+/// length of a name and the name.
 fn refuse_legacy(path: &Path) -> Result<()> {
     let mut head = Vec::new();
     let Ok(file) = std::fs::File::open(path) else { return Ok(()) };

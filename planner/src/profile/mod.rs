@@ -1,62 +1,65 @@
-//! What a profile says about a model's routing, in the form the planner works with.
+//! Evidence about a model's routing, in the form that the planner works with.
 //!
-//! Plans are chosen on the prompts of the train split and judged on the held-out ones; this is where the two are kept
-//! apart. Nothing here knows of tiers or time.
+//! Plans are chosen on the prompts of the train split and judged on the held-out ones, and this
+//! module keeps the two apart. Nothing here knows of tiers or time.
 
 pub mod collect;
 pub mod drawn;
 pub mod imatrix;
 pub mod pattern;
+pub mod prefetch;
 pub mod prompts;
+pub mod replay;
 pub mod stats;
 pub mod synthetic;
 
-use crate::cost::Ahead;
-use crate::replay::LayerTrace;
 use anyhow::{Result, bail, ensure};
+use prefetch::Prefetch;
+use replay::LayerTrace;
 use tier_plan_runtime::formats::profile::{Profile, Split};
 use tier_plan_runtime::model::shape::{ExpertShape, ModelShape};
 
-/// What plans are judged on.
+/// Tokens that plans are judged on.
 #[derive(Debug, Clone)]
 pub enum Judged {
     /// No profile: every expert is equally likely and tokens are independent.
     Uniform,
-    /// Recorded tokens, replayed.
+    /// Recorded tokens, which are replayed.
     Recorded(LayerTrace),
 }
 
-/// What is known of one layer's routing.
+/// Evidence about one layer's routing.
 #[derive(Debug, Clone)]
 pub struct LayerEvidence {
-    /// The layer's sizes.
+    /// Sizes of the layer.
     pub shape: ExpertShape,
-    /// `[n_expert]` all experts, the most used first (by decoded tokens of the train split; ties by number).
+    /// `[n_expert]` experts by falling use in the train split's decoded tokens; ties by number.
     pub order: Vec<u32>,
-    /// `[n_expert]` share of the train split's decoded tokens that choose each expert; sums to `n_used`.
+    /// `[n_expert]` share of the train split's decoded tokens that choose each expert; sums to
+    /// `n_used`.
     pub share: Vec<f64>,
     /// `[n_expert]` share of judged prompt tokens that choose each expert; sums to `n_used`.
     pub prompt_share: Vec<f64>,
-    /// What plans are judged on.
+    /// Tokens that plans are judged on.
     pub judged: Judged,
-    /// What reading ahead is worth.
-    pub ahead: Ahead,
-    /// Layers of one class are known to be used alike: all of the above but the sizes is the same in each of them.
+    /// How good prefetching is.
+    pub prefetch: Prefetch,
+    /// Layers of one class are used alike: all of the above but the sizes is equal in each of them.
     pub class: Option<u32>,
 }
 
-/// What is known of a model's routing: one entry for each layer with routed experts, ascending.
+/// Evidence about a model's routing.
 #[derive(Debug, Clone)]
 pub struct Evidence {
-    /// By layer.
+    /// One entry per layer with routed experts, ascending.
     pub layers: Vec<LayerEvidence>,
-    /// What the reader of a plan should know about where it came from, in sentences.
+    /// What the reader of a plan should know about the evidence, in sentences.
     pub notes: Vec<String>,
-    /// The judged tokens were drawn, not recorded.
+    /// Whether the judged tokens were drawn from counts, not recorded.
     pub drawn: bool,
 }
 
-/// Experts by falling share, ties by number.
+/// Returns the experts by falling share, ties by number.
 fn by_share(share: &[f64]) -> Vec<u32> {
     let mut order: Vec<u32> = (0..share.len() as u32).collect();
     order.sort_by(|&a, &b| share[b as usize].total_cmp(&share[a as usize]).then(a.cmp(&b)));
@@ -78,7 +81,7 @@ impl Evidence {
                     prompt_share: share.clone(),
                     share,
                     judged: Judged::Uniform,
-                    ahead: Ahead::default(),
+                    prefetch: Prefetch::default(),
                     class: Some(0),
                 }
             })
@@ -91,10 +94,10 @@ impl Evidence {
         Ok(Evidence { layers, notes, drawn: false })
     }
 
-    /// Reads a profile of this model.
+    /// Makes evidence of a profile with recorded tokens.
     ///
     /// # Errors
-    /// When the profile is of another model, or its traces do not fit what it says of itself.
+    /// Fails if the profile is of another model, or its traces do not fit its own sizes.
     pub fn recorded(shape: &ModelShape, profile: &Profile) -> Result<Self> {
         check_shape(shape)?;
         check_profile(shape, profile)?;
@@ -138,7 +141,7 @@ impl Evidence {
                     prompt_share: trace.prompt_share().unwrap_or_else(|| trace.decode_share()),
                     share,
                     judged: Judged::Recorded(trace),
-                    ahead: ahead(shape, profile, at),
+                    prefetch: prefetch(shape, profile, at),
                     class: None,
                 }
             })
@@ -146,10 +149,10 @@ impl Evidence {
         Ok(Evidence { layers, notes, drawn: false })
     }
 
-    /// Reads counts that know no order: plans are judged on tokens drawn from them.
+    /// Makes evidence of counts without an order: plans are judged on tokens drawn from them.
     ///
     /// # Errors
-    /// When the counts are of another model.
+    /// Fails if the counts are of another model.
     pub fn counted(shape: &ModelShape, profile: &Profile, counted: &[Vec<u64>]) -> Result<Self> {
         check_shape(shape)?;
         check_profile(shape, profile)?;
@@ -166,7 +169,7 @@ impl Evidence {
                     prompt_share: share.clone(),
                     share,
                     judged: Judged::Recorded(trace),
-                    ahead: Ahead::default(),
+                    prefetch: Prefetch::default(),
                     class: None,
                 }
             })
@@ -181,7 +184,7 @@ impl Evidence {
         Ok(Evidence { layers, notes, drawn: true })
     }
 
-    /// Reads the profile if there is one, else assumes uniform access.
+    /// Makes evidence of the profile if there is one, else assumes uniform routing.
     pub fn new(shape: &ModelShape, profile: Option<&Profile>) -> Result<Self> {
         match profile {
             Some(profile) => match &profile.counted {
@@ -193,13 +196,13 @@ impl Evidence {
     }
 }
 
-/// What the profile says of guesses of a layer, by position.
-fn ahead(shape: &ModelShape, profile: &Profile, at: usize) -> Ahead {
-    let right =
+/// Returns the accuracy of predictions recorded for the layer at position `at`.
+fn prefetch(shape: &ModelShape, profile: &Profile, at: usize) -> Prefetch {
+    let accuracy =
         profile.guesses.as_ref().and_then(|all| all.get(at)).map_or(0.0, |g| g.right as f64 / g.made.max(1) as f64);
     let layer = profile.layers[at];
     let dense = shape.dense.iter().filter(|d| d.layer == Some(layer));
-    Ahead { right, dense_bytes: dense.map(|d| d.token_bytes).sum() }
+    Prefetch { accuracy, dense_bytes: dense.map(|d| d.token_bytes).sum() }
 }
 
 fn check_shape(shape: &ModelShape) -> Result<()> {
@@ -302,7 +305,7 @@ pub(crate) mod tests {
     /// `(split, prompt tokens, [token][layer] choices)`.
     pub(crate) type Prompt = (Split, usize, Vec<Vec<Vec<u16>>>);
 
-    /// A profile from prompts, with domains `a` and `b` by turns.
+    /// Makes a profile of prompts, with domains `a` and `b` by turns.
     pub(crate) fn profile_of(n_expert: u32, n_used: u32, n_layer: u32, prompts: &[Prompt]) -> Profile {
         let prompts = prompts
             .iter()

@@ -1,44 +1,45 @@
-//! Supposed routing, for models that nobody has profiled: how much a plan depends on what is not known.
+//! Supposed routing, for models without a profile: how much a plan depends on what is unknown.
 //!
-//! Three kinds span what others have measured: no favourites and no memory; lasting favourites, which pins catch; and
-//! choices that repeat those of the tokens before, which only a cache catches.
+//! Three patterns span what was measured on published models: no favorites and no memory; lasting
+//! favorites, which pins catch; and choices that repeat those of the tokens before, which only a
+//! cache catches.
 
 use super::drawn;
 use super::synthetic::Random;
 use super::{Evidence, Judged, LayerEvidence, by_share, check_shape};
-use crate::cost::Ahead;
-use crate::replay::LayerTrace;
+use crate::profile::prefetch::Prefetch;
+use crate::profile::replay::LayerTrace;
 use anyhow::Result;
 use std::collections::BTreeMap;
 use tier_plan_runtime::model::shape::ModelShape;
 
-/// A kind of routing.
+/// A pattern of routing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Pattern {
     /// Every expert is equally likely, whatever the token before chose.
     Flat,
-    /// An expert's popularity falls as a power of its rank; tokens are independent.
+    /// An expert's popularity falls as a power of its rank (Zipf's law); tokens are independent.
     Zipf,
-    /// All experts are alike in the long run, but a token mostly chooses what was chosen lately.
+    /// All experts are alike in the long run, but a token mostly chooses what was chosen recently.
     Bursty,
 }
 
-/// Exponent of the popularity by rank: a quarter of 256 experts then takes more than half of the choices. Others measured
-/// from 10 % for 6 % of the experts to 71 % for 25 %.
+/// Exponent of the popularity by rank: a quarter of 256 experts then takes more than half of the
+/// choices. Published measurements range from 10 % for 6 % of the experts to 71 % for 25 %.
 const ZIPF: f64 = 0.6;
 
-/// Hits of a cache that holds a share of the experts, as others measured them on GLM-5.2.
+/// Hit rates of a cache that holds a share of the experts, as published for GLM-5.2.
 const CACHED: [(f64, f64); 6] = [(0.0, 0.0), (0.05, 0.30), (0.20, 0.61), (0.36, 0.76), (0.64, 0.90), (1.0, 1.0)];
 
-/// Tokens that are judged, and those that fill the slots before.
+/// Tokens that are judged, and tokens that fill the slots first.
 const TOKENS: usize = 1024;
 const WARM_UP: usize = 256;
 
 impl Pattern {
-    /// All of them.
+    /// All patterns, in the order of reports.
     pub const ALL: [Pattern; 3] = [Pattern::Flat, Pattern::Zipf, Pattern::Bursty];
 
-    /// One word for it.
+    /// Returns the name used in output.
     pub fn name(self) -> &'static str {
         match self {
             Pattern::Flat => "flat",
@@ -47,23 +48,23 @@ impl Pattern {
         }
     }
 
-    /// What is supposed, in a clause.
+    /// Returns what is supposed, as a clause.
     pub fn words(self) -> &'static str {
         match self {
             Pattern::Flat => "every expert is equally likely",
-            Pattern::Zipf => "lasting favourites: popularity falls as rank^-0.6",
+            Pattern::Zipf => "lasting favorites: popularity falls as rank^-0.6",
             Pattern::Bursty => {
-                "no favourites, but tokens repeat: caches of 5, 20, 36, 64 % of the experts hit 30, 61, 76, 90 %"
+                "no favorites, but tokens repeat: caches of 5, 20, 36, 64 % of the experts hit 30, 61, 76, 90 %"
             }
         }
     }
 }
 
 impl Evidence {
-    /// Supposes a kind of routing, the same in every layer of the same counts.
+    /// Supposes a pattern of routing, equal in every layer of the same counts.
     ///
     /// # Errors
-    /// When the model has more experts than are planned for.
+    /// Fails if the model has more experts than are planned for.
     pub fn supposed(shape: &ModelShape, pattern: Pattern) -> Result<Self> {
         if pattern == Pattern::Flat {
             return Self::uniform(shape);
@@ -93,7 +94,7 @@ impl Evidence {
                         prompt_share: share.clone(),
                         share,
                         judged,
-                        ahead: Ahead::default(),
+                        prefetch: Prefetch::default(),
                         class: None,
                     },
                 )
@@ -105,11 +106,12 @@ impl Evidence {
     }
 }
 
-/// `[n_expert]` shares of tokens that choose each expert, falling as a power of the rank; they sum to `n_used`.
+/// Returns `[n_expert]` shares of tokens that choose each expert, falling as a power of the rank;
+/// they sum to `n_used`.
 fn zipf(n_expert: usize, n_used: usize) -> Vec<f64> {
     let weight: Vec<f64> = (1..=n_expert).map(|rank| (rank as f64).powf(-ZIPF)).collect();
-    // The first `certain` experts would be chosen more than once a token; they are always chosen, and the others share
-    // the rest.
+    // The first `certain` experts would be chosen more than once per token. They are always chosen,
+    // and the others share the rest.
     let mut certain = 0;
     loop {
         let rest: f64 = weight[certain..].iter().sum();
@@ -122,10 +124,10 @@ fn zipf(n_expert: usize, n_used: usize) -> Vec<f64> {
     }
 }
 
-/// Tokens whose choices lie as deep among the recently used experts as [`CACHED`] says.
+/// Draws tokens whose choices lie as deep among the recently used experts as [`CACHED`] says.
 fn bursty(n_expert: usize, n_used: usize) -> LayerTrace {
     let mut random = Random::new(drawn::SEED);
-    // Most recent first.
+    // Experts, the most recently used first.
     let mut recent: Vec<u16> = (0..n_expert as u16).collect();
     let mut tokens = |count: usize| {
         let mut chosen = Vec::with_capacity(count * n_used);
@@ -147,7 +149,7 @@ fn bursty(n_expert: usize, n_used: usize) -> LayerTrace {
     LayerTrace::made_up(n_expert, n_used, &warm_up, tokens(TOKENS))
 }
 
-/// The share of the experts that a cache has to hold to hit a share of the choices.
+/// Returns the share of the experts that a cache must hold to hit a share of the choices.
 fn depth(hits: f64) -> f64 {
     let at = CACHED.iter().position(|(_, h)| *h >= hits).unwrap_or(CACHED.len() - 1).max(1);
     let ((s0, h0), (s1, h1)) = (CACHED[at - 1], CACHED[at]);
@@ -157,8 +159,8 @@ fn depth(hits: f64) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::profile::replay::Positions;
     use crate::profile::tests::shape;
-    use crate::replay::Positions;
 
     fn trace(evidence: &Evidence) -> &LayerTrace {
         match &evidence.layers[0].judged {
@@ -178,7 +180,7 @@ mod tests {
             // A token's choices are different, which pushes some of them deeper.
             assert!((found - want).abs() < 0.06, "{share}: {found} for {want}");
         }
-        // Nobody is a favourite: a quarter of the experts takes little more than its part.
+        // There are no favorites: a quarter of the experts takes little more than its part.
         let mut share = trace.decode_share();
         share.sort_by(|a, b| b.total_cmp(a));
         assert!(share[..64].iter().sum::<f64>() / 8.0 < 0.45);

@@ -1,19 +1,19 @@
-//! Calibration prompts: a folder with one folder a domain, each with text files.
+//! Reads calibration prompts: a folder with one folder per domain, each with text files.
 
 use anyhow::{Context, Result, ensure};
 use std::path::{Path, PathBuf};
 use tier_plan_runtime::formats::profile::Split;
 
-/// One text.
+/// One calibration prompt.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Prompt {
-    /// Its folder.
+    /// Name of its folder.
     pub domain: String,
-    /// Its file.
+    /// Name of its file.
     pub name: String,
-    /// Files named `heldout*` only judge plans.
+    /// Split of the prompt: files named `heldout*` only judge plans.
     pub split: Split,
-    /// The text.
+    /// Content of the file.
     pub text: String,
 }
 

@@ -1,49 +1,52 @@
-//! Whether pinning can pay: how unevenly experts are used, and how much of that carries over to text not seen.
+//! Measures whether pinning can pay: how unevenly experts are used, and how much of that holds for
+//! unseen text.
 
 use super::{check_traces, drawn};
-use crate::replay::{LayerTrace, Positions};
+use crate::profile::replay::{LayerTrace, Positions};
 use anyhow::Result;
 use tier_plan_runtime::formats::profile::{Profile, Split};
 
-/// Shares of a layer's experts at which catches are measured.
+/// Shares of a layer's experts at which hit rates are measured.
 pub const SHARES: [f64; 3] = [0.10, 0.25, 0.50];
 
-/// How unevenly the experts are used by decoded tokens, on average over the layers.
+/// Skew of the routing of decoded tokens, averaged over the layers.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Skew {
-    /// The domain whose prompts these are, or `None` for all.
+    /// Domain of the prompts, or `None` for all.
     pub domain: Option<String>,
-    /// Decoded held-out tokens this was measured on; prompt tokens that were counted where only counts are known.
+    /// Decoded held-out tokens that it was measured on. With counts alone, the prompt tokens
+    /// counted.
     pub tokens: u64,
-    /// The choices are those of prompts that did not choose the favourites.
+    /// Whether the choices are those of other prompts than the favorites were chosen on.
     pub held_out: bool,
-    /// Only counts are known: catches are of the very choices that the favourites were chosen by, and the hits of slots
-    /// are those of tokens drawn from the counts.
+    /// Whether only counts are known. Pins are then measured on the choices that the favorites were
+    /// chosen by, and slots on tokens drawn from the counts.
     pub counted: bool,
-    /// For each of [`SHARES`]: the share of experts it comes to, rounded up to whole ones. A uniform choice would be
-    /// caught this often.
+    /// Share of experts for each of [`SHARES`], rounded up to whole ones. Uniform routing would hit
+    /// this often.
     pub uniform: [f64; 3],
-    /// Share of held-out choices caught by the experts that the train prompts use most.
+    /// Share of held-out choices that hit the experts most used in the train prompts.
     pub caught: [f64; 3],
     /// Share of held-out choices that hit in as many slots, with nothing pinned.
     pub cached: [f64; 3],
-    /// Experts that would give the same entropy if used evenly: 2 to the entropy in bits of held-out choices.
+    /// Experts that would give the same entropy if used evenly: 2 to the power of the entropy in
+    /// bits.
     pub effective_experts: f64,
 }
 
-/// What a skew means for a plan.
+/// Consequence of a skew for a plan.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verdict {
-    /// The favourites of the train prompts are the favourites of others too.
+    /// Skewed: the favorites of the train prompts are favorites of other prompts too.
     Skewed,
-    /// Tokens use what the tokens before them used, whatever the favourites are.
+    /// Local: tokens use what the tokens before them used, whatever the favorites are.
     Local,
-    /// Neither.
+    /// Flat: neither pins nor slots pay.
     Flat,
 }
 
 impl Verdict {
-    /// One word for it.
+    /// Returns the name used in output.
     pub fn name(self) -> &'static str {
         match self {
             Verdict::Skewed => "skewed",
@@ -53,11 +56,11 @@ impl Verdict {
     }
 }
 
-/// A catch of less than this many times the uniform one is not worth a plan.
+/// Hit rate below which favorites are not worth a plan, as a multiple of the uniform one.
 const NOTEWORTHY: f64 = 1.2;
 
 impl Skew {
-    /// What it means, by the quarter of the experts.
+    /// Returns the verdict, from the quarter of the experts.
     pub fn verdict(&self) -> Verdict {
         let (uniform, caught, cached) = (self.uniform[1], self.caught[1], self.cached[1]);
         if caught.max(cached) < NOTEWORTHY * uniform {
@@ -69,7 +72,7 @@ impl Skew {
         }
     }
 
-    /// The verdict in a sentence or two.
+    /// Returns the verdict in a sentence or two.
     pub fn words(&self) -> String {
         let percent = |share: f64| format!("{:.0} %", share * 100.0);
         let (uniform, caught, cached) = (percent(self.uniform[1]), percent(self.caught[1]), percent(self.cached[1]));
@@ -82,7 +85,7 @@ impl Skew {
                 Verdict::Flat => {
                     format!("flat: {figures}. Pinning will not help; what a cache does only a recorded profile shows.")
                 }
-                _ => format!("skewed: {figures}. Pinning the favourites pays, if decoding has the same ones."),
+                _ => format!("skewed: {figures}. Pinning the favorites pays, if decoding has the same ones."),
             };
         }
         let figures = if self.held_out {
@@ -97,18 +100,20 @@ impl Skew {
             )
         };
         match self.verdict() {
-            Verdict::Skewed => format!("skewed: {figures}. Pinning the favourites pays."),
+            Verdict::Skewed => format!("skewed: {figures}. Pinning the favorites pays."),
             Verdict::Local => format!("local: {figures}. What was used last says more than what is used most."),
             Verdict::Flat => format!("flat: {figures}. Pinning will not help; only more fast memory will."),
         }
     }
 }
 
-/// The skew over all prompts, then that of each domain in the profile's order, where there are held-out tokens.
-/// Without a held-out split the train prompts are judged on themselves.
+/// Returns the skew over all prompts, then that of each domain with held-out tokens.
+///
+/// Domains come in the profile's order. Without a held-out split the train prompts are judged on
+/// themselves.
 ///
 /// # Errors
-/// When the profile's traces do not fit its own sizes.
+/// Fails if the profile's traces do not fit its own sizes.
 pub fn skews(profile: &Profile) -> Result<Vec<Skew>> {
     check_traces(profile)?;
     if let Some(counted) = &profile.counted {
@@ -144,7 +149,7 @@ fn skew(profile: &Profile, domain: Option<&str>) -> Option<Skew> {
     };
     let n_layer = profile.layers.len();
     for layer in 0..n_layer {
-        // The favourites are those of all train prompts: a plan is made for all domains at once.
+        // The favorites are those of all train prompts: a plan is made for all domains at once.
         let order = super::by_share(&LayerTrace::new(profile, layer, |p| p.split == choose).decode_share());
         let trace = LayerTrace::new(profile, layer, |p| p.split == judge && of_domain(&p.domain));
         let accesses = (trace.tokens() * trace.n_used()) as f64;
@@ -166,7 +171,7 @@ fn skew(profile: &Profile, domain: Option<&str>) -> Option<Skew> {
     (n_layer > 0).then_some(sum)
 }
 
-/// The skew of counts alone.
+/// Returns the skew of counts alone.
 fn skew_of_counts(profile: &Profile, counted: &[Vec<u64>]) -> Skew {
     let n_expert = profile.n_expert as usize;
     let sizes = SHARES.map(|share| (share * n_expert as f64).ceil() as usize);
@@ -223,7 +228,7 @@ mod tests {
     }
 
     #[test]
-    fn favourites_that_were_not_tested_are_not_called_tested() -> Result<()> {
+    fn favorites_that_were_not_tested_are_not_called_tested() -> Result<()> {
         let train = vec![vec![vec![0, 1]], vec![vec![0, 2]], vec![vec![0, 1]]];
         for split in [Split::Train, Split::HeldOut] {
             let skews = skews(&profile_of(8, 2, 1, &[(split, 0, train.clone())]))?;
@@ -242,7 +247,8 @@ mod tests {
         let held_out = vec![vec![vec![0, 3]], vec![vec![3, 0]], vec![vec![1, 2]], vec![vec![0, 1]]];
         let skews = skews(&profile_of(4, 2, 1, &[(Split::Train, 0, train), (Split::HeldOut, 0, held_out)]))?;
         let all = &skews[0];
-        // Of 8 choices expert 0 has 3 and expert 1 has 2; two slots hit both of the second token and one of the last.
+        // Of 8 choices expert 0 has 3 and expert 1 has 2; two slots hit both of the second token
+        // and one of the last.
         assert_eq!((all.tokens, all.uniform), (4, [0.25, 0.25, 0.5]));
         assert_eq!(all.caught, [0.375, 0.375, 0.625]);
         assert_eq!(all.cached[2], (2.0 + 1.0) / 8.0);

@@ -1,38 +1,38 @@
-//! Made-up routing for tests and benchmarks: skewed, partly by domain, and local in time.
+//! Synthetic routing for tests and benchmarks: skewed, partly by domain, and local in time.
 //!
-//! Plans made from it say nothing of any model.
+//! Plans made from it say nothing about any model.
 
 use tier_plan_runtime::formats::SourceId;
 use tier_plan_runtime::formats::profile::{Profile, PromptTrace, Split};
 use tier_plan_runtime::model::shape::ModelShape;
 
-/// What the routing is like.
+/// Parameters of the routing.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Routing {
     /// Exponent of the popularity of experts by rank; 0 makes all alike.
     pub skew: f64,
-    /// Chance that a choice repeats one of the last token's.
+    /// Probability that a choice repeats one of the last token's.
     pub repeat: f64,
-    /// Prompts, by turns of two domains; the last quarter is held out.
+    /// Number of prompts, by turns of two domains; the last quarter is held out.
     pub prompts: u32,
-    /// Prompt tokens of each.
+    /// Prompt tokens per prompt.
     pub prompt_tokens: u32,
-    /// Decoded tokens of each.
+    /// Decoded tokens per prompt.
     pub decode_tokens: u32,
-    /// Seed.
+    /// Seed of the generator.
     pub seed: u64,
 }
 
-/// A small generator of random numbers (Marsaglia's xorshift with a multiplier).
+/// A pseudorandom generator (xorshift64*, G. Marsaglia and S. Vigna).
 pub struct Random(u64);
 
 impl Random {
-    /// One that repeats for the same seed.
+    /// Makes a generator; equal seeds give equal numbers.
     pub fn new(seed: u64) -> Self {
         Random(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1)
     }
 
-    /// Uniform in `[0, 1)`.
+    /// Returns a number uniform in `[0, 1)`.
     pub fn unit(&mut self) -> f64 {
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;
@@ -40,13 +40,14 @@ impl Random {
         (self.0.wrapping_mul(0x2545_F491_4F6C_DD1D) >> 11) as f64 / (1u64 << 53) as f64
     }
 
-    /// Uniform below `n`, 0 when there is nothing below.
+    /// Returns an integer uniform below `n`, 0 when there is none below.
     pub fn below(&mut self, n: usize) -> usize {
         ((self.unit() * n as f64) as usize).min(n.saturating_sub(1))
     }
 }
 
-/// A profile of the model with such routing. All layers with experts must have the same counts.
+/// Makes a profile of the model with such routing. All layers with experts must have the same
+/// counts.
 pub fn profile(shape: &ModelShape, routing: &Routing) -> Profile {
     let (n_expert, n_used) = shape.experts.first().map_or((1, 0), |e| (e.n_expert as usize, e.n_used as usize));
     let mut random = Random::new(routing.seed);

@@ -22,7 +22,7 @@ use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::model::shape::{ModelShape, shape_of_file};
 use tier_plan_runtime::plans::in_memory::{all_on_gpu, experts_in_memory};
 use tier_plan_runtime::threads::physical_cores;
-use tier_plan_runtime::tiers::limits::{file_system_bytes, memory_limit};
+use tier_plan_runtime::tiers::limits::{file_system_space, memory_limit};
 use tier_plan_runtime::units::{show_bytes, show_utc};
 use tier_plan_selftest::all::{self, Gives, Known, Results, Speeds, Watch};
 use tier_plan_selftest::gpu_rates::Subject;
@@ -203,7 +203,7 @@ fn model(gpu: &Gpu, given: Option<&Path>, scratch: &Path, watch: Watch<'_>) -> R
     let free = Free {
         device: gpu.free_bytes()? as u64,
         memory: memory_limit().map_or(UNTOLD, |limit| limit.bytes),
-        disk: file_system_bytes(scratch).map_or(0, |(_, free)| free),
+        disk: file_system_space(scratch).map_or(0, |space| space.free_bytes),
     };
     let shape = Shape::fitting(free);
     let file = Temporary::new(scratch, "selftest");

@@ -1,43 +1,56 @@
-//! How slots are refilled: the policy of each layer, chosen when pins and slots are settled.
+//! Slot policies: how each layer's slots are refilled, chosen once pins and slots are settled.
 //!
-//! Half-lives and weights are learned by replaying the train prompts: one set for the plan, since a single layer's prompts
-//! are too few to tell neighbours apart. Then every layer takes the policy with the most hits over all of them, or another
-//! that has clearly more in this layer. What comes out is kept only if the held-out prompts agree: the plan as a whole
-//! must be faster on them than with LRU.
+//! Half-lives and weights are learned by replaying the train prompts. There is one set for the
+//! plan, since a single layer's prompts are too few to tell neighboring values apart. Every layer
+//! then takes the policy with the most hits over all layers, or another that has clearly more in
+//! this layer. The outcome is kept only if the held-out prompts agree: the plan as a whole must be
+//! faster on them than with LRU.
 
-use super::{Inputs, check};
-use crate::cli::{Policy, Strategy};
+use super::options::{Policy, Strategy};
+use super::problem::Problem;
+use super::verify;
 use crate::cost::{predict, token_s};
+use crate::profile::replay::{LayerTrace, Positions, hits};
 use crate::profile::{Evidence, Judged};
-use crate::replay::{LayerTrace, Positions, hits};
 use anyhow::{Result, ensure};
 use std::collections::HashMap;
 use tier_plan_runtime::formats::placement::{LayerPlacement, Placement, SlotPolicy};
 use tier_plan_runtime::formats::profile::{Profile, Split};
 
 /// Half-lives of `lfu` that are tried, in tokens.
-const LFU: [u32; 7] = [4, 8, 16, 32, 64, 128, 256];
+const LFU_HALF_LIVES: [u32; 7] = [4, 8, 16, 32, 64, 128, 256];
 
-/// Half-lives of the long memory of `adaptive`, half-lives of the short one, and weights that are tried.
-const ADAPTIVE: [&[u32]; 3] = [&[16, 32, 64, 128, 256, 512], &[1, 2, 4, 8, 16], &[0, 1, 2, 4, 8, 16, 32]];
+/// Parameters of `adaptive` that are tried: half-lives of the long memory and of the short one, in
+/// tokens, and weights of the short one.
+const ADAPTIVE_AXES: [&[u32]; 3] = [&[16, 32, 64, 128, 256, 512], &[1, 2, 4, 8, 16], &[0, 1, 2, 4, 8, 16, 32]];
 
-/// Where trying begins, and what is taken where there is nothing to learn from: the best on the bundled model.
-const DEFAULTS: (SlotPolicy, SlotPolicy) = (SlotPolicy::Lfu { half_life: 16 }, adaptive([64, 2, 8]));
+/// `lfu` where there is nothing to learn from: the best on the bundled model.
+const DEFAULT_LFU: SlotPolicy = SlotPolicy::Lfu { half_life: 16 };
 
-/// How many times the hits of the plan's best policy another must have in a layer: less is noise, and what a layer's few
-/// prompts suggest then holds less often for others.
-const CLEARLY: f64 = 1.02;
+/// `adaptive` where there is nothing to learn from, and where the search begins: the best on the
+/// bundled model.
+const DEFAULT_ADAPTIVE: SlotPolicy = adaptive([64, 2, 8]);
 
-/// Choices that are replayed for one set of parameters, about. With more, some of the layers speak for all.
-const CHOICES: usize = 1_000_000;
+/// Position of the default in [`ADAPTIVE_AXES`].
+const DEFAULT_ADAPTIVE_AT: [usize; 3] = [2, 1, 4];
+
+/// Hits that another policy must have in a layer, as a multiple of those of the plan's policy. A
+/// smaller gain on a layer's few prompts is noise, and seldom holds for others.
+const MIN_HIT_RATIO: f64 = 1.02;
+
+/// Choices that are replayed per set of parameters, approximately. With more, some of the layers
+/// stand for all.
+const TARGET_CHOICES: usize = 1_000_000;
 
 const fn adaptive([half_life, recent_half_life, recent_weight]: [u32; 3]) -> SlotPolicy {
     SlotPolicy::Adaptive { half_life, recent_half_life, recent_weight }
 }
 
-/// What is to be done about a plan's policies: nothing where LRU is wanted, or where the plan is to be a rule of thumb's
-/// and nobody asked for a policy.
-pub fn wanted(policy: Policy, strategy: Strategy) -> Option<Policy> {
+/// Returns the policy to apply to a finished plan, if any.
+///
+/// LRU needs none, since columns are priced with it. Baselines keep LRU unless another policy is
+/// asked for.
+pub fn to_apply(policy: Policy, strategy: Strategy) -> Option<Policy> {
     match policy {
         Policy::Lru => None,
         Policy::Auto if strategy != Strategy::Optimal => None,
@@ -45,79 +58,88 @@ pub fn wanted(policy: Policy, strategy: Strategy) -> Option<Policy> {
     }
 }
 
-/// A layer whose slots are fewer than its pooled experts: only there does it matter who leaves.
-struct Busy {
+/// A layer with fewer slots than pooled experts: only there does it matter which expert is evicted.
+struct ContendedLayer {
     /// Position in the plan.
     at: usize,
     slots: u32,
-    /// `[n_expert]`.
+    /// `[n_expert]`
     pinned: Vec<bool>,
-    /// Its choices on the prompts to learn from.
+    /// Choices on the prompts to learn from.
     trace: LayerTrace,
 }
 
-/// Chooses the policies of a plan's layers, predicts it anew, and says what came of it in a sentence; nothing if there is
-/// nothing to choose.
+/// Chooses the policies of a plan's layers and predicts the plan anew.
+///
+/// Returns a sentence about the outcome, or `None` if there is nothing to choose.
 ///
 /// # Errors
-/// When the plan does not pass its check afterwards, which is a mistake in this program.
+/// Fails if the plan does not pass verification afterwards, which is a bug.
 pub fn refill(
     plan: &mut Placement,
-    inputs: &Inputs<'_>,
+    problem: &Problem<'_>,
     evidence: &Evidence,
     policy: Policy,
 ) -> Result<Option<String>> {
-    let busy = busy(plan, inputs, evidence);
-    let recorded = !evidence.drawn && busy.iter().any(|layer| layer.trace.tokens() > 0);
-    let mut refilled = plan.clone();
-    if busy.is_empty() || (policy == Policy::Auto && !recorded) {
+    let contended = contended_layers(plan, problem, evidence);
+    let recorded = !evidence.drawn && contended.iter().any(|layer| layer.trace.tokens() > 0);
+    if contended.is_empty() || (policy == Policy::Auto && !recorded) {
         return Ok(None);
     }
-    let sample = if recorded { some(&busy) } else { Vec::new() };
-    let lfu = || if recorded { best_lfu(&sample) } else { DEFAULTS.0 };
-    let adaptive = || if recorded { best_adaptive(&sample) } else { DEFAULTS.1 };
-    let chosen: Vec<SlotPolicy> = match policy {
-        Policy::Lru => vec![SlotPolicy::Lru; busy.len()],
-        Policy::Lfu => vec![lfu(); busy.len()],
-        Policy::Adaptive => vec![adaptive(); busy.len()],
-        Policy::Auto => {
-            let candidates = [SlotPolicy::Lru, lfu(), adaptive()];
-            let all: Vec<&Busy> = busy.iter().collect();
-            let found: Vec<Vec<u64>> = candidates.iter().map(|&candidate| hits_of(&all, candidate)).collect();
-            let most = |hits: &dyn Fn(usize) -> u64| {
-                (0..candidates.len()).fold(0, |best, at| if hits(at) > hits(best) { at } else { best })
-            };
-            let of_plan = most(&|at| found[at].iter().sum());
-            let of_layer = |layer: usize| {
-                let best = most(&|at| found[at][layer]);
-                let clearly = found[best][layer] as f64 > found[of_plan][layer] as f64 * CLEARLY;
-                candidates[if clearly { best } else { of_plan }]
-            };
-            (0..busy.len()).map(of_layer).collect()
-        }
-    };
-    for (layer, policy) in busy.iter().zip(chosen) {
+    let mut refilled = plan.clone();
+    for (layer, policy) in contended.iter().zip(choose(&contended, policy, recorded)) {
         refilled.layers[layer.at].policy = policy;
     }
-    refilled.predicted = predict(&refilled, inputs.shape, evidence);
+    refilled.predicted = predict(&refilled, problem.shape, evidence);
     let (before, after) = (token_s(&plan.predicted), token_s(&refilled.predicted));
     refilled.solver.objective_s = after;
-    let words = words(plan, &refilled, recorded);
+    let description = describe(plan, &refilled, recorded);
     if policy == Policy::Auto && after >= before {
-        return Ok(Some(format!("slots stay with lru: {words}")));
+        return Ok(Some(format!("slots stay with lru: {description}")));
     }
-    let wrong = check::check(&refilled, inputs.shape, evidence);
+    let wrong = verify::verify(&refilled, problem.shape, evidence);
     ensure!(
         wrong.is_empty(),
-        "the plan '{}' did not pass its own check after its policies were chosen, which is a mistake in this program: {}",
+        "the plan '{}' did not pass its own check after its policies were chosen, which is a mistake in this \
+         program: {}",
         plan.name,
         wrong.join("; ")
     );
     *plan = refilled;
-    Ok(Some(format!("slots are refilled by {words}")))
+    Ok(Some(format!("slots are refilled by {description}")))
 }
 
-/// Layers by policy, for tables: `{"adaptive": 40, "lru": 8}`; only layers that have slots.
+/// Returns the policies of the contended layers.
+fn choose(contended: &[ContendedLayer], policy: Policy, recorded: bool) -> Vec<SlotPolicy> {
+    let n = contended.len();
+    let sample = if recorded { sample(contended) } else { Vec::new() };
+    let lfu = || if recorded { best_lfu(&sample) } else { DEFAULT_LFU };
+    let adaptive = || if recorded { best_adaptive(&sample) } else { DEFAULT_ADAPTIVE };
+    match policy {
+        Policy::Lru => vec![SlotPolicy::Lru; n],
+        Policy::Lfu => vec![lfu(); n],
+        Policy::Adaptive => vec![adaptive(); n],
+        Policy::Auto => {
+            let candidates = [SlotPolicy::Lru, lfu(), adaptive()];
+            let layers: Vec<&ContendedLayer> = contended.iter().collect();
+            let hits = candidates.map(|candidate| hits_of(&layers, candidate));
+            let best_of_plan = first_max(candidates.len(), |c| hits[c].iter().sum());
+            let of_layer = |layer: usize| {
+                let best = first_max(candidates.len(), |c| hits[c][layer]);
+                let needed = hits[best_of_plan][layer] as f64 * MIN_HIT_RATIO;
+                candidates[if hits[best][layer] as f64 > needed { best } else { best_of_plan }]
+            };
+            (0..n).map(of_layer).collect()
+        }
+    }
+}
+
+/// Returns the first position of the largest value.
+fn first_max(n: usize, value: impl Fn(usize) -> u64) -> usize {
+    (0..n).fold(0, |best, at| if value(at) > value(best) { at } else { best })
+}
+
+/// Counts layers with slots by policy: `{"adaptive": 40, "lru": 8}`.
 pub fn summary(plan: &Placement) -> serde_json::Value {
     let mut layers = serde_json::Map::new();
     for layer in plan.layers.iter().filter(|l| l.slots > 0) {
@@ -127,8 +149,8 @@ pub fn summary(plan: &Placement) -> serde_json::Value {
     layers.into()
 }
 
-/// What a plan's policies are and what they do beside LRU, in words.
-fn words(plan: &Placement, refilled: &Placement, recorded: bool) -> String {
+/// Describes a plan's policies and what they gain over LRU.
+fn describe(plan: &Placement, refilled: &Placement, recorded: bool) -> String {
     let mut by_policy: Vec<(SlotPolicy, usize)> = Vec::new();
     for layer in refilled.layers.iter().filter(|l| l.slots > 0) {
         match by_policy.iter_mut().find(|(policy, _)| *policy == layer.policy) {
@@ -153,10 +175,10 @@ fn words(plan: &Placement, refilled: &Placement, recorded: bool) -> String {
     )
 }
 
-/// The layers where a policy matters, with what there is to learn from.
-fn busy(plan: &Placement, inputs: &Inputs<'_>, evidence: &Evidence) -> Vec<Busy> {
+/// Returns the layers where a policy matters, with the choices to learn from.
+fn contended_layers(plan: &Placement, inputs: &Problem<'_>, evidence: &Evidence) -> Vec<ContendedLayer> {
     let profile = inputs.profile.filter(|p| p.counted.is_none());
-    let mut busy = Vec::new();
+    let mut contended = Vec::new();
     for (at, (layer, evidence)) in plan.layers.iter().zip(&evidence.layers).enumerate() {
         let pinned = pinned(layer, evidence.shape.n_expert as usize);
         let pooled = pinned.iter().filter(|p| !**p).count();
@@ -170,9 +192,9 @@ fn busy(plan: &Placement, inputs: &Inputs<'_>, evidence: &Evidence) -> Vec<Busy>
             }
             _ => LayerTrace::made_up(pinned.len(), evidence.shape.n_used as usize, &[], Vec::new()),
         };
-        busy.push(Busy { at, slots: layer.slots, pinned, trace });
+        contended.push(ContendedLayer { at, slots: layer.slots, pinned, trace });
     }
-    busy
+    contended
 }
 
 fn pinned(layer: &LayerPlacement, n_expert: usize) -> Vec<bool> {
@@ -185,61 +207,63 @@ fn pinned(layer: &LayerPlacement, n_expert: usize) -> Vec<bool> {
     pinned
 }
 
-/// The train split, unless only the other has decoded tokens.
+/// Returns the split to learn from: train, unless only held-out prompts have decoded tokens.
 fn to_learn_from(profile: &Profile) -> Split {
     let train = profile.prompts.iter().any(|p| p.split == Split::Train && p.decode_tokens > 0);
     if train { Split::Train } else { Split::HeldOut }
 }
 
-/// Layers evenly from first to last, so many that they have about [`CHOICES`] choices.
-fn some(busy: &[Busy]) -> Vec<&Busy> {
-    let all: usize = busy.iter().map(|layer| layer.trace.choices()).sum();
-    busy.iter().step_by((all / CHOICES).clamp(1, busy.len().max(1))).collect()
+/// Returns layers evenly from first to last that have about [`TARGET_CHOICES`] choices together.
+fn sample(layers: &[ContendedLayer]) -> Vec<&ContendedLayer> {
+    let total: usize = layers.iter().map(|layer| layer.trace.choices()).sum();
+    layers.iter().step_by((total / TARGET_CHOICES).clamp(1, layers.len().max(1))).collect()
 }
 
-/// `[layers]` hits of a policy on what there is to learn from, counted on all cores.
-fn hits_of(busy: &[&Busy], policy: SlotPolicy) -> Vec<u64> {
-    let count = |layer: &Busy| match policy {
+/// Returns `[layers]` hits of a policy on the choices to learn from, counted on all cores.
+fn hits_of(layers: &[&ContendedLayer], policy: SlotPolicy) -> Vec<u64> {
+    let count = |layer: &ContendedLayer| match policy {
         SlotPolicy::Lru => {
             let curve = Positions::new(&layer.trace, &layer.pinned).hit_curve(layer.slots as usize);
             curve.last().copied().unwrap_or(0)
         }
         _ => hits(&layer.trace, &layer.pinned, layer.slots, policy),
     };
-    let threads = std::thread::available_parallelism().map_or(1, |n| n.get()).min(busy.len().max(1));
-    let chunk = busy.len().div_ceil(threads).max(1);
-    let mut found = vec![0; busy.len()];
+    let threads = std::thread::available_parallelism().map_or(1, |n| n.get()).min(layers.len().max(1));
+    let chunk = layers.len().div_ceil(threads).max(1);
+    let mut hit_counts = vec![0; layers.len()];
     std::thread::scope(|scope| {
-        for (layers, found) in busy.chunks(chunk).zip(found.chunks_mut(chunk)) {
-            scope.spawn(move || layers.iter().zip(found).for_each(|(layer, found)| *found = count(layer)));
+        for (layers, hit_counts) in layers.chunks(chunk).zip(hit_counts.chunks_mut(chunk)) {
+            scope.spawn(move || {
+                layers.iter().zip(hit_counts).for_each(|(layer, hit_counts)| *hit_counts = count(layer))
+            });
         }
     });
-    found
+    hit_counts
 }
 
-/// The half-life with the most hits.
-fn best_lfu(busy: &[&Busy]) -> SlotPolicy {
-    let policies = LFU.map(|half_life| SlotPolicy::Lfu { half_life });
-    let found = policies.map(|policy| hits_of(busy, policy).iter().sum::<u64>());
-    let best = (0..policies.len()).fold(0, |best, at| if found[at] > found[best] { at } else { best });
-    policies[best]
+/// Returns `lfu` with the half-life that has the most hits.
+fn best_lfu(layers: &[&ContendedLayer]) -> SlotPolicy {
+    let policies = LFU_HALF_LIVES.map(|half_life| SlotPolicy::Lfu { half_life });
+    let hit_counts = policies.map(|policy| hits_of(layers, policy).iter().sum::<u64>());
+    policies[first_max(policies.len(), |at| hit_counts[at])]
 }
 
-/// Parameters from which no step along one axis brings more hits, beginning with the defaults.
-fn best_adaptive(busy: &[&Busy]) -> SlotPolicy {
+/// Returns `adaptive` with parameters from which no step along one axis brings more hits.
+///
+/// The coordinate search begins with the default.
+fn best_adaptive(layers: &[&ContendedLayer]) -> SlotPolicy {
     let mut known: HashMap<[usize; 3], u64> = HashMap::new();
-    let values = |at: [usize; 3]| [ADAPTIVE[0][at[0]], ADAPTIVE[1][at[1]], ADAPTIVE[2][at[2]]];
+    let values = |at: [usize; 3]| [ADAPTIVE_AXES[0][at[0]], ADAPTIVE_AXES[1][at[1]], ADAPTIVE_AXES[2][at[2]]];
     let mut value =
-        |at: [usize; 3]| *known.entry(at).or_insert_with(|| hits_of(busy, adaptive(values(at))).iter().sum::<u64>());
-    // The defaults by position.
-    let mut best: [usize; 3] = [2, 1, 4];
+        |at: [usize; 3]| *known.entry(at).or_insert_with(|| hits_of(layers, adaptive(values(at))).iter().sum::<u64>());
+    let mut best: [usize; 3] = DEFAULT_ADAPTIVE_AT;
     loop {
         let before = best;
-        for axis in 0..ADAPTIVE.len() {
+        for axis in 0..ADAPTIVE_AXES.len() {
             for to in [best[axis].checked_sub(1), Some(best[axis] + 1)].into_iter().flatten() {
                 let mut at = best;
                 at[axis] = to;
-                if to < ADAPTIVE[axis].len() && value(at) > value(best) {
+                if to < ADAPTIVE_AXES[axis].len() && value(at) > value(best) {
                     best = at;
                 }
             }

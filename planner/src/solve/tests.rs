@@ -1,15 +1,18 @@
+use super::problem::capacity::MAX_FAST;
+use super::problem::columns;
 use super::*;
-use crate::cli::Strategy;
 use crate::cost::{self, predict, token_s};
+use crate::profile::Judged;
 use crate::profile::synthetic::{self, Random, Routing};
-use proptest::prelude::{ProptestConfig, TestCaseError, prop_assert, prop_assert_eq, proptest};
+use enumeration::{cases, everything, exhaustive, treatments};
+use proptest::prelude::{TestCaseError, prop_assert, prop_assert_eq, proptest};
 use tier_plan_runtime::KvType;
 use tier_plan_runtime::formats::SourceId;
-use tier_plan_runtime::formats::machine::{Accelerator, Tier, TierKind};
-use tier_plan_runtime::formats::placement::{LayerPlacement, SlotPolicy};
-use tier_plan_runtime::formats::profile::Guesses;
+use tier_plan_runtime::formats::machine::{Accelerator, Machine, Tier, TierKind};
+use tier_plan_runtime::formats::placement::{LayerPlacement, Placement, SlotPolicy, TierIdx};
+use tier_plan_runtime::formats::profile::{Guesses, Profile};
 use tier_plan_runtime::model::kv::KvRows;
-use tier_plan_runtime::model::shape::{CacheShape, DenseKind, DenseShape, ExpertShape};
+use tier_plan_runtime::model::shape::{CacheShape, DenseKind, DenseShape, ExpertShape, ModelShape};
 
 fn id(name: &str) -> SourceId {
     SourceId { name: name.to_string(), hash: "0".repeat(32) }
@@ -22,7 +25,7 @@ fn tier(name: &str, kind: TierKind, read_gbps: f64, latency_us: f64) -> Tier {
         capacity_bytes: 1 << 40,
         read_gbps,
         latency_us,
-        // Nothing but its own limits ties what lies on an emulated GPU together.
+        // What lies on an emulated GPU has no constraints but its own limits.
         emulated: kind == TierKind::Vram,
         unit: None,
         accelerator: Accelerator::default(),
@@ -50,7 +53,7 @@ fn three_tiers() -> Vec<Tier> {
     ]
 }
 
-/// Two accelerators, the memory of the processor, another's over the link, and a drive.
+/// Two GPUs, the CPU's memory, another CPU's over the link, and a drive.
 fn five_tiers() -> Vec<Tier> {
     vec![
         tier("gpu-a", TierKind::Vram, 300.0, 8.0),
@@ -83,7 +86,7 @@ fn shape(n_layer: u32, n_expert: u32, n_used: u32, expert_bytes: u64) -> ModelSh
     }
 }
 
-/// A layer's one row of so many values for each position.
+/// Returns a KV cache of one row per position with `width` values.
 fn cache(width: u64) -> CacheShape {
     CacheShape { rows: vec![KvRows { width, per_token: 1, queries: 1, window: None }], state_bytes: 0 }
 }
@@ -96,7 +99,7 @@ fn options() -> Options {
     Options { strategy: Strategy::Optimal, time_limit_s: 20.0, ..Options::default() }
 }
 
-/// A small instance: machine, model, profile (or none), budgets.
+/// Makes a small instance: model, profile (or none), machine, budgets.
 fn instance(seed: u64) -> (ModelShape, Option<Profile>, Machine, Vec<u64>) {
     let mut random = Random::new(seed + 1);
     let mut pick = |from: u64, to: u64| from + random.below((to - from + 1) as usize) as u64;
@@ -126,7 +129,7 @@ fn instance(seed: u64) -> (ModelShape, Option<Profile>, Machine, Vec<u64>) {
         }
         _ => five_tiers(),
     };
-    // Some links are slower than what is at the other end.
+    // Some links are slower than the memory at the other end.
     if pick(0, 1) > 0 {
         let vram = kinds.iter_mut().filter(|t| t.kind == TierKind::Vram);
         vram.for_each(|t| {
@@ -144,13 +147,13 @@ fn instance(seed: u64) -> (ModelShape, Option<Profile>, Machine, Vec<u64>) {
         group.bytes = pick(300, 2000) * 1000;
         group.token_bytes = group.bytes / pick(1, 3);
     }
-    // Up to 400 kB for the 100 positions of the tests, in some layers the same.
+    // Up to 400 kB for the 100 positions of the tests; some layers are alike.
     let widths = [pick(0, 2000), pick(0, 2000)];
     for of in &mut shape.caches {
         *of = cache(widths[pick(0, 1) as usize]);
     }
     let mut profile = (pick(0, 4) > 0).then(|| synthetic::profile(&shape, &routing(seed)));
-    // Guesses that are good for reading ahead, and some that are not.
+    // Predictions that are good for prefetching, and some that are not.
     if let Some(profile) = profile.as_mut().filter(|_| pick(0, 1) > 0) {
         profile.guesses = Some((0..layers).map(|_| Guesses { made: 10, right: pick(3, 10) }).collect());
     }
@@ -167,131 +170,9 @@ fn instance(seed: u64) -> (ModelShape, Option<Profile>, Machine, Vec<u64>) {
     (shape, profile, machine(kinds), budgets)
 }
 
-/// Ways to treat one thing: bytes by tier, and seconds.
-type Ways = Vec<(Vec<u64>, f64)>;
-
-/// Every treatment of one layer: `(bytes by tier, seconds)`, found without the solver's code.
-fn treatments(room: &Room, evidence: &crate::profile::LayerEvidence) -> Vec<(Vec<u64>, f64)> {
-    let (n, home) = (room.tiers.len(), room.home());
-    let e = evidence.shape;
-    let stage = cost::ExpertStage::new(&room.tiers, e.expert_bytes, evidence.ahead);
-    let mut found = Vec::new();
-    let mut counts = vec![0u32; home];
-    loop {
-        let pinned_sum: u32 = counts.iter().sum();
-        if pinned_sum <= e.n_expert {
-            let pooled = e.n_expert - pinned_sum;
-            let mut from = 0;
-            let pinned: Vec<(usize, Vec<u32>)> = counts
-                .iter()
-                .enumerate()
-                .map(|(tier, &count)| {
-                    let pins = evidence.order[from..from + count as usize].to_vec();
-                    from += count as usize;
-                    (tier, pins)
-                })
-                .collect();
-            let mut caches = vec![(0, room.staging_tier)];
-            if !matches!(room.tiers[home].kind, TierKind::Dram) {
-                let slots = (1..=pooled).filter(|&s| s >= e.n_used.min(pooled));
-                caches.extend(slots.flat_map(|s| (0..home).map(move |tier| (s, tier))));
-            }
-            for (slots, slot_tier) in caches {
-                let policy = SlotPolicy::Lru;
-                let layer = LayerPlacement { layer: e.layer, pinned: pinned.clone(), slots, slot_tier, policy };
-                let outcomes = cost::outcomes(&layer, evidence, &room.tiers, room.staging_tier);
-                let mut bytes = vec![0; n];
-                counts.iter().enumerate().for_each(|(t, &c)| bytes[t] += u64::from(c) * e.expert_bytes);
-                bytes[slot_tier] += u64::from(slots) * e.expert_bytes;
-                bytes[home] += u64::from(pooled) * e.expert_bytes;
-                found.push((bytes, cost::stage_mean_s(&stage, &outcomes, layer.brought_to(room.staging_tier))));
-            }
-        }
-        let Some(at) = counts.iter().position(|&c| c < e.n_expert) else { break };
-        counts[..at].fill(0);
-        counts[at] += 1;
-    }
-    found
-}
-
-/// The least seconds of all choices, by trying all that fit.
-fn exhaustive(things: &[Vec<(Vec<u64>, f64)>], left: &[u64]) -> Option<f64> {
-    let Some((first, rest)) = things.split_first() else { return Some(0.0) };
-    let mut best: Option<f64> = None;
-    for (bytes, seconds) in first {
-        let after: Option<Vec<u64>> = left.iter().zip(bytes).map(|(l, b)| l.checked_sub(*b)).collect();
-        if let Some(total) = after.and_then(|left| exhaustive(rest, &left)) {
-            best = Some(best.map_or(total + seconds, |b| b.min(total + seconds)));
-        }
-    }
-    best
-}
-
-/// By thing, all `(bytes by tier, seconds)`, and what is left for them. Attention has its layer's cache with it: on a real
-/// GPU there, and else where the room has it. 100 positions are held, and 50 read.
-fn everything(shape: &ModelShape, room: &Room, evidence: &Evidence) -> (Vec<Ways>, Vec<u64>) {
-    let n = room.tiers.len();
-    let mut things: Vec<Ways> = evidence.layers.iter().map(|l| treatments(room, l)).collect();
-    for group in &shape.dense {
-        let on = |t: usize| {
-            let rate = |t: usize| room.tiers[t].read_gbps * 1e9;
-            let mut bytes = vec![0; n];
-            bytes[t] = group.bytes;
-            let mut seconds = group.token_bytes as f64 / rate(t);
-            if group.kind == DenseKind::Attention {
-                seconds += room.tiers[t].accelerator.layer_us.unwrap_or(0.0) * 1e-6;
-                let real = room.tiers[t].kind == TierKind::Vram && !room.tiers[t].emulated;
-                let at = if real { t } else { room.kv_tier };
-                let row =
-                    shape.caches[group.layer.unwrap_or_default() as usize].rows.first().map_or(0, |r| 2 * r.width);
-                bytes[at] += 100 * row;
-                seconds += (50 * row) as f64 / rate(at);
-            }
-            (bytes, seconds)
-        };
-        let allowed = |t: &usize| group.kind == DenseKind::Embedding || room.tiers[*t].kind != TierKind::Nvme;
-        things.push((0..n).filter(allowed).map(on).collect());
-    }
-    let mut left = room.left_bytes.clone();
-    left[room.kv_tier] += room.kv_bytes;
-    (things, left)
-}
-
-fn optimum(shape: &ModelShape, room: &Room, evidence: &Evidence) -> Option<f64> {
-    let (things, left) = everything(shape, room, evidence);
-    exhaustive(&things, &left)
-}
-
-proptest! {
-    #![proptest_config(ProptestConfig::with_cases(2500))]
-
-    #[test]
-    fn small_instances_are_solved_to_the_optimum(seed in 0u64..u64::MAX / 2) {
-        let (shape, profile, mut machine, budgets) = instance(seed);
-        machine.tiers.iter_mut().for_each(|t| t.emulated &= seed % 2 == 0);
-        let inputs = Inputs { shape: &shape, profile: profile.as_ref(), machine: &machine, budgets, context: 100, kv_type: KvType::F16 };
-        let Ok(rooms) = Room::all(&inputs, &wishes::Wishes::default()) else { return Ok(()) };
-        let evidence = Evidence::new(&shape, profile.as_ref()).map_err(|e| TestCaseError::fail(e.to_string()))?;
-        let fixed = cost::overhead_s(shape.n_layer, machine.layer_overhead_us, machine.token_overhead_us);
-        // Wherever the cache is.
-        let of = |room: &Room| optimum(&shape, room, &evidence).map(|least| least + fixed);
-        let least = rooms.iter().filter_map(of).min_by(f64::total_cmp);
-        match (solve_all(&inputs, &options()), least) {
-            (Ok(solved), Some(least)) => {
-                let report = &solved.plan.solver;
-                prop_assert!(report.bound_s.is_none_or(|b| b <= least * (1.0 + 1e-9)), "{report:?} {least}");
-                // A rule that ignores the train split may be luckier than every plan that follows it.
-                prop_assert!(report.objective_s <= least * (1.0 + 1e-9), "{report:?} {least}");
-                prop_assert!(report.status.starts_with("feasible: ") || report.status == "optimal", "{report:?}");
-                for plan in &solved.baselines {
-                    prop_assert!(report.objective_s <= plan.solver.objective_s * (1.0 + 1e-9));
-                    prop_assert_eq!(check::check(plan, &shape, &evidence), Vec::<String>::new());
-                }
-            }
-            (Err(_), None) => {}
-            (got, want) => prop_assert!(false, "{got:?} {want:?}"),
-        }
-    }
+/// Returns the plan of a solution.
+fn plan_of(problem: &Problem<'_>, options: &Options) -> Result<Placement> {
+    Ok(solve(problem, options)?.plan)
 }
 
 /// A larger instance with its evidence.
@@ -303,9 +184,9 @@ fn larger() -> (ModelShape, Profile, Machine, Vec<u64>) {
 }
 
 #[test]
-fn rules_use_their_bytes_and_never_beat_the_program() -> Result<()> {
+fn baselines_use_their_bytes_and_never_beat_the_optimum() -> Result<()> {
     let (shape, profile, machine, budgets) = larger();
-    let inputs = Inputs {
+    let problem = Problem {
         shape: &shape,
         profile: Some(&profile),
         machine: &machine,
@@ -313,14 +194,15 @@ fn rules_use_their_bytes_and_never_beat_the_program() -> Result<()> {
         context: 1000,
         kv_type: KvType::F16,
     };
-    let solved = solve_all(&inputs, &Options { time_limit_s: 30.0, ..options() })?;
+    let solved = solve(&problem, &Options { time_limit_s: 30.0, ..options() })?;
     assert_eq!(solved.baselines.len(), 4);
     for plan in &solved.baselines {
-        // Less than one expert is left of each fast tier, but for the slots' even spread over the layers.
+        // Less than one expert is left of each fast tier, besides the slots' even spread over the
+        // layers
         for tier in &plan.tiers[..2] {
             let spare = tier.budget_bytes - tier.used_bytes();
-            // and the room for pages.
-            let pages = (tier.budget_bytes as f64 * room::page_share(&shape)) as u64;
+            // and page padding.
+            let pages = (tier.budget_bytes as f64 * problem::capacity::page_share(&shape)) as u64;
             assert!(spare < 4_000_000 + pages, "{} leaves {spare} of {}", plan.name, tier.tier.name);
         }
         assert!(solved.plan.solver.objective_s < plan.solver.objective_s);
@@ -334,32 +216,32 @@ fn rules_use_their_bytes_and_never_beat_the_program() -> Result<()> {
 }
 
 #[test]
-fn a_real_drive_leaves_room_for_pages() -> Result<()> {
+fn a_real_drive_leaves_room_for_page_padding() -> Result<()> {
     let shape = shape(4, 16, 2, 2_000_000);
-    let room = |emulated: bool, dram: u64| {
+    let capacity = |emulated: bool, dram: u64| {
         let mut tiers = three_tiers();
         tiers[2].emulated = emulated;
         let machine = machine(tiers);
         let budgets = vec![10_000_000, dram, 1 << 40];
-        let inputs =
-            Inputs { shape: &shape, profile: None, machine: &machine, budgets, context: 10, kv_type: KvType::F16 };
-        Room::new(&inputs).map(|room| room.left_bytes)
+        let problem =
+            Problem { shape: &shape, profile: None, machine: &machine, budgets, context: 10, kv_type: KvType::F16 };
+        Capacity::new(&problem).map(|capacity| capacity.left_bytes)
     };
-    let (real, emulated) = (room(false, 60_000_000)?, room(true, 60_000_000)?);
+    let (real, emulated) = (capacity(false, 60_000_000)?, capacity(true, 60_000_000)?);
     let kept = emulated[1] - real[1];
-    // Slots and staging as the engine makes them: three slices, at most two pages more each.
+    // Slots and staging as the engine makes them: three slices, each with at most two pages more.
     let buffers = (real[1] - 18_000_000) / 2_000_000 + 4;
     assert!(kept >= buffers * 6 * 4096 * 9 / 10 && kept < 2_000_000, "{kept} for {buffers} buffers");
-    // The dense groups of 18 MB have no slots among them, and what is all in memory needs none.
+    // The dense groups of 18 MB have no slots among them. A model that fits in memory needs none.
     assert_eq!(real[0], emulated[0]);
-    assert_eq!(room(false, 200_000_000)?, room(true, 200_000_000)?);
+    assert_eq!(capacity(false, 200_000_000)?, capacity(true, 200_000_000)?);
     Ok(())
 }
 
 #[test]
 fn planted_mistakes_are_found() -> Result<()> {
     let (shape, profile, machine, budgets) = larger();
-    let inputs = Inputs {
+    let problem = Problem {
         shape: &shape,
         profile: Some(&profile),
         machine: &machine,
@@ -369,13 +251,13 @@ fn planted_mistakes_are_found() -> Result<()> {
     };
     let evidence = Evidence::recorded(&shape, &profile)?;
     let solved =
-        solve_all(&inputs, &Options { strategy: Strategy::FrequencyFirst, time_limit_s: 1.0, ..Options::default() })?;
+        solve(&problem, &Options { strategy: Strategy::FrequencyFirst, time_limit_s: 1.0, ..Options::default() })?;
     let good = solved.plan;
-    assert_eq!(check::check(&good, &shape, &evidence), Vec::<String>::new());
+    assert_eq!(verify::verify(&good, &shape, &evidence), Vec::<String>::new());
     let finds = |word: &str, spoil: &dyn Fn(&mut Placement)| {
         let mut plan = good.clone();
         spoil(&mut plan);
-        let wrong = check::check(&plan, &shape, &evidence).join("; ");
+        let wrong = verify::verify(&plan, &shape, &evidence).join("; ");
         assert!(wrong.contains(word), "{word}: {wrong}");
     };
     finds("not once", &|p| {
@@ -411,7 +293,7 @@ fn planted_mistakes_are_found() -> Result<()> {
     Ok(())
 }
 
-/// Plans that no planner would make are still charged as the contract says, few slots included.
+/// Plans that the solver would not make are charged as documented too, few slots included.
 #[test]
 fn the_prediction_is_a_token_by_token_simulation() -> Result<()> {
     let shape = shape(2, 9, 3, 1_000_000);
@@ -420,7 +302,7 @@ fn the_prediction_is_a_token_by_token_simulation() -> Result<()> {
     for tiers in [three_tiers(), three_tiers()[..2].to_vec(), instance(0).2.tiers] {
         let machine = machine(tiers);
         let budgets = vec![1 << 40; machine.tiers.len()];
-        let inputs = Inputs {
+        let problem = Problem {
             shape: &shape,
             profile: Some(&profile),
             machine: &machine,
@@ -428,7 +310,8 @@ fn the_prediction_is_a_token_by_token_simulation() -> Result<()> {
             context: 10,
             kv_type: KvType::F16,
         };
-        let plan = solve(&inputs, &Options { strategy: Strategy::Uniform, time_limit_s: 1.0, ..Options::default() })?;
+        let plan =
+            plan_of(&problem, &Options { strategy: Strategy::Uniform, time_limit_s: 1.0, ..Options::default() })?;
         let mut random = Random::new(3);
         for _ in 0..100 {
             let mut plan = plan.clone();
@@ -452,7 +335,7 @@ fn the_prediction_is_a_token_by_token_simulation() -> Result<()> {
                 ][random.below(3)];
             }
             let predicted = token_s(&predict(&plan, &shape, &evidence));
-            let stepped = check::token_s(&plan, &shape, &evidence);
+            let stepped = verify::token_s(&plan, &shape, &evidence);
             assert!((predicted - stepped).abs() < 1e-12 * stepped, "{predicted} {stepped}");
         }
     }
@@ -460,11 +343,11 @@ fn the_prediction_is_a_token_by_token_simulation() -> Result<()> {
 }
 
 #[test]
-fn what_cannot_fit_says_what_would() {
+fn infeasible_problems_get_a_hint() {
     let shape = shape(4, 8, 2, 1_000_000);
     let machine = machine(three_tiers());
     let refused = |budgets: [u64; 3], context: u32, words: &[&str]| {
-        let inputs = Inputs {
+        let problem = Problem {
             shape: &shape,
             profile: None,
             machine: &machine,
@@ -472,7 +355,7 @@ fn what_cannot_fit_says_what_would() {
             context,
             kv_type: KvType::F16,
         };
-        let error = solve_all(&inputs, &options()).err().map(|e| format!("{e:#}")).unwrap_or_default();
+        let error = solve(&problem, &options()).err().map(|e| format!("{e:#}")).unwrap_or_default();
         assert!(words.iter().all(|w| error.contains(w)), "{words:?}: {error}");
     };
     refused([0, 3_000_000, 1 << 40], 0, &["'dram'", "4 experts in flight", "raise the budget of 'dram' by"]);
@@ -492,7 +375,7 @@ fn everything_in_fast_memory_is_optimal() -> Result<()> {
     let profile = synthetic::profile(&shape, &routing(1));
     let machine = machine(vec![tier("dram", TierKind::Dram, 20.0, 0.0)]);
     let budgets = vec![1 << 30];
-    let inputs = Inputs {
+    let problem = Problem {
         shape: &shape,
         profile: Some(&profile),
         machine: &machine,
@@ -500,7 +383,7 @@ fn everything_in_fast_memory_is_optimal() -> Result<()> {
         context: 10,
         kv_type: KvType::F16,
     };
-    let solved = solve_all(&inputs, &options())?;
+    let solved = solve(&problem, &options())?;
     assert_eq!(solved.plan.solver.status, "optimal");
     // Halfway through the context: five positions of a row of five 16-bit values.
     let expected = 20e-6 + 4.0 * 3e-6 + (shape.token_bytes() + 5 * 5 * 2) as f64 / 20e9;
@@ -514,45 +397,52 @@ fn recurrent_state_has_its_room_whatever_the_context() -> Result<()> {
     shape.caches[3].state_bytes = 123_456;
     for (context, kv_type, bytes) in [(1, KvType::F16, 10), (2000, KvType::F16, 10), (2000, KvType::Q8_0, 7)] {
         let budgets = budgets.clone();
-        let inputs = Inputs { shape: &shape, profile: Some(&profile), machine: &machine, budgets, context, kv_type };
+        let problem = Problem { shape: &shape, profile: Some(&profile), machine: &machine, budgets, context, kv_type };
         let evidence = Evidence::new(&shape, Some(&profile))?;
-        let plan = solve_all(&inputs, &options())?.plan;
+        let plan = solve(&problem, &options())?.plan;
         let kv_bytes: u64 = plan.tiers.iter().map(|t| t.kv_bytes).sum();
         assert_eq!((kv_bytes, plan.kv_type), (bytes * u64::from(context) + 123_456, kv_type));
-        assert_eq!(check::check(&plan, &shape, &evidence), Vec::<String>::new());
+        assert_eq!(verify::verify(&plan, &shape, &evidence), Vec::<String>::new());
         shape.caches[3].state_bytes += 1;
-        assert!(!check::check(&plan, &shape, &evidence).is_empty());
+        assert!(!verify::verify(&plan, &shape, &evidence).is_empty());
         shape.caches[3].state_bytes -= 1;
     }
     Ok(())
 }
 
+mod enumeration;
+
 mod gpus;
 
 mod goals;
 
-/// Both solvers of the integer program find the same, and as cheap as the whole search does.
+/// Both solvers of the integer program find choices of the same cost.
 #[cfg(feature = "highs")]
 #[test]
 fn highs_agrees_with_microlp() -> Result<()> {
-    use crate::cli::Backend;
+    use super::bound::lagrangian;
+    use super::primal::choice::Master;
+    use super::primal::mip;
+    use super::problem::columns::Charge;
+    use super::problem::enumerate::ColumnEnumerator;
     let mut tried = 0;
     for seed in 0..60 {
         let (shape, profile, machine, budgets) = instance(seed * 7919);
-        let kv_type = KvType::F16;
-        let inputs =
-            Inputs { shape: &shape, profile: profile.as_ref(), machine: &machine, budgets, context: 100, kv_type };
-        let Ok(room) = Room::new(&inputs) else { continue };
-        let evidence = Evidence::new(&shape, profile.as_ref())?;
-        let goal = Goal::new(Objective::Latency, None, None, &inputs)?;
-        let charge = Charge::new(&goal, (1.0, 1.0));
-        let wishes = Wishes::default();
-        let maker = Maker::new(&shape, &evidence, &room, &charge, &wishes, 10.0);
-        let mut items = columns::dense_items(&shape, &room, &charge, &wishes);
-        items.extend(maker.items());
-        let Ok(dual) = dual::maximise(&items, &room, None, Instant::now() + Duration::from_secs(10)) else { continue };
-        let [a, b] = [Backend::Microlp, Backend::Highs]
-            .map(|s| program::solve(&items, &room, &dual, None, program::MAX_COLUMNS, 10.0, s));
+        let (profile, kv_type) = (profile.as_ref(), KvType::F16);
+        let problem = Problem { shape: &shape, profile, machine: &machine, budgets, context: 100, kv_type };
+        let Ok(capacity) = Capacity::new(&problem) else { continue };
+        let evidence = Evidence::new(&shape, profile)?;
+        let objective = ObjectiveFunction::new(Objective::Latency, None, None, &problem)?;
+        let charge = Charge::linear(&objective);
+        let constraints = Constraints::default();
+        let enumerator = ColumnEnumerator::new(&shape, &evidence, &capacity, &charge, &constraints, 10.0);
+        let mut items = columns::dense_items(&shape, &capacity, &charge, &constraints);
+        items.extend(enumerator.items());
+        let soon = Instant::now() + Duration::from_secs(10);
+        let Ok(dual) = lagrangian::maximize(&items, &capacity, None, soon) else { continue };
+        let master = Master { items: &items, capacity: &capacity, dual: &dual };
+        let limits = mip::Limits { max_columns: mip::MAX_COLUMNS, seconds: 10.0 };
+        let [a, b] = [Backend::Microlp, Backend::Highs].map(|s| mip::solve(&master, None, limits, s));
         match (a.choice, b.choice) {
             (Some(a), Some(b)) => {
                 tried += 1;

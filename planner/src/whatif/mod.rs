@@ -1,17 +1,19 @@
-//! What a model would do on a machine, before anybody has downloaded the one or bought the other.
+//! Predicts what a model would do on a machine, without either.
 //!
-//! Without a profile it is not known how the experts are used, so the plan is made for each kind of routing that others
-//! have measured, and the answer is the range over them; the middle one is named first. Everything here is predicted.
+//! Without a profile it is unknown how the experts are used. So a plan is made for each supposed
+//! pattern of routing, and the answer is the range over them. The middle one is named first.
+//! Everything here is predicted.
 
 pub mod purchase;
 pub mod sweep;
 
 use crate::catalogue::Known;
-use crate::cli::Strategy;
-use crate::cost::{move_to, token_s};
+use crate::cost::token_s;
+use crate::json::tier_json;
 use crate::profile::Evidence;
 use crate::profile::pattern::Pattern;
-use crate::solve::{Inputs, Options, Solved, solve_judged};
+use crate::solve::options::Strategy;
+use crate::solve::{Options, Problem, Solution, solve_with_evidence};
 use anyhow::Result;
 use purchase::Purchase;
 use serde_json::{Value, json};
@@ -20,49 +22,49 @@ use tier_plan_runtime::formats::machine::{Machine, TierKind};
 use tier_plan_runtime::formats::placement::Placement;
 use tier_plan_runtime::formats::profile::Profile;
 
-/// A question.
+/// A question: which model, on which machine, within which budgets.
 #[derive(Debug, Clone)]
 pub struct Question<'a> {
-    /// The model.
+    /// Model, or a shape of one.
     pub known: &'a Known,
-    /// The machine.
+    /// Machine with its tiers.
     pub machine: &'a Machine,
-    /// `[tiers]` bytes that may be used.
+    /// `[tiers]` bytes that the plan may use.
     pub budgets: Vec<u64>,
-    /// How the experts are used, if that is known.
+    /// Recorded routing, if there is any.
     pub profile: Option<&'a Profile>,
-    /// Tokens of context.
+    /// Context length in tokens.
     pub context: u32,
-    /// Positions that the predicted tokens look back at; half of the context when `None`.
+    /// Position that predictions are for; half of the context when `None`.
     pub at: Option<u32>,
-    /// How keys and values are stored.
+    /// Type that keys and values are stored in.
     pub kv_type: KvType,
-    /// Seconds for each of the plans.
+    /// Seconds that each plan may take.
     pub time_limit_s: f64,
 }
 
-/// A plan for one kind of routing.
+/// A plan for one pattern of routing.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Case {
-    /// The kind: a pattern's name, `profile`, or `dense` for a model without experts.
+    /// A pattern's name, `profile`, or `dense` for a model without experts.
     pub routing: &'static str,
-    /// The plan.
+    /// Plan for this routing.
     pub plan: Placement,
-    /// What the solver says of it.
+    /// Notes of the solver about the plan.
     pub notes: Vec<String>,
 }
 
 impl Case {
-    /// Predicted tokens a second while decoding.
+    /// Returns the predicted tokens per second while decoding.
     pub fn decode_tok_s(&self) -> f64 {
         self.plan.predicted.decode_tok_s
     }
 }
 
-/// An answer.
+/// Answer to a question: the range of predictions, and what it costs.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Answer {
-    /// One a kind of routing, the slowest first.
+    /// One case per pattern of routing, the slowest first.
     pub cases: Vec<Case>,
     /// Watts while decoding, if known.
     pub watts: Option<f64>,
@@ -72,42 +74,42 @@ pub struct Answer {
     pub load_s: Option<f64>,
 }
 
-/// What most of a token's time goes to.
+/// Bottleneck: what most of a token's time goes to.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Bound {
-    /// The tier, or `overheads`.
+    /// Name of the tier, or `overheads`.
     pub by: String,
-    /// Seconds of a token that its reads take, those that overlap others' included.
+    /// Seconds per token of its reads, those that overlap others included.
     pub seconds: f64,
-    /// The same as a share of a token's time.
+    /// Seconds as a share of a token's time.
     pub share: f64,
 }
 
 impl Answer {
-    /// The case to name first: the one in the middle, the slower of two.
+    /// Returns the case to name first: the one in the middle, the slower of two.
     pub fn middle(&self) -> Option<&Case> {
         self.cases.get(self.cases.len().saturating_sub(1) / 2)
     }
 
-    /// The middle case's tokens a second, and the slowest and fastest.
+    /// Returns tokens per second: the middle case, the slowest, and the fastest.
     pub fn decode_tok_s(&self) -> [f64; 3] {
         let speed = |case: Option<&Case>| case.map_or(0.0, Case::decode_tok_s);
         [speed(self.middle()), speed(self.cases.first()), speed(self.cases.last())]
     }
 
-    /// Joules a token at the middle speed.
+    /// Returns the joules per token at the middle speed.
     pub fn joules_per_token(&self) -> Option<f64> {
         let [speed, ..] = self.decode_tok_s();
         self.watts.filter(|_| speed > 0.0).map(|watts| watts / speed)
     }
 
-    /// Tokens a second for each thousand dollars, at the middle speed.
+    /// Returns the tokens per second per thousand dollars, at the middle speed.
     pub fn tok_s_per_1000_usd(&self) -> Option<f64> {
         self.price_usd.filter(|price| *price > 0.0).map(|price| self.decode_tok_s()[0] / price * 1000.0)
     }
 }
 
-/// What bounds a plan's speed.
+/// Returns the bottleneck of a plan.
 pub fn bound(plan: &Placement) -> Bound {
     let predicted = &plan.predicted;
     let total = token_s(predicted).max(f64::MIN_POSITIVE);
@@ -119,7 +121,7 @@ pub fn bound(plan: &Placement) -> Bound {
     Bound { by, seconds, share: seconds / total }
 }
 
-/// The kinds of routing that are supposed, by name; the one that is known, if one is.
+/// Returns the patterns of routing to suppose, by name; only the profile, if there is one.
 fn supposed(question: &Question<'_>) -> Result<Vec<(&'static str, Evidence)>> {
     let shape = &question.known.sizes;
     if let Some(profile) = question.profile {
@@ -131,9 +133,9 @@ fn supposed(question: &Question<'_>) -> Result<Vec<(&'static str, Evidence)>> {
     Pattern::ALL.into_iter().map(|pattern| Ok((pattern.name(), Evidence::supposed(shape, pattern)?))).collect()
 }
 
-/// The plan for one kind of routing.
-fn plan_for(question: &Question<'_>, evidence: &Evidence) -> Result<Solved> {
-    let inputs = Inputs {
+/// Solves for one pattern of routing. Slots keep LRU, since nothing is recorded to learn from.
+fn plan_for(question: &Question<'_>, evidence: &Evidence) -> Result<Solution> {
+    let problem = Problem {
         shape: &question.known.sizes,
         profile: question.profile,
         machine: question.machine,
@@ -141,18 +143,16 @@ fn plan_for(question: &Question<'_>, evidence: &Evidence) -> Result<Solved> {
         context: question.context,
         kv_type: question.kv_type,
     };
-    let options = Options { strategy: Strategy::Optimal, time_limit_s: question.time_limit_s, ..Options::default() };
-    let mut solved = solve_judged(&inputs, evidence, &options)?;
-    if let Some(at) = question.at {
-        move_to(&mut solved.plan, &question.known.sizes, at);
-    }
-    Ok(solved)
+    let (time_limit_s, position) = (question.time_limit_s, question.at);
+    let options = Options { strategy: Strategy::Optimal, time_limit_s, position, ..Options::default() };
+    solve_with_evidence(&problem, evidence, &options)
 }
 
 /// Answers a question.
 ///
 /// # Errors
-/// When there is no plan: the model does not fit the budgets, or the machine makes no sense.
+/// Fails if there is no plan: the model does not fit the budgets, or the machine file makes no
+/// sense.
 pub fn answer(question: &Question<'_>) -> Result<Answer> {
     let machine = question.machine;
     let supposed = supposed(question)?;
@@ -167,8 +167,10 @@ pub fn answer(question: &Question<'_>) -> Result<Answer> {
     Ok(answer)
 }
 
-/// Seconds to fill the tiers. What lies on a last tier that keeps its contents is there already; everything else comes
-/// from it, or from a drive whose rate the machine file has.
+/// Returns the seconds to fill the tiers.
+///
+/// What lies on a last tier that keeps its contents is there already. Everything else comes from
+/// that tier, or from a drive whose rate the machine file has.
 fn load_s(plan: &Placement, machine: &Machine) -> Option<f64> {
     let last = machine.tiers.last()?;
     let keeps = matches!(last.kind, TierKind::Nvme | TierKind::Pmem);
@@ -178,7 +180,7 @@ fn load_s(plan: &Placement, machine: &Machine) -> Option<f64> {
     Some(bytes as f64 / (rate * 1e9))
 }
 
-/// Purchases in the words of `--json`.
+/// Returns purchases as JSON.
 pub fn purchases_json(purchases: &[Purchase]) -> Value {
     let each = |p: &Purchase| {
         json!({
@@ -193,7 +195,7 @@ pub fn purchases_json(purchases: &[Purchase]) -> Value {
     purchases.iter().map(each).collect()
 }
 
-/// An answer in the words of `--json`.
+/// Returns an answer as JSON.
 pub fn as_json(question: &Question<'_>, answer: &Result<Answer>) -> Value {
     let mut value = json!({
         "model": question.known.sizes.id.name,
@@ -227,7 +229,7 @@ pub fn as_json(question: &Question<'_>, answer: &Result<Answer>) -> Value {
     value["bound_by"] = json!(bound.by);
     value["bound_by_s"] = json!(bound.seconds);
     value["bound_by_share"] = json!(bound.share);
-    // Reads alone are a limit; with a rate of products the same figure is a prediction.
+    // Reads alone give an upper limit. With a rate of arithmetic, the figure is a prediction.
     let has_products = !predicted.prompt_gflops.is_empty();
     value["prompt_tok_s_limit"] = json!(predicted.prompt_tok_s);
     value["prompt_tok_s"] = json!(has_products.then_some(predicted.prompt_tok_s));
@@ -247,23 +249,13 @@ pub fn as_json(question: &Question<'_>, answer: &Result<Answer>) -> Value {
         .iter()
         .enumerate()
         .map(|(at, t)| {
-            json!({
-                "name": t.tier.name,
-                "kind": t.tier.kind.as_str(),
-                "read_gbps": t.tier.read_gbps,
-                "emulated": t.tier.emulated,
-                "budget_bytes": t.budget_bytes,
-                "used_bytes": t.used_bytes(),
-                "dense_bytes": t.dense_bytes,
-                "pinned_bytes": t.pinned_bytes,
-                "slot_bytes": t.slot_bytes,
-                "kv_bytes": t.kv_bytes,
-                "staging_bytes": t.staging_bytes,
-                "home_bytes": t.home_bytes,
-                "read_bytes_per_token": predicted.read_bytes.get(at),
-                "dense_s": predicted.dense_s.get(at),
-                "expert_s": predicted.expert_s.get(at),
-            })
+            let mut value = tier_json(t);
+            value["kind"] = json!(t.tier.kind.as_str());
+            value["read_gbps"] = json!(t.tier.read_gbps);
+            value["read_bytes_per_token"] = json!(predicted.read_bytes.get(at));
+            value["dense_s"] = json!(predicted.dense_s.get(at));
+            value["expert_s"] = json!(predicted.expert_s.get(at));
+            value
         })
         .collect();
     value["cases"] = answer

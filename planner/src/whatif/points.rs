@@ -1,4 +1,4 @@
-//! Predictions beside what others have measured and published, and beside what docs/METHODOLOGY.md says of both.
+//! Compares predictions with published measurements, and both with what docs/METHODOLOGY.md says.
 
 use super::{Question, answer};
 use crate::catalogue::{self, Known};
@@ -9,21 +9,21 @@ use tier_plan_runtime::formats::machine::{Tier, TierKind};
 use tier_plan_runtime::model::kv::KvRows;
 use tier_plan_runtime::model::shape::{CacheShape, DenseKind, DenseShape, ExpertShape, ModelShape};
 
-/// What somebody measured.
+/// A published measurement.
 struct Point {
-    /// As the page calls it.
+    /// Name of its row in the document.
     name: &'static str,
     known: Known,
     machine: &'static str,
-    /// Bytes of tiers, where the run used less than the machine file has, or had less.
+    /// Bytes of tiers, where the run used or had less than the machine file says.
     least: &'static [(TierKind, u64)],
-    /// Tokens a second.
+    /// Tokens per second.
     published: f64,
-    /// How far the prediction of the middle routing may be from it, as a share.
+    /// Relative error that the prediction for the middle routing may have.
     within: f64,
 }
 
-/// A model whose shape nobody wrote down whole: its experts, and everything else in lumps.
+/// A model whose shape is not fully published: its experts, and everything else in lumps.
 fn lumps(
     name: &str,
     layers: u32,
@@ -31,7 +31,7 @@ fn lumps(
     n_used: u32,
     expert_bytes: u64,
     dense_bytes: u64,
-    // The rows of so-manieth layers, which have keys and values.
+    // Every how many layers one has a KV cache.
     (every, kv): (u32, KvRows),
 ) -> Known {
     let dense = |layer| DenseShape {
@@ -60,7 +60,8 @@ fn lumps(
 
 fn points() -> Vec<Point> {
     let shape = |name: &str, quant: &str| catalogue::model(Path::new(name), Some(quant)).unwrap();
-    // 43 layers of 256 experts, 6 used: 3.45 GB a token of them. The other 6.5e9 of 13e9 active parameters at 8 bits.
+    // 43 layers of 256 experts, 6 used: 3.45 GB per token. The other 6.5e9 of 13e9 active
+    // parameters are stored in 8 bits.
     let v4 = lumps(
         "deepseek-v4-flash",
         43,
@@ -70,8 +71,9 @@ fn points() -> Vec<Point> {
         6_500_000_000,
         (1, KvRows { width: 576, per_token: 1, queries: 128, window: None }),
     );
-    // 60 layers of 512 experts, 10 used, of 3 * 4096 * 1024 values each; 209 GB for 397e9 parameters are 4.2 bits. Of
-    // the 17e9 active parameters 9e9 are not routed. Every fourth layer has keys and values.
+    // 60 layers of 512 experts, 10 used, of 3 * 4096 * 1024 values each; 209 GB for 397e9
+    // parameters are 4.2 bits. Of the 17e9 active parameters 9e9 are not routed. Every fourth layer
+    // has keys and values.
     let qwen = lumps(
         "qwen3.5-397b",
         60,
@@ -119,7 +121,7 @@ fn points() -> Vec<Point> {
             name: "Qwen3.5-397B, NVMe and RTX 4090",
             known: qwen,
             machine: "desktop-4090-ddr5-nvme",
-            // Its main memory is not published: as much as is assumed for the other desktop.
+            // The size of main memory is not published; the other desktop's is assumed.
             least: &[(TierKind::Dram, 64 << 30)],
             published: 5.35,
             within: 0.25,
@@ -135,7 +137,7 @@ fn points() -> Vec<Point> {
     ]
 }
 
-/// The row of the page that begins with a name: published, predicted, least and most.
+/// Returns the row of the document that begins with a name: published, predicted, least and most.
 fn row(page: &str, name: &str) -> [f64; 4] {
     let start = format!("| {name} |");
     let line = page.lines().find(|line| line.starts_with(&start)).unwrap_or_else(|| panic!("no row {start}"));

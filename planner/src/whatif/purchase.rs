@@ -1,51 +1,52 @@
-//! What to buy next: the same money spent on each tier in turn, and solved again.
+//! Finds what to buy next: the same money spent on each tier in turn, and solved again.
 
 use super::sweep::resized;
 use super::{Answer, Question, plan_for, supposed};
 use anyhow::Result;
 
-/// Spent where the machine has no price, in US dollars.
-const USUAL_USD: f64 = 500.0;
+/// US dollars to spend where the machine has no price.
+const DEFAULT_SPEND_USD: f64 = 500.0;
 
-/// The part of the machine's price that is spent.
-const PART: f64 = 0.1;
+/// Share of the machine's price to spend.
+const SPEND_SHARE: f64 = 0.1;
 
-/// A gain below this is none.
-const NOTICEABLE: f64 = 0.01;
+/// Relative gain of speed below which a purchase does not help.
+const MIN_RELATIVE_GAIN: f64 = 0.01;
 
-/// More of one tier.
+/// More bytes of one tier.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Purchase {
-    /// The tier.
+    /// Name of the tier.
     pub tier: String,
-    /// Bytes more of it.
+    /// Bytes that are bought.
     pub bytes: u64,
-    /// What they cost, in US dollars.
+    /// Price of the bytes in US dollars.
     pub usd: f64,
-    /// Predicted tokens a second before, at the middle of the routings.
+    /// Predicted tokens per second before, for the middle routing.
     pub before_tok_s: f64,
-    /// And with them.
+    /// Predicted tokens per second with the bytes.
     pub tok_s: f64,
 }
 
 impl Purchase {
-    /// Whether it is worth saying.
+    /// Whether the gain is worth reporting.
     pub fn helps(&self) -> bool {
-        self.tok_s > self.before_tok_s * (1.0 + NOTICEABLE)
+        self.tok_s > self.before_tok_s * (1.0 + MIN_RELATIVE_GAIN)
     }
 }
 
-/// For every tier whose price is known, what the same money buys; the best first. Nothing where no price is known.
+/// Returns what the same money buys of every tier whose price is known, the best first.
 ///
 /// # Errors
-/// When the routing makes no sense for the model.
+/// Fails if the routing makes no sense for the model.
 pub fn purchases(question: &Question<'_>, answer: &Answer) -> Result<Vec<Purchase>> {
     let machine = question.machine;
     let Some(middle) = answer.middle() else { return Ok(Vec::new()) };
     let Some((_, evidence)) = supposed(question)?.into_iter().find(|(routing, _)| *routing == middle.routing) else {
         return Ok(Vec::new());
     };
-    let usd = machine.extras.price_usd.filter(|price| *price > 0.0).map_or(USUAL_USD, |price| price * PART);
+    let usd =
+        machine.extras.price_usd.filter(|price| *price > 0.0).map_or(DEFAULT_SPEND_USD, |price| price * SPEND_SHARE);
     let mut found = Vec::new();
     for (at, tier) in machine.tiers.iter().enumerate() {
         let Some(each) = machine.extras.usd_per_gb.get(&tier.name).filter(|each| **each > 0.0) else { continue };
@@ -57,7 +58,7 @@ pub fn purchases(question: &Question<'_>, answer: &Answer) -> Result<Vec<Purchas
         let mut budgets = question.budgets.clone();
         budgets[at] = budgets[at].saturating_add(bytes);
         let larger = Question { machine: &larger, budgets, ..question.clone() };
-        // What does not fit any more is no purchase; more room always fits.
+        // More bytes always fit, so a failure here is a timeout and no purchase.
         let Ok(plan) = plan_for(&larger, &evidence) else { continue };
         found.push(Purchase {
             tier: tier.name.clone(),

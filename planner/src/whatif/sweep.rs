@@ -1,61 +1,68 @@
-//! The same question for a tier of one size after another.
+//! Sweeps a tier's size: asks one question for a tier of one size after another.
 
 use super::{Answer, Question, answer};
 use anyhow::{Context, Result, bail, ensure};
 use tier_plan_runtime::formats::machine::Machine;
 use tier_plan_runtime::units::parse_bytes;
 
-/// Sizes where nothing else is said, and at most.
-const STEPS: usize = 8;
-const MOST_STEPS: usize = 256;
+/// Sizes that are swept by default.
+const DEFAULT_STEPS: usize = 8;
 
-/// How far a curve must rise above the straight line between its ends, as a share of its height, to have a knee.
-const BEND: f64 = 0.1;
+/// Sizes that are swept at most.
+const MAX_STEPS: usize = 256;
 
-/// What to sweep.
+/// Relative gain of speed from the first to the last size below which there is no knee.
+const MIN_RISE: f64 = 0.01;
+
+/// How far a curve must rise above the straight line between its ends to have a knee, as a share of
+/// its height.
+const MIN_KNEE_HEIGHT: f64 = 0.1;
+
+/// A tier and the sizes to sweep.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Range {
-    /// The tier.
+    /// Name of the tier.
     pub tier: String,
-    /// Its sizes, ascending.
+    /// Sizes in bytes, ascending.
     pub sizes: Vec<u64>,
 }
 
-/// One size.
+/// One size with its answer.
 #[derive(Debug)]
 pub struct Point {
-    /// Of the tier, in bytes.
+    /// Size of the tier.
     pub bytes: u64,
-    /// What it gives.
+    /// Answer for this size.
     pub answer: Result<Answer>,
 }
 
-/// All sizes.
+/// The answers for all sizes.
 #[derive(Debug)]
 pub struct Sweep {
-    /// The tier.
+    /// Name of the tier.
     pub tier: String,
-    /// By rising size.
+    /// One point per size, ascending.
     pub points: Vec<Point>,
-    /// The point after which more of the tier gains much less.
+    /// Position of the point after which more of the tier gains much less.
     pub knee: Option<usize>,
 }
 
 impl Range {
-    /// Reads `dram=64GiB..512GiB` or `dram=64GiB..512GiB:15`.
+    /// Parses `dram=64GiB..512GiB` or `dram=64GiB..512GiB:15`.
     ///
     /// # Errors
-    /// Says what was expected where it is something else.
+    /// Names what was expected.
     pub fn parse(text: &str) -> Result<Range> {
-        let shape =
-            || format!("--sweep {text}: write TIER=FROM..TO, or TIER=FROM..TO:STEPS, like dram=64GiB..512GiB:8");
+        let shape = || {
+            format!("--sweep {text}: write TIER=FROM..TO, or TIER=FROM..TO:DEFAULT_STEPS, like dram=64GiB..512GiB:8")
+        };
         let (tier, rest) = text.split_once('=').with_context(shape)?;
         let (from, rest) = rest.split_once("..").with_context(shape)?;
         let (to, steps) = match rest.split_once(':') {
             Some((to, steps)) => (to, steps.trim().parse::<usize>().ok().with_context(shape)?),
-            None => (rest, STEPS),
+            None => (rest, DEFAULT_STEPS),
         };
-        ensure!((2..=MOST_STEPS).contains(&steps), "--sweep {text}: {steps} steps; give 2 to {MOST_STEPS}");
+        ensure!((2..=MAX_STEPS).contains(&steps), "--sweep {text}: {steps} steps; give 2 to {MAX_STEPS}");
         let size = |size: &str| parse_bytes(size).with_context(|| format!("--sweep {text}"));
         let (from, to) = (size(from)?, size(to)?);
         ensure!(from < to, "--sweep {text}: the second size must be larger than the first");
@@ -65,7 +72,7 @@ impl Range {
     }
 }
 
-/// The machine with a tier of another size, its price with it.
+/// Returns the machine with a tier of another size, and a price that follows.
 pub(super) fn resized(machine: &Machine, tier: usize, bytes: u64) -> Machine {
     let mut machine = machine.clone();
     let before = machine.tiers[tier].capacity_bytes;
@@ -79,7 +86,8 @@ pub(super) fn resized(machine: &Machine, tier: usize, bytes: u64) -> Machine {
     machine.identified()
 }
 
-/// The machine and the budgets of a question with a tier of another size; nothing where the machine has no such tier.
+/// Returns the machine and budgets of a question with a tier of another size, if there is such a
+/// tier.
 pub fn at_size(question: &Question<'_>, tier: &str, bytes: u64) -> Option<(Machine, Vec<u64>)> {
     let at = question.machine.tiers.iter().position(|t| t.name == tier)?;
     let mut budgets = question.budgets.clone();
@@ -90,7 +98,7 @@ pub fn at_size(question: &Question<'_>, tier: &str, bytes: u64) -> Option<(Machi
 /// Asks the question for every size, calling `each` after it.
 ///
 /// # Errors
-/// When the machine has no such tier.
+/// Fails if the machine has no such tier.
 pub fn sweep(question: &Question<'_>, range: &Range, mut each: impl FnMut(usize)) -> Result<Sweep> {
     let tiers = &question.machine.tiers;
     if !tiers.iter().any(|t| t.name == range.tier) {
@@ -114,17 +122,19 @@ pub fn sweep(question: &Question<'_>, range: &Range, mut each: impl FnMut(usize)
     Ok(Sweep { tier: range.tier.clone(), points, knee })
 }
 
-/// The point that lies farthest above the straight line between the first and the last that fit, if the curve bends.
+/// Returns the point farthest above the straight line between the first and the last that fit, if
+/// the curve bends.
 fn knee(sizes: &[f64], speeds: &[Option<f64>]) -> Option<usize> {
-    let fit: Vec<(usize, f64, f64)> =
-        speeds.iter().enumerate().filter_map(|(i, speed)| Some((i, sizes[i], (*speed)?))).collect();
-    let (&(_, x0, y0), &(_, x1, y1)) = (fit.first()?, fit.last()?);
-    if fit.len() < 3 || y1 <= y0 * 1.01 {
+    let with_speed = speeds.iter().enumerate().filter_map(|(at, speed)| Some((at, (*speed)?)));
+    let points: Vec<(usize, f64)> = with_speed.collect();
+    let (&(first, y0), &(last, y1)) = (points.first()?, points.last()?);
+    let (x0, x1) = (sizes[first], sizes[last]);
+    if points.len() < 3 || y1 <= y0 * (1.0 + MIN_RISE) {
         return None;
     }
-    let above = |x: f64, y: f64| (y - y0) / (y1 - y0) - (x - x0) / (x1 - x0);
-    let best = fit.iter().max_by(|a, b| above(a.1, a.2).total_cmp(&above(b.1, b.2)))?;
-    (above(best.1, best.2) > BEND).then_some(best.0)
+    let above = |&(at, y): &(usize, f64)| (y - y0) / (y1 - y0) - (sizes[at] - x0) / (x1 - x0);
+    let best = points.iter().max_by(|a, b| above(a).total_cmp(&above(b)))?;
+    (above(best) > MIN_KNEE_HEIGHT).then_some(best.0)
 }
 
 #[cfg(test)]
@@ -137,7 +147,7 @@ mod tests {
         assert_eq!((range.tier.as_str(), range.sizes.len()), ("dram", 8));
         assert_eq!((range.sizes[0], range.sizes[1], range.sizes[7]), (64 << 30, 128 << 30, 512 << 30));
         assert_eq!(Range::parse("x=1..2:2")?.sizes, [1, 2]);
-        assert_eq!(Range::parse("x=0..8TiB")?.sizes.len(), STEPS);
+        assert_eq!(Range::parse("x=0..8TiB")?.sizes.len(), DEFAULT_STEPS);
         for (text, words) in [
             ("dram", "write TIER=FROM..TO"),
             ("dram=64GiB", "write TIER=FROM..TO"),
@@ -160,7 +170,7 @@ mod tests {
         let speeds = |s: [f64; 6]| s.map(Some);
         assert_eq!(knee(&sizes, &speeds([1.0, 2.0, 3.0, 3.1, 3.2, 3.3])), Some(2));
         assert_eq!(knee(&sizes, &speeds([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])), None);
-        // Slow, then all at once: there is no point to stop at before the end.
+        // Slow at first, then fast at the end: there is no point to stop at before.
         assert_eq!(knee(&sizes, &speeds([1.0, 1.1, 1.2, 1.3, 1.4, 6.0])), None);
         assert_eq!(knee(&sizes, &[None, None, Some(1.0), Some(3.0), Some(3.2), Some(3.3)]), Some(3));
         assert_eq!(knee(&sizes, &[None; 6]), None);

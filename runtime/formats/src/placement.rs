@@ -244,7 +244,7 @@ pub struct Placement {
     pub name: String,
     /// The model it is for.
     pub model: SourceId,
-    /// The profile it was made from; none for the obvious plan.
+    /// The profile it was made from; none for a default plan.
     pub profile: Option<SourceId>,
     /// The machine it was made for.
     pub machine: SourceId,

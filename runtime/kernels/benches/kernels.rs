@@ -1,6 +1,7 @@
-//! Weight bytes a second of every product kernel: from memory, from the cache, and multiplications a second for batches.
+//! Speed of every matmul kernel: weight bytes per second from memory and from the cache, and
+//! multiply-adds per second for batches.
 //!
-//! `cargo bench -p tier-plan-runtime --bench kernels -- stream/Q4_K`
+//! `cargo bench -p tier-plan-kernels --bench kernels -- stream/Q4_K`
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use memmap2::MmapMut;
@@ -11,8 +12,8 @@ use tier_plan_kernels::{Activations, Kernels, OutMatrix, Weights, needs_quants, 
 
 const COLS: usize = 2048;
 
-/// Weights of `bytes` bytes or a little less, on huge pages as an engine keeps them: ordinary scales (0x2c2c is 0.07 as
-/// a 16-bit float), codes that vary.
+/// Returns weights of at most `bytes` bytes, on huge pages as an engine keeps them, and their
+/// number of rows. Scales are ordinary (0x2c2c is 0.07 as a 16-bit float), codes vary.
 fn weights(ty: TensorType, bytes: usize) -> (MmapMut, usize) {
     let row = ty.row_bytes(COLS as u64).expect("2048 columns are whole blocks") as usize;
     let rows = (bytes / row).max(1);
@@ -32,7 +33,7 @@ fn weights(ty: TensorType, bytes: usize) -> (MmapMut, usize) {
     (out, rows)
 }
 
-/// The types worth timing first come first.
+/// Every type, the common ones first.
 const TYPES: [TensorType; 23] = {
     use TensorType::*;
     [
@@ -41,7 +42,8 @@ const TYPES: [TensorType; 23] = {
     ]
 };
 
-fn product(c: &mut Criterion, group: &str, bytes: usize, tokens: usize, isas: &[Kernels]) {
+/// Times a matmul of every type.
+fn matmul(c: &mut Criterion, group: &str, bytes: usize, tokens: usize, isas: &[Kernels]) {
     let mut group = c.benchmark_group(group);
     group.sample_size(10).warm_up_time(Duration::from_millis(100)).measurement_time(Duration::from_millis(400));
     let x: Vec<f32> = (0..tokens * COLS).map(|i| ((i * 37) % 101) as f32 / 50.0 - 1.0).collect();
@@ -65,16 +67,16 @@ fn product(c: &mut Criterion, group: &str, bytes: usize, tokens: usize, isas: &[
     }
 }
 
-fn products(c: &mut Criterion) {
+fn matmuls(c: &mut Criterion) {
     let all = Kernels::available();
     let fast = &all[1.min(all.len() - 1)..];
     // Larger than most last-level caches; where one is larger still, this measures that cache.
-    product(c, "stream", 768 << 20, 1, &all[all.len() - 1..]);
-    product(c, "cached", 256 << 10, 1, &all);
-    product(c, "batch4", 256 << 10, 4, fast);
-    product(c, "batch8", 256 << 10, 8, fast);
-    product(c, "batch32", 256 << 10, 32, fast);
-    product(c, "batch64", 256 << 10, 64, fast);
+    matmul(c, "stream", 768 << 20, 1, &all[all.len() - 1..]);
+    matmul(c, "cached", 256 << 10, 1, &all);
+    matmul(c, "batch4", 256 << 10, 4, fast);
+    matmul(c, "batch8", 256 << 10, 8, fast);
+    matmul(c, "batch32", 256 << 10, 32, fast);
+    matmul(c, "batch64", 256 << 10, 64, fast);
 }
 
 fn operations(c: &mut Criterion) {
@@ -105,5 +107,5 @@ fn operations(c: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, products, operations);
+criterion_group!(benches, matmuls, operations);
 criterion_main!(benches);

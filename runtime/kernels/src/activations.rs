@@ -1,25 +1,44 @@
-//! Activation rows, quantised once and read by every matrix that multiplies them.
+//! Activation rows: quantized to 8 bits once, then read by every matrix that multiplies them.
+//!
+//! # Layout
+//!
+//! A *run* is 32 consecutive values, which share a scale; an *eight* is 8 of them, a quarter of a
+//! run. A block ([`ActBlock`]) is 8 runs. Its codes are not stored in the order of the row: first
+//! come the first eights of all runs, then all second eights, and so on. So register `k` of 64
+//! bytes holds eight `k` of every run:
+//!
+//! ```text
+//!              run 0      run 1      ...   run 7
+//! register 0   0..8       32..40           224..232      <- values of the row
+//! register 1   8..16      40..48           232..240
+//! register 2   16..24     48..56           240..248
+//! register 3   24..32     56..64           248..256
+//! lanes (i32)  0   1      2   3            14  15
+//! ```
+//!
+//! Weights are unpacked to the same order. A dot product of bytes adds four neighbors into a 32-bit
+//! lane, so the products of a run end up in two lanes, register upon register, and no lane ever
+//! holds values of two runs. A single multiplication with `scale`, which has every run's scale
+//! twice, then serves 256 values.
+//!
+//! `sums` is for formats with minimums: `sum of (scale * code - min) * x` is
+//! `scale * dot - min * sum of x`. It is kept per 16 values, since some formats have a minimum per
+//! 16.
 
-#[cfg(target_arch = "x86_64")]
-use super::Isa;
 use super::Kernels;
 use crate::quant::block::GROUP;
-use crate::threads::ThreadPool;
+use crate::threads::{SharedPtr, ThreadPool};
 use std::ops::Range;
 
-/// 256 activations in 8 bits, laid out so that one register of 64 bytes serves eight runs of 32 values.
-///
-/// The eights of values (four for each of eight runs) stand in the order: the first eight of every run, the second eight
-/// of every run, and so on. Products of the four registers with weights in the same order then add up lane by lane, two
-/// lanes a run, and one multiplication by scales serves 256 values.
+/// 256 activations in 8 bits, in the order that the module describes.
 #[derive(Debug, Clone)]
 #[repr(C, align(64))]
 pub(super) struct ActBlock {
-    /// `value / scale` of its run, within -127 to 127.
+    /// Codes, `round(value / scale)` within -127 to 127.
     pub q: [i8; GROUP],
-    /// The scale of each run twice: what multiplies the lanes of the products.
+    /// Scale of each run, twice: what multiplies the lanes of the dot products.
     pub scale: [f32; 16],
-    /// `scale * sum of q` of each sixteen, in the order of the row.
+    /// `scale * sum of q` of each 16 values, in the order of the row.
     pub sums: [f32; 16],
 }
 
@@ -27,44 +46,32 @@ impl ActBlock {
     const ZERO: ActBlock = ActBlock { q: [0; GROUP], scale: [0.0; 16], sums: [0.0; 16] };
 }
 
-/// Where the eight values from `8 * i` of the row stand, in eights.
+/// Returns where the eight values from `8 * i` of the row are stored, in eights.
 #[inline(always)]
 pub(super) const fn place(i: usize) -> usize {
     i % 4 * 8 + i / 4
 }
 
-/// Rows that a thread takes at a time.
-const SHARE_ROWS: usize = 4;
+/// Rows per chunk of a thread.
+const CHUNK_ROWS: usize = 4;
 
-/// Start of a buffer that threads write disjoint parts of.
-struct Shared<T>(*mut T);
-
-// SAFETY: used in `fill_shared` only, for disjoint parts.
-unsafe impl<T: Send> Sync for Shared<T> {}
-
-impl<T> Shared<T> {
-    /// # Safety
-    /// `offset` must be within the buffer or at its end.
-    unsafe fn at(&self, offset: usize) -> *mut T {
-        // SAFETY: the caller's promise.
-        unsafe { self.0.add(offset) }
-    }
-}
-
-/// `[rows, cols]` activations: the values as they are and, if wanted, their 8-bit form.
+/// `[rows, cols]` activations: the values as they are and, where a matmul needs it, their 8-bit
+/// form.
 #[derive(Debug, Clone, Default)]
 pub struct Activations {
     rows: usize,
     cols: usize,
-    /// `[rows, cols]`.
+    /// Values, `[rows, cols]`; empty where only the 8-bit form was gathered.
     values: Vec<f32>,
-    /// `[rows, cols / 256 rounded up]`, zeros after the last column; empty unless quantised.
+    /// 8-bit form, `[rows, cols / 256 rounded up]`, zeros after the last column; empty unless
+    /// quantized.
     blocks: Vec<ActBlock>,
     quantized: bool,
 }
 
 impl Activations {
-    /// Room for `max_rows` rows of `max_cols` values; more are taken when they come, at the price of an allocation.
+    /// Returns no rows, with capacity for `max_rows` rows of `max_cols` values. More rows are taken
+    /// too, at the price of an allocation.
     pub fn new(max_rows: usize, max_cols: usize) -> Self {
         Self {
             values: Vec::with_capacity(max_rows * max_cols),
@@ -73,10 +80,10 @@ impl Activations {
         }
     }
 
-    /// Takes `[rows, cols]` values over and, where `quantize`, computes their 8-bit form.
+    /// Copies `[rows, cols]` values and, where `quantize`, computes their 8-bit form.
     ///
     /// # Panics
-    /// When `x` is not `rows * cols` long, or `cols` is no multiple of 32 and `quantize` is set.
+    /// When `x` is not `rows * cols` long, or `quantize` is set and `cols` is not a multiple of 32.
     pub fn fill(&mut self, k: Kernels, rows: usize, cols: usize, x: &[f32], quantize: bool) {
         self.reshape(rows, cols, x.len(), quantize);
         self.values.clear();
@@ -89,23 +96,24 @@ impl Activations {
         }
     }
 
-    /// [`fill`](Self::fill) with the rows shared out among a pool's threads; the same bits.
+    /// Does what [`fill`](Self::fill) does, with the same bits, on the threads of a pool.
     ///
     /// # Panics
     /// As [`fill`](Self::fill).
     pub fn fill_shared(&mut self, pool: &ThreadPool, k: Kernels, rows: usize, cols: usize, x: &[f32], quantize: bool) {
-        if rows < 2 * SHARE_ROWS || cols == 0 {
+        if rows < 2 * CHUNK_ROWS || cols == 0 {
             return self.fill(k, rows, cols, x, quantize);
         }
         self.reshape(rows, cols, x.len(), quantize);
         let groups = if quantize { cols.div_ceil(GROUP) } else { 0 };
         self.values.resize(rows * cols, 0.0);
-        let (values, blocks) = (Shared(self.values.as_mut_ptr()), Shared(self.blocks.as_mut_ptr()));
-        pool.for_each_chunk(rows, SHARE_ROWS, |range| {
+        let (values, blocks) = (SharedPtr(self.values.as_mut_ptr()), SharedPtr(self.blocks.as_mut_ptr()));
+        pool.for_each_chunk(rows, CHUNK_ROWS, |range| {
             for row in range {
                 let x = &x[row * cols..][..cols];
-                // SAFETY: `values` has `rows * cols` values and `blocks` at least `rows * groups` blocks; every row is
-                // handed out once, and both are borrowed exclusively for the whole call.
+                // SAFETY: `values` has `rows * cols` values and `blocks` at least `rows * groups`
+                // blocks; every row is handed out once, and both are borrowed exclusively for the
+                // whole call.
                 let (values, blocks) = unsafe {
                     (
                         std::slice::from_raw_parts_mut(values.at(row * cols), cols),
@@ -120,18 +128,18 @@ impl Activations {
         });
     }
 
-    /// Forgets all rows.
+    /// Removes all rows; the memory stays.
     pub fn clear(&mut self) {
         self.rows = 0;
         self.values.clear();
         self.blocks.clear();
     }
 
-    /// Adds the rows of others after its own: the 8-bit form if they have it, the values only where `values` says so.
-    /// All that is added since the last [`clear`](Self::clear) must be of one width and kind.
+    /// Appends rows: their 8-bit form if they have it, their values where `values`. All rows since
+    /// the last [`clear`](Self::clear) must have one width and kind.
     ///
     /// # Panics
-    /// When it is not.
+    /// When the width or kind differs.
     pub fn append(&mut self, from: ActView<'_>, values: bool) {
         if self.rows == 0 {
             (self.cols, self.quantized) = (from.cols, from.is_quantized());
@@ -144,10 +152,11 @@ impl Activations {
         self.rows += from.rows;
     }
 
-    /// Takes some rows of others over: the 8-bit form if they have it, the values only where `values` says so.
+    /// Replaces all rows by some of `from`: their 8-bit form if they have it, their values where
+    /// `values`.
     ///
     /// # Panics
-    /// When a row is not there.
+    /// When a row is out of bounds.
     pub fn gather(&mut self, from: ActView<'_>, rows: impl Iterator<Item = usize>, values: bool) {
         self.clear();
         (self.cols, self.quantized) = (from.cols, from.is_quantized());
@@ -156,7 +165,7 @@ impl Activations {
         }
     }
 
-    /// Checks and sets the shape, and makes room for the blocks: those that stay keep what they held, and
+    /// Checks and sets the shape, and resizes the blocks. Blocks that stay keep their old content:
     /// `quantize_row` writes all of every block.
     fn reshape(&mut self, rows: usize, cols: usize, len: usize, quantize: bool) {
         assert_eq!(Some(len), rows.checked_mul(cols), "{rows} activation rows of {cols} values");
@@ -167,59 +176,67 @@ impl Activations {
         }
     }
 
-    /// Rows held.
+    /// Returns the number of rows (tokens).
+    #[inline]
     pub fn rows(&self) -> usize {
         self.rows
     }
 
-    /// Values in a row.
+    /// Returns the values per row.
+    #[inline]
     pub fn cols(&self) -> usize {
         self.cols
     }
 
-    /// The values, `[rows, cols]`.
+    /// Returns the values, `[rows, cols]`.
+    #[inline]
     pub fn values(&self) -> &[f32] {
         &self.values
     }
 
-    /// What a product reads.
+    /// Returns all rows, as a matmul reads them.
+    #[inline]
     pub fn view(&self) -> ActView<'_> {
         let groups = if self.quantized { self.cols.div_ceil(GROUP) } else { 0 };
         ActView { rows: self.rows, cols: self.cols, values: &self.values, blocks: &self.blocks[..self.rows * groups] }
     }
 }
 
-/// Some rows of [`Activations`].
+/// A range of rows of [`Activations`].
 #[derive(Debug, Clone, Copy)]
 pub struct ActView<'a> {
     rows: usize,
     cols: usize,
     /// Empty where only the 8-bit form was gathered.
     values: &'a [f32],
-    /// Empty unless quantised.
+    /// 8-bit form; empty unless quantized.
     blocks: &'a [ActBlock],
 }
 
 impl<'a> ActView<'a> {
-    /// Rows: tokens.
+    /// Returns the number of rows (tokens).
+    #[inline]
     pub fn rows(&self) -> usize {
         self.rows
     }
 
-    /// Values in a row.
+    /// Returns the values per row.
+    #[inline]
     pub fn cols(&self) -> usize {
         self.cols
     }
 
-    /// Whether the 8-bit form is there.
+    /// Whether the 8-bit form is present.
+    #[inline]
     pub fn is_quantized(&self) -> bool {
         self.blocks.len() == self.rows * self.cols.div_ceil(GROUP)
     }
 
-    /// The view of some of the rows.
+    /// Returns the view of a range of the rows.
     ///
     /// # Panics
-    /// When they are not all there.
+    /// When the range is out of bounds.
+    #[inline]
     pub fn rows_range(self, rows: Range<usize>) -> ActView<'a> {
         assert!(rows.start <= rows.end && rows.end <= self.rows, "rows {rows:?} of {} activation rows", self.rows);
         let groups = if self.is_quantized() { self.cols.div_ceil(GROUP) } else { 0 };
@@ -235,39 +252,51 @@ impl<'a> ActView<'a> {
         }
     }
 
-    /// The values, `[rows, cols]`; empty where only the 8-bit form was gathered.
+    /// Returns the values, `[rows, cols]`; empty where only the 8-bit form was gathered.
+    #[inline]
     pub fn values(&self) -> &'a [f32] {
         self.values
     }
 
-    /// The 8-bit form of a row in the order of the row: codes, the scale of each 32, and scale times the sum of codes of
-    /// each sixteen.
-    pub fn plain_quants(&self, row: usize) -> (Vec<i8>, Vec<f32>, Vec<f32>) {
+    /// Returns the 8-bit form of a row, in the order of the row.
+    pub fn q8_row(&self, row: usize) -> Q8Row {
         let groups = self.cols.div_ceil(GROUP);
-        let (mut codes, mut scales, mut sums) = (Vec::new(), Vec::new(), Vec::new());
+        let mut out = Q8Row::default();
         for block in &self.blocks[row * groups..(row + 1) * groups] {
-            (0..GROUP / 8).for_each(|i| codes.extend_from_slice(&block.q[8 * place(i)..][..8]));
-            scales.extend(block.scale.iter().step_by(2));
-            sums.extend_from_slice(&block.sums);
+            (0..GROUP / 8).for_each(|i| out.codes.extend_from_slice(&block.q[8 * place(i)..][..8]));
+            out.scales.extend(block.scale.iter().step_by(2));
+            out.sums.extend_from_slice(&block.sums);
         }
-        (codes, scales, sums)
+        out
     }
 
-    /// The blocks, `[rows, cols / 256 rounded up]`.
+    /// Returns the 8-bit form, `[rows, cols / 256 rounded up]`.
     pub(super) fn blocks(&self) -> &'a [ActBlock] {
         self.blocks
     }
 }
 
+/// The 8-bit form of one row, padded with zeros to a multiple of 256 values.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Q8Row {
+    /// One per value, -127 to 127.
+    pub codes: Vec<i8>,
+    /// One per 32 values.
+    pub scales: Vec<f32>,
+    /// Scale times the sum of the codes, one per 16 values.
+    pub sums: Vec<f32>,
+}
+
 impl Kernels {
+    /// Quantizes a row to as many blocks as it needs.
     fn quantize_row(self, x: &[f32], out: &mut [ActBlock]) {
         match self.isa() {
             #[cfg(target_arch = "x86_64")]
-            // SAFETY: this value proves that the processor has the instructions.
-            Isa::Amx | Isa::Avx512 => unsafe { quantize_row_avx512(x, out) },
+            // SAFETY: the `Kernels` value proves that the processor has the instructions.
+            crate::Isa::Amx | crate::Isa::Avx512 => unsafe { quantize_row_avx512(x, out) },
             #[cfg(target_arch = "x86_64")]
-            // SAFETY: as above.
-            Isa::Avx2 => unsafe { quantize_row_avx2(x, out) },
+            // SAFETY: the `Kernels` value proves that the processor has the instructions.
+            crate::Isa::Avx2 => unsafe { quantize_row_avx2(x, out) },
             _ => quantize_row(x, out, quantize_run),
         }
     }
@@ -285,7 +314,8 @@ fn quantize_row_avx2(x: &[f32], out: &mut [ActBlock]) {
     quantize_row(x, out, quantize_run);
 }
 
-/// Writes all of every block, the values past the end of `x` as zeros. The same bits on every instruction set.
+/// Writes all of every block, the values past the end of `x` as zeros. Every instruction set gives
+/// the same bits.
 #[inline(always)]
 fn quantize_row(x: &[f32], out: &mut [ActBlock], quantize_run: impl Fn(usize, &[f32; 32], &mut ActBlock)) {
     for (x, block) in x.chunks(GROUP).zip(out) {
@@ -302,17 +332,18 @@ fn quantize_row(x: &[f32], out: &mut [ActBlock], quantize_run: impl Fn(usize, &[
     }
 }
 
-/// The scale of a run and its inverse, from its largest magnitude: both zero for runs so small that the inverse would not
-/// be finite.
+/// Returns the scale of a run and its inverse, from its largest magnitude. Both are zero for runs
+/// so small that the inverse would be infinite.
 #[inline(always)]
 pub(super) fn run_scale(largest: f32) -> (f32, f32) {
     if largest < 1e-35 { (0.0, 0.0) } else { (largest / 127.0, 127.0 / largest) }
 }
 
-/// Writes what a block holds of one run.
+/// Quantizes one run of a block.
 #[inline(always)]
 fn quantize_run(run: usize, x: &[f32; 32], block: &mut ActBlock) {
-    /// Added to a small number and taken off again it rounds to the nearest whole number, ties to even.
+    /// 1.5 * 2^23: added to a small number and subtracted again, it rounds to the nearest integer,
+    /// ties to even.
     const ROUND: f32 = 12_582_912.0;
     // Compared as bits so that a NaN is the largest and ends up in the scale, where it is seen.
     let mut largest = 0;

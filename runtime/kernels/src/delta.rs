@@ -1,30 +1,40 @@
-//! What gated delta-net layers compute beside matrix products: a short convolution and the recurrence itself.
+//! Operations of gated delta-net layers beside matmul: a short causal convolution, and the
+//! recurrence itself.
+//!
+//! The recurrence updates a `[head_dim, columns]` part of a head's state in two passes over its
+//! rows. The first computes what the state says about the key, the second writes the state and
+//! reads it with the query:
+//!
+//! ```text
+//! change[c] = beta * (value[c] - decay * sum over i of key[i] * state[i, c])
+//! state[i, c] = decay * state[i, c] + key[i] * change[c]
+//! out[c] = sum over i of query[i] * state[i, c]
+//! ```
 
-#[cfg(target_arch = "x86_64")]
-use super::Isa;
 use super::Kernels;
 use super::ops::{exp, fma};
 
-/// Taps that a convolution may have.
+/// Most taps of a convolution.
 pub const MAX_CONV_TAPS: usize = 16;
 
-/// Columns of a state that are worked on together, at most: with a few of these the sums of a column stay in registers.
+/// Most columns of a state that are updated together: with a few of these, the sums of a column
+/// stay in registers.
 const MAX_COLUMNS: usize = 32;
 
-/// How many columns of a head's state are stored, and worked on, together: the largest part of the head that
-/// [`Kernels::delta_step`] takes.
+/// Returns how many columns of a head's state are stored and updated together: the largest divisor
+/// of the head dimension that [`Kernels::delta_step`] takes.
 pub fn delta_columns(head_dim: usize) -> usize {
     (1..=MAX_COLUMNS.min(head_dim)).rev().find(|c| head_dim.is_multiple_of(*c)).unwrap_or(1)
 }
 
-/// What one token does to some columns of a head's state.
+/// One token's update of some columns of a head's state.
 #[derive(Debug, Clone, Copy)]
 pub struct DeltaStep<'a> {
-    /// `[head_dim]`.
+    /// Query, `[head_dim]`.
     pub query: &'a [f32],
-    /// `[head_dim]`.
+    /// Key, `[head_dim]`.
     pub key: &'a [f32],
-    /// The value at those columns, `[columns]`.
+    /// Value at those columns, `[columns]`.
     pub value: &'a [f32],
     /// Factor on the old state.
     pub decay: f32,
@@ -33,12 +43,15 @@ pub struct DeltaStep<'a> {
 }
 
 impl Kernels {
-    /// `state' = decay · state + beta · key (value - decay · keyᵀ state)ᵀ`, then `out = queryᵀ state'`.
+    /// Computes `state' = decay * state + beta * key (value - decay * key^T state)^T`, then
+    /// `out = query^T state'`.
     ///
-    /// `state` is `[head_dim, columns]` and `out` `[columns]`; columns don't depend on each other.
+    /// `state` is `[head_dim, columns]` and `out` is `[columns]`; columns don't depend on each
+    /// other.
     ///
     /// # Panics
-    /// When the lengths don't fit, or there are more columns than [`delta_columns`] can say.
+    /// When the lengths don't fit, or there are more columns than [`delta_columns`] can return.
+    #[inline]
     pub fn delta_step(self, state: &mut [f32], step: &DeltaStep<'_>, out: &mut [f32]) {
         let columns = out.len();
         assert!((1..=MAX_COLUMNS).contains(&columns) && step.value.len() == columns, "columns of a delta step");
@@ -47,10 +60,12 @@ impl Kernels {
         dispatch!(self, delta_step(state: &mut [f32], step: &DeltaStep<'_>, out: &mut [f32]))
     }
 
-    /// `out[c] = silu(Σ_j weight[c, j] · rows[j][c])`; `rows` are consecutive tokens, the oldest first.
+    /// Computes `out[c] = silu(sum over j of weight[c, j] * rows[j][c])`; `rows` are consecutive
+    /// tokens, the oldest first.
     ///
     /// # Panics
     /// When the lengths don't fit, or there are no rows or more than [`MAX_CONV_TAPS`].
+    #[inline]
     pub fn conv_silu(self, rows: &[&[f32]], weight: &[f32], out: &mut [f32]) {
         assert!((1..=MAX_CONV_TAPS).contains(&rows.len()), "taps of a convolution");
         assert!(rows.iter().all(|r| r.len() == out.len()), "channels of a convolution");
@@ -61,7 +76,7 @@ impl Kernels {
 
 #[inline(always)]
 fn delta_step<const FUSED: bool>(state: &mut [f32], step: &DeltaStep<'_>, out: &mut [f32]) {
-    // The usual widths are known when this is compiled.
+    // The common widths are constants for the compiler.
     match out.len() {
         32 => columns::<FUSED>(32, state, step, out),
         16 => columns::<FUSED>(16, state, step, out),

@@ -1,19 +1,34 @@
-//! Products with NEON and its `dotprod` extension: the plain unpacking compiled for it, and a dot product of its own.
+//! Matmul kernels for NEON with its `dotprod` extension: the scalar unpacking compiled for it, and
+//! a dot product of its own.
 //!
-//! The order of the values is that of `x86::avx2`, in registers of half the width: one holds eight values each of two
-//! runs of 32, so that the four lanes of their products stand under the four scales of those runs.
+//! The order of the values is that of `x86::avx2`, in registers of half the width. A register holds
+//! an eight of each of two runs of 32, so that the four lanes of their products are under the four
+//! scales of those runs. `sdot` adds products of signed bytes to 32 bits, so neither offsets nor
+//! 16-bit sums are needed:
 //!
-//! Only the products are here. The operations between them and what attention does with stored rows run the plain code,
-//! which every AArch64 compiler turns into NEON by itself. Nothing is asked into the caches ahead: no processor of this
+//! ```text
+//! for each two runs (a quarter of the group):
+//!     w[0..4] = eights 0, 1, 2, 3 of the two runs, side by side        # 16 bytes each
+//!     for each token n:
+//!         sum = sdot(... sdot(0, w[0], x[n][0]) ..., w[3], x[n][3])    # two lanes per run
+//!         acc[n] += float(sum) * weight scales * x scales
+//!         acc[n] -= minimums * x sums
+//! ```
+//!
+//! Only matmuls are here. Element-wise operations and attention rows run the scalar code, which
+//! every AArch64 compiler turns into NEON by itself. Nothing is prefetched: no processor of this
 //! kind has been measured.
 
 use super::activations::ActBlock;
-use super::matmul::{Panel, PanelFn, PanelFns};
-use crate::quant::block::{Codes, Format, GROUP, Steps};
+use super::float_panel::{Bf16, F16, F32, FloatFormat, float_panel};
+use super::lanes::Lanes;
+use super::panel::{BlockDot, Panel, PanelFn, PanelFns, quantized_panel};
+use crate::quant::block::{Codes, Format, GROUP, UnpackOps};
 use crate::quant::{TensorType, with_format};
 use std::arch::aarch64::*;
 use std::arch::asm;
 
+/// Lists the instances of a kernel for 1 to 4 tokens.
 macro_rules! panel_fns {
     ($kernel:ident, $of:ty) => {{
         const PANELS: &[PanelFn] = &[$kernel::<$of, 1>, $kernel::<$of, 2>, $kernel::<$of, 3>, $kernel::<$of, 4>];
@@ -21,7 +36,7 @@ macro_rules! panel_fns {
     }};
 }
 
-/// The kernels of a type.
+/// Returns the kernels of a type, for 1, 2, ... tokens.
 pub(super) fn panels(ty: TensorType) -> PanelFns {
     with_format!(ty, F => panel_fns!(quantized, F), float => match ty {
         TensorType::F32 => panel_fns!(float, F32),
@@ -30,10 +45,10 @@ pub(super) fn panels(ty: TensorType) -> PanelFns {
     })
 }
 
-/// The steps of unpacking with NEON.
+/// Unpacking and dot products with NEON.
 struct Neon;
 
-impl Steps for Neon {
+impl UnpackOps for Neon {
     #[inline(always)]
     fn f16(bits: u16) -> f32 {
         // SAFETY: every AArch64 processor that this is compiled for has NEON.
@@ -41,11 +56,12 @@ impl Steps for Neon {
     }
 
     #[inline(always)]
-    fn five_bits(bytes: &[u8; 16], fifth: u32, less: i8) -> [i8; 32] {
+    fn five_bits(bytes: &[u8; 16], fifth: u32, offset: i8) -> [i8; 32] {
         const BIT: u64 = 0x8040_2010_0804_0201;
         const EACH: u64 = 0x0101_0101_0101_0101;
         let mut out = [0; 32];
-        // SAFETY: as above; sixteen bytes are read, and each half of `out` is sixteen.
+        // SAFETY: every AArch64 processor that this is compiled for has NEON; sixteen bytes are
+        // read, and each half of `out` is sixteen.
         unsafe {
             let low = vld1q_u8(bytes.as_ptr());
             let fifth = vreinterpretq_u8_u32(vdupq_n_u32(fifth));
@@ -56,7 +72,7 @@ impl Steps for Neon {
                 let spread = vreinterpretq_u8_u64(vcombine_u64(vcreate_u64(first), vcreate_u64(first + EACH)));
                 let set = vtstq_u8(vqtbl1q_u8(fifth, spread), one_each);
                 let codes = vorrq_u8(codes, vandq_u8(set, vdupq_n_u8(16)));
-                let codes = vsubq_s8(vreinterpretq_s8_u8(codes), vdupq_n_s8(less));
+                let codes = vsubq_s8(vreinterpretq_s8_u8(codes), vdupq_n_s8(offset));
                 vst1q_s8(out[16 * half..][..16].as_mut_ptr(), codes);
             }
         }
@@ -68,8 +84,8 @@ impl Steps for Neon {
 #[inline]
 #[target_feature(enable = "neon,dotprod")]
 fn dot(mut sums: int32x4_t, w: int8x16_t, x: int8x16_t) -> int32x4_t {
-    // The intrinsic is not stable yet.
-    // SAFETY: the function is compiled for the extension that has the instruction, which reads and writes nothing else.
+    // The intrinsic is not stable yet. SAFETY: the function is compiled for the extension that has
+    // the instruction, which reads and writes nothing else.
     unsafe {
         asm!(
             "sdot {sums:v}.4s, {w:v}.16b, {x:v}.16b",
@@ -82,37 +98,55 @@ fn dot(mut sums: int32x4_t, w: int8x16_t, x: int8x16_t) -> int32x4_t {
     sums
 }
 
+impl BlockDot for Neon {
+    type Ops = Neon;
+    type Acc = float32x4_t;
+
+    #[inline(always)]
+    unsafe fn zero() -> float32x4_t {
+        // SAFETY: every AArch64 processor that this is compiled for has NEON.
+        unsafe { vdupq_n_f32(0.0) }
+    }
+
+    #[inline(always)]
+    unsafe fn add_block<F: Format, const N: usize>(codes: &Codes, x: [&ActBlock; N], acc: &mut [float32x4_t; N]) {
+        // SAFETY: the caller's processor.
+        unsafe { add_block::<F, N>(codes, x, acc) }
+    }
+
+    #[inline(always)]
+    unsafe fn sum(acc: float32x4_t) -> f32 {
+        // SAFETY: every AArch64 processor that this is compiled for has NEON.
+        unsafe { vaddvq_f32(acc) }
+    }
+}
+
+/// Computes a panel of a quantized format.
+///
 /// # Safety
 /// As [`PanelFn`].
 #[target_feature(enable = "neon,dotprod")]
 unsafe fn quantized<F: Format, const N: usize>(panel: &Panel<'_>) {
-    let groups = panel.x.cols().div_ceil(GROUP);
-    let group_bytes = GROUP / F::TYPE.block_len() * F::TYPE.block_bytes();
-    let x = panel.x.blocks();
-    let mut codes = Codes::ZERO;
-    for (r, row) in panel.weights.chunks_exact(panel.row_bytes).enumerate() {
-        let mut acc = [vdupq_n_f32(0.0); N];
-        for (g, bytes) in row.chunks(group_bytes).enumerate() {
-            F::unpack_group::<Neon>(bytes, &mut codes);
-            let mut blocks = [&x[g]; N];
-            for (n, block) in blocks.iter_mut().enumerate() {
-                *block = &x[n * groups + g];
-            }
-            multiply::<F, N>(&codes, blocks, &mut acc);
-        }
-        for (n, acc) in acc.into_iter().enumerate() {
-            // SAFETY: the caller's output holds this element.
-            unsafe { panel.out.put(n, panel.first_row + r, vaddvq_f32(acc)) };
-        }
-    }
+    // SAFETY: the caller's panel.
+    unsafe { quantized_panel::<Neon, F, N>(panel) }
 }
 
-/// Adds the products of 256 weights with `N` tokens.
+/// Computes a panel of a float format.
+///
+/// # Safety
+/// As [`PanelFn`].
+#[target_feature(enable = "neon,dotprod")]
+unsafe fn float<W: FloatFormat, const N: usize>(panel: &Panel<'_>) {
+    // SAFETY: the caller's panel.
+    unsafe { float_panel::<Eight, W, N>(panel) }
+}
+
+/// Adds the dot products of 256 weights with `N` tokens.
 #[inline]
 #[target_feature(enable = "neon,dotprod")]
-fn multiply<F: Format, const N: usize>(codes: &Codes, x: [&ActBlock; N], acc: &mut [float32x4_t; N]) {
+fn add_block<F: Format, const N: usize>(codes: &Codes, x: [&ActBlock; N], acc: &mut [float32x4_t; N]) {
     for two in 0..4 {
-        // Two runs of 32 values: their eights side by side, as the activations have them.
+        // Eights of two runs, side by side as the activations have them.
         let [w0, w1] = eights::<F>(codes, 2 * two, 0);
         let [w2, w3] = eights::<F>(codes, 2 * two, 16);
         let scale = load4(&codes.scale, 4 * two);
@@ -121,7 +155,7 @@ fn multiply<F: Format, const N: usize>(codes: &Codes, x: [&ActBlock; N], acc: &m
             let x_scale = load4(&x[n].scale, 4 * two);
             let [x0, x1, x2, x3] = [0, 64, 128, 192].map(|at| load16(&x[n].q, at + 16 * two));
             let one = dot(dot(vdupq_n_s32(0), w0, x0), w1, x1);
-            let sum = if F::FINE {
+            let sum = if F::SCALE_PER_16 {
                 let two = dot(dot(vdupq_n_s32(0), w2, x2), w3, x3);
                 vfmaq_f32(vmulq_f32(vcvtq_f32_s32(one), first), vcvtq_f32_s32(two), second)
             } else {
@@ -135,7 +169,7 @@ fn multiply<F: Format, const N: usize>(codes: &Codes, x: [&ActBlock; N], acc: &m
     }
 }
 
-/// Two eights each of two runs: those at `at` of both runs, and those 8 further.
+/// Returns two eights of each of two runs: those at `at` of both runs, and the next ones.
 #[inline]
 #[target_feature(enable = "neon,dotprod")]
 fn eights<F: Format>(codes: &Codes, run: usize, at: usize) -> [int8x16_t; 2] {
@@ -151,6 +185,7 @@ fn eights<F: Format>(codes: &Codes, run: usize, at: usize) -> [int8x16_t; 2] {
     [vreinterpretq_s8_s64(vzip1q_s64(even, odd)), vreinterpretq_s8_s64(vzip2q_s64(even, odd))]
 }
 
+/// Loads 16 codes from `at` on.
 #[inline]
 #[target_feature(enable = "neon,dotprod")]
 fn load16(q: &[i8; GROUP], at: usize) -> int8x16_t {
@@ -159,6 +194,7 @@ fn load16(q: &[i8; GROUP], at: usize) -> int8x16_t {
     unsafe { vld1q_s8(part.as_ptr()) }
 }
 
+/// Loads four floats from `at` on.
 #[inline]
 #[target_feature(enable = "neon,dotprod")]
 fn load4(values: &[f32], at: usize) -> float32x4_t {
@@ -167,120 +203,61 @@ fn load4(values: &[f32], at: usize) -> float32x4_t {
     unsafe { vld1q_f32(part.as_ptr()) }
 }
 
-/// A float format: eight values from their bytes, wherever these begin.
-trait Float {
-    const BYTES: usize;
+/// Two registers as one of eight lanes: as many as a load of 16-bit floats fills.
+#[derive(Clone, Copy)]
+struct Eight([float32x4_t; 2]);
 
-    /// # Safety
-    /// Eight values can be read.
-    unsafe fn load(p: *const u8) -> [float32x4_t; 2];
-}
+impl Lanes for Eight {
+    const COUNT: usize = 8;
 
-struct F32;
-struct F16;
-struct Bf16;
-
-impl Float for F32 {
-    const BYTES: usize = 4;
-
-    #[inline]
-    #[target_feature(enable = "neon")]
-    unsafe fn load(p: *const u8) -> [float32x4_t; 2] {
-        // SAFETY: the caller's.
-        unsafe { [vreinterpretq_f32_u8(vld1q_u8(p)), vreinterpretq_f32_u8(vld1q_u8(p.add(16)))] }
+    #[inline(always)]
+    unsafe fn zero() -> Self {
+        // SAFETY: every AArch64 processor that this is compiled for has NEON.
+        unsafe { Self([vdupq_n_f32(0.0); 2]) }
     }
-}
 
-impl Float for F16 {
-    const BYTES: usize = 2;
-
-    #[inline]
-    #[target_feature(enable = "neon")]
-    unsafe fn load(p: *const u8) -> [float32x4_t; 2] {
-        // SAFETY: the caller's.
-        let half = vreinterpretq_f16_u8(unsafe { vld1q_u8(p) });
-        [vcvt_f32_f16(vget_low_f16(half)), vcvt_high_f32_f16(half)]
+    #[inline(always)]
+    unsafe fn load_f32(p: *const u8) -> Self {
+        // SAFETY: the caller's bytes.
+        unsafe { Self([vreinterpretq_f32_u8(vld1q_u8(p)), vreinterpretq_f32_u8(vld1q_u8(p.add(16)))]) }
     }
-}
 
-impl Float for Bf16 {
-    const BYTES: usize = 2;
-
-    #[inline]
-    #[target_feature(enable = "neon")]
-    unsafe fn load(p: *const u8) -> [float32x4_t; 2] {
-        // SAFETY: the caller's.
-        let bits = vreinterpretq_u16_u8(unsafe { vld1q_u8(p) });
-        let (low, high) = (vshll_n_u16::<16>(vget_low_u16(bits)), vshll_high_n_u16::<16>(bits));
-        [vreinterpretq_f32_u32(low), vreinterpretq_f32_u32(high)]
-    }
-}
-
-/// Values that the products of floats take at a time.
-const STEP: usize = 16;
-
-/// Adds the products of [`STEP`] weights with as many values, lane by lane.
-///
-/// # Safety
-/// [`STEP`] values can be read at `x`.
-#[inline]
-#[target_feature(enable = "neon,dotprod")]
-unsafe fn add_step(acc: &mut [float32x4_t; STEP / 4], w: [[float32x4_t; 2]; 2], x: *const f32) {
-    for (i, acc) in acc.iter_mut().enumerate() {
-        // SAFETY: the caller's.
-        *acc = vfmaq_f32(*acc, w[i / 2][i % 2], unsafe { vld1q_f32(x.add(4 * i)) });
-    }
-}
-
-/// # Safety
-/// As [`PanelFn`].
-#[target_feature(enable = "neon,dotprod")]
-unsafe fn float<W: Float, const N: usize>(panel: &Panel<'_>) {
-    let cols = panel.x.cols();
-    let whole = cols - cols % STEP;
-    // The last, shorter step, filled up with zeros.
-    let mut tail = [[0.0f32; STEP]; N];
-    for (n, tail) in tail.iter_mut().enumerate() {
-        tail[..cols - whole].copy_from_slice(&panel.x.values()[n * cols + whole..(n + 1) * cols]);
-    }
-    let x = panel.x.values().as_ptr();
-    for (r, row) in panel.weights.chunks_exact(panel.row_bytes).enumerate() {
-        let mut acc = [[vdupq_n_f32(0.0); STEP / 4]; N];
-        let mut c = 0;
-        while c < whole {
-            // SAFETY: a step is left in the row and in each of the `N` rows of `x`.
-            unsafe {
-                let p = row.as_ptr().add(c * W::BYTES);
-                let w = [W::load(p), W::load(p.add(8 * W::BYTES))];
-                for (n, acc) in acc.iter_mut().enumerate() {
-                    add_step(acc, w, x.add(n * cols + c));
-                }
-            }
-            c += STEP;
+    #[inline(always)]
+    unsafe fn load_f16(p: *const u8) -> Self {
+        // SAFETY: the caller's bytes.
+        unsafe {
+            let half = vreinterpretq_f16_u8(vld1q_u8(p));
+            Self([vcvt_f32_f16(vget_low_f16(half)), vcvt_high_f32_f16(half)])
         }
-        if whole < cols {
-            let mut bytes = [0u8; STEP * 4];
-            bytes[..(cols - whole) * W::BYTES].copy_from_slice(&row[whole * W::BYTES..]);
-            // SAFETY: the buffers hold a step.
-            unsafe {
-                let w = [W::load(bytes.as_ptr()), W::load(bytes.as_ptr().add(8 * W::BYTES))];
-                for (acc, x) in acc.iter_mut().zip(&tail) {
-                    add_step(acc, w, x.as_ptr());
-                }
-            }
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16(p: *const u8) -> Self {
+        // SAFETY: the caller's bytes.
+        unsafe {
+            let bits = vreinterpretq_u16_u8(vld1q_u8(p));
+            let (low, high) = (vshll_n_u16::<16>(vget_low_u16(bits)), vshll_high_n_u16::<16>(bits));
+            Self([vreinterpretq_f32_u32(low), vreinterpretq_f32_u32(high)])
         }
-        for (n, [a, b, c, d]) in acc.into_iter().enumerate() {
-            let sum = vaddvq_f32(vaddq_f32(vaddq_f32(a, b), vaddq_f32(c, d)));
-            // SAFETY: the caller's output holds this element.
-            unsafe { panel.out.put(n, panel.first_row + r, sum) };
-        }
+    }
+
+    #[inline(always)]
+    unsafe fn mul_add(a: Self, b: Self, c: Self) -> Self {
+        // SAFETY: every AArch64 processor that this is compiled for has NEON.
+        unsafe { Self([vfmaq_f32(c.0[0], a.0[0], b.0[0]), vfmaq_f32(c.0[1], a.0[1], b.0[1])]) }
+    }
+
+    #[inline(always)]
+    unsafe fn sum_both(a: Self, b: Self) -> f32 {
+        // SAFETY: every AArch64 processor that this is compiled for has NEON.
+        unsafe { vaddvq_f32(vaddq_f32(vaddq_f32(a.0[0], a.0[1]), vaddq_f32(b.0[0], b.0[1]))) }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::Neon;
-    use crate::quant::block::{Plain, Steps};
+    use crate::quant::block::{Plain, UnpackOps};
 
     #[test]
     fn every_half_float_widens_as_in_plain_code() {

@@ -1,14 +1,18 @@
-//! The small operations between products, each compiled for every instruction set from one plain source.
+//! Element-wise operations and reductions between matmuls, each compiled for every instruction set
+//! from one source.
 //!
-//! Sums run in 32 lanes that the compiler keeps in registers, so their order doesn't depend on the instruction set's
-//! width; with and without fused multiplication the last bits differ.
+//! Plain Rust loops are enough here: the compiler vectorizes them for the features of the function
+//! around them. `dispatch!` makes that function once per instruction set, and picks one at run
+//! time.
+//!
+//! Sums run in 32 lanes that the compiler keeps in registers, so their order does not depend on the
+//! instruction set's width. With and without fused multiply-add the last bits differ (`FUSED`).
 
-#[cfg(target_arch = "x86_64")]
-use super::Isa;
 use super::Kernels;
 use half::f16;
 
-/// Calls `$name::<true>` compiled for the instruction set of `$k`, or `$name::<false>` as plain code.
+/// Calls `$name::<true>` compiled for the instruction set of `$k`, or `$name::<false>` as plain
+/// code.
 macro_rules! dispatch {
     ($k:expr, $name:ident($($arg:ident: $ty:ty),*) $(-> $out:ty)?) => {{
         #[cfg(target_arch = "x86_64")]
@@ -24,86 +28,97 @@ macro_rules! dispatch {
         match $k.isa() {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: the `Kernels` value proves that the processor has the instructions.
-            Isa::Amx | Isa::Avx512 => unsafe { avx512($($arg),*) },
+            $crate::Isa::Amx | $crate::Isa::Avx512 => unsafe { avx512($($arg),*) },
             #[cfg(target_arch = "x86_64")]
-            // SAFETY: as above.
-            Isa::Avx2 => unsafe { avx2($($arg),*) },
+            // SAFETY: the `Kernels` value proves that the processor has the instructions.
+            $crate::Isa::Avx2 => unsafe { avx2($($arg),*) },
             _ => $name::<false>($($arg),*),
         }
     }};
 }
 
 impl Kernels {
-    /// `out = x / sqrt(mean(x^2) + eps) * weight`; an empty `weight` stands for ones.
+    /// Computes RMS norm: `out = x / sqrt(mean(x^2) + eps) * weight`; an empty `weight` stands for
+    /// ones.
     ///
     /// # Panics
     /// When the lengths differ.
+    #[inline]
     pub fn rms_norm(self, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
         assert!(x.len() == out.len() && (weight.is_empty() || weight.len() == x.len()), "lengths of a norm");
         dispatch!(self, rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]))
     }
 
-    /// `gate = gate / (1 + exp(-gate)) * up`.
+    /// Computes SwiGLU: `gate = silu(gate) * up`, where `silu(g) = g / (1 + exp(-g))`.
     ///
     /// # Panics
     /// When the lengths differ.
+    #[inline]
     pub fn silu_mul(self, gate: &mut [f32], up: &[f32]) {
         assert_eq!(gate.len(), up.len(), "lengths of gate and up");
         dispatch!(self, silu_mul(gate: &mut [f32], up: &[f32]))
     }
 
-    /// `gate = g / (1 + exp(-alpha * g)) * (u + 1)`, where `g` is gate, at most `limit`, and `u` is up, within `limit`
-    /// of zero.
+    /// Computes the clamped SwiGLU of gpt-oss: `gate = g / (1 + exp(-alpha * g)) * (u + 1)`. There
+    /// `g` is gate, at most `limit`, and `u` is up, clamped to `-limit..=limit`.
     ///
     /// # Panics
     /// When the lengths differ.
+    #[inline]
     pub fn clamped_swiglu(self, gate: &mut [f32], up: &[f32], alpha: f32, limit: f32) {
         assert_eq!(gate.len(), up.len(), "lengths of gate and up");
         dispatch!(self, clamped_swiglu(gate: &mut [f32], up: &[f32], alpha: f32, limit: f32))
     }
 
-    /// `x = exp(x)`, to a few units in the last place; 0 below -86.5, where results near the smallest float begin.
+    /// Computes `x = exp(x)` to a few units in the last place; 0 below -86.5, where results near
+    /// the smallest float begin.
+    #[inline]
     pub fn exp(self, x: &mut [f32]) {
         dispatch!(self, exp_all(x: &mut [f32]))
     }
 
-    /// `x += y`.
+    /// Computes `x += y`.
     ///
     /// # Panics
     /// When the lengths differ.
+    #[inline]
     pub fn add(self, x: &mut [f32], y: &[f32]) {
         assert_eq!(x.len(), y.len(), "lengths of a sum");
         dispatch!(self, add(x: &mut [f32], y: &[f32]))
     }
 
-    /// `y += a * x`.
+    /// Computes `y += a * x`.
     ///
     /// # Panics
     /// When the lengths differ.
+    #[inline]
     pub fn axpy(self, a: f32, x: &[f32], y: &mut [f32]) {
         assert_eq!(x.len(), y.len(), "lengths of a sum");
         dispatch!(self, axpy(a: f32, x: &[f32], y: &mut [f32]))
     }
 
-    /// `sum of a * b`.
+    /// Returns the dot product of `a` and `b`.
     ///
     /// # Panics
     /// When the lengths differ.
+    #[inline]
     pub fn dot(self, a: &[f32], b: &[f32]) -> f32 {
         assert_eq!(a.len(), b.len(), "lengths of a dot product");
         dispatch!(self, dot(a: &[f32], b: &[f32]) -> f32)
     }
 
-    /// Rounds to 16-bit floats, ties to even.
+    /// Rounds `x` to 16-bit floats, ties to even.
     ///
     /// # Panics
     /// When the lengths differ.
+    #[inline]
     pub fn to_f16(self, x: &[f32], out: &mut [f16]) {
         assert_eq!(x.len(), out.len(), "lengths of a conversion");
         match self.isa() {
             #[cfg(target_arch = "x86_64")]
-            // SAFETY: `self` proves the instructions (AVX-512 comes with AVX2 and F16C); the lengths are equal.
-            Isa::Amx | Isa::Avx512 | Isa::Avx2 => unsafe { super::x86::rows::narrow(x, out) },
+            // SAFETY: `self` proves the instructions (AVX-512 comes with AVX2 and F16C); the
+            // lengths are equal.
+            crate::Isa::Amx | crate::Isa::Avx512 | crate::Isa::Avx2 => unsafe { super::x86::rows::narrow(x, out) },
             _ => {
                 for (to, from) in out.iter_mut().zip(x) {
                     *to = f16::from_f32_const(*from);
@@ -113,14 +128,17 @@ impl Kernels {
     }
 }
 
-const LANES: usize = 32;
+/// Partial sums of a reduction.
+pub(super) const LANES: usize = 32;
 
+/// Returns `a * b + c`, rounded once where `FUSED`.
 #[inline(always)]
 pub(super) fn fma<const FUSED: bool>(a: f32, b: f32, c: f32) -> f32 {
     if FUSED { a.mul_add(b, c) } else { a * b + c }
 }
 
-/// Folds pairs into lanes and adds the lanes up, halving each time.
+/// Folds pairs of elements into [`LANES`] partial sums, then adds those up, halving their number
+/// each time.
 #[inline(always)]
 pub(super) fn lanes_sum<A: Copy, B: Copy>(a: &[A], b: &[B], step: impl Fn(f32, A, B) -> f32) -> f32 {
     let mut lanes = [0.0f32; LANES];
@@ -166,11 +184,13 @@ fn rms_norm<const FUSED: bool>(x: &[f32], weight: &[f32], eps: f32, out: &mut [f
     }
 }
 
-/// `e^x`. The range is reduced to `|r| <= ln(2) / 2`, where seven terms of the series are exact to 1e-8.
+/// Returns `e^x`. The range is reduced to `|r| <= ln(2) / 2`, where seven terms of the series are
+/// exact to 1e-8.
 #[inline(always)]
 pub(super) fn exp<const FUSED: bool>(x: f32) -> f32 {
+    /// 1.5 * 2^23: added to a small number and subtracted again, it rounds to the nearest integer.
     const ROUND: f32 = 12_582_912.0;
-    // ln(2) in two parts, the first short enough for its product with a small whole number to be exact.
+    // ln(2) in two parts, the first short enough for its product with a small integer to be exact.
     const LN2_HIGH: f32 = 0.693_359_4;
     const LN2_LOW: f32 = -2.121_944_4e-4;
     // Compared rather than clamped: a NaN goes through.
@@ -182,7 +202,8 @@ pub(super) fn exp<const FUSED: bool>(x: f32) -> f32 {
     for term in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
         p = fma::<FUSED>(p, r, term);
     }
-    // Half of 2^n, so that n = 128 (from 88.4 on) is in range; what is too large overflows in the doubling.
+    // Half of 2^n, so that n = 128 (from 88.4 on) is in range; what is too large overflows in the
+    // doubling.
     let exponent = (shifted.to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32).wrapping_add(126);
     let value = p * f32::from_bits((exponent as u32) << 23) * 2.0;
     if x < -86.5 { 0.0 } else { value }

@@ -1,24 +1,24 @@
-//! Matrix products spread over the thread pool.
+//! Matmuls spread over the thread pool.
 
 use super::{ActView, Kernels, OutMatrix, Weights};
 use crate::threads::ThreadPool;
 
-/// Pieces of work a thread gets per product, so that a thread that is held up does not hold up the others.
-const SHARES: usize = 8;
+/// Chunks of rows per thread, so that a thread that is held up does not hold up the others.
+const CHUNKS_PER_THREAD: usize = 8;
 
-/// The same for batches, whose pieces are larger, and whose activations are prepared anew for each.
-const BATCH_SHARES: usize = 3;
+/// Chunks per thread for batches: fewer, since each prepares the activations anew.
+const BATCH_CHUNKS_PER_THREAD: usize = 3;
 
-/// Tokens that make a batch.
-const BATCH_TOKENS: usize = 16;
+/// Fewest tokens of a batch.
+const MIN_BATCH_TOKENS: usize = 16;
 
-/// Fewest rows worth handing to a thread on their own; pieces are multiples of it.
-const MIN_ROWS: usize = 8;
+/// Fewest rows per chunk; chunks are multiples of it.
+const MIN_CHUNK_ROWS: usize = 8;
 
-/// The same for batches: the rows that one pass of the widest kernel takes.
-const BATCH_ROWS: usize = 16;
+/// Fewest rows per chunk of a batch: what one pass of the widest kernel takes.
+const MIN_BATCH_CHUNK_ROWS: usize = 16;
 
-/// One product: `out[t, r] = Σ_c w[r, c] · x[t, c]`.
+/// One matmul: `out[t, r] = sum over c of w[r, c] * x[t, c]`.
 pub struct MatJob<'a> {
     w: Weights<'a>,
     x: ActView<'a>,
@@ -26,7 +26,7 @@ pub struct MatJob<'a> {
 }
 
 impl<'a> MatJob<'a> {
-    /// `out` is `[x.rows, w.n_rows]`.
+    /// Returns the matmul of `w` with the tokens of `x`, into `out` of shape `[x.rows, w.n_rows]`.
     ///
     /// # Panics
     /// When the sizes don't fit.
@@ -38,13 +38,15 @@ impl<'a> MatJob<'a> {
     }
 }
 
-/// Runs all products in one go.
+/// Runs all matmuls as one loop over the pool, so that threads wait for each other once.
 pub fn matmul_all(pool: &ThreadPool, kernels: Kernels, jobs: &[MatJob<'_>]) {
-    let bytes: usize = jobs.iter().map(|j| j.w.n_rows() * j.w.row_bytes()).sum();
-    let batch = jobs.iter().all(|j| j.x.rows() >= BATCH_TOKENS);
-    let (shares, min_rows) = if batch { (BATCH_SHARES, BATCH_ROWS) } else { (SHARES, MIN_ROWS) };
-    let share = bytes / (pool.n_threads() * shares) + 1;
-    let chunk_rows = |job: &MatJob<'_>| (share / job.w.row_bytes().max(1)).next_multiple_of(min_rows).max(min_rows);
+    let bytes: usize = jobs.iter().map(|job| job.w.n_rows() * job.w.row_bytes()).sum();
+    let is_batch = jobs.iter().all(|job| job.x.rows() >= MIN_BATCH_TOKENS);
+    let (chunks, min_rows) =
+        if is_batch { (BATCH_CHUNKS_PER_THREAD, MIN_BATCH_CHUNK_ROWS) } else { (CHUNKS_PER_THREAD, MIN_CHUNK_ROWS) };
+    let chunk_bytes = bytes / (pool.n_threads() * chunks) + 1;
+    let chunk_rows =
+        |job: &MatJob<'_>| (chunk_bytes / job.w.row_bytes().max(1)).next_multiple_of(min_rows).max(min_rows);
     let n_chunks = |job: &MatJob<'_>| job.w.n_rows().div_ceil(chunk_rows(job));
     let total: usize = jobs.iter().map(n_chunks).sum();
     pool.for_each_chunk(total, 1, |range| {
@@ -58,8 +60,8 @@ pub fn matmul_all(pool: &ThreadPool, kernels: Kernels, jobs: &[MatJob<'_>]) {
                 let rows = chunk_rows(job);
                 let first = chunk * rows;
                 let last = (first + rows).min(job.w.n_rows());
-                // SAFETY: every chunk index is handed out once, chunks of a job are disjoint rows, and each job
-                // borrows its own result exclusively.
+                // SAFETY: every chunk index is handed out once, chunks of a job are disjoint rows,
+                // and each job borrows its own result exclusively.
                 unsafe { kernels.matmul(job.w, first..last, job.x, job.out) };
                 break;
             }

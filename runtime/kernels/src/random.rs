@@ -1,33 +1,35 @@
-//! Data that looks random and is the same every time.
+//! Pseudorandom data for tests and benchmarks, equal in every run.
+
+#![forbid(unsafe_code)]
 
 use crate::quant::TensorType;
 use half::f16;
 
-/// A generator of numbers.
+/// A linear congruential generator, seeded by a name.
 pub struct Random(u64);
 
 impl Random {
-    /// The row of numbers that belongs to a name.
+    /// Returns the generator that belongs to a name.
     pub fn new(name: &str) -> Self {
         Self(xxhash_rust::xxh3::xxh3_64(name.as_bytes()))
     }
 
     /// Returns the next 64 bits.
-    pub fn next(&mut self) -> u64 {
-        // A multiplicative row with its high bits mixed into the low ones.
+    pub fn next_u64(&mut self) -> u64 {
+        // The low bits of the state have short periods: the high ones are mixed into them.
         self.0 = self.0.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(0x1405_7b7e_f767_814f);
         let mixed = (self.0 ^ self.0 >> 32).wrapping_mul(0xd6e8_feb8_6659_fd93);
         mixed ^ mixed >> 32
     }
 
-    /// Below `n`, which is not 0.
+    /// Returns a number below `n`, which is not 0.
     pub fn below(&mut self, n: usize) -> usize {
-        (self.next() % n as u64) as usize
+        (self.next_u64() % n as u64) as usize
     }
 
-    /// Between -1 and 1.
+    /// Returns a number between -1 and 1.
     pub fn float(&mut self) -> f32 {
-        (self.next() >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+        (self.next_u64() >> 40) as f32 / (1u64 << 23) as f32 - 1.0
     }
 
     /// Returns `n` numbers between -1 and 1.
@@ -35,7 +37,7 @@ impl Random {
         (0..n).map(|_| self.float()).collect()
     }
 
-    /// Activations as they come: most small, one in fifty large.
+    /// Returns `n` numbers distributed like activations: most small, one in fifty large.
     pub fn activations(&mut self, n: usize) -> Vec<f32> {
         let one = |random: &mut Self| {
             let v = random.float() * random.float();
@@ -44,10 +46,11 @@ impl Random {
         (0..n).map(|_| one(self)).collect()
     }
 
-    /// Rows of a type: any bits, but for the floats that multiply scales, which are ordinary.
+    /// Returns `values` weights of a type: random bits, but ordinary numbers for the floats that
+    /// multiply scales.
     pub fn weights(&mut self, ty: TensorType, values: usize) -> Vec<u8> {
         let n_bytes = ty.row_bytes(values as u64).unwrap_or_else(|| panic!("{values} {ty} values")) as usize;
-        let mut bytes: Vec<u8> = (0..n_bytes).map(|_| self.next() as u8).collect();
+        let mut bytes: Vec<u8> = (0..n_bytes).map(|_| self.next_u64() as u8).collect();
         for block in bytes.chunks_exact_mut(ty.block_bytes()) {
             let value = 0.05 * self.float();
             let halves: &[usize] = match ty {

@@ -1,46 +1,48 @@
-//! Rows of past tokens: storing them in 8 bits, widening them again, and what attention computes over them.
+//! Rows of past tokens (KV cache): storing them in 8 bits, widening them, and what attention
+//! computes over them.
 //!
-//! A row in 8 bits is its values in blocks of 32, the last one as short as it comes: a 16-bit float scale, then a signed
-//! byte a value.
+//! A row in 8 bits is its values in blocks of 32, the last of which may be shorter. A block is a
+//! 16-bit float scale, then one signed byte per value: `Q8_0` with a shorter last block.
 //!
-//! A result has the same bits whatever other queries and rows are beside it in a call, and whether rows are given as they
-//! are stored or widened before.
+//! A result has the same bits whatever other queries and rows are in the call, and whether rows are
+//! given as they are stored or were widened before.
 
-#[cfg(target_arch = "x86_64")]
-use super::Isa;
 use super::Kernels;
-use super::ops::{exp, fma, lanes_sum};
+use super::ops::{LANES, exp, fma, lanes_sum};
 use crate::quant::block::f16_to_f32;
 use half::f16;
 use std::ops::Range;
 
-/// Values that share a scale.
+/// Values per scale.
 pub(super) const BLOCK: usize = 32;
 
-/// The largest code; its negative is the smallest.
+/// Largest code; its negative is the smallest.
 const LARGEST_CODE: f32 = 127.0;
 
-/// Bytes of a row of `width` values in 8 bits: one a value, and two for each block of 32 that is begun.
+/// Returns the bytes per row of `width` values in 8 bits: one per value, and two per block of 32
+/// that is begun.
+#[inline]
 pub const fn q8_row_bytes(width: usize) -> usize {
     width.saturating_add(2 * width.div_ceil(BLOCK))
 }
 
-/// Rows of one width as they are stored, packed.
+/// Packed rows of one width, in the format in which they are stored.
 #[derive(Debug, Clone, Copy)]
 pub enum StoredRows<'a> {
-    /// 32-bit floats.
+    /// Rows of 32-bit floats.
     F32(&'a [f32]),
-    /// 16-bit floats.
+    /// Rows of 16-bit floats.
     F16(&'a [f16]),
-    /// As [`Kernels::to_q8`] stores them.
+    /// Rows in 8 bits, as [`Kernels::to_q8`] writes them.
     Q8(&'a [u8]),
 }
 
 impl StoredRows<'_> {
-    /// How many rows of `width` values they are.
+    /// Returns the number of rows of `width` values.
     ///
     /// # Panics
-    /// When `width` is 0, or they are not whole rows.
+    /// When `width` is 0, or the length is not a multiple of a row's.
+    #[inline]
     pub fn count(self, width: usize) -> usize {
         let (len, row) = match self {
             StoredRows::F32(rows) => (rows.len(), width),
@@ -51,10 +53,11 @@ impl StoredRows<'_> {
         len / row
     }
 
-    /// Some of the rows.
+    /// Returns a range of the rows.
     ///
     /// # Panics
-    /// When there are not as many.
+    /// When the range is out of bounds.
+    #[inline]
     pub fn range(self, rows: Range<usize>, width: usize) -> Self {
         let part = |row: usize| rows.start * row..rows.end * row;
         match self {
@@ -66,10 +69,11 @@ impl StoredRows<'_> {
 }
 
 impl Kernels {
-    /// Widens rows of `width` values.
+    /// Widens rows of `width` values to 32-bit floats.
     ///
     /// # Panics
-    /// When `width` is 0, or `out` has not room for exactly these rows.
+    /// When `width` is 0, or `out` is not exactly as long as these rows.
+    #[inline]
     pub fn widen_rows(self, rows: StoredRows<'_>, width: usize, out: &mut [f32]) {
         match rows {
             StoredRows::F32(rows) => out.copy_from_slice(rows),
@@ -78,21 +82,24 @@ impl Kernels {
         }
     }
 
-    /// Stores a row in 8 bits. Every value comes back to half a step of its block, a step being the block's largest
-    /// magnitude by 127, rounded up to a 16-bit float. A block with something infinite, a NaN or a magnitude above 8
-    /// million comes back as NaN.
+    /// Quantizes a row to 8 bits. The error of a value is at most half a step of its block, a step
+    /// being the block's largest magnitude / 127, rounded up to a 16-bit float.
+    ///
+    /// A block with an infinity, a NaN or a magnitude above 8 million comes back as NaN.
     ///
     /// # Panics
-    /// When `out` has not the length that [`q8_row_bytes`] says.
+    /// When `out` is not [`q8_row_bytes`] long.
+    #[inline]
     pub fn to_q8(self, x: &[f32], out: &mut [u8]) {
         assert_eq!(out.len(), q8_row_bytes(x.len()), "bytes of a row in 8 bits");
         dispatch!(self, to_q8(x: &[f32], out: &mut [u8]))
     }
 
-    /// Widens rows of `width` values that [`to_q8`](Self::to_q8) stored.
+    /// Dequantizes rows of `width` values that [`to_q8`](Self::to_q8) wrote.
     ///
     /// # Panics
     /// When `width` is 0, or the lengths are not those of the same whole rows.
+    #[inline]
     pub fn from_q8(self, rows: &[u8], width: usize, out: &mut [f32]) {
         let n = out.len() / width;
         assert!(out.len() == n * width && rows.len() == n * q8_row_bytes(width), "lengths of rows in 8 bits");
@@ -103,12 +110,14 @@ impl Kernels {
     ///
     /// # Panics
     /// When the lengths differ.
+    #[inline]
     pub fn from_f16(self, x: &[f16], out: &mut [f32]) {
         assert_eq!(x.len(), out.len(), "lengths of a conversion");
         match self.isa() {
             #[cfg(target_arch = "x86_64")]
-            // SAFETY: `self` proves the instructions (AVX-512 comes with AVX2 and F16C); the lengths are equal.
-            Isa::Amx | Isa::Avx512 | Isa::Avx2 => unsafe { super::x86::rows::widen(x, out) },
+            // SAFETY: `self` proves the instructions (AVX-512 comes with AVX2 and F16C); the
+            // lengths are equal.
+            crate::Isa::Amx | crate::Isa::Avx512 | crate::Isa::Avx2 => unsafe { super::x86::rows::widen(x, out) },
             _ => {
                 for (to, from) in out.iter_mut().zip(x) {
                     *to = f16_to_f32(from.to_bits());
@@ -117,11 +126,12 @@ impl Kernels {
         }
     }
 
-    /// `scores[q · stride + r] = query q · row r`; queries and rows are of `width` values, what is between the rows of
-    /// scores stays.
+    /// Computes attention scores: `scores[q * stride + r] = query q . row r`. Queries and rows have
+    /// `width` values; the elements of `scores` between its rows are not written.
     ///
     /// # Panics
-    /// When `width` is 0, `queries` or `rows` are not whole rows, or there is no room for the scores.
+    /// When `width` is 0, `queries` or `rows` are not whole rows, or `scores` is too short.
+    #[inline]
     pub fn row_dots(self, queries: &[f32], rows: StoredRows<'_>, width: usize, scores: &mut [f32], stride: usize) {
         let (n_queries, n_rows) = (StoredRows::F32(queries).count(width), rows.count(width));
         if n_queries == 0 || n_rows == 0 {
@@ -131,10 +141,12 @@ impl Kernels {
         match self.isa() {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `self` proves the instructions; the lengths are checked above.
-            Isa::Amx | Isa::Avx512 => unsafe { super::x86::rows::avx512::dots(queries, rows, width, scores, stride) },
+            crate::Isa::Amx | crate::Isa::Avx512 => unsafe {
+                super::x86::rows::avx512(rows).dots(n_rows, width, queries, scores, stride)
+            },
             #[cfg(target_arch = "x86_64")]
-            // SAFETY: as above.
-            Isa::Avx2 => unsafe { super::x86::rows::avx2::dots(queries, rows, width, scores, stride) },
+            // SAFETY: `self` proves the instructions; the lengths are checked above.
+            crate::Isa::Avx2 => unsafe { super::x86::rows::avx2(rows).dots(n_rows, width, queries, scores, stride) },
             _ => {
                 let mut row = vec![0.0; width];
                 for r in 0..n_rows {
@@ -147,12 +159,13 @@ impl Kernels {
         }
     }
 
-    /// `out[q] += Σ_r weights[q · stride + r] · row r`, in the order of the rows. Rows are of `width` values, of which
-    /// the first ones as many as `out_width` are read.
+    /// Adds weighted rows: `out[q] += sum over r of weights[q * stride + r] * row r`, in the order
+    /// of the rows. Rows have `width` values, of which the first `out_width` are read.
     ///
     /// # Panics
-    /// When a width is 0, `rows` or `out` are not whole rows, or the weights don't reach.
-    pub fn mix_rows(
+    /// When a width is 0, `rows` or `out` are not whole rows, or `weights` is too short.
+    #[inline]
+    pub fn add_weighted_rows(
         self,
         weights: &[f32],
         stride: usize,
@@ -170,12 +183,14 @@ impl Kernels {
         match self.isa() {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `self` proves the instructions; the lengths are checked above.
-            Isa::Amx | Isa::Avx512 => unsafe {
-                super::x86::rows::avx512::mix(weights, stride, rows, width, out, out_width)
+            crate::Isa::Amx | crate::Isa::Avx512 => unsafe {
+                super::x86::rows::avx512(rows).mix(n_rows, width, weights, stride, out, out_width)
             },
             #[cfg(target_arch = "x86_64")]
-            // SAFETY: as above.
-            Isa::Avx2 => unsafe { super::x86::rows::avx2::mix(weights, stride, rows, width, out, out_width) },
+            // SAFETY: `self` proves the instructions; the lengths are checked above.
+            crate::Isa::Avx2 => unsafe {
+                super::x86::rows::avx2(rows).mix(n_rows, width, weights, stride, out, out_width)
+            },
             _ => {
                 let mut row = vec![0.0; width];
                 for r in 0..n_rows {
@@ -189,27 +204,30 @@ impl Kernels {
         }
     }
 
-    /// `x = exp(x - largest x)`; returns the largest and the sum of the results. Of nothing: minus infinity and 0.
-    pub fn exp_below_largest(self, x: &mut [f32]) -> (f32, f32) {
-        dispatch!(self, exp_below_largest(x: &mut [f32]) -> (f32, f32))
+    /// Computes the numerators of a softmax, `x = exp(x - max(x))`. Returns the maximum and the sum
+    /// of the results: minus infinity and 0 for an empty slice.
+    #[inline]
+    pub fn exp_minus_max(self, x: &mut [f32]) -> (f32, f32) {
+        dispatch!(self, exp_minus_max(x: &mut [f32]) -> (f32, f32))
     }
 
-    /// `y = a · y + b · x`.
+    /// Computes `y = a * y + b * x`.
     ///
     /// # Panics
     /// When the lengths differ.
-    pub fn blend(self, a: f32, y: &mut [f32], b: f32, x: &[f32]) {
+    #[inline]
+    pub fn axpby(self, a: f32, y: &mut [f32], b: f32, x: &[f32]) {
         assert_eq!(x.len(), y.len(), "lengths of a sum");
-        dispatch!(self, blend(a: f32, y: &mut [f32], b: f32, x: &[f32]))
+        dispatch!(self, axpby(a: f32, y: &mut [f32], b: f32, x: &[f32]))
     }
 }
 
-/// Whether `len` values hold `n` runs of `run`, `stride` from one's beginning to the next one's; `n` is not 0.
+/// Whether `len` values hold `n` runs of `run`, their beginnings `stride` apart; `n` is not 0.
 fn fits(n: usize, stride: usize, run: usize, len: usize) -> bool {
     (n - 1).checked_mul(stride).and_then(|last| last.checked_add(run)).is_some_and(|end| end <= len)
 }
 
-/// The least 16-bit float not below the `largest` magnitude by 127, so that no code is out of range.
+/// Returns the least 16-bit float not below `largest / 127`, so that no code is out of range.
 fn q8_scale(largest: f32) -> f16 {
     let exact = largest / LARGEST_CODE;
     let near = f16::from_f32_const(exact);
@@ -251,8 +269,7 @@ fn from_q8<const FUSED: bool>(rows: &[u8], width: usize, out: &mut [f32]) {
 }
 
 #[inline(always)]
-fn exp_below_largest<const FUSED: bool>(x: &mut [f32]) -> (f32, f32) {
-    const LANES: usize = 32;
+fn exp_minus_max<const FUSED: bool>(x: &mut [f32]) -> (f32, f32) {
     let mut lanes = [f32::NEG_INFINITY; LANES];
     let (chunks, rest) = x.as_chunks::<LANES>();
     for (lane, v) in lanes.iter_mut().zip(rest) {
@@ -271,7 +288,7 @@ fn exp_below_largest<const FUSED: bool>(x: &mut [f32]) -> (f32, f32) {
 }
 
 #[inline(always)]
-fn blend<const FUSED: bool>(a: f32, y: &mut [f32], b: f32, x: &[f32]) {
+fn axpby<const FUSED: bool>(a: f32, y: &mut [f32], b: f32, x: &[f32]) {
     for (y, x) in y.iter_mut().zip(x) {
         *y = fma::<FUSED>(b, *x, a * *y);
     }

@@ -1,11 +1,12 @@
-//! The plain products: what every other kernel is tested against, and what runs where there is no other.
+//! Scalar matmul kernels: what all others are tested against, and what runs where there are no
+//! others.
 
-use super::activations::place;
-use super::matmul::{Panel, PanelFn, PanelFns};
-use crate::quant::block::{Codes, Format, GROUP, Plain};
+use super::activations::{ActBlock, place};
+use super::panel::{BlockDot, Panel, PanelFn, PanelFns, quantized_panel};
+use crate::quant::block::{Codes, Format, Plain};
 use crate::quant::{TensorType, dequantize_row, with_format};
 
-/// The kernels of a type.
+/// Returns the kernels of a type, for 1, 2, ... tokens.
 pub(super) fn panels(ty: TensorType) -> PanelFns {
     with_format!(ty, F => {
         const PANELS: &[PanelFn] = &[quantized::<F, 1>, quantized::<F, 2>, quantized::<F, 3>, quantized::<F, 4>];
@@ -17,38 +18,49 @@ pub(super) fn panels(ty: TensorType) -> PanelFns {
     })
 }
 
-/// # Safety
-/// As [`PanelFn`].
-unsafe fn quantized<F: Format, const N: usize>(panel: &Panel<'_>) {
-    let groups = panel.x.cols().div_ceil(GROUP);
-    let group_bytes = GROUP / F::TYPE.block_len() * F::TYPE.block_bytes();
-    let mut codes = Codes::ZERO;
-    for (r, row) in panel.weights.chunks_exact(panel.row_bytes).enumerate() {
-        let mut sums = [0.0f32; N];
-        for (g, bytes) in row.chunks(group_bytes).enumerate() {
-            F::unpack_group::<Plain>(bytes, &mut codes);
-            for (n, sum) in sums.iter_mut().enumerate() {
-                let x = &panel.x.blocks()[n * groups + g];
-                for i in 0..16 {
-                    let mut product = 0;
-                    for eight in [2 * i, 2 * i + 1] {
-                        let pairs = codes.q[8 * eight..][..8].iter().zip(&x.q[8 * place(eight)..][..8]);
-                        product += pairs.map(|(w, a)| i32::from(F::code(*w)) * i32::from(*a)).sum::<i32>();
-                    }
-                    *sum += codes.scale[i] * x.scale[i] * product as f32;
-                    if F::HAS_MIN {
-                        *sum -= codes.min[i] * x.sums[i];
-                    }
+impl BlockDot for Plain {
+    type Ops = Plain;
+    type Acc = f32;
+
+    #[inline(always)]
+    unsafe fn zero() -> f32 {
+        0.0
+    }
+
+    #[inline(always)]
+    unsafe fn add_block<F: Format, const N: usize>(codes: &Codes, x: [&ActBlock; N], acc: &mut [f32; N]) {
+        for (x, sum) in x.into_iter().zip(acc) {
+            for i in 0..16 {
+                let mut product = 0;
+                for eight in [2 * i, 2 * i + 1] {
+                    let pairs = codes.q[8 * eight..][..8].iter().zip(&x.q[8 * place(eight)..][..8]);
+                    product += pairs.map(|(w, a)| i32::from(F::code(*w)) * i32::from(*a)).sum::<i32>();
+                }
+                *sum += codes.scale[i] * x.scale[i] * product as f32;
+                if F::HAS_MIN {
+                    *sum -= codes.min[i] * x.sums[i];
                 }
             }
         }
-        for (n, sum) in sums.into_iter().enumerate() {
-            // SAFETY: the caller's output holds this element.
-            unsafe { panel.out.put(n, panel.first_row + r, sum) };
-        }
+    }
+
+    #[inline(always)]
+    unsafe fn sum(acc: f32) -> f32 {
+        acc
     }
 }
 
+/// Computes a panel of a quantized format.
+///
+/// # Safety
+/// As [`PanelFn`].
+unsafe fn quantized<F: Format, const N: usize>(panel: &Panel<'_>) {
+    // SAFETY: the caller's panel.
+    unsafe { quantized_panel::<Plain, F, N>(panel) }
+}
+
+/// Computes a panel of float weights for one token.
+///
 /// # Safety
 /// As [`PanelFn`].
 unsafe fn float<const TYPE: u32>(panel: &Panel<'_>) {

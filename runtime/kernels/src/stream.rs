@@ -1,34 +1,32 @@
-//! Reading memory as fast as it comes, to measure how fast that is.
+//! Reading memory at full bandwidth, to measure it.
 
-#[cfg(target_arch = "x86_64")]
-use super::Isa;
 use super::Kernels;
 
-/// Bytes of one step.
+/// Bytes per iteration.
 const STEP: usize = 256;
 
 impl Kernels {
-    /// Reads all bytes with the widest loads there are and returns the exclusive or of their 64-bit words (of the bytes
-    /// after the last whole 256, nothing).
+    /// Reads all bytes with the widest loads and returns the exclusive or of their 64-bit words.
+    /// The bytes after the last multiple of 256 are not read.
     pub fn read_all(self, bytes: &[u8]) -> u64 {
         match self.isa() {
             #[cfg(target_arch = "x86_64")]
-            // SAFETY: this value proves that the processor has the instructions.
-            Isa::Amx | Isa::Avx512 => unsafe { read_avx512(bytes) },
+            // SAFETY: the `Kernels` value proves that the processor has the instructions.
+            crate::Isa::Amx | crate::Isa::Avx512 => unsafe { read_avx512(bytes) },
             #[cfg(target_arch = "x86_64")]
-            // SAFETY: as above.
-            Isa::Avx2 => unsafe { read_avx2(bytes) },
+            // SAFETY: the `Kernels` value proves that the processor has the instructions.
+            crate::Isa::Avx2 => unsafe { read_avx2(bytes) },
             _ => read(bytes, |_| ()),
         }
     }
 }
 
-/// The loop, which each instruction set compiles for itself.
+/// Runs the loop, which each instruction set compiles for itself.
 #[inline(always)]
-fn read(bytes: &[u8], ahead: impl Fn(*const u8)) -> u64 {
+fn read(bytes: &[u8], prefetch: impl Fn(*const u8)) -> u64 {
     let mut sums = [0u64; STEP / 8];
     for step in bytes.as_chunks::<STEP>().0 {
-        ahead(step.as_ptr());
+        prefetch(step.as_ptr());
         for (sum, word) in sums.iter_mut().zip(step.as_chunks::<8>().0) {
             *sum ^= u64::from_ne_bytes(*word);
         }

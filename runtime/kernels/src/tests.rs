@@ -1,11 +1,12 @@
-//! Every kernel against plain code that shares nothing with it, on every instruction set of this processor.
+//! Every kernel against plain code that shares nothing with it, on every instruction set of this
+//! processor.
 
 use super::*;
 use crate::quant::{TensorType, dequantize_row};
 use half::f16;
 pub(super) use tier_plan_testing::Random as Rng;
 
-/// Random blocks whose scales are ordinary numbers: any bits do for the rest.
+/// Returns random blocks whose scales are ordinary numbers: any bits do for the rest.
 pub(super) fn random_weights(ty: TensorType, rows: usize, cols: usize, rng: &mut Rng) -> Vec<u8> {
     let bytes = rows * ty.row_bytes(cols as u64).unwrap() as usize;
     let mut out: Vec<u8> = (0..bytes).map(|_| rng.next() as u8).collect();
@@ -38,8 +39,9 @@ pub(super) fn random_weights(ty: TensorType, rows: usize, cols: usize, rng: &mut
     out
 }
 
-/// `[tokens, rows]` in 64-bit floats, and the sum of magnitudes, from the decoded weights and the activations that the
-/// 8-bit form stands for (or the values themselves).
+/// Returns `[tokens, rows]` results in 64-bit floats with their sums of magnitudes, from the
+/// dequantized weights and the activations that the 8-bit form stands for (or the values
+/// themselves).
 fn reference(w: Weights<'_>, x: &[f32], quantized: bool) -> Vec<(f64, f64)> {
     let cols = w.n_cols();
     let mut decoded = vec![0.0; cols];
@@ -75,7 +77,7 @@ fn columns(ty: TensorType) -> &'static [usize] {
 }
 
 #[test]
-fn products_match_the_decoded_weights() {
+fn matmul_matches_the_dequantized_weights() {
     let mut rng = Rng(1);
     for k in Kernels::available() {
         for ty in TensorType::ALL {
@@ -91,7 +93,8 @@ fn products_match_the_decoded_weights() {
                 unsafe { k.matmul(w, 0..rows, acts.view(), OutMatrix::new(&mut out, rows)) };
                 let want = reference(w, &x, needs_quants(ty));
                 for (i, (got, (want, magnitude))) in out.iter().zip(want).enumerate() {
-                    // A value that lies between two whole numbers may round either way: 1e-3 of one of many terms.
+                    // A value that lies between two whole numbers may round either way: 1e-3 of one
+                    // of many terms.
                     let bound = if needs_quants(ty) { 1e-4 } else { 1e-6 } * magnitude;
                     let off = (f64::from(*got) - want).abs();
                     assert!(off <= bound, "{} {ty} {cols} columns, value {i}: {got}, expected {want}", k.isa());
@@ -102,7 +105,7 @@ fn products_match_the_decoded_weights() {
 }
 
 #[test]
-fn a_product_has_the_same_bits_with_any_other_tokens_and_rows() {
+fn matmul_has_the_same_bits_with_any_other_tokens_and_rows() {
     /// Enough for kernels that take many tokens at once, with some left over.
     const TOKENS: usize = 43;
     let mut rng = Rng(2);
@@ -207,7 +210,7 @@ pub(super) struct Guarded {
 
 #[cfg(unix)]
 impl Guarded {
-    /// At most 64 KiB each.
+    /// Maps 64 KiB and a guard page.
     pub fn new() -> Self {
         let (len, guard) = (64 << 10, 64 << 10);
         // SAFETY: a fresh anonymous mapping, of which the end is then closed.
@@ -221,7 +224,7 @@ impl Guarded {
         Self { base, len }
     }
 
-    /// The last `n` elements before the guard, all zero at first.
+    /// Returns the last `n` elements before the guard, all zero at first.
     pub fn last<T: Copy>(&mut self, n: usize) -> &mut [T] {
         let bytes = n * size_of::<T>();
         assert!(bytes <= self.len);
@@ -425,27 +428,4 @@ fn weights_and_outputs_check_their_sizes() {
     let mut out = [0.0; 5];
     let m = OutMatrix::new(&mut out, 3);
     assert!(m.holds(1, 3) && m.holds(2, 2) && !m.holds(2, 3) && !m.holds(1, 4) && !m.holds(usize::MAX, 1));
-}
-
-#[test]
-fn names_of_instruction_sets() {
-    for isa in Isa::ALL {
-        assert_eq!(isa.name().parse(), Ok(isa));
-    }
-    assert!("sse9".parse::<Isa>().is_err());
-    #[cfg(not(target_arch = "x86_64"))]
-    assert!(Kernels::with_isa(Isa::Avx2).is_none());
-    #[cfg(not(target_arch = "aarch64"))]
-    assert!(Kernels::with_isa(Isa::Neon).is_none());
-    assert_eq!(Kernels::available()[0], Kernels::SCALAR);
-}
-
-#[test]
-fn a_name_that_cannot_run_is_refused_with_those_that_can() {
-    assert_eq!(Kernels::named("Scalar"), Ok(Kernels::SCALAR));
-    let unknown = Kernels::named("sse9").unwrap_err().to_string();
-    assert_eq!(unknown, "TIER_PLAN_ISA: 'sse9' is not an instruction set: use scalar, avx2, avx512, amx or neon");
-    let foreign = if cfg!(target_arch = "x86_64") { "neon" } else { "avx2" };
-    let absent = Kernels::named(foreign).unwrap_err().to_string();
-    assert!(absent.contains(&format!("'{foreign}'")) && absent.contains("use scalar"), "{absent}");
 }

@@ -1,32 +1,49 @@
-//! A pool of persistent threads that share out the indices of a loop.
+//! A pool of persistent threads that share the indices of a loop.
 //!
-//! A decode step enters the pool some hundred times, so entering must cost about a microsecond: workers spin for a
-//! moment after each task and only then sleep. The caller is one of the threads, and it never waits for a worker that
-//! has not begun: on a busy machine a worker may be off its core for milliseconds, and its share is then done by the
-//! others.
+//! A decode step enters the pool some hundred times, so entering must cost about a microsecond:
+//! workers spin for a moment after each task and only then sleep. The caller is one of the threads,
+//! and it never waits for a worker that has not begun. On a busy machine a worker may be off its
+//! core for milliseconds, and the other threads then do its share.
+//!
+//! # Protocol
+//!
+//! One atomic `state` orders everything: the number of the task, whether the task is open, and how
+//! many workers are inside.
+//!
+//! ```text
+//! caller:  write the task; state = (number + 1, open, 0 inside); wake sleepers; work;
+//!          close; wait until 0 are inside                         # also when its own work panics
+//! worker:  wait for an open state with a new number; compare-exchange inside + 1, else look again;
+//!          work; inside - 1
+//! ```
+//!
+//! A worker can only enter an open task, and a closed task is never opened again. So after the
+//! caller has seen 0 inside, no worker can read the borrowed closure.
 
 use std::cell::UnsafeCell;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
 
-/// Looks at the state before a worker goes to sleep: some 50 µs, longer than any serial stretch of a decode step.
-const SPINS: u32 = 20_000;
+/// Reads of the state before a worker sleeps: about 50 us, longer than any serial stretch of a
+/// decode step.
+const SPINS_BEFORE_SLEEP: u32 = 20_000;
 
-/// Workers inside the current task, in the low bits of the state.
-const INSIDE: u64 = (1 << 16) - 1;
-/// Set while workers may enter the current task.
-const OPEN: u64 = 1 << 16;
-/// The number of the task counts in the bits above.
-const TASK: u64 = 1 << 17;
+/// Mask of the workers inside the current task.
+const INSIDE_MASK: u64 = (1 << 16) - 1;
+/// Flag: workers may enter the current task.
+const OPEN_FLAG: u64 = 1 << 16;
+/// Unit of the task's number, which is in the bits above.
+const TASK_UNIT: u64 = 1 << 17;
 
 /// A borrowed closure with its lifetime erased.
 type Task = *const (dyn Fn() + Sync);
 
+/// What the caller and the workers share.
 struct Shared {
-    /// Number of the task, whether it is open, workers inside.
+    /// Task number, [`OPEN_FLAG`], and workers inside.
     state: AtomicU64,
-    /// Written only while the state says closed and nobody inside; read only by workers inside.
+    /// Written only while the state is closed with no workers inside; read only by workers inside.
     task: UnsafeCell<Option<Task>>,
     stop: AtomicBool,
     panicked: AtomicBool,
@@ -35,19 +52,21 @@ struct Shared {
     wake: Condvar,
 }
 
-// SAFETY: `task` is the only field that is not `Sync`; the protocol of `state` orders its accesses, see there, and the
-// closure behind the pointer is `Sync`.
+// SAFETY: `task` is the only field that is not `Sync`; the protocol of `state` orders its accesses,
+// see there, and the closure behind the pointer is `Sync`.
 unsafe impl Sync for Shared {}
-// SAFETY: as above.
+// SAFETY: `task` is the only field that is not `Send`; what holds for `Sync` holds here.
 unsafe impl Send for Shared {}
 
-/// Cores of this machine that this process may use, two hardware threads of one core counting once.
+/// Returns the number of physical cores that this process may use: two hardware threads of a core
+/// count once.
 pub fn physical_cores() -> usize {
     let allowed = std::thread::available_parallelism().map_or(1, |n| n.get());
     siblings_per_core().map_or(allowed, |siblings| (allowed / siblings).max(1))
 }
 
-/// Hardware threads that share the first core, where the system tells.
+/// Returns the hardware threads per core, from those of the first core, or `None` where the system
+/// does not tell.
 fn siblings_per_core() -> Option<usize> {
     let list = std::fs::read_to_string("/sys/devices/system/cpu/cpu0/topology/thread_siblings_list").ok()?;
     let count = |part: &str| match part.split_once('-') {
@@ -57,16 +76,29 @@ fn siblings_per_core() -> Option<usize> {
     list.trim().split(',').map(count).sum::<Option<usize>>().filter(|n| *n > 0)
 }
 
-/// A fixed set of threads.
+/// A fixed set of threads that run loops together.
+///
+/// ```
+/// use tier_plan_kernels::threads::ThreadPool;
+///
+/// let pool = ThreadPool::new(4);
+/// let mut squares = vec![0.0; 1000];
+/// pool.for_each_slice(&mut squares, 100, |index, slice| {
+///     for (i, out) in slice.iter_mut().enumerate() {
+///         *out = ((100 * index + i) as f32).powi(2);
+///     }
+/// });
+/// assert_eq!(squares[31], 961.0);
+/// ```
 pub struct ThreadPool {
     shared: Arc<Shared>,
     workers: Vec<JoinHandle<()>>,
-    /// One task at a time: a second caller waits here.
+    /// Held during a task: a second caller waits here.
     entry: Mutex<()>,
 }
 
 impl ThreadPool {
-    /// A pool of `threads` threads, the caller of the loops being one of them; at least one.
+    /// Returns a pool of `threads` threads, at least one: the caller of a loop is one of them.
     pub fn new(threads: usize) -> Self {
         let shared = Arc::new(Shared {
             state: AtomicU64::new(0),
@@ -77,7 +109,7 @@ impl ThreadPool {
             lock: Mutex::new(()),
             wake: Condvar::new(),
         });
-        let workers = (1..threads.clamp(1, INSIDE as usize))
+        let workers = (1..threads.clamp(1, INSIDE_MASK as usize))
             .filter_map(|index| {
                 let shared = Arc::clone(&shared);
                 let name = format!("compute-{index}");
@@ -87,29 +119,32 @@ impl ThreadPool {
         Self { shared, workers, entry: Mutex::new(()) }
     }
 
-    /// Threads that take part, the caller included.
+    /// Returns the number of threads, the caller included.
+    #[inline]
     pub fn n_threads(&self) -> usize {
         self.workers.len() + 1
     }
 
-    /// Runs `work` on this thread and on every worker that comes in time; returns when all that came are done.
+    /// Runs `work` on this thread and on every worker that comes in time; returns when all of those
+    /// are done.
     ///
     /// # Panics
     /// When `work` panicked on any thread.
-    fn share<F: Fn() + Sync>(&self, work: F) {
+    fn run_on_all<F: Fn() + Sync>(&self, work: F) {
         if self.workers.is_empty() {
             return work();
         }
         let _entry = self.entry.lock().unwrap_or_else(|e| e.into_inner());
         let shared = &*self.shared;
         let borrowed: *const (dyn Fn() + Sync + '_) = &work;
-        // SAFETY: only the lifetime changes; `Finish` closes the task and waits for every worker inside before `work`
-        // goes out of scope, also when the caller's own share panics.
+        // SAFETY: only the lifetime changes; `Finish` closes the task and waits for every worker
+        // inside before `work` goes out of scope, also when the caller's own share panics.
         let erased: Task = unsafe { std::mem::transmute(borrowed) };
-        // SAFETY: the last task was closed and left by all (`Finish`), and `entry` keeps other callers out.
+        // SAFETY: the last task was closed and left by all (`Finish`), and `entry` keeps other
+        // callers out.
         unsafe { *shared.task.get() = Some(erased) };
-        let number = shared.state.load(Ordering::Relaxed) / TASK;
-        shared.state.store((number + 1) * TASK + OPEN, Ordering::SeqCst);
+        let number = shared.state.load(Ordering::Relaxed) / TASK_UNIT;
+        shared.state.store((number + 1) * TASK_UNIT + OPEN_FLAG, Ordering::SeqCst);
         if shared.asleep.load(Ordering::SeqCst) > 0 {
             let _lock = shared.lock.lock().unwrap_or_else(|e| e.into_inner());
             shared.wake.notify_all();
@@ -120,7 +155,9 @@ impl ThreadPool {
         assert!(!shared.panicked.swap(false, Ordering::Relaxed), "a compute thread panicked");
     }
 
-    /// Runs `work` for each index below `n`, the threads taking the next `chunk` indices as they become free.
+    /// Runs `work` for all indices below `n`. A thread takes the next `chunk` indices whenever it
+    /// is free.
+    #[inline]
     pub fn for_each_chunk<F: Fn(std::ops::Range<usize>) + Sync>(&self, n: usize, chunk: usize, work: F) {
         let chunk = chunk.max(1);
         if n <= chunk {
@@ -130,7 +167,7 @@ impl ThreadPool {
             return;
         }
         let next = AtomicUsize::new(0);
-        self.share(|| {
+        self.run_on_all(|| {
             loop {
                 let start = next.fetch_add(chunk, Ordering::Relaxed);
                 if start >= n {
@@ -141,43 +178,45 @@ impl ThreadPool {
         });
     }
 
-    /// Cuts `data` into slices of `len` values (the last may be shorter) and runs `work(index, slice)` on each.
+    /// Cuts `data` into slices of `len` values, the last possibly shorter, and runs
+    /// `work(index, slice)` on each.
+    #[inline]
     pub fn for_each_slice<F: Fn(usize, &mut [f32]) + Sync>(&self, data: &mut [f32], len: usize, work: F) {
         let total = data.len();
-        let base = Base(data.as_mut_ptr());
+        let base = SharedPtr(data.as_mut_ptr());
         self.for_each_chunk(total.div_ceil(len.max(1)), 1, |range| {
             for index in range {
                 let start = index * len;
                 let end = (start + len).min(total);
-                // SAFETY: indices are handed out once, so the ranges are disjoint parts of `data`, which is borrowed
-                // for the whole call.
+                // SAFETY: indices are handed out once, so the ranges are disjoint parts of `data`,
+                // which is borrowed for the whole call.
                 let slice = unsafe { std::slice::from_raw_parts_mut(base.at(start), end - start) };
                 work(index, slice);
             }
         });
     }
-}
 
-impl ThreadPool {
-    /// Copies bytes, the threads taking a part each.
+    /// Copies bytes; every thread copies some parts.
     ///
     /// # Panics
     /// When the lengths differ.
     pub fn copy(&self, to: &mut [u8], from: &[u8]) {
+        /// Bytes per part.
         const PART: usize = 256 << 10;
         assert_eq!(to.len(), from.len(), "bytes to be copied");
-        let base = Bytes(to.as_mut_ptr());
+        let base = SharedPtr(to.as_mut_ptr());
         self.for_each_chunk(from.len().div_ceil(PART), 1, |range| {
             for index in range {
                 let part = &from[index * PART..from.len().min((index + 1) * PART)];
-                // SAFETY: indices are handed out once, so the ranges are disjoint parts of `to`, which is borrowed for
-                // the whole call and as long as `from`.
+                // SAFETY: indices are handed out once, so the ranges are disjoint parts of `to`,
+                // which is borrowed for the whole call and as long as `from`.
                 unsafe { std::ptr::copy_nonoverlapping(part.as_ptr(), base.at(index * PART), part.len()) };
             }
         });
     }
 
-    /// Cuts `a` and `b` each into `n` slices of equal length and runs `work(index, slice of a, slice of b)` on each pair.
+    /// Cuts `a` and `b` each into `n` slices of equal length and runs `work(index, slice of a,
+    /// slice of b)` on each pair.
     ///
     /// # Panics
     /// When `n` does not divide both lengths.
@@ -190,11 +229,11 @@ impl ThreadPool {
         }
         assert!(a.len().is_multiple_of(n) && b.len().is_multiple_of(n), "equal slices");
         let (a_len, b_len) = (a.len() / n, b.len() / n);
-        let (a, b) = (Base(a.as_mut_ptr()), Base(b.as_mut_ptr()));
+        let (a, b) = (SharedPtr(a.as_mut_ptr()), SharedPtr(b.as_mut_ptr()));
         self.for_each_chunk(n, 1, |range| {
             for index in range {
-                // SAFETY: indices are handed out once and are below `n`, so the ranges are disjoint parts of `a` and of
-                // `b`, which are borrowed for the whole call.
+                // SAFETY: indices are handed out once and are below `n`, so the ranges are disjoint
+                // parts of `a` and of `b`, which are borrowed for the whole call.
                 let (a, b) = unsafe {
                     (
                         std::slice::from_raw_parts_mut(a.at(index * a_len), a_len),
@@ -207,31 +246,18 @@ impl ThreadPool {
     }
 }
 
-/// Start of a buffer that threads write disjoint parts of.
-struct Base(*mut f32);
+/// Start of a buffer of which threads write disjoint parts.
+pub(crate) struct SharedPtr<T>(pub(crate) *mut T);
 
-// SAFETY: used in `for_each_slice` and `for_each_pair` only, for disjoint parts.
-unsafe impl Sync for Base {}
+// SAFETY: the pointer is only read through `SharedPtr::at`, whose callers write disjoint parts.
+unsafe impl<T: Send> Sync for SharedPtr<T> {}
 
-impl Base {
+impl<T> SharedPtr<T> {
+    /// Returns the address of an element.
+    ///
     /// # Safety
-    /// `offset` must be within the buffer.
-    unsafe fn at(&self, offset: usize) -> *mut f32 {
-        // SAFETY: the caller's promise.
-        unsafe { self.0.add(offset) }
-    }
-}
-
-/// Start of bytes that threads write disjoint parts of.
-struct Bytes(*mut u8);
-
-// SAFETY: used in `copy` only, for disjoint parts.
-unsafe impl Sync for Bytes {}
-
-impl Bytes {
-    /// # Safety
-    /// `offset` must be within the buffer.
-    unsafe fn at(&self, offset: usize) -> *mut u8 {
+    /// `offset` must be within the buffer or at its end.
+    pub(crate) unsafe fn at(&self, offset: usize) -> *mut T {
         // SAFETY: the caller's promise.
         unsafe { self.0.add(offset) }
     }
@@ -242,11 +268,11 @@ struct Finish<'a>(&'a Shared);
 
 impl Drop for Finish<'_> {
     fn drop(&mut self) {
-        let mut state = self.0.state.fetch_and(!OPEN, Ordering::AcqRel);
+        let mut state = self.0.state.fetch_and(!OPEN_FLAG, Ordering::AcqRel);
         let mut spins = 0u32;
-        while state & INSIDE != 0 {
+        while state & INSIDE_MASK != 0 {
             spins += 1;
-            if spins < SPINS {
+            if spins < SPINS_BEFORE_SLEEP {
                 std::hint::spin_loop()
             } else {
                 std::thread::yield_now()
@@ -269,9 +295,10 @@ impl Drop for ThreadPool {
     }
 }
 
+/// Runs tasks until the pool is dropped.
 fn worker(shared: &Shared) {
     let mut done = 0;
-    let is_new = |state: u64, done: u64| state & OPEN != 0 && state / TASK != done;
+    let is_new = |state: u64, done: u64| state & OPEN_FLAG != 0 && state / TASK_UNIT != done;
     let mut spins = 0;
     loop {
         let state = shared.state.load(Ordering::Acquire);
@@ -280,9 +307,9 @@ fn worker(shared: &Shared) {
             if shared.state.compare_exchange(state, state + 1, Ordering::AcqRel, Ordering::Relaxed).is_err() {
                 continue;
             }
-            done = state / TASK;
-            // SAFETY: inside an open task, so the pointer was written before the task opened, and `Finish` keeps the
-            // closure alive until this worker has left.
+            done = state / TASK_UNIT;
+            // SAFETY: inside an open task, so the pointer was written before the task opened, and
+            // `Finish` keeps the closure alive until this worker has left.
             let work = unsafe { (*shared.task.get()).map(|task| &*task) };
             if let Some(work) = work
                 && std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).is_err()
@@ -292,14 +319,14 @@ fn worker(shared: &Shared) {
             shared.state.fetch_sub(1, Ordering::Release);
         } else if shared.stop.load(Ordering::Relaxed) {
             return;
-        } else if spins < SPINS {
+        } else if spins < SPINS_BEFORE_SLEEP {
             spins += 1;
             std::hint::spin_loop();
         } else {
             let mut lock = shared.lock.lock().unwrap_or_else(|e| e.into_inner());
             shared.asleep.fetch_add(1, Ordering::SeqCst);
-            // The state is read after `asleep` is raised, and a caller raises the state before it reads `asleep`: one
-            // of the two sees the other.
+            // The state is read after `asleep` is raised, and a caller raises the state before it
+            // reads `asleep`: one of the two sees the other.
             while !is_new(shared.state.load(Ordering::SeqCst), done) && !shared.stop.load(Ordering::SeqCst) {
                 lock = shared.wake.wait(lock).unwrap_or_else(|e| e.into_inner());
             }
@@ -345,7 +372,7 @@ mod tests {
         }
     }
 
-    /// Enters a loop of `threads` indices that ends only when every thread has one.
+    /// Runs a loop of `threads` indices that ends only when every thread has one.
     fn meet(pool: &ThreadPool, and_then: impl Fn(usize) + Sync) {
         let inside = AtomicUsize::new(0);
         pool.for_each_chunk(pool.n_threads(), 1, |range| {

@@ -1,15 +1,27 @@
-//! The matrices a product reads and writes: weights as they lie in the file, and an output shared by threads.
+//! Operands of a matmul: a weight matrix laid out as in the file, and an output that threads share.
 
 use crate::quant::TensorType;
 use std::marker::PhantomData;
 use std::ops::Range;
 
-/// Whether products with weights of this type read the 8-bit activations; F32, F16 and BF16 read the floats.
+/// Whether a matmul with weights of this type reads the 8-bit activations; F32, F16 and BF16 read
+/// the floats.
+#[inline]
 pub fn needs_quants(ty: TensorType) -> bool {
     !matches!(ty, TensorType::F32 | TensorType::F16 | TensorType::BF16)
 }
 
-/// A `[n_rows, n_cols]` weight matrix, its rows one after another as in the file.
+/// A `[n_rows, n_cols]` weight matrix, its rows packed as in the file.
+///
+/// ```
+/// use tier_plan_kernels::Weights;
+/// use tier_plan_kernels::quant::TensorType;
+///
+/// let bytes = [0; 2 * 144];
+/// let w = Weights::new(TensorType::Q4_K, &bytes, 2, 256).expect("two rows of one block");
+/// assert_eq!((w.row_bytes(), w.row(1).map(<[u8]>::len)), (144, Some(144)));
+/// assert!(Weights::new(TensorType::Q4_K, &bytes, 3, 256).is_none());
+/// ```
 #[derive(Debug, Clone, Copy)]
 pub struct Weights<'a> {
     ty: TensorType,
@@ -20,44 +32,52 @@ pub struct Weights<'a> {
 }
 
 impl<'a> Weights<'a> {
-    /// A matrix over `bytes`, or `None` where `n_cols` is no whole number of blocks or `bytes` is not exactly `n_rows`
-    /// rows.
+    /// Returns the matrix over `bytes`, or `None` where `n_cols` is not a multiple of the block
+    /// length or `bytes` is not exactly `n_rows` rows.
+    #[inline]
     pub fn new(ty: TensorType, bytes: &'a [u8], n_rows: usize, n_cols: usize) -> Option<Self> {
         let row_bytes = usize::try_from(ty.row_bytes(n_cols as u64)?).ok()?;
         (row_bytes.checked_mul(n_rows)? == bytes.len()).then_some(Self { ty, bytes, n_rows, n_cols, row_bytes })
     }
 
-    /// The type of every value.
+    /// Returns the element type.
+    #[inline]
     pub fn ty(&self) -> TensorType {
         self.ty
     }
 
-    /// Rows: the length of the product.
+    /// Returns the number of rows: the outputs of a matvec.
+    #[inline]
     pub fn n_rows(&self) -> usize {
         self.n_rows
     }
 
-    /// Columns: the length of the activation.
+    /// Returns the number of columns: the inputs of a matvec.
+    #[inline]
     pub fn n_cols(&self) -> usize {
         self.n_cols
     }
 
-    /// Bytes of a row.
+    /// Returns the bytes per row.
+    #[inline]
     pub fn row_bytes(&self) -> usize {
         self.row_bytes
     }
 
-    /// All rows.
+    /// Returns the bytes of all rows.
+    #[inline]
     pub fn bytes(&self) -> &'a [u8] {
         self.bytes
     }
 
-    /// One row, or `None` past the end.
+    /// Returns the bytes of a row, or `None` past the end.
+    #[inline]
     pub fn row(&self, row: usize) -> Option<&'a [u8]> {
         (row < self.n_rows).then(|| &self.bytes[row * self.row_bytes..][..self.row_bytes])
     }
 
-    /// The matrix of some of the rows, or `None` where they are not all there.
+    /// Returns the matrix of a range of rows, or `None` where the range is out of bounds.
+    #[inline]
     pub fn rows(&self, rows: Range<usize>) -> Option<Weights<'a>> {
         if rows.start > rows.end || rows.end > self.n_rows {
             return None;
@@ -67,7 +87,8 @@ impl<'a> Weights<'a> {
     }
 }
 
-/// A `[n_tokens, stride]` matrix of `f32` that several threads may write at once, each at columns of its own.
+/// A `[n_tokens, stride]` matrix of `f32` that several threads may write at once, each its own
+/// columns.
 #[derive(Debug, Clone, Copy)]
 pub struct OutMatrix<'a> {
     base: *mut f32,
@@ -76,36 +97,41 @@ pub struct OutMatrix<'a> {
     borrowed: PhantomData<&'a mut [f32]>,
 }
 
-// SAFETY: all writes go through `put`, whose callers promise that no element is written by two threads at once.
+// SAFETY: all writes go through `put`, whose callers promise that no element is written by two
+// threads at once.
 unsafe impl Send for OutMatrix<'_> {}
-// SAFETY: as above; there is no way to read through an `OutMatrix`.
+// SAFETY: writes go through `put` alone, whose callers promise disjoint elements; there is no way
+// to read through an `OutMatrix`.
 unsafe impl Sync for OutMatrix<'_> {}
 
 impl<'a> OutMatrix<'a> {
-    /// A matrix over `out`, `stride` columns a token.
+    /// Returns the matrix over `out`, with `stride` columns per token.
+    #[inline]
     pub fn new(out: &'a mut [f32], stride: usize) -> Self {
         Self { base: out.as_mut_ptr(), len: out.len(), stride, borrowed: PhantomData }
     }
 
-    /// Columns of a token's row.
+    /// Returns the columns per token.
+    #[inline]
     pub fn stride(&self) -> usize {
         self.stride
     }
 
-    /// The matrix without its first `tokens` rows; empty when there are no more.
+    /// Returns the matrix without its first `tokens` rows; empty when there are no more.
+    #[inline]
     pub fn skip_tokens(self, tokens: usize) -> Self {
         let skipped = tokens.saturating_mul(self.stride).min(self.len);
         // SAFETY: `skipped` is at most the length.
         Self { base: unsafe { self.base.add(skipped) }, len: self.len - skipped, ..self }
     }
 
-    /// Whether columns below `columns` of `tokens` rows are all inside.
+    /// Whether the first `columns` columns of `tokens` rows are inside.
     pub(super) fn holds(&self, tokens: usize, columns: usize) -> bool {
         let last = tokens.checked_sub(1).map_or(Some(0), |t| t.checked_mul(self.stride)?.checked_add(columns));
         tokens == 0 || columns <= self.stride && last.is_some_and(|end| end <= self.len)
     }
 
-    /// Where an element is.
+    /// Returns the address of an element.
     ///
     /// # Safety
     /// `holds(token + 1, column + 1)`.

@@ -10,9 +10,9 @@ use tier_plan_formats::gguf::Gguf;
 use tier_plan_formats::model::describe;
 use tier_plan_formats::model::kv::KvType;
 use tier_plan_formats::model::shape::shape_of;
-use tier_plan_runtime::engine::{Engine, Wanted};
+use tier_plan_runtime::engine::{Engine, LogitsMode};
 use tier_plan_runtime::options::LoadOptions;
-use tier_plan_runtime::plans::in_memory::{all_on_gpu, obvious};
+use tier_plan_runtime::plans::in_memory::{all_in_memory, all_on_gpu};
 
 /// A model with what its tokens should give.
 #[derive(Debug, Clone)]
@@ -129,10 +129,10 @@ impl Golden {
         let plan = all_on_gpu(&shape, context, KvType::F32);
         let (give, options) = (|_: usize| Ok(Arc::clone(device)), LoadOptions::default());
         let mut engine = Engine::load_on(Arc::clone(&gguf), &plan, &options, Some(&give), &mut |_, _| {})?;
-        let prompt = engine.forward(&self.tokens, Wanted::All)?.to_vec();
-        let plain = obvious(&shape, context, KvType::F32);
+        let prompt = engine.forward(&self.tokens, LogitsMode::All)?.to_vec();
+        let plain = all_in_memory(&shape, context, KvType::F32);
         let mut here = Engine::load(gguf, &plain, &options, &mut |_, _| {})?;
-        here.forward(&self.tokens, Wanted::Last)?;
+        here.forward(&self.tokens, LogitsMode::Last)?;
         let n_used = shape.experts.first().map_or(1, |e| e.n_used as usize);
         let alike = alike(&engine.routing().experts, &here.routing().experts, n_used, self.tokens.len());
         engine.clear();
@@ -141,7 +141,7 @@ impl Golden {
             if stop() {
                 return Err(TargetError::Stopped);
             }
-            logits.extend_from_slice(engine.forward(&[*token], Wanted::Last)?);
+            logits.extend_from_slice(engine.forward(&[*token], LogitsMode::Last)?);
         }
         let tokens = self.tokens.len();
         let (alike_nmse, prompt_nmse) = (self.nmse(&prompt, alike), self.nmse(&prompt, tokens));

@@ -10,7 +10,7 @@ use tier_plan_formats::gguf::Gguf;
 use tier_plan_formats::model::describe;
 use tier_plan_formats::model::kv::KvType;
 use tier_plan_formats::model::shape::shape_of;
-use tier_plan_runtime::engine::{Engine, Wanted};
+use tier_plan_runtime::engine::{Engine, LogitsMode};
 use tier_plan_runtime::options::LoadOptions;
 use tier_plan_runtime::plans::in_memory::all_on_gpu;
 
@@ -47,10 +47,10 @@ fn of_a_token(device: &Arc<dyn Device>, folder: &Path, shape: Shape, stop: Stop<
     let give = |_: usize| Ok(Arc::clone(&counting) as Arc<dyn Device>);
     let mut engine = Engine::load_on(gguf, &plan, &LoadOptions::default(), Some(&give), &mut |_, _| {})?;
     for token in 0..=BEFORE {
-        engine.forward(&[token], Wanted::Last)?;
+        engine.forward(&[token], LogitsMode::Last)?;
     }
     let before = counting.launches();
-    engine.forward(&[BEFORE], Wanted::Last)?;
+    engine.forward(&[BEFORE], LogitsMode::Last)?;
     Ok(counting.launches() - before)
 }
 

@@ -11,9 +11,9 @@ use tier_plan_formats::model::describe;
 use tier_plan_formats::model::kv::KvType;
 use tier_plan_formats::model::shape::{ModelShape, shape_of};
 use tier_plan_formats::placement::Placement;
-use tier_plan_runtime::engine::{Engine, Wanted};
+use tier_plan_runtime::engine::{Engine, LogitsMode};
 use tier_plan_runtime::options::LoadOptions;
-use tier_plan_runtime::plans::in_memory::{all_on_gpu, experts_in_memory, obvious};
+use tier_plan_runtime::plans::in_memory::{all_in_memory, all_on_gpu, experts_in_memory};
 
 /// Keys and values of what is timed, as `run` stores them.
 pub const KV_TYPE: KvType = KvType::F16;
@@ -40,7 +40,7 @@ impl Place<'_> {
         match self {
             Place::Resident(_) => all_on_gpu(shape, context, KV_TYPE),
             Place::Hybrid(_) => experts_in_memory(shape, context, KV_TYPE),
-            Place::Processor => obvious(shape, context, KV_TYPE),
+            Place::Processor => all_in_memory(shape, context, KV_TYPE),
         }
     }
 
@@ -205,7 +205,7 @@ fn pass(engine: &mut Engine, tokens: &[u32], stop: Stop<'_>) -> Result<(), Targe
     if stop() {
         return Err(TargetError::Stopped);
     }
-    engine.forward(tokens, Wanted::Last)?;
+    engine.forward(tokens, LogitsMode::Last)?;
     Ok(())
 }
 

@@ -210,7 +210,7 @@ fn blocks(
     while left > 0 {
         let piece = &mut piece[..left.min(piece_bytes)];
         for bytes in piece.chunks_mut(8) {
-            bytes.copy_from_slice(&random.next().to_le_bytes()[..bytes.len()]);
+            bytes.copy_from_slice(&random.next_u64().to_le_bytes()[..bytes.len()]);
         }
         for block in piece.chunks_exact_mut(block_bytes) {
             for (at, factor) in halves {
@@ -253,9 +253,9 @@ mod tests {
     use tier_plan_formats::model::kv::KvType;
     use tier_plan_formats::model::{describe, shape::shape_of};
     use tier_plan_kernels::quant::dequantize_row;
-    use tier_plan_runtime::engine::{Engine, Wanted};
+    use tier_plan_runtime::engine::{Engine, LogitsMode};
     use tier_plan_runtime::options::LoadOptions;
-    use tier_plan_runtime::plans::in_memory::obvious;
+    use tier_plan_runtime::plans::in_memory::all_in_memory;
 
     #[test]
     fn a_model_opens_and_its_passes_are_finite() {
@@ -285,11 +285,11 @@ mod tests {
         }
         let shape = shape_of(&gguf, &describe(&gguf).unwrap());
         assert_eq!((shape.n_layer, shape.experts[0].n_expert, shape.experts[0].n_used), (2, 8, 2));
-        let plan = obvious(&shape, 40, KvType::F16);
+        let plan = all_in_memory(&shape, 40, KvType::F16);
         let options = LoadOptions { threads: Some(1), ..LoadOptions::default() };
         let mut engine = Engine::load(Arc::clone(&gguf), &plan, &options, &mut |_, _| {}).unwrap();
         let tokens: Vec<u32> = (0..32).map(|i| i * 13 % 512).collect();
-        let logits = engine.forward(&tokens, Wanted::Last).unwrap();
+        let logits = engine.forward(&tokens, LogitsMode::Last).unwrap();
         assert!(logits.iter().all(|l| l.is_finite()) && logits.iter().any(|l| l.abs() > 1e-3));
         // Experts differ from token to token, and some are used more than others.
         let chosen = &engine.routing().experts;

@@ -8,11 +8,11 @@ use tier_plan_formats::gguf::Gguf;
 use tier_plan_formats::model::describe;
 use tier_plan_formats::model::kv::KvType;
 use tier_plan_formats::model::shape::{ModelShape, shape_of};
-use tier_plan_runtime::engine::{Engine, Wanted};
+use tier_plan_runtime::engine::{Engine, LogitsMode};
 use tier_plan_runtime::error::{LoadError, RunError};
 use tier_plan_runtime::gpu::devices::GiveDevice;
 use tier_plan_runtime::options::LoadOptions;
-use tier_plan_runtime::plans::in_memory::{all_on_gpu, experts_in_memory, obvious};
+use tier_plan_runtime::plans::in_memory::{all_in_memory, all_on_gpu, experts_in_memory};
 
 /// Tokens of the prompt.
 const PROMPT: u32 = 24;
@@ -53,8 +53,8 @@ pub fn compare(gguf: &Arc<Gguf>, experts_too: bool, give: Option<GiveDevice<'_>>
     let mut tokens: Vec<u32> = (0..PROMPT).map(|i| i.wrapping_mul(2_654_435_761) % n_vocab).collect();
     let mut outcome = Outcome::default();
     for _ in 0..=DECODED {
-        let expected = here.forward(&tokens, Wanted::Last)?.to_vec();
-        let got = on_gpu.forward(&tokens, Wanted::Last)?;
+        let expected = here.forward(&tokens, LogitsMode::Last)?.to_vec();
+        let got = on_gpu.forward(&tokens, LogitsMode::Last)?;
         let next = one(&mut outcome, got, &expected);
         tokens = vec![next];
         if here.n_past() == here.context() {
@@ -92,8 +92,8 @@ pub fn greedy(
     let [mut on_gpu, mut here] = both(gguf, &shape, context, experts_too, give)?;
     let mut tokens = prompt.to_vec();
     for same in 0..n {
-        let expected = here.forward(&tokens, Wanted::Last)?;
-        let got = on_gpu.forward(&tokens, Wanted::Last)?;
+        let expected = here.forward(&tokens, LogitsMode::Last)?;
+        let got = on_gpu.forward(&tokens, LogitsMode::Last)?;
         let (best, lead) = likeliest(expected);
         // Of logits that are no numbers none is the likeliest.
         if likeliest(got).0 != best || got.iter().any(|v| v.is_nan()) {
@@ -118,7 +118,7 @@ fn both(
     let plan = make(shape, context, KvType::F16);
     let options = LoadOptions::default();
     let on_gpu = Engine::load_on(Arc::clone(gguf), &plan, &options, give, &mut |_, _| {})?;
-    let plain = obvious(shape, context, KvType::F16);
+    let plain = all_in_memory(shape, context, KvType::F16);
     let here = Engine::load(Arc::clone(gguf), &plain, &options, &mut |_, _| {})?;
     Ok([on_gpu, here])
 }

@@ -1,30 +1,31 @@
-//! Text generation: prompt in, tokens out one at a time, until a limit, an end token or the caller says stop.
+//! Text generation: prompt in, tokens out one at a time, until a limit, an end token or the
+//! callback stops it.
 
-use crate::engine::{Engine, Wanted};
+use crate::engine::{Engine, LogitsMode};
 use crate::error::RunError;
 use crate::sampler::Sampler;
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
-/// Why generation ended.
+/// The reason why generation ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Stop {
-    /// The asked number of tokens is there.
+    /// The requested number of tokens is reached.
     Limit,
     /// The model ended its text.
     EndToken,
-    /// No room in the context.
+    /// The context has no room for another token.
     ContextFull,
-    /// The caller said so.
+    /// The callback returned [`ControlFlow::Break`].
     Caller,
 }
 
-/// What a generation did.
+/// A finished generation.
 #[derive(Debug, Clone)]
 pub struct Generated {
     /// The tokens, without an end token.
     pub tokens: Vec<u32>,
-    /// Why it ended.
+    /// Why generation ended.
     pub stop: Stop,
     /// Time from the call to the first token.
     pub first_token: Duration,
@@ -32,15 +33,36 @@ pub struct Generated {
 
 /// Limits of a generation.
 pub struct Limits<'a> {
-    /// Tokens at most.
+    /// Number of tokens to generate at most.
     pub max_tokens: usize,
-    /// Whether a token ends the text.
+    /// Returns whether a token ends the text.
     pub is_end: &'a dyn Fn(u32) -> bool,
 }
 
-/// Continues `prompt`, calling `on_token` with each new token as it comes.
+/// Continues `prompt`, and calls `on_token` with each new token as it comes.
 ///
 /// The prompt is added to what is in the engine's context already.
+///
+/// ```
+/// # use tier_plan_runtime::{Engine, KvType, LoadOptions, model::Model, plans::in_memory::all_in_memory};
+/// use std::ops::ControlFlow;
+/// use tier_plan_runtime::engine::generate::{Limits, Stop, generate};
+/// use tier_plan_runtime::sampler::{Sampler, SamplerConfig};
+///
+/// # let model = Model::open("../profiles/demo/demo.gguf".as_ref())?;
+/// # let plan = all_in_memory(model.shape(), 32, KvType::F16);
+/// # let mut engine = Engine::load(model.gguf().clone(), &plan, &LoadOptions::default(), &mut |_, _| ())?;
+/// let mut sampler = Sampler::new(SamplerConfig { temperature: 0.8, seed: 7, ..SamplerConfig::default() });
+/// let limits = Limits { max_tokens: 4, is_end: &|_| false };
+/// let mut seen = Vec::new();
+/// let generated = generate(&mut engine, &[5, 6, 7], &mut sampler, &limits, |_, token| {
+///     seen.push(token);
+///     ControlFlow::Continue(())
+/// })?;
+/// assert_eq!(generated.tokens, seen);
+/// assert_eq!(generated.stop, Stop::Limit);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 ///
 /// # Errors
 /// When the prompt is empty or does not fit the context, or a pass fails.
@@ -53,7 +75,7 @@ pub fn generate(
 ) -> Result<Generated, RunError> {
     let start = Instant::now();
     let mut recent = prompt.to_vec();
-    let mut logits = engine.forward(prompt, Wanted::Last)?.to_vec();
+    let mut logits = engine.forward(prompt, LogitsMode::Last)?.to_vec();
     let mut done = Generated { tokens: Vec::new(), stop: Stop::Limit, first_token: Duration::ZERO };
     while done.tokens.len() < limits.max_tokens {
         let token = sampler.sample(&mut logits, &recent);
@@ -78,7 +100,7 @@ pub fn generate(
             break;
         }
         logits.clear();
-        logits.extend_from_slice(engine.forward(&[token], Wanted::Last)?);
+        logits.extend_from_slice(engine.forward(&[token], LogitsMode::Last)?);
     }
     Ok(done)
 }

@@ -1,11 +1,12 @@
-//! Models with gated delta nets on a GPU, which is emulated on the processor: the kernels are those of a real one.
+//! Models with gated delta nets on a GPU, which is emulated on the processor: the kernels are those
+//! of a real one.
 
 use super::gpu_tests::{ALL, Experts, Watched, data, load, open, plan};
-use crate::engine::{Engine, Wanted};
+use crate::engine::{Engine, LogitsMode};
 use crate::error::RunError;
 use crate::gpu::parts;
 use crate::options::LoadOptions;
-use crate::plans::in_memory::obvious;
+use crate::plans::in_memory::all_in_memory;
 use std::sync::Arc;
 use tier_plan_cuda::Device;
 use tier_plan_formats::model::describe;
@@ -41,7 +42,7 @@ fn logits_are_the_golden_ones_however_tokens_are_cut() {
             let mut engine = load(&gguf, &plan(&shape, of, ALL, true, experts), batch);
             let mut logits = Vec::new();
             for tokens in tokens.chunks(pass) {
-                logits.extend_from_slice(engine.forward(tokens, Wanted::All).unwrap());
+                logits.extend_from_slice(engine.forward(tokens, LogitsMode::All).unwrap());
             }
             // From 16 tokens on attention is in 16-bit floats.
             let bound = if pass.min(batch) < 16 { 1e-9 } else { 1e-5 };
@@ -61,12 +62,12 @@ fn a_replayed_token_of_a_new_text_remembers_nothing() {
         let options = LoadOptions { threads: Some(2), batch: Some(9), ..LoadOptions::default() };
         let all = plan(&shape, of, ALL, true, Experts::Gpu);
         let mut engine = Engine::load_on(Arc::clone(&gguf), &all, &options, Some(&give), &mut |_, _| {}).unwrap();
-        let mut plain = load(&gguf, &obvious(&shape, of.0, of.1), 9);
+        let mut plain = load(&gguf, &all_in_memory(&shape, of.0, of.1), 9);
         let token = |i: u32| (i * 11 + 3) % shape.n_vocab;
         let mut first = Vec::new();
         for i in 0..8 {
-            first.push(engine.forward(&[token(i)], Wanted::Last).unwrap().to_vec());
-            let off = nmse(&first[i as usize], plain.forward(&[token(i)], Wanted::Last).unwrap());
+            first.push(engine.forward(&[token(i)], LogitsMode::Last).unwrap().to_vec());
+            let off = nmse(&first[i as usize], plain.forward(&[token(i)], LogitsMode::Last).unwrap());
             assert!(off > 0.0 && off < 1e-5, "{name}, token {i}: {off:e}");
             assert_eq!(engine.routing().experts, plain.routing().experts, "{name}, token {i}");
         }
@@ -75,18 +76,18 @@ fn a_replayed_token_of_a_new_text_remembers_nothing() {
         device.take();
         engine.truncate(0).unwrap();
         for (i, expected) in (0..).zip(&first) {
-            assert_eq!(engine.forward(&[token(i)], Wanted::Last).unwrap(), expected, "{name}, token {i}");
+            assert_eq!(engine.forward(&[token(i)], LogitsMode::Last).unwrap(), expected, "{name}, token {i}");
         }
         let [launches, reads, _, recordings] = device.take();
         assert_eq!((launches, reads, recordings), (0, 2 * 8, 0), "all of it was recorded");
         // A prompt takes the state on as single tokens do.
         let prompt: Vec<u32> = (8..20).map(token).collect();
-        let got = engine.forward(&prompt, Wanted::All).unwrap();
-        let off = nmse(got, plain.forward(&prompt, Wanted::All).unwrap());
+        let got = engine.forward(&prompt, LogitsMode::All).unwrap();
+        let off = nmse(got, plain.forward(&prompt, LogitsMode::All).unwrap());
         assert!(off < 1e-5, "{name}: {off:e}");
         let off = nmse(
-            engine.forward(&[token(20)], Wanted::Last).unwrap(),
-            plain.forward(&[token(20)], Wanted::Last).unwrap(),
+            engine.forward(&[token(20)], LogitsMode::Last).unwrap(),
+            plain.forward(&[token(20)], LogitsMode::Last).unwrap(),
         );
         assert!(off < 1e-5, "{name}: {off:e}");
     }
@@ -109,7 +110,7 @@ fn heads_that_no_kernel_takes_are_refused() {
     assert_eq!(with(256), Ok(()));
     for head_dim in [18, 260] {
         let error = with(head_dim).unwrap_err();
-        let named = error.contains(&format!("heads of {head_dim} values")) && error.contains("--forbid vram:attention");
+        let named = error.contains(&format!("heads of {head_dim} values")) && error.contains("on tier 'vram'");
         assert!(named, "{error}");
     }
 }

@@ -1,9 +1,9 @@
-//! Experts on several GPUs, pinned and in slots, on emulated devices: against the processor alone, and against the same
-//! plan with the tiers emulated in main memory.
+//! Experts on several GPUs, pinned and in slots, on emulated devices: against the processor alone,
+//! and against the same plan with the tiers emulated in main memory.
 
-use crate::engine::{Engine, Wanted};
+use crate::engine::{Engine, LogitsMode};
 use crate::options::LoadOptions;
-use crate::plans::in_memory::obvious;
+use crate::plans::in_memory::all_in_memory;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -37,10 +37,10 @@ fn open(name: &str) -> (Arc<Gguf>, ModelShape) {
     (gguf, shape)
 }
 
-/// Two GPUs, main memory with all that is dense, and pooled experts on `home`. Pinned are the last experts, of which a
-/// few are on each tier, so that a layer's pooled experts begin with 0.
+/// Two GPUs, main memory with all that is dense, and pooled experts on `home`. Pinned are the last
+/// experts, of which a few are on each tier, so that a layer's pooled experts begin with 0.
 fn plan(shape: &ModelShape, home: TierKind, layer_of: impl Fn(usize) -> Layer) -> Placement {
-    let mut plan = obvious(shape, 96, KvType::F32);
+    let mut plan = all_in_memory(shape, 96, KvType::F32);
     let all = plan.tiers.remove(0);
     let empty = PlanTier { dense_bytes: 0, kv_bytes: 0, home_bytes: 0, ..all.clone() };
     let mut tiers: Vec<PlanTier> = (0..4).map(|_| empty.clone()).collect();
@@ -151,9 +151,9 @@ fn load(gguf: &Arc<Gguf>, plan: &Placement, batch: usize) -> (Engine, Devices) {
 fn text(engine: &mut Engine) -> Vec<f32> {
     let n_vocab = engine.spec().n_vocab as u32;
     let tokens: Vec<u32> = (0..40).map(|i| (i * 37 + 5) % n_vocab).collect();
-    let mut all = engine.forward(&tokens, Wanted::All).unwrap().to_vec();
+    let mut all = engine.forward(&tokens, LogitsMode::All).unwrap().to_vec();
     for i in 0..12 {
-        all.extend_from_slice(engine.forward(&[(i * i * 11 + 3) % n_vocab], Wanted::Last).unwrap());
+        all.extend_from_slice(engine.forward(&[(i * i * 11 + 3) % n_vocab], LogitsMode::Last).unwrap());
     }
     all
 }
@@ -164,13 +164,14 @@ fn counts(engine: &Engine) -> (Vec<[u64; 4]>, u64) {
     (c.layers.iter().map(|l| [l.pinned_hits, l.slot_hits, l.misses, l.missed_bytes]).collect(), c.prompt_missed_bytes)
 }
 
-/// Compares a plan with the processor alone, and with GPUs that are emulated; says how often each device launched.
+/// Compares a plan with the processor alone, and with GPUs that are emulated; says how often each
+/// device launched.
 fn compare(name: &str, home: TierKind, layer_of: impl Fn(usize) -> Layer) -> [usize; 2] {
     let (gguf, shape) = open(name);
     let plan = plan(&shape, home, layer_of);
     let (mut engine, devices) = load(&gguf, &plan, 13);
     let got = text(&mut engine);
-    let expected = text(&mut load(&gguf, &obvious(&shape, 96, KvType::F32), 13).0);
+    let expected = text(&mut load(&gguf, &all_in_memory(&shape, 96, KvType::F32), 13).0);
     assert_ne!(got, expected, "{name}: the same bits would mean that the processor computed everything");
     let off = nmse(&got, &expected);
     assert!(off < 1e-5, "{name}: {off:e}");
@@ -197,7 +198,8 @@ fn slots_on_a_gpu_give_the_same_text_and_hits() {
 
 #[test]
 fn few_slots_and_many_experts_at_once_give_the_same_text_and_hits() {
-    // A batch uses more experts than there are slots, so that some move to slots which others still use.
+    // A batch uses more experts than there are slots, so that some move to slots which others still
+    // use.
     for slots in [1, 2] {
         compare("arch/qwen3moe.gguf", TierKind::Nvme, |_| Layer {
             pinned: [0; 3],
@@ -249,7 +251,7 @@ fn a_batch_that_a_gpu_has_no_room_for_goes_through_it_in_parts() {
     let all = shape.experts[0].n_expert;
     let mut plan =
         plan(&shape, TierKind::Nvme, |_| Layer { pinned: [all, 0, 0], slots: 0, slot_tier: DRAM, policy: LRU });
-    let mut plain = obvious(&shape, 96, KvType::F32);
+    let mut plain = all_in_memory(&shape, 96, KvType::F32);
     for plan in [&mut plan, &mut plain] {
         plan.context = long;
         let kv = KvType::F32.context_bytes(&shape, long);
@@ -261,7 +263,7 @@ fn a_batch_that_a_gpu_has_no_room_for_goes_through_it_in_parts() {
         let (mut engine, _) = load(&gguf, plan, long as usize);
         let n_vocab = engine.spec().n_vocab as u32;
         let tokens: Vec<u32> = (0..long).map(|i| (i * 37 + 5) % n_vocab).collect();
-        engine.forward(&tokens, Wanted::Last).unwrap().to_vec()
+        engine.forward(&tokens, LogitsMode::Last).unwrap().to_vec()
     };
     let off = nmse(&run(&plan), &run(&plain));
     assert!(off < 1e-5, "{off:e}");
@@ -277,9 +279,9 @@ fn a_gpu_that_fails_is_an_error_and_leaves_no_wrong_expert_in_a_slot() {
         for _ in 0..2 {
             engine.clear();
             device.fails.store(true, Ordering::Relaxed);
-            let error = engine.forward(&[1, 2, 3, 4, 5], Wanted::Last).unwrap_err().to_string();
+            let error = engine.forward(&[1, 2, 3, 4, 5], LogitsMode::Last).unwrap_err().to_string();
             assert!(error.contains("it was told to fail"), "{error}");
-            let error = engine.forward(&[9], Wanted::Last).unwrap_err().to_string();
+            let error = engine.forward(&[9], LogitsMode::Last).unwrap_err().to_string();
             assert!(error.contains("it was told to fail"), "{error}");
             device.fails.store(false, Ordering::Relaxed);
             let off = nmse(&text(&mut engine), &expected);

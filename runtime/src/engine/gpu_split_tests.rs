@@ -1,10 +1,10 @@
-//! Models whose layers several GPUs share, or a GPU and the processor: each has the keys and values of its own layers. The
-//! devices are emulated, and each refuses what lies in another's memory.
+//! Models whose layers several GPUs share, or a GPU and the processor: each has the keys and values
+//! of its own layers. The devices are emulated, and each refuses what lies in another's memory.
 
 use super::gpu_tests::open;
-use crate::engine::{Engine, Wanted};
+use crate::engine::{Engine, LogitsMode};
 use crate::options::LoadOptions;
-use crate::plans::in_memory::obvious;
+use crate::plans::in_memory::all_in_memory;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 use tier_plan_cuda::device::{Arg, Grid};
@@ -94,7 +94,7 @@ fn plan(
     dense: impl Fn(DenseKind, Option<u32>) -> usize,
     experts: impl Fn(u32) -> usize,
 ) -> Placement {
-    let mut plan = obvious(shape, context, kv_type);
+    let mut plan = all_in_memory(shape, context, kv_type);
     let empty = PlanTier { dense_bytes: 0, kv_bytes: 0, home_bytes: 0, ..plan.tiers[0].clone() };
     for name in ["gpu-b", "gpu-a"] {
         let mut gpu = empty.clone();
@@ -129,9 +129,9 @@ fn text(engine: &mut Engine) -> Vec<f32> {
     let mut all = Vec::new();
     for turn in 0..2 {
         let tokens: Vec<u32> = (0..21 - 3 * turn).map(|i| (i * 37 + 5 + turn) % n_vocab).collect();
-        all.extend_from_slice(engine.forward(&tokens, Wanted::All).unwrap());
+        all.extend_from_slice(engine.forward(&tokens, LogitsMode::All).unwrap());
         for i in 0..3 {
-            all.extend_from_slice(engine.forward(&[(i * 11 + 3) % n_vocab], Wanted::Last).unwrap());
+            all.extend_from_slice(engine.forward(&[(i * 11 + 3) % n_vocab], LogitsMode::Last).unwrap());
         }
     }
     all
@@ -151,17 +151,18 @@ fn compare(name: &str, of: (u32, KvType), make: impl Fn(&ModelShape) -> Placemen
     };
     let mut engine = load(&make(&shape));
     let got = text(&mut engine);
-    let mut plain = load(&obvious(&shape, of.0, of.1));
+    let mut plain = load(&all_in_memory(&shape, of.0, of.1));
     let expected = text(&mut plain);
     assert_ne!(got, expected, "{name}: the same bits would mean that the processor computed everything");
     let off = nmse(&got, &expected);
     assert!(off < 1e-5, "{name}: {off:e}");
     assert_eq!(engine.routing().experts, plain.routing().experts, "{name}");
-    // Going back, as a conversation does that is edited: every layer has what it had, wherever that is.
+    // Going back, as a conversation does that is edited: every layer has what it had, wherever that
+    // is.
     if engine.truncate(9).is_ok() {
         plain.truncate(9).unwrap();
-        let again = engine.forward(&[7, 8], Wanted::All).unwrap().to_vec();
-        let off = nmse(&again, plain.forward(&[7, 8], Wanted::All).unwrap());
+        let again = engine.forward(&[7, 8], LogitsMode::All).unwrap().to_vec();
+        let off = nmse(&again, plain.forward(&[7, 8], LogitsMode::All).unwrap());
         assert!(off < 1e-5, "{name}: {off:e}");
     }
     engine.clear();

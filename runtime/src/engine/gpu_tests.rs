@@ -1,9 +1,10 @@
-//! Engines whose experts are partly on a GPU, which is emulated on the processor: the kernels are those of a real one.
+//! Engines whose experts are partly on a GPU, which is emulated on the processor: the kernels are
+//! those of a real one.
 
-use crate::engine::{Engine, Wanted};
+use crate::engine::{Engine, LogitsMode};
 use crate::error::LoadError;
 use crate::options::LoadOptions;
-use crate::plans::in_memory::{all_on_gpu, obvious};
+use crate::plans::in_memory::{all_in_memory, all_on_gpu};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use tier_plan_cuda::device::{Arg, Grid, Recording};
@@ -22,7 +23,7 @@ pub(crate) fn data(name: &str) -> PathBuf {
 
 /// Everything in main memory but for every second expert, which a GPU has.
 fn half_on_gpu(shape: &ModelShape, context: u32) -> Placement {
-    let mut plan = obvious(shape, context, KvType::F32);
+    let mut plan = all_in_memory(shape, context, KvType::F32);
     let mut vram = plan.tiers[0].clone();
     vram.tier.name = "vram".into();
     vram.tier.kind = TierKind::Vram;
@@ -51,16 +52,17 @@ pub(crate) fn open(name: &str) -> (Arc<Gguf>, ModelShape) {
 /// Logits of a prompt, and of three tokens after it.
 fn logits(engine: &mut Engine, n_vocab: u32) -> Vec<f32> {
     let tokens: Vec<u32> = (0..40).map(|i| (i * 37 + 5) % n_vocab).collect();
-    let mut all = engine.forward(&tokens, Wanted::All).unwrap().to_vec();
+    let mut all = engine.forward(&tokens, LogitsMode::All).unwrap().to_vec();
     for i in 0..3 {
-        all.extend_from_slice(engine.forward(&[(i * 11 + 3) % n_vocab], Wanted::Last).unwrap());
+        all.extend_from_slice(engine.forward(&[(i * 11 + 3) % n_vocab], LogitsMode::Last).unwrap());
     }
     all
 }
 
 #[test]
 fn experts_on_a_gpu_give_the_same_text() {
-    // Float and quantised experts, fused and split, with biases and without, shared experts beside them.
+    // Float and quantised experts, fused and split, with biases and without, shared experts beside
+    // them.
     for name in
         ["arch/qwen3moe.gguf", "arch/gpt-oss.gguf", "arch/qwen2moe.gguf", "quant/Q4_K_M.gguf", "quant/Q5_0.gguf"]
     {
@@ -77,13 +79,15 @@ fn experts_on_a_gpu_give_the_same_text() {
         assert_eq!(engine.resident_bytes(), planned, "{name}");
         let n_vocab = engine.spec().n_vocab as u32;
         let got = logits(&mut engine, n_vocab);
-        let expected = logits(&mut load(&obvious(&shape, 64, KvType::F32)), n_vocab);
-        // Their order of sums is another, so the same bits would mean that the processor computed everything.
+        let expected = logits(&mut load(&all_in_memory(&shape, 64, KvType::F32)), n_vocab);
+        // Their order of sums is another, so the same bits would mean that the processor computed
+        // everything.
         assert_ne!(got, expected, "{name}");
         let square = |v: f32| f64::from(v) * f64::from(v);
         let off: f64 = got.iter().zip(&expected).map(|(a, b)| square(a - b)).sum();
         let nmse = off / expected.iter().map(|v| square(*v)).sum::<f64>();
-        // Codes of 8-bit activations may round to the other side where sums differ in their last bits.
+        // Codes of 8-bit activations may round to the other side where sums differ in their last
+        // bits.
         assert!(nmse < 1e-5, "{name}: {nmse:e}");
     }
 }
@@ -107,7 +111,7 @@ pub(crate) fn plan(
     kv_on_gpu: bool,
     experts: Experts,
 ) -> Placement {
-    let mut plan = obvious(shape, context, kv_type);
+    let mut plan = all_in_memory(shape, context, kv_type);
     let empty = PlanTier { dense_bytes: 0, kv_bytes: 0, home_bytes: 0, ..plan.tiers[0].clone() };
     let mut vram = empty.clone();
     (vram.tier.name, vram.tier.kind) = ("vram".into(), TierKind::Vram);
@@ -163,9 +167,9 @@ pub(crate) fn load(gguf: &Arc<Gguf>, plan: &Placement, batch: usize) -> Engine {
 fn text(engine: &mut Engine) -> Vec<f32> {
     let n_vocab = engine.spec().n_vocab as u32;
     let tokens: Vec<u32> = (0..21).map(|i| (i * 37 + 5) % n_vocab).collect();
-    let mut all = engine.forward(&tokens, Wanted::All).unwrap().to_vec();
+    let mut all = engine.forward(&tokens, LogitsMode::All).unwrap().to_vec();
     for i in 0..3 {
-        all.extend_from_slice(engine.forward(&[(i * 11 + 3) % n_vocab], Wanted::Last).unwrap());
+        all.extend_from_slice(engine.forward(&[(i * 11 + 3) % n_vocab], LogitsMode::Last).unwrap());
     }
     all
 }
@@ -175,7 +179,7 @@ fn compare(name: &str, (context, kv_type): (u32, KvType), make: impl Fn(&ModelSh
     let plan = make(&shape);
     let mut engine = load(&gguf, &plan, 13);
     let got = text(&mut engine);
-    let mut plain = load(&gguf, &obvious(&shape, context, kv_type), 13);
+    let mut plain = load(&gguf, &all_in_memory(&shape, context, kv_type), 13);
     let expected = text(&mut plain);
     let what = format!("{name} {kv_type}");
     // The same bits would mean that the processor computed everything.
@@ -186,14 +190,14 @@ fn compare(name: &str, (context, kv_type): (u32, KvType), make: impl Fn(&ModelSh
     // What is forgotten leaves no trace.
     let n_vocab = engine.spec().n_vocab;
     let rewinds = engine.truncate(9).is_ok();
-    engine.forward(&[7, 8], Wanted::Last).unwrap();
+    engine.forward(&[7, 8], LogitsMode::Last).unwrap();
     engine.clear();
     assert_eq!(text(&mut engine), got, "{what}");
     if !rewinds {
         return;
     }
     engine.truncate(20).unwrap();
-    let again = engine.forward(&[(20 * 37 + 5) % n_vocab as u32], Wanted::Last).unwrap();
+    let again = engine.forward(&[(20 * 37 + 5) % n_vocab as u32], LogitsMode::Last).unwrap();
     assert!(nmse(again, &expected[20 * n_vocab..21 * n_vocab]) < 1e-5, "{what}");
 }
 
@@ -382,16 +386,16 @@ fn a_token_of_a_model_on_one_gpu_is_replayed() {
         let give = |_: usize| Ok(Arc::clone(&device) as Arc<dyn Device>);
         let options = LoadOptions { threads: Some(2), batch: Some(64), ..LoadOptions::default() };
         let mut engine = Engine::load_on(Arc::clone(&gguf), &plan, &options, Some(&give), &mut |_, _| {}).unwrap();
-        let mut plain = load(&gguf, &obvious(&shape, of.0, of.1), 64);
+        let mut plain = load(&gguf, &all_in_memory(&shape, of.0, of.1), 64);
         // Up to a little before the end of a chunk.
         let n_vocab = shape.n_vocab;
         let prompt: Vec<u32> = (0..252).map(|i| (i * 37 + 5) % n_vocab).collect();
-        engine.forward(&prompt, Wanted::Last).unwrap();
-        plain.forward(&prompt, Wanted::Last).unwrap();
+        engine.forward(&prompt, LogitsMode::Last).unwrap();
+        plain.forward(&prompt, LogitsMode::Last).unwrap();
         for i in 0..9 {
             device.take();
             let token = (i * 11 + 3) % n_vocab;
-            let got = engine.forward(&[token], Wanted::Last).unwrap().to_vec();
+            let got = engine.forward(&[token], LogitsMode::Last).unwrap().to_vec();
             let [launches, reads, writes, recordings] = device.take();
             assert_eq!(reads, 2, "logits and choices");
             // Position, token or state, rotations of each kind, and a factor for queries at most.
@@ -400,7 +404,7 @@ fn a_token_of_a_model_on_one_gpu_is_replayed() {
             let records = [1, 4].contains(&i);
             assert_eq!(recordings, usize::from(records), "token {i}");
             assert_eq!(launches > 0, i == 0 || records, "token {i}: {launches} launches");
-            let expected = plain.forward(&[token], Wanted::Last).unwrap();
+            let expected = plain.forward(&[token], LogitsMode::Last).unwrap();
             let off = nmse(&got, expected);
             assert!(off < 1e-5, "{name}, token {i}: {off:e}");
             assert_eq!(engine.routing().experts, plain.routing().experts, "{name}, token {i}");
@@ -415,8 +419,8 @@ fn a_token_of_a_model_on_one_gpu_is_replayed() {
         // Back to positions that were seen before.
         engine.truncate(200).unwrap();
         plain.truncate(200).unwrap();
-        let got = engine.forward(&[1], Wanted::Last).unwrap().to_vec();
-        assert!(nmse(&got, plain.forward(&[1], Wanted::Last).unwrap()) < 1e-5);
+        let got = engine.forward(&[1], LogitsMode::Last).unwrap().to_vec();
+        assert!(nmse(&got, plain.forward(&[1], LogitsMode::Last).unwrap()) < 1e-5);
     }
 }
 
@@ -431,7 +435,7 @@ fn a_layer_is_few_launches() {
     let mut engine = Engine::load_on(Arc::clone(&gguf), &plan, &options, Some(&give), &mut |_, _| {}).unwrap();
     let mut launches = |tokens: &[u32]| {
         device.take();
-        engine.forward(tokens, Wanted::Last).unwrap();
+        engine.forward(tokens, LogitsMode::Last).unwrap();
         device.take()[0]
     };
     // Beside the layers the embedding, the last norm and the head.

@@ -4,18 +4,18 @@ use super::Engine;
 use super::generate::Generated;
 use tier_plan_formats::record::{LayerRecord, RunRecord, TierRecord};
 
-/// What a record needs besides the engine's own counts.
+/// The facts of a record that the engine does not know.
 #[derive(Debug, Clone, Default)]
 pub struct Circumstances {
     /// UTC moment, see [`tier_plan_formats::units::show_utc`].
     pub when: String,
-    /// Processor and memory, in words.
+    /// CPU and memory, human-readable.
     pub host: String,
     /// Seconds from the start of loading to the first token.
     pub first_token_s: f64,
 }
 
-/// Records what the engine counted since its counters were reset.
+/// Returns the record of what the engine counted since its counters were reset.
 pub fn record(engine: &Engine, generated: &Generated, circumstances: &Circumstances) -> RunRecord {
     let plan = engine.plan();
     let counters = engine.counters();
@@ -57,7 +57,8 @@ pub fn record(engine: &Engine, generated: &Generated, circumstances: &Circumstan
         first_token_s: circumstances.first_token_s,
         tiers: tiers.collect(),
         layers: layers.collect(),
-        // For the place in the text where the run's tokens were: halfway through those that were decoded.
+        // For the place in the text where the run's tokens were: halfway through those that were
+        // decoded.
         predicted: (plan.predicted.decode_tok_s > 0.0).then(|| {
             let middle = (engine.n_past() as u64).saturating_sub(counters.decode_tokens.saturating_sub(1) / 2);
             plan.predicted_at(engine.shape(), u32::try_from(middle).unwrap_or(u32::MAX))

@@ -1,9 +1,9 @@
 //! Engines whose main memory is several tiers, one a memory node.
 
-use crate::engine::{Engine, Wanted};
+use crate::engine::{Engine, LogitsMode};
 use crate::error::LoadError;
 use crate::options::LoadOptions;
-use crate::plans::in_memory::obvious;
+use crate::plans::in_memory::all_in_memory;
 use crate::tiers::nodes::nodes;
 use std::path::Path;
 use std::sync::Arc;
@@ -21,9 +21,10 @@ fn open(name: &str) -> (Arc<Gguf>, ModelShape) {
     (gguf, shape)
 }
 
-/// Every third expert pinned on one node, every third on another; the rest in slots of the second, from a drive.
+/// Every third expert pinned on one node, every third on another; the rest in slots of the second,
+/// from a drive.
 fn two_nodes(shape: &ModelShape, context: u32, node: u32) -> Placement {
-    let mut plan = obvious(shape, context, KvType::F16);
+    let mut plan = all_in_memory(shape, context, KvType::F16);
     let drive = &mut plan.tiers[0];
     let mut first = drive.clone();
     (drive.tier.name, drive.tier.kind, drive.tier.emulated) = ("slow".into(), TierKind::Nvme, true);
@@ -67,7 +68,7 @@ fn a_plan_over_nodes_gives_the_same_text_or_says_which_node_is_missing() {
     };
     // A system without nodes has none to name.
     let Some(node) = nodes().ok().and_then(|nodes| nodes.first().map(|n| n.number)) else { return };
-    assert!(error.contains("no memory node 1000, only"), "{error}");
+    assert!(error.contains("no NUMA node 1000, only"), "{error}");
     let plan = two_nodes(&shape, 32, node);
     // As a file says it, too.
     let plan = tier_plan_formats::placement::decode(plan.encode().as_bytes(), Path::new("p.toml")).unwrap();
@@ -78,9 +79,9 @@ fn a_plan_over_nodes_gives_the_same_text_or_says_which_node_is_missing() {
     };
     let planned: Vec<u64> = plan.tiers.iter().map(|t| t.used_bytes()).collect();
     assert_eq!(engine.resident_bytes(), planned);
-    let mut plain = load(&obvious(&shape, 32, KvType::F16)).unwrap();
+    let mut plain = load(&all_in_memory(&shape, 32, KvType::F16)).unwrap();
     let tokens: Vec<u32> = (0..20).map(|i| (i * 37 + 5) % 96).collect();
-    let expected = plain.forward(&tokens, Wanted::All).unwrap();
-    assert_eq!(engine.forward(&tokens, Wanted::All).unwrap(), expected);
-    assert_eq!(engine.forward(&[3], Wanted::Last).unwrap(), plain.forward(&[3], Wanted::Last).unwrap());
+    let expected = plain.forward(&tokens, LogitsMode::All).unwrap();
+    assert_eq!(engine.forward(&tokens, LogitsMode::All).unwrap(), expected);
+    assert_eq!(engine.forward(&[3], LogitsMode::Last).unwrap(), plain.forward(&[3], LogitsMode::Last).unwrap());
 }

@@ -1,9 +1,9 @@
 //! Prompts on an emulated GPU, in batches that are large enough for its kernels of many tokens.
 
 use super::gpu_tests::{ALL, Experts, open, plan};
-use crate::engine::{Engine, Wanted};
+use crate::engine::{Engine, LogitsMode};
 use crate::options::{LoadOptions, StreamRates};
-use crate::plans::in_memory::obvious;
+use crate::plans::in_memory::all_in_memory;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use tier_plan_cuda::device::{Arg, Grid};
@@ -25,21 +25,23 @@ fn options(batch: usize) -> LoadOptions {
     LoadOptions { threads: Some(2), batch: Some(batch), ..LoadOptions::default() }
 }
 
-/// Logits of a prompt of several batches, and of tokens after it; and the experts that its tokens chose.
+/// Logits of a prompt of several batches, and of tokens after it; and the experts that its tokens
+/// chose.
 fn text(engine: &mut Engine) -> (Vec<f32>, Vec<u16>) {
     let n_vocab = engine.spec().n_vocab as u32;
     let tokens: Vec<u32> = (0..90).map(|i| (i * 37 + 5) % n_vocab).collect();
-    let mut all = engine.forward(&tokens, Wanted::All).unwrap().to_vec();
+    let mut all = engine.forward(&tokens, LogitsMode::All).unwrap().to_vec();
     let choices = engine.routing().experts.clone();
     for i in 0..2 {
-        all.extend_from_slice(engine.forward(&[(i * 11 + 3) % n_vocab], Wanted::Last).unwrap());
+        all.extend_from_slice(engine.forward(&[(i * 11 + 3) % n_vocab], LogitsMode::Last).unwrap());
     }
     (all, choices)
 }
 
 #[test]
 fn attention_of_prompts_in_16_bits_gives_the_same_text() {
-    // Plain heads, windows with sinks, heads whose norms are their own, and a whole model of 16-bit floats.
+    // Plain heads, windows with sinks, heads whose norms are their own, and a whole model of 16-bit
+    // floats.
     for (name, kv_type) in [
         ("arch/qwen3moe", KvType::F16),
         ("arch/gpt-oss", KvType::Q8_0),
@@ -52,17 +54,18 @@ fn attention_of_prompts_in_16_bits_gives_the_same_text() {
         let of = (128, kv_type);
         let mut engine = load(&gguf, &plan(&shape, of, ALL, true, Experts::Gpu), &options(64));
         let (got, chosen) = text(&mut engine);
-        let (expected, choices) = text(&mut load(&gguf, &obvious(&shape, of.0, kv_type), &options(64)));
+        let (expected, choices) = text(&mut load(&gguf, &all_in_memory(&shape, of.0, kv_type), &options(64)));
         assert_ne!(got, expected, "{name}");
-        // Where two experts are nearly as good, a token may choose the other one, and all that follow it see that.
+        // Where two experts are nearly as good, a token may choose the other one, and all that
+        // follow it see that.
         let tokens = got.len() / engine.spec().n_vocab;
         let each = shape.experts.iter().map(|e| e.n_used as usize).sum::<usize>().max(1);
         let other = chosen.chunks(each).zip(choices.chunks(each)).position(|(a, b)| a != b);
         let alike = other.unwrap_or(tokens) * engine.spec().n_vocab;
         assert!(alike >= 8 * engine.spec().n_vocab, "{name}: token {other:?} chose others");
-        // What is off by a share of 2e-4 puts some 8-bit codes of activations on the other side of where they round, each
-        // by a whole step, which is 100 times as much: the mean square of it is some 5e-6 a product. Other causes stay
-        // below 1e-5 (`gpu_tests`).
+        // What is off by a share of 2e-4 puts some 8-bit codes of activations on the other side of
+        // where they round, each by a whole step, which is 100 times as much: the mean square of it
+        // is some 5e-6 a product. Other causes stay below 1e-5 (`gpu_tests`).
         let off = nmse(&got[..alike], &expected[..alike]);
         assert!(off < 1e-4, "{name}: {off:e}");
         let launched = shim::shared().launched();
@@ -87,7 +90,7 @@ fn experts_of_main_memory_pass_through_a_gpu_for_prompts() {
         let run = |stream| {
             let mut engine = load(&gguf, &plan, &LoadOptions { stream, ..options(64) });
             let got = text(&mut engine);
-            (got, engine.experts_passed())
+            (got, engine.experts_streamed())
         };
         let ((without, choices), passed) = run(rates(0.0, 1.0));
         assert_eq!(passed, 0, "{name}");
@@ -113,7 +116,7 @@ fn experts_of_main_memory_pass_through_a_gpu_for_prompts() {
         let ((got, _), some) = run(rates(1.0, gflops.max(1e-3)));
         assert!(some > 0 && some < all, "{name}: {some} of {all}");
         assert!(nmse(&got, &without) < 1e-5, "{name}: {:e}", nmse(&got, &without));
-        let (here, _) = text(&mut load(&gguf, &obvious(&shape, of.0, of.1), &options(64)));
+        let (here, _) = text(&mut load(&gguf, &all_in_memory(&shape, of.0, of.1), &options(64)));
         assert!(nmse(&got, &here) < 1e-5, "{name}: {:e}", nmse(&got, &here));
     }
 }
@@ -176,7 +179,7 @@ fn a_gpu_that_fails_while_experts_pass_fails_the_request_alone() {
     engine.clear();
     device.1.store(true, Ordering::Relaxed);
     let tokens: Vec<u32> = (0..40).collect();
-    let error = engine.forward(&tokens, Wanted::Last).unwrap_err().to_string();
+    let error = engine.forward(&tokens, LogitsMode::Last).unwrap_err().to_string();
     assert!(error.contains("a failing GPU: add_rows failed: it was told to"), "{error}");
     device.1.store(false, Ordering::Relaxed);
     engine.clear();

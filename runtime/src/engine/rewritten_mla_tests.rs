@@ -1,6 +1,6 @@
-use crate::engine::{Engine, Wanted};
+use crate::engine::{Engine, LogitsMode};
 use crate::options::LoadOptions;
-use crate::plans::in_memory::obvious;
+use crate::plans::in_memory::all_in_memory;
 use std::path::PathBuf;
 use std::sync::Arc;
 use tier_plan_formats::gguf::testing::Writer;
@@ -56,7 +56,8 @@ fn moe(spec: &ModelSpec, layer: usize) -> &MoeSpec {
     spec.layers[layer].moe().unwrap()
 }
 
-/// Merges keys and values of every layer into the older tensor, and gives the sizes of heads in the older keys.
+/// Merges keys and values of every layer into the older tensor, and gives the sizes of heads in the
+/// older keys.
 fn fused(file: Writer) -> Writer {
     let (nope, rank, value, n_head) = (48, 64, 48, 4);
     let mut file = without(file, &["attention.key_length_mla", "attention.value_length_mla"]);
@@ -153,10 +154,10 @@ fn older_files_give_the_same_logits() {
     let logits = |file: &Writer| {
         let gguf = opened(file);
         let spec = tier_plan_formats::model::describe(&gguf).unwrap();
-        let plan = obvious(&shape_of(&gguf, &spec), 16, KvType::F32);
+        let plan = all_in_memory(&shape_of(&gguf, &spec), 16, KvType::F32);
         let options = LoadOptions { threads: Some(2), ..LoadOptions::default() };
         let mut engine = Engine::load(gguf, &plan, &options, &mut |_, _| {}).unwrap();
-        engine.forward(&[82, 71, 24, 12, 77, 74, 64, 50], Wanted::All).unwrap().to_vec()
+        engine.forward(&[82, 71, 24, 12, 77, 74, 64, 50], LogitsMode::All).unwrap().to_vec()
     };
     let (new, old) = (logits(&fixture()), logits(&fused(fixture())));
     let off: f64 = new.iter().zip(&old).map(|(a, b)| f64::from(a - b).powi(2)).sum();

@@ -1,9 +1,9 @@
-//! The same network in other clothes: files rewritten so that they say the same in another way must give the same bits,
-//! and files that contradict themselves must be refused by name.
+//! The same network in other clothes: files rewritten so that they say the same in another way must
+//! give the same bits, and files that contradict themselves must be refused by name.
 
-use crate::engine::{Engine, Wanted};
+use crate::engine::{Engine, LogitsMode};
 use crate::options::LoadOptions;
-use crate::plans::in_memory::obvious;
+use crate::plans::in_memory::all_in_memory;
 use proptest::prelude::*;
 use std::path::Path;
 use std::sync::Arc;
@@ -42,7 +42,7 @@ const CONTEXT: u32 = 26;
 
 /// Every expert in an arena, and a slow tier that is mapped.
 fn pinned(shape: &ModelShape) -> Placement {
-    let mut plan = obvious(shape, CONTEXT, KvType::F32);
+    let mut plan = all_in_memory(shape, CONTEXT, KvType::F32);
     let mut slow = plan.tiers[0].clone();
     slow.tier.name = "slow".into();
     slow.tier.kind = TierKind::Pmem;
@@ -59,12 +59,12 @@ fn pinned(shape: &ModelShape) -> Placement {
 fn logits(writer: &Writer) -> Vec<u32> {
     let (_file, gguf) = open(writer);
     let shape = shape_of(&gguf, &describe(&gguf).unwrap());
-    let [mapped, pinned] = [obvious(&shape, CONTEXT, KvType::F32), pinned(&shape)].map(|plan| {
+    let [mapped, pinned] = [all_in_memory(&shape, CONTEXT, KvType::F32), pinned(&shape)].map(|plan| {
         let options = LoadOptions { threads: Some(1), ..LoadOptions::default() };
         let mut engine = Engine::load(Arc::clone(&gguf), &plan, &options, &mut |_, _| {}).unwrap();
-        let mut all = engine.forward(&TOKENS, Wanted::All).unwrap().to_vec();
-        all.extend_from_slice(engine.forward(&[7], Wanted::Last).unwrap());
-        all.extend_from_slice(engine.forward(&[11], Wanted::Last).unwrap());
+        let mut all = engine.forward(&TOKENS, LogitsMode::All).unwrap().to_vec();
+        all.extend_from_slice(engine.forward(&[7], LogitsMode::Last).unwrap());
+        all.extend_from_slice(engine.forward(&[11], LogitsMode::Last).unwrap());
         assert!(all.iter().all(|l| l.is_finite()));
         all.into_iter().map(f32::to_bits).collect::<Vec<u32>>()
     });
@@ -285,11 +285,11 @@ proptest! {
         }
         let (_file, gguf) = open(&writer);
         if let Ok(spec) = describe(&gguf) {
-            let plan = obvious(&shape_of(&gguf, &spec), 4, KvType::F32);
+            let plan = all_in_memory(&shape_of(&gguf, &spec), 4, KvType::F32);
             let options = LoadOptions { threads: Some(1), batch: Some(2), ..LoadOptions::default() };
             let mut engine = Engine::load(gguf, &plan, &options, &mut |_, _| {}).unwrap();
-            engine.forward(&[1, 2, 3], Wanted::All).unwrap();
-            engine.forward(&[4], Wanted::Last).unwrap();
+            engine.forward(&[1, 2, 3], LogitsMode::All).unwrap();
+            engine.forward(&[4], LogitsMode::Last).unwrap();
         }
     }
 }

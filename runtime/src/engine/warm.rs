@@ -1,4 +1,4 @@
-//! What the slots hold, told and restored: a run that does not begin with empty ones.
+//! Slot contents, exported and restored, so that a run does not begin with empty slots.
 
 use super::Engine;
 use crate::tiers::arena::ArenaError;
@@ -6,9 +6,11 @@ use std::collections::HashMap;
 use tier_plan_formats::slots::LayerSlots;
 
 impl Engine {
-    /// Fills empty slots in the background, while tokens are computed and nothing that is needed is being read, with
-    /// these experts of each layer, the most wanted first. Returns how many there are slots for. A plan's prediction
-    /// supposes slots that begin empty.
+    /// Fills empty slots with these experts of each layer, the most wanted first. Returns how many
+    /// there are slots for.
+    ///
+    /// The reads run at idle priority, while tokens are computed. A plan's prediction supposes
+    /// slots that begin empty.
     ///
     /// On an emulated last tier nothing is filled: its reads would take no declared time.
     ///
@@ -22,17 +24,18 @@ impl Engine {
             self.plan().layers.iter().enumerate().map(|(position, placed)| (placed.layer, position)).collect();
         let known = |l: &LayerSlots| positions.get(&l.layer).map(|position| (*position, l.experts.clone()));
         let layers: Vec<(usize, Vec<u32>)> = layers.iter().filter_map(known).collect();
-        self.experts.warm_up(&layers)
+        self.experts.store.warm_up(&layers)
     }
 
-    /// Slots that [`warm_up`](Self::warm_up) has filled so far.
+    /// Returns how many slots [`warm_up`](Self::warm_up) has filled so far.
     pub fn warmed(&self) -> u64 {
-        self.experts.warmed()
+        self.experts.store.warmed()
     }
 
-    /// What the slots of each layer that has any hold, the most recently used first.
+    /// Returns what the slots of each layer hold, the most recently used first; leaves out layers
+    /// without slots.
     pub fn slot_contents(&self) -> Vec<LayerSlots> {
-        let layers = self.plan().layers.iter().zip(self.experts.residents());
+        let layers = self.plan().layers.iter().zip(self.experts.store.residents());
         let with_slots = layers.filter(|(placed, _)| placed.slots > 0);
         with_slots.map(|(placed, experts)| LayerSlots { layer: placed.layer, experts }).collect()
     }

@@ -1,80 +1,82 @@
-//! What a run counts: time and bytes by tier, hits and misses by layer.
+//! Counters of a run: time and bytes per tier, hits and misses per layer.
 
 use crate::tiers::pace::StageBytes;
 use std::time::Duration;
 
-/// Experts that were read on a guess, and what became of them.
+/// Outcomes of prefetched experts.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct AheadCount {
-    /// Experts that their layer did use.
-    pub right: u64,
-    /// Of those, the ones whose bytes were all there when the layer began.
+pub struct PrefetchCount {
+    /// Experts that their layer used.
+    pub useful: u64,
+    /// Useful experts that had landed when their layer began.
     pub in_time: u64,
-    /// Experts that it did not use, although all their bytes may have been read.
-    pub wrong: u64,
+    /// Experts that their layer did not use; their bytes may have been read or not.
+    pub wasted: u64,
 }
 
-impl std::ops::AddAssign for AheadCount {
+impl std::ops::AddAssign for PrefetchCount {
     fn add_assign(&mut self, more: Self) {
-        self.right += more.right;
+        self.useful += more.useful;
         self.in_time += more.in_time;
-        self.wrong += more.wrong;
+        self.wasted += more.wasted;
     }
 }
 
-/// Accesses and times of one layer with routed experts, over the decoded tokens.
+/// Accesses and times of one layer with routed experts, summed over the decoded tokens.
 #[derive(Debug, Clone, Default)]
 pub struct LayerCounters {
-    /// Accesses to pinned experts, and to experts computed where they lie on a mapped tier.
+    /// Accesses to experts that computed from their backing copy: pinned, on a GPU, or mapped.
     pub pinned_hits: u64,
-    /// Accesses found in a slot.
+    /// Accesses to experts that were in a slot.
     pub slot_hits: u64,
-    /// Accesses brought in from the slow tier.
+    /// Accesses to experts that had to be read from the slow tier.
     pub misses: u64,
-    /// Time in attention, norms and router.
+    /// Time in attention, norms, and router.
     pub dense: Duration,
-    /// Time in routed experts, waiting included.
+    /// Time in routed experts, including waits for reads.
     pub experts: Duration,
-    /// Bytes that misses brought in.
+    /// Bytes that misses read from the slow tier.
     pub missed_bytes: u64,
-    /// Time from the first submission of a token's reads to the end of its last one: reads ahead of the layer included.
+    /// Time from the first submission of a token's reads to the end of its last one, prefetches
+    /// included.
     pub reading: Duration,
-    /// Of that, the time in which nothing could compute for want of a read.
+    /// The part of `reading` in which nothing could compute for want of a read.
     pub waited: Duration,
-    /// Experts that were guessed before the layer chose.
-    pub guessed: u64,
-    /// Of those, the ones that it chose.
-    pub guessed_right: u64,
+    /// Experts that were predicted before the layer's router selected.
+    pub predicted: u64,
+    /// Predicted experts that the router selected.
+    pub predicted_right: u64,
 }
 
-/// What is counted, most of it while decoding.
+/// Counters of a run, most of them for decoding only.
 #[derive(Debug, Clone, Default)]
 pub struct Counters {
-    /// Tokens processed as prompt.
+    /// Tokens that were processed as prompts.
     pub prompt_tokens: u64,
-    /// Time they took.
+    /// Time spent on prompts.
     pub prompt: Duration,
-    /// Of that, the dense stages and the routed experts.
+    /// The parts of `prompt` in dense stages and in routed experts.
     pub prompt_stages: [Duration; 2],
-    /// Bytes brought in from the slow tier for them.
+    /// Bytes that misses of prompts read from the slow tier.
     pub prompt_missed_bytes: u64,
     /// Tokens decoded: forward passes of one token after the prompt.
     pub decode_tokens: u64,
-    /// Time they took.
+    /// Time spent on decoding.
     pub decode: Duration,
-    /// Weight bytes read while decoding, by tier.
+    /// Weight bytes read while decoding, `[n_tiers]`.
     pub read_bytes: Vec<u64>,
-    /// Time spent on a tier's bytes while decoding, by tier: computing on them, or waiting for them to arrive. A stage
-    /// that mixes tiers is shared out by bytes, or on emulated tiers by the declared times of its paths.
+    /// Time spent on each tier's bytes while decoding, `[n_tiers]`: computing on them, or waiting
+    /// for them. The time of a stage that mixes tiers is shared out by bytes. On emulated tiers it
+    /// is shared out by the declared times of the stage's paths.
     pub busy: Vec<Duration>,
-    /// Experts that were read before their layer chose, for the prompt and while decoding.
-    pub ahead: AheadCount,
-    /// By layer with routed experts.
+    /// Prefetched experts, for prompts and while decoding.
+    pub prefetch: PrefetchCount,
+    /// `[n_moe_layers]`.
     pub layers: Vec<LayerCounters>,
 }
 
 impl Counters {
-    /// Nothing counted yet.
+    /// Starts all counters at zero.
     pub fn new(n_tiers: usize, n_moe_layers: usize) -> Self {
         Self {
             read_bytes: vec![0; n_tiers],
@@ -84,30 +86,31 @@ impl Counters {
         }
     }
 
-    /// Counts bytes read while decoding.
+    /// Counts the bytes that a decode stage read.
     pub(crate) fn count(&mut self, bytes: &StageBytes) {
         for (total, bytes) in self.read_bytes.iter_mut().zip(bytes.by_tier()) {
             *total += bytes;
         }
     }
 
-    /// Counts a decode stage that took `time` and read `bytes`.
+    /// Counts a decode stage that took `time` and read `bytes`; the time is shared out by bytes.
     pub(crate) fn charge(&mut self, bytes: &StageBytes, time: Duration) {
-        let all: u64 = bytes.by_tier().iter().sum();
+        let total: u64 = bytes.by_tier().iter().sum();
         self.count(bytes);
         for (tier, bytes) in bytes.by_tier().iter().enumerate() {
-            if all > 0 {
-                self.busy[tier] += time.mul_f64(*bytes as f64 / all as f64);
+            if total > 0 {
+                self.busy[tier] += time.mul_f64(*bytes as f64 / total as f64);
             }
         }
     }
 
-    /// Shares out the time of a stage by the declared times of its paths.
+    /// Counts the time of a decode stage, shared out by the declared times of its paths,
+    /// `[n_tiers]`.
     pub(crate) fn charge_paths(&mut self, paths: &[Duration], time: Duration) {
-        let all: f64 = paths.iter().map(Duration::as_secs_f64).sum();
-        if all > 0.0 {
+        let total: f64 = paths.iter().map(Duration::as_secs_f64).sum();
+        if total > 0.0 {
             for (busy, path) in self.busy.iter_mut().zip(paths) {
-                *busy += time.mul_f64(path.as_secs_f64() / all);
+                *busy += time.mul_f64(path.as_secs_f64() / total);
             }
         }
     }

@@ -1,10 +1,12 @@
-//! One layer's experts: where each lives, where its slices lie in the files and in a buffer, and the slots they share.
+//! One layer's experts: the backing copy of each, the location of its slices in the files and in a
+//! buffer, and the slots that the pooled ones share.
 
+use super::cache::SlotCache;
+use super::checksums::{Checksums, TensorSlice};
+use super::ids::{ExpertId, SlotId};
 use super::view::{Bias, ExpertView, ViewLinear};
-use crate::experts::cache::SlotCache;
-use crate::experts::checksums::Checks;
-use crate::tiers::arena::Piece;
-use crate::tiers::file::{Check, Extent, Span};
+use crate::tiers::arena::ArenaSlice;
+use crate::tiers::file::{Extent, SliceChecksum, Span};
 use crate::tiers::source::ALIGN;
 use tier_plan_formats::gguf::Gguf;
 use tier_plan_formats::model::spec::{ExpertLinear, MoeSpec, TensorId};
@@ -12,27 +14,35 @@ use tier_plan_formats::placement::SlotPolicy;
 use tier_plan_kernels::Weights;
 use tier_plan_kernels::quant::TensorType;
 
-/// One of an expert's tensors: a slice of a tensor of the file that has all experts'.
+/// One of the tensors that hold all experts of a layer, of which each expert has a slice.
 pub(super) struct Part {
     pub(super) tensor: TensorId,
     ty: TensorType,
-    /// Where the slice begins in an expert's packed bytes.
-    at: usize,
-    /// Where the room of the slice begins in a buffer with room for whole pages.
-    page_at: usize,
+    /// Offset of the slice in an expert's [packed](Layout::Packed) bytes.
+    packed_offset: usize,
+    /// Offset of the slice's first page in a buffer of [whole pages](Layout::WholePages).
+    page_offset: usize,
     pub(super) slice_bytes: usize,
 }
 
-/// How an expert's slices lie in a buffer.
+/// Where one slice of an expert is.
+pub(super) struct SliceLocation {
+    /// In the files.
+    pub(super) extent: Extent,
+    pub(super) buffer_offset: usize,
+}
+
+/// How an expert's slices are laid out in a buffer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Layout {
-    /// One after the other.
+    /// One after the other, without padding.
     Packed,
-    /// Each where its pages of the file are read in place: at the same distance from the beginning of a page as there.
+    /// Each at the same distance from the beginning of a page as in the file, so that direct I/O
+    /// reads its pages straight into the buffer.
     WholePages,
 }
 
-/// One of an expert's matrices, by its parts.
+/// One of an expert's matrices, as indices of its parts.
 struct Matrix {
     weight: usize,
     bias: Option<usize>,
@@ -40,42 +50,50 @@ struct Matrix {
     n_in: usize,
 }
 
-/// Where an expert lives for good.
-pub(crate) enum Home {
-    /// In place in the mapped file, on this tier.
+/// Where the backing copy of an expert is: the one that it keeps for the whole run.
+pub(crate) enum ExpertBacking {
+    /// In the mapped file, where it computes.
     Mapped,
-    /// In this tier's arena.
-    Pinned(usize, Piece),
-    /// In a GPU's memory, this tier, where it computes.
+    /// In a tier's arena, where it computes.
+    Pinned { tier: usize, bytes: ArenaSlice },
+    /// In the memory of the GPU of this tier, where it computes.
     Gpu(usize),
-    /// On the slow tier; it passes through slots and staging.
+    /// On the slow tier. It shares the layer's slots and staging with the other pooled experts.
     Pooled,
 }
 
-/// One layer's experts.
+/// A file that holds each of its experts as one contiguous copy.
+struct PackedCopy {
+    /// Index of the file.
+    part: usize,
+    /// `[n_expert]` where each expert begins, if the copy has it.
+    offsets: Vec<Option<u64>>,
+}
+
+/// All routed experts of one layer.
 pub(crate) struct LayerExperts {
     pub(super) parts: Vec<Part>,
-    /// Gate, up and down; or gate and up as one, and down.
+    /// Gate, up, and down; or gate and up fused, and down.
     matrices: Vec<Matrix>,
     expert_ffn: usize,
-    pub(crate) expert_bytes: usize,
+    expert_bytes: usize,
     /// Bytes of a buffer with room for whole pages.
     paged_bytes: usize,
-    /// How slots and staging hold this layer's experts.
+    /// The layout of the layer's experts in slots and staging.
     pub(super) layout: Layout,
-    pub(super) homes: Vec<Home>,
-    /// Where the experts begin in a copy of them in one piece each: index of that file, and offset by expert.
-    copy: Option<(usize, Vec<Option<u64>>)>,
+    /// `[n_expert]`.
+    backings: Vec<ExpertBacking>,
+    copy: Option<PackedCopy>,
     pub(super) cache: SlotCache,
-    /// `None` while a read into the slot is in flight.
-    pub(super) slots: Vec<Option<Piece>>,
+    /// `[n_slots]`; `None` while a read into the slot is in flight. Empty where the slots are on a
+    /// GPU.
+    pub(super) slots: Vec<Option<ArenaSlice>>,
     pub(super) slot_tier: usize,
-    /// The slots are in a GPU's memory.
     pub(super) slots_on_gpu: bool,
 }
 
 impl Part {
-    /// Where an expert's slice lies in the file.
+    /// Returns the location of an expert's slice in the model's file.
     fn extent(&self, gguf: &Gguf, expert: usize) -> Extent {
         let info = &gguf.tensors()[self.tensor];
         Extent { part: info.part, offset: info.offset + (expert * self.slice_bytes) as u64, len: self.slice_bytes }
@@ -83,12 +101,13 @@ impl Part {
 }
 
 impl LayerExperts {
-    pub(crate) fn new(gguf: &Gguf, moe: &MoeSpec, homes: Vec<Home>, slot_tier: usize) -> Self {
+    /// Makes a layer without slots. `backings` is `[n_expert]`.
+    pub(crate) fn new(gguf: &Gguf, moe: &MoeSpec, backings: Vec<ExpertBacking>, slot_tier: usize) -> Self {
         let (mut parts, mut expert_bytes, mut paged_bytes) = (Vec::new(), 0, 0);
         let mut part = |tensor: TensorId| {
             let info = &gguf.tensors()[tensor];
             let slice_bytes = info.n_bytes as usize / moe.n_expert;
-            let part = Part { tensor, ty: info.ty, at: expert_bytes, page_at: paged_bytes, slice_bytes };
+            let part = Part { tensor, ty: info.ty, packed_offset: expert_bytes, page_offset: paged_bytes, slice_bytes };
             expert_bytes += slice_bytes;
             let pages = (0..moe.n_expert).map(|expert| part.extent(gguf, expert).pages_bytes());
             paged_bytes += pages.max().unwrap_or(0);
@@ -107,7 +126,7 @@ impl LayerExperts {
             parts,
             matrices,
             expert_ffn: moe.expert_ffn,
-            homes,
+            backings,
             copy: None,
             cache: SlotCache::new(moe.n_expert as u32, 0, SlotPolicy::Lru),
             slots: Vec::new(),
@@ -116,27 +135,55 @@ impl LayerExperts {
         }
     }
 
-    /// Keeps an expert in a tier for good.
-    pub(crate) fn pin(&mut self, expert: usize, tier: usize, piece: Piece) {
-        self.homes[expert] = Home::Pinned(tier, piece);
+    /// Makes a layer whose experts are all pooled, without slots.
+    pub(crate) fn all_pooled(gguf: &Gguf, moe: &MoeSpec) -> Self {
+        Self::new(gguf, moe, (0..moe.n_expert).map(|_| ExpertBacking::Pooled).collect(), 0)
     }
 
-    /// Says where an expert is for good.
-    pub(crate) fn home(&mut self, expert: usize, home: Home) {
-        self.homes[expert] = home;
+    /// Makes a tier's arena the backing of an expert, whose bytes are [packed](Layout::Packed).
+    pub(crate) fn pin(&mut self, expert: usize, tier: usize, bytes: ArenaSlice) {
+        self.backings[expert] = ExpertBacking::Pinned { tier, bytes };
     }
 
-    /// The matrices of an expert whose slices are in `bytes`, one after the other.
+    /// Makes the GPU of a tier the backing of an expert.
+    pub(crate) fn pin_on_gpu(&mut self, expert: usize, tier: usize) {
+        self.backings[expert] = ExpertBacking::Gpu(tier);
+    }
+
+    pub(super) fn backing(&self, expert: ExpertId) -> &ExpertBacking {
+        &self.backings[expert.index()]
+    }
+
+    /// Whether the expert is pooled; false for a number that the layer does not have.
+    pub(super) fn is_pooled(&self, expert: ExpertId) -> bool {
+        matches!(self.backings.get(expert.index()), Some(ExpertBacking::Pooled))
+    }
+
+    /// Returns the slices of all experts that are neither pinned nor on a GPU.
+    pub(super) fn mapped_slices(&self) -> impl Iterator<Item = TensorSlice> {
+        let is_mapped = |backing: &ExpertBacking| matches!(backing, ExpertBacking::Mapped | ExpertBacking::Pooled);
+        let experts = self.backings.iter().enumerate().filter(move |(_, backing)| is_mapped(backing));
+        experts.flat_map(|(expert, _)| {
+            self.parts.iter().map(move |part| TensorSlice { tensor: part.tensor, slice: expert })
+        })
+    }
+
+    /// Returns the matrices of an expert whose slices are [packed](Layout::Packed) in `bytes`.
     pub(crate) fn packed<'a>(&self, bytes: &'a [u8]) -> ExpertView<'a> {
-        self.view(|part| &bytes[part.at..part.at + part.slice_bytes])
+        self.view(|part| &bytes[part.packed_offset..][..part.slice_bytes])
     }
 
-    /// Experts of the layer.
+    /// Returns the number of experts in the layer.
     pub(crate) fn n_expert(&self) -> usize {
-        self.homes.len()
+        self.backings.len()
     }
 
-    /// Bytes of a buffer for any of the layer's experts.
+    /// Returns the bytes of one expert, all of its slices together.
+    pub(crate) fn expert_bytes(&self) -> usize {
+        self.expert_bytes
+    }
+
+    /// Returns the bytes of a buffer for any of the layer's experts.
     pub(crate) fn buffer_bytes(&self, layout: Layout) -> usize {
         match layout {
             Layout::Packed => self.expert_bytes,
@@ -144,74 +191,98 @@ impl LayerExperts {
         }
     }
 
-    /// The buffers that the layer's pooled experts share, how they and staging hold them, and who gets one.
-    pub(crate) fn set_slots(&mut self, slots: Vec<Piece>, layout: Layout, policy: SlotPolicy) {
+    /// Gives the layer its slots: their buffers, the layout in slots and staging, and the policy
+    /// that decides which experts are in them.
+    pub(crate) fn set_slots(&mut self, slots: Vec<ArenaSlice>, layout: Layout, policy: SlotPolicy) {
         self.layout = layout;
-        self.cache = SlotCache::new(self.homes.len() as u32, slots.len() as u32, policy);
+        self.cache = SlotCache::new(self.n_expert() as u32, slots.len() as u32, policy);
         self.slots = slots.into_iter().map(Some).collect();
     }
 
-    /// The same where the slots are `n` in a GPU's memory; `layout` is that of staging.
+    /// Gives the layer `n` slots in a GPU's memory; `layout` is that of staging.
     pub(crate) fn set_slots_on_gpu(&mut self, n: u32, layout: Layout, policy: SlotPolicy) {
         self.set_slots(Vec::new(), layout, policy);
-        self.cache = SlotCache::new(self.homes.len() as u32, n, policy);
+        self.cache = SlotCache::new(self.n_expert() as u32, n, policy);
         self.slots_on_gpu = true;
     }
 
-    /// Reads experts from a copy in which each lies in one piece, `part` among the files: `places` is where they begin.
-    /// `is_pooled` says which experts will be read into slots and staging.
-    pub(crate) fn use_copy(&mut self, part: usize, places: &[Option<u64>], is_pooled: impl Fn(usize) -> bool) {
-        let in_copy = self.expert_bytes.next_multiple_of(ALIGN);
-        let all = (0..places.len()).all(|expert| places[expert].is_some() || !is_pooled(expert));
-        self.paged_bytes = if all { in_copy } else { self.paged_bytes.max(in_copy) };
-        self.copy = Some((part, places.to_vec()));
+    /// Puts an expert's bytes into its slot, by exchange where both buffers have one size. Returns
+    /// the free buffer.
+    pub(super) fn exchange(&mut self, slot: SlotId, mut buffer: ArenaSlice) -> ArenaSlice {
+        if let Some(target) = &mut self.slots[slot.index()] {
+            if target.capacity() == buffer.capacity() {
+                std::mem::swap(target, &mut buffer);
+            } else {
+                target.copy_from_slice(&buffer);
+            }
+        }
+        buffer
     }
 
-    /// Where an expert's bytes lie in the copy, if it has them.
-    fn in_copy(&self, expert: usize) -> Option<Extent> {
-        let (part, places) = self.copy.as_ref()?;
-        let offset = places.get(expert).copied().flatten()?;
-        Some(Extent { part: *part, offset, len: self.expert_bytes })
+    /// Reads experts from a file that holds each as one contiguous copy. `part` is the file's
+    /// index, `offsets` (`[n_expert]`) where the experts begin. `is_pooled` says which of them will
+    /// be read into slots and staging.
+    pub(crate) fn use_copy(&mut self, part: usize, offsets: &[Option<u64>], is_pooled: impl Fn(usize) -> bool) {
+        let copy_bytes = self.expert_bytes.next_multiple_of(ALIGN);
+        let has_all = (0..offsets.len()).all(|expert| offsets[expert].is_some() || !is_pooled(expert));
+        self.paged_bytes = if has_all { copy_bytes } else { self.paged_bytes.max(copy_bytes) };
+        self.copy = Some(PackedCopy { part, offsets: offsets.to_vec() });
     }
 
-    /// Where expert `expert` lies in the files, and where its slices go in a buffer.
+    /// Returns the location of an expert in the contiguous copy, if that has it.
+    fn extent_in_copy(&self, expert: usize) -> Option<Extent> {
+        let copy = self.copy.as_ref()?;
+        let offset = copy.offsets.get(expert).copied().flatten()?;
+        Some(Extent { part: copy.part, offset, len: self.expert_bytes })
+    }
+
+    /// Returns the reads that bring an expert into a buffer with this layout.
     pub(crate) fn spans(&self, gguf: &Gguf, expert: usize, layout: Layout) -> Vec<Span> {
         let whole_pages = layout == Layout::WholePages;
-        if let Some(extent) = self.in_copy(expert) {
+        if let Some(extent) = self.extent_in_copy(expert) {
             return vec![Span { extent, at: 0, whole_pages }];
         }
         let span = |part: &Part| {
-            let (extent, at) = self.place(gguf, part, expert, layout);
-            Span { extent, at, whole_pages }
+            let SliceLocation { extent, buffer_offset } = self.slice_location(gguf, part, expert, layout);
+            Span { extent, at: buffer_offset, whole_pages }
         };
         self.parts.iter().map(span).collect()
     }
 
-    /// Where one of an expert's slices comes from, and where it begins in a buffer.
-    pub(super) fn place(&self, gguf: &Gguf, part: &Part, expert: usize, layout: Layout) -> (Extent, usize) {
-        match (self.in_copy(expert), part.extent(gguf, expert)) {
+    /// Returns where one of an expert's slices is read from, and where it is in a buffer with this
+    /// layout.
+    pub(super) fn slice_location(&self, gguf: &Gguf, part: &Part, expert: usize, layout: Layout) -> SliceLocation {
+        match (self.extent_in_copy(expert), part.extent(gguf, expert)) {
             (Some(copy), Extent { len, .. }) => {
-                (Extent { part: copy.part, offset: copy.offset + part.at as u64, len }, part.at)
+                let extent = Extent { part: copy.part, offset: copy.offset + part.packed_offset as u64, len };
+                SliceLocation { extent, buffer_offset: part.packed_offset }
             }
-            (None, extent) if layout == Layout::Packed => (extent, part.at),
-            (None, extent) => (extent, part.page_at + extent.head()),
+            (None, extent) if layout == Layout::Packed => SliceLocation { extent, buffer_offset: part.packed_offset },
+            (None, extent) => SliceLocation { extent, buffer_offset: part.page_offset + extent.head() },
         }
     }
 
-    /// What an expert's slices must be once they lie in a buffer; nothing without `checks`.
-    pub(crate) fn checks(&self, gguf: &Gguf, checks: Option<&Checks>, expert: usize, layout: Layout) -> Vec<Check> {
-        let Some(checks) = checks else { return Vec::new() };
+    /// Returns the checksums that an expert's slices must have in a buffer with this layout; none
+    /// without `checksums`.
+    pub(crate) fn checks(
+        &self,
+        gguf: &Gguf,
+        checksums: Option<&Checksums>,
+        expert: usize,
+        layout: Layout,
+    ) -> Vec<SliceChecksum> {
+        let Some(checksums) = checksums else { return Vec::new() };
         let check = |part: &Part| {
-            let (extent, at) = self.place(gguf, part, expert, layout);
-            checks.slice(gguf, part.tensor, expert, at, extent)
+            let SliceLocation { extent, buffer_offset } = self.slice_location(gguf, part, expert, layout);
+            checksums.slice(gguf, part.tensor, expert, buffer_offset, extent)
         };
         self.parts.iter().map(check).collect()
     }
 
-    /// The matrices of an expert whose parts are where `bytes_of` says.
+    /// Returns the matrices of an expert whose slices `bytes_of` returns.
     pub(super) fn view<'a>(&self, bytes_of: impl Fn(&Part) -> &'a [u8]) -> ExpertView<'a> {
         let linear = |matrix: &Matrix| {
-            let (weight, bias) = (&self.parts[matrix.weight], matrix.bias.map(|at| &self.parts[at]));
+            let (weight, bias) = (&self.parts[matrix.weight], matrix.bias.map(|part| &self.parts[part]));
             let weights = Weights::new(weight.ty, bytes_of(weight), matrix.n_out, matrix.n_in)
                 .unwrap_or_else(|| unreachable!("an expert's slices have the sizes that its shape gives"));
             ViewLinear { weights, bias: bias.map(|part| Bias { ty: part.ty, bytes: bytes_of(part) }) }
@@ -219,9 +290,9 @@ impl LayerExperts {
         match self.matrices.as_slice() {
             [gate, up, down] => ExpertView { gate: linear(gate), up: linear(up), down: linear(down) },
             [gate_up, down] => {
-                let both = linear(gate_up);
+                let fused = linear(gate_up);
                 let n = self.expert_ffn;
-                ExpertView { gate: both.rows(0, n), up: both.rows(n, n), down: linear(down) }
+                ExpertView { gate: fused.rows(0, n), up: fused.rows(n, n), down: linear(down) }
             }
             _ => unreachable!("an expert has a matrix for gate and up, or one each, and one for down"),
         }

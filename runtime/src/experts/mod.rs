@@ -1,16 +1,27 @@
-//! The expert store: routed experts by tier, the slots that layers share, and reads ahead of need.
+//! The expert store: routed experts by tier, the slots that pooled experts share, and their reads.
 //!
-//! `cache` is the bookkeeping of slots, in integers, which the planner replays; `store` moves the bytes.
+//! - [`cache`] decides which experts are in a layer's slots. It works on integers, and the planner
+//!   replays it.
+//! - `store` moves the bytes as the cache says; `step` is one layer's accesses to it.
+//! - `prefetch` and `warmup` read experts before a router selects them, while the drive is idle.
+//! - `gpu` computes experts and fills slots on GPUs.
+//! - [`pack`] and [`checksums`] make and use the files beside a model that speed up and verify
+//!   reads.
+//!
+//! The store knows nothing of tokens, routers, or how an expert computes; that is the business of
+//! `moe`.
 
 pub mod cache;
 pub mod checksums;
 pub mod counters;
 mod gpu;
+mod ids;
 pub(crate) mod layer;
 pub mod pack;
-pub(crate) mod prefetch;
+mod prefetch;
+mod step;
 pub(crate) mod store;
 #[cfg(test)]
 mod tests;
 pub(crate) mod view;
-pub(crate) mod warmup;
+mod warmup;

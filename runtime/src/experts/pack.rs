@@ -1,6 +1,7 @@
-//! A copy of a model's experts in which each lies in one piece: making it, and finding experts in it.
+//! The expert pack: a file that holds a model's experts as one contiguous copy each, so that a miss
+//! is one sequential read.
 
-use super::layer::{Home, LayerExperts, Layout};
+use super::layer::{LayerExperts, Layout};
 use crate::tiers::file::{FileTier, ReadError, ReadMode, stream};
 use std::collections::HashMap;
 use std::fs::File;
@@ -13,9 +14,10 @@ use tier_plan_formats::pack::{ALIGN, PackIndex, PackLayer, open};
 use tier_plan_formats::{FormatError, safely};
 
 /// Experts in flight while they are copied.
-const DEPTH: usize = 8;
+const QUEUE_DEPTH: usize = 8;
 
-/// Bytes of a slice that are compared to tell a copy of this file from one of another version of it.
+/// Bytes at the beginning of a slice that are compared, to recognize a pack of another version of
+/// the model.
 const SAMPLE_BYTES: usize = 4096;
 
 /// Experts could not be copied.
@@ -24,51 +26,46 @@ pub enum PackError {
     /// The model's file could not be read.
     #[error(transparent)]
     Read(#[from] ReadError),
-    /// The copy could not be written.
+    /// The pack could not be written.
     #[error(transparent)]
     Write(#[from] FormatError),
-    /// Whoever is told of progress asked to stop.
+    /// The progress callback asked to stop.
     #[error("interrupted: no experts were written")]
     Interrupted,
 }
 
-/// A copy that belongs to an open model.
+/// An open pack that belongs to an open model.
 #[derive(Debug)]
 pub struct Pack {
     path: PathBuf,
-    /// By layer of the model, by expert: where it begins.
+    /// Per layer of the model: `[n_expert]` the offset of each expert, if the pack has it.
     layers: HashMap<u32, Vec<Option<u64>>>,
     saving: Saving,
 }
 
-/// What an expert in one piece spares, on average over all that a copy has.
+/// What contiguous experts save, on average over all experts of a pack.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Saving {
-    /// Experts.
+    /// Experts in the pack.
     pub experts: u64,
-    /// Bytes of whole pages that are read for one from the model's file.
+    /// Bytes that direct I/O reads per expert from the model's file, whole pages included.
     pub before_bytes: f64,
-    /// The same from the copy.
+    /// Bytes that direct I/O reads per expert from the pack.
     pub after_bytes: f64,
-    /// Stretches of the model's file that one lies in; in the copy it is one.
+    /// Separate extents per expert in the model's file; in the pack it is one.
     pub stretches: f64,
 }
 
-/// Bytes of an expert's slices, in the order in which the engine holds them.
-fn slices(gguf: &Gguf, moe: &MoeSpec) -> Vec<u64> {
+/// Returns the bytes of an expert's slices, in the order in which the store keeps them.
+fn slice_bytes(gguf: &Gguf, moe: &MoeSpec) -> Vec<u64> {
     moe.expert_tensors().map(|id| gguf.tensors()[id].n_bytes / moe.n_expert as u64).collect()
 }
 
-/// A layer of which all experts are where the file has them.
-fn layer_of(gguf: &Gguf, moe: &MoeSpec) -> LayerExperts {
-    LayerExperts::new(gguf, moe, (0..moe.n_expert).map(|_| Home::Pooled).collect(), 0)
-}
-
 impl Pack {
-    /// Opens a copy and makes sure that it is of this model.
+    /// Opens a pack and checks that it is of this model.
     ///
     /// # Errors
-    /// When it can't be read, is damaged, is of another model, or of another version of this one's bytes.
+    /// When it can't be read, is damaged, or is of another model or another version of this one.
     pub fn open(gguf: &Gguf, spec: &ModelSpec, path: &Path) -> Result<Self, FormatError> {
         let packed = open(path)?;
         packed.check_model(&gguf.id(), path)?;
@@ -80,7 +77,7 @@ impl Pack {
         let mut saving = Saving::default();
         for (position, PackLayer { layer, slices: found, experts }) in packed.index.layers.iter().enumerate() {
             let moe = moes.get(layer).ok_or_else(|| invalid(format!("layer {layer} has no routed experts")))?;
-            let expected = slices(gguf, moe);
+            let expected = slice_bytes(gguf, moe);
             if *found != expected || experts.iter().any(|e| *e as usize >= moe.n_expert) {
                 let what = format!(
                     "layer {layer} has {} experts of {expected:?} bytes in the model, but others here; make it again with \
@@ -89,16 +86,16 @@ impl Pack {
                 );
                 return Err(invalid(what));
             }
-            let mut places = vec![None; moe.n_expert];
-            let source = layer_of(gguf, moe);
+            let mut offsets = vec![None; moe.n_expert];
+            let source = LayerExperts::all_pooled(gguf, moe);
             for (nth, expert) in experts.iter().enumerate() {
                 let offset = packed.offset(position, nth);
-                places[*expert as usize] = Some(offset);
+                offsets[*expert as usize] = Some(offset);
                 let spans = source.spans(gguf, *expert as usize, Layout::Packed);
                 saving.experts += 1;
                 saving.stretches += spans.len() as f64;
                 saving.before_bytes += spans.iter().map(|s| s.extent.pages_bytes() as f64).sum::<f64>();
-                saving.after_bytes += source.expert_bytes.next_multiple_of(ALIGN as usize) as f64;
+                saving.after_bytes += source.expert_bytes().next_multiple_of(ALIGN as usize) as f64;
             }
             if let Some(expert) = experts.first() {
                 let same =
@@ -113,32 +110,33 @@ impl Pack {
                     return Err(invalid(what));
                 }
             }
-            layers.insert(*layer, places);
+            layers.insert(*layer, offsets);
         }
-        let n = saving.experts.max(1) as f64;
-        saving.stretches /= n;
-        saving.before_bytes /= n;
-        saving.after_bytes /= n;
+        let n_experts = saving.experts.max(1) as f64;
+        saving.stretches /= n_experts;
+        saving.before_bytes /= n_experts;
+        saving.after_bytes /= n_experts;
         Ok(Self { path: path.into(), layers, saving })
     }
 
-    /// The file.
+    /// Returns the path of the file.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// What it spares.
+    /// Returns what the pack saves per expert.
     pub fn saving(&self) -> Saving {
         self.saving
     }
 
-    /// Where the experts of a layer of the model begin, those that the copy has.
+    /// Returns the offsets of a layer's experts, `[n_expert]`; `None` where the pack lacks the
+    /// layer.
     pub(crate) fn places(&self, layer: u32) -> Option<&[Option<u64>]> {
         self.layers.get(&layer).map(Vec::as_slice)
     }
 }
 
-/// Whether the beginnings of an expert's slices are the same in the model and at `offset` of a copy.
+/// Whether the beginnings of an expert's slices in the model equal those at `offset` of a pack.
 fn same_bytes(gguf: &Gguf, moe: &MoeSpec, expert: usize, file: &mut File, offset: u64) -> io::Result<bool> {
     let mut at = offset;
     for id in moe.expert_tensors() {
@@ -156,23 +154,23 @@ fn same_bytes(gguf: &Gguf, moe: &MoeSpec, expert: usize, file: &mut File, offset
     Ok(true)
 }
 
-/// What a copy with these experts (by position of the layer with routed experts, in the order in which they will lie)
-/// would hold.
+/// Returns the index of a pack with these experts, `[n_moe_layers][..]`, in the order in which they
+/// will be written. `made` is its date.
 pub fn index(gguf: &Gguf, spec: &ModelSpec, experts: &[Vec<u32>], made: String) -> PackIndex {
     let layers = spec.moe_layers().zip(experts).filter(|(_, experts)| !experts.is_empty());
     let layer = |((layer, moe), experts): ((usize, &MoeSpec), &Vec<u32>)| PackLayer {
         layer: layer as u32,
-        slices: slices(gguf, moe),
+        slices: slice_bytes(gguf, moe),
         experts: experts.clone(),
     };
     PackIndex { model: gguf.id(), made, layers: layers.map(layer).collect() }
 }
 
-/// Writes a copy, whole or not at all. `progress` is told how many bytes of how many have been written, and says whether
-/// to go on.
+/// Writes a pack, whole or not at all. `progress` gets the bytes written so far and in all, and
+/// returns whether to go on.
 ///
 /// # Errors
-/// When reading or writing fails, or `progress` says no.
+/// When reading or writing fails, or `progress` returns false.
 pub fn write(
     gguf: &Gguf,
     spec: &ModelSpec,
@@ -186,36 +184,38 @@ pub fn write(
     let files = FileTier::open(&parts, ReadMode::from_env()?)?;
     let moes: HashMap<u32, &MoeSpec> = spec.moe_layers().map(|(layer, moe)| (layer as u32, moe)).collect();
     let mut items = Vec::new();
-    let mut room = 0;
+    let mut buffer_bytes = 0;
     for packed in &index.layers {
         let Some(moe) = moes.get(&packed.layer) else { continue };
-        let source = layer_of(gguf, moe);
-        room = room.max(source.expert_bytes);
+        let source = LayerExperts::all_pooled(gguf, moe);
+        buffer_bytes = buffer_bytes.max(source.expert_bytes());
         items.extend(
-            packed.experts.iter().map(|e| (source.spans(gguf, *e as usize, Layout::Packed), source.expert_bytes)),
+            packed.experts.iter().map(|e| (source.spans(gguf, *e as usize, Layout::Packed), source.expert_bytes())),
         );
     }
-    // What stopped the copy, where it was not the file that is written to.
+    // The error that stopped the copy, unless it was an error of writing.
     let mut stopped = None;
     let written = safely::with_file(path, |file| {
         file.write_all(&head)?;
         let mut done = 0;
-        let copied = stream(&files, items.iter().map(|(spans, _)| spans.clone()), room, DEPTH, |at, buffer| {
-            let bytes = items[at].1;
+        let spans = items.iter().map(|(spans, _)| spans.clone());
+        let copied = stream(&files, spans, buffer_bytes, QUEUE_DEPTH, |index, buffer| {
+            let bytes = items[index].1;
             let padding = bytes.next_multiple_of(ALIGN as usize) - bytes;
-            let put = file.write_all(&buffer[..bytes]).and_then(|()| file.write_all(&[0; ALIGN as usize][..padding]));
-            put.map_err(Stop::Write)?;
+            let written =
+                file.write_all(&buffer[..bytes]).and_then(|()| file.write_all(&[0; ALIGN as usize][..padding]));
+            written.map_err(CopyError::Write)?;
             done += (bytes + padding) as u64;
-            if progress(done, total) { Ok(()) } else { Err(Stop::Asked) }
+            if progress(done, total) { Ok(()) } else { Err(CopyError::Interrupted) }
         });
-        let copied = copied.and_then(|()| files.check().map_err(Stop::from));
+        let copied = copied.and_then(|()| files.check().map_err(CopyError::from));
         copied.map_err(|stop| match stop {
-            Stop::Write(error) => error,
-            Stop::Read(error) => {
+            CopyError::Write(error) => error,
+            CopyError::Read(error) => {
                 stopped = Some(PackError::Read(error));
                 io::ErrorKind::Other.into()
             }
-            Stop::Asked => {
+            CopyError::Interrupted => {
                 stopped = Some(PackError::Interrupted);
                 io::ErrorKind::Interrupted.into()
             }
@@ -227,14 +227,14 @@ pub fn write(
     }
 }
 
-/// Why copying stopped.
-enum Stop {
+/// The reason for which copying stopped.
+enum CopyError {
     Read(ReadError),
     Write(io::Error),
-    Asked,
+    Interrupted,
 }
 
-impl From<ReadError> for Stop {
+impl From<ReadError> for CopyError {
     fn from(error: ReadError) -> Self {
         Self::Read(error)
     }
@@ -253,7 +253,7 @@ mod tests {
     }
 
     #[test]
-    fn a_copy_has_the_bytes_where_it_says() {
+    fn a_pack_has_the_bytes_at_its_offsets() {
         let (gguf, spec) = model();
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("a.experts");
@@ -293,7 +293,7 @@ mod tests {
     }
 
     #[test]
-    fn a_copy_of_another_version_is_refused() {
+    fn a_pack_of_another_version_is_refused() {
         let (gguf, spec) = model();
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("a.experts");
@@ -315,7 +315,7 @@ mod tests {
     }
 
     #[test]
-    fn a_copy_that_is_interrupted_leaves_nothing() {
+    fn an_interrupted_pack_leaves_no_file() {
         let (gguf, spec) = model();
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("a.experts");

@@ -1,288 +1,341 @@
-//! Reading ahead of the router: while nothing that is needed is being read, what the next layer seems to need.
+//! Speculative prefetch. While no demand read is pending, reads the experts that the next layer's
+//! router is predicted to select.
 //!
-//! A guess never changes what slots hold: it is read into staging, and the step that turns out to need it takes it over,
-//! read or still being read. Others give their buffer back. Guesses are scored whether they are read or not; while fewer
-//! than half are right, nothing is read.
+//! A prefetch never changes what the slots hold. It is read into staging, and the step that turns
+//! out to need the expert claims it, whether the read has landed or is still in flight. Unclaimed
+//! prefetches give their buffers back when the step of their layer begins.
+//!
+//! Predictions are scored whether they are read or not. While fewer than half of the recent ones
+//! were right, nothing is prefetched.
 
-use super::layer::Home;
-use super::store::{ExpertStore, Step, Use, whole};
-use super::warmup::Warm;
-use crate::experts::counters::AheadCount;
-use crate::tiers::arena::Piece;
-use crate::tiers::file::{Arrival, ReadError, Urgency};
-use std::time::Instant;
+use super::counters::PrefetchCount;
+use super::ids::{ExpertId, LayerExpert, SlotId, StepPos};
+use super::step::{DeferredMove, ExpertState, LoadTarget, Step};
+use super::store::ExpertStore;
+use super::warmup::Warmup;
+use crate::tiers::arena::ArenaSlice;
+use crate::tiers::file::{Completion, Priority, ReadError, ReadTime};
 
-/// Set in the keys of reads ahead; those of a step are positions.
-const AHEAD: u64 = 1 << 63;
+/// Set in the keys of prefetches; a step's own reads have their [position](StepPos::read_key) as
+/// key.
+const PREFETCH_KEY_BIT: u64 = 1 << 63;
 
-/// Experts read ahead for a token: one lasts about as long as the drive is idle in a layer, and two or four measured no
-/// better.
-const FOR_A_TOKEN: usize = 1;
+/// Prefetches per decoded token and layer. One takes about as long as the drive is idle in a layer;
+/// two and four measured no faster.
+const MAX_PREFETCHES_PER_TOKEN: usize = 1;
 
-/// Buffers that a batch's guesses leave for what is surely needed.
-pub(crate) const LEFT_FREE: usize = 2;
+/// Staging buffers that prefetches and warm-up reads leave free for demand reads.
+pub(super) const RESERVED_STAGING_BUFFERS: usize = 2;
 
-/// While guesses don't pay, every so-manieth is made all the same, to see whether they would.
+/// While accuracy is too low to prefetch, one prediction in this many is still made, so that
+/// prefetching can resume.
 const TRY_EVERY: u32 = 16;
 
-/// Guesses that the score remembers, about.
-const REMEMBERED: u32 = 256;
+/// Scored predictions after which older ones lose half their weight.
+const ACCURACY_WINDOW: u32 = 256;
 
-/// How good guesses of one kind have been of late.
+/// Accuracy of recent predictions.
 #[derive(Default)]
-struct Score {
+struct Accuracy {
     right: u32,
     wrong: u32,
-    turns: u32,
+    /// Calls of [`ExpertStore::wants_prediction`], wrapping.
+    rounds: u32,
 }
 
-impl Score {
-    fn pays(&self) -> bool {
+impl Accuracy {
+    /// Whether predictions are right often enough to read what they name.
+    fn is_sufficient(&self) -> bool {
         self.right >= self.wrong
     }
 
-    fn add(&mut self, right: bool) {
-        *(if right { &mut self.right } else { &mut self.wrong }) += 1;
-        if self.right + self.wrong > REMEMBERED {
+    fn add(&mut self, is_right: bool) {
+        *(if is_right { &mut self.right } else { &mut self.wrong }) += 1;
+        if self.right + self.wrong > ACCURACY_WINDOW {
             self.right /= 2;
             self.wrong /= 2;
         }
     }
 }
 
-enum State {
+enum PrefetchState {
     Reading,
-    Ready(Piece, (Instant, Instant)),
-    /// Being read; the step waits for it at this position.
-    Claimed(usize),
+    Landed(StagedExpert),
+    /// In flight; the step waits for it at this position.
+    Claimed(StepPos),
 }
 
-struct Entry {
+/// A prefetched expert's bytes, and when they were read.
+struct StagedExpert {
+    bytes: ArenaSlice,
+    time: ReadTime,
+}
+
+struct Prefetch {
     key: u64,
-    layer: usize,
-    expert: u32,
-    state: State,
+    target: LayerExpert,
+    state: PrefetchState,
 }
 
-/// What the next layer is expected to need.
-struct Guess {
+/// The experts that a layer's router is predicted to select.
+struct Prediction {
+    /// Position of the layer among those with routed experts.
     layer: usize,
+    /// The pooled ones without a slot, most likely first.
     experts: Vec<u32>,
-    /// How many of them are being read.
-    started: usize,
-    batch: bool,
-    pays: bool,
+    /// How many of them are or were being prefetched.
+    n_started: usize,
+    is_batch: bool,
+    /// Whether accuracy was sufficient when the prediction was made.
+    is_read: bool,
 }
 
-/// See the module.
-pub(crate) struct Ahead {
-    on: bool,
-    most: usize,
-    entries: Vec<Entry>,
-    /// Reads whose guess was given up and whose buffer is to come back.
-    orphans: usize,
+/// Predictions, the prefetches that they started, and their accuracy.
+pub(super) struct Prefetcher {
+    is_enabled: bool,
+    max_per_batch: usize,
+    prefetches: Vec<Prefetch>,
+    /// Prefetches in flight that no prediction wants any more; their buffers are still to come
+    /// back.
+    abandoned: usize,
     next_key: u64,
-    guess: Option<Guess>,
-    /// The guess before that, whose layer is about to begin.
-    due: Option<Guess>,
-    /// Of tokens and of batches.
-    scores: [Score; 2],
-    count: AheadCount,
+    /// The latest prediction.
+    prediction: Option<Prediction>,
+    /// The prediction before the latest one, whose layer is about to begin.
+    due: Option<Prediction>,
+    token_accuracy: Accuracy,
+    batch_accuracy: Accuracy,
+    count: PrefetchCount,
 }
 
-/// A finished read of a step.
-pub(crate) struct Landed {
-    pub at: usize,
-    pub piece: Piece,
-    pub result: Result<(), ReadError>,
-    pub during: (Instant, Instant),
+/// A finished read of a step's expert.
+pub(super) struct StepRead {
+    pub(super) at: StepPos,
+    pub(super) buffer: ArenaSlice,
+    pub(super) result: Result<(), ReadError>,
+    pub(super) time: ReadTime,
 }
 
-impl Ahead {
-    pub(super) fn new(on: bool, staging: usize) -> Self {
+impl Prefetcher {
+    pub(super) fn new(is_enabled: bool, n_staging: usize) -> Self {
         Self {
-            on: on && staging > LEFT_FREE,
-            most: staging.saturating_sub(LEFT_FREE),
-            entries: Vec::new(),
-            orphans: 0,
-            next_key: AHEAD,
-            guess: None,
+            is_enabled: is_enabled && n_staging > RESERVED_STAGING_BUFFERS,
+            max_per_batch: n_staging.saturating_sub(RESERVED_STAGING_BUFFERS),
+            prefetches: Vec::new(),
+            abandoned: 0,
+            next_key: PREFETCH_KEY_BIT,
+            prediction: None,
             due: None,
-            scores: Default::default(),
-            count: AheadCount::default(),
+            token_accuracy: Accuracy::default(),
+            batch_accuracy: Accuracy::default(),
+            count: PrefetchCount::default(),
         }
     }
 
-    /// Whether a buffer is still to come back.
+    /// Whether a prefetch is in flight, so that its buffer is still to come back.
     pub(super) fn is_reading(&self) -> bool {
-        self.orphans > 0 || self.entries.iter().any(|e| !matches!(e.state, State::Ready(..)))
+        self.abandoned > 0 || self.prefetches.iter().any(|p| !matches!(p.state, PrefetchState::Landed(_)))
+    }
+
+    /// Returns the accuracy of predictions for batches, or for single tokens.
+    fn accuracy(&mut self, is_batch: bool) -> &mut Accuracy {
+        if is_batch { &mut self.batch_accuracy } else { &mut self.token_accuracy }
+    }
+
+    /// Scores the prediction of the layer of a beginning step, and drops those that are no longer
+    /// due.
+    fn score(&mut self, step: &Step) {
+        // A prediction of an earlier layer is left over from a pass that ended early.
+        let past = [self.due.take(), self.prediction.take_if(|prediction| prediction.layer <= step.layer)];
+        let Some(prediction) = past.into_iter().flatten().find(|prediction| prediction.layer == step.layer) else {
+            return;
+        };
+        let n_scored = if prediction.is_read { prediction.n_started } else { prediction.experts.len() };
+        let accuracy = self.accuracy(prediction.is_batch);
+        for expert in &prediction.experts[..n_scored] {
+            accuracy.add(step.experts().contains(expert));
+        }
     }
 }
 
 impl ExpertStore {
-    /// Whether a guess of the next layer's experts would be of use, for one token or for a batch.
-    pub(crate) fn wants_guess(&mut self, batch: bool) -> bool {
-        if !self.ahead.on {
+    /// Whether a prediction of the next layer's experts, for one token or for a batch, is worth
+    /// making.
+    pub(crate) fn wants_prediction(&mut self, is_batch: bool) -> bool {
+        if !self.prefetcher.is_enabled {
             return false;
         }
-        let score = &mut self.ahead.scores[usize::from(batch)];
-        score.turns = score.turns.wrapping_add(1);
-        score.pays() || score.turns.is_multiple_of(TRY_EVERY)
+        let accuracy = self.prefetcher.accuracy(is_batch);
+        accuracy.rounds = accuracy.rounds.wrapping_add(1);
+        accuracy.is_sufficient() || accuracy.rounds.is_multiple_of(TRY_EVERY)
     }
 
-    /// Takes a guess of the experts that the next step, in `layer`, will use: a token's in the router's order, a
-    /// batch's in the order they compute.
-    pub(crate) fn expect(&mut self, layer: usize, guessed: impl Iterator<Item = u32>, batch: bool) {
-        let Some(store) = self.layers.get(layer) else { return };
-        let missing = |e: &u32| matches!(store.homes[*e as usize], Home::Pooled) && !store.cache.contains(*e);
-        let most = if batch { self.ahead.most } else { FOR_A_TOKEN };
-        let experts: Vec<u32> = guessed.filter(missing).take(most).collect();
-        let pays = self.ahead.scores[usize::from(batch)].pays();
-        self.ahead.due = self.ahead.guess.replace(Guess { layer, experts, started: 0, batch, pays });
+    /// Takes a prediction of the experts that the next step, in `layer`, will use: a token's in the
+    /// router's order, a batch's in the order in which they compute.
+    pub(crate) fn predict(&mut self, layer: usize, experts: impl Iterator<Item = u32>, is_batch: bool) {
+        let Some(in_layer) = self.layers.get(layer) else { return };
+        let is_missing = |e: &u32| in_layer.is_pooled(ExpertId::new(*e)) && !in_layer.cache.contains(*e);
+        let most = if is_batch { self.prefetcher.max_per_batch } else { MAX_PREFETCHES_PER_TOKEN };
+        let experts: Vec<u32> = experts.filter(is_missing).take(most).collect();
+        let is_read = self.prefetcher.accuracy(is_batch).is_sufficient();
+        let prediction = Prediction { layer, experts, n_started: 0, is_batch, is_read };
+        self.prefetcher.due = self.prefetcher.prediction.replace(prediction);
     }
 
-    /// What became of the guesses that were read, since the last call.
-    pub(crate) fn take_ahead_count(&mut self) -> AheadCount {
-        std::mem::take(&mut self.ahead.count)
+    /// Returns the outcomes of prefetches since the last call.
+    pub(crate) fn take_prefetch_count(&mut self) -> PrefetchCount {
+        std::mem::take(&mut self.prefetcher.count)
     }
 
-    /// Staging buffers that guesses have.
+    /// Returns the staging buffers that prefetches and warm-up reads hold.
     #[cfg(test)]
     pub(super) fn buffers_ahead(&self) -> usize {
-        self.ahead.entries.len() + self.ahead.orphans + self.warm.buffers()
+        self.prefetcher.prefetches.len() + self.prefetcher.abandoned + self.warmup.buffers()
     }
 
-    /// Starts reads of what is expected, once the step has all its own under way.
-    pub(super) fn read_ahead(&mut self, step: &Step) {
-        if self.files.is_none() || step.next_read < step.uses.len() {
+    /// Starts prefetches and warm-up reads, once the step has submitted all reads of its own.
+    pub(super) fn start_idle_reads(&mut self, step: &Step) {
+        if self.files.is_none() || step.next_read < step.states.len() {
             return;
         }
-        self.guesses_ahead(step);
-        self.read_warm();
+        self.start_prefetches(step);
+        self.start_warmup_reads();
     }
 
-    fn guesses_ahead(&mut self, step: &Step) {
-        while self.staging.len() > LEFT_FREE
-            && let Some(guess) = self.ahead.guess.as_mut().filter(|guess| guess.pays && guess.layer != step.layer)
-            && let Some(&expert) = guess.experts.get(guess.started)
-            && let Some(mut piece) = self.staging.pop()
+    fn start_prefetches(&mut self, step: &Step) {
+        while self.staging.len() > RESERVED_STAGING_BUFFERS
+            && let Some(target) = self.next_target(step)
+            && let Some(buffer) = self.take_staging(target.layer)
         {
-            guess.started += 1;
-            let layer = guess.layer;
-            let store = &self.layers[layer];
-            piece.truncate(store.buffer_bytes(store.layout));
-            let key = self.ahead.next_key;
-            self.ahead.next_key = AHEAD | key.wrapping_add(1);
-            self.fetch(key, layer, expert, piece, Urgency::Idle);
-            self.ahead.entries.push(Entry { key, layer, expert, state: State::Reading });
+            let key = self.prefetcher.next_key;
+            self.prefetcher.next_key = PREFETCH_KEY_BIT | key.wrapping_add(1);
+            self.start_read(key, target.layer, target.expert, buffer, Priority::Idle);
+            self.prefetcher.prefetches.push(Prefetch { key, target, state: PrefetchState::Reading });
         }
     }
 
-    /// Gives the beginning step what was read ahead for it, and takes back the buffers of what was not.
-    pub(super) fn take_ahead(&mut self, step: &mut Step) {
-        // A guess that is neither of this layer nor of a later one has been left over from a pass that ended early.
-        let guesses = [self.ahead.due.take(), self.ahead.guess.take_if(|guess| guess.layer <= step.layer)];
-        if let Some(guess) = guesses.into_iter().flatten().find(|guess| guess.layer == step.layer) {
-            let judged = if guess.pays { guess.started } else { guess.experts.len() };
-            let score = &mut self.ahead.scores[usize::from(guess.batch)];
-            guess.experts[..judged].iter().for_each(|expert| score.add(step.experts.contains(expert)));
+    /// Takes the next expert to prefetch from the latest prediction, unless that is of the step's
+    /// own layer.
+    fn next_target(&mut self, step: &Step) -> Option<LayerExpert> {
+        let prediction = self.prefetcher.prediction.as_mut()?;
+        if !prediction.is_read || prediction.layer == step.layer {
+            return None;
         }
-        if !self.ahead.entries.is_empty() || self.warm.is_reading() {
-            self.land_quietly();
+        let expert = ExpertId::new(*prediction.experts.get(prediction.n_started)?);
+        prediction.n_started += 1;
+        Some(LayerExpert { layer: prediction.layer, expert })
+    }
+
+    /// Gives the beginning step what was prefetched for it, and takes back the buffers of the rest.
+    pub(super) fn claim_prefetches(&mut self, step: &mut Step) {
+        self.prefetcher.score(step);
+        if !self.prefetcher.prefetches.is_empty() || self.warmup.is_reading() {
+            self.poll_completions();
         }
-        if self.ahead.entries.is_empty() {
+        if self.prefetcher.prefetches.is_empty() {
             return;
         }
-        let mut wanted = Vec::new();
+        let mut claimed = Vec::new();
         let on_gpu = self.layers[step.layer].slots_on_gpu;
-        for at in 0..step.uses.len() {
-            let mut into = None;
-            let late = match step.uses[at] {
-                // To a GPU's slot it is copied at once.
-                Use::FillSlot { slot, after: None } if on_gpu => {
-                    into = Some(slot);
-                    None
-                }
-                Use::FillSlot { slot, after } => Some((at, slot, after)),
-                Use::Stage => None,
+        for at in (0..step.states.len()).map(StepPos::new) {
+            let (target, deferred) = match *step.state(at) {
+                // A GPU's slot is filled from staging as soon as the bytes are there.
+                ExpertState::NeedsSlot { slot, after: None } if on_gpu => (LoadTarget::Slot(slot), None),
+                ExpertState::NeedsSlot { slot, after } => (LoadTarget::Staging, Some(DeferredMove { at, slot, after })),
+                ExpertState::NeedsStaging => (LoadTarget::Staging, None),
                 _ => continue,
             };
-            let is_it = |e: &Entry| e.layer == step.layer && e.expert == step.experts[at];
-            let Some(i) = self.ahead.entries.iter().position(is_it) else { continue };
-            self.ahead.count.right += 1;
-            step.late.extend(late);
-            if let State::Reading = self.ahead.entries[i].state {
-                self.ahead.entries[i].state = State::Claimed(at);
-                wanted.push(self.ahead.entries[i].key);
-                step.uses[at] = Use::Loading(into);
-                step.in_flight += 1;
-            } else if let State::Ready(piece, during) = self.ahead.entries.swap_remove(i).state {
-                self.ahead.count.in_time += 1;
-                step.was_reading(during);
-                step.uses[at] = match into {
-                    None => Use::Staged(piece),
-                    Some(slot) => {
-                        self.fill(step.layer, step.experts[at], slot, Some(&piece));
-                        self.staging.push(whole(piece));
-                        Use::Slot(slot)
-                    }
-                };
-            }
+            let wanted = LayerExpert { layer: step.layer, expert: step.expert(at) };
+            let Some(i) = self.prefetcher.prefetches.iter().position(|p| p.target == wanted) else { continue };
+            self.prefetcher.count.useful += 1;
+            step.deferred.extend(deferred);
+            claimed.extend(self.claim(step, at, target, i));
         }
-        self.drop_unclaimed(&wanted);
+        self.drop_unclaimed(&claimed);
     }
 
-    /// Gives up all guesses.
-    pub(super) fn forget_ahead(&mut self) {
-        (self.ahead.guess, self.ahead.due) = (None, None);
+    /// Gives prefetch `i` to the step's expert at a position. Returns its key if it is still in
+    /// flight.
+    fn claim(&mut self, step: &mut Step, at: StepPos, target: LoadTarget, i: usize) -> Option<u64> {
+        let prefetch = &mut self.prefetcher.prefetches[i];
+        if let PrefetchState::Reading = prefetch.state {
+            prefetch.state = PrefetchState::Claimed(at);
+            step.set_state(at, ExpertState::Loading(target));
+            step.in_flight += 1;
+            return Some(prefetch.key);
+        }
+        if let PrefetchState::Landed(StagedExpert { bytes, time }) = self.prefetcher.prefetches.swap_remove(i).state {
+            self.prefetcher.count.in_time += 1;
+            step.add_read_time(time);
+            let state = match target {
+                LoadTarget::Staging => ExpertState::Staged(bytes),
+                LoadTarget::Slot(slot) => self.fill_from_prefetch(step, at, slot, bytes),
+            };
+            step.set_state(at, state);
+        }
+        None
+    }
+
+    /// Copies a prefetched expert to its slot on a GPU and frees the buffer.
+    fn fill_from_prefetch(&mut self, step: &Step, at: StepPos, slot: SlotId, bytes: ArenaSlice) -> ExpertState {
+        self.fill_gpu_slot(step.layer, step.expert(at), slot, Some(&bytes));
+        self.free_staging(bytes);
+        ExpertState::InSlot(slot)
+    }
+
+    /// Drops all predictions and their prefetches.
+    pub(super) fn drop_predictions(&mut self) {
+        (self.prefetcher.prediction, self.prefetcher.due) = (None, None);
         self.drop_unclaimed(&[]);
     }
 
-    /// Takes back the buffers of all reads ahead but those with the keys `wanted`, which are wanted now.
-    fn drop_unclaimed(&mut self, wanted: &[u64]) {
-        for entry in std::mem::take(&mut self.ahead.entries) {
-            match entry.state {
-                State::Claimed(_) => self.ahead.entries.push(entry),
-                State::Ready(piece, _) => {
-                    self.ahead.count.wrong += 1;
-                    self.staging.push(whole(piece));
+    /// Drops all prefetches that no step has claimed. Reads with the keys `claimed` become demand
+    /// reads.
+    fn drop_unclaimed(&mut self, claimed: &[u64]) {
+        for prefetch in std::mem::take(&mut self.prefetcher.prefetches) {
+            match prefetch.state {
+                PrefetchState::Claimed(_) => self.prefetcher.prefetches.push(prefetch),
+                PrefetchState::Landed(StagedExpert { bytes, .. }) => {
+                    self.prefetcher.count.wasted += 1;
+                    self.free_staging(bytes);
                 }
-                State::Reading => {
-                    self.ahead.count.wrong += 1;
-                    self.ahead.orphans += 1;
+                PrefetchState::Reading => {
+                    self.prefetcher.count.wasted += 1;
+                    self.prefetcher.abandoned += 1;
                 }
             }
         }
         if let Some(files) = &self.files {
-            files.settle_idle(wanted);
+            files.resolve_idle(claimed);
         }
     }
 
-    /// Takes a finished read: a step's is returned, others are put away.
-    pub(super) fn land_ahead(&mut self, arrival: Arrival) -> Option<Landed> {
-        if Warm::has(arrival.key) {
-            self.land_warm(arrival);
+    /// Takes a finished read. A step's read is returned; prefetches and warm-up reads are put away.
+    pub(super) fn take_completion(&mut self, completion: Completion) -> Option<StepRead> {
+        if Warmup::owns(completion.key) {
+            self.land_warmup_read(completion);
             return None;
         }
-        let Arrival { key, piece, result, during } = arrival;
-        if key & AHEAD == 0 {
-            return Some(Landed { at: key as usize, piece, result, during });
+        let Completion { key, buffer, result, time } = completion;
+        if key & PREFETCH_KEY_BIT == 0 {
+            return Some(StepRead { at: StepPos::new(key as usize), buffer, result, time });
         }
-        let Some(i) = self.ahead.entries.iter().position(|e| e.key == key) else {
-            self.ahead.orphans = self.ahead.orphans.saturating_sub(1);
-            self.staging.push(whole(piece));
+        let Some(i) = self.prefetcher.prefetches.iter().position(|p| p.key == key) else {
+            self.prefetcher.abandoned = self.prefetcher.abandoned.saturating_sub(1);
+            self.free_staging(buffer);
             return None;
         };
-        if let State::Claimed(at) = self.ahead.entries[i].state {
-            self.ahead.entries.swap_remove(i);
-            return Some(Landed { at, piece, result, during });
+        if let PrefetchState::Claimed(at) = self.prefetcher.prefetches[i].state {
+            self.prefetcher.prefetches.swap_remove(i);
+            return Some(StepRead { at, buffer, result, time });
         }
         if result.is_ok() {
-            self.ahead.entries[i].state = State::Ready(piece, during);
+            self.prefetcher.prefetches[i].state = PrefetchState::Landed(StagedExpert { bytes: buffer, time });
         } else {
-            // If it is needed after all, it is read again, and fails where somebody can be told.
-            self.ahead.entries.swap_remove(i);
-            self.staging.push(whole(piece));
+            // If a step needs the expert after all, it reads it again, and a failure reaches its
+            // caller.
+            self.prefetcher.prefetches.swap_remove(i);
+            self.free_staging(buffer);
         }
         None
     }

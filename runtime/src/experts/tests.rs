@@ -1,13 +1,15 @@
-//! The store against the file: whatever is asked in whatever order, and whichever reads fail, an expert that is shown
-//! has the bytes of the file.
+//! The store against the file: in whatever order experts are accessed, and whichever reads fail, an
+//! expert that can compute has the bytes of the file.
 
-use super::checksums::Checks;
-use super::layer::{Home, LayerExperts, Layout};
+use super::checksums::Checksums;
+use super::checksums::compute_checksums;
+use super::ids::{ExpertId, SlotId};
+use super::layer::{LayerExperts, Layout};
+use super::step::ExpertState;
 use super::store::*;
 use super::view::{ExpertView, ViewLinear};
-use crate::experts::checksums::make_sums;
 use crate::tiers::arena::Arena;
-use crate::tiers::file::{FileTier, ReadError};
+use crate::tiers::file::{FileTier, NamedReader, ReadError};
 use crate::tiers::source::{ALIGN, ReadAt, Stamp};
 use proptest::prelude::*;
 use std::io;
@@ -69,11 +71,12 @@ struct Setup {
     copy: Option<bool>,
     /// The slots are on a GPU.
     on_gpu: bool,
-    /// A byte of this expert of the first layer is not what its checksum was made of, in the file and in the copy.
+    /// A byte of this expert of the first layer is not what its checksum was made of, in the file
+    /// and in the copy.
     damaged: Option<usize>,
 }
 
-/// A copy of every layer's experts, each at a page of its own, and where they begin.
+/// Makes a copy of every layer's experts, each on a page of its own, and returns their offsets.
 fn copy_of(gguf: &Gguf, moes: &[&MoeSpec], bytes: &[u8], all: bool) -> (Vec<u8>, Vec<Vec<Option<u64>>>) {
     let (mut copy, mut places) = (vec![0xcc; ALIGN], Vec::new());
     for moe in moes {
@@ -96,10 +99,7 @@ fn copy_of(gguf: &Gguf, moes: &[&MoeSpec], bytes: &[u8], all: bool) -> (Vec<u8>,
 fn store(setup: &Setup, failing: &Arc<Mutex<(u64, Vec<u64>)>>) -> ExpertStore {
     let (gguf, spec, path) = fixture();
     let moes: Vec<&MoeSpec> = spec.moe_layers().map(|(_, moe)| moe).collect();
-    let mut layers: Vec<LayerExperts> = moes
-        .iter()
-        .map(|moe| LayerExperts::new(&gguf, moe, (0..moe.n_expert).map(|_| Home::Pooled).collect(), 0))
-        .collect();
+    let mut layers: Vec<LayerExperts> = moes.iter().map(|moe| LayerExperts::all_pooled(&gguf, moe)).collect();
     let mut bytes = std::fs::read(&path).unwrap();
     if let Some(expert) = setup.damaged {
         let info = &gguf.tensors()[moes[0].expert_tensors().next().unwrap()];
@@ -116,7 +116,7 @@ fn store(setup: &Setup, failing: &Arc<Mutex<(u64, Vec<u64>)>>) -> ExpertStore {
     let mut gpu = PinnedExperts::new(device, layers.len()).unwrap();
     for (at, layer) in layers.iter_mut().enumerate() {
         if setup.on_gpu {
-            let any = vec![0; layer.expert_bytes];
+            let any = vec![0; layer.expert_bytes()];
             let any = layer.packed(&any);
             let biased = any.biases().is_some();
             gpu.add_layer(at, any.kind(moes[at]), &[], setup.slots, biased).unwrap();
@@ -129,18 +129,19 @@ fn store(setup: &Setup, failing: &Arc<Mutex<(u64, Vec<u64>)>>) -> ExpertStore {
     let staging = (0..setup.staging).map(|_| arena.take(room).unwrap()).collect();
     let alignment = if setup.layout == Layout::WholePages { ALIGN } else { 1 };
     let faulty = |bytes| Faulty { bytes: Arc::new(bytes), failing: Arc::clone(failing), alignment };
-    let mut sources: Vec<(PathBuf, Box<dyn ReadAt>)> = vec![(path.clone(), Box::new(faulty(bytes)))];
-    sources.extend(copy.map(|(bytes, _)| (path.with_extension("gguf.experts"), Box::new(faulty(bytes)) as _)));
-    let files = FileTier::of(sources).unwrap();
-    let sums = make_sums(&gguf, &spec, String::new(), &mut |_, _| true).unwrap();
-    let checks = Checks::bind(&gguf, &spec, &sums, &path).unwrap();
+    let named = |path, bytes| NamedReader { path, reader: Box::new(faulty(bytes)) };
+    let mut readers = vec![named(path.clone(), bytes)];
+    readers.extend(copy.map(|(bytes, _)| named(path.with_extension("gguf.experts"), bytes)));
+    let files = FileTier::from_readers(readers).unwrap();
+    let sums = compute_checksums(&gguf, &spec, String::new(), &mut |_, _| true).unwrap();
+    let checks = Checksums::bind(&gguf, &spec, &sums, &path).unwrap();
     let mut store = ExpertStore::new(gguf, layers, Some(files), staging, 0, 1, setup.staging > 0);
     store.verify(Arc::new(checks));
     store.set_gpus(vec![(0, gpu)]);
     store
 }
 
-/// All bytes of an expert that the store shows, and those of the file.
+/// Returns all bytes of an expert in the store's view, and those of the file.
 fn shown(store: &ExpertStore, step: &Step, at: usize) -> (Vec<u8>, Vec<u8>) {
     let flat = |view: ExpertView<'_>| {
         let linears = [view.gate, view.up, view.down];
@@ -148,21 +149,22 @@ fn shown(store: &ExpertStore, step: &Step, at: usize) -> (Vec<u8>, Vec<u8>) {
         linears.iter().flat_map(bytes).collect::<Vec<u8>>()
     };
     let layer = &store.layers[step.layer()];
-    if let Use::Slot(slot) = step.uses[at]
+    if let ExpertState::InSlot(slot) = step.states[at]
         && layer.slots_on_gpu
     {
         return (store.bytes_on_gpu(step.layer(), slot), matrices(store, layer, step.experts()[at]));
     }
-    (flat(store.view(step, at).0), flat(store.mapped(layer, step.experts()[at] as usize)))
+    (flat(store.view(step, at).0), flat(store.mapped_view(layer, ExpertId::new(step.experts()[at]))))
 }
 
-/// The file's bytes of an expert's matrices, one after the other.
+/// Returns the file's bytes of an expert's matrices, one after the other.
 fn matrices(store: &ExpertStore, layer: &LayerExperts, expert: u32) -> Vec<u8> {
-    let view = store.mapped(layer, expert as usize);
+    let view = store.mapped_view(layer, ExpertId::new(expert));
     [view.gate, view.up, view.down].map(|l| l.weights.bytes()).concat()
 }
 
-/// One step as the engine takes it: a token's experts as they become ready, or a batch's in order.
+/// Takes one step as the engine does: a token's experts as they become ready, or a batch's in
+/// order.
 fn take(store: &mut ExpertStore, layer: usize, used: &[u32], batch: bool) -> Result<(), ReadError> {
     let mut order = used.to_vec();
     if batch {
@@ -199,22 +201,37 @@ fn take(store: &mut ExpertStore, layer: usize, used: &[u32], batch: bool) -> Res
     store.finish(&mut step)
 }
 
-/// Layer, experts, whether a batch; and a guess of what comes next.
-type Steps = Vec<(usize, Vec<u32>, bool, Option<(usize, Vec<u32>)>)>;
+/// A layer and some of its experts.
+#[derive(Clone, Debug)]
+struct Choice {
+    layer: usize,
+    experts: Vec<u32>,
+}
 
-fn steps() -> impl Strategy<Value = Steps> {
+#[derive(Clone, Debug)]
+struct TestStep {
+    used: Choice,
+    batch: bool,
+    /// Of the next step.
+    prediction: Option<Choice>,
+}
+
+fn steps() -> impl Strategy<Value = Vec<TestStep>> {
     let (_, spec, _) = fixture();
     let (layers, n) = (spec.moe_layers().count(), spec.moe_layers().map(|(_, m)| m.n_expert as u32).min().unwrap());
     let chosen = proptest::sample::subsequence((0..n).collect::<Vec<u32>>(), 1..=n as usize).prop_shuffle();
-    let guess = proptest::option::of((0..layers, chosen.clone()));
-    proptest::collection::vec((0..layers, chosen, any::<bool>(), guess), 1..25)
+    let choice = (0..layers, chosen).prop_map(|(layer, experts)| Choice { layer, experts });
+    let prediction = proptest::option::of(choice.clone());
+    let step = (choice, any::<bool>(), prediction);
+    let step = step.prop_map(|(used, batch, prediction)| TestStep { used, batch, prediction });
+    proptest::collection::vec(step, 1..25)
 }
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(256))]
 
     #[test]
-    fn what_is_shown_is_what_the_file_has(
+    fn every_view_has_the_bytes_of_the_file(
         steps in steps(),
         slots in 0usize..6,
         staging in 0usize..16,
@@ -236,18 +253,18 @@ proptest! {
         let may_warm = store.warm_up(&warm).unwrap();
         prop_assert!(may_warm <= (slots * store.layers.len()) as u64);
         let in_flight = |used: &[u32]| staging > 0 && used.len() > staging;
-        let (mut failed, mut guessed) = (0, false);
-        let mut next = None;
-        for (layer, used, batch, guess) in &steps {
+        let (mut failed, mut predicted) = (0, false);
+        let mut next: Option<&Choice> = None;
+        for TestStep { used: Choice { layer, experts: used }, batch, prediction } in &steps {
             // A token's experts are all in flight at once, so staging must hold them.
             let batch = *batch || in_flight(used);
-            if let Some((to, experts)) = guess {
-                guessed |= store.wants_guess(batch);
-                store.expect(*to, experts.iter().copied(), batch);
+            if let Some(choice) = prediction {
+                predicted |= store.wants_prediction(batch);
+                store.predict(choice.layer, choice.experts.iter().copied(), batch);
             }
-            // Every other guess comes true.
-            let used = next.take().filter(|(to, _)| to == layer).map_or(used, |(_, experts)| experts);
-            next = guess.as_ref().map(|(to, experts)| (*to, experts));
+            // Every other prediction comes true.
+            let used = next.take().filter(|choice| choice.layer == *layer).map_or(used, |choice| &choice.experts);
+            next = prediction.as_ref();
             let batch = batch || in_flight(used);
             if let Err(error) = take(&mut store, *layer, used, batch) {
                 prop_assert!(error.to_string().contains("gpt-oss.gguf"), "{}", error);
@@ -258,10 +275,10 @@ proptest! {
             }
             prop_assert!(store.layers.iter().all(|l| l.slots.iter().all(Option::is_some)));
         }
-        store.forget_ahead();
+        store.drop_predictions();
         while store.buffers_ahead() > 0 {
-            let arrival = store.files.as_ref().unwrap().wait().unwrap();
-            prop_assert!(store.land_ahead(arrival).is_none());
+            let completion = store.files.as_ref().unwrap().wait().unwrap();
+            prop_assert!(store.take_completion(completion).is_none());
         }
         prop_assert_eq!(store.staging.len(), staging, "all buffers came back");
         prop_assert!(store.warmed() <= may_warm);
@@ -269,12 +286,12 @@ proptest! {
             for (expert, slot) in layer.cache.resident().filter(|_| on_gpu) {
                 let at = store.layers.iter().position(|l| std::ptr::eq(l, layer)).unwrap();
                 let expected = matrices(&store, layer, expert);
-                prop_assert!(store.bytes_on_gpu(at, slot as usize) == expected, "slot {} of expert {}", slot, expert);
+                prop_assert!(store.bytes_on_gpu(at, SlotId::new(slot)) == expected, "slot {} of expert {}", slot, expert);
             }
             for (expert, slot) in layer.cache.resident().filter(|_| !on_gpu) {
                 let held = layer.slots[slot as usize].as_ref().unwrap();
                 for part in &layer.parts {
-                    let (_, at) = layer.place(&store.gguf, part, expert as usize, layer.layout);
+                    let at = layer.slice_location(&store.gguf, part, expert as usize, layer.layout).buffer_offset;
                     let all = store.gguf.bytes(&store.gguf.tensors()[part.tensor]);
                     let expected = &all[expert as usize * part.slice_bytes..][..part.slice_bytes];
                     prop_assert!(&held[at..at + part.slice_bytes] == expected, "slot {} of expert {}", slot, expert);
@@ -283,14 +300,14 @@ proptest! {
         }
         let (reads, failing) = &*failing.lock().unwrap();
         let due = failing.iter().any(|number| number <= reads);
-        // A read ahead that fails is not worth a word.
-        let told = if guessed || may_warm > 0 { failed == 0 || due } else { (failed > 0) == due };
+        // A failed prefetch is not reported.
+        let told = if predicted || may_warm > 0 { failed == 0 || due } else { (failed > 0) == due };
         prop_assert!(told, "{} failed", failed);
     }
 }
 
 #[test]
-fn slots_are_filled_while_nothing_is_asked_for() {
+fn warm_up_fills_empty_slots_between_steps() {
     for (staging, slots) in [(0, 4), (1, 4), (6, 4), (6, 2)] {
         let setup = Setup {
             policy: SlotPolicy::Lru,
@@ -305,7 +322,8 @@ fn slots_are_filled_while_nothing_is_asked_for() {
         let wanted = [(0, vec![5, 1, 5, 99, 3, 7, 2]), (1, vec![4, 0])];
         let slots = slots as u64;
         assert_eq!(store.warm_up(&wanted).unwrap(), slots + 2);
-        // Each step starts a few reads, and takes in those of the steps before. Expert 4 it reads itself.
+        // Each step starts a few reads, and takes in those of the steps before. Expert 4 it reads
+        // itself.
         while store.warmed() < slots + 1 {
             take(&mut store, 1, &[4], false).unwrap();
         }
@@ -350,7 +368,7 @@ fn one_changed_byte_is_an_error_and_never_shown() {
 }
 
 #[test]
-fn on_a_mapped_tier_what_gets_no_slot_computes_where_it_lies() {
+fn on_a_mapped_tier_experts_without_a_slot_compute_in_place() {
     let setup = Setup {
         policy: SlotPolicy::Lru,
         slots: 2,

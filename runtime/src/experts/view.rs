@@ -1,12 +1,13 @@
-//! One expert's matrices, wherever its bytes are.
+//! Borrowed views of one expert's matrices: in a slot, in staging, in an arena, or in the mapped
+//! file.
 
-use crate::layers::compute::add_bias;
+use crate::layers::cpu_context::add_bias;
 use tier_plan_cuda::experts::ExpertKind;
 use tier_plan_formats::model::spec::MoeSpec;
 use tier_plan_kernels::Weights;
 use tier_plan_kernels::quant::{TensorType, dequantize_row};
 
-/// The matrices of one expert, wherever they are.
+/// The matrices of one expert.
 #[derive(Clone, Copy)]
 pub(crate) struct ExpertView<'a> {
     /// `[expert_ffn, hidden]`.
@@ -17,7 +18,7 @@ pub(crate) struct ExpertView<'a> {
     pub down: ViewLinear<'a>,
 }
 
-/// A matrix of one expert with its bias.
+/// A matrix of one expert with its bias, if it has one.
 #[derive(Clone, Copy)]
 pub(crate) struct ViewLinear<'a> {
     pub weights: Weights<'a>,
@@ -25,11 +26,12 @@ pub(crate) struct ViewLinear<'a> {
 }
 
 impl ExpertView<'_> {
-    /// The biases of gate, up and down, decoded; a matrix without one has zeros, and without any there are none.
+    /// Returns the dequantized biases of gate, up, and down, with zeros for a matrix without one,
+    /// or `None` if no matrix has one.
     pub(crate) fn biases(&self) -> Option<[Vec<f32>; 3]> {
-        let all = [self.gate, self.up, self.down];
-        all.iter().any(|l| l.bias.is_some()).then(|| {
-            all.map(|l| {
+        let linears = [self.gate, self.up, self.down];
+        linears.iter().any(|l| l.bias.is_some()).then(|| {
+            linears.map(|l| {
                 let mut values = vec![0.0; l.weights.n_rows()];
                 if let Some(bias) = l.bias {
                     dequantize_row(bias.ty, bias.bytes, &mut values);
@@ -39,7 +41,7 @@ impl ExpertView<'_> {
         })
     }
 
-    /// Its sizes and types.
+    /// Returns the expert's sizes and tensor types.
     pub(crate) fn kind(&self, moe: &MoeSpec) -> ExpertKind {
         ExpertKind {
             n_expert: moe.n_expert,
@@ -54,7 +56,7 @@ impl ExpertView<'_> {
 }
 
 impl<'a> ViewLinear<'a> {
-    /// Adds the bias, if there is one, to every row of results; `decoded` is scratch.
+    /// Adds the bias, if there is one, to every row of results. `decoded` is scratch for the bias.
     pub(crate) fn add_bias(&self, rows: &mut [f32], decoded: &mut Vec<f32>) {
         if let Some(bias) = self.bias {
             decoded.resize(self.weights.n_rows(), 0.0);
@@ -63,13 +65,13 @@ impl<'a> ViewLinear<'a> {
         }
     }
 
-    /// `n` of the rows, the first one `first`.
+    /// Returns `n` rows of the matrix from `first` on, with their biases.
     pub(super) fn rows(&self, first: usize, n: usize) -> ViewLinear<'a> {
         let weights = self.weights.rows(first..first + n);
         ViewLinear {
-            weights: weights.unwrap_or_else(|| unreachable!("gate and up are the halves of what is fused")),
+            weights: weights.unwrap_or_else(|| unreachable!("gate and up are the halves of the fused matrix")),
             bias: self.bias.map(|bias| {
-                // A bias is of a type whose values stand one by one.
+                // Biases have an unblocked type, so a block is one value.
                 let size = bias.ty.block_bytes();
                 Bias { bytes: &bias.bytes[first * size..(first + n) * size], ..bias }
             }),
@@ -77,7 +79,7 @@ impl<'a> ViewLinear<'a> {
     }
 }
 
-/// A bias as it lies in an expert's bytes, which may be anywhere: not aligned, not decoded.
+/// A bias as it lies in the expert's bytes: not aligned, not dequantized.
 #[derive(Clone, Copy)]
 pub(crate) struct Bias<'a> {
     pub(super) ty: TensorType,

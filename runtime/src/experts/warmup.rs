@@ -1,47 +1,54 @@
-//! Filling slots that are empty, in the background, with experts that are likely to be wanted.
+//! Warm-up: fills empty slots in the background with the experts that are most likely to be used.
 //!
-//! An expert is read into a buffer that nobody needs at the moment, and gets its slot when it has arrived, through the
-//! cache: until then the slots are as if nothing were being read, so that a step never waits for such a read. What is
-//! wanted meanwhile is read by itself and the copy that comes second is dropped.
+//! A warm-up read goes into a buffer that is not needed at the moment, and its expert gets a slot
+//! through the cache once it has landed. Until then the cache does not know of it, so no step ever
+//! waits for a warm-up read. If a step reads the expert meanwhile, the copy that lands second is
+//! dropped.
 
-use super::layer::Home;
-use super::prefetch::LEFT_FREE;
-use super::store::{ExpertStore, keep, whole};
-use crate::experts::cache::SlotCache;
-use crate::tiers::arena::{Arena, ArenaError, Piece};
-use crate::tiers::file::{Arrival, FileTier, Urgency};
+use super::cache::SlotCache;
+use super::ids::{ExpertId, LayerExpert, SlotId};
+use super::prefetch::RESERVED_STAGING_BUFFERS;
+use super::store::ExpertStore;
+use crate::tiers::arena::{Arena, ArenaError, ArenaSlice};
+use crate::tiers::file::{Completion, FileTier, Priority};
 use std::collections::VecDeque;
 
-/// Set in the keys of these reads.
-const WARM: u64 = 1 << 62;
+/// Set in the keys of warm-up reads.
+const WARMUP_KEY_BIT: u64 = 1 << 62;
 
-/// Experts that are being read at once.
-const AT_ONCE: usize = 2;
+/// Warm-up reads in flight at once.
+const MAX_IN_FLIGHT: usize = 2;
 
-/// See the module.
-#[derive(Default)]
-pub(crate) struct Warm {
-    /// Layer and expert, the next one first.
-    queue: VecDeque<(usize, u32)>,
-    in_flight: Vec<(u64, usize, u32)>,
-    /// Where there is no staging: a buffer for this alone.
-    own: Option<Piece>,
-    next_key: u64,
-    filled: u64,
+/// A warm-up read in flight.
+struct WarmupRead {
+    key: u64,
+    target: LayerExpert,
 }
 
-impl Warm {
-    /// Whether a buffer is still to come back.
+/// The experts that are still to be read into empty slots.
+#[derive(Default)]
+pub(super) struct Warmup {
+    /// The next one first.
+    queue: VecDeque<LayerExpert>,
+    in_flight: Vec<WarmupRead>,
+    /// The only buffer of warm-up reads where there is no staging.
+    buffer: Option<ArenaSlice>,
+    next_key: u64,
+    n_filled: u64,
+}
+
+impl Warmup {
+    /// Whether a warm-up read is in flight, so that its buffer is still to come back.
     pub(super) fn is_reading(&self) -> bool {
         !self.in_flight.is_empty()
     }
 
-    /// Whether a read with this key belongs here.
-    pub(super) fn has(key: u64) -> bool {
-        key & WARM != 0 && key >> 63 == 0
+    /// Whether a read with this key is a warm-up read.
+    pub(super) fn owns(key: u64) -> bool {
+        key & WARMUP_KEY_BIT != 0 && key >> 63 == 0
     }
 
-    /// Staging buffers that are in use.
+    /// Returns the staging buffers that warm-up reads hold.
     #[cfg(test)]
     pub(super) fn buffers(&self) -> usize {
         self.in_flight.len()
@@ -49,106 +56,114 @@ impl Warm {
 }
 
 impl ExpertStore {
-    /// From now on fills empty slots with these experts, those of a layer (by position) in their order, all layers
-    /// alike. Returns how many there are slots for.
+    /// Fills empty slots from now on with these experts: per layer (by position) in the given
+    /// order, all layers in step. Returns how many of the experts there are slots for.
     ///
     /// # Errors
-    /// When there is no memory for a buffer.
+    /// When a buffer can't be allocated.
     pub(crate) fn warm_up(&mut self, layers: &[(usize, Vec<u32>)]) -> Result<u64, ArenaError> {
         if self.files.is_none() {
             return Ok(0);
         }
-        if self.n_staging == 0 && self.warm.own.is_none() {
-            let room = self.layers.iter().map(|l| l.buffer_bytes(l.layout)).max().unwrap_or(0);
-            self.warm.own = Some(Arena::new("", room as u64)?.take(room)?);
+        if self.n_staging == 0 && self.warmup.buffer.is_none() {
+            let len = self.layers.iter().map(|l| l.buffer_bytes(l.layout)).max().unwrap_or(0);
+            self.warmup.buffer = Some(Arena::new("", len as u64)?.take(len)?);
         }
-        let mut wanted: Vec<(usize, usize, u32)> = Vec::new();
+        let mut ranked: Vec<(usize, LayerExpert)> = Vec::new();
         for (layer, experts) in layers {
-            let Some(store) = self.layers.get(*layer) else { continue };
-            let mut seen = vec![false; store.homes.len()];
-            let mut is_wanted = |e: &u32| {
-                let pooled = matches!(store.homes.get(*e as usize), Some(Home::Pooled)) && !store.cache.contains(*e);
-                pooled && !std::mem::replace(&mut seen[*e as usize], true)
+            let Some(in_layer) = self.layers.get(*layer) else { continue };
+            let mut seen = vec![false; in_layer.n_expert()];
+            let mut is_wanted = |expert: &ExpertId| {
+                let is_missing = in_layer.is_pooled(*expert) && !in_layer.cache.contains(expert.get());
+                is_missing && !std::mem::replace(&mut seen[expert.index()], true)
             };
-            let experts = experts.iter().copied().filter(|e| is_wanted(e)).take(store.cache.n_unused() as usize);
-            wanted.extend(experts.enumerate().map(|(rank, expert)| (rank, *layer, expert)));
+            let experts = experts.iter().copied().map(ExpertId::new).filter(|expert| is_wanted(expert));
+            let experts = experts.take(in_layer.cache.n_unused() as usize);
+            ranked.extend(experts.enumerate().map(|(rank, expert)| (rank, LayerExpert { layer: *layer, expert })));
         }
-        wanted.sort_unstable();
-        self.warm.queue = wanted.iter().map(|(_, layer, expert)| (*layer, *expert)).collect();
-        Ok(wanted.len() as u64)
+        ranked.sort_unstable();
+        self.warmup.queue = ranked.iter().map(|(_, target)| *target).collect();
+        Ok(ranked.len() as u64)
     }
 
-    /// Slots that were filled so.
+    /// Returns the slots that warm-up reads have filled.
     pub(crate) fn warmed(&self) -> u64 {
-        self.warm.filled
+        self.warmup.n_filled
     }
 
-    /// What the slots of each layer (by position) hold, the most recently used first.
+    /// Returns the experts in the slots of each layer (by position), most recently used first.
     pub(crate) fn residents(&self) -> Vec<Vec<u32>> {
         let experts = |cache: &SlotCache| cache.resident().rev().map(|(expert, _)| expert).collect();
         self.layers.iter().map(|layer| experts(&layer.cache)).collect()
     }
 
-    /// Starts reads while there is a buffer to spare.
-    pub(super) fn read_warm(&mut self) {
-        while self.warm.in_flight.len() < AT_ONCE
-            && let Some((layer, expert)) = self.warm.queue.pop_front()
+    /// Starts warm-up reads while there is a buffer to spare.
+    pub(super) fn start_warmup_reads(&mut self) {
+        while self.warmup.in_flight.len() < MAX_IN_FLIGHT
+            && let Some(target) = self.warmup.queue.pop_front()
         {
-            let store = &self.layers[layer];
-            if store.cache.contains(expert) || store.cache.n_unused() == 0 {
+            let LayerExpert { layer, expert } = target;
+            let cache = &self.layers[layer].cache;
+            if cache.contains(expert.get()) || cache.n_unused() == 0 {
                 continue;
             }
-            let piece = if self.n_staging == 0 {
-                self.warm.own.take()
-            } else if self.staging.len() > LEFT_FREE.min(self.n_staging - 1) {
-                self.staging.pop()
-            } else {
-                None
-            };
-            let Some(mut piece) = piece else {
-                self.warm.queue.push_front((layer, expert));
+            let Some(buffer) = self.take_warmup_buffer(layer) else {
+                self.warmup.queue.push_front(target);
                 return;
             };
-            piece.truncate(store.buffer_bytes(store.layout));
-            let key = WARM | self.warm.next_key;
-            self.warm.next_key = (self.warm.next_key + 1) % WARM;
-            self.warm.in_flight.push((key, layer, expert));
-            self.fetch(key, layer, expert, piece, Urgency::Background);
+            let key = WARMUP_KEY_BIT | self.warmup.next_key;
+            self.warmup.next_key = (self.warmup.next_key + 1) % WARMUP_KEY_BIT;
+            self.warmup.in_flight.push(WarmupRead { key, target });
+            self.start_read(key, layer, expert, buffer, Priority::Background);
         }
     }
 
-    /// Puts away what has been read so far, of this kind or ahead; only while no step has reads in flight.
-    pub(super) fn land_quietly(&mut self) {
-        while let Some(arrival) = self.files.as_ref().and_then(FileTier::poll) {
-            let _ = self.land_ahead(arrival);
+    /// Takes a buffer for an expert of a layer, if one can be spared.
+    fn take_warmup_buffer(&mut self, layer: usize) -> Option<ArenaSlice> {
+        if self.n_staging > 0 {
+            let can_spare = self.staging.len() > RESERVED_STAGING_BUFFERS.min(self.n_staging - 1);
+            return if can_spare { self.take_staging(layer) } else { None };
+        }
+        let mut buffer = self.warmup.buffer.take()?;
+        let layer = &self.layers[layer];
+        buffer.truncate(layer.buffer_bytes(layer.layout));
+        Some(buffer)
+    }
+
+    /// Puts away prefetches and warm-up reads that have finished, without waiting. May be called
+    /// only while no step has reads in flight.
+    pub(super) fn poll_completions(&mut self) {
+        while let Some(completion) = self.files.as_ref().and_then(FileTier::poll) {
+            let _ = self.take_completion(completion);
         }
     }
 
-    /// Gives what was read its slot, if one is still unused and the expert has none.
-    pub(super) fn land_warm(&mut self, arrival: Arrival) {
-        let Arrival { key, mut piece, result, .. } = arrival;
-        let Some(i) = self.warm.in_flight.iter().position(|(k, ..)| *k == key) else { return };
-        let (_, layer, expert) = self.warm.in_flight.swap_remove(i);
-        let store = &mut self.layers[layer];
-        // One that failed is read again if it is needed, and fails where somebody can be told.
+    /// Gives a landed expert its slot, if one is still empty and the expert has none.
+    pub(super) fn land_warmup_read(&mut self, completion: Completion) {
+        let Completion { key, mut buffer, result, .. } = completion;
+        let Some(i) = self.warmup.in_flight.iter().position(|read| read.key == key) else { return };
+        let LayerExpert { layer, expert } = self.warmup.in_flight.swap_remove(i).target;
+        let in_layer = &mut self.layers[layer];
+        // After a failure a step that needs the expert reads it again, and its caller gets the
+        // error.
         if result.is_ok()
-            && let Some(slot) = store.cache.preload(expert)
+            && let Some(slot) = in_layer.cache.preload(expert.get()).map(SlotId::new)
         {
-            if store.slots_on_gpu {
-                self.fill(layer, expert, slot as usize, Some(&piece));
-                self.warm.filled += u64::from(self.layers[layer].cache.contains(expert));
-            } else if store.slots[slot as usize].is_some() {
-                piece = keep(&mut store.slots, slot as usize, piece);
-                self.warm.filled += 1;
+            if in_layer.slots_on_gpu {
+                self.fill_gpu_slot(layer, expert, slot, Some(&buffer));
+                self.warmup.n_filled += u64::from(self.layers[layer].cache.contains(expert.get()));
+            } else if in_layer.slots[slot.index()].is_some() {
+                buffer = in_layer.exchange(slot, buffer);
+                self.warmup.n_filled += 1;
             } else {
-                // Its buffer was lost with a reader.
-                store.cache.forget(expert);
+                // A reader thread has taken the slot's buffer with it.
+                in_layer.cache.forget(expert.get());
             }
         }
         if self.n_staging == 0 {
-            self.warm.own = Some(whole(piece));
+            self.warmup.buffer = Some(buffer.restored());
         } else {
-            self.staging.push(whole(piece));
+            self.free_staging(buffer);
         }
     }
 }

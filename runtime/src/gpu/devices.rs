@@ -49,7 +49,7 @@ impl Devices {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::plans::in_memory::obvious;
+    use crate::plans::in_memory::all_in_memory;
     use std::cell::RefCell;
     use std::path::Path;
     use tier_plan_cuda::shim;
@@ -62,7 +62,7 @@ mod tests {
     fn a_gpu_has_the_number_of_its_tier_among_gpus() {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data/arch/qwen3moe.gguf");
         let gguf = Gguf::open(&path).unwrap();
-        let mut plan = obvious(&shape_of(&gguf, &describe(&gguf).unwrap()), 8, KvType::F16);
+        let mut plan = all_in_memory(&shape_of(&gguf, &describe(&gguf).unwrap()), 8, KvType::F16);
         let vram = |emulated, pinned_bytes| {
             let mut t = plan.tiers[0].clone();
             (t.tier.kind, t.tier.emulated) = (TierKind::Vram, emulated);

@@ -13,28 +13,20 @@ use tier_plan_formats::placement::{Placement, TierIdx};
 /// Refuses what a plan puts on a GPU that can't run there.
 ///
 /// # Errors
-/// Names the part, the tier, why, and what to do.
+/// Names the part, the tier and why.
 pub(crate) fn check(gguf: &Gguf, spec: &ModelSpec, plan: &Placement) -> Result<(), LoadError> {
     let places = Places::new(plan, spec.layers.len());
-    let refused = |tier: TierIdx, what: String, mend: String| LoadError::OnGpu {
+    let refused = |tier: TierIdx, what: String, group: Option<&'static str>| LoadError::OnGpu {
         plan: plan.name.clone(),
         tier: plan.tiers.get(tier).map(|t| t.tier.name.clone()).unwrap_or_default(),
+        group,
         what,
-        mend,
-    };
-    let forbid = |tier: TierIdx, group: &str| {
-        let name = plan.tiers.get(tier).map_or("", |t| &t.tier.name);
-        format!("solve with --forbid {name}:{group}")
     };
     let cache = plan.tiers.get(plan.kv_tier).filter(|t| t.tier.is_gpu()).map(|_| plan.kv_tier);
     for (index, (layer, at)) in spec.layers.iter().zip(&places.layers).enumerate() {
         if let (None, Some(tier)) = (at.mixer, cache) {
             let what = "keys and values of attention that the processor computes";
-            return Err(refused(
-                tier,
-                format!("layer {index}: {what}"),
-                "solve again, which has them in main memory".into(),
-            ));
+            return Err(refused(tier, format!("layer {index}: {what}"), None));
         }
         let places = [(at.mixer, "attention"), (at.ffn, "router"), (at.shared, "shared_expert")];
         for (tier, group) in places.into_iter().filter_map(|(place, group)| Some((place?, group))) {
@@ -45,7 +37,7 @@ pub(crate) fn check(gguf: &Gguf, spec: &ModelSpec, plan: &Placement) -> Result<(
             };
             let group = if group == "router" && layer.moe().is_none() { "dense_ffn" } else { group };
             if let Some(why) = why {
-                return Err(refused(tier, format!("{group} of layer {index}: {why}"), forbid(tier, group)));
+                return Err(refused(tier, format!("{group} of layer {index}: {why}"), Some(group)));
             }
         }
     }

@@ -1,91 +1,95 @@
-//! Softmax attention of many queries to the rows of a cache, shared out over threads.
+//! Softmax attention of many queries to the rows of a KV cache, split among threads (as in
+//! FlashAttention).
 //!
-//! Queries that read the same rows pass over them together, in blocks; a few rows are widened to 32-bit floats at a time
-//! and stay in the first-level cache meanwhile. The context is cut at fixed positions into chunks; a query's result is
-//! put together from its parts by chunk, in their order. So it has the same bits whatever queries are beside it, and
-//! whether one thread did all chunks or several did some each.
+//! Queries that read the same rows pass over them together, in blocks. A few rows at a time are
+//! widened to 32-bit floats and stay in the first-level cache meanwhile. The context is cut at
+//! fixed positions into chunks, and a query's result is merged from its parts by chunk, in their
+//! order. So a result has the same bits whatever queries are beside it, and whether one thread did
+//! all chunks or several did some each.
 
 use super::kv_rows::RowStore;
-use crate::layers::compute::Compute;
+use crate::layers::cpu_context::CpuContext;
 use std::cell::RefCell;
 use std::ops::Range;
 use tier_plan_kernels::{Kernels, StoredRows};
 
-/// Positions of a chunk: their scores stay in the second-level cache. Few in tests, so that there are chunks.
+/// Positions per chunk: their scores stay in the second-level cache. Few in tests, so that there
+/// are several chunks.
 const CHUNK: usize = if cfg!(test) { 4 } else { 256 };
 
-/// Queries of a block, at most.
+/// Queries per block at most.
 const MAX_QUERIES: usize = if cfg!(test) { 6 } else { 32 };
 
-/// Queries of a block that multiply rows as they are stored; for more it pays to widen the rows first.
-const MOST_AS_STORED: usize = if cfg!(test) { 4 } else { 8 };
+/// Queries per block up to which rows are multiplied as they are stored; for more it pays to widen
+/// the rows first.
+const MAX_QUERIES_AS_STORED: usize = if cfg!(test) { 4 } else { 8 };
 
-/// Values that are widened at a time, about: 16 KiB.
+/// Values that are widened at a time, about: 16 KiB of floats.
 const TILE_VALUES: usize = 4096;
 
 thread_local! {
     static LOCAL: RefCell<Local> = RefCell::default();
 }
 
-/// Buffers of a thread.
+/// Buffers of one thread.
 #[derive(Default)]
 struct Local {
     /// `[queries, key width]`.
     queries: Vec<f32>,
     /// `[queries, CHUNK]`.
     scores: Vec<f32>,
-    /// Widened rows.
+    /// Rows widened to floats, `[positions, width]`.
     tile: Vec<f32>,
-    /// What a block found in one chunk.
+    /// The part of a block for one chunk.
     part: Vec<f32>,
 }
 
-/// What is attended to, and by how many.
+/// The rows of one layer that a batch attends to, and the shape of its queries.
 #[derive(Clone, Copy)]
 pub(super) struct Attention<'a> {
     /// `[n_head_kv, context, key width]`.
     pub keys: &'a RowStore,
     /// `[n_head_kv, context, _]`; may be the keys.
     pub values: &'a RowStore,
-    /// Values of a row of `values` that are mixed, from its beginning on.
+    /// Values at the beginning of a row of `values` that are mixed.
     pub value_width: usize,
-    /// Heads of keys and values.
+    /// KV heads.
     pub n_head_kv: usize,
-    /// Query heads that read each of them.
+    /// Query heads per KV head.
     pub group: usize,
-    /// Tokens of this batch, whose rows are stored already.
+    /// Tokens of the batch, whose rows are stored already.
     pub tokens: usize,
-    /// Tokens before them.
+    /// Tokens of the text before the batch.
     pub past: usize,
-    /// Positions that a token sees at most, its own and those just before it.
+    /// Sliding window: positions that a token sees at most, its own and those just before it.
     pub window: Option<usize>,
 }
 
 impl Attention<'_> {
-    /// Positions that a token of the batch sees.
+    /// Returns the positions that a token of the batch sees.
     fn seen(&self, token: usize) -> Range<usize> {
         let end = self.past + token + 1;
         self.window.map_or(0, |window| end.saturating_sub(window))..end
     }
 }
 
-/// How the queries are shared out: blocks of some heads of a group and some tokens.
+/// How queries are split into jobs: blocks of some heads of a group and some tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 struct Blocks {
-    /// Query heads of a head of keys and values.
+    /// Query heads per KV head.
     group: usize,
     tokens: usize,
     block_heads: usize,
     block_tokens: usize,
-    /// First chunk.
+    /// Index of the first chunk that any token sees.
     first: usize,
-    /// Chunks, each a job of its own; with one, a job is a block with all its chunks.
+    /// Jobs per block, one per chunk; with 1, a job is a block with all its chunks.
     chunks: usize,
     value_width: usize,
 }
 
 impl Blocks {
-    /// A choice that keeps `threads` busy. No choice changes a result.
+    /// Returns a split that keeps `threads` busy. No split changes a result.
     fn new(a: &Attention<'_>, threads: usize) -> Self {
         let seen = a.seen(0).start..a.past + a.tokens;
         let (first, end) = (seen.start / CHUNK, seen.end.div_ceil(CHUNK));
@@ -117,27 +121,27 @@ impl Blocks {
         n_head_kv * self.head_blocks() * self.token_blocks() * self.chunks
     }
 
-    /// Queries of a block, at most.
+    /// Returns the queries per block at most.
     fn queries(&self) -> usize {
         self.block_heads * self.block_tokens
     }
 
-    /// Values of a part.
+    /// Returns the floats per part.
     fn part_len(&self) -> usize {
         self.queries() * (self.value_width + 2)
     }
 
-    /// Head of keys and values, heads of its group, tokens and, where it is a job by itself, the chunk.
-    fn job(&self, job: usize) -> (usize, Range<usize>, Range<usize>, Option<usize>) {
+    /// Returns what a job computes.
+    fn job(&self, job: usize) -> Job {
         let (rest, chunk) = (job / self.chunks, job % self.chunks);
         let (rest, token_block) = (rest / self.token_blocks(), rest % self.token_blocks());
         let (kv_head, head_block) = (rest / self.head_blocks(), rest % self.head_blocks());
         let heads = head_block * self.block_heads..((head_block + 1) * self.block_heads).min(self.group);
         let tokens = token_block * self.block_tokens..((token_block + 1) * self.block_tokens).min(self.tokens);
-        (kv_head, heads, tokens, (self.chunks > 1).then_some(self.first + chunk))
+        Job { kv_head, heads, tokens, chunk: (self.chunks > 1).then_some(self.first + chunk) }
     }
 
-    /// The first job of a query's block, and the query's number in it.
+    /// Returns the first job of a query's block, and the query's index in the block.
     fn place(&self, head: usize, token: usize) -> (usize, usize) {
         let (kv_head, head) = (head / self.group, head % self.group);
         let (head_block, head) = (head / self.block_heads, head % self.block_heads);
@@ -148,25 +152,42 @@ impl Blocks {
     }
 }
 
-/// A query's share of a chunk or of several: the largest score, the sum of the exponentials below it, and the rows mixed
-/// by them, not yet divided by the sum. Of no position: minus infinity, 0 and zeros.
-struct Share<'a> {
+/// A job of [`attend`].
+struct Job {
+    kv_head: usize,
+    /// Query heads, counted within the KV head's group.
+    heads: Range<usize>,
+    tokens: Range<usize>,
+    /// One chunk, or all of them where `None`.
+    chunk: Option<usize>,
+}
+
+impl Job {
+    fn n_queries(&self) -> usize {
+        self.heads.len() * self.tokens.len()
+    }
+}
+
+/// The softmax of one query over some positions (online softmax): the largest score, the sum of the
+/// exponentials below it, and the rows mixed by them, not yet divided by the sum. Over no position:
+/// minus infinity, 0 and zeros.
+struct PartialSoftmax<'a> {
     largest: &'a mut f32,
     sum: &'a mut f32,
     mixed: &'a mut [f32],
 }
 
-/// A share to read.
+/// A [`PartialSoftmax`] to read.
 #[derive(Clone, Copy)]
-struct Seen<'a> {
+struct PartialSoftmaxRef<'a> {
     largest: f32,
     sum: f32,
     mixed: &'a [f32],
 }
 
-impl Share<'_> {
-    /// Takes in the share of later positions.
-    fn add(&mut self, kernels: Kernels, later: Seen<'_>) {
+impl PartialSoftmax<'_> {
+    /// Merges the softmax over later positions.
+    fn merge(&mut self, kernels: Kernels, later: PartialSoftmaxRef<'_>) {
         if later.sum == 0.0 {
             return;
         }
@@ -177,13 +198,14 @@ impl Share<'_> {
         }
         let largest = self.largest.max(later.largest);
         let (a, b) = ((*self.largest - largest).exp(), (later.largest - largest).exp());
-        kernels.blend(a, self.mixed, b, later.mixed);
+        kernels.axpby(a, self.mixed, b, later.mixed);
         *self.sum = a * *self.sum + b * later.sum;
         *self.largest = largest;
     }
 }
 
-/// A part: `[queries, value_width]`, then `[queries]` largest scores, then `[queries]` sums.
+/// What a block finds in one chunk or in several: `[queries, value_width]`, then `[queries]`
+/// largest scores, then `[queries]` sums.
 struct Part<'a> {
     mixed: &'a mut [f32],
     largest: &'a mut [f32],
@@ -198,25 +220,25 @@ impl<'a> Part<'a> {
         Self { mixed, largest, sums: &mut rest[..queries], width }
     }
 
-    /// No position seen.
+    /// Sets the part to that of no position.
     fn clear(&mut self) {
         self.mixed.fill(0.0);
         self.largest.fill(f32::NEG_INFINITY);
         self.sums.fill(0.0);
     }
 
-    fn share(&mut self, query: usize) -> Share<'_> {
+    fn query_mut(&mut self, query: usize) -> PartialSoftmax<'_> {
         let mixed = &mut self.mixed[query * self.width..][..self.width];
-        Share { largest: &mut self.largest[query], sum: &mut self.sums[query], mixed }
+        PartialSoftmax { largest: &mut self.largest[query], sum: &mut self.sums[query], mixed }
     }
 
-    fn seen(&self, query: usize) -> Seen<'_> {
+    fn query(&self, query: usize) -> PartialSoftmaxRef<'_> {
         let mixed = &self.mixed[query * self.width..][..self.width];
-        Seen { largest: self.largest[query], sum: self.sums[query], mixed }
+        PartialSoftmaxRef { largest: self.largest[query], sum: self.sums[query], mixed }
     }
 }
 
-/// Results of [`attend`], and the memory for them.
+/// Results of [`attend`] by job, and the memory for them.
 #[derive(Default)]
 pub(super) struct AttentionParts {
     blocks: Blocks,
@@ -225,18 +247,21 @@ pub(super) struct AttentionParts {
 }
 
 impl AttentionParts {
-    /// The result of one query, `[value_width]`. `sink` is a score beside those of the positions, which has no value: it
-    /// takes its share of the weights away.
+    /// Writes the result of one query, `[value_width]`.
+    ///
+    /// `sink` is an attention sink: a score beside those of the positions, which takes its share of
+    /// the weights and has no value.
     pub(super) fn result(&self, kernels: Kernels, head: usize, token: usize, sink: Option<f32>, out: &mut [f32]) {
         let (blocks, width) = (&self.blocks, self.blocks.value_width);
         let (first, query) = blocks.place(head, token);
-        let queries = blocks.job(first).1.len() * blocks.job(first).2.len();
+        let queries = blocks.job(first).n_queries();
         let (mut largest, mut sum) = (f32::NEG_INFINITY, 0.0);
-        let mut all = Share { largest: &mut largest, sum: &mut sum, mixed: out };
+        let mut merged = PartialSoftmax { largest: &mut largest, sum: &mut sum, mixed: out };
         for part in self.data[first * blocks.part_len()..].chunks_exact(blocks.part_len()).take(blocks.chunks) {
             let (mixed, rest) = part.split_at(queries * width);
             let (largest, sums) = (rest[query], rest[queries + query]);
-            all.add(kernels, Seen { largest, sum: sums, mixed: &mixed[query * width..][..width] });
+            let mixed = &mixed[query * width..][..width];
+            merged.merge(kernels, PartialSoftmaxRef { largest, sum: sums, mixed });
         }
         let factor = match sink {
             Some(sink) => {
@@ -250,10 +275,12 @@ impl AttentionParts {
     }
 }
 
-/// Attention of all heads of all tokens of a batch. `query` writes a query, `[key width]`, with the factor on its scores
-/// in it, given its head (of all) and its token; results are then in `parts`.
+/// Computes the attention of all heads of all tokens of a batch into `parts`.
+///
+/// `query` writes a query, `[key width]`, given its head (of all) and its token. The factor on
+/// scores is in the query.
 pub(super) fn attend(
-    c: Compute<'_>,
+    c: CpuContext<'_>,
     a: &Attention<'_>,
     query: impl Fn(usize, usize, &mut [f32]) + Sync,
     parts: &mut AttentionParts,
@@ -265,11 +292,12 @@ pub(super) fn attend(
     }
     parts.blocks = blocks;
     c.pool.for_each_slice(&mut parts.data[..len], blocks.part_len(), |job, part| {
-        let (kv_head, heads, tokens, chunk) = blocks.job(job);
-        let n = heads.len() * tokens.len();
+        let job = blocks.job(job);
+        let n = job.n_queries();
+        let Job { kv_head, heads, tokens, chunk } = job;
         LOCAL.with_borrow_mut(|local| {
             let width = a.keys.width();
-            // Taken out for the while, as the rest of the buffers is passed on.
+            // Taken out for now, as the other buffers are passed on.
             let mut queries = std::mem::take(&mut local.queries);
             queries.resize(n * width, 0.0);
             let places = tokens.clone().flat_map(|t| heads.clone().map(move |h| (kv_head * a.group + h, t)));
@@ -280,18 +308,18 @@ pub(super) fn attend(
             let mut part = Part::new(part, n, a.value_width);
             match chunk {
                 Some(chunk) => block.chunk(c.kernels, chunk, local, &mut part),
-                None => block.whole(c.kernels, local, &mut part),
+                None => block.all_chunks(c.kernels, local, &mut part),
             }
             local.queries = queries;
         });
     });
 }
 
-/// Queries that pass over the rows of a head of keys and values together.
+/// Queries that pass over the rows of a KV head together.
 struct Block<'a> {
     a: &'a Attention<'a>,
     kv_head: usize,
-    /// Query heads.
+    /// Number of query heads.
     heads: usize,
     tokens: Range<usize>,
     /// `[tokens, heads, key width]`.
@@ -299,8 +327,8 @@ struct Block<'a> {
 }
 
 impl Block<'_> {
-    /// All chunks, one after the other.
-    fn whole(&self, kernels: Kernels, local: &mut Local, part: &mut Part<'_>) {
+    /// Computes all chunks, one after the other.
+    fn all_chunks(&self, kernels: Kernels, local: &mut Local, part: &mut Part<'_>) {
         let seen = self.a.seen(self.tokens.start).start..self.a.seen(self.tokens.end - 1).end;
         let chunks = seen.start / CHUNK..seen.end.div_ceil(CHUNK);
         self.chunk(kernels, chunks.start, local, part);
@@ -311,13 +339,13 @@ impl Block<'_> {
             let mut next = Part::new(&mut next, n, width);
             self.chunk(kernels, chunk, local, &mut next);
             for query in 0..n {
-                part.share(query).add(kernels, next.seen(query));
+                part.query_mut(query).merge(kernels, next.query(query));
             }
         }
         local.part = next;
     }
 
-    /// What the queries see of one chunk.
+    /// Computes what the queries see of one chunk.
     fn chunk(&self, kernels: Kernels, chunk: usize, local: &mut Local, part: &mut Part<'_>) {
         let (a, heads) = (self.a, self.heads);
         let Local { scores, tile, .. } = local;
@@ -332,25 +360,26 @@ impl Block<'_> {
         for query in 0..heads * self.tokens.len() {
             let seen = self.seen_of(chunk, self.tokens.start + query / heads);
             let range = query * CHUNK + seen.start - chunk * CHUNK..query * CHUNK + seen.end - chunk * CHUNK;
-            (part.largest[query], part.sums[query]) = kernels.exp_below_largest(&mut scores[range]);
+            (part.largest[query], part.sums[query]) = kernels.exp_minus_max(&mut scores[range]);
         }
         let width = a.value_width;
         self.for_each_run(kernels, a.values, chunk, tile, |rows, queries, at| {
             let weights = &scores[queries.start * CHUNK + at..];
             let mixed = &mut part.mixed[queries.start * width..queries.end * width];
-            kernels.mix_rows(weights, CHUNK, rows, a.values.width(), mixed, width);
+            kernels.add_weighted_rows(weights, CHUNK, rows, a.values.width(), mixed, width);
         });
     }
 
-    /// Positions of a chunk that a token sees; an empty range within the chunk if none.
+    /// Returns the positions of a chunk that a token sees; an empty range within the chunk if none.
     fn seen_of(&self, chunk: usize, token: usize) -> Range<usize> {
         let (seen, first) = (self.a.seen(token), chunk * CHUNK);
         let start = seen.start.clamp(first, first + CHUNK);
         start..seen.end.clamp(start, first + CHUNK)
     }
 
-    /// Goes through the rows of a chunk, a few at a time, in order, and calls `work` for neighbouring tokens that see the
-    /// same of them: with those rows, the numbers of the tokens' queries, and the first row's place in the chunk.
+    /// Goes through the rows of a chunk in order, a few at a time, and calls `work` once per run of
+    /// neighboring tokens that see equal rows: with the rows, the indices of the tokens' queries,
+    /// and the first row's position in the chunk.
     fn for_each_run(
         &self,
         kernels: Kernels,
@@ -362,11 +391,11 @@ impl Block<'_> {
         let width = store.width();
         let step = (TILE_VALUES / width / 4 * 4).clamp(4, CHUNK);
         // Later tokens see later positions, so the first and the last one see all that any does.
-        let all = self.seen_of(chunk, self.tokens.start).start..self.seen_of(chunk, self.tokens.end - 1).end;
-        for start in all.clone().step_by(step) {
-            let tile = start..(start + step).min(all.end);
+        let positions = self.seen_of(chunk, self.tokens.start).start..self.seen_of(chunk, self.tokens.end - 1).end;
+        for start in positions.clone().step_by(step) {
+            let tile = start..(start + step).min(positions.end);
             let mut rows = store.rows(self.kv_head, tile.clone());
-            if self.heads * self.tokens.len() > MOST_AS_STORED && !matches!(rows, StoredRows::F32(_)) {
+            if self.heads * self.tokens.len() > MAX_QUERIES_AS_STORED && !matches!(rows, StoredRows::F32(_)) {
                 let len = tile.len() * width;
                 if buffer.len() < len {
                     buffer.resize(len, 0.0);

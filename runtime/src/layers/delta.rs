@@ -1,10 +1,12 @@
-//! Gated delta net: a short convolution over the last tokens, then a recurrence over a matrix for each value head.
+//! Gated delta net: a short convolution over the last tokens, then a recurrence over one matrix per
+//! value head.
 //!
-//! Queries, keys and values lie apart by head, so that a head takes all tokens of a batch in one go while its state
-//! stays in the cache; heads run in parallel. A batch gives the same bits as its tokens one by one.
+//! Queries, keys and values lie apart by head, so that a head takes all tokens of a batch in one go
+//! while its state stays in the CPU's cache. Heads run in parallel. A batch gives the same bits as
+//! its tokens one by one.
 
 use super::mixer::MixerInput;
-use crate::layers::compute::{Compute, add_bias};
+use crate::layers::cpu_context::{CpuContext, add_bias};
 use crate::layers::weights::DenseWeights;
 use crate::tiers::nodes::Pages;
 use std::cell::RefCell;
@@ -13,15 +15,17 @@ use tier_plan_kernels::pooled::{MatJob, matmul_all};
 use tier_plan_kernels::{Activations, DeltaStep, MAX_CONV_TAPS, delta_columns, needs_quants};
 
 thread_local! {
-    /// One head's result, before and after its norm; one buffer a thread.
+    /// One head's result, before and after its norm; one buffer per thread.
     static HEAD: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
-/// What a layer remembers of past tokens, whatever their number.
+/// The recurrent state of a layer, of a size that no number of tokens changes.
 pub(crate) struct DeltaState {
-    /// Inputs of the convolution of the last tokens, `[heads, conv_taps - 1, head_dim]`, the newest last.
+    /// `[heads, conv_taps - 1, head_dim]`: the convolution's inputs of the last tokens, the newest
+    /// last.
     inputs: Vec<f32>,
-    /// `[n_value_head, head_dim / columns, head_dim, columns]`: a few columns of a matrix are one piece of work.
+    /// `[n_value_head, head_dim / columns, head_dim, columns]`: a few columns of a matrix are one
+    /// job.
     matrices: Vec<f32>,
 }
 
@@ -39,32 +43,33 @@ impl DeltaState {
         self.matrices.fill(0.0);
     }
 
-    /// Has its pages be where `pages` says.
+    /// Moves its pages to where `pages` says.
     pub(super) fn move_to(&self, pages: &Pages) -> std::io::Result<()> {
         pages.move_here(&self.inputs)?;
         pages.move_here(&self.matrices)
     }
 
-    /// Bytes held.
+    /// Returns the bytes of the state.
     pub(super) fn bytes(&self) -> u64 {
         size_of::<f32>() as u64 * (self.inputs.len() + self.matrices.len()) as u64
     }
 }
 
-/// Buffers of the delta-net stage; lengths are those of the largest batch of the largest layer.
+/// Buffers of a delta-net mixer, as long as the largest batch of the largest layer.
 #[derive(Default)]
 pub(super) struct DeltaScratch {
-    /// What the first or only input matrix gives.
+    /// Result of the first or only input matrix, `[tokens, projected_width]`.
     projected: Vec<f32>,
-    /// Output gates, where they have a matrix of their own.
+    /// Output gates where they have a matrix of their own, `[tokens, n_value_head * head_dim]`.
     gate: Vec<f32>,
-    /// What the matrices of the rates give.
+    /// Results of the matrices of the rates, `[tokens, 2 * n_value_head]`.
     raw_rates: Vec<f32>,
-    /// `[tokens, n_value_head]` of (decay, beta).
+    /// `[tokens, n_value_head, 2]`: decay and beta.
     rates: Vec<f32>,
-    /// Queries, keys and values after the convolution, `[heads, tokens, head_dim]`.
+    /// `[heads, tokens, head_dim]`: queries, keys and values after the convolution.
     heads: Vec<f32>,
-    /// `[n_value_head, head_dim / columns, tokens, columns]`.
+    /// `[n_value_head, head_dim / columns, tokens, columns]`: what the queries read of the
+    /// matrices.
     read: Vec<f32>,
     /// `[tokens, n_value_head * head_dim]`.
     mixed: Vec<f32>,
@@ -73,7 +78,7 @@ pub(super) struct DeltaScratch {
 }
 
 impl DeltaScratch {
-    /// For batches of up to `rows` tokens of layers like `spec`; called for each layer, grows to the largest.
+    /// Grows to batches of `rows` tokens of a layer like `spec`.
     pub(super) fn reserve(&mut self, rows: usize, spec: &DeltaSpec) {
         let grow = |buffer: &mut Vec<f32>, width: usize| {
             if buffer.len() < rows * width {
@@ -99,11 +104,11 @@ impl DeltaScratch {
     }
 }
 
-/// Where in a row of projections things are.
+/// Columns of heads, gates and rates in a row of projections.
 #[derive(Clone, Copy)]
 struct Layout<'a> {
     spec: &'a DeltaSpec,
-    /// Value heads a key head serves.
+    /// Value heads per key head.
     group: usize,
 }
 
@@ -112,7 +117,7 @@ impl<'a> Layout<'a> {
         Self { spec, group: spec.n_value_head / spec.n_key_head }
     }
 
-    /// Width of a row.
+    /// Returns the width of a row.
     fn projected_width(self) -> usize {
         match &self.spec.input {
             DeltaInput::Split { qkv, .. } => qkv.n_out,
@@ -120,37 +125,37 @@ impl<'a> Layout<'a> {
         }
     }
 
-    /// First column of what a key head has, where everything goes by key head.
-    fn of_key_head(self, key_head: usize) -> usize {
+    /// Returns the first column of a key head's section, where rows are sections by key head.
+    fn key_head_section(self, key_head: usize) -> usize {
         key_head * (2 + 2 * self.group) * self.spec.head_dim
     }
 
-    /// First column of a head: query heads, then key heads, then value heads.
+    /// Returns the first column of a head: query heads, then key heads, then value heads.
     fn head(self, head: usize) -> usize {
         let (n_key, dim) = (self.spec.n_key_head, self.spec.head_dim);
         match self.spec.input {
             DeltaInput::Split { .. } => head * dim,
-            DeltaInput::ByKeyHead(_) if head < n_key => self.of_key_head(head),
-            DeltaInput::ByKeyHead(_) if head < 2 * n_key => self.of_key_head(head - n_key) + dim,
+            DeltaInput::ByKeyHead(_) if head < n_key => self.key_head_section(head),
+            DeltaInput::ByKeyHead(_) if head < 2 * n_key => self.key_head_section(head - n_key) + dim,
             DeltaInput::ByKeyHead(_) => {
                 let value_head = head - 2 * n_key;
-                self.of_key_head(value_head / self.group) + (2 + value_head % self.group) * dim
+                self.key_head_section(value_head / self.group) + (2 + value_head % self.group) * dim
             }
         }
     }
 
-    /// First column of a value head's output gate.
+    /// Returns the first column of a value head's output gate.
     fn gate(self, value_head: usize) -> usize {
         let dim = self.spec.head_dim;
         match self.spec.input {
             DeltaInput::Split { .. } => value_head * dim,
             DeltaInput::ByKeyHead(_) => {
-                self.of_key_head(value_head / self.group) + (2 + self.group + value_head % self.group) * dim
+                self.key_head_section(value_head / self.group) + (2 + self.group + value_head % self.group) * dim
             }
         }
     }
 
-    /// Places of a value head's strength and decay among the raw rates of `n` tokens.
+    /// Returns the indices of a value head's beta and decay among the raw rates of `n` tokens.
     fn rates(self, n: usize, token: usize, value_head: usize) -> (usize, usize) {
         let n_value = self.spec.n_value_head;
         match self.spec.rates {
@@ -166,9 +171,10 @@ impl<'a> Layout<'a> {
     }
 }
 
-/// `out = o(norm(delta(conv(qkv x))) · silu(gate x))`; the state goes on to after these tokens.
+/// Computes `out = o(norm(delta(conv(qkv x))) · silu(gate x))`, and takes the state past the
+/// batch's tokens.
 pub(super) fn run(
-    c: Compute<'_>,
+    c: CpuContext<'_>,
     weights: &DenseWeights,
     spec: &DeltaSpec,
     input: &MixerInput<'_>,
@@ -189,7 +195,7 @@ pub(super) fn run(
     add_bias(out, weights.bias(&spec.out));
 }
 
-fn project(c: Compute<'_>, weights: &DenseWeights, spec: &DeltaSpec, input: &MixerInput<'_>, s: &mut DeltaScratch) {
+fn project(c: CpuContext<'_>, weights: &DenseWeights, spec: &DeltaSpec, input: &MixerInput<'_>, s: &mut DeltaScratch) {
     let (x, n) = (input.x, input.x.rows());
     let (first, second) = match &spec.input {
         DeltaInput::Split { qkv, gate } => (qkv, Some(gate)),
@@ -215,8 +221,8 @@ fn project(c: Compute<'_>, weights: &DenseWeights, spec: &DeltaSpec, input: &Mix
     }
 }
 
-/// Decays and strengths.
-fn rates(c: Compute<'_>, weights: &DenseWeights, spec: &DeltaSpec, n: usize, s: &mut DeltaScratch) {
+/// Computes decays and betas.
+fn rates(c: CpuContext<'_>, weights: &DenseWeights, spec: &DeltaSpec, n: usize, s: &mut DeltaScratch) {
     let (bias, decay) = (weights.vector(spec.dt_bias), weights.vector(spec.decay));
     let (layout, raw) = (Layout::new(spec), &s.raw_rates);
     let width = 2 * spec.n_value_head;
@@ -229,14 +235,15 @@ fn rates(c: Compute<'_>, weights: &DenseWeights, spec: &DeltaSpec, n: usize, s: 
     });
 }
 
-/// `ln(1 + eˣ)`, which is `x` to the last bit where `eˣ` could overflow.
+/// Returns `ln(1 + eˣ)`, which is `x` to the last bit where `eˣ` could overflow.
 fn softplus(x: f32) -> f32 {
     if x > 20.0 { x } else { x.exp().ln_1p() }
 }
 
-/// Convolves all heads; makes queries and keys of length 1, queries divided by the root of the width besides.
+/// Convolves all heads, and scales queries and keys to length 1. Queries are also divided by the
+/// root of the width.
 fn convolve(
-    c: Compute<'_>,
+    c: CpuContext<'_>,
     weight: &[f32],
     spec: &DeltaSpec,
     eps: f32,
@@ -274,8 +281,8 @@ fn convolve(
     });
 }
 
-/// Takes the matrices through all tokens and reads them.
-fn recur(c: Compute<'_>, spec: &DeltaSpec, n: usize, matrices: &mut [f32], s: &mut DeltaScratch) {
+/// Takes the matrices through all tokens, and reads them with each token's query.
+fn recur(c: CpuContext<'_>, spec: &DeltaSpec, n: usize, matrices: &mut [f32], s: &mut DeltaScratch) {
     let (dim, n_key, n_value) = (spec.head_dim, spec.n_key_head, spec.n_value_head);
     let columns = delta_columns(dim);
     let parts = dim / columns;
@@ -299,8 +306,8 @@ fn recur(c: Compute<'_>, spec: &DeltaSpec, n: usize, matrices: &mut [f32], s: &m
     });
 }
 
-/// Norms each head's result and multiplies it by the silu of its gate.
-fn gate(c: Compute<'_>, norm: &[f32], spec: &DeltaSpec, eps: f32, n: usize, s: &mut DeltaScratch) {
+/// Normalizes each head's result and multiplies it by the silu of its gate.
+fn gate(c: CpuContext<'_>, norm: &[f32], spec: &DeltaSpec, eps: f32, n: usize, s: &mut DeltaScratch) {
     let layout = Layout::new(spec);
     let (dim, n_value) = (spec.head_dim, spec.n_value_head);
     let columns = delta_columns(dim);

@@ -1,22 +1,22 @@
-//! Attention with grouped key and value heads, causal, over the cache.
+//! Grouped-query attention (GQA), causal, over the KV cache.
 
 use super::attention::{Attention, AttentionParts, attend};
 use super::kv_rows::KeyValues;
 use super::mixer::MixerInput;
-use crate::layers::compute::{Compute, add_bias};
+use crate::layers::cpu_context::{CpuContext, add_bias};
 use crate::layers::weights::DenseWeights;
 use tier_plan_formats::model::spec::{GqaSpec, NormSpan};
 use tier_plan_kernels::pooled::{MatJob, matmul_all};
 use tier_plan_kernels::{Activations, needs_quants};
 
-/// Buffers of the attention stage.
+/// Buffers of a GQA mixer.
 #[derive(Default)]
 pub(super) struct GqaScratch {
     q: Vec<f32>,
     k: Vec<f32>,
     v: Vec<f32>,
     mixed: Vec<f32>,
-    /// e to the minus output gate, `[tokens, n_head * key_dim]`.
+    /// `e^-g` of the output gate `g`, `[tokens, n_head * key_dim]`.
     gate: Vec<f32>,
     norm: Vec<f32>,
     parts: AttentionParts,
@@ -25,7 +25,7 @@ pub(super) struct GqaScratch {
 }
 
 impl GqaScratch {
-    /// For batches of up to `rows` tokens of layers like `spec`; called for each layer, grows to the largest.
+    /// Grows to batches of `rows` tokens of a layer like `spec`.
     pub(super) fn reserve(&mut self, rows: usize, spec: &GqaSpec) {
         let grow = |buffer: &mut Vec<f32>, len: usize| {
             if buffer.len() < len {
@@ -47,9 +47,10 @@ impl GqaScratch {
     }
 }
 
-/// `out = o(attention(q x, k x, v x))`; the tokens' keys and values are added to the cache.
+/// Computes `out = o(attention(q x, k x, v x))`, and stores the tokens' keys and values in the
+/// cache.
 pub(super) fn run(
-    c: Compute<'_>,
+    c: CpuContext<'_>,
     weights: &DenseWeights,
     spec: &GqaSpec,
     input: &MixerInput<'_>,
@@ -125,8 +126,8 @@ pub(super) fn run(
     add_bias(out, weights.bias(&spec.o));
 }
 
-/// Moves the gates that follow each head out of rows of `width` values, and the heads together at the rows' beginnings.
-/// An empty `gate` stands for no gates.
+/// Splits rows of `width` values into heads, moved together at the rows' beginnings, and the gate
+/// that follows each. Where `gate` is empty there are no gates.
 fn take_gates(q: &mut [f32], gate: &mut [f32], width: usize, key_dim: usize) {
     if gate.is_empty() {
         return;
@@ -140,7 +141,7 @@ fn take_gates(q: &mut [f32], gate: &mut [f32], width: usize, key_dim: usize) {
     }
 }
 
-fn norm_heads(c: Compute<'_>, row: &mut [f32], weight: &[f32], eps: f32, span: NormSpan, scratch: &mut [f32]) {
+fn norm_heads(c: CpuContext<'_>, row: &mut [f32], weight: &[f32], eps: f32, span: NormSpan, scratch: &mut [f32]) {
     let width = match span {
         NormSpan::Head => weight.len(),
         NormSpan::Full => row.len(),

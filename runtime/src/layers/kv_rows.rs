@@ -1,4 +1,4 @@
-//! The rows that attention remembers of past tokens: keys, values, latents.
+//! The KV cache of a layer: rows of keys, values or latents, one per past token.
 
 use crate::tiers::nodes::Pages;
 use half::f16;
@@ -6,7 +6,8 @@ use std::ops::Range;
 use tier_plan_formats::model::kv::KvType;
 use tier_plan_kernels::{Kernels, StoredRows, q8_row_bytes};
 
-/// `[n_head, context, width]`, stored as one type: heads apart, so that a head's rows are one stream.
+/// Rows of one type, `[n_head, context, width]`: heads lie apart, so that a head's rows are one
+/// stream.
 pub(crate) struct RowStore {
     data: Data,
     context: usize,
@@ -15,13 +16,13 @@ pub(crate) struct RowStore {
 
 enum Data {
     F16(Vec<f16>),
-    /// Each row by itself, as the kernels for 8 bits store it.
+    /// Each row by itself, in the 8-bit form of the kernels.
     Q8_0(Vec<u8>),
     F32(Vec<f32>),
 }
 
 impl RowStore {
-    /// Rows of zeros: `n_head` for each of `context` positions.
+    /// Makes rows of zeros, `n_head` per position.
     pub(super) fn new(kv_type: KvType, n_head: usize, context: usize, width: usize) -> Self {
         let rows = n_head * context;
         let data = match kv_type {
@@ -32,7 +33,7 @@ impl RowStore {
         Self { data, context, width }
     }
 
-    /// Values of a row.
+    /// Returns the values per row.
     pub(super) fn width(&self) -> usize {
         self.width
     }
@@ -52,7 +53,7 @@ impl RowStore {
         }
     }
 
-    /// A head's rows at some positions, `[positions, width]`.
+    /// Returns a head's rows at some positions, `[positions, width]`.
     pub(super) fn rows(&self, head: usize, positions: Range<usize>) -> StoredRows<'_> {
         let first = head * self.context;
         let all = match &self.data {
@@ -63,7 +64,7 @@ impl RowStore {
         all.range(first + positions.start..first + positions.end, self.width)
     }
 
-    /// Has its pages be where `pages` says.
+    /// Moves its pages to where `pages` says.
     pub(super) fn move_to(&self, pages: &Pages) -> std::io::Result<()> {
         match &self.data {
             Data::F16(data) => pages.move_here(data),
@@ -72,7 +73,7 @@ impl RowStore {
         }
     }
 
-    /// Bytes held.
+    /// Returns the bytes of all rows.
     pub(super) fn bytes(&self) -> u64 {
         match &self.data {
             Data::F16(data) => size_of_val(data.as_slice()) as u64,
@@ -82,7 +83,7 @@ impl RowStore {
     }
 }
 
-/// One layer's keys and values.
+/// The KV cache of one layer.
 pub(crate) struct KeyValues {
     /// `[n_head_kv, context, key_dim]`.
     pub(super) keys: RowStore,

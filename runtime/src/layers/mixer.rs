@@ -1,6 +1,7 @@
-//! What mixes tokens: one file a kind, each with its state of past tokens, its buffers and its pass.
+//! Mixers, which mix tokens: attention or a delta net. Each kind has one file, with its state of
+//! past tokens, its buffers and its computation.
 
-use super::compute::Compute;
+use super::cpu_context::CpuContext;
 use super::delta::{DeltaScratch, DeltaState};
 use super::gqa::GqaScratch;
 use super::kv_rows::{KeyValues, RowStore};
@@ -14,23 +15,23 @@ use tier_plan_formats::model::shape::mixer_rows;
 use tier_plan_formats::model::spec::Mixer;
 use tier_plan_kernels::ActView;
 
-/// What one layer's mixer remembers of past tokens.
+/// The state of one layer's mixer: KV cache or recurrent state.
 pub(crate) enum MixerState {
     Gqa(KeyValues),
-    /// Latents and, after each, its rotated key part: all heads read the same rows.
+    /// Rows of latents, each with its rotated key part: all heads read the same rows.
     Mla(RowStore),
     Delta(DeltaState),
-    /// On a GPU, which reads and writes it.
+    /// The state is in a GPU's memory.
     OnGpu {
-        /// What it takes there.
+        /// Bytes in the GPU's memory.
         bytes: u64,
-        /// It can go back to fewer tokens.
+        /// Whether it can go back to fewer tokens.
         rewinds: bool,
     },
 }
 
 impl MixerState {
-    /// For up to `context` tokens.
+    /// Makes an empty state for up to `context` tokens.
     pub(crate) fn new(mixer: &Mixer, kv_type: KvType, context: usize) -> Self {
         match mixer {
             Mixer::Gqa(a) => {
@@ -42,7 +43,7 @@ impl MixerState {
         }
     }
 
-    /// For up to `context` tokens, where a GPU has it.
+    /// Makes the stand-in of a state in a GPU's memory, for up to `context` tokens.
     pub(crate) fn on_gpu(mixer: &Mixer, kv_type: KvType, context: usize) -> Self {
         let bytes = |rows: &KvRows| kv_type.row_bytes(rows.width).saturating_mul(rows.per_token);
         let token: u64 = mixer_rows(mixer).iter().map(bytes).sum();
@@ -50,7 +51,7 @@ impl MixerState {
         Self::OnGpu { bytes, rewinds: !matches!(mixer, Mixer::Delta(_)) }
     }
 
-    /// Bytes held.
+    /// Returns the bytes of the state.
     pub(crate) fn bytes(&self) -> u64 {
         match self {
             Self::OnGpu { bytes, .. } => *bytes,
@@ -60,7 +61,7 @@ impl MixerState {
         }
     }
 
-    /// Has its pages be where `pages` says.
+    /// Moves its pages to where `pages` says.
     pub(crate) fn move_to(&self, pages: &Pages) -> std::io::Result<()> {
         match self {
             Self::Gqa(cache) => cache.keys.move_to(pages).and_then(|()| cache.values.move_to(pages)),
@@ -70,7 +71,8 @@ impl MixerState {
         }
     }
 
-    /// Whether it can go back to what it was after fewer tokens; otherwise only to the beginning.
+    /// Returns whether the state can go back to fewer tokens. Otherwise it can only go back to
+    /// none.
     pub(crate) fn can_rewind(&self) -> bool {
         match self {
             Self::Gqa(_) | Self::Mla(_) => true,
@@ -82,7 +84,8 @@ impl MixerState {
     /// Forgets all tokens.
     pub(crate) fn reset(&mut self) {
         match self {
-            // Rows are written before they are read. A GPU's recurrent state is nothing to the token at position 0.
+            // Rows are written before they are read, and a GPU ignores a recurrent state at
+            // position 0.
             Self::Gqa(_) | Self::Mla(_) | Self::OnGpu { .. } => {}
             Self::Delta(state) => state.reset(),
         }
@@ -108,7 +111,7 @@ impl MixerScratch {
     }
 }
 
-/// What one layer's pass moves of keys, values and recurrent state.
+/// Bytes of KV cache and recurrent state that a layer's mixer moves.
 pub(crate) struct CacheReads {
     rows: Vec<(KvRows, u64)>,
     state_bytes: u64,
@@ -120,18 +123,21 @@ impl CacheReads {
         Self { rows, state_bytes: mixer.state_bytes() }
     }
 
-    /// For `tokens` tokens, the last at the `positions`-th place, as [`CacheShape::moved_bytes`](tier_plan_formats::model::shape::CacheShape::moved_bytes) counts.
+    /// Returns the bytes for `tokens` tokens, with which the text has `positions`.
+    ///
+    /// [`CacheShape::moved_bytes`](tier_plan_formats::model::shape::CacheShape::moved_bytes) counts
+    /// alike.
     pub(crate) fn bytes(&self, positions: u64, tokens: u64) -> u64 {
         let rows = self.rows.iter().map(|(rows, bytes)| bytes.saturating_mul(rows.read(positions, tokens)));
         rows.fold(self.state_bytes.saturating_mul(2), u64::saturating_add)
     }
 }
 
-/// One batch of tokens at positions `past..past + x.rows()`.
+/// A batch of tokens at positions `past..past + x.rows()`.
 pub(crate) struct MixerInput<'a> {
-    /// Normed hidden states, quantised if any matrix of the mixer needs it.
+    /// Normalized hidden states, quantized if a matrix of the mixer needs it.
     pub x: ActView<'a>,
-    /// Tokens before this batch.
+    /// Tokens of the text before the batch.
     pub past: usize,
     /// Rotations prepared for this batch's positions, where the mixer rotates.
     pub rope: Option<&'a RopeTable>,
@@ -141,7 +147,7 @@ pub(crate) struct MixerInput<'a> {
 
 /// Runs a layer's mixer; `out` is `[tokens, hidden]`.
 pub(crate) fn mix(
-    c: Compute<'_>,
+    c: CpuContext<'_>,
     weights: &DenseWeights,
     mixer: &Mixer,
     input: &MixerInput<'_>,

@@ -1,12 +1,13 @@
-//! Multi-head latent attention, with the projections to keys and values absorbed.
+//! Multi-head latent attention (MLA), with the projections to keys and values absorbed.
 //!
-//! A head's score `q · (K c)` equals `(Kᵀ q) · c`, and its result `Σ w (V c)` equals `V (Σ w c)`: so queries are taken
-//! to the space of the latents `c`, all heads attend to the same cached rows, and what they gather is taken back.
+//! A head's score `q · (K c)` equals `(Kᵀ q) · c`, and its result `Σ w (V c)` equals `V (Σ w c)`.
+//! So queries are taken to the space of the latents `c`, all heads attend to the same cached rows,
+//! and what they gather is taken back.
 
 use super::attention::{Attention, AttentionParts, attend};
 use super::kv_rows::RowStore;
 use super::mixer::MixerInput;
-use crate::layers::compute::{Compute, add_bias};
+use crate::layers::cpu_context::{CpuContext, add_bias};
 use crate::layers::weights::DenseWeights;
 use std::cell::RefCell;
 use tier_plan_formats::model::spec::{KvUp, MlaSpec};
@@ -14,26 +15,27 @@ use tier_plan_kernels::pooled::{MatJob, matmul_all};
 use tier_plan_kernels::quant::dequantize_row;
 use tier_plan_kernels::{ActView, Activations, Weights, needs_quants};
 
-/// Values in the space of the latents that are worked on at once: 16 MiB. More tokens are taken in parts; few in tests,
-/// so that they have parts.
+/// Floats in the space of the latents that are worked on at once: 16 MiB. Larger batches are taken
+/// in parts. Few in tests, so that there are several parts.
 const MAX_LATENT_VALUES: usize = if cfg!(test) { 512 } else { 4 << 20 };
 
 thread_local! {
-    /// A row of a matrix, one buffer a thread.
+    /// A row of a matrix, one buffer per thread.
     static ROW: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Buffers of the attention stage.
+/// Buffers of an MLA mixer.
 #[derive(Default)]
 pub(super) struct MlaScratch {
-    /// `[tokens, q_rank]`, before and after the norm.
+    /// `[tokens, q_rank]`.
     q_low: Vec<f32>,
+    /// `[tokens, q_rank]`: `q_low` after its norm.
     q_normed: Vec<f32>,
     /// `[tokens, n_head, nope_dim + rope dims]`.
     q: Vec<f32>,
     /// `[tokens, kv_rank + rope dims]`.
     kv: Vec<f32>,
-    /// One row for the cache.
+    /// One row for the cache, `[kv_rank + rope dims]`.
     row: Vec<f32>,
     /// `[n_head, tokens of a part, nope_dim]`.
     nope: Vec<f32>,
@@ -44,21 +46,21 @@ pub(super) struct MlaScratch {
     parts: AttentionParts,
     /// `[tokens, n_head, value_dim]`.
     mixed: Vec<f32>,
-    /// Rows that are whole tokens.
+    /// Activations of rows that are tokens.
     acts: Activations,
     acts_len: usize,
-    /// Rows that are heads.
+    /// Activations of rows that are heads of tokens.
     head_acts: Activations,
     head_acts_len: usize,
 }
 
-/// Tokens of one part of a batch.
+/// Returns the tokens of a batch that are worked on at once.
 fn part_tokens(spec: &MlaSpec) -> usize {
     (MAX_LATENT_VALUES / (spec.n_head * spec.kv_rank)).max(1)
 }
 
 impl MlaScratch {
-    /// For batches of up to `rows` tokens of layers like `spec`; called for each layer, grows to the largest.
+    /// Grows to batches of `rows` tokens of a layer like `spec`.
     pub(super) fn reserve(&mut self, rows: usize, spec: &MlaSpec) {
         let grow = |buffer: &mut Vec<f32>, len: usize| {
             if buffer.len() < len {
@@ -89,9 +91,9 @@ impl MlaScratch {
     }
 }
 
-/// `out = o(attention(x))`; the tokens' latents are added to the cache.
+/// Computes `out = o(attention(x))`, and stores the tokens' latents in the cache.
 pub(super) fn run(
-    c: Compute<'_>,
+    c: CpuContext<'_>,
     weights: &DenseWeights,
     spec: &MlaSpec,
     input: &MixerInput<'_>,
@@ -101,7 +103,7 @@ pub(super) fn run(
 ) {
     let n = input.x.rows();
     project(c, weights, spec, input, s);
-    remember(c, weights, spec, input, cache, s);
+    store_latents(c, weights, spec, input, cache, s);
     let mut first = 0;
     while first < n {
         let last = (first + part_tokens(spec)).min(n);
@@ -114,8 +116,8 @@ pub(super) fn run(
     add_bias(out, weights.bias(&spec.o));
 }
 
-/// Queries, rotated, into `q`; latents and shared key parts as projected into `kv`.
-fn project(c: Compute<'_>, weights: &DenseWeights, spec: &MlaSpec, input: &MixerInput<'_>, s: &mut MlaScratch) {
+/// Projects to queries, rotated, in `q`, and to latents and shared key parts in `kv`.
+fn project(c: CpuContext<'_>, weights: &DenseWeights, spec: &MlaSpec, input: &MixerInput<'_>, s: &mut MlaScratch) {
     let &MixerInput { x, rope, norm_eps: eps, .. } = input;
     let n = x.rows();
     let q = &mut s.q[..n * spec.q.n_out];
@@ -149,9 +151,9 @@ fn project(c: Compute<'_>, weights: &DenseWeights, spec: &MlaSpec, input: &Mixer
     }
 }
 
-/// Norms latents, rotates key parts, and stores both.
-fn remember(
-    c: Compute<'_>,
+/// Normalizes latents, rotates key parts, and stores both in the cache.
+fn store_latents(
+    c: CpuContext<'_>,
     weights: &DenseWeights,
     spec: &MlaSpec,
     input: &MixerInput<'_>,
@@ -171,9 +173,9 @@ fn remember(
     }
 }
 
-/// Attention of some of the batch's tokens, from `q` to `mixed`.
+/// Computes the attention of some of the batch's tokens, from `q` to `mixed`.
 fn attend_part(
-    c: Compute<'_>,
+    c: CpuContext<'_>,
     weights: &DenseWeights,
     spec: &MlaSpec,
     past: usize,
@@ -216,7 +218,8 @@ fn attend_part(
         }
     }
     let first = past + tokens.start;
-    // All heads read the same rows: one head of keys, whose values are the latents at their beginning.
+    // All heads read the same rows: one head of keys, whose values are the latents at their
+    // beginning.
     let attention = Attention {
         keys: cache,
         values: cache,
@@ -251,8 +254,15 @@ fn attend_part(
     }
 }
 
-/// Multiplies each head's rows of `x`, `[n_head, tokens, _]`, by its own matrix into `out`, `[n_head, tokens, _]`.
-fn by_head<'a>(c: Compute<'_>, n_head: usize, x: ActView<'_>, out: &mut [f32], matrix: impl Fn(usize) -> Weights<'a>) {
+/// Multiplies each head's rows of `x`, `[n_head, tokens, _]`, by its own matrix into `out`,
+/// `[n_head, tokens, _]`.
+fn by_head<'a>(
+    c: CpuContext<'_>,
+    n_head: usize,
+    x: ActView<'_>,
+    out: &mut [f32],
+    matrix: impl Fn(usize) -> Weights<'a>,
+) {
     let n = x.rows() / n_head;
     let len = out.len() / n_head;
     let job = |(head, out)| MatJob::new(matrix(head), x.rows_range(head * n..(head + 1) * n), out);
@@ -260,7 +270,7 @@ fn by_head<'a>(c: Compute<'_>, n_head: usize, x: ActView<'_>, out: &mut [f32], m
     matmul_all(c.pool, c.kernels, &jobs);
 }
 
-/// `count` rows of a matrix.
+/// Returns `count` rows of a matrix.
 fn part(w: Weights<'_>, first: usize, count: usize) -> Weights<'_> {
     w.rows(first..first + count).unwrap_or_else(|| unreachable!("shapes are checked when the model is described"))
 }

@@ -1,14 +1,15 @@
-//! The arithmetic of one layer on the processor: mixers, router, rotary embedding, and the weights that they read.
+//! The arithmetic of one layer on the CPU: mixers, router, rotary embedding, and the weights that
+//! they read.
 
 pub(crate) mod attention;
-pub(crate) mod compute;
+pub(crate) mod cpu_context;
 pub(crate) mod delta;
 pub(crate) mod gqa;
+pub(crate) mod index;
 pub(crate) mod kv_rows;
 pub(crate) mod mixer;
 pub(crate) mod mla;
 pub(crate) mod places;
-pub(crate) mod prefetch_router;
 #[doc(hidden)]
 pub mod probe;
 pub mod rope;

@@ -3,19 +3,19 @@
 use tier_plan_formats::model::shape::DenseKind;
 use tier_plan_formats::placement::{Placement, TierIdx};
 
-/// Where a part runs: on the GPU of a tier, or, without one, on the processor.
+/// Where a part runs: on the GPU of a tier, or on the CPU where `None`.
 pub(crate) type Place = Option<TierIdx>;
 
-/// The places of one layer.
+/// Where the parts of one layer run.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct LayerPlaces {
     pub(crate) mixer: Place,
-    /// Of the router, or of the dense block of a layer without routed experts.
+    /// The router, or the dense block of a layer without routed experts.
     pub(crate) ffn: Place,
     pub(crate) shared: Place,
 }
 
-/// The places of a plan.
+/// Where the parts of a model run.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Places {
     pub(crate) layers: Vec<LayerPlaces>,
@@ -24,6 +24,7 @@ pub(crate) struct Places {
 }
 
 impl Places {
+    /// Returns where a plan has each part run: where its weights are.
     pub(crate) fn new(plan: &Placement, n_layers: usize) -> Self {
         let place = |tier: TierIdx| plan.tiers.get(tier).filter(|t| t.uses_gpu()).map(|_| tier);
         let mut places = Self { layers: vec![LayerPlaces::default(); n_layers], ..Self::default() };
@@ -44,7 +45,7 @@ impl Places {
         places
     }
 
-    /// Whether any part runs on the GPU of a tier.
+    /// Returns whether any part runs on the GPU of a tier.
     pub(crate) fn uses(&self, tier: TierIdx) -> bool {
         let here = |place: Place| place == Some(tier);
         here(self.head)

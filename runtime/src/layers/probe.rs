@@ -1,8 +1,9 @@
-//! One layer's attention over a filled cache, apart from the rest of a network: for benchmarks.
+//! A benchmark hook: one layer's attention over a filled KV cache, apart from the rest of a
+//! network.
 
 use super::attention::{Attention, AttentionParts, attend};
 use super::kv_rows::RowStore;
-use crate::layers::compute::Compute;
+use crate::layers::cpu_context::CpuContext;
 use tier_plan_formats::model::kv::KvType;
 use tier_plan_kernels::Kernels;
 use tier_plan_kernels::threads::ThreadPool;
@@ -12,17 +13,17 @@ use tier_plan_kernels::threads::ThreadPool;
 pub struct AttentionSizes {
     /// Query heads.
     pub n_head: usize,
-    /// Heads of keys and values; divides `n_head`.
+    /// KV heads; divides `n_head`.
     pub n_head_kv: usize,
-    /// Values of a head.
+    /// Values per head.
     pub dim: usize,
-    /// Tokens whose keys and values are in the cache, the batch's own included.
+    /// Tokens in the KV cache, the batch's own included.
     pub context: usize,
-    /// Tokens of the batch, the last ones of the context.
+    /// Tokens of the batch, at the end of the context.
     pub tokens: usize,
 }
 
-/// A layer's cache full of noise, and queries to it.
+/// A layer's KV cache full of noise, and queries to it.
 pub struct AttentionProbe {
     pool: ThreadPool,
     kernels: Kernels,
@@ -35,7 +36,7 @@ pub struct AttentionProbe {
 }
 
 impl AttentionProbe {
-    /// Fills the cache.
+    /// Makes a full KV cache and the queries of a batch.
     pub fn new(kv_type: KvType, threads: usize, kernels: Kernels, sizes: AttentionSizes) -> Self {
         let AttentionSizes { n_head, n_head_kv, dim, context, tokens } = sizes;
         let store = |seed: u64| {
@@ -57,10 +58,10 @@ impl AttentionProbe {
         }
     }
 
-    /// One pass; `[tokens, n_head, dim]`.
+    /// Computes the attention of the batch, `[tokens, n_head, dim]`.
     pub fn run(&mut self) -> &[f32] {
         let AttentionSizes { n_head, n_head_kv, dim, context, tokens } = self.sizes;
-        let c = Compute { pool: &self.pool, kernels: self.kernels };
+        let c = CpuContext { pool: &self.pool, kernels: self.kernels };
         let attention = Attention {
             keys: &self.keys,
             values: &self.values,
@@ -87,7 +88,7 @@ impl AttentionProbe {
     }
 }
 
-/// Numbers within -1 to 1, the same ones for a seed.
+/// Returns numbers from -1 to 1 that the seed decides.
 fn noise(seed: u64, len: usize) -> Vec<f32> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let mut next = || {

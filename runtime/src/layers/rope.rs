@@ -1,21 +1,21 @@
-//! Rotary position embedding, with linear and YaRN scaling.
+//! Rotary position embedding (RoPE), with linear and YaRN scaling.
 
 use super::weights::DenseWeights;
 use tier_plan_formats::model::spec::{ModelSpec, RopeKind, RopeScaling, RopeSpec};
 
-/// Rotations for a row of positions, ready to apply.
+/// Rotations for consecutive positions, ready to apply.
 pub struct RopeTable {
     spec: RopeSpec,
-    /// Radians a position, `[dims / 2]`.
+    /// Radians per position, `[dims / 2]`.
     frequencies: Vec<f32>,
     /// `[positions, dims / 2]` of (cos, sin).
     rotations: Vec<(f32, f32)>,
-    /// The first of the positions, and how many they are.
+    /// The first prepared position, and their number.
     prepared: (usize, usize),
 }
 
 impl RopeTable {
-    /// `factors` divide the frequencies, `[dims / 2]`.
+    /// Makes a table with no positions prepared; `factors`, `[dims / 2]`, divide the frequencies.
     pub fn new(spec: &RopeSpec, factors: Option<&[f32]>) -> Self {
         let mut frequencies = frequencies(spec, factors);
         if let Some(sections) = &spec.sections {
@@ -43,7 +43,7 @@ impl RopeTable {
         }
     }
 
-    /// The rotations prepared, `[positions, dims / 2]` of cosine and sine.
+    /// Returns the prepared rotations, `[positions, dims / 2, 2]`: cosine and sine.
     pub fn turns(&self) -> Vec<f32> {
         self.rotations.iter().flat_map(|(cos, sin)| [*cos, *sin]).collect()
     }
@@ -74,7 +74,7 @@ impl RopeTable {
     }
 }
 
-/// The different ways in which layers rotate, and each layer's.
+/// Returns the different ways in which layers rotate, and by layer its index among them.
 pub(crate) fn tables(spec: &ModelSpec) -> (Vec<&RopeSpec>, Vec<Option<usize>>) {
     let mut tables: Vec<&RopeSpec> = Vec::new();
     let mut by_layer = Vec::with_capacity(spec.layers.len());
@@ -89,22 +89,24 @@ pub(crate) fn tables(spec: &ModelSpec) -> (Vec<&RopeSpec>, Vec<Option<usize>>) {
     (tables, by_layer)
 }
 
-/// One table for all layers that rotate alike, and each layer's.
+/// Returns one table per way in which layers rotate, and by layer its index among them.
 pub(crate) fn rope_tables(spec: &ModelSpec, weights: &DenseWeights) -> (Vec<RopeTable>, Vec<Option<usize>>) {
     let (tables, by_layer) = tables(spec);
     let table = |rope: &&RopeSpec| RopeTable::new(rope, weights.opt_vector(rope.freq_factors));
     (tables.iter().map(table).collect(), by_layer)
 }
 
-/// Whether a pair belongs to one of the axes that text moves along. The axes take turns pair by pair until they have
-/// their pairs; the rest is the fourth's. The whole row of sections repeats when there are more pairs.
+/// Returns whether a pair belongs to one of the three axes that text moves along.
+///
+/// The axes take turns pair by pair until they have their pairs; the rest is the fourth's. All
+/// sections repeat when there are more pairs.
 fn rotates_in_text(sections: &[u32; 4], pair: usize) -> bool {
     let total: u64 = sections.iter().map(|s| u64::from(*s)).sum();
     let at = if total == 0 { pair as u64 } else { pair as u64 % total };
     at < 3 * u64::from(sections[(at % 3) as usize])
 }
 
-/// Frequencies `base^(-2i/dims)` after scaling.
+/// Returns the frequencies `base^(-2i/dims)` after scaling.
 fn frequencies(spec: &RopeSpec, factors: Option<&[f32]>) -> Vec<f32> {
     let half = spec.dims / 2;
     let plain = (0..half).map(|i| {
@@ -171,7 +173,7 @@ mod tests {
     }
 
     #[test]
-    fn the_first_pair_turns_one_radian_a_position() {
+    fn the_first_pair_turns_one_radian_per_position() {
         let mut table = RopeTable::new(&spec(RopeKind::Adjacent, 4, RopeScaling::None), None);
         table.prepare(1, 1);
         let mut row = [1.0, 0.0, 1.0, 0.0];

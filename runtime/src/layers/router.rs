@@ -2,10 +2,10 @@
 
 use tier_plan_formats::model::spec::{Gating, MoeSpec};
 
-/// Smallest sum that chosen weights are divided by.
+/// Lower bound of the sum that chosen weights are divided by.
 const MIN_SUM: f32 = 6.103_515_6e-5;
 
-/// Buffers that routing a token needs.
+/// Chooses experts, one token at a time; holds the buffers for that.
 #[derive(Default)]
 pub struct Router {
     probs: Vec<f32>,
@@ -14,7 +14,8 @@ pub struct Router {
 }
 
 impl Router {
-    /// Chooses experts for one token: `experts` and `weights` have `n_used` entries, largest score first.
+    /// Chooses experts for one token: `experts` and `weights` have `n_used` entries, largest score
+    /// first.
     ///
     /// `bias` is added for the choice only. Equal scores go to the lower index.
     pub fn route(
@@ -64,7 +65,8 @@ impl Router {
         }
     }
 
-    /// A group's score is the sum of its two best experts; experts of the other groups can't be chosen.
+    /// Rules out the experts of all but the best groups. A group's score is the sum of its two best
+    /// experts.
     fn keep_best_groups(&mut self, n_group: usize, n_kept: usize) {
         let size = self.scores.len() / n_group;
         self.groups.clear();
@@ -86,12 +88,12 @@ impl Router {
     }
 }
 
-/// `ln(1 + e^x)`, without overflow.
+/// Returns `ln(1 + e^x)` without overflow.
 fn softplus(x: f32) -> f32 {
     if x > 20.0 { x } else { x.exp().ln_1p() }
 }
 
-/// Indices of the largest scores in descending order; NaN counts as smallest.
+/// Writes the indices of the largest scores in descending order; NaN counts as smallest.
 fn top(scores: &[f32], chosen: &mut [u16]) {
     let key = |i: u16| {
         let score = scores[usize::from(i)];

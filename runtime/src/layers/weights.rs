@@ -1,30 +1,32 @@
-//! Dense tensors where the plan put them: in an arena, in a GPU's memory, or in place in the mapped file.
+//! Dense tensors where the plan puts them: in an arena, in a GPU's memory, or in place in the
+//! mapped file.
 
-use crate::tiers::arena::Piece;
+use crate::tiers::arena::ArenaSlice;
 use std::sync::Arc;
 use tier_plan_cuda::Buffer;
 use tier_plan_formats::gguf::Gguf;
 use tier_plan_formats::model::spec::{Linear, TensorId};
+use tier_plan_formats::placement::TierIdx;
 use tier_plan_kernels::Weights;
 use tier_plan_kernels::quant::TensorType;
 
-/// Where one tensor's bytes are.
-pub(crate) enum Held {
-    /// In the mapped file.
+/// Storage of one tensor.
+pub(crate) enum WeightStorage {
+    /// In place in the mapped file.
     Mapped,
     /// In a tier's arena.
-    Piece(Piece),
-    /// In a GPU's memory.
+    ArenaSlice(ArenaSlice),
+    /// In the memory of a GPU.
     Device(Arc<Buffer>),
-    /// Decoded to `f32`: vectors of parameters. Where a GPU uses them it has a copy.
+    /// A vector of parameters, decoded to `f32`. A GPU that uses it has a copy.
     Vector(Box<[f32]>),
 }
 
 /// The dense tensors of a loaded model.
 pub(crate) struct DenseWeights {
     gguf: Arc<Gguf>,
-    /// By tensor id; `None` for tensors that no dense group has.
-    held: Vec<Option<(usize, Held)>>,
+    /// By tensor id: its tier and its storage; `None` for tensors that no dense group has.
+    held: Vec<Option<(TierIdx, WeightStorage)>>,
 }
 
 impl DenseWeights {
@@ -33,33 +35,31 @@ impl DenseWeights {
         Self { gguf, held }
     }
 
-    pub(crate) fn hold(&mut self, id: TensorId, tier: usize, held: Held) {
-        self.held[id] = Some((tier, held));
+    /// Sets the storage of a tensor.
+    pub(crate) fn hold(&mut self, id: TensorId, tier: TierIdx, storage: WeightStorage) {
+        self.held[id] = Some((tier, storage));
     }
 
-    /// Takes all matrices to a device.
+    /// Copies all mapped matrices to a device.
     #[cfg(test)]
     pub(crate) fn move_to(&mut self, device: &Arc<dyn tier_plan_cuda::Device>) {
         for (tensor, held) in self.gguf.tensors().iter().zip(&mut self.held) {
-            if let Some((_, held @ Held::Mapped)) = held {
-                *held = Held::Device(Arc::new(Buffer::of_bytes(device, self.gguf.bytes(tensor)).unwrap()));
+            if let Some((_, held @ WeightStorage::Mapped)) = held {
+                *held = WeightStorage::Device(Arc::new(Buffer::of_bytes(device, self.gguf.bytes(tensor)).unwrap()));
             }
         }
     }
 
-    /// Bytes of the file that the tensor stands for, and its tier.
-    pub(crate) fn placed(&self) -> impl Iterator<Item = (TensorId, usize, u64)> {
-        let tensors = self.gguf.tensors();
-        self.held
-            .iter()
-            .enumerate()
-            .filter_map(move |(id, h)| h.as_ref().map(|(tier, _)| (id, *tier, tensors[id].n_bytes)))
+    /// Returns the tier of every dense tensor, and its bytes in the file.
+    pub(crate) fn placed(&self) -> impl Iterator<Item = (TierIdx, u64)> {
+        let tensors = self.gguf.tensors().iter().zip(&self.held);
+        tensors.filter_map(|(tensor, held)| held.as_ref().map(|(tier, _)| (*tier, tensor.n_bytes)))
     }
 
-    /// A vector of parameters.
+    /// Returns a vector of parameters.
     pub(crate) fn vector(&self, id: TensorId) -> &[f32] {
         match &self.held[id] {
-            Some((_, Held::Vector(values))) => values,
+            Some((_, WeightStorage::Vector(values))) => values,
             _ => unreachable!("a tensor that the model description calls a vector is decoded at load"),
         }
     }
@@ -68,26 +68,27 @@ impl DenseWeights {
         id.map(|id| self.vector(id))
     }
 
-    /// A matrix's bytes where a GPU has them.
+    /// Returns a matrix's bytes where they are in a GPU's memory.
     pub(crate) fn on_device(&self, id: TensorId) -> Option<&Arc<Buffer>> {
         match &self.held[id] {
-            Some((_, Held::Device(bytes))) => Some(bytes),
+            Some((_, WeightStorage::Device(bytes))) => Some(bytes),
             _ => None,
         }
     }
 
-    /// A matrix of `n_out` rows, which the processor can read.
+    /// Returns a matrix that the CPU can read, `[n_out, n_in]`.
     pub(crate) fn matrix(&self, id: TensorId, n_out: usize, n_in: usize) -> Weights<'_> {
         let tensor = &self.gguf.tensors()[id];
         let bytes: &[u8] = match &self.held[id] {
-            Some((_, Held::Mapped)) => self.gguf.bytes(tensor),
-            Some((_, Held::Piece(piece))) => piece,
+            Some((_, WeightStorage::Mapped)) => self.gguf.bytes(tensor),
+            Some((_, WeightStorage::ArenaSlice(piece))) => piece,
             _ => unreachable!("a tensor that the model description calls a matrix is held as bytes"),
         };
         Weights::new(tensor.ty, bytes, n_out, n_in)
             .unwrap_or_else(|| unreachable!("shapes are checked when the model is described"))
     }
 
+    /// Returns the rows of a tensor that are a linear layer's matrix.
     pub(crate) fn linear(&self, linear: &Linear) -> Weights<'_> {
         let rows = self.gguf.tensors()[linear.weight].dims.get(1).map_or(1, |rows| *rows as usize);
         let first = linear.first_row;
@@ -96,7 +97,7 @@ impl DenseWeights {
             .unwrap_or_else(|| unreachable!("shapes are checked when the model is described"))
     }
 
-    /// The bias of a matrix: its part of the vector where several matrices share one.
+    /// Returns the bias of a matrix: its part of the vector where several matrices share one.
     pub(crate) fn bias(&self, linear: &Linear) -> Option<&[f32]> {
         let all = self.opt_vector(linear.bias)?;
         let first = if all.len() == linear.n_out { 0 } else { linear.first_row };

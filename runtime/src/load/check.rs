@@ -43,13 +43,12 @@ pub(super) fn plan(shape: &ModelShape, plan: &Placement) -> Result<(), LoadError
             return Err(bad(format!("tier '{name}' holds {} of {} bytes", t.used_bytes(), t.budget_bytes)));
         }
         let tier_error =
-            |kind, mend| LoadError::Tier { plan: plan.name.clone(), tier: t.tier.name.clone(), kind, mend };
+            |kind, rule| LoadError::Tier { plan: plan.name.clone(), tier: t.tier.name.clone(), kind, rule };
         if t.uses_gpu() && (i == slow || t.staging_bytes > 0) {
-            let mend = "buffers for experts in flight and pooled experts can't be there: solve with --vram 0";
-            return Err(tier_error("a GPU's memory", mend));
+            return Err(tier_error("a GPU's memory", "staging buffers and pooled experts can't be there"));
         }
         if t.tier.kind == TierKind::Nvme && i != slow && t.used_bytes() > 0 {
-            return Err(tier_error("a block device", "only the last tier may be one: reorder the machine file"));
+            return Err(tier_error("a block device", "only the last tier may be one"));
         }
     }
     let mut dense = vec![0u64; plan.tiers.len()];

@@ -1,19 +1,23 @@
-//! Loading experts to GPUs: those that a plan pins there, and room for slots.
+//! Loading routed experts to GPUs: those that a plan pins there, and memory for slots.
 
 use crate::error::LoadError;
-use crate::experts::layer::{Home, LayerExperts, Layout};
+use crate::experts::layer::LayerExperts;
 use crate::experts::view::ExpertView;
 use crate::gpu::devices::Devices;
 use crate::gpu::rows::gpu_rows;
-use crate::load::{Backing, Loader};
+use crate::layers::index::MoeLayer;
+use crate::load::Loader;
+use crate::load::storage::Storage;
 use crate::tiers::arena::Arena;
 use std::sync::Arc;
 use tier_plan_cuda::CudaError;
 use tier_plan_cuda::experts::{ExpertBytes, PinnedExperts};
-use tier_plan_formats::model::spec::MoeSpec;
 use tier_plan_formats::placement::{LayerPlacement, Placement, TierIdx};
 
-/// The GPUs of a plan, with no expert yet, by tier.
+/// Returns the GPUs of a plan by tier, with no experts yet.
+///
+/// # Errors
+/// When a GPU fails.
 pub(super) fn open(plan: &Placement, devices: &Devices) -> Result<Vec<Option<PinnedExperts>>, LoadError> {
     let open = |tier| devices.of(tier).map(|device| PinnedExperts::new(Arc::clone(device), plan.layers.len()));
     let gpus = (0..plan.tiers.len()).map(|tier| open(tier).transpose());
@@ -26,10 +30,11 @@ impl Loader<'_> {
         move |source| LoadError::Gpu { plan: plan.clone(), source }
     }
 
-    /// Copies what a layer pins on a GPU there, by way of main memory, and makes its slots if they are there.
+    /// Copies what a layer pins on a GPU there, by way of main memory, and makes its slots if they
+    /// are there.
     pub(super) fn experts_on_gpu(
         &mut self,
-        (at, moe): (usize, &MoeSpec),
+        moe: MoeLayer<'_>,
         placed: &LayerPlacement,
         layer: &mut LayerExperts,
         tier: TierIdx,
@@ -39,20 +44,18 @@ impl Loader<'_> {
         if pinned.is_empty() && slots == 0 {
             return Ok(());
         }
-        let bytes = layer.expert_bytes;
-        // One more, by which the sizes of any expert are known.
-        let mut passing = Arena::new("", (bytes * (pinned.len() + 1)) as u64)?;
-        let any = passing.take(bytes)?;
+        let bytes = layer.expert_bytes();
+        // One more than pinned: its view has the sizes of any expert.
+        let mut host = Arena::new("", (bytes * (pinned.len() + 1)) as u64)?;
+        let any = host.take(bytes)?;
         let mut pieces = Vec::with_capacity(pinned.len());
         for expert in pinned {
-            let spans = layer.spans(self.gguf, *expert as usize, Layout::Packed);
-            let checks = layer.checks(self.gguf, self.options.checks.as_deref(), *expert as usize, Layout::Packed);
-            pieces.push(self.read(&spans, checks, passing.take(bytes)?)?);
-            layer.home(*expert as usize, Home::Gpu(tier));
+            pieces.push(self.read_expert(layer, *expert, host.take(bytes)?)?);
+            layer.pin_on_gpu(*expert as usize, tier);
         }
         let views: Vec<_> = pieces.iter().map(|piece| layer.packed(piece)).collect();
         let biases: Vec<_> = views.iter().map(ExpertView::biases).collect();
-        let all: Vec<_> = pinned
+        let experts: Vec<_> = pinned
             .iter()
             .zip(views.iter().zip(&biases))
             .map(|(expert, (view, biases))| {
@@ -62,20 +65,21 @@ impl Loader<'_> {
             })
             .collect();
         let (any, failed) = (layer.packed(&any), self.gpu_failed());
-        if let Some(gpu) = &mut self.gpus[tier] {
-            gpu.add_layer(at, any.kind(moe), &all, slots, any.biases().is_some()).map_err(failed)?;
+        if let Some(gpu) = &mut self.gpu_experts[tier] {
+            gpu.add_layer(moe.index.get(), any.kind(moe.spec), &experts, slots, any.biases().is_some())
+                .map_err(failed)?;
         }
-        self.resident[tier] += (bytes * (pinned.len() + slots)) as u64;
-        self.done += (bytes * pinned.len()) as u64;
+        self.memory.resident_bytes[tier] += (bytes * (pinned.len() + slots)) as u64;
+        self.progress.done += (bytes * pinned.len()) as u64;
         Ok(())
     }
 
-    /// The GPUs that have experts, with room for what is asked of them.
+    /// Returns the GPUs that have experts, with buffers for the rows that they will take.
     pub(super) fn ready_gpus(&mut self) -> Result<Vec<(TierIdx, PinnedExperts)>, LoadError> {
-        let (rows, failed) = (gpu_rows(self.spec), self.gpu_failed());
+        let (rows, failed) = (gpu_rows(self.model.spec()), self.gpu_failed());
         let mut ready = Vec::new();
-        for (tier, gpu) in self.gpus.iter_mut().enumerate() {
-            if !matches!(self.backings[tier], Backing::Gpu) {
+        for (tier, gpu) in self.gpu_experts.iter_mut().enumerate() {
+            if !matches!(self.storage[tier], Storage::Gpu) {
                 continue;
             }
             if let Some(mut gpu) = gpu.take().filter(|gpu| gpu.bytes() > 0) {

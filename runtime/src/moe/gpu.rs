@@ -38,7 +38,7 @@ impl GpuBatch {
         rows: &mut GpuRows,
     ) -> Result<(), RunError> {
         for gpu in 0..self.waiting.len() {
-            let mut room = store.gpu_room(gpu);
+            let mut room = store.gpu_capacity(gpu);
             let (mut positions, mut done) = (Vec::new(), Vec::new());
             rows.sent.clear();
             while room > 0

@@ -3,12 +3,12 @@
 //! meanwhile.
 
 use super::routing::Batch;
-use super::routing::Users;
+use super::routing::TokensByExpert;
 use crate::error::LoadError;
 use crate::error::RunError;
 use crate::experts::store::{ExpertStore, Step};
 use crate::gpu::devices::Devices;
-use crate::layers::compute::Compute;
+use crate::layers::cpu_context::CpuContext;
 use crate::layers::places::Places;
 use crate::options::{LoadOptions, StreamRates};
 use crate::tiers::pace::StageBytes;
@@ -126,19 +126,20 @@ impl Streams {
         &self,
         store: &ExpertStore,
         step: &Step,
-        users: &Users,
+        users: &TokensByExpert,
         moe: &MoeSpec,
         tokens: usize,
     ) -> Passing {
         let Some(gpu) = self.by_layer.get(step.layer()).copied().flatten().filter(|_| tokens >= LEAST_TOKENS) else {
             return Passing::default();
         };
-        let on_processor = |at: &usize| store.spot(step, *at).is_none();
+        let on_processor = |at: &usize| store.gpu_slot(step, *at).is_none();
         let all: Vec<usize> = (0..step.experts().len()).filter(on_processor).collect();
         let uses = |at: usize| users.of(step.experts()[at] as usize).len();
         let total: usize = all.iter().map(|at| uses(*at)).sum();
         // Those that lie in slots or are being read give their buffers back too soon.
-        let mut may: Vec<usize> = all.into_iter().filter(|at| step.is_at_home(*at) && step.was_at_hand(*at)).collect();
+        let mut may: Vec<usize> =
+            all.into_iter().filter(|at| step.is_in_place(*at) && step.was_resident(*at)).collect();
         may.sort_by_key(|at| std::cmp::Reverse(uses(*at)));
         let counts: Vec<usize> = may.iter().map(|at| uses(*at)).collect();
         let cost = Cost::new(self.streams[gpu].2, store.expert_bytes(step.layer()), moe, tokens);
@@ -228,9 +229,9 @@ impl Passing {
     pub(crate) fn send(
         &mut self,
         streams: &mut Streams,
-        c: Compute<'_>,
+        c: CpuContext<'_>,
         (store, step): (&mut ExpertStore, &mut Step),
-        users: &Users,
+        users: &TokensByExpert,
         moe: &MoeSpec,
         all: bool,
         computed: &mut StageBytes,
@@ -273,7 +274,7 @@ impl Passing {
     pub(crate) fn finish(
         &self,
         streams: &mut Streams,
-        c: Compute<'_>,
+        c: CpuContext<'_>,
         (store, step): (&mut ExpertStore, &mut Step),
         out: &mut [f32],
     ) -> Result<(), RunError> {

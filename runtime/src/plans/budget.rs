@@ -1,13 +1,14 @@
-//! A plan within a budget of memory, made without a solver: for a model that is larger than memory when nobody made a
-//! plan for it.
+//! A plan within a memory budget, made without a solver: the default for a model that is larger
+//! than memory.
 //!
-//! The budget is for all that the process holds. Dense tensors, keys and values, buffers of experts in flight and of
-//! activations come first; what is left becomes slots, the same number in every layer as nothing is known of how the
-//! experts are used. All experts live in the file, which counts as a block device.
+//! The budget is for all memory of the process. Dense tensors, the KV cache, staging, and
+//! activations come first. What is left becomes slots, the same number in every layer, as nothing
+//! is known of how the experts are used. The backing copy of every expert is in the file, which
+//! counts as a block device.
 
-use super::in_memory::obvious;
-use crate::experts::layer::{Home, LayerExperts, Layout};
-use crate::options::{BATCH, MICRO_BATCH};
+use super::in_memory::all_in_memory;
+use crate::experts::layer::{LayerExperts, Layout};
+use crate::options::{DEFAULT_BATCH, MAX_MICRO_BATCH};
 use crate::tiers::file::FileTier;
 use thiserror::Error;
 use tier_plan_formats::gguf::Gguf;
@@ -18,96 +19,105 @@ use tier_plan_formats::model::spec::{Ffn, ModelSpec, MoeSpec};
 use tier_plan_formats::placement::{Placement, PlanTier};
 use tier_plan_formats::units::show_bytes;
 
-/// The program itself, its threads and what its allocator keeps: measured as resident memory beyond all that is counted
-/// (9 MiB), with some room.
+/// Memory of the program, its threads, and its allocator: 9 MiB were measured as resident memory
+/// beyond all that is counted, the rest is margin.
 const PROGRAM_BYTES: u64 = 16 << 20;
 
-/// Memory of an open file and its tokenizer for each byte of its header: measured on vocabularies of 49 to 152 thousand
-/// tokens (15 to 16).
-const HEADER_FACTOR: u64 = 17;
+/// Memory of an open file and its tokenizer, in bytes per byte of its header: 15 to 16 were
+/// measured on vocabularies of 49 to 152 thousand tokens.
+const MEMORY_PER_HEADER_BYTE: u64 = 17;
 
-/// The part of a budget that stays free for what can't be counted: page tables, the system's buffers, fragments.
-const SPARE: u64 = 64;
+/// Fraction (1/n) of a budget that stays free for what can't be counted: page tables, kernel
+/// buffers, fragmentation.
+const SPARE_FRACTION: u64 = 64;
 
-/// Buffers for experts in flight beyond those that one token uses.
-const MORE_STAGING: u32 = 8;
+/// Most staging buffers beyond the experts that one token uses.
+const MAX_EXTRA_STAGING: u32 = 8;
 
-/// Fewest tokens of a batch that a small budget leads to.
-const LEAST_BATCH: usize = 32;
+/// Fewest tokens per batch, however small the budget.
+const MIN_BATCH: usize = 32;
 
-/// What one line of a budget is for, and its bytes.
-pub type Line = (String, u64);
+/// One line of a budget.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Line {
+    /// What the memory is for: `dense weights`.
+    pub purpose: String,
+    /// Bytes of memory.
+    pub bytes: u64,
+}
 
 /// A plan within a budget.
 #[derive(Debug, Clone)]
 pub struct Budgeted {
-    /// The plan.
+    /// Plan over memory and file.
     pub plan: Placement,
-    /// Tokens of a batch that activations have room for.
+    /// Most tokens per batch for which the budget has activations.
     pub batch: usize,
-    /// What the budget is spent on; the lines add up to no more than it.
+    /// What the budget is spent on. The lines add up to at most the budget.
     pub lines: Vec<Line>,
 }
 
-/// A budget that is too small.
+/// A memory budget that is too small for a model.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[error(
-    "{} of memory are too few for '{model}': {needs}; the least is {}, and more makes it faster",
-    show_bytes(*budget_bytes), show_bytes(*least_bytes)
+    "'{model}' needs at least {} of memory, {} available: {needs}",
+    show_bytes(*least_bytes), show_bytes(*budget_bytes)
 )]
 pub struct TooSmall {
-    /// The model.
+    /// Name of the model.
     pub model: String,
-    /// What there is.
+    /// Bytes of the budget.
     pub budget_bytes: u64,
-    /// What there would have to be.
+    /// The smallest sufficient budget.
     pub least_bytes: u64,
-    /// What for, in words.
+    /// Purposes of the memory with their bytes, formatted.
     pub needs: String,
 }
 
-/// What every plan of a model takes beside its weights.
+/// Memory that every plan of a model takes beside the weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Fixed {
-    /// Program, open file and tokenizer.
+pub struct FixedMemory {
+    /// Program, open file, and tokenizer.
     pub program_bytes: u64,
     /// Activations of a batch.
     pub activation_bytes: u64,
-    /// Keys and values, and recurrent state.
+    /// KV cache and recurrent state.
     pub context_bytes: u64,
-    /// Tokens of a batch.
+    /// Most tokens per batch.
     pub batch: usize,
 }
 
-impl Fixed {
-    /// For a model that may use `budget` bytes: the largest batch whose activations are a small part of that.
+impl FixedMemory {
+    /// Returns the memory of a model within `budget` bytes, with the largest batch whose
+    /// activations take at most a 32nd of the budget.
     pub fn new(gguf: &Gguf, spec: &ModelSpec, shape: &ModelShape, context: u32, kv_type: KvType, budget: u64) -> Self {
         let header = gguf.tensors().iter().filter(|t| t.part == 0).map(|t| t.offset).min().unwrap_or(0);
-        let mut batch = BATCH.min(context.max(1) as usize);
-        while batch > LEAST_BATCH && activation_bytes(gguf, spec, context, batch) > budget / 32 {
+        let mut batch = DEFAULT_BATCH.min(context.max(1) as usize);
+        while batch > MIN_BATCH && activation_bytes(gguf, spec, context, batch) > budget / 32 {
             batch /= 2;
         }
         Self {
-            program_bytes: PROGRAM_BYTES + FileTier::working_bytes() + header.saturating_mul(HEADER_FACTOR),
+            program_bytes: PROGRAM_BYTES + FileTier::working_bytes() + header.saturating_mul(MEMORY_PER_HEADER_BYTE),
             activation_bytes: activation_bytes(gguf, spec, context, batch),
             context_bytes: kv_type.context_bytes(shape, context),
             batch,
         }
     }
 
-    /// All of it, with the part of `budget` that stays free.
+    /// Returns the sum, including the part of `budget` that stays free.
     pub fn bytes(&self, budget: u64) -> u64 {
         self.outside_bytes(budget).saturating_add(self.context_bytes)
     }
 
-    /// What no plan counts, with the part of `budget` that stays free.
+    /// Returns the memory that no plan counts, including the part of `budget` that stays free.
     pub fn outside_bytes(&self, budget: u64) -> u64 {
-        self.program_bytes.saturating_add(self.activation_bytes).saturating_add(budget / SPARE)
+        self.program_bytes.saturating_add(self.activation_bytes).saturating_add(budget / SPARE_FRACTION)
     }
 }
 
-/// Buffers of a pass of `batch` tokens, from above: what layers hand on, and for a micro-batch each layer kind's widest
-/// rows, with their 8-bit forms.
+/// Returns an upper bound on the activations of a pass of `batch` tokens: the hidden states between
+/// layers, and for a micro-batch the widest rows of each kind of layer, with their 8-bit quantized
+/// forms.
 fn activation_bytes(gguf: &Gguf, spec: &ModelSpec, context: u32, batch: usize) -> u64 {
     // A value and its 8-bit form with scales take 5.25 bytes.
     const WITH_QUANTS: u64 = 6;
@@ -115,7 +125,8 @@ fn activation_bytes(gguf: &Gguf, spec: &ModelSpec, context: u32, batch: usize) -
     let (mut mixer, mut ffn, mut n_expert, mut n_used) = (0, 0, 0, 0);
     for layer in &spec.layers {
         let matrices = layer.mixer.tensors().matrices;
-        // Each result once more as it is transformed, and quantised once for the matrix that reads it.
+        // Each result exists a second time while it is transformed, and is quantized once for its
+        // reader.
         mixer = mixer.max(matrices.iter().map(rows).sum::<u64>().saturating_mul(8 + WITH_QUANTS));
         match &layer.ffn {
             Ffn::Dense(f) => ffn = ffn.max(f.gate.n_out),
@@ -127,29 +138,27 @@ fn activation_bytes(gguf: &Gguf, spec: &ModelSpec, context: u32, batch: usize) -
         }
     }
     let (hidden, ffn, n_expert, n_used) = (spec.hidden as u64, ffn as u64, n_expert as u64, n_used as u64);
-    // Each choice also in the list of its expert's tokens.
+    // The router's choices are stored a second time in the lists of each expert's tokens.
     let kept = hidden * (2 * 4 + WITH_QUANTS) + n_used * (2 + 4 + 16);
     let row = hidden * (3 * 4 + 3 * WITH_QUANTS) + ffn * (2 * 4 + WITH_QUANTS) + n_expert * 4 + mixer;
-    // Logits and the sampler's copies; scores of a query on each thread.
+    // Logits with the sampler's copies, and attention scores of one query on each thread.
     let once = spec.n_vocab as u64 * 24 + u64::from(context) * 64;
-    let micro = row.saturating_mul(batch.min(MICRO_BATCH) as u64);
+    let micro = row.saturating_mul(batch.min(MAX_MICRO_BATCH) as u64);
     kept.saturating_mul(batch as u64).saturating_add(micro).saturating_add(once)
 }
 
-/// Bytes that one expert's buffer takes in each layer with routed experts, room for whole pages included.
+/// Returns the bytes of one expert's buffer in each layer with routed experts, `[n_moe_layers]`,
+/// with room for whole pages.
 pub fn buffer_bytes(gguf: &Gguf, spec: &ModelSpec) -> Vec<u64> {
-    let room = |moe: &MoeSpec| {
-        let homes = (0..moe.n_expert).map(|_| Home::Pooled).collect();
-        LayerExperts::new(gguf, moe, homes, 0).buffer_bytes(Layout::WholePages) as u64
-    };
-    spec.moe_layers().map(|(_, moe)| room(moe)).collect()
+    let bytes = |moe: &MoeSpec| LayerExperts::all_pooled(gguf, moe).buffer_bytes(Layout::WholePages) as u64;
+    spec.moe_layers().map(|(_, moe)| bytes(moe)).collect()
 }
 
-/// A plan for a model that is not to take more than `budget` bytes of memory.
+/// Returns a plan under which the process takes at most `budget` bytes of memory.
 ///
 /// # Errors
-/// When not even one token's experts fit beside what every plan needs, or the model has no routed experts and its
-/// weights don't fit.
+/// When the experts of one token don't fit beside what every plan needs. For a model without routed
+/// experts: when its weights don't fit.
 pub fn within(
     gguf: &Gguf,
     spec: &ModelSpec,
@@ -158,7 +167,7 @@ pub fn within(
     kv_type: KvType,
     budget: u64,
 ) -> Result<Budgeted, TooSmall> {
-    let fixed = Fixed::new(gguf, spec, shape, context, kv_type, budget);
+    let fixed = FixedMemory::new(gguf, spec, shape, context, kv_type, budget);
     let rooms = buffer_bytes(gguf, spec);
     let largest = rooms.iter().copied().max().unwrap_or(0);
     let dense: u64 = shape.dense.iter().map(|d| d.bytes).sum();
@@ -168,7 +177,8 @@ pub fn within(
     let least = needed.saturating_add(u64::from(used).saturating_mul(largest));
     let Some(mut left) = budget.checked_sub(least) else {
         // The part that stays free grows with the budget.
-        let least_bytes = (least - budget / SPARE).saturating_mul(SPARE) / (SPARE - 1) + SPARE;
+        let least_bytes =
+            (least - budget / SPARE_FRACTION).saturating_mul(SPARE_FRACTION) / (SPARE_FRACTION - 1) + SPARE_FRACTION;
         let needs = format!(
             "the program and its buffers take {}, {context} tokens of context {}, dense weights {}, and the {used} experts of \
              a token {}",
@@ -180,7 +190,7 @@ pub fn within(
         return Err(TooSmall { model: shape.id.name.clone(), budget_bytes: budget, least_bytes, needs });
     };
     let mut staging = used;
-    while staging < (used + MORE_STAGING).min(most) && largest <= left / 16 {
+    while staging < (used + MAX_EXTRA_STAGING).min(most) && largest <= left / 16 {
         staging += 1;
         left -= largest;
     }
@@ -198,29 +208,32 @@ pub fn within(
     Ok(Budgeted { plan, batch: fixed.batch, lines })
 }
 
-/// What a budget is spent on, for a plan over memory and the file.
-pub fn lines(plan: &Placement, rooms: &[u64], fixed: &Fixed, budget: u64) -> Vec<Line> {
+/// Returns what a budget is spent on, for a plan over memory and the file. `rooms` are
+/// [`buffer_bytes`] of the layers.
+pub fn lines(plan: &Placement, rooms: &[u64], fixed: &FixedMemory, budget: u64) -> Vec<Line> {
     let slots: u64 = plan.layers.iter().map(|l| u64::from(l.slots)).sum();
     let in_slots: u64 = plan.layers.iter().zip(rooms).map(|(l, room)| u64::from(l.slots) * room).sum();
     let staged = u64::from(plan.staging_experts) * rooms.iter().copied().max().unwrap_or(0);
     let pinned: usize = plan.layers.iter().flat_map(|l| &l.pinned).map(|(_, experts)| experts.len()).sum();
+    let line = |purpose: String, bytes: u64| Line { purpose, bytes };
     let mut lines = vec![
-        ("program, open file and tokenizer".to_string(), fixed.program_bytes),
-        (format!("activations of {} tokens", fixed.batch), fixed.activation_bytes),
-        (format!("keys and values of {} tokens", plan.context), fixed.context_bytes),
-        ("dense weights".to_string(), plan.tiers[0].dense_bytes),
-        (format!("{} experts in flight", plan.staging_experts), staged),
+        line("program, open file and tokenizer".to_string(), fixed.program_bytes),
+        line(format!("activations of {} tokens", fixed.batch), fixed.activation_bytes),
+        line(format!("keys and values of {} tokens", plan.context), fixed.context_bytes),
+        line("dense weights".to_string(), plan.tiers[0].dense_bytes),
+        line(format!("{} experts in flight", plan.staging_experts), staged),
     ];
     if pinned > 0 {
-        lines.push((format!("{pinned} pinned experts"), plan.tiers[0].pinned_bytes));
+        lines.push(line(format!("{pinned} pinned experts"), plan.tiers[0].pinned_bytes));
     }
-    lines.push((format!("{slots} slots in {} layers", plan.layers.len()), in_slots));
-    lines.push(("kept free".to_string(), budget / SPARE));
+    lines.push(line(format!("{slots} slots in {} layers", plan.layers.len()), in_slots));
+    lines.push(line("kept free".to_string(), budget / SPARE_FRACTION));
     lines
 }
 
-/// As many slots in every layer as `left` bytes hold: at least as many as a token uses or none, and no more than there
-/// are experts (`limits`).
+/// Returns slots per layer, as evenly as `left` bytes allow. A layer gets no slots, or at least as
+/// many as a token uses experts, and at most as many as it has experts; `limits` are these two
+/// numbers.
 fn spread(rooms: &[u64], limits: &[(u32, u32)], mut left: u64) -> Vec<u32> {
     let mut slots = vec![0; rooms.len()];
     let mut open: Vec<usize> = (0..rooms.len()).collect();
@@ -240,9 +253,9 @@ fn spread(rooms: &[u64], limits: &[(u32, u32)], mut left: u64) -> Vec<u32> {
     slots
 }
 
-/// A plan over `bytes` of memory and the file, with nothing but the dense weights in memory yet.
+/// Returns a plan over `bytes` of memory and the file, with only the dense weights in memory yet.
 fn two_tiers(shape: &ModelShape, context: u32, kv_type: KvType, bytes: u64) -> Placement {
-    let mut plan = obvious(shape, context, kv_type);
+    let mut plan = all_in_memory(shape, context, kv_type);
     let [dram, file] = machine_tiers(bytes, plan.tiers[0].home_bytes);
     plan.name = "within-budget".into();
     plan.solver.status = "made to fit".into();
@@ -261,7 +274,8 @@ fn two_tiers(shape: &ModelShape, context: u32, kv_type: KvType, bytes: u64) -> P
     plan
 }
 
-/// Memory of so many bytes, and the model's file as a block device. The rates only say which of the two is slow.
+/// Returns a tier of memory and the model's file as a block device. Their rates are no
+/// measurements; they only order the two tiers.
 pub fn machine_tiers(dram_bytes: u64, file_bytes: u64) -> [Tier; 2] {
     let tier = |name: &str, kind, capacity_bytes, read_gbps, latency_us| Tier {
         name: name.into(),
@@ -287,7 +301,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn slots_fill_what_is_left(
+        fn slots_fill_the_rest_of_the_budget(
             layers in proptest::collection::vec((1u64..50, 0u32..6, 0u32..20), 0..6),
             left in 0u64..5000,
         ) {
@@ -319,7 +333,7 @@ mod tests {
         for more in [0, 1 << 20, 3 << 20] {
             let budget = least_bytes + more;
             let Budgeted { plan, lines, .. } = at(budget).unwrap();
-            let sum: u64 = lines.iter().map(|(_, bytes)| bytes).sum();
+            let sum: u64 = lines.iter().map(|line| line.bytes).sum();
             assert!(sum <= budget, "{sum} of {budget}: {lines:?}");
             let [dram, file] = &plan.tiers[..] else { panic!("{:?}", plan.tiers) };
             assert!(dram.used_bytes() <= dram.budget_bytes && file.used_bytes() == file.budget_bytes);

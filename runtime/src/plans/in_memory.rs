@@ -1,5 +1,5 @@
-//! The obvious plans: everything in main memory, in place in the mapped file, for running without a plan; and everything
-//! on one GPU.
+//! Default plans that need no solver: everything in main memory, in place in the mapped file;
+//! everything on one GPU; or the dense parts on a GPU and the routed experts in main memory.
 
 use tier_plan_formats::machine::{Accelerator, Tier, TierKind};
 use tier_plan_formats::model::kv::KvType;
@@ -9,8 +9,20 @@ use tier_plan_formats::placement::{
 };
 use tier_plan_formats::source_id::SourceId;
 
-/// A plan with one tier, `dram`, that holds the whole model where the system mapped it.
-pub fn obvious(shape: &ModelShape, context: u32, kv_type: KvType) -> Placement {
+/// Returns a plan with one tier, `dram`, that holds the whole model where the system maps the file.
+///
+/// ```
+/// use tier_plan_runtime::KvType;
+/// use tier_plan_runtime::model::Model;
+/// use tier_plan_runtime::plans::in_memory::all_in_memory;
+///
+/// let model = Model::open("../profiles/demo/demo.gguf".as_ref())?;
+/// let plan = all_in_memory(model.shape(), 4096, KvType::F16);
+/// assert_eq!(plan.tiers.len(), 1);
+/// assert_eq!(plan.tiers[0].used_bytes(), plan.tiers[0].budget_bytes);
+/// # Ok::<(), tier_plan_runtime::model::ModelError>(())
+/// ```
+pub fn all_in_memory(shape: &ModelShape, context: u32, kv_type: KvType) -> Placement {
     let home_bytes = shape.experts.iter().map(|e| e.expert_bytes * u64::from(e.n_expert)).sum();
     let mut tier = PlanTier {
         tier: Tier {
@@ -72,9 +84,10 @@ pub fn obvious(shape: &ModelShape, context: u32, kv_type: KvType) -> Placement {
     }
 }
 
-/// A plan with two tiers, `vram` and `dram`, that has the whole model on the first real GPU, keys and values too.
+/// Returns a plan with two tiers, `vram` and `dram`, that has the whole model on the first real
+/// GPU, the KV cache too.
 pub fn all_on_gpu(shape: &ModelShape, context: u32, kv_type: KvType) -> Placement {
-    let mut plan = obvious(shape, context, kv_type);
+    let mut plan = all_in_memory(shape, context, kv_type);
     plan.name = "all-in-vram".into();
     let mut vram = plan.tiers[0].clone();
     (vram.tier.name, vram.tier.kind) = ("vram".into(), TierKind::Vram);
@@ -90,7 +103,7 @@ pub fn all_on_gpu(shape: &ModelShape, context: u32, kv_type: KvType) -> Placemen
     plan
 }
 
-/// [`all_on_gpu`] with the routed experts in main memory, in place in the mapped file.
+/// Returns [`all_on_gpu`] with the routed experts in main memory, in place in the mapped file.
 pub fn experts_in_memory(shape: &ModelShape, context: u32, kv_type: KvType) -> Placement {
     let mut plan = all_on_gpu(shape, context, kv_type);
     plan.name = "experts-in-dram".into();

@@ -1,7 +1,7 @@
-//! One anonymous mapping a tier, cut into pieces with one owner each.
+//! One anonymous mapping per tier, cut into slices with one owner each.
 //!
-//! The arena has exactly the bytes that the plan gives the tier: pieces are packed without padding, since every
-//! kernel reads unaligned.
+//! An arena has exactly the bytes that the plan gives the tier. Slices are packed without padding,
+//! since every kernel reads unaligned.
 
 use super::nodes::Pages;
 use super::numa::NumaError;
@@ -10,53 +10,66 @@ use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 use thiserror::Error;
 
-/// An arena could not be made or is too small.
+/// An arena could not be allocated, or is too small.
 #[derive(Debug, Error)]
 pub enum ArenaError {
-    /// The system has not got the memory.
-    #[error("no memory for the {bytes} bytes of tier '{tier}': {source}")]
+    /// The system refused to map the memory.
+    #[error("allocating {bytes} bytes of tier '{tier}' failed: {source}")]
     Map {
-        /// The tier.
+        /// Name of the tier.
         tier: String,
-        /// Bytes asked for.
+        /// Bytes that were requested.
         bytes: u64,
-        /// What the system said.
+        /// Error of the system call.
         r#source: std::io::Error,
     },
-    /// Its pages can't be where its tier says.
-    #[error("tier '{tier}' is the memory of a node: {source}")]
+    /// The pages could not be bound to the tier's NUMA node.
+    #[error("binding tier '{tier}' to its NUMA node failed: {source}")]
     Node {
-        /// The tier.
+        /// Name of the tier.
         tier: String,
         /// Why; part of the message, so no source of its own.
         r#source: NumaError,
     },
-    /// More was asked of it than the plan reserved.
+    /// More bytes were taken than the plan reserves.
     #[error(
-        "tier '{tier}' is full: {wanted} bytes wanted, {left} of {capacity} left; the plan does not fit this model, solve again"
+        "tier '{tier}' is full: {wanted} bytes wanted, {left} of {capacity} left; the plan does not fit this model"
     )]
     Full {
-        /// The tier.
+        /// Name of the tier.
         tier: String,
-        /// Bytes asked for.
+        /// Bytes that were requested.
         wanted: usize,
-        /// Bytes left.
+        /// Bytes that are left.
         left: usize,
-        /// Bytes in all.
+        /// Bytes of the arena.
         capacity: usize,
     },
 }
 
 impl ArenaError {
-    /// The system does not put pages of a tier where they should be.
+    /// Returns the error of a system call that could not place a tier's pages.
     pub fn refused(tier: &str, pages: &Pages, source: std::io::Error) -> Self {
         ArenaError::Node { tier: tier.to_string(), r#source: NumaError::Refused { policy: pages.to_string(), source } }
     }
 }
 
+/// The anonymous mapping, which every slice keeps alive.
 struct Mapping(#[allow(dead_code, reason = "held for its memory")] MmapMut);
 
-/// Memory of one tier, handed out piece by piece and never taken back.
+/// Memory of one tier, handed out slice by slice and never taken back.
+///
+/// ```
+/// use tier_plan_runtime::tiers::arena::Arena;
+///
+/// let mut arena = Arena::new("dram", 8192)?;
+/// let mut slot = arena.take(4096)?;
+/// slot.fill(7);
+/// slot.truncate(100);
+/// assert_eq!((slot.len(), slot.capacity()), (100, 4096));
+/// assert!(arena.take(4097).is_err(), "4096 bytes are left");
+/// # Ok::<(), tier_plan_runtime::tiers::arena::ArenaError>(())
+/// ```
 pub struct Arena {
     tier: String,
     mapping: Arc<Mapping>,
@@ -65,27 +78,30 @@ pub struct Arena {
     capacity: usize,
 }
 
-// SAFETY: `base` points into `mapping`, which is never read or written except through pieces, and those are disjoint.
+// SAFETY: `base` points into `mapping`, which is read and written only through slices, and those
+// are disjoint.
 unsafe impl Send for Arena {}
 
 impl Arena {
-    /// An arena of exactly `bytes`, zero-filled, on huge pages where the system offers them; what has been written stays in
-    /// memory where the process may lock so much.
+    /// Allocates an arena of exactly `bytes`, zero-filled, on huge pages where the system offers
+    /// them. Pages that have been written are locked in memory where the process's limit allows
+    /// that.
     ///
     /// # Errors
-    /// When the system has not got the memory.
+    /// When the system refuses the memory.
     pub fn new(tier: &str, bytes: u64) -> Result<Self, ArenaError> {
         Self::on(tier, bytes, &Pages::Anywhere)
     }
 
-    /// The same, with its pages where `pages` says.
+    /// Allocates an arena like [`new`](Self::new), with its pages placed as `pages` says.
     ///
     /// # Errors
-    /// When the system has not got the memory, or refuses to have its pages there.
+    /// When the system refuses the memory, or to place its pages.
     pub fn on(tier: &str, bytes: u64, pages: &Pages) -> Result<Self, ArenaError> {
         let map_error = |source| ArenaError::Map { tier: tier.to_string(), bytes, r#source };
         let capacity = usize::try_from(bytes).map_err(|_| map_error(std::io::ErrorKind::OutOfMemory.into()))?;
-        // An empty mapping is refused by the system; one byte that nobody gets stands in for it.
+        // The system refuses empty mappings, so an empty arena maps one byte that is never handed
+        // out.
         let mut map = MmapMut::map_anon(capacity.max(1)).map_err(map_error)?;
         #[cfg(target_os = "linux")]
         let _ = map.advise(memmap2::Advice::HugePage);
@@ -93,15 +109,19 @@ impl Arena {
         // SAFETY: the range is the mapping's own.
         unsafe { pages.bind(base, capacity) }.map_err(|source| ArenaError::refused(tier, pages, source))?;
         #[cfg(target_os = "linux")]
-        // SAFETY: the range is the mapping's own. Few users may lock much; without that, all works the same.
+        // SAFETY: the range is the mapping's own. Most users may lock little memory: a refusal is
+        // ignored, since the lock only keeps pages from being swapped out.
         unsafe {
             libc::mlock2(base.cast(), capacity, libc::MLOCK_ONFAULT as _);
         }
         Ok(Self { tier: tier.to_string(), mapping: Arc::new(Mapping(map)), base, used: 0, capacity })
     }
 
-    /// The next `len` bytes.
-    pub fn take(&mut self, len: usize) -> Result<Piece, ArenaError> {
+    /// Hands out the next `len` bytes.
+    ///
+    /// # Errors
+    /// [`ArenaError::Full`] when fewer are left.
+    pub fn take(&mut self, len: usize) -> Result<ArenaSlice, ArenaError> {
         let left = self.capacity - self.used;
         if len > left {
             return Err(ArenaError::Full { tier: self.tier.clone(), wanted: len, left, capacity: self.capacity });
@@ -109,57 +129,61 @@ impl Arena {
         // SAFETY: `used + len` is within the mapping.
         let start = unsafe { self.base.add(self.used) };
         self.used += len;
-        Ok(Piece { start, len, capacity: len, _mapping: Arc::clone(&self.mapping) })
+        Ok(ArenaSlice { start, len, capacity: len, _mapping: Arc::clone(&self.mapping) })
     }
 
-    /// Bytes handed out.
+    /// Returns the bytes that have been handed out.
     pub fn used(&self) -> usize {
         self.used
     }
 }
 
-/// Bytes of an arena with one owner; keeps the arena's memory alive.
-pub struct Piece {
+/// A byte range of an arena with one owner; keeps the arena's memory alive.
+///
+/// It dereferences to its first `len` bytes, all of them unless it is [truncated](Self::truncate).
+pub struct ArenaSlice {
     start: *mut u8,
     len: usize,
     capacity: usize,
     _mapping: Arc<Mapping>,
 }
 
-impl Piece {
-    /// Shows only the first `len` bytes until [`restore`](Self::restore): a buffer for the largest expert also serves
-    /// smaller ones.
+impl ArenaSlice {
+    /// Shortens the visible range to `len` bytes until it is [restored](Self::restored): a buffer
+    /// for the largest expert also serves smaller ones.
     pub fn truncate(&mut self, len: usize) {
         self.len = len.min(self.capacity);
     }
 
-    /// Bytes that it can show.
+    /// Returns the bytes of the whole range, truncated or not.
     pub fn capacity(&self) -> usize {
         self.capacity
     }
 
-    /// Shows all bytes again.
-    pub fn restore(&mut self) {
+    /// Returns the slice with all bytes visible again.
+    #[must_use]
+    pub fn restored(mut self) -> Self {
         self.len = self.capacity;
+        self
     }
 }
 
-// SAFETY: a piece is the only way to its bytes, like a `Box<[u8]>`.
-unsafe impl Send for Piece {}
-// SAFETY: shared access to a piece only reads.
-unsafe impl Sync for Piece {}
+// SAFETY: a slice is the only way to its bytes, like a `Box<[u8]>`.
+unsafe impl Send for ArenaSlice {}
+// SAFETY: shared access to a slice only reads.
+unsafe impl Sync for ArenaSlice {}
 
-impl Deref for Piece {
+impl Deref for ArenaSlice {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        // SAFETY: the range lies in the mapping that `_mapping` keeps alive, is initialised (zero-filled), and belongs
-        // to this piece alone.
+        // SAFETY: the range lies in the mapping that `_mapping` keeps alive, is initialized
+        // (zero-filled), and belongs to this slice alone.
         unsafe { std::slice::from_raw_parts(self.start, self.len) }
     }
 }
 
-impl DerefMut for Piece {
+impl DerefMut for ArenaSlice {
     fn deref_mut(&mut self) -> &mut [u8] {
         // SAFETY: as above, and `self` is borrowed mutably.
         unsafe { std::slice::from_raw_parts_mut(self.start, self.len) }
@@ -171,7 +195,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pieces_are_disjoint_and_outlive_the_arena() {
+    fn slices_are_disjoint_and_outlive_the_arena() {
         let mut arena = Arena::new("dram", 10).unwrap();
         let mut a = arena.take(4).unwrap();
         let mut b = arena.take(6).unwrap();

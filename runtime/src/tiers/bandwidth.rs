@@ -1,31 +1,31 @@
-//! How fast this machine's main memory can be read.
+//! Measures the read bandwidth of main memory.
 
 use super::arena::{Arena, ArenaError};
 use std::time::Instant;
 use tier_plan_kernels::Kernels;
 use tier_plan_kernels::threads::ThreadPool;
 
-/// Bytes that a thread reads at a time.
-const SHARE: usize = 1 << 20;
+/// Bytes per work item of a thread.
+const CHUNK_BYTES: usize = 1 << 20;
 
-/// Passes over the memory; the fastest counts.
+/// Passes over the memory, of which the fastest counts.
 const PASSES: usize = 5;
 
-/// Gigabytes (10⁹) a second that the pool's threads read together from `bytes` bytes of main memory on huge pages: the
-/// fastest of a few passes. Give more bytes than the last-level cache has.
+/// Returns the GB/s (10⁹ bytes) at which the pool's threads together read `bytes` of main memory on
+/// huge pages, from the fastest of a few passes. `bytes` should exceed the last-level cache.
 ///
 /// # Errors
-/// When the memory can't be had.
+/// When the memory can't be allocated.
 pub fn dram_read_gbps(pool: &ThreadPool, kernels: Kernels, bytes: u64) -> Result<f64, ArenaError> {
     let mut memory = Arena::new("memory to be measured", bytes)?.take(bytes as usize)?;
     // Untouched memory is one page of zeros.
     memory.fill(1);
-    let shares: Vec<&[u8]> = memory.chunks(SHARE).collect();
+    let chunks: Vec<&[u8]> = memory.chunks(CHUNK_BYTES).collect();
     let pass = || {
         let start = Instant::now();
-        pool.for_each_chunk(shares.len(), 1, |range| {
-            for share in &shares[range] {
-                std::hint::black_box(kernels.read_all(share));
+        pool.for_each_chunk(chunks.len(), 1, |range| {
+            for chunk in &chunks[range] {
+                std::hint::black_box(kernels.read_all(chunk));
             }
         });
         start.elapsed().as_secs_f64()

@@ -1,16 +1,19 @@
-//! The slow tier as files: reads run on threads of their own, so that many are in flight while others compute.
+//! The slow tier as files: reader threads keep many reads in flight while other threads compute.
 //!
-//! A request reads some [spans](Span) into one buffer. Each is cut at [`CHUNK`] into jobs that the readers take in
-//! order. Past the page cache only whole pages are read: into place where the buffer has room for them at the right
-//! address, otherwise by way of a reader's own page-aligned buffer, at the price of a copy.
+//! A request reads some [spans](Span) into one buffer. Each span is cut at 1 MiB into
+//! jobs, which the readers take in order of [priority](Priority).
+//!
+//! Direct I/O (`O_DIRECT`) reads whole pages only. They go straight into the buffer where it has
+//! room for them at an aligned address. Otherwise they go through the reader's own page-aligned
+//! bounce buffer, at the price of a copy.
 
 mod check;
 mod stream;
 
-pub use check::{Check, compare};
+pub use check::{SliceChecksum, compare};
 pub use stream::stream;
 
-use super::arena::{Arena, Piece};
+use super::arena::{Arena, ArenaSlice};
 use super::source::{ALIGN, ReadAt, Source};
 pub use super::source::{ReadError, ReadMode};
 use std::cell::UnsafeCell;
@@ -21,53 +24,53 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-/// Reads that may be in flight at once: enough for a drive that is fast only when asked for much, and threads that wait
-/// for a drive cost little.
-const READERS: usize = 16;
+/// Reader threads, and so reads in flight at once. Drives reach their rate only at high queue
+/// depths, and a thread that waits for a drive costs little.
+const READER_THREADS: usize = 16;
 
-/// Most bytes of one read.
-const CHUNK: usize = 1 << 20;
+/// Most bytes that one read asks the system for.
+const MAX_READ_BYTES: usize = 1 << 20;
 
-/// A stretch of one file.
+/// A contiguous byte range of one file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Extent {
-    /// Index of the file.
+    /// Index of the file among those of the [`FileTier`].
     pub part: usize,
-    /// First byte.
+    /// Offset of the first byte.
     pub offset: u64,
-    /// Bytes.
+    /// Length in bytes.
     pub len: usize,
 }
 
 impl Extent {
-    /// Bytes from the beginning of the page that the first byte is in.
+    /// Returns the distance of the first byte from the beginning of its page.
     pub fn head(&self) -> usize {
         (self.offset % ALIGN as u64) as usize
     }
 
-    /// Bytes of the pages that it touches.
+    /// Returns the bytes of all pages that the extent touches.
     pub fn pages_bytes(&self) -> usize {
         (self.head() + self.len).next_multiple_of(ALIGN)
     }
 }
 
-/// Where in a buffer an extent's bytes go.
+/// An extent, and where in a buffer its bytes go.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Span {
-    /// What is read.
+    /// The bytes that are read.
     pub extent: Extent,
-    /// Its first byte's place in the buffer.
+    /// Offset of the extent's first byte in the buffer.
     pub at: usize,
-    /// Whether the buffer has room for whole pages there: the [`head`](Extent::head) before `at`, and
-    /// [`pages_bytes`](Extent::pages_bytes) in all. What is in that room besides the extent's bytes may be overwritten.
+    /// Whether the buffer has room for whole pages there: [`head`](Extent::head) bytes before `at`,
+    /// and [`pages_bytes`](Extent::pages_bytes) in all. A read may overwrite all of that room.
     pub whole_pages: bool,
 }
 
 impl Span {
-    /// The part of the buffer that the read may write.
-    fn room(&self) -> Option<Range<usize>> {
+    /// Returns the range of the buffer that the read may write, or `None` if it begins before 0.
+    fn writable(&self) -> Option<Range<usize>> {
         if self.whole_pages {
             let from = self.at.checked_sub(self.extent.head())?;
             Some(from..from.checked_add(self.extent.pages_bytes())?)
@@ -77,258 +80,309 @@ impl Span {
     }
 }
 
-/// Which of the waiting reads come first.
+/// Order in which waiting reads are served.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Urgency {
-    /// Somebody waits for it.
-    Now,
-    /// It may be of use later; done while nothing that somebody waits for is being read.
+pub enum Priority {
+    /// A computation waits for the read.
+    Demand,
+    /// The read may be useful later. Served only while no [demand](Self::Demand) read is pending.
     Idle,
-    /// As [`Idle`](Self::Idle), but after all of those, a few at once, and never given up.
+    /// Served after all [idle](Self::Idle) reads, a few at once. Never canceled.
     Background,
 }
 
-/// [Background](Urgency::Background) reads that are done at once, so that what is asked for meanwhile finds the device
-/// little occupied.
-const BACKGROUND: usize = 2;
+/// [Background](Priority::Background) reads in flight at once: few, so that a demand read that
+/// comes meanwhile finds the device nearly idle.
+const MAX_BACKGROUND_READS: usize = 2;
 
-/// A finished read: its buffer comes back filled, or with the reason why not.
-pub struct Arrival {
-    /// What [`FileTier::submit`] was given.
-    pub key: u64,
-    /// The buffer.
-    pub piece: Piece,
-    /// Whether the bytes are good.
-    pub result: Result<(), ReadError>,
-    /// From its submission to the end of its last part.
-    pub during: (Instant, Instant),
+/// The time that a request took: from its submission to the end of its last job.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub struct ReadTime {
+    pub submitted: Instant,
+    pub ended: Instant,
 }
 
-/// A buffer being filled by several jobs.
+impl ReadTime {
+    /// Returns the shortest time that covers both.
+    pub fn union(self, other: Self) -> Self {
+        Self { submitted: self.submitted.min(other.submitted), ended: self.ended.max(other.ended) }
+    }
+
+    /// Returns the time from submission to end.
+    pub fn duration(self) -> Duration {
+        self.ended - self.submitted
+    }
+}
+
+/// A finished request. Its buffer comes back whether the read succeeded or not.
+pub struct Completion {
+    /// The key that was given to [`FileTier::submit`].
+    pub key: u64,
+    /// The request's buffer; its content is undefined after an error.
+    pub buffer: ArenaSlice,
+    /// Whether all bytes were read and have the expected checksums.
+    pub result: Result<(), ReadError>,
+    /// When the request was in flight.
+    pub time: ReadTime,
+}
+
+/// A buffer that several jobs fill.
 struct Request {
     key: u64,
     submitted: Instant,
     /// Taken out by the last job to end.
-    piece: UnsafeCell<Option<Piece>>,
-    /// Start of the piece.
+    buffer: UnsafeCell<Option<ArenaSlice>>,
+    /// Address of the buffer's first byte.
     base: *mut u8,
     /// Jobs that have not ended.
-    left: AtomicUsize,
+    jobs_left: AtomicUsize,
+    /// The first error of a job.
     error: Mutex<Option<ReadError>>,
-    /// What the bytes must be once they have all come.
-    checks: Vec<Check>,
+    /// Compared by the last job, once all bytes are there.
+    checks: Vec<SliceChecksum>,
 }
 
-// SAFETY: `base` points into `piece`, which stays until the last job has ended; jobs write disjoint ranges of it (checked
-// in `submit`), and `piece` itself is touched by the last job only, after all others (`left`).
+// SAFETY: `base` points into `buffer`, which stays until the last job has ended. Jobs write
+// disjoint ranges of it (checked in `submit_checked`). Only the last job touches `buffer` itself,
+// after all others have counted themselves out of `jobs_left` (acquire-release).
 unsafe impl Send for Request {}
-// SAFETY: as above.
+// SAFETY: the fields that threads share are atomics, mutexes, or governed by the rule above.
 unsafe impl Sync for Request {}
 
-/// One read.
+/// One read of a request.
 struct Job {
     request: Arc<Request>,
+    /// Index of the file.
     source: usize,
     /// Offset in the file, a multiple of the source's alignment.
     from: u64,
-    /// Bytes to ask for, likewise.
+    /// Bytes to ask for, a multiple of the source's alignment.
     len: usize,
     /// Bytes from `from` on that must come; the file may end after them.
     need: usize,
-    /// Bytes before the wanted ones: to be left out when they are copied.
+    /// Bytes between `from` and the first wanted byte.
     skip: usize,
-    /// Where the wanted bytes go in the request's buffer.
+    /// Offset of the wanted bytes in the request's buffer.
     at: usize,
-    /// Whether the read goes by way of the reader's buffer.
-    copied: bool,
+    /// Whether the read goes through the reader's bounce buffer.
+    bounced: bool,
 }
 
+/// Waiting jobs by priority, and what the readers are doing.
 #[derive(Default)]
 struct Queue {
-    now: VecDeque<Job>,
+    demand: VecDeque<Job>,
     idle: VecDeque<Job>,
     background: VecDeque<Job>,
-    /// Jobs of `now` that are being done.
-    busy: usize,
-    /// Jobs of `background` that are being done.
-    behind: usize,
+    demand_in_flight: usize,
+    background_in_flight: usize,
     closed: bool,
 }
 
 impl Queue {
-    /// The next job, and whether somebody waits for it. What nobody waits for is left while anything else is read.
-    fn next(&mut self) -> Option<(Job, Urgency)> {
-        if let Some(job) = self.now.pop_front() {
-            self.busy += 1;
-            return Some((job, Urgency::Now));
+    /// Takes the next job with its priority. Returns `None` while a demand read is in flight and no
+    /// other demand read waits: idle and background reads must not delay it.
+    fn next(&mut self) -> Option<(Job, Priority)> {
+        if let Some(job) = self.demand.pop_front() {
+            self.demand_in_flight += 1;
+            return Some((job, Priority::Demand));
         }
-        if self.busy > 0 {
+        if self.demand_in_flight > 0 {
             return None;
         }
         if let Some(job) = self.idle.pop_front() {
-            return Some((job, Urgency::Idle));
+            return Some((job, Priority::Idle));
         }
-        if self.behind >= BACKGROUND {
+        if self.background_in_flight >= MAX_BACKGROUND_READS {
             return None;
         }
         let job = self.background.pop_front()?;
-        self.behind += 1;
-        Some((job, Urgency::Background))
+        self.background_in_flight += 1;
+        Some((job, Priority::Background))
     }
 
-    /// Counts a job out; whether others may begin for that.
-    fn end(&mut self, urgency: Urgency) -> bool {
-        match urgency {
-            Urgency::Now => self.busy -= 1,
-            Urgency::Idle => {}
-            Urgency::Background => self.behind -= 1,
+    /// Counts a finished job out. Returns whether lower-priority jobs may begin now.
+    fn end(&mut self, priority: Priority) -> bool {
+        match priority {
+            Priority::Demand => self.demand_in_flight -= 1,
+            Priority::Idle => {}
+            Priority::Background => self.background_in_flight -= 1,
         }
-        self.busy == 0 && !(self.idle.is_empty() && self.background.is_empty())
+        self.demand_in_flight == 0 && !(self.idle.is_empty() && self.background.is_empty())
     }
 }
 
+/// What readers and submitters share.
 struct Shared {
     queue: Mutex<Queue>,
     ready: Condvar,
     sources: Vec<Source>,
 }
 
-/// Files that expert-sized pieces are read from.
+/// Something to read from, and the path that names it in errors.
+#[allow(missing_docs)]
+pub struct NamedReader {
+    pub path: PathBuf,
+    pub reader: Box<dyn ReadAt>,
+}
+
+/// Open files with the threads that read them.
 pub struct FileTier {
     shared: Arc<Shared>,
-    sender: Sender<Arrival>,
-    arrivals: Receiver<Arrival>,
+    sender: Sender<Completion>,
+    completions: Receiver<Completion>,
     readers: Vec<JoinHandle<()>>,
 }
 
 impl FileTier {
-    /// Opens the files and starts the readers.
+    /// Opens the files and starts the reader threads.
+    ///
+    /// # Errors
+    /// When a file can't be opened.
     pub fn open(paths: &[PathBuf], mode: ReadMode) -> Result<Self, ReadError> {
         Ok(Self::start(paths.iter().map(|path| Source::open(path, mode)).collect::<Result<_, _>>()?))
     }
 
-    /// The same over anything that can be read, with its name for errors.
-    pub fn of(sources: Vec<(PathBuf, Box<dyn ReadAt>)>) -> Result<Self, ReadError> {
-        let source = |(path, reader): (PathBuf, _)| Source::new(&path, reader);
-        Ok(Self::start(sources.into_iter().map(source).collect::<Result<_, _>>()?))
+    /// Starts reader threads over anything that implements [`ReadAt`].
+    ///
+    /// # Errors
+    /// When a reader has no [stamp](ReadAt::stamp).
+    pub fn from_readers(readers: Vec<NamedReader>) -> Result<Self, ReadError> {
+        let source = |named: NamedReader| Source::new(&named.path, named.reader);
+        Ok(Self::start(readers.into_iter().map(source).collect::<Result<_, _>>()?))
     }
 
     fn start(sources: Vec<Source>) -> Self {
         let shared = Arc::new(Shared { queue: Mutex::default(), ready: Condvar::new(), sources });
-        let (sender, arrivals) = channel();
-        let readers = (0..READERS)
+        let (sender, completions) = channel();
+        let readers = (0..READER_THREADS)
             .filter_map(|i| {
                 let (shared, sender) = (Arc::clone(&shared), sender.clone());
                 std::thread::Builder::new().name(format!("read-{i}")).spawn(move || read_loop(&shared, &sender)).ok()
             })
             .collect();
-        Self { shared, sender, arrivals, readers }
+        Self { shared, sender, completions, readers }
     }
 
-    /// Bytes of memory that the readers have of their own, at most.
+    /// Returns the most memory, in bytes, that the reader threads take beside the callers' buffers.
     pub fn working_bytes() -> u64 {
-        // A buffer each, and the part of its stack that a thread touches.
-        READERS as u64 * (CHUNK + 2 * ALIGN + (16 << 10)) as u64
+        // Per thread: a bounce buffer, and the part of its stack that it touches.
+        READER_THREADS as u64 * (MAX_READ_BYTES + 2 * ALIGN + (16 << 10)) as u64
     }
 
-    /// Whether reads go past the page cache, so that buffers with room for whole pages spare a copy.
+    /// Whether any file is read with direct I/O, so that buffers with room for whole pages save a
+    /// copy.
     pub fn is_direct(&self) -> bool {
         self.shared.sources.iter().any(|s| s.alignment() > 1)
     }
 
-    /// Fails if a file is not what it was when it was opened.
+    /// Fails if a file has changed since it was opened.
+    ///
+    /// # Errors
+    /// [`ReadError::Changed`].
     pub fn check(&self) -> Result<(), ReadError> {
         self.shared.sources.iter().try_for_each(Source::check)
     }
 
-    /// Reads the spans into `into`; [`wait`](Self::wait) gives it back.
+    /// Submits a request that reads the spans into `into`; [`wait`](Self::wait) gives the buffer
+    /// back.
     ///
     /// # Panics
     /// When a span does not fit the buffer, or two overlap.
-    pub fn submit(&self, key: u64, spans: &[Span], into: Piece, urgency: Urgency) {
-        self.submit_checked(key, spans, Vec::new(), into, urgency);
+    pub fn submit(&self, key: u64, spans: &[Span], into: ArenaSlice, priority: Priority) {
+        self.submit_checked(key, spans, Vec::new(), into, priority);
     }
 
-    /// The same, where what was read must have these checksums: it comes back with an error otherwise.
+    /// Submits a request like [`submit`](Self::submit) whose bytes must have the checksums in
+    /// `checks`. The request completes with [`ReadError::Damaged`] otherwise.
     ///
     /// # Panics
-    /// As [`submit`](Self::submit), and when a check reaches past the buffer.
-    pub fn submit_checked(&self, key: u64, spans: &[Span], checks: Vec<Check>, mut into: Piece, urgency: Urgency) {
-        let mut rooms: Vec<Range<usize>> = spans
-            .iter()
-            .map(|s| s.room().filter(|r| r.end <= into.len()).unwrap_or_else(|| panic!("{s:?} in {}", into.len())))
-            .collect();
-        rooms.sort_by_key(|r| r.start);
-        assert!(rooms.windows(2).all(|w| w[0].end <= w[1].start), "{spans:?} overlap");
-        let fits = |c: &Check| c.at.checked_add(c.extent.len).is_some_and(|end| end <= into.len());
+    /// When a span does not fit the buffer, two overlap, or a check reaches past the buffer.
+    pub fn submit_checked(
+        &self,
+        key: u64,
+        spans: &[Span],
+        checks: Vec<SliceChecksum>,
+        mut into: ArenaSlice,
+        priority: Priority,
+    ) {
+        let fitting = |s: &Span| s.writable().filter(|range| range.end <= into.len());
+        let writable = |s: &Span| fitting(s).unwrap_or_else(|| panic!("{s:?} in {}", into.len()));
+        let mut ranges: Vec<Range<usize>> = spans.iter().map(writable).collect();
+        ranges.sort_by_key(|r| r.start);
+        assert!(ranges.windows(2).all(|w| w[0].end <= w[1].start), "{spans:?} overlap");
+        let fits = |c: &SliceChecksum| c.at.checked_add(c.extent.len).is_some_and(|end| end <= into.len());
         assert!(checks.iter().all(fits), "{checks:?} in {}", into.len());
         let base = into.as_mut_ptr();
         let request = Arc::new(Request {
             key,
             submitted: Instant::now(),
-            piece: UnsafeCell::new(Some(into)),
+            buffer: UnsafeCell::new(Some(into)),
             base,
-            left: AtomicUsize::new(0),
+            jobs_left: AtomicUsize::new(0),
             error: Mutex::default(),
             checks,
         });
         let jobs: Vec<Job> = spans.iter().flat_map(|span| self.jobs(&request, span)).collect();
-        request.left.store(jobs.len(), Ordering::Release);
+        request.jobs_left.store(jobs.len(), Ordering::Release);
         if jobs.is_empty() {
             self.sender.send(finished(&request)).unwrap_or_else(|_| unreachable!("the receiver is in this value"));
             return;
         }
         let mut queue = lock(&self.shared.queue);
-        let queue = match urgency {
-            Urgency::Now => &mut queue.now,
-            Urgency::Idle => &mut queue.idle,
-            Urgency::Background => &mut queue.background,
+        let queue = match priority {
+            Priority::Demand => &mut queue.demand,
+            Priority::Idle => &mut queue.idle,
+            Priority::Background => &mut queue.background,
         };
         let n = jobs.len();
         queue.extend(jobs);
-        for _ in 0..n.min(READERS) {
+        for _ in 0..n.min(READER_THREADS) {
             self.shared.ready.notify_one();
         }
     }
 
-    /// Cuts a span into reads.
+    /// Cuts a span into jobs of at most [`MAX_READ_BYTES`].
     fn jobs(&self, request: &Arc<Request>, span: &Span) -> Vec<Job> {
         let Extent { part, offset, len } = span.extent;
         let align = self.shared.sources[part].alignment() as u64;
         let end = offset + len as u64;
-        let mut jobs = Vec::with_capacity(len.div_ceil(CHUNK) + 1);
+        let mut jobs = Vec::with_capacity(len.div_ceil(MAX_READ_BYTES) + 1);
         let mut from = offset / align * align;
         while from < end {
-            let to = (from + CHUNK as u64).min(end);
+            let to = (from + MAX_READ_BYTES as u64).min(end);
             let skip = offset.saturating_sub(from) as usize;
             let at = span.at + (from.max(offset) - offset) as usize;
-            // With whole pages the head lies in the buffer, as `submit` checked.
+            // With whole pages the head lies in the buffer, as `submit_checked` has checked.
             let in_place =
                 align == 1 || (span.whole_pages && (request.base as usize + at - skip).is_multiple_of(ALIGN));
             let need = (to - from) as usize;
             let request = Arc::clone(request);
             let len = need.next_multiple_of(align as usize);
-            jobs.push(Job { request, source: part, from, len, need, skip, at, copied: !in_place });
+            jobs.push(Job { request, source: part, from, len, need, skip, at, bounced: !in_place });
             from = to;
         }
         jobs
     }
 
-    /// Decides about the [idle](Urgency::Idle) reads that have not begun: those with these keys are wanted now, all others
-    /// no longer. Requests come back all the same, those that are cut short with an error.
-    pub fn settle_idle(&self, wanted: &[u64]) {
+    /// Promotes the [idle](Priority::Idle) requests with these keys to [demand](Priority::Demand),
+    /// and cancels the jobs of all other idle requests that have not begun.
+    ///
+    /// A canceled request still completes, with [`ReadError::Stopped`].
+    pub fn resolve_idle(&self, promoted: &[u64]) {
         let mut queue = lock(&self.shared.queue);
         let idle = std::mem::take(&mut queue.idle);
-        let (kept, cancelled): (Vec<Job>, Vec<Job>) = idle.into_iter().partition(|j| wanted.contains(&j.request.key));
-        let n = kept.len();
-        queue.now.extend(kept);
+        let (kept, canceled): (Vec<Job>, Vec<Job>) = idle.into_iter().partition(|j| promoted.contains(&j.request.key));
+        let n_kept = kept.len();
+        queue.demand.extend(kept);
         drop(queue);
-        for _ in 0..n.min(READERS) {
+        for _ in 0..n_kept.min(READER_THREADS) {
             self.shared.ready.notify_one();
         }
-        for job in cancelled {
+        for job in canceled {
             lock(&job.request.error).get_or_insert(ReadError::Stopped);
-            if job.request.left.fetch_sub(1, Ordering::AcqRel) == 1 {
+            if job.request.jobs_left.fetch_sub(1, Ordering::AcqRel) == 1 {
                 self.sender
                     .send(finished(&job.request))
                     .unwrap_or_else(|_| unreachable!("the receiver is in this value"));
@@ -336,29 +390,43 @@ impl FileTier {
         }
     }
 
-    /// The next finished read, in whatever order they finish.
-    pub fn wait(&self) -> Result<Arrival, ReadError> {
+    /// Waits for the next finished request, in the order in which they finish.
+    ///
+    /// # Errors
+    /// [`ReadError::Stopped`] when no reader thread runs. A failed read is no error of this call.
+    pub fn wait(&self) -> Result<Completion, ReadError> {
         if self.readers.is_empty() {
             return Err(ReadError::Stopped);
         }
-        self.arrivals.recv().map_err(|_| ReadError::Stopped)
+        self.completions.recv().map_err(|_| ReadError::Stopped)
     }
 
-    /// A read that has finished already, if there is one.
-    pub fn poll(&self) -> Option<Arrival> {
-        self.arrivals.try_recv().ok()
+    /// Returns a request that has already finished, if there is one.
+    pub fn poll(&self) -> Option<Completion> {
+        self.completions.try_recv().ok()
     }
 
-    /// Reads the spans and waits for them; only while nothing else is in flight.
-    pub fn read(&self, spans: &[Span], into: Piece) -> Result<Piece, ReadError> {
+    /// Reads the spans and waits for them. May be called only while nothing else is in flight.
+    ///
+    /// # Errors
+    /// When the read fails.
+    pub fn read(&self, spans: &[Span], into: ArenaSlice) -> Result<ArenaSlice, ReadError> {
         self.read_checked(spans, Vec::new(), into)
     }
 
-    /// The same, where what was read must have these checksums.
-    pub fn read_checked(&self, spans: &[Span], checks: Vec<Check>, into: Piece) -> Result<Piece, ReadError> {
-        self.submit_checked(0, spans, checks, into, Urgency::Now);
-        let arrival = self.wait()?;
-        arrival.result.map(|()| arrival.piece)
+    /// Reads the spans like [`read`](Self::read) and compares the bytes with `checks`.
+    ///
+    /// # Errors
+    /// When the read fails, or a checksum differs.
+    pub fn read_checked(
+        &self,
+        spans: &[Span],
+        checks: Vec<SliceChecksum>,
+        into: ArenaSlice,
+    ) -> Result<ArenaSlice, ReadError> {
+        self.submit_checked(0, spans, checks, into, Priority::Demand);
+        let completion = self.wait()?;
+        completion.result.map(|()| completion.buffer)
     }
 }
 
@@ -376,32 +444,35 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|e| e.into_inner())
 }
 
-/// Compares what was read with its checksums; for the last job of a request, before it gives back the buffer.
+/// Compares a request's bytes with its checksums. Called by its last job, before it gives back the
+/// buffer.
 fn verify(sources: &[Source], request: &Request) {
     let mut error = lock(&request.error);
     if error.is_some() || request.checks.is_empty() {
         return;
     }
-    // SAFETY: no job is left, so nobody else touches the piece.
-    let piece = unsafe { (*request.piece.get()).as_ref() };
-    let piece = piece.unwrap_or_else(|| unreachable!("a request has its buffer until it ends"));
-    *error = request.checks.iter().find_map(|check| check.of(piece, &sources[check.extent.part]).err());
+    // SAFETY: no job is left, so no other thread touches the buffer.
+    let buffer = unsafe { (*request.buffer.get()).as_ref() };
+    let buffer = buffer.unwrap_or_else(|| unreachable!("a request has its buffer until it ends"));
+    *error = request.checks.iter().find_map(|check| check.verify(buffer, &sources[check.extent.part]).err());
 }
 
-/// What the last job of a request gives back.
-fn finished(request: &Request) -> Arrival {
-    // SAFETY: no job is left, so nobody else touches the piece.
-    let piece = unsafe { (*request.piece.get()).take() };
-    let piece = piece.unwrap_or_else(|| unreachable!("a request ends once"));
+/// Takes a finished request's buffer and result. Called by its last job.
+fn finished(request: &Request) -> Completion {
+    // SAFETY: no job is left, so no other thread touches the buffer.
+    let buffer = unsafe { (*request.buffer.get()).take() };
+    let buffer = buffer.unwrap_or_else(|| unreachable!("a request ends once"));
     let result = lock(&request.error).take().map_or(Ok(()), Err);
-    Arrival { key: request.key, piece, result, during: (request.submitted, Instant::now()) }
+    let time = ReadTime { submitted: request.submitted, ended: Instant::now() };
+    Completion { key: request.key, buffer, result, time }
 }
 
-fn read_loop(shared: &Shared, arrivals: &Sender<Arrival>) {
-    let mut buffer = None;
+/// Runs one reader thread until the queue is closed or the receiver is gone.
+fn read_loop(shared: &Shared, completions: &Sender<Completion>) {
+    let mut bounce = None;
     loop {
         let mut queue = lock(&shared.queue);
-        let (job, urgency) = loop {
+        let (job, priority) = loop {
             if queue.closed {
                 return;
             }
@@ -411,41 +482,45 @@ fn read_loop(shared: &Shared, arrivals: &Sender<Arrival>) {
             }
         };
         drop(queue);
-        let spoilt = lock(&job.request.error).is_some();
-        if !spoilt && let Err(error) = run(&shared.sources[job.source], &job, &mut buffer) {
+        let has_failed = lock(&job.request.error).is_some();
+        if !has_failed && let Err(error) = run(&shared.sources[job.source], &job, &mut bounce) {
             lock(&job.request.error).get_or_insert(error);
         }
-        if lock(&shared.queue).end(urgency) {
+        if lock(&shared.queue).end(priority) {
             shared.ready.notify_all();
         }
-        if job.request.left.fetch_sub(1, Ordering::AcqRel) == 1 {
+        if job.request.jobs_left.fetch_sub(1, Ordering::AcqRel) == 1 {
             verify(&shared.sources, &job.request);
-            if arrivals.send(finished(&job.request)).is_err() {
+            if completions.send(finished(&job.request)).is_err() {
                 return;
             }
         }
     }
 }
 
-/// Reads for one job; `buffer` is the reader's own, made when it is first needed.
-fn run(source: &Source, job: &Job, buffer: &mut Option<Piece>) -> Result<(), ReadError> {
-    if !job.copied {
-        // SAFETY: `submit` checked that the span's room lies in the piece and overlaps no other's; jobs of one span are
-        // consecutive parts of it. The piece lives until this job has counted itself out.
+/// Reads for one job; `bounce` is the reader's own buffer, allocated when it is first needed.
+fn run(source: &Source, job: &Job, bounce: &mut Option<ArenaSlice>) -> Result<(), ReadError> {
+    if !job.bounced {
+        // SAFETY: `submit_checked` has checked that the span's writable range lies in the buffer
+        // and overlaps no other span's. Jobs of one span are consecutive parts of it. The buffer
+        // lives until this job has counted itself out.
         let into = unsafe { std::slice::from_raw_parts_mut(job.request.base.add(job.at - job.skip), job.len) };
         return source.fill(job.from, into, job.need);
     }
-    let own = match buffer {
-        Some(piece) => piece,
+    let bounce = match bounce {
+        Some(buffer) => buffer,
         None => {
-            let made = Arena::new("", (CHUNK + ALIGN) as u64).and_then(|mut arena| arena.take(CHUNK + ALIGN));
-            let made = made.map_err(|_| source.error(job.from, job.len, std::io::ErrorKind::OutOfMemory.into()))?;
-            buffer.insert(made)
+            let allocated = Arena::new("", (MAX_READ_BYTES + ALIGN) as u64)
+                .and_then(|mut arena| arena.take(MAX_READ_BYTES + ALIGN));
+            let allocated =
+                allocated.map_err(|_| source.error(job.from, job.len, std::io::ErrorKind::OutOfMemory.into()))?;
+            bounce.insert(allocated)
         }
     };
-    source.fill(job.from, &mut own[..job.len], job.need)?;
-    let wanted = &own[job.skip..job.need];
-    // SAFETY: as above; the wanted bytes alone fit the span.
+    source.fill(job.from, &mut bounce[..job.len], job.need)?;
+    let wanted = &bounce[job.skip..job.need];
+    // SAFETY: the range holds the job's wanted bytes only, which lie in its span; the rest as
+    // above.
     let into = unsafe { std::slice::from_raw_parts_mut(job.request.base.add(job.at), wanted.len()) };
     into.copy_from_slice(wanted);
     Ok(())

@@ -1,59 +1,78 @@
-//! How much memory this process may have: what the system has left, and what its control groups allow.
+//! Memory limits of this process: the system's available memory, and the limits of its cgroups.
 //!
-//! All figures are for the whole process: what it holds already counts as available to it.
+//! All figures are for the whole process: memory that it already holds counts as available to it.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// Memory that this process may have, in bytes, and who says so.
+/// An upper bound on this process's memory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Limit {
-    /// Bytes.
+    /// Bytes that the process may hold in all.
     pub bytes: u64,
-    /// In words, for a person: `the memory that is free`, `the control group's limit`.
-    pub of: &'static str,
+    /// Human-readable source of the limit: `free memory` or `cgroup limit`.
+    pub source: &'static str,
 }
 
-/// The tightest limit of this process, or `None` where the system tells of none.
+/// Space of a file system.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub struct FileSystemSpace {
+    pub total_bytes: u64,
+    /// Bytes that unprivileged processes may still write.
+    pub free_bytes: u64,
+}
+
+/// Returns the tightest limit of this process, or `None` where the system reports none.
+///
+/// ```
+/// use tier_plan_runtime::tiers::limits::memory_limit;
+///
+/// if let Some(limit) = memory_limit() {
+///     println!("{} bytes: {}", limit.bytes, limit.source);
+/// }
+/// ```
 pub fn memory_limit() -> Option<Limit> {
     limit_below(Path::new("/"))
 }
 
-/// Bytes of the file system that a path is on, all of it and what is free, where the system tells.
+/// Returns the space of the file system that a path is on, where the system reports it.
 #[cfg(unix)]
-pub fn file_system_bytes(path: &Path) -> Option<(u64, u64)> {
+pub fn file_system_space(path: &Path) -> Option<FileSystemSpace> {
     use std::os::unix::ffi::OsStrExt;
     let path = std::ffi::CString::new(path.as_os_str().as_bytes()).ok()?;
     let mut stat = std::mem::MaybeUninit::<libc::statvfs>::uninit();
-    // SAFETY: the path ends in a zero byte, and the system fills `stat` if it says that it succeeded.
+    // SAFETY: the path ends in a zero byte, and the call has filled `stat` if it returns 0.
     let stat = unsafe { (libc::statvfs(path.as_ptr(), stat.as_mut_ptr()) == 0).then(|| stat.assume_init())? };
-    // Widths differ between systems.
+    // The widths of these fields differ between systems.
     #[allow(clippy::unnecessary_cast, clippy::useless_conversion)]
     let bytes = |blocks: libc::fsblkcnt_t| (blocks as u64).checked_mul(stat.f_frsize as u64);
-    Some((bytes(stat.f_blocks)?, bytes(stat.f_bavail)?))
+    Some(FileSystemSpace { total_bytes: bytes(stat.f_blocks)?, free_bytes: bytes(stat.f_bavail)? })
 }
 
-/// See above.
+/// Returns `None`: only Unix systems report the space.
 #[cfg(not(unix))]
-pub fn file_system_bytes(_: &Path) -> Option<(u64, u64)> {
+pub fn file_system_space(_: &Path) -> Option<FileSystemSpace> {
     None
 }
 
+/// Returns the tightest limit, with `/proc` and the cgroup mounts below `root`.
 fn limit_below(root: &Path) -> Option<Limit> {
-    let own = own_bytes(&read(&root.join("proc/self/status")));
-    let free = available_bytes(&read(&root.join("proc/meminfo"))).map(|bytes| bytes.saturating_add(own));
-    let free = free.map(|bytes| Limit { bytes, of: "the memory that is free" });
-    let groups = group_folders(&read(&root.join("proc/self/cgroup")), &read(&root.join("proc/self/mountinfo")));
-    let group = groups.iter().filter_map(|folder| group_bytes(root, folder, own)).min();
-    let group = group.map(|bytes| Limit { bytes, of: "the control group's limit" });
-    free.into_iter().chain(group).min_by_key(|limit| limit.bytes)
+    let process_bytes = anonymous_bytes(&read(&root.join("proc/self/status")));
+    let free = available_bytes(&read(&root.join("proc/meminfo"))).map(|bytes| bytes.saturating_add(process_bytes));
+    let free = free.map(|bytes| Limit { bytes, source: "free memory" });
+    let cgroups = memory_cgroups(&read(&root.join("proc/self/cgroup")), &read(&root.join("proc/self/mountinfo")));
+    let cgroup = cgroups.iter().filter_map(|cgroup| cgroup_bytes(root, cgroup, process_bytes)).min();
+    let cgroup = cgroup.map(|bytes| Limit { bytes, source: "cgroup limit" });
+    free.into_iter().chain(cgroup).min_by_key(|limit| limit.bytes)
 }
 
+/// Reads a file; an unreadable one counts as empty.
 fn read(path: &Path) -> String {
     fs::read_to_string(path).unwrap_or_default()
 }
 
-/// The value of a line `name: 123 kB`, in bytes.
+/// Returns the value of the line `name: 123 kB`, in bytes.
 fn kilobytes(text: &str, name: &str) -> Option<u64> {
     let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
     line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
@@ -63,23 +82,32 @@ fn available_bytes(meminfo: &str) -> Option<u64> {
     kilobytes(meminfo, "MemAvailable")
 }
 
-/// Memory of this process that cannot be dropped.
-fn own_bytes(status: &str) -> u64 {
+/// Returns the anonymous memory of this process, which the system cannot drop.
+fn anonymous_bytes(status: &str) -> u64 {
     kilobytes(status, "RssAnon").unwrap_or(0)
 }
 
-/// A control group's folder and all above it that its mount shows.
-struct Folders {
+/// A cgroup that accounts memory. Its ancestors up to the mount limit the process too.
+struct Cgroup {
     /// Where the hierarchy is mounted.
     mount: PathBuf,
-    /// The group, within the mount.
-    group: PathBuf,
+    /// Path of the cgroup below the mount.
+    path: PathBuf,
+    /// Version of the hierarchy: 1 or 2.
     version: u8,
 }
 
-/// The groups that limit the memory of the process whose `cgroup` and `mountinfo` these are.
-fn group_folders(cgroup: &str, mountinfo: &str) -> Vec<Folders> {
-    let mut found = Vec::new();
+/// A mounted cgroup hierarchy.
+struct CgroupMount {
+    /// The part of the hierarchy that the mount shows; not `/` in some containers.
+    root: PathBuf,
+    mount: PathBuf,
+}
+
+/// Returns the cgroups with a memory controller, from the text of `/proc/self/cgroup` and
+/// `/proc/self/mountinfo`.
+fn memory_cgroups(cgroup: &str, mountinfo: &str) -> Vec<Cgroup> {
+    let mut cgroups = Vec::new();
     for line in cgroup.lines() {
         // `4:memory:/path` of version 1, `0::/path` of version 2.
         let mut fields = line.splitn(3, ':');
@@ -89,46 +117,52 @@ fn group_folders(cgroup: &str, mountinfo: &str) -> Vec<Folders> {
             some if some.split(',').any(|c| c == "memory") => 1,
             _ => continue,
         };
-        let Some((mounted, mount)) = mountinfo.lines().find_map(|line| mount_of(line, version)) else { continue };
-        // In a container the mount may show only the part of the hierarchy that begins at `mounted`.
+        let mount = mountinfo.lines().find_map(|line| parse_mount(line, version));
+        let Some(CgroupMount { root, mount }) = mount else { continue };
+        // In a container the mount may show only the part of the hierarchy that begins at `root`.
         let path = Path::new(path);
-        let group = path.strip_prefix(&mounted).or_else(|_| path.strip_prefix("/")).unwrap_or(path);
-        found.push(Folders { mount, group: group.to_path_buf(), version });
+        let path = path.strip_prefix(&root).or_else(|_| path.strip_prefix("/")).unwrap_or(path);
+        cgroups.push(Cgroup { mount, path: path.to_path_buf(), version });
     }
-    found
+    cgroups
 }
 
-/// The root within the hierarchy and the place of a mount line, if it is of the memory controller of that version.
-fn mount_of(line: &str, version: u8) -> Option<(PathBuf, PathBuf)> {
+/// Parses a line of `mountinfo`; `None` unless it mounts the memory controller of that cgroup
+/// version.
+fn parse_mount(line: &str, version: u8) -> Option<CgroupMount> {
     let (before, after) = line.split_once(" - ")?;
     let mut before = before.split(' ').skip(3);
-    let (root, place) = (before.next()?, before.next()?);
+    let (root, mount) = (before.next()?, before.next()?);
     let mut after = after.split(' ');
     let (kind, options) = (after.next()?, after.nth(1).unwrap_or(""));
-    let is_it = match version {
+    let has_memory = match version {
         2 => kind == "cgroup2",
         _ => kind == "cgroup" && options.split(',').any(|option| option == "memory"),
     };
-    is_it.then(|| (PathBuf::from(root), PathBuf::from(place)))
+    has_memory.then(|| CgroupMount { root: root.into(), mount: mount.into() })
 }
 
-/// What the tightest group from the folder up to the mount leaves to this process, whose own memory is `own` bytes.
-fn group_bytes(root: &Path, folders: &Folders, own: u64) -> Option<u64> {
-    let mount = root.join(folders.mount.strip_prefix("/").unwrap_or(&folders.mount));
-    folders.group.ancestors().filter_map(|group| left_in(&mount.join(group), folders.version, own)).min()
+/// Returns the bytes that the tightest cgroup, from this one up to its mount, leaves to the
+/// process.
+fn cgroup_bytes(root: &Path, cgroup: &Cgroup, process_bytes: u64) -> Option<u64> {
+    let mount = root.join(cgroup.mount.strip_prefix("/").unwrap_or(&cgroup.mount));
+    let left = |path: &Path| left_in(&mount.join(path), cgroup.version, process_bytes);
+    cgroup.path.ancestors().filter_map(left).min()
 }
 
-fn left_in(folder: &Path, version: u8, own: u64) -> Option<u64> {
+/// Returns the limit of the cgroup in `folder`, less what other processes hold; `None` without a
+/// limit.
+fn left_in(folder: &Path, version: u8, process_bytes: u64) -> Option<u64> {
     let (limit, used) = match version {
         2 => ("memory.max", "anon"),
         _ => ("memory.limit_in_bytes", "total_rss"),
     };
-    // Version 2 says `max` for none, version 1 a number larger than any memory.
+    // No limit is `max` in version 2, and a number larger than any memory in version 1.
     let limit: u64 = read(&folder.join(limit)).trim().parse().ok().filter(|bytes| *bytes < 1 << 60)?;
     let stat = read(&folder.join("memory.stat"));
     let used: Option<u64> =
         stat.lines().find_map(|line| line.strip_prefix(used)?.strip_prefix(' ')?.trim().parse().ok());
-    Some(limit.saturating_sub(used.unwrap_or(0).saturating_sub(own)))
+    Some(limit.saturating_sub(used.unwrap_or(0).saturating_sub(process_bytes)))
 }
 
 #[cfg(test)]
@@ -140,18 +174,18 @@ mod tests {
     const STATUS: (&str, &str) = ("proc/self/status", "Name: x\nRssAnon:\t     24 kB\n");
 
     fn limit(files: &[(&str, &str)]) -> Option<(u64, bool)> {
-        limit_below(system(files).path()).map(|limit| (limit.bytes, limit.of.contains("group")))
+        limit_below(system(files).path()).map(|limit| (limit.bytes, limit.source.contains("cgroup")))
     }
 
     #[test]
-    fn without_groups_what_is_free_counts() {
+    fn without_cgroups_free_memory_counts() {
         assert_eq!(limit(&[MEMINFO, STATUS]), Some((1024 * 1024, false)));
         assert_eq!(limit(&[STATUS]), None);
         assert_eq!(limit(&[("proc/meminfo", "MemAvailable: many kB\n")]), None);
     }
 
     #[test]
-    fn the_tightest_group_counts_less_what_others_hold() {
+    fn the_tightest_cgroup_counts_less_what_others_hold() {
         let one = [
             MEMINFO,
             STATUS,
@@ -196,9 +230,9 @@ mod tests {
     #[cfg(unix)]
     fn a_file_system_has_a_size() {
         let folder = tempfile::tempdir().unwrap();
-        let (all, free) = file_system_bytes(folder.path()).unwrap();
-        assert!(all > 0 && free <= all, "{free} of {all}");
-        assert_eq!(file_system_bytes(&folder.path().join("missing")), None);
+        let space = file_system_space(folder.path()).unwrap();
+        assert!(space.total_bytes > 0 && space.free_bytes <= space.total_bytes, "{space:?}");
+        assert_eq!(file_system_space(&folder.path().join("missing")), None);
     }
 
     #[test]

@@ -1,5 +1,10 @@
-//! Memory tiers at run time: arenas that hold bytes, files that bytes are read from, the memory that there is, and the
-//! pacing of emulated tiers.
+//! Memory tiers at run time: arenas that hold bytes, files that bytes are read from, memory limits,
+//! NUMA nodes, and the pacing of emulated tiers.
+//!
+//! All `unsafe` code of this crate that talks to the operating system is in here: anonymous
+//! mappings ([`arena`]), reader threads that fill one buffer together ([`file`]), and system calls
+//! without a safe wrapper ([`numa`], [`limits`], [`source`]). It knows nothing of models, layers,
+//! or experts.
 
 pub mod arena;
 pub mod bandwidth;
@@ -10,7 +15,7 @@ pub mod numa;
 pub mod pace;
 pub mod source;
 
-/// A folder of small files, as the system shows itself in `/sys` and `/proc`, for tests.
+/// Makes a folder of small files that stands for `/sys` or `/proc` in tests.
 #[cfg(test)]
 fn system(files: &[(&str, &str)]) -> tempfile::TempDir {
     let root = tempfile::tempdir().unwrap();

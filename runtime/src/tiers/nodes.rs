@@ -1,4 +1,4 @@
-//! Memory nodes: what the system says of them, and memory whose pages are on one.
+//! NUMA nodes: what the system reports of them, and the placement of pages on them.
 
 use super::numa::{self, NumaError};
 use std::collections::BTreeMap;
@@ -8,52 +8,55 @@ use std::path::Path;
 use tier_plan_formats::machine::Tier;
 use tier_plan_formats::units::show_bytes;
 
-/// Where the system tells of its nodes.
+/// Folder in which Linux lists its NUMA nodes.
 const ROOT: &str = "/sys/devices/system/node";
 
-/// A memory node of this machine.
+/// A NUMA node of this machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Node {
-    /// Its number.
+    /// Number of the node, as in `/sys/devices/system/node/node0`.
     pub number: u32,
-    /// All of its memory, in bytes.
+    /// Memory of the node, in bytes.
     pub total_bytes: u64,
-    /// Bytes that nobody has, or that only hold copies of files.
+    /// Bytes that are free, or hold only page cache and reclaimable kernel memory.
     pub free_bytes: u64,
-    /// Processors next to it; none next to memory behind a CXL link, for instance.
+    /// Processors local to the node; none for memory behind a CXL link, for instance.
     pub processors: Vec<u32>,
 }
 
-/// The nodes of this machine that have memory, ascending.
+/// Returns the NUMA nodes of this machine that have memory, ascending.
 ///
 /// # Errors
-/// When the system does not tell.
+/// [`NumaError::Unavailable`] when the system lists no nodes.
 pub fn nodes() -> Result<Vec<Node>, NumaError> {
     nodes_below(Path::new(ROOT))
 }
 
+/// Returns the nodes that are listed below `root`.
 fn nodes_below(root: &Path) -> Result<Vec<Node>, NumaError> {
     let read = |name: &str| fs::read_to_string(root.join(name)).ok();
-    let with_memory = read("has_memory").or_else(|| read("online")).and_then(|text| numa::list(&text));
-    let mut found = Vec::new();
-    for number in with_memory.ok_or(NumaError::NotSaid)? {
-        let meminfo = read(&format!("node{number}/meminfo")).ok_or(NumaError::NotSaid)?;
-        let of = |name: &str| kilobytes(&meminfo, name).unwrap_or(0);
-        let total_bytes = kilobytes(&meminfo, "MemTotal").ok_or(NumaError::NotSaid)?;
-        // Shared memory is among the pages of files, and can't be dropped.
-        let copies = of("FilePages").saturating_sub(of("Shmem")).saturating_add(of("SReclaimable"));
-        let free_bytes = of("MemFree").saturating_add(copies).min(total_bytes);
+    let with_memory = read("has_memory").or_else(|| read("online")).and_then(|text| numa::parse_list(&text));
+    let mut nodes = Vec::new();
+    for number in with_memory.ok_or(NumaError::Unavailable)? {
+        let meminfo = read(&format!("node{number}/meminfo")).ok_or(NumaError::Unavailable)?;
+        let bytes_of = |name: &str| kilobytes(&meminfo, name).unwrap_or(0);
+        let total_bytes = kilobytes(&meminfo, "MemTotal").ok_or(NumaError::Unavailable)?;
+        // `FilePages` includes shared memory, which can't be dropped.
+        let page_cache = bytes_of("FilePages").saturating_sub(bytes_of("Shmem"));
+        let reclaimable = page_cache.saturating_add(bytes_of("SReclaimable"));
+        let free_bytes = bytes_of("MemFree").saturating_add(reclaimable).min(total_bytes);
         // A node without processors has an empty list.
-        let processors = read(&format!("node{number}/cpulist")).and_then(|text| numa::list(&text)).unwrap_or_default();
+        let processors =
+            read(&format!("node{number}/cpulist")).and_then(|text| numa::parse_list(&text)).unwrap_or_default();
         if total_bytes > 0 {
-            found.push(Node { number, total_bytes, free_bytes, processors });
+            nodes.push(Node { number, total_bytes, free_bytes, processors });
         }
     }
-    found.sort_by_key(|node| node.number);
-    Ok(found)
+    nodes.sort_by_key(|node| node.number);
+    Ok(nodes)
 }
 
-/// The value of a line `Node 0 name:   123 kB`, in bytes.
+/// Returns the value of the line `Node 0 name:   123 kB`, in bytes.
 fn kilobytes(meminfo: &str, name: &str) -> Option<u64> {
     let value = meminfo.lines().find_map(|line| {
         let mut words = line.split_whitespace().skip(2);
@@ -62,20 +65,21 @@ fn kilobytes(meminfo: &str, name: &str) -> Option<u64> {
     value?.parse::<u64>().ok()?.checked_mul(1024)
 }
 
-/// The node that a tier's memory must be on. One that is emulated stands for memory of another machine, and may be
-/// anywhere.
+/// Returns the NUMA node that a tier's memory must be on, if any. An emulated tier stands for
+/// memory of another machine, so its pages may be anywhere.
 pub fn node_of(tier: &Tier) -> Option<u32> {
     tier.node().filter(|_| !tier.emulated)
 }
 
-/// Refuses tiers on nodes that this machine has not got, or that have not got the bytes wanted of them.
+/// Checks that every node that `tiers` name exists and has the bytes that are wanted of it free.
 ///
 /// # Errors
-/// When that is so, or the system does not tell of nodes.
+/// When a node is missing or too full, or the system lists no nodes.
 pub fn check<'a>(tiers: impl Iterator<Item = (&'a Tier, u64)>) -> Result<(), NumaError> {
     check_below(Path::new(ROOT), tiers)
 }
 
+/// [`check`] with the nodes that are listed below `root`.
 fn check_below<'a>(root: &Path, tiers: impl Iterator<Item = (&'a Tier, u64)>) -> Result<(), NumaError> {
     let wanted: BTreeMap<u32, u64> = tiers.filter_map(|(tier, bytes)| Some((node_of(tier)?, bytes))).collect();
     if wanted.is_empty() {
@@ -83,27 +87,27 @@ fn check_below<'a>(root: &Path, tiers: impl Iterator<Item = (&'a Tier, u64)>) ->
     }
     let nodes = nodes_below(root)?;
     for (node, wanted) in wanted {
-        let Some(found) = nodes.iter().find(|n| n.number == node) else {
+        let Some(present) = nodes.iter().find(|n| n.number == node) else {
             let nodes = nodes.iter().map(|n| n.number.to_string()).collect::<Vec<_>>().join(", ");
             return Err(NumaError::Missing { node, nodes });
         };
-        if wanted > found.free_bytes {
-            let (wanted, free) = (show_bytes(wanted), show_bytes(found.free_bytes));
-            return Err(NumaError::NoRoom { node, wanted, free });
+        if wanted > present.free_bytes {
+            let (wanted, free) = (show_bytes(wanted), show_bytes(present.free_bytes));
+            return Err(NumaError::NodeFull { node, wanted, free });
         }
     }
     Ok(())
 }
 
-/// Where pages go.
+/// On which NUMA nodes pages are placed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Pages {
-    /// Where the system puts them, or the process's [policy](super::numa::NumaPolicy).
+    /// Where the system puts them, or the process's [policy](super::numa::NumaPolicy) says.
     Anywhere,
-    /// All on one node.
+    /// All on the node with this number.
     Node(u32),
-    /// On several nodes in turn.
-    InTurn(Vec<u32>),
+    /// Interleaved over several nodes.
+    Interleaved(Vec<u32>),
 }
 
 impl fmt::Display for Pages {
@@ -111,40 +115,42 @@ impl fmt::Display for Pages {
         match self {
             Pages::Anywhere => f.write_str("anywhere"),
             Pages::Node(node) => write!(f, "node {node}"),
-            Pages::InTurn(_) => f.write_str("several nodes in turn"),
+            Pages::Interleaved(_) => f.write_str("interleaved over several nodes"),
         }
     }
 }
 
 impl Pages {
-    /// Those of a tier.
+    /// Returns the placement of a tier's pages.
     pub fn of_tier(tier: &Tier) -> Self {
         node_of(tier).map_or(Pages::Anywhere, Pages::Node)
     }
 
-    /// Has the whole pages among `len` bytes from `start` put there, those that are somewhere already too.
+    /// Binds the whole pages within `len` bytes from `start` to these nodes, and moves those that
+    /// are elsewhere.
     ///
     /// # Errors
     /// When the system refuses.
     ///
     /// # Safety
-    /// The bytes are memory of this process.
+    /// The bytes must be memory of this process.
     pub(crate) unsafe fn bind(&self, start: *const u8, len: usize) -> std::io::Result<()> {
         let nodes = match self {
             Pages::Anywhere => return Ok(()),
             Pages::Node(node) => std::slice::from_ref(node),
-            Pages::InTurn(nodes) => nodes.as_slice(),
+            Pages::Interleaved(nodes) => nodes.as_slice(),
         };
         // SAFETY: the caller's promise.
-        unsafe { numa::bind(start, len, nodes, matches!(self, Pages::InTurn(_))) }
+        unsafe { numa::bind(start, len, nodes, matches!(self, Pages::Interleaved(_))) }
     }
 
-    /// The same for values that are there already; what shares a page with others stays where it is.
+    /// Moves the whole pages within `values` to these nodes. Partly covered pages stay where they
+    /// are.
     ///
     /// # Errors
     /// When the system refuses.
     pub fn move_here<T>(&self, values: &[T]) -> std::io::Result<()> {
-        // SAFETY: the values are borrowed, and where their pages are changes nothing about them.
+        // SAFETY: the values are borrowed, and moving their pages does not change them.
         unsafe { self.bind(values.as_ptr().cast(), size_of_val(values)) }
     }
 }
@@ -194,9 +200,9 @@ mod tests {
         assert_eq!(nodes_below(root.path()).unwrap(), expected);
         for (file, text) in [("has_memory", "0,x"), ("node0/meminfo", "Node 0 MemTotal: many kB\n")] {
             fs::write(root.path().join(file), text).unwrap();
-            assert!(matches!(nodes_below(root.path()), Err(NumaError::NotSaid)), "{file}");
+            assert!(matches!(nodes_below(root.path()), Err(NumaError::Unavailable)), "{file}");
         }
-        assert!(matches!(nodes_below(Path::new("/nowhere")), Err(NumaError::NotSaid)));
+        assert!(matches!(nodes_below(Path::new("/nowhere")), Err(NumaError::Unavailable)));
     }
 
     #[test]
@@ -208,10 +214,10 @@ mod tests {
         };
         assert_eq!(check(&[(tier(0, false), 360 << 10), (tier(2, false), 1)]), Ok(()));
         let error = check(&[(tier(0, false), 1), (tier(1, false), 1)]).unwrap_err();
-        assert!(error.contains("no memory node 1, only 0, 2"), "{error}");
-        assert_eq!(check(&[(tier(1, true), 1)]), Ok(()), "what is emulated may be anywhere");
+        assert!(error.contains("no NUMA node 1, only 0, 2"), "{error}");
+        assert_eq!(check(&[(tier(1, true), 1)]), Ok(()), "an emulated tier may be anywhere");
         let error = check(&[(tier(0, false), 361 << 10)]).unwrap_err();
-        assert!(error.contains("memory node 0 has 360 KiB free, and 361 KiB are wanted"), "{error}");
+        assert!(error.contains("NUMA node 0 has 360 KiB free, 361 KiB wanted"), "{error}");
         let plain = Tier { unit: None, ..tier(0, false) };
         assert!(check_below(Path::new("/nowhere"), std::iter::once((&plain, 1))).is_ok());
     }
@@ -219,7 +225,7 @@ mod tests {
     #[test]
     #[cfg(target_os = "linux")]
     fn pages_are_on_the_node_that_was_asked_for() {
-        // Where the system has no nodes there is nothing to ask for.
+        // Without NUMA nodes there is nothing to test.
         let Some(node) = nodes().ok().and_then(|nodes| nodes.first().map(|n| n.number)) else { return };
         let bytes = 8 << 20;
         let arena = match Arena::on("dram0", bytes, &Pages::Node(node)) {
@@ -230,11 +236,11 @@ mod tests {
         let mut piece = arena.unwrap().take(bytes as usize).unwrap();
         piece.fill(1);
         for at in [0, bytes as usize / 2, bytes as usize - 1] {
-            assert_eq!(numa::node_of_page(&piece[at]).unwrap(), (node, numa::BOUND), "byte {at}");
+            assert_eq!(numa::node_of_page(&piece[at]).unwrap(), (node, numa::MPOL_BIND), "byte {at}");
         }
         let heap = vec![1u8; 4 << 20];
         Pages::Node(node).move_here(&heap).unwrap();
-        assert_eq!(numa::node_of_page(&heap[2 << 20]).unwrap(), (node, numa::BOUND));
+        assert_eq!(numa::node_of_page(&heap[2 << 20]).unwrap(), (node, numa::MPOL_BIND));
         let error = Arena::on("dram9", bytes, &Pages::Node(1000)).map(|_| ()).unwrap_err().to_string();
         assert!(error.contains("tier 'dram9'") && error.contains("node 1000"), "{error}");
     }

@@ -1,4 +1,8 @@
-//! Machines with several memory nodes: where this process's memory goes, and which processors compute.
+//! NUMA policy of this process: on which nodes its memory is placed, and on which processors it
+//! runs.
+//!
+//! Linux's `mbind`, `set_mempolicy`, and `sched_setaffinity` are called directly, since `libc`
+//! wraps only the last of them.
 
 use std::fmt;
 use std::fs;
@@ -6,64 +10,59 @@ use std::path::Path;
 use std::str::FromStr;
 use thiserror::Error;
 
-/// The most nodes that a mask has room for.
-const MOST_NODES: u32 = 1024;
+/// Nodes in a mask; Linux supports at most 1024.
+const MAX_NODES: u32 = 1024;
 
-/// What to do about several memory nodes.
+/// Memory placement on a machine with several NUMA nodes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum NumaPolicy {
-    /// Pages go to all nodes in turn, so that all of their bandwidth serves every read.
+    /// Pages are interleaved over all nodes, so that reads use the bandwidth of all of them.
     Interleave,
-    /// Memory and threads stay on one node.
+    /// Memory and threads stay on the node with this number.
     Node(u32),
 }
 
-/// Why a policy can't be had.
+/// A NUMA placement that failed.
 #[derive(Debug, Error)]
 pub enum NumaError {
-    /// Not a policy.
-    #[error("'{0}' is no policy for memory nodes: use `interleave`, or the number of a node")]
+    /// The text names no policy.
+    #[error("unknown NUMA policy '{0}': expected `interleave` or the number of a node")]
     Unknown(String),
-    /// No such node.
-    #[error("this machine has no memory node {node}: use one of {nodes}, or `interleave`")]
+    /// The policy names a node that the machine does not have.
+    #[error("this machine has no NUMA node {node}: expected one of {nodes}, or `interleave`")]
     NoNode {
-        /// What was asked for.
+        /// Number of the missing node.
         node: u32,
-        /// What there is.
+        /// Numbers of the nodes that exist.
         nodes: String,
     },
-    /// No such node for a tier.
-    #[error(
-        "this machine has no memory node {node}, only {nodes}; plan for this machine's own file, which `tier-plan probe \
-         --numa-tiers` writes"
-    )]
+    /// A tier names a node that the machine does not have.
+    #[error("this machine has no NUMA node {node}, only {nodes}; the plan is for another machine")]
     Missing {
-        /// What was asked for.
+        /// Number of the missing node.
         node: u32,
-        /// What there is.
+        /// Numbers of the nodes that exist.
         nodes: String,
     },
-    /// A node that is too full for a tier.
-    #[error(
-        "memory node {node} has {free} free, and {wanted} are wanted of it; solve with a smaller budget for its tier"
-    )]
-    NoRoom {
-        /// The node.
+    /// A node has too little free memory for its tier.
+    #[error("NUMA node {node} has {free} free, {wanted} wanted; its tier needs a smaller budget")]
+    NodeFull {
+        /// Number of the node.
         node: u32,
-        /// Bytes, in words.
+        /// Bytes that the tier takes, formatted.
         wanted: String,
-        /// Bytes, in words.
+        /// Bytes that are free, formatted.
         free: String,
     },
-    /// The system does not tell of nodes.
-    #[error("this system does not say which memory nodes it has; ask for none")]
-    NotSaid,
-    /// The system refused.
-    #[error("the system refused to place memory ({policy}): {source}; leave the option, or the tier's `node`, out")]
+    /// The system lists no NUMA nodes.
+    #[error("this system does not list its NUMA nodes, so memory can't be placed on one")]
+    Unavailable,
+    /// A system call failed.
+    #[error("placing memory ({policy}) failed: {source}; leave out the NUMA policy, or the tier's `node`")]
     Refused {
-        /// What was asked for, in words.
+        /// The requested placement, formatted.
         policy: String,
-        /// What it said; part of the message, so no source of its own.
+        /// The system's error; part of the message, so no source of its own.
         r#source: std::io::Error,
     },
 }
@@ -89,18 +88,22 @@ impl FromStr for NumaPolicy {
 }
 
 impl NumaPolicy {
-    /// Makes this the policy for all memory that the process touches from now on; for a node, also keeps this thread, and
-    /// those it starts, on the node's processors. To be called before anything large is allocated or any thread started.
+    /// Makes this the policy for all memory that the process touches from now on.
+    /// [`Node`](Self::Node) also pins this thread, and those it starts later, to the node's
+    /// processors.
+    ///
+    /// Must be called before anything large is allocated or any thread is started.
     ///
     /// # Errors
-    /// When there is no such node, or the system refuses.
+    /// When the node does not exist, or the system refuses.
     pub fn apply(self) -> Result<(), NumaError> {
         self.apply_below(Path::new("/sys/devices/system/node"))
     }
 
+    /// [`apply`](Self::apply) with the nodes that are listed below `root`.
     fn apply_below(self, root: &Path) -> Result<(), NumaError> {
         let read = |name: &str| fs::read_to_string(root.join(name)).ok();
-        let online = read("online").and_then(|text| list(&text)).ok_or(NumaError::NotSaid)?;
+        let online = read("online").and_then(|text| parse_list(&text)).ok_or(NumaError::Unavailable)?;
         let nodes = match self {
             NumaPolicy::Interleave => online,
             NumaPolicy::Node(node) if online.contains(&node) => vec![node],
@@ -112,20 +115,21 @@ impl NumaPolicy {
         let refused = |r#source| NumaError::Refused { policy: self.to_string(), r#source };
         set_policy(self, &nodes).map_err(refused)?;
         if let NumaPolicy::Node(node) = self {
-            let processors = read(&format!("node{node}/cpulist")).and_then(|text| list(&text));
-            set_processors(&processors.ok_or(NumaError::NotSaid)?).map_err(refused)?;
+            let processors = read(&format!("node{node}/cpulist")).and_then(|text| parse_list(&text));
+            set_processors(&processors.ok_or(NumaError::Unavailable)?).map_err(refused)?;
         }
         Ok(())
     }
 }
 
-/// The numbers of a list like `0-3,8`; `None` where it is none, or a number is too large.
-pub(super) fn list(text: &str) -> Option<Vec<u32>> {
+/// Parses a list like `0-3,8`. Returns `None` when the text is no such list, or a number is too
+/// large.
+pub(super) fn parse_list(text: &str) -> Option<Vec<u32>> {
     let mut numbers = Vec::new();
     for part in text.trim().split(',') {
         let (first, last) = part.split_once('-').unwrap_or((part, part));
         let (first, last): (u32, u32) = (first.trim().parse().ok()?, last.trim().parse().ok()?);
-        if last >= MOST_NODES.max(1 << 16) {
+        if last >= MAX_NODES.max(1 << 16) {
             return None;
         }
         numbers.extend(first..=last);
@@ -133,51 +137,52 @@ pub(super) fn list(text: &str) -> Option<Vec<u32>> {
     Some(numbers)
 }
 
-/// Pages on the given nodes only.
+/// Linux's mode of pages that are on the given nodes only.
 #[cfg(target_os = "linux")]
-pub(super) const BOUND: libc::c_long = 2;
+pub(super) const MPOL_BIND: libc::c_long = 2;
 
-/// Pages on the given nodes in turn.
+/// Linux's mode of pages that are interleaved over the given nodes.
 #[cfg(target_os = "linux")]
-const IN_TURN: libc::c_long = 3;
+const MPOL_INTERLEAVE: libc::c_long = 3;
 
-/// A set of nodes as the system takes it.
+/// Returns a set of nodes as the bit mask that Linux takes.
 #[cfg(target_os = "linux")]
-fn mask(nodes: &[u32]) -> [libc::c_ulong; (MOST_NODES / libc::c_ulong::BITS) as usize] {
+fn mask(nodes: &[u32]) -> [libc::c_ulong; (MAX_NODES / libc::c_ulong::BITS) as usize] {
     const BITS: u32 = libc::c_ulong::BITS;
-    let mut mask = [0; (MOST_NODES / BITS) as usize];
-    for node in nodes.iter().filter(|node| **node < MOST_NODES) {
+    let mut mask = [0; (MAX_NODES / BITS) as usize];
+    for node in nodes.iter().filter(|node| **node < MAX_NODES) {
         mask[(node / BITS) as usize] |= 1 << (node % BITS);
     }
     mask
 }
 
-/// Keeps this thread, and those it starts, on the processors given.
+/// Pins this thread, and those it starts later, to these processors.
 ///
 /// # Errors
 /// When the system refuses.
-pub fn stay_on(processors: &[u32]) -> std::io::Result<()> {
+pub fn pin_thread_to_cpus(processors: &[u32]) -> std::io::Result<()> {
     set_processors(processors)
 }
 
-/// Has the whole pages among `len` bytes from `start` be on these nodes, also those that are elsewhere now.
+/// Binds the whole pages within `len` bytes from `start` to these nodes, or interleaves them, and
+/// moves those that are elsewhere.
 ///
 /// # Safety
-/// The bytes are memory of this process.
+/// The bytes must be memory of this process.
 #[cfg(target_os = "linux")]
-pub(super) unsafe fn bind(start: *const u8, len: usize, nodes: &[u32], in_turn: bool) -> std::io::Result<()> {
-    const MOVE: libc::c_uint = 2;
-    // SAFETY: the call only asks for a number.
+pub(super) unsafe fn bind(start: *const u8, len: usize, nodes: &[u32], interleaved: bool) -> std::io::Result<()> {
+    const MPOL_MF_MOVE: libc::c_uint = 2;
+    // SAFETY: the call takes no memory and only returns a number.
     let page = usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(4096);
     let first = start.addr().next_multiple_of(page);
     let end = start.addr().saturating_add(len) / page * page;
     if end <= first {
         return Ok(());
     }
-    let mode = if in_turn { IN_TURN } else { BOUND };
+    let mode = if interleaved { MPOL_INTERLEAVE } else { MPOL_BIND };
     let mask = mask(nodes);
-    // SAFETY: the pages lie within memory of this process; the system reads at most the mask's bits, and counts one more
-    // than it reads.
+    // SAFETY: the pages lie within memory of this process. The system reads `maxnode - 1` bits of
+    // the mask, which is its length.
     let rc = unsafe {
         libc::syscall(
             libc::SYS_mbind,
@@ -185,28 +190,28 @@ pub(super) unsafe fn bind(start: *const u8, len: usize, nodes: &[u32], in_turn: 
             end - first,
             mode,
             mask.as_ptr(),
-            libc::c_ulong::from(MOST_NODES) + 1,
-            MOVE,
+            libc::c_ulong::from(MAX_NODES) + 1,
+            MPOL_MF_MOVE,
         )
     };
     if rc == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
 }
 
-/// See above.
+/// Fails: pages can be bound on Linux only.
 ///
 /// # Safety
-/// None is needed.
+/// Always safe to call; unsafe only to match the Linux version.
 #[cfg(not(target_os = "linux"))]
 pub(super) unsafe fn bind(_: *const u8, _: usize, _: &[u32], _: bool) -> std::io::Result<()> {
     Err(std::io::ErrorKind::Unsupported.into())
 }
 
-/// The node that a byte's page is on, and the policy of its surroundings.
+/// Returns the node that a byte's page is on, and the policy mode of its mapping.
 #[cfg(all(test, target_os = "linux"))]
 pub(super) fn node_of_page(byte: &u8) -> std::io::Result<(u32, libc::c_long)> {
-    const NODE: libc::c_ulong = 1;
-    const ADDRESS: libc::c_ulong = 2;
-    let ask = |flags: libc::c_ulong| {
+    const MPOL_F_NODE: libc::c_ulong = 1;
+    const MPOL_F_ADDR: libc::c_ulong = 2;
+    let query = |flags: libc::c_ulong| {
         let mut answer: libc::c_int = -1;
         let none = std::ptr::null_mut::<libc::c_ulong>();
         // SAFETY: the number outlives the call, no mask is given, and the byte is borrowed.
@@ -215,28 +220,29 @@ pub(super) fn node_of_page(byte: &u8) -> std::io::Result<(u32, libc::c_long)> {
         };
         if rc == 0 { Ok(answer) } else { Err(std::io::Error::last_os_error()) }
     };
-    Ok((ask(NODE | ADDRESS)? as u32, libc::c_long::from(ask(ADDRESS)?)))
+    Ok((query(MPOL_F_NODE | MPOL_F_ADDR)? as u32, libc::c_long::from(query(MPOL_F_ADDR)?)))
 }
 
+/// Sets the memory policy of this thread and those it starts later.
 #[cfg(target_os = "linux")]
 fn set_policy(policy: NumaPolicy, nodes: &[u32]) -> std::io::Result<()> {
-    let mode = if policy == NumaPolicy::Interleave { IN_TURN } else { BOUND };
+    let mode = if policy == NumaPolicy::Interleave { MPOL_INTERLEAVE } else { MPOL_BIND };
     let mask = mask(nodes);
-    // SAFETY: the system reads at most the mask's bits; it counts one bit more than it reads.
-    let rc =
-        unsafe { libc::syscall(libc::SYS_set_mempolicy, mode, mask.as_ptr(), libc::c_ulong::from(MOST_NODES) + 1) };
+    // SAFETY: the system reads `maxnode - 1` bits of the mask, which is its length.
+    let rc = unsafe { libc::syscall(libc::SYS_set_mempolicy, mode, mask.as_ptr(), libc::c_ulong::from(MAX_NODES) + 1) };
     if rc == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
 }
 
+/// Sets the CPU affinity of this thread.
 #[cfg(target_os = "linux")]
 fn set_processors(processors: &[u32]) -> std::io::Result<()> {
-    // SAFETY: a set of processors is plain bits.
+    // SAFETY: a `cpu_set_t` is plain bits, all zero when empty.
     let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
     for processor in processors.iter().filter(|p| **p < libc::CPU_SETSIZE as u32) {
-        // SAFETY: the processor is below the size of the set.
+        // SAFETY: the processor is below `CPU_SETSIZE`.
         unsafe { libc::CPU_SET(*processor as usize, &mut set) };
     }
-    // SAFETY: the system reads the set, whose size is given.
+    // SAFETY: the system reads the set, whose size in bytes is given.
     let rc = unsafe { libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &set) };
     if rc == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
 }
@@ -256,11 +262,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn lists_of_the_system_are_read() {
-        assert_eq!(list("0-1,4\n"), Some(vec![0, 1, 4]));
-        assert_eq!(list("7"), Some(vec![7]));
+    fn node_lists_are_parsed() {
+        assert_eq!(parse_list("0-1,4\n"), Some(vec![0, 1, 4]));
+        assert_eq!(parse_list("7"), Some(vec![7]));
         for wrong in ["", "a", "1-", "0-4000000000"] {
-            assert_eq!(list(wrong), None, "{wrong}");
+            assert_eq!(parse_list(wrong), None, "{wrong}");
         }
     }
 
@@ -274,7 +280,7 @@ mod tests {
     #[test]
     fn a_node_that_is_not_there_is_named_with_those_that_are() {
         let root = tempfile::tempdir().unwrap();
-        assert!(matches!(NumaPolicy::Interleave.apply_below(root.path()), Err(NumaError::NotSaid)));
+        assert!(matches!(NumaPolicy::Interleave.apply_below(root.path()), Err(NumaError::Unavailable)));
         fs::write(root.path().join("online"), "0-1\n").unwrap();
         let error = NumaPolicy::Node(2).apply_below(root.path()).unwrap_err().to_string();
         assert!(error.contains("node 2") && error.contains("0, 1"), "{error}");

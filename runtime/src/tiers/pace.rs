@@ -1,41 +1,54 @@
-//! Pacing of emulated tiers: what a stage would take at the declared rates, it takes.
+//! Pacing of emulated tiers: a stage takes as long as the declared rates of its tiers say.
 //!
-//! A stage's work runs first, on real memory; then the pacer waits until the declared time has passed since the stage
-//! began. Real tiers are not paced. What is charged is what the planner's cost model predicts:
+//! A stage's work runs first, on real memory. Then [`settle`] waits until the declared time has
+//! passed since the stage began. Real tiers are not paced. The declared time is what the planner's
+//! cost model predicts:
 //!
-//! - a dense stage: the layer's fixed overhead, plus bytes over rate of each tier, one after the other, and the same
-//!   for the keys, values and recurrent state that the stage moves;
-//! - an expert stage: the longest of the paths that overlap: each accelerator tier (latency of a launch, then bytes
-//!   over rate), each tier the CPU computes from (bytes over rate), and the slow tier (latency, then missed bytes over
-//!   rate, or over that of the link to where they go if it is slower).
+//! - A dense stage takes the layer's fixed overhead, plus bytes over rate of each tier, one after
+//!   the other. The KV cache and recurrent state that the stage moves are charged to their tier
+//!   alike.
+//! - An expert stage takes the longest of its paths, which overlap. An accelerator tier's path is
+//!   the launch latency, then bytes over rate. The path of a tier that the CPU computes from is
+//!   bytes over rate. The slow tier's path is its latency, then missed bytes over its rate, or over
+//!   the rate of the link to their target if that is lower.
 
 use std::time::{Duration, Instant};
 use tier_plan_formats::machine::{Tier, TierKind};
 
-/// Waits longer than this are slept through; the rest is spun away, since sleeping overshoots by tens of microseconds.
+/// The last part of a wait, which spins instead of sleeping: sleeping overshoots by tens of
+/// microseconds.
 const SPIN: Duration = Duration::from_micros(120);
 
 /// Bytes read from each tier in one stage.
+///
+/// ```
+/// use tier_plan_runtime::tiers::pace::StageBytes;
+///
+/// let mut bytes = StageBytes::new(2);
+/// bytes.add(1, 4096);
+/// bytes.add(1, 4096);
+/// assert_eq!(bytes.by_tier(), [0, 8192]);
+/// ```
 #[derive(Debug, Clone, Default)]
 pub struct StageBytes(Vec<u64>);
 
 impl StageBytes {
-    /// No bytes of `n_tiers` tiers.
+    /// Starts at zero bytes for each of `n_tiers` tiers.
     pub fn new(n_tiers: usize) -> Self {
         Self(vec![0; n_tiers])
     }
 
-    /// Counts bytes of a tier.
+    /// Adds bytes to a tier's count.
     pub fn add(&mut self, tier: usize, bytes: u64) {
         self.0[tier] += bytes;
     }
 
-    /// By tier.
+    /// Returns the counts, `[n_tiers]`.
     pub fn by_tier(&self) -> &[u64] {
         &self.0
     }
 
-    /// Back to no bytes.
+    /// Resets all counts to zero.
     pub fn clear(&mut self) {
         self.0.fill(0);
     }
@@ -47,7 +60,7 @@ impl From<Vec<u64>> for StageBytes {
     }
 }
 
-/// The declared rates of a plan's tiers.
+/// Computes the declared times of a plan's stages from the rates of its emulated tiers.
 #[derive(Debug, Clone)]
 pub struct Pacer {
     tiers: Vec<Tier>,
@@ -56,7 +69,7 @@ pub struct Pacer {
 }
 
 impl Pacer {
-    /// A pacer, or `None` where no tier is emulated.
+    /// Returns a pacer, or `None` where no tier is emulated.
     pub fn new(tiers: &[Tier], layer_overhead_us: f64, token_overhead_us: f64) -> Option<Self> {
         tiers.iter().any(|t| t.emulated).then(|| Self {
             tiers: tiers.to_vec(),
@@ -65,25 +78,26 @@ impl Pacer {
         })
     }
 
+    /// Returns the declared time of reading `bytes` from a tier; zero on real tiers.
     fn transfer(&self, tier: usize, bytes: u64) -> Duration {
         let t = &self.tiers[tier];
         if t.emulated && bytes > 0 { seconds(bytes as f64 / (t.read_gbps * 1e9)) } else { Duration::ZERO }
     }
 
-    /// Declared time of a layer's dense stage that reads `bytes` of weights and moves `cache_bytes` of keys, values and
-    /// state on the tier `kv_tier`.
+    /// Returns the declared time of a layer's dense stage that reads `bytes` of weights, and moves
+    /// `cache_bytes` of KV cache and recurrent state on the tier `kv_tier`.
     pub fn dense(&self, bytes: &StageBytes, kv_tier: usize, cache_bytes: u64) -> Duration {
         self.layer_overhead + self.dense_by_tier(bytes, kv_tier, cache_bytes).iter().sum::<Duration>()
     }
 
-    /// The part of [`dense`](Self::dense) that each tier's bytes take.
+    /// Returns the part of [`dense`](Self::dense) that each tier's bytes take, `[n_tiers]`.
     pub fn dense_by_tier(&self, bytes: &StageBytes, kv_tier: usize, cache_bytes: u64) -> Vec<Duration> {
         let mut times: Vec<Duration> = bytes.0.iter().enumerate().map(|(t, b)| self.transfer(t, *b)).collect();
         times[kv_tier] += self.transfer(kv_tier, cache_bytes);
         times
     }
 
-    /// Declared time of the work outside layers.
+    /// Returns the declared time of a token's work outside layers: embedding and head.
     pub fn outside(&self, bytes: &StageBytes) -> Duration {
         self.token_overhead + self.sum(bytes)
     }
@@ -92,22 +106,23 @@ impl Pacer {
         bytes.0.iter().enumerate().map(|(tier, b)| self.transfer(tier, *b)).sum()
     }
 
-    /// Declared time of each path of an expert stage, by tier: computed bytes, and bytes brought in from the last tier to
-    /// the tier `to`.
+    /// Returns the declared time of each path of an expert stage, `[n_tiers]`: for the bytes that
+    /// experts were `computed` from, and for `missed_bytes` read from the last tier to the tier
+    /// `to`.
     pub fn expert_paths(&self, computed: &StageBytes, missed_bytes: u64, to: usize) -> Vec<Duration> {
         let slow = self.tiers.len() - 1;
         let link = self.tiers[to].accelerator.link_gbps.filter(|_| self.tiers[to].emulated && missed_bytes > 0);
         let link = link.map_or(Duration::ZERO, |gbps| seconds(missed_bytes as f64 / (gbps * 1e9)));
-        let path = |(at, tier): (usize, &Tier)| {
-            let bytes = computed.0[at];
+        let path = |(index, tier): (usize, &Tier)| {
+            let bytes = computed.0[index];
             let launches = tier.kind == TierKind::Vram && tier.emulated && bytes > 0;
             let launch = if launches { micros(tier.latency_us) } else { Duration::ZERO };
-            let compute = launch + self.transfer(at, bytes);
-            if at != slow {
+            let compute = launch + self.transfer(index, bytes);
+            if index != slow {
                 return compute;
             }
             let latency = if tier.emulated && missed_bytes > 0 { micros(tier.latency_us) } else { Duration::ZERO };
-            compute.max(latency + self.transfer(at, missed_bytes).max(link))
+            compute.max(latency + self.transfer(index, missed_bytes).max(link))
         };
         self.tiers.iter().enumerate().map(path).collect()
     }
@@ -117,12 +132,13 @@ fn micros(us: f64) -> Duration {
     seconds(us * 1e-6)
 }
 
-/// A declared time. No file makes it longer than an hour, so that sums of them stay in range.
+/// Returns a declared time, at most one hour, so that sums stay in range whatever a machine file
+/// says.
 fn seconds(s: f64) -> Duration {
     Duration::from_secs_f64(s.clamp(0.0, 3600.0))
 }
 
-/// Waits until `start + declared`.
+/// Waits until `declared` has passed since `start`.
 pub fn settle(start: Instant, declared: Duration) {
     let end = start + declared;
     loop {
@@ -180,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn absurd_rates_are_slow_and_nothing_worse() {
+    fn absurd_rates_are_slow_but_stay_in_range() {
         let tiers = [tier(TierKind::Vram, 1e-308, 1e308, true), tier(TierKind::Nvme, 5e-324, 1e308, true)];
         let pacer = Pacer::new(&tiers, 1e308, 1e308).unwrap();
         let mut bytes = StageBytes::new(2);

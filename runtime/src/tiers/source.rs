@@ -1,4 +1,4 @@
-//! One file of the slow tier: how it is opened, read past the page cache, tried again, and watched for changes.
+//! One file of the slow tier: direct I/O, retries, and detection of changes.
 
 use std::fs::File;
 use std::io;
@@ -6,100 +6,101 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 use thiserror::Error;
 
-/// Reads past the page cache have offsets, lengths and buffers that are multiples of this: the page size, which every
-/// block device takes.
+/// Alignment of direct I/O in bytes: offsets, lengths, and buffer addresses are multiples of it. It
+/// is the page size, which every block device accepts.
 pub const ALIGN: usize = 4096;
 
-/// Failures of one read that are tried again, with waits in between that grow fourfold from a millisecond.
+/// Retries of one failed read. The waits in between start at 1 ms and grow fourfold.
 const RETRIES: u32 = 5;
 
-/// Interruptions by signals that one read puts up with.
-const INTERRUPTIONS: u32 = 1000;
+/// Interruptions by signals (`EINTR`) after which one read is repeated at once.
+const MAX_INTERRUPTIONS: u32 = 1000;
 
 /// A read that failed.
 #[derive(Debug, Error)]
 pub enum ReadError {
-    /// The system refused, also when asked again.
-    #[error("{}: reading {len} bytes at offset {offset}: {source}", path.display())]
+    /// A read failed, also when it was retried.
+    #[error("{}: reading {len} bytes at offset {offset} failed: {source}", path.display())]
     Io {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// Where in it.
+        /// Offset in the file, in bytes.
         offset: u64,
-        /// How much.
+        /// Bytes that were requested.
         len: usize,
-        /// What the system said; part of the message, so no source of its own.
+        /// The system's error; part of the message, so no source of its own.
         r#source: io::Error,
     },
     /// A file could not be opened.
     #[error("{}: {source}", path.display())]
     Open {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
         /// What the system said.
         r#source: io::Error,
     },
-    /// A file is not what it was when it was opened.
+    /// A file has changed since it was opened.
     #[error("{}: {what} while the model was in use; load the model again", path.display())]
     Changed {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// How.
+        /// The change, as a clause: `it was written to`.
         what: String,
     },
-    /// What was read is not what its checksum was made of.
+    /// The bytes of a slice do not have their checksum.
     #[error(
-        "{}: {what} ({len} bytes at offset {offset}) is damaged: its XXH3-64 is {found:016x}, expected {expected:016x}; get \
-         the file again or, if it was changed on purpose, make new checksums with `tier-plan checksum`",
+        "{}: {what} ({len} bytes at offset {offset}) is damaged: XXH3-64 {found:016x}, expected {expected:016x}; get the \
+         file again, or make new checksums if it was changed on purpose",
         path.display()
     )]
     Damaged {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// Tensor, and expert if it is one.
+        /// Name of the slice: the tensor, and the expert if the tensor has several.
         what: String,
-        /// Where it begins.
+        /// Offset of the slice in bytes.
         offset: u64,
-        /// Bytes.
+        /// Length of the slice in bytes.
         len: usize,
-        /// Of what is there.
+        /// XXH3-64 of the bytes.
         found: u64,
-        /// As it should be.
+        /// XXH3-64 of the checksum file.
         expected: u64,
     },
-    /// No memory for buffers.
-    #[error("no memory for {bytes} bytes of buffers")]
+    /// Buffers could not be allocated.
+    #[error("allocating {bytes} bytes of read buffers failed")]
     Memory {
-        /// Bytes asked for.
+        /// Bytes that were requested.
         bytes: usize,
     },
-    /// The environment names a way to read that there is not.
-    #[error("TIER_PLAN_IO={found}: expected 'direct' (past the page cache) or 'buffered' (through it, then dropped)")]
+    /// The environment variable `TIER_PLAN_IO` names no mode.
+    #[error("TIER_PLAN_IO={found}: expected 'direct' (O_DIRECT) or 'buffered' (through the page cache, then dropped)")]
     Mode {
-        /// What it names.
+        /// Value of the variable.
         found: String,
     },
-    /// The threads that read are gone.
+    /// The read was canceled, or the reader threads have stopped.
     #[error("the reader threads have stopped")]
     Stopped,
 }
 
-/// How files are read.
+/// How files are read with respect to the page cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ReadMode {
-    /// Through the page cache, which keeps what was read: for tiers that stand for memory.
+    /// Through the page cache, which keeps the bytes: for tiers that stand for memory.
     Cached,
-    /// Past the page cache (`O_DIRECT`) where the file system allows that, else as [`Buffered`](Self::Buffered).
+    /// With direct I/O (`O_DIRECT`) where the file system supports it, else as
+    /// [`Buffered`](Self::Buffered).
     Direct,
-    /// Through the page cache, then dropped from it, so that memory does not hold the same bytes twice.
+    /// Through the page cache, then dropped from it, so that memory does not hold the bytes twice.
     Buffered,
 }
 
 impl ReadMode {
-    /// How a block device is read: what `TIER_PLAN_IO` says, or past the page cache.
+    /// Returns the mode for block devices: that of `TIER_PLAN_IO`, or [`Direct`](Self::Direct).
     ///
     /// # Errors
-    /// When the variable says something else.
+    /// [`ReadError::Mode`] when the variable names no mode.
     pub fn from_env() -> Result<Self, ReadError> {
         match std::env::var_os("TIER_PLAN_IO") {
             None => Ok(Self::Direct),
@@ -110,28 +111,34 @@ impl ReadMode {
     }
 }
 
-/// What tells one state of a file from another.
+/// Metadata that tell one state of a file from another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Stamp {
-    /// Bytes.
+    /// Length in bytes.
     pub len: u64,
-    /// When it was last written to, where the file system says.
+    /// Time of the last write, where the file system records it.
     pub modified: Option<SystemTime>,
 }
 
-/// Something that is read from by offset: a file, or in tests one that fails.
+/// Something that is read by offset: a file, or a faulty stand-in in tests.
 pub trait ReadAt: Send + Sync {
-    /// Reads at most `into.len()` bytes from `offset` on and says how many; none at the end.
+    /// Reads at most `into.len()` bytes from `offset` on, and returns how many: 0 at the end.
+    ///
+    /// # Errors
+    /// When the system refuses.
     fn read_at(&self, into: &mut [u8], offset: u64) -> io::Result<usize>;
 
-    /// What it is now.
+    /// Returns the present state.
+    ///
+    /// # Errors
+    /// When the system refuses.
     fn stamp(&self) -> io::Result<Stamp>;
 
-    /// What offsets, lengths and buffer addresses must be multiples of: 1 or [`ALIGN`].
+    /// Returns the alignment of offsets, lengths, and buffer addresses: 1 or [`ALIGN`].
     fn alignment(&self) -> usize;
 }
 
-/// A file of the operating system.
+/// A file of the operating system with its mode.
 struct SystemFile {
     file: File,
     mode: ReadMode,
@@ -166,8 +173,8 @@ fn read_some_at(file: &File, into: &mut [u8], offset: u64) -> io::Result<usize> 
     std::os::windows::fs::FileExt::seek_read(file, into, offset)
 }
 
-/// Opens a file so that reads go past the page cache, if they really do: some file systems refuse to open it so, others
-/// only to read.
+/// Opens a file with `O_DIRECT`, or returns `None` where that is not supported. Some file systems
+/// refuse only the first read, so one is tried.
 #[cfg(target_os = "linux")]
 fn open_direct(path: &Path) -> Option<File> {
     use super::arena::Arena;
@@ -183,26 +190,28 @@ fn open_direct(_: &Path) -> Option<File> {
     None
 }
 
-/// Asks the system not to read ahead of what is asked for.
+/// Disables the system's own read-ahead.
 #[cfg(target_os = "linux")]
-fn no_read_ahead(file: &File) {
+fn disable_read_ahead(file: &File) {
     use std::os::fd::AsRawFd;
-    // SAFETY: the descriptor is open; the call takes no memory. A refused hint costs speed only.
+    // SAFETY: the descriptor is open, and the call takes no memory. A refused hint costs speed
+    // only.
     let _ = unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_RANDOM) };
 }
 
 #[cfg(not(target_os = "linux"))]
-fn no_read_ahead(_: &File) {}
+fn disable_read_ahead(_: &File) {}
 
-/// Drops a range that was read from the page cache.
+/// Drops a range of the file from the page cache.
 #[cfg(target_os = "linux")]
 fn drop_cached(file: &File, offset: u64, len: usize) {
     use std::os::fd::AsRawFd;
-    // Pages that the range only touches are kept, unless it is widened to whole ones.
+    // The system keeps pages that the range covers only partly, so it is widened to whole pages.
     let from = offset / ALIGN as u64 * ALIGN as u64;
     let to = (offset + len as u64).next_multiple_of(ALIGN as u64);
     if let (Ok(from), Ok(len)) = (libc::off_t::try_from(from), libc::off_t::try_from(to - from)) {
-        // SAFETY: the descriptor is open; the call takes no memory. A refused hint costs memory of the cache only.
+        // SAFETY: the descriptor is open, and the call takes no memory. A refused hint costs cache
+        // memory only.
         let _ = unsafe { libc::posix_fadvise(file.as_raw_fd(), from, len, libc::POSIX_FADV_DONTNEED) };
     }
 }
@@ -210,7 +219,7 @@ fn drop_cached(file: &File, offset: u64, len: usize) {
 #[cfg(not(target_os = "linux"))]
 fn drop_cached(_: &File, _: u64, _: usize) {}
 
-/// An open file of a model, with the state it was opened in.
+/// An open file of a model, with its state at opening.
 pub(super) struct Source {
     path: PathBuf,
     reader: Box<dyn ReadAt>,
@@ -218,7 +227,10 @@ pub(super) struct Source {
 }
 
 impl Source {
-    /// Opens a file.
+    /// Opens a file in a mode.
+    ///
+    /// # Errors
+    /// [`ReadError::Open`].
     pub(super) fn open(path: &Path, mode: ReadMode) -> Result<Self, ReadError> {
         let error = |source| ReadError::Open { path: path.to_path_buf(), r#source };
         let direct = if mode == ReadMode::Direct { open_direct(path) } else { None };
@@ -227,25 +239,31 @@ impl Source {
             (None, ReadMode::Cached) => SystemFile { file: File::open(path).map_err(error)?, mode },
             (None, _) => {
                 let file = File::open(path).map_err(error)?;
-                no_read_ahead(&file);
+                disable_read_ahead(&file);
                 SystemFile { file, mode: ReadMode::Buffered }
             }
         };
         Self::new(path, Box::new(file))
     }
 
-    /// Anything that can be read, called `path` in errors.
+    /// Wraps a reader, which errors call `path`.
+    ///
+    /// # Errors
+    /// [`ReadError::Open`] when it has no [stamp](ReadAt::stamp).
     pub(super) fn new(path: &Path, reader: Box<dyn ReadAt>) -> Result<Self, ReadError> {
         let opened = reader.stamp().map_err(|source| ReadError::Open { path: path.to_path_buf(), r#source })?;
         Ok(Self { path: path.to_path_buf(), reader, opened })
     }
 
-    /// See [`ReadAt::alignment`].
+    /// Returns the reader's [alignment](ReadAt::alignment).
     pub(super) fn alignment(&self) -> usize {
         self.reader.alignment()
     }
 
-    /// Fails if the file is not what it was when it was opened.
+    /// Fails if the file has changed since it was opened.
+    ///
+    /// # Errors
+    /// [`ReadError::Changed`].
     pub(super) fn check(&self) -> Result<(), ReadError> {
         let changed = |what: String| Err(ReadError::Changed { path: self.path.clone(), what });
         match self.reader.stamp() {
@@ -258,26 +276,26 @@ impl Source {
         }
     }
 
-    /// An error of reading this file.
+    /// Returns the error of a failed read of this file.
     pub(super) fn error(&self, offset: u64, len: usize, source: io::Error) -> ReadError {
         ReadError::Io { path: self.path.clone(), offset, len, r#source }
     }
 
-    /// The error of bytes of this file that have the checksum `found`.
+    /// Returns the error of a slice of this file that has the checksum `found`.
     pub(super) fn damaged(&self, offset: u64, len: usize, what: &str, found: u64, expected: u64) -> ReadError {
         ReadError::Damaged { path: self.path.clone(), what: what.to_string(), offset, len, found, expected }
     }
 
-    /// Reads at least the first `need` bytes of `into`, which holds the file from `offset` on: `offset`, the length of
-    /// `into` and its address are multiples of the alignment. Less than all of `into` is filled only at the file's end.
+    /// Reads at least the first `need` bytes of `into` from `offset` on; more unless the file ends
+    /// there. `offset`, the length of `into`, and its address are multiples of the alignment.
     ///
     /// # Errors
-    /// When the file changed, or a read fails again and again.
+    /// When the file has changed, or a read fails after all retries.
     pub(super) fn fill(&self, offset: u64, into: &mut [u8], need: usize) -> Result<(), ReadError> {
         let align = self.alignment();
         let (mut done, mut failures, mut interruptions) = (0, 0, 0);
         while done < need {
-            // A read that stopped short goes on where its alignment allows.
+            // A short read is continued from the last aligned offset.
             let from = done / align * align;
             let error = match self.reader.read_at(&mut into[from..], offset + from as u64) {
                 Ok(n) if from + n > done => {
@@ -287,13 +305,13 @@ impl Source {
                 Ok(_) => io::ErrorKind::UnexpectedEof.into(),
                 Err(error) => error,
             };
-            if error.kind() == io::ErrorKind::Interrupted && interruptions < INTERRUPTIONS {
+            if error.kind() == io::ErrorKind::Interrupted && interruptions < MAX_INTERRUPTIONS {
                 interruptions += 1;
                 continue;
             }
-            // What is wrong with the file explains more than what the read said.
+            // A change of the file explains more than the read's own error.
             self.check()?;
-            if failures == RETRIES || !may_pass(&error) {
+            if failures == RETRIES || !is_transient(&error) {
                 return Err(self.error(offset, need, error));
             }
             std::thread::sleep(Duration::from_millis(1 << (2 * failures)));
@@ -303,8 +321,8 @@ impl Source {
     }
 }
 
-/// Whether asking again may help.
-fn may_pass(error: &io::Error) -> bool {
+/// Whether a retry may succeed.
+fn is_transient(error: &io::Error) -> bool {
     use io::ErrorKind::{Interrupted, TimedOut, UnexpectedEof, WouldBlock};
     #[cfg(unix)]
     if error.raw_os_error() == Some(libc::EIO) {

@@ -1,13 +1,14 @@
 //! The printable alphabet of byte-level vocabularies: each byte is written as one character.
 //!
-//! Bytes that print in Latin-1 stand for themselves, the other 68 for the characters from U+0100 on, in order.
+//! Bytes that print in Latin-1 stand for themselves, the other 68 for the characters from U+0100
+//! on, in order.
 
-/// Whether byte `b` stands for itself.
+/// Returns whether byte `b` stands for itself.
 const fn prints(b: u8) -> bool {
     matches!(b, b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF)
 }
 
-/// The character of every byte.
+/// Returns the character of every byte.
 pub(super) const CHARS: [char; 256] = {
     let mut table = ['\0'; 256];
     let mut next = 0x100u32;
@@ -27,7 +28,7 @@ pub(super) const CHARS: [char; 256] = {
     table
 };
 
-/// The byte of every character up to U+0143; `None` where there is none.
+/// Returns the byte of every character up to U+0143; `None` where there is none.
 const BYTES: [Option<u8>; 0x144] = {
     let mut table = [None; 0x144];
     let mut b = 0;
@@ -38,7 +39,7 @@ const BYTES: [Option<u8>; 0x144] = {
     table
 };
 
-/// The byte that `c` stands for.
+/// Returns the byte that `c` stands for.
 pub(super) fn byte_of(c: char) -> Option<u8> {
     BYTES.get(c as usize).copied().flatten()
 }

@@ -1,8 +1,9 @@
-//! Text to token ids and back, from the vocabulary in a model file.
+//! Tokenizers: text to token ids and back, by the vocabulary in a model file.
 //!
-//! Two kinds of vocabulary are known: `gpt2`, byte-level pairs merged in the order they were learnt, with a
-//! split pattern that `tokenizer.ggml.pre` names; and `llama`, SentencePiece scores with a byte fallback.
-//! Special tokens and BOS follow llama.cpp, so that both engines see the same prompt.
+//! Two kinds of vocabulary are known. `gpt2` is byte-level BPE, whose pairs merge in the order they
+//! were learned, with a split pattern that `tokenizer.ggml.pre` names. `llama` is SentencePiece
+//! scores with a byte fallback. Special tokens and BOS follow llama.cpp, so that both engines see
+//! the same prompt.
 //!
 //! This module takes plain arrays ([`TokenizerSource`]) and knows nothing of files or of models.
 
@@ -24,7 +25,7 @@ use scores::ScoreMerges;
 use special::{Fragment, Specials};
 use thiserror::Error;
 
-/// What a model file says of its vocabulary; the names are those of the `tokenizer.ggml.*` keys.
+/// A vocabulary as a model file has it; the names are those of the `tokenizer.ggml.*` keys.
 #[derive(Debug, Clone, Default)]
 pub struct TokenizerSource {
     /// `model`: `gpt2`, `llama`, or `none` for a model without a vocabulary.
@@ -33,13 +34,14 @@ pub struct TokenizerSource {
     pub pre: Option<String>,
     /// `tokens`: the text of every token, by id.
     pub tokens: Vec<String>,
-    /// `token_type`, one a token; all are normal text when empty.
+    /// `token_type`, one per token; all are normal text when empty.
     pub token_types: Vec<i32>,
-    /// `scores`, one a token; only `llama` vocabularies need them.
+    /// `scores`, one per token; only `llama` vocabularies need them.
     pub scores: Vec<f32>,
-    /// `merges`: pairs of token texts with a space between, first learnt first.
+    /// `merges`: pairs of token texts with a space between, first learned first.
     pub merges: Vec<String>,
-    /// `bos_token_id`. Ids past the vocabulary, here and below, are taken as "there is none", as writers mean them.
+    /// `bos_token_id`. Ids past the vocabulary, here and below, are taken as "there is none", as
+    /// writers mean them.
     pub bos: Option<u32>,
     /// `eos_token_id`.
     pub eos: Option<u32>,
@@ -57,13 +59,13 @@ pub struct TokenizerSource {
     pub add_space_prefix: Option<bool>,
 }
 
-/// Why there is no tokenizer, or no tokens.
+/// An error of building a tokenizer, or of encoding a text.
 #[derive(Debug, Error)]
 pub enum TokenizerError {
-    /// The file has no vocabulary.
+    /// The file holds no vocabulary.
     #[error("this model has no tokenizer (tokenizer.ggml.model is 'none'): give token ids instead of text")]
     NoTokenizer,
-    /// A kind of vocabulary that isn't known.
+    /// The kind of vocabulary is unknown.
     #[error(
         "tokenizer.ggml.model is '{found}', but only gpt2, llama and none are known: give token ids instead of text"
     )]
@@ -71,10 +73,8 @@ pub enum TokenizerError {
         /// The name in the file.
         found: String,
     },
-    /// A split pattern that isn't known.
-    #[error(
-        "split pattern '{found}' (tokenizer.ggml.pre) is not known; choose the one that fits the model with --tokenizer-pre: {known}"
-    )]
+    /// The split pattern is unknown.
+    #[error("unknown split pattern '{found}' (tokenizer.ggml.pre), expected one of: {known}")]
     UnknownPre {
         /// The name in the file, or the one that was forced.
         found: String,
@@ -87,40 +87,40 @@ pub enum TokenizerError {
         /// Tokens in the file.
         found: usize,
     },
-    /// An array with the wrong number of entries.
+    /// An array has the wrong number of entries.
     #[error("tokenizer.ggml.{array} has {found} entries, but there are {expected} tokens: the file is damaged")]
     BadLength {
-        /// The key.
+        /// Name of the array, without `tokenizer.ggml.`.
         array: &'static str,
         /// Entries in the file.
         found: usize,
         /// Tokens in the file.
         expected: usize,
     },
-    /// A byte-pair vocabulary without merges.
+    /// A byte-pair vocabulary has no merges.
     #[error("tokenizer.ggml.merges is missing or empty, and a gpt2 vocabulary can't be used without it")]
     NoMerges,
-    /// A merge that is not a pair.
+    /// A merge is not a pair of token texts.
     #[error("entry {index} of tokenizer.ggml.merges is '{text}'; expected two token texts with a space between")]
     BadMerge {
-        /// Which entry, from 0.
+        /// Index of the entry, from 0.
         index: usize,
-        /// What it says.
+        /// Text of the entry.
         text: String,
     },
-    /// The file asks for a token that it doesn't name.
+    /// The file asks for a special token that it doesn't name.
     #[error("the file asks to add {what} to prompts (tokenizer.ggml.add_{what}_token), but names no such token")]
     MissingSpecial {
         /// `bos` or `eos`.
         what: &'static str,
     },
-    /// A byte that the vocabulary can't spell.
+    /// The vocabulary has no token for a byte.
     #[error("the text holds byte 0x{byte:02X}, for which the vocabulary has no token")]
     NoByte {
-        /// The byte.
+        /// The byte of the text.
         byte: u8,
     },
-    /// The parts didn't fit together.
+    /// The tokenizer library refused the vocabulary.
     #[error("the tokenizer could not be built: {0}")]
     Build(String),
 }
@@ -133,12 +133,23 @@ enum Encoder {
 }
 
 /// A vocabulary, ready to encode and decode.
+///
+/// ```
+/// use tier_plan_runtime::gguf::Gguf;
+/// use tier_plan_runtime::tokenizer::{Tokenizer, TokenizerSource};
+///
+/// let gguf = Gguf::open("../profiles/demo/demo.gguf".as_ref())?;
+/// let tokenizer = Tokenizer::new(TokenizerSource::from_gguf(&gguf)?)?;
+/// let ids = tokenizer.encode("Once upon a time", false)?;
+/// assert_eq!(tokenizer.decode(&ids), "Once upon a time");
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug)]
 pub struct Tokenizer {
     encoder: Encoder,
     specials: Specials,
     kinds: Vec<TokenKind>,
-    /// Bytes of all tokens, one after the other.
+    /// The bytes of all tokens, end to end.
     pieces: Vec<u8>,
     /// Where each token's bytes end in `pieces`.
     ends: Vec<usize>,
@@ -155,12 +166,14 @@ impl Tokenizer {
     /// Builds the tokenizer that `source` describes.
     ///
     /// # Errors
-    /// When the kind of vocabulary or its split pattern isn't known, or the arrays contradict each other.
+    /// When the kind of vocabulary or its split pattern isn't known, or the arrays contradict each
+    /// other.
     pub fn new(source: TokenizerSource) -> Result<Self, TokenizerError> {
         Self::with_pre(source, None)
     }
 
-    /// As [`new`](Self::new), with the split pattern `pre` instead of the file's if one is given.
+    /// Builds a tokenizer like [`new`](Self::new), with the split pattern `pre` instead of the
+    /// file's if one is given.
     ///
     /// # Errors
     /// As [`new`](Self::new).
@@ -195,7 +208,7 @@ impl Tokenizer {
             let name = pre.or(source.pre.as_deref()).unwrap_or_else(|| {
                 warning = Some(format!(
                     "the file does not say how text is split (tokenizer.ggml.pre), so the default is used and the \
-                     text may be worse for it; choose the one that fits the model with --tokenizer-pre: {}",
+                     text may be worse for it; known split patterns: {}",
                     split::known()
                 ));
                 "default"
@@ -204,7 +217,8 @@ impl Tokenizer {
             Some(family.ok_or_else(|| TokenizerError::UnknownPre { found: name.to_string(), known: split::known() })?)
         };
 
-        // Writers that mean "none" use an id past the vocabulary; the old llama files name no ids at all.
+        // Writers that mean "none" use an id past the vocabulary; the old llama files name no ids
+        // at all.
         let valid = |id: Option<u32>, usual: u32| id.or(scored.then_some(usual)).filter(|id| (*id as usize) < n);
         let (bos, eos, unk) = (valid(source.bos, 1), valid(source.eos, 2), valid(source.unk, 0));
         let add = |wanted: Option<bool>, usual: bool, id: Option<u32>, what| match (wanted, id) {
@@ -232,7 +246,7 @@ impl Tokenizer {
         Ok(Self { encoder, specials, kinds, pieces, ends, bos, eos, add_bos, add_eos, space_prefix, pre, warning })
     }
 
-    /// The tokenizer of a model without a vocabulary.
+    /// Returns the tokenizer of a model without a vocabulary.
     fn empty() -> Self {
         Self {
             encoder: Encoder::None,
@@ -250,8 +264,10 @@ impl Tokenizer {
         }
     }
 
-    /// The tokens of `text`. With `special`, special tokens written out in the text become their ids, and BOS and
-    /// EOS are added where the model wants them; without, all of `text` is plain text and nothing is added.
+    /// Returns the tokens of `text`.
+    ///
+    /// With `special`, special tokens written out in the text become their ids, and BOS and EOS are
+    /// added where the model wants them. Without, all of `text` is plain text and nothing is added.
     ///
     /// # Errors
     /// When the model has no vocabulary, or the vocabulary can't spell the text.
@@ -283,8 +299,9 @@ impl Tokenizer {
         Ok(ids)
     }
 
-    /// The text of `ids`, without control tokens and without the space that [`encode`](Self::encode) put in front.
-    /// Bytes that are not UTF-8 become U+FFFD; ids past the vocabulary give nothing.
+    /// Returns the text of `ids`, without control tokens and without the space that
+    /// [`encode`](Self::encode) put in front. Bytes that are not UTF-8 become U+FFFD; ids past the
+    /// vocabulary give nothing.
     pub fn decode(&self, ids: &[u32]) -> String {
         let mut bytes = Vec::with_capacity(ids.len() * 4);
         for &id in ids {
@@ -296,7 +313,8 @@ impl Tokenizer {
         String::from_utf8_lossy(&bytes[skip..]).into_owned()
     }
 
-    /// The bytes of a token: of control tokens, their text. Empty for ids past the vocabulary.
+    /// Returns the bytes of a token; of a control token, its text. Empty for ids past the
+    /// vocabulary.
     pub fn piece(&self, id: u32) -> &[u8] {
         let id = id as usize;
         let Some(&end) = self.ends.get(id) else { return &[] };
@@ -304,58 +322,59 @@ impl Tokenizer {
         &self.pieces[start..end]
     }
 
-    /// A copy of [`piece`](Self::piece).
+    /// Returns a copy of [`piece`](Self::piece).
     pub fn token_bytes(&self, id: u32) -> Vec<u8> {
         self.piece(id).to_vec()
     }
 
-    /// What a token is for; `None` past the vocabulary.
+    /// Returns what a token is for; `None` past the vocabulary.
     pub fn kind(&self, id: u32) -> Option<TokenKind> {
         self.kinds.get(id as usize).copied()
     }
 
-    /// A decoder for text that is generated token by token.
+    /// Returns a decoder for text that is generated token by token.
     pub fn stream(&self) -> TokenStream<'_> {
         TokenStream::new(self)
     }
 
-    /// The token that starts a text.
+    /// Returns the token that starts a text.
     pub fn bos(&self) -> Option<u32> {
         self.bos
     }
 
-    /// The token that ends a text.
+    /// Returns the token that ends a text.
     pub fn eos(&self) -> Option<u32> {
         self.eos
     }
 
-    /// The token that [`encode`](Self::encode) puts before a text: BOS, where the model wants it.
+    /// Returns the token that [`encode`](Self::encode) puts before a text: BOS, where the model
+    /// wants it.
     pub fn prefix(&self) -> Option<u32> {
         self.bos.filter(|_| self.add_bos)
     }
 
-    /// Whether `id` ends a generation: EOS, and what chat models end a turn with.
+    /// Returns whether `id` ends a generation: EOS, and what chat models end a turn with.
     pub fn is_eog(&self, id: u32) -> bool {
         self.specials.eog.contains(&id)
     }
 
-    /// Tokens in the vocabulary; 0 where there is none.
+    /// Returns the size of the vocabulary; 0 where there is none.
     pub fn n_vocab(&self) -> usize {
         self.ends.len()
     }
 
-    /// The split pattern in use; `None` where the vocabulary needs none.
+    /// Returns the name of the split pattern in use; `None` where the vocabulary needs none.
     pub fn pre(&self) -> Option<&'static str> {
         self.pre
     }
 
-    /// What the user should know about this tokenizer, if anything.
+    /// Returns what the user should know about this tokenizer, if anything.
     pub fn warning(&self) -> Option<&str> {
         self.warning.as_deref()
     }
 }
 
-/// The bytes that each token stands for, end to end, and where each ends.
+/// Returns the bytes that each token stands for, end to end, and where each ends.
 fn pieces(tokens: &[String], kinds: &[TokenKind], scored: bool) -> (Vec<u8>, Vec<usize>) {
     let mut pieces = Vec::with_capacity(tokens.iter().map(String::len).sum());
     let mut ends = Vec::with_capacity(tokens.len());
@@ -376,8 +395,8 @@ fn pieces(tokens: &[String], kinds: &[TokenKind], scored: bool) -> (Vec<u8>, Vec
     (pieces, ends)
 }
 
-/// Appends the bytes that a token of a byte-level vocabulary spells; characters outside the alphabet stand for
-/// themselves.
+/// Appends the bytes that a token of a byte-level vocabulary spells; characters outside the
+/// alphabet stand for themselves.
 fn spell(token: &str, out: &mut Vec<u8>) {
     for c in token.chars() {
         match bytes::byte_of(c) {
@@ -387,7 +406,7 @@ fn spell(token: &str, out: &mut Vec<u8>) {
     }
 }
 
-/// The byte that a token like `<0x0A>` means.
+/// Returns the byte that a token like `<0x0A>` means.
 fn byte_token(token: &str) -> Option<u8> {
     let digits = token.strip_prefix("<0x")?.strip_suffix('>')?;
     if digits.len() == 2 { u8::from_str_radix(digits, 16).ok() } else { None }

@@ -1,7 +1,7 @@
-//! Byte-level byte-pair encoding (`gpt2` vocabularies).
+//! Byte-level byte-pair encoding, BPE (`gpt2` vocabularies).
 //!
-//! The text is cut into words, each word's bytes are written in the printable alphabet, and neighbouring
-//! tokens are merged in the order in which the merges were learnt.
+//! The text is cut into words, each word's bytes are written in the printable alphabet, and
+//! neighboring tokens are merged in the order in which the merges were learned.
 
 use super::TokenizerError;
 use super::bytes::CHARS;
@@ -14,13 +14,13 @@ use tokenizers::models::bpe::{BPE, Vocab};
 pub(super) struct BytePairs {
     model: BPE,
     splitter: Splitter,
-    /// Which bytes the vocabulary has a token for.
+    /// By byte: whether the vocabulary has a token for it.
     has_byte: Box<[bool; 256]>,
 }
 
 impl BytePairs {
-    /// Builds the encoder. Of tokens with the same text the last one counts; merges of tokens that the
-    /// vocabulary lacks can't ever apply and are left out.
+    /// Builds the encoder. Of tokens with the same text the last one counts; merges of tokens that
+    /// the vocabulary lacks can't ever apply and are left out.
     pub fn new(family: &Family, tokens: Vec<String>, merges: &[String]) -> Result<Self, TokenizerError> {
         if merges.is_empty() {
             return Err(TokenizerError::NoMerges);
@@ -35,7 +35,8 @@ impl BytePairs {
         let mut pairs = Vec::with_capacity(merges.len());
         let mut joined = String::new();
         for (index, merge) in merges.iter().enumerate() {
-            // A token may start with a space in vocabularies that aren't byte-level, so look from the second byte.
+            // A token may start with a space in vocabularies that aren't byte-level, so look from
+            // the second byte.
             let middle = merge.bytes().skip(1).position(|b| b == b' ').map(|p| p + 1);
             let parts = middle.and_then(|m| Some((merge.get(..m)?, merge.get(m + 1..)?)));
             let Some((left, right)) = parts.filter(|(_, right)| !right.is_empty()) else {

@@ -1,8 +1,9 @@
 //! SentencePiece-style merging by score (`llama` vocabularies).
 //!
-//! Spaces are written `▁`. The text starts as single characters; of all neighbours whose texts together are a
-//! token, the pair with the highest score is merged first (the leftmost of equals), until none is left.
-//! Characters that aren't tokens are spelled with the byte tokens `<0x00>` to `<0xFF>`.
+//! Spaces are written `▁`. The text starts as single characters; of all neighbors whose texts
+//! together are a token, the pair with the highest score is merged first (the leftmost of equals),
+//! until none is left. Characters that aren't tokens are spelled with the byte tokens `<0x00>` to
+//! `<0xFF>`.
 
 use super::TokenizerError;
 use std::cmp::Ordering;
@@ -16,23 +17,23 @@ pub(super) const SPACE: char = '▁';
 pub(super) struct ScoreMerges {
     ids: HashMap<String, u32>,
     scores: Vec<f32>,
-    /// Token of each byte.
+    /// By byte: the token that spells it.
     bytes: Box<[Option<u32>; 256]>,
     unk: Option<u32>,
     /// Bytes of the longest token; no longer text needs to be looked up.
     longest: usize,
 }
 
-/// A stretch of the text that is one token so far; neighbours are linked by index.
+/// A stretch of the text that is one token so far; neighbors are linked by index.
 struct Symbol {
     start: usize,
-    /// One past the last byte; `end == start` once merged into its left neighbour.
+    /// One past the last byte; `end == start` once merged into its left neighbor.
     end: usize,
     prev: Option<usize>,
     next: Option<usize>,
 }
 
-/// Two neighbours that could be merged.
+/// Two neighbors that could be merged.
 struct Pair {
     score: f32,
     left: usize,
@@ -62,7 +63,7 @@ impl PartialEq for Pair {
 impl Eq for Pair {}
 
 impl ScoreMerges {
-    /// Builds the encoder; `scores` has one entry a token.
+    /// Builds the encoder; `scores` has one entry per token.
     pub fn new(tokens: Vec<String>, scores: Vec<f32>, unk: Option<u32>) -> Self {
         let longest = tokens.iter().map(String::len).max().unwrap_or(0);
         let mut ids = HashMap::with_capacity(tokens.len());
@@ -114,7 +115,7 @@ impl ScoreMerges {
         Ok(())
     }
 
-    /// Queues the neighbours `left` and `right` if together they are a token.
+    /// Queues the neighbors `left` and `right` if together they are a token.
     fn offer(
         &self,
         text: &str,

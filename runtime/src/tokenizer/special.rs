@@ -1,14 +1,15 @@
-//! Tokens that are not text: which ones there are, which end the generation, and finding them in a prompt.
+//! Tokens that are not text: which ones there are, which end the generation, and finding them in a
+//! prompt.
 //!
-//! GGUF files name only one or two end tokens; chat models have more. As in llama.cpp, the rest are known by
-//! their texts, because a generation that misses one never stops.
+//! GGUF files name only one or two end tokens; chat models have more. As in llama.cpp, the rest are
+//! known by their texts, because a generation that misses one never stops.
 
 use std::collections::HashSet;
 
 /// What a token is for (`tokenizer.ggml.token_type`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TokenKind {
-    /// A piece of text.
+    /// Text.
     Normal,
     /// Stands for text the vocabulary can't spell.
     Unknown,
@@ -16,14 +17,14 @@ pub enum TokenKind {
     Control,
     /// Added to a trained vocabulary: text, but found before anything is split.
     UserDefined,
-    /// Never produced.
+    /// Unused: never produced.
     Unused,
     /// One byte (`<0x0A>`).
     Byte,
 }
 
 impl TokenKind {
-    /// The kind that a file's number means; numbers without a meaning are unused tokens.
+    /// Returns the kind that a file's number means; numbers without a meaning are unused tokens.
     pub(super) fn from_gguf(number: i32) -> Self {
         match number {
             1 => Self::Normal,
@@ -35,7 +36,7 @@ impl TokenKind {
         }
     }
 
-    /// Whether the token's text belongs to the generated text.
+    /// Returns whether the token's text belongs to the generated text.
     pub fn is_text(self) -> bool {
         matches!(self, Self::Normal | Self::UserDefined | Self::Byte)
     }
@@ -65,8 +66,8 @@ const END_TEXTS: &[&str] = &[
     "[e~[",
 ];
 
-/// Texts that end a generation because nothing sensible follows them: padding and the borders between the
-/// files of a repository. Only the first found of each group counts.
+/// Texts that end a generation because nothing sensible follows them: padding and the borders
+/// between the files of a repository. Only the first found of each group counts.
 const FILE_TEXTS: &[&[&str]] = &[
     &["<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"],
     &["<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"],
@@ -90,15 +91,15 @@ pub(super) struct Specials {
 /// A stretch of a prompt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Fragment<'t> {
-    /// To be split and encoded.
+    /// Text to be split and encoded.
     Text(&'t str),
-    /// A special token.
+    /// Id of a special token.
     Token(u32),
 }
 
 impl Specials {
-    /// Gathers the special tokens; corrects `kinds` where a token's text says more than the file does.
-    /// `ends` are the ids the file names as the end of a text, a turn or a message.
+    /// Gathers the special tokens; corrects `kinds` where a token's text says more than the file
+    /// does. `ends` are the ids the file names as the end of a text, a turn or a message.
     pub fn new(tokens: &[String], kinds: &mut [TokenKind], ends: &[u32]) -> Self {
         let mut eog: HashSet<u32> = ends.iter().copied().collect();
         let wanted: HashSet<&str> =
@@ -125,7 +126,8 @@ impl Specials {
         for id in SHOWN_TEXTS.iter().filter_map(|t| named.get(t)) {
             set(*id, TokenKind::UserDefined);
         }
-        // Where a model has tokens of its own for the end of a reply, `<|end|>` only closes one of its messages.
+        // Where a model has tokens of its own for the end of a reply, `<|end|>` only closes one of
+        // its messages.
         let has = |t: &str| named.contains_key(t);
         if let Some(&end) = named.get("<|end|>")
             && ((has("<|return|>") && has("<|call|>")) || (has("<|flush|>") && (has("<|calls|>") || has("<|call|>"))))
@@ -148,8 +150,8 @@ impl Specials {
         Self { list, by_first, eog }
     }
 
-    /// Cuts `text` at its special tokens. Where two overlap the longer one wins, and of equals the first in the
-    /// text. Without `parse` only user-defined tokens are special.
+    /// Cuts `text` at its special tokens. Where two overlap the longer one wins, and of equals the
+    /// first in the text. Without `parse` only user-defined tokens are special.
     pub fn partition<'t>(&self, text: &'t str, parse: bool) -> Vec<Fragment<'t>> {
         let mut fragments = vec![Fragment::Text(text)];
         for i in self.present(text, parse) {
@@ -172,8 +174,9 @@ impl Specials {
         fragments
     }
 
-    /// Which entries of `list` occur in `text` at all, in order: one pass over the text, where searching it for
-    /// each of the thousand special tokens that some vocabularies have would take a thousand.
+    /// Returns the indices of the entries of `list` that occur in `text`, in order. Takes one pass
+    /// over the text: some vocabularies have a thousand special tokens, and searching for each
+    /// would take a thousand passes.
     fn present(&self, text: &str, parse: bool) -> Vec<usize> {
         let bytes = text.as_bytes();
         let mut found = vec![false; self.list.len()];

@@ -1,31 +1,33 @@
-//! Cutting text into the words that byte pairs are merged within.
+//! Pre-tokenization: cuts text into the words that byte pairs are merged within.
 //!
-//! A vocabulary is only good with the split it was trained with, so each family of models has its own
-//! pattern, named by `tokenizer.ggml.pre`. The patterns are those that the models were trained with.
-//! Knows nothing of vocabularies.
+//! A vocabulary is only good with the split it was trained with, so each family of models has its
+//! own pattern, named by `tokenizer.ggml.pre`. The patterns are those that the models were trained
+//! with. The module knows nothing of vocabularies.
 //!
-//! llama.cpp takes the same words except where it has to approximate a pattern, so a few rare texts get other
-//! tokens there: letter case and combining marks in `gpt-4o`, `tekken` and `kimi-k2` (which it does not split at
-//! a capital), and white space outside ASCII in the older `deepseek` patterns.
+//! llama.cpp takes the same words except where it has to approximate a pattern, so a few rare texts
+//! get other tokens there: letter case and combining marks in `gpt-4o`, `tekken` and `kimi-k2`
+//! (which it does not split at a capital), and white space outside ASCII in the older `deepseek`
+//! patterns.
 //!
-//! Nearly all patterns end in `\s+(?!\S)|\s+`: a run of white space leaves its last character to the word
-//! behind it. Look-ahead needs a backtracking engine, whose time and stack grow with hostile input, so that
-//! ending is matched as a plain `\s+` (which runs in linear time) and the last character is given back here.
+//! Nearly all patterns end in `\s+(?!\S)|\s+`: a run of white space leaves its last character to
+//! the word behind it. Look-ahead needs a backtracking engine, whose time and stack grow with
+//! hostile input, so that ending is matched as a plain `\s+` (which runs in linear time) and the
+//! last character is given back here.
 
 use tokenizers::utils::SysRegex;
 
-/// What `tokenizer.ggml.pre` stands for.
+/// A family of split patterns, which `tokenizer.ggml.pre` names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Family {
     /// The name the family goes by, `tokenizer.ggml.pre` in most files.
     pub name: &'static str,
-    /// Other names of the same split.
+    /// Other names of the family.
     aliases: &'static [&'static str],
     /// Patterns, applied one after the other: each cuts the pieces that the ones before left.
     patterns: &'static [&'static str],
-    /// A piece that is a token as a whole is taken before any merges are tried.
+    /// Whether a piece that is a token as a whole is taken before any merges are tried.
     pub ignore_merges: bool,
-    /// The text starts with the BOS token where the file doesn't say.
+    /// Whether a text starts with the BOS token where the file doesn't say.
     pub add_bos: bool,
 }
 
@@ -95,7 +97,7 @@ const fn plain(name: &'static str, aliases: &'static [&'static str], patterns: &
     Family { name, aliases, patterns, ignore_merges: false, add_bos: false }
 }
 
-/// Every split that can be named.
+/// All families.
 pub(super) const FAMILIES: &[Family] = &[
     plain("default", &[], &[r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"]),
     plain(
@@ -150,12 +152,12 @@ pub(super) const FAMILIES: &[Family] = &[
     ),
 ];
 
-/// The family that a file's `tokenizer.ggml.pre` names.
+/// Returns the family that a file's `tokenizer.ggml.pre` names.
 pub(super) fn family(pre: &str) -> Option<&'static Family> {
     FAMILIES.iter().find(|f| f.name == pre || f.aliases.contains(&pre))
 }
 
-/// The names of all families, for messages.
+/// Returns the names of all families, for messages.
 pub(super) fn known() -> String {
     FAMILIES.iter().map(|f| f.name).collect::<Vec<_>>().join(", ")
 }
@@ -164,9 +166,10 @@ pub(super) fn known() -> String {
 #[derive(Debug)]
 struct Stage {
     regex: SysRegex,
-    /// A run of white space gives its last character back to the word behind it.
+    /// Whether a run of white space gives its last character back to the word behind it.
     gives_back: bool,
-    /// Such a run never ends in a line break, because another branch of the pattern takes those first.
+    /// Whether such a run never ends in a line break, because another branch of the pattern takes
+    /// those first.
     breaks_apart: bool,
 }
 
@@ -206,7 +209,7 @@ impl Stage {
         }
     }
 
-    /// How many bytes of the match `found` stay with it.
+    /// Returns how many bytes of the match `found` stay with it.
     fn kept(&self, found: &str, at_end: bool) -> usize {
         let Some((last, c)) = found.char_indices().next_back() else { return 0 };
         let is_run = c.is_whitespace() && !(self.breaks_apart && matches!(c, '\r' | '\n'));

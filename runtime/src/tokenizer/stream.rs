@@ -1,9 +1,9 @@
-//! Text as it is generated, token by token.
+//! Streaming decoding: text as it is generated, token by token.
 
 use super::Tokenizer;
 
-/// Turns tokens into text one at a time. Characters may be spread over several tokens; what has been pushed is
-/// given out once it is whole. Control tokens give no text.
+/// Turns tokens into text one at a time. Characters may be spread over several tokens; what has
+/// been pushed is given out once it is whole. Control tokens give no text.
 #[derive(Debug, Clone)]
 pub struct TokenStream<'a> {
     tokenizer: &'a Tokenizer,
@@ -16,8 +16,8 @@ impl<'a> TokenStream<'a> {
         Self { tokenizer, pending: Vec::with_capacity(16) }
     }
 
-    /// Takes the next token and returns the text that is whole with it. Bytes that can't be part of any
-    /// character become U+FFFD, as in [`Tokenizer::decode`].
+    /// Takes the next token and returns the text that is whole with it. Bytes that can't be part of
+    /// any character become U+FFFD, as in [`Tokenizer::decode`].
     pub fn push(&mut self, id: u32) -> String {
         if self.tokenizer.kind(id).is_some_and(|k| k.is_text()) {
             self.pending.extend_from_slice(self.tokenizer.piece(id));

@@ -1,4 +1,5 @@
-//! Whole-tokenizer tests, against ids that ik_llama.cpp, a fork of llama.cpp, gave for the same vocabularies.
+//! Whole-tokenizer tests, against ids that ik_llama.cpp, a fork of llama.cpp, gave for the same
+//! vocabularies.
 
 use super::*;
 use proptest::prelude::*;
@@ -66,7 +67,8 @@ fn check(golden: &str, tokenizer: impl Fn(Option<&str>) -> Tokenizer) {
             let told = format!("pre {:?}, text {:?}", group.pre, case.text);
             assert_eq!(t.encode(&case.text, false).unwrap(), case.plain, "{told}");
             assert_eq!(t.encode(&case.text, true).unwrap(), case.special, "{told}, with special tokens");
-            // The space before text that follows a special token can't be told from one that was there.
+            // The space before text that follows a special token can't be told from one that was
+            // there.
             if !(t.space_prefix && case.text.contains("[INST]")) {
                 assert_eq!(t.decode(&case.plain), case.text, "{told}");
             }
@@ -145,7 +147,7 @@ fn damaged_sources_are_refused_by_name() {
     };
     assert!(broken(&|s| s.model = "rwkv".into()).contains("'rwkv'"));
     let pre = broken(&|s| s.pre = Some("qwen9".into()));
-    assert!(pre.contains("'qwen9'") && pre.contains("--tokenizer-pre") && pre.contains("llama-bpe"), "{pre}");
+    assert!(pre.contains("'qwen9'") && pre.contains("llama-bpe"), "{pre}");
     assert!(broken(&|s| s.tokens.clear()).contains("0 entries"));
     assert!(broken(&|s| s.token_types.truncate(7)).contains("token_type has 7 entries, but there are 4096"));
     assert!(broken(&|s| s.merges.clear()).contains("merges"));
@@ -159,7 +161,7 @@ fn damaged_sources_are_refused_by_name() {
 #[test]
 fn a_missing_pattern_is_said_and_can_be_forced() {
     let t = Tokenizer::new(TokenizerSource { pre: None, ..demo_source() }).unwrap();
-    assert!(t.warning().is_some_and(|w| w.contains("--tokenizer-pre")));
+    assert!(t.warning().is_some_and(|w| w.contains("known split patterns")));
     assert_eq!(t.pre(), Some("default"));
     let t = Tokenizer::with_pre(TokenizerSource { pre: Some("qwen9".into()), ..demo_source() }, Some("qwen2")).unwrap();
     assert_eq!((t.pre(), t.warning()), (Some("qwen2"), None));

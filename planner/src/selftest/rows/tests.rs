@@ -45,8 +45,8 @@ fn not_for_gpus() -> TargetError {
     TargetError::Load(LoadError::OnGpu {
         plan: "a plan".into(),
         tier: "vram".into(),
+        group: None,
         what: "a mixer".into(),
-        mend: "another plan".into(),
     })
 }
 

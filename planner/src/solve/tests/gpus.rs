@@ -1,7 +1,8 @@
-//! Attention on real GPUs, which have its keys and values: GPUs that are too small for all layers, and what is wished.
+//! Tests attention on real GPUs, which have its KV cache: GPUs too small for all layers, and
+//! constraints.
 
 use super::*;
-use crate::solve::wishes::Wishes;
+use crate::solve::problem::constraints::Constraints;
 
 const CONTEXT: u32 = 1000;
 
@@ -10,14 +11,14 @@ fn solved(shape: &ModelShape, tiers: &[Tier], budgets: &[u64], fix: &[&str], for
     machine.tiers.iter_mut().for_each(|t| t.emulated = false);
     let kv_type = KvType::F16;
     let budgets = budgets.to_vec();
-    let inputs = Inputs { shape, profile: None, machine: &machine, budgets, context: CONTEXT, kv_type };
+    let problem = Problem { shape, profile: None, machine: &machine, budgets, context: CONTEXT, kv_type };
     let text = |of: &[&str]| of.iter().map(|s| s.to_string()).collect::<Vec<_>>();
-    let wishes = Wishes::parse(&text(fix), &text(forbid), shape, &machine)?;
-    let solved = solve_all(&inputs, &Options { wishes: wishes.clone(), ..options() })?;
-    assert!(wishes.holds(&solved.plan));
+    let constraints = Constraints::parse(&text(fix), &text(forbid), shape, &machine)?;
+    let solved = solve(&problem, &Options { constraints: constraints.clone(), ..options() })?;
+    assert!(constraints.holds(&solved.plan));
     let evidence = Evidence::uniform(shape)?;
     for plan in solved.baselines.iter().chain([&solved.plan]) {
-        assert_eq!(check::check(plan, shape, &evidence), Vec::<String>::new());
+        assert_eq!(verify::verify(plan, shape, &evidence), Vec::<String>::new());
         assert_eq!(plan.tiers.iter().map(|t| t.kv_bytes).collect::<Vec<_>>(), plan.cache_bytes(shape));
     }
     Ok(solved.plan)
@@ -26,31 +27,31 @@ fn solved(shape: &ModelShape, tiers: &[Tier], budgets: &[u64], fix: &[&str], for
 fn model() -> ModelShape {
     let mut shape = shape(4, 16, 2, 2_000_000);
     shape.caches = vec![cache(500); 4];
-    // A head that is read whole would be worth more of a GPU than attention.
+    // A head that is read whole would be worth more VRAM than attention.
     shape.dense.iter_mut().filter(|d| d.kind == DenseKind::Head).for_each(|d| d.token_bytes = 100);
     shape
 }
 
-/// The tier of the cache of layers on no GPU, and each layer's attention.
+/// Returns the KV tier of layers on no GPU, and the tier of each layer's attention.
 fn attention(plan: &Placement) -> (TierIdx, Vec<TierIdx>) {
     (plan.kv_tier, plan.dense.iter().filter(|d| d.kind == DenseKind::Attention).map(|d| d.tier).collect())
 }
 
 #[test]
-fn a_gpu_has_as_many_layers_as_fit_with_their_keys_and_values() -> Result<()> {
+fn a_gpu_has_as_many_layers_as_fit_with_their_kv_cache() -> Result<()> {
     let shape = model();
-    // Two megabytes of attention and one of keys and values a layer.
+    // Two megabytes of attention and one of KV cache per layer.
     let plan = |vram: u64, fix: &[&str], forbid: &[&str]| {
         solved(&shape, &three_tiers(), &[vram, 200_000_000, 1 << 40], fix, forbid)
     };
     assert_eq!(attention(&plan(12_000_000, &[], &[])?), (0, vec![0; 4]));
     let split = plan(11_999_999, &[], &[])?;
-    // The last ones, beside the head.
+    // The last layers, beside the head.
     assert_eq!(attention(&split), (1, vec![1, 0, 0, 0]));
     assert_eq!([split.tiers[0].kv_bytes, split.tiers[1].kv_bytes], [3_000_000, 1_000_000]);
     assert_eq!(attention(&plan(3_000_000, &[], &[])?), (1, vec![1, 1, 1, 0]));
     assert_eq!(attention(&plan(2_999_999, &[], &[])?), (1, vec![1; 4]));
-    // By hand.
+    // Fixed or forbidden by hand.
     assert_eq!(attention(&plan(100_000_000, &[], &["vram:attention:2"])?), (1, vec![0, 0, 1, 0]));
     assert_eq!(attention(&plan(100_000_000, &[], &["vram:cache"])?), (1, vec![1; 4]));
     assert_eq!(attention(&plan(100_000_000, &["dram:cache"], &[])?), (1, vec![1; 4]));
@@ -78,19 +79,20 @@ fn two_gpus_share_what_neither_can_hold() -> Result<()> {
 }
 
 #[test]
-fn gpus_alone_have_everything_that_is_remembered() -> Result<()> {
+fn gpus_without_host_memory_hold_the_whole_kv_cache() -> Result<()> {
     let shape = model();
-    // No memory of the processor: what is not pinned is computed where it is mapped, by a GPU in this machine's words.
+    // Without CPU memory, what is not pinned computes where it is mapped: on a GPU, for this
+    // machine file.
     let gpus = vec![tier("gpu-a", TierKind::Vram, 300.0, 8.0), tier("gpu-b", TierKind::Vram, 150.0, 12.0)];
     let plan = solved(&shape, &gpus, &[80_000_000, 200_000_000], &[], &[])?;
     assert_eq!(plan.tiers.iter().map(|t| t.kv_bytes).sum::<u64>(), 4_000_000);
     let small = solved(&shape, &gpus, &[2_000_000, 2_500_000], &[], &[]).err().map(|e| format!("{e:#}"));
-    assert!(small.is_some_and(|e| e.contains("no room for the attention of every layer") && e.contains("DRAM")));
+    assert!(small.is_some_and(|e| e.contains("no capacity for the attention of every layer") && e.contains("DRAM")));
     Ok(())
 }
 
 #[test]
-fn wishes_that_no_gpu_grants_say_why() {
+fn constraints_that_no_gpu_can_meet_are_explained() {
     let shape = model();
     let refused = |shape: &ModelShape, vram: u64, fix: &[&str], forbid: &[&str], words: &[&str]| {
         let found = solved(shape, &three_tiers(), &[vram, 200_000_000, 1 << 40], fix, forbid);
@@ -133,20 +135,20 @@ fn recurrent_state_goes_with_its_layer() -> Result<()> {
 }
 
 #[test]
-fn mistakes_about_keys_and_values_are_found() -> Result<()> {
+fn planted_mistakes_about_the_kv_cache_are_found() -> Result<()> {
     let shape = model();
     let evidence = Evidence::uniform(&shape)?;
     let good = solved(&shape, &three_tiers(), &[9_000_000, 200_000_000, 1 << 40], &[], &[])?;
     let finds = |word: &str, spoil: &dyn Fn(&mut Placement)| {
         let mut plan = good.clone();
         spoil(&mut plan);
-        let wrong = check::check(&plan, &shape, &evidence).join("; ");
+        let wrong = verify::verify(&plan, &shape, &evidence).join("; ");
         assert!(wrong.contains(word), "{word}: {wrong}");
     };
     finds("kv bytes, but they are", &|p| (p.tiers[0].kv_bytes, p.tiers[1].kv_bytes) = (0, 4_000_000));
     finds("is on a GPU, but not its attention", &|p| p.kv_tier = 0);
     finds("where nothing computes", &|p| p.kv_tier = 2);
-    // A layer whose attention moves takes its keys and values with it.
+    // A layer whose attention moves takes its KV cache with it.
     finds("kv bytes, but they are", &|p| {
         let moved = p.dense.iter_mut().find(|d| d.kind == DenseKind::Attention && d.tier == 0);
         moved.into_iter().for_each(|d| d.tier = 1);

@@ -3,7 +3,7 @@
 use super::*;
 use crate::shim;
 use tier_plan_kernels::random::Random;
-use tier_plan_kernels::reference::plain_product;
+use tier_plan_kernels::reference::matvec;
 use tier_plan_kernels::{Activations, Kernels, Weights};
 
 const HIDDEN: usize = 64;
@@ -19,7 +19,7 @@ fn product(ty: TensorType, bytes: &[u8], bias: &[f32], x: &[f32], biased: bool) 
     acts.fill(Kernels::SCALAR, 1, x.len(), x, needs_quants(ty));
     let w = Weights::new(ty, bytes, bias.len(), x.len()).unwrap();
     let add = |((v, _), bias): ((f64, f64), &f32)| v as f32 + if biased { *bias } else { 0.0 };
-    plain_product(w, &acts, 0).into_iter().zip(bias).map(add).collect()
+    matvec(w, &acts, 0).into_iter().zip(bias).map(add).collect()
 }
 
 /// What an expert makes of `x` on the processor.

@@ -1,21 +1,31 @@
-//! What all block formats have in common: small whole-number codes, a scale and a minimum for each sixteen of them.
+//! The common form of all block formats: integer codes, with a scale and a minimum per 16 of them.
 //!
-//! Every quantised format of GGUF, however it packs its bits, says `value = scale * code - min`. Taking a block apart
-//! into those three is the one thing a format's file does; decoding and the reference product both start from there.
+//! Every quantized format of GGUF, however it packs its bits, says `value = scale * code - min`.
+//! Unpacking a block into those three is the one thing that a format's file does. Dequantization
+//! and the scalar, AVX2 and NEON dot products start from there:
+//!
+//! ```text
+//! dequantize:  value[i] = scale[i / 16] * code[i] - min[i / 16]
+//! dot:         sum over each 16 of
+//!              scale * act_scale * (integer dot of codes) - min * (act_scale * sum of act codes)
+//! ```
+//!
+//! To add a format: a variant of [`TensorType`] with its sizes, a file with `impl Format`, its name
+//! in `with_format!`, and for AVX-512 an `unpack!` in `x86::avx512_unpack`.
 
 use super::TensorType;
 
-/// Values that kernels take at a time: one block of the large formats, eight of the small ones.
+/// Values that kernels unpack at a time: one block of the large formats, eight of the small ones.
 pub(crate) const GROUP: usize = 256;
 
-/// [`GROUP`] values taken apart, in the order of the row.
+/// [`GROUP`] unpacked values, in the order of the row.
 #[derive(Clone)]
 #[repr(C, align(64))]
 pub(crate) struct Codes {
     pub q: [i8; GROUP],
-    /// One for each 16 codes.
+    /// One per 16 codes.
     pub scale: [f32; GROUP / 16],
-    /// One for each 16 codes, subtracted; untouched by formats without minimum.
+    /// One per 16 codes, subtracted; untouched by formats without minimum.
     pub min: [f32; GROUP / 16],
 }
 
@@ -23,36 +33,39 @@ impl Codes {
     pub(crate) const ZERO: Codes = Codes { q: [0; GROUP], scale: [0.0; GROUP / 16], min: [0.0; GROUP / 16] };
 }
 
-/// A block format.
+/// A block format: its unpacking, and what bounds its codes.
 #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "some constants only choose instructions"))]
 pub(crate) trait Format {
     const TYPE: TensorType;
-    /// The largest magnitude of a code, at most 128.
-    const LARGEST: i32;
-    /// Some codes are negative.
+    /// Largest magnitude of a code, at most 128: bounds the 16-bit sums of `x86::avx2`.
+    const MAX_CODE: i32;
+    /// Whether some codes are negative.
     const SIGNED: bool;
-    /// Where the codes of `unpack` are only numbers of levels, the levels: they are the codes meant everywhere else.
+    /// Levels that the output of `unpack` indexes, for formats with a table. Everywhere else "code"
+    /// means the level.
     const LEVELS: Option<&'static [i8; 16]> = None;
-    /// There are minimums.
+    /// Whether `min` is written.
     const HAS_MIN: bool = false;
-    /// The halves of 32 values have scales of their own.
-    const FINE: bool = false;
+    /// Whether scales are per 16 values; otherwise they are per 32, and neighbors in `scale` are
+    /// equal.
+    const SCALE_PER_16: bool = false;
 
-    /// Takes one block apart: `q` has the block's number of values, `scale` and `min` a sixteenth of it.
-    fn unpack<S: Steps>(block: &[u8], q: &mut [i8], scale: &mut [f32], min: &mut [f32]);
+    /// Unpacks one block: `q` has the block's number of values, `scale` and `min` a sixteenth of
+    /// it.
+    fn unpack<S: UnpackOps>(block: &[u8], q: &mut [i8], scale: &mut [f32], min: &mut [f32]);
 
-    /// The code that a number out of `unpack` means.
+    /// Returns the code that an element of `q` stands for.
     #[inline(always)]
-    fn code(number: i8) -> i8 {
+    fn code(q: i8) -> i8 {
         match Self::LEVELS {
-            Some(levels) => levels[number as usize & 15],
-            None => number,
+            Some(levels) => levels[q as usize & 15],
+            None => q,
         }
     }
 
-    /// Takes up to [`GROUP`] values apart, as many blocks as `bytes` holds; the rest of `out` is zero.
+    /// Unpacks up to [`GROUP`] values, as many blocks as `bytes` holds; the rest of `out` is zero.
     #[inline(always)]
-    fn unpack_group<S: Steps>(bytes: &[u8], out: &mut Codes) {
+    fn unpack_group<S: UnpackOps>(bytes: &[u8], out: &mut Codes) {
         let (size, len) = (Self::TYPE.block_bytes(), Self::TYPE.block_len());
         if bytes.len() < GROUP / len * size {
             *out = Codes::ZERO;
@@ -65,64 +78,66 @@ pub(crate) trait Format {
     }
 }
 
-/// Steps of unpacking that some processors have an instruction for and compilers do not find it.
-pub(crate) trait Steps {
-    /// The 16-bit float with these bits, widened.
+/// Steps of unpacking that some processors have an instruction for, which compilers do not find.
+pub(crate) trait UnpackOps {
+    /// Widens the 16-bit float with these bits.
     fn f16(bits: u16) -> f32;
 
-    /// The low halves of all bytes, then the high halves, each with its bit of `fifth` on top, less `less`.
-    fn five_bits(bytes: &[u8; 16], fifth: u32, less: i8) -> [i8; 32];
+    /// Returns the low halves of all bytes, then the high halves, each with its bit of `fifth` on
+    /// top, minus `offset`.
+    fn five_bits(bytes: &[u8; 16], fifth: u32, offset: i8) -> [i8; 32];
 }
 
-/// The steps in plain code.
+/// The scalar kernels: unpacking and dot products in plain Rust.
 pub(crate) struct Plain;
 
-impl Steps for Plain {
+impl UnpackOps for Plain {
     #[inline(always)]
     fn f16(bits: u16) -> f32 {
         f16_to_f32(bits)
     }
 
     #[inline(always)]
-    fn five_bits(bytes: &[u8; 16], fifth: u32, less: i8) -> [i8; 32] {
+    fn five_bits(bytes: &[u8; 16], fifth: u32, offset: i8) -> [i8; 32] {
         std::array::from_fn(|i| {
             let code = bytes[i % 16] >> (i / 16 * 4) & 15;
-            (code | ((fifth >> i & 1) << 4) as u8) as i8 - less
+            (code | ((fifth >> i & 1) << 4) as u8) as i8 - offset
         })
     }
 }
 
-/// The first `N` elements. A block's length is its format's constant, so this never fails.
+/// Returns the first `N` elements. A block's length is its format's constant, so this never fails.
 #[inline(always)]
 pub(crate) fn head<const N: usize, T>(slice: &[T]) -> &[T; N] {
     slice.first_chunk().expect("a whole block")
 }
 
-/// The first `N` elements, to be written. As [`head`].
+/// Returns the first `N` elements for writing, as [`head`] does for reading.
 #[inline(always)]
 pub(crate) fn head_mut<const N: usize, T>(slice: &mut [T]) -> &mut [T; N] {
     slice.first_chunk_mut().expect("a whole block")
 }
 
-/// The 16-bit number at byte `at`.
+/// Reads the little-endian `u16` at byte `at`.
 #[inline(always)]
 pub(crate) fn u16_at(bytes: &[u8], at: usize) -> u16 {
     u16::from_le_bytes(*head(&bytes[at..]))
 }
 
-/// The 32-bit number at byte `at`.
+/// Reads the little-endian `u32` at byte `at`.
 #[inline(always)]
 pub(crate) fn u32_at(bytes: &[u8], at: usize) -> u32 {
     u32::from_le_bytes(*head(&bytes[at..]))
 }
 
-/// The 16-bit float at byte `at`.
+/// Reads and widens the 16-bit float at byte `at`.
 #[inline(always)]
-pub(crate) fn f16_at<S: Steps>(bytes: &[u8], at: usize) -> f32 {
+pub(crate) fn f16_at<S: UnpackOps>(bytes: &[u8], at: usize) -> f32 {
     S::f16(u16_at(bytes, at))
 }
 
-/// Widens a 16-bit float without branches or subnormal operands (which stall the processor, and scales often are).
+/// Widens a 16-bit float without branches or subnormal operands (which stall the processor, and
+/// scales often are).
 #[inline(always)]
 pub(crate) fn f16_to_f32(bits: u16) -> f32 {
     let sign = u32::from(bits & 0x8000) << 16;
@@ -134,7 +149,8 @@ pub(crate) fn f16_to_f32(bits: u16) -> f32 {
     f32::from_bits(sign | if exponent == 0 { subnormal } else { normal })
 }
 
-/// Splits the 12 bytes of Q4_K and Q5_K into eight 6-bit scales and eight 6-bit minimums, a byte each.
+/// Splits the 12 bytes of Q4_K and Q5_K into eight 6-bit scales and eight 6-bit minimums, one byte
+/// each.
 #[inline(always)]
 pub(crate) fn scales_and_mins(packed: &[u8]) -> ([u8; 8], [u8; 8]) {
     let (a, b, c) = (u32_at(packed, 0), u32_at(packed, 4), u32_at(packed, 8));
@@ -144,7 +160,7 @@ pub(crate) fn scales_and_mins(packed: &[u8]) -> ([u8; 8], [u8; 8]) {
     (scales, mins)
 }
 
-/// Splits the 12 bytes of Q3_K into sixteen 6-bit scales (32 too large), a byte each.
+/// Splits the 12 bytes of Q3_K into sixteen 6-bit scales (32 too large), one byte each.
 #[inline(always)]
 pub(crate) fn q3_scales(packed: &[u8]) -> [u8; 16] {
     let (a, b, c) = (u32_at(packed, 0), u32_at(packed, 4), u32_at(packed, 8));

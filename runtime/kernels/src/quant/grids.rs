@@ -1,8 +1,10 @@
-//! The grids that the IQ formats index, packed as small as their values allow, and their expansion at compile time.
+//! The grids (codebooks) that the IQ formats index, packed as small as their values allow and
+//! expanded at compile time.
 //!
-//! The tables are part of the formats (the same in every program that reads them).
+//! A grid entry is a set of 8 or 4 values. The tables are part of the formats, and equal in every
+//! program that reads them.
 
-/// Sets of eight values as bytes of a `u64`, the first lowest; `bits` wide indices into `levels` in each packed entry.
+/// Expands eight 2-bit indices into `levels` per entry to the bytes of a `u64`, the first lowest.
 const fn expand8<const N: usize>(packed: &[u16; N], levels: [u8; 4]) -> [u64; N] {
     let mut out = [0; N];
     let mut i = 0;
@@ -17,7 +19,7 @@ const fn expand8<const N: usize>(packed: &[u16; N], levels: [u8; 4]) -> [u64; N]
     out
 }
 
-/// Sets of four values as bytes of a `u32`, the first lowest, from four 4-bit indices into `levels`.
+/// Expands four 4-bit indices into `levels` per entry to the bytes of a `u32`, the first lowest.
 const fn expand4<const N: usize>(packed: &[u16; N], levels: [u8; 8]) -> [u32; N] {
     let mut out = [0; N];
     let mut i = 0;
@@ -32,7 +34,7 @@ const fn expand4<const N: usize>(packed: &[u16; N], levels: [u8; 8]) -> [u32; N]
     out
 }
 
-/// Byte masks, `0xff` where the value is negative, for each byte of eight sign bits.
+/// Byte masks by eight sign bits: `0xff` where the value is negative.
 pub(crate) static SIGN_MASK: [u64; 256] = {
     let mut out = [0; 256];
     let mut i = 0;
@@ -49,7 +51,8 @@ pub(crate) static SIGN_MASK: [u64; 256] = {
     out
 };
 
-/// The eight sign bits that seven stored ones stand for: the eighth makes the number of minus signs even.
+/// Returns the eight sign bits that seven stored ones stand for: the eighth makes the number of
+/// minus signs even.
 #[inline(always)]
 pub(crate) fn even_signs(seven: u32) -> usize {
     let seven = seven & 0x7f;
@@ -64,22 +67,23 @@ pub(crate) fn with_signs(grid: u64, signs: usize) -> u64 {
     (grid ^ mask).wrapping_add(mask & 0x0101_0101_0101_0101)
 }
 
-/// Sets of eight magnitudes of IQ2_XXS.
+/// Eight magnitudes per entry of IQ2_XXS.
 pub static IQ2_XXS: [u64; 256] = expand8(&IQ2_XXS_PACKED, [0x08, 0x19, 0x2b, 0]);
 
-/// Sets of eight magnitudes of IQ2_XS.
+/// Eight magnitudes per entry of IQ2_XS.
 pub static IQ2_XS: [u64; 512] = expand8(&IQ2_XS_PACKED, [0x08, 0x19, 0x2b, 0]);
 
-/// Sets of eight magnitudes of IQ2_S.
+/// Eight magnitudes per entry of IQ2_S.
 pub static IQ2_S: [u64; 1024] = expand8(&IQ2_S_PACKED, [0x08, 0x19, 0x2b, 0]);
 
-/// Sets of four magnitudes of IQ3_XXS.
+/// Four magnitudes per entry of IQ3_XXS.
 pub static IQ3_XXS: [u32; 256] = expand4(&IQ3_XXS_PACKED, [0x04, 0x0c, 0x14, 0x1c, 0x24, 0x2c, 0x34, 0x3e]);
 
-/// Sets of four magnitudes of IQ3_S.
+/// Four magnitudes per entry of IQ3_S.
 pub static IQ3_S: [u32; 512] = expand4(&IQ3_S_PACKED, [1, 3, 5, 7, 9, 11, 13, 15]);
 
-/// Sets of eight values of IQ1_S and IQ1_M: -8, 0 or 8, eighths of the level so that the offset of an eighth is whole.
+/// Eight values per entry of IQ1_S and IQ1_M: -8, 0 or 8. They are eighths of a level, so that the
+/// offset is whole.
 pub static IQ1: [u64; 2048] = expand8(&IQ1_PACKED, [0xf8, 0, 8, 0]);
 
 #[rustfmt::skip]

@@ -1,8 +1,12 @@
-//! IQ1_S: 256 values; an f16, a byte of grid number for each 8 values, then a u16 for each 32: four times three more grid
-//! bits, a 3-bit scale, and the sign of an offset of an eighth. Codes are in eighths, so that the offset is whole.
+//! IQ1_S: 256 values, a scale per 32 and a grid index per 8. A value is
+//! `d * (2 s + 1) * (grid + delta)`.
+//!
+//! `d: f16 @0, qs: [u8; 32] @2, qh: [u16; 8] @34`. A word of `qh` has four times 3 more bits of a
+//! grid index, `s` in 3 bits, and the sign of `delta`. Grid values are -1, 0 and 1, and `delta` is
+//! an eighth: codes here are in eighths, so that they are whole.
 
 use super::TensorType;
-use super::block::{Format, Steps, f16_at, head, head_mut, u16_at};
+use super::block::{Format, UnpackOps, f16_at, head, head_mut, u16_at};
 use super::grids;
 use super::iq2_xxs::put8;
 
@@ -10,11 +14,11 @@ pub(crate) struct IQ1_S;
 
 impl Format for IQ1_S {
     const TYPE: TensorType = TensorType::IQ1_S;
-    const LARGEST: i32 = 9;
+    const MAX_CODE: i32 = 9;
     const SIGNED: bool = true;
 
     #[inline(always)]
-    fn unpack<S: Steps>(block: &[u8], q: &mut [i8], scale: &mut [f32], _min: &mut [f32]) {
+    fn unpack<S: UnpackOps>(block: &[u8], q: &mut [i8], scale: &mut [f32], _min: &mut [f32]) {
         let (block, q): (&[u8; 50], &mut [i8; 256]) = (head(block), head_mut(q));
         let d = f16_at::<S>(block, 0);
         for run in 0..8 {
@@ -33,7 +37,8 @@ impl Format for IQ1_S {
 #[inline(always)]
 pub(super) fn with_offset(grid: u64, negative: bool) -> u64 {
     const ONES: u64 = 0x0101_0101_0101_0101;
-    // With the sign bit flipped the bytes are 0x78, 0x80 or 0x88: nothing carries from one to the next.
+    // With the sign bit flipped the bytes are 0x78, 0x80 or 0x88: nothing carries from one to the
+    // next.
     let biased = grid ^ (0x80 * ONES);
     let moved = if negative { biased - ONES } else { biased + ONES };
     moved ^ (0x80 * ONES)

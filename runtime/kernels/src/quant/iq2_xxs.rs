@@ -1,19 +1,22 @@
-//! IQ2_XXS: 256 values; an f16, then for each 32 values four grid numbers (a byte each) and 32 bits: four times seven
-//! signs, and a 4-bit scale on top.
+//! IQ2_XXS: 256 values, a scale per 32 and a grid index per 8. A value is
+//! `d * (s + 0.5) / 4 * sign * grid`.
+//!
+//! `d: f16 @0`, then per 32 values 8 bytes: four grid indices of 8 bits and a `u32` of four times 7
+//! sign bits with `s` in its top 4 bits. The eighth sign makes the number of minus signs even.
 
 use super::TensorType;
-use super::block::{Format, Steps, f16_at, head, head_mut, u32_at};
+use super::block::{Format, UnpackOps, f16_at, head, head_mut, u32_at};
 use super::grids::{self, even_signs, with_signs};
 
 pub(crate) struct IQ2_XXS;
 
 impl Format for IQ2_XXS {
     const TYPE: TensorType = TensorType::IQ2_XXS;
-    const LARGEST: i32 = 43;
+    const MAX_CODE: i32 = 43;
     const SIGNED: bool = true;
 
     #[inline(always)]
-    fn unpack<S: Steps>(block: &[u8], q: &mut [i8], scale: &mut [f32], _min: &mut [f32]) {
+    fn unpack<S: UnpackOps>(block: &[u8], q: &mut [i8], scale: &mut [f32], _min: &mut [f32]) {
         let (block, q): (&[u8; 66], &mut [i8; 256]) = (head(block), head_mut(q));
         let d = f16_at::<S>(block, 0);
         for run in 0..8 {

@@ -1,8 +1,11 @@
-//! IQ3_S: 256 values; an f16, a byte of grid number for each 4 values, 8 bytes of ninth grid bits, 32 bytes of signs,
-//! then a 4-bit scale for each 32.
+//! IQ3_S: 256 values, a scale per 32 and a grid index per 4. A value is
+//! `d * (2 s + 1) * sign * grid`.
+//!
+//! `d: f16 @0, qs: [u8; 64] @2, qh: [u8; 8] @66, signs: [u8; 32] @74, scales: [u8; 4] @106`. A grid
+//! index has 8 bits in `qs` and 1 in `qh`.
 
 use super::TensorType;
-use super::block::{Format, Steps, f16_at, head, head_mut};
+use super::block::{Format, UnpackOps, f16_at, head, head_mut};
 use super::grids::{self, with_signs};
 use super::iq2_xxs::put8;
 
@@ -10,11 +13,11 @@ pub(crate) struct IQ3_S;
 
 impl Format for IQ3_S {
     const TYPE: TensorType = TensorType::IQ3_S;
-    const LARGEST: i32 = 15;
+    const MAX_CODE: i32 = 15;
     const SIGNED: bool = true;
 
     #[inline(always)]
-    fn unpack<S: Steps>(block: &[u8], q: &mut [i8], scale: &mut [f32], _min: &mut [f32]) {
+    fn unpack<S: UnpackOps>(block: &[u8], q: &mut [i8], scale: &mut [f32], _min: &mut [f32]) {
         let (block, q): (&[u8; 110], &mut [i8; 256]) = (head(block), head_mut(q));
         let d = f16_at::<S>(block, 0);
         for run in 0..8 {

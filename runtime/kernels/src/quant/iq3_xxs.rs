@@ -1,8 +1,11 @@
-//! IQ3_XXS: 256 values; an f16, a byte of grid number for each 4 values, then for each 32 values 32 bits: four times
-//! seven signs, and a 4-bit scale on top.
+//! IQ3_XXS: 256 values, a scale per 32 and a grid index per 4. A value is
+//! `d * (s + 0.5) / 2 * sign * grid`.
+//!
+//! `d: f16 @0, qs: [u8; 64] @2, signs_and_scales: [u32; 8] @66`. The words are those of IQ2_XXS:
+//! four times 7 sign bits, and `s` in the top 4 bits.
 
 use super::TensorType;
-use super::block::{Format, Steps, f16_at, head, head_mut, u32_at};
+use super::block::{Format, UnpackOps, f16_at, head, head_mut, u32_at};
 use super::grids::{self, even_signs, with_signs};
 use super::iq2_xxs::put8;
 
@@ -10,11 +13,11 @@ pub(crate) struct IQ3_XXS;
 
 impl Format for IQ3_XXS {
     const TYPE: TensorType = TensorType::IQ3_XXS;
-    const LARGEST: i32 = 62;
+    const MAX_CODE: i32 = 62;
     const SIGNED: bool = true;
 
     #[inline(always)]
-    fn unpack<S: Steps>(block: &[u8], q: &mut [i8], scale: &mut [f32], _min: &mut [f32]) {
+    fn unpack<S: UnpackOps>(block: &[u8], q: &mut [i8], scale: &mut [f32], _min: &mut [f32]) {
         let (block, q): (&[u8; 98], &mut [i8; 256]) = (head(block), head_mut(q));
         let d = f16_at::<S>(block, 0);
         for run in 0..8 {

@@ -1,7 +1,23 @@
-//! Block formats of GGUF tensors: their sizes, and the plain decoding of each to `f32`.
+//! Block formats of GGUF tensors: their sizes, and the scalar dequantization of each to `f32`.
 //!
-//! One file a block format. What is fast lives in `kernels`; what is here is the reference.
+//! One file per block format, whose header gives the layout (`field: type @byte`). The fast kernels
+//! are in the modules beside this one; the code here is what they are tested against, and is itself
+//! tested against llama.cpp's values.
+//!
+//! ```
+//! use tier_plan_kernels::quant::{TensorType, dequantize_row};
+//!
+//! // One block of Q8_0: the scale 0.5 as a 16-bit float, then 32 signed bytes.
+//! let mut block = vec![0x00, 0x38];
+//! block.extend((0..32).map(|i| i - 16).map(|code: i8| code as u8));
+//! assert_eq!(TensorType::Q8_0.row_bytes(32), Some(block.len() as u64));
+//!
+//! let mut values = [0.0; 32];
+//! dequantize_row(TensorType::Q8_0, &block, &mut values);
+//! assert_eq!((values[0], values[31]), (-8.0, 7.5));
+//! ```
 
+#![forbid(unsafe_code)]
 // The formats keep the names that the field gives them.
 #![allow(non_camel_case_types)]
 
@@ -28,7 +44,7 @@ mod q5_k;
 mod q6_k;
 mod q8_0;
 
-/// The types that stand for the formats, where a kernel is chosen by format at compile time.
+/// Types that stand for the formats, where a kernel is chosen by format at compile time.
 pub(crate) mod types {
     pub(crate) use super::{
         iq1_m::IQ1_M, iq1_s::IQ1_S, iq2_s::IQ2_S, iq2_xs::IQ2_XS, iq2_xxs::IQ2_XXS, iq3_s::IQ3_S, iq3_xxs::IQ3_XXS,
@@ -40,7 +56,8 @@ pub(crate) mod types {
 use block::{Codes, Format, GROUP, Plain, f16_to_f32, head};
 use thiserror::Error;
 
-/// Evaluates `$then` with `$F` naming the [`Format`] of the tensor type `$ty`, or `$float` for F32, F16 and BF16.
+/// Evaluates `$then` with `$F` naming the [`Format`] of the tensor type `$ty`, or `$float` for F32,
+/// F16 and BF16.
 macro_rules! with_format {
     ($ty:expr, $F:ident => $then:expr, float => $float:expr) => {
         $crate::quant::with_format!(@arms $ty, $F, $then, $float;
@@ -61,10 +78,19 @@ macro_rules! with_format {
 }
 pub(crate) use with_format;
 
-/// Decodes a row: the bytes of `out.len()` values of type `ty`, as they lie in the file.
+/// Dequantizes a row of `out.len()` values of type `ty`, whose bytes are laid out as in the file.
+///
+/// ```
+/// use tier_plan_kernels::quant::{TensorType, dequantize_row};
+///
+/// let mut values = [0.0; 2];
+/// dequantize_row(TensorType::BF16, &[0x80, 0x3f, 0x00, 0xc0], &mut values);
+/// assert_eq!(values, [1.0, -2.0]);
+/// ```
 ///
 /// # Panics
-/// When `out.len()` is no whole number of blocks, or `bytes` is not exactly those blocks.
+/// When `out.len()` is not a multiple of the block length, or `bytes` is not exactly as long as
+/// those blocks.
 pub fn dequantize_row(ty: TensorType, bytes: &[u8], out: &mut [f32]) {
     let expected = ty.row_bytes(out.len() as u64);
     assert_eq!(expected, Some(bytes.len() as u64), "a row of {} {ty} values", out.len());
@@ -75,6 +101,8 @@ pub fn dequantize_row(ty: TensorType, bytes: &[u8], out: &mut [f32]) {
     });
 }
 
+/// Converts elements of `N` bytes one by one.
+/// Converts elements of `N` bytes one by one.
 fn widen<const N: usize>(bytes: &[u8], out: &mut [f32], convert: impl Fn([u8; N]) -> f32) {
     for (to, from) in out.iter_mut().zip(bytes.chunks_exact(N)) {
         *to = convert(*head(from));
@@ -92,7 +120,7 @@ fn dequantize_blocks<F: Format>(bytes: &[u8], out: &mut [f32]) {
     }
 }
 
-/// The element type of a GGUF tensor, by the number the file carries.
+/// The element type of a GGUF tensor. The discriminant is `ggml_type`, the number in the file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[allow(missing_docs)]
 #[repr(u32)]
@@ -122,13 +150,13 @@ pub enum TensorType {
     MXFP4 = 39,
 }
 
-/// A tensor type number that this program has no decoder for.
+/// A `ggml_type` without a decoder here.
 #[derive(Debug, Error, PartialEq, Eq)]
 #[error("tensor type {0} is not supported")]
 pub struct UnknownType(pub u32);
 
 impl TensorType {
-    /// Every type, in file-number order.
+    /// Every type, by its number in the file.
     pub const ALL: [TensorType; 23] = {
         use TensorType::*;
         [
@@ -137,17 +165,21 @@ impl TensorType {
         ]
     };
 
-    /// The type with this number in a GGUF file.
+    /// Returns the type with this number in a GGUF file.
+    ///
+    /// # Errors
+    /// When no type has the number.
     pub fn from_id(id: u32) -> Result<Self, UnknownType> {
         Self::ALL.into_iter().find(|t| *t as u32 == id).ok_or(UnknownType(id))
     }
 
-    /// The type with this name (`Q4_K`), without regard to case.
+    /// Returns the type with this name (`Q4_K`), without regard to case.
     pub fn from_name(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|t| t.name().eq_ignore_ascii_case(name))
     }
 
-    /// The name used throughout the field, `Q4_K` and the like.
+    /// Returns the name that llama.cpp uses, for example `Q4_K`.
+    #[inline]
     pub fn name(self) -> &'static str {
         use TensorType::*;
         match self {
@@ -177,7 +209,8 @@ impl TensorType {
         }
     }
 
-    /// Values in one block.
+    /// Returns the values per block: 1, 32 or 256.
+    #[inline]
     pub const fn block_len(self) -> usize {
         use TensorType::*;
         match self {
@@ -189,7 +222,8 @@ impl TensorType {
         }
     }
 
-    /// Bytes in one block.
+    /// Returns the bytes per block.
+    #[inline]
     pub const fn block_bytes(self) -> usize {
         use TensorType::*;
         match self {
@@ -217,7 +251,16 @@ impl TensorType {
         }
     }
 
-    /// Bytes of a row of `cols` values, or `None` where `cols` is no whole number of blocks or the size overflows.
+    /// Returns the bytes per row of `cols` values, or `None` where `cols` is not a multiple of the
+    /// block length or the size overflows.
+    ///
+    /// ```
+    /// use tier_plan_kernels::quant::TensorType;
+    ///
+    /// assert_eq!(TensorType::Q4_K.row_bytes(2048), Some(8 * 144)); // 4.5 bits per value
+    /// assert_eq!(TensorType::Q4_K.row_bytes(100), None); // blocks have 256 values
+    /// ```
+    #[inline]
     pub fn row_bytes(self, cols: u64) -> Option<u64> {
         let len = self.block_len() as u64;
         if !cols.is_multiple_of(len) {
@@ -238,7 +281,7 @@ mod tests {
     use super::*;
     use std::path::PathBuf;
 
-    /// Raw blocks and their values as another program decodes them.
+    /// Reads raw blocks and the values that llama.cpp decodes from them.
     pub(crate) fn golden(ty: TensorType) -> (Vec<u8>, Vec<f32>) {
         let dir = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../tests/data/dequant");
         let bytes = std::fs::read(dir.join(format!("{ty}.bin"))).unwrap();

@@ -1,20 +1,24 @@
-//! Q2_K: 256 values; 16 bytes of 4-bit scale and 4-bit minimum for each 16 values, 64 bytes of 2-bit codes, and two
-//! f16 that multiply the scales and the minimums. Each 32 bytes hold four runs of 32 codes, the lowest bits first.
+//! Q2_K: 256 values of 2 bits, a scale and a minimum per 16. Code `c` stands for
+//! `d * s * c - dmin * m`.
+//!
+//! `scales: [u8; 16] @0, qs: [u8; 64] @16, d: f16 @80, dmin: f16 @82`. The low half of a byte of
+//! `scales` is `s`, the high half `m`. Each 32 bytes of `qs` hold four runs of 32 codes, the lowest
+//! two bits first.
 
 use super::TensorType;
-use super::block::{Format, Steps, f16_at, head, head_mut};
+use super::block::{Format, UnpackOps, f16_at, head, head_mut};
 
 pub(crate) struct Q2_K;
 
 impl Format for Q2_K {
     const TYPE: TensorType = TensorType::Q2_K;
-    const LARGEST: i32 = 3;
+    const MAX_CODE: i32 = 3;
     const SIGNED: bool = false;
     const HAS_MIN: bool = true;
-    const FINE: bool = true;
+    const SCALE_PER_16: bool = true;
 
     #[inline(always)]
-    fn unpack<S: Steps>(block: &[u8], q: &mut [i8], scale: &mut [f32], min: &mut [f32]) {
+    fn unpack<S: UnpackOps>(block: &[u8], q: &mut [i8], scale: &mut [f32], min: &mut [f32]) {
         let (block, q): (&[u8; 84], &mut [i8; 256]) = (head(block), head_mut(q));
         let (d, dmin) = (f16_at::<S>(block, 80), f16_at::<S>(block, 82));
         for i in 0..16 {

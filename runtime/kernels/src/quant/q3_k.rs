@@ -1,19 +1,22 @@
-//! Q3_K: 256 values; 32 bytes of third bits (bit `k` of byte `i` belongs to value `32 k + i`), 64 bytes of 2-bit codes
-//! as in Q2_K, 12 bytes of sixteen 6-bit scales, and an f16 that multiplies them. Codes are less 4, scales less 32.
+//! Q3_K: 256 values of 3 bits, a scale per 16. Code `c` stands for `d * (s - 32) * (c - 4)`.
+//!
+//! `hmask: [u8; 32] @0, qs: [u8; 64] @32, scales: [u8; 12] @96, d: f16 @108`. Bit `k` of byte `i`
+//! of `hmask` is the third bit of value `32 k + i`. The low two bits are packed as in Q2_K, the
+//! sixteen 6-bit scales by [`q3_scales`](super::block::q3_scales).
 
 use super::TensorType;
-use super::block::{Format, Steps, f16_at, head, head_mut, q3_scales};
+use super::block::{Format, UnpackOps, f16_at, head, head_mut, q3_scales};
 
 pub(crate) struct Q3_K;
 
 impl Format for Q3_K {
     const TYPE: TensorType = TensorType::Q3_K;
-    const LARGEST: i32 = 4;
+    const MAX_CODE: i32 = 4;
     const SIGNED: bool = true;
-    const FINE: bool = true;
+    const SCALE_PER_16: bool = true;
 
     #[inline(always)]
-    fn unpack<S: Steps>(block: &[u8], q: &mut [i8], scale: &mut [f32], _min: &mut [f32]) {
+    fn unpack<S: UnpackOps>(block: &[u8], q: &mut [i8], scale: &mut [f32], _min: &mut [f32]) {
         let (block, q): (&[u8; 110], &mut [i8; 256]) = (head(block), head_mut(q));
         let d = f16_at::<S>(block, 108);
         for (to, s) in scale.iter_mut().zip(q3_scales(&block[96..])) {

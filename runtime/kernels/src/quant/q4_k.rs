@@ -1,19 +1,23 @@
-//! Q4_K: 256 values; two f16 that multiply the scales and the minimums, 12 bytes of eight 6-bit scales and eight 6-bit
-//! minimums, 128 bytes: the low halves of each 32 bytes are one run of 32 codes, the high halves the next.
+//! Q4_K: 256 values of 4 bits, a scale and a minimum per 32. Code `c` stands for
+//! `d * s * c - dmin * m`.
+//!
+//! `d: f16 @0, dmin: f16 @2, scales: [u8; 12] @4, qs: [u8; 128] @16`. The low halves of each 32
+//! bytes of `qs` are one run of 32 codes, the high halves the next.
+//! [`scales_and_mins`](super::block::scales_and_mins) unpacks `scales`.
 
 use super::TensorType;
-use super::block::{Format, Steps, f16_at, head, head_mut, scales_and_mins};
+use super::block::{Format, UnpackOps, f16_at, head, head_mut, scales_and_mins};
 
 pub(crate) struct Q4_K;
 
 impl Format for Q4_K {
     const TYPE: TensorType = TensorType::Q4_K;
-    const LARGEST: i32 = 15;
+    const MAX_CODE: i32 = 15;
     const SIGNED: bool = false;
     const HAS_MIN: bool = true;
 
     #[inline(always)]
-    fn unpack<S: Steps>(block: &[u8], q: &mut [i8], scale: &mut [f32], min: &mut [f32]) {
+    fn unpack<S: UnpackOps>(block: &[u8], q: &mut [i8], scale: &mut [f32], min: &mut [f32]) {
         let (block, q): (&[u8; 144], &mut [i8; 256]) = (head(block), head_mut(q));
         k_scales::<S>(block, head_mut(scale), head_mut(min));
         for pair in 0..4 {
@@ -26,9 +30,9 @@ impl Format for Q4_K {
     }
 }
 
-/// The scales and minimums that begin a block of Q4_K or Q5_K.
+/// Unpacks the scales and minimums that begin a block of Q4_K or Q5_K.
 #[inline(always)]
-pub(super) fn k_scales<S: Steps>(block: &[u8], scale: &mut [f32; 16], min: &mut [f32; 16]) {
+pub(super) fn k_scales<S: UnpackOps>(block: &[u8], scale: &mut [f32; 16], min: &mut [f32; 16]) {
     let (d, dmin) = (f16_at::<S>(block, 0), f16_at::<S>(block, 2));
     let (scales, mins) = scales_and_mins(&block[4..]);
     for i in 0..16 {

@@ -1,19 +1,22 @@
-//! Q6_K: 256 values; 128 bytes of low 4 bits, 64 bytes of high 2 bits, 16 signed 8-bit scales and an f16 that
-//! multiplies them; less 32. Each half of the block has runs of 32: low halves of 64 bytes, then their high halves.
+//! Q6_K: 256 values of 6 bits, a scale per 16. Code `c` stands for `d * s * (c - 32)`.
+//!
+//! `ql: [u8; 128] @0, qh: [u8; 64] @128, scales: [i8; 16] @192, d: f16 @208`. Each half of the
+//! block has four runs of 32: two in the low halves of 64 bytes of `ql`, two in their high halves.
+//! Two bits of `qh` go on top of each.
 
 use super::TensorType;
-use super::block::{Format, Steps, f16_at, head, head_mut};
+use super::block::{Format, UnpackOps, f16_at, head, head_mut};
 
 pub(crate) struct Q6_K;
 
 impl Format for Q6_K {
     const TYPE: TensorType = TensorType::Q6_K;
-    const LARGEST: i32 = 32;
+    const MAX_CODE: i32 = 32;
     const SIGNED: bool = true;
-    const FINE: bool = true;
+    const SCALE_PER_16: bool = true;
 
     #[inline(always)]
-    fn unpack<S: Steps>(block: &[u8], q: &mut [i8], scale: &mut [f32], _min: &mut [f32]) {
+    fn unpack<S: UnpackOps>(block: &[u8], q: &mut [i8], scale: &mut [f32], _min: &mut [f32]) {
         let (block, q): (&[u8; 210], &mut [i8; 256]) = (head(block), head_mut(q));
         let d = f16_at::<S>(block, 208);
         for i in 0..16 {

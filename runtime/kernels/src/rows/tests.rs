@@ -28,7 +28,8 @@ fn rows_in_8_bits_come_back_to_half_a_step() {
                 for (x, back) in x.chunks_exact(width).zip(back.chunks_exact(width)) {
                     for (x, back) in x.chunks(BLOCK).zip(back.chunks(BLOCK)) {
                         let largest = x.iter().fold(0.0f32, |m, v| m.max(v.abs()));
-                        // A scale is rounded up: by a 1024th, or to the next multiple of the least 16-bit float.
+                        // A scale is rounded up: by a 1024th, or to the next multiple of the least
+                        // 16-bit float.
                         let step = (largest / 127.0 * (1.0 + 1.0 / 1024.0)).max(largest / 127.0 + 6e-8);
                         for (x, back) in x.iter().zip(back) {
                             assert!((x - back).abs() <= 0.5001 * step, "{kernels:?} {width} {x} {back} {step}");
@@ -167,7 +168,7 @@ fn mixtures_are_the_formula_and_do_not_depend_on_their_neighbours() {
             for rows in [StoredRows::F32(&full), StoredRows::F16(&half), StoredRows::Q8(&bytes)] {
                 let wide = widened(kernels, rows, width);
                 let mut out = old.clone();
-                kernels.mix_rows(&weights, stride, rows, width, &mut out, out_width);
+                kernels.add_weighted_rows(&weights, stride, rows, width, &mut out, out_width);
                 for q in 0..n_queries {
                     let weights = &weights[q * stride..][..n_rows];
                     for i in 0..out_width {
@@ -186,7 +187,7 @@ fn mixtures_are_the_formula_and_do_not_depend_on_their_neighbours() {
                             0 => rows.range(r..r + 1, width),
                             _ => StoredRows::F32(&wide[r * width..(r + 1) * width]),
                         };
-                        kernels.mix_rows(&[*weight], 1, row, width, &mut alone, out_width);
+                        kernels.add_weighted_rows(&[*weight], 1, row, width, &mut alone, out_width);
                     }
                     let same = alone.iter().zip(&out[q * out_width..]).all(|(a, b)| a.to_bits() == b.to_bits());
                     assert!(same, "{kernels:?} {width} {out_width} {q}");
@@ -197,14 +198,14 @@ fn mixtures_are_the_formula_and_do_not_depend_on_their_neighbours() {
 }
 
 #[test]
-fn exponentials_below_the_largest() {
+fn softmax_numerators_match_the_formula() {
     let mut rng = Rng(6);
     for kernels in Kernels::available() {
-        assert_eq!(kernels.exp_below_largest(&mut []), (f32::NEG_INFINITY, 0.0));
+        assert_eq!(kernels.exp_minus_max(&mut []), (f32::NEG_INFINITY, 0.0));
         for n in [1, 5, 31, 32, 33, 100, 256] {
             let x: Vec<f32> = rng.normals(n).into_iter().map(|v| 8.0 * v).collect();
             let mut found = x.clone();
-            let (largest, sum) = kernels.exp_below_largest(&mut found);
+            let (largest, sum) = kernels.exp_minus_max(&mut found);
             assert_eq!(largest, x.iter().copied().fold(f32::NEG_INFINITY, f32::max));
             let want: Vec<f64> = x.iter().map(|v| f64::from(v - largest).exp()).collect();
             for (found, want) in found.iter().zip(&want) {
@@ -212,18 +213,18 @@ fn exponentials_below_the_largest() {
             }
             assert!((f64::from(sum) / want.iter().sum::<f64>() - 1.0).abs() < 1e-6, "{kernels:?} {n}");
         }
-        let (_, sum) = kernels.exp_below_largest(&mut [1.0, f32::NAN]);
+        let (_, sum) = kernels.exp_minus_max(&mut [1.0, f32::NAN]);
         assert!(sum.is_nan(), "{kernels:?}: a NaN is not hidden");
     }
 }
 
 #[test]
-fn blends_are_the_formula() {
+fn axpby_matches_the_formula() {
     for kernels in Kernels::available() {
         let mut y = vec![1.0, 2.0, -3.0];
-        kernels.blend(0.5, &mut y, 2.0, &[4.0, 0.25, 1.0]);
+        kernels.axpby(0.5, &mut y, 2.0, &[4.0, 0.25, 1.0]);
         assert_eq!(y, [8.5, 1.5, 0.5]);
-        kernels.blend(1.0, &mut y, 0.0, &[7.0, 7.0, 7.0]);
+        kernels.axpby(1.0, &mut y, 0.0, &[7.0, 7.0, 7.0]);
         assert_eq!(y, [8.5, 1.5, 0.5]);
     }
 }
@@ -269,7 +270,7 @@ fn nothing_past_the_end_is_read_or_written() {
                     weights.copy_from_slice(scores);
                     let out = result.last::<f32>(n_queries * width);
                     out.fill(0.0);
-                    kernels.mix_rows(weights, n_rows, rows, width, out, width);
+                    kernels.add_weighted_rows(weights, n_rows, rows, width, out, width);
                     assert!(out.iter().all(|v| v.is_finite()));
                 }
                 let row = result.last::<u8>(q8_row_bytes(width));

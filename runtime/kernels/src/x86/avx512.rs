@@ -1,13 +1,41 @@
-//! Products with AVX-512 and its 8-bit dot product.
+//! Matmul kernels for AVX-512 with VNNI, the 8-bit dot product.
+//!
+//! 256 weights are unpacked straight into four registers in the order of the activations
+//! (`avx512_unpack`), and multiplied from there with up to 8 tokens:
+//!
+//! ```text
+//! for each weight row:
+//!     for each group of 256 values:
+//!         tile = unpack(group)                  # 4 registers of codes, 1 of scales, 1 of minimums
+//!         for each token n:
+//!             dot  = dpbusd(dpbusd(0, tile.q[0], x.q[0]), tile.q[1], x.q[1]) ... # 2 lanes/run
+//!             acc[n][0] += float(dot) * tile.scale * x.scale
+//!             acc[n][1] -= tile.min * x.sums
+//!     out[n] = sum of the lanes of acc[n][0] + acc[n][1]
+//! ```
+//!
+//! `dpbusd` multiplies unsigned by signed bytes and adds four products to a 32-bit lane without
+//! saturation. A lane gets at most 16 products of 255 * 127, so nothing can overflow. Its left
+//! operand is unsigned: see `avx512_unpack` for the offset that makes codes so.
+//!
+//! # `BY_SCALE`
+//!
+//! Two lanes have the products of a run. They can be multiplied by the (equal) scales one by one,
+//! or be added as integers first. The first takes fewer instructions; the second is what AMX tiles
+//! do, since a tile product adds up everything that shares a scale. The two differ in rounding.
+//! Where AMX is used, `BY_SCALE` makes these kernels add in its order, so that a token has the same
+//! bits whether a tile or a leftover kernel computed it.
 
-use super::avx512_unpack::{self as unpack, Tile, Unpack};
+use super::avx512_unpack::{self as unpack, MAX_GROUP_BYTES, Tile, Unpack};
 use super::prefetch;
 use crate::activations::{ActBlock, place, run_scale};
-use crate::matmul::{Panel, PanelFn, PanelFns};
+use crate::float_panel::{Bf16, F16, F32, FloatFormat, float_panel};
+use crate::panel::{Panel, PanelFn, PanelFns};
 use crate::quant::TensorType;
 use crate::quant::block::GROUP;
 use std::arch::x86_64::*;
 
+/// Lists the instances of a kernel for the given numbers of tokens.
 macro_rules! panel_fns {
     (float, $of:ty; $($n:literal)*) => {
         &[$(float::<$of, $n> as PanelFn),*]
@@ -17,8 +45,8 @@ macro_rules! panel_fns {
     };
 }
 
-/// The kernels of a type. With `BY_SCALE` all values that share a weight's and an activation's scale are added up as
-/// integers, in the order of the tiles ([`super::amx`]); without it two lanes share them, which takes fewer instructions.
+/// Returns the kernels of a type, for 1, 2, ... tokens. `BY_SCALE` gives the order of sums of the
+/// AMX kernels.
 pub(crate) fn panels<const BY_SCALE: bool>(ty: TensorType) -> PanelFns {
     match ty {
         TensorType::F32 => panel_fns!(float, F32; 1 2 3 4),
@@ -47,17 +75,17 @@ pub(crate) fn panels<const BY_SCALE: bool>(ty: TensorType) -> PanelFns {
     }
 }
 
+/// Computes a panel of a quantized format.
+///
 /// # Safety
 /// As [`PanelFn`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
 unsafe fn quantized<U: Unpack, const N: usize, const BY_SCALE: bool>(panel: &Panel<'_>) {
-    /// The most bytes that 256 values have in a format of small blocks.
-    const MOST: usize = 272;
     let cols = panel.x.cols();
     let (whole, rest) = (cols / GROUP, cols % GROUP);
     let groups = cols.div_ceil(GROUP);
     let x = panel.x.blocks();
-    assert!(x.len() == N * groups && U::GROUP_BYTES <= MOST && panel.row_bytes >= whole * U::GROUP_BYTES);
+    assert!(x.len() == N * groups && U::GROUP_BYTES <= MAX_GROUP_BYTES && panel.row_bytes >= whole * U::GROUP_BYTES);
     let x = x.as_ptr();
     for (r, row) in panel.weights.chunks_exact(panel.row_bytes).enumerate() {
         let mut acc = [[_mm512_setzero_ps(); 2]; N];
@@ -67,34 +95,38 @@ unsafe fn quantized<U: Unpack, const N: usize, const BY_SCALE: bool>(panel: &Pan
             // SAFETY: the row has `whole` groups and each row of `x` has at least as many.
             unsafe {
                 let tile = U::unpack(w);
-                multiply::<U, N, BY_SCALE>(tile, x.add(g), groups, &mut acc);
+                add_tile::<U, N, BY_SCALE>(tile, x.add(g), groups, &mut acc);
                 w = w.add(U::GROUP_BYTES);
             }
         }
         if rest > 0 {
-            let mut padded = [0u8; MOST];
+            let mut padded = [0u8; MAX_GROUP_BYTES];
             let tail = &row[whole * U::GROUP_BYTES..];
             padded[..tail.len()].copy_from_slice(tail);
-            // SAFETY: `padded` is a whole group, and the last blocks of `x` are filled up with zeros.
+            // SAFETY: `padded` is a whole group, and the last blocks of `x` are filled up with
+            // zeros.
             unsafe {
                 let tile = U::unpack(padded.as_ptr());
-                multiply::<U, N, BY_SCALE>(tile, x.add(whole), groups, &mut acc);
+                add_tile::<U, N, BY_SCALE>(tile, x.add(whole), groups, &mut acc);
             }
         }
         for (n, acc) in acc.into_iter().enumerate() {
             let both = _mm512_add_ps(acc[0], acc[1]);
-            let sum =
-                if BY_SCALE && !U::FINE { _mm512_mask_reduce_add_ps(EVEN, both) } else { _mm512_reduce_add_ps(both) };
+            let sum = if BY_SCALE && !U::SCALE_PER_16 {
+                _mm512_mask_reduce_add_ps(EVEN, both)
+            } else {
+                _mm512_reduce_add_ps(both)
+            };
             // SAFETY: the caller's output holds this element.
             unsafe { panel.out.put(n, panel.first_row + r, sum) };
         }
     }
 }
 
-/// The first lane of every run.
+/// Mask of the first lane of every run.
 const EVEN: __mmask16 = 0x5555;
 
-/// Writes what a block of activations holds of one run of 32 values.
+/// Quantizes one run of a block of activations.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
 pub(crate) fn quantize_run(run: usize, x: &[f32; 32], block: &mut ActBlock) {
@@ -118,13 +150,14 @@ pub(crate) fn quantize_run(run: usize, x: &[f32; 32], block: &mut ActBlock) {
     block.scale[2 * run..][..2].fill(scale);
 }
 
-/// Adds the products of 256 weights with `N` tokens, the blocks of neighbouring tokens `stride` apart.
+/// Adds the dot products of 256 weights with `N` tokens, the blocks of neighboring tokens `stride`
+/// apart.
 ///
 /// # Safety
 /// The blocks can be read, and the processor has the instructions.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
-unsafe fn multiply<U: Unpack, const N: usize, const BY_SCALE: bool>(
+unsafe fn add_tile<U: Unpack, const N: usize, const BY_SCALE: bool>(
     tile: Tile,
     x: *const ActBlock,
     stride: usize,
@@ -135,7 +168,8 @@ unsafe fn multiply<U: Unpack, const N: usize, const BY_SCALE: bool>(
     for (n, acc) in acc.iter_mut().enumerate() {
         // SAFETY: the caller's blocks.
         let x = unsafe { &*x.add(n * stride) };
-        // SAFETY: a block has four registers of values, one of scales and one of sums, and is aligned to them.
+        // SAFETY: a block has four registers of values, one of scales and one of sums, and is
+        // aligned to them.
         let (q, scale, sums) = unsafe {
             let q = x.q.as_ptr().cast::<__m512i>();
             let q = [
@@ -147,16 +181,17 @@ unsafe fn multiply<U: Unpack, const N: usize, const BY_SCALE: bool>(
             (q, _mm512_load_ps(x.scale.as_ptr()), _mm512_load_ps(x.sums.as_ptr()))
         };
         let one = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(zero, tile.q[0], q[0]), tile.q[1], q[1]);
-        let two = if U::FINE { zero } else { one };
+        let two = if U::SCALE_PER_16 { zero } else { one };
         let two = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(two, tile.q[2], q[2]), tile.q[3], q[3]);
-        let (sum, sums) = match (BY_SCALE, U::FINE) {
+        let (sum, sums) = match (BY_SCALE, U::SCALE_PER_16) {
             (false, true) => {
                 let one = _mm512_mul_ps(_mm512_cvtepi32_ps(one), first);
                 (_mm512_fmadd_ps(_mm512_cvtepi32_ps(two), second, one), sums)
             }
             (false, false) => (_mm512_mul_ps(_mm512_cvtepi32_ps(two), tile.scale), sums),
             (true, true) => {
-                // The first sixteen of a run to its first lane, the second sixteen to its second lane.
+                // The first sixteen of a run to its first lane, the second sixteen to its second
+                // lane.
                 let low = _mm512_mask_shuffle_epi32::<0b10_10_00_00>(one, !EVEN, two);
                 let high = _mm512_mask_shuffle_epi32::<0b11_11_01_01>(two, EVEN, one);
                 (_mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(low, high)), tile.scale), sums)
@@ -172,99 +207,12 @@ unsafe fn multiply<U: Unpack, const N: usize, const BY_SCALE: bool>(
     }
 }
 
-/// A float format: sixteen values from their bytes.
-trait Float {
-    const BYTES: usize;
-
-    /// # Safety
-    /// Sixteen values can be read; the processor has AVX-512.
-    unsafe fn load(p: *const u8) -> __m512;
-}
-
-struct F32;
-struct F16;
-struct Bf16;
-
-impl Float for F32 {
-    const BYTES: usize = 4;
-
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
-    unsafe fn load(p: *const u8) -> __m512 {
-        // SAFETY: the caller's.
-        unsafe { _mm512_loadu_ps(p.cast()) }
-    }
-}
-
-impl Float for F16 {
-    const BYTES: usize = 2;
-
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
-    unsafe fn load(p: *const u8) -> __m512 {
-        // SAFETY: the caller's.
-        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())) }
-    }
-}
-
-impl Float for Bf16 {
-    const BYTES: usize = 2;
-
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
-    unsafe fn load(p: *const u8) -> __m512 {
-        // SAFETY: the caller's.
-        let bits = unsafe { _mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast())) };
-        _mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits))
-    }
-}
-
+/// Computes a panel of a float format.
+///
 /// # Safety
 /// As [`PanelFn`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
-unsafe fn float<W: Float, const N: usize>(panel: &Panel<'_>) {
-    const STEP: usize = 32;
-    let cols = panel.x.cols();
-    let whole = cols - cols % STEP;
-    // The last, shorter step, filled up with zeros.
-    let mut tail = [[0.0f32; STEP]; N];
-    for (n, tail) in tail.iter_mut().enumerate() {
-        tail[..cols - whole].copy_from_slice(&panel.x.values()[n * cols + whole..(n + 1) * cols]);
-    }
-    let x = panel.x.values().as_ptr();
-    for (r, row) in panel.weights.chunks_exact(panel.row_bytes).enumerate() {
-        let mut acc = [[_mm512_setzero_ps(); 2]; N];
-        let mut c = 0;
-        while c < whole {
-            // SAFETY: a step is left in the row and in each of the `N` rows of `x`.
-            unsafe {
-                let p = row.as_ptr().add(c * W::BYTES);
-                prefetch(p, STEP * W::BYTES);
-                let (w0, w1) = (W::load(p), W::load(p.add(16 * W::BYTES)));
-                for (n, acc) in acc.iter_mut().enumerate() {
-                    let x = x.add(n * cols + c);
-                    acc[0] = _mm512_fmadd_ps(w0, _mm512_loadu_ps(x), acc[0]);
-                    acc[1] = _mm512_fmadd_ps(w1, _mm512_loadu_ps(x.add(16)), acc[1]);
-                }
-            }
-            c += STEP;
-        }
-        if whole < cols {
-            let mut bytes = [0u8; STEP * 4];
-            bytes[..(cols - whole) * W::BYTES].copy_from_slice(&row[whole * W::BYTES..]);
-            // SAFETY: the buffers hold a step.
-            unsafe {
-                let (w0, w1) = (W::load(bytes.as_ptr()), W::load(bytes.as_ptr().add(16 * W::BYTES)));
-                for (acc, x) in acc.iter_mut().zip(&tail) {
-                    acc[0] = _mm512_fmadd_ps(w0, _mm512_loadu_ps(x.as_ptr()), acc[0]);
-                    acc[1] = _mm512_fmadd_ps(w1, _mm512_loadu_ps(x.as_ptr().add(16)), acc[1]);
-                }
-            }
-        }
-        for (n, acc) in acc.into_iter().enumerate() {
-            let sum = _mm512_reduce_add_ps(_mm512_add_ps(acc[0], acc[1]));
-            // SAFETY: the caller's output holds this element.
-            unsafe { panel.out.put(n, panel.first_row + r, sum) };
-        }
-    }
+unsafe fn float<W: FloatFormat, const N: usize>(panel: &Panel<'_>) {
+    // SAFETY: the caller's panel.
+    unsafe { float_panel::<__m512, W, N>(panel) }
 }

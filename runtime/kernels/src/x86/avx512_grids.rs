@@ -1,23 +1,26 @@
-//! Taking 256 weights of the grid formats (IQ1, IQ2, IQ3) apart into AVX-512 registers.
+//! Unpacking 256 weights of the grid formats (IQ1, IQ2, IQ3) into AVX-512 registers.
 //!
-//! The k-th register of a [`Tile`] holds the k-th eight of every run of 32: eight grid entries, which one gather fetches.
+//! Register `k` of a [`Tile`] holds eight `k` of every run. For a grid of 8 values an eight is one
+//! entry, so the register is one gather of eight 64-bit words; for a grid of 4 values it is one
+//! gather of sixteen 32-bit words. Signs are applied as `OFFSET + magnitude` or
+//! `OFFSET - magnitude`, so that codes come out unsigned.
 
 use super::avx512_unpack::{Tile, each_twice, one_scale, unpack};
 use crate::quant::block::f16_to_f32;
 use crate::quant::grids;
 use std::arch::x86_64::*;
 
-/// What is added to all codes so that none is negative; the largest magnitude is 62.
+/// Offset of all codes, so that none is negative; the largest magnitude is 62.
 const OFFSET: i8 = 64;
 
-/// Finishes a tile whose codes have [`OFFSET`].
+/// Returns the tile of codes that have [`OFFSET`].
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
 fn tile(q: [__m512i; 4], scale: __m512) -> Tile {
     Tile { q, scale, min: _mm512_mul_ps(scale, _mm512_set1_ps(f32::from(OFFSET))) }
 }
 
-/// The entries of a table of 64-bit words.
+/// Gathers entries of a table of 64-bit words.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
 fn gather8<const N: usize>(table: &[u64; N], index: __m512i) -> __m512i {
@@ -27,7 +30,7 @@ fn gather8<const N: usize>(table: &[u64; N], index: __m512i) -> __m512i {
     unsafe { _mm512_i64gather_epi64::<8>(index, table.as_ptr().cast()) }
 }
 
-/// The entries of a table of 32-bit words.
+/// Gathers entries of a table of 32-bit words.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
 fn gather16<const N: usize>(table: &[u32; N], index: __m512i) -> __m512i {
@@ -37,8 +40,8 @@ fn gather16<const N: usize>(table: &[u32; N], index: __m512i) -> __m512i {
     unsafe { _mm512_i32gather_epi32::<4>(index, table.as_ptr().cast()) }
 }
 
-/// Adds [`OFFSET`] to magnitudes, negated where their sign bit is set: the signs of the lane's eight bytes are in the
-/// lane's byte `k` of `signs`.
+/// Adds [`OFFSET`] to magnitudes, negated where their sign bit is set. The signs of a lane's eight
+/// bytes are byte `k` of that lane of `signs`.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
 fn with_signs(magnitudes: __m512i, signs: __m512i, k: usize) -> __m512i {
@@ -53,7 +56,7 @@ fn with_signs(magnitudes: __m512i, signs: __m512i, k: usize) -> __m512i {
 /// Sets the high bit of each byte where the other seven have an odd number of ones.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
-fn made_even(sevens: __m512i) -> __m512i {
+fn with_even_parity(sevens: __m512i) -> __m512i {
     const O: i8 = -128;
     let odd = _mm512_broadcast_i32x4(_mm_setr_epi8(0, O, O, 0, O, 0, 0, O, O, 0, 0, O, 0, O, O, 0));
     let mask = _mm512_set1_epi8(15);
@@ -63,7 +66,7 @@ fn made_even(sevens: __m512i) -> __m512i {
     _mm512_ternarylogic_epi64::<0xf6>(sevens, low, high)
 }
 
-/// Four times seven bits of each lane, a byte each, and their eighth bits.
+/// Spreads four times seven bits of each lane to bytes, and adds their eighth bits.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
 fn four_sevens(v: __m512i) -> __m512i {
@@ -71,43 +74,44 @@ fn four_sevens(v: __m512i) -> __m512i {
     let low = _mm512_or_si512(part(v, 0x7f), part(_mm512_slli_epi64::<1>(v), 0x7f00));
     let high =
         _mm512_or_si512(part(_mm512_slli_epi64::<2>(v), 0x7f_0000), part(_mm512_slli_epi64::<3>(v), 0x7f00_0000));
-    made_even(_mm512_or_si512(low, high))
+    with_even_parity(_mm512_or_si512(low, high))
 }
 
-/// Eight 32-bit words, widened.
+/// Loads eight 32-bit words, widened to 64 bits.
 ///
 /// # Safety
 /// They can be read.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
 unsafe fn words(p: *const u8) -> __m512i {
-    // SAFETY: the caller's.
+    // SAFETY: the caller's bytes.
     _mm512_cvtepu32_epi64(unsafe { _mm256_loadu_si256(p.cast()) })
 }
 
-/// Eight 16-bit words, widened.
+/// Loads eight 16-bit words, widened to 64 bits.
 ///
 /// # Safety
 /// They can be read.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
 unsafe fn half_words(p: *const u8) -> __m512i {
-    // SAFETY: the caller's.
+    // SAFETY: the caller's bytes.
     _mm512_cvtepu16_epi64(unsafe { _mm_loadu_si128(p.cast()) })
 }
 
-/// Eight bytes, widened.
+/// Loads eight bytes, widened to 64 bits.
 ///
 /// # Safety
 /// They can be read.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
 unsafe fn bytes(p: *const u8) -> __m512i {
-    // SAFETY: the caller's.
+    // SAFETY: the caller's bytes.
     _mm512_cvtepu8_epi64(unsafe { _mm_loadl_epi64(p.cast()) })
 }
 
-/// Byte `k` of each lane with the low `bits` bits of `high`, shifted right by `shift`, above it.
+/// Returns byte `k` of each lane as an index, with the low `bits` bits of `high`, shifted right by
+/// `shift`, above it.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
 fn index(low: __m512i, k: usize, high: __m512i, shift: usize, bits: u32) -> __m512i {
@@ -117,7 +121,7 @@ fn index(low: __m512i, k: usize, high: __m512i, shift: usize, bits: u32) -> __m5
     _mm512_or_si512(low, _mm512_slli_epi64::<8>(high))
 }
 
-/// `d * (0.5 + s) * factor`, each twice, of eight scales in the lanes of `s`.
+/// Returns `d * (0.5 + s) * factor`, each twice, of eight `s` in 64-bit lanes.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
 fn run_scales(d: __m512, s: __m512i, factor: f32) -> __m512 {
@@ -125,21 +129,21 @@ fn run_scales(d: __m512, s: __m512i, factor: f32) -> __m512 {
     _mm512_mul_ps(_mm512_mul_ps(d, _mm512_add_ps(s, _mm512_set1_ps(0.5))), _mm512_set1_ps(factor))
 }
 
-/// The sixteen 4-bit scales of IQ2_XS and IQ2_S.
+/// Unpacks the sixteen 4-bit scales of IQ2_XS and IQ2_S.
 ///
 /// # Safety
 /// Eight bytes can be read.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
 unsafe fn fine_scales(d: __m512, p: *const u8) -> __m512 {
-    // SAFETY: the caller's.
+    // SAFETY: the caller's bytes.
     let pairs = _mm_cvtepu8_epi16(unsafe { _mm_loadl_epi64(p.cast()) });
     let s = _mm_and_si128(_mm_or_si128(pairs, _mm_slli_epi16::<4>(pairs)), _mm_set1_epi8(15));
     let s = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(s));
     _mm512_mul_ps(_mm512_mul_ps(d, _mm512_add_ps(s, _mm512_set1_ps(0.5))), _mm512_set1_ps(0.25))
 }
 
-/// Bytes `2 k` and `2 k + 1` of each lane, a 32-bit word each.
+/// Returns bytes `2 k` and `2 k + 1` of each lane, one 32-bit word each.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
 fn byte_pair(v: __m512i, k: usize) -> __m512i {
@@ -149,7 +153,8 @@ fn byte_pair(v: __m512i, k: usize) -> __m512i {
     _mm512_shuffle_epi8(v, _mm512_broadcast_i32x4(pick))
 }
 
-/// Adds [`OFFSET`] and an eighth of a level, negative in the lanes of `negative`, to grid entries in eighths.
+/// Adds [`OFFSET`] and an eighth of a level, negative in the lanes of `negative`, to grid entries
+/// in eighths.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
 fn with_eighth(grid: __m512i, negative: __mmask8) -> __m512i {
@@ -182,7 +187,7 @@ unpack!(
             part(_mm512_srli_epi64::<25>(v), 0x7f_0000),
             part(_mm512_srli_epi64::<33>(v), 0x7f00_0000),
         );
-        let signs = made_even(_mm512_or_si512(low, high));
+        let signs = with_even_parity(_mm512_or_si512(low, high));
         let q = [
             with_signs(gather8(&grids::IQ2_XS, v), signs, 0),
             with_signs(gather8(&grids::IQ2_XS, _mm512_srli_epi64::<16>(v)), signs, 1),
@@ -194,7 +199,8 @@ unpack!(
 );
 
 unpack!(
-    /// One factor, 32 bytes of grid numbers, 32 of signs, 8 of two more grid bits each, 8 of scales.
+    /// One factor, 32 bytes of grid numbers, 32 of signs, 8 of two more grid bits each, 8 of
+    /// scales.
     IQ2_S, 82, true, |p| {
         let (low, signs, high) = (words(p.add(2)), words(p.add(34)), bytes(p.add(66)));
         let q = [0, 1, 2, 3].map(|k| with_signs(gather8(&grids::IQ2_S, index(low, k, high, 2 * k, 2)), signs, k));
@@ -244,7 +250,8 @@ unpack!(
 );
 
 unpack!(
-    /// 32 bytes of grid numbers, 16 of grid bits and signs of the eighths, 4 u16 of scales and of bits of one factor.
+    /// 32 bytes of grid numbers, 16 of grid bits and signs of the eighths, 4 u16 of scales and of
+    /// bits of one factor.
     IQ1_M, 56, true, |p| {
         let (low, high) = (words(p), half_words(p.add(32)));
         let q = [0, 1, 2, 3].map(|k| {
@@ -265,7 +272,7 @@ unpack!(
     }
 );
 
-/// The lowest 16 bits, four times.
+/// Returns the lowest 16 bits, four times.
 #[inline(always)]
 fn spread(v: u64) -> i64 {
     ((v & 0xffff) * 0x0001_0001_0001_0001) as i64

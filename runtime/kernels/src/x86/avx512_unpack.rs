@@ -1,7 +1,15 @@
-//! Taking 256 weights of each format apart into AVX-512 registers, in the order of the activations.
+//! Unpacking 256 weights of each format into AVX-512 registers, in the order of the activations.
 //!
-//! Codes come out unsigned, as the 8-bit dot product wants its left side: a format with negative codes adds an offset,
-//! and the minimum grows by offset times scale, which takes it off again.
+//! A [`Tile`] has unsigned codes, as the left operand of `dpbusd` must be. A format with negative
+//! codes stores them with an offset `o`, and takes it off again through the minimum:
+//!
+//! ```text
+//! scale * (code) - min  =  scale * (code + o) - (min + o * scale)
+//! ```
+//!
+//! Most formats hold the halves of a run 16 bytes apart. Their unpacking first makes registers of
+//! *sixteens*: the first 16 codes of runs 0, 2, 4, 6, the second 16 of these, and both of runs 1,
+//! 3, 5, 7. [`interleave`] turns those four into the eights that the activations have.
 
 use crate::quant::block::{q3_scales, scales_and_mins};
 use crate::quant::iq4_nl::IQ4_LEVELS;
@@ -10,26 +18,33 @@ use std::arch::x86_64::*;
 
 pub(super) use super::avx512_grids::{IQ1_M, IQ1_S, IQ2_S, IQ2_XS, IQ2_XXS, IQ3_S, IQ3_XXS};
 
-/// 256 weights.
+/// 256 unpacked weights in registers.
 #[derive(Clone, Copy)]
 pub(super) struct Tile {
-    /// Unsigned codes: the first eight of each of eight runs, the second eight, and so on.
+    /// Unsigned codes: register `k` has eight `k` of every run.
     pub q: [__m512i; 4],
-    /// Of each sixteen, in the order of the row.
+    /// Scales, one per 16 values in the order of the row.
     pub scale: __m512,
-    /// Of each sixteen, in the order of the row; subtracted.
+    /// Minimums, one per 16 values in the order of the row; subtracted.
     pub min: __m512,
 }
 
-/// A format's way into a [`Tile`].
-pub(super) trait Unpack {
-    /// Bytes of 256 values.
-    const GROUP_BYTES: usize;
-    /// The halves of 32 values have scales of their own.
-    const FINE: bool = false;
+/// Most bytes per 256 values in a format of small blocks (Q8_0).
+pub(super) const MAX_GROUP_BYTES: usize = 272;
 
+/// A format that unpacks into a [`Tile`].
+pub(super) trait Unpack {
+    /// Bytes per 256 values.
+    const GROUP_BYTES: usize;
+    /// Whether scales are per 16 values; otherwise they are per 32, and neighbors in `scale` are
+    /// equal.
+    const SCALE_PER_16: bool = false;
+
+    /// Unpacks a group.
+    ///
     /// # Safety
-    /// `GROUP_BYTES` bytes can be read at `p`, and the processor has the AVX-512 sets of `Isa::Avx512`.
+    /// `GROUP_BYTES` bytes can be read at `p`, and the processor has the AVX-512 sets of
+    /// `Isa::Avx512`.
     unsafe fn unpack(p: *const u8) -> Tile;
 }
 
@@ -42,7 +57,7 @@ macro_rules! unpack {
 
         impl $crate::x86::avx512_unpack::Unpack for $name {
             const GROUP_BYTES: usize = $bytes;
-            const FINE: bool = $fine;
+            const SCALE_PER_16: bool = $fine;
 
             #[inline]
             #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
@@ -55,8 +70,8 @@ macro_rules! unpack {
 }
 pub(super) use unpack;
 
-/// Puts the eights of the odd runs beside those of the even ones; given are the first halves of the even runs, their
-/// second halves, and the same of the odd runs.
+/// Turns sixteens into eights. Given are the first halves of the even runs, their second halves,
+/// and the first and second halves of the odd runs.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
 fn interleave([e0, e1, o0, o1]: [__m512i; 4]) -> [__m512i; 4] {
@@ -68,14 +83,14 @@ fn interleave([e0, e1, o0, o1]: [__m512i; 4]) -> [__m512i; 4] {
     ]
 }
 
-/// Four times sixteen bytes, `step` bytes apart.
+/// Loads four times 16 bytes, `step` bytes apart.
 ///
 /// # Safety
 /// They can be read.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
 unsafe fn four(p: *const u8, step: usize) -> __m512i {
-    // SAFETY: the caller's.
+    // SAFETY: the caller's bytes.
     unsafe {
         let v = _mm512_castsi128_si512(_mm_loadu_si128(p.cast()));
         let v = _mm512_inserti32x4::<1>(v, _mm_loadu_si128(p.add(step).cast()));
@@ -84,14 +99,14 @@ unsafe fn four(p: *const u8, step: usize) -> __m512i {
     }
 }
 
-/// Two times sixteen bytes, each twice.
+/// Loads two times 16 bytes, each twice.
 ///
 /// # Safety
 /// They can be read.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
 unsafe fn two_twice(low: *const u8, high: *const u8) -> __m512i {
-    // SAFETY: the caller's.
+    // SAFETY: the caller's bytes.
     unsafe {
         let low = _mm512_broadcast_i32x4(_mm_loadu_si128(low.cast()));
         _mm512_mask_broadcast_i32x4(low, 0xff00, _mm_loadu_si128(high.cast()))
@@ -106,7 +121,7 @@ fn nibbles(v: __m512i) -> [__m512i; 2] {
     [_mm512_and_si512(v, mask), _mm512_and_si512(_mm512_srli_epi16::<4>(v), mask)]
 }
 
-/// Eight values, each twice in a row.
+/// Returns eight values, each twice in a row.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
 pub(super) fn each_twice(v: __m256) -> __m512 {
@@ -114,26 +129,27 @@ pub(super) fn each_twice(v: __m256) -> __m512 {
     _mm512_permutexvar_ps(index, _mm512_castps256_ps512(v))
 }
 
-/// The f16 scales of eight blocks of `step` bytes.
+/// Loads the f16 scales of eight blocks of `step` bytes.
 ///
 /// # Safety
 /// The first two bytes of each block can be read.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
 unsafe fn eight_scales(p: *const u8, step: usize) -> __m256 {
-    // SAFETY: the caller's.
+    // SAFETY: the caller's bytes.
     let at = |i: usize| unsafe { p.add(i * step).cast::<i16>().read_unaligned() };
     _mm256_cvtph_ps(_mm_setr_epi16(at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7)))
 }
 
-/// The f16 scales and addends that begin eight blocks of `step` bytes; the addends come out negated, as minimums.
+/// Loads the f16 scales and addends that begin eight blocks of `step` bytes. The addends come out
+/// negated, as minimums.
 ///
 /// # Safety
 /// The first four bytes of each block can be read.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
 unsafe fn eight_pairs(p: *const u8, step: usize) -> (__m512, __m512) {
-    // SAFETY: the caller's.
+    // SAFETY: the caller's bytes.
     let at = |i: usize| unsafe { p.add(i * step).cast::<i32>().read_unaligned() };
     let pairs = _mm256_setr_epi32(at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7));
     let pairs = _mm512_cvtph_ps(pairs);
@@ -141,20 +157,20 @@ unsafe fn eight_pairs(p: *const u8, step: usize) -> (__m512, __m512) {
     (scale, _mm512_xor_ps(addend, _mm512_set1_ps(-0.0)))
 }
 
-/// One f16, sixteen times.
+/// Loads one f16, sixteen times.
 ///
 /// # Safety
 /// Two bytes can be read.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
 pub(super) unsafe fn one_scale(p: *const u8) -> __m512 {
-    // SAFETY: the caller's.
+    // SAFETY: the caller's bytes.
     let bits = unsafe { p.cast::<i16>().read_unaligned() };
     _mm512_cvtph_ps(_mm256_set1_epi16(bits))
 }
 
-/// Adds `bit` to the bytes of `v` where bit `k` of the fifth-bit words is set: in each sixteen, bit `i` of the u16 that is
-/// in bytes `pick` of the same sixteen of `words` belongs to byte `i`.
+/// Adds `bit` to the bytes of `v` whose fifth bit is set. In each sixteen, the bit of byte `i` is
+/// bit `i` of a u16 in the same sixteen of `words`, at the two bytes that `pick` names.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
 fn with_bits(v: __m512i, words: __m512i, pick: i16, bit: i8) -> __m512i {
@@ -165,7 +181,7 @@ fn with_bits(v: __m512i, words: __m512i, pick: i16, bit: i8) -> __m512i {
     _mm512_mask_add_epi8(v, _mm512_test_epi8_mask(spread, one_each), v, _mm512_set1_epi8(bit))
 }
 
-/// Bits 0, 2, 4 and 6 of the bytes of the four sixteens.
+/// Returns a byte mask per sixteen: bits 0, 2, 4 and 6.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
 fn even_bits() -> __m512i {
@@ -181,7 +197,8 @@ fn shift_every_other(v: __m512i) -> __m512i {
     _mm512_srlv_epi16(v, _mm512_setr_epi64(0, 0, FOUR, FOUR, 0, 0, FOUR, FOUR))
 }
 
-/// 2-bit codes as Q2_K and Q3_K pack them (four runs of 32 in each 32 bytes), 64 bytes of them, for [`interleave`].
+/// Unpacks 64 bytes of 2-bit codes, as Q2_K and Q3_K pack them (four runs of 32 per 32 bytes), for
+/// [`interleave`].
 ///
 /// # Safety
 /// They can be read.
@@ -189,7 +206,7 @@ fn shift_every_other(v: __m512i) -> __m512i {
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
 unsafe fn two_bit_codes(p: *const u8) -> [__m512i; 4] {
     let mask = _mm512_set1_epi8(3);
-    // SAFETY: the caller's.
+    // SAFETY: the caller's bytes.
     let (first, second) = unsafe { (two_twice(p, p.add(32)), two_twice(p.add(16), p.add(48))) };
     let (first, second) = (shift_every_other(first), shift_every_other(second));
     [
@@ -200,14 +217,15 @@ unsafe fn two_bit_codes(p: *const u8) -> [__m512i; 4] {
     ]
 }
 
-/// The scales and minimums of Q4_K and Q5_K, whose block begins at `p`; the scales of odd runs times `odd`.
+/// Unpacks the scales and minimums of Q4_K and Q5_K, whose block begins at `p`; the scales of odd
+/// runs times `odd`.
 ///
 /// # Safety
 /// Sixteen bytes can be read.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
 unsafe fn k_scales(p: *const u8, odd: f32) -> (__m512, __m512) {
-    // SAFETY: the caller's.
+    // SAFETY: the caller's bytes.
     let head = unsafe { &*p.cast::<[u8; 16]>() };
     let (scales, mins) = scales_and_mins(&head[4..]);
     let bytes = _mm_set_epi64x(i64::from_le_bytes(mins), i64::from_le_bytes(scales));
@@ -222,7 +240,7 @@ unsafe fn k_scales(p: *const u8, odd: f32) -> (__m512, __m512) {
     (scale, min)
 }
 
-/// Replaces 4-bit codes by levels, which come out with an offset of 128.
+/// Replaces 4-bit codes by levels, with an offset of 128.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
 fn look_up(codes: __m512i, levels: &[i8; 16]) -> __m512i {
@@ -337,8 +355,10 @@ unpack!(
     }
 );
 
-/// Masks of half bytes.
+/// Mask of the low halves of bytes.
 const LOW: i64 = 0x0f0f_0f0f_0f0f_0f0f;
+
+/// Mask of the high halves of bytes.
 const HIGH: i64 = !LOW;
 
 unpack!(

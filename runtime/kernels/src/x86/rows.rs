@@ -1,15 +1,37 @@
-//! What attention computes over rows of past tokens, on x86-64.
+//! What attention computes over rows of past tokens, on x86-64: scores and weighted sums.
 //!
-//! A product has one register of sums, over the row from its beginning, and one order in which its lanes are added,
-//! however many others are computed beside it. Widening is exact, so it does not matter when it is done.
+//! Rows of keys and values are read as they are stored (F32, F16 or 8 bits with a scale per 32) and
+//! widened in registers. A kernel is compiled for one format and `N` queries, which share each
+//! load:
+//!
+//! ```text
+//! dots:   for every 4 rows:                       # 4 N sums, one register each
+//!             for every register of columns:      # the last one may be a part
+//!                 row[0..4] = widen(columns of the 4 rows)
+//!                 for each query: sum[query][0..4] += query columns * row[0..4]
+//!             scores[query][4 rows] = lanes of sum[query][0..4], added up in one fixed order
+//!
+//! mix:    for every 4 registers of columns:       # 4 N sums again
+//!             sum[query] = out[query]
+//!             for each row: sum[query] += weight[query][row] * widen(columns of the row)
+//!             out[query] = sum[query]
+//! ```
+//!
+//! A dot product has one register of sums over the row from its beginning, and one order in which
+//! its lanes are added. Neither depends on `N` or on the rows beside it. Widening is exact, so a
+//! result is the same for rows that were widened before. A row that is missing from the last four
+//! is replaced by the last row, and its score is not stored.
+//!
+//! With 16 registers (AVX2) `N` is at most 2, with 32 (AVX-512) at most 4.
 
-use crate::rows::{BLOCK, q8_row_bytes};
+use super::lanes::{PartialLanes, ROWS};
+use crate::rows::{BLOCK, StoredRows, q8_row_bytes};
 use half::f16;
 use std::arch::x86_64::*;
+use std::marker::PhantomData;
 
-/// Rows whose products with a query are computed together: their sums end up side by side in one register.
-const ROWS: usize = 4;
-
+/// Widens 16-bit floats.
+///
 /// # Safety
 /// The processor has the instructions; the lengths are equal.
 #[target_feature(enable = "avx2,fma,f16c")]
@@ -19,7 +41,7 @@ pub(crate) unsafe fn widen(x: &[f16], out: &mut [f32]) {
     // SAFETY: all accesses are below `n`.
     unsafe {
         while i + 32 <= n {
-            // What comes next, to arrive while these rows are worked on.
+            // What follows `x`, to arrive while `x` is worked on.
             _mm_prefetch::<_MM_HINT_T0>(px.wrapping_add(n + i).cast());
             for part in [i, i + 8, i + 16, i + 24] {
                 _mm256_storeu_ps(po.add(part), _mm256_cvtph_ps(_mm_loadu_si128(px.add(part).cast())));
@@ -36,6 +58,8 @@ pub(crate) unsafe fn widen(x: &[f16], out: &mut [f32]) {
     }
 }
 
+/// Rounds to 16-bit floats, ties to even.
+///
 /// # Safety
 /// The processor has the instructions; the lengths are equal.
 #[target_feature(enable = "avx2,fma,f16c")]
@@ -55,185 +79,341 @@ pub(crate) unsafe fn narrow(x: &[f32], out: &mut [f16]) {
     }
 }
 
-/// Splits `n` queries into groups of at most `$most` and calls `$kernel` with the size of each and where it begins.
-macro_rules! in_groups {
-    ($n:expr, $kernel:ident, $row:ident, [$($size:literal)*], $most:literal, |$q:ident| $args:tt) => {{
-        let mut $q = 0;
-        while $q < $n {
-            match $n - $q {
-                $($size => in_groups!(@call $kernel, $row, $size, $args),)*
-                _ => in_groups!(@call $kernel, $row, $most, $args),
-            }
-            $q += $most;
-        }
-    }};
-    (@call $kernel:ident, $row:ident, $size:literal, ($($arg:expr),*)) => { $kernel::<$row, $size>($($arg),*) };
-}
-
-/// Calls `$kernel` for the way in which `$rows` are stored, with where they are.
-macro_rules! as_stored {
-    ($rows:expr, $kernel:ident, $($arg:expr),*) => {
-        match $rows {
-            StoredRows::F32(rows) => $kernel::<F32>(rows.as_ptr().cast(), $($arg),*),
-            StoredRows::F16(rows) => $kernel::<F16>(rows.as_ptr().cast(), $($arg),*),
-            StoredRows::Q8(rows) => $kernel::<Q8>(rows.as_ptr(), $($arg),*),
-        }
-    };
-}
-
-pub(crate) mod avx2;
-pub(crate) mod avx512;
-
-/// One way of storing rows.
-trait Stored {
-    /// Bytes of a row.
+/// A format of stored rows.
+trait RowFormat {
+    /// Returns the bytes per row of `width` values.
     fn row_bytes(width: usize) -> usize;
 
-    /// The 16 values from `at` on, which is a multiple of 16, or those of them that `mask` names.
+    /// Loads the values from column `at` on, a multiple of the register's lanes.
     ///
     /// # Safety
-    /// The row has them, and the processor has AVX-512.
-    unsafe fn load_512(row: *const u8, at: usize, mask: __mmask16) -> __m512;
-
-    /// The eight values from `at` on, which is a multiple of eight.
-    ///
-    /// # Safety
-    /// The row has them, and the processor has AVX2.
-    unsafe fn load_256(row: *const u8, at: usize) -> __m256;
-
-    /// The first `n` values, fewer than eight, of those from `at` on.
-    ///
-    /// # Safety
-    /// As [`load_256`](Self::load_256), for those values.
-    unsafe fn load_few_256(row: *const u8, at: usize, n: usize) -> __m256;
+    /// The row has the values that `part` names; see [`PartialLanes`].
+    unsafe fn load<L: PartialLanes>(row: *const u8, at: usize, part: L::Part) -> L;
 }
 
+/// Rows of 32-bit floats.
 struct F32;
+
+/// Rows of 16-bit floats.
 struct F16;
+
+/// Rows of signed bytes with a 16-bit float per 32 before them.
 struct Q8;
 
-impl Stored for F32 {
+impl RowFormat for F32 {
     #[inline(always)]
     fn row_bytes(width: usize) -> usize {
         4 * width
     }
 
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]
-    unsafe fn load_512(row: *const u8, at: usize, mask: __mmask16) -> __m512 {
-        // SAFETY: the caller's promise.
-        unsafe { _mm512_maskz_loadu_ps(mask, row.cast::<f32>().add(at)) }
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn load_256(row: *const u8, at: usize) -> __m256 {
-        // SAFETY: the caller's promise.
-        unsafe { _mm256_loadu_ps(row.cast::<f32>().add(at)) }
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn load_few_256(row: *const u8, at: usize, n: usize) -> __m256 {
-        // SAFETY: the caller's promise.
-        unsafe { _mm256_maskload_ps(row.cast::<f32>().add(at), first_lanes(n)) }
+    #[inline(always)]
+    unsafe fn load<L: PartialLanes>(row: *const u8, at: usize, part: L::Part) -> L {
+        // SAFETY: the caller's row and processor.
+        unsafe { L::load_part_f32(row.cast::<f32>().add(at), part) }
     }
 }
 
-impl Stored for F16 {
+impl RowFormat for F16 {
     #[inline(always)]
     fn row_bytes(width: usize) -> usize {
         2 * width
     }
 
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]
-    unsafe fn load_512(row: *const u8, at: usize, mask: __mmask16) -> __m512 {
-        // SAFETY: the caller's promise.
-        unsafe { _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, row.cast::<i16>().add(at))) }
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn load_256(row: *const u8, at: usize) -> __m256 {
-        // SAFETY: the caller's promise.
-        unsafe { _mm256_cvtph_ps(_mm_loadu_si128(row.cast::<i16>().add(at).cast())) }
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn load_few_256(row: *const u8, at: usize, n: usize) -> __m256 {
-        let mut few = [0i16; 8];
-        // SAFETY: the row has `n` values, and there is room for eight.
-        unsafe {
-            std::ptr::copy_nonoverlapping(row.cast::<i16>().add(at), few.as_mut_ptr(), n);
-            _mm256_cvtph_ps(_mm_loadu_si128(few.as_ptr().cast()))
-        }
+    #[inline(always)]
+    unsafe fn load<L: PartialLanes>(row: *const u8, at: usize, part: L::Part) -> L {
+        // SAFETY: the caller's row and processor.
+        unsafe { L::load_part_f16(row.cast::<i16>().add(at), part) }
     }
 }
 
-impl Q8 {
-    /// Where the code of a value is, and the scale of its block.
-    ///
-    /// # Safety
-    /// The row has it, and the processor has the instructions.
-    #[inline]
-    #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn find(row: *const u8, at: usize) -> (*const i8, __m128) {
-        // SAFETY: a block's scale is before its codes.
-        unsafe {
-            let block = row.add(at / BLOCK * (BLOCK + 2));
-            let scale = i32::from(block.cast::<i16>().read_unaligned());
-            (block.add(2 + at % BLOCK).cast(), _mm_cvtph_ps(_mm_cvtsi32_si128(scale)))
-        }
-    }
-}
-
-impl Stored for Q8 {
+impl RowFormat for Q8 {
     #[inline(always)]
     fn row_bytes(width: usize) -> usize {
         q8_row_bytes(width)
     }
 
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]
-    unsafe fn load_512(row: *const u8, at: usize, mask: __mmask16) -> __m512 {
-        // SAFETY: the caller's promise; 16 values from a multiple of 16 on are of one block.
+    #[inline(always)]
+    unsafe fn load<L: PartialLanes>(row: *const u8, at: usize, part: L::Part) -> L {
+        const { assert!(BLOCK.is_multiple_of(L::COUNT), "a register is of one block") };
+        // SAFETY: the caller's row and processor; a block's scale is before its codes.
         unsafe {
-            let (codes, scale) = Self::find(row, at);
-            let codes = _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(mask, codes));
-            _mm512_mul_ps(_mm512_broadcastss_ps(scale), _mm512_cvtepi32_ps(codes))
-        }
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn load_256(row: *const u8, at: usize) -> __m256 {
-        // SAFETY: the caller's promise; eight values from a multiple of eight on are of one block.
-        unsafe {
-            let (codes, scale) = Self::find(row, at);
-            let codes = _mm256_cvtepi8_epi32(_mm_loadl_epi64(codes.cast()));
-            _mm256_mul_ps(_mm256_broadcastss_ps(scale), _mm256_cvtepi32_ps(codes))
-        }
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn load_few_256(row: *const u8, at: usize, n: usize) -> __m256 {
-        let mut few = [0i8; 8];
-        // SAFETY: the row has `n` values, and there is room for eight.
-        unsafe {
-            let (codes, scale) = Self::find(row, at);
-            std::ptr::copy_nonoverlapping(codes, few.as_mut_ptr(), n);
-            let codes = _mm256_cvtepi8_epi32(_mm_loadl_epi64(few.as_ptr().cast()));
-            _mm256_mul_ps(_mm256_broadcastss_ps(scale), _mm256_cvtepi32_ps(codes))
+            let block = row.add(at / BLOCK * (BLOCK + 2));
+            let scale = block.cast::<i16>().read_unaligned();
+            L::load_part_q8(block.add(2 + at % BLOCK).cast(), scale, part)
         }
     }
 }
 
-/// A mask of the first `n` of eight lanes; all of them from 8 on.
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn first_lanes(n: usize) -> __m256i {
-    _mm256_cmpgt_epi32(_mm256_set1_epi32(n.min(8) as i32), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7))
+/// Packed rows whose format the kernel's type names.
+#[derive(Clone, Copy)]
+struct Rows {
+    first: *const u8,
+    count: usize,
+    /// Values per row.
+    width: usize,
 }
+
+/// Queries of the rows' width, and where their scores go.
+#[derive(Clone, Copy)]
+struct Scores {
+    /// `[queries, width]`, packed.
+    queries: *const f32,
+    /// `[queries, rows]`, queries `stride` apart.
+    scores: *mut f32,
+    stride: usize,
+}
+
+/// Weights of rows, and where the weighted sums go.
+#[derive(Clone, Copy)]
+struct Mixture {
+    /// `[queries, rows]`, queries `stride` apart.
+    weights: *const f32,
+    stride: usize,
+    /// `[queries, out_width]`, packed; `out_width` is at most the rows' width.
+    out: *mut f32,
+    out_width: usize,
+}
+
+/// Computes the scores of a fixed number of queries.
+///
+/// # Safety
+/// The processor has the kernel's instructions, and all pointers reach as far as the shapes say.
+type DotsFn = unsafe fn(&Rows, &Scores);
+
+/// Adds the weighted sums of a fixed number of queries.
+///
+/// # Safety
+/// As [`DotsFn`].
+type MixFn = unsafe fn(&Rows, &Mixture);
+
+/// The kernels of one instruction set and row format, for 1, 2, ... queries.
+#[derive(Clone, Copy)]
+pub(crate) struct RowKernels<'a> {
+    dots: &'static [DotsFn],
+    mix: &'static [MixFn],
+    first: *const u8,
+    rows: PhantomData<StoredRows<'a>>,
+}
+
+impl RowKernels<'_> {
+    /// Writes `scores[q * stride + r] = query q . row r` for `n_rows` rows of `width` values.
+    ///
+    /// # Safety
+    /// The processor has the kernels' instructions. There are `n_rows` rows of `width` values,
+    /// `queries` are whole rows of `width`, and for each query there is room for `n_rows` scores,
+    /// `stride` apart.
+    pub(crate) unsafe fn dots(self, n_rows: usize, width: usize, queries: &[f32], scores: &mut [f32], stride: usize) {
+        let rows = Rows { first: self.first, count: n_rows, width };
+        let n_queries = queries.len() / width;
+        let (queries, scores) = (queries.as_ptr(), scores.as_mut_ptr());
+        let mut q = 0;
+        while q < n_queries {
+            let count = (n_queries - q).min(self.dots.len());
+            // SAFETY: the caller's shapes.
+            unsafe {
+                let part = Scores { queries: queries.add(q * width), scores: scores.add(q * stride), stride };
+                self.dots[count - 1](&rows, &part);
+            }
+            q += count;
+        }
+    }
+
+    /// Adds `weights[q * stride + r] * row r` to row `q` of `out`, for `n_rows` rows of `width`
+    /// values.
+    ///
+    /// # Safety
+    /// The processor has the kernels' instructions. There are `n_rows` rows of `width` values,
+    /// `out` are whole rows of `out_width`, which is at most `width`, and for each of them there
+    /// are `n_rows` weights, `stride` apart.
+    pub(crate) unsafe fn mix(
+        self,
+        n_rows: usize,
+        width: usize,
+        weights: &[f32],
+        stride: usize,
+        out: &mut [f32],
+        out_width: usize,
+    ) {
+        let rows = Rows { first: self.first, count: n_rows, width };
+        let n_queries = out.len() / out_width;
+        let (weights, out) = (weights.as_ptr(), out.as_mut_ptr());
+        let mut q = 0;
+        while q < n_queries {
+            let count = (n_queries - q).min(self.mix.len());
+            // SAFETY: the caller's shapes.
+            unsafe {
+                let (weights, out) = (weights.add(q * stride), out.add(q * out_width));
+                self.mix[count - 1](&rows, &Mixture { weights, stride, out, out_width });
+            }
+            q += count;
+        }
+    }
+}
+
+/// Computes the scores of `N` queries.
+///
+/// # Safety
+/// As [`DotsFn`]; the caller is compiled for the instruction set of `L`.
+#[inline(always)]
+unsafe fn dots<L: PartialLanes, R: RowFormat, const N: usize>(rows: &Rows, to: &Scores) {
+    let Rows { first, count, width } = *rows;
+    let Scores { queries, scores, stride } = *to;
+    let mut r = 0;
+    while r < count {
+        let left = (count - r).min(ROWS);
+        // SAFETY: rows are read up to their width, the last of them again where fewer than four are
+        // left; scores are written for the rows that there are.
+        unsafe {
+            let mut sums = [[L::zero(); ROWS]; N];
+            let mut row = [first; ROWS];
+            for (i, row) in row.iter_mut().enumerate() {
+                *row = first.add((r + i.min(left - 1)) * R::row_bytes(width));
+            }
+            let mut at = 0;
+            while at + L::COUNT <= width {
+                add_columns::<L, R, N>(queries, width, row, at, L::WHOLE, &mut sums);
+                at += L::COUNT;
+            }
+            if at < width {
+                add_columns::<L, R, N>(queries, width, row, at, L::part(width - at), &mut sums);
+            }
+            for (n, sums) in sums.into_iter().enumerate() {
+                L::store_sums(sums, scores.add(n * stride + r), left);
+            }
+        }
+        r += ROWS;
+    }
+}
+
+/// Multiplies the columns from `at` on that `part` names of four rows with `N` queries.
+///
+/// # Safety
+/// As [`dots`], for these columns.
+#[inline(always)]
+unsafe fn add_columns<L: PartialLanes, R: RowFormat, const N: usize>(
+    queries: *const f32,
+    width: usize,
+    rows: [*const u8; ROWS],
+    at: usize,
+    part: L::Part,
+    sums: &mut [[L; ROWS]; N],
+) {
+    // SAFETY: the caller's columns and processor.
+    unsafe {
+        let mut row = [L::zero(); ROWS];
+        for (row, from) in row.iter_mut().zip(rows) {
+            *row = R::load(from, at, part);
+        }
+        for (q, sums) in sums.iter_mut().enumerate() {
+            let query = L::load_part_f32(queries.add(q * width + at), part);
+            for (sum, row) in sums.iter_mut().zip(row) {
+                *sum = L::mul_add(query, row, *sum);
+            }
+        }
+    }
+}
+
+/// Adds the weighted sums of `N` queries.
+///
+/// # Safety
+/// As [`MixFn`]; the caller is compiled for the instruction set of `L`.
+#[inline(always)]
+unsafe fn mix<L: PartialLanes, R: RowFormat, const N: usize>(rows: &Rows, to: &Mixture) {
+    let mut at = 0;
+    // SAFETY: columns below `out_width` of rows that are as wide or wider.
+    unsafe {
+        while at + 4 * L::COUNT <= to.out_width {
+            mix_columns::<L, R, N, 4>(*rows, *to, at, L::WHOLE);
+            at += 4 * L::COUNT;
+        }
+        while at < to.out_width {
+            let part = L::part((to.out_width - at).min(L::COUNT));
+            mix_columns::<L, R, N, 1>(*rows, *to, at, part);
+            at += L::COUNT;
+        }
+    }
+}
+
+/// Adds the weighted sums of `C` registers of columns from `at` on, of each the lanes that `part`
+/// names.
+///
+/// # Safety
+/// As [`mix`], for these columns.
+#[inline(always)]
+unsafe fn mix_columns<L: PartialLanes, R: RowFormat, const N: usize, const C: usize>(
+    rows: Rows,
+    to: Mixture,
+    at: usize,
+    part: L::Part,
+) {
+    // SAFETY: the caller's columns and processor.
+    unsafe {
+        let mut sums = [[L::zero(); C]; N];
+        for (q, sums) in sums.iter_mut().enumerate() {
+            for (c, sum) in sums.iter_mut().enumerate() {
+                *sum = L::load_part_f32(to.out.add(q * to.out_width + at + c * L::COUNT), part);
+            }
+        }
+        for r in 0..rows.count {
+            let from = rows.first.add(r * R::row_bytes(rows.width));
+            let mut row = [L::zero(); C];
+            for (c, row) in row.iter_mut().enumerate() {
+                *row = R::load(from, at + c * L::COUNT, part);
+            }
+            for (q, sums) in sums.iter_mut().enumerate() {
+                let weight = L::splat(*to.weights.add(q * to.stride + r));
+                for (sum, row) in sums.iter_mut().zip(row) {
+                    *sum = L::mul_add(weight, row, *sum);
+                }
+            }
+        }
+        for (q, sums) in sums.into_iter().enumerate() {
+            for (c, sum) in sums.into_iter().enumerate() {
+                sum.store_part(to.out.add(q * to.out_width + at + c * L::COUNT), part);
+            }
+        }
+    }
+}
+
+/// Compiles the kernels for an instruction set: `$lanes` registers, `$n` queries at once.
+macro_rules! row_kernels {
+    ($module:ident, $lanes:ty, $features:literal, $($n:literal)*) => {
+        mod $module {
+            use super::*;
+
+            #[target_feature(enable = $features)]
+            unsafe fn dots<R: RowFormat, const N: usize>(rows: &Rows, to: &Scores) {
+                // SAFETY: the caller's shapes and processor.
+                unsafe { super::dots::<$lanes, R, N>(rows, to) }
+            }
+
+            #[target_feature(enable = $features)]
+            unsafe fn mix<R: RowFormat, const N: usize>(rows: &Rows, to: &Mixture) {
+                // SAFETY: the caller's shapes and processor.
+                unsafe { super::mix::<$lanes, R, N>(rows, to) }
+            }
+
+            fn kernels<'a, R: RowFormat>(first: *const u8) -> RowKernels<'a> {
+                RowKernels {
+                    dots: const { &[$(dots::<R, $n> as DotsFn),*] },
+                    mix: const { &[$(mix::<R, $n> as MixFn),*] },
+                    first,
+                    rows: PhantomData,
+                }
+            }
+
+            /// Returns the kernels for the way in which `rows` are stored.
+            pub(crate) fn $module(rows: StoredRows<'_>) -> RowKernels<'_> {
+                match rows {
+                    StoredRows::F32(rows) => kernels::<F32>(rows.as_ptr().cast()),
+                    StoredRows::F16(rows) => kernels::<F16>(rows.as_ptr().cast()),
+                    StoredRows::Q8(rows) => kernels::<Q8>(rows.as_ptr()),
+                }
+            }
+        }
+        pub(crate) use $module::$module;
+    };
+}
+
+row_kernels!(avx2, __m256, "avx2,fma,f16c", 1 2);
+row_kernels!(avx512, __m512, "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c", 1 2 3 4);

@@ -7,8 +7,8 @@ use tier_plan_cuda::ops::{Batch, Group, Groups, Input, Matrices, Quants, Table};
 use tier_plan_cuda::{CudaError, Ops};
 use tier_plan_kernels::quant::{TensorType, dequantize_row};
 use tier_plan_kernels::random::Random;
-use tier_plan_kernels::reference::plain_product;
-use tier_plan_kernels::{Activations, Kernels, Weights, needs_quants};
+use tier_plan_kernels::reference::matvec;
+use tier_plan_kernels::{Activations, Kernels, Q8Row, Weights, needs_quants};
 
 pub(super) fn checks() -> Vec<Check> {
     let mut checks = vec![Check::new("quantize", quantize), Check::new("matvec_transposed", transposed)];
@@ -45,7 +45,7 @@ fn quantize(ops: &Ops, random: &mut Random) -> Result<Outcome, CudaError> {
         let codes = quants.codes.view().to_bytes()?;
         let (scales, sums) = (quants.scales.view().to_f32()?, quants.sums.view().to_f32()?);
         for row in 0..rows {
-            let (q, s, of_halves) = acts.view().plain_quants(row);
+            let Q8Row { codes: q, scales: s, sums: of_halves } = acts.view().q8_row(row);
             let got: Vec<i8> = codes[row * cols..][..cols].iter().map(|b| *b as i8).collect();
             let runs = cols / 32;
             for run in 0..runs {
@@ -130,7 +130,7 @@ impl Both {
 
     /// The plain product with one row of activations, and what a result may differ by.
     pub(super) fn expected(&self, w: Weights<'_>, row: usize) -> Vec<(f64, f64)> {
-        plain_product(w, &self.acts, row)
+        matvec(w, &self.acts, row)
     }
 }
 

@@ -1,54 +1,56 @@
-//! How often experts were used of late: counts in which a use loses half its weight within a number of tokens.
+//! Decayed use counts: a use loses half its weight within a half-life, given in tokens.
 //!
-//! Instead of making all counts smaller with every token, a use adds more with every token, from 1 to 2 within a
-//! half-life; then all counts are halved and it begins again. In integers, so that it is the same everywhere.
+//! Instead of shrinking all counts with every token, the weight of a new use grows with every
+//! token, from 1 to 2 within a half-life. Then all counts are halved, and the weight starts at 1
+//! again. The arithmetic is of integers, so results are identical on all machines.
 
-use super::scored::Worth;
+use super::scored::Score;
 
-/// Binary digits after the point of the weight of a use while it grows.
+/// Fraction bits of the weight of a use.
 const GROWTH_BITS: u32 = 30;
 
-/// Binary digits after the point of a count.
+/// Fraction bits of a count.
 const COUNT_BITS: u32 = 16;
 
-/// The longest half-life, in tokens. With it, no count reaches 2³⁵.
+/// Longest half-life, in tokens. It keeps counts below 2³⁵.
 const MAX_HALF_LIFE: u32 = tier_plan_formats::placement::MAX_HALF_LIFE;
 
 const _: () = assert!(MAX_HALF_LIFE <= 1 << 16);
 
-/// See the module.
+/// The decayed use count of each expert of a layer.
 #[derive(Debug, Clone)]
 pub(super) struct Decayed {
-    /// `[n_expert]` with [`COUNT_BITS`] digits after the point, to be divided by [`unit`](Self::unit).
+    /// `[n_expert]`, in units of 1 / [`unit`](Self::unit) uses.
     counts: Vec<u64>,
+    /// In tokens.
     half_life: u32,
     /// Tokens since the counts were halved.
     age: u32,
-    /// What a use adds now, with [`GROWTH_BITS`] digits after the point: 1 to 2.
+    /// Weight of a use now, 1 to 2, with [`GROWTH_BITS`] fraction bits.
     weight: u64,
-    /// By how much that grows with every token.
+    /// Factor by which the weight grows per token, with [`GROWTH_BITS`] fraction bits.
     growth: u64,
 }
 
 impl Decayed {
-    /// No uses yet. A half-life of 0 tokens is taken as 1, one that is too long as the longest.
+    /// Starts all counts at zero. The half-life is clamped to 1 to [`MAX_HALF_LIFE`] tokens.
     pub(super) fn new(n_expert: usize, half_life: u32) -> Self {
         let half_life = half_life.clamp(1, MAX_HALF_LIFE);
         Decayed { counts: vec![0; n_expert], half_life, age: 0, weight: 1 << GROWTH_BITS, growth: growth(half_life) }
     }
 
-    /// A use's weight now, in units of the counts: 2¹⁶ to 2¹⁷.
+    /// Returns what a use adds to a count now: 2¹⁶ to 2¹⁷.
     pub(super) fn unit(&self) -> u64 {
         self.weight >> (GROWTH_BITS - COUNT_BITS)
     }
 
-    /// The uses of an expert, in the units of now.
+    /// Returns the count of an expert, to be divided by the present [`unit`](Self::unit).
     pub(super) fn count(&self, expert: usize) -> u64 {
         self.counts[expert]
     }
 }
 
-impl Worth for Decayed {
+impl Score for Decayed {
     fn token(&mut self) {
         self.age += 1;
         if self.age == self.half_life {
@@ -65,22 +67,23 @@ impl Worth for Decayed {
         self.counts[expert] += self.unit();
     }
 
-    fn of(&self, expert: usize) -> u64 {
+    fn score(&self, expert: usize) -> u64 {
         self.count(expert)
     }
 }
 
-/// 2 to the power of 1 / `half_life`, rounded down to [`GROWTH_BITS`] digits after the point: the product of those square
-/// roots of 2, of its square root, and so on, that the binary digits of the exponent name.
+/// Returns 2^(1 / `half_life`), rounded down to [`GROWTH_BITS`] fraction bits. It is the product of
+/// 2^(2⁻ⁱ) over all set bits `i` of the exponent's binary fraction, each factor the square root of
+/// the one before.
 fn growth(half_life: u32) -> u64 {
     const BITS: u32 = 62;
-    let mut digits = (1u64 << 32) / u64::from(half_life);
+    let mut exponent = (1u64 << 32) / u64::from(half_life);
     let mut product = 1u128 << BITS;
     let mut root = 2u128 << BITS;
-    for place in (0..=32).rev() {
-        if digits >> place & 1 == 1 {
+    for bit in (0..=32).rev() {
+        if exponent >> bit & 1 == 1 {
             product = (product * root) >> BITS;
-            digits &= !(1 << place);
+            exponent &= !(1 << bit);
         }
         root = (root << BITS).isqrt();
     }

@@ -1,28 +1,30 @@
-//! Experts that get a slot before anybody has chosen them.
+//! Experts that get a slot before a router has selected them.
 
-use crate::experts::cache::{Kept, NONE, SlotCache};
+use crate::experts::cache::{NONE, Policy, SlotCache};
 
 impl SlotCache {
-    /// Slots that hold nothing yet.
+    /// Returns the number of empty slots.
     pub fn n_unused(&self) -> u32 {
         self.table.unused.len() as u32
     }
 
-    /// Gives an expert a slot that holds nothing, as if it had been used before all others: it is the next to leave.
-    /// `None`, and nothing changes, when it has a slot, the layer has no such expert, or no slot is unused. Experts of
-    /// which the first is to stay longest are given in that order.
+    /// Gives an expert an empty slot, as if it had been used before all others, so that it is the
+    /// first to leave. Of several preloaded experts the one preloaded first stays longest.
+    ///
+    /// Returns `None`, and changes nothing, when the expert has a slot, the layer has no such
+    /// expert, or no slot is empty.
     pub fn preload(&mut self, expert: u32) -> Option<u32> {
         let table = &mut self.table;
         if table.slot_of.get(expert as usize) != Some(&NONE) {
             return None;
         }
-        let empty = table.unused.len() as u64;
+        let n_empty = table.unused.len() as u64;
         let slot = table.unused.pop()?;
         table.slot_of[expert as usize] = slot;
-        match &mut self.kept {
-            Kept::Lru(lru) => lru.preload(expert),
-            Kept::Lfu(scored) => scored.preload(expert, slot, empty),
-            Kept::Adaptive(scored) => scored.preload(expert, slot, empty),
+        match &mut self.policy {
+            Policy::Lru(lru) => lru.preload(expert),
+            Policy::Lfu(scored) => scored.preload(expert, slot, n_empty),
+            Policy::Adaptive(scored) => scored.preload(expert, slot, n_empty),
         }
         Some(slot)
     }
@@ -42,7 +44,7 @@ mod tests {
     ];
 
     #[test]
-    fn what_was_given_first_stays_longest() {
+    fn the_first_preloaded_expert_stays_longest() {
         for policy in POLICIES {
             first_stays_longest(SlotCache::new(6, 3, policy));
         }
@@ -61,7 +63,7 @@ mod tests {
     }
 
     proptest! {
-        /// A cache that was warmed behaves like one in which the experts were used in the opposite order.
+        /// A preloaded cache behaves like one in which the experts were used in the opposite order.
         #[test]
         fn a_warm_cache_is_one_that_was_used(
             warm in proptest::sample::subsequence((0u32..8).collect::<Vec<_>>(), 0..8).prop_shuffle(),

@@ -3,14 +3,15 @@
 use super::*;
 use proptest::prelude::*;
 
-/// Distinct choices of up to `k` of `n` experts, token by token.
+/// Generates distinct choices of up to `k` of `n` experts, token by token.
 fn steps(n: u32, k: usize) -> impl Strategy<Value = Vec<Vec<u32>>> {
     let ids: Vec<u32> = (0..n).collect();
     let step = proptest::sample::subsequence(ids, 0..=k).prop_shuffle();
     proptest::collection::vec(step, 1..40)
 }
 
-/// The contract in its plainest form: all experts ever used, most recent first.
+/// Returns hits by the contract of LRU in its plainest form: all experts ever used, most recent
+/// first.
 fn naive(recent: &mut Vec<u32>, chosen: &[u32], n_slots: usize) -> Vec<bool> {
     let hits = chosen.iter().map(|e| recent.iter().position(|r| r == e).is_some_and(|p| p < n_slots)).collect();
     for &e in chosen {
@@ -104,7 +105,7 @@ fn bad_input_does_no_harm() {
     assert_eq!(SlotCache::new(3, 9, SlotPolicy::Lru).n_slots(), 3);
 }
 
-/// One policy of each kind, and parameters at both ends of their ranges.
+/// Generates policies of each kind, with parameters at both ends of their ranges.
 fn policies() -> impl Strategy<Value = SlotPolicy> {
     let half_life = || prop_oneof![1u32..40, Just(tier_plan_formats::placement::MAX_HALF_LIFE)];
     prop_oneof![
@@ -116,8 +117,8 @@ fn policies() -> impl Strategy<Value = SlotPolicy> {
     ]
 }
 
-/// What the slots hold by applying a step's accesses, as an engine does, with what every access must be whatever the
-/// policy is.
+/// Applies a step's accesses to the slots, as an engine does, and checks what every access must be
+/// under any policy.
 fn apply(held: &mut [Option<u32>], cache: &SlotCache, chosen: &[u32], out: &[Access]) -> Result<(), TestCaseError> {
     prop_assert_eq!(out.len(), chosen.len());
     let before = held.to_vec();
@@ -143,8 +144,8 @@ fn apply(held: &mut [Option<u32>], cache: &SlotCache, chosen: &[u32], out: &[Acc
     Ok(())
 }
 
-/// The uses of an expert as the formula has them: each weighs half as much a half-life later.
-fn worth(policy: SlotPolicy, history: &[Vec<u32>], expert: u32) -> f64 {
+/// Returns the score of an expert by the formula: a use weighs half as much a half-life later.
+fn score(policy: SlotPolicy, history: &[Vec<u32>], expert: u32) -> f64 {
     let decayed = |half_life: u32| -> f64 {
         let ages = history.iter().rev().enumerate().filter(|(_, chosen)| chosen.contains(&expert));
         ages.map(|(age, _)| 0.5f64.powf(age as f64 / f64::from(half_life))).sum()
@@ -167,7 +168,7 @@ fn batches() -> impl Strategy<Value = Vec<Vec<Vec<u32>>>> {
     proptest::collection::vec(size.prop_flat_map(move |n| proptest::collection::vec(token.clone(), n)), 1..40)
 }
 
-/// A batch's distinct experts in the order of their last use.
+/// Returns a batch's distinct experts in the order of their last use.
 fn by_last_use(tokens: &[Vec<u32>]) -> Vec<u32> {
     let mut order: Vec<u32> = Vec::new();
     for expert in tokens.iter().flatten() {
@@ -179,7 +180,7 @@ fn by_last_use(tokens: &[Vec<u32>]) -> Vec<u32> {
 
 proptest! {
     #[test]
-    fn the_slots_hold_what_is_worth_most(policy in policies(), batches in batches(), n_slots in 0u32..10) {
+    fn the_slots_hold_the_highest_scores(policy in policies(), batches in batches(), n_slots in 0u32..10) {
         let mut cache = SlotCache::new(9, n_slots, policy);
         let (mut out, mut history) = (Vec::new(), Vec::new());
         let mut held = vec![None; n_slots as usize];
@@ -201,14 +202,15 @@ proptest! {
             let stays = |e: u32| chosen.len() <= n_slots as usize && before.contains(&e) && chosen.contains(&e);
             if policy != SlotPolicy::Lru {
                 for (&inside, &outside) in now.iter().flat_map(|i| left_out().map(move |o| (i, o))) {
-                    let (a, b) = (worth(policy, &history, inside), worth(policy, &history, outside));
-                    prop_assert!(a >= b * (1.0 - 1e-3) || stays(inside), "{inside} is worth {a}, {outside} {b}");
+                    let (a, b) = (score(policy, &history, inside), score(policy, &history, outside));
+                    prop_assert!(a >= b * (1.0 - 1e-3) || stays(inside), "{inside} has score {a}, {outside} {b}");
                 }
             }
         }
     }
 
-    /// With a half-life of a token every count is a whole number of units, so a plain sort gives the very same slots.
+    /// With a half-life of a token every count is a whole number of units, so a plain sort gives
+    /// the very same slots.
     #[test]
     fn a_plain_sort_agrees(batches in batches(), n_slots in 3u32..10) {
         let mut cache = SlotCache::new(9, n_slots, SlotPolicy::Lfu { half_life: 1 });

@@ -71,7 +71,7 @@ impl Layer {
     fn run(self, kernels: Kernels, kv_type: KvType, threads: usize, batches: &[usize]) -> Vec<f32> {
         let (context, n_head) = (self.tokens, self.n_head());
         let pool = ThreadPool::new(threads);
-        let c = Compute { pool: &pool, kernels };
+        let c = CpuContext { pool: &pool, kernels };
         let mut key_store = RowStore::new(kv_type, self.n_head_kv, context, self.key_width);
         let mut value_store = RowStore::new(kv_type, self.n_head_kv, context, self.value_width);
         let (queries, keys, values) = (self.queries(), self.keys(), self.values());
@@ -196,7 +196,7 @@ fn every_query_has_one_place() {
             let blocks = Blocks::new(&a, threads);
             let mut count = std::collections::HashMap::new();
             for job in 0..blocks.jobs(n_head_kv) {
-                let (kv_head, heads, tokens, chunk) = blocks.job(job);
+                let Job { kv_head, heads, tokens, chunk } = blocks.job(job);
                 assert!(heads.len() * tokens.len() <= blocks.queries() && !heads.is_empty() && !tokens.is_empty());
                 for (i, token) in tokens.clone().enumerate() {
                     for (h, head) in heads.clone().enumerate() {
@@ -217,7 +217,7 @@ fn every_query_has_one_place() {
 #[test]
 fn what_is_no_number_is_not_hidden() {
     let pool = ThreadPool::new(1);
-    let c = Compute { pool: &pool, kernels: Kernels::best() };
+    let c = CpuContext { pool: &pool, kernels: Kernels::best() };
     let mut keys = RowStore::new(KvType::F32, 1, 6, 4);
     let mut values = RowStore::new(KvType::F32, 1, 6, 4);
     for position in 0..6 {

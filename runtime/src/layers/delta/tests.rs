@@ -1,8 +1,9 @@
-//! The delta net against the formulas written out in 64-bit floats, and against itself token by token.
+//! The delta net against the formulas written out in 64-bit floats, and against itself token by
+//! token.
 
 use super::*;
 use crate::gpu::mixer_alone;
-use crate::layers::weights::Held;
+use crate::layers::weights::WeightStorage;
 use std::io::Write;
 use std::sync::Arc;
 use tier_plan_formats::gguf::Gguf;
@@ -201,10 +202,10 @@ impl Layer {
         let gguf = Arc::new(Gguf::open(file.path()).expect("the file just written"));
         let mut weights = DenseWeights::new(gguf);
         for id in 0..conv {
-            weights.hold(id, 0, Held::Mapped);
+            weights.hold(id, 0, WeightStorage::Mapped);
         }
         for (id, values) in [conv, dt_bias, decay, norm].into_iter().zip(vectors) {
-            weights.hold(id, 0, Held::Vector(values.clone().into()));
+            weights.hold(id, 0, WeightStorage::Vector(values.clone().into()));
         }
         let heads = (n_key, n_value, dim, taps);
         let (n_key_head, n_value_head, head_dim, conv_taps) = heads;
@@ -228,7 +229,7 @@ impl Layer {
     /// Runs batches one after another; `x` is `[tokens, HIDDEN]`.
     fn run(&self, state: &mut DeltaState, x: &[f32], batches: &[usize], threads: usize) -> Vec<f32> {
         let pool = ThreadPool::new(threads);
-        let c = Compute { pool: &pool, kernels: Kernels::best() };
+        let c = CpuContext { pool: &pool, kernels: Kernels::best() };
         let largest = batches.iter().copied().max().unwrap_or(1);
         let mut scratch = DeltaScratch::default();
         scratch.reserve(largest, &self.spec);
@@ -289,7 +290,8 @@ fn a_gpu_computes_the_same_layer() {
             let worst = found.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
             let largest = expected.iter().map(|v| v.abs()).fold(0.0, f32::max);
             assert!(worst > 0.0 && worst < 2e-5 * largest, "{size:?}, fused {fused}: {worst} of {largest}");
-            // Up to seven tokens are multiplied one by one, and nothing else depends on their number.
+            // Up to seven tokens are multiplied one by one, and nothing else depends on their
+            // number.
             assert_eq!(run(&[1; 11]), found, "{size:?}, fused {fused}");
         }
     }

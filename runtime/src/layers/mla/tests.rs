@@ -1,7 +1,7 @@
 use super::*;
 use crate::gpu::mixer_alone;
 use crate::layers::rope::RopeTable;
-use crate::layers::weights::Held;
+use crate::layers::weights::WeightStorage;
 use std::collections::HashMap;
 use std::sync::Arc;
 use tier_plan_formats::gguf::Gguf;
@@ -148,10 +148,10 @@ fn layer(case: Case) -> Layer {
     };
     let mut weights = DenseWeights::new(Arc::clone(&gguf));
     let read = Mixer::Mla(spec.clone()).tensors();
-    read.matrices.iter().for_each(|id| weights.hold(*id, 0, Held::Mapped));
+    read.matrices.iter().for_each(|id| weights.hold(*id, 0, WeightStorage::Mapped));
     for id in read.vectors {
         let values = decoded[gguf.tensors()[id].name.as_str()].clone();
-        weights.hold(id, 0, Held::Vector(values.into_boxed_slice()));
+        weights.hold(id, 0, WeightStorage::Vector(values.into_boxed_slice()));
     }
     Layer { weights, spec, decoded, keys, values }
 }
@@ -159,7 +159,7 @@ fn layer(case: Case) -> Layer {
 /// Runs the tokens of `x`, `[tokens, HIDDEN]`, in batches of the given sizes.
 fn absorbed(layer: &Layer, kv_type: KvType, x: &[f32], batches: &[usize]) -> Vec<f32> {
     let pool = ThreadPool::new(2);
-    let c = Compute { pool: &pool, kernels: Kernels::best() };
+    let c = CpuContext { pool: &pool, kernels: Kernels::best() };
     let mut cache = RowStore::new(kv_type, 1, x.len() / HIDDEN, RANK + ROPE);
     let mut scratch = MlaScratch::default();
     scratch.reserve(batches.iter().copied().max().unwrap(), &layer.spec);

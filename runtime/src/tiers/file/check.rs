@@ -1,28 +1,29 @@
-//! Checksums of what is read: compared by the thread that finishes a read, while others compute.
+//! Checksums of what is read, compared by the reader thread that finishes a request.
 
 use super::super::source::{ReadError, Source};
 use super::Extent;
 use xxhash_rust::xxh3::xxh3_64;
 
-/// A part of a buffer that must have a certain checksum once it has been read.
+/// The checksum that a range of a buffer must have once it has been read.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Check {
-    /// Where in the buffer.
+pub struct SliceChecksum {
+    /// Offset of the range in the buffer.
     pub at: usize,
-    /// Where the bytes come from.
+    /// The bytes of the file that the range holds.
     pub extent: Extent,
-    /// XXH3-64 that they must have.
+    /// Expected XXH3-64.
     pub sum: u64,
-    /// What they are, for the error: `expert 3 of tensor 'blk.0.ffn_up_exps.weight'`.
+    /// Name of the slice for errors: `expert 3 of tensor 'blk.0.ffn_up_exps.weight'`.
     pub what: String,
 }
 
-impl Check {
-    /// Compares the bytes that are there.
+impl SliceChecksum {
+    /// Compares the buffer's bytes with the checksum; `source` is the file that they were read
+    /// from.
     ///
     /// # Errors
-    /// When they have another checksum; `source` is where they came from.
-    pub(super) fn of(&self, buffer: &[u8], source: &Source) -> Result<(), ReadError> {
+    /// [`ReadError::Damaged`] when the checksum differs.
+    pub(super) fn verify(&self, buffer: &[u8], source: &Source) -> Result<(), ReadError> {
         let Some(bytes) = buffer.get(self.at..).and_then(|rest| rest.get(..self.extent.len)) else {
             unreachable!("{self:?} in a buffer of {}", buffer.len())
         };
@@ -31,7 +32,10 @@ impl Check {
     }
 }
 
-/// Whether bytes have the checksum `sum`; the error is the one that they have.
+/// Compares the XXH3-64 of `bytes` with `sum`.
+///
+/// # Errors
+/// The checksum that the bytes have, when it is another.
 pub fn compare(bytes: &[u8], sum: u64) -> Result<(), u64> {
     match xxh3_64(bytes) {
         found if found == sum => Ok(()),

@@ -1,15 +1,17 @@
-//! Reading much in order: several stretches in flight, handed out one after the other.
+//! Sequential reading with several items in flight, delivered in order.
 
 use super::super::arena::Arena;
-use super::{FileTier, ReadError, Span, Urgency};
+use super::{FileTier, Priority, ReadError, Span};
 use std::collections::HashMap;
 
-/// Reads each item's spans into a buffer of `buffer_bytes`, up to `depth` at once, and hands the buffers out in the order
-/// of the items. Only while nothing else of the tier is in flight; when it fails, reads are still in flight and the tier
-/// is to be dropped.
+/// Reads each item's spans into a buffer of `buffer_bytes`, up to `depth` items at once, and passes
+/// the item's index and its buffer to `each`, in the order of the items.
+///
+/// May be called only while nothing else of the tier is in flight. After an error reads may still
+/// be in flight, so the tier must be dropped.
 ///
 /// # Errors
-/// When a read fails, the memory can't be had, or `each` fails.
+/// When a read fails, the buffers can't be allocated, or `each` fails.
 pub fn stream<E: From<ReadError>>(
     files: &FileTier,
     items: impl ExactSizeIterator<Item = Vec<Span>>,
@@ -26,25 +28,25 @@ pub fn stream<E: From<ReadError>>(
     let (mut in_flight, mut next) = (0, 0);
     let mut done = HashMap::new();
     loop {
-        while let Some(piece) = free.pop() {
+        while let Some(buffer) = free.pop() {
             let Some((at, spans)) = items.next() else {
-                free.push(piece);
+                free.push(buffer);
                 break;
             };
-            files.submit(at as u64, &spans, piece, Urgency::Now);
+            files.submit(at as u64, &spans, buffer, Priority::Demand);
             in_flight += 1;
         }
         if in_flight == 0 {
             return Ok(());
         }
-        let arrival = files.wait()?;
-        arrival.result?;
-        done.insert(arrival.key, arrival.piece);
-        while let Some(piece) = done.remove(&next) {
-            each(next as usize, &piece)?;
+        let completion = files.wait()?;
+        completion.result?;
+        done.insert(completion.key, completion.buffer);
+        while let Some(buffer) = done.remove(&next) {
+            each(next as usize, &buffer)?;
             next += 1;
             in_flight -= 1;
-            free.push(piece);
+            free.push(buffer);
         }
     }
 }

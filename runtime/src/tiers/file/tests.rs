@@ -25,24 +25,24 @@ const MODES: [ReadMode; 3] = [ReadMode::Cached, ReadMode::Direct, ReadMode::Buff
 
 #[test]
 fn many_reads_come_back_with_their_own_bytes() {
-    let content = content(3 * CHUNK + 777);
+    let content = content(3 * MAX_READ_BYTES + 777);
     let file = file(&content);
     for mode in MODES {
         let tier = FileTier::open(&[file.path().to_path_buf()], mode).unwrap();
         let mut arena = Arena::new("dram", 50 * 10).unwrap();
         for key in 0..50u64 {
             let spans = [span(key * 4095, 5, 5), span(200, 5, 0)];
-            let urgency = if key % 3 == 0 { Urgency::Idle } else { Urgency::Now };
-            tier.submit(key, &spans, arena.take(10).unwrap(), urgency);
+            let priority = if key % 3 == 0 { Priority::Idle } else { Priority::Demand };
+            tier.submit(key, &spans, arena.take(10).unwrap(), priority);
         }
         let mut seen = [false; 50];
         for _ in 0..50 {
-            let arrival = tier.wait().unwrap();
-            arrival.result.unwrap();
-            let at = arrival.key as usize * 4095;
-            assert_eq!(arrival.piece[5..], content[at..at + 5]);
-            assert_eq!(arrival.piece[..5], content[200..205]);
-            seen[arrival.key as usize] = true;
+            let completion = tier.wait().unwrap();
+            completion.result.unwrap();
+            let at = completion.key as usize * 4095;
+            assert_eq!(completion.buffer[5..], content[at..at + 5]);
+            assert_eq!(completion.buffer[..5], content[200..205]);
+            seen[completion.key as usize] = true;
         }
         assert!(seen.iter().all(|s| *s));
     }
@@ -51,15 +51,16 @@ fn many_reads_come_back_with_their_own_bytes() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(48))]
 
-    /// Whatever lies where: exactly the wanted bytes come, and nothing outside the spans' rooms changes.
+    /// Whatever lies where: exactly the wanted bytes come, and nothing outside the spans' rooms
+    /// changes.
     #[test]
     fn any_spans_come_exactly(
-        offsets in proptest::collection::vec((0usize..3 * CHUNK, 0usize..CHUNK + 9000), 1..4),
+        offsets in proptest::collection::vec((0usize..3 * MAX_READ_BYTES, 0usize..MAX_READ_BYTES + 9000), 1..4),
         whole_pages in any::<bool>(),
         shift in 0usize..2,
         mode in 0usize..3,
     ) {
-        let content = content(3 * CHUNK + 777);
+        let content = content(3 * MAX_READ_BYTES + 777);
         let file = file(&content);
         let tier = FileTier::open(&[file.path().to_path_buf()], MODES[mode]).unwrap();
         let (mut spans, mut end) = (Vec::new(), shift);
@@ -78,7 +79,7 @@ proptest! {
         }
         let mut read = tier.read(&spans, piece).unwrap();
         for span in spans.iter().filter(|s| s.whole_pages) {
-            let room = span.room().unwrap();
+            let room = span.writable().unwrap();
             for i in room.filter(|i| !(span.at..span.at + span.extent.len).contains(i)) {
                 read[i] = 0xa5;
             }
@@ -95,7 +96,7 @@ fn spans_that_overlap_or_do_not_fit_are_refused() {
     for spans in [vec![span(0, 6, 0), span(9, 6, 5)], vec![span(0, 9000, 0)], vec![whole]] {
         let piece = Arena::new("dram", 4096).unwrap().take(100).unwrap();
         let caught =
-            std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| tier.submit(0, &spans, piece, Urgency::Now)));
+            std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| tier.submit(0, &spans, piece, Priority::Demand)));
         assert!(caught.is_err(), "{spans:?}");
     }
 }
@@ -176,11 +177,15 @@ fn trial(faults: &[Fault], alignment: usize) -> Trial {
     let bytes = content(50_000);
     let (faults, source) = (faults.to_vec(), bytes.clone());
     let source = Faulty { bytes: source, faults, reads: Arc::clone(&reads), alignment, grown: Arc::clone(&grown) };
-    let tier = FileTier::of(vec![("weights.gguf".into(), Box::new(source))]).unwrap();
+    let tier = FileTier::from_readers(vec![named(source)]).unwrap();
     Trial { tier, reads, grown, bytes }
 }
 
-fn piece(len: usize) -> Piece {
+fn named(reader: impl ReadAt + 'static) -> NamedReader {
+    NamedReader { path: "weights.gguf".into(), reader: Box::new(reader) }
+}
+
+fn piece(len: usize) -> ArenaSlice {
     Arena::new("dram", len as u64).unwrap().take(len).unwrap()
 }
 
@@ -223,7 +228,8 @@ fn a_change_explains_more_than_a_failed_read() {
     assert_eq!(trial.reads.load(Ordering::SeqCst), 1);
 }
 
-/// Bytes that come at once, but for those from a certain offset on, which come when the gate is opened.
+/// Bytes that come at once, but for those from a certain offset on, which come when the gate is
+/// opened.
 struct Stalling {
     bytes: Vec<u8>,
     from: u64,
@@ -258,33 +264,33 @@ fn a_device_that_stalls_delays_nothing_else_and_is_outlived() {
     let gate = Arc::new((Mutex::new(false), Condvar::new()));
     let bytes = content(50_000);
     let source = Stalling { bytes: bytes.clone(), from: 40_000, gate: Arc::clone(&gate) };
-    let tier = FileTier::of(vec![("weights.gguf".into(), Box::new(source))]).unwrap();
-    tier.submit(99, &[span(45_000, 500, 0)], piece(500), Urgency::Now);
-    // Nobody waits for these, so that they wait for the one that stalls.
+    let tier = FileTier::from_readers(vec![named(source)]).unwrap();
+    tier.submit(99, &[span(45_000, 500, 0)], piece(500), Priority::Demand);
+    // These have a lower priority, so they wait for the read that stalls.
     for key in 50..55 {
-        tier.submit(key, &[span(key * 100, 100, 0)], piece(100), Urgency::Background);
+        tier.submit(key, &[span(key * 100, 100, 0)], piece(100), Priority::Background);
     }
     for key in 0..30 {
-        tier.submit(key, &[span(key * 1000, 1000, 0)], piece(1000), Urgency::Now);
+        tier.submit(key, &[span(key * 1000, 1000, 0)], piece(1000), Priority::Demand);
     }
     let mut seen = Vec::new();
     let mut take = |n: usize| {
         for _ in 0..n {
-            let arrival = tier.wait().unwrap();
-            arrival.result.unwrap();
-            let (from, len) = match arrival.key {
+            let completion = tier.wait().unwrap();
+            completion.result.unwrap();
+            let (from, len) = match completion.key {
                 99 => (45_000, 500),
                 key if key >= 50 => (key as usize * 100, 100),
                 key => (key as usize * 1000, 1000),
             };
-            assert_eq!(arrival.piece[..], bytes[from..from + len]);
-            seen.push(arrival.key);
+            assert_eq!(completion.buffer[..], bytes[from..from + len]);
+            seen.push(completion.key);
         }
         seen.sort_unstable();
         std::mem::take(&mut seen)
     };
     assert_eq!(take(30), (0..30).collect::<Vec<_>>());
-    assert!(tier.poll().is_none(), "what nobody waits for must not be read yet");
+    assert!(tier.poll().is_none(), "background reads must wait");
     *gate.0.lock().unwrap() = true;
     gate.1.notify_all();
     assert_eq!(take(6), [50, 51, 52, 53, 54, 99]);
@@ -294,15 +300,15 @@ fn a_device_that_stalls_delays_nothing_else_and_is_outlived() {
 fn what_is_given_up_leaves_the_background_alone() {
     let gate = Arc::new((Mutex::new(false), Condvar::new()));
     let source = Stalling { bytes: content(50_000), from: 40_000, gate: Arc::clone(&gate) };
-    let tier = FileTier::of(vec![("weights.gguf".into(), Box::new(source))]).unwrap();
-    tier.submit(1, &[span(45_000, 500, 0)], piece(500), Urgency::Now);
+    let tier = FileTier::from_readers(vec![named(source)]).unwrap();
+    tier.submit(1, &[span(45_000, 500, 0)], piece(500), Priority::Demand);
     // The first is under way before the others are asked for, whoever of the readers has it.
-    tier.submit(2, &[span(0, 500, 0)], piece(500), Urgency::Now);
+    tier.submit(2, &[span(0, 500, 0)], piece(500), Priority::Demand);
     assert_eq!(tier.wait().unwrap().key, 2);
-    tier.submit(3, &[span(0, 500, 0)], piece(500), Urgency::Idle);
-    tier.submit(4, &[span(500, 500, 0)], piece(500), Urgency::Idle);
-    tier.submit(5, &[span(1000, 500, 0)], piece(500), Urgency::Background);
-    tier.settle_idle(&[4]);
+    tier.submit(3, &[span(0, 500, 0)], piece(500), Priority::Idle);
+    tier.submit(4, &[span(500, 500, 0)], piece(500), Priority::Idle);
+    tier.submit(5, &[span(1000, 500, 0)], piece(500), Priority::Background);
+    tier.resolve_idle(&[4]);
     let given_up = tier.wait().unwrap();
     assert!(matches!((given_up.key, &given_up.result), (3, Err(ReadError::Stopped)) | (4, Ok(()))));
     *gate.0.lock().unwrap() = true;
@@ -317,7 +323,7 @@ fn what_is_given_up_leaves_the_background_alone() {
 #[cfg(unix)]
 fn bytes_that_are_not_what_they_were_are_named() {
     let bytes = content(50_000);
-    let check = |sum: u64| Check {
+    let check = |sum: u64| SliceChecksum {
         at: 100,
         extent: Extent { part: 0, offset: 800, len: 300 },
         sum,

@@ -1,0 +1,137 @@
+//! Makes plans of drafts: adds up bytes, predicts times, and verifies the outcome.
+
+use super::baselines::{self, Baseline};
+use super::problem::draft::Draft;
+use super::problem::instance::Instance;
+use super::verify;
+use crate::cost::{self, predict, token_s};
+use anyhow::{Result, ensure};
+use tier_plan_runtime::formats::placement::{DensePlacement, Placement, PlanTier, Prediction, SolverReport, TierIdx};
+use tier_plan_runtime::model::shape::DenseKind;
+
+/// The baselines that fit an instance: `[baselines]` drafts, and the plans made of them.
+pub(super) struct BaselinePlans {
+    pub(super) drafts: Vec<Draft>,
+    pub(super) plans: Vec<Placement>,
+}
+
+/// Makes the baselines of an instance.
+pub(super) fn baseline_plans(instance: &Instance<'_>) -> Result<BaselinePlans> {
+    let Instance { problem, evidence, capacity, .. } = *instance;
+    let mut made = BaselinePlans { drafts: Vec::new(), plans: Vec::new() };
+    for baseline in Baseline::ALL {
+        if let Some(draft) = baselines::draft(baseline, problem.shape, evidence, capacity) {
+            let mut plan = assemble(instance, baseline.name(), &draft);
+            plan.solver.backend = baseline.name().to_string();
+            plan.solver.status = "baseline".to_string();
+            made.plans.push(verified(instance, plan)?);
+            made.drafts.push(draft);
+        }
+    }
+    Ok(made)
+}
+
+/// Returns the plan if it passes verification.
+pub(super) fn verified(instance: &Instance<'_>, plan: Placement) -> Result<Placement> {
+    let wrong = verify::verify(&plan, instance.problem.shape, instance.evidence);
+    ensure!(
+        wrong.is_empty(),
+        "the plan '{}' did not pass its own check, which is a mistake in this program: {}",
+        plan.name,
+        wrong.join("; ")
+    );
+    Ok(plan)
+}
+
+/// Makes a predicted plan of a draft. Its solver report is left to fill in.
+pub(super) fn assemble(instance: &Instance<'_>, name: &str, draft: &Draft) -> Placement {
+    let Instance { problem, capacity, .. } = *instance;
+    let (shape, machine) = (problem.shape, problem.machine);
+    let dense = shape
+        .dense
+        .iter()
+        .zip(&draft.dense)
+        .map(|(group, &tier)| DensePlacement { kind: group.kind, layer: group.layer, tier })
+        .collect();
+    let mut plan = Placement {
+        name: name.to_string(),
+        model: shape.id.clone(),
+        profile: problem.profile.map(|p| p.id.clone()),
+        machine: machine.id.clone(),
+        layer_overhead_us: machine.layer_overhead_us,
+        token_overhead_us: machine.token_overhead_us,
+        context: problem.context,
+        kv_tier: common_kv_tier(instance, draft),
+        kv_type: problem.kv_type,
+        staging_tier: capacity.staging_tier,
+        staging_experts: capacity.staging_experts,
+        tiers: tally(instance, draft),
+        dense,
+        layers: draft.layers.clone(),
+        solver: SolverReport {
+            backend: String::new(),
+            status: String::new(),
+            objective_s: 0.0,
+            bound_s: None,
+            gap: None,
+            solve_s: 0.0,
+            goal: None,
+        },
+        predicted: Prediction {
+            at: cost::middle(problem.context),
+            prompt_gflops: machine.prompt_gflops(),
+            ..Prediction::default()
+        },
+    };
+    plan.predicted = predict(&plan, shape, instance.evidence);
+    plan.solver.objective_s = token_s(&plan.predicted);
+    plan.solver.goal = instance.objective.report(instance.value(&plan), None);
+    plan
+}
+
+/// Adds up the bytes that a draft puts on each tier.
+fn tally(instance: &Instance<'_>, draft: &Draft) -> Vec<PlanTier> {
+    let (shape, capacity) = (instance.problem.shape, instance.capacity);
+    let mut tiers: Vec<PlanTier> = capacity
+        .tiers
+        .iter()
+        .zip(&capacity.budget_bytes)
+        .map(|(tier, &budget_bytes)| PlanTier {
+            tier: tier.clone(),
+            budget_bytes,
+            dense_bytes: 0,
+            pinned_bytes: 0,
+            slot_bytes: 0,
+            kv_bytes: 0,
+            staging_bytes: 0,
+            home_bytes: 0,
+        })
+        .collect();
+    tiers[capacity.kv_tier].kv_bytes = capacity.kv_bytes;
+    tiers[capacity.staging_tier].staging_bytes = capacity.staging_bytes;
+    for (group, &tier) in shape.dense.iter().zip(&draft.dense) {
+        tiers[tier].dense_bytes += group.bytes;
+        if let Some((cache, cache_tier)) = capacity.moving_cache(group, tier) {
+            tiers[cache_tier].kv_bytes += cache.bytes;
+        }
+    }
+    for (layer, experts) in draft.layers.iter().zip(&shape.experts) {
+        let mut pooled = u64::from(experts.n_expert);
+        for (tier, pinned) in &layer.pinned {
+            tiers[*tier].pinned_bytes += pinned.len() as u64 * experts.expert_bytes;
+            pooled -= pinned.len() as u64;
+        }
+        tiers[layer.slot_tier].slot_bytes += u64::from(layer.slots) * experts.expert_bytes;
+        tiers[capacity.home()].home_bytes += pooled * experts.expert_bytes;
+    }
+    tiers
+}
+
+/// Returns the tier that the plan names for the KV cache: a real GPU if it has all attention.
+fn common_kv_tier(instance: &Instance<'_>, draft: &Draft) -> TierIdx {
+    let capacity = instance.capacity;
+    let groups = instance.problem.shape.dense.iter().zip(&draft.dense);
+    let mut tiers = groups.filter(|(group, _)| group.kind == DenseKind::Attention).map(|(_, &tier)| tier);
+    let first = tiers.next().filter(|&t| capacity.tiers[t].is_gpu() && capacity.kv_bytes == 0);
+    first.filter(|&first| tiers.all(|t| t == first)).unwrap_or(capacity.kv_tier)
+}

@@ -1,0 +1,337 @@
+//! Capacity: the tiers, the bytes that every plan needs, and the bytes left to choose about.
+//!
+//! Every plan needs staging buffers and the KV cache. Layers whose attention may be on a real GPU
+//! have their cache where their attention is, so columns count it; the rest of the cache is set
+//! aside here. Each tier that can hold that rest gives a [`Capacity`] of its own.
+
+mod check;
+
+use super::constraints::Constraints;
+use super::{Problem, hint};
+use crate::cost::{home_in_place, middle};
+use anyhow::{Result, bail};
+use check::check_tiers;
+use tier_plan_runtime::formats::machine::{Tier, TierKind};
+use tier_plan_runtime::formats::placement::{TierIdx, attention_s};
+use tier_plan_runtime::model::shape::{DenseKind, DenseShape, ModelShape};
+use tier_plan_runtime::units::show_bytes;
+
+/// Tiers above the last one, at most.
+pub const MAX_FAST: usize = 7;
+
+/// Rows at most: the bytes of each tier, and a token's time.
+pub const MAX_ROWS: usize = MAX_FAST + 2;
+
+/// Units per second of time, where it is limited as bytes are.
+pub const TICKS_PER_S: f64 = 1e12;
+
+/// Experts in flight beyond those of one token that staging has room for.
+const SPARE_STAGING_EXPERTS: u32 = 2;
+
+/// Bytes of pages that an expert's slices touch beyond their own: two pages for each of three
+/// slices.
+const MAX_PAGE_PADDING_BYTES: u64 = 6 * 4096;
+
+/// Smallest and largest share of a budget that page padding takes.
+const PAGE_SHARE_RANGE: [f64; 2] = [0.005, 0.03];
+
+/// The tiers with what every plan needs set aside.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Capacity {
+    /// Fastest first. The last one has the backing copies of what is not pinned.
+    pub tiers: Vec<Tier>,
+    /// `[tiers]` bytes that a plan may use.
+    pub budget_bytes: Vec<u64>,
+    /// `[rows]` bytes left for dense groups, pins, slots and backing copies. With a target, the
+    /// time left for them follows, in units of [`TICKS_PER_S`].
+    pub left_bytes: Vec<u64>,
+    /// Tier of the KV cache, except for layers whose attention is on a real GPU.
+    pub kv_tier: TierIdx,
+    /// Bytes of the KV cache that are there in every plan: of layers that no real GPU may have.
+    pub kv_bytes: u64,
+    /// `[n_layer]` KV caches or recurrent states.
+    pub caches: Vec<LayerCache>,
+    /// Tier of the staging buffers.
+    pub staging_tier: TierIdx,
+    /// Experts that the staging buffers hold.
+    pub staging_experts: u32,
+    /// Bytes of the staging buffers.
+    pub staging_bytes: u64,
+    /// Whether experts on the last tier compute in place, so that nothing is staged.
+    pub in_place: bool,
+}
+
+/// A layer's KV cache, or its recurrent state.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct LayerCache {
+    /// Bytes of the planned context.
+    pub bytes: u64,
+    /// `[tiers]` seconds of a decoded token with the cache there.
+    pub seconds: Vec<f64>,
+    /// Real GPUs that may have the layer's attention, and with it the cache.
+    pub gpus: Vec<TierIdx>,
+}
+
+impl Capacity {
+    /// Returns the last tier, which has the backing copies.
+    pub fn home(&self) -> TierIdx {
+        self.tiers.len() - 1
+    }
+
+    /// Returns the worth of the bytes left of all tiers, in seconds.
+    pub fn priced_left(&self, price: &[f64]) -> f64 {
+        price.iter().zip(&self.left_bytes).map(|(p, &left)| p * left as f64).sum()
+    }
+
+    /// Returns the tiers that compute.
+    pub fn computing_tiers(&self) -> impl Iterator<Item = TierIdx> + '_ {
+        (0..self.tiers.len()).filter(|&t| self.tiers[t].kind != TierKind::Nvme)
+    }
+
+    /// Returns the tiers that can hold a dense group.
+    ///
+    /// A dense group computes where it is held. A token reads so little of the embedding that it
+    /// may stay in the file. Attention on a real GPU has its KV cache there; other attention does
+    /// not.
+    pub fn dense_tiers(&self, group: &DenseShape) -> impl Iterator<Item = TierIdx> + '_ {
+        let may_stay_in_file = group.kind == DenseKind::Embedding;
+        let cache =
+            (group.kind == DenseKind::Attention).then(|| group.layer.and_then(|layer| self.caches.get(layer as usize)));
+        let has_cache = move |t: TierIdx| match cache {
+            None => true,
+            Some(cache) if self.tiers[t].is_gpu() => cache.is_some_and(|c| c.gpus.contains(&t)),
+            Some(_) => !self.tiers[self.kv_tier].is_gpu(),
+        };
+        let computes = move |t: TierIdx| may_stay_in_file || self.tiers[t].kind != TierKind::Nvme;
+        (0..self.tiers.len()).filter(move |&t| computes(t) && has_cache(t))
+    }
+
+    /// Returns the KV cache that moves with a dense group, and its tier when the group is on
+    /// `tier`.
+    pub fn moving_cache(&self, group: &DenseShape, tier: TierIdx) -> Option<(&LayerCache, TierIdx)> {
+        let layer = group.layer.filter(|_| group.kind == DenseKind::Attention)?;
+        let cache = self.caches.get(layer as usize).filter(|c| !c.gpus.is_empty())?;
+        Some((cache, if self.tiers[tier].is_gpu() { tier } else { self.kv_tier }))
+    }
+
+    /// Returns `[tiers]` bytes that a dense group on a tier takes, with the cache that moves with
+    /// it.
+    pub fn taken(&self, group: &DenseShape, tier: TierIdx) -> Vec<u64> {
+        let mut bytes = vec![0; self.tiers.len()];
+        bytes[tier] = group.bytes;
+        if let Some((cache, cache_tier)) = self.moving_cache(group, tier) {
+            bytes[cache_tier] = bytes[cache_tier].saturating_add(cache.bytes);
+        }
+        bytes
+    }
+
+    /// Returns the bytes of the KV cache that move with attention.
+    pub fn moving_cache_bytes(&self) -> u64 {
+        let moving = self.caches.iter().filter(|c| !c.gpus.is_empty());
+        moving.fold(0, |sum, cache| sum.saturating_add(cache.bytes))
+    }
+
+    /// Returns the seconds of a decoded token's attention to the cache that is set aside.
+    pub fn kv_s(&self) -> f64 {
+        self.caches.iter().filter(|c| c.gpus.is_empty()).map(|c| c.seconds[self.kv_tier]).sum()
+    }
+
+    /// Returns the tiers that can hold slots.
+    ///
+    /// Slots in VRAM in front of DRAM would be filled over a link whose rate the machine file does
+    /// not have.
+    pub fn slot_tiers(&self) -> std::ops::Range<TierIdx> {
+        let has_slots = !matches!(self.tiers[self.home()].kind, TierKind::Dram | TierKind::Vram);
+        0..if has_slots { self.home() } else { 0 }
+    }
+
+    /// Sets aside what every plan needs, with the KV cache on the tier that is most likely the
+    /// best.
+    ///
+    /// # Errors
+    /// As [`per_kv_tier`](Self::per_kv_tier).
+    pub fn new(problem: &Problem<'_>) -> Result<Self> {
+        Ok(Self::per_kv_tier(problem, &Constraints::default())?.swap_remove(0))
+    }
+
+    /// Sets aside what every plan needs, once per tier that can have the KV cache.
+    ///
+    /// The tier that is most likely the best comes first.
+    ///
+    /// # Errors
+    /// Fails if the machine file makes no sense for planning, or the budgets cannot hold the dense
+    /// groups, the cache, the staging buffers and a backing copy of every expert.
+    pub fn per_kv_tier(problem: &Problem<'_>, constraints: &Constraints) -> Result<Vec<Self>> {
+        let mut common = Self::without_cache(problem)?;
+        common.add_caches(problem, constraints)?;
+        let mut capacities = Vec::new();
+        let mut first_error = None;
+        for tier in common.cache_tiers(problem, constraints)? {
+            let mut capacity = common.clone();
+            capacity.kv_tier = tier;
+            capacity.left_bytes[tier] -= capacity.kv_bytes;
+            let checked = capacity.check_attention(problem, constraints);
+            match checked.and_then(|()| capacity.check_sums(problem)) {
+                Ok(()) => {
+                    capacity.leave_for_pages(problem.shape);
+                    capacities.push(capacity);
+                }
+                Err(error) => {
+                    first_error.get_or_insert(error);
+                }
+            }
+        }
+        match first_error {
+            Some(error) if capacities.is_empty() => Err(error),
+            _ => Ok(capacities),
+        }
+    }
+
+    /// Checks the tiers and sets the staging buffers aside.
+    ///
+    /// Staging goes to DRAM, or without DRAM to the fastest host tier.
+    fn without_cache(problem: &Problem<'_>) -> Result<Self> {
+        let shape = problem.shape;
+        let tiers = problem.machine.computing_tiers();
+        check_tiers(problem, &tiers)?;
+        let home = tiers.len() - 1;
+        let in_place = home_in_place(&tiers);
+        let staging_tier = if in_place && home == 0 {
+            home
+        } else {
+            let find = |wanted: &dyn Fn(TierKind) -> bool| tiers.iter().position(|t| wanted(t.kind));
+            let far_memory = |kind| matches!(kind, TierKind::Cxl | TierKind::Pmem);
+            find(&|kind| kind == TierKind::Dram).or_else(|| find(&far_memory).filter(|&t| t < home)).unwrap_or(0)
+        };
+        let largest = shape.experts.iter().map(|e| e.expert_bytes).max().unwrap_or(0);
+        let in_flight = shape.experts.iter().map(|e| (e.n_used + SPARE_STAGING_EXPERTS).min(e.n_expert));
+        let staging_experts = if in_place { 0 } else { in_flight.max().unwrap_or(0) };
+        let mut capacity = Capacity {
+            left_bytes: problem.budgets.clone(),
+            budget_bytes: problem.budgets.clone(),
+            kv_tier: staging_tier,
+            kv_bytes: 0,
+            caches: Vec::new(),
+            staging_tier,
+            staging_experts,
+            staging_bytes: u64::from(staging_experts).saturating_mul(largest),
+            in_place,
+            tiers,
+        };
+        capacity.set_staging_aside(problem)?;
+        Ok(capacity)
+    }
+
+    /// Keeps bytes free for page padding, where experts are read from a real drive.
+    ///
+    /// Slots and staging then have room for whole pages; without it every read is copied. Nothing
+    /// is kept where all experts fit above the drive. Dense groups have no padding.
+    fn leave_for_pages(&mut self, shape: &ModelShape) {
+        let home = self.home();
+        let is_real_drive = self.tiers[home].kind == TierKind::Nvme && !self.tiers[home].emulated;
+        let total = u128::from(shape.weight_bytes());
+        let above: u128 = self.left_bytes[..home].iter().map(|&left| u128::from(left)).sum();
+        if !is_real_drive || above >= total {
+            return;
+        }
+        let dense: u64 = shape.dense.iter().map(|d| d.bytes).sum();
+        let dense = dense.saturating_add(self.moving_cache_bytes());
+        let share = page_share(shape);
+        for tier in 0..home {
+            let staging = if tier == self.staging_tier { self.staging_bytes } else { 0 };
+            let padded = self.left_bytes[tier].saturating_sub(dense) + staging;
+            let padding = (padded as f64 * share) as u64;
+            self.left_bytes[tier] -= padding.min(self.left_bytes[tier].saturating_sub(dense));
+        }
+    }
+
+    fn set_staging_aside(&mut self, problem: &Problem<'_>) -> Result<()> {
+        let staging = self.staging_tier;
+        let left = self.left_bytes[staging];
+        let Some(after) = left.checked_sub(self.staging_bytes) else {
+            bail!(
+                "tier '{}' has a budget of {}, but buffers for {} experts in flight alone need {}; {}",
+                self.tiers[staging].name,
+                show_bytes(left),
+                self.staging_experts,
+                show_bytes(self.staging_bytes),
+                hint(problem, staging, self.staging_bytes - left)
+            );
+        };
+        self.left_bytes[staging] = after;
+        Ok(())
+    }
+
+    /// Adds the layers' KV caches with the real GPUs that may have them.
+    ///
+    /// A GPU may if it has room for the layer's attention too, and kernels for it. A cache that no
+    /// GPU may have is set aside.
+    fn add_caches(&mut self, problem: &Problem<'_>, constraints: &Constraints) -> Result<()> {
+        let Problem { shape, machine, context, kv_type, .. } = *problem;
+        let (rates, position) = (machine.prompt_gflops(), middle(context).into());
+        let mut attention = vec![None; shape.caches.len()];
+        for group in shape.dense.iter().filter(|d| d.kind == DenseKind::Attention) {
+            if let Some(of_layer) = group.layer.and_then(|layer| attention.get_mut(layer as usize)) {
+                *of_layer = Some(group);
+            }
+        }
+        for (cache, group) in shape.caches.iter().zip(attention) {
+            let seconds = |(t, tier): (TierIdx, &Tier)| {
+                let gflops = rates.get(t).copied().unwrap_or(0.0);
+                attention_s(cache, kv_type, tier, gflops, position)
+            };
+            let bytes = cache.context_bytes(kv_type, context);
+            let may_have = |t: &TierIdx| {
+                let fits = |g: &DenseShape| g.bytes.saturating_add(bytes) <= self.left_bytes[*t];
+                let allowed = |g: &DenseShape| constraints.allows_attention(g.layer, *t);
+                self.tiers[*t].is_gpu() && group.is_some_and(|g| fits(g) && allowed(g))
+            };
+            let gpus: Vec<TierIdx> = (0..self.tiers.len()).filter(may_have).collect();
+            if gpus.is_empty() {
+                self.kv_bytes = self.kv_bytes.saturating_add(bytes);
+            }
+            let seconds = self.tiers.iter().enumerate().map(seconds).collect();
+            self.caches.push(LayerCache { bytes, seconds, gpus });
+        }
+        self.check_fixed_cache(problem, constraints)
+    }
+
+    /// Returns the tiers that the cache of layers on no real GPU can be on.
+    ///
+    /// A token reads about half of the planned context: less of a byte than of dense weights, more
+    /// than of most experts. So the fastest tier that has room for both comes first. Where no such
+    /// tier is left, a real GPU stands for it: GPUs then have all attention.
+    fn cache_tiers(&self, problem: &Problem<'_>, constraints: &Constraints) -> Result<Vec<TierIdx>> {
+        let staging = self.staging_tier;
+        let fits = |t: &TierIdx| self.left_bytes[*t] >= self.kv_bytes;
+        let in_memory = problem.shape.dense.iter().filter(|d| d.kind != DenseKind::Embedding);
+        let with_dense = in_memory.map(|d| d.bytes).fold(self.kv_bytes, u64::saturating_add);
+        let may_have = |t: &TierIdx| !self.tiers[*t].is_gpu() && constraints.allows_cache(*t);
+        let allowed = || self.computing_tiers().filter(may_have);
+        let beside_dense = allowed().find(|&t| self.left_bytes[t] >= with_dense);
+        let on_staging = Some(staging).filter(may_have).filter(fits);
+        let mut tiers: Vec<TierIdx> = Vec::new();
+        for tier in beside_dense.into_iter().chain(on_staging).chain(allowed().filter(fits)) {
+            if !tiers.contains(&tier) {
+                tiers.push(tier);
+            }
+        }
+        let none_allowed = allowed().next().is_none();
+        if tiers.is_empty() && none_allowed {
+            let all_on_gpus = !self.caches.is_empty() && self.caches.iter().all(|c| !c.gpus.is_empty());
+            tiers.extend(self.caches.first().filter(|_| all_on_gpus).and_then(|c| c.gpus.first()));
+        }
+        if tiers.is_empty() {
+            self.refuse_cache(problem, constraints, none_allowed)?;
+        }
+        Ok(tiers)
+    }
+}
+
+/// Returns the share of a budget for experts that page padding takes: half a percent to three.
+pub fn page_share(shape: &ModelShape) -> f64 {
+    let least = shape.experts.iter().map(|e| e.expert_bytes).min().unwrap_or(u64::MAX).max(1);
+    let padding = MAX_PAGE_PADDING_BYTES as f64 / least as f64;
+    let [min, max] = PAGE_SHARE_RANGE;
+    (padding / (1.0 + padding)).clamp(min, max)
+}

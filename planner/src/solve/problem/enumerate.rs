@@ -1,0 +1,339 @@
+//! Enumerates a layer's columns (pins per tier, slots) and prices each with the cost model.
+//!
+//! All columns of one last cut share one replay of the recorded tokens: the pooled experts are the
+//! same, and so are their LRU stack distances. A token's experts on each path follow from its ranks
+//! and the cuts. The time under every number of slots is then one pass over the stack distances: a
+//! slot more turns the choices of that distance from misses into hits.
+
+mod layer;
+
+use super::capacity::{Capacity, MAX_FAST};
+use super::columns::{Charge, Config, Item, Meaning};
+use super::constraints::{Constraints, LayerConstraints};
+use super::grid::{Axes, Grid};
+use super::reuse_table::ReuseTable;
+use crate::cost::batch::{self, Spread};
+use crate::cost::{ExpertStage, outcomes, stage_mean_s};
+use crate::profile::prefetch::Prefetch;
+use crate::profile::{Evidence, Judged, LayerEvidence};
+use layer::LayerColumns;
+use std::collections::BTreeMap;
+use tier_plan_runtime::formats::placement::{LayerPlacement, TierIdx};
+use tier_plan_runtime::model::shape::ModelShape;
+
+/// Share of the time limit spent on the initial grid when pricing will refine it.
+const INITIAL_GRID_TIME_SHARE: f64 = 0.4;
+
+/// Rank of an expert that is fixed to a tier: this plus the tier, beyond every rank.
+const FIXED_RANK: u16 = 1 << 15;
+
+/// Experts of one token on each path: tiers, then transfers. Pooled experts are first counted on
+/// the last tier.
+type Paths = [u16; MAX_FAST + 2];
+
+/// Enumerates the columns of layers.
+pub struct ColumnEnumerator<'a> {
+    pub(crate) evidence: &'a Evidence,
+    pub(crate) capacity: &'a Capacity,
+    /// Counts of pins and slots that are listed.
+    pub grid: Grid,
+    /// Rows that can run out.
+    scarce: Vec<TierIdx>,
+    /// Whether columns off the grid can be priced: the grid is not full, and columns cost their
+    /// seconds alone.
+    pub prices_off_grid: bool,
+    charge: &'a Charge,
+    /// `[layers]`
+    pub(crate) fixed: Vec<FixedExperts>,
+}
+
+/// What the user fixed of a layer, in the form that columns need.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct FixedExperts {
+    /// Experts that columns may pin, the most used first, then those fixed to the last tier.
+    free: Vec<u32>,
+    /// `[n_expert]` rank among the free, or [`FIXED_RANK`] plus the tier.
+    rank: Vec<u16>,
+    /// `[tiers]` number of experts fixed to each.
+    per_tier: Vec<u16>,
+    /// The largest last cut: experts of higher ranks stay on the last tier.
+    max_cut: u16,
+    constraints: LayerConstraints,
+}
+
+impl FixedExperts {
+    fn new(layer: &LayerEvidence, constraints: LayerConstraints, home: TierIdx) -> Self {
+        let fixed = |e: &u32| constraints.fixed.get(e).copied();
+        let mut free: Vec<u32> = layer.order.iter().copied().filter(|e| fixed(e).is_none()).collect();
+        let max_cut = free.len() as u16;
+        free.extend(layer.order.iter().copied().filter(|e| fixed(e) == Some(home)));
+        let mut rank = vec![0u16; layer.order.len()];
+        let mut per_tier = vec![0u16; home + 1];
+        free.iter().enumerate().for_each(|(at, &e)| rank[e as usize] = at as u16);
+        for (&expert, &tier) in constraints.fixed.iter().filter(|(_, t)| **t != home) {
+            rank[expert as usize] = FIXED_RANK + tier as u16;
+            per_tier[tier] += 1;
+        }
+        FixedExperts { free, rank, per_tier, max_cut, constraints }
+    }
+
+    /// Returns `[n_expert]` whether each expert is pinned where the first free ones are.
+    fn pinned_up_to(&self, last_cut: u16) -> Vec<bool> {
+        self.rank.iter().map(|&r| r < last_cut || r >= FIXED_RANK).collect()
+    }
+}
+
+impl<'a> ColumnEnumerator<'a> {
+    /// Makes the enumerator of a model's layers, with the finest grid that there is time for.
+    pub fn new(
+        shape: &ModelShape,
+        evidence: &'a Evidence,
+        capacity: &'a Capacity,
+        charge: &'a Charge,
+        constraints: &Constraints,
+        seconds: f64,
+    ) -> Self {
+        let total = shape.weight_bytes().saturating_add(capacity.moving_cache_bytes());
+        let n_tiers = capacity.tiers.len();
+        let time_row = n_tiers..capacity.left_bytes.len();
+        let can_run_out = |&t: &TierIdx| capacity.left_bytes[t] < total;
+        let scarce = (0..n_tiers).filter(can_run_out).chain(time_row).collect();
+        let mut grid = Grid::new(evidence, capacity, seconds);
+        let is_plain = charge.is_plain() && !constraints.of_experts();
+        let can_step =
+            |layer: &LayerEvidence| matches!(layer.judged, Judged::Uniform) || ReuseTable::is_possible(layer);
+        let prices_off_grid = is_plain && !grid.is_full && evidence.layers.iter().all(can_step);
+        if prices_off_grid {
+            grid = Grid::new(evidence, capacity, seconds * INITIAL_GRID_TIME_SHARE);
+        }
+        let home = capacity.home();
+        let fixed =
+            evidence.layers.iter().map(|l| FixedExperts::new(l, constraints.layer(l.shape.layer), home)).collect();
+        ColumnEnumerator { evidence, capacity, grid, scarce, prices_off_grid, charge, fixed }
+    }
+
+    /// Returns the placement that a configuration stands for in the layer at position `at`.
+    pub fn placement(&self, at: usize, config: &Config) -> LayerPlacement {
+        let fixed = &self.fixed[at];
+        let home = self.capacity.home();
+        let mut placed = config.placement(self.evidence.layers[at].shape.layer, &fixed.free, home);
+        for (&expert, &tier) in fixed.constraints.fixed.iter().filter(|(_, t)| **t != home) {
+            match placed.pinned.iter_mut().find(|(t, _)| *t == tier) {
+                Some((_, experts)) => experts.push(expert),
+                None => placed.pinned.push((tier, vec![expert])),
+            }
+        }
+        placed.pinned.iter_mut().for_each(|(_, experts)| experts.sort_unstable());
+        placed.pinned.sort_by_key(|(tier, _)| *tier);
+        placed
+    }
+
+    /// Returns the configuration with as many pins on each tier as a placement, and its slots.
+    ///
+    /// `at` is the layer's position. Returns `None` if the placement misses a fixed expert.
+    pub fn config_of(&self, at: usize, placed: &LayerPlacement) -> Option<Config> {
+        let fixed = &self.fixed[at];
+        let slot_tier = placed.slot_tier as u8;
+        let mut config = Config { cuts: [0; MAX_FAST], slots: placed.slots as u16, slot_tier };
+        let mut sum = 0;
+        for tier in 0..self.capacity.home() {
+            let on_tier = placed.pinned.iter().filter(|p| p.0 == tier);
+            let pins = on_tier.map(|p| p.1.len()).sum::<usize>();
+            sum += pins.checked_sub(usize::from(fixed.per_tier[tier]))?;
+            config.cuts[tier] = sum as u16;
+        }
+        (sum <= fixed.free.len()).then_some(config)
+    }
+
+    /// Returns the number of experts that columns may pin in the layer at position `at`.
+    pub fn max_cut(&self, at: usize) -> u16 {
+        self.fixed[at].max_cut
+    }
+
+    /// Returns the layers that share their columns, by position.
+    fn alike(&self) -> Vec<Vec<usize>> {
+        let mut alike: Vec<Vec<usize>> = Vec::new();
+        let mut classes: BTreeMap<[u64; 4], usize> = BTreeMap::new();
+        for (at, layer) in self.evidence.layers.iter().enumerate() {
+            let is_free = self.fixed[at].constraints == LayerConstraints::default();
+            match layer.class.filter(|_| is_free) {
+                None => alike.push(vec![at]),
+                Some(class) => {
+                    let counts = [class, layer.shape.n_expert, layer.shape.n_used].map(u64::from);
+                    let [class, n_expert, n_used] = counts;
+                    let key = [class, n_expert, n_used, layer.shape.expert_bytes];
+                    let place = *classes.entry(key).or_insert_with(|| {
+                        alike.push(Vec::new());
+                        alike.len() - 1
+                    });
+                    alike[place].push(at);
+                }
+            }
+        }
+        alike
+    }
+
+    /// Returns all layers' items with the columns on the grid, enumerated on all cores.
+    pub fn items(&self) -> Vec<Item> {
+        let alike = self.alike();
+        let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
+        let threads = threads.min(alike.len().max(1));
+        let mut items: Vec<Option<Item>> = vec![None; alike.len()];
+        std::thread::scope(|scope| {
+            let chunk = alike.len().div_ceil(threads).max(1);
+            for (members, items) in alike.chunks(chunk).zip(items.chunks_mut(chunk)) {
+                scope.spawn(move || {
+                    for (layers, item) in members.iter().zip(items) {
+                        let cuts = self.grid.axis(0, self.max_cut(layers[0]));
+                        let axes = Axes { last_cuts: cuts.clone(), cuts, slots: None };
+                        let meaning = Meaning::Experts { layers: layers.clone(), configs: Vec::new() };
+                        let mut listed = Item { meaning, cost_s: Vec::new(), bytes: Vec::new() };
+                        self.extend(&mut listed, &axes);
+                        *item = Some(listed);
+                    }
+                });
+            }
+        });
+        items.into_iter().flatten().collect()
+    }
+
+    /// Adds the columns on the given axes that fit the tiers and are not dominated.
+    pub fn extend(&self, item: &mut Item, axes: &Axes) {
+        let Meaning::Experts { layers, .. } = &item.meaning else { return };
+        let layer = &self.evidence.layers[layers[0]];
+        let fixed = &self.fixed[layers[0]];
+        let before = item.len();
+        let columns = LayerColumns { enumerator: self, layer, fixed, stage: self.stage(layer), axes };
+        match &layer.judged {
+            _ if self.charge.batch.is_some() => columns.batched(item),
+            Judged::Recorded(trace) => columns.recorded(item, trace),
+            Judged::Uniform => columns.uniform(item),
+        }
+        item.drop_dominated(before, self.capacity.left_bytes.len(), &self.scarce);
+    }
+
+    /// Adds one column, whatever the grid. Returns its position, or `None` if it does not fit.
+    pub fn add(&self, item: &mut Item, config: Config) -> Option<usize> {
+        let Meaning::Experts { layers, configs } = &item.meaning else { return None };
+        if let Some(column) = configs.iter().position(|c| *c == config) {
+            return Some(column);
+        }
+        let at = layers[0];
+        let (layer, fixed) = (&self.evidence.layers[at], &self.fixed[at]);
+        let stage = self.stage(layer);
+        let seconds = match self.charge.batch {
+            Some(batch) => {
+                let touched = self.touched(layer, fixed, batch);
+                self.batch_s(&stage, layer, fixed, &touched, &config)
+            }
+            None => {
+                let placed = self.placement(at, &config);
+                let (tiers, staging) = (&self.capacity.tiers, self.capacity.staging_tier);
+                let outcomes = outcomes(&placed, layer, tiers, staging);
+                stage_mean_s(&stage, &outcomes, placed.brought_to(staging))
+            }
+        };
+        self.push(item, layer, fixed, config, seconds).then(|| item.len() - 1)
+    }
+
+    /// Returns a layer's expert stage. A step over several sequences has no prefetching.
+    pub(crate) fn stage(&self, layer: &LayerEvidence) -> ExpertStage {
+        let is_batched = self.charge.batch.is_some();
+        let prefetch = if is_batched { Prefetch::default() } else { layer.prefetch };
+        ExpertStage::new(&self.capacity.tiers, layer.shape.expert_bytes, prefetch)
+    }
+
+    /// Adds a column of known time. Returns whether it fits.
+    pub(crate) fn push(
+        &self,
+        item: &mut Item,
+        layer: &LayerEvidence,
+        fixed: &FixedExperts,
+        config: Config,
+        seconds: f64,
+    ) -> bool {
+        let (home, n) = (self.capacity.home(), self.capacity.tiers.len());
+        let expert_bytes = layer.shape.expert_bytes;
+        let mut bytes = [0u64; MAX_FAST + 1];
+        let mut pooled = u64::from(layer.shape.n_expert);
+        let forbidden = &fixed.constraints.forbidden;
+        for (tier, pins) in config.pins(home).enumerate() {
+            if pins > 0 && forbidden.contains(&tier) {
+                return false;
+            }
+            let pins = u64::from(pins) + u64::from(fixed.per_tier[tier]);
+            bytes[tier] = pins * expert_bytes;
+            pooled -= pins;
+        }
+        if config.slots > 0 {
+            if forbidden.contains(&usize::from(config.slot_tier)) {
+                return false;
+            }
+            bytes[usize::from(config.slot_tier)] += u64::from(config.slots) * expert_bytes;
+        }
+        bytes[home] += pooled * expert_bytes;
+        let fits = config.last_cut(home) <= fixed.max_cut
+            && bytes[..n].iter().zip(&self.capacity.left_bytes).all(|(b, left)| b <= left);
+        if let (true, Meaning::Experts { configs, .. }) = (fits, &mut item.meaning) {
+            configs.push(config);
+            item.cost_s.push(self.charge.cost(seconds, &bytes[..n]));
+            self.charge.push_rows(seconds, &bytes[..n], &mut item.bytes);
+        }
+        fits
+    }
+
+    /// Returns how many experts a step over a batch is expected to use.
+    fn touched(&self, layer: &LayerEvidence, fixed: &FixedExperts, batch: u32) -> TouchedExperts {
+        let touched = batch::touched(layer, batch);
+        let mut sum = 0.0;
+        let sums = fixed.free.iter().map(|&e| {
+            sum += touched[e as usize];
+            sum
+        });
+        let up_to_rank = std::iter::once(0.0).chain(sums).collect();
+        let mut on_tier = vec![0.0; self.capacity.tiers.len()];
+        let pinned = fixed.constraints.fixed.iter().filter(|(_, t)| **t != self.capacity.home());
+        pinned.for_each(|(&e, &t)| on_tier[t] += touched[e as usize]);
+        TouchedExperts { batch, up_to_rank, on_tier }
+    }
+
+    /// Returns the seconds of a step's stage divided by its tokens.
+    fn batch_s(
+        &self,
+        stage: &ExpertStage,
+        layer: &LayerEvidence,
+        fixed: &FixedExperts,
+        touched: &TouchedExperts,
+        config: &Config,
+    ) -> f64 {
+        let home = self.capacity.home();
+        let up_to_rank = &touched.up_to_rank;
+        let mut pinned = touched.on_tier.clone();
+        let mut from = 0;
+        for (tier, pinned) in pinned.iter_mut().enumerate().take(home) {
+            let to = usize::from(config.cuts[tier]);
+            *pinned += up_to_rank[to] - up_to_rank[from];
+            from = to;
+        }
+        let n_fixed: u32 = fixed.per_tier.iter().map(|&n| u32::from(n)).sum();
+        let spread = Spread {
+            pinned,
+            pooled: up_to_rank[up_to_rank.len() - 1] - up_to_rank[from],
+            n_pooled: f64::from(layer.shape.n_expert - n_fixed) - from as f64,
+            slots: config.slots.into(),
+            slot_tier: config.slot_tier.into(),
+        };
+        let Capacity { in_place, staging_tier, .. } = *self.capacity;
+        batch::stage_s(stage, &spread, in_place, staging_tier) / f64::from(touched.batch)
+    }
+}
+
+/// Expected numbers of experts that a step over a batch uses.
+struct TouchedExperts {
+    /// Sequences of the step.
+    batch: u32,
+    /// `[free experts + 1]` those of the free experts before each rank.
+    up_to_rank: Vec<f64>,
+    /// `[tiers]` those of the experts fixed to each tier.
+    on_tier: Vec<f64>,
+}

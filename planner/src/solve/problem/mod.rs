@@ -1,0 +1,40 @@
+//! The problem statement: what may be chosen, what it costs, and what limits it.
+//!
+//! [`capacity`] sets aside the bytes that every plan needs, [`constraints`] holds what the user
+//! fixed, and [`objective`] says what to minimize. [`columns`], [`grid`] and [`enumerate`] list the
+//! choices with their costs. [`reuse_table`] prices those that are too many to list.
+
+pub mod capacity;
+pub mod columns;
+pub mod constraints;
+pub mod draft;
+pub mod enumerate;
+pub mod grid;
+mod hint;
+pub mod instance;
+pub mod objective;
+pub mod reuse_table;
+
+pub(crate) use hint::hint;
+
+use tier_plan_runtime::KvType;
+use tier_plan_runtime::formats::machine::Machine;
+use tier_plan_runtime::formats::profile::Profile;
+use tier_plan_runtime::model::shape::ModelShape;
+
+/// The model, machine and budgets that a plan is made for.
+#[derive(Debug, Clone)]
+pub struct Problem<'a> {
+    /// Sizes of the model.
+    pub shape: &'a ModelShape,
+    /// Recorded routing. Without it, every expert is taken to be equally likely.
+    pub profile: Option<&'a Profile>,
+    /// The machine and its tiers.
+    pub machine: &'a Machine,
+    /// `[tiers]` bytes that the plan may use.
+    pub budgets: Vec<u64>,
+    /// Context length in tokens that the KV cache is planned for.
+    pub context: u32,
+    /// Type that keys and values are stored in.
+    pub kv_type: KvType,
+}

@@ -1,0 +1,41 @@
+//! Shadow prices: the worth of one more byte of each tier, from the master LP's dual.
+
+use super::optimize::generate_columns;
+use super::options::{Backend, Objective};
+use super::problem::capacity::Capacity;
+use super::problem::columns::{self, Charge};
+use super::problem::constraints::Constraints;
+use super::problem::enumerate::ColumnEnumerator;
+use super::problem::instance::Instance;
+use super::problem::objective::ObjectiveFunction;
+use super::{Problem, deadline};
+use crate::profile::Evidence;
+use anyhow::Result;
+use std::time::Instant;
+use tier_plan_runtime::formats::placement::TierIdx;
+
+/// Returns `[tiers]` seconds per byte of a decoded token, with the KV cache on `kv_tier`.
+///
+/// # Errors
+/// Fails if the problem has no solution, or the time limit is negative.
+pub fn shadow_prices(
+    problem: &Problem<'_>,
+    evidence: &Evidence,
+    kv_tier: TierIdx,
+    time_limit_s: f64,
+) -> Result<Vec<f64>> {
+    let constraints = Constraints::default();
+    let mut capacities = Capacity::per_kv_tier(problem, &constraints)?;
+    let at = capacities.iter().position(|capacity| capacity.kv_tier == kv_tier).unwrap_or(0);
+    let capacity = &capacities.swap_remove(at);
+    let objective = &ObjectiveFunction::new(Objective::Latency, None, None, problem)?;
+    let backend = Backend::default();
+    let instance = Instance { problem, evidence, capacity, objective, constraints: &constraints, backend };
+    let charge = Charge::linear(objective);
+    let deadline = deadline(Instant::now(), time_limit_s)?;
+    let shape = problem.shape;
+    let enumerator = ColumnEnumerator::new(shape, evidence, capacity, &charge, &constraints, time_limit_s);
+    let mut items = columns::dense_items(shape, capacity, &charge, &constraints);
+    items.extend(enumerator.items());
+    Ok(generate_columns(&instance, &enumerator, &mut items, capacity, deadline)?.price)
+}

@@ -1,0 +1,256 @@
+//! The stages of a pass apart from routed experts, on the CPU or on GPUs.
+//!
+//! A part of a layer runs where its weights are. The hidden state of a batch is in one place at a
+//! time, and moves to where the next part is. [`LayerBackend`] has one method per stage;
+//! [`Backends`] calls them in a layer's order.
+
+use super::batch::Batch;
+use super::cpu::Cpu;
+use super::sequence::Sequence;
+use crate::error::RunError;
+use crate::gpu::Gpus;
+use crate::layers::cpu_context::CpuContext;
+use crate::layers::index::Layer;
+use crate::layers::places::Place;
+use std::ops::Range;
+use tier_plan_formats::model::spec::{Ffn, ModelSpec};
+use tier_plan_kernels::threads::ThreadPool;
+use tier_plan_kernels::{Activations, Kernels};
+
+/// Computes the stages of a pass whose weights it has. Each adds to rows of the hidden state that
+/// it holds.
+pub(crate) trait LayerBackend {
+    /// Sets the hidden state of a batch to its tokens' embeddings.
+    fn embed(&mut self, stage: &mut Stage<'_>, tokens: &[u32]) -> Result<(), RunError>;
+
+    /// Adds a layer's attention or delta net, and stores the tokens in the layer's state.
+    fn mixer(&mut self, stage: &mut Stage<'_>, layer: Layer<'_>) -> Result<(), RunError>;
+
+    /// Adds the dense block of a layer without routed experts.
+    fn dense_ffn(&mut self, stage: &mut Stage<'_>, layer: Layer<'_>) -> Result<(), RunError>;
+
+    /// Lets a layer's router choose experts, and leaves the choices and the normed rows in the
+    /// stage's buffers.
+    fn route(&mut self, stage: &mut Stage<'_>, layer: Layer<'_>) -> Result<(), RunError>;
+
+    /// Adds a layer's shared expert, after [`route`](Self::route); `routed_here` says whether that
+    /// ran on this backend.
+    fn shared_expert(&mut self, stage: &mut Stage<'_>, layer: Layer<'_>, routed_here: bool) -> Result<(), RunError>;
+
+    /// Adds the sums of the routed experts, `stage.buffers.out`.
+    fn add_experts(&mut self, stage: &mut Stage<'_>) -> Result<(), RunError>;
+
+    /// Writes the logits of rows, `[rows, n_vocab]`.
+    fn head(&mut self, stage: &mut Stage<'_>, logits: &mut [f32]) -> Result<(), RunError>;
+
+    /// Writes the experts that a layer's router would choose for rows as they are now, `[rows,
+    /// n_used]`.
+    fn predict(&mut self, stage: &mut Stage<'_>, layer: Layer<'_>, experts: &mut Vec<u16>) -> Result<(), RunError>;
+}
+
+/// What a stage of a pass works on.
+pub(crate) struct Stage<'a> {
+    pub(crate) cpu: CpuContext<'a>,
+    pub(crate) spec: &'a ModelSpec,
+    /// Rows of the batch, at most a micro-batch except in [`embed`](LayerBackend::embed),
+    /// [`head`](LayerBackend::head) and [`add_experts`](LayerBackend::add_experts).
+    pub(crate) rows: Range<usize>,
+    pub(crate) sequence: &'a mut Sequence,
+    pub(crate) buffers: &'a mut Buffers,
+}
+
+impl Stage<'_> {
+    /// The position in the text of the first row.
+    pub(crate) fn past(&self) -> usize {
+        self.sequence.n_past() + self.rows.start
+    }
+
+    /// The values of the rows in a buffer that is `[batch, hidden]`.
+    pub(crate) fn values(&self) -> Range<usize> {
+        self.rows.start * self.spec.hidden..self.rows.end * self.spec.hidden
+    }
+}
+
+/// Buffers in main memory that the stages of a pass share.
+pub(crate) struct Buffers {
+    /// `[micro-batch, hidden]`: normed rows. The router leaves its own for the shared expert.
+    pub(crate) normed: Vec<f32>,
+    /// `[micro-batch, hidden]`: `normed` as matrices take it.
+    pub(crate) acts: Activations,
+    /// `[batch, hidden]`: what a stage adds to the hidden state.
+    pub(crate) out: Vec<f32>,
+    /// `[batch, hidden]`: what the routed experts read.
+    pub(crate) expert_acts: Activations,
+    /// `[batch, n_used]`: the experts that the router chose.
+    pub(crate) experts: Vec<u16>,
+    /// `[batch, n_used]`.
+    pub(crate) weights: Vec<f32>,
+    /// Rows that a stage takes at once.
+    pub(crate) micro_batch: usize,
+}
+
+impl Buffers {
+    pub(crate) fn new(spec: &ModelSpec, batch: usize, micro_batch: usize) -> Self {
+        let n_used = spec.moe_layers().map(|(_, moe)| moe.n_used).max().unwrap_or(1);
+        Self {
+            normed: vec![0.0; micro_batch * spec.hidden],
+            acts: Activations::new(micro_batch, spec.hidden),
+            out: vec![0.0; batch * spec.hidden],
+            expert_acts: Activations::new(batch, spec.hidden),
+            experts: vec![0; batch * n_used],
+            weights: vec![0.0; batch * n_used],
+            micro_batch,
+        }
+    }
+}
+
+/// The CPU and the GPUs, each with the parts of the model that it has.
+pub(crate) struct Processors {
+    pub(crate) cpu: Cpu,
+    pub(crate) gpus: Gpus,
+}
+
+impl Processors {
+    fn on(&mut self, place: Place) -> &mut dyn LayerBackend {
+        match place {
+            Some(tier) => self.gpus.of(tier),
+            None => &mut self.cpu,
+        }
+    }
+
+    /// Moves rows of the hidden state to where the next part is.
+    fn transfer(&mut self, stage: &Stage<'_>, from: Place, to: Place) -> Result<(), RunError> {
+        if from == to {
+            return Ok(());
+        }
+        let x = &mut self.cpu.x[stage.values()];
+        if let Some(from) = from {
+            self.gpus.of(from).take(stage.rows.clone(), x)?;
+        }
+        if let Some(to) = to {
+            self.gpus.of(to).put(stage.rows.clone(), x)?;
+        }
+        Ok(())
+    }
+}
+
+/// What computes the stages, and the buffers that they share.
+pub(crate) struct Backends {
+    pub(crate) pool: ThreadPool,
+    pub(crate) kernels: Kernels,
+    pub(crate) processors: Processors,
+    pub(crate) buffers: Buffers,
+    /// By layer: whether a routed expert takes activations as floats too.
+    pub(crate) expert_floats: Vec<bool>,
+}
+
+impl Backends {
+    /// Prepares a stage for rows of a batch.
+    fn stage<'a>(
+        &'a mut self,
+        spec: &'a ModelSpec,
+        rows: Range<usize>,
+        sequence: &'a mut Sequence,
+    ) -> (&'a mut Processors, Stage<'a>) {
+        let cpu = CpuContext { pool: &self.pool, kernels: self.kernels };
+        (&mut self.processors, Stage { cpu, spec, rows, sequence, buffers: &mut self.buffers })
+    }
+
+    /// Returns where a batch's hidden state is once it is embedded.
+    pub(crate) fn embed(
+        &mut self,
+        spec: &ModelSpec,
+        batch: &Batch<'_>,
+        sequence: &mut Sequence,
+    ) -> Result<Place, RunError> {
+        let (processors, mut stage) = self.stage(spec, 0..batch.len(), sequence);
+        let place = processors.gpus.places.embedding;
+        processors.on(place).embed(&mut stage, batch.tokens)?;
+        Ok(place)
+    }
+
+    /// Empties what the routed experts of the layer before have read.
+    pub(crate) fn begin_layer(&mut self) {
+        self.buffers.expert_acts.clear();
+    }
+
+    /// Computes everything of a layer but its routed experts: the mixer, then the dense block, or
+    /// the router and the shared expert. Returns where `rows`, which are at `place`, are then.
+    pub(crate) fn dense_stage(
+        &mut self,
+        spec: &ModelSpec,
+        layer: Layer<'_>,
+        rows: Range<usize>,
+        place: Place,
+        sequence: &mut Sequence,
+    ) -> Result<Place, RunError> {
+        let floats = self.expert_floats[layer.index.get()];
+        let (processors, mut stage) = self.stage(spec, rows, sequence);
+        let places = processors.gpus.places.layers[layer.index.get()];
+        processors.transfer(&stage, place, places.mixer)?;
+        processors.on(places.mixer).mixer(&mut stage, layer)?;
+        processors.transfer(&stage, places.mixer, places.ffn)?;
+        let Ffn::Moe(moe) = &layer.spec.ffn else {
+            processors.on(places.ffn).dense_ffn(&mut stage, layer)?;
+            return Ok(places.ffn);
+        };
+        processors.on(places.ffn).route(&mut stage, layer)?;
+        stage.buffers.expert_acts.append(stage.buffers.acts.view(), floats);
+        if moe.shared.is_none() {
+            return Ok(places.ffn);
+        }
+        processors.transfer(&stage, places.ffn, places.shared)?;
+        processors.on(places.shared).shared_expert(&mut stage, layer, places.ffn == places.shared)?;
+        Ok(places.shared)
+    }
+
+    /// Adds what routed experts made of the first `n` tokens of a batch to the hidden state, which
+    /// is at `place`.
+    pub(crate) fn add_experts(
+        &mut self,
+        spec: &ModelSpec,
+        n: usize,
+        place: Place,
+        sequence: &mut Sequence,
+    ) -> Result<(), RunError> {
+        let (processors, mut stage) = self.stage(spec, 0..n, sequence);
+        processors.on(place).add_experts(&mut stage)
+    }
+
+    /// Returns whether the router of a layer is where the hidden state is.
+    pub(crate) fn can_predict(&self, layer: Layer<'_>, place: Place) -> bool {
+        self.processors.gpus.places.layers[layer.index.get()].ffn == place
+    }
+
+    /// Writes the experts that the router of `layer` would choose for the hidden state of rows as
+    /// it is now.
+    pub(crate) fn predict(
+        &mut self,
+        spec: &ModelSpec,
+        layer: Layer<'_>,
+        rows: Range<usize>,
+        sequence: &mut Sequence,
+        experts: &mut Vec<u16>,
+    ) -> Result<(), RunError> {
+        let (processors, mut stage) = self.stage(spec, rows, sequence);
+        let place = processors.gpus.places.layers[layer.index.get()].ffn;
+        processors.on(place).predict(&mut stage, layer, experts)
+    }
+
+    /// Appends the logits of rows to `logits`; their hidden state is at `place`.
+    pub(crate) fn head(
+        &mut self,
+        spec: &ModelSpec,
+        rows: Range<usize>,
+        place: Place,
+        sequence: &mut Sequence,
+        logits: &mut Vec<f32>,
+    ) -> Result<(), RunError> {
+        let first = logits.len();
+        logits.resize(first + rows.len() * spec.n_vocab, 0.0);
+        let (processors, mut stage) = self.stage(spec, rows, sequence);
+        let head = processors.gpus.places.head;
+        processors.transfer(&stage, place, head)?;
+        processors.on(head).head(&mut stage, &mut logits[first..])
+    }
+}

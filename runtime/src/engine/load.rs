@@ -1,0 +1,93 @@
+//! Making an engine from a model and a plan.
+
+use super::Engine;
+use super::backend::{Backends, Buffers, Processors};
+use super::batch::Output;
+use super::cpu::Cpu;
+use super::experts::Experts;
+use super::meter::Meter;
+use super::predictor::RouterPredictor;
+use super::sequence::Sequence;
+use crate::error::LoadError;
+use crate::gpu::devices::GiveDevice;
+use crate::gpu::rows::{GpuRows, gpu_rows};
+use crate::gpu::{Gpus, resident_tier};
+use crate::layers::places::Places;
+use crate::load::{Loaded, load};
+use crate::moe::offload::Streams;
+use crate::options::{LoadOptions, Progress, batches};
+use std::sync::Arc;
+use tier_plan_formats::gguf::Gguf;
+use tier_plan_formats::model::Model;
+use tier_plan_formats::model::spec::{Ffn, LayerSpec};
+use tier_plan_formats::placement::Placement;
+use tier_plan_kernels::threads::{ThreadPool, physical_cores};
+use tier_plan_kernels::{Kernels, needs_quants};
+
+impl Engine {
+    /// Loads a model as `plan` says. `progress` is told how many bytes of how many are in place.
+    ///
+    /// # Errors
+    /// When the plan is for another model, contradicts itself or does not fit; when memory or the
+    /// file fail.
+    pub fn load(
+        gguf: Arc<Gguf>,
+        plan: &Placement,
+        options: &LoadOptions,
+        progress: Progress<'_>,
+    ) -> Result<Self, LoadError> {
+        Self::load_on(gguf, plan, options, None, progress)
+    }
+
+    /// [`load`](Self::load) with other devices in the place of the plan's GPUs: `give` is asked for
+    /// each by its number.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load).
+    pub fn load_on(
+        gguf: Arc<Gguf>,
+        plan: &Placement,
+        options: &LoadOptions,
+        give: Option<GiveDevice<'_>>,
+        progress: Progress<'_>,
+    ) -> Result<Self, LoadError> {
+        let kernels = Kernels::from_env()?;
+        let model = Model::from_gguf(gguf)?;
+        let (spec, shape) = (model.spec(), model.shape());
+        let Loaded { weights, experts: store, devices, mut memory } = load(&model, plan, options, give, progress)?;
+        let places = Places::new(plan, spec.layers.len());
+        let sequence = Sequence::new(spec, plan, &places, &weights)?;
+        for (state, tier) in sequence.states.iter().zip(plan.cache_tiers(spec.layers.len())) {
+            memory.resident_bytes[tier] += state.bytes();
+        }
+        let fully_on_gpu = resident_tier(plan, shape, &places);
+        let gpus = Gpus::new(spec, plan, options, &weights, &devices, places, &sequence.rope_of_layer)?;
+        let pool = ThreadPool::new(options.threads.unwrap_or_else(physical_cores));
+        let (batch, micro_batch) = batches(options, plan.context as usize);
+        let sizes = (batch, micro_batch);
+        let streams = Streams::new((spec, shape), plan, options, &devices, &gpus.places, sizes, &pool)?;
+        let floats = |layer: &LayerSpec| match &layer.ffn {
+            // A GPU quantizes them itself.
+            Ffn::Moe(_) if store.n_gpus() > 0 || streams.any() => true,
+            Ffn::Moe(moe) => moe.expert_linears().any(|l| !needs_quants(weights.ty(l.weight))),
+            Ffn::Dense(_) => false,
+        };
+        let expert_floats = spec.layers.iter().map(floats).collect();
+        let gpu_rows = if store.n_gpus() > 0 { GpuRows::new(gpu_rows(spec), spec.hidden) } else { GpuRows::default() };
+        let cpu = Cpu::new(spec, weights, batch, micro_batch);
+        let buffers = Buffers::new(spec, batch, micro_batch);
+        let predictor = RouterPredictor::default();
+        Ok(Self {
+            meter: Meter::new(&model, plan),
+            plan: plan.clone(),
+            backends: Backends { pool, kernels, processors: Processors { cpu, gpus }, buffers, expert_floats },
+            experts: Experts { store, streams, gpu_rows, predictor, scores_predictions: false },
+            sequence,
+            output: Output::default(),
+            memory,
+            batch,
+            fully_on_gpu,
+            model,
+        })
+    }
+}

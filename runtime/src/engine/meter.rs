@@ -1,0 +1,270 @@
+//! The meter of a pass: what its stages are counted as, and how long they must take on emulated
+//! tiers.
+//!
+//! Counting and pacing belong together, as both need the bytes that a stage reads from each tier.
+
+use super::batch::{Batch, Phase};
+use crate::experts::counters::{Counters, PrefetchCount};
+use crate::experts::store::Step;
+use crate::layers::index::{Layer, LayerIdx, MoeIdx};
+use crate::layers::mixer::CacheReads;
+use crate::tiers::pace::{Pacer, StageBytes, settle};
+use std::time::{Duration, Instant};
+use tier_plan_formats::model::Model;
+use tier_plan_formats::model::shape::DenseKind;
+use tier_plan_formats::placement::{Placement, TierIdx};
+
+/// Clocks, counters and pacing of an engine.
+pub(crate) struct Meter {
+    counters: Counters,
+    /// Present where a tier is emulated.
+    pacer: Option<Pacer>,
+    /// By layer.
+    dense: Vec<DenseTraffic>,
+    /// By MoE layer: the tier that missed experts are copied to.
+    miss_tiers: Vec<TierIdx>,
+    embedding: TierBytes,
+    head: TierBytes,
+    /// The tier that misses are read from.
+    slow_tier: TierIdx,
+    /// Bytes that a batch reads outside the layers.
+    outside: StageBytes,
+    /// Bytes of the experts that the current stage computed, by the tier that they were read from.
+    pub(crate) computed: StageBytes,
+}
+
+/// What a dense stage moves.
+struct DenseTraffic {
+    weights: StageBytes,
+    cache: CacheReads,
+    cache_tier: TierIdx,
+}
+
+struct TierBytes {
+    tier: TierIdx,
+    bytes: u64,
+}
+
+/// When the stages of a layer began.
+#[derive(Clone, Copy)]
+pub(crate) struct LayerClock {
+    dense: Instant,
+    experts: Instant,
+}
+
+impl Meter {
+    pub(crate) fn new(model: &Model, plan: &Placement) -> Self {
+        let (spec, shape) = (model.spec(), model.shape());
+        let tiers: Vec<_> = plan.tiers.iter().map(|t| t.tier.clone()).collect();
+        let tier_of = |kind, layer| plan.dense.iter().find(|d| d.kind == kind && d.layer == layer).map(|d| d.tier);
+        let mut weights = vec![StageBytes::new(tiers.len()); spec.layers.len()];
+        for group in &shape.dense {
+            if let (Some(layer), Some(tier)) = (group.layer, tier_of(group.kind, group.layer)) {
+                weights[layer as usize].add(tier, group.token_bytes);
+            }
+        }
+        let dense = spec.layers.iter().zip(weights).zip(plan.cache_tiers(spec.layers.len()));
+        let dense = dense.map(|((layer, weights), cache_tier)| DenseTraffic {
+            weights,
+            cache: CacheReads::new(&layer.mixer, plan.kv_type),
+            cache_tier,
+        });
+        let head_tier = tier_of(DenseKind::Head, None).unwrap_or_default();
+        let head_bytes = shape.dense.iter().filter(|d| d.kind == DenseKind::Head).map(|d| d.token_bytes).sum();
+        let table = &model.gguf().tensors()[spec.embedding];
+        Self {
+            counters: Counters::new(tiers.len(), plan.layers.len()),
+            pacer: Pacer::new(&tiers, plan.layer_overhead_us, plan.token_overhead_us),
+            dense: dense.collect(),
+            miss_tiers: plan.layers.iter().map(|placed| placed.brought_to(plan.staging_tier)).collect(),
+            // The head of a tied model is the embedding.
+            embedding: TierBytes {
+                tier: tier_of(DenseKind::Embedding, None).unwrap_or(head_tier),
+                bytes: table.n_bytes / spec.n_vocab as u64,
+            },
+            head: TierBytes { tier: head_tier, bytes: head_bytes },
+            slow_tier: tiers.len().saturating_sub(1),
+            outside: StageBytes::new(tiers.len()),
+            computed: StageBytes::new(tiers.len()),
+        }
+    }
+
+    pub(crate) fn counters(&self) -> &Counters {
+        &self.counters
+    }
+
+    /// Starts counting at zero.
+    pub(crate) fn reset(&mut self) {
+        self.counters = Counters::new(self.outside.by_tier().len(), self.counters.layers.len());
+    }
+
+    /// Layers with routed experts.
+    pub(crate) fn n_moe(&self) -> usize {
+        self.counters.layers.len()
+    }
+
+    /// Counts the rows of the embedding that a batch reads.
+    pub(crate) fn begin_pass(&mut self, batch: &Batch<'_>) {
+        self.outside.clear();
+        self.outside.add(self.embedding.tier, batch.len() as u64 * self.embedding.bytes);
+    }
+
+    /// Waits until the dense stage of `rows` tokens, which began at `start`, has taken the declared
+    /// time. `positions` is the length of the text after them.
+    pub(crate) fn pace_dense(&self, start: Instant, layer: LayerIdx, positions: usize, rows: usize) {
+        if let Some(pacer) = &self.pacer {
+            let traffic = &self.dense[layer.get()];
+            let cache = traffic.cache.bytes(positions as u64, rows as u64);
+            settle(start, pacer.dense(&traffic.weights, traffic.cache_tier, cache));
+        }
+    }
+
+    /// Counts the dense stages of a batch in a layer, which began at `start`, and starts the clock
+    /// of its experts. `n_past` is the length of the text before the batch.
+    pub(crate) fn finish_dense(&mut self, start: Instant, layer: Layer<'_>, phase: Phase, n_past: usize) -> LayerClock {
+        let clock = LayerClock { dense: start, experts: Instant::now() };
+        let time = clock.experts - clock.dense;
+        match phase {
+            Phase::Prompt => self.counters.prompt_stages[0] += time,
+            Phase::Decode => self.charge_dense(layer.index, time, n_past),
+        }
+        clock
+    }
+
+    /// Counts a decoded token's dense stage: its weights, and its time by tier. On emulated tiers
+    /// the time is shared out by what is declared, for keys and values too.
+    fn charge_dense(&mut self, layer: LayerIdx, time: Duration, n_past: usize) {
+        let traffic = &self.dense[layer.get()];
+        let Some(pacer) = &self.pacer else { return self.counters.charge(&traffic.weights, time) };
+        let cache = traffic.cache.bytes(n_past as u64 + 1, 1);
+        self.counters.count(&traffic.weights);
+        self.counters.charge_paths(&pacer.dense_by_tier(&traffic.weights, traffic.cache_tier, cache), time);
+    }
+
+    /// Counts how many experts a prediction named and how many of them the router chose, where
+    /// there was one.
+    pub(crate) fn count_prediction(&mut self, moe: MoeIdx, predicted_right: Option<(u64, u64)>) {
+        if let Some((predicted, right)) = predicted_right {
+            let layer = &mut self.counters.layers[moe.get()];
+            layer.predicted += predicted;
+            layer.predicted_right += right;
+        }
+    }
+
+    /// Waits until the experts of a layer have taken the declared time, and counts them.
+    pub(crate) fn finish_experts(&mut self, clock: LayerClock, moe: MoeIdx, phase: Phase, step: &Step) {
+        let to = self.miss_tiers[moe.get()];
+        let paths = self.pacer.as_ref().map(|p| p.expert_paths(&self.computed, step.read_bytes, to));
+        if let Some(longest) = paths.as_ref().and_then(|p| p.iter().max()) {
+            settle(clock.experts, *longest);
+        }
+        let time = clock.experts.elapsed();
+        match phase {
+            Phase::Prompt => {
+                self.counters.prompt_missed_bytes += step.read_bytes;
+                self.counters.prompt_stages[1] += time;
+            }
+            Phase::Decode => {
+                let layer = &mut self.counters.layers[moe.get()];
+                layer.dense += clock.experts - clock.dense;
+                layer.experts += time;
+                self.charge_experts(moe, step, paths.as_deref(), time);
+            }
+        }
+    }
+
+    /// Counts a decoded token's experts; `paths` are the declared times by tier where a tier is
+    /// emulated.
+    fn charge_experts(&mut self, moe: MoeIdx, step: &Step, paths: Option<&[Duration]>, time: Duration) {
+        let layer = &mut self.counters.layers[moe.get()];
+        layer.pinned_hits += step.pinned_hits;
+        layer.slot_hits += step.slot_hits;
+        layer.misses += step.misses;
+        layer.missed_bytes += step.read_bytes;
+        // An emulated device's reads are part of the declared time.
+        if paths.is_none() {
+            layer.reading += step.reading();
+            layer.waited += step.waited;
+        }
+        self.counters.read_bytes[self.slow_tier] += step.read_bytes;
+        if let Some(paths) = paths {
+            self.counters.count(&self.computed);
+            self.counters.charge_paths(paths, time);
+        } else {
+            let waited = step.waited.min(time);
+            self.counters.busy[self.slow_tier] += waited;
+            self.counters.charge(&self.computed, time - waited);
+        }
+    }
+
+    /// Waits until the head, which began at `start`, has taken the declared time, and counts what a
+    /// batch read outside the layers.
+    pub(crate) fn finish_head(&mut self, start: Instant, batch: &Batch<'_>) {
+        if batch.logits.is_some() {
+            self.outside.add(self.head.tier, self.head.bytes);
+            if let Some(pacer) = &self.pacer {
+                settle(start, pacer.outside(&self.outside));
+            }
+        }
+        if batch.phase == Phase::Decode {
+            self.counters.charge(&self.outside, start.elapsed());
+        }
+    }
+
+    /// Counts a decoded token that never left the GPU of `tier`. Nothing was waited for in between,
+    /// so its time since `start` is shared out by bytes. `experts` are those of each MoE layer.
+    pub(crate) fn count_token_on_gpu<'a>(
+        &mut self,
+        start: Instant,
+        tier: TierIdx,
+        experts: impl Iterator<Item = TokenExperts<'a>> + Clone,
+    ) {
+        let time = start.elapsed();
+        let mut total = StageBytes::new(self.outside.by_tier().len());
+        total.add(self.embedding.tier, self.embedding.bytes);
+        total.add(self.head.tier, self.head.bytes);
+        for traffic in &self.dense {
+            traffic.weights.by_tier().iter().enumerate().for_each(|(tier, bytes)| total.add(tier, *bytes));
+        }
+        experts.clone().for_each(|layer| total.add(tier, layer.bytes));
+        let sum: u64 = total.by_tier().iter().sum();
+        let share = |bytes: u64| time.mul_f64(bytes as f64 / sum.max(1) as f64);
+        for TokenExperts { layer, n_used, bytes } in experts {
+            let Some(moe) = layer.moe else { continue };
+            let counters = &mut self.counters.layers[moe.index.get()];
+            counters.pinned_hits += n_used;
+            counters.dense += share(self.dense[layer.index.get()].weights.by_tier().iter().sum());
+            counters.experts += share(bytes);
+        }
+        self.counters.charge(&total, time);
+    }
+
+    /// Counts a call of `n_tokens` tokens, which began at `start`.
+    pub(crate) fn finish_call(&mut self, start: Instant, phase: Phase, n_tokens: usize) {
+        let time = start.elapsed();
+        match phase {
+            Phase::Decode => {
+                self.counters.decode_tokens += 1;
+                self.counters.decode += time;
+            }
+            Phase::Prompt => {
+                self.counters.prompt_tokens += n_tokens as u64;
+                self.counters.prompt += time;
+            }
+        }
+    }
+
+    /// Counts experts that were prefetched.
+    pub(crate) fn count_prefetched(&mut self, count: PrefetchCount) {
+        self.counters.prefetch += count;
+    }
+}
+
+/// The experts that a token uses in one layer.
+#[derive(Clone, Copy)]
+pub(crate) struct TokenExperts<'a> {
+    pub(crate) layer: Layer<'a>,
+    pub(crate) n_used: u64,
+    /// Bytes of all of them.
+    pub(crate) bytes: u64,
+}

@@ -1,0 +1,112 @@
+//! What holds the bytes of each tier: arenas, the mapped file, files that are read, or a GPU.
+
+use crate::error::LoadError;
+use crate::experts::layer::{LayerExperts, Layout};
+use crate::options::LoadOptions;
+use crate::tiers::arena::Arena;
+use crate::tiers::file::{FileTier, ReadMode};
+use crate::tiers::nodes::Pages;
+use std::path::PathBuf;
+use tier_plan_formats::gguf::Gguf;
+use tier_plan_formats::machine::{Tier, TierKind};
+use tier_plan_formats::placement::{Placement, PlanTier};
+
+/// What holds the bytes of a tier.
+pub(super) enum Storage {
+    /// Memory that this program owns: packed weights, which stay, and buffers for experts that come
+    /// and go.
+    Arena { weights: Arena, buffers: Arena },
+    /// The mapped file, read in place.
+    Mapped,
+    /// The file, read into slots and staging.
+    File,
+    /// A GPU's memory.
+    Gpu,
+}
+
+/// Returns whether a tier's bytes can be read where the system maps the file.
+pub(super) fn is_mapped(tier: &Tier) -> bool {
+    matches!(tier.kind, TierKind::Dram | TierKind::Pmem | TierKind::Cxl)
+}
+
+/// Takes the memory of every tier.
+///
+/// # Errors
+/// When there is not enough.
+pub(super) fn reserve(plan: &Placement, padding_bytes: &[u64]) -> Result<Vec<Storage>, LoadError> {
+    let slow = plan.tiers.len() - 1;
+    let storage = |(i, (t, padding)): (usize, (&PlanTier, &u64))| {
+        let pages = Pages::of_tier(&t.tier);
+        Ok(match t.tier.kind {
+            TierKind::Nvme if i == slow => Storage::File,
+            _ if t.uses_gpu() => Storage::Gpu,
+            _ if i == slow && is_mapped(&t.tier) => Storage::Mapped,
+            _ => Storage::Arena {
+                weights: Arena::on(&t.tier.name, t.dense_bytes + t.pinned_bytes, &pages)?,
+                buffers: Arena::on(&t.tier.name, t.slot_bytes + t.staging_bytes + padding, &pages)?,
+            },
+        })
+    };
+    plan.tiers.iter().zip(padding_bytes).enumerate().map(storage).collect()
+}
+
+/// The files of a model.
+pub(super) struct Files {
+    /// Absent where nothing is read: all bytes are in place in the mapped file.
+    pub(super) tier: Option<FileTier>,
+    pub(super) mode: ReadMode,
+}
+
+impl Files {
+    /// Opens the model's files, and the copy of its experts if there is one, where the plan reads
+    /// any.
+    ///
+    /// # Errors
+    /// When a file can't be opened.
+    pub(super) fn open(gguf: &Gguf, plan: &Placement, options: &LoadOptions) -> Result<Self, LoadError> {
+        let slow = &plan.tiers[plan.tiers.len() - 1].tier;
+        // An emulated device, and what stands for memory, are read through the page cache.
+        let is_device = slow.kind == TierKind::Nvme && !slow.emulated;
+        let mode = if is_device { ReadMode::from_env()? } else { ReadMode::Cached };
+        if plan.tiers.len() == 1 && is_mapped(slow) {
+            return Ok(Self { tier: None, mode });
+        }
+        let mut paths: Vec<PathBuf> = (0..gguf.n_parts()).map(|part| gguf.part_path(part).to_path_buf()).collect();
+        let pack = options.pack.as_ref().filter(|_| slow.kind == TierKind::Nvme);
+        paths.extend(pack.map(|pack| pack.path().to_path_buf()));
+        Ok(Self { tier: Some(FileTier::open(&paths, mode)?), mode })
+    }
+
+    /// Returns whether files are read with direct I/O, past the page cache.
+    pub(super) fn are_direct(&self) -> bool {
+        self.tier.as_ref().is_some_and(FileTier::is_direct)
+    }
+}
+
+/// Returns how slots and staging hold experts, and the bytes by tier that they take beyond the
+/// plan.
+///
+/// They hold whole pages where files are read with direct I/O and every tier's budget has the bytes
+/// left.
+pub(super) fn layout(plan: &Placement, layers: &[LayerExperts], direct: bool) -> (Layout, Vec<u64>) {
+    let none = vec![0; plan.tiers.len()];
+    let mut padding = none.clone();
+    let staging = largest(layers, Layout::WholePages) - largest(layers, Layout::Packed);
+    padding[plan.staging_tier] += u64::from(plan.staging_experts) * staging as u64;
+    for (placed, layer) in plan.layers.iter().zip(layers) {
+        // A GPU's slots are filled from staging, with nothing around an expert.
+        if plan.tiers.get(placed.slot_tier).is_some_and(PlanTier::uses_gpu) {
+            continue;
+        }
+        let per_slot = layer.buffer_bytes(Layout::WholePages) - layer.buffer_bytes(Layout::Packed);
+        padding[placed.slot_tier] += u64::from(placed.slots) * per_slot as u64;
+    }
+    let left = |t: &PlanTier| t.budget_bytes.saturating_sub(t.used_bytes());
+    let fits = plan.tiers.iter().zip(&padding).all(|(t, bytes)| *bytes <= left(t));
+    if direct && fits { (Layout::WholePages, padding) } else { (Layout::Packed, none) }
+}
+
+/// Returns the bytes of a buffer for any expert of the model.
+pub(super) fn largest(layers: &[LayerExperts], layout: Layout) -> usize {
+    layers.iter().map(|layer| layer.buffer_bytes(layout)).max().unwrap_or(0)
+}

@@ -1,0 +1,170 @@
+//! The routed experts of a batch: each computes once, for all tokens that chose it, in ascending
+//! order.
+
+use super::MoeRun;
+use super::ffn::{FfnScratch, activate_shared};
+use super::gpu::GpuBatch;
+use super::offload::Passing;
+use super::routing::{Batch, TokensByExpert};
+use crate::error::RunError;
+use crate::experts::store::Step;
+use crate::experts::view::ExpertView;
+use crate::layers::cpu_context::CpuContext;
+use tier_plan_formats::model::spec::MoeSpec;
+use tier_plan_formats::placement::TierIdx;
+use tier_plan_kernels::ActView;
+use tier_plan_kernels::needs_quants;
+use tier_plan_kernels::pooled::{MatJob, matmul_all};
+
+/// Computes a batch's experts into `run.out`, `[tokens, hidden]`.
+pub(super) fn run(run: &mut MoeRun<'_>) -> Result<Step, RunError> {
+    let (layer, routing) = (run.layer.index.get(), run.routing);
+    let tokens = TokensByExpert::new(&routing, run.layer.spec.n_expert);
+    routing.experts.chunks_exact(routing.n_used.max(1)).for_each(|chosen| run.store.note(layer, chosen));
+    let step = run.store.begin(layer, &tokens.by_last_use(&routing), tokens.present());
+    run.out.fill(0.0);
+    let (gpu, streamed) = (GpuBatch::new(run.store.n_gpus()), Passing::default());
+    let mut batch = BatchRun { run, step, tokens: &tokens, gpu, streamed };
+    batch.compute()?;
+    Ok(batch.step)
+}
+
+/// A batch whose experts are shared out among the CPU and GPUs.
+struct BatchRun<'r, 'a> {
+    run: &'r mut MoeRun<'a>,
+    step: Step,
+    tokens: &'r TokensByExpert,
+    /// Experts that lie on GPUs.
+    gpu: GpuBatch,
+    /// Experts of main memory that are streamed to a GPU.
+    streamed: Passing,
+}
+
+impl BatchRun<'_, '_> {
+    fn compute(&mut self) -> Result<(), RunError> {
+        // GPUs work while the CPU computes the rest.
+        let rest = self.start_gpu()?;
+        let rest = self.start_streamed(rest)?;
+        for at in rest {
+            self.send_streamed(false)?;
+            while !self.step.is_ready(at) {
+                self.run.store.wait(&mut self.step)?;
+            }
+            match self.run.store.gpu_slot(&self.step, at) {
+                Some(spot) => {
+                    self.add_to_gpu(at, spot.gpu, spot.tier);
+                    self.ask_gpu()?;
+                }
+                None => self.cpu(at)?,
+            }
+        }
+        self.send_streamed(true)?;
+        while self.gpu.is_busy() {
+            self.fetch_gpu(true)?;
+            self.ask_gpu()?;
+        }
+        let run = &mut *self.run;
+        self.streamed.finish(run.streams, run.cpu, (run.store, &mut self.step), run.out)?;
+        run.store.finish(&mut self.step)?;
+        Ok(run.store.check_gpus()?)
+    }
+
+    /// Has GPUs compute the experts that they had when the step began. Returns the positions of the
+    /// others.
+    fn start_gpu(&mut self) -> Result<Vec<usize>, RunError> {
+        let mut others = Vec::new();
+        for at in 0..self.step.experts().len() {
+            // When which results are added must not depend on what happened to be prefetched.
+            match self.run.store.gpu_slot(&self.step, at).filter(|_| self.step.was_resident(at)) {
+                Some(spot) => self.add_to_gpu(at, spot.gpu, spot.tier),
+                None => others.push(at),
+            }
+        }
+        self.ask_gpu()?;
+        Ok(others)
+    }
+
+    /// Chooses which of these experts are streamed to a GPU, and sends the rows for them. Returns
+    /// the positions of the others.
+    fn start_streamed(&mut self, mut positions: Vec<usize>) -> Result<Vec<usize>, RunError> {
+        let run = &mut *self.run;
+        self.streamed = run.streams.choose(run.store, &self.step, self.tokens, run.layer.spec, run.x.rows());
+        positions.retain(|at| !self.streamed.has(*at));
+        let batch = Batch { x: run.x, users: self.tokens, hidden: run.layer.spec.router.n_in };
+        self.streamed.begin(run.streams, batch, &mut self.step, run.store)?;
+        Ok(positions)
+    }
+
+    /// Sends streamed experts: as many as there are free buffers for, or all.
+    fn send_streamed(&mut self, all: bool) -> Result<(), RunError> {
+        let run = &mut *self.run;
+        let store = (&mut *run.store, &mut self.step);
+        self.streamed.send(run.streams, run.cpu, store, self.tokens, run.layer.spec, all, run.computed)
+    }
+
+    /// Gives the expert at position `at` of the step to the GPU of `tier`, where it lies.
+    fn add_to_gpu(&mut self, at: usize, gpu: usize, tier: TierIdx) {
+        self.run.count(tier);
+        self.gpu.add(gpu, at, self.tokens.of(self.step.experts()[at] as usize).len());
+    }
+
+    /// Asks each GPU for as many rows as it has room for.
+    fn ask_gpu(&mut self) -> Result<(), RunError> {
+        let run = &mut *self.run;
+        let batch = Batch { x: run.x, users: self.tokens, hidden: run.layer.spec.router.n_in };
+        self.gpu.ask(run.store, &mut self.step, batch, run.gpu_rows)
+    }
+
+    /// Adds what GPUs have computed to the sums: of GPUs with more to do, or of all.
+    fn fetch_gpu(&mut self, all: bool) -> Result<(), RunError> {
+        let run = &mut *self.run;
+        let batch = Batch { x: run.x, users: self.tokens, hidden: run.layer.spec.router.n_in };
+        self.gpu.fetch(run.store, &mut self.step, batch, run.gpu_rows, run.cpu.kernels, all, run.out)
+    }
+
+    /// Computes the expert at position `at` on the CPU, and adds its weighted results to the sums.
+    fn cpu(&mut self, at: usize) -> Result<(), RunError> {
+        let MoeRun { cpu, store, layer, x, scratch, out, computed, .. } = &mut *self.run;
+        let (view, tier) = store.view(&self.step, at);
+        computed.add(tier, store.expert_bytes(layer.index.get()));
+        let hidden = layer.spec.router.n_in;
+        for tokens in self.tokens.of(self.step.experts()[at] as usize).chunks(scratch.rows) {
+            let results = expert_on_cpu(*cpu, &view, layer.spec, *x, tokens, scratch);
+            for (result, (token, weight)) in results.chunks_exact(hidden).zip(tokens) {
+                cpu.kernels.axpy(*weight, result, &mut out[token * hidden..(token + 1) * hidden]);
+            }
+        }
+        self.run.store.release(&mut self.step, at);
+        if self.gpu.has_more() {
+            self.fetch_gpu(false)?;
+            self.ask_gpu()?;
+        }
+        Ok(())
+    }
+}
+
+/// Returns what one expert makes of some tokens of a batch, `[tokens, hidden]`, not weighted yet.
+fn expert_on_cpu<'s>(
+    cpu: CpuContext<'_>,
+    view: &ExpertView<'_>,
+    moe: &MoeSpec,
+    x: ActView<'_>,
+    tokens: &[(usize, f32)],
+    s: &'s mut FfnScratch,
+) -> &'s [f32] {
+    let (n, width, hidden) = (tokens.len(), moe.expert_ffn, moe.router.n_in);
+    let floats = [view.gate.weights.ty(), view.up.weights.ty()].into_iter().any(|ty| !needs_quants(ty));
+    s.gathered.gather(x, tokens.iter().map(|(token, _)| *token), floats);
+    let acts = s.gathered.view();
+    let (gate, up) = (&mut s.gate[..n * width], &mut s.up[..n * width]);
+    let jobs = [MatJob::new(view.gate.weights, acts, gate), MatJob::new(view.up.weights, acts, up)];
+    matmul_all(cpu.pool, cpu.kernels, &jobs);
+    view.gate.add_bias(gate, &mut s.bias);
+    view.up.add_bias(up, &mut s.bias);
+    activate_shared(cpu, moe.activation, width, gate, up);
+    s.inner.fill_shared(cpu.pool, cpu.kernels, n, width, gate, needs_quants(view.down.weights.ty()));
+    let results = &mut s.results[..n * hidden];
+    matmul_all(cpu.pool, cpu.kernels, &[MatJob::new(view.down.weights, s.inner.view(), results)]);
+    view.down.add_bias(results, &mut s.bias);
+    results
+}

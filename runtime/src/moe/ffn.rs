@@ -1,0 +1,98 @@
+//! Gated feed-forward blocks on the CPU: dense blocks, shared experts, and what routed experts
+//! share with them.
+
+use crate::layers::cpu_context::{CpuContext, add_bias};
+use crate::layers::weights::DenseWeights;
+use tier_plan_formats::model::spec::{Activation, GatedFfn, SharedSpec};
+use tier_plan_kernels::pooled::{MatJob, matmul_all};
+use tier_plan_kernels::{ActView, Activations, Kernels, needs_quants};
+
+/// Buffers of the feed-forward blocks.
+pub(crate) struct FfnScratch {
+    /// `[rows, ffn]`.
+    pub(super) gate: Vec<f32>,
+    /// `[rows, ffn]`.
+    pub(super) up: Vec<f32>,
+    /// `[rows, ffn]`: the activated `gate`, as the matrix `down` takes it.
+    pub(super) inner: Activations,
+    /// `[rows, hidden]`: the rows of a batch that one expert takes.
+    pub(super) gathered: Activations,
+    /// One bias, decoded.
+    pub(super) bias: Vec<f32>,
+    /// `[rows, hidden]`: results of experts before they are weighted and summed.
+    pub(super) results: Vec<f32>,
+    /// Rows that a block takes at once, at most.
+    pub(super) rows: usize,
+}
+
+impl FfnScratch {
+    /// Makes buffers for up to `rows` tokens at once, and for blocks that are at most `ffn` wide.
+    pub(crate) fn new(rows: usize, hidden: usize, ffn: usize, n_used: usize) -> Self {
+        let rows = rows.max(n_used);
+        Self {
+            rows,
+            gate: vec![0.0; rows * ffn],
+            up: vec![0.0; rows * ffn],
+            inner: Activations::new(rows, ffn),
+            gathered: Activations::new(rows, hidden),
+            bias: Vec::with_capacity(ffn.max(hidden)),
+            results: vec![0.0; rows * hidden],
+        }
+    }
+}
+
+/// Computes `out = down(silu(gate x) · up x)` for all rows of `x`.
+pub(crate) fn dense_ffn(
+    c: CpuContext<'_>,
+    weights: &DenseWeights,
+    ffn: &GatedFfn,
+    x: ActView<'_>,
+    s: &mut FfnScratch,
+    out: &mut [f32],
+) {
+    let rows = x.rows();
+    let width = ffn.gate.n_out;
+    let (gate, up) = (&mut s.gate[..rows * width], &mut s.up[..rows * width]);
+    let jobs = [MatJob::new(weights.linear(&ffn.gate), x, gate), MatJob::new(weights.linear(&ffn.up), x, up)];
+    matmul_all(c.pool, c.kernels, &jobs);
+    add_bias(gate, weights.bias(&ffn.gate));
+    add_bias(up, weights.bias(&ffn.up));
+    activate_shared(c, Activation::Silu, width, gate, up);
+    s.inner.fill_shared(c.pool, c.kernels, rows, width, gate, needs_quants(weights.ty(ffn.down.weight)));
+    matmul_all(c.pool, c.kernels, &[MatJob::new(weights.linear(&ffn.down), s.inner.view(), out)]);
+    add_bias(out, weights.bias(&ffn.down));
+}
+
+/// Computes the shared expert of a layer for all rows of `x`. `values` are these rows as floats,
+/// `[rows, hidden]`.
+pub(crate) fn shared_expert(
+    c: CpuContext<'_>,
+    weights: &DenseWeights,
+    shared: &SharedSpec,
+    x: ActView<'_>,
+    values: &[f32],
+    s: &mut FfnScratch,
+    out: &mut [f32],
+) {
+    dense_ffn(c, weights, &shared.ffn, x, s, out);
+    if let Some(gate) = weights.opt_vector(shared.gate) {
+        let width = gate.len();
+        for (x, out) in values.chunks_exact(width).zip(out.chunks_exact_mut(width)) {
+            let factor = 1.0 / (1.0 + (-c.kernels.dot(gate, x)).exp());
+            out.iter_mut().for_each(|o| *o *= factor);
+        }
+    }
+}
+
+/// Multiplies the activated `gate` by `up`, in place.
+pub(super) fn activate(kernels: Kernels, activation: Activation, gate: &mut [f32], up: &[f32]) {
+    match activation {
+        Activation::Silu => kernels.silu_mul(gate, up),
+        Activation::ClampedSwiglu { alpha, limit } => kernels.clamped_swiglu(gate, up, alpha, limit),
+    }
+}
+
+/// [`activate`] for `[rows, width]`, split among the threads.
+pub(super) fn activate_shared(c: CpuContext<'_>, activation: Activation, width: usize, gate: &mut [f32], up: &[f32]) {
+    c.pool.for_each_slice(gate, width, |row, gate| activate(c.kernels, activation, gate, &up[row * width..][..width]));
+}
