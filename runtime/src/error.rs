@@ -6,6 +6,7 @@ use crate::tiers::numa::NumaError;
 use thiserror::Error;
 use tier_plan_cuda::CudaError;
 use tier_plan_formats::model::ModelError;
+use tier_plan_formats::placement::Violation;
 use tier_plan_kernels::IsaError;
 
 /// Why a model could not be loaded.
@@ -89,27 +90,15 @@ pub enum LoadError {
         /// Bytes left for the driver and the kernels.
         reserve: u64,
     },
-    /// The plan and the model don't belong together, or the plan contradicts itself.
-    #[error("plan '{plan}' does not fit model '{model}': {what}; make a new one with `tier-plan solve`")]
+    /// The plan contradicts the model or itself.
+    #[error("plan '{plan}' does not fit model '{model}': {violation}; make a new one with `tier-plan solve`")]
     Plan {
         /// The plan's name.
         plan: String,
         /// The model's name.
         model: String,
-        /// What does not fit.
-        what: String,
-    },
-    /// A tier that this program can't drive.
-    #[error("plan '{plan}' puts bytes on tier '{tier}', which is {kind} and not emulated; {mend}")]
-    Tier {
-        /// The plan's name.
-        plan: String,
-        /// The tier.
-        tier: String,
-        /// Its kind.
-        kind: &'static str,
-        /// What to do.
-        mend: &'static str,
+        /// The first rule that it breaks; part of the message, so no source of its own.
+        violation: Box<Violation>,
     },
 }
 

@@ -243,12 +243,12 @@ fn as_json(args: &SolveArgs, solved: &Solved, skews: &[Skew], written: &[PathBuf
                 "emulated": t.tier.emulated,
                 "budget_bytes": t.budget_bytes,
                 "used_bytes": t.used_bytes(),
-                "dense_bytes": t.dense_bytes,
-                "pinned_bytes": t.pinned_bytes,
-                "slot_bytes": t.slot_bytes,
-                "kv_bytes": t.kv_bytes,
-                "staging_bytes": t.staging_bytes,
-                "home_bytes": t.home_bytes,
+                "dense_bytes": t.bytes.dense,
+                "pinned_bytes": t.bytes.pinned,
+                "slot_bytes": t.bytes.slots,
+                "kv_bytes": t.bytes.kv,
+                "staging_bytes": t.bytes.staging,
+                "home_bytes": t.bytes.home,
             })).collect::<Vec<_>>(),
         })
     };

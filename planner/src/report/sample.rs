@@ -5,7 +5,7 @@ use tier_plan_runtime::KvType;
 use tier_plan_runtime::formats::SourceId;
 use tier_plan_runtime::formats::machine::{Accelerator, Tier, TierKind};
 use tier_plan_runtime::formats::placement::{
-    DensePlacement, LayerPlacement, Placement, PlanTier, Prediction, SlotPolicy, SolverReport,
+    DensePlacement, LayerPlacement, Pins, Placement, PlanTier, Prediction, SlotPolicy, SolverReport, TierBytes,
 };
 use tier_plan_runtime::formats::profile::{Profile, PromptTrace, Split};
 use tier_plan_runtime::formats::record::{LayerRecord, RunRecord, TierRecord};
@@ -149,7 +149,7 @@ fn placement(profile: &Profile, name: &str, tier_count: usize, style: Style, emu
                 let mut list: Vec<u32> = rest.by_ref().take(each as usize).collect();
                 list.sort_unstable();
                 if !list.is_empty() {
-                    pinned.push((tier, list));
+                    pinned.push(Pins { tier, experts: list });
                 }
             }
             let slots = match style {
@@ -165,10 +165,10 @@ fn placement(profile: &Profile, name: &str, tier_count: usize, style: Style, emu
         .enumerate()
         .map(|(t, tier)| {
             let count: usize =
-                layers.iter().flat_map(|l| &l.pinned).filter(|(at, _)| *at == t).map(|(_, e)| e.len()).sum();
+                layers.iter().flat_map(|l| &l.pinned).filter(|p| p.tier == t).map(|p| p.experts.len()).sum();
             let slots: u64 = layers.iter().filter(|l| l.slot_tier == t).map(|l| u64::from(l.slots)).sum();
             let all = u64::from(experts) * layers.len() as u64;
-            let pinned_all: usize = layers.iter().flat_map(|l| &l.pinned).map(|(_, e)| e.len()).sum();
+            let pinned_all: usize = layers.iter().flat_map(|l| &l.pinned).map(|p| p.experts.len()).sum();
             let last = t == fast;
             // Every plan's slots are in the tier before the last, which therefore gets the most.
             let share = if t + 1 == fast { 7 } else { 3 };
@@ -176,12 +176,14 @@ fn placement(profile: &Profile, name: &str, tier_count: usize, style: Style, emu
             PlanTier {
                 tier,
                 budget_bytes: if last { 1 << 44 } else { used + 60_000_000 },
-                dense_bytes: if t == 0 { 40_000_000 } else { 0 },
-                pinned_bytes: count as u64 * EXPERT_BYTES,
-                slot_bytes: slots * EXPERT_BYTES,
-                kv_bytes: if t == 0 { 9_000_000 } else { 0 },
-                staging_bytes: if t + 1 == fast { 8_000_000 } else { 0 },
-                home_bytes: if last { (all - pinned_all as u64) * EXPERT_BYTES } else { 0 },
+                bytes: TierBytes {
+                    dense: if t == 0 { 40_000_000 } else { 0 },
+                    pinned: count as u64 * EXPERT_BYTES,
+                    slots: slots * EXPERT_BYTES,
+                    kv: if t == 0 { 9_000_000 } else { 0 },
+                    staging: if t + 1 == fast { 8_000_000 } else { 0 },
+                    home: if last { (all - pinned_all as u64) * EXPERT_BYTES } else { 0 },
+                },
             }
         })
         .collect();

@@ -8,7 +8,7 @@
 
 use crate::cost::{Ahead, ExpertStage, Fixed, home_in_place, read_s};
 use crate::profile::{Evidence, Judged, LayerEvidence};
-use tier_plan_runtime::formats::placement::{Placement, TierIdx};
+use tier_plan_runtime::formats::placement::{Pins, Placement, TierIdx};
 use tier_plan_runtime::model::shape::{DenseKind, DenseShape, ModelShape};
 
 /// `[n_expert]` chance that a step over `batch` sequences uses each expert of a layer.
@@ -76,7 +76,7 @@ pub fn step_s(plan: &Placement, shape: &ModelShape, evidence: &Evidence, batch: 
             n_pooled: touched.len() as f64,
             slots: (layer.slots, layer.slot_tier),
         };
-        for (tier, pins) in &layer.pinned {
+        for Pins { tier, experts: pins } in &layer.pinned {
             let here: f64 = pins.iter().filter_map(|&e| touched.get(e as usize)).sum();
             spread.pinned[*tier] += here;
             spread.pooled -= here;

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use tier_plan_runtime::experts::cache::{Access, SlotCache};
 use tier_plan_runtime::formats::machine::TierKind;
 use tier_plan_runtime::formats::placement::{
-    ATTENTION_OF_A_TOKEN, DensePlacement, LayerPlacement, Placement, PlanTier, SlotPolicy, TierIdx,
+    ATTENTION_OF_A_TOKEN, DensePlacement, LayerPlacement, Pins, Placement, SlotPolicy, TierBytes, TierIdx,
 };
 use tier_plan_runtime::gpu::stays_on;
 use tier_plan_runtime::model::shape::{DenseKind, ModelShape};
@@ -76,7 +76,7 @@ fn lines(plan: &Placement, shape: &ModelShape, wrong: &mut Vec<String>) -> Lines
     for (layer, experts) in plan.layers.iter().zip(&shape.experts) {
         let each = u128::from(experts.expert_bytes);
         let mut seen = vec![false; experts.n_expert as usize];
-        for (tier, pinned) in &layer.pinned {
+        for Pins { tier, experts: pinned } in &layer.pinned {
             if *tier >= n || !computes(*tier) {
                 wrong.push(format!("layer {} pins experts to tier {tier}, where none can be", layer.layer));
                 continue;
@@ -144,8 +144,8 @@ fn cache_tier(plan: &Placement, layer: usize) -> TierIdx {
 fn sums(plan: &Placement, lines: &Lines, wrong: &mut Vec<String>) {
     for (tier, lines) in plan.tiers.iter().zip(lines) {
         let name = &tier.tier.name;
-        let PlanTier { dense_bytes, pinned_bytes, slot_bytes, kv_bytes, staging_bytes, home_bytes, .. } = *tier;
-        let said = [dense_bytes, pinned_bytes, slot_bytes, kv_bytes, staging_bytes, home_bytes];
+        let TierBytes { dense, pinned, slots, kv, staging, home } = tier.bytes;
+        let said = [dense, pinned, slots, kv, staging, home];
         for ((said, &is), line) in said.into_iter().zip(lines).zip(LINE_NAMES) {
             if u128::from(said) != is {
                 wrong.push(format!("tier '{name}' says {said} {line} bytes, but they are {is}"));
@@ -246,7 +246,7 @@ fn stepped_s(plan: &Placement, layer: &LayerPlacement, evidence: &LayerEvidence)
     let home = plan.tiers.len() - 1;
     let in_place = plan.tiers[home].tier.kind != TierKind::Nvme;
     let mut on = vec![None; evidence.shape.n_expert as usize];
-    layer.pinned.iter().for_each(|(tier, experts)| experts.iter().for_each(|&e| on[e as usize] = Some(*tier)));
+    layer.pinned.iter().for_each(|pins| pins.experts.iter().for_each(|&e| on[e as usize] = Some(pins.tier)));
     let mut cache = SlotCache::new(evidence.shape.n_expert, layer.slots, layer.policy);
     let (mut out, mut sum, mut tokens) = (Vec::new(), 0.0, 0u64);
     // One expert is read while the dense stage before computes, if guesses are good.

@@ -14,7 +14,7 @@ use crate::profile::Judged;
 use anyhow::{Result, bail};
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
-use tier_plan_runtime::formats::placement::{LayerPlacement, TierIdx};
+use tier_plan_runtime::formats::placement::{LayerPlacement, Pins, TierIdx};
 use tier_plan_runtime::model::shape::ExpertShape;
 
 /// Where a plan's integer choice came from. The prices for bytes, and with them the bound, are always good_lp's and
@@ -254,10 +254,11 @@ impl Planner<'_> {
                         };
                         let mut sum = 0;
                         for tier in 0..fast {
-                            sum += placed.pinned.iter().filter(|p| p.0 == tier).map(|p| p.1.len()).sum::<usize>();
+                            sum +=
+                                placed.pinned.iter().filter(|p| p.tier == tier).map(|p| p.experts.len()).sum::<usize>();
                             config.cuts[tier] = sum as u16;
                         }
-                        let pins: usize = placed.pinned.iter().map(|p| p.1.len()).sum();
+                        let pins: usize = placed.pinned.iter().map(|p| p.experts.len()).sum();
                         let none_fixed = self.wishes.layer(placed.layer).fixed.is_empty();
                         if !none_fixed && pins > 0 {
                             config = maker.config_of(layer, placed)?;
@@ -368,18 +369,18 @@ fn polished(
 /// The same layer with pins for slots where there is a slot for every pooled expert: as many bytes, and none of them has to
 /// be missed once.
 fn all_pinned(mut placed: LayerPlacement, shape: &ExpertShape) -> LayerPlacement {
-    let pinned: BTreeSet<u32> = placed.pinned.iter().flat_map(|(_, experts)| experts.iter().copied()).collect();
+    let pinned: BTreeSet<u32> = placed.pinned.iter().flat_map(|pins| pins.experts.iter().copied()).collect();
     let pooled = (0..shape.n_expert).filter(|e| !pinned.contains(e));
     if placed.slots == 0 || placed.slots as usize != pooled.clone().count() {
         return placed;
     }
-    match placed.pinned.iter_mut().find(|(tier, _)| *tier == placed.slot_tier) {
-        Some((_, experts)) => {
+    match placed.pinned.iter_mut().find(|pins| pins.tier == placed.slot_tier) {
+        Some(Pins { experts, .. }) => {
             experts.extend(pooled);
             experts.sort_unstable();
         }
         None => {
-            placed.pinned.push((placed.slot_tier, pooled.collect()));
+            placed.pinned.push(Pins { tier: placed.slot_tier, experts: pooled.collect() });
             placed.pinned.sort_unstable();
         }
     }

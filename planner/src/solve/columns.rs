@@ -12,7 +12,7 @@ use super::room::{LayerCache, MAX_FAST, MAX_ROWS, Room, TICKS};
 use super::wishes::Wishes;
 use crate::cost::{attention_fixed_s, read_s};
 use std::collections::BTreeMap;
-use tier_plan_runtime::formats::placement::{LayerPlacement, SlotPolicy, TierIdx};
+use tier_plan_runtime::formats::placement::{LayerPlacement, Pins, SlotPolicy, TierIdx};
 use tier_plan_runtime::model::shape::{DenseKind, ModelShape};
 
 /// One way to treat a layer's experts.
@@ -41,7 +41,7 @@ impl Config {
             if to > from {
                 let mut experts = order[from..to].to_vec();
                 experts.sort_unstable();
-                pinned.push((tier, experts));
+                pinned.push(Pins { tier, experts });
                 from = to;
             }
         }

@@ -10,7 +10,7 @@ use crate::cost::{self, Ahead, ExpertStage, outcomes, stage_mean_s};
 use crate::profile::{Evidence, Judged, LayerEvidence};
 use crate::replay::{COLD, LayerTrace, Positions};
 use std::collections::BTreeMap;
-use tier_plan_runtime::formats::placement::{LayerPlacement, TierIdx};
+use tier_plan_runtime::formats::placement::{LayerPlacement, Pins, TierIdx};
 use tier_plan_runtime::model::shape::ModelShape;
 
 /// Part of the time that the grid is made for where it is only a beginning.
@@ -98,13 +98,13 @@ impl<'a> Maker<'a> {
         let fixed = &self.wishes[at];
         let mut placed = config.placement(self.evidence.layers[at].shape.layer, &fixed.free, self.room.home());
         for (&expert, &tier) in fixed.wishes.fixed.iter().filter(|(_, t)| **t != self.room.home()) {
-            match placed.pinned.iter_mut().find(|(t, _)| *t == tier) {
-                Some((_, experts)) => experts.push(expert),
-                None => placed.pinned.push((tier, vec![expert])),
+            match placed.pinned.iter_mut().find(|pins| pins.tier == tier) {
+                Some(Pins { experts, .. }) => experts.push(expert),
+                None => placed.pinned.push(Pins { tier, experts: vec![expert] }),
             }
         }
-        placed.pinned.iter_mut().for_each(|(_, experts)| experts.sort_unstable());
-        placed.pinned.sort_by_key(|(tier, _)| *tier);
+        placed.pinned.iter_mut().for_each(|pins| pins.experts.sort_unstable());
+        placed.pinned.sort_by_key(|pins| pins.tier);
         placed
     }
 
@@ -114,7 +114,7 @@ impl<'a> Maker<'a> {
         let mut config = Config { cuts: [0; MAX_FAST], slots: placed.slots as u16, slot_tier: placed.slot_tier as u8 };
         let mut sum = 0;
         for tier in 0..self.room.home() {
-            let pins = placed.pinned.iter().filter(|p| p.0 == tier).map(|p| p.1.len()).sum::<usize>();
+            let pins = placed.pinned.iter().filter(|p| p.tier == tier).map(|p| p.experts.len()).sum::<usize>();
             sum += pins.checked_sub(usize::from(fixed.on[tier]))?;
             config.cuts[tier] = sum as u16;
         }

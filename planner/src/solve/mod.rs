@@ -237,7 +237,7 @@ fn ceiling_hit_rate(plan: &Placement, evidence: &Evidence) -> Option<f64> {
     let (mut hits, mut accesses) = (0, 0);
     for (layer, evidence) in plan.layers.iter().zip(&evidence.layers) {
         let Judged::Recorded(trace) = &evidence.judged else { return None };
-        let resident = layer.pinned.iter().map(|(_, p)| p.len()).sum::<usize>() + layer.slots as usize;
+        let resident = layer.pinned.iter().map(|pins| pins.experts.len()).sum::<usize>() + layer.slots as usize;
         hits += ceiling(trace, resident);
         accesses += (trace.tokens() * trace.n_used()) as u64;
     }

@@ -72,38 +72,12 @@ impl Planner<'_> {
     /// A whole plan from a draft, predicted; its solver lines are to be filled in.
     fn assemble(&self, name: &str, draft: &Draft) -> Placement {
         let (shape, room, machine) = (self.inputs.shape, self.room, self.inputs.machine);
-        let mut tiers: Vec<PlanTier> = room
+        let tiers = room
             .tiers
             .iter()
             .zip(&room.budget_bytes)
-            .map(|(tier, &budget_bytes)| PlanTier {
-                tier: tier.clone(),
-                budget_bytes,
-                dense_bytes: 0,
-                pinned_bytes: 0,
-                slot_bytes: 0,
-                kv_bytes: 0,
-                staging_bytes: 0,
-                home_bytes: 0,
-            })
+            .map(|(tier, &budget_bytes)| PlanTier::new(tier.clone(), budget_bytes))
             .collect();
-        tiers[room.kv_tier].kv_bytes = room.kv_bytes;
-        tiers[room.staging_tier].staging_bytes = room.staging_bytes;
-        for (group, &tier) in shape.dense.iter().zip(&draft.dense) {
-            tiers[tier].dense_bytes += group.bytes;
-            if let Some((cache, at)) = room.brings(group, tier) {
-                tiers[at].kv_bytes += cache.bytes;
-            }
-        }
-        for (layer, experts) in draft.layers.iter().zip(&shape.experts) {
-            let mut pooled = u64::from(experts.n_expert);
-            for (tier, pinned) in &layer.pinned {
-                tiers[*tier].pinned_bytes += pinned.len() as u64 * experts.expert_bytes;
-                pooled -= pinned.len() as u64;
-            }
-            tiers[layer.slot_tier].slot_bytes += u64::from(layer.slots) * experts.expert_bytes;
-            tiers[room.home()].home_bytes += pooled * experts.expert_bytes;
-        }
         let dense = shape
             .dense
             .iter()
@@ -140,6 +114,7 @@ impl Planner<'_> {
                 ..Prediction::default()
             },
         };
+        plan.fill_sums(shape);
         plan.predicted = predict(&plan, shape, self.evidence);
         plan.solver.objective_s = token_s(&plan.predicted);
         plan.solver.goal = self.goal.stored(self.value(&plan), None);

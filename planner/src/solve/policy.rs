@@ -177,7 +177,7 @@ fn busy(plan: &Placement, inputs: &Inputs<'_>, evidence: &Evidence) -> Vec<Busy>
 
 fn pinned(layer: &LayerPlacement, n_expert: usize) -> Vec<bool> {
     let mut pinned = vec![false; n_expert];
-    for &expert in layer.pinned.iter().flat_map(|(_, experts)| experts) {
+    for &expert in layer.pinned.iter().flat_map(|pins| &pins.experts) {
         if let Some(pinned) = pinned.get_mut(expert as usize) {
             *pinned = true;
         }

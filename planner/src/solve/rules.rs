@@ -5,7 +5,7 @@
 
 use super::room::Room;
 use crate::profile::Evidence;
-use tier_plan_runtime::formats::placement::{LayerPlacement, SlotPolicy, TierIdx};
+use tier_plan_runtime::formats::placement::{self, LayerPlacement, SlotPolicy, TierIdx};
 use tier_plan_runtime::model::shape::{DenseKind, ModelShape};
 
 /// A rule.
@@ -103,7 +103,7 @@ impl Pins {
         for (tier, mut experts) in self.pinned.into_iter().enumerate() {
             if !experts.is_empty() {
                 experts.sort_unstable();
-                pinned.push((tier, experts));
+                pinned.push(placement::Pins { tier, experts });
             }
         }
         LayerPlacement {

@@ -18,7 +18,7 @@ pub fn verdict(plan: &Placement, baselines: &[Placement], prices: &[f64], inputs
     let percent = |of: f64| (own / of - 1.0) * 100.0;
     if let (Some(slots), Some(uniform)) = (slots.filter(|s| *s > 0.0), uniform.filter(|u| *u > 0.0)) {
         let counts = |pinned: bool| -> u64 {
-            plan.tiers.iter().map(|t| if pinned { t.pinned_bytes } else { t.slot_bytes }).sum()
+            plan.tiers.iter().map(|t| if pinned { t.bytes.pinned } else { t.bytes.slots }).sum()
         };
         let how = if own / slots - 1.0 < ALIKE {
             "pins bring nothing over slots alone".to_string()

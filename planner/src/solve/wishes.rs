@@ -116,7 +116,7 @@ impl Wishes {
             && plan.layers.iter().enumerate().all(|(at, layer)| {
                 let wishes = self.layer(layer.layer);
                 let fixed = wishes.fixed.iter().all(|(&e, &t)| plan.pinned_tier(at, e).unwrap_or(home) == t);
-                let used = layer.pinned.iter().filter(|p| !p.1.is_empty()).map(|p| p.0);
+                let used = layer.pinned.iter().filter(|p| !p.experts.is_empty()).map(|p| p.tier);
                 let used = used.chain((layer.slots > 0).then_some(layer.slot_tier));
                 fixed && used.into_iter().all(|t| !wishes.forbidden.contains(&t))
             })

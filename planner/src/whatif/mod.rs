@@ -174,7 +174,7 @@ fn load_s(plan: &Placement, machine: &Machine) -> Option<f64> {
     let keeps = matches!(last.kind, TierKind::Nvme | TierKind::Pmem);
     let rate = machine.extras.load_gbps.or(keeps.then_some(last.read_gbps))?;
     let upto = plan.tiers.len() - usize::from(keeps);
-    let bytes: u64 = plan.tiers[..upto].iter().map(|t| t.dense_bytes + t.pinned_bytes + t.home_bytes).sum();
+    let bytes: u64 = plan.tiers[..upto].iter().map(|t| t.bytes.dense + t.bytes.pinned + t.bytes.home).sum();
     Some(bytes as f64 / (rate * 1e9))
 }
 
@@ -254,12 +254,12 @@ pub fn as_json(question: &Question<'_>, answer: &Result<Answer>) -> Value {
                 "emulated": t.tier.emulated,
                 "budget_bytes": t.budget_bytes,
                 "used_bytes": t.used_bytes(),
-                "dense_bytes": t.dense_bytes,
-                "pinned_bytes": t.pinned_bytes,
-                "slot_bytes": t.slot_bytes,
-                "kv_bytes": t.kv_bytes,
-                "staging_bytes": t.staging_bytes,
-                "home_bytes": t.home_bytes,
+                "dense_bytes": t.bytes.dense,
+                "pinned_bytes": t.bytes.pinned,
+                "slot_bytes": t.bytes.slots,
+                "kv_bytes": t.bytes.kv,
+                "staging_bytes": t.bytes.staging,
+                "home_bytes": t.bytes.home,
                 "read_bytes_per_token": predicted.read_bytes.get(at),
                 "dense_s": predicted.dense_s.get(at),
                 "expert_s": predicted.expert_s.get(at),

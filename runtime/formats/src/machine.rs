@@ -5,13 +5,16 @@ mod wire;
 pub(super) use wire::{WireKind, check_unit};
 
 use super::kind::MACHINE;
-use super::text::{check_amount, check_bytes, float, quote};
+use super::text::{check_amount, check_bytes, check_rate, float, quote};
 use crate::source_id::SourceId;
 use crate::units::parse_bytes;
 use crate::{FormatError, safely};
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
 use std::path::Path;
+
+/// The unit of transfer rates in messages.
+const GBPS: &str = "10^9 bytes per second";
 
 /// What kind of memory a tier is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -29,6 +32,15 @@ pub enum TierKind {
 }
 
 impl TierKind {
+    /// Returns how its bytes are reached.
+    pub fn medium(self) -> Medium {
+        match self {
+            TierKind::Vram => Medium::Gpu,
+            TierKind::Dram | TierKind::Pmem | TierKind::Cxl => Medium::Addressable,
+            TierKind::Nvme => Medium::Drive,
+        }
+    }
+
     /// Its name in files.
     pub fn as_str(self) -> &'static str {
         match self {
@@ -39,6 +51,17 @@ impl TierKind {
             TierKind::Nvme => "nvme",
         }
     }
+}
+
+/// How the bytes of a tier are reached, whether it is emulated or not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Medium {
+    /// A GPU's memory: what lives there computes on the GPU.
+    Gpu,
+    /// Host memory: what lives there computes on the CPU, in place.
+    Addressable,
+    /// A block device: bytes are read into memory before they compute.
+    Drive,
 }
 
 impl fmt::Display for TierKind {
@@ -104,7 +127,7 @@ impl Accelerator {
 
     fn check(&self, tier: &Tier) -> Result<(), String> {
         let name = &tier.name;
-        if let Some((key, _)) = self.keys().next().filter(|_| tier.kind != TierKind::Vram) {
+        if let Some((key, _)) = self.keys().next().filter(|_| tier.medium() != Medium::Gpu) {
             return Err(format!("tier '{name}' is of kind \"{}\": only VRAM has {key}; leave it out", tier.kind));
         }
         for (key, time) in self.keys().filter(|(key, _)| *key != "link_gbps") {
@@ -115,10 +138,8 @@ impl Accelerator {
                 ));
             }
         }
-        match self.link_gbps.filter(|rate| !(rate.is_finite() && *rate > 0.0)) {
-            Some(rate) => Err(format!(
-                "link_gbps of tier '{name}' is {rate}, but must be a positive finite number of 10^9 bytes a second"
-            )),
+        match self.link_gbps {
+            Some(rate) => Ok(check_rate(&format!("link_gbps of tier '{name}'"), rate, GBPS)?),
             None => Ok(()),
         }
     }
@@ -127,12 +148,12 @@ impl Accelerator {
 impl Tier {
     /// The memory node that its pages must be on.
     pub fn node(&self) -> Option<u32> {
-        self.unit.filter(|_| self.kind != TierKind::Vram)
+        self.unit.filter(|_| self.medium() != Medium::Gpu)
     }
 
     /// The number of the GPU that it is the memory of, as the driver counts them from 0.
     pub fn device(&self) -> Option<u32> {
-        self.unit.filter(|_| self.kind == TierKind::Vram)
+        self.unit.filter(|_| self.medium() == Medium::Gpu)
     }
 
     /// Seconds that so many bytes take from the tier `from` to slots here: the slower of its reads and this tier's link.
@@ -141,14 +162,24 @@ impl Tier {
         bytes / (gbps * 1e9)
     }
 
-    /// Whether it is a real GPU's memory.
+    /// Returns how its bytes are reached. An emulated tier has the medium that it stands for.
+    pub fn medium(&self) -> Medium {
+        self.kind.medium()
+    }
+
+    /// Whether it is a real GPU's memory, which no emulated tier is.
     pub fn is_gpu(&self) -> bool {
-        self.kind == TierKind::Vram && !self.emulated
+        self.medium() == Medium::Gpu && !self.emulated
+    }
+
+    /// Whether it is a real block device, whose reads take their own time.
+    pub fn is_drive(&self) -> bool {
+        self.medium() == Medium::Drive && !self.emulated
     }
 
     /// The key of the unit in files, and the unit.
     pub(super) fn unit_key(&self) -> Option<(&'static str, u32)> {
-        Some((if self.kind == TierKind::Vram { "device" } else { "node" }, self.unit?))
+        Some((if self.medium() == Medium::Gpu { "device" } else { "node" }, self.unit?))
     }
 }
 
@@ -356,7 +387,7 @@ impl Machine {
     pub fn computing_tiers(&self) -> Vec<Tier> {
         let efficiency = self.extras.efficiency;
         let computing = |tier: &Tier| {
-            let by_cpu = matches!(tier.kind, TierKind::Dram | TierKind::Pmem | TierKind::Cxl);
+            let by_cpu = tier.medium() == Medium::Addressable;
             let mut tier = tier.clone();
             if by_cpu && efficiency != 1.0 {
                 tier.source = format!("{} GB/s × {efficiency} efficiency; {}", tier.read_gbps, tier.source);
@@ -372,8 +403,8 @@ impl Machine {
     /// that have none of their own.
     pub fn prompt_gflops(&self) -> Vec<f64> {
         let known = &self.extras.prompt_gflops;
-        let of_cpu = self.tiers.iter().filter(|t| t.kind != TierKind::Vram).find_map(|t| known.get(&t.name));
-        let of = |tier: &Tier| known.get(&tier.name).or(of_cpu.filter(|_| tier.kind != TierKind::Vram));
+        let of_cpu = self.tiers.iter().filter(|t| t.medium() != Medium::Gpu).find_map(|t| known.get(&t.name));
+        let of = |tier: &Tier| known.get(&tier.name).or(of_cpu.filter(|_| tier.medium() != Medium::Gpu));
         if known.is_empty() { Vec::new() } else { self.tiers.iter().map(|t| of(t).copied().unwrap_or(0.0)).collect() }
     }
 
@@ -382,8 +413,8 @@ impl Machine {
         if !(extras.efficiency > 0.0 && extras.efficiency <= 1.0) {
             return Err(format!("efficiency is {}, but must be above 0 and at most 1", extras.efficiency));
         }
-        if let Some(rate) = extras.load_gbps.filter(|rate| !(rate.is_finite() && *rate > 0.0)) {
-            return Err(format!("load_gbps is {rate}, but must be a positive finite number of 10^9 bytes a second"));
+        if let Some(rate) = extras.load_gbps {
+            check_rate("load_gbps", rate, GBPS)?;
         }
         for (key, value) in [("price_usd", extras.price_usd), ("watts", extras.watts)] {
             check_amount(key, value.unwrap_or(0.0))?;
@@ -391,12 +422,12 @@ impl Machine {
         for (tier, price) in &extras.usd_per_gb {
             check_amount(&format!("usd_per_gb of tier '{tier}'"), *price)?;
         }
-        if let Some((tier, rate)) = extras.prompt_gflops.iter().find(|(_, rate)| !(rate.is_finite() && **rate > 0.0)) {
-            return Err(format!("prompt_gflops of tier '{tier}' is {rate}, but must be a positive finite number"));
+        for (tier, rate) in &extras.prompt_gflops {
+            check_rate(&format!("prompt_gflops of tier '{tier}'"), *rate, "10^9 floating-point operations per second")?;
         }
         for (tier, link) in &extras.links {
-            if let Some((key, rate)) = link.rates().into_iter().find(|(_, rate)| !(rate.is_finite() && *rate > 0.0)) {
-                return Err(format!("link.{key} of tier '{tier}' is {rate}, but must be a positive finite number"));
+            for (key, rate) in link.rates() {
+                check_rate(&format!("link.{key} of tier '{tier}'"), rate, GBPS)?;
             }
         }
         if let Some(calibration) = &extras.calibration {
@@ -445,19 +476,14 @@ pub(super) fn check_tiers<'a>(tiers: impl Iterator<Item = &'a Tier>) -> Result<(
             return Err(format!("tier '{name}' has a capacity of 0; leave the tier out"));
         }
         check_bytes(&format!("the capacity of tier '{name}'"), tier.capacity_bytes)?;
-        if !(tier.read_gbps.is_finite() && tier.read_gbps > 0.0) {
-            return Err(format!(
-                "read_gbps of tier '{name}' is {}, but must be a positive finite number of 10^9 bytes a second",
-                tier.read_gbps
-            ));
-        }
+        check_rate(&format!("read_gbps of tier '{name}'"), tier.read_gbps, GBPS)?;
         check_amount(&format!("latency_us of tier '{name}'"), tier.latency_us)?;
         tier.accelerator.check(tier)?;
         if tier.kind == TierKind::Dram {
             drams.push(tier);
         }
         if let Some((key, number)) = tier.unit_key() {
-            if matches!(tier.kind, TierKind::Nvme) {
+            if tier.medium() == Medium::Drive {
                 return Err(format!("tier '{name}' is a block device, which has no {key}; leave the line out"));
             }
             if number > MAX_UNIT {

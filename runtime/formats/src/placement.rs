@@ -1,11 +1,18 @@
 //! `placement.toml`: where every tensor lives, and what that is predicted to give.
 
 mod check;
+mod tally;
+mod validate;
+mod violation;
 mod wire;
 mod write;
 
 #[cfg(test)]
 mod tests;
+
+pub use tally::TierBytes;
+pub use validate::validate;
+pub use violation::Violation;
 
 use super::kind::PLACEMENT;
 use super::machine::Tier;
@@ -78,43 +85,26 @@ impl std::fmt::Display for SlotPolicy {
 pub struct PlanTier {
     /// The tier with its rates, as the machine file gave them.
     pub tier: Tier,
-    /// Bytes the plan may use of it; the sum of the lines below is never larger.
+    /// Bytes that the plan may use of it.
     pub budget_bytes: u64,
-    /// Dense tensor groups.
-    pub dense_bytes: u64,
-    /// Pinned experts.
-    pub pinned_bytes: u64,
-    /// Slots for pooled experts.
-    pub slot_bytes: u64,
-    /// Key and value cache of the planned context, and recurrent state: of the layers that have it here.
-    pub kv_bytes: u64,
-    /// Buffers for experts in flight and for activations.
-    pub staging_bytes: u64,
-    /// Home copies of pooled experts (only ever on the last tier).
-    pub home_bytes: u64,
+    /// Bytes that the plan uses of it, never more than its budget: set by [`Placement::fill_sums`].
+    pub bytes: TierBytes,
 }
 
 impl PlanTier {
+    /// A tier of which the plan may use so many bytes, and uses none yet.
+    pub fn new(tier: Tier, budget_bytes: u64) -> Self {
+        Self { tier, budget_bytes, bytes: TierBytes::default() }
+    }
+
     /// Whether the tier is a real GPU's memory and the plan puts bytes there.
     pub fn uses_gpu(&self) -> bool {
         self.tier.is_gpu() && self.used_bytes() > 0
     }
 
-    /// All lines together; a sum beyond the range, which no readable plan has, stops at its end.
+    /// Returns the bytes that the plan puts there, `u64::MAX` if they are more than that, as in no readable plan.
     pub fn used_bytes(&self) -> u64 {
-        self.lines().iter().fold(0, |sum, (_, bytes)| sum.saturating_add(*bytes))
-    }
-
-    /// The budget lines with their names in files.
-    fn lines(&self) -> [(&'static str, u64); 6] {
-        [
-            ("dense_bytes", self.dense_bytes),
-            ("pinned_bytes", self.pinned_bytes),
-            ("slot_bytes", self.slot_bytes),
-            ("kv_bytes", self.kv_bytes),
-            ("staging_bytes", self.staging_bytes),
-            ("home_bytes", self.home_bytes),
-        ]
+        self.bytes.total()
     }
 }
 
@@ -129,13 +119,22 @@ pub struct DensePlacement {
     pub tier: TierIdx,
 }
 
+/// The experts of one layer that are pinned on one tier.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Pins {
+    /// The tier that they are on.
+    pub tier: TierIdx,
+    /// The experts, ascending.
+    pub experts: Vec<u32>,
+}
+
 /// One layer's routed experts.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LayerPlacement {
     /// The layer.
     pub layer: u32,
-    /// Pinned experts: `(tier, experts in ascending order)`, at most one entry a tier, no expert twice.
-    pub pinned: Vec<(TierIdx, Vec<u32>)>,
+    /// Pinned experts: at most one entry per tier, no expert twice.
+    pub pinned: Vec<Pins>,
     /// Slots that the pooled experts share.
     pub slots: u32,
     /// Where the slots are; of no meaning when there are none.
@@ -279,7 +278,7 @@ pub struct Placement {
 pub fn decode(bytes: &[u8], path: &Path) -> Result<Placement, FormatError> {
     let text = PLACEMENT.open_toml(bytes, path)?;
     let plan = wire::decode(text).map_err(|what| FormatError::invalid(path, what))?;
-    check::check(&plan).map_err(|what| FormatError::invalid(path, what))?;
+    check::check(&plan).map_err(|violation| FormatError::invalid(path, violation.to_string()))?;
     Ok(plan)
 }
 
@@ -296,14 +295,14 @@ impl Placement {
 
     /// Writes the file, or says why its content would not be readable again.
     pub fn write(&self, path: &Path) -> Result<(), FormatError> {
-        check::check(self).map_err(|what| FormatError::invalid(path, what))?;
+        check::check(self).map_err(|violation| FormatError::invalid(path, violation.to_string()))?;
         safely::write(path, self.encode().as_bytes())
     }
 
     /// The tier that an expert is pinned to, or `None` when it is pooled. `layer_pos` counts in [`Placement::layers`].
     pub fn pinned_tier(&self, layer_pos: usize, expert: u32) -> Option<TierIdx> {
         let layer = self.layers.get(layer_pos)?;
-        layer.pinned.iter().find(|(_, experts)| experts.binary_search(&expert).is_ok()).map(|&(tier, _)| tier)
+        layer.pinned.iter().find(|pins| pins.experts.binary_search(&expert).is_ok()).map(|pins| pins.tier)
     }
 
     /// The tier where pooled experts live: the last one.
@@ -350,7 +349,7 @@ impl Placement {
 
     /// The predicted time of keys and values by tier, `[tiers]`: shared out by the time that their bytes take there.
     pub fn kv_s_by_tier(&self) -> Vec<f64> {
-        let mut parts: Vec<f64> = self.tiers.iter().map(|t| t.kv_bytes as f64 / t.tier.read_gbps).collect();
+        let mut parts: Vec<f64> = self.tiers.iter().map(|t| t.bytes.kv as f64 / t.tier.read_gbps).collect();
         let sum: f64 = parts.iter().sum();
         if sum > 0.0 {
             parts.iter_mut().for_each(|part| *part *= self.predicted.kv_s / sum);

@@ -1,5 +1,7 @@
-//! Pieces of TOML text. The writers lay their files out by hand, because a serialiser would not group ranges, align
+//! Pieces of TOML text. The writers lay their files out by hand, because a serializer would not group ranges, align
 //! short tables on a line, or keep the order that people read in.
+
+use thiserror::Error;
 
 /// A basic string with everything escaped that TOML asks for, always on one line.
 pub(super) fn quote(text: &str) -> String {
@@ -25,22 +27,56 @@ pub(super) fn float(x: f64) -> String {
     if x.is_nan() { "nan".into() } else { format!("{x:?}") }
 }
 
-/// Fails unless the number is finite and not negative.
-pub(super) fn check_amount(what: &str, x: f64) -> Result<(), String> {
-    if x.is_finite() && x >= 0.0 {
-        Ok(())
-    } else {
-        Err(format!("{what} is {x}, but must be a finite number that is not negative"))
+/// A number that no file of ours may hold.
+#[derive(Debug, Clone, PartialEq, Error)]
+pub enum BadNumber {
+    /// Not finite, or negative.
+    #[error("{what} is {found}, but must be a finite number that is not negative")]
+    Amount {
+        /// The key.
+        what: String,
+        /// Its value.
+        found: f64,
+    },
+    /// Not finite, or not above 0.
+    #[error("{what} is {found}, but must be a positive finite number of {unit}")]
+    Rate {
+        /// The key.
+        what: String,
+        /// Its value.
+        found: f64,
+        /// What it counts.
+        unit: &'static str,
+    },
+    /// More bytes than a TOML integer can hold.
+    #[error("{what} is {bytes} bytes, which is more than the format can hold (8 EiB)")]
+    Bytes {
+        /// The key.
+        what: String,
+        /// Its value.
+        bytes: u64,
+    },
+}
+
+impl From<BadNumber> for String {
+    fn from(bad: BadNumber) -> String {
+        bad.to_string()
     }
 }
 
+/// Fails unless the number is finite and not negative.
+pub(super) fn check_amount(what: &str, found: f64) -> Result<(), BadNumber> {
+    if found.is_finite() && found >= 0.0 { Ok(()) } else { Err(BadNumber::Amount { what: what.into(), found }) }
+}
+
+/// Fails unless the number is finite and above 0.
+pub(super) fn check_rate(what: &str, found: f64, unit: &'static str) -> Result<(), BadNumber> {
+    if found.is_finite() && found > 0.0 { Ok(()) } else { Err(BadNumber::Rate { what: what.into(), found, unit }) }
+}
+
 /// Fails if the size cannot be written as a TOML integer.
-pub(super) fn check_bytes(what: &str, bytes: u64) -> Result<(), String> {
-    if i64::try_from(bytes).is_ok() {
-        Ok(())
-    } else {
-        Err(format!("{what} is {bytes} bytes, which is more than the format can hold (8 EiB)"))
-    }
+pub(super) fn check_bytes(what: &str, bytes: u64) -> Result<(), BadNumber> {
+    if i64::try_from(bytes).is_ok() { Ok(()) } else { Err(BadNumber::Bytes { what: what.into(), bytes }) }
 }
 
 #[cfg(test)]

@@ -19,10 +19,10 @@ use std::sync::Arc;
 use tier_plan_cuda::experts::PinnedExperts;
 use tier_plan_cuda::{Buffer, Device};
 use tier_plan_formats::gguf::{Advice, Gguf};
-use tier_plan_formats::machine::{Tier, TierKind};
+use tier_plan_formats::machine::{Medium, Tier};
 use tier_plan_formats::model::shape::{DenseKind, ModelShape};
 use tier_plan_formats::model::spec::{ModelSpec, MoeSpec, TensorId};
-use tier_plan_formats::placement::{LayerPlacement, Placement, PlanTier};
+use tier_plan_formats::placement::{LayerPlacement, Pins, Placement, PlanTier};
 use tier_plan_kernels::quant::{TensorType, dequantize_row};
 use tier_plan_kernels::threads::physical_cores;
 
@@ -91,12 +91,11 @@ pub(crate) fn load(
     let gpus = to_gpu::open(plan, &devices)?;
     let slow = plan.tiers.len() - 1;
     // What only stands for a slow device, or for memory, is read as fast as it goes.
-    let device = |t: &Tier| t.kind == TierKind::Nvme && !t.emulated;
-    let mode = if device(&plan.tiers[slow].tier) { ReadMode::from_env()? } else { ReadMode::Cached };
-    let mapped = |t: &Tier| matches!(t.kind, TierKind::Dram | TierKind::Pmem | TierKind::Cxl);
+    let mode = if plan.tiers[slow].tier.is_drive() { ReadMode::from_env()? } else { ReadMode::Cached };
+    let mapped = |t: &Tier| t.medium() == Medium::Addressable;
     let reads_files = slow > 0 || !mapped(&plan.tiers[slow].tier);
     let mut paths: Vec<PathBuf> = (0..gguf.n_parts()).map(|p| gguf.part_path(p).to_path_buf()).collect();
-    let pack = options.pack.as_ref().filter(|_| plan.tiers[slow].tier.kind == TierKind::Nvme);
+    let pack = options.pack.as_ref().filter(|_| plan.tiers[slow].tier.medium() == Medium::Drive);
     paths.extend(pack.map(|pack| pack.path().to_path_buf()));
     let files = if reads_files { Some(FileTier::open(&paths, mode)?) } else { None };
     let layers: Vec<LayerExperts> = plan
@@ -107,7 +106,7 @@ pub(crate) fn load(
             let homes = homes(placed, moe, mapped(&plan.tiers[slow].tier));
             let mut layer = LayerExperts::new(gguf, moe, homes, placed.slot_tier);
             if let Some(places) = pack.and_then(|pack| pack.places(placed.layer)) {
-                let pinned: HashSet<u32> = placed.pinned.iter().flat_map(|(_, experts)| experts).copied().collect();
+                let pinned: HashSet<u32> = placed.pinned.iter().flat_map(|pins| &pins.experts).copied().collect();
                 layer.use_copy(gguf.n_parts(), places, |expert| !pinned.contains(&(expert as u32)));
             }
             layer
@@ -117,13 +116,13 @@ pub(crate) fn load(
     let mut backings = Vec::new();
     for (i, t) in plan.tiers.iter().enumerate() {
         let pages = Pages::of_tier(&t.tier);
-        backings.push(match t.tier.kind {
-            TierKind::Nvme if i == slow => Backing::File,
+        backings.push(match t.tier.medium() {
+            Medium::Drive if i == slow => Backing::File,
             _ if t.uses_gpu() => Backing::Gpu,
             _ if i == slow && mapped(&t.tier) => Backing::Mapped,
             _ => Backing::Arena {
-                weights: Arena::on(&t.tier.name, t.dense_bytes + t.pinned_bytes, &pages)?,
-                buffers: Arena::on(&t.tier.name, t.slot_bytes + t.staging_bytes + padding[i], &pages)?,
+                weights: Arena::on(&t.tier.name, t.bytes.dense + t.bytes.pinned, &pages)?,
+                buffers: Arena::on(&t.tier.name, t.bytes.slots + t.bytes.staging + padding[i], &pages)?,
             },
         });
     }
@@ -131,9 +130,9 @@ pub(crate) fn load(
         // Little of the mapping is looked at from here on; what lies around that would only take up memory.
         gguf.advise_all(Advice::Random);
     }
-    let mut total = plan.tiers.iter().map(|t| t.dense_bytes + t.pinned_bytes).sum();
+    let mut total = plan.tiers.iter().map(|t| t.bytes.dense + t.bytes.pinned).sum();
     if options.checks.is_some() && matches!(backings[slow], Backing::Mapped) {
-        total += plan.tiers[slow].home_bytes;
+        total += plan.tiers[slow].bytes.home;
     }
     let resident = vec![0; plan.tiers.len()];
     let mut loader = Loader {
@@ -336,7 +335,7 @@ impl Loader<'_> {
                 progress(self.done, self.total);
             }
         }
-        for (tier, experts) in &placed.pinned {
+        for Pins { tier, experts } in &placed.pinned {
             if matches!(self.backings[*tier], Backing::Gpu) {
                 n_pinned += experts.len();
                 continue;

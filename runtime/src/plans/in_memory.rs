@@ -1,40 +1,28 @@
-//! The obvious plans: everything in main memory, in place in the mapped file, for running without a plan; and everything
-//! on one GPU.
+//! Default plans, made without a solver: everything in main memory, in place in the mapped file; everything on one GPU;
+//! and everything but the routed experts on one GPU.
 
 use tier_plan_formats::machine::{Accelerator, Tier, TierKind};
 use tier_plan_formats::model::kv::KvType;
 use tier_plan_formats::model::shape::ModelShape;
 use tier_plan_formats::placement::{
-    DensePlacement, LayerPlacement, Placement, PlanTier, Prediction, SlotPolicy, SolverReport,
+    DensePlacement, LayerPlacement, Pins, Placement, PlanTier, Prediction, SlotPolicy, SolverReport,
 };
 use tier_plan_formats::source_id::SourceId;
 
-/// A plan with one tier, `dram`, that holds the whole model where the system mapped it.
+/// Returns a plan with one tier, `dram`, that holds the whole model where the system mapped it.
 pub fn obvious(shape: &ModelShape, context: u32, kv_type: KvType) -> Placement {
-    let home_bytes = shape.experts.iter().map(|e| e.expert_bytes * u64::from(e.n_expert)).sum();
-    let mut tier = PlanTier {
-        tier: Tier {
-            name: "dram".into(),
-            kind: TierKind::Dram,
-            capacity_bytes: u64::MAX,
-            read_gbps: 1.0,
-            latency_us: 0.0,
-            emulated: false,
-            unit: None,
-            accelerator: Accelerator::default(),
-            source: "not measured".into(),
-        },
-        budget_bytes: u64::MAX,
-        dense_bytes: shape.dense.iter().map(|d| d.bytes).sum(),
-        pinned_bytes: 0,
-        slot_bytes: 0,
-        kv_bytes: kv_type.context_bytes(shape, context),
-        staging_bytes: 0,
-        home_bytes,
+    let dram = Tier {
+        name: "dram".into(),
+        kind: TierKind::Dram,
+        capacity_bytes: 0,
+        read_gbps: 1.0,
+        latency_us: 0.0,
+        emulated: false,
+        unit: None,
+        accelerator: Accelerator::default(),
+        source: "not measured".into(),
     };
-    tier.budget_bytes = tier.used_bytes();
-    tier.tier.capacity_bytes = tier.budget_bytes;
-    Placement {
+    let mut plan = Placement {
         name: "all-in-dram".into(),
         model: shape.id.clone(),
         profile: None,
@@ -46,7 +34,7 @@ pub fn obvious(shape: &ModelShape, context: u32, kv_type: KvType) -> Placement {
         kv_type,
         staging_tier: 0,
         staging_experts: 0,
-        tiers: vec![tier],
+        tiers: vec![PlanTier::new(dram, 0)],
         dense: shape.dense.iter().map(|d| DensePlacement { kind: d.kind, layer: d.layer, tier: 0 }).collect(),
         layers: shape
             .experts
@@ -69,33 +57,40 @@ pub fn obvious(shape: &ModelShape, context: u32, kv_type: KvType) -> Placement {
             goal: None,
         },
         predicted: Prediction::default(),
-    }
-}
-
-/// A plan with two tiers, `vram` and `dram`, that has the whole model on the first real GPU, keys and values too.
-pub fn all_on_gpu(shape: &ModelShape, context: u32, kv_type: KvType) -> Placement {
-    let mut plan = obvious(shape, context, kv_type);
-    plan.name = "all-in-vram".into();
-    let mut vram = plan.tiers[0].clone();
-    (vram.tier.name, vram.tier.kind) = ("vram".into(), TierKind::Vram);
-    (vram.pinned_bytes, vram.home_bytes) = (vram.home_bytes, 0);
-    let dram = &mut plan.tiers[0];
-    (dram.dense_bytes, dram.kv_bytes, dram.home_bytes) = (0, 0, 0);
-    plan.tiers.insert(0, vram);
-    plan.staging_tier = 1;
-    for (layer, experts) in plan.layers.iter_mut().zip(&shape.experts) {
-        layer.pinned.push((0, (0..experts.n_expert).collect()));
-        layer.slot_tier = 1;
-    }
+    };
+    set_sums_and_budgets(&mut plan, shape);
     plan
 }
 
-/// [`all_on_gpu`] with the routed experts in main memory, in place in the mapped file.
+/// Fills in the plan's sums, and makes every tier as large as they are.
+fn set_sums_and_budgets(plan: &mut Placement, shape: &ModelShape) {
+    plan.fill_sums(shape);
+    for tier in &mut plan.tiers {
+        tier.budget_bytes = tier.used_bytes();
+        tier.tier.capacity_bytes = tier.budget_bytes;
+    }
+}
+
+/// Returns a plan with two tiers, `vram` and `dram`, that has the whole model on the first real GPU, KV cache included.
+pub fn all_on_gpu(shape: &ModelShape, context: u32, kv_type: KvType) -> Placement {
+    let mut plan = experts_in_memory(shape, context, kv_type);
+    plan.name = "all-in-vram".into();
+    for (layer, experts) in plan.layers.iter_mut().zip(&shape.experts) {
+        layer.pinned = vec![Pins { tier: 0, experts: (0..experts.n_expert).collect() }];
+    }
+    plan.fill_sums(shape);
+    plan
+}
+
+/// Returns [`all_on_gpu`]'s plan with the routed experts in main memory, in place in the mapped file.
 pub fn experts_in_memory(shape: &ModelShape, context: u32, kv_type: KvType) -> Placement {
-    let mut plan = all_on_gpu(shape, context, kv_type);
+    let mut plan = obvious(shape, context, kv_type);
     plan.name = "experts-in-dram".into();
-    plan.layers.iter_mut().for_each(|layer| layer.pinned.clear());
-    let bytes = std::mem::take(&mut plan.tiers[0].pinned_bytes);
-    plan.tiers[1].home_bytes = bytes;
+    let mut vram = plan.tiers[0].clone();
+    (vram.tier.name, vram.tier.kind) = ("vram".into(), TierKind::Vram);
+    plan.tiers.insert(0, vram);
+    plan.staging_tier = 1;
+    plan.layers.iter_mut().for_each(|layer| layer.slot_tier = 1);
+    plan.fill_sums(shape);
     plan
 }

@@ -3,7 +3,8 @@
 use super::ModelError;
 use super::source::Source;
 use super::spec::{
-    Activation, GateUp, Gating, GqaSpec, LayerSpec, Linear, Mixer, ModelSpec, MoeSpec, NormSpan, RopeKind, SharedSpec,
+    Activation, GateUp, Gating, GqaSpec, Groups, LayerSpec, Linear, Mixer, ModelSpec, MoeSpec, NormSpan, QkNorm,
+    RopeKind, SharedSpec,
 };
 
 /// Sizes that every architecture states in the same keys.
@@ -56,7 +57,7 @@ pub(super) fn gqa(
     s: &Source<'_>,
     layer: usize,
     hidden: usize,
-    heads: (usize, usize),
+    heads: Heads,
     rope_kind: RopeKind,
     qk_norm: Option<NormSpan>,
 ) -> Result<Mixer, ModelError> {
@@ -68,11 +69,11 @@ pub(super) fn gqa_spec(
     s: &Source<'_>,
     layer: usize,
     hidden: usize,
-    heads: (usize, usize),
+    heads: Heads,
     rope_kind: RopeKind,
     qk_norm: Option<NormSpan>,
 ) -> Result<GqaSpec, ModelError> {
-    let (n_head, n_head_kv) = heads;
+    let Heads { n_head, n_head_kv } = heads;
     if !n_head.is_multiple_of(n_head_kv) {
         let what = format!("{n_head_kv} does not divide the {n_head} query heads");
         return Err(s.bad("attention.head_count_kv", what));
@@ -91,7 +92,7 @@ pub(super) fn gqa_spec(
                 NormSpan::Full => (n_head * key_dim, n_head_kv * key_dim),
             };
             let q = s.vector(&format!("{p}.attn_q_norm.weight"), q_len)?;
-            Some((q, s.vector(&format!("{p}.attn_k_norm.weight"), k_len)?, span))
+            Some(QkNorm { q, k: s.vector(&format!("{p}.attn_k_norm.weight"), k_len)?, span })
         }
     };
     let [q, k, v] = qkv(s, &p, hidden, [n_head * key_dim, n_head_kv * key_dim, n_head_kv * value_dim])?;
@@ -142,12 +143,21 @@ pub(super) fn qkv(s: &Source<'_>, prefix: &str, hidden: usize, rows: [usize; 3])
     }))
 }
 
-/// Query heads and key/value heads of every layer.
-pub(super) fn heads(s: &Source<'_>, n_layer: usize) -> Result<Vec<(usize, usize)>, ModelError> {
+/// The heads of one layer's attention.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Heads {
+    /// Query heads.
+    pub n_head: usize,
+    /// Key and value heads.
+    pub n_head_kv: usize,
+}
+
+/// Reads the heads of every layer, `[n_layer]`.
+pub(super) fn heads(s: &Source<'_>, n_layer: usize) -> Result<Vec<Heads>, ModelError> {
     let q = s.dim_per_layer("attention.head_count", n_layer)?;
     let kv =
         if s.has("attention.head_count_kv") { s.dim_per_layer("attention.head_count_kv", n_layer)? } else { q.clone() };
-    Ok(q.into_iter().zip(kv).collect())
+    Ok(q.into_iter().zip(kv).map(|(n_head, n_head_kv)| Heads { n_head, n_head_kv }).collect())
 }
 
 /// A property of an architecture's routing: the same in every file, or a key of the file.
@@ -262,7 +272,7 @@ fn gating(s: &Source<'_>, setting: &Setting<Gating>) -> Result<Gating, ModelErro
 }
 
 /// Groups of experts and how many of them are kept, where a file groups them.
-fn groups(s: &Source<'_>, n_expert: usize, n_used: usize) -> Result<Option<(usize, usize)>, ModelError> {
+fn groups(s: &Source<'_>, n_expert: usize, n_used: usize) -> Result<Option<Groups>, ModelError> {
     let n_group = s.opt_count("expert_group_count")? as usize;
     if n_group < 2 {
         return Ok(None);
@@ -277,7 +287,7 @@ fn groups(s: &Source<'_>, n_expert: usize, n_used: usize) -> Result<Option<(usiz
         let what = format!("{n_kept} of {n_group} groups; a token uses {n_used} of {n_expert} experts");
         return Err(s.bad(name, what));
     }
-    Ok((n_kept < n_group).then_some((n_group, n_kept)))
+    Ok((n_kept < n_group).then_some(Groups { n: n_group, kept: n_kept }))
 }
 
 fn shared_expert(s: &Source<'_>, layer: usize, hidden: usize, shared: &Shared) -> Result<SharedSpec, ModelError> {

@@ -5,7 +5,8 @@ use super::ModelError;
 use super::blocks::{Common, MoeOptions, Setting, Shared, heads, moe};
 use super::source::Source;
 use super::spec::{
-    Activation, Ffn, Gating, KvUp, LayerSpec, Mixer, MlaSpec, ModelSpec, RopeKind, RopeScaling, RopeSpec, Temperature,
+    Activation, Ffn, Gating, KvUp, LayerSpec, LowRank, Mixer, MlaSpec, ModelSpec, RopeKind, RopeScaling, RopeSpec,
+    Temperature,
 };
 
 pub(super) fn describe(s: &Source<'_>) -> Result<ModelSpec, ModelError> {
@@ -22,7 +23,7 @@ pub(super) fn describe(s: &Source<'_>) -> Result<ModelSpec, ModelError> {
         .map(|i| {
             Ok(LayerSpec {
                 mixer_norm: s.vector(&format!("blk.{i}.attn_norm.weight"), hidden)?,
-                mixer: mla.mixer(s, i, hidden, heads[i].0)?,
+                mixer: mla.mixer(s, i, hidden, heads[i].n_head)?,
                 ffn_norm: s.vector(&format!("blk.{i}.ffn_norm.weight"), hidden)?,
                 ffn: if i < n_dense {
                     Ffn::Dense(s.gated_ffn(i, hidden, dense[i])?)
@@ -103,7 +104,7 @@ impl Mla {
             let rank = s.dim("attention.q_lora_rank")?;
             let down = s.linear(&format!("{p}.attn_q_a"), hidden, rank)?;
             let norm = s.vector(&format!("{p}.attn_q_a_norm.weight"), rank)?;
-            (Some((down, norm)), s.linear(&format!("{p}.attn_q_b"), rank, q_out)?)
+            (Some(LowRank { down, norm }), s.linear(&format!("{p}.attn_q_b"), rank, q_out)?)
         };
         Ok(Mixer::Mla(MlaSpec {
             n_head,

@@ -9,7 +9,8 @@ use super::blocks::{Common, MoeOptions, Shared, expert_widths, moe, qkv};
 use super::qwen2moe::shared_widths;
 use super::source::Source;
 use super::spec::{
-    DeltaInput, DeltaRates, DeltaSpec, Ffn, GqaSpec, KeySharing, LayerSpec, Mixer, ModelSpec, NormSpan, RopeKind,
+    DeltaInput, DeltaRates, DeltaSpec, Ffn, GqaSpec, KeySharing, LayerSpec, Mixer, ModelSpec, NormSpan, QkNorm,
+    RopeKind,
 };
 use tier_plan_kernels::MAX_CONV_TAPS;
 
@@ -110,7 +111,7 @@ fn gated_attention(s: &Source<'_>, layer: usize, hidden: usize, heads: &Heads) -
         value_dim,
         scale,
         rope,
-        qk_norm: Some((q_norm, k_norm, NormSpan::Head)),
+        qk_norm: Some(QkNorm { q: q_norm, k: k_norm, span: NormSpan::Head }),
         gated: true,
         q,
         k,

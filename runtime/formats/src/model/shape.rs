@@ -1,7 +1,7 @@
 //! A model's sizes without its weights: all that a planner needs to know.
 
 use super::kv::KvRows;
-use super::spec::{Mixer, ModelSpec};
+use super::spec::{CacheRows, Mixer, ModelSpec};
 use super::{ModelError, describe};
 use crate::gguf::Gguf;
 use crate::source_id::SourceId;
@@ -176,6 +176,6 @@ pub fn mixer_rows(mixer: &Mixer) -> Vec<KvRows> {
         Mixer::Mla(attention) => 2 * attention.n_head as u64,
         Mixer::Delta(_) => 0,
     };
-    let rows = |(rows, width): (usize, usize)| KvRows { width: width as u64, per_token: rows as u64, queries, window };
+    let rows = |CacheRows { n, width }| KvRows { width: width as u64, per_token: n as u64, queries, window };
     mixer.cache_rows().into_iter().map(rows).collect()
 }

@@ -83,6 +83,17 @@ pub enum NormSpan {
     Full,
 }
 
+/// Norms of queries and keys.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct QkNorm {
+    /// Weights for queries, `[key_dim]` or `[n_head * key_dim]`.
+    pub q: TensorId,
+    /// Weights for keys, `[key_dim]` or `[n_head_kv * key_dim]`.
+    pub k: TensorId,
+    /// What each norm spans.
+    pub span: NormSpan,
+}
+
 /// Grouped-query attention.
 #[derive(Debug, Clone)]
 pub struct GqaSpec {
@@ -99,7 +110,7 @@ pub struct GqaSpec {
     /// Rotary position embedding of queries and keys.
     pub rope: RopeSpec,
     /// Norms of queries and keys before rotation.
-    pub qk_norm: Option<(TensorId, TensorId, NormSpan)>,
+    pub qk_norm: Option<QkNorm>,
     /// Each query head is followed by a gate of the same width in the rows of `q`: the head's result is multiplied by
     /// the sigmoid of it. `value_dim` is then `key_dim`.
     pub gated: bool,
@@ -135,8 +146,8 @@ pub struct MlaSpec {
     pub temperature: Option<Temperature>,
     /// Rotary position embedding of the last part of every query head and of the shared key part.
     pub rope: RopeSpec,
-    /// Where queries come from a low-rank projection: `[q_rank, hidden]`, and the norm after it, `[q_rank]`.
-    pub q_down: Option<(Linear, TensorId)>,
+    /// The first half of a low-rank query projection, where queries are compressed.
+    pub q_down: Option<LowRank>,
     /// `[n_head * (nope_dim + rope.dims), q_rank or hidden]`.
     pub q: Linear,
     /// To the latent and the shared key part, `[kv_rank + rope.dims, hidden]`.
@@ -147,6 +158,15 @@ pub struct MlaSpec {
     pub kv_up: KvUp,
     /// `[hidden, n_head * value_dim]`.
     pub o: Linear,
+}
+
+/// The projection of hidden states to compressed queries.
+#[derive(Debug, Clone, Copy)]
+pub struct LowRank {
+    /// `[q_rank, hidden]`.
+    pub down: Linear,
+    /// Norm of the compressed queries, `[q_rank]`.
+    pub norm: TensorId,
 }
 
 /// How a file holds the projections from the latent to keys and values.
@@ -312,6 +332,15 @@ pub struct SharedSpec {
     pub gate: Option<TensorId>,
 }
 
+/// Equal groups of a layer's experts, of which a token's router keeps the best.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Groups {
+    /// Number of groups; divides the number of experts.
+    pub n: usize,
+    /// Groups that a token may choose experts from.
+    pub kept: usize,
+}
+
 /// Routed experts of a layer.
 #[derive(Debug, Clone)]
 pub struct MoeSpec {
@@ -325,8 +354,8 @@ pub struct MoeSpec {
     pub n_expert: usize,
     /// Experts a token uses.
     pub n_used: usize,
-    /// Groups of experts and how many of them may be chosen from.
-    pub groups: Option<(usize, usize)>,
+    /// Groups that the choice is narrowed to first, where the router works in groups.
+    pub groups: Option<Groups>,
     /// Divide the chosen weights by their sum.
     pub normalize: bool,
     /// Factor on the weights.
@@ -381,6 +410,15 @@ impl Tensors {
     }
 }
 
+/// Rows of one width that a token adds to a layer's KV cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CacheRows {
+    /// Number of rows.
+    pub n: usize,
+    /// Values per row.
+    pub width: usize,
+}
+
 impl Mixer {
     /// What it reads.
     pub fn tensors(&self) -> Tensors {
@@ -388,14 +426,14 @@ impl Mixer {
         match self {
             Mixer::Gqa(a) => {
                 tensors.linears([&a.q, &a.k, &a.v, &a.o]);
-                if let Some((q, k, _)) = a.qk_norm {
+                if let Some(QkNorm { q, k, .. }) = a.qk_norm {
                     tensors.vectors.extend([q, k]);
                 }
                 tensors.vectors.extend(a.sinks);
             }
             Mixer::Mla(a) => {
-                if let Some((q_down, norm)) = &a.q_down {
-                    tensors.linears([q_down]);
+                if let Some(LowRank { down, norm }) = &a.q_down {
+                    tensors.linears([down]);
                     tensors.vectors.push(*norm);
                 }
                 tensors.linears([&a.q, &a.kv_down, &a.o]);
@@ -424,10 +462,10 @@ impl Mixer {
 
     /// Rows that one token adds to the layer's cache, and their widths in values: keys and values of each head, or one
     /// latent with its rotated key part.
-    pub fn cache_rows(&self) -> Vec<(usize, usize)> {
+    pub fn cache_rows(&self) -> Vec<CacheRows> {
         match self {
-            Mixer::Gqa(a) => vec![(a.n_head_kv, a.key_dim), (a.n_head_kv, a.value_dim)],
-            Mixer::Mla(a) => vec![(1, a.kv_rank + a.rope.dims)],
+            Mixer::Gqa(a) => [a.key_dim, a.value_dim].map(|width| CacheRows { n: a.n_head_kv, width }).to_vec(),
+            Mixer::Mla(a) => vec![CacheRows { n: 1, width: a.kv_rank + a.rope.dims }],
             Mixer::Delta(_) => Vec::new(),
         }
     }

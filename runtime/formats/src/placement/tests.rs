@@ -38,14 +38,15 @@ fn versions_mean_what_they_meant() {
         source: "declared".into(),
     };
     let [vram, dram] = [0, 1];
-    let lines =
-        |tier, budget_bytes, [dense_bytes, pinned_bytes, slot_bytes, kv_bytes, staging_bytes, home_bytes]: [u64; 6]| {
-            PlanTier { tier, budget_bytes, dense_bytes, pinned_bytes, slot_bytes, kv_bytes, staging_bytes, home_bytes }
-        };
+    let lines = |tier, budget_bytes, [dense, pinned, slots, kv, staging, home]: [u64; 6]| PlanTier {
+        tier,
+        budget_bytes,
+        bytes: TierBytes { dense, pinned, slots, kv, staging, home },
+    };
     let dense = |kind, layer, tier| DensePlacement { kind, layer, tier };
     let layer = |layer, pinned: Vec<(TierIdx, Vec<u32>)>, slots, slot_tier| LayerPlacement {
         layer,
-        pinned,
+        pinned: pinned.into_iter().map(|(tier, experts)| Pins { tier, experts }).collect(),
         slots,
         slot_tier,
         policy: SlotPolicy::Lru,
@@ -309,7 +310,7 @@ fn errors_say_what_and_how_to_mend() {
         (
             "budget_bytes = 3000000",
             "budget_bytes = 2493215",
-            "the lines of tier 'vram' add up to 2493216 bytes (2.38 MiB), but its budget_bytes is 2493215 (2.38 MiB); solve again with a larger budget",
+            "the lines of tier 'vram' add up to 2493216 bytes (2.38 MiB), but its budget_bytes is 2493215 (2.38 MiB)",
         ),
         (
             "home_bytes = 0",
@@ -359,7 +360,7 @@ fn a_short_text_cannot_ask_for_much_memory() {
         "layers = \"2-4\"\npinned = { dram = \"0-31\" }",
         "layers = \"2-4\"\npinned = { dram = \"0-65535\" }",
     ));
-    assert_eq!(error.unwrap().layers[1].pinned[0].1.len(), 65_536);
+    assert_eq!(error.unwrap().layers[1].pinned[0].experts.len(), 65_536);
     let error = load(&v1_with(
         "layers = \"2-4\"\npinned = { dram = \"0-31\" }",
         "layers = \"2-4000\"\npinned = { dram = \"0-65535\" }",
@@ -395,30 +396,30 @@ fn only_a_sound_plan_is_written() {
     };
     refuse(|p| p.kv_tier = 3, "kv_tier is tier number 3, but the plan has 3");
     refuse(|p| p.layers[0].slot_tier = 9, "layer 1: slot_tier is tier number 9");
-    refuse(|p| p.layers[0].pinned[0].0 = 9, "layer 1: a tier of pinned experts is tier number 9");
-    refuse(|p| p.layers[0].pinned[1].0 = 0, "tier 'vram' is listed twice under pinned");
-    refuse(|p| p.layers[0].pinned[0].1 = vec![3, 3], "on tier 'vram', expert 3 comes after expert 3");
+    refuse(|p| p.layers[0].pinned[0].tier = 9, "layer 1: a tier of pinned experts is tier number 9");
+    refuse(|p| p.layers[0].pinned[1].tier = 0, "tier 'vram' is listed twice under pinned");
+    refuse(|p| p.layers[0].pinned[0].experts = vec![3, 3], "on tier 'vram', expert 3 comes after expert 3");
     refuse(|p| p.layers.swap(0, 1), "layer 1 comes after layer 2");
     refuse(|p| p.predicted.dense_s = vec![1.0; 4], "predicted.dense_s has 4 parts, but the plan has 3 tiers");
     refuse(|p| p.dense[0].layer = Some(0), "the Embedding group stands in layer 0, but has no layer");
     refuse(|p| p.dense[1].layer = None, "the Attention group has no layer");
     refuse(|p| p.tiers.clear(), "no tier");
-    refuse(|p| p.tiers[1].kv_bytes = 1, "kv_bytes of tier 'dram' must be 0: a layer's keys and values are on");
+    refuse(|p| p.tiers[1].bytes.kv = 1, "kv_bytes of tier 'dram' must be 0: a layer's KV cache is on");
     // A real GPU has its own layers' keys and values, and no others.
     refuse(
         |p| p.tiers[0].tier.emulated = false,
-        "kv_tier is 'vram', a GPU's memory, but the attention of layer 4 is on 'dram', and so its keys and values can't",
+        "kv_tier is 'vram', a GPU's memory, but the attention of layer 4 is on 'dram', and so its KV cache can't",
     );
     refuse(
         |p| {
-            (p.tiers[0].tier.emulated, p.kv_tier, p.tiers[1].kv_bytes) = (false, 1, 64);
+            (p.tiers[0].tier.emulated, p.kv_tier, p.tiers[1].bytes.kv) = (false, 1, 64);
             p.dense.iter_mut().for_each(|d| d.tier = 0);
         },
-        "kv_bytes of tier 'dram' must be 0: a layer's keys and values are on the GPU that has its attention",
+        "kv_bytes of tier 'dram' must be 0: a layer's KV cache is on the GPU that has its attention",
     );
     let mut split = plan.clone();
     (split.tiers[0].tier.emulated, split.kv_tier) = (false, 1);
-    (split.tiers[1].kv_bytes, split.tiers[1].budget_bytes, split.tiers[1].tier.capacity_bytes) = (64, 1 << 30, 1 << 30);
+    (split.tiers[1].bytes.kv, split.tiers[1].budget_bytes, split.tiers[1].tier.capacity_bytes) = (64, 1 << 30, 1 << 30);
     split.write(&dir.path().join("split.toml")).unwrap();
     assert_eq!(split.cache_tiers(7), [0, 0, 0, 0, 1, 0, 1]);
     assert_eq!(read(&path).unwrap(), plan, "the file from before is still there");
@@ -459,7 +460,10 @@ fn any_layers(tiers: Vec<Tier>) -> impl Strategy<Value = Vec<LayerPlacement>> {
                 let of = |t| owner.iter().filter(|&(_, &o)| o == t).map(|(&e, _)| e).collect::<Vec<u32>>();
                 LayerPlacement {
                     layer,
-                    pinned: (0..n).map(|t| (t, of(t))).filter(|(_, e)| !e.is_empty()).collect(),
+                    pinned: (0..n)
+                        .map(|tier| Pins { tier, experts: of(tier) })
+                        .filter(|p| !p.experts.is_empty())
+                        .collect(),
                     slots: *slots,
                     slot_tier: memory[slot_tier.index(memory.len())],
                     policy: *policy,
@@ -555,19 +559,10 @@ fn any_plan() -> impl Strategy<Value = Placement> {
                 let memory = memory(&tiers);
                 let last = tiers.len() - 1;
                 let line = |(at, (tier, (l, spare))): (usize, (Tier, ([u64; 6], u64)))| {
-                    let home_bytes = if at == last { l[5] } else { 0 };
-                    let budget_bytes = l[..5].iter().sum::<u64>() + home_bytes + spare;
-                    let [dense_bytes, pinned_bytes, slot_bytes, kv_bytes, staging_bytes, _] = l;
-                    PlanTier {
-                        tier,
-                        budget_bytes,
-                        dense_bytes,
-                        pinned_bytes,
-                        slot_bytes,
-                        kv_bytes,
-                        staging_bytes,
-                        home_bytes,
-                    }
+                    let home = if at == last { l[5] } else { 0 };
+                    let [dense, pinned, slots, kv, staging, _] = l;
+                    let bytes = TierBytes { dense, pinned, slots, kv, staging, home };
+                    PlanTier { tier, budget_bytes: bytes.total() + spare, bytes }
                 };
                 let (dense, layers, solver, predicted) = body;
                 let mut plan = Placement {
@@ -604,7 +599,7 @@ fn any_plan() -> impl Strategy<Value = Placement> {
                 if has.is_empty() {
                     has.push(plan.kv_tier);
                 }
-                plan.tiers.iter_mut().enumerate().filter(|(t, _)| !has.contains(t)).for_each(|(_, t)| t.kv_bytes = 0);
+                plan.tiers.iter_mut().enumerate().filter(|(t, _)| !has.contains(t)).for_each(|(_, t)| t.bytes.kv = 0);
                 plan
             },
         )

@@ -1,6 +1,9 @@
 //! The text of versions 1 to 5 of a plan, read through wire structs for safety; [`super::write`] writes it.
 
-use super::{DensePlacement, Goal, LayerPlacement, Placement, PlanTier, Prediction, SlotPolicy, SolverReport, TierIdx};
+use super::{
+    DensePlacement, Goal, LayerPlacement, Pins, Placement, PlanTier, Prediction, SlotPolicy, SolverReport, TierBytes,
+    TierIdx,
+};
 use crate::kind::toml_words;
 use crate::machine::{Accelerator, Tier, WireKind, check_unit};
 use crate::model::kv::KvType;
@@ -163,10 +166,10 @@ fn decode_layer(
         let experts = ranges::parse(&experts, "expert", MAX_EXPERT, allowance).map_err(explain)?;
         count += experts.len() as u64;
         if !experts.is_empty() {
-            pinned.push((tier, experts));
+            pinned.push(Pins { tier, experts });
         }
     }
-    pinned.sort_by_key(|(tier, _)| *tier);
+    pinned.sort_by_key(|pins| pins.tier);
     // The table is copied for every layer it stands for, so the copies count too.
     allowance.take(count * (numbers.len() as u64 - 1)).map_err(explain)?;
     let slot_tier = names.find(&wire.slot_tier, "slot_tier").map_err(explain)?;
@@ -367,12 +370,14 @@ impl WireTier {
                 source: self.source,
             },
             budget_bytes: self.budget_bytes,
-            dense_bytes: self.dense_bytes,
-            pinned_bytes: self.pinned_bytes,
-            slot_bytes: self.slot_bytes,
-            kv_bytes: self.kv_bytes,
-            staging_bytes: self.staging_bytes,
-            home_bytes: self.home_bytes,
+            bytes: TierBytes {
+                dense: self.dense_bytes,
+                pinned: self.pinned_bytes,
+                slots: self.slot_bytes,
+                kv: self.kv_bytes,
+                staging: self.staging_bytes,
+                home: self.home_bytes,
+            },
         }
     }
 }

@@ -1,7 +1,7 @@
 //! The text of a plan, written by hand for people: what [`super::wire`] reads.
 
 use super::wire::BY_LAYER;
-use super::{LayerPlacement, PLACEMENT, Placement, PlanTier, Prediction, SlotPolicy, TierIdx};
+use super::{LayerPlacement, PLACEMENT, Pins, Placement, PlanTier, Prediction, SlotPolicy, TierIdx};
 use crate::machine::Accelerator;
 use crate::model::shape::DenseKind;
 use crate::ranges;
@@ -133,7 +133,7 @@ fn encode_tier(tier: &PlanTier, out: &mut Text) {
     }
     out.field("source", quote(&tier.tier.source));
     out.field("budget_bytes", tier.budget_bytes);
-    for (key, bytes) in tier.lines() {
+    for (key, bytes) in tier.bytes.lines() {
         out.field(key, bytes);
     }
 }
@@ -152,9 +152,9 @@ fn encode_layers<'a>(plan: &Placement, out: &mut Text, name: impl Fn(TierIdx) ->
         } else {
             out.field("layers", quote(&format!("{}-{}", first.layer, last.layer)));
         }
-        let mut pinned: Vec<&(TierIdx, Vec<u32>)> = first.pinned.iter().filter(|(_, e)| !e.is_empty()).collect();
-        pinned.sort_by_key(|(tier, _)| *tier);
-        let pinned = pinned.iter().map(|(tier, e)| format!("{} = {}", name(*tier), quote(&ranges::show(e))));
+        let mut pinned: Vec<&Pins> = first.pinned.iter().filter(|pins| !pins.experts.is_empty()).collect();
+        pinned.sort_by_key(|pins| pins.tier);
+        let pinned = pinned.iter().map(|pins| format!("{} = {}", name(pins.tier), quote(&ranges::show(&pins.experts))));
         out.field("pinned", table(pinned));
         out.field("slots", first.slots);
         out.field("slot_tier", quote(name(first.slot_tier)));

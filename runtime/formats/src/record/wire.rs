@@ -297,5 +297,8 @@ pub(super) fn check(record: &RunRecord) -> Result<(), String> {
         ("prompt_gflops", &predicted.prompt_gflops),
     ];
     let parts = parts.into_iter().flat_map(|(what, parts)| parts.iter().map(move |&x| (what, x)));
-    scalars.into_iter().chain(parts).try_for_each(|(what, x)| check_amount(&format!("predicted.{what}"), x))
+    for (what, x) in scalars.into_iter().chain(parts) {
+        check_amount(&format!("predicted.{what}"), x)?;
+    }
+    Ok(())
 }
