@@ -1,15 +1,16 @@
 //! `machine.toml`: the memory tiers of a machine with their capacities and measured or declared rates.
 
+mod check;
 mod wire;
+mod write;
 
+pub(crate) use check::check_tiers;
 pub(super) use wire::{WireKind, check_unit};
 
 use super::kind::MACHINE;
-use super::text::{check_amount, check_bytes, check_rate, float, quote};
 use crate::source_id::SourceId;
-use crate::units::parse_bytes;
 use crate::{FormatError, safely};
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::BTreeMap;
 use std::fmt;
 use std::path::Path;
 
@@ -121,25 +122,6 @@ impl Accelerator {
             Some((key, _)) => {
                 Err(format!("{key} is a key of version {from}; write `version = {from}`, or leave it out"))
             }
-            None => Ok(()),
-        }
-    }
-
-    fn check(&self, tier: &Tier) -> Result<(), String> {
-        let name = &tier.name;
-        if let Some((key, _)) = self.keys().next().filter(|_| tier.medium() != Medium::Gpu) {
-            return Err(format!("tier '{name}' is of kind \"{}\": only VRAM has {key}; leave it out", tier.kind));
-        }
-        for (key, time) in self.keys().filter(|(key, _)| *key != "link_gbps") {
-            check_amount(&format!("{key} of tier '{name}'"), time)?;
-            if tier.emulated {
-                return Err(format!(
-                    "tier '{name}' is emulated and takes what the machine declares for a layer; leave {key} out"
-                ));
-            }
-        }
-        match self.link_gbps {
-            Some(rate) => Ok(check_rate(&format!("link_gbps of tier '{name}'"), rate, GBPS)?),
             None => Ok(()),
         }
     }
@@ -301,76 +283,6 @@ pub fn read(path: &Path) -> Result<Machine, FormatError> {
 }
 
 impl Machine {
-    /// The file as text. The identity is not written: it is the hash of this text.
-    pub fn encode(&self) -> String {
-        let mut out = String::new();
-        out.push_str(&format!("format = {}\nversion = {}\n", quote(MACHINE.format), self.version()));
-        out.push_str(&format!("name = {}\n", quote(&self.name)));
-        out.push_str(&format!("description = {}\n", quote(&self.description)));
-        out.push_str(&format!("layer_overhead_us = {}\n", float(self.layer_overhead_us)));
-        out.push_str(&format!("token_overhead_us = {}\n", float(self.token_overhead_us)));
-        let extras = &self.extras;
-        let efficiency = (extras.efficiency != 1.0).then_some(extras.efficiency);
-        for (key, value) in [
-            ("efficiency", efficiency),
-            ("load_gbps", extras.load_gbps),
-            ("price_usd", extras.price_usd),
-            ("watts", extras.watts),
-        ] {
-            if let Some(value) = value {
-                out.push_str(&format!("{key} = {}\n", float(value)));
-            }
-        }
-        if let Some(source) = &extras.watts_source {
-            out.push_str(&format!("watts_source = {}\n", quote(source)));
-        }
-        if let Some(calibration) = &extras.calibration {
-            out.push_str(&format!("\n[calibration]\nwhen = {}\n", quote(&calibration.when)));
-            out.push_str(&format!("records = {}\n", calibration.records));
-            out.push_str(&format!("error_before = {}\n", float(calibration.error_before)));
-            out.push_str(&format!("error_after = {}\n", float(calibration.error_after)));
-        }
-        for tier in &self.tiers {
-            out.push_str("\n[[tier]]\n");
-            out.push_str(&format!("name = {}\n", quote(&tier.name)));
-            out.push_str(&format!("kind = {}\n", quote(tier.kind.as_str())));
-            out.push_str(&format!("capacity = {}\n", show_capacity(tier.capacity_bytes)));
-            out.push_str(&format!("read_gbps = {}\n", float(tier.read_gbps)));
-            out.push_str(&format!("latency_us = {}\n", float(tier.latency_us)));
-            out.push_str(&format!("emulated = {}\n", tier.emulated));
-            if let Some((key, number)) = tier.unit_key() {
-                out.push_str(&format!("{key} = {number}\n"));
-            }
-            for (key, value) in tier.accelerator.keys() {
-                out.push_str(&format!("{key} = {}\n", float(value)));
-            }
-            if let Some(price) = extras.usd_per_gb.get(&tier.name) {
-                out.push_str(&format!("usd_per_gb = {}\n", float(*price)));
-            }
-            if let Some(rate) = extras.prompt_gflops.get(&tier.name) {
-                out.push_str(&format!("prompt_gflops = {}\n", float(*rate)));
-            }
-            if let Some(link) = extras.links.get(&tier.name) {
-                let rates = link.rates().map(|(key, rate)| format!("{key} = {}", float(rate)));
-                out.push_str(&format!("link = {{ {} }}\n", rates.join(", ")));
-            }
-            out.push_str(&format!("source = {}\n", quote(&tier.source)));
-        }
-        out
-    }
-
-    /// The oldest version that has all its keys.
-    fn version(&self) -> u32 {
-        let extras = &self.extras;
-        let units = self.tiers.iter().any(|t| t.unit.is_some());
-        match () {
-            () if self.tiers.iter().any(|t| t.accelerator != Accelerator::default()) => 4,
-            () if units || !extras.links.is_empty() || extras.watts_source.is_some() => 3,
-            () if extras.prompt_gflops.is_empty() && extras.calibration.is_none() => 1,
-            () => 2,
-        }
-    }
-
     /// Writes the file, or says why its content would not be readable again.
     pub fn write(&self, path: &Path) -> Result<(), FormatError> {
         self.check().map_err(|what| FormatError::invalid(path, what))?;
@@ -407,141 +319,6 @@ impl Machine {
         let of = |tier: &Tier| known.get(&tier.name).or(of_cpu.filter(|_| tier.medium() != Medium::Gpu));
         if known.is_empty() { Vec::new() } else { self.tiers.iter().map(|t| of(t).copied().unwrap_or(0.0)).collect() }
     }
-
-    fn check(&self) -> Result<(), String> {
-        let extras = &self.extras;
-        if !(extras.efficiency > 0.0 && extras.efficiency <= 1.0) {
-            return Err(format!("efficiency is {}, but must be above 0 and at most 1", extras.efficiency));
-        }
-        if let Some(rate) = extras.load_gbps {
-            check_rate("load_gbps", rate, GBPS)?;
-        }
-        for (key, value) in [("price_usd", extras.price_usd), ("watts", extras.watts)] {
-            check_amount(key, value.unwrap_or(0.0))?;
-        }
-        for (tier, price) in &extras.usd_per_gb {
-            check_amount(&format!("usd_per_gb of tier '{tier}'"), *price)?;
-        }
-        for (tier, rate) in &extras.prompt_gflops {
-            check_rate(&format!("prompt_gflops of tier '{tier}'"), *rate, "10^9 floating-point operations per second")?;
-        }
-        for (tier, link) in &extras.links {
-            for (key, rate) in link.rates() {
-                check_rate(&format!("link.{key} of tier '{tier}'"), rate, GBPS)?;
-            }
-        }
-        if let Some(calibration) = &extras.calibration {
-            check_amount("calibration.error_before", calibration.error_before)?;
-            check_amount("calibration.error_after", calibration.error_after)?;
-        }
-        check_amount("layer_overhead_us", self.layer_overhead_us)?;
-        check_amount("token_overhead_us", self.token_overhead_us)?;
-        check_tiers(self.tiers.iter())?;
-        for pair in self.tiers.windows(2) {
-            if pair[0].read_gbps < pair[1].read_gbps {
-                return Err(format!(
-                    "tier '{}' ({} GB/s) stands before tier '{}' ({} GB/s); list the tiers from fastest to slowest, \
-                     since experts that are not pinned live on the last one",
-                    pair[0].name, pair[0].read_gbps, pair[1].name, pair[1].read_gbps
-                ));
-            }
-        }
-        Ok(())
-    }
-}
-
-/// What holds for the tiers of a machine and of a plan alike, whatever their order.
-pub(super) fn check_tiers<'a>(tiers: impl Iterator<Item = &'a Tier>) -> Result<(), String> {
-    const MAX_TIERS: usize = 16;
-    const MAX_UNIT: u32 = 1023;
-    let mut names = HashSet::new();
-    let mut drams = Vec::new();
-    let mut units = HashMap::new();
-    let mut last: Option<&Tier> = None;
-    for tier in tiers {
-        let name = &tier.name;
-        if name.is_empty()
-            || name.len() > 64
-            || !name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-'))
-        {
-            return Err(format!("tier name {} must be 1 to 64 letters, digits, '-' or '_'", quote(name)));
-        }
-        if !names.insert(name.as_str()) {
-            return Err(format!("two tiers are named '{name}'; give each its own name"));
-        }
-        if names.len() > MAX_TIERS {
-            return Err(format!("more than {MAX_TIERS} tiers; merge those of like speed"));
-        }
-        if tier.capacity_bytes == 0 {
-            return Err(format!("tier '{name}' has a capacity of 0; leave the tier out"));
-        }
-        check_bytes(&format!("the capacity of tier '{name}'"), tier.capacity_bytes)?;
-        check_rate(&format!("read_gbps of tier '{name}'"), tier.read_gbps, GBPS)?;
-        check_amount(&format!("latency_us of tier '{name}'"), tier.latency_us)?;
-        tier.accelerator.check(tier)?;
-        if tier.kind == TierKind::Dram {
-            drams.push(tier);
-        }
-        if let Some((key, number)) = tier.unit_key() {
-            if tier.medium() == Medium::Drive {
-                return Err(format!("tier '{name}' is a block device, which has no {key}; leave the line out"));
-            }
-            if number > MAX_UNIT {
-                return Err(format!("{key} of tier '{name}' is {number}, but {MAX_UNIT} is the most"));
-            }
-            if let Some(other) = units.insert((key, number), name) {
-                return Err(format!("tiers '{other}' and '{name}' both have {key} {number}; merge them"));
-            }
-        }
-        last = Some(tier);
-    }
-    if names.is_empty() {
-        return Err("no tier; add a [[tier]] table for each kind of memory".into());
-    }
-    match drams.as_slice() {
-        [_] => {}
-        [] => return Err("no tier of kind \"dram\"; add the main memory, where the rest of the program works".into()),
-        several => {
-            if let Some(without) = several.iter().find(|t| t.unit.is_none()) {
-                let [first, second, ..] = several else { return Ok(()) };
-                return Err(format!(
-                    "tiers '{}' and '{}' are both of kind \"dram\", and '{}' does not say which memory node it is; there \
-                     can be only one, or one for each `node`",
-                    first.name, second.name, without.name
-                ));
-            }
-        }
-    }
-    match last.filter(|t| t.node().is_some()) {
-        // What lives there for good is looked at in the mapped file, whose pages the system puts where it likes.
-        Some(tier) => Err(format!(
-            "tier '{}' is the last one, where experts stay in the mapped file, and has a `node`; leave the line out, or \
-             add the drive as the last tier",
-            tier.name
-        )),
-        None => Ok(()),
-    }
-}
-
-/// A capacity for people when that is short and exact (`"24GiB"`, `"768GB"`), else the number of bytes.
-fn show_capacity(bytes: u64) -> String {
-    const UNITS: [(u64, &str); 7] = [
-        (1 << 40, "TiB"),
-        (1 << 30, "GiB"),
-        (1 << 20, "MiB"),
-        (1 << 10, "KiB"),
-        (1_000_000_000_000, "TB"),
-        (1_000_000_000, "GB"),
-        (1_000_000, "MB"),
-    ];
-    for (scale, unit) in UNITS {
-        let text = format!("{}{unit}", bytes as f64 / scale as f64);
-        // A longer decimal says no more than the number of bytes does.
-        if bytes >= scale && text.len() <= 10 && parse_bytes(&text) == Ok(bytes) {
-            return quote(&text);
-        }
-    }
-    bytes.to_string()
 }
 
 #[cfg(test)]

@@ -162,7 +162,7 @@ fn capacities_are_written_for_people_when_exact() {
         (1025, "1025"),
         (1, "1"),
     ] {
-        let shown = show_capacity(bytes);
+        let shown = super::write::show_capacity(bytes);
         assert_eq!(shown, text);
     }
 }

@@ -59,7 +59,7 @@ pub(crate) fn check_unit(
     if other.is_some() {
         return Err(format!(
             "tier '{tier}' is of kind \"{kind}\": which one it is says `{key}`, the number of {}",
-            if kind == TierKind::Vram { "the GPU" } else { "the memory node" }
+            if kind == TierKind::Vram { "the GPU" } else { "the NUMA node" }
         ));
     }
     if (node.is_some() || device.is_some()) && version < from {

@@ -32,17 +32,10 @@ pub(super) fn decode(text: &str) -> Result<Placement, String> {
         Some(name) => name.parse().map_err(|e| format!("kv_type: {e}"))?,
         None => KvType::default(),
     };
-    let of_3 = &wire.predicted;
-    if wire.version < 3 && (of_3.at.is_some() || of_3.kv_s.is_some() || !of_3.prompt_gflops.is_empty()) {
-        return Err(
-            "predicted.at, kv_s and prompt_gflops are keys of version 3; write `version = 3`, or leave them out".into(),
-        );
-    }
     for tier in &wire.tier {
         check_unit(&tier.name, tier.kind.into(), tier.node, tier.device, (wire.version, 4))?;
         tier.accelerator().check_version((wire.version, 5))?;
     }
-    let goal = decode_goal(&wire.solver, wire.version)?;
     let mut allowance = Allowance::for_a_file();
     let names = Names::new(&wire.tier);
     let dense = decode_dense(wire.dense, &names, &mut allowance)?;
@@ -64,31 +57,38 @@ pub(super) fn decode(text: &str) -> Result<Placement, String> {
         staging_experts: wire.staging.experts,
         dense,
         layers,
-        solver: SolverReport {
-            backend: wire.solver.backend,
-            status: wire.solver.status,
-            objective_s: wire.solver.objective_s,
-            bound_s: wire.solver.bound_s,
-            gap: wire.solver.gap,
-            solve_s: wire.solver.solve_s,
-            goal,
-        },
-        predicted: Prediction {
-            decode_tok_s: wire.predicted.decode_tok_s,
-            prompt_tok_s: wire.predicted.prompt_tok_s,
-            overhead_s: wire.predicted.overhead_s,
-            dense_s: names.by_tier(wire.predicted.dense_s, "predicted.dense_s")?,
-            expert_s: names.by_tier(wire.predicted.expert_s, "predicted.expert_s")?,
-            expert_critical_s: wire.predicted.expert_critical_s,
-            hit_rate: wire.predicted.hit_rate,
-            read_bytes: names.by_tier(wire.predicted.read_bytes, "predicted.read_bytes")?,
-            emulated: wire.predicted.emulated,
-            at: wire.predicted.at.unwrap_or(0),
-            kv_s: wire.predicted.kv_s.unwrap_or(0.0),
-            prompt_gflops: names.by_tier(wire.predicted.prompt_gflops, "predicted.prompt_gflops")?,
-        },
+        solver: decode_solver(wire.solver, wire.version)?,
+        predicted: decode_prediction(wire.predicted, wire.version, &names)?,
         tiers: wire.tier.into_iter().map(WireTier::into_tier).collect(),
     })
+}
+
+fn decode_prediction(wire: WirePrediction, version: u64, names: &Names) -> Result<Prediction, String> {
+    if version < 3 && (wire.at.is_some() || wire.kv_s.is_some() || !wire.prompt_gflops.is_empty()) {
+        return Err(
+            "predicted.at, kv_s and prompt_gflops are keys of version 3; write `version = 3`, or leave them out".into(),
+        );
+    }
+    Ok(Prediction {
+        decode_tok_s: wire.decode_tok_s,
+        prompt_tok_s: wire.prompt_tok_s,
+        overhead_s: wire.overhead_s,
+        dense_s: names.by_tier(wire.dense_s, "predicted.dense_s")?,
+        expert_s: names.by_tier(wire.expert_s, "predicted.expert_s")?,
+        expert_critical_s: wire.expert_critical_s,
+        hit_rate: wire.hit_rate,
+        read_bytes: names.by_tier(wire.read_bytes, "predicted.read_bytes")?,
+        emulated: wire.emulated,
+        at: wire.at.unwrap_or(0),
+        kv_s: wire.kv_s.unwrap_or(0.0),
+        prompt_gflops: names.by_tier(wire.prompt_gflops, "predicted.prompt_gflops")?,
+    })
+}
+
+fn decode_solver(wire: WireSolver, version: u64) -> Result<SolverReport, String> {
+    let goal = decode_goal(&wire, version)?;
+    let WireSolver { backend, status, objective_s, bound_s, gap, solve_s, .. } = wire;
+    Ok(SolverReport { backend, status, objective_s, bound_s, gap, solve_s, goal })
 }
 
 fn decode_goal(wire: &WireSolver, version: u64) -> Result<Option<Goal>, String> {
