@@ -98,9 +98,9 @@ fn what_cannot_be_is_refused_with_the_numbers() {
     let model = demo_model();
     let model = model.to_str().unwrap();
     let list = ["bench", model, "-p", "4", "-n", "4", "-r", "1", "--dram"];
-    let line = refused(folder.path(), &[&list[..], &[NONE]].concat(), &["5.00 MiB", "dense weights", "the least is"]);
+    let line = refused(folder.path(), &[&list[..], &[NONE]].concat(), &["5.00 MiB", "dense weights", "needs at least"]);
     // The least that the message names is enough.
-    let least = line.split("the least is ").nth(1).unwrap().split(',').next().unwrap().replace(' ', "");
+    let least = line.split("needs at least ").nth(1).unwrap().split(" of memory").next().unwrap().replace(' ', "");
     let least: f64 = least.strip_suffix("MiB").unwrap().parse().unwrap();
     succeeded(run_in(folder.path(), &[&list[..], &[&format!("{}MiB", least.ceil())]].concat()));
     refused(folder.path(), &[&list[..], &["plenty"]].concat(), &["--dram plenty"]);

@@ -1,4 +1,5 @@
-//! `machine.toml`: the memory tiers of a machine with their capacities and measured or declared rates.
+//! `machine.toml`: the memory tiers of a machine with their capacities and measured or declared
+//! rates.
 
 mod check;
 mod wire;
@@ -71,52 +72,55 @@ impl fmt::Display for TierKind {
     }
 }
 
-/// One tier.
+/// A memory tier of a machine.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Tier {
     /// A short unique name, `vram`, `dram`, `slow`.
     pub name: String,
-    /// What it is.
+    /// Its kind of memory.
     pub kind: TierKind,
     /// Bytes it can hold.
     pub capacity_bytes: u64,
-    /// Rate at which expert-sized pieces are read from it, in 10⁹ bytes a second.
+    /// Rate at which expert-sized pieces are read from it, in 10⁹ bytes per second.
     pub read_gbps: f64,
-    /// Fixed time before the first byte of one read (slow tiers) or of one launch (VRAM), in microseconds.
+    /// Fixed time before the first byte of one read (slow tiers) or of one launch (VRAM), in
+    /// microseconds.
     pub latency_us: f64,
-    /// The rate, latency and capacity are declared, and run on top of real memory that is faster.
+    /// Whether rate, latency, and capacity are declared, and run on top of real memory that is
+    /// faster.
     pub emulated: bool,
-    /// Which one of its kind: the memory node of host memory whose pages must be there, or the number of the GPU.
+    /// Which one of its kind: the NUMA node that host memory must be on, or the number of the GPU.
     pub unit: Option<u32>,
     /// Of VRAM, what computing there takes beside reading it.
     pub accelerator: Accelerator,
-    /// Where the figures come from, in words: `measured 2026-11-22`, `spec`, a paper.
+    /// Source of the figures: `measured 2026-11-22`, `spec`, a paper.
     pub source: String,
 }
 
 /// What computing on an accelerator takes beside reading its memory, as far as it is known.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Accelerator {
-    /// Rate at which what is brought there crosses its link, in 10⁹ bytes a second. Without it the link is taken to be no
-    /// slower than what lies at its other end.
+    /// Rate of transfers to it over its link, in 10⁹ bytes per second. Without it, the link is
+    /// taken to be no slower than the tier at its other end.
     pub link_gbps: Option<f64>,
-    /// Fixed time of a layer whose attention is there and whose experts are not all there, beside that of any layer: its
-    /// launches, and the way there and back; in microseconds.
+    /// Fixed time per layer whose attention is there and whose experts are not all there, added to
+    /// that of any layer, in microseconds: kernel launches and transfers of the hidden state.
     pub layer_us: Option<f64>,
-    /// Fixed time of a layer of a model all of which is there, in place of all other fixed times of a layer, in
-    /// microseconds.
+    /// Fixed time per layer of a model that is fully on the GPU, in place of all other fixed times
+    /// of a layer, in microseconds.
     pub resident_layer_us: Option<f64>,
 }
 
 impl Accelerator {
-    /// The keys of files, with what is known.
+    /// Returns the known figures with their keys in files.
     pub(super) fn keys(&self) -> impl Iterator<Item = (&'static str, f64)> {
         let all =
             [("link_gbps", self.link_gbps), ("layer_us", self.layer_us), ("resident_layer_us", self.resident_layer_us)];
         all.into_iter().filter_map(|(key, value)| Some((key, value?)))
     }
 
-    /// Whether a file of this version may say so, as it may from the second number on.
+    /// Fails if a figure is known and the file's version is older than the one that introduced it,
+    /// `from`.
     pub(super) fn check_version(&self, (version, from): (u64, u64)) -> Result<(), String> {
         match self.keys().next().filter(|_| version < from) {
             Some((key, _)) => {
@@ -128,17 +132,18 @@ impl Accelerator {
 }
 
 impl Tier {
-    /// The memory node that its pages must be on.
+    /// Returns the NUMA node that its pages must be on.
     pub fn node(&self) -> Option<u32> {
         self.unit.filter(|_| self.medium() != Medium::Gpu)
     }
 
-    /// The number of the GPU that it is the memory of, as the driver counts them from 0.
+    /// Returns the number of its GPU, as the driver counts them from 0.
     pub fn device(&self) -> Option<u32> {
         self.unit.filter(|_| self.medium() == Medium::Gpu)
     }
 
-    /// Seconds that so many bytes take from the tier `from` to slots here: the slower of its reads and this tier's link.
+    /// Returns the seconds that `bytes` take from the tier `from` to slots here, at the slower of
+    /// its reads and this tier's link.
     pub fn transfer_s(&self, from: &Tier, bytes: f64) -> f64 {
         let gbps = self.accelerator.link_gbps.map_or(from.read_gbps, |link| link.min(from.read_gbps));
         bytes / (gbps * 1e9)
@@ -159,7 +164,7 @@ impl Tier {
         self.medium() == Medium::Drive && !self.emulated
     }
 
-    /// The key of the unit in files, and the unit.
+    /// Returns the key of the unit in files, and the unit.
     pub(super) fn unit_key(&self) -> Option<(&'static str, u32)> {
         Some((if self.medium() == Medium::Gpu { "device" } else { "node" }, self.unit?))
     }
@@ -168,17 +173,17 @@ impl Tier {
 /// A machine: its tiers from fastest to slowest, the last one large enough for any model on it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Machine {
-    /// Its name.
+    /// Name of the machine.
     pub name: String,
     /// What it is, in a sentence.
     pub description: String,
-    /// Fastest first.
+    /// The tiers, fastest first.
     pub tiers: Vec<Tier>,
-    /// Fixed time a layer costs beyond its bytes (router, norms, synchronisation), in microseconds.
+    /// Fixed time per layer beyond its bytes (router, norms, synchronization), in microseconds.
     pub layer_overhead_us: f64,
-    /// Fixed time a token costs beyond its layers (sampling, embedding), in microseconds.
+    /// Fixed time per token beyond its layers (sampling, embedding), in microseconds.
     pub token_overhead_us: f64,
-    /// What the file may say besides.
+    /// Optional figures.
     pub extras: Extras,
     /// Hash of the file it was read from; the name repeated.
     pub id: SourceId,
@@ -187,21 +192,21 @@ pub struct Machine {
 /// What a machine file may say besides the tiers.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Extras {
-    /// Share of `read_gbps` that experts compute at on the tiers that the CPU computes on; 1 where the rates were
+    /// Share of `read_gbps` that experts compute at on addressable tiers: 1 where the rates were
     /// measured with the kernels that will run, less where they are bare memory rates.
     pub efficiency: f64,
-    /// Rate at which model files are read when a model is loaded, in 10⁹ bytes a second.
+    /// Rate at which model files are read when a model is loaded, in 10⁹ bytes per second.
     pub load_gbps: Option<f64>,
     /// Price of the whole machine, in US dollars.
     pub price_usd: Option<f64>,
     /// Power while decoding, at the wall, in watts.
     pub watts: Option<f64>,
-    /// Where that figure comes from, in words.
+    /// Source of `watts`.
     pub watts_source: Option<String>,
-    /// Price of more of a tier, by its name, in US dollars for 10⁹ bytes.
+    /// Price of more capacity by tier name, in US dollars per 10⁹ bytes.
     pub usd_per_gb: BTreeMap<String, f64>,
-    /// Rate of products of many tokens with what lies on a tier, by its name, in 10⁹ floating-point operations a second
-    /// (a multiply-accumulate is two).
+    /// Matmul rate of prompts with weights on a tier, by tier name, in 10⁹ floating-point
+    /// operations per second (a multiply-accumulate is two).
     pub prompt_gflops: BTreeMap<String, f64>,
     /// Rates of the link to an accelerator, by the name of its tier.
     pub links: BTreeMap<String, Link>,
@@ -209,25 +214,25 @@ pub struct Extras {
     pub calibration: Option<Calibration>,
 }
 
-/// Rates of the link between main memory and an accelerator's memory, in 10⁹ bytes a second.
+/// Rates of the link between main memory and an accelerator's memory, in 10⁹ bytes per second.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Link {
-    /// To the accelerator from memory that it reads by itself.
+    /// To the accelerator from pinned memory.
     pub to_gbps: f64,
-    /// To the accelerator from any other memory.
+    /// To the accelerator from pageable memory.
     pub to_pageable_gbps: f64,
-    /// From the accelerator to memory that it writes by itself.
+    /// From the accelerator to pinned memory.
     pub from_gbps: f64,
-    /// From the accelerator to any other memory.
+    /// From the accelerator to pageable memory.
     pub from_pageable_gbps: f64,
     /// As `to_gbps`, while the CPU's kernels read main memory.
     pub contended_gbps: f64,
-    /// What these compute at meanwhile.
+    /// Read rate of the CPU's kernels during such transfers.
     pub dram_contended_gbps: f64,
 }
 
 impl Link {
-    /// The rates with their keys in files.
+    /// Returns the rates with their keys in files.
     fn rates(&self) -> [(&'static str, f64); 6] {
         [
             ("to_gbps", self.to_gbps),
@@ -245,11 +250,11 @@ impl Link {
 pub struct Calibration {
     /// When, in UTC: `2026-11-22T17:00:00Z`.
     pub when: String,
-    /// Runs.
+    /// Number of runs that were fitted to.
     pub records: u32,
-    /// Mean difference between predicted and measured time of a token, as a share of the measured one, before and after.
+    /// Mean relative error of the predicted time per token before fitting.
     pub error_before: f64,
-    /// See above.
+    /// Mean relative error of the predicted time per token after fitting.
     pub error_after: f64,
 }
 
@@ -278,6 +283,20 @@ pub fn decode(bytes: &[u8], path: &Path) -> Result<Machine, FormatError> {
 }
 
 /// Reads a machine file.
+///
+/// ```
+/// use std::path::Path;
+/// use tier_plan_formats::machine::{self, Medium};
+///
+/// let machine = machine::read(Path::new("../../profiles/machines/desktop-4090-ddr5-nvme.toml"))?;
+/// assert_eq!(machine.tiers[0].medium(), Medium::Gpu);
+/// assert!(machine.tiers.windows(2).all(|pair| pair[0].read_gbps >= pair[1].read_gbps));
+/// # Ok::<(), tier_plan_formats::FormatError>(())
+/// ```
+///
+/// # Errors
+/// When the file can't be read, is another kind of file, is newer than this program, or its tiers
+/// contradict each other.
 pub fn read(path: &Path) -> Result<Machine, FormatError> {
     decode(&MACHINE.read(path)?, path)
 }
@@ -289,13 +308,14 @@ impl Machine {
         safely::write(path, self.encode().as_bytes())
     }
 
-    /// The same machine with the identity that its own file would have.
+    /// Returns the machine with the identity that its own file would have.
     pub fn identified(mut self) -> Machine {
         self.id = SourceId::of_bytes(&self.name, self.encode().as_bytes());
         self
     }
 
-    /// The tiers with the rates that experts compute at: those of the CPU's tiers times the efficiency.
+    /// Returns the tiers with the rates that experts compute at: on addressable tiers, `read_gbps`
+    /// times the efficiency.
     pub fn computing_tiers(&self) -> Vec<Tier> {
         let efficiency = self.extras.efficiency;
         let computing = |tier: &Tier| {
@@ -310,9 +330,9 @@ impl Machine {
         self.tiers.iter().map(computing).collect()
     }
 
-    /// `[tiers]` rates of products of many tokens, 0 where they are not known; empty where none is. The CPU computes on
-    /// several tiers, and reads what lies on a block device before it does, so the figure of one of these holds for all
-    /// that have none of their own.
+    /// Returns the matmul rate of prompts by tier, `[tiers]`: 0 where it is not known, empty where
+    /// none is. Addressable tiers and drives all compute on the CPU, so one's figure holds for
+    /// those that have none of their own.
     pub fn prompt_gflops(&self) -> Vec<f64> {
         let known = &self.extras.prompt_gflops;
         let of_cpu = self.tiers.iter().filter(|t| t.medium() != Medium::Gpu).find_map(|t| known.get(&t.name));

@@ -1,8 +1,9 @@
-//! `profiles/models/*.toml`: the shape of a network without its weights, and its sizes in the usual quantisations.
+//! `profiles/models/*.toml`: the shape of a network without its weights, and its sizes in the usual
+//! quantizations.
 //!
-//! A shape says how large every matrix is. A [`Mix`] says which tensor type each of them has; the two together are a
-//! [`ModelShape`], all that a planner needs. The mixes follow llama.cpp's rules closely enough for planning: a file that
-//! somebody published differs by what was overridden for it.
+//! A shape says how large every matrix is. A [`Mix`] says which tensor type each of them has; the
+//! two together are a [`ModelShape`], all that a planner needs. The mixes follow llama.cpp's rules
+//! closely enough for planning: published files differ by what was overridden for them.
 
 mod check;
 mod mix;
@@ -24,7 +25,7 @@ use serde::Deserialize;
 use std::path::Path;
 use xxhash_rust::xxh3::xxh3_128;
 
-/// A network's shape.
+/// A network by its dimensions, without weights or quantization.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Architecture {
     /// Its name, `kimi-k2`.
@@ -43,7 +44,8 @@ pub struct Architecture {
     pub context: u32,
     /// The head is the embedding.
     pub tied: bool,
-    /// The first layers, which have one feed-forward block of [`Architecture::dense_ffn`] and no routed experts.
+    /// The first layers, which have one feed-forward block of [`Architecture::dense_ffn`] and no
+    /// routed experts.
     pub leading_dense: u32,
     /// Width inside those blocks; 0 where there are none.
     pub dense_ffn: u32,
@@ -51,7 +53,7 @@ pub struct Architecture {
     pub attention: Attention,
     /// Routed experts of the other layers.
     pub experts: Option<Experts>,
-    /// Where the figures come from, in words.
+    /// Source of the figures.
     pub source: String,
     /// Hash of the file it was read from; the name repeated.
     pub id: SourceId,
@@ -62,7 +64,7 @@ pub struct Architecture {
 pub enum Attention {
     /// Grouped key and value heads.
     Gqa {
-        /// Query heads.
+        /// Number of query heads.
         heads: u32,
         /// Key and value heads.
         kv_heads: u32,
@@ -78,12 +80,13 @@ pub enum Attention {
         sinks: bool,
         /// Positions that a token looks back at, its own included; all of them when `None`.
         window: Option<u32>,
-        /// With a window: every so-manieth layer looks at all positions all the same; none does when 0.
+        /// With a window: one layer in `full_every` attends to all positions all the same; none
+        /// does when 0.
         full_every: u32,
     },
-    /// Keys and values kept compressed.
+    /// Multi-head latent attention: the KV cache holds compressed latents.
     Mla {
-        /// Heads.
+        /// Number of query heads.
         heads: u32,
         /// Width of the compressed queries; 0 where they are not compressed.
         q_rank: u32,
@@ -91,7 +94,7 @@ pub enum Attention {
         kv_rank: u32,
         /// Values of a query or key head that do not rotate.
         nope: u32,
-        /// Those that do.
+        /// Values of a query or key head that rotate.
         rope: u32,
         /// Width of a value head.
         value: u32,
@@ -102,23 +105,23 @@ pub enum Attention {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Norms {
-    /// There are none.
+    /// No norms.
     #[default]
     None,
     /// Each head by itself.
     Head,
-    /// All heads together.
+    /// All heads together, with one weight.
     Full,
 }
 
 /// Routed experts of a layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Experts {
-    /// Experts.
+    /// Number of routed experts.
     pub count: u32,
-    /// Experts a token uses.
+    /// Experts per token.
     pub used: u32,
-    /// Width inside one.
+    /// Inner width of an expert.
     pub ffn: u32,
     /// Experts of the same width that every token uses besides.
     pub shared: u32,
@@ -133,19 +136,20 @@ pub struct Experts {
 /// Parameters of a model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Parameters {
-    /// All.
+    /// All parameters of the model.
     pub total: u64,
-    /// Those of a token: all but the routed experts that it does not use. The whole embedding counts.
+    /// Parameters that one token uses: all but the routed experts that it does not use. The whole
+    /// embedding counts.
     pub active: u64,
 }
 
 impl Architecture {
-    /// Layers with routed experts.
+    /// Returns the number of layers with routed experts.
     pub fn moe_layers(&self) -> u32 {
         if self.experts.is_some() { self.layers - self.leading_dense } else { 0 }
     }
 
-    /// Parameters of the whole model, and of a token.
+    /// Counts the parameters of the whole model, and of a token.
     pub fn parameters(&self) -> Parameters {
         let mut sum = Parameters { total: 0, active: 0 };
         for group in self.groups() {
@@ -159,7 +163,7 @@ impl Architecture {
         sum
     }
 
-    /// The sizes in a quantisation.
+    /// Returns the sizes in a quantization.
     pub fn model_shape(&self, mix: Mix) -> ModelShape {
         let (mut dense, mut experts) = (Vec::new(), Vec::new());
         for group in self.groups() {
@@ -199,7 +203,8 @@ impl Architecture {
         }
     }
 
-    /// A layer's key and value for each head, or its one latent with its rotated key part.
+    /// Returns a layer's KV cache: key and value of each head, or its one latent with its rotated
+    /// key part.
     fn cache(&self, layer: u32) -> CacheShape {
         let rows = match self.attention {
             Attention::Gqa { heads, kv_heads, head, window, full_every, .. } => {
@@ -215,7 +220,7 @@ impl Architecture {
         CacheShape { rows: vec![rows], state_bytes: 0 }
     }
 
-    /// What the mixes look at, for no layer in particular.
+    /// Returns what the mixes depend on, for no layer in particular.
     fn place(&self) -> Place {
         let gqa = match self.attention {
             Attention::Gqa { heads, kv_heads, .. } => heads / kv_heads,
@@ -240,7 +245,7 @@ pub fn decode(bytes: &[u8], path: &Path) -> Result<Architecture, FormatError> {
     Ok(shape)
 }
 
-/// Reads a shape.
+/// Reads a shape from its file.
 pub fn read(path: &Path) -> Result<Architecture, FormatError> {
     decode(&SHAPE.read(path)?, path)
 }

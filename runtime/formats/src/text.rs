@@ -1,9 +1,9 @@
-//! Pieces of TOML text. The writers lay their files out by hand, because a serializer would not group ranges, align
-//! short tables on a line, or keep the order that people read in.
+//! Pieces of TOML text. The writers lay their files out by hand: a serializer would not group
+//! ranges, align short tables on a line, or keep a readable order.
 
 use thiserror::Error;
 
-/// A basic string with everything escaped that TOML asks for, always on one line.
+/// Quotes a basic string with everything escaped that TOML asks for, always on one line.
 pub(super) fn quote(text: &str) -> String {
     let mut out = String::with_capacity(text.len() + 2);
     out.push('"');
@@ -22,38 +22,38 @@ pub(super) fn quote(text: &str) -> String {
     out
 }
 
-/// The shortest decimal that reads back as the same number.
+/// Formats the shortest decimal that reads back as the same number.
 pub(super) fn float(x: f64) -> String {
     if x.is_nan() { "nan".into() } else { format!("{x:?}") }
 }
 
-/// A number that no file of ours may hold.
+/// A number that no file may hold.
 #[derive(Debug, Clone, PartialEq, Error)]
 pub enum BadNumber {
     /// Not finite, or negative.
     #[error("{what} is {found}, but must be a finite number that is not negative")]
     Amount {
-        /// The key.
+        /// Key of the number.
         what: String,
-        /// Its value.
+        /// Value that was found.
         found: f64,
     },
     /// Not finite, or not above 0.
     #[error("{what} is {found}, but must be a positive finite number of {unit}")]
     Rate {
-        /// The key.
+        /// Key of the number.
         what: String,
-        /// Its value.
+        /// Value that was found.
         found: f64,
-        /// What it counts.
+        /// Unit that is expected.
         unit: &'static str,
     },
     /// More bytes than a TOML integer can hold.
     #[error("{what} is {bytes} bytes, which is more than the format can hold (8 EiB)")]
     Bytes {
-        /// The key.
+        /// Key of the number.
         what: String,
-        /// Its value.
+        /// Value that was found.
         bytes: u64,
     },
 }

@@ -1,9 +1,10 @@
-//! A plan within a budget of memory, made without a solver: for a model that is larger than memory when nobody made a
-//! plan for it.
+//! A plan within a memory budget, made without a solver: the default for a model that is larger than
+//! memory.
 //!
-//! The budget is for all that the process holds. Dense tensors, keys and values, buffers of experts in flight and of
-//! activations come first; what is left becomes slots, the same number in every layer as nothing is known of how the
-//! experts are used. All experts live in the file, which counts as a block device.
+//! The budget is for all that the process holds. Dense tensors, the KV cache, buffers of experts in
+//! flight, and activations come first. The rest becomes slots, the same number in every layer, as
+//! nothing is known about the use of experts. All experts live in the file, which counts as a block
+//! device.
 
 use super::in_memory::obvious;
 use crate::experts::layer::{Home, LayerExperts, Layout};
@@ -18,15 +19,16 @@ use tier_plan_formats::model::spec::{Ffn, ModelSpec, MoeSpec};
 use tier_plan_formats::placement::{Placement, PlanTier};
 use tier_plan_formats::units::show_bytes;
 
-/// The program itself, its threads and what its allocator keeps: measured as resident memory beyond all that is counted
-/// (9 MiB), with some room.
+/// Memory of the program, its threads, and its allocator's reserve: 9 MiB measured as resident memory
+/// beyond all that is counted, rounded up.
 const PROGRAM_BYTES: u64 = 16 << 20;
 
-/// Memory of an open file and its tokenizer for each byte of its header: measured on vocabularies of 49 to 152 thousand
-/// tokens (15 to 16).
+/// Memory of an open file and its tokenizer per byte of its header: 15 to 16 measured on vocabularies
+/// of 49 to 152 thousand tokens.
 const HEADER_FACTOR: u64 = 17;
 
-/// The part of a budget that stays free for what can't be counted: page tables, the system's buffers, fragments.
+/// One part in this many of a budget stays free for what can't be counted: page tables, the system's
+/// buffers, fragmentation.
 const SPARE: u64 = 64;
 
 /// Buffers for experts in flight beyond those that one token uses.
@@ -35,52 +37,52 @@ const MORE_STAGING: u32 = 8;
 /// Fewest tokens of a batch that a small budget leads to.
 const LEAST_BATCH: usize = 32;
 
-/// What one line of a budget is for, and its bytes.
+/// A use of a budget, and its bytes.
 pub type Line = (String, u64);
 
-/// A plan within a budget.
+/// A plan within a budget, and what the budget is spent on.
 #[derive(Debug, Clone)]
 pub struct Budgeted {
-    /// The plan.
+    /// The plan, named `within-budget`.
     pub plan: Placement,
     /// Tokens of a batch that activations have room for.
     pub batch: usize,
-    /// What the budget is spent on; the lines add up to no more than it.
+    /// Uses of the budget, which add up to no more than it.
     pub lines: Vec<Line>,
 }
 
 /// A budget that is too small.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[error(
-    "{} of memory are too few for '{model}': {needs}; the least is {}, and more makes it faster",
-    show_bytes(*budget_bytes), show_bytes(*least_bytes)
+    "'{model}' needs at least {} of memory, {} available ({needs})",
+    show_bytes(*least_bytes), show_bytes(*budget_bytes)
 )]
 pub struct TooSmall {
-    /// The model.
+    /// Name of the model.
     pub model: String,
-    /// What there is.
+    /// Bytes of the budget.
     pub budget_bytes: u64,
-    /// What there would have to be.
+    /// Smallest budget that is enough, in bytes.
     pub least_bytes: u64,
-    /// What for, in words.
+    /// What needs them, as a clause.
     pub needs: String,
 }
 
-/// What every plan of a model takes beside its weights.
+/// Memory that every plan of a model takes beside its weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Fixed {
-    /// Program, open file and tokenizer.
+    /// Program, open file, and tokenizer.
     pub program_bytes: u64,
     /// Activations of a batch.
     pub activation_bytes: u64,
-    /// Keys and values, and recurrent state.
+    /// KV cache and recurrent state.
     pub context_bytes: u64,
     /// Tokens of a batch.
     pub batch: usize,
 }
 
 impl Fixed {
-    /// For a model that may use `budget` bytes: the largest batch whose activations are a small part of that.
+    /// Chooses the largest batch whose activations are a small part of `budget` bytes, and sums up.
     pub fn new(gguf: &Gguf, spec: &ModelSpec, shape: &ModelShape, context: u32, kv_type: KvType, budget: u64) -> Self {
         let header = gguf.tensors().iter().filter(|t| t.part == 0).map(|t| t.offset).min().unwrap_or(0);
         let mut batch = BATCH.min(context.max(1) as usize);
@@ -95,19 +97,19 @@ impl Fixed {
         }
     }
 
-    /// All of it, with the part of `budget` that stays free.
+    /// Returns the sum, with the part of `budget` that stays free.
     pub fn bytes(&self, budget: u64) -> u64 {
         self.outside_bytes(budget).saturating_add(self.context_bytes)
     }
 
-    /// What no plan counts, with the part of `budget` that stays free.
+    /// Returns the bytes that no plan counts, with the part of `budget` that stays free.
     pub fn outside_bytes(&self, budget: u64) -> u64 {
         self.program_bytes.saturating_add(self.activation_bytes).saturating_add(budget / SPARE)
     }
 }
 
-/// Buffers of a pass of `batch` tokens, from above: what layers hand on, and for a micro-batch each layer kind's widest
-/// rows, with their 8-bit forms.
+/// Returns an upper bound on the buffers of a pass of `batch` tokens: the hidden states between
+/// layers, and for a micro-batch each layer kind's widest rows, with their 8-bit forms.
 fn activation_bytes(gguf: &Gguf, spec: &ModelSpec, context: u32, batch: usize) -> u64 {
     // A value and its 8-bit form with scales take 5.25 bytes.
     const WITH_QUANTS: u64 = 6;
@@ -115,7 +117,7 @@ fn activation_bytes(gguf: &Gguf, spec: &ModelSpec, context: u32, batch: usize) -
     let (mut mixer, mut ffn, mut n_expert, mut n_used) = (0, 0, 0, 0);
     for layer in &spec.layers {
         let matrices = layer.mixer.tensors().matrices;
-        // Each result once more as it is transformed, and quantised once for the matrix that reads it.
+        // Each result once more as it is transformed, and quantized once for the next matrix.
         mixer = mixer.max(matrices.iter().map(rows).sum::<u64>().saturating_mul(8 + WITH_QUANTS));
         match &layer.ffn {
             Ffn::Dense(f) => ffn = ffn.max(f.gate.n_out),
@@ -136,7 +138,8 @@ fn activation_bytes(gguf: &Gguf, spec: &ModelSpec, context: u32, batch: usize) -
     kept.saturating_mul(batch as u64).saturating_add(micro).saturating_add(once)
 }
 
-/// Bytes that one expert's buffer takes in each layer with routed experts, room for whole pages included.
+/// Returns the bytes of one expert's buffer in each layer with routed experts, padding to whole pages
+/// included.
 pub fn buffer_bytes(gguf: &Gguf, spec: &ModelSpec) -> Vec<u64> {
     let room = |moe: &MoeSpec| {
         let homes = (0..moe.n_expert).map(|_| Home::Pooled).collect();
@@ -145,7 +148,7 @@ pub fn buffer_bytes(gguf: &Gguf, spec: &ModelSpec) -> Vec<u64> {
     spec.moe_layers().map(|(_, moe)| room(moe)).collect()
 }
 
-/// A plan for a model that is not to take more than `budget` bytes of memory.
+/// Returns a plan for a model that takes at most `budget` bytes of memory.
 ///
 /// # Errors
 /// When not even one token's experts fit beside what every plan needs, or the model has no routed experts and its
@@ -196,16 +199,16 @@ pub fn within(
     Ok(Budgeted { plan, batch: fixed.batch, lines })
 }
 
-/// What a budget is spent on, for a plan over memory and the file.
+/// Lists what a budget is spent on, for a plan over memory and the file.
 pub fn lines(plan: &Placement, rooms: &[u64], fixed: &Fixed, budget: u64) -> Vec<Line> {
     let slots: u64 = plan.layers.iter().map(|l| u64::from(l.slots)).sum();
     let in_slots: u64 = plan.layers.iter().zip(rooms).map(|(l, room)| u64::from(l.slots) * room).sum();
     let staged = u64::from(plan.staging_experts) * rooms.iter().copied().max().unwrap_or(0);
     let pinned: usize = plan.layers.iter().flat_map(|l| &l.pinned).map(|pins| pins.experts.len()).sum();
     let mut lines = vec![
-        ("program, open file and tokenizer".to_string(), fixed.program_bytes),
+        ("program, open file, and tokenizer".to_string(), fixed.program_bytes),
         (format!("activations of {} tokens", fixed.batch), fixed.activation_bytes),
-        (format!("keys and values of {} tokens", plan.context), fixed.context_bytes),
+        (format!("KV cache of {} tokens", plan.context), fixed.context_bytes),
         ("dense weights".to_string(), plan.tiers[0].bytes.dense),
         (format!("{} experts in flight", plan.staging_experts), staged),
     ];
@@ -217,8 +220,8 @@ pub fn lines(plan: &Placement, rooms: &[u64], fixed: &Fixed, budget: u64) -> Vec
     lines
 }
 
-/// As many slots in every layer as `left` bytes hold: at least as many as a token uses or none, and no more than there
-/// are experts (`limits`).
+/// Spreads `left` bytes over layers as slots: at least as many as a token uses or none, and no more
+/// than there are experts (`limits`).
 fn spread(rooms: &[u64], limits: &[(u32, u32)], mut left: u64) -> Vec<u32> {
     let mut slots = vec![0; rooms.len()];
     let mut open: Vec<usize> = (0..rooms.len()).collect();
@@ -238,7 +241,7 @@ fn spread(rooms: &[u64], limits: &[(u32, u32)], mut left: u64) -> Vec<u32> {
     slots
 }
 
-/// A plan over `bytes` of memory and the file, with nothing but the dense weights in memory yet.
+/// Returns a plan over `bytes` of memory and the file, with only the dense weights in memory yet.
 fn two_tiers(shape: &ModelShape, context: u32, kv_type: KvType, bytes: u64) -> Placement {
     let mut plan = obvious(shape, context, kv_type);
     let file_bytes = plan.tiers[0].bytes.home;
@@ -250,7 +253,8 @@ fn two_tiers(shape: &ModelShape, context: u32, kv_type: KvType, bytes: u64) -> P
     plan
 }
 
-/// Memory of so many bytes, and the model's file as a block device. The rates only say which of the two is slow.
+/// Returns a tier of memory, and one of the model's file as a block device. The rates only say which
+/// of the two is slow.
 pub fn machine_tiers(dram_bytes: u64, file_bytes: u64) -> [Tier; 2] {
     let tier = |name: &str, kind, capacity_bytes, read_gbps, latency_us| Tier {
         name: name.into(),

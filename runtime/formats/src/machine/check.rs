@@ -112,7 +112,8 @@ pub(crate) fn check_tiers<'a>(tiers: impl Iterator<Item = &'a Tier>) -> Result<(
     }
     check_drams(&drams)?;
     match last.filter(|t| t.node().is_some()) {
-        // Pooled experts on the last tier are read in the mapped file, whose pages the system places.
+        // Pooled experts on the last tier are read in the mapped file, whose pages the system
+        // places.
         Some(tier) => Err(format!(
             "tier '{}' is the last one, where experts stay in the mapped file, and has a `node`; leave the line out, or \
              add the drive as the last tier",

@@ -5,7 +5,7 @@ use crate::text::{float, quote};
 use crate::units::parse_bytes;
 
 impl Machine {
-    /// The file as text. The identity is not written: it is the hash of this text.
+    /// Encodes the file as text. The identity is not written: it is the hash of this text.
     pub fn encode(&self) -> String {
         let mut out = String::new();
         out.push_str(&format!("format = {}\nversion = {}\n", quote(MACHINE.format), self.version()));
@@ -38,7 +38,7 @@ impl Machine {
         out
     }
 
-    /// The oldest version that has all its keys.
+    /// Returns the oldest version that has all its keys.
     fn version(&self) -> u32 {
         let extras = &self.extras;
         let units = self.tiers.iter().any(|t| t.unit.is_some());
@@ -78,7 +78,8 @@ fn encode_tier(tier: &Tier, extras: &Extras, out: &mut String) {
     out.push_str(&format!("source = {}\n", quote(&tier.source)));
 }
 
-/// A capacity for people when that is short and exact (`"24GiB"`, `"768GB"`), else the number of bytes.
+/// Formats a capacity with its unit where that is short and exact (`"24GiB"`, `"768GB"`), else as a
+/// number of bytes.
 pub(super) fn show_capacity(bytes: u64) -> String {
     const UNITS: [(u64, &str); 7] = [
         (1 << 40, "TiB"),

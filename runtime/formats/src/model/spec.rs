@@ -1,6 +1,8 @@
-//! A network as data: its layers, the tensors each reads, and the options that change the arithmetic.
+//! A network as data: its layers, the tensors each reads, and the options that change the
+//! arithmetic.
 //!
-//! Dimensions are checked against the tensors when a spec is made, so that the engine can rely on them.
+//! Dimensions are checked against the tensors when a spec is made, so that the engine can rely on
+//! them.
 
 mod attention;
 mod delta;
@@ -15,7 +17,7 @@ pub use tensors::{DenseGroup, Tensors};
 /// Index of a tensor in the file's tensor list.
 pub type TensorId = usize;
 
-/// A whole network.
+/// A network: what an engine needs to run it.
 #[derive(Debug, Clone)]
 pub struct ModelSpec {
     /// Architecture name in the file.
@@ -34,7 +36,7 @@ pub struct ModelSpec {
     pub output_norm: TensorId,
     /// `[n_vocab, hidden]`; the embedding itself when tied.
     pub output: TensorId,
-    /// First to last.
+    /// The layers, first to last.
     pub layers: Vec<LayerSpec>,
 }
 
@@ -43,11 +45,11 @@ pub struct ModelSpec {
 pub struct LayerSpec {
     /// Norm before the mixer, `[hidden]`.
     pub mixer_norm: TensorId,
-    /// What mixes tokens.
+    /// The block that mixes tokens.
     pub mixer: Mixer,
     /// Norm before the feed-forward block, `[hidden]`.
     pub ffn_norm: TensorId,
-    /// Feed-forward block.
+    /// The feed-forward block.
     pub ffn: Ffn,
 }
 
@@ -56,7 +58,7 @@ pub struct LayerSpec {
 pub enum Mixer {
     /// Attention with grouped key and value heads.
     Gqa(GqaSpec),
-    /// Attention whose keys and values are kept compressed.
+    /// Attention whose KV cache holds compressed latents.
     Mla(MlaSpec),
     /// A recurrence with a state of fixed size: the gated delta net.
     Delta(DeltaSpec),
@@ -69,15 +71,15 @@ pub struct Linear {
     pub weight: TensorId,
     /// `[out]`, or a longer vector that has these values from `first_row` on.
     pub bias: Option<TensorId>,
-    /// Rows.
+    /// Rows of the matrix.
     pub n_out: usize,
-    /// Columns.
+    /// Columns of the matrix.
     pub n_in: usize,
     /// Where the rows begin in a tensor that several matrices share; otherwise 0.
     pub first_row: usize,
 }
 
-/// A feed-forward block.
+/// The feed-forward block of a layer.
 #[derive(Debug, Clone)]
 #[allow(clippy::large_enum_variant, reason = "there is one a layer")]
 pub enum Ffn {
@@ -141,7 +143,7 @@ pub struct ExpertLinear {
 /// The first two matrices of every routed expert.
 #[derive(Debug, Clone, Copy)]
 pub enum GateUp {
-    /// Two tensors.
+    /// Two tensors, one per matrix.
     Split {
         /// `[n_expert, expert_ffn, hidden]`.
         gate: ExpertLinear,
@@ -155,7 +157,7 @@ pub enum GateUp {
 /// An expert that every token uses.
 #[derive(Debug, Clone, Copy)]
 pub struct SharedSpec {
-    /// Its block.
+    /// Its feed-forward block.
     pub ffn: GatedFfn,
     /// The sigmoid of this vector's product with the input is a factor on the result, `[hidden]`.
     pub gate: Option<TensorId>,
@@ -177,11 +179,11 @@ pub struct MoeSpec {
     pub router: Linear,
     /// Added to the probabilities for the choice only, `[n_expert]`.
     pub selection_bias: Option<TensorId>,
-    /// Logits to probabilities.
+    /// How router logits become probabilities.
     pub gating: Gating,
-    /// Experts.
+    /// Number of routed experts.
     pub n_expert: usize,
-    /// Experts a token uses.
+    /// Experts per token.
     pub n_used: usize,
     /// Groups that the choice is narrowed to first, where the router works in groups.
     pub groups: Option<Groups>,
@@ -191,9 +193,9 @@ pub struct MoeSpec {
     pub scale: f32,
     /// Width inside a routed expert.
     pub expert_ffn: usize,
-    /// Between the products.
+    /// What stands between the first two products and the last.
     pub activation: Activation,
-    /// Gate and up.
+    /// The gate and up matrices.
     pub gate_up: GateUp,
     /// `[n_expert, hidden, expert_ffn]`.
     pub down: ExpertLinear,
@@ -202,7 +204,7 @@ pub struct MoeSpec {
 }
 
 impl LayerSpec {
-    /// The routed experts, if the layer has any.
+    /// Returns the routed experts, if the layer has any.
     pub fn moe(&self) -> Option<&MoeSpec> {
         match &self.ffn {
             Ffn::Moe(moe) => Some(moe),
@@ -217,7 +219,7 @@ impl ModelSpec {
         self.output == self.embedding
     }
 
-    /// Layers with routed experts, ascending, each with its number.
+    /// Returns the layers with routed experts, ascending, each with its number.
     pub fn moe_layers(&self) -> impl Iterator<Item = (usize, &MoeSpec)> {
         self.layers.iter().enumerate().filter_map(|(i, l)| l.moe().map(|m| (i, m)))
     }

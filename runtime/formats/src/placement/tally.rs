@@ -7,9 +7,9 @@ use std::collections::HashMap;
 /// Bytes that a plan puts on one tier, by purpose.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct TierBytes {
-    /// Dense tensor groups.
+    /// Dense tensor groups: all weights but routed experts.
     pub dense: u64,
-    /// Pinned experts.
+    /// Pinned experts, which never leave the tier.
     pub pinned: u64,
     /// Slots for pooled experts.
     pub slots: u64,
@@ -27,7 +27,7 @@ impl TierBytes {
         self.lines().iter().fold(0, |sum, (_, bytes)| sum.saturating_add(*bytes))
     }
 
-    /// The sums with their keys in files.
+    /// Returns the sums with their keys in files.
     pub(super) fn lines(&self) -> [(&'static str, u64); 6] {
         [
             ("dense_bytes", self.dense),
@@ -49,10 +49,11 @@ fn add(tally: &mut [TierBytes], tier: TierIdx, sum: impl Fn(&mut TierBytes) -> &
 }
 
 impl Placement {
-    /// Returns what the plan puts on each tier, `[tiers]`, from its placements and the sizes of its model.
+    /// Returns what the plan puts on each tier, `[tiers]`, from its placements and the sizes of its
+    /// model.
     ///
-    /// Ignores the sums that the plan itself stores in [`PlanTier::bytes`](super::PlanTier::bytes). Whatever the model
-    /// doesn't have, or stands on a tier out of range, counts nothing.
+    /// Ignores the sums that the plan itself stores in [`PlanTier::bytes`](super::PlanTier::bytes).
+    /// Whatever the model doesn't have, or stands on a tier out of range, counts nothing.
     pub fn tally(&self, shape: &ModelShape) -> Vec<TierBytes> {
         let mut tally = vec![TierBytes::default(); self.tiers.len()];
         let groups: HashMap<(DenseKind, Option<u32>), u64> =

@@ -188,7 +188,7 @@ fn a_tier_may_be_a_memory_node_or_a_gpu() {
         (
             "node = 0",
             "device = 0",
-            "tier 'dram' is of kind \"dram\": which one it is says `node`, the number of the memory",
+            "tier 'dram' is of kind \"dram\": which one it is says `node`, the number of the NUMA node",
         ),
         ("node = 0", "node = 5000", "node of tier 'dram' is 5000, but 1023 is the most"),
     ] {
@@ -260,7 +260,7 @@ fn errors_say_what_and_how_to_mend() {
         (
             "version = 1",
             "version = 2\nkv_type = \"q4\"",
-            "kv_type: 'q4' is no type of keys and values: use f16, q8_0 or f32",
+            "kv_type: unknown KV cache type 'q4': expected f16, q8_0, or f32",
         ),
         (
             "hit_rate = 0.9375",
@@ -275,7 +275,7 @@ fn errors_say_what_and_how_to_mend() {
         (
             "policy = \"lru\"",
             "policy = \"lru\"\nhalf_life = 3",
-            "half_life is no parameter of the policy \"lru\"; leave it",
+            "half_life is not a parameter of the policy \"lru\"; leave it",
         ),
         ("slots = 2", "slots = -2", "invalid value: integer `-2`"),
         ("slots = 2", "slots = 70000", "layer 1: 70000 slots, but 65536 is the most"),
@@ -334,7 +334,11 @@ fn errors_say_what_and_how_to_mend() {
     let cases = [
         ("half_life = 16", "", "layer 1: the policy \"lfu\" needs half_life; write a number"),
         ("half_life = 16", "half_life = 0", "layer 1: half_life is 0 tokens, but must be between 1 and 65536"),
-        ("half_life = 16", "half_life = 16\nrecent_weight = 2", "recent_weight is no parameter of the policy \"lfu\""),
+        (
+            "half_life = 16",
+            "half_life = 16\nrecent_weight = 2",
+            "recent_weight is not a parameter of the policy \"lfu\"",
+        ),
         ("recent_half_life = 2", "recent_half_life = 65537", "layer 5: recent_half_life is 65537 tokens, but must be"),
         ("recent_half_life = 2\n", "", "layer 5: the policy \"adaptive\" needs recent_half_life"),
         ("recent_weight = 8", "recent_weight = 1025", "layer 5: recent_weight is 1025, but 1024 is the most"),

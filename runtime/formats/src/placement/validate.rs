@@ -5,10 +5,11 @@ use crate::machine::Medium;
 use crate::model::shape::{DenseKind, ExpertShape, ModelShape};
 use std::collections::{HashMap, HashSet};
 
-/// Returns everything in which a plan contradicts its model or itself; an empty list means that it can be loaded.
+/// Returns everything in which a plan contradicts its model or itself; an empty list means that it
+/// can be loaded.
 ///
-/// Checks what the plan means, not whether a file can hold it: [`Placement::write`] checks that. A plan for another
-/// model, or without tiers, is reported as that alone.
+/// Checks what the plan means, not whether a file can hold it: [`Placement::write`] checks that. A
+/// plan for another model, or without tiers, is reported as that alone.
 pub fn validate(plan: &Placement, shape: &ModelShape) -> Vec<Violation> {
     if plan.model.hash != shape.id.hash {
         return vec![Violation::OtherModel { made_for: plan.model.clone() }];
@@ -109,8 +110,8 @@ fn routed_experts(plan: &Placement, layer: &LayerPlacement, experts: &ExpertShap
     }
 }
 
-/// Checks the sums that the plan stores against its [`tally`](Placement::tally). Staging may be given more bytes than it
-/// needs.
+/// Checks the sums that the plan stores against its [`tally`](Placement::tally). Staging may be
+/// given more bytes than it needs.
 fn sums(plan: &Placement, shape: &ModelShape, violations: &mut Vec<Violation>) {
     for (PlanTier { tier, bytes: stored, .. }, actual) in plan.tiers.iter().zip(plan.tally(shape)) {
         let TierBytes { dense, pinned, slots, kv, staging: _, home } = actual;
@@ -136,7 +137,8 @@ fn sums(plan: &Placement, shape: &ModelShape, violations: &mut Vec<Violation>) {
     }
 }
 
-/// Checks that staging holds all pooled experts that one token may use, where they are read from a drive.
+/// Checks that staging holds all pooled experts that one token may use, where they are read from a
+/// drive.
 fn staging(plan: &Placement, shape: &ModelShape, violations: &mut Vec<Violation>) {
     if plan.tiers[plan.home_tier()].tier.medium() != Medium::Drive {
         return;

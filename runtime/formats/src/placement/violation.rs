@@ -119,18 +119,18 @@ pub enum Violation {
 }
 
 impl Violation {
-    /// A tier index that is out of range.
+    /// Returns the violation of a tier index that is out of range.
     pub(super) fn tier_number(plan: &Placement, what: &str, tier: TierIdx) -> Violation {
         Violation::TierNumber { what: what.into(), tier, n_tiers: plan.tiers.len() }
     }
 
-    /// The same violation as one of a layer's.
+    /// Returns this violation as one of layer `layer`.
     pub(super) fn in_layer(self, layer: u32) -> Violation {
         Violation::InLayer { layer, violation: Box::new(self) }
     }
 }
 
-/// A dense group in words.
+/// Names a dense group in a message.
 fn group(kind: DenseKind, layer: Option<u32>) -> String {
     let layer = layer.map_or(String::new(), |layer| format!(" of layer {layer}"));
     format!("{kind:?} group{layer}")

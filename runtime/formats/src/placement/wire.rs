@@ -1,4 +1,5 @@
-//! The text of versions 1 to 5 of a plan, read through wire structs for safety; [`super::write`] writes it.
+//! The text of versions 1 to 5 of a plan, read through wire structs for safety; [`super::write`]
+//! writes it.
 
 use super::{
     DensePlacement, Goal, LayerPlacement, Pins, Placement, PlanTier, Prediction, SlotPolicy, SolverReport, TierBytes,
@@ -22,7 +23,7 @@ pub(super) const BY_LAYER: [(DenseKind, &str); 4] = [
     (DenseKind::DenseFfn, "dense_ffn"),
 ];
 
-/// The plan that a text says; what it means is still to be checked.
+/// Reads the plan that a text says; its consistency is still to be checked.
 pub(super) fn decode(text: &str) -> Result<Placement, String> {
     let wire: Wire = toml::from_str(text).map_err(|e| toml_words(text, &e))?;
     let kv_type = match &wire.kv_type {
@@ -38,6 +39,8 @@ pub(super) fn decode(text: &str) -> Result<Placement, String> {
     }
     let mut allowance = Allowance::for_a_file();
     let names = Names::new(&wire.tier);
+    let predicted = decode_prediction(wire.predicted, wire.version, &names)?;
+    let solver = decode_solver(wire.solver, wire.version)?;
     let dense = decode_dense(wire.dense, &names, &mut allowance)?;
     let mut layers = Vec::new();
     for layer in wire.layer {
@@ -57,8 +60,8 @@ pub(super) fn decode(text: &str) -> Result<Placement, String> {
         staging_experts: wire.staging.experts,
         dense,
         layers,
-        solver: decode_solver(wire.solver, wire.version)?,
-        predicted: decode_prediction(wire.predicted, wire.version, &names)?,
+        solver,
+        predicted,
         tiers: wire.tier.into_iter().map(WireTier::into_tier).collect(),
     })
 }
@@ -202,7 +205,8 @@ impl Names {
         })
     }
 
-    /// Numbers in the order of the tiers; a tier that is not named has 0, and no name at all means no numbers.
+    /// Numbers in the order of the tiers; a tier that is not named has 0, and no name at all means
+    /// no numbers.
     fn by_tier(&self, parts: BTreeMap<String, f64>, what: &str) -> Result<Vec<f64>, String> {
         if parts.is_empty() {
             return Ok(Vec::new());
@@ -398,7 +402,7 @@ struct WireLayer {
 }
 
 impl WireLayer {
-    /// The policy with its parameters: all that it has, and no others.
+    /// Reads the policy with its parameters: all that it has, and no others.
     fn policy(&self, version: u64) -> Result<SlotPolicy, String> {
         let given = [
             ("half_life", self.half_life),
@@ -414,7 +418,7 @@ impl WireLayer {
             return Err(format!("the policy \"{name}\" is of version 3; write `version = 3`"));
         }
         if let Some((key, _)) = given[takes..].iter().find(|(_, value)| value.is_some()) {
-            return Err(format!("{key} is no parameter of the policy \"{name}\"; leave it out"));
+            return Err(format!("{key} is not a parameter of the policy \"{name}\"; leave it out"));
         }
         let parameter = |at: usize| {
             let (key, value) = given[at];

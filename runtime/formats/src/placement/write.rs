@@ -1,4 +1,4 @@
-//! The text of a plan, written by hand for people: what [`super::wire`] reads.
+//! The text of a plan, laid out by hand to be readable: what [`super::wire`] reads.
 
 use super::wire::BY_LAYER;
 use super::{LayerPlacement, PLACEMENT, Pins, Placement, PlanTier, Prediction, SlotPolicy, TierIdx};
@@ -10,7 +10,8 @@ use crate::text::{float, quote};
 use crate::units::show_bytes;
 use std::collections::BTreeMap;
 
-/// The plan as text. A tier index out of range, which [`super::check`] refuses, is written as a name no tier has.
+/// Encodes the plan as text. A tier index out of range, which [`super::check`] refuses, is written
+/// as a name that no tier has.
 pub(super) fn encode(plan: &Placement) -> String {
     let mut out = Text(String::new());
     let name = |tier: TierIdx| plan.tiers.get(tier).map_or("?", |t| t.tier.name.as_str());
@@ -171,7 +172,7 @@ fn encode_layers<'a>(plan: &Placement, out: &mut Text, name: impl Fn(TierIdx) ->
     }
 }
 
-/// The oldest version that can say all of the plan and is still written.
+/// Returns the oldest version that can say all of the plan and is still written.
 fn version(plan: &Placement) -> u64 {
     let lru = plan.layers.iter().all(|l| l.policy == SlotPolicy::Lru);
     let old = lru && plan.solver.goal.is_none() && !charges_kv(&plan.predicted);

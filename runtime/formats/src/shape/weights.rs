@@ -42,7 +42,7 @@ pub(super) struct Group {
 }
 
 impl Architecture {
-    /// Every group once, in the order of [`crate::model::spec::ModelSpec::dense_groups`].
+    /// Returns every group once, in the order of [`crate::model::spec::ModelSpec::dense_groups`].
     pub(super) fn groups(&self) -> Vec<Group> {
         let hidden = self.hidden;
         let mut groups = Vec::new();
@@ -80,7 +80,7 @@ impl Architecture {
         groups
     }
 
-    /// A layer's attention with the norm before it.
+    /// Returns the tensors of a layer's attention with the norm before it.
     fn attention_weights(&self) -> Vec<Weight> {
         let hidden = self.hidden;
         let mut weights = vec![Weight::vector(hidden)];
@@ -129,7 +129,7 @@ impl Architecture {
     }
 }
 
-/// Gate, up and down of a block, or of as many stacked ones.
+/// Returns gate, up, and down of a feed-forward block, or of `copies` stacked ones.
 fn gated(hidden: u32, ffn: u32, copies: u32, bias: bool) -> Vec<Weight> {
     let one = |role, n_in: u32, n_out: u32| Weight { copies: copies.into(), ..Weight::matrix(role, n_in, n_out) };
     let (gate, up, down) = if copies > 1 {

@@ -5,7 +5,8 @@ use crate::kind::toml_words;
 use crate::source_id::SourceId;
 use serde::Deserialize;
 
-/// Reads the shape that a text says, whose sizes are still to be checked. `bytes` are the file's, for its identity.
+/// Reads the shape that a text says, whose sizes are still to be checked. `bytes` are the file's,
+/// for its identity.
 pub(super) fn decode(text: &str, bytes: &[u8]) -> Result<Architecture, String> {
     let wire: WireShape = toml::from_str(text).map_err(|e| toml_words(text, &e))?;
     if wire.version < 2 && matches!(wire.attention, WireAttention::Gqa { window: Some(_), .. }) {

@@ -7,7 +7,7 @@ use super::{Linear, Mixer, TensorId};
 pub enum NormSpan {
     /// Each head by itself; the weight has `head_dim` values.
     Head,
-    /// All heads together.
+    /// All heads together; the weight has a value for each of theirs.
     Full,
 }
 
@@ -22,10 +22,10 @@ pub struct QkNorm {
     pub span: NormSpan,
 }
 
-/// Grouped-query attention.
+/// Grouped-query attention (GQA).
 #[derive(Debug, Clone)]
 pub struct GqaSpec {
-    /// Query heads.
+    /// Number of query heads.
     pub n_head: usize,
     /// Key and value heads; divides `n_head`.
     pub n_head_kv: usize,
@@ -39,8 +39,8 @@ pub struct GqaSpec {
     pub rope: RopeSpec,
     /// Norms of queries and keys before rotation.
     pub qk_norm: Option<QkNorm>,
-    /// Each query head is followed by a gate of the same width in the rows of `q`: the head's result is multiplied by
-    /// the sigmoid of it. `value_dim` is then `key_dim`.
+    /// Each query head is followed by a gate of the same width in the rows of `q`: the head's
+    /// result is multiplied by the sigmoid of it. `value_dim` is then `key_dim`.
     pub gated: bool,
     /// `[n_head * key_dim, hidden]`, twice as many rows when gated.
     pub q: Linear,
@@ -56,13 +56,15 @@ pub struct GqaSpec {
     pub window: Option<usize>,
 }
 
-/// Multi-head latent attention (arXiv 2405.04434): a token's keys and values of all heads are two projections of one
-/// short vector, its latent, and only that and one rotated key part, shared by all heads, are remembered.
+/// Multi-head latent attention (arXiv 2405.04434): a token's keys and values of all heads are two
+/// projections of one short vector, its latent, and only that and one rotated key part, shared by
+/// all heads, are remembered.
 #[derive(Debug, Clone)]
 pub struct MlaSpec {
-    /// Query heads.
+    /// Number of query heads.
     pub n_head: usize,
-    /// Values of a query or key head that do not rotate, the first ones; `rope.dims` rotated ones follow.
+    /// Values of a query or key head that do not rotate, the first ones; `rope.dims` rotated ones
+    /// follow.
     pub nope_dim: usize,
     /// Width of a value head.
     pub value_dim: usize,
@@ -107,21 +109,22 @@ pub enum KvUp {
         /// `[n_head, value_dim, kv_rank]`.
         v: TensorId,
     },
-    /// Together, as older files have it: `[n_head, nope_dim + value_dim, kv_rank]`, keys before values in each head.
+    /// Together, as older files have it: `[n_head, nope_dim + value_dim, kv_rank]`, keys before
+    /// values in each head.
     Fused(TensorId),
 }
 
 /// Scores at position `p` are multiplied by `1 + scale · ln(1 + floor(p / length))`.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Temperature {
-    /// How much.
+    /// Growth per logarithm of the step.
     pub scale: f32,
-    /// Positions to a step.
+    /// Positions per step.
     pub length: usize,
 }
 
 impl Temperature {
-    /// The factor at a position.
+    /// Returns the factor at a position.
     pub fn at(&self, position: usize) -> f32 {
         1.0 + self.scale * ((position / self.length + 1) as f32).ln()
     }
@@ -130,16 +133,16 @@ impl Temperature {
 /// Which values rotate together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RopeKind {
-    /// Neighbours: (0, 1), (2, 3), …
+    /// Neighbors: (0, 1), (2, 3), …
     Adjacent,
     /// Halves: (0, n/2), (1, n/2 + 1), …
     Halves,
 }
 
-/// Rotary position embedding.
+/// Rotary position embedding (RoPE).
 #[derive(Debug, Clone, PartialEq)]
 pub struct RopeSpec {
-    /// Pairing.
+    /// Which values rotate together.
     pub kind: RopeKind,
     /// Values of a head that rotate, the first ones; even.
     pub dims: usize,
@@ -151,23 +154,24 @@ pub struct RopeSpec {
     pub magnitude: f32,
     /// Divisors of the frequencies, `[dims / 2]`.
     pub freq_factors: Option<TensorId>,
-    /// Pairs of each axis where positions have time, height, width and one axis more. Text is at the same place on
-    /// the first three and at 0 on the fourth, so that pairs of the fourth don't rotate.
+    /// Pairs of each axis where positions have time, height, width and one axis more. Text is at
+    /// the same place on the first three and at 0 on the fourth, so that pairs of the fourth don't
+    /// rotate.
     pub sections: Option<[u32; 4]>,
 }
 
 /// Extension of the context by rotary scaling.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum RopeScaling {
-    /// None.
+    /// No scaling.
     None,
     /// All positions divided by this factor.
     Linear(f32),
     /// YaRN (arXiv 2309.00071): high frequencies kept, low ones divided, a ramp between.
     Yarn {
-        /// Extension factor.
+        /// Factor by which the context is extended.
         factor: f32,
-        /// Context before extension.
+        /// Context length before extension, in tokens.
         original_context: f32,
         /// Rotations above which a frequency is kept.
         beta_fast: f32,
@@ -179,14 +183,14 @@ pub enum RopeScaling {
 /// Rows of one width that a token adds to a layer's KV cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CacheRows {
-    /// Number of rows.
+    /// Rows per token.
     pub n: usize,
-    /// Values per row.
+    /// Values in each row.
     pub width: usize,
 }
 
 impl Mixer {
-    /// How it rotates positions, if it does.
+    /// Returns the rotary embedding, if the mixer has one.
     pub fn rope(&self) -> Option<&RopeSpec> {
         match self {
             Mixer::Gqa(a) => Some(&a.rope),
@@ -195,8 +199,8 @@ impl Mixer {
         }
     }
 
-    /// Rows that one token adds to the layer's cache, and their widths in values: keys and values of each head, or one
-    /// latent with its rotated key part.
+    /// Returns the rows that one token adds to the layer's KV cache: keys and values of each head,
+    /// or one latent with its rotated key part.
     pub fn cache_rows(&self) -> Vec<CacheRows> {
         match self {
             Mixer::Gqa(a) => [a.key_dim, a.value_dim].map(|width| CacheRows { n: a.n_head_kv, width }).to_vec(),
@@ -205,7 +209,7 @@ impl Mixer {
         }
     }
 
-    /// Bytes that the layer remembers besides, whatever the length of the context.
+    /// Returns the bytes of recurrent state, which don't depend on the length of the context.
     pub fn state_bytes(&self) -> u64 {
         match self {
             Mixer::Gqa(_) | Mixer::Mla(_) => 0,

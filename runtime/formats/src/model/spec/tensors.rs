@@ -9,11 +9,11 @@ use std::collections::HashSet;
 /// The tensors of one dense placement group.
 #[derive(Debug, Clone)]
 pub struct DenseGroup {
-    /// Which.
+    /// Its kind of tensors.
     pub kind: DenseKind,
     /// The layer, or `None` for embedding and head.
     pub layer: Option<u32>,
-    /// Its tensors.
+    /// Tensors of the group, the norm first.
     pub tensors: Vec<TensorId>,
 }
 
@@ -45,7 +45,7 @@ impl Tensors {
 }
 
 impl Mixer {
-    /// What it reads.
+    /// Returns the tensors that it reads.
     pub fn tensors(&self) -> Tensors {
         let mut tensors = Tensors::default();
         match self {
@@ -94,7 +94,7 @@ impl SharedSpec {
 }
 
 impl MoeSpec {
-    /// The stacked matrices, in the order in which an expert's slices lie in a buffer.
+    /// Returns the stacked matrices, in the order in which an expert's slices lie in a buffer.
     pub fn expert_linears(&self) -> impl Iterator<Item = &ExpertLinear> {
         let (first, second) = match &self.gate_up {
             GateUp::Split { gate, up } => (gate, Some(up)),
@@ -103,7 +103,7 @@ impl MoeSpec {
         std::iter::once(first).chain(second).chain(std::iter::once(&self.down))
     }
 
-    /// Every tensor of the routed experts: each expert has a slice of each.
+    /// Returns every tensor of the routed experts: each expert has a slice of each.
     pub fn expert_tensors(&self) -> impl Iterator<Item = TensorId> {
         self.expert_linears().flat_map(|l| std::iter::once(l.weight).chain(l.bias))
     }
@@ -117,7 +117,8 @@ impl MoeSpec {
 }
 
 impl ModelSpec {
-    /// Every tensor that is not a routed expert's, in its placement group. Each tensor is in one group.
+    /// Returns every tensor that is not a routed expert's, in its placement group. Each tensor is
+    /// in one group.
     pub fn dense_groups(&self) -> Vec<DenseGroup> {
         let mut groups = Vec::new();
         if !self.tied() {
@@ -149,7 +150,8 @@ impl ModelSpec {
         groups
     }
 
-    /// The dense tensors that are multiplied as matrices; all other dense ones are vectors of parameters.
+    /// Returns the dense tensors that are multiplied as matrices; all other dense ones are vectors
+    /// of parameters.
     pub fn matrices(&self) -> HashSet<TensorId> {
         let mut ids = HashSet::from([self.embedding, self.output]);
         for layer in &self.layers {

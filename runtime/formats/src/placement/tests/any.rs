@@ -31,7 +31,8 @@ fn any_layers(tiers: Vec<Tier>) -> impl Strategy<Value = Vec<LayerPlacement>> {
         ),
     ];
     let body = (btree_map(0u32..70, 0..n, 0..70), 0u32..20, any::<prop::sample::Index>(), policy);
-    // Few numbers in a small range, and few different bodies, so that runs of like layers are common.
+    // Few numbers in a small range, and few different bodies, so that runs of like layers are
+    // common.
     (btree_set(0u32..12, 0..10), vec(body, 1..3), vec(any::<prop::sample::Index>(), 12)).prop_map(
         move |(numbers, bodies, picks)| {
             let memory = memory(&tiers);
