@@ -1,4 +1,5 @@
 mod any;
+mod model;
 
 use super::*;
 use crate::machine::{Accelerator, TierKind};
