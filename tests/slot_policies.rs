@@ -96,7 +96,7 @@ fn in_place(plan: &Placement) -> Placement {
         home.tier.kind = TierKind::Pmem;
     }
     plan.staging_experts = 0;
-    plan.tiers.iter_mut().for_each(|tier| tier.staging_bytes = 0);
+    plan.tiers.iter_mut().for_each(|tier| tier.bytes.staging = 0);
     plan
 }
 
@@ -150,7 +150,7 @@ fn the_engine_counts_what_the_replay_does() {
         for (at, (layer, counted)) in plan.layers.iter().zip(&run.counted).enumerate() {
             let trace = LayerTrace::new(&run.profile, at, |_| true);
             let mut pinned = vec![false; trace.n_expert()];
-            layer.pinned.iter().flat_map(|(_, experts)| experts).for_each(|&e| pinned[e as usize] = true);
+            layer.pinned.iter().flat_map(|pins| &pins.experts).for_each(|&e| pinned[e as usize] = true);
             let all = (trace.tokens() * trace.n_used()) as u64;
             let on_pins: u64 = trace
                 .steps()

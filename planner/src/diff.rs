@@ -5,7 +5,7 @@
 
 use anyhow::{Result, ensure};
 use std::collections::{BTreeMap, BTreeSet};
-use tier_plan_runtime::formats::placement::{LayerPlacement, Placement, PlanTier, SlotPolicy};
+use tier_plan_runtime::formats::placement::{LayerPlacement, Pins, Placement, PlanTier, SlotPolicy};
 use tier_plan_runtime::model::shape::DenseKind;
 
 /// Place of a pooled expert: none of its own, it passes through slots.
@@ -43,9 +43,9 @@ impl Bytes {
     fn of(tier: &PlanTier) -> Self {
         Self {
             budget: tier.budget_bytes,
-            dense: tier.dense_bytes,
-            pinned: tier.pinned_bytes,
-            slots: tier.slot_bytes,
+            dense: tier.bytes.dense,
+            pinned: tier.bytes.pinned,
+            slots: tier.bytes.slots,
             used: tier.used_bytes(),
             read_gbps: tier.tier.read_gbps,
         }
@@ -175,7 +175,7 @@ fn dense(a: &Placement, b: &Placement) -> Vec<DenseMove> {
 fn layers(a: &Placement, b: &Placement) -> Vec<LayerChange> {
     let pins = |plan: &Placement, layer: Option<&LayerPlacement>| -> BTreeMap<u32, String> {
         let pinned = layer.map(|l| l.pinned.as_slice()).unwrap_or_default();
-        pinned.iter().flat_map(|(tier, experts)| experts.iter().map(|e| (*e, name(plan, *tier)))).collect()
+        pinned.iter().flat_map(|Pins { tier, experts }| experts.iter().map(|e| (*e, name(plan, *tier)))).collect()
     };
     let slots = |plan: &Placement, layer: Option<&LayerPlacement>| {
         layer.map_or((0, String::new()), |l| (l.slots, name(plan, l.slot_tier)))
@@ -207,7 +207,7 @@ fn layers(a: &Placement, b: &Placement) -> Vec<LayerChange> {
 
 /// Returns the tiers that have a KV cache.
 fn caches(plan: &Placement) -> String {
-    let has: Vec<String> = plan.tiers.iter().filter(|t| t.kv_bytes > 0).map(|t| t.tier.name.clone()).collect();
+    let has: Vec<String> = plan.tiers.iter().filter(|t| t.bytes.kv > 0).map(|t| t.tier.name.clone()).collect();
     if has.is_empty() { name(plan, plan.kv_tier) } else { has.join(" and ") }
 }
 
@@ -260,12 +260,12 @@ mod tests {
         b.dense.iter_mut().filter(|d| d.kind == DenseKind::Router).for_each(|d| d.tier = 1);
         let layer = &mut b.layers[0];
         // From VRAM to DRAM, from pooled to VRAM, and off DRAM.
-        let vram = layer.pinned.iter_mut().find(|(t, _)| *t == 0).unwrap();
-        vram.1.retain(|e| *e != 7);
-        vram.1.push(20);
-        let dram = layer.pinned.iter_mut().find(|(t, _)| *t == 1).unwrap();
-        dram.1.retain(|e| *e != 9);
-        dram.1.push(7);
+        let vram = layer.pinned.iter_mut().find(|pins| pins.tier == 0).unwrap();
+        vram.experts.retain(|e| *e != 7);
+        vram.experts.push(20);
+        let dram = layer.pinned.iter_mut().find(|pins| pins.tier == 1).unwrap();
+        dram.experts.retain(|e| *e != 9);
+        dram.experts.push(7);
         layer.slots += 3;
         b.context += 1;
         b.tiers[1].budget_bytes += 5;

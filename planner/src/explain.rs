@@ -10,7 +10,7 @@ use crate::profile::{Evidence, LayerEvidence};
 use crate::solve::{Problem, shadow_prices};
 use anyhow::{Result, ensure};
 use tier_plan_runtime::formats::machine::{Extras, Machine, Tier};
-use tier_plan_runtime::formats::placement::{LayerPlacement, Placement, SlotPolicy};
+use tier_plan_runtime::formats::placement::{LayerPlacement, Pins, Placement, SlotPolicy};
 use tier_plan_runtime::model::shape::ModelShape;
 
 /// One layer's experts under a plan.
@@ -135,7 +135,7 @@ fn layer(plan: &Placement, layer: &LayerPlacement, evidence: &LayerEvidence, tie
     let longest = (0..paths.len()).max_by(|&a, &b| paths[a].total_cmp(&paths[b])).unwrap_or(0);
     let mut is_pinned = vec![false; evidence.shape.n_expert as usize];
     let mut pinned = vec![0; tiers.len()];
-    for (tier, experts) in &layer.pinned {
+    for Pins { tier, experts } in &layer.pinned {
         pinned[*tier] += experts.len() as u32;
         for &expert in experts {
             if let Some(this) = is_pinned.get_mut(expert as usize) {

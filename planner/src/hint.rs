@@ -95,9 +95,6 @@ fn of_load(error: &LoadError) -> Option<String> {
             Some(format!("solve again with a smaller --budget {tier}=SIZE, or free some of the GPU's memory"))
         }
         LoadError::Plan { .. } => Some("make a plan for this model with `tier-plan solve`".to_string()),
-        LoadError::Tier { .. } => {
-            Some("solve again with --vram 0, or reorder the tiers of the machine file".to_string())
-        }
         LoadError::Node { source, .. } => of_numa(source),
         _ => None,
     }

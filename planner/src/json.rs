@@ -10,11 +10,11 @@ pub fn tier_json(tier: &PlanTier) -> Value {
         "emulated": tier.tier.emulated,
         "budget_bytes": tier.budget_bytes,
         "used_bytes": tier.used_bytes(),
-        "dense_bytes": tier.dense_bytes,
-        "pinned_bytes": tier.pinned_bytes,
-        "slot_bytes": tier.slot_bytes,
-        "kv_bytes": tier.kv_bytes,
-        "staging_bytes": tier.staging_bytes,
-        "home_bytes": tier.home_bytes,
+        "dense_bytes": tier.bytes.dense,
+        "pinned_bytes": tier.bytes.pinned,
+        "slot_bytes": tier.bytes.slots,
+        "kv_bytes": tier.bytes.kv,
+        "staging_bytes": tier.bytes.staging,
+        "home_bytes": tier.bytes.home,
     })
 }

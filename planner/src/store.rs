@@ -33,7 +33,7 @@ pub fn pack(
     plan: &Placement,
     asked: Option<&Path>,
 ) -> Result<Option<(Arc<Pack>, String)>> {
-    let reads = plan.tiers.last().is_some_and(|t| t.tier.kind == TierKind::Nvme && t.home_bytes > 0);
+    let reads = plan.tiers.last().is_some_and(|t| t.tier.kind == TierKind::Nvme && t.bytes.home > 0);
     let found = if let Some(path) = asked {
         let pack = Pack::open(gguf, spec, path)?;
         if !reads {

@@ -136,7 +136,7 @@ pub fn curves(profile: &Profile, plans: &[&Placement]) -> Vec<HitCurve> {
     for plan in plans {
         for (layer, placed) in plan.layers.iter().enumerate().take(profile.layers.len()) {
             let mut pinned = vec![false; most];
-            for expert in placed.pinned.iter().flat_map(|(_, experts)| experts) {
+            for expert in placed.pinned.iter().flat_map(|pins| &pins.experts) {
                 if let Some(pinned) = pinned.get_mut(*expert as usize) {
                     *pinned = true;
                 }

@@ -8,6 +8,7 @@ use crate::tiers::numa::NumaError;
 use thiserror::Error;
 use tier_plan_cuda::CudaError;
 use tier_plan_formats::model::ModelError;
+use tier_plan_formats::placement::Violation;
 use tier_plan_kernels::IsaError;
 
 /// An error of loading a model.
@@ -90,27 +91,15 @@ pub enum LoadError {
         /// Bytes left for the driver and the kernels.
         reserve: u64,
     },
-    /// The plan is for another model, or contradicts itself.
-    #[error("plan '{plan}' does not fit model '{model}': {what}")]
+    /// The plan contradicts the model or itself.
+    #[error("plan '{plan}' does not fit model '{model}': {violation}")]
     Plan {
         /// Name of the plan.
         plan: String,
         /// Name of the model.
         model: String,
-        /// What does not fit.
-        what: String,
-    },
-    /// A tier holds what its kind of memory can't hold.
-    #[error("plan '{plan}' puts bytes on tier '{tier}', which is {kind} and not emulated: {rule}")]
-    Tier {
-        /// Name of the plan.
-        plan: String,
-        /// Name of the tier.
-        tier: String,
-        /// The kind of memory, with an article.
-        kind: &'static str,
-        /// The rule that the plan breaks.
-        rule: &'static str,
+        /// The first rule that it breaks; part of the message, so no source of its own.
+        violation: Box<Violation>,
     },
 }
 

@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use tier_plan_runtime::formats::machine::{Accelerator, Tier, TierKind};
-use tier_plan_runtime::formats::placement::{DensePlacement, LayerPlacement, Placement, PlanTier, SlotPolicy};
+use tier_plan_runtime::formats::placement::{DensePlacement, LayerPlacement, Pins, Placement, PlanTier, SlotPolicy};
 use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::model::shape::{DenseKind, ModelShape};
 use tier_plan_runtime::model::shape_of_file;
@@ -90,8 +90,8 @@ struct Spread {
 
 /// A plan over two tiers of memory and a slow one, all declared and fast enough not to be waited for.
 fn three_tiers(shape: &ModelShape, context: u32, spread: Spread) -> Placement {
-    let tier = |name: &str, kind| PlanTier {
-        tier: Tier {
+    let tier = |name: &str, kind| {
+        let tier = Tier {
             name: name.into(),
             kind,
             capacity_bytes: u64::MAX,
@@ -101,23 +101,15 @@ fn three_tiers(shape: &ModelShape, context: u32, spread: Spread) -> Placement {
             unit: None,
             accelerator: Accelerator::default(),
             source: "declared".into(),
-        },
-        budget_bytes: u64::MAX,
-        dense_bytes: 0,
-        pinned_bytes: 0,
-        slot_bytes: 0,
-        kv_bytes: 0,
-        staging_bytes: 0,
-        home_bytes: 0,
+        };
+        PlanTier::new(tier, u64::MAX)
     };
     let mut plan = all_in_memory(shape, context, KvType::F32);
     plan.name = format!("{spread:?}");
     plan.tiers = vec![tier("vram", TierKind::Vram), tier("dram", TierKind::Dram), tier("slow", spread.slow)];
-    plan.tiers[0].kv_bytes = KvType::F32.context_bytes(shape, context);
     plan.dense.clear();
     for (i, group) in shape.dense.iter().enumerate() {
         let tier = if group.kind == DenseKind::Embedding { 2 } else { i % 2 };
-        plan.tiers[tier].dense_bytes += group.bytes;
         plan.dense.push(DensePlacement { kind: group.kind, layer: group.layer, tier });
     }
     plan.layers.clear();
@@ -126,14 +118,10 @@ fn three_tiers(shape: &ModelShape, context: u32, spread: Spread) -> Placement {
         let nth = |offset: u32| -> Vec<u32> {
             (0..e.n_expert).filter(|i| spread.pin_every > 0 && i % spread.pin_every == offset).collect()
         };
-        let pinned: Vec<(usize, Vec<u32>)> = vec![(0, nth(0)), (1, nth(1))];
-        let n_pinned: u32 = pinned.iter().map(|(_, experts)| experts.len() as u32).sum();
-        for (tier, experts) in &pinned {
-            plan.tiers[*tier].pinned_bytes += experts.len() as u64 * e.expert_bytes;
+        let pinned = [0, 1].map(|tier| Pins { tier, experts: nth(tier as u32) }).to_vec();
+        if spread.slow == TierKind::Nvme {
+            plan.staging_experts = plan.staging_experts.max(e.n_used + spread.extra_staging);
         }
-        plan.tiers[spread.slot_tier].slot_bytes += u64::from(spread.slots) * e.expert_bytes;
-        plan.tiers[2].home_bytes += u64::from(e.n_expert - n_pinned) * e.expert_bytes;
-        plan.staging_experts = plan.staging_experts.max(e.n_used + spread.extra_staging);
         plan.layers.push(LayerPlacement {
             layer: e.layer,
             pinned,
@@ -142,10 +130,7 @@ fn three_tiers(shape: &ModelShape, context: u32, spread: Spread) -> Placement {
             policy: SlotPolicy::Lru,
         });
     }
-    if spread.slow == TierKind::Nvme {
-        let largest = shape.experts.iter().map(|e| e.expert_bytes).max().unwrap_or(0);
-        plan.tiers[1].staging_bytes = u64::from(plan.staging_experts) * largest;
-    }
+    plan.fill_sums(shape);
     for tier in &mut plan.tiers {
         tier.budget_bytes = tier.used_bytes() + spread.real.unwrap_or(0);
     }
@@ -251,7 +236,7 @@ fn keys_and_values_in_fewer_bits_stay_close() {
 
             let mut plan = three_tiers(&shape, context, spread);
             plan.kv_type = kv_type;
-            plan.tiers[0].kv_bytes = kv_type.context_bytes(&shape, context);
+            plan.fill_sums(&shape);
             let found = run(&fixture, &plan, 512);
             let same = |a: &[f32], b: &[f32]| a.iter().zip(b).all(|(a, b)| a.to_bits() == b.to_bits());
             assert!(same(&found.0, &prompt) && same(&found.1, &decoded), "{name}, {kv_type}");
@@ -296,11 +281,10 @@ fn pins_on_the_only_tier_change_nothing() {
     let shape = shape_of_file(&fixture.path).unwrap();
     let plain = all_in_memory(&shape, context(&fixture), KvType::F32);
     let mut pinned = plain.clone();
-    for (layer, e) in pinned.layers.iter_mut().zip(&shape.experts) {
-        layer.pinned = vec![(0, vec![1, 2])];
-        pinned.tiers[0].pinned_bytes += 2 * e.expert_bytes;
-        pinned.tiers[0].home_bytes -= 2 * e.expert_bytes;
+    for layer in &mut pinned.layers {
+        layer.pinned = vec![Pins { tier: 0, experts: vec![1, 2] }];
     }
+    pinned.fill_sums(&shape);
     assert_eq!(run(&fixture, &pinned, 512), run(&fixture, &plain, 512));
 }
 

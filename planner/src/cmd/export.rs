@@ -187,7 +187,7 @@ fn launch(to: ExportTo, counts: &Path, plan: &Placement) -> Vec<String> {
     );
     let vram = |tier: usize| plan.tiers[tier].tier.kind == tier_plan_runtime::formats::machine::TierKind::Vram;
     let on_gpu = |l: &placement::LayerPlacement| -> usize {
-        l.pinned.iter().filter(|(tier, _)| vram(*tier)).map(|(_, experts)| experts.len()).sum()
+        l.pinned.iter().filter(|pins| vram(pins.tier)).map(|pins| pins.experts.len()).sum()
     };
     let each = plan.layers.iter().map(on_gpu).sum::<usize>() / plan.layers.len().max(1);
     vec![

@@ -110,8 +110,7 @@ fn experts(args: &PackArgs, gguf: &Gguf, spec: &ModelSpec) -> Result<Vec<Vec<u32
         plan.check_model(&gguf.id(), path)?;
         for ((layer, _), experts) in spec.moe_layers().zip(&mut experts) {
             let placed = plan.layers.iter().filter(|l| l.layer as usize == layer);
-            let pinned: HashSet<u32> =
-                placed.flat_map(|l| &l.pinned).flat_map(|(_, experts)| experts).copied().collect();
+            let pinned: HashSet<u32> = placed.flat_map(|l| &l.pinned).flat_map(|pins| &pins.experts).copied().collect();
             experts.retain(|e| !pinned.contains(e));
         }
     }

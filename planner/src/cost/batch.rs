@@ -12,7 +12,7 @@
 use super::{ExpertStage, FixedTimes, home_in_place, read_s};
 use crate::profile::prefetch::Prefetch;
 use crate::profile::{Evidence, Judged, LayerEvidence};
-use tier_plan_runtime::formats::placement::{Placement, TierIdx};
+use tier_plan_runtime::formats::placement::{Pins, Placement, TierIdx};
 use tier_plan_runtime::model::shape::{DenseKind, DenseShape, ModelShape};
 
 /// Returns `[n_expert]` chances that a step over `batch` sequences uses each expert of a layer.
@@ -83,7 +83,7 @@ pub fn step_s(plan: &Placement, shape: &ModelShape, evidence: &Evidence, batch: 
             slots: layer.slots,
             slot_tier: layer.slot_tier,
         };
-        for (tier, pins) in &layer.pinned {
+        for Pins { tier, experts: pins } in &layer.pinned {
             let here: f64 = pins.iter().filter_map(|&e| touched.get(e as usize)).sum();
             spread.pinned[*tier] += here;
             spread.pooled -= here;

@@ -55,7 +55,7 @@ use std::collections::BTreeMap;
 use tier_plan_runtime::experts::cache::{Access, SlotCache};
 use tier_plan_runtime::formats::machine::{Tier, TierKind};
 use tier_plan_runtime::formats::placement::{
-    DensePlacement, LayerPlacement, Placement, Prediction, SlotPolicy, TierIdx,
+    DensePlacement, LayerPlacement, Pins, Placement, Prediction, SlotPolicy, TierIdx,
 };
 use tier_plan_runtime::gpu::stays_on;
 use tier_plan_runtime::model::shape::{DenseKind, ModelShape};
@@ -281,7 +281,7 @@ pub fn outcomes(layer: &LayerPlacement, evidence: &LayerEvidence, tiers: &[Tier]
 /// Returns `[n_expert]` tiers of a layer's pinned experts.
 fn pinned_on(layer: &LayerPlacement, n_expert: usize) -> Vec<Option<TierIdx>> {
     let mut pinned_on = vec![None; n_expert];
-    for (tier, experts) in &layer.pinned {
+    for Pins { tier, experts } in &layer.pinned {
         for &expert in experts {
             if let Some(on) = pinned_on.get_mut(expert as usize) {
                 *on = Some(*tier);

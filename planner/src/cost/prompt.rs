@@ -27,7 +27,7 @@ use crate::profile::prefetch::Prefetch;
 use crate::profile::{Evidence, LayerEvidence};
 use std::collections::BTreeMap;
 use tier_plan_runtime::formats::machine::{Tier, TierKind};
-use tier_plan_runtime::formats::placement::{LayerPlacement, Placement};
+use tier_plan_runtime::formats::placement::{LayerPlacement, Pins, Placement};
 use tier_plan_runtime::model::shape::{DenseKind, ModelShape};
 
 /// Rate of attention as a share of that of weights: floats instead of 8-bit integers. Measured with
@@ -100,7 +100,7 @@ fn experts_s(plan: &Placement, layer: &LayerPlacement, evidence: &LayerEvidence,
     let in_place = home_in_place(tiers);
     let n_expert = evidence.shape.n_expert as usize;
     let mut pinned_on = vec![None; n_expert];
-    for (tier, pins) in &layer.pinned {
+    for Pins { tier, experts: pins } in &layer.pinned {
         for &expert in pins {
             if let Some(on) = pinned_on.get_mut(expert as usize) {
                 *on = Some(*tier);

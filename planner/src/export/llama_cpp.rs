@@ -12,7 +12,7 @@ use anyhow::{Result, ensure};
 use std::collections::BTreeSet;
 use tier_plan_runtime::KvType;
 use tier_plan_runtime::formats::machine::{Tier, TierKind};
-use tier_plan_runtime::formats::placement::{LayerPlacement, Placement, Prediction, TierIdx};
+use tier_plan_runtime::formats::placement::{LayerPlacement, Pins, Placement, Prediction, TierIdx};
 use tier_plan_runtime::model::shape::{DenseKind, DenseShape, ExpertShape, ModelShape};
 
 /// Expression for llama.cpp's expert tensors of a layer, after `blk.N`.
@@ -320,7 +320,7 @@ fn same_placement(
     for (layer, of) in same.layers.iter_mut().zip(&evidence.layers) {
         let tier = tier_of(layer.layer).filter(|_| expert_layers.contains(&layer.layer)).unwrap_or(dram);
         layer.slots = 0;
-        layer.pinned = vec![(tier, (0..of.shape.n_expert).collect())];
+        layer.pinned = vec![Pins { tier, experts: (0..of.shape.n_expert).collect() }];
         if tier == dram {
             left = left.checked_sub(of.shape.expert_bytes * u64::from(of.shape.n_expert))?;
         }

@@ -137,11 +137,11 @@ pub fn own_layers(path: &Path, threads: usize) -> Result<OwnLayers> {
         slots => u64::from(slots / e.n_used.max(1)).saturating_sub(1),
     });
     let round = fitting.min().unwrap_or(1).min(MAX_ROUND_TOKENS).min(MAX_ROUND_BYTES / experts.max(1)).max(1);
-    plan.tiers[0].slot_bytes = 0;
+    plan.tiers[0].bytes.slots = 0;
     for (layer, experts) in plan.layers.iter_mut().zip(&shape.experts) {
         layer.slots = layer.slots.min((round as u32 + 1) * experts.n_used);
-        plan.tiers[0].slot_bytes += u64::from(layer.slots) * experts.expert_bytes;
     }
+    plan.fill_sums(&shape);
     let mut session = Session::load(Arc::new(gguf), &plan, Some(threads))?;
     let engine = &mut session.engine;
     let n_vocab = u64::from(shape.n_vocab.max(1));

@@ -5,7 +5,7 @@ use tier_plan_runtime::KvType;
 use tier_plan_runtime::formats::SourceId;
 use tier_plan_runtime::formats::machine::{Accelerator, Tier, TierKind};
 use tier_plan_runtime::formats::placement::{
-    DensePlacement, LayerPlacement, Placement, PlanTier, Prediction, SlotPolicy, SolverReport,
+    DensePlacement, LayerPlacement, Pins, Placement, PlanTier, Prediction, SlotPolicy, SolverReport, TierBytes,
 };
 use tier_plan_runtime::formats::profile::{Profile, PromptTrace, Split};
 use tier_plan_runtime::formats::record::{LayerRecord, RunRecord, TierRecord};
@@ -132,7 +132,7 @@ fn plan_tiers(tiers: Vec<Tier>, layers: &[LayerPlacement], experts: u32) -> Vec<
     let slow = tiers.len() - 1;
     let total = u64::from(experts) * layers.len() as u64;
     let pins = |tier: usize| -> u64 {
-        layers.iter().flat_map(|l| &l.pinned).filter(|(at, _)| *at == tier).map(|(_, e)| e.len() as u64).sum()
+        layers.iter().flat_map(|l| &l.pinned).filter(|p| p.tier == tier).map(|p| p.experts.len() as u64).sum()
     };
     let all_pins: u64 = (0..tiers.len()).map(pins).sum();
     tiers
@@ -145,12 +145,14 @@ fn plan_tiers(tiers: Vec<Tier>, layers: &[LayerPlacement], experts: u32) -> Vec<
             PlanTier {
                 tier,
                 budget_bytes: if t == slow { 1 << 44 } else { EXPERT_BYTES * total * share / 16 + 60_000_000 },
-                dense_bytes: if t == 0 { 40_000_000 } else { 0 },
-                pinned_bytes: pins(t) * EXPERT_BYTES,
-                slot_bytes: slots * EXPERT_BYTES,
-                kv_bytes: if t == 0 { 9_000_000 } else { 0 },
-                staging_bytes: if t + 1 == slow { 8_000_000 } else { 0 },
-                home_bytes: if t == slow { (total - all_pins) * EXPERT_BYTES } else { 0 },
+                bytes: TierBytes {
+                    dense: if t == 0 { 40_000_000 } else { 0 },
+                    pinned: pins(t) * EXPERT_BYTES,
+                    slots: slots * EXPERT_BYTES,
+                    kv: if t == 0 { 9_000_000 } else { 0 },
+                    staging: if t + 1 == slow { 8_000_000 } else { 0 },
+                    home: if t == slow { (total - all_pins) * EXPERT_BYTES } else { 0 },
+                },
             }
         })
         .collect()
@@ -178,7 +180,7 @@ fn placement(profile: &Profile, name: &str, tier_count: usize, style: Style, emu
                 let mut list: Vec<u32> = rest.by_ref().take(each as usize).collect();
                 list.sort_unstable();
                 if !list.is_empty() {
-                    pinned.push((tier, list));
+                    pinned.push(Pins { tier, experts: list });
                 }
             }
             let slots = match style {

@@ -158,7 +158,7 @@ fn the_numbers_are_those_of_the_records() {
     assert!((error - (measured / predicted - 1.0)).abs() < 1e-12);
     let tiers = &entry.placement.as_ref().expect("plan").tiers;
     assert_eq!(ilp["tiers"][1]["budget_bytes"], tiers[1].budget_bytes);
-    assert_eq!(ilp["tiers"][1]["pinned_bytes"], tiers[1].pinned_bytes);
+    assert_eq!(ilp["tiers"][1]["pinned_bytes"], tiers[1].bytes.pinned);
     assert_eq!(ilp["tiers"][1]["used_bytes"], tiers[1].used_bytes());
     let speed = fs::read_to_string(folder.join("speed.csv")).expect("speed.csv");
     let row: Vec<&str> = speed.lines().nth(1).expect("a row").split(',').collect();
@@ -244,11 +244,11 @@ fn thin_reports_are_still_reports() {
     let huge = |r: &mut Report| {
         for tier in &mut r.plans[0].placement.as_mut().expect("plan").tiers {
             tier.budget_bytes = u64::MAX;
-            tier.dense_bytes = u64::MAX / 2;
+            tier.bytes.dense = u64::MAX / 2;
         }
         let layer = &mut r.plans[0].placement.as_mut().expect("plan").layers[0];
         layer.slot_tier = 99;
-        layer.pinned = vec![(77, vec![1, 2])];
+        layer.pinned = vec![tier_plan_runtime::formats::placement::Pins { tier: 77, experts: vec![1, 2] }];
         layer.slots = u32::MAX;
     };
     let odd_profile = |r: &mut Report| {

@@ -342,7 +342,15 @@ fn tiers(entry: &PlanEntry) -> Vec<TierView> {
                 name: t.tier.name.clone(),
                 emulated: t.tier.emulated,
                 budget_bytes: Some(t.budget_bytes),
-                part_bytes: [t.dense_bytes, t.pinned_bytes, t.slot_bytes, t.kv_bytes, t.staging_bytes, t.home_bytes, 0],
+                part_bytes: [
+                    t.bytes.dense,
+                    t.bytes.pinned,
+                    t.bytes.slots,
+                    t.bytes.kv,
+                    t.bytes.staging,
+                    t.bytes.home,
+                    0,
+                ],
                 ..TierView::default()
             })
             .collect(),

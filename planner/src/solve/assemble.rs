@@ -65,7 +65,7 @@ pub(super) fn assemble(instance: &Instance<'_>, name: &str, draft: &Draft) -> Pl
         kv_type: problem.kv_type,
         staging_tier: capacity.staging_tier,
         staging_experts: capacity.staging_experts,
-        tiers: tally(instance, draft),
+        tiers: empty_tiers(instance.capacity),
         dense,
         layers: draft.layers.clone(),
         solver: SolverReport {
@@ -83,48 +83,17 @@ pub(super) fn assemble(instance: &Instance<'_>, name: &str, draft: &Draft) -> Pl
             ..Prediction::default()
         },
     };
+    plan.fill_sums(shape);
     plan.predicted = predict(&plan, shape, instance.evidence);
     plan.solver.objective_s = token_s(&plan.predicted);
     plan.solver.goal = instance.objective.report(instance.value(&plan), None);
     plan
 }
 
-/// Adds up the bytes that a draft puts on each tier.
-fn tally(instance: &Instance<'_>, draft: &Draft) -> Vec<PlanTier> {
-    let (shape, capacity) = (instance.problem.shape, instance.capacity);
-    let mut tiers: Vec<PlanTier> = capacity
-        .tiers
-        .iter()
-        .zip(&capacity.budget_bytes)
-        .map(|(tier, &budget_bytes)| PlanTier {
-            tier: tier.clone(),
-            budget_bytes,
-            dense_bytes: 0,
-            pinned_bytes: 0,
-            slot_bytes: 0,
-            kv_bytes: 0,
-            staging_bytes: 0,
-            home_bytes: 0,
-        })
-        .collect();
-    tiers[capacity.kv_tier].kv_bytes = capacity.kv_bytes;
-    tiers[capacity.staging_tier].staging_bytes = capacity.staging_bytes;
-    for (group, &tier) in shape.dense.iter().zip(&draft.dense) {
-        tiers[tier].dense_bytes += group.bytes;
-        if let Some((cache, cache_tier)) = capacity.moving_cache(group, tier) {
-            tiers[cache_tier].kv_bytes += cache.bytes;
-        }
-    }
-    for (layer, experts) in draft.layers.iter().zip(&shape.experts) {
-        let mut pooled = u64::from(experts.n_expert);
-        for (tier, pinned) in &layer.pinned {
-            tiers[*tier].pinned_bytes += pinned.len() as u64 * experts.expert_bytes;
-            pooled -= pinned.len() as u64;
-        }
-        tiers[layer.slot_tier].slot_bytes += u64::from(layer.slots) * experts.expert_bytes;
-        tiers[capacity.home()].home_bytes += pooled * experts.expert_bytes;
-    }
-    tiers
+/// Returns the plan's tiers with their budgets, and nothing in them yet.
+fn empty_tiers(capacity: &crate::solve::problem::capacity::Capacity) -> Vec<PlanTier> {
+    let tiers = capacity.tiers.iter().zip(&capacity.budget_bytes);
+    tiers.map(|(tier, &budget_bytes)| PlanTier::new(tier.clone(), budget_bytes)).collect()
 }
 
 /// Returns the tier that the plan names for the KV cache: a real GPU if it has all attention.

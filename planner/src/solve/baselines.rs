@@ -7,7 +7,7 @@ use super::options::Strategy;
 use super::problem::capacity::Capacity;
 use super::problem::draft::Draft;
 use crate::profile::{Evidence, LayerEvidence};
-use tier_plan_runtime::formats::placement::{LayerPlacement, SlotPolicy, TierIdx};
+use tier_plan_runtime::formats::placement::{LayerPlacement, Pins, SlotPolicy, TierIdx};
 use tier_plan_runtime::model::shape::{DenseKind, ModelShape};
 
 /// A rule of thumb.
@@ -117,7 +117,7 @@ impl LayerFill {
         for (tier, mut experts) in self.pinned.into_iter().enumerate() {
             if !experts.is_empty() {
                 experts.sort_unstable();
-                pinned.push((tier, experts));
+                pinned.push(Pins { tier, experts });
             }
         }
         LayerPlacement {

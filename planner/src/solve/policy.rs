@@ -199,7 +199,7 @@ fn contended_layers(plan: &Placement, inputs: &Problem<'_>, evidence: &Evidence)
 
 fn pinned(layer: &LayerPlacement, n_expert: usize) -> Vec<bool> {
     let mut pinned = vec![false; n_expert];
-    for &expert in layer.pinned.iter().flat_map(|(_, experts)| experts) {
+    for &expert in layer.pinned.iter().flat_map(|pins| &pins.experts) {
         if let Some(pinned) = pinned.get_mut(expert as usize) {
             *pinned = true;
         }

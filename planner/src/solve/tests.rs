@@ -9,7 +9,7 @@ use proptest::prelude::{TestCaseError, prop_assert, prop_assert_eq, proptest};
 use tier_plan_runtime::KvType;
 use tier_plan_runtime::formats::SourceId;
 use tier_plan_runtime::formats::machine::{Accelerator, Machine, Tier, TierKind};
-use tier_plan_runtime::formats::placement::{LayerPlacement, Placement, SlotPolicy, TierIdx};
+use tier_plan_runtime::formats::placement::{LayerPlacement, Pins, Placement, SlotPolicy, TierIdx};
 use tier_plan_runtime::formats::profile::{Guesses, Profile};
 use tier_plan_runtime::model::kv::KvRows;
 use tier_plan_runtime::model::shape::{CacheShape, DenseKind, DenseShape, ExpertShape, ModelShape};
@@ -211,7 +211,10 @@ fn baselines_use_their_bytes_and_never_beat_the_optimum() -> Result<()> {
     assert!(solved.ceiling_hit_rate.is_some_and(|c| c >= solved.plan.predicted.hit_rate));
     let by_name = |name: &str| solved.baselines.iter().find(|b| b.name == name);
     assert!(by_name("lru-only").is_some_and(|p| p.layers.iter().all(|l| l.pinned.is_empty())));
-    assert!(by_name("first-layers-cpu").is_some_and(|p| p.layers[11].pinned == [(0, (0..40).collect())]));
+    assert!(
+        by_name("first-layers-cpu")
+            .is_some_and(|p| p.layers[11].pinned == [Pins { tier: 0, experts: (0..40).collect() }])
+    );
     Ok(())
 }
 
@@ -266,12 +269,12 @@ fn planted_mistakes_are_found() -> Result<()> {
     finds("2 times", &|p| p.dense.push(p.dense[0].clone()));
     finds("nothing computes", &|p| p.dense[1].tier = 2);
     finds("twice", &|p| {
-        let expert = p.layers[3].pinned[0].1[0];
-        p.layers[3].pinned[1].1.push(expert);
+        let expert = p.layers[3].pinned[0].experts[0];
+        p.layers[3].pinned[1].experts.push(expert);
     });
-    finds("expert 40 of 40", &|p| p.layers[3].pinned[0].1.push(40));
-    finds("where none can be", &|p| p.layers[3].pinned[0].0 = 2);
-    finds("says", &|p| p.tiers[0].pinned_bytes -= 1);
+    finds("expert 40 of 40", &|p| p.layers[3].pinned[0].experts.push(40));
+    finds("where none can be", &|p| p.layers[3].pinned[0].tier = 2);
+    finds("says", &|p| p.tiers[0].bytes.pinned -= 1);
     finds("over its budget", &|p| p.tiers[0].budget_bytes -= 4_000_000);
     finds("above its capacity", &|p| p.tiers[0].budget_bytes = 2 << 40);
     finds("says", &|p| p.layers[0].slots = 4);
@@ -285,10 +288,10 @@ fn planted_mistakes_are_found() -> Result<()> {
     finds("proven bound", &|p| p.solver.bound_s = Some(p.solver.objective_s * 1.01));
     finds("not 'model'", &|p| p.model = SourceId { name: "other".to_string(), hash: "1".repeat(32) });
     finds("a replay gives", &|p| {
-        let mine = p.layers[5].pinned[0].1.remove(0);
-        let other = p.layers[5].pinned[1].1.remove(0);
-        p.layers[5].pinned[0].1.push(other);
-        p.layers[5].pinned[1].1.push(mine);
+        let mine = p.layers[5].pinned[0].experts.remove(0);
+        let other = p.layers[5].pinned[1].experts.remove(0);
+        p.layers[5].pinned[0].experts.push(other);
+        p.layers[5].pinned[1].experts.push(mine);
     });
     Ok(())
 }
@@ -325,7 +328,7 @@ fn the_prediction_is_a_token_by_token_simulation() -> Result<()> {
                     }
                 }
                 let pooled = 9 - pins.iter().map(Vec::len).sum::<usize>();
-                layer.pinned = pins.into_iter().enumerate().collect();
+                layer.pinned = pins.into_iter().enumerate().map(|(tier, experts)| Pins { tier, experts }).collect();
                 layer.slots = random.below(pooled + 1) as u32;
                 layer.slot_tier = random.below(fast);
                 layer.policy = [
@@ -400,7 +403,7 @@ fn recurrent_state_has_its_room_whatever_the_context() -> Result<()> {
         let problem = Problem { shape: &shape, profile: Some(&profile), machine: &machine, budgets, context, kv_type };
         let evidence = Evidence::new(&shape, Some(&profile))?;
         let plan = solve(&problem, &options())?.plan;
-        let kv_bytes: u64 = plan.tiers.iter().map(|t| t.kv_bytes).sum();
+        let kv_bytes: u64 = plan.tiers.iter().map(|t| t.bytes.kv).sum();
         assert_eq!((kv_bytes, plan.kv_type), (bytes * u64::from(context) + 123_456, kv_type));
         assert_eq!(verify::verify(&plan, &shape, &evidence), Vec::<String>::new());
         shape.caches[3].state_bytes += 1;

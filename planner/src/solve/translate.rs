@@ -8,7 +8,7 @@ use super::problem::enumerate::ColumnEnumerator;
 use super::problem::instance::Instance;
 use crate::profile::Judged;
 use std::collections::BTreeSet;
-use tier_plan_runtime::formats::placement::{LayerPlacement, TierIdx};
+use tier_plan_runtime::formats::placement::{LayerPlacement, Pins, TierIdx};
 use tier_plan_runtime::model::shape::ExpertShape;
 
 /// Returns a draft as `[items][members]` columns, adding the columns that it needs.
@@ -52,11 +52,11 @@ fn config_of(
     let mut config = Config { cuts: [0; MAX_FAST], slots: placed.slots as u16, slot_tier };
     let mut sum = 0;
     for tier in 0..instance.capacity.home() {
-        let on_tier = placed.pinned.iter().filter(|p| p.0 == tier);
-        sum += on_tier.map(|p| p.1.len()).sum::<usize>();
+        let on_tier = placed.pinned.iter().filter(|pins| pins.tier == tier);
+        sum += on_tier.map(|pins| pins.experts.len()).sum::<usize>();
         config.cuts[tier] = sum as u16;
     }
-    let n_pinned: usize = placed.pinned.iter().map(|p| p.1.len()).sum();
+    let n_pinned: usize = placed.pinned.iter().map(|pins| pins.experts.len()).sum();
     let none_fixed = instance.constraints.layer(placed.layer).fixed.is_empty();
     if !none_fixed && n_pinned > 0 {
         config = enumerator.config_of(layer, placed)?;
@@ -103,19 +103,19 @@ pub(super) fn draft_of_choice(
 ///
 /// That takes as many bytes, and no expert is missed once before it is resident.
 fn pin_full_slots(mut placed: LayerPlacement, shape: &ExpertShape) -> LayerPlacement {
-    let pinned: BTreeSet<u32> = placed.pinned.iter().flat_map(|(_, experts)| experts.iter().copied()).collect();
+    let pinned: BTreeSet<u32> = placed.pinned.iter().flat_map(|pins| pins.experts.iter().copied()).collect();
     let pooled = (0..shape.n_expert).filter(|e| !pinned.contains(e));
     if placed.slots == 0 || placed.slots as usize != pooled.clone().count() {
         return placed;
     }
-    match placed.pinned.iter_mut().find(|(tier, _)| *tier == placed.slot_tier) {
-        Some((_, experts)) => {
-            experts.extend(pooled);
-            experts.sort_unstable();
+    match placed.pinned.iter_mut().find(|pins| pins.tier == placed.slot_tier) {
+        Some(pins) => {
+            pins.experts.extend(pooled);
+            pins.experts.sort_unstable();
         }
         None => {
-            placed.pinned.push((placed.slot_tier, pooled.collect()));
-            placed.pinned.sort_unstable();
+            placed.pinned.push(Pins { tier: placed.slot_tier, experts: pooled.collect() });
+            placed.pinned.sort_unstable_by_key(|pins| pins.tier);
         }
     }
     placed.slots = 0;

@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use tier_plan_runtime::experts::cache::{Access, SlotCache};
 use tier_plan_runtime::formats::machine::TierKind;
 use tier_plan_runtime::formats::placement::{
-    ATTENTION_OF_A_TOKEN, DensePlacement, LayerPlacement, Placement, PlanTier, SlotPolicy, TierIdx,
+    ATTENTION_OF_A_TOKEN, DensePlacement, LayerPlacement, Pins, Placement, SlotPolicy, TierBytes, TierIdx,
 };
 use tier_plan_runtime::gpu::stays_on;
 use tier_plan_runtime::model::shape::{DenseKind, ExpertShape, ModelShape};
@@ -123,7 +123,7 @@ impl Tally<'_> {
         let layer = placed.layer;
         let expert_bytes = u128::from(experts.expert_bytes);
         let mut seen = vec![false; experts.n_expert as usize];
-        for (tier, pinned) in &placed.pinned {
+        for Pins { tier, experts: pinned } in &placed.pinned {
             if *tier >= n || !self.computes(*tier) {
                 self.wrong.push(format!("layer {layer} pins experts to tier {tier}, where none can be"));
                 continue;
@@ -210,8 +210,8 @@ fn cache_tier(plan: &Placement, layer: usize) -> TierIdx {
 fn verify_sums(plan: &Placement, counted: &[[u128; LINES]], wrong: &mut Vec<String>) {
     for (tier, counted) in plan.tiers.iter().zip(counted) {
         let name = &tier.tier.name;
-        let PlanTier { dense_bytes, pinned_bytes, slot_bytes, kv_bytes, staging_bytes, home_bytes, .. } = *tier;
-        let stated = [dense_bytes, pinned_bytes, slot_bytes, kv_bytes, staging_bytes, home_bytes];
+        let TierBytes { dense, pinned, slots, kv, staging, home } = tier.bytes;
+        let stated = [dense, pinned, slots, kv, staging, home];
         for ((stated, &counted), line) in stated.into_iter().zip(counted).zip(LINE_NAMES) {
             if u128::from(stated) != counted {
                 wrong.push(format!("tier '{name}' says {stated} {line} bytes, but they are {counted}"));
@@ -331,7 +331,7 @@ fn stepped_s(plan: &Placement, layer: &LayerPlacement, evidence: &LayerEvidence)
     let home = plan.tiers.len() - 1;
     let in_place = plan.tiers[home].tier.kind != TierKind::Nvme;
     let mut pinned_on = vec![None; evidence.shape.n_expert as usize];
-    for (tier, experts) in &layer.pinned {
+    for Pins { tier, experts } in &layer.pinned {
         experts.iter().for_each(|&e| pinned_on[e as usize] = Some(*tier));
     }
     let mut cache = SlotCache::new(evidence.shape.n_expert, layer.slots, layer.policy);

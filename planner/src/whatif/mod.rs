@@ -176,7 +176,7 @@ fn load_s(plan: &Placement, machine: &Machine) -> Option<f64> {
     let keeps = matches!(last.kind, TierKind::Nvme | TierKind::Pmem);
     let rate = machine.extras.load_gbps.or(keeps.then_some(last.read_gbps))?;
     let upto = plan.tiers.len() - usize::from(keeps);
-    let bytes: u64 = plan.tiers[..upto].iter().map(|t| t.dense_bytes + t.pinned_bytes + t.home_bytes).sum();
+    let bytes: u64 = plan.tiers[..upto].iter().map(|t| t.bytes.dense + t.bytes.pinned + t.bytes.home).sum();
     Some(bytes as f64 / (rate * 1e9))
 }
 

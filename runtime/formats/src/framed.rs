@@ -1,4 +1,5 @@
-//! Binary files that begin with a magic, a version and a JSON header: the frame that checksums and packed experts share.
+//! Binary files that begin with a magic, a version and a JSON header: the frame that checksums and
+//! packed experts share.
 
 use super::kind::Kind;
 use crate::FormatError;
@@ -29,7 +30,7 @@ impl From<WireSource> for SourceId {
     }
 }
 
-/// Everything up to the end of the header.
+/// Encodes everything up to the end of the header.
 pub(super) fn head(magic: [u8; 8], version: u32, header: &[u8]) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(FIXED_BYTES + header.len());
     bytes.extend_from_slice(&magic);
@@ -40,7 +41,7 @@ pub(super) fn head(magic: [u8; 8], version: u32, header: &[u8]) -> Vec<u8> {
     bytes
 }
 
-/// The length of the header that the first [`FIXED_BYTES`] announce; `bytes` may go on.
+/// Returns the length of the header, which the first [`FIXED_BYTES`] announce; `bytes` may go on.
 ///
 /// # Errors
 /// When it is another kind of file, a newer version, or cut short.
@@ -52,12 +53,12 @@ pub(super) fn header_bytes(kind: &Kind, magic: [u8; 8], bytes: &[u8], path: &Pat
     usize::try_from(length).map_err(|_| FormatError::invalid(path, format!("a header of {length} bytes")))
 }
 
-/// The error of a file that ends too early.
+/// Returns the error of a file that ends too early.
 pub(super) fn cut_short(kind: &Kind, path: &Path) -> FormatError {
-    FormatError::invalid(path, format!("the file is cut short; {} anew", kind.mend))
+    FormatError::invalid(path, format!("the file is cut short; {}", kind.hint))
 }
 
-/// A little-endian number at `at`, if the bytes reach that far.
+/// Returns a little-endian number at `at`, if the bytes reach that far.
 pub(super) fn u64_at(bytes: &[u8], at: usize) -> Option<u64> {
     let bytes = bytes.get(at..at.checked_add(8)?)?;
     Some(u64::from_le_bytes(bytes.try_into().ok()?))

@@ -1,4 +1,5 @@
-//! Telling our files apart: what a file is, which version it has, and how much of it may be read into memory.
+//! Recognizes tier-plan's files: the format, the version, and how much of a file may be read into
+//! memory.
 
 use super::FormatError;
 use serde::Deserialize;
@@ -18,7 +19,7 @@ pub(super) const SUMS_MAGIC: [u8; 8] = *b"tiersums";
 /// First bytes of every file of packed experts.
 pub(super) const PACK_MAGIC: [u8; 8] = *b"tierpack";
 
-/// Bytes at the start of a file that are looked at to tell what it is.
+/// Bytes at the start of a file that decide its format.
 const HEAD_BYTES: u64 = 4096;
 
 /// One kind of file.
@@ -33,7 +34,7 @@ pub(super) struct Kind {
     /// Larger files are refused unread, in bytes.
     pub limit_bytes: u64,
     /// How to get one.
-    pub mend: &'static str,
+    pub hint: &'static str,
 }
 
 pub(super) const MACHINE: Kind = Kind {
@@ -41,28 +42,28 @@ pub(super) const MACHINE: Kind = Kind {
     what: "machine file",
     newest: 4,
     limit_bytes: 1 << 20,
-    mend: "profiles/machines holds examples",
+    hint: "profiles/machines holds examples",
 };
 pub(super) const PLACEMENT: Kind = Kind {
     format: "tier-plan placement",
     what: "placement plan",
     newest: 5,
     limit_bytes: 64 << 20,
-    mend: "`tier-plan solve` writes one",
+    hint: "`tier-plan solve` writes one",
 };
 pub(super) const PROFILE: Kind = Kind {
     format: "tier-plan profile",
     what: "profile",
     newest: 3,
     limit_bytes: 4 << 30,
-    mend: "`tier-plan profile` writes one",
+    hint: "`tier-plan profile` writes one",
 };
 pub(super) const RECORD: Kind = Kind {
     format: "tier-plan run record",
     what: "run record",
     newest: 2,
     limit_bytes: 64 << 20,
-    mend: "`tier-plan run --record` writes one",
+    hint: "`tier-plan run` can write one",
 };
 
 pub(super) const SHAPE: Kind = Kind {
@@ -70,7 +71,7 @@ pub(super) const SHAPE: Kind = Kind {
     what: "model shape",
     newest: 2,
     limit_bytes: 1 << 20,
-    mend: "profiles/models holds examples",
+    hint: "profiles/models holds examples",
 };
 
 pub(super) const LOGPROBS: Kind = Kind {
@@ -79,7 +80,7 @@ pub(super) const LOGPROBS: Kind = Kind {
     newest: 1,
     // Read row by row.
     limit_bytes: u64::MAX,
-    mend: "`tier-plan perplexity --save-logits-base` writes one",
+    hint: "`tier-plan perplexity` can write one",
 };
 
 pub(super) const SUMS: Kind = Kind {
@@ -87,7 +88,7 @@ pub(super) const SUMS: Kind = Kind {
     what: "file of checksums",
     newest: 1,
     limit_bytes: 64 << 20,
-    mend: "`tier-plan checksum` writes one",
+    hint: "`tier-plan checksum` writes one",
 };
 
 pub(super) const PACK: Kind = Kind {
@@ -96,7 +97,7 @@ pub(super) const PACK: Kind = Kind {
     newest: 1,
     // Only its header is read here.
     limit_bytes: u64::MAX,
-    mend: "`tier-plan pack` writes one",
+    hint: "`tier-plan pack` writes one",
 };
 
 pub(super) const SLOTS: Kind = Kind {
@@ -104,15 +105,15 @@ pub(super) const SLOTS: Kind = Kind {
     what: "file of slots",
     newest: 1,
     limit_bytes: 64 << 20,
-    mend: "`tier-plan run --slots` writes one",
+    hint: "`tier-plan run` can write one",
 };
 
 const ALL: [&Kind; 9] = [&MACHINE, &PLACEMENT, &PROFILE, &RECORD, &LOGPROBS, &SHAPE, &SUMS, &PACK, &SLOTS];
 
 impl Kind {
-    /// The file is something else; `found` says what, as a clause.
+    /// Returns the error of a file of another kind; `found` says which, as a clause.
     pub fn mismatch(&self, path: &Path, found: &str) -> FormatError {
-        let found = format!("{found}; {}", self.mend);
+        let found = format!("{found}; {}", self.hint);
         FormatError::Kind { path: path.into(), expected: self.what, found }
     }
 
@@ -127,8 +128,8 @@ impl Kind {
         }
     }
 
-    /// Reads a whole file, but not one that is too large or evidently of another kind (a model of hundreds of
-    /// gigabytes given by mistake must not be loaded to find that out).
+    /// Reads a whole file, but not one that is too large or evidently of another kind (a model of
+    /// hundreds of gigabytes given by mistake must not be loaded to find that out).
     pub fn read(&self, path: &Path) -> Result<Vec<u8>, FormatError> {
         let io = |source| FormatError::Io { path: path.into(), source };
         let mut file = File::open(path).map_err(io)?;
@@ -153,7 +154,7 @@ impl Kind {
         Ok(bytes)
     }
 
-    /// What a file seems to be, as a clause.
+    /// Describes what a file seems to be, as a clause.
     pub fn describe(bytes: &[u8]) -> String {
         sniff(bytes).words
     }
@@ -188,7 +189,8 @@ impl Kind {
     fn check_envelope(&self, envelope: Result<Envelope, String>, bytes: &[u8], path: &Path) -> Result<(), FormatError> {
         let found = sniff(bytes);
         match envelope {
-            // A file that names itself ours but cannot be parsed is damaged; anything else is simply not ours.
+            // A file that names itself ours but cannot be parsed is damaged; anything else is
+            // simply not ours.
             Err(words) if found.kind == Some(self) => Err(FormatError::invalid(path, words)),
             Err(_) => Err(self.mismatch(path, &found.words)),
             Ok(Envelope { format: None, .. }) => Err(self.mismatch(path, &found.words)),
@@ -212,11 +214,11 @@ struct Envelope {
 
 /// What a file seems to be.
 struct Found {
-    /// One of ours.
+    /// The tier-plan format that it is in.
     kind: Option<&'static Kind>,
-    /// In words.
+    /// A clause such as `it is a GGUF model`.
     words: String,
-    /// Certain without parsing.
+    /// Whether the bytes decide it without parsing.
     binary: bool,
 }
 
@@ -255,7 +257,7 @@ fn sniff(bytes: &[u8]) -> Found {
     Found { kind: None, words: "it is text that names no tier-plan format".into(), binary: false }
 }
 
-/// A TOML error in one line, with the line it concerns.
+/// Puts a TOML error in one line, with the number of the line that it concerns.
 pub(super) fn toml_words(text: &str, error: &toml::de::Error) -> String {
     let message = error.message().trim().replace('\n', ", ");
     match error.span() {

@@ -1,7 +1,39 @@
 //! Every file that tier-plan reads or writes, as domain types with one codec each.
 //!
-//! A file says its version and what it was made from. A reader refuses a newer version and names both; writers go
-//! through [`safely`] so that a file is either whole or not there. Wire structs are private to each codec.
+//! | module | file | what it holds |
+//! |---|---|---|
+//! | [`gguf`] | `*.gguf` | the container of a model: metadata and tensors, mapped |
+//! | [`model`] | – | the network in a GGUF file: layers, tensors, and their sizes |
+//! | [`shape`] | `profiles/models/*.toml` | a network by its dimensions, without weights |
+//! | [`machine`] | `machine.toml` | the memory tiers of a machine with their rates |
+//! | [`profile`] | `*.profile` | which experts each token chose |
+//! | [`placement`] | `placement.toml` | where every tensor lives, and the predicted speed |
+//! | [`record`] | `*.record.json` | what a run did, and how fast |
+//! | [`pack`], [`sums`], [`slots`], [`logprobs`] | | copies of experts, checksums, warm slots, reference logits |
+//!
+//! A file says its version and what it was made from. A reader refuses a newer version and names
+//! both. Writers go through [`safely`], so a file is either complete or absent. Wire structs are
+//! private to each codec. This crate knows no solver, no device, and no arithmetic.
+//!
+//! The path from a model to its sizes:
+//!
+//! ```
+//! use std::path::Path;
+//! use tier_plan_formats::model::Model;
+//! use tier_plan_formats::units::show_bytes;
+//!
+//! let model = Model::open(Path::new("../../profiles/demo/demo.gguf"))?;
+//! let shape = model.shape();
+//! assert_eq!(shape.arch, "qwen3moe");
+//! println!(
+//!     "{} layers, {} of weights, {} read per token",
+//!     shape.n_layer,
+//!     show_bytes(shape.weight_bytes()),
+//!     show_bytes(shape.token_bytes()),
+//! );
+//! # Ok::<(), tier_plan_formats::model::ModelError>(())
+//! ```
+#![deny(unsafe_code)]
 
 pub mod gguf;
 pub mod logprobs;
@@ -28,16 +60,16 @@ pub use source_id::SourceId;
 use std::path::{Path, PathBuf};
 use thiserror::Error;
 
-/// Why a file of ours could not be read or written.
+/// Why a file of one of these formats could not be read or written.
 #[derive(Debug, Error)]
 pub enum FormatError {
-    /// The system refused.
+    /// The operating system refused to read or write the file.
     #[error("{}: {source}", path.display())]
     Io {
         /// The file.
         path: PathBuf,
-        /// What the system said. It is part of the message, so it is no source of its own (the raw name says so):
-        /// whoever prints the chain of causes would print it twice.
+        /// What the system said. It is part of the message and so no
+        /// [`source`](std::error::Error::source): a printed chain of causes would repeat it.
         r#source: std::io::Error,
     },
     /// The file is of another kind.
@@ -67,26 +99,27 @@ pub enum FormatError {
     Invalid {
         /// The file.
         path: PathBuf,
-        /// The field, what was expected, what was found, and the mend.
+        /// The field, what was found, and what was expected.
         what: String,
     },
 }
 
 impl FormatError {
-    /// A wrong value: `what` names the field, what was expected, what was found, and the mend.
+    /// Returns the error of a wrong value. `what` names the field, the value, and what was
+    /// expected.
     pub(crate) fn invalid(path: &Path, what: impl Into<String>) -> FormatError {
         FormatError::Invalid { path: path.into(), what: what.into() }
     }
 }
 
 /// Refuses a file made for another model; `file` is `plan` or `profile`.
-fn check_model(made_for: &SourceId, given: &SourceId, file: &str, mend: &str, path: &Path) -> Result<(), FormatError> {
+fn check_model(made_for: &SourceId, given: &SourceId, file: &str, hint: &str, path: &Path) -> Result<(), FormatError> {
     if made_for.hash == given.hash {
         return Ok(());
     }
     Err(FormatError::invalid(
         path,
-        format!("this {file} was made for the model {made_for}, but the model given is {given}; {mend}"),
+        format!("this {file} was made for the model {made_for}, but the model given is {given}; {hint}"),
     ))
 }
 

@@ -1,7 +1,9 @@
-//! Reference log-probabilities: what one model gave every token of its vocabulary at every scored place of a text.
+//! Reference log-probabilities: what one model gave every token of its vocabulary at every scored
+//! position of a text.
 //!
-//! A stronger check than perplexity: another quantisation, plan or engine is compared with them place by place. The
-//! file is large (two bytes a token of the vocabulary and place), so that it is written and read row by row.
+//! A stronger check than perplexity: another quantization, plan, or engine is compared with them
+//! position by position. The file is large (two bytes per position and vocabulary entry), so it is
+//! written and read row by row.
 
 use super::kind::{Kind, LOGPROBS, LOGPROBS_MAGIC};
 use crate::FormatError;
@@ -18,12 +20,12 @@ const FIXED: u64 = 16;
 const ROW_HEAD: u64 = 16;
 /// The checksum at the end.
 const SUM: u64 = 8;
-/// Longest JSON header.
+/// Longest JSON header, in bytes.
 const HEADER_LIMIT: u64 = 1 << 20;
 /// Largest vocabulary and context; no model comes near.
 const SIZE_LIMIT: u32 = 1 << 24;
 
-/// What the rows are about.
+/// Returns what the rows are about: model, vocabulary, and tokens.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Reference {
     /// The model that gave them.
@@ -38,18 +40,18 @@ pub struct Reference {
     pub tokens: Vec<u32>,
 }
 
-/// Places of a window that are scored: those of its second half that have a next token.
+/// Returns the scored positions per window: those of its second half that have a next token.
 pub fn scored_per_window(ctx: u32) -> u32 {
     (ctx - ctx / 2).saturating_sub(1)
 }
 
 impl Reference {
-    /// Windows of the text.
+    /// Returns the number of windows in the text.
     pub fn windows(&self) -> usize {
         self.tokens.len() / self.ctx.max(1) as usize
     }
 
-    /// Rows in the file.
+    /// Returns the number of rows in the file.
     pub fn rows(&self) -> u64 {
         self.windows() as u64 * u64::from(scored_per_window(self.ctx))
     }
@@ -76,7 +78,7 @@ fn check_sizes(n_vocab: u32, ctx: u32) -> Result<(), String> {
     Ok(())
 }
 
-/// The vocabulary's log-probabilities at one place. Token `i` has `top − step · steps[i]`.
+/// The log-probabilities of the vocabulary at one position. Token `i` has `top − step · steps[i]`.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Row {
     /// Largest log-probability, in nats.
@@ -85,7 +87,7 @@ pub struct Row {
     pub step: f32,
     /// Log-probability of the token that came next, exactly.
     pub target: f32,
-    /// The likeliest token.
+    /// Id of the most likely token.
     pub best: u32,
     /// `[n_vocab]`.
     pub steps: Vec<u16>,
@@ -204,7 +206,8 @@ impl Reader<BufReader<File>> {
     /// Opens a file and reads everything before its rows.
     ///
     /// # Errors
-    /// When it can't be read, is another kind of file, is newer than this program, is cut short or contradicts itself.
+    /// When it can't be read, is another kind of file, is newer than this program, is cut short or
+    /// contradicts itself.
     pub fn open(path: &Path) -> Result<Self, FormatError> {
         let io = |source| FormatError::Io { path: path.into(), source };
         let file = File::open(path).map_err(io)?;
@@ -279,7 +282,7 @@ impl<R: Read> Reader<R> {
         Ok(reader)
     }
 
-    /// What the rows are about.
+    /// Returns what the rows are about: model, vocabulary, and tokens.
     pub fn reference(&self) -> &Reference {
         &self.reference
     }
@@ -320,7 +323,8 @@ impl<R: Read> Reader<R> {
         Ok(true)
     }
 
-    /// Reads so many bytes into `line`, in pieces, so that memory grows only with what is really there.
+    /// Reads `len` bytes into `line`, in pieces, so that memory grows only with the bytes that are
+    /// there.
     fn take(&mut self, bytes: u64) -> Result<(), FormatError> {
         self.line.clear();
         let read = (&mut self.from).take(bytes).read_to_end(&mut self.line);
@@ -333,7 +337,7 @@ impl<R: Read> Reader<R> {
     }
 }
 
-const CUT_SHORT: &str = "the file is cut short; save it again with `tier-plan perplexity --save-logits-base`";
+const CUT_SHORT: &str = "the file is cut short; save it again with `tier-plan perplexity`";
 
 #[cfg(test)]
 mod tests {

@@ -97,7 +97,7 @@ fn errors_say_what_and_how_to_mend() {
         (v1_with("name = \"vram\"", "name = \"dram\""), "two tiers are named 'dram'; give each its own name"),
         (v1_with("name = \"vram\"", "name = \"v=1\""), "tier name \"v=1\" must be 1 to 64 letters"),
         (v1_with("kind = \"dram\"", "kind = \"cxl\""), "no tier of kind \"dram\"; add the main memory"),
-        (v1_with("kind = \"vram\"", "kind = \"dram\""), "tiers 'vram' and 'dram' are both of kind \"dram\", and 'vram' does not say which memory node it is; there can be only one, or one for each `node`"),
+        (v1_with("kind = \"vram\"", "kind = \"dram\""), "tiers 'vram' and 'dram' are both of kind \"dram\", and 'vram' does not say which NUMA node it is; there can be only one, or one for each `node`"),
         ("format = \"tier-plan machine\"\nversion = 1\nname = \"x\"\nlayer_overhead_us = 0\ntoken_overhead_us = 0\ntier = []".into(), "no tier; add a [[tier]] table"),
         ("format = \"tier-plan machine\"\nversion = [".into(), "line 2: "),
         (String::new(), "not a machine file: it is empty"),
@@ -162,7 +162,7 @@ fn capacities_are_written_for_people_when_exact() {
         (1025, "1025"),
         (1, "1"),
     ] {
-        let shown = show_capacity(bytes);
+        let shown = super::write::show_capacity(bytes);
         assert_eq!(shown, text);
     }
 }
@@ -181,7 +181,8 @@ fn any_accelerator() -> impl Strategy<Value = Accelerator> {
     known.prop_map(|(link_gbps, layer_us, resident_layer_us)| Accelerator { link_gbps, layer_us, resident_layer_us })
 }
 
-/// One to five tiers, exactly one of them main memory, in no order; any but the last one may say which of its kind it is.
+/// One to five tiers, exactly one of them main memory, in no order; any but the last one may say
+/// which of its kind it is.
 pub(crate) fn any_tiers() -> impl Strategy<Value = Vec<Tier>> {
     let kind = prop_oneof![Just(TierKind::Vram), Just(TierKind::Pmem), Just(TierKind::Cxl), Just(TierKind::Nvme)];
     let capacity =
@@ -351,7 +352,7 @@ fn version_3_means_what_it_meant() {
         ("to_gbps = 25.5, ", "", "missing field `to_gbps`"),
         ("node = 1", "node = 0", "tiers 'dram0' and 'dram1' both have node 0; merge them"),
         ("node = 2", "node = 1", "tiers 'dram1' and 'cxl' both have node 1; merge them"),
-        ("node = 1\n", "", "'dram1' does not say which memory node it is"),
+        ("node = 1\n", "", "'dram1' does not say which NUMA node it is"),
         ("node = 1", "device = 1", "tier 'dram1' is of kind \"dram\": which one it is says `node`"),
         ("device = 0", "node = 0", "tier 'vram' is of kind \"vram\": which one it is says `device`"),
         ("source = \"probe\"", "node = 0\nsource = \"probe\"", "tier 'nvme' is a block device, which has no node"),

@@ -1,8 +1,9 @@
 //! `*.experts`: a copy of a model's routed experts, each in one stretch that begins at a page.
 //!
-//! In a GGUF file the slices of one expert lie in three tensors or more. Here they follow one another, packed, so that an
-//! expert is read in one go, straight into a buffer without room for pages that it shares with others. This module knows
-//! where experts lie in such a file; their bytes are the model's.
+//! In a GGUF file the slices of one expert lie in three tensors or more. Here they follow one
+//! another, packed, so that an expert is read in one go, straight into a buffer without room for
+//! pages that it shares with others. This module knows where experts lie in such a file; their
+//! bytes are the model's.
 
 use super::framed::{FIXED_BYTES, WireSource, cut_short, head, header_bytes, u64_at};
 use super::kind::{PACK, PACK_MAGIC};
@@ -15,24 +16,24 @@ use std::io::Read;
 use std::path::Path;
 use xxhash_rust::xxh3::xxh3_64;
 
-/// Every expert begins at a multiple of this: a page, the unit of reads past the page cache.
+/// Every expert begins at a multiple of this: a page, the unit of direct I/O.
 pub const ALIGN: u64 = 4096;
 
-/// Longest JSON header.
+/// Longest JSON header, in bytes.
 const HEADER_LIMIT: usize = 64 << 20;
-/// Layers are numbered below this.
+/// Exclusive bound on layer numbers.
 const LAYER_LIMIT: u32 = 4096;
-/// Experts of a layer are numbered below this.
+/// Exclusive bound on expert numbers.
 const EXPERT_LIMIT: u32 = 65536;
-/// Experts of a file.
+/// Most experts in one file.
 const EXPERTS_LIMIT: u64 = 4_194_304;
-/// Slices of an expert.
+/// Most slices of one expert.
 const SLICES_LIMIT: usize = 16;
 
 /// The experts of one layer that the file has.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PackLayer {
-    /// The model's layer.
+    /// Number of the layer in the model.
     pub layer: u32,
     /// Bytes of an expert's slices, in the order in which they follow one another.
     pub slices: Vec<u64>,
@@ -41,12 +42,12 @@ pub struct PackLayer {
 }
 
 impl PackLayer {
-    /// Bytes of an expert.
+    /// Returns the bytes of an expert.
     pub fn expert_bytes(&self) -> u64 {
         self.slices.iter().fold(0, |sum: u64, bytes| sum.saturating_add(*bytes))
     }
 
-    /// Bytes from one expert's beginning to the next one's.
+    /// Returns the bytes from one expert's beginning to the next one's.
     fn stride(&self) -> Option<u64> {
         self.expert_bytes().checked_next_multiple_of(ALIGN)
     }
@@ -59,7 +60,7 @@ pub struct PackIndex {
     pub model: SourceId,
     /// UTC moment, see [`crate::units::show_utc`].
     pub made: String,
-    /// Ascending.
+    /// Layers, ascending.
     pub layers: Vec<PackLayer>,
 }
 
@@ -80,7 +81,7 @@ struct WireLayer {
 }
 
 impl PackIndex {
-    /// Everything before the first expert.
+    /// Encodes everything before the first expert.
     ///
     /// # Errors
     /// When this could not be read back; `path` is for the message.
@@ -103,8 +104,8 @@ impl PackIndex {
         Ok(bytes)
     }
 
-    /// Where each layer's first expert would begin, and the file's length, with `start` bytes before the first expert.
-    /// `None` if that is past what can be counted.
+    /// Returns where each layer's first expert begins, and the file's length, with `start` bytes
+    /// before the first expert. Returns `None` on overflow.
     fn places(&self, start: u64) -> Option<(Vec<u64>, u64)> {
         let mut at = start;
         let mut firsts = Vec::with_capacity(self.layers.len());
@@ -115,7 +116,7 @@ impl PackIndex {
         (at < 1 << 63).then_some((firsts, at))
     }
 
-    /// Bytes of all experts with what lies between them.
+    /// Returns the bytes of all experts with what lies between them.
     pub fn expert_bytes(&self) -> u64 {
         self.places(0).map_or(u64::MAX, |(_, end)| end)
     }
@@ -155,7 +156,7 @@ pub struct PackFile {
 }
 
 impl PackFile {
-    /// Where the expert at position `nth` of the layer at position `layer` begins.
+    /// Returns the offset of the expert at position `nth` of the layer at position `layer`.
     pub fn offset(&self, layer: usize, nth: usize) -> u64 {
         // Counted without overflow when the file was opened, for all positions that it has.
         self.firsts[layer] + self.index.layers[layer].stride().unwrap_or(0) * nth as u64
@@ -173,8 +174,8 @@ impl PackFile {
 /// Opens a file and reads what comes before the experts.
 ///
 /// # Errors
-/// When it can't be read, is another kind of file, is newer than this program, is damaged, or has not the length that
-/// its header makes.
+/// When it can't be read, is another kind of file, is newer than this program, is damaged, or has
+/// not the length that its header makes.
 pub fn open(path: &Path) -> Result<PackFile, FormatError> {
     let io = |source| FormatError::Io { path: path.into(), source };
     let file = File::open(path).map_err(io)?;
@@ -182,7 +183,7 @@ pub fn open(path: &Path) -> Result<PackFile, FormatError> {
     decode(file, length, path)
 }
 
-/// The same from a source of `length` bytes; `path` is for messages.
+/// Does what [`open`] does, from a source of `length` bytes; `path` is for messages.
 ///
 /// # Errors
 /// As [`open`].

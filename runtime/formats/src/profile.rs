@@ -44,17 +44,17 @@ pub struct PromptTrace {
     pub decode_tokens: u32,
     /// `[token, moe layer, used]` chosen experts in the router's order (largest weight first).
     pub experts: Vec<u16>,
-    /// Same shape: the expert's weight in 255ths.
+    /// Weight of each chosen expert in 255ths, `[token, moe layer, used]`.
     pub weights: Vec<u8>,
 }
 
 impl PromptTrace {
-    /// Prompt tokens and decoded ones.
+    /// Returns the number of prompt and decoded tokens.
     pub fn tokens(&self) -> usize {
         self.prompt_tokens as usize + self.decode_tokens as usize
     }
 
-    /// Positions of the tokens of a phase, of all tokens for `None`.
+    /// Returns the positions of the tokens of a phase, of all tokens for `None`.
     pub fn token_range(&self, phase: Option<Phase>) -> Range<usize> {
         let prompt = self.prompt_tokens as usize;
         match phase {
@@ -65,13 +65,13 @@ impl PromptTrace {
     }
 }
 
-/// How good guesses of a layer's experts were, made from the hidden state before the layer's input was complete: what
-/// the engine reads ahead by.
+/// Accuracy of predicted experts of a layer, by which the engine prefetches. Predictions are made
+/// from the hidden state before the layer's input is complete.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Guesses {
-    /// Experts guessed for decoded tokens.
+    /// Experts predicted for decoded tokens.
     pub made: u64,
-    /// Of those, the ones that were chosen.
+    /// Predicted experts that the router then chose.
     pub right: u64,
 }
 
@@ -84,30 +84,34 @@ pub struct Profile {
     pub layers: Vec<u32>,
     /// Experts in each of those layers.
     pub n_expert: u32,
-    /// Experts a token uses in each.
+    /// Experts per token in each of those layers.
     pub n_used: u32,
-    /// How it was made, in words (settings, seeds).
+    /// How it was made: settings and seeds.
     pub made: String,
-    /// One entry a prompt; none where only counts are known.
+    /// One entry per prompt; none where only counts are known.
     pub prompts: Vec<PromptTrace>,
-    /// Where only counts are known: how often prompt tokens chose each expert, `[layer position][expert]`. There is then
-    /// no order in time, nothing was decoded, and the model's hash may be empty: counts hold for every file of a model.
+    /// Where only counts are known: how often prompt tokens chose each expert, `[layer
+    /// position][expert]`. Such a profile has no order in time and no decoded tokens. Its model's
+    /// hash may be empty, as counts hold for every file of a model.
     pub counted: Option<Vec<Vec<u64>>>,
-    /// `[layer position]`, where guesses were scored; none are made of the first layer.
+    /// Accuracy of predictions, `[layer position]`, where they were scored; none are made of the
+    /// first layer.
     pub guesses: Option<Vec<Guesses>>,
     /// Hash of the file it was read from, under the model's name.
     pub id: SourceId,
 }
 
 impl Profile {
-    /// The choices of one token of one prompt in one layer (both by position): `n_used` experts.
+    /// Returns the experts that one token of one prompt chose in one layer, `[n_used]`. Prompt,
+    /// token, and layer are positions.
     pub fn chosen(&self, prompt: usize, token: usize, layer: usize) -> &[u16] {
         let used = self.n_used as usize;
         let at = (token * self.layers.len() + layer) * used;
         &self.prompts[prompt].experts[at..at + used]
     }
 
-    /// How often each expert was chosen, `[layer position][expert]`, over the prompts that match; `None` matches all.
+    /// Counts how often each expert was chosen, `[layer position][expert]`, over the prompts that
+    /// match; `None` matches all.
     pub fn counts(&self, phase: Option<Phase>, split: Option<Split>, domain: Option<&str>) -> Vec<Vec<u64>> {
         if let Some(counted) = &self.counted
             && phase != Some(Phase::Decode)
@@ -137,7 +141,7 @@ impl Profile {
         counts
     }
 
-    /// The domains of the prompts, each once, in the order in which they first come.
+    /// Returns the domains of the prompts, each once, in the order in which they first come.
     pub fn domains(&self) -> Vec<String> {
         let mut domains: Vec<String> = Vec::new();
         for prompt in &self.prompts {
@@ -148,7 +152,7 @@ impl Profile {
         domains
     }
 
-    /// Tokens of a phase over the prompts of a split; `None` takes all.
+    /// Counts the tokens of a phase over the prompts of a split; `None` takes all.
     pub fn n_tokens(&self, phase: Option<Phase>, split: Option<Split>) -> u64 {
         self.matching(split).map(|p| p.token_range(phase).len() as u64).sum()
     }
@@ -157,7 +161,7 @@ impl Profile {
         self.prompts.iter().filter(move |p| split.is_none_or(|s| p.split == s))
     }
 
-    /// The file as bytes. The identity is not written: it is the hash of these bytes.
+    /// Encodes the file. The identity is not written: it is the hash of these bytes.
     pub fn encode(&self) -> Vec<u8> {
         wire::encode(self)
     }
@@ -168,18 +172,19 @@ impl Profile {
         safely::write(path, &self.encode())
     }
 
-    /// The same profile with the identity that its own file would have.
+    /// Returns the profile with the identity that its own file would have.
     pub fn identified(mut self) -> Profile {
         self.id = wire::identify(&self.model.name, self.counted.is_some(), &self.encode());
         self
     }
 
-    /// Whether it holds for every file of a model with these layers and experts: counts that name no file.
+    /// Whether it holds for every file of a model with these layers and experts, as counts without
+    /// a hash do.
     pub fn is_unbound(&self) -> bool {
         self.counted.is_some() && self.model.hash.is_empty()
     }
 
-    /// Refuses a profile that has counts and no traces, for those who need traces; `what` says for what.
+    /// Refuses a profile that has counts and no traces; `what` names the purpose that needs traces.
     pub fn check_traces(&self, what: &str, path: &Path) -> Result<(), FormatError> {
         if self.counted.is_none() {
             return Ok(());
@@ -218,7 +223,21 @@ pub fn decode(bytes: &[u8], path: &Path) -> Result<Profile, FormatError> {
     wire::decode(bytes, path)
 }
 
-/// Reads a profile.
+/// Reads a profile from its file.
+///
+/// ```
+/// use std::path::Path;
+/// use tier_plan_formats::profile;
+///
+/// let profile = profile::read(Path::new("../../tests/data/formats/profile.v3.profile"))?;
+/// let counts = profile.counts(None, None, None);
+/// assert_eq!(counts.len(), profile.layers.len());
+/// assert!(counts.iter().all(|layer| layer.len() == profile.n_expert as usize));
+/// # Ok::<(), tier_plan_formats::FormatError>(())
+/// ```
+///
+/// # Errors
+/// When the file can't be read, is another kind of file, is newer than this program, or is damaged.
 pub fn read(path: &Path) -> Result<Profile, FormatError> {
     decode(&PROFILE.read(path)?, path)
 }

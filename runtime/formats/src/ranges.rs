@@ -1,16 +1,16 @@
-//! Sets of small numbers as people write them: `0-3,7,12-15`.
+//! Sets of small numbers as ranges: `0-3,7,12-15`.
 
 /// Highest expert number a file may name.
 pub(super) const MAX_EXPERT: u32 = 65_535;
 /// Highest layer number a file may name.
 pub(super) const MAX_LAYER: u32 = 4_095;
 
-/// How many numbers one file may still expand to. A few bytes of text can name 65,536 experts in 4,096 layers, so
-/// the total is bounded before anything is allocated.
+/// Numbers that one file may still expand to. A few bytes of text can name 65,536 experts in 4,096
+/// layers, so the total is bounded before anything is allocated.
 pub(super) struct Allowance(u64);
 
 impl Allowance {
-    /// 4 Mi numbers: 180 times the routed experts of the largest model known.
+    /// Allows 4 Mi numbers: 180 times the routed experts of the largest model known.
     pub fn for_a_file() -> Allowance {
         Allowance(4 << 20)
     }
@@ -41,7 +41,8 @@ pub fn show(numbers: &[u32]) -> String {
     out
 }
 
-/// Reads ranges in ascending order with no number twice and none above `max`; `what` is `expert` or `layer`.
+/// Reads ranges in ascending order with no number twice and none above `max`; `what` is `expert` or
+/// `layer`.
 pub(super) fn parse(text: &str, what: &str, max: u32, allowance: &mut Allowance) -> Result<Vec<u32>, String> {
     if text.trim().is_empty() {
         return Ok(Vec::new());
@@ -66,10 +67,10 @@ pub(super) fn parse(text: &str, what: &str, max: u32, allowance: &mut Allowance)
     Ok(spans.into_iter().flat_map(|(low, high)| low..=high).collect())
 }
 
-/// Reads one set that a person gave, of numbers that a file may name.
+/// Reads one set of numbers that a file may name, as typed by a user.
 ///
 /// # Errors
-/// When it is no set of ascending numbers; `what` is `expert` or `layer`.
+/// When it is not a set of ascending numbers; `what` is `expert` or `layer`.
 pub fn parse_one(text: &str, what: &str) -> Result<Vec<u32>, String> {
     let max = if what == "layer" { MAX_LAYER } else { MAX_EXPERT };
     parse(text, what, max, &mut Allowance::for_a_file())

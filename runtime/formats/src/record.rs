@@ -14,9 +14,9 @@ use std::path::Path;
 /// Time and bytes of one tier during a run's decode phase.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct TierRecord {
-    /// The tier's name.
+    /// Name of the tier in the plan.
     pub name: String,
-    /// Its rates were emulated.
+    /// Whether its rates were emulated.
     pub emulated: bool,
     /// Bytes the plan puts there.
     pub planned_bytes: u64,
@@ -24,44 +24,44 @@ pub struct TierRecord {
     pub resident_bytes: u64,
     /// Bytes read from it while decoding.
     pub read_bytes: u64,
-    /// Seconds in which its reads were the thing being waited for.
+    /// Seconds in which computation waited for its reads.
     pub busy_s: f64,
 }
 
 /// One layer's expert accesses during decode.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct LayerRecord {
-    /// The layer.
+    /// Number of the layer.
     pub layer: u32,
     /// Accesses to pinned experts.
     pub pinned_hits: u64,
     /// Accesses found in a slot.
     pub slot_hits: u64,
-    /// Accesses that had to be brought from the slow tier.
+    /// Accesses that were read from the slow tier.
     pub misses: u64,
-    /// Seconds a token, on average, by stage: attention and other dense work.
+    /// Mean seconds per token in the dense stage: attention and other dense work.
     pub dense_s: f64,
-    /// Seconds a token, on average: routed experts, waiting included.
+    /// Mean seconds per token in the expert stage, waiting included.
     pub expert_s: f64,
     /// Bytes that the misses brought in.
     pub missed_bytes: u64,
-    /// Seconds a token, on average, from the first submission of the layer's reads to the end of the last one, those ahead
-    /// of the layer included.
+    /// Mean seconds per token from the first submission of the layer's reads to the end of the last
+    /// one, prefetches included.
     pub reading_s: f64,
-    /// Of these, seconds in which nothing could compute for want of a read: the others were hidden.
+    /// Part of `reading_s` in which nothing could compute for want of a read; the rest was hidden.
     pub waited_s: f64,
 }
 
-/// One run.
+/// A run: what it did, and how fast.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct RunRecord {
-    /// The plan's name.
+    /// Name of the plan.
     pub plan: String,
     /// Solver status of the plan.
     pub plan_status: String,
     /// The plan's proven gap.
     pub plan_gap: Option<f64>,
-    /// The model.
+    /// The model that was run.
     pub model: Option<SourceId>,
     /// The machine the plan was made for.
     pub machine: Option<SourceId>,
@@ -69,19 +69,19 @@ pub struct RunRecord {
     pub when: String,
     /// Processor and threads it ran on.
     pub host: String,
-    /// Threads.
+    /// Number of compute threads.
     pub threads: u32,
     /// Instruction set of the kernels.
     pub isa: String,
-    /// Any tier was emulated.
+    /// Whether any tier was emulated.
     pub emulated: bool,
-    /// Prompt tokens.
+    /// Tokens processed as prompt.
     pub prompt_tokens: u64,
-    /// Seconds they took.
+    /// Seconds of that phase.
     pub prompt_s: f64,
-    /// Decoded tokens.
+    /// Tokens decoded one at a time.
     pub decode_tokens: u64,
-    /// Seconds they took.
+    /// Seconds of that phase.
     pub decode_s: f64,
     /// Seconds from start to the first token, loading included.
     pub first_token_s: f64,
@@ -89,24 +89,25 @@ pub struct RunRecord {
     pub tiers: Vec<TierRecord>,
     /// By layer with routed experts.
     pub layers: Vec<LayerRecord>,
-    /// What the plan promised.
+    /// The plan's prediction.
     pub predicted: Option<Prediction>,
     /// Ids of the decoded tokens, so that runs can be compared.
     pub output: Vec<u32>,
 }
 
 impl RunRecord {
-    /// Tokens a second while decoding, 0 when nothing was decoded.
+    /// Returns the tokens per second while decoding, 0 when nothing was decoded.
     pub fn decode_tok_s(&self) -> f64 {
         rate(self.decode_tokens, self.decode_s)
     }
 
-    /// Tokens a second of prompt processing, 0 when there was none.
+    /// Returns the tokens per second of prompt processing, 0 when there was no prompt.
     pub fn prompt_tok_s(&self) -> f64 {
         rate(self.prompt_tokens, self.prompt_s)
     }
 
-    /// The file as indented JSON with a line feed at its end; the output's token ids share a line.
+    /// Encodes the file as indented JSON with a line feed at its end; the output's token ids share
+    /// a line.
     pub fn encode(&self) -> String {
         wire::encode(self)
     }

@@ -1,7 +1,8 @@
 //! Files that are either whole or not there: written under a temporary name, then renamed.
 //!
-//! The temporary name ends in `.partial` and lies beside the file, since a rename is atomic only within one file
-//! system. Contents reach the disk before the rename, so a crash leaves the old file or the new one.
+//! The temporary name ends in `.partial` and lies beside the file, since a rename is atomic only
+//! within one file system. Contents reach the disk before the rename, so a crash leaves the old
+//! file or the new one.
 
 use super::FormatError;
 use std::fs::{self, File, OpenOptions};
@@ -9,14 +10,15 @@ use std::io::{self, BufWriter, ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Writes a whole file, or leaves what was there.
+/// Writes a whole file, or leaves the old one.
 pub fn write(path: &Path, bytes: &[u8]) -> Result<(), FormatError> {
     with_file(path, |file| file.write_all(bytes))
 }
 
 /// Writes a file through `fill`, or leaves what was there when `fill` or the system fails.
 ///
-/// A symbolic link is followed; a device or a pipe, which cannot be replaced by renaming, is written to directly.
+/// A symbolic link is followed; a device or a pipe, which cannot be replaced by renaming, is
+/// written to directly.
 pub fn with_file(path: &Path, fill: impl FnOnce(&mut BufWriter<File>) -> io::Result<()>) -> Result<(), FormatError> {
     replace(path, fill).map_err(|source| FormatError::Io { path: path.into(), source })
 }
@@ -34,7 +36,7 @@ pub fn check(path: &Path) -> Result<(), FormatError> {
     possible.map_err(|source| FormatError::Io { path: path.into(), source })
 }
 
-/// How a path is written to.
+/// The way in which a path is written to.
 enum Target {
     /// A device or a pipe: as it is.
     Direct(PathBuf),
@@ -80,13 +82,15 @@ fn replace(path: &Path, fill: impl FnOnce(&mut BufWriter<File>) -> io::Result<()
     fill(&mut file)?;
     let file = file.into_inner().map_err(|e| e.into_error())?;
     if let Some(old) = old {
-        // Keeping the old file's mode is a courtesy; a file system without modes is no reason to fail.
+        // Keeping the old file's mode is a courtesy; a file system without modes is no reason to
+        // fail.
         let _ = file.set_permissions(old.permissions());
     }
     file.sync_all()?;
     drop(file);
     partial.rename(&target)?;
-    // The rename itself survives a crash only when the folder is synced too; not every file system can.
+    // The rename itself survives a crash only when the folder is synced too; not every file system
+    // can.
     if let Ok(folder) = File::open(folder) {
         let _ = folder.sync_all();
     }
@@ -124,7 +128,8 @@ impl Partial {
 impl Drop for Partial {
     fn drop(&mut self) {
         if !self.renamed {
-            // Nothing more can be done about a failure here, and the first error is the one worth reporting.
+            // Nothing more can be done about a failure here, and the first error is the one worth
+            // reporting.
             let _ = fs::remove_file(&self.path);
         }
     }

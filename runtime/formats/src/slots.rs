@@ -1,4 +1,5 @@
-//! `*.slots.json`: which experts a run's slots held when it ended, so that the next one need not begin with empty ones.
+//! `*.slots.json`: which experts a run's slots held when it ended, so that the next one need not
+//! begin with empty ones.
 
 use super::framed::WireSource;
 use super::kind::SLOTS;
@@ -7,17 +8,17 @@ use crate::{FormatError, safely};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 
-/// Layers are numbered below this.
+/// Exclusive bound on layer numbers.
 const LAYER_LIMIT: u32 = 4096;
-/// Experts of a layer are numbered below this.
+/// Exclusive bound on expert numbers.
 const EXPERT_LIMIT: u32 = 65536;
-/// Experts of a file.
+/// Most experts in one file.
 const EXPERTS_LIMIT: usize = 4_194_304;
 
 /// The experts in one layer's slots.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LayerSlots {
-    /// The model's layer.
+    /// Number of the layer in the model.
     pub layer: u32,
     /// Experts, the most recently used first.
     pub experts: Vec<u32>,
@@ -26,11 +27,11 @@ pub struct LayerSlots {
 /// What the slots of a model held.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Slots {
-    /// The model.
+    /// The model whose experts they are.
     pub model: SourceId,
     /// UTC moment, see [`crate::units::show_utc`].
     pub when: String,
-    /// Ascending.
+    /// Layers, ascending.
     pub layers: Vec<LayerSlots>,
 }
 
@@ -52,7 +53,7 @@ struct WireLayer {
 }
 
 impl Slots {
-    /// The file: JSON with a layer a line.
+    /// Encodes the file: JSON with one layer per line.
     pub fn encode(&self) -> String {
         let json = |text: &str| serde_json::Value::from(text).to_string();
         let layer = |l: &LayerSlots| {
@@ -86,11 +87,11 @@ impl Slots {
     /// # Errors
     /// When the hashes differ; the message has both names.
     pub fn check_model(&self, given: &SourceId, path: &Path) -> Result<(), FormatError> {
-        super::check_model(&self.model, given, "file of slots", "name another file with --slots", path)
+        super::check_model(&self.model, given, "file of slots", "use the slots of this model", path)
     }
 }
 
-/// Reads a file.
+/// Reads a file of slots.
 ///
 /// # Errors
 /// When it can't be read, is another kind of file, is newer than this program, or makes no sense.

@@ -1,11 +1,12 @@
-//! What a file was made from.
+//! Identity of the file or model that a file was made from.
 
-/// What a file was made from: a name for people and a hash for programs.
+/// The source of a file: a readable name and a hash.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct SourceId {
-    /// The name as people know it: `general.name`, a file stem.
+    /// A readable name: `general.name` of a model, or a file stem.
     pub name: String,
-    /// 32 hexadecimal digits of XXH3-128 over the content (for a model: over its header and its length).
+    /// 32 hexadecimal digits of XXH3-128 over the content (for a model: over its header and its
+    /// length).
     pub hash: String,
 }
 

@@ -1,6 +1,7 @@
-//! `*.sums`: checksums of a model's slices, so that what is read later can be compared with what was there once.
+//! `*.sums`: checksums of a model's slices, by which later reads are verified.
 //!
-//! A tensor that holds all experts of a layer has a checksum for each of them, every other tensor one.
+//! A tensor that holds all experts of a layer has a checksum for each of them, every other tensor
+//! one.
 
 use super::framed::{FIXED_BYTES, WireSource, cut_short, head, header_bytes, u64_at};
 use super::kind::{SUMS, SUMS_MAGIC};
@@ -11,13 +12,13 @@ use std::collections::HashSet;
 use std::path::Path;
 use xxhash_rust::xxh3::xxh3_64;
 
-/// Slices that one file may list, as many as all of its bytes could hold.
+/// Most slices that one file may list, as many as its bytes could hold.
 const MAX_SLICES: u64 = SUMS.limit_bytes / 8;
 
 /// The checksums of one tensor.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TensorSums {
-    /// The tensor's name.
+    /// Name of the tensor.
     pub name: String,
     /// XXH3-64 of each of its slices, which are of one length and follow one another.
     pub slices: Vec<u64>,
@@ -26,7 +27,7 @@ pub struct TensorSums {
 /// The checksums of a model.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Sums {
-    /// The model.
+    /// The model whose bytes were summed.
     pub model: SourceId,
     /// UTC moment, see [`crate::units::show_utc`].
     pub made: String,
@@ -50,7 +51,7 @@ struct WireTensor {
 }
 
 impl Sums {
-    /// The file's bytes.
+    /// Encodes the file.
     pub fn encode(&self) -> Vec<u8> {
         let tensor = |t: &TensorSums| WireTensor { name: t.name.clone(), slices: t.slices.len() as u32 };
         let header = WireHeader {
@@ -86,10 +87,11 @@ impl Sums {
     }
 }
 
-/// Reads a file.
+/// Reads a file of checksums.
 ///
 /// # Errors
-/// When it can't be read, is another kind of file, is newer than this program, damaged or cut short.
+/// When it can't be read, is another kind of file, is newer than this program, damaged or cut
+/// short.
 pub fn read(path: &Path) -> Result<Sums, FormatError> {
     decode(&SUMS.read(path)?, path)
 }

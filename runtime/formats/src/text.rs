@@ -1,7 +1,9 @@
-//! Pieces of TOML text. The writers lay their files out by hand, because a serialiser would not group ranges, align
-//! short tables on a line, or keep the order that people read in.
+//! Pieces of TOML text. The writers lay their files out by hand: a serializer would not group
+//! ranges, align short tables on a line, or keep a readable order.
 
-/// A basic string with everything escaped that TOML asks for, always on one line.
+use thiserror::Error;
+
+/// Quotes a basic string with everything escaped that TOML asks for, always on one line.
 pub(super) fn quote(text: &str) -> String {
     let mut out = String::with_capacity(text.len() + 2);
     out.push('"');
@@ -20,27 +22,61 @@ pub(super) fn quote(text: &str) -> String {
     out
 }
 
-/// The shortest decimal that reads back as the same number.
+/// Formats the shortest decimal that reads back as the same number.
 pub(super) fn float(x: f64) -> String {
     if x.is_nan() { "nan".into() } else { format!("{x:?}") }
 }
 
-/// Fails unless the number is finite and not negative.
-pub(super) fn check_amount(what: &str, x: f64) -> Result<(), String> {
-    if x.is_finite() && x >= 0.0 {
-        Ok(())
-    } else {
-        Err(format!("{what} is {x}, but must be a finite number that is not negative"))
+/// A number that no file may hold.
+#[derive(Debug, Clone, PartialEq, Error)]
+pub enum BadNumber {
+    /// Not finite, or negative.
+    #[error("{what} is {found}, but must be a finite number that is not negative")]
+    Amount {
+        /// Key of the number.
+        what: String,
+        /// Value that was found.
+        found: f64,
+    },
+    /// Not finite, or not above 0.
+    #[error("{what} is {found}, but must be a positive finite number of {unit}")]
+    Rate {
+        /// Key of the number.
+        what: String,
+        /// Value that was found.
+        found: f64,
+        /// Unit that is expected.
+        unit: &'static str,
+    },
+    /// More bytes than a TOML integer can hold.
+    #[error("{what} is {bytes} bytes, which is more than the format can hold (8 EiB)")]
+    Bytes {
+        /// Key of the number.
+        what: String,
+        /// Value that was found.
+        bytes: u64,
+    },
+}
+
+impl From<BadNumber> for String {
+    fn from(bad: BadNumber) -> String {
+        bad.to_string()
     }
 }
 
+/// Fails unless the number is finite and not negative.
+pub(super) fn check_amount(what: &str, found: f64) -> Result<(), BadNumber> {
+    if found.is_finite() && found >= 0.0 { Ok(()) } else { Err(BadNumber::Amount { what: what.into(), found }) }
+}
+
+/// Fails unless the number is finite and above 0.
+pub(super) fn check_rate(what: &str, found: f64, unit: &'static str) -> Result<(), BadNumber> {
+    if found.is_finite() && found > 0.0 { Ok(()) } else { Err(BadNumber::Rate { what: what.into(), found, unit }) }
+}
+
 /// Fails if the size cannot be written as a TOML integer.
-pub(super) fn check_bytes(what: &str, bytes: u64) -> Result<(), String> {
-    if i64::try_from(bytes).is_ok() {
-        Ok(())
-    } else {
-        Err(format!("{what} is {bytes} bytes, which is more than the format can hold (8 EiB)"))
-    }
+pub(super) fn check_bytes(what: &str, bytes: u64) -> Result<(), BadNumber> {
+    if i64::try_from(bytes).is_ok() { Ok(()) } else { Err(BadNumber::Bytes { what: what.into(), bytes }) }
 }
 
 #[cfg(test)]

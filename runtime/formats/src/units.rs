@@ -1,4 +1,4 @@
-//! Quantities as people write them: sizes (`3.4GiB`, `768G`, `12582912`) and moments (`2026-11-22T17:00:00Z`).
+//! Readable quantities: sizes (`3.4GiB`, `768G`, `12582912`) and moments (`2026-11-22T17:00:00Z`).
 
 use std::time::{SystemTime, UNIX_EPOCH};
 use thiserror::Error;
@@ -8,7 +8,17 @@ use thiserror::Error;
 #[error("'{0}' is not a size: write a number with B, KiB, MiB, GiB, TiB (or kB, MB, GB, TB), like 3.4GiB")]
 pub struct BadSize(pub String);
 
-/// Reads a size in bytes. `K`, `M`, `G`, `T` alone mean the binary multiples, as in llama.cpp and `head -c`.
+/// Reads a size in bytes. `K`, `M`, `G`, `T` alone mean the binary multiples, as in llama.cpp and
+/// `head -c`.
+///
+/// ```
+/// use tier_plan_formats::units::parse_bytes;
+///
+/// assert_eq!(parse_bytes("1.5 GiB")?, 1_610_612_736);
+/// assert_eq!(parse_bytes("512M")?, 512 << 20);
+/// assert!(parse_bytes("3 parsecs").is_err());
+/// # Ok::<(), tier_plan_formats::units::BadSize>(())
+/// ```
 pub fn parse_bytes(text: &str) -> Result<u64, BadSize> {
     let bad = || BadSize(text.to_string());
     let t = text.trim();
@@ -31,7 +41,14 @@ pub fn parse_bytes(text: &str) -> Result<u64, BadSize> {
     if bytes.is_finite() && bytes < u64::MAX as f64 { Ok(bytes.round() as u64) } else { Err(bad()) }
 }
 
-/// Writes a size for people, in binary multiples with three significant digits: `3.40 GiB`.
+/// Formats a size in binary multiples with three significant digits.
+///
+/// ```
+/// use tier_plan_formats::units::show_bytes;
+///
+/// assert_eq!(show_bytes(512), "512 B");
+/// assert_eq!(show_bytes(3_650_722_202), "3.40 GiB");
+/// ```
 pub fn show_bytes(bytes: u64) -> String {
     const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
     let mut value = bytes as f64;
@@ -49,11 +66,13 @@ pub fn show_bytes(bytes: u64) -> String {
     format!("{value:.digits$} {}", UNITS[unit])
 }
 
-/// A moment in UTC, to the second: `2026-11-22T17:00:00Z`. Moments before 1970 show as 1970.
+/// Formats a moment in UTC, to the second: `2026-11-22T17:00:00Z`. Moments before 1970 show as
+/// 1970.
 pub fn show_utc(moment: SystemTime) -> String {
     let seconds = moment.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
     let (days, second) = (seconds / 86_400, seconds % 86_400);
-    // Days counted from 0000-03-01, so that a leap day ends its year; eras are 400 years of 146,097 days.
+    // Days counted from 0000-03-01, so that a leap day ends its year; eras are 400 years of 146,097
+    // days.
     let since_march = days + 719_468;
     let (era, day_of_era) = (since_march / 146_097, since_march % 146_097);
     let year_of_era = (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;

@@ -14,13 +14,12 @@ use tier_plan_formats::machine::TierKind;
 use tier_plan_formats::model::kv::KvType;
 use tier_plan_formats::model::shape::ModelShape;
 use tier_plan_formats::model::{describe, shape::shape_of};
-use tier_plan_formats::placement::{Placement, PlanTier, SlotPolicy};
+use tier_plan_formats::placement::{Pins, Placement, SlotPolicy};
 use tier_plan_testing::nmse;
 
 const VRAM0: usize = 0;
 const VRAM1: usize = 1;
 const DRAM: usize = 2;
-const HOME: usize = 3;
 
 /// What a plan does with a layer: experts pinned by tier, and slots.
 struct Layer {
@@ -42,35 +41,28 @@ fn open(name: &str) -> (Arc<Gguf>, ModelShape) {
 fn plan(shape: &ModelShape, home: TierKind, layer_of: impl Fn(usize) -> Layer) -> Placement {
     let mut plan = all_in_memory(shape, 96, KvType::F32);
     let all = plan.tiers.remove(0);
-    let empty = PlanTier { dense_bytes: 0, kv_bytes: 0, home_bytes: 0, ..all.clone() };
-    let mut tiers: Vec<PlanTier> = (0..4).map(|_| empty.clone()).collect();
+    let mut tiers = vec![all; 4];
     let kinds = [TierKind::Vram, TierKind::Vram, TierKind::Dram, home];
     for (t, (name, kind)) in tiers.iter_mut().zip(["vram0", "vram1", "dram", "home"].into_iter().zip(kinds)) {
         (t.tier.name, t.tier.kind, t.tier.read_gbps) = (name.into(), kind, 1e6);
     }
-    (tiers[DRAM].dense_bytes, tiers[DRAM].kv_bytes, tiers[HOME].home_bytes) =
-        (all.dense_bytes, all.kv_bytes, all.home_bytes);
     (plan.kv_tier, plan.staging_tier) = (DRAM, DRAM);
     plan.dense.iter_mut().for_each(|d| d.tier = DRAM);
     for (i, (layer, of)) in plan.layers.iter_mut().zip(&shape.experts).enumerate() {
         let wanted = layer_of(i);
         let mut last = of.n_expert;
         for (tier, n) in wanted.pinned.into_iter().enumerate().filter(|(_, n)| *n > 0) {
-            layer.pinned.push((tier, (last - n..last).collect()));
+            layer.pinned.push(Pins { tier, experts: (last - n..last).collect() });
             last -= n;
-            tiers[tier].pinned_bytes += u64::from(n) * of.expert_bytes;
-            tiers[HOME].home_bytes -= u64::from(n) * of.expert_bytes;
         }
         (layer.slots, layer.slot_tier, layer.policy) = (wanted.slots, wanted.slot_tier, wanted.policy);
-        tiers[wanted.slot_tier].slot_bytes += u64::from(wanted.slots) * of.expert_bytes;
         if home == TierKind::Nvme {
             plan.staging_experts = plan.staging_experts.max(of.n_used + 1);
         }
     }
-    let largest = shape.experts.iter().map(|e| e.expert_bytes).max().unwrap();
-    tiers[DRAM].staging_bytes = u64::from(plan.staging_experts) * largest;
-    tiers.iter_mut().for_each(|t| t.budget_bytes = t.used_bytes());
     plan.tiers = tiers;
+    plan.fill_sums(shape);
+    plan.tiers.iter_mut().for_each(|t| t.budget_bytes = t.used_bytes());
     plan
 }
 
@@ -256,7 +248,7 @@ fn a_batch_that_a_gpu_has_no_room_for_goes_through_it_in_parts() {
         plan.context = long;
         let kv = KvType::F32.context_bytes(&shape, long);
         let tier = &mut plan.tiers[plan.kv_tier];
-        tier.kv_bytes = kv;
+        tier.bytes.kv = kv;
         tier.budget_bytes = tier.used_bytes();
     }
     let run = |plan: &Placement| {

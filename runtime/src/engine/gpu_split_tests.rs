@@ -12,7 +12,7 @@ use tier_plan_cuda::{CudaError, Device, shim};
 use tier_plan_formats::machine::TierKind;
 use tier_plan_formats::model::kv::KvType;
 use tier_plan_formats::model::shape::{DenseKind, ModelShape};
-use tier_plan_formats::placement::{Placement, PlanTier};
+use tier_plan_formats::placement::{Pins, Placement};
 use tier_plan_testing::nmse;
 
 /// Tiers of the plans here.
@@ -95,31 +95,22 @@ fn plan(
     experts: impl Fn(u32) -> usize,
 ) -> Placement {
     let mut plan = all_in_memory(shape, context, kv_type);
-    let empty = PlanTier { dense_bytes: 0, kv_bytes: 0, home_bytes: 0, ..plan.tiers[0].clone() };
     for name in ["gpu-b", "gpu-a"] {
-        let mut gpu = empty.clone();
+        let mut gpu = plan.tiers[0].clone();
         (gpu.tier.name, gpu.tier.kind, gpu.budget_bytes) = (name.into(), TierKind::Vram, 1 << 40);
         (gpu.tier.capacity_bytes, gpu.tier.unit) = (1 << 40, None);
         plan.tiers.insert(0, gpu);
     }
     (plan.staging_tier, plan.kv_tier) = (DRAM, DRAM);
-    plan.tiers[DRAM].dense_bytes = 0;
-    for (d, group) in plan.dense.iter_mut().zip(&shape.dense) {
-        d.tier = dense(d.kind, d.layer);
-        plan.tiers[d.tier].dense_bytes += group.bytes;
-    }
+    plan.dense.iter_mut().for_each(|d| d.tier = dense(d.kind, d.layer));
     for (layer, of) in plan.layers.iter_mut().zip(&shape.experts) {
         (layer.slot_tier, layer.pinned) = (DRAM, Vec::new());
         let tier = experts(layer.layer);
         if tier != DRAM {
-            let bytes = u64::from(of.n_expert) * of.expert_bytes;
-            layer.pinned.push((tier, (0..of.n_expert).collect()));
-            plan.tiers[tier].pinned_bytes += bytes;
-            plan.tiers[DRAM].home_bytes -= bytes;
+            layer.pinned.push(Pins { tier, experts: (0..of.n_expert).collect() });
         }
     }
-    let caches = plan.cache_bytes(shape);
-    plan.tiers.iter_mut().zip(caches).for_each(|(t, bytes)| t.kv_bytes = bytes);
+    plan.fill_sums(shape);
     plan
 }
 
@@ -187,7 +178,7 @@ fn two_gpus_share_the_layers_of_a_model() {
                     (_, Some(layer)) => gpu(layer),
                 };
                 let plan = plan(shape, of, dense, gpu);
-                assert!(plan.tiers[..2].iter().all(|t| t.kv_bytes > 0) && plan.tiers[DRAM].kv_bytes == 0);
+                assert!(plan.tiers[..2].iter().all(|t| t.bytes.kv > 0) && plan.tiers[DRAM].bytes.kv == 0);
                 plan
             });
             assert!(launches.iter().all(|n| *n > 0), "{name}: {launches:?}");
@@ -204,7 +195,7 @@ fn a_gpu_has_the_attention_of_some_layers() {
             let last = shape.n_layer - 1;
             let attention = |kind, layer| kind == DenseKind::Attention && layer == Some(last);
             let plan = plan(shape, of, |kind, layer| if attention(kind, layer) { GPU0 } else { DRAM }, |_| DRAM);
-            assert!(plan.tiers[GPU0].kv_bytes > 0 && plan.tiers[DRAM].kv_bytes > 0);
+            assert!(plan.tiers[GPU0].bytes.kv > 0 && plan.tiers[DRAM].bytes.kv > 0);
             plan
         });
         assert!(launches[0] > 0 && launches[1] == 0, "{name}: {launches:?}");
@@ -236,7 +227,7 @@ fn each_gpu_has_room_for_its_own() {
     let of = (4096, KvType::F16);
     let all = plan(&shape, of, |_, layer| if layer.is_some() { GPU0 } else { DRAM }, |_| DRAM);
     let half = plan(&shape, of, |_, layer| layer.map_or(DRAM, |l| if l % 2 == 0 { GPU0 } else { GPU1 }), |_| DRAM);
-    assert_eq!(all.tiers[GPU0].kv_bytes, half.tiers[GPU0].kv_bytes + half.tiers[GPU1].kv_bytes);
+    assert_eq!(all.tiers[GPU0].bytes.kv, half.tiers[GPU0].bytes.kv + half.tiers[GPU1].bytes.kv);
     let loads = |plan: &Placement, free: usize| {
         let give = |number: usize| Ok(Own::new(number, free) as Arc<dyn Device>);
         Engine::load_on(Arc::clone(&gguf), plan, &LoadOptions::default(), Some(&give), &mut |_, _| {}).map(|_| ())

@@ -14,7 +14,7 @@ use tier_plan_formats::machine::TierKind;
 use tier_plan_formats::model::kv::KvType;
 use tier_plan_formats::model::shape::{DenseKind, ModelShape};
 use tier_plan_formats::model::{describe, shape::shape_of};
-use tier_plan_formats::placement::{Placement, PlanTier};
+use tier_plan_formats::placement::{Pins, Placement, Violation};
 use tier_plan_testing::nmse;
 
 pub(crate) fn data(name: &str) -> PathBuf {
@@ -27,19 +27,16 @@ fn half_on_gpu(shape: &ModelShape, context: u32) -> Placement {
     let mut vram = plan.tiers[0].clone();
     vram.tier.name = "vram".into();
     vram.tier.kind = TierKind::Vram;
-    (vram.dense_bytes, vram.kv_bytes, vram.home_bytes) = (0, 0, 0);
     for (layer, experts) in plan.layers.iter_mut().zip(&shape.experts) {
         let pinned: Vec<u32> = (0..experts.n_expert).filter(|e| e % 2 == 1).collect();
-        let bytes = pinned.len() as u64 * experts.expert_bytes;
-        vram.pinned_bytes += bytes;
-        plan.tiers[0].home_bytes -= bytes;
-        layer.pinned.push((0, pinned));
+        layer.pinned.push(Pins { tier: 0, experts: pinned });
     }
     plan.tiers.insert(0, vram);
     plan.kv_tier = 1;
     plan.staging_tier = 1;
     plan.dense.iter_mut().for_each(|d| d.tier = 1);
     plan.layers.iter_mut().for_each(|l| l.slot_tier = 1);
+    plan.fill_sums(shape);
     plan
 }
 
@@ -112,44 +109,30 @@ pub(crate) fn plan(
     experts: Experts,
 ) -> Placement {
     let mut plan = all_in_memory(shape, context, kv_type);
-    let empty = PlanTier { dense_bytes: 0, kv_bytes: 0, home_bytes: 0, ..plan.tiers[0].clone() };
-    let mut vram = empty.clone();
+    let mut vram = plan.tiers[0].clone();
     (vram.tier.name, vram.tier.kind) = ("vram".into(), TierKind::Vram);
     plan.tiers.insert(0, vram);
     (plan.staging_tier, plan.kv_tier) = (1, usize::from(!kv_on_gpu));
-    for (d, group) in plan.dense.iter_mut().zip(&shape.dense) {
-        d.tier = usize::from(!on_gpu(d.kind, d.layer));
-        if d.tier == 0 {
-            plan.tiers[0].dense_bytes += group.bytes;
-            plan.tiers[1].dense_bytes -= group.bytes;
-        }
-    }
-    let caches = plan.cache_bytes(shape);
-    plan.tiers.iter_mut().zip(caches).for_each(|(t, bytes)| t.kv_bytes = bytes);
+    plan.dense.iter_mut().for_each(|d| d.tier = usize::from(!on_gpu(d.kind, d.layer)));
     for (layer, of) in plan.layers.iter_mut().zip(&shape.experts) {
         layer.slot_tier = 1;
         match experts {
             Experts::Memory => {}
             Experts::Gpu => {
-                layer.pinned.push((0, (0..of.n_expert).collect()));
-                plan.tiers[0].pinned_bytes += u64::from(of.n_expert) * of.expert_bytes;
-                plan.tiers[1].home_bytes = 0;
+                layer.pinned.push(Pins { tier: 0, experts: (0..of.n_expert).collect() });
             }
             Experts::File => {
                 layer.slots = of.n_used;
-                plan.tiers[1].slot_bytes += u64::from(of.n_used) * of.expert_bytes;
                 plan.staging_experts = plan.staging_experts.max(of.n_used);
             }
         }
     }
     if experts == Experts::File {
-        let mut file = empty;
+        let mut file = plan.tiers[1].clone();
         (file.tier.name, file.tier.kind) = ("file".into(), TierKind::Nvme);
-        file.home_bytes = std::mem::take(&mut plan.tiers[1].home_bytes);
-        let largest = shape.experts.iter().map(|e| e.expert_bytes).max().unwrap_or(0);
-        plan.tiers[1].staging_bytes = u64::from(plan.staging_experts) * largest;
         plan.tiers.push(file);
     }
+    plan.fill_sums(shape);
     plan
 }
 
@@ -348,14 +331,16 @@ fn what_a_gpu_cannot_run_is_refused() {
     let error = refused(&gguf, &plan(&shape, of, but_one, true, Experts::Memory), usize::MAX).to_string();
     assert!(error.contains("layer 1: keys and values of attention that the processor computes"), "{error}");
     let mut split = plan(&shape, of, but_one, false, Experts::Memory);
-    split.tiers[0].kv_bytes -= 64;
-    split.tiers[1].kv_bytes += 64;
+    split.tiers[0].bytes.kv -= 64;
+    split.tiers[1].bytes.kv += 64;
     let error = refused(&gguf, &split, usize::MAX).to_string();
     assert!(error.contains("tier 'vram' has") && error.contains("bytes for the key and value cache"), "{error}");
     let mut slots = plan(&shape, of, ALL, true, Experts::Memory);
-    slots.tiers[0].staging_bytes = 1;
+    slots.tiers[0].bytes.staging = 1;
     slots.tiers[0].budget_bytes = u64::MAX;
-    assert!(matches!(refused(&gguf, &slots, usize::MAX), LoadError::Tier { .. }));
+    assert!(
+        matches!(refused(&gguf, &slots, usize::MAX), LoadError::Plan { violation, .. } if matches!(*violation, Violation::PoolOnGpu { .. }))
+    );
 }
 
 #[test]
@@ -367,7 +352,7 @@ fn a_gpu_that_is_too_small_is_refused_before_anything_is_copied() {
         panic!("it was not refused for its size")
     };
     let vram = &plan.tiers[0];
-    assert_eq!((weights, cache, free), (vram.dense_bytes + vram.pinned_bytes, vram.kv_bytes, 1000));
+    assert_eq!((weights, cache, free), (vram.bytes.dense + vram.bytes.pinned, vram.bytes.kv, 1000));
     assert_eq!(needed, weights + cache + work + reserve);
     assert!(work > 0);
     let error = refused(&gguf, &plan, needed as usize - 1).to_string();

@@ -12,7 +12,7 @@ use tier_plan_formats::machine::TierKind;
 use tier_plan_formats::model::kv::KvType;
 use tier_plan_formats::model::shape::ModelShape;
 use tier_plan_formats::model::{describe, shape::shape_of};
-use tier_plan_formats::placement::Placement;
+use tier_plan_formats::placement::{Pins, Placement};
 
 fn open(name: &str) -> (Arc<Gguf>, ModelShape) {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data").join(name);
@@ -29,30 +29,19 @@ fn two_nodes(shape: &ModelShape, context: u32, node: u32) -> Placement {
     let mut first = drive.clone();
     (drive.tier.name, drive.tier.kind, drive.tier.emulated) = ("slow".into(), TierKind::Nvme, true);
     drive.tier.read_gbps = 1e6;
-    (drive.dense_bytes, drive.kv_bytes) = (0, 0);
-    first.home_bytes = 0;
     (first.tier.name, first.tier.unit) = ("dram0".into(), Some(node));
     let mut second = first.clone();
     // A node of another machine, which this one stands for.
     (second.tier.name, second.tier.unit, second.tier.emulated) = ("dram1".into(), Some(node + 1), true);
     second.tier.read_gbps = 1e6;
-    (second.dense_bytes, second.kv_bytes) = (0, 0);
     for (layer, experts) in plan.layers.iter_mut().zip(&shape.experts) {
         let every_third = |from: u32| (from..experts.n_expert).step_by(3).collect::<Vec<u32>>();
-        for (tier, bytes) in [&mut first, &mut second].into_iter().enumerate() {
-            let pinned = every_third(tier as u32);
-            let taken = pinned.len() as u64 * experts.expert_bytes;
-            bytes.pinned_bytes += taken;
-            plan.tiers[0].home_bytes -= taken;
-            layer.pinned.push((tier, pinned));
-        }
+        layer.pinned = [0, 1].map(|tier| Pins { tier, experts: every_third(tier as u32) }).to_vec();
         (layer.slots, layer.slot_tier) = (2, 1);
-        second.slot_bytes += 2 * experts.expert_bytes;
         plan.staging_experts = plan.staging_experts.max(experts.n_used);
     }
-    let largest = shape.experts.iter().map(|e| e.expert_bytes).max().unwrap();
-    first.staging_bytes = u64::from(plan.staging_experts) * largest;
     plan.tiers.splice(0..0, [first, second]);
+    plan.fill_sums(shape);
     plan.tiers.iter_mut().for_each(|t| t.budget_bytes = t.used_bytes());
     plan
 }

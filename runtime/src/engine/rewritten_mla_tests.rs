@@ -10,7 +10,7 @@ use tier_plan_formats::model::kv::KvRows;
 use tier_plan_formats::model::kv::KvType;
 use tier_plan_formats::model::shape::{CacheShape, shape_of};
 use tier_plan_formats::model::spec::MoeSpec;
-use tier_plan_formats::model::spec::{Gating, KvUp, Mixer, MlaSpec, ModelSpec};
+use tier_plan_formats::model::spec::{Gating, Groups, KvUp, Mixer, MlaSpec, ModelSpec};
 use tier_plan_kernels::quant::TensorType;
 
 const KEY_DIM: f32 = 80.0;
@@ -120,7 +120,10 @@ fn routing_options_come_from_the_file() {
     let spec = described(&fixture()).unwrap();
     assert!(spec.layers[0].moe().is_none());
     let m = moe(&spec, 1);
-    assert_eq!((m.gating, m.groups, m.normalize, m.scale), (Gating::Sigmoid, Some((4, 2)), true, 2.5));
+    assert_eq!(
+        (m.gating, m.groups, m.normalize, m.scale),
+        (Gating::Sigmoid, Some(Groups { n: 4, kept: 2 }), true, 2.5)
+    );
     assert!(m.selection_bias.is_some());
     assert_eq!(m.shared.unwrap().ffn.up.n_out, 32);
 }

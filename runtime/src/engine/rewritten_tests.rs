@@ -13,7 +13,7 @@ use tier_plan_formats::machine::TierKind;
 use tier_plan_formats::model::kv::KvType;
 use tier_plan_formats::model::shape::{ModelShape, shape_of};
 use tier_plan_formats::model::{ModelError, describe};
-use tier_plan_formats::placement::Placement;
+use tier_plan_formats::placement::{Pins, Placement};
 use tier_plan_kernels::quant::TensorType;
 
 /// A fixture, ready to be rewritten.
@@ -46,12 +46,11 @@ fn pinned(shape: &ModelShape) -> Placement {
     let mut slow = plan.tiers[0].clone();
     slow.tier.name = "slow".into();
     slow.tier.kind = TierKind::Pmem;
-    (slow.dense_bytes, slow.kv_bytes, slow.home_bytes) = (0, 0, 0);
-    plan.tiers[0].pinned_bytes = std::mem::take(&mut plan.tiers[0].home_bytes);
     plan.tiers.push(slow);
     for (layer, e) in plan.layers.iter_mut().zip(&shape.experts) {
-        layer.pinned = vec![(0, (0..e.n_expert).collect())];
+        layer.pinned = vec![Pins { tier: 0, experts: (0..e.n_expert).collect() }];
     }
+    plan.fill_sums(shape);
     plan
 }
 

@@ -121,7 +121,7 @@ impl Sizes {
                 (attend(rows, a.n_head, a.value_dim), a.value_dim)
             }
             Mixer::Mla(a) => {
-                let low = a.q_down.map_or(0, |(l, _)| l.n_out);
+                let low = a.q_down.map_or(0, |low| low.down.n_out);
                 let part = part_tokens(a).min(rows);
                 // One head more: rotated parts are looked at from an offset on.
                 self.q = self.q.max(rows * a.q.n_out + a.nope_dim + a.rope.dims);

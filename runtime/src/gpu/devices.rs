@@ -57,6 +57,7 @@ mod tests {
     use tier_plan_formats::machine::TierKind;
     use tier_plan_formats::model::kv::KvType;
     use tier_plan_formats::model::{describe, shape::shape_of};
+    use tier_plan_formats::placement::TierBytes;
 
     #[test]
     fn a_gpu_has_the_number_of_its_tier_among_gpus() {
@@ -66,7 +67,7 @@ mod tests {
         let vram = |emulated, pinned_bytes| {
             let mut t = plan.tiers[0].clone();
             (t.tier.kind, t.tier.emulated) = (TierKind::Vram, emulated);
-            (t.dense_bytes, t.kv_bytes, t.home_bytes, t.pinned_bytes) = (0, 0, 0, pinned_bytes);
+            t.bytes = TierBytes { pinned: pinned_bytes, ..TierBytes::default() };
             t
         };
         let tiers = [vram(false, 0), vram(true, 5), vram(false, 7), vram(false, 1)];

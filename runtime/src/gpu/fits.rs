@@ -27,9 +27,9 @@ pub(crate) fn check(
     for (tier, device) in devices.all() {
         let t = &plan.tiers[tier];
         let free = device.free_bytes().map_err(|source| LoadError::Gpu { plan: plan.name.clone(), source })? as u64;
-        let (weights, cache) = (t.dense_bytes + t.pinned_bytes + t.slot_bytes, t.kv_bytes);
+        let (weights, cache) = (t.bytes.dense + t.bytes.pinned + t.bytes.slots, t.bytes.kv);
         let dense = if places.uses(tier) { room(spec, plan, options, &places, tier).bytes() } else { 0 };
-        let experts = if t.pinned_bytes + t.slot_bytes > 0 { gpu_room_bytes(spec) } else { 0 };
+        let experts = if t.bytes.pinned + t.bytes.slots > 0 { gpu_room_bytes(spec) } else { 0 };
         let work = dense + experts;
         let needed = [weights, cache, work, GPU_RESERVE].into_iter().fold(0, u64::saturating_add);
         if needed > free {

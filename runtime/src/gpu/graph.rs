@@ -44,7 +44,7 @@ pub(crate) fn resident_tier(plan: &Placement, shape: &ModelShape, places: &Place
     let parts = places.layers.iter().enumerate();
     let all_parts = parts.into_iter().all(|(i, l)| here(l.mixer) && here(l.ffn) && (here(l.shared) || !shared(i)));
     let all_experts = plan.layers.iter().zip(&shape.experts).all(|(placed, experts)| {
-        placed.pinned.iter().any(|(on, pinned)| *on == tier && pinned.len() == experts.n_expert as usize)
+        placed.pinned.iter().any(|pins| pins.tier == tier && pins.experts.len() == experts.n_expert as usize)
     });
     // Emulated tiers take their time layer by layer.
     let real = plan.tiers.iter().all(|t| !t.tier.emulated);

@@ -90,7 +90,7 @@ pub(super) struct Gqa {
 
 impl Gqa {
     fn new(maker: &Maker<'_>, a: &GqaSpec, rope: Option<usize>, cache: Cache) -> Result<Self, CudaError> {
-        let norms = a.qk_norm.map(|(q, k, span)| Ok::<_, CudaError>((maker.vector(q)?, maker.vector(k)?, span)));
+        let norms = a.qk_norm.map(|norm| Ok::<_, CudaError>((maker.vector(norm.q)?, maker.vector(norm.k)?, norm.span)));
         Ok(Self {
             spec: a.clone(),
             q: maker.linear(&a.q)?,
@@ -269,7 +269,7 @@ impl Mla {
                 (ToLatents::AsTheyAre(kv, key_rows?), to_values)
             }
         };
-        let q_down = a.q_down.map(|(l, norm)| Ok::<_, CudaError>((maker.linear(&l)?, maker.vector(norm)?)));
+        let q_down = a.q_down.map(|low| Ok::<_, CudaError>((maker.linear(&low.down)?, maker.vector(low.norm)?)));
         Ok(Self {
             q_down: q_down.transpose()?,
             q: maker.linear(&a.q)?,

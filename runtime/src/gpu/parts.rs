@@ -56,7 +56,7 @@ fn mixer(gguf: &Gguf, layer: &LayerSpec) -> Option<String> {
             linears.or(key(a.key_dim)).or(key(a.value_dim))
         }
         Mixer::Mla(a) => {
-            let linears = [&a.q, &a.kv_down, &a.o].into_iter().chain(a.q_down.as_ref().map(|(l, _)| l));
+            let linears = [&a.q, &a.kv_down, &a.o].into_iter().chain(a.q_down.as_ref().map(|low| &low.down));
             let linears = linears.into_iter().find_map(|l| misplaced(gguf, l));
             linears.or(key(a.kv_rank + a.rope.dims)).or_else(|| misplaced_heads(gguf, a))
         }
@@ -79,7 +79,7 @@ fn router(gguf: &Gguf, layer: &LayerSpec) -> Option<String> {
     match &layer.ffn {
         Ffn::Dense(ffn) => [&ffn.gate, &ffn.up, &ffn.down].into_iter().find_map(|l| misplaced(gguf, l)),
         Ffn::Moe(moe) => {
-            let groups = moe.groups.map_or(0, |(n, _)| n);
+            let groups = moe.groups.map_or(0, |groups| groups.n);
             let many = moe.n_expert > MAX_EXPERTS || groups > MAX_GROUPS;
             let why = format!(
                 "{} experts in {groups} groups; a GPU chooses among {MAX_EXPERTS} in {MAX_GROUPS}",

@@ -79,9 +79,9 @@ pub(super) fn run(
     for t in 0..n {
         let q = &mut q[t * spec.q.n_out..][..spec.n_head * spec.key_dim];
         let k = &mut k[t * spec.k.n_out..][..spec.k.n_out];
-        if let Some((q_norm, k_norm, span)) = spec.qk_norm {
-            norm_heads(c, q, weights.vector(q_norm), eps, span, &mut s.norm);
-            norm_heads(c, k, weights.vector(k_norm), eps, span, &mut s.norm);
+        if let Some(norm) = spec.qk_norm {
+            norm_heads(c, q, weights.vector(norm.q), eps, norm.span, &mut s.norm);
+            norm_heads(c, k, weights.vector(norm.k), eps, norm.span, &mut s.norm);
         }
         if let Some(rope) = rope {
             rope.apply(q, spec.key_dim, t);

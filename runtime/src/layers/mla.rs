@@ -10,7 +10,7 @@ use super::mixer::MixerInput;
 use crate::layers::cpu_context::{CpuContext, add_bias};
 use crate::layers::weights::DenseWeights;
 use std::cell::RefCell;
-use tier_plan_formats::model::spec::{KvUp, MlaSpec};
+use tier_plan_formats::model::spec::{KvUp, LowRank, MlaSpec};
 use tier_plan_kernels::pooled::{MatJob, matmul_all};
 use tier_plan_kernels::quant::dequantize_row;
 use tier_plan_kernels::{ActView, Activations, Weights, needs_quants};
@@ -67,7 +67,7 @@ impl MlaScratch {
                 buffer.resize(len, 0.0);
             }
         };
-        let q_low = spec.q_down.map_or(0, |(l, _)| l.n_out);
+        let q_low = spec.q_down.map_or(0, |low| low.down.n_out);
         let heads = spec.n_head * part_tokens(spec).min(rows);
         grow(&mut self.q_low, rows * q_low);
         grow(&mut self.q_normed, rows * q_low);
@@ -127,7 +127,7 @@ fn project(c: CpuContext<'_>, weights: &DenseWeights, spec: &MlaSpec, input: &Mi
             let jobs = [MatJob::new(weights.linear(&spec.q), x, q), MatJob::new(weights.linear(&spec.kv_down), x, kv)];
             matmul_all(c.pool, c.kernels, &jobs);
         }
-        Some((q_down, norm)) => {
+        Some(LowRank { down: q_down, norm }) => {
             let rank = q_down.n_out;
             let (low, normed) = (&mut s.q_low[..n * rank], &mut s.q_normed[..n * rank]);
             let jobs = [MatJob::new(weights.linear(q_down), x, low), MatJob::new(weights.linear(&spec.kv_down), x, kv)];

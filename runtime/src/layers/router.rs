@@ -1,6 +1,6 @@
 //! The router: from logits to the chosen experts and their weights.
 
-use tier_plan_formats::model::spec::{Gating, MoeSpec};
+use tier_plan_formats::model::spec::{Gating, Groups, MoeSpec};
 
 /// Lower bound of the sum that chosen weights are divided by.
 const MIN_SUM: f32 = 6.103_515_6e-5;
@@ -43,8 +43,8 @@ impl Router {
         if let Some(bias) = bias {
             self.scores.iter_mut().zip(bias).for_each(|(s, b)| *s += b);
         }
-        if let Some((n_group, n_kept)) = moe.groups {
-            self.keep_best_groups(n_group, n_kept);
+        if let Some(groups) = moe.groups {
+            self.keep_best_groups(groups);
         }
         top(&self.scores, experts);
         for (weight, expert) in weights.iter_mut().zip(experts.iter()) {
@@ -67,8 +67,8 @@ impl Router {
 
     /// Rules out the experts of all but the best groups. A group's score is the sum of its two best
     /// experts.
-    fn keep_best_groups(&mut self, n_group: usize, n_kept: usize) {
-        let size = self.scores.len() / n_group;
+    fn keep_best_groups(&mut self, groups: Groups) {
+        let size = self.scores.len() / groups.n;
         self.groups.clear();
         for (index, group) in self.scores.chunks_exact(size).enumerate() {
             let (mut first, mut second) = (f32::NEG_INFINITY, f32::NEG_INFINITY);
@@ -82,7 +82,7 @@ impl Router {
             self.groups.push((first + second, index));
         }
         self.groups.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
-        for &(_, index) in &self.groups[n_kept..] {
+        for &(_, index) in &self.groups[groups.kept..] {
             self.scores[index * size..(index + 1) * size].fill(f32::NEG_INFINITY);
         }
     }
@@ -165,7 +165,7 @@ mod tests {
     #[test]
     fn experts_outside_the_best_groups_are_not_chosen() {
         // Group 0 has the single best expert, group 1 the best pair.
-        let spec = MoeSpec { groups: Some((2, 1)), gating: Gating::Sigmoid, ..moe(4, 2) };
+        let spec = MoeSpec { groups: Some(Groups { n: 2, kept: 1 }), gating: Gating::Sigmoid, ..moe(4, 2) };
         let (experts, _) = route(&spec, &[2.0, -9.0, 1.0, 1.5], None);
         assert_eq!(experts, [3, 2]);
     }

@@ -14,7 +14,7 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use tier_plan_formats::machine::TierKind;
 use tier_plan_formats::model::Model;
-use tier_plan_formats::placement::{LayerPlacement, Placement, TierIdx};
+use tier_plan_formats::placement::{LayerPlacement, Pins, Placement, TierIdx};
 use tier_plan_kernels::threads::physical_cores;
 
 /// Returns the experts of each MoE layer where they are before any is pinned.
@@ -28,7 +28,7 @@ pub(super) fn layers(model: &Model, plan: &Placement, options: &LoadOptions) -> 
         let homes = (0..moe.n_expert).map(|_| home()).collect();
         let mut layer = LayerExperts::new(gguf, moe, homes, placed.slot_tier);
         if let Some(places) = pack.and_then(|pack| pack.places(placed.layer)) {
-            let pinned: HashSet<u32> = placed.pinned.iter().flat_map(|(_, experts)| experts).copied().collect();
+            let pinned: HashSet<u32> = placed.pinned.iter().flat_map(|pins| &pins.experts).copied().collect();
             layer.use_copy(gguf.n_parts(), places, |expert| !pinned.contains(&(expert as u32)));
         }
         layers.push(layer);
@@ -100,7 +100,7 @@ impl Loader<'_> {
     fn pin_in_memory(&mut self, placed: &LayerPlacement, layer: &mut LayerExperts) -> Result<usize, LoadError> {
         let bytes = layer.expert_bytes();
         let mut n_pinned = 0;
-        for (tier, experts) in &placed.pinned {
+        for Pins { tier, experts } in &placed.pinned {
             n_pinned += experts.len();
             if matches!(self.storage[*tier], Storage::Gpu) {
                 continue;

@@ -81,9 +81,9 @@ pub(crate) fn load(
 /// Returns the bytes that are copied while loading, and those that are compared with their
 /// checksums in place.
 fn bytes_to_load(plan: &Placement, options: &LoadOptions, storage: &[Storage]) -> u64 {
-    let copied: u64 = plan.tiers.iter().map(|t| t.dense_bytes + t.pinned_bytes).sum();
+    let copied: u64 = plan.tiers.iter().map(|t| t.bytes.dense + t.bytes.pinned).sum();
     match (plan.tiers.last(), storage.last()) {
-        (Some(slow), Some(Storage::Mapped)) if options.checks.is_some() => copied + slow.home_bytes,
+        (Some(slow), Some(Storage::Mapped)) if options.checks.is_some() => copied + slow.bytes.home,
         _ => copied,
     }
 }

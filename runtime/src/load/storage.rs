@@ -42,8 +42,8 @@ pub(super) fn reserve(plan: &Placement, padding_bytes: &[u64]) -> Result<Vec<Sto
             _ if t.uses_gpu() => Storage::Gpu,
             _ if i == slow && is_mapped(&t.tier) => Storage::Mapped,
             _ => Storage::Arena {
-                weights: Arena::on(&t.tier.name, t.dense_bytes + t.pinned_bytes, &pages)?,
-                buffers: Arena::on(&t.tier.name, t.slot_bytes + t.staging_bytes + padding, &pages)?,
+                weights: Arena::on(&t.tier.name, t.bytes.dense + t.bytes.pinned, &pages)?,
+                buffers: Arena::on(&t.tier.name, t.bytes.slots + t.bytes.staging + padding, &pages)?,
             },
         })
     };

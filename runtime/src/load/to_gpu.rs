@@ -39,7 +39,7 @@ impl Loader<'_> {
         layer: &mut LayerExperts,
         tier: TierIdx,
     ) -> Result<(), LoadError> {
-        let pinned = placed.pinned.iter().find(|(on, _)| *on == tier).map_or(&[][..], |(_, experts)| experts);
+        let pinned = placed.pinned.iter().find(|pins| pins.tier == tier).map_or(&[][..], |pins| &pins.experts);
         let slots = if placed.slot_tier == tier { placed.slots as usize } else { 0 };
         if pinned.is_empty() && slots == 0 {
             return Ok(());

@@ -79,8 +79,12 @@ impl Streams {
             let mut room = StreamRoom { tokens: batch, rows, hidden: spec.hidden, ..StreamRoom::default() };
             let mut layers = Vec::new();
             for (at, (index, moe)) in spec.moe_layers().enumerate() {
-                let on_gpus: usize =
-                    plan.layers[at].pinned.iter().filter(|(t, _)| devices.of(*t).is_some()).map(|(_, e)| e.len()).sum();
+                let on_gpus: usize = plan.layers[at]
+                    .pinned
+                    .iter()
+                    .filter(|p| devices.of(p.tier).is_some())
+                    .map(|p| p.experts.len())
+                    .sum();
                 if places.layers[index].ffn != Some(tier) || on_gpus >= moe.n_expert {
                     continue;
                 }

@@ -46,7 +46,7 @@ pub struct Line {
     pub bytes: u64,
 }
 
-/// A plan within a budget.
+/// A plan within a budget, and what the budget is spent on.
 #[derive(Debug, Clone)]
 pub struct Budgeted {
     /// Plan over memory and file.
@@ -201,9 +201,7 @@ pub fn within(
         layer.slots = *slots;
     }
     plan.staging_experts = staging;
-    let bytes = |layer: usize| shape.experts[layer].expert_bytes;
-    plan.tiers[0].slot_bytes = slots.iter().enumerate().map(|(l, n)| u64::from(*n) * bytes(l)).sum();
-    plan.tiers[0].staging_bytes = u64::from(staging) * (0..slots.len()).map(bytes).max().unwrap_or(0);
+    plan.fill_sums(shape);
     let lines = lines(&plan, &rooms, &fixed, budget);
     Ok(Budgeted { plan, batch: fixed.batch, lines })
 }
@@ -214,17 +212,17 @@ pub fn lines(plan: &Placement, rooms: &[u64], fixed: &FixedMemory, budget: u64) 
     let slots: u64 = plan.layers.iter().map(|l| u64::from(l.slots)).sum();
     let in_slots: u64 = plan.layers.iter().zip(rooms).map(|(l, room)| u64::from(l.slots) * room).sum();
     let staged = u64::from(plan.staging_experts) * rooms.iter().copied().max().unwrap_or(0);
-    let pinned: usize = plan.layers.iter().flat_map(|l| &l.pinned).map(|(_, experts)| experts.len()).sum();
+    let pinned: usize = plan.layers.iter().flat_map(|l| &l.pinned).map(|pins| pins.experts.len()).sum();
     let line = |purpose: String, bytes: u64| Line { purpose, bytes };
     let mut lines = vec![
         line("program, open file and tokenizer".to_string(), fixed.program_bytes),
         line(format!("activations of {} tokens", fixed.batch), fixed.activation_bytes),
         line(format!("keys and values of {} tokens", plan.context), fixed.context_bytes),
-        line("dense weights".to_string(), plan.tiers[0].dense_bytes),
+        line("dense weights".to_string(), plan.tiers[0].bytes.dense),
         line(format!("{} experts in flight", plan.staging_experts), staged),
     ];
     if pinned > 0 {
-        lines.push(line(format!("{pinned} pinned experts"), plan.tiers[0].pinned_bytes));
+        lines.push(line(format!("{pinned} pinned experts"), plan.tiers[0].bytes.pinned));
     }
     lines.push(line(format!("{slots} slots in {} layers", plan.layers.len()), in_slots));
     lines.push(line("kept free".to_string(), budget / SPARE_FRACTION));
@@ -256,21 +254,12 @@ fn spread(rooms: &[u64], limits: &[(u32, u32)], mut left: u64) -> Vec<u32> {
 /// Returns a plan over `bytes` of memory and the file, with only the dense weights in memory yet.
 fn two_tiers(shape: &ModelShape, context: u32, kv_type: KvType, bytes: u64) -> Placement {
     let mut plan = all_in_memory(shape, context, kv_type);
-    let [dram, file] = machine_tiers(bytes, plan.tiers[0].home_bytes);
+    let file_bytes = plan.tiers[0].bytes.home;
+    let [dram, file] = machine_tiers(bytes, file_bytes);
     plan.name = "within-budget".into();
     plan.solver.status = "made to fit".into();
-    let home = plan.tiers[0].home_bytes;
-    plan.tiers[0] = PlanTier { tier: dram, budget_bytes: bytes, home_bytes: 0, ..plan.tiers[0].clone() };
-    plan.tiers.push(PlanTier {
-        tier: file,
-        budget_bytes: home,
-        dense_bytes: 0,
-        pinned_bytes: 0,
-        slot_bytes: 0,
-        kv_bytes: 0,
-        staging_bytes: 0,
-        home_bytes: home,
-    });
+    plan.tiers = vec![PlanTier::new(dram, bytes), PlanTier::new(file, file_bytes)];
+    plan.fill_sums(shape);
     plan
 }
 

@@ -167,7 +167,7 @@ fn tier_of(layer: Option<&LayerPlacement>, placement: &Placement, expert: usize)
     let last = placement.tiers.len().saturating_sub(1);
     let found = layer.and_then(|l| {
         let holds = |list: &Vec<u32>| u32::try_from(expert).is_ok_and(|e| list.binary_search(&e).is_ok());
-        l.pinned.iter().find(|(_, experts)| holds(experts)).map(|(tier, _)| *tier)
+        l.pinned.iter().find(|pins| holds(&pins.experts)).map(|pins| pins.tier)
     });
     found.unwrap_or(last).min(last)
 }
@@ -339,7 +339,7 @@ fn data(map: &Map<'_>, plans: &[Plan<'_>]) -> Table {
             }
             for (view, placement) in plans {
                 let layer = placement.layers.iter().find(|l| l.layer == *layer_number);
-                let pinned = layer.is_some_and(|l| l.pinned.iter().any(|(_, e)| e.contains(&(expert as u32))));
+                let pinned = layer.is_some_and(|l| l.pinned.iter().any(|pins| pins.experts.contains(&(expert as u32))));
                 let tier = tier_of(layer, placement, expert);
                 push(view.name(), tier_name(placement, tier), if pinned { "false" } else { "true" });
             }

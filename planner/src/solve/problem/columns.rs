@@ -14,7 +14,7 @@ use super::objective::{ColumnWeights, ObjectiveFunction, Tangent};
 use crate::cost::{attention_fixed_s, batch, read_s};
 use crate::solve::options::Objective;
 use std::collections::BTreeMap;
-use tier_plan_runtime::formats::placement::{LayerPlacement, SlotPolicy, TierIdx};
+use tier_plan_runtime::formats::placement::{LayerPlacement, Pins, SlotPolicy, TierIdx};
 use tier_plan_runtime::model::shape::{DenseKind, DenseShape, ModelShape};
 
 /// Part of the largest column by which the bytes of two columns must differ to be apart.
@@ -57,7 +57,7 @@ impl Config {
             if to > from {
                 let mut experts = order[from..to].to_vec();
                 experts.sort_unstable();
-                pinned.push((tier, experts));
+                pinned.push(Pins { tier, experts });
                 from = to;
             }
         }

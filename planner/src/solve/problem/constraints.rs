@@ -126,7 +126,7 @@ impl Constraints {
             && plan.layers.iter().enumerate().all(|(at, layer)| {
                 let constraints = self.layer(layer.layer);
                 let fixed = constraints.fixed.iter().all(|(&e, &t)| plan.pinned_tier(at, e).unwrap_or(home) == t);
-                let used = layer.pinned.iter().filter(|p| !p.1.is_empty()).map(|p| p.0);
+                let used = layer.pinned.iter().filter(|pins| !pins.experts.is_empty()).map(|pins| pins.tier);
                 let used = used.chain((layer.slots > 0).then_some(layer.slot_tier));
                 fixed && used.into_iter().all(|t| !constraints.forbidden.contains(&t))
             })

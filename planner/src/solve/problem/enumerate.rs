@@ -18,7 +18,7 @@ use crate::profile::prefetch::Prefetch;
 use crate::profile::{Evidence, Judged, LayerEvidence};
 use layer::LayerColumns;
 use std::collections::BTreeMap;
-use tier_plan_runtime::formats::placement::{LayerPlacement, TierIdx};
+use tier_plan_runtime::formats::placement::{LayerPlacement, Pins, TierIdx};
 use tier_plan_runtime::model::shape::ModelShape;
 
 /// Share of the time limit spent on the initial grid when pricing will refine it.
@@ -118,13 +118,13 @@ impl<'a> ColumnEnumerator<'a> {
         let home = self.capacity.home();
         let mut placed = config.placement(self.evidence.layers[at].shape.layer, &fixed.free, home);
         for (&expert, &tier) in fixed.constraints.fixed.iter().filter(|(_, t)| **t != home) {
-            match placed.pinned.iter_mut().find(|(t, _)| *t == tier) {
-                Some((_, experts)) => experts.push(expert),
-                None => placed.pinned.push((tier, vec![expert])),
+            match placed.pinned.iter_mut().find(|pins| pins.tier == tier) {
+                Some(pins) => pins.experts.push(expert),
+                None => placed.pinned.push(Pins { tier, experts: vec![expert] }),
             }
         }
-        placed.pinned.iter_mut().for_each(|(_, experts)| experts.sort_unstable());
-        placed.pinned.sort_by_key(|(tier, _)| *tier);
+        placed.pinned.iter_mut().for_each(|pins| pins.experts.sort_unstable());
+        placed.pinned.sort_by_key(|pins| pins.tier);
         placed
     }
 
@@ -137,8 +137,8 @@ impl<'a> ColumnEnumerator<'a> {
         let mut config = Config { cuts: [0; MAX_FAST], slots: placed.slots as u16, slot_tier };
         let mut sum = 0;
         for tier in 0..self.capacity.home() {
-            let on_tier = placed.pinned.iter().filter(|p| p.0 == tier);
-            let pins = on_tier.map(|p| p.1.len()).sum::<usize>();
+            let on_tier = placed.pinned.iter().filter(|pins| pins.tier == tier);
+            let pins = on_tier.map(|pins| pins.experts.len()).sum::<usize>();
             sum += pins.checked_sub(usize::from(fixed.per_tier[tier]))?;
             config.cuts[tier] = sum as u16;
         }

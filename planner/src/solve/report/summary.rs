@@ -38,8 +38,8 @@ fn compare(plan: &Placement, baselines: &[Placement]) -> Option<String> {
     } else {
         format!("pins and slots together are predicted to be {:.1} % faster than slots alone", percent(slots))
     };
-    let pinned_bytes: u64 = plan.tiers.iter().map(|t| t.pinned_bytes).sum();
-    let slot_bytes: u64 = plan.tiers.iter().map(|t| t.slot_bytes).sum();
+    let pinned_bytes: u64 = plan.tiers.iter().map(|t| t.bytes.pinned).sum();
+    let slot_bytes: u64 = plan.tiers.iter().map(|t| t.bytes.slots).sum();
     Some(format!(
         "at equal bytes {gain}, and {:.1} % faster than the same number of experts in every layer; {} are pinned, \
          {} are slots",

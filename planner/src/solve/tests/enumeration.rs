@@ -18,13 +18,13 @@ pub(super) fn treatments(capacity: &Capacity, evidence: &crate::profile::LayerEv
         if pinned_sum <= e.n_expert {
             let pooled = e.n_expert - pinned_sum;
             let mut from = 0;
-            let pinned: Vec<(usize, Vec<u32>)> = counts
+            let pinned: Vec<Pins> = counts
                 .iter()
                 .enumerate()
                 .map(|(tier, &count)| {
-                    let pins = evidence.order[from..from + count as usize].to_vec();
+                    let experts = evidence.order[from..from + count as usize].to_vec();
                     from += count as usize;
-                    (tier, pins)
+                    Pins { tier, experts }
                 })
                 .collect();
             let mut caches = vec![(0, capacity.staging_tier)];

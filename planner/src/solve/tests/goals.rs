@@ -151,7 +151,7 @@ fn experts_fixed_by_hand_are_where_they_were_put() -> Result<()> {
         assert!(constraints.holds(&plan));
         assert_eq!(verify::verify(&plan, &shape, &evidence), Vec::<String>::new());
         assert_eq!((plan.pinned_tier(4, 1), plan.pinned_tier(3, 9), plan.pinned_tier(6, 19)), (Some(0), Some(1), None));
-        assert!(plan.layers[7].pinned.iter().all(|(tier, _)| *tier != 0));
+        assert!(plan.layers[7].pinned.iter().all(|pins| pins.tier != 0));
         let free = plan_of(&problem, &options())?;
         assert!(!constraints.holds(&free));
         assert!(free.solver.objective_s <= plan.solver.objective_s * (1.0 + 1e-6));

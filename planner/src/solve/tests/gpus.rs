@@ -19,7 +19,7 @@ fn solved(shape: &ModelShape, tiers: &[Tier], budgets: &[u64], fix: &[&str], for
     let evidence = Evidence::uniform(shape)?;
     for plan in solved.baselines.iter().chain([&solved.plan]) {
         assert_eq!(verify::verify(plan, shape, &evidence), Vec::<String>::new());
-        assert_eq!(plan.tiers.iter().map(|t| t.kv_bytes).collect::<Vec<_>>(), plan.cache_bytes(shape));
+        assert_eq!(plan.tiers.iter().map(|t| t.bytes.kv).collect::<Vec<_>>(), plan.cache_bytes(shape));
     }
     Ok(solved.plan)
 }
@@ -48,7 +48,7 @@ fn a_gpu_has_as_many_layers_as_fit_with_their_kv_cache() -> Result<()> {
     let split = plan(11_999_999, &[], &[])?;
     // The last layers, beside the head.
     assert_eq!(attention(&split), (1, vec![1, 0, 0, 0]));
-    assert_eq!([split.tiers[0].kv_bytes, split.tiers[1].kv_bytes], [3_000_000, 1_000_000]);
+    assert_eq!([split.tiers[0].bytes.kv, split.tiers[1].bytes.kv], [3_000_000, 1_000_000]);
     assert_eq!(attention(&plan(3_000_000, &[], &[])?), (1, vec![1, 1, 1, 0]));
     assert_eq!(attention(&plan(2_999_999, &[], &[])?), (1, vec![1; 4]));
     // Fixed or forbidden by hand.
@@ -71,7 +71,7 @@ fn two_gpus_share_what_neither_can_hold() -> Result<()> {
     };
     let both = plan(6_000_000, 6_000_000, &[], &[])?;
     assert_eq!(attention(&both), (2, vec![1, 1, 0, 0]));
-    assert_eq!(both.tiers.iter().map(|t| t.kv_bytes).collect::<Vec<_>>(), [2_000_000, 2_000_000, 0, 0]);
+    assert_eq!(both.tiers.iter().map(|t| t.bytes.kv).collect::<Vec<_>>(), [2_000_000, 2_000_000, 0, 0]);
     assert_eq!(attention(&plan(6_000_000, 3_000_000, &[], &[])?), (2, vec![2, 1, 0, 0]));
     let by_hand = plan(6_000_000, 6_000_000, &["gpu-b:attention:0-1"], &["gpu-a:cache"])?;
     assert_eq!(attention(&by_hand), (2, vec![1, 1, 2, 2]));
@@ -85,7 +85,7 @@ fn gpus_without_host_memory_hold_the_whole_kv_cache() -> Result<()> {
     // machine file.
     let gpus = vec![tier("gpu-a", TierKind::Vram, 300.0, 8.0), tier("gpu-b", TierKind::Vram, 150.0, 12.0)];
     let plan = solved(&shape, &gpus, &[80_000_000, 200_000_000], &[], &[])?;
-    assert_eq!(plan.tiers.iter().map(|t| t.kv_bytes).sum::<u64>(), 4_000_000);
+    assert_eq!(plan.tiers.iter().map(|t| t.bytes.kv).sum::<u64>(), 4_000_000);
     let small = solved(&shape, &gpus, &[2_000_000, 2_500_000], &[], &[]).err().map(|e| format!("{e:#}"));
     assert!(small.is_some_and(|e| e.contains("no capacity for the attention of every layer") && e.contains("DRAM")));
     Ok(())
@@ -127,10 +127,10 @@ fn recurrent_state_goes_with_its_layer() -> Result<()> {
     let plan = |forbid: &[&str]| solved(&shape, &three_tiers(), &[100_000_000, 200_000_000, 1 << 40], &[], forbid);
     let all = plan(&[])?;
     assert_eq!(attention(&all), (0, vec![0; 4]));
-    assert_eq!((all.tiers[0].kv_bytes, all.tiers[1].kv_bytes), (all.kv_type.context_bytes(&shape, all.context), 0));
+    assert_eq!((all.tiers[0].bytes.kv, all.tiers[1].bytes.kv), (all.kv_type.context_bytes(&shape, all.context), 0));
     let but_one = plan(&["vram:attention:1"])?;
     assert_eq!(attention(&but_one), (1, vec![0, 1, 0, 0]));
-    assert_eq!(but_one.tiers[1].kv_bytes, 5000);
+    assert_eq!(but_one.tiers[1].bytes.kv, 5000);
     Ok(())
 }
 
@@ -145,15 +145,15 @@ fn planted_mistakes_about_the_kv_cache_are_found() -> Result<()> {
         let wrong = verify::verify(&plan, &shape, &evidence).join("; ");
         assert!(wrong.contains(word), "{word}: {wrong}");
     };
-    finds("kv bytes, but they are", &|p| (p.tiers[0].kv_bytes, p.tiers[1].kv_bytes) = (0, 4_000_000));
+    finds("kv bytes, but they are", &|p| (p.tiers[0].bytes.kv, p.tiers[1].bytes.kv) = (0, 4_000_000));
     finds("is on a GPU, but not its attention", &|p| p.kv_tier = 0);
     finds("where nothing computes", &|p| p.kv_tier = 2);
     // A layer whose attention moves takes its KV cache with it.
     finds("kv bytes, but they are", &|p| {
         let moved = p.dense.iter_mut().find(|d| d.kind == DenseKind::Attention && d.tier == 0);
         moved.into_iter().for_each(|d| d.tier = 1);
-        p.tiers[0].dense_bytes -= 2_000_000;
-        p.tiers[1].dense_bytes += 2_000_000;
+        p.tiers[0].bytes.dense -= 2_000_000;
+        p.tiers[1].bytes.dense += 2_000_000;
     });
     Ok(())
 }

@@ -3,7 +3,7 @@
 use super::{Quants, THREADS, blocks, int, null_or};
 use crate::device::{Arg, View};
 use crate::{CudaError, Ops};
-use tier_plan_formats::model::spec::{Activation, Gating, MoeSpec};
+use tier_plan_formats::model::spec::{Activation, Gating, Groups, MoeSpec};
 
 /// Experts of a layer at most, as the router has it.
 pub const MAX_EXPERTS: usize = 1024;
@@ -37,7 +37,7 @@ pub struct Routing {
     /// Logits to scores.
     pub gating: Gating,
     /// Groups, and how many of them may be chosen from.
-    pub groups: Option<(usize, usize)>,
+    pub groups: Option<Groups>,
     /// Divide the chosen weights by their sum.
     pub normalize: bool,
     /// Factor on the weights.
@@ -179,7 +179,7 @@ impl Ops {
         experts: View<'_>,
         weights: View<'_>,
     ) -> Result<(), CudaError> {
-        let (n_group, n_kept) = r.groups.unwrap_or((0, 0));
+        let Groups { n: n_group, kept: n_kept } = r.groups.unwrap_or(Groups { n: 0, kept: 0 });
         assert!(r.n_used <= r.n_expert && r.n_expert <= MAX_EXPERTS && n_group <= MAX_GROUPS, "{r:?}");
         assert!(n_group == 0 || r.n_expert.is_multiple_of(n_group), "{r:?}");
         assert!(logits.words() >= tokens * r.n_expert && bias.is_none_or(|b| b.words() >= r.n_expert), "logits");

@@ -1,4 +1,5 @@
-//! Typed questions to the metadata: an answer of the wrong kind is an error that names key, expectation and finding.
+//! Typed questions to the metadata: an answer of the wrong kind is an error that names key,
+//! expectation and finding.
 
 use super::{ArrayValue, Gguf, GgufError, Value};
 
@@ -14,8 +15,9 @@ macro_rules! required {
     )*};
 }
 
-/// Integers are converted among their widths where the value fits; floats are never taken for integers.
-/// The `opt_` questions give `None` only where the key is absent: present with a wrong kind is an error there too.
+/// Integers are converted among their widths where the value fits; floats are never taken for
+/// integers. The `opt_` questions give `None` only where the key is absent: present with a wrong
+/// kind is an error there too.
 impl Gguf {
     required! {
         /// An integer from 0 to 2³² − 1.
@@ -24,12 +26,12 @@ impl Gguf {
         u64 = opt_u64() -> u64, "an integer";
         /// A number; `f64` is rounded, an integer must be exact.
         f32 = opt_f32() -> f32, "a number";
-        /// A truth value.
+        /// A boolean, of one byte that is 0 or 1.
         bool = opt_bool() -> bool, "a bool";
-        /// A string.
+        /// A string of valid UTF-8.
         str = opt_str() -> &str, "a string";
-        /// One integer a layer. A single integer in the file stands for all of `n_layer`; an array may be longer than
-        /// `n_layer` (it then covers trailing prediction blocks), never shorter.
+        /// One integer a layer. A single integer in the file stands for all of `n_layer`; an array
+        /// may be longer than `n_layer` (it then covers trailing prediction blocks), never shorter.
         u32_per_layer = opt_u32_per_layer(n_layer: u32) -> Vec<u32>, "an integer or one a layer";
         /// An array of strings.
         str_array = opt_str_array() -> &[String], "an array of strings";
@@ -43,27 +45,27 @@ impl Gguf {
         bool_array = opt_bool_array() -> &[bool], "an array of bools";
     }
 
-    /// An integer from 0 to 2³² − 1, if the key is there.
+    /// Returns an integer from 0 to 2³² − 1, if the key is there.
     pub fn opt_u32(&self, key: &str) -> Result<Option<u32>, GgufError> {
         self.ask(key, "an integer from 0 to 4294967295", |v| v.as_i128()?.try_into().ok())
     }
 
-    /// An integer from 0 to 2⁶⁴ − 1, if the key is there.
+    /// Returns an integer from 0 to 2⁶⁴ − 1, if the key is there.
     pub fn opt_u64(&self, key: &str) -> Result<Option<u64>, GgufError> {
         self.ask(key, "an integer from 0 to 18446744073709551615", |v| v.as_i128()?.try_into().ok())
     }
 
-    /// A number, if the key is there.
+    /// Returns a number, if the key is there.
     pub fn opt_f32(&self, key: &str) -> Result<Option<f32>, GgufError> {
         self.ask(key, "a number", Value::as_f32)
     }
 
-    /// A truth value, if the key is there.
+    /// Returns a truth value, if the key is there.
     pub fn opt_bool(&self, key: &str) -> Result<Option<bool>, GgufError> {
         self.ask(key, "a bool", |v| if let Value::Bool(b) = v { Some(*b) } else { None })
     }
 
-    /// A string, if the key is there.
+    /// Returns a string, if the key is there.
     pub fn opt_str(&self, key: &str) -> Result<Option<&str>, GgufError> {
         self.ask(key, "a string", Value::as_str)
     }
@@ -82,7 +84,7 @@ impl Gguf {
         })
     }
 
-    /// An array of strings, if the key is there.
+    /// Returns an array of strings, if the key is there.
     pub fn opt_str_array(&self, key: &str) -> Result<Option<&[String]>, GgufError> {
         self.ask(key, "an array of strings", |v| match v {
             Value::Array(ArrayValue::Str(a)) => Some(a.as_slice()),
@@ -90,22 +92,22 @@ impl Gguf {
         })
     }
 
-    /// An array of floats, if the key is there.
+    /// Returns an array of floats, if the key is there.
     pub fn opt_f32_array(&self, key: &str) -> Result<Option<Vec<f32>>, GgufError> {
         self.ask(key, "an array of floats", |v| v.as_array()?.floats())
     }
 
-    /// An array of integers that fit `i32`, if the key is there.
+    /// Returns an array of integers that fit `i32`, if the key is there.
     pub fn opt_i32_array(&self, key: &str) -> Result<Option<Vec<i32>>, GgufError> {
         self.ask(key, "an array of integers from -2147483648 to 2147483647", |v| v.as_array()?.integers())
     }
 
-    /// An array of integers that fit `u32`, if the key is there.
+    /// Returns an array of integers that fit `u32`, if the key is there.
     pub fn opt_u32_array(&self, key: &str) -> Result<Option<Vec<u32>>, GgufError> {
         self.ask(key, "an array of integers from 0 to 4294967295", |v| v.as_array()?.integers())
     }
 
-    /// An array of truth values, if the key is there.
+    /// Returns an array of truth values, if the key is there.
     pub fn opt_bool_array(&self, key: &str) -> Result<Option<&[bool]>, GgufError> {
         self.ask(key, "an array of bools", |v| match v {
             Value::Array(ArrayValue::Bool(a)) => Some(a.as_slice()),

@@ -1,4 +1,5 @@
-//! Why a GGUF file was refused: the file, the thing in it, what was expected, what was found, and the mend.
+//! Why a GGUF file was refused: the file, the thing in it, what was expected, what was found, and
+//! the hint.
 
 use std::path::{Path, PathBuf};
 use thiserror::Error;
@@ -6,31 +7,31 @@ use thiserror::Error;
 /// Why a GGUF file could not be opened, or lacks something that was asked of it.
 #[derive(Debug, Error)]
 pub enum GgufError {
-    /// The system refused.
+    /// The operating system refused to open or map the file.
     #[error("{}: {source}", path.display())]
     Io {
         /// The file.
         path: PathBuf,
-        /// What the system said. It is part of the message, so it is no source of its own (the raw name says so):
-        /// whoever prints the chain of causes would print it twice.
+        /// What the system said. It is part of the message and so no
+        /// [`source`](std::error::Error::source): a printed chain of causes would repeat it.
         r#source: std::io::Error,
     },
     /// The file is of another kind.
-    #[error("{}: not a GGUF model: it {found}; {mend}", path.display())]
+    #[error("{}: not a GGUF model: it {found}; {hint}", path.display())]
     Foreign {
         /// The file.
         path: PathBuf,
         /// What it looks like, as the end of a sentence that begins with `it`.
         found: String,
-        /// What to do.
-        mend: &'static str,
+        /// What to do, as a clause.
+        hint: &'static str,
     },
     /// GGUF, but of a version or byte order that this program does not read.
     #[error("{}: {what}", path.display())]
     Version {
         /// The file.
         path: PathBuf,
-        /// What was found, what is read, and the mend.
+        /// What was found, what this program reads, and what to do.
         what: String,
     },
     /// The file is shorter than its own header says.
@@ -59,7 +60,7 @@ pub enum GgufError {
         what: String,
     },
     /// A tensor has an element type without a decoder.
-    #[error("{}: tensor '{tensor}' has type {type_id}{}, which this program does not read; it reads {supported}: choose another quantisation of this model", path.display(), known(*type_id))]
+    #[error("{}: tensor '{tensor}' has type {type_id}{}, which this program does not read; it reads {supported}: choose another quantization of this model", path.display(), known(*type_id))]
     UnsupportedType {
         /// The file.
         path: PathBuf,
@@ -75,7 +76,7 @@ pub enum GgufError {
     Split {
         /// The part that is missing or does not fit.
         path: PathBuf,
-        /// What was expected, what was found, and the mend.
+        /// What was expected, what was found, and what to do.
         what: String,
     },
     /// A metadata key is not there.
@@ -116,7 +117,8 @@ impl GgufError {
     }
 }
 
-/// Names of type numbers that files do carry but that no kernel here reads, so that the message helps.
+/// Returns the names of type numbers that files do carry but that no kernel here reads, so that the
+/// message helps.
 fn known(type_id: u32) -> &'static str {
     match type_id {
         4 | 5 => " (the withdrawn Q4_2 or Q4_3)",

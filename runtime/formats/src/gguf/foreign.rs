@@ -7,10 +7,10 @@ const DOWNLOAD: &str = "download the .gguf file itself again";
 const CONVERT: &str = "convert the model to GGUF first, or download a .gguf of it";
 const UNPACK: &str = "unpack it and name the .gguf file in it";
 
-/// The error for a file that does not begin as a GGUF file does.
+/// Returns the error for a file that does not begin as a GGUF file does.
 pub(super) fn foreign(bytes: &[u8], path: &Path) -> GgufError {
-    let (found, mend) = describe(bytes);
-    GgufError::Foreign { path: path.to_path_buf(), found, mend }
+    let (found, hint) = describe(bytes);
+    GgufError::Foreign { path: path.to_path_buf(), found, hint }
 }
 
 fn describe(bytes: &[u8]) -> (String, &'static str) {
@@ -37,8 +37,8 @@ fn describe(bytes: &[u8]) -> (String, &'static str) {
         (b"%PDF-", "looks like a PDF document", DOWNLOAD),
         (b"\x7fELF", "looks like a program", DOWNLOAD),
     ];
-    if let Some((_, found, mend)) = by_magic.iter().find(|(magic, ..)| head.starts_with(magic)) {
-        return ((*found).into(), mend);
+    if let Some((_, found, hint)) = by_magic.iter().find(|(magic, ..)| head.starts_with(magic)) {
+        return ((*found).into(), hint);
     }
     if head.get(257..262) == Some(b"ustar") {
         return ("looks like a tar archive".into(), UNPACK);
@@ -78,7 +78,7 @@ fn describe(bytes: &[u8]) -> (String, &'static str) {
     (format!("begins with the bytes {start:02x?} and not with 'GGUF'"), "name a .gguf file, or download it again")
 }
 
-/// What a Git LFS pointer says of the file it stands for.
+/// Describes the file that a Git LFS pointer stands for.
 fn lfs(head: &[u8]) -> String {
     let text = String::from_utf8_lossy(head);
     match text.lines().find_map(|l| l.strip_prefix("size ")).and_then(|s| s.trim().parse::<u64>().ok()) {

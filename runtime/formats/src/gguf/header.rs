@@ -1,7 +1,9 @@
-//! Decodes the header of one GGUF file: counts, metadata, tensor descriptions. Knows nothing of split models or maps.
+//! Decodes the header of one GGUF file: counts, metadata, tensor descriptions. Knows nothing of
+//! split models or maps.
 //!
-//! The file may be anything. So nothing is believed before it is compared with the bytes that are there: a count
-//! reserves no more memory than the rest of the file could fill, and every range is checked with overflow in mind.
+//! The file may be anything. So nothing is believed before it is compared with the bytes that are
+//! there: a count reserves no more memory than the rest of the file could fill, and every range is
+//! checked with overflow in mind.
 
 use super::error::GgufError;
 use super::foreign::foreign;
@@ -31,29 +33,29 @@ pub struct TensorInfo {
     pub name: String,
     /// Lengths, fastest-varying first: `[columns, rows, …]`, 1 to 4 of them, none 0.
     pub dims: Vec<u64>,
-    /// Element type.
+    /// Element or block type of the data.
     pub ty: TensorType,
     /// The file of a split model that it lies in, from 0.
     pub part: usize,
     /// First byte in that file.
     pub offset: u64,
-    /// Bytes.
+    /// Length of the data in bytes.
     pub n_bytes: u64,
 }
 
 impl TensorInfo {
-    /// Values in one row.
+    /// Returns the values in one row: the first dimension.
     pub fn cols(&self) -> u64 {
         self.dims.first().copied().unwrap_or(1)
     }
 
-    /// Rows over all further dimensions together.
+    /// Returns the rows: the product of all dimensions but the first.
     pub fn rows(&self) -> u64 {
         // Checked when the file was opened: the product of all dimensions fits.
         self.dims.iter().skip(1).product()
     }
 
-    /// Values.
+    /// Returns the number of values.
     pub fn n_elements(&self) -> u64 {
         self.dims.iter().product()
     }
@@ -87,7 +89,8 @@ impl Header {
 
         let n_tensors = r.u64("the number of tensors")?;
         let n_keys = r.u64("the number of metadata keys")?;
-        // The least a key takes: length, one byte of name, type, one byte of value. A tensor likewise.
+        // The least a key takes: length, one byte of name, type, one byte of value. A tensor
+        // likewise.
         r.plausible(n_keys, 8 + 1 + 4 + 1, MAX_KEYS, "metadata keys")?;
         r.plausible(n_tensors, 8 + 1 + 4 + 4 + 8, MAX_TENSORS, "tensors")?;
 
@@ -118,7 +121,7 @@ impl Header {
         Ok(Header { version, alignment, header_bytes, metadata, tensors })
     }
 
-    /// The value of a key.
+    /// Returns the value of a key.
     pub fn get(&self, key: &str) -> Option<&Value> {
         self.metadata.iter().find(|(k, _)| k == key).map(|(_, v)| v)
     }
@@ -157,7 +160,8 @@ fn alignment(metadata: &[(String, Value)], r: &Reader<'_>) -> Result<u64, GgufEr
         })
 }
 
-/// Turns offsets within the data section into offsets within the file, and checks them against the file and each other.
+/// Turns offsets within the data section into offsets within the file, and checks them against the
+/// file and each other.
 fn place(tensors: &mut [TensorInfo], header_bytes: u64, alignment: u64, r: &Reader<'_>) -> Result<(), GgufError> {
     let file_bytes = r.bytes.len() as u64;
     // Cannot overflow: the header lies in memory and the alignment is at most 1 MiB.
@@ -168,7 +172,7 @@ fn place(tensors: &mut [TensorInfo], header_bytes: u64, alignment: u64, r: &Read
         let end = start.and_then(|s| s.checked_add(t.n_bytes));
         let (Some(start), Some(end)) = (start, end) else {
             let (name, offset) = (&t.name, t.offset);
-            return Err(r.damaged(format!("tensor '{name}' lies at offset {offset}, beyond any file")));
+            return Err(r.damaged(format!("tensor '{name}' has offset {offset}, beyond any file")));
         };
         t.offset = start;
         if last.is_none_or(|(furthest, _)| end > furthest) {
@@ -213,8 +217,8 @@ impl<'a> Reader<'a> {
         (self.bytes.len() - self.at) as u64
     }
 
-    /// How many elements to reserve for a count that the file claims: never more than the file's rest, or 64 Ki, could
-    /// hold. Beyond that a vector grows as elements are really decoded.
+    /// Returns how many elements to reserve for a count that the file claims: never more than the
+    /// rest of the file, or 64 Ki, could hold. Beyond that a vector grows as elements are decoded.
     fn room(&self, count: u64, least_bytes: u64) -> usize {
         count.min(self.remaining() / least_bytes).min(1 << 16) as usize
     }
@@ -240,7 +244,7 @@ impl<'a> Reader<'a> {
         GgufError::Truncated { path: self.path.to_path_buf(), what, file_bytes, missing, at_least: true }
     }
 
-    /// The next `n` bytes.
+    /// Takes the next `n` bytes.
     fn take(&mut self, n: u64, what: &str) -> Result<&'a [u8], GgufError> {
         let end = (self.at as u64).checked_add(n).filter(|&end| end <= MAX_HEADER_BYTES);
         let Some(end) = end else {
@@ -273,13 +277,13 @@ impl<'a> Reader<'a> {
         self.fixed(what).map(u64::from_le_bytes)
     }
 
-    /// The bytes of a string: a length as u64, then so many bytes.
+    /// Takes the bytes of a string: a length as `u64`, then that many bytes.
     fn string(&mut self, what: &str) -> Result<&'a [u8], GgufError> {
         let len = self.u64(what)?;
         self.take(len, what)
     }
 
-    /// A key or a tensor name: not empty, not long, UTF-8, without control characters.
+    /// Takes a key or a tensor name: not empty, not long, UTF-8, without control characters.
     fn name(&mut self, limit: u64, what: impl Fn() -> String) -> Result<String, GgufError> {
         let start = self.at;
         let len = self.u64(&what())?;
@@ -293,7 +297,7 @@ impl<'a> Reader<'a> {
             Ok(name) => Err(self.damaged(format!("{} (at byte {start}) holds control characters: {name:?}", what()))),
             Err(_) => {
                 let shown: String = String::from_utf8_lossy(bytes).chars().take(40).collect();
-                Err(self.damaged(format!("{} (at byte {start}) is no UTF-8: {shown:?}", what())))
+                Err(self.damaged(format!("{} (at byte {start}) is not UTF-8: {shown:?}", what())))
             }
         }
     }
@@ -350,7 +354,7 @@ impl<'a> Reader<'a> {
         })
     }
 
-    /// `count` numbers of `N` bytes each. Their bytes are there before anything is allocated.
+    /// Takes `count` numbers of `N` bytes each. Allocates only once their bytes are there.
     fn numbers<const N: usize, T>(
         &mut self,
         count: u64,
@@ -363,7 +367,7 @@ impl<'a> Reader<'a> {
         Ok(whole.iter().map(|&b| from(b)).collect())
     }
 
-    /// One tensor's description; `offset` is still relative to the data section.
+    /// Takes one tensor's description. Its `offset` is still relative to the data section.
     fn tensor(&mut self, name: &str, alignment: u64) -> Result<TensorInfo, GgufError> {
         let what = format!("the description of tensor '{name}'");
         let n_dims = self.u32(&what)?;
@@ -388,15 +392,14 @@ impl<'a> Reader<'a> {
         })?;
         let n_bytes = tensor_bytes(&dims, ty).map_err(|why| self.damaged(format!("tensor '{name}' {why}")))?;
         if !offset.is_multiple_of(alignment) {
-            return Err(self.damaged(format!(
-                "tensor '{name}' lies at offset {offset}, which is no multiple of the alignment {alignment}"
-            )));
+            return Err(self
+                .damaged(format!("tensor '{name}': offset {offset} is not a multiple of the alignment {alignment}")));
         }
         Ok(TensorInfo { name: name.to_string(), dims, ty, part: 0, offset, n_bytes })
     }
 }
 
-/// Bytes of a tensor, or what is wrong with its dimensions.
+/// Returns the bytes of a tensor, or what is wrong with its dimensions.
 fn tensor_bytes(dims: &[u64], ty: TensorType) -> Result<u64, String> {
     if dims.contains(&0) {
         return Err(format!("has dimensions {dims:?}, one of which is 0"));
@@ -404,9 +407,7 @@ fn tensor_bytes(dims: &[u64], ty: TensorType) -> Result<u64, String> {
     let cols = dims.first().copied().unwrap_or(1);
     let block = ty.block_len();
     if !cols.is_multiple_of(block as u64) {
-        return Err(format!(
-            "has rows of {cols} values, which is no multiple of the {block} values in a block of {ty}"
-        ));
+        return Err(format!("has rows of {cols} values, not a multiple of the {block} values in a block of {ty}"));
     }
     let elements = dims.iter().try_fold(1u64, |n, &d| n.checked_mul(d));
     let rows = dims[1..].iter().try_fold(1u64, |n, &d| n.checked_mul(d));

@@ -7,10 +7,11 @@ use std::path::Path;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// How the bytes of a range are about to be read; a hint to the system, never needed for correctness.
+/// How the bytes of a range are about to be read; a hint to the system, never needed for
+/// correctness.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Advice {
-    /// No hint.
+    /// No hint: what the system does by default.
     Normal,
     /// Here and there: do not read ahead.
     Random,
@@ -33,7 +34,7 @@ impl Map {
             return Err(io::Error::new(io::ErrorKind::IsADirectory, "this is a folder; name the .gguf file in it"));
         }
         if !metadata.is_file() {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "this is no regular file, so it can't be mapped"));
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file, so it can't be mapped"));
         }
         let file = File::open(path)?;
         let len = file.metadata()?.len();
@@ -43,20 +44,22 @@ impl Map {
         if usize::try_from(len).is_err() {
             return Err(io::Error::new(io::ErrorKind::FileTooLarge, "too large for this processor's address space"));
         }
-        // SAFETY: the mapping is read-only and lives as long as the value that owns it. What no program can rule out is
-        // another process changing the file meanwhile: the weights would change, or a shortened file would end this
-        // process with a bus error. Model files are written once, by a download that renames them when whole, and the
-        // documentation says not to change a model while it runs.
+        // SAFETY: the mapping is read-only and lives as long as the value that owns it. What no
+        // program can rule out is another process changing the file meanwhile: the weights would
+        // change, or a shortened file would end this process with a bus error. Model files are
+        // written once, by a download that renames them when whole, and the documentation says not
+        // to change a model while it runs.
         let map = unsafe { Mmap::map(&file)? };
         Ok(Map(Some(map)))
     }
 
-    /// All bytes of the file.
+    /// Returns all bytes of the file.
     pub(super) fn bytes(&self) -> &[u8] {
         self.0.as_deref().unwrap_or(&[])
     }
 
-    /// Passes a hint for `len` bytes from `offset` on. The hint may be ignored; so are failures to give it.
+    /// Passes a hint for `len` bytes from `offset` on. The hint may be ignored; so are failures to
+    /// give it.
     pub(super) fn advise(&self, offset: usize, len: usize, advice: Advice) {
         #[cfg(unix)]
         if let Some(map) = &self.0 {
@@ -85,8 +88,8 @@ const COPY_BYTES: usize = 8 << 20;
 pub(super) struct Copied(MmapMut);
 
 impl Copied {
-    /// Copies a file that `map` has mapped, with several threads; `copied` is told how many bytes were added, on the
-    /// calling thread only.
+    /// Copies a file that `map` has mapped, with several threads; `copied` is told how many bytes
+    /// were added, on the calling thread only.
     pub(super) fn read(path: &Path, map: &Map, threads: usize, copied: &mut dyn FnMut(u64)) -> io::Result<Copied> {
         let source = map.bytes();
         let file = File::open(path)?;
@@ -129,7 +132,7 @@ impl Copied {
         Ok(Copied(memory))
     }
 
-    /// All bytes of the file.
+    /// Returns all bytes of the file.
     pub(super) fn bytes(&self) -> &[u8] {
         &self.0
     }

@@ -1,13 +1,14 @@
 //! GGUF model files: metadata and tensors of versions 2 and 3, whole or split, mapped into memory.
 //!
-//! Opening looks at the headers only; tensor bytes are read by the system when they are touched. This module knows the
-//! container and nothing of networks: what a key means is `model`'s business, what a block means `quant`'s. A file must
-//! not be changed while it is open.
+//! Opening looks at the headers only; tensor bytes are read by the system when they are touched.
+//! This module knows the container and nothing of networks: what a key means is `model`'s business,
+//! what a block means `quant`'s. A file must not be changed while it is open.
 
 mod ask;
 mod error;
 mod foreign;
 mod header;
+#[allow(unsafe_code, reason = "a memory map is only sound while nothing shortens the file")]
 mod map;
 mod split;
 #[cfg(any(test, feature = "testing"))]
@@ -42,7 +43,7 @@ pub struct Gguf {
     id: SourceId,
 }
 
-/// One mapped file.
+/// A mapped file of the model.
 #[derive(Debug)]
 struct Part {
     path: PathBuf,
@@ -51,9 +52,9 @@ struct Part {
     copied: Option<Copied>,
 }
 
-/// What a file says of its place in a split model.
+/// What a header says about its part of a split model.
 struct SplitKeys {
-    /// From 0.
+    /// Number of the part, from 0.
     no: u32,
     count: u32,
     /// Tensors of all parts.
@@ -61,10 +62,23 @@ struct SplitKeys {
 }
 
 impl Gguf {
-    /// Opens a model. Of a split one any part may be given: all are opened, by their names beside it.
+    /// Opens a model. Of a split one any part may be given: all are opened, by their names beside
+    /// it.
+    ///
+    /// ```
+    /// use std::path::Path;
+    /// use tier_plan_formats::gguf::Gguf;
+    ///
+    /// let gguf = Gguf::open(Path::new("../../profiles/demo/demo.gguf"))?;
+    /// let embedding = gguf.tensor("token_embd.weight").expect("every model has one");
+    /// assert_eq!(gguf.bytes(embedding).len() as u64, embedding.n_bytes);
+    /// assert_eq!(gguf.str("general.architecture")?, "qwen3moe");
+    /// # Ok::<(), tier_plan_formats::gguf::GgufError>(())
+    /// ```
     ///
     /// # Errors
-    /// The file can't be read, is something else, is cut short or damaged, or a part is missing or does not belong.
+    /// The file can't be read, is something else, is cut short or damaged, or a part is missing or
+    /// does not belong.
     pub fn open(path: &Path) -> Result<Gguf, GgufError> {
         let (part, header) = open_part(path)?;
         let Some(keys) = split_keys(&header, path)? else {
@@ -161,12 +175,12 @@ impl Gguf {
         Ok(Gguf { parts, metadata, keys, tensors, names, id })
     }
 
-    /// The file, or the first part.
+    /// Returns the file, or the first part.
     pub fn path(&self) -> &Path {
         self.part_path(0)
     }
 
-    /// The file of a part, from 0.
+    /// Returns the file of a part, from 0.
     ///
     /// # Panics
     /// If there is no such part.
@@ -174,42 +188,44 @@ impl Gguf {
         &self.parts[part].path
     }
 
-    /// Files of the model, 1 unless it is split.
+    /// Returns the number of files, 1 unless the model is split.
     pub fn n_parts(&self) -> usize {
         self.parts.len()
     }
 
-    /// Bytes of all files together.
+    /// Returns the bytes of all files together.
     pub fn file_bytes(&self) -> u64 {
         self.parts.iter().map(|p| p.map.bytes().len() as u64).sum()
     }
 
-    /// Keys and values in file order (those of the first part).
+    /// Returns the metadata keys and values in file order; of a split model, those of the first
+    /// part.
     pub fn metadata(&self) -> &[(String, Value)] {
         &self.metadata
     }
 
-    /// The value of a key.
+    /// Returns the value of a key.
     pub fn get(&self, key: &str) -> Option<&Value> {
         self.keys.get(key).map(|&i| &self.metadata[i].1)
     }
 
-    /// All tensors, in file order, parts in order.
+    /// Returns all tensors, in file order, parts in order.
     pub fn tensors(&self) -> &[TensorInfo] {
         &self.tensors
     }
 
-    /// The tensor with this name.
+    /// Returns the tensor with this name.
     pub fn tensor(&self, name: &str) -> Option<&TensorInfo> {
         self.names.get(name).map(|&i| &self.tensors[i])
     }
 
-    /// Copies all files into memory of this process, on huge pages where the system has them: on 4 KiB pages, which a
-    /// mapped file usually has, a processor reads memory at little more than half the rate. `progress` is told how
-    /// many bytes of how many are there.
+    /// Copies all files into memory of this process, on huge pages where the system has them. A
+    /// mapped file usually has 4 KiB pages, on which a processor reads at little more than half the
+    /// rate. `progress` gets the bytes copied so far and the total.
     ///
     /// # Errors
-    /// When a file can't be read, has changed, or the memory can't be had; the model then stays mapped.
+    /// When a file can't be read, has changed, or the memory can't be had; the model then stays
+    /// mapped.
     pub fn copy_to_memory(&mut self, threads: usize, progress: &mut dyn FnMut(u64, u64)) -> Result<(), GgufError> {
         let total = self.file_bytes();
         let mut done = 0;
@@ -232,21 +248,22 @@ impl Gguf {
         self.parts.iter().all(|p| p.copied.is_some())
     }
 
-    /// A tensor's bytes: mapped, so that they are read from the file when they are touched and dropped under memory
-    /// pressure, unless they were copied.
+    /// Returns a tensor's bytes. Unless they were copied, they are mapped: read from the file when
+    /// they are touched, and dropped under memory pressure.
     ///
     /// # Panics
     /// If the tensor is of another model.
     pub fn bytes(&self, tensor: &TensorInfo) -> &[u8] {
-        // In range for tensors of this model: checked when the file was opened, and a mapping has a fixed length.
+        // In range for tensors of this model: checked when the file was opened, and a mapping has a
+        // fixed length.
         let start = tensor.offset as usize;
         let part = &self.parts[tensor.part];
         let bytes = part.copied.as_ref().map_or(part.map.bytes(), Copied::bytes);
         &bytes[start..start + tensor.n_bytes as usize]
     }
 
-    /// Tells the system how `len` bytes from byte `start` of the tensor on will be read. A hint: it can't fail, and
-    /// ranges outside the tensor are cut off.
+    /// Tells the system how `len` bytes from byte `start` of the tensor on will be read. A hint: it
+    /// can't fail, and ranges outside the tensor are cut off.
     pub fn advise(&self, tensor: &TensorInfo, start: u64, len: u64, advice: Advice) {
         let start = start.min(tensor.n_bytes);
         let len = len.min(tensor.n_bytes - start);
@@ -255,15 +272,15 @@ impl Gguf {
         }
     }
 
-    /// The same hint for all bytes of all files.
+    /// Gives [`advise`](Self::advise)'s hint for all bytes of all files.
     pub fn advise_all(&self, advice: Advice) {
         for part in &self.parts {
             part.map.advise(0, part.map.bytes().len(), advice);
         }
     }
 
-    /// What the model is called, and a hash of the header bytes and lengths of all its files: two files with other
-    /// weights of the same names, types and lengths are not told apart.
+    /// Returns the model's name, with a hash of the headers and lengths of all its files. Files
+    /// that differ only in the values of their weights have the same hash.
     pub fn id(&self) -> SourceId {
         self.id.clone()
     }
@@ -300,7 +317,7 @@ fn misnamed(path: &Path, number: u32, count: u32, keys: &SplitKeys) -> GgufError
     GgufError::split(path, what)
 }
 
-/// What the header says of splitting; `None` for a whole model.
+/// Reads what the header says about splitting; `None` for a whole model.
 fn split_keys(header: &Header, path: &Path) -> Result<Option<SplitKeys>, GgufError> {
     let integer = |key: &str, limit: u64| match header.get(key) {
         None => Ok(None),

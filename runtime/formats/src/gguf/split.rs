@@ -30,7 +30,7 @@ impl PartName {
         Some(PartName { prefix: path.with_file_name(prefix), number, count })
     }
 
-    /// The path of part `number`, from 1.
+    /// Returns the path of part `number`, from 1.
     pub(super) fn sibling(&self, number: u32) -> PathBuf {
         let mut name = self.prefix.as_os_str().to_os_string();
         name.push(format!("-{number:05}-of-{:05}.gguf", self.count));
@@ -38,7 +38,7 @@ impl PartName {
     }
 }
 
-/// The name of a model by its file: without the extension and without the part number.
+/// Returns the name of a model by its file: without the extension and without the part number.
 pub(super) fn stem(path: &Path) -> String {
     let stem = match PartName::parse(path) {
         Some(part) => part.prefix.file_name().map(|s| s.to_string_lossy().into_owned()),

@@ -13,22 +13,22 @@ pub struct Writer {
     pub version: u32,
     /// Tensors begin at multiples of it; written only if there is a key for it.
     pub alignment: u64,
-    /// Keys and values.
+    /// Metadata keys and values, in file order.
     pub metadata: Vec<(String, Value)>,
-    /// Tensors.
+    /// Tensors, in file order.
     pub tensors: Vec<WriterTensor>,
 }
 
 /// A tensor to be.
 #[derive(Debug, Clone)]
 pub struct WriterTensor {
-    /// Name.
+    /// Name of the tensor.
     pub name: String,
-    /// Lengths, fastest first.
+    /// Dimensions, fastest first.
     pub dims: Vec<u64>,
     /// Number of the type.
     pub type_id: u32,
-    /// Content.
+    /// Bytes of the data.
     pub data: Vec<u8>,
 }
 
@@ -39,7 +39,7 @@ impl Default for Writer {
 }
 
 impl Writer {
-    /// Takes over all of a file, to be changed.
+    /// Takes over the content of a file, to be changed.
     pub fn from_gguf(gguf: &Gguf) -> Self {
         let tensor = |t: &TensorInfo| WriterTensor {
             name: t.name.clone(),
@@ -87,7 +87,8 @@ impl Writer {
         Some(self.tensors.remove(at))
     }
 
-    /// Joins tensors along their second axis from the end of the file's order, `n` slices each, into one named `to`.
+    /// Joins tensors along their second axis from the end of the file's order, `n` slices each,
+    /// into one named `to`.
     pub fn fuse(&mut self, from: &[String], to: &str, axis: usize, n: usize) {
         let parts: Vec<WriterTensor> = from.iter().filter_map(|name| self.take(name)).collect();
         let Some(first) = parts.first() else { return };
@@ -102,13 +103,13 @@ impl Writer {
         self.tensors.push(WriterTensor { name: to.into(), dims, type_id: first.type_id, data });
     }
 
-    /// Adds a key.
+    /// Adds a metadata key and its value.
     pub fn key(mut self, key: &str, value: Value) -> Self {
         self.metadata.push((key.to_string(), value));
         self
     }
 
-    /// Adds a tensor.
+    /// Adds a tensor with its data.
     pub fn tensor(mut self, name: &str, ty: TensorType, dims: &[u64], data: Vec<u8>) -> Self {
         self.tensors.push(WriterTensor { name: name.into(), dims: dims.to_vec(), type_id: ty as u32, data });
         self
@@ -136,7 +137,7 @@ impl Writer {
         out
     }
 
-    /// The whole file.
+    /// Encodes the whole file.
     pub fn finish(&self) -> Vec<u8> {
         let mut out = self.header();
         for t in &self.tensors {

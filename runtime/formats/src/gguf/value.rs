@@ -1,6 +1,6 @@
 //! Metadata values, and the questions a model loader asks of them.
 
-/// One metadata value.
+/// A metadata value of any kind.
 #[derive(Debug, Clone, PartialEq)]
 #[allow(missing_docs)]
 pub enum Value {
@@ -39,7 +39,8 @@ pub enum ArrayValue {
 }
 
 impl Value {
-    /// The integer, whatever its width; `None` for anything that is no integer (floats and booleans included).
+    /// Returns the integer, whatever its width; `None` for anything that is no integer (floats and
+    /// booleans included).
     pub fn as_i128(&self) -> Option<i128> {
         Some(match *self {
             Value::U8(v) => v.into(),
@@ -54,7 +55,8 @@ impl Value {
         })
     }
 
-    /// The number as `f32`: an `f64` is rounded if it stays finite, an integer must be exact.
+    /// Returns the number as `f32`: an `f64` is rounded if it stays finite, an integer must be
+    /// exact.
     pub fn as_f32(&self) -> Option<f32> {
         match *self {
             Value::F32(v) => Some(v),
@@ -67,17 +69,18 @@ impl Value {
         }
     }
 
-    /// The string.
+    /// Returns the string; `None` for any other kind.
     pub fn as_str(&self) -> Option<&str> {
         if let Value::Str(s) = self { Some(s) } else { None }
     }
 
-    /// The array.
+    /// Returns the array; `None` for any other kind.
     pub fn as_array(&self) -> Option<&ArrayValue> {
         if let Value::Array(a) = self { Some(a) } else { None }
     }
 
-    /// The kind of the value and, where it is short, the value: `u32 5`, `array of 3 strings`. For messages.
+    /// Returns the kind of the value and, where it is short, the value: `u32 5`, `array of 3
+    /// strings`. For messages.
     pub fn describe(&self) -> String {
         match self {
             Value::U8(v) => format!("u8 {v}"),
@@ -102,7 +105,7 @@ impl Value {
 }
 
 impl ArrayValue {
-    /// Elements.
+    /// Returns the number of elements.
     pub fn len(&self) -> usize {
         match self {
             ArrayValue::U8(v) => v.len(),
@@ -120,12 +123,12 @@ impl ArrayValue {
         }
     }
 
-    /// There are no elements.
+    /// Whether there are no elements.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// The element kind in words: `u32`, `strings`.
+    /// Returns the element kind in words: `u32`, `strings`.
     pub fn kind(&self) -> &'static str {
         match self {
             ArrayValue::U8(_) => "u8",
@@ -143,7 +146,8 @@ impl ArrayValue {
         }
     }
 
-    /// All elements as integers of type `T`; `None` if they are no integers or one does not fit.
+    /// Returns all elements as integers of type `T`; `None` if they are no integers or one does not
+    /// fit.
     pub fn integers<T: TryFrom<i128>>(&self) -> Option<Vec<T>> {
         fn all<S: Copy + Into<i128>, T: TryFrom<i128>>(from: &[S]) -> Option<Vec<T>> {
             from.iter().map(|&v| T::try_from(v.into()).ok()).collect()
@@ -161,7 +165,8 @@ impl ArrayValue {
         }
     }
 
-    /// All elements as `f32` (an `f64` is rounded if it stays finite); `None` if they are no floats.
+    /// Returns all elements as `f32` (an `f64` is rounded if it stays finite); `None` if they are
+    /// no floats.
     pub fn floats(&self) -> Option<Vec<f32>> {
         match self {
             ArrayValue::F32(v) => Some(v.clone()),

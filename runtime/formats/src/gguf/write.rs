@@ -1,5 +1,5 @@
-//! Writes GGUF files of version 3: keys and values, then tensors whose bytes come in pieces from whoever makes them, so that
-//! no file needs to fit memory.
+//! Writes GGUF files of version 3: metadata, then tensors whose bytes the caller passes in pieces,
+//! so that no file needs to fit memory.
 
 use super::value::{ArrayValue, Value};
 use std::io::{self, Write};
@@ -13,9 +13,9 @@ const ALIGNMENT: u64 = 32;
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[error("tensor '{name}' can't have the lengths {dims:?}: {ty} has blocks of {}, and a file fewer than 2⁶⁴ bytes", ty.block_len())]
 pub struct BadTensor {
-    /// Its name.
+    /// Name of the tensor.
     pub name: String,
-    /// Its type.
+    /// Element or block type.
     pub ty: TensorType,
     /// Its lengths, fastest first.
     pub dims: Vec<u64>,
@@ -24,11 +24,11 @@ pub struct BadTensor {
 /// A tensor to be written.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DraftTensor {
-    /// Its name.
+    /// Name of the tensor.
     pub name: String,
-    /// Its type.
+    /// Element or block type.
     pub ty: TensorType,
-    /// Lengths, fastest first.
+    /// Dimensions, fastest first.
     pub dims: Vec<u64>,
     /// Bytes that it takes.
     pub n_bytes: u64,
@@ -44,7 +44,7 @@ pub struct Draft {
 }
 
 impl Draft {
-    /// Adds a key.
+    /// Adds a metadata key and its value.
     #[must_use]
     pub fn key(mut self, key: impl Into<String>, value: Value) -> Self {
         self.metadata.push((key.into(), value));
@@ -67,12 +67,12 @@ impl Draft {
         Ok(())
     }
 
-    /// The tensors, in the order of the file.
+    /// Returns the tensors, in the order of the file.
     pub fn tensors(&self) -> &[DraftTensor] {
         &self.tensors
     }
 
-    /// Bytes of the file.
+    /// Returns the bytes of the file.
     pub fn file_bytes(&self) -> u64 {
         (self.header().len() as u64).next_multiple_of(ALIGNMENT).saturating_add(self.data_bytes)
     }
@@ -150,13 +150,13 @@ impl Write for Room<'_> {
     }
 }
 
-/// A string as GGUF has it: length, then bytes.
+/// Appends a string as GGUF has it: length, then bytes.
 pub(crate) fn put_bytes(out: &mut Vec<u8>, bytes: &[u8]) {
     out.extend((bytes.len() as u64).to_le_bytes());
     out.extend(bytes);
 }
 
-/// A value with the number of its kind before it.
+/// Appends a value with the number of its kind before it.
 pub(super) fn put_value(out: &mut Vec<u8>, value: &Value) {
     let mut put = |kind: u32, bytes: &[u8]| {
         out.extend(kind.to_le_bytes());

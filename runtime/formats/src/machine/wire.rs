@@ -8,7 +8,7 @@ use serde::Deserialize;
 use serde::de::{self, Deserializer, Visitor};
 use std::fmt;
 
-/// The machine that a text says, without its identity; what it means is still to be checked.
+/// Reads the machine that a text says, without its identity; its numbers are still to be checked.
 pub(super) fn decode(text: &str) -> Result<Machine, String> {
     let wire: WireMachine = toml::from_str(text).map_err(|e| toml_words(text, &e))?;
     if wire.version < 2 && (wire.calibration.is_some() || wire.tier.iter().any(|t| t.prompt_gflops.is_some())) {
@@ -47,7 +47,8 @@ pub(super) fn decode(text: &str) -> Result<Machine, String> {
     })
 }
 
-/// What holds for `node` and `device` in a file of this version, whose keys they are from the second number on.
+/// Fails if `node` or `device` doesn't go with the kind of tier, or is newer than the file's
+/// version: `from` introduced them.
 pub(crate) fn check_unit(
     tier: &str,
     kind: TierKind,
@@ -59,7 +60,7 @@ pub(crate) fn check_unit(
     if other.is_some() {
         return Err(format!(
             "tier '{tier}' is of kind \"{kind}\": which one it is says `{key}`, the number of {}",
-            if kind == TierKind::Vram { "the GPU" } else { "the memory node" }
+            if kind == TierKind::Vram { "the GPU" } else { "the NUMA node" }
         ));
     }
     if (node.is_some() || device.is_some()) && version < from {

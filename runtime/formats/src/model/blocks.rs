@@ -3,7 +3,8 @@
 use super::ModelError;
 use super::source::Source;
 use super::spec::{
-    Activation, GateUp, Gating, GqaSpec, LayerSpec, Linear, Mixer, ModelSpec, MoeSpec, NormSpan, RopeKind, SharedSpec,
+    Activation, GateUp, Gating, GqaSpec, Groups, LayerSpec, Linear, Mixer, ModelSpec, MoeSpec, NormSpan, QkNorm,
+    RopeKind, SharedSpec,
 };
 
 /// Sizes that every architecture states in the same keys.
@@ -21,7 +22,8 @@ impl Common {
         if n_block > 4096 {
             return Err(s.bad("block_count", format!("{n_block} layers; expected at most 4096")));
         }
-        // Blocks at the end that predict tokens further ahead are counted, but are no part of the network proper.
+        // Blocks at the end that predict tokens further ahead are counted, but are no part of the
+        // network proper.
         let ahead = s.opt_count("nextn_predict_layers")? as usize;
         let Some(n_layer) = n_block.checked_sub(ahead).filter(|n| *n > 0) else {
             return Err(s.bad("nextn_predict_layers", format!("{ahead} of {n_block} blocks leave no layer")));
@@ -34,7 +36,8 @@ impl Common {
         })
     }
 
-    /// Wraps layers into a model with the embedding, the last norm and the head (tied where the file has none).
+    /// Wraps layers into a model with the embedding, the last norm and the head (tied where the
+    /// file has none).
     pub(super) fn model(self, s: &Source<'_>, layers: Vec<LayerSpec>) -> Result<ModelSpec, ModelError> {
         let (embedding, n_vocab) = s.embedding(self.hidden)?;
         Ok(ModelSpec {
@@ -51,28 +54,29 @@ impl Common {
     }
 }
 
-/// Grouped-query attention; see [`gqa_spec`].
+/// Describes grouped-query attention; see [`gqa_spec`].
 pub(super) fn gqa(
     s: &Source<'_>,
     layer: usize,
     hidden: usize,
-    heads: (usize, usize),
+    heads: Heads,
     rope_kind: RopeKind,
     qk_norm: Option<NormSpan>,
 ) -> Result<Mixer, ModelError> {
     gqa_spec(s, layer, hidden, heads, rope_kind, qk_norm).map(Mixer::Gqa)
 }
 
-/// Grouped-query attention with query, key and value tensors apart or as one, each with a bias where there is one.
+/// Describes grouped-query attention, with separate or fused query, key, and value tensors, and
+/// their biases if any.
 pub(super) fn gqa_spec(
     s: &Source<'_>,
     layer: usize,
     hidden: usize,
-    heads: (usize, usize),
+    heads: Heads,
     rope_kind: RopeKind,
     qk_norm: Option<NormSpan>,
 ) -> Result<GqaSpec, ModelError> {
-    let (n_head, n_head_kv) = heads;
+    let Heads { n_head, n_head_kv } = heads;
     if !n_head.is_multiple_of(n_head_kv) {
         let what = format!("{n_head_kv} does not divide the {n_head} query heads");
         return Err(s.bad("attention.head_count_kv", what));
@@ -91,7 +95,7 @@ pub(super) fn gqa_spec(
                 NormSpan::Full => (n_head * key_dim, n_head_kv * key_dim),
             };
             let q = s.vector(&format!("{p}.attn_q_norm.weight"), q_len)?;
-            Some((q, s.vector(&format!("{p}.attn_k_norm.weight"), k_len)?, span))
+            Some(QkNorm { q, k: s.vector(&format!("{p}.attn_k_norm.weight"), k_len)?, span })
         }
     };
     let [q, k, v] = qkv(s, &p, hidden, [n_head * key_dim, n_head_kv * key_dim, n_head_kv * value_dim])?;
@@ -115,7 +119,8 @@ pub(super) fn gqa_spec(
     })
 }
 
-/// The matrices of queries, keys and values: three tensors, or one with their rows in this order.
+/// Returns the matrices of queries, keys and values: three tensors, or one with their rows in this
+/// order.
 pub(super) fn qkv(s: &Source<'_>, prefix: &str, hidden: usize, rows: [usize; 3]) -> Result<[Linear; 3], ModelError> {
     let names = ["attn_q", "attn_k", "attn_v"];
     let fused_name = format!("{prefix}.attn_qkv");
@@ -142,12 +147,21 @@ pub(super) fn qkv(s: &Source<'_>, prefix: &str, hidden: usize, rows: [usize; 3])
     }))
 }
 
-/// Query heads and key/value heads of every layer.
-pub(super) fn heads(s: &Source<'_>, n_layer: usize) -> Result<Vec<(usize, usize)>, ModelError> {
+/// The heads of one layer's attention.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Heads {
+    /// Number of query heads.
+    pub n_head: usize,
+    /// Key and value heads.
+    pub n_head_kv: usize,
+}
+
+/// Reads the heads of every layer, `[n_layer]`.
+pub(super) fn heads(s: &Source<'_>, n_layer: usize) -> Result<Vec<Heads>, ModelError> {
     let q = s.dim_per_layer("attention.head_count", n_layer)?;
     let kv =
         if s.has("attention.head_count_kv") { s.dim_per_layer("attention.head_count_kv", n_layer)? } else { q.clone() };
-    Ok(q.into_iter().zip(kv).collect())
+    Ok(q.into_iter().zip(kv).map(|(n_head, n_head_kv)| Heads { n_head, n_head_kv }).collect())
 }
 
 /// A property of an architecture's routing: the same in every file, or a key of the file.
@@ -170,20 +184,20 @@ pub(super) struct MoeOptions {
     pub scale: Setting<f32>,
     /// Between an expert's products.
     pub activation: Activation,
-    /// The shared expert.
+    /// The shared expert, if any.
     pub shared: Option<Shared>,
 }
 
 /// A shared expert's size and kind.
 pub(super) struct Shared {
-    /// Width inside.
+    /// Inner width of the shared expert.
     pub ffn: usize,
     /// Whether a sigmoid gate scales its result.
     pub gated: bool,
 }
 
 impl MoeOptions {
-    /// Softmax over all experts, no scale, nothing shared.
+    /// Returns the options of softmax over all experts, without scale or shared experts.
     pub(super) fn softmax(expert_ffn: usize, normalize: bool) -> Self {
         Self {
             expert_ffn,
@@ -196,8 +210,8 @@ impl MoeOptions {
     }
 }
 
-/// The routed experts of a layer. Biases, a selection bias, expert groups and a fused gate and up are taken as the file
-/// has them.
+/// Describes the routed experts of a layer. Biases, a selection bias, expert groups, and a fused
+/// gate and up are taken as the file has them.
 pub(super) fn moe(s: &Source<'_>, layer: usize, hidden: usize, options: &MoeOptions) -> Result<MoeSpec, ModelError> {
     let n_expert = s.dim("expert_count")?;
     if n_expert > 65_535 {
@@ -261,8 +275,8 @@ fn gating(s: &Source<'_>, setting: &Setting<Gating>) -> Result<Gating, ModelErro
     }
 }
 
-/// Groups of experts and how many of them are kept, where a file groups them.
-fn groups(s: &Source<'_>, n_expert: usize, n_used: usize) -> Result<Option<(usize, usize)>, ModelError> {
+/// Reads the groups of experts, and how many are kept, where a file has them.
+fn groups(s: &Source<'_>, n_expert: usize, n_used: usize) -> Result<Option<Groups>, ModelError> {
     let n_group = s.opt_count("expert_group_count")? as usize;
     if n_group < 2 {
         return Ok(None);
@@ -277,7 +291,7 @@ fn groups(s: &Source<'_>, n_expert: usize, n_used: usize) -> Result<Option<(usiz
         let what = format!("{n_kept} of {n_group} groups; a token uses {n_used} of {n_expert} experts");
         return Err(s.bad(name, what));
     }
-    Ok((n_kept < n_group).then_some((n_group, n_kept)))
+    Ok((n_kept < n_group).then_some(Groups { n: n_group, kept: n_kept }))
 }
 
 fn shared_expert(s: &Source<'_>, layer: usize, hidden: usize, shared: &Shared) -> Result<SharedSpec, ModelError> {
@@ -286,8 +300,8 @@ fn shared_expert(s: &Source<'_>, layer: usize, hidden: usize, shared: &Shared) -
     Ok(SharedSpec { ffn: s.named_ffn(layer, "_shexp", hidden, shared.ffn)?, gate })
 }
 
-/// Width inside the routed experts by layer, in the key that is theirs, or in `feed_forward_length` shared out among the
-/// experts that a token uses.
+/// Reads the inner width of routed experts by layer: from its own key, or as `feed_forward_length`
+/// divided by the experts per token.
 pub(super) fn expert_widths(s: &Source<'_>, n_layer: usize) -> Result<Vec<usize>, ModelError> {
     let name = "expert_feed_forward_length";
     if s.has(name) {

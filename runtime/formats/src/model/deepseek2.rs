@@ -1,11 +1,12 @@
-//! `deepseek2`: DeepSeek V2 and V3, Kimi K2 and their relatives. Latent attention, leading dense layers, then routed
-//! and shared experts.
+//! `deepseek2`: DeepSeek V2 and V3, Kimi K2 and their relatives. Latent attention, leading dense
+//! layers, then routed and shared experts.
 
 use super::ModelError;
 use super::blocks::{Common, MoeOptions, Setting, Shared, heads, moe};
 use super::source::Source;
 use super::spec::{
-    Activation, Ffn, Gating, KvUp, LayerSpec, Mixer, MlaSpec, ModelSpec, RopeKind, RopeScaling, RopeSpec, Temperature,
+    Activation, Ffn, Gating, KvUp, LayerSpec, LowRank, Mixer, MlaSpec, ModelSpec, RopeKind, RopeScaling, RopeSpec,
+    Temperature,
 };
 
 pub(super) fn describe(s: &Source<'_>) -> Result<ModelSpec, ModelError> {
@@ -22,7 +23,7 @@ pub(super) fn describe(s: &Source<'_>) -> Result<ModelSpec, ModelError> {
         .map(|i| {
             Ok(LayerSpec {
                 mixer_norm: s.vector(&format!("blk.{i}.attn_norm.weight"), hidden)?,
-                mixer: mla.mixer(s, i, hidden, heads[i].0)?,
+                mixer: mla.mixer(s, i, hidden, heads[i].n_head)?,
                 ffn_norm: s.vector(&format!("blk.{i}.ffn_norm.weight"), hidden)?,
                 ffn: if i < n_dense {
                     Ffn::Dense(s.gated_ffn(i, hidden, dense[i])?)
@@ -48,8 +49,9 @@ pub(super) fn describe(s: &Source<'_>) -> Result<ModelSpec, ModelError> {
 /// Bound on the width of the shared experts together, far above any real model.
 const MAX_SHARED_WIDTH: usize = 1 << 24;
 
-/// The gating of files that don't say: softmax, as in the first models of the family. Only one later model, known by
-/// its layers and vocabulary, has files without the key and gates by sigmoid.
+/// Returns the gating of files that don't say: softmax, as in the first models of the family. Only
+/// one later model, known by its layers and vocabulary, has files without the key and gates by
+/// sigmoid.
 fn default_gating(s: &Source<'_>, n_layer: usize, hidden: usize) -> Result<Gating, ModelError> {
     let (_, n_vocab) = s.embedding(hidden)?;
     Ok(if matches!(n_layer, 47 | 48) && n_vocab == 154_880 { Gating::Sigmoid } else { Gating::Softmax })
@@ -64,7 +66,8 @@ struct Mla {
     /// Factor on the scores.
     scale: f32,
     temperature: Option<Temperature>,
-    /// Whether the sizes of a head have keys of their own, as in files made for absorbed projections.
+    /// Whether the sizes of a head have keys of their own, as in files made for absorbed
+    /// projections.
     converted: bool,
 }
 
@@ -96,14 +99,15 @@ impl Mla {
     fn mixer(&self, s: &Source<'_>, layer: usize, hidden: usize, n_head: usize) -> Result<Mixer, ModelError> {
         let p = format!("blk.{layer}");
         let q_out = n_head * self.key_dim;
-        // Small models of the family have one query matrix, and a rank in the metadata that means nothing.
+        // Small models of the family have one query matrix, and a rank in the metadata that means
+        // nothing.
         let (q_down, q) = if s.has_tensor(&format!("{p}.attn_q.weight")) {
             (None, s.linear(&format!("{p}.attn_q"), hidden, q_out)?)
         } else {
             let rank = s.dim("attention.q_lora_rank")?;
             let down = s.linear(&format!("{p}.attn_q_a"), hidden, rank)?;
             let norm = s.vector(&format!("{p}.attn_q_a_norm.weight"), rank)?;
-            (Some((down, norm)), s.linear(&format!("{p}.attn_q_b"), rank, q_out)?)
+            (Some(LowRank { down, norm }), s.linear(&format!("{p}.attn_q_b"), rank, q_out)?)
         };
         Ok(Mixer::Mla(MlaSpec {
             n_head,
@@ -139,11 +143,11 @@ impl Mla {
     }
 }
 
-/// The factor on the scores; sets the magnitude of what rotates.
+/// Returns the factor on the scores; sets the magnitude of what rotates.
 ///
-/// YaRN sharpens attention by a factor on rotated queries and keys. This family sharpens the scores instead, those of
-/// the parts that don't rotate included: by the square of `1 + m · ln(factor)` where the file gives `m`. Without `m`
-/// both factors are there.
+/// YaRN sharpens attention by a factor on rotated queries and keys. This family sharpens the scores
+/// instead, those of the parts that don't rotate included: by the square of `1 + m · ln(factor)`
+/// where the file gives `m`. Without `m` both factors are there.
 fn scale(s: &Source<'_>, key_dim: usize, rope: &mut RopeSpec) -> Result<f32, ModelError> {
     let name = "rope.scaling.yarn_log_multiplier";
     let multiplier = s.f32_or(name, 0.0)?;

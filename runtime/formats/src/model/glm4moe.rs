@@ -1,5 +1,6 @@
-//! `glm4moe` (GLM-4.5 and its relatives): leading dense layers, then experts chosen by sigmoid scores with a selection
-//! bias, beside a shared expert; rotation of a part of each head; per-head norms of queries and keys in some models.
+//! `glm4moe` (GLM-4.5 and its relatives): leading dense layers, then experts chosen by sigmoid
+//! scores with a selection bias, beside a shared expert; rotation of a part of each head; per-head
+//! norms of queries and keys in some models.
 
 use super::ModelError;
 use super::blocks::{Common, MoeOptions, Setting, Shared, expert_widths, gqa, heads, moe, shared_by_count};

@@ -1,5 +1,5 @@
-//! `gpt-oss`: attention sinks, a sliding window in some layers, biases everywhere, weights by a softmax over the chosen
-//! experts, and a clamped activation.
+//! `gpt-oss`: attention sinks, a sliding window in some layers, biases everywhere, weights by a
+//! softmax over the chosen experts, and a clamped activation.
 
 use super::ModelError;
 use super::blocks::{Common, MoeOptions, Setting, expert_widths, gqa_spec, heads, moe};

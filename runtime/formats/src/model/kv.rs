@@ -1,4 +1,4 @@
-//! How keys and values of past tokens are stored, and what that takes.
+//! The KV cache: how it stores values, and the bytes and arithmetic that it takes.
 
 use super::shape::{CacheShape, ModelShape};
 use std::fmt;
@@ -6,22 +6,24 @@ use std::str::FromStr;
 use thiserror::Error;
 use tier_plan_kernels::q8_row_bytes;
 
-/// How the cache stores a value of a key, a value or a latent. Recurrent state is always of 32-bit floats.
+/// How the cache stores a value of a key, a value or a latent. Recurrent state is always of 32-bit
+/// floats.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum KvType {
-    /// 16-bit floats: half the memory of 32-bit ones, and differences of about 10⁻⁷ (NMSE of the logits).
+    /// 16-bit floats: half the memory of 32-bit ones, and differences of about 10⁻⁷ (NMSE of the
+    /// logits).
     #[default]
     F16,
-    /// Eight bits: blocks of 32 values, each a 16-bit float scale and a signed byte a value; the last block of a row is
-    /// as short as it comes. Differences of about 10⁻⁴ where weights are random.
+    /// Blocks of 32 values: a 16-bit float scale and one signed byte per value. The last block of a
+    /// row may be shorter. Differences of about 10⁻⁴ where weights are random.
     Q8_0,
     /// 32-bit floats, for checking one engine against another.
     F32,
 }
 
-/// A name that is no way to store keys and values.
+/// A name of no KV cache type.
 #[derive(Debug, Error, PartialEq, Eq)]
-#[error("'{0}' is no type of keys and values: use f16, q8_0 or f32")]
+#[error("unknown KV cache type '{0}': expected f16, q8_0, or f32")]
 pub struct UnknownKvType(pub String);
 
 /// Rows of one width that a layer's cache holds.
@@ -31,16 +33,16 @@ pub struct KvRows {
     pub width: u64,
     /// Rows that one token of context adds.
     pub per_token: u64,
-    /// Products of the whole row that a later token's queries do with it: one for each query head of a key or value, two
-    /// for each head of a latent, which is both.
+    /// Dot products per row for each later token: one per query head for a key or value, two per
+    /// head for a latent, which is both.
     pub queries: u64,
     /// Positions that a token looks back at, its own included; all of them when `None`.
     pub window: Option<u64>,
 }
 
 impl KvRows {
-    /// Rows that a pass of `tokens` tokens reads, the last of which is the `positions`-th of its text. The tokens of a
-    /// pass share their reads.
+    /// Returns the rows that a pass of `tokens` tokens reads, the last of which is at position
+    /// `positions`. The tokens of a pass share their reads.
     pub fn read(&self, positions: u64, tokens: u64) -> u64 {
         let reach = self.window.map_or(u64::MAX, |window| window.saturating_add(tokens.saturating_sub(1)));
         self.per_token.saturating_mul(positions.min(reach))
@@ -48,13 +50,15 @@ impl KvRows {
 }
 
 impl KvRows {
-    /// Multiply-accumulates of a token with the rows of `positions` positions, its own included.
+    /// Returns the multiply-accumulates of a token with the rows of `positions` positions, its own
+    /// included.
     pub fn token_macs(&self, positions: u64) -> f64 {
         let seen = positions.min(self.window.unwrap_or(u64::MAX)) as f64;
         seen * (self.width.saturating_mul(self.per_token).saturating_mul(self.queries)) as f64
     }
 
-    /// Multiply-accumulates of a prompt's first `tokens` tokens with the rows of the tokens before each and its own.
+    /// Returns the multiply-accumulates of a prompt's first `tokens` tokens with the rows of the
+    /// tokens before each and its own.
     pub fn prompt_macs(&self, tokens: u64) -> f64 {
         let (n, window) = (tokens as f64, self.window.unwrap_or(u64::MAX).min(tokens) as f64);
         let pairs = window * (window + 1.0) / 2.0 + (n - window) * window;
@@ -63,10 +67,10 @@ impl KvRows {
 }
 
 impl KvType {
-    /// Every type.
+    /// All types, in the order of messages.
     pub const ALL: [KvType; 3] = [KvType::F16, KvType::Q8_0, KvType::F32];
 
-    /// The name that options and files use.
+    /// Returns the name that options and files use.
     pub fn name(self) -> &'static str {
         match self {
             KvType::F16 => "f16",
@@ -75,7 +79,8 @@ impl KvType {
         }
     }
 
-    /// Bytes of a row of `width` values: 2 or 4 a value; in 8 bits one a value and 2 for each 32 values begun.
+    /// Returns the bytes of a row of `width` values: 2 or 4 per value; for `q8_0`, one per value
+    /// and 2 per block of 32 begun.
     pub fn row_bytes(self, width: u64) -> u64 {
         match self {
             KvType::F16 => width.saturating_mul(2),
@@ -84,31 +89,32 @@ impl KvType {
         }
     }
 
-    /// Bytes of keys and values that one token of context takes, over all layers.
+    /// Returns the bytes of KV cache per token of context, over all layers.
     pub fn token_bytes(self, shape: &ModelShape) -> u64 {
         shape.caches.iter().fold(0, |sum, cache| sum.saturating_add(cache.token_bytes(self)))
     }
 
-    /// Bytes that a context of this many tokens takes, over all layers: keys and values stored so, and recurrent state.
+    /// Returns the bytes of KV cache and recurrent state for a context of `tokens` tokens, over all
+    /// layers.
     pub fn context_bytes(self, shape: &ModelShape, tokens: u32) -> u64 {
         shape.caches.iter().fold(0, |sum, cache| sum.saturating_add(cache.context_bytes(self, tokens)))
     }
 }
 
 impl CacheShape {
-    /// Bytes that one token of context adds.
+    /// Returns the bytes that one token of context adds.
     pub fn token_bytes(&self, kv_type: KvType) -> u64 {
         let bytes = |rows: &KvRows| kv_type.row_bytes(rows.width).saturating_mul(rows.per_token);
         self.rows.iter().fold(0, |sum, rows| sum.saturating_add(bytes(rows)))
     }
 
-    /// Bytes that a context of this many tokens takes: keys and values stored so, and recurrent state.
+    /// Returns the layer's bytes of KV cache and recurrent state for a context of `tokens` tokens.
     pub fn context_bytes(&self, kv_type: KvType, tokens: u32) -> u64 {
         self.token_bytes(kv_type).saturating_mul(u64::from(tokens)).saturating_add(self.state_bytes)
     }
 
-    /// Bytes of keys, values and recurrent state that a pass of `tokens` tokens moves, the last of which is the
-    /// `positions`-th of its text: rows are read once, state is read and written back.
+    /// Returns the bytes that a pass of `tokens` tokens moves, the last of which is at position
+    /// `positions`: cached rows are read once, recurrent state is read and written back.
     pub fn moved_bytes(&self, kv_type: KvType, positions: u64, tokens: u64) -> u64 {
         let bytes = |rows: &KvRows| kv_type.row_bytes(rows.width).saturating_mul(rows.read(positions, tokens));
         let state = self.state_bytes.saturating_mul(2);
@@ -142,7 +148,7 @@ mod tests {
         }
         assert_eq!(" Q8_0".parse(), Ok(KvType::Q8_0));
         let error = "q4_0".parse::<KvType>().unwrap_err().to_string();
-        assert_eq!(error, "'q4_0' is no type of keys and values: use f16, q8_0 or f32");
+        assert_eq!(error, "unknown KV cache type 'q4_0': expected f16, q8_0, or f32");
     }
 
     #[test]

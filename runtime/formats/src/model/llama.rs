@@ -1,4 +1,5 @@
-//! `llama`: Llama 1 to 3 and their many relatives, and Mixtral, which is the same network with routed experts.
+//! `llama`: Llama 1 to 3 and their many relatives, and Mixtral, which is the same network with
+//! routed experts.
 
 use super::ModelError;
 use super::blocks::{Common, MoeOptions, gqa, heads, moe};

@@ -1,5 +1,5 @@
-//! `minimax-m2`: norms of queries and keys over all heads together, rotation of a part of each head, experts chosen by
-//! sigmoid scores with a selection bias.
+//! `minimax-m2`: norms of queries and keys over all heads together, rotation of a part of each
+//! head, experts chosen by sigmoid scores with a selection bias.
 
 use super::ModelError;
 use super::blocks::{Common, MoeOptions, Setting, expert_widths, gqa, heads, moe};

@@ -1,7 +1,7 @@
-//! Models: what a GGUF file says about its network, and the tensors that network reads.
+//! Models: the network that a GGUF file describes, and the tensors that it reads.
 //!
-//! One file an architecture turns metadata and tensor names into a [`spec::ModelSpec`]; the engine in `exec` runs
-//! specs and knows no architecture by name.
+//! One file per architecture turns metadata and tensor names into a [`spec::ModelSpec`]. The engine
+//! runs specs and knows no architecture by name.
 
 mod arch;
 mod blocks;
@@ -27,7 +27,7 @@ pub use shape::shape_of_file;
 use crate::gguf::GgufError;
 use thiserror::Error;
 
-/// Why a file is no model that can be run.
+/// Why the network in a file cannot be described.
 #[derive(Debug, Error)]
 pub enum ModelError {
     /// The container is damaged or lacks a key.
@@ -44,15 +44,15 @@ pub enum ModelError {
         "tensor '{name}' is missing; architecture '{arch}' needs it (is this file complete, or a part of another kind of model?)"
     )]
     MissingTensor {
-        /// Its name.
+        /// Name of the tensor.
         name: String,
-        /// The architecture.
+        /// Name of the architecture.
         arch: String,
     },
     /// A tensor has another shape than the metadata says.
     #[error("tensor '{name}' has shape {found:?}, but the metadata of this file imply {expected:?}")]
     Shape {
-        /// Its name.
+        /// Name of the tensor.
         name: String,
         /// Shape in the file, fastest axis first.
         found: Vec<u64>,
@@ -62,7 +62,7 @@ pub enum ModelError {
     /// A metadata value that makes no sense, or that this engine has no code for.
     #[error("{key}: {what}")]
     Metadata {
-        /// The key.
+        /// The metadata key.
         key: String,
         /// What is wrong with it.
         what: String,

@@ -11,11 +11,13 @@ use std::sync::Arc;
 ///
 /// The three belong together: `spec` and `shape` are made from `gguf` when the model is opened.
 ///
-/// ```no_run
+/// ```
+/// use std::path::Path;
 /// use tier_plan_formats::model::Model;
 ///
-/// let model = Model::open("model.gguf".as_ref())?;
-/// println!("{} layers, {} bytes", model.spec().layers.len(), model.gguf().file_bytes());
+/// let model = Model::open(Path::new("../../profiles/demo/demo.gguf"))?;
+/// assert_eq!(model.spec().layers.len(), model.shape().n_layer as usize);
+/// assert!(model.shape().weight_bytes() < model.gguf().file_bytes());
 /// # Ok::<(), tier_plan_formats::model::ModelError>(())
 /// ```
 #[derive(Debug, Clone)]
@@ -29,7 +31,8 @@ impl Model {
     /// Opens a GGUF file and describes the network in it. Reads the header only.
     ///
     /// # Errors
-    /// When the file cannot be read, is damaged, or holds a network that no architecture here describes.
+    /// When the file cannot be read, is damaged, or holds a network that no architecture here
+    /// describes.
     pub fn open(path: &Path) -> Result<Self, ModelError> {
         Self::from_gguf(Arc::new(Gguf::open(path)?))
     }
@@ -44,17 +47,18 @@ impl Model {
         Ok(Self { gguf, spec, shape })
     }
 
-    /// The file.
+    /// Returns the open file.
     pub fn gguf(&self) -> &Arc<Gguf> {
         &self.gguf
     }
 
-    /// The network: layers, their tensors, and the options that change the arithmetic.
+    /// Returns the network: layers, their tensors, and the options that change the arithmetic.
     pub fn spec(&self) -> &ModelSpec {
         &self.spec
     }
 
-    /// Bytes and rates by tensor group, which is all that a planner needs.
+    /// Returns the bytes and multiply-accumulates by tensor group, which is all that a planner
+    /// needs.
     pub fn shape(&self) -> &ModelShape {
         &self.shape
     }

@@ -1,5 +1,5 @@
-//! `qwen2moe`: biased queries, keys and values; routing weights that are not normalised; a shared expert behind a
-//! sigmoid gate.
+//! `qwen2moe`: biased queries, keys and values; routing weights that are not normalised; a shared
+//! expert behind a sigmoid gate.
 
 use super::ModelError;
 use super::blocks::{Common, MoeOptions, Shared, expert_widths, gqa, heads, moe};
@@ -27,7 +27,8 @@ pub(super) fn describe(s: &Source<'_>) -> Result<ModelSpec, ModelError> {
     common.model(s, layers)
 }
 
-/// Width inside the shared expert by layer: that of a dense block unless the file has a key for it.
+/// Reads the inner width of the shared expert by layer: that of a dense block unless the file has a
+/// key for it.
 pub(super) fn shared_widths(s: &Source<'_>, n_layer: usize) -> Result<Vec<usize>, ModelError> {
     match s.opt_count("expert_shared_feed_forward_length")? {
         0 => s.dim_per_layer("feed_forward_length", n_layer),

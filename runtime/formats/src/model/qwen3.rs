@@ -1,4 +1,5 @@
-//! `qwen3` and `qwen3moe`: per-head norms of queries and keys; the second with routed experts in every layer.
+//! `qwen3` and `qwen3moe`: per-head norms of queries and keys; the second with routed experts in
+//! every layer.
 
 use super::ModelError;
 use super::blocks::{Common, MoeOptions, gqa, heads, moe};

@@ -1,23 +1,24 @@
-//! `qwen3next` and `qwen35moe`: most layers are gated delta nets, the others attention with an output gate; routed
-//! experts and a gated shared one in every layer.
+//! `qwen3next` and `qwen35moe`: most layers are gated delta nets, the others attention with an
+//! output gate; routed experts and a gated shared one in every layer.
 //!
-//! The second differs in how key heads are shared among value heads, in the matrices of the delta net's rates, and in
-//! positions that have sections for images.
+//! The second differs in how key heads are shared among value heads, in the matrices of the delta
+//! net's rates, and in positions that have sections for images.
 
 use super::ModelError;
 use super::blocks::{Common, MoeOptions, Shared, expert_widths, moe, qkv};
 use super::qwen2moe::shared_widths;
 use super::source::Source;
 use super::spec::{
-    DeltaInput, DeltaRates, DeltaSpec, Ffn, GqaSpec, KeySharing, LayerSpec, Mixer, ModelSpec, NormSpan, RopeKind,
+    DeltaInput, DeltaRates, DeltaSpec, Ffn, GqaSpec, KeySharing, LayerSpec, Mixer, ModelSpec, NormSpan, QkNorm,
+    RopeKind,
 };
 use tier_plan_kernels::MAX_CONV_TAPS;
 
-/// Bound on heads and their width in a delta net, far above any real one: a layer's state is their product with
-/// another width, and nothing in the file is of that size.
+/// Bound on heads and their width in a delta net, far above any real one: a layer's state is their
+/// product with another width, and nothing in the file is of that size.
 const MAX_DELTA: usize = 1024;
 
-/// Attention layers come at the end of each row of so many, unless the file says otherwise.
+/// Period of attention layers, which end each run of this length, unless the file says otherwise.
 const ATTENTION_INTERVAL: usize = 4;
 
 pub(super) fn describe(s: &Source<'_>) -> Result<ModelSpec, ModelError> {
@@ -46,7 +47,7 @@ pub(super) fn describe(s: &Source<'_>) -> Result<ModelSpec, ModelError> {
     common.model(s, layers)
 }
 
-/// By layer: whether it is a delta net.
+/// Reads by layer whether it is a delta net.
 fn recurrent_layers(s: &Source<'_>, n_layer: usize) -> Result<Vec<bool>, ModelError> {
     if let Some(flags) = s.opt_flags("attention.recurrent_layers", n_layer)? {
         return Ok(flags);
@@ -69,7 +70,7 @@ impl Heads {
         Ok(Self { query, key_value })
     }
 
-    /// Query heads, and key and value heads.
+    /// Returns the layer's query heads, and its key and value heads.
     fn of(&self, s: &Source<'_>, layer: usize) -> Result<(usize, usize), ModelError> {
         let (query, key_value) = (self.query[layer] as usize, self.key_value[layer] as usize);
         let query = s.in_bounds("attention.head_count", query, MAX_DELTA)?;
@@ -110,7 +111,7 @@ fn gated_attention(s: &Source<'_>, layer: usize, hidden: usize, heads: &Heads) -
         value_dim,
         scale,
         rope,
-        qk_norm: Some((q_norm, k_norm, NormSpan::Head)),
+        qk_norm: Some(QkNorm { q: q_norm, k: k_norm, span: NormSpan::Head }),
         gated: true,
         q,
         k,
@@ -180,7 +181,7 @@ mod tests {
     use crate::gguf::{ArrayValue, Gguf, Value};
     use std::io::Write;
 
-    /// A file of keys only.
+    /// Returns a file of keys only.
     fn keys(arch: &str, keys: &[(&str, Value)]) -> Gguf {
         let mut writer = Writer::default();
         for (key, value) in keys {

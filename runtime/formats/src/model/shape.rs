@@ -1,7 +1,7 @@
-//! A model's sizes without its weights: all that a planner needs to know.
+//! The sizes of a model without its weights: all that a planner needs.
 
 use super::kv::KvRows;
-use super::spec::{Mixer, ModelSpec};
+use super::spec::{CacheRows, Mixer, ModelSpec};
 use super::{ModelError, describe};
 use crate::gguf::Gguf;
 use crate::source_id::SourceId;
@@ -17,7 +17,7 @@ pub enum DenseKind {
     Attention,
     /// The router with the norm before it.
     Router,
-    /// Shared experts.
+    /// Shared experts, which every token uses.
     SharedExpert,
     /// The feed-forward block of a layer without routed experts, with its norm.
     DenseFfn,
@@ -28,7 +28,7 @@ pub enum DenseKind {
 /// A dense group: its bytes and what a token reads of them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DenseShape {
-    /// Which.
+    /// Its kind of tensors.
     pub kind: DenseKind,
     /// The layer, or `None` for embedding and head.
     pub layer: Option<u32>,
@@ -43,11 +43,11 @@ pub struct DenseShape {
 /// The routed experts of a layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ExpertShape {
-    /// The layer.
+    /// Number of the layer.
     pub layer: u32,
-    /// Experts.
+    /// Number of routed experts.
     pub n_expert: u32,
-    /// Experts a token uses.
+    /// Experts per token.
     pub n_used: u32,
     /// Bytes of one expert: its gate, up and down slices with their biases.
     pub expert_bytes: u64,
@@ -55,7 +55,7 @@ pub struct ExpertShape {
     pub expert_macs: u64,
 }
 
-/// What a layer remembers of past tokens: its keys, values or latents, and its recurrent state.
+/// What one layer keeps of past tokens: its part of the KV cache, and its recurrent state.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Default)]
 pub struct CacheShape {
     /// Rows that one token of context adds: each width once, ascending.
@@ -64,22 +64,22 @@ pub struct CacheShape {
     pub state_bytes: u64,
 }
 
-/// A model's sizes.
+/// The sizes of a model: bytes and arithmetic, without the tensors.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ModelShape {
-    /// The model.
+    /// Name and hash of the model.
     pub id: SourceId,
     /// Architecture name, `qwen3moe`.
     pub arch: String,
-    /// Layers.
+    /// Number of layers.
     pub n_layer: u32,
     /// Width of the hidden state.
     pub hidden: u32,
-    /// Vocabulary.
+    /// Number of tokens in the vocabulary.
     pub n_vocab: u32,
     /// Longest context the file claims to be trained for.
     pub context: u32,
-    /// What each layer remembers of past tokens, `[n_layer]`.
+    /// KV cache and recurrent state by layer, `[n_layer]`.
     pub caches: Vec<CacheShape>,
     /// Every dense group once.
     pub dense: Vec<DenseShape>,
@@ -88,7 +88,7 @@ pub struct ModelShape {
 }
 
 impl ModelShape {
-    /// Bytes of all weights.
+    /// Returns the bytes of all weights.
     pub fn weight_bytes(&self) -> u64 {
         let dense: u64 = self.dense.iter().map(|d| d.bytes).sum();
         let experts: u64 = self.experts.iter().map(|e| e.expert_bytes * u64::from(e.n_expert)).sum();
@@ -102,20 +102,20 @@ impl ModelShape {
         dense + experts
     }
 
-    /// Bytes of recurrent state, over all layers.
+    /// Returns the bytes of recurrent state, over all layers.
     pub fn state_bytes(&self) -> u64 {
         self.caches.iter().fold(0, |sum, cache| sum.saturating_add(cache.state_bytes))
     }
 }
 
-/// The shape of the model in a GGUF file; reads its header only.
+/// Returns the shape of the model in a GGUF file; reads its header only.
 pub fn shape_of_file(path: &Path) -> Result<ModelShape, ModelError> {
     let gguf = Gguf::open(path)?;
     let spec = describe(&gguf)?;
     Ok(shape_of(&gguf, &spec))
 }
 
-/// The shape of a described model.
+/// Returns the shape of a described model.
 pub fn shape_of(gguf: &Gguf, spec: &ModelSpec) -> ModelShape {
     let tensors = gguf.tensors();
     let bytes = |ids: &[usize]| ids.iter().map(|id| tensors[*id].n_bytes).sum::<u64>();
@@ -155,7 +155,7 @@ pub fn shape_of(gguf: &Gguf, spec: &ModelSpec) -> ModelShape {
     }
 }
 
-/// What a layer with this mixer remembers.
+/// Returns the KV cache rows and recurrent state of a layer with this mixer.
 fn cache_shape(mixer: &Mixer) -> CacheShape {
     let mut found = BTreeMap::new();
     for rows in mixer_rows(mixer) {
@@ -165,7 +165,7 @@ fn cache_shape(mixer: &Mixer) -> CacheShape {
     CacheShape { rows: found.into_iter().map(rows).collect(), state_bytes: mixer.state_bytes() }
 }
 
-/// What one layer's cache holds of a token.
+/// Returns the rows that one token adds to the KV cache of a layer with this mixer.
 pub fn mixer_rows(mixer: &Mixer) -> Vec<KvRows> {
     let window = match mixer {
         Mixer::Gqa(attention) => attention.window.map(|window| window as u64),
@@ -176,6 +176,6 @@ pub fn mixer_rows(mixer: &Mixer) -> Vec<KvRows> {
         Mixer::Mla(attention) => 2 * attention.n_head as u64,
         Mixer::Delta(_) => 0,
     };
-    let rows = |(rows, width): (usize, usize)| KvRows { width: width as u64, per_token: rows as u64, queries, window };
+    let rows = |CacheRows { n, width }| KvRows { width: width as u64, per_token: n as u64, queries, window };
     mixer.cache_rows().into_iter().map(rows).collect()
 }

@@ -6,7 +6,8 @@ use crate::gguf::{ArrayValue, Gguf, Value};
 use std::collections::HashMap;
 use tier_plan_kernels::quant::TensorType;
 
-/// Bounds on dimensions, far above any real model, that keep products of two of them inside 64 bits.
+/// Bounds on dimensions, far above any real model, that keep products of two of them inside 64
+/// bits.
 const MAX_DIM: u32 = 1 << 24;
 
 /// A file being described.
@@ -30,12 +31,12 @@ impl<'a> Source<'a> {
         format!("{}.{name}", self.arch)
     }
 
-    /// An error about the architecture's key `name`.
+    /// Returns an error about the architecture's key `name`.
     pub(super) fn bad(&self, name: &str, what: impl Into<String>) -> ModelError {
         ModelError::Metadata { key: self.key(name), what: what.into() }
     }
 
-    /// A dimension: at least 1, and sane.
+    /// Reads a dimension: at least 1, and within bounds.
     pub(super) fn dim(&self, name: &str) -> Result<usize, ModelError> {
         let value = self.gguf.u32(&self.key(name))?;
         self.check_dim(name, value)
@@ -45,23 +46,23 @@ impl<'a> Source<'a> {
         self.gguf.opt_u32(&self.key(name))?.map(|v| self.check_dim(name, v)).transpose()
     }
 
-    /// A count that may be absent, which is zero.
+    /// Reads a count, 0 where it is absent.
     pub(super) fn opt_count(&self, name: &str) -> Result<u32, ModelError> {
         Ok(self.gguf.opt_u32(&self.key(name))?.unwrap_or(0))
     }
 
-    /// A dimension that may be given once or per layer.
+    /// Reads a dimension that is given once or per layer.
     pub(super) fn dim_per_layer(&self, name: &str, n_layer: usize) -> Result<Vec<usize>, ModelError> {
         let values = self.gguf.u32_per_layer(&self.key(name), n_layer as u32)?;
         values.into_iter().map(|v| self.check_dim(name, v)).collect()
     }
 
-    /// A count that may be given once or per layer, and may be 0.
+    /// Reads a count that is given once or per layer, and may be 0.
     pub(super) fn counts_per_layer(&self, name: &str, n_layer: usize) -> Result<Vec<u32>, ModelError> {
         Ok(self.gguf.u32_per_layer(&self.key(name), n_layer as u32)?)
     }
 
-    /// Truth values, one a layer (or more: of trailing prediction blocks too), or one for all.
+    /// Reads booleans: one per layer (or more, of trailing prediction blocks too), or one for all.
     pub(super) fn opt_flags(&self, name: &str, n_layer: usize) -> Result<Option<Vec<bool>>, ModelError> {
         let key = self.key(name);
         let flags = match self.gguf.get(&key) {
@@ -88,7 +89,7 @@ impl<'a> Source<'a> {
         Ok(Some(sections))
     }
 
-    /// The dimension, if it is from 1 to `max`.
+    /// Returns the dimension if it is from 1 to `max`.
     pub(super) fn in_bounds(&self, name: &str, value: usize, max: usize) -> Result<usize, ModelError> {
         if (1..=max).contains(&value) {
             Ok(value)
@@ -124,7 +125,7 @@ impl<'a> Source<'a> {
         if value.is_finite() && value >= 0.0 { Ok(value) } else { Err(self.bad(name, format!("{value}"))) }
     }
 
-    /// The id of a tensor of exactly this shape (fastest axis first), if the file has one of the name.
+    /// Finds a tensor of exactly this shape (fastest axis first), if the file has one of the name.
     pub(super) fn opt_tensor(&self, name: &str, dims: &[usize]) -> Result<Option<TensorId>, ModelError> {
         let Some(&id) = self.index.get(name) else { return Ok(None) };
         let found = &self.gguf.tensors()[id].dims;
@@ -148,12 +149,12 @@ impl<'a> Source<'a> {
             .ok_or_else(|| ModelError::MissingTensor { name: name.to_string(), arch: self.arch.to_string() })
     }
 
-    /// A vector of parameters: `len` floating-point values.
+    /// Finds a vector of parameters: `len` floating-point values.
     pub(super) fn vector(&self, name: &str, len: usize) -> Result<TensorId, ModelError> {
         self.parameters(name, &[len])
     }
 
-    /// Floating-point parameters of a shape (fastest axis first).
+    /// Finds floating-point parameters of a shape (fastest axis first).
     pub(super) fn parameters(&self, name: &str, dims: &[usize]) -> Result<TensorId, ModelError> {
         let id = self.tensor(name, dims)?;
         self.check_float(id)?;
@@ -176,14 +177,15 @@ impl<'a> Source<'a> {
         }
     }
 
-    /// `PREFIX.weight` of shape `[n_out, n_in]` with `PREFIX.bias` where there is one.
+    /// Finds `PREFIX.weight` of shape `[n_out, n_in]`, with `PREFIX.bias` where there is one.
     pub(super) fn linear(&self, prefix: &str, n_in: usize, n_out: usize) -> Result<Linear, ModelError> {
         let weight = self.tensor(&format!("{prefix}.weight"), &[n_in, n_out])?;
         let bias = self.opt_vector(&format!("{prefix}.bias"), n_out)?;
         Ok(Linear { weight, bias, n_out, n_in, first_row: 0 })
     }
 
-    /// `PREFIX.weight` of shape `[n_expert, n_out, n_in]` with `PREFIX.bias`, `[n_expert, n_out]`, where there is one.
+    /// Finds `PREFIX.weight` of shape `[n_expert, n_out, n_in]`, with `PREFIX.bias`, `[n_expert,
+    /// n_out]`, where there is one.
     pub(super) fn expert_linear(
         &self,
         prefix: &str,
@@ -204,12 +206,12 @@ impl<'a> Source<'a> {
         self.index.contains_key(name)
     }
 
-    /// The gated feed-forward block of a layer without routed experts.
+    /// Finds the gated feed-forward block of a layer without routed experts.
     pub(super) fn gated_ffn(&self, layer: usize, hidden: usize, ffn: usize) -> Result<GatedFfn, ModelError> {
         self.named_ffn(layer, "", hidden, ffn)
     }
 
-    /// The gated block whose tensors' names end in `suffix`: `_shexp` for shared experts.
+    /// Finds the gated block whose tensors' names end in `suffix`: `_shexp` for shared experts.
     pub(super) fn named_ffn(
         &self,
         layer: usize,
@@ -224,7 +226,7 @@ impl<'a> Source<'a> {
         })
     }
 
-    /// Vocabulary size from the embedding's rows, and the embedding.
+    /// Finds the embedding, and returns it with the vocabulary size, its number of rows.
     pub(super) fn embedding(&self, hidden: usize) -> Result<(TensorId, usize), ModelError> {
         let name = "token_embd.weight";
         let missing = || ModelError::MissingTensor { name: name.to_string(), arch: self.arch.to_string() };
@@ -238,7 +240,7 @@ impl<'a> Source<'a> {
         Ok((self.tensor(name, &[hidden, n_vocab])?, n_vocab))
     }
 
-    /// The rotary embedding of a head of `head_dim` values.
+    /// Reads the rotary embedding of a head of `head_dim` values.
     pub(super) fn rope(&self, kind: RopeKind, head_dim: usize) -> Result<RopeSpec, ModelError> {
         let dims = self.opt_dim("rope.dimension_count")?.unwrap_or(head_dim);
         if dims > head_dim || !dims.is_multiple_of(2) {
@@ -247,7 +249,8 @@ impl<'a> Source<'a> {
         }
         let base = self.rope_base("rope.freq_base", 10_000.0)?;
         let scaling = self.rope_scaling()?;
-        // YaRN's own factor, which makes attention over more tokens as sharp as over the original context.
+        // YaRN's own factor, which makes attention over more tokens as sharp as over the original
+        // context.
         let sharpened = match scaling {
             RopeScaling::Yarn { factor, .. } => 1.0 + 0.1 * factor.max(1.0).ln(),
             RopeScaling::None | RopeScaling::Linear(_) => 1.0,
@@ -263,14 +266,14 @@ impl<'a> Source<'a> {
         })
     }
 
-    /// The base of a rotary embedding's frequencies.
+    /// Reads the base of a rotary embedding's frequencies.
     pub(super) fn rope_base(&self, name: &str, default: f32) -> Result<f32, ModelError> {
         let base = self.f32_or(name, default)?;
         if base > 1.0 { Ok(base) } else { Err(self.bad(name, format!("{base}; expected more than 1"))) }
     }
 
-    /// Refuses rotary sections that would turn text otherwise than by its position: those of pictures and films may be
-    /// there, since a text token has the same position in each.
+    /// Refuses rotary sections that would turn text otherwise than by its position: those of
+    /// pictures and films may be there, since a text token has the same position in each.
     pub(super) fn check_text_rope(&self) -> Result<(), ModelError> {
         let name = "rope.dimension_sections";
         let sections = self.gguf.opt_i32_array(&self.key(name))?.unwrap_or_default();
@@ -281,7 +284,8 @@ impl<'a> Source<'a> {
         }
     }
 
-    /// Which layers have a sliding window: a flag a layer, or a period in which all layers but the last have one.
+    /// Reads which layers have a sliding window: one flag per layer, or a period in which all
+    /// layers but the last have one.
     pub(super) fn windowed_layers(&self, n_layer: usize, period: u32) -> Result<Vec<bool>, ModelError> {
         let name = "attention.sliding_window_pattern";
         let key = self.key(name);

@@ -1,6 +1,10 @@
-//! The text of versions 1 to 5 of a plan, read through wire structs for safety; [`super::write`] writes it.
+//! The text of versions 1 to 5 of a plan, read through wire structs for safety; [`super::write`]
+//! writes it.
 
-use super::{DensePlacement, Goal, LayerPlacement, Placement, PlanTier, Prediction, SlotPolicy, SolverReport, TierIdx};
+use super::{
+    DensePlacement, Goal, LayerPlacement, Pins, Placement, PlanTier, Prediction, SlotPolicy, SolverReport, TierBytes,
+    TierIdx,
+};
 use crate::kind::toml_words;
 use crate::machine::{Accelerator, Tier, WireKind, check_unit};
 use crate::model::kv::KvType;
@@ -19,7 +23,7 @@ pub(super) const BY_LAYER: [(DenseKind, &str); 4] = [
     (DenseKind::DenseFfn, "dense_ffn"),
 ];
 
-/// The plan that a text says; what it means is still to be checked.
+/// Reads the plan that a text says; its consistency is still to be checked.
 pub(super) fn decode(text: &str) -> Result<Placement, String> {
     let wire: Wire = toml::from_str(text).map_err(|e| toml_words(text, &e))?;
     let kv_type = match &wire.kv_type {
@@ -29,19 +33,14 @@ pub(super) fn decode(text: &str) -> Result<Placement, String> {
         Some(name) => name.parse().map_err(|e| format!("kv_type: {e}"))?,
         None => KvType::default(),
     };
-    let of_3 = &wire.predicted;
-    if wire.version < 3 && (of_3.at.is_some() || of_3.kv_s.is_some() || !of_3.prompt_gflops.is_empty()) {
-        return Err(
-            "predicted.at, kv_s and prompt_gflops are keys of version 3; write `version = 3`, or leave them out".into(),
-        );
-    }
     for tier in &wire.tier {
         check_unit(&tier.name, tier.kind.into(), tier.node, tier.device, (wire.version, 4))?;
         tier.accelerator().check_version((wire.version, 5))?;
     }
-    let goal = decode_goal(&wire.solver, wire.version)?;
     let mut allowance = Allowance::for_a_file();
     let names = Names::new(&wire.tier);
+    let predicted = decode_prediction(wire.predicted, wire.version, &names)?;
+    let solver = decode_solver(wire.solver, wire.version)?;
     let dense = decode_dense(wire.dense, &names, &mut allowance)?;
     let mut layers = Vec::new();
     for layer in wire.layer {
@@ -61,31 +60,38 @@ pub(super) fn decode(text: &str) -> Result<Placement, String> {
         staging_experts: wire.staging.experts,
         dense,
         layers,
-        solver: SolverReport {
-            backend: wire.solver.backend,
-            status: wire.solver.status,
-            objective_s: wire.solver.objective_s,
-            bound_s: wire.solver.bound_s,
-            gap: wire.solver.gap,
-            solve_s: wire.solver.solve_s,
-            goal,
-        },
-        predicted: Prediction {
-            decode_tok_s: wire.predicted.decode_tok_s,
-            prompt_tok_s: wire.predicted.prompt_tok_s,
-            overhead_s: wire.predicted.overhead_s,
-            dense_s: names.by_tier(wire.predicted.dense_s, "predicted.dense_s")?,
-            expert_s: names.by_tier(wire.predicted.expert_s, "predicted.expert_s")?,
-            expert_critical_s: wire.predicted.expert_critical_s,
-            hit_rate: wire.predicted.hit_rate,
-            read_bytes: names.by_tier(wire.predicted.read_bytes, "predicted.read_bytes")?,
-            emulated: wire.predicted.emulated,
-            at: wire.predicted.at.unwrap_or(0),
-            kv_s: wire.predicted.kv_s.unwrap_or(0.0),
-            prompt_gflops: names.by_tier(wire.predicted.prompt_gflops, "predicted.prompt_gflops")?,
-        },
+        solver,
+        predicted,
         tiers: wire.tier.into_iter().map(WireTier::into_tier).collect(),
     })
+}
+
+fn decode_prediction(wire: WirePrediction, version: u64, names: &Names) -> Result<Prediction, String> {
+    if version < 3 && (wire.at.is_some() || wire.kv_s.is_some() || !wire.prompt_gflops.is_empty()) {
+        return Err(
+            "predicted.at, kv_s and prompt_gflops are keys of version 3; write `version = 3`, or leave them out".into(),
+        );
+    }
+    Ok(Prediction {
+        decode_tok_s: wire.decode_tok_s,
+        prompt_tok_s: wire.prompt_tok_s,
+        overhead_s: wire.overhead_s,
+        dense_s: names.by_tier(wire.dense_s, "predicted.dense_s")?,
+        expert_s: names.by_tier(wire.expert_s, "predicted.expert_s")?,
+        expert_critical_s: wire.expert_critical_s,
+        hit_rate: wire.hit_rate,
+        read_bytes: names.by_tier(wire.read_bytes, "predicted.read_bytes")?,
+        emulated: wire.emulated,
+        at: wire.at.unwrap_or(0),
+        kv_s: wire.kv_s.unwrap_or(0.0),
+        prompt_gflops: names.by_tier(wire.prompt_gflops, "predicted.prompt_gflops")?,
+    })
+}
+
+fn decode_solver(wire: WireSolver, version: u64) -> Result<SolverReport, String> {
+    let goal = decode_goal(&wire, version)?;
+    let WireSolver { backend, status, objective_s, bound_s, gap, solve_s, .. } = wire;
+    Ok(SolverReport { backend, status, objective_s, bound_s, gap, solve_s, goal })
 }
 
 fn decode_goal(wire: &WireSolver, version: u64) -> Result<Option<Goal>, String> {
@@ -163,10 +169,10 @@ fn decode_layer(
         let experts = ranges::parse(&experts, "expert", MAX_EXPERT, allowance).map_err(explain)?;
         count += experts.len() as u64;
         if !experts.is_empty() {
-            pinned.push((tier, experts));
+            pinned.push(Pins { tier, experts });
         }
     }
-    pinned.sort_by_key(|(tier, _)| *tier);
+    pinned.sort_by_key(|pins| pins.tier);
     // The table is copied for every layer it stands for, so the copies count too.
     allowance.take(count * (numbers.len() as u64 - 1)).map_err(explain)?;
     let slot_tier = names.find(&wire.slot_tier, "slot_tier").map_err(explain)?;
@@ -199,7 +205,8 @@ impl Names {
         })
     }
 
-    /// Numbers in the order of the tiers; a tier that is not named has 0, and no name at all means no numbers.
+    /// Numbers in the order of the tiers; a tier that is not named has 0, and no name at all means
+    /// no numbers.
     fn by_tier(&self, parts: BTreeMap<String, f64>, what: &str) -> Result<Vec<f64>, String> {
         if parts.is_empty() {
             return Ok(Vec::new());
@@ -367,12 +374,14 @@ impl WireTier {
                 source: self.source,
             },
             budget_bytes: self.budget_bytes,
-            dense_bytes: self.dense_bytes,
-            pinned_bytes: self.pinned_bytes,
-            slot_bytes: self.slot_bytes,
-            kv_bytes: self.kv_bytes,
-            staging_bytes: self.staging_bytes,
-            home_bytes: self.home_bytes,
+            bytes: TierBytes {
+                dense: self.dense_bytes,
+                pinned: self.pinned_bytes,
+                slots: self.slot_bytes,
+                kv: self.kv_bytes,
+                staging: self.staging_bytes,
+                home: self.home_bytes,
+            },
         }
     }
 }
@@ -393,7 +402,7 @@ struct WireLayer {
 }
 
 impl WireLayer {
-    /// The policy with its parameters: all that it has, and no others.
+    /// Reads the policy with its parameters: all that it has, and no others.
     fn policy(&self, version: u64) -> Result<SlotPolicy, String> {
         let given = [
             ("half_life", self.half_life),
@@ -409,7 +418,7 @@ impl WireLayer {
             return Err(format!("the policy \"{name}\" is of version 3; write `version = 3`"));
         }
         if let Some((key, _)) = given[takes..].iter().find(|(_, value)| value.is_some()) {
-            return Err(format!("{key} is no parameter of the policy \"{name}\"; leave it out"));
+            return Err(format!("{key} is not a parameter of the policy \"{name}\"; leave it out"));
         }
         let parameter = |at: usize| {
             let (key, value) = given[at];

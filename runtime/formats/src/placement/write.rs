@@ -1,7 +1,7 @@
-//! The text of a plan, written by hand for people: what [`super::wire`] reads.
+//! The text of a plan, laid out by hand to be readable: what [`super::wire`] reads.
 
 use super::wire::BY_LAYER;
-use super::{LayerPlacement, PLACEMENT, Placement, PlanTier, Prediction, SlotPolicy, TierIdx};
+use super::{LayerPlacement, PLACEMENT, Pins, Placement, PlanTier, Prediction, SlotPolicy, TierIdx};
 use crate::machine::Accelerator;
 use crate::model::shape::DenseKind;
 use crate::ranges;
@@ -10,7 +10,8 @@ use crate::text::{float, quote};
 use crate::units::show_bytes;
 use std::collections::BTreeMap;
 
-/// The plan as text. A tier index out of range, which [`super::check`] refuses, is written as a name no tier has.
+/// Encodes the plan as text. A tier index out of range, which [`super::check`] refuses, is written
+/// as a name that no tier has.
 pub(super) fn encode(plan: &Placement) -> String {
     let mut out = Text(String::new());
     let name = |tier: TierIdx| plan.tiers.get(tier).map_or("?", |t| t.tier.name.as_str());
@@ -133,7 +134,7 @@ fn encode_tier(tier: &PlanTier, out: &mut Text) {
     }
     out.field("source", quote(&tier.tier.source));
     out.field("budget_bytes", tier.budget_bytes);
-    for (key, bytes) in tier.lines() {
+    for (key, bytes) in tier.bytes.lines() {
         out.field(key, bytes);
     }
 }
@@ -152,9 +153,9 @@ fn encode_layers<'a>(plan: &Placement, out: &mut Text, name: impl Fn(TierIdx) ->
         } else {
             out.field("layers", quote(&format!("{}-{}", first.layer, last.layer)));
         }
-        let mut pinned: Vec<&(TierIdx, Vec<u32>)> = first.pinned.iter().filter(|(_, e)| !e.is_empty()).collect();
-        pinned.sort_by_key(|(tier, _)| *tier);
-        let pinned = pinned.iter().map(|(tier, e)| format!("{} = {}", name(*tier), quote(&ranges::show(e))));
+        let mut pinned: Vec<&Pins> = first.pinned.iter().filter(|pins| !pins.experts.is_empty()).collect();
+        pinned.sort_by_key(|pins| pins.tier);
+        let pinned = pinned.iter().map(|pins| format!("{} = {}", name(pins.tier), quote(&ranges::show(&pins.experts))));
         out.field("pinned", table(pinned));
         out.field("slots", first.slots);
         out.field("slot_tier", quote(name(first.slot_tier)));
@@ -171,7 +172,7 @@ fn encode_layers<'a>(plan: &Placement, out: &mut Text, name: impl Fn(TierIdx) ->
     }
 }
 
-/// The oldest version that can say all of the plan and is still written.
+/// Returns the oldest version that can say all of the plan and is still written.
 fn version(plan: &Placement) -> u64 {
     let lru = plan.layers.iter().all(|l| l.policy == SlotPolicy::Lru);
     let old = lru && plan.solver.goal.is_none() && !charges_kv(&plan.predicted);

@@ -256,7 +256,8 @@ fn only_a_sound_profile_is_written() {
     assert_eq!(read(&path).unwrap(), profile, "the file from before is still there");
 }
 
-/// A trace of sizes as large as the largest models', with experts that do not repeat within a choice.
+/// A trace of sizes as large as the largest models', with experts that do not repeat within a
+/// choice.
 fn large(layers: u32, n_expert: u32, n_used: u32, tokens: u32) -> Profile {
     let n = layers as usize * tokens as usize;
     let mut state = 1u64;
@@ -318,7 +319,8 @@ fn counts_follow_phase_split_and_domain() {
     assert_eq!(tokens(Some(Phase::Decode), None), 2);
     assert_eq!(tokens(None, Some(Split::HeldOut)), 2);
     assert_eq!(tokens(Some(Phase::Decode), Some(Split::HeldOut)), 0);
-    // Prompt 0 of the fixture chooses 5t, 5t + 13, 5t + 26 (mod 40) in its first layer; its tokens 3 and 4 are decoded.
+    // Prompt 0 of the fixture chooses 5t, 5t + 13, 5t + 26 (mod 40) in its first layer; its tokens
+    // 3 and 4 are decoded.
     let decode = profile.counts(Some(Phase::Decode), None, None);
     let hit: Vec<usize> = (0..40).filter(|&e| decode[0][e] > 0).collect();
     assert_eq!(hit, [1, 6, 15, 20, 28, 33]);

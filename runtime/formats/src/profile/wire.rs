@@ -1,10 +1,10 @@
 //! The bytes of versions 1 to 3 of a profile.
 //!
-//! Version 2 adds profiles of counts alone, version 3 the guesses of a profile with traces; each is written in the lowest
-//! version that has all of it, which older programs read.
+//! Version 2 adds profiles of counts alone, version 3 the guesses of a profile with traces; each is
+//! written in the lowest version that has all of it, which older programs read.
 //!
-//! A trace has millions of choices, so they are packed: an expert in as many bits as the number of experts needs, its
-//! weight in a byte. Everything small and of varying length is in a JSON header.
+//! A trace has millions of choices, so they are packed: an expert in as many bits as the number of
+//! experts needs, its weight in a byte. Everything small and of varying length is in a JSON header.
 
 use super::{Guesses, Profile, PromptTrace, Split};
 use crate::FormatError;
@@ -17,7 +17,8 @@ use xxhash_rust::xxh3::xxh3_64;
 
 /// Magic, version, header length.
 const FIXED: usize = 16;
-/// Most experts that a token may use in a layer; no model comes near, and checks are quadratic in it.
+/// Most experts that a token may use in a layer; no model comes near, and checks are quadratic in
+/// it.
 const MAX_USED: u32 = 1024;
 /// Most uses of an expert: whole numbers up to here are exact in 64-bit floats.
 const MAX_COUNT: u64 = 1 << 53;
@@ -43,7 +44,7 @@ struct WireHeader {
     guesses: Option<Vec<[u64; 2]>>,
 }
 
-/// What was counted.
+/// What the counts of a profile without traces count.
 #[derive(Serialize, Deserialize, Clone, Copy)]
 #[serde(rename_all = "kebab-case")]
 enum WireCounts {
@@ -88,12 +89,12 @@ fn choices(prompt_tokens: u32, decode_tokens: u32, layers: usize, n_used: u32) -
     tokens.checked_mul(layers as u64)?.checked_mul(u64::from(n_used))
 }
 
-/// Bytes of that many packed experts.
+/// Returns the bytes of `count` packed experts.
 fn packed_bytes(choices: u64, bits: u32) -> Option<u64> {
     Some(choices.checked_mul(u64::from(bits))?.div_ceil(8))
 }
 
-/// What must hold for the sizes, whatever the traces say.
+/// Checks the sizes, whatever the traces say.
 fn check_shape(layers: &[u32], n_expert: u32, n_used: u32) -> Result<(), String> {
     if layers.is_empty() {
         return Err("no layers; only models with routed experts have a profile".into());
@@ -118,7 +119,7 @@ fn check_shape(layers: &[u32], n_expert: u32, n_used: u32) -> Result<(), String>
     Ok(())
 }
 
-/// Each token's choices in a layer must be different experts that exist.
+/// Checks that each token's choices in a layer are different experts that exist.
 fn check_trace(name: &str, experts: &[u16], n_expert: u32, n_used: u32) -> Result<(), String> {
     if let Some(&bad) = experts.iter().find(|&&e| u32::from(e) >= n_expert) {
         return Err(format!("prompt '{name}' chose expert {bad}, but there are only {n_expert}"));
@@ -152,7 +153,8 @@ fn check_counts(counted: &[Vec<u64>], layers: &[u32], n_expert: u32) -> Result<(
     Ok(())
 }
 
-/// Guesses must be those of every layer, no more of them right than were made, and as many as floats can count.
+/// Guesses must be those of every layer, no more of them right than were made, and as many as
+/// floats can count.
 fn check_guesses(guesses: &[Guesses], layers: &[u32]) -> Result<(), String> {
     if guesses.len() != layers.len() {
         return Err(format!("guesses of {} layers, but there are {}", guesses.len(), layers.len()));
@@ -193,7 +195,7 @@ pub(super) fn check(profile: &Profile) -> Result<(), String> {
     Ok(())
 }
 
-/// The file's bytes. A profile that [`check`] refuses gives bytes that [`decode`] refuses.
+/// Encodes the file. A profile that [`check`] refuses gives bytes that [`decode`] refuses.
 pub(super) fn encode(profile: &Profile) -> Vec<u8> {
     let bits = bits_for(profile.n_expert);
     let mut payload = Vec::new();
@@ -226,7 +228,8 @@ pub(super) fn encode(profile: &Profile) -> Vec<u8> {
         counts: profile.counted.as_ref().map(|_| WireCounts::Prompt),
         guesses: profile.guesses.as_ref().map(|all| all.iter().map(|g| [g.made, g.right]).collect()),
     };
-    // A struct of strings and numbers has no way to fail; if it did, an empty header would be refused on reading.
+    // A struct of strings and numbers has no way to fail; if it did, an empty header would be
+    // refused on reading.
     let header = serde_json::to_vec(&header).unwrap_or_default();
     let mut out = Vec::with_capacity(FIXED + header.len() + payload.len() + SUM);
     out.extend_from_slice(&PROFILE_MAGIC);
@@ -244,7 +247,7 @@ pub(super) fn encode(profile: &Profile) -> Vec<u8> {
     out
 }
 
-/// The identity of a file with these bytes: plans that were made from counts say so.
+/// Returns the identity of a file with these bytes; its name says whether it has only counts.
 pub(super) fn identify(model: &str, counted: bool, bytes: &[u8]) -> SourceId {
     let what = if counted { ", marginal counts of prompt processing" } else { "" };
     SourceId::of_bytes(&format!("{model}{what}"), bytes)
@@ -257,7 +260,7 @@ pub(super) fn decode(bytes: &[u8], path: &Path) -> Result<Profile, FormatError> 
     decode_body(version, bytes, rest).map_err(|what| FormatError::invalid(path, what))
 }
 
-/// The version and what comes after it.
+/// Splits off the version from what comes after it.
 fn open<'a>(bytes: &'a [u8], path: &Path) -> Result<(u32, &'a [u8]), FormatError> {
     let Some(rest) = bytes.strip_prefix(&PROFILE_MAGIC) else {
         return Err(PROFILE.mismatch(path, &Kind::describe(bytes)));
@@ -273,7 +276,8 @@ const CUT_SHORT: &str = "the file is cut short; run `tier-plan profile` again";
 fn decode_body(version: u32, all: &[u8], rest: &[u8]) -> Result<Profile, String> {
     let (length, rest) = rest.split_first_chunk::<4>().ok_or(CUT_SHORT)?;
     let length = u32::from_le_bytes(*length) as usize;
-    // The checksum comes first, so that damage is called damage and not whatever the damaged bytes would mean.
+    // The checksum comes first, so that damage is called damage and not whatever the damaged bytes
+    // would mean.
     let (rest, sum) = rest.split_last_chunk::<SUM>().ok_or(CUT_SHORT)?;
     if length > rest.len() {
         return Err(CUT_SHORT.into());
@@ -349,7 +353,7 @@ fn decode_body(version: u32, all: &[u8], rest: &[u8]) -> Result<Profile, String>
     })
 }
 
-/// The counts of a profile that has nothing else.
+/// Decodes the counts of a profile that has nothing else.
 fn decode_counts(header: &WireHeader, payload: &[u8]) -> Result<Vec<Vec<u64>>, String> {
     let (n_layer, n_expert) = (header.layers.len(), header.n_expert as usize);
     if !header.prompts.is_empty() {
@@ -370,7 +374,8 @@ fn decode_counts(header: &WireHeader, payload: &[u8]) -> Result<Vec<Vec<u64>>, S
     Ok(counted)
 }
 
-/// Appends numbers of `bits` bits (at most 16), the lowest bits first, and fills up the last byte with zeros.
+/// Appends numbers of `bits` bits (at most 16), the lowest bits first, and fills up the last byte
+/// with zeros.
 fn pack(numbers: &[u16], bits: u32, out: &mut Vec<u8>) {
     out.reserve(packed_bytes(numbers.len() as u64, bits).unwrap_or(0) as usize);
     let mask = (1u32 << bits) - 1;
@@ -391,7 +396,7 @@ fn pack(numbers: &[u16], bits: u32, out: &mut Vec<u8>) {
     }
 }
 
-/// The first `count` numbers of `bits` bits; missing bytes read as zero.
+/// Unpacks the first `count` numbers of `bits` bits; missing bytes read as zero.
 fn unpack(packed: &[u8], bits: u32, count: usize) -> Vec<u16> {
     let mask = (1u32 << bits) - 1;
     let mut bytes = packed.iter();

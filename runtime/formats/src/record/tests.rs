@@ -99,7 +99,7 @@ fn errors_say_what_and_how_to_mend() {
         (
             "tier-plan run record",
             "tier-plan machine",
-            "not a run record: its format is \"tier-plan machine\"; `tier-plan run --record` writes one",
+            "not a run record: its format is \"tier-plan machine\"; `tier-plan run` can write one",
         ),
         (
             "\"version\": 1",
@@ -160,7 +160,8 @@ fn only_a_sound_record_is_written() {
     assert_eq!(read(&path).unwrap(), record, "the file from before is still there");
 }
 
-/// Numbers with few digits, which the JSON reader gets exactly right; others may differ in the last bit.
+/// Numbers with few digits, which the JSON reader gets exactly right; others may differ in the last
+/// bit.
 fn any_amount() -> impl Strategy<Value = f64> {
     (0u32..1 << 30, 0i32..9).prop_map(|(n, e)| f64::from(n) / 10f64.powi(e))
 }

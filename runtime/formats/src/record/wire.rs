@@ -1,6 +1,7 @@
 //! The JSON of versions 1 and 2 of a run record.
 //!
-//! Rates that follow from counts and times are written for readers of the file, and computed again when it is read.
+//! Rates that follow from counts and times are written for readers of the file, and computed again
+//! when it is read.
 
 use super::{LayerRecord, RECORD, RunRecord, TierRecord};
 use crate::placement::Prediction;
@@ -108,7 +109,7 @@ impl From<WireSource> for SourceId {
     }
 }
 
-/// The record as JSON.
+/// Encodes the record as JSON.
 pub(super) fn encode(record: &RunRecord) -> String {
     let is_of_2 = |p: &Prediction| p.at > 0 || p.kv_s > 0.0 || !p.prompt_gflops.is_empty();
     let reads = |l: &LayerRecord| l.missed_bytes > 0 || l.reading_s > 0.0 || l.waited_s > 0.0;
@@ -177,7 +178,8 @@ pub(super) fn encode(record: &RunRecord) -> String {
             .collect(),
         output: Vec::new(),
     };
-    // A struct of strings and numbers has no way to fail; if it did, the empty text would be refused on reading.
+    // A struct of strings and numbers has no way to fail; if it did, the empty text would be
+    // refused on reading.
     let pretty = serde_json::to_string_pretty(&wire).unwrap_or_default();
     let tokens: Vec<String> = record.output.iter().map(u32::to_string).collect();
     match pretty.strip_suffix("[]\n}") {
@@ -186,7 +188,7 @@ pub(super) fn encode(record: &RunRecord) -> String {
     }
 }
 
-/// The record that a text says; its numbers are still to be checked.
+/// Reads the record that a text says; its numbers are still to be checked.
 pub(super) fn decode(text: &str) -> Result<RunRecord, String> {
     let wire: Wire = serde_json::from_str(text).map_err(|e| e.to_string())?;
     let is_of_2 = |p: &WirePrediction| p.at.is_some() || p.kv_s.is_some() || !p.prompt_gflops.is_empty();
@@ -297,5 +299,8 @@ pub(super) fn check(record: &RunRecord) -> Result<(), String> {
         ("prompt_gflops", &predicted.prompt_gflops),
     ];
     let parts = parts.into_iter().flat_map(|(what, parts)| parts.iter().map(move |&x| (what, x)));
-    scalars.into_iter().chain(parts).try_for_each(|(what, x)| check_amount(&format!("predicted.{what}"), x))
+    for (what, x) in scalars.into_iter().chain(parts) {
+        check_amount(&format!("predicted.{what}"), x)?;
+    }
+    Ok(())
 }

@@ -1,7 +1,8 @@
-//! Which tensor type every matrix has in a named quantisation.
+//! Which tensor type every matrix has in a named quantization.
 //!
-//! The rules are those by which llama.cpp chooses types when nothing is overridden, as of its build 11434 and with an
-//! importance matrix. Published files with the same name differ where their maker overrode a type.
+//! The rules are those by which llama.cpp chooses types when nothing is overridden, as of its build
+//! 11434 and with an importance matrix. Published files with the same name differ where their maker
+//! overrode a type.
 
 use tier_plan_kernels::quant::TensorType::{self, *};
 
@@ -40,9 +41,9 @@ pub(super) enum Role {
     ExpertGate,
     ExpertUp,
     ExpertDown,
-    /// Any other matrix.
+    /// Any other matrix, by the mix's default.
     Other,
-    /// Norms, biases and routers, which are never quantised.
+    /// Norms, biases, and routers, which are never quantized.
     Parameters,
 }
 
@@ -58,7 +59,8 @@ pub(super) struct Place {
 }
 
 impl Place {
-    /// The layers that the `_M` mixes give more bits: the first and the last eighth, and every third between.
+    /// Returns the layers that the `_M` mixes give more bits: the first and the last eighth, and
+    /// every third between.
     fn more_bits(&self) -> bool {
         let (i, n) = (self.layer, self.n_layer);
         i < n / 8 || i >= 7 * n / 8 || (i - n / 8) % 3 == 2
@@ -104,12 +106,13 @@ impl Mix {
         }
     }
 
-    /// The mix with this name, without regard to case.
+    /// Returns the mix with this name, without regard to case.
     pub fn from_name(name: &str) -> Option<Mix> {
         Mix::ALL.into_iter().find(|mix| mix.name().eq_ignore_ascii_case(name))
     }
 
-    /// The type of a matrix whose rows have `n_in` values; every row is a whole number of blocks of it.
+    /// Returns the type of a matrix whose rows have `n_in` values; every row is a whole number of
+    /// blocks of it.
     pub(super) fn tensor_type(self, role: Role, place: &Place, n_in: u64) -> TensorType {
         let fits = |ty: TensorType| n_in.is_multiple_of(ty.block_len() as u64);
         let wanted = self.wanted(role, place);
@@ -127,7 +130,7 @@ impl Mix {
         if fits(smaller) { smaller } else { F16 }
     }
 
-    /// The type of matrices that no rule is about.
+    /// Returns the type of matrices that no rule is about.
     fn base(self) -> TensorType {
         match self {
             Mix::F16 => F16,

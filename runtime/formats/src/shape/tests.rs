@@ -173,7 +173,8 @@ fn shapes_are_those_of_the_files_they_describe() {
 
 #[test]
 fn known_sizes_of_published_files() {
-    // Bytes of files as published, tokenizer and header included; a mix may differ a little by its maker's hand.
+    // Bytes of files as published, tokenizer and header included; a mix may differ a little by its
+    // maker's hand.
     let cases = [
         ("mixtral-8x7b", Mix::Q4_K_M, 28.45e9),
         ("mixtral-8x7b", Mix::Q2_K, 17.3e9),

@@ -6,7 +6,7 @@ use tier_plan_cuda::device::Buffer;
 use tier_plan_cuda::ops::{Quants, Routing, Strided};
 use tier_plan_cuda::{CudaError, Ops};
 use tier_plan_formats::model::spec::{
-    Activation, ExpertLinear, GateUp, Gating, Linear, MoeSpec, RopeKind, RopeScaling, RopeSpec,
+    Activation, ExpertLinear, GateUp, Gating, Groups, Linear, MoeSpec, RopeKind, RopeScaling, RopeSpec,
 };
 use tier_plan_kernels::Kernels;
 use tier_plan_kernels::random::Random;
@@ -232,7 +232,7 @@ fn route(ops: &Ops, random: &mut Random) -> Result<Outcome, CudaError> {
     let cases = [
         plain,
         Routing { n_expert: 60, n_used: 4, normalize: false, ..plain },
-        Routing { n_expert: 256, gating: Gating::Sigmoid, groups: Some((8, 4)), scale: 2.5, ..plain },
+        Routing { n_expert: 256, gating: Gating::Sigmoid, groups: Some(Groups { n: 8, kept: 4 }), scale: 2.5, ..plain },
         Routing { n_expert: 384, gating: Gating::Sigmoid, scale: 2.827, ..plain },
         Routing { n_expert: 32, n_used: 4, gating: Gating::SoftmaxChosen, normalize: false, ..plain },
         Routing { n_expert: 1024, n_used: 10, gating: Gating::SqrtSoftplus, ..plain },

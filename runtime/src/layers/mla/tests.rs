@@ -7,7 +7,7 @@ use std::sync::Arc;
 use tier_plan_formats::gguf::Gguf;
 use tier_plan_formats::gguf::testing::Writer;
 use tier_plan_formats::model::kv::KvType;
-use tier_plan_formats::model::spec::{Linear, Mixer, RopeKind, RopeScaling, RopeSpec, Temperature};
+use tier_plan_formats::model::spec::{Linear, LowRank, Mixer, RopeKind, RopeScaling, RopeSpec, Temperature};
 use tier_plan_kernels::Kernels;
 use tier_plan_kernels::quant::TensorType;
 use tier_plan_kernels::threads::ThreadPool;
@@ -139,7 +139,7 @@ fn layer(case: Case) -> Layer {
             freq_factors: None,
             sections: None,
         },
-        q_down: case.low_rank_queries.then(|| (linear("q_down", HIDDEN, Q_RANK), id("q_norm"))),
+        q_down: case.low_rank_queries.then(|| LowRank { down: linear("q_down", HIDDEN, Q_RANK), norm: id("q_norm") }),
         q: linear("q", q_in, N_HEAD * key_dim),
         kv_down: linear("kv_down", HIDDEN, RANK + ROPE),
         kv_norm: id("kv_norm"),

@@ -121,7 +121,7 @@ fn keys_must_be_clean_and_unique() {
         message(&raw(0, 1, &body))
     };
     says(&named(b""), &["name of metadata key 0", "0 bytes long", "1 to 65535"]);
-    says(&named(b"a\xffb"), &["name of metadata key 0", "no UTF-8"]);
+    says(&named(b"a\xffb"), &["name of metadata key 0", "not UTF-8"]);
     says(&named(b"a\x1b[2J"), &["name of metadata key 0", "control characters", "\\u{1b}"]);
     says(&named(&[b'a'; 70_000]), &["name of metadata key 0", "70000 bytes long"]);
     let twice = Writer::default().key("a.b", Value::U8(1)).key("a.b", Value::U8(2));
@@ -160,7 +160,7 @@ fn the_alignment_must_be_a_sane_power_of_two() {
 #[test]
 fn an_unknown_tensor_type_names_tensor_number_and_what_is_read() {
     let m = message(&tensor("blk.3.ffn_up_exps.weight", 40, &[64], 36).finish());
-    says(&m, &["'blk.3.ffn_up_exps.weight' has type 40 (NVFP4)", "Q4_K", "MXFP4", "choose another quantisation"]);
+    says(&m, &["'blk.3.ffn_up_exps.weight' has type 40 (NVFP4)", "Q4_K", "MXFP4", "choose another quantization"]);
     says(&message(&tensor("t", 1000, &[64], 36).finish()), &["'t' has type 1000,"]);
 }
 
@@ -203,10 +203,10 @@ fn tensors_must_lie_in_the_file_apart_and_aligned() {
         bytes
     };
     assert!(Header::decode(&moved(32), Path::new("m.gguf")).is_ok());
-    says(&message(&moved(33)), &["'b' lies at offset 33", "alignment 32"]);
+    says(&message(&moved(33)), &["'b': offset 33 is not a multiple", "alignment 32"]);
     says(&message(&moved(0)), &["'a' and 'b' lie on top of each other"]);
     says(&message(&moved(64)), &["'b' reaches to byte", " 32 bytes are missing"]);
-    says(&message(&moved(u64::MAX - 31)), &["'b' lies at offset 18446744073709551584", "beyond any file"]);
+    says(&message(&moved(u64::MAX - 31)), &["'b' has offset 18446744073709551584", "beyond any file"]);
 }
 
 #[test]
@@ -226,7 +226,7 @@ fn what_is_no_file_is_said_to_be_none() {
     says(&Gguf::open(&absent).unwrap_err().to_string(), &["absent.gguf"]);
     says(&Gguf::open(dir.path()).unwrap_err().to_string(), &["folder", "name the .gguf file"]);
     #[cfg(unix)]
-    says(&Gguf::open(Path::new("/dev/null")).unwrap_err().to_string(), &["/dev/null", "no regular file"]);
+    says(&Gguf::open(Path::new("/dev/null")).unwrap_err().to_string(), &["/dev/null", "not a regular file"]);
     let empty = dir.path().join("empty.gguf");
     std::fs::write(&empty, []).unwrap();
     says(&Gguf::open(&empty).unwrap_err().to_string(), &["empty.gguf", "is empty"]);

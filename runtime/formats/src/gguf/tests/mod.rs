@@ -1,4 +1,5 @@
-//! Tests of the whole reader, against files that another writer made and against files made to be wrong.
+//! Tests of the whole reader, against files that another writer made and against files made to be
+//! wrong.
 
 mod ask;
 mod malformed;

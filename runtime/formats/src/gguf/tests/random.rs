@@ -1,4 +1,5 @@
-//! Random files: what is written reads back, and what is broken is refused without a panic or a wild allocation.
+//! Random files: what is written reads back, and what is broken is refused without a panic or a
+//! wild allocation.
 
 use super::super::testing::Writer;
 use super::super::{ArrayValue, Header, Value};

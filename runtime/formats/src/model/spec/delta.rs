@@ -2,11 +2,12 @@
 
 use super::{Linear, TensorId};
 
-/// Gated delta net (arXiv 2412.06464): each value head keeps a matrix `S` `[head_dim, head_dim]`, and a token with
-/// query `q`, key `k` and value `v` makes it `S' = decay · S + beta · k (v - decay · kᵀ S)ᵀ` and reads `qᵀ S'`.
+/// Gated delta net (arXiv 2412.06464): each value head keeps a matrix `S` `[head_dim, head_dim]`,
+/// and a token with query `q`, key `k` and value `v` makes it `S' = decay · S + beta · k (v - decay
+/// · kᵀ S)ᵀ` and reads `qᵀ S'`.
 ///
-/// Queries, keys and values pass a causal convolution of each channel over the last tokens first, so a layer also
-/// remembers the inputs of that.
+/// Queries, keys and values pass a causal convolution of each channel over the last tokens first,
+/// so a layer also remembers the inputs of that.
 #[derive(Debug, Clone)]
 pub struct DeltaSpec {
     /// Query heads, and as many key heads.
@@ -38,7 +39,7 @@ pub struct DeltaSpec {
 /// Which value heads a key head serves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum KeySharing {
-    /// Neighbours: with two value heads a key head, key head 0 serves 0 and 1.
+    /// Neighbors: with two value heads per key head, key head 0 serves 0 and 1.
     Grouped,
     /// In turn: with two key heads, key head 0 serves 0, 2, 4, …
     Cyclic,
@@ -47,15 +48,15 @@ pub enum KeySharing {
 /// Where a delta net's heads come from.
 #[derive(Debug, Clone, Copy)]
 pub enum DeltaInput {
-    /// Two matrices.
+    /// Two matrices, one per projection.
     Split {
         /// Query heads, key heads, value heads.
         qkv: Linear,
         /// Output gates, in the order of the value heads.
         gate: Linear,
     },
-    /// One matrix; for each key head its query, its key, the values and the gates of the value heads it serves. Goes
-    /// with [`KeySharing::Grouped`] only.
+    /// One matrix; for each key head its query, its key, the values and the gates of the value
+    /// heads it serves. Goes with [`KeySharing::Grouped`] only.
     ByKeyHead(Linear),
 }
 
@@ -64,13 +65,13 @@ pub enum DeltaInput {
 pub enum DeltaRates {
     /// `[n_value_head, hidden]` each.
     Split {
-        /// Strength.
+        /// Write strength of each value head.
         beta: Linear,
-        /// Decay.
+        /// Decay of each value head.
         alpha: Linear,
     },
-    /// One matrix; for each key head the strengths, then the decays of the value heads it serves. Goes with
-    /// [`KeySharing::Grouped`] only.
+    /// One matrix; for each key head the strengths, then the decays of the value heads it serves.
+    /// Goes with [`KeySharing::Grouped`] only.
     ByKeyHead(Linear),
 }
 
@@ -80,12 +81,13 @@ impl DeltaSpec {
         (2 * self.n_key_head + self.n_value_head) * self.head_dim
     }
 
-    /// Values that the layer remembers of a context of any length: the inputs of the convolution and the matrices.
+    /// Returns the values that the layer remembers of a context of any length: the inputs of the
+    /// convolution and the matrices.
     pub fn state_values(&self) -> usize {
         (self.conv_taps - 1) * self.channels() + self.n_value_head * self.head_dim * self.head_dim
     }
 
-    /// Its matrices.
+    /// Returns its projection matrices.
     pub fn linears(&self) -> Vec<&Linear> {
         let mut linears = match &self.input {
             DeltaInput::Split { qkv, gate } => vec![qkv, gate],
@@ -99,7 +101,7 @@ impl DeltaSpec {
         linears
     }
 
-    /// The key head that serves a value head.
+    /// Returns the key head that serves a value head.
     pub fn key_head(&self, value_head: usize) -> usize {
         match self.sharing {
             KeySharing::Grouped => value_head / (self.n_value_head / self.n_key_head),

@@ -1,0 +1,219 @@
+//! Attention and rotary position embedding as data.
+
+use super::{Linear, Mixer, TensorId};
+
+/// What a query or key norm spans.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NormSpan {
+    /// Each head by itself; the weight has `head_dim` values.
+    Head,
+    /// All heads together; the weight has a value for each of theirs.
+    Full,
+}
+
+/// Norms of queries and keys.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct QkNorm {
+    /// Weights for queries, `[key_dim]` or `[n_head * key_dim]`.
+    pub q: TensorId,
+    /// Weights for keys, `[key_dim]` or `[n_head_kv * key_dim]`.
+    pub k: TensorId,
+    /// What each norm spans.
+    pub span: NormSpan,
+}
+
+/// Grouped-query attention (GQA).
+#[derive(Debug, Clone)]
+pub struct GqaSpec {
+    /// Number of query heads.
+    pub n_head: usize,
+    /// Key and value heads; divides `n_head`.
+    pub n_head_kv: usize,
+    /// Width of a query or key head.
+    pub key_dim: usize,
+    /// Width of a value head.
+    pub value_dim: usize,
+    /// Factor on the scores.
+    pub scale: f32,
+    /// Rotary position embedding of queries and keys.
+    pub rope: RopeSpec,
+    /// Norms of queries and keys before rotation.
+    pub qk_norm: Option<QkNorm>,
+    /// Each query head is followed by a gate of the same width in the rows of `q`: the head's
+    /// result is multiplied by the sigmoid of it. `value_dim` is then `key_dim`.
+    pub gated: bool,
+    /// `[n_head * key_dim, hidden]`, twice as many rows when gated.
+    pub q: Linear,
+    /// `[n_head_kv * key_dim, hidden]`.
+    pub k: Linear,
+    /// `[n_head_kv * value_dim, hidden]`.
+    pub v: Linear,
+    /// `[hidden, n_head * value_dim]`.
+    pub o: Linear,
+    /// A score of each head that takes part in the softmax and has no value, `[n_head]`.
+    pub sinks: Option<TensorId>,
+    /// Positions that a query sees, its own included; all before it when `None`.
+    pub window: Option<usize>,
+}
+
+/// Multi-head latent attention (arXiv 2405.04434): a token's keys and values of all heads are two
+/// projections of one short vector, its latent, and only that and one rotated key part, shared by
+/// all heads, are remembered.
+#[derive(Debug, Clone)]
+pub struct MlaSpec {
+    /// Number of query heads.
+    pub n_head: usize,
+    /// Values of a query or key head that do not rotate, the first ones; `rope.dims` rotated ones
+    /// follow.
+    pub nope_dim: usize,
+    /// Width of a value head.
+    pub value_dim: usize,
+    /// Width of the latent.
+    pub kv_rank: usize,
+    /// Factor on the scores.
+    pub scale: f32,
+    /// Growth of the scores with the position.
+    pub temperature: Option<Temperature>,
+    /// Rotary position embedding of the last part of every query head and of the shared key part.
+    pub rope: RopeSpec,
+    /// The first half of a low-rank query projection, where queries are compressed.
+    pub q_down: Option<LowRank>,
+    /// `[n_head * (nope_dim + rope.dims), q_rank or hidden]`.
+    pub q: Linear,
+    /// To the latent and the shared key part, `[kv_rank + rope.dims, hidden]`.
+    pub kv_down: Linear,
+    /// Norm of the latent, `[kv_rank]`.
+    pub kv_norm: TensorId,
+    /// From the latent to each head's keys and values.
+    pub kv_up: KvUp,
+    /// `[hidden, n_head * value_dim]`.
+    pub o: Linear,
+}
+
+/// The projection of hidden states to compressed queries.
+#[derive(Debug, Clone, Copy)]
+pub struct LowRank {
+    /// `[q_rank, hidden]`.
+    pub down: Linear,
+    /// Norm of the compressed queries, `[q_rank]`.
+    pub norm: TensorId,
+}
+
+/// How a file holds the projections from the latent to keys and values.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KvUp {
+    /// Apart, the keys' turned so that it takes queries to the latent.
+    Split {
+        /// `[n_head, kv_rank, nope_dim]`.
+        k: TensorId,
+        /// `[n_head, value_dim, kv_rank]`.
+        v: TensorId,
+    },
+    /// Together, as older files have it: `[n_head, nope_dim + value_dim, kv_rank]`, keys before
+    /// values in each head.
+    Fused(TensorId),
+}
+
+/// Scores at position `p` are multiplied by `1 + scale · ln(1 + floor(p / length))`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Temperature {
+    /// Growth per logarithm of the step.
+    pub scale: f32,
+    /// Positions per step.
+    pub length: usize,
+}
+
+impl Temperature {
+    /// Returns the factor at a position.
+    pub fn at(&self, position: usize) -> f32 {
+        1.0 + self.scale * ((position / self.length + 1) as f32).ln()
+    }
+}
+
+/// Which values rotate together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RopeKind {
+    /// Neighbors: (0, 1), (2, 3), …
+    Adjacent,
+    /// Halves: (0, n/2), (1, n/2 + 1), …
+    Halves,
+}
+
+/// Rotary position embedding (RoPE).
+#[derive(Debug, Clone, PartialEq)]
+pub struct RopeSpec {
+    /// Which values rotate together.
+    pub kind: RopeKind,
+    /// Values of a head that rotate, the first ones; even.
+    pub dims: usize,
+    /// Base of the geometric row of frequencies.
+    pub base: f32,
+    /// How positions beyond the trained context are squeezed in.
+    pub scaling: RopeScaling,
+    /// Factor on the rotated values.
+    pub magnitude: f32,
+    /// Divisors of the frequencies, `[dims / 2]`.
+    pub freq_factors: Option<TensorId>,
+    /// Pairs of each axis where positions have time, height, width and one axis more. Text is at
+    /// the same place on the first three and at 0 on the fourth, so that pairs of the fourth don't
+    /// rotate.
+    pub sections: Option<[u32; 4]>,
+}
+
+/// Extension of the context by rotary scaling.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum RopeScaling {
+    /// No scaling.
+    None,
+    /// All positions divided by this factor.
+    Linear(f32),
+    /// YaRN (arXiv 2309.00071): high frequencies kept, low ones divided, a ramp between.
+    Yarn {
+        /// Factor by which the context is extended.
+        factor: f32,
+        /// Context length before extension, in tokens.
+        original_context: f32,
+        /// Rotations above which a frequency is kept.
+        beta_fast: f32,
+        /// Rotations below which a frequency is divided by the whole factor.
+        beta_slow: f32,
+    },
+}
+
+/// Rows of one width that a token adds to a layer's KV cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CacheRows {
+    /// Rows per token.
+    pub n: usize,
+    /// Values in each row.
+    pub width: usize,
+}
+
+impl Mixer {
+    /// Returns the rotary embedding, if the mixer has one.
+    pub fn rope(&self) -> Option<&RopeSpec> {
+        match self {
+            Mixer::Gqa(a) => Some(&a.rope),
+            Mixer::Mla(a) => Some(&a.rope),
+            Mixer::Delta(_) => None,
+        }
+    }
+
+    /// Returns the rows that one token adds to the layer's KV cache: keys and values of each head,
+    /// or one latent with its rotated key part.
+    pub fn cache_rows(&self) -> Vec<CacheRows> {
+        match self {
+            Mixer::Gqa(a) => [a.key_dim, a.value_dim].map(|width| CacheRows { n: a.n_head_kv, width }).to_vec(),
+            Mixer::Mla(a) => vec![CacheRows { n: 1, width: a.kv_rank + a.rope.dims }],
+            Mixer::Delta(_) => Vec::new(),
+        }
+    }
+
+    /// Returns the bytes of recurrent state, which don't depend on the length of the context.
+    pub fn state_bytes(&self) -> u64 {
+        match self {
+            Mixer::Gqa(_) | Mixer::Mla(_) => 0,
+            Mixer::Delta(d) => d.state_values() as u64 * size_of::<f32>() as u64,
+        }
+    }
+}

@@ -1,0 +1,169 @@
+//! Which tensors each part of a network reads, and the groups in which they are placed.
+
+use super::{
+    ExpertLinear, Ffn, GateUp, GatedFfn, KvUp, Linear, LowRank, Mixer, ModelSpec, MoeSpec, QkNorm, SharedSpec, TensorId,
+};
+use crate::model::shape::DenseKind;
+use std::collections::HashSet;
+
+/// The tensors of one dense placement group.
+#[derive(Debug, Clone)]
+pub struct DenseGroup {
+    /// Its kind of tensors.
+    pub kind: DenseKind,
+    /// The layer, or `None` for embedding and head.
+    pub layer: Option<u32>,
+    /// Tensors of the group, the norm first.
+    pub tensors: Vec<TensorId>,
+}
+
+/// The tensors that a part of the network reads, apart by how they are held.
+#[derive(Debug, Clone, Default)]
+pub struct Tensors {
+    /// Multiplied as matrices, in the file's own format.
+    pub matrices: Vec<TensorId>,
+    /// Vectors of parameters, decoded to `f32`.
+    pub vectors: Vec<TensorId>,
+}
+
+impl Tensors {
+    fn linears<'a>(&mut self, linears: impl IntoIterator<Item = &'a Linear>) {
+        for linear in linears {
+            // Matrices that share a tensor name it once.
+            if !self.matrices.contains(&linear.weight) {
+                self.matrices.push(linear.weight);
+            }
+            self.vectors.extend(linear.bias.filter(|bias| !self.vectors.contains(bias)));
+        }
+    }
+
+    fn all(self) -> Vec<TensorId> {
+        let mut all = self.matrices;
+        all.extend(self.vectors);
+        all
+    }
+}
+
+impl Mixer {
+    /// Returns the tensors that it reads.
+    pub fn tensors(&self) -> Tensors {
+        let mut tensors = Tensors::default();
+        match self {
+            Mixer::Gqa(a) => {
+                tensors.linears([&a.q, &a.k, &a.v, &a.o]);
+                if let Some(QkNorm { q, k, .. }) = a.qk_norm {
+                    tensors.vectors.extend([q, k]);
+                }
+                tensors.vectors.extend(a.sinks);
+            }
+            Mixer::Mla(a) => {
+                if let Some(LowRank { down, norm }) = &a.q_down {
+                    tensors.linears([down]);
+                    tensors.vectors.push(*norm);
+                }
+                tensors.linears([&a.q, &a.kv_down, &a.o]);
+                match a.kv_up {
+                    KvUp::Split { k, v } => tensors.matrices.extend([k, v]),
+                    KvUp::Fused(kv) => tensors.matrices.push(kv),
+                }
+                tensors.vectors.push(a.kv_norm);
+            }
+            Mixer::Delta(d) => {
+                tensors.linears(d.linears());
+                tensors.vectors.extend([d.conv, d.dt_bias, d.decay, d.norm]);
+            }
+        }
+        tensors
+    }
+}
+
+impl GatedFfn {
+    fn tensors(&self) -> Tensors {
+        let mut tensors = Tensors::default();
+        tensors.linears([&self.gate, &self.up, &self.down]);
+        tensors
+    }
+}
+
+impl SharedSpec {
+    fn tensors(&self) -> Tensors {
+        let mut tensors = self.ffn.tensors();
+        tensors.vectors.extend(self.gate);
+        tensors
+    }
+}
+
+impl MoeSpec {
+    /// Returns the stacked matrices, in the order in which an expert's slices lie in a buffer.
+    pub fn expert_linears(&self) -> impl Iterator<Item = &ExpertLinear> {
+        let (first, second) = match &self.gate_up {
+            GateUp::Split { gate, up } => (gate, Some(up)),
+            GateUp::Fused(both) => (both, None),
+        };
+        std::iter::once(first).chain(second).chain(std::iter::once(&self.down))
+    }
+
+    /// Returns every tensor of the routed experts: each expert has a slice of each.
+    pub fn expert_tensors(&self) -> impl Iterator<Item = TensorId> {
+        self.expert_linears().flat_map(|l| std::iter::once(l.weight).chain(l.bias))
+    }
+
+    fn router_tensors(&self) -> Tensors {
+        let mut tensors = Tensors::default();
+        tensors.linears([&self.router]);
+        tensors.vectors.extend(self.selection_bias);
+        tensors
+    }
+}
+
+impl ModelSpec {
+    /// Returns every tensor that is not a routed expert's, in its placement group. Each tensor is
+    /// in one group.
+    pub fn dense_groups(&self) -> Vec<DenseGroup> {
+        let mut groups = Vec::new();
+        if !self.tied() {
+            groups.push(DenseGroup { kind: DenseKind::Embedding, layer: None, tensors: vec![self.embedding] });
+        }
+        let mut shared_factors = Vec::new();
+        for (i, layer) in self.layers.iter().enumerate() {
+            let mut add = |kind, norm: Option<TensorId>, tensors: Tensors| {
+                let tensors = norm.into_iter().chain(tensors.all()).collect();
+                groups.push(DenseGroup { kind, layer: u32::try_from(i).ok(), tensors });
+            };
+            add(DenseKind::Attention, Some(layer.mixer_norm), layer.mixer.tensors());
+            match &layer.ffn {
+                Ffn::Dense(ffn) => add(DenseKind::DenseFfn, Some(layer.ffn_norm), ffn.tensors()),
+                Ffn::Moe(moe) => {
+                    add(DenseKind::Router, Some(layer.ffn_norm), moe.router_tensors());
+                    if let Some(shared) = &moe.shared {
+                        add(DenseKind::SharedExpert, None, shared.tensors());
+                    }
+                }
+            }
+            shared_factors.extend(layer.mixer.rope().and_then(|r| r.freq_factors));
+        }
+        shared_factors.sort_unstable();
+        shared_factors.dedup();
+        let mut head = vec![self.output_norm, self.output];
+        head.extend(shared_factors);
+        groups.push(DenseGroup { kind: DenseKind::Head, layer: None, tensors: head });
+        groups
+    }
+
+    /// Returns the dense tensors that are multiplied as matrices; all other dense ones are vectors
+    /// of parameters.
+    pub fn matrices(&self) -> HashSet<TensorId> {
+        let mut ids = HashSet::from([self.embedding, self.output]);
+        for layer in &self.layers {
+            ids.extend(layer.mixer.tensors().matrices);
+            match &layer.ffn {
+                Ffn::Dense(ffn) => ids.extend(ffn.tensors().matrices),
+                Ffn::Moe(moe) => {
+                    ids.extend(moe.router_tensors().matrices);
+                    ids.extend(moe.shared.iter().flat_map(|shared| shared.tensors().matrices));
+                }
+            }
+        }
+        ids
+    }
+}
