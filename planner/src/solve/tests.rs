@@ -102,7 +102,6 @@ fn options() -> Options {
     let time_limit_s = if is_nightly() { 20.0 } else { 5.0 };
     Options { time_limit_s, ..Options::default() }
 }
-}
 
 /// Makes a small instance: model, profile (or none), machine, budgets.
 fn instance(seed: u64) -> (ModelShape, Option<Profile>, Machine, Vec<u64>) {
