@@ -4,7 +4,7 @@ use super::*;
 use crate::cost::{self, predict, token_s};
 use crate::profile::Judged;
 use crate::profile::synthetic::{self, Random, Routing};
-use enumeration::{cases, everything, exhaustive, treatments};
+use enumeration::{cases, everything, exhaustive, is_nightly, treatments};
 use proptest::prelude::{TestCaseError, prop_assert, prop_assert_eq, proptest};
 use tier_plan_runtime::KvType;
 use tier_plan_runtime::formats::SourceId;
@@ -95,8 +95,12 @@ fn routing(seed: u64) -> Routing {
     Routing { skew: 0.9, repeat: 0.3, prompts: 8, prompt_tokens: 6, decode_tokens: 12, seed }
 }
 
+/// Returns options whose time limit is 5 s in the gate, and 20 s with `TIER_PLAN_NIGHTLY=1`.
+///
+/// Small instances are solved to the optimum in less; larger ones take all of it.
 fn options() -> Options {
-    Options { strategy: Strategy::Optimal, time_limit_s: 20.0, ..Options::default() }
+    let time_limit_s = if is_nightly() { 20.0 } else { 5.0 };
+    Options { time_limit_s, ..Options::default() }
 }
 
 /// Makes a small instance: model, profile (or none), machine, budgets.
@@ -194,7 +198,7 @@ fn baselines_use_their_bytes_and_never_beat_the_optimum() -> Result<()> {
         context: 1000,
         kv_type: KvType::F16,
     };
-    let solved = solve(&problem, &Options { time_limit_s: 30.0, ..options() })?;
+    let solved = solve(&problem, &Options { time_limit_s: 10.0, ..options() })?;
     assert_eq!(solved.baselines.len(), 4);
     for plan in &solved.baselines {
         // Less than one expert is left of each fast tier, besides the slots' even spread over the

@@ -240,7 +240,7 @@ impl Constraints {
         if !fix {
             ensure!(
                 tier != home,
-                "experts that are not pinned live on the last tier; give the other tiers capacity for all, or --fix them"
+                "experts that are not pinned live on the last tier; give the other tiers room for all, or --fix them"
             );
         }
         let have: BTreeSet<u32> = shape.experts.iter().map(|e| e.layer).collect();

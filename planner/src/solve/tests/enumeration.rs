@@ -100,12 +100,16 @@ pub(super) fn optimum(shape: &ModelShape, capacity: &Capacity, evidence: &Eviden
     exhaustive(&things, &left)
 }
 
+/// Whether all cases run, and as long as they take: the environment has `TIER_PLAN_NIGHTLY=1`.
+pub(super) fn is_nightly() -> bool {
+    std::env::var_os("TIER_PLAN_NIGHTLY").is_some_and(|value| value == "1")
+}
+
 /// Returns a configuration with the cases of a test.
 ///
-/// The gate runs a tenth of them. All run where the environment has `TIER_PLAN_NIGHTLY=1`.
+/// The gate runs a tenth of them, a nightly run all.
 pub(super) fn cases(nightly: u32) -> ProptestConfig {
-    let is_nightly = std::env::var_os("TIER_PLAN_NIGHTLY").is_some_and(|value| value == "1");
-    ProptestConfig::with_cases(if is_nightly { nightly } else { nightly.div_ceil(10) })
+    ProptestConfig::with_cases(if is_nightly() { nightly } else { nightly.div_ceil(10) })
 }
 
 /// Holds the solver to exhaustive enumeration on one small instance.

@@ -87,7 +87,7 @@ fn gpus_without_host_memory_hold_the_whole_kv_cache() -> Result<()> {
     let plan = solved(&shape, &gpus, &[80_000_000, 200_000_000], &[], &[])?;
     assert_eq!(plan.tiers.iter().map(|t| t.bytes.kv).sum::<u64>(), 4_000_000);
     let small = solved(&shape, &gpus, &[2_000_000, 2_500_000], &[], &[]).err().map(|e| format!("{e:#}"));
-    assert!(small.is_some_and(|e| e.contains("no capacity for the attention of every layer") && e.contains("DRAM")));
+    assert!(small.is_some_and(|e| e.contains("no room for the attention of every layer") && e.contains("DRAM")));
     Ok(())
 }
 
