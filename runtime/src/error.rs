@@ -36,7 +36,7 @@ pub enum LoadError {
         r#source: std::io::Error,
     },
     /// The GPU that the plan wants is not there, or failed.
-    #[error("plan '{plan}' uses a GPU's memory: {source}; or solve with --vram 0")]
+    #[error("plan '{plan}' uses a GPU's memory: {source}")]
     Gpu {
         /// The plan's name.
         plan: String,
@@ -51,23 +51,24 @@ pub enum LoadError {
         /// What is wrong; part of the message, so no source of its own.
         r#source: NumaError,
     },
-    /// Something is on a GPU that can't run there.
-    #[error("plan '{plan}' puts on tier '{tier}', a GPU's memory, what can't run there: {what}; {mend}")]
+    /// A part of the model is placed on a GPU that can't run it.
+    #[error("plan '{plan}' puts {group} of layer {layer} on tier '{tier}', a GPU that can't run it: {why}")]
     OnGpu {
         /// The plan's name.
         plan: String,
-        /// The tier.
+        /// Name of the tier.
         tier: String,
-        /// What, and why.
-        what: String,
-        /// What to do.
-        mend: String,
+        /// Tensor group of the part as in plans, `attention`; or `kv_cache`.
+        group: &'static str,
+        /// Layer of the part, from 0.
+        layer: usize,
+        /// What the GPU does not support.
+        why: String,
     },
     /// A GPU whose memory is too small for what the plan puts there and what computes with it.
     #[error(
         "plan '{plan}' needs {needed} bytes of tier '{tier}', and {device} has {free} free: {weights} of weights, {cache} of \
-         keys and values, {work} to work in and {reserve} for the driver; solve with a smaller budget for '{tier}', or free \
-         some of its memory"
+         KV cache, {work} of buffers and {reserve} for the driver"
     )]
     GpuFull {
         /// The plan's name.

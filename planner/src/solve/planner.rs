@@ -13,7 +13,7 @@ use crate::profile::Evidence;
 use anyhow::{Result, bail, ensure};
 use std::time::Instant;
 use tier_plan_runtime::formats::placement::{DensePlacement, Placement, PlanTier, Prediction, SolverReport, TierIdx};
-use tier_plan_runtime::gpu::stays_on;
+use tier_plan_runtime::gpu::fully_on_gpu;
 use tier_plan_runtime::model::shape::DenseKind;
 
 /// A relative gap that is rounding.
@@ -182,7 +182,7 @@ impl Planner<'_> {
             (self.assemble("ilp", &found.draft), found)
         };
         // Layers of a model that stays on one accelerator have a fixed time of their own, which no column knows.
-        let resident = baselines.iter().filter(|b| self.may_be(b) && stays_on(b, self.inputs.shape).is_some());
+        let resident = baselines.iter().filter(|b| self.may_be(b) && fully_on_gpu(b, self.inputs.shape).is_some());
         let least = resident.min_by(|a, b| self.value(a).total_cmp(&self.value(b)));
         if let Some(all) = least.filter(|b| self.value(b) < self.value(&plan)) {
             plan = Placement { name: plan.name, ..all.clone() };

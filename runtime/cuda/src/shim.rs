@@ -4,7 +4,7 @@
 #[cfg(test)]
 use super::device::Buffer;
 use super::device::{Arg, Device, Grid, Recording};
-use super::lane::{BUFFERS, Lane};
+use super::copy_stream::{BUFFERS, CopyStream};
 use super::source::{MODULES, headers};
 use super::{CudaError, View};
 use libloading::Library;
@@ -219,7 +219,7 @@ impl Device for Shim {
         Ok(Box::new(Recorded { launches: launches.unwrap(), shim: self }))
     }
 
-    fn lane(self: Arc<Self>, len: usize) -> Result<Option<Box<dyn Lane>>, CudaError> {
+    fn copy_stream(self: Arc<Self>, len: usize) -> Result<Option<Box<dyn CopyStream>>, CudaError> {
         Ok(Some(Box::new(ShimLane { staging: vec![vec![0xff; len]; BUFFERS], used: [true; BUFFERS] })))
     }
 }
@@ -230,7 +230,7 @@ struct ShimLane {
     used: [bool; BUFFERS],
 }
 
-impl Lane for ShimLane {
+impl CopyStream for ShimLane {
     fn staging(&mut self, which: usize) -> Result<&mut [u8], CudaError> {
         Ok(&mut self.staging[which])
     }

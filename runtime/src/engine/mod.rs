@@ -29,14 +29,14 @@ use crate::experts::counters::Counters;
 use crate::experts::store::{ExpertStore, Step};
 use crate::gpu::devices::GiveDevice;
 use crate::gpu::rows::{GpuRows, gpu_rows};
-use crate::gpu::{Gpus, resident_tier};
+use crate::gpu::{Gpus, full_gpu_tier};
 use crate::layers::compute::Compute;
 use crate::layers::mixer::{CacheReads, MixerState};
 use crate::layers::places::{LayerPlaces, Places};
 use crate::layers::rope::{RopeTable, rope_tables};
 use crate::layers::weights::DenseWeights;
 use crate::load::{Loaded, load};
-use crate::moe::offload::Streams;
+use crate::moe::offload::{StreamSetup, Streams};
 use crate::moe::routing::Choices;
 use crate::moe::{moe_batch, moe_token};
 use crate::options::{LoadOptions, Progress, batches};
@@ -171,7 +171,7 @@ impl Engine {
             resident_bytes[*tier] += state.bytes();
         }
         let (ropes, layer_rope) = rope_tables(&spec, &weights);
-        let resident = resident_tier(plan, &shape, &places);
+        let resident = full_gpu_tier(plan, &shape, &places);
         let gpus = Gpus::new(&spec, plan, options, &weights, &devices, places, &layer_rope)?;
         let tiers: Vec<_> = plan.tiers.iter().map(|t| t.tier.clone()).collect();
         let threads = options.threads.unwrap_or_else(physical_cores);
@@ -181,8 +181,17 @@ impl Engine {
             matrices.iter().any(|id| needs_quants(weights.ty(*id))) && spec.hidden.is_multiple_of(32)
         };
         let pool = ThreadPool::new(threads);
-        let sizes = (batch, micro_batch);
-        let streams = Streams::new((&spec, &shape), plan, options, &devices, &gpus.places, sizes, &pool)?;
+        let streams = Streams::new(&StreamSetup {
+            spec: &spec,
+            shape: &shape,
+            plan,
+            options,
+            devices: &devices,
+            places: &gpus.places,
+            batch,
+            rows: micro_batch,
+            pool: &pool,
+        })?;
         let floats = |layer: &LayerSpec| match &layer.ffn {
             // A GPU quantises them itself.
             Ffn::Moe(_) if experts.n_gpus() > 0 || streams.any() => true,
@@ -261,7 +270,7 @@ impl Engine {
 
     /// Experts of main memory that passed through a GPU for prompts, once for each batch that they did.
     pub fn experts_passed(&self) -> u64 {
-        self.scratch.ffn.streams.passed()
+        self.scratch.ffn.streams.n_streamed()
     }
 
     /// What was counted since the engine was loaded or [`reset_counters`](Self::reset_counters).

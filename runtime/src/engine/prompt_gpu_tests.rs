@@ -7,7 +7,7 @@ use crate::plans::in_memory::obvious;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use tier_plan_cuda::device::{Arg, Grid};
-use tier_plan_cuda::lane::Lane;
+use tier_plan_cuda::copy_stream::CopyStream;
 use tier_plan_cuda::{CudaError, Device, shim};
 use tier_plan_formats::gguf::Gguf;
 use tier_plan_formats::model::describe;
@@ -156,8 +156,8 @@ impl Device for Failing {
     fn wait(&self) -> Result<(), CudaError> {
         self.0.wait()
     }
-    fn lane(self: Arc<Self>, len: usize) -> Result<Option<Box<dyn Lane>>, CudaError> {
-        Arc::clone(&self.0).lane(len)
+    fn copy_stream(self: Arc<Self>, len: usize) -> Result<Option<Box<dyn CopyStream>>, CudaError> {
+        Arc::clone(&self.0).copy_stream(len)
     }
 }
 

@@ -27,7 +27,7 @@ impl Engine {
         self.logits.resize(self.spec.n_vocab, 0.0);
         let (experts, weights) = (&mut self.routing.experts[..], &mut self.routing.weights[..]);
         let token = Token { token, state, past: self.n_past, experts, weights, logits: &mut self.logits };
-        self.gpus.of(tier).token(self.experts.of_tier(tier), token, &mut self.ropes)?;
+        self.gpus.of(tier).full_model()?.token(self.experts.of_tier(tier), token, &mut self.ropes)?;
         self.n_past += 1;
         if decoding {
             self.count_resident(tier, start);

@@ -3,6 +3,7 @@
 
 use crate::engine::{Engine, Wanted};
 use crate::error::RunError;
+use crate::gpu::FfnInput;
 use crate::layers::compute::{Compute, add_bias};
 use crate::layers::mixer::{MixerInput, mix};
 use crate::layers::places::Place;
@@ -32,7 +33,7 @@ impl Engine {
     /// The hidden state of a batch as it comes into the first layer; says where it is.
     pub(crate) fn embed(&mut self, tokens: &[u32]) -> Result<Place, RunError> {
         if let Some(tier) = self.gpus.places.embedding {
-            self.gpus.of(tier).embed(tokens)?;
+            self.gpus.of(tier).embedding()?.embed(tokens)?;
             return Ok(Some(tier));
         }
         let hidden = self.spec.hidden;
@@ -54,7 +55,7 @@ impl Engine {
         match at.mixer {
             Some(tier) => {
                 let past = self.n_past + rows.start;
-                self.gpus.of(tier).mixer(index, rows.clone(), past, &mut self.ropes)?;
+                self.gpus.of(tier).mixer(index)?.run(rows.clone(), past, &mut self.ropes)?;
             }
             None => self.mixer_here(index, rows.clone()),
         }
@@ -65,7 +66,7 @@ impl Engine {
         };
         if !has_experts {
             match at.ffn {
-                Some(tier) => self.gpus.of(tier).ffn(index, rows, false)?,
+                Some(tier) => self.gpus.of(tier).ffn(index)?.run(rows, FfnInput::Raw)?,
                 None => self.dense_block_here(index, rows),
             }
             return Ok(at.ffn);
@@ -79,7 +80,10 @@ impl Engine {
         }
         self.bring(rows.clone(), at.ffn, at.shared)?;
         match at.shared {
-            Some(tier) => self.gpus.of(tier).ffn(index, rows, at.ffn == at.shared)?,
+            Some(tier) => {
+                let input = if at.ffn == at.shared { FfnInput::Normalized } else { FfnInput::Raw };
+                self.gpus.of(tier).ffn(index)?.run(rows, input)?;
+            }
             None => self.shared_here(index, rows),
         }
         Ok(at.shared)
@@ -163,8 +167,8 @@ impl Engine {
         let (hidden, s) = (self.spec.hidden, &mut self.scratch);
         let Ffn::Moe(moe) = &self.spec.layers[index].ffn else { return Ok(()) };
         let (n, choices) = (rows.len(), rows.start * moe.n_used..rows.end * moe.n_used);
-        let gpu = self.gpus.of(tier);
-        let normed = gpu.route(index, rows, &mut s.experts[choices.clone()], &mut s.weights[choices])?;
+        let router = self.gpus.of(tier).router(index)?;
+        let normed = router.route(rows, &mut s.experts[choices.clone()], &mut s.weights[choices])?;
         s.normed[..normed.len()].copy_from_slice(normed);
         s.acts.fill_shared(c.pool, c.kernels, n, hidden, normed, hidden.is_multiple_of(32));
         s.expert_acts.append(s.acts.view(), self.expert_floats[index]);
@@ -190,7 +194,7 @@ impl Engine {
         let before = self.logits.len();
         self.logits.resize(before + wanted.len() * self.spec.n_vocab, 0.0);
         match to {
-            Some(tier) => Ok(self.gpus.of(tier).head(wanted, &mut self.logits[before..])?),
+            Some(tier) => Ok(self.gpus.of(tier).head()?.run(wanted, &mut self.logits[before..])?),
             None => {
                 self.head_here(wanted, before);
                 Ok(())
@@ -245,8 +249,8 @@ impl Engine {
             s.foresight.will_be_scored(moe_at + 1);
         }
         if let Some(tier) = place {
-            let guess =
-                s.foresight.guess_of(|experts| self.gpus.of(tier).guess(index + 1, n - rows..n, experts), next)?;
+            let router = self.gpus.of(tier).router(index + 1)?;
+            let guess = s.foresight.guess_of(|experts| router.predict(n - rows..n, experts), next)?;
             if of_use {
                 self.experts.expect(moe_at + 1, guess, batch);
             }

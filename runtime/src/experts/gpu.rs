@@ -50,7 +50,7 @@ impl ExpertStore {
 
     /// Results that a GPU has room for until they are fetched.
     pub(crate) fn gpu_room(&self, gpu: usize) -> usize {
-        self.gpus.get(gpu).map_or(0, |g| g.experts.room())
+        self.gpus.get(gpu).map_or(0, |g| g.experts.free_rows())
     }
 
     /// Where the expert at this position of the step computes, if that is a GPU.

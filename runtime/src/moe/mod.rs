@@ -11,7 +11,7 @@ use crate::gpu::rows::GpuRows;
 use crate::layers::compute::{Compute, add_bias};
 use crate::layers::weights::DenseWeights;
 use crate::tiers::pace::StageBytes;
-use gpu::GpuBatch;
+use gpu::{Flush, GpuBatch, StoreStep};
 use offload::Streams;
 use routing::Batch;
 use routing::{Choices, Users};
@@ -265,19 +265,20 @@ pub(crate) fn moe_batch(
         }
     }
     // The processor computes the others meanwhile.
-    work.ask(store, &mut step, batch, &mut s.gpu)?;
-    let mut passing = s.streams.choose(store, &step, &users, moe, x.rows());
-    here.retain(|at| !passing.has(*at));
-    passing.begin(&mut s.streams, batch, &mut step, store)?;
+    work.ask(&mut StoreStep { store, step: &mut step }, batch, &mut s.gpu)?;
+    let mut streamed = s.streams.choose(store, &step, &users, moe, x.rows());
+    here.retain(|at| !streamed.has(*at));
+    streamed.begin(&mut s.streams, &mut StoreStep { store, step: &mut step }, batch)?;
     for at in here {
-        passing.send(&mut s.streams, c, (store, &mut step), &users, moe, false, computed)?;
+        let mut on = StoreStep { store, step: &mut step };
+        streamed.send(&mut s.streams, &mut on, c.pool, moe, Flush::Some, computed)?;
         while !step.is_ready(at) {
             store.wait(&mut step)?;
         }
         if let Some(spot) = store.spot(&step, at) {
             computed.add(spot.tier, store.expert_bytes(layer));
             work.add(spot.gpu, at, users.of(step.experts()[at] as usize).len());
-            work.ask(store, &mut step, batch, &mut s.gpu)?;
+            work.ask(&mut StoreStep { store, step: &mut step }, batch, &mut s.gpu)?;
             continue;
         }
         let (view, tier) = store.view(&step, at);
@@ -290,16 +291,18 @@ pub(crate) fn moe_batch(
         }
         store.release(&mut step, at);
         if work.has_more() {
-            work.fetch(store, &mut step, batch, &mut s.gpu, c.kernels, false, out)?;
-            work.ask(store, &mut step, batch, &mut s.gpu)?;
+            let mut on = StoreStep { store, step: &mut step };
+            work.fetch(&mut on, batch, &mut s.gpu, c.kernels, Flush::Some, out)?;
+            work.ask(&mut on, batch, &mut s.gpu)?;
         }
     }
-    passing.send(&mut s.streams, c, (store, &mut step), &users, moe, true, computed)?;
+    let mut on = StoreStep { store, step: &mut step };
+    streamed.send(&mut s.streams, &mut on, c.pool, moe, Flush::All, computed)?;
     while work.is_busy() {
-        work.fetch(store, &mut step, batch, &mut s.gpu, c.kernels, true, out)?;
-        work.ask(store, &mut step, batch, &mut s.gpu)?;
+        work.fetch(&mut on, batch, &mut s.gpu, c.kernels, Flush::All, out)?;
+        work.ask(&mut on, batch, &mut s.gpu)?;
     }
-    passing.finish(&mut s.streams, c, (store, &mut step), out)?;
+    streamed.finish(&mut s.streams, &mut on, c.kernels, out)?;
     store.finish(&mut step)?;
     store.check_gpus()?;
     Ok(step)
