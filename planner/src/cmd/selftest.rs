@@ -10,10 +10,10 @@ use serde_json::{Value, json};
 use std::path::PathBuf;
 use tier_plan_runtime::cuda::Gpu;
 use tier_plan_runtime::kernels::Kernels;
-use tier_plan_selftest::suite::{DeviceRates, Results};
-use tier_plan_selftest::whole_model::GpuShare;
 use tier_plan_selftest::cpu_kernels;
 use tier_plan_selftest::outcome::Outcome;
+use tier_plan_selftest::suite::{DeviceRates, Results};
+use tier_plan_selftest::whole_model::GpuShare;
 
 /// One comparison.
 struct Compared {

@@ -291,7 +291,8 @@ impl Fixed {
     pub fn of(plan: &Placement, shape: &ModelShape) -> Self {
         let mut tiers: Vec<Tier> = plan.tiers.iter().map(|t| t.tier.clone()).collect();
         let mut dense_s = vec![0.0; tiers.len()];
-        let resident = fully_on_gpu(plan, shape).and_then(|tier| Some((tier, tiers[tier].accelerator.resident_layer_us?)));
+        let resident =
+            fully_on_gpu(plan, shape).and_then(|tier| Some((tier, tiers[tier].accelerator.resident_layer_us?)));
         if let Some((tier, layer_us)) = resident {
             tiers[tier].latency_us = 0.0;
             return Fixed { overhead_s: overhead_s(shape.n_layer, layer_us, plan.token_overhead_us), dense_s, tiers };

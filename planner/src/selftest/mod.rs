@@ -23,9 +23,9 @@ use tier_plan_runtime::plans::in_memory::{all_on_gpu, experts_in_memory};
 use tier_plan_runtime::threads::physical_cores;
 use tier_plan_runtime::tiers::limits::{file_system_bytes, memory_limit};
 use tier_plan_runtime::units::{show_bytes, show_utc};
-use tier_plan_selftest::suite::{self, DeviceRates, References, Results, Speeds, Watch};
 use tier_plan_selftest::gpu_rates::Subject;
 use tier_plan_selftest::speed::{Effort, KV_TYPE, Timed};
+use tier_plan_selftest::suite::{self, DeviceRates, References, Results, Speeds, Watch};
 use tier_plan_selftest::synth::{self, FreeBytes, Shape};
 use tier_plan_selftest::{SelftestError, TemporaryFile};
 
@@ -87,7 +87,9 @@ pub fn run(gpu: &Arc<Gpu>, options: &Options) -> Result<Findings> {
     let mut gives = None;
     // A GPU whose kernels are wrong is not worth timing, and may have failed for good.
     if !options.quick && results.kernels_passed() && !interrupted() {
-        let found = Subject::of(gpu).map_err(SelftestError::from).and_then(|mut subject| suite::device_rates(&mut subject, watch));
+        let found = Subject::of(gpu)
+            .map_err(SelftestError::from)
+            .and_then(|mut subject| suite::device_rates(&mut subject, watch));
         rows.extend(rows::gives(&found));
         gives = found.ok();
         if let Some(gives) = gives.as_ref().filter(|_| !interrupted()) {

@@ -2,9 +2,9 @@
 
 use super::table::{Found, Row, Target};
 use tier_plan_selftest::SelftestError;
-use tier_plan_selftest::suite::{DeviceRates, Results, Speeds, Step};
 use tier_plan_selftest::outcome::Outcome;
 use tier_plan_selftest::speed::Timed;
+use tier_plan_selftest::suite::{DeviceRates, Results, Speeds, Step};
 use tier_plan_selftest::whole_model::{GpuShare, TextMatch};
 
 /// Largest normalised mean squared error of logits, of models that quantise nothing, and of those that do.

@@ -20,7 +20,8 @@ pub trait CopyStream: Send {
     /// Enqueues a copy of the first `to.len()` bytes of a staging buffer.
     ///
     /// The copy starts when everything is done that had been enqueued for compute at the last
-    /// [`used`](Self::used) of this buffer. Compute that is enqueued from now on waits for the copy.
+    /// [`used`](Self::used) of this buffer. Compute that is enqueued from now on waits for the
+    /// copy.
     ///
     /// # Panics
     /// When `to` is longer than the buffer.
@@ -66,8 +67,8 @@ impl Event {
     }
 }
 
-// SAFETY: driver handles may be used from any thread that has the context bound, which every function
-// here ensures.
+// SAFETY: driver handles may be used from any thread that has the context bound, which every
+// function here ensures.
 unsafe impl Send for GpuCopyStream {}
 
 impl Drop for GpuCopyStream {

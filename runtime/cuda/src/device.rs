@@ -47,7 +47,8 @@ pub trait Device: Send + Sync {
     /// Returns the free bytes of device memory.
     fn free_bytes(&self) -> Result<usize, CudaError>;
 
-    /// Allocates memory that is aligned to 256 bytes and readable for at least 16 bytes after its end.
+    /// Allocates memory that is aligned to 256 bytes and readable for at least 16 bytes after its
+    /// end.
     fn allocate(&self, len: usize) -> Result<u64, CudaError>;
 
     /// Frees memory.
@@ -97,8 +98,8 @@ pub trait Device: Send + Sync {
     }
 
     /// Starts to record this thread's launches instead of executing them. Returns `false` if
-    /// unsupported. Until [`end_recording`](Self::end_recording), this thread may only launch kernels
-    /// that were launched before.
+    /// unsupported. Until [`end_recording`](Self::end_recording), this thread may only launch
+    /// kernels that were launched before.
     fn begin_recording(&self) -> Result<bool, CudaError> {
         Ok(false)
     }
@@ -128,8 +129,8 @@ impl std::fmt::Debug for dyn Device + '_ {
     }
 }
 
-/// Device memory, freed when dropped. Kernels write through shared references: the order of the calls
-/// is the order of the accesses.
+/// Device memory, freed when dropped. Kernels write through shared references: the order of the
+/// calls is the order of the accesses.
 pub struct Buffer {
     device: Arc<dyn Device>,
     at: u64,

@@ -1,9 +1,9 @@
 //! Routed experts in a device's memory, pinned or in slots. All that a token chose of a layer is
 //! computed in one sequence of launches, which the CPU does not wait for.
 //!
-//! The matrices of a layer form one table: the experts by index, then the slots. Filling a slot changes
-//! memory, never the table. A device executes in order, so a slot may be refilled as soon as the
-//! expert that it held has been enqueued.
+//! The matrices of a layer form one table: the experts by index, then the slots. Filling a slot
+//! changes memory, never the table. A device executes in order, so a slot may be refilled as soon
+//! as the expert that it held has been enqueued.
 
 mod layer;
 
@@ -46,7 +46,8 @@ pub struct ExpertBytes<'a> {
     pub up: &'a [u8],
     /// `[hidden, ffn]`.
     pub down: &'a [u8],
-    /// Biases of gate, `[ffn]`, up, `[ffn]`, and down, `[hidden]`: for all experts of a layer or none.
+    /// Biases of gate, `[ffn]`, up, `[ffn]`, and down, `[hidden]`: for all experts of a layer or
+    /// none.
     pub biases: Option<[&'a [f32]; 3]>,
 }
 
@@ -55,7 +56,7 @@ pub struct ExpertBytes<'a> {
 pub enum Place {
     /// Pinned; the index of the expert.
     Pinned(usize),
-    /// In this slot.
+    /// In a slot, by its index.
     Slot(usize),
 }
 
@@ -70,7 +71,7 @@ pub struct ChosenExperts<'a> {
     pub which: View<'a>,
     /// `[n]`.
     pub weights: View<'a>,
-    /// Number of experts.
+    /// Number of chosen experts.
     pub n: usize,
 }
 
@@ -103,13 +104,14 @@ struct ExpertBuffers {
     out: Buffer,
 }
 
-/// Returns the numbers of values of the buffers for `rows` rows: of width `hidden`, and of width `ffn`.
+/// Returns the numbers of values of the buffers for `rows` rows: of width `hidden`, and of width
+/// `ffn`.
 fn buffer_values(rows: usize, hidden: usize, ffn: usize) -> [usize; 2] {
     [rows.saturating_mul(hidden), rows.saturating_mul(ffn)].map(|n| n.next_multiple_of(32))
 }
 
-/// Returns the bytes of the buffers for `rows` rows, where `hidden` and `ffn` are the largest of all
-/// layers.
+/// Returns the bytes of the buffers for `rows` rows, where `hidden` and `ffn` are the largest of
+/// all layers.
 pub fn workspace_bytes(rows: usize, hidden: usize, ffn: usize) -> u64 {
     let [outer, inner] = buffer_values(rows, hidden, ffn).map(|n| n as u64);
     // Codes, and a scale and two sums per 32 values.
@@ -142,8 +144,8 @@ impl PinnedExperts {
         Ok(Self { ops: Ops::new(device), layers, buffers, rows: 0, given: 0, asked: 0, hidden: 0, bytes: 0 })
     }
 
-    /// Copies the pinned experts of a layer to the device, as pairs of index and bytes, and allocates
-    /// its slots. `with_biases` says whether the layer's experts have biases.
+    /// Copies the pinned experts of a layer to the device, as pairs of index and bytes, and
+    /// allocates its slots. `with_biases` says whether the layer's experts have biases.
     ///
     /// # Panics
     /// When an index or a size is not that of the layer.
@@ -213,12 +215,12 @@ impl PinnedExperts {
     /// Enqueues experts for rows of activations; [`fetch`](Self::fetch) returns the results, after
     /// those that were asked for before.
     ///
-    /// `x` is `[rows, hidden]`; `None` takes the rows of the previous call for the same layer. Each row
-    /// takes `experts.len() / rows` of the experts, the first row the first ones.
+    /// `x` is `[rows, hidden]`; `None` takes the rows of the previous call for the same layer. Each
+    /// row takes `experts.len() / rows` of the experts, the first row the first ones.
     ///
     /// # Panics
-    /// When an expert is not here, the rows do not take equally many, or there are too few
-    /// [free rows](Self::free_rows).
+    /// When an expert is not here, the rows do not take equally many, or there are too few [free
+    /// rows](Self::free_rows).
     pub fn ask(&mut self, layer: usize, x: Option<&[f32]>, experts: &[Place]) -> Result<(), CudaError> {
         if experts.is_empty() {
             return Ok(());
@@ -300,8 +302,8 @@ impl PinnedExperts {
         self.asked
     }
 
-    /// Waits for all results that were [asked](Self::ask) for, `[asked, hidden]` in the order of the
-    /// requests.
+    /// Waits for all results that were [asked](Self::ask) for, `[asked, hidden]` in the order of
+    /// the requests.
     ///
     /// # Panics
     /// When `out` is not as long.

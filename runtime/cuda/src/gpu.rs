@@ -1,8 +1,8 @@
-//! A real GPU: the driver's primary context and one stream. Kernels are compiled when they are first
-//! launched, and cached on disk.
+//! A real GPU: the driver's primary context and one stream. Kernels are compiled when they are
+//! first launched, and cached on disk.
 
-use super::device::{Arg, Device, Grid, Recording};
 use super::copy_stream::{self, CopyStream};
+use super::device::{Arg, Device, Grid, Recording};
 use super::nvrtc::{Compiler, NVRTC_VARIABLE};
 use super::source::{MODULES, Module, module_of};
 use super::upload_ring::{HALF_BYTES, UploadRing};
@@ -35,11 +35,11 @@ pub struct Properties {
     pub name: String,
     /// Number among the GPUs that the driver shows, from 0.
     pub ordinal: usize,
-    /// Compute capability.
+    /// Compute capability, `8.6`.
     pub capability: Version,
-    /// Bytes of memory.
+    /// Bytes of memory, free or not.
     pub total_bytes: usize,
-    /// Streaming multiprocessors.
+    /// Number of streaming multiprocessors.
     pub multiprocessors: i32,
     /// Bytes of second-level cache.
     pub l2_bytes: usize,
@@ -47,7 +47,7 @@ pub struct Properties {
     pub driver: i32,
 }
 
-/// An open GPU.
+/// An open GPU with its stream and its loaded kernels.
 pub struct Gpu {
     context: Arc<CudaContext>,
     stream: sys::CUstream,
@@ -66,11 +66,11 @@ struct LoadedKernels {
     kernels: HashMap<&'static str, sys::CUfunction>,
 }
 
-// SAFETY: driver handles may be used from any thread that has the context bound, which every function
-// here ensures.
+// SAFETY: driver handles may be used from any thread that has the context bound, which every
+// function here ensures.
 unsafe impl Send for Gpu {}
-// SAFETY: driver handles may be shared for the same reason. Mutable state is behind a mutex, and the
-// stream puts work in one order.
+// SAFETY: driver handles may be shared for the same reason. Mutable state is behind a mutex, and
+// the stream puts work in one order.
 unsafe impl Sync for Gpu {}
 
 impl Drop for Gpu {

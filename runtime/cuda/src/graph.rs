@@ -6,14 +6,14 @@ use super::gpu::Gpu;
 use cudarc::driver::{result, sys};
 use std::sync::Arc;
 
-/// An instantiated graph.
+/// An instantiated graph of the GPU's stream.
 struct Graph {
     gpu: Arc<Gpu>,
     executable: sys::CUgraphExec,
 }
 
-// SAFETY: the handle may be used from any thread that has the GPU's context bound, which every function
-// here ensures.
+// SAFETY: the handle may be used from any thread that has the GPU's context bound, which every
+// function here ensures.
 unsafe impl Send for Graph {}
 
 impl Drop for Graph {

@@ -6,8 +6,8 @@ use super::source::{Module, headers};
 use std::path::PathBuf;
 use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
-/// Returns the cache file of a compiled module; `None` if the environment names no cache folder. The
-/// name changes with everything that changes the machine code.
+/// Returns the cache file of a compiled module; `None` if the environment names no cache folder.
+/// The name changes with everything that changes the machine code.
 pub(super) fn path(module: &Module, capability: Version, driver: i32) -> Option<PathBuf> {
     let variable = |name| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
     let cache = variable("XDG_CACHE_HOME").or_else(|| Some(variable("HOME")?.join(".cache")))?;

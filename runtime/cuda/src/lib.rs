@@ -2,11 +2,11 @@
 //! launched, and typed operations over them.
 //!
 //! - [`Device`] is memory and kernel launches, nothing more. [`Gpu`] is a real one. The GPU emulator
-//!   ([`shim`], feature `emulator`) compiles the same kernels as C++ and runs them on the CPU, so that
+//!   ([`shim`], feature `emulator`) compiles the same kernels as C++ and runs them on the CPU. So
 //!   every kernel and every caller is tested without a GPU.
 //! - [`Ops`] checks sizes and launches kernels. [`source::MODULES`] lists the kernels.
-//! - [`experts`] computes routed experts that are held in a device's memory. [`stream`] copies experts
-//!   to a device while it computes.
+//! - [`experts`] computes routed experts that are held in a device's memory.
+//! - [`stream`] copies experts to a device while it computes.
 //!
 //! # Errors and panics
 //!
@@ -112,7 +112,7 @@ pub enum CudaError {
     TooOld {
         /// Name of the GPU.
         name: String,
-        /// Its compute capability.
+        /// Compute capability of the GPU.
         capability: Version,
     },
     /// NVRTC was not found, or can't be used.
@@ -137,12 +137,12 @@ pub enum CudaError {
     /// No module has a kernel of this name.
     #[error("there is no kernel '{0}'")]
     NoKernel(String),
-    /// An allocation failed.
+    /// The device has too little memory for an allocation.
     #[error("{device} is out of memory: {wanted} bytes requested, {free} free")]
     OutOfMemory {
         /// Name of the device.
         device: String,
-        /// Requested bytes.
+        /// Bytes of the failed allocation.
         wanted: usize,
         /// Free bytes at that moment.
         free: usize,

@@ -15,7 +15,7 @@ const NAME_BYTES: usize = 96;
 type Status = c_int;
 type Handle = *mut c_void;
 
-/// The initialized library.
+/// The library, loaded and initialized.
 pub struct Nvml {
     library: Library,
 }
@@ -27,7 +27,7 @@ pub struct Reading {
     pub name: String,
     /// Enforced power limit in watts, if the GPU has one.
     pub limit_watts: Option<f64>,
-    /// Bytes of memory.
+    /// Bytes of memory, free or not.
     pub total_bytes: u64,
     /// Bytes of memory that no process has allocated.
     pub free_bytes: u64,
@@ -101,7 +101,8 @@ impl Nvml {
         let mut name = [0 as c_char; NAME_BYTES];
         let mut memory = Memory::default();
         let mut milliwatts = 0;
-        // SAFETY: the types are those of the functions; text ends in a zero, and everything given outlives the calls.
+        // SAFETY: the types are those of the functions; text ends in a zero, and everything given
+        // outlives the calls.
         unsafe {
             let find = self.symbol::<Find>("nvmlDeviceGetHandleByPciBusId_v2")?;
             self.ok(&format!("finding GPU {pci}"), find(c_pci.as_ptr(), &mut gpu))?;

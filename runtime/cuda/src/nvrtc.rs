@@ -1,7 +1,7 @@
 //! NVRTC, the run-time compiler of kernels. It is loaded when it is first needed, and needs no GPU.
 
-use super::{CudaError, Version};
 use super::source::{Module, headers};
+use super::{CudaError, Version};
 use libloading::Library;
 use std::ffi::{CString, c_char, c_int, c_void};
 use std::path::{Path, PathBuf};
@@ -18,7 +18,7 @@ pub(super) const OPTIONS: [&str; 2] = ["--std=c++17", "--ptxas-options=-v"];
 type Status = c_int;
 type Program = *mut c_void;
 
-/// A loaded NVRTC.
+/// A loaded NVRTC, ready to compile.
 pub struct Compiler {
     library: Library,
     /// Libraries that NVRTC opens by name, held open.
@@ -56,9 +56,9 @@ impl Compiler {
         Self::find_for(i32::MAX)
     }
 
-    /// Loads a compiler for a driver of CUDA `major`: the one that [`NVRTC_VARIABLE`] names, or else
-    /// preferably one that is not newer than the driver. An older driver may reject the output of a
-    /// newer compiler.
+    /// Loads a compiler for a driver of CUDA `major`: the one that [`NVRTC_VARIABLE`] names, or
+    /// else preferably one that is not newer than the driver. An older driver may reject the output
+    /// of a newer compiler.
     ///
     /// # Errors
     /// When no compiler can be loaded.
@@ -131,8 +131,8 @@ impl Compiler {
         }
     }
 
-    /// Compiles a module for a GPU of this compute capability: to machine code, or to PTX of the newest
-    /// architecture that the compiler knows if it knows none of that generation.
+    /// Compiles a module for a GPU of this compute capability: to machine code, or to PTX of the
+    /// newest architecture that the compiler knows if it knows none of that generation.
     ///
     /// # Errors
     /// When the module does not compile, or the compiler knows no architecture that is old enough.
@@ -172,7 +172,8 @@ impl Compiler {
         let pointers = |texts: &[CString]| -> Vec<*const c_char> { texts.iter().map(|t| t.as_ptr()).collect() };
         let (contents, names, options) = (pointers(&contents), pointers(&names), pointers(&options));
         let mut program: Program = std::ptr::null_mut();
-        // SAFETY: the types are those of the functions; all texts end with zeros and outlive the program.
+        // SAFETY: the types are those of the functions; all texts end with zeros and outlive the
+        // program.
         unsafe {
             let (create, compile) = (self.symbol::<Create>("nvrtcCreateProgram")?, self.symbol("nvrtcCompileProgram")?);
             let compile: libloading::Symbol<'_, Compile> = compile;

@@ -46,7 +46,7 @@ impl Pinned {
         self.len == 0
     }
 
-    /// Returns the bytes.
+    /// Returns the bytes as a slice.
     pub fn bytes(&mut self) -> &mut [u8] {
         // SAFETY: as many bytes were allocated and initialized.
         unsafe { std::slice::from_raw_parts_mut(self.start, self.len) }

@@ -1,10 +1,10 @@
 //! A device for tests: the kernels compiled as plain C++ by the system's compiler, in main memory, a block's threads one
 //! after the other. Writes beyond a buffer and reads of what nobody wrote are found.
 
+use super::copy_stream::{BUFFERS, CopyStream};
 #[cfg(test)]
 use super::device::Buffer;
 use super::device::{Arg, Device, Grid, Recording};
-use super::copy_stream::{BUFFERS, CopyStream};
 use super::source::{MODULES, headers};
 use super::{CudaError, View};
 use libloading::Library;

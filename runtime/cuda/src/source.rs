@@ -10,7 +10,7 @@ use tier_plan_kernels::quant::grids;
 pub struct Module {
     /// File name, `ops.cu`.
     pub name: &'static str,
-    /// CUDA C++ source.
+    /// Source text in CUDA C++.
     pub text: &'static str,
     /// Names of its kernels.
     pub kernels: &'static [&'static str],
@@ -32,7 +32,7 @@ macro_rules! format_kernels {
     };
 }
 
-/// All modules.
+/// All modules with kernels.
 pub static MODULES: [Module; 10] = [
     Module {
         name: "ops.cu",
@@ -166,8 +166,8 @@ pub fn chosen_sum_kernel(ty: TensorType) -> &'static str {
     kernel_of("chosen_sum_", ty)
 }
 
-/// Returns the kernel that multiplies several matrices of one family of formats (those of a module),
-/// and the format's index in the family.
+/// Returns the kernel that multiplies several matrices of one family of formats (those of a
+/// module), and the format's index in the family.
 pub fn family(ty: TensorType) -> (&'static str, usize) {
     let matvec = matvec_kernel(ty);
     let kernels = MODULES.iter().map(|m| m.kernels).find(|kernels| kernels.contains(&matvec)).unwrap_or_default();

@@ -1,6 +1,6 @@
 //! Experts in main memory that are streamed to a device for the tokens of a prompt: while one is
-//! computed, the next one is copied. The rows of the batch are copied to the device once, and the sum
-//! over all streamed experts is copied back once.
+//! computed, the next one is copied. The rows of the batch are copied to the device once, and the
+//! sum over all streamed experts is copied back once.
 
 use super::copy_stream::{BUFFERS, CopyStream};
 use super::device::{Buffer, Device, View};
@@ -158,8 +158,8 @@ impl ExpertStream {
         self.copies.is_free(self.next)
     }
 
-    /// Copies an expert to the device and computes the next `n` uses with it; returns before that is
-    /// done. `copy` fills the staging buffer.
+    /// Copies an expert to the device and computes the next `n` uses with it; returns before that
+    /// is done. `copy` fills the staging buffer.
     ///
     /// # Panics
     /// When fewer uses are left, or the expert is larger than the buffers.

@@ -1,13 +1,13 @@
 //! Small asynchronous writes to a GPU, by way of a ring of pinned memory.
 //!
-//! The driver's asynchronous copies from pageable memory may return before they have read it. So the
-//! bytes are first copied to pinned memory that this module owns.
+//! The driver's asynchronous copies from pageable memory may return before they have read it. So
+//! the bytes are first copied to pinned memory that this module owns.
 
 use cudarc::driver::sys::{self, CUevent_flags};
 use cudarc::driver::{DriverError, result};
 
-/// Bytes of one half of the ring, and the largest write that takes this path. One half is filled while
-/// copies from the other are in flight.
+/// Bytes of one half of the ring, and the largest write that takes this path. One half is filled
+/// while copies from the other are in flight.
 pub(super) const HALF_BYTES: usize = 1 << 20;
 
 /// Alignment of a write's first byte in the ring.
@@ -69,7 +69,8 @@ impl UploadRing {
     /// Frees the memory and the events.
     ///
     /// # Safety
-    /// The context of this ring is current, no copy is in flight, and the ring is not used afterwards.
+    /// The context of this ring is current, no copy is in flight, and the ring is not used
+    /// afterwards.
     pub(super) unsafe fn close(&mut self) {
         // SAFETY: the caller's promise.
         unsafe {

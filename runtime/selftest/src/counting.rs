@@ -5,8 +5,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::ThreadId;
 use tier_plan_cuda::CudaError;
-use tier_plan_cuda::device::{Arg, Device, Grid, Recording};
 use tier_plan_cuda::copy_stream::CopyStream;
+use tier_plan_cuda::device::{Arg, Device, Grid, Recording};
 
 /// Wraps a device and counts its launches.
 pub struct CountingDevice {

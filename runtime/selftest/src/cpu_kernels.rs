@@ -24,7 +24,7 @@ pub struct Check {
 }
 
 impl Check {
-    /// Runs the comparison.
+    /// Runs the comparison on random data.
     pub fn run(&self) -> Outcome {
         (self.run)(self.kernels, &mut Random::new(&self.name))
     }

@@ -1,9 +1,9 @@
 //! Compares a model that is fully on a device with golden values: logits of another engine.
 //!
-//! Golden values are three files: the model `NAME.gguf`, `NAME.json` with `tokens` and `n_vocab`, and
-//! `NAME.logits`, little-endian 32-bit floats `[tokens, n_vocab]`.
+//! Golden values are three files: the model `NAME.gguf`, `NAME.json` with `tokens` and `n_vocab`,
+//! and `NAME.logits`, little-endian 32-bit floats `[tokens, n_vocab]`.
 
-use crate::{Stop, SelftestError};
+use crate::{SelftestError, Stop};
 use serde::Deserialize;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -21,23 +21,24 @@ use tier_plan_runtime::plans::in_memory::{all_on_gpu, obvious};
 pub struct Golden {
     /// Path of the model.
     pub model: PathBuf,
-    /// Input tokens.
+    /// Tokens of the input text.
     pub tokens: Vec<u32>,
-    /// Vocabulary size.
+    /// Tokens in the vocabulary.
     pub n_vocab: usize,
     /// `[tokens, n_vocab]`.
     pub logits: Vec<f32>,
 }
 
-/// Errors of a device's logits, as normalized mean squared errors (NMSE): the sum of squared differences
-/// over the sum of squared golden values.
+/// Errors of a device's logits, as normalized mean squared errors (NMSE): the sum of squared
+/// differences over the sum of squared golden values.
 ///
-/// The weights are random, so a token's next best expert is sometimes very close. Attention of a prompt
-/// rounds to 16 bits. Where another expert is chosen for that, the rest is another network. So there is
-/// also an error of the prompt's tokens up to the first whose choices are not the CPU's.
+/// The weights are random, so a token's next best expert is sometimes very close. Attention of a
+/// prompt rounds to 16 bits. Where another expert is chosen for that, the rest is another network.
+/// So there is also an error of the prompt's tokens up to the first whose choices are not the
+/// CPU's.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct GoldenErrors {
-    /// Number of tokens.
+    /// Number of tokens compared.
     pub tokens: usize,
     /// Tokens of the prompt before the first that chose other experts than on the CPU.
     pub same_experts: usize,
@@ -50,8 +51,8 @@ pub struct GoldenErrors {
 }
 
 impl GoldenErrors {
-    /// Returns the largest error; NaN if any is NaN. With `exact`, the prompt counts only as far as it
-    /// chose the same experts.
+    /// Returns the largest error; NaN if any is NaN. With `exact`, the prompt counts only as far as
+    /// it chose the same experts.
     pub fn worst(&self, exact: bool) -> f64 {
         let prompt = if exact { self.same_experts_nmse } else { self.prompt_nmse };
         if prompt.is_nan() || prompt > self.decode_nmse { prompt } else { self.decode_nmse }
@@ -104,7 +105,8 @@ impl Golden {
         Ok(Self { model: path("gguf"), tokens, n_vocab, logits })
     }
 
-    /// Returns the NMSE of the first `tokens`; NaN if there are none, or `logits` have another length.
+    /// Returns the NMSE of the first `tokens`; NaN if there are none, or `logits` have another
+    /// length.
     fn nmse(&self, logits: &[f32], tokens: usize) -> f64 {
         if logits.len() != self.logits.len() || tokens == 0 {
             return f64::NAN;
@@ -137,7 +139,8 @@ impl Golden {
         let mut on_cpu = Engine::load(gguf, &plain, &options, &mut |_, _| {})?;
         on_cpu.forward(&self.tokens, Wanted::Last)?;
         let n_used = shape.experts.first().map_or(1, |e| e.n_used as usize);
-        let same_experts = tokens_with_same_experts(&engine.routing().experts, &on_cpu.routing().experts, n_used, self.tokens.len());
+        let same_experts =
+            tokens_with_same_experts(&engine.routing().experts, &on_cpu.routing().experts, n_used, self.tokens.len());
         engine.clear();
         let mut logits = Vec::with_capacity(self.logits.len());
         for token in &self.tokens {
@@ -157,8 +160,8 @@ impl Golden {
     }
 }
 
-/// Counts the tokens before the first one that chose another set of experts in a layer. `a` and `b` are
-/// `[tokens, layers, n_used]`.
+/// Counts the tokens before the first one that chose another set of experts in a layer. `a` and `b`
+/// are `[tokens, layers, n_used]`.
 fn tokens_with_same_experts(a: &[u16], b: &[u16], n_used: usize, tokens: usize) -> usize {
     let per_token = a.len() / tokens.max(1);
     let same = |a: &[u16], b: &[u16]| {
@@ -253,8 +256,16 @@ mod tests {
         // Three tokens, two layers, two experts each.
         let a = [1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4];
         assert_eq!(tokens_with_same_experts(&a, &a, 2, 3), 3);
-        assert_eq!(tokens_with_same_experts(&a, &[2, 1, 4, 3, 5, 6, 7, 1, 1, 2, 3, 4], 2, 3), 1, "the order does not matter");
-        assert_eq!(tokens_with_same_experts(&a, &[2, 3, 1, 4, 5, 6, 7, 0, 1, 2, 3, 4], 2, 3), 0, "layers are compared one by one");
+        assert_eq!(
+            tokens_with_same_experts(&a, &[2, 1, 4, 3, 5, 6, 7, 1, 1, 2, 3, 4], 2, 3),
+            1,
+            "the order does not matter"
+        );
+        assert_eq!(
+            tokens_with_same_experts(&a, &[2, 3, 1, 4, 5, 6, 7, 0, 1, 2, 3, 4], 2, 3),
+            0,
+            "layers are compared one by one"
+        );
         assert_eq!((tokens_with_same_experts(&[], &[], 1, 3), tokens_with_same_experts(&a, &[], 2, 3)), (3, 0));
     }
 }

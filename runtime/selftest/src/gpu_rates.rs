@@ -35,7 +35,7 @@ pub struct Effort {
 }
 
 impl Effort {
-    /// For any GPU.
+    /// Extent for any GPU.
     pub const FULL: Effort = Effort { bytes: 256 << 20, passes: 5, launches: 1000, stages: 200 };
 
     /// Returns the extent for a GPU: fewer bytes if they are still many times its cache.
@@ -84,9 +84,9 @@ impl HostMemory for Pinned {
 
 /// A device to be measured.
 pub struct Subject {
-    /// The device.
+    /// Device to be measured.
     pub device: Arc<dyn Device>,
-    /// Streaming multiprocessors.
+    /// Number of streaming multiprocessors.
     pub multiprocessors: u32,
     /// Pinned host memory of [`Effort::bytes`].
     pub pinned: Box<dyn HostMemory>,
@@ -268,7 +268,8 @@ pub fn contended(subject: &mut Subject, beside: &mut dyn FnMut() -> f64) -> Resu
     Ok(Contended { to_device_gbps, beside: rates[rates.len() / 2] })
 }
 
-/// Measures matvecs of one token with different matrices of a format in one launch, in GB/s of weights.
+/// Measures matvecs of one token with different matrices of a format in one launch, in GB/s of
+/// weights.
 pub fn matvec_gbps(subject: &Subject, ty: TensorType) -> Result<f64, CudaError> {
     matvecs(&subject.device, ty, subject.effort, FFN, HIDDEN)
 }
@@ -309,16 +310,17 @@ fn matvecs(
     Ok(gbps(jobs * matrix_bytes, seconds))
 }
 
-/// Returns experts of a common size and format, and their number per token, for a measurement without a
-/// model.
+/// Returns experts of a common size and format, and their number per token, for a measurement
+/// without a model.
 pub fn common_experts() -> (ExpertKind, usize) {
     let ty = TensorType::Q4_K;
     let activation = tier_plan_formats::model::spec::Activation::Silu;
     (ExpertKind { n_expert: 128, hidden: HIDDEN, ffn: FFN, gate: ty, up: ty, down: ty, activation }, 8)
 }
 
-/// Measures experts of a kind, of which a token takes `used`, requested as by the engine. Returns `None`
-/// for sizes that a format does not support, or if the device has no memory for two tokens' experts.
+/// Measures experts of a kind, of which a token takes `used`, requested as by the engine. Returns
+/// `None` for sizes that a format does not support, or if the device has no memory for two tokens'
+/// experts.
 pub fn experts(subject: &Subject, kind: ExpertKind, used: usize) -> Result<Option<Experts>, CudaError> {
     let bytes_of = |ty: TensorType, rows: usize, cols: usize| {
         let row = ty.row_bytes(cols as u64).and_then(|bytes| usize::try_from(bytes).ok());

@@ -2,7 +2,7 @@
 
 use super::synth::{Shape, write};
 use crate::counting::CountingDevice;
-use crate::{Stop, SelftestError, TemporaryFile};
+use crate::{SelftestError, Stop, TemporaryFile};
 use std::path::Path;
 use std::sync::Arc;
 use tier_plan_cuda::Device;
@@ -26,8 +26,8 @@ pub struct Launches {
     pub outside: u64,
 }
 
-/// Counts the launches. Those per layer are the difference between a model of three layers and one of
-/// two. The models are small, and written to `folder` meanwhile.
+/// Counts the launches. Those per layer are the difference between a model of three layers and one
+/// of two. The models are small, and written to `folder` meanwhile.
 ///
 /// # Errors
 /// When a model can't be written or loaded, a pass fails, or `stop` returns true.
@@ -38,7 +38,12 @@ pub fn count(device: &Arc<dyn Device>, folder: &Path, stop: Stop<'_>) -> Result<
     Ok(Launches { layer, outside: two.saturating_sub(2 * layer) })
 }
 
-fn launches_of_a_token(device: &Arc<dyn Device>, folder: &Path, shape: Shape, stop: Stop<'_>) -> Result<u64, SelftestError> {
+fn launches_of_a_token(
+    device: &Arc<dyn Device>,
+    folder: &Path,
+    shape: Shape,
+    stop: Stop<'_>,
+) -> Result<u64, SelftestError> {
     let file = TemporaryFile::new(folder, "launches");
     write(&shape, file.path(), stop, &mut |_, _| {})?;
     let gguf = Arc::new(Gguf::open(file.path())?);

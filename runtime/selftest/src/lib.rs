@@ -2,10 +2,11 @@
 //! delivers.
 //!
 //! - [`cpu_kernels`] compares the SIMD kernels of this CPU with scalar ones.
-//! - [`gpu_kernels`] compares every GPU kernel with the CPU's, on any [`Device`](tier_plan_cuda::Device).
-//! - [`golden`] and [`whole_model`] compare whole models: with another engine's logits, and with the CPU.
-//! - [`gpu_rates`], [`launches`] and [`speed`] measure a GPU and models on it; [`synth`] writes models to
-//!   be measured.
+//! - [`gpu_kernels`] compares every GPU kernel with the CPU's, on any
+//!   [`Device`](tier_plan_cuda::Device).
+//! - [`golden`] compares whole models with another engine's logits, [`whole_model`] with the CPU's.
+//! - [`gpu_rates`], [`launches`] and [`speed`] measure a GPU and models on it.
+//! - [`synth`] writes models to be measured.
 //! - [`suite`] runs all of it.
 //!
 //! This crate measures and compares. The targets are the caller's.
@@ -54,7 +55,7 @@ pub enum SelftestError {
     /// A forward pass failed.
     #[error(transparent)]
     Run(#[from] RunError),
-    /// The device failed.
+    /// The GPU failed, or a kernel.
     #[error(transparent)]
     Gpu(#[from] CudaError),
     /// The model file is not a GGUF file.
@@ -63,15 +64,15 @@ pub enum SelftestError {
     /// Golden values can't be read, or don't belong together.
     #[error("{}: {what}", path.display())]
     Golden {
-        /// The file.
+        /// Path of the golden values.
         path: PathBuf,
-        /// What is wrong with it.
+        /// Description of the mistake.
         what: String,
     },
     /// A synthetic model could not be written.
     #[error("writing {}: {source}", path.display())]
     Write {
-        /// The file.
+        /// Path of the model.
         path: PathBuf,
         /// Error of the system; part of the message, so not the source of this error.
         r#source: std::io::Error,

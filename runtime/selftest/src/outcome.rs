@@ -3,7 +3,7 @@
 /// A reference value with its tolerance.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Expected {
-    /// Reference value.
+    /// The reference's value.
     pub value: f64,
     /// Largest allowed absolute difference.
     pub allowed: f64,
@@ -31,8 +31,8 @@ impl Expected {
 pub struct Outcome {
     /// Number of values compared.
     pub compared: usize,
-    /// Largest difference as a share of the tolerance: at most 1 passes. NaN if only one of two values
-    /// is NaN.
+    /// Largest difference as a share of the tolerance: at most 1 passes. NaN if only one of two
+    /// values is NaN.
     pub worst: f64,
 }
 

@@ -1,8 +1,8 @@
-//! Measures the speed of a model fully on a device, with its experts in main memory, and on the CPU. All
-//! setups take the same tokens, so that they choose the same experts.
+//! Measures the speed of a model fully on a device, with its experts in main memory, and on the
+//! CPU. All setups take the same tokens, so that they choose the same experts.
 
 use crate::counting::CountingDevice;
-use crate::{Stop, SelftestError};
+use crate::{SelftestError, Stop};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tier_plan_cuda::{CudaError, Device};
@@ -68,7 +68,7 @@ pub struct Effort {
 }
 
 impl Effort {
-    /// For real models.
+    /// Extent for real models.
     pub const FULL: Effort = Effort { prompt: 512, decode: 128, warm: 8, rounds: 3, limit: Duration::from_secs(60) };
 
     /// For a check that everything runs.
@@ -96,8 +96,8 @@ pub struct Timed {
     pub decode_tokens: usize,
     /// Seconds per decoded token.
     pub token_s: f64,
-    /// Seconds of `token_s` in dense stages: attention, norms, routers. For a model that is fully on a
-    /// device, the time is shared out by bytes.
+    /// Seconds of `token_s` in dense stages: attention, norms, routers. For a model that is fully
+    /// on a device, the time is shared out by bytes.
     pub dense_s: f64,
     /// Seconds of `token_s` in routed experts, shared out likewise.
     pub expert_s: f64,

@@ -1,5 +1,5 @@
-//! The complete self-test of a device: first its results, then its speed. A step that fails is a result;
-//! the other steps go on.
+//! The complete self-test of a device: first its results, then its speed. A step that fails is a
+//! result; the other steps go on.
 
 use super::golden::{self, Golden, GoldenErrors};
 use super::gpu_kernels;
@@ -8,7 +8,7 @@ use super::speed::{Effort, Setup, Timed, time};
 use crate::gpu_rates::{Rates, Subject, copy_gbps, matvec_gbps, measure_rates};
 use crate::outcome::Outcome;
 use crate::whole_model::{self, GpuShare, TextMatch};
-use crate::{Stop, SelftestError};
+use crate::{SelftestError, Stop};
 use std::path::Path;
 use std::sync::Arc;
 use tier_plan_cuda::Device;
@@ -155,7 +155,7 @@ pub struct Speeds {
     pub fully_on_gpu: Step<Timed>,
     /// With its experts in main memory; `None` if it has no routed experts.
     pub hybrid: Option<Step<Timed>>,
-    /// On the CPU.
+    /// With everything on the CPU.
     pub processor: Step<Timed>,
 }
 

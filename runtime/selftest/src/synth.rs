@@ -1,8 +1,8 @@
-//! Writes models with the shapes of real ones and random weights, for measurements. Their bytes and their
-//! routing are realistic, their text is noise. Weights are as large as trained ones, so that nothing
-//! overflows, and routers favor some experts.
+//! Writes models with the shapes of real ones and random weights, for measurements. Their bytes and
+//! their routing are realistic, their text is noise. Weights are as large as trained ones, so that
+//! nothing overflows, and routers favor some experts.
 
-use crate::{Stop, SelftestError};
+use crate::{SelftestError, Stop};
 use half::f16;
 use std::fs::File;
 use std::io::{self, BufWriter, Write};
@@ -20,15 +20,16 @@ const MAX_LAYERS: u32 = 24;
 /// Fewest layers of a model whose speed is representative.
 const MIN_LAYERS: u32 = 2;
 
-/// Bytes of a device's memory that are left for the KV cache, buffers, the driver and other programs.
+/// Bytes of a device's memory that are left for the KV cache, buffers, the driver and other
+/// programs.
 const DEVICE_RESERVE_BYTES: u64 = 1 << 30;
 
-/// Standard deviation of a Q4_K value with random bits, if the factors of scales and minimums are 1 and
-/// 7.5: codes of 0 to 15, scales and minimums of 0 to 63. The mean is 0 then.
+/// Standard deviation of a Q4_K value with random bits, if the factors of scales and minimums are 1
+/// and 7.5: codes of 0 to 15, scales and minimums of 0 to 63. The mean is 0 then.
 const SPREAD_Q4_K: f32 = 250.0;
 
-/// Standard deviation of a Q6_K value with random bits, if the factor is 1: codes of -32 to 31, scales of
-/// -128 to 127.
+/// Standard deviation of a Q6_K value with random bits, if the factor is 1: codes of -32 to 31,
+/// scales of -128 to 127.
 const SPREAD_Q6_K: f32 = 1370.0;
 
 /// Sizes of a model with routed experts in every layer and grouped-query attention.
@@ -44,13 +45,13 @@ pub struct Shape {
     pub hidden: u32,
     /// Width between an expert's matrices, a multiple of 256.
     pub ffn: u32,
-    /// Query heads.
+    /// Number of query heads.
     pub heads: u32,
     /// Heads of keys and values.
     pub kv_heads: u32,
     /// Width of a head; all heads together are a multiple of 256.
     pub head: u32,
-    /// Vocabulary size.
+    /// Tokens in the vocabulary.
     pub vocab: u32,
 }
 
@@ -157,7 +158,8 @@ impl Shape {
 /// Writes a model. `progress` receives the bytes written and the total.
 ///
 /// # Errors
-/// When the sizes are unsupported, writing fails, or `stop` returns true. A partial file is left behind.
+/// When the sizes are unsupported, writing fails, or `stop` returns true. A partial file is left
+/// behind.
 pub fn write(
     shape: &Shape,
     path: &Path,
@@ -195,7 +197,8 @@ fn blocks(
     tell: &mut dyn FnMut(usize) -> io::Result<()>,
 ) -> io::Result<()> {
     let width = tensor.dims.first().copied().unwrap_or(1) as f32;
-    // Embeddings are about 1, and logits far enough apart that some tokens are more likely than others.
+    // Embeddings are about 1, and logits far enough apart that some tokens are more likely than
+    // others.
     let spread = match tensor.name.as_str() {
         "token_embd.weight" => 1.0,
         "output.weight" => 20.0 / width.sqrt(),

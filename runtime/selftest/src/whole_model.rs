@@ -19,27 +19,27 @@ const PROMPT_TOKENS: u32 = 24;
 /// Tokens decoded after the prompt.
 const DECODED: usize = 16;
 
-/// Largest allowed NMSE of the logits. Sums have another order, so some codes of 8-bit activations round
-/// to the other side, which grows through the layers to about the effect of other roundings. On the
-/// bundled model, a KV cache of 32 instead of 16 bits changes the logits by 5e-4. Mistakes are far
-/// above the bound.
+/// Largest allowed NMSE of the logits. Sums have another order, so some codes of 8-bit activations
+/// round to the other side, which grows through the layers to about the effect of other roundings.
+/// On the bundled model, a KV cache of 32 instead of 16 bits changes the logits by 5e-4. Mistakes
+/// are far above the bound.
 const MAX_NMSE: f64 = 1e-3;
 
-/// Margin of a token's logit above all others, as a share of the logits' spread, from which on it must
-/// be the most likely token on both.
+/// Margin of a token's logit above all others, as a share of the logits' spread, from which on it
+/// must be the most likely token on both.
 const CLEAR_MARGIN: f32 = 0.02;
 
-/// What of a model is on the GPU.
+/// The share of a model that is on the GPU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum GpuShare {
-    /// Everything.
+    /// Every part of it.
     All,
     /// Everything but the routed experts, which are in main memory.
     AllButExperts,
 }
 
-/// Compares the logits of a prompt, and of the tokens that the CPU decodes after it. `give` opens the
-/// GPU.
+/// Compares the logits of a prompt, and of the tokens that the CPU decodes after it. `give` opens
+/// the GPU.
 ///
 /// # Errors
 /// When the model can't be loaded, or a pass fails.
@@ -68,15 +68,15 @@ pub fn compare(gguf: &Arc<Gguf>, share: GpuShare, give: Option<GiveDevice<'_>>) 
 pub struct TextMatch {
     /// Tokens before the first that differs.
     pub same: usize,
-    /// Tokens requested.
+    /// Number of tokens requested.
     pub total: usize,
-    /// Margin of the CPU's most likely token above the next one, where they differ, as a share of the
-    /// logits' spread.
+    /// Margin of the CPU's most likely token above the next one, where they differ, as a share of
+    /// the logits' spread.
     pub margin: Option<f32>,
 }
 
-/// Continues a prompt greedily by `n` tokens on the CPU and on the GPU that `give` opens, until a token
-/// differs.
+/// Continues a prompt greedily by `n` tokens on the CPU and on the GPU that `give` opens, until a
+/// token differs.
 ///
 /// # Errors
 /// When the model can't be loaded, or a pass fails.

@@ -14,8 +14,8 @@ const MAX_ATTEND_VALUES: usize = 16 << 20;
 /// Most logits that are computed at once, unless one token has more: 16 MiB.
 const MAX_LOGITS: usize = 4 << 20;
 
-/// Most values in the space of the latents that are computed at once: 16 MiB. Fewer in tests, so that
-/// batches have several parts.
+/// Most values in the space of the latents that are computed at once: 16 MiB. Fewer in tests, so
+/// that batches have several parts.
 const MAX_LATENT_VALUES: usize = if cfg!(test) { 512 } else { 4 << 20 };
 
 /// Most jobs per launch.
@@ -66,8 +66,8 @@ pub(super) fn logit_rows(n_vocab: usize, rows: usize) -> usize {
 impl BufferSizes {
     /// Computes the sizes for the parts of `spec` on the GPU of a tier.
     ///
-    /// `batch` is the most tokens of a batch, `rows` the most that a part takes at once, and `context`
-    /// the positions of the KV cache.
+    /// `batch` is the most tokens of a batch, `rows` the most that a part takes at once, and
+    /// `context` the positions of the KV cache.
     pub(crate) fn new(
         spec: &ModelSpec,
         places: &Places,
@@ -240,11 +240,12 @@ pub(super) struct GpuBuffers {
     /// `[n_head, nope, kv_rank]` dequantized projections of a layer from latents to keys.
     pub(super) absorbed: Buffer,
     pub(super) logits: Buffer,
-    /// Routers' choices for a token that stays on the GPU: by layer, experts and then their weights.
+    /// Routers' choices for a token that stays on the GPU: by layer, experts and then their
+    /// weights.
     pub(super) record: Buffer,
     /// Rotations by rope table, `[rows, pairs]` of cosine and sine.
     pub(super) turns: Vec<Buffer>,
-    /// Quantized normalized state.
+    /// Quantized form of the normalized state.
     pub(super) quants: Quants,
     /// Quantized input of a part's last product.
     pub(super) inner: Quants,

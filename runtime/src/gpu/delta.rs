@@ -7,8 +7,8 @@ use tier_plan_cuda::ops::{self, DeltaSizes};
 use tier_plan_cuda::{Buffer, CudaError, Ops};
 use tier_plan_formats::model::spec::{DeltaInput, DeltaRates, DeltaSpec};
 
-/// A layer's delta net with its state. At position 0 the kernels take the state for zero, so neither
-/// loading nor a new text has to write it.
+/// A layer's delta net with its state. At position 0 the kernels take the state for zero, so
+/// neither loading nor a new text has to write it.
 pub(super) struct Delta {
     sizes: DeltaSizes,
     /// Queries, keys and values; with the gates if grouped by key head.

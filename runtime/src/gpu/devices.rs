@@ -15,8 +15,8 @@ pub(crate) struct Devices {
 }
 
 impl Devices {
-    /// Opens the GPU of each real VRAM tier that holds bytes. Its ordinal is the one that the tier names,
-    /// or else the tier's index among the plan's real VRAM tiers, with or without bytes.
+    /// Opens the GPU of each real VRAM tier that holds bytes. Its ordinal is the one that the tier
+    /// names, or else the tier's index among the plan's real VRAM tiers, with or without bytes.
     ///
     /// # Errors
     /// When a GPU is missing, or can't be used.

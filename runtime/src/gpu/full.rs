@@ -1,12 +1,12 @@
-//! A decoded token of a model that is fully on one GPU: everything is launched without waiting, and the
-//! routers' choices are copied to the host at the end.
+//! A decoded token of a model that is fully on one GPU: everything is launched without waiting, and
+//! the routers' choices are copied to the host at the end.
 //!
-//! The launches are recorded once per chunk of the context, and replayed for every token in it. What
-//! differs between tokens, their id and their position, is in the device's memory.
+//! The launches are recorded once per chunk of the context, and replayed for every token in it.
+//! What differs between tokens, their id and their position, is in the device's memory.
 
+use super::Gpu;
 use super::stages::{ChoiceViews, FfnBlock, Head, LayerFfn, LayerMixer, Router};
 use super::workspace::{Output, Residual, Workspace};
-use super::Gpu;
 use crate::gpu::matrix::Matrix;
 use crate::layers::places::{Place, Places};
 use crate::layers::rope::RopeTable;
@@ -37,7 +37,7 @@ pub(crate) struct Token<'a> {
     pub(crate) token: u32,
     /// Hidden state before the first layer, `[hidden]`, if the embedding is elsewhere.
     pub(crate) state: Option<&'a [f32]>,
-    /// Tokens before it.
+    /// Number of tokens before it.
     pub(crate) past: usize,
     /// Experts that the routers chose, `[layers, n_used]`.
     pub(crate) experts: &'a mut [u16],
@@ -66,8 +66,8 @@ pub(crate) fn full_gpu_tier(plan: &Placement, shape: &ModelShape, places: &Place
     (all_parts && all_experts && real && plan.tiers.get(tier).is_some_and(PlanTier::uses_gpu)).then_some(tier)
 }
 
-/// Returns the tier whose GPU holds a whole model, except perhaps the embedding. A decoded token stays
-/// on that GPU from its id to its logits.
+/// Returns the tier whose GPU holds a whole model, except perhaps the embedding. A decoded token
+/// stays on that GPU from its id to its logits.
 pub fn fully_on_gpu(plan: &Placement, shape: &ModelShape) -> Option<TierIdx> {
     full_gpu_tier(plan, shape, &Places::new(plan, shape.n_layer as usize))
 }

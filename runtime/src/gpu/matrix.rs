@@ -4,7 +4,9 @@ use super::buffers::GpuBuffers;
 use crate::layers::weights::DenseWeights;
 use std::ops::Range;
 use std::sync::Arc;
-use tier_plan_cuda::ops::{BatchMatrices, FusedMatvec, GateUpMatrices, Gated, Input, MAX_FUSED, Matrices, Matvec, Quants};
+use tier_plan_cuda::ops::{
+    BatchMatrices, FusedMatvec, GateUpMatrices, Gated, Input, MAX_FUSED, Matrices, Matvec, Quants,
+};
 use tier_plan_cuda::{Buffer, CudaError, Device, Ops, View, source};
 use tier_plan_formats::model::spec::{Activation, GatedFfn, Linear, TensorId};
 use tier_plan_kernels::needs_quants;
@@ -75,8 +77,8 @@ impl GpuLoader<'_> {
     }
 }
 
-/// Computes `out = matrix · x + bias` for `n` rows. `quants` is the quantized form of `x`, where the
-/// matrix takes it.
+/// Computes `out = matrix · x + bias` for `n` rows. `quants` is the quantized form of `x`, where
+/// the matrix takes it.
 pub(super) fn product(
     ops: &Ops,
     matrix: &Matrix,
@@ -107,8 +109,8 @@ pub(super) fn product(
     }
 }
 
-/// Computes the [`product`] of several matrices with the same rows. For few rows, matrices whose formats
-/// are of one family take one launch.
+/// Computes the [`product`] of several matrices with the same rows. For few rows, matrices whose
+/// formats are of one family take one launch.
 pub(super) fn products<'a>(
     ops: &Ops,
     matrices: &[(&'a Matrix, View<'a>)],
@@ -150,8 +152,8 @@ impl FfnMatrices {
         self.gate.takes_quants() || self.up.takes_quants()
     }
 
-    /// Computes `buffers.out = down(silu(gate x) · up x)` for `n` rows of `buffers.answer`, quantized in
-    /// `buffers.quants` where the matrices take that.
+    /// Computes `buffers.out = down(silu(gate x) · up x)` for `n` rows of `buffers.answer`,
+    /// quantized in `buffers.quants` where the matrices take that.
     pub(super) fn run(&self, ops: &Ops, buffers: &mut GpuBuffers, n: usize) -> Result<(), CudaError> {
         let (x, width) = (buffers.answer.view(), self.gate.n_out);
         let (gate, up) = (buffers.ffn_gate.view(), buffers.ffn_up.view());

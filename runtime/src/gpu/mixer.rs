@@ -6,8 +6,8 @@ use super::delta::Delta;
 use super::matrix::{GpuLoader, Matrix, product, products};
 use std::sync::Arc;
 use tier_plan_cuda::ops::{
-    Attend, CacheRows, HeadNorms, Heads as NewHeads, Input, Matrices, MatrixTable, Matvec, Positions, Quants, RopeTurns,
-    SharedView, Strided, TransposedMatvec,
+    Attend, CacheRows, HeadNorms, Heads as NewHeads, Input, Matrices, MatrixTable, Matvec, Positions, Quants,
+    RopeTurns, SharedView, Strided, TransposedMatvec,
 };
 use tier_plan_cuda::{Buffer, CudaError, Device, Ops, View};
 use tier_plan_formats::model::kv::KvType;
@@ -30,8 +30,8 @@ impl CacheSpec {
     }
 }
 
-/// A batch of `n` tokens after `past` others. Their normalized state is in `buffers.answer`, and quantized
-/// in `buffers.quants` where [`Mixer::takes_quants`].
+/// A batch of `n` tokens after `past` others. Their normalized state is in `buffers.answer`, and
+/// quantized in `buffers.quants` where [`Mixer::takes_quants`].
 #[derive(Clone, Copy)]
 pub(super) struct MixerBatch {
     pub(super) n: usize,
@@ -65,12 +65,15 @@ impl Mixer {
     pub(super) fn takes_quants(&self) -> bool {
         match self {
             Self::Gqa(a) => [&a.q, &a.k, &a.v].into_iter().any(Matrix::takes_quants),
-            Self::Mla(a) => a.q_down.as_ref().map_or(&a.q, |down| &down.matrix).takes_quants() || a.kv_down.takes_quants(),
+            Self::Mla(a) => {
+                a.q_down.as_ref().map_or(&a.q, |down| &down.matrix).takes_quants() || a.kv_down.takes_quants()
+            }
             Self::Delta(d) => d.takes_quants(),
         }
     }
 
-    /// Computes `buffers.out = mixer(x)`, and stores the tokens' keys and values, or advances the state.
+    /// Computes `buffers.out = mixer(x)`, and stores the tokens' keys and values, or advances the
+    /// state.
     pub(super) fn run(&self, ops: &Ops, buffers: &mut GpuBuffers, batch: MixerBatch) -> Result<(), CudaError> {
         match self {
             Self::Gqa(a) => a.run(ops, buffers, batch),
@@ -87,7 +90,7 @@ struct QkNorm {
     span: NormSpan,
 }
 
-/// Grouped-query attention.
+/// Grouped-query attention with its KV cache.
 pub(super) struct Gqa {
     spec: GqaSpec,
     q: Matrix,
@@ -104,9 +107,9 @@ pub(super) struct Gqa {
 
 impl Gqa {
     fn new(loader: &GpuLoader<'_>, a: &GqaSpec, rope: Option<usize>, cache: CacheSpec) -> Result<Self, CudaError> {
-        let norms = a.qk_norm.map(|(q, k, span)| {
-            Ok::<_, CudaError>(QkNorm { q: loader.vector(q)?, k: loader.vector(k)?, span })
-        });
+        let norms = a
+            .qk_norm
+            .map(|(q, k, span)| Ok::<_, CudaError>(QkNorm { q: loader.vector(q)?, k: loader.vector(k)?, span }));
         Ok(Self {
             spec: a.clone(),
             q: loader.linear(&a.q)?,
@@ -219,8 +222,8 @@ struct HeadMatrices {
 }
 
 impl HeadMatrices {
-    /// Takes `n_out` rows per head from a matrix in which heads are `stride` rows apart, beginning with
-    /// row `first` of each head.
+    /// Takes `n_out` rows per head from a matrix in which heads are `stride` rows apart, beginning
+    /// with row `first` of each head.
     fn new(
         loader: &GpuLoader<'_>,
         whole: &Matrix,
@@ -238,7 +241,8 @@ impl HeadMatrices {
         Ok(Self { table: MatrixTable::owning(loader.device, matrices)?, ty, n_out, n_in })
     }
 
-    /// Computes `out[token, head] = matrix[head] · x[token, head]`. `heads` has the head of each job.
+    /// Computes `out[token, head] = matrix[head] · x[token, head]`. `heads` has the head of each
+    /// job.
     fn product(
         &self,
         ops: &Ops,
@@ -284,7 +288,7 @@ struct QueryDown {
     norm: Buffer,
 }
 
-/// Multi-head latent attention.
+/// Multi-head latent attention with its KV cache.
 pub(super) struct Mla {
     spec: MlaSpec,
     q_down: Option<QueryDown>,
@@ -323,9 +327,9 @@ impl Mla {
                 (ToLatents::Fused { matrix: kv, key_rows: key_rows? }, to_values)
             }
         };
-        let q_down = a.q_down.map(|(l, norm)| {
-            Ok::<_, CudaError>(QueryDown { matrix: loader.linear(&l)?, norm: loader.vector(norm)? })
-        });
+        let q_down = a
+            .q_down
+            .map(|(l, norm)| Ok::<_, CudaError>(QueryDown { matrix: loader.linear(&l)?, norm: loader.vector(norm)? }));
         Ok(Self {
             q_down: q_down.transpose()?,
             q: loader.linear(&a.q)?,
@@ -398,7 +402,9 @@ impl Mla {
         let rows = |at, stride| Strided { at, stride };
         ops.copy_rows(rows(q, key_dim), jobs, nope, rows(buffers.nope.view(), nope))?;
         match &self.to_latents {
-            ToLatents::Transposed(k) => k.product(ops, &self.heads, jobs, buffers.nope.view(), &mut buffers.inner, latents)?,
+            ToLatents::Transposed(k) => {
+                k.product(ops, &self.heads, jobs, buffers.nope.view(), &mut buffers.inner, latents)?
+            }
             ToLatents::Fused { .. } => {
                 let transposed = TransposedMatvec {
                     w: buffers.absorbed.view(),

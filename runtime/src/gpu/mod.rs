@@ -1,11 +1,12 @@
-//! The parts of a model that run on GPUs beside routed experts: attention with its KV cache, delta nets
-//! with their state, routers, shared experts, dense blocks, the head and the embedding.
+//! The parts of a model that run on GPUs beside routed experts: attention with its KV cache, delta
+//! nets with their state, routers, shared experts, dense blocks, the head and the embedding.
 //!
-//! The hidden state of a batch stays on a GPU while consecutive parts run there. A router's choices are
-//! copied to the CPU, whose expert store knows where experts are. All buffers are allocated at loading.
+//! The hidden state of a batch stays on a GPU while consecutive parts run there. A router's choices
+//! are copied to the CPU, whose expert store knows where experts are. All buffers are allocated at
+//! loading.
 //!
-//! A [`Gpu`] hands out parts: [`MixerPart`](stages::MixerPart), [`RouterPart`](stages::RouterPart) and so
-//! on. Holding one proves that the part is on the GPU, so that running it needs no check.
+//! A [`Gpu`] hands out parts: [`MixerPart`](stages::MixerPart), [`RouterPart`](stages::RouterPart)
+//! and so on. Holding one proves that the part is on the GPU, so that running it needs no check.
 
 mod buffers;
 mod delta;
@@ -147,7 +148,9 @@ impl Gpu {
     /// When it is elsewhere.
     pub(super) fn mixer(&mut self, layer: usize) -> Result<MixerPart<'_>, CudaError> {
         let Self { layers, work, .. } = self;
-        let Some(mixer) = &layers[layer].mixer else { return Err(work.missing(&format!("the mixer of layer {layer}"))) };
+        let Some(mixer) = &layers[layer].mixer else {
+            return Err(work.missing(&format!("the mixer of layer {layer}")));
+        };
         Ok(MixerPart { mixer, work })
     }
 
@@ -203,8 +206,8 @@ impl Gpu {
     }
 }
 
-/// Computes one layer's mixer alone on the GPU emulator. `x` is `[tokens, hidden]`, normalized, and is
-/// split into batches.
+/// Computes one layer's mixer alone on the GPU emulator. `x` is `[tokens, hidden]`, normalized, and
+/// is split into batches.
 #[cfg(test)]
 pub(super) fn mixer_alone(
     mixer: &tier_plan_formats::model::spec::Mixer,

@@ -1,7 +1,8 @@
 //! Whether the parts of a model that a plan places on GPUs can run there.
 //!
-//! A part runs where its weights are: a layer's mixer (with its KV cache), its router, its shared expert or
-//! dense block, the head, and the embedding. The hidden state is copied to where the next part runs.
+//! A part runs where its weights are: a layer's mixer (with its KV cache), its router, its shared
+//! expert or dense block, the head, and the embedding. The hidden state is copied to where the next
+//! part runs.
 
 use crate::error::LoadError;
 use crate::layers::places::Places;
@@ -78,16 +79,15 @@ fn router(gguf: &Gguf, layer: &LayerSpec) -> Option<String> {
         Ffn::Moe(moe) => {
             let groups = moe.groups.map_or(0, |(n, _)| n);
             let too_many = moe.n_expert > MAX_EXPERTS || groups > MAX_GROUPS;
-            let why = format!(
-                "{} experts in {groups} groups, expected at most {MAX_EXPERTS} in {MAX_GROUPS}",
-                moe.n_expert
-            );
+            let why =
+                format!("{} experts in {groups} groups, expected at most {MAX_EXPERTS} in {MAX_GROUPS}", moe.n_expert);
             too_many.then_some(why).or(misplaced(gguf, &moe.router))
         }
     }
 }
 
-/// Returns where a matrix begins that is not aligned within its tensor. Kernels read 16 bytes at once.
+/// Returns where a matrix begins that is not aligned within its tensor. Kernels read 16 bytes at
+/// once.
 fn misplaced(gguf: &Gguf, linear: &Linear) -> Option<String> {
     let tensor = gguf.tensors().get(linear.weight)?;
     let row = tensor.ty.row_bytes(linear.n_in as u64)?;

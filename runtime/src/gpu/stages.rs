@@ -104,8 +104,8 @@ impl Router {
 }
 
 impl LayerMixer {
-    /// Computes to `buffers.out` what the mixer adds to rows, the first of which is at position `past`.
-    /// Launches only: the positions are prepared.
+    /// Computes to `buffers.out` what the mixer adds to rows, the first of which is at position
+    /// `past`. Launches only: the positions are prepared.
     pub(super) fn run(
         &self,
         work: &mut Workspace,
@@ -167,9 +167,7 @@ impl FfnBlock {
         let (ops, buffers, hidden) = (&work.ops, &mut work.buffers, work.hidden);
         self.matrices.run(ops, buffers, n)?;
         match &self.gate {
-            Some(gate) => {
-                ops.sigmoid_gate(gate.view(), buffers.answer.view(), n, hidden, hidden, buffers.out.view())
-            }
+            Some(gate) => ops.sigmoid_gate(gate.view(), buffers.answer.view(), n, hidden, hidden, buffers.out.view()),
             None => Ok(()),
         }
     }

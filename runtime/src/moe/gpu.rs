@@ -1,5 +1,5 @@
-//! A batch's experts on GPUs: each GPU computes as many rows at a time as its buffers hold, while the CPU
-//! computes its own experts.
+//! A batch's experts on GPUs: each GPU computes as many rows at a time as its buffers hold, while
+//! the CPU computes its own experts.
 
 use super::routing::Batch;
 use crate::error::RunError;
@@ -20,7 +20,7 @@ pub(crate) struct StoreStep<'a> {
 pub(crate) enum Flush {
     /// What can be had without delaying the CPU's own experts.
     Some,
-    /// Everything.
+    /// Everything, waiting for it.
     All,
 }
 
@@ -55,12 +55,7 @@ impl GpuBatch {
     ///
     /// # Errors
     /// When a GPU fails.
-    pub(crate) fn ask(
-        &mut self,
-        on: &mut StoreStep<'_>,
-        batch: Batch<'_>,
-        rows: &mut GpuRows,
-    ) -> Result<(), RunError> {
+    pub(crate) fn ask(&mut self, on: &mut StoreStep<'_>, batch: Batch<'_>, rows: &mut GpuRows) -> Result<(), RunError> {
         for gpu in 0..self.waiting.len() {
             let mut free_rows = on.store.gpu_room(gpu);
             let (mut positions, mut done) = (Vec::new(), Vec::new());
@@ -92,8 +87,8 @@ impl GpuBatch {
         Ok(())
     }
 
-    /// Waits for results and adds them to `out`, `[tokens, hidden]`: those of all GPUs, or of the GPUs
-    /// that have more to do.
+    /// Waits for results and adds them to `out`, `[tokens, hidden]`: those of all GPUs, or of the
+    /// GPUs that have more to do.
     ///
     /// # Errors
     /// When a GPU fails.
@@ -113,8 +108,8 @@ impl GpuBatch {
             on.store.fetch_gpu(on.step, gpu, batch.hidden, &mut rows.fetched)?;
             let mut results = rows.fetched.chunks_exact(batch.hidden);
             for ExpertTokens { position, tokens } in self.asked[gpu].drain(..) {
-                // The tokens come first: the shorter side of a zip must not take a result of the next
-                // expert.
+                // The tokens come first: the shorter side of a zip must not take a result of the
+                // next expert.
                 let tokens = &batch.users.of(on.step.experts()[position] as usize)[tokens];
                 for ((token, weight), result) in tokens.iter().zip(&mut results) {
                     kernels.axpy(*weight, result, &mut out[token * batch.hidden..][..batch.hidden]);

@@ -1,5 +1,6 @@
-//! Streams experts from main memory over PCIe to a GPU during prompts, in layers whose router is on the
-//! GPU. Chooses the number that balances transfer time against CPU compute, busiest experts first.
+//! Streams experts from main memory over PCIe to a GPU during prompts, in layers whose router is on
+//! the GPU. Chooses the number that balances transfer time against CPU compute, busiest experts
+//! first.
 
 use super::gpu::{Flush, StoreStep};
 use super::routing::Batch;
@@ -144,10 +145,8 @@ impl Streams {
             return StreamedExperts::default();
         };
         let on_cpu = |position: &usize| store.spot(step, *position).is_none();
-        let expert = |position: usize| StreamedExpert {
-            position,
-            n_tokens: users.of(step.experts()[position] as usize).len(),
-        };
+        let expert =
+            |position: usize| StreamedExpert { position, n_tokens: users.of(step.experts()[position] as usize).len() };
         let mut experts: Vec<_> = (0..step.experts().len()).filter(on_cpu).map(expert).collect();
         let total: usize = experts.iter().map(|e| e.n_tokens).sum();
         // Experts in slots or in flight would give their buffers back too soon.
@@ -162,8 +161,8 @@ impl Streams {
 }
 
 impl StreamSetup<'_> {
-    /// Returns the layers whose experts a tier's GPU may be streamed, by index among those with routed
-    /// experts, and the sizes that they need.
+    /// Returns the layers whose experts a tier's GPU may be streamed, by index among those with
+    /// routed experts, and the sizes that they need.
     fn streamed_layers(&self, tier: TierIdx) -> (Vec<usize>, StreamSizes) {
         let hidden = self.spec.hidden;
         let mut sizes = StreamSizes { tokens: self.batch, rows: self.rows, hidden, ..StreamSizes::default() };
@@ -214,8 +213,8 @@ impl Cost {
         }
     }
 
-    /// Returns how many of the first experts to stream. `counts` are their tokens, descending, of the
-    /// `total` that the CPU would compute otherwise.
+    /// Returns how many of the first experts to stream. `counts` are their tokens, descending, of
+    /// the `total` that the CPU would compute otherwise.
     fn best(&self, counts: &[usize], total: usize) -> usize {
         let mut cpu_s = self.use_s * total as f64;
         let mut best = (cpu_s, 0);
@@ -318,7 +317,7 @@ impl StreamedExperts {
     }
 }
 
-/// Sends one expert.
+/// Copies one expert to the GPU and enqueues its compute.
 fn send_one(
     stream: &mut ExpertStream,
     on: &StoreStep<'_>,

@@ -5,10 +5,10 @@ use super::*;
 use tier_plan_runtime::LoadError;
 use tier_plan_runtime::cuda::CudaError;
 use tier_plan_runtime::quant::TensorType;
-use tier_plan_selftest::suite::GoldenStep;
 use tier_plan_selftest::golden::GoldenErrors;
 use tier_plan_selftest::gpu_rates::{LinkRates, Rates};
 use tier_plan_selftest::launches::Launches;
+use tier_plan_selftest::suite::GoldenStep;
 
 /// A model whose tokens take so many seconds.
 pub fn timed(token_s: f64) -> Timed {
@@ -63,7 +63,10 @@ fn some_results() -> Results {
     let nmse = |value: f64| Ok(all(value));
     Results {
         kernels: vec![("products".into(), Ok(Outcome { compared: 5, worst: 0.25 }))],
-        logits: vec![(GpuShare::All, Ok(Outcome { compared: 5, worst: 1.5 })), (GpuShare::AllButExperts, Err(device_failed()))],
+        logits: vec![
+            (GpuShare::All, Ok(Outcome { compared: 5, worst: 1.5 })),
+            (GpuShare::AllButExperts, Err(device_failed())),
+        ],
         texts: vec![
             (GpuShare::All, Ok(TextMatch { same: 64, total: 64, margin: None })),
             (GpuShare::AllButExperts, Ok(TextMatch { same: 63, total: 64, margin: Some(0.01) })),
@@ -193,7 +196,8 @@ fn what_could_not_be_timed_is_a_row() {
     let found = Speeds { fully_on_gpu: Err(device_failed()), hybrid: None, processor: Ok(timed(0.05)) };
     let rows = speeds(&found, &some_gives(), model);
     assert_eq!(verdicts(&rows), [Verdict::Failed, Verdict::NotRun]);
-    let found = Speeds { fully_on_gpu: Ok(timed(0.05)), hybrid: Some(Ok(timed(0.05))), processor: Err(device_failed()) };
+    let found =
+        Speeds { fully_on_gpu: Ok(timed(0.05)), hybrid: Some(Ok(timed(0.05))), processor: Err(device_failed()) };
     let rows = speeds(&found, &some_gives(), model);
     use Verdict::{Failed, Missed, NoTarget};
     assert_eq!(verdicts(&rows), [NoTarget, Missed, Failed, NoTarget, NoTarget]);

@@ -82,14 +82,14 @@ impl Layer {
         with_biases: bool,
     ) -> Result<Self, CudaError> {
         let layout = ExpertLayout::new(&kind);
-        let buffer =
-            |n: usize| Ok::<_, CudaError>(Arc::new(Buffer::new(device, n.saturating_mul(layout.stride))?));
+        let buffer = |n: usize| Ok::<_, CudaError>(Arc::new(Buffer::new(device, n.saturating_mul(layout.stride))?));
         let (pins, slots) = (buffer(pinned.len())?, buffer(n_slots)?);
         let n = kind.n_expert + n_slots;
         let mut is_pinned = vec![false; kind.n_expert];
         let mut tables: [Vec<Option<SharedView>>; 3] = std::array::from_fn(|_| vec![None; n]);
         for (part, table) in Part::ALL.into_iter().zip(&mut tables) {
-            let shared = |buffer: &Arc<Buffer>, i| SharedView { buffer: Arc::clone(buffer), range: layout.range(i, part) };
+            let shared =
+                |buffer: &Arc<Buffer>, i| SharedView { buffer: Arc::clone(buffer), range: layout.range(i, part) };
             for (i, (expert, _)) in pinned.iter().enumerate() {
                 table[*expert] = Some(shared(&pins, i));
                 is_pinned[*expert] = true;
@@ -149,8 +149,8 @@ impl Layer {
         needs_quants(self.kind.gate) || needs_quants(self.kind.up)
     }
 
-    /// Computes gate, up and the activation: quantized in `inner.quants` or as floats in `inner.gate`,
-    /// as down takes them.
+    /// Computes gate, up and the activation: quantized in `inner.quants` or as floats in
+    /// `inner.gate`, as down takes them.
     pub(super) fn inner(
         &self,
         ops: &Ops,

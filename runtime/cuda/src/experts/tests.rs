@@ -1,8 +1,8 @@
 //! Experts of several mixes of formats on the GPU emulator, against the plain products of the CPU.
 
 use super::*;
-use tier_plan_kernels::needs_quants;
 use crate::shim;
+use tier_plan_kernels::needs_quants;
 use tier_plan_kernels::random::Random;
 use tier_plan_kernels::reference::plain_product;
 use tier_plan_kernels::{Activations, Kernels, Weights};

@@ -85,9 +85,9 @@ pub struct Heads<'a> {
     pub norms: Option<HeadNorms<'a>>,
     /// Rotation of queries and keys, if the layer has any.
     pub turns: Option<RopeTurns<'a>>,
-    /// Number of tokens.
+    /// Number of new tokens.
     pub tokens: usize,
-    /// Query heads.
+    /// Number of query heads.
     pub n_head: usize,
     /// Heads of keys and values.
     pub n_head_kv: usize,
@@ -115,13 +115,14 @@ pub struct AttentionBuffers {
 }
 
 impl AttentionBuffers {
-    /// Returns the number of values that `tokens` tokens need which attend to `positions` positions.
+    /// Returns the number of values that `tokens` tokens need which attend to `positions`
+    /// positions.
     pub fn values(tokens: usize, heads: usize, positions: usize, value_width: usize) -> usize {
         tokens.saturating_mul(heads).saturating_mul(positions.div_ceil(CHUNK)).saturating_mul(value_width)
     }
 
-    /// Returns the bytes of the three buffers for `values` values, at least `least_width` per query and
-    /// chunk.
+    /// Returns the bytes of the three buffers for `values` values, at least `least_width` per query
+    /// and chunk.
     pub fn bytes(values: usize, least_width: usize) -> [usize; 3] {
         let each = (values / least_width.max(1)).saturating_mul(4);
         [values.saturating_mul(4), each, each]
@@ -189,17 +190,20 @@ impl Attend<'_> {
         assert!(self.key_width.is_multiple_of(4) && self.value_row_width.is_multiple_of(4), "widths of rows");
         assert!(self.key_width <= MAX_KEY && self.value_width <= self.value_row_width, "keys of {}", self.key_width);
         assert!(past + self.tokens <= self.context && self.group > 0, "{past} + {} of {}", self.tokens, self.context);
-        assert!(self.keys.len() >= cache(self.key_width) && self.values.len() >= cache(self.value_row_width), "cached rows");
+        assert!(
+            self.keys.len() >= cache(self.key_width) && self.values.len() >= cache(self.value_row_width),
+            "cached rows"
+        );
         assert!(self.queries.words() >= self.tokens * heads * self.key_width, "queries");
         assert!(out.words() >= self.tokens * heads * self.value_width, "results of attention");
         assert!(self.sinks.is_none_or(|s| s.words() >= heads), "a sink per head");
     }
 
-    /// Returns the number of pieces of `len` positions that some of the tokens attend to, from the first
-    /// piece of the first token to the last piece of the last token.
+    /// Returns the number of pieces of `len` positions that some of the tokens attend to, from the
+    /// first piece of the first token to the last piece of the last token.
     ///
-    /// For a single token this is the most at any position of its last piece, so that recorded launches
-    /// serve for all of them.
+    /// For a single token this is the most at any position of its last piece, so that recorded
+    /// launches serve for all of them.
     pub(super) fn pieces(&self, len: usize, first: usize, tokens: usize) -> usize {
         let past = self.positions.past + self.first + first;
         if tokens == 1 {
@@ -210,11 +214,12 @@ impl Attend<'_> {
         (past + tokens).div_ceil(len) - begin
     }
 
-    /// Returns how many tokens from `first` on fit into the buffers at once when the context is cut into
-    /// pieces of `len` positions, and the number of their pieces.
+    /// Returns how many tokens from `first` on fit into the buffers at once when the context is cut
+    /// into pieces of `len` positions, and the number of their pieces.
     pub(super) fn fitting(&self, buffers: &AttentionBuffers, len: usize, first: usize) -> (usize, usize) {
         let heads = self.n_head_kv * self.group;
-        let fits = |tokens: usize| self.pieces(len, first, tokens) * tokens * heads <= buffers.query_chunks(self.value_width);
+        let fits =
+            |tokens: usize| self.pieces(len, first, tokens) * tokens * heads <= buffers.query_chunks(self.value_width);
         let tokens = (1..=self.tokens - first).rev().find(|n| fits(*n));
         let positions = self.positions.past + self.first + first + 1;
         let tokens = tokens.unwrap_or_else(|| panic!("too small buffers for attention to {positions} positions"));
@@ -275,8 +280,8 @@ impl Ops {
         self.launch(kernel, [blocks(heads, 1), few(tokens), 1], 128, &args)
     }
 
-    /// Normalizes and rotates the heads of queries and keys, the queries in place, and stores keys and
-    /// values; one launch.
+    /// Normalizes and rotates the heads of queries and keys, the queries in place, and stores keys
+    /// and values; one launch.
     ///
     /// # Panics
     /// When a head is wider than [`MAX_KEY`].
@@ -320,11 +325,11 @@ impl Ops {
         self.launch(kernel, [blocks(h.n_head + 2 * h.n_head_kv, 1), few(n), 1], 128, &args)
     }
 
-    /// Computes attention; `out` is `[tokens, n_head_kv * group, value_width]`, and `quants` get its
-    /// quantized form, a row per token.
+    /// Computes attention; `out` is `[tokens, n_head_kv * group, value_width]`, and `quants` get
+    /// its quantized form, a row per token.
     ///
-    /// From [`PROMPT_TOKENS`](super::PROMPT_TOKENS) tokens on, 16-bit floats are multiplied, unless the
-    /// keys are too wide for that.
+    /// From [`PROMPT_TOKENS`](super::PROMPT_TOKENS) tokens on, 16-bit floats are multiplied, unless
+    /// the keys are too wide for that.
     ///
     /// # Panics
     /// When a width is not a multiple of 4 (of quantized values, of 32), or keys are wider than

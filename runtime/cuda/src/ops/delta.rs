@@ -27,8 +27,8 @@ pub struct DeltaSizes {
     pub conv_taps: usize,
     /// Assignment of value heads to key heads.
     pub sharing: KeySharing,
-    /// Whether projections are grouped by key head, with the gates among them. Otherwise they are query
-    /// heads, key heads, value heads.
+    /// Whether projections are grouped by key head, with the gates among them. Otherwise they are
+    /// query heads, key heads, value heads.
     pub by_key_head: bool,
     /// Whether strengths and decays are grouped by key head. Otherwise all strengths come first.
     pub rates_by_key_head: bool,
@@ -71,14 +71,14 @@ impl DeltaSizes {
 pub struct Delta<'a> {
     /// Sizes of the layer.
     pub sizes: DeltaSizes,
-    /// Number of tokens.
+    /// Number of tokens of the batch.
     pub tokens: usize,
     /// `[tokens, channels]`, with the gates of all value heads if grouped by key head.
     pub projected: View<'a>,
     /// `[tokens, n_value_head * head_dim]`, unless grouped by key head.
     pub gates: View<'a>,
-    /// Strengths, then decays, `[tokens, n_value_head]` each; or `[tokens, 2 * n_value_head]` grouped
-    /// by key head.
+    /// Strengths, then decays, `[tokens, n_value_head]` each; or `[tokens, 2 * n_value_head]`
+    /// grouped by key head.
     pub raw_rates: View<'a>,
     /// `[channels, conv_taps]`, oldest tap first.
     pub conv: View<'a>,
@@ -126,7 +126,8 @@ impl Delta<'_> {
 
 impl Ops {
     /// Advances a layer's state by tokens: `out = norm(delta(conv(projected))) * silu(gates)`, also
-    /// quantized in `quants`. The result does not depend on how tokens are split into calls, to the bit.
+    /// quantized in `quants`. The result does not depend on how tokens are split into calls, to the
+    /// bit.
     ///
     /// # Panics
     /// When it is quantized and the width of heads is not a multiple of 32.

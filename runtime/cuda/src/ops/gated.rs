@@ -1,5 +1,5 @@
-//! Fused kernels of feed-forward blocks for few rows: gate, up and activation in one launch, and down
-//! with the weighted sum over a token's experts in another.
+//! Fused kernels of feed-forward blocks for few rows: gate, up and activation in one launch, and
+//! down with the weighted sum over a token's experts in another.
 
 use super::products::row_bytes;
 use super::{Input, MATVEC_ROWS, Matrices, MatrixTable, Quants, blocks, few, int, null_or};
@@ -23,8 +23,8 @@ const MANY_BLOCKS: usize = 128;
 pub enum GateUpMatrices<'a> {
     /// One pair for every job.
     One([View<'a>; 2]),
-    /// Job `i` takes the pair whose index is `which[i]`, `[jobs]` integers on the device. For an index
-    /// outside of the tables, the result stays as it is.
+    /// Job `i` takes the pair whose index is `which[i]`, `[jobs]` integers on the device. For an
+    /// index outside of the tables, the result stays as it is.
     Chosen([&'a MatrixTable<'a>; 2], View<'a>),
 }
 
@@ -39,7 +39,7 @@ pub struct Gated<'a> {
     pub biases: [Option<View<'a>>; 2],
     /// Function that combines the two products.
     pub activation: Activation,
-    /// Rows of results.
+    /// Number of rows of results.
     pub jobs: usize,
     /// Rows of a matrix: the width of a result.
     pub n_rows: usize,
@@ -77,8 +77,8 @@ pub struct ChosenSum<'a> {
 }
 
 impl Ops {
-    /// Computes the activation of the products with gate and up, `[jobs, n_rows]`: quantized in `quants`
-    /// if given, otherwise as floats in `out`.
+    /// Computes the activation of the products with gate and up, `[jobs, n_rows]`: quantized in
+    /// `quants` if given, otherwise as floats in `out`.
     pub fn gated(&self, g: &Gated<'_>, out: View<'_>, quants: Option<&mut Quants>) -> Result<(), CudaError> {
         let &Gated { ty, jobs, n_rows, n_cols, jobs_per_x, .. } = g;
         let bytes = n_rows * row_bytes(ty, n_cols);
@@ -129,8 +129,8 @@ impl Ops {
         self.launch(source::gated_kernel(ty), grid, threads, &args)
     }
 
-    /// Computes `out[t] = onto[t] + sum over k of weights[t, k] * (w[which[t, k]] . x[t, k] + bias)` for
-    /// each token `t`, in rows of `n_rows`; `out` may be `onto`.
+    /// Computes `out[t] = onto[t] + sum over k of weights[t, k] * (w[which[t, k]] . x[t, k] +
+    /// bias)` for each token `t`, in rows of `n_rows`; `out` may be `onto`.
     pub fn chosen_sum(&self, s: &ChosenSum<'_>, onto: Option<View<'_>>, out: View<'_>) -> Result<(), CudaError> {
         let &ChosenSum { ty, tokens, n_used, n_rows, n_cols, .. } = s;
         let matrices = Matrices::Chosen(s.table, s.which);

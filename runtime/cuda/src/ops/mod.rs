@@ -1,8 +1,8 @@
 //! Typed operations: the kernels behind functions that check every size once, so that no kernel
 //! accesses memory outside of its buffers.
 //!
-//! Shapes in the documentation are row-major. A *job* is one row of results of a matvec. *Quantized*
-//! activations are [`Quants`]: 8-bit codes with a scale per 32 values.
+//! Shapes in the documentation are row-major. A *job* is one row of results of a matvec.
+//! *Quantized* activations are [`Quants`]: 8-bit codes with a scale per 32 values.
 
 mod attention;
 mod delta;
@@ -12,9 +12,7 @@ mod prompt_attention;
 mod small;
 mod stream;
 
-pub use attention::{
-    Attend, AttentionBuffers, CHUNK, CacheRows, HeadNorms, Heads, MAX_KEY, Positions, RopeTurns,
-};
+pub use attention::{Attend, AttentionBuffers, CHUNK, CacheRows, HeadNorms, Heads, MAX_KEY, Positions, RopeTurns};
 pub use delta::{Delta, DeltaSizes, MAX_DELTA_HEAD};
 pub use gated::{ChosenSum, GateUpMatrices, Gated};
 pub use products::{
@@ -43,12 +41,12 @@ pub struct Ops {
     device: Arc<dyn Device>,
 }
 
-/// Recorded launches.
+/// Launches that were recorded by [`Ops::record`].
 pub struct Recorded(Box<dyn Recording>);
 
 impl Recorded {
-    /// Executes the launches again. The buffers that they were given must still be allocated: a launch
-    /// accesses their addresses unchecked.
+    /// Executes the launches again. The buffers that they were given must still be allocated: a
+    /// launch accesses their addresses unchecked.
     pub fn replay(&self) -> Result<(), CudaError> {
         // SAFETY: the owner of the recording keeps the buffers as long as the recording.
         unsafe { self.0.replay() }
@@ -76,12 +74,12 @@ fn few(n: usize) -> u32 {
 }
 
 impl Ops {
-    /// Wraps a device.
+    /// Makes the operations of a device.
     pub fn new(device: Arc<dyn Device>) -> Self {
         Self { device }
     }
 
-    /// Returns the device.
+    /// Returns the device that the operations run on.
     pub fn device(&self) -> &Arc<dyn Device> {
         &self.device
     }
@@ -106,12 +104,13 @@ impl Ops {
         if blocks.contains(&0) {
             return Ok(());
         }
-        // SAFETY: every caller in this module passes the kernel's arguments and has checked that its
-        // buffers, all of this device, are as long as the kernel reaches.
+        // SAFETY: every caller in this module passes the kernel's arguments and has checked that
+        // its buffers, all of this device, are as long as the kernel reaches.
         unsafe { self.device.launch(kernel, Grid { blocks, threads }, args) }
     }
 
-    /// Reads a whole buffer with `n_blocks` blocks, to measure bandwidth. `out` has a word per thread.
+    /// Reads a whole buffer with `n_blocks` blocks, to measure bandwidth. `out` has a word per
+    /// thread.
     pub fn read_all(&self, from: View<'_>, n_blocks: u32, out: View<'_>) -> Result<(), CudaError> {
         assert!(out.words() >= (n_blocks * THREADS) as usize, "{n_blocks} blocks");
         let args = [from.aligned().arg(), Arg::Long((from.len() / 16) as i64), out.arg()];

@@ -102,7 +102,7 @@ pub struct Matvec<'a> {
     pub matrices: Matrices<'a>,
     /// `[matrices, n_rows]`.
     pub bias: Option<View<'a>>,
-    /// Rows of results.
+    /// Number of rows of results.
     pub jobs: usize,
     /// Rows of a matrix.
     pub n_rows: usize,
@@ -120,7 +120,7 @@ pub struct Matvec<'a> {
 pub struct TransposedMatvec<'a> {
     /// `[heads, n_rows, n_cols]` floats.
     pub w: View<'a>,
-    /// Matrices.
+    /// Number of matrices.
     pub heads: usize,
     /// Rows of results, a multiple of `heads`.
     pub jobs: usize,
@@ -210,7 +210,7 @@ pub struct TokenGroup {
     pub matrix: usize,
     /// First of the gathered tokens.
     pub first: usize,
-    /// Number of tokens.
+    /// Number of tokens in the group.
     pub tokens: usize,
 }
 
@@ -319,7 +319,13 @@ impl Ops {
     ///
     /// # Panics
     /// When there are more matrices, or their formats are not of one [family](source::family).
-    pub fn matvecs(&self, fused: &[FusedMatvec<'_>], tokens: usize, n_cols: usize, x: Input<'_>) -> Result<(), CudaError> {
+    pub fn matvecs(
+        &self,
+        fused: &[FusedMatvec<'_>],
+        tokens: usize,
+        n_cols: usize,
+        x: Input<'_>,
+    ) -> Result<(), CudaError> {
         let Some(first) = fused.first() else { return Ok(()) };
         assert!(fused.len() <= MAX_FUSED, "{} matrices at once", fused.len());
         let (kernel, _) = source::family(first.ty);
@@ -343,7 +349,8 @@ impl Ops {
         self.launch(kernel, [blocks(n_blocks, 1), few(tokens), 1], 32 * MATVEC_ROWS as u32, &args)
     }
 
-    /// Multiplies matrices with many tokens: `out[token, row] = sum over c of w[row, c] * x[token, c]`.
+    /// Multiplies matrices with many tokens: `out[token, row] = sum over c of w[row, c] * x[token,
+    /// c]`.
     ///
     /// # Panics
     /// When the activations are not in the form that the format takes.

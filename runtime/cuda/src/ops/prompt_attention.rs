@@ -80,8 +80,11 @@ impl Ops {
                 buffers.sums.view().arg(),
             ];
             let rows = tokens * a.group;
-            let grid =
-                [blocks(rows, 16 * kernel.warps as u32), few(a.n_head_kv * a.value_width.div_ceil(VALUE_COLUMNS)), few(splits)];
+            let grid = [
+                blocks(rows, 16 * kernel.warps as u32),
+                few(a.n_head_kv * a.value_width.div_ceil(VALUE_COLUMNS)),
+                few(splits),
+            ];
             self.launch(kernel.name, grid, 32 * kernel.warps as u32, &args)?;
             self.join(a, buffers, first..first + tokens, splits, to, quants)?;
             first += tokens;

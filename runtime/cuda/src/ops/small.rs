@@ -47,7 +47,7 @@ pub struct AddNorm<'a> {
 /// Groups of experts, of which a token chooses from the best.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ExpertGroups {
-    /// Number of groups.
+    /// Number of groups of the layer.
     pub n: usize,
     /// Groups that a token chooses from.
     pub kept: usize,
@@ -79,8 +79,8 @@ impl From<&MoeSpec> for RouterSpec {
 }
 
 impl Ops {
-    /// Computes `out = x / sqrt(mean(x^2) + eps) * weight` for each of `rows` rows of `width` values;
-    /// `out` may be `x`.
+    /// Computes `out = x / sqrt(mean(x^2) + eps) * weight` for each of `rows` rows of `width`
+    /// values; `out` may be `x`.
     pub fn rms_norm(
         &self,
         x: View<'_>,
@@ -93,7 +93,8 @@ impl Ops {
         self.rms_norm_of(Strided { at: x, stride: width }, weight, rows, width, eps, Strided { at: out, stride: width })
     }
 
-    /// Computes [`rms_norm`](Self::rms_norm) of strided rows. The values between them stay as they are.
+    /// Computes [`rms_norm`](Self::rms_norm) of strided rows. The values between them stay as they
+    /// are.
     pub fn rms_norm_of(
         &self,
         x: Strided<'_>,
@@ -111,8 +112,8 @@ impl Ops {
         self.launch("rms_norm", [blocks(rows, 1), 1, 1], THREADS, &args)
     }
 
-    /// Computes `x += residual`, and the [norm](Self::rms_norm) of the sum to `out` and, quantized, to
-    /// `quants`; one launch.
+    /// Computes `x += residual`, and the [norm](Self::rms_norm) of the sum to `out` and, quantized,
+    /// to `quants`; one launch.
     ///
     /// # Panics
     /// When `width` is not a multiple of 32 where it is quantized.
@@ -150,8 +151,8 @@ impl Ops {
         self.launch("gate", [blocks(n, THREADS), 1, 1], THREADS, &[x.arg(), gate.arg(), int(n)])
     }
 
-    /// Chooses experts for each token: `experts` and `weights` are `[tokens, n_used]`, largest score
-    /// first.
+    /// Chooses experts for each token: `experts` and `weights` are `[tokens, n_used]`, largest
+    /// score first.
     ///
     /// # Panics
     /// When there are more than [`MAX_EXPERTS`] experts or [`MAX_GROUPS`] groups.
@@ -191,8 +192,8 @@ impl Ops {
         self.launch("route", [blocks(tokens, 1), 1, 1], 128, &args)
     }
 
-    /// Combines the products with gate and up of `rows` rows of `width` values, in place in `gate` and
-    /// quantized in `quants`.
+    /// Combines the products with gate and up of `rows` rows of `width` values, in place in `gate`
+    /// and quantized in `quants`.
     pub fn activate(
         &self,
         activation: Activation,
@@ -222,8 +223,8 @@ impl Ops {
         self.launch("add", [blocks(n, THREADS), 1, 1], THREADS, &[x.arg(), y.arg(), int(n)])
     }
 
-    /// Adds a bias of `[n_bias, width]` to each of `rows` rows of `width` values: the first one, or the
-    /// one whose index is in `which`, `[rows]`. An index outside of the biases adds nothing.
+    /// Adds a bias of `[n_bias, width]` to each of `rows` rows of `width` values: the first one, or
+    /// the one whose index is in `which`, `[rows]`. An index outside of the biases adds nothing.
     pub fn add_bias(
         &self,
         x: View<'_>,
@@ -240,8 +241,8 @@ impl Ops {
         self.launch("add_bias", [blocks(n, THREADS), 1, 1], THREADS, &args)
     }
 
-    /// Multiplies each row of `out`, `[rows, width]`, by the sigmoid of the dot product of `gate`, `[n]`,
-    /// and its row of `x`, `[rows, n]`.
+    /// Multiplies each row of `out`, `[rows, width]`, by the sigmoid of the dot product of `gate`,
+    /// `[n]`, and its row of `x`, `[rows, n]`.
     pub fn sigmoid_gate(
         &self,
         gate: View<'_>,

@@ -19,8 +19,8 @@ impl Ops {
         self.launch("gather_rows", [blocks(width, THREADS), few(n), 1], THREADS, &args)
     }
 
-    /// Computes `to[which[row]] += weights[row] * x[row]` for `n` rows of `width`. The indices are not
-    /// checked, and no index may occur twice.
+    /// Computes `to[which[row]] += weights[row] * x[row]` for `n` rows of `width`. The indices are
+    /// not checked, and no index may occur twice.
     pub fn add_rows(
         &self,
         x: View<'_>,

@@ -20,11 +20,13 @@ const MIXED_TOLERANCE: f64 = 1e-5;
 /// Relative rounding error of 16-bit floats.
 const F16_EPSILON: f64 = 1.0 / 2048.0;
 
-/// Largest allowed NMSE of a prompt's results. Rounding to 16-bit floats is off by 2e-4 of a value on
-/// average, squared 4e-8. Scores here are 1.3 on average, so they are off by 7e-8, twice where keys are
-/// rounded as well as queries, and the weights with them. Weights and values are rounded by 4e-8 each.
+/// Largest allowed NMSE of a prompt's results. Rounding to 16-bit floats is off by 2e-4 of a value
+/// on average, squared 4e-8. Scores here are 1.3 on average, so they are off by 7e-8, twice where
+/// keys are rounded as well as queries, and the weights with them. Weights and values are rounded
+/// by 4e-8 each.
 ///
-/// That is 2.2e-7 on average over many values. Single queries and few positions deviate from the average.
+/// That is 2.2e-7 on average over many values. Single queries and few positions deviate from the
+/// average.
 const PROMPT_NMSE: f64 = 1e-6;
 
 pub(super) fn checks() -> Vec<Check> {
@@ -80,7 +82,8 @@ fn store(ops: &Ops, random: &mut Random, kv_type: KvType) -> Result<Outcome, Cud
     for width in [4, 32, 40, 128, 576] {
         let (tokens, heads, context, past) = (2, 3, 7, 4);
         let mut x: Vec<f32> = random.activations(tokens * heads * width);
-        // A tie between two 16-bit floats, one below the smallest, zeros, and one too large for 16 bits.
+        // A tie between two 16-bit floats, one below the smallest, zeros, and one too large for 16
+        // bits.
         (x[0], x[1], x[2], x[3]) = (1.0 + 1.0 / 2048.0, 3e-8, 1e-6, -1e-5);
         x[width..width + 4].fill(0.0);
         x[2 * width] = 70_000.0;
@@ -123,43 +126,27 @@ fn place(ops: &Ops, random: &mut Random, kv_type: KvType) -> Result<Outcome, Cud
                 let (q, k, v) = (Buffer::of_f32(device, &q)?, Buffer::of_f32(device, &k)?, Buffer::of_f32(device, &v)?);
                 let keys = Buffer::of_bytes(device, &rows(key_width))?;
                 let values = Buffer::of_bytes(device, &rows(value_width))?;
+                let heads = Heads {
+                    queries: q.view(),
+                    new_keys: k.view(),
+                    new_values: v.view(),
+                    norms: normed.then_some(HeadNorms { queries: norms[0].view(), keys: norms[1].view(), eps: 1e-6 }),
+                    turns: turned.then_some(RopeTurns { values: turns.view(), kind, half }),
+                    tokens,
+                    n_head,
+                    n_head_kv,
+                    key_width,
+                    value_width,
+                    kv_type,
+                    context,
+                    positions,
+                    keys: keys.view(),
+                    values: values.view(),
+                };
                 if fused {
-                    ops.place_heads(&Heads {
-                        queries: q.view(),
-                        new_keys: k.view(),
-                        new_values: v.view(),
-                        norms: normed.then_some(HeadNorms {
-                            queries: norms[0].view(),
-                            keys: norms[1].view(),
-                            eps: 1e-6,
-                        }),
-                        turns: turned.then_some(RopeTurns { values: turns.view(), kind, half }),
-                        tokens,
-                        n_head,
-                        n_head_kv,
-                        key_width,
-                        value_width,
-                        kv_type,
-                        context,
-                        positions,
-                        keys: keys.view(),
-                        values: values.view(),
-                    })?;
+                    ops.place_heads(&heads)?
                 } else {
-                    for (x, norm, heads) in [(&q, &norms[0], n_head), (&k, &norms[1], n_head_kv)] {
-                        if normed {
-                            // Rows are so narrow that the order of sums is that of the fused kernel.
-                            ops.rms_norm(x.view(), Some(norm.view()), tokens * heads, key_width, 1e-6, x.view())?;
-                        }
-                        if turned {
-                            let turns = RopeTurns { values: turns.view(), kind, half };
-                            ops.rope(x.view(), &turns, tokens, heads, key_width)?;
-                        }
-                    }
-                    for (x, cache, width) in [(&k, &keys, key_width), (&v, &values, value_width)] {
-                        let rows = CacheRows { kv_type, at: cache.view(), heads: n_head_kv, context, width };
-                        ops.store(x.view(), tokens, positions, &rows)?;
-                    }
+                    place_by_single_kernels(ops, &heads)?
                 }
                 results.push([q.view().to_bytes()?, keys.view().to_bytes()?, values.view().to_bytes()?]);
             }
@@ -178,7 +165,10 @@ fn place(ops: &Ops, random: &mut Random, kv_type: KvType) -> Result<Outcome, Cud
                 for (row, (got, expected)) in rows.enumerate() {
                     if (past..past + tokens).contains(&(row % context)) {
                         let expected = widened(kv_type, expected, width);
-                        outcome.compare(&widened(kv_type, got, width), expected.iter().map(|v| Expected::within(*v, allowed)));
+                        outcome.compare(
+                            &widened(kv_type, got, width),
+                            expected.iter().map(|v| Expected::within(*v, allowed)),
+                        );
                     } else {
                         outcome.compare_exact(got, expected);
                     }
@@ -187,6 +177,25 @@ fn place(ops: &Ops, random: &mut Random, kv_type: KvType) -> Result<Outcome, Cud
         }
     }
     Ok(outcome)
+}
+
+/// Normalizes, rotates and stores heads with one kernel per step.
+fn place_by_single_kernels(ops: &Ops, h: &Heads<'_>) -> Result<(), CudaError> {
+    let norms = h.norms.map_or([None; 2], |norms| [Some(norms.queries), Some(norms.keys)]);
+    for (x, norm, heads) in [(h.queries, norms[0], h.n_head), (h.new_keys, norms[1], h.n_head_kv)] {
+        if let Some(norm) = norm {
+            // Rows are so narrow that the order of sums is that of the fused kernel.
+            ops.rms_norm(x, Some(norm), h.tokens * heads, h.key_width, 1e-6, x)?;
+        }
+        if let Some(turns) = &h.turns {
+            ops.rope(x, turns, h.tokens, heads, h.key_width)?;
+        }
+    }
+    let (kv_type, heads, context) = (h.kv_type, h.n_head_kv, h.context);
+    for (x, at, width) in [(h.new_keys, h.keys, h.key_width), (h.new_values, h.values, h.value_width)] {
+        ops.store(x, h.tokens, h.positions, &CacheRows { kv_type, at, heads, context, width })?;
+    }
+    Ok(())
 }
 
 /// Sizes of an attention.
@@ -227,7 +236,7 @@ fn attend(ops: &Ops, random: &mut Random, kv_type: KvType) -> Result<Outcome, Cu
     ];
     let mut outcome = Outcome::default();
     for case in cases {
-        outcome.merge(one(ops, random, kv_type, case)?);
+        outcome.merge(compare_case(ops, random, kv_type, case)?);
     }
     Ok(outcome)
 }
@@ -273,7 +282,7 @@ fn prompt(ops: &Ops, random: &mut Random, kv_type: KvType) -> Result<Outcome, Cu
     ];
     let mut outcome = Outcome::default();
     for case in cases {
-        outcome.merge(one(ops, random, kv_type, case)?);
+        outcome.merge(compare_case(ops, random, kv_type, case)?);
     }
     Ok(outcome)
 }
@@ -321,7 +330,7 @@ fn parts_of_a_prompt(ops: &Ops, random: &mut Random, kv_type: KvType) -> Result<
     Ok(outcome)
 }
 
-fn one(ops: &Ops, random: &mut Random, kv_type: KvType, case: Case) -> Result<Outcome, CudaError> {
+fn compare_case(ops: &Ops, random: &mut Random, kv_type: KvType, case: Case) -> Result<Outcome, CudaError> {
     let Case { n_head_kv, group, key_width, latent, value_width, tokens, past, window, sinks } = case;
     let (heads, context) = (n_head_kv * group, past + tokens + 3);
     let mut rows_of = |width: usize| -> (Vec<u8>, Vec<Vec<f32>>) {
@@ -386,21 +395,11 @@ fn one(ops: &Ops, random: &mut Random, kv_type: KvType, case: Case) -> Result<Ou
         let end = past + t + 1;
         let seen = window.map_or(0, |w| end.saturating_sub(w))..end;
         let first = head / group * context;
-        let score = |p: usize| -> f64 {
-            let products = query.iter().zip(&keys[first + p]).map(|(q, k)| f64::from(*q) * f64::from(*k));
-            f64::from(scale) * products.sum::<f64>()
-        };
-        let scores: Vec<f64> = seen.clone().map(score).collect();
+        let (seen_keys, seen_values) = (&keys[first..][seen.clone()], &values[first..][seen]);
         let sink = sinks.then(|| f64::from(sink_values[head]));
-        let most = scores.iter().copied().chain(sink).fold(f64::NEG_INFINITY, f64::max);
-        let total: f64 = scores.iter().copied().chain(sink).map(|s| (s - most).exp()).sum();
-        let mut expected = vec![0.0f64; value_width];
-        for (p, score) in seen.clone().zip(&scores) {
-            let weight = (score - most).exp() / total;
-            expected.iter_mut().zip(&values[first + p]).for_each(|(e, v)| *e += weight * f64::from(*v));
-        }
-        let allowed =
-            if halves { F16_EPSILON * in_halves(kv_type, f64::from(scale), query, &keys[first..][seen]) } else { 0.0 };
+        let mut expected = plain_attention(f64::from(scale), query, seen_keys, seen_values, sink);
+        expected.truncate(value_width);
+        let allowed = if halves { F16_EPSILON * in_halves(kv_type, f64::from(scale), query, seen_keys) } else { 0.0 };
         squared_error += got.iter().zip(&expected).map(|(got, e)| (f64::from(*got) - e).powi(2)).sum::<f64>();
         squared_norm += expected.iter().map(|e| e * e).sum::<f64>();
         outcome.compare(got, expected.into_iter().map(|value| Expected { value, allowed: MIXED_TOLERANCE + allowed }));
@@ -411,10 +410,27 @@ fn one(ops: &Ops, random: &mut Random, kv_type: KvType, case: Case) -> Result<Ou
     Ok(outcome)
 }
 
+/// Computes attention of one query in 64-bit floats.
+fn plain_attention(scale: f64, query: &[f32], keys: &[Vec<f32>], values: &[Vec<f32>], sink: Option<f64>) -> Vec<f64> {
+    let score = |key: &Vec<f32>| -> f64 {
+        let products = query.iter().zip(key).map(|(q, k)| f64::from(*q) * f64::from(*k));
+        scale * products.sum::<f64>()
+    };
+    let scores: Vec<f64> = keys.iter().map(score).collect();
+    let most = scores.iter().copied().chain(sink).fold(f64::NEG_INFINITY, f64::max);
+    let total: f64 = scores.iter().copied().chain(sink).map(|s| (s - most).exp()).sum();
+    let mut mixed = vec![0.0f64; values.first().map_or(0, Vec::len)];
+    for (score, value) in scores.iter().zip(values) {
+        let weight = (score - most).exp() / total;
+        mixed.iter_mut().zip(value).for_each(|(sum, v)| *sum += weight * f64::from(*v));
+    }
+    mixed
+}
+
 /// Returns the largest error of 16-bit floats, in units of [`F16_EPSILON`] of the largest value.
 ///
-/// Each score is off by a share of the magnitudes in it, which changes weights and their sum. Weights,
-/// their sum, and values that are not stored as F16 are off by their own rounding.
+/// Each score is off by a share of the magnitudes in it, which changes weights and their sum.
+/// Weights, their sum, and values that are not stored as F16 are off by their own rounding.
 fn in_halves(kv_type: KvType, scale: f64, query: &[f32], keys: &[Vec<f32>]) -> f64 {
     let magnitude = |key: &Vec<f32>| -> f64 { query.iter().zip(key).map(|(q, k)| f64::from((q * k).abs())).sum() };
     let most = scale * keys.iter().map(magnitude).fold(0.0, f64::max);

@@ -10,8 +10,8 @@ use tier_plan_formats::model::spec::KeySharing;
 use tier_plan_kernels::random::Random;
 use tier_plan_kernels::{DeltaStep, Kernels};
 
-/// Tolerance of a value, relative to itself or to the root mean square of all values: exponentials are
-/// computed differently, and sums have another order.
+/// Tolerance of a value, relative to itself or to the root mean square of all values: exponentials
+/// are computed differently, and sums have another order.
 const VALUE_TOLERANCE: f64 = 2e-5;
 
 const EPS: f32 = 1e-6;

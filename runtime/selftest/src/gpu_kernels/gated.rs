@@ -1,5 +1,5 @@
-//! Fused kernels for few rows: several matrices at once, gate and up with the activation, and down with the
-//! weighted sum over a token's experts.
+//! Fused kernels for few rows: several matrices at once, gate and up with the activation, and down
+//! with the weighted sum over a token's experts.
 
 use super::Check;
 use super::products::Inputs;
@@ -89,8 +89,8 @@ fn activated(activation: Activation, gate: Expected, up: Expected) -> Expected {
     Expected { value: left * right, allowed: allowed + VALUE_TOLERANCE * (left * right).abs() + 1e-30 }
 }
 
-/// Compares quantized values. Codes are the nearest ones, or the next if a value may lie on either side.
-/// Scales are those of the largest value, and sums those of the codes.
+/// Compares quantized values. Codes are the nearest ones, or the next if a value may lie on either
+/// side. Scales are those of the largest value, and sums those of the codes.
 fn quantized(outcome: &mut Outcome, quants: &Quants, expected: &[Expected]) -> Result<(), CudaError> {
     let codes: Vec<f32> = quants.codes.view().to_bytes()?.iter().map(|b| f32::from(*b as i8)).collect();
     let (scales, sums) = (quants.scales.view().to_f32()?, quants.sums.view().to_f32()?);
@@ -207,7 +207,8 @@ impl Experts {
     }
 }
 
-/// Compares two tokens that chose three of five experts each; one expert is missing, one index invalid.
+/// Compares two tokens that chose three of five experts each; one expert is missing, one index
+/// invalid.
 fn experts(ops: &Ops, random: &mut Random, ty: TensorType) -> Result<Outcome, CudaError> {
     let mut outcome = Outcome::default();
     let (n_used, tokens, cols) = (3, 2, columns(ty, 96));
@@ -249,8 +250,8 @@ fn experts(ops: &Ops, random: &mut Random, ty: TensorType) -> Result<Outcome, Cu
     Ok(outcome)
 }
 
-/// Compares sums over the experts of a token: fewer runs than lanes, more experts than lanes, several
-/// tokens.
+/// Compares sums over the experts of a token: fewer runs than lanes, more experts than lanes,
+/// several tokens.
 fn sums(ops: &Ops, random: &mut Random, ty: TensorType) -> Result<Outcome, CudaError> {
     let mut outcome = Outcome::default();
     let sizes = [(1, 8, 6, 768, true), (2, 3, 9, 32, false), (1, 35, 3, 64, true), (1, 1, 5, 1056, false)];

@@ -1,5 +1,5 @@
-//! Compares every GPU kernel with the CPU's scalar kernels, over random data. The same checks run on a GPU,
-//! in `tier-plan selftest`, and on the GPU emulator, in the tests.
+//! Compares every GPU kernel with the CPU's scalar kernels, over random data. The same checks run
+//! on a GPU, in `tier-plan selftest`, and on the GPU emulator, in the tests.
 
 mod attention;
 mod delta;

@@ -187,7 +187,8 @@ fn product(ops: &Ops, random: &mut Random, ty: TensorType) -> Result<Outcome, Cu
     Ok(outcome)
 }
 
-/// Compares two tokens that chose three of five experts each; one expert is missing, one index invalid.
+/// Compares two tokens that chose three of five experts each; one expert is missing, one index
+/// invalid.
 fn chosen(ops: &Ops, random: &mut Random, ty: TensorType) -> Result<Outcome, CudaError> {
     let (n_rows, cols, n_expert, n_used, tokens) = (6, ty.block_len().max(32) * 3, 5, 3, 2);
     let inputs = Inputs::new(ops, random, ty, tokens, cols)?;
@@ -225,7 +226,8 @@ fn chosen(ops: &Ops, random: &mut Random, ty: TensorType) -> Result<Outcome, Cud
     Ok(outcome)
 }
 
-/// Compares many tokens: with one matrix, and with those of several experts, of which one is missing.
+/// Compares many tokens: with one matrix, and with those of several experts, of which one is
+/// missing.
 fn batches(ops: &Ops, random: &mut Random, ty: TensorType) -> Result<Outcome, CudaError> {
     let mut outcome = Outcome::default();
     let cols = |n: usize| n.next_multiple_of(ty.block_len().max(32));

@@ -239,7 +239,13 @@ fn route(ops: &Ops, random: &mut Random) -> Result<Outcome, CudaError> {
     let cases = [
         plain,
         RouterSpec { n_expert: 60, n_used: 4, normalize: false, ..plain },
-        RouterSpec { n_expert: 256, gating: Gating::Sigmoid, groups: Some(ExpertGroups { n: 8, kept: 4 }), scale: 2.5, ..plain },
+        RouterSpec {
+            n_expert: 256,
+            gating: Gating::Sigmoid,
+            groups: Some(ExpertGroups { n: 8, kept: 4 }),
+            scale: 2.5,
+            ..plain
+        },
         RouterSpec { n_expert: 384, gating: Gating::Sigmoid, scale: 2.827, ..plain },
         RouterSpec { n_expert: 32, n_used: 4, gating: Gating::SoftmaxChosen, normalize: false, ..plain },
         RouterSpec { n_expert: 1024, n_used: 10, gating: Gating::SqrtSoftplus, ..plain },
