@@ -283,7 +283,7 @@ fn what_is_missing_or_too_old_is_named_with_the_mend() {
     refused(&[("STAND_IN_FAULT", "cuInit:1:999")], &[], &["GPU 0: starting the driver failed"]);
     let missing = [("TIER_PLAN_NVRTC", "/nowhere/libnvrtc.so")];
     refused(&missing, &[], &["NVRTC was not found (/nowhere/libnvrtc.so", "nvidia-cuda-nvrtc", "TIER_PLAN_NVRTC"]);
-    refused(&[("STAND_IN_NVRTC", "11")], &[], &["12.0 or newer is needed", "libnvrtc.so"]);
+    refused(&[("STAND_IN_NVRTC", "11")], &[], &["expected 12.0 or newer", "libnvrtc.so"]);
     let newer = ["loading the kernels of ops.cu", "NVRTC 13.4", "newer than the driver", "update the driver"];
     refused(&[("STAND_IN_NVRTC", "13")], &[], &newer);
     refused(&[("STAND_IN_COMPILES", "0")], &[], &["ops.cu do not compile for sm_86", "no text is well today"]);
@@ -315,7 +315,7 @@ fn whatever_fails_ends_the_program_with_an_error() {
         ("cuMemPoolSetAttribute:1:1", "its memory pool"),
         ("cuMemGetInfo_v2:1:999", "free memory"),
         // Once is not enough: what is free may lie in pieces.
-        ("cuMemAllocAsync:20:2,cuMemAllocAsync:21:2", "has no room for"),
+        ("cuMemAllocAsync:20:2,cuMemAllocAsync:21:2", "is out of memory"),
         ("cuMemAllocAsync:20:719", "allocating"),
         ("cuMemHostAlloc:1:2", "pinning host memory"),
         ("cuEventCreate:2:2", "pinning host memory"),

@@ -87,10 +87,12 @@ fn of_load(error: &LoadError) -> Option<String> {
         LoadError::Gpu { source, .. } => {
             Some(of_cuda(source).unwrap_or_else(|| "solve again with --vram 0 to leave the GPU out".to_string()))
         }
-        LoadError::OnGpu { tier, group: Some(group), .. } => {
+        LoadError::OnGpu { group: "kv_cache", .. } => {
+            Some("solve again: a new plan keeps the KV cache with its attention".to_string())
+        }
+        LoadError::OnGpu { tier, group, .. } => {
             Some(format!("solve again with --forbid {tier}:{group}, or with --vram 0"))
         }
-        LoadError::OnGpu { .. } => Some("solve again: a new plan keeps the KV cache with its attention".to_string()),
         LoadError::GpuFull { tier, .. } => {
             Some(format!("solve again with a smaller --budget {tier}=SIZE, or free some of the GPU's memory"))
         }

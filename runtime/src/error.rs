@@ -37,8 +37,8 @@ pub enum LoadError {
         /// What the system said; part of the message, so no source of its own.
         r#source: std::io::Error,
     },
-    /// A GPU of the plan is missing, or failed.
-    #[error("plan '{plan}' uses a GPU: {source}")]
+    /// The GPU that the plan wants is not there, or failed.
+    #[error("plan '{plan}' uses a GPU's memory: {source}")]
     Gpu {
         /// Name of the plan.
         plan: String,
@@ -53,23 +53,24 @@ pub enum LoadError {
         /// What is wrong; part of the message, so no source of its own.
         r#source: NumaError,
     },
-    /// A part of the model can't run on the GPU where the plan puts it.
-    #[error("plan '{plan}' puts on tier '{tier}', a GPU's memory, what can't run there: {what}")]
+    /// A part of the model is placed on a GPU that can't run it.
+    #[error("plan '{plan}' puts {group} of layer {layer} on tier '{tier}', a GPU that can't run it: {why}")]
     OnGpu {
         /// Name of the plan.
         plan: String,
         /// Name of the tier.
         tier: String,
-        /// The tensor group that a plan without this fault keeps off the tier; `None` for the KV
-        /// cache, which a plan made today puts elsewhere.
-        group: Option<&'static str>,
-        /// The part, and why it can't run there.
-        what: String,
+        /// Tensor group of the part as in plans, `attention`; or `kv_cache`.
+        group: &'static str,
+        /// Layer of the part, from 0.
+        layer: usize,
+        /// What the GPU does not support.
+        why: String,
     },
     /// A GPU has too little memory for what the plan puts there and what computes with it.
     #[error(
-        "plan '{plan}' needs {needed} bytes of tier '{tier}', and {device} has {free} free: {weights} for weights, \
-         {cache} for the KV cache, {work} for buffers, and {reserve} for the driver"
+        "plan '{plan}' needs {needed} bytes of tier '{tier}', and {device} has {free} free: {weights} of weights, {cache} of \
+         KV cache, {work} of buffers and {reserve} for the driver"
     )]
     GpuFull {
         /// Name of the plan.

@@ -1,7 +1,7 @@
 //! Compiles every GPU kernel with NVRTC, which needs no GPU, for the architectures that people have. Ignored unless asked
 //! for, since NVRTC is a large download: `.ci/nvrtc` fetches it and runs this.
 
-use tier_plan_runtime::cuda::{Compiler, source::MODULES};
+use tier_plan_runtime::cuda::{Compiler, Version, source::MODULES};
 
 /// Turing, Ampere (A100; GeForce), Ada, Hopper, Blackwell.
 const CAPABILITIES: [(i32, i32); 6] = [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (12, 0)];
@@ -15,7 +15,7 @@ const MOST_OF_LARGE_BLOCKS: u32 = 128;
 /// The architectures to compile for. What an older compiler makes differs little from one to the next, so that it is
 /// asked for the oldest and the newest; `.ci/nightly` has it make all.
 fn capabilities(compiler: &Compiler) -> Vec<(i32, i32)> {
-    if compiler.version().0 >= 13 || std::env::var_os("TIER_PLAN_NIGHTLY").is_some() {
+    if compiler.version().major >= 13 || std::env::var_os("TIER_PLAN_NIGHTLY").is_some() {
         return CAPABILITIES.into();
     }
     vec![CAPABILITIES[0], CAPABILITIES[CAPABILITIES.len() - 1]]
@@ -26,12 +26,12 @@ fn capabilities(compiler: &Compiler) -> Vec<(i32, i32)> {
 fn every_kernel_compiles_for_every_architecture() {
     let compiler = Compiler::find().unwrap();
     let known = compiler.architectures().unwrap();
-    println!("NVRTC {}.{}: architectures {known:?}", compiler.version().0, compiler.version().1);
-    for capability in capabilities(&compiler) {
-        let arch = 10 * capability.0 + capability.1;
+    println!("NVRTC {}: architectures {known:?}", compiler.version());
+    for (major, minor) in capabilities(&compiler) {
+        let arch = 10 * major + minor;
         assert!(known.contains(&arch), "this NVRTC makes no code for sm_{arch}");
         for module in &MODULES {
-            let compiled = compiler.compile(module, capability).unwrap();
+            let compiled = compiler.compile(module, Version { major, minor }).unwrap();
             let has = |name: &str| compiled.image.windows(name.len()).any(|w| w == name.as_bytes());
             assert!(compiled.image.starts_with(b"\x7fELF"), "{} for sm_{arch} is no machine code", module.name);
             let entries: Vec<(&str, u32, u32)> = entries(&compiled.log);
@@ -43,7 +43,7 @@ fn every_kernel_compiles_for_every_architecture() {
                 let most = if kernel.starts_with("gated_") { MOST_OF_LARGE_BLOCKS } else { MOST_REGISTERS };
                 assert!(*registers <= most, "{kernel} takes {registers} registers on sm_{arch}");
                 assert_eq!(*spilled, 0, "{kernel} keeps registers in memory on sm_{arch}");
-                if capability == (8, 6) {
+                if arch == 86 {
                     println!("sm_86 {kernel}: {registers} registers");
                 }
             }

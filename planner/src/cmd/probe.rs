@@ -147,7 +147,8 @@ fn print_gpu(gpu: &GpuRate) {
         ),
         Err(why) => println!("  fixed times of layers there were not measured: {why}"),
     }
-    let ((to, to_pageable), (from, from_pageable)) = (r.to_device_gbps, r.from_device_gbps);
+    let (to, to_pageable) = (r.to_device.pinned_gbps, r.to_device.pageable_gbps);
+    let (from, from_pageable) = (r.from_device.pinned_gbps, r.from_device.pageable_gbps);
     println!("  to it {to:.1} GB/s ({to_pageable:.1} pageable), from it {from:.1} ({from_pageable:.1} pageable)");
     let both = &gpu.contended;
     println!("  to it {:.1} GB/s while main memory gives {:.1} GB/s to products", both.to_device_gbps, both.beside);
@@ -200,10 +201,10 @@ fn as_json(args: &ProbeArgs, found: &Findings, machine: &Machine) -> Value {
             "batch_gflops": g.experts.map(|e| e.batch_gflops),
             "layer_us": g.layers.as_ref().ok().map(|l| l.layer_us),
             "resident_token_us": g.layers.as_ref().ok().map(|l| l.resident_token_us),
-            "to_gbps": g.rates.to_device_gbps.0,
-            "to_pageable_gbps": g.rates.to_device_gbps.1,
-            "from_gbps": g.rates.from_device_gbps.0,
-            "from_pageable_gbps": g.rates.from_device_gbps.1,
+            "to_gbps": g.rates.to_device.pinned_gbps,
+            "to_pageable_gbps": g.rates.to_device.pageable_gbps,
+            "from_gbps": g.rates.from_device.pinned_gbps,
+            "from_pageable_gbps": g.rates.from_device.pageable_gbps,
             "contended_gbps": g.contended.to_device_gbps,
             "dram_contended_gbps": g.contended.beside,
             "watts": g.power.watts,

@@ -11,9 +11,10 @@ use serde_json::{Value, json};
 use std::path::PathBuf;
 use tier_plan_runtime::cuda::Gpu;
 use tier_plan_runtime::kernels::Kernels;
-use tier_plan_selftest::all::{Gives, On, Results};
 use tier_plan_selftest::cpu_kernels;
 use tier_plan_selftest::outcome::Outcome;
+use tier_plan_selftest::suite::{DeviceRates, Results};
+use tier_plan_selftest::whole_model::GpuShare;
 
 /// Options of `tier-plan selftest`.
 #[derive(Debug, Args)]
@@ -75,7 +76,7 @@ fn on_processor(as_json: bool) -> Result<()> {
     } else {
         print_text(&rows);
     }
-    let failed = rows.iter().filter(|row| !row.found.as_ref().is_ok_and(Outcome::is_well)).count();
+    let failed = rows.iter().filter(|row| !row.found.as_ref().is_ok_and(Outcome::passed)).count();
     distrust(failed, rows.len())
 }
 
@@ -150,7 +151,7 @@ fn print_text(rows: &[Compared]) {
         let (on, name) = (&row.on, &row.name);
         match &row.found {
             Ok(o) => {
-                let verdict = if o.is_well() { "" } else { "  WRONG" };
+                let verdict = if o.passed() { "" } else { "  WRONG" };
                 println!("  {on:<8} {name:<32} {:>8} {:>16.1} %{verdict}", o.compared, o.worst * 100.0);
             }
             Err(error) => println!("  {on:<8} {name:<32} failed: {error}"),
@@ -182,20 +183,20 @@ fn compared(on: &str, found: &Results) -> Vec<Compared> {
     };
     let kernels = found.kernels.iter().map(|(name, outcome)| row(name, outcome));
     let models = found.logits.iter().map(|(place, outcome)| match place {
-        On::All => row("demo, all of it", outcome),
-        On::ExpertsInMemory => row("demo, experts in main memory", outcome),
+        GpuShare::All => row("demo, all of it", outcome),
+        GpuShare::AllButExperts => row("demo, experts in main memory", outcome),
     });
     kernels.chain(models).collect()
 }
 
-fn json_of(gpu: Option<&Gpu>, rows: &[Compared], measured: Option<&Gives>) -> Value {
+fn json_of(gpu: Option<&Gpu>, rows: &[Compared], measured: Option<&DeviceRates>) -> Value {
     json!({
         "host": host::describe(),
         "isas": Kernels::available().iter().map(|k| k.isa().to_string()).collect::<Vec<_>>(),
         "gpu": gpu.map(Gpu::properties).map(|p| json!({
             "ordinal": p.ordinal,
             "name": p.name,
-            "capability": format!("{}.{}", p.capability.0, p.capability.1),
+            "capability": p.capability.to_string(),
             "multiprocessors": p.multiprocessors,
             "total_bytes": p.total_bytes,
             "l2_bytes": p.l2_bytes,
@@ -207,7 +208,7 @@ fn json_of(gpu: Option<&Gpu>, rows: &[Compared], measured: Option<&Gives>) -> Va
                 "kernel": row.name,
                 "values": o.compared,
                 "share_of_tolerance": number(o.worst),
-                "well": o.is_well(),
+                "well": o.passed(),
             }),
             Err(error) => json!({"on": row.on, "kernel": row.name, "error": error, "well": false}),
         }).collect::<Vec<_>>(),
@@ -216,10 +217,10 @@ fn json_of(gpu: Option<&Gpu>, rows: &[Compared], measured: Option<&Gives>) -> Va
             "round_trip_us": m.rates.round_trip_us,
             "read_gbps": m.rates.read_gbps,
             "copy_gbps": m.copy_gbps,
-            "to_device_pinned_gbps": m.rates.to_device_gbps.0,
-            "to_device_pageable_gbps": m.rates.to_device_gbps.1,
-            "from_device_pinned_gbps": m.rates.from_device_gbps.0,
-            "from_device_pageable_gbps": m.rates.from_device_gbps.1,
+            "to_device_pinned_gbps": m.rates.to_device.pinned_gbps,
+            "to_device_pageable_gbps": m.rates.to_device.pageable_gbps,
+            "from_device_pinned_gbps": m.rates.from_device.pinned_gbps,
+            "from_device_pageable_gbps": m.rates.from_device.pageable_gbps,
             "products_gbps": m.products.iter().map(|(ty, v)| (ty.to_string(), json!(v))).collect::<serde_json::Map<_, _>>(),
         })),
     })

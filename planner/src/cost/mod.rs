@@ -57,7 +57,7 @@ use tier_plan_runtime::formats::machine::{Tier, TierKind};
 use tier_plan_runtime::formats::placement::{
     DensePlacement, LayerPlacement, Pins, Placement, Prediction, SlotPolicy, TierIdx,
 };
-use tier_plan_runtime::gpu::stays_on;
+use tier_plan_runtime::gpu::fully_on_gpu;
 use tier_plan_runtime::model::shape::{DenseKind, ModelShape};
 
 /// Tokens of a prompt that are processed together.
@@ -371,9 +371,9 @@ impl FixedTimes {
     pub fn of(plan: &Placement, shape: &ModelShape) -> Self {
         let mut tiers: Vec<Tier> = plan.tiers.iter().map(|t| t.tier.clone()).collect();
         let mut dense_s = vec![0.0; tiers.len()];
-        let fully_on = stays_on(plan, shape);
-        let on_one_gpu = fully_on.and_then(|tier| Some((tier, tiers[tier].accelerator.resident_layer_us?)));
-        if let Some((tier, layer_us)) = on_one_gpu {
+        let resident =
+            fully_on_gpu(plan, shape).and_then(|tier| Some((tier, tiers[tier].accelerator.resident_layer_us?)));
+        if let Some((tier, layer_us)) = resident {
             tiers[tier].latency_us = 0.0;
             return FixedTimes {
                 overhead_s: overhead_s(shape.n_layer, layer_us, plan.token_overhead_us),

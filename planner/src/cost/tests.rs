@@ -156,7 +156,7 @@ mod whole {
     }
 
     #[test]
-    fn a_model_that_stays_on_a_gpu_has_fixed_times_of_its_own() {
+    fn a_model_that_fully_on_gpu_a_gpu_has_fixed_times_of_its_own() {
         let known = catalogue::model(Path::new("qwen3-30b-a3b"), Some("q4_k_m")).unwrap();
         let shape = &known.sizes;
         let evidence = Evidence::uniform(shape).unwrap();

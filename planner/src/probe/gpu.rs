@@ -15,9 +15,9 @@ use tier_plan_runtime::model::spec::{ModelSpec, MoeSpec};
 use tier_plan_runtime::quant::TensorType;
 use tier_plan_runtime::units::show_bytes;
 use tier_plan_selftest::gpu_rates::{
-    Contended, Experts, Rates, Subject, common_experts, contended, experts, products_of, rates_of,
+    Contended, Experts, Rates, Subject, common_experts, contended, experts, matvec_gbps, measure_rates,
 };
-use tier_plan_selftest::speed::{Effort, Place, Timed, time};
+use tier_plan_selftest::speed::{Effort, Setup, Timed, time};
 
 /// Tokens that measure fixed times.
 const LAYERS: Effort = Effort { prompt: 1, decode: 160, warm: 8, rounds: 3, limit: Duration::from_secs(5) };
@@ -129,8 +129,8 @@ impl Layers {
         let model = || -> anyhow::Result<Arc<Gguf>> { Ok(Arc::new(Gguf::open(&bundled::path("demo/demo.gguf")?)?)) };
         let gguf = model().map_err(|error| format!("{error:#}"))?;
         let timed = |place| time(&gguf, place, LAYERS, &interrupted).map_err(|error| error.to_string());
-        let (resident, hybrid) = (timed(Place::Resident(device))?, timed(Place::Hybrid(device))?);
-        Ok(Self::new(&resident, &hybrid, &timed(Place::Processor)?, gpu_gbps))
+        let (resident, hybrid) = (timed(Setup::FullyOnGpu(device))?, timed(Setup::ExpertsInMemory(device))?);
+        Ok(Self::new(&resident, &hybrid, &timed(Setup::Cpu)?, gpu_gbps))
     }
 }
 
@@ -223,10 +223,10 @@ fn measure(
     work: &Work,
     beside: &mut dyn FnMut() -> f64,
 ) -> Result<GpuRate, CudaError> {
-    let rates = rates_of(subject)?;
+    let rates = measure_rates(subject)?;
     let mut products = Vec::new();
     for (ty, _) in &work.formats {
-        products.push((*ty, products_of(subject, *ty)?));
+        products.push((*ty, matvec_gbps(subject, *ty)?));
     }
     let seconds: f64 = work.formats.iter().zip(&products).map(|((_, share), (_, rate))| share / rate.max(1e-9)).sum();
     let shares: f64 = work.formats.iter().map(|(_, share)| share).sum();
@@ -274,8 +274,8 @@ impl GpuRate {
         let layers = self.layers.as_ref().ok().filter(|_| !self.emulated);
         let resident = |l: &Layers| (l.resident_token_us - token_us).max(0.0) / f64::from(l.n_layer.max(1));
         Accelerator {
-            // Slots are filled from pageable memory.
-            link_gbps: Some(rounded(self.rates.to_device_gbps.1)),
+            // Slots are filled from memory that the GPU does not read by itself.
+            link_gbps: Some(rounded(self.rates.to_device.pageable_gbps)),
             layer_us: layers.map(|l| rounded(l.layer_us)),
             resident_layer_us: layers.map(|l| rounded(resident(l))),
         }
@@ -309,12 +309,12 @@ impl GpuRate {
 
     /// Describes the link for the machine file.
     pub fn link(&self) -> Link {
-        let ((to, to_pageable), (from, from_pageable)) = (self.rates.to_device_gbps, self.rates.from_device_gbps);
+        let (to, from) = (self.rates.to_device, self.rates.from_device);
         Link {
-            to_gbps: rounded(to),
-            to_pageable_gbps: rounded(to_pageable),
-            from_gbps: rounded(from),
-            from_pageable_gbps: rounded(from_pageable),
+            to_gbps: rounded(to.pinned_gbps),
+            to_pageable_gbps: rounded(to.pageable_gbps),
+            from_gbps: rounded(from.pinned_gbps),
+            from_pageable_gbps: rounded(from.pageable_gbps),
             contended_gbps: rounded(self.contended.to_device_gbps),
             dram_contended_gbps: rounded(self.contended.beside),
         }

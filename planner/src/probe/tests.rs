@@ -53,7 +53,7 @@ fn a_machine_is_written_that_reads_back() {
 }
 
 fn gpu(device: u32, gbps: f64) -> gpu::GpuRate {
-    use tier_plan_selftest::gpu_rates::{Contended, Experts, Rates};
+    use tier_plan_selftest::gpu_rates::{Contended, Experts, LinkRates, Rates};
     gpu::GpuRate {
         name: "a GPU".into(),
         device,
@@ -64,8 +64,8 @@ fn gpu(device: u32, gbps: f64) -> gpu::GpuRate {
             launch_us: 2.0,
             round_trip_us: 8.0,
             read_gbps: 900.0,
-            to_device_gbps: (25.0, 9.0),
-            from_device_gbps: (26.0, 8.0),
+            to_device: LinkRates { pinned_gbps: 25.0, pageable_gbps: 9.0 },
+            from_device: LinkRates { pinned_gbps: 26.0, pageable_gbps: 8.0 },
         },
         contended: Contended { to_device_gbps: 21.0, beside: 15.0 },
         products: vec![(TensorType::Q4_K, gbps)],

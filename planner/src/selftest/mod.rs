@@ -24,11 +24,11 @@ use tier_plan_runtime::plans::in_memory::{all_on_gpu, experts_in_memory};
 use tier_plan_runtime::threads::physical_cores;
 use tier_plan_runtime::tiers::limits::{file_system_space, memory_limit};
 use tier_plan_runtime::units::{show_bytes, show_utc};
-use tier_plan_selftest::all::{self, Gives, Known, Results, Speeds, Watch};
 use tier_plan_selftest::gpu_rates::Subject;
 use tier_plan_selftest::speed::{Effort, KV_TYPE, Timed};
-use tier_plan_selftest::synth::{self, Free, Shape};
-use tier_plan_selftest::{TargetError, Temporary};
+use tier_plan_selftest::suite::{self, DeviceRates, References, Results, Speeds, Watch};
+use tier_plan_selftest::synth::{self, FreeBytes, Shape};
+use tier_plan_selftest::{SelftestError, TemporaryFile};
 
 /// Tokens of greedy text to compare.
 const TOKENS: usize = 64;
@@ -58,8 +58,8 @@ pub struct Findings {
     pub table: Table,
     /// Correctness of kernels, golden values, and texts.
     pub results: Results,
-    /// Rates of the device itself, where they were measured.
-    pub gives: Option<Gives>,
+    /// What it gives by itself, where that was measured.
+    pub gives: Option<DeviceRates>,
 }
 
 /// Tests a GPU whose kernels are loaded. Shows progress on a terminal, and ends early when
@@ -77,19 +77,21 @@ pub fn run(gpu: &Arc<Gpu>, options: &Options) -> Result<Findings> {
     let device: Arc<dyn Device> = Arc::clone(gpu) as _;
     let text = text();
     let scratch = std::env::temp_dir();
-    let known = Known {
+    let known = References {
         golden: golden.as_deref().ok(),
         text: text.as_ref().ok().map(|(gguf, tokens)| (gguf, &tokens[..])),
         tokens: TOKENS,
         scratch: &scratch,
     };
-    let results = all::results(&device, known, watch);
+    let results = suite::results(&device, known, watch);
     let why = text.as_ref().err().map(|error| format!("{error:#}"));
     let mut rows = rows::results(&results, golden.as_ref().err().map(String::as_str), why.as_deref());
     let mut gives = None;
-    // A GPU with wrong kernels is not worth timing, and may have failed for good.
-    if !options.quick && results.kernels_are_well() && !interrupted() {
-        let found = Subject::of(gpu).map_err(TargetError::from).and_then(|mut subject| all::gives(&mut subject, watch));
+    // A GPU whose kernels are wrong is not worth timing, and may have failed for good.
+    if !options.quick && results.kernels_passed() && !interrupted() {
+        let found = Subject::of(gpu)
+            .map_err(SelftestError::from)
+            .and_then(|mut subject| suite::device_rates(&mut subject, watch));
         rows.extend(rows::gives(&found));
         gives = found.ok();
         if let Some(gives) = gives.as_ref().filter(|_| !interrupted()) {
@@ -112,11 +114,10 @@ pub fn run(gpu: &Arc<Gpu>, options: &Options) -> Result<Findings> {
 pub fn describe(gpu: &Gpu) -> String {
     let p = gpu.properties();
     format!(
-        "GPU {}: {}, compute capability {}.{}, {} multiprocessors, {}, driver of CUDA {}.{}",
+        "GPU {}: {}, compute capability {}, {} multiprocessors, {}, driver of CUDA {}.{}",
         p.ordinal,
         p.name,
-        p.capability.0,
-        p.capability.1,
+        p.capability,
         p.multiprocessors,
         show_bytes(p.total_bytes as u64),
         p.driver / 1000,
@@ -145,8 +146,8 @@ fn text() -> Result<(Arc<Gguf>, Vec<u32>)> {
 
 /// The model that is timed.
 struct Model {
-    /// Removes a synthetic model's file when the test ends.
-    _made: Option<Temporary>,
+    /// Removes a synthetic one when all is done.
+    _made: Option<TemporaryFile>,
     path: PathBuf,
     name: String,
     /// Whether its speeds say something about real models.
@@ -157,7 +158,7 @@ struct Model {
 /// Runs everything that takes a whole model.
 fn timed(
     gpu: &Arc<Gpu>,
-    gives: &Gives,
+    gives: &DeviceRates,
     options: &Options,
     scratch: &Path,
     watch: Watch<'_>,
@@ -173,8 +174,8 @@ fn timed(
     };
     let device: Arc<dyn Device> = Arc::clone(gpu) as _;
     let speeds = match open(&model.path) {
-        // The model's memory is free again afterwards.
-        Ok(gguf) => all::speeds(&gguf, &device, model.effort, watch),
+        // Its memory is free again afterwards.
+        Ok(gguf) => suite::speeds(&gguf, &device, model.effort, watch),
         Err(error) => return nothing(error),
     };
     let mut rows = rows::speeds(&speeds, gives, rows::Model { name: &model.name, judged: model.judged });
@@ -189,7 +190,7 @@ fn timed(
     if let Some(program) = options.peer.as_deref().filter(|_| !interrupted()) {
         (watch.step)("llama-bench");
         let found = peer::measure(program, &model.path, gpu.properties().ordinal, model.effort, &interrupted);
-        rows.extend(peer::rows(&found, speeds.resident.as_ref().ok(), model.judged));
+        rows.extend(peer::rows(&found, speeds.fully_on_gpu.as_ref().ok(), model.judged));
     }
     rows
 }
@@ -200,13 +201,13 @@ fn model(gpu: &Gpu, given: Option<&Path>, scratch: &Path, watch: Watch<'_>) -> R
         let name = Gguf::open(path)?.id().name;
         return Ok(Model { _made: None, path: path.into(), name, judged: true, effort: Effort::FULL });
     }
-    let free = Free {
+    let free = FreeBytes {
         device: gpu.free_bytes()? as u64,
         memory: memory_limit().map_or(UNTOLD, |limit| limit.bytes),
         disk: file_system_space(scratch).map_or(0, |space| space.free_bytes),
     };
     let shape = Shape::fitting(free);
-    let file = Temporary::new(scratch, "selftest");
+    let file = TemporaryFile::new(scratch, "selftest");
     let percent = std::cell::Cell::new(u64::MAX);
     synth::write(&shape, file.path(), watch.stop, &mut |done, all| {
         let now = done * 100 / all.max(1);
@@ -241,8 +242,8 @@ fn open(path: &Path) -> Result<Arc<Gguf>> {
 
 /// Predicts the measured speeds from this machine's own rates.
 fn predictions(gpu: &Gpu, model: &Model, speeds: &Speeds) -> Vec<Row> {
-    // A probe needs experts to read, which a dense model does not have.
-    let (Ok(resident), Some(Ok(hybrid))) = (&speeds.resident, &speeds.hybrid) else { return Vec::new() };
+    // A dense model has no experts that a probe could read.
+    let (Ok(resident), Some(Ok(hybrid))) = (&speeds.fully_on_gpu, &speeds.hybrid) else { return Vec::new() };
     let machine = predict::machine(&model.path);
     let device = u32::try_from(gpu.properties().ordinal).unwrap_or(u32::MAX);
     let row = |what: &str, timed: &Timed, plan: fn(&ModelShape, u32, KvType) -> Placement| {

@@ -1,11 +1,11 @@
 //! Turns measurements of a device into rows with targets.
 
 use super::table::{Found, Row, Target};
-use tier_plan_selftest::TargetError;
-use tier_plan_selftest::all::{Gives, On, Results, Speeds, Step};
+use tier_plan_selftest::SelftestError;
 use tier_plan_selftest::outcome::Outcome;
 use tier_plan_selftest::speed::Timed;
-use tier_plan_selftest::whole::SameText;
+use tier_plan_selftest::suite::{DeviceRates, Results, Speeds, Step};
+use tier_plan_selftest::whole_model::{GpuShare, TextMatch};
 
 /// Largest NMSE of logits: without quantized weights, and with them.
 const GOLDEN_NMSE: [f64; 2] = [1e-4, 1e-2];
@@ -31,11 +31,10 @@ const MODEL: &str = "bundled model";
 const RATES: &str = "rates";
 pub(super) const SPEED: &str = "a model of real shapes";
 
-/// Returns the row of a failed step. A model that a GPU cannot run at all is not a failure of the
-/// GPU.
-fn failed(part: &'static str, what: impl Into<String>, error: &TargetError) -> Row {
+/// A failed step; what a GPU can't run at all is no failure of this one.
+fn failed(part: &'static str, what: impl Into<String>, error: &SelftestError) -> Row {
     let why = error.to_string();
-    let not_run = error.is_not_for_it() || matches!(error, TargetError::Stopped);
+    let not_run = error.is_unsupported() || matches!(error, SelftestError::Stopped);
     let found = if not_run { Found::NotRun(why) } else { Found::Failed(why) };
     // A device that never finishes is as bad as one with wrong results.
     Row { results: true, ..Row::without(part, what, found) }
@@ -51,10 +50,10 @@ fn outcome(part: &'static str, what: &str, found: &Step<Outcome>) -> Row {
     }
 }
 
-fn on(on: On) -> &'static str {
-    match on {
-        On::All => "all of it on the GPU",
-        On::ExpertsInMemory => "experts in main memory",
+fn share(share: GpuShare) -> &'static str {
+    match share {
+        GpuShare::All => "all of it on the GPU",
+        GpuShare::AllButExperts => "experts in main memory",
     }
 }
 
@@ -62,7 +61,7 @@ fn on(on: On) -> &'static str {
 /// with.
 pub fn results(found: &Results, golden: Option<&str>, text: Option<&str>) -> Vec<Row> {
     let mut rows: Vec<Row> = found.kernels.iter().map(|(name, found)| outcome(KERNELS, name, found)).collect();
-    if !found.kernels_are_well() {
+    if !found.kernels_passed() {
         let why = "kernels are wrong by themselves";
         rows.extend([GOLDEN, MODEL].map(|part| Row::without(part, "whole models", Found::NotRun(why.into()))));
         return rows;
@@ -70,15 +69,15 @@ pub fn results(found: &Results, golden: Option<&str>, text: Option<&str>) -> Vec
     rows.extend(golden.map(|why| Row::without(GOLDEN, "small models", Found::NotRun(why.into()))));
     for step in &found.golden {
         let what = format!("{}, normalised mean squared error", step.name);
-        rows.push(match &step.found {
+        rows.push(match &step.errors {
             Ok(found) => {
-                let mut note = format!("a prompt {:.1e}, token by token {:.1e}", found.prompt_nmse, found.one_by_one_nmse);
-                if found.alike < found.tokens && step.exact {
+                let mut note = format!("a prompt {:.1e}, token by token {:.1e}", found.prompt_nmse, found.decode_nmse);
+                if found.same_experts < found.tokens && step.exact {
                     note += &format!(
                         "; in the prompt token {} has another expert than on the processor, and from there on nothing is \
                          compared: {:.1e} before",
-                        found.alike + 1,
-                        found.alike_nmse
+                        found.same_experts + 1,
+                        found.same_experts_nmse
                     );
                 }
                 Row::figure(GOLDEN, what, found.worst(step.exact), "")
@@ -91,10 +90,10 @@ pub fn results(found: &Results, golden: Option<&str>, text: Option<&str>) -> Vec
     }
     rows.extend(text.map(|why| Row::without(MODEL, "the bundled model", Found::NotRun(why.into()))));
     for (place, found) in &found.logits {
-        rows.push(outcome(MODEL, &format!("logits, {}", on(*place)), found));
+        rows.push(outcome(MODEL, &format!("logits, {}", share(*place)), found));
     }
     for (place, found) in &found.texts {
-        let what = format!("greedy tokens as the processor's, {}", on(*place));
+        let what = format!("greedy tokens as the processor's, {}", share(*place));
         rows.push(match found {
             Ok(found) => same_text(what, found),
             Err(error) => failed(MODEL, what, error),
@@ -113,20 +112,20 @@ pub fn results(found: &Results, golden: Option<&str>, text: Option<&str>) -> Vec
     rows
 }
 
-fn same_text(what: String, found: &SameText) -> Row {
-    let row = Row::figure(MODEL, what, found.same as f64, "").with(Target::AtLeast(found.of as f64)).compared();
-    match found.lead {
+fn same_text(what: String, found: &TextMatch) -> Row {
+    let row = Row::figure(MODEL, what, found.same as f64, "").with(Target::AtLeast(found.total as f64)).compared();
+    match found.margin {
         None => row,
-        Some(lead) => row.noting(format!(
+        Some(margin) => row.noting(format!(
             "then another token; the processor's was {:.2} % of the logits' spread above the next",
-            lead * 100.0
+            margin * 100.0
         )),
     }
 }
 
-/// Returns rows on the device's own rates.
-pub fn gives(found: &Step<Gives>) -> Vec<Row> {
-    let Gives { rates, copy_gbps, products } = match found {
+/// What the device gives by itself.
+pub fn gives(found: &Step<DeviceRates>) -> Vec<Row> {
+    let DeviceRates { rates, copy_gbps, products } = match found {
         Ok(gives) => gives,
         Err(error) => return vec![failed(RATES, "memory, link and products", error)],
     };
@@ -136,10 +135,10 @@ pub fn gives(found: &Step<Gives>) -> Vec<Row> {
         row("a launch and the way back", rates.round_trip_us, "µs"),
         row("memory of the GPU, read", rates.read_gbps, "GB/s"),
         row("memory of the GPU, copied to itself", *copy_gbps, "GB/s").noting("bytes read and bytes written together"),
-        row("to the GPU, pinned memory", rates.to_device_gbps.0, "GB/s"),
-        row("to the GPU, pageable memory", rates.to_device_gbps.1, "GB/s"),
-        row("from the GPU, pinned memory", rates.from_device_gbps.0, "GB/s"),
-        row("from the GPU, pageable memory", rates.from_device_gbps.1, "GB/s"),
+        row("to the GPU, pinned memory", rates.to_device.pinned_gbps, "GB/s"),
+        row("to the GPU, pageable memory", rates.to_device.pageable_gbps, "GB/s"),
+        row("from the GPU, pinned memory", rates.from_device.pinned_gbps, "GB/s"),
+        row("from the GPU, pageable memory", rates.from_device.pageable_gbps, "GB/s"),
     ];
     let of = |(ty, gbps): &(_, f64)| Row::figure(RATES, format!("products of one token, {ty}"), *gbps, "GB/s");
     rows.extend(products.iter().map(of));
@@ -155,12 +154,12 @@ pub struct Model<'a> {
     pub judged: bool,
 }
 
-/// Returns rows on the speed of a model.
-pub fn speeds(found: &Speeds, gives: &Gives, model: Model<'_>) -> Vec<Row> {
+/// How fast a model is.
+pub fn speeds(found: &Speeds, gives: &DeviceRates, model: Model<'_>) -> Vec<Row> {
     let name = model.name;
     let with = |row: Row, target| if model.judged { row.with(target) } else { row };
     let mut rows = Vec::new();
-    let resident = found.resident.as_ref();
+    let resident = found.fully_on_gpu.as_ref();
     match resident {
         Err(error) => rows.push(failed(SPEED, format!("{name}, all on the GPU"), error)),
         Ok(timed) => {

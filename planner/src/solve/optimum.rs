@@ -18,7 +18,7 @@ use crate::cost::token_s;
 use anyhow::{Result, bail};
 use std::time::Instant;
 use tier_plan_runtime::formats::placement::Placement;
-use tier_plan_runtime::gpu::stays_on;
+use tier_plan_runtime::gpu::fully_on_gpu;
 
 /// Tangents of a product that are solved at most.
 const MAX_TANGENTS: u32 = 4;
@@ -55,7 +55,7 @@ pub(super) fn optimum(
     };
     // Layers of a model that is fully on one GPU have a fixed time of their own, which no column
     // knows.
-    let on_one_gpu = baselines.plans.iter().filter(|b| stays_on(b, instance.problem.shape).is_some());
+    let on_one_gpu = baselines.plans.iter().filter(|b| fully_on_gpu(b, instance.problem.shape).is_some());
     if let Some(best) = instance.least(on_one_gpu).filter(|b| instance.value(b) < instance.value(&plan)) {
         plan = Placement { name: plan.name, ..best.clone() };
     }

@@ -13,7 +13,7 @@ use tier_plan_runtime::formats::machine::TierKind;
 use tier_plan_runtime::formats::placement::{
     ATTENTION_OF_A_TOKEN, DensePlacement, LayerPlacement, Pins, Placement, SlotPolicy, TierBytes, TierIdx,
 };
-use tier_plan_runtime::gpu::stays_on;
+use tier_plan_runtime::gpu::fully_on_gpu;
 use tier_plan_runtime::model::shape::{DenseKind, ExpertShape, ModelShape};
 use tier_plan_runtime::units::show_bytes;
 
@@ -281,7 +281,7 @@ pub fn token_s(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -> f64
 /// Where all of the model is fully on one GPU, its layers have their own, and launches do not wait.
 fn with_fixed_times(plan: &Placement, shape: &ModelShape) -> Placement {
     let mut plan = plan.clone();
-    if let Some(tier) = stays_on(&plan, shape)
+    if let Some(tier) = fully_on_gpu(&plan, shape)
         && let Some(layer_us) = plan.tiers[tier].tier.accelerator.resident_layer_us
     {
         plan.layer_overhead_us = layer_us;

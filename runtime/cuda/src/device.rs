@@ -1,14 +1,14 @@
-//! A device: memory of its own, and kernels launched on it, all in one order.
+//! A device: its own memory, and kernels that are launched on it in one order.
 
 use super::CudaError;
-use super::lane::Lane;
+use super::copy_stream::CopyStream;
 use std::ops::Range;
 use std::sync::Arc;
 
-/// An argument of a kernel.
+/// Argument of a kernel.
 #[derive(Debug, Clone, Copy)]
 pub enum Arg {
-    /// An address in the device's memory; 0 is null.
+    /// Device address; 0 is null.
     Pointer(u64),
     /// `int`.
     Int(i32),
@@ -19,7 +19,7 @@ pub enum Arg {
 }
 
 impl Arg {
-    /// Where the value is.
+    /// Returns the host address of the value.
     pub(super) fn address(&self) -> *const std::ffi::c_void {
         match self {
             Arg::Pointer(v) => std::ptr::from_ref(v).cast(),
@@ -33,61 +33,46 @@ impl Arg {
 /// Blocks and threads of a launch.
 #[derive(Debug, Clone, Copy)]
 pub struct Grid {
-    /// Blocks.
+    /// Blocks in x, y and z.
     pub blocks: [u32; 3],
-    /// Threads of a block, whole warps of 32.
+    /// Threads per block: whole warps of 32.
     pub threads: u32,
 }
 
-/// Memory and launches. What is asked of a device happens in the order that it was asked in.
+/// Memory and kernel launches. A device executes requests in the order in which they are made.
 pub trait Device: Send + Sync {
-    /// What it is called.
+    /// Returns the name of the device.
     fn name(&self) -> &str;
 
-    /// Bytes of its memory that are free now.
-    ///
-    /// # Errors
-    /// When the device fails.
+    /// Returns the free bytes of device memory.
     fn free_bytes(&self) -> Result<usize, CudaError>;
 
-    /// Memory that begins at a multiple of 256 and goes on for at least 16 bytes after its end.
-    ///
-    /// # Errors
-    /// When there is not enough.
+    /// Allocates memory that is aligned to 256 bytes and readable for at least 16 bytes after its
+    /// end.
     fn allocate(&self, len: usize) -> Result<u64, CudaError>;
 
-    /// Gives memory back.
+    /// Frees memory.
     ///
     /// # Safety
     /// `at` came from `allocate` of this device and is not used afterwards.
     unsafe fn free(&self, at: u64);
 
-    /// Copies bytes to the device; they have been taken when this returns.
-    ///
-    /// # Errors
-    /// When the device fails, now or at something that was asked of it before.
+    /// Copies bytes to the device. `bytes` may be overwritten when this returns.
     ///
     /// # Safety
     /// `to..to + bytes.len()` is memory of this device.
     unsafe fn write(&self, to: u64, bytes: &[u8]) -> Result<(), CudaError>;
 
-    /// Copies bytes from the device, after everything that was asked before.
-    ///
-    /// # Errors
-    /// As [`write`](Self::write).
+    /// Copies bytes from the device, after everything that was enqueued before.
     ///
     /// # Safety
     /// `from..from + bytes.len()` is memory of this device.
     unsafe fn read(&self, from: u64, bytes: &mut [u8]) -> Result<(), CudaError>;
 
-    /// Copies bytes from one place of its memory to another, which does not overlap it: by itself where it can, else by way
-    /// of main memory.
-    ///
-    /// # Errors
-    /// As [`write`](Self::write).
+    /// Copies bytes within device memory. The default implementation goes through main memory.
     ///
     /// # Safety
-    /// `to..to + len` and `from..from + len` are memory of this device, and have nothing in common.
+    /// `to..to + len` and `from..from + len` are memory of this device and do not overlap.
     unsafe fn copy(&self, to: u64, from: u64, len: usize) -> Result<(), CudaError> {
         let mut bytes = vec![0; len];
         // SAFETY: the caller's promise.
@@ -97,34 +82,24 @@ pub trait Device: Send + Sync {
         }
     }
 
-    /// Starts a kernel.
-    ///
-    /// # Errors
-    /// When it can't be compiled or started.
+    /// Launches a kernel, which is compiled first where it was not yet.
     ///
     /// # Safety
     /// The arguments are those of the kernel, and with them it touches only memory of this device.
     unsafe fn launch(&self, kernel: &'static str, grid: Grid, args: &[Arg]) -> Result<(), CudaError>;
 
-    /// Waits until everything that was asked is done.
-    ///
-    /// # Errors
-    /// When any of it failed.
+    /// Waits until everything that was enqueued is done, and reports whether any of it failed.
     fn wait(&self) -> Result<(), CudaError>;
 
-    /// A way for bytes to it beside what it computes, with host buffers of so many bytes; `None` where there is none.
-    ///
-    /// # Errors
-    /// When the system has not got the memory, or the device fails.
-    fn lane(self: Arc<Self>, _len: usize) -> Result<Option<Box<dyn Lane>>, CudaError> {
+    /// Opens a copy stream that runs concurrently with compute, with pinned host buffers of `len`
+    /// bytes. Returns `None` if unsupported.
+    fn copy_stream(self: Arc<Self>, _len: usize) -> Result<Option<Box<dyn CopyStream>>, CudaError> {
         Ok(None)
     }
 
-    /// Begins to record what this thread launches, instead of doing it; false where that can't be done. Until
-    /// [`end_recording`](Self::end_recording) this thread may do nothing but launch kernels that were launched before.
-    ///
-    /// # Errors
-    /// When the device fails.
+    /// Starts to record this thread's launches instead of executing them. Returns `false` if
+    /// unsupported. Until [`end_recording`](Self::end_recording), this thread may only launch
+    /// kernels that were launched before.
     fn begin_recording(&self) -> Result<bool, CudaError> {
         Ok(false)
     }
@@ -132,22 +107,19 @@ pub trait Device: Send + Sync {
     /// Ends the recording that this thread began.
     ///
     /// # Errors
-    /// When the device fails, or did something else meanwhile than launch kernels.
+    /// When the thread did anything but launch kernels meanwhile.
     fn end_recording(self: Arc<Self>) -> Result<Box<dyn Recording>, CudaError> {
         let (device, what) = (self.name().to_string(), "ending a recording".to_string());
         Err(CudaError::Call { device, what, why: "none was begun".into() })
     }
 }
 
-/// Launches that were recorded, with their arguments.
+/// Recorded launches with their arguments: a CUDA graph.
 pub trait Recording: Send {
-    /// Does them all in their order.
-    ///
-    /// # Errors
-    /// When the device fails.
+    /// Executes all recorded launches in their order.
     ///
     /// # Safety
-    /// The memory that the launches touch is still that of this device.
+    /// The memory that the launches touch is still allocated on this device.
     unsafe fn replay(&self) -> Result<(), CudaError>;
 }
 
@@ -157,8 +129,8 @@ impl std::fmt::Debug for dyn Device + '_ {
     }
 }
 
-/// Memory of a device, given back when dropped. Kernels change what a shared reference names: their order is that of the
-/// calls.
+/// Device memory, freed when dropped. Kernels write through shared references: the order of the
+/// calls is the order of the accesses.
 pub struct Buffer {
     device: Arc<dyn Device>,
     at: u64,
@@ -173,63 +145,50 @@ impl Drop for Buffer {
 }
 
 impl Buffer {
-    /// `len` bytes, of which nothing is known yet.
-    ///
-    /// # Errors
-    /// When there is not enough memory.
+    /// Allocates `len` uninitialized bytes.
     pub fn new(device: &Arc<dyn Device>, len: usize) -> Result<Self, CudaError> {
         Ok(Self { device: Arc::clone(device), at: device.allocate(len)?, len })
     }
 
-    /// A copy of bytes.
-    ///
-    /// # Errors
-    /// When there is not enough memory, or copying fails.
+    /// Copies bytes to the device.
     pub fn of_bytes(device: &Arc<dyn Device>, bytes: &[u8]) -> Result<Self, CudaError> {
         let buffer = Self::new(device, bytes.len())?;
         buffer.view().write(bytes)?;
         Ok(buffer)
     }
 
-    /// A copy of floats.
-    ///
-    /// # Errors
-    /// As [`of_bytes`](Self::of_bytes).
+    /// Copies floats to the device.
     pub fn of_f32(device: &Arc<dyn Device>, values: &[f32]) -> Result<Self, CudaError> {
         let buffer = Self::new(device, size_of_val(values))?;
         buffer.view().write_f32(values)?;
         Ok(buffer)
     }
 
-    /// A copy of whole numbers.
-    ///
-    /// # Errors
-    /// As [`of_bytes`](Self::of_bytes).
+    /// Copies integers to the device.
     pub fn of_i32(device: &Arc<dyn Device>, values: &[i32]) -> Result<Self, CudaError> {
         let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_ne_bytes()).collect();
         Self::of_bytes(device, &bytes)
     }
 
-    /// Room for floats.
-    ///
-    /// # Errors
-    /// As [`new`](Self::new).
-    pub fn room_f32(device: &Arc<dyn Device>, values: usize) -> Result<Self, CudaError> {
+    /// Allocates uninitialized memory for `values` 32-bit values.
+    pub fn new_f32(device: &Arc<dyn Device>, values: usize) -> Result<Self, CudaError> {
         Self::new(device, values.saturating_mul(4))
     }
 
-    /// All of it.
+    /// Returns a view of the whole buffer.
     pub fn view(&self) -> View<'_> {
         View { buffer: self, at: 0, len: self.len }
     }
 
-    /// The device it is on.
+    /// Returns the device that owns the memory.
     pub fn device(&self) -> &Arc<dyn Device> {
         &self.device
     }
 }
 
-/// Some bytes of a [`Buffer`].
+/// A range of bytes of a [`Buffer`].
+///
+/// Every access panics where it goes beyond the view.
 #[derive(Clone, Copy)]
 pub struct View<'a> {
     buffer: &'a Buffer,
@@ -238,80 +197,62 @@ pub struct View<'a> {
 }
 
 impl<'a> View<'a> {
-    /// Bytes.
+    /// Returns the length in bytes.
     pub fn len(self) -> usize {
         self.len
     }
 
-    /// Whether there are none.
+    /// Whether the view has no bytes.
     pub fn is_empty(self) -> bool {
         self.len == 0
     }
 
-    /// 32-bit values that there is room for.
+    /// Returns the number of whole 32-bit values.
     pub fn words(self) -> usize {
         self.len / 4
     }
 
-    /// Some of the bytes.
-    ///
-    /// # Panics
-    /// When they are not all there.
+    /// Returns the view of a range of bytes.
     pub fn part(self, bytes: Range<usize>) -> View<'a> {
         assert!(bytes.start <= bytes.end && bytes.end <= self.len, "bytes {bytes:?} of {} on a device", self.len);
         View { buffer: self.buffer, at: self.at + bytes.start, len: bytes.len() }
     }
 
-    /// Some of the floats.
-    ///
-    /// # Panics
-    /// When they are not all there.
+    /// Returns the view of a range of 32-bit values.
     pub fn floats(self, values: Range<usize>) -> View<'a> {
         self.part(values.start.saturating_mul(4)..values.end.saturating_mul(4))
     }
 
-    /// Itself, if it begins where kernels may read 16 bytes at once.
+    /// Returns the view itself.
     ///
     /// # Panics
-    /// When it does not.
+    /// When the view is not aligned to the 16 bytes that kernels read at once.
     pub(super) fn aligned(self) -> View<'a> {
         assert!(self.address().is_multiple_of(16), "a matrix or a row of floats that begins at {:#x}", self.address());
         self
     }
 
-    /// The address.
+    /// Returns the device address.
     pub(super) fn address(self) -> u64 {
         self.buffer.at + self.at as u64
     }
 
-    /// The address as an argument.
+    /// Returns the device address as an argument of a kernel.
     pub(super) fn arg(self) -> Arg {
         Arg::Pointer(self.address())
     }
 
     /// Overwrites the first bytes.
-    ///
-    /// # Errors
-    /// When the device fails.
-    ///
-    /// # Panics
-    /// When there are too many.
     pub fn write(self, bytes: &[u8]) -> Result<(), CudaError> {
-        let room = self.part(0..bytes.len());
+        let to = self.part(0..bytes.len());
         if bytes.is_empty() {
             return Ok(());
         }
         // SAFETY: the part is inside a buffer of this device.
-        unsafe { self.buffer.device.write(room.address(), bytes) }
+        unsafe { self.buffer.device.write(to.address(), bytes) }
     }
 
-    /// Copies the first bytes back.
-    ///
-    /// # Errors
-    /// When the device fails.
-    ///
-    /// # Panics
-    /// When there are too few.
+    /// Copies the first bytes to the host.
     pub fn read(self, bytes: &mut [u8]) -> Result<(), CudaError> {
         let from = self.part(0..bytes.len());
         if bytes.is_empty() {
@@ -321,13 +262,10 @@ impl<'a> View<'a> {
         unsafe { self.buffer.device.read(from.address(), bytes) }
     }
 
-    /// Overwrites all of it with bytes of another buffer of the device, as many.
-    ///
-    /// # Errors
-    /// When the device fails.
+    /// Overwrites the whole view with another view of the same length.
     ///
     /// # Panics
-    /// When there are more or fewer, or they are of the same buffer or of another device.
+    /// When both views are of the same buffer or of different devices.
     pub fn copy_from(self, from: View<'_>) -> Result<(), CudaError> {
         assert_eq!(self.len, from.len, "bytes of a copy");
         assert!(!std::ptr::eq(self.buffer, from.buffer), "a copy within a buffer");
@@ -335,57 +273,36 @@ impl<'a> View<'a> {
         if self.is_empty() {
             return Ok(());
         }
-        // SAFETY: both are inside buffers of this device, which are two.
+        // SAFETY: both are inside different buffers of this device.
         unsafe { self.buffer.device.copy(self.address(), from.address(), self.len) }
     }
 
     /// Overwrites the first floats.
-    ///
-    /// # Errors
-    /// When the device fails.
-    ///
-    /// # Panics
-    /// When there are too many.
     pub fn write_f32(self, values: &[f32]) -> Result<(), CudaError> {
         // SAFETY: floats are bytes without gaps.
         self.write(unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), size_of_val(values)) })
     }
 
-    /// Copies the first floats back.
-    ///
-    /// # Errors
-    /// When the device fails.
-    ///
-    /// # Panics
-    /// When there are too few.
+    /// Copies the first floats to the host.
     pub fn read_f32(self, values: &mut [f32]) -> Result<(), CudaError> {
         // SAFETY: floats are bytes without gaps, and any bytes are floats.
         self.read(unsafe { std::slice::from_raw_parts_mut(values.as_mut_ptr().cast(), size_of_val(values)) })
     }
 
-    /// All floats.
-    ///
-    /// # Errors
-    /// When the device fails.
+    /// Returns a host copy of all 32-bit floats.
     pub fn to_f32(self) -> Result<Vec<f32>, CudaError> {
         let mut values = vec![0.0; self.words()];
         self.read_f32(&mut values)?;
         Ok(values)
     }
 
-    /// All 32-bit whole numbers.
-    ///
-    /// # Errors
-    /// When the device fails.
+    /// Returns a host copy of all 32-bit integers.
     pub fn to_i32(self) -> Result<Vec<i32>, CudaError> {
         let values = self.to_f32()?;
         Ok(values.into_iter().map(|v| v.to_bits() as i32).collect())
     }
 
-    /// All bytes.
-    ///
-    /// # Errors
-    /// When the device fails.
+    /// Returns a host copy of all bytes.
     pub fn to_bytes(self) -> Result<Vec<u8>, CudaError> {
         let mut bytes = vec![0; self.len];
         self.read(&mut bytes)?;

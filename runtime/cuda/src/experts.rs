@@ -1,44 +1,43 @@
-//! Routed experts in a device's memory, pinned there or in slots, and what they compute: all that a token chose of a layer
-//! in one row of launches, which the processor does not wait for.
+//! Routed experts in a device's memory, pinned or in slots. All that a token chose of a layer is
+//! computed in one sequence of launches, which the CPU does not wait for.
 //!
-//! A layer's matrices are one table: the pinned experts by their numbers, then the slots. What a slot holds changes where
-//! it lies, so the table never does; and since a device does all in one order, a slot may be filled anew as soon as what
-//! it held has been asked for.
+//! The matrices of a layer form one table: the experts by index, then the slots. Filling a slot
+//! changes memory, never the table. A device executes in order, so a slot may be refilled as soon
+//! as the expert that it held has been enqueued.
+
+mod layer;
 
 use super::device::{Buffer, Device, View};
-use super::ops::{Batch, ChosenSum, Gated, Group, Groups, Input, Matrices, Pair, Quants, SharedPart, Table};
+use super::ops::{ChosenSum, Input, Quants, TokenGroup, TokenGroups};
 use super::{CudaError, Ops};
+use layer::{Activations, Inner, Layer, Part, Uses};
 use std::sync::Arc;
 use tier_plan_formats::model::spec::Activation;
-use tier_plan_kernels::needs_quants;
 use tier_plan_kernels::quant::TensorType;
 
-/// Where a matrix begins in a device's memory: at multiples of this.
-const ALIGNED: usize = 256;
+/// Rows from which on experts are computed by matmul instead of matvec.
+const MATMUL_MIN_ROWS: usize = 8;
 
-/// Rows from which on matrices are multiplied with many at a time.
-const MANY: usize = 8;
-
-/// The experts of a layer: their sizes and what they are made of.
+/// Sizes and formats of a layer's experts.
 #[derive(Debug, Clone, Copy)]
 pub struct ExpertKind {
     /// Experts of the layer.
     pub n_expert: usize,
-    /// Width of what goes in and comes out.
+    /// Width of input and output.
     pub hidden: usize,
-    /// Width inside.
+    /// Width between the matrices.
     pub ffn: usize,
-    /// Type of `[ffn, hidden]`.
+    /// Format of `[ffn, hidden]`.
     pub gate: TensorType,
-    /// Type of `[ffn, hidden]`.
+    /// Format of `[ffn, hidden]`.
     pub up: TensorType,
-    /// Type of `[hidden, ffn]`.
+    /// Format of `[hidden, ffn]`.
     pub down: TensorType,
-    /// What stands between the products.
+    /// Function that combines gate and up.
     pub activation: Activation,
 }
 
-/// One expert as it lies in the file.
+/// Bytes of one expert as in the model file.
 #[derive(Debug, Clone, Copy)]
 pub struct ExpertBytes<'a> {
     /// `[ffn, hidden]`.
@@ -47,104 +46,54 @@ pub struct ExpertBytes<'a> {
     pub up: &'a [u8],
     /// `[hidden, ffn]`.
     pub down: &'a [u8],
-    /// Of gate, `[ffn]`, up, `[ffn]`, and down, `[hidden]`; all or none of a layer's experts have them.
+    /// Biases of gate, `[ffn]`, up, `[ffn]`, and down, `[hidden]`: for all experts of a layer or
+    /// none.
     pub biases: Option<[&'a [f32]; 3]>,
 }
 
-/// The room of one expert: where its matrices begin, and bytes of each.
-#[derive(Debug, Clone, Copy)]
-struct Places {
-    at: [usize; 3],
-    len: [usize; 3],
-    /// All of it, up to where the next one begins.
-    all: usize,
-}
-
-impl Places {
-    fn new(kind: &ExpertKind) -> Self {
-        let ExpertKind { hidden, ffn, .. } = *kind;
-        let of = |ty: TensorType, rows: usize, cols: usize| {
-            let row = ty.row_bytes(cols as u64).unwrap_or_else(|| panic!("rows of {cols} {ty} values"));
-            row as usize * rows
-        };
-        let len = [of(kind.gate, ffn, hidden), of(kind.up, ffn, hidden), of(kind.down, hidden, ffn)];
-        let round = |bytes: usize| bytes.next_multiple_of(ALIGNED);
-        let at = [0, round(len[0]), round(len[0]) + round(len[1])];
-        Self { at, len, all: at[2] + round(len[2]) }
-    }
-
-    /// The bytes of one of the matrices of the `i`-th expert.
-    fn range(&self, i: usize, matrix: usize) -> std::ops::Range<usize> {
-        let start = i * self.all + self.at[matrix];
-        start..start + self.len[matrix]
-    }
-}
-
-/// The experts of one layer.
-struct Layer {
-    kind: ExpertKind,
-    places: Places,
-    gate: Table<'static>,
-    up: Table<'static>,
-    down: Table<'static>,
-    /// `[n_expert + slots, _]` of gate, up and down; those of experts that are elsewhere are zeros.
-    biases: Option<[Buffer; 3]>,
-    /// Which experts are pinned.
-    here: Vec<bool>,
-    slots: Arc<Buffer>,
-    n_slots: usize,
-}
-
-impl Layer {
-    /// The biases of gate, up or down.
-    fn bias(&self, matrix: usize) -> Option<View<'_>> {
-        self.biases.as_ref().map(|biases| biases[matrix].view())
-    }
-
-    /// Copies an expert to its place in a buffer, and its biases to their row.
-    fn put(&self, memory: &Buffer, i: usize, row: usize, expert: &ExpertBytes<'_>) -> Result<(), CudaError> {
-        for (matrix, bytes) in [expert.gate, expert.up, expert.down].into_iter().enumerate() {
-            let range = self.places.range(i, matrix);
-            assert_eq!(range.len(), bytes.len(), "bytes of matrix {matrix} of an expert");
-            memory.view().part(range).write(bytes)?;
-        }
-        if let (Some(all), Some(own)) = (&self.biases, expert.biases) {
-            for (all, own) in all.iter().zip(own) {
-                all.view().floats(row * own.len()..(row + 1) * own.len()).write_f32(own)?;
-            }
-        }
-        Ok(())
-    }
-}
-
-/// An expert in a device's memory.
+/// Where an expert is in a device's memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Place {
-    /// The pinned expert of this number.
+    /// Pinned; the index of the expert.
     Pinned(usize),
-    /// What this slot holds.
+    /// In a slot, by its index.
     Slot(usize),
+}
+
+/// Experts that a token chose, on the device.
+#[derive(Clone, Copy)]
+pub struct ChosenExperts<'a> {
+    /// `[hidden]`.
+    pub input: View<'a>,
+    /// Quantized `input`, where the layer's experts [take](PinnedExperts::takes_quants) it.
+    pub quants: &'a Quants,
+    /// `[n]` indices of experts.
+    pub which: View<'a>,
+    /// `[n]`.
+    pub weights: View<'a>,
+    /// Number of chosen experts.
+    pub n: usize,
 }
 
 /// Experts of a model on one device.
 pub struct PinnedExperts {
     ops: Ops,
     layers: Vec<Option<Layer>>,
-    room: Room,
-    /// Rows that there is room for.
+    buffers: ExpertBuffers,
+    /// Rows of the buffers.
     rows: usize,
-    /// Rows that the last one to ask gave.
+    /// Rows of activations in the buffers since the last [`ask`](Self::ask) that had any.
     given: usize,
-    /// Results asked for and not fetched yet.
+    /// Results that were asked for and not fetched yet.
     asked: usize,
     /// Width of the results.
     hidden: usize,
-    /// Bytes of matrices, in slots or pinned, with what lies between them.
+    /// Bytes of matrices, pinned or in slots, with padding.
     bytes: u64,
 }
 
-/// Buffers for what is asked for.
-struct Room {
+/// Buffers of requests and their results.
+struct ExpertBuffers {
     x: Buffer,
     x_quants: Quants,
     which: Buffer,
@@ -155,54 +104,51 @@ struct Room {
     out: Buffer,
 }
 
-/// Values of the buffers for so many rows.
-fn room_sizes(rows: usize, hidden: usize, ffn: usize) -> [usize; 2] {
+/// Returns the numbers of values of the buffers for `rows` rows: of width `hidden`, and of width
+/// `ffn`.
+fn buffer_values(rows: usize, hidden: usize, ffn: usize) -> [usize; 2] {
     [rows.saturating_mul(hidden), rows.saturating_mul(ffn)].map(|n| n.next_multiple_of(32))
 }
 
-/// Bytes of the buffers for `rows` uses of experts of a model whose layers are at most so wide.
+/// Returns the bytes of the buffers for `rows` rows, where `hidden` and `ffn` are the largest of
+/// all layers.
 pub fn workspace_bytes(rows: usize, hidden: usize, ffn: usize) -> u64 {
-    let [outer, inner] = room_sizes(rows, hidden, ffn).map(|n| n as u64);
-    // Codes, and a scale and two sums for each 32 values.
+    let [outer, inner] = buffer_values(rows, hidden, ffn).map(|n| n as u64);
+    // Codes, and a scale and two sums per 32 values.
     let quants = |n: u64| n + n / 32 * 12;
-    8 * outer + quants(outer) + 8 * inner + quants(inner) + 4 * (1 + Groups::WORDS as u64) * rows as u64
+    8 * outer + quants(outer) + 8 * inner + quants(inner) + 4 * (1 + TokenGroups::WORDS as u64) * rows as u64
 }
 
-impl Room {
+impl ExpertBuffers {
     fn new(device: &Arc<dyn Device>, rows: usize, hidden: usize, ffn: usize) -> Result<Self, CudaError> {
-        let [outer, inner] = room_sizes(rows, hidden, ffn);
+        let [outer, inner] = buffer_values(rows, hidden, ffn);
         Ok(Self {
-            x: Buffer::room_f32(device, outer)?,
+            x: Buffer::new_f32(device, outer)?,
             x_quants: Quants::new(device, outer)?,
-            which: Buffer::room_f32(device, rows)?,
-            groups: Buffer::room_f32(device, Groups::WORDS * rows)?,
-            gate: Buffer::room_f32(device, inner)?,
-            up: Buffer::room_f32(device, inner)?,
+            which: Buffer::new_f32(device, rows)?,
+            groups: Buffer::new_f32(device, TokenGroups::WORDS * rows)?,
+            gate: Buffer::new_f32(device, inner)?,
+            up: Buffer::new_f32(device, inner)?,
             inner: Quants::new(device, inner)?,
-            out: Buffer::room_f32(device, outer)?,
+            out: Buffer::new_f32(device, outer)?,
         })
     }
 }
 
 impl PinnedExperts {
-    /// No expert of `n_layers` layers yet, and no room for what is asked for.
-    ///
-    /// # Errors
-    /// When the device fails.
+    /// Makes a store for the experts of `n_layers` layers: empty, and with no rows
+    /// [reserved](Self::reserve).
     pub fn new(device: Arc<dyn Device>, n_layers: usize) -> Result<Self, CudaError> {
-        let room = Room::new(&device, 0, 0, 0)?;
+        let buffers = ExpertBuffers::new(&device, 0, 0, 0)?;
         let layers = (0..n_layers).map(|_| None).collect();
-        Ok(Self { ops: Ops::new(device), layers, room, rows: 0, given: 0, asked: 0, hidden: 0, bytes: 0 })
+        Ok(Self { ops: Ops::new(device), layers, buffers, rows: 0, given: 0, asked: 0, hidden: 0, bytes: 0 })
     }
 
-    /// Copies experts of a layer to the device, `pinned` by number, and makes slots; `with_biases` if the layer's experts
-    /// have any.
-    ///
-    /// # Errors
-    /// When there is not enough memory, or the device fails.
+    /// Copies the pinned experts of a layer to the device, as pairs of index and bytes, and
+    /// allocates its slots. `with_biases` says whether the layer's experts have biases.
     ///
     /// # Panics
-    /// When a number or a size is not the layer's.
+    /// When an index or a size is not that of the layer.
     pub fn add_layer(
         &mut self,
         layer: usize,
@@ -211,309 +157,179 @@ impl PinnedExperts {
         n_slots: usize,
         with_biases: bool,
     ) -> Result<(), CudaError> {
-        let device = self.ops.device();
-        let places = Places::new(&kind);
-        let buffer = |n: usize| Ok::<_, CudaError>(Arc::new(Buffer::new(device, n.saturating_mul(places.all))?));
-        let (pins, slots) = (buffer(pinned.len())?, buffer(n_slots)?);
-        let n = kind.n_expert + n_slots;
-        let mut here = vec![false; kind.n_expert];
-        let mut tables: [Vec<Option<SharedPart>>; 3] = std::array::from_fn(|_| vec![None; n]);
-        for (matrix, table) in tables.iter_mut().enumerate() {
-            for (i, (number, _)) in pinned.iter().enumerate() {
-                table[*number] = Some((Arc::clone(&pins), places.range(i, matrix)));
-                here[*number] = true;
-            }
-            for slot in 0..n_slots {
-                table[kind.n_expert + slot] = Some((Arc::clone(&slots), places.range(slot, matrix)));
-            }
-        }
-        let [gate, up, down] = tables;
-        let zeros = |width: usize| Buffer::of_f32(device, &vec![0.0; n * width]);
-        let biases = if with_biases { Some([zeros(kind.ffn)?, zeros(kind.ffn)?, zeros(kind.hidden)?]) } else { None };
-        let made = Layer {
-            kind,
-            places,
-            gate: Table::owning(device, gate)?,
-            up: Table::owning(device, up)?,
-            down: Table::owning(device, down)?,
-            biases,
-            here,
-            slots,
-            n_slots,
-        };
-        for (i, (number, expert)) in pinned.iter().enumerate() {
-            made.put(&pins, i, *number, expert)?;
-        }
-        self.bytes += ((pinned.len() + n_slots) * places.all) as u64;
-        self.layers[layer] = Some(made);
+        let added = Layer::new(self.ops.device(), kind, pinned, n_slots, with_biases)?;
+        self.bytes += ((pinned.len() + n_slots) * added.layout.stride) as u64;
+        self.layers[layer] = Some(added);
         Ok(())
     }
 
-    /// Makes room for `rows` results between two times that they are fetched.
-    ///
-    /// # Errors
-    /// When there is not enough memory.
+    /// Allocates buffers for `rows` results between two calls of [`fetch`](Self::fetch).
     pub fn reserve(&mut self, rows: usize) -> Result<(), CudaError> {
         let kinds = || self.layers.iter().flatten().map(|l| l.kind);
         let (hidden, ffn) = (kinds().map(|k| k.hidden).max(), kinds().map(|k| k.ffn).max());
-        self.room = Room::new(self.ops.device(), rows, hidden.unwrap_or(0), ffn.unwrap_or(0))?;
+        self.buffers = ExpertBuffers::new(self.ops.device(), rows, hidden.unwrap_or(0), ffn.unwrap_or(0))?;
         self.rows = rows;
         Ok(())
     }
 
-    /// Results that there is room for until they are fetched.
-    pub fn room(&self) -> usize {
+    /// Returns how many results can be asked for until they are fetched.
+    pub fn free_rows(&self) -> usize {
         self.rows - self.asked
     }
 
-    /// Bytes that matrices take on the device.
+    /// Returns the bytes of matrices on the device.
     pub fn bytes(&self) -> u64 {
         self.bytes
     }
 
-    /// Copies an expert into a slot, after all that was asked of the one that it held.
+    fn layer(&self, layer: usize) -> Option<&Layer> {
+        self.layers.get(layer).and_then(Option::as_ref)
+    }
+
+    /// Copies an expert into a slot, after everything that was asked of the previous one.
     ///
     /// # Errors
-    /// When the device fails; nothing is known of the slot then.
+    /// After an error, the content of the slot is undefined.
     ///
     /// # Panics
-    /// When there is no such slot, or a size is not the layer's.
+    /// When there is no such slot, or a size is not that of the layer.
     pub fn fill(&mut self, layer: usize, slot: usize, expert: &ExpertBytes<'_>) -> Result<(), CudaError> {
-        let Some(l) = self.layers.get(layer).and_then(Option::as_ref) else { panic!("layer {layer} on a device") };
+        let Some(l) = self.layer(layer) else { panic!("layer {layer} on a device") };
         assert!(slot < l.n_slots, "slot {slot} of {}", l.n_slots);
         l.put(&l.slots, slot, l.kind.n_expert + slot, expert)
     }
 
-    /// The matrices that a slot holds, one after the other.
-    ///
-    /// # Errors
-    /// When the device fails.
+    /// Returns the matrices in a slot: gate, up, down.
     #[cfg(any(test, feature = "emulator"))]
     pub fn slot_bytes(&self, layer: usize, slot: usize) -> Result<Vec<u8>, CudaError> {
-        let Some(l) = self.layers[layer].as_ref() else { return Ok(Vec::new()) };
-        let parts = (0..3).map(|matrix| l.slots.view().part(l.places.range(slot, matrix)).to_bytes());
-        Ok(parts.collect::<Result<Vec<_>, _>>()?.concat())
+        let Some(l) = self.layer(layer) else { return Ok(Vec::new()) };
+        let bytes = |part| l.slots.view().part(l.layout.range(slot, part)).to_bytes();
+        Ok([bytes(Part::Gate)?, bytes(Part::Up)?, bytes(Part::Down)?].concat())
     }
 
-    /// Whether an expert is here.
+    /// Whether an expert is pinned here.
     pub fn has(&self, layer: usize, expert: usize) -> bool {
-        self.layers.get(layer).and_then(Option::as_ref).is_some_and(|l| l.here.get(expert) == Some(&true))
+        self.layer(layer).is_some_and(|l| l.pinned.get(expert) == Some(&true))
     }
 
-    /// Asks for results: `x` is `[rows, hidden]`, or the rows of the last time, which had the same layer; each row goes
-    /// through as many of `experts` as there are for it, the first row's first. [`fetch`](Self::fetch) has the results,
-    /// after those that were asked for before.
+    /// Enqueues experts for rows of activations; [`fetch`](Self::fetch) returns the results, after
+    /// those that were asked for before.
     ///
-    /// # Errors
-    /// When the device fails.
+    /// `x` is `[rows, hidden]`; `None` takes the rows of the previous call for the same layer. Each
+    /// row takes `experts.len() / rows` of the experts, the first row the first ones.
     ///
     /// # Panics
-    /// When an expert is not here, there are not as many for each row, or there is no [room](Self::room).
+    /// When an expert is not here, the rows do not take equally many, or there are too few [free
+    /// rows](Self::free_rows).
     pub fn ask(&mut self, layer: usize, x: Option<&[f32]>, experts: &[Place]) -> Result<(), CudaError> {
         if experts.is_empty() {
             return Ok(());
         }
         let Some(l) = self.layers.get(layer).and_then(Option::as_ref) else { panic!("layer {layer} on a device") };
         let ExpertKind { n_expert, hidden, .. } = l.kind;
-        let number = |place: &Place| match *place {
-            Place::Pinned(expert) if l.here.get(expert) == Some(&true) => expert,
+        let entry = |place: &Place| match *place {
+            Place::Pinned(expert) if l.pinned.get(expert) == Some(&true) => expert,
             Place::Slot(slot) if slot < l.n_slots => n_expert + slot,
             _ => panic!("{place:?} of layer {layer} is not on the device"),
         };
-        let numbers: Vec<usize> = experts.iter().map(number).collect();
+        let entries: Vec<usize> = experts.iter().map(entry).collect();
         let rows = x.map_or(self.given, |x| x.len() / hidden);
-        let jobs = numbers.len();
-        assert!(
-            x.is_none_or(|x| x.len() == rows * hidden) && rows > 0 && jobs.is_multiple_of(rows),
-            "{jobs} of {rows}"
-        );
-        assert!(
-            jobs <= self.rows - self.asked && rows <= self.rows,
-            "{jobs} uses, room for {}",
-            self.rows - self.asked
-        );
-        let (ops, r) = (&self.ops, &mut self.room);
-        let which: Vec<u8> = numbers.iter().flat_map(|n| (*n as i32).to_ne_bytes()).collect();
-        r.which.view().write(&which)?;
+        let jobs = entries.len();
+        let whole_rows = x.is_none_or(|x| x.len() == rows * hidden);
+        assert!(whole_rows && rows > 0 && jobs.is_multiple_of(rows), "{jobs} of {rows}");
+        let free = self.rows - self.asked;
+        assert!(jobs <= free && rows <= self.rows, "{jobs} uses, {free} free rows");
+        let (ops, b) = (&self.ops, &mut self.buffers);
+        let which: Vec<u8> = entries.iter().flat_map(|entry| (*entry as i32).to_ne_bytes()).collect();
+        b.which.view().write(&which)?;
         if let Some(x) = x {
-            r.x.view().write_f32(x)?;
-            if needs_quants(l.kind.gate) || needs_quants(l.kind.up) {
-                ops.quantize(r.x.view(), rows, hidden, &mut r.x_quants)?;
+            b.x.view().write_f32(x)?;
+            if l.takes_quants() {
+                ops.quantize(b.x.view(), rows, hidden, &mut b.x_quants)?;
             }
         }
         self.given = rows;
-        let results = r.out.view().floats(self.asked * hidden..(self.asked + jobs) * hidden);
-        // With rows of their own, neighbours that go through the same expert are multiplied together.
-        let mut alike_rows = Vec::new();
-        if jobs == rows && jobs >= MANY {
-            let mut first = 0;
-            for alike in numbers.chunk_by(|a, b| a == b) {
-                alike_rows.push(Group { matrix: alike[0], first, tokens: alike.len() });
-                first += alike.len();
-            }
-        }
-        let groups = Groups::send(&alike_rows, r.groups.view())?;
-        let mut inner = Inner { gate: &r.gate, up: &r.up, quants: &mut r.inner };
-        let uses = Uses { which: r.which.view(), jobs, rows, groups };
-        first_products(ops, l, &mut inner, r.x.view(), &r.x_quants, uses)?;
-        let (gate, quants) = (inner.gate.view(), &*inner.quants);
-        product(ops, uses, l, 2, gate, quants, 1, results)?;
+        let results = b.out.view().floats(self.asked * hidden..(self.asked + jobs) * hidden);
+        let groups = if jobs == rows { consecutive_groups(&entries) } else { Vec::new() };
+        let groups = TokenGroups::send(&groups, b.groups.view())?;
+        let mut inner = Inner { gate: &b.gate, up: &b.up, quants: &mut b.inner };
+        let uses = Uses { which: b.which.view(), jobs, rows, groups };
+        l.inner(ops, &mut inner, Activations { floats: b.x.view(), quants: &b.x_quants }, uses)?;
+        let x = Activations { floats: inner.gate.view(), quants: inner.quants };
+        l.product(ops, Part::Down, uses, x, 1, results)?;
         self.asked += jobs;
         self.hidden = hidden;
         Ok(())
     }
 
-    /// Whether the experts of a layer take what goes in in 8 bits.
+    /// Whether the experts of a layer take quantized input.
     pub fn takes_quants(&self, layer: usize) -> bool {
-        let kind = self.layers.get(layer).and_then(Option::as_ref).map(|l| l.kind);
-        kind.is_some_and(|kind| needs_quants(kind.gate) || needs_quants(kind.up))
+        self.layer(layer).is_some_and(Layer::takes_quants)
     }
 
-    /// Adds to `x`, `[hidden]`, what the experts that `which`, `[n]`, numbers on the device make of `input`, `[hidden]`, each
-    /// by its weight of `weights`, `[n]`; `quants` are those of `input`, where they [take](Self::takes_quants) them. Nothing
-    /// comes back to the host.
-    ///
-    /// # Errors
-    /// When the device fails.
+    /// Adds the weighted results of a token's experts to `x`, `[hidden]`. Nothing is copied to the
+    /// host.
     ///
     /// # Panics
-    /// When not all experts of the layer are pinned here, or there is no [room](Self::room).
-    pub fn add_chosen(
-        &mut self,
-        layer: usize,
-        input: View<'_>,
-        quants: &Quants,
-        which: View<'_>,
-        weights: View<'_>,
-        n: usize,
-        x: View<'_>,
-    ) -> Result<(), CudaError> {
+    /// When not all experts of the layer are pinned here, or there are too few
+    /// [free rows](Self::free_rows).
+    pub fn add_chosen(&mut self, layer: usize, chosen: &ChosenExperts<'_>, x: View<'_>) -> Result<(), CudaError> {
+        let &ChosenExperts { input, quants, which, weights, n } = chosen;
         let Some(l) = self.layers.get(layer).and_then(Option::as_ref) else { panic!("layer {layer} on a device") };
-        assert!(l.here.iter().all(|here| *here) && n <= self.rows, "{n} experts of layer {layer}");
+        assert!(l.pinned.iter().all(|pinned| *pinned) && n <= self.rows, "{n} experts of layer {layer}");
         let ExpertKind { hidden, ffn, down, .. } = l.kind;
-        let (ops, r) = (&self.ops, &mut self.room);
-        let mut inner = Inner { gate: &r.gate, up: &r.up, quants: &mut r.inner };
-        first_products(
-            ops,
-            l,
-            &mut inner,
-            input,
-            quants,
-            Uses { which, jobs: n, rows: 1, groups: Groups::none(which) },
-        )?;
+        let (ops, b) = (&self.ops, &mut self.buffers);
+        let mut inner = Inner { gate: &b.gate, up: &b.up, quants: &mut b.inner };
+        let uses = Uses { which, jobs: n, rows: 1, groups: TokenGroups::none(which) };
+        l.inner(ops, &mut inner, Activations { floats: input, quants }, uses)?;
         let sum = ChosenSum {
             ty: down,
             table: &l.down,
             which,
-            bias: l.bias(2),
+            bias: l.bias(Part::Down),
             weights,
             tokens: 1,
             n_used: n,
             n_rows: hidden,
             n_cols: ffn,
-            x: if needs_quants(down) { Input::Quants(inner.quants) } else { Input::Floats(inner.gate.view()) },
+            x: Input::for_type(down, inner.gate.view(), inner.quants),
         };
         ops.chosen_sum(&sum, Some(x), x)
     }
 
-    /// Results that were asked for and not fetched yet.
+    /// Returns the number of results that were asked for and not fetched yet.
     pub fn asked(&self) -> usize {
         self.asked
     }
 
-    /// Waits for all results that were [asked](Self::ask) for, `[uses, hidden]` in the order of asking.
-    ///
-    /// # Errors
-    /// When the device fails.
+    /// Waits for all results that were [asked](Self::ask) for, `[asked, hidden]` in the order of
+    /// the requests.
     ///
     /// # Panics
     /// When `out` is not as long.
     pub fn fetch(&mut self, out: &mut [f32]) -> Result<(), CudaError> {
         assert_eq!(out.len(), self.asked * self.hidden, "results of experts on a device");
         self.asked = 0;
-        self.room.out.view().read_f32(out)
+        self.buffers.out.view().read_f32(out)
     }
 
-    /// Forgets what was asked for.
+    /// Drops the results that were asked for.
     pub fn forget(&mut self) {
         self.asked = 0;
     }
 }
 
-/// Buffers inside experts.
-struct Inner<'a> {
-    gate: &'a Buffer,
-    up: &'a Buffer,
-    quants: &'a mut Quants,
-}
-
-/// Which experts take which rows.
-#[derive(Clone, Copy)]
-struct Uses<'a> {
-    /// `[jobs]` numbers in the layer's tables.
-    which: View<'a>,
-    jobs: usize,
-    /// Rows, of which each has as many of the jobs.
-    rows: usize,
-    /// Neighbours that go through the same expert, or none.
-    groups: Groups<'a>,
-}
-
-/// What stands before the last products of a layer's experts, in 8 bits or as floats, as those take it: in `inner.quants` or
-/// `inner.gate`. `x` is `[rows, hidden]`, and `quants` are those of `x`, where gate or up take them.
-fn first_products(
-    ops: &Ops,
-    l: &Layer,
-    inner: &mut Inner<'_>,
-    x: View<'_>,
-    quants: &Quants,
-    uses: Uses<'_>,
-) -> Result<(), CudaError> {
-    let (Uses { which, jobs, rows, groups }, ExpertKind { ffn, hidden, activation, .. }) = (uses, l.kind);
-    let (gate, up, per_x) = (inner.gate.view(), inner.up.view(), jobs / rows);
-    let to = needs_quants(l.kind.down).then_some(&mut *inner.quants);
-    if groups.is_empty() && l.kind.gate == l.kind.up {
-        let gated = Gated {
-            ty: l.kind.gate,
-            matrices: Pair::Chosen([&l.gate, &l.up], which),
-            biases: [l.bias(0), l.bias(1)],
-            activation,
-            jobs,
-            n_rows: ffn,
-            n_cols: hidden,
-            x: if needs_quants(l.kind.gate) { Input::Quants(quants) } else { Input::Floats(x) },
-            jobs_per_x: per_x,
-        };
-        return ops.gated(&gated, gate, to);
+/// Returns the runs of equal table entries, which are multiplied together; none for few rows.
+fn consecutive_groups(entries: &[usize]) -> Vec<TokenGroup> {
+    let mut groups = Vec::new();
+    if entries.len() >= MATMUL_MIN_ROWS {
+        let mut first = 0;
+        for run in entries.chunk_by(|a, b| a == b) {
+            groups.push(TokenGroup { matrix: run[0], first, tokens: run.len() });
+            first += run.len();
+        }
     }
-    product(ops, uses, l, 0, x, quants, per_x, gate)?;
-    product(ops, uses, l, 1, x, quants, per_x, up)?;
-    ops.activate(activation, gate, up, jobs, ffn, to)
-}
-
-/// Products of one of the three matrices of each expert, with its bias: `floats` or their `quants`, as the type takes them.
-fn product(
-    ops: &Ops,
-    uses: Uses<'_>,
-    l: &Layer,
-    at: usize,
-    floats: View<'_>,
-    quants: &Quants,
-    per_x: usize,
-    out: View<'_>,
-) -> Result<(), CudaError> {
-    let (Uses { which, jobs, groups, .. }, ExpertKind { ffn, hidden, .. }) = (uses, l.kind);
-    let (ty, table, n_out, n_in) =
-        [(l.kind.gate, &l.gate, ffn, hidden), (l.kind.up, &l.up, ffn, hidden), (l.kind.down, &l.down, hidden, ffn)][at];
-    let input = if needs_quants(ty) { Input::Quants(quants) } else { Input::Floats(floats) };
-    if groups.is_empty() {
-        return ops.biased_matvec(ty, Matrices::Chosen(table, which), l.bias(at), jobs, n_out, n_in, input, per_x, out);
-    }
-    ops.matmul(ty, Batch::Groups(table, groups), n_out, n_in, input, out)?;
-    match l.bias(at) {
-        Some(bias) => ops.add_bias(out, bias, Some(which), jobs, n_out),
-        None => Ok(()),
-    }
+    groups
 }
 
 #[cfg(test)]

@@ -1,12 +1,12 @@
-//! A real GPU: the driver's first context, one stream, and kernels compiled when they are first launched and kept on
-//! disk.
+//! A real GPU: the driver's primary context and one stream. Kernels are compiled when they are
+//! first launched, and cached on disk.
 
+use super::copy_stream::{self, CopyStream};
 use super::device::{Arg, Device, Grid, Recording};
-use super::lane::{self, Lane};
 use super::nvrtc::{Compiler, NVRTC_VARIABLE};
-use super::outbox::{HALF, Outbox};
 use super::source::{MODULES, Module, module_of};
-use super::{CudaError, View, kept};
+use super::upload_ring::{HALF_BYTES, UploadRing};
+use super::{CudaError, Version, graph, kernel_cache};
 use cudarc::driver::sys::{self, CUdevice_attribute_enum as Attribute, CUresult};
 use cudarc::driver::{CudaContext, DriverError, result};
 use std::collections::HashMap;
@@ -14,69 +14,80 @@ use std::ffi::{CString, c_void};
 use std::sync::{Arc, Mutex, PoisonError};
 use tier_plan_formats::safely;
 
-/// The oldest driver interface that everything here is in, as the driver numbers it.
-const LEAST_DRIVER: i32 = 12_000;
+pub use super::pinned::Pinned;
 
-/// The oldest capability that the kernels are compiled for.
-const LEAST_CAPABILITY: (i32, i32) = (7, 5);
+/// Oldest supported driver interface, as the driver numbers it: CUDA 12.0.
+const MIN_DRIVER: i32 = 12_000;
 
-/// What a GPU says of itself.
+/// Oldest compute capability that the kernels are compiled for.
+const MIN_CAPABILITY: Version = Version { major: 7, minor: 5 };
+
+/// Smallest allocation in bytes.
+const MIN_ALLOCATION: usize = 256;
+
+/// Bytes after the end of an allocation that kernels may read.
+const OVERREAD: usize = 16;
+
+/// Properties of a GPU.
 #[derive(Debug, Clone)]
 pub struct Properties {
-    /// Its name.
+    /// Name of the GPU.
     pub name: String,
     /// Number among the GPUs that the driver shows, from 0.
     pub ordinal: usize,
-    /// Compute capability.
-    pub capability: (i32, i32),
-    /// All memory.
+    /// Compute capability, `8.6`.
+    pub capability: Version,
+    /// Bytes of memory, free or not.
     pub total_bytes: usize,
-    /// Streaming multiprocessors.
+    /// Number of streaming multiprocessors.
     pub multiprocessors: i32,
-    /// Second-level cache.
+    /// Bytes of second-level cache.
     pub l2_bytes: usize,
-    /// The interface that the driver has, 12040 for 12.4.
+    /// Version of the driver's interface, 12040 for 12.4.
     pub driver: i32,
 }
 
-/// An open GPU.
+/// An open GPU with its stream and its loaded kernels.
 pub struct Gpu {
     context: Arc<CudaContext>,
     stream: sys::CUstream,
-    /// What allocations come from, where the device has such.
+    /// Memory pool of the allocations, where the device supports one.
     pool: Option<sys::CUmemoryPool>,
     properties: Properties,
-    state: Mutex<State>,
-    outbox: Mutex<Option<Outbox>>,
+    loaded: Mutex<LoadedKernels>,
+    /// Made at the first small write.
+    upload_ring: Mutex<Option<UploadRing>>,
 }
 
 #[derive(Default)]
-struct State {
+struct LoadedKernels {
     compiler: Option<Compiler>,
     modules: HashMap<&'static str, sys::CUmodule>,
     kernels: HashMap<&'static str, sys::CUfunction>,
 }
 
-// SAFETY: the driver's handles may be used from any thread whose context is this one, which every function sees to.
+// SAFETY: driver handles may be used from any thread that has the context bound, which every
+// function here ensures.
 unsafe impl Send for Gpu {}
-// SAFETY: as above; what changes is behind a mutex, and the stream puts work in one order.
+// SAFETY: driver handles may be shared for the same reason. Mutable state is behind a mutex, and
+// the stream puts work in one order.
 unsafe impl Sync for Gpu {}
 
 impl Drop for Gpu {
     fn drop(&mut self) {
-        // A device that failed can't be tidied up.
+        // Nothing can be freed on a device that failed.
         if self.context.bind_to_thread().is_err() {
             return;
         }
-        let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
-        let outbox = self.outbox.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let loaded = self.loaded.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let upload_ring = self.upload_ring.get_mut().unwrap_or_else(PoisonError::into_inner);
         // SAFETY: nothing that borrows the device is left.
         unsafe {
             let _ = result::stream::synchronize(self.stream);
-            if let Some(outbox) = outbox {
-                outbox.close();
+            if let Some(ring) = upload_ring {
+                ring.close();
             }
-            for module in state.modules.values() {
+            for module in loaded.modules.values() {
                 let _ = result::module::unload(*module);
             }
             let _ = result::stream::destroy(self.stream);
@@ -85,35 +96,13 @@ impl Drop for Gpu {
 }
 
 impl Gpu {
-    /// Opens a GPU by its number.
+    /// Opens a GPU by its ordinal.
     ///
     /// # Errors
-    /// When there is no driver, no such GPU, or it or the driver is too old.
+    /// When there is no driver, no such GPU, or either is too old.
     pub fn open(ordinal: usize) -> Result<Arc<Self>, CudaError> {
-        // SAFETY: loading the driver has no requirements.
-        if !unsafe { sys::is_culib_present() } {
-            return Err(CudaError::NoDriver);
-        }
-        let failed = |what: &str| {
-            let what = what.to_string();
-            move |e: DriverError| CudaError::Call { device: format!("GPU {ordinal}"), what, why: words(e) }
-        };
-        let mut driver = 0;
-        // SAFETY: the number outlives the call.
-        match unsafe { sys::cuDriverGetVersion(&mut driver) }.result() {
-            Err(DriverError(CUresult::CUDA_ERROR_STUB_LIBRARY)) => return Err(CudaError::StubDriver),
-            done => done.map_err(failed("asking for the driver's version"))?,
-        }
-        if driver < LEAST_DRIVER {
-            return Err(CudaError::OldDriver { major: driver / 1000, minor: driver % 1000 / 10 });
-        }
-        match result::init() {
-            Err(DriverError(CUresult::CUDA_ERROR_NO_DEVICE)) => {
-                return Err(CudaError::NoDevice { ordinal, found: 0 });
-            }
-            Err(DriverError(CUresult::CUDA_ERROR_STUB_LIBRARY)) => return Err(CudaError::StubDriver),
-            done => done.map_err(failed("starting the driver"))?,
-        }
+        let failed = |what: &str| open_failed(ordinal, what);
+        let driver = start_driver(ordinal)?;
         let count = result::device::get_count().map_err(failed("counting GPUs"))?;
         let found = usize::try_from(count).unwrap_or(0);
         if ordinal >= found {
@@ -121,9 +110,10 @@ impl Gpu {
         }
         let context = CudaContext::new(ordinal).map_err(failed("opening it"))?;
         let name = context.name().map_err(failed("asking for its name"))?;
-        let capability = context.compute_capability().map_err(failed("asking for its capability"))?;
-        if capability < LEAST_CAPABILITY {
-            return Err(CudaError::TooOld { name, major: capability.0, minor: capability.1 });
+        let (major, minor) = context.compute_capability().map_err(failed("asking for its capability"))?;
+        let capability = Version { major, minor };
+        if capability < MIN_CAPABILITY {
+            return Err(CudaError::TooOld { name, capability });
         }
         let attribute = |a| context.attribute(a).map_err(failed("asking for its properties"));
         let properties = Properties {
@@ -138,38 +128,32 @@ impl Gpu {
         let pool = context.has_async_alloc().then(|| keep_freed_memory(&context)).transpose();
         let pool = pool.map_err(failed("setting up its memory pool"))?;
         let stream = result::stream::create(result::stream::StreamKind::NonBlocking).map_err(failed("a stream"))?;
-        let (state, outbox) = (Mutex::default(), Mutex::default());
-        Ok(Arc::new(Self { context, stream, pool, properties, state, outbox }))
+        let (loaded, upload_ring) = (Mutex::default(), Mutex::default());
+        Ok(Arc::new(Self { context, stream, pool, properties, loaded, upload_ring }))
     }
 
-    /// What it says of itself.
+    /// Returns the properties of the GPU.
     pub fn properties(&self) -> &Properties {
         &self.properties
     }
 
-    /// Bytes of its memory that are free now, once all is done that was asked of it.
-    ///
-    /// # Errors
-    /// When the device fails.
+    /// Returns the free bytes of memory, after everything is done that was enqueued.
     pub fn free_bytes(&self) -> Result<usize, CudaError> {
-        self.give_back()?;
+        self.trim_pool()?;
         Ok(self.context.mem_get_info().map_err(|e| self.failed("asking for free memory", e))?.0)
     }
 
-    /// Has the pool give back what nobody has: the driver counts what a pool keeps as taken.
-    fn give_back(&self) -> Result<(), CudaError> {
+    /// Returns the pool's unused memory to the driver, which counts it as allocated.
+    fn trim_pool(&self) -> Result<(), CudaError> {
         let Some(pool) = self.pool else { return Ok(()) };
-        // What was freed is the pool's only when the stream has come that far.
-        self.wait()?;
+        // Freed memory is unused only when the stream has come that far.
+        self.wait_for_stream()?;
         // SAFETY: the pool is the device's own.
-        let done = unsafe { sys::cuMemPoolTrimTo(pool, 0) }.result();
-        done.map_err(|e| self.failed("giving back free memory", e))
+        let trimmed = unsafe { sys::cuMemPoolTrimTo(pool, 0) }.result();
+        trimmed.map_err(|e| self.failed("giving back free memory", e))
     }
 
-    /// Its place on the PCI bus, `0000:65:00.0`, by which other libraries know it.
-    ///
-    /// # Errors
-    /// When the device fails.
+    /// Returns the PCI address, `0000:65:00.0`, by which other libraries identify the GPU.
     pub fn pci(&self) -> Result<String, CudaError> {
         let attribute = |a| self.context.attribute(a).map_err(|e| self.failed("asking for its place", e));
         Ok(format!(
@@ -183,7 +167,7 @@ impl Gpu {
     /// Compiles and loads every kernel that is not loaded yet.
     ///
     /// # Errors
-    /// When one can't be.
+    /// When a kernel can't be compiled or loaded.
     pub fn prepare(&self) -> Result<(), CudaError> {
         for kernel in MODULES.iter().flat_map(|m| m.kernels) {
             self.kernel(kernel)?;
@@ -191,105 +175,105 @@ impl Gpu {
         Ok(())
     }
 
-    /// Host memory that the GPU reads and writes by itself.
+    /// Allocates page-locked host memory.
     ///
     /// # Errors
-    /// When the system has not got it.
+    /// When the system can't pin `len` bytes.
     pub fn pinned(self: &Arc<Self>, len: usize) -> Result<Pinned, CudaError> {
-        self.bind()?;
-        // SAFETY: the context is current.
-        let start = unsafe { result::malloc_host(len.max(1), 0) }.map_err(|e| self.failed("pinning host memory", e))?;
-        // SAFETY: as many bytes were allocated.
-        unsafe { start.cast::<u8>().write_bytes(0, len) };
-        Ok(Pinned { gpu: Arc::clone(self), start: start.cast(), len })
+        Pinned::new(self, len)
     }
 
+    /// Makes the GPU's context current on this thread.
     pub(super) fn bind(&self) -> Result<(), CudaError> {
         self.context.bind_to_thread().map_err(|e| self.failed("choosing the device", e))
     }
 
-    /// The stream that it computes in.
+    /// Returns the compute stream.
     pub(super) fn stream(&self) -> sys::CUstream {
         self.stream
     }
 
+    /// Waits until everything in the compute stream is done.
+    pub(super) fn wait_for_stream(&self) -> Result<(), CudaError> {
+        self.bind()?;
+        // SAFETY: the stream lives as long as this value.
+        unsafe { result::stream::synchronize(self.stream) }.map_err(|e| self.failed("what was asked of it", e))
+    }
+
     pub(super) fn failed(&self, what: impl Into<String>, error: DriverError) -> CudaError {
-        CudaError::Call { device: self.properties.name.clone(), what: what.into(), why: words(error) }
+        CudaError::Call { device: self.properties.name.clone(), what: what.into(), why: driver_message(error) }
     }
 
     fn kernel(&self, name: &'static str) -> Result<sys::CUfunction, CudaError> {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(kernel) = state.kernels.get(name) {
+        let mut loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(kernel) = loaded.kernels.get(name) {
             return Ok(*kernel);
         }
         let module = module_of(name).ok_or_else(|| CudaError::NoKernel(name.into()))?;
-        let loaded = match state.modules.get(module.name) {
-            Some(loaded) => *loaded,
+        let handle = match loaded.modules.get(module.name) {
+            Some(handle) => *handle,
             None => {
-                let loaded = self.load(module, &mut state.compiler)?;
-                state.modules.insert(module.name, loaded);
-                loaded
+                let handle = self.load(module, &mut loaded.compiler)?;
+                loaded.modules.insert(module.name, handle);
+                handle
             }
         };
-        // All of them at once: where launches are recorded, the driver loads nothing.
+        // All kernels at once, as the driver loads nothing while launches are recorded.
         for name in module.kernels {
             let c_name = CString::new(*name).map_err(|_| CudaError::NoKernel((*name).into()))?;
             // SAFETY: the module is loaded and stays so.
-            let kernel = unsafe { result::module::get_function(loaded, c_name) };
+            let kernel = unsafe { result::module::get_function(handle, c_name) };
             let kernel = kernel.map_err(|e| self.failed(format!("finding kernel {name}"), e))?;
-            state.kernels.insert(name, kernel);
+            loaded.kernels.insert(name, kernel);
         }
-        state.kernels.get(name).copied().ok_or_else(|| CudaError::NoKernel(name.into()))
+        loaded.kernels.get(name).copied().ok_or_else(|| CudaError::NoKernel(name.into()))
     }
 
-    /// Loads a module from the cache, or compiles it.
+    /// Loads a module from the cache on disk, or compiles it.
     fn load(&self, module: &'static Module, compiler: &mut Option<Compiler>) -> Result<sys::CUmodule, CudaError> {
-        let kept = kept::path(module, self.properties.capability, self.properties.driver);
-        if let Some(image) = kept.as_ref().and_then(|path| std::fs::read(path).ok()).and_then(|b| kept::unseal(&b))
-            && let Ok(loaded) = load_image(&image)
+        let cached = kernel_cache::path(module, self.properties.capability, self.properties.driver);
+        let bytes = cached.as_ref().and_then(|path| std::fs::read(path).ok());
+        if let Some(image) = bytes.and_then(|bytes| kernel_cache::unseal(&bytes))
+            && let Ok(handle) = load_image(&image)
         {
-            return Ok(loaded);
+            return Ok(handle);
         }
         let compiler = match compiler {
             Some(compiler) => compiler,
             None => compiler.insert(Compiler::find_for(self.properties.driver / 1000)?),
         };
         let compiled = compiler.compile(module, self.properties.capability)?;
-        let loaded = load_image(&compiled.image).map_err(|e| self.not_loaded(module, compiler, e))?;
-        if let Some(path) = kept {
-            // A cache that can't be written costs time at the next start, nothing else.
+        let handle = load_image(&compiled.image).map_err(|e| self.not_loaded(module, compiler, e))?;
+        if let Some(path) = cached {
+            // A cache that can't be written only costs time at the next start.
             let made = path.parent().map_or(Ok(()), std::fs::create_dir_all);
-            let _ = made.is_ok() && safely::write(&path, &kept::seal(&compiled.image)).is_ok();
+            let _ = made.is_ok() && safely::write(&path, &kernel_cache::seal(&compiled.image)).is_ok();
         }
-        Ok(loaded)
+        Ok(handle)
     }
-}
 
-impl Gpu {
-    /// Why the driver takes no kernels that were just compiled.
+    /// Explains why the driver rejected kernels that were just compiled.
     fn not_loaded(&self, module: &Module, compiler: &Compiler, error: DriverError) -> CudaError {
-        let ((major, minor), driver) = (compiler.version(), self.properties.driver);
-        let mut why = words(error);
-        if major > driver / 1000 {
+        let (nvrtc, driver) = (compiler.version(), Version::of_driver(self.properties.driver));
+        let mut why = driver_message(error);
+        if nvrtc.major > driver.major {
             why += &format!(
-                "; NVRTC {major}.{minor} made them, which is newer than the driver, of CUDA {}.{}: update the driver, or set \
+                "; NVRTC {nvrtc} made them, which is newer than the driver, of CUDA {driver}: update the driver, or set \
                  {NVRTC_VARIABLE} to the path of a libnvrtc.so of CUDA {}",
-                driver / 1000,
-                driver % 1000 / 10,
-                driver / 1000
+                driver.major
             );
         }
         let (device, what) = (self.properties.name.clone(), format!("loading the kernels of {}", module.name));
         CudaError::Call { device, what, why }
     }
 
-    /// Allocates once.
-    fn try_to_allocate(&self, room: usize) -> Result<u64, DriverError> {
-        // SAFETY: the context is current, as the caller has seen to.
+    /// Allocates from the pool, where there is one. The caller has bound the context.
+    fn try_to_allocate(&self, len: usize) -> Result<u64, DriverError> {
+        // SAFETY: the context is current.
         unsafe {
             match self.pool {
-                Some(_) => result::malloc_async(self.stream, room),
-                None => result::malloc_sync(room),
+                Some(_) => result::malloc_async(self.stream, len),
+                None => result::malloc_sync(len),
             }
         }
     }
@@ -297,25 +281,53 @@ impl Gpu {
 
 /// Loads machine code or PTX into the current context.
 fn load_image(image: &[u8]) -> Result<sys::CUmodule, DriverError> {
-    // SAFETY: the compiler made it, and what came from disk has the sum that it was written with.
+    // SAFETY: the compiler made the image; one from disk has the checksum that it was written with.
     unsafe { result::module::load_data(image.as_ptr().cast()) }
 }
 
-/// Lets the device's pool keep what is freed, for the next allocation; returns it.
+/// Sets the device's memory pool to keep freed memory for the next allocation, and returns it.
 fn keep_freed_memory(context: &CudaContext) -> Result<sys::CUmemoryPool, DriverError> {
     let mut pool = std::ptr::null_mut();
-    let mut all = u64::MAX;
+    let mut threshold = u64::MAX;
     let name = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
     // SAFETY: the device exists, and the attribute is a 64-bit number.
     unsafe {
         sys::cuDeviceGetDefaultMemPool(&mut pool, context.cu_device()).result()?;
-        sys::cuMemPoolSetAttribute(pool, name, std::ptr::from_mut(&mut all).cast()).result()?;
+        sys::cuMemPoolSetAttribute(pool, name, std::ptr::from_mut(&mut threshold).cast()).result()?;
     }
     Ok(pool)
 }
 
-/// What the driver says about an error.
-fn words(error: DriverError) -> String {
+/// Initializes the driver, and returns the version of its interface as the driver numbers it.
+fn start_driver(ordinal: usize) -> Result<i32, CudaError> {
+    // SAFETY: loading the driver has no requirements.
+    if !unsafe { sys::is_culib_present() } {
+        return Err(CudaError::NoDriver);
+    }
+    let mut driver = 0;
+    // SAFETY: the number outlives the call.
+    match unsafe { sys::cuDriverGetVersion(&mut driver) }.result() {
+        Err(DriverError(CUresult::CUDA_ERROR_STUB_LIBRARY)) => return Err(CudaError::StubDriver),
+        done => done.map_err(open_failed(ordinal, "asking for the driver's version"))?,
+    }
+    if driver < MIN_DRIVER {
+        return Err(CudaError::OldDriver { found: Version::of_driver(driver) });
+    }
+    match result::init() {
+        Err(DriverError(CUresult::CUDA_ERROR_NO_DEVICE)) => Err(CudaError::NoDevice { ordinal, found: 0 }),
+        Err(DriverError(CUresult::CUDA_ERROR_STUB_LIBRARY)) => Err(CudaError::StubDriver),
+        done => done.map(|()| driver).map_err(open_failed(ordinal, "starting the driver")),
+    }
+}
+
+/// Makes an error of a GPU whose name is not known yet.
+fn open_failed(ordinal: usize, what: &str) -> impl Fn(DriverError) -> CudaError + use<> {
+    let what = what.to_string();
+    move |e| CudaError::Call { device: format!("GPU {ordinal}"), what: what.clone(), why: driver_message(e) }
+}
+
+/// Returns the driver's message and name of an error.
+fn driver_message(error: DriverError) -> String {
     let name = error.error_name().map(|n| n.to_string_lossy().into_owned());
     let text = error.error_string().map(|t| t.to_string_lossy().into_owned());
     format!("{} ({})", text.unwrap_or_else(|_| "unknown error".into()), name.unwrap_or_else(|_| "no name".into()))
@@ -332,14 +344,13 @@ impl Device for Gpu {
 
     fn allocate(&self, len: usize) -> Result<u64, CudaError> {
         self.bind()?;
-        // Kernels may look at a few bytes after the end of what they read.
-        let room = len.saturating_add(16).max(256);
-        let mut made = self.try_to_allocate(room);
-        // What was freed in pieces may do as a whole.
-        if matches!(made, Err(DriverError(CUresult::CUDA_ERROR_OUT_OF_MEMORY))) && self.give_back().is_ok() {
-            made = self.try_to_allocate(room);
+        let padded = len.saturating_add(OVERREAD).max(MIN_ALLOCATION);
+        let mut allocated = self.try_to_allocate(padded);
+        // Memory that the pool keeps in pieces may suffice once the driver has joined them.
+        if matches!(allocated, Err(DriverError(CUresult::CUDA_ERROR_OUT_OF_MEMORY))) && self.trim_pool().is_ok() {
+            allocated = self.try_to_allocate(padded);
         }
-        made.map_err(|error| match error {
+        allocated.map_err(|error| match error {
             DriverError(CUresult::CUDA_ERROR_OUT_OF_MEMORY) => CudaError::OutOfMemory {
                 device: self.properties.name.clone(),
                 wanted: len,
@@ -350,11 +361,11 @@ impl Device for Gpu {
     }
 
     unsafe fn free(&self, at: u64) {
-        // On a device that failed there is nothing left to free.
+        // Nothing can be freed on a device that failed.
         if self.bind().is_err() {
             return;
         }
-        // SAFETY: the caller's promise; work that uses the memory was asked for before.
+        // SAFETY: the caller's promise; work that uses the memory was enqueued before.
         unsafe {
             let _ = match self.pool {
                 Some(_) => result::free_async(at, self.stream),
@@ -366,33 +377,33 @@ impl Device for Gpu {
     unsafe fn write(&self, to: u64, bytes: &[u8]) -> Result<(), CudaError> {
         self.bind()?;
         let failed = |e| self.failed(format!("copying {} bytes to it", bytes.len()), e);
-        if bytes.len() > HALF {
-            // SAFETY: the caller's promise; the bytes stay until the stream has come this far.
+        if bytes.len() > HALF_BYTES {
+            // SAFETY: the caller's promise; the bytes stay until the copy is done.
             unsafe { result::memcpy_htod_async(to, bytes, self.stream) }.map_err(failed)?;
-            return self.wait();
+            return self.wait_for_stream();
         }
-        let mut outbox = self.outbox.lock().unwrap_or_else(PoisonError::into_inner);
-        let outbox = match &mut *outbox {
-            Some(outbox) => outbox,
-            none => none.insert(Outbox::new().map_err(|e| self.failed("pinning host memory", e))?),
+        let mut upload_ring = self.upload_ring.lock().unwrap_or_else(PoisonError::into_inner);
+        let ring = match &mut *upload_ring {
+            Some(ring) => ring,
+            none => none.insert(UploadRing::new().map_err(|e| self.failed("pinning host memory", e))?),
         };
         // SAFETY: the caller's promise; the context is current, and the stream always this one.
-        unsafe { outbox.send(to, bytes, self.stream) }.map_err(failed)
+        unsafe { ring.send(to, bytes, self.stream) }.map_err(failed)
     }
 
     unsafe fn read(&self, from: u64, bytes: &mut [u8]) -> Result<(), CudaError> {
         self.bind()?;
-        // SAFETY: the caller's promise; the bytes are there when the stream has come this far.
-        let done = unsafe { result::memcpy_dtoh_async(bytes, from, self.stream) };
-        done.map_err(|e| self.failed(format!("copying {} bytes from it", bytes.len()), e))?;
-        self.wait()
+        // SAFETY: the caller's promise; the bytes stay until the copy is done.
+        let enqueued = unsafe { result::memcpy_dtoh_async(bytes, from, self.stream) };
+        enqueued.map_err(|e| self.failed(format!("copying {} bytes from it", bytes.len()), e))?;
+        self.wait_for_stream()
     }
 
     unsafe fn copy(&self, to: u64, from: u64, len: usize) -> Result<(), CudaError> {
         self.bind()?;
         // SAFETY: the caller's promise.
-        let done = unsafe { result::memcpy_dtod_async(to, from, len, self.stream) };
-        done.map_err(|e| self.failed(format!("copying {len} bytes within it"), e))
+        let enqueued = unsafe { result::memcpy_dtod_async(to, from, len, self.stream) };
+        enqueued.map_err(|e| self.failed(format!("copying {len} bytes within it"), e))
     }
 
     unsafe fn launch(&self, kernel: &'static str, grid: Grid, args: &[Arg]) -> Result<(), CudaError> {
@@ -401,136 +412,25 @@ impl Device for Gpu {
         let [x, y, z] = grid.blocks;
         let mut addresses: Vec<*mut c_void> = args.iter().map(|a| a.address().cast_mut()).collect();
         // SAFETY: the caller's promise about the arguments, which the driver copies.
-        let done =
+        let launched =
             unsafe { result::launch_kernel(function, (x, y, z), (grid.threads, 1, 1), 0, self.stream, &mut addresses) };
-        done.map_err(|e| self.failed(format!("launching {kernel}"), e))
+        launched.map_err(|e| self.failed(format!("launching {kernel}"), e))
     }
 
     fn wait(&self) -> Result<(), CudaError> {
-        self.bind()?;
-        // SAFETY: the stream lives as long as this value.
-        unsafe { result::stream::synchronize(self.stream) }.map_err(|e| self.failed("what was asked of it", e))
+        self.wait_for_stream()
     }
 
-    fn lane(self: Arc<Self>, len: usize) -> Result<Option<Box<dyn Lane>>, CudaError> {
-        lane::open(self, len).map(Some)
+    fn copy_stream(self: Arc<Self>, len: usize) -> Result<Option<Box<dyn CopyStream>>, CudaError> {
+        copy_stream::open(self, len).map(Some)
     }
 
     fn begin_recording(&self) -> Result<bool, CudaError> {
-        self.bind()?;
-        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
-        // SAFETY: the stream lives as long as this value.
-        unsafe { result::stream::begin_capture(self.stream, mode) }
-            .map_err(|e| self.failed("recording launches", e))?;
-        Ok(true)
+        graph::begin_capture(self).map(|()| true)
     }
 
     fn end_recording(self: Arc<Self>) -> Result<Box<dyn Recording>, CudaError> {
-        self.bind()?;
-        // SAFETY: the stream lives as long as this value, and was recording.
-        let graph =
-            unsafe { result::stream::end_capture(self.stream) }.map_err(|e| self.failed("recording launches", e))?;
-        let mut made = std::ptr::null_mut();
-        // SAFETY: the graph is whole; what can be launched is made from it, and no longer needs it.
-        let done = unsafe {
-            let done = sys::cuGraphInstantiateWithFlags(&mut made, graph, 0).result();
-            let _ = sys::cuGraphDestroy(graph).result();
-            done
-        };
-        done.map_err(|e| self.failed("preparing recorded launches", e))?;
-        Ok(Box::new(Graph { gpu: self, made }))
-    }
-}
-
-/// Launches that the driver has put together.
-struct Graph {
-    gpu: Arc<Gpu>,
-    made: sys::CUgraphExec,
-}
-
-// SAFETY: the handle may be used from any thread whose context is the GPU's, which every function sees to.
-unsafe impl Send for Graph {}
-
-impl Drop for Graph {
-    fn drop(&mut self) {
-        if self.gpu.wait().is_ok() {
-            // SAFETY: `end_recording` made it, and nothing of it is running.
-            let _ = unsafe { sys::cuGraphExecDestroy(self.made) }.result();
-        }
-    }
-}
-
-impl Recording for Graph {
-    unsafe fn replay(&self) -> Result<(), CudaError> {
-        self.gpu.bind()?;
-        // SAFETY: the caller's promise; graph and stream live as long as this value.
-        let done = unsafe { sys::cuGraphLaunch(self.made, self.gpu.stream) }.result();
-        done.map_err(|e| self.gpu.failed("recorded launches", e))
-    }
-}
-
-/// Host memory that a GPU copies to and from without the processor.
-pub struct Pinned {
-    gpu: Arc<Gpu>,
-    start: *mut u8,
-    len: usize,
-}
-
-// SAFETY: the memory belongs to this value alone.
-unsafe impl Send for Pinned {}
-
-impl Drop for Pinned {
-    fn drop(&mut self) {
-        if self.gpu.bind().is_ok() {
-            // SAFETY: `pinned` allocated it, and every copy has been waited for.
-            let _ = unsafe { result::free_host(self.start.cast()) };
-        }
-    }
-}
-
-impl Pinned {
-    /// How many bytes there are.
-    pub fn len(&self) -> usize {
-        self.len
-    }
-
-    /// Whether there are none.
-    pub fn is_empty(&self) -> bool {
-        self.len == 0
-    }
-
-    /// The bytes.
-    pub fn bytes(&mut self) -> &mut [u8] {
-        // SAFETY: as many bytes were allocated and set to 0.
-        unsafe { std::slice::from_raw_parts_mut(self.start, self.len) }
-    }
-
-    /// Copies all of it to the device, and waits.
-    ///
-    /// # Errors
-    /// When the device fails.
-    ///
-    /// # Panics
-    /// When there is no room.
-    pub fn send(&mut self, to: View<'_>) -> Result<(), CudaError> {
-        let to = to.part(0..self.len);
-        self.gpu.bind()?;
-        let stream = self.gpu.stream;
-        // SAFETY: there is room, and the bytes stay until the stream has come this far.
-        let done = unsafe { result::memcpy_htod_async(to.address(), self.bytes(), stream) };
-        done.map_err(|e| self.gpu.failed(format!("copying {} bytes to it", self.len), e))?;
-        self.gpu.wait()
-    }
-
-    /// Fills it from the device.
-    ///
-    /// # Errors
-    /// When the device fails.
-    ///
-    /// # Panics
-    /// When there are too few bytes.
-    pub fn receive(&mut self, from: View<'_>) -> Result<(), CudaError> {
-        from.read(self.bytes())
+        graph::end_capture(self)
     }
 }
 
@@ -539,7 +439,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn without_a_driver_the_error_says_what_is_missing() {
+    fn a_missing_driver_is_named_in_the_error() {
         // SAFETY: loading the driver has no requirements.
         if unsafe { sys::is_culib_present() } {
             return;

@@ -1,35 +1,35 @@
-//! What the driver's management library says of a GPU: the power that it may draw, and who has its memory. The library
-//! comes with the driver and is loaded when it is asked; nothing depends on it.
+//! NVML, the driver's management library: a GPU's power limit and memory. It is loaded when it is
+//! first asked; nothing depends on it.
 
 use super::CudaError;
 use libloading::Library;
 use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
 use std::path::{Path, PathBuf};
 
-/// Names that the library goes by.
+/// File names of the library.
 const NAMES: [&str; 3] = ["libnvidia-ml.so.1", "libnvidia-ml.so", "nvml.dll"];
 
-/// Bytes of a name at most, as the library has it.
+/// Longest name of a GPU in bytes, with its zero (`NVML_DEVICE_NAME_V2_BUFFER_SIZE`).
 const NAME_BYTES: usize = 96;
 
 type Status = c_int;
 type Handle = *mut c_void;
 
-/// The library, ready to be asked.
+/// The library, loaded and initialized.
 pub struct Nvml {
     library: Library,
 }
 
-/// What it says of one GPU.
+/// Name, power limit and memory of one GPU.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Reading {
-    /// Its name.
+    /// Name of the GPU.
     pub name: String,
-    /// The limit in force, in watts; none where the GPU has none.
+    /// Enforced power limit in watts, if the GPU has one.
     pub limit_watts: Option<f64>,
-    /// All memory, in bytes.
+    /// Bytes of memory, free or not.
     pub total_bytes: u64,
-    /// Bytes that nobody has.
+    /// Bytes of memory that no process has allocated.
     pub free_bytes: u64,
 }
 
@@ -47,22 +47,22 @@ impl Drop for Nvml {
         type Shutdown = unsafe extern "C" fn() -> Status;
         // SAFETY: the type is that of the function, and what it ends was begun by `open`.
         if let Ok(shutdown) = unsafe { self.library.get::<Shutdown>(b"nvmlShutdown\0") } {
-            // SAFETY: as above.
+            // SAFETY: the function takes no arguments.
             unsafe { shutdown() };
         }
     }
 }
 
 impl Nvml {
-    /// The library that the system finds.
+    /// Loads the library by its file name.
     ///
     /// # Errors
-    /// When there is none, or it can't be started.
+    /// When it can't be loaded or initialized.
     pub fn find() -> Result<Self, CudaError> {
         let mut why = String::new();
         for name in NAMES {
             match Self::open(&PathBuf::from(name)) {
-                Ok(found) => return Ok(found),
+                Ok(library) => return Ok(library),
                 Err(error) if why.is_empty() => why = error.to_string(),
                 Err(_) => {}
             }
@@ -70,27 +70,27 @@ impl Nvml {
         Err(failed("loading it", &why))
     }
 
-    /// The library in a file.
+    /// Loads the library from a file.
     ///
     /// # Errors
-    /// As [`find`](Self::find).
+    /// When it can't be loaded or initialized.
     pub fn open(path: &Path) -> Result<Self, CudaError> {
         type Start = unsafe extern "C" fn() -> Status;
-        // SAFETY: NVML's initialisation has no requirements.
+        // SAFETY: NVML's initialization has no requirements.
         let library = unsafe { Library::new(path) }.map_err(|e| failed("loading it", &e.to_string()))?;
         // SAFETY: the type is that of the function.
         let status = unsafe { library.get::<Start>(b"nvmlInit_v2\0").map(|start| start()) };
         match status {
             Ok(0) => Ok(Self { library }),
-            Ok(status) => Err(failed("starting it", &words(&library, status))),
+            Ok(status) => Err(failed("starting it", &status_message(&library, status))),
             Err(error) => Err(failed("starting it", &error.to_string())),
         }
     }
 
-    /// What it says of the GPU at a place of the PCI bus, `0000:65:00.0`.
+    /// Reads the state of the GPU at a PCI address, `0000:65:00.0`.
     ///
     /// # Errors
-    /// When there is no such GPU, or it does not answer.
+    /// When there is no such GPU, or a query fails.
     pub fn read(&self, pci: &str) -> Result<Reading, CudaError> {
         type Find = unsafe extern "C" fn(*const c_char, *mut Handle) -> Status;
         type Name = unsafe extern "C" fn(Handle, *mut c_char, c_uint) -> Status;
@@ -101,11 +101,12 @@ impl Nvml {
         let mut name = [0 as c_char; NAME_BYTES];
         let mut memory = Memory::default();
         let mut milliwatts = 0;
-        // SAFETY: the types are those of the functions; text ends in a zero, and everything given outlives the calls.
+        // SAFETY: the types are those of the functions; text ends in a zero, and everything given
+        // outlives the calls.
         unsafe {
             let find = self.symbol::<Find>("nvmlDeviceGetHandleByPciBusId_v2")?;
             self.ok(&format!("finding GPU {pci}"), find(c_pci.as_ptr(), &mut gpu))?;
-            // One less than there are, so that a zero ends it whatever happens.
+            // One less than the buffer has, so that a zero always ends the name.
             let named = self.symbol::<Name>("nvmlDeviceGetName")?(gpu, name.as_mut_ptr(), NAME_BYTES as c_uint - 1);
             self.ok("asking for a name", named)?;
             self.ok("asking for memory", self.symbol::<MemoryOf>("nvmlDeviceGetMemoryInfo")?(gpu, &mut memory))?;
@@ -121,12 +122,12 @@ impl Nvml {
 
     fn symbol<T: Copy>(&self, name: &str) -> Result<T, CudaError> {
         // SAFETY: the callers' types are those of the functions, which stay as long as the library.
-        let found = unsafe { self.library.get::<T>(name.as_bytes()) };
-        found.map(|symbol| *symbol).map_err(|e| failed(name, &e.to_string()))
+        let loaded = unsafe { self.library.get::<T>(name.as_bytes()) };
+        loaded.map(|symbol| *symbol).map_err(|e| failed(name, &e.to_string()))
     }
 
     fn ok(&self, what: &str, status: Status) -> Result<(), CudaError> {
-        if status == 0 { Ok(()) } else { Err(failed(what, &words(&self.library, status))) }
+        if status == 0 { Ok(()) } else { Err(failed(what, &status_message(&self.library, status))) }
     }
 }
 
@@ -134,13 +135,13 @@ fn failed(what: &str, why: &str) -> CudaError {
     CudaError::Call { device: "NVML".into(), what: what.into(), why: why.into() }
 }
 
-/// What the library says about a status.
-fn words(library: &Library, status: Status) -> String {
-    type Words = unsafe extern "C" fn(Status) -> *const c_char;
+/// Returns the library's message for a status.
+fn status_message(library: &Library, status: Status) -> String {
+    type Message = unsafe extern "C" fn(Status) -> *const c_char;
     // SAFETY: the type is that of the function, and its text is the library's own.
     let text = unsafe {
-        library.get::<Words>(b"nvmlErrorString\0").ok().and_then(|words| {
-            let text = words(status);
+        library.get::<Message>(b"nvmlErrorString\0").ok().and_then(|message| {
+            let text = message(status);
             (!text.is_null()).then(|| CStr::from_ptr(text).to_string_lossy().into_owned())
         })
     };
@@ -152,8 +153,8 @@ mod tests {
     use super::*;
     use std::process::Command;
 
-    /// A library of the same functions, with one GPU of which it says what is known.
-    const STAND_IN: &str = r#"
+    /// A fake NVML with two GPUs.
+    const FAKE_NVML: &str = r#"
 extern "C" {
 static int running = 0;
 int nvmlInit_v2() { running = 1; return 0; }
@@ -176,10 +177,10 @@ int nvmlDeviceGetMemoryInfo(void* gpu, unsigned long long* m) { m[0] = 1ull << 3
 "#;
 
     #[test]
-    fn a_gpu_is_asked_by_its_place() {
+    fn a_gpu_is_read_by_its_pci_address() {
         let dir = tempfile::tempdir().unwrap();
         let (source, library) = (dir.path().join("nvml.cpp"), dir.path().join("libnvml.so"));
-        std::fs::write(&source, STAND_IN).unwrap();
+        std::fs::write(&source, FAKE_NVML).unwrap();
         let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".into());
         let done = Command::new(compiler).args(["-shared", "-fPIC", "-o"]).arg(&library).arg(&source).output().unwrap();
         assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));

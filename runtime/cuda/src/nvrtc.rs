@@ -1,97 +1,98 @@
-//! The compiler of kernels: NVRTC, loaded when it is needed. It needs no GPU.
+//! NVRTC, the run-time compiler of kernels. It is loaded when it is first needed, and needs no GPU.
 
-use super::CudaError;
 use super::source::{Module, headers};
+use super::{CudaError, Version};
 use libloading::Library;
 use std::ffi::{CString, c_char, c_int, c_void};
 use std::path::{Path, PathBuf};
 
-/// The environment variable with the path of the compiler's library.
+/// Environment variable with the path of NVRTC's library.
 pub const NVRTC_VARIABLE: &str = "TIER_PLAN_NVRTC";
 
-/// Names that the library goes by where the system looks for libraries, the newest first.
+/// File names of the library, the newest first.
 const NAMES: [&str; 4] = ["libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so", "nvrtc64_120_0.dll"];
 
-/// Options beside the architecture. Also part of what a compiled kernel is remembered by.
+/// Compiler options besides the architecture; part of the cache key of a compiled kernel.
 pub(super) const OPTIONS: [&str; 2] = ["--std=c++17", "--ptxas-options=-v"];
 
 type Status = c_int;
 type Program = *mut c_void;
 
-/// NVRTC.
+/// A loaded NVRTC, ready to compile.
 pub struct Compiler {
     library: Library,
-    /// Held open for it.
-    _parts: Vec<Library>,
+    /// Libraries that NVRTC opens by name, held open.
+    _builtins: Vec<Library>,
     path: PathBuf,
-    version: (i32, i32),
+    version: Version,
 }
 
-/// Compiled kernels.
+/// Compiled kernels of one module.
 #[derive(Debug, Clone)]
 pub struct Compiled {
-    /// Machine code, or, for an architecture that the compiler knows no machine code of, PTX that ends with a zero.
+    /// Machine code (CUBIN), or zero-terminated PTX for an architecture newer than the compiler.
     pub image: Vec<u8>,
-    /// What the compiler had to say: registers and memory of every kernel.
+    /// Compiler output: registers and memory of every kernel.
     pub log: String,
 }
 
-/// Opens what NVRTC opens by name only, and so doesn't find where the system doesn't look: the libraries of built-in
-/// things beside it.
-fn parts(path: &Path) -> Vec<Library> {
+/// Opens the `libnvrtc-builtins` beside NVRTC, which NVRTC itself opens by name only and so doesn't
+/// find outside of the system's library folders.
+fn open_builtins(path: &Path) -> Vec<Library> {
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
     let files = folder.and_then(|folder| std::fs::read_dir(folder).ok()).into_iter().flatten().flatten();
     let builtins = |name: &std::ffi::OsStr| name.to_string_lossy().starts_with("libnvrtc-builtins.so");
-    let found = files.filter(|file| builtins(&file.file_name()));
-    // SAFETY: they hold data; what can't be loaded NVRTC will miss by itself.
-    found.filter_map(|file| unsafe { Library::new(file.path()) }.ok()).collect()
+    let files = files.filter(|file| builtins(&file.file_name()));
+    // SAFETY: they hold data. NVRTC reports what can't be loaded.
+    files.filter_map(|file| unsafe { Library::new(file.path()) }.ok()).collect()
 }
 
 impl Compiler {
-    /// The compiler that [`NVRTC_VARIABLE`] names, or else the one that the system finds.
+    /// Loads the compiler that [`NVRTC_VARIABLE`] names, or else the newest one on the system.
     ///
     /// # Errors
-    /// When there is none.
+    /// When no compiler can be loaded.
     pub fn find() -> Result<Self, CudaError> {
         Self::find_for(i32::MAX)
     }
 
-    /// The same for a driver of this generation of CUDA: of those that the system finds one that is not newer, if there is
-    /// any, since an older driver need not take what a newer compiler makes.
+    /// Loads a compiler for a driver of CUDA `major`: the one that [`NVRTC_VARIABLE`] names, or
+    /// else preferably one that is not newer than the driver. An older driver may reject the output
+    /// of a newer compiler.
     ///
     /// # Errors
-    /// As [`find`](Self::find).
+    /// When no compiler can be loaded.
     pub fn find_for(major: i32) -> Result<Self, CudaError> {
         if let Some(path) = std::env::var_os(NVRTC_VARIABLE).filter(|p| !p.is_empty()) {
             return Self::open(Path::new(&path));
         }
-        let mut places: Vec<PathBuf> = NAMES.iter().map(PathBuf::from).collect();
+        let mut paths: Vec<PathBuf> = NAMES.iter().map(PathBuf::from).collect();
         for variable in ["CUDA_HOME", "CUDA_PATH"] {
             if let Some(home) = std::env::var_os(variable).filter(|p| !p.is_empty()) {
-                places.push(Path::new(&home).join("lib64/libnvrtc.so"));
+                paths.push(Path::new(&home).join("lib64/libnvrtc.so"));
             }
         }
-        places.push("/usr/local/cuda/lib64/libnvrtc.so".into());
+        paths.push("/usr/local/cuda/lib64/libnvrtc.so".into());
         let mut newer = None;
-        for place in &places {
-            match Self::open(place) {
-                Ok(found) if found.version.0 <= major => return Ok(found),
-                Ok(found) => newer = newer.or(Some(found)),
+        for path in &paths {
+            match Self::open(path) {
+                Ok(compiler) if compiler.version.major <= major => return Ok(compiler),
+                Ok(compiler) => newer = newer.or(Some(compiler)),
                 Err(_) => {}
             }
         }
-        let looked = || places.iter().map(|p| p.display().to_string()).collect::<Vec<_>>().join(", ");
+        let looked = || paths.iter().map(|p| p.display().to_string()).collect::<Vec<_>>().join(", ");
         newer.ok_or_else(|| CudaError::NoCompiler { looked: looked() })
     }
 
-    /// The compiler in a file.
+    /// Loads the compiler from a file.
     ///
     /// # Errors
-    /// When it can't be loaded.
+    /// When it can't be loaded, or is older than 12.0.
     pub fn open(path: &Path) -> Result<Self, CudaError> {
         let bad = |e: libloading::Error| CudaError::NoCompiler { looked: format!("{}: {e}", path.display()) };
-        let parts = parts(path);
-        // SAFETY: NVRTC's initialisation has no requirements.
+        let builtins = open_builtins(path);
+        // SAFETY: NVRTC's initialization has no requirements.
         let library = unsafe { Library::new(path) }.map_err(bad)?;
         let (mut major, mut minor) = (0, 0);
         {
@@ -102,45 +103,44 @@ impl Compiler {
             unsafe { version(&mut major, &mut minor) };
         }
         if major < 12 {
-            let looked = format!("{} is version {major}.{minor}, 12.0 or newer is needed", path.display());
+            let looked = format!("{} is version {major}.{minor}, expected 12.0 or newer", path.display());
             return Err(CudaError::NoCompiler { looked });
         }
-        Ok(Self { library, _parts: parts, path: path.to_path_buf(), version: (major, minor) })
+        Ok(Self { library, _builtins: builtins, path: path.to_path_buf(), version: Version { major, minor } })
     }
 
-    /// Its version.
-    pub fn version(&self) -> (i32, i32) {
+    /// Returns the version of the compiler.
+    pub fn version(&self) -> Version {
         self.version
     }
 
-    /// The architectures that it makes machine code for, as ten times the capability's first number plus the second,
-    /// ascending.
+    /// Returns the architectures that it has machine code for, ascending: 86 for `sm_86`.
     ///
     /// # Errors
-    /// When it doesn't say.
+    /// When the query fails.
     pub fn architectures(&self) -> Result<Vec<i32>, CudaError> {
         type Count = unsafe extern "C" fn(*mut c_int) -> Status;
         let mut n = 0;
-        // SAFETY: the types are those of the functions, and the room is as large as they say.
+        // SAFETY: the types are those of the functions, and the buffer is as long as they say.
         unsafe {
             self.ok(self.symbol::<Count>("nvrtcGetNumSupportedArchs")?(&mut n))?;
-            let mut all = vec![0; usize::try_from(n).unwrap_or(0)];
-            self.ok(self.symbol::<Count>("nvrtcGetSupportedArchs")?(all.as_mut_ptr()))?;
-            all.sort_unstable();
-            Ok(all)
+            let mut architectures = vec![0; usize::try_from(n).unwrap_or(0)];
+            self.ok(self.symbol::<Count>("nvrtcGetSupportedArchs")?(architectures.as_mut_ptr()))?;
+            architectures.sort_unstable();
+            Ok(architectures)
         }
     }
 
-    /// Compiles a module for a GPU of this capability: machine code, or PTX of the newest architecture that the compiler
-    /// knows where it knows none of that generation.
+    /// Compiles a module for a GPU of this compute capability: to machine code, or to PTX of the
+    /// newest architecture that the compiler knows if it knows none of that generation.
     ///
     /// # Errors
-    /// When it does not compile.
-    pub fn compile(&self, module: &Module, capability: (i32, i32)) -> Result<Compiled, CudaError> {
-        let wanted = 10 * capability.0 + capability.1;
+    /// When the module does not compile, or the compiler knows no architecture that is old enough.
+    pub fn compile(&self, module: &Module, capability: Version) -> Result<Compiled, CudaError> {
+        let wanted = 10 * capability.major + capability.minor;
         let known = self.architectures()?;
         // Code for an older minor number runs on a newer one of the same generation.
-        let same = known.iter().copied().filter(|a| a / 10 == capability.0 && *a <= wanted).max();
+        let same = known.iter().copied().filter(|a| a / 10 == capability.major && *a <= wanted).max();
         let older = known.iter().copied().filter(|a| *a <= wanted).max();
         let Some(arch) = same.map(|a| format!("sm_{a}")).or(older.map(|a| format!("compute_{a}"))) else {
             let looked = format!("{} knows no architecture as old as {wanted}", self.path.display());
@@ -169,10 +169,11 @@ impl Compiler {
         for option in OPTIONS {
             options.push(c_text(option)?);
         }
-        let pointers = |all: &[CString]| -> Vec<*const c_char> { all.iter().map(|t| t.as_ptr()).collect() };
+        let pointers = |texts: &[CString]| -> Vec<*const c_char> { texts.iter().map(|t| t.as_ptr()).collect() };
         let (contents, names, options) = (pointers(&contents), pointers(&names), pointers(&options));
         let mut program: Program = std::ptr::null_mut();
-        // SAFETY: the types are those of the functions; all texts end with zeros and outlive the program.
+        // SAFETY: the types are those of the functions; all texts end with zeros and outlive the
+        // program.
         unsafe {
             let (create, compile) = (self.symbol::<Create>("nvrtcCreateProgram")?, self.symbol("nvrtcCompileProgram")?);
             let compile: libloading::Symbol<'_, Compile> = compile;
@@ -195,13 +196,15 @@ impl Compiler {
         }
     }
 
+    /// Returns an output of a program: its log, PTX or CUBIN.
+    ///
     /// # Safety
-    /// `size` and `get` are functions that say how long, and what, something of the program is.
+    /// `size` and `get` name the functions that return the length and the bytes of the output.
     unsafe fn output(&self, program: Program, size: &str, get: &str) -> Result<Vec<u8>, CudaError> {
         type Size = unsafe extern "C" fn(Program, *mut usize) -> Status;
         type Get = unsafe extern "C" fn(Program, *mut c_char) -> Status;
         let mut len = 0;
-        // SAFETY: the caller's promise; the room is as large as was said.
+        // SAFETY: the caller's promise; the buffer is as long as `size` said.
         unsafe {
             self.ok(self.symbol::<Size>(size)?(program, &mut len))?;
             let mut bytes = vec![0u8; len];
@@ -214,8 +217,8 @@ impl Compiler {
     /// `T` is the function's type.
     unsafe fn symbol<T>(&self, name: &str) -> Result<libloading::Symbol<'_, T>, CudaError> {
         // SAFETY: the caller's promise.
-        let found = unsafe { self.library.get(name.as_bytes()) };
-        found.map_err(|e| CudaError::NoCompiler { looked: format!("{}: {e}", self.path.display()) })
+        let symbol = unsafe { self.library.get(name.as_bytes()) };
+        symbol.map_err(|e| CudaError::NoCompiler { looked: format!("{}: {e}", self.path.display()) })
     }
 
     fn ok(&self, status: Status) -> Result<(), CudaError> {

@@ -2,10 +2,10 @@
 //! after the other. Kernels that different threads launch run at once. Writes beyond a buffer and reads of what nobody
 //! wrote are found.
 
+use super::copy_stream::{BUFFERS, CopyStream};
 #[cfg(test)]
 use super::device::Buffer;
 use super::device::{Arg, Device, Grid, Recording};
-use super::lane::{BUFFERS, Lane};
 use super::source::{MODULES, headers};
 use super::{CudaError, View};
 use libloading::Library;
@@ -231,7 +231,7 @@ impl Device for Shim {
         Ok(Box::new(Recorded { launches: launches.unwrap(), shim: self }))
     }
 
-    fn lane(self: Arc<Self>, len: usize) -> Result<Option<Box<dyn Lane>>, CudaError> {
+    fn copy_stream(self: Arc<Self>, len: usize) -> Result<Option<Box<dyn CopyStream>>, CudaError> {
         Ok(Some(Box::new(ShimLane { staging: vec![vec![0xff; len]; BUFFERS], used: [true; BUFFERS] })))
     }
 }
@@ -242,7 +242,7 @@ struct ShimLane {
     used: [bool; BUFFERS],
 }
 
-impl Lane for ShimLane {
+impl CopyStream for ShimLane {
     fn staging(&mut self, which: usize) -> Result<&mut [u8], CudaError> {
         Ok(&mut self.staging[which])
     }

@@ -1,22 +1,22 @@
-//! The kernels as text, by module: what NVRTC compiles, and what tests compile as plain C++.
+//! The CUDA C++ source of the kernels by module, for NVRTC and for the GPU emulator.
 
 use std::fmt::{Display, LowerHex, Write};
 use std::sync::LazyLock;
 use tier_plan_kernels::quant::TensorType;
 use tier_plan_kernels::quant::grids;
 
-/// Kernels that are compiled together.
+/// A translation unit: kernels that are compiled together.
 #[derive(Debug)]
 pub struct Module {
-    /// Its file.
+    /// File name, `ops.cu`.
     pub name: &'static str,
-    /// CUDA C++.
+    /// Source text in CUDA C++.
     pub text: &'static str,
-    /// The kernels in it.
+    /// Names of its kernels.
     pub kernels: &'static [&'static str],
 }
 
-/// The kernel of all types of a family, then the kernels of each.
+/// Lists the kernel of a whole family of formats, then the kernels of each format.
 macro_rules! format_kernels {
     ($family:literal: $($format:literal)*) => {
         &[
@@ -32,7 +32,7 @@ macro_rules! format_kernels {
     };
 }
 
-/// Every module.
+/// All modules with kernels.
 pub static MODULES: [Module; 10] = [
     Module {
         name: "ops.cu",
@@ -121,7 +121,7 @@ pub static MODULES: [Module; 10] = [
     },
 ];
 
-/// Headers by name: what modules include.
+/// Returns the headers that modules include, as pairs of name and text.
 pub fn headers() -> &'static [(&'static str, String)] {
     static HEADERS: LazyLock<Vec<(&'static str, String)>> = LazyLock::new(|| {
         vec![
@@ -141,56 +141,53 @@ pub fn headers() -> &'static [(&'static str, String)] {
     &HEADERS
 }
 
-/// The module that has a kernel.
+/// Returns the module that contains a kernel.
 pub fn module_of(kernel: &str) -> Option<&'static Module> {
     MODULES.iter().find(|m| m.kernels.contains(&kernel))
 }
 
-/// The kernel that multiplies matrices of a type.
+/// Returns the matvec kernel of a format.
 pub fn matvec_kernel(ty: TensorType) -> &'static str {
     kernel_of("matvec_", ty)
 }
 
-/// The kernel that multiplies matrices of a type with many tokens.
+/// Returns the matmul kernel of a format, for many tokens.
 pub fn matmul_kernel(ty: TensorType) -> &'static str {
     kernel_of("matmul_", ty)
 }
 
-/// The kernel that makes of gate and up of a type what the last product takes.
+/// Returns the kernel that fuses gate, up and activation, for matrices of a format.
 pub fn gated_kernel(ty: TensorType) -> &'static str {
     kernel_of("gated_", ty)
 }
 
-/// The kernel that sums what a token's experts make, whose last matrices are of a type.
+/// Returns the kernel that fuses down and the weighted sum over a token's experts, for a format.
 pub fn chosen_sum_kernel(ty: TensorType) -> &'static str {
     kernel_of("chosen_sum_", ty)
 }
 
-/// The kernel that multiplies several matrices at once, of a type and of all others of its module, and the type's number
-/// among them.
-///
-/// # Panics
-/// Never: every type has one.
+/// Returns the kernel that multiplies several matrices of one family of formats (those of a
+/// module), and the format's index in the family.
 pub fn family(ty: TensorType) -> (&'static str, usize) {
-    let own = matvec_kernel(ty);
-    let kernels = MODULES.iter().map(|m| m.kernels).find(|kernels| kernels.contains(&own)).unwrap_or_default();
-    let number = kernels.iter().filter(|kernel| kernel.starts_with("matvec_")).position(|kernel| *kernel == own);
+    let matvec = matvec_kernel(ty);
+    let kernels = MODULES.iter().map(|m| m.kernels).find(|kernels| kernels.contains(&matvec)).unwrap_or_default();
+    let number = kernels.iter().filter(|kernel| kernel.starts_with("matvec_")).position(|kernel| *kernel == matvec);
     let several = kernels.iter().find(|kernel| kernel.starts_with("matvecs_"));
     several.copied().zip(number).unwrap_or_else(|| panic!("{ty} has no kernel for several matrices"))
 }
 
-/// The kernel that decodes rows of a type.
+/// Returns the kernel that dequantizes rows of a format.
 pub fn dequantize_kernel(ty: TensorType) -> &'static str {
     kernel_of("dequantize_", ty)
 }
 
-fn kernel_of(what: &str, ty: TensorType) -> &'static str {
-    let named = |kernel: &&&'static str| kernel.strip_prefix(what) == Some(ty.name());
-    let found = MODULES.iter().flat_map(|m| m.kernels).find(named);
-    found.unwrap_or_else(|| panic!("{ty} has no kernel {what}"))
+fn kernel_of(prefix: &str, ty: TensorType) -> &'static str {
+    let named = |kernel: &&&'static str| kernel.strip_prefix(prefix) == Some(ty.name());
+    let kernel = MODULES.iter().flat_map(|m| m.kernels).find(named);
+    kernel.unwrap_or_else(|| panic!("{ty} has no kernel {prefix}"))
 }
 
-/// The tables of the processor's kernels as arrays.
+/// Returns the grids of the CPU kernels as C++ arrays.
 fn grids_header() -> String {
     let mut text = String::from("#pragma once\n#include \"base.cuh\"\n");
     table(&mut text, "u64", "IQ2_XXS_GRID", "ull", &grids::IQ2_XXS);
@@ -216,7 +213,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_type_has_its_kernels_and_no_name_is_twice() {
+    fn every_format_has_its_kernels_and_names_are_unique() {
         for ty in TensorType::ALL {
             assert_eq!(matvec_kernel(ty), format!("matvec_{ty}"));
             assert_eq!(gated_kernel(ty), format!("gated_{ty}"));
@@ -228,10 +225,10 @@ mod tests {
         assert_eq!(family(TensorType::MXFP4), ("matvecs_small", 6));
         assert_eq!(family(TensorType::F16), ("matvecs_float", 1));
         let mut names: Vec<&str> = MODULES.iter().flat_map(|m| m.kernels).copied().collect();
-        let all = names.len();
+        let n_names = names.len();
         names.sort_unstable();
         names.dedup();
-        assert_eq!(names.len(), all);
+        assert_eq!(names.len(), n_names);
         assert!(names.into_iter().all(|name| module_of(name).is_some()));
     }
 

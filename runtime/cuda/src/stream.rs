@@ -1,62 +1,74 @@
-//! Experts of main memory that pass through a device's memory for the tokens of a prompt: while one computes, the next is on
-//! its way. The batch's rows go to the device once, and what all these experts add up to comes back once.
+//! Experts in main memory that are streamed to a device for the tokens of a prompt: while one is
+//! computed, the next one is copied. The rows of the batch are copied to the device once, and the
+//! sum over all streamed experts is copied back once.
 
+use super::copy_stream::{BUFFERS, CopyStream};
 use super::device::{Buffer, Device, View};
 use super::experts::{ExpertBytes, ExpertKind};
-use super::lane::{BUFFERS, Lane};
-use super::ops::{Batch, Gated, Input, Matrices, Pair, Quants};
+use super::ops::{BatchMatrices, GateUpMatrices, Gated, Input, Matrices, Matvec, Quants};
 use super::{CudaError, Ops};
+use std::ops::Range;
 use std::sync::Arc;
 use tier_plan_kernels::needs_quants;
+use tier_plan_kernels::quant::TensorType;
 
-/// Where a matrix begins in a device's memory: at multiples of this.
-const ALIGNED: usize = 256;
+/// Alignment of a matrix in a device's memory, in bytes.
+const ALIGNMENT: usize = 256;
 
-/// Rows from which on matrices are multiplied with many at a time.
-const MANY: usize = 8;
+/// Rows from which on experts are computed by matmul instead of matvec.
+const MATMUL_MIN_ROWS: usize = 8;
 
-/// What there is room for.
+/// Sizes of an [`ExpertStream`].
 #[derive(Debug, Clone, Copy, Default)]
-pub struct StreamRoom {
-    /// Tokens of a batch.
+pub struct StreamSizes {
+    /// Most tokens of a batch.
     pub tokens: usize,
-    /// Experts that each of them chooses.
+    /// Experts per token.
     pub n_used: usize,
-    /// Rows that an expert takes at once.
+    /// Most rows that an expert takes at once.
     pub rows: usize,
-    /// Width of what goes in and comes out.
+    /// Width of input and output.
     pub hidden: usize,
-    /// Width inside.
+    /// Largest width between an expert's matrices.
     pub ffn: usize,
-    /// Bytes of an expert's matrices.
+    /// Most bytes of an expert's matrices.
     pub expert_bytes: usize,
 }
 
-impl StreamRoom {
-    /// Bytes of a buffer for one expert: its three matrices and biases, each at its place.
+impl StreamSizes {
+    /// Returns the bytes of a buffer for one expert: three matrices and three biases, each aligned.
     fn expert(&self) -> usize {
-        self.expert_bytes + 6 * ALIGNED + 4 * (2 * self.ffn + self.hidden)
+        self.expert_bytes + 6 * ALIGNMENT + 4 * (2 * self.ffn + self.hidden)
     }
 
-    /// Bytes that all of it takes on the device.
+    /// Returns the bytes of all buffers on the device.
     pub fn bytes(&self) -> usize {
         let Self { tokens, n_used, rows, hidden, ffn, .. } = *self;
-        // Codes, scales and sums of 8-bit activations are less than half of the floats.
+        // Codes, scales and sums of quantized activations are less than half of the floats.
         let floats = 2 * tokens * hidden + 2 * tokens * n_used + rows * (3 * hidden + 3 * ffn);
-        4 * floats + BUFFERS * self.expert() + 32 * ALIGNED
+        4 * floats + BUFFERS * self.expert() + 32 * ALIGNMENT
     }
 }
 
-/// Experts that pass through a device.
+/// A token's use of an expert, with the expert's weight.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Use {
+    /// Row of the batch.
+    pub token: usize,
+    /// Factor on the expert's result.
+    pub weight: f32,
+}
+
+/// Streams experts to a device.
 pub struct ExpertStream {
-    // First, so that its copies have ended when the memory goes.
-    lane: Box<dyn Lane>,
+    // First, so that its copies have ended when the memory is freed.
+    copies: Box<dyn CopyStream>,
     ops: Ops,
     memory: Vec<Buffer>,
-    room: StreamRoom,
+    sizes: StreamSizes,
     x: Buffer,
     out: Buffer,
-    /// `[uses]` tokens of the experts one after the other.
+    /// `[uses]` tokens, expert after expert.
     which: Buffer,
     /// `[uses]`.
     weights: Buffer,
@@ -66,26 +78,41 @@ pub struct ExpertStream {
     up: Buffer,
     inner: Quants,
     results: Buffer,
-    /// Buffers take turns.
+    /// Staging buffer of the next expert; the buffers take turns.
     next: usize,
-    /// Uses that there are, and those of experts that were sent.
-    uses: (usize, usize),
+    /// Uses of the batch.
+    n_uses: usize,
+    /// Uses of the experts that were sent.
+    n_sent: usize,
     tokens: usize,
 }
 
+/// Ranges of an expert's matrices and biases in its buffer on the device.
+struct SentExpert {
+    matrices: [Range<usize>; 3],
+    biases: Option<[Range<usize>; 3]>,
+}
+
+/// One of an expert's matrices on the device, and what it is multiplied with.
+struct Product<'a> {
+    ty: TensorType,
+    matrix: View<'a>,
+    bias: Option<View<'a>>,
+    n_rows: usize,
+    n_cols: usize,
+    x: Input<'a>,
+}
+
 impl ExpertStream {
-    /// Room for batches; `None` where a device has no lane.
-    ///
-    /// # Errors
-    /// When there is not enough memory, or the device fails.
-    pub fn new(device: &Arc<dyn Device>, room: StreamRoom) -> Result<Option<Self>, CudaError> {
-        let Some(lane) = Arc::clone(device).lane(room.expert())? else { return Ok(None) };
-        let floats = |n: usize| Buffer::room_f32(device, n);
+    /// Opens a copy stream and allocates buffers. Returns `None` if the device has no copy streams.
+    pub fn new(device: &Arc<dyn Device>, sizes: StreamSizes) -> Result<Option<Self>, CudaError> {
+        let Some(copies) = Arc::clone(device).copy_stream(sizes.expert())? else { return Ok(None) };
+        let floats = |n: usize| Buffer::new_f32(device, n);
         let quants = |n: usize| Quants::new(device, n.next_multiple_of(32));
-        let StreamRoom { tokens, n_used, rows, hidden, ffn, .. } = room;
+        let StreamSizes { tokens, n_used, rows, hidden, ffn, .. } = sizes;
         let stream = Self {
-            lane,
-            memory: (0..BUFFERS).map(|_| Buffer::new(device, room.expert())).collect::<Result<_, _>>()?,
+            copies,
+            memory: (0..BUFFERS).map(|_| Buffer::new(device, sizes.expert())).collect::<Result<_, _>>()?,
             x: floats(tokens * hidden)?,
             out: floats(tokens * hidden)?,
             which: floats(tokens * n_used)?,
@@ -97,53 +124,45 @@ impl ExpertStream {
             inner: quants(rows * ffn)?,
             results: floats(rows * hidden)?,
             next: 0,
-            uses: (0, 0),
+            n_uses: 0,
+            n_sent: 0,
             tokens: 0,
             ops: Ops::new(Arc::clone(device)),
-            room,
+            sizes,
         };
-        // Memory is the device's from the moment that it comes to the request for it; the lane is beside that.
+        // Allocations are ordered in the compute stream, which the copy stream does not wait for.
         device.wait()?;
         Ok(Some(stream))
     }
 
-    /// Begins a batch: its rows, `[tokens, hidden]`, and the tokens of all experts that will be [sent](Self::send), one
-    /// after the other, with their weights. A token is at most once among those of one expert.
-    ///
-    /// # Errors
-    /// When the device fails.
+    /// Begins a batch with its rows, `[tokens, hidden]`, and the uses of all experts that will be
+    /// [sent](Self::send), expert after expert. An expert uses a token at most once.
     ///
     /// # Panics
-    /// When there is no room, or a token has no row.
-    pub fn begin(&mut self, hidden: usize, x: &[f32], uses: &[(usize, f32)]) -> Result<(), CudaError> {
+    /// When the batch is larger than the buffers, or a token has no row.
+    pub fn begin(&mut self, hidden: usize, x: &[f32], uses: &[Use]) -> Result<(), CudaError> {
         let tokens = x.len() / hidden;
-        assert!(hidden == self.room.hidden && uses.iter().all(|(token, _)| *token < tokens), "tokens of {tokens}");
-        let which: Vec<u8> = uses.iter().flat_map(|(token, _)| (*token as i32).to_ne_bytes()).collect();
-        let weights: Vec<f32> = uses.iter().map(|(_, weight)| *weight).collect();
+        assert!(hidden == self.sizes.hidden && uses.iter().all(|used| used.token < tokens), "tokens of {tokens}");
+        let which: Vec<u8> = uses.iter().flat_map(|used| (used.token as i32).to_ne_bytes()).collect();
+        let weights: Vec<f32> = uses.iter().map(|used| used.weight).collect();
         self.x.view().write_f32(x)?;
         self.which.view().write(&which)?;
         self.weights.view().write_f32(&weights)?;
         self.ops.clear(self.out.view(), tokens * hidden)?;
-        (self.uses, self.tokens) = ((uses.len(), 0), tokens);
+        (self.n_uses, self.n_sent, self.tokens) = (uses.len(), 0, tokens);
         Ok(())
     }
 
-    /// Whether [`send`](Self::send) would not wait.
-    ///
-    /// # Errors
-    /// When the device fails.
+    /// Whether [`send`](Self::send) would return without waiting.
     pub fn is_free(&mut self) -> Result<bool, CudaError> {
-        self.lane.is_free(self.next)
+        self.copies.is_free(self.next)
     }
 
-    /// Sends an expert, with `copy` to the buffer that it goes from, and has it compute the next `n` uses; goes on before
-    /// that is done.
-    ///
-    /// # Errors
-    /// When the device fails.
+    /// Copies an expert to the device and computes the next `n` uses with it; returns before that
+    /// is done. `copy` fills the staging buffer.
     ///
     /// # Panics
-    /// When there are fewer uses left, or the expert is larger than there is room for.
+    /// When fewer uses are left, or the expert is larger than the buffers.
     pub fn send(
         &mut self,
         kind: &ExpertKind,
@@ -151,15 +170,15 @@ impl ExpertStream {
         n: usize,
         copy: &dyn Fn(&mut [u8], &[u8]),
     ) -> Result<(), CudaError> {
-        assert!(self.uses.1 + n <= self.uses.0, "{n} uses more of {:?}", self.uses);
-        assert!(kind.hidden == self.room.hidden && kind.ffn <= self.room.ffn, "an expert {} wide", kind.ffn);
+        assert!(self.n_sent + n <= self.n_uses, "{n} uses after {} of {}", self.n_sent, self.n_uses);
+        assert!(kind.hidden == self.sizes.hidden && kind.ffn <= self.sizes.ffn, "an expert {} wide", kind.ffn);
         let which = self.next;
-        let staging = self.lane.staging(which)?;
+        let staging = self.copies.staging(which)?;
         let mut end = 0;
         let mut put = |bytes: &[u8]| {
             let range = end..end + bytes.len();
             copy(&mut staging[range.clone()], bytes);
-            end = range.end.next_multiple_of(ALIGNED);
+            end = range.end.next_multiple_of(ALIGNMENT);
             range
         };
         let matrices = [expert.gate, expert.up, expert.down].map(&mut put);
@@ -169,93 +188,81 @@ impl ExpertStream {
                 put(&bytes)
             })
         });
-        self.lane.send(which, self.memory[which].view().part(0..end.min(self.room.expert())))?;
-        let last = self.uses.1 + n;
-        let mut asked = Ok(());
-        while asked.is_ok() && self.uses.1 < last {
-            let rows = (last - self.uses.1).min(self.room.rows);
-            asked = self.compute(kind, &matrices, biases.as_ref(), rows);
-            self.uses.1 += rows;
+        let sent = SentExpert { matrices, biases };
+        self.copies.send(which, self.memory[which].view().part(0..end.min(self.sizes.expert())))?;
+        let last = self.n_sent + n;
+        let mut enqueued = Ok(());
+        while enqueued.is_ok() && self.n_sent < last {
+            let rows = (last - self.n_sent).min(self.sizes.rows);
+            enqueued = self.compute(kind, &sent, rows);
+            self.n_sent += rows;
         }
-        // Also when something failed: what was asked for before still reads the buffer.
-        self.lane.used(which)?;
+        // Also after an error: what was enqueued before it still reads the buffer.
+        self.copies.used(which)?;
         self.next = (which + 1) % BUFFERS;
-        asked
+        enqueued
     }
 
-    /// Asks for the products of the next rows with the expert in the buffer whose turn it is.
-    fn compute(
-        &mut self,
-        kind: &ExpertKind,
-        matrices: &[std::ops::Range<usize>; 3],
-        biases: Option<&[std::ops::Range<usize>; 3]>,
-        n: usize,
-    ) -> Result<(), CudaError> {
+    /// Enqueues the expert in the current buffer for the next `n` uses.
+    fn compute(&mut self, kind: &ExpertKind, sent: &SentExpert, n: usize) -> Result<(), CudaError> {
         let ExpertKind { hidden, ffn, .. } = *kind;
-        let (ops, memory, uses) = (&self.ops, self.memory[self.next].view(), self.uses.1..self.uses.1 + n);
+        let (memory, uses) = (self.memory[self.next].view(), self.n_sent..self.n_sent + n);
         let (which, weights) = (self.which.view().floats(uses.clone()), self.weights.view().floats(uses));
+        let ops = &self.ops;
         ops.gather_rows(self.x.view(), which, n, hidden, self.rows.view())?;
         if needs_quants(kind.gate) || needs_quants(kind.up) {
             ops.quantize(self.rows.view(), n, hidden, &mut self.rows_quants)?;
         }
-        let bias = |at: usize| biases.map(|biases| memory.part(biases[at].clone()));
-        let product = |at: usize, (n_out, n_in): (usize, usize), floats: &Buffer, quants: &Quants, out: View<'_>| {
-            let ty = [kind.gate, kind.up, kind.down][at];
-            let matrix = memory.part(matrices[at].clone());
-            let x = if needs_quants(ty) { Input::Quants(quants) } else { Input::Floats(floats.view()) };
-            if n < MANY {
-                return ops.biased_matvec(ty, Matrices::One(matrix), bias(at), n, n_out, n_in, x, 1, out);
-            }
-            ops.matmul(ty, Batch::One(matrix, n), n_out, n_in, x, out)?;
-            match bias(at) {
-                Some(bias) => ops.add_bias(out, bias, None, n, n_out),
-                None => Ok(()),
-            }
-        };
+        let matrix = |i: usize| memory.part(sent.matrices[i].clone());
+        let bias = |i: usize| sent.biases.as_ref().map(|biases| memory.part(biases[i].clone()));
+        let x = |ty| Input::for_type(ty, self.rows.view(), &self.rows_quants);
         let (gate, up) = (self.gate.view(), self.up.view());
         let inner = needs_quants(kind.down).then_some(&mut self.inner);
-        if n < MANY && kind.gate == kind.up {
-            let quants = &self.rows_quants;
+        if n < MATMUL_MIN_ROWS && kind.gate == kind.up {
             let gated = Gated {
                 ty: kind.gate,
-                matrices: Pair::One([0, 1].map(|at: usize| memory.part(matrices[at].clone()))),
+                matrices: GateUpMatrices::One([matrix(0), matrix(1)]),
                 biases: [bias(0), bias(1)],
                 activation: kind.activation,
                 jobs: n,
                 n_rows: ffn,
                 n_cols: hidden,
-                x: if needs_quants(kind.gate) { Input::Quants(quants) } else { Input::Floats(self.rows.view()) },
+                x: x(kind.gate),
                 jobs_per_x: 1,
             };
             ops.gated(&gated, gate, inner)?;
         } else {
-            product(0, (ffn, hidden), &self.rows, &self.rows_quants, gate)?;
-            product(1, (ffn, hidden), &self.rows, &self.rows_quants, up)?;
+            for (i, ty, out) in [(0, kind.gate, gate), (1, kind.up, up)] {
+                let product = Product { ty, matrix: matrix(i), bias: bias(i), n_rows: ffn, n_cols: hidden, x: x(ty) };
+                product.run(ops, n, out)?;
+            }
             ops.activate(kind.activation, gate, up, n, ffn, inner)?;
         }
-        product(2, (hidden, ffn), &self.gate, &self.inner, self.results.view())?;
+        let down = Product {
+            ty: kind.down,
+            matrix: matrix(2),
+            bias: bias(2),
+            n_rows: hidden,
+            n_cols: ffn,
+            x: Input::for_type(kind.down, gate, &self.inner),
+        };
+        down.run(ops, n, self.results.view())?;
         ops.add_rows(self.results.view(), which, weights, n, hidden, self.out.view())
     }
 
-    /// Waits for what the experts add up to, `[tokens, hidden]`.
-    ///
-    /// # Errors
-    /// When the device fails.
+    /// Waits for the sum over all experts, `[tokens, hidden]`.
     ///
     /// # Panics
     /// When `out` is not as long.
     pub fn finish(&mut self, out: &mut [f32]) -> Result<(), CudaError> {
-        assert_eq!(out.len(), self.tokens * self.room.hidden, "results of experts that passed through a device");
+        assert_eq!(out.len(), self.tokens * self.sizes.hidden, "results of streamed experts");
         self.out.view().read_f32(out)
     }
 
-    /// Bytes a second at which experts pass, `copy` included, measured over a few.
-    ///
-    /// # Errors
-    /// When the device fails.
+    /// Measures the rate at which experts are streamed, in bytes per second, `copy` included.
     pub fn measure(&mut self, copy: &dyn Fn(&mut [u8], &[u8])) -> Result<f64, CudaError> {
         const PASSES: usize = 8;
-        let bytes = vec![1u8; self.room.expert()];
+        let bytes = vec![1u8; self.sizes.expert()];
         let mut start = std::time::Instant::now();
         for pass in 0..=PASSES {
             if pass == 1 {
@@ -263,11 +270,26 @@ impl ExpertStream {
                 start = std::time::Instant::now();
             }
             let which = pass % BUFFERS;
-            copy(self.lane.staging(which)?, &bytes);
-            self.lane.send(which, self.memory[which].view())?;
-            self.lane.used(which)?;
+            copy(self.copies.staging(which)?, &bytes);
+            self.copies.send(which, self.memory[which].view())?;
+            self.copies.used(which)?;
         }
         self.ops.device().wait()?;
         Ok((PASSES * bytes.len()) as f64 / start.elapsed().as_secs_f64().max(1e-9))
+    }
+}
+
+impl Product<'_> {
+    fn run(&self, ops: &Ops, n: usize, out: View<'_>) -> Result<(), CudaError> {
+        let &Product { ty, matrix, bias, n_rows, n_cols, x } = self;
+        if n < MATMUL_MIN_ROWS {
+            let matrices = Matrices::One(matrix);
+            return ops.matvec(&Matvec { ty, matrices, bias, jobs: n, n_rows, n_cols, x, jobs_per_x: 1 }, out);
+        }
+        ops.matmul(ty, BatchMatrices::One(matrix, n), n_rows, n_cols, x, out)?;
+        match bias {
+            Some(bias) => ops.add_bias(out, bias, None, n, n_rows),
+            None => Ok(()),
+        }
     }
 }

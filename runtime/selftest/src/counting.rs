@@ -1,28 +1,28 @@
-//! A device that counts the kernels another one runs, those of recordings too.
+//! A device that counts the launches of another one, those of replayed recordings included.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::ThreadId;
 use tier_plan_cuda::CudaError;
+use tier_plan_cuda::copy_stream::CopyStream;
 use tier_plan_cuda::device::{Arg, Device, Grid, Recording};
-use tier_plan_cuda::lane::Lane;
 
-/// Another device, with a count.
-pub struct Counting {
+/// Wraps a device and counts its launches.
+pub struct CountingDevice {
     inner: Arc<dyn Device>,
     launches: Arc<AtomicU64>,
-    /// What threads that record have launched so far.
+    /// Launches so far of threads that are recording.
     recording: Mutex<HashMap<ThreadId, u64>>,
 }
 
-impl Counting {
-    /// Counts from now on what `inner` runs for those who ask this device.
+impl CountingDevice {
+    /// Wraps a device. Launches that bypass the wrapper are not counted.
     pub fn new(inner: Arc<dyn Device>) -> Self {
         Self { inner, launches: Arc::default(), recording: Mutex::default() }
     }
 
-    /// Kernels that it has run so far; one that was recorded counts each time it is replayed.
+    /// Returns the number of kernels launched so far. A recorded kernel counts at every replay.
     pub fn launches(&self) -> u64 {
         self.launches.load(Ordering::Relaxed)
     }
@@ -32,7 +32,7 @@ impl Counting {
     }
 }
 
-impl Device for Counting {
+impl Device for CountingDevice {
     fn name(&self) -> &str {
         self.inner.name()
     }
@@ -46,22 +46,22 @@ impl Device for Counting {
     }
 
     unsafe fn free(&self, at: u64) {
-        // SAFETY: the caller's promise; what this device allocates is the other's.
+        // SAFETY: the caller's promise; this device's memory is the wrapped device's.
         unsafe { self.inner.free(at) }
     }
 
     unsafe fn write(&self, to: u64, bytes: &[u8]) -> Result<(), CudaError> {
-        // SAFETY: as above.
+        // SAFETY: the caller's promise; this device's memory is the wrapped device's.
         unsafe { self.inner.write(to, bytes) }
     }
 
     unsafe fn read(&self, from: u64, bytes: &mut [u8]) -> Result<(), CudaError> {
-        // SAFETY: as above.
+        // SAFETY: the caller's promise; this device's memory is the wrapped device's.
         unsafe { self.inner.read(from, bytes) }
     }
 
     unsafe fn copy(&self, to: u64, from: u64, len: usize) -> Result<(), CudaError> {
-        // SAFETY: as above.
+        // SAFETY: the caller's promise; this device's memory is the wrapped device's.
         unsafe { self.inner.copy(to, from, len) }
     }
 
@@ -72,7 +72,7 @@ impl Device for Counting {
                 self.launches.fetch_add(1, Ordering::Relaxed);
             }
         }
-        // SAFETY: as above.
+        // SAFETY: the caller's promise; this device's memory is the wrapped device's.
         unsafe { self.inner.launch(kernel, grid, args) }
     }
 
@@ -80,8 +80,8 @@ impl Device for Counting {
         self.inner.wait()
     }
 
-    fn lane(self: Arc<Self>, len: usize) -> Result<Option<Box<dyn Lane>>, CudaError> {
-        Arc::clone(&self.inner).lane(len)
+    fn copy_stream(self: Arc<Self>, len: usize) -> Result<Option<Box<dyn CopyStream>>, CudaError> {
+        Arc::clone(&self.inner).copy_stream(len)
     }
 
     fn begin_recording(&self) -> Result<bool, CudaError> {
@@ -95,20 +95,20 @@ impl Device for Counting {
     fn end_recording(self: Arc<Self>) -> Result<Box<dyn Recording>, CudaError> {
         let launches = self.recording().remove(&std::thread::current().id()).unwrap_or(0);
         let inner = Arc::clone(&self.inner).end_recording()?;
-        Ok(Box::new(Counted { inner, launches, all: Arc::clone(&self.launches) }))
+        Ok(Box::new(CountedRecording { inner, launches, total: Arc::clone(&self.launches) }))
     }
 }
 
-/// A recording that counts.
-struct Counted {
+/// A recording whose replays are counted.
+struct CountedRecording {
     inner: Box<dyn Recording>,
     launches: u64,
-    all: Arc<AtomicU64>,
+    total: Arc<AtomicU64>,
 }
 
-impl Recording for Counted {
+impl Recording for CountedRecording {
     unsafe fn replay(&self) -> Result<(), CudaError> {
-        self.all.fetch_add(self.launches, Ordering::Relaxed);
+        self.total.fetch_add(self.launches, Ordering::Relaxed);
         // SAFETY: the caller's promise.
         unsafe { self.inner.replay() }
     }
@@ -121,7 +121,7 @@ mod tests {
 
     #[test]
     fn launches_are_counted_when_they_run() {
-        let device = Arc::new(Counting::new(shim::shared()));
+        let device = Arc::new(CountingDevice::new(shim::shared()));
         let ops = Ops::new(Arc::clone(&device) as Arc<dyn Device>);
         ops.nothing().unwrap();
         assert_eq!(device.launches(), 1);

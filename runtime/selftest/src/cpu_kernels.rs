@@ -1,36 +1,37 @@
-//! The processor's kernels against the plain ones.
+//! Compares the SIMD kernels of this CPU with the scalar ones.
 
-use super::outcome::Outcome;
+use super::outcome::{Expected, Outcome};
 use half::f16;
 use tier_plan_kernels::pooled::{MatJob, matmul_all};
 use tier_plan_kernels::quant::TensorType;
 use tier_plan_kernels::random::Random;
-use tier_plan_kernels::reference::matvec;
+use tier_plan_kernels::reference::{SUM_TOLERANCE, matvec};
 use tier_plan_kernels::threads::ThreadPool;
 use tier_plan_kernels::{Activations, Kernels, StoredRows, Weights, needs_quants, q8_row_bytes};
 
-/// What a value may differ by as a share of itself: fused products round once less.
-const VALUE: f64 = 2e-6;
+/// Relative tolerance of a value: fused multiply-adds round once less.
+const VALUE_TOLERANCE: f64 = 2e-6;
 
 type Comparison = Box<dyn Fn(Kernels, &mut Random) -> Outcome + Send + Sync>;
 
-/// Some kernels of an instruction set, compared.
+/// A comparison of some kernels of an instruction set.
 pub struct Check {
-    /// The kernel and what it was given.
+    /// Name of the kernels and their input.
     pub name: String,
-    /// Whose it is.
+    /// Kernels of the instruction set.
     pub kernels: Kernels,
     run: Comparison,
 }
 
 impl Check {
-    /// Compares.
+    /// Runs the comparison on random data.
     pub fn run(&self) -> Outcome {
         (self.run)(self.kernels, &mut Random::new(&self.name))
     }
 }
 
-/// Checks of every instruction set that this processor has kernels for, but for the plain ones, which are the measure.
+/// Returns the checks of every instruction set of this CPU except the scalar kernels, which are the
+/// reference.
 pub fn checks() -> Vec<Check> {
     let mut checks = Vec::new();
     for kernels in Kernels::available().into_iter().filter(|k| *k != Kernels::SCALAR) {
@@ -47,7 +48,7 @@ pub fn checks() -> Vec<Check> {
     checks
 }
 
-/// One token, a few, and enough for the kernels of prompts.
+/// Compares matrix products of one token, of a few, and of enough for the kernels of prompts.
 fn products(kernels: Kernels, random: &mut Random, ty: TensorType) -> Outcome {
     let mut outcome = Outcome::default();
     for (tokens, n_rows, cols) in [(1, 5, 512), (3, 33, 768), (40, 35, 1024)] {
@@ -60,17 +61,17 @@ fn products(kernels: Kernels, random: &mut Random, ty: TensorType) -> Outcome {
         let mut got = vec![0.0; tokens * n_rows];
         matmul_all(&ThreadPool::new(1), kernels, &[MatJob::new(w, acts.view(), &mut got)]);
         for (t, got) in got.chunks_exact(n_rows).enumerate() {
-            outcome.floats(got, matvec(w, &plain, t));
+            outcome.compare(got, Expected::of_product(matvec(w, &plain, t)));
         }
     }
     outcome
 }
 
-/// Each value with what it may differ by, as a share of its magnitude or of `least`.
-fn near(expected: &[f32], least: f32) -> impl Iterator<Item = (f64, f64)> + '_ {
-    expected.iter().map(move |v| (f64::from(*v), VALUE * f64::from(v.abs().max(least))))
+fn near(expected: &[f32], least: f32) -> impl Iterator<Item = Expected> + '_ {
+    expected.iter().map(move |v| Expected::relative(*v, VALUE_TOLERANCE, least))
 }
 
+/// Compares norm, sums and activations.
 fn small(kernels: Kernels, random: &mut Random) -> Outcome {
     let mut outcome = Outcome::default();
     for n in [1, 31, 64, 1000] {
@@ -81,7 +82,7 @@ fn small(kernels: Kernels, random: &mut Random) -> Outcome {
                 out.copy_from_slice(&x);
                 run(k, out);
             }
-            outcome.floats(&both[1], near(&both[0], least));
+            outcome.compare(&both[1], near(&both[0], least));
         };
         compare(1e-3, &|k, out| k.rms_norm(&x, &y, 1e-6, out));
         compare(1.0, &|k, out| k.add(out, &y));
@@ -89,13 +90,13 @@ fn small(kernels: Kernels, random: &mut Random) -> Outcome {
         compare(1e-30, &|k, out| k.silu_mul(out, &y));
         compare(1e-30, &|k, out| k.clamped_swiglu(out, &y, 1.702, 7.0));
         compare(1e-30, &|k, out| k.exp(out));
-        let allowed = tier_plan_kernels::reference::SUM_TOLERANCE
-            * x.iter().zip(&y).map(|(x, y)| f64::from((x * y).abs())).sum::<f64>();
-        outcome.floats(&[kernels.dot(&x, &y)], [(f64::from(Kernels::SCALAR.dot(&x, &y)), allowed)]);
+        let allowed = SUM_TOLERANCE * x.iter().zip(&y).map(|(x, y)| f64::from((x * y).abs())).sum::<f64>();
+        outcome.compare(&[kernels.dot(&x, &y)], [Expected::within(Kernels::SCALAR.dot(&x, &y), allowed)]);
     }
     outcome
 }
 
+/// Compares stored rows of the KV cache, and their products with queries.
 fn rows(kernels: Kernels, random: &mut Random) -> Outcome {
     let mut outcome = Outcome::default();
     for width in [32, 40, 128] {
@@ -112,18 +113,15 @@ fn rows(kernels: Kernels, random: &mut Random) -> Outcome {
             }
             stored.push((halves, eights));
         }
-        outcome.exactly(&stored[1].0, &stored[0].0);
-        outcome.exactly(&stored[1].1, &stored[0].1);
+        outcome.compare_exact(&stored[1].0, &stored[0].0);
+        outcome.compare_exact(&stored[1].1, &stored[0].1);
         let kinds = [StoredRows::F32(&values), StoredRows::F16(&stored[0].0), StoredRows::Q8(&stored[0].1)];
         for rows in kinds {
             let mut both = [vec![0.0; n_queries * n_rows], vec![0.0; n_queries * n_rows]];
             for (k, scores) in [Kernels::SCALAR, kernels].into_iter().zip(&mut both) {
                 k.row_dots(&queries, rows, width, scores, n_rows);
             }
-            outcome.floats(
-                &both[1],
-                both[0].iter().map(|v| (f64::from(*v), tier_plan_kernels::reference::SUM_TOLERANCE * width as f64)),
-            );
+            outcome.compare(&both[1], both[0].iter().map(|v| Expected::within(*v, SUM_TOLERANCE * width as f64)));
         }
     }
     outcome
@@ -134,10 +132,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_kernel_of_this_processor_passes() {
+    fn every_kernel_of_this_cpu_passes() {
         for check in checks() {
             let outcome = check.run();
-            assert!(outcome.is_well(), "{} {}: {outcome:?}", check.kernels.isa(), check.name);
+            assert!(outcome.passed(), "{} {}: {outcome:?}", check.kernels.isa(), check.name);
         }
     }
 }

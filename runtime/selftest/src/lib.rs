@@ -1,7 +1,28 @@
-//! What a device gives a whole model, measured: `selftest --gpu` holds it against targets. Here are only measurements and
-//! comparisons; what is expected of them is the caller's business.
+//! Self-test: compares kernels and whole models with reference results, and measures what a GPU
+//! delivers.
+//!
+//! - [`cpu_kernels`] compares the SIMD kernels of this CPU with scalar ones.
+//! - [`gpu_kernels`] compares every GPU kernel with the CPU's, on any
+//!   [`Device`](tier_plan_cuda::Device).
+//! - [`golden`] compares whole models with another engine's logits, [`whole_model`] with the CPU's.
+//! - [`gpu_rates`], [`launches`] and [`speed`] measure a GPU and models on it.
+//! - [`synth`] writes models to be measured.
+//! - [`suite`] runs all of it.
+//!
+//! This crate measures and compares. The targets are the caller's.
+//!
+//! # Example
+//!
+//! ```
+//! use tier_plan_selftest::cpu_kernels;
+//!
+//! // None if this CPU runs only the scalar kernels.
+//! if let Some(check) = cpu_kernels::checks().into_iter().next() {
+//!     let outcome = check.run();
+//!     assert!(outcome.passed(), "{}: {outcome:?}", check.name);
+//! }
+//! ```
 
-pub mod all;
 pub mod counting;
 pub mod cpu_kernels;
 pub mod golden;
@@ -10,8 +31,9 @@ pub mod gpu_rates;
 pub mod launches;
 pub mod outcome;
 pub mod speed;
+pub mod suite;
 pub mod synth;
-pub mod whole;
+pub mod whole_model;
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -20,90 +42,81 @@ use tier_plan_cuda::CudaError;
 use tier_plan_formats::gguf::GgufError;
 use tier_plan_formats::model::ModelError;
 use tier_plan_runtime::error::{LoadError, RunError};
-use whole::WholeError;
 
-/// Whether to go on: asked between passes, so that a person can end what takes minutes.
+/// Whether to stop. It is asked between passes, so that an interrupt can end what takes minutes.
 pub type Stop<'a> = &'a dyn Fn() -> bool;
 
-/// Why nothing was found.
+/// Why a step of the self-test has no result.
 #[derive(Debug, Error)]
-pub enum TargetError {
+pub enum SelftestError {
     /// A model could not be loaded.
     #[error(transparent)]
     Load(#[from] LoadError),
-    /// It did not run.
+    /// A forward pass failed.
     #[error(transparent)]
     Run(#[from] RunError),
-    /// The device failed.
+    /// The GPU failed, or a kernel.
     #[error(transparent)]
     Gpu(#[from] CudaError),
-    /// The file is no GGUF.
+    /// The model file is not a GGUF file.
     #[error(transparent)]
     Gguf(#[from] GgufError),
-    /// Golden values that are not what they should be.
+    /// Golden values can't be read, or don't belong together.
     #[error("{}: {what}", path.display())]
     Golden {
-        /// The file.
+        /// Path of the golden values.
         path: PathBuf,
-        /// What is wrong with it.
+        /// Description of the mistake.
         what: String,
     },
-    /// A model for timing could not be written.
+    /// A synthetic model could not be written.
     #[error("writing {}: {source}", path.display())]
     Write {
-        /// The file.
+        /// Path of the model.
         path: PathBuf,
-        /// What the system said; part of the message, so no source of its own.
+        /// Error of the system; part of the message, so not the source of this error.
         r#source: std::io::Error,
     },
-    /// The caller said so.
+    /// [`Stop`] returned true.
     #[error("stopped")]
     Stopped,
 }
 
-impl From<ModelError> for TargetError {
+impl From<ModelError> for SelftestError {
     fn from(error: ModelError) -> Self {
-        TargetError::Load(error.into())
+        SelftestError::Load(error.into())
     }
 }
 
-impl From<WholeError> for TargetError {
-    fn from(error: WholeError) -> Self {
-        match error {
-            WholeError::Load(error) => TargetError::Load(error),
-            WholeError::Run(error) => TargetError::Run(error),
-        }
-    }
-}
-
-impl TargetError {
-    /// Whether a GPU can't run this model at all, or has no room for it: no failure of the GPU.
-    pub fn is_not_for_it(&self) -> bool {
-        matches!(self, TargetError::Load(LoadError::OnGpu { .. } | LoadError::GpuFull { .. }))
+impl SelftestError {
+    /// Whether the GPU does not support the model, or has too little memory for it. That is not a
+    /// failure of the GPU.
+    pub fn is_unsupported(&self) -> bool {
+        matches!(self, SelftestError::Load(LoadError::OnGpu { .. } | LoadError::GpuFull { .. }))
     }
 }
 
 /// A file that is removed when this is dropped.
 #[derive(Debug)]
-pub struct Temporary(PathBuf);
+pub struct TemporaryFile(PathBuf);
 
-impl Temporary {
-    /// A name in a folder that nobody has; there is no file yet.
-    pub fn new(folder: &Path, what: &str) -> Self {
+impl TemporaryFile {
+    /// Chooses an unused name in a folder. The file is not created.
+    pub fn new(folder: &Path, name: &str) -> Self {
         static SERIAL: AtomicU64 = AtomicU64::new(0);
         let serial = SERIAL.fetch_add(1, Ordering::Relaxed);
-        Self(folder.join(format!("tier-plan-{}-{serial}-{what}.gguf", std::process::id())))
+        Self(folder.join(format!("tier-plan-{}-{serial}-{name}.gguf", std::process::id())))
     }
 
-    /// The file.
+    /// Returns the path of the file.
     pub fn path(&self) -> &Path {
         &self.0
     }
 }
 
-impl Drop for Temporary {
+impl Drop for TemporaryFile {
     fn drop(&mut self) {
-        // One that was never written, or is gone already, needs no removing.
+        // The file may never have been written.
         let _ = std::fs::remove_file(&self.0);
     }
 }

@@ -1,8 +1,8 @@
-//! How fast a model is with everything on a device, with its experts in main memory, and on the processor alone: the same
-//! tokens each time, so that the same experts are chosen.
+//! Measures the speed of a model fully on a device, with its experts in main memory, and on the
+//! CPU. All setups take the same tokens, so that they choose the same experts.
 
-use crate::counting::Counting;
-use crate::{Stop, TargetError};
+use crate::counting::CountingDevice;
+use crate::{SelftestError, Stop};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tier_plan_cuda::{CudaError, Device};
@@ -15,118 +15,119 @@ use tier_plan_runtime::engine::{Engine, LogitsMode};
 use tier_plan_runtime::options::LoadOptions;
 use tier_plan_runtime::plans::in_memory::{all_in_memory, all_on_gpu, experts_in_memory};
 
-/// Keys and values of what is timed, as `run` stores them.
+/// Storage type of the KV cache, the default of `tier-plan run`.
 pub const KV_TYPE: KvType = KvType::F16;
 
-/// The part of a prompt that says how long all of it will take.
-const PART: usize = 8;
+/// Fraction (1/n) of the prompt that is timed first, to estimate the full run.
+const CALIBRATION_FRACTION: usize = 8;
 
-/// Decoded tokens below which a round is not cut short.
-const LEAST_DECODED: usize = 4;
+/// Decoded tokens after which a round may be cut short.
+const MIN_DECODED: usize = 4;
 
-/// Where a model is.
+/// Where a model's parts are.
 #[derive(Debug, Clone, Copy)]
-pub enum Place<'a> {
-    /// All of it on a device.
-    Resident(&'a Arc<dyn Device>),
-    /// All but its routed experts.
-    Hybrid(&'a Arc<dyn Device>),
-    /// Nothing on a device.
-    Processor,
+pub enum Setup<'a> {
+    /// Everything on a device.
+    FullyOnGpu(&'a Arc<dyn Device>),
+    /// Routed experts in main memory, everything else on a device.
+    ExpertsInMemory(&'a Arc<dyn Device>),
+    /// Everything in main memory.
+    Cpu,
 }
 
-impl Place<'_> {
+impl Setup<'_> {
     fn plan(&self, shape: &ModelShape, context: u32) -> Placement {
         match self {
-            Place::Resident(_) => all_on_gpu(shape, context, KV_TYPE),
-            Place::Hybrid(_) => experts_in_memory(shape, context, KV_TYPE),
-            Place::Processor => all_in_memory(shape, context, KV_TYPE),
+            Setup::FullyOnGpu(_) => all_on_gpu(shape, context, KV_TYPE),
+            Setup::ExpertsInMemory(_) => experts_in_memory(shape, context, KV_TYPE),
+            Setup::Cpu => all_in_memory(shape, context, KV_TYPE),
         }
     }
 
     fn device(&self) -> Option<&Arc<dyn Device>> {
         match self {
-            Place::Resident(device) | Place::Hybrid(device) => Some(device),
-            Place::Processor => None,
+            Setup::FullyOnGpu(device) | Setup::ExpertsInMemory(device) => Some(device),
+            Setup::Cpu => None,
         }
     }
 }
 
-/// How much is done for a figure.
+/// Extent of a measurement.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Effort {
     /// Tokens of the prompt.
     pub prompt: usize,
-    /// Tokens decoded in a round, after [`warm`](Self::warm).
+    /// Tokens decoded per round, after [`warm`](Self::warm).
     pub decode: usize,
-    /// Tokens decoded before a round is timed: launches are recorded then.
+    /// Tokens decoded before a round is timed, in which launches are recorded.
     pub warm: usize,
-    /// Rounds, of which the median counts.
+    /// Rounds; the median is the result.
     pub rounds: usize,
-    /// Time after which prompts get shorter and rounds fewer.
+    /// Time after which prompts are shortened and rounds skipped.
     pub limit: Duration,
 }
 
 impl Effort {
-    /// What real models need.
+    /// Extent for real models.
     pub const FULL: Effort = Effort { prompt: 512, decode: 128, warm: 8, rounds: 3, limit: Duration::from_secs(60) };
 
-    /// Enough to see that all of it runs.
+    /// For a check that everything runs.
     pub const LITTLE: Effort = Effort { prompt: 32, decode: 8, warm: 3, rounds: 1, limit: Duration::from_secs(60) };
 
-    /// Tokens of context that it needs.
+    /// Returns the context that the measurement needs, in tokens.
     pub fn context(&self) -> u32 {
         u32::try_from(self.prompt.max(1 + self.warm + self.decode)).unwrap_or(u32::MAX)
     }
 
-    /// Positions that a decoded token attends to, halfway through a round.
+    /// Returns the positions that a decoded token attends to halfway through a round.
     pub fn middle(&self) -> u32 {
         u32::try_from(1 + self.warm + self.decode.div_ceil(2)).unwrap_or(u32::MAX)
     }
 }
 
-/// What was measured.
+/// Measured speed of a model.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Timed {
-    /// Tokens of the prompts, fewer than asked for where all would have taken too long.
+    /// Tokens per prompt; fewer than requested if all of them would have taken too long.
     pub prompt_tokens: usize,
-    /// Seconds of one.
+    /// Seconds per prompt.
     pub prompt_s: f64,
-    /// Tokens decoded in a round.
+    /// Tokens decoded per round.
     pub decode_tokens: usize,
-    /// Seconds of a decoded token.
+    /// Seconds per decoded token.
     pub token_s: f64,
-    /// Of that, the dense stages: attention, norms, routers. Of a model that is all on a device only shared out by bytes.
+    /// Seconds of `token_s` in dense stages: attention, norms, routers. For a model that is fully
+    /// on a device, the time is shared out by bytes.
     pub dense_s: f64,
-    /// Of that, the routed experts; as above.
+    /// Seconds of `token_s` in routed experts, shared out likewise.
     pub expert_s: f64,
-    /// Weight bytes that a decoded token reads.
+    /// Weight bytes read per decoded token.
     pub token_bytes: f64,
-    /// Bytes of keys and values that it reads and writes, halfway.
+    /// Bytes of the KV cache read and written per decoded token, halfway through a round.
     pub cache_bytes: u64,
-    /// Kernels that the device ran for a decoded token.
+    /// Launches per decoded token.
     pub launches: f64,
-    /// Layers.
+    /// Layers of the model.
     pub layers: u32,
 }
 
 impl Timed {
-    /// Decoded tokens a second.
+    /// Returns decoded tokens per second.
     pub fn tok_s(&self) -> f64 {
         1.0 / self.token_s.max(1e-12)
     }
 
-    /// Weights that decoding reads, in 10⁹ bytes a second.
+    /// Returns the rate at which decoding reads weights, in GB/s.
     pub fn gbps(&self) -> f64 {
         self.token_bytes / self.token_s.max(1e-12) / 1e9
     }
 
-    /// Prompt tokens a second.
+    /// Returns prompt tokens per second.
     pub fn prompt_tok_s(&self) -> f64 {
         self.prompt_tokens as f64 / self.prompt_s.max(1e-12)
     }
 
-    /// Seconds outside the layers: embedding, head, and what the engine does around them.
+    /// Returns the seconds of `token_s` outside of layers: embedding, head, and the engine itself.
     pub fn outside_s(&self) -> f64 {
         (self.token_s - self.dense_s - self.expert_s).max(0.0)
     }
@@ -142,20 +143,20 @@ struct Round {
     launches: f64,
 }
 
-/// Times a model. Its prompt is timed after a part of one, its decoding after a few tokens.
+/// Measures the speed of a model, after warming up.
 ///
 /// # Errors
-/// When it can't be loaded there, a pass fails, or `stop` says so.
-pub fn time(gguf: &Arc<Gguf>, place: Place<'_>, effort: Effort, stop: Stop<'_>) -> Result<Timed, TargetError> {
+/// When the model can't be loaded in this setup, a pass fails, or `stop` returns true.
+pub fn time(gguf: &Arc<Gguf>, setup: Setup<'_>, effort: Effort, stop: Stop<'_>) -> Result<Timed, SelftestError> {
     let shape = shape_of(gguf, &describe(gguf)?);
-    let plan = place.plan(&shape, effort.context());
-    let counting = place.device().map(|device| Arc::new(Counting::new(Arc::clone(device))));
+    let plan = setup.plan(&shape, effort.context());
+    let counting = setup.device().map(|device| Arc::new(CountingDevice::new(Arc::clone(device))));
     let give = |ordinal: usize| match &counting {
         Some(counting) => Ok(Arc::clone(counting) as Arc<dyn Device>),
         None => Err(CudaError::NoDevice { ordinal, found: 0 }),
     };
     let mut engine = Engine::load_on(Arc::clone(gguf), &plan, &LoadOptions::default(), Some(&give), &mut |_, _| {})?;
-    // Spread over the vocabulary, so that routing is too.
+    // Spread over the vocabulary, so that tokens choose different experts.
     let token = |i: usize| (i as u32).wrapping_mul(2_654_435_761) % shape.n_vocab.max(1);
     let prompt: Vec<u32> = (0..effort.prompt.max(1)).map(token).collect();
     let (prompt_tokens, prompt_s) = prompts(&mut engine, &prompt, effort, stop)?;
@@ -169,7 +170,7 @@ pub fn time(gguf: &Arc<Gguf>, place: Place<'_>, effort: Effort, stop: Stop<'_>) 
         let before = launched();
         for i in 0..effort.decode.max(1) {
             pass(&mut engine, &[token(effort.warm + 1 + i)], stop)?;
-            if i + 1 >= LEAST_DECODED && begun.elapsed() > effort.limit {
+            if i + 1 >= MIN_DECODED && begun.elapsed() > effort.limit {
                 break;
             }
         }
@@ -201,23 +202,23 @@ pub fn time(gguf: &Arc<Gguf>, place: Place<'_>, effort: Effort, stop: Stop<'_>) 
     })
 }
 
-fn pass(engine: &mut Engine, tokens: &[u32], stop: Stop<'_>) -> Result<(), TargetError> {
+fn pass(engine: &mut Engine, tokens: &[u32], stop: Stop<'_>) -> Result<(), SelftestError> {
     if stop() {
-        return Err(TargetError::Stopped);
+        return Err(SelftestError::Stopped);
     }
     engine.forward(tokens, LogitsMode::Last)?;
     Ok(())
 }
 
-/// Tokens and seconds of a prompt.
-fn prompts(engine: &mut Engine, prompt: &[u32], effort: Effort, stop: Stop<'_>) -> Result<(usize, f64), TargetError> {
-    let mut timed = |tokens: &[u32]| -> Result<f64, TargetError> {
+/// Measures prompts. Returns the tokens and seconds per prompt.
+fn prompts(engine: &mut Engine, prompt: &[u32], effort: Effort, stop: Stop<'_>) -> Result<(usize, f64), SelftestError> {
+    let mut timed = |tokens: &[u32]| -> Result<f64, SelftestError> {
         engine.clear();
         let start = Instant::now();
         pass(engine, tokens, stop)?;
         Ok(start.elapsed().as_secs_f64())
     };
-    let part = prompt.len().div_ceil(PART);
+    let part = prompt.len().div_ceil(CALIBRATION_FRACTION);
     let whole_s = timed(&prompt[..part])? * prompt.len() as f64 / part as f64;
     let n = shortened(prompt.len(), whole_s, effort.limit.as_secs_f64()).max(part);
     let (begun, mut times) = (Instant::now(), Vec::new());
@@ -228,7 +229,7 @@ fn prompts(engine: &mut Engine, prompt: &[u32], effort: Effort, stop: Stop<'_>) 
     Ok((n, times[times.len() / 2]))
 }
 
-/// Tokens of a prompt that take no longer than allowed, when all of them take so long.
+/// Returns the number of tokens that take at most `limit`, where all `tokens` take `seconds`.
 fn shortened(tokens: usize, seconds: f64, limit: f64) -> usize {
     if seconds <= limit { tokens } else { (tokens as f64 * limit / seconds) as usize }
 }
@@ -236,39 +237,39 @@ fn shortened(tokens: usize, seconds: f64, limit: f64) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Temporary;
+    use crate::TemporaryFile;
     use crate::synth::{self, Shape};
     use tier_plan_cuda::shim;
 
     #[test]
-    fn a_small_model_is_timed_wherever_it_is() {
+    fn a_small_model_is_timed_in_every_setup() {
         let folder = tempfile::tempdir().unwrap();
-        let file = Temporary::new(folder.path(), "speed");
+        let file = TemporaryFile::new(folder.path(), "speed");
         synth::write(&Shape::TINY, file.path(), &|| false, &mut |_, _| {}).unwrap();
         let gguf = Arc::new(Gguf::open(file.path()).unwrap());
         let device: Arc<dyn Device> = shim::shared();
         let effort = Effort { prompt: 20, decode: 5, warm: 3, rounds: 2, ..Effort::LITTLE };
-        let [resident, hybrid, processor] = [Place::Resident(&device), Place::Hybrid(&device), Place::Processor]
-            .map(|place| time(&gguf, place, effort, &|| false).unwrap());
-        for timed in [resident, hybrid, processor] {
+        let [on_gpu, hybrid, cpu] = [Setup::FullyOnGpu(&device), Setup::ExpertsInMemory(&device), Setup::Cpu]
+            .map(|setup| time(&gguf, setup, effort, &|| false).unwrap());
+        for timed in [on_gpu, hybrid, cpu] {
             assert_eq!((timed.prompt_tokens, timed.decode_tokens, timed.layers), (20, 5, 2), "{timed:?}");
             let parts = [timed.prompt_s, timed.token_s, timed.dense_s, timed.expert_s, timed.gbps(), timed.tok_s()];
             assert!(parts.iter().all(|v| v.is_finite() && *v > 0.0), "{timed:?}");
             assert!(timed.dense_s + timed.expert_s <= timed.token_s * 1.001, "{timed:?}");
-            // Wherever it is, a token reads the same.
-            assert_eq!(timed.token_bytes, resident.token_bytes);
+            // A token reads the same bytes in every setup.
+            assert_eq!(timed.token_bytes, on_gpu.token_bytes);
         }
         let shape = shape_of(&gguf, &describe(&gguf).unwrap());
-        assert_eq!(resident.token_bytes, shape.token_bytes() as f64);
-        // Each of the replayed tokens is as many launches, and the processor needs none.
-        assert!(resident.launches > 2.0 && resident.launches.fract() == 0.0, "{resident:?}");
-        assert!(hybrid.launches > 2.0 && processor.launches == 0.0, "{hybrid:?} {processor:?}");
-        let stopped = time(&gguf, Place::Processor, effort, &|| true);
-        assert!(matches!(stopped, Err(TargetError::Stopped)));
-        // With no time at all there are shorter prompts, and one short round.
+        assert_eq!(on_gpu.token_bytes, shape.token_bytes() as f64);
+        // Every replayed token takes the same launches, and the CPU none.
+        assert!(on_gpu.launches > 2.0 && on_gpu.launches.fract() == 0.0, "{on_gpu:?}");
+        assert!(hybrid.launches > 2.0 && cpu.launches == 0.0, "{hybrid:?} {cpu:?}");
+        let stopped = time(&gguf, Setup::Cpu, effort, &|| true);
+        assert!(matches!(stopped, Err(SelftestError::Stopped)));
+        // Without any time, prompts are shorter, and there is one short round.
         let hurried = Effort { limit: Duration::ZERO, prompt: 24, decode: 9, ..effort };
-        let timed = time(&gguf, Place::Processor, hurried, &|| false).unwrap();
-        assert_eq!((timed.prompt_tokens, timed.decode_tokens), (3, LEAST_DECODED), "{timed:?}");
+        let timed = time(&gguf, Setup::Cpu, hurried, &|| false).unwrap();
+        assert_eq!((timed.prompt_tokens, timed.decode_tokens), (3, MIN_DECODED), "{timed:?}");
     }
 
     #[test]

@@ -1,7 +1,8 @@
-//! Models of real shapes with random weights, for timing: their text is noise, their bytes and their routing are what real
-//! ones have. Weights are finite and as large as trained ones, so that nothing overflows; routers favour some experts.
+//! Writes models with the shapes of real ones and random weights, for measurements. Their bytes and
+//! their routing are realistic, their text is noise. Weights are as large as trained ones, so that
+//! nothing overflows, and routers favor some experts.
 
-use crate::{Stop, TargetError};
+use crate::{SelftestError, Stop};
 use half::f16;
 use std::fs::File;
 use std::io::{self, BufWriter, Write};
@@ -10,63 +11,65 @@ use tier_plan_formats::gguf::{BadTensor, Draft, DraftTensor, Value};
 use tier_plan_kernels::quant::TensorType;
 use tier_plan_kernels::random::Random;
 
-/// Bytes that are made at once.
-const PIECE: usize = 1 << 20;
+/// Bytes that are generated at once.
+const PIECE_BYTES: usize = 1 << 20;
 
-/// Layers that a model of real shapes has at most: half of Qwen3-30B-A3B.
-const MOST_LAYERS: u32 = 24;
+/// Most layers of a model: half of Qwen3-30B-A3B's.
+const MAX_LAYERS: u32 = 24;
 
-/// Layers below which speed says nothing of a model.
-const LEAST_LAYERS: u32 = 2;
+/// Fewest layers of a model whose speed is representative.
+const MIN_LAYERS: u32 = 2;
 
-/// Memory of a device that is left for the cache, the buffers of passes, the driver and what else runs there.
-const DEVICE_LEFT: u64 = 1 << 30;
+/// Bytes of a device's memory that are left for the KV cache, buffers, the driver and other
+/// programs.
+const DEVICE_RESERVE_BYTES: u64 = 1 << 30;
 
-/// Standard deviation of a value of Q4_K whose factors of scales and minimums are 1 and 7.5, if all other bits are
-/// random: codes of 0 to 15, scales and minimums of 0 to 63. The mean is 0 then.
+/// Standard deviation of a Q4_K value with random bits, if the factors of scales and minimums are 1
+/// and 7.5: codes of 0 to 15, scales and minimums of 0 to 63. The mean is 0 then.
 const SPREAD_Q4_K: f32 = 250.0;
 
-/// The same for Q6_K: codes of -32 to 31, scales of -128 to 127.
+/// Standard deviation of a Q6_K value with random bits, if the factor is 1: codes of -32 to 31,
+/// scales of -128 to 127.
 const SPREAD_Q6_K: f32 = 1370.0;
 
-/// The sizes of a model with routed experts in every layer and attention of grouped queries.
+/// Sizes of a model with routed experts in every layer and grouped-query attention.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Shape {
-    /// Layers.
+    /// Layers of the model.
     pub layers: u32,
-    /// Experts of a layer.
+    /// Experts per layer.
     pub experts: u32,
-    /// Experts that a token uses.
+    /// Experts per token.
     pub used: u32,
     /// Width of the hidden state, a multiple of 256.
     pub hidden: u32,
-    /// Width inside an expert, a multiple of 256.
+    /// Width between an expert's matrices, a multiple of 256.
     pub ffn: u32,
-    /// Heads of queries.
+    /// Number of query heads.
     pub heads: u32,
     /// Heads of keys and values.
     pub kv_heads: u32,
     /// Width of a head; all heads together are a multiple of 256.
     pub head: u32,
-    /// Tokens of the vocabulary.
+    /// Tokens in the vocabulary.
     pub vocab: u32,
 }
 
-/// What a model may take.
+/// Bytes that a model may take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Free {
-    /// Bytes free on the device.
+pub struct FreeBytes {
+    /// Free bytes of the device.
     pub device: u64,
     /// Bytes of main memory.
     pub memory: u64,
-    /// Bytes free where the file is to be.
+    /// Free bytes of the file system.
     pub disk: u64,
 }
 
 impl Shape {
-    /// Qwen3-30B-A3B's, but for its depth and its vocabulary.
+    /// Sizes of Qwen3-30B-A3B except depth and vocabulary.
     pub const REAL: Shape = Shape {
-        layers: MOST_LAYERS,
+        layers: MAX_LAYERS,
         experts: 128,
         used: 8,
         hidden: 2048,
@@ -77,25 +80,25 @@ impl Shape {
         vocab: 32_768,
     };
 
-    /// One that runs anywhere, of which no speed means anything.
+    /// Sizes that fit anywhere, whose speed is not representative.
     pub const TINY: Shape =
         Shape { layers: 2, experts: 8, used: 2, hidden: 256, ffn: 256, heads: 4, kv_heads: 2, head: 64, vocab: 512 };
 
-    /// The deepest of real shapes that there is room for, or else the tiny one.
-    pub fn fitting(free: Free) -> Self {
+    /// Returns the deepest realistic shape that fits, or else the tiny one.
+    pub fn fitting(free: FreeBytes) -> Self {
         // The file stays in the page cache, and is copied to huge pages.
-        let room = free.device.saturating_sub(DEVICE_LEFT).min(free.memory / 5 * 2).min(free.disk / 10 * 9);
-        let depths = (LEAST_LAYERS..=MOST_LAYERS).rev().map(|layers| Shape { layers, ..Shape::REAL });
-        let mut fitting = depths.filter(|shape| shape.file_bytes().is_some_and(|bytes| bytes <= room));
+        let limit = free.device.saturating_sub(DEVICE_RESERVE_BYTES).min(free.memory / 5 * 2).min(free.disk / 10 * 9);
+        let depths = (MIN_LAYERS..=MAX_LAYERS).rev().map(|layers| Shape { layers, ..Shape::REAL });
+        let mut fitting = depths.filter(|shape| shape.file_bytes().is_some_and(|bytes| bytes <= limit));
         fitting.next().unwrap_or(Shape::TINY)
     }
 
-    /// Whether speeds of it say something of real models.
+    /// Whether the speed is representative of real models.
     pub fn is_real(&self) -> bool {
-        Shape { layers: MOST_LAYERS, ..*self } == Shape::REAL && self.layers >= LEAST_LAYERS
+        Shape { layers: MAX_LAYERS, ..*self } == Shape::REAL && self.layers >= MIN_LAYERS
     }
 
-    /// Bytes of the file; `None` for sizes that no file has.
+    /// Returns the bytes of the file; `None` for unsupported sizes.
     pub fn file_bytes(&self) -> Option<u64> {
         self.draft().ok().map(|draft| draft.file_bytes())
     }
@@ -145,31 +148,32 @@ impl Shape {
             add("ffn_gate_inp", F32, &[hidden, experts])?;
             add("ffn_gate_exps", Q4_K, &[hidden, ffn, experts])?;
             add("ffn_up_exps", Q4_K, &[hidden, ffn, experts])?;
-            // Quantisers give some layers more bits there.
+            // As in common quantizations, some layers have more bits here.
             add("ffn_down_exps", if layer % 2 == 1 { Q6_K } else { Q4_K }, &[ffn, hidden, experts])?;
         }
         Ok(draft)
     }
 }
 
-/// Writes a model; `progress` is told how many bytes of how many are there.
+/// Writes a model. `progress` receives the bytes written and the total.
 ///
 /// # Errors
-/// When no file has these sizes, the file system refuses, or `stop` says so; what was written stays there then.
+/// When the sizes are unsupported, writing fails, or `stop` returns true. A partial file is left
+/// behind.
 pub fn write(
     shape: &Shape,
     path: &Path,
     stop: Stop<'_>,
     progress: &mut dyn FnMut(u64, u64),
-) -> Result<(), TargetError> {
-    let failed = |source| TargetError::Write { path: path.into(), source };
+) -> Result<(), SelftestError> {
+    let failed = |source| SelftestError::Write { path: path.into(), source };
     let draft = shape.draft().map_err(|bad| failed(io::Error::other(bad)))?;
-    let (mut done, all) = (0, draft.file_bytes());
+    let (mut done, total) = (0, draft.file_bytes());
     let mut fill = |tensor: &DraftTensor, out: &mut dyn Write| {
         let mut random = Random::new(&tensor.name);
         let mut tell = |bytes: usize| {
             done += bytes as u64;
-            progress(done, all);
+            progress(done, total);
             if stop() { Err(io::Error::other("stopped")) } else { Ok(()) }
         };
         match tensor.ty {
@@ -182,10 +186,10 @@ pub fn write(
         }
     };
     let written = File::create(path).and_then(|file| draft.write(&mut BufWriter::new(file), &mut fill));
-    written.map_err(|error| if stop() { TargetError::Stopped } else { failed(error) })
+    written.map_err(|error| if stop() { SelftestError::Stopped } else { failed(error) })
 }
 
-/// Random blocks whose values are about as large as those of a trained matrix of this width.
+/// Writes random blocks whose values are about as large as those of a trained matrix of this width.
 fn blocks(
     random: &mut Random,
     tensor: &DraftTensor,
@@ -193,7 +197,8 @@ fn blocks(
     tell: &mut dyn FnMut(usize) -> io::Result<()>,
 ) -> io::Result<()> {
     let width = tensor.dims.first().copied().unwrap_or(1) as f32;
-    // Embeddings are about 1, and logits far enough apart that a token is likelier than others.
+    // Embeddings are about 1, and logits far enough apart that some tokens are more likely than
+    // others.
     let spread = match tensor.name.as_str() {
         "token_embd.weight" => 1.0,
         "output.weight" => 20.0 / width.sqrt(),
@@ -204,7 +209,7 @@ fn blocks(
         _ => &[(208, 1.0 / SPREAD_Q6_K)],
     };
     let block_bytes = tensor.ty.block_bytes();
-    let piece_bytes = (PIECE / block_bytes).max(1) * block_bytes;
+    let piece_bytes = (PIECE_BYTES / block_bytes).max(1) * block_bytes;
     let mut piece = vec![0u8; piece_bytes];
     let mut left = tensor.n_bytes as usize;
     while left > 0 {
@@ -213,8 +218,8 @@ fn blocks(
             bytes.copy_from_slice(&random.next_u64().to_le_bytes()[..bytes.len()]);
         }
         for block in piece.chunks_exact_mut(block_bytes) {
-            for (at, factor) in halves {
-                block[*at..*at + 2].copy_from_slice(&f16::from_f32(spread * factor).to_le_bytes());
+            for (offset, factor) in halves {
+                block[*offset..*offset + 2].copy_from_slice(&f16::from_f32(spread * factor).to_le_bytes());
             }
         }
         out.write_all(piece)?;
@@ -224,7 +229,7 @@ fn blocks(
     Ok(())
 }
 
-/// A router that favours some experts: rows of different lengths.
+/// Writes a router that favors some experts: rows of different norms.
 fn router(
     random: &mut Random,
     tensor: &DraftTensor,
@@ -232,11 +237,11 @@ fn router(
     tell: &mut dyn FnMut(usize) -> io::Result<()>,
 ) -> io::Result<()> {
     let (width, rows) = (tensor.dims[0] as usize, tensor.dims[1..].iter().product::<u64>());
-    // Three uniform numbers add up to one that is nearly normal, of variance 1.
+    // The sum of three uniform numbers is nearly normal, of variance 1.
     let normal = |random: &mut Random| random.float() + random.float() + random.float();
     for _ in 0..rows {
-        let favour = (0.6 * normal(random)).exp();
-        let scale = 2.0 * favour / (width as f32).sqrt();
+        let favor = (0.6 * normal(random)).exp();
+        let scale = 2.0 * favor / (width as f32).sqrt();
         let row: Vec<u8> = (0..width).flat_map(|_| (scale * normal(random)).to_le_bytes()).collect();
         out.write_all(&row)?;
         tell(row.len())?;
@@ -247,7 +252,7 @@ fn router(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Temporary;
+    use crate::TemporaryFile;
     use std::sync::Arc;
     use tier_plan_formats::gguf::Gguf;
     use tier_plan_formats::model::kv::KvType;
@@ -260,14 +265,14 @@ mod tests {
     #[test]
     fn a_model_opens_and_its_passes_are_finite() {
         let folder = tempfile::tempdir().unwrap();
-        let file = Temporary::new(folder.path(), "tiny");
+        let file = TemporaryFile::new(folder.path(), "tiny");
         let mut told = (0, 0);
-        write(&Shape::TINY, file.path(), &|| false, &mut |done, all| told = (done, all)).unwrap();
+        write(&Shape::TINY, file.path(), &|| false, &mut |done, total| told = (done, total)).unwrap();
         let bytes = std::fs::metadata(file.path()).unwrap().len();
         assert_eq!(Some(bytes), Shape::TINY.file_bytes());
         assert!(told.1 == bytes && told.0 <= bytes && told.0 > bytes / 2, "{told:?} of {bytes}");
         let gguf = Arc::new(Gguf::open(file.path()).unwrap());
-        // The spreads are those that the factors were made for.
+        // The standard deviations are those that the factors are for.
         for (name, expected) in [("token_embd.weight", 1.0), ("blk.0.attn_v.weight", 1.0 / 16.0)] {
             let tensor = gguf.tensor(name).unwrap();
             let row = gguf.bytes(tensor).len() / tensor.dims[1] as usize;
@@ -303,15 +308,15 @@ mod tests {
     #[test]
     fn depth_follows_what_is_free() {
         let gib = |n: u64| n << 30;
-        let free = |device, memory, disk| Shape::fitting(Free { device, memory, disk });
+        let free = |device, memory, disk| Shape::fitting(FreeBytes { device, memory, disk });
         let whole = free(gib(80), gib(64), gib(100));
         assert_eq!(whole, Shape::REAL);
         let bytes = whole.file_bytes().unwrap();
         assert!((gib(8)..gib(9)).contains(&bytes), "{bytes}");
-        // Each of the three limits it.
+        // Each of the three limits the depth.
         for shape in [free(gib(5), gib(64), gib(100)), free(gib(80), gib(10), gib(100)), free(gib(80), gib(64), gib(4))]
         {
-            assert!(shape.is_real() && (LEAST_LAYERS..MOST_LAYERS).contains(&shape.layers), "{shape:?}");
+            assert!(shape.is_real() && (MIN_LAYERS..MAX_LAYERS).contains(&shape.layers), "{shape:?}");
             assert!(shape.file_bytes().unwrap() <= gib(4));
         }
         for shape in [free(gib(1), gib(64), gib(100)), free(gib(80), 1 << 20, gib(100)), free(gib(80), gib(64), 0)] {
@@ -321,14 +326,14 @@ mod tests {
     }
 
     #[test]
-    fn a_person_can_stop_it_and_odd_sizes_are_errors() {
+    fn writing_can_be_stopped_and_unsupported_sizes_are_errors() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("a.gguf");
         let stopped = write(&Shape::TINY, &path, &|| true, &mut |_, _| {});
-        assert!(matches!(stopped, Err(TargetError::Stopped)));
-        let odd = Shape { hidden: 100, ..Shape::TINY };
-        let why = write(&odd, &path, &|| false, &mut |_, _| {}).unwrap_err().to_string();
-        assert!(why.contains("token_embd.weight") && odd.file_bytes().is_none(), "{why}");
+        assert!(matches!(stopped, Err(SelftestError::Stopped)));
+        let unsupported = Shape { hidden: 100, ..Shape::TINY };
+        let why = write(&unsupported, &path, &|| false, &mut |_, _| {}).unwrap_err().to_string();
+        assert!(why.contains("token_embd.weight") && unsupported.file_bytes().is_none(), "{why}");
         let nowhere = folder.path().join("none").join("a.gguf");
         let why = write(&Shape::TINY, &nowhere, &|| false, &mut |_, _| {}).unwrap_err().to_string();
         assert!(why.contains("none"), "{why}");

@@ -26,7 +26,7 @@ impl Engine {
             weights: &mut output.routing.weights,
             logits: &mut output.logits,
         };
-        processors.gpus.of(tier).token(experts.store.of_tier(tier), token, &mut sequence.ropes)?;
+        processors.gpus.of(tier).full_model()?.token(experts.store.of_tier(tier), token, &mut sequence.ropes)?;
         sequence.advance(1);
         if batch.phase == Phase::Decode {
             let store = &experts.store;

@@ -2,22 +2,22 @@
 
 use super::backend::{LayerBackend, Stage};
 use crate::error::RunError;
-use crate::gpu::Gpu;
+use crate::gpu::{FfnInput, Gpu};
 use crate::layers::index::Layer;
 use tier_plan_formats::model::spec::Ffn;
 
 impl LayerBackend for Gpu {
     fn embed(&mut self, _: &mut Stage<'_>, tokens: &[u32]) -> Result<(), RunError> {
-        Ok(Gpu::embed(self, tokens)?)
+        Ok(self.embedding()?.embed(tokens)?)
     }
 
     fn mixer(&mut self, stage: &mut Stage<'_>, layer: Layer<'_>) -> Result<(), RunError> {
         let past = stage.past();
-        Ok(Gpu::mixer(self, layer.index.get(), stage.rows.clone(), past, &mut stage.sequence.ropes)?)
+        Ok(Gpu::mixer(self, layer.index.get())?.run(stage.rows.clone(), past, &mut stage.sequence.ropes)?)
     }
 
     fn dense_ffn(&mut self, stage: &mut Stage<'_>, layer: Layer<'_>) -> Result<(), RunError> {
-        Ok(self.ffn(layer.index.get(), stage.rows.clone(), false)?)
+        Ok(self.ffn(layer.index.get())?.run(stage.rows.clone(), FfnInput::Raw)?)
     }
 
     fn route(&mut self, stage: &mut Stage<'_>, layer: Layer<'_>) -> Result<(), RunError> {
@@ -26,7 +26,7 @@ impl LayerBackend for Gpu {
         let choices = stage.rows.start * moe.n_used..stage.rows.end * moe.n_used;
         let buffers = &mut *stage.buffers;
         let (experts, weights) = (&mut buffers.experts[choices.clone()], &mut buffers.weights[choices]);
-        let normed = Gpu::route(self, layer.index.get(), stage.rows.clone(), experts, weights)?;
+        let normed = self.router(layer.index.get())?.route(stage.rows.clone(), experts, weights)?;
         // Experts and the shared expert may be on the CPU.
         buffers.normed[..normed.len()].copy_from_slice(normed);
         buffers.acts.fill_shared(cpu.pool, cpu.kernels, n, hidden, normed, hidden.is_multiple_of(32));
@@ -34,7 +34,8 @@ impl LayerBackend for Gpu {
     }
 
     fn shared_expert(&mut self, stage: &mut Stage<'_>, layer: Layer<'_>, routed_here: bool) -> Result<(), RunError> {
-        Ok(self.ffn(layer.index.get(), stage.rows.clone(), routed_here)?)
+        let input = if routed_here { FfnInput::Normalized } else { FfnInput::Raw };
+        Ok(self.ffn(layer.index.get())?.run(stage.rows.clone(), input)?)
     }
 
     fn add_experts(&mut self, stage: &mut Stage<'_>) -> Result<(), RunError> {
@@ -42,10 +43,10 @@ impl LayerBackend for Gpu {
     }
 
     fn head(&mut self, stage: &mut Stage<'_>, logits: &mut [f32]) -> Result<(), RunError> {
-        Ok(Gpu::head(self, stage.rows.clone(), logits)?)
+        Ok(Gpu::head(self)?.run(stage.rows.clone(), logits)?)
     }
 
     fn predict(&mut self, stage: &mut Stage<'_>, layer: Layer<'_>, experts: &mut Vec<u16>) -> Result<(), RunError> {
-        Ok(self.guess(layer.index.get(), stage.rows.clone(), experts)?)
+        Ok(self.router(layer.index.get())?.predict(stage.rows.clone(), experts)?)
     }
 }

@@ -110,7 +110,7 @@ fn heads_that_no_kernel_takes_are_refused() {
     assert_eq!(with(256), Ok(()));
     for head_dim in [18, 260] {
         let error = with(head_dim).unwrap_err();
-        let named = error.contains(&format!("heads of {head_dim} values")) && error.contains("on tier 'vram'");
+        let named = error.contains(&format!("heads of {head_dim} values")) && error.contains("attention of layer");
         assert!(named, "{error}");
     }
 }

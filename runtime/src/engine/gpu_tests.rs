@@ -329,7 +329,10 @@ fn what_a_gpu_cannot_run_is_refused() {
     let (gguf, shape) = open("arch/qwen3moe.gguf");
     let but_one = |kind, layer| (kind, layer) != (DenseKind::Attention, Some(1));
     let error = refused(&gguf, &plan(&shape, of, but_one, true, Experts::Memory), usize::MAX).to_string();
-    assert!(error.contains("layer 1: keys and values of attention that the processor computes"), "{error}");
+    assert!(
+        error.contains("kv_cache of layer 1") && error.contains("the CPU computes the layer's attention"),
+        "{error}"
+    );
     let mut split = plan(&shape, of, but_one, false, Experts::Memory);
     split.tiers[0].bytes.kv -= 64;
     split.tiers[1].bytes.kv += 64;

@@ -11,10 +11,10 @@ use super::sequence::Sequence;
 use crate::error::LoadError;
 use crate::gpu::devices::GiveDevice;
 use crate::gpu::rows::{GpuRows, gpu_rows};
-use crate::gpu::{Gpus, resident_tier};
+use crate::gpu::{Gpus, full_gpu_tier};
 use crate::layers::places::Places;
 use crate::load::{Loaded, load};
-use crate::moe::offload::Streams;
+use crate::moe::offload::{StreamSetup, Streams};
 use crate::options::{LoadOptions, Progress, batches};
 use std::sync::Arc;
 use tier_plan_formats::gguf::Gguf;
@@ -60,12 +60,21 @@ impl Engine {
         for (state, tier) in sequence.states.iter().zip(plan.cache_tiers(spec.layers.len())) {
             memory.resident_bytes[tier] += state.bytes();
         }
-        let fully_on_gpu = resident_tier(plan, shape, &places);
+        let fully_on_gpu = full_gpu_tier(plan, shape, &places);
         let gpus = Gpus::new(spec, plan, options, &weights, &devices, places, &sequence.rope_of_layer)?;
         let pool = ThreadPool::new(options.threads.unwrap_or_else(physical_cores));
         let (batch, micro_batch) = batches(options, plan.context as usize);
-        let sizes = (batch, micro_batch);
-        let streams = Streams::new((spec, shape), plan, options, &devices, &gpus.places, sizes, &pool)?;
+        let streams = Streams::new(&StreamSetup {
+            spec,
+            shape,
+            plan,
+            options,
+            devices: &devices,
+            places: &gpus.places,
+            batch,
+            rows: micro_batch,
+            pool: &pool,
+        })?;
         let floats = |layer: &LayerSpec| match &layer.ffn {
             // A GPU quantizes them itself.
             Ffn::Moe(_) if store.n_gpus() > 0 || streams.any() => true,

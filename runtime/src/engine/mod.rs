@@ -192,7 +192,7 @@ impl Engine {
     /// Returns how many experts of main memory were streamed to a GPU for prompts; an expert counts
     /// once per batch.
     pub fn experts_streamed(&self) -> u64 {
-        self.experts.streams.passed()
+        self.experts.streams.n_streamed()
     }
 
     /// Returns what was counted since the engine was loaded or

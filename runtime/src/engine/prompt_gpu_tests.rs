@@ -6,8 +6,8 @@ use crate::options::{LoadOptions, StreamRates};
 use crate::plans::in_memory::all_in_memory;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use tier_plan_cuda::copy_stream::CopyStream;
 use tier_plan_cuda::device::{Arg, Grid};
-use tier_plan_cuda::lane::Lane;
 use tier_plan_cuda::{CudaError, Device, shim};
 use tier_plan_formats::gguf::Gguf;
 use tier_plan_formats::model::describe;
@@ -160,8 +160,8 @@ impl Device for Failing {
     fn wait(&self) -> Result<(), CudaError> {
         self.0.wait()
     }
-    fn lane(self: Arc<Self>, len: usize) -> Result<Option<Box<dyn Lane>>, CudaError> {
-        Arc::clone(&self.0).lane(len)
+    fn copy_stream(self: Arc<Self>, len: usize) -> Result<Option<Box<dyn CopyStream>>, CudaError> {
+        Arc::clone(&self.0).copy_stream(len)
     }
 }
 

@@ -52,7 +52,7 @@ impl ExpertStore {
 
     /// Returns how many results a GPU can hold until they are fetched.
     pub(crate) fn gpu_capacity(&self, gpu: usize) -> usize {
-        self.gpus.get(gpu).map_or(0, |g| g.experts.room())
+        self.gpus.get(gpu).map_or(0, |g| g.experts.free_rows())
     }
 
     /// Returns where the expert at this position of the step computes, if that is a GPU.

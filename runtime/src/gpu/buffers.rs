@@ -1,31 +1,32 @@
-//! The buffers of a GPU's passes: allocated when a model is loaded, so that none of them allocates.
+//! The buffers of forward passes on a GPU, all allocated when a model is loaded.
 
 use crate::layers::places::Places;
 use crate::layers::rope::tables;
 use std::sync::Arc;
-use tier_plan_cuda::ops::{AttendRoom, Quants};
+use tier_plan_cuda::ops::{AttentionBuffers, Quants};
 use tier_plan_cuda::{Buffer, CudaError, Device};
 use tier_plan_formats::model::spec::{DeltaInput, Ffn, KvUp, Mixer, MlaSpec, ModelSpec};
 use tier_plan_formats::placement::TierIdx;
 
-/// Values that attention has room for, unless one token needs more: 64 MiB.
-const ATTEND_VALUES: usize = 16 << 20;
+/// Most values of attention's workspace, unless one token needs more: 64 MiB.
+const MAX_ATTEND_VALUES: usize = 16 << 20;
 
-/// Logits that are computed at once, unless one token has more: 16 MiB.
-const LOGITS: usize = 4 << 20;
+/// Most logits that are computed at once, unless one token has more: 16 MiB.
+const MAX_LOGITS: usize = 4 << 20;
 
-/// Values in the space of the latents that are worked on at once: 16 MiB. Fewer in tests, so that there are parts.
+/// Most values in the space of the latents that are computed at once: 16 MiB. Fewer in tests, so
+/// that batches have several parts.
 const MAX_LATENT_VALUES: usize = if cfg!(test) { 512 } else { 4 << 20 };
 
-/// Jobs that a launch can take.
+/// Most jobs per launch.
 const MAX_JOBS: usize = 65_535;
 
-/// Where allocations end.
-const ALLOCATED: usize = 256;
+/// Granularity of allocations in bytes.
+const ALLOCATION_UNIT: usize = 256;
 
-/// Values of each buffer, the largest that any part on this GPU needs.
+/// Number of values of each buffer: the most that any part on this GPU needs.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Sizes {
+pub(crate) struct BufferSizes {
     x: usize,
     rows: usize,
     hidden: usize,
@@ -44,27 +45,29 @@ pub(crate) struct Sizes {
     latents: usize,
     absorbed: usize,
     logits: usize,
-    /// Choices of a token, over all layers.
+    /// A token's choices in all layers.
     record: usize,
     attend: usize,
-    /// The narrowest values of attention.
+    /// Smallest width of attention's values.
     attend_width: usize,
     turns: Vec<usize>,
 }
 
-/// Tokens of a part of a batch in attention with latents.
+/// Returns the most tokens that latent attention takes at once.
 pub(super) fn part_tokens(spec: &MlaSpec) -> usize {
     (MAX_LATENT_VALUES / (spec.n_head * spec.kv_rank)).clamp(1, (MAX_JOBS / spec.n_head).max(1))
 }
 
-/// Rows whose logits are computed at once.
+/// Returns the most rows whose logits are computed at once.
 pub(super) fn logit_rows(n_vocab: usize, rows: usize) -> usize {
-    (LOGITS / n_vocab.max(1)).clamp(1, rows.max(1))
+    (MAX_LOGITS / n_vocab.max(1)).clamp(1, rows.max(1))
 }
 
-impl Sizes {
-    /// For the parts of `spec` on the GPU of a tier: batches of `batch` tokens, of which `rows` go through a part at once,
-    /// and a context of so many.
+impl BufferSizes {
+    /// Computes the sizes for the parts of `spec` on the GPU of a tier.
+    ///
+    /// `batch` is the most tokens of a batch, `rows` the most that a part takes at once, and
+    /// `context` the positions of the KV cache.
     pub(crate) fn new(
         spec: &ModelSpec,
         places: &Places,
@@ -104,8 +107,8 @@ impl Sizes {
     fn mixer(&mut self, mixer: &Mixer, context: usize) {
         let rows = self.rows;
         let attend = |tokens: usize, heads: usize, width: usize| {
-            let one = AttendRoom::values(1, heads, context, width);
-            AttendRoom::values(tokens, heads, context, width).min(one.max(ATTEND_VALUES))
+            let one = AttentionBuffers::values(1, heads, context, width);
+            AttentionBuffers::values(tokens, heads, context, width).min(one.max(MAX_ATTEND_VALUES))
         };
         let (wanted, width) = match mixer {
             Mixer::Gqa(a) => {
@@ -123,7 +126,7 @@ impl Sizes {
             Mixer::Mla(a) => {
                 let low = a.q_down.map_or(0, |low| low.down.n_out);
                 let part = part_tokens(a).min(rows);
-                // One head more: rotated parts are looked at from an offset on.
+                // One head more, as views of the rotated values begin at an offset.
                 self.q = self.q.max(rows * a.q.n_out + a.nope_dim + a.rope.dims);
                 self.k = self.k.max(rows * a.kv_down.n_out + a.kv_down.n_out);
                 self.mixed = self.mixed.max(rows * a.o.n_in);
@@ -132,7 +135,7 @@ impl Sizes {
                 self.nope = self.nope.max(part * a.n_head * a.nope_dim);
                 self.latents = self.latents.max(part * a.n_head * a.kv_rank);
                 self.raw = self.raw.max(part * a.n_head * (a.kv_rank + a.rope.dims));
-                // Heads are rows of their own in a part.
+                // In a part, each head of a token is a row.
                 self.inner = self.inner.max((part * a.n_head * a.nope_dim.max(a.kv_rank)).div_ceil(rows));
                 if let KvUp::Fused(_) = a.kv_up {
                     self.absorbed = self.absorbed.max(a.n_head * a.nope_dim * a.kv_rank);
@@ -145,7 +148,7 @@ impl Sizes {
                         self.raw = self.raw.max(rows * qkv.n_out);
                         self.gate = self.gate.max(rows * gate.n_out);
                     }
-                    DeltaInput::ByKeyHead(all) => self.raw = self.raw.max(rows * all.n_out),
+                    DeltaInput::ByKeyHead(fused) => self.raw = self.raw.max(rows * fused.n_out),
                 }
                 self.q = self.q.max(rows * d.channels());
                 self.k = self.k.max(2 * rows * d.n_value_head);
@@ -172,7 +175,7 @@ impl Sizes {
         self.rows * self.inner.max(self.ffn)
     }
 
-    /// Bytes that all of it takes.
+    /// Returns the bytes of all buffers.
     pub(crate) fn bytes(&self) -> u64 {
         let (rows, hidden) = (self.rows, self.hidden);
         let floats = [
@@ -200,29 +203,29 @@ impl Sizes {
         ];
         let floats = floats.into_iter().chain(self.turns.iter().copied()).map(|values| 4 * values);
         let quants = Self::quants(rows * hidden).into_iter().chain(Self::quants(self.inner()));
-        let attend = AttendRoom::bytes(self.attend, self.attend_width.min(self.attend));
-        let all = floats.chain(quants).chain(attend);
-        all.map(|bytes| bytes.max(1).next_multiple_of(ALLOCATED) as u64).sum()
+        let attend = AttentionBuffers::bytes(self.attend, self.attend_width.min(self.attend));
+        let buffers = floats.chain(quants).chain(attend);
+        buffers.map(|bytes| bytes.max(1).next_multiple_of(ALLOCATION_UNIT) as u64).sum()
     }
 }
 
-/// The buffers.
-pub(super) struct Room {
-    /// `[batch, hidden]` the hidden state.
+/// The buffers. Buffers without a comment are `[rows, width]` of the layer's values of that name.
+pub(super) struct GpuBuffers {
+    /// `[batch, hidden]` hidden state.
     pub(super) x: Buffer,
-    /// `[rows, hidden]` what is added to it.
+    /// `[rows, hidden]` result of a part, to be added to the hidden state.
     pub(super) out: Buffer,
-    /// `[n, hidden]` the normed state of so many rows, then `[n, n_used]` the experts chosen, then their weights: what the
-    /// processor reads in one piece.
+    /// `[n, hidden]` normalized state of `n` rows, then `[n, n_used]` chosen experts, then their
+    /// weights, so that the CPU reads all of it at once.
     pub(super) answer: Buffer,
     pub(super) router_logits: Buffer,
     /// `[rows]` tokens.
     pub(super) ids: Buffer,
-    /// `[rows]` factors on the queries of a token.
+    /// `[rows]` factor on the queries of each token.
     pub(super) factors: Buffer,
-    /// The position of the first row.
+    /// One integer: the position of the first row.
     pub(super) past: Buffer,
-    /// What is not in its final order yet.
+    /// Results that are still to be reordered.
     pub(super) raw: Buffer,
     pub(super) q: Buffer,
     pub(super) k: Buffer,
@@ -234,23 +237,24 @@ pub(super) struct Room {
     pub(super) low: Buffer,
     pub(super) nope: Buffer,
     pub(super) latents: Buffer,
-    /// A layer's projections from latents to keys, decoded.
+    /// `[n_head, nope, kv_rank]` dequantized projections of a layer from latents to keys.
     pub(super) absorbed: Buffer,
     pub(super) logits: Buffer,
-    /// What routers chose of a token that does not leave the GPU: by layer, experts and then their weights.
+    /// Routers' choices for a token that stays on the GPU: by layer, experts and then their
+    /// weights.
     pub(super) record: Buffer,
-    /// Rotations by table, `[rows, pairs]` of cosine and sine.
+    /// Rotations by rope table, `[rows, pairs]` of cosine and sine.
     pub(super) turns: Vec<Buffer>,
-    /// The normed state in 8 bits.
+    /// Quantized form of the normalized state.
     pub(super) quants: Quants,
-    /// What stands before a part's last product, in 8 bits.
+    /// Quantized input of a part's last product.
     pub(super) inner: Quants,
-    pub(super) attend: AttendRoom,
+    pub(super) attend: AttentionBuffers,
 }
 
-impl Room {
-    pub(super) fn new(device: &Arc<dyn Device>, s: &Sizes) -> Result<Self, CudaError> {
-        let floats = |values: usize| Buffer::room_f32(device, values);
+impl GpuBuffers {
+    pub(super) fn new(device: &Arc<dyn Device>, s: &BufferSizes) -> Result<Self, CudaError> {
+        let floats = |values: usize| Buffer::new_f32(device, values);
         let (rows, hidden) = (s.rows, s.hidden);
         Ok(Self {
             x: floats(s.x)?,
@@ -277,7 +281,7 @@ impl Room {
             turns: s.turns.iter().map(|values| floats(*values)).collect::<Result<_, _>>()?,
             quants: Quants::new(device, (rows * hidden).next_multiple_of(32))?,
             inner: Quants::new(device, s.inner().next_multiple_of(32))?,
-            attend: AttendRoom::new(device, s.attend, s.attend_width.min(s.attend))?,
+            attend: AttentionBuffers::new(device, s.attend, s.attend_width.min(s.attend))?,
         })
     }
 }

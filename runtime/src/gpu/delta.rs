@@ -1,20 +1,20 @@
-//! The gated delta net on a GPU. The arithmetic is that of `exec/mixer/delta.rs`.
+//! The gated delta net on a GPU. The arithmetic is that of `layers/delta.rs`.
 
-use super::buffers::Room;
-use super::matrix::{Maker, Matrix, product, products};
-use super::mixer::{Batch, output};
+use super::buffers::GpuBuffers;
+use super::matrix::{GpuLoader, Matrix, product, products};
+use super::mixer::{MixerBatch, output};
 use tier_plan_cuda::ops::{self, DeltaSizes};
 use tier_plan_cuda::{Buffer, CudaError, Ops};
 use tier_plan_formats::model::spec::{DeltaInput, DeltaRates, DeltaSpec};
 
-/// A layer with its state. That begins with the token at position 0, before which the kernels take it for nothing, so that
+/// A layer's delta net with its state. At position 0 the kernels take the state for zero, so
 /// neither loading nor a new text has to write it.
 pub(super) struct Delta {
     sizes: DeltaSizes,
-    /// Queries, keys and values, with the gates where they go by key head.
+    /// Queries, keys and values; with the gates if grouped by key head.
     projection: Matrix,
     gate: Option<Matrix>,
-    /// Strengths, with the decays where they go by key head.
+    /// Strengths; with the decays if grouped by key head.
     beta: Matrix,
     alpha: Option<Matrix>,
     conv: Buffer,
@@ -27,28 +27,28 @@ pub(super) struct Delta {
 }
 
 impl Delta {
-    pub(super) fn new(maker: &Maker<'_>, d: &DeltaSpec) -> Result<Self, CudaError> {
+    pub(super) fn new(loader: &GpuLoader<'_>, d: &DeltaSpec) -> Result<Self, CudaError> {
         let (projection, gate) = match &d.input {
             DeltaInput::Split { qkv, gate } => (qkv, Some(gate)),
-            DeltaInput::ByKeyHead(all) => (all, None),
+            DeltaInput::ByKeyHead(fused) => (fused, None),
         };
         let (beta, alpha) = match &d.rates {
             DeltaRates::Split { beta, alpha } => (beta, Some(alpha)),
-            DeltaRates::ByKeyHead(all) => (all, None),
+            DeltaRates::ByKeyHead(fused) => (fused, None),
         };
         let sizes = DeltaSizes::from(d);
         Ok(Self {
-            projection: maker.linear(projection)?,
-            gate: gate.map(|l| maker.linear(l)).transpose()?,
-            beta: maker.linear(beta)?,
-            alpha: alpha.map(|l| maker.linear(l)).transpose()?,
-            conv: maker.vector(d.conv)?,
-            dt_bias: maker.vector(d.dt_bias)?,
-            decay: maker.vector(d.decay)?,
-            norm: maker.vector(d.norm)?,
-            out: maker.linear(&d.out)?,
-            inputs: Buffer::room_f32(maker.device, sizes.kept())?,
-            matrices: Buffer::room_f32(maker.device, sizes.matrices())?,
+            projection: loader.linear(projection)?,
+            gate: gate.map(|l| loader.linear(l)).transpose()?,
+            beta: loader.linear(beta)?,
+            alpha: alpha.map(|l| loader.linear(l)).transpose()?,
+            conv: loader.vector(d.conv)?,
+            dt_bias: loader.vector(d.dt_bias)?,
+            decay: loader.vector(d.decay)?,
+            norm: loader.vector(d.norm)?,
+            out: loader.linear(&d.out)?,
+            inputs: Buffer::new_f32(loader.device, sizes.conv_state())?,
+            matrices: Buffer::new_f32(loader.device, sizes.matrices())?,
             sizes,
         })
     }
@@ -58,39 +58,39 @@ impl Delta {
         [&self.projection, &self.beta].into_iter().chain(second).any(Matrix::takes_quants)
     }
 
-    pub(super) fn run(&self, ops: &Ops, room: &mut Room, batch: Batch) -> Result<(), CudaError> {
-        let Batch { n, eps, .. } = batch;
-        let (x, raw_rates) = (room.answer.view(), room.k.view());
-        let mut first = vec![(&self.projection, room.raw.view()), (&self.beta, raw_rates)];
-        first.extend(self.gate.as_ref().map(|gate| (gate, room.gate.view())));
-        products(ops, &first, n, x, &room.quants)?;
+    pub(super) fn run(&self, ops: &Ops, buffers: &mut GpuBuffers, batch: MixerBatch) -> Result<(), CudaError> {
+        let MixerBatch { n, eps, .. } = batch;
+        let (x, raw_rates) = (buffers.answer.view(), buffers.k.view());
+        let mut first = vec![(&self.projection, buffers.raw.view()), (&self.beta, raw_rates)];
+        first.extend(self.gate.as_ref().map(|gate| (gate, buffers.gate.view())));
+        products(ops, &first, n, x, &buffers.quants)?;
         if let Some(alpha) = &self.alpha {
             let after = raw_rates.floats(n * self.beta.n_out..raw_rates.words());
-            product(ops, alpha, n, x, &room.quants, after)?;
+            product(ops, alpha, n, x, &buffers.quants, after)?;
         }
         let delta = ops::Delta {
             sizes: self.sizes,
             tokens: n,
-            projected: room.raw.view(),
-            gates: room.gate.view(),
+            projected: buffers.raw.view(),
+            gates: buffers.gate.view(),
             raw_rates,
             conv: self.conv.view(),
             dt_bias: self.dt_bias.view(),
             decay: self.decay.view(),
             norm: self.norm.view(),
             eps,
-            past: room.past.view(),
+            past: buffers.past.view(),
             inputs: self.inputs.view(),
             matrices: self.matrices.view(),
-            heads: room.q.view(),
-            rates: room.v.view(),
-            out: room.mixed.view(),
+            heads: buffers.q.view(),
+            rates: buffers.v.view(),
+            out: buffers.mixed.view(),
         };
         let quantizes = self.out.takes_quants() && self.sizes.head_dim.is_multiple_of(32);
-        ops.delta(&delta, quantizes.then_some(&mut room.inner))?;
+        ops.delta(&delta, quantizes.then_some(&mut buffers.inner))?;
         if quantizes {
-            return product(ops, &self.out, n, room.mixed.view(), &room.inner, room.out.view());
+            return product(ops, &self.out, n, buffers.mixed.view(), &buffers.inner, buffers.out.view());
         }
-        output(ops, &self.out, n, room)
+        output(ops, &self.out, n, buffers)
     }
 }

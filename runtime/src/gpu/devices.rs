@@ -1,11 +1,11 @@
-//! The devices behind a plan's tiers: each real VRAM tier that holds anything is one GPU.
+//! The devices behind a plan's tiers: each real VRAM tier that holds bytes is one GPU.
 
 use crate::error::LoadError;
 use std::sync::Arc;
 use tier_plan_cuda::{CudaError, Device, Gpu};
 use tier_plan_formats::placement::{Placement, TierIdx};
 
-/// Opens the GPU with a number, from 0; tests give another device.
+/// Opens the GPU with an ordinal, from 0. Tests return the GPU emulator.
 pub type GiveDevice<'a> = &'a dyn Fn(usize) -> Result<Arc<dyn Device>, CudaError>;
 
 /// The GPUs of a plan, by tier.
@@ -15,32 +15,32 @@ pub(crate) struct Devices {
 }
 
 impl Devices {
-    /// Opens the GPU of each real VRAM tier that holds bytes. Its number is the one that the tier says, or else the tier's
-    /// place among the plan's real VRAM tiers, whether or not those before it hold any.
+    /// Opens the GPU of each real VRAM tier that holds bytes. Its ordinal is the one that the tier
+    /// names, or else the tier's index among the plan's real VRAM tiers, with or without bytes.
     ///
     /// # Errors
-    /// When one is not there, or can't be used.
+    /// When a GPU is missing, or can't be used.
     pub(crate) fn open(plan: &Placement, give: Option<GiveDevice<'_>>) -> Result<Self, LoadError> {
-        let mut number = 0;
+        let mut index = 0;
         let mut by_tier = Vec::with_capacity(plan.tiers.len());
         for t in &plan.tiers {
-            let which = t.tier.device().map_or(number, |device| device as usize);
+            let ordinal = t.tier.device().map_or(index, |device| device as usize);
             let opened = t.uses_gpu().then(|| match give {
-                Some(give) => give(which),
-                None => Gpu::open(which).map(|gpu| gpu as Arc<dyn Device>),
+                Some(give) => give(ordinal),
+                None => Gpu::open(ordinal).map(|gpu| gpu as Arc<dyn Device>),
             });
             by_tier.push(opened.transpose().map_err(|source| LoadError::Gpu { plan: plan.name.clone(), source })?);
-            number += usize::from(t.tier.is_gpu());
+            index += usize::from(t.tier.is_gpu());
         }
         Ok(Self { by_tier })
     }
 
-    /// The device of a tier.
+    /// Returns the device of a tier.
     pub(crate) fn of(&self, tier: TierIdx) -> Option<&Arc<dyn Device>> {
         self.by_tier.get(tier).and_then(Option::as_ref)
     }
 
-    /// Every device with its tier.
+    /// Returns every device with its tier.
     pub(crate) fn all(&self) -> impl Iterator<Item = (TierIdx, &Arc<dyn Device>)> {
         self.by_tier.iter().enumerate().filter_map(|(tier, device)| device.as_ref().map(|device| (tier, device)))
     }
@@ -60,7 +60,7 @@ mod tests {
     use tier_plan_formats::placement::TierBytes;
 
     #[test]
-    fn a_gpu_has_the_number_of_its_tier_among_gpus() {
+    fn the_ordinal_of_a_gpu_is_that_of_its_tier_among_gpus() {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data/arch/qwen3moe.gguf");
         let gguf = Gguf::open(&path).unwrap();
         let mut plan = all_in_memory(&shape_of(&gguf, &describe(&gguf).unwrap()), 8, KvType::F16);

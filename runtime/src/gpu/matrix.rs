@@ -1,19 +1,21 @@
-//! Matrices and vectors of a model on a GPU, and their products.
+//! Matrices and vectors of a model on a GPU, and matrix products.
 
-use super::buffers::Room;
+use super::buffers::GpuBuffers;
 use crate::layers::weights::DenseWeights;
 use std::ops::Range;
 use std::sync::Arc;
-use tier_plan_cuda::ops::{Batch, Gated, Input, MOST_PARTS, Matrices, Pair, Part, Quants};
+use tier_plan_cuda::ops::{
+    BatchMatrices, FusedMatvec, GateUpMatrices, Gated, Input, MAX_FUSED, Matrices, Matvec, Quants,
+};
 use tier_plan_cuda::{Buffer, CudaError, Device, Ops, View, source};
 use tier_plan_formats::model::spec::{Activation, GatedFfn, Linear, TensorId};
 use tier_plan_kernels::needs_quants;
 use tier_plan_kernels::quant::TensorType;
 
-/// Rows from which on matrices are multiplied with many at a time.
-const MANY: usize = 8;
+/// Rows from which on matrices are multiplied by matmul instead of matvec.
+const MATMUL_MIN_ROWS: usize = 8;
 
-/// A matrix on a GPU: a tensor as it lies in the file, or some of its rows.
+/// A matrix on a GPU: a tensor as in the model file, or some of its rows.
 pub(super) struct Matrix {
     pub(super) bytes: Arc<Buffer>,
     pub(super) range: Range<usize>,
@@ -36,25 +38,25 @@ impl Matrix {
         self.bias.as_ref().map(Buffer::view)
     }
 
-    /// Activations as it takes them.
+    /// Selects the form of activations that the matrix takes.
     fn input<'a>(&self, x: View<'a>, quants: &'a Quants) -> Input<'a> {
-        if self.takes_quants() { Input::Quants(quants) } else { Input::Floats(x) }
+        Input::for_type(self.ty, x, quants)
     }
 }
 
-/// Takes a model's tensors to a GPU, or finds those that are there.
+/// Loads the tensors of a GPU's parts: matrices are there already, vectors are copied.
 #[derive(Clone, Copy)]
-pub(super) struct Maker<'a> {
+pub(super) struct GpuLoader<'a> {
     pub(super) device: &'a Arc<dyn Device>,
     pub(super) weights: &'a DenseWeights,
 }
 
-impl Maker<'_> {
-    /// Rows `rows` of a tensor that the GPU has.
+impl GpuLoader<'_> {
+    /// Returns rows of a tensor that is on the GPU.
     pub(super) fn rows(&self, id: TensorId, rows: Range<usize>, n_in: usize) -> Matrix {
         let ty = self.weights.ty(id);
         let Some(bytes) = self.weights.on_device(id) else {
-            unreachable!("loading took the tensors of a GPU's parts there")
+            unreachable!("loading copied the tensors of a GPU's parts there")
         };
         let row = ty.row_bytes(n_in as u64).unwrap_or_default() as usize;
         let range = rows.start * row..rows.end * row;
@@ -75,7 +77,8 @@ impl Maker<'_> {
     }
 }
 
-/// `out = matrix · x + bias` for `n` rows; `quants` are those of `x`, where the matrix takes them.
+/// Computes `out = matrix · x + bias` for `n` rows. `quants` is the quantized form of `x`, where
+/// the matrix takes it.
 pub(super) fn product(
     ops: &Ops,
     matrix: &Matrix,
@@ -86,17 +89,28 @@ pub(super) fn product(
 ) -> Result<(), CudaError> {
     let &Matrix { ty, n_out, n_in, .. } = matrix;
     let x = matrix.input(x, quants);
-    if n < MANY {
-        return ops.biased_matvec(ty, Matrices::One(matrix.view()), matrix.bias(), n, n_out, n_in, x, 1, out);
+    if n < MATMUL_MIN_ROWS {
+        let matvec = Matvec {
+            ty,
+            matrices: Matrices::One(matrix.view()),
+            bias: matrix.bias(),
+            jobs: n,
+            n_rows: n_out,
+            n_cols: n_in,
+            x,
+            jobs_per_x: 1,
+        };
+        return ops.matvec(&matvec, out);
     }
-    ops.matmul(ty, Batch::One(matrix.view(), n), n_out, n_in, x, out)?;
+    ops.matmul(ty, BatchMatrices::One(matrix.view(), n), n_out, n_in, x, out)?;
     match matrix.bias() {
         Some(bias) => ops.add_bias(out, bias, None, n, n_out),
         None => Ok(()),
     }
 }
 
-/// [`product`] of several matrices with the same rows; for few rows one launch, if a kernel knows all their types.
+/// Computes the [`product`] of several matrices with the same rows. For few rows, matrices whose
+/// formats are of one family take one launch.
 pub(super) fn products<'a>(
     ops: &Ops,
     matrices: &[(&'a Matrix, View<'a>)],
@@ -106,61 +120,62 @@ pub(super) fn products<'a>(
 ) -> Result<(), CudaError> {
     let mut left = matrices.to_vec();
     while let Some(&(first, _)) = left.first() {
-        let of = |m: &Matrix| (source::family(m.ty).0, m.n_in);
-        let (now, later): (Vec<_>, Vec<_>) = left.into_iter().partition(|(m, _)| of(m) == of(first));
-        if n >= MANY || now.len() == 1 || now.len() > MOST_PARTS {
+        let family = |m: &Matrix| (source::family(m.ty).0, m.n_in);
+        let (now, later): (Vec<_>, Vec<_>) = left.into_iter().partition(|(m, _)| family(m) == family(first));
+        if n >= MATMUL_MIN_ROWS || now.len() == 1 || now.len() > MAX_FUSED {
             now.iter().try_for_each(|(matrix, out)| product(ops, matrix, n, x, quants, *out))?;
         } else {
-            let part = |m: &'a Matrix, out| Part { ty: m.ty, w: m.view(), n_rows: m.n_out, bias: m.bias(), out };
-            let parts: Vec<_> = now.iter().map(|(m, out)| part(m, *out)).collect();
-            ops.matvecs(&parts, n, first.n_in, first.input(x, quants))?;
+            let fuse = |m: &'a Matrix, out| FusedMatvec { ty: m.ty, w: m.view(), n_rows: m.n_out, bias: m.bias(), out };
+            let fused: Vec<_> = now.iter().map(|(m, out)| fuse(m, *out)).collect();
+            ops.matvecs(&fused, n, first.n_in, first.input(x, quants))?;
         }
         left = later;
     }
     Ok(())
 }
 
-/// A gated feed-forward block.
-pub(super) struct Ffn {
+/// The matrices of a gated feed-forward block.
+pub(super) struct FfnMatrices {
     gate: Matrix,
     up: Matrix,
     down: Matrix,
 }
 
-impl Ffn {
-    pub(super) fn new(maker: &Maker<'_>, ffn: &GatedFfn) -> Result<Self, CudaError> {
-        let [gate, up, down] = [&ffn.gate, &ffn.up, &ffn.down].map(|l| maker.linear(l));
+impl FfnMatrices {
+    pub(super) fn new(loader: &GpuLoader<'_>, ffn: &GatedFfn) -> Result<Self, CudaError> {
+        let [gate, up, down] = [&ffn.gate, &ffn.up, &ffn.down].map(|l| loader.linear(l));
         Ok(Self { gate: gate?, up: up?, down: down? })
     }
 
-    /// Whether its first products take 8-bit activations.
+    /// Whether gate or up take quantized activations.
     pub(super) fn takes_quants(&self) -> bool {
         self.gate.takes_quants() || self.up.takes_quants()
     }
 
-    /// `room.out = down(silu(gate x) · up x)` for `n` rows of `room.answer`, quantised where it takes that.
-    pub(super) fn run(&self, ops: &Ops, room: &mut Room, n: usize) -> Result<(), CudaError> {
-        let (x, width) = (room.answer.view(), self.gate.n_out);
-        let (gate, up) = (room.ffn_gate.view(), room.ffn_up.view());
-        let quants = self.down.takes_quants().then_some(&mut room.inner);
-        if n < MANY && self.gate.ty == self.up.ty {
+    /// Computes `buffers.out = down(silu(gate x) · up x)` for `n` rows of `buffers.answer`,
+    /// quantized in `buffers.quants` where the matrices take that.
+    pub(super) fn run(&self, ops: &Ops, buffers: &mut GpuBuffers, n: usize) -> Result<(), CudaError> {
+        let (x, width) = (buffers.answer.view(), self.gate.n_out);
+        let (gate, up) = (buffers.ffn_gate.view(), buffers.ffn_up.view());
+        let quants = self.down.takes_quants().then_some(&mut buffers.inner);
+        if n < MATMUL_MIN_ROWS && self.gate.ty == self.up.ty {
             let gated = Gated {
                 ty: self.gate.ty,
-                matrices: Pair::One([self.gate.view(), self.up.view()]),
+                matrices: GateUpMatrices::One([self.gate.view(), self.up.view()]),
                 biases: [self.gate.bias(), self.up.bias()],
                 activation: Activation::Silu,
                 jobs: n,
                 n_rows: width,
                 n_cols: self.gate.n_in,
-                x: self.gate.input(x, &room.quants),
+                x: self.gate.input(x, &buffers.quants),
                 jobs_per_x: 1,
             };
             ops.gated(&gated, gate, quants)?;
         } else {
-            products(ops, &[(&self.gate, gate), (&self.up, up)], n, x, &room.quants)?;
+            products(ops, &[(&self.gate, gate), (&self.up, up)], n, x, &buffers.quants)?;
             ops.activate(Activation::Silu, gate, up, n, width, quants)?;
         }
-        product(ops, &self.down, n, gate, &room.inner, room.out.view())
+        product(ops, &self.down, n, gate, &buffers.inner, buffers.out.view())
     }
 }
 
@@ -171,11 +186,11 @@ mod tests {
     use tier_plan_kernels::random::Random;
 
     #[test]
-    fn matrices_multiplied_at_once_make_what_each_makes_alone() {
+    fn fused_products_match_single_ones() {
         use TensorType::{F16, F32, Q4_0, Q5_1, Q8_0};
         let device: Arc<dyn Device> = shim::shared();
         let (ops, mut random, n_in) = (Ops::new(Arc::clone(&device)), Random::new("several matrices"), 96);
-        // Of one family, of several, more than a launch takes, with biases and without.
+        // One family, several, more than a launch takes; with biases and without.
         for types in [&[Q4_0, Q8_0, Q4_0][..], &[Q5_1, F32, Q8_0], &[F16, Q4_0], &[Q4_0, Q4_0, Q8_0, Q5_1]] {
             let make = |(i, ty): (usize, &TensorType), random: &mut Random| {
                 let n_out = 7 + i;
@@ -184,14 +199,14 @@ mod tests {
                 let on_device = Arc::new(Buffer::of_bytes(&device, &bytes).unwrap());
                 Matrix { bytes: on_device, range: 0..bytes.len(), ty: *ty, n_out, n_in, bias }
             };
-            let matrices: Vec<_> = types.iter().enumerate().map(|of| make(of, &mut random)).collect();
-            for n in [1, 2, MANY] {
+            let matrices: Vec<_> = types.iter().enumerate().map(|indexed| make(indexed, &mut random)).collect();
+            for n in [1, 2, MATMUL_MIN_ROWS] {
                 let x = Buffer::of_f32(&device, &random.floats(n * n_in)).unwrap();
                 let mut quants = Quants::new(&device, n * n_in).unwrap();
                 ops.quantize(x.view(), n, n_in, &mut quants).unwrap();
-                let room =
-                    || -> Vec<_> { matrices.iter().map(|m| Buffer::room_f32(&device, n * m.n_out).unwrap()).collect() };
-                let (together, alone) = (room(), room());
+                let results =
+                    || -> Vec<_> { matrices.iter().map(|m| Buffer::new_f32(&device, n * m.n_out).unwrap()).collect() };
+                let (together, alone) = (results(), results());
                 let parts: Vec<_> = matrices.iter().zip(&together).map(|(m, out)| (m, out.view())).collect();
                 products(&ops, &parts, n, x.view(), &quants).unwrap();
                 for ((matrix, out), together) in matrices.iter().zip(&alone).zip(&together) {

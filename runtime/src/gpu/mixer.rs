@@ -1,39 +1,45 @@
-//! What mixes tokens on a GPU: grouped heads and latents here, the delta net in a file of its own. The arithmetic is that of `exec/mixer`.
+//! Attention on a GPU: grouped-query and latent. The arithmetic is that of `layers/gqa.rs` and
+//! `layers/mla.rs`.
 
-use super::buffers::{Room, part_tokens};
+use super::buffers::{GpuBuffers, part_tokens};
 use super::delta::Delta;
-use super::matrix::{Maker, Matrix, product, products};
+use super::matrix::{GpuLoader, Matrix, product, products};
 use std::sync::Arc;
-use tier_plan_cuda::ops::{Attend, Heads as NewHeads, Input, Matrices, Positions, Quants, SharedPart, Strided, Table};
+use tier_plan_cuda::ops::{
+    Attend, CacheRows, HeadNorms, Heads as NewHeads, Input, Matrices, MatrixTable, Matvec, Positions, Quants,
+    RopeTurns, SharedView, Strided, TransposedMatvec,
+};
 use tier_plan_cuda::{Buffer, CudaError, Device, Ops, View};
 use tier_plan_formats::model::kv::KvType;
 use tier_plan_formats::model::spec::{GqaSpec, KvUp, Mixer as MixerSpec, MlaSpec, NormSpan};
 use tier_plan_kernels::needs_quants;
 use tier_plan_kernels::quant::TensorType;
 
-/// The cache of a plan.
+/// Storage type and size of the KV cache.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Cache {
+pub(super) struct CacheSpec {
     pub(super) kv_type: KvType,
-    /// Positions that there is room for.
+    /// Positions of the cache.
     pub(super) context: usize,
 }
 
-impl Cache {
+impl CacheSpec {
+    /// Allocates rows for `heads` heads.
     fn rows(self, device: &Arc<dyn Device>, heads: usize, width: usize) -> Result<Buffer, CudaError> {
         Buffer::new(device, heads * self.context * self.kv_type.row_bytes(width as u64) as usize)
     }
 }
 
-/// A batch of `n` tokens: the normed state is in `room.answer`, quantised where `Mixer::takes_quants` says so.
+/// A batch of `n` tokens after `past` others. Their normalized state is in `buffers.answer`, and
+/// quantized in `buffers.quants` where [`Mixer::takes_quants`].
 #[derive(Clone, Copy)]
-pub(super) struct Batch {
+pub(super) struct MixerBatch {
     pub(super) n: usize,
     pub(super) past: usize,
     pub(super) eps: f32,
 }
 
-/// A layer's attention with its keys and values, or its delta net with its state.
+/// A layer's attention with its KV cache, or its delta net with its state.
 pub(super) enum Mixer {
     Gqa(Box<Gqa>),
     Mla(Box<Mla>),
@@ -41,99 +47,122 @@ pub(super) enum Mixer {
 }
 
 impl Mixer {
-    /// `rope` is the table that the layer rotates by.
+    /// Loads a layer's mixer. `rope` is the layer's rope table.
     pub(super) fn new(
-        maker: &Maker<'_>,
+        loader: &GpuLoader<'_>,
         spec: &MixerSpec,
         rope: Option<usize>,
-        cache: Cache,
+        cache: CacheSpec,
     ) -> Result<Self, CudaError> {
         match spec {
-            MixerSpec::Gqa(a) => Ok(Self::Gqa(Box::new(Gqa::new(maker, a, rope, cache)?))),
-            MixerSpec::Mla(a) => Ok(Self::Mla(Box::new(Mla::new(maker, a, rope, cache)?))),
-            MixerSpec::Delta(d) => Ok(Self::Delta(Box::new(Delta::new(maker, d)?))),
+            MixerSpec::Gqa(a) => Ok(Self::Gqa(Box::new(Gqa::new(loader, a, rope, cache)?))),
+            MixerSpec::Mla(a) => Ok(Self::Mla(Box::new(Mla::new(loader, a, rope, cache)?))),
+            MixerSpec::Delta(d) => Ok(Self::Delta(Box::new(Delta::new(loader, d)?))),
         }
     }
 
-    /// Whether any of its first products takes 8-bit activations.
+    /// Whether any of its first products takes quantized activations.
     pub(super) fn takes_quants(&self) -> bool {
         match self {
             Self::Gqa(a) => [&a.q, &a.k, &a.v].into_iter().any(Matrix::takes_quants),
-            Self::Mla(a) => a.q_down.as_ref().map_or(&a.q, |(m, _)| m).takes_quants() || a.kv_down.takes_quants(),
+            Self::Mla(a) => {
+                a.q_down.as_ref().map_or(&a.q, |down| &down.matrix).takes_quants() || a.kv_down.takes_quants()
+            }
             Self::Delta(d) => d.takes_quants(),
         }
     }
 
-    /// `room.out = mixer(x)`; the tokens' keys and values are added to the cache, or the state goes on to after them.
-    pub(super) fn run(&self, ops: &Ops, room: &mut Room, batch: Batch) -> Result<(), CudaError> {
+    /// Computes `buffers.out = mixer(x)`, and stores the tokens' keys and values, or advances the
+    /// state.
+    pub(super) fn run(&self, ops: &Ops, buffers: &mut GpuBuffers, batch: MixerBatch) -> Result<(), CudaError> {
         match self {
-            Self::Gqa(a) => a.run(ops, room, batch),
-            Self::Mla(a) => a.run(ops, room, batch),
-            Self::Delta(d) => d.run(ops, room, batch),
+            Self::Gqa(a) => a.run(ops, buffers, batch),
+            Self::Mla(a) => a.run(ops, buffers, batch),
+            Self::Delta(d) => d.run(ops, buffers, batch),
         }
     }
 }
 
+/// Norms of queries and keys.
+struct QkNorm {
+    q: Buffer,
+    k: Buffer,
+    span: NormSpan,
+}
+
+/// Grouped-query attention with its KV cache.
 pub(super) struct Gqa {
     spec: GqaSpec,
     q: Matrix,
     k: Matrix,
     v: Matrix,
     o: Matrix,
-    qk_norm: Option<(Buffer, Buffer, NormSpan)>,
+    qk_norm: Option<QkNorm>,
     sinks: Option<Buffer>,
     rope: Option<usize>,
     keys: Buffer,
     values: Buffer,
-    cache: Cache,
+    cache: CacheSpec,
 }
 
 impl Gqa {
-    fn new(maker: &Maker<'_>, a: &GqaSpec, rope: Option<usize>, cache: Cache) -> Result<Self, CudaError> {
-        let norms = a.qk_norm.map(|norm| Ok::<_, CudaError>((maker.vector(norm.q)?, maker.vector(norm.k)?, norm.span)));
+    fn new(loader: &GpuLoader<'_>, a: &GqaSpec, rope: Option<usize>, cache: CacheSpec) -> Result<Self, CudaError> {
+        let norms = a.qk_norm.map(|norm| {
+            Ok::<_, CudaError>(QkNorm { q: loader.vector(norm.q)?, k: loader.vector(norm.k)?, span: norm.span })
+        });
         Ok(Self {
             spec: a.clone(),
-            q: maker.linear(&a.q)?,
-            k: maker.linear(&a.k)?,
-            v: maker.linear(&a.v)?,
-            o: maker.linear(&a.o)?,
+            q: loader.linear(&a.q)?,
+            k: loader.linear(&a.k)?,
+            v: loader.linear(&a.v)?,
+            o: loader.linear(&a.o)?,
             qk_norm: norms.transpose()?,
-            sinks: maker.opt_vector(a.sinks)?,
+            sinks: loader.opt_vector(a.sinks)?,
             rope,
-            keys: cache.rows(maker.device, a.n_head_kv, a.key_dim)?,
-            values: cache.rows(maker.device, a.n_head_kv, a.value_dim)?,
+            keys: cache.rows(loader.device, a.n_head_kv, a.key_dim)?,
+            values: cache.rows(loader.device, a.n_head_kv, a.value_dim)?,
             cache,
         })
     }
 
-    fn run(&self, ops: &Ops, room: &mut Room, batch: Batch) -> Result<(), CudaError> {
-        let (a, Batch { n, past, eps }) = (&self.spec, batch);
-        let (x, q, k, v) = (room.answer.view(), room.q.view(), room.k.view(), room.v.view());
+    fn run(&self, ops: &Ops, buffers: &mut GpuBuffers, batch: MixerBatch) -> Result<(), CudaError> {
+        let (a, MixerBatch { n, past, eps }) = (&self.spec, batch);
+        let (x, q, k, v) = (buffers.answer.view(), buffers.q.view(), buffers.k.view(), buffers.v.view());
         let (heads, width) = (n * a.n_head, a.key_dim);
-        let first = if a.gated { room.raw.view() } else { q };
-        products(ops, &[(&self.q, first), (&self.k, k), (&self.v, v)], n, x, &room.quants)?;
+        let first = if a.gated { buffers.raw.view() } else { q };
+        products(ops, &[(&self.q, first), (&self.k, k), (&self.v, v)], n, x, &buffers.quants)?;
         if a.gated {
-            // Each head is followed by its gate.
-            let apart = |from: View<'_>, to: &Buffer| {
+            // Each query head is followed by its gate.
+            let split = |from: View<'_>, to: &Buffer| {
                 let to = Strided { at: to.view(), stride: width };
                 ops.copy_rows(Strided { at: from, stride: 2 * width }, heads, width, to)
             };
-            apart(first, &room.q)?;
-            apart(first.floats(width..first.words()), &room.gate)?;
+            split(first, &buffers.q)?;
+            split(first.floats(width..first.words()), &buffers.gate)?;
         }
-        let norms = self.qk_norm.as_ref().map(|(q, k, span)| (q.view(), k.view(), *span));
-        if let Some((for_q, for_k, NormSpan::Full)) = norms {
-            ops.rms_norm(q, Some(for_q), n, a.n_head * width, eps, q)?;
-            ops.rms_norm(k, Some(for_k), n, a.n_head_kv * width, eps, k)?;
-        }
-        let Cache { kv_type, context } = self.cache;
-        let positions = Positions { past, on_device: room.past.view() };
+        let head_norms = match &self.qk_norm {
+            None => None,
+            Some(norm) if norm.span == NormSpan::Head => {
+                Some(HeadNorms { queries: norm.q.view(), keys: norm.k.view(), eps })
+            }
+            Some(norm) => {
+                ops.rms_norm(q, Some(norm.q.view()), n, a.n_head * width, eps, q)?;
+                ops.rms_norm(k, Some(norm.k.view()), n, a.n_head_kv * width, eps, k)?;
+                None
+            }
+        };
+        let CacheSpec { kv_type, context } = self.cache;
+        let positions = Positions { past, on_device: buffers.past.view() };
         ops.place_heads(&NewHeads {
             queries: q,
             new_keys: k,
             new_values: v,
-            norms: norms.filter(|(.., span)| *span == NormSpan::Head).map(|(q, k, _)| (q, k, eps)),
-            turns: self.rope.map(|table| (room.turns[table].view(), a.rope.kind, a.rope.dims / 2)),
+            norms: head_norms,
+            turns: self.rope.map(|table| RopeTurns {
+                values: buffers.turns[table].view(),
+                kind: a.rope.kind,
+                half: a.rope.dims / 2,
+            }),
             tokens: n,
             n_head: a.n_head,
             n_head_kv: a.n_head_kv,
@@ -163,49 +192,57 @@ impl Gqa {
             window: a.window,
             sinks: self.sinks.as_ref().map(Buffer::view),
         };
-        // Gates stand between them and the last product.
+        // Gated results are quantized after the gate.
         let quantizes = self.o.takes_quants() && !a.gated && a.value_dim.is_multiple_of(32);
-        ops.attend(&attention, &room.attend, room.mixed.view(), quantizes.then_some(&mut room.inner))?;
+        ops.attend(&attention, &buffers.attend, buffers.mixed.view(), quantizes.then_some(&mut buffers.inner))?;
         if a.gated {
-            ops.gate(room.mixed.view(), room.gate.view(), n * a.o.n_in)?;
+            ops.gate(buffers.mixed.view(), buffers.gate.view(), n * a.o.n_in)?;
         }
         if quantizes {
-            return product(ops, &self.o, n, room.mixed.view(), &room.inner, room.out.view());
+            return product(ops, &self.o, n, buffers.mixed.view(), &buffers.inner, buffers.out.view());
         }
-        output(ops, &self.o, n, room)
+        output(ops, &self.o, n, buffers)
     }
 }
 
-/// `room.out = o(room.mixed)`.
-pub(super) fn output(ops: &Ops, o: &Matrix, n: usize, room: &mut Room) -> Result<(), CudaError> {
+/// Computes `buffers.out = o(buffers.mixed)`, the last product of a mixer.
+pub(super) fn output(ops: &Ops, o: &Matrix, n: usize, buffers: &mut GpuBuffers) -> Result<(), CudaError> {
     if o.takes_quants() {
-        ops.quantize(room.mixed.view(), n, o.n_in, &mut room.inner)?;
+        ops.quantize(buffers.mixed.view(), n, o.n_in, &mut buffers.inner)?;
     }
-    product(ops, o, n, room.mixed.view(), &room.inner, room.out.view())
+    product(ops, o, n, buffers.mixed.view(), &buffers.inner, buffers.out.view())
 }
 
-/// Matrices of heads, one each.
-struct Heads {
-    table: Table<'static>,
+/// One matrix per head.
+struct HeadMatrices {
+    table: MatrixTable<'static>,
     ty: TensorType,
     n_out: usize,
     n_in: usize,
 }
 
-impl Heads {
-    /// Of every `stride` rows the `n_out` from `first` on.
-    fn new(maker: &Maker<'_>, whole: &Matrix, first: usize, stride: usize, n_out: usize) -> Result<Self, CudaError> {
+impl HeadMatrices {
+    /// Takes `n_out` rows per head from a matrix in which heads are `stride` rows apart, beginning
+    /// with row `first` of each head.
+    fn new(
+        loader: &GpuLoader<'_>,
+        whole: &Matrix,
+        first: usize,
+        stride: usize,
+        n_out: usize,
+    ) -> Result<Self, CudaError> {
         let Matrix { ty, n_in, .. } = *whole;
         let row = ty.row_bytes(n_in as u64).unwrap_or_default() as usize;
-        let part = |head: usize| -> Option<SharedPart> {
-            let at = whole.range.start + (head * stride + first) * row;
-            Some((Arc::clone(&whole.bytes), at..at + n_out * row))
+        let matrix = |head: usize| {
+            let start = whole.range.start + (head * stride + first) * row;
+            Some(SharedView { buffer: Arc::clone(&whole.bytes), range: start..start + n_out * row })
         };
-        let parts = (0..whole.n_out / stride).map(part).collect();
-        Ok(Self { table: Table::owning(maker.device, parts)?, ty, n_out, n_in })
+        let matrices = (0..whole.n_out / stride).map(matrix).collect();
+        Ok(Self { table: MatrixTable::owning(loader.device, matrices)?, ty, n_out, n_in })
     }
 
-    /// `out[token, head] = matrix[head] · x[token, head]`, which `heads` numbers.
+    /// Computes `out[token, head] = matrix[head] · x[token, head]`. `heads` has the head of each
+    /// job.
     fn product(
         &self,
         ops: &Ops,
@@ -215,142 +252,175 @@ impl Heads {
         inner: &mut Quants,
         out: View<'_>,
     ) -> Result<(), CudaError> {
-        let chosen = Matrices::Chosen(&self.table, heads.view());
-        if !needs_quants(self.ty) {
-            return ops.matvec(self.ty, chosen, jobs, self.n_out, self.n_in, Input::Floats(x), 1, out);
+        let quantize = needs_quants(self.ty);
+        if quantize {
+            ops.quantize(x, jobs, self.n_in, inner)?;
         }
-        ops.quantize(x, jobs, self.n_in, inner)?;
-        ops.matvec(self.ty, chosen, jobs, self.n_out, self.n_in, Input::Quants(inner), 1, out)
+        let matvec = Matvec {
+            ty: self.ty,
+            matrices: Matrices::Chosen(&self.table, heads.view()),
+            bias: None,
+            jobs,
+            n_rows: self.n_out,
+            n_cols: self.n_in,
+            x: if quantize { Input::Quants(inner) } else { Input::Floats(x) },
+            jobs_per_x: 1,
+        };
+        ops.matvec(&matvec, out)
     }
 }
 
-/// What takes queries to the space of the latents.
+/// The projections that take queries to the space of the latents.
 enum ToLatents {
-    /// The keys' projections, turned.
-    Turned(Heads),
-    /// As they are: the matrix, and the numbers of the rows that belong to keys.
-    AsTheyAre(Matrix, Buffer),
+    /// Stored transposed: one matrix per head.
+    Transposed(HeadMatrices),
+    /// Stored as projections from latents to keys, fused with those to values.
+    Fused {
+        matrix: Matrix,
+        /// Indices of the rows that belong to keys.
+        key_rows: Buffer,
+    },
 }
 
+/// The low-rank projection of queries, with its norm.
+struct QueryDown {
+    matrix: Matrix,
+    norm: Buffer,
+}
+
+/// Multi-head latent attention with its KV cache.
 pub(super) struct Mla {
     spec: MlaSpec,
-    q_down: Option<(Matrix, Buffer)>,
+    q_down: Option<QueryDown>,
     q: Matrix,
     kv_down: Matrix,
     kv_norm: Buffer,
     to_latents: ToLatents,
-    to_values: Heads,
+    to_values: HeadMatrices,
     o: Matrix,
     rope: Option<usize>,
+    /// KV cache of latents and rotated keys, `[context, kv_rank + rope]`.
     rows: Buffer,
-    /// Heads' numbers for the jobs of a part.
+    /// Head of each job of a part.
     heads: Buffer,
-    cache: Cache,
+    cache: CacheSpec,
 }
 
 impl Mla {
-    fn new(maker: &Maker<'_>, a: &MlaSpec, rope: Option<usize>, cache: Cache) -> Result<Self, CudaError> {
-        let numbers = |of: &mut dyn Iterator<Item = usize>| {
-            Buffer::of_i32(maker.device, &of.map(|n| n as i32).collect::<Vec<_>>())
+    fn new(loader: &GpuLoader<'_>, a: &MlaSpec, rope: Option<usize>, cache: CacheSpec) -> Result<Self, CudaError> {
+        let indices = |values: &mut dyn Iterator<Item = usize>| {
+            Buffer::of_i32(loader.device, &values.map(|n| n as i32).collect::<Vec<_>>())
         };
         let (to_latents, to_values) = match a.kv_up {
             KvUp::Split { k, v } => {
-                let k = maker.rows(k, 0..a.n_head * a.kv_rank, a.nope_dim);
-                let v = maker.rows(v, 0..a.n_head * a.value_dim, a.kv_rank);
-                let to_values = Heads::new(maker, &v, 0, a.value_dim, a.value_dim)?;
-                (ToLatents::Turned(Heads::new(maker, &k, 0, a.kv_rank, a.kv_rank)?), to_values)
+                let k = loader.rows(k, 0..a.n_head * a.kv_rank, a.nope_dim);
+                let v = loader.rows(v, 0..a.n_head * a.value_dim, a.kv_rank);
+                let to_values = HeadMatrices::new(loader, &v, 0, a.value_dim, a.value_dim)?;
+                (ToLatents::Transposed(HeadMatrices::new(loader, &k, 0, a.kv_rank, a.kv_rank)?), to_values)
             }
             KvUp::Fused(kv) => {
                 let stride = a.nope_dim + a.value_dim;
-                let kv = maker.rows(kv, 0..a.n_head * stride, a.kv_rank);
-                let to_values = Heads::new(maker, &kv, a.nope_dim, stride, a.value_dim)?;
+                let kv = loader.rows(kv, 0..a.n_head * stride, a.kv_rank);
+                let to_values = HeadMatrices::new(loader, &kv, a.nope_dim, stride, a.value_dim)?;
                 let key_rows =
-                    numbers(&mut (0..a.n_head * a.nope_dim).map(|i| i / a.nope_dim * stride + i % a.nope_dim));
-                (ToLatents::AsTheyAre(kv, key_rows?), to_values)
+                    indices(&mut (0..a.n_head * a.nope_dim).map(|i| i / a.nope_dim * stride + i % a.nope_dim));
+                (ToLatents::Fused { matrix: kv, key_rows: key_rows? }, to_values)
             }
         };
-        let q_down = a.q_down.map(|low| Ok::<_, CudaError>((maker.linear(&low.down)?, maker.vector(low.norm)?)));
+        let q_down = a.q_down.map(|low| {
+            Ok::<_, CudaError>(QueryDown { matrix: loader.linear(&low.down)?, norm: loader.vector(low.norm)? })
+        });
         Ok(Self {
             q_down: q_down.transpose()?,
-            q: maker.linear(&a.q)?,
-            kv_down: maker.linear(&a.kv_down)?,
-            kv_norm: maker.vector(a.kv_norm)?,
+            q: loader.linear(&a.q)?,
+            kv_down: loader.linear(&a.kv_down)?,
+            kv_norm: loader.vector(a.kv_norm)?,
             to_latents,
             to_values,
-            o: maker.linear(&a.o)?,
+            o: loader.linear(&a.o)?,
             rope,
-            rows: cache.rows(maker.device, 1, a.kv_rank + a.rope.dims)?,
-            heads: numbers(&mut (0..part_tokens(a) * a.n_head).map(|job| job % a.n_head))?,
+            rows: cache.rows(loader.device, 1, a.kv_rank + a.rope.dims)?,
+            heads: indices(&mut (0..part_tokens(a) * a.n_head).map(|job| job % a.n_head))?,
             cache,
             spec: a.clone(),
         })
     }
 
-    fn run(&self, ops: &Ops, room: &mut Room, batch: Batch) -> Result<(), CudaError> {
-        let (a, Batch { n, past, eps }) = (&self.spec, batch);
+    fn run(&self, ops: &Ops, buffers: &mut GpuBuffers, batch: MixerBatch) -> Result<(), CudaError> {
+        let (a, MixerBatch { n, past, eps }) = (&self.spec, batch);
         let (rank, pairs) = (a.kv_rank, a.rope.dims / 2);
         let (width, key_dim) = (rank + a.rope.dims, a.nope_dim + a.rope.dims);
-        let (x, q, kv) = (room.answer.view(), room.q.view(), room.k.view());
-        let (first, to) = self.q_down.as_ref().map_or((&self.q, q), |(down, _)| (down, room.low.view()));
-        products(ops, &[(first, to), (&self.kv_down, kv)], n, x, &room.quants)?;
-        if let Some((down, norm)) = &self.q_down {
-            let low = room.low.view();
-            ops.rms_norm(low, Some(norm.view()), n, down.n_out, eps, low)?;
+        let (x, q, kv) = (buffers.answer.view(), buffers.q.view(), buffers.k.view());
+        let (first, to) = self.q_down.as_ref().map_or((&self.q, q), |down| (&down.matrix, buffers.low.view()));
+        products(ops, &[(first, to), (&self.kv_down, kv)], n, x, &buffers.quants)?;
+        if let Some(down) = &self.q_down {
+            let (low, n_low) = (buffers.low.view(), down.matrix.n_out);
+            ops.rms_norm(low, Some(down.norm.view()), n, n_low, eps, low)?;
             if self.q.takes_quants() {
-                ops.quantize(low, n, down.n_out, &mut room.inner)?;
+                ops.quantize(low, n, n_low, &mut buffers.inner)?;
             }
-            product(ops, &self.q, n, low, &room.inner, q)?;
+            product(ops, &self.q, n, low, &buffers.inner, q)?;
         }
         let latents = Strided { at: kv, stride: width };
         ops.rms_norm_of(latents, Some(self.kv_norm.view()), n, rank, eps, latents)?;
         if let Some(table) = self.rope {
-            let turns = room.turns[table].view();
-            // What rotates are the last values of each row.
-            let rotated = |of: View<'_>, still: usize, heads: usize, width: usize| {
-                ops.rope(of.floats(still..of.words()), turns, a.rope.kind, n, heads, width, pairs)
+            let turns = RopeTurns { values: buffers.turns[table].view(), kind: a.rope.kind, half: pairs };
+            // The last values of each row are rotated.
+            let rotate = |rows: View<'_>, skip: usize, heads: usize, width: usize| {
+                ops.rope(rows.floats(skip..rows.words()), &turns, n, heads, width)
             };
-            rotated(q, a.nope_dim, a.n_head, key_dim)?;
-            rotated(kv, rank, 1, width)?;
+            rotate(q, a.nope_dim, a.n_head, key_dim)?;
+            rotate(kv, rank, 1, width)?;
         }
         if a.temperature.is_some() {
-            ops.scale_rows(q, room.factors.view(), n, a.q.n_out)?;
+            ops.scale_rows(q, buffers.factors.view(), n, a.q.n_out)?;
         }
-        let positions = Positions { past, on_device: room.past.view() };
-        ops.store(self.cache.kv_type, kv, n, 1, width, self.cache.context, positions, self.rows.view())?;
-        if let ToLatents::AsTheyAre(kv, rows) = &self.to_latents {
+        let positions = Positions { past, on_device: buffers.past.view() };
+        let CacheSpec { kv_type, context } = self.cache;
+        ops.store(kv, n, positions, &CacheRows { kv_type, at: self.rows.view(), heads: 1, context, width })?;
+        if let ToLatents::Fused { matrix, key_rows } = &self.to_latents {
             let n_rows = a.n_head * a.nope_dim;
-            ops.dequantize_chosen(kv.ty, kv.view(), rank, rows.view(), n_rows, room.absorbed.view())?;
+            ops.dequantize_chosen(matrix.ty, matrix.view(), rank, key_rows.view(), n_rows, buffers.absorbed.view())?;
         }
         let mut first = 0;
         while first < n {
             let tokens = part_tokens(a).min(n - first);
-            self.part(ops, room, past, first, tokens)?;
+            self.part(ops, buffers, past, first, tokens)?;
             first += tokens;
         }
-        output(ops, &self.o, n, room)
+        output(ops, &self.o, n, buffers)
     }
 
-    /// Attention of some of the batch's tokens, from `room.q` to `room.mixed`.
-    fn part(&self, ops: &Ops, room: &mut Room, past: usize, first: usize, n: usize) -> Result<(), CudaError> {
+    /// Computes attention of `n` of the batch's tokens, from `buffers.q` to `buffers.mixed`.
+    fn part(&self, ops: &Ops, buffers: &mut GpuBuffers, past: usize, first: usize, n: usize) -> Result<(), CudaError> {
         let a = &self.spec;
         let (rank, nope, rope, jobs) = (a.kv_rank, a.nope_dim, a.rope.dims, n * a.n_head);
         let (key_dim, width) = (nope + rope, rank + rope);
-        let q = room.q.view();
+        let q = buffers.q.view();
         let q = q.floats(first * a.q.n_out..q.words());
-        let (latents, queries) = (room.latents.view(), room.raw.view());
+        let (latents, queries) = (buffers.latents.view(), buffers.raw.view());
         let rows = |at, stride| Strided { at, stride };
-        ops.copy_rows(rows(q, key_dim), jobs, nope, rows(room.nope.view(), nope))?;
+        ops.copy_rows(rows(q, key_dim), jobs, nope, rows(buffers.nope.view(), nope))?;
         match &self.to_latents {
-            ToLatents::Turned(k) => k.product(ops, &self.heads, jobs, room.nope.view(), &mut room.inner, latents)?,
-            ToLatents::AsTheyAre(..) => {
-                let w = room.absorbed.view();
-                ops.matvec_transposed(w, a.n_head, jobs, nope, rank, room.nope.view(), latents)?;
+            ToLatents::Transposed(k) => {
+                k.product(ops, &self.heads, jobs, buffers.nope.view(), &mut buffers.inner, latents)?
+            }
+            ToLatents::Fused { .. } => {
+                let transposed = TransposedMatvec {
+                    w: buffers.absorbed.view(),
+                    heads: a.n_head,
+                    jobs,
+                    n_rows: nope,
+                    n_cols: rank,
+                    x: buffers.nope.view(),
+                };
+                ops.matvec_transposed(&transposed, latents)?;
             }
         }
         ops.copy_rows(rows(latents, rank), jobs, rank, rows(queries, width))?;
         let rotated = rows(q.floats(nope..q.words()), key_dim);
         ops.copy_rows(rotated, jobs, rope, rows(queries.floats(rank..queries.words()), width))?;
-        // All heads read the same rows: one head of keys, whose values are the latents at their beginning.
+        // All query heads share one head of keys, whose values are the latents at its beginning.
         let attention = Attend {
             queries,
             keys: self.rows.view(),
@@ -364,14 +434,14 @@ impl Mla {
             value_width: rank,
             scale: a.scale,
             tokens: n,
-            positions: Positions { past, on_device: room.past.view() },
+            positions: Positions { past, on_device: buffers.past.view() },
             first,
             window: None,
             sinks: None,
         };
-        ops.attend(&attention, &room.attend, latents, None)?;
-        let mixed = room.mixed.view();
+        ops.attend(&attention, &buffers.attend, latents, None)?;
+        let mixed = buffers.mixed.view();
         let mixed = mixed.floats(first * a.o.n_in..mixed.words());
-        self.to_values.product(ops, &self.heads, jobs, latents, &mut room.inner, mixed)
+        self.to_values.product(ops, &self.heads, jobs, latents, &mut buffers.inner, mixed)
     }
 }

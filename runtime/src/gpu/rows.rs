@@ -1,23 +1,24 @@
-//! Rows of hidden states on their way to a GPU and back.
+//! Rows of hidden states that are copied to GPUs and back.
 
 use tier_plan_cuda::experts::workspace_bytes;
 use tier_plan_formats::model::spec::ModelSpec;
 
-/// Rows that a GPU takes at most until its results are fetched; a token's experts are always together.
-const ROWS: usize = 512;
+/// Rows that a GPU takes until its results are fetched, unless one token has more experts: the
+/// experts of a token are never split.
+const GPU_ROWS: usize = 512;
 
-/// Rows that GPUs have room for.
+/// Returns the number of rows that GPUs have buffers for.
 pub(crate) fn gpu_rows(spec: &ModelSpec) -> usize {
-    spec.moe_layers().map(|(_, moe)| moe.n_used).max().unwrap_or(0).max(ROWS)
+    spec.moe_layers().map(|(_, moe)| moe.n_used).max().unwrap_or(0).max(GPU_ROWS)
 }
 
-/// Bytes that a GPU with experts has for such rows.
-pub(crate) fn gpu_room_bytes(spec: &ModelSpec) -> u64 {
+/// Returns the bytes of these buffers on a GPU with experts.
+pub(crate) fn gpu_row_bytes(spec: &ModelSpec) -> u64 {
     let ffn = spec.moe_layers().map(|(_, moe)| moe.expert_ffn).max().unwrap_or(0);
     workspace_bytes(gpu_rows(spec), spec.hidden, ffn)
 }
 
-/// Buffers for what goes to a GPU and comes back, as large as the most that does at once.
+/// Host buffers for the input of experts on GPUs and for their results.
 #[derive(Default)]
 pub(crate) struct GpuRows {
     /// `[rows, hidden]`.
@@ -27,9 +28,9 @@ pub(crate) struct GpuRows {
 }
 
 impl GpuRows {
-    /// For so many rows.
+    /// Allocates buffers for `rows` rows.
     pub(crate) fn new(rows: usize, hidden: usize) -> Self {
-        let room = || Vec::with_capacity(rows * hidden);
-        Self { sent: room(), fetched: room() }
+        let buffer = || Vec::with_capacity(rows * hidden);
+        Self { sent: buffer(), fetched: buffer() }
     }
 }

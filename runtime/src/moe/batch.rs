@@ -3,8 +3,8 @@
 
 use super::MoeRun;
 use super::ffn::{FfnScratch, activate_shared};
-use super::gpu::GpuBatch;
-use super::offload::Passing;
+use super::gpu::{Flush, GpuBatch, StoreStep};
+use super::offload::StreamedExperts;
 use super::routing::{Batch, TokensByExpert};
 use crate::error::RunError;
 use crate::experts::store::Step;
@@ -23,7 +23,7 @@ pub(super) fn run(run: &mut MoeRun<'_>) -> Result<Step, RunError> {
     routing.experts.chunks_exact(routing.n_used.max(1)).for_each(|chosen| run.store.note(layer, chosen));
     let step = run.store.begin(layer, &tokens.by_last_use(&routing), tokens.present());
     run.out.fill(0.0);
-    let (gpu, streamed) = (GpuBatch::new(run.store.n_gpus()), Passing::default());
+    let (gpu, streamed) = (GpuBatch::new(run.store.n_gpus()), StreamedExperts::default());
     let mut batch = BatchRun { run, step, tokens: &tokens, gpu, streamed };
     batch.compute()?;
     Ok(batch.step)
@@ -37,7 +37,7 @@ struct BatchRun<'r, 'a> {
     /// Experts that lie on GPUs.
     gpu: GpuBatch,
     /// Experts of main memory that are streamed to a GPU.
-    streamed: Passing,
+    streamed: StreamedExperts,
 }
 
 impl BatchRun<'_, '_> {
@@ -46,7 +46,7 @@ impl BatchRun<'_, '_> {
         let rest = self.start_gpu()?;
         let rest = self.start_streamed(rest)?;
         for at in rest {
-            self.send_streamed(false)?;
+            self.send_streamed(Flush::Some)?;
             while !self.step.is_ready(at) {
                 self.run.store.wait(&mut self.step)?;
             }
@@ -58,13 +58,14 @@ impl BatchRun<'_, '_> {
                 None => self.cpu(at)?,
             }
         }
-        self.send_streamed(true)?;
+        self.send_streamed(Flush::All)?;
         while self.gpu.is_busy() {
-            self.fetch_gpu(true)?;
+            self.fetch_gpu(Flush::All)?;
             self.ask_gpu()?;
         }
         let run = &mut *self.run;
-        self.streamed.finish(run.streams, run.cpu, (run.store, &mut self.step), run.out)?;
+        let mut on = StoreStep { store: &mut *run.store, step: &mut self.step };
+        self.streamed.finish(run.streams, &mut on, run.cpu.kernels, run.out)?;
         run.store.finish(&mut self.step)?;
         Ok(run.store.check_gpus()?)
     }
@@ -91,15 +92,16 @@ impl BatchRun<'_, '_> {
         self.streamed = run.streams.choose(run.store, &self.step, self.tokens, run.layer.spec, run.x.rows());
         positions.retain(|at| !self.streamed.has(*at));
         let batch = Batch { x: run.x, users: self.tokens, hidden: run.layer.spec.router.n_in };
-        self.streamed.begin(run.streams, batch, &mut self.step, run.store)?;
+        let mut on = StoreStep { store: &mut *run.store, step: &mut self.step };
+        self.streamed.begin(run.streams, &mut on, batch)?;
         Ok(positions)
     }
 
     /// Sends streamed experts: as many as there are free buffers for, or all.
-    fn send_streamed(&mut self, all: bool) -> Result<(), RunError> {
+    fn send_streamed(&mut self, flush: Flush) -> Result<(), RunError> {
         let run = &mut *self.run;
-        let store = (&mut *run.store, &mut self.step);
-        self.streamed.send(run.streams, run.cpu, store, self.tokens, run.layer.spec, all, run.computed)
+        let mut on = StoreStep { store: &mut *run.store, step: &mut self.step };
+        self.streamed.send(run.streams, &mut on, run.cpu.pool, run.layer.spec, flush, run.computed)
     }
 
     /// Gives the expert at position `at` of the step to the GPU of `tier`, where it lies.
@@ -112,14 +114,16 @@ impl BatchRun<'_, '_> {
     fn ask_gpu(&mut self) -> Result<(), RunError> {
         let run = &mut *self.run;
         let batch = Batch { x: run.x, users: self.tokens, hidden: run.layer.spec.router.n_in };
-        self.gpu.ask(run.store, &mut self.step, batch, run.gpu_rows)
+        let mut on = StoreStep { store: &mut *run.store, step: &mut self.step };
+        self.gpu.ask(&mut on, batch, run.gpu_rows)
     }
 
     /// Adds what GPUs have computed to the sums: of GPUs with more to do, or of all.
-    fn fetch_gpu(&mut self, all: bool) -> Result<(), RunError> {
+    fn fetch_gpu(&mut self, flush: Flush) -> Result<(), RunError> {
         let run = &mut *self.run;
         let batch = Batch { x: run.x, users: self.tokens, hidden: run.layer.spec.router.n_in };
-        self.gpu.fetch(run.store, &mut self.step, batch, run.gpu_rows, run.cpu.kernels, all, run.out)
+        let mut on = StoreStep { store: &mut *run.store, step: &mut self.step };
+        self.gpu.fetch(&mut on, batch, run.gpu_rows, run.cpu.kernels, flush, run.out)
     }
 
     /// Computes the expert at position `at` on the CPU, and adds its weighted results to the sums.
@@ -136,7 +140,7 @@ impl BatchRun<'_, '_> {
         }
         self.run.store.release(&mut self.step, at);
         if self.gpu.has_more() {
-            self.fetch_gpu(false)?;
+            self.fetch_gpu(Flush::Some)?;
             self.ask_gpu()?;
         }
         Ok(())

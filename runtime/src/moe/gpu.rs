@@ -1,4 +1,5 @@
-//! What a batch asks of GPUs: each as many rows at a time as it has room for, while the processor computes its own experts.
+//! A batch's experts on GPUs: each GPU computes as many rows at a time as its buffers hold, while
+//! the CPU computes its own experts.
 
 use super::routing::Batch;
 use crate::error::RunError;
@@ -8,12 +9,36 @@ use std::collections::VecDeque;
 use std::ops::Range;
 use tier_plan_kernels::Kernels;
 
-/// What a batch's step has for GPUs.
+/// A step of the expert store that is under way.
+pub(crate) struct StoreStep<'a> {
+    pub(crate) store: &'a mut ExpertStore,
+    pub(crate) step: &'a mut Step,
+}
+
+/// How much of the pending work to take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Flush {
+    /// What can be had without delaying the CPU's own experts.
+    Some,
+    /// Everything, waiting for it.
+    All,
+}
+
+/// An expert of the step, and which of its tokens are meant.
+#[derive(Debug, Clone)]
+struct ExpertTokens {
+    /// Position in the step.
+    position: usize,
+    /// Range in the tokens that chose the expert.
+    tokens: Range<usize>,
+}
+
+/// The experts of a batch's step that are on GPUs.
 pub(crate) struct GpuBatch {
-    /// By GPU: positions in the step, and which of their users are still to be asked for.
-    waiting: Vec<VecDeque<(usize, Range<usize>)>>,
-    /// By GPU: what it was asked for, in that order.
-    asked: Vec<Vec<(usize, Range<usize>)>>,
+    /// By GPU: what is still to be asked for.
+    waiting: Vec<VecDeque<ExpertTokens>>,
+    /// By GPU: what was asked for, in that order.
+    asked: Vec<Vec<ExpertTokens>>,
 }
 
 impl GpuBatch {
@@ -21,77 +46,72 @@ impl GpuBatch {
         Self { waiting: vec![VecDeque::new(); n_gpus], asked: vec![Vec::new(); n_gpus] }
     }
 
-    /// An expert of the step that is on a GPU now.
-    pub(crate) fn add(&mut self, gpu: usize, at: usize, n_users: usize) {
-        self.waiting[gpu].push_back((at, 0..n_users));
+    /// Adds the expert at `position` of the step, which is on a GPU now.
+    pub(crate) fn add(&mut self, gpu: usize, position: usize, n_tokens: usize) {
+        self.waiting[gpu].push_back(ExpertTokens { position, tokens: 0..n_tokens });
     }
 
-    /// Asks each GPU for as much as it has room for.
+    /// Asks each GPU for as many rows as its buffers hold.
     ///
     /// # Errors
-    /// When one fails.
-    pub(crate) fn ask(
-        &mut self,
-        store: &mut ExpertStore,
-        step: &mut Step,
-        batch: Batch<'_>,
-        rows: &mut GpuRows,
-    ) -> Result<(), RunError> {
+    /// When a GPU fails.
+    pub(crate) fn ask(&mut self, on: &mut StoreStep<'_>, batch: Batch<'_>, rows: &mut GpuRows) -> Result<(), RunError> {
         for gpu in 0..self.waiting.len() {
-            let mut room = store.gpu_capacity(gpu);
+            let mut free_rows = on.store.gpu_capacity(gpu);
             let (mut positions, mut done) = (Vec::new(), Vec::new());
             rows.sent.clear();
-            while room > 0
-                && let Some((at, users)) = self.waiting[gpu].front_mut()
+            while free_rows > 0
+                && let Some(ExpertTokens { position, tokens }) = self.waiting[gpu].front_mut()
             {
-                let now = users.start..users.end.min(users.start + room);
-                for (token, _) in &batch.users.of(step.experts()[*at] as usize)[now.clone()] {
+                let position = *position;
+                let now = tokens.start..tokens.end.min(tokens.start + free_rows);
+                for (token, _) in &batch.users.of(on.step.experts()[position] as usize)[now.clone()] {
                     rows.sent.extend_from_slice(&batch.x.values()[token * batch.hidden..][..batch.hidden]);
                 }
-                positions.extend(std::iter::repeat_n(*at, now.len()));
-                room -= now.len();
-                users.start = now.end;
-                if users.start >= users.end {
-                    done.push(*at);
-                }
-                self.asked[gpu].push((*at, now));
-                if users.start >= users.end {
+                positions.extend(std::iter::repeat_n(position, now.len()));
+                free_rows -= now.len();
+                tokens.start = now.end;
+                let finished = tokens.start >= tokens.end;
+                self.asked[gpu].push(ExpertTokens { position, tokens: now });
+                if finished {
+                    done.push(position);
                     self.waiting[gpu].pop_front();
                 }
             }
             if !positions.is_empty() {
-                store.ask_rows(step, gpu, &positions, &rows.sent)?;
+                on.store.ask_rows(on.step, gpu, &positions, &rows.sent)?;
             }
-            // What comes after it to its slot comes after it on the GPU.
-            done.into_iter().for_each(|at| store.release(step, at));
+            // The GPU executes in order, so the experts' slots may be refilled.
+            done.into_iter().for_each(|position| on.store.release(on.step, position));
         }
         Ok(())
     }
 
-    /// Waits for what GPUs were asked for and adds it to `out`, where some of them have more to do, or `all` of them.
+    /// Waits for results and adds them to `out`, `[tokens, hidden]`: those of all GPUs, or of the
+    /// GPUs that have more to do.
     ///
     /// # Errors
-    /// When one fails.
+    /// When a GPU fails.
     pub(crate) fn fetch(
         &mut self,
-        store: &mut ExpertStore,
-        step: &mut Step,
+        on: &mut StoreStep<'_>,
         batch: Batch<'_>,
         rows: &mut GpuRows,
         kernels: Kernels,
-        all: bool,
+        flush: Flush,
         out: &mut [f32],
     ) -> Result<(), RunError> {
         for gpu in 0..self.asked.len() {
-            if self.asked[gpu].is_empty() || !all && self.waiting[gpu].is_empty() {
+            if self.asked[gpu].is_empty() || flush == Flush::Some && self.waiting[gpu].is_empty() {
                 continue;
             }
-            store.fetch_gpu(step, gpu, batch.hidden, &mut rows.fetched)?;
+            on.store.fetch_gpu(on.step, gpu, batch.hidden, &mut rows.fetched)?;
             let mut results = rows.fetched.chunks_exact(batch.hidden);
-            for (at, range) in self.asked[gpu].drain(..) {
-                // The users come first: the shorter side of a pair must not swallow a result of the next expert.
-                let users = &batch.users.of(step.experts()[at] as usize)[range];
-                for ((token, weight), result) in users.iter().zip(&mut results) {
+            for ExpertTokens { position, tokens } in self.asked[gpu].drain(..) {
+                // The tokens come first: the shorter side of a zip must not take a result of the
+                // next expert.
+                let tokens = &batch.users.of(on.step.experts()[position] as usize)[tokens];
+                for ((token, weight), result) in tokens.iter().zip(&mut results) {
                     kernels.axpy(*weight, result, &mut out[token * batch.hidden..][..batch.hidden]);
                 }
             }
@@ -99,12 +119,12 @@ impl GpuBatch {
         Ok(())
     }
 
-    /// Whether anything is left to be asked for or fetched.
+    /// Whether anything is still to be asked for or fetched.
     pub(crate) fn is_busy(&self) -> bool {
         self.waiting.iter().any(|w| !w.is_empty()) || self.asked.iter().any(|a| !a.is_empty())
     }
 
-    /// Whether a GPU has more to do than it had room for.
+    /// Whether a GPU has more to do than its buffers held.
     pub(crate) fn has_more(&self) -> bool {
         self.waiting.iter().any(|w| !w.is_empty())
     }

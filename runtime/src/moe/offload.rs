@@ -1,131 +1,138 @@
-//! Experts of main memory that pass through a GPU for a prompt: where a layer's router is on a GPU, as many of its experts
-//! go there as make the batch's slower side least, the ones with the most tokens first. The processor computes the others
-//! meanwhile.
+//! Streams experts from main memory over PCIe to a GPU during prompts, in layers whose router is on
+//! the GPU. Chooses the number that balances transfer time against CPU compute, busiest experts
+//! first.
 
+use super::gpu::{Flush, StoreStep};
 use super::routing::Batch;
 use super::routing::TokensByExpert;
 use crate::error::LoadError;
 use crate::error::RunError;
 use crate::experts::store::{ExpertStore, Step};
+use crate::gpu::GPU_RESERVE_BYTES;
 use crate::gpu::devices::Devices;
-use crate::layers::cpu_context::CpuContext;
 use crate::layers::places::Places;
 use crate::options::{LoadOptions, StreamRates};
 use crate::tiers::pace::StageBytes;
 use tier_plan_cuda::CudaError;
 use tier_plan_cuda::experts::ExpertBytes;
-use tier_plan_cuda::stream::{ExpertStream, StreamRoom};
+use tier_plan_cuda::stream::{ExpertStream, StreamSizes, Use};
 use tier_plan_formats::machine::TierKind;
 use tier_plan_formats::model::shape::ModelShape;
 use tier_plan_formats::model::spec::{ModelSpec, MoeSpec};
 use tier_plan_formats::placement::{Placement, TierIdx};
+use tier_plan_kernels::Kernels;
 use tier_plan_kernels::threads::ThreadPool;
 
-/// Tokens of a batch from which on experts pass through a GPU.
-const LEAST_TOKENS: usize = 32;
+/// Smallest batch, in tokens, for which experts are streamed.
+const MIN_TOKENS: usize = 32;
 
-/// What stays free of a GPU's memory.
-const RESERVE: usize = 128 << 20;
-
-/// The GPUs that experts of main memory pass through.
+/// Streams of experts to GPUs.
 #[derive(Default)]
 pub(crate) struct Streams {
-    streams: Vec<(TierIdx, ExpertStream, StreamRates)>,
-    /// By layer with routed experts, which of them.
+    streams: Vec<GpuStream>,
+    /// Index of the stream of each layer with routed experts, if it has one.
     by_layer: Vec<Option<usize>>,
-    /// What came back, `[tokens, hidden]`.
-    back: Vec<f32>,
-    /// Experts that passed so far.
-    passed: u64,
+    /// Sums over streamed experts, `[tokens, hidden]`.
+    sums: Vec<f32>,
+    /// Experts that were streamed so far.
+    n_streamed: u64,
 }
 
-/// Experts of a step that pass through a GPU.
+/// The stream to one GPU.
+struct GpuStream {
+    experts: ExpertStream,
+    rates: StreamRates,
+}
+
+/// What streams are made from.
+pub(crate) struct StreamSetup<'a> {
+    pub(crate) spec: &'a ModelSpec,
+    pub(crate) shape: &'a ModelShape,
+    pub(crate) plan: &'a Placement,
+    pub(crate) options: &'a LoadOptions,
+    pub(crate) devices: &'a Devices,
+    pub(crate) places: &'a Places,
+    /// Most tokens of a batch.
+    pub(crate) batch: usize,
+    /// Most rows that an expert takes at once.
+    pub(crate) rows: usize,
+    pub(crate) pool: &'a ThreadPool,
+}
+
+/// An expert of a step that is streamed.
+#[derive(Debug, Clone, Copy)]
+struct StreamedExpert {
+    /// Position in the step.
+    position: usize,
+    /// Tokens that chose the expert.
+    n_tokens: usize,
+}
+
+/// The experts of a step that are streamed to a GPU.
 #[derive(Default)]
-pub(crate) struct Passing {
-    /// Which GPU.
-    gpu: usize,
-    /// Positions in the step, ascending.
-    positions: Vec<usize>,
-    /// Those that were sent.
-    sent: usize,
+pub(crate) struct StreamedExperts {
+    /// Index of the stream.
+    stream: usize,
+    /// By position in the step, ascending.
+    experts: Vec<StreamedExpert>,
+    /// How many of them were sent.
+    n_sent: usize,
 }
 
 impl Streams {
-    /// Where GPUs have routers of layers whose experts the processor has, and room for it. `rows` are those that an expert
-    /// takes at once.
+    /// Opens a stream to every GPU that has routers of layers whose experts are in main memory, and
+    /// enough free memory.
     ///
     /// # Errors
     /// When a GPU fails.
-    pub(crate) fn new(
-        (spec, shape): (&ModelSpec, &ModelShape),
-        plan: &Placement,
-        options: &LoadOptions,
-        devices: &Devices,
-        places: &Places,
-        (batch, rows): (usize, usize),
-        pool: &ThreadPool,
-    ) -> Result<Self, LoadError> {
-        let mut made = Self { by_layer: vec![None; plan.layers.len()], ..Self::default() };
-        // The time of an emulated tier is declared, and no prediction knows of this.
+    pub(crate) fn new(setup: &StreamSetup<'_>) -> Result<Self, LoadError> {
+        let &StreamSetup { spec, plan, options, devices, batch, pool, .. } = setup;
+        let mut streams = Self { by_layer: vec![None; plan.layers.len()], ..Self::default() };
+        // The time of an emulated tier is declared, and predictions of it don't include streaming.
         let emulated = plan.tiers.iter().any(|t| t.tier.emulated);
-        let Some(processor_gflops) = options.stream.map(|s| s.processor_gflops).or(planned_rate(plan)) else {
-            return Ok(made);
+        let Some(processor_gflops) = options.stream.map(|s| s.processor_gflops).or(planned_cpu_gflops(plan)) else {
+            return Ok(streams);
         };
-        if emulated || batch < LEAST_TOKENS || options.stream.is_some_and(|s| s.link_gbps <= 0.0) {
-            return Ok(made);
+        if emulated || batch < MIN_TOKENS || options.stream.is_some_and(|s| s.link_gbps <= 0.0) {
+            return Ok(streams);
         }
         let failed = |source| LoadError::Gpu { plan: plan.name.clone(), source };
         for (tier, device) in devices.all() {
-            let mut room = StreamRoom { tokens: batch, rows, hidden: spec.hidden, ..StreamRoom::default() };
-            let mut layers = Vec::new();
-            for (at, (index, moe)) in spec.moe_layers().enumerate() {
-                let on_gpus: usize = plan.layers[at]
-                    .pinned
-                    .iter()
-                    .filter(|p| devices.of(p.tier).is_some())
-                    .map(|p| p.experts.len())
-                    .sum();
-                if places.layers[index].ffn != Some(tier) || on_gpus >= moe.n_expert {
-                    continue;
-                }
-                layers.push(at);
-                room.n_used = room.n_used.max(moe.n_used);
-                room.ffn = room.ffn.max(moe.expert_ffn);
-                room.expert_bytes = room.expert_bytes.max(shape.experts[at].expert_bytes as usize);
-            }
-            if layers.is_empty() || device.free_bytes().map_err(failed)? < room.bytes().saturating_add(RESERVE) {
+            let (layers, sizes) = setup.streamed_layers(tier);
+            let needed = sizes.bytes().saturating_add(GPU_RESERVE_BYTES as usize);
+            if layers.is_empty() || device.free_bytes().map_err(failed)? < needed {
                 continue;
             }
-            let Some(mut stream) = ExpertStream::new(device, room).map_err(failed)? else { continue };
+            let Some(mut experts) = ExpertStream::new(device, sizes).map_err(failed)? else { continue };
             let rates = match options.stream {
                 Some(rates) => rates,
                 None => {
-                    let rate = stream.measure(&|to, from| pool.copy(to, from)).map_err(failed)?;
-                    StreamRates { link_gbps: steps(rate / 1e9), processor_gflops }
+                    let rate = experts.measure(&|to, from| pool.copy(to, from)).map_err(failed)?;
+                    StreamRates { link_gbps: round_to_quarter_octave(rate / 1e9), processor_gflops }
                 }
             };
-            for at in layers {
-                made.by_layer[at] = Some(made.streams.len());
+            for layer in layers {
+                streams.by_layer[layer] = Some(streams.streams.len());
             }
-            made.streams.push((tier, stream, rates));
+            streams.streams.push(GpuStream { experts, rates });
         }
-        if made.any() {
-            made.back = vec![0.0; batch * spec.hidden];
+        if streams.any() {
+            streams.sums = vec![0.0; batch * spec.hidden];
         }
-        Ok(made)
+        Ok(streams)
     }
 
-    /// Whether there is any.
+    /// Whether there is any stream.
     pub(crate) fn any(&self) -> bool {
         !self.streams.is_empty()
     }
 
-    /// Experts that passed so far.
-    pub(crate) fn passed(&self) -> u64 {
-        self.passed
+    /// Returns the number of experts that were streamed so far.
+    pub(crate) fn n_streamed(&self) -> u64 {
+        self.n_streamed
     }
 
-    /// Which experts of a batch's step pass through a GPU.
+    /// Chooses the experts of a batch's step that are streamed.
     pub(crate) fn choose(
         &self,
         store: &ExpertStore,
@@ -133,44 +140,66 @@ impl Streams {
         users: &TokensByExpert,
         moe: &MoeSpec,
         tokens: usize,
-    ) -> Passing {
-        let Some(gpu) = self.by_layer.get(step.layer()).copied().flatten().filter(|_| tokens >= LEAST_TOKENS) else {
-            return Passing::default();
+    ) -> StreamedExperts {
+        let Some(stream) = self.by_layer.get(step.layer()).copied().flatten().filter(|_| tokens >= MIN_TOKENS) else {
+            return StreamedExperts::default();
         };
-        let on_processor = |at: &usize| store.gpu_slot(step, *at).is_none();
-        let all: Vec<usize> = (0..step.experts().len()).filter(on_processor).collect();
-        let uses = |at: usize| users.of(step.experts()[at] as usize).len();
-        let total: usize = all.iter().map(|at| uses(*at)).sum();
-        // Those that lie in slots or are being read give their buffers back too soon.
-        let mut may: Vec<usize> =
-            all.into_iter().filter(|at| step.is_in_place(*at) && step.was_resident(*at)).collect();
-        may.sort_by_key(|at| std::cmp::Reverse(uses(*at)));
-        let counts: Vec<usize> = may.iter().map(|at| uses(*at)).collect();
-        let cost = Cost::new(self.streams[gpu].2, store.expert_bytes(step.layer()), moe, tokens);
-        may.truncate(cost.best(&counts, total));
-        may.sort_unstable();
-        Passing { gpu, positions: may, sent: 0 }
+        let on_cpu = |position: &usize| store.gpu_slot(step, *position).is_none();
+        let expert =
+            |position: usize| StreamedExpert { position, n_tokens: users.of(step.experts()[position] as usize).len() };
+        let mut experts: Vec<_> = (0..step.experts().len()).filter(on_cpu).map(expert).collect();
+        let total: usize = experts.iter().map(|e| e.n_tokens).sum();
+        // Experts in slots or in flight would give their buffers back too soon.
+        experts.retain(|e| step.is_in_place(e.position) && step.was_resident(e.position));
+        experts.sort_by_key(|e| std::cmp::Reverse(e.n_tokens));
+        let counts: Vec<usize> = experts.iter().map(|e| e.n_tokens).collect();
+        let cost = Cost::new(self.streams[stream].rates, store.expert_bytes(step.layer()), moe, tokens);
+        experts.truncate(cost.best(&counts, total));
+        experts.sort_unstable_by_key(|e| e.position);
+        StreamedExperts { stream, experts, n_sent: 0 }
     }
 }
 
-/// The rate of products that the plan was predicted with, of what the processor computes.
-fn planned_rate(plan: &Placement) -> Option<f64> {
+impl StreamSetup<'_> {
+    /// Returns the layers whose experts a tier's GPU may be streamed, by index among those with
+    /// routed experts, and the sizes that they need.
+    fn streamed_layers(&self, tier: TierIdx) -> (Vec<usize>, StreamSizes) {
+        let hidden = self.spec.hidden;
+        let mut sizes = StreamSizes { tokens: self.batch, rows: self.rows, hidden, ..StreamSizes::default() };
+        let mut layers = Vec::new();
+        for (moe_index, (index, moe)) in self.spec.moe_layers().enumerate() {
+            let pinned = self.plan.layers[moe_index].pinned.iter();
+            let on_gpus: usize = pinned.filter(|p| self.devices.of(p.tier).is_some()).map(|p| p.experts.len()).sum();
+            if self.places.layers[index].ffn != Some(tier) || on_gpus >= moe.n_expert {
+                continue;
+            }
+            layers.push(moe_index);
+            sizes.n_used = sizes.n_used.max(moe.n_used);
+            sizes.ffn = sizes.ffn.max(moe.expert_ffn);
+            sizes.expert_bytes = sizes.expert_bytes.max(self.shape.experts[moe_index].expert_bytes as usize);
+        }
+        (layers, sizes)
+    }
+}
+
+/// Returns the GFLOP/s of prompts on the CPU that the plan was predicted with.
+fn planned_cpu_gflops(plan: &Placement) -> Option<f64> {
     let rates = plan.tiers.iter().zip(&plan.predicted.prompt_gflops);
     rates.filter(|(t, rate)| t.tier.kind != TierKind::Vram && **rate > 0.0).map(|(_, rate)| *rate).next()
 }
 
-/// A measured rate in steps of a fifth, so that runs choose alike.
-fn steps(rate: f64) -> f64 {
+/// Rounds a measured rate to a quarter of an octave, so that runs make the same choices.
+fn round_to_quarter_octave(rate: f64) -> f64 {
     ((4.0 * rate.log2()).round() / 4.0).exp2()
 }
 
-/// What decides how many experts pass.
+/// What streaming costs, and what it saves.
 struct Cost {
-    /// Seconds of an expert's bytes.
-    passing_s: f64,
-    /// Seconds of a batch's rows there and back.
+    /// Seconds to stream an expert.
+    stream_s: f64,
+    /// Seconds to copy a batch's rows to the GPU and the sums back.
     rows_s: f64,
-    /// Seconds of a token's products with one expert on the processor.
+    /// Seconds of the CPU for one expert and token.
     use_s: f64,
 }
 
@@ -178,19 +207,20 @@ impl Cost {
     fn new(rates: StreamRates, expert_bytes: u64, moe: &MoeSpec, tokens: usize) -> Self {
         let (hidden, link) = (moe.router.n_in as f64, rates.link_gbps * 1e9);
         Self {
-            passing_s: expert_bytes as f64 / link,
+            stream_s: expert_bytes as f64 / link,
             rows_s: 8.0 * hidden * tokens as f64 / link,
             use_s: 6.0 * hidden * moe.expert_ffn as f64 / (rates.processor_gflops * 1e9),
         }
     }
 
-    /// How many of the first experts pass, whose uses are `counts`, descending, of `total` that the processor would have.
+    /// Returns how many of the first experts to stream. `counts` are their tokens, descending, of
+    /// the `total` that the CPU would compute otherwise.
     fn best(&self, counts: &[usize], total: usize) -> usize {
-        let mut here = self.use_s * total as f64;
-        let mut best = (here, 0);
+        let mut cpu_s = self.use_s * total as f64;
+        let mut best = (cpu_s, 0);
         for (n, count) in counts.iter().enumerate() {
-            here -= self.use_s * *count as f64;
-            let time = here.max(self.rows_s + self.passing_s * (n + 1) as f64);
+            cpu_s -= self.use_s * *count as f64;
+            let time = cpu_s.max(self.rows_s + self.stream_s * (n + 1) as f64);
             if time < best.0 {
                 best = (time, n + 1);
             }
@@ -199,98 +229,110 @@ impl Cost {
     }
 }
 
-impl Passing {
-    /// Whether the expert at this position passes.
-    pub(crate) fn has(&self, at: usize) -> bool {
-        self.positions.binary_search(&at).is_ok()
+impl StreamedExperts {
+    /// Whether the expert at a position of the step is streamed.
+    pub(crate) fn has(&self, position: usize) -> bool {
+        self.experts.binary_search_by_key(&position, |e| e.position).is_ok()
     }
 
-    /// Sends what they read.
+    /// Copies the rows of the batch to the GPU.
     ///
     /// # Errors
     /// When the GPU fails; the step is given up then.
     pub(crate) fn begin(
         &self,
         streams: &mut Streams,
+        on: &mut StoreStep<'_>,
         batch: Batch<'_>,
-        step: &mut Step,
-        store: &mut ExpertStore,
     ) -> Result<(), RunError> {
-        if self.positions.is_empty() {
+        if self.experts.is_empty() {
             return Ok(());
         }
-        let users = self.positions.iter().flat_map(|at| batch.users.of(step.experts()[*at] as usize));
-        let uses: Vec<(usize, f32)> = users.copied().collect();
+        let users = self.experts.iter().flat_map(|e| batch.users.of(on.step.experts()[e.position] as usize));
+        let uses: Vec<Use> = users.map(|(token, weight)| Use { token: *token, weight: *weight }).collect();
         let x = &batch.x.values()[..batch.x.rows() * batch.hidden];
-        let begun = streams.streams[self.gpu].1.begin(batch.hidden, x, &uses);
-        Ok(begun.inspect_err(|_| store.give_up(step))?)
+        let begun = streams.streams[self.stream].experts.begin(batch.hidden, x, &uses);
+        Ok(begun.inspect_err(|_| on.store.give_up(on.step))?)
     }
 
-    /// Sends as many as are not to be waited for, or `all` that are left.
+    /// Sends the experts that are left: all, or as many as can be sent without waiting.
     ///
     /// # Errors
-    /// As [`begin`](Self::begin).
+    /// When the GPU fails; the step is given up then.
     pub(crate) fn send(
         &mut self,
         streams: &mut Streams,
-        c: CpuContext<'_>,
-        (store, step): (&mut ExpertStore, &mut Step),
-        users: &TokensByExpert,
+        on: &mut StoreStep<'_>,
+        pool: &ThreadPool,
         moe: &MoeSpec,
-        all: bool,
+        flush: Flush,
         computed: &mut StageBytes,
     ) -> Result<(), RunError> {
-        while let Some(at) = self.positions.get(self.sent).copied() {
-            let stream = &mut streams.streams[self.gpu].1;
-            let mut one = || -> Result<bool, CudaError> {
-                if !all && !stream.is_free()? {
-                    return Ok(false);
-                }
-                let (view, tier) = store.view(step, at);
-                computed.add(tier, store.expert_bytes(step.layer()));
-                let biases = view.biases();
-                let biases = biases.as_ref().map(|[gate, up, down]| [&gate[..], &up[..], &down[..]]);
-                let (gate, up, down) = (view.gate.weights.bytes(), view.up.weights.bytes(), view.down.weights.bytes());
-                let n = users.of(step.experts()[at] as usize).len();
-                let bytes = ExpertBytes { gate, up, down, biases };
-                stream.send(&view.kind(moe), &bytes, n, &|to, from| c.pool.copy(to, from))?;
-                Ok(true)
+        while let Some(&expert) = self.experts.get(self.n_sent) {
+            let stream = &mut streams.streams[self.stream].experts;
+            let sent = match flush {
+                Flush::Some => stream.is_free(),
+                Flush::All => Ok(true),
             };
-            match one() {
+            let sent = sent.and_then(|now| {
+                if now {
+                    send_one(stream, on, expert, pool, moe, computed)?;
+                }
+                Ok(now)
+            });
+            match sent {
                 Ok(true) => {}
                 Ok(false) => return Ok(()),
                 Err(error) => {
-                    store.give_up(step);
+                    on.store.give_up(on.step);
                     return Err(error.into());
                 }
             }
-            store.release(step, at);
-            self.sent += 1;
-            streams.passed += 1;
+            on.store.release(on.step, expert.position);
+            self.n_sent += 1;
+            streams.n_streamed += 1;
         }
         Ok(())
     }
 
-    /// Adds what they make of the batch to `out`.
+    /// Waits for the sums over the streamed experts and adds them to `out`, `[tokens, hidden]`.
     ///
     /// # Errors
-    /// As [`begin`](Self::begin).
+    /// When the GPU fails; the step is given up then.
     pub(crate) fn finish(
         &self,
         streams: &mut Streams,
-        c: CpuContext<'_>,
-        (store, step): (&mut ExpertStore, &mut Step),
+        on: &mut StoreStep<'_>,
+        kernels: Kernels,
         out: &mut [f32],
     ) -> Result<(), RunError> {
-        if self.positions.is_empty() {
+        if self.experts.is_empty() {
             return Ok(());
         }
-        let back = &mut streams.back[..out.len()];
-        let fetched = streams.streams[self.gpu].1.finish(back);
-        fetched.inspect_err(|_| store.give_up(step))?;
-        c.kernels.add(out, back);
+        let sums = &mut streams.sums[..out.len()];
+        let fetched = streams.streams[self.stream].experts.finish(sums);
+        fetched.inspect_err(|_| on.store.give_up(on.step))?;
+        kernels.add(out, sums);
         Ok(())
     }
+}
+
+/// Copies one expert to the GPU and enqueues its compute.
+fn send_one(
+    stream: &mut ExpertStream,
+    on: &StoreStep<'_>,
+    expert: StreamedExpert,
+    pool: &ThreadPool,
+    moe: &MoeSpec,
+    computed: &mut StageBytes,
+) -> Result<(), CudaError> {
+    let (view, tier) = on.store.view(on.step, expert.position);
+    computed.add(tier, on.store.expert_bytes(on.step.layer()));
+    let biases = view.biases();
+    let biases = biases.as_ref().map(|[gate, up, down]| [&gate[..], &up[..], &down[..]]);
+    let (gate, up, down) = (view.gate.weights.bytes(), view.up.weights.bytes(), view.down.weights.bytes());
+    let bytes = ExpertBytes { gate, up, down, biases };
+    stream.send(&view.kind(moe), &bytes, expert.n_tokens, &|to, from| pool.copy(to, from))
 }
 
 #[cfg(test)]
@@ -298,27 +340,27 @@ mod tests {
     use super::*;
 
     #[test]
-    fn as_many_pass_as_make_the_slower_side_least() {
-        let cost = |passing_s, use_s| Cost { passing_s, rows_s: 0.5, use_s };
+    fn the_number_of_streamed_experts_balances_both_sides() {
+        let cost = |stream_s, use_s| Cost { stream_s, rows_s: 0.5, use_s };
         let counts = [40, 20, 10, 5, 1];
-        for (passing_s, use_s) in [(1.0, 0.1), (10.0, 0.1), (0.01, 1.0), (3.0, 0.2), (1.0, 1e-4)] {
-            let (cost, total) = (cost(passing_s, use_s), 80);
+        for (stream_s, use_s) in [(1.0, 0.1), (10.0, 0.1), (0.01, 1.0), (3.0, 0.2), (1.0, 1e-4)] {
+            let (cost, total) = (cost(stream_s, use_s), 80);
             let time = |n: usize| {
-                let here = use_s * (total - counts[..n].iter().sum::<usize>()) as f64;
-                if n == 0 { here } else { here.max(0.5 + passing_s * n as f64) }
+                let cpu_s = use_s * (total - counts[..n].iter().sum::<usize>()) as f64;
+                if n == 0 { cpu_s } else { cpu_s.max(0.5 + stream_s * n as f64) }
             };
             let best = (0..=counts.len()).map(time).fold(f64::INFINITY, f64::min);
-            assert!((time(cost.best(&counts, total)) - best).abs() < 1e-9, "{passing_s} {use_s}");
+            assert!((time(cost.best(&counts, total)) - best).abs() < 1e-9, "{stream_s} {use_s}");
         }
-        // A slow link is left alone, a fast one takes all that it may.
+        // A slow link takes nothing, a fast one everything.
         assert_eq!(cost(10.0, 0.1).best(&counts, 80), 0);
         assert_eq!(cost(1e-6, 10.0).best(&counts, 80), 5);
     }
 
     #[test]
-    fn rates_are_rounded_to_steps() {
-        assert_eq!(steps(16.0), 16.0);
-        assert_eq!(steps(15.2), 16.0);
-        assert!(steps(12.0) < 14.0 && steps(12.0) > 11.0);
+    fn rates_are_rounded_to_quarter_octaves() {
+        assert_eq!(round_to_quarter_octave(16.0), 16.0);
+        assert_eq!(round_to_quarter_octave(15.2), 16.0);
+        assert!(round_to_quarter_octave(12.0) < 14.0 && round_to_quarter_octave(12.0) > 11.0);
     }
 }

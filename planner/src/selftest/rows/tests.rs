@@ -5,10 +5,10 @@ use super::*;
 use tier_plan_runtime::LoadError;
 use tier_plan_runtime::cuda::CudaError;
 use tier_plan_runtime::quant::TensorType;
-use tier_plan_selftest::all::GoldenStep;
-use tier_plan_selftest::golden::Found as Golden;
-use tier_plan_selftest::gpu_rates::Rates;
+use tier_plan_selftest::golden::GoldenErrors;
+use tier_plan_selftest::gpu_rates::{LinkRates, Rates};
 use tier_plan_selftest::launches::Launches;
+use tier_plan_selftest::suite::GoldenStep;
 
 /// Returns the timing of a model whose tokens take `token_s` seconds.
 pub fn timed(token_s: f64) -> Timed {
@@ -26,46 +26,50 @@ pub fn timed(token_s: f64) -> Timed {
     }
 }
 
-fn some_gives() -> Gives {
+fn some_gives() -> DeviceRates {
     let rates = Rates {
         launch_us: 2.0,
         round_trip_us: 10.0,
         read_gbps: 1000.0,
-        to_device_gbps: (25.0, 10.0),
-        from_device_gbps: (24.0, 9.0),
+        to_device: LinkRates { pinned_gbps: 25.0, pageable_gbps: 10.0 },
+        from_device: LinkRates { pinned_gbps: 24.0, pageable_gbps: 9.0 },
     };
-    Gives { rates, copy_gbps: 900.0, products: vec![(TensorType::Q4_K, 800.0)] }
+    DeviceRates { rates, copy_gbps: 900.0, products: vec![(TensorType::Q4_K, 800.0)] }
 }
 
-fn device_failed() -> TargetError {
-    TargetError::Gpu(CudaError::NoKernel("this".into()))
+fn device_failed() -> SelftestError {
+    SelftestError::Gpu(CudaError::NoKernel("this".into()))
 }
 
-fn not_for_gpus() -> TargetError {
-    TargetError::Load(LoadError::OnGpu {
+fn not_for_gpus() -> SelftestError {
+    SelftestError::Load(LoadError::OnGpu {
         plan: "a plan".into(),
         tier: "vram".into(),
-        group: None,
-        what: "a mixer".into(),
+        group: "attention",
+        layer: 3,
+        why: "heads of 18 values".into(),
     })
 }
 
 fn some_results() -> Results {
-    let golden = |exact, found| GoldenStep { exact, name: "a".into(), found };
-    let all = |value: f64| Golden {
+    let golden = |exact, found| GoldenStep { exact, name: "a".into(), errors: found };
+    let all = |value: f64| GoldenErrors {
         tokens: 48,
-        alike: 48,
-        alike_nmse: value,
+        same_experts: 48,
+        same_experts_nmse: value,
         prompt_nmse: value,
-        one_by_one_nmse: value / 2.0,
+        decode_nmse: value / 2.0,
     };
     let nmse = |value: f64| Ok(all(value));
     Results {
         kernels: vec![("products".into(), Ok(Outcome { compared: 5, worst: 0.25 }))],
-        logits: vec![(On::All, Ok(Outcome { compared: 5, worst: 1.5 })), (On::ExpertsInMemory, Err(device_failed()))],
+        logits: vec![
+            (GpuShare::All, Ok(Outcome { compared: 5, worst: 1.5 })),
+            (GpuShare::AllButExperts, Err(device_failed())),
+        ],
         texts: vec![
-            (On::All, Ok(SameText { same: 64, of: 64, lead: None })),
-            (On::ExpertsInMemory, Ok(SameText { same: 63, of: 64, lead: Some(0.01) })),
+            (GpuShare::All, Ok(TextMatch { same: 64, total: 64, margin: None })),
+            (GpuShare::AllButExperts, Ok(TextMatch { same: 63, total: 64, margin: Some(0.01) })),
         ],
         golden: vec![
             golden(true, nmse(1e-4)),
@@ -95,13 +99,13 @@ fn results_are_held_to_their_bounds() {
         Found::NotRun(why) => why.clone(),
         _ => String::new(),
     };
-    assert!(why(&rows[5]).contains("a mixer"), "{:?}", rows[5]);
+    assert!(why(&rows[5]).contains("heads of 18 values"), "{:?}", rows[5]);
     assert!(rows[10].note.contains("1.00 %"), "{:?}", rows[10]);
     let last = &rows[11];
     assert!(last.how == How::Counted && !last.results && last.found == Found::Figure(12.0), "{last:?}");
     let mut other = some_results();
-    other.golden[1].found =
-        Ok(Golden { tokens: 48, alike: 7, alike_nmse: 1e-6, prompt_nmse: 5e-4, one_by_one_nmse: 1e-9 });
+    other.golden[1].errors =
+        Ok(GoldenErrors { tokens: 48, same_experts: 7, same_experts_nmse: 1e-6, prompt_nmse: 5e-4, decode_nmse: 1e-9 });
     let rows = results(&other, None, None);
     assert!(rows[2].verdict() == Met && rows[2].note.contains("token 8"), "{:?}", rows[2]);
     let mut many = some_results();
@@ -124,7 +128,7 @@ fn what_is_missing_or_senseless_is_said() {
     let rows = results(&found, None, None);
     assert_eq!(verdicts(&rows), [Met, Verdict::Missed, NotRun, NotRun]);
     assert!(rows[1].is_wrong());
-    let rows = gives(&Err(TargetError::Stopped));
+    let rows = gives(&Err(SelftestError::Stopped));
     assert_eq!(verdicts(&rows), [NotRun]);
 }
 
@@ -137,7 +141,7 @@ fn rates_are_measured_and_nothing_is_asked_of_them() {
 }
 
 fn some_speeds(resident: Timed, hybrid: Timed, processor: Timed) -> Speeds {
-    Speeds { resident: Ok(resident), hybrid: Some(Ok(hybrid)), processor: Ok(processor) }
+    Speeds { fully_on_gpu: Ok(resident), hybrid: Some(Ok(hybrid)), processor: Ok(processor) }
 }
 
 fn row<'a>(rows: &'a [Row], what: &str) -> &'a Row {
@@ -189,14 +193,15 @@ fn a_hybrid_token_is_held_to_its_parts() {
 #[test]
 fn what_could_not_be_timed_is_a_row() {
     let model = Model { name: "a model", judged: true };
-    let found = Speeds { resident: Err(device_failed()), hybrid: None, processor: Ok(timed(0.05)) };
+    let found = Speeds { fully_on_gpu: Err(device_failed()), hybrid: None, processor: Ok(timed(0.05)) };
     let rows = speeds(&found, &some_gives(), model);
     assert_eq!(verdicts(&rows), [Verdict::Failed, Verdict::NotRun]);
-    let found = Speeds { resident: Ok(timed(0.05)), hybrid: Some(Ok(timed(0.05))), processor: Err(device_failed()) };
+    let found =
+        Speeds { fully_on_gpu: Ok(timed(0.05)), hybrid: Some(Ok(timed(0.05))), processor: Err(device_failed()) };
     let rows = speeds(&found, &some_gives(), model);
     use Verdict::{Failed, Missed, NoTarget};
     assert_eq!(verdicts(&rows), [NoTarget, Missed, Failed, NoTarget, NoTarget]);
-    let found = Speeds { hybrid: Some(Err(TargetError::Stopped)), ..found };
+    let found = Speeds { hybrid: Some(Err(SelftestError::Stopped)), ..found };
     assert_eq!(verdicts(&speeds(&found, &some_gives(), model)), [NoTarget, Missed, Failed, Verdict::NotRun]);
 }
 

@@ -1,7 +1,8 @@
-//! Experts of several mixes of types on the emulated device, against the plain products of the processor.
+//! Experts of several mixes of formats on the GPU emulator, against the plain products of the CPU.
 
 use super::*;
 use crate::shim;
+use tier_plan_kernels::needs_quants;
 use tier_plan_kernels::random::Random;
 use tier_plan_kernels::reference::matvec;
 use tier_plan_kernels::{Activations, Kernels, Weights};
@@ -11,8 +12,11 @@ const FFN: usize = 96;
 const N_EXPERT: usize = 4;
 const CLAMPED: Activation = Activation::ClampedSwiglu { alpha: 1.702, limit: 7.0 };
 
-/// Bytes of gate, up and down, and their biases.
-type Expert = ([Vec<u8>; 3], [Vec<f32>; 3]);
+/// Gate, up and down.
+struct Expert {
+    bytes: [Vec<u8>; 3],
+    biases: [Vec<f32>; 3],
+}
 
 fn product(ty: TensorType, bytes: &[u8], bias: &[f32], x: &[f32], biased: bool) -> Vec<f32> {
     let mut acts = Activations::new(1, x.len());
@@ -22,8 +26,8 @@ fn product(ty: TensorType, bytes: &[u8], bias: &[f32], x: &[f32], biased: bool) 
     matvec(w, &acts, 0).into_iter().zip(bias).map(add).collect()
 }
 
-/// What an expert makes of `x` on the processor.
-fn plain(kind: &ExpertKind, (bytes, biases): &Expert, x: &[f32], biased: bool) -> Vec<f32> {
+/// Computes an expert's result for `x` on the CPU.
+fn plain(kind: &ExpertKind, Expert { bytes, biases }: &Expert, x: &[f32], biased: bool) -> Vec<f32> {
     let mut gate = product(kind.gate, &bytes[0], &biases[0], x, biased);
     let up = product(kind.up, &bytes[1], &biases[1], x, biased);
     match kind.activation {
@@ -35,13 +39,13 @@ fn plain(kind: &ExpertKind, (bytes, biases): &Expert, x: &[f32], biased: bool) -
 
 fn near(got: &[f32], expected: &[f32]) {
     assert_eq!(got.len(), expected.len());
-    let off: f64 = got.iter().zip(expected).map(|(a, b)| f64::from(a - b).powi(2)).sum();
-    let all: f64 = expected.iter().map(|v| f64::from(*v).powi(2)).sum();
-    // Codes of 8 bits may round to the other side.
-    assert!(off < 1e-5 * all, "{off:e} of {all:e}");
+    let squared_error: f64 = got.iter().zip(expected).map(|(a, b)| f64::from(a - b).powi(2)).sum();
+    let squared_norm: f64 = expected.iter().map(|v| f64::from(*v).powi(2)).sum();
+    // 8-bit codes may round to the other side.
+    assert!(squared_error < 1e-5 * squared_norm, "{squared_error:e} of {squared_norm:e}");
 }
 
-/// A token's experts, asked for and added on the device.
+/// Compares a token's experts: fetched, and added to a state on the device.
 fn compare(gate: TensorType, up: TensorType, down: TensorType, activation: Activation, biased: bool) {
     let device: Arc<dyn Device> = shim::shared();
     let mut random = Random::new(&format!("{gate} {up} {down}"));
@@ -49,13 +53,16 @@ fn compare(gate: TensorType, up: TensorType, down: TensorType, activation: Activ
     let experts: Vec<Expert> = (0..N_EXPERT)
         .map(|_| {
             let bytes = [gate, up, down].map(|ty| random.weights(ty, HIDDEN * FFN));
-            (bytes, [FFN, FFN, HIDDEN].map(|n| random.floats(n)))
+            Expert { bytes, biases: [FFN, FFN, HIDDEN].map(|n| random.floats(n)) }
         })
         .collect();
     let mut here = PinnedExperts::new(Arc::clone(&device), 1).unwrap();
     let pinned: Vec<_> = experts
         .iter()
-        .map(|([gate, up, down], [a, b, c])| ExpertBytes { gate, up, down, biases: biased.then_some([a, b, c]) })
+        .map(|Expert { bytes: [gate, up, down], biases: [a, b, c] }| {
+            let biases = biased.then_some([&a[..], &b[..], &c[..]]);
+            ExpertBytes { gate, up, down, biases }
+        })
         .enumerate()
         .collect();
     here.add_layer(0, kind, &pinned, 0, biased).unwrap();
@@ -67,7 +74,7 @@ fn compare(gate: TensorType, up: TensorType, down: TensorType, activation: Activ
     here.fetch(&mut got).unwrap();
     let expected: Vec<Vec<f32>> = chosen.iter().map(|e| plain(&kind, &experts[*e], &x, biased)).collect();
     near(&got, &expected.concat());
-    // The same, added to a state by weights.
+    // The weighted results, added to a state on the device.
     let (input, weights) = (Buffer::of_f32(&device, &x).unwrap(), [0.5, -0.25, 0.125]);
     let which = Buffer::of_i32(&device, &chosen.map(|e| e as i32)).unwrap();
     let by = Buffer::of_f32(&device, &weights).unwrap();
@@ -78,7 +85,8 @@ fn compare(gate: TensorType, up: TensorType, down: TensorType, activation: Activ
     if here.takes_quants(0) {
         Ops::new(Arc::clone(&device)).quantize(input.view(), 1, HIDDEN, &mut quants).unwrap();
     }
-    here.add_chosen(0, input.view(), &quants, which.view(), by.view(), 3, on_device.view()).unwrap();
+    let chosen = ChosenExperts { input: input.view(), quants: &quants, which: which.view(), weights: by.view(), n: 3 };
+    here.add_chosen(0, &chosen, on_device.view()).unwrap();
     for (result, by) in expected.iter().zip(weights) {
         Kernels::SCALAR.axpy(by, result, &mut state);
     }
@@ -86,12 +94,12 @@ fn compare(gate: TensorType, up: TensorType, down: TensorType, activation: Activ
 }
 
 #[test]
-fn experts_of_any_mix_of_types_are_those_of_the_processor() {
+fn experts_of_mixed_formats_match_the_cpu() {
     use TensorType::{F16, F32, Q4_0, Q5_0, Q8_0};
     compare(Q4_0, Q4_0, Q8_0, Activation::Silu, false);
     compare(Q8_0, Q8_0, F16, CLAMPED, true);
     compare(F32, F32, Q4_0, Activation::Silu, true);
-    // Gate and up apart.
+    // Gate and up of different formats.
     compare(Q4_0, Q5_0, Q4_0, CLAMPED, true);
     compare(F16, Q8_0, F32, Activation::Silu, false);
 }

@@ -1,23 +1,25 @@
-// Attention over the cache: each block computes some heads' share of a chunk of 256 positions for one token, and a
-// second kernel puts a query's chunks together in their order. Chunks begin at fixed positions, so a result doesn't
-// depend on what is computed beside it.
+// Attention over the KV cache. Each block computes the share of some heads in a chunk of 256
+// positions for one token; a second kernel combines a query's chunks in their order. Chunks begin
+// at fixed positions, so a result does not depend on other tokens of the batch.
 #include "rows.cuh"
 
-/// Positions of a chunk.
+/// Positions per chunk.
 #define CHUNK 256
-/// Query heads of a block, all of one head of keys and values.
+/// Query heads per block, all of one head of keys and values.
 #define HEADS 8
-/// Threads of a block.
+/// Threads per block.
 #define THREADS 128
-/// The widest key: a latent of 512 and a rotated part of 64 are 576.
+/// Widest key: a latent of 512 and a rotated part of 64 are 576.
 #define MAX_KEY 640
-/// Lanes that share a position while scores are computed.
+/// Lanes per position while scores are computed.
 #define SHARE 8
 
-/// `mixed` is `[tokens, heads, chunks, value_width]`, `largest` and `sums` `[tokens, heads, chunks]`; where there is only one
-/// chunk `out` may be given, and gets what `join_chunks` would make of it, with the arguments that has. The tokens are at
-/// position `*past + first_token` and after it. Grid: chunks, from the first that a token sees on, and perhaps more than
-/// that; heads of keys and values times blocks of heads; tokens.
+/// Computes the shares of chunks: `mixed` is `[tokens, heads, chunks, value_width]`, `largest` and
+/// `sums` `[tokens, heads, chunks]`. The tokens begin at position `*past + first_token`.
+///
+/// If there is only one chunk, `out` may be given, and gets what `join_chunks` would compute with
+/// its arguments. Grid: chunks, from the first that a token attends to, perhaps with more after the
+/// last; heads of keys and values times blocks of heads; tokens.
 template <class Rows>
 DEVICE void attend(const float* queries, const u8* keys, const u8* values, int context, int n_head_kv, int group,
                    int key_width, int value_row_width, int value_width, float scale, const int* past,
@@ -25,7 +27,7 @@ DEVICE void attend(const float* queries, const u8* keys, const u8* values, int c
                    float* out, i8* q, float* quant_scale, float* quant_sums) {
     __shared__ float query[HEADS][MAX_KEY];
     __shared__ float scores[HEADS][CHUNK];
-    // Of a chunk that is all there is: what it counts beside the sink, and the sum of both.
+    // If there is only one chunk: its weight beside the sink, and the sum of both.
     __shared__ float share[HEADS];
     __shared__ float total[HEADS];
     const int head_blocks = (group + HEADS - 1) / HEADS;
@@ -51,7 +53,8 @@ DEVICE void attend(const float* queries, const u8* keys, const u8* values, int c
     const i64 key_bytes = Rows::row_bytes(key_width), value_bytes = Rows::row_bytes(value_row_width);
     const u8* key = keys + ((i64)kv_head * context + start) * key_bytes;
     const u8* value = values + ((i64)kv_head * context + start) * value_bytes;
-    // Groups of eight lanes take positions in turn; all lanes of a warp go round as often.
+    // Groups of eight lanes take positions in turn; all lanes of a warp make the same number of
+    // rounds.
     for (int p0 = 0; p0 < n; p0 += THREADS / SHARE) {
         const int p = p0 + thread / SHARE;
         float dots[HEADS];
@@ -132,9 +135,9 @@ ATTEND(attend_f32, RowsF32)
 ATTEND(attend_f16, RowsF16)
 ATTEND(attend_q8, RowsQ8)
 
-/// Puts the chunks of a query together, `out` is `[tokens, heads, value_width]`. `sinks`, one a head, may be null: scores
-/// beside those of the positions that take their share of the weights away. Where `q` is not null it gets the 8-bit form of
-/// `out`, and widths are multiples of 32. Grid: heads, tokens.
+/// Combines the chunks of a query; `out` is `[tokens, heads, value_width]`. `sinks`, one per head,
+/// may be null: scores that take their share of the weights but have no position. If `q` is not
+/// null it gets the quantized form of `out`, and widths are multiples of 32. Grid: heads, tokens.
 KERNEL join_chunks(const float* mixed, const float* largest, const float* sums, int chunks, int value_width,
                    const float* sinks, float* out, i8* q, float* scale, float* quant_sums) {
     const i64 query = (i64)blockIdx.y * gridDim.x + blockIdx.x;

@@ -1,5 +1,6 @@
-// Types and steps that all kernels share. The compiler that a driver's owner has brings no headers, so there are none
-// here; what a processor has no instruction for stands in shim.h, with which the same kernels compile as plain C++.
+// Types and steps that all kernels share. NVRTC on a user's machine may have no headers, so none
+// are included. What a CPU has no instruction for is in shim.h, with which the GPU emulator
+// compiles the same kernels as C++.
 #pragma once
 
 typedef signed char i8;
@@ -17,7 +18,7 @@ typedef long long i64;
 #define KERNEL extern "C" __global__ void
 #define TABLE static __device__ const
 
-/// The 16-bit float with these bits.
+/// Returns the 16-bit float with these bits.
 DEVICE float widen(u16 bits) {
     float value;
     asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
@@ -33,11 +34,11 @@ DEVICE u16 narrow(float value) {
 
 #endif
 
-/// Lanes of a warp.
+/// Lanes per warp.
 #define WARP 32
-/// All of them.
+/// Mask of all lanes of a warp.
 #define ALL_LANES 0xffffffffu
-/// The same byte four times.
+/// A word of four equal bytes.
 #define BYTES4(byte) ((u32)(byte) * 0x01010101u)
 
 DEVICE float minus_infinity() {
@@ -54,7 +55,7 @@ DEVICE float warp_max(float v) {
     return v;
 }
 
-/// The sum over a block of whole warps, to every thread; `room` is shared, a float a warp.
+/// Returns the sum over a block of whole warps to every thread. `room` is shared, a float per warp.
 DEVICE float block_sum(float v, float* room) {
     v = warp_sum(v);
     __syncthreads();
@@ -65,7 +66,8 @@ DEVICE float block_sum(float v, float* room) {
     return sum;
 }
 
-/// The largest over a block of whole warps, to every thread; as `block_sum`.
+/// Returns the maximum over a block of whole warps to every thread. `room` is shared, a float per
+/// warp.
 DEVICE float block_max(float v, float* room) {
     v = warp_max(v);
     __syncthreads();
@@ -76,14 +78,15 @@ DEVICE float block_max(float v, float* room) {
     return most;
 }
 
-/// Added to a small number and taken off again it rounds to the nearest whole number, ties to even.
+/// Rounds a small number to the nearest integer, ties to even, when added and subtracted again.
 #define ROUND 12582912.0f
 
-/// 8-bit activations of a run of 32 values, of which each lane of a warp has one: `q` is `[n_runs, 32]`, `scale` `[n_runs]`,
-/// `sums` (scale times the sum of codes of each sixteen) `[n_runs, 2]`. The same bits as on the processor.
+/// Quantizes a run of 32 values, one per lane of a warp, to the same bits as on the CPU. `q` is
+/// `[n_runs, 32]`, `scale` `[n_runs]`, and `sums` `[n_runs, 2]`: scale times the sum of codes of
+/// each 16 values.
 DEVICE void quantize_run(float v, i64 run, i8* q, float* scale, float* sums) {
     const int lane = threadIdx.x % WARP;
-    // Compared as bits so that a NaN is the largest and ends up in the scale, where it is seen.
+    // Compared as bits, so that a NaN is the largest and shows in the scale.
     int bits = __float_as_int(v) & 0x7fffffff;
     for (int step = WARP / 2; step > 0; step /= 2) {
         const int other = __shfl_xor_sync(ALL_LANES, bits, step);
@@ -92,7 +95,7 @@ DEVICE void quantize_run(float v, i64 run, i8* q, float* scale, float* sums) {
     const float largest = __int_as_float(bits);
     const bool tiny = largest < 1e-35f;
     const float s = tiny ? 0.0f : __fdiv_rn(largest, 127.0f), inverse = tiny ? 0.0f : __fdiv_rn(127.0f, largest);
-    // Not fused: a tie must round as it does on the processor.
+    // Not fused: ties must round as on the CPU.
     const i8 code = (i8)(__float_as_int(__fadd_rn(__fmul_rn(v, inverse), ROUND)) - __float_as_int(ROUND));
     int sum = code;
     for (int step = 8; step > 0; step /= 2) sum += __shfl_xor_sync(ALL_LANES, sum, step);
@@ -101,14 +104,15 @@ DEVICE void quantize_run(float v, i64 run, i8* q, float* scale, float* sums) {
     if (lane == 0) scale[run] = s;
 }
 
-/// What stands between the products of most feed-forward blocks.
+/// The activation of most feed-forward blocks.
 DEVICE float silu_gated(float gate, float up) {
     return gate / (1.0f + expf(-gate)) * up;
 }
 
-/// `g / (1 + exp(-alpha * g)) * (u + 1)`: `g` is gate, at most `limit`, and `u` up, within `limit` of zero.
+/// Computes `g / (1 + exp(-alpha * g)) * (u + 1)`, where `g` is gate, at most `limit`, and `u` is
+/// up, within `limit` of zero.
 DEVICE float clamped_gated(float gate, float up, float alpha, float limit) {
-    // Compared rather than clamped: a NaN goes through.
+    // Compared rather than clamped, so that NaN propagates.
     const float g = gate > limit ? limit : gate;
     const float below = up > limit ? limit : up;
     const float u = below < -limit ? -limit : below;
@@ -119,8 +123,9 @@ DEVICE float half_at(const u8* p) {
     return widen(*(const u16*)p);
 }
 
-/// Reads `N` words. `UNIT` is the address's alignment: an or of all numbers that it is a sum of multiples of. Below 4 the
-/// words around it are read and shifted, so up to three bytes on either side are looked at: an allocation's are there.
+/// Reads `N` words. `UNIT` gives the alignment of the address: the bitwise or of all numbers that
+/// it is a sum of multiples of. Below 4, the surrounding words are read and shifted: up to three
+/// bytes on either side of the data are accessed, which the allocation has.
 template <int UNIT, int N>
 DEVICE void words(const u8* p, u32* out) {
     constexpr int align = UNIT & -UNIT;
@@ -146,12 +151,12 @@ DEVICE void words(const u8* p, u32* out) {
     }
 }
 
-/// Takes a number of at most 128 from each of four bytes below 128.
+/// Subtracts a number of at most 128 from each of four bytes below 128.
 DEVICE u32 less(u32 bytes, u32 number) {
     return ((bytes | BYTES4(0x80)) - BYTES4(number)) ^ BYTES4(0x80);
 }
 
-/// The lowest four bits, a byte each.
+/// Spreads the lowest four bits to a byte each.
 DEVICE u32 spread4(u32 bits) {
     return ((bits & 15) * 0x00204081u) & BYTES4(1);
 }

@@ -1,19 +1,23 @@
-// The gated delta net between its products: a short convolution, the recurrence over a matrix for each value head, and the
-// gated norm of what is read. Tokens of a batch go through a matrix one after the other inside one launch, so a batch gives
-// the same bits as its tokens one by one. At position 0 nothing is remembered, whatever the memory holds.
+// The gated delta net between its products: a short convolution, the recurrence over a matrix per
+// value head, and the gated norm of the result.
+//
+// The tokens of a batch pass through a matrix one after the other inside one launch, so a batch
+// gives the same bits as its tokens one by one. At position 0 the state is taken for zero, whatever
+// its memory holds.
 #include "base.cuh"
 
-/// Lanes that share a column of a matrix.
+/// Lanes per column of a matrix.
 #define DELTA_SHARE 8
-/// Columns of a block.
+/// Columns per block.
 #define DELTA_COLUMNS 16
-/// Threads of a block.
+/// Threads per block.
 #define DELTA_THREADS (DELTA_COLUMNS * DELTA_SHARE)
-/// Tokens whose queries, keys and values a block has at hand.
+/// Tokens whose queries, keys and values a block loads at once.
 #define DELTA_TOKENS 16
 
-/// Where a head's values begin in a row of projections: query heads, key heads, value heads. `by_key_head` says that each
-/// key head has its query, its key, the values and then the gates of the `group` value heads that it serves.
+/// Returns where a head's values begin in a row of projections: query heads, key heads, value
+/// heads. With `by_key_head`, each key head has its query, its key, the values and then the gates
+/// of its `group` value heads.
 DEVICE int delta_column(int head, int by_key_head, int n_key, int group, int dim) {
     if (!by_key_head) return head * dim;
     const int each = (2 + 2 * group) * dim;
@@ -23,13 +27,14 @@ DEVICE int delta_column(int head, int by_key_head, int n_key, int group, int dim
     return value / group * each + (2 + value % group) * dim;
 }
 
-/// Convolves a head of a token over its and the last tokens' inputs, and makes queries and keys of length 1, queries
-/// divided by the root of the width besides: `heads` is `[tokens, 2 * n_key + n_value, dim]`. With a value head go its
-/// decay and strength, to `rates` `[tokens, n_value, 2]`.
+/// Convolves a head of a token over its inputs and those of the last tokens, and normalizes queries
+/// and keys to length 1, queries also divided by the root of the width: `heads` is `[tokens, 2 *
+/// n_key + n_value, dim]`. Also computes the decay and strength of each value head to `rates`,
+/// `[tokens, n_value, 2]`.
 ///
-/// `projected` has rows of `width`, `inputs` is `[taps - 1, channels]`, the newest last, `weight` `[channels, taps]`. `beta`
-/// and `alpha` are `[tokens, n_value]`; where `rates_by_key_head` says so, each token has twice as many and both go by key
-/// head. Grid: heads, tokens.
+/// `projected` has rows of `width`, `inputs` is `[taps - 1, channels]`, the newest last, and
+/// `weight` `[channels, taps]`. `beta` and `alpha` are `[tokens, n_value]`; with
+/// `rates_by_key_head` rows are twice as long and grouped by key head. Grid: heads, tokens.
 KERNEL delta_convolve(const float* projected, int width, int by_key_head, int n_key, int n_value, int dim, int taps,
                       const float* weight, const float* inputs, const int* past, const float* beta, const float* alpha,
                       int rates_by_key_head, const float* bias, const float* decay, float eps, float* heads,
@@ -73,7 +78,8 @@ KERNEL delta_convolve(const float* projected, int width, int by_key_head, int n_
     }
 }
 
-/// Keeps the inputs that the next tokens' convolution sees; a thread a channel, over the whole grid.
+/// Keeps the inputs that the next tokens' convolution needs; a thread per channel, over the whole
+/// grid.
 DEVICE void delta_keep_inputs(const float* projected, int width, int by_key_head, int n, int n_key, int n_value, int dim,
                               int keep, bool fresh, float* inputs) {
     const int channels = (2 * n_key + n_value) * dim, threads = (int)(gridDim.x * gridDim.y * blockDim.x);
@@ -81,7 +87,7 @@ DEVICE void delta_keep_inputs(const float* projected, int width, int by_key_head
     for (int channel = first; channel < channels; channel += threads) {
         const int column = delta_column(channel / dim, by_key_head, n_key, n_value / n_key, dim) + channel % dim;
         for (int i = 0; i < keep; i++) {
-            // Later ones than those overwritten so far.
+            // Inputs that are not overwritten yet.
             const int at = n + i;
             float v;
             if (at >= keep) {
@@ -100,9 +106,11 @@ DEVICE float delta_sum(float4 v) {
     return sum;
 }
 
-/// Takes some columns of a value head's matrix through `n` tokens and reads them, `out` `[tokens, n_value, dim]`. Eight
-/// lanes have a column in their registers from the first token to the last. `matrices` is `[n_value, dim, dim]`, a column's
-/// values together; `ROWS` is the least of the widths there are that is not below `dim`, a multiple of 4.
+/// Advances some columns of a value head's matrix by `n` tokens and reads them, `out` `[tokens,
+/// n_value, dim]`. Eight lanes hold a column in registers from the first token to the last.
+///
+/// `matrices` is `[n_value, dim, dim]`, column by column. `ROWS` is the smallest supported width
+/// that is at least `dim`, a multiple of 4.
 template <int ROWS>
 DEVICE void delta_recur(const float* heads, const float* rates, int n, int n_key, int n_value, int dim, int in_turn,
                         bool fresh, float* matrices, float* out) {
@@ -176,8 +184,8 @@ DEVICE void delta_recur(const float* heads, const float* rates, int n, int n_key
     }
 }
 
-/// `delta_recur` after `delta_convolve`, whose inputs are kept here, where no block looks at the old ones any more. Grid:
-/// columns by `DELTA_COLUMNS`, value heads.
+/// Runs `delta_recur` after `delta_convolve`, and keeps the convolution's inputs, which no block
+/// reads any more. Grid: columns by `DELTA_COLUMNS`, value heads.
 #define DELTA_RECUR(ROWS)                                                                                              \
     KERNEL delta_recur_##ROWS(const float* heads, const float* rates, int n, int n_key, int n_value, int dim,          \
                               int in_turn, const int* past, float* matrices, float* out, const float* projected,       \
@@ -192,9 +200,9 @@ DELTA_RECUR(64)
 DELTA_RECUR(128)
 DELTA_RECUR(256)
 
-/// `x = x / sqrt(mean(x^2) + eps) * norm`, times `g / (1 + exp(-g))` of its gate, and the 8-bit form of that where `q` is not
-/// null, `dim` a multiple of 32. `x` is `[tokens, n_value, dim]`; gates are in rows of `width`, where `by_key_head` says so as
-/// `delta_column` has them. Grid: value heads, tokens.
+/// Computes `x = x / sqrt(mean(x^2) + eps) * norm`, times `g / (1 + exp(-g))` of its gate, and the
+/// quantized form if `q` is not null, with `dim` a multiple of 32. `x` is `[tokens, n_value, dim]`.
+/// Gates are in rows of `width`, with `by_key_head` at `delta_column`. Grid: value heads, tokens.
 KERNEL delta_gate(float* x, const float* gates, int width, int by_key_head, int n_key, int dim, const float* norm,
                   float eps, i8* q, float* scale, float* sums) {
     __shared__ float room[WARP];
@@ -206,7 +214,7 @@ KERNEL delta_gate(float* x, const float* gates, int width, int by_key_head, int 
     float squares = 0.0f;
     for (int i = (int)threadIdx.x; i < dim; i += (int)blockDim.x) squares += x[i] * x[i];
     const float factor = 1.0f / sqrtf(block_sum(squares, room) / (float)dim + eps);
-    // The lanes of a warp have neighbours, which are a run.
+    // The lanes of a warp have consecutive values: a run.
     for (int i = (int)threadIdx.x; i < dim; i += (int)blockDim.x) {
         const float v = gate[i] / (1.0f + expf(-gate[i])) * (x[i] * factor * norm[i]);
         x[i] = v;

@@ -1,4 +1,4 @@
-// Products of float matrices with activations as they are, and widening.
+// Products of float matrices with float activations, and conversion to 32 bits.
 #include "products.cuh"
 
 struct F32 {
@@ -16,7 +16,8 @@ struct BF16 {
     static DEVICE float value(u16 v) { return __int_as_float((int)((u32)v << 16)); }
 };
 
-/// A float format as a type of products: a piece is four values where rows have whole fours, and else one.
+/// A float format as a matrix type: a piece is four values if rows are multiples of four, otherwise
+/// one.
 template <class F>
 struct Values {
     typedef Floats Acts;
@@ -38,7 +39,8 @@ struct Values {
     }
 };
 
-/// `N` values of a row from `column` on, zeros after its end. `quads` says that rows begin where four are read at once.
+/// Returns `N` values of a row from `column` on, zeros after its end. `quads` says whether rows are
+/// aligned to four values.
 template <class F, int N>
 DEVICE void take(const typename F::Bits* row, int column, int n_cols, bool quads, float* out) {
     typedef typename F::Bits Bits;
@@ -57,14 +59,15 @@ DEVICE void take(const typename F::Bits* row, int column, int n_cols, bool quads
     }
 }
 
-/// As the product of the quantised formats with many tokens: `groups` and the grid are the same, activations are 32-bit
-/// floats and so is all arithmetic, so that a router's choices are those that a token's product leads to. A block of 128
-/// threads has a tile of 64 rows and 32 tokens, a thread four by four of it.
+/// Multiplies with many tokens; `groups` and the grid are those of the quantized formats.
+/// Activations and arithmetic are 32-bit floats, so that a router's choices are those of a single
+/// token's product. A block of 128 threads has a tile of 64 rows and 32 tokens, a thread four by
+/// four of it.
 template <class F>
 DEVICE void product_of_many(const u8* base, const u8* const* table, int n_table, const int* groups, int n_tokens,
                             int n_rows, int n_cols, const float* x, float* out) {
     constexpr int ROWS = 64, TOKENS = 32, COLS = 32;
-    // Columns first; a row of words more, so that four of them lie at multiples of 16 bytes.
+    // Columns first. A row has one word more, so that four words are aligned to 16 bytes.
     __shared__ float4 weight_room[COLS * (ROWS + 4) / 4];
     __shared__ float4 act_room[COLS * (TOKENS + 4) / 4];
     float* const weights = (float*)weight_room;
@@ -82,12 +85,12 @@ DEVICE void product_of_many(const u8* base, const u8* const* table, int n_table,
     typedef typename F::Bits Bits;
     const bool quads = n_cols % 4 == 0;
     const int thread = (int)threadIdx.x;
-    // What a thread brings: half of a row's columns, a quarter of a token's.
+    // What a thread loads: half of a row's columns, a quarter of a token's.
     const int row = row0 + thread % ROWS, row_column = thread / ROWS * (COLS / 2);
     const int token = token0 + thread % TOKENS, token_column = thread / TOKENS * (COLS / 4);
     const Bits* w = (const Bits*)start + (i64)(row < n_rows ? row : 0) * n_cols;
     const float* with = x + (i64)(first_token + (token < n_tokens ? token : 0)) * n_cols;
-    // What it multiplies.
+    // What a thread multiplies.
     const int four_rows = thread % (ROWS / 4) * 4, four_tokens = thread / (ROWS / 4) * 4;
     float acc[4][4];
     for (int t = 0; t < 4; t++) {
@@ -122,7 +125,7 @@ DEVICE void product_of_many(const u8* base, const u8* const* table, int n_table,
     }
 }
 
-/// As the decoding of the quantised formats; a thread takes a value.
+/// Converts rows like the dequantization of the quantized formats; a thread per value.
 template <class F>
 DEVICE void widen_rows(const u8* base, const int* which, int n_rows, int n_cols, float* out) {
     const i64 at = (i64)blockIdx.x * blockDim.x + threadIdx.x;

@@ -1,4 +1,4 @@
-// Products with, and decoding of, the formats of iq.cuh.
+// Products with, and dequantization of, the formats of iq.cuh.
 #include "matvec.cuh"
 #include "iq.cuh"
 

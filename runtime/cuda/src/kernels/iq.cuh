@@ -1,34 +1,36 @@
-// The formats whose codes are numbers of points in a grid. The grids are in a header that the program writes from the
-// tables that its processor kernels use.
+// Formats whose codes are indices of grid points. The program writes the grids to a header, from
+// the tables of its CPU kernels.
 #pragma once
 #include "formats.cuh"
 #include "grids.cuh"
 
-/// A byte mask, 0xff where a value is negative, for each of the lowest four bits.
+/// Returns a byte mask for each of the lowest four bits, 0xff for a negative value.
 DEVICE u32 sign_mask(u32 bits) {
     return spread4(bits) * 0xff;
 }
 
-/// Negates the bytes (each 1 to 127) whose sign bit is set. No byte carries into the next: a complemented one is at most
-/// 0xfe.
+/// Negates the bytes (each 1 to 127) whose sign bit is set. No byte carries into the next: a
+/// complemented one is at most 0xfe.
 DEVICE u32 with_signs(u32 bytes, u32 bits) {
     const u32 mask = sign_mask(bits);
     return (bytes ^ mask) + (mask & BYTES4(1));
 }
 
-/// The eight sign bits that seven stored ones stand for: the eighth makes the number of minus signs even.
+/// Returns the eight sign bits of seven stored ones: the eighth makes the number of minus signs
+/// even.
 DEVICE u32 even_signs(u32 bits) {
     const u32 seven = bits & 0x7f;
     return seven | (u32)(__popc((int)seven) & 1) << 7;
 }
 
-/// Eight values: a grid's magnitudes with signs.
+/// Unpacks eight values: magnitudes of a grid point with signs.
 DEVICE void eight(u32* q, u64 grid, u32 signs) {
     q[0] = with_signs((u32)grid, signs);
     q[1] = with_signs((u32)(grid >> 32), signs >> 4);
 }
 
-/// An f16, then for each 32 values four grid numbers (a byte each) and 32 bits: four times seven signs, a 4-bit scale.
+/// f16 scale; per 32 values four grid indices (a byte each) and 32 bits: four times seven signs, a
+/// 4-bit scale.
 struct IQ2_XXS {
     static const int LEN = 256, BYTES = 66, RUNS = 8;
     static const bool HAS_MIN = false;
@@ -40,14 +42,14 @@ struct IQ2_XXS {
     }
 };
 
-/// The two scales of a run from a byte.
+/// Unpacks the two scales of a run from a byte.
 DEVICE void iq2_scales(Run& r, float d, u32 byte) {
     r.scale[0] = d * (0.5f + (float)(byte & 15)) * 0.25f;
     r.scale[1] = d * (0.5f + (float)(byte >> 4)) * 0.25f;
     r.min[0] = r.min[1] = 0.0f;
 }
 
-/// An f16, a u16 for each 8 values (9-bit grid number, seven signs), then a 4-bit scale for each 16.
+/// f16 scale; a u16 per 8 values (9-bit grid index, seven signs); a 4-bit scale per 16 values.
 struct IQ2_XS {
     static const int LEN = 256, BYTES = 74, RUNS = 8;
     static const bool HAS_MIN = false;
@@ -60,8 +62,8 @@ struct IQ2_XS {
     }
 };
 
-/// An f16, for each 8 values a byte of grid number, 32 bytes of signs, 8 bytes of two more grid bits for each 8 values,
-/// then a 4-bit scale for each 16.
+/// f16 scale; a byte of grid index per 8 values; 32 bytes of signs; 8 bytes with two more grid bits
+/// per 8 values; a 4-bit scale per 16 values.
 struct IQ2_S {
     static const int LEN = 256, BYTES = 82, RUNS = 8;
     static const bool HAS_MIN = false;
@@ -78,7 +80,8 @@ struct IQ2_S {
     }
 };
 
-/// An f16, a byte of grid number for each 4 values, then for each 32 values 32 bits: four times seven signs, a scale.
+/// f16 scale; a byte of grid index per 4 values; per 32 values 32 bits: four times seven signs, a
+/// scale.
 struct IQ3_XXS {
     static const int LEN = 256, BYTES = 98, RUNS = 8;
     static const bool HAS_MIN = false;
@@ -94,8 +97,8 @@ struct IQ3_XXS {
     }
 };
 
-/// An f16, a byte of grid number for each 4 values, 8 bytes of ninth grid bits, 32 bytes of signs, a 4-bit scale for
-/// each 32.
+/// f16 scale; a byte of grid index per 4 values; 8 bytes of ninth grid bits; 32 bytes of signs; a
+/// 4-bit scale per 32 values.
 struct IQ3_S {
     static const int LEN = 256, BYTES = 110, RUNS = 8;
     static const bool HAS_MIN = false;
@@ -113,16 +116,16 @@ struct IQ3_S {
     }
 };
 
-/// Adds one, or minus one, to each of eight signed bytes that are -8, 0 or 8. With the sign bits flipped they are 0x78,
-/// 0x80 or 0x88: nothing carries from one to the next.
+/// Adds one, or minus one, to each of eight signed bytes that are -8, 0 or 8. With flipped sign
+/// bits they are 0x78, 0x80 or 0x88, so no byte carries into the next.
 DEVICE void with_offset(u32* q, u64 grid, bool negative) {
     const u32 step = negative ? 0u - BYTES4(1) : BYTES4(1);
     q[0] = (((u32)grid ^ BYTES4(0x80)) + step) ^ BYTES4(0x80);
     q[1] = (((u32)(grid >> 32) ^ BYTES4(0x80)) + step) ^ BYTES4(0x80);
 }
 
-/// An f16, a byte of grid number for each 8 values, then a u16 for each 32: four times three more grid bits, a 3-bit
-/// scale, and the sign of an offset of an eighth. Codes are in eighths.
+/// f16 scale; a byte of grid index per 8 values; a u16 per 32 values: four times three more grid
+/// bits, a 3-bit scale, and the sign of an offset of an eighth. Codes are in eighths.
 struct IQ1_S {
     static const int LEN = 256, BYTES = 50, RUNS = 8;
     static const bool HAS_MIN = false;
@@ -136,8 +139,8 @@ struct IQ1_S {
     }
 };
 
-/// A byte of grid number for each 8 values, 4 bits for each 8 values (three more grid bits and the sign of an offset),
-/// then four u16: sixteen 3-bit scales, and an f16 in the four bits left of each.
+/// A byte of grid index per 8 values; 4 bits per 8 values (three more grid bits and the sign of an
+/// offset); four u16 with 16 3-bit scales, and an f16 scale in the remaining four bits of each.
 struct IQ1_M {
     static const int LEN = 256, BYTES = 56, RUNS = 8;
     static const bool HAS_MIN = false;

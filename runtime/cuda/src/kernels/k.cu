@@ -1,4 +1,4 @@
-// Products with, and decoding of, the formats of k.cuh.
+// Products with, and dequantization of, the formats of k.cuh.
 #include "matvec.cuh"
 #include "k.cuh"
 

@@ -1,8 +1,9 @@
-// The K formats: blocks of 256 values with scales that are themselves quantised.
+// The K formats: blocks of 256 values with scales that are themselves quantized.
 #pragma once
 #include "formats.cuh"
 
-/// 4-bit scale and minimum for each 16 values, 64 bytes of 2-bit codes, two f16 that multiply scales and minimums.
+/// 4-bit scale and minimum per 16 values; 64 bytes of 2-bit codes; two f16 factors on scales and
+/// minimums.
 struct Q2_K {
     static const int LEN = 256, BYTES = 84, RUNS = 8;
     static const bool HAS_MIN = true;
@@ -19,7 +20,8 @@ struct Q2_K {
     }
 };
 
-/// 32 bytes of third bits, 64 bytes of 2-bit codes, sixteen 6-bit scales less 32 in 12 bytes, an f16. Codes less 4.
+/// 32 bytes of third bits; 64 bytes of 2-bit codes; 16 6-bit scales, minus 32, in 12 bytes; f16
+/// scale. Codes minus 4.
 struct Q3_K {
     static const int LEN = 256, BYTES = 110, RUNS = 8;
     static const bool HAS_MIN = false;
@@ -42,7 +44,8 @@ struct Q3_K {
     }
 };
 
-/// The scale and minimum of a run, with which blocks of Q4_K and Q5_K begin: two f16, then 12 bytes of 6-bit numbers.
+/// Unpacks scale and minimum of a run from the header of Q4_K and Q5_K: two f16 factors, then 12
+/// bytes of 6-bit numbers.
 DEVICE void k_scales(const u8* block, int run, Run& r) {
     const u8* s = block + 4;
     u32 scale, min;
@@ -56,7 +59,8 @@ DEVICE void k_scales(const u8* block, int run, Run& r) {
     scales(r, half_at(block) * (float)scale, half_at(block + 2) * (float)min);
 }
 
-/// Scales and minimums, then 128 bytes: the low halves of each 32 are one run of codes, the high halves the next.
+/// Scales and minimums; 128 bytes: the low halves of each 32 are one run of codes, the high halves
+/// the next.
 struct Q4_K {
     static const int LEN = 256, BYTES = 144, RUNS = 8;
     static const bool HAS_MIN = true;
@@ -83,7 +87,7 @@ struct Q5_K {
     }
 };
 
-/// 128 bytes of low 4 bits, 64 of high 2 bits, 16 signed 8-bit scales, an f16. Codes less 32.
+/// 128 bytes of low 4 bits; 64 of high 2 bits; 16 signed 8-bit scales; f16 scale. Codes minus 32.
 struct Q6_K {
     static const int LEN = 256, BYTES = 210, RUNS = 8;
     static const bool HAS_MIN = false;
@@ -104,8 +108,8 @@ struct Q6_K {
     }
 };
 
-/// An f16, eight 6-bit scales less 32 (2 high bits each in a u16, 4 low bits each in 4 bytes), 16 bytes for each 32
-/// values as in IQ4_NL.
+/// f16 scale; eight 6-bit scales, minus 32 (2 high bits each in a u16, 4 low bits each in 4 bytes);
+/// 16 bytes per 32 values as in IQ4_NL.
 struct IQ4_XS {
     static const int LEN = 256, BYTES = 136, RUNS = 8;
     static const bool HAS_MIN = false;

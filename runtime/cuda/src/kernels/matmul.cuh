@@ -1,20 +1,24 @@
-// Products of quantised matrices with many tokens, on tensor cores of 8-bit integers: the same codes and scales as for
-// one token, and the same exact sums of sixteen products, so that a prompt's results differ from a token's by the order
-// of the sums alone.
+// Products of quantized matrices with many tokens, on tensor cores of 8-bit integers.
+//
+// Codes, scales and the exact integer sums of 16 products are those of a single token's product, so
+// that results differ from a single token's only by the order of the float sums.
 #pragma once
 #include "formats.cuh"
 
-/// Rows, tokens and columns that a block of four warps works on at a time.
+/// Rows, tokens and columns per step of a block of four warps.
 #define TILE_ROWS 64
 #define TILE_TOKENS 32
 #define TILE_COLS 64
-/// Bytes from one row of codes to the next in shared memory: 20 words, so that a warp's reads meet different banks.
+/// Bytes from one row of codes to the next in shared memory: 20 words, so that a warp's reads hit
+/// different banks.
 #define CODE_STRIDE 80
 
 #ifndef TIER_PLAN_SHIM
-/// `c += a * b` of 16 x 16 and 16 x 8 bytes. A lane has four bytes of rows `lane / 4` (`low`) and 8 further on (`high`)
-/// from column `lane % 4 * 4` on, the same of column `lane / 4` of `b`, and columns `lane % 4 * 2` and the next of its two
-/// rows of `c`.
+/// Computes `c += a * b` of 16 x 16 and 16 x 8 bytes.
+///
+/// A lane has four bytes of rows `lane / 4` (`low`) and `lane / 4 + 8` (`high`) of `a` from column
+/// `lane % 4 * 4` on, the same of column `lane / 4` of `b`, and columns `lane % 4 * 2` and the next
+/// of its two rows of `c`.
 DEVICE void multiply_tiles(int* c, u32 low, u32 high, u32 b) {
 #if __CUDA_ARCH__ >= 800
     asm("mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
@@ -31,9 +35,11 @@ DEVICE void multiply_tiles(int* c, u32 low, u32 high, u32 b) {
 }
 #endif
 
-/// `out[token, row] = sum over c of w[row, c] * x[token, c]`. Without `groups` the matrix is `base` and there are
-/// `n_tokens`; a group is three numbers: of a matrix in the table, of its first token, and how many it has. Grid: tiles of
-/// rows, tiles of tokens (of the largest group), groups.
+/// Computes `out[token, row] = sum over c of w[row, c] * x[token, c]`.
+///
+/// Without `groups` the matrix is `base`, and there are `n_tokens`. A group is three numbers: the
+/// index of a matrix in the table, its first token, and its number of tokens. Grid: tiles of rows,
+/// tiles of tokens (of the largest group), groups.
 template <class F>
 DEVICE void matmul(const u8* base, const u8* const* table, int n_table, const int* groups, int n_tokens, int n_rows,
                    int n_cols, const i8* q, const float* scale, const float* sums, float* out) {
@@ -41,7 +47,7 @@ DEVICE void matmul(const u8* base, const u8* const* table, int n_table, const in
     __shared__ uint4 act_room[TILE_TOKENS * CODE_STRIDE / 16];
     u8* const codes = (u8*)code_room;
     u8* const acts = (u8*)act_room;
-    // By half of a run.
+    // Per half of a run.
     __shared__ float code_scale[TILE_ROWS][4];
     __shared__ float code_min[TILE_ROWS][4];
     __shared__ float act_scale[TILE_TOKENS][2];
@@ -66,7 +72,7 @@ DEVICE void matmul(const u8* base, const u8* const* table, int n_table, const in
     for (int run0 = 0; run0 < n_runs; run0 += 2) {
         __syncthreads();
         {
-            // A thread takes one run of one row apart.
+            // A thread unpacks one run of one row.
             const int r = thread / 2, part = thread % 2, run = run0 + part;
             Run taken;
             if (row0 + r < n_rows && run < n_runs) {
@@ -84,7 +90,7 @@ DEVICE void matmul(const u8* base, const u8* const* table, int n_table, const in
             }
         }
         {
-            // Sixteen activations each.
+            // 16 activations per thread.
             const int t = thread / 4, part = thread % 4, run = run0 + part / 2;
             const bool inside = token0 + t < n_tokens && run < n_runs;
             const i64 at = (i64)(first_token + token0 + t) * n_runs + run;

@@ -1,9 +1,9 @@
-// Products of quantised matrices with 8-bit activations, and plain decoding, for any format.
+// Products of quantized matrices with 8-bit activations, and dequantization, for any block format.
 #pragma once
 #include "matmul.cuh"
 #include "products.cuh"
 
-/// A block format as a type of products: a piece is a run.
+/// A block format as a matrix type: a piece is a run.
 template <class F>
 struct Blocks {
     typedef Codes Acts;
@@ -16,7 +16,8 @@ struct Blocks {
     }
 };
 
-/// Decodes rows of `n_cols` values: those with numbers in `which`, or the first ones without. A thread takes 32 values.
+/// Dequantizes rows of `n_cols` values: those whose indices are in `which`, or the first ones if it
+/// is null. A thread takes 32 values.
 template <class F>
 DEVICE void dequantize(const u8* base, const int* which, int n_rows, int n_cols, float* out) {
     const int n_runs = n_cols / 32;
@@ -30,12 +31,12 @@ DEVICE void dequantize(const u8* base, const int* which, int n_rows, int n_cols,
     float* to = out + index * n_cols + 32 * i;
     for (int k = 0; k < 32; k++) {
         const float code = (float)(i8)(r.q[k / 4] >> (8 * (k % 4)));
-        // Not fused, as the processor's decoding is not.
+        // Not fused, as on the CPU.
         to[k] = __fadd_rn(__fmul_rn(r.scale[k / 16], code), -r.min[k / 16]);
     }
 }
 
-/// The kernels of a format.
+/// Defines the kernels of a format.
 #define FORMAT_KERNELS(F)                                                                                              \
     PRODUCT_KERNELS(F, Blocks<F>)                                                                                      \
     KERNEL matmul_##F(const u8* base, const u8* const* table, int n_table, const int* groups, int n_tokens, int n_rows,\

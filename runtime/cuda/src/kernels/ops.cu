@@ -1,14 +1,14 @@
-// The small operations between products.
+// Element-wise operations, norms, and storing in the KV cache.
 #include "rows.cuh"
 
-/// 8-bit activations, a warp a run.
+/// Quantizes activations, a warp per run.
 KERNEL quantize(const float* x, int n_runs, i8* q, float* scale, float* sums) {
     const int run = (int)(blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP), lane = threadIdx.x % WARP;
     if (run < n_runs) quantize_run(x[32 * (i64)run + lane], run, q, scale, sums);
 }
 
-/// `x += add`, then `out = x / sqrt(mean(x^2) + eps) * weight` and the 8-bit form of that; `add` and `q` may be null. A block
-/// a row of `width` values, with `q` a multiple of 32.
+/// Computes `x += add`, then `out = x / sqrt(mean(x^2) + eps) * weight` and its quantized form.
+/// `add` and `q` may be null. A block per row of `width` values, with `q` a multiple of 32.
 KERNEL add_norm(float* x, const float* add, const float* weight, int width, float eps, float* out, i8* q, float* scale,
                 float* sums) {
     __shared__ float room[WARP];
@@ -25,7 +25,7 @@ KERNEL add_norm(float* x, const float* add, const float* weight, int width, floa
         squares += v * v;
     }
     const float factor = 1.0f / sqrtf(block_sum(squares, room) / (float)width + eps);
-    // The lanes of a warp have neighbours, which are a run.
+    // The lanes of a warp have consecutive values: a run.
     for (int i = (int)threadIdx.x; i < width; i += (int)blockDim.x) {
         const float v = x[i] * factor * weight[i];
         out[i] = v;
@@ -33,8 +33,8 @@ KERNEL add_norm(float* x, const float* add, const float* weight, int width, floa
     }
 }
 
-/// `out = x / sqrt(mean(x^2) + eps) * weight`, a block a row of `width` values; a null `weight` stands for ones. Rows begin
-/// `x_stride` and `out_stride` values apart. `out` may be `x`.
+/// Computes `out = x / sqrt(mean(x^2) + eps) * weight`, a block per row of `width` values. A null
+/// `weight` stands for ones. Rows begin `x_stride` and `out_stride` values apart. `out` may be `x`.
 KERNEL rms_norm(const float* x, int x_stride, const float* weight, int width, float eps, float* out, int out_stride) {
     __shared__ float room[WARP];
     x += (i64)blockIdx.x * x_stride;
@@ -47,8 +47,8 @@ KERNEL rms_norm(const float* x, int x_stride, const float* weight, int width, fl
     }
 }
 
-/// Rotates the pairs of every head of `[tokens, heads, head_dim]`; `turns` is `[tokens, half]` of cosine and sine. Pairs
-/// are neighbours, or `half` values apart. Grid: heads, tokens.
+/// Rotates the pairs of every head of `[tokens, heads, head_dim]`; `turns` is `[tokens, half]` of
+/// cosine and sine. The values of a pair are adjacent, or `half` values apart. Grid: heads, tokens.
 KERNEL rope(float* x, const float* turns, int head_dim, int half, int neighbours) {
     float* head = x + ((i64)blockIdx.y * gridDim.x + blockIdx.x) * head_dim;
     const float* turn = turns + (i64)blockIdx.y * half * 2;
@@ -75,7 +75,8 @@ struct StoreF16 {
     }
 };
 
-/// A warp a block of 32 values, whose scale is the least 16-bit float not below the largest magnitude by 127.
+/// Stores blocks of 32 values, a warp each. A block's scale is the smallest 16-bit float not below
+/// its largest magnitude / 127.
 struct StoreQ8 {
     static DEVICE i64 row_bytes(int width) { return RowsQ8::row_bytes(width); }
     static DEVICE void row(const float* from, int width, u8* row) {
@@ -99,18 +100,20 @@ struct StoreQ8 {
     }
 };
 
-/// Stores `[tokens, heads, width]` in a cache `[heads, context, width]`, from position `*past` on. Grid: heads, tokens.
+/// Stores `[tokens, heads, width]` in a cache `[heads, context, width]`, from position `*past` on.
+/// Grid: heads, tokens.
 template <class Store>
 DEVICE void store(const float* x, int width, int context, const int* past, u8* cache) {
     const float* from = x + ((i64)blockIdx.y * gridDim.x + blockIdx.x) * width;
     Store::row(from, width, cache + ((i64)blockIdx.x * context + *past + blockIdx.y) * Store::row_bytes(width));
 }
 
-/// The widest key or value.
+/// Widest key or value.
 #define MAX_KEY 640
 
-/// Norms and rotates the heads of queries and keys, the queries in place, and stores keys and values, from position `*past`
-/// on. Norms and `turns` may be null. Grid: heads of queries, of keys and of values; tokens.
+/// Normalizes and rotates the heads of queries and keys, the queries in place, and stores keys and
+/// values, from position `*past` on. Norms and `turns` may be null. Grid: heads of queries, of keys
+/// and of values; tokens.
 template <class Store>
 DEVICE void place_heads(float* q, const float* k, const float* v, const float* q_norm, const float* k_norm, float eps,
                         const float* turns, int half, int neighbours, int n_head, int n_head_kv, int key_width,
@@ -172,7 +175,8 @@ DEVICE i64 thread_number() {
     return (i64)blockIdx.x * blockDim.x + threadIdx.x;
 }
 
-/// `gate = silu_gated(gate, up)`, and the 8-bit form of that where `q` is not null; `n` is a multiple of 32 then.
+/// Computes `gate = silu_gated(gate, up)`, and its quantized form if `q` is not null, with `n` a
+/// multiple of 32.
 KERNEL silu_mul(float* gate, const float* up, int n, i8* q, float* scale, float* sums) {
     const i64 i = thread_number();
     if (i >= n) return;
@@ -181,7 +185,7 @@ KERNEL silu_mul(float* gate, const float* up, int n, i8* q, float* scale, float*
     if (q) quantize_run(v, i / 32, q, scale, sums);
 }
 
-/// `gate = clamped_gated(gate, up)`, and the 8-bit form as `silu_mul`.
+/// Computes `gate = clamped_gated(gate, up)`, and its quantized form as `silu_mul`.
 KERNEL clamped_swiglu(float* gate, const float* up, float alpha, float limit, int n, i8* q, float* scale, float* sums) {
     const i64 i = thread_number();
     if (i >= n) return;
@@ -190,26 +194,28 @@ KERNEL clamped_swiglu(float* gate, const float* up, float alpha, float limit, in
     if (q) quantize_run(v, i / 32, q, scale, sums);
 }
 
-/// `x = x / (1 + exp(-gate))`.
+/// Computes `x = x / (1 + exp(-gate))`.
 KERNEL gate(float* x, const float* gate, int n) {
     const i64 i = thread_number();
     if (i < n) x[i] = x[i] / (1.0f + expf(-gate[i]));
 }
 
-/// Copies rows of `width` values that begin `x_stride` and `out_stride` values apart; `n` values in all.
+/// Copies rows of `width` values that begin `x_stride` and `out_stride` values apart; `n` values in
+/// total.
 KERNEL copy_rows(const float* x, int x_stride, int width, i64 n, float* out, int out_stride) {
     const i64 i = thread_number();
     if (i < n) out[i / width * out_stride + i % width] = x[i / width * x_stride + i % width];
 }
 
-/// Multiplies each row of `width` values by its own factor; `n` values in all.
+/// Multiplies each row of `width` values by its factor; `n` values in total.
 KERNEL scale_rows(float* x, const float* factors, int width, i64 n) {
     const i64 i = thread_number();
     if (i < n) x[i] *= factors[i / width];
 }
 
-/// `out[job, c] = sum over r of x[job, r] * w[job % heads, r, c]`: products with the transposed matrices of heads, which
-/// are `[n_rows, n_cols]`. A thread a column. Grid: columns by threads, jobs.
+/// Computes `out[job, c] = sum over r of x[job, r] * w[job % heads, r, c]`: products with the
+/// transposed matrices of heads, `[n_rows, n_cols]` each. A thread per column. Grid: columns by
+/// threads, jobs.
 KERNEL matvec_transposed(const float* w, int heads, int n_rows, int n_cols, const float* x, float* out) {
     const int c = (int)(blockIdx.x * blockDim.x + threadIdx.x);
     const i64 job = blockIdx.y;
@@ -221,13 +227,14 @@ KERNEL matvec_transposed(const float* w, int heads, int n_rows, int n_cols, cons
     out[job * n_cols + c] = sum;
 }
 
-/// `x += y`.
+/// Computes `x += y`.
 KERNEL add(float* x, const float* y, int n) {
     const i64 i = thread_number();
     if (i < n) x[i] += y[i];
 }
 
-/// Adds a bias to each row of `[rows, width]`: the first of `n_bias`, or that which `which[row]` numbers, if there is one.
+/// Adds a bias to each row of `[rows, width]`: the first of `n_bias`, or the one with index
+/// `which[row]`, if there is one.
 KERNEL add_bias(float* x, const float* bias, int n_bias, const int* which, int width, int n) {
     const i64 i = thread_number();
     if (i >= n) return;
@@ -235,8 +242,8 @@ KERNEL add_bias(float* x, const float* bias, int n_bias, const int* which, int w
     if (row >= 0 && row < n_bias) x[i] += bias[row * width + i % width];
 }
 
-/// Multiplies each row of `out` `[rows, width]` by `1 / (1 + exp(-gate . x))`, `x` `[rows, n]`: the gate of a shared
-/// expert. A block a row.
+/// Multiplies each row of `out` `[rows, width]` by `1 / (1 + exp(-gate . x))`, `x` `[rows, n]`: the
+/// gate of a shared expert. A block per row.
 KERNEL sigmoid_gate(const float* gate, const float* x, int n, int width, float* out) {
     __shared__ float room[WARP];
     x += (i64)blockIdx.x * n;
@@ -247,7 +254,8 @@ KERNEL sigmoid_gate(const float* gate, const float* x, int n, int width, float* 
     for (int i = (int)threadIdx.x; i < width; i += (int)blockDim.x) out[i] *= factor;
 }
 
-/// Reads `n` words again and again: what a device's memory gives. The sum is written so that no read is left out.
+/// Reads `n` words with all threads, to measure bandwidth. The sum is written so that no read is
+/// optimized away.
 KERNEL read_all(const uint4* from, i64 n, u32* out) {
     u32 sum = 0;
     const i64 step = (i64)gridDim.x * blockDim.x;
@@ -258,5 +266,5 @@ KERNEL read_all(const uint4* from, i64 n, u32* out) {
     out[thread_number()] = sum;
 }
 
-/// Nothing: what a launch costs.
+/// Does nothing, to measure the time of a launch.
 KERNEL nothing() {}

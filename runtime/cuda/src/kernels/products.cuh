@@ -1,13 +1,13 @@
-// Products of matrices with a few rows of activations, whatever the type: one by one, several at a time, gate and up with
-// what stands between them and the last product, and the last products of a token's experts with their weighted sum. A warp
-// has a row of a matrix, and its lanes take the row's pieces in turn.
+// Products of matrices with a few rows of activations, for any matrix type: single, several at
+// once, gate and up with the activation, and down with the weighted sum over a token's experts. A
+// warp has a row of a matrix, and its lanes take the row's pieces in turn.
 //
-// A type is a struct with the activations that it takes (`Acts`), bytes of a row, pieces of a row, and `add`, which adds
-// the products of a piece.
+// A matrix type is a struct with the activations that it takes (`Acts`), bytes per row, pieces per
+// row, and `add`, which adds the products of a piece.
 #pragma once
 #include "base.cuh"
 
-/// 8-bit activations: what `quantize_run` writes, `[_, n_cols]`.
+/// 8-bit activations as `quantize_run` writes them, `[_, n_cols]`.
 struct Codes {
     const u8* q;
     const float* scale;
@@ -18,7 +18,7 @@ struct Codes {
     }
 };
 
-/// Activations as they are, `[_, n_cols]`, and two pointers that say nothing.
+/// Float activations, `[_, n_cols]`, and two unused pointers.
 struct Floats {
     const u8* x;
     const float* no_scale;
@@ -26,13 +26,14 @@ struct Floats {
     DEVICE Floats row(i64 row, int n_cols) const { return {x + 4 * row * n_cols, nullptr, nullptr}; }
 };
 
-/// Matrices of jobs: `base`, or, where there is a table, `table[which[job]]`, and `table[job]` without `which`.
+/// Matrices of jobs: `base`, or with a table `table[which[job]]`, or `table[job]` without `which`.
 struct Matrices {
     const u8* base;
     const u8* const* table;
     int n_table;
     const int* which;
-    /// A job's matrix, and its number to `at`; null where there is none: a number outside the table, or a null in it.
+    /// Returns a job's matrix, and its index in `at`; null if the index is outside of the table, or
+    /// the matrix missing.
     DEVICE const u8* of(i64 job, i64& at) const {
         at = 0;
         if (!table) return base;
@@ -41,7 +42,7 @@ struct Matrices {
     }
 };
 
-/// A lane's share of the product of a row.
+/// Returns a lane's share of the product of a row.
 template <class W>
 DEVICE float share_of_row(const u8* w, i64 row, int n_cols, typename W::Acts x, int lane) {
     w += row * W::row_bytes(n_cols);
@@ -50,9 +51,9 @@ DEVICE float share_of_row(const u8* w, i64 row, int n_cols, typename W::Acts x, 
     return sum;
 }
 
-/// `out[job, row] = sum over c of w[row, c] * x[job / jobs_per_x, c] + bias[row]`: a layer's chosen experts are one launch.
-/// `bias`, a row of it for each matrix, may be null. Where there is no matrix the result is left as it is. Grid: rows by
-/// warps, jobs.
+/// Computes `out[job, row] = sum over c of w[row, c] * x[job / jobs_per_x, c] + bias[row]`: one
+/// launch for a layer's chosen experts. `bias`, a row per matrix, may be null. A result without a
+/// matrix is left as it is. Grid: rows by warps, jobs.
 template <class W>
 DEVICE void matvec(Matrices matrices, const float* bias, int n_rows, int n_cols, typename W::Acts x, int jobs_per_x,
                    float* out) {
@@ -67,7 +68,8 @@ DEVICE void matvec(Matrices matrices, const float* bias, int n_rows, int n_cols,
     if (lane == 0) out[(i64)job * n_rows + row] = bias ? sum + bias[at * n_rows + row] : sum;
 }
 
-/// A lane's share of the product of a row whose type is one of several, by its place among them.
+/// Returns a lane's share of the product of a row, whose matrix type is given by its index in
+/// `Types`.
 template <class W, class... Others>
 DEVICE float share_by_type(int type, const u8* w, i64 row, int n_cols, typename W::Acts x, int lane) {
     if constexpr (sizeof...(Others) > 0) {
@@ -79,17 +81,17 @@ DEVICE float share_by_type(int type, const u8* w, i64 row, int n_cols, typename 
 /// One of several matrices that are multiplied with the same activations.
 struct Part {
     const u8* w;
-    /// Its place among the types that a kernel knows.
+    /// Index of its type among those of the kernel.
     int type;
     int n_rows;
-    /// May be null.
+    /// `[n_rows]`, or null.
     const float* bias;
     /// `[tokens, n_rows]`.
     float* out;
 };
 
-/// `matvec` of up to three matrices, those that there are not without rows. A block has rows of one matrix, so its warps
-/// have one type. Grid: rows by warps, each matrix begins with a block of its own; tokens.
+/// Multiplies up to three matrices; missing ones have no rows. A block has rows of one matrix, so
+/// its warps have one type. Grid: rows by warps, where each matrix begins with a new block; tokens.
 template <class W, class... Others>
 DEVICE void matvecs(Part part, Part second, Part third, int n_cols, typename W::Acts x) {
     const int lane = threadIdx.x % WARP, warps = (int)(blockDim.x / WARP);
@@ -112,12 +114,13 @@ DEVICE void matvecs(Part part, Part second, Part third, int n_cols, typename W::
     if (lane == 0) part.out[token * part.n_rows + row] = part.bias ? sum + part.bias[row] : sum;
 }
 
-/// Rows of a block of `gated`: a run of what it makes.
+/// Rows per block of `gated`: a run of its results.
 #define GATED_ROWS 32
 
-/// Gate's and up's products of each job, and what stands between them and the last product: `silu_gated`, or
-/// `clamped_gated` where `clamped` says so. The result is `[jobs, n_rows]`, in 8 bits where `q` is not null, with `n_rows` a
-/// multiple of 32, or else in `out`. Biases and missing matrices as with `matvec`. Grid: runs of 32 rows, jobs.
+/// Computes the products of each job with gate and up, and their activation: `silu_gated`, or
+/// `clamped_gated` if `clamped`. The result is `[jobs, n_rows]`: quantized if `q` is not null, with
+/// `n_rows` a multiple of 32, otherwise in `out`. Biases and missing matrices are as with `matvec`.
+/// Grid: runs of 32 rows, jobs.
 template <class W>
 DEVICE void gated(Matrices gate, Matrices up, const float* gate_bias, const float* up_bias, int n_rows, int n_cols,
                   typename W::Acts x, int jobs_per_x, int clamped, float alpha, float limit, float* out, i8* q,
@@ -160,14 +163,16 @@ DEVICE void gated(Matrices gate, Matrices up, const float* gate_bias, const floa
     }
 }
 
-/// `out[token, row] = onto[token, row] + sum over k of weights[token, k] * (w[k][row] . x[token, k] + bias)`: the last
-/// products of the experts that a token chose. `onto` and `bias` may be null; missing matrices add nothing. A warp has a row
-/// of all of them, and its lanes take their pieces in turn as if they were one long row, so that none idles where an expert
-/// has few. Grid: rows by warps, tokens.
+/// Computes `out[token, row] = onto[token, row] + sum over k of weights[token, k] * (w[k][row] .
+/// x[token, k] + bias)`: down of the experts that a token chose. `onto` and `bias` may be null;
+/// missing matrices add nothing.
+///
+/// A warp has a row of all of them. Its lanes take their pieces in turn as of one long row, so that
+/// no lane idles where an expert has few pieces. Grid: rows by warps, tokens.
 template <class W>
 DEVICE void chosen_sum(Matrices matrices, const float* bias, const float* weights, int n_used, int n_rows, int n_cols,
                        typename W::Acts x, const float* onto, float* out) {
-    // Of as many experts as a warp has lanes at once.
+    // At once as many experts as a warp has lanes.
     __shared__ const u8* starts[WARP];
     __shared__ float factors[WARP];
     const int lane = threadIdx.x % WARP, pieces = W::pieces(n_cols);
@@ -203,7 +208,7 @@ DEVICE void chosen_sum(Matrices matrices, const float* bias, const float* weight
     if (lane == 0) out[to] = onto ? onto[to] + sum : sum;
 }
 
-/// The kernels of a type; activations are three pointers whatever it takes.
+/// Defines the kernels of a matrix type; activations are always three pointers.
 #define PRODUCT_KERNELS(NAME, TYPE)                                                                                    \
     KERNEL matvec_##NAME(const u8* base, const u8* const* table, int n_table, const int* which, const float* bias,     \
                          int n_rows, int n_cols, const u8* x, const float* scale, const float* sums, int jobs_per_x,   \
@@ -224,7 +229,7 @@ DEVICE void chosen_sum(Matrices matrices, const float* bias, const float* weight
                          onto, out);                                                                                   \
     }
 
-/// The kernel of a module's types, in the order that the program numbers them.
+/// Defines the kernel of all types of a module, in the order of the program's indices.
 #define MATVECS_KERNEL(NAME, ...)                                                                                      \
     KERNEL matvecs_##NAME(const u8* w0, int type0, int rows0, const float* bias0, float* out0, const u8* w1,           \
                           int type1, int rows1, const float* bias1, float* out1, const u8* w2, int type2, int rows2,   \

@@ -1,23 +1,29 @@
-// Attention of many tokens to the cache, on tensor cores of 16-bit floats: queries, keys, values and weights are rounded
-// to them, products are summed in 32 bits. A block takes rows (a token with one of the heads of a group) and goes over
-// the positions that any of them sees, a tile at a time, with a largest score and a sum so far for each row. Tiles begin at
-// fixed positions, and one that a row doesn't see leaves its sums as they are to the bit, so that a result doesn't depend
-// on what is computed beside it. Long contexts are cut at fixed positions too; `join_chunks` puts the parts together.
+// Attention of many tokens over the KV cache, on tensor cores of 16-bit floats. Queries, keys,
+// values and weights are rounded to 16 bits; products are summed in 32 bits.
+//
+// A block takes rows (a token with one of the heads of a group) and iterates over the positions
+// that any of them attends to, a tile at a time, with a running maximum and sum per row. Tiles
+// begin at fixed positions, and a tile that a row does not attend to leaves its sums unchanged to
+// the bit. So a result does not depend on other tokens of the batch.
+//
+// Long contexts are also split at fixed positions; `join_chunks` combines the splits.
 #include "halves.cuh"
 #include "rows.cuh"
 
-/// Positions of a tile.
+/// Positions per tile.
 #define KEYS 32
-/// Positions of what one block goes over at most, a multiple of `KEYS`.
+/// Most positions per block, a multiple of `KEYS`.
 #define SPLIT 2048
-/// Columns of keys that are in shared memory at a time, and columns of values of a block.
+/// Columns of keys in shared memory at a time, and columns of values per block.
 #define PART 128
-/// 16-bit floats from one key to the next, so that a half warp's reads of 8 bytes meet different banks.
+/// 16-bit floats from one key to the next, so that a half warp's reads of 8 bytes hit different
+/// banks.
 #define KEY_STRIDE (PART + 16)
-/// Words from four positions (two pairs, side by side for each column) to the next four, for the same reason.
+/// Words from four positions (two pairs, side by side per column) to the next four, so that reads
+/// hit different banks.
 #define VALUE_STRIDE (2 * PART + 8)
 
-/// Four stored values from `i` on as 16-bit floats.
+/// Returns four stored values from `i` on as 16-bit floats.
 template <class Rows>
 struct Halves {
     static DEVICE uint2 four(const u8* row, int i) { return four_halves(Rows::four(row, i)); }
@@ -32,7 +38,7 @@ DEVICE int least(int a, int b) {
     return a < b ? a : b;
 }
 
-/// Columns `column0` to `column0 + PART` of the keys of a tile, zeros where there is none.
+/// Loads columns `column0` to `column0 + PART` of the keys of a tile, zeros outside.
 template <class Rows, int WARPS>
 DEVICE void load_keys(u16* to, const u8* keys, i64 row_bytes, int p0, int end, int column0, int width, int padded) {
     const int warp = (int)threadIdx.x / WARP, column = column0 + (int)threadIdx.x % WARP * 4;
@@ -46,8 +52,9 @@ DEVICE void load_keys(u16* to, const u8* keys, i64 row_bytes, int p0, int end, i
     }
 }
 
-/// Columns `column0` to `column0 + n` of the values of a tile, zeros where there is none: weights of 0 must meet numbers.
-/// Positions 2 i, 2 i + 1, 2 i + 8 and 2 i + 9 of sixteen lie side by side for each column, as a lane multiplies them.
+/// Loads columns `column0` to `column0 + n` of the values of a tile, zeros outside: weights of 0
+/// must not meet NaN. Positions 2 i, 2 i + 1, 2 i + 8 and 2 i + 9 of 16 are side by side per
+/// column, as a lane multiplies them.
 template <class Rows, int WARPS>
 DEVICE void load_values(u32* to, const u8* values, i64 row_bytes, int p0, int end, int column0, int n) {
     const int warp = (int)threadIdx.x / WARP, column = (int)threadIdx.x % WARP * 4;
@@ -69,16 +76,18 @@ DEVICE void load_values(u32* to, const u8* values, i64 row_bytes, int p0, int en
     }
 }
 
-/// `mixed` is `[tokens, heads, splits, value_width]`, `largest` and `sums` `[tokens, heads, splits]`, as `attend` leaves
-/// them. The first token is at position `*past + first_token`. A block has 16 rows a warp, and keys are at most
-/// `MOST_WIDE`. Grid: blocks of rows; heads of keys and values times parts of values; splits, from the first that a token
-/// sees on.
+/// Computes the shares of splits: `mixed` is `[tokens, heads, splits, value_width]`, `largest` and
+/// `sums` `[tokens, heads, splits]`, as `attend` leaves them. The first token is at position `*past
+/// + first_token`. A block has 16 rows per warp, and keys are at most `MOST_WIDE` wide.
+///
+/// Grid: blocks of rows; heads of keys and values times parts of values; splits, from the first
+/// that a token attends to.
 template <class Rows, int WARPS, int MOST_WIDE>
 DEVICE void prompt_attend(const float* queries, const u8* keys, const u8* values, int context, int n_head_kv, int group,
                           int key_width, int value_row_width, int value_width, float scale, const int* past,
                           int first_token, int tokens, int window, float* mixed, float* largest, float* sums) {
     constexpr int BLOCK_ROWS = 16 * WARPS, QUERY_STRIDE = MOST_WIDE + 16;
-    // Wide queries leave no room for both.
+    // Wide queries leave too little shared memory for both.
     constexpr bool APART = MOST_WIDE <= PART;
     __shared__ uint4 query_room[BLOCK_ROWS * QUERY_STRIDE / 8];
     __shared__ uint4 key_room[KEYS * KEY_STRIDE / 8];
@@ -91,7 +100,7 @@ DEVICE void prompt_attend(const float* queries, const u8* keys, const u8* values
     const int kv_head = (int)blockIdx.y / parts, first_value = (int)blockIdx.y % parts * PART;
     const int n_values = least(PART, value_width - first_value);
     const int n_head = n_head_kv * group, n_rows = tokens * group;
-    // The last rows see the most, so they begin first.
+    // The last rows attend to the most positions, so they begin first.
     const int row0 = (int)(gridDim.x - 1 - blockIdx.x) * BLOCK_ROWS;
     const int last = least(row0 + BLOCK_ROWS, n_rows) - 1;
     const int begin = *past + first_token;
@@ -106,7 +115,7 @@ DEVICE void prompt_attend(const float* queries, const u8* keys, const u8* values
         *(uint2*)(query + r * QUERY_STRIDE + column) =
             four_halves(make_float4(scale * q.x, scale * q.y, scale * q.z, scale * q.w));
     }
-    // What the lane's two rows see: nothing where there is no row.
+    // Positions that the lane's two rows attend to: none if there is no row.
     const int rows[2] = {row0 + 16 * warp + lane / 4, row0 + 16 * warp + lane / 4 + 8};
     int from[2], to[2];
     for (int i = 0; i < 2; i++) {
@@ -143,7 +152,7 @@ DEVICE void prompt_attend(const float* queries, const u8* keys, const u8* values
             const int n = least(PART, padded - column0);
             const u16* q = query + (16 * warp + lane / 4) * QUERY_STRIDE + column0 + lane % 4 * 4;
             const u16* k = key + lane / 4 * KEY_STRIDE + lane % 4 * 4;
-            // The order of columns within sixteen is any, as long as both sides have the same.
+            // The order of columns within 16 is arbitrary, as long as both sides have the same.
 #pragma unroll 2
             for (int c = 0; c < n; c += 16) {
                 const uint2 low = *(const uint2*)(q + c), high = *(const uint2*)(q + 8 * QUERY_STRIDE + c);
@@ -165,7 +174,7 @@ DEVICE void prompt_attend(const float* queries, const u8* keys, const u8* values
             float here = largest_here[i];
             here = fmaxf(here, __shfl_xor_sync(ALL_LANES, here, 1));
             here = fmaxf(here, __shfl_xor_sync(ALL_LANES, here, 2));
-            // A row that saw nothing yet has no largest to be shifted by.
+            // A row without any position so far has no maximum to shift by.
             shift[i] = here == minus_infinity() ? 0.0f : here;
             const float fade = expf(most[i] - shift[i]);
             most[i] = here;
@@ -179,7 +188,7 @@ DEVICE void prompt_attend(const float* queries, const u8* keys, const u8* values
         for (int j = 0; j < KEYS / 8; j++) {
             for (int i = 0; i < 2; i++) {
                 weights[j][i] = pack_halves(expf(scores[j][2 * i] - shift[i]), expf(scores[j][2 * i + 1] - shift[i]));
-                // The sum is of the rounded ones: together they are 1 again.
+                // The sum is of the rounded weights, so that their total is 1.
                 sum[i] += widen((u16)weights[j][i]) + widen((u16)(weights[j][i] >> 16));
             }
         }

@@ -1,20 +1,20 @@
-// The router: from logits to the chosen experts and their weights, a block a token.
+// The router: from logits to the chosen experts and their weights, a block per token.
 #include "base.cuh"
 
-/// Experts of a layer at most.
+/// Most experts per layer; the program has the same constant.
 #define MAX_EXPERTS 1024
 #define MAX_GROUPS 128
 #define THREADS 128
 /// Smallest sum that chosen weights are divided by.
 #define MIN_SUM 6.1035156e-5f
 
-/// Ways to make scores of logits, as numbered on the program's side.
+/// Functions from logits to scores, as numbered by the program.
 #define SOFTMAX 0
 #define SIGMOID 1
 #define SQRT_SOFTPLUS 2
 #define SOFTMAX_CHOSEN 3
 
-/// NaN counts as smallest.
+/// Returns a score for comparisons: NaN is the smallest.
 DEVICE float key_of(float score) {
     return score != score ? minus_infinity() : score;
 }
@@ -24,8 +24,8 @@ DEVICE bool before(float a, int at_a, float b, int at_b) {
     return a > b || (a == b && at_a < at_b);
 }
 
-/// A group's score is the sum of its two best experts; experts of groups that are not among the best `n_kept` can't be
-/// chosen.
+/// Keeps the best `n_kept` groups, and excludes the experts of the others. A group's score is the
+/// sum of its two best experts.
 DEVICE void keep_best_groups(float* scores, int n_expert, int n_group, int n_kept, float* best) {
     const int size = n_expert / n_group;
     for (int g = (int)threadIdx.x; g < n_group; g += THREADS) {
@@ -51,8 +51,8 @@ DEVICE void keep_best_groups(float* scores, int n_expert, int n_group, int n_kep
     __syncthreads();
 }
 
-/// Chooses `n_used` of `n_expert` experts for each token, largest score first. `bias`, which may be null, is added for the
-/// choice only. `n_group` of 0 or 1: no groups. Grid: tokens.
+/// Chooses `n_used` of `n_expert` experts per token, largest score first. `bias`, which may be
+/// null, is added for the choice only. `n_group` of 0 or 1 means no groups. Grid: tokens.
 KERNEL route(const float* logits, const float* bias, int n_expert, int n_used, int gating, int n_group, int n_kept,
              int normalize, float factor, int* experts, float* weights) {
     __shared__ float probs[MAX_EXPERTS];
@@ -122,7 +122,7 @@ KERNEL route(const float* logits, const float* bias, int n_expert, int n_used, i
         }
         __syncthreads();
     }
-    // Few and in order, as on the processor.
+    // Summed in order by one thread, as on the CPU.
     if (thread == 0) {
         if (gating == SOFTMAX_CHOSEN) {
             float largest = minus_infinity(), total = 0.0f;

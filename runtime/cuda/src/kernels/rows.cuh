@@ -1,12 +1,12 @@
-// Rows of past tokens as the cache stores them: 32-bit floats, 16-bit floats, or 8 bits with a scale for each 32 values
-// (the last block of a row as short as it comes). Widths are multiples of 4.
+// Rows of the KV cache as stored: 32-bit floats, 16-bit floats, or 8 bits with a scale per 32
+// values (the last block of a row may be shorter). Widths are multiples of 4.
 #pragma once
 #include "base.cuh"
 
 struct RowsF32 {
     static DEVICE i64 row_bytes(int width) { return 4 * (i64)width; }
     static DEVICE float at(const u8* row, int i) { return ((const float*)row)[i]; }
-    /// Four values from `i` on, a multiple of 4.
+    /// Returns four values from `i` on, a multiple of 4.
     static DEVICE float4 four(const u8* row, int i) { return *(const float4*)(row + 4 * i); }
 };
 

@@ -1,4 +1,4 @@
-// Products with, and decoding of, the formats of small.cuh.
+// Products with, and dequantization of, the formats of small.cuh.
 #include "matvec.cuh"
 #include "small.cuh"
 

@@ -1,8 +1,8 @@
-// Formats whose blocks have 32 values.
+// Formats with blocks of 32 values.
 #pragma once
 #include "formats.cuh"
 
-/// Scale f16, then 16 bytes whose low halves are values 0 to 15 and high halves 16 to 31, less 8.
+/// f16 scale; 16 bytes whose low halves are values 0 to 15 and high halves 16 to 31, minus 8.
 struct Q4_0 {
     static const int LEN = 32, BYTES = 18, RUNS = 1;
     static const bool HAS_MIN = false;
@@ -15,7 +15,7 @@ struct Q4_0 {
     }
 };
 
-/// Scale f16, addend f16, then codes as in Q4_0 without the 8.
+/// f16 scale; f16 addend; codes as in Q4_0, without the 8.
 struct Q4_1 {
     static const int LEN = 32, BYTES = 20, RUNS = 1;
     static const bool HAS_MIN = true;
@@ -27,12 +27,12 @@ struct Q4_1 {
     }
 };
 
-/// Puts a fifth bit on each of 32 4-bit codes.
+/// Adds a fifth bit to each of 32 4-bit codes.
 DEVICE void fifth_bits(u32* q, u32 bits) {
     for (int i = 0; i < 8; i++) q[i] |= spread4(bits >> (4 * i)) << 4;
 }
 
-/// Scale f16, 32 fifth bits, 16 bytes as in Q4_0; less 16.
+/// f16 scale; 32 fifth bits; 16 bytes as in Q4_0; minus 16.
 struct Q5_0 {
     static const int LEN = 32, BYTES = 22, RUNS = 1;
     static const bool HAS_MIN = false;
@@ -46,7 +46,7 @@ struct Q5_0 {
     }
 };
 
-/// Scale f16, addend f16, 32 fifth bits, 16 bytes as in Q4_0.
+/// f16 scale; f16 addend; 32 fifth bits; 16 bytes as in Q4_0.
 struct Q5_1 {
     static const int LEN = 32, BYTES = 24, RUNS = 1;
     static const bool HAS_MIN = true;
@@ -59,7 +59,7 @@ struct Q5_1 {
     }
 };
 
-/// Scale f16, then 32 signed bytes.
+/// f16 scale; 32 signed bytes.
 struct Q8_0 {
     static const int LEN = 32, BYTES = 34, RUNS = 1;
     static const bool HAS_MIN = false;
@@ -69,7 +69,7 @@ struct Q8_0 {
     }
 };
 
-/// Scale f16, then 16 bytes as in Q4_0 whose codes pick one of sixteen uneven levels.
+/// f16 scale; 16 bytes as in Q4_0 whose codes are indices of 16 uneven levels.
 struct IQ4_NL {
     static const int LEN = 32, BYTES = 18, RUNS = 1;
     static const bool HAS_MIN = false;
@@ -82,8 +82,8 @@ struct IQ4_NL {
     }
 };
 
-/// One byte that is a power of two (exponent biased by 127), then 16 bytes as in Q4_0 of 4-bit floats: codes are twice
-/// the float, and the scale half of the power.
+/// A byte that is a power of two (exponent biased by 127); 16 bytes as in Q4_0 of 4-bit floats.
+/// Codes are twice the float, and the scale is half of the power.
 struct MXFP4 {
     static const int LEN = 32, BYTES = 17, RUNS = 1;
     static const bool HAS_MIN = false;

@@ -1,20 +1,20 @@
-//! The gated delta net between its products.
+//! The gated delta net between its matrix products.
 
 use super::{Quants, blocks, few, int};
 use crate::device::{Arg, View};
 use crate::{CudaError, Ops};
 use tier_plan_formats::model::spec::{DeltaInput, DeltaRates, DeltaSpec, KeySharing};
 
-/// The widest head, as the kernels have it; widths are multiples of 4.
+/// Widest head; the kernels have the same constant. Widths are multiples of 4.
 pub const MAX_DELTA_HEAD: usize = 256;
 
-/// Columns of a matrix that a block takes, as the kernels have it.
+/// Columns of a state matrix per block; the kernels have the same constant.
 const COLUMNS: usize = 16;
 
-/// Threads of a block, as the kernels have it.
+/// Threads per block; the kernels have the same constant.
 const THREADS: u32 = 128;
 
-/// What a layer's kernels must know of it.
+/// Sizes and layout of a layer.
 #[derive(Debug, Clone, Copy)]
 pub struct DeltaSizes {
     /// Query heads, and as many key heads.
@@ -23,13 +23,14 @@ pub struct DeltaSizes {
     pub n_value_head: usize,
     /// Width of every head: a multiple of 4 up to [`MAX_DELTA_HEAD`].
     pub head_dim: usize,
-    /// Tokens that the convolution sees, its own included.
+    /// Tokens that the convolution spans, the current one included.
     pub conv_taps: usize,
-    /// Which value heads a key head serves.
+    /// Assignment of value heads to key heads.
     pub sharing: KeySharing,
-    /// Projections go by key head and have the gates among them; otherwise they are query heads, key heads, value heads.
+    /// Whether projections are grouped by key head, with the gates among them. Otherwise they are
+    /// query heads, key heads, value heads.
     pub by_key_head: bool,
-    /// Strengths and decays go by key head; otherwise they are apart.
+    /// Whether strengths and decays are grouped by key head. Otherwise all strengths come first.
     pub rates_by_key_head: bool,
 }
 
@@ -43,96 +44,103 @@ impl From<&DeltaSpec> for DeltaSizes {
 }
 
 impl DeltaSizes {
-    /// Heads of all kinds.
+    /// Returns the number of query, key and value heads.
     fn heads(&self) -> usize {
         2 * self.n_key_head + self.n_value_head
     }
 
-    /// Values of the convolution's kept inputs.
-    pub fn kept(&self) -> usize {
+    /// Returns the number of values of the convolution's state: its past inputs.
+    pub fn conv_state(&self) -> usize {
         (self.conv_taps - 1) * self.heads() * self.head_dim
     }
 
-    /// Values of the matrices.
+    /// Returns the number of values of the state matrices.
     pub fn matrices(&self) -> usize {
         self.n_value_head * self.head_dim * self.head_dim
     }
 
-    /// Values in a row of projections.
+    /// Returns the number of values in a row of projections.
     fn projected(&self) -> usize {
         let gates = if self.by_key_head { self.n_value_head } else { 0 };
         (self.heads() + gates) * self.head_dim
     }
 }
 
-/// A layer's tokens after its first products.
+/// A layer's tokens after its first matrix products, and its state.
 #[derive(Clone, Copy)]
 pub struct Delta<'a> {
-    /// The layer.
+    /// Sizes of the layer.
     pub sizes: DeltaSizes,
-    /// Tokens.
+    /// Number of tokens of the batch.
     pub tokens: usize,
-    /// `[tokens, channels]`, with the gates of all value heads besides where they go by key head.
+    /// `[tokens, channels]`, with the gates of all value heads if grouped by key head.
     pub projected: View<'a>,
-    /// `[tokens, n_value_head * head_dim]`, where gates are apart.
+    /// `[tokens, n_value_head * head_dim]`, unless grouped by key head.
     pub gates: View<'a>,
-    /// Strengths and then decays, `[tokens, n_value_head]` each; or `[tokens, 2 * n_value_head]` by key head.
+    /// Strengths, then decays, `[tokens, n_value_head]` each; or `[tokens, 2 * n_value_head]`
+    /// grouped by key head.
     pub raw_rates: View<'a>,
     /// `[channels, conv_taps]`, oldest tap first.
     pub conv: View<'a>,
-    /// Added to the decay's input, `[n_value_head]`.
+    /// `[n_value_head]`, added to the decay's input.
     pub dt_bias: View<'a>,
-    /// Factor in the exponent of the decay, `[n_value_head]`.
+    /// `[n_value_head]`, the factor in the exponent of the decay.
     pub decay: View<'a>,
     /// `[head_dim]`.
     pub norm: View<'a>,
     /// Epsilon of all norms.
     pub eps: f32,
-    /// Tokens before these, a word: at 0 nothing is remembered.
+    /// One integer: the number of tokens before these. At 0 the state is taken for zero.
     pub past: View<'a>,
-    /// Inputs of the convolution of the last tokens, `[conv_taps - 1, channels]`, the newest last.
+    /// `[conv_taps - 1, channels]`: the convolution's inputs of the last tokens, the newest last.
     pub inputs: View<'a>,
-    /// `[n_value_head, head_dim, head_dim]`, the values of a column together.
+    /// `[n_value_head, head_dim, head_dim]`: the state, column by column.
     pub matrices: View<'a>,
-    /// Room for queries, keys and values, `[tokens, heads, head_dim]`.
+    /// `[tokens, heads, head_dim]`: workspace for queries, keys and values.
     pub heads: View<'a>,
-    /// Room for decays and strengths, `[tokens, n_value_head, 2]`.
+    /// `[tokens, n_value_head, 2]`: workspace for decays and strengths.
     pub rates: View<'a>,
-    /// What is read, normed and gated, `[tokens, n_value_head * head_dim]`.
+    /// `[tokens, n_value_head * head_dim]`: the normed and gated result.
     pub out: View<'a>,
 }
 
-impl Ops {
-    /// Takes a layer's state through tokens: `out = norm(delta(conv(projected))) * silu(gates)`, and its 8-bit form, where
-    /// heads are multiples of 32 wide. The number of tokens changes no bit.
-    ///
-    /// # Errors
-    /// When the device fails.
-    ///
-    /// # Panics
-    /// When a size does not fit.
-    pub fn delta(&self, d: &Delta<'_>, quants: Option<&mut Quants>) -> Result<(), CudaError> {
-        let &Delta { sizes: s, tokens: n, .. } = d;
+impl Delta<'_> {
+    /// Panics if a size is not supported, or a buffer is too short.
+    fn check(&self) {
+        let &Delta { sizes: s, tokens: n, .. } = self;
         let (n_key, n_value, dim, taps) = (s.n_key_head, s.n_value_head, s.head_dim, s.conv_taps);
+        let (channels, values) = (s.heads() * dim, n_value * dim);
         assert!(n_key > 0 && taps > 0 && n_value > 0 && n_value.is_multiple_of(n_key), "{s:?}");
         assert!(dim > 0 && dim.is_multiple_of(4) && dim <= MAX_DELTA_HEAD, "{s:?}");
         assert!(s.sharing == KeySharing::Grouped || !(s.by_key_head || s.rates_by_key_head), "{s:?}");
-        let (channels, values) = (s.heads() * dim, n_value * dim);
-        assert!(
-            d.projected.words() >= n * s.projected() && d.raw_rates.words() >= 2 * n * n_value,
-            "{n} inputs: {s:?}"
-        );
-        assert!(s.by_key_head || d.gates.words() >= n * values, "{n} gates: {s:?}");
-        assert!(d.conv.words() >= channels * taps && d.norm.words() >= dim, "{s:?}");
-        assert!(d.dt_bias.words() >= n_value && d.decay.words() >= n_value && d.past.words() >= 1, "{s:?}");
-        assert!(d.inputs.words() >= s.kept() && d.matrices.words() >= s.matrices(), "room for the state: {s:?}");
-        assert!(d.heads.words() >= n * channels && d.rates.words() >= 2 * n * n_value, "room for {n}: {s:?}");
-        assert!(d.out.words() >= n * values, "room for {n}: {s:?}");
+        assert!(self.projected.words() >= n * s.projected(), "{n} inputs: {s:?}");
+        assert!(self.raw_rates.words() >= 2 * n * n_value, "{n} inputs: {s:?}");
+        assert!(s.by_key_head || self.gates.words() >= n * values, "{n} gates: {s:?}");
+        assert!(self.conv.words() >= channels * taps && self.norm.words() >= dim, "{s:?}");
+        assert!(self.dt_bias.words() >= n_value && self.decay.words() >= n_value && self.past.words() >= 1, "{s:?}");
+        assert!(self.inputs.words() >= s.conv_state() && self.matrices.words() >= s.matrices(), "the state: {s:?}");
+        assert!(self.heads.words() >= n * channels && self.rates.words() >= 2 * n * n_value, "{n} tokens: {s:?}");
+        assert!(self.out.words() >= n * values, "{n} tokens: {s:?}");
+    }
+}
+
+impl Ops {
+    /// Advances a layer's state by tokens: `out = norm(delta(conv(projected))) * silu(gates)`, also
+    /// quantized in `quants`. The result does not depend on how tokens are split into calls, to the
+    /// bit.
+    ///
+    /// # Panics
+    /// When it is quantized and the width of heads is not a multiple of 32.
+    pub fn delta(&self, d: &Delta<'_>, quants: Option<&mut Quants>) -> Result<(), CudaError> {
+        let &Delta { sizes: s, tokens: n, .. } = d;
+        let (n_key, n_value, dim, taps) = (s.n_key_head, s.n_value_head, s.head_dim, s.conv_taps);
+        d.check();
+        let values = n_value * dim;
         if n == 0 {
             return Ok(());
         }
         let (past, by_key_head) = (d.past.arg(), Arg::Int(i32::from(s.by_key_head)));
-        // Decays follow their strengths, of all tokens or of a key head.
+        // Decays follow the strengths: of all tokens, or of a key head.
         let alpha = if s.rates_by_key_head { n_value / n_key } else { n * n_value };
         let alpha = d.raw_rates.floats(alpha..d.raw_rates.words());
         let args = [
@@ -182,7 +190,7 @@ impl Ops {
         self.launch(recur, [blocks(dim.div_ceil(COLUMNS), 1), few(n_value), 1], THREADS, &args)?;
         let (gates, width) = if s.by_key_head { (d.projected, s.projected()) } else { (d.gates, values) };
         assert!(quants.is_none() || dim.is_multiple_of(32), "heads of {dim} in 8 bits");
-        let [q, scale, sums] = Quants::fill_or_null(quants.map(|quants| (quants, n, values)));
+        let [q, scale, sums] = Quants::fill_or_null(quants, n, values);
         let (norm, eps) = (d.norm.arg(), Arg::Float(d.eps));
         let args = [d.out.arg(), gates.arg(), int(width), by_key_head, int(n_key), int(dim), norm, eps, q, scale, sums];
         self.launch("delta_gate", [blocks(n_value, 1), few(n), 1], THREADS, &args)

@@ -1,98 +1,94 @@
-//! What experts and other feed-forward blocks are made of, for few rows: gate and up with what stands between them and the
-//! last product in one launch, and the last products of a token's experts with their weighted sum in another.
+//! Fused kernels of feed-forward blocks for few rows: gate, up and activation in one launch, and
+//! down with the weighted sum over a token's experts in another.
 
 use super::products::row_bytes;
-use super::{Input, MATVEC_ROWS, Matrices, Quants, Table, blocks, few, int, null_or};
+use super::{Input, MATVEC_ROWS, Matrices, MatrixTable, Quants, blocks, few, int, null_or};
 use crate::device::{Arg, View};
 use crate::{CudaError, Ops, source};
 use tier_plan_formats::model::spec::Activation;
 use tier_plan_kernels::quant::TensorType;
 
-/// Rows of a block, as the kernel has them: a run of its result.
+/// Matrix rows per block: a run of 32 quantized results. The kernel has the same constant.
 const GATED_ROWS: u32 = 32;
 
-/// Threads of such a block, of which few fill a GPU, where there are many blocks.
+/// Threads per block where there are at least [`MANY_BLOCKS`] blocks; twice as many where there are
+/// fewer, so that they still fill a GPU.
 const GATED_THREADS: u32 = 256;
 
-/// Blocks that are many.
+/// Number of blocks from which on [`GATED_THREADS`] fill a GPU.
 const MANY_BLOCKS: usize = 128;
 
-/// Gate and up of the same type, for all jobs or by job.
+/// Gate and up of one format: one pair for all jobs, or one of several per job.
 #[derive(Clone, Copy)]
-pub enum Pair<'a> {
-    /// The same two for every job.
+pub enum GateUpMatrices<'a> {
+    /// One pair for every job.
     One([View<'a>; 2]),
-    /// Those that `which`, `[jobs]` whole numbers on the device, says; for a number outside the tables there are none, and
-    /// the job's result stays as it is.
-    Chosen([&'a Table<'a>; 2], View<'a>),
+    /// Job `i` takes the pair whose index is `which[i]`, `[jobs]` integers on the device. For an
+    /// index outside of the tables, the result stays as it is.
+    Chosen([&'a MatrixTable<'a>; 2], View<'a>),
 }
 
-/// The first half of feed-forward blocks.
+/// Gate, up and activation of feed-forward blocks.
 #[derive(Clone, Copy)]
 pub struct Gated<'a> {
-    /// Of both matrices.
+    /// Format of both matrices.
     pub ty: TensorType,
     /// `[n_rows, n_cols]` each.
-    pub matrices: Pair<'a>,
-    /// Of gate and up, each `[_, n_rows]` with a row for every matrix.
+    pub matrices: GateUpMatrices<'a>,
+    /// Biases of gate and up, `[matrices, n_rows]` each.
     pub biases: [Option<View<'a>>; 2],
-    /// What becomes of the two products.
+    /// Function that combines the two products.
     pub activation: Activation,
-    /// Results.
+    /// Number of rows of results.
     pub jobs: usize,
-    /// Width of a result.
+    /// Rows of a matrix: the width of a result.
     pub n_rows: usize,
-    /// Width of what goes in.
+    /// Columns of a matrix.
     pub n_cols: usize,
     /// `[jobs / jobs_per_x, n_cols]`.
     pub x: Input<'a>,
-    /// Jobs that a row of `x` has.
+    /// Consecutive jobs that share a row of `x`.
     pub jobs_per_x: usize,
 }
 
-/// The second half of the experts that tokens chose.
+/// Down of the experts that tokens chose, and the weighted sum over them.
 #[derive(Clone, Copy)]
 pub struct ChosenSum<'a> {
-    /// Of the matrices.
+    /// Format of the matrices.
     pub ty: TensorType,
     /// `[n_rows, n_cols]` each.
-    pub table: &'a Table<'a>,
-    /// `[tokens, n_used]` numbers in the table; one outside it adds nothing.
+    pub table: &'a MatrixTable<'a>,
+    /// `[tokens, n_used]` indices in the table; an index outside of it adds nothing.
     pub which: View<'a>,
-    /// `[_, n_rows]`, a row for every matrix.
+    /// `[matrices, n_rows]`.
     pub bias: Option<View<'a>>,
     /// `[tokens, n_used]`.
     pub weights: View<'a>,
-    /// Tokens.
+    /// Rows of the sums.
     pub tokens: usize,
-    /// Experts of a token.
+    /// Experts per token.
     pub n_used: usize,
-    /// Width of a result.
+    /// Rows of a matrix: the width of a sum.
     pub n_rows: usize,
-    /// Width of what goes in.
+    /// Columns of a matrix.
     pub n_cols: usize,
     /// `[tokens, n_used, n_cols]`.
     pub x: Input<'a>,
 }
 
 impl Ops {
-    /// Gate's and up's products, and the activation of them: in 8 bits in `quants`, or, without, in `out`; `[jobs, n_rows]`.
-    ///
-    /// # Errors
-    /// When the device fails.
-    ///
-    /// # Panics
-    /// When a size does not fit.
+    /// Computes the activation of the products with gate and up, `[jobs, n_rows]`: quantized in
+    /// `quants` if given, otherwise as floats in `out`.
     pub fn gated(&self, g: &Gated<'_>, out: View<'_>, quants: Option<&mut Quants>) -> Result<(), CudaError> {
         let &Gated { ty, jobs, n_rows, n_cols, jobs_per_x, .. } = g;
         let bytes = n_rows * row_bytes(ty, n_cols);
         let [gate, up] = match g.matrices {
-            Pair::One(both) => both.map(Matrices::One),
-            Pair::Chosen(tables, which) => tables.map(|table| Matrices::Chosen(table, which)),
+            GateUpMatrices::One(both) => both.map(Matrices::One),
+            GateUpMatrices::Chosen(tables, which) => tables.map(|table| Matrices::Chosen(table, which)),
         };
         assert!(gate.count() == up.count(), "as many of both");
-        let [of_gate, of_gates, n_table, which] = gate.args(jobs, bytes);
-        let [of_up, of_ups, ..] = up.args(jobs, bytes);
+        let [one_gate, gates, n_table, which] = gate.args(jobs, bytes);
+        let [one_up, ups, ..] = up.args(jobs, bytes);
         let biased = |bias: &Option<View<'_>>| bias.is_none_or(|b| b.words() >= gate.count() * n_rows);
         assert!(g.biases.iter().all(biased), "biases of {} matrices with {n_rows} rows", gate.count());
         assert!(jobs_per_x > 0 && (quants.is_some() || out.words() >= jobs * n_rows), "{jobs} x {n_rows} results");
@@ -100,15 +96,15 @@ impl Ops {
             Activation::Silu => (0, 0.0, 0.0),
             Activation::ClampedSwiglu { alpha, limit } => (1, alpha, limit),
         };
-        let [q, scale, sums] = Quants::fill_or_null(quants.map(|quants| (quants, jobs, n_rows)));
+        let [q, scale, sums] = Quants::fill_or_null(quants, jobs, n_rows);
         let [x, x_scale, x_sums] = g.x.args(ty, jobs.div_ceil(jobs_per_x), n_cols);
         let [gate_bias, up_bias] = g.biases.map(null_or);
         let (alpha, limit) = (Arg::Float(alpha), Arg::Float(limit));
         let args = [
-            of_gate,
-            of_gates,
-            of_up,
-            of_ups,
+            one_gate,
+            gates,
+            one_up,
+            ups,
             n_table,
             which,
             gate_bias,
@@ -133,14 +129,8 @@ impl Ops {
         self.launch(source::gated_kernel(ty), grid, threads, &args)
     }
 
-    /// `out[token] = onto[token] + sum over k of weights[token, k] * (w[which[token, k]] . x[token, k] + bias)`, rows of
-    /// `n_rows`; `out` may be `onto`.
-    ///
-    /// # Errors
-    /// When the device fails.
-    ///
-    /// # Panics
-    /// When a size does not fit.
+    /// Computes `out[t] = onto[t] + sum over k of weights[t, k] * (w[which[t, k]] . x[t, k] +
+    /// bias)` for each token `t`, in rows of `n_rows`; `out` may be `onto`.
     pub fn chosen_sum(&self, s: &ChosenSum<'_>, onto: Option<View<'_>>, out: View<'_>) -> Result<(), CudaError> {
         let &ChosenSum { ty, tokens, n_used, n_rows, n_cols, .. } = s;
         let matrices = Matrices::Chosen(s.table, s.which);

@@ -1,4 +1,8 @@
-//! The kernels as typed operations: sizes are checked here, once, so that no kernel looks beyond its buffers.
+//! Typed operations: the kernels behind functions that check every size once, so that no kernel
+//! accesses memory outside of its buffers.
+//!
+//! Shapes in the documentation are row-major. A *job* is one row of results of a matvec.
+//! *Quantized* activations are [`Quants`]: 8-bit codes with a scale per 32 values.
 
 mod attention;
 mod delta;
@@ -8,22 +12,28 @@ mod prompt_attention;
 mod small;
 mod stream;
 
-pub use attention::{Attend, AttendRoom, CHUNK, Heads, MAX_KEY, Positions};
+pub use attention::{Attend, AttentionBuffers, CHUNK, CacheRows, HeadNorms, Heads, MAX_KEY, Positions, RopeTurns};
 pub use delta::{Delta, DeltaSizes, MAX_DELTA_HEAD};
-pub use gated::{ChosenSum, Gated, Pair};
-pub use products::{Batch, Group, Groups, Input, MOST_PARTS, Matrices, Part, Quants, SharedPart, Table};
+pub use gated::{ChosenSum, GateUpMatrices, Gated};
+pub use products::{
+    BatchMatrices, FusedMatvec, Input, MAX_FUSED, Matrices, MatrixTable, Matvec, Quants, SharedView, TokenGroup,
+    TokenGroups, TransposedMatvec,
+};
 pub use prompt_attention::PROMPT_TOKENS;
-pub use small::{MAX_EXPERTS, MAX_GROUPS, Routing, Strided};
+pub use small::{AddNorm, MAX_EXPERTS, MAX_GROUPS, RouterSpec, Strided};
 
 use super::CudaError;
 use super::device::{Arg, Device, Grid, Recording, View};
 use std::sync::Arc;
 
-/// Threads of a block where nothing asks for another number.
+/// Threads per block of kernels without a number of their own.
 const THREADS: u32 = 256;
 
-/// Rows of a matrix that a block multiplies with few rows of activations, a warp each.
+/// Matrix rows per block of a matvec, one per warp.
 const MATVEC_ROWS: usize = 4;
+
+/// Most blocks in y or z of a launch.
+const MAX_BLOCKS_YZ: usize = 65_535;
 
 /// Operations on a device.
 #[derive(Clone)]
@@ -31,17 +41,14 @@ pub struct Ops {
     device: Arc<dyn Device>,
 }
 
-/// Launches that were recorded.
+/// Launches that were recorded by [`Ops::record`].
 pub struct Recorded(Box<dyn Recording>);
 
 impl Recorded {
-    /// Does them again. The buffers that they were given must still be there: what a launch finds at the address of one
-    /// that was given back is anything.
-    ///
-    /// # Errors
-    /// When the device fails.
+    /// Executes the launches again. The buffers that they were given must still be allocated: a
+    /// launch accesses their addresses unchecked.
     pub fn replay(&self) -> Result<(), CudaError> {
-        // SAFETY: who recorded them keeps their buffers as long as the recording.
+        // SAFETY: the owner of the recording keeps the buffers as long as the recording.
         unsafe { self.0.replay() }
     }
 }
@@ -54,42 +61,42 @@ fn null_or(view: Option<View<'_>>) -> Arg {
     view.map_or(Arg::Pointer(0), View::arg)
 }
 
-/// Blocks of `threads` for `n` threads.
+/// Returns the number of blocks of `threads` that cover `n` threads.
 fn blocks(n: usize, threads: u32) -> u32 {
     let blocks = n.div_ceil(threads as usize);
     u32::try_from(blocks).ok().filter(|b| *b <= i32::MAX as u32).unwrap_or_else(|| panic!("{n} threads"))
 }
 
-/// The second or third number of blocks, which can't be as large as the first.
+/// Checks a number of blocks in y or z, which is limited to [`MAX_BLOCKS_YZ`].
 fn few(n: usize) -> u32 {
-    assert!(n <= 65_535, "{n} jobs in one launch");
+    assert!(n <= MAX_BLOCKS_YZ, "{n} jobs in one launch");
     n as u32
 }
 
 impl Ops {
-    /// Operations on a device.
+    /// Makes the operations of a device.
     pub fn new(device: Arc<dyn Device>) -> Self {
         Self { device }
     }
 
-    /// The device.
+    /// Returns the device that the operations run on.
     pub fn device(&self) -> &Arc<dyn Device> {
         &self.device
     }
 
-    /// Records what `launches` launches, without doing it; `None` where that can't be done. All kernels must have been
-    /// launched before, and nothing but launches may be asked for meanwhile.
+    /// Records what `launches` launches, without executing it. Returns `None` if unsupported. All
+    /// kernels must have been launched before, and `launches` may do nothing but launch.
     ///
     /// # Errors
-    /// When the device fails, or `launches` does.
+    /// When `launches` fails.
     pub fn record(&self, launches: impl FnOnce() -> Result<(), CudaError>) -> Result<Option<Recorded>, CudaError> {
         if !self.device.begin_recording()? {
             return Ok(None);
         }
-        let done = launches();
-        // Ended whatever became of it.
+        let launched = launches();
+        // The recording is ended even if a launch failed.
         let recording = Arc::clone(&self.device).end_recording();
-        done?;
+        launched?;
         recording.map(|recording| Some(Recorded(recording)))
     }
 
@@ -97,28 +104,20 @@ impl Ops {
         if blocks.contains(&0) {
             return Ok(());
         }
-        // SAFETY: every caller in this module passes the kernel's arguments and has checked that its buffers, all of this
-        // device, are as long as the kernel goes.
+        // SAFETY: every caller in this module passes the kernel's arguments and has checked that
+        // its buffers, all of this device, are as long as the kernel reaches.
         unsafe { self.device.launch(kernel, Grid { blocks, threads }, args) }
     }
 
-    /// Reads all of a buffer with `n_blocks` blocks.
-    ///
-    /// # Errors
-    /// When the device fails.
-    ///
-    /// # Panics
-    /// When there is no room for a word a thread in `out`.
+    /// Reads a whole buffer with `n_blocks` blocks, to measure bandwidth. `out` has a word per
+    /// thread.
     pub fn read_all(&self, from: View<'_>, n_blocks: u32, out: View<'_>) -> Result<(), CudaError> {
         assert!(out.words() >= (n_blocks * THREADS) as usize, "{n_blocks} blocks");
         let args = [from.aligned().arg(), Arg::Long((from.len() / 16) as i64), out.arg()];
         self.launch("read_all", [n_blocks, 1, 1], THREADS, &args)
     }
 
-    /// Launches a kernel that does nothing.
-    ///
-    /// # Errors
-    /// When the device fails.
+    /// Launches an empty kernel, to measure the time of a launch.
     pub fn nothing(&self) -> Result<(), CudaError> {
         self.launch("nothing", [1, 1, 1], 32, &[])
     }

@@ -1,34 +1,34 @@
-//! Attention of many tokens at once, on tensor cores of 16-bit floats.
+//! Attention of many tokens at once, with 16-bit floats on tensor cores.
 
-use super::attention::{Attend, AttendRoom};
+use super::attention::{Attend, AttentionBuffers};
 use super::{Quants, blocks, few, int};
 use crate::device::{Arg, View};
 use crate::{CudaError, Ops};
 use tier_plan_formats::model::kv::KvType;
 
-/// Tokens from which on attention multiplies 16-bit floats.
+/// Number of tokens from which on attention multiplies 16-bit floats.
 pub const PROMPT_TOKENS: usize = 16;
 
-/// Positions of a piece of the context, as the kernel has it.
+/// Positions per split of the context; the kernel has the same constant.
 const SPLIT: usize = 2048;
 
-/// Columns of values of a block, as the kernel has it.
-const PART: usize = 128;
+/// Columns of values per block; the kernel has the same constant.
+const VALUE_COLUMNS: usize = 128;
 
-/// A kernel for keys up to some width.
+/// A kernel for keys up to a certain width.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct PromptKernel {
     name: &'static str,
-    /// Warps of a block, each with 16 rows: a token with a head.
+    /// Warps per block, each with 16 rows. A row is a token with a head.
     warps: usize,
 }
 
-/// The kernel for tokens that are enough, and whose keys are narrow enough.
+/// Returns the kernel for these sizes; `None` if there are too few tokens or the keys are too wide.
 pub(super) fn prompt_kernel(a: &Attend<'_>) -> Option<PromptKernel> {
     if a.tokens < PROMPT_TOKENS {
         return None;
     }
-    let of = |warps, f32, f16, q8| {
+    let kernel = |warps, f32, f16, q8| {
         let name = match a.kv_type {
             KvType::F32 => f32,
             KvType::F16 => f16,
@@ -37,27 +37,27 @@ pub(super) fn prompt_kernel(a: &Attend<'_>) -> Option<PromptKernel> {
         Some(PromptKernel { name, warps })
     };
     match a.key_width {
-        0..=128 => of(4, "prompt_attend_f32", "prompt_attend_f16", "prompt_attend_q8"),
-        129..=256 => of(4, "prompt_attend_wide_f32", "prompt_attend_wide_f16", "prompt_attend_wide_q8"),
-        257..=576 => of(2, "prompt_attend_latent_f32", "prompt_attend_latent_f16", "prompt_attend_latent_q8"),
+        0..=128 => kernel(4, "prompt_attend_f32", "prompt_attend_f16", "prompt_attend_q8"),
+        129..=256 => kernel(4, "prompt_attend_wide_f32", "prompt_attend_wide_f16", "prompt_attend_wide_q8"),
+        257..=576 => kernel(2, "prompt_attend_latent_f32", "prompt_attend_latent_f16", "prompt_attend_latent_q8"),
         _ => None,
     }
 }
 
 impl Ops {
-    /// Attention, whose sizes were checked.
+    /// Computes attention, whose sizes [`attend`](Self::attend) has checked.
     pub(super) fn attend_prompt(
         &self,
         kernel: PromptKernel,
         a: &Attend<'_>,
-        room: &AttendRoom,
+        buffers: &AttentionBuffers,
         out: View<'_>,
         quants: Option<&Quants>,
     ) -> Result<(), CudaError> {
         let heads = a.n_head_kv * a.group;
         let mut first = 0;
         while first < a.tokens {
-            let (tokens, splits) = a.fitting(room, SPLIT, first);
+            let (tokens, splits) = a.fitting(buffers, SPLIT, first);
             let queries = a.queries.floats(first * heads * a.key_width..(first + tokens) * heads * a.key_width);
             let to = out.floats(first * heads * a.value_width..(first + tokens) * heads * a.value_width);
             let args = [
@@ -75,15 +75,18 @@ impl Ops {
                 int(a.first + first),
                 int(tokens),
                 int(a.window.unwrap_or(0)),
-                room.mixed.view().arg(),
-                room.largest.view().arg(),
-                room.sums.view().arg(),
+                buffers.mixed.view().arg(),
+                buffers.largest.view().arg(),
+                buffers.sums.view().arg(),
             ];
             let rows = tokens * a.group;
-            let grid =
-                [blocks(rows, 16 * kernel.warps as u32), few(a.n_head_kv * a.value_width.div_ceil(PART)), few(splits)];
+            let grid = [
+                blocks(rows, 16 * kernel.warps as u32),
+                few(a.n_head_kv * a.value_width.div_ceil(VALUE_COLUMNS)),
+                few(splits),
+            ];
             self.launch(kernel.name, grid, 32 * kernel.warps as u32, &args)?;
-            self.join(a, room, first..first + tokens, splits, to, quants)?;
+            self.join(a, buffers, first..first + tokens, splits, to, quants)?;
             first += tokens;
         }
         Ok(())

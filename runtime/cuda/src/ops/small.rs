@@ -1,22 +1,22 @@
-//! The small operations between products, and the router.
+//! Element-wise operations, norms and the router.
 
 use super::{Quants, THREADS, blocks, int, null_or};
 use crate::device::{Arg, View};
 use crate::{CudaError, Ops};
 use tier_plan_formats::model::spec::{Activation, Gating, Groups, MoeSpec};
 
-/// Experts of a layer at most, as the router has it.
+/// Most experts of a layer; the router kernel has the same constant.
 pub const MAX_EXPERTS: usize = 1024;
 
-/// Groups of experts at most, as the router has it.
+/// Most groups of experts; the router kernel has the same constant.
 pub const MAX_GROUPS: usize = 128;
 
-/// Rows of floats with the same distance from the beginning of one to the next.
+/// Rows of floats at a constant distance.
 #[derive(Clone, Copy)]
 pub struct Strided<'a> {
-    /// From the first row on.
+    /// Memory from the first row on.
     pub at: View<'a>,
-    /// Values from one row to the next.
+    /// Values from the beginning of one row to the next.
     pub stride: usize,
 }
 
@@ -27,24 +27,41 @@ impl Strided<'_> {
     }
 }
 
-/// How a router chooses.
+/// A norm of rows after a residual is added to them.
+#[derive(Clone, Copy)]
+pub struct AddNorm<'a> {
+    /// `[rows, width]`, to which the residual is added.
+    pub x: View<'a>,
+    /// `[rows, width]`.
+    pub residual: Option<View<'a>>,
+    /// `[width]`.
+    pub weight: View<'a>,
+    /// Rows of `x`.
+    pub rows: usize,
+    /// Values of a row.
+    pub width: usize,
+    /// Epsilon of the norm.
+    pub eps: f32,
+}
+
+/// Parameters of a layer's router.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Routing {
+pub struct RouterSpec {
     /// Experts of the layer.
     pub n_expert: usize,
-    /// Experts of a token.
+    /// Experts per token.
     pub n_used: usize,
-    /// Logits to scores.
+    /// Function from logits to scores.
     pub gating: Gating,
-    /// Groups, and how many of them may be chosen from.
+    /// Groups of experts, if the layer has any.
     pub groups: Option<Groups>,
-    /// Divide the chosen weights by their sum.
+    /// Whether the chosen weights are divided by their sum.
     pub normalize: bool,
     /// Factor on the weights.
     pub scale: f32,
 }
 
-impl From<&MoeSpec> for Routing {
+impl From<&MoeSpec> for RouterSpec {
     fn from(moe: &MoeSpec) -> Self {
         let &MoeSpec { n_expert, n_used, gating, groups, normalize, scale, .. } = moe;
         Self { n_expert, n_used, gating, groups, normalize, scale }
@@ -52,13 +69,8 @@ impl From<&MoeSpec> for Routing {
 }
 
 impl Ops {
-    /// `out = x / sqrt(mean(x^2) + eps) * weight` for each of `rows` rows of `width` values; `out` may be `x`.
-    ///
-    /// # Errors
-    /// When the device fails.
-    ///
-    /// # Panics
-    /// When a size does not fit.
+    /// Computes `out = x / sqrt(mean(x^2) + eps) * weight` for each of `rows` rows of `width`
+    /// values; `out` may be `x`.
     pub fn rms_norm(
         &self,
         x: View<'_>,
@@ -71,13 +83,8 @@ impl Ops {
         self.rms_norm_of(Strided { at: x, stride: width }, weight, rows, width, eps, Strided { at: out, stride: width })
     }
 
-    /// [`rms_norm`](Self::rms_norm) of rows that have other values between them, which stay as they are.
-    ///
-    /// # Errors
-    /// When the device fails.
-    ///
-    /// # Panics
-    /// When a size does not fit.
+    /// Computes [`rms_norm`](Self::rms_norm) of strided rows. The values between them stay as they
+    /// are.
     pub fn rms_norm_of(
         &self,
         x: Strided<'_>,
@@ -95,40 +102,23 @@ impl Ops {
         self.launch("rms_norm", [blocks(rows, 1), 1, 1], THREADS, &args)
     }
 
-    /// `x += add`, then the [norm](Self::rms_norm) of it to `out`, and its 8-bit form; one launch.
-    ///
-    /// # Errors
-    /// When the device fails.
+    /// Computes `x += residual`, and the [norm](Self::rms_norm) of the sum to `out` and, quantized,
+    /// to `quants`; one launch.
     ///
     /// # Panics
-    /// When a size does not fit, or `width` is no multiple of 32 where it is quantised.
-    pub fn add_norm(
-        &self,
-        x: View<'_>,
-        add: Option<View<'_>>,
-        weight: View<'_>,
-        rows: usize,
-        width: usize,
-        eps: f32,
-        out: View<'_>,
-        quants: Option<&mut Quants>,
-    ) -> Result<(), CudaError> {
+    /// When `width` is not a multiple of 32 where it is quantized.
+    pub fn add_norm(&self, norm: &AddNorm<'_>, out: View<'_>, quants: Option<&mut Quants>) -> Result<(), CudaError> {
+        let &AddNorm { x, residual, weight, rows, width, eps } = norm;
         let n = rows * width;
         assert!(x.words() >= n && out.words() >= n && weight.words() >= width, "{rows} rows of {width}");
-        assert!(add.is_none_or(|add| add.words() >= n), "{rows} rows of {width} to add");
-        let [q, scale, sums] = Quants::fill_or_null(quants.map(|quants| (quants, rows, width)));
-        let (add, eps) = (null_or(add), Arg::Float(eps));
-        let args = [x.arg(), add, weight.arg(), int(width), eps, out.arg(), q, scale, sums];
+        assert!(residual.is_none_or(|residual| residual.words() >= n), "{rows} rows of {width} to add");
+        let [q, scale, sums] = Quants::fill_or_null(quants, rows, width);
+        let (residual, eps) = (null_or(residual), Arg::Float(eps));
+        let args = [x.arg(), residual, weight.arg(), int(width), eps, out.arg(), q, scale, sums];
         self.launch("add_norm", [blocks(rows, 1), 1, 1], THREADS, &args)
     }
 
     /// Copies `rows` rows of `width` values.
-    ///
-    /// # Errors
-    /// When the device fails.
-    ///
-    /// # Panics
-    /// When a size does not fit.
     pub fn copy_rows(&self, x: Strided<'_>, rows: usize, width: usize, out: Strided<'_>) -> Result<(), CudaError> {
         x.check(rows, width);
         out.check(rows, width);
@@ -137,13 +127,7 @@ impl Ops {
         self.launch("copy_rows", [blocks(n, THREADS), 1, 1], THREADS, &args)
     }
 
-    /// Multiplies each of `rows` rows of `width` values by its own of `factors`.
-    ///
-    /// # Errors
-    /// When the device fails.
-    ///
-    /// # Panics
-    /// When a size does not fit.
+    /// Multiplies each of `rows` rows of `width` values by its factor, `factors` `[rows]`.
     pub fn scale_rows(&self, x: View<'_>, factors: View<'_>, rows: usize, width: usize) -> Result<(), CudaError> {
         assert!(x.words() >= rows * width && factors.words() >= rows, "{rows} rows of {width}");
         let n = rows * width;
@@ -151,28 +135,20 @@ impl Ops {
         self.launch("scale_rows", [blocks(n, THREADS), 1, 1], THREADS, &args)
     }
 
-    /// `x *= sigmoid(gate)`, `n` values.
-    ///
-    /// # Errors
-    /// When the device fails.
-    ///
-    /// # Panics
-    /// When a size does not fit.
+    /// Computes `x *= sigmoid(gate)` for `n` values.
     pub fn gate(&self, x: View<'_>, gate: View<'_>, n: usize) -> Result<(), CudaError> {
         assert!(x.words() >= n && gate.words() >= n, "{n} values");
         self.launch("gate", [blocks(n, THREADS), 1, 1], THREADS, &[x.arg(), gate.arg(), int(n)])
     }
 
-    /// Chooses experts for each token: `experts` and `weights` are `[tokens, n_used]`, largest score first.
-    ///
-    /// # Errors
-    /// When the device fails.
+    /// Chooses experts for each token: `experts` and `weights` are `[tokens, n_used]`, largest
+    /// score first.
     ///
     /// # Panics
-    /// When a size does not fit, or there are more experts or groups than the kernel has room for.
+    /// When there are more than [`MAX_EXPERTS`] experts or [`MAX_GROUPS`] groups.
     pub fn route(
         &self,
-        r: &Routing,
+        r: &RouterSpec,
         logits: View<'_>,
         bias: Option<View<'_>>,
         tokens: usize,
@@ -206,17 +182,11 @@ impl Ops {
         self.launch("route", [blocks(tokens, 1), 1, 1], 128, &args)
     }
 
-    /// What stands between the products of an expert, `rows` rows of `width` values; the result is in `gate`, and its 8-bit
-    /// form in `quants`.
-    ///
-    /// # Errors
-    /// When the device fails.
-    ///
-    /// # Panics
-    /// When a size does not fit.
+    /// Combines the products with gate and up of `rows` rows of `width` values, in place in `gate`
+    /// and quantized in `quants`.
     pub fn activate(
         &self,
-        how: Activation,
+        activation: Activation,
         gate: View<'_>,
         up: View<'_>,
         rows: usize,
@@ -226,8 +196,8 @@ impl Ops {
         let n = rows * width;
         assert!(gate.words() >= n && up.words() >= n, "{n} values");
         let grid = [blocks(n, THREADS), 1, 1];
-        let [q, scale, sums] = Quants::fill_or_null(quants.map(|quants| (quants, rows, width)));
-        match how {
+        let [q, scale, sums] = Quants::fill_or_null(quants, rows, width);
+        match activation {
             Activation::Silu => self.launch("silu_mul", grid, THREADS, &[gate.arg(), up.arg(), int(n), q, scale, sums]),
             Activation::ClampedSwiglu { alpha, limit } => {
                 let (alpha, limit) = (Arg::Float(alpha), Arg::Float(limit));
@@ -237,26 +207,14 @@ impl Ops {
         }
     }
 
-    /// `x += y`, `n` values.
-    ///
-    /// # Errors
-    /// When the device fails.
-    ///
-    /// # Panics
-    /// When a size does not fit.
+    /// Computes `x += y` for `n` values.
     pub fn add(&self, x: View<'_>, y: View<'_>, n: usize) -> Result<(), CudaError> {
         assert!(x.words() >= n && y.words() >= n, "{n} values");
         self.launch("add", [blocks(n, THREADS), 1, 1], THREADS, &[x.arg(), y.arg(), int(n)])
     }
 
-    /// Adds a bias to each of `rows` rows of `width` values: the first of `[_, width]` biases, or that which `which`,
-    /// `[rows]`, numbers; none where the number is not one of theirs.
-    ///
-    /// # Errors
-    /// When the device fails.
-    ///
-    /// # Panics
-    /// When a size does not fit.
+    /// Adds a bias of `[n_bias, width]` to each of `rows` rows of `width` values: the first one, or
+    /// the one whose index is in `which`, `[rows]`. An index outside of the biases adds nothing.
     pub fn add_bias(
         &self,
         x: View<'_>,
@@ -273,13 +231,8 @@ impl Ops {
         self.launch("add_bias", [blocks(n, THREADS), 1, 1], THREADS, &args)
     }
 
-    /// Multiplies each row of `out`, `[rows, width]`, by the sigmoid of `gate . x`, `x` `[rows, n]`.
-    ///
-    /// # Errors
-    /// When the device fails.
-    ///
-    /// # Panics
-    /// When a size does not fit.
+    /// Multiplies each row of `out`, `[rows, width]`, by the sigmoid of the dot product of `gate`,
+    /// `[n]`, and its row of `x`, `[rows, n]`.
     pub fn sigmoid_gate(
         &self,
         gate: View<'_>,

@@ -1,17 +1,11 @@
-//! Rows of a batch that an expert takes, and adding what it makes of them.
+//! Gathering the rows of a batch for an expert, and adding its results to the rows.
 
 use super::{THREADS, blocks, few, int};
 use crate::device::{Arg, View};
 use crate::{CudaError, Ops};
 
 impl Ops {
-    /// `out[row] = x[which[row]]` for `n` rows of `width`. Each number must be that of a row: nothing looks.
-    ///
-    /// # Errors
-    /// When the device fails.
-    ///
-    /// # Panics
-    /// When a size does not fit.
+    /// Computes `out[row] = x[which[row]]` for `n` rows of `width`. The indices are not checked.
     pub fn gather_rows(
         &self,
         x: View<'_>,
@@ -25,14 +19,8 @@ impl Ops {
         self.launch("gather_rows", [blocks(width, THREADS), few(n), 1], THREADS, &args)
     }
 
-    /// `to[which[row]] += weights[row] * x[row]` for `n` rows of `width`. Each number must be that of a row, and none may be
-    /// there twice: nothing looks.
-    ///
-    /// # Errors
-    /// When the device fails.
-    ///
-    /// # Panics
-    /// When a size does not fit.
+    /// Computes `to[which[row]] += weights[row] * x[row]` for `n` rows of `width`. The indices are
+    /// not checked, and no index may occur twice.
     pub fn add_rows(
         &self,
         x: View<'_>,
@@ -47,13 +35,7 @@ impl Ops {
         self.launch("add_rows", [blocks(width, THREADS), few(n), 1], THREADS, &args)
     }
 
-    /// Zeros for the first `n` floats.
-    ///
-    /// # Errors
-    /// When the device fails.
-    ///
-    /// # Panics
-    /// When there are fewer.
+    /// Sets the first `n` floats to zero.
     pub fn clear(&self, x: View<'_>, n: usize) -> Result<(), CudaError> {
         assert!(x.words() >= n, "{n} values");
         self.launch("clear", [blocks(n, THREADS), 1, 1], THREADS, &[x.arg(), Arg::Long(n as i64)])

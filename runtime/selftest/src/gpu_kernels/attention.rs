@@ -1,27 +1,32 @@
-//! The cache and attention over it.
+//! The KV cache and attention over it.
 
 use super::Check;
 use super::small::same_quants;
-use crate::outcome::Outcome;
+use crate::outcome::{Expected, Outcome};
 use half::f16;
 use tier_plan_cuda::device::Buffer;
-use tier_plan_cuda::ops::{Attend, AttendRoom, Heads, PROMPT_TOKENS, Positions, Quants};
+use tier_plan_cuda::ops::{
+    Attend, AttentionBuffers, CacheRows, HeadNorms, Heads, PROMPT_TOKENS, Positions, Quants, RopeTurns,
+};
 use tier_plan_cuda::{CudaError, Ops};
 use tier_plan_formats::model::kv::KvType;
 use tier_plan_formats::model::spec::RopeKind;
 use tier_plan_kernels::random::Random;
 use tier_plan_kernels::{Kernels, StoredRows, q8_row_bytes};
 
-/// What a result may differ by as a share of the largest value mixed.
-const MIXED: f64 = 1e-5;
+/// Tolerance of a result: values are at most 1.
+const MIXED_TOLERANCE: f64 = 1e-5;
 
-/// Half a unit in the last place of a 16-bit float, as a share of the least value of its power of two.
-const HALF: f64 = 1.0 / 2048.0;
+/// Relative rounding error of 16-bit floats.
+const F16_EPSILON: f64 = 1.0 / 2048.0;
 
-/// What the results of a prompt may differ by, as the mean squared difference over the mean square. Rounding to 16-bit
-/// floats is off by 2e-4 of a value on average, squared 4e-8. Scores here are 1.3 on average, so they are off by 7e-8,
-/// twice where keys are rounded as well as queries, and the weights with them; weights and values are rounded by 4e-8
-/// each. That is 2.2e-7 on average over all that may be mixed; single queries and few positions differ from that.
+/// Largest allowed NMSE of a prompt's results. Rounding to 16-bit floats is off by 2e-4 of a value
+/// on average, squared 4e-8. Scores here are 1.3 on average, so they are off by 7e-8, twice where
+/// keys are rounded as well as queries, and the weights with them. Weights and values are rounded
+/// by 4e-8 each.
+///
+/// That is 2.2e-7 on average over many values. Single queries and few positions deviate from the
+/// average.
 const PROMPT_NMSE: f64 = 1e-6;
 
 pub(super) fn checks() -> Vec<Check> {
@@ -38,7 +43,7 @@ pub(super) fn checks() -> Vec<Check> {
     checks
 }
 
-/// A row as the processor stores it.
+/// Stores a row as the CPU does.
 fn stored(kv_type: KvType, row: &[f32]) -> Vec<u8> {
     match kv_type {
         KvType::F32 => row.iter().flat_map(|v| v.to_le_bytes()).collect(),
@@ -55,7 +60,7 @@ fn stored(kv_type: KvType, row: &[f32]) -> Vec<u8> {
     }
 }
 
-/// A stored row's values.
+/// Returns the values of a stored row.
 fn widened(kv_type: KvType, bytes: &[u8], width: usize) -> Vec<f32> {
     let mut out = vec![0.0; width];
     match kv_type {
@@ -77,7 +82,8 @@ fn store(ops: &Ops, random: &mut Random, kv_type: KvType) -> Result<Outcome, Cud
     for width in [4, 32, 40, 128, 576] {
         let (tokens, heads, context, past) = (2, 3, 7, 4);
         let mut x: Vec<f32> = random.activations(tokens * heads * width);
-        // A tie between two 16-bit floats, one below the smallest, zeros, and one that is too large for 16 bits.
+        // A tie between two 16-bit floats, one below the smallest, zeros, and one too large for 16
+        // bits.
         (x[0], x[1], x[2], x[3]) = (1.0 + 1.0 / 2048.0, 3e-8, 1e-6, -1e-5);
         x[width..width + 4].fill(0.0);
         x[2 * width] = 70_000.0;
@@ -87,18 +93,18 @@ fn store(ops: &Ops, random: &mut Random, kv_type: KvType) -> Result<Outcome, Cud
         let rows = Buffer::of_f32(ops.device(), &x)?;
         let word = Buffer::of_i32(ops.device(), &[past as i32])?;
         let positions = Positions { past, on_device: word.view() };
-        ops.store(kv_type, rows.view(), tokens, heads, width, context, positions, cache.view())?;
+        ops.store(rows.view(), tokens, positions, &CacheRows { kv_type, at: cache.view(), heads, context, width })?;
         let mut expected = before;
         for (at, row) in x.chunks_exact(width).enumerate() {
             let (t, head) = (at / heads, at % heads);
             expected[(head * context + past + t) * row_bytes..][..row_bytes].copy_from_slice(&stored(kv_type, row));
         }
-        outcome.exactly(&cache.view().to_bytes()?, &expected);
+        outcome.compare_exact(&cache.view().to_bytes()?, &expected);
     }
     Ok(outcome)
 }
 
-/// All at once against one step after the other, with the kernels that are checked by themselves.
+/// Compares the fused kernel with single kernels, which have checks of their own.
 fn place(ops: &Ops, random: &mut Random, kv_type: KvType) -> Result<Outcome, CudaError> {
     let mut outcome = Outcome::default();
     let (tokens, n_head, n_head_kv, context, past, half) = (3, 4, 2, 9, 5, 12);
@@ -115,62 +121,56 @@ fn place(ops: &Ops, random: &mut Random, kv_type: KvType) -> Result<Outcome, Cud
             let word = Buffer::of_i32(device, &[past as i32])?;
             let positions = Positions { past, on_device: word.view() };
             let rows = |width: usize| vec![0x5a; n_head_kv * context * kv_type.row_bytes(width as u64) as usize];
-            let mut found = Vec::new();
-            for at_once in [true, false] {
+            let mut results = Vec::new();
+            for fused in [true, false] {
                 let (q, k, v) = (Buffer::of_f32(device, &q)?, Buffer::of_f32(device, &k)?, Buffer::of_f32(device, &v)?);
                 let keys = Buffer::of_bytes(device, &rows(key_width))?;
                 let values = Buffer::of_bytes(device, &rows(value_width))?;
-                if at_once {
-                    ops.place_heads(&Heads {
-                        queries: q.view(),
-                        new_keys: k.view(),
-                        new_values: v.view(),
-                        norms: normed.then_some((norms[0].view(), norms[1].view(), 1e-6)),
-                        turns: turned.then_some((turns.view(), kind, half)),
-                        tokens,
-                        n_head,
-                        n_head_kv,
-                        key_width,
-                        value_width,
-                        kv_type,
-                        context,
-                        positions,
-                        keys: keys.view(),
-                        values: values.view(),
-                    })?;
+                let heads = Heads {
+                    queries: q.view(),
+                    new_keys: k.view(),
+                    new_values: v.view(),
+                    norms: normed.then_some(HeadNorms { queries: norms[0].view(), keys: norms[1].view(), eps: 1e-6 }),
+                    turns: turned.then_some(RopeTurns { values: turns.view(), kind, half }),
+                    tokens,
+                    n_head,
+                    n_head_kv,
+                    key_width,
+                    value_width,
+                    kv_type,
+                    context,
+                    positions,
+                    keys: keys.view(),
+                    values: values.view(),
+                };
+                if fused {
+                    ops.place_heads(&heads)?
                 } else {
-                    for (x, norm, heads) in [(&q, &norms[0], n_head), (&k, &norms[1], n_head_kv)] {
-                        if normed {
-                            // So narrow that the order of the sums does not depend on the number of threads.
-                            ops.rms_norm(x.view(), Some(norm.view()), tokens * heads, key_width, 1e-6, x.view())?;
-                        }
-                        if turned {
-                            ops.rope(x.view(), turns.view(), kind, tokens, heads, key_width, half)?;
-                        }
-                    }
-                    ops.store(kv_type, k.view(), tokens, n_head_kv, key_width, context, positions, keys.view())?;
-                    ops.store(kv_type, v.view(), tokens, n_head_kv, value_width, context, positions, values.view())?;
+                    place_by_single_kernels(ops, &heads)?
                 }
-                found.push([q.view().to_bytes()?, keys.view().to_bytes()?, values.view().to_bytes()?]);
+                results.push([q.view().to_bytes()?, keys.view().to_bytes()?, values.view().to_bytes()?]);
             }
             let floats = |bytes: &[u8]| widened(KvType::F32, bytes, bytes.len() / 4);
-            let (got, expected) = (floats(&found[0][0]), floats(&found[1][0]));
-            outcome.floats(&got, expected.iter().map(|v| (f64::from(*v), 1e-5)));
-            // A last bit may decide how a value is rounded where it is stored.
-            let least = match kv_type {
+            let (got, expected) = (floats(&results[0][0]), floats(&results[1][0]));
+            outcome.compare(&got, expected.iter().map(|v| Expected::within(*v, 1e-5)));
+            // The last bit may decide how a value is rounded where it is stored.
+            let allowed = match kv_type {
                 KvType::F32 => 1e-5,
                 KvType::F16 => 4e-3,
                 KvType::Q8_0 => 4e-2,
             };
             for (at, width) in [(1, key_width), (2, value_width)] {
                 let bytes = kv_type.row_bytes(width as u64) as usize;
-                let rows = found[0][at].chunks_exact(bytes).zip(found[1][at].chunks_exact(bytes));
+                let rows = results[0][at].chunks_exact(bytes).zip(results[1][at].chunks_exact(bytes));
                 for (row, (got, expected)) in rows.enumerate() {
                     if (past..past + tokens).contains(&(row % context)) {
                         let expected = widened(kv_type, expected, width);
-                        outcome.floats(&widened(kv_type, got, width), expected.iter().map(|v| (f64::from(*v), least)));
+                        outcome.compare(
+                            &widened(kv_type, got, width),
+                            expected.iter().map(|v| Expected::within(*v, allowed)),
+                        );
                     } else {
-                        outcome.exactly(got, expected);
+                        outcome.compare_exact(got, expected);
                     }
                 }
             }
@@ -179,13 +179,32 @@ fn place(ops: &Ops, random: &mut Random, kv_type: KvType) -> Result<Outcome, Cud
     Ok(outcome)
 }
 
+/// Normalizes, rotates and stores heads with one kernel per step.
+fn place_by_single_kernels(ops: &Ops, h: &Heads<'_>) -> Result<(), CudaError> {
+    let norms = h.norms.map_or([None; 2], |norms| [Some(norms.queries), Some(norms.keys)]);
+    for (x, norm, heads) in [(h.queries, norms[0], h.n_head), (h.new_keys, norms[1], h.n_head_kv)] {
+        if let Some(norm) = norm {
+            // Rows are so narrow that the order of sums is that of the fused kernel.
+            ops.rms_norm(x, Some(norm), h.tokens * heads, h.key_width, 1e-6, x)?;
+        }
+        if let Some(turns) = &h.turns {
+            ops.rope(x, turns, h.tokens, heads, h.key_width)?;
+        }
+    }
+    let (kv_type, heads, context) = (h.kv_type, h.n_head_kv, h.context);
+    for (x, at, width) in [(h.new_keys, h.keys, h.key_width), (h.new_values, h.values, h.value_width)] {
+        ops.store(x, h.tokens, h.positions, &CacheRows { kv_type, at, heads, context, width })?;
+    }
+    Ok(())
+}
+
 /// Sizes of an attention.
 #[derive(Clone, Copy)]
 struct Case {
     n_head_kv: usize,
     group: usize,
     key_width: usize,
-    /// Values are the first of the keys, as with latents.
+    /// Whether values are the beginning of the keys (latent attention).
     latent: bool,
     value_width: usize,
     tokens: usize,
@@ -217,12 +236,12 @@ fn attend(ops: &Ops, random: &mut Random, kv_type: KvType) -> Result<Outcome, Cu
     ];
     let mut outcome = Outcome::default();
     for case in cases {
-        outcome.also(one(ops, random, kv_type, case)?);
+        outcome.merge(compare_case(ops, random, kv_type, case)?);
     }
     Ok(outcome)
 }
 
-/// Tokens enough for the kernels of prompts.
+/// Compares enough tokens for the kernels of prompts.
 fn prompt(ops: &Ops, random: &mut Random, kv_type: KvType) -> Result<Outcome, CudaError> {
     let gqa = Case {
         n_head_kv: 2,
@@ -246,9 +265,9 @@ fn prompt(ops: &Ops, random: &mut Random, kv_type: KvType) -> Result<Outcome, Cu
         Case { group: 2, key_width: 256, value_width: 256, tokens: 20, past: 20, sinks: true, ..gqa },
         Case { n_head_kv: 1, group: 3, key_width: 576, latent: true, value_width: 512, tokens: 18, past: 40, ..gqa },
         Case { n_head_kv: 1, group: 2, key_width: 332, latent: true, value_width: 300, window: Some(9), ..gqa },
-        // The last is wider than any of these kernels takes.
+        // Wider than these kernels support.
         Case { n_head_kv: 1, group: 1, key_width: 640, value_width: 4, past: 3, ..gqa },
-        // A context of two pieces, and one whose first no token sees.
+        // A context of two splits, and one whose first split no token attends to.
         Case { n_head_kv: 1, group: 1, key_width: 32, value_width: 32, past: 2040, tokens: 17, ..gqa },
         Case {
             n_head_kv: 1,
@@ -263,12 +282,12 @@ fn prompt(ops: &Ops, random: &mut Random, kv_type: KvType) -> Result<Outcome, Cu
     ];
     let mut outcome = Outcome::default();
     for case in cases {
-        outcome.also(one(ops, random, kv_type, case)?);
+        outcome.merge(compare_case(ops, random, kv_type, case)?);
     }
     Ok(outcome)
 }
 
-/// What is computed beside a token changes no bit of its result.
+/// Compares a prompt with parts of it: other tokens change no bit of a token's result.
 fn parts_of_a_prompt(ops: &Ops, random: &mut Random, kv_type: KvType) -> Result<Outcome, CudaError> {
     let (n_head_kv, group, width, tokens, past) = (2, 3, 32, 45, 19);
     let (heads, context) = (n_head_kv * group, past + tokens);
@@ -279,11 +298,11 @@ fn parts_of_a_prompt(ops: &Ops, random: &mut Random, kv_type: KvType) -> Result<
     let (keys, values) = (cache()?, cache()?);
     let queries = Buffer::of_f32(ops.device(), &random.floats(tokens * heads * width))?;
     let word = Buffer::of_i32(ops.device(), &[past as i32])?;
-    let room = AttendRoom::new(ops.device(), AttendRoom::values(tokens, heads, context, width), width)?;
+    let buffers = AttentionBuffers::new(ops.device(), AttentionBuffers::values(tokens, heads, context, width), width)?;
     let mut outcome = Outcome::default();
     for window in [None, Some(11)] {
         let run = |first: usize, tokens: usize| -> Result<Vec<u32>, CudaError> {
-            let out = Buffer::room_f32(ops.device(), tokens * heads * width)?;
+            let out = Buffer::new_f32(ops.device(), tokens * heads * width)?;
             let attention = Attend {
                 queries: queries.view().floats(first * heads * width..(first + tokens) * heads * width),
                 keys: keys.view(),
@@ -302,21 +321,21 @@ fn parts_of_a_prompt(ops: &Ops, random: &mut Random, kv_type: KvType) -> Result<
                 window,
                 sinks: None,
             };
-            ops.attend(&attention, &room, out.view(), None)?;
+            ops.attend(&attention, &buffers, out.view(), None)?;
             Ok(out.view().to_f32()?.into_iter().map(f32::to_bits).collect())
         };
         let whole = run(0, tokens)?;
-        outcome.exactly(&[run(0, 29)?, run(29, 16)?].concat(), &whole);
+        outcome.compare_exact(&[run(0, 29)?, run(29, 16)?].concat(), &whole);
     }
     Ok(outcome)
 }
 
-fn one(ops: &Ops, random: &mut Random, kv_type: KvType, case: Case) -> Result<Outcome, CudaError> {
+fn compare_case(ops: &Ops, random: &mut Random, kv_type: KvType, case: Case) -> Result<Outcome, CudaError> {
     let Case { n_head_kv, group, key_width, latent, value_width, tokens, past, window, sinks } = case;
     let (heads, context) = (n_head_kv * group, past + tokens + 3);
     let mut rows_of = |width: usize| -> (Vec<u8>, Vec<Vec<f32>>) {
         let mut rows: Vec<Vec<u8>> = (0..n_head_kv * context).map(|_| stored(kv_type, &random.floats(width))).collect();
-        // What no token stored yet may be no number.
+        // Positions without a token may hold NaN.
         for head in rows.chunks_exact_mut(context) {
             head[past + tokens..].iter_mut().for_each(|row| row.fill(0xff));
         }
@@ -332,12 +351,12 @@ fn one(ops: &Ops, random: &mut Random, kv_type: KvType, case: Case) -> Result<Ou
     let value_buffer = Buffer::of_bytes(ops.device(), &value_bytes)?;
     let query_buffer = Buffer::of_f32(ops.device(), &queries)?;
     let sink_buffer = Buffer::of_f32(ops.device(), &sink_values)?;
-    let out = Buffer::room_f32(ops.device(), tokens * heads * value_width)?;
+    let out = Buffer::new_f32(ops.device(), tokens * heads * value_width)?;
     let first = past.min(2);
     let word = Buffer::of_i32(ops.device(), &[(past - first) as i32])?;
-    // For two tokens at once, so that more of them take turns.
-    let room = AttendRoom::values(tokens.min(2), heads, past + tokens, value_width);
-    let room = AttendRoom::new(ops.device(), room, value_width)?;
+    // For two tokens at once, so that more tokens take several launches.
+    let values_needed = AttentionBuffers::values(tokens.min(2), heads, past + tokens, value_width);
+    let buffers = AttentionBuffers::new(ops.device(), values_needed, value_width)?;
     let attention = Attend {
         queries: query_buffer.view(),
         keys: key_buffer.view(),
@@ -359,16 +378,16 @@ fn one(ops: &Ops, random: &mut Random, kv_type: KvType, case: Case) -> Result<Ou
     let n = tokens * heads * value_width;
     let mut quants = Quants::new(ops.device(), n.next_multiple_of(32))?;
     let quantized = value_width.is_multiple_of(32);
-    ops.attend(&attention, &room, out.view(), quantized.then_some(&mut quants))?;
+    ops.attend(&attention, &buffers, out.view(), quantized.then_some(&mut quants))?;
     let got = out.view().to_f32()?;
-    // By 16-bit floats only what can't be as fast otherwise.
+    // Only the kernels of prompts multiply 16-bit floats.
     let halves = tokens >= PROMPT_TOKENS && key_width <= 576;
-    let (mut off, mut all) = (0.0, 0.0);
+    let (mut squared_error, mut squared_norm) = (0.0, 0.0);
     let mut outcome = Outcome::default();
     if quantized {
         let mut after = Quants::new(ops.device(), n)?;
         ops.quantize(out.view(), tokens, heads * value_width, &mut after)?;
-        outcome.also(same_quants(&quants, &after)?);
+        outcome.merge(same_quants(&quants, &after)?);
     }
     for (at, got) in got.chunks_exact(value_width).enumerate() {
         let (t, head) = (at / heads, at % heads);
@@ -376,37 +395,45 @@ fn one(ops: &Ops, random: &mut Random, kv_type: KvType, case: Case) -> Result<Ou
         let end = past + t + 1;
         let seen = window.map_or(0, |w| end.saturating_sub(w))..end;
         let first = head / group * context;
-        let score = |p: usize| -> f64 {
-            let products = query.iter().zip(&keys[first + p]).map(|(q, k)| f64::from(*q) * f64::from(*k));
-            f64::from(scale) * products.sum::<f64>()
-        };
-        let scores: Vec<f64> = seen.clone().map(score).collect();
+        let (seen_keys, seen_values) = (&keys[first..][seen.clone()], &values[first..][seen]);
         let sink = sinks.then(|| f64::from(sink_values[head]));
-        let most = scores.iter().copied().chain(sink).fold(f64::NEG_INFINITY, f64::max);
-        let total: f64 = scores.iter().copied().chain(sink).map(|s| (s - most).exp()).sum();
-        let mut expected = vec![0.0f64; value_width];
-        for (p, score) in seen.clone().zip(&scores) {
-            let weight = (score - most).exp() / total;
-            expected.iter_mut().zip(&values[first + p]).for_each(|(e, v)| *e += weight * f64::from(*v));
-        }
-        let allowed =
-            if halves { HALF * in_halves(kv_type, f64::from(scale), query, &keys[first..][seen]) } else { 0.0 };
-        off += got.iter().zip(&expected).map(|(got, e)| (f64::from(*got) - e).powi(2)).sum::<f64>();
-        all += expected.iter().map(|e| e * e).sum::<f64>();
-        outcome.floats(got, expected.into_iter().map(|e| (e, MIXED + allowed)));
+        let mut expected = plain_attention(f64::from(scale), query, seen_keys, seen_values, sink);
+        expected.truncate(value_width);
+        let allowed = if halves { F16_EPSILON * in_halves(kv_type, f64::from(scale), query, seen_keys) } else { 0.0 };
+        squared_error += got.iter().zip(&expected).map(|(got, e)| (f64::from(*got) - e).powi(2)).sum::<f64>();
+        squared_norm += expected.iter().map(|e| e * e).sum::<f64>();
+        outcome.compare(got, expected.into_iter().map(|value| Expected { value, allowed: MIXED_TOLERANCE + allowed }));
     }
     if halves {
-        outcome.floats(&[(off / all) as f32], [(0.0, PROMPT_NMSE)]);
+        outcome.compare(&[(squared_error / squared_norm) as f32], [Expected { value: 0.0, allowed: PROMPT_NMSE }]);
     }
     Ok(outcome)
 }
 
-/// How many times [`HALF`] of the largest value 16-bit floats may cost at worst: each score is off by a share of the
-/// magnitudes in it, which changes weights and their sum; weights and their sum are off by their own rounding; and so are
-/// values, where they aren't stored that way.
+/// Computes attention of one query in 64-bit floats.
+fn plain_attention(scale: f64, query: &[f32], keys: &[Vec<f32>], values: &[Vec<f32>], sink: Option<f64>) -> Vec<f64> {
+    let score = |key: &Vec<f32>| -> f64 {
+        let products = query.iter().zip(key).map(|(q, k)| f64::from(*q) * f64::from(*k));
+        scale * products.sum::<f64>()
+    };
+    let scores: Vec<f64> = keys.iter().map(score).collect();
+    let most = scores.iter().copied().chain(sink).fold(f64::NEG_INFINITY, f64::max);
+    let total: f64 = scores.iter().copied().chain(sink).map(|s| (s - most).exp()).sum();
+    let mut mixed = vec![0.0f64; values.first().map_or(0, Vec::len)];
+    for (score, value) in scores.iter().zip(values) {
+        let weight = (score - most).exp() / total;
+        mixed.iter_mut().zip(value).for_each(|(sum, v)| *sum += weight * f64::from(*v));
+    }
+    mixed
+}
+
+/// Returns the largest error of 16-bit floats, in units of [`F16_EPSILON`] of the largest value.
+///
+/// Each score is off by a share of the magnitudes in it, which changes weights and their sum.
+/// Weights, their sum, and values that are not stored as F16 are off by their own rounding.
 fn in_halves(kv_type: KvType, scale: f64, query: &[f32], keys: &[Vec<f32>]) -> f64 {
     let magnitude = |key: &Vec<f32>| -> f64 { query.iter().zip(key).map(|(q, k)| f64::from((q * k).abs())).sum() };
     let most = scale * keys.iter().map(magnitude).fold(0.0, f64::max);
     let rounded = if kv_type == KvType::F16 { 1.0 } else { 2.0 };
-    (2.0 * rounded * most * HALF).exp_m1() / HALF + 1.0 + rounded
+    (2.0 * rounded * most * F16_EPSILON).exp_m1() / F16_EPSILON + 1.0 + rounded
 }

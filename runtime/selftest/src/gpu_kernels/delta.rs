@@ -1,8 +1,8 @@
-//! The gated delta net between its products.
+//! The gated delta net between its matrix products.
 
 use super::Check;
 use super::small::same_quants;
-use crate::outcome::Outcome;
+use crate::outcome::{Expected, Outcome};
 use tier_plan_cuda::device::Buffer;
 use tier_plan_cuda::ops::{Delta, DeltaSizes, Quants};
 use tier_plan_cuda::{CudaError, Ops};
@@ -10,13 +10,13 @@ use tier_plan_formats::model::spec::KeySharing;
 use tier_plan_kernels::random::Random;
 use tier_plan_kernels::{DeltaStep, Kernels};
 
-/// What a value may differ by as a share of itself or of the mean size of its like: exponentials are other ones, and sums
-/// have another order.
-const VALUE: f64 = 2e-5;
+/// Tolerance of a value, relative to itself or to the root mean square of all values: exponentials
+/// are computed differently, and sums have another order.
+const VALUE_TOLERANCE: f64 = 2e-5;
 
 const EPS: f32 = 1e-6;
 
-/// More than a block has at hand at once.
+/// More tokens than a block loads at once.
 const TOKENS: usize = 21;
 
 pub(super) fn checks() -> Vec<Check> {
@@ -53,10 +53,10 @@ pub(super) fn checks() -> Vec<Check> {
     named.into()
 }
 
-/// A layer's parameters and what its first products gave for [`TOKENS`] tokens.
+/// A layer's parameters, and the results of its first products for [`TOKENS`] tokens.
 struct Layer {
     sizes: DeltaSizes,
-    /// `[tokens, heads, head_dim]`: what is convolved.
+    /// `[tokens, heads, head_dim]`: input of the convolution.
     heads: Vec<f32>,
     /// `[tokens, n_value_head, head_dim]`.
     gates: Vec<f32>,
@@ -69,7 +69,7 @@ struct Layer {
     norm: Vec<f32>,
 }
 
-/// What comes of it.
+/// Results of the layer, and its state after them.
 struct Results {
     heads: Vec<f32>,
     rates: Vec<f32>,
@@ -83,7 +83,7 @@ impl Layer {
         let (n_value, dim) = (sizes.n_value_head, sizes.head_dim);
         let channels = (2 * sizes.n_key_head + n_value) * dim;
         let mut alpha = random.floats(TOKENS * n_value);
-        // Where an exponential is too large, and where nothing decays.
+        // Where an exponential overflows, and where nothing decays.
         (alpha[0], alpha[n_value]) = (200.0, -200.0);
         Self {
             sizes,
@@ -106,7 +106,7 @@ impl Layer {
         }
     }
 
-    /// By the processor's plain kernels, a token at a time.
+    /// Computes the layer with the CPU's scalar kernels, a token at a time.
     fn plain(&self) -> Results {
         let k = Kernels::SCALAR;
         let &DeltaSizes { n_key_head: n_key, n_value_head: n_value, head_dim: dim, conv_taps: taps, .. } = &self.sizes;
@@ -128,7 +128,7 @@ impl Layer {
             [(self.decay[i % n_value] * soft).exp(), 1.0 / (1.0 + (-beta).exp())]
         });
         let rates: Vec<f32> = rates.collect();
-        // A column is a state of its own, which makes it a row of the device's.
+        // Columns are independent states; on the device they are rows.
         let mut matrices = vec![0.0; n_value * dim * dim];
         let mut out = vec![0.0; TOKENS * n_value * dim];
         for (t, (row, out)) in heads.chunks_exact(channels).zip(out.chunks_exact_mut(n_value * dim)).enumerate() {
@@ -151,24 +151,24 @@ impl Layer {
         Results { heads, rates, out, inputs: rows[TOKENS..].concat(), matrices }
     }
 
-    /// The same on a device, in batches of so many tokens; also whether what is quantised is what comes out.
-    fn on(&self, ops: &Ops, batches: &[usize]) -> Result<(Results, Outcome), CudaError> {
+    /// Computes the layer on a device in batches. Also compares the fused quantization.
+    fn on_device(&self, ops: &Ops, batches: &[usize]) -> Result<(Results, Outcome), CudaError> {
         let s = self.sizes;
         let (n_value, dim) = (s.n_value_head, s.head_dim);
         let (values, channels) = (n_value * dim, (2 * s.n_key_head + n_value) * dim);
         let given = |values: &[f32]| Buffer::of_f32(ops.device(), values);
-        let room = |values: usize| Buffer::room_f32(ops.device(), values);
-        // Whatever was there before is nothing to the first token.
-        let (inputs, matrices) = (given(&vec![f32::NAN; s.kept()])?, given(&vec![f32::NAN; s.matrices()])?);
+        let buffer = |values: usize| Buffer::new_f32(ops.device(), values);
+        // The first token must ignore the state's memory.
+        let (inputs, matrices) = (given(&vec![f32::NAN; s.conv_state()])?, given(&vec![f32::NAN; s.matrices()])?);
         let (conv, dt_bias, decay) = (given(&self.conv)?, given(&self.bias)?, given(&self.decay)?);
         let norm = given(&self.norm)?;
-        let mut found = Results { heads: vec![], rates: vec![], out: vec![], inputs: vec![], matrices: vec![] };
+        let mut results = Results { heads: vec![], rates: vec![], out: vec![], inputs: vec![], matrices: vec![] };
         let (mut past, mut outcome) = (0, Outcome::default());
         for &n in batches {
             let (projected, raw_rates) = (given(&self.projected(past, n))?, given(&self.raw_rates(past, n))?);
             let gates = given(&self.gates[past * values..][..n * values])?;
             let on_device = Buffer::of_i32(ops.device(), &[past as i32])?;
-            let (heads, rates, out) = (room(n * channels)?, room(2 * n * n_value)?, room(n * values)?);
+            let (heads, rates, out) = (buffer(n * channels)?, buffer(2 * n * n_value)?, buffer(n * values)?);
             let quantizes = dim.is_multiple_of(32);
             let mut quants = Quants::new(ops.device(), (n * values).next_multiple_of(32))?;
             let mut after = Quants::new(ops.device(), (n * values).next_multiple_of(32))?;
@@ -193,19 +193,19 @@ impl Layer {
             ops.delta(&delta, quantizes.then_some(&mut quants))?;
             if quantizes {
                 ops.quantize(out.view(), n, values, &mut after)?;
-                outcome.also(same_quants(&quants, &after)?);
+                outcome.merge(same_quants(&quants, &after)?);
             }
-            found.heads.extend(heads.view().to_f32()?);
-            found.rates.extend(rates.view().to_f32()?);
-            found.out.extend(out.view().to_f32()?);
+            results.heads.extend(heads.view().to_f32()?);
+            results.rates.extend(rates.view().to_f32()?);
+            results.out.extend(out.view().to_f32()?);
             past += n;
         }
-        found.inputs = inputs.view().to_f32()?;
-        found.matrices = matrices.view().to_f32()?;
-        Ok((found, outcome))
+        results.inputs = inputs.view().to_f32()?;
+        results.matrices = matrices.view().to_f32()?;
+        Ok((results, outcome))
     }
 
-    /// Rows of the first product for some tokens.
+    /// Returns the results of the first product for some tokens.
     fn projected(&self, first: usize, n: usize) -> Vec<f32> {
         let s = self.sizes;
         let (n_key, n_value, dim) = (s.n_key_head, s.n_value_head, s.head_dim);
@@ -214,20 +214,20 @@ impl Layer {
         if !s.by_key_head {
             return rows.to_vec();
         }
-        let (group, mut all) = (n_value / n_key, Vec::new());
+        let (group, mut projected) = (n_value / n_key, Vec::new());
         for (row, gates) in rows.chunks_exact(channels).zip(self.gates[first * n_value * dim..].chunks(n_value * dim)) {
             for key_head in 0..n_key {
-                let of = |first: usize, heads: usize| &row[first * dim..][..heads * dim];
-                all.extend_from_slice(of(key_head, 1));
-                all.extend_from_slice(of(n_key + key_head, 1));
-                all.extend_from_slice(of(2 * n_key + key_head * group, group));
-                all.extend_from_slice(&gates[key_head * group * dim..][..group * dim]);
+                let heads_at = |first: usize, heads: usize| &row[first * dim..][..heads * dim];
+                projected.extend_from_slice(heads_at(key_head, 1));
+                projected.extend_from_slice(heads_at(n_key + key_head, 1));
+                projected.extend_from_slice(heads_at(2 * n_key + key_head * group, group));
+                projected.extend_from_slice(&gates[key_head * group * dim..][..group * dim]);
             }
         }
-        all
+        projected
     }
 
-    /// What the matrices of the rates gave for some tokens.
+    /// Returns the results of the products for rates for some tokens.
     fn raw_rates(&self, first: usize, n: usize) -> Vec<f32> {
         let s = self.sizes;
         let range = first * s.n_value_head..(first + n) * s.n_value_head;
@@ -243,31 +243,30 @@ impl Layer {
 fn delta(ops: &Ops, random: &mut Random, sizes: DeltaSizes) -> Result<Outcome, CudaError> {
     let layer = Layer::new(random, sizes);
     let expected = layer.plain();
-    let (found, mut outcome) = layer.on(ops, &[TOKENS])?;
-    outcome.floats(&found.heads, near(&expected.heads));
-    outcome.floats(&found.rates, near(&expected.rates));
-    outcome.floats(&found.out, near(&expected.out));
-    outcome.floats(&found.matrices, near(&expected.matrices));
-    outcome.exactly(&found.inputs, &expected.inputs);
-    // However the tokens are cut, not a bit changes.
+    let (results, mut outcome) = layer.on_device(ops, &[TOKENS])?;
+    outcome.compare(&results.heads, near(&expected.heads));
+    outcome.compare(&results.rates, near(&expected.rates));
+    outcome.compare(&results.out, near(&expected.out));
+    outcome.compare(&results.matrices, near(&expected.matrices));
+    outcome.compare_exact(&results.inputs, &expected.inputs);
+    // How tokens are split into batches changes no bit.
     for batches in [&[1; TOKENS][..], &[2, 17, 1, 1]] {
-        let (apart, quantized) = layer.on(ops, batches)?;
-        outcome.also(quantized);
+        let (apart, quantized) = layer.on_device(ops, batches)?;
+        outcome.merge(quantized);
         let pairs = [
-            (&apart.heads, &found.heads),
-            (&apart.rates, &found.rates),
-            (&apart.out, &found.out),
-            (&apart.inputs, &found.inputs),
-            (&apart.matrices, &found.matrices),
+            (&apart.heads, &results.heads),
+            (&apart.rates, &results.rates),
+            (&apart.out, &results.out),
+            (&apart.inputs, &results.inputs),
+            (&apart.matrices, &results.matrices),
         ];
-        pairs.into_iter().for_each(|(apart, whole)| outcome.exactly(apart, whole));
+        pairs.into_iter().for_each(|(apart, whole)| outcome.compare_exact(apart, whole));
     }
     Ok(outcome)
 }
 
-/// Each value with what it may differ by.
-fn near(expected: &[f32]) -> impl Iterator<Item = (f64, f64)> + '_ {
+fn near(expected: &[f32]) -> impl Iterator<Item = Expected> + '_ {
     let squares: f64 = expected.iter().map(|v| f64::from(*v) * f64::from(*v)).sum();
     let size = (squares / expected.len().max(1) as f64).sqrt();
-    expected.iter().map(move |v| (f64::from(*v), VALUE * f64::from(v.abs()).max(size)))
+    expected.iter().map(move |v| Expected::within(*v, VALUE_TOLERANCE * f64::from(v.abs()).max(size)))
 }

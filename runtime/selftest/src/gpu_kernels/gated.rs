@@ -1,21 +1,21 @@
-//! What feed-forward blocks and attention do with few rows in one launch: several matrices at once, gate and up with what
-//! follows them, and the sums over a token's experts.
+//! Fused kernels for few rows: several matrices at once, gate and up with the activation, and down
+//! with the weighted sum over a token's experts.
 
 use super::Check;
-use super::products::Both;
-use crate::outcome::Outcome;
+use super::products::Inputs;
+use crate::outcome::{Expected, Outcome};
 use tier_plan_cuda::device::Buffer;
-use tier_plan_cuda::ops::{ChosenSum, Gated, Pair, Part, Quants, Table};
+use tier_plan_cuda::ops::{ChosenSum, FusedMatvec, GateUpMatrices, Gated, MatrixTable, Quants};
 use tier_plan_cuda::{CudaError, Ops, source};
 use tier_plan_formats::model::spec::Activation;
 use tier_plan_kernels::Weights;
 use tier_plan_kernels::quant::TensorType;
 use tier_plan_kernels::random::Random;
 
-/// What a value may differ by as a share of itself: exponentials are other ones.
-const VALUE: f64 = 4e-6;
+/// Relative tolerance of a value: exponentials are computed differently.
+const VALUE_TOLERANCE: f64 = 4e-6;
 
-/// The bounds of gpt-oss.
+/// The activation of gpt-oss.
 const CLAMPED: Activation = Activation::ClampedSwiglu { alpha: 1.702, limit: 7.0 };
 
 pub(super) fn checks() -> Vec<Check> {
@@ -29,12 +29,12 @@ pub(super) fn checks() -> Vec<Check> {
     checks
 }
 
-/// Columns that rows of a type can have, at least so many.
+/// Rounds a number of columns up to one that the format supports.
 fn columns(ty: TensorType, at_least: usize) -> usize {
     at_least.next_multiple_of(ty.block_len().max(32))
 }
 
-/// Three matrices of a family of types, with biases and without, and fewer of them.
+/// Compares up to three matrices of a family of formats, with biases and without.
 fn several(ops: &Ops, random: &mut Random, ty: TensorType) -> Result<Outcome, CudaError> {
     let (family, number) = source::family(ty);
     let others: Vec<TensorType> = TensorType::ALL.into_iter().filter(|t| source::family(*t).0 == family).collect();
@@ -42,41 +42,41 @@ fn several(ops: &Ops, random: &mut Random, ty: TensorType) -> Result<Outcome, Cu
     let Some(next) = numbers.iter().position(|n| *n == (number + 1) % others.len()) else {
         return Ok(Outcome::default());
     };
-    let all = [(ty, 9), (others[next], 4), (ty, 1)];
+    let matrices = [(ty, 9), (others[next], 4), (ty, 1)];
     let mut outcome = Outcome::default();
     for (n_parts, tokens, cols) in [(3, 1, 1056), (3, 2, 96), (2, 3, 32)] {
         let cols = others.iter().map(|t| columns(*t, cols)).max().unwrap_or(cols);
-        let both = Both::new(ops, random, ty, tokens, cols)?;
-        let bytes: Vec<_> = all.map(|(ty, n_rows)| random.weights(ty, n_rows * cols)).into();
-        let biases: Vec<_> = all.map(|(_, n_rows)| random.floats(n_rows)).into();
+        let inputs = Inputs::new(ops, random, ty, tokens, cols)?;
+        let bytes: Vec<_> = matrices.map(|(ty, n_rows)| random.weights(ty, n_rows * cols)).into();
+        let biases: Vec<_> = matrices.map(|(_, n_rows)| random.floats(n_rows)).into();
         let on_device = bytes.iter().map(|b| Buffer::of_bytes(ops.device(), b)).collect::<Result<Vec<_>, _>>()?;
         let bias = biases.iter().map(|b| Buffer::of_f32(ops.device(), b)).collect::<Result<Vec<_>, _>>()?;
-        let room = |(_, n_rows): &(TensorType, usize)| Buffer::room_f32(ops.device(), tokens * n_rows);
-        let outs = all.iter().map(room).collect::<Result<Vec<_>, _>>()?;
-        // One of them has none.
+        let results = |(_, n_rows): &(TensorType, usize)| Buffer::new_f32(ops.device(), tokens * n_rows);
+        let outs = matrices.iter().map(results).collect::<Result<Vec<_>, _>>()?;
+        // The second one has no bias.
         let bias_of = |i: usize| (i != 1).then(|| &bias[i]);
-        let part = |i: usize| {
-            let ((ty, n_rows), w, bias, out) =
-                (all[i], on_device[i].view(), bias_of(i).map(Buffer::view), outs[i].view());
-            Part { ty, w, n_rows, bias, out }
+        let fuse = |i: usize| {
+            let (ty, n_rows) = matrices[i];
+            let (w, bias, out) = (on_device[i].view(), bias_of(i).map(Buffer::view), outs[i].view());
+            FusedMatvec { ty, w, n_rows, bias, out }
         };
-        let parts: Vec<_> = (0..n_parts).map(part).collect();
-        ops.matvecs(&parts, tokens, cols, both.input(ty))?;
-        for (i, (ty, n_rows)) in all.into_iter().enumerate().take(n_parts) {
+        let fused: Vec<_> = (0..n_parts).map(fuse).collect();
+        ops.matvecs(&fused, tokens, cols, inputs.input(ty))?;
+        for (i, (ty, n_rows)) in matrices.into_iter().enumerate().take(n_parts) {
             let Some(w) = Weights::new(ty, &bytes[i], n_rows, cols) else { continue };
             for (t, got) in outs[i].view().to_f32()?.chunks_exact(n_rows).enumerate() {
-                let with = |(v, bias): ((f64, f64), &f32)| if bias_of(i).is_some() { biased(v, *bias) } else { v };
-                outcome.floats(got, both.expected(w, t).into_iter().zip(&biases[i]).map(with));
+                let with = |(v, bias): (Expected, &f32)| if bias_of(i).is_some() { biased(v, *bias) } else { v };
+                outcome.compare(got, inputs.expected(w, t).into_iter().zip(&biases[i]).map(with));
             }
         }
     }
     Ok(outcome)
 }
 
-/// What stands between two products, with what either may differ by.
-fn activated(how: Activation, gate: (f64, f64), up: (f64, f64)) -> (f64, f64) {
-    let ((g, g_off), (u, u_off)) = (gate, up);
-    let (left, right) = match how {
+/// Applies an activation to two products, and propagates their tolerances.
+fn activated(activation: Activation, gate: Expected, up: Expected) -> Expected {
+    let (g, u) = (gate.value, up.value);
+    let (left, right) = match activation {
         Activation::Silu => (g / (1.0 + (-g).exp()), u),
         Activation::ClampedSwiglu { alpha, limit } => {
             let (alpha, limit) = (f64::from(alpha), f64::from(limit));
@@ -85,60 +85,61 @@ fn activated(how: Activation, gate: (f64, f64), up: (f64, f64)) -> (f64, f64) {
         }
     };
     // Neither curve is steeper than 1.2.
-    let off = 1.2 * g_off * (right.abs() + u_off) + u_off * left.abs();
-    (left * right, off + VALUE * (left * right).abs() + 1e-30)
+    let allowed = 1.2 * gate.allowed * (right.abs() + up.allowed) + up.allowed * left.abs();
+    Expected { value: left * right, allowed: allowed + VALUE_TOLERANCE * (left * right).abs() + 1e-30 }
 }
 
-/// Takes in values in 8 bits: codes are the nearest ones, or the next where a value may lie on either side, scales those of
-/// the largest, and sums those of the codes.
-fn quantized(outcome: &mut Outcome, quants: &Quants, expected: &[(f64, f64)]) -> Result<(), CudaError> {
+/// Compares quantized values. Codes are the nearest ones, or the next if a value may lie on either
+/// side. Scales are those of the largest value, and sums those of the codes.
+fn quantized(outcome: &mut Outcome, quants: &Quants, expected: &[Expected]) -> Result<(), CudaError> {
     let codes: Vec<f32> = quants.codes.view().to_bytes()?.iter().map(|b| f32::from(*b as i8)).collect();
     let (scales, sums) = (quants.scales.view().to_f32()?, quants.sums.view().to_f32()?);
     for (run, expected) in expected.chunks_exact(32).enumerate() {
-        let largest = expected.iter().map(|(v, _)| v.abs()).fold(0.0, f64::max);
-        let off = expected.iter().map(|(_, off)| *off).fold(0.0, f64::max);
-        outcome.floats(&scales[run..=run], [(largest / 127.0, (off + VALUE * largest) / 127.0)]);
+        let largest = expected.iter().map(|e| e.value.abs()).fold(0.0, f64::max);
+        let allowed = expected.iter().map(|e| e.allowed).fold(0.0, f64::max);
+        let scale = Expected { value: largest / 127.0, allowed: (allowed + VALUE_TOLERANCE * largest) / 127.0 };
+        outcome.compare(&scales[run..=run], [scale]);
         let (codes, scale) = (&codes[32 * run..][..32], scales[run]);
         let decoded: Vec<f32> = codes.iter().map(|code| code * scale).collect();
-        let near = |&(v, off): &(f64, f64)| (v, 0.5001 * f64::from(scale) + off);
-        outcome.floats(&decoded, expected.iter().map(near));
+        let near = |e: &Expected| Expected { value: e.value, allowed: 0.5001 * f64::from(scale) + e.allowed };
+        outcome.compare(&decoded, expected.iter().map(near));
         let halves = codes.chunks_exact(16).map(|half| scale * half.iter().sum::<f32>());
-        outcome.exactly(&sums[2 * run..][..2], &halves.collect::<Vec<_>>());
+        outcome.compare_exact(&sums[2 * run..][..2], &halves.collect::<Vec<_>>());
     }
     Ok(())
 }
 
-/// A dense block's gate and up; few blocks and many.
+/// Compares gate and up of a dense block, with few and with many thread blocks.
 fn block(ops: &Ops, random: &mut Random, ty: TensorType) -> Result<Outcome, CudaError> {
     let mut outcome = Outcome::default();
     let sizes = [(5, 33, Activation::Silu, 2), (64, 1056, CLAMPED, 1), (160, 32, Activation::Silu, 26)];
     for (n_rows, cols, activation, tokens) in sizes {
         let cols = columns(ty, cols);
-        let both = Both::new(ops, random, ty, tokens, cols)?;
+        let inputs = Inputs::new(ops, random, ty, tokens, cols)?;
         let bytes = [random.weights(ty, n_rows * cols), random.weights(ty, n_rows * cols)];
         let biases = [random.floats(n_rows), random.floats(n_rows)];
         let [gate, up] = [Buffer::of_bytes(ops.device(), &bytes[0])?, Buffer::of_bytes(ops.device(), &bytes[1])?];
         let up_bias = Buffer::of_f32(ops.device(), &biases[1])?;
         let gated = Gated {
             ty,
-            matrices: Pair::One([gate.view(), up.view()]),
+            matrices: GateUpMatrices::One([gate.view(), up.view()]),
             biases: [None, Some(up_bias.view())],
             activation,
             jobs: tokens,
             n_rows,
             n_cols: cols,
-            x: both.input(ty),
+            x: inputs.input(ty),
             jobs_per_x: 1,
         };
-        let out = Buffer::room_f32(ops.device(), tokens * n_rows)?;
+        let out = Buffer::new_f32(ops.device(), tokens * n_rows)?;
         ops.gated(&gated, out.view(), None)?;
         let mut expected = Vec::with_capacity(tokens * n_rows);
         let [Some(gate), Some(up)] = bytes.each_ref().map(|b| Weights::new(ty, b, n_rows, cols)) else { continue };
         for t in 0..tokens {
-            let pairs = both.expected(gate, t).into_iter().zip(both.expected(up, t)).zip(&biases[1]);
+            let pairs = inputs.expected(gate, t).into_iter().zip(inputs.expected(up, t)).zip(&biases[1]);
             expected.extend(pairs.map(|((g, u), bias)| activated(activation, g, biased(u, *bias))));
         }
-        outcome.floats(&out.view().to_f32()?, expected.iter().copied());
+        outcome.compare(&out.view().to_f32()?, expected.iter().copied());
         if n_rows.is_multiple_of(32) {
             let mut quants = Quants::new(ops.device(), tokens * n_rows)?;
             ops.gated(&gated, out.view(), Some(&mut quants))?;
@@ -148,17 +149,29 @@ fn block(ops: &Ops, random: &mut Random, ty: TensorType) -> Result<Outcome, Cuda
     Ok(outcome)
 }
 
-fn biased((v, off): (f64, f64), bias: f32) -> (f64, f64) {
-    (v + f64::from(bias), off + VALUE * f64::from(bias.abs()))
+/// Adds a bias to an expected value.
+fn biased(product: Expected, bias: f32) -> Expected {
+    Expected {
+        value: product.value + f64::from(bias),
+        allowed: product.allowed + VALUE_TOLERANCE * f64::from(bias.abs()),
+    }
 }
 
-/// Experts of a layer with biases; the third is missing.
+/// Matrices of a layer's experts with biases; one expert is missing.
 struct Experts {
     bytes: Vec<Vec<u8>>,
     biases: Vec<f32>,
     on_device: Vec<Buffer>,
     bias: Buffer,
     n_rows: usize,
+}
+
+/// A matrix of an expert.
+#[derive(Clone, Copy)]
+struct ExpertWeights {
+    ty: TensorType,
+    cols: usize,
+    expert: usize,
 }
 
 impl Experts {
@@ -173,35 +186,29 @@ impl Experts {
         Ok(Self { bytes, biases, on_device, bias, n_rows })
     }
 
-    fn table(&self, ops: &Ops) -> Result<Table<'_>, CudaError> {
+    fn table(&self, ops: &Ops) -> Result<MatrixTable<'_>, CudaError> {
         let views: Vec<_> =
             self.on_device.iter().enumerate().map(|(e, b)| (e != Self::MISSING).then_some(b.view())).collect();
-        Table::new(ops.device(), &views)
+        MatrixTable::new(ops.device(), &views)
     }
 
-    /// Products of one of them, with its bias if `with` says so.
-    fn expected(
-        &self,
-        both: &Both,
-        ty: TensorType,
-        cols: usize,
-        expert: usize,
-        row: usize,
-        with: bool,
-    ) -> Vec<(f64, f64)> {
+    /// Returns the plain product of an expert with a row of activations, and with its bias added.
+    fn expected(&self, inputs: &Inputs, w: ExpertWeights, row: usize, with_bias: bool) -> Vec<Expected> {
+        let ExpertWeights { ty, cols, expert } = w;
         let Some(w) = Weights::new(ty, &self.bytes[expert], self.n_rows, cols) else { return Vec::new() };
         let bias = &self.biases[expert * self.n_rows..][..self.n_rows];
-        let add = |(v, b): ((f64, f64), &f32)| if with { biased(v, *b) } else { v };
-        both.expected(w, row).into_iter().zip(bias).map(add).collect()
+        let add = |(v, b): (Expected, &f32)| if with_bias { biased(v, *b) } else { v };
+        inputs.expected(w, row).into_iter().zip(bias).map(add).collect()
     }
 
-    /// Whether a number is one of theirs.
-    fn has(number: i32) -> Option<usize> {
-        usize::try_from(number).ok().filter(|e| *e < Self::N && *e != Self::MISSING)
+    /// Returns the expert of an index, if it is not missing.
+    fn present(index: i32) -> Option<usize> {
+        usize::try_from(index).ok().filter(|e| *e < Self::N && *e != Self::MISSING)
     }
 }
 
-/// Two tokens that chose three of five experts each; one is missing, one number is none.
+/// Compares two tokens that chose three of five experts each; one expert is missing, one index
+/// invalid.
 fn experts(ops: &Ops, random: &mut Random, ty: TensorType) -> Result<Outcome, CudaError> {
     let mut outcome = Outcome::default();
     let (n_used, tokens, cols) = (3, 2, columns(ty, 96));
@@ -210,7 +217,7 @@ fn experts(ops: &Ops, random: &mut Random, ty: TensorType) -> Result<Outcome, Cu
     let jobs = tokens * n_used;
     for (n_rows, activation, with) in [(7, CLAMPED, true), (32, Activation::Silu, false), (40, Activation::Silu, true)]
     {
-        let both = Both::new(ops, random, ty, tokens, cols)?;
+        let inputs = Inputs::new(ops, random, ty, tokens, cols)?;
         let gate = Experts::new(ops, random, ty, n_rows, cols)?;
         let up = Experts::new(ops, random, ty, n_rows, cols)?;
         let (gates, ups) = (gate.table(ops)?, up.table(ops)?);
@@ -218,37 +225,39 @@ fn experts(ops: &Ops, random: &mut Random, ty: TensorType) -> Result<Outcome, Cu
         let out = Buffer::of_f32(ops.device(), &vec![untouched; jobs * n_rows])?;
         let gated = Gated {
             ty,
-            matrices: Pair::Chosen([&gates, &ups], which.view()),
+            matrices: GateUpMatrices::Chosen([&gates, &ups], which.view()),
             biases: [&gate, &up].map(|m| with.then(|| m.bias.view())),
             activation,
             jobs,
             n_rows,
             n_cols: cols,
-            x: both.input(ty),
+            x: inputs.input(ty),
             jobs_per_x: n_used,
         };
         ops.gated(&gated, out.view(), None)?;
         let got = out.view().to_f32()?;
         for ((job, choice), got) in choices.iter().enumerate().zip(got.chunks_exact(n_rows)) {
-            let Some(e) = Experts::has(*choice) else {
-                outcome.exactly(got, &vec![untouched; n_rows]);
+            let Some(expert) = Experts::present(*choice) else {
+                outcome.compare_exact(got, &vec![untouched; n_rows]);
                 continue;
             };
-            let of = |m: &Experts| m.expected(&both, ty, cols, e, job / n_used, with);
-            let pairs = of(&gate).into_iter().zip(of(&up));
-            outcome.floats(got, pairs.map(|(g, u)| activated(activation, g, u)));
+            let w = ExpertWeights { ty, cols, expert };
+            let product = |m: &Experts| m.expected(&inputs, w, job / n_used, with);
+            let pairs = product(&gate).into_iter().zip(product(&up));
+            outcome.compare(got, pairs.map(|(g, u)| activated(activation, g, u)));
         }
     }
     Ok(outcome)
 }
 
-/// Sums over the experts of a token: fewer runs than lanes, more experts than lanes, more tokens than one.
+/// Compares sums over the experts of a token: fewer runs than lanes, more experts than lanes,
+/// several tokens.
 fn sums(ops: &Ops, random: &mut Random, ty: TensorType) -> Result<Outcome, CudaError> {
     let mut outcome = Outcome::default();
     let sizes = [(1, 8, 6, 768, true), (2, 3, 9, 32, false), (1, 35, 3, 64, true), (1, 1, 5, 1056, false)];
     for (tokens, n_used, n_rows, cols, with) in sizes {
         let (cols, jobs) = (columns(ty, cols), tokens * n_used);
-        let both = Both::new(ops, random, ty, jobs, cols)?;
+        let inputs = Inputs::new(ops, random, ty, jobs, cols)?;
         let experts = Experts::new(ops, random, ty, n_rows, cols)?;
         let table = experts.table(ops)?;
         let choices: Vec<i32> = (0..jobs).map(|job| [4, 0, 2, 3, 1, -1, 5][job % 7]).collect();
@@ -266,23 +275,24 @@ fn sums(ops: &Ops, random: &mut Random, ty: TensorType) -> Result<Outcome, CudaE
             n_used,
             n_rows,
             n_cols: cols,
-            x: both.input(ty),
+            x: inputs.input(ty),
         };
-        let alone = Buffer::room_f32(ops.device(), tokens * n_rows)?;
+        let alone = Buffer::new_f32(ops.device(), tokens * n_rows)?;
         ops.chosen_sum(&sum, None, alone.view())?;
         ops.chosen_sum(&sum, Some(out.view()), out.view())?;
-        let mut expected = vec![(0.0, 1e-30); tokens * n_rows];
+        let mut expected = vec![Expected { value: 0.0, allowed: 1e-30 }; tokens * n_rows];
         for (job, choice) in choices.iter().enumerate() {
-            let Some(e) = Experts::has(*choice) else { continue };
-            let results = experts.expected(&both, ty, cols, e, job, with);
-            for (to, (v, off)) in expected[job / n_used * n_rows..].iter_mut().zip(results) {
+            let Some(expert) = Experts::present(*choice) else { continue };
+            let results = experts.expected(&inputs, ExpertWeights { ty, cols, expert }, job, with);
+            for (sum, result) in expected[job / n_used * n_rows..].iter_mut().zip(results) {
                 let by = f64::from(by[job]);
-                *to = (to.0 + by * v, to.1 + by.abs() * off + VALUE * (by * v).abs());
+                sum.value += by * result.value;
+                sum.allowed += by.abs() * result.allowed + VALUE_TOLERANCE * (by * result.value).abs();
             }
         }
-        outcome.floats(&alone.view().to_f32()?, expected.iter().copied());
+        outcome.compare(&alone.view().to_f32()?, expected.iter().copied());
         let added = expected.iter().zip(&onto).map(|(sum, onto)| biased(*sum, *onto));
-        outcome.floats(&out.view().to_f32()?, added);
+        outcome.compare(&out.view().to_f32()?, added);
     }
     Ok(outcome)
 }

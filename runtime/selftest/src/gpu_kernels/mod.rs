@@ -1,5 +1,5 @@
-//! Every kernel against the plain ones of the processor, over random data: the same checks on a GPU, where `selftest`
-//! runs them, and on the emulated device of the tests.
+//! Compares every GPU kernel with the CPU's scalar kernels, over random data. The same checks run
+//! on a GPU, in `tier-plan selftest`, and on the GPU emulator, in the tests.
 
 mod attention;
 mod delta;
@@ -15,9 +15,9 @@ use tier_plan_kernels::random::Random;
 
 type Comparison = Box<dyn Fn(&Ops, &mut Random) -> Result<Outcome, CudaError> + Send + Sync>;
 
-/// One kernel, compared.
+/// A comparison of one kernel.
 pub struct Check {
-    /// The kernel and what it was given.
+    /// Name of the kernel and its input.
     pub name: String,
     run: Comparison,
 }
@@ -30,10 +30,10 @@ impl Check {
         Self { name: name.into(), run: Box::new(run) }
     }
 
-    /// Compares on a device.
+    /// Runs the comparison on a device.
     ///
     /// # Errors
-    /// When a kernel can't be compiled or the device fails.
+    /// When a kernel can't be compiled, or the device fails.
     pub fn run(&self, device: &Arc<dyn Device>) -> Result<Outcome, CudaError> {
         let ops = Ops::new(Arc::clone(device));
         let outcome = (self.run)(&ops, &mut Random::new(&self.name))?;
@@ -42,7 +42,7 @@ impl Check {
     }
 }
 
-/// All checks, those of each tensor type first.
+/// Returns all checks, those per format first.
 pub fn all() -> Vec<Check> {
     let mut checks = products::checks();
     checks.extend(gated::checks());
@@ -59,12 +59,12 @@ mod tests {
     use tier_plan_cuda::{shim, source};
 
     #[test]
-    fn every_kernel_agrees_with_the_processor() {
+    fn every_kernel_agrees_with_the_cpu() {
         let shim = shim::shared();
         let device: Arc<dyn Device> = shim.clone();
         for check in all() {
             let outcome = check.run(&device).unwrap_or_else(|error| panic!("{}: {error}", check.name));
-            assert!(outcome.is_well(), "{}: {outcome:?}", check.name);
+            assert!(outcome.passed(), "{}: {outcome:?}", check.name);
         }
         let launched = shim.launched();
         for kernel in source::MODULES.iter().flat_map(|m| m.kernels) {

@@ -1,9 +1,9 @@
-//! The small operations and the router.
+//! Element-wise operations, norms and the router.
 
 use super::Check;
-use crate::outcome::Outcome;
+use crate::outcome::{Expected, Outcome};
 use tier_plan_cuda::device::Buffer;
-use tier_plan_cuda::ops::{Quants, Routing, Strided};
+use tier_plan_cuda::ops::{AddNorm, Quants, RopeTurns, RouterSpec, Strided};
 use tier_plan_cuda::{CudaError, Ops};
 use tier_plan_formats::model::spec::{
     Activation, ExpertLinear, GateUp, Gating, Groups, Linear, MoeSpec, RopeKind, RopeScaling, RopeSpec,
@@ -13,8 +13,8 @@ use tier_plan_kernels::random::Random;
 use tier_plan_runtime::layers::rope::RopeTable;
 use tier_plan_runtime::layers::router::Router;
 
-/// What a value may differ by as a share of itself: exponentials and roots are other ones.
-const VALUE: f64 = 4e-6;
+/// Relative tolerance of a value: exponentials and roots are computed differently.
+const VALUE_TOLERANCE: f64 = 4e-6;
 
 pub(super) fn checks() -> Vec<Check> {
     vec![
@@ -23,9 +23,9 @@ pub(super) fn checks() -> Vec<Check> {
         Check::new("scale_rows, gate", factors),
         Check::new("add_norm", add_norm),
         Check::new("rope", rope),
-        Check::new("silu_mul", |ops, random| activation(ops, random, Activation::Silu)),
+        Check::new("silu_mul", |ops, random| activated(ops, random, Activation::Silu)),
         Check::new("clamped_swiglu", |ops, random| {
-            activation(ops, random, Activation::ClampedSwiglu { alpha: 1.702, limit: 7.0 })
+            activated(ops, random, Activation::ClampedSwiglu { alpha: 1.702, limit: 7.0 })
         }),
         Check::new("add, add_bias", sums),
         Check::new("sigmoid_gate", sigmoid_gate),
@@ -33,9 +33,8 @@ pub(super) fn checks() -> Vec<Check> {
     ]
 }
 
-/// Each value with what it may differ by, as a share of its magnitude or of `least`.
-fn near(expected: &[f32], least: f32) -> impl Iterator<Item = (f64, f64)> + '_ {
-    expected.iter().map(move |v| (f64::from(*v), VALUE * f64::from(v.abs().max(least))))
+fn near(expected: &[f32], least: f32) -> impl Iterator<Item = Expected> + '_ {
+    expected.iter().map(move |v| Expected::relative(*v, VALUE_TOLERANCE, least))
 }
 
 fn rms_norm(ops: &Ops, random: &mut Random) -> Result<Outcome, CudaError> {
@@ -43,7 +42,7 @@ fn rms_norm(ops: &Ops, random: &mut Random) -> Result<Outcome, CudaError> {
     for (rows, width) in [(1, 64), (3, 128), (2, 1000), (1, 2880)] {
         let (x, weight) = (random.activations(rows * width), random.floats(width));
         let (on_device, weights) = (Buffer::of_f32(ops.device(), &x)?, Buffer::of_f32(ops.device(), &weight)?);
-        let out = Buffer::room_f32(ops.device(), rows * width)?;
+        let out = Buffer::new_f32(ops.device(), rows * width)?;
         for weight in [Some(&weight), None] {
             let w = weight.map(|_| weights.view());
             ops.rms_norm(on_device.view(), w, rows, width, 1e-6, out.view())?;
@@ -51,11 +50,11 @@ fn rms_norm(ops: &Ops, random: &mut Random) -> Result<Outcome, CudaError> {
             for (x, to) in x.chunks_exact(width).zip(expected.chunks_exact_mut(width)) {
                 Kernels::SCALAR.rms_norm(x, weight.map_or(&[], |w| w), 1e-6, to);
             }
-            outcome.floats(&out.view().to_f32()?, near(&expected, 1e-3));
+            outcome.compare(&out.view().to_f32()?, near(&expected, 1e-3));
         }
         // In place.
         ops.rms_norm(on_device.view(), None, rows, width, 1e-6, on_device.view())?;
-        outcome.exactly(&on_device.view().to_f32()?, &out.view().to_f32()?);
+        outcome.compare_exact(&on_device.view().to_f32()?, &out.view().to_f32()?);
     }
     Ok(outcome)
 }
@@ -74,9 +73,9 @@ fn strided(ops: &Ops, random: &mut Random) -> Result<Outcome, CudaError> {
     }
     let (x, out) = (Strided { at: on_device.view(), stride: from }, Strided { at: out.view(), stride: to });
     ops.copy_rows(x, rows, width, out)?;
-    outcome.exactly(&out.at.to_f32()?, &copied);
+    outcome.compare_exact(&out.at.to_f32()?, &copied);
     ops.rms_norm_of(x, Some(weights.view()), rows, width, 1e-6, out)?;
-    outcome.floats(&out.at.to_f32()?, near(&normed, 1e-3));
+    outcome.compare(&out.at.to_f32()?, near(&normed, 1e-3));
     Ok(outcome)
 }
 
@@ -89,10 +88,10 @@ fn factors(ops: &Ops, random: &mut Random) -> Result<Outcome, CudaError> {
     ops.scale_rows(on_device.view(), factors.view(), rows, width)?;
     x.chunks_exact_mut(width).zip(&by).for_each(|(row, by)| row.iter_mut().for_each(|v| *v *= by));
     let mut outcome = Outcome::default();
-    outcome.exactly(&on_device.view().to_f32()?, &x);
+    outcome.compare_exact(&on_device.view().to_f32()?, &x);
     ops.gate(on_device.view(), gate.view(), rows * width)?;
     x.iter_mut().zip(&gates).for_each(|(v, gate)| *v /= 1.0 + (-gate).exp());
-    outcome.floats(&on_device.view().to_f32()?, near(&x, 1e-30));
+    outcome.compare(&on_device.view().to_f32()?, near(&x, 1e-30));
     Ok(outcome)
 }
 
@@ -111,25 +110,26 @@ fn rope(ops: &Ops, random: &mut Random) -> Result<Outcome, CudaError> {
             let mut x = random.floats(tokens * heads * head_dim);
             let on_device = Buffer::of_f32(ops.device(), &x)?;
             let turns = Buffer::of_f32(ops.device(), &table.turns())?;
-            ops.rope(on_device.view(), turns.view(), kind, tokens, heads, head_dim, dims / 2)?;
+            let turns = RopeTurns { values: turns.view(), kind, half: dims / 2 };
+            ops.rope(on_device.view(), &turns, tokens, heads, head_dim)?;
             for (t, row) in x.chunks_exact_mut(heads * head_dim).enumerate() {
                 table.apply(row, head_dim, t);
             }
-            outcome.floats(&on_device.view().to_f32()?, near(&x, 1.0));
+            outcome.compare(&on_device.view().to_f32()?, near(&x, 1.0));
         }
     }
     Ok(outcome)
 }
 
-fn activation(ops: &Ops, random: &mut Random, how: Activation) -> Result<Outcome, CudaError> {
+fn activated(ops: &Ops, random: &mut Random, activation: Activation) -> Result<Outcome, CudaError> {
     let mut gate: Vec<f32> = random.floats(1000).iter().map(|v| 30.0 * v).collect();
     let mut up: Vec<f32> = random.floats(1000).iter().map(|v| 10.0 * v).collect();
-    // Above, below and beside every bound, and where an exponential is too large.
+    // Above, below and near every bound, and where an exponential overflows.
     (gate[0], gate[1], gate[2], gate[3], up[4], up[5]) = (7.0, 7.1, -200.0, 0.0, -7.1, 7.1);
     let (g, u) = (Buffer::of_f32(ops.device(), &gate)?, Buffer::of_f32(ops.device(), &up)?);
-    ops.activate(how, g.view(), u.view(), 1, 999, None)?;
+    ops.activate(activation, g.view(), u.view(), 1, 999, None)?;
     let last = gate.pop();
-    match how {
+    match activation {
         Activation::Silu => Kernels::SCALAR.silu_mul(&mut gate, &up[..999]),
         Activation::ClampedSwiglu { alpha, limit } => {
             Kernels::SCALAR.clamped_swiglu(&mut gate, &up[..999], alpha, limit);
@@ -137,20 +137,20 @@ fn activation(ops: &Ops, random: &mut Random, how: Activation) -> Result<Outcome
     }
     gate.extend(last);
     let mut outcome = Outcome::default();
-    outcome.floats(&g.view().to_f32()?, near(&gate, 1e-30));
-    // The same bits in 8 bits as when they are quantised afterwards.
+    outcome.compare(&g.view().to_f32()?, near(&gate, 1e-30));
+    // Fused quantization gives the same bits as quantizing afterwards.
     let (mut with, mut after) = (Quants::new(ops.device(), 960)?, Quants::new(ops.device(), 960)?);
-    ops.activate(how, g.view(), u.view(), 3, 320, Some(&mut with))?;
+    ops.activate(activation, g.view(), u.view(), 3, 320, Some(&mut with))?;
     ops.quantize(g.view(), 3, 320, &mut after)?;
-    outcome.also(same_quants(&with, &after)?);
+    outcome.merge(same_quants(&with, &after)?);
     Ok(outcome)
 }
 
-/// Quantised values of two kernels.
+/// Compares the quantized results of two kernels.
 pub(super) fn same_quants(a: &Quants, b: &Quants) -> Result<Outcome, CudaError> {
     let mut outcome = Outcome::default();
     for (a, b) in [(&a.codes, &b.codes), (&a.scales, &b.scales), (&a.sums, &b.sums)] {
-        outcome.exactly(&a.view().to_bytes()?, &b.view().to_bytes()?);
+        outcome.compare_exact(&a.view().to_bytes()?, &b.view().to_bytes()?);
     }
     Ok(outcome)
 }
@@ -162,25 +162,32 @@ fn add_norm(ops: &Ops, random: &mut Random) -> Result<Outcome, CudaError> {
         let weight = random.floats(width);
         for add in [false, true] {
             let (on_device, weights) = (Buffer::of_f32(ops.device(), &x)?, Buffer::of_f32(ops.device(), &weight)?);
-            let (out, added) = (Buffer::room_f32(ops.device(), rows * width)?, Buffer::of_f32(ops.device(), &more)?);
+            let (out, added) = (Buffer::new_f32(ops.device(), rows * width)?, Buffer::of_f32(ops.device(), &more)?);
             let values = (rows * width).next_multiple_of(32);
             let (mut with, mut after) = (Quants::new(ops.device(), values)?, Quants::new(ops.device(), values)?);
             let quantized = width.is_multiple_of(32);
             let quants = quantized.then_some(&mut with);
-            let given = add.then_some(added.view());
-            ops.add_norm(on_device.view(), given, weights.view(), rows, width, 1e-6, out.view(), quants)?;
+            let norm = AddNorm {
+                x: on_device.view(),
+                residual: add.then_some(added.view()),
+                weight: weights.view(),
+                rows,
+                width,
+                eps: 1e-6,
+            };
+            ops.add_norm(&norm, out.view(), quants)?;
             if add {
                 Kernels::SCALAR.add(&mut x, &more);
             }
-            outcome.exactly(&on_device.view().to_f32()?, &x);
+            outcome.compare_exact(&on_device.view().to_f32()?, &x);
             let mut expected = vec![0.0; rows * width];
             for (x, to) in x.chunks_exact(width).zip(expected.chunks_exact_mut(width)) {
                 Kernels::SCALAR.rms_norm(x, &weight, 1e-6, to);
             }
-            outcome.floats(&out.view().to_f32()?, near(&expected, 1e-3));
+            outcome.compare(&out.view().to_f32()?, near(&expected, 1e-3));
             if quantized {
                 ops.quantize(out.view(), rows, width, &mut after)?;
-                outcome.also(same_quants(&with, &after)?);
+                outcome.merge(same_quants(&with, &after)?);
             }
         }
     }
@@ -206,7 +213,7 @@ fn sums(ops: &Ops, random: &mut Random) -> Result<Outcome, CudaError> {
         Kernels::SCALAR.add(row, &biases[..width]);
     }
     let mut outcome = Outcome::default();
-    outcome.exactly(&a.view().to_f32()?, &x);
+    outcome.compare_exact(&a.view().to_f32()?, &x);
     Ok(outcome)
 }
 
@@ -221,36 +228,42 @@ fn sigmoid_gate(ops: &Ops, random: &mut Random) -> Result<Outcome, CudaError> {
         out.iter_mut().for_each(|v| *v *= factor);
     }
     let mut outcome = Outcome::default();
-    outcome.floats(&o.view().to_f32()?, near(&out, 1.0));
+    outcome.compare(&o.view().to_f32()?, near(&out, 1.0));
     Ok(outcome)
 }
 
 fn route(ops: &Ops, random: &mut Random) -> Result<Outcome, CudaError> {
     let mut outcome = Outcome::default();
     let plain =
-        Routing { n_expert: 128, n_used: 8, gating: Gating::Softmax, groups: None, normalize: true, scale: 1.0 };
+        RouterSpec { n_expert: 128, n_used: 8, gating: Gating::Softmax, groups: None, normalize: true, scale: 1.0 };
     let cases = [
         plain,
-        Routing { n_expert: 60, n_used: 4, normalize: false, ..plain },
-        Routing { n_expert: 256, gating: Gating::Sigmoid, groups: Some(Groups { n: 8, kept: 4 }), scale: 2.5, ..plain },
-        Routing { n_expert: 384, gating: Gating::Sigmoid, scale: 2.827, ..plain },
-        Routing { n_expert: 32, n_used: 4, gating: Gating::SoftmaxChosen, normalize: false, ..plain },
-        Routing { n_expert: 1024, n_used: 10, gating: Gating::SqrtSoftplus, ..plain },
-        Routing { n_expert: 3, n_used: 3, ..plain },
+        RouterSpec { n_expert: 60, n_used: 4, normalize: false, ..plain },
+        RouterSpec {
+            n_expert: 256,
+            gating: Gating::Sigmoid,
+            groups: Some(Groups { n: 8, kept: 4 }),
+            scale: 2.5,
+            ..plain
+        },
+        RouterSpec { n_expert: 384, gating: Gating::Sigmoid, scale: 2.827, ..plain },
+        RouterSpec { n_expert: 32, n_used: 4, gating: Gating::SoftmaxChosen, normalize: false, ..plain },
+        RouterSpec { n_expert: 1024, n_used: 10, gating: Gating::SqrtSoftplus, ..plain },
+        RouterSpec { n_expert: 3, n_used: 3, ..plain },
     ];
     for r in cases {
         let tokens = 4;
         let mut logits: Vec<f32> = random.floats(tokens * r.n_expert).iter().map(|v| 4.0 * v).collect();
-        // Equal logits go to the lower index; the last token has no numbers at all.
+        // Equal logits go to the lower index; all logits of the last token are NaN.
         logits[1] = logits[0];
-        let at = (tokens - 1) * r.n_expert;
-        logits[at..].fill(f32::NAN);
+        let last = (tokens - 1) * r.n_expert;
+        logits[last..].fill(f32::NAN);
         let bias = random.floats(r.n_expert);
         for bias in [None, Some(&bias)] {
             let on_device = Buffer::of_f32(ops.device(), &logits)?;
             let biases = bias.map(|b| Buffer::of_f32(ops.device(), b)).transpose()?;
-            let experts = Buffer::room_f32(ops.device(), tokens * r.n_used)?;
-            let weights = Buffer::room_f32(ops.device(), tokens * r.n_used)?;
+            let experts = Buffer::new_f32(ops.device(), tokens * r.n_used)?;
+            let weights = Buffer::new_f32(ops.device(), tokens * r.n_used)?;
             let b = biases.as_ref().map(Buffer::view);
             ops.route(&r, on_device.view(), b, tokens, experts.view(), weights.view())?;
             let (got, got_weights) = (experts.view().to_i32()?, weights.view().to_f32()?);
@@ -260,16 +273,16 @@ fn route(ops: &Ops, random: &mut Random) -> Result<Outcome, CudaError> {
                 Router::default().route(&spec(&r), row, bias.map(Vec::as_slice), &mut chosen, &mut expected);
                 let chosen: Vec<i32> = chosen.into_iter().map(i32::from).collect();
                 let range = t * r.n_used..(t + 1) * r.n_used;
-                outcome.exactly(&got[range.clone()], &chosen);
-                outcome.floats(&got_weights[range], near(&expected, 1e-6));
+                outcome.compare_exact(&got[range.clone()], &chosen);
+                outcome.compare(&got_weights[range], near(&expected, 1e-6));
             }
         }
     }
     Ok(outcome)
 }
 
-/// The part of a model's description that routing reads.
-fn spec(r: &Routing) -> MoeSpec {
+/// Makes the description of a layer for the CPU's router.
+fn spec(r: &RouterSpec) -> MoeSpec {
     let one = ExpertLinear { weight: 0, bias: None, n_out: 1, n_in: 1 };
     MoeSpec {
         router: Linear { weight: 0, bias: None, n_out: r.n_expert, n_in: 1, first_row: 0 },

@@ -1,7 +1,7 @@
-//! Rows of a batch that go through an expert.
+//! Gathering rows of a batch for an expert, and adding its results.
 
 use super::Check;
-use crate::outcome::Outcome;
+use crate::outcome::{Expected, Outcome};
 use tier_plan_cuda::device::Buffer;
 use tier_plan_cuda::{CudaError, Ops};
 use tier_plan_kernels::random::Random;
@@ -17,12 +17,12 @@ fn rows(ops: &Ops, random: &mut Random) -> Result<Outcome, CudaError> {
         let (on_device, w) = (Buffer::of_f32(ops.device(), &x)?, Buffer::of_f32(ops.device(), &weights)?);
         let numbers = Buffer::of_i32(ops.device(), &which)?;
         let n = which.len();
-        let taken = Buffer::room_f32(ops.device(), n * width)?;
+        let taken = Buffer::new_f32(ops.device(), n * width)?;
         ops.gather_rows(on_device.view(), numbers.view(), n, width, taken.view())?;
         let row = |token: i32| &x[token as usize * width..][..width];
         let expected: Vec<f32> = which.iter().flat_map(|token| row(*token)).copied().collect();
-        outcome.exactly(&taken.view().to_f32()?, &expected);
-        // The last value is beyond what is cleared.
+        outcome.compare_exact(&taken.view().to_f32()?, &expected);
+        // The last value must not be cleared.
         let sums = Buffer::of_f32(ops.device(), &vec![1.5; tokens * width + 1])?;
         ops.clear(sums.view(), tokens * width)?;
         let mut expected = vec![0.0f64; tokens * width + 1];
@@ -34,7 +34,7 @@ fn rows(ops: &Ops, random: &mut Random) -> Result<Outcome, CudaError> {
                 to.iter_mut().zip(row(*token)).for_each(|(to, v)| *to += f64::from(*weight) * f64::from(*v));
             }
         }
-        outcome.floats(&sums.view().to_f32()?, expected.into_iter().map(|e| (e, 1e-6)));
+        outcome.compare(&sums.view().to_f32()?, expected.into_iter().map(|value| Expected { value, allowed: 1e-6 }));
     }
     Ok(outcome)
 }

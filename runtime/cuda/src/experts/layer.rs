@@ -1,0 +1,243 @@
+//! The experts of one layer in a device's memory, and their matrix products.
+
+use super::{ExpertBytes, ExpertKind};
+use crate::device::{Buffer, Device, View};
+use crate::ops::{
+    BatchMatrices, GateUpMatrices, Gated, Input, Matrices, MatrixTable, Matvec, Quants, SharedView, TokenGroups,
+};
+use crate::{CudaError, Ops};
+use std::ops::Range;
+use std::sync::Arc;
+use tier_plan_kernels::needs_quants;
+use tier_plan_kernels::quant::TensorType;
+
+/// Alignment of a matrix in a device's memory, in bytes.
+const ALIGNMENT: usize = 256;
+
+/// The three matrices of an expert, in the order in which they are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Part {
+    Gate,
+    Up,
+    Down,
+}
+
+impl Part {
+    const ALL: [Part; 3] = [Part::Gate, Part::Up, Part::Down];
+}
+
+/// Layout of one expert in memory.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct ExpertLayout {
+    /// First byte of each matrix.
+    offsets: [usize; 3],
+    /// Bytes of each matrix.
+    lens: [usize; 3],
+    /// Bytes from the beginning of one expert to the next.
+    pub(super) stride: usize,
+}
+
+impl ExpertLayout {
+    pub(super) fn new(kind: &ExpertKind) -> Self {
+        let ExpertKind { hidden, ffn, .. } = *kind;
+        let bytes = |ty: TensorType, rows: usize, cols: usize| {
+            let row = ty.row_bytes(cols as u64).unwrap_or_else(|| panic!("rows of {cols} {ty} values"));
+            row as usize * rows
+        };
+        let lens = [bytes(kind.gate, ffn, hidden), bytes(kind.up, ffn, hidden), bytes(kind.down, hidden, ffn)];
+        let aligned = lens.map(|len| len.next_multiple_of(ALIGNMENT));
+        let offsets = [0, aligned[0], aligned[0] + aligned[1]];
+        Self { offsets, lens, stride: aligned.iter().sum() }
+    }
+
+    /// Returns the bytes of a matrix of expert `i`.
+    pub(super) fn range(&self, i: usize, part: Part) -> Range<usize> {
+        let start = i * self.stride + self.offsets[part as usize];
+        start..start + self.lens[part as usize]
+    }
+}
+
+/// The experts of one layer.
+pub(super) struct Layer {
+    pub(super) kind: ExpertKind,
+    pub(super) layout: ExpertLayout,
+    gate: MatrixTable<'static>,
+    up: MatrixTable<'static>,
+    pub(super) down: MatrixTable<'static>,
+    /// `[n_expert + slots, width]` of gate, up and down; zeros for experts that are elsewhere.
+    biases: Option<[Buffer; 3]>,
+    /// Whether each expert is pinned here, `[n_expert]`.
+    pub(super) pinned: Vec<bool>,
+    pub(super) slots: Arc<Buffer>,
+    pub(super) n_slots: usize,
+}
+
+impl Layer {
+    /// Copies the pinned experts to the device, and allocates slots.
+    pub(super) fn new(
+        device: &Arc<dyn Device>,
+        kind: ExpertKind,
+        pinned: &[(usize, ExpertBytes<'_>)],
+        n_slots: usize,
+        with_biases: bool,
+    ) -> Result<Self, CudaError> {
+        let layout = ExpertLayout::new(&kind);
+        let buffer = |n: usize| Ok::<_, CudaError>(Arc::new(Buffer::new(device, n.saturating_mul(layout.stride))?));
+        let (pins, slots) = (buffer(pinned.len())?, buffer(n_slots)?);
+        let n = kind.n_expert + n_slots;
+        let mut is_pinned = vec![false; kind.n_expert];
+        let mut tables: [Vec<Option<SharedView>>; 3] = std::array::from_fn(|_| vec![None; n]);
+        for (part, table) in Part::ALL.into_iter().zip(&mut tables) {
+            let shared =
+                |buffer: &Arc<Buffer>, i| SharedView { buffer: Arc::clone(buffer), range: layout.range(i, part) };
+            for (i, (expert, _)) in pinned.iter().enumerate() {
+                table[*expert] = Some(shared(&pins, i));
+                is_pinned[*expert] = true;
+            }
+            for slot in 0..n_slots {
+                table[kind.n_expert + slot] = Some(shared(&slots, slot));
+            }
+        }
+        let [gate, up, down] = tables;
+        let zeros = |width: usize| Buffer::of_f32(device, &vec![0.0; n * width]);
+        let biases = if with_biases { Some([zeros(kind.ffn)?, zeros(kind.ffn)?, zeros(kind.hidden)?]) } else { None };
+        let layer = Self {
+            kind,
+            layout,
+            gate: MatrixTable::owning(device, gate)?,
+            up: MatrixTable::owning(device, up)?,
+            down: MatrixTable::owning(device, down)?,
+            biases,
+            pinned: is_pinned,
+            slots,
+            n_slots,
+        };
+        for (i, (expert, bytes)) in pinned.iter().enumerate() {
+            layer.put(&pins, i, *expert, bytes)?;
+        }
+        Ok(layer)
+    }
+
+    /// Returns the biases of a matrix for all table entries.
+    pub(super) fn bias(&self, part: Part) -> Option<View<'_>> {
+        self.biases.as_ref().map(|biases| biases[part as usize].view())
+    }
+
+    /// Copies an expert to place `i` of a buffer, and its biases to table entry `entry`.
+    pub(super) fn put(
+        &self,
+        memory: &Buffer,
+        i: usize,
+        entry: usize,
+        expert: &ExpertBytes<'_>,
+    ) -> Result<(), CudaError> {
+        for (part, bytes) in Part::ALL.into_iter().zip([expert.gate, expert.up, expert.down]) {
+            let range = self.layout.range(i, part);
+            assert_eq!(range.len(), bytes.len(), "bytes of {part:?} of an expert");
+            memory.view().part(range).write(bytes)?;
+        }
+        if let (Some(tables), Some(biases)) = (&self.biases, expert.biases) {
+            for (table, bias) in tables.iter().zip(biases) {
+                table.view().floats(entry * bias.len()..(entry + 1) * bias.len()).write_f32(bias)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether gate or up take quantized activations.
+    pub(super) fn takes_quants(&self) -> bool {
+        needs_quants(self.kind.gate) || needs_quants(self.kind.up)
+    }
+
+    /// Computes gate, up and the activation: quantized in `inner.quants` or as floats in
+    /// `inner.gate`, as down takes them.
+    pub(super) fn inner(
+        &self,
+        ops: &Ops,
+        inner: &mut Inner<'_>,
+        x: Activations<'_>,
+        uses: Uses<'_>,
+    ) -> Result<(), CudaError> {
+        let (Uses { which, jobs, rows, groups }, ExpertKind { ffn, hidden, activation, .. }) = (uses, self.kind);
+        let (gate, up, jobs_per_x) = (inner.gate.view(), inner.up.view(), jobs / rows);
+        let quants = needs_quants(self.kind.down).then_some(&mut *inner.quants);
+        if groups.is_empty() && self.kind.gate == self.kind.up {
+            let gated = Gated {
+                ty: self.kind.gate,
+                matrices: GateUpMatrices::Chosen([&self.gate, &self.up], which),
+                biases: [self.bias(Part::Gate), self.bias(Part::Up)],
+                activation,
+                jobs,
+                n_rows: ffn,
+                n_cols: hidden,
+                x: x.input(self.kind.gate),
+                jobs_per_x,
+            };
+            return ops.gated(&gated, gate, quants);
+        }
+        self.product(ops, Part::Gate, uses, x, jobs_per_x, gate)?;
+        self.product(ops, Part::Up, uses, x, jobs_per_x, up)?;
+        ops.activate(activation, gate, up, jobs, ffn, quants)
+    }
+
+    /// Multiplies one of the three matrices of each expert, and adds its bias.
+    pub(super) fn product(
+        &self,
+        ops: &Ops,
+        part: Part,
+        uses: Uses<'_>,
+        x: Activations<'_>,
+        jobs_per_x: usize,
+        out: View<'_>,
+    ) -> Result<(), CudaError> {
+        let (Uses { which, jobs, groups, .. }, ExpertKind { ffn, hidden, .. }) = (uses, self.kind);
+        let (ty, table) = match part {
+            Part::Gate => (self.kind.gate, &self.gate),
+            Part::Up => (self.kind.up, &self.up),
+            Part::Down => (self.kind.down, &self.down),
+        };
+        let (n_rows, n_cols) = if part == Part::Down { (hidden, ffn) } else { (ffn, hidden) };
+        let (x, bias) = (x.input(ty), self.bias(part));
+        if groups.is_empty() {
+            let matrices = Matrices::Chosen(table, which);
+            return ops.matvec(&Matvec { ty, matrices, bias, jobs, n_rows, n_cols, x, jobs_per_x }, out);
+        }
+        ops.matmul(ty, BatchMatrices::Groups(table, groups), n_rows, n_cols, x, out)?;
+        match bias {
+            Some(bias) => ops.add_bias(out, bias, Some(which), jobs, n_rows),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Activations in both forms; the quantized form is filled only where a matrix takes it.
+#[derive(Clone, Copy)]
+pub(super) struct Activations<'a> {
+    pub(super) floats: View<'a>,
+    pub(super) quants: &'a Quants,
+}
+
+impl<'a> Activations<'a> {
+    pub(super) fn input(self, ty: TensorType) -> Input<'a> {
+        Input::for_type(ty, self.floats, self.quants)
+    }
+}
+
+/// Buffers between the matrices of an expert.
+pub(super) struct Inner<'a> {
+    pub(super) gate: &'a Buffer,
+    pub(super) up: &'a Buffer,
+    pub(super) quants: &'a mut Quants,
+}
+
+/// Assignment of rows to experts.
+#[derive(Clone, Copy)]
+pub(super) struct Uses<'a> {
+    /// `[jobs]` indices in the layer's tables.
+    pub(super) which: View<'a>,
+    pub(super) jobs: usize,
+    /// Rows of activations, each with `jobs / rows` jobs.
+    pub(super) rows: usize,
+    /// Consecutive jobs with the same expert; none for few rows.
+    pub(super) groups: TokenGroups<'a>,
+}

@@ -1,0 +1,321 @@
+//! The parts of a layer on a GPU, and handles to run them.
+
+use super::buffers::logit_rows;
+use super::matrix::{FfnMatrices, GpuLoader, Matrix, product};
+use super::mixer::{CacheSpec, Mixer, MixerBatch};
+use super::workspace::{Output, Residual, Workspace};
+use crate::layers::places::{LayerPlaces, Place};
+use crate::layers::rope::RopeTable;
+use std::ops::Range;
+use tier_plan_cuda::ops::RouterSpec;
+use tier_plan_cuda::{Buffer, CudaError, View};
+use tier_plan_formats::model::spec::{Ffn as FfnSpec, LayerSpec, MoeSpec};
+use tier_plan_formats::placement::TierIdx;
+
+/// The parts of one layer.
+pub(super) struct Layer {
+    pub(super) mixer: Option<LayerMixer>,
+    pub(super) ffn: Option<LayerFfn>,
+}
+
+/// A mixer with its norm.
+pub(super) struct LayerMixer {
+    norm: Buffer,
+    pub(super) mixer: Mixer,
+}
+
+/// The feed-forward parts of a layer: at least one of them is here.
+pub(super) struct LayerFfn {
+    norm: Buffer,
+    /// The form of normalized rows that the parts take.
+    output: Output,
+    pub(super) router: Option<Router>,
+    /// The shared expert or the dense block.
+    pub(super) block: Option<FfnBlock>,
+}
+
+pub(super) struct Router {
+    matrix: Matrix,
+    selection_bias: Option<Buffer>,
+    pub(super) spec: RouterSpec,
+}
+
+pub(super) struct FfnBlock {
+    matrices: FfnMatrices,
+    /// Vector that gates a shared expert, `[hidden]`.
+    gate: Option<Buffer>,
+}
+
+pub(super) struct Head {
+    pub(super) norm: Buffer,
+    pub(super) matrix: Matrix,
+}
+
+impl Layer {
+    /// Makes the parts of a layer that are placed on `tier`. `rope` is the layer's rope table.
+    pub(super) fn new(
+        loader: &GpuLoader<'_>,
+        layer: &LayerSpec,
+        places: LayerPlaces,
+        tier: TierIdx,
+        rope: Option<usize>,
+        cache: CacheSpec,
+    ) -> Result<Self, CudaError> {
+        let here = |place: Place| place == Some(tier);
+        let (router, block) = match &layer.ffn {
+            FfnSpec::Dense(ffn) if here(places.ffn) => {
+                (None, Some(FfnBlock { matrices: FfnMatrices::new(loader, ffn)?, gate: None }))
+            }
+            FfnSpec::Dense(_) => (None, None),
+            FfnSpec::Moe(moe) => {
+                let shared = moe.shared.as_ref().filter(|_| here(places.shared));
+                let shared = shared.map(|s| {
+                    let matrices = FfnMatrices::new(loader, &s.ffn)?;
+                    Ok(FfnBlock { matrices, gate: loader.opt_vector(s.gate)? })
+                });
+                let router = here(places.ffn).then(|| Router::new(loader, moe));
+                (router.transpose()?, shared.transpose()?)
+            }
+        };
+        let mixer = || {
+            let norm = loader.vector(layer.mixer_norm)?;
+            Ok(LayerMixer { norm, mixer: Mixer::new(loader, &layer.mixer, rope, cache)? })
+        };
+        let mixer = here(places.mixer).then(mixer).transpose()?;
+        let has_ffn = router.is_some() || block.is_some();
+        let ffn = has_ffn.then(|| {
+            let norm = loader.vector(layer.ffn_norm)?;
+            let takes_quants = router.as_ref().is_some_and(|r| r.matrix.takes_quants())
+                || block.as_ref().is_some_and(|b| b.matrices.takes_quants());
+            Ok(LayerFfn { norm, output: Output::quantized_if(takes_quants), router, block })
+        });
+        Ok(Self { mixer, ffn: ffn.transpose()? })
+    }
+}
+
+impl Router {
+    fn new(loader: &GpuLoader<'_>, moe: &MoeSpec) -> Result<Self, CudaError> {
+        Ok(Self {
+            matrix: loader.linear(&moe.router)?,
+            selection_bias: loader.opt_vector(moe.selection_bias)?,
+            spec: RouterSpec::from(moe),
+        })
+    }
+}
+
+impl LayerMixer {
+    /// Computes to `buffers.out` what the mixer adds to rows, the first of which is at position
+    /// `past`. Launches only: the positions are prepared.
+    pub(super) fn run(
+        &self,
+        work: &mut Workspace,
+        rows: Range<usize>,
+        past: usize,
+        residual: Residual,
+    ) -> Result<(), CudaError> {
+        let n = rows.len();
+        work.norm(&self.norm, rows, residual, Output::quantized_if(self.mixer.takes_quants()))?;
+        self.mixer.run(&work.ops, &mut work.buffers, MixerBatch { n, past, eps: work.eps })
+    }
+}
+
+/// Where a router's choices go on the device.
+#[derive(Clone, Copy)]
+pub(super) struct ChoiceViews<'a> {
+    /// `[rows, n_used]`.
+    pub(super) experts: View<'a>,
+    /// `[rows, n_used]`.
+    pub(super) weights: View<'a>,
+}
+
+impl<'a> ChoiceViews<'a> {
+    /// Takes the first `2 * n` words of a view, for `n` choices.
+    pub(super) fn of(view: View<'a>, n: usize) -> Self {
+        Self { experts: view.floats(0..n), weights: view.floats(n..2 * n) }
+    }
+}
+
+impl LayerFfn {
+    /// Normalizes rows for this layer's parts here, and for other consumers that take `output`.
+    pub(super) fn norm(
+        &self,
+        work: &mut Workspace,
+        rows: Range<usize>,
+        residual: Residual,
+        output: Output,
+    ) -> Result<(), CudaError> {
+        let output = if self.output == Output::Quantized { Output::Quantized } else { output };
+        work.norm(&self.norm, rows, residual, output)
+    }
+}
+
+impl Router {
+    /// Chooses experts for `n` rows that are normalized in `buffers.answer`.
+    pub(super) fn choose(&self, work: &Workspace, n: usize, to: ChoiceViews<'_>) -> Result<(), CudaError> {
+        let (ops, buffers) = (&work.ops, &work.buffers);
+        let logits = buffers.router_logits.view();
+        product(ops, &self.matrix, n, buffers.answer.view(), &buffers.quants, logits)?;
+        let bias = self.selection_bias.as_ref().map(Buffer::view);
+        ops.route(&self.spec, logits, bias, n, to.experts, to.weights)
+    }
+}
+
+impl FfnBlock {
+    /// Computes to `buffers.out` what the block adds to `n` rows that are normalized in
+    /// `buffers.answer`.
+    pub(super) fn run(&self, work: &mut Workspace, n: usize) -> Result<(), CudaError> {
+        let (ops, buffers, hidden) = (&work.ops, &mut work.buffers, work.hidden);
+        self.matrices.run(ops, buffers, n)?;
+        match &self.gate {
+            Some(gate) => ops.sigmoid_gate(gate.view(), buffers.answer.view(), n, hidden, hidden, buffers.out.view()),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Head {
+    /// Computes the logits of rows to `buffers.logits`.
+    pub(super) fn run(&self, work: &mut Workspace, rows: Range<usize>, residual: Residual) -> Result<(), CudaError> {
+        let n = rows.len();
+        work.norm(&self.norm, rows, residual, Output::quantized_if(self.matrix.takes_quants()))?;
+        let buffers = &work.buffers;
+        product(&work.ops, &self.matrix, n, buffers.answer.view(), &buffers.quants, buffers.logits.view())
+    }
+}
+
+/// The embedding on a GPU.
+pub(crate) struct EmbeddingPart<'a> {
+    pub(super) table: &'a Matrix,
+    pub(super) work: &'a mut Workspace,
+}
+
+impl EmbeddingPart<'_> {
+    /// Sets the hidden state of a batch to the embeddings of its tokens.
+    pub(crate) fn embed(self, tokens: &[u32]) -> Result<(), CudaError> {
+        let Self { table, work } = self;
+        for (i, part) in tokens.chunks(work.rows).enumerate() {
+            let ids: Vec<u8> = part.iter().flat_map(|t| t.to_ne_bytes()).collect();
+            work.buffers.ids.view().write(&ids)?;
+            let to = work.state(i * work.rows..i * work.rows + part.len());
+            let ids = work.buffers.ids.view();
+            work.ops.dequantize_chosen(table.ty, table.view(), work.hidden, ids, part.len(), to)?;
+        }
+        Ok(())
+    }
+}
+
+/// A layer's mixer on a GPU.
+pub(crate) struct MixerPart<'a> {
+    pub(super) mixer: &'a LayerMixer,
+    pub(super) work: &'a mut Workspace,
+}
+
+impl MixerPart<'_> {
+    /// Adds the mixer's result to rows of the batch, the first of which is at position `past`.
+    pub(crate) fn run(self, rows: Range<usize>, past: usize, ropes: &mut [RopeTable]) -> Result<(), CudaError> {
+        let Self { mixer, work } = self;
+        work.prepare(past, rows.len(), ropes)?;
+        mixer.run(work, rows.clone(), past, Residual::None)?;
+        work.add_out(rows)
+    }
+}
+
+/// A layer's router on a GPU.
+pub(crate) struct RouterPart<'a> {
+    pub(super) layer: usize,
+    pub(super) ffn: &'a LayerFfn,
+    pub(super) router: &'a Router,
+    pub(super) work: &'a mut Workspace,
+}
+
+impl<'a> RouterPart<'a> {
+    /// Chooses experts for rows, `[rows, n_used]`, with their weights. Returns the normalized rows,
+    /// which experts take, `[rows, hidden]`.
+    pub(crate) fn route(
+        mut self,
+        rows: Range<usize>,
+        experts: &mut [u16],
+        weights: &mut [f32],
+    ) -> Result<&'a [f32], CudaError> {
+        let (n_normed, n_choices) = self.choose(rows)?;
+        let Self { layer, router, work, .. } = self;
+        work.answer.resize(n_normed + 2 * n_choices, 0.0);
+        work.buffers.answer.view().read_f32(&mut work.answer)?;
+        let (normed, choices) = work.answer.split_at(n_normed);
+        let (indices, chosen_weights) = choices.split_at(n_choices);
+        work.decode_experts(layer, router.spec.n_expert, indices, experts)?;
+        weights.copy_from_slice(chosen_weights);
+        Ok(normed)
+    }
+
+    /// Predicts the experts that the router will choose from the present state of rows,
+    /// `[rows, n_used]`.
+    pub(crate) fn predict(mut self, rows: Range<usize>, experts: &mut Vec<u16>) -> Result<(), CudaError> {
+        let (n_normed, n_choices) = self.choose(rows)?;
+        let Self { layer, router, work, .. } = self;
+        work.answer.resize(n_choices, 0.0);
+        work.buffers.answer.view().floats(n_normed..n_normed + n_choices).read_f32(&mut work.answer)?;
+        experts.resize(n_choices, 0);
+        work.decode_experts(layer, router.spec.n_expert, &work.answer, experts)
+    }
+
+    /// Normalizes rows and chooses experts. Returns the number of normalized values in
+    /// `buffers.answer`, and of the choices after them.
+    fn choose(&mut self, rows: Range<usize>) -> Result<(usize, usize), CudaError> {
+        let n = rows.len();
+        self.ffn.norm(self.work, rows, Residual::None, Output::F32)?;
+        let (n_normed, n_choices) = (n * self.work.hidden, n * self.router.spec.n_used);
+        let choices = self.work.buffers.answer.view().floats(n_normed..n_normed + 2 * n_choices);
+        self.router.choose(self.work, n, ChoiceViews::of(choices, n_choices))?;
+        Ok((n_normed, n_choices))
+    }
+}
+
+/// The state of rows that a feed-forward block takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum FfnInput {
+    /// The layer's router has normalized the rows on this GPU.
+    Normalized,
+    /// The rows are still to be normalized.
+    Raw,
+}
+
+/// A layer's shared expert or dense block on a GPU.
+pub(crate) struct FfnPart<'a> {
+    pub(super) ffn: &'a LayerFfn,
+    pub(super) block: &'a FfnBlock,
+    pub(super) work: &'a mut Workspace,
+}
+
+impl FfnPart<'_> {
+    /// Adds the block's result to rows.
+    pub(crate) fn run(self, rows: Range<usize>, input: FfnInput) -> Result<(), CudaError> {
+        let Self { ffn, block, work } = self;
+        if input == FfnInput::Raw {
+            ffn.norm(work, rows.clone(), Residual::None, Output::F32)?;
+        }
+        block.run(work, rows.len())?;
+        work.add_out(rows)
+    }
+}
+
+/// The head on a GPU.
+pub(crate) struct HeadPart<'a> {
+    pub(super) head: &'a Head,
+    pub(super) work: &'a mut Workspace,
+}
+
+impl HeadPart<'_> {
+    /// Computes the logits of rows, `[rows, n_vocab]`.
+    pub(crate) fn run(self, rows: Range<usize>, logits: &mut [f32]) -> Result<(), CudaError> {
+        let Self { head, work } = self;
+        let (n_vocab, mut first) = (head.matrix.n_out, rows.start);
+        for part in logits.chunks_mut(logit_rows(n_vocab, work.rows) * n_vocab) {
+            let n = part.len() / n_vocab;
+            head.run(work, first..first + n, Residual::None)?;
+            work.buffers.logits.view().read_f32(part)?;
+            first += n;
+        }
+        Ok(())
+    }
+}

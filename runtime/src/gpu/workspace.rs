@@ -1,0 +1,175 @@
+//! What all parts on a GPU share: the hidden state, the buffers, and what depends on positions.
+
+use super::buffers::{BufferSizes, GpuBuffers};
+use crate::layers::rope::RopeTable;
+use std::ops::Range;
+use std::sync::Arc;
+use tier_plan_cuda::ops::AddNorm;
+use tier_plan_cuda::{Buffer, CudaError, Device, Ops, View};
+use tier_plan_formats::model::spec::{Mixer, ModelSpec, Temperature};
+
+/// The workspace of one GPU.
+pub(super) struct Workspace {
+    pub(super) ops: Ops,
+    pub(super) buffers: GpuBuffers,
+    pub(super) hidden: usize,
+    pub(super) eps: f32,
+    /// Most rows that a part takes at once.
+    pub(super) rows: usize,
+    temperature: Option<Temperature>,
+    prepared: Option<Prepared>,
+    /// What was last copied from `buffers.answer`.
+    pub(super) answer: Vec<f32>,
+}
+
+/// Positions that the rope tables on the device are for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Prepared {
+    past: usize,
+    n: usize,
+}
+
+/// What a norm adds to the state before it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Residual {
+    /// Nothing: the state is complete.
+    None,
+    /// The result of the last part, in `buffers.out`.
+    Pending,
+}
+
+/// The form of normalized rows that the next products take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Output {
+    /// Floats in `buffers.answer`.
+    F32,
+    /// Floats in `buffers.answer`, and their quantized form in `buffers.quants`.
+    Quantized,
+}
+
+impl Output {
+    /// Selects the quantized form if any of the consumers takes it.
+    pub(super) fn quantized_if(takes_quants: bool) -> Self {
+        if takes_quants { Output::Quantized } else { Output::F32 }
+    }
+}
+
+impl Workspace {
+    /// Allocates the buffers. `rows` is the most that a part takes at once.
+    pub(super) fn new(
+        device: &Arc<dyn Device>,
+        spec: &ModelSpec,
+        sizes: &BufferSizes,
+        rows: usize,
+    ) -> Result<Self, CudaError> {
+        Ok(Self {
+            buffers: GpuBuffers::new(device, sizes)?,
+            ops: Ops::new(Arc::clone(device)),
+            hidden: spec.hidden,
+            eps: spec.norm_eps,
+            rows,
+            temperature: temperature(spec),
+            prepared: None,
+            answer: Vec::new(),
+        })
+    }
+
+    /// Makes the error of a part that is not on this GPU.
+    pub(super) fn missing(&self, part: &str) -> CudaError {
+        CudaError::NotThere { device: self.ops.device().name().into(), part: part.into() }
+    }
+
+    /// Returns rows of the hidden state, `[rows, hidden]`.
+    pub(super) fn state(&self, rows: Range<usize>) -> View<'_> {
+        self.buffers.x.view().floats(rows.start * self.hidden..rows.end * self.hidden)
+    }
+
+    /// Adds host values to the first rows of the hidden state, `[n, hidden]`.
+    pub(super) fn add_to_state(&self, values: &[f32]) -> Result<(), CudaError> {
+        for (i, part) in values.chunks(self.rows * self.hidden).enumerate() {
+            let first = i * self.rows;
+            self.buffers.out.view().write_f32(part)?;
+            let to = self.state(first..first + part.len() / self.hidden);
+            self.ops.add(to, self.buffers.out.view(), part.len())?;
+        }
+        Ok(())
+    }
+
+    /// Adds `buffers.out` to rows of the hidden state.
+    pub(super) fn add_out(&self, rows: Range<usize>) -> Result<(), CudaError> {
+        let n = rows.len() * self.hidden;
+        self.ops.add(self.state(rows), self.buffers.out.view(), n)
+    }
+
+    /// Copies what depends on positions to the device, for `n` tokens after `past` others.
+    pub(super) fn prepare(&mut self, past: usize, n: usize, ropes: &mut [RopeTable]) -> Result<(), CudaError> {
+        let wanted = Prepared { past, n };
+        if self.prepared == Some(wanted) {
+            return Ok(());
+        }
+        self.prepared = None;
+        self.buffers.past.view().write(&(past as i32).to_ne_bytes())?;
+        for (rope, turns) in ropes.iter_mut().zip(&self.buffers.turns) {
+            rope.prepare(past, n);
+            turns.view().write_f32(&rope.turns())?;
+        }
+        if let Some(temperature) = &self.temperature {
+            let factors: Vec<f32> = (past..past + n).map(|position| temperature.at(position)).collect();
+            self.buffers.factors.view().write_f32(&factors)?;
+        }
+        self.prepared = Some(wanted);
+        Ok(())
+    }
+
+    /// Adds the residual to rows of the hidden state, and normalizes them to `buffers.answer`.
+    pub(super) fn norm(
+        &mut self,
+        weight: &Buffer,
+        rows: Range<usize>,
+        residual: Residual,
+        output: Output,
+    ) -> Result<(), CudaError> {
+        let Self { ops, buffers, hidden, eps, .. } = self;
+        let (hidden, eps) = (*hidden, *eps);
+        let norm = AddNorm {
+            x: buffers.x.view().floats(rows.start * hidden..rows.end * hidden),
+            residual: (residual == Residual::Pending).then(|| buffers.out.view()),
+            weight: weight.view(),
+            rows: rows.len(),
+            width: hidden,
+            eps,
+        };
+        let quants = (output == Output::Quantized).then_some(&mut buffers.quants);
+        ops.add_norm(&norm, buffers.answer.view(), quants)
+    }
+
+    /// Decodes indices of experts, which are copied from the device as the bits of floats.
+    ///
+    /// # Errors
+    /// When an index is not below `n_expert`: a failing device may answer anything.
+    pub(super) fn decode_experts(
+        &self,
+        layer: usize,
+        n_expert: usize,
+        bits: &[f32],
+        experts: &mut [u16],
+    ) -> Result<(), CudaError> {
+        for (bits, expert) in bits.iter().zip(experts) {
+            let index = bits.to_bits();
+            *expert = u16::try_from(index).ok().filter(|e| usize::from(*e) < n_expert).ok_or_else(|| {
+                let (device, what) = (self.ops.device().name().into(), format!("choosing experts of layer {layer}"));
+                CudaError::Call { device, what, why: format!("it chose number {index} of {n_expert}") }
+            })?;
+        }
+        Ok(())
+    }
+}
+
+/// Returns how scores grow with the position. All layers of a model share it, as it comes from the
+/// model's metadata.
+fn temperature(spec: &ModelSpec) -> Option<Temperature> {
+    spec.layers.iter().find_map(|layer| match &layer.mixer {
+        Mixer::Mla(a) => a.temperature,
+        Mixer::Gqa(_) | Mixer::Delta(_) => None,
+    })
+}
