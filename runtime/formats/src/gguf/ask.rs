@@ -32,7 +32,7 @@ impl Gguf {
         str = opt_str() -> &str, "a string";
         /// One integer a layer. A single integer in the file stands for all of `n_layer`; an array
         /// may be longer than `n_layer` (it then covers trailing prediction blocks), never shorter.
-        u32_per_layer = opt_u32_per_layer(n_layer: u32) -> Vec<u32>, "an integer or one a layer";
+        u32_per_layer = opt_u32_per_layer(n_layer: u32) -> Vec<u32>, "an integer or one per layer";
         /// An array of strings.
         str_array = opt_str_array() -> &[String], "an array of strings";
         /// An array of floats.
@@ -72,7 +72,7 @@ impl Gguf {
 
     /// One integer a layer, if the key is there; see [`Gguf::u32_per_layer`].
     pub fn opt_u32_per_layer(&self, key: &str, n_layer: u32) -> Result<Option<Vec<u32>>, GgufError> {
-        let expected = format!("an integer, or an array of {n_layer} of them (one a layer)");
+        let expected = format!("an integer, or an array of {n_layer} of them (one per layer)");
         let n = n_layer as usize;
         self.ask(key, &expected, |v| match v {
             Value::Array(a) => {

@@ -1,4 +1,4 @@
-//! `qwen2moe`: biased queries, keys and values; routing weights that are not normalised; a shared
+//! `qwen2moe`: biased queries, keys and values; routing weights that are not normalized; a shared
 //! expert behind a sigmoid gate.
 
 use super::ModelError;

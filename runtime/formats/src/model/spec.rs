@@ -81,7 +81,7 @@ pub struct Linear {
 
 /// The feed-forward block of a layer.
 #[derive(Debug, Clone)]
-#[allow(clippy::large_enum_variant, reason = "there is one a layer")]
+#[allow(clippy::large_enum_variant, reason = "there is one per layer")]
 pub enum Ffn {
     /// `down(silu(gate x) · up x)`.
     Dense(GatedFfn),

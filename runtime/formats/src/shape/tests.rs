@@ -284,7 +284,7 @@ proptest! {
             let p = shape.parameters();
             prop_assert!(p.active <= p.total);
             let sizes = shape.model_shape(Mix::BF16);
-            // Two bytes a parameter, and two more for each that is never quantised.
+            // Two bytes a parameter, and two more for each that is never quantized.
             let bytes = sizes.weight_bytes();
             prop_assert!(bytes >= 2 * p.total && bytes <= 4 * p.total, "{bytes} {p:?}");
             prop_assert!(sizes.token_bytes() <= bytes);

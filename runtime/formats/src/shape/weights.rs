@@ -56,7 +56,7 @@ impl Architecture {
             match &self.experts {
                 Some(experts) if layer >= self.leading_dense => {
                     let mut router = vec![Weight::vector(hidden)];
-                    // Routers are never quantised.
+                    // Routers are never quantized.
                     router.push(Weight::matrix(Role::Parameters, hidden, experts.count));
                     let biases = [experts.router_bias, experts.selection_bias];
                     router.extend(biases.iter().filter(|b| **b).map(|_| Weight::vector(experts.count)));
