@@ -1,8 +1,8 @@
 //! Chooses a plan for a model that has none: everything in memory if it fits, else a plan within a
 //! budget.
 
+use crate::opening::Opening;
 use crate::profile::Evidence;
-use crate::session::Opening;
 use crate::solve::options::Policy;
 use crate::solve::problem::capacity::page_share;
 use crate::solve::{self, Options, Problem};

@@ -2,7 +2,7 @@
 //!
 //! The files of `profiles/` are compiled in, so that names work wherever the program is.
 
-use crate::session::naming;
+use crate::opening::naming;
 use anyhow::{Context, Result, bail, ensure};
 use std::path::Path;
 use tier_plan_runtime::formats::machine::{self, Machine};

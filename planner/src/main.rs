@@ -3,7 +3,7 @@
 
 use std::io::Write;
 use std::process::ExitCode;
-use tier_plan_planner::session::Interrupted;
+use tier_plan_planner::interrupt::Interrupted;
 use tier_plan_planner::{cmd, hint};
 
 fn main() -> ExitCode {

@@ -1,76 +1,25 @@
-//! Opens a model for a command: file, plan, engine and tokenizer. Also handles Ctrl-C.
+//! Opens a model for a command: file, plan, engine, and tokenizer.
 
 use crate::budget::{self, Chosen, Model};
-use crate::cmd::args::{ComputeArgs, KvArgs, MemoryArgs, StoreArgs};
 use crate::hint::HintExt;
+use crate::opening::{Opening, check_threads, naming};
 use crate::store::{self, Start};
 use crate::{progress, verify};
-use anyhow::{Context, Result, anyhow, ensure};
-use std::io::IsTerminal;
+use anyhow::{Context, Result, anyhow};
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
-use tier_plan_runtime::formats::placement::{self, Placement};
+use tier_plan_runtime::formats::placement::Placement;
 use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::model::{describe, shape::shape_of};
 use tier_plan_runtime::threads::physical_cores;
 use tier_plan_runtime::tiers::numa::NumaPolicy;
 use tier_plan_runtime::tokenizer::Tokenizer;
 use tier_plan_runtime::units::show_bytes;
-use tier_plan_runtime::{Engine, KvType, LoadOptions};
+use tier_plan_runtime::{Engine, LoadOptions};
 
 /// Context in tokens without a plan, where the model would allow more.
 const DEFAULT_CONTEXT: u32 = 4096;
-
-/// Whether Ctrl-C was pressed.
-static INTERRUPTED: AtomicBool = AtomicBool::new(false);
-
-/// Whether a chat is waiting for a message, so that Ctrl-C has nothing to stop.
-static WAITING: AtomicBool = AtomicBool::new(false);
-
-/// Whether a [`Catching`] exists, so that [`interrupted`] is polled.
-static CATCHING: AtomicBool = AtomicBool::new(false);
-
-/// Guard while which Ctrl-C sets a flag instead of ending the program. A second Ctrl-C ends it.
-#[must_use = "Ctrl-C sets the flag only while this lives"]
-pub struct Catching(());
-
-impl Drop for Catching {
-    fn drop(&mut self) {
-        CATCHING.store(false, Ordering::SeqCst);
-    }
-}
-
-/// Makes Ctrl-C set the flag that [`interrupted`] returns, for callers that poll it often. Not for
-/// loading a model, which may take minutes and can be ended at once.
-pub fn catch_interrupts() -> Catching {
-    // Fails only if a handler is set already, and then that one serves.
-    let _ = ctrlc::set_handler(|| {
-        let waiting = WAITING.load(Ordering::SeqCst);
-        // A chat that reads from a pipe gets no further messages after Ctrl-C.
-        let idle = !CATCHING.load(Ordering::SeqCst) || (waiting && !std::io::stdin().is_terminal());
-        if idle || INTERRUPTED.swap(true, Ordering::SeqCst) {
-            std::process::exit(130);
-        }
-        if waiting {
-            eprintln!("\n(Ctrl-C again, Ctrl-D or /quit ends)");
-        }
-    });
-    CATCHING.store(true, Ordering::SeqCst);
-    Catching(())
-}
-
-/// Returns whether Ctrl-C was pressed.
-pub fn interrupted() -> bool {
-    INTERRUPTED.load(Ordering::SeqCst)
-}
-
-/// Sets whether a chat is waiting for a message, and forgets an earlier Ctrl-C.
-pub fn waiting(yes: bool) {
-    WAITING.store(yes, Ordering::SeqCst);
-    INTERRUPTED.store(false, Ordering::SeqCst);
-}
 
 /// A loaded model.
 pub struct Session {
@@ -83,78 +32,6 @@ pub struct Session {
     /// Sentences on where experts come from, beyond the plan.
     notes: Vec<String>,
     start: Option<Start>,
-}
-
-/// What to open and how.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Opening<'a> {
-    /// The plan; `None` chooses one that fits memory.
-    pub plan: Option<&'a Path>,
-    /// Memory of the whole process in bytes when there is no plan; `None` is all that is free.
-    pub memory: Option<u64>,
-    /// The profile to choose pinned experts from when there is no plan.
-    pub profile: Option<&'a Path>,
-    /// Context length asked for; 0 is the model's training context, or the plan's.
-    pub context: Option<u32>,
-    /// Threads asked for.
-    pub threads: Option<usize>,
-    /// KV cache type; `None` is the plan's, or f16 without a plan.
-    pub kv_type: Option<KvType>,
-    /// Whether to use the mapped weights instead of a copy in huge pages.
-    pub mapped: bool,
-    /// NUMA policy; `None` is the system's.
-    pub numa: Option<NumaPolicy>,
-    /// Whether to verify checksums, and the file with them; the inner `None` is the one beside the
-    /// model.
-    pub verify: Option<Option<&'a Path>>,
-    /// A packed copy of the experts; `None` is the one beside the model, if it exists.
-    pub pack: Option<&'a Path>,
-    /// File that keeps the contents of slots between runs.
-    pub slots: Option<&'a Path>,
-    /// Profile whose most used experts fill empty slots.
-    pub warm: Option<&'a Path>,
-}
-
-impl<'a> Opening<'a> {
-    /// Returns the checked options that all commands share which run a model.
-    ///
-    /// # Errors
-    /// When one of them is invalid.
-    pub fn new(memory: &'a MemoryArgs, kv: &KvArgs, store: &'a StoreArgs, compute: &ComputeArgs) -> Result<Self> {
-        Ok(Self {
-            plan: memory.plan.as_deref(),
-            memory: memory.bytes()?,
-            profile: memory.profile.as_deref(),
-            context: None,
-            threads: compute.threads.checked()?,
-            kv_type: kv.checked()?,
-            mapped: memory.mmap,
-            numa: compute.numa,
-            verify: store.verify.asked(),
-            pack: store.pack.as_deref(),
-            slots: store.slots.as_deref(),
-            warm: store.warm.as_deref(),
-        })
-    }
-
-    /// Reads the plan, and checks it against the model and the options.
-    fn read_plan(&self, gguf: &Gguf, path: &Path) -> Result<Placement> {
-        let plan = placement::read(path)?;
-        plan.check_model(&gguf.id(), path)?;
-        let shown = path.display();
-        let context = self.context.unwrap_or(plan.context);
-        if context > plan.context {
-            let planned = plan.context;
-            let large = format!("--context: {context}, expected at most {planned} tokens, the context of {shown}");
-            return Err(anyhow!(large)).hint(format!("solve again with --context {context}"));
-        }
-        let kv_type = self.kv_type.unwrap_or(plan.kv_type);
-        if kv_type != plan.kv_type {
-            let other = format!("--kv-type: {kv_type}, expected {}, the KV cache type of {shown}", plan.kv_type);
-            return Err(anyhow!(other)).hint(format!("solve again with --kv-type {kv_type}"));
-        }
-        Ok(plan)
-    }
 }
 
 impl Session {
@@ -286,18 +163,6 @@ impl Session {
     }
 }
 
-/// Ctrl-C ended a command early: exit code 130 and no error message.
-#[derive(Debug)]
-pub struct Interrupted;
-
-impl std::fmt::Display for Interrupted {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("interrupted")
-    }
-}
-
-impl std::error::Error for Interrupted {}
-
 /// Copies the weights to huge pages. If that fails they stay mapped, which is slower.
 fn copy_to_memory(gguf: &mut Gguf, threads: Option<usize>) {
     let bar = progress::bytes("reading the model");
@@ -310,22 +175,6 @@ fn copy_to_memory(gguf: &mut Gguf, threads: Option<usize>) {
     if let Err(error) = copied {
         eprintln!("warning: {error}; the weights stay mapped, which is slower");
     }
-}
-
-/// Adds a file's name to an error that does not begin with it.
-pub fn naming(file: &Path, error: impl Into<anyhow::Error>) -> anyhow::Error {
-    let (error, name) = (error.into(), file.display().to_string());
-    if error.to_string().starts_with(&name) { error } else { error.context(name) }
-}
-
-/// Checks `--threads`.
-///
-/// # Errors
-/// When it is outside 1 to 1024.
-pub fn check_threads(threads: Option<usize>) -> Result<()> {
-    let threads = threads.unwrap_or(1);
-    ensure!((1..=1024).contains(&threads), "--threads: {threads}, expected 1 to 1024");
-    Ok(())
 }
 
 /// Reads the tokenizer of a file.

@@ -1,8 +1,8 @@
 //! Checksums for `--verify`: read from a file, or created on first use.
 
 use crate::hint::HintExt;
+use crate::opening::naming;
 use crate::progress;
-use crate::session::naming;
 use anyhow::Result;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

@@ -3,7 +3,8 @@
 use super::template::{Message, Role, Template};
 use super::{Chat, Options, Signals, parse_answer};
 use crate::bundled;
-use crate::session::{Opening, Session};
+use crate::opening::Opening;
+use crate::session::Session;
 use std::cell::Cell;
 use std::time::{Duration, UNIX_EPOCH};
 use tier_plan_runtime::sampler::SamplerConfig;

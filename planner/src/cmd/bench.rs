@@ -2,7 +2,8 @@
 
 use crate::cmd::args::{ComputeArgs, JsonArgs, KvArgs, MemoryArgs, ModelArgs, StoreArgs, at_least_one};
 use crate::hint::HintExt;
-use crate::session::{Opening, Session};
+use crate::opening::Opening;
+use crate::session::Session;
 use anyhow::{Context, Result, anyhow, ensure};
 use clap::Args;
 use serde_json::json;
@@ -78,7 +79,7 @@ impl<'a> BenchOptions<'a> {
         // Decoding needs at least one token before it.
         let context = args.n_prompt.max(1).checked_add(args.n_gen);
         let context = context.context("--n-prompt and --n-gen: too many tokens to count, expected fewer")?;
-        let opening = Opening::new(&args.memory, &args.kv, &args.store, &args.compute)?;
+        let opening = crate::cmd::args::opening(&args.memory, &args.kv, &args.store, &args.compute)?;
         let opening = Opening { context: opening.plan.is_none().then_some(context), ..opening };
         Ok(Self { model: args.model.path()?, opening, context })
     }

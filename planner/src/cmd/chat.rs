@@ -5,7 +5,7 @@ use crate::chat::{Chat, Options, Signals};
 use crate::cmd::args::TokenLimit;
 use crate::cmd::run::{RunArgs, RunOptions};
 use crate::hint::HintExt;
-use crate::session::{self, Session};
+use crate::session::Session;
 use anyhow::{Context, Result, bail, ensure};
 use std::io::{ErrorKind, IsTerminal, Write};
 
@@ -56,9 +56,9 @@ pub(super) fn run(args: &RunArgs, run: &RunOptions<'_>) -> Result<()> {
         ignore_eos: args.ignore_eos,
         prompt: if watched { "> " } else { "" },
         plan,
-        signals: Signals { interrupted: &session::interrupted, waiting: &session::waiting },
+        signals: Signals { interrupted: &crate::interrupt::interrupted, waiting: &crate::interrupt::waiting },
     };
-    let _catching = session::catch_interrupts();
+    let _catching = crate::interrupt::catch_interrupts();
     let mut output = std::io::stdout().lock();
     let ended = Chat::new(&mut session.engine, &tokenizer, options).talk(&mut std::io::stdin().lock(), &mut output);
     session.keep()?;

@@ -1,7 +1,7 @@
 //! `tier-plan checksum`: writes checksums of every expert and tensor of a model, for `--verify`.
 
 use crate::cmd::args::{JsonArgs, ModelArgs};
-use crate::session::naming;
+use crate::opening::naming;
 use crate::verify;
 use anyhow::Result;
 use clap::Args;

@@ -2,7 +2,7 @@
 
 use crate::catalogue::{self, Named};
 use crate::cmd::args::{JsonArgs, ModelArgs};
-use crate::session::naming;
+use crate::opening::naming;
 use anyhow::{Result, ensure};
 use clap::Args;
 use serde_json::{Value, json};

@@ -2,7 +2,8 @@
 
 use crate::cmd::args::{ModelArgs, ThreadArgs};
 use crate::hint::HintExt;
-use crate::session::{Opening, Session};
+use crate::opening::Opening;
+use crate::session::Session;
 use anyhow::{Context, Result, anyhow, ensure};
 use clap::Args;
 use std::path::PathBuf;

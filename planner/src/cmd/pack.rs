@@ -1,7 +1,8 @@
 //! `tier-plan pack`: copies a model's experts so that each is one contiguous block.
 
 use crate::cmd::args::{JsonArgs, ModelArgs};
-use crate::session::{self, Interrupted, naming};
+use crate::interrupt::Interrupted;
+use crate::opening::naming;
 use crate::{progress, store};
 use anyhow::{Context, Result, ensure};
 use clap::Args;
@@ -59,12 +60,12 @@ pub fn run(args: &PackArgs) -> Result<()> {
     ensure!(n > 0, "nothing to copy: the plan pins every expert");
     safely::check(&output)?;
     check_room(&output, index.expert_bytes())?;
-    let catching = session::catch_interrupts();
+    let catching = crate::interrupt::catch_interrupts();
     let bar = progress::bytes("copying experts");
     let written = write(&gguf, &spec, &index, &output, &mut |done, total| {
         bar.set_length(total);
         bar.set_position(done);
-        !session::interrupted()
+        !crate::interrupt::interrupted()
     });
     bar.finish_and_clear();
     drop(catching);

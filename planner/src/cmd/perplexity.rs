@@ -2,9 +2,10 @@
 
 use crate::cmd::args::{JsonArgs, KvArgs, ModelArgs, PreTokenizerArgs, ThreadArgs, VerifyArgs};
 use crate::hint::HintExt;
+use crate::opening::Opening;
 use crate::perplexity::{Against, Place, Scores, divergence, fill_row, in_parallel, place};
 use crate::progress;
-use crate::session::{self, Opening, Session};
+use crate::session::Session;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use clap::Args;
 use serde_json::json;
@@ -126,7 +127,7 @@ pub fn run(args: &PerplexityArgs) -> Result<()> {
     if !args.format.json {
         session.residency().iter().for_each(|line| eprintln!("{line}"));
     }
-    let _catching = session::catch_interrupts();
+    let _catching = crate::interrupt::catch_interrupts();
     let mut windows: Vec<&[u32]> = tokens.chunks_exact(ctx as usize).collect();
     windows.truncate(args.windows.map_or(usize::MAX, |most| most as usize));
     let done = match &args.save_logits_base {
@@ -229,7 +230,7 @@ fn score(engine: &mut Engine, windows: &[&[u32]], also: Also<'_>) -> Result<Done
         interrupted: false,
     };
     for window in windows {
-        if session::interrupted() {
+        if crate::interrupt::interrupted() {
             ensure!(done.windows > 0, "interrupted before the first window was scored");
             done.interrupted = true;
             break;

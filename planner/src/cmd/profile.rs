@@ -5,10 +5,11 @@ use crate::catalogue::{self, Named};
 use crate::cmd::args::sampling;
 use crate::cmd::args::{JsonArgs, PreTokenizerArgs, ThreadArgs, VerifyArgs, at_least_one};
 use crate::hint::HintExt;
+use crate::opening::Opening;
 use crate::profile::collect::{Settings, collect};
 use crate::profile::stats::{Skew, skews};
 use crate::profile::{imatrix, prompts};
-use crate::session::{self, Opening, Session};
+use crate::session::Session;
 use anyhow::{Context, Result, anyhow};
 use clap::Args;
 use serde_json::json;
@@ -131,7 +132,7 @@ pub fn run(args: &ProfileArgs) -> Result<()> {
     let opening = Opening { context: Some(context), threads, verify: args.verify.asked(), ..Opening::default() };
     let mut session = Session::open(model, opening)?;
     let tokenizer = session.tokenizer_with(args.pre.tokenizer_pre.as_deref())?;
-    let _catching = session::catch_interrupts();
+    let _catching = crate::interrupt::catch_interrupts();
     let profile = collect(&mut session, &tokenizer, &prompts, settings, &output, args.restart)?;
     show(&profile, &output, args.format.json)
 }

@@ -4,7 +4,8 @@ use super::chat;
 use crate::cmd::args::{ComputeArgs, JsonArgs, KvArgs, MemoryArgs, ModelArgs, PreTokenizerArgs};
 use crate::cmd::args::{SamplingArgs, StoreArgs, TokenLimit};
 use crate::hint::HintExt;
-use crate::session::{self, Opening, Session};
+use crate::opening::Opening;
+use crate::session::Session;
 use crate::{host, print};
 use anyhow::{Context, Result, bail};
 use clap::Args;
@@ -139,7 +140,7 @@ impl<'a> RunOptions<'a> {
             sampling: args.sampling.checked()?,
             opening: Opening {
                 context: args.context,
-                ..Opening::new(&args.memory, &args.kv, &args.store, &args.compute)?
+                ..crate::cmd::args::opening(&args.memory, &args.kv, &args.store, &args.compute)?
             },
             limit: args.n_predict,
         })
@@ -171,7 +172,7 @@ pub fn run(args: &RunArgs) -> Result<()> {
     if !args.format.json {
         session.residency().iter().for_each(|line| eprintln!("{line}"));
     }
-    let _catching = session::catch_interrupts();
+    let _catching = crate::interrupt::catch_interrupts();
     let loading_s = session.started.elapsed().as_secs_f64();
     let (generated, answer) = print_answer(&mut session, &tokenizer, &prompt, args, &options)?;
     let circumstances = Circumstances {
@@ -196,7 +197,7 @@ pub fn run(args: &RunArgs) -> Result<()> {
     }
     session.keep()?;
     // Only now, so that an interrupted run is reported and its slots are kept.
-    if session::interrupted() { Err(session::Interrupted.into()) } else { Ok(()) }
+    if crate::interrupt::interrupted() { Err(crate::interrupt::Interrupted.into()) } else { Ok(()) }
 }
 
 /// Generates the answer, and prints it as it comes unless JSON is asked for. Returns it with its
@@ -223,7 +224,7 @@ fn print_answer(
             return ControlFlow::Break(());
         }
         answer.push_str(&piece);
-        if session::interrupted() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        if crate::interrupt::interrupted() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     })?;
     let tail = stream.finish();
     answer.push_str(&tail);

@@ -1,9 +1,9 @@
 //! `tier-plan selftest`: compares optimized kernels with reference ones, and a GPU with its targets.
 
 use crate::cmd::args::JsonArgs;
+use crate::interrupt::{Interrupted, catch_interrupts, interrupted};
 use crate::selftest::table::number;
 use crate::selftest::{self, Findings, Options};
-use crate::session::{Interrupted, catch_interrupts, interrupted};
 use crate::{host, report};
 use anyhow::{Context, Result, bail};
 use clap::Args;

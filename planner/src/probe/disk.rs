@@ -2,7 +2,7 @@
 //! many at once as a layer of one token misses.
 
 use super::{MAX_TRUSTED_SPREAD, Measured};
-use crate::session::{catch_interrupts, interrupted};
+use crate::interrupt::{catch_interrupts, interrupted};
 use anyhow::{Context, Result, bail, ensure};
 use std::fs::{File, OpenOptions};
 use std::io::Write;

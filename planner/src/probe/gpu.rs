@@ -3,7 +3,7 @@
 use super::power::Part;
 use super::{RESERVE_DIVISOR, rounded};
 use crate::bundled;
-use crate::session::interrupted;
+use crate::interrupt::interrupted;
 use std::sync::Arc;
 use std::time::Duration;
 use tier_plan_runtime::cuda::experts::ExpertKind;

@@ -379,7 +379,7 @@ fn busy() -> Option<String> {
 
 fn open(path: &Path) -> Result<(Gguf, ModelSpec)> {
     let gguf = Gguf::open(path)?;
-    let spec = describe(&gguf).map_err(|e| crate::session::naming(path, e))?;
+    let spec = describe(&gguf).map_err(|e| crate::opening::naming(path, e))?;
     ensure!(
         spec.moe_layers().next().is_some(),
         "{}: the model has no routed experts to read from a drive; measure without --model",

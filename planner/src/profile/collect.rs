@@ -4,8 +4,9 @@
 //! same model, prompts and settings resumes from it.
 
 use super::prompts::Prompt;
+use crate::interrupt::interrupted;
 use crate::progress;
-use crate::session::{Session, interrupted};
+use crate::session::Session;
 use anyhow::{Context, Result, bail, ensure};
 use std::path::{Path, PathBuf};
 use tier_plan_runtime::engine::Routing;

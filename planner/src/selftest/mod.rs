@@ -7,7 +7,8 @@ pub mod predict;
 pub mod rows;
 pub mod table;
 
-use crate::session::{interrupted, tokenizer};
+use crate::interrupt::interrupted;
+use crate::session::tokenizer;
 use crate::{bundled, host, progress};
 use anyhow::{Result, ensure};
 use indicatif::ProgressBar;

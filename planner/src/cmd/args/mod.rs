@@ -16,7 +16,7 @@ pub use model::{ModelArgs, ModelOption, ModelOrShape, check_profile};
 pub use sampling::SamplingArgs;
 pub use value::{Seed, TokenLimit};
 
-use crate::session::check_threads;
+use crate::opening::{Opening, check_threads};
 use anyhow::{Result, ensure};
 use clap::Args;
 use tier_plan_runtime::model::shape::ModelShape;
@@ -92,4 +92,30 @@ pub fn check_position(at: Option<u32>, context: u32) -> Result<()> {
     let fits = at.is_none_or(|at| (1..=context).contains(&at));
     ensure!(fits, "--at: {}, expected 1 to {context}, the context that is planned for", at.unwrap_or(0));
     Ok(())
+}
+
+/// Returns the checked options that all commands share which run a model.
+///
+/// # Errors
+/// When one of them is invalid.
+pub fn opening<'a>(
+    memory: &'a MemoryArgs,
+    kv: &KvArgs,
+    store: &'a StoreArgs,
+    compute: &ComputeArgs,
+) -> Result<Opening<'a>> {
+    Ok(Opening {
+        plan: memory.plan.as_deref(),
+        memory: memory.bytes()?,
+        profile: memory.profile.as_deref(),
+        context: None,
+        threads: compute.threads.checked()?,
+        kv_type: kv.checked()?,
+        mapped: memory.mmap,
+        numa: compute.numa,
+        verify: store.verify.asked(),
+        pack: store.pack.as_deref(),
+        slots: store.slots.as_deref(),
+        warm: store.warm.as_deref(),
+    })
 }
