@@ -306,7 +306,19 @@ fn a_gpu_without_room_is_refused_with_the_numbers() {
 
 #[test]
 fn whatever_fails_ends_the_program_with_an_error() {
-    let case = Case::small(&["64MiB"], "64MiB", "64");
+    faults_end_the_program(&Case::small(&["64MiB"], "64MiB", "64"));
+}
+
+#[test]
+fn whatever_fails_ends_the_program_in_the_bundled_model_too() {
+    // Twenty runs of several seconds each.
+    if tier_plan_testing::is_nightly() {
+        faults_end_the_program(&Case::new(demo_model(), &["64MiB"], "64MiB", "64"));
+    }
+}
+
+/// Runs a model with a fault at each kind of driver call: the program must end with an error that says what failed.
+fn faults_end_the_program(case: &Case) {
     let run = case.arguments(&tokens(2), 9);
     let run: Vec<&str> = run.iter().map(String::as_str).collect();
     let list = [

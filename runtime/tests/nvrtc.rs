@@ -15,7 +15,7 @@ const MOST_OF_LARGE_BLOCKS: u32 = 128;
 /// The architectures to compile for. What an older compiler makes differs little from one to the next, so that it is
 /// asked for the oldest and the newest; `.ci/nightly` has it make all.
 fn capabilities(compiler: &Compiler) -> Vec<(i32, i32)> {
-    if compiler.version().major >= 13 || std::env::var_os("TIER_PLAN_NIGHTLY").is_some() {
+    if compiler.version().major >= 13 || tier_plan_testing::is_nightly() {
         return CAPABILITIES.into();
     }
     vec![CAPABILITIES[0], CAPABILITIES[CAPABILITIES.len() - 1]]

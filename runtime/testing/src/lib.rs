@@ -19,6 +19,11 @@ pub fn demo_model() -> PathBuf {
     root().join("profiles/demo/demo.gguf")
 }
 
+/// Whether tests run all of their cases: the environment has `TIER_PLAN_NIGHTLY=1`.
+pub fn is_nightly() -> bool {
+    std::env::var_os("TIER_PLAN_NIGHTLY").is_some_and(|value| value == "1")
+}
+
 /// Reads little-endian 32-bit floats.
 pub fn floats(bytes: &[u8]) -> Vec<f32> {
     bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect()

@@ -100,10 +100,7 @@ pub(super) fn optimum(shape: &ModelShape, capacity: &Capacity, evidence: &Eviden
     exhaustive(&things, &left)
 }
 
-/// Whether all cases run, and as long as they take: the environment has `TIER_PLAN_NIGHTLY=1`.
-pub(super) fn is_nightly() -> bool {
-    std::env::var_os("TIER_PLAN_NIGHTLY").is_some_and(|value| value == "1")
-}
+pub(super) use tier_plan_testing::is_nightly;
 
 /// Returns a configuration with the cases of a test.
 ///
