@@ -33,13 +33,14 @@ use std::ffi::OsString;
 const EXIT_CODES: &str = "\
 Exit codes:
   0    success
-  1    error: the last lines of standard error begin with `error:` and, if there is advice, `hint:`
+  1    error: `error: …` on standard error, and `hint: …` if there is advice
   2    the command line cannot be parsed
   130  interrupted by Ctrl-C
 
-Environment variables set defaults; the command line overrides them. An empty variable counts as unset.
-TIER_PLAN_ISA=scalar|avx2|avx512|amx|neon selects the CPU kernels, TIER_PLAN_IO=direct|buffered how files are
-read, and TIER_PLAN_NVRTC the library that compiles GPU kernels.";
+Environment variables set defaults; the command line overrides them. Three more:
+  TIER_PLAN_ISA    CPU kernels: scalar, avx2, avx512, amx, neon [default: the best]
+  TIER_PLAN_IO     file reads: direct (O_DIRECT) or buffered [default: direct]
+  TIER_PLAN_NVRTC  library that compiles GPU kernels [default: searched for]";
 
 /// Worked example of the whole program.
 const EXAMPLE: &str = "\
