@@ -99,7 +99,7 @@ fn print_text(fit: &Fit, records: &[(String, RunRecord)], machine: &Machine, fit
         percent(fit.error(|row| row.left_out_s))
     );
     println!(
-        "fixed: {} µs a layer (was {}), {} µs a token (was {})",
+        "fixed: {} µs per layer (was {}), {} µs per token (was {})",
         fitted.layer_overhead_us, machine.layer_overhead_us, fitted.token_overhead_us, machine.token_overhead_us
     );
     for (before, after) in machine.tiers.iter().zip(&fitted.tiers) {

@@ -113,19 +113,19 @@ fn print_sizes(shape: &ModelShape, groups: &[(&'static str, u64, u64)]) {
         let (min, max) = (sizes.clone().min().unwrap_or(0), sizes.max().unwrap_or(0));
         let size = if min == max { show_bytes(min) } else { format!("{} to {}", show_bytes(min), show_bytes(max)) };
         println!(
-            "{} layers with {} routed experts each, {} used a token; an expert takes {size}",
+            "{} layers with {} routed experts each, {} used per token; an expert takes {size}",
             shape.experts.len(),
             first.n_expert,
             first.n_used
         );
     }
     let kv = |ty: KvType| show_bytes(ty.token_bytes(shape));
-    println!("key and value cache: {} a token of context as f16, {} as q8_0", kv(KvType::F16), kv(KvType::Q8_0));
+    println!("key and value cache: {} per token of context as f16, {} as q8_0", kv(KvType::F16), kv(KvType::Q8_0));
     if shape.state_bytes() > 0 {
         println!("recurrent state: {}, whatever the length of the context", show_bytes(shape.state_bytes()));
     }
     println!();
-    println!("{:<20} {:>12} {:>7} {:>18}", "group", "bytes", "share", "read a token");
+    println!("{:<20} {:>12} {:>7} {:>18}", "group", "bytes", "share", "read per token");
     let total = shape.weight_bytes();
     for (name, bytes, token) in groups {
         let share = *bytes as f64 / total as f64 * 100.0;

@@ -92,7 +92,7 @@ fn print_text(args: &ProbeArgs, found: &Findings, machine: &Machine) {
     let (compute, read) = (found.together.compute_gbps, found.together.disk_gbps);
     println!("both at once: products {compute:.1} GB/s, drive {read:.2} GB/s");
     println!(
-        "fixed: {:.1} µs a layer, {:.1} µs a token: {}",
+        "fixed: {:.1} µs per layer, {:.1} µs per token: {}",
         found.fixed.layer_us, found.fixed.token_us, found.fixed.how
     );
     for node in &found.nodes {

@@ -18,13 +18,13 @@ pub(in crate::report) fn chart(curve: &Curve) -> Chart {
     let knee = curve.knee.and_then(|knee| fit.iter().find(|p| p.0 == knee));
     let title = match (knee, fit.first(), fit.last()) {
         (Some(knee), ..) => format!(
-            "{} of {} bring {} tokens a second, predicted; more brings less",
+            "{} of {} bring {} tokens per second, predicted; more brings less",
             size(knee.1, unit, scale),
             curve.tier,
             sig3(knee.2[0])
         ),
         (None, Some(first), Some(last)) if fit.len() > 1 => format!(
-            "From {} to {} of {}: {} to {} tokens a second, predicted",
+            "From {} to {} of {}: {} to {} tokens per second, predicted",
             size(first.1, unit, scale),
             size(last.1, unit, scale),
             curve.tier,
@@ -113,11 +113,11 @@ mod tests {
             (
                 vec![None, Some(1.0), Some(2.0), Some(2.1)],
                 Some(2),
-                "192 GiB of dram bring 2.00 tokens a second, predicted",
+                "192 GiB of dram bring 2.00 tokens per second, predicted",
             ),
             (vec![Some(1.0), Some(2.0)], None, "From 64.0 GiB to 128 GiB of dram: 1.00 to 2.00"),
             (vec![None, None], None, "No size of dram"),
-            ((0..64).map(|i| Some(f64::from(i) * 1e3)).collect(), None, "tokens a second"),
+            ((0..64).map(|i| Some(f64::from(i) * 1e3)).collect(), None, "tokens per second"),
             (vec![Some(0.001)], None, "No size"),
         ] {
             let chart = chart(&curve(&speeds, knee));
