@@ -75,7 +75,7 @@ fn difference(seconds: f64, row: &Row) -> f64 {
 }
 
 fn print_text(fit: &Fit, records: &[(String, RunRecord)], machine: &Machine, fitted: &Machine) {
-    println!("tokens a second while decoding; in brackets how far the measured speed is from the predicted one");
+    println!("tokens per second while decoding; in brackets how far the measured speed is from the predicted one");
     println!(
         "{:>9} {:>18} {:>22} {:>18}  record",
         "measured", "predicted", "with the bytes read*", "fitted, predicted"
