@@ -110,7 +110,7 @@ fn models_that_are_none() {
         p.refused(&["logits", name, "--tokens", "1", "-o", "l"], &words);
     }
     #[cfg(unix)]
-    p.refused(&["inspect", "/dev/zero"], &["/dev/zero", "no regular file"]);
+    p.refused(&["inspect", "/dev/zero"], &["/dev/zero", "not a regular file"]);
 }
 
 #[test]
@@ -173,7 +173,7 @@ fn plans_that_do_not_fit() {
     run("cut.toml", &plan[..900], &["cut.toml", "line "]);
     run("empty.toml", "", &["empty.toml", "not a placement plan", "tier-plan solve"]);
     let small = swap(&plan, "budget_bytes = 3145728", "budget_bytes = 100");
-    run("small.toml", &small, &["small.toml", "'vram'", "budget_bytes is 100", "solve again"]);
+    run("small.toml", &small, &["small.toml", "'vram'", "budget_bytes is 100"]);
     let long = swap(&plan, "context = 64", "context = 4096");
     run("long.toml", &long, &["has 196608 bytes", "take 12582912 with 4096 tokens of context", "solve"]);
     let none = swap(&plan, "context = 64", "context = 0");
@@ -181,7 +181,7 @@ fn plans_that_do_not_fit() {
     let odd = swap(&plan, "dense_bytes = ", "dense_bytes = 1");
     run("odd.toml", &odd, &["odd.toml"]);
     let larger = swap(&plan, "kv_type = \"f16\"", "kv_type = \"f32\"");
-    run("larger.toml", &larger, &["has 196608 bytes", "take 393216 with 64 tokens of context", "as f32", "solve"]);
+    run("larger.toml", &larger, &["has 196608 bytes", "take 393216 with 64 tokens of context", "KV cache of f32", "solve"]);
     let smaller = swap(&plan, "kv_type = \"f16\"", "kv_type = \"q8_0\"");
     run("smaller.toml", &smaller, &["has 196608 bytes", "as q8_0", "solve"]);
     let unknown = swap(&plan, "kv_type = \"f16\"", "kv_type = \"q4_0\"");
@@ -407,8 +407,8 @@ fn texts_that_cannot_be_scored() {
     score(&[&save[..], &["no/x"]].concat(), &["no/x", "create it"]);
     let base = fs::read(p.path().join("base.logprobs")).unwrap();
     p.write("cut.logprobs", &base[..base.len() / 2]);
-    score(&["--logits-base", "cut.logprobs"], &["cut.logprobs", "cut short", "--save-logits-base"]);
-    score(&["--logits-base", &p.machine], &["demo-emulated.toml", "--save-logits-base"]);
+    score(&["--logits-base", "cut.logprobs"], &["cut.logprobs", "cut short", "tier-plan perplexity"]);
+    score(&["--logits-base", &p.machine], &["demo-emulated.toml", "tier-plan perplexity"]);
     score(&["--logits-base", "base.logprobs", "--ctx", "8"], &["--context: 8", "16 tokens"]);
     let other = ["--logits-base", "base.logprobs", "--file", "other.txt"];
     score(&other, &["base.logprobs", "differs", "leave --file out"]);
@@ -477,7 +477,7 @@ fn comparisons_of_what_cannot_be_compared() {
     trial(&["--prompts", "nosuch"], &["nosuch", "No such file"]);
     compare(&["plan.other"], &["plan.other", "(.toml)", "(.json)"]);
     compare(&[&p.machine, "--model", &p.demo], &["demo-emulated.toml", "not a placement plan"]);
-    compare(&["object.json"], &["object.json", "not a run record", "run --record"]);
+    compare(&["object.json"], &["object.json", "not a run record", "tier-plan run"]);
     compare(&["cut.json"], &["cut.json", "not a run record"]);
     compare(&["cut-record.json"], &["cut-record.json", "line "]);
     compare(&["newer.json"], &["newer.json", "version 9", "up to version 2", "update"]);

@@ -157,7 +157,7 @@ fn selftest_finds_every_kernel_well_and_measures() {
 fn selftest_tells_what_a_gpu_that_fails_says() {
     let place = Place::new();
     let (output, _) = place.clean(&[("STAND_IN_FAULT", "kernel:9:700")], &["selftest", "--gpu"]);
-    let line = check_refusal(&output, &["comparisons failed", "can't be trusted"]);
+    let line = check_refusal(&output, &["comparisons failed", "cannot be trusted"]);
     let said = stdout(&output);
     assert!(
         said.contains("GPU 0: Stand-in 0, compute capability 8.6") && said.contains("ILLEGAL_ADDRESS"),
@@ -300,7 +300,7 @@ fn a_gpu_without_room_is_refused_with_the_numbers() {
     let run = case.arguments(&tokens(1), 1);
     let run: Vec<&str> = run.iter().map(String::as_str).collect();
     let (output, report) = case.place.clean(&[("STAND_IN_MEMORY", "104857600")], &run);
-    check_refusal(&output, &["Stand-in 0 has 88080384 free", "134217728 for the driver", "smaller budget"]);
+    check_refusal(&output, &["Stand-in 0 has 88080384 free", "134217728 for the driver", "smaller --budget gpu0"]);
     assert_eq!(report.calls("cuMemAllocAsync"), 0);
 }
 

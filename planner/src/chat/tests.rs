@@ -277,7 +277,7 @@ fn a_full_context_drops_the_oldest_turns() {
     assert!(output.contains("of the turns left it"), "{output}");
     assert!(held.len() <= 64);
     let (output, _) = talk(64, Some(PLAIN), &format!("{}\nshort\n", "word ".repeat(200)), None);
-    assert!(output.contains("give a shorter one"), "{output}");
+    assert!(output.contains("send a shorter one"), "{output}");
     assert_eq!(answers(&output).len(), 2, "the short message is answered: {output}");
 }
 

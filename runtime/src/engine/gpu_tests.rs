@@ -337,7 +337,7 @@ fn what_a_gpu_cannot_run_is_refused() {
     split.tiers[0].bytes.kv -= 64;
     split.tiers[1].bytes.kv += 64;
     let error = refused(&gguf, &split, usize::MAX).to_string();
-    assert!(error.contains("tier 'vram' has") && error.contains("bytes for the key and value cache"), "{error}");
+    assert!(error.contains("tier 'vram' has") && error.contains("bytes for the KV cache"), "{error}");
     let mut slots = plan(&shape, of, ALL, true, Experts::Memory);
     slots.tiers[0].bytes.staging = 1;
     slots.tiers[0].budget_bytes = u64::MAX;
