@@ -7,26 +7,10 @@ use tier_plan_runtime::formats::machine::{Accelerator, Tier, TierKind};
 use tier_plan_runtime::formats::placement::{DensePlacement, LayerPlacement, Pins, Placement, PlanTier, SlotPolicy};
 use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::model::shape::{DenseKind, ModelShape};
-use tier_plan_runtime::model::shape_of_file;
+use tier_plan_runtime::model::{SUPPORTED, shape_of_file};
 use tier_plan_runtime::plans::in_memory::all_in_memory;
 use tier_plan_runtime::{Engine, KvType, LoadOptions, LogitsMode};
-use tier_plan_testing::{Golden, data};
-
-const FIXTURES: [&str; 13] = [
-    "deepseek-v3",
-    "glm4moe",
-    "gpt-oss",
-    "kimi-k2",
-    "llama-dense",
-    "minimax-m2",
-    "mixtral",
-    "olmoe",
-    "qwen2moe",
-    "qwen3-dense",
-    "qwen35moe",
-    "qwen3moe",
-    "qwen3next",
-];
+use tier_plan_testing::{Golden, data, models, root};
 
 /// Largest normalised mean squared error of the logits. Weights are 16-bit floats, so nothing is quantised: results
 /// are near 1e-12, and anything that is left out of the arithmetic is far above this.
@@ -139,9 +123,27 @@ fn three_tiers(shape: &ModelShape, context: u32, spread: Spread) -> Placement {
 }
 
 #[test]
+fn every_architecture_has_a_model_and_a_place_in_the_document() {
+    let arch = |name: &String| {
+        let gguf = Gguf::open(&data(&format!("arch/{name}.gguf"))).unwrap();
+        gguf.str("general.architecture").unwrap().to_string()
+    };
+    let with_model: BTreeSet<String> = models("arch").iter().map(arch).collect();
+    assert_eq!(with_model, SUPPORTED.map(String::from).into());
+    let document = std::fs::read_to_string(root().join("docs/models.md")).unwrap();
+    let (table, _) = document.split_once("\n## ").unwrap();
+    for name in SUPPORTED {
+        assert!(table.contains(&format!("`{name}`")), "docs/models.md, first table: `{name}` is missing");
+    }
+    for name in models("arch") {
+        assert!(document.contains(&format!("| `{name}` | `")), "docs/models.md, table of errors: `{name}` is missing");
+    }
+}
+
+#[test]
 fn logits_and_greedy_tokens_agree() {
-    for name in FIXTURES {
-        let fixture = golden(name);
+    for name in models("arch") {
+        let fixture = golden(&name);
         let shape = shape_of_file(&fixture.path).unwrap();
         let plan = all_in_memory(&shape, context(&fixture), KvType::F32);
         let (prompt, _, tokens) = run(&fixture, &plan, 512);
@@ -153,8 +155,8 @@ fn logits_and_greedy_tokens_agree() {
 
 #[test]
 fn tokens_one_by_one_agree() {
-    for name in FIXTURES {
-        let fixture = golden(name);
+    for name in models("arch") {
+        let fixture = golden(&name);
         let shape = shape_of_file(&fixture.path).unwrap();
         let mut engine = engine(&fixture, &all_in_memory(&shape, context(&fixture), KvType::F32), 512);
         let mut logits = Vec::new();
@@ -187,8 +189,8 @@ fn the_plan_does_not_change_a_bit() {
         real(spread(0, 5, 0, 1, TierKind::Nvme), 1 << 20),
         real(spread(4, 2, 0, 3, TierKind::Nvme), 0),
     ];
-    for name in FIXTURES {
-        let fixture = golden(name);
+    for name in models("arch") {
+        let fixture = golden(&name);
         let shape = shape_of_file(&fixture.path).unwrap();
         // Batches that do not divide the prompt, so that slots carry over from one to the next.
         let batch = 13;
@@ -212,8 +214,8 @@ fn the_plan_does_not_change_a_bit() {
 #[test]
 fn keys_and_values_in_fewer_bits_stay_close() {
     let spread = Spread { pin_every: 3, slots: 1, slot_tier: 1, extra_staging: 0, slow: TierKind::Nvme, real: None };
-    for name in FIXTURES {
-        let fixture = golden(name);
+    for name in models("arch") {
+        let fixture = golden(&name);
         let shape = shape_of_file(&fixture.path).unwrap();
         let (context, n) = (context(&fixture), fixture.tokens.len());
         let chosen = |kv_type| -> Vec<BTreeSet<(usize, u16)>> {
@@ -290,19 +292,14 @@ fn pins_on_the_only_tier_change_nothing() {
 
 #[test]
 fn shared_experts_and_biases_are_counted() {
-    for name in FIXTURES {
-        let fixture = golden(name);
+    for name in models("arch") {
+        let fixture = golden(&name);
         let shape = shape_of_file(&fixture.path).unwrap();
         let gguf = Gguf::open(&fixture.path).unwrap();
         let total: u64 = gguf.tensors().iter().map(|t| t.n_bytes).sum();
         assert_eq!(shape.weight_bytes(), total, "{name}: bytes in groups and experts, and in the file");
         let shared = shape.dense.iter().filter(|d| d.kind == DenseKind::SharedExpert).count();
-        let expected = if matches!(name, "deepseek-v3" | "glm4moe" | "kimi-k2" | "qwen2moe" | "qwen35moe" | "qwen3next")
-        {
-            shape.experts.len()
-        } else {
-            0
-        };
+        let expected = gguf.tensors().iter().filter(|t| t.name.ends_with(".ffn_up_shexp.weight")).count();
         assert_eq!(shared, expected, "{name}");
     }
 }

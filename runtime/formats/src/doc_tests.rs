@@ -1,5 +1,6 @@
 //! The examples in docs/FORMAT.md are files that the readers accept.
 
+use super::kind::ALL;
 use super::{machine, placement, profile, record, shape, slots};
 use std::path::Path;
 
@@ -11,6 +12,23 @@ fn example(heading: &str, language: &str) -> &'static str {
     let section = section.split_once("\n## ").map_or(section, |(own, _)| own);
     let block = section.split_once(&format!("```{language}\n")).unwrap().1;
     block.split_once("```").unwrap().0
+}
+
+#[test]
+fn every_version_is_documented_and_has_a_fixture() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/data/formats");
+    let names = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    let names: Vec<String> = names.collect();
+    let of_kinds = ["machine", "placement", "profile", "record", "logprobs", "shape", "sums", "pack", "slots"];
+    for (kind, stem) in ALL.into_iter().zip(of_kinds) {
+        let start = format!("| [{}](", kind.what.trim_start_matches("file of "));
+        let row = DOC.lines().find(|line| line.starts_with(&start)).expect(kind.what);
+        assert!(row.contains(&format!("` | {} | ", kind.newest)), "version {} of {row}", kind.newest);
+        for version in 1..=kind.newest {
+            let prefix = format!("{stem}.v{version}.");
+            assert!(names.iter().any(|name| name.starts_with(&prefix)), "tests/data/formats/{prefix}* is missing");
+        }
+    }
 }
 
 #[test]

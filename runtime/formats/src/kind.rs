@@ -108,7 +108,7 @@ pub(super) const SLOTS: Kind = Kind {
     hint: "`tier-plan run` can write one",
 };
 
-const ALL: [&Kind; 9] = [&MACHINE, &PLACEMENT, &PROFILE, &RECORD, &LOGPROBS, &SHAPE, &SUMS, &PACK, &SLOTS];
+pub(super) const ALL: [&Kind; 9] = [&MACHINE, &PLACEMENT, &PROFILE, &RECORD, &LOGPROBS, &SHAPE, &SUMS, &PACK, &SLOTS];
 
 impl Kind {
     /// Returns the error of a file of another kind; `found` says which, as a clause.

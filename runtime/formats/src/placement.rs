@@ -76,6 +76,14 @@ impl SlotPolicy {
             SlotPolicy::Adaptive { .. } => "adaptive",
         }
     }
+
+    /// Returns the first version of plans that has the policy.
+    fn since_version(self) -> u64 {
+        match self {
+            SlotPolicy::Lru => 1,
+            SlotPolicy::Lfu { .. } | SlotPolicy::Adaptive { .. } => 3,
+        }
+    }
 }
 
 impl std::fmt::Display for SlotPolicy {

@@ -34,7 +34,7 @@ fn weights(ty: TensorType, bytes: usize) -> (MmapMut, usize) {
 }
 
 /// Every type, the common ones first.
-const TYPES: [TensorType; 23] = {
+const TYPES: [TensorType; TensorType::ALL.len()] = {
     use TensorType::*;
     [
         Q4_K, Q6_K, Q8_0, Q5_K, Q4_0, Q4_1, Q5_0, Q5_1, Q2_K, Q3_K, IQ4_NL, IQ4_XS, MXFP4, F32, F16, BF16, IQ2_XXS,

@@ -277,6 +277,20 @@ fn nothing_past_the_end_is_read_or_written() {
     }
 }
 
+/// Returns the bytes of a block that are codes; none where codes index a grid, which bounds their levels.
+fn codes(ty: TensorType) -> std::ops::Range<usize> {
+    use TensorType::*;
+    match ty {
+        Q4_0 | Q4_1 | Q5_0 | Q5_1 | IQ4_NL | MXFP4 => ty.block_bytes() - 16..ty.block_bytes(),
+        Q8_0 => 2..34,
+        Q2_K | Q3_K => 0..80,
+        Q4_K | Q5_K | IQ4_XS => 16..ty.block_bytes(),
+        Q6_K => 0..208,
+        IQ1_S | IQ1_M | IQ2_XXS | IQ2_XS | IQ2_S | IQ3_XXS | IQ3_S => 0..0,
+        F32 | F16 | BF16 => 0..0,
+    }
+}
+
 #[test]
 fn extremes_do_not_overflow() {
     // All codes at their largest magnitude against activations at theirs, with either sign.
@@ -286,16 +300,7 @@ fn extremes_do_not_overflow() {
                 let cols = 256;
                 let mut rng = Rng(5);
                 let mut bytes = random_weights(ty, 1, cols, &mut rng);
-                if ty.block_len() == 32 {
-                    let head = ty.block_bytes() - if ty == TensorType::Q8_0 { 32 } else { 16 };
-                    bytes.chunks_exact_mut(ty.block_bytes()).for_each(|b| b[head..].fill(fill));
-                } else if let TensorType::Q4_K | TensorType::Q5_K | TensorType::IQ4_XS = ty {
-                    bytes[16..].fill(fill);
-                } else if let TensorType::Q2_K | TensorType::Q3_K = ty {
-                    bytes[..80].fill(fill);
-                } else if ty == TensorType::Q6_K {
-                    bytes[..208].fill(fill);
-                }
+                bytes.chunks_exact_mut(ty.block_bytes()).for_each(|block| block[codes(ty)].fill(fill));
                 let w = Weights::new(ty, &bytes, 1, cols).unwrap();
                 for x in [vec![1.0; cols], vec![-1.0; cols]] {
                     let mut acts = Activations::new(1, cols);

@@ -15,7 +15,7 @@ use tier_plan_formats::model::kv::KvType;
 use tier_plan_formats::model::shape::{DenseKind, ModelShape};
 use tier_plan_formats::model::{describe, shape::shape_of};
 use tier_plan_formats::placement::{Pins, Placement, Violation};
-use tier_plan_testing::nmse;
+use tier_plan_testing::{models, nmse};
 
 pub(crate) fn data(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data").join(name)
@@ -188,21 +188,7 @@ pub(crate) const ALL: fn(DenseKind, Option<u32>) -> bool = |_, _| true;
 
 #[test]
 fn a_whole_model_on_a_gpu_gives_the_same_text() {
-    for name in [
-        "qwen3moe",
-        "gpt-oss",
-        "qwen2moe",
-        "llama-dense",
-        "qwen3-dense",
-        "mixtral",
-        "olmoe",
-        "glm4moe",
-        "minimax-m2",
-        "deepseek-v3",
-        "kimi-k2",
-        "qwen3next",
-        "qwen35moe",
-    ] {
+    for name in models("arch") {
         let of = (64, KvType::F32);
         compare(&format!("arch/{name}.gguf"), of, |shape| plan(shape, of, ALL, true, Experts::Gpu));
     }

@@ -14,6 +14,20 @@ pub fn data(name: &str) -> PathBuf {
     root().join("tests/data").join(name)
 }
 
+/// Returns the names of the models in a folder of `tests/data`, sorted: `qwen3moe` for `qwen3moe.gguf`.
+///
+/// # Panics
+/// When the folder cannot be listed, or has no model.
+pub fn models(folder: &str) -> Vec<String> {
+    let entries = std::fs::read_dir(data(folder)).expect(folder);
+    let paths =
+        entries.map(|entry| entry.expect(folder).path()).filter(|path| path.extension() == Some("gguf".as_ref()));
+    let mut names: Vec<String> = paths.filter_map(|path| Some(path.file_stem()?.to_str()?.to_owned())).collect();
+    names.sort();
+    assert!(!names.is_empty(), "{folder}: no models");
+    names
+}
+
 /// Returns the path of the bundled model.
 pub fn demo_model() -> PathBuf {
     root().join("profiles/demo/demo.gguf")

@@ -409,30 +409,26 @@ impl WireLayer {
             ("recent_half_life", self.recent_half_life),
             ("recent_weight", self.recent_weight),
         ];
-        let (name, takes) = match self.policy {
-            WirePolicy::Lru => ("lru", 0),
-            WirePolicy::Lfu => ("lfu", 1),
-            WirePolicy::Adaptive => ("adaptive", 3),
+        let value = |at: usize| given[at].1.unwrap_or_default();
+        let (policy, takes) = match self.policy {
+            WirePolicy::Lru => (SlotPolicy::Lru, 0),
+            WirePolicy::Lfu => (SlotPolicy::Lfu { half_life: value(0) }, 1),
+            WirePolicy::Adaptive => {
+                let [half_life, recent_half_life, recent_weight] = [0, 1, 2].map(value);
+                (SlotPolicy::Adaptive { half_life, recent_half_life, recent_weight }, 3)
+            }
         };
-        if takes > 0 && version < 3 {
-            return Err(format!("the policy \"{name}\" is of version 3; write `version = 3`"));
+        let (name, since) = (policy.name(), policy.since_version());
+        if version < since {
+            return Err(format!("the policy \"{name}\" is of version {since}; write `version = {since}`"));
         }
         if let Some((key, _)) = given[takes..].iter().find(|(_, value)| value.is_some()) {
             return Err(format!("{key} is not a parameter of the policy \"{name}\"; leave it out"));
         }
-        let parameter = |at: usize| {
-            let (key, value) = given[at];
-            value.ok_or_else(|| format!("the policy \"{name}\" needs {key}; write a number of tokens or a weight"))
-        };
-        Ok(match self.policy {
-            WirePolicy::Lru => SlotPolicy::Lru,
-            WirePolicy::Lfu => SlotPolicy::Lfu { half_life: parameter(0)? },
-            WirePolicy::Adaptive => SlotPolicy::Adaptive {
-                half_life: parameter(0)?,
-                recent_half_life: parameter(1)?,
-                recent_weight: parameter(2)?,
-            },
-        })
+        if let Some((key, _)) = given[..takes].iter().find(|(_, value)| value.is_none()) {
+            return Err(format!("the policy \"{name}\" needs {key}; write a number of tokens or a weight"));
+        }
+        Ok(policy)
     }
 }
 

@@ -174,18 +174,11 @@ fn encode_layers<'a>(plan: &Placement, out: &mut Text, name: impl Fn(TierIdx) ->
 
 /// Returns the oldest version that can say all of the plan and is still written.
 fn version(plan: &Placement) -> u64 {
-    let lru = plan.layers.iter().all(|l| l.policy == SlotPolicy::Lru);
-    let old = lru && plan.solver.goal.is_none() && !charges_kv(&plan.predicted);
-    let units = plan.tiers.iter().any(|t| t.tier.unit.is_some());
-    if plan.tiers.iter().any(|t| t.tier.accelerator != Accelerator::default()) {
-        5
-    } else if units {
-        4
-    } else if old {
-        2
-    } else {
-        3
-    }
+    let policies = plan.layers.iter().map(|l| l.policy.since_version());
+    let goal = if plan.solver.goal.is_some() || charges_kv(&plan.predicted) { 3 } else { 2 };
+    let units = if plan.tiers.iter().any(|t| t.tier.unit.is_some()) { 4 } else { 2 };
+    let accelerated = plan.tiers.iter().any(|t| t.tier.accelerator != Accelerator::default());
+    policies.chain([goal, units, if accelerated { 5 } else { 2 }]).fold(2, u64::max)
 }
 
 /// Whether a prediction has keys of version 3.

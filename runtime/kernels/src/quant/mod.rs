@@ -102,7 +102,6 @@ pub fn dequantize_row(ty: TensorType, bytes: &[u8], out: &mut [f32]) {
 }
 
 /// Converts elements of `N` bytes one by one.
-/// Converts elements of `N` bytes one by one.
 fn widen<const N: usize>(bytes: &[u8], out: &mut [f32], convert: impl Fn([u8; N]) -> f32) {
     for (to, from) in out.iter_mut().zip(bytes.chunks_exact(N)) {
         *to = convert(*head(from));
@@ -300,6 +299,18 @@ mod tests {
             }
             assert!(want.iter().any(|v| *v != 0.0), "{ty}: the published values are all zero");
         }
+    }
+
+    #[test]
+    fn every_published_type_is_listed() {
+        let dir = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../tests/data/dequant");
+        let names = std::fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap());
+        let types: Vec<String> = names.filter_map(|name| Some(name.strip_suffix(".bin")?.to_string())).collect();
+        for name in &types {
+            assert!(TensorType::from_name(name).is_some(), "{name} has published values, but TensorType::ALL lacks it");
+        }
+        // All but F32, which needs no decoding.
+        assert_eq!(types.len(), TensorType::ALL.len() - 1);
     }
 
     #[test]
