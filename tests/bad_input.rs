@@ -183,9 +183,9 @@ fn plans_that_do_not_fit() {
     let larger = swap(&plan, "kv_type = \"f16\"", "kv_type = \"f32\"");
     run("larger.toml", &larger, &["has 196608 bytes", "take 393216 with 64 tokens of context", "KV cache of f32", "solve"]);
     let smaller = swap(&plan, "kv_type = \"f16\"", "kv_type = \"q8_0\"");
-    run("smaller.toml", &smaller, &["has 196608 bytes", "as q8_0", "solve"]);
+    run("smaller.toml", &smaller, &["has 196608 bytes", "KV cache of q8_0", "solve"]);
     let unknown = swap(&plan, "kv_type = \"f16\"", "kv_type = \"q4_0\"");
-    run("unknown.toml", &unknown, &["unknown.toml", "kv_type", "'q4_0'", "f16, q8_0 or f32"]);
+    run("unknown.toml", &unknown, &["unknown.toml", "kv_type", "'q4_0'", "f16, q8_0, or f32"]);
     let other = ["run", &p.demo, "-p", "a", "--plan", "plan.toml", "--kv-type", "q8_0"];
     p.refused(&other, &["--kv-type: q8_0", "plan.toml", "f16", "solve again with --kv-type q8_0"]);
     let misspelt = swap(&plan, "kv_tier", "kv_teer");
