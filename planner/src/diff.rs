@@ -5,7 +5,7 @@
 
 use anyhow::{Result, ensure};
 use std::collections::{BTreeMap, BTreeSet};
-use tier_plan_runtime::formats::placement::{LayerPlacement, Pins, Placement, PlanTier, SlotPolicy};
+use tier_plan_runtime::formats::placement::{LayerPlacement, Pins, Placement, PlanTier, SlotPolicy, TierIdx};
 use tier_plan_runtime::model::shape::DenseKind;
 
 /// Place of a pooled expert: none of its own, it passes through slots.
@@ -142,7 +142,7 @@ pub fn diff(a: &Placement, b: &Placement) -> Result<Diff> {
     Ok(Diff { tiers: tiers(a, b), dense: dense(a, b), layers: layers(a, b), settings: settings(a, b) })
 }
 
-fn name(plan: &Placement, tier: usize) -> String {
+fn name(plan: &Placement, tier: TierIdx) -> String {
     plan.tiers.get(tier).map_or_else(|| format!("tier {tier}"), |t| t.tier.name.clone())
 }
 
