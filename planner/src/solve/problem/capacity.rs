@@ -200,7 +200,7 @@ impl Capacity {
         let shape = problem.shape;
         let tiers = PerTier::from(problem.machine.computing_tiers());
         check_tiers(problem, &tiers)?;
-        let home = problem.machine.tiers.len() - 1;
+        let home = tiers.len() - 1;
         let in_place = home_in_place(&tiers);
         let staging_tier = if in_place && home == 0 {
             TierIdx::FIRST
