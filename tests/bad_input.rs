@@ -181,7 +181,11 @@ fn plans_that_do_not_fit() {
     let odd = swap(&plan, "dense_bytes = ", "dense_bytes = 1");
     run("odd.toml", &odd, &["odd.toml"]);
     let larger = swap(&plan, "kv_type = \"f16\"", "kv_type = \"f32\"");
-    run("larger.toml", &larger, &["has 196608 bytes", "take 393216 with 64 tokens of context", "KV cache of f32", "solve"]);
+    run(
+        "larger.toml",
+        &larger,
+        &["has 196608 bytes", "take 393216 with 64 tokens of context", "KV cache of f32", "solve"],
+    );
     let smaller = swap(&plan, "kv_type = \"f16\"", "kv_type = \"q8_0\"");
     run("smaller.toml", &smaller, &["has 196608 bytes", "KV cache of q8_0", "solve"]);
     let unknown = swap(&plan, "kv_type = \"f16\"", "kv_type = \"q4_0\"");

@@ -92,9 +92,8 @@ fn with(plan: &Placement, policy: impl Fn(&LayerPlacement) -> SlotPolicy) -> Pla
 /// The plan on a machine whose last tier is memory.
 fn in_place(plan: &Placement) -> Placement {
     let mut plan = plan.clone();
-    if let Some(home) = plan.tiers.last_mut() {
-        home.tier.kind = TierKind::Pmem;
-    }
+    let home = plan.home_tier();
+    plan.tiers[home].tier.kind = TierKind::Pmem;
     plan.staging_experts = 0;
     plan.tiers.iter_mut().for_each(|tier| tier.bytes.staging = 0);
     plan

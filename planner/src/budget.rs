@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 use std::path::Path;
 use tier_plan_runtime::formats::SourceId;
 use tier_plan_runtime::formats::machine::{Extras, Machine};
-use tier_plan_runtime::formats::placement::{Placement, Prediction};
+use tier_plan_runtime::formats::placement::{Placement, Prediction, TierIdx};
 use tier_plan_runtime::formats::profile;
 use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::model::shape::ModelShape;
@@ -151,7 +151,7 @@ fn with_profile(
     let what = "making a plan from the profile";
     let evidence = Evidence::new(shape, Some(&profile)).context(what)?;
     let mut plan = solve::solve_with_evidence(&problem, &evidence, &options).context(what)?.plan;
-    plan.tiers[0].budget_bytes = room;
+    plan.tiers[TierIdx::FIRST].budget_bytes = room;
     plan.predicted = Prediction::default();
     Ok(plan)
 }

@@ -5,7 +5,7 @@
 
 use anyhow::{Result, ensure};
 use std::collections::{BTreeMap, BTreeSet};
-use tier_plan_runtime::formats::placement::{LayerPlacement, Pins, Placement, PlanTier, SlotPolicy};
+use tier_plan_runtime::formats::placement::{LayerPlacement, Pins, Placement, PlanTier, SlotPolicy, TierIdx};
 use tier_plan_runtime::model::shape::DenseKind;
 
 /// Place of a pooled expert: none of its own, it passes through slots.
@@ -142,7 +142,7 @@ pub fn diff(a: &Placement, b: &Placement) -> Result<Diff> {
     Ok(Diff { tiers: tiers(a, b), dense: dense(a, b), layers: layers(a, b), settings: settings(a, b) })
 }
 
-fn name(plan: &Placement, tier: usize) -> String {
+fn name(plan: &Placement, tier: TierIdx) -> String {
     plan.tiers.get(tier).map_or_else(|| format!("tier {tier}"), |t| t.tier.name.clone())
 }
 
@@ -256,19 +256,19 @@ mod tests {
     #[test]
     fn what_moved_is_found_both_ways() {
         let (a, mut b) = (plan(), plan());
-        b.dense.iter_mut().filter(|d| d.kind == DenseKind::Head).for_each(|d| d.tier = 1);
-        b.dense.iter_mut().filter(|d| d.kind == DenseKind::Router).for_each(|d| d.tier = 1);
+        b.dense.iter_mut().filter(|d| d.kind == DenseKind::Head).for_each(|d| d.tier = TierIdx::new(1));
+        b.dense.iter_mut().filter(|d| d.kind == DenseKind::Router).for_each(|d| d.tier = TierIdx::new(1));
         let layer = &mut b.layers[0];
         // From VRAM to DRAM, from pooled to VRAM, and off DRAM.
-        let vram = layer.pinned.iter_mut().find(|pins| pins.tier == 0).unwrap();
+        let vram = layer.pinned.iter_mut().find(|pins| pins.tier == TierIdx::new(0)).unwrap();
         vram.experts.retain(|e| *e != 7);
         vram.experts.push(20);
-        let dram = layer.pinned.iter_mut().find(|pins| pins.tier == 1).unwrap();
+        let dram = layer.pinned.iter_mut().find(|pins| pins.tier == TierIdx::new(1)).unwrap();
         dram.experts.retain(|e| *e != 9);
         dram.experts.push(7);
         layer.slots += 3;
         b.context += 1;
-        b.tiers[1].budget_bytes += 5;
+        b.tiers[TierIdx::new(1)].budget_bytes += 5;
         let found = diff(&a, &b).unwrap();
         let routers: Vec<u32> =
             a.dense.iter().filter(|d| d.kind == DenseKind::Router).filter_map(|d| d.layer).collect();
@@ -303,7 +303,7 @@ mod tests {
     #[test]
     fn tiers_of_one_plan_alone_are_named() {
         let mut b = plan();
-        b.tiers[0].tier.name = "hbm".into();
+        b.tiers[TierIdx::new(0)].tier.name = "hbm".into();
         let found = diff(&plan(), &b).unwrap();
         let alone =
             |name: &str| found.tiers.iter().find(|t| t.name == name).map(|t| (t.before.is_some(), t.after.is_some()));

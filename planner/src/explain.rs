@@ -10,7 +10,7 @@ use crate::profile::{Evidence, LayerEvidence};
 use crate::solve::{Problem, shadow_prices};
 use anyhow::{Result, ensure};
 use tier_plan_runtime::formats::machine::{Extras, Machine, Tier};
-use tier_plan_runtime::formats::placement::{LayerPlacement, Pins, Placement, SlotPolicy};
+use tier_plan_runtime::formats::placement::{LayerPlacement, PerTier, Pins, Placement, SlotPolicy, TierIdx};
 use tier_plan_runtime::model::shape::ModelShape;
 
 /// One layer's experts under a plan.
@@ -20,10 +20,10 @@ pub struct LayerReason {
     pub layer: u32,
     /// Bytes per expert.
     pub expert_bytes: u64,
-    /// `[tiers]` number of pinned experts.
-    pub pinned: Vec<u32>,
+    /// Number of experts pinned to each tier.
+    pub pinned: PerTier<u32>,
     /// Slots, and their tier.
-    pub slots: (u32, usize),
+    pub slots: (u32, TierIdx),
     /// Policy of the slots.
     pub policy: SlotPolicy,
     /// Share of the choices that pins serve.
@@ -43,7 +43,7 @@ pub struct LayerReason {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Path {
     /// Computation from this tier.
-    Computing(usize),
+    Computing(TierIdx),
     /// Reads from the last tier into slots or buffers.
     Reading,
 }
@@ -67,7 +67,7 @@ pub struct Explanation {
     /// One per layer with experts.
     pub layers: Vec<LayerReason>,
     /// One per tier.
-    pub tiers: Vec<TierReason>,
+    pub tiers: PerTier<TierReason>,
 }
 
 /// Returns the machine that a plan was made for, as far as the plan says.
@@ -124,7 +124,7 @@ pub fn explain(plan: &Placement, shape: &ModelShape, evidence: &Evidence, time_l
     Ok(Explanation { layers: layers.map(|(l, e)| layer(plan, l, e, &rates)).collect(), tiers: tiers.collect() })
 }
 
-fn layer(plan: &Placement, layer: &LayerPlacement, evidence: &LayerEvidence, tiers: &[Tier]) -> LayerReason {
+fn layer(plan: &Placement, layer: &LayerPlacement, evidence: &LayerEvidence, tiers: &PerTier<Tier>) -> LayerReason {
     let stage = ExpertStage::new(tiers, evidence.shape.expert_bytes, evidence.prefetch);
     let found = outcomes(layer, evidence, tiers, plan.staging_tier);
     let to = layer.brought_to(plan.staging_tier);
@@ -134,7 +134,7 @@ fn layer(plan: &Placement, layer: &LayerPlacement, evidence: &LayerEvidence, tie
         .collect();
     let longest = (0..paths.len()).max_by(|&a, &b| paths[a].total_cmp(&paths[b])).unwrap_or(0);
     let mut is_pinned = vec![false; evidence.shape.n_expert as usize];
-    let mut pinned = vec![0; tiers.len()];
+    let mut pinned = PerTier::from_fn(tiers.len(), |_| 0);
     for Pins { tier, experts } in &layer.pinned {
         pinned[*tier] += experts.len() as u32;
         for &expert in experts {
@@ -166,7 +166,7 @@ fn layer(plan: &Placement, layer: &LayerPlacement, evidence: &LayerEvidence, tie
         pin_hits,
         slot_hits: (1.0 - missed / used - pin_hits).max(0.0),
         seconds: stage_mean_s(&stage, &found, to),
-        longest: if longest < tiers.len() { Path::Computing(longest) } else { Path::Reading },
+        longest: if longest < tiers.len() { Path::Computing(TierIdx::new(longest)) } else { Path::Reading },
         border: (of(true).min_by(f64::total_cmp), of(false).max_by(f64::total_cmp)),
     }
 }
@@ -198,10 +198,10 @@ mod tests {
         assert_eq!((why.tiers.len(), why.layers.len()), (3, 48));
         let more = solve((4 << 30) + (1 << 29))?;
         let saved = (plan.solver.objective_s - more.solver.objective_s) * 2.0;
-        let said = why.tiers[0].seconds_per_gib;
+        let said = why.tiers[TierIdx::FIRST].seconds_per_gib;
         // The worth falls as bytes grow, and both plans have a small gap.
         assert!(said > 0.0 && saved > 0.3 * said && saved < 1.3 * said, "{said} {saved}");
-        assert!(why.tiers[2].seconds_per_gib.abs() < 1e-9, "nobody lacks room on the drive");
+        assert!(why.tiers[TierIdx::new(2)].seconds_per_gib.abs() < 1e-9, "nobody lacks room on the drive");
         // The sums are those of the prediction.
         let seconds: f64 = why.layers.iter().map(|l| l.seconds).sum();
         assert!((seconds - plan.predicted.expert_critical_s).abs() < 1e-9);

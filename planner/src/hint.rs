@@ -60,7 +60,10 @@ pub fn hint_for(error: &Error) -> Option<String> {
         } else if let Some(error) = cause.downcast_ref::<NumaError>() {
             of_numa(error)
         } else if let Some(error) = cause.downcast_ref::<TooSmall>() {
-            Some(format!("pass --memory {} or more, or a smaller --context", show_bytes(error.least_bytes).replace(' ', "")))
+            Some(format!(
+                "pass --memory {} or more, or a smaller --context",
+                show_bytes(error.least_bytes).replace(' ', "")
+            ))
         } else if let Some(TokenizerError::UnknownPre { .. }) = cause.downcast_ref() {
             Some("choose the pre-tokenizer that fits the model with --tokenizer-pre NAME".to_string())
         } else {

@@ -4,7 +4,9 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use tier_plan_runtime::formats::machine::{Accelerator, Tier, TierKind};
-use tier_plan_runtime::formats::placement::{DensePlacement, LayerPlacement, Pins, Placement, PlanTier, SlotPolicy};
+use tier_plan_runtime::formats::placement::{
+    DensePlacement, LayerPlacement, PerTier, Pins, Placement, PlanTier, SlotPolicy, TierIdx,
+};
 use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::model::shape::{DenseKind, ModelShape};
 use tier_plan_runtime::model::{SUPPORTED, shape_of_file};
@@ -42,7 +44,7 @@ fn largest(logits: &[f32]) -> u32 {
 fn run(fixture: &Golden, plan: &Placement, batch: usize) -> (Vec<f32>, Vec<f32>, Vec<u32>) {
     let mut engine = engine(fixture, plan, batch);
     let planned: Vec<u64> = plan.tiers.iter().map(PlanTier::used_bytes).collect();
-    assert_eq!(engine.resident_bytes(), planned, "{}: bytes resident and planned", plan.name);
+    assert_eq!(engine.resident_bytes().as_slice(), planned, "{}: bytes resident and planned", plan.name);
     for (tier, padding) in plan.tiers.iter().zip(engine.padding_bytes()) {
         assert!(tier.used_bytes() + padding <= tier.budget_bytes, "{}: {padding} bytes of padding", plan.name);
     }
@@ -64,7 +66,7 @@ struct Spread {
     pin_every: u32,
     /// Slots of a layer.
     slots: u32,
-    slot_tier: usize,
+    slot_tier: TierIdx,
     /// Experts in staging beyond what a token may need.
     extra_staging: u32,
     slow: TierKind,
@@ -90,19 +92,19 @@ fn three_tiers(shape: &ModelShape, context: u32, spread: Spread) -> Placement {
     };
     let mut plan = all_in_memory(shape, context, KvType::F32);
     plan.name = format!("{spread:?}");
-    plan.tiers = vec![tier("vram", TierKind::Vram), tier("dram", TierKind::Dram), tier("slow", spread.slow)];
+    plan.tiers = PerTier::from([tier("vram", TierKind::Vram), tier("dram", TierKind::Dram), tier("slow", spread.slow)]);
     plan.dense.clear();
     for (i, group) in shape.dense.iter().enumerate() {
-        let tier = if group.kind == DenseKind::Embedding { 2 } else { i % 2 };
+        let tier = TierIdx::new(if group.kind == DenseKind::Embedding { 2 } else { i % 2 });
         plan.dense.push(DensePlacement { kind: group.kind, layer: group.layer, tier });
     }
     plan.layers.clear();
-    plan.staging_tier = 1;
+    plan.staging_tier = TierIdx::new(1);
     for e in &shape.experts {
         let nth = |offset: u32| -> Vec<u32> {
             (0..e.n_expert).filter(|i| spread.pin_every > 0 && i % spread.pin_every == offset).collect()
         };
-        let pinned = [0, 1].map(|tier| Pins { tier, experts: nth(tier as u32) }).to_vec();
+        let pinned = [0, 1].map(|tier| Pins { tier: TierIdx::new(tier), experts: nth(tier as u32) }).to_vec();
         if spread.slow == TierKind::Nvme {
             plan.staging_experts = plan.staging_experts.max(e.n_used + spread.extra_staging);
         }
@@ -118,7 +120,7 @@ fn three_tiers(shape: &ModelShape, context: u32, spread: Spread) -> Placement {
     for tier in &mut plan.tiers {
         tier.budget_bytes = tier.used_bytes() + spread.real.unwrap_or(0);
     }
-    plan.tiers[2].tier.emulated = spread.real.is_none();
+    plan.tiers[TierIdx::new(2)].tier.emulated = spread.real.is_none();
     plan
 }
 
@@ -171,7 +173,7 @@ fn tokens_one_by_one_agree() {
 #[test]
 fn the_plan_does_not_change_a_bit() {
     let spread = |pin_every, slots, slot_tier, extra_staging, slow| {
-        let real = None;
+        let (slot_tier, real) = (TierIdx::new(slot_tier), None);
         Spread { pin_every, slots, slot_tier, extra_staging, slow, real }
     };
     let real = |spread: Spread, spare| Spread { real: Some(spare), ..spread };
@@ -213,7 +215,14 @@ fn the_plan_does_not_change_a_bit() {
 /// another network from there on: logits are compared up to the first token that chooses other experts.
 #[test]
 fn keys_and_values_in_fewer_bits_stay_close() {
-    let spread = Spread { pin_every: 3, slots: 1, slot_tier: 1, extra_staging: 0, slow: TierKind::Nvme, real: None };
+    let spread = Spread {
+        pin_every: 3,
+        slots: 1,
+        slot_tier: TierIdx::new(1),
+        extra_staging: 0,
+        slow: TierKind::Nvme,
+        real: None,
+    };
     for name in models("arch") {
         let fixture = golden(&name);
         let shape = shape_of_file(&fixture.path).unwrap();
@@ -284,7 +293,7 @@ fn pins_on_the_only_tier_change_nothing() {
     let plain = all_in_memory(&shape, context(&fixture), KvType::F32);
     let mut pinned = plain.clone();
     for layer in &mut pinned.layers {
-        layer.pinned = vec![Pins { tier: 0, experts: vec![1, 2] }];
+        layer.pinned = vec![Pins { tier: TierIdx::new(0), experts: vec![1, 2] }];
     }
     pinned.fill_sums(&shape);
     assert_eq!(run(&fixture, &pinned, 512), run(&fixture, &plain, 512));
@@ -316,8 +325,14 @@ fn a_changed_file_is_an_error_and_no_token() {
     reference.forward(first, LogitsMode::Last).unwrap();
     let expected = reference.forward(rest, LogitsMode::All).unwrap().to_vec();
 
-    let spread =
-        Spread { pin_every: 0, slots: 3, slot_tier: 1, extra_staging: 0, slow: TierKind::Nvme, real: Some(1 << 20) };
+    let spread = Spread {
+        pin_every: 0,
+        slots: 3,
+        slot_tier: TierIdx::new(1),
+        extra_staging: 0,
+        slow: TierKind::Nvme,
+        real: Some(1 << 20),
+    };
     let mut engine = engine(&fixture, &three_tiers(&shape, context(&fixture), spread), 512);
     engine.forward(first, LogitsMode::Last).unwrap();
     let file = std::fs::File::options().write(true).open(&fixture.path).unwrap();

@@ -2,6 +2,7 @@
 //! passes, contexts that begin again, and plans with room for the state.
 
 use std::sync::Arc;
+use tier_plan_runtime::formats::placement::TierIdx;
 use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::model::describe;
 use tier_plan_runtime::model::shape::shape_of;
@@ -79,11 +80,11 @@ fn plans_have_room_for_the_state() {
     for (kv_type, bytes) in [(KvType::F16, 2 * 2 * (16 + 16)), (KvType::Q8_0, 2 * (18 + 18)), (KvType::F32, 256)] {
         assert_eq!(kv_type.token_bytes(&shape), bytes);
         let mut plan = all_in_memory(&shape, 100, kv_type);
-        assert_eq!(plan.tiers[0].bytes.kv, 100 * bytes + shape.state_bytes());
+        assert_eq!(plan.tiers[TierIdx::new(0)].bytes.kv, 100 * bytes + shape.state_bytes());
         let options = LoadOptions { threads: Some(1), ..LoadOptions::default() };
         let load = |plan: &_| Engine::load(Arc::clone(&model.gguf), plan, &options, &mut |_, _| {}).map(|_| ());
         load(&plan).expect("a plan with room");
-        plan.tiers[0].bytes.kv -= 1;
+        plan.tiers[TierIdx::new(0)].bytes.kv -= 1;
         let error = load(&plan).expect_err("a byte too few").to_string();
         assert!(error.contains("recurrent state"), "{error}");
     }

@@ -11,7 +11,7 @@ use anyhow::{Result, bail};
 use clap::Args;
 use serde_json::{Value, json};
 use std::path::PathBuf;
-use tier_plan_runtime::formats::placement::{self, Placement, SlotPolicy};
+use tier_plan_runtime::formats::placement::{self, PerTier, Placement, SlotPolicy, TierIdx};
 use tier_plan_runtime::model::shape::DenseKind;
 use tier_plan_runtime::units::show_bytes;
 
@@ -77,8 +77,8 @@ fn print_text(plan: &Placement, why: &Explanation) {
     let bound = bound(plan);
     println!("Where a token's {:.3} ms go, as predicted:", plan.solver.objective_s * 1e3);
     println!("  {:<22} {:>9.3} ms", "fixed overheads", predicted.overhead_s * 1e3);
-    for (at, tier) in plan.tiers.iter().enumerate() {
-        let part = |of: &[f64]| of.get(at).copied().unwrap_or(0.0) * 1e3;
+    for (at, tier) in plan.tiers.enumerate() {
+        let part = |of: &PerTier<f64>| of.get(at).copied().unwrap_or(0.0) * 1e3;
         println!(
             "  {:<22} {:>9.3} ms for dense tensors, {:>9.3} ms for experts before overlap",
             tier.tier.name,
@@ -149,24 +149,19 @@ fn same(a: &LayerReason, b: &LayerReason) -> bool {
 }
 
 fn sentence(plan: &Placement, of: &LayerReason, layers: &[u32]) -> String {
-    let name = |tier: usize| plan.tiers[tier].tier.name.as_str();
-    let mut parts: Vec<String> = of
-        .pinned
-        .iter()
-        .enumerate()
-        .filter(|(_, n)| **n > 0)
-        .map(|(t, n)| format!("{n} pinned on {}", name(t)))
-        .collect();
+    let name = |tier: TierIdx| plan.tiers[tier].tier.name.as_str();
+    let mut parts: Vec<String> =
+        of.pinned.enumerate().filter(|(_, n)| **n > 0).map(|(t, n)| format!("{n} pinned on {}", name(t))).collect();
     if of.slots.0 > 0 {
         let policy = if of.policy == SlotPolicy::Lru { String::new() } else { format!(" ({})", of.policy) };
         parts.push(format!("{} slots on {}{policy}", of.slots.0, name(of.slots.1)));
     }
     if parts.is_empty() {
-        parts.push(format!("all on {}", name(plan.tiers.len() - 1)));
+        parts.push(format!("all on {}", name(plan.home_tier())));
     }
     let longest = match of.longest {
         Path::Computing(tier) => format!("computing from {}", name(tier)),
-        Path::Reading => format!("reads from {}", name(plan.tiers.len() - 1)),
+        Path::Reading => format!("reads from {}", name(plan.home_tier())),
     };
     let border = match of.border {
         (Some(least), Some(most)) if least > most => format!(
@@ -200,10 +195,9 @@ fn dense(plan: &Placement) {
         ("embedding (one row a token)", DenseKind::Embedding),
     ];
     for (words, kind) in kinds {
-        let of_kind: Vec<usize> = plan.dense.iter().filter(|d| d.kind == kind).map(|d| d.tier).collect();
+        let of_kind: Vec<TierIdx> = plan.dense.iter().filter(|d| d.kind == kind).map(|d| d.tier).collect();
         let places: Vec<String> = plan
             .tiers
-            .iter()
             .enumerate()
             .filter_map(|(t, tier)| {
                 let here = of_kind.iter().filter(|&&on| on == t).count();
@@ -220,7 +214,7 @@ fn dense(plan: &Placement) {
 
 fn as_json(plan: &Placement, why: &Explanation) -> Value {
     let bound = bound(plan);
-    let name = |tier: usize| plan.tiers[tier].tier.name.as_str();
+    let name = |tier: TierIdx| plan.tiers[tier].tier.name.as_str();
     json!({
         "plan": plan.name,
         "model": plan.model.name,
@@ -230,7 +224,7 @@ fn as_json(plan: &Placement, why: &Explanation) -> Value {
         "bound_by": bound.by,
         "bound_by_share": bound.share,
         "overhead_s": plan.predicted.overhead_s,
-        "tiers": why.tiers.iter().enumerate().map(|(at, t)| json!({
+        "tiers": why.tiers.enumerate().map(|(at, t)| json!({
             "name": t.name,
             "tok_s_per_gib": t.tok_s_per_gib,
             "seconds_per_gib": t.seconds_per_gib,
@@ -241,7 +235,7 @@ fn as_json(plan: &Placement, why: &Explanation) -> Value {
         "layers": why.layers.iter().map(|l| json!({
             "layer": l.layer,
             "expert_bytes": l.expert_bytes,
-            "pinned": l.pinned.iter().enumerate().filter(|(_, n)| **n > 0)
+            "pinned": l.pinned.enumerate().filter(|(_, n)| **n > 0)
                 .map(|(t, n)| (name(t).to_string(), json!(n))).collect::<serde_json::Map<_, _>>(),
             "slots": l.slots.0,
             "slot_tier": name(l.slots.1),

@@ -185,7 +185,8 @@ fn launch(to: ExportTo, counts: &Path, plan: &Placement) -> Vec<String> {
         from = counts.display().to_string(),
         to = tensors.display().to_string()
     );
-    let vram = |tier: usize| plan.tiers[tier].tier.kind == tier_plan_runtime::formats::machine::TierKind::Vram;
+    let vram =
+        |tier: placement::TierIdx| plan.tiers[tier].tier.kind == tier_plan_runtime::formats::machine::TierKind::Vram;
     let on_gpu = |l: &placement::LayerPlacement| -> usize {
         l.pinned.iter().filter(|pins| vram(pins.tier)).map(|pins| pins.experts.len()).sum()
     };

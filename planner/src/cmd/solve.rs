@@ -390,13 +390,13 @@ fn as_json(args: &SolveArgs, solved: &Solution, skews: &[Skew], written: &[PathB
             "objective_unit": plan.solver.goal.as_ref().map_or("s", |g| g.unit.as_str()),
             "objective_bound": plan.solver.goal.as_ref().map_or(plan.solver.bound_s, |g| g.bound),
             "overhead_s": plan.predicted.overhead_s,
-            "dense_s": plan.predicted.dense_s,
-            "expert_s": plan.predicted.expert_s,
+            "dense_s": plan.predicted.dense_s.as_slice(),
+            "expert_s": plan.predicted.expert_s.as_slice(),
             "expert_critical_s": plan.predicted.expert_critical_s,
             "at": plan.predicted.at,
             "kv_s": plan.predicted.kv_s,
-            "prompt_gflops": plan.predicted.prompt_gflops,
-            "read_bytes": plan.predicted.read_bytes,
+            "prompt_gflops": plan.predicted.prompt_gflops.as_slice(),
+            "read_bytes": plan.predicted.read_bytes.as_slice(),
             "tiers": plan.tiers.iter().map(tier_json).collect::<Vec<_>>(),
         })
     };

@@ -221,7 +221,7 @@ fn show(question: &Question<'_>, answer: &Result<Answer>) {
         plan.predicted.kv_s * 1e3,
         plan.predicted.at
     );
-    for (at, tier) in plan.tiers.iter().enumerate() {
+    for (at, tier) in plan.tiers.enumerate() {
         println!(
             "  {:<8} {:>9} of {:>9} used, {:>8} read per token at {} GB/s",
             tier.tier.name,

@@ -12,7 +12,7 @@
 use super::{ExpertStage, FixedTimes, home_in_place, read_s};
 use crate::profile::prefetch::Prefetch;
 use crate::profile::{Evidence, Judged, LayerEvidence};
-use tier_plan_runtime::formats::placement::{Pins, Placement, TierIdx};
+use tier_plan_runtime::formats::placement::{PerTier, Pins, Placement, TierIdx};
 use tier_plan_runtime::model::shape::{DenseKind, DenseShape, ModelShape};
 
 /// Returns `[n_expert]` chances that a step over `batch` sequences uses each expert of a layer.
@@ -33,8 +33,8 @@ pub fn dense_bytes(group: &DenseShape, batch: u32) -> f64 {
 /// Where the experts that a step uses are.
 #[derive(Debug, Clone)]
 pub struct Spread {
-    /// `[tiers]` expected experts that are used, pinned to each.
-    pub pinned: Vec<f64>,
+    /// Expected experts that are used, pinned to each tier.
+    pub pinned: PerTier<f64>,
     /// Expected pooled experts that are used.
     pub pooled: f64,
     /// Pooled experts, used or not.
@@ -50,7 +50,7 @@ pub fn stage_s(stage: &ExpertStage, spread: &Spread, in_place: bool, staging: Ti
     let Spread { slots, slot_tier, .. } = *spread;
     let to = if slots > 0 { slot_tier } else { staging };
     let n = spread.pinned.len();
-    let mut experts = spread.pinned.clone();
+    let mut experts = Vec::from(spread.pinned.clone());
     experts.push(0.0);
     let pooled = spread.pooled.max(0.0);
     if slots == 0 && in_place {
@@ -58,7 +58,7 @@ pub fn stage_s(stage: &ExpertStage, spread: &Spread, in_place: bool, staging: Ti
     } else {
         let hits = pooled * (f64::from(slots) / spread.n_pooled.max(1.0)).min(1.0);
         experts[n] += pooled - hits;
-        experts[to] += pooled;
+        experts[to.get()] += pooled;
     }
     stage.seconds(&experts, to)
 }
@@ -77,7 +77,7 @@ pub fn step_s(plan: &Placement, shape: &ModelShape, evidence: &Evidence, batch: 
     for (layer, evidence) in plan.layers.iter().zip(&evidence.layers) {
         let touched = touched(evidence, batch);
         let mut spread = Spread {
-            pinned: vec![0.0; tiers.len()],
+            pinned: PerTier::from_fn(tiers.len(), |_| 0.0),
             pooled: touched.iter().sum(),
             n_pooled: touched.len() as f64,
             slots: layer.slots,

@@ -28,11 +28,11 @@ const LAYERS: usize = 24;
 fn record(machine: &Machine, truth: Truth, dense: f64, dram: f64, nvme: f64, more: f64) -> RunRecord {
     let predicted = Prediction {
         overhead_s: (machine.token_overhead_us + machine.layer_overhead_us * LAYERS as f64) * 1e-6,
-        dense_s: vec![0.0, dense / 20.0, 0.0],
-        expert_s: vec![0.0, dram / 20.0, nvme / 2.0],
+        dense_s: [0.0, dense / 20.0, 0.0].into(),
+        expert_s: [0.0, dram / 20.0, nvme / 2.0].into(),
         // Half of the shorter path is hidden.
         expert_critical_s: 0.75 * (dram / 20.0 + nvme / 2.0),
-        read_bytes: vec![0.0, (dense + dram) * 1e9, nvme * 1e9],
+        read_bytes: [0.0, (dense + dram) * 1e9, nvme * 1e9].into(),
         at: 128,
         kv_s: 0.001,
         ..Prediction::default()

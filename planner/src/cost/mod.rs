@@ -55,7 +55,7 @@ use std::collections::BTreeMap;
 use tier_plan_runtime::experts::cache::{Access, SlotCache};
 use tier_plan_runtime::formats::machine::{Tier, TierKind};
 use tier_plan_runtime::formats::placement::{
-    DensePlacement, LayerPlacement, Pins, Placement, Prediction, SlotPolicy, TierIdx,
+    DensePlacement, LayerPlacement, PerTier, Pins, Placement, Prediction, SlotPolicy, TierIdx,
 };
 use tier_plan_runtime::gpu::fully_on_gpu;
 use tier_plan_runtime::model::shape::{DenseKind, ModelShape};
@@ -70,7 +70,7 @@ const MIN_PREFETCH_ACCURACY: f64 = 0.5;
 const TIME_TOLERANCE: f64 = 1e-9;
 
 /// Whether experts on the last tier can compute in place.
-pub fn home_in_place(tiers: &[Tier]) -> bool {
+pub fn home_in_place(tiers: &PerTier<Tier>) -> bool {
     tiers.last().is_some_and(|t| t.kind != TierKind::Nvme)
 }
 
@@ -85,7 +85,7 @@ pub fn read_s(tier: &Tier, bytes: f64) -> f64 {
 /// The engine prefetches one expert per layer from a block device that is not emulated, while at
 /// least half of its predictions come true. It has the time of the dense stage, taken to lie on the
 /// fastest tier.
-fn prefetch_hidden_s(prefetch: Prefetch, tiers: &[Tier], expert_s: f64) -> f64 {
+fn prefetch_hidden_s(prefetch: Prefetch, tiers: &PerTier<Tier>, expert_s: f64) -> f64 {
     let (Some(first), Some(home)) = (tiers.first(), tiers.last()) else { return 0.0 };
     let is_real_drive = home.kind == TierKind::Nvme && !home.emulated && tiers.len() > 1;
     if prefetch.accuracy >= MIN_PREFETCH_ACCURACY && is_real_drive {
@@ -116,13 +116,13 @@ impl PathTime {
 pub struct ExpertStage {
     /// `[tiers]` time of experts that compute from there.
     compute: Vec<PathTime>,
-    /// `[tiers]` time of experts that are transferred there.
-    transfers: Vec<PathTime>,
+    /// Time of experts that are transferred there.
+    transfers: PerTier<PathTime>,
 }
 
 impl ExpertStage {
     /// Makes the stage of a layer whose experts have `expert_bytes` bytes.
-    pub fn new(tiers: &[Tier], expert_bytes: u64, prefetch: Prefetch) -> Self {
+    pub fn new(tiers: &PerTier<Tier>, expert_bytes: u64, prefetch: Prefetch) -> Self {
         let expert_s = |tier: &Tier| read_s(tier, expert_bytes as f64);
         let compute = |tier: &Tier| {
             let is_vram = tier.kind == TierKind::Vram;
@@ -182,7 +182,7 @@ impl LayerPaths<'_> {
     fn of_pinned(&self, chosen: &[u16]) -> Vec<u16> {
         let mut experts = vec![0u16; self.n_tiers + 1];
         for tier in chosen.iter().filter_map(|&e| self.pinned_on[usize::from(e)]) {
-            experts[tier] += 1;
+            experts[tier.get()] += 1;
         }
         experts
     }
@@ -194,7 +194,8 @@ impl LayerPaths<'_> {
             experts[home] += 1;
         } else {
             experts[home + 1] += 1;
-            experts[if gets_slot { self.layer.slot_tier } else { self.staging }] += 1;
+            let to = if gets_slot { self.layer.slot_tier } else { self.staging };
+            experts[to.get()] += 1;
         }
     }
 
@@ -211,7 +212,7 @@ impl LayerPaths<'_> {
             let mut experts = self.of_pinned(chosen);
             for access in accesses {
                 match access {
-                    Access::Hit { .. } => experts[self.layer.slot_tier] += 1,
+                    Access::Hit { .. } => experts[self.layer.slot_tier.get()] += 1,
                     Access::Fill { .. } => self.add_miss(&mut experts, true),
                     Access::Staged => self.add_miss(&mut experts, false),
                 }
@@ -232,7 +233,7 @@ impl LayerPaths<'_> {
             let pooled = positions.token(token);
             for (at, &position) in pooled.iter().enumerate() {
                 if u32::from(position) < slots {
-                    experts[self.layer.slot_tier] += 1;
+                    experts[self.layer.slot_tier.get()] += 1;
                 } else {
                     self.add_miss(&mut experts, pooled.len() - at <= slots as usize);
                 }
@@ -248,14 +249,14 @@ impl LayerPaths<'_> {
         let n = self.n_tiers;
         // Groups of alike experts: pinned by tier, resident in slots, neither.
         let mut groups = vec![0u32; n];
-        self.pinned_on.iter().flatten().for_each(|&tier| groups[tier] += 1);
+        self.pinned_on.iter().flatten().for_each(|&tier| groups[tier.get()] += 1);
         let pooled = n_expert - groups.iter().sum::<u32>();
         let resident = self.layer.slots.min(pooled);
         groups.extend([resident, pooled - resident]);
         draw(&groups, n_used, |drawn, share| {
             let mut experts: Vec<u16> = drawn[..n].iter().map(|&n| n as u16).chain([0]).collect();
             let (hits, missed) = (drawn[n], drawn[n + 1]);
-            experts[self.layer.slot_tier] += hits as u16;
+            experts[self.layer.slot_tier.get()] += hits as u16;
             for at in 0..missed {
                 self.add_miss(&mut experts, hits + at < resident);
             }
@@ -266,7 +267,7 @@ impl LayerPaths<'_> {
 }
 
 /// Returns the outcomes of one layer under its placement, over the evidence's tokens.
-pub fn outcomes(layer: &LayerPlacement, evidence: &LayerEvidence, tiers: &[Tier], staging: TierIdx) -> Outcomes {
+pub fn outcomes(layer: &LayerPlacement, evidence: &LayerEvidence, tiers: &PerTier<Tier>, staging: TierIdx) -> Outcomes {
     let (n_expert, n_used) = (evidence.shape.n_expert, evidence.shape.n_used);
     let pinned_on = pinned_on(layer, n_expert as usize);
     let in_place = home_in_place(tiers);
@@ -359,18 +360,18 @@ pub fn overhead_s(n_layer: u32, layer_overhead_us: f64, token_overhead_us: f64) 
 pub struct FixedTimes {
     /// Overhead seconds per token: its own and its layers'.
     pub overhead_s: f64,
-    /// `[tiers]` seconds per token, beside that, of layers whose attention is on a GPU.
-    pub dense_s: Vec<f64>,
+    /// Seconds per token, beside that, of layers whose attention is on a GPU.
+    pub dense_s: PerTier<f64>,
     /// The plan's tiers as experts compute on them. Where a model is fully on one GPU, launches
     /// have no latency.
-    pub tiers: Vec<Tier>,
+    pub tiers: PerTier<Tier>,
 }
 
 impl FixedTimes {
     /// Returns the fixed times of a plan for a model.
     pub fn of(plan: &Placement, shape: &ModelShape) -> Self {
-        let mut tiers: Vec<Tier> = plan.tiers.iter().map(|t| t.tier.clone()).collect();
-        let mut dense_s = vec![0.0; tiers.len()];
+        let mut tiers: PerTier<Tier> = plan.tiers.iter().map(|t| t.tier.clone()).collect();
+        let mut dense_s = PerTier::from_fn(tiers.len(), |_| 0.0);
         let resident =
             fully_on_gpu(plan, shape).and_then(|tier| Some((tier, tiers[tier].accelerator.resident_layer_us?)));
         if let Some((tier, layer_us)) = resident {
@@ -397,10 +398,10 @@ pub fn attention_fixed_s(tier: &Tier) -> f64 {
     tier.accelerator.layer_us.unwrap_or(0.0) * 1e-6
 }
 
-/// Returns `[tiers]` bytes that a decoded token reads of the dense groups.
-fn dense_bytes(shape: &ModelShape, dense: &[DensePlacement], n_tiers: usize) -> Vec<f64> {
+/// Returns the bytes that a decoded token reads of the dense groups, by tier.
+fn dense_bytes(shape: &ModelShape, dense: &[DensePlacement], n_tiers: usize) -> PerTier<f64> {
     let tier_of: BTreeMap<_, _> = dense.iter().map(|d| ((d.kind, d.layer), d.tier)).collect();
-    let mut bytes = vec![0.0; n_tiers];
+    let mut bytes = PerTier::from_fn(n_tiers, |_| 0.0);
     for group in &shape.dense {
         if let Some(&tier) = tier_of.get(&(group.kind, group.layer)) {
             bytes[tier] += group.token_bytes as f64;
@@ -440,7 +441,7 @@ pub fn predict(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -> Pre
     let n = tiers.len();
     let mut read_bytes = dense_bytes(shape, &plan.dense, n);
     dense_s.iter_mut().zip(&read_bytes).zip(&tiers).for_each(|((s, &bytes), tier)| *s += read_s(tier, bytes));
-    let (mut expert_s, mut critical) = (vec![0.0; n], 0.0);
+    let (mut expert_s, mut critical) = (PerTier::from_fn(n, |_| 0.0), 0.0);
     let (mut accesses, mut missed) = (0.0, 0.0);
     for (layer, evidence) in plan.layers.iter().zip(&evidence.layers) {
         let stage = ExpertStage::new(&tiers, evidence.shape.expert_bytes, evidence.prefetch);
@@ -451,7 +452,7 @@ pub fn predict(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -> Pre
         for (experts, share) in &outcomes {
             missed += share * experts[n - 1..].iter().copied().map(f64::from).sum::<f64>();
             for (path, &count) in experts.iter().enumerate() {
-                let tier = path.min(n - 1);
+                let tier = TierIdx::new(path.min(n - 1));
                 expert_s[tier] += share * stage.path_s(path, f64::from(count), to);
                 read_bytes[tier] += share * f64::from(count) * evidence.shape.expert_bytes as f64;
             }

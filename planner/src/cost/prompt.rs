@@ -27,7 +27,7 @@ use crate::profile::prefetch::Prefetch;
 use crate::profile::{Evidence, LayerEvidence};
 use std::collections::BTreeMap;
 use tier_plan_runtime::formats::machine::{Tier, TierKind};
-use tier_plan_runtime::formats::placement::{LayerPlacement, Pins, Placement};
+use tier_plan_runtime::formats::placement::{LayerPlacement, PerTier, Pins, Placement, TierIdx};
 use tier_plan_runtime::model::shape::{DenseKind, ModelShape};
 
 /// Rate of attention as a share of that of weights: floats instead of 8-bit integers. Measured with
@@ -66,7 +66,7 @@ pub fn batch_s(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -> f64
 }
 
 /// Returns the seconds of multiply-accumulates on a tier; 0 where its rate is unknown.
-fn compute_s(plan: &Placement, tier: usize, macs: f64) -> f64 {
+fn compute_s(plan: &Placement, tier: TierIdx, macs: f64) -> f64 {
     match plan.predicted.prompt_gflops.get(tier) {
         Some(&gflops) if gflops > 0.0 => 2.0 * macs / (gflops * 1e9),
         _ => 0.0,
@@ -95,8 +95,8 @@ impl Touched {
     }
 }
 
-fn experts_s(plan: &Placement, layer: &LayerPlacement, evidence: &LayerEvidence, tiers: &[Tier]) -> f64 {
-    let home = tiers.len() - 1;
+fn experts_s(plan: &Placement, layer: &LayerPlacement, evidence: &LayerEvidence, tiers: &PerTier<Tier>) -> f64 {
+    let home = plan.home_tier();
     let in_place = home_in_place(tiers);
     let n_expert = evidence.shape.n_expert as usize;
     let mut pinned_on = vec![None; n_expert];
@@ -107,7 +107,7 @@ fn experts_s(plan: &Placement, layer: &LayerPlacement, evidence: &LayerEvidence,
             }
         }
     }
-    let (mut on, mut pooled) = (vec![Touched::default(); tiers.len()], Touched::default());
+    let (mut on, mut pooled) = (PerTier::from_fn(tiers.len(), |_| Touched::default()), Touched::default());
     for (share, pin) in evidence.prompt_share.iter().zip(&pinned_on) {
         match pin {
             Some(tier) => on[*tier].add(Touched::of(*share)),
@@ -130,7 +130,8 @@ fn experts_s(plan: &Placement, layer: &LayerPlacement, evidence: &LayerEvidence,
     let reads: Vec<f64> = on.iter().map(|t| t.experts).chain([transfers]).collect();
     let read = ExpertStage::new(tiers, evidence.shape.expert_bytes, Prefetch::default()).seconds(&reads, brought_to);
     let (mut of_cpu, mut of_gpu) = (0.0, 0.0f64);
-    for (at, (tier, touched)) in tiers.iter().zip(&on).enumerate() {
+    for (at, tier) in tiers.enumerate() {
+        let touched = on[at];
         // Each expert that is used costs as much as HALF_ROWS rows more.
         let rows = touched.uses + HALF_ROWS * touched.experts;
         let seconds = compute_s(plan, at, rows * evidence.shape.expert_macs as f64);

@@ -36,30 +36,32 @@ fn the_stage_is_the_longest_path() {
         tier(TierKind::Nvme, 1.0, 50.0),
     ];
     // An expert of 1 MB: 10, 50, 100 and 1000 µs.
-    let stage = ExpertStage::new(&tiers, 1_000_000, Prefetch::default());
-    let us = |experts: [u16; 5]| (stage.token_s(&experts, 1) * 1e6).round() as u32;
+    let stage = ExpertStage::new(&PerTier::from(tiers.clone()), 1_000_000, Prefetch::default());
+    let dram = TierIdx::new(1);
+    let us = |experts: [u16; 5]| (stage.token_s(&experts, dram) * 1e6).round() as u32;
     assert_eq!(us([0, 0, 0, 0, 0]), 0);
     assert_eq!(us([8, 0, 0, 0, 0]), 90);
     assert_eq!(us([8, 3, 0, 0, 0]), 150);
     assert_eq!(us([8, 3, 2, 0, 0]), 200);
     assert_eq!(us([8, 4, 0, 0, 1]), 1050);
-    assert_eq!(stage.seconds(&[8.0, 4.0, 0.0, 0.0, 1.0], 1), stage.token_s(&[8, 4, 0, 0, 1], 1));
+    assert_eq!(stage.seconds(&[8.0, 4.0, 0.0, 0.0, 1.0], dram), stage.token_s(&[8, 4, 0, 0, 1], dram));
     // Behind a link that is slower than the drive, transfers take as long as on that; behind a
     // faster one, as the drive.
     let [vram, dram, cxl, nvme] = tiers.clone();
     for (link_gbps, wanted) in [(0.5, 2050), (4.0, 1050)] {
         let accelerator = Accelerator { link_gbps: Some(link_gbps), ..Accelerator::default() };
-        let behind = [Tier { accelerator, ..vram.clone() }, dram.clone(), cxl.clone(), nvme.clone()];
+        let behind = PerTier::from([Tier { accelerator, ..vram.clone() }, dram.clone(), cxl.clone(), nvme.clone()]);
         let stage = ExpertStage::new(&behind, 1_000_000, Prefetch::default());
-        let us = |to: usize| (stage.token_s(&[8, 4, 0, 0, 1], to) * 1e6).round() as u32;
+        let us = |to: usize| (stage.token_s(&[8, 4, 0, 0, 1], TierIdx::new(to)) * 1e6).round() as u32;
         assert_eq!((us(0), us(1)), (wanted, 1050));
     }
     // The same experts on a DRAM that is the last tier: computed in place, or transferred after its
     // latency.
-    let home = ExpertStage::new(&tiers[..2], 1_000_000, Prefetch::default());
-    assert!(home_in_place(&tiers[..2]) && !home_in_place(&tiers));
-    assert_eq!((home.token_s(&[8, 3, 0], 1) * 1e6).round() as u32, 150);
-    assert_eq!((home.token_s(&[8, 0, 3], 1) * 1e6).round() as u32, 249);
+    let two = tiers[..2].iter().cloned().collect();
+    let home = ExpertStage::new(&two, 1_000_000, Prefetch::default());
+    assert!(home_in_place(&two) && !home_in_place(&PerTier::from(tiers)));
+    assert_eq!((home.token_s(&[8, 3, 0], TierIdx::new(1)) * 1e6).round() as u32, 150);
+    assert_eq!((home.token_s(&[8, 0, 3], TierIdx::new(1)) * 1e6).round() as u32, 249);
 }
 
 #[test]
@@ -76,9 +78,10 @@ fn reading_ahead_hides_one_expert_at_most_behind_the_dense_stage() {
         source: String::new(),
     };
     let drive = |emulated| [tier(TierKind::Dram, 10.0, 0.0, false), tier(TierKind::Nvme, 1.0, 100.0, emulated)];
-    let missed_us = |tiers: &[Tier], right, dense_bytes, missed| {
-        let stage = ExpertStage::new(tiers, 1_000_000, Prefetch { accuracy: right, dense_bytes });
-        (stage.path_s(2, missed, 0) * 1e6).round()
+    let missed_us = |tiers: &[Tier; 2], right, dense_bytes, missed| {
+        let stage =
+            ExpertStage::new(&PerTier::from(tiers.clone()), 1_000_000, Prefetch { accuracy: right, dense_bytes });
+        (stage.path_s(2, missed, TierIdx::FIRST) * 1e6).round()
     };
     // A dense stage of 0.5 ms, and 1 ms for an expert.
     assert_eq!(missed_us(&drive(false), 0.8, 5_000_000, 3.0), 3100.0 - 400.0);
@@ -178,21 +181,26 @@ mod whole {
         // for.
         let all = plan("32GiB", 32 << 30);
         assert!((all.predicted.overhead_s - (100.0 + 25.0 * layers) * 1e-6).abs() < 1e-12);
-        let read = all.predicted.read_bytes[0] / 800e9;
-        let vram_s = all.predicted.dense_s[0] + all.predicted.expert_critical_s;
+        let read = all.predicted.read_bytes[TierIdx::FIRST] / 800e9;
+        let vram_s = all.predicted.dense_s[TierIdx::FIRST] + all.predicted.expert_critical_s;
         assert!((vram_s / read - 1.0).abs() < 1e-9, "{vram_s} {read}");
         assert_eq!(verify::verify(&all, shape, &evidence), Vec::<String>::new());
         assert!(all.solver.bound_s.is_some_and(|b| b <= all.solver.objective_s), "{:?}", all.solver);
         // Experts in main memory: attention is still worth its launches, one row of them a layer.
         let some = plan("4GiB", 4 << 30);
-        let attention = some.dense.iter().filter(|d| d.kind == DenseKind::Attention && d.tier == 0).count() as f64;
+        let attention =
+            some.dense.iter().filter(|d| d.kind == DenseKind::Attention && d.tier == TierIdx::FIRST).count() as f64;
         assert_eq!(attention, layers);
         assert!((some.predicted.overhead_s - (100.0 + 10.0 * layers) * 1e-6).abs() < 1e-12);
-        let dense: f64 = some.dense.iter().filter(|d| d.tier == 0).fold(0.0, |sum, d| {
+        let dense: f64 = some.dense.iter().filter(|d| d.tier == TierIdx::FIRST).fold(0.0, |sum, d| {
             let group = shape.dense.iter().find(|g| (g.kind, g.layer) == (d.kind, d.layer));
             sum + group.map_or(0.0, |g| g.token_bytes as f64)
         });
-        assert!((some.predicted.dense_s[0] - dense / 800e9 - 40e-6 * layers).abs() < 1e-9, "{:?}", some.predicted);
+        assert!(
+            (some.predicted.dense_s[TierIdx::FIRST] - dense / 800e9 - 40e-6 * layers).abs() < 1e-9,
+            "{:?}",
+            some.predicted
+        );
         assert_eq!(verify::verify(&some, shape, &evidence), Vec::<String>::new());
     }
 

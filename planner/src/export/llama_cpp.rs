@@ -12,7 +12,7 @@ use anyhow::{Result, ensure};
 use std::collections::BTreeSet;
 use tier_plan_runtime::KvType;
 use tier_plan_runtime::formats::machine::{Tier, TierKind};
-use tier_plan_runtime::formats::placement::{LayerPlacement, Pins, Placement, Prediction, TierIdx};
+use tier_plan_runtime::formats::placement::{LayerPlacement, PerTier, Pins, Placement, Prediction, TierIdx};
 use tier_plan_runtime::model::shape::{DenseKind, DenseShape, ExpertShape, ModelShape};
 
 /// Expression for llama.cpp's expert tensors of a layer, after `blk.N`.
@@ -236,7 +236,7 @@ fn take(left: &mut u64, bytes: u64) -> bool {
 
 /// Returns the plan's GPUs in llama.cpp's order.
 fn gpus(plan: &Placement) -> Vec<TierIdx> {
-    let all = plan.tiers.iter().enumerate().filter(|(_, t)| t.tier.kind == TierKind::Vram);
+    let all = plan.tiers.enumerate().filter(|(_, t)| t.tier.kind == TierKind::Vram);
     let mut numbered: Vec<(u32, TierIdx)> =
         all.enumerate().map(|(at, (tier, t))| (t.tier.device().unwrap_or(at as u32), tier)).collect();
     numbered.sort_unstable();
@@ -245,11 +245,11 @@ fn gpus(plan: &Placement) -> Vec<TierIdx> {
 
 /// Returns the share of each layer's expert accesses that compute in VRAM.
 fn gpu_shares(plan: &Placement, evidence: &Evidence, gpus: &[TierIdx]) -> Vec<f64> {
-    let tiers: Vec<Tier> = plan.tiers.iter().map(|t| t.tier.clone()).collect();
+    let tiers: PerTier<Tier> = plan.tiers.iter().map(|t| t.tier.clone()).collect();
     let of = |(layer, evidence): (&LayerPlacement, _)| {
         let evidence: &crate::profile::LayerEvidence = evidence;
         let found = outcomes(layer, evidence, &tiers, plan.staging_tier);
-        let on_gpus = |experts: &[u16]| gpus.iter().map(|&gpu| f64::from(experts[gpu])).sum::<f64>();
+        let on_gpus = |experts: &[u16]| gpus.iter().map(|&gpu| f64::from(experts[gpu.get()])).sum::<f64>();
         let here: f64 = found.iter().map(|(experts, share)| share * on_gpus(experts)).sum();
         here / f64::from(evidence.shape.n_used.max(1))
     };
@@ -299,7 +299,7 @@ fn same_placement(
     head_tier: Option<TierIdx>,
     expert_layers: &BTreeSet<u32>,
 ) -> Option<Placement> {
-    let dram = plan.tiers.iter().position(|t| t.tier.kind == TierKind::Dram)?;
+    let dram = plan.tiers.position(|t| t.tier.kind == TierKind::Dram)?;
     let mut left = plan.tiers[dram].budget_bytes;
     let mut same = plan.clone();
     // The KV cache is with its layer's attention; on emulated tiers it is where the plan has it.

@@ -9,6 +9,7 @@ use anyhow::Result;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use tier_plan_runtime::formats::placement::TierIdx;
 use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::model::shape::DenseKind;
 use tier_plan_runtime::model::{describe, shape::shape_of};
@@ -137,7 +138,7 @@ pub fn own_layers(path: &Path, threads: usize) -> Result<OwnLayers> {
         slots => u64::from(slots / e.n_used.max(1)).saturating_sub(1),
     });
     let round = fitting.min().unwrap_or(1).min(MAX_ROUND_TOKENS).min(MAX_ROUND_BYTES / experts.max(1)).max(1);
-    plan.tiers[0].bytes.slots = 0;
+    plan.tiers[TierIdx::FIRST].bytes.slots = 0;
     for (layer, experts) in plan.layers.iter_mut().zip(&shape.experts) {
         layer.slots = layer.slots.min((round as u32 + 1) * experts.n_used);
     }

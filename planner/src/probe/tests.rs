@@ -46,7 +46,7 @@ fn a_machine_is_written_that_reads_back() {
     assert_eq!((dram.kind, dram.read_gbps, dram.emulated), (TierKind::Dram, 20.5, false));
     assert_eq!((nvme.kind, nvme.read_gbps, nvme.latency_us), (TierKind::Nvme, 1.1, 87.7));
     assert_eq!(back.extras, Extras { prompt_gflops: [("dram".to_string(), 950.0)].into(), ..Extras::default() });
-    assert_eq!(back.prompt_gflops(), [950.0, 950.0]);
+    assert_eq!(back.prompt_gflops().as_slice(), [950.0, 950.0]);
     assert!(dram.source.contains("while the drive is read 17.0 GB/s"));
     assert!(dram.source.starts_with("measured 2026-11-22: matvecs of Q4_K with 2 threads and avx512 kernels"));
     assert!(back.description.contains("measured on 2026-11-22: a processor"));
@@ -100,7 +100,7 @@ fn gpus_are_tiers_with_their_links_and_power() {
     // A tenth of what a token takes there beyond the 12 µs of its own.
     let wanted = Accelerator { link_gbps: Some(9.0), layer_us: Some(34.6), resident_layer_us: Some(24.8) };
     assert_eq!(machine.tiers[0].accelerator, wanted);
-    assert_eq!(machine.prompt_gflops(), [5e4, 5e4, 950.0, 950.0]);
+    assert_eq!(machine.prompt_gflops().as_slice(), [5e4, 5e4, 950.0, 950.0]);
     assert_eq!((machine.extras.watts, machine.extras.watts_source.as_deref()), (Some(475.0), Some("limits")));
     found.gpus.found = vec![gpu::GpuRate { emulated: true, compute_gbps: 5.0, ..gpu(0, 5.0) }];
     let machine = found.machine();
@@ -138,7 +138,7 @@ fn memory_nodes_are_tiers() {
             ("nvme", TierKind::Nvme, None)
         ]
     );
-    assert_eq!(machine.prompt_gflops(), [950.0; 4]);
+    assert_eq!(machine.prompt_gflops().as_slice(), [950.0; 4]);
 }
 
 #[test]

@@ -5,7 +5,8 @@ use tier_plan_runtime::KvType;
 use tier_plan_runtime::formats::SourceId;
 use tier_plan_runtime::formats::machine::{Accelerator, Tier, TierKind};
 use tier_plan_runtime::formats::placement::{
-    DensePlacement, LayerPlacement, Pins, Placement, PlanTier, Prediction, SlotPolicy, SolverReport, TierBytes,
+    DensePlacement, LayerPlacement, PerTier, Pins, Placement, PlanTier, Prediction, SlotPolicy, SolverReport,
+    TierBytes, TierIdx,
 };
 use tier_plan_runtime::formats::profile::{Profile, PromptTrace, Split};
 use tier_plan_runtime::formats::record::{LayerRecord, RunRecord, TierRecord};
@@ -128,18 +129,18 @@ enum Style {
 }
 
 /// Fills the tiers of a sample plan with what its layers put there.
-fn plan_tiers(tiers: Vec<Tier>, layers: &[LayerPlacement], experts: u32) -> Vec<PlanTier> {
+fn plan_tiers(tiers: Vec<Tier>, layers: &[LayerPlacement], experts: u32) -> PerTier<PlanTier> {
     let slow = tiers.len() - 1;
     let total = u64::from(experts) * layers.len() as u64;
-    let pins = |tier: usize| -> u64 {
+    let pins = |tier: TierIdx| -> u64 {
         layers.iter().flat_map(|l| &l.pinned).filter(|p| p.tier == tier).map(|p| p.experts.len() as u64).sum()
     };
-    let all_pins: u64 = (0..tiers.len()).map(pins).sum();
+    let all_pins: u64 = TierIdx::first(tiers.len()).map(pins).sum();
     tiers
         .into_iter()
         .enumerate()
         .map(|(t, tier)| {
-            let slots: u64 = layers.iter().filter(|l| l.slot_tier == t).map(|l| u64::from(l.slots)).sum();
+            let slots: u64 = layers.iter().filter(|l| l.slot_tier.get() == t).map(|l| u64::from(l.slots)).sum();
             // Every plan's slots are in the tier before the last, which therefore gets the most.
             let share = if t + 1 == slow { 7 } else { 3 };
             PlanTier {
@@ -147,7 +148,7 @@ fn plan_tiers(tiers: Vec<Tier>, layers: &[LayerPlacement], experts: u32) -> Vec<
                 budget_bytes: if t == slow { 1 << 44 } else { EXPERT_BYTES * total * share / 16 + 60_000_000 },
                 bytes: TierBytes {
                     dense: if t == 0 { 40_000_000 } else { 0 },
-                    pinned: pins(t) * EXPERT_BYTES,
+                    pinned: pins(TierIdx::new(t)) * EXPERT_BYTES,
                     slots: slots * EXPERT_BYTES,
                     kv: if t == 0 { 9_000_000 } else { 0 },
                     staging: if t + 1 == slow { 8_000_000 } else { 0 },
@@ -176,7 +177,7 @@ fn placement(profile: &Profile, name: &str, tier_count: usize, style: Style, emu
             let each = if style == Style::Nothing { 0 } else { experts / 8 + (l as u32 % 3) };
             let mut rest = order.into_iter();
             let mut pinned = Vec::new();
-            for tier in 0..fast {
+            for tier in TierIdx::first(fast) {
                 let mut list: Vec<u32> = rest.by_ref().take(each as usize).collect();
                 list.sort_unstable();
                 if !list.is_empty() {
@@ -188,7 +189,7 @@ fn placement(profile: &Profile, name: &str, tier_count: usize, style: Style, emu
                 Style::Nothing => experts * 3 / 8,
                 Style::ByFrequency => experts / 8 + (l as u32 * 5) % (experts / 8).max(1),
             };
-            LayerPlacement { layer: *layer, pinned, slots, slot_tier: fast - 1, policy: SlotPolicy::Lru }
+            LayerPlacement { layer: *layer, pinned, slots, slot_tier: TierIdx::new(fast - 1), policy: SlotPolicy::Lru }
         })
         .collect();
     let plan_tiers = plan_tiers(tiers, &layers, experts);
@@ -200,12 +201,12 @@ fn placement(profile: &Profile, name: &str, tier_count: usize, style: Style, emu
         layer_overhead_us: 20.0,
         token_overhead_us: 200.0,
         context: 1024,
-        kv_tier: 0,
+        kv_tier: TierIdx::FIRST,
         kv_type: KvType::F16,
-        staging_tier: fast - 1,
+        staging_tier: TierIdx::new(fast - 1),
         staging_experts: 2,
         tiers: plan_tiers,
-        dense: vec![DensePlacement { kind: DenseKind::Head, layer: None, tier: 0 }],
+        dense: vec![DensePlacement { kind: DenseKind::Head, layer: None, tier: TierIdx::FIRST }],
         layers,
         solver: SolverReport {
             backend: "microlp".into(),
@@ -266,7 +267,7 @@ pub(super) fn report(layers: u32, experts: u32, used: u32, tier_count: usize, pl
                 expert_s: (0..n).map(|t| token * [0.1, 0.25, 0.45, 0.4][t.min(3)]).collect(),
                 expert_critical_s: token * 0.75,
                 hit_rate: 0.8,
-                read_bytes: vec![1e8; n],
+                read_bytes: PerTier::from_fn(n, |_| 1e8),
                 emulated,
                 ..Prediction::default()
             };

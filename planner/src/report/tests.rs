@@ -3,6 +3,7 @@
 use super::view::Overview;
 use super::*;
 use std::collections::HashSet;
+use tier_plan_runtime::formats::placement::{PerTier, Pins, TierIdx};
 use tier_plan_runtime::formats::record::{LayerRecord, TierRecord};
 
 /// Opening and closing tags match, attributes are quoted, and no bare `&` or `<` is left: enough of XML to be sure.
@@ -157,9 +158,9 @@ fn the_numbers_are_those_of_the_records() {
     let error = ilp["prediction_error"].as_f64().expect("error");
     assert!((error - (measured / predicted - 1.0)).abs() < 1e-12);
     let tiers = &entry.placement.as_ref().expect("plan").tiers;
-    assert_eq!(ilp["tiers"][1]["budget_bytes"], tiers[1].budget_bytes);
-    assert_eq!(ilp["tiers"][1]["pinned_bytes"], tiers[1].bytes.pinned);
-    assert_eq!(ilp["tiers"][1]["used_bytes"], tiers[1].used_bytes());
+    assert_eq!(ilp["tiers"][1]["budget_bytes"], tiers[TierIdx::new(1)].budget_bytes);
+    assert_eq!(ilp["tiers"][1]["pinned_bytes"], tiers[TierIdx::new(1)].bytes.pinned);
+    assert_eq!(ilp["tiers"][1]["used_bytes"], tiers[TierIdx::new(1)].used_bytes());
     let speed = fs::read_to_string(folder.join("speed.csv")).expect("speed.csv");
     let row: Vec<&str> = speed.lines().nth(1).expect("a row").split(',').collect();
     assert_eq!(row[0], "ilp");
@@ -247,8 +248,8 @@ fn thin_reports_are_still_reports() {
             tier.bytes.dense = u64::MAX / 2;
         }
         let layer = &mut r.plans[0].placement.as_mut().expect("plan").layers[0];
-        layer.slot_tier = 99;
-        layer.pinned = vec![tier_plan_runtime::formats::placement::Pins { tier: 77, experts: vec![1, 2] }];
+        layer.slot_tier = TierIdx::new(99);
+        layer.pinned = vec![Pins { tier: TierIdx::new(77), experts: vec![1, 2] }];
         layer.slots = u32::MAX;
     };
     let odd_profile = |r: &mut Report| {
@@ -296,7 +297,7 @@ fn thin_reports_are_still_reports() {
                 profile.prompts.clear();
             }),
         ),
-        ("no tiers", bare(&|r| r.plans[0].placement.as_mut().expect("plan").tiers.clear())),
+        ("no tiers", bare(&|r| r.plans[0].placement.as_mut().expect("plan").tiers = PerTier::default())),
     ];
     for (name, report) in cases {
         let index =
@@ -356,7 +357,7 @@ fn the_headline_tells_the_truth() {
     let words = said(&report);
     assert!(words.starts_with("ilp is the fastest plan"), "{words}");
     assert!(words.contains("frequency-first, the best baseline under the same budgets"), "{words}");
-    report.plans[1].placement.as_mut().expect("plan").tiers[0].budget_bytes += 1;
+    report.plans[1].placement.as_mut().expect("plan").tiers[TierIdx::FIRST].budget_bytes += 1;
     assert!(said(&report).contains("part of the difference may be bytes"), "{}", said(&report));
     report.plans[1].placement = None;
     assert!(said(&report).contains("their budgets are not known, but they put"), "{}", said(&report));

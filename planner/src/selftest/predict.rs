@@ -6,7 +6,7 @@ use crate::profile::Evidence;
 use anyhow::{Context, Result};
 use std::path::Path;
 use tier_plan_runtime::formats::machine::{Machine, Tier, TierKind};
-use tier_plan_runtime::formats::placement::{Placement, Prediction};
+use tier_plan_runtime::formats::placement::{Placement, Prediction, TierIdx};
 use tier_plan_runtime::model::shape::ModelShape;
 
 /// Probes this machine for a model, which takes about a minute.
@@ -31,10 +31,10 @@ pub fn tok_s(machine: &Machine, device: u32, shape: &ModelShape, mut plan: Place
     let mut prompt_gflops = Vec::new();
     for (tier, of) in plan.tiers.iter_mut().zip([vram, dram]) {
         tier.tier = machine.tiers[of].clone();
-        prompt_gflops.extend(rates.get(of));
+        prompt_gflops.extend(rates.get(TierIdx::new(of)));
     }
     (plan.layer_overhead_us, plan.token_overhead_us) = (machine.layer_overhead_us, machine.token_overhead_us);
-    plan.predicted = Prediction { at, prompt_gflops, ..Prediction::default() };
+    plan.predicted = Prediction { at, prompt_gflops: prompt_gflops.into(), ..Prediction::default() };
     Ok(cost::predict(&plan, shape, &Evidence::uniform(shape)?).decode_tok_s)
 }
 

@@ -6,7 +6,9 @@ use super::problem::instance::Instance;
 use super::verify;
 use crate::cost::{self, predict, token_s};
 use anyhow::{Result, ensure};
-use tier_plan_runtime::formats::placement::{DensePlacement, Placement, PlanTier, Prediction, SolverReport, TierIdx};
+use tier_plan_runtime::formats::placement::{
+    DensePlacement, PerTier, Placement, PlanTier, Prediction, SolverReport, TierIdx,
+};
 use tier_plan_runtime::model::shape::DenseKind;
 
 /// The baselines that fit an instance: `[baselines]` drafts, and the plans made of them.
@@ -91,7 +93,7 @@ pub(super) fn assemble(instance: &Instance<'_>, name: &str, draft: &Draft) -> Pl
 }
 
 /// Returns the plan's tiers with their budgets, and nothing in them yet.
-fn empty_tiers(capacity: &crate::solve::problem::capacity::Capacity) -> Vec<PlanTier> {
+fn empty_tiers(capacity: &crate::solve::problem::capacity::Capacity) -> PerTier<PlanTier> {
     let tiers = capacity.tiers.iter().zip(&capacity.budget_bytes);
     tiers.map(|(tier, &budget_bytes)| PlanTier::new(tier.clone(), budget_bytes)).collect()
 }

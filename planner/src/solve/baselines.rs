@@ -63,7 +63,7 @@ const DENSE_ORDER: [DenseKind; 6] = [
 /// Drafts a baseline. Returns `None` if it does not fit the tiers.
 pub fn draft(baseline: Baseline, shape: &ModelShape, evidence: &Evidence, capacity: &Capacity) -> Option<Draft> {
     let mut left = capacity.left_bytes.clone();
-    let mut dense = vec![0; shape.dense.len()];
+    let mut dense = vec![TierIdx::FIRST; shape.dense.len()];
     for kind in DENSE_ORDER {
         for (at, group) in shape.dense.iter().enumerate().filter(|(_, g)| g.kind == kind) {
             let fits = |left: &[u64], tier: TierIdx| {
@@ -79,13 +79,13 @@ pub fn draft(baseline: Baseline, shape: &ModelShape, evidence: &Evidence, capaci
     match baseline {
         Baseline::Uniform => filler.uniform(),
         Baseline::FrequencyFirst => filler.frequency_first(),
-        Baseline::LruOnly if capacity.slot_tiers().is_empty() => return None,
+        Baseline::LruOnly if capacity.slot_tiers().len() == 0 => return None,
         Baseline::LruOnly => filler.lru_only(),
         Baseline::FirstLayersCpu => filler.first_layers_cpu(),
     }
     let layers = filler.layers.iter().zip(&evidence.layers);
     let home: u64 = layers.map(|(fill, e)| fill.n_pooled(e) * e.shape.expert_bytes).sum();
-    let fits = home <= filler.left[capacity.home()];
+    let fits = home <= filler.left[capacity.fast()];
     let layers = filler.layers.into_iter().map(LayerFill::placement);
     fits.then(|| Draft { dense, layers: layers.collect() })
 }
@@ -102,7 +102,7 @@ struct LayerFill {
 
 impl LayerFill {
     fn new(layer: u32, capacity: &Capacity) -> Self {
-        let pinned = vec![Vec::new(); capacity.home()];
+        let pinned = vec![Vec::new(); capacity.fast()];
         LayerFill { layer, pinned, slots: 0, slot_tier: capacity.staging_tier }
     }
 
@@ -117,7 +117,7 @@ impl LayerFill {
         for (tier, mut experts) in self.pinned.into_iter().enumerate() {
             if !experts.is_empty() {
                 experts.sort_unstable();
-                pinned.push(Pins { tier, experts });
+                pinned.push(Pins { tier: TierIdx::new(tier), experts });
             }
         }
         LayerPlacement {
@@ -157,7 +157,7 @@ impl Filler<'_> {
 
     fn uniform(&mut self) {
         let n = self.layers.len();
-        for tier in 0..self.capacity.home() {
+        for tier in 0..self.capacity.fast() {
             let one_each: u64 = (0..n).map(|l| self.expert_bytes(l)).sum();
             let each = self.left[tier].checked_div(one_each).unwrap_or(0);
             let mut counts: Vec<u64> = (0..n).map(|l| each.min(self.n_pooled(l))).collect();
@@ -193,10 +193,10 @@ impl Filler<'_> {
         let mut tier_of = vec![0; self.layers.len()];
         for ExpertUse { layer, expert, .. } in uses {
             let bytes = self.expert_bytes(layer);
-            while tier_of[layer] < self.capacity.home() && self.left[tier_of[layer]] < bytes {
+            while tier_of[layer] < self.capacity.fast() && self.left[tier_of[layer]] < bytes {
                 tier_of[layer] += 1;
             }
-            if tier_of[layer] < self.capacity.home() {
+            if tier_of[layer] < self.capacity.fast() {
                 self.left[tier_of[layer]] -= bytes;
                 self.layers[layer].pinned[tier_of[layer]].push(expert);
             }
@@ -208,7 +208,7 @@ impl Filler<'_> {
     /// Where that would be less than a token uses, fewer layers get that many.
     fn spread_slots(&mut self, layers: &[usize], tier: TierIdx) {
         let one_each: u64 = layers.iter().map(|&l| self.expert_bytes(l)).sum();
-        let each = self.left[tier].checked_div(one_each).unwrap_or(0);
+        let each = self.left[tier.get()].checked_div(one_each).unwrap_or(0);
         for &layer in layers {
             self.add_slots(layer, tier, each);
         }
@@ -226,8 +226,8 @@ impl Filler<'_> {
         let have = u64::from(self.layers[layer].slots);
         let slots = (have + more).max(least).min(pooled);
         let bytes = (slots - have.min(slots)) * self.expert_bytes(layer);
-        if slots > have && bytes <= self.left[tier] {
-            self.left[tier] -= bytes;
+        if slots > have && bytes <= self.left[tier.get()] {
+            self.left[tier.get()] -= bytes;
             (self.layers[layer].slots, self.layers[layer].slot_tier) = (slots as u32, tier);
         }
     }
@@ -235,12 +235,12 @@ impl Filler<'_> {
     fn lru_only(&mut self) {
         let shapes = self.evidence.layers.iter().map(|l| l.shape);
         let total: u128 = shapes.map(|e| u128::from(e.expert_bytes) * u128::from(e.n_expert)).sum();
-        let have: u128 = self.capacity.slot_tiers().map(|t| u128::from(self.left[t])).sum();
+        let have: u128 = self.capacity.slot_tiers().map(|t| u128::from(self.left[t.get()])).sum();
         let share = if total == 0 { 0.0 } else { (have as f64 / total as f64).min(1.0) };
-        let last = self.capacity.home() - 1;
+        let last = self.capacity.fast() - 1;
         let mut tier = 0;
         let mut taken = 0.0;
-        let mut on_tier: Vec<Vec<usize>> = vec![Vec::new(); self.capacity.home()];
+        let mut on_tier: Vec<Vec<usize>> = vec![Vec::new(); self.capacity.fast()];
         for layer in (0..self.layers.len()).rev() {
             let n_expert = f64::from(self.evidence.layers[layer].shape.n_expert);
             let wanted = share * n_expert * self.expert_bytes(layer) as f64;
@@ -251,13 +251,13 @@ impl Filler<'_> {
             on_tier[tier].push(layer);
         }
         for (tier, layers) in on_tier.iter().enumerate() {
-            self.spread_slots(layers, tier);
+            self.spread_slots(layers, TierIdx::new(tier));
         }
     }
 
     fn first_layers_cpu(&mut self) {
         let mut rest: Vec<usize> = (0..self.layers.len()).collect();
-        for tier in 0..self.capacity.home() {
+        for tier in 0..self.capacity.fast() {
             while let Some(&layer) = rest.last() {
                 let n_expert = self.evidence.layers[layer].shape.n_expert;
                 let layer_bytes = u64::from(n_expert) * self.expert_bytes(layer);
@@ -272,7 +272,7 @@ impl Filler<'_> {
         // What is left of the tiers becomes slots. The tier with the most bytes serves most layers,
         // the others serve one each.
         let mut by_left: Vec<TierIdx> = self.capacity.slot_tiers().collect();
-        by_left.sort_by_key(|&tier| self.left[tier]);
+        by_left.sort_by_key(|&tier| self.left[tier.get()]);
         let Some(largest) = by_left.pop() else { return };
         for tier in by_left {
             if rest.len() < 2 {

@@ -210,7 +210,7 @@ fn refine_grid(
 ) -> Result<DualSolution> {
     let begin = Instant::now();
     let end = begin + deadline.saturating_duration_since(begin).mul_f64(PRICING_TIME_SHARE);
-    let fast = instance.capacity.home();
+    let fast = instance.capacity.fast();
     for round in 0..MAX_REFINEMENT_ROUNDS {
         let started = Instant::now();
         for item in items.iter_mut() {

@@ -9,7 +9,7 @@ use proptest::prelude::{TestCaseError, prop_assert, prop_assert_eq, proptest};
 use tier_plan_runtime::KvType;
 use tier_plan_runtime::formats::SourceId;
 use tier_plan_runtime::formats::machine::{Accelerator, Machine, Tier, TierKind};
-use tier_plan_runtime::formats::placement::{LayerPlacement, Pins, Placement, SlotPolicy, TierIdx};
+use tier_plan_runtime::formats::placement::{LayerPlacement, PerTier, Pins, Placement, SlotPolicy, TierIdx};
 use tier_plan_runtime::formats::profile::{Guesses, Profile};
 use tier_plan_runtime::model::kv::KvRows;
 use tier_plan_runtime::model::shape::{CacheShape, DenseKind, DenseShape, ExpertShape, ModelShape};
@@ -204,7 +204,7 @@ fn baselines_use_their_bytes_and_never_beat_the_optimum() -> Result<()> {
     for plan in &solved.baselines {
         // Less than one expert is left of each fast tier, besides the slots' even spread over the
         // layers
-        for tier in &plan.tiers[..2] {
+        for tier in plan.tiers.iter().take(2) {
             let spare = tier.budget_bytes - tier.used_bytes();
             // and page padding.
             let pages = (tier.budget_bytes as f64 * problem::capacity::page_share(&shape)) as u64;
@@ -218,7 +218,7 @@ fn baselines_use_their_bytes_and_never_beat_the_optimum() -> Result<()> {
     assert!(by_name("lru-only").is_some_and(|p| p.layers.iter().all(|l| l.pinned.is_empty())));
     assert!(
         by_name("first-layers-cpu")
-            .is_some_and(|p| p.layers[11].pinned == [Pins { tier: 0, experts: (0..40).collect() }])
+            .is_some_and(|p| p.layers[11].pinned == [Pins { tier: TierIdx::FIRST, experts: (0..40).collect() }])
     );
     Ok(())
 }
@@ -272,18 +272,18 @@ fn planted_mistakes_are_found() -> Result<()> {
         p.dense.pop();
     });
     finds("2 times", &|p| p.dense.push(p.dense[0].clone()));
-    finds("nothing computes", &|p| p.dense[1].tier = 2);
+    finds("nothing computes", &|p| p.dense[1].tier = TierIdx::new(2));
     finds("twice", &|p| {
         let expert = p.layers[3].pinned[0].experts[0];
         p.layers[3].pinned[1].experts.push(expert);
     });
     finds("expert 40 of 40", &|p| p.layers[3].pinned[0].experts.push(40));
-    finds("where none can be", &|p| p.layers[3].pinned[0].tier = 2);
-    finds("says", &|p| p.tiers[0].bytes.pinned -= 1);
-    finds("over its budget", &|p| p.tiers[0].budget_bytes -= 4_000_000);
-    finds("above its capacity", &|p| p.tiers[0].budget_bytes = 2 << 40);
+    finds("where none can be", &|p| p.layers[3].pinned[0].tier = TierIdx::new(2));
+    finds("says", &|p| p.tiers[TierIdx::FIRST].bytes.pinned -= 1);
+    finds("over its budget", &|p| p.tiers[TierIdx::FIRST].budget_bytes -= 4_000_000);
+    finds("above its capacity", &|p| p.tiers[TierIdx::FIRST].budget_bytes = 2 << 40);
     finds("says", &|p| p.layers[0].slots = 4);
-    finds("slots on tier", &|p| (p.layers[0].slots, p.layers[0].slot_tier) = (4, 2));
+    finds("slots on tier", &|p| (p.layers[0].slots, p.layers[0].slot_tier) = (4, TierIdx::new(2)));
     finds("pooled", &|p| p.layers[0].slots = 400);
     finds("layers with experts", &|p| {
         p.layers.pop();
@@ -333,9 +333,9 @@ fn the_prediction_is_a_token_by_token_simulation() -> Result<()> {
                     }
                 }
                 let pooled = 9 - pins.iter().map(Vec::len).sum::<usize>();
-                layer.pinned = pins.into_iter().enumerate().map(|(tier, experts)| Pins { tier, experts }).collect();
+                layer.pinned = TierIdx::first(fast).zip(pins).map(|(tier, experts)| Pins { tier, experts }).collect();
                 layer.slots = random.below(pooled + 1) as u32;
-                layer.slot_tier = random.below(fast);
+                layer.slot_tier = TierIdx::new(random.below(fast));
                 layer.policy = [
                     SlotPolicy::Lru,
                     SlotPolicy::Lfu { half_life: 4 },

@@ -48,13 +48,13 @@ fn config_of(
     layer: usize,
     placed: &LayerPlacement,
 ) -> Option<Config> {
-    let slot_tier = placed.slot_tier as u8;
+    let slot_tier = placed.slot_tier;
     let mut config = Config { cuts: [0; MAX_FAST], slots: placed.slots as u16, slot_tier };
     let mut sum = 0;
-    for tier in 0..instance.capacity.home() {
+    for tier in TierIdx::first(instance.capacity.fast()) {
         let on_tier = placed.pinned.iter().filter(|pins| pins.tier == tier);
         sum += on_tier.map(|pins| pins.experts.len()).sum::<usize>();
-        config.cuts[tier] = sum as u16;
+        config.cuts[tier.get()] = sum as u16;
     }
     let n_pinned: usize = placed.pinned.iter().map(|pins| pins.experts.len()).sum();
     let none_fixed = instance.constraints.layer(placed.layer).fixed.is_empty();
@@ -74,7 +74,7 @@ pub(super) fn draft_of_choice(
     choice: &Choice,
 ) -> Draft {
     let evidence = &instance.evidence.layers;
-    let mut dense = vec![0; instance.problem.shape.dense.len()];
+    let mut dense = vec![TierIdx::FIRST; instance.problem.shape.dense.len()];
     let mut placements = vec![None; evidence.len()];
     for (item, columns) in items.iter().zip(&choice.columns) {
         match &item.meaning {

@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use tier_plan_runtime::experts::cache::{Access, SlotCache};
 use tier_plan_runtime::formats::machine::TierKind;
 use tier_plan_runtime::formats::placement::{
-    ATTENTION_OF_A_TOKEN, DensePlacement, LayerPlacement, Pins, Placement, SlotPolicy, TierBytes, TierIdx,
+    ATTENTION_OF_A_TOKEN, DensePlacement, LayerPlacement, PerTier, Pins, Placement, SlotPolicy, TierBytes, TierIdx,
 };
 use tier_plan_runtime::gpu::fully_on_gpu;
 use tier_plan_runtime::model::shape::{DenseKind, ExpertShape, ModelShape};
@@ -33,7 +33,7 @@ pub fn verify(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -> Vec<
         wrong.push("the plan has no tiers".to_string());
         return wrong;
     }
-    let mut tally = Tally { plan, bytes: vec![[0; LINES]; plan.tiers.len()], wrong };
+    let mut tally = Tally { plan, bytes: PerTier::from_fn(plan.tiers.len(), |_| [0; LINES]), wrong };
     tally.add_dense(shape);
     if tally.has_all_layers(shape) {
         for (layer, experts) in plan.layers.iter().zip(&shape.experts) {
@@ -65,8 +65,8 @@ const HOME: usize = 5;
 /// Bytes counted from the model's shape, and what was found wrong on the way.
 struct Tally<'a> {
     plan: &'a Placement,
-    /// `[tiers]` bytes by line.
-    bytes: Vec<[u128; LINES]>,
+    /// Bytes by line.
+    bytes: PerTier<[u128; LINES]>,
     wrong: Vec<String>,
 }
 
@@ -90,7 +90,7 @@ impl Tally<'_> {
             let tier = dense.tier;
             match group {
                 None => self.wrong.push(format!("{name} is placed, but the model has none")),
-                Some(_) if tier >= n => self.wrong.push(format!("{name} is on tier {tier} of {n}")),
+                Some(_) if tier.get() >= n => self.wrong.push(format!("{name} is on tier {tier} of {n}")),
                 Some(_) if !self.computes(tier) && dense.kind != DenseKind::Embedding => {
                     let tier = &self.plan.tiers[tier].tier.name;
                     self.wrong.push(format!("{name} is on '{tier}', where nothing computes"));
@@ -124,7 +124,7 @@ impl Tally<'_> {
         let expert_bytes = u128::from(experts.expert_bytes);
         let mut seen = vec![false; experts.n_expert as usize];
         for Pins { tier, experts: pinned } in &placed.pinned {
-            if *tier >= n || !self.computes(*tier) {
+            if tier.get() >= n || !self.computes(*tier) {
                 self.wrong.push(format!("layer {layer} pins experts to tier {tier}, where none can be"));
                 continue;
             }
@@ -143,10 +143,10 @@ impl Tally<'_> {
             }
         }
         let pooled = seen.iter().filter(|&&s| !s).count();
-        self.bytes[n - 1][HOME] += expert_bytes * pooled as u128;
+        self.bytes[self.plan.home_tier()][HOME] += expert_bytes * pooled as u128;
         let (slots, slot_tier) = (placed.slots, placed.slot_tier);
         if slots > 0 {
-            if slot_tier >= n || !self.computes(slot_tier) {
+            if slot_tier.get() >= n || !self.computes(slot_tier) {
                 self.wrong.push(format!("layer {layer} has slots on tier {slot_tier}"));
             } else {
                 self.bytes[slot_tier][SLOTS] += expert_bytes * u128::from(slots);
@@ -175,7 +175,7 @@ impl Tally<'_> {
             }
             let name = format!("key and value cache of layer {layer}");
             let apart = plan.dense.iter().find(|d| attends(d, layer)).filter(|d| d.tier != tier);
-            if apart.is_some() && tier < plan.tiers.len() && plan.tiers[tier].tier.is_gpu() {
+            if apart.is_some() && plan.tiers.get(tier).is_some_and(|t| t.tier.is_gpu()) {
                 self.wrong.push(format!("the {name} is on a GPU, but not its attention"));
             }
             self.add_line(&name, tier, KV, bytes);
@@ -183,7 +183,7 @@ impl Tally<'_> {
     }
 
     fn add_line(&mut self, name: &str, tier: TierIdx, line: usize, bytes: u128) {
-        if tier >= self.n_tiers() || (bytes > 0 && !self.computes(tier)) {
+        if tier.get() >= self.n_tiers() || (bytes > 0 && !self.computes(tier)) {
             self.wrong.push(format!("the {name} is on tier {tier}, where nothing computes"));
         } else {
             self.bytes[tier][line] += bytes;
@@ -207,7 +207,7 @@ fn cache_tier(plan: &Placement, layer: usize) -> TierIdx {
 }
 
 /// Compares the bytes that a plan states with those counted, and with its budgets.
-fn verify_sums(plan: &Placement, counted: &[[u128; LINES]], wrong: &mut Vec<String>) {
+fn verify_sums(plan: &Placement, counted: &PerTier<[u128; LINES]>, wrong: &mut Vec<String>) {
     for (tier, counted) in plan.tiers.iter().zip(counted) {
         let name = &tier.tier.name;
         let TierBytes { dense, pinned, slots, kv, staging, home } = tier.bytes;
@@ -266,7 +266,7 @@ pub fn token_s(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -> f64
         total += match &evidence.judged {
             Judged::Recorded(_) => stepped_s(plan, layer, evidence),
             Judged::Uniform => {
-                let tiers: Vec<_> = plan.tiers.iter().map(|t| t.tier.clone()).collect();
+                let tiers: PerTier<_> = plan.tiers.iter().map(|t| t.tier.clone()).collect();
                 let stage = ExpertStage::new(&tiers, evidence.shape.expert_bytes, evidence.prefetch);
                 let found = cost::outcomes(layer, evidence, &tiers, plan.staging_tier);
                 cost::stage_mean_s(&stage, &found, layer.brought_to(plan.staging_tier))
@@ -321,14 +321,14 @@ fn caches_s(plan: &Placement, shape: &ModelShape) -> f64 {
 
 /// Experts of one token: those that compute on each tier, and those that are transferred.
 struct TokenExperts {
-    on_tier: Vec<u64>,
+    on_tier: PerTier<u64>,
     missed: u64,
 }
 
 /// Returns the mean seconds of a layer's expert stage, by stepping its slot cache.
 fn stepped_s(plan: &Placement, layer: &LayerPlacement, evidence: &LayerEvidence) -> f64 {
     let Judged::Recorded(trace) = &evidence.judged else { return 0.0 };
-    let home = plan.tiers.len() - 1;
+    let home = plan.home_tier();
     let in_place = plan.tiers[home].tier.kind != TierKind::Nvme;
     let mut pinned_on = vec![None; evidence.shape.n_expert as usize];
     for Pins { tier, experts } in &layer.pinned {
@@ -352,7 +352,7 @@ fn stepped_s(plan: &Placement, layer: &LayerPlacement, evidence: &LayerEvidence)
             Event::Token(chosen) => chosen,
         };
         cache.step(&pooled(chosen), &mut accesses);
-        let mut experts = TokenExperts { on_tier: vec![0; plan.tiers.len()], missed: 0 };
+        let mut experts = TokenExperts { on_tier: PerTier::from_fn(plan.tiers.len(), |_| 0), missed: 0 };
         let pins = chosen.iter().filter_map(|&e| pinned_on[usize::from(e)]);
         pins.for_each(|tier: TierIdx| experts.on_tier[tier] += 1);
         for access in &accesses {
@@ -375,14 +375,14 @@ fn stepped_s(plan: &Placement, layer: &LayerPlacement, evidence: &LayerEvidence)
 ///
 /// One expert is read while the dense stage before computes, if predictions are good.
 fn prefetched_s(plan: &Placement, evidence: &LayerEvidence) -> f64 {
-    let home = plan.tiers.len() - 1;
+    let home = plan.home_tier();
     let last = &plan.tiers[home].tier;
     let prefetch = evidence.prefetch;
-    let is_real_drive = last.kind == TierKind::Nvme && !last.emulated && home > 0;
+    let is_real_drive = last.kind == TierKind::Nvme && !last.emulated && plan.tiers.len() > 1;
     if !is_real_drive || prefetch.accuracy < MIN_PREFETCH_ACCURACY {
         return 0.0;
     }
-    let dense_s = prefetch.dense_bytes as f64 / (plan.tiers[0].tier.read_gbps * 1e9);
+    let dense_s = prefetch.dense_bytes as f64 / (plan.tiers[TierIdx::FIRST].tier.read_gbps * 1e9);
     let expert_s = evidence.shape.expert_bytes as f64 / (last.read_gbps * 1e9);
     prefetch.accuracy.min(1.0) * dense_s.min(expert_s)
 }
@@ -397,17 +397,17 @@ fn longest_path_s(
     experts: &TokenExperts,
     prefetched_s: f64,
 ) -> f64 {
-    let home = plan.tiers.len() - 1;
+    let home = plan.home_tier();
     let missed = experts.missed;
     let expert_bytes = evidence.shape.expert_bytes as f64;
-    let read_s = |tier: usize, n: u64| n as f64 * expert_bytes / (plan.tiers[tier].tier.read_gbps * 1e9);
-    let latency_s = |tier: usize| plan.tiers[tier].tier.latency_us * 1e-6;
+    let read_s = |tier: TierIdx, n: u64| n as f64 * expert_bytes / (plan.tiers[tier].tier.read_gbps * 1e9);
+    let latency_s = |tier: TierIdx| plan.tiers[tier].tier.latency_us * 1e-6;
     // Transfers over a link that is slower than the reads take as long as on the link.
     let to = if layer.slots > 0 { layer.slot_tier } else { plan.staging_tier };
     let link_gbps = plan.tiers[to].tier.accelerator.link_gbps;
     let link_s = link_gbps.map_or(0.0, |gbps| missed as f64 * expert_bytes / (gbps * 1e9));
     let mut longest = if missed > 0 { latency_s(home) + read_s(home, missed).max(link_s) - prefetched_s } else { 0.0 };
-    for (tier, &n) in experts.on_tier.iter().enumerate().filter(|(_, n)| **n > 0) {
+    for (tier, &n) in experts.on_tier.enumerate().filter(|(_, n)| **n > 0) {
         let is_vram = plan.tiers[tier].tier.kind == TierKind::Vram;
         let launch_s = if is_vram { latency_s(tier) } else { 0.0 };
         longest = longest.max(launch_s + read_s(tier, n));

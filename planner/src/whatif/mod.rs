@@ -113,9 +113,9 @@ impl Answer {
 pub fn bound(plan: &Placement) -> Bound {
     let predicted = &plan.predicted;
     let total = token_s(predicted).max(f64::MIN_POSITIVE);
-    let tiers = plan.tiers.iter().zip(predicted.dense_s.iter().zip(&predicted.expert_s)).enumerate();
+    let tiers = plan.tiers.enumerate().zip(predicted.dense_s.iter().zip(&predicted.expert_s));
     let cache = plan.kv_s_by_tier();
-    let of_tiers = tiers.map(|(at, (tier, (dense, expert)))| (tier.tier.name.clone(), dense + expert + cache[at]));
+    let of_tiers = tiers.map(|((at, tier), (dense, expert))| (tier.tier.name.clone(), dense + expert + cache[at]));
     let all = std::iter::once(("overheads".to_string(), predicted.overhead_s)).chain(of_tiers);
     let (by, seconds) = all.max_by(|a, b| a.1.total_cmp(&b.1)).unwrap_or_default();
     Bound { by, seconds, share: seconds / total }
@@ -176,7 +176,7 @@ fn load_s(plan: &Placement, machine: &Machine) -> Option<f64> {
     let keeps = matches!(last.kind, TierKind::Nvme | TierKind::Pmem);
     let rate = machine.extras.load_gbps.or(keeps.then_some(last.read_gbps))?;
     let upto = plan.tiers.len() - usize::from(keeps);
-    let bytes: u64 = plan.tiers[..upto].iter().map(|t| t.bytes.dense + t.bytes.pinned + t.bytes.home).sum();
+    let bytes: u64 = plan.tiers.iter().take(upto).map(|t| t.bytes.dense + t.bytes.pinned + t.bytes.home).sum();
     Some(bytes as f64 / (rate * 1e9))
 }
 
@@ -246,7 +246,6 @@ pub fn as_json(question: &Question<'_>, answer: &Result<Answer>) -> Value {
     value["tiers"] = middle
         .plan
         .tiers
-        .iter()
         .enumerate()
         .map(|(at, t)| {
             let mut value = tier_json(t);

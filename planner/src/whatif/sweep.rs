@@ -53,9 +53,8 @@ impl Range {
     /// # Errors
     /// Names what was expected.
     pub fn parse(text: &str) -> Result<Range> {
-        let shape = || {
-            format!("--sweep {text}: write TIER=FROM..TO, or TIER=FROM..TO:STEPS, like dram=64GiB..512GiB:8")
-        };
+        let shape =
+            || format!("--sweep {text}: write TIER=FROM..TO, or TIER=FROM..TO:STEPS, like dram=64GiB..512GiB:8");
         let (tier, rest) = text.split_once('=').with_context(shape)?;
         let (from, rest) = rest.split_once("..").with_context(shape)?;
         let (to, steps) = match rest.split_once(':') {

@@ -48,6 +48,7 @@ pub mod shape;
 pub mod slots;
 pub mod source_id;
 pub mod sums;
+pub mod tier_idx;
 pub mod units;
 
 mod framed;

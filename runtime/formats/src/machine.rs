@@ -10,6 +10,7 @@ pub(super) use wire::{WireKind, check_unit};
 
 use super::kind::MACHINE;
 use crate::source_id::SourceId;
+use crate::tier_idx::PerTier;
 use crate::{FormatError, safely};
 use std::collections::BTreeMap;
 use std::fmt;
@@ -330,14 +331,16 @@ impl Machine {
         self.tiers.iter().map(computing).collect()
     }
 
-    /// Returns the matmul rate of prompts by tier, `[tiers]`: 0 where it is not known, empty where
-    /// none is. Addressable tiers and drives all compute on the CPU, so one's figure holds for
+    /// Returns the matmul rate of prompts by tier: 0 where it is not known, empty where none is. Addressable tiers and drives all compute on the CPU, so one's figure holds for
     /// those that have none of their own.
-    pub fn prompt_gflops(&self) -> Vec<f64> {
+    pub fn prompt_gflops(&self) -> PerTier<f64> {
         let known = &self.extras.prompt_gflops;
         let of_cpu = self.tiers.iter().filter(|t| t.medium() != Medium::Gpu).find_map(|t| known.get(&t.name));
         let of = |tier: &Tier| known.get(&tier.name).or(of_cpu.filter(|_| tier.medium() != Medium::Gpu));
-        if known.is_empty() { Vec::new() } else { self.tiers.iter().map(|t| of(t).copied().unwrap_or(0.0)).collect() }
+        if known.is_empty() {
+            return PerTier::default();
+        }
+        self.tiers.iter().map(|t| of(t).copied().unwrap_or(0.0)).collect()
     }
 }
 

@@ -313,11 +313,11 @@ fn version_2_means_what_it_meant() {
     let rates = [("vram".to_string(), 80000.0), ("dram".to_string(), 950.5)];
     assert_eq!(machine.extras.prompt_gflops, BTreeMap::from(rates));
     // The processor computes on main memory, Optane and what it has read from the drive alike.
-    assert_eq!(machine.prompt_gflops(), [80000.0, 950.5, 950.5, 950.5]);
+    assert_eq!(machine.prompt_gflops(), PerTier::from([80000.0, 950.5, 950.5, 950.5]));
     assert_eq!(machine.encode(), V2, "the writer lays out version 2 as it always did");
     let without = V2.replace("prompt_gflops = 950.5\n", "");
-    assert_eq!(load(&without).unwrap().prompt_gflops(), [80000.0, 0.0, 0.0, 0.0]);
-    assert_eq!(decode(V1, Path::new("m.toml")).unwrap().prompt_gflops(), Vec::<f64>::new());
+    assert_eq!(load(&without).unwrap().prompt_gflops(), PerTier::from([80000.0, 0.0, 0.0, 0.0]));
+    assert_eq!(decode(V1, Path::new("m.toml")).unwrap().prompt_gflops(), PerTier::default());
     for (from, to, words) in [
         ("prompt_gflops = 950.5", "prompt_gflops = 0", "prompt_gflops of tier 'dram' is 0, but must be a positive"),
         ("error_after = 0.02", "error_after = -1.0", "calibration.error_after is -1"),

@@ -10,6 +10,7 @@ mod write;
 #[cfg(test)]
 mod tests;
 
+pub use crate::tier_idx::{PerTier, TierIdx};
 pub use tally::TierBytes;
 pub use validate::validate;
 pub use violation::Violation;
@@ -21,9 +22,6 @@ use crate::model::shape::{CacheShape, DenseKind, ModelShape};
 use crate::source_id::SourceId;
 use crate::{FormatError, safely};
 use std::path::Path;
-
-/// Index into [`Placement::tiers`].
-pub type TierIdx = usize;
 
 /// Longest half-life of a policy, in tokens.
 pub const MAX_HALF_LIFE: u32 = 1 << 16;
@@ -220,15 +218,15 @@ pub struct Prediction {
     /// Fixed overheads per token.
     pub overhead_s: f64,
     /// Dense groups, by tier.
-    pub dense_s: Vec<f64>,
+    pub dense_s: PerTier<f64>,
     /// Chosen experts by tier, before overlap: read in place or, from a block device, into memory.
-    pub expert_s: Vec<f64>,
+    pub expert_s: PerTier<f64>,
     /// What the slowest of the overlapping expert paths costs, summed over layers.
     pub expert_critical_s: f64,
     /// Share of expert accesses served from pins or slots.
     pub hit_rate: f64,
     /// Bytes of weights that a decoded token reads, by tier.
-    pub read_bytes: Vec<f64>,
+    pub read_bytes: PerTier<f64>,
     /// Whether its rates are declared, not measured.
     pub emulated: bool,
     /// Positions that the decoded token attends to, its own included; 0 where the KV cache is not
@@ -238,7 +236,7 @@ pub struct Prediction {
     pub kv_s: f64,
     /// Matmul rate of prompts by tier, in 10⁹ floating-point operations per second, 0 where it is
     /// not known; empty where it is known of no tier.
-    pub prompt_gflops: Vec<f64>,
+    pub prompt_gflops: PerTier<f64>,
 }
 
 impl Prediction {
@@ -287,7 +285,7 @@ pub struct Placement {
     /// Experts that staging can hold at once.
     pub staging_experts: u32,
     /// The tiers, fastest first.
-    pub tiers: Vec<PlanTier>,
+    pub tiers: PerTier<PlanTier>,
     /// Every dense group of the model once; a plan that was read has them by kind, then by layer.
     pub dense: Vec<DensePlacement>,
     /// Every layer with routed experts once, ascending. What is not pinned is pooled and lives on
@@ -349,7 +347,7 @@ impl Placement {
 
     /// Returns the tier where pooled experts live: the last one.
     pub fn home_tier(&self) -> TierIdx {
-        self.tiers.len().saturating_sub(1)
+        self.tiers.last_idx().unwrap_or(TierIdx::FIRST)
     }
 
     /// Returns the tier of the KV cache of a layer whose attention is on the tier `attention`.
@@ -369,10 +367,9 @@ impl Placement {
         tiers
     }
 
-    /// Returns the bytes of KV cache and recurrent state on each tier for the planned context,
-    /// `[tiers]`.
-    pub fn cache_bytes(&self, shape: &ModelShape) -> Vec<u64> {
-        let mut bytes = vec![0u64; self.tiers.len()];
+    /// Returns the bytes of KV cache and recurrent state on each tier for the planned context.
+    pub fn cache_bytes(&self, shape: &ModelShape) -> PerTier<u64> {
+        let mut bytes = PerTier::from_fn(self.tiers.len(), |_| 0u64);
         for (cache, tier) in shape.caches.iter().zip(self.cache_tiers(shape.caches.len())) {
             if let Some(sum) = bytes.get_mut(tier) {
                 *sum = sum.saturating_add(cache.context_bytes(self.kv_type, self.context));
@@ -390,10 +387,10 @@ impl Placement {
         shape.caches.iter().zip(self.cache_tiers(shape.caches.len())).map(of).sum()
     }
 
-    /// Returns the predicted time of the KV cache by tier, `[tiers]`: split by the time that its
-    /// bytes take there.
-    pub fn kv_s_by_tier(&self) -> Vec<f64> {
-        let mut parts: Vec<f64> = self.tiers.iter().map(|t| t.bytes.kv as f64 / t.tier.read_gbps).collect();
+    /// Returns the predicted time of the KV cache by tier: split by the time that its bytes take
+    /// there.
+    pub fn kv_s_by_tier(&self) -> PerTier<f64> {
+        let mut parts: PerTier<f64> = self.tiers.iter().map(|t| t.bytes.kv as f64 / t.tier.read_gbps).collect();
         let sum: f64 = parts.iter().sum();
         if sum > 0.0 {
             parts.iter_mut().for_each(|part| *part *= self.predicted.kv_s / sum);

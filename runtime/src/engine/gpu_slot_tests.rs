@@ -14,18 +14,18 @@ use tier_plan_formats::machine::TierKind;
 use tier_plan_formats::model::kv::KvType;
 use tier_plan_formats::model::shape::ModelShape;
 use tier_plan_formats::model::{describe, shape::shape_of};
-use tier_plan_formats::placement::{Pins, Placement, SlotPolicy};
+use tier_plan_formats::placement::{PerTier, Pins, Placement, SlotPolicy, TierIdx};
 use tier_plan_testing::nmse;
 
-const VRAM0: usize = 0;
-const VRAM1: usize = 1;
-const DRAM: usize = 2;
+const VRAM0: TierIdx = TierIdx::new(0);
+const VRAM1: TierIdx = TierIdx::new(1);
+const DRAM: TierIdx = TierIdx::new(2);
 
 /// What a plan does with a layer: experts pinned by tier, and slots.
 struct Layer {
     pinned: [u32; 3],
     slots: u32,
-    slot_tier: usize,
+    slot_tier: TierIdx,
     policy: SlotPolicy,
 }
 
@@ -40,8 +40,8 @@ fn open(name: &str) -> (Arc<Gguf>, ModelShape) {
 /// experts, of which a few are on each tier, so that a layer's pooled experts begin with 0.
 fn plan(shape: &ModelShape, home: TierKind, layer_of: impl Fn(usize) -> Layer) -> Placement {
     let mut plan = all_in_memory(shape, 96, KvType::F32);
-    let all = plan.tiers.remove(0);
-    let mut tiers = vec![all; 4];
+    let all = plan.tiers[TierIdx::FIRST].clone();
+    let mut tiers = PerTier::from_fn(4, |_| all.clone());
     let kinds = [TierKind::Vram, TierKind::Vram, TierKind::Dram, home];
     for (t, (name, kind)) in tiers.iter_mut().zip(["vram0", "vram1", "dram", "home"].into_iter().zip(kinds)) {
         (t.tier.name, t.tier.kind, t.tier.read_gbps) = (name.into(), kind, 1e6);
@@ -51,7 +51,7 @@ fn plan(shape: &ModelShape, home: TierKind, layer_of: impl Fn(usize) -> Layer) -
     for (i, (layer, of)) in plan.layers.iter_mut().zip(&shape.experts).enumerate() {
         let wanted = layer_of(i);
         let mut last = of.n_expert;
-        for (tier, n) in wanted.pinned.into_iter().enumerate().filter(|(_, n)| *n > 0) {
+        for (tier, n) in TierIdx::first(3).zip(wanted.pinned).filter(|(_, n)| *n > 0) {
             layer.pinned.push(Pins { tier, experts: (last - n..last).collect() });
             last -= n;
         }
@@ -135,7 +135,7 @@ fn load(gguf: &Arc<Gguf>, plan: &Placement, batch: usize) -> (Engine, Devices) {
     let give = |number: usize| Ok(Arc::clone(&devices[number]) as Arc<dyn Device>);
     let engine = Engine::load_on(Arc::clone(gguf), plan, &options, Some(&give), &mut |_, _| {}).unwrap();
     let planned: Vec<u64> = plan.tiers.iter().map(|t| t.used_bytes()).collect();
-    assert_eq!(engine.resident_bytes(), planned);
+    assert_eq!(engine.resident_bytes().as_slice(), planned);
     (engine, devices)
 }
 

@@ -12,13 +12,13 @@ use tier_plan_cuda::{CudaError, Device, shim};
 use tier_plan_formats::machine::TierKind;
 use tier_plan_formats::model::kv::KvType;
 use tier_plan_formats::model::shape::{DenseKind, ModelShape};
-use tier_plan_formats::placement::{Pins, Placement};
+use tier_plan_formats::placement::{Pins, Placement, TierIdx};
 use tier_plan_testing::nmse;
 
 /// Tiers of the plans here.
-const GPU0: usize = 0;
-const GPU1: usize = 1;
-const DRAM: usize = 2;
+const GPU0: TierIdx = TierIdx::new(0);
+const GPU1: TierIdx = TierIdx::new(1);
+const DRAM: TierIdx = TierIdx::new(2);
 
 /// The emulated device, which knows what is in its memory.
 struct Own {
@@ -91,15 +91,15 @@ impl Device for Own {
 fn plan(
     shape: &ModelShape,
     (context, kv_type): (u32, KvType),
-    dense: impl Fn(DenseKind, Option<u32>) -> usize,
-    experts: impl Fn(u32) -> usize,
+    dense: impl Fn(DenseKind, Option<u32>) -> TierIdx,
+    experts: impl Fn(u32) -> TierIdx,
 ) -> Placement {
     let mut plan = all_in_memory(shape, context, kv_type);
     for name in ["gpu-b", "gpu-a"] {
-        let mut gpu = plan.tiers[0].clone();
+        let mut gpu = plan.tiers[TierIdx::new(0)].clone();
         (gpu.tier.name, gpu.tier.kind, gpu.budget_bytes) = (name.into(), TierKind::Vram, 1 << 40);
         (gpu.tier.capacity_bytes, gpu.tier.unit) = (1 << 40, None);
-        plan.tiers.insert(0, gpu);
+        plan.tiers = [gpu].into_iter().chain(plan.tiers).collect();
     }
     (plan.staging_tier, plan.kv_tier) = (DRAM, DRAM);
     plan.dense.iter_mut().for_each(|d| d.tier = dense(d.kind, d.layer));
@@ -137,7 +137,7 @@ fn compare(name: &str, of: (u32, KvType), make: impl Fn(&ModelShape) -> Placemen
     let load = |plan: &Placement| {
         let engine = Engine::load_on(Arc::clone(&gguf), plan, &options, Some(&give), &mut |_, _| {}).unwrap();
         let planned: Vec<u64> = plan.tiers.iter().map(|t| t.used_bytes()).collect();
-        assert_eq!(engine.resident_bytes(), planned, "{name}");
+        assert_eq!(engine.resident_bytes().as_slice(), planned, "{name}");
         engine
     };
     let mut engine = load(&make(&shape));
@@ -178,7 +178,7 @@ fn two_gpus_share_the_layers_of_a_model() {
                     (_, Some(layer)) => gpu(layer),
                 };
                 let plan = plan(shape, of, dense, gpu);
-                assert!(plan.tiers[..2].iter().all(|t| t.bytes.kv > 0) && plan.tiers[DRAM].bytes.kv == 0);
+                assert!(plan.tiers.iter().take(2).all(|t| t.bytes.kv > 0) && plan.tiers[DRAM].bytes.kv == 0);
                 plan
             });
             assert!(launches.iter().all(|n| *n > 0), "{name}: {launches:?}");

@@ -14,7 +14,7 @@ use tier_plan_formats::machine::TierKind;
 use tier_plan_formats::model::kv::KvType;
 use tier_plan_formats::model::shape::{DenseKind, ModelShape};
 use tier_plan_formats::model::{describe, shape::shape_of};
-use tier_plan_formats::placement::{Pins, Placement, Violation};
+use tier_plan_formats::placement::{Pins, Placement, TierIdx, Violation};
 use tier_plan_testing::{models, nmse};
 
 pub(crate) fn data(name: &str) -> PathBuf {
@@ -24,18 +24,18 @@ pub(crate) fn data(name: &str) -> PathBuf {
 /// Everything in main memory but for every second expert, which a GPU has.
 fn half_on_gpu(shape: &ModelShape, context: u32) -> Placement {
     let mut plan = all_in_memory(shape, context, KvType::F32);
-    let mut vram = plan.tiers[0].clone();
+    let mut vram = plan.tiers[TierIdx::new(0)].clone();
     vram.tier.name = "vram".into();
     vram.tier.kind = TierKind::Vram;
     for (layer, experts) in plan.layers.iter_mut().zip(&shape.experts) {
         let pinned: Vec<u32> = (0..experts.n_expert).filter(|e| e % 2 == 1).collect();
-        layer.pinned.push(Pins { tier: 0, experts: pinned });
+        layer.pinned.push(Pins { tier: TierIdx::new(0), experts: pinned });
     }
-    plan.tiers.insert(0, vram);
-    plan.kv_tier = 1;
-    plan.staging_tier = 1;
-    plan.dense.iter_mut().for_each(|d| d.tier = 1);
-    plan.layers.iter_mut().for_each(|l| l.slot_tier = 1);
+    plan.tiers = [vram].into_iter().chain(plan.tiers).collect();
+    plan.kv_tier = TierIdx::new(1);
+    plan.staging_tier = TierIdx::new(1);
+    plan.dense.iter_mut().for_each(|d| d.tier = TierIdx::new(1));
+    plan.layers.iter_mut().for_each(|l| l.slot_tier = TierIdx::new(1));
     plan.fill_sums(shape);
     plan
 }
@@ -73,7 +73,7 @@ fn experts_on_a_gpu_give_the_same_text() {
         };
         let mut engine = load(&plan);
         let planned: Vec<u64> = plan.tiers.iter().map(|t| t.used_bytes()).collect();
-        assert_eq!(engine.resident_bytes(), planned, "{name}");
+        assert_eq!(engine.resident_bytes().as_slice(), planned, "{name}");
         let n_vocab = engine.spec().n_vocab as u32;
         let got = logits(&mut engine, n_vocab);
         let expected = logits(&mut load(&all_in_memory(&shape, 64, KvType::F32)), n_vocab);
@@ -109,17 +109,17 @@ pub(crate) fn plan(
     experts: Experts,
 ) -> Placement {
     let mut plan = all_in_memory(shape, context, kv_type);
-    let mut vram = plan.tiers[0].clone();
+    let mut vram = plan.tiers[TierIdx::new(0)].clone();
     (vram.tier.name, vram.tier.kind) = ("vram".into(), TierKind::Vram);
-    plan.tiers.insert(0, vram);
-    (plan.staging_tier, plan.kv_tier) = (1, usize::from(!kv_on_gpu));
-    plan.dense.iter_mut().for_each(|d| d.tier = usize::from(!on_gpu(d.kind, d.layer)));
+    plan.tiers = [vram].into_iter().chain(plan.tiers).collect();
+    (plan.staging_tier, plan.kv_tier) = (TierIdx::new(1), TierIdx::new(usize::from(!kv_on_gpu)));
+    plan.dense.iter_mut().for_each(|d| d.tier = TierIdx::new(usize::from(!on_gpu(d.kind, d.layer))));
     for (layer, of) in plan.layers.iter_mut().zip(&shape.experts) {
-        layer.slot_tier = 1;
+        layer.slot_tier = TierIdx::new(1);
         match experts {
             Experts::Memory => {}
             Experts::Gpu => {
-                layer.pinned.push(Pins { tier: 0, experts: (0..of.n_expert).collect() });
+                layer.pinned.push(Pins { tier: TierIdx::new(0), experts: (0..of.n_expert).collect() });
             }
             Experts::File => {
                 layer.slots = of.n_used;
@@ -128,9 +128,9 @@ pub(crate) fn plan(
         }
     }
     if experts == Experts::File {
-        let mut file = plan.tiers[1].clone();
+        let mut file = plan.tiers[TierIdx::new(1)].clone();
         (file.tier.name, file.tier.kind) = ("file".into(), TierKind::Nvme);
-        plan.tiers.push(file);
+        plan.tiers = plan.tiers.into_iter().chain([file]).collect();
     }
     plan.fill_sums(shape);
     plan
@@ -142,7 +142,7 @@ pub(crate) fn load(gguf: &Arc<Gguf>, plan: &Placement, batch: usize) -> Engine {
     let give = |_: usize| Ok(shim::shared() as Arc<dyn Device>);
     let engine = Engine::load_on(Arc::clone(gguf), plan, &options, Some(&give), &mut |_, _| {}).unwrap();
     let planned: Vec<u64> = plan.tiers.iter().map(|t| t.used_bytes()).collect();
-    assert_eq!(engine.resident_bytes(), planned);
+    assert_eq!(engine.resident_bytes().as_slice(), planned);
     engine
 }
 
@@ -320,13 +320,13 @@ fn what_a_gpu_cannot_run_is_refused() {
         "{error}"
     );
     let mut split = plan(&shape, of, but_one, false, Experts::Memory);
-    split.tiers[0].bytes.kv -= 64;
-    split.tiers[1].bytes.kv += 64;
+    split.tiers[TierIdx::new(0)].bytes.kv -= 64;
+    split.tiers[TierIdx::new(1)].bytes.kv += 64;
     let error = refused(&gguf, &split, usize::MAX).to_string();
     assert!(error.contains("tier 'vram' has") && error.contains("bytes for the KV cache"), "{error}");
     let mut slots = plan(&shape, of, ALL, true, Experts::Memory);
-    slots.tiers[0].bytes.staging = 1;
-    slots.tiers[0].budget_bytes = u64::MAX;
+    slots.tiers[TierIdx::new(0)].bytes.staging = 1;
+    slots.tiers[TierIdx::new(0)].budget_bytes = u64::MAX;
     assert!(
         matches!(refused(&gguf, &slots, usize::MAX), LoadError::Plan { violation, .. } if matches!(*violation, Violation::PoolOnGpu { .. }))
     );
@@ -340,7 +340,7 @@ fn a_gpu_that_is_too_small_is_refused_before_anything_is_copied() {
     let LoadError::GpuFull { needed, weights, cache, work, reserve, free, .. } = refused(&gguf, &plan, 1000) else {
         panic!("it was not refused for its size")
     };
-    let vram = &plan.tiers[0];
+    let vram = &plan.tiers[TierIdx::new(0)];
     assert_eq!((weights, cache, free), (vram.bytes.dense + vram.bytes.pinned, vram.bytes.kv, 1000));
     assert_eq!(needed, weights + cache + work + reserve);
     assert!(work > 0);
@@ -389,7 +389,7 @@ fn a_token_of_a_model_on_one_gpu_is_replayed() {
         assert_eq!(counters.layers.iter().map(|l| l.pinned_hits).sum::<u64>(), 9 * used);
         let read: u64 = counters.read_bytes.iter().sum();
         assert_eq!(read, plain.counters().read_bytes.iter().sum::<u64>());
-        assert!(counters.decode_tokens == 9 && counters.busy[0] > std::time::Duration::ZERO);
+        assert!(counters.decode_tokens == 9 && counters.busy[TierIdx::FIRST] > std::time::Duration::ZERO);
         // Back to positions that were seen before.
         engine.truncate(200).unwrap();
         plain.truncate(200).unwrap();

@@ -19,7 +19,7 @@ pub struct Circumstances {
 pub fn record(engine: &Engine, generated: &Generated, circumstances: &Circumstances) -> RunRecord {
     let plan = engine.plan();
     let counters = engine.counters();
-    let tiers = plan.tiers.iter().enumerate().map(|(i, t)| TierRecord {
+    let tiers = plan.tiers.enumerate().map(|(i, t)| TierRecord {
         name: t.tier.name.clone(),
         emulated: t.tier.emulated,
         planned_bytes: t.used_bytes(),

@@ -12,7 +12,7 @@ use crate::tiers::pace::{Pacer, StageBytes, settle};
 use std::time::{Duration, Instant};
 use tier_plan_formats::model::Model;
 use tier_plan_formats::model::shape::DenseKind;
-use tier_plan_formats::placement::{Placement, TierIdx};
+use tier_plan_formats::placement::{PerTier, Placement, TierIdx};
 
 /// Clocks, counters and pacing of an engine.
 pub(crate) struct Meter {
@@ -55,7 +55,7 @@ pub(crate) struct LayerClock {
 impl Meter {
     pub(crate) fn new(model: &Model, plan: &Placement) -> Self {
         let (spec, shape) = (model.spec(), model.shape());
-        let tiers: Vec<_> = plan.tiers.iter().map(|t| t.tier.clone()).collect();
+        let tiers: PerTier<_> = plan.tiers.iter().map(|t| t.tier.clone()).collect();
         let tier_of = |kind, layer| plan.dense.iter().find(|d| d.kind == kind && d.layer == layer).map(|d| d.tier);
         let mut weights = vec![StageBytes::new(tiers.len()); spec.layers.len()];
         for group in &shape.dense {
@@ -69,7 +69,7 @@ impl Meter {
             cache: CacheReads::new(&layer.mixer, plan.kv_type),
             cache_tier,
         });
-        let head_tier = tier_of(DenseKind::Head, None).unwrap_or_default();
+        let head_tier = tier_of(DenseKind::Head, None).unwrap_or(TierIdx::FIRST);
         let head_bytes = shape.dense.iter().filter(|d| d.kind == DenseKind::Head).map(|d| d.token_bytes).sum();
         let table = &model.gguf().tensors()[spec.embedding];
         Self {
@@ -83,7 +83,7 @@ impl Meter {
                 bytes: table.n_bytes / spec.n_vocab as u64,
             },
             head: TierBytes { tier: head_tier, bytes: head_bytes },
-            slow_tier: tiers.len().saturating_sub(1),
+            slow_tier: plan.home_tier(),
             outside: StageBytes::new(tiers.len()),
             computed: StageBytes::new(tiers.len()),
         }
@@ -168,14 +168,14 @@ impl Meter {
                 let layer = &mut self.counters.layers[moe.get()];
                 layer.dense += clock.experts - clock.dense;
                 layer.experts += time;
-                self.charge_experts(moe, step, paths.as_deref(), time);
+                self.charge_experts(moe, step, paths.as_ref(), time);
             }
         }
     }
 
     /// Counts a decoded token's experts; `paths` are the declared times by tier where a tier is
     /// emulated.
-    fn charge_experts(&mut self, moe: MoeIdx, step: &Step, paths: Option<&[Duration]>, time: Duration) {
+    fn charge_experts(&mut self, moe: MoeIdx, step: &Step, paths: Option<&PerTier<Duration>>, time: Duration) {
         let layer = &mut self.counters.layers[moe.get()];
         layer.pinned_hits += step.pinned_hits;
         layer.slot_hits += step.slot_hits;
@@ -224,7 +224,7 @@ impl Meter {
         total.add(self.embedding.tier, self.embedding.bytes);
         total.add(self.head.tier, self.head.bytes);
         for traffic in &self.dense {
-            traffic.weights.by_tier().iter().enumerate().for_each(|(tier, bytes)| total.add(tier, *bytes));
+            traffic.weights.by_tier().enumerate().for_each(|(tier, bytes)| total.add(tier, *bytes));
         }
         experts.clone().for_each(|layer| total.add(tier, layer.bytes));
         let sum: u64 = total.by_tier().iter().sum();

@@ -53,7 +53,7 @@ use std::time::Instant;
 use tier_plan_formats::model::Model;
 use tier_plan_formats::model::shape::ModelShape;
 use tier_plan_formats::model::spec::ModelSpec;
-use tier_plan_formats::placement::{Placement, TierIdx};
+use tier_plan_formats::placement::{PerTier, Placement, TierIdx};
 use tier_plan_kernels::Kernels;
 
 /// A loaded model with one text.
@@ -179,13 +179,13 @@ impl Engine {
     /// Returns the bytes counted in each tier after loading: dense groups, pinned experts, slots,
     /// staging, KV cache and recurrent states. The last tier's include the backing copies of pooled
     /// experts.
-    pub fn resident_bytes(&self) -> &[u64] {
+    pub fn resident_bytes(&self) -> &PerTier<u64> {
         &self.memory.resident_bytes
     }
 
     /// Returns the bytes by tier that slots and staging take beyond the plan, within its budget, so
     /// that a block device is read straight into them.
-    pub fn padding_bytes(&self) -> &[u64] {
+    pub fn padding_bytes(&self) -> &PerTier<u64> {
         &self.memory.padding_bytes
     }
 

@@ -12,7 +12,7 @@ use tier_plan_formats::machine::TierKind;
 use tier_plan_formats::model::kv::KvType;
 use tier_plan_formats::model::shape::ModelShape;
 use tier_plan_formats::model::{describe, shape::shape_of};
-use tier_plan_formats::placement::{Pins, Placement};
+use tier_plan_formats::placement::{Pins, Placement, TierIdx};
 
 fn open(name: &str) -> (Arc<Gguf>, ModelShape) {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data").join(name);
@@ -25,7 +25,7 @@ fn open(name: &str) -> (Arc<Gguf>, ModelShape) {
 /// from a drive.
 fn two_nodes(shape: &ModelShape, context: u32, node: u32) -> Placement {
     let mut plan = all_in_memory(shape, context, KvType::F16);
-    let drive = &mut plan.tiers[0];
+    let drive = &mut plan.tiers[TierIdx::new(0)];
     let mut first = drive.clone();
     (drive.tier.name, drive.tier.kind, drive.tier.emulated) = ("slow".into(), TierKind::Nvme, true);
     drive.tier.read_gbps = 1e6;
@@ -36,11 +36,11 @@ fn two_nodes(shape: &ModelShape, context: u32, node: u32) -> Placement {
     second.tier.read_gbps = 1e6;
     for (layer, experts) in plan.layers.iter_mut().zip(&shape.experts) {
         let every_third = |from: u32| (from..experts.n_expert).step_by(3).collect::<Vec<u32>>();
-        layer.pinned = [0, 1].map(|tier| Pins { tier, experts: every_third(tier as u32) }).to_vec();
-        (layer.slots, layer.slot_tier) = (2, 1);
+        layer.pinned = [0, 1].map(|tier| Pins { tier: TierIdx::new(tier), experts: every_third(tier as u32) }).to_vec();
+        (layer.slots, layer.slot_tier) = (2, TierIdx::new(1));
         plan.staging_experts = plan.staging_experts.max(experts.n_used);
     }
-    plan.tiers.splice(0..0, [first, second]);
+    plan.tiers = [first, second].into_iter().chain(plan.tiers).collect();
     plan.fill_sums(shape);
     plan.tiers.iter_mut().for_each(|t| t.budget_bytes = t.used_bytes());
     plan
@@ -67,7 +67,7 @@ fn a_plan_over_nodes_gives_the_same_text_or_says_which_node_is_missing() {
         other => other.unwrap(),
     };
     let planned: Vec<u64> = plan.tiers.iter().map(|t| t.used_bytes()).collect();
-    assert_eq!(engine.resident_bytes(), planned);
+    assert_eq!(engine.resident_bytes().as_slice(), planned);
     let mut plain = load(&all_in_memory(&shape, 32, KvType::F16)).unwrap();
     let tokens: Vec<u32> = (0..20).map(|i| (i * 37 + 5) % 96).collect();
     let expected = plain.forward(&tokens, LogitsMode::All).unwrap();

@@ -13,7 +13,7 @@ use tier_plan_formats::machine::TierKind;
 use tier_plan_formats::model::kv::KvType;
 use tier_plan_formats::model::shape::{ModelShape, shape_of};
 use tier_plan_formats::model::{ModelError, describe};
-use tier_plan_formats::placement::{Pins, Placement};
+use tier_plan_formats::placement::{Pins, Placement, TierIdx};
 use tier_plan_kernels::quant::TensorType;
 
 /// A fixture, ready to be rewritten.
@@ -43,12 +43,12 @@ const CONTEXT: u32 = 26;
 /// Every expert in an arena, and a slow tier that is mapped.
 fn pinned(shape: &ModelShape) -> Placement {
     let mut plan = all_in_memory(shape, CONTEXT, KvType::F32);
-    let mut slow = plan.tiers[0].clone();
+    let mut slow = plan.tiers[TierIdx::new(0)].clone();
     slow.tier.name = "slow".into();
     slow.tier.kind = TierKind::Pmem;
-    plan.tiers.push(slow);
+    plan.tiers = plan.tiers.into_iter().chain([slow]).collect();
     for (layer, e) in plan.layers.iter_mut().zip(&shape.experts) {
-        layer.pinned = vec![Pins { tier: 0, experts: (0..e.n_expert).collect() }];
+        layer.pinned = vec![Pins { tier: TierIdx::new(0), experts: (0..e.n_expert).collect() }];
     }
     plan.fill_sums(shape);
     plan

@@ -2,6 +2,7 @@
 
 use crate::tiers::pace::StageBytes;
 use std::time::Duration;
+use tier_plan_formats::placement::PerTier;
 
 /// Outcomes of prefetched experts.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -63,12 +64,11 @@ pub struct Counters {
     pub decode_tokens: u64,
     /// Time spent on decoding.
     pub decode: Duration,
-    /// Weight bytes read while decoding, `[n_tiers]`.
-    pub read_bytes: Vec<u64>,
-    /// Time spent on each tier's bytes while decoding, `[n_tiers]`: computing on them, or waiting
-    /// for them. The time of a stage that mixes tiers is shared out by bytes. On emulated tiers it
+    /// Weight bytes read while decoding.
+    pub read_bytes: PerTier<u64>,
+    /// Time spent on each tier's bytes while decoding: computing on them, or waiting for them. The time of a stage that mixes tiers is shared out by bytes. On emulated tiers it
     /// is shared out by the declared times of the stage's paths.
-    pub busy: Vec<Duration>,
+    pub busy: PerTier<Duration>,
     /// Prefetched experts, for prompts and while decoding.
     pub prefetch: PrefetchCount,
     /// `[n_moe_layers]`.
@@ -79,8 +79,8 @@ impl Counters {
     /// Starts all counters at zero.
     pub fn new(n_tiers: usize, n_moe_layers: usize) -> Self {
         Self {
-            read_bytes: vec![0; n_tiers],
-            busy: vec![Duration::ZERO; n_tiers],
+            read_bytes: PerTier::from_fn(n_tiers, |_| 0),
+            busy: PerTier::from_fn(n_tiers, |_| Duration::ZERO),
             layers: vec![LayerCounters::default(); n_moe_layers],
             ..Self::default()
         }
@@ -97,16 +97,15 @@ impl Counters {
     pub(crate) fn charge(&mut self, bytes: &StageBytes, time: Duration) {
         let total: u64 = bytes.by_tier().iter().sum();
         self.count(bytes);
-        for (tier, bytes) in bytes.by_tier().iter().enumerate() {
+        for (tier, bytes) in bytes.by_tier().enumerate() {
             if total > 0 {
                 self.busy[tier] += time.mul_f64(*bytes as f64 / total as f64);
             }
         }
     }
 
-    /// Counts the time of a decode stage, shared out by the declared times of its paths,
-    /// `[n_tiers]`.
-    pub(crate) fn charge_paths(&mut self, paths: &[Duration], time: Duration) {
+    /// Counts the time of a decode stage, shared out by the declared times of its paths.
+    pub(crate) fn charge_paths(&mut self, paths: &PerTier<Duration>, time: Duration) {
         let total: f64 = paths.iter().map(Duration::as_secs_f64).sum();
         if total > 0.0 {
             for (busy, path) in self.busy.iter_mut().zip(paths) {

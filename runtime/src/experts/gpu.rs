@@ -12,10 +12,11 @@ use super::store::ExpertStore;
 use crate::tiers::arena::ArenaSlice;
 use tier_plan_cuda::CudaError;
 use tier_plan_cuda::experts::{ExpertBytes, PinnedExperts, Place};
+use tier_plan_formats::placement::TierIdx;
 
 /// A GPU's experts, and the requests of the current step.
 pub(super) struct GpuExperts {
-    tier: usize,
+    tier: TierIdx,
     experts: PinnedExperts,
     /// Positions in the step of the requested experts, in the order of the requests.
     requested: Vec<usize>,
@@ -29,13 +30,13 @@ pub(crate) struct GpuSlot {
     /// Index of the GPU among those with experts.
     pub gpu: usize,
     /// Tier of the GPU's memory.
-    pub tier: usize,
+    pub tier: TierIdx,
     place: Place,
 }
 
 impl ExpertStore {
     /// Sets the GPUs, with their tiers, whose experts are backed or have slots there.
-    pub(crate) fn set_gpus(&mut self, gpus: Vec<(usize, PinnedExperts)>) {
+    pub(crate) fn set_gpus(&mut self, gpus: Vec<(TierIdx, PinnedExperts)>) {
         let with_tier = |(tier, experts)| GpuExperts { tier, experts, requested: Vec::new(), has_token: false };
         self.gpus = gpus.into_iter().map(with_tier).collect();
     }
@@ -46,7 +47,7 @@ impl ExpertStore {
     }
 
     /// Returns the experts on a tier's GPU.
-    pub(crate) fn of_tier(&mut self, tier: usize) -> Option<&mut PinnedExperts> {
+    pub(crate) fn of_tier(&mut self, tier: TierIdx) -> Option<&mut PinnedExperts> {
         self.gpus.iter_mut().find(|g| g.tier == tier).map(|g| &mut g.experts)
     }
 

@@ -10,7 +10,7 @@ use crate::tiers::file::{Extent, SliceChecksum, Span};
 use crate::tiers::source::ALIGN;
 use tier_plan_formats::gguf::Gguf;
 use tier_plan_formats::model::spec::{ExpertLinear, MoeSpec, TensorId};
-use tier_plan_formats::placement::SlotPolicy;
+use tier_plan_formats::placement::{SlotPolicy, TierIdx};
 use tier_plan_kernels::Weights;
 use tier_plan_kernels::quant::TensorType;
 
@@ -55,9 +55,9 @@ pub(crate) enum ExpertBacking {
     /// In the mapped file, where it computes.
     Mapped,
     /// In a tier's arena, where it computes.
-    Pinned { tier: usize, bytes: ArenaSlice },
+    Pinned { tier: TierIdx, bytes: ArenaSlice },
     /// In the memory of the GPU of this tier, where it computes.
-    Gpu(usize),
+    Gpu(TierIdx),
     /// On the slow tier. It shares the layer's slots and staging with the other pooled experts.
     Pooled,
 }
@@ -88,7 +88,7 @@ pub(crate) struct LayerExperts {
     /// `[n_slots]`; `None` while a read into the slot is in flight. Empty where the slots are on a
     /// GPU.
     pub(super) slots: Vec<Option<ArenaSlice>>,
-    pub(super) slot_tier: usize,
+    pub(super) slot_tier: TierIdx,
     pub(super) slots_on_gpu: bool,
 }
 
@@ -102,7 +102,7 @@ impl Part {
 
 impl LayerExperts {
     /// Makes a layer without slots. `backings` is `[n_expert]`.
-    pub(crate) fn new(gguf: &Gguf, moe: &MoeSpec, backings: Vec<ExpertBacking>, slot_tier: usize) -> Self {
+    pub(crate) fn new(gguf: &Gguf, moe: &MoeSpec, backings: Vec<ExpertBacking>, slot_tier: TierIdx) -> Self {
         let (mut parts, mut expert_bytes, mut paged_bytes) = (Vec::new(), 0, 0);
         let mut part = |tensor: TensorId| {
             let info = &gguf.tensors()[tensor];
@@ -137,16 +137,16 @@ impl LayerExperts {
 
     /// Makes a layer whose experts are all pooled, without slots.
     pub(crate) fn all_pooled(gguf: &Gguf, moe: &MoeSpec) -> Self {
-        Self::new(gguf, moe, (0..moe.n_expert).map(|_| ExpertBacking::Pooled).collect(), 0)
+        Self::new(gguf, moe, (0..moe.n_expert).map(|_| ExpertBacking::Pooled).collect(), TierIdx::FIRST)
     }
 
     /// Makes a tier's arena the backing of an expert, whose bytes are [packed](Layout::Packed).
-    pub(crate) fn pin(&mut self, expert: usize, tier: usize, bytes: ArenaSlice) {
+    pub(crate) fn pin(&mut self, expert: usize, tier: TierIdx, bytes: ArenaSlice) {
         self.backings[expert] = ExpertBacking::Pinned { tier, bytes };
     }
 
     /// Makes the GPU of a tier the backing of an expert.
-    pub(crate) fn pin_on_gpu(&mut self, expert: usize, tier: usize) {
+    pub(crate) fn pin_on_gpu(&mut self, expert: usize, tier: TierIdx) {
         self.backings[expert] = ExpertBacking::Gpu(tier);
     }
 

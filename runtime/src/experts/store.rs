@@ -46,6 +46,7 @@ use std::sync::Arc;
 use std::time::Instant;
 use tier_plan_cuda::CudaError;
 use tier_plan_formats::gguf::Gguf;
+use tier_plan_formats::placement::TierIdx;
 
 pub(crate) use super::step::Step;
 
@@ -63,8 +64,8 @@ pub(crate) struct ExpertStore {
     pub(super) staging: Vec<ArenaSlice>,
     /// Staging buffers in all; 0 where the slow tier is mapped.
     pub(super) n_staging: usize,
-    staging_tier: usize,
-    mapped_tier: usize,
+    staging_tier: TierIdx,
+    mapped_tier: TierIdx,
     /// Scratch of [`begin`](Self::begin).
     accesses: Vec<Access>,
     /// Scratch of [`begin`](Self::begin).
@@ -86,8 +87,8 @@ impl ExpertStore {
         layers: Vec<LayerExperts>,
         files: Option<FileTier>,
         staging: Vec<ArenaSlice>,
-        staging_tier: usize,
-        mapped_tier: usize,
+        staging_tier: TierIdx,
+        mapped_tier: TierIdx,
         prefetches: bool,
     ) -> Self {
         let prefetcher = Prefetcher::new(prefetches && files.is_some(), staging.len());
@@ -347,10 +348,10 @@ impl ExpertStore {
     }
 
     /// Returns the matrices and the tier of a ready expert.
-    pub(crate) fn view<'a>(&'a self, step: &'a Step, at: usize) -> (ExpertView<'a>, usize) {
+    pub(crate) fn view<'a>(&'a self, step: &'a Step, at: usize) -> (ExpertView<'a>, TierIdx) {
         let layer = &self.layers[step.layer];
         let (expert, state) = (step.expert(StepPos::new(at)), &step.states[at]);
-        let (bytes, tier): (&[u8], usize) = match state {
+        let (bytes, tier): (&[u8], TierIdx) = match state {
             ExpertState::InSlot(slot) => match &layer.slots[slot.index()] {
                 Some(buffer) => (buffer, layer.slot_tier),
                 None => unreachable!("a slot in use has its buffer"),

@@ -21,7 +21,7 @@ use tier_plan_cuda::{Device, shim};
 use tier_plan_formats::gguf::Gguf;
 use tier_plan_formats::model::describe;
 use tier_plan_formats::model::spec::{ModelSpec, MoeSpec};
-use tier_plan_formats::placement::SlotPolicy;
+use tier_plan_formats::placement::{SlotPolicy, TierIdx};
 
 /// The file in memory; reads fail whose numbers are listed.
 struct Faulty {
@@ -135,9 +135,10 @@ fn store(setup: &Setup, failing: &Arc<Mutex<(u64, Vec<u64>)>>) -> ExpertStore {
     let files = FileTier::from_readers(readers).unwrap();
     let sums = compute_checksums(&gguf, &spec, String::new(), &mut |_, _| true).unwrap();
     let checks = Checksums::bind(&gguf, &spec, &sums, &path).unwrap();
-    let mut store = ExpertStore::new(gguf, layers, Some(files), staging, 0, 1, setup.staging > 0);
+    let mut store =
+        ExpertStore::new(gguf, layers, Some(files), staging, TierIdx::FIRST, TierIdx::new(1), setup.staging > 0);
     store.verify(Arc::new(checks));
-    store.set_gpus(vec![(0, gpu)]);
+    store.set_gpus(vec![(TierIdx::FIRST, gpu)]);
     store
 }
 
@@ -389,7 +390,7 @@ fn on_a_mapped_tier_experts_without_a_slot_compute_in_place() {
     assert_eq!(step.read_bytes, 2 * store.expert_bytes(0), "two move to slots");
     for at in 0..5 {
         assert!(step.is_ready(at), "position {at}");
-        assert_eq!(store.view(&step, at).1, if at < 3 { 1 } else { 0 }, "mapped, or in its slot");
+        assert_eq!(store.view(&step, at).1.get(), if at < 3 { 1 } else { 0 }, "mapped, or in its slot");
         store.release(&mut step, at);
     }
     store.finish(&mut step).unwrap();

@@ -3,7 +3,7 @@
 use crate::error::LoadError;
 use std::sync::Arc;
 use tier_plan_cuda::{CudaError, Device, Gpu};
-use tier_plan_formats::placement::{Placement, TierIdx};
+use tier_plan_formats::placement::{PerTier, Placement, TierIdx};
 
 /// Opens the GPU with an ordinal, from 0. Tests return the GPU emulator.
 pub type GiveDevice<'a> = &'a dyn Fn(usize) -> Result<Arc<dyn Device>, CudaError>;
@@ -11,7 +11,7 @@ pub type GiveDevice<'a> = &'a dyn Fn(usize) -> Result<Arc<dyn Device>, CudaError
 /// The GPUs of a plan, by tier.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Devices {
-    by_tier: Vec<Option<Arc<dyn Device>>>,
+    by_tier: PerTier<Option<Arc<dyn Device>>>,
 }
 
 impl Devices {
@@ -32,7 +32,7 @@ impl Devices {
             by_tier.push(opened.transpose().map_err(|source| LoadError::Gpu { plan: plan.name.clone(), source })?);
             index += usize::from(t.tier.is_gpu());
         }
-        Ok(Self { by_tier })
+        Ok(Self { by_tier: by_tier.into() })
     }
 
     /// Returns the device of a tier.
@@ -42,7 +42,7 @@ impl Devices {
 
     /// Returns every device with its tier.
     pub(crate) fn all(&self) -> impl Iterator<Item = (TierIdx, &Arc<dyn Device>)> {
-        self.by_tier.iter().enumerate().filter_map(|(tier, device)| device.as_ref().map(|device| (tier, device)))
+        self.by_tier.enumerate().filter_map(|(tier, device)| device.as_ref().map(|device| (tier, device)))
     }
 }
 
@@ -65,13 +65,13 @@ mod tests {
         let gguf = Gguf::open(&path).unwrap();
         let mut plan = all_in_memory(&shape_of(&gguf, &describe(&gguf).unwrap()), 8, KvType::F16);
         let vram = |emulated, pinned_bytes| {
-            let mut t = plan.tiers[0].clone();
+            let mut t = plan.tiers[TierIdx::FIRST].clone();
             (t.tier.kind, t.tier.emulated) = (TierKind::Vram, emulated);
             t.bytes = TierBytes { pinned: pinned_bytes, ..TierBytes::default() };
             t
         };
         let tiers = [vram(false, 0), vram(true, 5), vram(false, 7), vram(false, 1)];
-        plan.tiers.splice(0..0, tiers);
+        plan.tiers = tiers.into_iter().chain(plan.tiers.clone()).collect();
         let asked = RefCell::new(Vec::new());
         let give = |number| {
             asked.borrow_mut().push(number);
@@ -80,10 +80,11 @@ mod tests {
         let devices = Devices::open(&plan, Some(&give)).unwrap();
         assert_eq!(*asked.borrow(), [1, 2]);
         asked.borrow_mut().clear();
-        plan.tiers[2].tier.unit = Some(5);
+        plan.tiers[TierIdx::new(2)].tier.unit = Some(5);
         Devices::open(&plan, Some(&give)).unwrap();
         assert_eq!(*asked.borrow(), [5, 2]);
-        assert_eq!(devices.all().map(|(tier, _)| tier).collect::<Vec<_>>(), [2, 3]);
-        assert!(devices.of(0).is_none() && devices.of(2).is_some() && devices.of(99).is_none());
+        assert_eq!(devices.all().map(|(tier, _)| tier).collect::<Vec<_>>(), [2, 3].map(TierIdx::new));
+        let has_device = |tier| devices.of(TierIdx::new(tier)).is_some();
+        assert!(!has_device(0) && has_device(2) && !has_device(99));
     }
 }

@@ -39,7 +39,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use tier_plan_cuda::{CudaError, Device};
 use tier_plan_formats::model::spec::ModelSpec;
-use tier_plan_formats::placement::{Placement, TierIdx};
+use tier_plan_formats::placement::{PerTier, Placement, TierIdx};
 use workspace::Workspace;
 
 /// Bytes of a GPU's memory that are left free for the driver, the kernels and small tables.
@@ -48,7 +48,7 @@ pub(crate) const GPU_RESERVE_BYTES: u64 = 128 << 20;
 /// The GPUs that have parts of a model, by tier.
 pub(super) struct Gpus {
     pub(super) places: Places,
-    by_tier: Vec<Option<Gpu>>,
+    by_tier: PerTier<Option<Gpu>>,
 }
 
 /// The parts on one GPU.
@@ -90,7 +90,7 @@ impl Gpus {
     ) -> Result<Self, LoadError> {
         let context = plan.context as usize;
         let mut by_tier = Vec::with_capacity(plan.tiers.len());
-        for tier in 0..plan.tiers.len() {
+        for tier in plan.tiers.indices() {
             let device = devices.of(tier).filter(|_| places.uses(tier));
             let gpu = device.map(|device| {
                 let sizes = fits::buffer_sizes(spec, plan, options, &places, tier);
@@ -101,7 +101,7 @@ impl Gpus {
             });
             by_tier.push(gpu.transpose()?);
         }
-        Ok(Self { places, by_tier })
+        Ok(Self { places, by_tier: by_tier.into() })
     }
 
     /// Returns the parts on a tier's GPU.
@@ -236,18 +236,18 @@ pub(super) fn mixer_alone(
         layers: vec![layer],
     };
     let places = Places {
-        layers: vec![crate::layers::places::LayerPlaces { mixer: Some(0), ..Default::default() }],
+        layers: vec![crate::layers::places::LayerPlaces { mixer: Some(TierIdx::FIRST), ..Default::default() }],
         ..Places::default()
     };
     let (context, rows) = (x.len() / hidden, batches.iter().copied().max().unwrap());
-    let sizes = BufferSizes::new(&spec, &places, 0, context, rows, context);
+    let sizes = BufferSizes::new(&spec, &places, TierIdx::FIRST, context, rows, context);
     let (mut ropes, by_layer) = super::layers::rope::rope_tables(&spec, &weights);
     let cache = CacheSpec { kv_type, context };
     let gpu = GpuSpec {
         spec: &spec,
         weights: &weights,
         places: &places,
-        tier: 0,
+        tier: TierIdx::FIRST,
         cache,
         rows,
         ropes: &by_layer,

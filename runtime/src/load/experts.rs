@@ -20,7 +20,7 @@ use tier_plan_kernels::threads::physical_cores;
 /// Returns the experts of each MoE layer where they are before any is pinned.
 pub(super) fn layers(model: &Model, plan: &Placement, options: &LoadOptions) -> Vec<LayerExperts> {
     let gguf = model.gguf();
-    let slow = &plan.tiers[plan.tiers.len() - 1].tier;
+    let slow = &plan.tiers[plan.home_tier()].tier;
     let pack = options.pack.as_ref().filter(|_| slow.kind == TierKind::Nvme);
     let mut layers = Vec::with_capacity(plan.layers.len());
     for (placed, (_, moe)) in plan.layers.iter().zip(model.spec().moe_layers()) {
@@ -86,7 +86,7 @@ impl Loader<'_> {
         placed: &LayerPlacement,
         layer: &mut LayerExperts,
     ) -> Result<(), LoadError> {
-        for tier in 0..self.plan.tiers.len() {
+        for tier in self.plan.tiers.indices() {
             if matches!(self.storage[tier], Storage::Gpu) {
                 self.experts_on_gpu(moe, placed, layer, tier)?;
                 self.progress.add(0);

@@ -21,7 +21,7 @@ use tier_plan_cuda::experts::PinnedExperts;
 use tier_plan_formats::gguf::Advice;
 use tier_plan_formats::model::Model;
 use tier_plan_formats::model::spec::TensorId;
-use tier_plan_formats::placement::{Placement, TierIdx};
+use tier_plan_formats::placement::{PerTier, Placement, TierIdx};
 
 /// A model whose tensors are where the plan puts them.
 pub(crate) struct Loaded {
@@ -34,9 +34,9 @@ pub(crate) struct Loaded {
 /// Bytes by tier.
 pub(crate) struct MemoryUse {
     /// What the plan counts. KV cache and recurrent states come with the engine.
-    pub resident_bytes: Vec<u64>,
+    pub resident_bytes: PerTier<u64>,
     /// What slots and staging take beyond the plan to hold whole pages.
-    pub padding_bytes: Vec<u64>,
+    pub padding_bytes: PerTier<u64>,
 }
 
 /// Loads a model. Nothing is allocated before the whole plan has been checked.
@@ -69,7 +69,7 @@ pub(crate) fn load(
     }
 
     let total = bytes_to_load(plan, options, &storage);
-    let memory = MemoryUse { resident_bytes: vec![0; plan.tiers.len()], padding_bytes };
+    let memory = MemoryUse { resident_bytes: PerTier::from_fn(plan.tiers.len(), |_| 0), padding_bytes };
     let progress = LoadProgress { done: 0, total, report: progress };
     let mut loader = Loader { model, plan, options, devices, gpu_experts, files, storage, layout, memory, progress };
     let weights = loader.dense()?;
@@ -80,7 +80,7 @@ pub(crate) fn load(
 
 /// Returns the bytes that are copied while loading, and those that are compared with their
 /// checksums in place.
-fn bytes_to_load(plan: &Placement, options: &LoadOptions, storage: &[Storage]) -> u64 {
+fn bytes_to_load(plan: &Placement, options: &LoadOptions, storage: &PerTier<Storage>) -> u64 {
     let copied: u64 = plan.tiers.iter().map(|t| t.bytes.dense + t.bytes.pinned).sum();
     match (plan.tiers.last(), storage.last()) {
         (Some(slow), Some(Storage::Mapped)) if options.checks.is_some() => copied + slow.bytes.home,
@@ -94,11 +94,10 @@ struct Loader<'a> {
     plan: &'a Placement,
     options: &'a LoadOptions,
     devices: Devices,
-    /// By tier: experts in a GPU's memory.
-    gpu_experts: Vec<Option<PinnedExperts>>,
+    /// Experts in a GPU's memory.
+    gpu_experts: PerTier<Option<PinnedExperts>>,
     files: Files,
-    /// By tier.
-    storage: Vec<Storage>,
+    storage: PerTier<Storage>,
     /// How slots and staging hold experts.
     layout: Layout,
     memory: MemoryUse,
@@ -125,7 +124,7 @@ impl LoadProgress<'_> {
 impl Loader<'_> {
     /// Returns the last tier, which experts are read from.
     fn slow_tier(&self) -> TierIdx {
-        self.plan.tiers.len() - 1
+        self.plan.home_tier()
     }
 
     /// Fills a buffer from the files.

@@ -9,7 +9,7 @@ use crate::tiers::nodes::Pages;
 use std::path::PathBuf;
 use tier_plan_formats::gguf::Gguf;
 use tier_plan_formats::machine::{Tier, TierKind};
-use tier_plan_formats::placement::{Placement, PlanTier};
+use tier_plan_formats::placement::{PerTier, Placement, PlanTier, TierIdx};
 
 /// What holds the bytes of a tier.
 pub(super) enum Storage {
@@ -33,9 +33,9 @@ pub(super) fn is_mapped(tier: &Tier) -> bool {
 ///
 /// # Errors
 /// When there is not enough.
-pub(super) fn reserve(plan: &Placement, padding_bytes: &[u64]) -> Result<Vec<Storage>, LoadError> {
-    let slow = plan.tiers.len() - 1;
-    let storage = |(i, (t, padding)): (usize, (&PlanTier, &u64))| {
+pub(super) fn reserve(plan: &Placement, padding_bytes: &PerTier<u64>) -> Result<PerTier<Storage>, LoadError> {
+    let slow = plan.home_tier();
+    let storage = |(i, t): (TierIdx, &PlanTier)| {
         let pages = Pages::of_tier(&t.tier);
         Ok(match t.tier.kind {
             TierKind::Nvme if i == slow => Storage::File,
@@ -43,11 +43,11 @@ pub(super) fn reserve(plan: &Placement, padding_bytes: &[u64]) -> Result<Vec<Sto
             _ if i == slow && is_mapped(&t.tier) => Storage::Mapped,
             _ => Storage::Arena {
                 weights: Arena::on(&t.tier.name, t.bytes.dense + t.bytes.pinned, &pages)?,
-                buffers: Arena::on(&t.tier.name, t.bytes.slots + t.bytes.staging + padding, &pages)?,
+                buffers: Arena::on(&t.tier.name, t.bytes.slots + t.bytes.staging + padding_bytes[i], &pages)?,
             },
         })
     };
-    plan.tiers.iter().zip(padding_bytes).enumerate().map(storage).collect()
+    plan.tiers.enumerate().map(storage).collect()
 }
 
 /// The files of a model.
@@ -64,7 +64,7 @@ impl Files {
     /// # Errors
     /// When a file can't be opened.
     pub(super) fn open(gguf: &Gguf, plan: &Placement, options: &LoadOptions) -> Result<Self, LoadError> {
-        let slow = &plan.tiers[plan.tiers.len() - 1].tier;
+        let slow = &plan.tiers[plan.home_tier()].tier;
         // An emulated device, and what stands for memory, are read through the page cache.
         let is_device = slow.kind == TierKind::Nvme && !slow.emulated;
         let mode = if is_device { ReadMode::from_env()? } else { ReadMode::Cached };
@@ -88,8 +88,8 @@ impl Files {
 ///
 /// They hold whole pages where files are read with direct I/O and every tier's budget has the bytes
 /// left.
-pub(super) fn layout(plan: &Placement, layers: &[LayerExperts], direct: bool) -> (Layout, Vec<u64>) {
-    let none = vec![0; plan.tiers.len()];
+pub(super) fn layout(plan: &Placement, layers: &[LayerExperts], direct: bool) -> (Layout, PerTier<u64>) {
+    let none = PerTier::from_fn(plan.tiers.len(), |_| 0);
     let mut padding = none.clone();
     let staging = largest(layers, Layout::WholePages) - largest(layers, Layout::Packed);
     padding[plan.staging_tier] += u64::from(plan.staging_experts) * staging as u64;

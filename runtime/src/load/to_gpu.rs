@@ -12,15 +12,15 @@ use crate::tiers::arena::Arena;
 use std::sync::Arc;
 use tier_plan_cuda::CudaError;
 use tier_plan_cuda::experts::{ExpertBytes, PinnedExperts};
-use tier_plan_formats::placement::{LayerPlacement, Placement, TierIdx};
+use tier_plan_formats::placement::{LayerPlacement, PerTier, Placement, TierIdx};
 
 /// Returns the GPUs of a plan by tier, with no experts yet.
 ///
 /// # Errors
 /// When a GPU fails.
-pub(super) fn open(plan: &Placement, devices: &Devices) -> Result<Vec<Option<PinnedExperts>>, LoadError> {
+pub(super) fn open(plan: &Placement, devices: &Devices) -> Result<PerTier<Option<PinnedExperts>>, LoadError> {
     let open = |tier| devices.of(tier).map(|device| PinnedExperts::new(Arc::clone(device), plan.layers.len()));
-    let gpus = (0..plan.tiers.len()).map(|tier| open(tier).transpose());
+    let gpus = plan.tiers.indices().map(|tier| open(tier).transpose());
     gpus.collect::<Result<_, _>>().map_err(|source| LoadError::Gpu { plan: plan.name.clone(), source })
 }
 
@@ -78,7 +78,7 @@ impl Loader<'_> {
     pub(super) fn ready_gpus(&mut self) -> Result<Vec<(TierIdx, PinnedExperts)>, LoadError> {
         let (rows, failed) = (gpu_rows(self.model.spec()), self.gpu_failed());
         let mut ready = Vec::new();
-        for (tier, gpu) in self.gpu_experts.iter_mut().enumerate() {
+        for (tier, gpu) in self.gpu_experts.indices().zip(&mut self.gpu_experts) {
             if !matches!(self.storage[tier], Storage::Gpu) {
                 continue;
             }

@@ -21,6 +21,7 @@ use crate::tiers::pace::StageBytes;
 use ffn::FfnScratch;
 use offload::Streams;
 use routing::BatchRouting;
+use tier_plan_formats::placement::TierIdx;
 use tier_plan_kernels::ActView;
 
 /// The routed experts of one layer, for the tokens of a batch.
@@ -60,7 +61,7 @@ impl MoeRun<'_> {
     }
 
     /// Counts an expert that is computed from `tier`.
-    fn count(&mut self, tier: usize) {
+    fn count(&mut self, tier: TierIdx) {
         self.computed.add(tier, self.store.expert_bytes(self.layer.index.get()));
     }
 }

@@ -16,7 +16,7 @@ use tier_plan_formats::machine::{Accelerator, Tier, TierKind};
 use tier_plan_formats::model::kv::KvType;
 use tier_plan_formats::model::shape::ModelShape;
 use tier_plan_formats::model::spec::{Ffn, ModelSpec, MoeSpec};
-use tier_plan_formats::placement::{Placement, PlanTier};
+use tier_plan_formats::placement::{PerTier, Placement, PlanTier, TierIdx};
 use tier_plan_formats::units::show_bytes;
 
 /// Memory of the program, its threads, and its allocator: 9 MiB were measured as resident memory
@@ -218,11 +218,11 @@ pub fn lines(plan: &Placement, rooms: &[u64], fixed: &FixedMemory, budget: u64) 
         line("program, open file and tokenizer".to_string(), fixed.program_bytes),
         line(format!("activations of {} tokens", fixed.batch), fixed.activation_bytes),
         line(format!("keys and values of {} tokens", plan.context), fixed.context_bytes),
-        line("dense weights".to_string(), plan.tiers[0].bytes.dense),
+        line("dense weights".to_string(), plan.tiers[TierIdx::FIRST].bytes.dense),
         line(format!("{} experts in flight", plan.staging_experts), staged),
     ];
     if pinned > 0 {
-        lines.push(line(format!("{pinned} pinned experts"), plan.tiers[0].bytes.pinned));
+        lines.push(line(format!("{pinned} pinned experts"), plan.tiers[TierIdx::FIRST].bytes.pinned));
     }
     lines.push(line(format!("{slots} slots in {} layers", plan.layers.len()), in_slots));
     lines.push(line("kept free".to_string(), budget / SPARE_FRACTION));
@@ -254,11 +254,11 @@ fn spread(rooms: &[u64], limits: &[(u32, u32)], mut left: u64) -> Vec<u32> {
 /// Returns a plan over `bytes` of memory and the file, with only the dense weights in memory yet.
 fn two_tiers(shape: &ModelShape, context: u32, kv_type: KvType, bytes: u64) -> Placement {
     let mut plan = all_in_memory(shape, context, kv_type);
-    let file_bytes = plan.tiers[0].bytes.home;
+    let file_bytes = plan.tiers[TierIdx::FIRST].bytes.home;
     let [dram, file] = machine_tiers(bytes, file_bytes);
     plan.name = "within-budget".into();
     plan.solver.status = "made to fit".into();
-    plan.tiers = vec![PlanTier::new(dram, bytes), PlanTier::new(file, file_bytes)];
+    plan.tiers = PerTier::from([PlanTier::new(dram, bytes), PlanTier::new(file, file_bytes)]);
     plan.fill_sums(shape);
     plan
 }
@@ -324,7 +324,7 @@ mod tests {
             let Budgeted { plan, lines, .. } = at(budget).unwrap();
             let sum: u64 = lines.iter().map(|line| line.bytes).sum();
             assert!(sum <= budget, "{sum} of {budget}: {lines:?}");
-            let [dram, file] = &plan.tiers[..] else { panic!("{:?}", plan.tiers) };
+            let [dram, file] = plan.tiers.as_slice() else { panic!("{:?}", plan.tiers) };
             assert!(dram.used_bytes() <= dram.budget_bytes && file.used_bytes() == file.budget_bytes);
             assert_eq!(plan.layers.iter().any(|l| l.slots > 0), more > 0, "{lines:?}");
         }

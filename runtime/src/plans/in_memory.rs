@@ -5,7 +5,7 @@ use tier_plan_formats::machine::{Accelerator, Tier, TierKind};
 use tier_plan_formats::model::kv::KvType;
 use tier_plan_formats::model::shape::ModelShape;
 use tier_plan_formats::placement::{
-    DensePlacement, LayerPlacement, Pins, Placement, PlanTier, Prediction, SlotPolicy, SolverReport,
+    DensePlacement, LayerPlacement, PerTier, Pins, Placement, PlanTier, Prediction, SlotPolicy, SolverReport, TierIdx,
 };
 use tier_plan_formats::source_id::SourceId;
 
@@ -19,7 +19,7 @@ use tier_plan_formats::source_id::SourceId;
 /// let model = Model::open("../profiles/demo/demo.gguf".as_ref())?;
 /// let plan = all_in_memory(model.shape(), 4096, KvType::F16);
 /// assert_eq!(plan.tiers.len(), 1);
-/// assert_eq!(plan.tiers[0].used_bytes(), plan.tiers[0].budget_bytes);
+/// assert!(plan.tiers.iter().all(|tier| tier.used_bytes() == tier.budget_bytes));
 /// # Ok::<(), tier_plan_runtime::model::ModelError>(())
 /// ```
 pub fn all_in_memory(shape: &ModelShape, context: u32, kv_type: KvType) -> Placement {
@@ -42,12 +42,16 @@ pub fn all_in_memory(shape: &ModelShape, context: u32, kv_type: KvType) -> Place
         layer_overhead_us: 0.0,
         token_overhead_us: 0.0,
         context,
-        kv_tier: 0,
+        kv_tier: TierIdx::FIRST,
         kv_type,
-        staging_tier: 0,
+        staging_tier: TierIdx::FIRST,
         staging_experts: 0,
-        tiers: vec![PlanTier::new(dram, 0)],
-        dense: shape.dense.iter().map(|d| DensePlacement { kind: d.kind, layer: d.layer, tier: 0 }).collect(),
+        tiers: PerTier::from([PlanTier::new(dram, 0)]),
+        dense: shape
+            .dense
+            .iter()
+            .map(|d| DensePlacement { kind: d.kind, layer: d.layer, tier: TierIdx::FIRST })
+            .collect(),
         layers: shape
             .experts
             .iter()
@@ -55,7 +59,7 @@ pub fn all_in_memory(shape: &ModelShape, context: u32, kv_type: KvType) -> Place
                 layer: e.layer,
                 pinned: Vec::new(),
                 slots: 0,
-                slot_tier: 0,
+                slot_tier: TierIdx::FIRST,
                 policy: SlotPolicy::Lru,
             })
             .collect(),
@@ -88,7 +92,7 @@ pub fn all_on_gpu(shape: &ModelShape, context: u32, kv_type: KvType) -> Placemen
     let mut plan = experts_in_memory(shape, context, kv_type);
     plan.name = "all-in-vram".into();
     for (layer, experts) in plan.layers.iter_mut().zip(&shape.experts) {
-        layer.pinned = vec![Pins { tier: 0, experts: (0..experts.n_expert).collect() }];
+        layer.pinned = vec![Pins { tier: TierIdx::FIRST, experts: (0..experts.n_expert).collect() }];
     }
     plan.fill_sums(shape);
     plan
@@ -98,11 +102,13 @@ pub fn all_on_gpu(shape: &ModelShape, context: u32, kv_type: KvType) -> Placemen
 pub fn experts_in_memory(shape: &ModelShape, context: u32, kv_type: KvType) -> Placement {
     let mut plan = all_in_memory(shape, context, kv_type);
     plan.name = "experts-in-dram".into();
-    let mut vram = plan.tiers[0].clone();
+    let dram = plan.tiers[TierIdx::FIRST].clone();
+    let mut vram = dram.clone();
     (vram.tier.name, vram.tier.kind) = ("vram".into(), TierKind::Vram);
-    plan.tiers.insert(0, vram);
-    plan.staging_tier = 1;
-    plan.layers.iter_mut().for_each(|layer| layer.slot_tier = 1);
+    plan.tiers = PerTier::from([vram, dram]);
+    let dram = plan.home_tier();
+    plan.staging_tier = dram;
+    plan.layers.iter_mut().for_each(|layer| layer.slot_tier = dram);
     plan.fill_sums(shape);
     plan
 }

@@ -14,6 +14,7 @@
 
 use std::time::{Duration, Instant};
 use tier_plan_formats::machine::{Tier, TierKind};
+use tier_plan_formats::placement::{PerTier, TierIdx};
 
 /// The last part of a wait, which spins instead of sleeping: sleeping overshoots by tens of
 /// microseconds.
@@ -22,40 +23,41 @@ const SPIN: Duration = Duration::from_micros(120);
 /// Bytes read from each tier in one stage.
 ///
 /// ```
+/// use tier_plan_runtime::formats::placement::TierIdx;
 /// use tier_plan_runtime::tiers::pace::StageBytes;
 ///
 /// let mut bytes = StageBytes::new(2);
-/// bytes.add(1, 4096);
-/// bytes.add(1, 4096);
-/// assert_eq!(bytes.by_tier(), [0, 8192]);
+/// bytes.add(TierIdx::new(1), 4096);
+/// bytes.add(TierIdx::new(1), 4096);
+/// assert_eq!(bytes.by_tier().as_slice(), [0, 8192]);
 /// ```
 #[derive(Debug, Clone, Default)]
-pub struct StageBytes(Vec<u64>);
+pub struct StageBytes(PerTier<u64>);
 
 impl StageBytes {
     /// Starts at zero bytes for each of `n_tiers` tiers.
     pub fn new(n_tiers: usize) -> Self {
-        Self(vec![0; n_tiers])
+        Self(PerTier::from_fn(n_tiers, |_| 0))
     }
 
     /// Adds bytes to a tier's count.
-    pub fn add(&mut self, tier: usize, bytes: u64) {
+    pub fn add(&mut self, tier: TierIdx, bytes: u64) {
         self.0[tier] += bytes;
     }
 
-    /// Returns the counts, `[n_tiers]`.
-    pub fn by_tier(&self) -> &[u64] {
+    /// Returns the counts.
+    pub fn by_tier(&self) -> &PerTier<u64> {
         &self.0
     }
 
     /// Resets all counts to zero.
     pub fn clear(&mut self) {
-        self.0.fill(0);
+        self.0.iter_mut().for_each(|bytes| *bytes = 0);
     }
 }
 
-impl From<Vec<u64>> for StageBytes {
-    fn from(by_tier: Vec<u64>) -> Self {
+impl From<PerTier<u64>> for StageBytes {
+    fn from(by_tier: PerTier<u64>) -> Self {
         Self(by_tier)
     }
 }
@@ -63,36 +65,36 @@ impl From<Vec<u64>> for StageBytes {
 /// Computes the declared times of a plan's stages from the rates of its emulated tiers.
 #[derive(Debug, Clone)]
 pub struct Pacer {
-    tiers: Vec<Tier>,
+    tiers: PerTier<Tier>,
     layer_overhead: Duration,
     token_overhead: Duration,
 }
 
 impl Pacer {
     /// Returns a pacer, or `None` where no tier is emulated.
-    pub fn new(tiers: &[Tier], layer_overhead_us: f64, token_overhead_us: f64) -> Option<Self> {
+    pub fn new(tiers: &PerTier<Tier>, layer_overhead_us: f64, token_overhead_us: f64) -> Option<Self> {
         tiers.iter().any(|t| t.emulated).then(|| Self {
-            tiers: tiers.to_vec(),
+            tiers: tiers.clone(),
             layer_overhead: micros(layer_overhead_us),
             token_overhead: micros(token_overhead_us),
         })
     }
 
     /// Returns the declared time of reading `bytes` from a tier; zero on real tiers.
-    fn transfer(&self, tier: usize, bytes: u64) -> Duration {
+    fn transfer(&self, tier: TierIdx, bytes: u64) -> Duration {
         let t = &self.tiers[tier];
         if t.emulated && bytes > 0 { seconds(bytes as f64 / (t.read_gbps * 1e9)) } else { Duration::ZERO }
     }
 
     /// Returns the declared time of a layer's dense stage that reads `bytes` of weights, and moves
     /// `cache_bytes` of KV cache and recurrent state on the tier `kv_tier`.
-    pub fn dense(&self, bytes: &StageBytes, kv_tier: usize, cache_bytes: u64) -> Duration {
+    pub fn dense(&self, bytes: &StageBytes, kv_tier: TierIdx, cache_bytes: u64) -> Duration {
         self.layer_overhead + self.dense_by_tier(bytes, kv_tier, cache_bytes).iter().sum::<Duration>()
     }
 
-    /// Returns the part of [`dense`](Self::dense) that each tier's bytes take, `[n_tiers]`.
-    pub fn dense_by_tier(&self, bytes: &StageBytes, kv_tier: usize, cache_bytes: u64) -> Vec<Duration> {
-        let mut times: Vec<Duration> = bytes.0.iter().enumerate().map(|(t, b)| self.transfer(t, *b)).collect();
+    /// Returns the part of [`dense`](Self::dense) that each tier's bytes take.
+    pub fn dense_by_tier(&self, bytes: &StageBytes, kv_tier: TierIdx, cache_bytes: u64) -> PerTier<Duration> {
+        let mut times: PerTier<Duration> = bytes.0.enumerate().map(|(t, b)| self.transfer(t, *b)).collect();
         times[kv_tier] += self.transfer(kv_tier, cache_bytes);
         times
     }
@@ -103,28 +105,28 @@ impl Pacer {
     }
 
     fn sum(&self, bytes: &StageBytes) -> Duration {
-        bytes.0.iter().enumerate().map(|(tier, b)| self.transfer(tier, *b)).sum()
+        bytes.0.enumerate().map(|(tier, b)| self.transfer(tier, *b)).sum()
     }
 
-    /// Returns the declared time of each path of an expert stage, `[n_tiers]`: for the bytes that
+    /// Returns the declared time of each path of an expert stage, by tier: for the bytes that
     /// experts were `computed` from, and for `missed_bytes` read from the last tier to the tier
     /// `to`.
-    pub fn expert_paths(&self, computed: &StageBytes, missed_bytes: u64, to: usize) -> Vec<Duration> {
-        let slow = self.tiers.len() - 1;
+    pub fn expert_paths(&self, computed: &StageBytes, missed_bytes: u64, to: TierIdx) -> PerTier<Duration> {
+        let slow = self.tiers.last_idx();
         let link = self.tiers[to].accelerator.link_gbps.filter(|_| self.tiers[to].emulated && missed_bytes > 0);
         let link = link.map_or(Duration::ZERO, |gbps| seconds(missed_bytes as f64 / (gbps * 1e9)));
-        let path = |(index, tier): (usize, &Tier)| {
+        let path = |(index, tier): (TierIdx, &Tier)| {
             let bytes = computed.0[index];
             let launches = tier.kind == TierKind::Vram && tier.emulated && bytes > 0;
             let launch = if launches { micros(tier.latency_us) } else { Duration::ZERO };
             let compute = launch + self.transfer(index, bytes);
-            if index != slow {
+            if Some(index) != slow {
                 return compute;
             }
             let latency = if tier.emulated && missed_bytes > 0 { micros(tier.latency_us) } else { Duration::ZERO };
             compute.max(latency + self.transfer(index, missed_bytes).max(link))
         };
-        self.tiers.iter().enumerate().map(path).collect()
+        self.tiers.enumerate().map(path).collect()
     }
 }
 
@@ -177,39 +179,40 @@ mod tests {
             tier(TierKind::Dram, 1.0, 0.0, true),
             tier(TierKind::Nvme, 0.1, 40.0, true),
         ];
-        let pacer = Pacer::new(&tiers, 20.0, 60.0).unwrap();
+        let pacer = Pacer::new(&PerTier::from(tiers.clone()), 20.0, 60.0).unwrap();
         let mut bytes = StageBytes::new(3);
-        bytes.add(0, 100_000); // 10 µs
-        bytes.add(1, 30_000); // 30 µs
-        assert_eq!(pacer.dense(&bytes, 1, 0), Duration::from_micros(60));
-        assert_eq!(pacer.dense(&bytes, 1, 5_000), Duration::from_micros(65));
+        bytes.add(TierIdx::new(0), 100_000); // 10 µs
+        bytes.add(TierIdx::new(1), 30_000); // 30 µs
+        assert_eq!(pacer.dense(&bytes, TierIdx::new(1), 0), Duration::from_micros(60));
+        assert_eq!(pacer.dense(&bytes, TierIdx::new(1), 5_000), Duration::from_micros(65));
         assert_eq!(pacer.outside(&bytes), Duration::from_micros(100));
-        let micros = |us: [u64; 3]| us.map(Duration::from_micros);
-        assert_eq!(pacer.expert_paths(&bytes, 0, 1), micros([15, 30, 0]));
-        assert_eq!(pacer.expert_paths(&bytes, 1_000, 1), micros([15, 30, 50]));
+        let micros = |us: [u64; 3]| PerTier::from(us.map(Duration::from_micros));
+        assert_eq!(pacer.expert_paths(&bytes, 0, TierIdx::new(1)), micros([15, 30, 0]));
+        assert_eq!(pacer.expert_paths(&bytes, 1_000, TierIdx::new(1)), micros([15, 30, 50]));
         // A link that is slower than the reads, where they cross it.
         let [mut vram, dram, slow] = tiers;
         vram.accelerator.link_gbps = Some(0.05);
-        let pacer = Pacer::new(&[vram, dram, slow], 20.0, 60.0).unwrap();
-        assert_eq!(pacer.expert_paths(&bytes, 1_000, 0), micros([15, 30, 60]));
-        assert_eq!(pacer.expert_paths(&bytes, 1_000, 1), micros([15, 30, 50]));
+        let pacer = Pacer::new(&PerTier::from([vram, dram, slow]), 20.0, 60.0).unwrap();
+        assert_eq!(pacer.expert_paths(&bytes, 1_000, TierIdx::new(0)), micros([15, 30, 60]));
+        assert_eq!(pacer.expert_paths(&bytes, 1_000, TierIdx::new(1)), micros([15, 30, 50]));
     }
 
     #[test]
     fn absurd_rates_are_slow_but_stay_in_range() {
-        let tiers = [tier(TierKind::Vram, 1e-308, 1e308, true), tier(TierKind::Nvme, 5e-324, 1e308, true)];
+        let tiers =
+            PerTier::from([tier(TierKind::Vram, 1e-308, 1e308, true), tier(TierKind::Nvme, 5e-324, 1e308, true)]);
         let pacer = Pacer::new(&tiers, 1e308, 1e308).unwrap();
         let mut bytes = StageBytes::new(2);
-        bytes.add(0, u64::MAX);
-        bytes.add(1, u64::MAX);
+        bytes.add(TierIdx::new(0), u64::MAX);
+        bytes.add(TierIdx::new(1), u64::MAX);
         let hour = Duration::from_secs(3600);
-        assert_eq!(pacer.dense(&bytes, 0, u64::MAX), 4 * hour);
-        assert_eq!(pacer.expert_paths(&bytes, u64::MAX, 0), [2 * hour, 2 * hour]);
+        assert_eq!(pacer.dense(&bytes, TierIdx::new(0), u64::MAX), 4 * hour);
+        assert_eq!(pacer.expert_paths(&bytes, u64::MAX, TierIdx::new(0)), PerTier::from([2 * hour, 2 * hour]));
     }
 
     #[test]
     fn real_tiers_are_not_paced() {
-        assert!(Pacer::new(&[tier(TierKind::Dram, 1.0, 0.0, false)], 20.0, 60.0).is_none());
+        assert!(Pacer::new(&PerTier::from([tier(TierKind::Dram, 1.0, 0.0, false)]), 20.0, 60.0).is_none());
     }
 
     #[test]

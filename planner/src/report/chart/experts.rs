@@ -6,7 +6,7 @@ use crate::report::scene::{Anchor, Scene, fit};
 use crate::report::table::{Table, number};
 use crate::report::text::{list, percent};
 use crate::report::view::{Overview, PlanView, Usage, usage};
-use tier_plan_runtime::formats::placement::{LayerPlacement, Placement};
+use tier_plan_runtime::formats::placement::{LayerPlacement, PerTier, Placement, TierIdx};
 
 const X0: f64 = 92.0;
 const SLOT_COLUMN: f64 = 150.0;
@@ -163,8 +163,8 @@ fn grid(experts: usize, layers: usize) -> Grid {
 }
 
 /// Returns the tier of an expert under a plan: where it is pinned, or the last tier when pooled.
-fn tier_of(layer: Option<&LayerPlacement>, placement: &Placement, expert: usize) -> usize {
-    let last = placement.tiers.len().saturating_sub(1);
+fn tier_of(layer: Option<&LayerPlacement>, placement: &Placement, expert: usize) -> TierIdx {
+    let last = placement.home_tier();
     let found = layer.and_then(|l| {
         let holds = |list: &Vec<u32>| u32::try_from(expert).is_ok_and(|e| list.binary_search(&e).is_ok());
         l.pinned.iter().find(|pins| holds(&pins.experts)).map(|pins| pins.tier)
@@ -172,7 +172,7 @@ fn tier_of(layer: Option<&LayerPlacement>, placement: &Placement, expert: usize)
     found.unwrap_or(last).min(last)
 }
 
-fn tier_name(placement: &Placement, tier: usize) -> &str {
+fn tier_name(placement: &Placement, tier: TierIdx) -> &str {
     placement.tiers.get(tier).map_or("?", |t| t.tier.name.as_str())
 }
 
@@ -280,7 +280,7 @@ fn draw_cells(scene: &mut Scene, grid: &Grid, y: f64, height: f64, inks: &[Ink])
 
 /// Returns the share of accesses per tier: pinned ones by tier, pooled ones last.
 fn shares(map: &Map<'_>, placement: &Placement) -> Vec<f64> {
-    let mut by_tier = vec![0.0; placement.tiers.len()];
+    let mut by_tier = PerTier::from_fn(placement.tiers.len(), |_| 0.0);
     let mut all = 0.0;
     for (number, share) in map.layers.iter().zip(&map.usage.share) {
         let layer = placement.layers.iter().find(|l| l.layer == *number);
@@ -291,14 +291,18 @@ fn shares(map: &Map<'_>, placement: &Placement) -> Vec<f64> {
             all += share;
         }
     }
-    if all > 0.0 { by_tier.into_iter().map(|s| s / all).collect() } else { by_tier }
+    if all > 0.0 { by_tier.into_iter().map(|s| s / all).collect() } else { by_tier.into() }
 }
 
 fn served(map: &Map<'_>, placement: &Placement) -> String {
     let shares = shares(map, placement);
     let Some((_, pinned)) = shares.split_last() else { return "no tiers".into() };
-    let pinned: Vec<(f64, &str)> =
-        pinned.iter().enumerate().map(|(t, s)| (*s, tier_name(placement, t))).filter(|(s, _)| *s > 0.0).collect();
+    let pinned: Vec<(f64, &str)> = pinned
+        .iter()
+        .zip(placement.tiers.indices())
+        .map(|(s, t)| (*s, tier_name(placement, t)))
+        .filter(|(s, _)| *s > 0.0)
+        .collect();
     let words: Vec<String> = pinned.iter().map(|(s, tier)| format!("{} in {tier}", percent(*s))).collect();
     if pinned.is_empty() {
         return "nothing is pinned, all experts are pooled".into();

@@ -6,6 +6,7 @@ use crate::report::scene::{Anchor, Scene};
 use crate::report::table::{Table, number};
 use crate::report::text::{percent, sig3};
 use crate::report::view::{Overview, PlanView};
+use tier_plan_runtime::formats::placement::{PerTier, TierIdx};
 
 const ROW: f64 = 44.0;
 const BAR: f64 = 15.0;
@@ -122,21 +123,21 @@ fn measured_tiers(o: &Overview<'_>, p: &PlanView<'_>) -> Option<Bar> {
 
 fn predicted_tiers(o: &Overview<'_>, p: &PlanView<'_>) -> Option<Bar> {
     let predicted = p.predicted?;
-    let at = |of: &[f64], i: usize| finite(of.get(i).copied().unwrap_or(0.0));
+    let at = |of: &PerTier<f64>, i: TierIdx| finite(of.get(i).copied().unwrap_or(0.0));
     // At another position in the text, the prediction's own KV time counts.
     let of_plan = p.entry.placement.as_ref().map(|plan| (plan.kv_s_by_tier(), plan.predicted.kv_s));
-    let cache = |i: usize| match &of_plan {
+    let cache = |i: TierIdx| match &of_plan {
         Some((by_tier, all)) if *all > 0.0 => finite(predicted.kv_s * by_tier.get(i).copied().unwrap_or(0.0) / all),
         _ => 0.0,
     };
     // The time of an expert stage is shared out by the times of its paths, as a run's is.
     let paths: f64 = predicted.expert_s.iter().copied().map(finite).sum();
     let share = if paths > 0.0 { finite(predicted.expert_critical_s) / paths } else { 0.0 };
-    let of = |i: usize| at(&predicted.dense_s, i) + cache(i) + share * at(&predicted.expert_s, i);
-    let sum: f64 = (0..p.tiers.len()).map(of).sum();
+    let of = |i: TierIdx| at(&predicted.dense_s, i) + cache(i) + share * at(&predicted.expert_s, i);
+    let sum: f64 = TierIdx::first(p.tiers.len()).map(of).sum();
     // Fixed times are shared out too.
     let longer = token_s(p.predicted_tok_s())? / sum;
-    let parts = p.tiers.iter().enumerate().map(|(i, t)| (longer * of(i), o.ink_of(&t.name))).collect();
+    let parts = TierIdx::first(p.tiers.len()).zip(&p.tiers).map(|(i, t)| (longer * of(i), o.ink_of(&t.name))).collect();
     (sum > 0.0).then_some(Bar { parts, total: None })
 }
 
@@ -177,7 +178,7 @@ fn data(o: &Overview<'_>) -> Table {
                 push(kind, "stage", name, Some(*seconds));
             }
         }
-        for (i, t) in p.tiers.iter().enumerate() {
+        for (i, t) in TierIdx::first(p.tiers.len()).zip(&p.tiers) {
             push("measured", "tier_busy", &t.name, t.busy_s);
             if let Some(predicted) = p.predicted {
                 push("predicted", "tier_dense", &t.name, predicted.dense_s.get(i).copied());

@@ -56,7 +56,7 @@ type Limits = [u16; MAX_FAST + 1];
 
 /// A box of configurations that have slots on one tier, or none.
 struct Region {
-    slot_tier: Option<TierIdx>,
+    slot_tier: Option<usize>,
     low: Limits,
     high: Limits,
     /// Points tried in it.
@@ -176,10 +176,10 @@ impl<'a> LayerSearch<'a> {
     /// Returns regions that hold all configurations: one per tier of slots, and one without slots.
     fn all_regions(&self, start: &[Config]) -> Vec<Region> {
         let capacity = self.descent.capacity;
-        let fast = capacity.home();
+        let fast = capacity.fast();
         let most = self.descent.timed.table.n_expert as u16;
-        let staging_tier = capacity.staging_tier as u8;
-        let slot_tiers = capacity.slot_tiers().map(Some).chain([None]);
+        let staging_tier = capacity.staging_tier;
+        let slot_tiers = capacity.slot_tiers().map(TierIdx::get).map(Some).chain([None]);
         slot_tiers
             .map(|slot_tier| {
                 let (mut low, mut high) = ([0; MAX_FAST + 1], [0; MAX_FAST + 1]);
@@ -187,7 +187,7 @@ impl<'a> LayerSearch<'a> {
                 if slot_tier.is_some() {
                     (low[fast], high[fast]) = (1, most);
                 }
-                let slots_of = |c: &Config| (c.slots > 0).then_some(usize::from(c.slot_tier));
+                let slots_of = |c: &Config| (c.slots > 0).then_some(c.slot_tier.get());
                 let alike = start.iter().filter(|c| slots_of(c) == slot_tier);
                 let value = |c: &Config| self.descent.known_value(c);
                 let cheapest = alike.min_by(|a, b| value(a).total_cmp(&value(b)));
@@ -209,27 +209,27 @@ impl<'a> LayerSearch<'a> {
     }
 
     /// Returns a configuration with its slots moved to another tier, or taken away.
-    fn with_slots_on(&self, mut config: Config, slot_tier: Option<TierIdx>) -> Config {
+    fn with_slots_on(&self, mut config: Config, slot_tier: Option<usize>) -> Config {
         let capacity = self.descent.capacity;
         match slot_tier {
             Some(tier) => {
-                config.slot_tier = tier as u8;
-                let last_cut = config.last_cut(capacity.home());
+                config.slot_tier = TierIdx::new(tier);
+                let last_cut = config.last_cut(capacity.fast());
                 if let Some(SlotRange { least, most }) = self.descent.slot_range(last_cut) {
                     config.slots = config.slots.clamp(least, most);
                 }
             }
-            None => (config.slots, config.slot_tier) = (0, capacity.staging_tier as u8),
+            None => (config.slots, config.slot_tier) = (0, capacity.staging_tier),
         }
         config
     }
 
     /// Returns two halves of a region, split where the points tried differ most.
     fn split(&self, region: &Region) -> Option<[Region; 2]> {
-        let fast = self.descent.capacity.home();
+        let fast = self.descent.capacity.fast();
         let coordinate = |c: &Config, axis: usize| if axis == fast { c.slots } else { c.cuts[axis] };
         let timed = &self.descent.timed;
-        let to = region.slot_tier.unwrap_or(self.descent.capacity.staging_tier);
+        let to = region.slot_tier.unwrap_or(self.descent.capacity.staging_tier.get());
         let transfer_s = timed.transfer[to].per_expert_s;
         let next_tier_s =
             |axis: usize| if axis + 1 >= fast { transfer_s } else { timed.compute[axis + 1].per_expert_s };

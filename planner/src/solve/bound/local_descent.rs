@@ -58,7 +58,7 @@ impl<'a> UniformStage<'a> {
 
 impl StageTime for UniformStage<'_> {
     fn seconds(&self, config: &Config) -> f64 {
-        let (home, n) = (self.capacity.home(), self.capacity.tiers.len());
+        let (home, n) = (self.capacity.fast(), self.capacity.tiers.len());
         // Groups of alike experts: pinned by tier, resident in slots, neither.
         let mut groups: Vec<u32> = config.pins(home).map(u32::from).collect();
         let pooled = self.n_expert.saturating_sub(groups.iter().sum());
@@ -70,15 +70,15 @@ impl StageTime for UniformStage<'_> {
             experts.iter_mut().zip(&drawn[..home]).for_each(|(n, &d)| *n = d as u16);
             let (hits, missed) = (drawn[home] as u16, drawn[home + 1] as u16);
             if config.slots > 0 {
-                experts[usize::from(config.slot_tier)] += hits + missed;
+                experts[config.slot_tier.get()] += hits + missed;
                 experts[n] = missed;
             } else if self.capacity.in_place {
                 experts[home] = missed;
             } else {
-                experts[self.capacity.staging_tier] += missed;
+                experts[self.capacity.staging_tier.get()] += missed;
                 experts[n] = missed;
             }
-            mean += share * self.stage.token_s(&experts[..=n], config.slot_tier.into());
+            mean += share * self.stage.token_s(&experts[..=n], config.slot_tier);
         });
         mean
     }
@@ -171,11 +171,11 @@ impl<'a, T: StageTime> LocalDescent<'a, T> {
 
     /// Returns the worth of a configuration's bytes, in seconds.
     pub(super) fn priced_bytes(&self, config: &Config) -> f64 {
-        let fast = self.capacity.home();
+        let fast = self.capacity.fast();
         let last_cut = config.last_cut(fast);
         let price = &self.expert_price_s;
         let pins: f64 = config.pins(fast).zip(price).map(|(n, p)| f64::from(n) * p).sum();
-        let slots = if config.slots > 0 { price[usize::from(config.slot_tier)] * f64::from(config.slots) } else { 0.0 };
+        let slots = if config.slots > 0 { price[config.slot_tier.get()] * f64::from(config.slots) } else { 0.0 };
         pins + slots + price[fast] * (f64::from(self.n_expert) - f64::from(last_cut))
     }
 
@@ -186,11 +186,11 @@ impl<'a, T: StageTime> LocalDescent<'a, T> {
 
     /// Whether a configuration's bytes fit the tiers, with nothing beside them.
     pub(super) fn fits(&self, config: &Config) -> bool {
-        let fast = self.capacity.home();
+        let fast = self.capacity.fast();
         let last_cut = config.last_cut(fast);
         let pins = |tier: usize| if tier < fast { config.pins_on(tier) } else { 0 };
         (0..=fast).all(|tier| {
-            let has_slots = config.slots > 0 && usize::from(config.slot_tier) == tier;
+            let has_slots = config.slots > 0 && config.slot_tier.get() == tier;
             let slots = if has_slots { config.slots } else { 0 };
             let home = if tier == fast { u64::from(self.n_expert) - u64::from(last_cut) } else { 0 };
             let experts = u64::from(pins(tier)) + u64::from(slots) + home;
@@ -224,7 +224,7 @@ impl<'a, T: StageTime> LocalDescent<'a, T> {
 
     /// Returns the configurations that move `step` experts between pins, slots, and the rest.
     fn neighbors(&self, center: &Config, step: u16) -> Vec<Config> {
-        let fast = self.capacity.home();
+        let fast = self.capacity.fast();
         let most = self.n_expert;
         let mut neighbors = Vec::new();
         // A move adds to all cuts from one tier up to another, and to the slots.

@@ -14,6 +14,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
+use tier_plan_runtime::formats::placement::TierIdx;
 
 /// Columns that a round adds to an item of one layer.
 const MAX_NEW_COLUMNS: usize = 160;
@@ -181,7 +182,7 @@ fn start_of<'a>(enumerator: &ColumnEnumerator<'a>, item: &Item, price: &[f64], d
     }
     let layer = &enumerator.evidence.layers[*layers.first()?];
     let n = enumerator.capacity.left_bytes.len();
-    let mut cheapest: BTreeMap<Option<u8>, (Config, f64)> = BTreeMap::new();
+    let mut cheapest: BTreeMap<Option<TierIdx>, (Config, f64)> = BTreeMap::new();
     for (column, config) in configs.iter().enumerate() {
         let value = item.value(column, n, price);
         let slot_tier = (config.slots > 0).then_some(config.slot_tier);
@@ -198,7 +199,7 @@ fn start_of<'a>(enumerator: &ColumnEnumerator<'a>, item: &Item, price: &[f64], d
 /// Returns the cheapest columns of an item by tier of slots and their number, in powers of √2.
 fn cheapest_by_slots(item: &Item, price: &[f64]) -> Vec<usize> {
     let Meaning::Experts { configs, .. } = &item.meaning else { return Vec::new() };
-    let mut cheapest: BTreeMap<(u8, u32), (usize, f64)> = BTreeMap::new();
+    let mut cheapest: BTreeMap<(TierIdx, u32), (usize, f64)> = BTreeMap::new();
     for (column, config) in configs.iter().enumerate() {
         let value = item.value(column, price.len(), price);
         let class = u32::from(config.slots).pow(2).checked_ilog2().unwrap_or(0);

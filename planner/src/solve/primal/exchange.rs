@@ -385,6 +385,7 @@ mod tests {
     use proptest::prelude::*;
     use std::time::Duration;
     use tier_plan_runtime::formats::machine::{Accelerator, Tier, TierKind};
+    use tier_plan_runtime::formats::placement::TierIdx;
 
     fn capacity(left_bytes: Vec<u64>) -> Capacity {
         let tier = |at: usize| Tier {
@@ -400,12 +401,12 @@ mod tests {
         };
         Capacity {
             tiers: (0..left_bytes.len()).map(tier).collect(),
-            budget_bytes: left_bytes.clone(),
+            budget_bytes: left_bytes.clone().into(),
             left_bytes,
-            kv_tier: 0,
+            kv_tier: TierIdx::FIRST,
             kv_bytes: 0,
             caches: Vec::new(),
-            staging_tier: 0,
+            staging_tier: TierIdx::FIRST,
             staging_experts: 0,
             staging_bytes: 0,
             in_place: false,
@@ -414,7 +415,7 @@ mod tests {
 
     fn item(members: usize, columns: &[(u16, u64, u64)]) -> Item {
         Item {
-            meaning: Meaning::Dense { groups: (0..members).collect(), tiers: vec![0; columns.len()] },
+            meaning: Meaning::Dense { groups: (0..members).collect(), tiers: vec![TierIdx::FIRST; columns.len()] },
             cost_s: columns.iter().map(|c| f64::from(c.0) * 1e-3).collect(),
             bytes: columns.iter().flat_map(|c| [c.1, c.2]).collect(),
         }

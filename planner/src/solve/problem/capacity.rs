@@ -12,7 +12,7 @@ use crate::cost::{home_in_place, middle};
 use anyhow::{Result, bail};
 use check::check_tiers;
 use tier_plan_runtime::formats::machine::{Tier, TierKind};
-use tier_plan_runtime::formats::placement::{TierIdx, attention_s};
+use tier_plan_runtime::formats::placement::{PerTier, TierIdx, attention_s};
 use tier_plan_runtime::model::shape::{DenseKind, DenseShape, ModelShape};
 use tier_plan_runtime::units::show_bytes;
 
@@ -39,9 +39,9 @@ const PAGE_SHARE_RANGE: [f64; 2] = [0.005, 0.03];
 #[derive(Debug, Clone, PartialEq)]
 pub struct Capacity {
     /// Fastest first. The last one has the backing copies of what is not pinned.
-    pub tiers: Vec<Tier>,
-    /// `[tiers]` bytes that a plan may use.
-    pub budget_bytes: Vec<u64>,
+    pub tiers: PerTier<Tier>,
+    /// Bytes that a plan may use.
+    pub budget_bytes: PerTier<u64>,
     /// `[rows]` bytes left for dense groups, pins, slots and backing copies. With a target, the
     /// time left for them follows, in units of [`TICKS_PER_S`].
     pub left_bytes: Vec<u64>,
@@ -66,8 +66,8 @@ pub struct Capacity {
 pub struct LayerCache {
     /// Bytes of the planned context.
     pub bytes: u64,
-    /// `[tiers]` seconds of a decoded token with the cache there.
-    pub seconds: Vec<f64>,
+    /// Seconds of a decoded token with the cache there.
+    pub seconds: PerTier<f64>,
     /// Real GPUs that may have the layer's attention, and with it the cache.
     pub gpus: Vec<TierIdx>,
 }
@@ -75,6 +75,11 @@ pub struct LayerCache {
 impl Capacity {
     /// Returns the last tier, which has the backing copies.
     pub fn home(&self) -> TierIdx {
+        TierIdx::new(self.fast())
+    }
+
+    /// Returns the number of fast tiers: all but the last.
+    pub fn fast(&self) -> usize {
         self.tiers.len() - 1
     }
 
@@ -85,7 +90,7 @@ impl Capacity {
 
     /// Returns the tiers that compute.
     pub fn computing_tiers(&self) -> impl Iterator<Item = TierIdx> + '_ {
-        (0..self.tiers.len()).filter(|&t| self.tiers[t].kind != TierKind::Nvme)
+        self.tiers.indices().filter(|&t| self.tiers[t].kind != TierKind::Nvme)
     }
 
     /// Returns the tiers that can hold a dense group.
@@ -103,7 +108,7 @@ impl Capacity {
             Some(_) => !self.tiers[self.kv_tier].is_gpu(),
         };
         let computes = move |t: TierIdx| may_stay_in_file || self.tiers[t].kind != TierKind::Nvme;
-        (0..self.tiers.len()).filter(move |&t| computes(t) && has_cache(t))
+        self.tiers.indices().filter(move |&t| computes(t) && has_cache(t))
     }
 
     /// Returns the KV cache that moves with a dense group, and its tier when the group is on
@@ -118,9 +123,10 @@ impl Capacity {
     /// it.
     pub fn taken(&self, group: &DenseShape, tier: TierIdx) -> Vec<u64> {
         let mut bytes = vec![0; self.tiers.len()];
-        bytes[tier] = group.bytes;
+        bytes[tier.get()] = group.bytes;
         if let Some((cache, cache_tier)) = self.moving_cache(group, tier) {
-            bytes[cache_tier] = bytes[cache_tier].saturating_add(cache.bytes);
+            let sum = &mut bytes[cache_tier.get()];
+            *sum = sum.saturating_add(cache.bytes);
         }
         bytes
     }
@@ -140,9 +146,9 @@ impl Capacity {
     ///
     /// Slots in VRAM in front of DRAM would be filled over a link whose rate the machine file does
     /// not have.
-    pub fn slot_tiers(&self) -> std::ops::Range<TierIdx> {
+    pub fn slot_tiers(&self) -> impl DoubleEndedIterator<Item = TierIdx> + ExactSizeIterator + Clone + use<> {
         let has_slots = !matches!(self.tiers[self.home()].kind, TierKind::Dram | TierKind::Vram);
-        0..if has_slots { self.home() } else { 0 }
+        TierIdx::first(if has_slots { self.fast() } else { 0 })
     }
 
     /// Sets aside what every plan needs, with the KV cache on the tier that is most likely the
@@ -169,7 +175,7 @@ impl Capacity {
         for tier in common.cache_tiers(problem, constraints)? {
             let mut capacity = common.clone();
             capacity.kv_tier = tier;
-            capacity.left_bytes[tier] -= capacity.kv_bytes;
+            capacity.left_bytes[tier.get()] -= capacity.kv_bytes;
             let checked = capacity.check_attention(problem, constraints);
             match checked.and_then(|()| capacity.check_sums(problem)) {
                 Ok(()) => {
@@ -192,23 +198,25 @@ impl Capacity {
     /// Staging goes to DRAM, or without DRAM to the fastest host tier.
     fn without_cache(problem: &Problem<'_>) -> Result<Self> {
         let shape = problem.shape;
-        let tiers = problem.machine.computing_tiers();
+        let tiers = PerTier::from(problem.machine.computing_tiers());
         check_tiers(problem, &tiers)?;
         let home = tiers.len() - 1;
         let in_place = home_in_place(&tiers);
         let staging_tier = if in_place && home == 0 {
-            home
+            TierIdx::FIRST
         } else {
-            let find = |wanted: &dyn Fn(TierKind) -> bool| tiers.iter().position(|t| wanted(t.kind));
+            let find = |wanted: &dyn Fn(TierKind) -> bool| tiers.position(|t| wanted(t.kind));
             let far_memory = |kind| matches!(kind, TierKind::Cxl | TierKind::Pmem);
-            find(&|kind| kind == TierKind::Dram).or_else(|| find(&far_memory).filter(|&t| t < home)).unwrap_or(0)
+            find(&|kind| kind == TierKind::Dram)
+                .or_else(|| find(&far_memory).filter(|t| t.get() < home))
+                .unwrap_or(TierIdx::FIRST)
         };
         let largest = shape.experts.iter().map(|e| e.expert_bytes).max().unwrap_or(0);
         let in_flight = shape.experts.iter().map(|e| (e.n_used + SPARE_STAGING_EXPERTS).min(e.n_expert));
         let staging_experts = if in_place { 0 } else { in_flight.max().unwrap_or(0) };
         let mut capacity = Capacity {
             left_bytes: problem.budgets.clone(),
-            budget_bytes: problem.budgets.clone(),
+            budget_bytes: problem.budgets.clone().into(),
             kv_tier: staging_tier,
             kv_bytes: 0,
             caches: Vec::new(),
@@ -227,18 +235,18 @@ impl Capacity {
     /// Slots and staging then have room for whole pages; without it every read is copied. Nothing
     /// is kept where all experts fit above the drive. Dense groups have no padding.
     fn leave_for_pages(&mut self, shape: &ModelShape) {
-        let home = self.home();
-        let is_real_drive = self.tiers[home].kind == TierKind::Nvme && !self.tiers[home].emulated;
+        let (home, fast) = (&self.tiers[self.home()], self.fast());
+        let is_real_drive = home.kind == TierKind::Nvme && !home.emulated;
         let total = u128::from(shape.weight_bytes());
-        let above: u128 = self.left_bytes[..home].iter().map(|&left| u128::from(left)).sum();
+        let above: u128 = self.left_bytes[..fast].iter().map(|&left| u128::from(left)).sum();
         if !is_real_drive || above >= total {
             return;
         }
         let dense: u64 = shape.dense.iter().map(|d| d.bytes).sum();
         let dense = dense.saturating_add(self.moving_cache_bytes());
         let share = page_share(shape);
-        for tier in 0..home {
-            let staging = if tier == self.staging_tier { self.staging_bytes } else { 0 };
+        for tier in 0..fast {
+            let staging = if tier == self.staging_tier.get() { self.staging_bytes } else { 0 };
             let padded = self.left_bytes[tier].saturating_sub(dense) + staging;
             let padding = (padded as f64 * share) as u64;
             self.left_bytes[tier] -= padding.min(self.left_bytes[tier].saturating_sub(dense));
@@ -247,7 +255,7 @@ impl Capacity {
 
     fn set_staging_aside(&mut self, problem: &Problem<'_>) -> Result<()> {
         let staging = self.staging_tier;
-        let left = self.left_bytes[staging];
+        let left = self.left_bytes[staging.get()];
         let Some(after) = left.checked_sub(self.staging_bytes) else {
             bail!(
                 "tier '{}' has a budget of {}, but buffers for {} experts in flight alone need {}; {}",
@@ -258,7 +266,7 @@ impl Capacity {
                 hint(problem, staging, self.staging_bytes - left)
             );
         };
-        self.left_bytes[staging] = after;
+        self.left_bytes[staging.get()] = after;
         Ok(())
     }
 
@@ -282,15 +290,15 @@ impl Capacity {
             };
             let bytes = cache.context_bytes(kv_type, context);
             let may_have = |t: &TierIdx| {
-                let fits = |g: &DenseShape| g.bytes.saturating_add(bytes) <= self.left_bytes[*t];
+                let fits = |g: &DenseShape| g.bytes.saturating_add(bytes) <= self.left_bytes[t.get()];
                 let allowed = |g: &DenseShape| constraints.allows_attention(g.layer, *t);
                 self.tiers[*t].is_gpu() && group.is_some_and(|g| fits(g) && allowed(g))
             };
-            let gpus: Vec<TierIdx> = (0..self.tiers.len()).filter(may_have).collect();
+            let gpus: Vec<TierIdx> = self.tiers.indices().filter(may_have).collect();
             if gpus.is_empty() {
                 self.kv_bytes = self.kv_bytes.saturating_add(bytes);
             }
-            let seconds = self.tiers.iter().enumerate().map(seconds).collect();
+            let seconds = self.tiers.enumerate().map(seconds).collect();
             self.caches.push(LayerCache { bytes, seconds, gpus });
         }
         self.check_fixed_cache(problem, constraints)
@@ -303,12 +311,12 @@ impl Capacity {
     /// tier is left, a real GPU stands for it: GPUs then have all attention.
     fn cache_tiers(&self, problem: &Problem<'_>, constraints: &Constraints) -> Result<Vec<TierIdx>> {
         let staging = self.staging_tier;
-        let fits = |t: &TierIdx| self.left_bytes[*t] >= self.kv_bytes;
+        let fits = |t: &TierIdx| self.left_bytes[t.get()] >= self.kv_bytes;
         let in_memory = problem.shape.dense.iter().filter(|d| d.kind != DenseKind::Embedding);
         let with_dense = in_memory.map(|d| d.bytes).fold(self.kv_bytes, u64::saturating_add);
         let may_have = |t: &TierIdx| !self.tiers[*t].is_gpu() && constraints.allows_cache(*t);
         let allowed = || self.computing_tiers().filter(may_have);
-        let beside_dense = allowed().find(|&t| self.left_bytes[t] >= with_dense);
+        let beside_dense = allowed().find(|&t| self.left_bytes[t.get()] >= with_dense);
         let on_staging = Some(staging).filter(may_have).filter(fits);
         let mut tiers: Vec<TierIdx> = Vec::new();
         for tier in beside_dense.into_iter().chain(on_staging).chain(allowed().filter(fits)) {

@@ -29,7 +29,7 @@ pub struct Config {
     /// Slots of the pooled experts.
     pub slots: u16,
     /// Tier of the slots.
-    pub slot_tier: u8,
+    pub slot_tier: TierIdx,
 }
 
 impl Config {
@@ -39,7 +39,7 @@ impl Config {
     }
 
     /// Returns the experts pinned to one fast tier.
-    pub fn pins_on(&self, tier: TierIdx) -> u16 {
+    pub fn pins_on(&self, tier: usize) -> u16 {
         self.cuts[tier] - if tier == 0 { 0 } else { self.cuts[tier - 1] }
     }
 
@@ -57,17 +57,11 @@ impl Config {
             if to > from {
                 let mut experts = order[from..to].to_vec();
                 experts.sort_unstable();
-                pinned.push(Pins { tier, experts });
+                pinned.push(Pins { tier: TierIdx::new(tier), experts });
                 from = to;
             }
         }
-        LayerPlacement {
-            layer,
-            pinned,
-            slots: self.slots.into(),
-            slot_tier: self.slot_tier.into(),
-            policy: SlotPolicy::Lru,
-        }
+        LayerPlacement { layer, pinned, slots: self.slots.into(), slot_tier: self.slot_tier, policy: SlotPolicy::Lru }
     }
 }
 
@@ -221,11 +215,11 @@ impl Item {
     ///
     /// With more than two scarce tiers only columns of equal bytes are compared. Columns before
     /// `first` stay, but dominate others.
-    pub(crate) fn drop_dominated(&mut self, first: usize, n_rows: usize, scarce: &[TierIdx]) {
+    pub(crate) fn drop_dominated(&mut self, first: usize, n_rows: usize, scarce: &[usize]) {
         let key = |item: &Item, c: usize| -> [u64; MAX_ROWS] {
             let mut key = [0; MAX_ROWS];
             let bytes = item.column_bytes(c, n_rows);
-            scarce.iter().zip(&mut key).for_each(|(&tier, k)| *k = bytes[tier]);
+            scarce.iter().zip(&mut key).for_each(|(&row, k)| *k = bytes[row]);
             key
         };
         let mut order: Vec<u32> = (0..self.len() as u32).collect();
@@ -315,7 +309,7 @@ pub fn dense_items(shape: &ModelShape, capacity: &Capacity, charge: &Charge, con
             constraints.allows(group.kind, group.layer, tier) && taken.all(|(bytes, &left)| bytes <= left)
         };
         let tiers: Vec<TierIdx> = capacity.dense_tiers(group).filter(fits).collect();
-        let cache = capacity.moving_cache(group, 0).map(|(cache, _)| {
+        let cache = capacity.moving_cache(group, TierIdx::FIRST).map(|(cache, _)| {
             caches.iter().position(|&c| c == cache).unwrap_or_else(|| {
                 caches.push(cache);
                 caches.len() - 1

@@ -137,7 +137,7 @@ impl Constraints {
         let mut parts = text.split(':').map(str::trim);
         let (Some(name), Some(what)) = (parts.next(), parts.next()) else { bail!("{EXAMPLE}") };
         let rest: Vec<&str> = parts.collect();
-        let tier = machine.tiers.iter().position(|t| t.name == name).with_context(|| {
+        let tier = machine.tiers.iter().position(|t| t.name == name).map(TierIdx::new).with_context(|| {
             let names: Vec<&str> = machine.tiers.iter().map(|t| t.name.as_str()).collect();
             format!("machine '{}' has no tier '{name}'; its tiers are {}", machine.name, names.join(", "))
         })?;
@@ -184,11 +184,11 @@ impl Constraints {
         let groups: Vec<_> = shape.dense.iter().filter(|g| g.kind == kind && is_named(g.layer)).collect();
         let in_layers = rest.first().map_or(String::new(), |layers| format!(" in layers {layers}"));
         ensure!(!groups.is_empty(), "'{}' has no {what}{in_layers} to place", shape.id.name);
-        let computes = machine.tiers[tier].kind != TierKind::Nvme || kind == DenseKind::Embedding;
+        let computes = machine.tiers[tier.get()].kind != TierKind::Nvme || kind == DenseKind::Embedding;
         ensure!(
             !fix || computes,
             "nothing computes on the block device '{}'; only the embedding can stay there",
-            machine.tiers[tier].name
+            machine.tiers[tier.get()].name
         );
         for group in groups {
             if !fix {
@@ -200,19 +200,23 @@ impl Constraints {
                 before.is_none_or(|b| b == tier),
                 "{what} of {} was fixed to '{}' before; give one tier",
                 group.layer.map_or("the model".to_string(), |l| format!("layer {l}")),
-                before.map_or("", |b| machine.tiers[b].name.as_str())
+                before.map_or("", |b| machine.tiers[b.get()].name.as_str())
             );
         }
         Ok(())
     }
 
     fn add_cache(&mut self, tier: TierIdx, fix: bool, machine: &Machine) -> Result<()> {
-        let name = |t: TierIdx| machine.tiers[t].name.as_str();
+        let name = |t: TierIdx| machine.tiers[t.get()].name.as_str();
         if !fix {
             self.cache_forbidden.insert(tier);
             return Ok(());
         }
-        ensure!(machine.tiers[tier].kind != TierKind::Nvme, "the cache can't be on the block device '{}'", name(tier));
+        ensure!(
+            machine.tiers[tier.get()].kind != TierKind::Nvme,
+            "the cache can't be on the block device '{}'",
+            name(tier)
+        );
         let before = self.cache_fixed.replace(tier);
         ensure!(
             before.is_none_or(|b| b == tier),
@@ -236,7 +240,7 @@ impl Constraints {
             fix || experts.is_none(),
             "--forbid takes the experts of whole layers: pins and slots on a tier; leave the numbers of experts out"
         );
-        let home = machine.tiers.len() - 1;
+        let home = TierIdx::new(machine.tiers.len() - 1);
         if !fix {
             ensure!(
                 tier != home,
@@ -265,7 +269,7 @@ impl Constraints {
                 ensure!(
                     before.is_none_or(|b| b == tier),
                     "expert {expert} of layer {layer} was fixed to '{}' before; give one tier",
-                    before.map_or("", |b| machine.tiers[b].name.as_str())
+                    before.map_or("", |b| machine.tiers[b.get()].name.as_str())
                 );
             }
         }
@@ -275,8 +279,8 @@ impl Constraints {
     /// Refuses what is fixed where it is forbidden, or forbidden everywhere.
     fn check_contradictions(&self, shape: &ModelShape, machine: &Machine) -> Result<()> {
         for group in &shape.dense {
-            let can = |t: usize| machine.tiers[t].kind != TierKind::Nvme || group.kind == DenseKind::Embedding;
-            let any = (0..machine.tiers.len()).any(|t| can(t) && self.allows(group.kind, group.layer, t));
+            let can = |t: TierIdx| machine.tiers[t.get()].kind != TierKind::Nvme || group.kind == DenseKind::Embedding;
+            let any = TierIdx::first(machine.tiers.len()).any(|t| can(t) && self.allows(group.kind, group.layer, t));
             let name = DENSE_KINDS.iter().find(|k| k.1 == group.kind).map_or("", |k| k.0);
             let of = group.layer.map_or(String::new(), |l| format!(" of layer {l}"));
             ensure!(any, "--fix and --forbid leave no tier for {name}{of}; take one of them back");
@@ -285,7 +289,7 @@ impl Constraints {
             if let Some((expert, tier)) = constraints.fixed.iter().find(|(_, t)| constraints.forbidden.contains(t)) {
                 bail!(
                     "expert {expert} of layer {layer} is fixed to '{}', where --forbid allows no experts of that layer",
-                    machine.tiers[*tier].name
+                    machine.tiers[tier.get()].name
                 );
             }
         }

@@ -18,7 +18,7 @@ use crate::profile::prefetch::Prefetch;
 use crate::profile::{Evidence, Judged, LayerEvidence};
 use layer::LayerColumns;
 use std::collections::BTreeMap;
-use tier_plan_runtime::formats::placement::{LayerPlacement, Pins, TierIdx};
+use tier_plan_runtime::formats::placement::{LayerPlacement, PerTier, Pins, TierIdx};
 use tier_plan_runtime::model::shape::ModelShape;
 
 /// Share of the time limit spent on the initial grid when pricing will refine it.
@@ -38,7 +38,7 @@ pub struct ColumnEnumerator<'a> {
     /// Counts of pins and slots that are listed.
     pub grid: Grid,
     /// Rows that can run out.
-    scarce: Vec<TierIdx>,
+    scarce: Vec<usize>,
     /// Whether columns off the grid can be priced: the grid is not full, and columns cost their
     /// seconds alone.
     pub prices_off_grid: bool,
@@ -54,8 +54,8 @@ pub(crate) struct FixedExperts {
     free: Vec<u32>,
     /// `[n_expert]` rank among the free, or [`FIXED_RANK`] plus the tier.
     rank: Vec<u16>,
-    /// `[tiers]` number of experts fixed to each.
-    per_tier: Vec<u16>,
+    /// Number of experts fixed to each tier.
+    per_tier: PerTier<u16>,
     /// The largest last cut: experts of higher ranks stay on the last tier.
     max_cut: u16,
     constraints: LayerConstraints,
@@ -68,10 +68,10 @@ impl FixedExperts {
         let max_cut = free.len() as u16;
         free.extend(layer.order.iter().copied().filter(|e| fixed(e) == Some(home)));
         let mut rank = vec![0u16; layer.order.len()];
-        let mut per_tier = vec![0u16; home + 1];
+        let mut per_tier = PerTier::from_fn(home.get() + 1, |_| 0u16);
         free.iter().enumerate().for_each(|(at, &e)| rank[e as usize] = at as u16);
         for (&expert, &tier) in constraints.fixed.iter().filter(|(_, t)| **t != home) {
-            rank[expert as usize] = FIXED_RANK + tier as u16;
+            rank[expert as usize] = FIXED_RANK + tier.get() as u16;
             per_tier[tier] += 1;
         }
         FixedExperts { free, rank, per_tier, max_cut, constraints }
@@ -96,7 +96,7 @@ impl<'a> ColumnEnumerator<'a> {
         let total = shape.weight_bytes().saturating_add(capacity.moving_cache_bytes());
         let n_tiers = capacity.tiers.len();
         let time_row = n_tiers..capacity.left_bytes.len();
-        let can_run_out = |&t: &TierIdx| capacity.left_bytes[t] < total;
+        let can_run_out = |&row: &usize| capacity.left_bytes[row] < total;
         let scarce = (0..n_tiers).filter(can_run_out).chain(time_row).collect();
         let mut grid = Grid::new(evidence, capacity, seconds);
         let is_plain = charge.is_plain() && !constraints.of_experts();
@@ -116,7 +116,7 @@ impl<'a> ColumnEnumerator<'a> {
     pub fn placement(&self, at: usize, config: &Config) -> LayerPlacement {
         let fixed = &self.fixed[at];
         let home = self.capacity.home();
-        let mut placed = config.placement(self.evidence.layers[at].shape.layer, &fixed.free, home);
+        let mut placed = config.placement(self.evidence.layers[at].shape.layer, &fixed.free, self.capacity.fast());
         for (&expert, &tier) in fixed.constraints.fixed.iter().filter(|(_, t)| **t != home) {
             match placed.pinned.iter_mut().find(|pins| pins.tier == tier) {
                 Some(pins) => pins.experts.push(expert),
@@ -133,14 +133,14 @@ impl<'a> ColumnEnumerator<'a> {
     /// `at` is the layer's position. Returns `None` if the placement misses a fixed expert.
     pub fn config_of(&self, at: usize, placed: &LayerPlacement) -> Option<Config> {
         let fixed = &self.fixed[at];
-        let slot_tier = placed.slot_tier as u8;
+        let slot_tier = placed.slot_tier;
         let mut config = Config { cuts: [0; MAX_FAST], slots: placed.slots as u16, slot_tier };
         let mut sum = 0;
-        for tier in 0..self.capacity.home() {
+        for tier in TierIdx::first(self.capacity.fast()) {
             let on_tier = placed.pinned.iter().filter(|pins| pins.tier == tier);
             let pins = on_tier.map(|pins| pins.experts.len()).sum::<usize>();
             sum += pins.checked_sub(usize::from(fixed.per_tier[tier]))?;
-            config.cuts[tier] = sum as u16;
+            config.cuts[tier.get()] = sum as u16;
         }
         (sum <= fixed.free.len()).then_some(config)
     }
@@ -252,27 +252,27 @@ impl<'a> ColumnEnumerator<'a> {
         config: Config,
         seconds: f64,
     ) -> bool {
-        let (home, n) = (self.capacity.home(), self.capacity.tiers.len());
+        let (fast, n) = (self.capacity.fast(), self.capacity.tiers.len());
         let expert_bytes = layer.shape.expert_bytes;
         let mut bytes = [0u64; MAX_FAST + 1];
         let mut pooled = u64::from(layer.shape.n_expert);
         let forbidden = &fixed.constraints.forbidden;
-        for (tier, pins) in config.pins(home).enumerate() {
+        for (tier, pins) in TierIdx::first(fast).zip(config.pins(fast)) {
             if pins > 0 && forbidden.contains(&tier) {
                 return false;
             }
             let pins = u64::from(pins) + u64::from(fixed.per_tier[tier]);
-            bytes[tier] = pins * expert_bytes;
+            bytes[tier.get()] = pins * expert_bytes;
             pooled -= pins;
         }
         if config.slots > 0 {
-            if forbidden.contains(&usize::from(config.slot_tier)) {
+            if forbidden.contains(&config.slot_tier) {
                 return false;
             }
-            bytes[usize::from(config.slot_tier)] += u64::from(config.slots) * expert_bytes;
+            bytes[config.slot_tier.get()] += u64::from(config.slots) * expert_bytes;
         }
-        bytes[home] += pooled * expert_bytes;
-        let fits = config.last_cut(home) <= fixed.max_cut
+        bytes[fast] += pooled * expert_bytes;
+        let fits = config.last_cut(fast) <= fixed.max_cut
             && bytes[..n].iter().zip(&self.capacity.left_bytes).all(|(b, left)| b <= left);
         if let (true, Meaning::Experts { configs, .. }) = (fits, &mut item.meaning) {
             configs.push(config);
@@ -291,7 +291,7 @@ impl<'a> ColumnEnumerator<'a> {
             sum
         });
         let up_to_rank = std::iter::once(0.0).chain(sums).collect();
-        let mut on_tier = vec![0.0; self.capacity.tiers.len()];
+        let mut on_tier = PerTier::from_fn(self.capacity.tiers.len(), |_| 0.0);
         let pinned = fixed.constraints.fixed.iter().filter(|(_, t)| **t != self.capacity.home());
         pinned.for_each(|(&e, &t)| on_tier[t] += touched[e as usize]);
         TouchedExperts { batch, up_to_rank, on_tier }
@@ -306,11 +306,11 @@ impl<'a> ColumnEnumerator<'a> {
         touched: &TouchedExperts,
         config: &Config,
     ) -> f64 {
-        let home = self.capacity.home();
+        let fast = self.capacity.fast();
         let up_to_rank = &touched.up_to_rank;
         let mut pinned = touched.on_tier.clone();
         let mut from = 0;
-        for (tier, pinned) in pinned.iter_mut().enumerate().take(home) {
+        for (tier, pinned) in pinned.iter_mut().enumerate().take(fast) {
             let to = usize::from(config.cuts[tier]);
             *pinned += up_to_rank[to] - up_to_rank[from];
             from = to;
@@ -321,7 +321,7 @@ impl<'a> ColumnEnumerator<'a> {
             pooled: up_to_rank[up_to_rank.len() - 1] - up_to_rank[from],
             n_pooled: f64::from(layer.shape.n_expert - n_fixed) - from as f64,
             slots: config.slots.into(),
-            slot_tier: config.slot_tier.into(),
+            slot_tier: config.slot_tier,
         };
         let Capacity { in_place, staging_tier, .. } = *self.capacity;
         batch::stage_s(stage, &spread, in_place, staging_tier) / f64::from(touched.batch)
@@ -334,6 +334,6 @@ struct TouchedExperts {
     batch: u32,
     /// `[free experts + 1]` those of the free experts before each rank.
     up_to_rank: Vec<f64>,
-    /// `[tiers]` those of the experts fixed to each tier.
-    on_tier: Vec<f64>,
+    /// Those of the experts fixed to each tier.
+    on_tier: PerTier<f64>,
 }

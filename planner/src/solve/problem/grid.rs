@@ -112,8 +112,8 @@ impl Grid {
 }
 
 fn work(evidence: &Evidence, capacity: &Capacity, points: usize) -> Work {
-    let fast = capacity.home();
-    let no_slots = capacity.slot_tiers().is_empty();
+    let fast = capacity.fast();
+    let no_slots = capacity.slot_tiers().len() == 0;
     let slot_tiers = capacity.slot_tiers().len().max(1) as f64;
     let mut work = Work { events: 0.0, columns: 0.0 };
     let mut seen = BTreeSet::new();

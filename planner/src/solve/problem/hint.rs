@@ -2,15 +2,16 @@
 
 use super::Problem;
 use tier_plan_runtime::KvType;
+use tier_plan_runtime::formats::placement::TierIdx;
 use tier_plan_runtime::units::show_bytes;
 
 /// Returns ways to free `missing` more bytes in a tier.
 ///
 /// Suggests a larger budget if the tier holds that much, and a smaller KV type or a shorter context
 /// if that is enough.
-pub(crate) fn hint(problem: &Problem<'_>, tier: usize, missing: u64) -> String {
+pub(crate) fn hint(problem: &Problem<'_>, tier: TierIdx, missing: u64) -> String {
     let mut ways = Vec::new();
-    let (machine_tier, budget) = (&problem.machine.tiers[tier], problem.budgets[tier]);
+    let (machine_tier, budget) = (&problem.machine.tiers[tier.get()], problem.budgets[tier.get()]);
     let name = &machine_tier.name;
     let needed = budget.saturating_add(missing);
     if needed <= machine_tier.capacity_bytes {
@@ -23,7 +24,7 @@ pub(crate) fn hint(problem: &Problem<'_>, tier: usize, missing: u64) -> String {
     let cache_bytes = |kv_type: KvType, context: u32| kv_type.context_bytes(problem.shape, context);
     let now = cache_bytes(problem.kv_type, problem.context);
     // The cache lies above the last tier, unless that is the only one.
-    let holds_cache = tier + 1 < problem.machine.tiers.len() || tier == 0;
+    let holds_cache = tier.get() + 1 < problem.machine.tiers.len() || tier == TierIdx::FIRST;
     let is_enough = |bytes: u64| holds_cache && now.saturating_sub(bytes) >= missing;
     if problem.kv_type != KvType::Q8_0 && is_enough(cache_bytes(KvType::Q8_0, problem.context)) {
         ways.push("give --kv-type q8_0".to_string());

@@ -21,7 +21,7 @@ use crate::profile::Evidence;
 use crate::solve::options::Objective;
 use anyhow::{Context, Result, ensure};
 use tier_plan_runtime::formats::machine::Machine;
-use tier_plan_runtime::formats::placement::{Goal, Placement};
+use tier_plan_runtime::formats::placement::{Goal, Placement, TierIdx};
 use tier_plan_runtime::model::shape::ModelShape;
 
 /// Sequences per batch at most.
@@ -202,7 +202,7 @@ impl ObjectiveFunction {
 
     /// Returns the weighted bytes that no choice changes: staging, and the cache that is set aside.
     pub fn fixed_weight(&self, capacity: &Capacity) -> f64 {
-        let weighted = |tier: usize, bytes: u64| self.weights.get(tier).copied().unwrap_or(0.0) * bytes as f64;
+        let weighted = |tier: TierIdx, bytes: u64| self.weights.get(tier.get()).copied().unwrap_or(0.0) * bytes as f64;
         weighted(capacity.kv_tier, capacity.kv_bytes) + weighted(capacity.staging_tier, capacity.staging_bytes)
     }
 

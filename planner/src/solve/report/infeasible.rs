@@ -5,7 +5,7 @@ use crate::solve::problem::Problem;
 use crate::solve::problem::capacity::Capacity;
 use crate::solve::problem::constraints::Constraints;
 use crate::solve::problem::hint;
-use tier_plan_runtime::formats::placement::Placement;
+use tier_plan_runtime::formats::placement::{PerTier, Placement};
 use tier_plan_runtime::units::show_bytes;
 
 /// Explains why nothing fits although the sums do.
@@ -19,25 +19,25 @@ pub fn no_division(problem: &Problem<'_>, capacity: &Capacity, constraints: &Con
         .map(|(t, &b)| format!("'{}' {}", t.name, show_bytes(b)))
         .collect();
     let left = left.join(", ");
-    // `[tiers]` bytes fixed to each by hand.
-    let mut fixed = vec![0u64; capacity.tiers.len()];
-    for (tier, bytes) in fixed.iter_mut().enumerate() {
+    // Bytes fixed to each tier by hand.
+    let mut fixed = PerTier::from_fn(capacity.tiers.len(), |_| 0u64);
+    for (tier, bytes) in capacity.tiers.indices().zip(&mut fixed) {
         for group in &problem.shape.dense {
-            let only = (0..capacity.tiers.len()).all(|t| (t == tier) == constraints.allows(group.kind, group.layer, t));
-            *bytes = bytes.saturating_add(if only { capacity.taken(group, tier)[tier] } else { 0 });
+            let only = capacity.tiers.indices().all(|t| (t == tier) == constraints.allows(group.kind, group.layer, t));
+            *bytes = bytes.saturating_add(if only { capacity.taken(group, tier)[tier.get()] } else { 0 });
         }
         for layer in &problem.shape.experts {
             let here = constraints.layer(layer.layer).fixed.values().filter(|&&t| t == tier).count() as u64;
             *bytes = bytes.saturating_add(here.saturating_mul(layer.expert_bytes));
         }
     }
-    for (tier, &bytes) in fixed.iter().enumerate() {
-        if let Some(over) = bytes.checked_sub(capacity.left_bytes[tier]).filter(|&over| over > 0) {
+    for (tier, &bytes) in fixed.enumerate() {
+        if let Some(over) = bytes.checked_sub(capacity.left_bytes[tier.get()]).filter(|&over| over > 0) {
             return format!(
                 "--fix puts {} on '{}', which has {} left for weights: {} too much; fix less there, or {}",
                 show_bytes(bytes),
                 capacity.tiers[tier].name,
-                show_bytes(capacity.left_bytes[tier]),
+                show_bytes(capacity.left_bytes[tier.get()]),
                 show_bytes(over),
                 hint(problem, tier, over)
             );
@@ -46,11 +46,11 @@ pub fn no_division(problem: &Problem<'_>, capacity: &Capacity, constraints: &Con
     let by_hand =
         if constraints.is_empty() { "" } else { " under what --fix and --forbid ask for; take some of it back, or" };
     let largest = problem.shape.dense.iter().max_by_key(|d| d.bytes);
-    let roomiest = capacity.computing_tiers().max_by_key(|&t| capacity.left_bytes[t]);
+    let roomiest = capacity.computing_tiers().max_by_key(|&t| capacity.left_bytes[t.get()]);
     let (Some(largest), Some(tier)) = (largest, roomiest) else {
         return format!("no way to divide the model among the tiers was found: {left} are left for weights{by_hand}");
     };
-    let missing = largest.bytes.saturating_sub(capacity.left_bytes[tier]).max(largest.bytes / 2).max(1);
+    let missing = largest.bytes.saturating_sub(capacity.left_bytes[tier.get()]).max(largest.bytes / 2).max(1);
     format!(
         "no way to divide the model among the tiers was found{by_hand}: {left} are left for weights; the largest dense \
          group ({:?}{}) is {}, and groups are not cut in two; {}",

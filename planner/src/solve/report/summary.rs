@@ -2,7 +2,7 @@
 
 use crate::solve::baselines::Baseline;
 use crate::solve::problem::Problem;
-use tier_plan_runtime::formats::placement::Placement;
+use tier_plan_runtime::formats::placement::{Placement, TierIdx};
 use tier_plan_runtime::units::show_bytes;
 
 /// Relative gain of speed below which two plans count as equally fast.
@@ -51,18 +51,17 @@ fn compare(plan: &Placement, baselines: &[Placement]) -> Option<String> {
 
 /// Says which tier more bytes would help most, per GiB and per dollar.
 fn worth_of_bytes(plan: &Placement, prices: &[f64], problem: &Problem<'_>) -> Vec<String> {
-    let n = plan.tiers.len();
     let total = plan.solver.objective_s;
-    let name = |tier: usize| plan.tiers[tier].tier.name.as_str();
+    let name = |tier: TierIdx| plan.tiers[tier].tier.name.as_str();
     // Seconds per GiB.
-    let worth = |tier: usize| prices.get(tier).map_or(0.0, |price| price * GIB);
-    let is_worth = |&tier: &usize| worth(tier) > MIN_WORTH_SHARE * total;
-    let best = (0..n).max_by(|&a, &b| worth(a).total_cmp(&worth(b)));
+    let worth = |tier: TierIdx| prices.get(tier.get()).map_or(0.0, |price| price * GIB);
+    let is_worth = |&tier: &TierIdx| worth(tier) > MIN_WORTH_SHARE * total;
+    let best = plan.tiers.indices().max_by(|&a, &b| worth(a).total_cmp(&worth(b)));
     let Some(tier) = best.filter(is_worth) else {
         let none = "more capacity would not help; faster tiers or lower per-layer overhead would";
         return if total > 0.0 { vec![none.to_string()] } else { Vec::new() };
     };
-    let percent = |tier: usize| worth(tier) / total * 100.0;
+    let percent = |tier: TierIdx| worth(tier) / total * 100.0;
     let spare = plan.tiers[tier].tier.capacity_bytes.saturating_sub(plan.tiers[tier].budget_bytes);
     let unbudgeted =
         if spare >= 1 << 30 { format!(" ({} of it are not budgeted)", show_bytes(spare)) } else { String::new() };
@@ -71,15 +70,15 @@ fn worth_of_bytes(plan: &Placement, prices: &[f64], problem: &Problem<'_>) -> Ve
         name(tier),
         percent(tier)
     );
-    let others = (0..n).filter(|&t| t != tier).filter(is_worth);
+    let others = plan.tiers.indices().filter(|&t| t != tier).filter(is_worth);
     let others: Vec<String> = others.map(|t| format!("'{}' {:.2} %", name(t), percent(t))).collect();
     if !others.is_empty() {
         text += &format!("; of {}", others.join(", "));
     }
     let mut sentences = vec![text];
-    let usd_per_gb = |t: usize| problem.machine.extras.usd_per_gb.get(name(t)).copied().filter(|price| *price > 0.0);
-    let per_usd = |t: usize| usd_per_gb(t).map_or(0.0, |price| worth(t) / price);
-    let cheapest = (0..n).max_by(|&a, &b| per_usd(a).total_cmp(&per_usd(b)));
+    let usd_per_gb = |t: TierIdx| problem.machine.extras.usd_per_gb.get(name(t)).copied().filter(|price| *price > 0.0);
+    let per_usd = |t: TierIdx| usd_per_gb(t).map_or(0.0, |price| worth(t) / price);
+    let cheapest = plan.tiers.indices().max_by(|&a, &b| per_usd(a).total_cmp(&per_usd(b)));
     let cheapest = cheapest.filter(|&t| per_usd(t) > 0.0);
     if let Some((tier, price)) = cheapest.and_then(|t| Some((t, usd_per_gb(t)?))) {
         sentences.push(format!(

@@ -8,7 +8,7 @@ pub(super) type Ways = Vec<(Vec<u64>, f64)>;
 
 /// Returns every choice for one layer, found without the solver's code.
 pub(super) fn treatments(capacity: &Capacity, evidence: &crate::profile::LayerEvidence) -> Vec<(Vec<u64>, f64)> {
-    let (n, home) = (capacity.tiers.len(), capacity.home());
+    let (n, home) = (capacity.tiers.len(), capacity.fast());
     let e = evidence.shape;
     let stage = cost::ExpertStage::new(&capacity.tiers, e.expert_bytes, evidence.prefetch);
     let mut found = Vec::new();
@@ -24,13 +24,13 @@ pub(super) fn treatments(capacity: &Capacity, evidence: &crate::profile::LayerEv
                 .map(|(tier, &count)| {
                     let experts = evidence.order[from..from + count as usize].to_vec();
                     from += count as usize;
-                    Pins { tier, experts }
+                    Pins { tier: TierIdx::new(tier), experts }
                 })
                 .collect();
             let mut caches = vec![(0, capacity.staging_tier)];
-            if !matches!(capacity.tiers[home].kind, TierKind::Dram) {
+            if !matches!(capacity.tiers[capacity.home()].kind, TierKind::Dram) {
                 let slots = (1..=pooled).filter(|&s| s >= e.n_used.min(pooled));
-                caches.extend(slots.flat_map(|s| (0..home).map(move |tier| (s, tier))));
+                caches.extend(slots.flat_map(|s| TierIdx::first(home).map(move |tier| (s, tier))));
             }
             for (slots, slot_tier) in caches {
                 let policy = SlotPolicy::Lru;
@@ -38,7 +38,7 @@ pub(super) fn treatments(capacity: &Capacity, evidence: &crate::profile::LayerEv
                 let outcomes = cost::outcomes(&layer, evidence, &capacity.tiers, capacity.staging_tier);
                 let mut bytes = vec![0; n];
                 counts.iter().enumerate().for_each(|(t, &c)| bytes[t] += u64::from(c) * e.expert_bytes);
-                bytes[slot_tier] += u64::from(slots) * e.expert_bytes;
+                bytes[slot_tier.get()] += u64::from(slots) * e.expert_bytes;
                 bytes[home] += u64::from(pooled) * e.expert_bytes;
                 found.push((bytes, cost::stage_mean_s(&stage, &outcomes, layer.brought_to(capacity.staging_tier))));
             }
@@ -71,10 +71,10 @@ pub(super) fn everything(shape: &ModelShape, capacity: &Capacity, evidence: &Evi
     let n = capacity.tiers.len();
     let mut things: Vec<Ways> = evidence.layers.iter().map(|l| treatments(capacity, l)).collect();
     for group in &shape.dense {
-        let on = |t: usize| {
-            let rate = |t: usize| capacity.tiers[t].read_gbps * 1e9;
+        let on = |t: TierIdx| {
+            let rate = |t: TierIdx| capacity.tiers[t].read_gbps * 1e9;
             let mut bytes = vec![0; n];
-            bytes[t] = group.bytes;
+            bytes[t.get()] = group.bytes;
             let mut seconds = group.token_bytes as f64 / rate(t);
             if group.kind == DenseKind::Attention {
                 seconds += capacity.tiers[t].accelerator.layer_us.unwrap_or(0.0) * 1e-6;
@@ -82,16 +82,16 @@ pub(super) fn everything(shape: &ModelShape, capacity: &Capacity, evidence: &Evi
                 let at = if real { t } else { capacity.kv_tier };
                 let row =
                     shape.caches[group.layer.unwrap_or_default() as usize].rows.first().map_or(0, |r| 2 * r.width);
-                bytes[at] += 100 * row;
+                bytes[at.get()] += 100 * row;
                 seconds += (50 * row) as f64 / rate(at);
             }
             (bytes, seconds)
         };
-        let allowed = |t: &usize| group.kind == DenseKind::Embedding || capacity.tiers[*t].kind != TierKind::Nvme;
-        things.push((0..n).filter(allowed).map(on).collect());
+        let allowed = |t: &TierIdx| group.kind == DenseKind::Embedding || capacity.tiers[*t].kind != TierKind::Nvme;
+        things.push(capacity.tiers.indices().filter(allowed).map(on).collect());
     }
     let mut left = capacity.left_bytes.clone();
-    left[capacity.kv_tier] += capacity.kv_bytes;
+    left[capacity.kv_tier.get()] += capacity.kv_bytes;
     (things, left)
 }
 
@@ -112,7 +112,7 @@ pub(super) fn cases(nightly: u32) -> ProptestConfig {
 /// Holds the solver to exhaustive enumeration on one small instance.
 fn check_against_enumeration(seed: u64) -> std::result::Result<(), TestCaseError> {
     let (shape, profile, mut machine, budgets) = instance(seed);
-    machine.tiers.iter_mut().for_each(|t| t.emulated &= seed % 2 == 0);
+    machine.tiers.iter_mut().for_each(|t| t.emulated &= seed.is_multiple_of(2));
     let (profile, kv_type) = (profile.as_ref(), KvType::F16);
     let problem = Problem { shape: &shape, profile, machine: &machine, budgets, context: 100, kv_type };
     let Ok(capacities) = Capacity::per_kv_tier(&problem, &Constraints::default()) else { return Ok(()) };

@@ -48,13 +48,13 @@ proptest! {
             let (all, mut left) = everything(&shape, capacity, &evidence);
             let things: Vec<_> = all.iter().map(|t| t.iter().map(weigh).collect::<Vec<_>>()).collect();
             left.push(((1.0 / target - fixed).max(0.0) * TICKS_PER_S).floor() as u64);
-            let constant = capacity.staging_bytes * u64::from(capacity.staging_tier < last);
+            let constant = capacity.staging_bytes * u64::from(capacity.staging_tier.get() < last);
             exhaustive(&things, &left).map(|least| least + constant as f64)
         };
         let goal = plan.solver.goal.clone().ok_or_else(|| TestCaseError::fail("no goal"))?;
         prop_assert_eq!((goal.objective.as_str(), goal.unit.as_str()), ("memory", "bytes"));
         prop_assert!(plan.predicted.decode_tok_s >= target * (1.0 - 1e-9));
-        let used: u64 = plan.tiers[..last].iter().map(|t| t.used_bytes()).sum();
+        let used: u64 = plan.tiers.iter().take(last).map(|t| t.used_bytes()).sum();
         prop_assert_eq!(used as f64, goal.value);
         // A baseline may reach the target without columns that do.
         match capacities.iter().filter_map(of).min_by(f64::total_cmp) {
@@ -86,7 +86,7 @@ proptest! {
         let least = all.iter().map(value).fold(f64::INFINITY, f64::min);
         let table = ReuseTable::new(&evidence.layers[0], trace).ok_or_else(|| TestCaseError::fail("no table"))?;
         let mut layer = LayerSearch::new(&table, &capacity, &evidence.layers[0], &price);
-        let none = columns::Config { cuts: [0; MAX_FAST], slots: 0, slot_tier: capacity.staging_tier as u8 };
+        let none = columns::Config { cuts: [0; MAX_FAST], slots: 0, slot_tier: capacity.staging_tier };
         let soon = || Instant::now() + Duration::from_secs(5);
         let bound = layer.bound(&[none], 1e-4, soon());
         prop_assert!(bound <= least * (1.0 + 1e-9), "{bound} {least}");
@@ -94,7 +94,7 @@ proptest! {
         // What local descent returns is priced as the cost model prices it.
         for timed in layer.cheapest(&[none], true, soon()) {
             let (config, seconds) = (timed.config, timed.seconds);
-            let placed = config.placement(0, &evidence.layers[0].order, capacity.home());
+            let placed = config.placement(0, &evidence.layers[0].order, capacity.fast());
             let stage = cost::ExpertStage::new(&capacity.tiers, 1_000_000, evidence.layers[0].prefetch);
             let outcomes = cost::outcomes(&placed, &evidence.layers[0], &capacity.tiers, capacity.staging_tier);
             let want = cost::stage_mean_s(&stage, &outcomes, placed.brought_to(capacity.staging_tier));
@@ -114,7 +114,7 @@ proptest! {
         let Ok(constraints) = Constraints::parse(&fix, &forbid, &shape, &machine) else { return Ok(()) };
         let (mut things, left) = everything(&shape, &capacity, &evidence);
         let from = evidence.layers.len();
-        let last = capacity.home();
+        let last = capacity.fast();
         for (group, ways) in shape.dense.iter().zip(&mut things[from..]) {
             match group.kind {
                 DenseKind::Head => ways.retain(|w| w.0[0] > 0),
@@ -150,8 +150,11 @@ fn experts_fixed_by_hand_are_where_they_were_put() -> Result<()> {
         let plan = plan_of(&problem, &Options { constraints: constraints.clone(), ..options() })?;
         assert!(constraints.holds(&plan));
         assert_eq!(verify::verify(&plan, &shape, &evidence), Vec::<String>::new());
-        assert_eq!((plan.pinned_tier(4, 1), plan.pinned_tier(3, 9), plan.pinned_tier(6, 19)), (Some(0), Some(1), None));
-        assert!(plan.layers[7].pinned.iter().all(|pins| pins.tier != 0));
+        assert_eq!(
+            (plan.pinned_tier(4, 1), plan.pinned_tier(3, 9), plan.pinned_tier(6, 19)),
+            (Some(TierIdx::new(0)), Some(TierIdx::new(1)), None)
+        );
+        assert!(plan.layers[7].pinned.iter().all(|pins| pins.tier != TierIdx::FIRST));
         let free = plan_of(&problem, &options())?;
         assert!(!constraints.holds(&free));
         assert!(free.solver.objective_s <= plan.solver.objective_s * (1.0 + 1e-6));
@@ -271,7 +274,7 @@ fn expensive_memory_is_left_out_where_it_is_not_worth_its_price() -> Result<()> 
             p.tiers.iter().map(|t| t.used_bytes() as f64 * 1e-9 * machine.extras.usd_per_gb[&t.tier.name]).sum::<f64>()
         };
         assert!(price(&plan) * plan.solver.objective_s <= price(&fastest) * fastest.solver.objective_s * (1.0 + 1e-9));
-        used.push(plan.tiers[0].used_bytes());
+        used.push(plan.tiers[TierIdx::FIRST].used_bytes());
     }
     assert!(used[0] > 1000 && used[1] == 0, "{used:?}");
     Ok(())

@@ -19,7 +19,7 @@ fn solved(shape: &ModelShape, tiers: &[Tier], budgets: &[u64], fix: &[&str], for
     let evidence = Evidence::uniform(shape)?;
     for plan in solved.baselines.iter().chain([&solved.plan]) {
         assert_eq!(verify::verify(plan, shape, &evidence), Vec::<String>::new());
-        assert_eq!(plan.tiers.iter().map(|t| t.bytes.kv).collect::<Vec<_>>(), plan.cache_bytes(shape));
+        assert_eq!(plan.tiers.iter().map(|t| t.bytes.kv).collect::<PerTier<_>>(), plan.cache_bytes(shape));
     }
     Ok(solved.plan)
 }
@@ -32,9 +32,10 @@ fn model() -> ModelShape {
     shape
 }
 
-/// Returns the KV tier of layers on no GPU, and the tier of each layer's attention.
-fn attention(plan: &Placement) -> (TierIdx, Vec<TierIdx>) {
-    (plan.kv_tier, plan.dense.iter().filter(|d| d.kind == DenseKind::Attention).map(|d| d.tier).collect())
+/// Returns the numbers of the KV tier of layers on no GPU, and of each layer's attention tier.
+fn attention(plan: &Placement) -> (usize, Vec<usize>) {
+    let attention = plan.dense.iter().filter(|d| d.kind == DenseKind::Attention);
+    (plan.kv_tier.get(), attention.map(|d| d.tier.get()).collect())
 }
 
 #[test]
@@ -48,7 +49,7 @@ fn a_gpu_has_as_many_layers_as_fit_with_their_kv_cache() -> Result<()> {
     let split = plan(11_999_999, &[], &[])?;
     // The last layers, beside the head.
     assert_eq!(attention(&split), (1, vec![1, 0, 0, 0]));
-    assert_eq!([split.tiers[0].bytes.kv, split.tiers[1].bytes.kv], [3_000_000, 1_000_000]);
+    assert_eq!([split.tiers[TierIdx::new(0)].bytes.kv, split.tiers[TierIdx::new(1)].bytes.kv], [3_000_000, 1_000_000]);
     assert_eq!(attention(&plan(3_000_000, &[], &[])?), (1, vec![1, 1, 1, 0]));
     assert_eq!(attention(&plan(2_999_999, &[], &[])?), (1, vec![1; 4]));
     // Fixed or forbidden by hand.
@@ -127,10 +128,13 @@ fn recurrent_state_goes_with_its_layer() -> Result<()> {
     let plan = |forbid: &[&str]| solved(&shape, &three_tiers(), &[100_000_000, 200_000_000, 1 << 40], &[], forbid);
     let all = plan(&[])?;
     assert_eq!(attention(&all), (0, vec![0; 4]));
-    assert_eq!((all.tiers[0].bytes.kv, all.tiers[1].bytes.kv), (all.kv_type.context_bytes(&shape, all.context), 0));
+    assert_eq!(
+        (all.tiers[TierIdx::new(0)].bytes.kv, all.tiers[TierIdx::new(1)].bytes.kv),
+        (all.kv_type.context_bytes(&shape, all.context), 0)
+    );
     let but_one = plan(&["vram:attention:1"])?;
     assert_eq!(attention(&but_one), (1, vec![0, 1, 0, 0]));
-    assert_eq!(but_one.tiers[1].bytes.kv, 5000);
+    assert_eq!(but_one.tiers[TierIdx::new(1)].bytes.kv, 5000);
     Ok(())
 }
 
@@ -145,15 +149,17 @@ fn planted_mistakes_about_the_kv_cache_are_found() -> Result<()> {
         let wrong = verify::verify(&plan, &shape, &evidence).join("; ");
         assert!(wrong.contains(word), "{word}: {wrong}");
     };
-    finds("kv bytes, but they are", &|p| (p.tiers[0].bytes.kv, p.tiers[1].bytes.kv) = (0, 4_000_000));
-    finds("is on a GPU, but not its attention", &|p| p.kv_tier = 0);
-    finds("where nothing computes", &|p| p.kv_tier = 2);
+    finds("kv bytes, but they are", &|p| {
+        (p.tiers[TierIdx::new(0)].bytes.kv, p.tiers[TierIdx::new(1)].bytes.kv) = (0, 4_000_000)
+    });
+    finds("is on a GPU, but not its attention", &|p| p.kv_tier = TierIdx::new(0));
+    finds("where nothing computes", &|p| p.kv_tier = TierIdx::new(2));
     // A layer whose attention moves takes its KV cache with it.
     finds("kv bytes, but they are", &|p| {
-        let moved = p.dense.iter_mut().find(|d| d.kind == DenseKind::Attention && d.tier == 0);
-        moved.into_iter().for_each(|d| d.tier = 1);
-        p.tiers[0].bytes.dense -= 2_000_000;
-        p.tiers[1].bytes.dense += 2_000_000;
+        let moved = p.dense.iter_mut().find(|d| d.kind == DenseKind::Attention && d.tier == TierIdx::new(0));
+        moved.into_iter().for_each(|d| d.tier = TierIdx::new(1));
+        p.tiers[TierIdx::new(0)].bytes.dense -= 2_000_000;
+        p.tiers[TierIdx::new(1)].bytes.dense += 2_000_000;
     });
     Ok(())
 }

@@ -17,7 +17,7 @@ const MAX_STAGING_EXPERTS: u32 = 1 << 20;
 /// Returns the first rule that a plan breaks.
 pub(super) fn check(plan: &Placement) -> Result<(), Violation> {
     check_tiers(plan.tiers.iter().map(|t| &t.tier)).map_err(Violation::Tiers)?;
-    plan.tiers.iter().enumerate().try_for_each(|(index, tier)| check_bytes_of(plan, index, tier))?;
+    plan.tiers.enumerate().try_for_each(|(index, tier)| check_bytes_of(plan, index, tier))?;
     check_amount("layer_overhead_us", plan.layer_overhead_us)?;
     check_amount("token_overhead_us", plan.token_overhead_us)?;
     check_working_tier(plan, plan.kv_tier, "kv_tier")?;
@@ -50,7 +50,7 @@ fn check_bytes_of(plan: &Placement, index: TierIdx, tier: &PlanTier) -> Result<(
 }
 
 fn check_tier(plan: &Placement, tier: TierIdx, what: &str) -> Result<(), Violation> {
-    if tier < plan.tiers.len() { Ok(()) } else { Err(Violation::tier_number(plan, what, tier)) }
+    if plan.tiers.get(tier).is_some() { Ok(()) } else { Err(Violation::tier_number(plan, what, tier)) }
 }
 
 /// Checks that a tier can be written to and computed on while the model runs.
@@ -98,7 +98,7 @@ fn check_cache(plan: &Placement) -> Result<(), Violation> {
         Some(_) => attention().any(|d| plan.cache_tier(d.tier) == tier),
         None => tier == plan.kv_tier,
     };
-    match plan.tiers.iter().enumerate().find(|&(index, t)| t.bytes.kv > 0 && !has_cache(index)) {
+    match plan.tiers.enumerate().find(|&(index, t)| t.bytes.kv > 0 && !has_cache(index)) {
         Some((_, t)) => Err(Violation::CacheElsewhere { tier: t.tier.name.clone(), kv_tier: kv_tier() }),
         None => Ok(()),
     }

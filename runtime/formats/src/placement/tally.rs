@@ -1,6 +1,6 @@
 //! The byte sums of a plan, which follow from the rest of it and from the model.
 
-use super::{Placement, TierIdx};
+use super::{PerTier, Placement, TierIdx};
 use crate::model::shape::{DenseKind, ModelShape};
 use std::collections::HashMap;
 
@@ -41,7 +41,7 @@ impl TierBytes {
 }
 
 /// Adds to one sum of one tier. A tier out of range has no sums; [`super::validate`] reports it.
-fn add(tally: &mut [TierBytes], tier: TierIdx, sum: impl Fn(&mut TierBytes) -> &mut u64, bytes: u64) {
+fn add(tally: &mut PerTier<TierBytes>, tier: TierIdx, sum: impl Fn(&mut TierBytes) -> &mut u64, bytes: u64) {
     if let Some(tier) = tally.get_mut(tier) {
         let sum = sum(tier);
         *sum = sum.saturating_add(bytes);
@@ -49,13 +49,12 @@ fn add(tally: &mut [TierBytes], tier: TierIdx, sum: impl Fn(&mut TierBytes) -> &
 }
 
 impl Placement {
-    /// Returns what the plan puts on each tier, `[tiers]`, from its placements and the sizes of its
-    /// model.
+    /// Returns what the plan puts on each tier, from its placements and the sizes of its model.
     ///
     /// Ignores the sums that the plan itself stores in [`PlanTier::bytes`](super::PlanTier::bytes).
     /// Whatever the model doesn't have, or stands on a tier out of range, counts nothing.
-    pub fn tally(&self, shape: &ModelShape) -> Vec<TierBytes> {
-        let mut tally = vec![TierBytes::default(); self.tiers.len()];
+    pub fn tally(&self, shape: &ModelShape) -> PerTier<TierBytes> {
+        let mut tally = PerTier::from_fn(self.tiers.len(), |_| TierBytes::default());
         let groups: HashMap<(DenseKind, Option<u32>), u64> =
             shape.dense.iter().map(|group| ((group.kind, group.layer), group.bytes)).collect();
         for group in &self.dense {
@@ -73,8 +72,8 @@ impl Placement {
             add(&mut tally, layer.slot_tier, |t| &mut t.slots, bytes_of(layer.slots.into()));
             add(&mut tally, self.home_tier(), |t| &mut t.home, bytes_of(pooled));
         }
-        for (tier, bytes) in self.cache_bytes(shape).into_iter().enumerate() {
-            add(&mut tally, tier, |t| &mut t.kv, bytes);
+        for (tier, bytes) in self.cache_bytes(shape).enumerate() {
+            add(&mut tally, tier, |t| &mut t.kv, *bytes);
         }
         let largest = shape.experts.iter().map(|e| e.expert_bytes).max().unwrap_or(0);
         let staging = u64::from(self.staging_experts).saturating_mul(largest);

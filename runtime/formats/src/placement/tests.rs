@@ -37,7 +37,7 @@ fn versions_mean_what_they_meant() {
         accelerator: Accelerator::default(),
         source: "declared".into(),
     };
-    let [vram, dram] = [0, 1];
+    let [vram, dram] = [0, 1].map(TierIdx::new);
     let lines = |tier, budget_bytes, [dense, pinned, slots, kv, staging, home]: [u64; 6]| PlanTier {
         tier,
         budget_bytes,
@@ -64,7 +64,7 @@ fn versions_mean_what_they_meant() {
         kv_type: KvType::F16,
         staging_tier: dram,
         staging_experts: 4,
-        tiers: vec![
+        tiers: PerTier::from([
             lines(
                 tier("vram", TierKind::Vram, 3 << 20, 8.0, 5.0),
                 3_000_000,
@@ -72,7 +72,7 @@ fn versions_mean_what_they_meant() {
             ),
             lines(tier("dram", TierKind::Dram, 9 << 19, 1.0, 0.0), 9 << 19, [524_288, 1_000_000, 600_000, 0, 4096, 0]),
             lines(tier("slow", TierKind::Nvme, 64 << 20, 0.15, 40.0), 64 << 20, [0, 0, 0, 0, 0, 6_000_000]),
-        ],
+        ]),
         dense: vec![
             dense(DenseKind::Embedding, None, dram),
             dense(DenseKind::Attention, Some(0), vram),
@@ -112,15 +112,15 @@ fn versions_mean_what_they_meant() {
             decode_tok_s: 800.0,
             prompt_tok_s: 2500.5,
             overhead_s: 0.00018,
-            dense_s: vec![0.0002, 0.00001, 0.0],
-            expert_s: vec![0.0001, 0.0005, 0.0007],
+            dense_s: PerTier::from([0.0002, 0.00001, 0.0]),
+            expert_s: PerTier::from([0.0001, 0.0005, 0.0007]),
             expert_critical_s: 0.0007,
             hit_rate: 0.9375,
-            read_bytes: vec![2e6, 500_000.5, 1e5],
+            read_bytes: PerTier::from([2e6, 500_000.5, 1e5]),
             emulated: true,
             at: 0,
             kv_s: 0.0,
-            prompt_gflops: Vec::new(),
+            prompt_gflops: PerTier::default(),
         },
     };
     assert_eq!(plan, want);
@@ -131,7 +131,8 @@ fn versions_mean_what_they_meant() {
     let plan = load(V3).unwrap();
     want.layers[0].policy = SlotPolicy::Lfu { half_life: 16 };
     want.layers[4].policy = SlotPolicy::Adaptive { half_life: 64, recent_half_life: 2, recent_weight: 8 };
-    (want.predicted.at, want.predicted.kv_s, want.predicted.prompt_gflops) = (512, 0.00005, vec![900.0, 50.5, 50.5]);
+    (want.predicted.at, want.predicted.kv_s, want.predicted.prompt_gflops) =
+        (512, 0.00005, PerTier::from([900.0, 50.5, 50.5]));
     let goal = Goal {
         objective: "memory".into(),
         value: 2_493_216.0,
@@ -148,10 +149,10 @@ fn versions_mean_what_they_meant() {
 #[test]
 fn a_tier_of_vram_may_say_how_fast_its_link_is() {
     let plan = load(V5).unwrap();
-    assert_eq!(plan.tiers[0].tier.accelerator.link_gbps, Some(9.25));
+    assert_eq!(plan.tiers[TierIdx::new(0)].tier.accelerator.link_gbps, Some(9.25));
     assert_eq!(plan.encode(), V5, "a plan with a key of version 5 says so");
     let mut without = plan;
-    without.tiers[0].tier.accelerator = Accelerator::default();
+    without.tiers[TierIdx::new(0)].tier.accelerator = Accelerator::default();
     assert_eq!(without.encode(), V4);
     for (from, to, words) in [
         ("version = 5", "version = 4", "link_gbps is a key of version 5; write `version = 5`, or leave it out"),
@@ -222,13 +223,13 @@ fn a_plan_that_does_not_say_how_keys_are_stored_means_16_bits() {
 #[test]
 fn pinned_experts_are_found() {
     let plan = load(V1).unwrap();
-    assert_eq!(plan.pinned_tier(0, 7), Some(0));
-    assert_eq!(plan.pinned_tier(0, 9), Some(1));
+    assert_eq!(plan.pinned_tier(0, 7), Some(TierIdx::new(0)));
+    assert_eq!(plan.pinned_tier(0, 9), Some(TierIdx::new(1)));
     assert_eq!(plan.pinned_tier(0, 4), None);
-    assert_eq!(plan.pinned_tier(3, 31), Some(1));
+    assert_eq!(plan.pinned_tier(3, 31), Some(TierIdx::new(1)));
     assert_eq!(plan.pinned_tier(9, 0), None);
-    assert_eq!(plan.home_tier(), 2);
-    assert_eq!(plan.tiers[0].used_bytes(), 2_493_216);
+    assert_eq!(plan.home_tier(), TierIdx::new(2));
+    assert_eq!(plan.tiers[TierIdx::new(0)].used_bytes(), 2_493_216);
 }
 
 #[test]
@@ -380,8 +381,8 @@ fn what_is_left_out_is_empty() {
     let text = text.replace("dense_s = {", "# ").replace("dram = 0.0005, ", "");
     let plan = load(&text).unwrap();
     assert_eq!((plan.profile, plan.solver.bound_s, plan.solver.gap), (None, None, None));
-    assert_eq!(plan.predicted.dense_s, Vec::<f64>::new());
-    assert_eq!(plan.predicted.expert_s, [0.0001, 0.0, 0.0007]);
+    assert_eq!(plan.predicted.dense_s, PerTier::default());
+    assert_eq!(plan.predicted.expert_s, PerTier::from([0.0001, 0.0, 0.0007]));
 }
 
 #[test]
@@ -398,33 +399,41 @@ fn only_a_sound_plan_is_written() {
         assert!(error.contains(why), "wanted {why:?}, got {error:?}");
         assert!(load(&plan.encode()).is_err() || why.contains("no layer"), "{why}: written yet read");
     };
-    refuse(|p| p.kv_tier = 3, "kv_tier is tier number 3, but the plan has 3");
-    refuse(|p| p.layers[0].slot_tier = 9, "layer 1: slot_tier is tier number 9");
-    refuse(|p| p.layers[0].pinned[0].tier = 9, "layer 1: a tier of pinned experts is tier number 9");
-    refuse(|p| p.layers[0].pinned[1].tier = 0, "tier 'vram' is listed twice under pinned");
+    refuse(|p| p.kv_tier = TierIdx::new(3), "kv_tier is tier number 3, but the plan has 3");
+    refuse(|p| p.layers[0].slot_tier = TierIdx::new(9), "layer 1: slot_tier is tier number 9");
+    refuse(|p| p.layers[0].pinned[0].tier = TierIdx::new(9), "layer 1: a tier of pinned experts is tier number 9");
+    refuse(|p| p.layers[0].pinned[1].tier = TierIdx::new(0), "tier 'vram' is listed twice under pinned");
     refuse(|p| p.layers[0].pinned[0].experts = vec![3, 3], "on tier 'vram', expert 3 comes after expert 3");
     refuse(|p| p.layers.swap(0, 1), "layer 1 comes after layer 2");
-    refuse(|p| p.predicted.dense_s = vec![1.0; 4], "predicted.dense_s has 4 parts, but the plan has 3 tiers");
+    refuse(
+        |p| p.predicted.dense_s = PerTier::from([1.0; 4]),
+        "predicted.dense_s has 4 parts, but the plan has 3 tiers",
+    );
     refuse(|p| p.dense[0].layer = Some(0), "the Embedding group stands in layer 0, but has no layer");
     refuse(|p| p.dense[1].layer = None, "the Attention group has no layer");
-    refuse(|p| p.tiers.clear(), "no tier");
-    refuse(|p| p.tiers[1].bytes.kv = 1, "kv_bytes of tier 'dram' must be 0: a layer's KV cache is on");
+    refuse(|p| p.tiers = PerTier::default(), "no tier");
+    refuse(|p| p.tiers[TierIdx::new(1)].bytes.kv = 1, "kv_bytes of tier 'dram' must be 0: a layer's KV cache is on");
     // A real GPU has its own layers' keys and values, and no others.
     refuse(
-        |p| p.tiers[0].tier.emulated = false,
+        |p| p.tiers[TierIdx::new(0)].tier.emulated = false,
         "kv_tier is 'vram', a GPU's memory, but the attention of layer 4 is on 'dram', and so its KV cache can't",
     );
     refuse(
         |p| {
-            (p.tiers[0].tier.emulated, p.kv_tier, p.tiers[1].bytes.kv) = (false, 1, 64);
-            p.dense.iter_mut().for_each(|d| d.tier = 0);
+            (p.tiers[TierIdx::new(0)].tier.emulated, p.kv_tier, p.tiers[TierIdx::new(1)].bytes.kv) =
+                (false, TierIdx::new(1), 64);
+            p.dense.iter_mut().for_each(|d| d.tier = TierIdx::new(0));
         },
         "kv_bytes of tier 'dram' must be 0: a layer's KV cache is on the GPU that has its attention",
     );
     let mut split = plan.clone();
-    (split.tiers[0].tier.emulated, split.kv_tier) = (false, 1);
-    (split.tiers[1].bytes.kv, split.tiers[1].budget_bytes, split.tiers[1].tier.capacity_bytes) = (64, 1 << 30, 1 << 30);
+    (split.tiers[TierIdx::new(0)].tier.emulated, split.kv_tier) = (false, TierIdx::new(1));
+    (
+        split.tiers[TierIdx::new(1)].bytes.kv,
+        split.tiers[TierIdx::new(1)].budget_bytes,
+        split.tiers[TierIdx::new(1)].tier.capacity_bytes,
+    ) = (64, 1 << 30, 1 << 30);
     split.write(&dir.path().join("split.toml")).unwrap();
-    assert_eq!(split.cache_tiers(7), [0, 0, 0, 0, 1, 0, 1]);
+    assert_eq!(split.cache_tiers(7), [0, 0, 0, 0, 1, 0, 1].map(TierIdx::new));
     assert_eq!(read(&path).unwrap(), plan, "the file from before is still there");
 }

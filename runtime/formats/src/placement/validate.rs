@@ -35,7 +35,7 @@ pub fn validate(plan: &Placement, shape: &ModelShape) -> Vec<Violation> {
 
 /// Checks budgets, and that each tier can do what the plan wants of it.
 fn tiers(plan: &Placement, violations: &mut Vec<Violation>) {
-    for (index, tier) in plan.tiers.iter().enumerate() {
+    for (index, tier) in plan.tiers.enumerate() {
         let (name, used, last) = (|| tier.tier.name.clone(), tier.used_bytes(), index == plan.home_tier());
         if used > tier.budget_bytes {
             violations.push(Violation::OverBudget { tier: name(), used, budget: tier.budget_bytes });
@@ -83,7 +83,7 @@ fn routed_experts(plan: &Placement, layer: &LayerPlacement, experts: &ExpertShap
     let mut report = |violation: Violation| violations.push(violation.in_layer(layer.layer));
     let mut homes = HashMap::new();
     for pins in &layer.pinned {
-        if pins.tier >= plan.tiers.len() {
+        if plan.tiers.get(pins.tier).is_none() {
             report(Violation::tier_number(plan, "a tier of pinned experts", pins.tier));
             continue;
         }
@@ -103,7 +103,7 @@ fn routed_experts(plan: &Placement, layer: &LayerPlacement, experts: &ExpertShap
     if layer.slots > n_expert {
         report(Violation::MoreSlotsThanExperts { slots: layer.slots, n_expert });
     }
-    if layer.slots > 0 && layer.slot_tier >= plan.tiers.len() {
+    if layer.slots > 0 && plan.tiers.get(layer.slot_tier).is_none() {
         report(Violation::tier_number(plan, "slot_tier", layer.slot_tier));
     } else if layer.slots > 0 && layer.slot_tier == slow {
         report(Violation::SlotsOnSlowTier);

@@ -32,7 +32,7 @@ pub enum Violation {
     #[error("home_bytes of tier '{tier}' must be 0: pooled experts live on the last tier")]
     HomeNotLast { tier: String },
     #[error("{what} is tier number {tier}, but the plan has {n_tiers}")]
-    TierNumber { what: String, tier: usize, n_tiers: usize },
+    TierNumber { what: String, tier: TierIdx, n_tiers: usize },
     #[error("{what} is '{tier}', a block device; choose a tier of memory")]
     WorksOnDrive { what: String, tier: String },
     #[error("staging holds {found} experts, but {max} is the most")]

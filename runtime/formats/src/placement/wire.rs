@@ -2,8 +2,8 @@
 //! writes it.
 
 use super::{
-    DensePlacement, Goal, LayerPlacement, Pins, Placement, PlanTier, Prediction, SlotPolicy, SolverReport, TierBytes,
-    TierIdx,
+    DensePlacement, Goal, LayerPlacement, PerTier, Pins, Placement, PlanTier, Prediction, SlotPolicy, SolverReport,
+    TierBytes, TierIdx,
 };
 use crate::kind::toml_words;
 use crate::machine::{Accelerator, Tier, WireKind, check_unit};
@@ -195,7 +195,7 @@ struct Names {
 impl Names {
     fn new(tiers: &[WireTier]) -> Names {
         let all: Vec<String> = tiers.iter().map(|t| t.name.clone()).collect();
-        let by_name = all.iter().enumerate().map(|(at, name)| (name.clone(), at)).collect();
+        let by_name = all.iter().enumerate().map(|(at, name)| (name.clone(), TierIdx::new(at))).collect();
         Names { by_name, all }
     }
 
@@ -207,11 +207,11 @@ impl Names {
 
     /// Numbers in the order of the tiers; a tier that is not named has 0, and no name at all means
     /// no numbers.
-    fn by_tier(&self, parts: BTreeMap<String, f64>, what: &str) -> Result<Vec<f64>, String> {
+    fn by_tier(&self, parts: BTreeMap<String, f64>, what: &str) -> Result<PerTier<f64>, String> {
         if parts.is_empty() {
-            return Ok(Vec::new());
+            return Ok(PerTier::default());
         }
-        let mut out = vec![0.0; self.all.len()];
+        let mut out = PerTier::from_fn(self.all.len(), |_| 0.0);
         for (name, x) in parts {
             out[self.find(&name, what)?] = x;
         }

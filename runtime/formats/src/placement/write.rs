@@ -77,7 +77,7 @@ pub(super) fn encode(plan: &Placement) -> String {
         ("prompt_gflops", &predicted.prompt_gflops),
     ] {
         if !parts.is_empty() {
-            let parts = parts.iter().enumerate().map(|(tier, &x)| format!("{} = {}", name(tier), float(x)));
+            let parts = parts.enumerate().map(|(tier, &x)| format!("{} = {}", name(tier), float(x)));
             out.field(key, table(parts));
         }
     }

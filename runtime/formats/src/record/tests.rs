@@ -1,5 +1,6 @@
 use super::*;
 use crate::machine::tests::any_text;
+use crate::tier_idx::PerTier;
 use proptest::collection::vec;
 use proptest::prelude::*;
 
@@ -60,15 +61,15 @@ fn version_1_means_what_it_meant() {
             decode_tok_s: 6.25,
             prompt_tok_s: 250.0,
             overhead_s: 0.00018,
-            dense_s: vec![0.0002, 0.0],
-            expert_s: vec![0.0001, 0.0005],
+            dense_s: PerTier::from([0.0002, 0.0]),
+            expert_s: PerTier::from([0.0001, 0.0005]),
             expert_critical_s: 0.0007,
             hit_rate: 0.9375,
-            read_bytes: vec![2e6, 500_000.5],
+            read_bytes: PerTier::from([2e6, 500_000.5]),
             emulated: true,
             at: 0,
             kv_s: 0.0,
-            prompt_gflops: Vec::new(),
+            prompt_gflops: PerTier::default(),
         }),
         output: vec![5, 4095, 17],
     };
@@ -77,7 +78,7 @@ fn version_1_means_what_it_meant() {
     assert_eq!(record.encode(), V1, "the writer lays out version 1 as it always did");
     let mut want = want;
     let predicted = want.predicted.as_mut().unwrap();
-    (predicted.at, predicted.kv_s, predicted.prompt_gflops) = (96, 0.00025, vec![900.0, 50.5]);
+    (predicted.at, predicted.kv_s, predicted.prompt_gflops) = (96, 0.00025, PerTier::from([900.0, 50.5]));
     let layer = &mut want.layers[0];
     (layer.missed_bytes, layer.reading_s, layer.waited_s) = (30_000, 0.0015, 0.0005);
     let record = load(V2).unwrap();
@@ -188,7 +189,7 @@ fn any_record() -> impl Strategy<Value = RunRecord> {
             decode_tok_s: a,
             prompt_tok_s: b,
             overhead_s: c,
-            dense_s: parts.clone(),
+            dense_s: parts.clone().into(),
             expert_s: parts.iter().map(|x| x.floor()).collect(),
             expert_critical_s: d,
             hit_rate: e,
@@ -196,7 +197,7 @@ fn any_record() -> impl Strategy<Value = RunRecord> {
             emulated,
             at: u32::from(emulated),
             kv_s: b,
-            prompt_gflops: parts,
+            prompt_gflops: parts.into(),
         },
     );
     let words = proptest::array::uniform6(any_text());

@@ -10,6 +10,7 @@ use tier_plan_formats::gguf::Gguf;
 use tier_plan_formats::gguf::testing::Writer;
 use tier_plan_formats::model::kv::KvType;
 use tier_plan_formats::model::spec::{KeySharing, Linear, Mixer, TensorId};
+use tier_plan_formats::placement::TierIdx;
 use tier_plan_kernels::Kernels;
 use tier_plan_kernels::quant::TensorType;
 use tier_plan_kernels::threads::ThreadPool;
@@ -202,10 +203,10 @@ impl Layer {
         let gguf = Arc::new(Gguf::open(file.path()).expect("the file just written"));
         let mut weights = DenseWeights::new(gguf);
         for id in 0..conv {
-            weights.hold(id, 0, WeightStorage::Mapped);
+            weights.hold(id, TierIdx::FIRST, WeightStorage::Mapped);
         }
         for (id, values) in [conv, dt_bias, decay, norm].into_iter().zip(vectors) {
-            weights.hold(id, 0, WeightStorage::Vector(values.clone().into()));
+            weights.hold(id, TierIdx::FIRST, WeightStorage::Vector(values.clone().into()));
         }
         let heads = (n_key, n_value, dim, taps);
         let (n_key_head, n_value_head, head_dim, conv_taps) = heads;

@@ -8,6 +8,7 @@ use tier_plan_formats::gguf::Gguf;
 use tier_plan_formats::gguf::testing::Writer;
 use tier_plan_formats::model::kv::KvType;
 use tier_plan_formats::model::spec::{Linear, LowRank, Mixer, RopeKind, RopeScaling, RopeSpec, Temperature};
+use tier_plan_formats::placement::TierIdx;
 use tier_plan_kernels::Kernels;
 use tier_plan_kernels::quant::TensorType;
 use tier_plan_kernels::threads::ThreadPool;
@@ -148,10 +149,10 @@ fn layer(case: Case) -> Layer {
     };
     let mut weights = DenseWeights::new(Arc::clone(&gguf));
     let read = Mixer::Mla(spec.clone()).tensors();
-    read.matrices.iter().for_each(|id| weights.hold(*id, 0, WeightStorage::Mapped));
+    read.matrices.iter().for_each(|id| weights.hold(*id, TierIdx::FIRST, WeightStorage::Mapped));
     for id in read.vectors {
         let values = decoded[gguf.tensors()[id].name.as_str()].clone();
-        weights.hold(id, 0, WeightStorage::Vector(values.into_boxed_slice()));
+        weights.hold(id, TierIdx::FIRST, WeightStorage::Vector(values.into_boxed_slice()));
     }
     Layer { weights, spec, decoded, keys, values }
 }

@@ -48,7 +48,7 @@ struct SlotChoice {
 impl LayerSearch<'_> {
     /// Finds the least weighted mean over a region, which bounds it.
     pub(super) fn tighten(&self, region: &mut Region) {
-        let fast = self.descent.capacity.home();
+        let fast = self.descent.capacity.fast();
         let weights = self.path_weights(region);
         let prefix = self.prefix_costs(&weights);
         let cuts = self.best_cuts(region, &prefix);
@@ -69,7 +69,7 @@ impl LayerSearch<'_> {
             let value = base + choice.cost;
             if value < bound {
                 bound = value;
-                let slot_tier = region.slot_tier.unwrap_or(self.descent.capacity.staging_tier) as u8;
+                let slot_tier = region.slot_tier.map_or(self.descent.capacity.staging_tier, TierIdx::new);
                 point = Config { cuts: cuts.trace(last as u16, fast), slots: choice.slots, slot_tier };
             }
         }
@@ -80,12 +80,12 @@ impl LayerSearch<'_> {
     }
 
     /// Returns the tier that the pooled experts of a region compute on.
-    fn pool_tier(&self, region: &Region) -> TierIdx {
+    fn pool_tier(&self, region: &Region) -> usize {
         let capacity = self.descent.capacity;
         match region.slot_tier {
             Some(tier) => tier,
-            None if capacity.in_place => capacity.home(),
-            None => capacity.staging_tier,
+            None if capacity.in_place => capacity.fast(),
+            None => capacity.staging_tier.get(),
         }
     }
 
@@ -157,13 +157,13 @@ impl LayerSearch<'_> {
         let (price, tier) = (&self.descent.expert_price_s, self.pool_tier(region));
         let pooled = (n_expert - cut) as f64;
         let compute = prefix[tier][n_expert] - prefix[tier][cut] - price[tier] * pooled;
-        compute + price[self.descent.capacity.home()] * pooled
+        compute + price[self.descent.capacity.fast()] * pooled
     }
 
     /// Third pass: for each last cut, the best cuts of the tiers above, tier by tier.
     fn best_cuts(&self, region: &Region, prefix: &[Vec<f64>]) -> BestCuts {
         let n_expert = self.descent.timed.table.n_expert;
-        let fast = self.descent.capacity.home();
+        let fast = self.descent.capacity.fast();
         let mut cost = vec![0.0f64; n_expert + 1];
         let mut from: Vec<Vec<u16>> = Vec::with_capacity(fast);
         for tier in 0..fast.saturating_sub(1) {
@@ -189,7 +189,7 @@ impl LayerSearch<'_> {
         let table = self.descent.timed.table;
         let (n_expert, used) = (table.n_expert, table.used);
         let scale = 1.0 / table.tokens as f64;
-        let to = region.slot_tier.unwrap_or(self.descent.capacity.staging_tier);
+        let to = region.slot_tier.unwrap_or(self.descent.capacity.staging_tier.get());
         let PathTime { per_expert_s, fixed_s } = self.descent.timed.transfer[to];
         let (each_s, fixed_s) = (per_expert_s * scale, fixed_s * scale);
         let mut by_cut = vec![0.0; n_expert + 1];
@@ -235,7 +235,7 @@ impl LayerSearch<'_> {
             TransferCosts::Staged(by_cut) => return Some(SlotChoice { slots: 0, cost: by_cut[last] }),
             TransferCosts::Missed { miss_s, cold_s } => (miss_s, cold_s),
         };
-        let fast = self.descent.capacity.home();
+        let fast = self.descent.capacity.fast();
         let price = self.descent.expert_price_s[region.slot_tier?];
         let SlotRange { least, most } = self.descent.slot_range(last as u16)?;
         let (low, high) = (region.low[fast].max(least), region.high[fast].min(most));

@@ -33,15 +33,15 @@ impl<'a> TokenTimes<'a> {
         let mut transfer = [PathTime::default(); MAX_FAST + 1];
         let n = capacity.tiers.len();
         for tier in 0..n {
-            compute[tier] = stage.path(tier, tier);
-            transfer[tier] = stage.path(n, tier);
+            compute[tier] = stage.path(tier, TierIdx::new(tier));
+            transfer[tier] = stage.path(n, TierIdx::new(tier));
         }
         TokenTimes { table, capacity, compute, transfer }
     }
 
     /// Calls `each` with every token's path times under a configuration.
     fn for_each_token(&self, config: &Config, mut each: impl FnMut(usize, &[f64; MAX_PATHS])) {
-        let (table, fast) = (self.table, self.capacity.home());
+        let (table, fast) = (self.table, self.capacity.fast());
         let n = self.capacity.tiers.len();
         // `[token]` misses among the pooled choices that were used before.
         let mut missed_again = vec![0u16; table.tokens];
@@ -66,20 +66,20 @@ impl<'a> TokenTimes<'a> {
                 }
             }
             if config.slots > 0 {
-                counts[usize::from(config.slot_tier)] += pooled;
+                counts[config.slot_tier.get()] += pooled;
                 counts[n] = missed;
             } else if self.capacity.in_place {
                 counts[fast] = pooled;
             } else {
-                counts[self.capacity.staging_tier] += pooled;
+                counts[self.capacity.staging_tier.get()] += pooled;
                 counts[n] = pooled;
             }
-            each(token, &self.path_times(&counts, usize::from(config.slot_tier)));
+            each(token, &self.path_times(&counts, config.slot_tier.get()));
         }
     }
 
     /// Returns the seconds of each path, with missed experts transferred to `slot_tier`.
-    fn path_times(&self, counts: &[u16; MAX_PATHS], slot_tier: TierIdx) -> [f64; MAX_PATHS] {
+    fn path_times(&self, counts: &[u16; MAX_PATHS], slot_tier: usize) -> [f64; MAX_PATHS] {
         let n = self.capacity.tiers.len();
         let mut times = [0.0; MAX_PATHS];
         for path in 0..n {

@@ -6,7 +6,7 @@ use crate::solve::problem::constraints::Constraints;
 use crate::solve::problem::{Problem, hint};
 use anyhow::{Result, bail, ensure};
 use tier_plan_runtime::formats::machine::{Tier, TierKind};
-use tier_plan_runtime::formats::placement::TierIdx;
+use tier_plan_runtime::formats::placement::{PerTier, TierIdx};
 use tier_plan_runtime::model::shape::{DenseKind, DenseShape};
 use tier_plan_runtime::units::show_bytes;
 
@@ -19,7 +19,7 @@ impl Capacity {
             let attention = shape.dense.iter().filter(is_attention).map(|d| d.bytes);
             let bytes = attention.fold(0, u64::saturating_add);
             let needed = bytes.saturating_add(kv_type.context_bytes(shape, context));
-            let left = self.left_bytes[gpu];
+            let left = self.left_bytes[gpu.get()];
             ensure!(
                 needed <= left,
                 "--fix puts the key and value cache on '{}', a GPU's memory, and with it the attention of all \
@@ -42,7 +42,7 @@ impl Capacity {
         none_allowed: bool,
     ) -> Result<()> {
         let staging = self.staging_tier;
-        let left = self.left_bytes[staging];
+        let left = self.left_bytes[staging.get()];
         let on_no_gpu = self.caches.iter().position(|c| c.gpus.is_empty());
         if let (Some(layer), true, true) = (on_no_gpu, constraints.of_cache(), none_allowed) {
             bail!(
@@ -98,7 +98,7 @@ impl Capacity {
             );
             let bytes = cache.map_or(0, |c| c.context_bytes(problem.kv_type, problem.context));
             let needed = bytes.saturating_add(group.bytes);
-            let left = self.left_bytes[gpu];
+            let left = self.left_bytes[gpu.get()];
             bail!(
                 "the attention of layer {layer} can only be on '{name}', but with the layer's keys and values it \
                  takes {} of the {} left there; fix or forbid less, or {}",
@@ -116,8 +116,9 @@ impl Capacity {
         let dense: u128 = shape.dense.iter().map(|d| u128::from(d.bytes)).sum();
         let of_layer = shape.experts.iter().map(|e| u128::from(e.expert_bytes) * u128::from(e.n_expert));
         let experts: u128 = of_layer.sum();
-        let left =
-            |tiers: &mut dyn Iterator<Item = TierIdx>| -> u128 { tiers.map(|t| u128::from(self.left_bytes[t])).sum() };
+        let left = |tiers: &mut dyn Iterator<Item = TierIdx>| -> u128 {
+            tiers.map(|t| u128::from(self.left_bytes[t.get()])).sum()
+        };
         let names: Vec<String> = self.computing_tiers().map(|t| format!("'{}'", self.tiers[t].name)).collect();
         let to_u64 = |bytes: u128| u64::try_from(bytes).unwrap_or(u64::MAX);
         let show = |bytes: u128| show_bytes(to_u64(bytes));
@@ -139,7 +140,7 @@ impl Capacity {
             show(have),
             hint(problem, self.staging_tier, to_u64(computing.saturating_sub(have)))
         );
-        let have = left(&mut (0..self.tiers.len()));
+        let have = left(&mut self.tiers.indices());
         let needed = dense + experts + moving;
         ensure!(
             needed <= have,
@@ -154,7 +155,7 @@ impl Capacity {
 }
 
 /// Checks that plans can be made for the machine's tiers and the budgets.
-pub(super) fn check_tiers(problem: &Problem<'_>, tiers: &[Tier]) -> Result<()> {
+pub(super) fn check_tiers(problem: &Problem<'_>, tiers: &PerTier<Tier>) -> Result<()> {
     let machine = problem.machine;
     ensure!(
         !tiers.is_empty() && tiers.len() <= MAX_FAST + 1,
@@ -201,7 +202,7 @@ pub(super) fn check_tiers(problem: &Problem<'_>, tiers: &[Tier]) -> Result<()> {
         home > 0 || home_in_place(tiers),
         "machine '{}' has only tier '{}', where nothing computes; add a DRAM tier above it",
         machine.name,
-        tiers[home].name
+        tiers[TierIdx::FIRST].name
     );
     Ok(())
 }

@@ -68,7 +68,7 @@ impl LayerColumns<'_, '_> {
 
     /// Returns the last cuts of the axes that the layer allows.
     fn last_cuts(&self) -> impl Iterator<Item = u16> + '_ {
-        let has_fast = self.capacity().home() > 0;
+        let has_fast = self.capacity().fast() > 0;
         let allowed = move |&last: &u16| last <= self.fixed.max_cut && (has_fast || last == 0);
         self.axes.last_cuts.iter().copied().filter(allowed)
     }
@@ -80,7 +80,7 @@ impl LayerColumns<'_, '_> {
 
     /// Returns the numbers of slots to try for `pooled` experts, ascending.
     fn slot_axis(&self, pooled: u16) -> Vec<u16> {
-        if self.capacity().slot_tiers().is_empty() || pooled == 0 {
+        if self.capacity().slot_tiers().len() == 0 || pooled == 0 {
             return Vec::new();
         }
         let least = self.n_used().min(pooled);
@@ -92,7 +92,7 @@ impl LayerColumns<'_, '_> {
 
     /// Calls `each` with every non-decreasing sequence of cuts that ends in `last` and fits.
     fn for_each_cuts(&self, last: u16, mut each: impl FnMut([u16; MAX_FAST])) {
-        let fast = self.capacity().home();
+        let fast = self.capacity().fast();
         let expert_bytes = self.layer.shape.expert_bytes;
         let mut stack = vec![(0usize, [0u16; MAX_FAST])];
         if fast == 0 {
@@ -132,10 +132,10 @@ impl LayerColumns<'_, '_> {
     /// Every pooled choice is missed then, unless pooled experts compute in place.
     fn staged_s(&self, mut experts: Paths) -> f64 {
         let Capacity { in_place, staging_tier, .. } = *self.capacity();
-        let home = self.capacity().home();
+        let home = self.capacity().fast();
         if !in_place {
             let pooled = std::mem::take(&mut experts[home]);
-            experts[staging_tier] += pooled;
+            experts[staging_tier.get()] += pooled;
             experts[home + 1] += pooled;
         }
         self.stage.token_s(&experts[..=self.capacity().tiers.len()], staging_tier)
@@ -145,15 +145,12 @@ impl LayerColumns<'_, '_> {
     pub(super) fn batched(&self, item: &mut Item) {
         let Some(batch) = self.enumerator.charge.batch else { return };
         let touched = self.enumerator.touched(self.layer, self.fixed, batch);
-        let staging_tier = self.capacity().staging_tier as u8;
+        let staging_tier = self.capacity().staging_tier;
         for last in self.last_cuts() {
             let slots = self.slot_axis(self.n_pooled(last));
             self.for_each_cuts(last, |cuts| {
                 let none = Config { cuts, slots: 0, slot_tier: staging_tier };
-                let with = |tier: TierIdx| {
-                    let slot_tier = tier as u8;
-                    slots.iter().map(move |&slots| Config { cuts, slots, slot_tier })
-                };
+                let with = |slot_tier: TierIdx| slots.iter().map(move |&slots| Config { cuts, slots, slot_tier });
                 let configs = std::iter::once(none).chain(self.capacity().slot_tiers().flat_map(with));
                 for config in configs {
                     let (layer, fixed) = (self.layer, self.fixed);
@@ -166,7 +163,7 @@ impl LayerColumns<'_, '_> {
 
     /// Adds the columns of a layer with recorded tokens.
     pub(super) fn recorded(&self, item: &mut Item, trace: &LayerTrace) {
-        let staging_tier = self.capacity().staging_tier as u8;
+        let staging_tier = self.capacity().staging_tier;
         let used = usize::from(self.n_used());
         let tokens = trace.tokens().max(1) as f64;
         let ranks = self.token_ranks(trace);
@@ -196,7 +193,7 @@ impl LayerColumns<'_, '_> {
                     for (count, change) in changes.iter().enumerate() {
                         sum += change;
                         if wanted.next_if(|&&s| usize::from(s) == count).is_some() {
-                            let (slots, slot_tier) = (count as u16, transfers.to as u8);
+                            let (slots, slot_tier) = (count as u16, transfers.to);
                             self.push(item, Config { cuts, slots, slot_tier }, sum / tokens);
                         }
                     }
@@ -221,7 +218,7 @@ impl LayerColumns<'_, '_> {
     /// Returns a token's experts on each tier; those fixed to a tier have the last ranks.
     #[inline]
     fn paths_of(&self, ranks: &[u16], cuts: &[u16; MAX_FAST]) -> Paths {
-        let home = self.capacity().home();
+        let home = self.capacity().fast();
         let mut experts = Paths::default();
         let mut tier = 0;
         for &rank in ranks {
@@ -242,9 +239,9 @@ impl LayerColumns<'_, '_> {
     /// `changes[0]` is the time without any hit.
     #[inline]
     fn add_changes(&self, mut experts: Paths, positions: &[u16], transfers: &Transfers, changes: &mut [f64]) {
-        let (home, n) = (self.capacity().home(), self.capacity().tiers.len());
+        let (home, n) = (self.capacity().fast(), self.capacity().tiers.len());
         let mut missed = usize::from(std::mem::take(&mut experts[home]));
-        experts[transfers.to] += missed as u16;
+        experts[transfers.to.get()] += missed as u16;
         let compute = self.stage.token_s(&experts[..n], transfers.to);
         let mut now = compute.max(transfers.seconds[missed]);
         changes[0] += now;
@@ -258,9 +255,9 @@ impl LayerColumns<'_, '_> {
 
     /// Adds the columns of a layer whose experts are all equally likely.
     pub(super) fn uniform(&self, item: &mut Item) {
-        let (home, used) = (self.capacity().home(), self.n_used());
+        let (home, used) = (self.capacity().fast(), self.n_used());
         let n = self.capacity().tiers.len();
-        let staging_tier = self.capacity().staging_tier as u8;
+        let staging_tier = self.capacity().staging_tier;
         let transfers = self.transfers();
         for last in self.last_cuts() {
             let pooled = self.n_pooled(last);
@@ -284,7 +281,7 @@ impl LayerColumns<'_, '_> {
                         .iter()
                         .map(|&(mut experts, share)| {
                             let pooled = std::mem::take(&mut experts[home]);
-                            experts[transfers.to] += pooled;
+                            experts[transfers.to.get()] += pooled;
                             let compute_s = self.stage.token_s(&experts[..n], transfers.to);
                             UniformToken { compute_s, pooled: usize::from(pooled), share }
                         })
@@ -295,7 +292,7 @@ impl LayerColumns<'_, '_> {
                             let mean_s: f64 = by_misses.map(|(p, t)| p * token.compute_s.max(*t)).sum();
                             token.share * mean_s
                         };
-                        let config = Config { cuts, slots, slot_tier: transfers.to as u8 };
+                        let config = Config { cuts, slots, slot_tier: transfers.to };
                         self.push(item, config, computes.iter().map(mean).sum());
                     }
                 }

@@ -15,7 +15,7 @@ fn any_source() -> impl Strategy<Value = SourceId> {
 
 /// Positions of tiers that are memory.
 fn memory(tiers: &[Tier]) -> Vec<TierIdx> {
-    (0..tiers.len()).filter(|&t| tiers[t].kind != TierKind::Nvme).collect()
+    TierIdx::first(tiers.len()).filter(|&t| tiers[t.get()].kind != TierKind::Nvme).collect()
 }
 
 fn any_layers(tiers: Vec<Tier>) -> impl Strategy<Value = Vec<LayerPlacement>> {
@@ -38,10 +38,11 @@ fn any_layers(tiers: Vec<Tier>) -> impl Strategy<Value = Vec<LayerPlacement>> {
             let memory = memory(&tiers);
             let layer = |(layer, pick): (u32, prop::sample::Index)| {
                 let (owner, slots, slot_tier, policy) = &bodies[pick.index(bodies.len())];
-                let of = |t| owner.iter().filter(|&(_, &o)| o == t).map(|(&e, _)| e).collect::<Vec<u32>>();
+                let of =
+                    |t| owner.iter().filter(|&(_, &o)| TierIdx::new(o) == t).map(|(&e, _)| e).collect::<Vec<u32>>();
                 LayerPlacement {
                     layer,
-                    pinned: (0..n)
+                    pinned: TierIdx::first(n)
                         .map(|tier| Pins { tier, experts: of(tier) })
                         .filter(|p| !p.experts.is_empty())
                         .collect(),
@@ -64,12 +65,13 @@ fn any_dense(n: usize) -> impl Strategy<Value = Vec<DensePlacement>> {
     ];
     let whole = prop_oneof![Just(DenseKind::Embedding), Just(DenseKind::Head)];
     let key = prop_oneof![(kind, (0u32..30).prop_map(Some)), (whole, Just(None))];
-    btree_map(key, 0..n, 0..60)
-        .prop_map(|map| map.into_iter().map(|((kind, layer), tier)| DensePlacement { kind, layer, tier }).collect())
+    btree_map(key, 0..n, 0..60).prop_map(|map| {
+        map.into_iter().map(|((kind, layer), tier)| DensePlacement { kind, layer, tier: TierIdx::new(tier) }).collect()
+    })
 }
 
 fn any_prediction(n: usize) -> impl Strategy<Value = Prediction> {
-    let parts = || prop_oneof![vec(any_amount(), n), Just(Vec::new())];
+    let parts = || prop_oneof![vec(any_amount(), n), Just(Vec::new())].prop_map(PerTier::from);
     let scalars = proptest::array::uniform5(any_amount());
     let of_3 = (any::<u32>(), any_amount(), parts());
     (scalars, parts(), parts(), parts(), any::<bool>(), of_3).prop_map(
@@ -180,7 +182,11 @@ fn any_plan() -> impl Strategy<Value = Placement> {
                 if has.is_empty() {
                     has.push(plan.kv_tier);
                 }
-                plan.tiers.iter_mut().enumerate().filter(|(t, _)| !has.contains(t)).for_each(|(_, t)| t.bytes.kv = 0);
+                plan.tiers
+                    .indices()
+                    .zip(&mut plan.tiers)
+                    .filter(|(t, _)| !has.contains(t))
+                    .for_each(|(_, t)| t.bytes.kv = 0);
                 plan
             },
         )
