@@ -7,7 +7,12 @@ use tier_plan_testing::{Golden, floats, nmse};
 
 /// `None` where this processor lacks the instruction set, and the program says so.
 fn on_isa(isa: &str, args: &[&str]) -> Option<Output> {
-    let output = tier_plan().current_dir(root()).env("TIER_PLAN_ISA", isa).args(args).output().unwrap();
+    let output = tier_plan()
+        .current_dir(root())
+        .env("TIER_PLAN_ISA", isa)
+        .args(args)
+        .output()
+        .unwrap();
     if stderr(&output).contains("run on this processor") {
         assert_ne!(isa, "scalar", "every processor runs the plain kernels");
         common::check_refusal(&output, &["TIER_PLAN_ISA", isa, "scalar"]);
@@ -31,18 +36,44 @@ fn check(name: &str, bound: f64, same_greedy: bool) {
     let tokens = tokens.join(",");
     for isa in ["scalar", "avx2", "avx512", "amx", "neon"] {
         let output_s = output.to_str().unwrap();
-        let args = ["logits", &model, "--tokens", &tokens, "-o", output_s, "--greedy", "16", "--threads", "2"];
-        let Some(ran) = on_isa(isa, &args) else { continue };
+        let args = [
+            "logits",
+            &model,
+            "--tokens",
+            &tokens,
+            "-o",
+            output_s,
+            "--greedy",
+            "16",
+            "--threads",
+            "2",
+        ];
+        let Some(ran) = on_isa(isa, &args) else {
+            continue;
+        };
         let found = floats(&fs::read(&output).unwrap());
-        assert_eq!(found.len(), golden.tokens.len() * golden.n_vocab, "{name} {isa}");
+        assert_eq!(
+            found.len(),
+            golden.tokens.len() * golden.n_vocab,
+            "{name} {isa}"
+        );
         let error = nmse(&found, &golden.logits);
         assert!(error <= bound, "{name} {isa}: NMSE {error:.2e}");
-        let rows = found.chunks_exact(golden.n_vocab).zip(golden.logits.chunks_exact(golden.n_vocab));
-        let agreed = rows.filter(|(a, b)| top(a) == top(b)).count() as f64 / golden.tokens.len() as f64;
-        assert!(agreed >= 0.9, "{name} {isa}: the likeliest token agrees in {agreed:.3} of the rows");
+        let rows = found
+            .chunks_exact(golden.n_vocab)
+            .zip(golden.logits.chunks_exact(golden.n_vocab));
+        let agreed =
+            rows.filter(|(a, b)| top(a) == top(b)).count() as f64 / golden.tokens.len() as f64;
+        assert!(
+            agreed >= 0.9,
+            "{name} {isa}: the likeliest token agrees in {agreed:.3} of the rows"
+        );
         let greedy: Vec<u32> = serde_json::from_str(&stdout(&ran)).unwrap();
         assert_eq!(greedy.len(), golden.greedy.len(), "{name} {isa}");
-        assert!(!same_greedy || greedy == golden.greedy, "{name} {isa}: {greedy:?}");
+        assert!(
+            !same_greedy || greedy == golden.greedy,
+            "{name} {isa}: {greedy:?}"
+        );
     }
 }
 
@@ -84,10 +115,30 @@ fn q6_k() {
 
 #[test]
 fn an_unknown_instruction_set_is_refused() {
-    let args = ["logits", "tests/data/quant/Q4_0.gguf", "--tokens", "1", "-o", "/dev/null"];
-    let output = tier_plan().current_dir(root()).env("TIER_PLAN_ISA", "sse9").args(args).output().unwrap();
-    common::check_refusal(&output, &["TIER_PLAN_ISA", "'sse9'", "scalar, avx2, avx512, amx"]);
+    let args = [
+        "logits",
+        "tests/data/quant/Q4_0.gguf",
+        "--tokens",
+        "1",
+        "-o",
+        "/dev/null",
+    ];
+    let output = tier_plan()
+        .current_dir(root())
+        .env("TIER_PLAN_ISA", "sse9")
+        .args(args)
+        .output()
+        .unwrap();
+    common::check_refusal(
+        &output,
+        &["TIER_PLAN_ISA", "'sse9'", "scalar, avx2, avx512, amx"],
+    );
     // Empty is as good as unset.
-    let output = tier_plan().current_dir(root()).env("TIER_PLAN_ISA", "").args(args).output().unwrap();
+    let output = tier_plan()
+        .current_dir(root())
+        .env("TIER_PLAN_ISA", "")
+        .args(args)
+        .output()
+        .unwrap();
     succeeded(output);
 }

@@ -64,40 +64,86 @@ struct Answer {
 impl Case {
     /// Three layers of eight experts with 16-bit weights, 395 KiB in all.
     fn small(vram: &[&str], dram: &str, context: &str) -> Self {
-        Self::new(root().join("tests/data/arch/qwen3moe.gguf"), vram, dram, context)
+        Self::new(
+            root().join("tests/data/arch/qwen3moe.gguf"),
+            vram,
+            dram,
+            context,
+        )
     }
 
     fn new(model: PathBuf, vram: &[&str], dram: &str, context: &str) -> Self {
         let place = Place::new();
         let solve = |vram: &[&str], dram: &str, plan: &str| {
             fs::write(place.path().join("machine.toml"), machine(vram, dram)).unwrap();
-            let list = ["solve", model.to_str().unwrap(), "-m", "machine.toml", "-o", plan, "--context", context];
-            json(common::run_in(place.path(), &[&list[..], &["--json"]].concat()))
+            let list = [
+                "solve",
+                model.to_str().unwrap(),
+                "-m",
+                "machine.toml",
+                "-o",
+                plan,
+                "--context",
+                context,
+            ];
+            json(common::run_in(
+                place.path(),
+                &[&list[..], &["--json"]].concat(),
+            ))
         };
         solve(&[], "64MiB", "processor.toml");
         let solved = solve(vram, dram, "plan.toml");
-        Self { place, model, solved }
+        Self {
+            place,
+            model,
+            solved,
+        }
     }
 
     /// The arguments that have the plan for GPUs computed.
     fn arguments(&self, tokens: &[u32], greedy: u32) -> Vec<String> {
         let ids: Vec<String> = tokens.iter().map(u32::to_string).collect();
-        let (model, ids, greedy) = (self.model.to_str().unwrap(), ids.join(","), greedy.to_string());
-        let list = ["logits", model, "--tokens", &ids, "--greedy", &greedy, "-o", "logits.bin", "--plan", "plan.toml"];
+        let (model, ids, greedy) = (
+            self.model.to_str().unwrap(),
+            ids.join(","),
+            greedy.to_string(),
+        );
+        let list = [
+            "logits",
+            model,
+            "--tokens",
+            &ids,
+            "--greedy",
+            &greedy,
+            "-o",
+            "logits.bin",
+            "--plan",
+            "plan.toml",
+        ];
         list.map(String::from).into()
     }
 
     fn answer(&self, output: std::process::Output) -> Answer {
         let said = stdout(&succeeded(output));
-        let greedy = if said.is_empty() { Vec::new() } else { serde_json::from_str(&said).unwrap() };
+        let greedy = if said.is_empty() {
+            Vec::new()
+        } else {
+            serde_json::from_str(&said).unwrap()
+        };
         let bytes = fs::read(self.place.path().join("logits.bin")).unwrap();
-        Answer { logits: floats(&bytes), greedy }
+        Answer {
+            logits: floats(&bytes),
+            greedy,
+        }
     }
 
     /// Computes on the stand-in, with these settings of it.
     fn on_gpu(&self, settings: &[(&str, &str)], tokens: &[u32], greedy: u32) -> (Answer, Report) {
         let list = self.arguments(tokens, greedy);
-        let (output, report) = self.place.clean(settings, &list.iter().map(String::as_str).collect::<Vec<_>>());
+        let (output, report) = self.place.clean(
+            settings,
+            &list.iter().map(String::as_str).collect::<Vec<_>>(),
+        );
         (self.answer(output), report)
     }
 
@@ -109,22 +155,35 @@ impl Case {
         let n_vocab = answer.logits.len() / tokens.len();
         let mut rows = plain.chunks_exact(n_vocab);
         assert_eq!(rows.len(), tokens.len() + answer.greedy.len());
-        for (i, (row, found)) in rows.by_ref().zip(answer.logits.chunks_exact(n_vocab)).enumerate() {
+        for (i, (row, found)) in rows
+            .by_ref()
+            .zip(answer.logits.chunks_exact(n_vocab))
+            .enumerate()
+        {
             let error = nmse(found, row);
-            assert!(error < most, "the logits after token {i} are off by {error:.1e}");
+            assert!(
+                error < most,
+                "the logits after token {i} are off by {error:.1e}"
+            );
         }
         let after = plain[(tokens.len() - 1) * n_vocab..].chunks_exact(n_vocab);
         for (i, (row, token)) in after.zip(&answer.greedy).enumerate() {
             let best = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
             let spread = (row.iter().map(|v| v * v).sum::<f32>() / n_vocab as f32).sqrt();
             let short = (best - row[*token as usize]) / spread;
-            assert!(short <= NEARLY_EQUAL, "token {i} of {:?} is {short} below the best", answer.greedy);
+            assert!(
+                short <= NEARLY_EQUAL,
+                "token {i} of {:?} is {short} below the best",
+                answer.greedy
+            );
         }
     }
 
     /// Bytes of a kind on a tier of the plan for GPUs.
     fn bytes(&self, tier: usize, kind: &str) -> u64 {
-        self.solved["tiers"][tier][format!("{kind}_bytes")].as_u64().unwrap()
+        self.solved["tiers"][tier][format!("{kind}_bytes")]
+            .as_u64()
+            .unwrap()
     }
 }
 
@@ -136,16 +195,40 @@ fn tokens(n: u32) -> Vec<u32> {
 #[test]
 fn selftest_finds_every_kernel_well_and_measures() {
     let place = Place::new();
-    let (output, report) = place.clean(&[("STAND_IN_DEVICES", "2")], &["selftest", "--gpu", "--device", "1", "--json"]);
+    let (output, report) = place.clean(
+        &[("STAND_IN_DEVICES", "2")],
+        &["selftest", "--gpu", "--device", "1", "--json"],
+    );
     let found = json(output);
-    assert_eq!((&found["gpu"]["name"], &found["gpu"]["capability"]), (&"Stand-in 1".into(), &"8.6".into()));
+    assert_eq!(
+        (&found["gpu"]["name"], &found["gpu"]["capability"]),
+        (&"Stand-in 1".into(), &"8.6".into())
+    );
     let checks = found["checks"].as_array().unwrap();
-    assert!(checks.iter().all(|check| check["well"] == true), "{checks:#?}");
+    assert!(
+        checks.iter().all(|check| check["well"] == true),
+        "{checks:#?}"
+    );
     for whole in ["demo, all of it", "demo, experts in main memory"] {
-        assert!(checks.iter().any(|check| check["kernel"] == whole && check["values"].as_u64() > Some(0)), "{whole}");
+        assert!(
+            checks
+                .iter()
+                .any(|check| check["kernel"] == whole && check["values"].as_u64() > Some(0)),
+            "{whole}"
+        );
     }
-    for rate in ["launch_us", "round_trip_us", "read_gbps", "to_device_pinned_gbps", "from_device_pageable_gbps"] {
-        assert!(found["measured"][rate].as_f64() > Some(0.0), "{rate}: {}", found["measured"]);
+    for rate in [
+        "launch_us",
+        "round_trip_us",
+        "read_gbps",
+        "to_device_pinned_gbps",
+        "from_device_pageable_gbps",
+    ] {
+        assert!(
+            found["measured"][rate].as_f64() > Some(0.0),
+            "{rate}: {}",
+            found["measured"]
+        );
     }
     for kernel in MODULES.iter().flat_map(|m| m.kernels) {
         assert!(report.kernels.contains_key(*kernel), "{kernel} never ran");
@@ -156,11 +239,15 @@ fn selftest_finds_every_kernel_well_and_measures() {
 #[test]
 fn selftest_tells_what_a_gpu_that_fails_says() {
     let place = Place::new();
-    let (output, _) = place.clean(&[("STAND_IN_FAULT", "kernel:9:700")], &["selftest", "--gpu"]);
+    let (output, _) = place.clean(
+        &[("STAND_IN_FAULT", "kernel:9:700")],
+        &["selftest", "--gpu"],
+    );
     let line = check_refusal(&output, &["comparisons failed", "cannot be trusted"]);
     let said = stdout(&output);
     assert!(
-        said.contains("GPU 0: Stand-in 0, compute capability 8.6") && said.contains("ILLEGAL_ADDRESS"),
+        said.contains("GPU 0: Stand-in 0, compute capability 8.6")
+            && said.contains("ILLEGAL_ADDRESS"),
         "{said}{line}"
     );
     assert!(!said.contains("a launch and the way back"), "{said}");
@@ -170,10 +257,17 @@ fn selftest_tells_what_a_gpu_that_fails_says() {
 fn a_model_that_is_all_on_a_gpu_is_recorded_and_replayed() {
     let case = Case::small(&["64MiB"], "64MiB", "64");
     assert_eq!(case.solved["tiers"][1]["pinned_bytes"], 0);
-    assert!(case.bytes(0, "pinned") > 0 && case.bytes(0, "kv") > 0, "{}", case.solved);
+    assert!(
+        case.bytes(0, "pinned") > 0 && case.bytes(0, "kv") > 0,
+        "{}",
+        case.solved
+    );
     let (answer, report) = case.on_gpu(&[], &tokens(30), 8);
     case.agrees(&tokens(30), &answer, SMALL_ERROR);
-    assert!(report.calls("cuGraphLaunch") >= 5 && report.calls("cuGraphInstantiateWithFlags") == 1, "{report:?}");
+    assert!(
+        report.calls("cuGraphLaunch") >= 5 && report.calls("cuGraphInstantiateWithFlags") == 1,
+        "{report:?}"
+    );
     // Without memory pools.
     let (again, report) = case.on_gpu(&[("STAND_IN_POOLS", "0")], &tokens(30), 8);
     assert!(report.calls("cuMemAlloc_v2") > 0 && report.calls("cuMemAllocAsync") == 0);
@@ -186,7 +280,12 @@ fn a_model_that_is_all_on_a_gpu_is_recorded_and_replayed() {
 #[test]
 fn a_quantized_model_on_a_gpu_computes_what_the_processor_does() {
     for vram in ["64MiB", "450KiB"] {
-        let case = Case::new(root().join("tests/data/quant/Q4_K_M.gguf"), &[vram], "64MiB", "160");
+        let case = Case::new(
+            root().join("tests/data/quant/Q4_K_M.gguf"),
+            &[vram],
+            "64MiB",
+            "160",
+        );
         let (answer, _) = case.on_gpu(&[], &tokens(120), 12);
         case.agrees(&tokens(120), &answer, SMALL_ERROR_QUANTIZED);
     }
@@ -200,7 +299,18 @@ fn the_bundled_model_on_a_gpu_says_what_its_logits_do() {
     let (answer, _) = case.on_gpu(&[], &ids, 8);
     case.agrees(&ids, &answer, SMALL_ERROR_OF_TIES);
     let model = case.model.to_str().unwrap();
-    let list = ["run", model, "-p", PROMPT, "--ignore-eos", "--json", "--plan", "plan.toml", "-n", "8"];
+    let list = [
+        "run",
+        model,
+        "-p",
+        PROMPT,
+        "--ignore-eos",
+        "--json",
+        "--plan",
+        "plan.toml",
+        "-n",
+        "8",
+    ];
     let (output, report) = case.place.clean(&[], &list);
     assert_eq!(json(output)["text"], tokenizer.decode(&answer.greedy));
     assert!(report.calls("cuGraphLaunch") >= 5, "{report:?}");
@@ -220,9 +330,18 @@ fn compiled_kernels_are_kept() {
     let case = Case::small(&["64MiB"], "64MiB", "64");
     let run = |settings: &[(&str, &str)]| case.on_gpu(settings, &tokens(10), 3);
     let (first, report) = run(&[]);
-    let kept = || fs::read_dir(case.place.kept()).unwrap().map(|f| f.unwrap().path()).collect::<Vec<_>>();
+    let kept = || {
+        fs::read_dir(case.place.kept())
+            .unwrap()
+            .map(|f| f.unwrap().path())
+            .collect::<Vec<_>>()
+    };
     let modules = report.calls("cuModuleLoadData");
-    assert!(modules > 2 && kept().len() == modules as usize, "{modules} {:?}", kept());
+    assert!(
+        modules > 2 && kept().len() == modules as usize,
+        "{modules} {:?}",
+        kept()
+    );
     let (second, _) = run(&[("TIER_PLAN_NVRTC", "/nowhere/libnvrtc.so")]);
     assert!(first == second);
     // What is not whole is made again.
@@ -240,13 +359,20 @@ fn compiled_kernels_are_kept() {
 #[test]
 fn parts_on_a_gpu_say_the_same_in_every_order_of_streams() {
     let case = Case::small(&["300KiB"], "64MiB", "200");
-    assert!(case.bytes(0, "dense") > 0 && case.bytes(1, "pinned") > 0, "{}", case.solved);
+    assert!(
+        case.bytes(0, "dense") > 0 && case.bytes(1, "pinned") > 0,
+        "{}",
+        case.solved
+    );
     let (first, _) = case.on_gpu(&[], &tokens(150), 12);
     case.agrees(&tokens(150), &first, SMALL_ERROR);
     for order in ["late", "copies-first", "computing-first"] {
         let (answer, report) = case.on_gpu(&[("STAND_IN_ORDER", order)], &tokens(150), 12);
         // Experts passed through the GPU beside what it computed.
-        assert!(report.calls("cuStreamWaitEvent") > 20, "{order}: {report:?}");
+        assert!(
+            report.calls("cuStreamWaitEvent") > 20,
+            "{order}: {report:?}"
+        );
         assert!(answer == first, "{order}");
     }
 }
@@ -254,17 +380,36 @@ fn parts_on_a_gpu_say_the_same_in_every_order_of_streams() {
 #[test]
 fn two_gpus_share_a_model() {
     let case = Case::small(&["200KiB", "150KiB"], "2MiB", "96");
-    assert!(case.bytes(0, "used") > 0 && case.bytes(1, "used") > 0, "{}", case.solved);
+    assert!(
+        case.bytes(0, "used") > 0 && case.bytes(1, "used") > 0,
+        "{}",
+        case.solved
+    );
     let two = [("STAND_IN_DEVICES", "2")];
     let (answer, _) = case.on_gpu(&two, &tokens(70), 16);
     case.agrees(&tokens(70), &answer, SMALL_ERROR);
     let model = case.model.to_str().unwrap();
-    let bench = ["bench", model, "--plan", "plan.toml", "-p", "40", "-n", "4", "-r", "2", "--json"];
+    let bench = [
+        "bench",
+        model,
+        "--plan",
+        "plan.toml",
+        "-p",
+        "40",
+        "-n",
+        "4",
+        "-r",
+        "2",
+        "--json",
+    ];
     let (output, _) = case.place.clean(&two, &bench);
     assert!(json(output)["decode_tok_s"].as_f64() > Some(0.0));
     // The second is not there.
     let (output, _) = case.place.clean(&[], &bench);
-    check_refusal(&output, &["no GPU number 1, it has 1", "CUDA_VISIBLE_DEVICES"]);
+    check_refusal(
+        &output,
+        &["no GPU number 1, it has 1", "CUDA_VISIBLE_DEVICES"],
+    );
 }
 
 /// A refusal of `selftest --gpu`, with settings of the stand-in.
@@ -275,20 +420,72 @@ fn refused(settings: &[(&str, &str)], more: &[&str], words: &[&str]) {
 
 #[test]
 fn what_is_missing_or_too_old_is_named_with_the_mend() {
-    refused(&[("STAND_IN_VERSION", "11080")], &[], &["interface of CUDA 11.8", "12.0 or newer", "update the driver"]);
-    refused(&[("STAND_IN_DEVICES", "0")], &[], &["no GPU number 0, it has 0", "CUDA_VISIBLE_DEVICES"]);
-    refused(&[("STAND_IN_DEVICES", "2")], &["--device", "3"], &["no GPU number 3, it has 2"]);
-    refused(&[("STAND_IN_CAPABILITY", "70")], &[], &["Stand-in 0", "capability 7.0", "7.5 (Turing) or newer"]);
-    refused(&[("STAND_IN_FAULT", "cuDriverGetVersion:1:34")], &[], &["stub", "LD_LIBRARY_PATH", "install the driver"]);
-    refused(&[("STAND_IN_FAULT", "cuInit:1:999")], &[], &["GPU 0: starting the driver failed"]);
-    let missing = [("TIER_PLAN_NVRTC", "/nowhere/libnvrtc.so")];
-    refused(&missing, &[], &["NVRTC was not found (/nowhere/libnvrtc.so", "nvidia-cuda-nvrtc", "TIER_PLAN_NVRTC"]);
-    refused(&[("STAND_IN_NVRTC", "11")], &[], &["expected 12.0 or newer", "libnvrtc.so"]);
-    let newer = ["loading the kernels of ops.cu", "NVRTC 13.4", "newer than the driver", "update the driver"];
-    refused(&[("STAND_IN_NVRTC", "13")], &[], &newer);
-    refused(&[("STAND_IN_COMPILES", "0")], &[], &["ops.cu do not compile for sm_86", "no text is well today"]);
     refused(
-        &[("STAND_IN_ARCHS", "75"), ("STAND_IN_FAULT", "cuModuleLoadData:1:218")],
+        &[("STAND_IN_VERSION", "11080")],
+        &[],
+        &[
+            "interface of CUDA 11.8",
+            "12.0 or newer",
+            "update the driver",
+        ],
+    );
+    refused(
+        &[("STAND_IN_DEVICES", "0")],
+        &[],
+        &["no GPU number 0, it has 0", "CUDA_VISIBLE_DEVICES"],
+    );
+    refused(
+        &[("STAND_IN_DEVICES", "2")],
+        &["--device", "3"],
+        &["no GPU number 3, it has 2"],
+    );
+    refused(
+        &[("STAND_IN_CAPABILITY", "70")],
+        &[],
+        &["Stand-in 0", "capability 7.0", "7.5 (Turing) or newer"],
+    );
+    refused(
+        &[("STAND_IN_FAULT", "cuDriverGetVersion:1:34")],
+        &[],
+        &["stub", "LD_LIBRARY_PATH", "install the driver"],
+    );
+    refused(
+        &[("STAND_IN_FAULT", "cuInit:1:999")],
+        &[],
+        &["GPU 0: starting the driver failed"],
+    );
+    let missing = [("TIER_PLAN_NVRTC", "/nowhere/libnvrtc.so")];
+    refused(
+        &missing,
+        &[],
+        &[
+            "NVRTC was not found (/nowhere/libnvrtc.so",
+            "nvidia-cuda-nvrtc",
+            "TIER_PLAN_NVRTC",
+        ],
+    );
+    refused(
+        &[("STAND_IN_NVRTC", "11")],
+        &[],
+        &["expected 12.0 or newer", "libnvrtc.so"],
+    );
+    let newer = [
+        "loading the kernels of ops.cu",
+        "NVRTC 13.4",
+        "newer than the driver",
+        "update the driver",
+    ];
+    refused(&[("STAND_IN_NVRTC", "13")], &[], &newer);
+    refused(
+        &[("STAND_IN_COMPILES", "0")],
+        &[],
+        &["ops.cu do not compile for sm_86", "no text is well today"],
+    );
+    refused(
+        &[
+            ("STAND_IN_ARCHS", "75"),
+            ("STAND_IN_FAULT", "cuModuleLoadData:1:218"),
+        ],
         &[],
         &["loading the kernels of ops.cu"],
     );
@@ -300,7 +497,14 @@ fn a_gpu_without_room_is_refused_with_the_numbers() {
     let run = case.arguments(&tokens(1), 1);
     let run: Vec<&str> = run.iter().map(String::as_str).collect();
     let (output, report) = case.place.clean(&[("STAND_IN_MEMORY", "104857600")], &run);
-    check_refusal(&output, &["Stand-in 0 has 88080384 free", "134217728 for the driver", "smaller --budget gpu0"]);
+    check_refusal(
+        &output,
+        &[
+            "Stand-in 0 has 88080384 free",
+            "134217728 for the driver",
+            "smaller --budget gpu0",
+        ],
+    );
     assert_eq!(report.calls("cuMemAllocAsync"), 0);
 }
 
@@ -327,7 +531,10 @@ fn faults_end_the_program(case: &Case) {
         ("cuMemPoolSetAttribute:1:1", "its memory pool"),
         ("cuMemGetInfo_v2:1:999", "free memory"),
         // Once is not enough: what is free may lie in pieces.
-        ("cuMemAllocAsync:20:2,cuMemAllocAsync:21:2", "is out of memory"),
+        (
+            "cuMemAllocAsync:20:2,cuMemAllocAsync:21:2",
+            "is out of memory",
+        ),
         ("cuMemAllocAsync:20:719", "allocating"),
         ("cuMemHostAlloc:1:2", "pinning host memory"),
         ("cuEventCreate:2:2", "pinning host memory"),
@@ -339,7 +546,10 @@ fn faults_end_the_program(case: &Case) {
         ("kernel:25:700", "what was asked of it"),
         ("kernel:250:719", "what was asked of it"),
         ("cuStreamBeginCapture_v2:1:1", "recording launches"),
-        ("cuGraphInstantiateWithFlags:1:2", "preparing recorded launches"),
+        (
+            "cuGraphInstantiateWithFlags:1:2",
+            "preparing recorded launches",
+        ),
         ("cuGraphLaunch:3:719", "recorded launches"),
     ];
     for (fault, what) in list {
@@ -361,29 +571,95 @@ fn the_stand_in_finds_what_is_wrong() {
         ("late", "well", 7, ""),
         ("late", "not waited", 1, ""),
         ("late", "taken late", 9, ""),
-        ("late", "another stream", 0, "misuse cuMemFreeHost: a copy is still to come"),
+        (
+            "late",
+            "another stream",
+            0,
+            "misuse cuMemFreeHost: a copy is still to come",
+        ),
         ("copies-first", "another stream", 1, ""),
         ("late", "after an event", 5, ""),
-        ("late", "too early", 0, "misuse cuMemcpyHtoDAsync: memory that its stream has not come to"),
-        ("late", "beyond", 1, "misuse cuMemcpyHtoDAsync_v2: 64 bytes that are not inside"),
-        ("late", "written beyond", 0, "misuse something wrote beyond a buffer of 64"),
-        ("late", "given back", 1, "misuse cuMemcpyHtoDAsync_v2: memory that was given back"),
-        ("late", "written after", 0, "misuse 64 bytes were written to after they were given back"),
-        ("late", "recorded", 901, "misuse cuStreamSynchronize in a recording"),
-        ("late", "pinned recorded", 901, "misuse cuMemHostAlloc while launches are recorded"),
-        ("late", "pinned too soon", 0, "misuse cuMemFreeHost: a copy is still to come"),
-        ("late", "legacy", 400, "misuse cuMemcpyHtoDAsync_v2: a handle that is none"),
-        ("late", "no start", 3, "misuse cuDevicePrimaryCtxRetain before cuInit"),
-        ("late", "no context", 201, "misuse cuStreamCreate without a context"),
+        (
+            "late",
+            "too early",
+            0,
+            "misuse cuMemcpyHtoDAsync: memory that its stream has not come to",
+        ),
+        (
+            "late",
+            "beyond",
+            1,
+            "misuse cuMemcpyHtoDAsync_v2: 64 bytes that are not inside",
+        ),
+        (
+            "late",
+            "written beyond",
+            0,
+            "misuse something wrote beyond a buffer of 64",
+        ),
+        (
+            "late",
+            "given back",
+            1,
+            "misuse cuMemcpyHtoDAsync_v2: memory that was given back",
+        ),
+        (
+            "late",
+            "written after",
+            0,
+            "misuse 64 bytes were written to after they were given back",
+        ),
+        (
+            "late",
+            "recorded",
+            901,
+            "misuse cuStreamSynchronize in a recording",
+        ),
+        (
+            "late",
+            "pinned recorded",
+            901,
+            "misuse cuMemHostAlloc while launches are recorded",
+        ),
+        (
+            "late",
+            "pinned too soon",
+            0,
+            "misuse cuMemFreeHost: a copy is still to come",
+        ),
+        (
+            "late",
+            "legacy",
+            400,
+            "misuse cuMemcpyHtoDAsync_v2: a handle that is none",
+        ),
+        (
+            "late",
+            "no start",
+            3,
+            "misuse cuDevicePrimaryCtxRetain before cuInit",
+        ),
+        (
+            "late",
+            "no context",
+            201,
+            "misuse cuStreamCreate without a context",
+        ),
         ("late", "leak", 0, "leak 64 bytes of a device"),
         ("late", "leak", 0, "leak 64 bytes of pinned memory"),
     ];
     for (order, case, found, said) in cases {
         let (got, report) = place.misuse(&[("STAND_IN_ORDER", order)], case);
         let misuse = report.misuse.iter().map(|text| format!("misuse {text}"));
-        let all: Vec<String> = misuse.chain(report.leaks.iter().map(|text| format!("leak {text}"))).collect();
+        let all: Vec<String> = misuse
+            .chain(report.leaks.iter().map(|text| format!("leak {text}")))
+            .collect();
         assert_eq!(got, found, "{order} {case}: {all:?}");
-        let as_expected = if said.is_empty() { all.is_empty() } else { all.iter().any(|text| text.starts_with(said)) };
+        let as_expected = if said.is_empty() {
+            all.is_empty()
+        } else {
+            all.iter().any(|text| text.starts_with(said))
+        };
         assert!(as_expected, "{order} {case}: {all:?}");
     }
 }

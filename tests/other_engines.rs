@@ -13,23 +13,60 @@ fn a_probed_machine_is_planned_for_and_runs() {
     let dir = tempfile::tempdir().unwrap();
     let demo = text(&demo_model());
     fs::write(dir.path().join("machine.toml"), "of last year").unwrap();
-    let found = json(run_in(dir.path(), &["probe", "--model", &demo, "--threads", "1", "--json"]));
+    let found = json(run_in(
+        dir.path(),
+        &["probe", "--model", &demo, "--threads", "1", "--json"],
+    ));
     let positive = |value: &serde_json::Value| value.as_f64().is_some_and(|v| v > 0.0);
-    for key in ["dram_read_gbps", "compute_gbps", "dram_bytes", "layer_overhead_us", "token_overhead_us"] {
+    for key in [
+        "dram_read_gbps",
+        "compute_gbps",
+        "dram_bytes",
+        "layer_overhead_us",
+        "token_overhead_us",
+    ] {
         assert!(positive(&found[key]), "{key}: {}", found[key]);
     }
-    assert!(positive(&found["disk"]["gbps"]) && positive(&found["disk"]["latency_us"]), "{}", found["disk"]);
-    let shares: f64 = found["kernels"].as_array().unwrap().iter().map(|k| k["share"].as_f64().unwrap()).sum();
+    assert!(
+        positive(&found["disk"]["gbps"]) && positive(&found["disk"]["latency_us"]),
+        "{}",
+        found["disk"]
+    );
+    let shares: f64 = found["kernels"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|k| k["share"].as_f64().unwrap())
+        .sum();
     assert!((shares - 1.0).abs() < 1e-9, "{shares}");
     let machine = fs::read_to_string(dir.path().join("machine.toml")).unwrap();
-    assert!(machine.contains("measured") && !machine.contains("emulated = true"), "{machine}");
+    assert!(
+        machine.contains("measured") && !machine.contains("emulated = true"),
+        "{machine}"
+    );
     // It takes the place of an older one, and leaves nothing else.
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
 
-    let solve = ["solve", &demo, "-m", "machine.toml", "--dram", "8MiB", "--context", "128", "-o", "p.toml"];
+    let solve = [
+        "solve",
+        &demo,
+        "-m",
+        "machine.toml",
+        "--dram",
+        "8MiB",
+        "--context",
+        "128",
+        "-o",
+        "p.toml",
+    ];
     let words = stdout(&succeeded(run_in(dir.path(), &solve)));
     assert!(!words.contains("emulated"), "{words}");
-    succeeded(run_in(dir.path(), &["bench", &demo, "--plan", "p.toml", "-p", "8", "-n", "8", "-r", "1"]));
+    succeeded(run_in(
+        dir.path(),
+        &[
+            "bench", &demo, "--plan", "p.toml", "-p", "8", "-n", "8", "-r", "1",
+        ],
+    ));
 }
 
 #[test]
@@ -37,41 +74,135 @@ fn what_cannot_be_probed_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let demo = text(&demo_model());
     refused(dir.path(), &["probe", "--model", "no.gguf"], &["no.gguf"]);
-    refused(dir.path(), &["probe", "--model", &demo, "--threads", "0"], &["--threads: 0"]);
-    refused(dir.path(), &["probe", "--model", &demo, "-o", "no/machine.toml"], &["no"]);
+    refused(
+        dir.path(),
+        &["probe", "--model", &demo, "--threads", "0"],
+        &["--threads: 0"],
+    );
+    refused(
+        dir.path(),
+        &["probe", "--model", &demo, "-o", "no/machine.toml"],
+        &["no"],
+    );
 }
 
 #[test]
 fn plans_are_compared_and_exported() {
     let dir = tempfile::tempdir().unwrap();
     let (demo, machine) = (text(&demo_model()), text(&demo_machine()));
-    let solve = ["solve", &demo, "-m", &machine, "--context", "64", "-o", "a.toml", "--baselines", "plans"];
+    let solve = [
+        "solve",
+        &demo,
+        "-m",
+        &machine,
+        "--context",
+        "64",
+        "-o",
+        "a.toml",
+        "--baselines",
+        "plans",
+    ];
     succeeded(run_in(dir.path(), &solve));
     let same = json(run_in(dir.path(), &["diff", "a.toml", "a.toml", "--json"]));
-    assert_eq!((&same["same"], &same["experts_moved"]), (&true.into(), &0.into()));
-    let other = json(run_in(dir.path(), &["diff", "a.toml", "plans/lru-only.toml", "--json"]));
+    assert_eq!(
+        (&same["same"], &same["experts_moved"]),
+        (&true.into(), &0.into())
+    );
+    let other = json(run_in(
+        dir.path(),
+        &["diff", "a.toml", "plans/lru-only.toml", "--json"],
+    ));
     assert_eq!(other["same"], false);
-    assert!(other["before"]["emulated"] == true && other["tiers"].as_array().unwrap().len() == 3, "{other}");
-    let words = stdout(&succeeded(run_in(dir.path(), &["diff", "a.toml", "plans/lru-only.toml"])));
-    assert!(words.contains("predicted: ") && words.contains(", emulated") && words.contains("layer 0: "), "{words}");
+    assert!(
+        other["before"]["emulated"] == true && other["tiers"].as_array().unwrap().len() == 3,
+        "{other}"
+    );
+    let words = stdout(&succeeded(run_in(
+        dir.path(),
+        &["diff", "a.toml", "plans/lru-only.toml"],
+    )));
+    assert!(
+        words.contains("predicted: ")
+            && words.contains(", emulated")
+            && words.contains("layer 0: "),
+        "{words}"
+    );
 
     let export = ["export", "a.toml", "--model", &demo, "--to", "llama.cpp"];
-    let words = stdout(&succeeded(run_in(dir.path(), &[&export[..], &["-o", "run.sh"]].concat())));
-    assert!(words.starts_with("llama-server -m ") && words.contains(" -ngl "), "{words}");
+    let words = stdout(&succeeded(run_in(
+        dir.path(),
+        &[&export[..], &["-o", "run.sh"]].concat(),
+    )));
+    assert!(
+        words.starts_with("llama-server -m ") && words.contains(" -ngl "),
+        "{words}"
+    );
     let script = fs::read_to_string(dir.path().join("run.sh")).unwrap();
-    assert!(script.starts_with("#!/bin/sh\nexec llama-server -m ") && words.contains("wrote run.sh"), "{script}");
-    refused(dir.path(), &["export", "a.toml", "--model", &demo, "--to", "sglang"], &["--profile"]);
-    refused(dir.path(), &["export", "a.toml", "--model", "kimi-k2", "--to", "llama.cpp"], &["a.toml", "was made for"]);
+    assert!(
+        script.starts_with("#!/bin/sh\nexec llama-server -m ") && words.contains("wrote run.sh"),
+        "{script}"
+    );
+    refused(
+        dir.path(),
+        &["export", "a.toml", "--model", &demo, "--to", "sglang"],
+        &["--profile"],
+    );
+    refused(
+        dir.path(),
+        &[
+            "export",
+            "a.toml",
+            "--model",
+            "kimi-k2",
+            "--to",
+            "llama.cpp",
+        ],
+        &["a.toml", "was made for"],
+    );
 
-    let profile = ["profile", &demo, "--prompt-tokens", "4", "--decode-tokens", "4", "-o", "d.profile"];
+    let profile = [
+        "profile",
+        &demo,
+        "--prompt-tokens",
+        "4",
+        "--decode-tokens",
+        "4",
+        "-o",
+        "d.profile",
+    ];
     succeeded(run_in(dir.path(), &profile));
-    let export = ["export", "a.toml", "--model", &demo, "-p", "d.profile", "--to"];
-    let said = json(run_in(dir.path(), &[&export[..], &["sglang", "-o", "counts.json", "--json"]].concat()));
+    let export = [
+        "export",
+        "a.toml",
+        "--model",
+        &demo,
+        "-p",
+        "d.profile",
+        "--to",
+    ];
+    let said = json(run_in(
+        dir.path(),
+        &[&export[..], &["sglang", "-o", "counts.json", "--json"]].concat(),
+    ));
     assert_eq!((&said["layers"], &said["experts"]), (&6.into(), &32.into()));
     let file = fs::read_to_string(dir.path().join("counts.json")).unwrap();
     let counts: serde_json::Value = serde_json::from_str(&file).unwrap();
-    let first: u64 = counts["logical_count"][0].as_array().unwrap().iter().map(|n| n.as_u64().unwrap()).sum();
-    assert!(first > 0 && first.is_multiple_of(4), "four choices a token: {first}");
-    let words = stdout(&succeeded(run_in(dir.path(), &[&export[..], &["ktransformers"]].concat())));
-    assert!(words.contains("torch.save") && words.contains("--kt-expert-placement-strategy frequency"), "{words}");
+    let first: u64 = counts["logical_count"][0]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|n| n.as_u64().unwrap())
+        .sum();
+    assert!(
+        first > 0 && first.is_multiple_of(4),
+        "four choices a token: {first}"
+    );
+    let words = stdout(&succeeded(run_in(
+        dir.path(),
+        &[&export[..], &["ktransformers"]].concat(),
+    )));
+    assert!(
+        words.contains("torch.save") && words.contains("--kt-expert-placement-strategy frequency"),
+        "{words}"
+    );
 }

@@ -21,7 +21,11 @@ const POLICIES: [SlotPolicy; 4] = [
     SlotPolicy::Lru,
     SlotPolicy::Lfu { half_life: 3 },
     SlotPolicy::Lfu { half_life: 16 },
-    SlotPolicy::Adaptive { half_life: 64, recent_half_life: 2, recent_weight: 8 },
+    SlotPolicy::Adaptive {
+        half_life: 64,
+        recent_half_life: 2,
+        recent_weight: 8,
+    },
 ];
 
 /// What a run under a plan did.
@@ -39,7 +43,12 @@ fn run(gguf: &Arc<Gguf>, plan: &Placement, prompts: &[Prompt]) -> Run {
     let mut session = Session::load(Arc::clone(gguf), plan, Some(2)).unwrap();
     let tokenizer = tokenizer(gguf).unwrap();
     let engine = &mut session.engine;
-    let (n_expert, n_used) = engine.spec().moe_layers().map(|(_, m)| (m.n_expert, m.n_used)).next().unwrap();
+    let (n_expert, n_used) = engine
+        .spec()
+        .moe_layers()
+        .map(|(_, m)| (m.n_expert, m.n_used))
+        .next()
+        .unwrap();
     let mut profile = Profile {
         model: gguf.id(),
         layers: plan.layers.iter().map(|l| l.layer).collect(),
@@ -49,7 +58,10 @@ fn run(gguf: &Arc<Gguf>, plan: &Placement, prompts: &[Prompt]) -> Run {
         prompts: Vec::new(),
         counted: None,
         guesses: None,
-        id: SourceId { name: "run".into(), hash: String::new() },
+        id: SourceId {
+            name: "run".into(),
+            hash: String::new(),
+        },
     };
     let mut text = Vec::new();
     for prompt in prompts {
@@ -78,7 +90,14 @@ fn run(gguf: &Arc<Gguf>, plan: &Placement, prompts: &[Prompt]) -> Run {
         text.push(decoded);
     }
     let layers = &engine.counters().layers;
-    Run { profile, text, counted: layers.iter().map(|l| [l.pinned_hits, l.slot_hits, l.misses]).collect() }
+    Run {
+        profile,
+        text,
+        counted: layers
+            .iter()
+            .map(|l| [l.pinned_hits, l.slot_hits, l.misses])
+            .collect(),
+    }
 }
 
 fn with(plan: &Placement, policy: impl Fn(&LayerPlacement) -> SlotPolicy) -> Placement {
@@ -95,7 +114,9 @@ fn in_place(plan: &Placement) -> Placement {
     let home = plan.home_tier();
     plan.tiers[home].tier.kind = TierKind::Pmem;
     plan.staging_experts = 0;
-    plan.tiers.iter_mut().for_each(|tier| tier.bytes.staging = 0);
+    plan.tiers
+        .iter_mut()
+        .for_each(|tier| tier.bytes.staging = 0);
     plan
 }
 
@@ -104,11 +125,44 @@ fn the_engine_counts_what_the_replay_does() {
     let folder = tempfile::tempdir().unwrap();
     let (model, machine) = (demo_model(), demo_machine());
     let (model, machine) = (model.to_str().unwrap(), machine.to_str().unwrap());
-    let profile = ["profile", model, "-o", "demo.profile", "--prompt-tokens", "48", "--decode-tokens", "48", "--json"];
+    let profile = [
+        "profile",
+        model,
+        "-o",
+        "demo.profile",
+        "--prompt-tokens",
+        "48",
+        "--decode-tokens",
+        "48",
+        "--json",
+    ];
     json(run_in(folder.path(), &profile));
     let solve = |policy: &str, output: &str| {
-        let list = ["solve", model, "-p", "demo.profile", "-m", machine, "-o", output, "--policy", policy];
-        let list = [&list[..], &["--vram", "2MiB", "--dram", "3MiB", "--context", "128", "--json"]].concat();
+        let list = [
+            "solve",
+            model,
+            "-p",
+            "demo.profile",
+            "-m",
+            machine,
+            "-o",
+            output,
+            "--policy",
+            policy,
+        ];
+        let list = [
+            &list[..],
+            &[
+                "--vram",
+                "2MiB",
+                "--dram",
+                "3MiB",
+                "--context",
+                "128",
+                "--json",
+            ],
+        ]
+        .concat();
         let value = json(run_in(folder.path(), &list));
         (placement::read(&folder.path().join(output)).unwrap(), value)
     };
@@ -118,12 +172,19 @@ fn the_engine_counts_what_the_replay_does() {
 
     let version = |name: &str| {
         let text = std::fs::read_to_string(folder.path().join(name)).unwrap();
-        text.parse::<toml::Table>().unwrap()["version"].as_integer().unwrap()
+        text.parse::<toml::Table>().unwrap()["version"]
+            .as_integer()
+            .unwrap()
     };
     assert_eq!(version("lru.toml"), 3, "keys and values are charged");
     let (auto, said) = solve("auto", "auto.toml");
     assert!(auto.solver.objective_s <= lru.solver.objective_s);
-    let notes: Vec<&str> = said["notes"].as_array().unwrap().iter().filter_map(|n| n.as_str()).collect();
+    let notes: Vec<&str> = said["notes"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter_map(|n| n.as_str())
+        .collect();
     assert!(notes.iter().any(|n| n.starts_with("slots ")), "{notes:?}");
     for policy in ["lfu", "adaptive"] {
         let name = format!("{policy}.toml");
@@ -136,33 +197,61 @@ fn the_engine_counts_what_the_replay_does() {
     let gguf = Arc::new(Gguf::open(&demo_model()).unwrap());
     let mut texts = prompts::read(&common::root().join("profiles/prompts")).unwrap();
     texts.retain(|p| p.split == Split::HeldOut);
-    let plans = POLICIES.iter().map(|&policy| with(&lru, |_| policy)).chain([auto]);
+    let plans = POLICIES
+        .iter()
+        .map(|&policy| with(&lru, |_| policy))
+        .chain([auto]);
     // And the same with a last tier that computes in place, where what is refused a slot is not staged.
     let memory = in_place(&lru);
-    let plans: Vec<Placement> = plans.chain(POLICIES.iter().map(|&policy| with(&memory, |_| policy))).collect();
+    let plans: Vec<Placement> = plans
+        .chain(POLICIES.iter().map(|&policy| with(&memory, |_| policy)))
+        .collect();
     let mut expected: Option<(Vec<Vec<u32>>, Vec<u16>)> = None;
     for plan in &plans {
         let run = run(&gguf, plan, &texts);
-        let choices: Vec<u16> = run.profile.prompts.iter().flat_map(|p| p.experts.clone()).collect();
+        let choices: Vec<u16> = run
+            .profile
+            .prompts
+            .iter()
+            .flat_map(|p| p.experts.clone())
+            .collect();
         let first = expected.get_or_insert_with(|| (run.text.clone(), choices.clone()));
-        assert!(*first == (run.text, choices), "a policy changed what the model does");
+        assert!(
+            *first == (run.text, choices),
+            "a policy changed what the model does"
+        );
         for (at, (layer, counted)) in plan.layers.iter().zip(&run.counted).enumerate() {
             let trace = LayerTrace::new(&run.profile, at, |_| true);
             let mut pinned = vec![false; trace.n_expert()];
-            layer.pinned.iter().flat_map(|pins| &pins.experts).for_each(|&e| pinned[e as usize] = true);
+            layer
+                .pinned
+                .iter()
+                .flat_map(|pins| &pins.experts)
+                .for_each(|&e| pinned[e as usize] = true);
             let all = (trace.tokens() * trace.n_used()) as u64;
             let on_pins: u64 = trace
                 .steps()
                 .filter(|(_, counted)| *counted)
-                .map(|(chosen, _)| chosen.iter().filter(|&&e| pinned[usize::from(e)]).count() as u64)
+                .map(|(chosen, _)| {
+                    chosen.iter().filter(|&&e| pinned[usize::from(e)]).count() as u64
+                })
                 .sum();
             let in_slots = hits(&trace, &pinned, layer.slots, layer.policy);
             let mut replayed = [on_pins, in_slots, all - on_pins - in_slots];
             // Without slots what computes where it is mapped is at home there.
-            if layer.slots == 0 && plan.tiers.last().is_some_and(|t| t.tier.kind != TierKind::Nvme) {
+            if layer.slots == 0
+                && plan
+                    .tiers
+                    .last()
+                    .is_some_and(|t| t.tier.kind != TierKind::Nvme)
+            {
                 replayed = [all, 0, 0];
             }
-            assert_eq!(*counted, replayed, "layer {} under {}", layer.layer, layer.policy);
+            assert_eq!(
+                *counted, replayed,
+                "layer {} under {}",
+                layer.layer, layer.policy
+            );
         }
     }
 }

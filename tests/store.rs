@@ -2,7 +2,8 @@
 //! copies, slots that are kept from run to run, and a slow tier that is mapped.
 
 use crate::common::{
-    self, check_refusal, demo_machine, demo_model, json, refused, run_in, stderr, succeeded, tier_plan,
+    self, check_refusal, demo_machine, demo_model, json, refused, run_in, stderr, succeeded,
+    tier_plan,
 };
 use serde_json::Value;
 use std::fs;
@@ -25,8 +26,25 @@ fn with_model() -> (tempfile::TempDir, PathBuf) {
 
 /// Runs greedily in the folder of the model.
 fn run(model: &Path, more: &[&str]) -> Output {
-    let list = ["-p", PROMPT, "-n", "16", "--threads", "2", "--ctx", "64", "--json"];
-    tier_plan().current_dir(model.parent().unwrap()).arg("run").arg(model).args(list).args(more).output().unwrap()
+    let list = [
+        "-p",
+        PROMPT,
+        "-n",
+        "16",
+        "--threads",
+        "2",
+        "--ctx",
+        "64",
+        "--json",
+    ];
+    tier_plan()
+        .current_dir(model.parent().unwrap())
+        .arg("run")
+        .arg(model)
+        .args(list)
+        .args(more)
+        .output()
+        .unwrap()
 }
 
 /// The tokens of a run that ended well.
@@ -48,7 +66,12 @@ fn damage(model: &Path, tensor: &str, n_expert: u64, experts: &[u64]) -> u64 {
     // As damage would come: without a sign.
     let modified = fs::metadata(model).unwrap().modified().unwrap();
     fs::write(model, bytes).unwrap();
-    fs::File::options().write(true).open(model).unwrap().set_modified(modified).unwrap();
+    fs::File::options()
+        .write(true)
+        .open(model)
+        .unwrap()
+        .set_modified(modified)
+        .unwrap();
     offset + experts[0] * len
 }
 
@@ -60,10 +83,18 @@ fn a_model_that_is_whole_runs_as_without_checksums() {
     let (folder, model) = with_model();
     let expected = tokens(run(&model, &[]));
     let first = run(&model, &["--verify"]);
-    assert!(stderr(&first).contains("demo.sums: checksums created"), "{}", stderr(&first));
+    assert!(
+        stderr(&first).contains("demo.sums: checksums created"),
+        "{}",
+        stderr(&first)
+    );
     assert_eq!(tokens(first), expected);
     assert!(folder.path().join("demo.sums").exists());
-    for more in [&["--verify"][..], &["--verify=demo.sums", "--dram", LITTLE], &["--verify", "--mmap"]] {
+    for more in [
+        &["--verify"][..],
+        &["--verify=demo.sums", "--dram", LITTLE],
+        &["--verify", "--mmap"],
+    ] {
         let output = run(&model, more);
         assert!(!stderr(&output).contains("made now"), "{}", stderr(&output));
         assert_eq!(tokens(output), expected, "{more:?}");
@@ -71,22 +102,36 @@ fn a_model_that_is_whole_runs_as_without_checksums() {
     let made = fs::read(folder.path().join("demo.sums")).unwrap();
     let list = ["checksum", "demo.gguf", "-o", "again.sums", "--json"];
     let value = json(run_in(folder.path(), &list));
-    assert!(value["slices"].as_u64().unwrap() > 6 * 3 * EXPERTS, "{value:#}");
+    assert!(
+        value["slices"].as_u64().unwrap() > 6 * 3 * EXPERTS,
+        "{value:#}"
+    );
     // All but the moment at which they were made.
     let again = fs::read(folder.path().join("again.sums")).unwrap();
     assert_eq!(again.len(), made.len());
-    assert_eq!(again[again.len() - 800..again.len() - 8], made[made.len() - 800..made.len() - 8]);
+    assert_eq!(
+        again[again.len() - 800..again.len() - 8],
+        made[made.len() - 800..made.len() - 8]
+    );
 }
 
 #[test]
 fn one_byte_is_found_wherever_it_goes() {
     let (folder, model) = with_model();
     succeeded(run_in(folder.path(), &["checksum", "demo.gguf"]));
-    let words =
-        |tensor: &str, offset: u64| vec![format!("tensor '{tensor}'"), format!("offset {offset}"), "damaged".into()];
+    let words = |tensor: &str, offset: u64| {
+        vec![
+            format!("tensor '{tensor}'"),
+            format!("offset {offset}"),
+            "damaged".into(),
+        ]
+    };
     let refuses = |more: &[&str], words: &[String]| {
         let words: Vec<&str> = words.iter().map(String::as_str).collect();
-        check_refusal(&run(&model, more), &[&["demo.gguf"][..], &words[..]].concat());
+        check_refusal(
+            &run(&model, more),
+            &[&["demo.gguf"][..], &words[..]].concat(),
+        );
     };
     // In an expert: found when the whole model is loaded.
     let tensor = "blk.3.ffn_down_exps.weight";
@@ -96,9 +141,17 @@ fn one_byte_is_found_wherever_it_goes() {
     refuses(&["--verify", "--mmap"], &expert);
     damage(&model, tensor, EXPERTS, &[5]);
     // A matrix and a vector of the dense part: on every way.
-    for tensor in ["blk.1.attn_q.weight", "blk.2.ffn_norm.weight", "output_norm.weight"] {
+    for tensor in [
+        "blk.1.attn_q.weight",
+        "blk.2.ffn_norm.weight",
+        "output_norm.weight",
+    ] {
         let offset = damage(&model, tensor, 1, &[0]);
-        for more in [&["--verify"][..], &["--verify", "--mmap"], &["--verify", "--dram", LITTLE]] {
+        for more in [
+            &["--verify"][..],
+            &["--verify", "--mmap"],
+            &["--verify", "--dram", LITTLE],
+        ] {
             refuses(more, &words(tensor, offset));
         }
         damage(&model, tensor, 1, &[0]);
@@ -107,7 +160,14 @@ fn one_byte_is_found_wherever_it_goes() {
     let tensor = "blk.0.ffn_up_exps.weight";
     let all: Vec<u64> = (0..EXPERTS).collect();
     damage(&model, tensor, EXPERTS, &all);
-    refuses(&["--verify", "--dram", LITTLE], &[format!("tensor '{tensor}'"), "expert ".into(), "damaged".into()]);
+    refuses(
+        &["--verify", "--dram", LITTLE],
+        &[
+            format!("tensor '{tensor}'"),
+            "expert ".into(),
+            "damaged".into(),
+        ],
+    );
     damage(&model, tensor, EXPERTS, &all);
     tokens(run(&model, &["--verify", "--dram", LITTLE]));
 }
@@ -117,17 +177,40 @@ fn pinned_experts_are_verified_too() {
     let (folder, model) = with_model();
     succeeded(run_in(folder.path(), &["checksum", "demo.gguf"]));
     let machine = demo_machine();
-    let list = ["solve", "demo.gguf", "-m", machine.to_str().unwrap(), "-o", "plan.toml", "--vram", "3MiB"];
-    succeeded(run_in(folder.path(), &[&list[..], &["-b", "dram=4MiB", "--context", "64"]].concat()));
+    let list = [
+        "solve",
+        "demo.gguf",
+        "-m",
+        machine.to_str().unwrap(),
+        "-o",
+        "plan.toml",
+        "--vram",
+        "3MiB",
+    ];
+    succeeded(run_in(
+        folder.path(),
+        &[&list[..], &["-b", "dram=4MiB", "--context", "64"]].concat(),
+    ));
     let expected = tokens(run(&model, &["--plan", "plan.toml"]));
-    assert_eq!(tokens(run(&model, &["--plan", "plan.toml", "--verify"])), expected);
+    assert_eq!(
+        tokens(run(&model, &["--plan", "plan.toml", "--verify"])),
+        expected
+    );
     // Every expert of every layer: whichever is pinned.
     let all: Vec<u64> = (0..EXPERTS).collect();
     for layer in 0..6 {
-        damage(&model, &format!("blk.{layer}.ffn_gate_exps.weight"), EXPERTS, &all);
+        damage(
+            &model,
+            &format!("blk.{layer}.ffn_gate_exps.weight"),
+            EXPERTS,
+            &all,
+        );
     }
     let output = run(&model, &["--plan", "plan.toml", "--verify"]);
-    check_refusal(&output, &["demo.gguf", "expert ", "ffn_gate_exps", "damaged"]);
+    check_refusal(
+        &output,
+        &["demo.gguf", "expert ", "ffn_gate_exps", "damaged"],
+    );
 }
 
 #[test]
@@ -141,17 +224,34 @@ fn checksums_of_something_else_are_refused() {
         &list("--verify=demo.gguf"),
         &["demo.gguf", "not a file of checksums", "it is a GGUF model"],
     );
-    fs::copy(common::root().join("tests/data/formats/sums.v1.sums"), folder.path().join("other.sums")).unwrap();
+    fs::copy(
+        common::root().join("tests/data/formats/sums.v1.sums"),
+        folder.path().join("other.sums"),
+    )
+    .unwrap();
     refused(
         folder.path(),
         &list("--verify=other.sums"),
-        &["other.sums", "made for the model 'demo'", "tier-plan checksum"],
+        &[
+            "other.sums",
+            "made for the model 'demo'",
+            "tier-plan checksum",
+        ],
     );
-    refused(folder.path(), &["checksum", model, "-o", "no/such/a.sums"], &["no/such", "does not exist"]);
+    refused(
+        folder.path(),
+        &["checksum", model, "-o", "no/such/a.sums"],
+        &["no/such", "does not exist"],
+    );
 }
 
 fn sum(record: &Value, key: &str) -> u64 {
-    record["layers"].as_array().unwrap().iter().map(|layer| layer[key].as_u64().unwrap()).sum()
+    record["layers"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|layer| layer[key].as_u64().unwrap())
+        .sum()
 }
 
 #[test]
@@ -161,26 +261,87 @@ fn a_packed_copy_gives_the_same_text() {
     let plain = json(run(&model, &["--dram", LITTLE]));
     let value = json(run_in(folder.path(), &["pack", "demo.gguf", "--json"]));
     assert_eq!(value["experts"], 6 * EXPERTS);
-    assert!(value["read_bytes"].as_f64().unwrap() < value["read_bytes_before"].as_f64().unwrap(), "{value:#}");
-    let list = ["run", "demo.gguf", "-p", PROMPT, "-n", "16", "--threads", "2", "--ctx", "64", "--dram", LITTLE];
+    assert!(
+        value["read_bytes"].as_f64().unwrap() < value["read_bytes_before"].as_f64().unwrap(),
+        "{value:#}"
+    );
+    let list = [
+        "run",
+        "demo.gguf",
+        "-p",
+        PROMPT,
+        "-n",
+        "16",
+        "--threads",
+        "2",
+        "--ctx",
+        "64",
+        "--dram",
+        LITTLE,
+    ];
     let told = stderr(&succeeded(run_in(folder.path(), &list)));
-    assert!(told.contains("demo.experts: 192 of them contiguous"), "{told}");
+    assert!(
+        told.contains("demo.experts: 192 of them contiguous"),
+        "{told}"
+    );
     for io in ["direct", "buffered"] {
         let mut command = tier_plan();
-        command.current_dir(folder.path()).env("TIER_PLAN_IO", io).args(list).args(["--json", "--verify"]);
+        command
+            .current_dir(folder.path())
+            .env("TIER_PLAN_IO", io)
+            .args(list)
+            .args(["--json", "--verify"]);
         let found = json(command.output().unwrap());
         assert_eq!(found["output"], expected, "{io}");
-        assert_eq!(sum(&found, "misses"), sum(&plain, "misses"), "where bytes come from changes no hit");
+        assert_eq!(
+            sum(&found, "misses"),
+            sum(&plain, "misses"),
+            "where bytes come from changes no hit"
+        );
     }
     // Where a plan and a profile say which experts to copy, the others come from the model.
     let machine = demo_machine();
-    let list = ["solve", "demo.gguf", "-m", machine.to_str().unwrap(), "-o", "plan.toml", "--vram", "3MiB"];
-    succeeded(run_in(folder.path(), &[&list[..], &["-b", "dram=4MiB", "--context", "64"]].concat()));
-    let some =
-        json(run_in(folder.path(), &["pack", "demo.gguf", "-o", "some.experts", "--plan", "plan.toml", "--json"]));
+    let list = [
+        "solve",
+        "demo.gguf",
+        "-m",
+        machine.to_str().unwrap(),
+        "-o",
+        "plan.toml",
+        "--vram",
+        "3MiB",
+    ];
+    succeeded(run_in(
+        folder.path(),
+        &[&list[..], &["-b", "dram=4MiB", "--context", "64"]].concat(),
+    ));
+    let some = json(run_in(
+        folder.path(),
+        &[
+            "pack",
+            "demo.gguf",
+            "-o",
+            "some.experts",
+            "--plan",
+            "plan.toml",
+            "--json",
+        ],
+    ));
     assert!(some["experts"].as_u64().unwrap() < 6 * EXPERTS, "{some:#}");
-    assert_eq!(tokens(run(&model, &["--plan", "plan.toml", "--pack", "some.experts"])), expected);
-    assert_eq!(tokens(run(&model, &["--dram", LITTLE, "--pack", "some.experts", "--verify"])), expected);
+    assert_eq!(
+        tokens(run(
+            &model,
+            &["--plan", "plan.toml", "--pack", "some.experts"]
+        )),
+        expected
+    );
+    assert_eq!(
+        tokens(run(
+            &model,
+            &["--dram", LITTLE, "--pack", "some.experts", "--verify"]
+        )),
+        expected
+    );
 }
 
 #[test]
@@ -191,16 +352,45 @@ fn a_copy_of_something_else_is_not_used() {
     let packed = folder.path().join("demo.experts");
     let whole = fs::read(&packed).unwrap();
     let list = |more: &[&'static str]| {
-        [&["run", "demo.gguf", "-p", "x", "-n", "1", "--dram", LITTLE, "--ctx", "64"], more].concat()
+        [
+            &[
+                "run",
+                "demo.gguf",
+                "-p",
+                "x",
+                "-n",
+                "1",
+                "--dram",
+                LITTLE,
+                "--ctx",
+                "64",
+            ],
+            more,
+        ]
+        .concat()
     };
     // Cut short; of another model; of other weights under the same names.
     fs::write(&packed, &whole[..whole.len() - 1]).unwrap();
-    refused(folder.path(), &list(&["--pack", "demo.experts"]), &["demo.experts", "its header makes", "tier-plan pack"]);
+    refused(
+        folder.path(),
+        &list(&["--pack", "demo.experts"]),
+        &["demo.experts", "its header makes", "tier-plan pack"],
+    );
     let output = run(&model, &["--dram", LITTLE]);
-    assert!(stderr(&output).contains("its header makes") && stderr(&output).contains("it is not used"));
+    assert!(
+        stderr(&output).contains("its header makes") && stderr(&output).contains("it is not used")
+    );
     assert_eq!(tokens(output), expected);
-    fs::copy(common::root().join("tests/data/formats/pack.v1.experts"), &packed).unwrap();
-    refused(folder.path(), &list(&["--pack", "demo.experts"]), &["made for the model 'demo'", "tier-plan pack"]);
+    fs::copy(
+        common::root().join("tests/data/formats/pack.v1.experts"),
+        &packed,
+    )
+    .unwrap();
+    refused(
+        folder.path(),
+        &list(&["--pack", "demo.experts"]),
+        &["made for the model 'demo'", "tier-plan pack"],
+    );
     fs::write(&packed, &whole).unwrap();
     let gguf = Gguf::open(&model).unwrap();
     let at = gguf.tensor("blk.2.ffn_up_exps.weight").unwrap().offset as usize;
@@ -208,8 +398,16 @@ fn a_copy_of_something_else_is_not_used() {
     let mut bytes = fs::read(&model).unwrap();
     bytes[at + 7] ^= 1;
     fs::write(&model, bytes).unwrap();
-    refused(folder.path(), &list(&["--pack", "demo.experts"]), &["expert 0 of layer 2", "was changed since"]);
-    refused(folder.path(), &list(&["--pack", "none.experts"]), &["none.experts"]);
+    refused(
+        folder.path(),
+        &list(&["--pack", "demo.experts"]),
+        &["expert 0 of layer 2", "was changed since"],
+    );
+    refused(
+        folder.path(),
+        &list(&["--pack", "none.experts"]),
+        &["none.experts"],
+    );
 }
 
 #[test]
@@ -220,19 +418,60 @@ fn slots_are_kept_from_one_run_to_the_next() {
     let kept: Value = serde_json::from_str(&kept).unwrap();
     let layers = kept["layers"].as_array().unwrap();
     assert!(layers.len() >= 5, "{kept:#}");
-    assert!(layers.iter().all(|l| !l["experts"].as_array().unwrap().is_empty()), "{kept:#}");
-    let list = ["run", "demo.gguf", "-p", PROMPT, "-n", "16", "--threads", "2", "--ctx", "64", "--dram", LITTLE];
+    assert!(
+        layers
+            .iter()
+            .all(|l| !l["experts"].as_array().unwrap().is_empty()),
+        "{kept:#}"
+    );
+    let list = [
+        "run",
+        "demo.gguf",
+        "-p",
+        PROMPT,
+        "-n",
+        "16",
+        "--threads",
+        "2",
+        "--ctx",
+        "64",
+        "--dram",
+        LITTLE,
+    ];
     let list = [&list[..], &["--slots", "a.slots.json"]].concat();
     let told = stderr(&succeeded(run_in(folder.path(), &list)));
-    assert!(told.contains("slots are filled in the background"), "{told}");
+    assert!(
+        told.contains("slots are filled in the background"),
+        "{told}"
+    );
     let warm = json(run(&model, &["--dram", LITTLE, "--slots", "a.slots.json"]));
     assert_eq!(warm["output"], cold["output"]);
     // Of another model, it is neither used nor overwritten.
-    fs::copy(common::root().join("tests/data/formats/slots.v1.json"), folder.path().join("other.json")).unwrap();
-    let list = ["run", "demo.gguf", "-p", "x", "-n", "1", "--dram", LITTLE, "--ctx", "64", "--slots", "other.json"];
+    fs::copy(
+        common::root().join("tests/data/formats/slots.v1.json"),
+        folder.path().join("other.json"),
+    )
+    .unwrap();
+    let list = [
+        "run",
+        "demo.gguf",
+        "-p",
+        "x",
+        "-n",
+        "1",
+        "--dram",
+        LITTLE,
+        "--ctx",
+        "64",
+        "--slots",
+        "other.json",
+    ];
     refused(folder.path(), &list, &["other.json", "made for the model"]);
     // Without slots there is nothing to keep, and no harm.
-    assert_eq!(tokens(run(&model, &["--slots", "none.json"])), cold["output"]);
+    assert_eq!(
+        tokens(run(&model, &["--slots", "none.json"])),
+        cold["output"]
+    );
 }
 
 /// A machine of memory and a slow tier that is mapped, neither of them emulated.
@@ -257,17 +496,42 @@ fn on_a_mapped_tier_experts_move_to_slots_or_compute_in_place() {
     let expected = tokens(run(&model, &[]));
     for kind in ["pmem", "cxl"] {
         mapped_machine(folder.path(), kind);
-        let list = ["solve", "demo.gguf", "-m", "machine.toml", "-o", "plan.toml", "--context", "64", "--strategy"];
-        let value = json(run_in(folder.path(), &[&list[..], &["lru-only", "-b", "dram=4MiB", "--json"]].concat()));
-        assert!(value["tiers"][0]["slot_bytes"].as_u64().unwrap() > 0, "{value:#}");
-        let found = json(run(&model, &["--plan", "plan.toml", "--verify", "--slots", "a.slots.json"]));
+        let list = [
+            "solve",
+            "demo.gguf",
+            "-m",
+            "machine.toml",
+            "-o",
+            "plan.toml",
+            "--context",
+            "64",
+            "--strategy",
+        ];
+        let value = json(run_in(
+            folder.path(),
+            &[&list[..], &["lru-only", "-b", "dram=4MiB", "--json"]].concat(),
+        ));
+        assert!(
+            value["tiers"][0]["slot_bytes"].as_u64().unwrap() > 0,
+            "{value:#}"
+        );
+        let found = json(run(
+            &model,
+            &["--plan", "plan.toml", "--verify", "--slots", "a.slots.json"],
+        ));
         assert_eq!(found["output"], expected);
-        assert!(sum(&found, "slot_hits") > 0 && sum(&found, "misses") > 0, "{found:#}");
+        assert!(
+            sum(&found, "slot_hits") > 0 && sum(&found, "misses") > 0,
+            "{found:#}"
+        );
         for tier in found["tiers"].as_array().unwrap() {
             assert_eq!(tier["planned_bytes"], tier["resident_bytes"], "{tier:#}");
         }
         // A batch of which each expert is used, on slots that are filled from before.
-        let again = json(run(&model, &["--plan", "plan.toml", "--slots", "a.slots.json"]));
+        let again = json(run(
+            &model,
+            &["--plan", "plan.toml", "--slots", "a.slots.json"],
+        ));
         assert_eq!(again["output"], expected);
     }
 }

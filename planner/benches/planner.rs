@@ -17,7 +17,10 @@ use tier_plan_runtime::model::shape::{CacheShape, DenseKind, DenseShape, ExpertS
 const MB: u64 = 1_000_000;
 
 fn id(name: &str) -> SourceId {
-    SourceId { name: name.to_string(), hash: "0".repeat(32) }
+    SourceId {
+        name: name.to_string(),
+        hash: "0".repeat(32),
+    }
 }
 
 fn shape(n_layer: u32, n_expert: u32, n_used: u32) -> ModelShape {
@@ -37,14 +40,25 @@ fn shape(n_layer: u32, n_expert: u32, n_used: u32) -> ModelShape {
         context: 131_072,
         caches: vec![
             CacheShape {
-                rows: vec![KvRows { width: 576, per_token: 1, queries: 128, window: None }],
+                rows: vec![KvRows {
+                    width: 576,
+                    per_token: 1,
+                    queries: 128,
+                    window: None
+                }],
                 state_bytes: 0
             };
             61
         ],
         dense: attention.collect(),
         experts: (0..n_layer)
-            .map(|layer| ExpertShape { layer, n_expert, n_used, expert_bytes: 25 * MB, expert_macs: 44 * MB })
+            .map(|layer| ExpertShape {
+                layer,
+                n_expert,
+                n_used,
+                expert_bytes: 25 * MB,
+                expert_macs: 44 * MB,
+            })
             .collect(),
     }
 }
@@ -77,7 +91,14 @@ fn machine() -> Machine {
 }
 
 fn routing(prompts: u32) -> Routing {
-    Routing { skew: 0.8, repeat: 0.3, prompts, prompt_tokens: 192, decode_tokens: 128, seed: 1 }
+    Routing {
+        skew: 0.8,
+        repeat: 0.3,
+        prompts,
+        prompt_tokens: 192,
+        decode_tokens: 128,
+        seed: 1,
+    }
 }
 
 fn replay(c: &mut Criterion) {
@@ -86,10 +107,16 @@ fn replay(c: &mut Criterion) {
         let profile = profile(&shape(1, n_expert, 8), &routing(64));
         let trace = LayerTrace::new(&profile, 0, |_| true);
         let pinned = vec![false; n_expert as usize];
-        group.throughput(Throughput::Elements((trace.tokens() * trace.n_used()) as u64));
-        group.bench_with_input(BenchmarkId::new("positions", n_expert), &trace, |b, trace| {
-            b.iter(|| black_box(Positions::new(trace, &pinned).hit_curve(n_expert as usize)));
-        });
+        group.throughput(Throughput::Elements(
+            (trace.tokens() * trace.n_used()) as u64,
+        ));
+        group.bench_with_input(
+            BenchmarkId::new("positions", n_expert),
+            &trace,
+            |b, trace| {
+                b.iter(|| black_box(Positions::new(trace, &pinned).hit_curve(n_expert as usize)));
+            },
+        );
         group.bench_with_input(BenchmarkId::new("ceiling", n_expert), &trace, |b, trace| {
             b.iter(|| black_box(ceiling(trace, n_expert as usize / 4)));
         });
@@ -101,32 +128,63 @@ fn replay(c: &mut Criterion) {
 fn stepping(c: &mut Criterion) {
     let mut group = c.benchmark_group("stepping");
     for n_expert in [128, 384] {
-        let profile = profile(&shape(1, n_expert, 8), &Routing { prompt_tokens: 0, ..routing(64) });
+        let profile = profile(
+            &shape(1, n_expert, 8),
+            &Routing {
+                prompt_tokens: 0,
+                ..routing(64)
+            },
+        );
         let trace = LayerTrace::new(&profile, 0, |_| true);
         let pinned = vec![false; n_expert as usize];
-        group.throughput(Throughput::Elements((trace.tokens() * trace.n_used()) as u64));
+        group.throughput(Throughput::Elements(
+            (trace.tokens() * trace.n_used()) as u64,
+        ));
         for policy in [
             SlotPolicy::Lru,
             SlotPolicy::Lfu { half_life: 16 },
-            SlotPolicy::Adaptive { half_life: 64, recent_half_life: 2, recent_weight: 8 },
+            SlotPolicy::Adaptive {
+                half_life: 64,
+                recent_half_life: 2,
+                recent_weight: 8,
+            },
         ] {
-            group.bench_with_input(BenchmarkId::new(policy.name(), n_expert), &trace, |b, trace| {
-                b.iter(|| black_box(hits(trace, &pinned, n_expert / 4, policy)));
-            });
+            group.bench_with_input(
+                BenchmarkId::new(policy.name(), n_expert),
+                &trace,
+                |b, trace| {
+                    b.iter(|| black_box(hits(trace, &pinned, n_expert / 4, policy)));
+                },
+            );
         }
     }
 }
 
 /// Replays all layers of the largest model in one pass: 61 layers of 384 experts.
 fn all_layers(c: &mut Criterion) {
-    let profile = profile(&shape(61, 384, 8), &Routing { decode_tokens: 512, ..routing(4) });
-    let traces: Vec<LayerTrace> = (0..61).map(|layer| LayerTrace::new(&profile, layer, |_| true)).collect();
+    let profile = profile(
+        &shape(61, 384, 8),
+        &Routing {
+            decode_tokens: 512,
+            ..routing(4)
+        },
+    );
+    let traces: Vec<LayerTrace> = (0..61)
+        .map(|layer| LayerTrace::new(&profile, layer, |_| true))
+        .collect();
     let mut group = c.benchmark_group("replay");
-    let accesses: usize = traces.iter().map(|trace| trace.tokens() * trace.n_used()).sum();
+    let accesses: usize = traces
+        .iter()
+        .map(|trace| trace.tokens() * trace.n_used())
+        .sum();
     group.throughput(Throughput::Elements(accesses as u64));
     let pinned = [false; 384];
     group.bench_function("positions/61x384", |b| {
-        b.iter(|| traces.iter().for_each(|trace| drop(black_box(Positions::new(trace, &pinned).hit_curve(384)))));
+        b.iter(|| {
+            traces
+                .iter()
+                .for_each(|trace| drop(black_box(Positions::new(trace, &pinned).hit_curve(384))))
+        });
     });
 }
 
@@ -139,7 +197,11 @@ fn solving(c: &mut Criterion) {
         let all = shape.weight_bytes();
         // A tenth and a third of the weights; at the largest size that is about the machine's own
         // capacity.
-        let budgets = vec![(all / 10).min(24_000 * MB), (all / 3).min(192_000 * MB), 2_000_000 * MB];
+        let budgets = vec![
+            (all / 10).min(24_000 * MB),
+            (all / 3).min(192_000 * MB),
+            2_000_000 * MB,
+        ];
         let problem = Problem {
             shape: &shape,
             profile: Some(&profile),
@@ -148,11 +210,17 @@ fn solving(c: &mut Criterion) {
             context: 4096,
             kv_type: KvType::F16,
         };
-        let options = Options { strategy: Strategy::Optimal, time_limit_s: 5.0, ..Options::default() };
+        let options = Options {
+            strategy: Strategy::Optimal,
+            time_limit_s: 5.0,
+            ..Options::default()
+        };
         if let Ok(solved) = solve(&problem, &options) {
             eprintln!("{n_layer} x {n_expert}: {:?}", solved.plan.solver);
         }
-        group.bench_function(format!("{n_layer}x{n_expert}"), |b| b.iter(|| black_box(solve(&problem, &options))));
+        group.bench_function(format!("{n_layer}x{n_expert}"), |b| {
+            b.iter(|| black_box(solve(&problem, &options)))
+        });
     }
 }
 

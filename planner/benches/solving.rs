@@ -22,7 +22,10 @@ use tier_plan_runtime::model::shape::ModelShape;
 const GB: u64 = 1_000_000_000;
 
 fn id(name: &str) -> SourceId {
-    SourceId { name: name.to_string(), hash: "0".repeat(32) }
+    SourceId {
+        name: name.to_string(),
+        hash: "0".repeat(32),
+    }
 }
 
 fn machine(tiers: &[(&str, TierKind, u64, f64, f64)]) -> Machine {
@@ -50,9 +53,20 @@ fn machine(tiers: &[(&str, TierKind, u64, f64, f64)]) -> Machine {
 
 fn machines() -> Vec<Machine> {
     use TierKind::{Cxl, Dram, Nvme, Vram};
-    let slow = [("dram", Dram, 192, 60.0, 0.0), ("cxl", Cxl, 256, 30.0, 0.3), ("nvme", Nvme, 16_000, 12.0, 80.0)];
+    let slow = [
+        ("dram", Dram, 192, 60.0, 0.0),
+        ("cxl", Cxl, 256, 30.0, 0.3),
+        ("nvme", Nvme, 16_000, 12.0, 80.0),
+    ];
     let four = [&[("vram", Vram, 24, 860.0, 10.0)], &slow[..]].concat();
-    let five = [&[("gpu-a", Vram, 32, 1500.0, 10.0), ("gpu-b", Vram, 24, 860.0, 10.0)], &slow[..]].concat();
+    let five = [
+        &[
+            ("gpu-a", Vram, 32, 1500.0, 10.0),
+            ("gpu-b", Vram, 24, 860.0, 10.0),
+        ],
+        &slow[..],
+    ]
+    .concat();
     vec![machine(&four), machine(&five)]
 }
 
@@ -63,7 +77,14 @@ enum Known {
 }
 
 fn knowns() -> Vec<Known> {
-    let routing = |skew, repeat| Routing { skew, repeat, prompts: 16, prompt_tokens: 192, decode_tokens: 128, seed: 1 };
+    let routing = |skew, repeat| Routing {
+        skew,
+        repeat,
+        prompts: 16,
+        prompt_tokens: 192,
+        decode_tokens: 128,
+        seed: 1,
+    };
     vec![
         Known::Supposed(Pattern::Flat),
         Known::Supposed(Pattern::Zipf),
@@ -93,18 +114,29 @@ fn reset_peak() {
 fn memory_mib() -> [u64; 2] {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     ["VmHWM:", "VmRSS:"].map(|key| {
-        let line = status.lines().find_map(|l| l.strip_prefix(key)).unwrap_or("0");
-        line.split_whitespace().next().and_then(|n| n.parse::<u64>().ok()).unwrap_or(0) / 1024
+        let line = status
+            .lines()
+            .find_map(|l| l.strip_prefix(key))
+            .unwrap_or("0");
+        line.split_whitespace()
+            .next()
+            .and_then(|n| n.parse::<u64>().ok())
+            .unwrap_or(0)
+            / 1024
     })
 }
 
 fn solving(c: &mut Criterion) {
     let only = std::env::var("CASE").unwrap_or_default();
-    println!("| model | tiers | routing | seconds | proven gap | predicted tok/s | backend | peak MiB |");
+    println!(
+        "| model | tiers | routing | seconds | proven gap | predicted tok/s | backend | peak MiB |"
+    );
     let mut group = c.benchmark_group("solve");
     group.sample_size(10);
     for (model, seconds) in [("kimi-k2.5", 5.0), ("moe-10t", 30.0)] {
-        let Ok(known_model) = catalogue::model(Path::new(model), None) else { continue };
+        let Ok(known_model) = catalogue::model(Path::new(model), None) else {
+            continue;
+        };
         let shape = &known_model.sizes;
         for machine in machines() {
             for known in knowns() {
@@ -116,7 +148,9 @@ fn solving(c: &mut Criterion) {
                 if !title.contains(&only) {
                     continue;
                 }
-                let Some((evidence, profile)) = evidence(shape, &known) else { continue };
+                let Some((evidence, profile)) = evidence(shape, &known) else {
+                    continue;
+                };
                 let problem = Problem {
                     shape,
                     profile: profile.as_ref(),
@@ -125,15 +159,24 @@ fn solving(c: &mut Criterion) {
                     context: 4096,
                     kv_type: KvType::F16,
                 };
-                let seconds = std::env::var("TL").ok().and_then(|t| t.parse().ok()).unwrap_or(seconds);
-                let options = Options { strategy: Strategy::Optimal, time_limit_s: seconds, ..Options::default() };
+                let seconds = std::env::var("TL")
+                    .ok()
+                    .and_then(|t| t.parse().ok())
+                    .unwrap_or(seconds);
+                let options = Options {
+                    strategy: Strategy::Optimal,
+                    time_limit_s: seconds,
+                    ..Options::default()
+                };
                 let [_, before] = memory_mib();
                 reset_peak();
                 let start = Instant::now();
                 match solve_with_evidence(&problem, &evidence, &options) {
                     Ok(solved) => {
                         let report = &solved.plan.solver;
-                        let gap = report.gap.map_or("none".to_string(), |gap| format!("{:.4} %", gap * 100.0));
+                        let gap = report
+                            .gap
+                            .map_or("none".to_string(), |gap| format!("{:.4} %", gap * 100.0));
                         println!(
                             "| {model} | {} | {name} | {:.2} | {gap} | {:.3} | {} | {} (+{}) |{}",
                             machine.tiers.len(),
@@ -142,7 +185,11 @@ fn solving(c: &mut Criterion) {
                             report.backend,
                             memory_mib()[0],
                             memory_mib()[0].saturating_sub(before),
-                            if std::env::var("NOTES").is_ok() { solved.notes.join("; ") } else { String::new() },
+                            if std::env::var("NOTES").is_ok() {
+                                solved.notes.join("; ")
+                            } else {
+                                String::new()
+                            },
                         );
                     }
                     Err(error) => println!("| {title} | {error:#} |"),

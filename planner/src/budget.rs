@@ -15,7 +15,9 @@ use tier_plan_runtime::formats::profile;
 use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::model::shape::ModelShape;
 use tier_plan_runtime::model::spec::ModelSpec;
-use tier_plan_runtime::plans::budget::{Budgeted, FixedMemory, buffer_bytes, lines, machine_tiers, within};
+use tier_plan_runtime::plans::budget::{
+    Budgeted, FixedMemory, buffer_bytes, lines, machine_tiers, within,
+};
 use tier_plan_runtime::plans::in_memory::all_in_memory;
 use tier_plan_runtime::tiers::limits::{Limit, memory_limit};
 use tier_plan_runtime::units::show_bytes;
@@ -52,9 +54,18 @@ pub struct Chosen {
 /// # Errors
 /// When the model does not fit the memory asked for, or the profile is unusable.
 pub fn choose(model: Model<'_>, opening: &Opening<'_>) -> Result<Chosen> {
-    let Model { gguf, spec, shape, context } = model;
+    let Model {
+        gguf,
+        spec,
+        shape,
+        context,
+    } = model;
     let kv_type = opening.kv_type.unwrap_or_default();
-    let mapped = |fits| Chosen { plan: all_in_memory(shape, context, kv_type), batch: None, fits };
+    let mapped = |fits| Chosen {
+        plan: all_in_memory(shape, context, kv_type),
+        batch: None,
+        fits,
+    };
     if opening.mapped {
         return Ok(mapped(false));
     }
@@ -72,30 +83,52 @@ pub fn choose(model: Model<'_>, opening: &Opening<'_>) -> Result<Chosen> {
     let made = match opening.profile {
         Some(path) => with_profile(model, path, &fixed, opening, budget).map(|plan| {
             let lines = lines(&plan, &buffer_bytes(gguf, spec), &fixed, budget);
-            Budgeted { plan, batch: fixed.batch, lines }
+            Budgeted {
+                plan,
+                batch: fixed.batch,
+                lines,
+            }
         }),
         None => within(gguf, spec, shape, context, kv_type, budget).map_err(anyhow::Error::from),
     };
     let Budgeted { plan, batch, lines } = match made {
         Ok(made) => made,
         Err(error) if opening.memory.is_none() && opening.profile.is_none() => {
-            eprintln!("warning: {error:#}; the mapped file is used instead, and the system reads it again and again");
+            eprintln!(
+                "warning: {error:#}; the mapped file is used instead, and the system reads it again and again"
+            );
             return Ok(mapped(false));
         }
         Err(error) => return Err(error),
     };
-    eprintln!("{}", sentence(model, opening.memory, limit.as_ref(), budget));
-    let width = lines.iter().map(|line| line.purpose.len()).max().unwrap_or(0);
+    eprintln!(
+        "{}",
+        sentence(model, opening.memory, limit.as_ref(), budget)
+    );
+    let width = lines
+        .iter()
+        .map(|line| line.purpose.len())
+        .max()
+        .unwrap_or(0);
     for line in &lines {
         eprintln!("  {:<width$} {:>10}", line.purpose, show_bytes(line.bytes));
     }
-    Ok(Chosen { plan, batch: Some(batch), fits: false })
+    Ok(Chosen {
+        plan,
+        batch: Some(batch),
+        fits: false,
+    })
 }
 
 fn sentence(model: Model<'_>, asked: Option<u64>, limit: Option<&Limit>, budget: u64) -> String {
     let why = match (asked, limit) {
         (Some(asked), Some(limit)) if limit.bytes < asked => {
-            format!("--memory {}, but {} is {}", show_bytes(asked), limit.source, show_bytes(limit.bytes))
+            format!(
+                "--memory {}, but {} is {}",
+                show_bytes(asked),
+                limit.source,
+                show_bytes(limit.bytes)
+            )
         }
         (Some(_), _) => "--memory".to_string(),
         (None, Some(limit)) => limit.source.to_string(),
@@ -116,22 +149,44 @@ fn with_profile(
     opening: &Opening<'_>,
     budget: u64,
 ) -> Result<Placement> {
-    let Model { gguf, spec, shape, context } = model;
+    let Model {
+        gguf,
+        spec,
+        shape,
+        context,
+    } = model;
     let kv_type = opening.kv_type.unwrap_or_default();
     let profile = profile::read(path)?;
     profile.check_model(&shape.id, path)?;
     // Slots are padded to whole pages, which a plan does not count.
-    let share = |(room, e): (u64, &tier_plan_runtime::model::shape::ExpertShape)| room as f64 / e.expert_bytes as f64;
-    let padded = buffer_bytes(gguf, spec).into_iter().zip(&shape.experts).map(share).fold(1.0, f64::max);
+    let share = |(room, e): (u64, &tier_plan_runtime::model::shape::ExpertShape)| {
+        room as f64 / e.expert_bytes as f64
+    };
+    let padded = buffer_bytes(gguf, spec)
+        .into_iter()
+        .zip(&shape.experts)
+        .map(share)
+        .fold(1.0, f64::max);
     let room = budget.saturating_sub(fixed.outside_bytes(budget));
-    let experts: u64 = shape.experts.iter().map(|e| e.expert_bytes * u64::from(e.n_expert)).sum();
+    let experts: u64 = shape
+        .experts
+        .iter()
+        .map(|e| e.expert_bytes * u64::from(e.n_expert))
+        .sum();
     let dense = shape.weight_bytes() - experts + kv_type.context_bytes(shape, context);
     let counted = dense.saturating_add((room.saturating_sub(dense) as f64 / padded) as u64);
     // The solver reserves a share for pages itself, which suffices if it is as large.
-    let counted = if 1.0 - 1.0 / padded <= page_share(shape) { room } else { counted };
+    let counted = if 1.0 - 1.0 / padded <= page_share(shape) {
+        room
+    } else {
+        counted
+    };
     let name = "this machine".to_string();
     let machine = Machine {
-        id: SourceId { name: name.clone(), hash: String::new() },
+        id: SourceId {
+            name: name.clone(),
+            hash: String::new(),
+        },
         name,
         description: String::new(),
         tiers: machine_tiers(room, experts).to_vec(),
@@ -147,10 +202,16 @@ fn with_profile(
         context,
         kv_type,
     };
-    let options = Options { policy: Policy::Auto, time_limit_s: SOLVE_S, ..Options::default() };
+    let options = Options {
+        policy: Policy::Auto,
+        time_limit_s: SOLVE_S,
+        ..Options::default()
+    };
     let what = "making a plan from the profile";
     let evidence = Evidence::new(shape, Some(&profile)).context(what)?;
-    let mut plan = solve::solve_with_evidence(&problem, &evidence, &options).context(what)?.plan;
+    let mut plan = solve::solve_with_evidence(&problem, &evidence, &options)
+        .context(what)?
+        .plan;
     plan.tiers[TierIdx::FIRST].budget_bytes = room;
     plan.predicted = Prediction::default();
     Ok(plan)

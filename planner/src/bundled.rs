@@ -32,5 +32,7 @@ fn find(relative: &Path) -> Option<PathBuf> {
     let built = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
     let here = std::env::current_dir().unwrap_or_default();
     let candidates = here.ancestors().map(Path::to_path_buf).chain([built]);
-    candidates.map(|root| root.join(relative)).find(|p| p.exists())
+    candidates
+        .map(|root| root.join(relative))
+        .find(|p| p.exists())
 }

@@ -12,39 +12,126 @@ use tier_plan_runtime::model::shape_of_file;
 
 /// `(name, text)` per shape.
 const MODELS: &[(&str, &str)] = &[
-    ("deepseek-r1", include_str!("../../profiles/models/deepseek-r1.toml")),
-    ("deepseek-v3", include_str!("../../profiles/models/deepseek-v3.toml")),
-    ("glm-4.5", include_str!("../../profiles/models/glm-4.5.toml")),
-    ("glm-4.5-air", include_str!("../../profiles/models/glm-4.5-air.toml")),
-    ("glm-4.6", include_str!("../../profiles/models/glm-4.6.toml")),
-    ("glm-5.2", include_str!("../../profiles/models/glm-5.2.toml")),
-    ("gpt-oss-120b", include_str!("../../profiles/models/gpt-oss-120b.toml")),
-    ("gpt-oss-20b", include_str!("../../profiles/models/gpt-oss-20b.toml")),
-    ("kimi-k2", include_str!("../../profiles/models/kimi-k2.toml")),
-    ("kimi-k2.5", include_str!("../../profiles/models/kimi-k2.5.toml")),
-    ("llama-3.1-405b", include_str!("../../profiles/models/llama-3.1-405b.toml")),
-    ("mixtral-8x22b", include_str!("../../profiles/models/mixtral-8x22b.toml")),
-    ("mixtral-8x7b", include_str!("../../profiles/models/mixtral-8x7b.toml")),
-    ("moe-10t", include_str!("../../profiles/models/moe-10t.toml")),
-    ("qwen3-235b-a22b", include_str!("../../profiles/models/qwen3-235b-a22b.toml")),
-    ("qwen3-30b-a3b", include_str!("../../profiles/models/qwen3-30b-a3b.toml")),
+    (
+        "deepseek-r1",
+        include_str!("../../profiles/models/deepseek-r1.toml"),
+    ),
+    (
+        "deepseek-v3",
+        include_str!("../../profiles/models/deepseek-v3.toml"),
+    ),
+    (
+        "glm-4.5",
+        include_str!("../../profiles/models/glm-4.5.toml"),
+    ),
+    (
+        "glm-4.5-air",
+        include_str!("../../profiles/models/glm-4.5-air.toml"),
+    ),
+    (
+        "glm-4.6",
+        include_str!("../../profiles/models/glm-4.6.toml"),
+    ),
+    (
+        "glm-5.2",
+        include_str!("../../profiles/models/glm-5.2.toml"),
+    ),
+    (
+        "gpt-oss-120b",
+        include_str!("../../profiles/models/gpt-oss-120b.toml"),
+    ),
+    (
+        "gpt-oss-20b",
+        include_str!("../../profiles/models/gpt-oss-20b.toml"),
+    ),
+    (
+        "kimi-k2",
+        include_str!("../../profiles/models/kimi-k2.toml"),
+    ),
+    (
+        "kimi-k2.5",
+        include_str!("../../profiles/models/kimi-k2.5.toml"),
+    ),
+    (
+        "llama-3.1-405b",
+        include_str!("../../profiles/models/llama-3.1-405b.toml"),
+    ),
+    (
+        "mixtral-8x22b",
+        include_str!("../../profiles/models/mixtral-8x22b.toml"),
+    ),
+    (
+        "mixtral-8x7b",
+        include_str!("../../profiles/models/mixtral-8x7b.toml"),
+    ),
+    (
+        "moe-10t",
+        include_str!("../../profiles/models/moe-10t.toml"),
+    ),
+    (
+        "qwen3-235b-a22b",
+        include_str!("../../profiles/models/qwen3-235b-a22b.toml"),
+    ),
+    (
+        "qwen3-30b-a3b",
+        include_str!("../../profiles/models/qwen3-30b-a3b.toml"),
+    ),
 ];
 
 /// `(name, text)` per machine.
 const MACHINES: &[(&str, &str)] = &[
-    ("article-4090x4", include_str!("../../profiles/machines/article-4090x4.toml")),
-    ("article-a100-80", include_str!("../../profiles/machines/article-a100-80.toml")),
-    ("article-cxl-4tb", include_str!("../../profiles/machines/article-cxl-4tb.toml")),
-    ("article-h100x8", include_str!("../../profiles/machines/article-h100x8.toml")),
-    ("article-optane-4090", include_str!("../../profiles/machines/article-optane-4090.toml")),
-    ("ddr4-8ch-5090", include_str!("../../profiles/machines/ddr4-8ch-5090.toml")),
-    ("demo-emulated", include_str!("../../profiles/machines/demo-emulated.toml")),
-    ("desktop-4090-ddr5-nvme", include_str!("../../profiles/machines/desktop-4090-ddr5-nvme.toml")),
-    ("desktop-5090-gen5", include_str!("../../profiles/machines/desktop-5090-gen5.toml")),
-    ("epyc-9965", include_str!("../../profiles/machines/epyc-9965.toml")),
-    ("optane-768", include_str!("../../profiles/machines/optane-768.toml")),
-    ("vm-2core-avx512", include_str!("../../profiles/machines/vm-2core-avx512.toml")),
-    ("xeon-8480x2-4090", include_str!("../../profiles/machines/xeon-8480x2-4090.toml")),
+    (
+        "article-4090x4",
+        include_str!("../../profiles/machines/article-4090x4.toml"),
+    ),
+    (
+        "article-a100-80",
+        include_str!("../../profiles/machines/article-a100-80.toml"),
+    ),
+    (
+        "article-cxl-4tb",
+        include_str!("../../profiles/machines/article-cxl-4tb.toml"),
+    ),
+    (
+        "article-h100x8",
+        include_str!("../../profiles/machines/article-h100x8.toml"),
+    ),
+    (
+        "article-optane-4090",
+        include_str!("../../profiles/machines/article-optane-4090.toml"),
+    ),
+    (
+        "ddr4-8ch-5090",
+        include_str!("../../profiles/machines/ddr4-8ch-5090.toml"),
+    ),
+    (
+        "demo-emulated",
+        include_str!("../../profiles/machines/demo-emulated.toml"),
+    ),
+    (
+        "desktop-4090-ddr5-nvme",
+        include_str!("../../profiles/machines/desktop-4090-ddr5-nvme.toml"),
+    ),
+    (
+        "desktop-5090-gen5",
+        include_str!("../../profiles/machines/desktop-5090-gen5.toml"),
+    ),
+    (
+        "epyc-9965",
+        include_str!("../../profiles/machines/epyc-9965.toml"),
+    ),
+    (
+        "optane-768",
+        include_str!("../../profiles/machines/optane-768.toml"),
+    ),
+    (
+        "vm-2core-avx512",
+        include_str!("../../profiles/machines/vm-2core-avx512.toml"),
+    ),
+    (
+        "xeon-8480x2-4090",
+        include_str!("../../profiles/machines/xeon-8480x2-4090.toml"),
+    ),
 ];
 
 /// Default quantization of a shape.
@@ -62,7 +149,9 @@ pub struct Known {
 impl Known {
     /// Returns notes on the origin of the sizes, in sentences.
     pub fn notes(&self) -> Vec<String> {
-        let Some((of, mix)) = &self.shape else { return Vec::new() };
+        let Some((of, mix)) = &self.shape else {
+            return Vec::new();
+        };
         vec![format!(
             "'{}' is a shape without weights: tensor types are those that llama.cpp gives a {} file when nothing is \
              overridden, so a published file differs by some percent; to run the model, solve again with its own file",
@@ -86,16 +175,25 @@ pub enum Named {
 /// # Errors
 /// When a shape cannot be read.
 pub fn named(model: &Path) -> Result<Named> {
-    if model.extension().is_some_and(|e| e.eq_ignore_ascii_case("toml"))
+    if model
+        .extension()
+        .is_some_and(|e| e.eq_ignore_ascii_case("toml"))
         && (model.exists() || text(MODELS, model).is_none())
     {
         return Ok(Named::Shape(Box::new(shape::read(model)?)));
     }
     match text(MODELS, model) {
-        Some(text) if !model.exists() => Ok(Named::Shape(Box::new(shape::decode(text.as_bytes(), model)?))),
+        Some(text) if !model.exists() => Ok(Named::Shape(Box::new(shape::decode(
+            text.as_bytes(),
+            model,
+        )?))),
         // A bare word that matches nothing was meant as a name.
         None if !model.exists() && is_word(model) => {
-            bail!("{}: no such file, and no shape of that name; bundled shapes: {}", model.display(), names(MODELS))
+            bail!(
+                "{}: no such file, and no shape of that name; bundled shapes: {}",
+                model.display(),
+                names(MODELS)
+            )
         }
         _ => Ok(Named::File),
     }
@@ -119,7 +217,10 @@ pub fn model(model: &Path, quant: Option<&str>) -> Result<Known> {
         }
         Named::Shape(of) => {
             let mix = mix(quant)?;
-            Ok(Known { sizes: of.model_shape(mix), shape: Some((*of, mix)) })
+            Ok(Known {
+                sizes: of.model_shape(mix),
+                shape: Some((*of, mix)),
+            })
         }
     }
 }
@@ -129,7 +230,9 @@ pub fn model(model: &Path, quant: Option<&str>) -> Result<Known> {
 /// # Errors
 /// When the name is unknown; lists the known ones.
 pub fn mix(quant: Option<&str>) -> Result<Mix> {
-    let Some(name) = quant else { return Ok(DEFAULT_MIX) };
+    let Some(name) = quant else {
+        return Ok(DEFAULT_MIX);
+    };
     Mix::from_name(name).with_context(|| {
         let names: Vec<&str> = Mix::ALL.iter().map(|m| m.name()).collect();
         format!("--quant: {name}, expected one of {}", names.join(", "))
@@ -154,17 +257,28 @@ pub fn machine(path: &Path) -> Result<Machine> {
 
 fn text(of: &[(&str, &'static str)], name: &Path) -> Option<&'static str> {
     let name = name.to_str()?;
-    of.iter().find(|(known, _)| known.eq_ignore_ascii_case(name)).map(|(_, text)| *text)
+    of.iter()
+        .find(|(known, _)| known.eq_ignore_ascii_case(name))
+        .map(|(_, text)| *text)
 }
 
 fn names(of: &[(&str, &str)]) -> String {
-    of.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ")
+    of.iter()
+        .map(|(name, _)| *name)
+        .collect::<Vec<_>>()
+        .join(", ")
 }
 
 /// Returns whether this is a bare word, without folders and without `.gguf` or `.toml`.
 fn is_word(path: &Path) -> bool {
-    let ours = |e: &std::ffi::OsStr| ["gguf", "toml"].iter().any(|ours| e.eq_ignore_ascii_case(ours));
-    path.components().count() == 1 && path.file_name().is_some() && !path.extension().is_some_and(ours)
+    let ours = |e: &std::ffi::OsStr| {
+        ["gguf", "toml"]
+            .iter()
+            .any(|ours| e.eq_ignore_ascii_case(ours))
+    };
+    path.components().count() == 1
+        && path.file_name().is_some()
+        && !path.extension().is_some_and(ours)
 }
 
 #[cfg(test)]
@@ -173,18 +287,31 @@ mod tests {
     use std::collections::BTreeSet;
 
     fn on_disk(folder: &str) -> BTreeSet<String> {
-        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../profiles").join(folder);
-        let stem = |path: std::path::PathBuf| path.file_stem().unwrap().to_string_lossy().into_owned();
-        std::fs::read_dir(folder).unwrap().map(|e| stem(e.unwrap().path())).collect()
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("../profiles")
+            .join(folder);
+        let stem =
+            |path: std::path::PathBuf| path.file_stem().unwrap().to_string_lossy().into_owned();
+        std::fs::read_dir(folder)
+            .unwrap()
+            .map(|e| stem(e.unwrap().path()))
+            .collect()
     }
 
     #[test]
     fn the_catalogue_is_the_folder() {
-        let known = |of: &[(&str, &str)]| of.iter().map(|(n, _)| n.to_string()).collect::<BTreeSet<_>>();
+        let known = |of: &[(&str, &str)]| {
+            of.iter()
+                .map(|(n, _)| n.to_string())
+                .collect::<BTreeSet<_>>()
+        };
         assert_eq!(known(MODELS), on_disk("models"));
         assert_eq!(known(MACHINES), on_disk("machines"));
         for (name, _) in MODELS {
-            assert_eq!(model(Path::new(name), None).unwrap().shape.unwrap().0.name, *name);
+            assert_eq!(
+                model(Path::new(name), None).unwrap().shape.unwrap().0.name,
+                *name
+            );
         }
         for (name, _) in MACHINES {
             assert_eq!(machine(Path::new(name)).unwrap().name, *name);
@@ -194,22 +321,47 @@ mod tests {
     #[test]
     fn what_is_not_there_is_said() {
         let refused = |path: &str, quant, words: &str| {
-            let error = model(Path::new(path), quant).err().map(|e| format!("{e:#}")).unwrap_or_default();
+            let error = model(Path::new(path), quant)
+                .err()
+                .map(|e| format!("{e:#}"))
+                .unwrap_or_default();
             assert!(error.contains(words), "{path}: {error}");
         };
-        refused("kimi", None, "no shape of that name; bundled shapes: deepseek-r1, deepseek-v3");
-        refused("kimi-k2", Some("q4"), "--quant: q4, expected one of bf16, f16");
+        refused(
+            "kimi",
+            None,
+            "no shape of that name; bundled shapes: deepseek-r1, deepseek-v3",
+        );
+        refused(
+            "kimi-k2",
+            Some("q4"),
+            "--quant: q4, expected one of bf16, f16",
+        );
         refused("no/such.toml", None, "no/such.toml: No such file");
         refused("no-such.gguf", None, "no-such.gguf: No such file");
-        refused("no-such.gguf", Some("q2_k"), "is a model file, expected a shape");
+        refused(
+            "no-such.gguf",
+            Some("q2_k"),
+            "is a model file, expected a shape",
+        );
         let error = machine(Path::new("cray-1")).unwrap_err().to_string();
-        assert!(error.contains("no machine of that name; bundled machines: article-4090x4"), "{error}");
+        assert!(
+            error.contains("no machine of that name; bundled machines: article-4090x4"),
+            "{error}"
+        );
     }
 
     #[test]
     fn a_name_is_the_file_of_that_name() {
-        let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../profiles/models/gpt-oss-20b.toml");
-        assert_eq!(model(&file, Some("MXFP4")).unwrap(), model(Path::new("gpt-oss-20b"), Some("mxfp4")).unwrap());
-        assert_ne!(model(&file, None).unwrap(), model(&file, Some("mxfp4")).unwrap());
+        let file =
+            Path::new(env!("CARGO_MANIFEST_DIR")).join("../profiles/models/gpt-oss-20b.toml");
+        assert_eq!(
+            model(&file, Some("MXFP4")).unwrap(),
+            model(Path::new("gpt-oss-20b"), Some("mxfp4")).unwrap()
+        );
+        assert_ne!(
+            model(&file, None).unwrap(),
+            model(&file, Some("mxfp4")).unwrap()
+        );
     }
 }

@@ -10,7 +10,9 @@ use crate::profile::{Evidence, LayerEvidence};
 use crate::solve::{Problem, shadow_prices};
 use anyhow::{Result, ensure};
 use tier_plan_runtime::formats::machine::{Extras, Machine, Tier};
-use tier_plan_runtime::formats::placement::{LayerPlacement, PerTier, Pins, Placement, SlotPolicy, TierIdx};
+use tier_plan_runtime::formats::placement::{
+    LayerPlacement, PerTier, Pins, Placement, SlotPolicy, TierIdx,
+};
 use tier_plan_runtime::model::shape::ModelShape;
 
 /// One layer's experts under a plan.
@@ -72,7 +74,11 @@ pub struct Explanation {
 
 /// Returns the machine that a plan was made for, as far as the plan says.
 pub fn machine_of(plan: &Placement) -> Machine {
-    let rates = plan.tiers.iter().zip(&plan.predicted.prompt_gflops).filter(|(_, rate)| **rate > 0.0);
+    let rates = plan
+        .tiers
+        .iter()
+        .zip(&plan.predicted.prompt_gflops)
+        .filter(|(_, rate)| **rate > 0.0);
     let rates = rates.map(|(t, rate)| (t.tier.name.clone(), *rate));
     Machine {
         name: plan.machine.name.clone(),
@@ -81,7 +87,10 @@ pub fn machine_of(plan: &Placement) -> Machine {
         layer_overhead_us: plan.layer_overhead_us,
         token_overhead_us: plan.token_overhead_us,
         // The efficiency is part of a plan's rates.
-        extras: Extras { prompt_gflops: rates.collect(), ..Extras::default() },
+        extras: Extras {
+            prompt_gflops: rates.collect(),
+            ..Extras::default()
+        },
         id: plan.machine.clone(),
     }
 }
@@ -90,7 +99,12 @@ pub fn machine_of(plan: &Placement) -> Machine {
 ///
 /// # Errors
 /// Fails if the plan does not hold for the model, or its prices cannot be found.
-pub fn explain(plan: &Placement, shape: &ModelShape, evidence: &Evidence, time_limit_s: f64) -> Result<Explanation> {
+pub fn explain(
+    plan: &Placement,
+    shape: &ModelShape,
+    evidence: &Evidence,
+    time_limit_s: f64,
+) -> Result<Explanation> {
     let wrong = crate::solve::verify::verify(plan, shape, evidence);
     ensure!(
         wrong.is_empty(),
@@ -121,18 +135,33 @@ pub fn explain(plan: &Placement, shape: &ModelShape, evidence: &Evidence, time_l
     });
     let rates = FixedTimes::of(plan, shape).tiers;
     let layers = plan.layers.iter().zip(&evidence.layers);
-    Ok(Explanation { layers: layers.map(|(l, e)| layer(plan, l, e, &rates)).collect(), tiers: tiers.collect() })
+    Ok(Explanation {
+        layers: layers.map(|(l, e)| layer(plan, l, e, &rates)).collect(),
+        tiers: tiers.collect(),
+    })
 }
 
-fn layer(plan: &Placement, layer: &LayerPlacement, evidence: &LayerEvidence, tiers: &PerTier<Tier>) -> LayerReason {
+fn layer(
+    plan: &Placement,
+    layer: &LayerPlacement,
+    evidence: &LayerEvidence,
+    tiers: &PerTier<Tier>,
+) -> LayerReason {
     let stage = ExpertStage::new(tiers, evidence.shape.expert_bytes, evidence.prefetch);
     let found = outcomes(layer, evidence, tiers, plan.staging_tier);
     let to = layer.brought_to(plan.staging_tier);
     let path_s = |path: usize, experts: &[u16]| stage.path_s(path, f64::from(experts[path]), to);
     let paths: Vec<f64> = (0..=tiers.len())
-        .map(|path| found.iter().map(|(experts, share)| share * path_s(path, experts)).sum())
+        .map(|path| {
+            found
+                .iter()
+                .map(|(experts, share)| share * path_s(path, experts))
+                .sum()
+        })
         .collect();
-    let longest = (0..paths.len()).max_by(|&a, &b| paths[a].total_cmp(&paths[b])).unwrap_or(0);
+    let longest = (0..paths.len())
+        .max_by(|&a, &b| paths[a].total_cmp(&paths[b]))
+        .unwrap_or(0);
     let mut is_pinned = vec![false; evidence.shape.n_expert as usize];
     let mut pinned = PerTier::from_fn(tiers.len(), |_| 0);
     for Pins { tier, experts } in &layer.pinned {
@@ -149,11 +178,23 @@ fn layer(plan: &Placement, layer: &LayerPlacement, evidence: &LayerEvidence, tie
     for (experts, share) in &found {
         missed += share * experts[home..].iter().copied().map(f64::from).sum::<f64>();
     }
-    let of = |wanted: bool| is_pinned.iter().zip(&evidence.share).filter(move |(p, _)| **p == wanted).map(|(_, s)| *s);
+    let of = |wanted: bool| {
+        is_pinned
+            .iter()
+            .zip(&evidence.share)
+            .filter(move |(p, _)| **p == wanted)
+            .map(|(_, s)| *s)
+    };
     let pin_hits: f64 = match &evidence.judged {
         crate::profile::Judged::Recorded(trace) => {
             let share = trace.decode_share();
-            is_pinned.iter().zip(share).filter(|(p, _)| **p).map(|(_, s)| s).sum::<f64>() / used
+            is_pinned
+                .iter()
+                .zip(share)
+                .filter(|(p, _)| **p)
+                .map(|(_, s)| s)
+                .sum::<f64>()
+                / used
         }
         crate::profile::Judged::Uniform => of(true).sum::<f64>() / used,
     };
@@ -166,8 +207,15 @@ fn layer(plan: &Placement, layer: &LayerPlacement, evidence: &LayerEvidence, tie
         pin_hits,
         slot_hits: (1.0 - missed / used - pin_hits).max(0.0),
         seconds: stage_mean_s(&stage, &found, to),
-        longest: if longest < tiers.len() { Path::Computing(TierIdx::new(longest)) } else { Path::Reading },
-        border: (of(true).min_by(f64::total_cmp), of(false).max_by(f64::total_cmp)),
+        longest: if longest < tiers.len() {
+            Path::Computing(TierIdx::new(longest))
+        } else {
+            Path::Reading
+        },
+        border: (
+            of(true).min_by(f64::total_cmp),
+            of(false).max_by(f64::total_cmp),
+        ),
     }
 }
 
@@ -188,9 +236,19 @@ mod tests {
         let solve = |vram: u64| {
             let budgets = vec![vram, 6 << 30, 2_000_000_000_000];
             let kv_type = Default::default();
-            let problem =
-                Problem { shape: &known.sizes, profile: None, machine: &machine, budgets, context: 1024, kv_type };
-            let options = Options { strategy: Strategy::Optimal, time_limit_s: 4.0, ..Options::default() };
+            let problem = Problem {
+                shape: &known.sizes,
+                profile: None,
+                machine: &machine,
+                budgets,
+                context: 1024,
+                kv_type,
+            };
+            let options = Options {
+                strategy: Strategy::Optimal,
+                time_limit_s: 4.0,
+                ..Options::default()
+            };
             Ok::<_, anyhow::Error>(solve_with_evidence(&problem, &evidence, &options)?.plan)
         };
         let plan = solve(4 << 30)?;
@@ -200,12 +258,23 @@ mod tests {
         let saved = (plan.solver.objective_s - more.solver.objective_s) * 2.0;
         let said = why.tiers[TierIdx::FIRST].seconds_per_gib;
         // The worth falls as bytes grow, and both plans have a small gap.
-        assert!(said > 0.0 && saved > 0.3 * said && saved < 1.3 * said, "{said} {saved}");
-        assert!(why.tiers[TierIdx::new(2)].seconds_per_gib.abs() < 1e-9, "nobody lacks room on the drive");
+        assert!(
+            said > 0.0 && saved > 0.3 * said && saved < 1.3 * said,
+            "{said} {saved}"
+        );
+        assert!(
+            why.tiers[TierIdx::new(2)].seconds_per_gib.abs() < 1e-9,
+            "nobody lacks room on the drive"
+        );
         // The sums are those of the prediction.
         let seconds: f64 = why.layers.iter().map(|l| l.seconds).sum();
         assert!((seconds - plan.predicted.expert_critical_s).abs() < 1e-9);
-        let hits = why.layers.iter().map(|l| l.pin_hits + l.slot_hits).sum::<f64>() / 48.0;
+        let hits = why
+            .layers
+            .iter()
+            .map(|l| l.pin_hits + l.slot_hits)
+            .sum::<f64>()
+            / 48.0;
         assert!((hits - plan.predicted.hit_rate).abs() < 1e-6, "{hits}");
         // Favorites are pinned before others.
         for l in &why.layers {
@@ -214,8 +283,13 @@ mod tests {
             }
         }
         let other = Evidence::uniform(&known.sizes)?;
-        let error = explain(&plan, &known.sizes, &other, 1.0).unwrap_err().to_string();
-        assert!(error.contains("give those that it was made from"), "{error}");
+        let error = explain(&plan, &known.sizes, &other, 1.0)
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("give those that it was made from"),
+            "{error}"
+        );
         Ok(())
     }
 }

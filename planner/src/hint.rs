@@ -42,7 +42,12 @@ pub trait HintExt<T> {
 
 impl<T, E: Into<Error>> HintExt<T> for Result<T, E> {
     fn hint(self, hint: impl Into<String>) -> Result<T, Error> {
-        self.map_err(|error| Error::new(Hinted { error: error.into(), hint: hint.into() }))
+        self.map_err(|error| {
+            Error::new(Hinted {
+                error: error.into(),
+                hint: hint.into(),
+            })
+        })
     }
 }
 
@@ -65,7 +70,10 @@ pub fn hint_for(error: &Error) -> Option<String> {
                 show_bytes(error.least_bytes).replace(' ', "")
             ))
         } else if let Some(TokenizerError::UnknownPre { .. }) = cause.downcast_ref() {
-            Some("choose the pre-tokenizer that fits the model with --tokenizer-pre NAME".to_string())
+            Some(
+                "choose the pre-tokenizer that fits the model with --tokenizer-pre NAME"
+                    .to_string(),
+            )
         } else {
             None
         }
@@ -74,9 +82,9 @@ pub fn hint_for(error: &Error) -> Option<String> {
 
 fn of_run(error: &RunError) -> Option<String> {
     match error {
-        RunError::ContextFull { .. } => {
-            Some("pass a larger --context; with a plan, solve again with a larger --context".to_string())
-        }
+        RunError::ContextFull { .. } => Some(
+            "pass a larger --context; with a plan, solve again with a larger --context".to_string(),
+        ),
         RunError::Gpu(error) => of_cuda(error),
         _ => None,
     }
@@ -84,22 +92,26 @@ fn of_run(error: &RunError) -> Option<String> {
 
 fn of_load(error: &LoadError) -> Option<String> {
     match error {
-        LoadError::Context { .. } => {
-            Some("pass a smaller --context; with a plan, solve again with a smaller --context".to_string())
+        LoadError::Context { .. } => Some(
+            "pass a smaller --context; with a plan, solve again with a smaller --context"
+                .to_string(),
+        ),
+        LoadError::Gpu { source, .. } => Some(
+            of_cuda(source)
+                .unwrap_or_else(|| "solve again with --vram 0 to leave the GPU out".to_string()),
+        ),
+        LoadError::OnGpu {
+            group: "kv_cache", ..
+        } => Some("solve again: a new plan keeps the KV cache with its attention".to_string()),
+        LoadError::OnGpu { tier, group, .. } => Some(format!(
+            "solve again with --forbid {tier}:{group}, or with --vram 0"
+        )),
+        LoadError::GpuFull { tier, .. } => Some(format!(
+            "solve again with a smaller --budget {tier}=SIZE, or free some of the GPU's memory"
+        )),
+        LoadError::Plan { .. } => {
+            Some("make a plan for this model with `tier-plan solve`".to_string())
         }
-        LoadError::Gpu { source, .. } => {
-            Some(of_cuda(source).unwrap_or_else(|| "solve again with --vram 0 to leave the GPU out".to_string()))
-        }
-        LoadError::OnGpu { group: "kv_cache", .. } => {
-            Some("solve again: a new plan keeps the KV cache with its attention".to_string())
-        }
-        LoadError::OnGpu { tier, group, .. } => {
-            Some(format!("solve again with --forbid {tier}:{group}, or with --vram 0"))
-        }
-        LoadError::GpuFull { tier, .. } => {
-            Some(format!("solve again with a smaller --budget {tier}=SIZE, or free some of the GPU's memory"))
-        }
-        LoadError::Plan { .. } => Some("make a plan for this model with `tier-plan solve`".to_string()),
         LoadError::Node { source, .. } => of_numa(source),
         _ => None,
     }
@@ -130,17 +142,32 @@ mod tests {
     #[test]
     fn a_hint_survives_context_and_leaves_the_message_alone() {
         let fail = || -> Result<()> { bail!("--context: 0, expected 1 or more") };
-        let error = fail().context("outer").hint("pass more").context("outermost").unwrap_err();
-        assert_eq!(format!("{error:#}"), "outermost: outer: --context: 0, expected 1 or more");
+        let error = fail()
+            .context("outer")
+            .hint("pass more")
+            .context("outermost")
+            .unwrap_err();
+        assert_eq!(
+            format!("{error:#}"),
+            "outermost: outer: --context: 0, expected 1 or more"
+        );
         assert_eq!(hint_for(&error).as_deref(), Some("pass more"));
         assert_eq!(hint_for(&fail().unwrap_err()), None);
     }
 
     #[test]
     fn runtime_errors_get_advice_with_options() {
-        let full = Error::from(RunError::ContextFull { wanted: 9, context: 8 }).context("generating");
+        let full = Error::from(RunError::ContextFull {
+            wanted: 9,
+            context: 8,
+        })
+        .context("generating");
         assert!(hint_for(&full).is_some_and(|hint| hint.contains("--context")));
-        let gpu = CudaError::OutOfMemory { device: "GPU 0".to_string(), wanted: 2, free: 1 };
+        let gpu = CudaError::OutOfMemory {
+            device: "GPU 0".to_string(),
+            wanted: 2,
+            free: 1,
+        };
         assert!(hint_for(&RunError::Gpu(gpu).into()).is_some_and(|hint| hint.contains("--vram")));
         assert_eq!(hint_for(&RunError::Broken.into()), None);
     }

@@ -16,7 +16,8 @@ fn main() -> ExitCode {
         // The exit code that a shell expects after Ctrl-C; no message, since the user knows.
         Err(error) if error.is::<Interrupted>() => ExitCode::from(130),
         Err(error) => {
-            let hint = hint::hint_for(&error).map_or(String::new(), |hint| format!("\nhint: {hint}"));
+            let hint =
+                hint::hint_for(&error).map_or(String::new(), |hint| format!("\nhint: {hint}"));
             // A closed standard error leaves no place for a message.
             let _ = writeln!(std::io::stderr(), "error: {error:#}{hint}");
             ExitCode::FAILURE

@@ -47,12 +47,17 @@ impl Opening<'_> {
         let context = self.context.unwrap_or(plan.context);
         if context > plan.context {
             let planned = plan.context;
-            let large = format!("--context: {context}, expected at most {planned} tokens, the context of {shown}");
+            let large = format!(
+                "--context: {context}, expected at most {planned} tokens, the context of {shown}"
+            );
             return Err(anyhow!(large)).hint(format!("solve again with --context {context}"));
         }
         let kv_type = self.kv_type.unwrap_or(plan.kv_type);
         if kv_type != plan.kv_type {
-            let other = format!("--kv-type: {kv_type}, expected {}, the KV cache type of {shown}", plan.kv_type);
+            let other = format!(
+                "--kv-type: {kv_type}, expected {}, the KV cache type of {shown}",
+                plan.kv_type
+            );
             return Err(anyhow!(other)).hint(format!("solve again with --kv-type {kv_type}"));
         }
         Ok(plan)
@@ -62,7 +67,11 @@ impl Opening<'_> {
 /// Adds a file's name to an error that does not begin with it.
 pub fn naming(file: &Path, error: impl Into<anyhow::Error>) -> anyhow::Error {
     let (error, name) = (error.into(), file.display().to_string());
-    if error.to_string().starts_with(&name) { error } else { error.context(name) }
+    if error.to_string().starts_with(&name) {
+        error
+    } else {
+        error.context(name)
+    }
 }
 
 /// Checks `--threads`.
@@ -71,6 +80,9 @@ pub fn naming(file: &Path, error: impl Into<anyhow::Error>) -> anyhow::Error {
 /// When it is outside 1 to 1024.
 pub fn check_threads(threads: Option<usize>) -> Result<()> {
     let threads = threads.unwrap_or(1);
-    ensure!((1..=1024).contains(&threads), "--threads: {threads}, expected 1 to 1024");
+    ensure!(
+        (1..=1024).contains(&threads),
+        "--threads: {threads}, expected 1 to 1024"
+    );
     Ok(())
 }

@@ -38,7 +38,11 @@ pub fn place(logits: &[f32], target: u32) -> Option<Place> {
     let sum: f64 = logits.iter().map(|l| f64::from((l - top).exp())).sum();
     let log_sum = f64::from(top) + sum.ln();
     let nll = log_sum - f64::from(*logits.get(target as usize)?);
-    nll.is_finite().then_some(Place { log_sum, best: best as u32, nll })
+    nll.is_finite().then_some(Place {
+        log_sum,
+        best: best as u32,
+        nll,
+    })
 }
 
 /// Fills `row` with the log-probabilities of a position.
@@ -53,7 +57,8 @@ pub fn fill_row(logits: &[f32], place: &Place, row: &mut Row) {
     let per_nat = if row.step > 0.0 { 1.0 / row.step } else { 0.0 };
     row.steps.clear();
     // `as` saturates, which is the cut at ROW_NATS.
-    row.steps.extend(logits.iter().map(|l| ((top - l) * per_nat).round() as u16));
+    row.steps
+        .extend(logits.iter().map(|l| ((top - l) * per_nat).round() as u16));
 }
 
 /// Returns the Kullback–Leibler divergence, in nats, of a position's probabilities from the
@@ -223,8 +228,14 @@ mod tests {
 
     #[test]
     fn quantiles_are_of_the_sorted_places() {
-        let against = Against { divergences: vec![3.0, 1.0, 2.0, 4.0], ..Against::default() };
-        assert_eq!([0.0, 0.5, 0.75, 1.0].map(|q| against.quantile(q)), [1.0, 2.0, 3.0, 4.0]);
+        let against = Against {
+            divergences: vec![3.0, 1.0, 2.0, 4.0],
+            ..Against::default()
+        };
+        assert_eq!(
+            [0.0, 0.5, 0.75, 1.0].map(|q| against.quantile(q)),
+            [1.0, 2.0, 3.0, 4.0]
+        );
         assert_eq!(Against::default().quantile(0.5), 0.0);
     }
 

@@ -49,7 +49,11 @@ pub fn cannot_print(error: &std::io::Error) -> ! {
 
 /// Prints the speed of a run, measured and predicted.
 pub fn speed(record: &RunRecord) {
-    let emulated = if record.emulated { " on emulated tiers" } else { "" };
+    let emulated = if record.emulated {
+        " on emulated tiers"
+    } else {
+        ""
+    };
     eprintln!(
         "prompt {} tokens, {:.1} tok/s · decode {} tokens, {:.1} tok/s{emulated} · first token after {:.2} s",
         record.prompt_tokens,
@@ -81,8 +85,14 @@ pub fn speed(record: &RunRecord) {
 /// Prints hits, misses and times of every MoE layer.
 pub fn layers(record: &RunRecord) {
     let reads = record.layers.iter().any(|l| l.missed_bytes > 0);
-    let more = if reads { "   missed MB/token   GB/s   hidden ms/token   waited ms/token" } else { "" };
-    eprintln!("layer   pinned    slots   misses   hit rate   dense ms/token   experts ms/token{more}");
+    let more = if reads {
+        "   missed MB/token   GB/s   hidden ms/token   waited ms/token"
+    } else {
+        ""
+    };
+    eprintln!(
+        "layer   pinned    slots   misses   hit rate   dense ms/token   experts ms/token{more}"
+    );
     for l in &record.layers {
         let accesses = l.pinned_hits + l.slot_hits + l.misses;
         eprintln!(
@@ -94,7 +104,11 @@ pub fn layers(record: &RunRecord) {
             (accesses - l.misses) as f64 / accesses.max(1) as f64 * 100.0,
             l.dense_s * 1e3,
             l.expert_s * 1e3,
-            if reads { reads_of(l, record.decode_tokens.max(1) as f64) } else { String::new() }
+            if reads {
+                reads_of(l, record.decode_tokens.max(1) as f64)
+            } else {
+                String::new()
+            }
         );
     }
     for t in &record.tiers {
@@ -111,7 +125,16 @@ pub fn layers(record: &RunRecord) {
 /// Formats the bytes of a layer's misses, their rate, and the time hidden behind compute.
 fn reads_of(l: &LayerRecord, tokens: f64) -> String {
     let bytes = l.missed_bytes as f64 / tokens;
-    let rate = if l.reading_s > 0.0 { bytes / l.reading_s / 1e9 } else { 0.0 };
+    let rate = if l.reading_s > 0.0 {
+        bytes / l.reading_s / 1e9
+    } else {
+        0.0
+    };
     let hidden = (l.reading_s - l.waited_s).max(0.0);
-    format!("{:>18.3} {rate:>6.2} {:>17.3} {:>17.3}", bytes / 1e6, hidden * 1e3, l.waited_s * 1e3)
+    format!(
+        "{:>18.3} {rate:>6.2} {:>17.3} {:>17.3}",
+        bytes / 1e6,
+        hidden * 1e3,
+        l.waited_s * 1e3
+    )
 }

@@ -3,13 +3,17 @@
 use indicatif::{ProgressBar, ProgressStyle};
 
 fn style(template: &str) -> ProgressStyle {
-    ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar()).progress_chars("=> ")
+    ProgressStyle::with_template(template)
+        .unwrap_or_else(|_| ProgressStyle::default_bar())
+        .progress_chars("=> ")
 }
 
 /// Returns a progress bar over bytes.
 pub fn bytes(what: &'static str) -> ProgressBar {
     let bar = ProgressBar::new(0);
-    bar.set_style(style("{msg} [{bar:30}] {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec} {eta}"));
+    bar.set_style(style(
+        "{msg} [{bar:30}] {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec} {eta}",
+    ));
     bar.set_message(what);
     bar
 }

@@ -41,13 +41,20 @@ impl Session {
     /// When an option is invalid, a file cannot be read, or the model does not fit.
     pub fn open(model: &Path, opening: Opening<'_>) -> Result<Self> {
         check_threads(opening.threads)?;
-        opening.numa.map_or(Ok(()), NumaPolicy::apply).context("--numa")?;
+        opening
+            .numa
+            .map_or(Ok(()), NumaPolicy::apply)
+            .context("--numa")?;
         let mut gguf = Gguf::open(model)?;
         let spec = describe(&gguf).map_err(|e| naming(model, e))?;
         let Chosen { plan, batch, fits } = match opening.plan {
             Some(path) => {
                 let plan = opening.read_plan(&gguf, path)?;
-                Chosen { plan, batch: None, fits: false }
+                Chosen {
+                    plan,
+                    batch: None,
+                    fits: false,
+                }
             }
             None => {
                 let shape = shape_of(&gguf, &spec);
@@ -56,7 +63,15 @@ impl Session {
                     Some(0) => shape.context,
                     Some(context) => context,
                 };
-                budget::choose(Model { gguf: &gguf, spec: &spec, shape: &shape, context }, &opening)?
+                budget::choose(
+                    Model {
+                        gguf: &gguf,
+                        spec: &spec,
+                        shape: &shape,
+                        context,
+                    },
+                    &opening,
+                )?
             }
         };
         if fits {
@@ -65,7 +80,13 @@ impl Session {
         let checks = verify::checks(&gguf, &spec, opening.verify)?;
         let start = Start::read(&gguf, opening.slots, opening.warm)?;
         let (pack, note) = store::pack(&gguf, &spec, &plan, opening.pack)?.unzip();
-        let options = LoadOptions { threads: opening.threads, batch, checks, pack, stream: None };
+        let options = LoadOptions {
+            threads: opening.threads,
+            batch,
+            checks,
+            pack,
+            stream: None,
+        };
         let loaded = Self::load_with(Arc::new(gguf), &plan, &options);
         let mut session = loaded.map_err(|e| naming(model, e))?;
         if let Some(context) = opening.context.filter(|context| *context > 0) {
@@ -83,12 +104,22 @@ impl Session {
     /// When the model does not fit, or a read fails.
     pub fn load(gguf: Arc<Gguf>, plan: &Placement, threads: Option<usize>) -> Result<Self> {
         check_threads(threads)?;
-        Self::load_with(gguf, plan, &LoadOptions { threads, ..LoadOptions::default() })
+        Self::load_with(
+            gguf,
+            plan,
+            &LoadOptions {
+                threads,
+                ..LoadOptions::default()
+            },
+        )
     }
 
     fn load_with(gguf: Arc<Gguf>, plan: &Placement, options: &LoadOptions) -> Result<Self> {
         if plan.context == 0 {
-            let empty = format!("plan '{}': a context of 0 tokens, expected 1 or more", plan.name);
+            let empty = format!(
+                "plan '{}': a context of 0 tokens, expected 1 or more",
+                plan.name
+            );
             return Err(anyhow!(empty)).hint("solve again with a larger --context");
         }
         let started = Instant::now();
@@ -98,7 +129,13 @@ impl Session {
             bar.set_position(done);
         })?;
         bar.finish_and_clear();
-        Ok(Self { gguf, engine, started, notes: Vec::new(), start: None })
+        Ok(Self {
+            gguf,
+            engine,
+            started,
+            notes: Vec::new(),
+            start: None,
+        })
     }
 
     /// Returns the model's tokenizer.
@@ -123,20 +160,44 @@ impl Session {
         let mut lines = Vec::new();
         if plan.solver.status == "obvious" {
             let copied = self.gguf.is_copied();
-            let place = if copied { "on huge pages if the system has them" } else { "as a mapped file" };
-            lines.push(format!("no plan given: everything stays in main memory, {place}"));
+            let place = if copied {
+                "on huge pages if the system has them"
+            } else {
+                "as a mapped file"
+            };
+            lines.push(format!(
+                "no plan given: everything stays in main memory, {place}"
+            ));
         } else if plan.solver.backend == "none" {
-            lines.push(format!("no plan given: '{}', with as many slots in every layer as fit", plan.name));
+            lines.push(format!(
+                "no plan given: '{}', with as many slots in every layer as fit",
+                plan.name
+            ));
         } else {
-            lines.push(format!("plan '{}' ({} by {})", plan.name, plan.solver.status, plan.solver.backend));
+            lines.push(format!(
+                "plan '{}' ({} by {})",
+                plan.name, plan.solver.status, plan.solver.backend
+            ));
         }
         let padding = self.engine.padding_bytes();
-        for ((t, resident), padding) in plan.tiers.iter().zip(self.engine.resident_bytes()).zip(padding) {
-            let verdict = if *resident == t.used_bytes() { "as planned" } else { "NOT as planned" };
+        for ((t, resident), padding) in plan
+            .tiers
+            .iter()
+            .zip(self.engine.resident_bytes())
+            .zip(padding)
+        {
+            let verdict = if *resident == t.used_bytes() {
+                "as planned"
+            } else {
+                "NOT as planned"
+            };
             let emulated = if t.tier.emulated { " (emulated)" } else { "" };
             let beside = match padding {
                 0 => String::new(),
-                bytes => format!("; beside them {} so that whole pages are read in place", show_bytes(*bytes)),
+                bytes => format!(
+                    "; beside them {} so that whole pages are read in place",
+                    show_bytes(*bytes)
+                ),
             };
             lines.push(format!(
                 "  {}{emulated}: {} planned, {} counted: {verdict}{beside}",
@@ -159,7 +220,9 @@ impl Session {
     /// # Errors
     /// When a file can't be written.
     pub fn keep(&self) -> Result<()> {
-        self.start.as_ref().map_or(Ok(()), |start| start.keep(&self.engine))
+        self.start
+            .as_ref()
+            .map_or(Ok(()), |start| start.keep(&self.engine))
     }
 }
 
@@ -193,10 +256,13 @@ pub fn tokenizer_with(gguf: &Gguf, pre: Option<&str>) -> Result<Tokenizer> {
     let source = tier_plan_runtime::tokenizer::TokenizerSource::from_gguf(gguf)?;
     if source.model == "none" {
         let path = gguf.path().display();
-        let none = format!("{path}: this model has no tokenizer (tokenizer.ggml.model is 'none') and cannot take text");
+        let none = format!(
+            "{path}: this model has no tokenizer (tokenizer.ggml.model is 'none') and cannot take text"
+        );
         return Err(anyhow!(none)).hint("`tier-plan logits --tokens` and `tier-plan bench` run it");
     }
-    let tokenizer = Tokenizer::with_pre(source, pre).with_context(|| gguf.path().display().to_string())?;
+    let tokenizer =
+        Tokenizer::with_pre(source, pre).with_context(|| gguf.path().display().to_string())?;
     if let Some(warning) = tokenizer.warning() {
         eprintln!("warning: {warning}");
     }

@@ -33,11 +33,17 @@ pub fn pack(
     plan: &Placement,
     asked: Option<&Path>,
 ) -> Result<Option<(Arc<Pack>, String)>> {
-    let reads = plan.tiers.last().is_some_and(|t| t.tier.kind == TierKind::Nvme && t.bytes.home > 0);
+    let reads = plan
+        .tiers
+        .last()
+        .is_some_and(|t| t.tier.kind == TierKind::Nvme && t.bytes.home > 0);
     let found = if let Some(path) = asked {
         let pack = Pack::open(gguf, spec, path)?;
         if !reads {
-            eprintln!("warning: --pack {}: this plan reads no experts from a file", path.display());
+            eprintln!(
+                "warning: --pack {}: this plan reads no experts from a file",
+                path.display()
+            );
         }
         Some(pack).filter(|_| reads)
     } else {
@@ -45,7 +51,9 @@ pub fn pack(
         if !reads || !beside.exists() {
             return Ok(None);
         }
-        Pack::open(gguf, spec, &beside).map_err(|error| eprintln!("warning: {error}; it is not used")).ok()
+        Pack::open(gguf, spec, &beside)
+            .map_err(|error| eprintln!("warning: {error}; it is not used"))
+            .ok()
     };
     Ok(found.map(|pack| {
         let sentence = sentence(&pack);
@@ -70,12 +78,19 @@ fn sentence(pack: &Pack) -> String {
 pub fn by_use(profile: &Profile) -> Vec<LayerSlots> {
     let counts = profile.counts(None, None, None);
     let sorted = |counts: &Vec<u64>| {
-        let mut experts: Vec<u32> = (0..counts.len() as u32).filter(|e| counts[*e as usize] > 0).collect();
+        let mut experts: Vec<u32> = (0..counts.len() as u32)
+            .filter(|e| counts[*e as usize] > 0)
+            .collect();
         experts.sort_by_key(|e| std::cmp::Reverse(counts[*e as usize]));
         experts
     };
     let layers = profile.layers.iter().zip(&counts);
-    layers.map(|(layer, counts)| LayerSlots { layer: *layer, experts: sorted(counts) }).collect()
+    layers
+        .map(|(layer, counts)| LayerSlots {
+            layer: *layer,
+            experts: sorted(counts),
+        })
+        .collect()
 }
 
 /// Experts to fill the slots with, and the file that keeps them when the run ends.
@@ -110,7 +125,10 @@ impl Start {
                 }
             }
         }
-        Ok(Self { wanted, keep: keep.map(Path::to_path_buf) })
+        Ok(Self {
+            wanted,
+            keep: keep.map(Path::to_path_buf),
+        })
     }
 
     /// Starts filling the slots in the background, and returns a sentence about it.
@@ -124,7 +142,9 @@ impl Start {
         let emulated = engine.plan().tiers.last().is_some_and(|t| t.tier.emulated);
         let n = engine.warm_up(&self.wanted)?;
         Ok(Some(match n {
-            _ if emulated => "slots begin empty: an emulated tier would fill them in no time".to_string(),
+            _ if emulated => {
+                "slots begin empty: an emulated tier would fill them in no time".to_string()
+            }
             0 => "slots begin empty: no listed expert has a slot under this plan".to_string(),
             n => format!("{n} slots are filled in the background, which predictions do not count"),
         }))
@@ -135,7 +155,9 @@ impl Start {
     /// # Errors
     /// When the file can't be written.
     pub fn keep(&self, engine: &Engine) -> Result<()> {
-        let Some(path) = &self.keep else { return Ok(()) };
+        let Some(path) = &self.keep else {
+            return Ok(());
+        };
         let slots = Slots {
             model: engine.plan().model.clone(),
             when: show_utc(SystemTime::now()),

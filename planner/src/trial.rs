@@ -56,13 +56,22 @@ impl Trial<'_> {
             );
         }
         let loading_s = session.started.elapsed().as_secs_f64();
-        let mut entry = PlanEntry { name: plan.name.clone(), placement: Some(plan.clone()), records: Vec::new() };
+        let mut entry = PlanEntry {
+            name: plan.name.clone(),
+            placement: Some(plan.clone()),
+            records: Vec::new(),
+        };
         if let Some(first) = self.prompts.first() {
             self.one(&mut session, first, WARM_UP_TOKENS, 0.0)?;
         }
         let bar = progress::count("running prompts", self.prompts.len() as u64);
         for prompt in &self.prompts {
-            let record = self.one(&mut session, prompt, self.settings.decode_tokens as usize, loading_s)?;
+            let record = self.one(
+                &mut session,
+                prompt,
+                self.settings.decode_tokens as usize,
+                loading_s,
+            )?;
             entry.records.push(record);
             bar.inc(1);
         }
@@ -70,13 +79,22 @@ impl Trial<'_> {
         Ok(entry)
     }
 
-    fn one(&self, session: &mut Session, prompt: &Prompt, max_tokens: usize, loading_s: f64) -> Result<RunRecord> {
+    fn one(
+        &self,
+        session: &mut Session,
+        prompt: &Prompt,
+        max_tokens: usize,
+        loading_s: f64,
+    ) -> Result<RunRecord> {
         let mut tokens = self.tokenizer.encode(&prompt.text, true)?;
         tokens.truncate(self.settings.prompt_tokens as usize);
         session.engine.clear();
         session.engine.reset_counters();
         let is_end = |token| self.tokenizer.is_eog(token);
-        let limits = Limits { max_tokens, is_end: &is_end };
+        let limits = Limits {
+            max_tokens,
+            is_end: &is_end,
+        };
         let mut sampler = self.settings.sampler();
         let go_on = |_: &Engine, _| ControlFlow::Continue(());
         let generated = generate(&mut session.engine, &tokens, &mut sampler, &limits, go_on)?;
@@ -94,21 +112,39 @@ impl Trial<'_> {
     /// When there are no prompts, or the run fails.
     pub fn greedy(&self, plan: &Placement, tokens: usize) -> Result<Vec<u32>> {
         let mut session = Session::load(Arc::clone(&self.gguf), plan, self.threads)?;
-        let prompt = self.prompts.first().context("no held-out prompts to continue")?;
+        let prompt = self
+            .prompts
+            .first()
+            .context("no held-out prompts to continue")?;
         let mut text = self.tokenizer.encode(&prompt.text, true)?;
         text.truncate(self.settings.prompt_tokens as usize);
-        let limits = Limits { max_tokens: tokens, is_end: &|_| false };
+        let limits = Limits {
+            max_tokens: tokens,
+            is_end: &|_| false,
+        };
         let mut sampler = Sampler::new(SamplerConfig::default());
-        Ok(generate(&mut session.engine, &text, &mut sampler, &limits, |_, _| ControlFlow::Continue(()))?.tokens)
+        Ok(
+            generate(&mut session.engine, &text, &mut sampler, &limits, |_, _| {
+                ControlFlow::Continue(())
+            })?
+            .tokens,
+        )
     }
 }
 
 /// Returns the name of the first plan whose text differs from the first plan's.
 pub fn first_difference(entries: &[PlanEntry]) -> Option<&str> {
     let (first, rest) = entries.split_first()?;
-    let outputs = |e: &PlanEntry| e.records.iter().map(|r| r.output.clone()).collect::<Vec<_>>();
+    let outputs = |e: &PlanEntry| {
+        e.records
+            .iter()
+            .map(|r| r.output.clone())
+            .collect::<Vec<_>>()
+    };
     let expected = outputs(first);
-    rest.iter().find(|e| outputs(e) != expected).map(|e| e.name.as_str())
+    rest.iter()
+        .find(|e| outputs(e) != expected)
+        .map(|e| e.name.as_str())
 }
 
 /// Replays the held-out prompts of a profile, and returns hits against slots: by LRU with no pins,
@@ -119,9 +155,14 @@ pub fn curves(profile: &Profile, plans: &[&Placement]) -> Vec<HitCurve> {
     let mut add = |label: String, layer: usize, pinned: &[bool], policy| {
         let trace = LayerTrace::new(profile, layer, |p| p.split == Split::HeldOut);
         let pooled = |chosen: &[u16]| chosen.iter().filter(|&&e| !pinned[usize::from(e)]).count();
-        let accesses: usize = trace.steps().filter(|(_, counted)| *counted).map(|(chosen, _)| pooled(chosen)).sum();
+        let accesses: usize = trace
+            .steps()
+            .filter(|(_, counted)| *counted)
+            .map(|(chosen, _)| pooled(chosen))
+            .sum();
         if accesses > 0 {
-            let (slots, hits): (Vec<u32>, Vec<u64>) = hit_curve(&trace, pinned, most, policy).into_iter().unzip();
+            let (slots, hits): (Vec<u32>, Vec<u64>) =
+                hit_curve(&trace, pinned, most, policy).into_iter().unzip();
             curves.push(HitCurve {
                 label,
                 layer: profile.layers[layer],
@@ -131,7 +172,12 @@ pub fn curves(profile: &Profile, plans: &[&Placement]) -> Vec<HitCurve> {
         }
     };
     for layer in 0..profile.layers.len() {
-        add("LRU slots alone, held-out prompts".to_string(), layer, &vec![false; most], SlotPolicy::Lru);
+        add(
+            "LRU slots alone, held-out prompts".to_string(),
+            layer,
+            &vec![false; most],
+            SlotPolicy::Lru,
+        );
     }
     for plan in plans {
         for (layer, placed) in plan.layers.iter().enumerate().take(profile.layers.len()) {
@@ -142,9 +188,15 @@ pub fn curves(profile: &Profile, plans: &[&Placement]) -> Vec<HitCurve> {
                 }
             }
             let policy = placed.policy;
-            let slots =
-                if policy == SlotPolicy::Lru { "slots".to_string() } else { format!("{} slots", policy.name()) };
-            let label = format!("{slots} beside the pins of '{}', held-out prompts", plan.name);
+            let slots = if policy == SlotPolicy::Lru {
+                "slots".to_string()
+            } else {
+                format!("{} slots", policy.name())
+            };
+            let label = format!(
+                "{slots} beside the pins of '{}', held-out prompts",
+                plan.name
+            );
             add(label, layer, &pinned, policy);
         }
     }

@@ -25,14 +25,20 @@ pub fn default_path(gguf: &Gguf) -> PathBuf {
 /// When the model is unreadable or the file not writable.
 pub fn make(gguf: &Gguf, spec: &ModelSpec, output: &Path) -> Result<Sums> {
     // Before reading hundreds of gigabytes.
-    safely::check(output)
-        .hint("write them elsewhere with `tier-plan checksum MODEL -o FILE`, then pass --verify=FILE")?;
+    safely::check(output).hint(
+        "write them elsewhere with `tier-plan checksum MODEL -o FILE`, then pass --verify=FILE",
+    )?;
     let bar = progress::bytes("making checksums");
-    let made = compute_checksums(gguf, spec, show_utc(SystemTime::now()), &mut |done, total| {
-        bar.set_length(total);
-        bar.set_position(done);
-        true
-    });
+    let made = compute_checksums(
+        gguf,
+        spec,
+        show_utc(SystemTime::now()),
+        &mut |done, total| {
+            bar.set_length(total);
+            bar.set_position(done);
+            true
+        },
+    );
     bar.finish_and_clear();
     let sums = made.map_err(|e| naming(gguf.path(), e))?;
     sums.write(output)?;
@@ -44,7 +50,11 @@ pub fn make(gguf: &Gguf, spec: &ModelSpec, output: &Path) -> Result<Sums> {
 ///
 /// # Errors
 /// When they cannot be read or created, or are of another model.
-pub fn checks(gguf: &Gguf, spec: &ModelSpec, asked: Option<Option<&Path>>) -> Result<Option<Arc<Checksums>>> {
+pub fn checks(
+    gguf: &Gguf,
+    spec: &ModelSpec,
+    asked: Option<Option<&Path>>,
+) -> Result<Option<Arc<Checksums>>> {
     let Some(asked) = asked else { return Ok(None) };
     let beside = default_path(gguf);
     let path = asked.unwrap_or(&beside);
@@ -52,7 +62,10 @@ pub fn checks(gguf: &Gguf, spec: &ModelSpec, asked: Option<Option<&Path>>) -> Re
         sums::read(path)?
     } else {
         let sums = make(gguf, spec, path)?;
-        eprintln!("{}: checksums created; from now on they reveal whether the model's bytes change", path.display());
+        eprintln!(
+            "{}: checksums created; from now on they reveal whether the model's bytes change",
+            path.display()
+        );
         sums
     };
     Ok(Some(Arc::new(Checksums::bind(gguf, spec, &sums, path)?)))

@@ -14,15 +14,27 @@ use tier_plan_runtime::threads::physical_cores;
 fn attention(c: &mut Criterion) {
     for (name, tokens) in [("decode", 1), ("prompt64", 64)] {
         let mut group = c.benchmark_group(name);
-        group.sample_size(10).warm_up_time(Duration::from_millis(200)).measurement_time(Duration::from_millis(800));
+        group
+            .sample_size(10)
+            .warm_up_time(Duration::from_millis(200))
+            .measurement_time(Duration::from_millis(800));
         group.throughput(Throughput::Elements(tokens as u64));
         for kv_type in KvType::ALL {
             for (n_head, n_head_kv) in [(32, 4), (16, 16)] {
                 for context in [512, 4096] {
-                    let sizes = AttentionSizes { n_head, n_head_kv, dim: 128, context, tokens };
-                    let mut probe = AttentionProbe::new(kv_type, physical_cores(), Kernels::best(), sizes);
+                    let sizes = AttentionSizes {
+                        n_head,
+                        n_head_kv,
+                        dim: 128,
+                        context,
+                        tokens,
+                    };
+                    let mut probe =
+                        AttentionProbe::new(kv_type, physical_cores(), Kernels::best(), sizes);
                     let label = format!("{kv_type}-{n_head}x{n_head_kv}");
-                    group.bench_function(BenchmarkId::new(label, context), |b| b.iter(|| black_box(probe.run())[0]));
+                    group.bench_function(BenchmarkId::new(label, context), |b| {
+                        b.iter(|| black_box(probe.run())[0])
+                    });
                 }
             }
         }

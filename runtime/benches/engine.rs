@@ -18,30 +18,53 @@ use tier_plan_runtime::{Engine, KvType, LoadOptions, LogitsMode};
 const PROMPT: u32 = 64;
 
 fn layers(c: &mut Criterion) {
-    let bundled = || PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../profiles/demo/demo.gguf"));
+    let bundled = || {
+        PathBuf::from(concat!(
+            env!("CARGO_MANIFEST_DIR"),
+            "/../profiles/demo/demo.gguf"
+        ))
+    };
     let path = std::env::var_os("TIER_PLAN_BENCH_MODEL").map_or_else(bundled, PathBuf::from);
     let shape = shape_of_file(&path).expect("a model that runs");
     let mut gguf = Gguf::open(&path).expect("a model that opens");
-    gguf.copy_to_memory(physical_cores(), &mut |_, _| ()).expect("memory for the model");
+    gguf.copy_to_memory(physical_cores(), &mut |_, _| ())
+        .expect("memory for the model");
     let plan = all_in_memory(&shape, 2 * PROMPT, KvType::F16);
-    let mut engine =
-        Engine::load(Arc::new(gguf), &plan, &LoadOptions::default(), &mut |_, _| ()).expect("a model that loads");
-    let tokens: Vec<u32> = (0..PROMPT).map(|i| i.wrapping_mul(2_654_435_761) % shape.n_vocab).collect();
+    let mut engine = Engine::load(
+        Arc::new(gguf),
+        &plan,
+        &LoadOptions::default(),
+        &mut |_, _| (),
+    )
+    .expect("a model that loads");
+    let tokens: Vec<u32> = (0..PROMPT)
+        .map(|i| i.wrapping_mul(2_654_435_761) % shape.n_vocab)
+        .collect();
     let mut group = c.benchmark_group("layer");
     // Time of all layers and the head together; a layer's share is this divided by their number.
     group.throughput(Throughput::Elements(u64::from(shape.n_layer)));
     group.bench_function("decode", |b| {
         engine.clear();
-        engine.forward(&tokens, LogitsMode::Last).expect("the context has room");
+        engine
+            .forward(&tokens, LogitsMode::Last)
+            .expect("the context has room");
         b.iter(|| {
-            engine.truncate(PROMPT as usize).expect("attention goes back");
-            engine.forward(&tokens[..1], LogitsMode::Last).map(|logits| logits[0]).expect("the context has room")
+            engine
+                .truncate(PROMPT as usize)
+                .expect("attention goes back");
+            engine
+                .forward(&tokens[..1], LogitsMode::Last)
+                .map(|logits| logits[0])
+                .expect("the context has room")
         });
     });
     group.bench_function("prompt64", |b| {
         b.iter(|| {
             engine.clear();
-            engine.forward(&tokens, LogitsMode::Last).map(|logits| logits[0]).expect("the context has room")
+            engine
+                .forward(&tokens, LogitsMode::Last)
+                .map(|logits| logits[0])
+                .expect("the context has room")
         });
     });
     group.finish();

@@ -28,7 +28,9 @@ pub enum LoadError {
     #[error(transparent)]
     Isa(#[from] IsaError),
     /// The system has too little memory for the context.
-    #[error("no memory for the KV cache: {bytes} bytes for a context of {context} tokens: {source}")]
+    #[error(
+        "no memory for the KV cache: {bytes} bytes for a context of {context} tokens: {source}"
+    )]
     Context {
         /// Tokens of context.
         context: u32,
@@ -54,7 +56,9 @@ pub enum LoadError {
         r#source: NumaError,
     },
     /// A part of the model is placed on a GPU that can't run it.
-    #[error("plan '{plan}' puts {group} of layer {layer} on tier '{tier}', a GPU that can't run it: {why}")]
+    #[error(
+        "plan '{plan}' puts {group} of layer {layer} on tier '{tier}', a GPU that can't run it: {why}"
+    )]
     OnGpu {
         /// Name of the plan.
         plan: String,
@@ -142,6 +146,8 @@ pub enum RunError {
         wanted: usize,
     },
     /// An earlier pass failed halfway in recurrent states.
-    #[error("an earlier read error left the context of this model unusable, as it can't go back; start again from 0")]
+    #[error(
+        "an earlier read error left the context of this model unusable, as it can't go back; start again from 0"
+    )]
     Broken,
 }

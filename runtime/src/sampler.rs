@@ -29,7 +29,15 @@ pub struct SamplerConfig {
 impl Default for SamplerConfig {
     /// Returns greedy sampling without a penalty.
     fn default() -> Self {
-        Self { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, repeat_penalty: 1.0, repeat_last_n: 64, seed: 0 }
+        Self {
+            temperature: 0.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            repeat_penalty: 1.0,
+            repeat_last_n: 64,
+            seed: 0,
+        }
     }
 }
 
@@ -51,14 +59,43 @@ impl SamplerConfig {
     /// # Errors
     /// The first option that is outside its range or not a number.
     pub fn check(&self) -> Result<(), BadSampling> {
-        let within =
-            |ok: bool, option, found, expected| if ok { Ok(()) } else { Err(BadSampling { option, found, expected }) };
+        let within = |ok: bool, option, found, expected| {
+            if ok {
+                Ok(())
+            } else {
+                Err(BadSampling {
+                    option,
+                    found,
+                    expected,
+                })
+            }
+        };
         let t = self.temperature;
-        within((0.0..=100.0).contains(&t), "temperature", t, "0 (the most likely token) to 100")?;
-        within(self.top_p > 0.0 && self.top_p <= 1.0, "top_p", self.top_p, "more than 0, up to 1 (all tokens)")?;
-        within((0.0..=1.0).contains(&self.min_p), "min_p", self.min_p, "0 (all tokens) to 1")?;
+        within(
+            (0.0..=100.0).contains(&t),
+            "temperature",
+            t,
+            "0 (the most likely token) to 100",
+        )?;
+        within(
+            self.top_p > 0.0 && self.top_p <= 1.0,
+            "top_p",
+            self.top_p,
+            "more than 0, up to 1 (all tokens)",
+        )?;
+        within(
+            (0.0..=1.0).contains(&self.min_p),
+            "min_p",
+            self.min_p,
+            "0 (all tokens) to 1",
+        )?;
         let r = self.repeat_penalty;
-        within((0.01..=100.0).contains(&r), "repeat_penalty", r, "0.01 to 100, where 1 is no penalty")
+        within(
+            (0.01..=100.0).contains(&r),
+            "repeat_penalty",
+            r,
+            "0.01 to 100, where 1 is no penalty",
+        )
     }
 }
 
@@ -103,7 +140,12 @@ impl Sampler {
     /// outside their range; here they do no harm but make little sense.
     pub fn new(config: SamplerConfig) -> Self {
         let random = Random::new(config.seed);
-        Self { config, random, candidates: Vec::new(), penalized: Vec::new() }
+        Self {
+            config,
+            random,
+            candidates: Vec::new(),
+            penalized: Vec::new(),
+        }
     }
 
     /// Chooses a token from `logits`, `[n_vocab]`, given the tokens so far, `recent`, newest last.
@@ -143,7 +185,11 @@ impl Sampler {
         for &id in &self.penalized {
             if let Some(l) = logits.get_mut(id as usize) {
                 let changed = if *l > 0.0 { *l / penalty } else { *l * penalty };
-                *l = if changed.is_nan() { f32::NEG_INFINITY } else { changed };
+                *l = if changed.is_nan() {
+                    f32::NEG_INFINITY
+                } else {
+                    changed
+                };
             }
         }
     }
@@ -153,7 +199,9 @@ impl Sampler {
         let c = &mut self.candidates;
         c.clear();
         // Ids are 32-bit in every file format.
-        let possible = (0u32..).zip(logits).filter(|(_, l)| **l > f32::NEG_INFINITY);
+        let possible = (0u32..)
+            .zip(logits)
+            .filter(|(_, l)| **l > f32::NEG_INFINITY);
         c.extend(possible.map(|(id, &logit)| Candidate { id, logit }));
         let k = self.config.top_k;
         if k > 0 && k < c.len() {
@@ -165,7 +213,9 @@ impl Sampler {
 
     /// Keeps the most likely candidates whose probabilities first add up to `top_p`, at least one.
     fn keep_top_p(&mut self) {
-        let Some(top) = self.candidates.first().map(|c| c.logit) else { return };
+        let Some(top) = self.candidates.first().map(|c| c.logit) else {
+            return;
+        };
         if self.config.top_p >= 1.0 {
             return;
         }
@@ -181,7 +231,9 @@ impl Sampler {
 
     /// Keeps the candidates that are at least `min_p` times as likely as the first.
     fn keep_min_p(&mut self) {
-        let Some(top) = self.candidates.first().map(|c| c.logit) else { return };
+        let Some(top) = self.candidates.first().map(|c| c.logit) else {
+            return;
+        };
         if self.config.min_p > 0.0 {
             let least = top + self.config.min_p.ln();
             let kept = self.candidates.partition_point(|c| c.logit >= least);
@@ -190,10 +242,13 @@ impl Sampler {
     }
 
     fn draw(&mut self) -> u32 {
-        let Some(top) = self.candidates.first().copied() else { return 0 };
+        let Some(top) = self.candidates.first().copied() else {
+            return 0;
+        };
         // Differences first: logits divided by a small temperature would overflow.
         let temperature = f64::from(self.config.temperature);
-        let weight = |c: &Candidate| ((f64::from(c.logit) - f64::from(top.logit)) / temperature).exp();
+        let weight =
+            |c: &Candidate| ((f64::from(c.logit) - f64::from(top.logit)) / temperature).exp();
         let total: f64 = self.candidates.iter().map(weight).sum();
         let mut left = self.random.unit() * total;
         for c in &self.candidates {
@@ -203,7 +258,11 @@ impl Sampler {
             }
         }
         // Rounding left a rest: it belongs to the last token that can be drawn at all.
-        self.candidates.iter().rev().find(|c| weight(c) > 0.0).map_or(top.id, |c| c.id)
+        self.candidates
+            .iter()
+            .rev()
+            .find(|c| weight(c) > 0.0)
+            .map_or(top.id, |c| c.id)
     }
 }
 
@@ -258,7 +317,10 @@ mod tests {
     use proptest::prelude::*;
 
     fn warm() -> SamplerConfig {
-        SamplerConfig { temperature: 1.0, ..Default::default() }
+        SamplerConfig {
+            temperature: 1.0,
+            ..Default::default()
+        }
     }
 
     /// Returns the share of `n` draws that each of `logits` has.
@@ -268,13 +330,22 @@ mod tests {
         for _ in 0..n {
             counts[sampler.sample(&mut logits.to_vec(), recent) as usize] += 1;
         }
-        counts.iter().map(|c| f64::from(*c) / f64::from(n)).collect()
+        counts
+            .iter()
+            .map(|c| f64::from(*c) / f64::from(n))
+            .collect()
     }
 
     fn assert_near(found: &[f64], expected: &[f64]) {
         // Five standard deviations of 40 000 draws are at most 0.0125.
-        let near = found.iter().zip(expected).all(|(f, e)| (f - e).abs() < 0.0125);
-        assert!(near && found.len() == expected.len(), "{found:?} is not {expected:?}");
+        let near = found
+            .iter()
+            .zip(expected)
+            .all(|(f, e)| (f - e).abs() < 0.0125);
+        assert!(
+            near && found.len() == expected.len(),
+            "{found:?} is not {expected:?}"
+        );
     }
 
     fn logs(shares: &[f32]) -> Vec<f32> {
@@ -286,7 +357,10 @@ mod tests {
         // First outputs for the state 1, 2, 3, 4, from the reference implementation's
         // documentation.
         let mut r = Random([1, 2, 3, 4]);
-        assert_eq!([r.next(), r.next(), r.next()], [41_943_041, 58_720_359, 3_588_806_011_781_223]);
+        assert_eq!(
+            [r.next(), r.next(), r.next()],
+            [41_943_041, 58_720_359, 3_588_806_011_781_223]
+        );
         // SplitMix64 of 0.
         assert_eq!(Random::new(0).0[0], 0xE220_A839_7B1D_CDAF);
     }
@@ -304,39 +378,84 @@ mod tests {
     #[test]
     fn draws_have_the_shares_of_the_softmax() {
         let p = [0.5, 0.2, 0.2, 0.1];
-        assert_near(&shares(warm(), &logs(&p.map(|x| x as f32)), &[], 40_000), &p);
+        assert_near(
+            &shares(warm(), &logs(&p.map(|x| x as f32)), &[], 40_000),
+            &p,
+        );
         // Temperature 2 takes the square root of the shares.
         let roots = p.map(f64::sqrt);
         let sum: f64 = roots.iter().sum();
-        let hot = SamplerConfig { temperature: 2.0, ..warm() };
-        assert_near(&shares(hot, &logs(&p.map(|x| x as f32)), &[], 40_000), &roots.map(|r| r / sum));
+        let hot = SamplerConfig {
+            temperature: 2.0,
+            ..warm()
+        };
+        assert_near(
+            &shares(hot, &logs(&p.map(|x| x as f32)), &[], 40_000),
+            &roots.map(|r| r / sum),
+        );
     }
 
     #[test]
     fn each_filter_keeps_what_it_says() {
         let logits = logs(&[0.1, 0.5, 0.15, 0.25]);
         let top_k = SamplerConfig { top_k: 2, ..warm() };
-        assert_near(&shares(top_k, &logits, &[], 40_000), &[0.0, 2.0 / 3.0, 0.0, 1.0 / 3.0]);
-        let top_p = SamplerConfig { top_p: 0.6, ..warm() };
-        assert_near(&shares(top_p, &logits, &[], 40_000), &[0.0, 2.0 / 3.0, 0.0, 1.0 / 3.0]);
-        let one = SamplerConfig { top_p: 0.01, ..warm() };
+        assert_near(
+            &shares(top_k, &logits, &[], 40_000),
+            &[0.0, 2.0 / 3.0, 0.0, 1.0 / 3.0],
+        );
+        let top_p = SamplerConfig {
+            top_p: 0.6,
+            ..warm()
+        };
+        assert_near(
+            &shares(top_p, &logits, &[], 40_000),
+            &[0.0, 2.0 / 3.0, 0.0, 1.0 / 3.0],
+        );
+        let one = SamplerConfig {
+            top_p: 0.01,
+            ..warm()
+        };
         assert_near(&shares(one, &logits, &[], 100), &[0.0, 1.0, 0.0, 0.0]);
-        let min_p = SamplerConfig { min_p: 0.28, ..warm() };
-        assert_near(&shares(min_p, &logits, &[], 40_000), &[0.0, 0.5 / 0.9, 0.15 / 0.9, 0.25 / 0.9]);
+        let min_p = SamplerConfig {
+            min_p: 0.28,
+            ..warm()
+        };
+        assert_near(
+            &shares(min_p, &logits, &[], 40_000),
+            &[0.0, 0.5 / 0.9, 0.15 / 0.9, 0.25 / 0.9],
+        );
         // Top-p looks at what top-k left: of 2/3 and 1/3 the first is enough for 0.6.
-        let both = SamplerConfig { top_k: 2, top_p: 0.6, ..warm() };
+        let both = SamplerConfig {
+            top_k: 2,
+            top_p: 0.6,
+            ..warm()
+        };
         assert_near(&shares(both, &logits, &[], 100), &[0.0, 1.0, 0.0, 0.0]);
         // Filters come before the temperature, so a hot draw is among the same tokens.
-        let hot = SamplerConfig { top_p: 0.6, temperature: 50.0, ..warm() };
+        let hot = SamplerConfig {
+            top_p: 0.6,
+            temperature: 50.0,
+            ..warm()
+        };
         let found = shares(hot, &logits, &[], 4000);
-        assert!(found[0] == 0.0 && found[2] == 0.0 && found[3] > 0.45, "{found:?}");
+        assert!(
+            found[0] == 0.0 && found[2] == 0.0 && found[3] > 0.45,
+            "{found:?}"
+        );
     }
 
     #[test]
     fn recent_tokens_are_penalized_once_and_only_as_far_back_as_asked() {
-        let config = SamplerConfig { repeat_penalty: 2.0, repeat_last_n: 2, ..Default::default() };
+        let config = SamplerConfig {
+            repeat_penalty: 2.0,
+            repeat_last_n: 2,
+            ..Default::default()
+        };
         let mut logits = [4.0, -1.0, 3.0, 3.5];
-        assert_eq!(Sampler::new(config.clone()).sample(&mut logits, &[3, 0, 0]), 3);
+        assert_eq!(
+            Sampler::new(config.clone()).sample(&mut logits, &[3, 0, 0]),
+            3
+        );
         assert_eq!(logits, [2.0, -1.0, 3.0, 3.5]);
         Sampler::new(config).sample(&mut logits, &[1, 99]);
         assert_eq!(logits, [2.0, -2.0, 3.0, 3.5]);
@@ -346,7 +465,9 @@ mod tests {
     fn a_seed_is_a_text() {
         let text = |seed| {
             let mut s = Sampler::new(SamplerConfig { seed, ..warm() });
-            (0..50).map(|_| s.sample(&mut [0.0; 100], &[])).collect::<Vec<_>>()
+            (0..50)
+                .map(|_| s.sample(&mut [0.0; 100], &[]))
+                .collect::<Vec<_>>()
         };
         assert_eq!(text(7), text(7));
         assert_ne!(text(7), text(8));
@@ -354,16 +475,50 @@ mod tests {
 
     #[test]
     fn bad_options_are_named() {
-        let ok = SamplerConfig { temperature: 0.8, top_k: 40, top_p: 0.95, min_p: 0.05, ..Default::default() };
+        let ok = SamplerConfig {
+            temperature: 0.8,
+            top_k: 40,
+            top_p: 0.95,
+            min_p: 0.05,
+            ..Default::default()
+        };
         assert_eq!(ok.check(), Ok(()));
         let message = |c: SamplerConfig| c.check().unwrap_err().to_string();
         assert!(
-            message(SamplerConfig { temperature: -0.1, ..ok.clone() }).starts_with("temperature is -0.1, expected 0")
+            message(SamplerConfig {
+                temperature: -0.1,
+                ..ok.clone()
+            })
+            .starts_with("temperature is -0.1, expected 0")
         );
-        assert!(message(SamplerConfig { temperature: f32::NAN, ..ok.clone() }).contains("temperature is NaN"));
-        assert!(message(SamplerConfig { top_p: 0.0, ..ok.clone() }).contains("top_p"));
-        assert!(message(SamplerConfig { min_p: 1.5, ..ok.clone() }).contains("min_p"));
-        assert!(message(SamplerConfig { repeat_penalty: 0.0, ..ok }).contains("repeat_penalty"));
+        assert!(
+            message(SamplerConfig {
+                temperature: f32::NAN,
+                ..ok.clone()
+            })
+            .contains("temperature is NaN")
+        );
+        assert!(
+            message(SamplerConfig {
+                top_p: 0.0,
+                ..ok.clone()
+            })
+            .contains("top_p")
+        );
+        assert!(
+            message(SamplerConfig {
+                min_p: 1.5,
+                ..ok.clone()
+            })
+            .contains("min_p")
+        );
+        assert!(
+            message(SamplerConfig {
+                repeat_penalty: 0.0,
+                ..ok
+            })
+            .contains("repeat_penalty")
+        );
     }
 
     proptest! {

@@ -21,15 +21,23 @@ struct Model {
 impl Model {
     fn open(name: &str) -> Self {
         let golden = Golden::read(&format!("arch/{name}"));
-        Self { gguf: Arc::new(Gguf::open(&golden.path).expect("a model")), golden }
+        Self {
+            gguf: Arc::new(Gguf::open(&golden.path).expect("a model")),
+            golden,
+        }
     }
 
     fn engine(&self, batch: usize, threads: usize) -> Engine {
         let spec = describe(&self.gguf).expect("a network");
         let shape = shape_of(&self.gguf, &spec);
         let plan = all_in_memory(&shape, self.golden.tokens.len() as u32, KvType::F32);
-        let options = LoadOptions { threads: Some(threads), batch: Some(batch), ..LoadOptions::default() };
-        Engine::load(Arc::clone(&self.gguf), &plan, &options, &mut |_, _| {}).expect("a loaded model")
+        let options = LoadOptions {
+            threads: Some(threads),
+            batch: Some(batch),
+            ..LoadOptions::default()
+        };
+        Engine::load(Arc::clone(&self.gguf), &plan, &options, &mut |_, _| {})
+            .expect("a loaded model")
     }
 }
 
@@ -44,7 +52,10 @@ fn logits_do_not_depend_on_the_passes() {
                 logits.extend_from_slice(engine.forward(tokens, LogitsMode::All).expect("a pass"));
             }
             let nmse = model.golden.nmse(&logits);
-            assert!(nmse < 1e-9, "{name}, passes of {passes}, batches of {batch}: {nmse:e}");
+            assert!(
+                nmse < 1e-9,
+                "{name}, passes of {passes}, batches of {batch}: {nmse:e}"
+            );
         }
     }
 }
@@ -54,18 +65,29 @@ fn a_context_can_begin_again_but_not_go_back() {
     for name in NAMES {
         let model = Model::open(name);
         let mut engine = model.engine(16, 2);
-        let first = engine.forward(&model.golden.tokens, LogitsMode::Last).expect("a pass").to_vec();
+        let first = engine
+            .forward(&model.golden.tokens, LogitsMode::Last)
+            .expect("a pass")
+            .to_vec();
         let n = model.golden.tokens.len();
         engine.truncate(n).expect("nothing to do");
         engine.truncate(n + 5).expect("nothing to do");
         match engine.truncate(n - 1) {
-            Err(RunError::CannotRewind { n_past, wanted }) => assert_eq!((n_past, wanted), (n, n - 1)),
+            Err(RunError::CannotRewind { n_past, wanted }) => {
+                assert_eq!((n_past, wanted), (n, n - 1))
+            }
             other => panic!("{name}: {other:?}"),
         }
         assert_eq!(engine.n_past(), n);
         engine.truncate(0).expect("always possible");
         assert_eq!(engine.n_past(), 0);
-        assert_eq!(engine.forward(&model.golden.tokens, LogitsMode::Last).expect("a pass"), first, "{name}");
+        assert_eq!(
+            engine
+                .forward(&model.golden.tokens, LogitsMode::Last)
+                .expect("a pass"),
+            first,
+            "{name}"
+        );
     }
 }
 
@@ -77,12 +99,24 @@ fn plans_have_room_for_the_state() {
     // Two of three layers: three past inputs of 128 channels, and four matrices of 16 x 16.
     assert_eq!(shape.state_bytes(), 2 * 4 * (3 * 128 + 4 * 16 * 16));
     // One of three layers: two heads of keys and values of 16.
-    for (kv_type, bytes) in [(KvType::F16, 2 * 2 * (16 + 16)), (KvType::Q8_0, 2 * (18 + 18)), (KvType::F32, 256)] {
+    for (kv_type, bytes) in [
+        (KvType::F16, 2 * 2 * (16 + 16)),
+        (KvType::Q8_0, 2 * (18 + 18)),
+        (KvType::F32, 256),
+    ] {
         assert_eq!(kv_type.token_bytes(&shape), bytes);
         let mut plan = all_in_memory(&shape, 100, kv_type);
-        assert_eq!(plan.tiers[TierIdx::new(0)].bytes.kv, 100 * bytes + shape.state_bytes());
-        let options = LoadOptions { threads: Some(1), ..LoadOptions::default() };
-        let load = |plan: &_| Engine::load(Arc::clone(&model.gguf), plan, &options, &mut |_, _| {}).map(|_| ());
+        assert_eq!(
+            plan.tiers[TierIdx::new(0)].bytes.kv,
+            100 * bytes + shape.state_bytes()
+        );
+        let options = LoadOptions {
+            threads: Some(1),
+            ..LoadOptions::default()
+        };
+        let load = |plan: &_| {
+            Engine::load(Arc::clone(&model.gguf), plan, &options, &mut |_, _| {}).map(|_| ())
+        };
         load(&plan).expect("a plan with room");
         plan.tiers[TierIdx::new(0)].bytes.kv -= 1;
         let error = load(&plan).expect_err("a byte too few").to_string();

@@ -29,20 +29,46 @@ fn every_kernel_compiles_for_every_architecture() {
     println!("NVRTC {}: architectures {known:?}", compiler.version());
     for (major, minor) in capabilities(&compiler) {
         let arch = 10 * major + minor;
-        assert!(known.contains(&arch), "this NVRTC makes no code for sm_{arch}");
+        assert!(
+            known.contains(&arch),
+            "this NVRTC makes no code for sm_{arch}"
+        );
         for module in &MODULES {
             let compiled = compiler.compile(module, Version { major, minor }).unwrap();
-            let has = |name: &str| compiled.image.windows(name.len()).any(|w| w == name.as_bytes());
-            assert!(compiled.image.starts_with(b"\x7fELF"), "{} for sm_{arch} is no machine code", module.name);
+            let has = |name: &str| {
+                compiled
+                    .image
+                    .windows(name.len())
+                    .any(|w| w == name.as_bytes())
+            };
+            assert!(
+                compiled.image.starts_with(b"\x7fELF"),
+                "{} for sm_{arch} is no machine code",
+                module.name
+            );
             let entries: Vec<(&str, u32, u32)> = entries(&compiled.log);
             for kernel in module.kernels {
-                assert!(has(kernel), "{kernel} is missing from {} for sm_{arch}", module.name);
+                assert!(
+                    has(kernel),
+                    "{kernel} is missing from {} for sm_{arch}",
+                    module.name
+                );
                 let entry = entries.iter().find(|(name, ..)| name == kernel);
                 let (_, registers, spilled) =
                     entry.unwrap_or_else(|| panic!("nothing about {kernel}: {}", compiled.log));
-                let most = if kernel.starts_with("gated_") { MOST_OF_LARGE_BLOCKS } else { MOST_REGISTERS };
-                assert!(*registers <= most, "{kernel} takes {registers} registers on sm_{arch}");
-                assert_eq!(*spilled, 0, "{kernel} keeps registers in memory on sm_{arch}");
+                let most = if kernel.starts_with("gated_") {
+                    MOST_OF_LARGE_BLOCKS
+                } else {
+                    MOST_REGISTERS
+                };
+                assert!(
+                    *registers <= most,
+                    "{kernel} takes {registers} registers on sm_{arch}"
+                );
+                assert_eq!(
+                    *spilled, 0,
+                    "{kernel} keeps registers in memory on sm_{arch}"
+                );
                 if arch == 86 {
                     println!("sm_86 {kernel}: {registers} registers");
                 }
@@ -54,7 +80,12 @@ fn every_kernel_compiles_for_every_architecture() {
 /// From the assembler's report: kernels, the registers of each, and bytes of registers kept in memory.
 fn entries(log: &str) -> Vec<(&str, u32, u32)> {
     let number_before = |line: &str, what: &str| -> Option<u32> {
-        line.split_once(what)?.0.split_whitespace().next_back()?.parse().ok()
+        line.split_once(what)?
+            .0
+            .split_whitespace()
+            .next_back()?
+            .parse()
+            .ok()
     };
     let (mut found, mut name, mut spilled) = (Vec::new(), "", 0);
     for line in log.lines() {

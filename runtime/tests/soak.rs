@@ -32,7 +32,11 @@ const GROWTH: u64 = 8 << 20;
 fn resident_bytes() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find(|l| l.starts_with("RssAnon:"))?;
-    line.split_whitespace().nth(1)?.parse::<u64>().ok().map(|kib| kib << 10)
+    line.split_whitespace()
+        .nth(1)?
+        .parse::<u64>()
+        .ok()
+        .map(|kib| kib << 10)
 }
 
 /// No huge pages for this process: the system makes them of what lies beside memory in use, whenever it likes.
@@ -51,17 +55,35 @@ fn open(path: &Path) -> (Engine, u64) {
     let shape = shape_of(&gguf, &spec);
     let plan = |budget| within(&gguf, &spec, &shape, CONTEXT, KvType::F16, budget);
     let least = plan(1 << 20).unwrap_err().least_bytes;
-    let experts: u64 = shape.experts.iter().map(|e| e.expert_bytes * u64::from(e.n_expert)).sum();
-    let budget = memory_limit().map_or(u64::MAX, |limit| limit.bytes).min(least + experts / 2);
+    let experts: u64 = shape
+        .experts
+        .iter()
+        .map(|e| e.expert_bytes * u64::from(e.n_expert))
+        .sum();
+    let budget = memory_limit()
+        .map_or(u64::MAX, |limit| limit.bytes)
+        .min(least + experts / 2);
     let Budgeted { plan, batch, .. } = plan(budget).unwrap();
-    let options = LoadOptions { threads: Some(2), batch: Some(batch), ..LoadOptions::default() };
-    (Engine::load(gguf, &plan, &options, &mut |_, _| {}).unwrap(), budget)
+    let options = LoadOptions {
+        threads: Some(2),
+        batch: Some(batch),
+        ..LoadOptions::default()
+    };
+    (
+        Engine::load(gguf, &plan, &options, &mut |_, _| {}).unwrap(),
+        budget,
+    )
 }
 
 #[test]
 fn a_long_run_neither_fails_nor_grows() {
     let seconds = std::env::var("TIER_PLAN_SOAK_S").map_or(0, |s| s.parse().unwrap());
-    let bundled = || PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../profiles/demo/demo.gguf"));
+    let bundled = || {
+        PathBuf::from(concat!(
+            env!("CARGO_MANIFEST_DIR"),
+            "/../profiles/demo/demo.gguf"
+        ))
+    };
     let path = std::env::var_os("TIER_PLAN_SOAK_MODEL").map_or_else(bundled, PathBuf::from);
     small_pages();
     let (mut engine, budget) = open(&path);
@@ -71,11 +93,20 @@ fn a_long_run_neither_fails_nor_grows() {
     let mut prompt = |n: u64| -> Vec<u32> { (0..n).map(|_| draw.below(n_vocab) as u32).collect() };
     let mut answer = |prompt: &[u32], max_tokens| {
         engine.clear();
-        let limits = Limits { max_tokens, is_end: &|_| false };
+        let limits = Limits {
+            max_tokens,
+            is_end: &|_| false,
+        };
         let mut sampler = Sampler::new(SamplerConfig::default());
         let go_on = |_: &Engine, _| ControlFlow::Continue(());
-        let tokens = generate(&mut engine, prompt, &mut sampler, &limits, go_on).unwrap().tokens;
-        let (hits, misses) = engine.counters().layers.iter().fold((0, 0), |(h, m), l| (h + l.slot_hits, m + l.misses));
+        let tokens = generate(&mut engine, prompt, &mut sampler, &limits, go_on)
+            .unwrap()
+            .tokens;
+        let (hits, misses) = engine
+            .counters()
+            .layers
+            .iter()
+            .fold((0, 0), |(h, m), l| (h + l.slot_hits, m + l.misses));
         (tokens, hits, misses)
     };
     // The largest prompt comes first, so that all buffers have their sizes.
@@ -99,11 +130,29 @@ fn a_long_run_neither_fails_nor_grows() {
         most = most.max(now);
         if said.elapsed() > Duration::from_secs(60) {
             said = Instant::now();
-            println!("{} s: {rounds} rounds, {}, {misses} misses", start.elapsed().as_secs(), show_bytes(now));
+            println!(
+                "{} s: {rounds} rounds, {}, {misses} misses",
+                start.elapsed().as_secs(),
+                show_bytes(now)
+            );
         }
     }
     let settled = settled.unwrap();
-    println!("{rounds} rounds: {} after four of them, {} at most", show_bytes(settled), show_bytes(most));
-    assert!(most <= budget, "{} of a budget of {}", show_bytes(most), show_bytes(budget));
-    assert!(most <= settled + GROWTH, "{} became {}", show_bytes(settled), show_bytes(most));
+    println!(
+        "{rounds} rounds: {} after four of them, {} at most",
+        show_bytes(settled),
+        show_bytes(most)
+    );
+    assert!(
+        most <= budget,
+        "{} of a budget of {}",
+        show_bytes(most),
+        show_bytes(budget)
+    );
+    assert!(
+        most <= settled + GROWTH,
+        "{} became {}",
+        show_bytes(settled),
+        show_bytes(most)
+    );
 }

@@ -18,7 +18,10 @@ pub fn tier_plan() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_tier-plan"));
     command.stdin(Stdio::null());
     let variables = std::env::vars_os().map(|(name, _)| name);
-    let ours = variables.filter(|name| name.to_str().is_some_and(|name| name.starts_with("TIER_PLAN_")));
+    let ours = variables.filter(|name| {
+        name.to_str()
+            .is_some_and(|name| name.starts_with("TIER_PLAN_"))
+    });
     for name in ours.filter(|name| name != "TIER_PLAN_NVRTC") {
         command.env_remove(name);
     }
@@ -43,7 +46,10 @@ pub fn succeeded(output: Output) -> Output {
     let (out, err) = (stdout(&output), stderr(&output));
     assert!(output.status.success(), "{:?}\n{out}{err}", output.status);
     for text in [&out, &err] {
-        assert!(!text.contains(['\r', '\u{1b}', '\u{8}']), "progress in a pipe: {text:?}");
+        assert!(
+            !text.contains(['\r', '\u{1b}', '\u{8}']),
+            "progress in a pipe: {text:?}"
+        );
         assert!(!text.contains("[="), "progress in a pipe: {text}");
     }
     output
@@ -75,26 +81,48 @@ pub fn refused<S: AsRef<OsStr>>(folder: &Path, args: &[S], words: &[&str]) -> St
     let before = listing(folder);
     let output = run_in(folder, args);
     let line = check_refusal(&output, words);
-    assert_eq!(listing(folder), before, "left something behind after: {line}");
+    assert_eq!(
+        listing(folder),
+        before,
+        "left something behind after: {line}"
+    );
     line
 }
 
 /// See [`refused`].
 pub fn check_refusal(output: &Output, words: &[&str]) -> String {
     let err = stderr(output);
-    assert_eq!(output.status.code(), Some(1), "{:?}\n{}{err}", output.status, stdout(output));
-    assert!(!err.contains("panicked") && !err.contains("RUST_BACKTRACE"), "{err}");
+    assert_eq!(
+        output.status.code(),
+        Some(1),
+        "{:?}\n{}{err}",
+        output.status,
+        stdout(output)
+    );
+    assert!(
+        !err.contains("panicked") && !err.contains("RUST_BACKTRACE"),
+        "{err}"
+    );
     let lines: Vec<&str> = err.lines().filter(|l| l.contains("error:")).collect();
     assert_eq!(lines.len(), 1, "expected one line `error: …`: {err}");
     let line = lines[0];
     let (_, hint) = err.split_once(line).unwrap();
     let hint = hint.trim();
     assert!(line.starts_with("error: "), "{err}");
-    assert!(hint.is_empty() || hint.starts_with("hint: "), "only a hint may follow the error: {err}");
+    assert!(
+        hint.is_empty() || hint.starts_with("hint: "),
+        "only a hint may follow the error: {err}"
+    );
     for word in words {
-        assert!(line.contains(word) || hint.contains(word), "expected {word:?} in {line:?} or {hint:?}");
+        assert!(
+            line.contains(word) || hint.contains(word),
+            "expected {word:?} in {line:?} or {hint:?}"
+        );
     }
     let causes: Vec<&str> = line.split(": ").collect();
-    assert!(!causes.windows(2).any(|pair| pair[0] == pair[1]), "a cause is printed twice: {line}");
+    assert!(
+        !causes.windows(2).any(|pair| pair[0] == pair[1]),
+        "a cause is printed twice: {line}"
+    );
     line.to_string()
 }

@@ -31,7 +31,10 @@ fn folder() -> &'static Path {
 }
 
 fn compile() -> PathBuf {
-    let modules: Vec<sources::ModuleText> = MODULES.iter().map(|m| (m.name, m.text, m.kernels)).collect();
+    let modules: Vec<sources::ModuleText> = MODULES
+        .iter()
+        .map(|m| (m.name, m.text, m.kernels))
+        .collect();
     let kernels = sources::kernels(headers(), &modules).join(sources::KERNELS_OBJECT);
     let kernels = kernels.to_str().unwrap();
     let mut texts: sources::Texts = TEXTS.map(|(name, text)| (name.into(), text.into())).into();
@@ -39,11 +42,32 @@ fn compile() -> PathBuf {
     let plain = ["-std=c++17", "-O2", "-fPIC", "-Wall", "-Wextra"];
     let commands: [Vec<&str>; 5] = [
         [&plain[..], &["-c", "cuda.cpp", "-o", "cuda.o"]].concat(),
-        [&plain[..], &["-shared", "nvrtc.cpp", "-o", "libnvrtc.so.12"]].concat(),
+        [
+            &plain[..],
+            &["-shared", "nvrtc.cpp", "-o", "libnvrtc.so.12"],
+        ]
+        .concat(),
         // Two names: the one without a number is tried first, lest a real driver has it.
-        vec!["-shared", "-pthread", "cuda.o", kernels, "-o", "libcuda.so.1"],
+        vec![
+            "-shared",
+            "-pthread",
+            "cuda.o",
+            kernels,
+            "-o",
+            "libcuda.so.1",
+        ],
         vec!["-shared", "-pthread", "cuda.o", kernels, "-o", "libcuda.so"],
-        vec!["-std=c++17", "-O1", "-Wall", "-Wextra", "misuse.cpp", "-L.", "-lcuda", "-o", "misuse"],
+        vec![
+            "-std=c++17",
+            "-O1",
+            "-Wall",
+            "-Wextra",
+            "misuse.cpp",
+            "-L.",
+            "-lcuda",
+            "-o",
+            "misuse",
+        ],
     ];
     sources::build("driver", &texts, &commands.each_ref().map(Vec::as_slice))
 }
@@ -51,19 +75,38 @@ fn compile() -> PathBuf {
 /// The kernels, and sums of what the compiler must be given.
 fn table() -> String {
     let mut text = String::from("#pragma once\n#include \"state.h\"\nextern \"C\" {\n");
-    let all = || MODULES.iter().flat_map(|m| m.kernels.iter().map(move |k| (m.name, *k)));
+    let all = || {
+        MODULES
+            .iter()
+            .flat_map(|m| m.kernels.iter().map(move |k| (m.name, *k)))
+    };
     for (_, kernel) in all() {
-        writeln!(text, "int run_{kernel}(void**, const unsigned*);\nconst char* kinds_{kernel}();").unwrap();
+        writeln!(
+            text,
+            "int run_{kernel}(void**, const unsigned*);\nconst char* kinds_{kernel}();"
+        )
+        .unwrap();
     }
     text.push_str("}\nstatic const Kernel KERNELS[] = {\n");
     for (module, kernel) in all() {
-        writeln!(text, "{{\"{module}\", \"{kernel}\", run_{kernel}, kinds_{kernel}}},").unwrap();
+        writeln!(
+            text,
+            "{{\"{module}\", \"{kernel}\", run_{kernel}, kinds_{kernel}}},"
+        )
+        .unwrap();
     }
     text.push_str("};\nstatic const ModuleText MODULE_TEXTS[] = {\n");
     for module in &MODULES {
-        let headers = headers().iter().flat_map(|(name, text)| [*name, text.as_str()]);
-        let bytes = [module.name, module.text].into_iter().chain(headers).flat_map(str::bytes);
-        let sum = bytes.fold(0xcbf2_9ce4_8422_2325_u64, |sum, b| (sum ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3));
+        let headers = headers()
+            .iter()
+            .flat_map(|(name, text)| [*name, text.as_str()]);
+        let bytes = [module.name, module.text]
+            .into_iter()
+            .chain(headers)
+            .flat_map(str::bytes);
+        let sum = bytes.fold(0xcbf2_9ce4_8422_2325_u64, |sum, b| {
+            (sum ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3)
+        });
         writeln!(text, "{{\"{}\", {sum:#x}ull}},", module.name).unwrap();
     }
     text.push_str("};\n");
@@ -90,7 +133,9 @@ pub struct Report {
 
 impl Place {
     pub fn new() -> Self {
-        Self { folder: tempfile::tempdir().unwrap() }
+        Self {
+            folder: tempfile::tempdir().unwrap(),
+        }
     }
 
     pub fn path(&self) -> &Path {
@@ -110,10 +155,21 @@ impl Place {
     /// Runs one case of `misuse.cpp`; returns what it found.
     pub fn misuse(&self, settings: &[(&str, &str)], case: &str) -> (i32, Report) {
         let (output, report) = self.run_this(&folder().join("misuse"), settings, &[case]);
-        (String::from_utf8_lossy(&output.stdout).trim().parse().unwrap(), report)
+        (
+            String::from_utf8_lossy(&output.stdout)
+                .trim()
+                .parse()
+                .unwrap(),
+            report,
+        )
     }
 
-    fn run_this(&self, program: &Path, settings: &[(&str, &str)], args: &[&str]) -> (Output, Report) {
+    fn run_this(
+        &self,
+        program: &Path,
+        settings: &[(&str, &str)],
+        args: &[&str],
+    ) -> (Output, Report) {
         let report = self.path().join("report");
         let _ = fs::remove_file(&report);
         let libraries = folder();
@@ -133,14 +189,18 @@ impl Place {
             .args(args)
             .output()
             .unwrap();
-        let text = fs::read_to_string(&report).unwrap_or_else(|e| panic!("no report ({e}): {output:?}"));
+        let text =
+            fs::read_to_string(&report).unwrap_or_else(|e| panic!("no report ({e}): {output:?}"));
         (output, Report::read(&text))
     }
 
     /// The same of a program that must do nothing wrong, whatever comes of it.
     pub fn clean(&self, settings: &[(&str, &str)], args: &[&str]) -> (Output, Report) {
         let (output, report) = self.run(settings, args);
-        assert!(report.misuse.is_empty() && report.leaks.is_empty(), "{settings:?} {args:?}: {report:#?}\n{output:?}");
+        assert!(
+            report.misuse.is_empty() && report.leaks.is_empty(),
+            "{settings:?} {args:?}: {report:#?}\n{output:?}"
+        );
         (output, report)
     }
 }

@@ -84,8 +84,15 @@ impl<'a> Chat<'a> {
     /// Creates an empty chat, and clears the engine's context.
     pub fn new(engine: &'a mut Engine, tokenizer: &'a Tokenizer, options: Options<'a>) -> Self {
         let sampler = Sampler::new(options.sampling.clone());
-        let mut chat =
-            Self { engine, tokenizer, options, sampler, messages: Vec::new(), held: Vec::new(), stats: None };
+        let mut chat = Self {
+            engine,
+            tokenizer,
+            options,
+            sampler,
+            messages: Vec::new(),
+            held: Vec::new(),
+            stats: None,
+        };
         chat.reset();
         chat
     }
@@ -93,7 +100,11 @@ impl<'a> Chat<'a> {
     fn reset(&mut self) {
         self.engine.clear();
         self.held.clear();
-        let system = self.options.system.iter().map(|text| Message::new(Role::System, text));
+        let system = self
+            .options
+            .system
+            .iter()
+            .map(|text| Message::new(Role::System, text));
         self.messages = system.collect();
     }
 
@@ -159,7 +170,12 @@ impl<'a> Chat<'a> {
             let ids = self.tokenizer.encode(text, true)?;
             let context = self.engine.context();
             if ids.is_empty() || ids.len() >= context {
-                writeln!(output, "That text has {} tokens, expected 1 to {}.", ids.len(), context - 1)?;
+                writeln!(
+                    output,
+                    "That text has {} tokens, expected 1 to {}.",
+                    ids.len(),
+                    context - 1
+                )?;
                 return Ok(());
             }
             return self.answer(&ids, output).map(drop);
@@ -183,11 +199,20 @@ impl<'a> Chat<'a> {
     /// context. Returns `None` if the last message alone is too long.
     fn fit(&mut self, output: &mut impl Write) -> Result<Option<Vec<u32>>> {
         let context = self.engine.context();
-        let wanted = self.options.max_tokens.unwrap_or(usize::MAX).min(context / 4).max(1);
+        let wanted = self
+            .options
+            .max_tokens
+            .unwrap_or(usize::MAX)
+            .min(context / 4)
+            .max(1);
         let mut dropped = 0;
         let ids = loop {
             let ids = self.tokens()?;
-            let first = usize::from(self.messages.first().is_some_and(|m| m.role == Role::System));
+            let first = usize::from(
+                self.messages
+                    .first()
+                    .is_some_and(|m| m.role == Role::System),
+            );
             if ids.len() + wanted <= context {
                 break ids;
             }
@@ -206,19 +231,27 @@ impl<'a> Chat<'a> {
             dropped += 1;
         };
         if dropped > 0 {
-            writeln!(output, "(The context of {context} tokens is full: the oldest {dropped} of the turns left it.)")?;
+            writeln!(
+                output,
+                "(The context of {context} tokens is full: the oldest {dropped} of the turns left it.)"
+            )?;
         }
         Ok(Some(ids))
     }
 
     /// Returns the tokens of the conversation as the template renders it.
     fn tokens(&self) -> Result<Vec<u32>> {
-        let template = self.options.template.as_ref().context("there is no chat template")?;
+        let template = self
+            .options
+            .template
+            .as_ref()
+            .context("there is no chat template")?;
         let text = match template.render(&self.messages) {
             Ok(text) => text,
             // Some templates reject system messages. Their authors put the text before the first
             // message instead.
-            Err(error) => match merge_system(&self.messages).map(|merged| template.render(&merged)) {
+            Err(error) => match merge_system(&self.messages).map(|merged| template.render(&merged))
+            {
                 Some(Ok(text)) => text,
                 _ => return Err(error),
             },
@@ -243,7 +276,12 @@ impl<'a> Chat<'a> {
 
     /// Continues `ids`, which must fit the context, and writes the text as it is generated.
     fn answer(&mut self, ids: &[u32], output: &mut impl Write) -> Result<String> {
-        let same = self.held.iter().zip(ids).take_while(|(a, b)| a == b).count();
+        let same = self
+            .held
+            .iter()
+            .zip(ids)
+            .take_while(|(a, b)| a == b)
+            .count();
         // At least one token must be processed, for the logits.
         if self.engine.truncate(same.min(ids.len() - 1)).is_err() {
             // A recurrent state cannot be truncated, so the whole conversation is processed again.
@@ -269,15 +307,25 @@ impl<'a> Chat<'a> {
             let is_end = |token| !self.options.ignore_eos && self.tokenizer.is_eog(token);
             let mut stream = self.tokenizer.stream();
             let mut write_error = None;
-            let limits = Limits { max_tokens, is_end: &is_end };
+            let limits = Limits {
+                max_tokens,
+                is_end: &is_end,
+            };
             let generated = generate(self.engine, rest, &mut self.sampler, &limits, |_, token| {
                 let piece = stream.push(token);
                 answer.push_str(&piece);
-                if let Err(error) = output.write_all(piece.as_bytes()).and_then(|()| output.flush()) {
+                if let Err(error) = output
+                    .write_all(piece.as_bytes())
+                    .and_then(|()| output.flush())
+                {
                     write_error = Some(error);
                     return ControlFlow::Break(());
                 }
-                if interrupted() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+                if interrupted() {
+                    ControlFlow::Break(())
+                } else {
+                    ControlFlow::Continue(())
+                }
             })?;
             if let Some(error) = write_error {
                 return Err(error.into());
@@ -297,7 +345,11 @@ impl<'a> Chat<'a> {
         }
         // The last sampled token was not processed, nor the rest after an interruption.
         self.held.truncate(self.engine.n_past());
-        self.stats = Some(Stats { kept, prompt: ids.len() - kept, answer: n_answer });
+        self.stats = Some(Stats {
+            kept,
+            prompt: ids.len() - kept,
+            answer: n_answer,
+        });
         writeln!(output)?;
         output.flush()?;
         Ok(answer)
@@ -323,18 +375,26 @@ impl<'a> Chat<'a> {
             stats.answer,
             rate(counters.decode_tokens, counters.decode)
         )?;
-        let (hits, misses) = counters
-            .layers
-            .iter()
-            .fold((0, 0), |(hits, misses), l| (hits + l.pinned_hits + l.slot_hits, misses + l.misses));
+        let (hits, misses) = counters.layers.iter().fold((0, 0), |(hits, misses), l| {
+            (hits + l.pinned_hits + l.slot_hits, misses + l.misses)
+        });
         if hits + misses > 0 {
-            writeln!(output, "experts: {:.1} % resident in fast tiers", hits as f64 * 100.0 / (hits + misses) as f64)?;
+            writeln!(
+                output,
+                "experts: {:.1} % resident in fast tiers",
+                hits as f64 * 100.0 / (hits + misses) as f64
+            )?;
         }
         for (tier, bytes) in self.engine.plan().tiers.iter().zip(&counters.read_bytes) {
             let each = *bytes as f64 / counters.decode_tokens.max(1) as f64 / 1e6;
             writeln!(output, "{}: {each:.2} MB read per token", tier.tier.name)?;
         }
-        writeln!(output, "context: {} of {} tokens", self.engine.n_past(), self.engine.context())?;
+        writeln!(
+            output,
+            "context: {} of {} tokens",
+            self.engine.n_past(),
+            self.engine.context()
+        )?;
         Ok(())
     }
 }
@@ -344,7 +404,10 @@ fn read_message(input: &mut impl BufRead) -> Result<Option<String>> {
     let mut message = String::new();
     loop {
         let mut line = Vec::new();
-        let read = input.take(MAX_LINE_BYTES).read_until(b'\n', &mut line).context("reading the message")?;
+        let read = input
+            .take(MAX_LINE_BYTES)
+            .read_until(b'\n', &mut line)
+            .context("reading the message")?;
         if read == 0 {
             return Ok((!message.is_empty()).then_some(message));
         }
@@ -365,11 +428,16 @@ fn read_message(input: &mut impl BufRead) -> Result<Option<String>> {
 
 /// Returns the conversation with the system message merged into the first message after it.
 fn merge_system(messages: &[Message]) -> Option<Vec<Message>> {
-    let [system, first, rest @ ..] = messages else { return None };
+    let [system, first, rest @ ..] = messages else {
+        return None;
+    };
     if system.role != Role::System {
         return None;
     }
-    let mut merged = vec![Message::new(first.role, &format!("{}\n\n{}", system.content, first.content))];
+    let mut merged = vec![Message::new(
+        first.role,
+        &format!("{}\n\n{}", system.content, first.content),
+    )];
     merged.extend_from_slice(rest);
     Some(merged)
 }
@@ -384,14 +452,18 @@ fn parse_answer(text: &str) -> Message {
     // gpt-oss names a channel for each part of its reply.
     if let Some((_, thought)) = text.split_once("<|channel|>analysis<|message|>") {
         let (thinking, rest) = thought.split_once("<|end|>").unwrap_or((thought, ""));
-        let content = rest.split_once("<|channel|>final<|message|>").map_or("", |(_, content)| content);
+        let content = rest
+            .split_once("<|channel|>final<|message|>")
+            .map_or("", |(_, content)| content);
         return apart(thinking, content.trim_end_matches("<|end|>"));
     }
     if let Some((_, content)) = text.split_once("<|channel|>final<|message|>") {
         return apart("", content.trim_end_matches("<|end|>"));
     }
     match text.split_once("</think>") {
-        Some((thinking, content)) => apart(thinking.trim_start().trim_start_matches("<think>"), content),
+        Some((thinking, content)) => {
+            apart(thinking.trim_start().trim_start_matches("<think>"), content)
+        }
         None => Message::new(Role::Assistant, text),
     }
 }

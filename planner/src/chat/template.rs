@@ -52,11 +52,18 @@ pub struct Message {
 impl Message {
     /// Creates a message without reasoning.
     pub fn new(role: Role, content: &str) -> Self {
-        Self { role, content: content.to_string(), thinking: None }
+        Self {
+            role,
+            content: content.to_string(),
+            thinking: None,
+        }
     }
 
     fn value(&self) -> Value {
-        let mut pairs = vec![("role", Value::from(self.role.name())), ("content", Value::from(self.content.as_str()))];
+        let mut pairs = vec![
+            ("role", Value::from(self.role.name())),
+            ("content", Value::from(self.content.as_str())),
+        ];
         if let Some(thinking) = &self.thinking {
             // gpt-oss and the Qwen and DeepSeek families name it differently.
             pairs.push(("thinking", Value::from(thinking.as_str())));
@@ -91,15 +98,23 @@ impl Template {
         environment.set_fuel(Some(FUEL));
         environment.set_unknown_method_callback(unknown_method_callback);
         environment.add_filter("tojson", to_json);
-        environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
-            Err(Error::new(ErrorKind::InvalidOperation, message))
+        environment.add_function(
+            "raise_exception",
+            |message: String| -> Result<Value, Error> {
+                Err(Error::new(ErrorKind::InvalidOperation, message))
+            },
+        );
+        environment.add_function("strftime_now", move |format: String| {
+            strftime(&format, now.unwrap_or_else(SystemTime::now))
         });
-        environment
-            .add_function("strftime_now", move |format: String| strftime(&format, now.unwrap_or_else(SystemTime::now)));
         environment
             .add_template_owned(NAME, without_generation_marks(source))
             .map_err(|e| failed("can't be read", &e))?;
-        Ok(Self { environment, bos: bos.to_string(), eos: eos.to_string() })
+        Ok(Self {
+            environment,
+            bos: bos.to_string(),
+            eos: eos.to_string(),
+        })
     }
 
     /// Renders a conversation up to where the model should answer.
@@ -116,14 +131,23 @@ impl Template {
             ("tools", Value::from(())),
             ("documents", Value::from(())),
         ]);
-        let template = self.environment.get_template(NAME).map_err(|e| failed("can't be read", &e))?;
+        let template = self
+            .environment
+            .get_template(NAME)
+            .map_err(|e| failed("can't be read", &e))?;
         template.render(values).map_err(|e| failed("failed", &e))
     }
 }
 
 fn failed(what: &str, error: &Error) -> anyhow::Error {
-    let line = error.line().map(|l| format!(", line {l}")).unwrap_or_default();
-    let detail = error.detail().map(str::to_string).unwrap_or_else(|| error.kind().to_string());
+    let line = error
+        .line()
+        .map(|l| format!(", line {l}"))
+        .unwrap_or_default();
+    let detail = error
+        .detail()
+        .map(str::to_string)
+        .unwrap_or_else(|| error.kind().to_string());
     anyhow!("the chat template {what}{line}: {detail}; give another with --chat-template FILE")
 }
 
@@ -165,9 +189,17 @@ fn to_json(value: &Value, options: Kwargs) -> Result<Value, Error> {
     Ok(Value::from_safe_string(out))
 }
 
-fn write_json(value: &Value, indent: Option<usize>, depth: usize, out: &mut String) -> Result<(), Error> {
+fn write_json(
+    value: &Value,
+    indent: Option<usize>,
+    depth: usize,
+    out: &mut String,
+) -> Result<(), Error> {
     if depth > JSON_DEPTH {
-        return Err(Error::new(ErrorKind::InvalidOperation, "tojson: nested too deeply"));
+        return Err(Error::new(
+            ErrorKind::InvalidOperation,
+            "tojson: nested too deeply",
+        ));
     }
     let line = |depth: usize, out: &mut String| {
         if let Some(indent) = indent {
@@ -211,7 +243,13 @@ fn write_json(value: &Value, indent: Option<usize>, depth: usize, out: &mut Stri
             }
             out.push('}');
         }
-        _ => write_string(value.as_str().map_or_else(|| value.to_string(), str::to_string).as_str(), out),
+        _ => write_string(
+            value
+                .as_str()
+                .map_or_else(|| value.to_string(), str::to_string)
+                .as_str(),
+            out,
+        ),
     }
     Ok(())
 }
@@ -235,12 +273,23 @@ const MONTHS: [&str; 12] = [
     "November",
     "December",
 ];
-const DAYS: [&str; 7] = ["Thursday", "Friday", "Saturday", "Sunday", "Monday", "Tuesday", "Wednesday"];
+const DAYS: [&str; 7] = [
+    "Thursday",
+    "Friday",
+    "Saturday",
+    "Sunday",
+    "Monday",
+    "Tuesday",
+    "Wednesday",
+];
 
 /// Formats a time in UTC with the `strftime` conversions that templates use. Other conversions stay
 /// as they are.
 fn strftime(format: &str, moment: SystemTime) -> String {
-    let seconds = moment.duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO).as_secs();
+    let seconds = moment
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or(Duration::ZERO)
+        .as_secs();
     let days = seconds / 86400;
     let (year, month, day) = civil(days);
     let (hour, minute, second) = (seconds / 3600 % 24, seconds / 60 % 60, seconds % 60);
@@ -254,7 +303,13 @@ fn strftime(format: &str, moment: SystemTime) -> String {
             continue;
         }
         let plain = chars.next_if_eq(&'-').is_some();
-        let number = |n: u64| if plain { n.to_string() } else { format!("{n:02}") };
+        let number = |n: u64| {
+            if plain {
+                n.to_string()
+            } else {
+                format!("{n:02}")
+            }
+        };
         match chars.next() {
             Some('Y') => out.push_str(&year.to_string()),
             Some('y') => out.push_str(&number(year % 100)),
@@ -291,11 +346,16 @@ fn civil(days: u64) -> (u64, u64, u64) {
     let shifted = days + 719_468;
     let era = shifted / 146_097;
     let day_of_era = shifted % 146_097;
-    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let year_of_era =
+        (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
     let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
     let from_march = (5 * day_of_year + 2) / 153;
     let day = day_of_year - (153 * from_march + 2) / 5 + 1;
-    let month = if from_march < 10 { from_march + 3 } else { from_march - 9 };
+    let month = if from_march < 10 {
+        from_march + 3
+    } else {
+        from_march - 9
+    };
     (era * 400 + year_of_era + u64::from(month <= 2), month, day)
 }
 
@@ -307,15 +367,28 @@ mod tests {
     fn dates_are_right() {
         // 951782400 is 2000-02-29, 1709164800 is 2024-02-29, both midnight.
         let at = |s: u64, f: &str| strftime(f, UNIX_EPOCH + Duration::from_secs(s));
-        assert_eq!(at(0, "%A %Y-%m-%d %H:%M:%S"), "Thursday 1970-01-01 00:00:00");
+        assert_eq!(
+            at(0, "%A %Y-%m-%d %H:%M:%S"),
+            "Thursday 1970-01-01 00:00:00"
+        );
         assert_eq!(at(951_782_400, "%d %B %Y"), "29 February 2000");
-        assert_eq!(at(1_709_164_800 + 86_400 + 47_105, "%a %-d %b %y, %I:%M %p %Q %%"), "Fri 1 Mar 24, 01:05 PM %Q %");
+        assert_eq!(
+            at(
+                1_709_164_800 + 86_400 + 47_105,
+                "%a %-d %b %y, %I:%M %p %Q %%"
+            ),
+            "Fri 1 Mar 24, 01:05 PM %Q %"
+        );
         assert_eq!(at(1_735_689_599, "%F %T"), "2024-12-31 23:59:59");
     }
 
     #[test]
     fn generation_marks_do_nothing() {
-        let template = Template::new("a {%- generation %}b{% endgeneration -%} c{% if true %}d{% endif %}{%", "", "");
+        let template = Template::new(
+            "a {%- generation %}b{% endgeneration -%} c{% if true %}d{% endif %}{%",
+            "",
+            "",
+        );
         assert!(template.is_err(), "an open tag is an error");
         let template = Template::new("a {%- generation %}b{% endgeneration -%} c", "", "").unwrap();
         assert_eq!(template.render(&[]).unwrap(), "abc");
@@ -323,16 +396,22 @@ mod tests {
 
     #[test]
     fn json_is_pythons() {
-        let source =
-            r#"{{ {"b": [1, true, none, "<é'\n\">"], "a": {}} | tojson }}|{{ [{"x": 1}] | tojson(indent=2) }}"#;
+        let source = r#"{{ {"b": [1, true, none, "<é'\n\">"], "a": {}} | tojson }}|{{ [{"x": 1}] | tojson(indent=2) }}"#;
         let text = Template::new(source, "", "").unwrap().render(&[]).unwrap();
-        assert_eq!(text, "{\"b\": [1, true, null, \"<é'\\n\\\">\"], \"a\": {}}|[\n  {\n    \"x\": 1\n  }\n]");
+        assert_eq!(
+            text,
+            "{\"b\": [1, true, null, \"<é'\\n\\\">\"], \"a\": {}}|[\n  {\n    \"x\": 1\n  }\n]"
+        );
     }
 
     #[test]
     fn endless_templates_are_stopped() {
         let many = "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}";
-        let error = Template::new(many, "", "").unwrap().render(&[]).unwrap_err().to_string();
+        let error = Template::new(many, "", "")
+            .unwrap()
+            .render(&[])
+            .unwrap_err()
+            .to_string();
         assert!(error.contains("the chat template failed"), "{error}");
     }
 }

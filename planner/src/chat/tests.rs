@@ -95,7 +95,11 @@ fn assistant(text: &str) -> Message {
 
 #[test]
 fn chatml() {
-    let talk = [user("Hi"), assistant("<think>\nhm\n</think>\n\nYo"), user("Why <b> & 'c'?")];
+    let talk = [
+        user("Hi"),
+        assistant("<think>\nhm\n</think>\n\nYo"),
+        user("Why <b> & 'c'?"),
+    ];
     assert_eq!(
         render(CHATML, &talk).unwrap(),
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYo<|im_end|>\n\
@@ -115,8 +119,16 @@ fn llama3() {
 
 #[test]
 fn deepseek() {
-    let talk = [Message::new(Role::System, "S"), user("Hi"), assistant("Yo"), user("So?")];
-    assert_eq!(render(DEEPSEEK, &talk).unwrap(), "<s>S<User>Hi<Assistant>Yo</s><User>So?<Assistant><think>\n");
+    let talk = [
+        Message::new(Role::System, "S"),
+        user("Hi"),
+        assistant("Yo"),
+        user("So?"),
+    ];
+    assert_eq!(
+        render(DEEPSEEK, &talk).unwrap(),
+        "<s>S<User>Hi<Assistant>Yo</s><User>So?<Assistant><think>\n"
+    );
 }
 
 #[test]
@@ -124,40 +136,77 @@ fn harmony() {
     let answer = parse_answer(
         "<|channel|>analysis<|message|>They greet.<|end|><|start|>assistant<|channel|>final<|message|>Hello!",
     );
-    assert_eq!((answer.content.as_str(), answer.thinking.as_deref()), ("Hello!", Some("They greet.")));
     assert_eq!(
-        render(HARMONY, &[Message::new(Role::System, "S"), user("Hi"), answer, user("And?")]).unwrap(),
+        (answer.content.as_str(), answer.thinking.as_deref()),
+        ("Hello!", Some("They greet."))
+    );
+    assert_eq!(
+        render(
+            HARMONY,
+            &[
+                Message::new(Role::System, "S"),
+                user("Hi"),
+                answer,
+                user("And?")
+            ]
+        )
+        .unwrap(),
         "<|start|>system<|message|>Current date: 2024-02-29<|end|><|start|>developer<|message|>S<|end|>\
          <|start|>user<|message|>Hi<|end|><|start|>assistant<|channel|>final<|message|>Hello!<|end|>\
          <|start|>user<|message|>And?<|end|><|start|>assistant"
     );
-    let error = render(HARMONY, &[user("Hi"), assistant("<|channel|>x")]).unwrap_err().to_string();
-    assert!(error.contains("put thoughts into the thinking field") && error.contains("--chat-template"), "{error}");
+    let error = render(HARMONY, &[user("Hi"), assistant("<|channel|>x")])
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.contains("put thoughts into the thinking field") && error.contains("--chat-template"),
+        "{error}"
+    );
 }
 
 #[test]
 fn a_template_without_system_messages_has_it_in_the_first_turn() {
-    let talk = [Message::new(Role::System, "S"), user("Hi"), assistant("Yo"), user("So?")];
+    let talk = [
+        Message::new(Role::System, "S"),
+        user("Hi"),
+        assistant("Yo"),
+        user("So?"),
+    ];
     assert!(render(STRICT, &talk).is_err());
     let merged = super::merge_system(&talk).unwrap();
-    assert_eq!(render(STRICT, &merged).unwrap(), "<s>[INST] S\n\nHi [/INST] Yo</s>[INST] So? [/INST]");
+    assert_eq!(
+        render(STRICT, &merged).unwrap(),
+        "<s>[INST] S\n\nHi [/INST] Yo</s>[INST] So? [/INST]"
+    );
     assert_eq!(super::merge_system(&talk[1..]), None);
 }
 
 #[test]
 fn thoughts_are_taken_out_of_answers() {
     let answer = parse_answer("<think>\nHm.\n</think>\n\nYes.");
-    assert_eq!((answer.content.as_str(), answer.thinking.as_deref()), ("Yes.", Some("Hm.")));
+    assert_eq!(
+        (answer.content.as_str(), answer.thinking.as_deref()),
+        ("Yes.", Some("Hm."))
+    );
     // Where the template opened the thought, the answer only closes it.
     let answer = parse_answer("Hm.</think>Yes.");
-    assert_eq!((answer.content.as_str(), answer.thinking.as_deref()), ("Yes.", Some("Hm.")));
+    assert_eq!(
+        (answer.content.as_str(), answer.thinking.as_deref()),
+        ("Yes.", Some("Hm."))
+    );
     assert_eq!(parse_answer("Yes. "), assistant("Yes. "));
 }
 
 #[test]
 fn what_is_no_template_is_refused_with_its_line() {
-    let error = Template::new("a\n{% for x %}", "", "").err().unwrap().to_string();
-    assert!(error.contains("line 2") && error.contains("--chat-template FILE"), "{error}");
+    let error = Template::new("a\n{% for x %}", "", "")
+        .err()
+        .unwrap()
+        .to_string();
+    assert!(
+        error.contains("line 2") && error.contains("--chat-template FILE"),
+        "{error}"
+    );
 }
 
 /// A template for the demo model, which has none: plain text with names.
@@ -165,11 +214,24 @@ const PLAIN: &str = "{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% end
 
 fn session(context: u32) -> Session {
     let model = bundled::path("demo/demo.gguf").unwrap();
-    Session::open(&model, Opening { context: Some(context), threads: Some(1), ..Opening::default() }).unwrap()
+    Session::open(
+        &model,
+        Opening {
+            context: Some(context),
+            threads: Some(1),
+            ..Opening::default()
+        },
+    )
+    .unwrap()
 }
 
 /// What a conversation writes, and the tokens that are in the context after it.
-fn talk(context: u32, template: Option<&str>, input: &str, stop_after: Option<usize>) -> (String, Vec<u32>) {
+fn talk(
+    context: u32,
+    template: Option<&str>,
+    input: &str,
+    stop_after: Option<usize>,
+) -> (String, Vec<u32>) {
     let mut session = session(context);
     let tokenizer = session.tokenizer().unwrap();
     let asked = Cell::new(0);
@@ -186,7 +248,10 @@ fn talk(context: u32, template: Option<&str>, input: &str, stop_after: Option<us
         ignore_eos: true,
         prompt: "> ",
         plan: vec!["the plan".into()],
-        signals: Signals { interrupted: &interrupted, waiting: &waiting },
+        signals: Signals {
+            interrupted: &interrupted,
+            waiting: &waiting,
+        },
     };
     let mut output = Vec::new();
     let mut chat = Chat::new(&mut session.engine, &tokenizer, options);
@@ -198,12 +263,22 @@ fn talk(context: u32, template: Option<&str>, input: &str, stop_after: Option<us
 
 /// The answers: what stands between a prompt and the next line break.
 fn answers(output: &str) -> Vec<&str> {
-    output.split("> ").skip(1).map(str::trim_end).filter(|a| !a.is_empty()).collect()
+    output
+        .split("> ")
+        .skip(1)
+        .map(str::trim_end)
+        .filter(|a| !a.is_empty())
+        .collect()
 }
 
 #[test]
 fn keeping_the_context_changes_no_answer() {
-    let (output, _) = talk(512, Some(PLAIN), "In the beginning\nAnd God said\n/quit\nnever read\n", None);
+    let (output, _) = talk(
+        512,
+        Some(PLAIN),
+        "In the beginning\nAnd God said\n/quit\nnever read\n",
+        None,
+    );
     let said = answers(&output);
     assert_eq!(said.len(), 2, "{output}");
     // The same second turn with nothing kept: processed whole, in a fresh engine.
@@ -214,7 +289,10 @@ fn keeping_the_context_changes_no_answer() {
     let mut session = session(512);
     let tokenizer = session.tokenizer().unwrap();
     let mut output = Vec::new();
-    let idle = Signals { interrupted: &|| false, waiting: &|_| () };
+    let idle = Signals {
+        interrupted: &|| false,
+        waiting: &|_| (),
+    };
     let options = Options {
         template: None,
         system: None,
@@ -233,11 +311,22 @@ fn keeping_the_context_changes_no_answer() {
 
 #[test]
 fn only_what_is_new_is_processed() {
-    let (output, _) = talk(512, Some(PLAIN), "In the beginning\n/stats\nAnd God said\n/stats\n", None);
+    let (output, _) = talk(
+        512,
+        Some(PLAIN),
+        "In the beginning\n/stats\nAnd God said\n/stats\n",
+        None,
+    );
     let numbers = |line: &str| -> Vec<usize> {
-        line.split(|c: char| !c.is_ascii_digit()).filter_map(|n| n.parse().ok()).collect()
+        line.split(|c: char| !c.is_ascii_digit())
+            .filter_map(|n| n.parse().ok())
+            .collect()
     };
-    let lines: Vec<_> = output.lines().filter(|l| l.contains("kept from before")).map(numbers).collect();
+    let lines: Vec<_> = output
+        .lines()
+        .filter(|l| l.contains("kept from before"))
+        .map(numbers)
+        .collect();
     let (first, second) = (&lines[0], &lines[1]);
     assert_eq!(first[1], 0);
     // The first message, and of its answer of 12 tokens all but the last, which was never processed.
@@ -247,22 +336,40 @@ fn only_what_is_new_is_processed() {
 
 #[test]
 fn commands_answer_and_the_rest_is_said() {
-    let (output, held) =
-        talk(512, Some(PLAIN), "/stats\n\n/help\n/plan\n/nonsense x\n//slash \\\nmore\n/reset\n", None);
+    let (output, held) = talk(
+        512,
+        Some(PLAIN),
+        "/stats\n\n/help\n/plan\n/nonsense x\n//slash \\\nmore\n/reset\n",
+        None,
+    );
     assert!(output.contains("No answer yet."));
     assert!(output.contains("/reset  forget the conversation"));
     assert!(output.contains("the plan"));
     assert!(output.contains("Unknown command /nonsense;"));
     assert!(output.contains("The conversation is forgotten."));
     assert!(held.is_empty());
-    let (_, held) = talk(512, Some("{{ messages[-1].content }}"), "//slash \\\nmore\n", None);
+    let (_, held) = talk(
+        512,
+        Some("{{ messages[-1].content }}"),
+        "//slash \\\nmore\n",
+        None,
+    );
     let tokenizer = session(16).tokenizer().unwrap();
-    assert!(tokenizer.decode(&held).starts_with("/slash \nmore"), "{}", tokenizer.decode(&held));
+    assert!(
+        tokenizer.decode(&held).starts_with("/slash \nmore"),
+        "{}",
+        tokenizer.decode(&held)
+    );
 }
 
 #[test]
 fn an_interruption_stops_the_answer_and_not_the_conversation() {
-    let (output, _) = talk(512, Some(PLAIN), "In the beginning\nAnd God said\n", Some(3));
+    let (output, _) = talk(
+        512,
+        Some(PLAIN),
+        "In the beginning\nAnd God said\n",
+        Some(3),
+    );
     assert_eq!(output.matches("(stopped)").count(), 2, "{output}");
     // A message of more than a batch is not processed to its end.
     let long = "word ".repeat(2400);
@@ -276,9 +383,18 @@ fn a_full_context_drops_the_oldest_turns() {
     let (output, held) = talk(64, Some(PLAIN), &input, None);
     assert!(output.contains("of the turns left it"), "{output}");
     assert!(held.len() <= 64);
-    let (output, _) = talk(64, Some(PLAIN), &format!("{}\nshort\n", "word ".repeat(200)), None);
+    let (output, _) = talk(
+        64,
+        Some(PLAIN),
+        &format!("{}\nshort\n", "word ".repeat(200)),
+        None,
+    );
     assert!(output.contains("send a shorter one"), "{output}");
-    assert_eq!(answers(&output).len(), 2, "the short message is answered: {output}");
+    assert_eq!(
+        answers(&output).len(),
+        2,
+        "the short message is answered: {output}"
+    );
 }
 
 #[test]

@@ -1,6 +1,8 @@
 //! `tier-plan bench`: prompt and decode speed, repeated.
 
-use crate::cmd::args::{ComputeArgs, JsonArgs, KvArgs, MemoryArgs, ModelArgs, StoreArgs, at_least_one};
+use crate::cmd::args::{
+    ComputeArgs, JsonArgs, KvArgs, MemoryArgs, ModelArgs, StoreArgs, at_least_one,
+};
 use crate::hint::HintExt;
 use crate::opening::Opening;
 use crate::session::Session;
@@ -25,7 +27,14 @@ pub struct BenchArgs {
     #[allow(missing_docs)]
     pub model: ModelArgs,
     /// Prompt tokens to process
-    #[arg(short = 'p', long, alias = "prompt", value_name = "N", default_value_t = 64, help_heading = "Generation")]
+    #[arg(
+        short = 'p',
+        long,
+        alias = "prompt",
+        value_name = "N",
+        default_value_t = 64,
+        help_heading = "Generation"
+    )]
     pub n_prompt: u32,
     /// Tokens to decode
     #[arg(
@@ -75,13 +84,25 @@ struct BenchOptions<'a> {
 impl<'a> BenchOptions<'a> {
     fn from_args(args: &'a BenchArgs) -> Result<Self> {
         at_least_one("--repeat", args.repeat)?;
-        ensure!(args.n_prompt > 0 || args.n_gen > 0, "--n-prompt and --n-gen: both 0, expected something to measure");
+        ensure!(
+            args.n_prompt > 0 || args.n_gen > 0,
+            "--n-prompt and --n-gen: both 0, expected something to measure"
+        );
         // Decoding needs at least one token before it.
         let context = args.n_prompt.max(1).checked_add(args.n_gen);
-        let context = context.context("--n-prompt and --n-gen: too many tokens to count, expected fewer")?;
-        let opening = crate::cmd::args::opening(&args.memory, &args.kv, &args.store, &args.compute)?;
-        let opening = Opening { context: opening.plan.is_none().then_some(context), ..opening };
-        Ok(Self { model: args.model.path()?, opening, context })
+        let context =
+            context.context("--n-prompt and --n-gen: too many tokens to count, expected fewer")?;
+        let opening =
+            crate::cmd::args::opening(&args.memory, &args.kv, &args.store, &args.compute)?;
+        let opening = Opening {
+            context: opening.plan.is_none().then_some(context),
+            ..opening
+        };
+        Ok(Self {
+            model: args.model.path()?,
+            opening,
+            context,
+        })
     }
 }
 
@@ -115,7 +136,9 @@ pub fn run(args: &BenchArgs) -> Result<()> {
             "--n-prompt and --n-gen: {} and {}, expected at most {planned} together, the context of the plan",
             args.n_prompt, args.n_gen
         );
-        return Err(anyhow!(full)).hint(format!("pass fewer, or solve again with --context {needed}"));
+        return Err(anyhow!(full)).hint(format!(
+            "pass fewer, or solve again with --context {needed}"
+        ));
     }
     let n_vocab = session.engine.spec().n_vocab as u64;
     // Timing works with any tokens. These spread over the vocabulary, so that routing does too.
@@ -144,28 +167,46 @@ fn repeat(session: &mut Session, prompt: &[u32], tokens: u32) -> Result<Sample> 
     };
     let prompt_s = started.elapsed().as_secs_f64();
     let prompt_missed_bytes = engine.counters().prompt_missed_bytes;
-    let prompt_stages_s = engine.counters().prompt_stages.map(|stage| stage.as_secs_f64());
+    let prompt_stages_s = engine
+        .counters()
+        .prompt_stages
+        .map(|stage| stage.as_secs_f64());
     engine.reset_counters();
     for _ in 0..tokens {
         next = greedy(engine.forward(&[next], LogitsMode::Last)?);
     }
     let counters = engine.counters();
     let misses: u64 = counters.layers.iter().map(|l| l.misses).sum();
-    let accesses: u64 = counters.layers.iter().map(|l| l.pinned_hits + l.slot_hits + l.misses).sum();
+    let accesses: u64 = counters
+        .layers
+        .iter()
+        .map(|l| l.pinned_hits + l.slot_hits + l.misses)
+        .sum();
     Ok(Sample {
         prompt_s,
         prompt_missed_bytes,
         prompt_stages_s,
         decode_s: counters.decode.as_secs_f64(),
         decode_bytes: counters.read_bytes.iter().sum(),
-        ahead: [counters.prefetch.useful, counters.prefetch.in_time, counters.prefetch.wasted],
-        missed_bytes: if misses > 0 { counters.read_bytes.last().copied().unwrap_or(0) } else { 0 },
+        ahead: [
+            counters.prefetch.useful,
+            counters.prefetch.in_time,
+            counters.prefetch.wasted,
+        ],
+        missed_bytes: if misses > 0 {
+            counters.read_bytes.last().copied().unwrap_or(0)
+        } else {
+            0
+        },
         hit_rate: (accesses > 0).then(|| 1.0 - misses as f64 / accesses as f64),
     })
 }
 
 fn greedy(logits: &[f32]) -> u32 {
-    let best = logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1).then(b.0.cmp(&a.0)));
+    let best = logits
+        .iter()
+        .enumerate()
+        .max_by(|a, b| a.1.total_cmp(b.1).then(b.0.cmp(&a.0)));
     best.map_or(0, |(i, _)| i as u32)
 }
 
@@ -178,21 +219,51 @@ fn dram_gbps(session: &Session) -> Option<f64> {
     let obvious = session.engine.plan().solver.status == "obvious";
     let pool = ThreadPool::new(session.engine.n_threads());
     let measured = obvious.then(|| dram_read_gbps(&pool, session.engine.kernels(), PROBE_BYTES))?;
-    measured.map_err(|error| eprintln!("warning: memory bandwidth not measured: {error}")).ok()
+    measured
+        .map_err(|error| eprintln!("warning: memory bandwidth not measured: {error}"))
+        .ok()
 }
 
 fn report(args: &BenchArgs, session: &Session, samples: &[Sample]) -> Result<()> {
     let rates = |seconds: fn(&Sample) -> f64, n: u32| -> Vec<f64> {
-        samples.iter().map(|s| if n > 0 { f64::from(n) / seconds(s) } else { 0.0 }).collect()
+        samples
+            .iter()
+            .map(|s| {
+                if n > 0 {
+                    f64::from(n) / seconds(s)
+                } else {
+                    0.0
+                }
+            })
+            .collect()
     };
     let prompt = rates(|s| s.prompt_s, args.n_prompt);
     let decode = rates(|s| s.decode_s, args.n_gen);
-    let gbps: Vec<f64> =
-        samples.iter().map(|s| if args.n_gen > 0 { s.decode_bytes as f64 / s.decode_s / 1e9 } else { 0.0 }).collect();
+    let gbps: Vec<f64> = samples
+        .iter()
+        .map(|s| {
+            if args.n_gen > 0 {
+                s.decode_bytes as f64 / s.decode_s / 1e9
+            } else {
+                0.0
+            }
+        })
+        .collect();
     let per_token = |s: &Sample| s.missed_bytes as f64 / f64::from(args.n_gen.max(1)) / 1e6;
-    let prompt_missed: Vec<f64> = samples.iter().map(|s| s.prompt_missed_bytes as f64 / 1e6).collect();
-    let prompt_gbps: Vec<f64> = samples.iter().map(|s| s.prompt_missed_bytes as f64 / s.prompt_s / 1e9).collect();
-    let stages = [0, 1].map(|stage| samples.iter().map(|s| s.prompt_stages_s[stage]).collect::<Vec<f64>>());
+    let prompt_missed: Vec<f64> = samples
+        .iter()
+        .map(|s| s.prompt_missed_bytes as f64 / 1e6)
+        .collect();
+    let prompt_gbps: Vec<f64> = samples
+        .iter()
+        .map(|s| s.prompt_missed_bytes as f64 / s.prompt_s / 1e9)
+        .collect();
+    let stages = [0, 1].map(|stage| {
+        samples
+            .iter()
+            .map(|s| s.prompt_stages_s[stage])
+            .collect::<Vec<f64>>()
+    });
     let missed: Vec<f64> = samples.iter().map(per_token).collect();
     let hit_rate: Vec<f64> = samples.iter().filter_map(|s| s.hit_rate).collect();
     let plan = session.engine.plan();
@@ -235,9 +306,18 @@ fn report(args: &BenchArgs, session: &Session, samples: &[Sample]) -> Result<()>
     );
     session.notes().iter().for_each(|note| println!("{note}"));
     println!("{:<14} {:>10} {:>10} {:>10}", "", "median", "min", "max");
-    for (name, values) in [("prompt tok/s", &prompt), ("decode tok/s", &decode), ("decode GB/s", &gbps)] {
-        let (min, max) = values.iter().fold((f64::MAX, 0f64), |(a, b), v| (a.min(*v), b.max(*v)));
-        println!("{name:<14} {:>10.2} {min:>10.2} {max:>10.2}", median(values));
+    for (name, values) in [
+        ("prompt tok/s", &prompt),
+        ("decode tok/s", &decode),
+        ("decode GB/s", &gbps),
+    ] {
+        let (min, max) = values
+            .iter()
+            .fold((f64::MAX, 0f64), |(a, b), v| (a.min(*v), b.max(*v)));
+        println!(
+            "{name:<14} {:>10.2} {min:>10.2} {max:>10.2}",
+            median(values)
+        );
     }
     if args.n_prompt > 1 {
         let [dense, experts] = [&stages[0], &stages[1]].map(|stage| 1e3 * median(stage));
@@ -245,7 +325,9 @@ fn report(args: &BenchArgs, session: &Session, samples: &[Sample]) -> Result<()>
     }
     if let Some(dram) = dram {
         let share = 100.0 * median(&gbps) / dram;
-        println!("main memory read alone, same threads: {dram:.1} GB/s; decode reads at {share:.0} % of that");
+        println!(
+            "main memory read alone, same threads: {dram:.1} GB/s; decode reads at {share:.0} % of that"
+        );
     }
     if prompt_missed.iter().chain(&missed).any(|mb| *mb > 0.0) {
         println!(
@@ -264,7 +346,9 @@ fn report(args: &BenchArgs, session: &Session, samples: &[Sample]) -> Result<()>
 
 /// Prints how many prefetched experts were used.
 fn print_prefetches(samples: &[Sample]) {
-    let ahead = samples.iter().fold([0; 3], |a, s| [a[0] + s.ahead[0], a[1] + s.ahead[1], a[2] + s.ahead[2]]);
+    let ahead = samples.iter().fold([0; 3], |a, s| {
+        [a[0] + s.ahead[0], a[1] + s.ahead[1], a[2] + s.ahead[2]]
+    });
     if ahead[0] + ahead[2] > 0 {
         let [right, in_time, wrong] = ahead;
         println!(

@@ -48,7 +48,12 @@ pub fn run(args: &CalibrateArgs) -> Result<()> {
         Some(output) => output.clone(),
         None => {
             if !args.machine.is_file() {
-                let bundled = || bail!("'{}' comes with the program and is not overwritten", machine.name);
+                let bundled = || {
+                    bail!(
+                        "'{}' comes with the program and is not overwritten",
+                        machine.name
+                    )
+                };
                 return bundled().hint("pass --output FILE");
             }
             args.machine.clone()
@@ -59,9 +64,14 @@ pub fn run(args: &CalibrateArgs) -> Result<()> {
     let records = args.records.iter().map(read).collect::<Result<Vec<_>>>()?;
     let fit = Fit::new(&machine, &records)?;
     let fitted = fit.machine(&machine, &show_utc(SystemTime::now()));
-    fitted.write(&output).context("the runs fit the machine so badly that its tiers would change places")?;
+    fitted
+        .write(&output)
+        .context("the runs fit the machine so badly that its tiers would change places")?;
     if args.format.json {
-        println!("{}", serde_json::to_string_pretty(&as_json(&fit, &records, &machine, &fitted, &output))?);
+        println!(
+            "{}",
+            serde_json::to_string_pretty(&as_json(&fit, &records, &machine, &fitted, &output))?
+        );
     } else {
         print_text(&fit, &records, &machine, &fitted);
         println!("wrote {}", output.display());
@@ -75,13 +85,21 @@ fn difference(seconds: f64, row: &Row) -> f64 {
 }
 
 fn print_text(fit: &Fit, records: &[(String, RunRecord)], machine: &Machine, fitted: &Machine) {
-    println!("tokens per second while decoding; in brackets how far the measured speed is from the predicted one");
+    println!(
+        "tokens per second while decoding; in brackets how far the measured speed is from the predicted one"
+    );
     println!(
         "{:>9} {:>18} {:>22} {:>18}  record",
         "measured", "predicted", "with the bytes read*", "fitted, predicted"
     );
     for ((name, _), row) in records.iter().zip(&fit.rows) {
-        let cell = |seconds: f64| format!("{:.2} ({:+.1} %)", 1.0 / seconds, difference(seconds, row) * 100.0);
+        let cell = |seconds: f64| {
+            format!(
+                "{:.2} ({:+.1} %)",
+                1.0 / seconds,
+                difference(seconds, row) * 100.0
+            )
+        };
         println!(
             "{:>9.2} {:>18} {:>22} {:>18}  {name}",
             1.0 / row.measured_s,
@@ -91,7 +109,8 @@ fn print_text(fit: &Fit, records: &[(String, RunRecord)], machine: &Machine, fit
         );
     }
     println!("* predicted, but for the bytes that the run's own text made it read");
-    let percent = |error: Option<f64>| error.map_or("-".to_string(), |e| format!("{:.1} %", e * 100.0));
+    let percent =
+        |error: Option<f64>| error.map_or("-".to_string(), |e| format!("{:.1} %", e * 100.0));
     println!(
         "mean error: {} before, {} after; {} where each run is predicted from the others",
         percent(fit.error(|row| Some(row.before_s))),
@@ -100,11 +119,21 @@ fn print_text(fit: &Fit, records: &[(String, RunRecord)], machine: &Machine, fit
     );
     println!(
         "fixed: {} µs per layer (was {}), {} µs per token (was {})",
-        fitted.layer_overhead_us, machine.layer_overhead_us, fitted.token_overhead_us, machine.token_overhead_us
+        fitted.layer_overhead_us,
+        machine.layer_overhead_us,
+        fitted.token_overhead_us,
+        machine.token_overhead_us
     );
     for (before, after) in machine.tiers.iter().zip(&fitted.tiers) {
-        let change = if before.read_gbps == after.read_gbps { "as it was" } else { "fitted" };
-        println!("{}: {} GB/s, {change} (was {})", after.name, after.read_gbps, before.read_gbps);
+        let change = if before.read_gbps == after.read_gbps {
+            "as it was"
+        } else {
+            "fitted"
+        };
+        println!(
+            "{}: {} GB/s, {change} (was {})",
+            after.name, after.read_gbps, before.read_gbps
+        );
     }
     for note in notes(fit, records) {
         println!("note: {note}");
@@ -124,8 +153,10 @@ fn notes(fit: &Fit, records: &[(String, RunRecord)]) -> Vec<String> {
             records.len()
         ));
     }
-    let models: std::collections::BTreeSet<&str> =
-        records.iter().filter_map(|(_, r)| r.model.as_ref().map(|m| m.hash.as_str())).collect();
+    let models: std::collections::BTreeSet<&str> = records
+        .iter()
+        .filter_map(|(_, r)| r.model.as_ref().map(|m| m.hash.as_str()))
+        .collect();
     if models.len() < 2 {
         notes.push(
             "all runs are of one model, so the fixed times of layers and tokens are known together only".to_string(),

@@ -21,7 +21,10 @@ pub fn is_wanted(args: &RunArgs) -> bool {
 /// # Errors
 /// When an option is invalid, the model cannot be loaded, or its chat template fails.
 pub(super) fn run(args: &RunArgs, run: &RunOptions<'_>) -> Result<()> {
-    ensure!(run.limit != Some(TokenLimit::Count(0)), "--n-predict: 0, expected 1 or more in a chat");
+    ensure!(
+        run.limit != Some(TokenLimit::Count(0)),
+        "--n-predict: 0, expected 1 or more in a chat"
+    );
     let mut session = Session::open(run.model, run.opening)?;
     if session.engine.context() < 2 {
         let short = || bail!("--context: one token, expected 2 or more in a chat");
@@ -33,12 +36,18 @@ pub(super) fn run(args: &RunArgs, run: &RunOptions<'_>) -> Result<()> {
             let text = std::fs::read_to_string(path);
             Some(text.with_context(|| format!("reading the chat template {}", path.display()))?)
         }
-        None => session.gguf.opt_str("tokenizer.chat_template")?.map(str::to_string),
+        None => session
+            .gguf
+            .opt_str("tokenizer.chat_template")?
+            .map(str::to_string),
     };
-    let piece = |id: Option<u32>| id.map(|id| String::from_utf8_lossy(tokenizer.piece(id)).into_owned());
+    let piece =
+        |id: Option<u32>| id.map(|id| String::from_utf8_lossy(tokenizer.piece(id)).into_owned());
     let bos = piece(tokenizer.bos()).unwrap_or_default();
     let eos = piece(tokenizer.eos()).unwrap_or_default();
-    let template = source.map(|source| Template::new(&source, &bos, &eos)).transpose()?;
+    let template = source
+        .map(|source| Template::new(&source, &bos, &eos))
+        .transpose()?;
     let plan = session.residency();
     plan.iter().for_each(|line| eprintln!("{line}"));
     if template.is_none() && args.system.is_some() {
@@ -56,15 +65,23 @@ pub(super) fn run(args: &RunArgs, run: &RunOptions<'_>) -> Result<()> {
         ignore_eos: args.ignore_eos,
         prompt: if watched { "> " } else { "" },
         plan,
-        signals: Signals { interrupted: &crate::interrupt::interrupted, waiting: &crate::interrupt::waiting },
+        signals: Signals {
+            interrupted: &crate::interrupt::interrupted,
+            waiting: &crate::interrupt::waiting,
+        },
     };
     let _catching = crate::interrupt::catch_interrupts();
     let mut output = std::io::stdout().lock();
-    let ended = Chat::new(&mut session.engine, &tokenizer, options).talk(&mut std::io::stdin().lock(), &mut output);
+    let ended = Chat::new(&mut session.engine, &tokenizer, options)
+        .talk(&mut std::io::stdin().lock(), &mut output);
     session.keep()?;
     match ended.and_then(|()| Ok(output.flush()?)) {
         // A reader that has gone, as in `| head`, is not a failure.
-        Err(error) if error.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == ErrorKind::BrokenPipe) => {
+        Err(error)
+            if error
+                .downcast_ref::<std::io::Error>()
+                .is_some_and(|e| e.kind() == ErrorKind::BrokenPipe) =>
+        {
             Ok(())
         }
         ended => ended,

@@ -37,7 +37,10 @@ pub fn run(args: &ChecksumArgs) -> Result<()> {
     let model = args.model.path()?;
     let gguf = Gguf::open(model)?;
     let spec = describe(&gguf).map_err(|e| naming(model, e))?;
-    let output = args.output.clone().unwrap_or_else(|| verify::default_path(&gguf));
+    let output = args
+        .output
+        .clone()
+        .unwrap_or_else(|| verify::default_path(&gguf));
     let sums = verify::make(&gguf, &spec, &output)?;
     let slices: usize = sums.tensors.iter().map(|t| t.slices.len()).sum();
     let bytes: u64 = gguf.tensors().iter().map(|t| t.n_bytes).sum();
@@ -52,7 +55,11 @@ pub fn run(args: &ChecksumArgs) -> Result<()> {
         println!("{}", serde_json::to_string_pretty(&value)?);
     } else {
         let tensors = sums.tensors.len();
-        println!("{}: {slices} slices of {tensors} tensors, {} of weights", output.display(), show_bytes(bytes));
+        println!(
+            "{}: {slices} slices of {tensors} tensors, {} of weights",
+            output.display(),
+            show_bytes(bytes)
+        );
     }
     Ok(())
 }

@@ -44,7 +44,14 @@ pub struct CompareArgs {
     #[arg(short, long, value_name = "FOLDER", help_heading = "Output")]
     pub output: Option<PathBuf>,
     /// Tokens to generate per plan and prompt
-    #[arg(short, long, visible_alias = "predict", alias = "tokens", value_name = "N", default_value_t = 64)]
+    #[arg(
+        short,
+        long,
+        visible_alias = "predict",
+        alias = "tokens",
+        value_name = "N",
+        default_value_t = 64
+    )]
     pub n_predict: u32,
     #[command(flatten)]
     #[allow(missing_docs)]
@@ -55,7 +62,12 @@ pub struct CompareArgs {
 }
 
 /// Default settings of a trial, equal to the defaults of `tier-plan profile`.
-pub const SETTINGS: Settings = Settings { prompt_tokens: 192, decode_tokens: 64, temperature: 0.8, seed: 1 };
+pub const SETTINGS: Settings = Settings {
+    prompt_tokens: 192,
+    decode_tokens: 64,
+    temperature: 0.8,
+    seed: 1,
+};
 
 /// Runs the command.
 ///
@@ -71,7 +83,10 @@ pub fn run(args: &CompareArgs) -> Result<()> {
         match path.extension().and_then(|e| e.to_str()) {
             Some("toml") => plans.push(placement::read(path)?),
             Some("json") => records.push(record::read(path)?),
-            _ => bail!("{}: expected a plan (.toml) or a run record (.json)", path.display()),
+            _ => bail!(
+                "{}: expected a plan (.toml) or a run record (.json)",
+                path.display()
+            ),
         }
     }
     name_apart(&mut plans, &args.inputs);
@@ -81,10 +96,16 @@ pub fn run(args: &CompareArgs) -> Result<()> {
     }
     let mut report = report::from_records(records);
     if !plans.is_empty() {
-        let model = args.model.as_deref().context("no model given, expected --model FILE to run plans with")?;
+        let model = args
+            .model
+            .as_deref()
+            .context("no model given, expected --model FILE to run plans with")?;
         let entries = try_plans(args, model, &plans, profile.as_ref())?;
         if let Some(name) = first_difference(&entries) {
-            bail!("plan '{name}' generated another text than '{}'; placement must not change tokens", entries[0].name);
+            bail!(
+                "plan '{name}' generated another text than '{}'; placement must not change tokens",
+                entries[0].name
+            );
         }
         let texts = entries.iter().map(|e| e.records.len()).max().unwrap_or(0);
         report.notes.push(format!(
@@ -103,7 +124,11 @@ fn try_plans(
     profile: Option<&Profile>,
 ) -> Result<Vec<PlanEntry>> {
     let gguf = Arc::new(Gguf::open(model)?);
-    for (plan, path) in plans.iter().zip(args.inputs.iter().filter(|p| p.extension().is_some_and(|e| e == "toml"))) {
+    for (plan, path) in plans.iter().zip(
+        args.inputs
+            .iter()
+            .filter(|p| p.extension().is_some_and(|e| e == "toml")),
+    ) {
         plan.check_model(&gguf.id(), path)?;
     }
     if let (Some(profile), Some(path)) = (profile, &args.profile) {
@@ -115,22 +140,42 @@ fn try_plans(
     };
     let mut prompts = prompts::read(&folder)?;
     prompts.retain(|p| p.split == Split::HeldOut);
-    ensure!(!prompts.is_empty(), "{} has no held-out prompts (files named heldout*.txt)", folder.display());
+    ensure!(
+        !prompts.is_empty(),
+        "{} has no held-out prompts (files named heldout*.txt)",
+        folder.display()
+    );
     let shortest = plans.iter().map(|p| p.context).min().unwrap_or(0);
     let n_predict = at_least_one("--n-predict", args.n_predict)?;
     if shortest <= n_predict {
-        let full = format!("--n-predict: {n_predict}, expected fewer than {shortest}, the context of a plan");
+        let full = format!(
+            "--n-predict: {n_predict}, expected fewer than {shortest}, the context of a plan"
+        );
         return Err(anyhow!(full)).hint("pass fewer, or solve again with a larger --context");
     }
     let prompt_tokens = SETTINGS.prompt_tokens.min(shortest - args.n_predict);
     let tokenizer = tokenizer(&gguf)?;
-    let settings = Settings { decode_tokens: args.n_predict, prompt_tokens, ..SETTINGS };
-    let trial = Trial { gguf, tokenizer: &tokenizer, prompts, settings, threads: args.threads.checked()? };
+    let settings = Settings {
+        decode_tokens: args.n_predict,
+        prompt_tokens,
+        ..SETTINGS
+    };
+    let trial = Trial {
+        gguf,
+        tokenizer: &tokenizer,
+        prompts,
+        settings,
+        threads: args.threads.checked()?,
+    };
     plans
         .iter()
         .map(|plan| {
             if !args.format.json {
-                eprintln!("running {} held-out prompts under plan '{}'", trial.prompts.len(), plan.name);
+                eprintln!(
+                    "running {} held-out prompts under plan '{}'",
+                    trial.prompts.len(),
+                    plan.name
+                );
             }
             trial.run(plan)
         })
@@ -140,7 +185,9 @@ fn try_plans(
 /// Renames plans that share a name to their file names, so that charts can tell them apart.
 fn name_apart(plans: &mut [Placement], inputs: &[PathBuf]) {
     let names: Vec<String> = plans.iter().map(|p| p.name.clone()).collect();
-    let paths = inputs.iter().filter(|p| p.extension().is_some_and(|e| e == "toml"));
+    let paths = inputs
+        .iter()
+        .filter(|p| p.extension().is_some_and(|e| e == "toml"));
     for (plan, path) in plans.iter_mut().zip(paths) {
         if names.iter().filter(|n| **n == plan.name).count() > 1
             && let Some(stem) = path.file_stem()
@@ -154,27 +201,41 @@ fn name_apart(plans: &mut [Placement], inputs: &[PathBuf]) {
 ///
 /// # Errors
 /// When the folder cannot be written.
-pub fn finish(mut report: Report, profile: Option<Profile>, output: Option<&Path>, as_json: bool) -> Result<()> {
+pub fn finish(
+    mut report: Report,
+    profile: Option<Profile>,
+    output: Option<&Path>,
+    as_json: bool,
+) -> Result<()> {
     let now = show_utc(SystemTime::now());
     let folder = match output {
         Some(folder) => folder.to_path_buf(),
-        None => PathBuf::from("reports").join(now.replace(':', "").replace('T', "-").trim_end_matches('Z')),
+        None => PathBuf::from("reports")
+            .join(now.replace(':', "").replace('T', "-").trim_end_matches('Z')),
     };
     report.generated = now;
     if report.host.is_empty() {
         report.host = host::describe();
     }
     if let Some(profile) = &profile {
-        let best =
-            report.plans.iter().filter_map(|p| p.placement.as_ref()).find(|p| p.layers.iter().any(|l| l.slots > 0));
+        let best = report
+            .plans
+            .iter()
+            .filter_map(|p| p.placement.as_ref())
+            .find(|p| p.layers.iter().any(|l| l.slots > 0));
         report.curves = curves(profile, &best.into_iter().collect::<Vec<_>>());
     }
     report.profile = profile;
-    let beside = folder.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let beside = folder
+        .parent()
+        .filter(|parent| !parent.as_os_str().is_empty())
+        .unwrap_or(Path::new("."));
     let (history, unread) = report::history::read(beside);
     report.history = history;
     if unread > 0 {
-        report.notes.push(format!("{unread} run records of earlier reports could not be read and are left out."));
+        report.notes.push(format!(
+            "{unread} run records of earlier reports could not be read and are left out."
+        ));
     }
     report.add_own_runs();
     let page = report::write(&folder, &report)?;
@@ -203,14 +264,22 @@ fn measured_tok_s(entry: &PlanEntry) -> Option<f64> {
 }
 
 fn predicted_tok_s(entry: &PlanEntry) -> Option<f64> {
-    let predicted = entry.records.iter().find_map(|r| r.predicted.as_ref()).map(|p| p.decode_tok_s);
-    predicted.or_else(|| entry.placement.as_ref().map(|p| p.predicted.decode_tok_s)).filter(|t| *t > 0.0)
+    let predicted = entry
+        .records
+        .iter()
+        .find_map(|r| r.predicted.as_ref())
+        .map(|p| p.decode_tok_s);
+    predicted
+        .or_else(|| entry.placement.as_ref().map(|p| p.predicted.decode_tok_s))
+        .filter(|t| *t > 0.0)
 }
 
 fn hit_rate(entry: &PlanEntry) -> Option<f64> {
     let layers = || entry.records.iter().flat_map(|r| &r.layers);
     let misses: u64 = layers().map(|l| l.misses).sum();
-    let all: u64 = layers().map(|l| l.pinned_hits + l.slot_hits + l.misses).sum();
+    let all: u64 = layers()
+        .map(|l| l.pinned_hits + l.slot_hits + l.misses)
+        .sum();
     (all > 0).then(|| 1.0 - misses as f64 / all as f64)
 }
 
@@ -218,12 +287,21 @@ fn hit_rate(entry: &PlanEntry) -> Option<f64> {
 fn table(plans: &[PlanEntry]) {
     let emulated = plans.iter().any(|p| p.records.iter().any(|r| r.emulated));
     let mut sorted: Vec<&PlanEntry> = plans.iter().collect();
-    sorted.sort_by(|a, b| measured_tok_s(b).unwrap_or(0.0).total_cmp(&measured_tok_s(a).unwrap_or(0.0)));
-    println!("{:<20} {:>16} {:>16} {:>8} {:>10}", "plan", "measured tok/s", "predicted tok/s", "differs", "hit rate");
+    sorted.sort_by(|a, b| {
+        measured_tok_s(b)
+            .unwrap_or(0.0)
+            .total_cmp(&measured_tok_s(a).unwrap_or(0.0))
+    });
+    println!(
+        "{:<20} {:>16} {:>16} {:>8} {:>10}",
+        "plan", "measured tok/s", "predicted tok/s", "differs", "hit rate"
+    );
     let show = |value: Option<f64>| value.map_or("-".to_string(), |v| format!("{v:.1}"));
     for entry in sorted {
         let (measured, predicted) = (measured_tok_s(entry), predicted_tok_s(entry));
-        let differs = measured.zip(predicted).map(|(m, p)| format!("{:+.1}%", (m / p - 1.0) * 100.0));
+        let differs = measured
+            .zip(predicted)
+            .map(|(m, p)| format!("{:+.1}%", (m / p - 1.0) * 100.0));
         println!(
             "{:<20} {:>16} {:>16} {:>8} {:>10}",
             entry.name,

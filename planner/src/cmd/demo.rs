@@ -33,7 +33,14 @@ pub struct DemoArgs {
     #[allow(missing_docs)]
     pub threads: ThreadArgs,
     /// Tokens to generate per plan and prompt
-    #[arg(short, long, visible_alias = "predict", alias = "tokens", value_name = "N", default_value_t = 64)]
+    #[arg(
+        short,
+        long,
+        visible_alias = "predict",
+        alias = "tokens",
+        value_name = "N",
+        default_value_t = 64
+    )]
     pub n_predict: u32,
 }
 
@@ -58,16 +65,26 @@ pub fn run(args: &DemoArgs) -> Result<()> {
     let machine = bundled::path("machines/demo-emulated.toml")?;
     let folder = free_folder(args.output.as_deref())?;
     let plans = folder.join("plans");
-    std::fs::create_dir_all(&plans).with_context(|| format!("making the folder {}", plans.display()))?;
+    std::fs::create_dir_all(&plans)
+        .with_context(|| format!("making the folder {}", plans.display()))?;
     let shown = |path: &Path| shorter(path).display().to_string();
     let (model_s, machine_s, folder_s) = (shown(&model), shown(&machine), shown(&folder));
-    let (profile_s, plans_s) = (format!("{folder_s}/demo.profile"), format!("{folder_s}/plans"));
+    let (profile_s, plans_s) = (
+        format!("{folder_s}/demo.profile"),
+        format!("{folder_s}/plans"),
+    );
     let optimal_s = format!("{plans_s}/optimal.toml");
 
-    say(1, "What the model holds: most of its bytes are experts, and a token reads few of them.");
+    say(
+        1,
+        "What the model holds: most of its bytes are experts, and a token reads few of them.",
+    );
     command(&["inspect", &model_s], &[])?;
 
-    say(2, "Which experts it really uses: run calibration prompts of four domains and record every token's choice.");
+    say(
+        2,
+        "Which experts it really uses: run calibration prompts of four domains and record every token's choice.",
+    );
     command(&["profile", &model_s, "-o", &profile_s], &threads)?;
 
     say(
@@ -75,22 +92,45 @@ pub fn run(args: &DemoArgs) -> Result<()> {
         "Where everything should live: an integer program over three tiers too small for the model, and four \
          baselines given the same bytes.",
     );
-    let solve = ["solve", &model_s, "-P", &profile_s, "-M", &machine_s, "-c", "512", "-o", &optimal_s];
+    let solve = [
+        "solve", &model_s, "-P", &profile_s, "-M", &machine_s, "-c", "512", "-o", &optimal_s,
+    ];
     command(&[&solve[..], &["--baselines", &plans_s]].concat(), &[])?;
 
-    say(4, "Text from the plan: pinned experts stay, the others pass through slots, the rest is read from the file.");
-    let run = ["run", &model_s, "--plan", &optimal_s, "-p", PROMPT, "-n", "48", "--temp", "0.8", "--seed", "3"];
+    say(
+        4,
+        "Text from the plan: pinned experts stay, the others pass through slots, the rest is read from the file.",
+    );
+    let run = [
+        "run", &model_s, "--plan", &optimal_s, "-p", PROMPT, "-n", "48", "--temp", "0.8", "--seed",
+        "3",
+    ];
     command(&[&run[..], &["--stats"]].concat(), &threads)?;
-    ensure!(!interrupted(), "interrupted; what was written so far is in {folder_s}");
+    ensure!(
+        !interrupted(),
+        "interrupted; what was written so far is in {folder_s}"
+    );
 
     let inputs = plan_files(&plans, &plans.join("optimal.toml"))?;
-    say(5, "All plans side by side, on prompts that no plan was made from.");
+    say(
+        5,
+        "All plans side by side, on prompts that no plan was made from.",
+    );
     same_text(&model, &inputs, args.threads.threads)?;
     let inputs: Vec<String> = inputs.iter().map(|plan| shown(plan)).collect();
     let compare = [
         &["compare"][..],
         &inputs.iter().map(String::as_str).collect::<Vec<_>>(),
-        &["-m", &model_s, "-P", &profile_s, "-n", &n_predict, "-o", &format!("{folder_s}/report")],
+        &[
+            "-m",
+            &model_s,
+            "-P",
+            &profile_s,
+            "-n",
+            &n_predict,
+            "-o",
+            &format!("{folder_s}/report"),
+        ],
     ];
     command(&compare.concat(), &threads)?;
     println!();
@@ -110,33 +150,55 @@ fn say(step: u32, what: &str) {
 
 /// Prints a command line, and runs it without regard to environment variables.
 fn command(line: &[&str], more: &[String]) -> Result<()> {
-    let line: Vec<&str> = line.iter().copied().chain(more.iter().map(String::as_str)).collect();
+    let line: Vec<&str> = line
+        .iter()
+        .copied()
+        .chain(more.iter().map(String::as_str))
+        .collect();
     let quoted: Vec<String> = line.iter().map(|arg| llama_cpp::quoted(arg)).collect();
     println!("$ tier-plan {}\n", quoted.join(" "));
-    dispatch(parse_alone(std::iter::once("tier-plan").chain(line).map(Into::into))?)
+    dispatch(parse_alone(
+        std::iter::once("tier-plan").chain(line).map(Into::into),
+    )?)
 }
 
 /// Returns the path relative to the current folder if it is inside.
 fn shorter(path: &Path) -> &Path {
-    std::env::current_dir().ok().and_then(|here| path.strip_prefix(here).ok()).unwrap_or(path)
+    std::env::current_dir()
+        .ok()
+        .and_then(|here| path.strip_prefix(here).ok())
+        .unwrap_or(path)
 }
 
 /// Returns the folder asked for, which must not exist, or a new dated one.
 fn free_folder(asked: Option<&Path>) -> Result<PathBuf> {
     if let Some(folder) = asked {
-        ensure!(!folder.exists(), "--output: {} exists, expected a new folder", folder.display());
+        ensure!(
+            !folder.exists(),
+            "--output: {} exists, expected a new folder",
+            folder.display()
+        );
         return Ok(folder.to_path_buf());
     }
-    let now = show_utc(SystemTime::now()).replace(':', "").replace('T', "-");
+    let now = show_utc(SystemTime::now())
+        .replace(':', "")
+        .replace('T', "-");
     let base = format!("reports/{}-demo", now.trim_end_matches('Z'));
     let names = std::iter::once(base.clone()).chain((2..1000).map(|n| format!("{base}-{n}")));
-    names.map(PathBuf::from).find(|p| !p.exists()).with_context(|| format!("no free name like {base}"))
+    names
+        .map(PathBuf::from)
+        .find(|p| !p.exists())
+        .with_context(|| format!("no free name like {base}"))
 }
 
 /// Returns the plans written by `solve`, the optimal one first.
 fn plan_files(folder: &Path, optimal: &Path) -> Result<Vec<PathBuf>> {
-    let entries = std::fs::read_dir(folder).with_context(|| format!("listing {}", folder.display()))?;
-    let mut files: Vec<PathBuf> = entries.filter_map(|e| e.ok().map(|e| e.path())).filter(|p| p != optimal).collect();
+    let entries =
+        std::fs::read_dir(folder).with_context(|| format!("listing {}", folder.display()))?;
+    let mut files: Vec<PathBuf> = entries
+        .filter_map(|e| e.ok().map(|e| e.path()))
+        .filter(|p| p != optimal)
+        .collect();
     files.sort();
     files.insert(0, optimal.to_path_buf());
     Ok(files)
@@ -149,8 +211,17 @@ fn same_text(model: &Path, plans: &[PathBuf], threads: Option<usize>) -> Result<
     let tokenizer = tokenizer(&gguf)?;
     let mut prompts = prompts::read(&bundled::path("prompts")?)?;
     prompts.retain(|p| p.split == Split::HeldOut);
-    let settings = Settings { decode_tokens: GREEDY as u32, ..compare::SETTINGS };
-    let trial = Trial { gguf, tokenizer: &tokenizer, prompts, settings, threads };
+    let settings = Settings {
+        decode_tokens: GREEDY as u32,
+        ..compare::SETTINGS
+    };
+    let trial = Trial {
+        gguf,
+        tokenizer: &tokenizer,
+        prompts,
+        settings,
+        threads,
+    };
     let mut expected = None;
     for path in plans {
         let plan = placement::read(path)?;
@@ -158,11 +229,17 @@ fn same_text(model: &Path, plans: &[PathBuf], threads: Option<usize>) -> Result<
         match &expected {
             None => expected = Some(tokens),
             Some(first) if *first != tokens => {
-                bail!("plan '{}' generates another text than the others; placement must not change tokens", plan.name)
+                bail!(
+                    "plan '{}' generates another text than the others; placement must not change tokens",
+                    plan.name
+                )
             }
             Some(_) => {}
         }
     }
-    println!("greedy text of {GREEDY} tokens: the same, token for token, under all {} plans", plans.len());
+    println!(
+        "greedy text of {GREEDY} tokens: the same, token for token, under all {} plans",
+        plans.len()
+    );
     Ok(())
 }

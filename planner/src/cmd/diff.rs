@@ -37,7 +37,10 @@ pub fn run(args: &DiffArgs) -> Result<()> {
     let (a, b) = (placement::read(&args.a)?, placement::read(&args.b)?);
     let found = diff(&a, &b)?;
     if args.format.json {
-        println!("{}", serde_json::to_string_pretty(&as_json(&a, &b, &found))?);
+        println!(
+            "{}",
+            serde_json::to_string_pretty(&as_json(&a, &b, &found))?
+        );
     } else {
         print_text(args, &a, &b, &found);
     }
@@ -56,8 +59,20 @@ fn words(kind: DenseKind) -> &'static str {
 }
 
 fn print_text(args: &DiffArgs, a: &Placement, b: &Placement, found: &Diff) {
-    println!("{} ({}) → {} ({})", args.a.display(), a.name, args.b.display(), b.name);
-    let emulated = |plan: &Placement| if plan.predicted.emulated { ", emulated" } else { "" };
+    println!(
+        "{} ({}) → {} ({})",
+        args.a.display(),
+        a.name,
+        args.b.display(),
+        b.name
+    );
+    let emulated = |plan: &Placement| {
+        if plan.predicted.emulated {
+            ", emulated"
+        } else {
+            ""
+        }
+    };
     let (before, after) = (a.predicted.decode_tok_s, b.predicted.decode_tok_s);
     if before > 0.0 && after > 0.0 {
         println!(
@@ -69,7 +84,12 @@ fn print_text(args: &DiffArgs, a: &Placement, b: &Placement, found: &Diff) {
             b.predicted.hit_rate * 100.0
         );
     }
-    for SettingChange { name, before, after } in &found.settings {
+    for SettingChange {
+        name,
+        before,
+        after,
+    } in &found.settings
+    {
         println!("{name}: {before} → {after}");
     }
     if found.is_empty() {
@@ -77,10 +97,16 @@ fn print_text(args: &DiffArgs, a: &Placement, b: &Placement, found: &Diff) {
         return;
     }
     println!();
-    println!("{:<10} {:>28} {:>28} {:>28} {:>28}", "tier", "used", "dense", "pinned", "slots");
+    println!(
+        "{:<10} {:>28} {:>28} {:>28} {:>28}",
+        "tier", "used", "dense", "pinned", "slots"
+    );
     for tier in &found.tiers {
         let pair = |line: fn(&Bytes) -> u64| {
-            let show = |b: &Option<Bytes>| b.as_ref().map_or("none".to_string(), |b| show_bytes(line(b)));
+            let show = |b: &Option<Bytes>| {
+                b.as_ref()
+                    .map_or("none".to_string(), |b| show_bytes(line(b)))
+            };
             let (before, after) = (show(&tier.before), show(&tier.after));
             if tier.before.as_ref().map(line) == tier.after.as_ref().map(line) {
                 before
@@ -101,13 +127,25 @@ fn print_text(args: &DiffArgs, a: &Placement, b: &Placement, found: &Diff) {
         println!();
     }
     for group in &found.dense {
-        let layers =
-            if group.layers.is_empty() { String::new() } else { format!(" of layers {}", ranges::show(&group.layers)) };
-        println!("{}{layers}: {} → {}", words(group.kind), group.from, group.to);
+        let layers = if group.layers.is_empty() {
+            String::new()
+        } else {
+            format!(" of layers {}", ranges::show(&group.layers))
+        };
+        println!(
+            "{}{layers}: {} → {}",
+            words(group.kind),
+            group.from,
+            group.to
+        );
     }
     if !found.layers.is_empty() {
         println!();
-        println!("{} experts moved, in {} layers", found.experts_moved(), found.layers.len());
+        println!(
+            "{} experts moved, in {} layers",
+            found.experts_moved(),
+            found.layers.len()
+        );
     }
     for layer in &found.layers {
         println!("  layer {}: {}", layer.layer, sentence(layer));
@@ -117,13 +155,29 @@ fn print_text(args: &DiffArgs, a: &Placement, b: &Placement, found: &Diff) {
 fn sentence(layer: &LayerChange) -> String {
     let moved = layer.moved.iter();
     let mut parts: Vec<String> = moved
-        .map(|((from, to), experts)| format!("{} {from} → {to} ({})", experts.len(), ranges::show(experts)))
+        .map(|((from, to), experts)| {
+            format!(
+                "{} {from} → {to} ({})",
+                experts.len(),
+                ranges::show(experts)
+            )
+        })
         .collect();
     if layer.slots_changed() {
         let [(before, on), (after, now)] = &layer.slots;
-        let place = |n: u32, tier: &str| if n > 0 { format!("{n} on {tier}") } else { "0".to_string() };
+        let place = |n: u32, tier: &str| {
+            if n > 0 {
+                format!("{n} on {tier}")
+            } else {
+                "0".to_string()
+            }
+        };
         if (before, on) != (after, now) {
-            parts.push(format!("slots {} → {}", place(*before, on), place(*after, now)));
+            parts.push(format!(
+                "slots {} → {}",
+                place(*before, on),
+                place(*after, now)
+            ));
         }
     }
     if layer.policy_changed() {

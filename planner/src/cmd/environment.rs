@@ -29,7 +29,11 @@ const PER_COMMAND: &[(&str, &str)] = &[
 pub(super) fn variable(command: &str, option: &str) -> String {
     let matches = |(c, o): &&(&str, &str)| ["*", command].contains(c) && ["*", option].contains(o);
     let own = option != "json" && PER_COMMAND.iter().any(|pair| matches(&pair));
-    let name = if own { format!("{command}-{option}") } else { option.to_string() };
+    let name = if own {
+        format!("{command}-{option}")
+    } else {
+        option.to_string()
+    };
     format!("TIER_PLAN_{}", name.replace('-', "_").to_uppercase())
 }
 
@@ -50,7 +54,11 @@ pub(super) fn long_names(line: impl IntoIterator<Item = OsString>) -> Vec<OsStri
 /// Gives every option its environment variable, except where `line` already has an option that
 /// conflicts.
 pub(super) fn with_variables(command: Command, line: &[OsString]) -> Command {
-    let given = command.clone().ignore_errors(true).try_get_matches_from(line).ok();
+    let given = command
+        .clone()
+        .ignore_errors(true)
+        .try_get_matches_from(line)
+        .ok();
     let given = given.as_ref().and_then(clap::ArgMatches::subcommand);
     command.mut_subcommands(|sub| {
         let explicit: HashSet<String> = match given {
@@ -63,7 +71,13 @@ pub(super) fn with_variables(command: Command, line: &[OsString]) -> Command {
         };
         let excluded = conflicting(&sub, &explicit);
         let name = sub.get_name().to_string();
-        sub.mut_args(|arg| if excluded.contains(arg.get_id().as_str()) { arg } else { with_variable(&name, arg) })
+        sub.mut_args(|arg| {
+            if excluded.contains(arg.get_id().as_str()) {
+                arg
+            } else {
+                with_variable(&name, arg)
+            }
+        })
     })
 }
 
@@ -85,23 +99,35 @@ fn conflicting(command: &Command, explicit: &HashSet<String>) -> HashSet<String>
 }
 
 fn with_variable(command: &str, arg: Arg) -> Arg {
-    let Some(option) = arg.get_long().map(str::to_string) else { return arg };
+    let Some(option) = arg.get_long().map(str::to_string) else {
+        return arg;
+    };
     let is_flag = match arg.get_action() {
         ArgAction::SetTrue => true,
-        ArgAction::Help | ArgAction::HelpShort | ArgAction::HelpLong | ArgAction::Version => return arg,
+        ArgAction::Help | ArgAction::HelpShort | ArgAction::HelpLong | ArgAction::Version => {
+            return arg;
+        }
         _ => false,
     };
     let variable = variable(command, &option);
     let value = std::env::var_os(&variable);
-    let optional_value = arg.get_num_args().is_some_and(|range| range.min_values() == 0);
+    let optional_value = arg
+        .get_num_args()
+        .is_some_and(|range| range.min_values() == 0);
     let is_off = |value: &OsStr| {
         value.is_empty()
             || ((is_flag || optional_value)
-                && ["0", "n", "no", "f", "false", "off"].iter().any(|word| value.eq_ignore_ascii_case(word)))
+                && ["0", "n", "no", "f", "false", "off"]
+                    .iter()
+                    .any(|word| value.eq_ignore_ascii_case(word)))
     };
     if value.as_deref().is_some_and(is_off) {
         return arg;
     }
-    let arg = if is_flag { arg.value_parser(BoolishValueParser::new()) } else { arg };
+    let arg = if is_flag {
+        arg.value_parser(BoolishValueParser::new())
+    } else {
+        arg
+    };
     arg.env(variable).hide_env_values(true)
 }

@@ -47,7 +47,12 @@ pub fn run(args: &ExplainArgs) -> Result<()> {
     let profile = args.model.read_profile(&known)?;
     check_profile(&plan, &args.plan, profile.as_ref())?;
     if plan.profile.is_none() && profile.is_some() {
-        let without = || bail!("--profile: {} was made without a profile", args.plan.display());
+        let without = || {
+            bail!(
+                "--profile: {} was made without a profile",
+                args.plan.display()
+            )
+        };
         return without().hint("leave --profile out");
     }
     let evidence = Evidence::new(&known.sizes, profile.as_ref())?;
@@ -75,8 +80,15 @@ fn print_text(plan: &Placement, why: &Explanation) {
     );
     println!();
     let bound = bound(plan);
-    println!("Where a token's {:.3} ms go, as predicted:", plan.solver.objective_s * 1e3);
-    println!("  {:<22} {:>9.3} ms", "fixed overheads", predicted.overhead_s * 1e3);
+    println!(
+        "Where a token's {:.3} ms go, as predicted:",
+        plan.solver.objective_s * 1e3
+    );
+    println!(
+        "  {:<22} {:>9.3} ms",
+        "fixed overheads",
+        predicted.overhead_s * 1e3
+    );
     for (at, tier) in plan.tiers.enumerate() {
         let part = |of: &PerTier<f64>| of.get(at).copied().unwrap_or(0.0) * 1e3;
         println!(
@@ -91,15 +103,26 @@ fn print_text(plan: &Placement, why: &Explanation) {
         "",
         predicted.expert_critical_s * 1e3
     );
-    println!("The bottleneck is {}: {:.0} % of the time of a token.", bound.by, bound.share * 100.0);
+    println!(
+        "The bottleneck is {}: {:.0} % of the time of a token.",
+        bound.by,
+        bound.share * 100.0
+    );
     println!();
     // A GiB says nothing of a machine that has less.
     let small = plan.tiers.iter().all(|t| t.budget_bytes < 1 << 30);
-    let (unit, part) = if small { ("MiB", 1.0 / 1024.0) } else { ("GiB", 1.0) };
+    let (unit, part) = if small {
+        ("MiB", 1.0 / 1024.0)
+    } else {
+        ("GiB", 1.0)
+    };
     println!("What a {unit} more of each budget would bring, at the margin (shadow prices):");
     for tier in &why.tiers {
-        let spare =
-            if tier.spare_bytes > 0 { format!(", {} not used", show_bytes(tier.spare_bytes)) } else { String::new() };
+        let spare = if tier.spare_bytes > 0 {
+            format!(", {} not used", show_bytes(tier.spare_bytes))
+        } else {
+            String::new()
+        };
         println!(
             "  {:<8} {:+.4} predicted tok/s, {:.3} ms of a token{spare}",
             tier.name,
@@ -112,7 +135,9 @@ fn print_text(plan: &Placement, why: &Explanation) {
     if why.layers.is_empty() {
         return;
     }
-    println!("Experts, layer by layer (a layer gets what saves more time than its bytes cost at those prices):");
+    println!(
+        "Experts, layer by layer (a layer gets what saves more time than its bytes cost at those prices):"
+    );
     let mut alike: Vec<(&LayerReason, Vec<u32>)> = Vec::new();
     for layer in &why.layers {
         match alike.iter_mut().find(|(first, _)| same(first, layer)) {
@@ -134,9 +159,19 @@ fn numbers(layers: &[u32]) -> String {
             _ => runs.push((layer, layer)),
         }
     }
-    let shown = runs.iter().map(|(a, b)| if a == b { a.to_string() } else { format!("{a}-{b}") });
+    let shown = runs.iter().map(|(a, b)| {
+        if a == b {
+            a.to_string()
+        } else {
+            format!("{a}-{b}")
+        }
+    });
     let shown: Vec<String> = shown.collect();
-    format!("{} {}", if layers.len() == 1 { "layer" } else { "layers" }, shown.join(", "))
+    format!(
+        "{} {}",
+        if layers.len() == 1 { "layer" } else { "layers" },
+        shown.join(", ")
+    )
 }
 
 /// Layers that one sentence can be about.
@@ -150,11 +185,23 @@ fn same(a: &LayerReason, b: &LayerReason) -> bool {
 
 fn sentence(plan: &Placement, of: &LayerReason, layers: &[u32]) -> String {
     let name = |tier: TierIdx| plan.tiers[tier].tier.name.as_str();
-    let mut parts: Vec<String> =
-        of.pinned.enumerate().filter(|(_, n)| **n > 0).map(|(t, n)| format!("{n} pinned on {}", name(t))).collect();
+    let mut parts: Vec<String> = of
+        .pinned
+        .enumerate()
+        .filter(|(_, n)| **n > 0)
+        .map(|(t, n)| format!("{n} pinned on {}", name(t)))
+        .collect();
     if of.slots.0 > 0 {
-        let policy = if of.policy == SlotPolicy::Lru { String::new() } else { format!(" ({})", of.policy) };
-        parts.push(format!("{} slots on {}{policy}", of.slots.0, name(of.slots.1)));
+        let policy = if of.policy == SlotPolicy::Lru {
+            String::new()
+        } else {
+            format!(" ({})", of.policy)
+        };
+        parts.push(format!(
+            "{} slots on {}{policy}",
+            of.slots.0,
+            name(of.slots.1)
+        ));
     }
     if parts.is_empty() {
         parts.push(format!("all on {}", name(plan.home_tier())));
@@ -195,13 +242,22 @@ fn dense(plan: &Placement) {
         ("embedding (one row a token)", DenseKind::Embedding),
     ];
     for (words, kind) in kinds {
-        let of_kind: Vec<TierIdx> = plan.dense.iter().filter(|d| d.kind == kind).map(|d| d.tier).collect();
+        let of_kind: Vec<TierIdx> = plan
+            .dense
+            .iter()
+            .filter(|d| d.kind == kind)
+            .map(|d| d.tier)
+            .collect();
         let places: Vec<String> = plan
             .tiers
             .enumerate()
             .filter_map(|(t, tier)| {
                 let here = of_kind.iter().filter(|&&on| on == t).count();
-                let many = if of_kind.len() > 1 { format!("{here} of {} on ", of_kind.len()) } else { "on ".into() };
+                let many = if of_kind.len() > 1 {
+                    format!("{here} of {} on ", of_kind.len())
+                } else {
+                    "on ".into()
+                };
                 (here > 0).then(|| format!("{many}{}", tier.tier.name))
             })
             .collect();

@@ -75,23 +75,36 @@ pub fn run(args: &ExportArgs) -> Result<()> {
     }
     match args.to {
         ExportTo::LlamaCpp => llama_cpp(args, &plan, &known.sizes, profile.as_ref()),
-        ExportTo::Sglang | ExportTo::Ktransformers => counted(args, &plan, &known.sizes, profile.as_ref()),
+        ExportTo::Sglang | ExportTo::Ktransformers => {
+            counted(args, &plan, &known.sizes, profile.as_ref())
+        }
         ExportTo::Vllm => bail!("{VLLM}"),
     }
 }
 
-fn llama_cpp(args: &ExportArgs, plan: &Placement, shape: &ModelShape, profile: Option<&Profile>) -> Result<()> {
+fn llama_cpp(
+    args: &ExportArgs,
+    plan: &Placement,
+    shape: &ModelShape,
+    profile: Option<&Profile>,
+) -> Result<()> {
     check_profile(plan, &args.plan, profile)?;
     // A plan made without a profile is judged without one.
     let evidence = Evidence::new(shape, profile.filter(|_| plan.profile.is_some()))?;
     let found = llama_cpp::command_line(plan, shape, &evidence)?;
-    let mut line = format!("llama-server -m {}", llama_cpp::quoted(&args.model.model.display().to_string()));
+    let mut line = format!(
+        "llama-server -m {}",
+        llama_cpp::quoted(&args.model.model.display().to_string())
+    );
     for arg in &found.args {
         line.push(' ');
         line.push_str(&llama_cpp::quoted(arg));
     }
     if let Some(output) = &args.output {
-        safely::write(output, format!("#!/bin/sh\nexec {line} \"$@\"\n").as_bytes())?;
+        safely::write(
+            output,
+            format!("#!/bin/sh\nexec {line} \"$@\"\n").as_bytes(),
+        )?;
     }
     let lost = found.predicted.as_ref().map(|p| llama_cpp::loss(plan, p));
     let emulated = plan.tiers.iter().any(|t| t.tier.emulated);
@@ -142,13 +155,29 @@ fn llama_cpp(args: &ExportArgs, plan: &Placement, shape: &ModelShape, profile: O
     Ok(())
 }
 
-fn counted(args: &ExportArgs, plan: &Placement, shape: &ModelShape, profile: Option<&Profile>) -> Result<()> {
-    let to = if args.to == ExportTo::Sglang { "sglang" } else { "ktransformers" };
-    let profile = profile.with_context(|| format!("--to {to}: no use counts to write, expected --profile FILE"))?;
+fn counted(
+    args: &ExportArgs,
+    plan: &Placement,
+    shape: &ModelShape,
+    profile: Option<&Profile>,
+) -> Result<()> {
+    let to = if args.to == ExportTo::Sglang {
+        "sglang"
+    } else {
+        "ktransformers"
+    };
+    let profile = profile
+        .with_context(|| format!("--to {to}: no use counts to write, expected --profile FILE"))?;
     let table = counts::counts(shape, profile)?;
-    let output = args.output.clone().unwrap_or_else(|| PathBuf::from("expert-counts.json"));
+    let output = args
+        .output
+        .clone()
+        .unwrap_or_else(|| PathBuf::from("expert-counts.json"));
     safely::check(&output)?;
-    safely::write(&output, serde_json::to_string(&counts::to_json(&table))?.as_bytes())?;
+    safely::write(
+        &output,
+        serde_json::to_string(&counts::to_json(&table))?.as_bytes(),
+    )?;
     let lines = launch(args.to, &output, plan);
     if args.format.json {
         let value = json!({
@@ -175,7 +204,9 @@ fn counted(args: &ExportArgs, plan: &Placement, shape: &ModelShape, profile: Opt
 fn launch(to: ExportTo, counts: &Path, plan: &Placement) -> Vec<String> {
     let file = llama_cpp::quoted(&counts.display().to_string());
     if to != ExportTo::Ktransformers {
-        return vec![format!("python -m sglang.launch_server --model MODEL --init-expert-location {file}")];
+        return vec![format!(
+            "python -m sglang.launch_server --model MODEL --init-expert-location {file}"
+        )];
     }
     // ktransformers reads tensors that PyTorch saved.
     let tensors = counts.with_extension("pt");
@@ -185,10 +216,15 @@ fn launch(to: ExportTo, counts: &Path, plan: &Placement) -> Vec<String> {
         from = counts.display().to_string(),
         to = tensors.display().to_string()
     );
-    let vram =
-        |tier: placement::TierIdx| plan.tiers[tier].tier.kind == tier_plan_runtime::formats::machine::TierKind::Vram;
+    let vram = |tier: placement::TierIdx| {
+        plan.tiers[tier].tier.kind == tier_plan_runtime::formats::machine::TierKind::Vram
+    };
     let on_gpu = |l: &placement::LayerPlacement| -> usize {
-        l.pinned.iter().filter(|pins| vram(pins.tier)).map(|pins| pins.experts.len()).sum()
+        l.pinned
+            .iter()
+            .filter(|pins| vram(pins.tier))
+            .map(|pins| pins.experts.len())
+            .sum()
     };
     let each = plan.layers.iter().map(on_gpu).sum::<usize>() / plan.layers.len().max(1);
     vec![

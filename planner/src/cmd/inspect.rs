@@ -50,14 +50,29 @@ struct TypeSum {
 pub fn run(args: &InspectArgs) -> Result<()> {
     let model = args.model.path()?;
     if profile::is_profile(model) {
-        ensure!(!args.tensors && args.quant.is_none(), "--tensors and --quant apply to models, and this is a profile");
+        ensure!(
+            !args.tensors && args.quant.is_none(),
+            "--tensors and --quant apply to models, and this is a profile"
+        );
         return super::profile::show(&profile::read(model)?, model, args.output.json);
     }
     if let Named::Shape(shape) = catalogue::named(model)? {
-        ensure!(!args.tensors, "--tensors: '{}' is a shape, which has no tensors to list", shape.name);
-        return show_shape(&shape, catalogue::mix(args.quant.as_deref())?, args.output.json);
+        ensure!(
+            !args.tensors,
+            "--tensors: '{}' is a shape, which has no tensors to list",
+            shape.name
+        );
+        return show_shape(
+            &shape,
+            catalogue::mix(args.quant.as_deref())?,
+            args.output.json,
+        );
     }
-    ensure!(args.quant.is_none(), "--quant applies to shapes, and {} is a model file", model.display());
+    ensure!(
+        args.quant.is_none(),
+        "--quant applies to shapes, and {} is a model file",
+        model.display()
+    );
     let gguf = Gguf::open(model)?;
     let spec = describe(&gguf).map_err(|e| naming(model, e))?;
     let shape = shape_of(&gguf, &spec);
@@ -90,13 +105,23 @@ fn groups(shape: &ModelShape) -> Vec<(&'static str, u64, u64)> {
         .into_iter()
         .map(|(name, kind)| {
             let of_kind = shape.dense.iter().filter(|d| d.kind == kind);
-            of_kind.fold((name, 0, 0), |(name, bytes, token), d| (name, bytes + d.bytes, token + d.token_bytes))
+            of_kind.fold((name, 0, 0), |(name, bytes, token), d| {
+                (name, bytes + d.bytes, token + d.token_bytes)
+            })
         })
         .filter(|(_, bytes, _)| *bytes > 0)
         .collect();
     if !shape.experts.is_empty() {
-        let held = shape.experts.iter().map(|e| e.expert_bytes * u64::from(e.n_expert)).sum();
-        let token = shape.experts.iter().map(|e| e.expert_bytes * u64::from(e.n_used)).sum();
+        let held = shape
+            .experts
+            .iter()
+            .map(|e| e.expert_bytes * u64::from(e.n_expert))
+            .sum();
+        let token = shape
+            .experts
+            .iter()
+            .map(|e| e.expert_bytes * u64::from(e.n_used))
+            .sum();
         rows.push(("routed experts", held, token));
     }
     rows
@@ -111,7 +136,11 @@ fn print_sizes(shape: &ModelShape, groups: &[(&'static str, u64, u64)]) {
     if let Some(first) = shape.experts.first() {
         let sizes = shape.experts.iter().map(|e| e.expert_bytes);
         let (min, max) = (sizes.clone().min().unwrap_or(0), sizes.max().unwrap_or(0));
-        let size = if min == max { show_bytes(min) } else { format!("{} to {}", show_bytes(min), show_bytes(max)) };
+        let size = if min == max {
+            show_bytes(min)
+        } else {
+            format!("{} to {}", show_bytes(min), show_bytes(max))
+        };
         println!(
             "{} layers with {} routed experts each, {} used per token; an expert takes {size}",
             shape.experts.len(),
@@ -120,18 +149,38 @@ fn print_sizes(shape: &ModelShape, groups: &[(&'static str, u64, u64)]) {
         );
     }
     let kv = |ty: KvType| show_bytes(ty.token_bytes(shape));
-    println!("key and value cache: {} per token of context as f16, {} as q8_0", kv(KvType::F16), kv(KvType::Q8_0));
+    println!(
+        "key and value cache: {} per token of context as f16, {} as q8_0",
+        kv(KvType::F16),
+        kv(KvType::Q8_0)
+    );
     if shape.state_bytes() > 0 {
-        println!("recurrent state: {}, whatever the length of the context", show_bytes(shape.state_bytes()));
+        println!(
+            "recurrent state: {}, whatever the length of the context",
+            show_bytes(shape.state_bytes())
+        );
     }
     println!();
-    println!("{:<20} {:>12} {:>7} {:>18}", "group", "bytes", "share", "read per token");
+    println!(
+        "{:<20} {:>12} {:>7} {:>18}",
+        "group", "bytes", "share", "read per token"
+    );
     let total = shape.weight_bytes();
     for (name, bytes, token) in groups {
         let share = *bytes as f64 / total as f64 * 100.0;
-        println!("{name:<20} {:>12} {share:>6.1}% {:>18}", show_bytes(*bytes), show_bytes(*token));
+        println!(
+            "{name:<20} {:>12} {share:>6.1}% {:>18}",
+            show_bytes(*bytes),
+            show_bytes(*token)
+        );
     }
-    println!("{:<20} {:>12} {:>6}% {:>18}", "all", show_bytes(total), 100, show_bytes(shape.token_bytes()));
+    println!(
+        "{:<20} {:>12} {:>6}% {:>18}",
+        "all",
+        show_bytes(total),
+        100,
+        show_bytes(shape.token_bytes())
+    );
 }
 
 fn show_shape(of: &Architecture, mix: Mix, as_json: bool) -> Result<()> {
@@ -149,7 +198,10 @@ fn show_shape(of: &Architecture, mix: Mix, as_json: bool) -> Result<()> {
         println!("{}", serde_json::to_string_pretty(&value)?);
         return Ok(());
     }
-    println!("{} ({}), a shape without weights: {}", of.name, of.arch, of.description);
+    println!(
+        "{} ({}), a shape without weights: {}",
+        of.name, of.arch, of.description
+    );
     println!("source: {}", of.source);
     let billions = |n: u64| n as f64 / 1e9;
     println!(
@@ -176,22 +228,41 @@ fn print_text(
     types: &BTreeMap<&str, TypeSum>,
     groups: &[(&'static str, u64, u64)],
 ) {
-    println!("{} ({}, {} in {} part(s))", shape.id.name, shape.arch, show_bytes(gguf.file_bytes()), gguf.n_parts());
+    println!(
+        "{} ({}, {} in {} part(s))",
+        shape.id.name,
+        shape.arch,
+        show_bytes(gguf.file_bytes()),
+        gguf.n_parts()
+    );
     print_sizes(shape, groups);
     let total = shape.weight_bytes();
     println!();
     println!("{:<20} {:>12} {:>15}", "tensor type", "bytes", "tensors");
     for (name, sum) in types {
-        println!("{name:<20} {:>12} {:>15}", show_bytes(sum.bytes), sum.tensors);
+        println!(
+            "{name:<20} {:>12} {:>15}",
+            show_bytes(sum.bytes),
+            sum.tensors
+        );
     }
     let tensors: u64 = gguf.tensors().iter().map(|t| t.n_bytes).sum();
     if tensors > total {
-        println!("\n{} of tensors are not used for generating text", show_bytes(tensors - total));
+        println!(
+            "\n{} of tensors are not used for generating text",
+            show_bytes(tensors - total)
+        );
     }
     if args.tensors {
         println!();
         for tensor in gguf.tensors() {
-            println!("{:<44} {:<8} {:>12}  {:?}", tensor.name, tensor.ty, show_bytes(tensor.n_bytes), tensor.dims);
+            println!(
+                "{:<44} {:<8} {:>12}  {:?}",
+                tensor.name,
+                tensor.ty,
+                show_bytes(tensor.n_bytes),
+                tensor.dims
+            );
         }
     }
 }
@@ -229,8 +300,10 @@ fn print_json(
     let mut value = sizes_json(shape, groups);
     value["parts"] = json!(gguf.n_parts());
     value["file_bytes"] = json!(gguf.file_bytes());
-    value["types"] =
-        types.iter().map(|(name, sum)| json!({ "name": name, "tensors": sum.tensors, "bytes": sum.bytes })).collect();
+    value["types"] = types
+        .iter()
+        .map(|(name, sum)| json!({ "name": name, "tensors": sum.tensors, "bytes": sum.bytes }))
+        .collect();
     if args.tensors
         && let Some(object) = value.as_object_mut()
     {

@@ -43,26 +43,45 @@ pub struct LogitsArgs {
 /// # Errors
 /// When an option is invalid, a file cannot be read or written, or the model cannot be loaded.
 pub fn run(args: &LogitsArgs) -> Result<()> {
-    ensure!(!args.tokens.is_empty(), "--tokens: no ids, expected at least one");
-    let needed = u32::try_from(args.tokens.len()).ok().and_then(|n| n.checked_add(args.greedy));
-    let needed = needed.context("--tokens and --greedy: too many tokens to count, expected fewer")?;
+    ensure!(
+        !args.tokens.is_empty(),
+        "--tokens: no ids, expected at least one"
+    );
+    let needed = u32::try_from(args.tokens.len())
+        .ok()
+        .and_then(|n| n.checked_add(args.greedy));
+    let needed =
+        needed.context("--tokens and --greedy: too many tokens to count, expected fewer")?;
     let threads = args.threads.checked()?;
     safely::check(&args.output)?;
     // Without a plan: a context that fits the tokens exactly, and keys and values as exact as they
     // can be.
     let opening = match &args.plan {
-        Some(plan) => Opening { plan: Some(plan), threads, ..Opening::default() },
+        Some(plan) => Opening {
+            plan: Some(plan),
+            threads,
+            ..Opening::default()
+        },
         None => {
             let kv_type = Some(KvType::F32);
-            Opening { context: Some(needed), threads, kv_type, ..Opening::default() }
+            Opening {
+                context: Some(needed),
+                threads,
+                kv_type,
+                ..Opening::default()
+            }
         }
     };
     let mut session = Session::open(args.model.path()?, opening)?;
     let planned = session.engine.context();
     // The last of the decoded tokens needs no pass of its own.
     if needed as usize > planned + usize::from(args.greedy > 0) {
-        let full = format!("--tokens and --greedy: {needed} tokens together, expected at most {planned}, the context");
-        return Err(anyhow!(full)).hint(format!("pass fewer, or solve again with --context {needed}"));
+        let full = format!(
+            "--tokens and --greedy: {needed} tokens together, expected at most {planned}, the context"
+        );
+        return Err(anyhow!(full)).hint(format!(
+            "pass fewer, or solve again with --context {needed}"
+        ));
     }
     let n_vocab = session.engine.spec().n_vocab;
     let logits = session.engine.forward(&args.tokens, LogitsMode::All)?;

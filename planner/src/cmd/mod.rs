@@ -115,7 +115,10 @@ pub fn parse_alone<I: IntoIterator<Item = OsString>>(line: I) -> Result<Command,
 /// Returns clap's description of the command line, with the exit codes in every long help.
 fn command() -> clap::Command {
     fn with_exit_codes(command: clap::Command) -> clap::Command {
-        let example = command.get_after_long_help().map(ToString::to_string).unwrap_or_default();
+        let example = command
+            .get_after_long_help()
+            .map(ToString::to_string)
+            .unwrap_or_default();
         command.after_long_help(format!("{example}\n\n{EXIT_CODES}"))
     }
     with_exit_codes(<Cli as clap::CommandFactory>::command()).mut_subcommands(with_exit_codes)

@@ -53,9 +53,21 @@ pub fn run(args: &PackArgs) -> Result<()> {
     let model = args.model.path()?;
     let gguf = Gguf::open(model)?;
     let spec = describe(&gguf).map_err(|e| naming(model, e))?;
-    ensure!(spec.moe_layers().next().is_some(), "{}: this model has no routed experts", model.display());
-    let output = args.output.clone().unwrap_or_else(|| store::default_pack(&gguf));
-    let index = index(&gguf, &spec, &experts(args, &gguf, &spec)?, show_utc(SystemTime::now()));
+    ensure!(
+        spec.moe_layers().next().is_some(),
+        "{}: this model has no routed experts",
+        model.display()
+    );
+    let output = args
+        .output
+        .clone()
+        .unwrap_or_else(|| store::default_pack(&gguf));
+    let index = index(
+        &gguf,
+        &spec,
+        &experts(args, &gguf, &spec)?,
+        show_utc(SystemTime::now()),
+    );
     let n: usize = index.layers.iter().map(|l| l.experts.len()).sum();
     ensure!(n > 0, "nothing to copy: the plan pins every expert");
     safely::check(&output)?;
@@ -76,7 +88,9 @@ pub fn run(args: &PackArgs) -> Result<()> {
         Ok(()) => {}
     }
     let saving = Pack::open(&gguf, &spec, &output)?.saving();
-    let bytes = std::fs::metadata(&output).with_context(|| output.display().to_string())?.len();
+    let bytes = std::fs::metadata(&output)
+        .with_context(|| output.display().to_string())?
+        .len();
     if args.format.json {
         let value = json!({
             "model": index.model.name,
@@ -105,13 +119,20 @@ pub fn run(args: &PackArgs) -> Result<()> {
 
 /// Returns the experts of each MoE layer in the order in which to write them.
 fn experts(args: &PackArgs, gguf: &Gguf, spec: &ModelSpec) -> Result<Vec<Vec<u32>>> {
-    let mut experts: Vec<Vec<u32>> = spec.moe_layers().map(|(_, moe)| (0..moe.n_expert as u32).collect()).collect();
+    let mut experts: Vec<Vec<u32>> = spec
+        .moe_layers()
+        .map(|(_, moe)| (0..moe.n_expert as u32).collect())
+        .collect();
     if let Some(path) = &args.plan {
         let plan = placement::read(path)?;
         plan.check_model(&gguf.id(), path)?;
         for ((layer, _), experts) in spec.moe_layers().zip(&mut experts) {
             let placed = plan.layers.iter().filter(|l| l.layer as usize == layer);
-            let pinned: HashSet<u32> = placed.flat_map(|l| &l.pinned).flat_map(|pins| &pins.experts).copied().collect();
+            let pinned: HashSet<u32> = placed
+                .flat_map(|l| &l.pinned)
+                .flat_map(|pins| &pins.experts)
+                .copied()
+                .collect();
             experts.retain(|e| !pinned.contains(e));
         }
     }
@@ -120,8 +141,16 @@ fn experts(args: &PackArgs, gguf: &Gguf, spec: &ModelSpec) -> Result<Vec<Vec<u32
         profile.check_model(&gguf.id(), path)?;
         let used = store::by_use(&profile);
         for ((layer, _), experts) in spec.moe_layers().zip(&mut experts) {
-            let Some(order) = used.iter().find(|l| l.layer as usize == layer) else { continue };
-            let rank = |e: u32| order.experts.iter().position(|u| *u == e).unwrap_or(usize::MAX);
+            let Some(order) = used.iter().find(|l| l.layer as usize == layer) else {
+                continue;
+            };
+            let rank = |e: u32| {
+                order
+                    .experts
+                    .iter()
+                    .position(|u| *u == e)
+                    .unwrap_or(usize::MAX)
+            };
             experts.sort_by_cached_key(|e| rank(*e));
         }
     }
@@ -130,7 +159,10 @@ fn experts(args: &PackArgs, gguf: &Gguf, spec: &ModelSpec) -> Result<Vec<Vec<u32
 
 /// Checks that the copy fits the file system, before hours of copying.
 fn check_room(output: &Path, bytes: u64) -> Result<()> {
-    let folder = output.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let folder = output
+        .parent()
+        .filter(|p| !p.as_os_str().is_empty())
+        .unwrap_or(Path::new("."));
     // A device or a pipe has no free space to check.
     if output.exists() && !output.is_file() {
         return Ok(());

@@ -30,14 +30,25 @@ pub struct PerplexityArgs {
     #[allow(missing_docs)]
     pub model: ModelArgs,
     /// Text to score
-    #[arg(short, long, value_name = "FILE", required_unless_present = "logits_base")]
+    #[arg(
+        short,
+        long,
+        value_name = "FILE",
+        required_unless_present = "logits_base"
+    )]
     pub file: Option<PathBuf>,
     /// Placement plan [default: everything in main memory]
     #[arg(long, value_name = "FILE", help_heading = "Memory")]
     pub plan: Option<PathBuf>,
     /// Tokens per window, of which the second half is scored [default: 512, or that of
     /// --logits-base]
-    #[arg(short, long, visible_alias = "ctx-size", alias = "ctx", value_name = "N")]
+    #[arg(
+        short,
+        long,
+        visible_alias = "ctx-size",
+        alias = "ctx",
+        value_name = "N"
+    )]
     pub context: Option<u32>,
     /// Most windows to score [default: all]
     #[arg(long, visible_alias = "chunks", value_name = "N")]
@@ -46,7 +57,12 @@ pub struct PerplexityArgs {
     #[allow(missing_docs)]
     pub kv: KvArgs,
     /// Write the log-probabilities of the whole vocabulary to this file, as a base to compare with
-    #[arg(long, value_name = "FILE", conflicts_with = "logits_base", help_heading = "Output")]
+    #[arg(
+        long,
+        value_name = "FILE",
+        conflicts_with = "logits_base",
+        help_heading = "Output"
+    )]
     pub save_logits_base: Option<PathBuf>,
     /// Compare with the log-probabilities in this file, on its text
     #[arg(long, value_name = "FILE")]
@@ -81,18 +97,27 @@ pub fn run(args: &PerplexityArgs) -> Result<()> {
     let ctx = match (&base, args.context) {
         (Some(base), Some(ctx)) if base.reference().ctx != ctx => {
             let expected = base.reference().ctx;
-            let differs = format!("--context: {ctx}, expected {expected} tokens, the windows of --logits-base");
+            let differs = format!(
+                "--context: {ctx}, expected {expected} tokens, the windows of --logits-base"
+            );
             return Err(anyhow!(differs)).hint("leave --context out");
         }
         (Some(base), _) => base.reference().ctx,
         (None, ctx) => ctx.unwrap_or(DEFAULT_WINDOW),
     };
-    ensure!(ctx >= 4, "--context: {ctx}, expected 4 or more tokens per window");
+    ensure!(
+        ctx >= 4,
+        "--context: {ctx}, expected 4 or more tokens per window"
+    );
     ensure!(args.windows != Some(0), "--windows: 0, expected 1 or more");
     let text = match &args.file {
         Some(path) => {
-            let bytes = std::fs::read(path).with_context(|| format!("reading the text {}", path.display()))?;
-            Some(String::from_utf8(bytes).with_context(|| format!("{} is not UTF-8 text", path.display()))?)
+            let bytes = std::fs::read(path)
+                .with_context(|| format!("reading the text {}", path.display()))?;
+            Some(
+                String::from_utf8(bytes)
+                    .with_context(|| format!("{} is not UTF-8 text", path.display()))?,
+            )
         }
         None => None,
     };
@@ -109,7 +134,11 @@ pub fn run(args: &PerplexityArgs) -> Result<()> {
         (Some(text), base) => {
             let tokens = tokenize(&session, text, ctx, args)?;
             if let Some(base) = base {
-                check_tokens(&tokens, base.reference(), args.logits_base.as_deref().unwrap_or(Path::new("")))?;
+                check_tokens(
+                    &tokens,
+                    base.reference(),
+                    args.logits_base.as_deref().unwrap_or(Path::new("")),
+                )?;
             }
             tokens
         }
@@ -125,7 +154,10 @@ pub fn run(args: &PerplexityArgs) -> Result<()> {
         );
     }
     if !args.format.json {
-        session.residency().iter().for_each(|line| eprintln!("{line}"));
+        session
+            .residency()
+            .iter()
+            .for_each(|line| eprintln!("{line}"));
     }
     let _catching = crate::interrupt::catch_interrupts();
     let mut windows: Vec<&[u32]> = tokens.chunks_exact(ctx as usize).collect();
@@ -135,14 +167,18 @@ pub fn run(args: &PerplexityArgs) -> Result<()> {
             let reference = Reference {
                 model: session.gguf.id(),
                 made: show_utc(SystemTime::now()),
-                n_vocab: u32::try_from(n_vocab).context("the vocabulary has more tokens than ids can count")?,
+                n_vocab: u32::try_from(n_vocab)
+                    .context("the vocabulary has more tokens than ids can count")?,
                 ctx,
                 tokens: tokens.clone(),
             };
             save(&mut session.engine, &windows, &reference, path)?
         }
         None => {
-            let mut compare = |places: &[Place], logits: &[f32], scores: &mut Scores, threads: usize| match &mut base {
+            let mut compare = |places: &[Place],
+                               logits: &[f32],
+                               scores: &mut Scores,
+                               threads: usize| match &mut base {
                 Some(base) => compare_with(base, places, logits, n_vocab, scores, threads),
                 None => Ok(()),
             };
@@ -150,9 +186,14 @@ pub fn run(args: &PerplexityArgs) -> Result<()> {
         }
     };
     // Past the last row the reader checks the whole file.
-    let all = base.as_ref().is_some_and(|b| b.reference().rows() == done.scores.nll.n);
+    let all = base
+        .as_ref()
+        .is_some_and(|b| b.reference().rows() == done.scores.nll.n);
     if let (Some(base), true) = (&mut base, all) {
-        ensure!(!base.next(&mut Row::default())?, "the reference has more places than the text");
+        ensure!(
+            !base.next(&mut Row::default())?,
+            "the reference has more places than the text"
+        );
     }
     show(&done, ctx, args)
 }
@@ -166,7 +207,10 @@ fn tokenize(session: &Session, text: &str, ctx: u32, args: &PerplexityArgs) -> R
     tokens.extend(tokenizer.encode(text, false)?);
     let ctx = ctx as usize;
     if tokens.len() < ctx {
-        let short = format!("the text has {} tokens, expected at least one window of {ctx}", tokens.len());
+        let short = format!(
+            "the text has {} tokens, expected at least one window of {ctx}",
+            tokens.len()
+        );
         return Err(anyhow!(short)).hint("pass a longer text or a smaller --context");
     }
     let mut windows = tokens.len() / ctx;
@@ -175,7 +219,10 @@ fn tokenize(session: &Session, text: &str, ctx: u32, args: &PerplexityArgs) -> R
     }
     tokens.truncate(windows * ctx);
     if let Some(bos) = bos {
-        tokens.iter_mut().step_by(ctx).for_each(|first| *first = bos);
+        tokens
+            .iter_mut()
+            .step_by(ctx)
+            .for_each(|first| *first = bos);
     }
     Ok(tokens)
 }
@@ -231,7 +278,10 @@ fn score(engine: &mut Engine, windows: &[&[u32]], also: Also<'_>) -> Result<Done
     };
     for window in windows {
         if crate::interrupt::interrupted() {
-            ensure!(done.windows > 0, "interrupted before the first window was scored");
+            ensure!(
+                done.windows > 0,
+                "interrupted before the first window was scored"
+            );
             done.interrupted = true;
             break;
         }
@@ -254,7 +304,10 @@ fn score(engine: &mut Engine, windows: &[&[u32]], also: Also<'_>) -> Result<Done
             });
             let places: Option<Vec<Place>> = places.into_iter().collect();
             let places = places.with_context(|| {
-                format!("window {}: logits are NaN or infinite; the model file may be damaged", done.windows)
+                format!(
+                    "window {}: logits are NaN or infinite; the model file may be damaged",
+                    done.windows
+                )
             })?;
             places.iter().for_each(|p| done.scores.nll.add(p.nll));
             also(&places, logits, &mut done.scores, threads)?;
@@ -270,7 +323,12 @@ fn score(engine: &mut Engine, windows: &[&[u32]], also: Also<'_>) -> Result<Done
 }
 
 /// Scores and writes the log-probabilities; an interrupted or failed run leaves no file.
-fn save(engine: &mut Engine, windows: &[&[u32]], reference: &Reference, path: &Path) -> Result<Done> {
+fn save(
+    engine: &mut Engine,
+    windows: &[&[u32]],
+    reference: &Reference,
+    path: &Path,
+) -> Result<Done> {
     let n_vocab = reference.n_vocab as usize;
     let mut outcome = None;
     let written = safely::with_file(path, |file| {
@@ -281,11 +339,15 @@ fn save(engine: &mut Engine, windows: &[&[u32]], reference: &Reference, path: &P
             in_parallel(threads, &mut rows, |i, row| {
                 fill_row(&logits[i * n_vocab..(i + 1) * n_vocab], &places[i], row);
             });
-            rows.iter().try_for_each(|row| writer.push(row)).context("writing log-probabilities")
+            rows.iter()
+                .try_for_each(|row| writer.push(row))
+                .context("writing log-probabilities")
         });
         match done {
             Ok(done) if done.interrupted => {
-                outcome = Some(Err(anyhow::anyhow!("interrupted; no reference log-probabilities were written")));
+                outcome = Some(Err(anyhow::anyhow!(
+                    "interrupted; no reference log-probabilities were written"
+                )));
                 Err(std::io::ErrorKind::Interrupted.into())
             }
             Ok(done) => {
@@ -319,14 +381,20 @@ fn compare_with(
     let mut rows = Vec::with_capacity(places.len());
     for _ in places {
         let mut row = Row::default();
-        ensure!(base.next(&mut row)?, "the reference has fewer places than the text");
+        ensure!(
+            base.next(&mut row)?,
+            "the reference has fewer places than the text"
+        );
         rows.push((row, 0.0));
     }
     in_parallel(threads, &mut rows, |i, (row, found)| {
         *found = divergence(&logits[i * n_vocab..(i + 1) * n_vocab], &places[i], row);
     });
     let against = scores.against.get_or_insert_with(Against::default);
-    places.iter().zip(&rows).for_each(|(place, (row, found))| against.add(place, row, *found));
+    places
+        .iter()
+        .zip(&rows)
+        .for_each(|(place, (row, found))| against.add(place, row, *found));
     Ok(())
 }
 
@@ -371,7 +439,11 @@ fn show(done: &Done, ctx: u32, args: &PerplexityArgs) -> Result<()> {
         scores.perplexity_error(),
         scores.nll.n,
         done.windows,
-        if done.interrupted { " (interrupted)" } else { "" }
+        if done.interrupted {
+            " (interrupted)"
+        } else {
+            ""
+        }
     );
     if let Some(against) = &scores.against {
         println!(
@@ -388,7 +460,10 @@ fn show(done: &Done, ctx: u32, args: &PerplexityArgs) -> Result<()> {
             against.quantile(0.99),
             against.quantile(1.0)
         );
-        println!("same most likely token at {:.2} % of the positions", against.same_best_share() * 100.0);
+        println!(
+            "same most likely token at {:.2} % of the positions",
+            against.same_best_share() * 100.0
+        );
     }
     if let Some(path) = &args.save_logits_base {
         println!(

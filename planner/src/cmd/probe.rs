@@ -19,7 +19,13 @@ use tier_plan_runtime::units::show_bytes;
 )]
 pub struct ProbeArgs {
     /// Machine file to write
-    #[arg(short, long, value_name = "FILE", default_value = "machine.toml", help_heading = "Output")]
+    #[arg(
+        short,
+        long,
+        value_name = "FILE",
+        default_value = "machine.toml",
+        help_heading = "Output"
+    )]
     pub output: PathBuf,
     /// Measure with this model's tensor types, and read its experts from its file
     #[arg(short, long, value_name = "FILE", conflicts_with = "slow_dir")]
@@ -58,7 +64,10 @@ pub fn run(args: &ProbeArgs) -> Result<()> {
         eprintln!("warning: {doubt}; measure again on a quiet machine");
     }
     if args.format.json {
-        println!("{}", serde_json::to_string_pretty(&as_json(args, &found, &machine))?);
+        println!(
+            "{}",
+            serde_json::to_string_pretty(&as_json(args, &found, &machine))?
+        );
     } else {
         print_text(args, &found, &machine);
     }
@@ -66,15 +75,34 @@ pub fn run(args: &ProbeArgs) -> Result<()> {
 }
 
 fn print_text(args: &ProbeArgs, found: &Findings, machine: &Machine) {
-    println!("{} · {} threads used · {}", found.host, found.threads, found.isa);
-    println!("main memory: {:.1} GB/s when only read; {}", found.bare_gbps, show_bytes(found.dram_bytes));
-    let heading = if found.model.is_some() { "of the bytes of a token" } else { "" };
-    println!("  {:<10} {:>8} {:>8} {:>16}  {heading}", "products", "GB/s", "spread", "prompts, GFLOP/s");
+    println!(
+        "{} · {} threads used · {}",
+        found.host, found.threads, found.isa
+    );
+    println!(
+        "main memory: {:.1} GB/s when only read; {}",
+        found.bare_gbps,
+        show_bytes(found.dram_bytes)
+    );
+    let heading = if found.model.is_some() {
+        "of the bytes of a token"
+    } else {
+        ""
+    };
+    println!(
+        "  {:<10} {:>8} {:>8} {:>16}  {heading}",
+        "products", "GB/s", "spread", "prompts, GFLOP/s"
+    );
     for rate in &found.kernels {
-        let share = rate.share.map_or(String::new(), |share| format!("{:>5.1} %", share * 100.0));
+        let share = rate
+            .share
+            .map_or(String::new(), |share| format!("{:>5.1} %", share * 100.0));
         let spread = rate.gbps.spread * 100.0;
         let (gbps, gflops) = (rate.gbps.value, rate.batch_gflops.value);
-        println!("  {:<10} {gbps:>8.1} {spread:>6.0} % {gflops:>16.0}  {share}", rate.ty.to_string());
+        println!(
+            "  {:<10} {gbps:>8.1} {spread:>6.0} % {gflops:>16.0}  {share}",
+            rate.ty.to_string()
+        );
     }
     let disk = &found.disk;
     println!(
@@ -84,7 +112,11 @@ fn print_text(args: &ProbeArgs, found: &Findings, machine: &Machine) {
         disk.gbps.spread * 100.0,
         show_bytes(disk.piece_bytes),
         disk.latency_us.value,
-        if disk.direct { "" } else { "; through the page cache" }
+        if disk.direct {
+            ""
+        } else {
+            "; through the page cache"
+        }
     );
     for burst in disk.bursts {
         println!("  {} at once: {:.2} GB/s", burst.experts, burst.gbps);
@@ -96,7 +128,9 @@ fn print_text(args: &ProbeArgs, found: &Findings, machine: &Machine) {
         found.fixed.layer_us, found.fixed.token_us, found.fixed.how
     );
     for node in &found.nodes {
-        let own = node.own_gbps.map_or(String::new(), |own| format!(", {own:.1} from its own processors"));
+        let own = node.own_gbps.map_or(String::new(), |own| {
+            format!(", {own:.1} from its own processors")
+        });
         let (number, gbps, alone) = (node.node.number, node.gbps, node.alone_gbps);
         println!("NUMA node {number}: {gbps:.1} GB/s with all nodes in use, {alone:.1} alone{own}");
     }
@@ -104,17 +138,32 @@ fn print_text(args: &ProbeArgs, found: &Findings, machine: &Machine) {
         print_gpu(gpu);
     }
     for missing in &found.gpus.missing {
-        println!("{}{missing}", if found.gpus.found.is_empty() { "no GPU: " } else { "" });
+        println!(
+            "{}{missing}",
+            if found.gpus.found.is_empty() {
+                "no GPU: "
+            } else {
+                ""
+            }
+        );
     }
     match found.power.watts {
         Some(watts) => println!("power: {watts} W: {}", found.power.how),
         None => {
-            println!("power: left out ({}); write `watts` into the machine file to have it counted", found.power.how)
+            println!(
+                "power: left out ({}); write `watts` into the machine file to have it counted",
+                found.power.how
+            )
         }
     }
     println!();
     for tier in &machine.tiers {
-        println!("{}: {} GB/s, {}", tier.name, tier.read_gbps, show_bytes(tier.capacity_bytes));
+        println!(
+            "{}: {} GB/s, {}",
+            tier.name,
+            tier.read_gbps,
+            show_bytes(tier.capacity_bytes)
+        );
     }
     println!("wrote {}", args.output.display());
 }
@@ -149,9 +198,14 @@ fn print_gpu(gpu: &GpuRate) {
     }
     let (to, to_pageable) = (r.to_device.pinned_gbps, r.to_device.pageable_gbps);
     let (from, from_pageable) = (r.from_device.pinned_gbps, r.from_device.pageable_gbps);
-    println!("  to it {to:.1} GB/s ({to_pageable:.1} pageable), from it {from:.1} ({from_pageable:.1} pageable)");
+    println!(
+        "  to it {to:.1} GB/s ({to_pageable:.1} pageable), from it {from:.1} ({from_pageable:.1} pageable)"
+    );
     let both = &gpu.contended;
-    println!("  to it {:.1} GB/s while main memory gives {:.1} GB/s to products", both.to_device_gbps, both.beside);
+    println!(
+        "  to it {:.1} GB/s while main memory gives {:.1} GB/s to products",
+        both.to_device_gbps, both.beside
+    );
 }
 
 fn as_json(args: &ProbeArgs, found: &Findings, machine: &Machine) -> Value {

@@ -35,7 +35,12 @@ pub struct ProfileArgs {
     )]
     pub model: Option<PathBuf>,
     /// GGUF file, as an option instead of the argument MODEL
-    #[arg(short = 'm', long = "model", value_name = "FILE", help_heading = "Model")]
+    #[arg(
+        short = 'm',
+        long = "model",
+        value_name = "FILE",
+        help_heading = "Model"
+    )]
     pub model_option: Option<PathBuf>,
     /// Run nothing, and take the counts of this llama.cpp importance matrix (GGUF)
     #[arg(
@@ -53,10 +58,20 @@ pub struct ProfileArgs {
     #[arg(short, long, value_name = "FILE", help_heading = "Output")]
     pub output: Option<PathBuf>,
     /// Tokens of each prompt to process
-    #[arg(long, value_name = "N", default_value_t = 192, help_heading = "Generation")]
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 192,
+        help_heading = "Generation"
+    )]
     pub prompt_tokens: u32,
     /// Tokens to decode after each prompt
-    #[arg(long, value_name = "N", default_value_t = 128, help_heading = "Generation")]
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 128,
+        help_heading = "Generation"
+    )]
     pub decode_tokens: u32,
     /// Temperature of the decoded text; 0 is greedy
     #[arg(
@@ -69,7 +84,13 @@ pub struct ProfileArgs {
     )]
     pub temperature: f32,
     /// Seed of the decoded text
-    #[arg(short, long, value_name = "N", default_value_t = 1, help_heading = "Generation")]
+    #[arg(
+        short,
+        long,
+        value_name = "N",
+        default_value_t = 1,
+        help_heading = "Generation"
+    )]
     pub seed: u64,
     /// Start again even if there is an unfinished profile
     #[arg(long, help_heading = "Generation")]
@@ -95,7 +116,10 @@ impl ProfileArgs {
 
     /// Returns the checked settings of the calibration runs.
     fn settings(&self) -> Result<Settings> {
-        let config = SamplerConfig { temperature: self.temperature, ..SamplerConfig::default() };
+        let config = SamplerConfig {
+            temperature: self.temperature,
+            ..SamplerConfig::default()
+        };
         sampling::check(&config)?;
         Ok(Settings {
             prompt_tokens: at_least_one("--prompt-tokens", self.prompt_tokens)?,
@@ -114,14 +138,21 @@ pub fn run(args: &ProfileArgs) -> Result<()> {
     if let Some(matrix) = &args.from_imatrix {
         return from_imatrix(args, matrix);
     }
-    let model = args.model().context("no model given, expected MODEL or --model")?;
+    let model = args
+        .model()
+        .context("no model given, expected MODEL or --model")?;
     if let Named::Shape(shape) = catalogue::named(model)? {
-        let unfit = format!("'{}' is a shape, which has no weights to run, expected a GGUF file", shape.name);
-        return Err(anyhow!(unfit)).hint("pass --from-imatrix with an importance matrix of that model");
+        let unfit = format!(
+            "'{}' is a shape, which has no weights to run, expected a GGUF file",
+            shape.name
+        );
+        return Err(anyhow!(unfit))
+            .hint("pass --from-imatrix with an importance matrix of that model");
     }
     let (settings, threads) = (args.settings()?, args.threads.checked()?);
     let context = args.prompt_tokens.checked_add(args.decode_tokens);
-    let context = context.context("--prompt-tokens and --decode-tokens: too many tokens to count, expected fewer")?;
+    let context = context
+        .context("--prompt-tokens and --decode-tokens: too many tokens to count, expected fewer")?;
     let folder = match &args.prompts {
         Some(folder) => folder.clone(),
         None => bundled::path("prompts")?,
@@ -129,11 +160,23 @@ pub fn run(args: &ProfileArgs) -> Result<()> {
     let prompts = prompts::read(&folder)?;
     let output = output(args, model);
     safely::check(&output)?;
-    let opening = Opening { context: Some(context), threads, verify: args.verify.asked(), ..Opening::default() };
+    let opening = Opening {
+        context: Some(context),
+        threads,
+        verify: args.verify.asked(),
+        ..Opening::default()
+    };
     let mut session = Session::open(model, opening)?;
     let tokenizer = session.tokenizer_with(args.pre.tokenizer_pre.as_deref())?;
     let _catching = crate::interrupt::catch_interrupts();
-    let profile = collect(&mut session, &tokenizer, &prompts, settings, &output, args.restart)?;
+    let profile = collect(
+        &mut session,
+        &tokenizer,
+        &prompts,
+        settings,
+        &output,
+        args.restart,
+    )?;
     show(&profile, &output, args.format.json)
 }
 
@@ -148,9 +191,15 @@ fn output(args: &ProfileArgs, from: &Path) -> PathBuf {
 }
 
 fn from_imatrix(args: &ProfileArgs, matrix: &Path) -> Result<()> {
-    let known = args.model().map(|model| catalogue::model(model, None)).transpose()?;
+    let known = args
+        .model()
+        .map(|model| catalogue::model(model, None))
+        .transpose()?;
     // A shape's name has dots of its own.
-    let stem = known.as_ref().and_then(|k| k.shape.as_ref()).map(|(of, _)| PathBuf::from(format!("{}.gguf", of.name)));
+    let stem = known
+        .as_ref()
+        .and_then(|k| k.shape.as_ref())
+        .map(|(of, _)| PathBuf::from(format!("{}.gguf", of.name)));
     let output = output(args, stem.as_deref().or(args.model()).unwrap_or(matrix));
     safely::check(&output)?;
     let mut profile = imatrix::read(matrix, known.as_ref().map(|k| &k.sizes))?;
@@ -215,16 +264,29 @@ pub fn show(profile: &Profile, output: &Path, as_json: bool) -> Result<()> {
     for uniform in all.uniform {
         print!(" {:>19}", format!("{:.0} % of experts", uniform * 100.0));
     }
-    println!(" {:>19} {:>18}  {}", "as many LRU slots*", "experts in effect", "verdict");
+    println!(
+        " {:>19} {:>18}  {}",
+        "as many LRU slots*", "experts in effect", "verdict"
+    );
     for skew in &skews {
         print!("{:<14}", skew.domain.as_deref().unwrap_or("all"));
         for (caught, uniform) in skew.caught.iter().zip(skew.uniform) {
-            print!(" {:>19}", format!("{:.1} % ({:.1} %)", caught * 100.0, uniform * 100.0));
+            print!(
+                " {:>19}",
+                format!("{:.1} % ({:.1} %)", caught * 100.0, uniform * 100.0)
+            );
         }
         let verdict = skew.verdict().name();
-        println!(" {:>17.1} % {:>18.1}  {verdict}", skew.cached[1] * 100.0, skew.effective_experts);
+        println!(
+            " {:>17.1} % {:>18.1}  {verdict}",
+            skew.cached[1] * 100.0,
+            skew.effective_experts
+        );
     }
-    println!("* hits with {:.0} % of the experts as slots, nothing pinned", all.uniform[1] * 100.0);
+    println!(
+        "* hits with {:.0} % of the experts as slots, nothing pinned",
+        all.uniform[1] * 100.0
+    );
     println!("{}", all.words());
     println!("profile: {}", output.display());
     Ok(())
@@ -232,7 +294,9 @@ pub fn show(profile: &Profile, output: &Path, as_json: bool) -> Result<()> {
 
 fn show_counted(profile: &Profile, skews: &[Skew], output: &Path) -> Result<()> {
     println!("{}: {}", profile.model.name, profile.made);
-    let Some(all) = skews.first() else { return Ok(()) };
+    let Some(all) = skews.first() else {
+        return Ok(());
+    };
     println!(
         "{} layers of {} experts, {} used per token, at least {} tokens counted in each layer",
         profile.layers.len(),
@@ -240,7 +304,9 @@ fn show_counted(profile: &Profile, skews: &[Skew], output: &Path) -> Result<()> 
         profile.n_used,
         all.tokens
     );
-    println!("share of the counted choices that go to the favorites (in brackets: if routing were uniform)");
+    println!(
+        "share of the counted choices that go to the favorites (in brackets: if routing were uniform)"
+    );
     for ((uniform, caught), cached) in all.uniform.iter().zip(all.caught).zip(all.cached) {
         println!(
             "{:>5.0} % of experts: {:>5.1} % ({:.1} %); as many LRU slots would hit {:.1} % of independent choices",

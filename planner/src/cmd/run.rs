@@ -36,7 +36,13 @@ pub struct RunArgs {
     #[allow(missing_docs)]
     pub model: ModelArgs,
     /// Text to continue; without -p and -f, a chat begins on a terminal
-    #[arg(short, long, value_name = "TEXT", conflicts_with = "file", help_heading = "Generation")]
+    #[arg(
+        short,
+        long,
+        value_name = "TEXT",
+        conflicts_with = "file",
+        help_heading = "Generation"
+    )]
     pub prompt: Option<String>,
     /// File with the text to continue; `-` is standard input
     #[arg(short, long, value_name = "FILE", help_heading = "Generation")]
@@ -54,7 +60,14 @@ pub struct RunArgs {
     pub n_predict: Option<TokenLimit>,
     /// Context length in tokens; 0 is the model's training context
     /// [default: the plan's; without a plan the model's, up to 4096]
-    #[arg(short, long, visible_alias = "ctx-size", alias = "ctx", value_name = "N", help_heading = "Generation")]
+    #[arg(
+        short,
+        long,
+        visible_alias = "ctx-size",
+        alias = "ctx",
+        value_name = "N",
+        help_heading = "Generation"
+    )]
     pub context: Option<u32>,
     /// Continue past the end-of-text token
     #[arg(long, help_heading = "Generation")]
@@ -148,7 +161,8 @@ impl<'a> RunOptions<'a> {
 
     /// Returns the most tokens to generate outside a chat.
     fn max_tokens(&self) -> usize {
-        self.limit.map_or(DEFAULT_TOKENS, |limit| limit.count().unwrap_or(usize::MAX))
+        self.limit
+            .map_or(DEFAULT_TOKENS, |limit| limit.count().unwrap_or(usize::MAX))
     }
 }
 
@@ -170,7 +184,10 @@ pub fn run(args: &RunArgs) -> Result<()> {
         return empty().hint("pass text with --prompt or --file");
     }
     if !args.format.json {
-        session.residency().iter().for_each(|line| eprintln!("{line}"));
+        session
+            .residency()
+            .iter()
+            .for_each(|line| eprintln!("{line}"));
     }
     let _catching = crate::interrupt::catch_interrupts();
     let loading_s = session.started.elapsed().as_secs_f64();
@@ -185,11 +202,17 @@ pub fn run(args: &RunArgs) -> Result<()> {
         record.write(path)?;
     }
     if args.format.json {
-        println!("{}", serde_json::to_string_pretty(&json(&record, &answer)?)?);
+        println!(
+            "{}",
+            serde_json::to_string_pretty(&json(&record, &answer)?)?
+        );
     } else {
         print::speed(&record);
         if session.engine.warmed() > 0 {
-            eprintln!("{} slots were filled in the background before they were needed", session.engine.warmed());
+            eprintln!(
+                "{} slots were filled in the background before they were needed",
+                session.engine.warmed()
+            );
         }
         if args.stats {
             print::layers(&record);
@@ -197,7 +220,11 @@ pub fn run(args: &RunArgs) -> Result<()> {
     }
     session.keep()?;
     // Only now, so that an interrupted run is reported and its slots are kept.
-    if crate::interrupt::interrupted() { Err(crate::interrupt::Interrupted.into()) } else { Ok(()) }
+    if crate::interrupt::interrupted() {
+        Err(crate::interrupt::Interrupted.into())
+    } else {
+        Ok(())
+    }
 }
 
 /// Generates the answer, and prints it as it comes unless JSON is asked for. Returns it with its
@@ -215,17 +242,34 @@ fn print_answer(
     let mut answer = String::new();
     let mut write_error = None;
     let is_end = |token| !args.ignore_eos && tokenizer.is_eog(token);
-    let limits = Limits { max_tokens: options.max_tokens(), is_end: &is_end };
+    let limits = Limits {
+        max_tokens: options.max_tokens(),
+        is_end: &is_end,
+    };
     let mut sampler = Sampler::new(options.sampling.clone());
-    let generated = generate(&mut session.engine, prompt, &mut sampler, &limits, |_, token| {
-        let piece = stream.push(token);
-        if as_text && let Err(error) = output.write_all(piece.as_bytes()).and_then(|()| output.flush()) {
-            write_error = Some(error);
-            return ControlFlow::Break(());
-        }
-        answer.push_str(&piece);
-        if crate::interrupt::interrupted() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
-    })?;
+    let generated = generate(
+        &mut session.engine,
+        prompt,
+        &mut sampler,
+        &limits,
+        |_, token| {
+            let piece = stream.push(token);
+            if as_text
+                && let Err(error) = output
+                    .write_all(piece.as_bytes())
+                    .and_then(|()| output.flush())
+            {
+                write_error = Some(error);
+                return ControlFlow::Break(());
+            }
+            answer.push_str(&piece);
+            if crate::interrupt::interrupted() {
+                ControlFlow::Break(())
+            } else {
+                ControlFlow::Continue(())
+            }
+        },
+    )?;
     let tail = stream.finish();
     answer.push_str(&tail);
     if let Some(error) = write_error {
@@ -240,7 +284,8 @@ fn print_answer(
 
 /// Returns the record with the generated text.
 fn json(record: &RunRecord, text: &str) -> Result<serde_json::Value> {
-    let mut value: serde_json::Value = serde_json::from_str(&record.encode()).context("encoding the run record")?;
+    let mut value: serde_json::Value =
+        serde_json::from_str(&record.encode()).context("encoding the run record")?;
     if let Some(object) = value.as_object_mut() {
         object.insert("text".into(), text.into());
     }
@@ -250,16 +295,17 @@ fn json(record: &RunRecord, text: &str) -> Result<serde_json::Value> {
 fn prompt_text(args: &RunArgs) -> Result<String> {
     match (&args.prompt, &args.file) {
         (Some(text), _) => Ok(text.clone()),
-        (None, Some(path)) if path.as_os_str() != "-" => {
-            std::fs::read_to_string(path).with_context(|| format!("reading the prompt {}", path.display()))
-        }
+        (None, Some(path)) if path.as_os_str() != "-" => std::fs::read_to_string(path)
+            .with_context(|| format!("reading the prompt {}", path.display())),
         (None, None) if std::io::stdin().is_terminal() => {
             let missing = || bail!("no text to continue");
             missing().hint("pass --prompt TEXT or --file FILE, or pipe the text in")
         }
         _ => {
             let mut text = String::new();
-            std::io::stdin().read_to_string(&mut text).context("reading the prompt from standard input")?;
+            std::io::stdin()
+                .read_to_string(&mut text)
+                .context("reading the prompt from standard input")?;
             Ok(text)
         }
     }

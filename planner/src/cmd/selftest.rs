@@ -28,13 +28,25 @@ pub struct SelftestArgs {
     #[arg(long, help_heading = "GPU")]
     pub gpu: bool,
     /// Ordinal of the GPU, as the driver counts
-    #[arg(long, value_name = "NUMBER", default_value_t = 0, requires = "gpu", help_heading = "GPU")]
+    #[arg(
+        long,
+        value_name = "NUMBER",
+        default_value_t = 0,
+        requires = "gpu",
+        help_heading = "GPU"
+    )]
     pub device: usize,
     /// Check results only and time nothing
     #[arg(long, requires = "gpu", conflicts_with_all = ["model", "peer"], help_heading = "GPU")]
     pub quick: bool,
     /// Model to time [default: a synthetic one of real shapes, as deep as fits]
-    #[arg(short, long, value_name = "FILE", requires = "gpu", help_heading = "GPU")]
+    #[arg(
+        short,
+        long,
+        value_name = "FILE",
+        requires = "gpu",
+        help_heading = "GPU"
+    )]
     pub model: Option<PathBuf>,
     /// Folder with golden values in arch and quant [default: tests/data of the source]
     #[arg(long, value_name = "FOLDER", requires = "gpu", help_heading = "GPU")]
@@ -43,7 +55,13 @@ pub struct SelftestArgs {
     #[arg(long, value_name = "PATH", requires = "gpu", help_heading = "GPU")]
     pub peer: Option<PathBuf>,
     /// Folder for the table, as text and JSON [default: reports/DATE-selftest]
-    #[arg(short, long, value_name = "FOLDER", requires = "gpu", help_heading = "Output")]
+    #[arg(
+        short,
+        long,
+        value_name = "FOLDER",
+        requires = "gpu",
+        help_heading = "Output"
+    )]
     pub output: Option<PathBuf>,
     #[command(flatten)]
     #[allow(missing_docs)]
@@ -64,25 +82,40 @@ struct Compared {
 /// # Errors
 /// When an option is invalid, a file cannot be read or written, or the model cannot be loaded.
 pub fn run(args: &SelftestArgs) -> Result<()> {
-    if args.gpu { on_gpu(args) } else { on_processor(args.format.json) }
+    if args.gpu {
+        on_gpu(args)
+    } else {
+        on_processor(args.format.json)
+    }
 }
 
 fn on_processor(as_json: bool) -> Result<()> {
-    let compare =
-        |c: cpu_kernels::Check| Compared { on: c.kernels.isa().to_string(), found: Ok(c.run()), name: c.name };
+    let compare = |c: cpu_kernels::Check| Compared {
+        on: c.kernels.isa().to_string(),
+        found: Ok(c.run()),
+        name: c.name,
+    };
     let rows: Vec<Compared> = cpu_kernels::checks().into_iter().map(compare).collect();
     if as_json {
-        println!("{}", serde_json::to_string_pretty(&json_of(None, &rows, None))?);
+        println!(
+            "{}",
+            serde_json::to_string_pretty(&json_of(None, &rows, None))?
+        );
     } else {
         print_text(&rows);
     }
-    let failed = rows.iter().filter(|row| !row.found.as_ref().is_ok_and(Outcome::passed)).count();
+    let failed = rows
+        .iter()
+        .filter(|row| !row.found.as_ref().is_ok_and(Outcome::passed))
+        .count();
     distrust(failed, rows.len())
 }
 
 fn distrust(failed: usize, of: usize) -> Result<()> {
     if failed > 0 {
-        bail!("{failed} of {of} comparisons failed; text from these kernels cannot be trusted: please report it");
+        bail!(
+            "{failed} of {of} comparisons failed; text from these kernels cannot be trusted: please report it"
+        );
     }
     Ok(())
 }
@@ -94,8 +127,12 @@ fn on_gpu(args: &SelftestArgs) -> Result<()> {
     let gpu = Gpu::open(args.device)?;
     // Says at once, and once, where there is no compiler.
     gpu.prepare()?;
-    let options =
-        Options { quick: args.quick, golden: args.golden.clone(), model: args.model.clone(), peer: args.peer.clone() };
+    let options = Options {
+        quick: args.quick,
+        golden: args.golden.clone(),
+        model: args.model.clone(),
+        peer: args.peer.clone(),
+    };
     let catching = catch_interrupts();
     let found = selftest::run(&gpu, &options)?;
     drop(catching);
@@ -122,17 +159,23 @@ fn on_gpu(args: &SelftestArgs) -> Result<()> {
         return Err(Interrupted.into());
     }
     let rows = &found.table.rows;
-    distrust(rows.iter().filter(|row| row.is_wrong()).count(), rows.iter().filter(|row| row.results).count())
+    distrust(
+        rows.iter().filter(|row| row.is_wrong()).count(),
+        rows.iter().filter(|row| row.results).count(),
+    )
 }
 
 /// Writes the table into a folder that is new, and says where.
 fn write(folder: Option<PathBuf>, found: &Findings, text: &str, json: &str) -> Result<PathBuf> {
     let day = found.table.when.replace(':', "").replace('T', "-");
-    let folder = folder.unwrap_or_else(|| PathBuf::from(format!("reports/{}-selftest", day.trim_end_matches('Z'))));
+    let folder = folder.unwrap_or_else(|| {
+        PathBuf::from(format!("reports/{}-selftest", day.trim_end_matches('Z')))
+    });
     report::write_folder(&folder, |folder| {
         for (name, content) in [("selftest.txt", text), ("selftest.json", json)] {
             let path = folder.join(name);
-            std::fs::write(&path, content).with_context(|| format!("writing {}", path.display()))?;
+            std::fs::write(&path, content)
+                .with_context(|| format!("writing {}", path.display()))?;
         }
         Ok(())
     })
@@ -140,19 +183,32 @@ fn write(folder: Option<PathBuf>, found: &Findings, text: &str, json: &str) -> R
 
 fn print_text(rows: &[Compared]) {
     println!("{}", host::describe());
-    let names: Vec<String> = Kernels::available().iter().map(|k| k.isa().to_string()).collect();
-    println!("kernels: {}; each is compared with the plain ones", names.join(", "));
+    let names: Vec<String> = Kernels::available()
+        .iter()
+        .map(|k| k.isa().to_string())
+        .collect();
+    println!(
+        "kernels: {}; each is compared with the plain ones",
+        names.join(", ")
+    );
     if rows.is_empty() {
         println!("this processor runs the plain kernels only: there is nothing to compare");
         return;
     }
-    println!("  {:<8} {:<32} {:>8} {:>18}", "on", "kernel", "values", "share of tolerance");
+    println!(
+        "  {:<8} {:<32} {:>8} {:>18}",
+        "on", "kernel", "values", "share of tolerance"
+    );
     for row in rows {
         let (on, name) = (&row.on, &row.name);
         match &row.found {
             Ok(o) => {
                 let verdict = if o.passed() { "" } else { "  WRONG" };
-                println!("  {on:<8} {name:<32} {:>8} {:>16.1} %{verdict}", o.compared, o.worst * 100.0);
+                println!(
+                    "  {on:<8} {name:<32} {:>8} {:>16.1} %{verdict}",
+                    o.compared,
+                    o.worst * 100.0
+                );
             }
             Err(error) => println!("  {on:<8} {name:<32} failed: {error}"),
         }
@@ -162,7 +218,11 @@ fn print_text(rows: &[Compared]) {
 /// Everything of a GPU: comparisons and rates by themselves, and all rows of the table.
 fn gpu_json(gpu: &Gpu, found: &Findings) -> Value {
     let on = format!("GPU {}", gpu.properties().ordinal);
-    let mut value = json_of(Some(gpu), &compared(&on, &found.results), found.gives.as_ref());
+    let mut value = json_of(
+        Some(gpu),
+        &compared(&on, &found.results),
+        found.gives.as_ref(),
+    );
     let table = &found.table;
     for (key, part) in [
         ("when", json!(table.when)),
@@ -181,7 +241,10 @@ fn compared(on: &str, found: &Results) -> Vec<Compared> {
         name: name.to_string(),
         found: outcome.as_ref().map(|o| *o).map_err(ToString::to_string),
     };
-    let kernels = found.kernels.iter().map(|(name, outcome)| row(name, outcome));
+    let kernels = found
+        .kernels
+        .iter()
+        .map(|(name, outcome)| row(name, outcome));
     let models = found.logits.iter().map(|(place, outcome)| match place {
         GpuShare::All => row("demo, all of it", outcome),
         GpuShare::AllButExperts => row("demo, experts in main memory", outcome),
@@ -235,25 +298,43 @@ mod tests {
     fn the_table_is_written_whole_and_nothing_is_overwritten() {
         let folder = tempfile::tempdir().unwrap();
         let table = Table {
-            rows: vec![Row::figure("kernels", "products", 3.0, "%").with(Target::AtMost(100.0)).compared()],
+            rows: vec![
+                Row::figure("kernels", "products", 3.0, "%")
+                    .with(Target::AtMost(100.0))
+                    .compared(),
+            ],
             ..Table::default()
         };
-        let found = Findings { table, results: Results::default(), gives: None };
+        let found = Findings {
+            table,
+            results: Results::default(),
+            gives: None,
+        };
         let target = folder.path().join("here");
         for name in ["here", "here-2"] {
             let written = write(Some(target.clone()), &found, &found.table.text(), "{}").unwrap();
             assert_eq!(written, folder.path().join(name));
             let text = std::fs::read_to_string(written.join("selftest.txt")).unwrap();
             assert!(text.contains("1 of 1 targets met"), "{text}");
-            assert_eq!(std::fs::read_to_string(written.join("selftest.json")).unwrap(), "{}");
+            assert_eq!(
+                std::fs::read_to_string(written.join("selftest.json")).unwrap(),
+                "{}"
+            );
         }
-        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 2, "no temporary folder is left");
+        assert_eq!(
+            std::fs::read_dir(folder.path()).unwrap().count(),
+            2,
+            "no temporary folder is left"
+        );
     }
 
     #[test]
     fn failed_comparisons_are_an_error() {
         assert!(distrust(0, 5).is_ok());
         let why = distrust(2, 5).unwrap_err().to_string();
-        assert!(why.contains("2 of 5") && why.contains("cannot be trusted"), "{why}");
+        assert!(
+            why.contains("2 of 5") && why.contains("cannot be trusted"),
+            "{why}"
+        );
     }
 }

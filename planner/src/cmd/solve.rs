@@ -32,13 +32,31 @@ pub struct SolveArgs {
     #[allow(missing_docs)]
     pub model: ModelOrShape,
     /// Profile of the model [default: uniform access is assumed]
-    #[arg(short = 'P', short_alias = 'p', long, value_name = "FILE", help_heading = "Model")]
+    #[arg(
+        short = 'P',
+        short_alias = 'p',
+        long,
+        value_name = "FILE",
+        help_heading = "Model"
+    )]
     pub profile: Option<PathBuf>,
     /// Machine file, or the name of a bundled machine
-    #[arg(short = 'M', short_alias = 'm', long, value_name = "FILE", help_heading = "Machine")]
+    #[arg(
+        short = 'M',
+        short_alias = 'm',
+        long,
+        value_name = "FILE",
+        help_heading = "Machine"
+    )]
     pub machine: PathBuf,
     /// Plan to write
-    #[arg(short, long, value_name = "FILE", default_value = "placement.toml", help_heading = "Output")]
+    #[arg(
+        short,
+        long,
+        value_name = "FILE",
+        default_value = "placement.toml",
+        help_heading = "Output"
+    )]
     pub output: PathBuf,
     #[command(flatten)]
     #[allow(missing_docs)]
@@ -83,16 +101,31 @@ pub struct SolveArgs {
     /// GROUP is attention, router, shared_expert, dense_ffn, embedding, head, cache, or experts.
     /// `experts` may be left out before numbers: `vram:3-5:0-15`. Experts fixed to the last tier
     /// are never pinned.
-    #[arg(long, value_name = "TIER:GROUP[:LAYERS[:EXPERTS]]", value_delimiter = ' ', help_heading = "Solver")]
+    #[arg(
+        long,
+        value_name = "TIER:GROUP[:LAYERS[:EXPERTS]]",
+        value_delimiter = ' ',
+        help_heading = "Solver"
+    )]
     pub fix: Vec<String>,
     /// Keep a tensor group off a tier, such as cxl:experts:0-3 (no pins, no slots); repeatable
-    #[arg(long, value_name = "TIER:GROUP[:LAYERS[:EXPERTS]]", value_delimiter = ' ', help_heading = "Solver")]
+    #[arg(
+        long,
+        value_name = "TIER:GROUP[:LAYERS[:EXPERTS]]",
+        value_delimiter = ' ',
+        help_heading = "Solver"
+    )]
     pub forbid: Vec<String>,
     /// Also write the plan of each baseline into this folder
     #[arg(long, value_name = "FOLDER", help_heading = "Output")]
     pub baselines: Option<PathBuf>,
     /// Time limit of the search, in seconds
-    #[arg(long, value_name = "SECONDS", default_value_t = 10.0, help_heading = "Solver")]
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        default_value_t = 10.0,
+        help_heading = "Solver"
+    )]
     pub time_limit: f64,
     #[command(flatten)]
     #[allow(missing_docs)]
@@ -238,7 +271,15 @@ impl SolveOptions {
         );
         safely::check(&args.output)?;
         let kv_type = args.kv.checked()?.unwrap_or_default();
-        Ok(Self { model, profile, machine, budgets, context, kv_type, solver })
+        Ok(Self {
+            model,
+            profile,
+            machine,
+            budgets,
+            context,
+            kv_type,
+            solver,
+        })
     }
 }
 
@@ -262,7 +303,8 @@ pub fn run(args: &SolveArgs) -> Result<()> {
     let skews = profile.map(skews).transpose()?.unwrap_or_default();
 
     if let Some(folder) = &args.baselines {
-        fs::create_dir_all(folder).with_context(|| format!("cannot make the folder {}", folder.display()))?;
+        fs::create_dir_all(folder)
+            .with_context(|| format!("cannot make the folder {}", folder.display()))?;
     }
     solved.plan.write(&args.output)?;
     let mut written = Vec::new();
@@ -274,7 +316,10 @@ pub fn run(args: &SolveArgs) -> Result<()> {
         }
     }
     if args.format.json {
-        println!("{}", serde_json::to_string_pretty(&as_json(args, &solved, &skews, &written))?);
+        println!(
+            "{}",
+            serde_json::to_string_pretty(&as_json(args, &solved, &skews, &written))?
+        );
     } else {
         print_text(args, &solved, &skews, &written);
     }
@@ -283,8 +328,16 @@ pub fn run(args: &SolveArgs) -> Result<()> {
 
 /// Returns the baselines from slowest to fastest, then the plan.
 fn rows(solved: &Solution) -> Vec<&Placement> {
-    let mut rows: Vec<&Placement> = solved.baselines.iter().filter(|b| b.name != solved.plan.name).collect();
-    rows.sort_by(|a, b| a.predicted.decode_tok_s.total_cmp(&b.predicted.decode_tok_s));
+    let mut rows: Vec<&Placement> = solved
+        .baselines
+        .iter()
+        .filter(|b| b.name != solved.plan.name)
+        .collect();
+    rows.sort_by(|a, b| {
+        a.predicted
+            .decode_tok_s
+            .total_cmp(&b.predicted.decode_tok_s)
+    });
     rows.push(&solved.plan);
     rows
 }
@@ -293,19 +346,41 @@ fn print_text(args: &SolveArgs, solved: &Solution, skews: &[Skew], written: &[Pa
     let plan = &solved.plan;
     let emulated = plan.tiers.iter().any(|t| t.tier.emulated);
     let (context, kv_type) = (plan.context, plan.kv_type);
-    println!("{} on {}, context {context}, keys and values {kv_type}", plan.model.name, plan.machine.name);
+    println!(
+        "{} on {}, context {context}, keys and values {kv_type}",
+        plan.model.name, plan.machine.name
+    );
     for tier in &plan.tiers {
-        let label = if tier.tier.emulated { " (emulated)" } else { "" };
-        println!("  {}{label}: {} GB/s, budget {}", tier.tier.name, tier.tier.read_gbps, show_bytes(tier.budget_bytes));
+        let label = if tier.tier.emulated {
+            " (emulated)"
+        } else {
+            ""
+        };
+        println!(
+            "  {}{label}: {} GB/s, budget {}",
+            tier.tier.name,
+            tier.tier.read_gbps,
+            show_bytes(tier.budget_bytes)
+        );
     }
     println!();
     // Without a rate of products, prompts are predicted from reads alone.
-    let prompt = if plan.predicted.prompt_gflops.is_empty() { "prompt limit" } else { "prompt tok/s" };
-    let mut head = format!("{:<18} {:>13} {:>13} {:>9}", "plan", "decode tok/s", prompt, "hit rate");
+    let prompt = if plan.predicted.prompt_gflops.is_empty() {
+        "prompt limit"
+    } else {
+        "prompt tok/s"
+    };
+    let mut head = format!(
+        "{:<18} {:>13} {:>13} {:>9}",
+        "plan", "decode tok/s", prompt, "hit rate"
+    );
     for tier in &plan.tiers {
         head += &format!(" {:>12}", tier.tier.name);
     }
-    println!("predicted, for tokens that look back at {} positions:", plan.predicted.at);
+    println!(
+        "predicted, for tokens that look back at {} positions:",
+        plan.predicted.at
+    );
     println!("{head}");
     for row in rows(solved) {
         let predicted = &row.predicted;
@@ -323,14 +398,33 @@ fn print_text(args: &SolveArgs, solved: &Solution, skews: &[Skew], written: &[Pa
     }
     println!();
     let solver = &plan.solver;
-    let gap = solver.gap.map_or("no proven bound".to_string(), |gap| format!("proven gap {:.4} %", gap * 100.0));
-    let with_lru = plan.layers.iter().all(|l| l.slots == 0 || l.policy == SlotPolicy::Lru);
-    let of = if with_lru { "" } else { " of pins and slots with lru" };
-    println!("{}: {}, {gap}{of}, {:.2} s ({})", plan.name, solver.status, solver.solve_s, solver.backend);
+    let gap = solver.gap.map_or("no proven bound".to_string(), |gap| {
+        format!("proven gap {:.4} %", gap * 100.0)
+    });
+    let with_lru = plan
+        .layers
+        .iter()
+        .all(|l| l.slots == 0 || l.policy == SlotPolicy::Lru);
+    let of = if with_lru {
+        ""
+    } else {
+        " of pins and slots with lru"
+    };
+    println!(
+        "{}: {}, {gap}{of}, {:.2} s ({})",
+        plan.name, solver.status, solver.solve_s, solver.backend
+    );
     let other = solved.baselines.iter().filter(|b| b.name != plan.name);
-    if let Some(best) = other.max_by(|a, b| a.predicted.decode_tok_s.total_cmp(&b.predicted.decode_tok_s)) {
+    if let Some(best) = other.max_by(|a, b| {
+        a.predicted
+            .decode_tok_s
+            .total_cmp(&b.predicted.decode_tok_s)
+    }) {
         let times = plan.predicted.decode_tok_s / best.predicted.decode_tok_s;
-        println!("predicted {times:.3} × the best baseline ({}) at equal bytes", best.name);
+        println!(
+            "predicted {times:.3} × the best baseline ({}) at equal bytes",
+            best.name
+        );
     }
     if let Some(ceiling) = solved.ceiling_hit_rate {
         println!(
@@ -343,7 +437,12 @@ fn print_text(args: &SolveArgs, solved: &Solution, skews: &[Skew], written: &[Pa
         println!("routing is {}", all.words());
     }
     if let Some(goal) = &solver.goal {
-        println!("{}: {} {}, predicted", goal.objective, amount(goal.value), goal.unit);
+        println!(
+            "{}: {} {}, predicted",
+            goal.objective,
+            amount(goal.value),
+            goal.unit
+        );
     }
     for line in &solved.summary {
         println!("{line}");
@@ -352,7 +451,9 @@ fn print_text(args: &SolveArgs, solved: &Solution, skews: &[Skew], written: &[Pa
         println!("note: {note}");
     }
     if emulated {
-        println!("note: speeds are predicted for emulated tiers, whose rates are declared, not measured");
+        println!(
+            "note: speeds are predicted for emulated tiers, whose rates are declared, not measured"
+        );
     }
     println!("wrote {}", args.output.display());
     for path in written {
@@ -362,12 +463,20 @@ fn print_text(args: &SolveArgs, solved: &Solution, skews: &[Skew], written: &[Pa
 
 /// Formats a number with about five significant digits.
 fn amount(value: f64) -> String {
-    if value >= 1e7 || (value != 0.0 && value < 1e-3) { format!("{value:.4e}") } else { format!("{value:.5}") }
+    if value >= 1e7 || (value != 0.0 && value < 1e-3) {
+        format!("{value:.4e}")
+    } else {
+        format!("{value:.5}")
+    }
 }
 
 /// Formats tokens per second with about three significant digits.
 fn speed(tok_s: f64) -> String {
-    let digits = if tok_s < 10.0 { 2 } else { usize::from(tok_s < 100.0) };
+    let digits = if tok_s < 10.0 {
+        2
+    } else {
+        usize::from(tok_s < 100.0)
+    };
     format!("{tok_s:.digits$}")
 }
 

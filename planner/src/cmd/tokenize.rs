@@ -50,7 +50,13 @@ impl TokenizeArgs {
             (first, second, _) => (first.as_ref().map(PathBuf::from), second.as_ref()),
         };
         let model = model.context("no model given, expected MODEL or --model")?;
-        Ok((model, self.prompt.as_ref().or(text).context("no text given, expected TEXT or --prompt")?))
+        Ok((
+            model,
+            self.prompt
+                .as_ref()
+                .or(text)
+                .context("no text given, expected TEXT or --prompt")?,
+        ))
     }
 }
 
@@ -66,7 +72,10 @@ pub fn run(args: &TokenizeArgs) -> Result<()> {
         println!("{}", serde_json::to_string(&ids)?);
     } else {
         for id in ids {
-            println!("{id:>8}  {:?}", String::from_utf8_lossy(&tokenizer.token_bytes(id)));
+            println!(
+                "{id:>8}  {:?}",
+                String::from_utf8_lossy(&tokenizer.token_bytes(id))
+            );
         }
     }
     Ok(())

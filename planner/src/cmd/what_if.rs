@@ -31,10 +31,23 @@ pub struct WhatIfArgs {
     #[allow(missing_docs)]
     pub model: ModelOrShape,
     /// Machine file, or the name of a bundled machine (optane-768); repeatable
-    #[arg(short = 'M', short_alias = 'm', long, required = true, value_name = "FILE", help_heading = "Machine")]
+    #[arg(
+        short = 'M',
+        short_alias = 'm',
+        long,
+        required = true,
+        value_name = "FILE",
+        help_heading = "Machine"
+    )]
     pub machine: Vec<PathBuf>,
     /// Profile of expert use [default: the range over three kinds of routing]
-    #[arg(short = 'P', short_alias = 'p', long, value_name = "FILE", help_heading = "Model")]
+    #[arg(
+        short = 'P',
+        short_alias = 'p',
+        long,
+        value_name = "FILE",
+        help_heading = "Model"
+    )]
     pub profile: Option<PathBuf>,
     /// Context length to plan the KV cache for; 0 is the model's training context
     #[arg(
@@ -57,13 +70,22 @@ pub struct WhatIfArgs {
     #[allow(missing_docs)]
     pub budget: BudgetArgs,
     /// Predict for a tier of one size after another, such as dram=64GiB..512GiB:8
-    #[arg(long, value_name = "TIER=FROM..TO[:STEPS]", help_heading = "Prediction")]
+    #[arg(
+        long,
+        value_name = "TIER=FROM..TO[:STEPS]",
+        help_heading = "Prediction"
+    )]
     pub sweep: Option<String>,
     /// Folder for the table and chart of a sweep
     #[arg(short, long, value_name = "FOLDER", help_heading = "Output")]
     pub output: Option<PathBuf>,
     /// Time limit per plan, in seconds
-    #[arg(long, value_name = "SECONDS", default_value_t = 3.0, help_heading = "Prediction")]
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        default_value_t = 3.0,
+        help_heading = "Prediction"
+    )]
     pub time_limit: f64,
     #[command(flatten)]
     #[allow(missing_docs)]
@@ -89,13 +111,23 @@ impl WhatIfOptions {
     fn from_args(args: &WhatIfArgs) -> Result<Self> {
         let range = args.sweep.as_deref().map(Range::parse).transpose()?;
         let n_machines = args.machine.len();
-        ensure!(range.is_none() || n_machines == 1, "--machine: {n_machines} machines, expected one with --sweep");
-        ensure!(range.is_some() || args.output.is_none(), "--output: no sweep to write, expected --sweep too");
+        ensure!(
+            range.is_none() || n_machines == 1,
+            "--machine: {n_machines} machines, expected one with --sweep"
+        );
+        ensure!(
+            range.is_some() || args.output.is_none(),
+            "--output: no sweep to write, expected --sweep too"
+        );
         let time_limit_s = time_limit(args.time_limit)?;
         let model = catalogue::model(args.model.path()?, args.model.quant.as_deref())?;
         let context = context_of(args.context, &model.sizes);
         check_position(args.at, context)?;
-        let machines = args.machine.iter().map(|m| catalogue::machine(m)).collect::<Result<Vec<_>>>()?;
+        let machines = args
+            .machine
+            .iter()
+            .map(|m| catalogue::machine(m))
+            .collect::<Result<Vec<_>>>()?;
         let mut profile = args.profile.as_deref().map(profile::read).transpose()?;
         if let (Some(profile), Some(path)) = (&mut profile, &args.profile) {
             match &model.shape {
@@ -104,9 +136,22 @@ impl WhatIfOptions {
                 Some(_) => profile.model = model.sizes.id.clone(),
             }
         }
-        let budgets = machines.iter().map(|machine| args.budget.bytes(machine)).collect::<Result<Vec<_>>>()?;
+        let budgets = machines
+            .iter()
+            .map(|machine| args.budget.bytes(machine))
+            .collect::<Result<Vec<_>>>()?;
         let (at, kv_type) = (args.at, args.kv.checked()?.unwrap_or_default());
-        Ok(Self { model, machines, budgets, profile, context, at, kv_type, range, time_limit_s })
+        Ok(Self {
+            model,
+            machines,
+            budgets,
+            profile,
+            context,
+            at,
+            kv_type,
+            range,
+            time_limit_s,
+        })
     }
 
     /// Returns one question per machine.
@@ -121,7 +166,11 @@ impl WhatIfOptions {
             kv_type: self.kv_type,
             time_limit_s: self.time_limit_s,
         };
-        self.machines.iter().zip(&self.budgets).map(question).collect()
+        self.machines
+            .iter()
+            .zip(&self.budgets)
+            .map(question)
+            .collect()
     }
 }
 
@@ -136,18 +185,29 @@ pub fn run(args: &WhatIfArgs) -> Result<()> {
         return run_sweep(args, question, range);
     }
     let answers: Vec<Result<Answer>> = questions.iter().map(answer).collect();
-    let bought = questions.iter().zip(&answers).map(|(question, answer)| match answer {
-        Ok(answer) => purchases(question, answer),
-        Err(_) => Ok(Vec::new()),
-    });
+    let bought = questions
+        .iter()
+        .zip(&answers)
+        .map(|(question, answer)| match answer {
+            Ok(answer) => purchases(question, answer),
+            Err(_) => Ok(Vec::new()),
+        });
     let bought = bought.collect::<Result<Vec<_>>>()?;
     if args.format.json {
-        let mut values: Vec<Value> = questions.iter().zip(&answers).map(|(q, a)| as_json(q, a)).collect();
+        let mut values: Vec<Value> = questions
+            .iter()
+            .zip(&answers)
+            .map(|(q, a)| as_json(q, a))
+            .collect();
         for (value, bought) in values.iter_mut().zip(&bought) {
             value["notes"] = json!(known.notes());
             value["purchases"] = purchases_json(bought);
         }
-        let value = if values.len() == 1 { values.remove(0) } else { json!({ "answers": values }) };
+        let value = if values.len() == 1 {
+            values.remove(0)
+        } else {
+            json!({ "answers": values })
+        };
         println!("{}", serde_json::to_string_pretty(&value)?);
         return Ok(());
     }
@@ -169,13 +229,20 @@ pub fn run(args: &WhatIfArgs) -> Result<()> {
 
 /// Formats a number with about three significant digits.
 fn digits(value: f64) -> String {
-    let digits = if value < 10.0 { 2 } else { usize::from(value < 100.0) };
+    let digits = if value < 10.0 {
+        2
+    } else {
+        usize::from(value < 100.0)
+    };
     format!("{value:.digits$}")
 }
 
 fn show(question: &Question<'_>, answer: &Result<Answer>) {
     let (sizes, machine) = (&question.known.sizes, question.machine);
-    println!("{} on {} ({}), context {}", sizes.id.name, machine.name, machine.description, question.context);
+    println!(
+        "{} on {} ({}), context {}",
+        sizes.id.name, machine.name, machine.description, question.context
+    );
     let answer = match answer {
         Ok(answer) => answer,
         Err(error) => {
@@ -183,11 +250,20 @@ fn show(question: &Question<'_>, answer: &Result<Answer>) {
             return;
         }
     };
-    let Some(middle) = answer.middle() else { return };
+    let Some(middle) = answer.middle() else {
+        return;
+    };
     let [speed, low, high] = answer.decode_tok_s();
-    let emulated = if machine.tiers.iter().any(|t| t.emulated) { ", emulated tiers" } else { "" };
-    let cases: Vec<String> =
-        answer.cases.iter().map(|c| format!("{} {}", c.routing, digits(c.decode_tok_s()))).collect();
+    let emulated = if machine.tiers.iter().any(|t| t.emulated) {
+        ", emulated tiers"
+    } else {
+        ""
+    };
+    let cases: Vec<String> = answer
+        .cases
+        .iter()
+        .map(|c| format!("{} {}", c.routing, digits(c.decode_tok_s())))
+        .collect();
     if answer.cases.len() > 1 {
         println!(
             "  predicted decode: {} tok/s ({} to {}; by routing: {}){emulated}",
@@ -197,23 +273,40 @@ fn show(question: &Question<'_>, answer: &Result<Answer>) {
             cases.join(", ")
         );
     } else {
-        println!("  predicted decode: {} tok/s ({}){emulated}", digits(speed), middle.routing);
+        println!(
+            "  predicted decode: {} tok/s ({}){emulated}",
+            digits(speed),
+            middle.routing
+        );
     }
     let (plan, bound) = (&middle.plan, bound(&middle.plan));
-    let gap = plan.solver.gap.map_or("nothing proven".to_string(), |gap| format!("proven gap {:.3} %", gap * 100.0));
-    println!("  plan: {}, {gap} ({})", plan.solver.status, plan.solver.backend);
+    let gap = plan.solver.gap.map_or("nothing proven".to_string(), |gap| {
+        format!("proven gap {:.3} %", gap * 100.0)
+    });
+    println!(
+        "  plan: {}, {gap} ({})",
+        plan.solver.status, plan.solver.backend
+    );
     println!(
         "  bound by {}: {:.1} ms per token, {:.0} % of its time{}",
         bound.by,
         bound.seconds * 1e3,
         bound.share * 100.0,
-        if plan.tiers.len() > 1 { " (tiers overlap)" } else { "" }
+        if plan.tiers.len() > 1 {
+            " (tiers overlap)"
+        } else {
+            ""
+        }
     );
     let prompt = digits(plan.predicted.prompt_tok_s);
     if plan.predicted.prompt_gflops.is_empty() {
-        println!("  predicted prompt limit: {prompt} tok/s (reads alone: the machine file has no prompt_gflops)");
+        println!(
+            "  predicted prompt limit: {prompt} tok/s (reads alone: the machine file has no prompt_gflops)"
+        );
     } else {
-        println!("  predicted prompt: {prompt} tok/s (the longer of reads and products, step by step)");
+        println!(
+            "  predicted prompt: {prompt} tok/s (the longer of reads and products, step by step)"
+        );
     }
     println!(
         "  keys and values ({}): {:.2} ms of a token that looks back at {} positions",
@@ -239,7 +332,10 @@ fn show(question: &Question<'_>, answer: &Result<Answer>) {
         println!("  power: {watts:.0} W, {} J per token", digits(joules));
     }
     if let (Some(price), Some(each)) = (answer.price_usd, answer.tok_s_per_1000_usd()) {
-        println!("  price: ${price:.0}, {} tok/s for each $1000", digits(each));
+        println!(
+            "  price: ${price:.0}, {} tok/s for each $1000",
+            digits(each)
+        );
     }
     for note in middle.notes.iter().filter(|n| !n.starts_with("no profile")) {
         println!("  note: {note}");
@@ -256,8 +352,15 @@ fn next_purchase(bought: &[Purchase]) -> Option<String> {
         ));
     }
     let gain = |p: &Purchase| format!("{} tok/s", digits(p.tok_s));
-    let others: Vec<String> = bought[1..].iter().map(|p| format!("{} {}", p.tier, gain(p))).collect();
-    let others = if others.is_empty() { String::new() } else { format!("; the same on {}", others.join(", ")) };
+    let others: Vec<String> = bought[1..]
+        .iter()
+        .map(|p| format!("{} {}", p.tier, gain(p)))
+        .collect();
+    let others = if others.is_empty() {
+        String::new()
+    } else {
+        format!("; the same on {}", others.join(", "))
+    };
     Some(format!(
         "next purchase: {} more of {} for ${:.0}: {} predicted, before {}{others}",
         show_bytes(best.bytes),
@@ -276,7 +379,8 @@ fn table(questions: &[Question<'_>], answers: &[Result<Answer>]) {
     );
     for (question, answer) in questions.iter().zip(answers) {
         let name = &question.machine.name;
-        let Some((answer, middle)) = answer.as_ref().ok().and_then(|a| Some((a, a.middle()?))) else {
+        let Some((answer, middle)) = answer.as_ref().ok().and_then(|a| Some((a, a.middle()?)))
+        else {
             println!("{name:<24} {:>7}", "no plan");
             continue;
         };
@@ -286,10 +390,16 @@ fn table(questions: &[Question<'_>], answers: &[Result<Answer>]) {
             "{name:<24} {:>7} {:>15} {:>9} {:>12} {:>8} {:>10} {:>11}",
             digits(speed),
             format!("{} to {}", digits(low), digits(high)),
-            middle.plan.solver.gap.map_or("-".to_string(), |g| format!("{:.3} %", g * 100.0)),
+            middle
+                .plan
+                .solver
+                .gap
+                .map_or("-".to_string(), |g| format!("{:.3} %", g * 100.0)),
             bound(&middle.plan).by,
             show(answer.joules_per_token()),
-            answer.price_usd.map_or("-".to_string(), |p| format!("${p:.0}")),
+            answer
+                .price_usd
+                .map_or("-".to_string(), |p| format!("${p:.0}")),
             show(answer.tok_s_per_1000_usd())
         );
     }
@@ -319,7 +429,11 @@ fn run_sweep(args: &WhatIfArgs, question: &Question<'_>, range: &Range) -> Resul
         "purchases_at_knee": purchases_json(&bought),
         "notes": question.known.notes(),
     });
-    let written = args.output.as_deref().map(|folder| write_sweep(folder, question, &swept, &value)).transpose()?;
+    let written = args
+        .output
+        .as_deref()
+        .map(|folder| write_sweep(folder, question, &swept, &value))
+        .transpose()?;
     if args.format.json {
         println!("{}", serde_json::to_string_pretty(&value)?);
         return Ok(());
@@ -347,18 +461,31 @@ fn run_sweep(args: &WhatIfArgs, question: &Question<'_>, range: &Range) -> Resul
             "{size:>10} {:>8} {:>16} {:>9} {:>12} {:>10} {:>11}{}",
             digits(speed),
             format!("{} to {}", digits(low), digits(high)),
-            middle.plan.solver.gap.map_or("-".to_string(), |g| format!("{:.3} %", g * 100.0)),
+            middle
+                .plan
+                .solver
+                .gap
+                .map_or("-".to_string(), |g| format!("{:.3} %", g * 100.0)),
             bound(&middle.plan).by,
-            answer.price_usd.map_or("-".to_string(), |p| format!("${p:.0}")),
+            answer
+                .price_usd
+                .map_or("-".to_string(), |p| format!("${p:.0}")),
             answer.tok_s_per_1000_usd().map_or("-".to_string(), digits),
-            if swept.knee == Some(at) { "  <- knee" } else { "" }
+            if swept.knee == Some(at) {
+                "  <- knee"
+            } else {
+                ""
+            }
         );
     }
     if let Some(line) = next_purchase(&bought) {
         println!("at the knee: {line}");
     }
     if let Some(Err(error)) = swept.points.first().map(|p| &p.answer) {
-        println!("no plan at {}: {error:#}", show_bytes(swept.points[0].bytes));
+        println!(
+            "no plan at {}: {error:#}",
+            show_bytes(swept.points[0].bytes)
+        );
     }
     for note in question.known.notes() {
         println!("note: {note}");
@@ -370,9 +497,23 @@ fn run_sweep(args: &WhatIfArgs, question: &Question<'_>, range: &Range) -> Resul
 }
 
 /// Returns the purchases at the size where more of the swept tier stops to pay.
-fn after_knee(question: &Question<'_>, swept: &Sweep, bytes: u64, answer: &Answer) -> Result<Vec<Purchase>> {
-    let Some((machine, budgets)) = at_size(question, &swept.tier, bytes) else { return Ok(Vec::new()) };
-    purchases(&Question { machine: &machine, budgets, ..question.clone() }, answer)
+fn after_knee(
+    question: &Question<'_>,
+    swept: &Sweep,
+    bytes: u64,
+    answer: &Answer,
+) -> Result<Vec<Purchase>> {
+    let Some((machine, budgets)) = at_size(question, &swept.tier, bytes) else {
+        return Ok(Vec::new());
+    };
+    purchases(
+        &Question {
+            machine: &machine,
+            budgets,
+            ..question.clone()
+        },
+        answer,
+    )
 }
 
 /// Returns the points as `--json` prints them.
@@ -397,25 +538,41 @@ fn rows(swept: &Sweep) -> Vec<Value> {
                 "knee": swept.knee == Some(at),
             })
         }
-        Err(error) => json!({ "bytes": point.bytes, "fits": false, "reason": format!("{error:#}") }),
+        Err(error) => {
+            json!({ "bytes": point.bytes, "fits": false, "reason": format!("{error:#}") })
+        }
     };
     swept.points.iter().enumerate().map(row).collect()
 }
 
-fn write_sweep(folder: &Path, question: &Question<'_>, swept: &Sweep, value: &Value) -> Result<Vec<String>> {
-    fs::create_dir_all(folder).with_context(|| format!("cannot make the folder {}", folder.display()))?;
+fn write_sweep(
+    folder: &Path,
+    question: &Question<'_>,
+    swept: &Sweep,
+    value: &Value,
+) -> Result<Vec<String>> {
+    fs::create_dir_all(folder)
+        .with_context(|| format!("cannot make the folder {}", folder.display()))?;
     let curve = report::Curve {
         model: question.known.sizes.id.name.clone(),
         machine: question.machine.name.clone(),
         tier: swept.tier.clone(),
         emulated: question.machine.tiers.iter().any(|t| t.emulated),
-        points: swept.points.iter().map(|p| (p.bytes, p.answer.as_ref().ok().map(Answer::decode_tok_s))).collect(),
+        points: swept
+            .points
+            .iter()
+            .map(|p| (p.bytes, p.answer.as_ref().ok().map(Answer::decode_tok_s)))
+            .collect(),
         knee: swept.knee,
     };
     let drawn = report::draw_curve(&curve)?;
     let json = serde_json::to_string_pretty(value)? + "\n";
     let mut written = Vec::new();
-    for (name, content) in [("sweep.svg", &drawn.svg), ("sweep.csv", &drawn.csv), ("sweep.json", &json)] {
+    for (name, content) in [
+        ("sweep.svg", &drawn.svg),
+        ("sweep.csv", &drawn.csv),
+        ("sweep.json", &json),
+    ] {
         let path = folder.join(name);
         safely::write(&path, content.as_bytes())?;
         written.push(path.display().to_string());

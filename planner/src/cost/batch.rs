@@ -21,12 +21,19 @@ pub fn touched(layer: &LayerEvidence, batch: u32) -> Vec<f64> {
         Judged::Recorded(trace) => trace.decode_share(),
         Judged::Uniform => layer.share.clone(),
     };
-    share.iter().map(|s| 1.0 - (1.0 - s.clamp(0.0, 1.0)).powf(f64::from(batch))).collect()
+    share
+        .iter()
+        .map(|s| 1.0 - (1.0 - s.clamp(0.0, 1.0)).powf(f64::from(batch)))
+        .collect()
 }
 
 /// Returns the bytes of a dense group that a step reads.
 pub fn dense_bytes(group: &DenseShape, batch: u32) -> f64 {
-    let times = if group.kind == DenseKind::Embedding { f64::from(batch) } else { 1.0 };
+    let times = if group.kind == DenseKind::Embedding {
+        f64::from(batch)
+    } else {
+        1.0
+    };
     times * group.token_bytes as f64
 }
 
@@ -47,7 +54,9 @@ pub struct Spread {
 
 /// Returns the seconds of a layer's expert stage.
 pub fn stage_s(stage: &ExpertStage, spread: &Spread, in_place: bool, staging: TierIdx) -> f64 {
-    let Spread { slots, slot_tier, .. } = *spread;
+    let Spread {
+        slots, slot_tier, ..
+    } = *spread;
     let to = if slots > 0 { slot_tier } else { staging };
     let n = spread.pinned.len();
     let mut experts = Vec::from(spread.pinned.clone());
@@ -65,12 +74,20 @@ pub fn stage_s(stage: &ExpertStage, spread: &Spread, in_place: bool, staging: Ti
 
 /// Returns the seconds of one step of a plan over `batch` sequences.
 pub fn step_s(plan: &Placement, shape: &ModelShape, evidence: &Evidence, batch: u32) -> f64 {
-    let FixedTimes { overhead_s, dense_s, tiers } = FixedTimes::of(plan, shape);
+    let FixedTimes {
+        overhead_s,
+        dense_s,
+        tiers,
+    } = FixedTimes::of(plan, shape);
     let in_place = home_in_place(&tiers);
     let mut total = overhead_s + dense_s.iter().sum::<f64>();
     total += f64::from(batch) * plan.predicted.kv_s;
     for dense in &plan.dense {
-        for group in shape.dense.iter().filter(|g| (g.kind, g.layer) == (dense.kind, dense.layer)) {
+        for group in shape
+            .dense
+            .iter()
+            .filter(|g| (g.kind, g.layer) == (dense.kind, dense.layer))
+        {
             total += read_s(&tiers[dense.tier], dense_bytes(group, batch));
         }
     }
@@ -83,7 +100,11 @@ pub fn step_s(plan: &Placement, shape: &ModelShape, evidence: &Evidence, batch: 
             slots: layer.slots,
             slot_tier: layer.slot_tier,
         };
-        for Pins { tier, experts: pins } in &layer.pinned {
+        for Pins {
+            tier,
+            experts: pins,
+        } in &layer.pinned
+        {
             let here: f64 = pins.iter().filter_map(|&e| touched.get(e as usize)).sum();
             spread.pinned[*tier] += here;
             spread.pooled -= here;

@@ -91,12 +91,23 @@ impl Fit {
     /// Fails if a record is of another machine or of emulated tiers, has no prediction, or measured
     /// nothing.
     pub fn new(machine: &Machine, records: &[(String, RunRecord)]) -> Result<Fit> {
-        ensure!(!records.is_empty(), "no run records; `tier-plan run --plan PLAN --record FILE` writes one");
-        let runs = records.iter().map(|(name, r)| run(machine, name, r)).collect::<Result<Vec<_>>>()?;
+        ensure!(
+            !records.is_empty(),
+            "no run records; `tier-plan run --plan PLAN --record FILE` writes one"
+        );
+        let runs = records
+            .iter()
+            .map(|(name, r)| run(machine, name, r))
+            .collect::<Result<Vec<_>>>()?;
         let start = start(machine);
         let all: Vec<&Run> = runs.iter().collect();
         let without = |out: usize, pull: f64| {
-            let rest: Vec<&Run> = runs.iter().enumerate().filter(|(at, _)| *at != out).map(|(_, run)| run).collect();
+            let rest: Vec<&Run> = runs
+                .iter()
+                .enumerate()
+                .filter(|(at, _)| *at != out)
+                .map(|(_, run)| run)
+                .collect();
             runs[out].seconds(&least_squares(&rest, &start, pull))
         };
         let missed = |pull: f64| -> f64 {
@@ -105,7 +116,10 @@ impl Fit {
         };
         let pull = match runs.len() {
             ..MIN_RUNS_TO_CROSS_VALIDATE => DEFAULT_PULL,
-            _ => PULLS.into_iter().min_by(|&a, &b| missed(a).total_cmp(&missed(b))).unwrap_or(DEFAULT_PULL),
+            _ => PULLS
+                .into_iter()
+                .min_by(|&a, &b| missed(a).total_cmp(&missed(b)))
+                .unwrap_or(DEFAULT_PULL),
         };
         let found = least_squares(&all, &start, pull);
         let row = |(at, run): (usize, &Run)| Row {
@@ -116,13 +130,22 @@ impl Fit {
             left_out_s: (runs.len() >= MIN_RUNS_TO_CROSS_VALIDATE).then(|| without(at, pull)),
         };
         let rows = runs.iter().enumerate().map(row).collect();
-        Ok(Fit { layer_s: found[0], token_s: found[1], factors: found[2..].to_vec(), pull, rows })
+        Ok(Fit {
+            layer_s: found[0],
+            token_s: found[1],
+            factors: found[2..].to_vec(),
+            pull,
+            rows,
+        })
     }
 
     /// Returns the mean relative error of one of a row's times.
     pub fn error(&self, of: impl Fn(&Row) -> Option<f64>) -> Option<f64> {
-        let errors: Option<Vec<f64>> =
-            self.rows.iter().map(|row| Some((of(row)? - row.measured_s).abs() / row.measured_s)).collect();
+        let errors: Option<Vec<f64>> = self
+            .rows
+            .iter()
+            .map(|row| Some((of(row)? - row.measured_s).abs() / row.measured_s))
+            .collect();
         let errors = errors.filter(|e| !e.is_empty())?;
         Some(errors.iter().sum::<f64>() / errors.len() as f64)
     }
@@ -137,7 +160,11 @@ impl Fit {
             if (factor - 1.0).abs() > 1e-6 {
                 let was = tier.read_gbps;
                 tier.read_gbps = rounded(was / factor);
-                tier.source = format!("fitted to {} runs from {was} GB/s; {}", self.rows.len(), tier.source);
+                tier.source = format!(
+                    "fitted to {} runs from {was} GB/s; {}",
+                    self.rows.len(),
+                    tier.source
+                );
             }
         }
         fitted.extras.calibration = Some(Calibration {
@@ -162,8 +189,14 @@ fn rounded(value: f64) -> f64 {
 
 /// Returns the machine file's parameters: layer, token, and factors of one.
 fn start(machine: &Machine) -> Vec<f64> {
-    let fixed = [machine.layer_overhead_us * 1e-6, machine.token_overhead_us * 1e-6];
-    fixed.into_iter().chain(machine.tiers.iter().map(|_| 1.0)).collect()
+    let fixed = [
+        machine.layer_overhead_us * 1e-6,
+        machine.token_overhead_us * 1e-6,
+    ];
+    fixed
+        .into_iter()
+        .chain(machine.tiers.iter().map(|_| 1.0))
+        .collect()
 }
 
 fn run(machine: &Machine, name: &str, record: &RunRecord) -> Result<Run> {
@@ -184,8 +217,16 @@ fn run(machine: &Machine, name: &str, record: &RunRecord) -> Result<Run> {
         bail!("{name}: its plan predicted nothing; run a plan that `tier-plan solve` made");
     };
     let n = machine.tiers.len();
-    let fits = record.tiers.iter().map(|t| t.name.as_str()).eq(machine.tiers.iter().map(|t| t.name.as_str()));
-    let lists = [&predicted.dense_s, &predicted.expert_s, &predicted.read_bytes];
+    let fits = record
+        .tiers
+        .iter()
+        .map(|t| t.name.as_str())
+        .eq(machine.tiers.iter().map(|t| t.name.as_str()));
+    let lists = [
+        &predicted.dense_s,
+        &predicted.expert_s,
+        &predicted.read_bytes,
+    ];
     ensure!(
         fits && lists.iter().all(|list| list.len() == n),
         "{name}: its tiers or the parts of its prediction are not those of '{}'",
@@ -205,13 +246,21 @@ fn run(machine: &Machine, name: &str, record: &RunRecord) -> Result<Run> {
 
     let mut dense = vec![layers(machine, record, predicted), 1.0];
     dense.extend(&predicted.dense_s);
-    let dram = machine.tiers.iter().position(|t| t.kind == TierKind::Dram).unwrap_or(0);
+    let dram = machine
+        .tiers
+        .iter()
+        .position(|t| t.kind == TierKind::Dram)
+        .unwrap_or(0);
     // KV caches are kept in main memory wherever they fit it.
     dense[2 + dram] += predicted.kv_s;
 
     let rates = machine.computing_tiers();
     let sum: f64 = predicted.expert_s.iter().sum();
-    let overlap = if sum > 0.0 { predicted.expert_critical_s / sum } else { 0.0 };
+    let overlap = if sum > 0.0 {
+        predicted.expert_critical_s / sum
+    } else {
+        0.0
+    };
     let mut experts = vec![0.0, 0.0];
     let said = predicted.expert_s.iter().zip(&predicted.read_bytes);
     for ((tier, rate), (seconds, bytes)) in record.tiers.iter().zip(&rates).zip(said) {
@@ -230,7 +279,11 @@ fn run(machine: &Machine, name: &str, record: &RunRecord) -> Result<Run> {
 fn layers(machine: &Machine, record: &RunRecord, predicted: &Prediction) -> f64 {
     let of_layers = predicted.overhead_s * 1e6 - machine.token_overhead_us;
     let counted = of_layers / machine.layer_overhead_us;
-    if counted.is_finite() && counted >= 0.5 { counted.round() } else { record.layers.len().max(1) as f64 }
+    if counted.is_finite() && counted >= 0.5 {
+        counted.round()
+    } else {
+        record.layers.len().max(1) as f64
+    }
 }
 
 /// Returns the parameters with the least regularized sum of squared relative errors.
@@ -240,7 +293,11 @@ fn least_squares(runs: &[&Run], start: &[f64], pull: f64) -> Vec<f64> {
     }
     let n = start.len();
     let least = FIXED_S.into_iter().chain(std::iter::repeat(1.0));
-    let unit: Vec<f64> = start.iter().zip(least).map(|(&start, least)| start.max(least)).collect();
+    let unit: Vec<f64> = start
+        .iter()
+        .zip(least)
+        .map(|(&start, least)| start.max(least))
+        .collect();
     // Bounds are few and seldom met: a parameter that meets one is held there, and the rest is
     // solved again (active set).
     let mut held: Vec<Option<f64>> = vec![None; n];
@@ -250,7 +307,11 @@ fn least_squares(runs: &[&Run], start: &[f64], pull: f64) -> Vec<f64> {
         let mut right = vec![0.0; n];
         for run in runs {
             for (row, took) in run.of.iter().zip(run.took) {
-                let row: Vec<f64> = row.iter().zip(&unit).map(|(a, u)| a * u / run.measured_s).collect();
+                let row: Vec<f64> = row
+                    .iter()
+                    .zip(&unit)
+                    .map(|(a, u)| a * u / run.measured_s)
+                    .collect();
                 for i in 0..n {
                     right[i] += row[i] * took / run.measured_s;
                     (0..n).for_each(|j| matrix[i][j] += row[i] * row[j]);
@@ -269,8 +330,18 @@ fn least_squares(runs: &[&Run], start: &[f64], pull: f64) -> Vec<f64> {
             }
             (matrix[at][at], right[at]) = (1.0, value / unit[at]);
         }
-        let found: Vec<f64> = solve(matrix, right).iter().zip(&unit).map(|(x, u)| x * u).collect();
-        let bounds = |at: usize| if at < 2 { [0.0, f64::MAX] } else { FACTOR_RANGE };
+        let found: Vec<f64> = solve(matrix, right)
+            .iter()
+            .zip(&unit)
+            .map(|(x, u)| x * u)
+            .collect();
+        let bounds = |at: usize| {
+            if at < 2 {
+                [0.0, f64::MAX]
+            } else {
+                FACTOR_RANGE
+            }
+        };
         let is_out = |at: &usize| {
             let [least, most] = bounds(*at);
             held[*at].is_none() && !(least..=most).contains(&found[*at])
@@ -293,13 +364,19 @@ fn solve(mut matrix: Vec<Vec<f64>>, mut right: Vec<f64>) -> Vec<f64> {
         for row in below {
             let factor = matrix[row][at] / pivot[at];
             if factor != 0.0 {
-                matrix[row].iter_mut().zip(&pivot).skip(at).for_each(|(value, above)| *value -= factor * above);
+                matrix[row]
+                    .iter_mut()
+                    .zip(&pivot)
+                    .skip(at)
+                    .for_each(|(value, above)| *value -= factor * above);
                 right[row] -= factor * right[at];
             }
         }
     }
     for at in (0..n).rev() {
-        let known: f64 = (at + 1..n).map(|column| matrix[at][column] * right[column]).sum();
+        let known: f64 = (at + 1..n)
+            .map(|column| matrix[at][column] * right[column])
+            .sum();
         right[at] = (right[at] - known) / matrix[at][at];
     }
     right

@@ -86,7 +86,9 @@ pub fn read_s(tier: &Tier, bytes: f64) -> f64 {
 /// least half of its predictions come true. It has the time of the dense stage, taken to lie on the
 /// fastest tier.
 fn prefetch_hidden_s(prefetch: Prefetch, tiers: &PerTier<Tier>, expert_s: f64) -> f64 {
-    let (Some(first), Some(home)) = (tiers.first(), tiers.last()) else { return 0.0 };
+    let (Some(first), Some(home)) = (tiers.first(), tiers.last()) else {
+        return 0.0;
+    };
     let is_real_drive = home.kind == TierKind::Nvme && !home.emulated && tiers.len() > 1;
     if prefetch.accuracy >= MIN_PREFETCH_ACCURACY && is_real_drive {
         prefetch.accuracy.min(1.0) * expert_s.min(read_s(first, prefetch.dense_bytes as f64))
@@ -107,7 +109,11 @@ pub struct PathTime {
 impl PathTime {
     /// Returns the seconds of a number of experts, which may be a mean.
     pub fn seconds(self, experts: f64) -> f64 {
-        if experts > 0.0 { self.fixed_s + experts * self.per_expert_s } else { 0.0 }
+        if experts > 0.0 {
+            self.fixed_s + experts * self.per_expert_s
+        } else {
+            0.0
+        }
     }
 }
 
@@ -127,19 +133,34 @@ impl ExpertStage {
         let compute = |tier: &Tier| {
             let is_vram = tier.kind == TierKind::Vram;
             let fixed_s = if is_vram { tier.latency_us * 1e-6 } else { 0.0 };
-            PathTime { per_expert_s: expert_s(tier), fixed_s }
+            PathTime {
+                per_expert_s: expert_s(tier),
+                fixed_s,
+            }
         };
         let transfer = |to: &Tier| {
-            let Some(home) = tiers.last() else { return PathTime::default() };
-            let fixed_s = home.latency_us * 1e-6 - prefetch_hidden_s(prefetch, tiers, expert_s(home));
-            PathTime { per_expert_s: to.transfer_s(home, expert_bytes as f64), fixed_s }
+            let Some(home) = tiers.last() else {
+                return PathTime::default();
+            };
+            let fixed_s =
+                home.latency_us * 1e-6 - prefetch_hidden_s(prefetch, tiers, expert_s(home));
+            PathTime {
+                per_expert_s: to.transfer_s(home, expert_bytes as f64),
+                fixed_s,
+            }
         };
-        ExpertStage { compute: tiers.iter().map(compute).collect(), transfers: tiers.iter().map(transfer).collect() }
+        ExpertStage {
+            compute: tiers.iter().map(compute).collect(),
+            transfers: tiers.iter().map(transfer).collect(),
+        }
     }
 
     /// Returns the time of one path. Paths are the tiers, then the transfers to the tier `to`.
     pub fn path(&self, path: usize, to: TierIdx) -> PathTime {
-        self.compute.get(path).copied().unwrap_or_else(|| self.transfers[to])
+        self.compute
+            .get(path)
+            .copied()
+            .unwrap_or_else(|| self.transfers[to])
     }
 
     /// Returns the seconds of one path for a number of experts, before any overlap.
@@ -149,13 +170,21 @@ impl ExpertStage {
 
     /// Returns the seconds of the stage for `[tiers + 1]` mean numbers of experts on the paths.
     pub fn seconds(&self, experts: &[f64], to: TierIdx) -> f64 {
-        experts.iter().enumerate().map(|(path, &n)| self.path_s(path, n, to)).fold(0.0, f64::max)
+        experts
+            .iter()
+            .enumerate()
+            .map(|(path, &n)| self.path_s(path, n, to))
+            .fold(0.0, f64::max)
     }
 
     /// Returns the seconds of the stage for `[tiers + 1]` experts of one token on the paths.
     pub fn token_s(&self, experts: &[u16], to: TierIdx) -> f64 {
         let seconds = |(&n, time): (&u16, &PathTime)| {
-            if n > 0 { time.fixed_s + f64::from(n) * time.per_expert_s } else { 0.0 }
+            if n > 0 {
+                time.fixed_s + f64::from(n) * time.per_expert_s
+            } else {
+                0.0
+            }
         };
         let paths = self.compute.iter().chain([&self.transfers[to]]);
         experts.iter().zip(paths).map(seconds).fold(0.0, f64::max)
@@ -181,7 +210,10 @@ impl LayerPaths<'_> {
     /// Returns the experts of a token on each path, with its pinned choices counted.
     fn of_pinned(&self, chosen: &[u16]) -> Vec<u16> {
         let mut experts = vec![0u16; self.n_tiers + 1];
-        for tier in chosen.iter().filter_map(|&e| self.pinned_on[usize::from(e)]) {
+        for tier in chosen
+            .iter()
+            .filter_map(|&e| self.pinned_on[usize::from(e)])
+        {
             experts[tier.get()] += 1;
         }
         experts
@@ -194,7 +226,11 @@ impl LayerPaths<'_> {
             experts[home] += 1;
         } else {
             experts[home + 1] += 1;
-            let to = if gets_slot { self.layer.slot_tier } else { self.staging };
+            let to = if gets_slot {
+                self.layer.slot_tier
+            } else {
+                self.staging
+            };
             experts[to.get()] += 1;
         }
     }
@@ -249,7 +285,10 @@ impl LayerPaths<'_> {
         let n = self.n_tiers;
         // Groups of alike experts: pinned by tier, resident in slots, neither.
         let mut groups = vec![0u32; n];
-        self.pinned_on.iter().flatten().for_each(|&tier| groups[tier.get()] += 1);
+        self.pinned_on
+            .iter()
+            .flatten()
+            .for_each(|&tier| groups[tier.get()] += 1);
         let pooled = n_expert - groups.iter().sum::<u32>();
         let resident = self.layer.slots.min(pooled);
         groups.extend([resident, pooled - resident]);
@@ -267,13 +306,26 @@ impl LayerPaths<'_> {
 }
 
 /// Returns the outcomes of one layer under its placement, over the evidence's tokens.
-pub fn outcomes(layer: &LayerPlacement, evidence: &LayerEvidence, tiers: &PerTier<Tier>, staging: TierIdx) -> Outcomes {
+pub fn outcomes(
+    layer: &LayerPlacement,
+    evidence: &LayerEvidence,
+    tiers: &PerTier<Tier>,
+    staging: TierIdx,
+) -> Outcomes {
     let (n_expert, n_used) = (evidence.shape.n_expert, evidence.shape.n_used);
     let pinned_on = pinned_on(layer, n_expert as usize);
     let in_place = home_in_place(tiers);
-    let paths = LayerPaths { layer, pinned_on, n_tiers: tiers.len(), staging, in_place };
+    let paths = LayerPaths {
+        layer,
+        pinned_on,
+        n_tiers: tiers.len(),
+        staging,
+        in_place,
+    };
     match &evidence.judged {
-        Judged::Recorded(trace) if layer.policy != SlotPolicy::Lru => paths.stepped(trace, n_expert),
+        Judged::Recorded(trace) if layer.policy != SlotPolicy::Lru => {
+            paths.stepped(trace, n_expert)
+        }
         Judged::Recorded(trace) => paths.replayed_lru(trace),
         Judged::Uniform => paths.drawn(n_expert, n_used),
     }
@@ -299,10 +351,21 @@ fn pinned_on(layer: &LayerPlacement, n_expert: usize) -> Vec<Option<TierIdx>> {
 pub fn draw(groups: &[u32], k: u32, mut each: impl FnMut(&[u32], f64)) {
     let total: u32 = groups.iter().sum();
     let ln_fact = ln_factorials(total as usize);
-    let ln_choose = |n: u32, k: u32| ln_fact[n as usize] - ln_fact[k as usize] - ln_fact[(n - k) as usize];
+    let ln_choose =
+        |n: u32, k: u32| ln_fact[n as usize] - ln_fact[k as usize] - ln_fact[(n - k) as usize];
     let all = ln_choose(total, k.min(total));
     let mut drawn = vec![0u32; groups.len()];
-    fill(groups, 0, k.min(total), -all, &mut drawn, &mut Draw { ln_choose: &ln_choose, each: &mut each });
+    fill(
+        groups,
+        0,
+        k.min(total),
+        -all,
+        &mut drawn,
+        &mut Draw {
+            ln_choose: &ln_choose,
+            each: &mut each,
+        },
+    );
 }
 
 /// What every level of [`draw`]'s recursion calls.
@@ -347,7 +410,10 @@ fn ln_factorials(n: usize) -> Vec<f64> {
 
 /// Returns the mean seconds of the expert stage, with missed experts transferred to the tier `to`.
 pub fn stage_mean_s(stage: &ExpertStage, outcomes: &Outcomes, to: TierIdx) -> f64 {
-    outcomes.iter().map(|(experts, share)| share * stage.token_s(experts, to)).sum()
+    outcomes
+        .iter()
+        .map(|(experts, share)| share * stage.token_s(experts, to))
+        .sum()
 }
 
 /// Returns the overhead seconds per token: its own and its layers'.
@@ -372,8 +438,8 @@ impl FixedTimes {
     pub fn of(plan: &Placement, shape: &ModelShape) -> Self {
         let mut tiers: PerTier<Tier> = plan.tiers.iter().map(|t| t.tier.clone()).collect();
         let mut dense_s = PerTier::from_fn(tiers.len(), |_| 0.0);
-        let resident =
-            fully_on_gpu(plan, shape).and_then(|tier| Some((tier, tiers[tier].accelerator.resident_layer_us?)));
+        let resident = fully_on_gpu(plan, shape)
+            .and_then(|tier| Some((tier, tiers[tier].accelerator.resident_layer_us?)));
         if let Some((tier, layer_us)) = resident {
             tiers[tier].latency_us = 0.0;
             return FixedTimes {
@@ -386,7 +452,11 @@ impl FixedTimes {
             dense_s[group.tier] += attention_fixed_s(&tiers[group.tier]);
         }
         FixedTimes {
-            overhead_s: overhead_s(shape.n_layer, plan.layer_overhead_us, plan.token_overhead_us),
+            overhead_s: overhead_s(
+                shape.n_layer,
+                plan.layer_overhead_us,
+                plan.token_overhead_us,
+            ),
             dense_s,
             tiers,
         }
@@ -428,7 +498,8 @@ pub fn move_to(plan: &mut Placement, shape: &ModelShape, at: u32) {
         let more = predicted.token_s() - before;
         let bound = solver.bound_s.map(|bound| (bound + more).max(0.0));
         (solver.objective_s, solver.bound_s) = (predicted.token_s(), bound);
-        solver.gap = bound.map(|bound| ((solver.objective_s - bound) / solver.objective_s).max(0.0));
+        solver.gap =
+            bound.map(|bound| ((solver.objective_s - bound) / solver.objective_s).max(0.0));
     }
     plan.predicted = predicted;
 }
@@ -437,10 +508,18 @@ pub fn move_to(plan: &mut Placement, shape: &ModelShape, at: u32) {
 ///
 /// The position in the text and the arithmetic rates are those of the prediction that the plan has.
 pub fn predict(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -> Prediction {
-    let FixedTimes { overhead_s, mut dense_s, tiers } = FixedTimes::of(plan, shape);
+    let FixedTimes {
+        overhead_s,
+        mut dense_s,
+        tiers,
+    } = FixedTimes::of(plan, shape);
     let n = tiers.len();
     let mut read_bytes = dense_bytes(shape, &plan.dense, n);
-    dense_s.iter_mut().zip(&read_bytes).zip(&tiers).for_each(|((s, &bytes), tier)| *s += read_s(tier, bytes));
+    dense_s
+        .iter_mut()
+        .zip(&read_bytes)
+        .zip(&tiers)
+        .for_each(|((s, &bytes), tier)| *s += read_s(tier, bytes));
     let (mut expert_s, mut critical) = (PerTier::from_fn(n, |_| 0.0), 0.0);
     let (mut accesses, mut missed) = (0.0, 0.0);
     for (layer, evidence) in plan.layers.iter().zip(&evidence.layers) {
@@ -459,16 +538,25 @@ pub fn predict(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -> Pre
         }
     }
     let (at, prompt_gflops) = (plan.predicted.at, plan.predicted.prompt_gflops.clone());
-    let kv_s = if at > 0 { plan.attention_s(shape, at.into()) } else { 0.0 };
+    let kv_s = if at > 0 {
+        plan.attention_s(shape, at.into())
+    } else {
+        0.0
+    };
     let total = overhead_s + dense_s.iter().sum::<f64>() + kv_s + critical;
     Prediction {
         decode_tok_s: if total > 0.0 { 1.0 / total } else { 0.0 },
-        prompt_tok_s: f64::from(BATCH) / prompt::batch_s(plan, shape, evidence).max(f64::MIN_POSITIVE),
+        prompt_tok_s: f64::from(BATCH)
+            / prompt::batch_s(plan, shape, evidence).max(f64::MIN_POSITIVE),
         overhead_s,
         dense_s,
         expert_s,
         expert_critical_s: critical,
-        hit_rate: if accesses > 0.0 { 1.0 - missed / accesses } else { 1.0 },
+        hit_rate: if accesses > 0.0 {
+            1.0 - missed / accesses
+        } else {
+            1.0
+        },
         read_bytes,
         emulated: tiers.iter().all(|t| t.emulated),
         at,

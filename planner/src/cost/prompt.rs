@@ -41,11 +41,21 @@ const HALF_ROWS: f64 = 4.0;
 
 /// Returns the seconds of the first batch of a prompt.
 pub fn batch_s(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -> f64 {
-    let FixedTimes { overhead_s, dense_s, tiers } = FixedTimes::of(plan, shape);
-    let tier_of: BTreeMap<_, _> = plan.dense.iter().map(|d| ((d.kind, d.layer), d.tier)).collect();
+    let FixedTimes {
+        overhead_s,
+        dense_s,
+        tiers,
+    } = FixedTimes::of(plan, shape);
+    let tier_of: BTreeMap<_, _> = plan
+        .dense
+        .iter()
+        .map(|d| ((d.kind, d.layer), d.tier))
+        .collect();
     let mut total = overhead_s + dense_s.iter().sum::<f64>();
     for group in &shape.dense {
-        let Some(&tier) = tier_of.get(&(group.kind, group.layer)) else { continue };
+        let Some(&tier) = tier_of.get(&(group.kind, group.layer)) else {
+            continue;
+        };
         let (reads, tokens) = match group.kind {
             DenseKind::Embedding => (f64::from(BATCH), 0.0),
             DenseKind::Head => (1.0, 1.0),
@@ -54,9 +64,20 @@ pub fn batch_s(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -> f64
         let read = read_s(&tiers[tier], reads * group.token_bytes as f64);
         total += read.max(compute_s(plan, tier, tokens * group.macs as f64));
     }
-    for (cache, tier) in shape.caches.iter().zip(plan.cache_tiers(shape.caches.len())) {
-        let macs: f64 = cache.rows.iter().map(|rows| rows.prompt_macs(BATCH.into())).sum();
-        let moved = read_s(&tiers[tier], cache.moved_bytes(plan.kv_type, BATCH.into(), BATCH.into()) as f64);
+    for (cache, tier) in shape
+        .caches
+        .iter()
+        .zip(plan.cache_tiers(shape.caches.len()))
+    {
+        let macs: f64 = cache
+            .rows
+            .iter()
+            .map(|rows| rows.prompt_macs(BATCH.into()))
+            .sum();
+        let moved = read_s(
+            &tiers[tier],
+            cache.moved_bytes(plan.kv_type, BATCH.into(), BATCH.into()) as f64,
+        );
         total += moved.max(compute_s(plan, tier, macs / ATTENTION));
     }
     for (layer, evidence) in plan.layers.iter().zip(&evidence.layers) {
@@ -82,7 +103,10 @@ struct Touched {
 
 impl Touched {
     fn of(share: f64) -> Self {
-        Touched { experts: 1.0 - (1.0 - share.min(1.0)).powi(BATCH as i32), uses: share * f64::from(BATCH) }
+        Touched {
+            experts: 1.0 - (1.0 - share.min(1.0)).powi(BATCH as i32),
+            uses: share * f64::from(BATCH),
+        }
     }
 
     fn add(&mut self, more: Touched) {
@@ -91,23 +115,38 @@ impl Touched {
     }
 
     fn part(self, part: f64) -> Self {
-        Touched { experts: self.experts * part, uses: self.uses * part }
+        Touched {
+            experts: self.experts * part,
+            uses: self.uses * part,
+        }
     }
 }
 
-fn experts_s(plan: &Placement, layer: &LayerPlacement, evidence: &LayerEvidence, tiers: &PerTier<Tier>) -> f64 {
+fn experts_s(
+    plan: &Placement,
+    layer: &LayerPlacement,
+    evidence: &LayerEvidence,
+    tiers: &PerTier<Tier>,
+) -> f64 {
     let home = plan.home_tier();
     let in_place = home_in_place(tiers);
     let n_expert = evidence.shape.n_expert as usize;
     let mut pinned_on = vec![None; n_expert];
-    for Pins { tier, experts: pins } in &layer.pinned {
+    for Pins {
+        tier,
+        experts: pins,
+    } in &layer.pinned
+    {
         for &expert in pins {
             if let Some(on) = pinned_on.get_mut(expert as usize) {
                 *on = Some(*tier);
             }
         }
     }
-    let (mut on, mut pooled) = (PerTier::from_fn(tiers.len(), |_| Touched::default()), Touched::default());
+    let (mut on, mut pooled) = (
+        PerTier::from_fn(tiers.len(), |_| Touched::default()),
+        Touched::default(),
+    );
     for (share, pin) in evidence.prompt_share.iter().zip(&pinned_on) {
         match pin {
             Some(tier) => on[*tier].add(Touched::of(*share)),
@@ -128,7 +167,8 @@ fn experts_s(plan: &Placement, layer: &LayerPlacement, evidence: &LayerEvidence,
     let transfers = if stays { 0.0 } else { missed.experts };
 
     let reads: Vec<f64> = on.iter().map(|t| t.experts).chain([transfers]).collect();
-    let read = ExpertStage::new(tiers, evidence.shape.expert_bytes, Prefetch::default()).seconds(&reads, brought_to);
+    let read = ExpertStage::new(tiers, evidence.shape.expert_bytes, Prefetch::default())
+        .seconds(&reads, brought_to);
     let (mut of_cpu, mut of_gpu) = (0.0, 0.0f64);
     for (at, tier) in tiers.enumerate() {
         let touched = on[at];

@@ -8,7 +8,10 @@ fn draws_are_a_distribution_with_the_right_means() {
     draw(&groups, 4, |drawn, share| {
         assert_eq!(drawn.iter().sum::<u32>(), 4);
         sum += share;
-        drawn.iter().zip(&mut means).for_each(|(&n, mean)| *mean += share * f64::from(n));
+        drawn
+            .iter()
+            .zip(&mut means)
+            .for_each(|(&n, mean)| *mean += share * f64::from(n));
     });
     assert!((sum - 1.0).abs() < 1e-12);
     for (mean, size) in means.iter().zip(groups) {
@@ -36,7 +39,11 @@ fn the_stage_is_the_longest_path() {
         tier(TierKind::Nvme, 1.0, 50.0),
     ];
     // An expert of 1 MB: 10, 50, 100 and 1000 µs.
-    let stage = ExpertStage::new(&PerTier::from(tiers.clone()), 1_000_000, Prefetch::default());
+    let stage = ExpertStage::new(
+        &PerTier::from(tiers.clone()),
+        1_000_000,
+        Prefetch::default(),
+    );
     let dram = TierIdx::new(1);
     let us = |experts: [u16; 5]| (stage.token_s(&experts, dram) * 1e6).round() as u32;
     assert_eq!(us([0, 0, 0, 0, 0]), 0);
@@ -44,15 +51,30 @@ fn the_stage_is_the_longest_path() {
     assert_eq!(us([8, 3, 0, 0, 0]), 150);
     assert_eq!(us([8, 3, 2, 0, 0]), 200);
     assert_eq!(us([8, 4, 0, 0, 1]), 1050);
-    assert_eq!(stage.seconds(&[8.0, 4.0, 0.0, 0.0, 1.0], dram), stage.token_s(&[8, 4, 0, 0, 1], dram));
+    assert_eq!(
+        stage.seconds(&[8.0, 4.0, 0.0, 0.0, 1.0], dram),
+        stage.token_s(&[8, 4, 0, 0, 1], dram)
+    );
     // Behind a link that is slower than the drive, transfers take as long as on that; behind a
     // faster one, as the drive.
     let [vram, dram, cxl, nvme] = tiers.clone();
     for (link_gbps, wanted) in [(0.5, 2050), (4.0, 1050)] {
-        let accelerator = Accelerator { link_gbps: Some(link_gbps), ..Accelerator::default() };
-        let behind = PerTier::from([Tier { accelerator, ..vram.clone() }, dram.clone(), cxl.clone(), nvme.clone()]);
+        let accelerator = Accelerator {
+            link_gbps: Some(link_gbps),
+            ..Accelerator::default()
+        };
+        let behind = PerTier::from([
+            Tier {
+                accelerator,
+                ..vram.clone()
+            },
+            dram.clone(),
+            cxl.clone(),
+            nvme.clone(),
+        ]);
         let stage = ExpertStage::new(&behind, 1_000_000, Prefetch::default());
-        let us = |to: usize| (stage.token_s(&[8, 4, 0, 0, 1], TierIdx::new(to)) * 1e6).round() as u32;
+        let us =
+            |to: usize| (stage.token_s(&[8, 4, 0, 0, 1], TierIdx::new(to)) * 1e6).round() as u32;
         assert_eq!((us(0), us(1)), (wanted, 1050));
     }
     // The same experts on a DRAM that is the last tier: computed in place, or transferred after its
@@ -60,8 +82,14 @@ fn the_stage_is_the_longest_path() {
     let two = tiers[..2].iter().cloned().collect();
     let home = ExpertStage::new(&two, 1_000_000, Prefetch::default());
     assert!(home_in_place(&two) && !home_in_place(&PerTier::from(tiers)));
-    assert_eq!((home.token_s(&[8, 3, 0], TierIdx::new(1)) * 1e6).round() as u32, 150);
-    assert_eq!((home.token_s(&[8, 0, 3], TierIdx::new(1)) * 1e6).round() as u32, 249);
+    assert_eq!(
+        (home.token_s(&[8, 3, 0], TierIdx::new(1)) * 1e6).round() as u32,
+        150
+    );
+    assert_eq!(
+        (home.token_s(&[8, 0, 3], TierIdx::new(1)) * 1e6).round() as u32,
+        249
+    );
 }
 
 #[test]
@@ -77,21 +105,38 @@ fn reading_ahead_hides_one_expert_at_most_behind_the_dense_stage() {
         accelerator: Accelerator::default(),
         source: String::new(),
     };
-    let drive = |emulated| [tier(TierKind::Dram, 10.0, 0.0, false), tier(TierKind::Nvme, 1.0, 100.0, emulated)];
+    let drive = |emulated| {
+        [
+            tier(TierKind::Dram, 10.0, 0.0, false),
+            tier(TierKind::Nvme, 1.0, 100.0, emulated),
+        ]
+    };
     let missed_us = |tiers: &[Tier; 2], right, dense_bytes, missed| {
-        let stage =
-            ExpertStage::new(&PerTier::from(tiers.clone()), 1_000_000, Prefetch { accuracy: right, dense_bytes });
+        let stage = ExpertStage::new(
+            &PerTier::from(tiers.clone()),
+            1_000_000,
+            Prefetch {
+                accuracy: right,
+                dense_bytes,
+            },
+        );
         (stage.path_s(2, missed, TierIdx::FIRST) * 1e6).round()
     };
     // A dense stage of 0.5 ms, and 1 ms for an expert.
-    assert_eq!(missed_us(&drive(false), 0.8, 5_000_000, 3.0), 3100.0 - 400.0);
+    assert_eq!(
+        missed_us(&drive(false), 0.8, 5_000_000, 3.0),
+        3100.0 - 400.0
+    );
     assert_eq!(missed_us(&drive(false), 0.8, 5_000_000, 0.0), 0.0);
     // A long one hides one expert.
     assert_eq!(missed_us(&drive(false), 1.0, 50_000_000, 3.0), 2100.0);
     // Too few good guesses, a device that is emulated, memory in place.
     assert_eq!(missed_us(&drive(false), 0.4, 5_000_000, 3.0), 3100.0);
     assert_eq!(missed_us(&drive(true), 0.8, 5_000_000, 3.0), 3100.0);
-    let memory = [tier(TierKind::Dram, 10.0, 0.0, false), tier(TierKind::Pmem, 1.0, 100.0, false)];
+    let memory = [
+        tier(TierKind::Dram, 10.0, 0.0, false),
+        tier(TierKind::Pmem, 1.0, 100.0, false),
+    ];
     assert_eq!(missed_us(&memory, 0.8, 5_000_000, 3.0), 3100.0);
 }
 
@@ -114,12 +159,33 @@ mod whole {
         machine::decode(text.as_bytes(), Path::new("m.toml")).unwrap()
     }
 
-    fn plan(known: &Known, machine: &Machine, context: u32, kv_type: KvType) -> (Placement, Evidence) {
+    fn plan(
+        known: &Known,
+        machine: &Machine,
+        context: u32,
+        kv_type: KvType,
+    ) -> (Placement, Evidence) {
         let (shape, budgets) = (&known.sizes, vec![64 << 30]);
         let evidence = Evidence::uniform(shape).unwrap();
-        let problem = Problem { shape, profile: None, machine, budgets, context, kv_type };
-        let options = Options { strategy: Strategy::Optimal, time_limit_s: 1.0, ..Options::default() };
-        (solve_with_evidence(&problem, &evidence, &options).unwrap().plan, evidence)
+        let problem = Problem {
+            shape,
+            profile: None,
+            machine,
+            budgets,
+            context,
+            kv_type,
+        };
+        let options = Options {
+            strategy: Strategy::Optimal,
+            time_limit_s: 1.0,
+            ..Options::default()
+        };
+        (
+            solve_with_evidence(&problem, &evidence, &options)
+                .unwrap()
+                .plan,
+            evidence,
+        )
     }
 
     #[test]
@@ -135,7 +201,10 @@ mod whole {
         assert!((before - token_s(&plan.predicted) - 4000.0 * position).abs() < 1e-12);
         assert!((plan.predicted.decode_tok_s * plan.solver.objective_s - 1.0).abs() < 1e-12);
         assert_eq!(plan.solver.gap, Some(0.0));
-        assert_eq!(verify::verify(&plan, &known.sizes, &evidence), Vec::<String>::new());
+        assert_eq!(
+            verify::verify(&plan, &known.sizes, &evidence),
+            Vec::<String>::new()
+        );
         assert_eq!(predict(&plan, &known.sizes, &evidence), plan.predicted);
         // A plan of an older version charges nothing, wherever it is moved to.
         let mut old = plan.clone();
@@ -173,8 +242,14 @@ mod whole {
                 context: 1024,
                 kv_type: KvType::F16,
             };
-            let options = Options { strategy: Strategy::Optimal, time_limit_s: 1.0, ..Options::default() };
-            solve_with_evidence(&problem, &evidence, &options).unwrap().plan
+            let options = Options {
+                strategy: Strategy::Optimal,
+                time_limit_s: 1.0,
+                ..Options::default()
+            };
+            solve_with_evidence(&problem, &evidence, &options)
+                .unwrap()
+                .plan
         };
         let layers = f64::from(shape.n_layer);
         // All of it, embedding apart: neither the layers' own fixed time nor launches are waited
@@ -185,23 +260,42 @@ mod whole {
         let vram_s = all.predicted.dense_s[TierIdx::FIRST] + all.predicted.expert_critical_s;
         assert!((vram_s / read - 1.0).abs() < 1e-9, "{vram_s} {read}");
         assert_eq!(verify::verify(&all, shape, &evidence), Vec::<String>::new());
-        assert!(all.solver.bound_s.is_some_and(|b| b <= all.solver.objective_s), "{:?}", all.solver);
+        assert!(
+            all.solver
+                .bound_s
+                .is_some_and(|b| b <= all.solver.objective_s),
+            "{:?}",
+            all.solver
+        );
         // Experts in main memory: attention is still worth its launches, one row of them a layer.
         let some = plan("4GiB", 4 << 30);
-        let attention =
-            some.dense.iter().filter(|d| d.kind == DenseKind::Attention && d.tier == TierIdx::FIRST).count() as f64;
+        let attention = some
+            .dense
+            .iter()
+            .filter(|d| d.kind == DenseKind::Attention && d.tier == TierIdx::FIRST)
+            .count() as f64;
         assert_eq!(attention, layers);
         assert!((some.predicted.overhead_s - (100.0 + 10.0 * layers) * 1e-6).abs() < 1e-12);
-        let dense: f64 = some.dense.iter().filter(|d| d.tier == TierIdx::FIRST).fold(0.0, |sum, d| {
-            let group = shape.dense.iter().find(|g| (g.kind, g.layer) == (d.kind, d.layer));
-            sum + group.map_or(0.0, |g| g.token_bytes as f64)
-        });
+        let dense: f64 =
+            some.dense
+                .iter()
+                .filter(|d| d.tier == TierIdx::FIRST)
+                .fold(0.0, |sum, d| {
+                    let group = shape
+                        .dense
+                        .iter()
+                        .find(|g| (g.kind, g.layer) == (d.kind, d.layer));
+                    sum + group.map_or(0.0, |g| g.token_bytes as f64)
+                });
         assert!(
             (some.predicted.dense_s[TierIdx::FIRST] - dense / 800e9 - 40e-6 * layers).abs() < 1e-9,
             "{:?}",
             some.predicted
         );
-        assert_eq!(verify::verify(&some, shape, &evidence), Vec::<String>::new());
+        assert_eq!(
+            verify::verify(&some, shape, &evidence),
+            Vec::<String>::new()
+        );
     }
 
     #[test]
@@ -210,22 +304,49 @@ mod whole {
         // Eight query heads to each of four heads of keys and values of 128 values, in 48 layers.
         let operations = 2.0 * f64::from(48 * 2 * 4 * 128 * 8) * 512.0;
         let (slow, evidence) = plan(&known, &machine(Some(100.0)), 1024, KvType::F16);
-        assert!((slow.predicted.kv_s / (operations / 16e9) - 1.0).abs() < 1e-9, "{}", slow.predicted.kv_s);
-        assert_eq!(verify::verify(&slow, &known.sizes, &evidence), Vec::<String>::new());
+        assert!(
+            (slow.predicted.kv_s / (operations / 16e9) - 1.0).abs() < 1e-9,
+            "{}",
+            slow.predicted.kv_s
+        );
+        assert_eq!(
+            verify::verify(&slow, &known.sizes, &evidence),
+            Vec::<String>::new()
+        );
         let (fast, _) = plan(&known, &machine(Some(1e6)), 1024, KvType::F16);
         let bytes = f64::from(48 * 4 * 2 * 128 * 2) * 512.0;
-        assert!((fast.predicted.kv_s / (bytes / 50e9) - 1.0).abs() < 1e-9, "{}", fast.predicted.kv_s);
+        assert!(
+            (fast.predicted.kv_s / (bytes / 50e9) - 1.0).abs() < 1e-9,
+            "{}",
+            fast.predicted.kv_s
+        );
     }
 
     #[test]
     fn state_is_read_and_written_and_windows_end() {
         use tier_plan_runtime::model::kv::KvRows;
         let mut known = catalogue::model(Path::new("qwen3-30b-a3b"), Some("q4_k_m")).unwrap();
-        let of = |window| vec![KvRows { width: 64, per_token: 10, queries: 4, window }];
+        let of = |window| {
+            vec![KvRows {
+                width: 64,
+                per_token: 10,
+                queries: 4,
+                window,
+            }]
+        };
         known.sizes.caches = vec![
-            CacheShape { rows: of(None), state_bytes: 0 },
-            CacheShape { rows: of(Some(128)), state_bytes: 0 },
-            CacheShape { rows: Vec::new(), state_bytes: 1_000_000 },
+            CacheShape {
+                rows: of(None),
+                state_bytes: 0,
+            },
+            CacheShape {
+                rows: of(Some(128)),
+                state_bytes: 0,
+            },
+            CacheShape {
+                rows: Vec::new(),
+                state_bytes: 1_000_000,
+            },
         ];
         let (plan, _) = plan(&known, &machine(None), 2000, KvType::Q8_0);
         // 64 values in 8 bits take 64 bytes and two scales.
@@ -239,28 +360,53 @@ mod whole {
         let shape = &known.sizes;
         let reads = plan(&known, &machine(None), 1024, KvType::F16).0.predicted;
         assert!(reads.prompt_gflops.is_empty());
-        let fast = plan(&known, &machine(Some(1e9)), 1024, KvType::F16).0.predicted;
-        assert!((fast.prompt_tok_s / reads.prompt_tok_s - 1.0).abs() < 1e-4, "so fast that reads are what is left");
-        let slow = plan(&known, &machine(Some(10.0)), 1024, KvType::F16).0.predicted;
+        let fast = plan(&known, &machine(Some(1e9)), 1024, KvType::F16)
+            .0
+            .predicted;
+        assert!(
+            (fast.prompt_tok_s / reads.prompt_tok_s - 1.0).abs() < 1e-4,
+            "so fast that reads are what is left"
+        );
+        let slow = plan(&known, &machine(Some(10.0)), 1024, KvType::F16)
+            .0
+            .predicted;
         // Nearly all is products then: two operations for each value of each token, of the head for
         // one.
-        let dense: u64 = shape.dense.iter().filter(|d| d.layer.is_some()).map(|d| d.macs).sum();
+        let dense: u64 = shape
+            .dense
+            .iter()
+            .filter(|d| d.layer.is_some())
+            .map(|d| d.macs)
+            .sum();
         // All 128 experts are used, and each takes four rows more; a head's floats run at a third
         // of the rate.
         let rows = |e: &ExpertShape| 512.0 * f64::from(e.n_used) + 4.0 * 128.0;
-        let experts: f64 = shape.experts.iter().map(|e| rows(e) * e.expert_macs as f64).sum();
+        let experts: f64 = shape
+            .experts
+            .iter()
+            .map(|e| rows(e) * e.expert_macs as f64)
+            .sum();
         let pairs = (512 * 513 / 2) as f64;
         let attention = pairs * f64::from(48 * 2 * 32 * 128) / 0.33;
         let seconds = 2.0 * (512.0 * dense as f64 + experts + attention) / 10e9;
         let expected = f64::from(BATCH) / seconds;
-        assert!((slow.prompt_tok_s / expected - 1.0).abs() < 0.01, "{} {expected}", slow.prompt_tok_s);
+        assert!(
+            (slow.prompt_tok_s / expected - 1.0).abs() < 0.01,
+            "{} {expected}",
+            slow.prompt_tok_s
+        );
         assert_eq!(
             slow.expert_critical_s, reads.expert_critical_s,
             "of decoding, only attention has products to speak of"
         );
         // A batch chooses nearly every one of 128 experts, so a read of all but the embedding is
         // what reads take.
-        let embedding: u64 = shape.dense.iter().filter(|d| d.kind == DenseKind::Embedding).map(|d| d.bytes).sum();
+        let embedding: u64 = shape
+            .dense
+            .iter()
+            .filter(|d| d.kind == DenseKind::Embedding)
+            .map(|d| d.bytes)
+            .sum();
         let bytes = (shape.weight_bytes() - embedding) as f64;
         assert!((reads.prompt_tok_s / (f64::from(BATCH) * 50e9 / bytes) - 1.0).abs() < 0.02);
     }

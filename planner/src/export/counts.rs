@@ -18,7 +18,10 @@ pub const KEY: &str = "logical_count";
 /// cannot express.
 pub fn counts(shape: &ModelShape, profile: &Profile) -> Result<Vec<Vec<u64>>> {
     let Some(first) = shape.experts.first() else {
-        bail!("'{}' has no routed experts, so there is nothing to count", shape.id.name);
+        bail!(
+            "'{}' has no routed experts, so there is nothing to count",
+            shape.id.name
+        );
     };
     let n_expert = first.n_expert;
     ensure!(
@@ -29,7 +32,11 @@ pub fn counts(shape: &ModelShape, profile: &Profile) -> Result<Vec<Vec<u64>>> {
     let mut table = vec![vec![0; n_expert as usize]; shape.n_layer as usize];
     for (layer, counted) in profile.layers.iter().zip(profile.counts(None, None, None)) {
         let Some(row) = table.get_mut(*layer as usize) else {
-            bail!("the profile has a layer {layer}, but '{}' has {}", shape.id.name, shape.n_layer);
+            bail!(
+                "the profile has a layer {layer}, but '{}' has {}",
+                shape.id.name,
+                shape.n_layer
+            );
         };
         *row = counted;
     }
@@ -47,10 +54,22 @@ pub fn to_json(counts: &[Vec<u64>]) -> Value {
 /// When the value has another structure.
 pub fn from_json(value: &Value) -> Result<Vec<Vec<u64>>> {
     let rows = value.get(KEY).and_then(Value::as_array);
-    let Some(rows) = rows else { bail!("expected a table named '{KEY}'") };
-    let row = |row: &Value| row.as_array()?.iter().map(Value::as_u64).collect::<Option<Vec<u64>>>();
+    let Some(rows) = rows else {
+        bail!("expected a table named '{KEY}'")
+    };
+    let row = |row: &Value| {
+        row.as_array()?
+            .iter()
+            .map(Value::as_u64)
+            .collect::<Option<Vec<u64>>>()
+    };
     let table: Option<Vec<Vec<u64>>> = rows.iter().map(row).collect();
-    let Some(table) = table else { bail!("'{KEY}' holds something else than rows of counts") };
-    ensure!(table.windows(2).all(|w| w[0].len() == w[1].len()), "the rows of '{KEY}' differ in length");
+    let Some(table) = table else {
+        bail!("'{KEY}' holds something else than rows of counts")
+    };
+    ensure!(
+        table.windows(2).all(|w| w[0].len() == w[1].len()),
+        "the rows of '{KEY}' differ in length"
+    );
     Ok(table)
 }

@@ -12,7 +12,9 @@ use anyhow::{Result, ensure};
 use std::collections::BTreeSet;
 use tier_plan_runtime::KvType;
 use tier_plan_runtime::formats::machine::{Tier, TierKind};
-use tier_plan_runtime::formats::placement::{LayerPlacement, PerTier, Pins, Placement, Prediction, TierIdx};
+use tier_plan_runtime::formats::placement::{
+    LayerPlacement, PerTier, Pins, Placement, Prediction, TierIdx,
+};
 use tier_plan_runtime::model::shape::{DenseKind, DenseShape, ExpertShape, ModelShape};
 
 /// Expression for llama.cpp's expert tensors of a layer, after `blk.N`.
@@ -42,7 +44,11 @@ pub struct CommandLine {
 ///
 /// # Errors
 /// When the plan does not fit the model and profile.
-pub fn command_line(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -> Result<CommandLine> {
+pub fn command_line(
+    plan: &Placement,
+    shape: &ModelShape,
+    evidence: &Evidence,
+) -> Result<CommandLine> {
     let wrong = crate::solve::verify::verify(plan, shape, evidence);
     ensure!(
         wrong.is_empty(),
@@ -63,10 +69,15 @@ pub fn command_line(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -
         );
     }
     if plan.layers.iter().any(|l| l.slots > 0) {
-        let note = "llama.cpp has nothing like the plan's slots, which keep experts that were used last";
+        let note =
+            "llama.cpp has nothing like the plan's slots, which keep experts that were used last";
         offload.notes.push(note.to_string());
     }
-    let budget: u64 = offload.gpus.iter().map(|&g| plan.tiers[g].budget_bytes).sum();
+    let budget: u64 = offload
+        .gpus
+        .iter()
+        .map(|&g| plan.tiers[g].budget_bytes)
+        .sum();
     Ok(CommandLine {
         args: offload.args(),
         gpu_layers: offload.gpu_layers(),
@@ -134,25 +145,40 @@ impl<'a> Offload<'a> {
     }
 
     fn is_on_gpu(&self, kind: DenseKind, layer: Option<u32>) -> bool {
-        self.plan.dense.iter().any(|d| (d.kind, d.layer) == (kind, layer) && self.gpus.contains(&d.tier))
+        self.plan
+            .dense
+            .iter()
+            .any(|d| (d.kind, d.layer) == (kind, layer) && self.gpus.contains(&d.tier))
     }
 
     /// Returns the bytes of a layer's dense tensors and its KV cache, which llama.cpp keeps together.
     fn layer_bytes(&self, layer: u32) -> u64 {
         let dense = self.shape.dense.iter().filter(|d| d.layer == Some(layer));
         let cache = self.shape.caches.get(layer as usize);
-        dense.map(|d| d.bytes).sum::<u64>() + cache.map_or(0, |c| c.context_bytes(self.plan.kv_type, self.plan.context))
+        dense.map(|d| d.bytes).sum::<u64>()
+            + cache.map_or(0, |c| c.context_bytes(self.plan.kv_type, self.plan.context))
     }
 
     /// Takes as many layers as the plan has attention on GPUs, in proportion to the budgets, and the head if it fits.
     fn take_dense_layers(&mut self) {
-        let wanted = (0..self.shape.n_layer).filter(|l| self.is_on_gpu(DenseKind::Attention, Some(*l))).count() as u32;
+        let wanted = (0..self.shape.n_layer)
+            .filter(|l| self.is_on_gpu(DenseKind::Attention, Some(*l)))
+            .count() as u32;
         let is_head = |d: &&DenseShape| d.layer.is_none() && d.kind == DenseKind::Head;
-        let head_bytes: u64 = self.shape.dense.iter().filter(is_head).map(|d| d.bytes).sum();
+        let head_bytes: u64 = self
+            .shape
+            .dense
+            .iter()
+            .filter(is_head)
+            .map(|d| d.bytes)
+            .sum();
         // The head is on the last GPU.
         let head_fits = wanted == self.shape.n_layer
             && self.is_on_gpu(DenseKind::Head, None)
-            && self.free.last_mut().is_some_and(|free| take(free, head_bytes));
+            && self
+                .free
+                .last_mut()
+                .is_some_and(|free| take(free, head_bytes));
         for at in (0..self.gpus.len()).rev() {
             let budget = |gpu: &TierIdx| self.plan.tiers[*gpu].budget_bytes;
             let up_to: u64 = self.gpus[..=at].iter().map(budget).sum();
@@ -182,13 +208,21 @@ impl<'a> Offload<'a> {
     /// Takes the experts of the layers that the plan uses the GPU most for, as many as fit.
     fn take_experts(&mut self, evidence: &Evidence) {
         let shares = gpu_shares(self.plan, evidence, &self.gpus);
-        let mut order: Vec<(&ExpertShape, f64)> =
-            self.shape.experts.iter().zip(shares).filter(|(e, _)| self.gpu_of(e.layer).is_some()).collect();
+        let mut order: Vec<(&ExpertShape, f64)> = self
+            .shape
+            .experts
+            .iter()
+            .zip(shares)
+            .filter(|(e, _)| self.gpu_of(e.layer).is_some())
+            .collect();
         order.sort_by(|a, b| b.1.total_cmp(&a.1).then(b.0.layer.cmp(&a.0.layer)));
         let mut beyond = 0;
         for (experts, share) in order {
             let bytes = experts.expert_bytes * u64::from(experts.n_expert);
-            if self.gpu_of(experts.layer).is_some_and(|at| take(&mut self.free[at], bytes)) {
+            if self
+                .gpu_of(experts.layer)
+                .is_some_and(|at| take(&mut self.free[at], bytes))
+            {
                 self.expert_layers.insert(experts.layer);
                 beyond += u32::from(share <= 0.5);
             }
@@ -202,13 +236,22 @@ impl<'a> Offload<'a> {
     }
 
     fn args(&self) -> Vec<String> {
-        let mut args = args(self.plan, self.shape, self.gpu_layers(), self.first_layer(), &self.expert_layers);
+        let mut args = args(
+            self.plan,
+            self.shape,
+            self.gpu_layers(),
+            self.first_layer(),
+            &self.expert_layers,
+        );
         if self.gpus.len() > 1 && self.dense_layers() > 0 {
             // Layers per GPU; the head counts as one.
             let last = self.layers.len() - 1;
             let counts = self.layers.iter().enumerate();
             let counts = counts.map(|(at, n)| (n + u32::from(at == last && self.head)).to_string());
-            args.extend(["--tensor-split".into(), counts.collect::<Vec<_>>().join(",")]);
+            args.extend([
+                "--tensor-split".into(),
+                counts.collect::<Vec<_>>().join(","),
+            ]);
         }
         args
     }
@@ -217,14 +260,25 @@ impl<'a> Offload<'a> {
     fn as_plan(&self, evidence: &Evidence) -> Option<Placement> {
         let tier_of = |layer: u32| self.gpu_of(layer).map(|at| self.gpus[at]);
         let head_tier = self.gpus.last().copied().filter(|_| self.head);
-        same_placement(self.plan, self.shape, evidence, tier_of, head_tier, &self.expert_layers)
+        same_placement(
+            self.plan,
+            self.shape,
+            evidence,
+            tier_of,
+            head_tier,
+            &self.expert_layers,
+        )
     }
 }
 
 /// Returns how much slower a prediction is than the plan's, as a share of the plan's speed.
 pub fn loss(plan: &Placement, predicted: &Prediction) -> f64 {
     let (planned, other) = (token_s(&plan.predicted), token_s(predicted));
-    if other > 0.0 { 1.0 - planned / other } else { 0.0 }
+    if other > 0.0 {
+        1.0 - planned / other
+    } else {
+        0.0
+    }
 }
 
 /// Takes `bytes` from `left` and returns whether there was enough.
@@ -236,9 +290,14 @@ fn take(left: &mut u64, bytes: u64) -> bool {
 
 /// Returns the plan's GPUs in llama.cpp's order.
 fn gpus(plan: &Placement) -> Vec<TierIdx> {
-    let all = plan.tiers.enumerate().filter(|(_, t)| t.tier.kind == TierKind::Vram);
-    let mut numbered: Vec<(u32, TierIdx)> =
-        all.enumerate().map(|(at, (tier, t))| (t.tier.device().unwrap_or(at as u32), tier)).collect();
+    let all = plan
+        .tiers
+        .enumerate()
+        .filter(|(_, t)| t.tier.kind == TierKind::Vram);
+    let mut numbered: Vec<(u32, TierIdx)> = all
+        .enumerate()
+        .map(|(at, (tier, t))| (t.tier.device().unwrap_or(at as u32), tier))
+        .collect();
     numbered.sort_unstable();
     numbered.into_iter().map(|(_, tier)| tier).collect()
 }
@@ -249,8 +308,15 @@ fn gpu_shares(plan: &Placement, evidence: &Evidence, gpus: &[TierIdx]) -> Vec<f6
     let of = |(layer, evidence): (&LayerPlacement, _)| {
         let evidence: &crate::profile::LayerEvidence = evidence;
         let found = outcomes(layer, evidence, &tiers, plan.staging_tier);
-        let on_gpus = |experts: &[u16]| gpus.iter().map(|&gpu| f64::from(experts[gpu.get()])).sum::<f64>();
-        let here: f64 = found.iter().map(|(experts, share)| share * on_gpus(experts)).sum();
+        let on_gpus = |experts: &[u16]| {
+            gpus.iter()
+                .map(|&gpu| f64::from(experts[gpu.get()]))
+                .sum::<f64>()
+        };
+        let here: f64 = found
+            .iter()
+            .map(|(experts, share)| share * on_gpus(experts))
+            .sum();
         here / f64::from(evidence.shape.n_used.max(1))
     };
     plan.layers.iter().zip(&evidence.layers).map(of).collect()
@@ -265,25 +331,41 @@ fn args(
 ) -> Vec<String> {
     let mut args: Vec<String> = vec!["-c".into(), plan.context.to_string()];
     // llama.cpp must not adjust these values by itself.
-    args.extend(["-fit".into(), "off".into(), "-ngl".into(), gpu_layers.to_string()]);
-    let on_cpu: Vec<u32> =
-        shape.experts.iter().map(|e| e.layer).filter(|l| *l >= first_gpu && !expert_layers.contains(l)).collect();
+    args.extend([
+        "-fit".into(),
+        "off".into(),
+        "-ngl".into(),
+        gpu_layers.to_string(),
+    ]);
+    let on_cpu: Vec<u32> = shape
+        .experts
+        .iter()
+        .map(|e| e.layer)
+        .filter(|l| *l >= first_gpu && !expert_layers.contains(l))
+        .collect();
     // llama.cpp counts layers from the first, including those without experts.
     let first_on_gpu = expert_layers.first().copied();
-    let prefix = on_cpu.iter().all(|l| first_on_gpu.is_none_or(|gpu| *l < gpu));
+    let prefix = on_cpu
+        .iter()
+        .all(|l| first_on_gpu.is_none_or(|gpu| *l < gpu));
     match on_cpu.last() {
         None => {}
         Some(_) if expert_layers.is_empty() => args.push("--cpu-moe".into()),
         Some(last) if prefix => args.extend(["--n-cpu-moe".into(), (last + 1).to_string()]),
         Some(_) => {
             let layers: Vec<String> = on_cpu.iter().map(u32::to_string).collect();
-            args.extend(["-ot".into(), format!(r"blk\.({}){EXPERTS}", layers.join("|"))]);
+            args.extend([
+                "-ot".into(),
+                format!(r"blk\.({}){EXPERTS}", layers.join("|")),
+            ]);
         }
     }
     match plan.kv_type {
         KvType::F16 => {}
         // A quantized V cache requires flash attention.
-        KvType::Q8_0 => args.extend(["-fa", "on", "-ctk", "q8_0", "-ctv", "q8_0"].map(String::from)),
+        KvType::Q8_0 => {
+            args.extend(["-fa", "on", "-ctk", "q8_0", "-ctv", "q8_0"].map(String::from))
+        }
         KvType::F32 => args.extend(["-ctk", "f32", "-ctv", "f32"].map(String::from)),
     }
     args
@@ -313,14 +395,23 @@ fn same_placement(
         };
         dense.tier = gpu.unwrap_or(dram);
         if dense.tier == dram {
-            let bytes = shape.dense.iter().filter(|d| (d.kind, d.layer) == (dense.kind, dense.layer)).map(|d| d.bytes);
+            let bytes = shape
+                .dense
+                .iter()
+                .filter(|d| (d.kind, d.layer) == (dense.kind, dense.layer))
+                .map(|d| d.bytes);
             left = left.checked_sub(bytes.sum())?;
         }
     }
     for (layer, of) in same.layers.iter_mut().zip(&evidence.layers) {
-        let tier = tier_of(layer.layer).filter(|_| expert_layers.contains(&layer.layer)).unwrap_or(dram);
+        let tier = tier_of(layer.layer)
+            .filter(|_| expert_layers.contains(&layer.layer))
+            .unwrap_or(dram);
         layer.slots = 0;
-        layer.pinned = vec![Pins { tier, experts: (0..of.shape.n_expert).collect() }];
+        layer.pinned = vec![Pins {
+            tier,
+            experts: (0..of.shape.n_expert).collect(),
+        }];
         if tier == dram {
             left = left.checked_sub(of.shape.expert_bytes * u64::from(of.shape.n_expert))?;
         }
@@ -331,7 +422,10 @@ fn same_placement(
 /// Parses the layers out of an expression of [`CommandLine::args`] that keeps experts on the CPU.
 /// `None` for any other expression.
 pub fn layers_of(expression: &str) -> Option<Vec<u32>> {
-    let list = expression.strip_prefix(r"blk\.(")?.strip_suffix(EXPERTS)?.strip_suffix(')')?;
+    let list = expression
+        .strip_prefix(r"blk\.(")?
+        .strip_suffix(EXPERTS)?
+        .strip_suffix(')')?;
     list.split('|').map(|layer| layer.parse().ok()).collect()
 }
 

@@ -11,20 +11,39 @@ use tier_plan_runtime::formats::placement::Placement;
 use tier_plan_runtime::model::shape::{DenseKind, ModelShape};
 
 fn solved(vram: u64, dram: u64, kv_type: KvType) -> (ModelShape, Evidence, Placement) {
-    let shape = catalogue::model(Path::new("qwen3-30b-a3b"), Some("q4_k_m")).unwrap().sizes;
+    let shape = catalogue::model(Path::new("qwen3-30b-a3b"), Some("q4_k_m"))
+        .unwrap()
+        .sizes;
     let machine = catalogue::machine(Path::new("desktop-4090-ddr5-nvme")).unwrap();
     let evidence = Evidence::supposed(&shape, Pattern::Zipf).unwrap();
     let budgets = vec![vram, dram, 2_000_000_000_000];
-    let problem = Problem { shape: &shape, profile: None, machine: &machine, budgets, context: 1024, kv_type };
-    let options = Options { strategy: Strategy::Optimal, time_limit_s: 2.0, ..Options::default() };
-    let plan = solve_with_evidence(&problem, &evidence, &options).unwrap().plan;
+    let problem = Problem {
+        shape: &shape,
+        profile: None,
+        machine: &machine,
+        budgets,
+        context: 1024,
+        kv_type,
+    };
+    let options = Options {
+        strategy: Strategy::Optimal,
+        time_limit_s: 2.0,
+        ..Options::default()
+    };
+    let plan = solve_with_evidence(&problem, &evidence, &options)
+        .unwrap()
+        .plan;
     (shape, evidence, plan)
 }
 
 /// Returns the bytes that a command line puts into VRAM, from its words alone: layers from the end,
 /// less what it overrides.
 fn vram_bytes(args: &[String], shape: &ModelShape, kv_bytes: u64) -> u64 {
-    let after = |flag: &str| args.iter().position(|a| a == flag).and_then(|at| args.get(at + 1));
+    let after = |flag: &str| {
+        args.iter()
+            .position(|a| a == flag)
+            .and_then(|at| args.get(at + 1))
+    };
     let layers: u32 = after("-ngl").unwrap().parse().unwrap();
     let from = shape.n_layer - layers.min(shape.n_layer);
     let on_cpu = match (after("--n-cpu-moe"), after("-ot")) {
@@ -37,34 +56,56 @@ fn vram_bytes(args: &[String], shape: &ModelShape, kv_bytes: u64) -> u64 {
         Some(layer) => layer >= from,
         None => d.kind == DenseKind::Head && layers > shape.n_layer,
     });
-    let experts = shape.experts.iter().filter(|e| e.layer >= from && !on_cpu.contains(&e.layer));
+    let experts = shape
+        .experts
+        .iter()
+        .filter(|e| e.layer >= from && !on_cpu.contains(&e.layer));
     dense.map(|d| d.bytes).sum::<u64>()
-        + experts.map(|e| e.expert_bytes * u64::from(e.n_expert)).sum::<u64>()
+        + experts
+            .map(|e| e.expert_bytes * u64::from(e.n_expert))
+            .sum::<u64>()
         + kv_bytes * u64::from(shape.n_layer - from) / u64::from(shape.n_layer)
 }
 
 #[test]
 fn a_command_line_says_what_it_was_made_to_say() {
-    for (vram, dram, kv_type) in [(8 << 30, 64 << 30, KvType::F16), (2 << 30, 32 << 30, KvType::Q8_0)] {
+    for (vram, dram, kv_type) in [
+        (8 << 30, 64 << 30, KvType::F16),
+        (2 << 30, 32 << 30, KvType::Q8_0),
+    ] {
         let (shape, evidence, plan) = solved(vram, dram, kv_type);
         let found = llama_cpp::command_line(&plan, &shape, &evidence).unwrap();
         let kv_bytes = kv_type.context_bytes(&shape, plan.context);
         assert_eq!(vram_bytes(&found.args, &shape, kv_bytes), found.vram_bytes);
         assert!(found.vram_bytes <= vram, "{} of {vram}", found.vram_bytes);
         // Not even one more layer's experts fit: the bytes are used.
-        let layer = shape.experts.iter().map(|e| e.expert_bytes * u64::from(e.n_expert)).min().unwrap();
-        assert!(vram - found.vram_bytes < layer, "{} of {vram}", found.vram_bytes);
+        let layer = shape
+            .experts
+            .iter()
+            .map(|e| e.expert_bytes * u64::from(e.n_expert))
+            .min()
+            .unwrap();
+        assert!(
+            vram - found.vram_bytes < layer,
+            "{} of {vram}",
+            found.vram_bytes
+        );
         // The coarser placement is never faster. There is a prediction, since everything fits.
         let predicted = found.predicted.unwrap();
         let lost = llama_cpp::loss(&plan, &predicted);
         assert!((0.0..1.0).contains(&lost), "{lost}");
-        assert_eq!(found.args.iter().any(|a| a == "q8_0"), kv_type == KvType::Q8_0);
+        assert_eq!(
+            found.args.iter().any(|a| a == "q8_0"),
+            kv_type == KvType::Q8_0
+        );
     }
 }
 
 #[test]
 fn several_gpus_share_the_layers() {
-    let shape = catalogue::model(Path::new("qwen3-30b-a3b"), Some("q4_k_m")).unwrap().sizes;
+    let shape = catalogue::model(Path::new("qwen3-30b-a3b"), Some("q4_k_m"))
+        .unwrap()
+        .sizes;
     let mut machine = catalogue::machine(Path::new("desktop-4090-ddr5-nvme")).unwrap();
     let mut second = machine.tiers[0].clone();
     second.name = "second".into();
@@ -73,11 +114,29 @@ fn several_gpus_share_the_layers() {
     let vram = [6 << 30, 3 << 30];
     let budgets = vec![vram[0], vram[1], 64 << 30, 2_000_000_000_000];
     let kv_type = KvType::F16;
-    let problem = Problem { shape: &shape, profile: None, machine: &machine, budgets, context: 1024, kv_type };
-    let options = Options { strategy: Strategy::Optimal, time_limit_s: 2.0, ..Options::default() };
-    let plan = solve_with_evidence(&problem, &evidence, &options).unwrap().plan;
+    let problem = Problem {
+        shape: &shape,
+        profile: None,
+        machine: &machine,
+        budgets,
+        context: 1024,
+        kv_type,
+    };
+    let options = Options {
+        strategy: Strategy::Optimal,
+        time_limit_s: 2.0,
+        ..Options::default()
+    };
+    let plan = solve_with_evidence(&problem, &evidence, &options)
+        .unwrap()
+        .plan;
     let found = llama_cpp::command_line(&plan, &shape, &evidence).unwrap();
-    let split = found.args.iter().position(|a| a == "--tensor-split").and_then(|at| found.args.get(at + 1)).unwrap();
+    let split = found
+        .args
+        .iter()
+        .position(|a| a == "--tensor-split")
+        .and_then(|at| found.args.get(at + 1))
+        .unwrap();
     let counts: Vec<u32> = split.split(',').map(|n| n.parse().unwrap()).collect();
     assert_eq!(counts.iter().sum::<u32>(), found.gpu_layers);
     assert!(counts[0] > counts[1] && counts[1] > 0, "{counts:?}");
@@ -89,12 +148,22 @@ fn several_gpus_share_the_layers() {
             Some(layer) => mine.contains(&layer),
             None => d.kind == DenseKind::Head && mine.contains(&shape.n_layer),
         });
-        let experts =
-            shape.experts.iter().filter(|e| mine.contains(&e.layer) && found.expert_layers.contains(&e.layer));
-        let caches = shape.caches.iter().enumerate().filter(|(l, _)| mine.contains(&(*l as u32)));
+        let experts = shape
+            .experts
+            .iter()
+            .filter(|e| mine.contains(&e.layer) && found.expert_layers.contains(&e.layer));
+        let caches = shape
+            .caches
+            .iter()
+            .enumerate()
+            .filter(|(l, _)| mine.contains(&(*l as u32)));
         let bytes = dense.map(|d| d.bytes).sum::<u64>()
-            + experts.map(|e| e.expert_bytes * u64::from(e.n_expert)).sum::<u64>()
-            + caches.map(|(_, c)| c.context_bytes(kv_type, plan.context)).sum::<u64>();
+            + experts
+                .map(|e| e.expert_bytes * u64::from(e.n_expert))
+                .sum::<u64>()
+            + caches
+                .map(|(_, c)| c.context_bytes(kv_type, plan.context))
+                .sum::<u64>();
         assert!(bytes <= budget, "{bytes} of {budget}");
         (from, all) = (from + count, all + bytes);
     }
@@ -107,7 +176,11 @@ fn what_fits_nowhere_is_not_predicted() {
     let (shape, evidence, plan) = solved(4 << 30, 4 << 30, KvType::F16);
     let found = llama_cpp::command_line(&plan, &shape, &evidence).unwrap();
     assert_eq!(found.predicted, None);
-    assert!(found.notes.iter().any(|n| n.contains("page cache")), "{:?}", found.notes);
+    assert!(
+        found.notes.iter().any(|n| n.contains("page cache")),
+        "{:?}",
+        found.notes
+    );
 }
 
 #[test]
@@ -123,8 +196,14 @@ fn all_on_the_gpu_overrides_nothing() {
 #[test]
 fn expressions_name_their_layers() {
     let of = |text: &str| llama_cpp::layers_of(text);
-    assert_eq!(of(r"blk\.(3|14)\.ffn_(up|down|gate|gate_up)_(ch|)exps=CPU"), Some(vec![3, 14]));
-    assert_eq!(of(r"blk\.(x)\.ffn_(up|down|gate|gate_up)_(ch|)exps=CPU"), None);
+    assert_eq!(
+        of(r"blk\.(3|14)\.ffn_(up|down|gate|gate_up)_(ch|)exps=CPU"),
+        Some(vec![3, 14])
+    );
+    assert_eq!(
+        of(r"blk\.(x)\.ffn_(up|down|gate|gate_up)_(ch|)exps=CPU"),
+        None
+    );
     assert_eq!(of("exps=CPU"), None);
     assert_eq!(llama_cpp::quoted(r"blk\.(3)"), r"'blk\.(3)'");
     assert_eq!(llama_cpp::quoted("it's"), r"'it'\''s'");
@@ -133,8 +212,17 @@ fn expressions_name_their_layers() {
 
 #[test]
 fn counts_come_back() {
-    let shape = catalogue::model(Path::new("glm-4.5-air"), None).unwrap().sizes;
-    let routing = Routing { skew: 0.9, repeat: 0.3, prompts: 2, prompt_tokens: 3, decode_tokens: 5, seed: 3 };
+    let shape = catalogue::model(Path::new("glm-4.5-air"), None)
+        .unwrap()
+        .sizes;
+    let routing = Routing {
+        skew: 0.9,
+        repeat: 0.3,
+        prompts: 2,
+        prompt_tokens: 3,
+        decode_tokens: 5,
+        seed: 3,
+    };
     let profile = synthetic::profile(&shape, &routing);
     let table = counts::counts(&shape, &profile).unwrap();
     assert_eq!(counts::from_json(&counts::to_json(&table)).unwrap(), table);
@@ -144,19 +232,49 @@ fn counts_come_back() {
     for (layer, row) in table.iter().enumerate() {
         let routed = shape.experts.iter().any(|e| e.layer as usize == layer);
         assert_eq!(row.len(), shape.experts[0].n_expert as usize);
-        assert_eq!(row.iter().sum::<u64>(), if routed { profile.n_tokens(None, None) * used } else { 0 });
+        assert_eq!(
+            row.iter().sum::<u64>(),
+            if routed {
+                profile.n_tokens(None, None) * used
+            } else {
+                0
+            }
+        );
     }
     assert!(table[0].iter().all(|n| *n == 0) && table[1].iter().any(|n| *n > 0));
-    for bad in [r#"{"counts": []}"#, r#"{"logical_count": [[1], [1, 2]]}"#, r#"{"logical_count": [[-1]]}"#] {
-        assert!(counts::from_json(&serde_json::from_str(bad).unwrap()).is_err(), "{bad}");
+    for bad in [
+        r#"{"counts": []}"#,
+        r#"{"logical_count": [[1], [1, 2]]}"#,
+        r#"{"logical_count": [[-1]]}"#,
+    ] {
+        assert!(
+            counts::from_json(&serde_json::from_str(bad).unwrap()).is_err(),
+            "{bad}"
+        );
     }
 }
 
 #[test]
 fn models_that_a_table_cannot_say_are_refused() {
-    let dense = catalogue::model(Path::new("llama-3.1-405b"), None).unwrap().sizes;
-    let shape = catalogue::model(Path::new("glm-4.5-air"), None).unwrap().sizes;
-    let routing = Routing { skew: 0.9, repeat: 0.3, prompts: 1, prompt_tokens: 1, decode_tokens: 1, seed: 3 };
+    let dense = catalogue::model(Path::new("llama-3.1-405b"), None)
+        .unwrap()
+        .sizes;
+    let shape = catalogue::model(Path::new("glm-4.5-air"), None)
+        .unwrap()
+        .sizes;
+    let routing = Routing {
+        skew: 0.9,
+        repeat: 0.3,
+        prompts: 1,
+        prompt_tokens: 1,
+        decode_tokens: 1,
+        seed: 3,
+    };
     let profile = synthetic::profile(&shape, &routing);
-    assert!(counts::counts(&dense, &profile).unwrap_err().to_string().contains("no routed experts"));
+    assert!(
+        counts::counts(&dense, &profile)
+            .unwrap_err()
+            .to_string()
+            .contains("no routed experts")
+    );
 }

@@ -55,7 +55,10 @@ impl DiskRate {
     pub(super) fn doubts(&self, path: &Path) -> Vec<String> {
         let mut doubts = Vec::new();
         if self.gbps.spread > MAX_TRUSTED_SPREAD {
-            doubts.push(format!("reads of the drive differ by {:.0} %", self.gbps.spread * 100.0));
+            doubts.push(format!(
+                "reads of the drive differ by {:.0} %",
+                self.gbps.spread * 100.0
+            ));
         }
         if !self.direct {
             doubts.push(format!(
@@ -90,15 +93,23 @@ impl Disk {
     /// # Errors
     /// When its files cannot be read.
     pub fn of_model(gguf: &Gguf, spec: &ModelSpec) -> Result<Self> {
-        let paths: Vec<PathBuf> = (0..gguf.n_parts()).map(|part| gguf.part_path(part).to_path_buf()).collect();
+        let paths: Vec<PathBuf> = (0..gguf.n_parts())
+            .map(|part| gguf.part_path(part).to_path_buf())
+            .collect();
         let mut experts = Vec::new();
         for (_, moe) in spec.moe_layers() {
             let slice = |id: usize, expert: usize| {
                 let tensor = &gguf.tensors()[id];
                 let len = tensor.n_bytes as usize / moe.n_expert;
-                Extent { part: tensor.part, offset: tensor.offset + (expert * len) as u64, len }
+                Extent {
+                    part: tensor.part,
+                    offset: tensor.offset + (expert * len) as u64,
+                    len,
+                }
             };
-            experts.extend((0..moe.n_expert).map(|e| moe.expert_tensors().map(|id| slice(id, e)).collect()));
+            experts.extend(
+                (0..moe.n_expert).map(|e| moe.expert_tensors().map(|id| slice(id, e)).collect()),
+            );
         }
         Self::of(FileTier::open(&paths, ReadMode::from_env()?)?, experts)
     }
@@ -110,25 +121,51 @@ impl Disk {
     /// When the folder is not writable or has too little space.
     pub fn of_folder(folder: &Path) -> Result<Self> {
         let file = Temporary::new(folder)?;
-        file.fill()
-            .with_context(|| format!("writing {} to {}", super::show_bytes(FILE_BYTES as u64), folder.display()))?;
+        file.fill().with_context(|| {
+            format!(
+                "writing {} to {}",
+                super::show_bytes(FILE_BYTES as u64),
+                folder.display()
+            )
+        })?;
         let files = FileTier::open(std::slice::from_ref(&file.path), ReadMode::from_env()?)?;
-        let slice = |at: usize| Extent { part: 0, offset: at as u64, len: SLICE_BYTES };
+        let slice = |at: usize| Extent {
+            part: 0,
+            offset: at as u64,
+            len: SLICE_BYTES,
+        };
         // As in a file of tensors, the slices of an expert are far apart and do not begin at a
         // page.
         let third = FILE_BYTES / 3;
         let n = (third - ALIGN) / SLICE_BYTES;
-        let experts = (0..n).map(|e| (0..3).map(|part| slice(part * third + 32 + e * SLICE_BYTES)).collect()).collect();
+        let experts = (0..n)
+            .map(|e| {
+                (0..3)
+                    .map(|part| slice(part * third + 32 + e * SLICE_BYTES))
+                    .collect()
+            })
+            .collect();
         Self::of(files, experts)
     }
 
     fn of(files: FileTier, experts: Vec<Vec<Extent>>) -> Result<Self> {
-        let room = experts.iter().map(|e| e.iter().map(Extent::pages_bytes).sum()).max().unwrap_or(0);
+        let room = experts
+            .iter()
+            .map(|e| e.iter().map(Extent::pages_bytes).sum())
+            .max()
+            .unwrap_or(0);
         ensure!(room > 0, "the model's experts have no bytes");
         let most = BURSTS.into_iter().max().unwrap_or(1);
         let mut arena = Arena::new("buffers of experts", (room * most) as u64)?;
-        let buffers = (0..most).map(|_| arena.take(room)).collect::<Result<_, _>>()?;
-        Ok(Self { files, experts, buffers, state: 0x2545_f491_4f6c_dd1d })
+        let buffers = (0..most)
+            .map(|_| arena.take(room))
+            .collect::<Result<_, _>>()?;
+        Ok(Self {
+            files,
+            experts,
+            buffers,
+            state: 0x2545_f491_4f6c_dd1d,
+        })
     }
 
     fn random(&mut self, below: usize) -> usize {
@@ -181,18 +218,25 @@ impl Disk {
         let mut submitted = 0;
         for key in 0..n {
             let expert = self.random(self.experts.len());
-            let Some(buffer) = self.buffers.pop() else { break };
+            let Some(buffer) = self.buffers.pop() else {
+                break;
+            };
             let mut room = 0;
             let spans: Vec<Span> = self.experts[expert]
                 .iter()
                 .map(|&extent| {
-                    let span = Span { extent, at: room + extent.head(), whole_pages: true };
+                    let span = Span {
+                        extent,
+                        at: room + extent.head(),
+                        whole_pages: true,
+                    };
                     room += extent.pages_bytes();
                     bytes += extent.len;
                     span
                 })
                 .collect();
-            self.files.submit(key as u64, &spans, buffer, Priority::Demand);
+            self.files
+                .submit(key as u64, &spans, buffer, Priority::Demand);
             submitted += 1;
         }
         let mut failed = None;
@@ -203,7 +247,10 @@ impl Disk {
         }
         let seconds = start.elapsed().as_secs_f64();
         match failed {
-            None => Ok(Burst { bytes: bytes as f64, seconds: seconds.max(1e-9) }),
+            None => Ok(Burst {
+                bytes: bytes as f64,
+                seconds: seconds.max(1e-9),
+            }),
             Some(error) => Err(error.into()),
         }
     }
@@ -213,11 +260,26 @@ impl Disk {
         let mut times = Vec::with_capacity(SMALL_READS);
         for _ in 0..SMALL_READS {
             let expert = self.random(self.experts.len());
-            let Some(&Extent { part, offset, .. }) = self.experts[expert].first() else { break };
-            let extent = Extent { part, offset: offset / ALIGN as u64 * ALIGN as u64, len: ALIGN };
-            let Some(buffer) = self.buffers.pop() else { break };
+            let Some(&Extent { part, offset, .. }) = self.experts[expert].first() else {
+                break;
+            };
+            let extent = Extent {
+                part,
+                offset: offset / ALIGN as u64 * ALIGN as u64,
+                len: ALIGN,
+            };
+            let Some(buffer) = self.buffers.pop() else {
+                break;
+            };
             let start = Instant::now();
-            let read = self.files.read(&[Span { extent, at: 0, whole_pages: true }], buffer)?;
+            let read = self.files.read(
+                &[Span {
+                    extent,
+                    at: 0,
+                    whole_pages: true,
+                }],
+                buffer,
+            )?;
             times.push(start.elapsed().as_secs_f64() * 1e6);
             self.buffers.push(read);
         }
@@ -235,7 +297,9 @@ impl Temporary {
     fn new(folder: &Path) -> Result<Self> {
         let path = folder.join(format!(".tier-plan-probe-{}.partial", std::process::id()));
         let file = OpenOptions::new().write(true).create_new(true).open(&path);
-        let file = file.with_context(|| format!("making a file of 1 GiB to measure with: {}", path.display()))?;
+        let file = file.with_context(|| {
+            format!("making a file of 1 GiB to measure with: {}", path.display())
+        })?;
         Ok(Self { path, file })
     }
 

@@ -61,7 +61,12 @@ pub fn measure(pool: &ThreadPool, memory: &mut Memory) -> Result<Fixed> {
             "the bundled model was not found, so {layer} and {token} loops of all threads were counted for a layer and a \
              token, of {entry_us:.1} µs each"
         );
-        return Ok(Fixed { layer_us: layer * entry_us, token_us: token * entry_us, entry_us, how });
+        return Ok(Fixed {
+            layer_us: layer * entry_us,
+            token_us: token * entry_us,
+            entry_us,
+            how,
+        });
     };
     let cached_gbps = memory.cached_gbps(pool, TensorType::Q4_K, CACHED_BYTES);
     let gguf = Gguf::open(&path)?;
@@ -71,7 +76,12 @@ pub fn measure(pool: &ThreadPool, memory: &mut Memory) -> Result<Fixed> {
     let mut session = Session::load(Arc::new(gguf), &plan, Some(pool.n_threads()))?;
     let engine = &mut session.engine;
     let (mut layer_us, mut token_us) = (f64::INFINITY, f64::INFINITY);
-    let head: u64 = shape.dense.iter().filter(|d| d.kind == DenseKind::Head).map(|d| d.token_bytes).sum();
+    let head: u64 = shape
+        .dense
+        .iter()
+        .filter(|d| d.kind == DenseKind::Head)
+        .map(|d| d.token_bytes)
+        .sum();
     let layers = shape.token_bytes().saturating_sub(head);
     let read_us = |bytes: u64| bytes as f64 / cached_gbps.max(1e-9) / 1e3;
     let n_vocab = shape.n_vocab.max(1);
@@ -81,7 +91,10 @@ pub fn measure(pool: &ThreadPool, memory: &mut Memory) -> Result<Fixed> {
         engine.reset_counters();
         for token in 0..TOKENS {
             // The tokens are spread over the vocabulary, so that routing is too.
-            engine.forward(&[token.wrapping_mul(2_654_435_761) % n_vocab], LogitsMode::Last)?;
+            engine.forward(
+                &[token.wrapping_mul(2_654_435_761) % n_vocab],
+                LogitsMode::Last,
+            )?;
         }
         if repeat == 0 {
             continue;
@@ -96,7 +109,12 @@ pub fn measure(pool: &ThreadPool, memory: &mut Memory) -> Result<Fixed> {
         "decoding with the bundled model, less its bytes at {cached_gbps:.0} GB/s from the caches ({entry_us:.1} µs for \
          each loop of all threads)"
     );
-    Ok(Fixed { layer_us: layer_us.max(entry_us), token_us: token_us.max(entry_us), entry_us, how })
+    Ok(Fixed {
+        layer_us: layer_us.max(entry_us),
+        token_us: token_us.max(entry_us),
+        entry_us,
+        how,
+    })
 }
 
 /// Rounds decoded with the user's model: the minimum, and the maximum where time is left.
@@ -130,14 +148,27 @@ pub fn own_layers(path: &Path, threads: usize) -> Result<OwnLayers> {
     let mut plan = within(&gguf, &spec, &shape, 2, KvType::F16, budget)?.plan;
     // Slots must hold the experts of a whole round. Then nothing is read beside the timed stages
     // after the first round.
-    let experts: u64 = shape.experts.iter().map(|e| e.expert_bytes * u64::from(e.n_used)).sum();
-    let fitting = plan.layers.iter().zip(&shape.experts).map(|(l, e)| match l.slots {
-        // All experts are pinned or mapped.
-        0 => MAX_ROUND_TOKENS,
-        // The experts of the previous token still occupy their slots.
-        slots => u64::from(slots / e.n_used.max(1)).saturating_sub(1),
-    });
-    let round = fitting.min().unwrap_or(1).min(MAX_ROUND_TOKENS).min(MAX_ROUND_BYTES / experts.max(1)).max(1);
+    let experts: u64 = shape
+        .experts
+        .iter()
+        .map(|e| e.expert_bytes * u64::from(e.n_used))
+        .sum();
+    let fitting = plan
+        .layers
+        .iter()
+        .zip(&shape.experts)
+        .map(|(l, e)| match l.slots {
+            // All experts are pinned or mapped.
+            0 => MAX_ROUND_TOKENS,
+            // The experts of the previous token still occupy their slots.
+            slots => u64::from(slots / e.n_used.max(1)).saturating_sub(1),
+        });
+    let round = fitting
+        .min()
+        .unwrap_or(1)
+        .min(MAX_ROUND_TOKENS)
+        .min(MAX_ROUND_BYTES / experts.max(1))
+        .max(1);
     plan.tiers[TierIdx::FIRST].bytes.slots = 0;
     for (layer, experts) in plan.layers.iter_mut().zip(&shape.experts) {
         layer.slots = layer.slots.min((round as u32 + 1) * experts.n_used);
@@ -157,7 +188,10 @@ pub fn own_layers(path: &Path, threads: usize) -> Result<OwnLayers> {
             engine.clear();
             engine.forward(&[0], LogitsMode::Last)?;
             engine.reset_counters();
-            engine.forward(&[(token.wrapping_mul(2_654_435_761) % n_vocab) as u32], LogitsMode::Last)?;
+            engine.forward(
+                &[(token.wrapping_mul(2_654_435_761) % n_vocab) as u32],
+                LogitsMode::Last,
+            )?;
             let layers = &engine.counters().layers;
             let dense: Duration = layers.iter().map(|l| l.dense).sum();
             dense_us.push(dense.as_secs_f64() * 1e6);
@@ -177,5 +211,8 @@ pub fn own_layers(path: &Path, threads: usize) -> Result<OwnLayers> {
     let layers = shape.experts.len().max(1) as f64;
     let expert_gbps = Measured::of_many(&gbps);
     let dense_us = Measured::of(dense_us).value - bytes as f64 / expert_gbps.value.max(1e-9) / 1e3;
-    Ok(OwnLayers { expert_gbps, layer_us: dense_us / layers })
+    Ok(OwnLayers {
+        expert_gbps,
+        layer_us: dense_us / layers,
+    })
 }

@@ -15,12 +15,19 @@ use tier_plan_runtime::model::spec::{ModelSpec, MoeSpec};
 use tier_plan_runtime::quant::TensorType;
 use tier_plan_runtime::units::show_bytes;
 use tier_plan_selftest::gpu_rates::{
-    Contended, Experts, Rates, Subject, common_experts, contended, experts, matvec_gbps, measure_rates,
+    Contended, Experts, Rates, Subject, common_experts, contended, experts, matvec_gbps,
+    measure_rates,
 };
 use tier_plan_selftest::speed::{Effort, Setup, Timed, time};
 
 /// Tokens that measure fixed times.
-const LAYERS: Effort = Effort { prompt: 1, decode: 160, warm: 8, rounds: 3, limit: Duration::from_secs(5) };
+const LAYERS: Effort = Effort {
+    prompt: 1,
+    decode: 160,
+    warm: 8,
+    rounds: 3,
+    limit: Duration::from_secs(5),
+};
 
 /// The work that a GPU is measured with.
 #[derive(Debug, Clone)]
@@ -36,12 +43,19 @@ pub struct Work {
 impl Work {
     /// Returns the work to measure where no model is known: Q4_K experts of a common size.
     pub fn common() -> Self {
-        Self { formats: vec![(TensorType::Q4_K, 1.0)], experts: common_experts(), of: "Q4_K".into() }
+        Self {
+            formats: vec![(TensorType::Q4_K, 1.0)],
+            experts: common_experts(),
+            of: "Q4_K".into(),
+        }
     }
 
     /// Returns the work of a model whose bytes per token have the shares `formats`.
     pub fn of_model(gguf: &Gguf, spec: &ModelSpec, formats: &[(TensorType, f64)]) -> Self {
-        let experts = spec.moe_layers().next().map(|(_, moe)| (kind(gguf, moe), moe.n_used));
+        let experts = spec
+            .moe_layers()
+            .next()
+            .map(|(_, moe)| (kind(gguf, moe), moe.n_used));
         Self {
             formats: formats.to_vec(),
             experts: experts.unwrap_or_else(common_experts),
@@ -51,7 +65,10 @@ impl Work {
 }
 
 fn kind(gguf: &Gguf, moe: &MoeSpec) -> ExpertKind {
-    let types: Vec<TensorType> = moe.expert_linears().map(|l| gguf.tensors()[l.weight].ty).collect();
+    let types: Vec<TensorType> = moe
+        .expert_linears()
+        .map(|l| gguf.tensors()[l.weight].ty)
+        .collect();
     // Gate and up may be one matrix.
     let first = types.first().copied().unwrap_or(TensorType::F32);
     let last = types.last().copied().unwrap_or(first);
@@ -126,10 +143,16 @@ impl Layers {
     }
 
     fn measure(device: &Arc<dyn Device>, gpu_gbps: f64) -> Result<Self, String> {
-        let model = || -> anyhow::Result<Arc<Gguf>> { Ok(Arc::new(Gguf::open(&bundled::path("demo/demo.gguf")?)?)) };
+        let model = || -> anyhow::Result<Arc<Gguf>> {
+            Ok(Arc::new(Gguf::open(&bundled::path("demo/demo.gguf")?)?))
+        };
         let gguf = model().map_err(|error| format!("{error:#}"))?;
-        let timed = |place| time(&gguf, place, LAYERS, &interrupted).map_err(|error| error.to_string());
-        let (resident, hybrid) = (timed(Setup::FullyOnGpu(device))?, timed(Setup::ExpertsInMemory(device))?);
+        let timed =
+            |place| time(&gguf, place, LAYERS, &interrupted).map_err(|error| error.to_string());
+        let (resident, hybrid) = (
+            timed(Setup::FullyOnGpu(device))?,
+            timed(Setup::ExpertsInMemory(device))?,
+        );
         Ok(Self::new(&resident, &hybrid, &timed(Setup::Cpu)?, gpu_gbps))
     }
 }
@@ -162,14 +185,22 @@ pub fn measure_all(work: &Work, beside: &mut dyn FnMut() -> f64) -> Gpus {
                 break;
             }
             Err(error) => {
-                gpus.missing.push(format!("GPU {ordinal} was left out: {error}"));
+                gpus.missing
+                    .push(format!("GPU {ordinal} was left out: {error}"));
                 // A failed driver call may fail for every following device too.
-                if matches!(error, CudaError::Call { .. }) { break } else { continue }
+                if matches!(error, CudaError::Call { .. }) {
+                    break;
+                } else {
+                    continue;
+                }
             }
         };
         match measure_gpu(&gpu, &nvml, work, beside) {
             Ok(found) => gpus.found.push(found),
-            Err(error) => gpus.missing.push(format!("GPU {ordinal} ({}) was left out: {error}", gpu.properties().name)),
+            Err(error) => gpus.missing.push(format!(
+                "GPU {ordinal} ({}) was left out: {error}",
+                gpu.properties().name
+            )),
         }
     }
     gpus
@@ -186,7 +217,10 @@ fn measure_gpu(
     // process.
     let free_bytes = gpu.free_bytes()? as u64;
     let power = match nvml {
-        Ok(nvml) => gpu.pci().and_then(|pci| nvml.read(&pci)).map(|reading| reading.limit_watts),
+        Ok(nvml) => gpu
+            .pci()
+            .and_then(|pci| nvml.read(&pci))
+            .map(|reading| reading.limit_watts),
         Err(error) => Err(CudaError::Call {
             device: p.name.clone(),
             what: "asking for its power limit".into(),
@@ -195,13 +229,31 @@ fn measure_gpu(
     };
     let power = match power {
         Ok(watts) => {
-            let how = if watts.is_some() { "limit read from the driver" } else { "the driver knows no limit" };
-            Part { name: p.name.clone(), watts, how: how.into() }
+            let how = if watts.is_some() {
+                "limit read from the driver"
+            } else {
+                "the driver knows no limit"
+            };
+            Part {
+                name: p.name.clone(),
+                watts,
+                how: how.into(),
+            }
         }
-        Err(error) => Part { name: p.name.clone(), watts: None, how: error.to_string() },
+        Err(error) => Part {
+            name: p.name.clone(),
+            watts: None,
+            how: error.to_string(),
+        },
     };
     let device = u32::try_from(p.ordinal).unwrap_or(u32::MAX);
-    let about = About { name: p.name.clone(), device, emulated: false, total_bytes: p.total_bytes as u64, free_bytes };
+    let about = About {
+        name: p.name.clone(),
+        device,
+        emulated: false,
+        total_bytes: p.total_bytes as u64,
+        free_bytes,
+    };
     let mut found = measure(&mut Subject::of(gpu)?, about, power, work, beside)?;
     found.layers = Layers::measure(&(Arc::clone(gpu) as Arc<dyn Device>), found.compute_gbps);
     Ok(found)
@@ -228,12 +280,23 @@ fn measure(
     for (ty, _) in &work.formats {
         products.push((*ty, matvec_gbps(subject, *ty)?));
     }
-    let seconds: f64 = work.formats.iter().zip(&products).map(|((_, share), (_, rate))| share / rate.max(1e-9)).sum();
+    let seconds: f64 = work
+        .formats
+        .iter()
+        .zip(&products)
+        .map(|((_, share), (_, rate))| share / rate.max(1e-9))
+        .sum();
     let shares: f64 = work.formats.iter().map(|(_, share)| share).sum();
     let (kind, used) = work.experts;
     let experts = experts(subject, kind, used)?;
     let contended = contended(subject, beside)?;
-    let About { name, device, emulated, total_bytes, free_bytes } = about;
+    let About {
+        name,
+        device,
+        emulated,
+        total_bytes,
+        free_bytes,
+    } = about;
     Ok(GpuRate {
         name,
         device,
@@ -243,7 +306,11 @@ fn measure(
         rates,
         contended,
         products,
-        compute_gbps: if shares > 0.0 { shares / seconds.max(1e-12) } else { rates.read_gbps },
+        compute_gbps: if shares > 0.0 {
+            shares / seconds.max(1e-12)
+        } else {
+            rates.read_gbps
+        },
         experts,
         layers: Err("only a GPU of this machine computes a whole model".into()),
         of: work.of.clone(),
@@ -264,15 +331,21 @@ impl GpuRate {
     /// Returns the time of a token's experts less their bytes at the GPU's rate, in microseconds,
     /// and at least one round trip.
     pub fn latency_us(&self) -> f64 {
-        let beyond = |e: &Experts| e.token_us - (e.used * e.expert_bytes) as f64 / self.compute_gbps.max(1e-9) / 1e3;
-        self.experts.as_ref().map_or(0.0, beyond).max(self.rates.round_trip_us)
+        let beyond = |e: &Experts| {
+            e.token_us - (e.used * e.expert_bytes) as f64 / self.compute_gbps.max(1e-9) / 1e3
+        };
+        self.experts
+            .as_ref()
+            .map_or(0.0, beyond)
+            .max(self.rates.round_trip_us)
     }
 
     /// Returns fixed times and link rate for the machine file; `token_us` is the CPU's fixed time
     /// per token.
     fn accelerator(&self, token_us: f64) -> Accelerator {
         let layers = self.layers.as_ref().ok().filter(|_| !self.emulated);
-        let resident = |l: &Layers| (l.resident_token_us - token_us).max(0.0) / f64::from(l.n_layer.max(1));
+        let resident =
+            |l: &Layers| (l.resident_token_us - token_us).max(0.0) / f64::from(l.n_layer.max(1));
         Accelerator {
             // Slots are filled from memory that the GPU does not read by itself.
             link_gbps: Some(rounded(self.rates.to_device.pageable_gbps)),
@@ -283,7 +356,11 @@ impl GpuRate {
 
     /// Describes the GPU's memory as a tier; `token_us` is the CPU's fixed time per token.
     pub fn tier(&self, name: String, token_us: f64, day: &str) -> Tier {
-        let who = if self.emulated { format!("{}, which is emulated", self.name) } else { self.name.clone() };
+        let who = if self.emulated {
+            format!("{}, which is emulated", self.name)
+        } else {
+            self.name.clone()
+        };
         Tier {
             name,
             kind: TierKind::Vram,

@@ -29,10 +29,18 @@ impl Findings {
             source: format!(
                 "measured {day}: matvecs of {of} with {} threads and {} kernels; bare reads {:.1} GB/s; while the drive \
                  is read {:.1} GB/s; capacity: {}",
-                self.threads, self.isa, self.bare_gbps, self.together.compute_gbps, self.dram_bytes_from
+                self.threads,
+                self.isa,
+                self.bare_gbps,
+                self.together.compute_gbps,
+                self.dram_bytes_from
             ),
         };
-        let how = if self.disk.direct { "with direct I/O" } else { "through the page cache" };
+        let how = if self.disk.direct {
+            "with direct I/O"
+        } else {
+            "through the page cache"
+        };
         let slow = Tier {
             name: "nvme".into(),
             kind: TierKind::Nvme,
@@ -48,17 +56,34 @@ impl Findings {
                 self.disk.gbps.value
             ),
         };
-        let how = format!("matvecs of {of} with {} threads and {} kernels", self.threads, self.isa);
+        let how = format!(
+            "matvecs of {of} with {} threads and {} kernels",
+            self.threads, self.isa
+        );
         let main_memory = self.nodes.iter().map(|node| node.tier(day, &how));
         let mut tiers: Vec<Tier> = main_memory.collect();
-        let computing = if tiers.is_empty() { "dram".to_string() } else { tiers[0].name.clone() };
+        let computing = if tiers.is_empty() {
+            "dram".to_string()
+        } else {
+            tiers[0].name.clone()
+        };
         if tiers.is_empty() {
             tiers.push(dram);
         }
-        let mut prompt_gflops = BTreeMap::from([(computing, rounded(self.prompt_gflops).max(1e-5))]);
+        let mut prompt_gflops =
+            BTreeMap::from([(computing, rounded(self.prompt_gflops).max(1e-5))]);
         let mut links = BTreeMap::new();
-        for gpu in self.gpus.found.iter().filter(|gpu| gpu.capacity_bytes() > 0) {
-            let name = if self.gpus.found.len() > 1 { format!("vram{}", gpu.device) } else { "vram".to_string() };
+        for gpu in self
+            .gpus
+            .found
+            .iter()
+            .filter(|gpu| gpu.capacity_bytes() > 0)
+        {
+            let name = if self.gpus.found.len() > 1 {
+                format!("vram{}", gpu.device)
+            } else {
+                "vram".to_string()
+            };
             links.insert(name.clone(), gpu.link());
             if let Some(experts) = &gpu.experts {
                 prompt_gflops.insert(name.clone(), rounded(experts.batch_gflops).max(1e-5));
@@ -67,7 +92,10 @@ impl Findings {
         }
         tiers.sort_by(|a, b| b.read_gbps.total_cmp(&a.read_gbps));
         let slowest = tiers.last().map_or(compute, |t| t.read_gbps);
-        tiers.push(Tier { read_gbps: slow.read_gbps.min(slowest), ..slow });
+        tiers.push(Tier {
+            read_gbps: slow.read_gbps.min(slowest),
+            ..slow
+        });
         Machine {
             name: "probed".into(),
             description: format!("measured on {day}: {}", self.host),
@@ -81,7 +109,10 @@ impl Findings {
                 watts_source: self.power.watts.map(|_| self.power.how.clone()),
                 ..Extras::default()
             },
-            id: SourceId { name: "probed".into(), hash: String::new() },
+            id: SourceId {
+                name: "probed".into(),
+                hash: String::new(),
+            },
         }
         .identified()
     }

@@ -14,11 +14,25 @@ impl Measured {
     pub fn of(mut values: Vec<f64>) -> Self {
         values.sort_by(f64::total_cmp);
         let (Some(first), Some(last)) = (values.first(), values.last()) else {
-            return Measured { value: 0.0, spread: 0.0 };
+            return Measured {
+                value: 0.0,
+                spread: 0.0,
+            };
         };
         let middle = values.len() / 2;
-        let value = if values.len() % 2 == 1 { values[middle] } else { (values[middle - 1] + values[middle]) / 2.0 };
-        Measured { value, spread: if value > 0.0 { (last - first) / value } else { 0.0 } }
+        let value = if values.len() % 2 == 1 {
+            values[middle]
+        } else {
+            (values[middle - 1] + values[middle]) / 2.0
+        };
+        Measured {
+            value,
+            spread: if value > 0.0 {
+                (last - first) / value
+            } else {
+                0.0
+            },
+        }
     }
 
     /// Summarizes many short repetitions in order of time: the median of all, and the spread of the
@@ -28,6 +42,9 @@ impl Measured {
             .chunks(values.len().div_ceil(5).max(1))
             .map(|part| part.iter().sum::<f64>() / part.len() as f64)
             .collect();
-        Measured { value: Measured::of(values.to_vec()).value, spread: Measured::of(fifths).spread }
+        Measured {
+            value: Measured::of(values.to_vec()).value,
+            spread: Measured::of(fifths).spread,
+        }
     }
 }

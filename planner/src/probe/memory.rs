@@ -102,12 +102,21 @@ impl Memory {
         let memory: &[u8] = &self.bytes;
         let stages = (memory.len() / stage_bytes.max(1)).min(most);
         let start = Instant::now();
-        for stage in memory.chunks_exact(stage_bytes.max(1)).take(stages).cycle().take(stages * times) {
+        for stage in memory
+            .chunks_exact(stage_bytes.max(1))
+            .take(stages)
+            .cycle()
+            .take(stages * times)
+        {
             let experts = stage.chunks_exact(expert_bytes(ty));
-            let matrices: Vec<[Weights<'_>; 3]> = experts.filter_map(|expert| matrices(ty, expert)).collect();
+            let matrices: Vec<[Weights<'_>; 3]> =
+                experts.filter_map(|expert| matrices(ty, expert)).collect();
             let x = self.x.view();
             let mut jobs = Vec::with_capacity(2 * EXPERTS);
-            let rows = self.gate.chunks_exact_mut(WIDTH).zip(self.up.chunks_exact_mut(WIDTH));
+            let rows = self
+                .gate
+                .chunks_exact_mut(WIDTH)
+                .zip(self.up.chunks_exact_mut(WIDTH));
             for ([gate, up, _], (gate_out, up_out)) in matrices.iter().zip(rows) {
                 jobs.push(MatJob::new(*gate, x, gate_out));
                 jobs.push(MatJob::new(*up, x, up_out));
@@ -115,11 +124,16 @@ impl Memory {
             matmul_all(pool, self.kernels, &jobs);
             drop(jobs);
             self.kernels.silu_mul(&mut self.gate, &self.up);
-            self.inner.fill(self.kernels, EXPERTS, WIDTH, &self.gate, needs_quants(ty));
+            self.inner
+                .fill(self.kernels, EXPERTS, WIDTH, &self.gate, needs_quants(ty));
             let inner = self.inner.view();
-            let down = matrices.iter().zip(self.out.chunks_exact_mut(HIDDEN)).enumerate();
-            let jobs: Vec<MatJob<'_>> =
-                down.map(|(i, ([_, _, down], out))| MatJob::new(*down, inner.rows_range(i..i + 1), out)).collect();
+            let down = matrices
+                .iter()
+                .zip(self.out.chunks_exact_mut(HIDDEN))
+                .enumerate();
+            let jobs: Vec<MatJob<'_>> = down
+                .map(|(i, ([_, _, down], out))| MatJob::new(*down, inner.rows_range(i..i + 1), out))
+                .collect();
             matmul_all(pool, self.kernels, &jobs);
         }
         let seconds = start.elapsed().as_secs_f64().max(1e-9);
@@ -129,23 +143,44 @@ impl Memory {
     /// Returns the rate of prompt matmuls, expert by expert as the engine runs them, in 10⁹
     /// floating-point operations per second.
     pub fn batch_gflops(&mut self, pool: &ThreadPool, ty: TensorType) -> Measured {
-        let values: Vec<f32> = (0..BATCH_TOKENS * HIDDEN).map(|i| (i % 23) as f32 * 0.01 - 0.11).collect();
+        let values: Vec<f32> = (0..BATCH_TOKENS * HIDDEN)
+            .map(|i| (i % 23) as f32 * 0.01 - 0.11)
+            .collect();
         let mut x = Activations::new(BATCH_TOKENS, HIDDEN);
         x.fill_shared(pool, self.kernels, BATCH_TOKENS, HIDDEN, &values, true);
         let mut inner = Activations::new(BATCH_TOKENS, WIDTH);
-        let (mut gate, mut up) = (vec![0.0; BATCH_TOKENS * WIDTH], vec![0.0; BATCH_TOKENS * WIDTH]);
+        let (mut gate, mut up) = (
+            vec![0.0; BATCH_TOKENS * WIDTH],
+            vec![0.0; BATCH_TOKENS * WIDTH],
+        );
         let mut out = vec![0.0; BATCH_TOKENS * HIDDEN];
         let memory: &[u8] = &self.bytes;
         let mut pass = |most: usize| {
             let start = Instant::now();
             let mut done = 0;
-            let experts = memory.chunks_exact(expert_bytes(ty).max(1)).filter_map(|expert| matrices(ty, expert));
+            let experts = memory
+                .chunks_exact(expert_bytes(ty).max(1))
+                .filter_map(|expert| matrices(ty, expert));
             for [w_gate, w_up, w_down] in experts.take(most) {
-                let jobs = [MatJob::new(w_gate, x.view(), &mut gate), MatJob::new(w_up, x.view(), &mut up)];
+                let jobs = [
+                    MatJob::new(w_gate, x.view(), &mut gate),
+                    MatJob::new(w_up, x.view(), &mut up),
+                ];
                 matmul_all(pool, self.kernels, &jobs);
                 self.kernels.silu_mul(&mut gate, &up);
-                inner.fill_shared(pool, self.kernels, BATCH_TOKENS, WIDTH, &gate, needs_quants(ty));
-                matmul_all(pool, self.kernels, &[MatJob::new(w_down, inner.view(), &mut out)]);
+                inner.fill_shared(
+                    pool,
+                    self.kernels,
+                    BATCH_TOKENS,
+                    WIDTH,
+                    &gate,
+                    needs_quants(ty),
+                );
+                matmul_all(
+                    pool,
+                    self.kernels,
+                    &[MatJob::new(w_down, inner.view(), &mut out)],
+                );
                 done += 1;
                 if start.elapsed() > BATCH_TIME {
                     break;
@@ -174,7 +209,8 @@ impl Memory {
 
 /// Returns the bytes of one expert in a format.
 fn expert_bytes(ty: TensorType) -> usize {
-    ty.row_bytes(VALUES as u64).map_or(0, |bytes| bytes as usize)
+    ty.row_bytes(VALUES as u64)
+        .map_or(0, |bytes| bytes as usize)
 }
 
 /// Splits an expert into gate, up, and down.
@@ -197,7 +233,11 @@ fn fill(bytes: &mut [u8]) {
         state ^= state >> 7;
         state ^= state << 17;
         for (i, byte) in eight.iter_mut().enumerate() {
-            *byte = if i % 2 == 1 { 0x3d } else { (state >> (8 * i)) as u8 };
+            *byte = if i % 2 == 1 {
+                0x3d
+            } else {
+                (state >> (8 * i)) as u8
+            };
         }
     }
 }
@@ -209,13 +249,20 @@ mod tests {
     #[test]
     fn every_format_is_multiplied() {
         let pool = ThreadPool::new(2);
-        let bytes = TensorType::ALL.iter().map(|ty| EXPERTS * expert_bytes(*ty)).max().unwrap();
+        let bytes = TensorType::ALL
+            .iter()
+            .map(|ty| EXPERTS * expert_bytes(*ty))
+            .max()
+            .unwrap();
         let mut memory = Memory::new(Kernels::best(), bytes as u64).unwrap();
         for ty in TensorType::ALL {
             memory.out.fill(7.0);
             let gbps = memory.pass_gbps(&pool, ty);
             assert!(gbps.is_finite() && gbps > 0.0, "{ty}: {gbps}");
-            assert!(memory.out.iter().all(|v| *v != 7.0), "{ty}: all results are written");
+            assert!(
+                memory.out.iter().all(|v| *v != 7.0),
+                "{ty}: all results are written"
+            );
         }
         for ty in [TensorType::Q4_K, TensorType::F32] {
             let rate = memory.batch_gflops(&pool, ty).value;

@@ -107,8 +107,13 @@ impl KernelRate {
     /// Returns a warning if repetitions of an important format differ too much.
     fn doubt(&self) -> Option<String> {
         let share = self.share.unwrap_or(f64::from(self.ty == TensorType::Q4_K));
-        (self.gbps.spread > MAX_TRUSTED_SPREAD && share > 0.1)
-            .then(|| format!("repetitions of {} matvecs differ by {:.0} %", self.ty, self.gbps.spread * 100.0))
+        (self.gbps.spread > MAX_TRUSTED_SPREAD && share > 0.1).then(|| {
+            format!(
+                "repetitions of {} matvecs differ by {:.0} %",
+                self.ty,
+                self.gbps.spread * 100.0
+            )
+        })
     }
 }
 
@@ -181,9 +186,16 @@ pub fn measure(settings: &Settings<'_>) -> Result<Findings> {
     } else {
         Vec::new()
     };
-    let pool = ThreadPool::new(settings.threads.unwrap_or_else(tier_plan_runtime::threads::physical_cores));
+    let pool = ThreadPool::new(
+        settings
+            .threads
+            .unwrap_or_else(tier_plan_runtime::threads::physical_cores),
+    );
     let opened = settings.model.map(open).transpose()?;
-    let shares = opened.as_ref().map(|(gguf, spec)| shares(gguf, spec)).unwrap_or_default();
+    let shares = opened
+        .as_ref()
+        .map(|(gguf, spec)| shares(gguf, spec))
+        .unwrap_or_default();
     let types = types_to_measure(&shares);
 
     let bar = progress::count("measuring", types.len() as u64 + 7);
@@ -197,7 +209,12 @@ pub fn measure(settings: &Settings<'_>) -> Result<Findings> {
     let meter = Meter::start();
     let mut rates = Vec::new();
     for &ty in &types {
-        let share = opened.is_some().then(|| shares.iter().find(|(t, _)| *t == ty).map_or(0.0, |(_, s)| *s));
+        let share = opened.is_some().then(|| {
+            shares
+                .iter()
+                .find(|(t, _)| *t == ty)
+                .map_or(0.0, |(_, s)| *s)
+        });
         let rate = kernel_rate(&mut memory, &pool, ty, share);
         doubts.extend(rate.doubt());
         rates.push(rate);
@@ -205,8 +222,14 @@ pub fn measure(settings: &Settings<'_>) -> Result<Findings> {
     }
     let drawn = meter.parts();
     // The format with the largest share of a token's bytes.
-    let main = rates.iter().max_by(|a, b| a.share.unwrap_or(0.0).total_cmp(&b.share.unwrap_or(0.0)));
-    let main = if opened.is_some() { main.map_or(TensorType::Q4_K, |r| r.ty) } else { TensorType::Q4_K };
+    let main = rates
+        .iter()
+        .max_by(|a, b| a.share.unwrap_or(0.0).total_cmp(&b.share.unwrap_or(0.0)));
+    let main = if opened.is_some() {
+        main.map_or(TensorType::Q4_K, |r| r.ty)
+    } else {
+        TensorType::Q4_K
+    };
 
     let mut compute_gbps = mean_rate(&rates);
     let mut fixed = fixed::measure(&pool, &mut memory)?;
@@ -230,17 +253,22 @@ pub fn measure(settings: &Settings<'_>) -> Result<Findings> {
     let together = measure_together(&mut disk, &mut memory, &pool, main)?;
     bar.inc(1);
 
-    let work = opened.as_ref().map_or_else(Work::common, |(gguf, spec)| Work::of_model(gguf, spec, &shares));
+    let work = opened.as_ref().map_or_else(Work::common, |(gguf, spec)| {
+        Work::of_model(gguf, spec, &shares)
+    });
     let gpus = gpu::measure_all(&work, &mut || memory.pass_gbps(&pool, main));
     drop(memory);
     bar.inc(1);
-    let limit_bytes = limit.as_ref().map_or(DEFAULT_DRAM_BYTES, |limit| limit.bytes);
+    let limit_bytes = limit
+        .as_ref()
+        .map_or(DEFAULT_DRAM_BYTES, |limit| limit.bytes);
     let nodes = nodes::measure(numa_nodes, kernels, &pool, &work.formats, limit_bytes)?;
     let gpu_power: Vec<Part> = gpus.found.iter().map(|gpu| gpu.power.clone()).collect();
     bar.finish_and_clear();
 
     let (dram_bytes, dram_bytes_from) = dram_capacity(limit.as_ref());
-    let disk_bytes = file_system_space(&disk_path).map_or(1 << 40, |space| space.total_bytes.max(1));
+    let disk_bytes =
+        file_system_space(&disk_path).map_or(1 << 40, |space| space.total_bytes.max(1));
     Ok(Findings {
         when: show_utc(SystemTime::now()),
         host: host::describe(),
@@ -279,7 +307,9 @@ fn types_to_measure(shares: &[(TensorType, f64)]) -> Vec<TensorType> {
 /// # Errors
 /// When that is too little for a meaningful rate.
 fn bytes_to_measure(limit_bytes: Option<u64>) -> Result<u64> {
-    let bytes = limit_bytes.map_or(MAX_MEMORY_BYTES, |limit| MAX_MEMORY_BYTES.min(limit / 4)) / STAGE * STAGE;
+    let bytes = limit_bytes.map_or(MAX_MEMORY_BYTES, |limit| MAX_MEMORY_BYTES.min(limit / 4))
+        / STAGE
+        * STAGE;
     ensure!(
         bytes >= MIN_MEMORY_BYTES,
         "too little memory to measure with: {} available, expected {}; free {} or more",
@@ -290,8 +320,18 @@ fn bytes_to_measure(limit_bytes: Option<u64>) -> Result<u64> {
     Ok(bytes)
 }
 
-fn kernel_rate(memory: &mut Memory, pool: &ThreadPool, ty: TensorType, share: Option<f64>) -> KernelRate {
-    KernelRate { ty, gbps: memory.matvec_gbps(pool, ty), batch_gflops: memory.batch_gflops(pool, ty), share }
+fn kernel_rate(
+    memory: &mut Memory,
+    pool: &ThreadPool,
+    ty: TensorType,
+    share: Option<f64>,
+) -> KernelRate {
+    KernelRate {
+        ty,
+        gbps: memory.matvec_gbps(pool, ty),
+        batch_gflops: memory.batch_gflops(pool, ty),
+        share,
+    }
 }
 
 /// Replaces the fixed time per layer and the compute rate by those of the model's own layers.
@@ -314,13 +354,24 @@ fn adopt_own_layers(
     *compute_gbps = own.expert_gbps.value.min(*compute_gbps);
     fixed.layer_us = own.layer_us.max(fixed.entry_us);
     if own.expert_gbps.spread > MAX_TRUSTED_SPREAD {
-        doubts.push(format!("the model's own expert stages differ by {:.0} %", own.expert_gbps.spread * 100.0));
+        doubts.push(format!(
+            "the model's own expert stages differ by {:.0} %",
+            own.expert_gbps.spread * 100.0
+        ));
     }
-    fixed.how = format!("layers: the model's dense stages, less their bytes; tokens: {}", fixed.how);
+    fixed.how = format!(
+        "layers: the model's dense stages, less their bytes; tokens: {}",
+        fixed.how
+    );
 }
 
 /// Measures memory and drive while both are in use.
-fn measure_together(disk: &mut Disk, memory: &mut Memory, pool: &ThreadPool, main: TensorType) -> Result<Together> {
+fn measure_together(
+    disk: &mut Disk,
+    memory: &mut Memory,
+    pool: &ThreadPool,
+    main: TensorType,
+) -> Result<Together> {
     let (compute_gbps, reads) = std::thread::scope(|scope| {
         let reading = scope.spawn(|| disk.measure(CONTENTION_TIME));
         let mut passes = Vec::new();
@@ -334,7 +385,10 @@ fn measure_together(disk: &mut Disk, memory: &mut Memory, pool: &ThreadPool, mai
         (Measured::of(passes).value, reading.join())
     });
     let reads = reads.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
-    Ok(Together { compute_gbps, disk_gbps: reads.gbps.value })
+    Ok(Together {
+        compute_gbps,
+        disk_gbps: reads.gbps.value,
+    })
 }
 
 /// Returns the bytes of main memory that plans may use, and where that figure comes from.
@@ -342,18 +396,34 @@ fn dram_capacity(limit: Option<&Limit>) -> (u64, String) {
     match limit {
         Some(limit) => {
             let bytes = (limit.bytes - limit.bytes / RESERVE_DIVISOR) >> 20 << 20;
-            (bytes, format!("{}, {}, less 1/{RESERVE_DIVISOR}", limit.source, show_bytes(limit.bytes)))
+            (
+                bytes,
+                format!(
+                    "{}, {}, less 1/{RESERVE_DIVISOR}",
+                    limit.source,
+                    show_bytes(limit.bytes)
+                ),
+            )
         }
-        None => (DEFAULT_DRAM_BYTES, "assumed, since the system reports no limit".to_string()),
+        None => (
+            DEFAULT_DRAM_BYTES,
+            "assumed, since the system reports no limit".to_string(),
+        ),
     }
 }
 
 /// Returns the mean matvec rate, weighted by each format's share of the bytes; that of Q4_K without
 /// shares.
 fn mean_rate(rates: &[KernelRate]) -> f64 {
-    let seconds: f64 = rates.iter().map(|r| r.share.unwrap_or(0.0) / r.gbps.value.max(1e-9)).sum();
+    let seconds: f64 = rates
+        .iter()
+        .map(|r| r.share.unwrap_or(0.0) / r.gbps.value.max(1e-9))
+        .sum();
     let shares: f64 = rates.iter().filter_map(|r| r.share).sum();
-    let q4_k = rates.iter().find(|r| r.ty == TensorType::Q4_K).map_or(0.0, |r| r.gbps.value);
+    let q4_k = rates
+        .iter()
+        .find(|r| r.ty == TensorType::Q4_K)
+        .map_or(0.0, |r| r.gbps.value);
     if shares > 0.0 { shares / seconds } else { q4_k }
 }
 
@@ -361,10 +431,17 @@ fn mean_rate(rates: &[KernelRate]) -> f64 {
 /// without shares.
 fn mean_gflops(rates: &[KernelRate]) -> f64 {
     // Arithmetic is proportional to values, not to bytes.
-    let values = |r: &KernelRate| r.share.unwrap_or(0.0) / r.ty.row_bytes(1 << 20).unwrap_or(4 << 20) as f64;
-    let seconds: f64 = rates.iter().map(|r| values(r) / r.batch_gflops.value.max(1e-9)).sum();
+    let values =
+        |r: &KernelRate| r.share.unwrap_or(0.0) / r.ty.row_bytes(1 << 20).unwrap_or(4 << 20) as f64;
+    let seconds: f64 = rates
+        .iter()
+        .map(|r| values(r) / r.batch_gflops.value.max(1e-9))
+        .sum();
     let all: f64 = rates.iter().map(values).sum();
-    let q4_k = rates.iter().find(|r| r.ty == TensorType::Q4_K).map_or(0.0, |r| r.batch_gflops.value);
+    let q4_k = rates
+        .iter()
+        .find(|r| r.ty == TensorType::Q4_K)
+        .map_or(0.0, |r| r.batch_gflops.value);
     if all > 0.0 { all / seconds } else { q4_k }
 }
 
@@ -391,17 +468,25 @@ fn open(path: &Path) -> Result<(Gguf, ModelSpec)> {
 /// Returns the formats of the bytes that a decoded token reads, with their shares.
 fn shares(gguf: &Gguf, spec: &ModelSpec) -> Vec<(TensorType, f64)> {
     let mut bytes = std::collections::BTreeMap::<TensorType, f64>::new();
-    let dense = spec.dense_groups().into_iter().filter(|g| g.kind != DenseKind::Embedding);
+    let dense = spec
+        .dense_groups()
+        .into_iter()
+        .filter(|g| g.kind != DenseKind::Embedding);
     let dense = dense.flat_map(|g| g.tensors).map(|id| (id, 1.0));
     let experts = spec.moe_layers().flat_map(|(_, moe)| {
-        moe.expert_tensors().map(|id| (id, moe.n_used as f64 / moe.n_expert.max(1) as f64)).collect::<Vec<_>>()
+        moe.expert_tensors()
+            .map(|id| (id, moe.n_used as f64 / moe.n_expert.max(1) as f64))
+            .collect::<Vec<_>>()
     });
     for (id, part) in dense.chain(experts) {
         let tensor = &gguf.tensors()[id];
         *bytes.entry(tensor.ty).or_default() += part * tensor.n_bytes as f64;
     }
     let all: f64 = bytes.values().sum();
-    bytes.into_iter().map(|(ty, part)| (ty, part / all.max(1.0))).collect()
+    bytes
+        .into_iter()
+        .map(|(ty, part)| (ty, part / all.max(1.0)))
+        .collect()
 }
 
 #[cfg(test)]

@@ -61,14 +61,25 @@ pub fn measure(
             // Threads inherit the node of the thread that starts them.
             let own = std::thread::scope(|scope| {
                 let run = || -> Result<f64> {
-                    pin_thread_to_cpus(&node.processors).context("keeping threads on a memory node's processors")?;
-                    rate(&pages, capacity_bytes, &ThreadPool::new(pool.n_threads().min(node.processors.len())))
+                    pin_thread_to_cpus(&node.processors)
+                        .context("keeping threads on a memory node's processors")?;
+                    rate(
+                        &pages,
+                        capacity_bytes,
+                        &ThreadPool::new(pool.n_threads().min(node.processors.len())),
+                    )
                 };
                 scope.spawn(run).join()
             });
             Some(own.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?)
         };
-        found.push(NodeRate { node, alone_gbps, own_gbps, gbps: alone_gbps, capacity_bytes });
+        found.push(NodeRate {
+            node,
+            alone_gbps,
+            own_gbps,
+            gbps: alone_gbps,
+            capacity_bytes,
+        });
     }
     let next: Vec<&NodeRate> = found.iter().filter(|n| n.own_gbps.is_some()).collect();
     if next.len() > 1 {
@@ -93,7 +104,11 @@ fn capacities(nodes: &[Node], limit_bytes: u64) -> Vec<u64> {
 /// Shares out the combined rate among nodes with processors. The cost model takes the time of the
 /// slowest node, so their rates are those of combined use.
 fn share(nodes: &mut [NodeRate], together_gbps: f64) {
-    let alone: f64 = nodes.iter().filter(|n| n.own_gbps.is_some()).map(|n| n.alone_gbps).sum();
+    let alone: f64 = nodes
+        .iter()
+        .filter(|n| n.own_gbps.is_some())
+        .map(|n| n.alone_gbps)
+        .sum();
     for n in nodes.iter_mut().filter(|n| n.own_gbps.is_some()) {
         n.gbps = n.alone_gbps * (together_gbps / alone.max(1e-9)).min(1.0);
     }
@@ -101,7 +116,10 @@ fn share(nodes: &mut [NodeRate], together_gbps: f64) {
 
 /// Returns the mean rate of all formats, weighted by share.
 fn mean(formats: &[(TensorType, f64)], mut rate: impl FnMut(TensorType) -> f64) -> f64 {
-    let seconds: f64 = formats.iter().map(|(ty, share)| share / rate(*ty).max(1e-9)).sum();
+    let seconds: f64 = formats
+        .iter()
+        .map(|(ty, share)| share / rate(*ty).max(1e-9))
+        .sum();
     let shares: f64 = formats.iter().map(|(_, share)| share).sum();
     shares / seconds.max(1e-12)
 }
@@ -110,8 +128,14 @@ impl NodeRate {
     /// Describes the node as a tier; `how` names the work that was measured.
     pub fn tier(&self, day: &str, how: &str) -> Tier {
         // Memory without processors is behind a link.
-        let kind = if self.node.processors.is_empty() { TierKind::Cxl } else { TierKind::Dram };
-        let own = self.own_gbps.map_or(String::new(), |own| format!(", from its own processors {own:.1} GB/s"));
+        let kind = if self.node.processors.is_empty() {
+            TierKind::Cxl
+        } else {
+            TierKind::Dram
+        };
+        let own = self.own_gbps.map_or(String::new(), |own| {
+            format!(", from its own processors {own:.1} GB/s")
+        });
         let number = self.node.number;
         Tier {
             name: format!("{kind}{number}"),
@@ -138,7 +162,12 @@ mod tests {
     use super::*;
 
     fn node(number: u32, free_gib: u64, processors: u32) -> Node {
-        Node { number, total_bytes: 64 << 30, free_bytes: free_gib << 30, processors: (0..processors).collect() }
+        Node {
+            number,
+            total_bytes: 64 << 30,
+            free_bytes: free_gib << 30,
+            processors: (0..processors).collect(),
+        }
     }
 
     #[test]
@@ -162,21 +191,42 @@ mod tests {
         share(&mut nodes, 80.0);
         assert_eq!(nodes.clone().map(|n| n.gbps), [48.0, 32.0, 20.0]);
         share(&mut nodes, 200.0);
-        assert_eq!(nodes.clone().map(|n| n.gbps), [60.0, 40.0, 20.0], "no node is faster than alone");
+        assert_eq!(
+            nodes.clone().map(|n| n.gbps),
+            [60.0, 40.0, 20.0],
+            "no node is faster than alone"
+        );
         let [dram, _, cxl] = nodes.map(|n| n.tier("2026-11-22", "matvecs of Q4_K"));
-        assert_eq!((dram.name.as_str(), dram.kind, dram.unit), ("dram0", TierKind::Dram, Some(0)));
-        assert_eq!((cxl.name.as_str(), cxl.kind, cxl.unit), ("cxl2", TierKind::Cxl, Some(2)));
-        assert!(dram.source.contains("from its own processors 60.0 GB/s"), "{}", dram.source);
+        assert_eq!(
+            (dram.name.as_str(), dram.kind, dram.unit),
+            ("dram0", TierKind::Dram, Some(0))
+        );
+        assert_eq!(
+            (cxl.name.as_str(), cxl.kind, cxl.unit),
+            ("cxl2", TierKind::Cxl, Some(2))
+        );
+        assert!(
+            dram.source.contains("from its own processors 60.0 GB/s"),
+            "{}",
+            dram.source
+        );
     }
 
     #[test]
     fn this_machines_nodes_are_measured() {
         // Without NUMA support, or where memory may not be bound, there is nothing to measure.
-        let Ok(nodes) = tier_plan_runtime::tiers::nodes::nodes() else { return };
+        let Ok(nodes) = tier_plan_runtime::tiers::nodes::nodes() else {
+            return;
+        };
         let pool = ThreadPool::new(2);
         let formats = [(TensorType::Q8_0, 1.0)];
         match measure(nodes, Kernels::best(), &pool, &formats, 1 << 29) {
-            Ok(found) => assert!(found.iter().all(|n| n.gbps > 0.0 && n.capacity_bytes < 1 << 29), "{found:?}"),
+            Ok(found) => assert!(
+                found
+                    .iter()
+                    .all(|n| n.gbps > 0.0 && n.capacity_bytes < 1 << 29),
+                "{found:?}"
+            ),
             Err(error) => assert!(format!("{error:#}").contains("refused"), "{error:#}"),
         }
     }

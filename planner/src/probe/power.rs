@@ -35,20 +35,32 @@ impl Power {
     /// Adds up all parts; `watts` is `None` if any part is unknown.
     pub fn of(processors: &[Part], gpus: &[Part]) -> Self {
         let parts = || processors.iter().chain(gpus);
-        let unknown: Vec<String> =
-            parts().filter(|p| p.watts.is_none()).map(|p| p.name.clone() + ": " + &p.how).collect();
+        let unknown: Vec<String> = parts()
+            .filter(|p| p.watts.is_none())
+            .map(|p| p.name.clone() + ": " + &p.how)
+            .collect();
         if processors.is_empty() {
             let how = format!("{ROOT} tells of no processor's power");
             return Power { watts: None, how };
         }
         if !unknown.is_empty() {
-            return Power { watts: None, how: unknown.join("; ") };
+            return Power {
+                watts: None,
+                how: unknown.join("; "),
+            };
         }
-        let each = parts().map(|p| format!("{} {:.0} W, {}", p.name, p.watts.unwrap_or(0.0), p.how));
-        let how = format!("{}; the rest of the machine is not counted", each.collect::<Vec<_>>().join("; "));
+        let each =
+            parts().map(|p| format!("{} {:.0} W, {}", p.name, p.watts.unwrap_or(0.0), p.how));
+        let how = format!(
+            "{}; the rest of the machine is not counted",
+            each.collect::<Vec<_>>().join("; ")
+        );
         // Rounded to a tenth, as the source is.
         let watts = parts().filter_map(|p| p.watts).sum::<f64>();
-        Power { watts: Some((watts * 10.0).round() / 10.0).filter(|watts| *watts > 0.0), how }
+        Power {
+            watts: Some((watts * 10.0).round() / 10.0).filter(|watts| *watts > 0.0),
+            how,
+        }
     }
 }
 
@@ -84,18 +96,25 @@ impl Meter {
     fn start_below(root: &Path) -> Self {
         let mut packages: Vec<Package> = Vec::new();
         let entries = fs::read_dir(root).into_iter().flatten().flatten();
-        let mut folders: Vec<(String, PathBuf)> =
-            entries.map(|e| (e.file_name().to_string_lossy().into_owned(), e.path())).collect();
+        let mut folders: Vec<(String, PathBuf)> = entries
+            .map(|e| (e.file_name().to_string_lossy().into_owned(), e.path()))
+            .collect();
         folders.sort();
         for (zone, folder) in &folders {
-            let Some(numbers) = zone.strip_prefix("intel-rapl:") else { continue };
+            let Some(numbers) = zone.strip_prefix("intel-rapl:") else {
+                continue;
+            };
             let name = word(&folder.join("name")).unwrap_or_default();
             // `intel-rapl:0` is a package or the whole platform; `intel-rapl:0:2` is a part of a
             // package.
             match numbers.split_once(':') {
                 None if name.starts_with("package") => {
                     let counters = vec![Counter::start(folder)];
-                    packages.push(Package { name, folder: folder.clone(), counters });
+                    packages.push(Package {
+                        name,
+                        folder: folder.clone(),
+                        counters,
+                    });
                 }
                 Some((package, _)) if name == "dram" => {
                     let of = root.join(format!("intel-rapl:{package}"));
@@ -106,14 +125,20 @@ impl Meter {
                 _ => {}
             }
         }
-        Self { packages, start: Instant::now() }
+        Self {
+            packages,
+            start: Instant::now(),
+        }
     }
 
     /// Returns the mean power of each package since the start, or its limit where no counter is
     /// readable.
     pub fn parts(&self) -> Vec<Part> {
         let seconds = self.start.elapsed().as_secs_f64();
-        self.packages.iter().map(|package| package.part(seconds)).collect()
+        self.packages
+            .iter()
+            .map(|package| package.part(seconds))
+            .collect()
     }
 }
 
@@ -122,7 +147,11 @@ impl Package {
         let name = self.name.clone();
         let joules: Option<f64> = self.counters.iter().map(Counter::joules).sum();
         if let Some(joules) = joules.filter(|j| *j > 0.0 && seconds > 0.0) {
-            let with = if self.counters.len() > 1 { " with its memory" } else { "" };
+            let with = if self.counters.len() > 1 {
+                " with its memory"
+            } else {
+                ""
+            };
             return Part {
                 name,
                 watts: Some(joules / seconds),
@@ -130,21 +159,29 @@ impl Package {
             };
         }
         match self.limit() {
-            Some((watts, from)) => {
-                Part { name, watts: Some(watts), how: format!("limit read from {}", from.display()) }
-            }
-            None => {
-                Part { name, watts: None, how: format!("{} says no limit that may be read", self.folder.display()) }
-            }
+            Some((watts, from)) => Part {
+                name,
+                watts: Some(watts),
+                how: format!("limit read from {}", from.display()),
+            },
+            None => Part {
+                name,
+                watts: None,
+                how: format!("{} says no limit that may be read", self.folder.display()),
+            },
         }
     }
 
     /// Returns the limit for sustained loads in watts, and the file that it came from.
     fn limit(&self) -> Option<(f64, PathBuf)> {
         // Constraints are identified by name; without names the first one counts.
-        let long = (0..8)
-            .find(|n| word(&self.folder.join(format!("constraint_{n}_name"))).is_some_and(|name| name == "long_term"));
-        let path = self.folder.join(format!("constraint_{}_power_limit_uw", long.unwrap_or(0)));
+        let long = (0..8).find(|n| {
+            word(&self.folder.join(format!("constraint_{n}_name")))
+                .is_some_and(|name| name == "long_term")
+        });
+        let path = self
+            .folder
+            .join(format!("constraint_{}_power_limit_uw", long.unwrap_or(0)));
         let microwatts = number(&path).filter(|uw| *uw > 0)?;
         Some((microwatts as f64 / 1e6, path))
     }
@@ -152,7 +189,10 @@ impl Package {
 
 impl Counter {
     fn start(folder: &Path) -> Self {
-        Counter { before: number(&folder.join("energy_uj")), folder: folder.to_path_buf() }
+        Counter {
+            before: number(&folder.join("energy_uj")),
+            folder: folder.to_path_buf(),
+        }
     }
 
     fn joules(&self) -> Option<f64> {
@@ -160,7 +200,9 @@ impl Counter {
         let used = match now.checked_sub(before) {
             Some(used) => used,
             // The counter wrapped around; during one measurement that happens at most once.
-            None => now.checked_add(number(&self.folder.join("max_energy_range_uj"))?.checked_sub(before)?)?,
+            None => now.checked_add(
+                number(&self.folder.join("max_energy_range_uj"))?.checked_sub(before)?,
+            )?,
         };
         Some(used as f64 / 1e6)
     }
@@ -208,12 +250,31 @@ mod tests {
         let root = system(&LIMITS);
         let parts = Meter::start_below(root.path()).parts();
         let found: Vec<_> = parts.iter().map(|p| (p.name.as_str(), p.watts)).collect();
-        assert_eq!(found, [("package-0", Some(125.0)), ("package-1", Some(100.5))]);
-        assert!(parts[0].how.ends_with("intel-rapl:0/constraint_1_power_limit_uw"), "{}", parts[0].how);
-        let gpu = Part { name: "a GPU".into(), watts: Some(350.0), how: "limit read from the driver".into() };
+        assert_eq!(
+            found,
+            [("package-0", Some(125.0)), ("package-1", Some(100.5))]
+        );
+        assert!(
+            parts[0]
+                .how
+                .ends_with("intel-rapl:0/constraint_1_power_limit_uw"),
+            "{}",
+            parts[0].how
+        );
+        let gpu = Part {
+            name: "a GPU".into(),
+            watts: Some(350.0),
+            how: "limit read from the driver".into(),
+        };
         let power = Power::of(&parts, &[gpu]);
         assert_eq!(power.watts, Some(575.5));
-        assert!(power.how.contains("a GPU 350 W, limit read from the driver; the rest"), "{}", power.how);
+        assert!(
+            power
+                .how
+                .contains("a GPU 350 W, limit read from the driver; the rest"),
+            "{}",
+            power.how
+        );
     }
 
     #[test]
@@ -229,20 +290,50 @@ mod tests {
         let part = meter.packages[0].part(2.0);
         // 140 J of the package and 20 of its memory, in 2 s.
         assert_eq!(part.watts, Some(80.0));
-        assert_eq!(part.how, "measured with its memory while all cores computed");
-        assert_eq!(meter.packages[1].part(2.0).watts, Some(100.5), "a package without a counter has its limit");
+        assert_eq!(
+            part.how,
+            "measured with its memory while all cores computed"
+        );
+        assert_eq!(
+            meter.packages[1].part(2.0).watts,
+            Some(100.5),
+            "a package without a counter has its limit"
+        );
     }
 
     #[test]
     fn nothing_is_said_where_a_part_is_unknown() {
-        assert_eq!(Power::of(&Meter::start_below(Path::new("/nowhere")).parts(), &[]).watts, None);
-        let root = system(&[("intel-rapl:0/name", "package-0\n"), ("intel-rapl:0/constraint_0_power_limit_uw", "x\n")]);
+        assert_eq!(
+            Power::of(&Meter::start_below(Path::new("/nowhere")).parts(), &[]).watts,
+            None
+        );
+        let root = system(&[
+            ("intel-rapl:0/name", "package-0\n"),
+            ("intel-rapl:0/constraint_0_power_limit_uw", "x\n"),
+        ]);
         let parts = Meter::start_below(root.path()).parts();
         let power = Power::of(&parts, &[]);
-        assert!(power.watts.is_none() && power.how.contains("says no limit that may be read"), "{power:?}");
-        let known = [Part { name: "package-0".into(), watts: Some(65.0), how: "limit".into() }];
-        let gpu = [Part { name: "a GPU".into(), watts: None, how: "no NVML".into() }];
-        assert_eq!(Power::of(&known, &gpu), Power { watts: None, how: "a GPU: no NVML".into() });
+        assert!(
+            power.watts.is_none() && power.how.contains("says no limit that may be read"),
+            "{power:?}"
+        );
+        let known = [Part {
+            name: "package-0".into(),
+            watts: Some(65.0),
+            how: "limit".into(),
+        }];
+        let gpu = [Part {
+            name: "a GPU".into(),
+            watts: None,
+            how: "no NVML".into(),
+        }];
+        assert_eq!(
+            Power::of(&known, &gpu),
+            Power {
+                watts: None,
+                how: "a GPU: no NVML".into()
+            }
+        );
         assert_eq!(Power::of(&known, &[]).watts, Some(65.0));
     }
 }

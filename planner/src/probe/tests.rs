@@ -3,7 +3,10 @@ use super::*;
 use tier_plan_runtime::formats::machine::{Accelerator, Extras, TierKind};
 
 fn findings() -> Findings {
-    let of = |value| Measured { value, spread: 0.01 };
+    let of = |value| Measured {
+        value,
+        spread: 0.01,
+    };
     Findings {
         when: "2026-11-22T17:00:00Z".into(),
         host: "a processor".into(),
@@ -11,7 +14,12 @@ fn findings() -> Findings {
         isa: "avx512".into(),
         model: None,
         bare_gbps: 27.5,
-        kernels: vec![KernelRate { ty: TensorType::Q4_K, gbps: of(20.52), batch_gflops: of(950.0), share: None }],
+        kernels: vec![KernelRate {
+            ty: TensorType::Q4_K,
+            gbps: of(20.52),
+            batch_gflops: of(950.0),
+            share: None,
+        }],
         compute_gbps: 20.5234,
         prompt_gflops: 950.04,
         dram_bytes: 20 << 30,
@@ -21,15 +29,24 @@ fn findings() -> Findings {
             latency_us: of(87.65),
             direct: true,
             piece_bytes: 2_654_208,
-            bursts: [(1, 1.0), (2, 1.1), (4, 1.2), (8, 1.3)].map(|(experts, gbps)| BurstRate { experts, gbps }),
+            bursts: [(1, 1.0), (2, 1.1), (4, 1.2), (8, 1.3)]
+                .map(|(experts, gbps)| BurstRate { experts, gbps }),
         },
         disk_path: "model.gguf".into(),
         disk_bytes: 1 << 40,
-        together: Together { compute_gbps: 17.0, disk_gbps: 1.1 },
+        together: Together {
+            compute_gbps: 17.0,
+            disk_gbps: 1.1,
+        },
         gpus: Gpus::default(),
         nodes: Vec::new(),
         power: Power::default(),
-        fixed: Fixed { layer_us: 31.25, token_us: 12.0, entry_us: 1.0, how: "counted".into() },
+        fixed: Fixed {
+            layer_us: 31.25,
+            token_us: 12.0,
+            entry_us: 1.0,
+            how: "counted".into(),
+        },
         doubts: Vec::new(),
     }
 }
@@ -42,14 +59,34 @@ fn a_machine_is_written_that_reads_back() {
     machine.write(&path).unwrap();
     let back = tier_plan_runtime::formats::machine::read(&path).unwrap();
     assert_eq!(back, machine);
-    let [dram, nvme] = &back.tiers[..] else { panic!("{:?}", back.tiers) };
-    assert_eq!((dram.kind, dram.read_gbps, dram.emulated), (TierKind::Dram, 20.5, false));
-    assert_eq!((nvme.kind, nvme.read_gbps, nvme.latency_us), (TierKind::Nvme, 1.1, 87.7));
-    assert_eq!(back.extras, Extras { prompt_gflops: [("dram".to_string(), 950.0)].into(), ..Extras::default() });
+    let [dram, nvme] = &back.tiers[..] else {
+        panic!("{:?}", back.tiers)
+    };
+    assert_eq!(
+        (dram.kind, dram.read_gbps, dram.emulated),
+        (TierKind::Dram, 20.5, false)
+    );
+    assert_eq!(
+        (nvme.kind, nvme.read_gbps, nvme.latency_us),
+        (TierKind::Nvme, 1.1, 87.7)
+    );
+    assert_eq!(
+        back.extras,
+        Extras {
+            prompt_gflops: [("dram".to_string(), 950.0)].into(),
+            ..Extras::default()
+        }
+    );
     assert_eq!(back.prompt_gflops().as_slice(), [950.0, 950.0]);
     assert!(dram.source.contains("while the drive is read 17.0 GB/s"));
-    assert!(dram.source.starts_with("measured 2026-11-22: matvecs of Q4_K with 2 threads and avx512 kernels"));
-    assert!(back.description.contains("measured on 2026-11-22: a processor"));
+    assert!(
+        dram.source
+            .starts_with("measured 2026-11-22: matvecs of Q4_K with 2 threads and avx512 kernels")
+    );
+    assert!(
+        back.description
+            .contains("measured on 2026-11-22: a processor")
+    );
 }
 
 fn gpu(device: u32, gbps: f64) -> gpu::GpuRate {
@@ -64,16 +101,38 @@ fn gpu(device: u32, gbps: f64) -> gpu::GpuRate {
             launch_us: 2.0,
             round_trip_us: 8.0,
             read_gbps: 900.0,
-            to_device: LinkRates { pinned_gbps: 25.0, pageable_gbps: 9.0 },
-            from_device: LinkRates { pinned_gbps: 26.0, pageable_gbps: 8.0 },
+            to_device: LinkRates {
+                pinned_gbps: 25.0,
+                pageable_gbps: 9.0,
+            },
+            from_device: LinkRates {
+                pinned_gbps: 26.0,
+                pageable_gbps: 8.0,
+            },
         },
-        contended: Contended { to_device_gbps: 21.0, beside: 15.0 },
+        contended: Contended {
+            to_device_gbps: 21.0,
+            beside: 15.0,
+        },
         products: vec![(TensorType::Q4_K, gbps)],
         compute_gbps: gbps,
-        experts: Some(Experts { expert_bytes: 2_000_000, used: 8, token_us: 60.0, batch_gflops: 5e4 }),
-        layers: Ok(gpu::Layers { layer_us: 34.56, resident_token_us: 260.0, n_layer: 10 }),
+        experts: Some(Experts {
+            expert_bytes: 2_000_000,
+            used: 8,
+            token_us: 60.0,
+            batch_gflops: 5e4,
+        }),
+        layers: Ok(gpu::Layers {
+            layer_us: 34.56,
+            resident_token_us: 260.0,
+            n_layer: 10,
+        }),
         of: "Q4_K".into(),
-        power: Part { name: "a GPU".into(), watts: Some(350.0), how: "limit read from the driver".into() },
+        power: Part {
+            name: "a GPU".into(),
+            watts: Some(350.0),
+            how: "limit read from the driver".into(),
+        },
     }
 }
 
@@ -81,54 +140,116 @@ fn gpu(device: u32, gbps: f64) -> gpu::GpuRate {
 fn gpus_are_tiers_with_their_links_and_power() {
     let mut found = findings();
     found.gpus.found = vec![gpu(0, 400.0), gpu(1, 800.0)];
-    found.power = Power { watts: Some(475.0), how: "limits".into() };
+    found.power = Power {
+        watts: Some(475.0),
+        how: "limits".into(),
+    };
     let machine = found.machine();
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("machine.toml");
     machine.write(&path).unwrap();
-    assert_eq!(tier_plan_runtime::formats::machine::read(&path).unwrap(), machine);
-    let tiers: Vec<_> = machine.tiers.iter().map(|t| (t.name.as_str(), t.unit, t.read_gbps)).collect();
+    assert_eq!(
+        tier_plan_runtime::formats::machine::read(&path).unwrap(),
+        machine
+    );
+    let tiers: Vec<_> = machine
+        .tiers
+        .iter()
+        .map(|t| (t.name.as_str(), t.unit, t.read_gbps))
+        .collect();
     // The fastest first, each with its own number.
     assert_eq!(
         tiers,
-        [("vram1", Some(1), 800.0), ("vram0", Some(0), 400.0), ("dram", None, 20.5), ("nvme", None, 1.1)]
+        [
+            ("vram1", Some(1), 800.0),
+            ("vram0", Some(0), 400.0),
+            ("dram", None, 20.5),
+            ("nvme", None, 1.1)
+        ]
     );
     assert_eq!(machine.tiers[0].capacity_bytes, 30 << 30);
     // 16 MB at 400 GB/s are 40 µs; what is left of 60 is the latency. At 800 GB/s they are 20.
-    assert_eq!((machine.tiers[1].latency_us, machine.tiers[0].latency_us), (20.0, 40.0));
+    assert_eq!(
+        (machine.tiers[1].latency_us, machine.tiers[0].latency_us),
+        (20.0, 40.0)
+    );
     assert_eq!(machine.extras.links["vram0"].contended_gbps, 21.0);
     // A tenth of what a token takes there beyond the 12 µs of its own.
-    let wanted = Accelerator { link_gbps: Some(9.0), layer_us: Some(34.6), resident_layer_us: Some(24.8) };
+    let wanted = Accelerator {
+        link_gbps: Some(9.0),
+        layer_us: Some(34.6),
+        resident_layer_us: Some(24.8),
+    };
     assert_eq!(machine.tiers[0].accelerator, wanted);
     assert_eq!(machine.prompt_gflops().as_slice(), [5e4, 5e4, 950.0, 950.0]);
-    assert_eq!((machine.extras.watts, machine.extras.watts_source.as_deref()), (Some(475.0), Some("limits")));
-    found.gpus.found = vec![gpu::GpuRate { emulated: true, compute_gbps: 5.0, ..gpu(0, 5.0) }];
+    assert_eq!(
+        (machine.extras.watts, machine.extras.watts_source.as_deref()),
+        (Some(475.0), Some("limits"))
+    );
+    found.gpus.found = vec![gpu::GpuRate {
+        emulated: true,
+        compute_gbps: 5.0,
+        ..gpu(0, 5.0)
+    }];
     let machine = found.machine();
     let emulated = &machine.tiers[1];
-    assert_eq!((emulated.name.as_str(), emulated.emulated), ("vram", true), "slower than main memory, and after it");
-    assert!(emulated.source.contains("a GPU, which is emulated"), "{}", emulated.source);
-    assert_eq!(emulated.accelerator, Accelerator { link_gbps: Some(9.0), ..Accelerator::default() });
-    found.gpus.found[0] = gpu::GpuRate { layers: Err("no model".into()), ..gpu(0, 400.0) };
+    assert_eq!(
+        (emulated.name.as_str(), emulated.emulated),
+        ("vram", true),
+        "slower than main memory, and after it"
+    );
+    assert!(
+        emulated.source.contains("a GPU, which is emulated"),
+        "{}",
+        emulated.source
+    );
+    assert_eq!(
+        emulated.accelerator,
+        Accelerator {
+            link_gbps: Some(9.0),
+            ..Accelerator::default()
+        }
+    );
+    found.gpus.found[0] = gpu::GpuRate {
+        layers: Err("no model".into()),
+        ..gpu(0, 400.0)
+    };
     assert_eq!(found.machine().tiers[0].accelerator, emulated.accelerator);
 }
 
 #[test]
 fn memory_nodes_are_tiers() {
     let node = |number: u32, gbps: f64, processors: Vec<u32>| NodeRate {
-        node: tier_plan_runtime::tiers::nodes::Node { number, total_bytes: 64 << 30, free_bytes: 32 << 30, processors },
+        node: tier_plan_runtime::tiers::nodes::Node {
+            number,
+            total_bytes: 64 << 30,
+            free_bytes: 32 << 30,
+            processors,
+        },
         alone_gbps: gbps,
         own_gbps: None,
         gbps,
         capacity_bytes: 30 << 30,
     };
     let mut found = findings();
-    found.nodes = vec![node(0, 18.0, vec![0]), node(1, 19.0, vec![1]), node(2, 9.0, vec![])];
+    found.nodes = vec![
+        node(0, 18.0, vec![0]),
+        node(1, 19.0, vec![1]),
+        node(2, 9.0, vec![]),
+    ];
     let machine = found.machine();
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("machine.toml");
     machine.write(&path).unwrap();
-    assert_eq!(tier_plan_runtime::formats::machine::read(&path).unwrap(), machine);
-    let tiers: Vec<_> = machine.tiers.iter().map(|t| (t.name.as_str(), t.kind, t.node())).collect();
+    assert_eq!(
+        tier_plan_runtime::formats::machine::read(&path).unwrap(),
+        machine
+    );
+    let tiers: Vec<_> = machine
+        .tiers
+        .iter()
+        .map(|t| (t.name.as_str(), t.kind, t.node()))
+        .collect();
     assert_eq!(
         tiers,
         [
@@ -154,30 +275,60 @@ fn a_drive_faster_than_the_kernels_is_still_the_slow_tier() {
 fn the_mean_rate_is_that_of_the_whole_token() {
     let of = |ty, rate, share| KernelRate {
         ty,
-        gbps: Measured { value: rate, spread: 0.0 },
-        batch_gflops: Measured { value: rate, spread: 0.0 },
+        gbps: Measured {
+            value: rate,
+            spread: 0.0,
+        },
+        batch_gflops: Measured {
+            value: rate,
+            spread: 0.0,
+        },
         share,
     };
     // Half of the bytes at 10 and half at 30 take 0.05 + 0.0167 of a second for each 10⁹.
-    let rates = [of(TensorType::Q4_K, 10.0, Some(0.5)), of(TensorType::F32, 30.0, Some(0.5))];
+    let rates = [
+        of(TensorType::Q4_K, 10.0, Some(0.5)),
+        of(TensorType::F32, 30.0, Some(0.5)),
+    ];
     assert!((mean_rate(&rates) - 15.0).abs() < 1e-9);
-    let rates = [of(TensorType::F32, 30.0, None), of(TensorType::Q4_K, 10.0, None)];
+    let rates = [
+        of(TensorType::F32, 30.0, None),
+        of(TensorType::Q4_K, 10.0, None),
+    ];
     assert_eq!((mean_rate(&rates), mean_gflops(&rates)), (10.0, 10.0));
     // A byte of Q4_K holds 32 / 4.5 as many values as one of F32, so 7.1 times as many products are at 10.
-    let rates = [of(TensorType::Q4_K, 10.0, Some(0.5)), of(TensorType::F32, 30.0, Some(0.5))];
+    let rates = [
+        of(TensorType::Q4_K, 10.0, Some(0.5)),
+        of(TensorType::F32, 30.0, Some(0.5)),
+    ];
     let times = 32.0 / 4.5;
     assert!((mean_gflops(&rates) - (times + 1.0) / (times / 10.0 + 1.0 / 30.0)).abs() < 1e-9);
 }
 
 #[test]
 fn repetitions_have_a_median_and_a_spread() {
-    assert_eq!(Measured::of(vec![3.0, 1.0, 2.0]), Measured { value: 2.0, spread: 1.0 });
-    assert_eq!(Measured::of(vec![]), Measured { value: 0.0, spread: 0.0 });
+    assert_eq!(
+        Measured::of(vec![3.0, 1.0, 2.0]),
+        Measured {
+            value: 2.0,
+            spread: 1.0
+        }
+    );
+    assert_eq!(
+        Measured::of(vec![]),
+        Measured {
+            value: 0.0,
+            spread: 0.0
+        }
+    );
     // One slow moment among many is no spread worth a warning.
     let mut many = vec![10.0; 100];
     many[50] = 5.0;
     let measured = Measured::of_many(&many);
-    assert!(measured.value == 10.0 && measured.spread < 0.03, "{measured:?}");
+    assert!(
+        measured.value == 10.0 && measured.spread < 0.03,
+        "{measured:?}"
+    );
     // A slow fifth is.
     many[40..60].fill(5.0);
     assert!(Measured::of_many(&many).spread > 0.4);
@@ -189,8 +340,16 @@ fn shares_are_of_a_tokens_bytes() {
     let (gguf, spec) = open(&path).unwrap();
     let shares = shares(&gguf, &spec);
     assert!((shares.iter().map(|(_, s)| s).sum::<f64>() - 1.0).abs() < 1e-9);
-    let of = |ty| shares.iter().find(|(t, _)| *t == ty).map_or(0.0, |(_, s)| *s);
-    assert!(of(TensorType::Q4_K) > 0.2 && of(TensorType::BF16) == 0.0, "{shares:?}");
+    let of = |ty| {
+        shares
+            .iter()
+            .find(|(t, _)| *t == ty)
+            .map_or(0.0, |(_, s)| *s)
+    };
+    assert!(
+        of(TensorType::Q4_K) > 0.2 && of(TensorType::BF16) == 0.0,
+        "{shares:?}"
+    );
 }
 
 #[test]
@@ -199,7 +358,10 @@ fn a_drive_is_read_in_experts() {
     let (gguf, spec) = open(&path).unwrap();
     let mut disk = Disk::of_model(&gguf, &spec).unwrap();
     let rate = disk.measure(Duration::ZERO).unwrap();
-    assert!(rate.gbps.value > 0.0 && rate.latency_us.value > 0.0, "{rate:?}");
+    assert!(
+        rate.gbps.value > 0.0 && rate.latency_us.value > 0.0,
+        "{rate:?}"
+    );
     assert!((40_000..60_000).contains(&rate.piece_bytes), "{rate:?}");
 }
 
@@ -207,5 +369,8 @@ fn a_drive_is_read_in_experts() {
 fn a_models_own_layers_are_timed() {
     let path = crate::bundled::path("demo/demo.gguf").unwrap();
     let own = fixed::own_layers(&path, 1).unwrap();
-    assert!(own.layer_us.is_finite() && own.expert_gbps.value > 0.0, "{own:?}");
+    assert!(
+        own.layer_us.is_finite() && own.expert_gbps.value > 0.0,
+        "{own:?}"
+    );
 }

@@ -33,7 +33,11 @@ impl Settings {
     /// Returns the sampler of a prompt. Each has the same seed, so that one prompt's text does not
     /// depend on the others.
     pub fn sampler(&self) -> Sampler {
-        Sampler::new(SamplerConfig { temperature: self.temperature, seed: self.seed, ..SamplerConfig::default() })
+        Sampler::new(SamplerConfig {
+            temperature: self.temperature,
+            seed: self.seed,
+            ..SamplerConfig::default()
+        })
     }
 
     /// Describes the settings for the profile, with a hash of the prompts.
@@ -62,8 +66,14 @@ pub fn collect(
     restart: bool,
 ) -> Result<Profile> {
     let mut moe = session.engine.spec().moe_layers().peekable();
-    let Some((n_expert, n_used)) = moe.peek().map(|(_, m)| (m.n_expert as u32, m.n_used as u32)) else {
-        bail!("'{}' has no routed experts, so there is nothing to profile", session.gguf.id().name);
+    let Some((n_expert, n_used)) = moe
+        .peek()
+        .map(|(_, m)| (m.n_expert as u32, m.n_used as u32))
+    else {
+        bail!(
+            "'{}' has no routed experts, so there is nothing to profile",
+            session.gguf.id().name
+        );
     };
     let layers: Vec<u32> = moe.map(|(layer, _)| layer as u32).collect();
     let fresh = Profile {
@@ -75,10 +85,17 @@ pub fn collect(
         prompts: Vec::new(),
         counted: None,
         guesses: None,
-        id: SourceId { name: stem(output), hash: String::new() },
+        id: SourceId {
+            name: stem(output),
+            hash: String::new(),
+        },
     };
     let partial = partial_path(output);
-    let mut profile = if restart { fresh } else { resume(&partial, fresh, prompts) };
+    let mut profile = if restart {
+        fresh
+    } else {
+        resume(&partial, fresh, prompts)
+    };
     session.engine.score_predictions();
     let bar = progress::count("profiling prompts", prompts.len() as u64);
     bar.set_position(profile.prompts.len() as u64);
@@ -110,19 +127,31 @@ pub fn collect(
 fn resume(partial: &Path, fresh: Profile, prompts: &[Prompt]) -> Profile {
     let begins = |found: &Profile| {
         found.prompts.len() <= prompts.len()
-            && found.prompts.iter().zip(prompts).all(|(f, p)| (&f.domain, &f.name) == (&p.domain, &p.name))
+            && found
+                .prompts
+                .iter()
+                .zip(prompts)
+                .all(|(f, p)| (&f.domain, &f.name) == (&p.domain, &p.name))
     };
     match profile::read(partial) {
         Ok(found) if found.made == fresh.made && found.model == fresh.model && begins(&found) => {
-            eprintln!("going on from {} ({} prompts done)", partial.display(), found.prompts.len());
-            Profile { id: fresh.id, ..found }
+            eprintln!(
+                "going on from {} ({} prompts done)",
+                partial.display(),
+                found.prompts.len()
+            );
+            Profile {
+                id: fresh.id,
+                ..found
+            }
         }
         _ => fresh,
     }
 }
 
 fn stem(path: &Path) -> String {
-    path.file_stem().map_or_else(|| "profile".into(), |s| s.to_string_lossy().into_owned())
+    path.file_stem()
+        .map_or_else(|| "profile".into(), |s| s.to_string_lossy().into_owned())
 }
 
 fn partial_path(output: &Path) -> PathBuf {
@@ -187,5 +216,10 @@ fn add_guesses(guesses: &mut Option<Vec<Guesses>>, engine: &mut Engine) {
 
 fn append(trace: &mut PromptTrace, routing: &Routing) {
     trace.experts.extend_from_slice(&routing.experts);
-    trace.weights.extend(routing.weights.iter().map(|w| (w * 255.0).round().clamp(0.0, 255.0) as u8));
+    trace.weights.extend(
+        routing
+            .weights
+            .iter()
+            .map(|w| (w * 255.0).round().clamp(0.0, 255.0) as u8),
+    );
 }

@@ -21,7 +21,10 @@ pub fn shares(counts: &[u64], n_used: u32) -> Vec<f64> {
     let sum: u64 = counts.iter().sum();
     let tokens = sum as f64 / f64::from(n_used);
     // No token chooses an expert twice; rounding of large counts may say so.
-    counts.iter().map(|&c| (c as f64 / tokens.max(f64::MIN_POSITIVE)).min(1.0)).collect()
+    counts
+        .iter()
+        .map(|&c| (c as f64 / tokens.max(f64::MIN_POSITIVE)).min(1.0))
+        .collect()
 }
 
 /// Draws a layer's tokens. `share` is as from [`shares`].
@@ -43,7 +46,13 @@ pub fn trace(share: &[f64], n_used: usize, layer: u32) -> LayerTrace {
 ///
 /// Experts are laid out in random order, each as long as its share. Marks at equal distances hit
 /// `n_used` different ones, each as often as its share says.
-fn one(share: &[f64], n_used: usize, order: &mut [u16], random: &mut Random, chosen: &mut Vec<u16>) {
+fn one(
+    share: &[f64],
+    n_used: usize,
+    order: &mut [u16],
+    random: &mut Random,
+    chosen: &mut Vec<u16>,
+) {
     (1..order.len()).for_each(|i| order.swap(i, random.below(i + 1)));
     let total: f64 = share.iter().sum();
     let step = total / n_used as f64;

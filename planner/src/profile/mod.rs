@@ -62,7 +62,11 @@ pub struct Evidence {
 /// Returns the experts by falling share, ties by number.
 fn by_share(share: &[f64]) -> Vec<u32> {
     let mut order: Vec<u32> = (0..share.len() as u32).collect();
-    order.sort_by(|&a, &b| share[b as usize].total_cmp(&share[a as usize]).then(a.cmp(&b)));
+    order.sort_by(|&a, &b| {
+        share[b as usize]
+            .total_cmp(&share[a as usize])
+            .then(a.cmp(&b))
+    });
     order
 }
 
@@ -74,7 +78,10 @@ impl Evidence {
             .experts
             .iter()
             .map(|&shape| {
-                let share = vec![f64::from(shape.n_used) / f64::from(shape.n_expert); shape.n_expert as usize];
+                let share = vec![
+                    f64::from(shape.n_used) / f64::from(shape.n_expert);
+                    shape.n_expert as usize
+                ];
                 LayerEvidence {
                     shape,
                     order: by_share(&share),
@@ -91,7 +98,11 @@ impl Evidence {
         } else {
             vec!["no profile: every expert is taken to be equally likely".to_string()]
         };
-        Ok(Evidence { layers, notes, drawn: false })
+        Ok(Evidence {
+            layers,
+            notes,
+            drawn: false,
+        })
     }
 
     /// Makes evidence of a profile with recorded tokens.
@@ -101,7 +112,13 @@ impl Evidence {
     pub fn recorded(shape: &ModelShape, profile: &Profile) -> Result<Self> {
         check_shape(shape)?;
         check_profile(shape, profile)?;
-        let decoded = |split| profile.prompts.iter().filter(|p| p.split == split).any(|p| p.decode_tokens > 0);
+        let decoded = |split| {
+            profile
+                .prompts
+                .iter()
+                .filter(|p| p.split == split)
+                .any(|p| p.decode_tokens > 0)
+        };
         let (train, held_out) = (decoded(Split::Train), decoded(Split::HeldOut));
         let mut notes = Vec::new();
         let (choose, judge) = match (train, held_out) {
@@ -146,7 +163,11 @@ impl Evidence {
                 }
             })
             .collect();
-        Ok(Evidence { layers, notes, drawn: false })
+        Ok(Evidence {
+            layers,
+            notes,
+            drawn: false,
+        })
     }
 
     /// Makes evidence of counts without an order: plans are judged on tokens drawn from them.
@@ -181,14 +202,20 @@ impl Evidence {
             drawn::TOKENS,
             drawn::SEED
         )];
-        Ok(Evidence { layers, notes, drawn: true })
+        Ok(Evidence {
+            layers,
+            notes,
+            drawn: true,
+        })
     }
 
     /// Makes evidence of the profile if there is one, else assumes uniform routing.
     pub fn new(shape: &ModelShape, profile: Option<&Profile>) -> Result<Self> {
         match profile {
             Some(profile) => match &profile.counted {
-                Some(counted) if !shape.experts.is_empty() => Self::counted(shape, profile, counted),
+                Some(counted) if !shape.experts.is_empty() => {
+                    Self::counted(shape, profile, counted)
+                }
                 _ => Self::recorded(shape, profile),
             },
             None => Self::uniform(shape),
@@ -198,11 +225,17 @@ impl Evidence {
 
 /// Returns the accuracy of predictions recorded for the layer at position `at`.
 fn prefetch(shape: &ModelShape, profile: &Profile, at: usize) -> Prefetch {
-    let accuracy =
-        profile.guesses.as_ref().and_then(|all| all.get(at)).map_or(0.0, |g| g.right as f64 / g.made.max(1) as f64);
+    let accuracy = profile
+        .guesses
+        .as_ref()
+        .and_then(|all| all.get(at))
+        .map_or(0.0, |g| g.right as f64 / g.made.max(1) as f64);
     let layer = profile.layers[at];
     let dense = shape.dense.iter().filter(|d| d.layer == Some(layer));
-    Prefetch { accuracy, dense_bytes: dense.map(|d| d.token_bytes).sum() }
+    Prefetch {
+        accuracy,
+        dense_bytes: dense.map(|d| d.token_bytes).sum(),
+    }
 }
 
 fn check_shape(shape: &ModelShape) -> Result<()> {
@@ -265,7 +298,8 @@ pub fn check_traces(profile: &Profile) -> Result<()> {
     let used = profile.n_used as usize;
     for prompt in &profile.prompts {
         let tokens = u64::from(prompt.prompt_tokens) + u64::from(prompt.decode_tokens);
-        let expected = (profile.layers.len() as u64 * u64::from(profile.n_used)).saturating_mul(tokens);
+        let expected =
+            (profile.layers.len() as u64 * u64::from(profile.n_used)).saturating_mul(tokens);
         ensure!(
             prompt.experts.len() as u64 == expected,
             "prompt '{}/{}' of the profile has {} choices where {expected} were expected; profile the model again",
@@ -277,8 +311,10 @@ pub fn check_traces(profile: &Profile) -> Result<()> {
             continue;
         }
         for chosen in prompt.experts.chunks_exact(used) {
-            let sound =
-                chosen.iter().enumerate().all(|(at, &e)| u32::from(e) < profile.n_expert && !chosen[..at].contains(&e));
+            let sound = chosen
+                .iter()
+                .enumerate()
+                .all(|(at, &e)| u32::from(e) < profile.n_expert && !chosen[..at].contains(&e));
             ensure!(
                 sound,
                 "prompt '{}/{}' of the profile has a token that chose {chosen:?}: expected {used} different experts \
@@ -299,14 +335,22 @@ pub(crate) mod tests {
     use tier_plan_runtime::formats::profile::PromptTrace;
 
     pub(crate) fn id(name: &str) -> SourceId {
-        SourceId { name: name.to_string(), hash: "0".repeat(32) }
+        SourceId {
+            name: name.to_string(),
+            hash: "0".repeat(32),
+        }
     }
 
     /// `(split, prompt tokens, [token][layer] choices)`.
     pub(crate) type Prompt = (Split, usize, Vec<Vec<Vec<u16>>>);
 
     /// Makes a profile of prompts, with domains `a` and `b` by turns.
-    pub(crate) fn profile_of(n_expert: u32, n_used: u32, n_layer: u32, prompts: &[Prompt]) -> Profile {
+    pub(crate) fn profile_of(
+        n_expert: u32,
+        n_used: u32,
+        n_layer: u32,
+        prompts: &[Prompt],
+    ) -> Profile {
         let prompts = prompts
             .iter()
             .enumerate()
@@ -337,7 +381,13 @@ pub(crate) mod tests {
     }
 
     pub(crate) fn shape(n_expert: u32, n_used: u32) -> ModelShape {
-        let experts = ExpertShape { layer: 0, n_expert, n_used, expert_bytes: 10, expert_macs: 10 };
+        let experts = ExpertShape {
+            layer: 0,
+            n_expert,
+            n_used,
+            expert_bytes: 10,
+            expert_macs: 10,
+        };
         ModelShape {
             id: id("m"),
             arch: "test".to_string(),
@@ -355,12 +405,25 @@ pub(crate) mod tests {
     fn the_order_comes_from_train_and_the_judgement_from_held_out() -> Result<()> {
         let train = vec![vec![vec![0, 1]], vec![vec![2, 1]], vec![vec![2, 1]]];
         let held_out = vec![vec![vec![0, 2]]];
-        let profile = profile_of(3, 2, 1, &[(Split::Train, 1, train), (Split::HeldOut, 0, held_out)]);
+        let profile = profile_of(
+            3,
+            2,
+            1,
+            &[(Split::Train, 1, train), (Split::HeldOut, 0, held_out)],
+        );
         let evidence = Evidence::recorded(&shape(3, 2), &profile)?;
         let layer = &evidence.layers[0];
-        assert_eq!((&layer.order[..], &layer.share[..]), (&[1, 2, 0][..], &[0.0, 1.0, 1.0][..]));
-        let Judged::Recorded(trace) = &layer.judged else { bail!("not recorded") };
-        assert_eq!((trace.tokens(), trace.decode_share()), (1, vec![1.0, 0.0, 1.0]));
+        assert_eq!(
+            (&layer.order[..], &layer.share[..]),
+            (&[1, 2, 0][..], &[0.0, 1.0, 1.0][..])
+        );
+        let Judged::Recorded(trace) = &layer.judged else {
+            bail!("not recorded")
+        };
+        assert_eq!(
+            (trace.tokens(), trace.decode_share()),
+            (1, vec![1.0, 0.0, 1.0])
+        );
         assert!(evidence.notes.is_empty());
         Ok(())
     }
@@ -371,8 +434,13 @@ pub(crate) mod tests {
         let one = Evidence::recorded(&shape(3, 2), &good);
         assert!(one.is_ok_and(|e| e.notes.len() == 1));
         let refused = |profile: &Profile, word: &str| {
-            let error = Evidence::recorded(&shape(3, 2), profile).err().map(|e| e.to_string());
-            assert!(error.as_ref().is_some_and(|e| e.contains(word)), "{word}: {error:?}");
+            let error = Evidence::recorded(&shape(3, 2), profile)
+                .err()
+                .map(|e| e.to_string());
+            assert!(
+                error.as_ref().is_some_and(|e| e.contains(word)),
+                "{word}: {error:?}"
+            );
         };
         let mut bad = good.clone();
         bad.prompts[0].experts[1] = 3;

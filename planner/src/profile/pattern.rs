@@ -29,7 +29,14 @@ pub enum Pattern {
 const ZIPF: f64 = 0.6;
 
 /// Hit rates of a cache that holds a share of the experts, as published for GLM-5.2.
-const CACHED: [(f64, f64); 6] = [(0.0, 0.0), (0.05, 0.30), (0.20, 0.61), (0.36, 0.76), (0.64, 0.90), (1.0, 1.0)];
+const CACHED: [(f64, f64); 6] = [
+    (0.0, 0.0),
+    (0.05, 0.30),
+    (0.20, 0.61),
+    (0.36, 0.76),
+    (0.64, 0.90),
+    (1.0, 1.0),
+];
 
 /// Tokens that are judged, and tokens that fill the slots first.
 const TOKENS: usize = 1024;
@@ -74,42 +81,60 @@ impl Evidence {
         let mut layers = Vec::with_capacity(shape.experts.len());
         for &layer in &shape.experts {
             let next = classes.len() as u32;
-            let (class, of) = classes.entry((layer.n_expert, layer.n_used)).or_insert_with(|| {
-                let (n_expert, n_used) = (layer.n_expert as usize, layer.n_used as usize);
-                let (share, trace) = match pattern {
-                    Pattern::Zipf => {
-                        let share = zipf(n_expert, n_used);
-                        let trace = drawn::trace(&share, n_used, 0);
-                        (share, trace)
-                    }
-                    _ => (vec![n_used as f64 / n_expert as f64; n_expert], bursty(n_expert, n_used)),
-                };
-                let order = by_share(&share);
-                let judged = Judged::Recorded(trace);
-                (
-                    next,
-                    LayerEvidence {
-                        shape: layer,
-                        order,
-                        prompt_share: share.clone(),
-                        share,
-                        judged,
-                        prefetch: Prefetch::default(),
-                        class: None,
-                    },
-                )
+            let (class, of) = classes
+                .entry((layer.n_expert, layer.n_used))
+                .or_insert_with(|| {
+                    let (n_expert, n_used) = (layer.n_expert as usize, layer.n_used as usize);
+                    let (share, trace) = match pattern {
+                        Pattern::Zipf => {
+                            let share = zipf(n_expert, n_used);
+                            let trace = drawn::trace(&share, n_used, 0);
+                            (share, trace)
+                        }
+                        _ => (
+                            vec![n_used as f64 / n_expert as f64; n_expert],
+                            bursty(n_expert, n_used),
+                        ),
+                    };
+                    let order = by_share(&share);
+                    let judged = Judged::Recorded(trace);
+                    (
+                        next,
+                        LayerEvidence {
+                            shape: layer,
+                            order,
+                            prompt_share: share.clone(),
+                            share,
+                            judged,
+                            prefetch: Prefetch::default(),
+                            class: None,
+                        },
+                    )
+                });
+            layers.push(LayerEvidence {
+                shape: layer,
+                class: Some(*class),
+                ..of.clone()
             });
-            layers.push(LayerEvidence { shape: layer, class: Some(*class), ..of.clone() });
         }
-        let notes = vec![format!("no profile: the routing is supposed ({})", pattern.words())];
-        Ok(Evidence { layers, notes, drawn: true })
+        let notes = vec![format!(
+            "no profile: the routing is supposed ({})",
+            pattern.words()
+        )];
+        Ok(Evidence {
+            layers,
+            notes,
+            drawn: true,
+        })
     }
 }
 
 /// Returns `[n_expert]` shares of tokens that choose each expert, falling as a power of the rank;
 /// they sum to `n_used`.
 fn zipf(n_expert: usize, n_used: usize) -> Vec<f64> {
-    let weight: Vec<f64> = (1..=n_expert).map(|rank| (rank as f64).powf(-ZIPF)).collect();
+    let weight: Vec<f64> = (1..=n_expert)
+        .map(|rank| (rank as f64).powf(-ZIPF))
+        .collect();
     // The first `certain` experts would be chosen more than once per token. They are always chosen,
     // and the others share the rest.
     let mut certain = 0;
@@ -151,7 +176,11 @@ fn bursty(n_expert: usize, n_used: usize) -> LayerTrace {
 
 /// Returns the share of the experts that a cache must hold to hit a share of the choices.
 fn depth(hits: f64) -> f64 {
-    let at = CACHED.iter().position(|(_, h)| *h >= hits).unwrap_or(CACHED.len() - 1).max(1);
+    let at = CACHED
+        .iter()
+        .position(|(_, h)| *h >= hits)
+        .unwrap_or(CACHED.len() - 1)
+        .max(1);
     let ((s0, h0), (s1, h1)) = (CACHED[at - 1], CACHED[at]);
     s0 + (s1 - s0) * ((hits - h0) / (h1 - h0)).clamp(0.0, 1.0)
 }
@@ -189,9 +218,20 @@ mod tests {
 
     #[test]
     fn zipf_shares_are_shares() -> Result<()> {
-        for (n_expert, n_used) in [(256, 8), (384, 8), (8, 2), (32, 4), (4, 4), (1, 1), (128, 100)] {
+        for (n_expert, n_used) in [
+            (256, 8),
+            (384, 8),
+            (8, 2),
+            (32, 4),
+            (4, 4),
+            (1, 1),
+            (128, 100),
+        ] {
             let share = zipf(n_expert, n_used);
-            assert!((share.iter().sum::<f64>() - n_used as f64).abs() < 1e-9, "{n_expert} {n_used}");
+            assert!(
+                (share.iter().sum::<f64>() - n_used as f64).abs() < 1e-9,
+                "{n_expert} {n_used}"
+            );
             assert!(share.iter().all(|s| (0.0..=1.0 + 1e-12).contains(s)));
             assert!(share.windows(2).all(|w| w[0] >= w[1]));
         }
@@ -210,8 +250,15 @@ mod tests {
             }
         }
         assert!(Evidence::supposed(&shape(20_000, 8), Pattern::Zipf).is_err());
-        let dense = ModelShape { experts: Vec::new(), ..shape(4, 1) };
-        assert!(Evidence::supposed(&dense, Pattern::Bursty)?.layers.is_empty());
+        let dense = ModelShape {
+            experts: Vec::new(),
+            ..shape(4, 1)
+        };
+        assert!(
+            Evidence::supposed(&dense, Pattern::Bursty)?
+                .layers
+                .is_empty()
+        );
         Ok(())
     }
 }

@@ -21,13 +21,29 @@ pub struct Prompt {
 pub fn read(folder: &Path) -> Result<Vec<Prompt>> {
     let mut prompts = Vec::new();
     for domain in sorted(folder)?.into_iter().filter(|p| p.is_dir()) {
-        for file in sorted(&domain)?.into_iter().filter(|p| p.extension().is_some_and(|e| e == "txt")) {
-            let text =
-                std::fs::read_to_string(&file).with_context(|| format!("reading the prompt {}", file.display()))?;
-            ensure!(!text.trim().is_empty(), "the prompt {} has no text; write some, or remove it", file.display());
+        for file in sorted(&domain)?
+            .into_iter()
+            .filter(|p| p.extension().is_some_and(|e| e == "txt"))
+        {
+            let text = std::fs::read_to_string(&file)
+                .with_context(|| format!("reading the prompt {}", file.display()))?;
+            ensure!(
+                !text.trim().is_empty(),
+                "the prompt {} has no text; write some, or remove it",
+                file.display()
+            );
             let name = file_name(&file);
-            let split = if name.starts_with("heldout") { Split::HeldOut } else { Split::Train };
-            prompts.push(Prompt { domain: file_name(&domain), name, split, text });
+            let split = if name.starts_with("heldout") {
+                Split::HeldOut
+            } else {
+                Split::Train
+            };
+            prompts.push(Prompt {
+                domain: file_name(&domain),
+                name,
+                split,
+                text,
+            });
         }
     }
     ensure!(
@@ -39,17 +55,22 @@ pub fn read(folder: &Path) -> Result<Vec<Prompt>> {
 }
 
 fn sorted(folder: &Path) -> Result<Vec<PathBuf>> {
-    let entries =
-        std::fs::read_dir(folder).with_context(|| format!("reading the prompts folder {}", folder.display()))?;
+    let entries = std::fs::read_dir(folder)
+        .with_context(|| format!("reading the prompts folder {}", folder.display()))?;
     let mut paths: Vec<PathBuf> = entries
-        .map(|entry| Ok(entry.with_context(|| format!("listing {}", folder.display()))?.path()))
+        .map(|entry| {
+            Ok(entry
+                .with_context(|| format!("listing {}", folder.display()))?
+                .path())
+        })
         .collect::<Result<_>>()?;
     paths.sort();
     Ok(paths)
 }
 
 fn file_name(path: &Path) -> String {
-    path.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned())
+    path.file_name()
+        .map_or_else(String::new, |n| n.to_string_lossy().into_owned())
 }
 
 #[cfg(test)]
@@ -59,15 +80,28 @@ mod tests {
     #[test]
     fn folders_are_domains_and_heldout_files_are_held_out() {
         let dir = tempfile::tempdir().unwrap();
-        for (path, text) in [("b/train-1.txt", "x"), ("a/heldout-1.txt", "y"), ("a/notes.md", "z"), ("README.md", "w")]
-        {
+        for (path, text) in [
+            ("b/train-1.txt", "x"),
+            ("a/heldout-1.txt", "y"),
+            ("a/notes.md", "z"),
+            ("README.md", "w"),
+        ] {
             let path = dir.path().join(path);
             std::fs::create_dir_all(path.parent().unwrap()).unwrap();
             std::fs::write(path, text).unwrap();
         }
         let prompts = read(dir.path()).unwrap();
-        let found: Vec<_> = prompts.iter().map(|p| (p.domain.as_str(), p.name.as_str(), p.split)).collect();
-        assert_eq!(found, [("a", "heldout-1.txt", Split::HeldOut), ("b", "train-1.txt", Split::Train)]);
+        let found: Vec<_> = prompts
+            .iter()
+            .map(|p| (p.domain.as_str(), p.name.as_str(), p.split))
+            .collect();
+        assert_eq!(
+            found,
+            [
+                ("a", "heldout-1.txt", Split::HeldOut),
+                ("b", "train-1.txt", Split::Train)
+            ]
+        );
     }
 
     #[test]

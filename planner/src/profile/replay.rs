@@ -74,7 +74,12 @@ impl LayerTrace {
             prompt_uses: vec![0; profile.n_expert as usize],
             prompt_tokens: 0,
         };
-        for (at, prompt) in profile.prompts.iter().enumerate().filter(|(_, p)| wanted(p)) {
+        for (at, prompt) in profile
+            .prompts
+            .iter()
+            .enumerate()
+            .filter(|(_, p)| wanted(p))
+        {
             let (first, decoded) = (prompt.prompt_tokens as usize, prompt.decode_tokens as usize);
             let mut seen = vec![false; trace.n_expert];
             let mut touched = Vec::new();
@@ -88,13 +93,21 @@ impl LayerTrace {
             }
             touched.reverse();
             for token in 0..first {
-                trace.prompt_chosen.extend_from_slice(profile.chosen(at, token, layer));
+                trace
+                    .prompt_chosen
+                    .extend_from_slice(profile.chosen(at, token, layer));
             }
             trace.prompt_tokens += first as u64;
             for token in first..first + decoded {
-                trace.chosen.extend_from_slice(profile.chosen(at, token, layer));
+                trace
+                    .chosen
+                    .extend_from_slice(profile.chosen(at, token, layer));
             }
-            trace.segments.push(Segment { touched, prompt: first, decoded });
+            trace.segments.push(Segment {
+                touched,
+                prompt: first,
+                decoded,
+            });
         }
         trace
     }
@@ -105,14 +118,30 @@ impl LayerTrace {
     /// Both are `[token, used]`. All experts are below `n_expert`, and those of a token differ.
     pub fn made_up(n_expert: usize, n_used: usize, warm_up: &[u16], chosen: Vec<u16>) -> Self {
         let mut seen = vec![false; n_expert];
-        let mut touched: Vec<u16> =
-            warm_up.iter().rev().copied().filter(|&e| !std::mem::replace(&mut seen[usize::from(e)], true)).collect();
+        let mut touched: Vec<u16> = warm_up
+            .iter()
+            .rev()
+            .copied()
+            .filter(|&e| !std::mem::replace(&mut seen[usize::from(e)], true))
+            .collect();
         touched.reverse();
         let tokens = |choices: &[u16]| choices.len() / n_used.max(1);
-        let segments = vec![Segment { touched, prompt: tokens(warm_up), decoded: tokens(&chosen) }];
+        let segments = vec![Segment {
+            touched,
+            prompt: tokens(warm_up),
+            decoded: tokens(&chosen),
+        }];
         let prompt_chosen = warm_up.to_vec();
         let prompt_uses = vec![0; n_expert];
-        LayerTrace { n_expert, n_used, segments, chosen, prompt_chosen, prompt_uses, prompt_tokens: 0 }
+        LayerTrace {
+            n_expert,
+            n_used,
+            segments,
+            chosen,
+            prompt_chosen,
+            prompt_uses,
+            prompt_tokens: 0,
+        }
     }
 
     /// Returns the number of decoded tokens.
@@ -144,7 +173,9 @@ impl LayerTrace {
             (decoded, prompts) = (after, later);
             let touched = &segment.touched[..];
             let prompt = (!touched.is_empty()).then_some(Event::Prompt { tokens, touched });
-            prompt.into_iter().chain(own.chunks_exact(self.n_used.max(1)).map(Event::Token))
+            prompt
+                .into_iter()
+                .chain(own.chunks_exact(self.n_used.max(1)).map(Event::Token))
         })
     }
 
@@ -169,7 +200,12 @@ impl LayerTrace {
     /// Returns `[n_expert]` shares of prompt tokens that choose each expert, if there are any.
     pub fn prompt_share(&self) -> Option<Vec<f64>> {
         let tokens = self.prompt_tokens as f64;
-        (self.prompt_tokens > 0).then(|| self.prompt_uses.iter().map(|&n| n as f64 / tokens).collect())
+        (self.prompt_tokens > 0).then(|| {
+            self.prompt_uses
+                .iter()
+                .map(|&n| n as f64 / tokens)
+                .collect()
+        })
     }
 }
 
@@ -199,7 +235,12 @@ impl Positions {
         let mut at = Vec::with_capacity(trace.chosen.len());
         let mut starts = Vec::with_capacity(trace.tokens() + 1);
         for (chosen, counted) in trace.steps() {
-            let pooled = || chosen.iter().map(|&e| usize::from(e)).filter(|&e| !pinned[e]);
+            let pooled = || {
+                chosen
+                    .iter()
+                    .map(|&e| usize::from(e))
+                    .filter(|&e| !pinned[e])
+            };
             if counted {
                 starts.push(at.len() as u32);
                 at.extend(pooled().map(|e| recency.position(e)));
@@ -246,7 +287,12 @@ impl Positions {
 /// pool.
 ///
 /// Calls `each` for every decoded token, with its choices and the accesses of its pooled ones.
-pub fn play(trace: &LayerTrace, pinned: &[bool], cache: &mut SlotCache, mut each: impl FnMut(&[u16], &[Access])) {
+pub fn play(
+    trace: &LayerTrace,
+    pinned: &[bool],
+    cache: &mut SlotCache,
+    mut each: impl FnMut(&[u16], &[Access]),
+) {
     let (mut pooled, mut out) = (Vec::new(), Vec::new());
     for event in trace.events() {
         let chosen = match event {
@@ -262,7 +308,12 @@ pub fn play(trace: &LayerTrace, pinned: &[bool], cache: &mut SlotCache, mut each
             }
         };
         pooled.clear();
-        pooled.extend(chosen.iter().filter(|&&e| !pinned[usize::from(e)]).map(|&e| u32::from(e)));
+        pooled.extend(
+            chosen
+                .iter()
+                .filter(|&&e| !pinned[usize::from(e)])
+                .map(|&e| u32::from(e)),
+        );
         cache.settle(&pooled, &mut out);
         if let Event::Token(chosen) = event {
             each(chosen, &out);
@@ -275,7 +326,10 @@ pub fn hits(trace: &LayerTrace, pinned: &[bool], slots: u32, policy: SlotPolicy)
     let mut cache = SlotCache::new(trace.n_expert as u32, slots, policy);
     let mut hits = 0;
     play(trace, pinned, &mut cache, |_, accesses| {
-        hits += accesses.iter().filter(|access| matches!(access, Access::Hit { .. })).count() as u64;
+        hits += accesses
+            .iter()
+            .filter(|access| matches!(access, Access::Hit { .. }))
+            .count() as u64;
     });
     hits
 }
@@ -283,14 +337,26 @@ pub fn hits(trace: &LayerTrace, pinned: &[bool], slots: u32, policy: SlotPolicy)
 /// Returns the hits of a policy by number of slots, up to `most`.
 ///
 /// LRU has every number. The others have about twenty, since each takes a replay of its own.
-pub fn hit_curve(trace: &LayerTrace, pinned: &[bool], most: usize, policy: SlotPolicy) -> Vec<(u32, u64)> {
+pub fn hit_curve(
+    trace: &LayerTrace,
+    pinned: &[bool],
+    most: usize,
+    policy: SlotPolicy,
+) -> Vec<(u32, u64)> {
     if policy == SlotPolicy::Lru {
-        return (0..).zip(Positions::new(trace, pinned).hit_curve(most)).collect();
+        return (0..)
+            .zip(Positions::new(trace, pinned).hit_curve(most))
+            .collect();
     }
     const MAX_SAMPLES: usize = 20;
-    let mut sizes: Vec<u32> = (0..=MAX_SAMPLES).map(|at| (most * at / MAX_SAMPLES) as u32).collect();
+    let mut sizes: Vec<u32> = (0..=MAX_SAMPLES)
+        .map(|at| (most * at / MAX_SAMPLES) as u32)
+        .collect();
     sizes.dedup();
-    sizes.into_iter().map(|slots| (slots, hits(trace, pinned, slots, policy))).collect()
+    sizes
+        .into_iter()
+        .map(|slots| (slots, hits(trace, pinned, slots, policy)))
+        .collect()
 }
 
 /// Integer type of times: as short as the number of experts allows, since memory bandwidth bounds
@@ -335,7 +401,10 @@ struct Recency<T> {
 
 impl<T: Time> Recency<T> {
     fn new(n_expert: usize) -> Self {
-        Recency { last: vec![T::NEVER; n_expert], now: 0 }
+        Recency {
+            last: vec![T::NEVER; n_expert],
+            now: 0,
+        }
     }
 
     fn position(&self, expert: usize) -> u16 {
@@ -356,7 +425,9 @@ impl<T: Time> Recency<T> {
 
     /// Renumbers the times from 0, in their order.
     fn renumber(&mut self) {
-        let mut used: Vec<usize> = (0..self.last.len()).filter(|&e| self.last[e] != T::NEVER).collect();
+        let mut used: Vec<usize> = (0..self.last.len())
+            .filter(|&e| self.last[e] != T::NEVER)
+            .collect();
         used.sort_by_key(|&e| self.last[e]);
         self.now = used.len();
         for (time, expert) in used.into_iter().enumerate() {
@@ -384,7 +455,8 @@ pub fn ceiling(trace: &LayerTrace, n_resident: usize) -> u64 {
     }
     after.reverse();
 
-    let mut resident: BTreeSet<(u32, u16)> = (0..trace.n_expert).map(|e| (next[e], e as u16)).collect();
+    let mut resident: BTreeSet<(u32, u16)> =
+        (0..trace.n_expert).map(|e| (next[e], e as u16)).collect();
     let mut due = next;
     let shrink = |resident: &mut BTreeSet<(u32, u16)>| {
         while resident.len() > n_resident {
@@ -399,7 +471,12 @@ pub fn ceiling(trace: &LayerTrace, n_resident: usize) -> u64 {
             hits += u64::from(was && *counted);
             due[usize::from(expert)] = then;
         }
-        resident.extend(chosen.iter().zip(after).map(|(&expert, &then)| (then, expert)));
+        resident.extend(
+            chosen
+                .iter()
+                .zip(after)
+                .map(|(&expert, &then)| (then, expert)),
+        );
         shrink(&mut resident);
     }
     hits

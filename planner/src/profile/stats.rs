@@ -75,7 +75,11 @@ impl Skew {
     /// Returns the verdict in a sentence or two.
     pub fn words(&self) -> String {
         let percent = |share: f64| format!("{:.0} %", share * 100.0);
-        let (uniform, caught, cached) = (percent(self.uniform[1]), percent(self.caught[1]), percent(self.cached[1]));
+        let (uniform, caught, cached) = (
+            percent(self.uniform[1]),
+            percent(self.caught[1]),
+            percent(self.cached[1]),
+        );
         if self.counted {
             let figures = format!(
                 "{uniform} of the experts take {caught} of the counted choices; as many cache slots would hit {cached} of \
@@ -83,9 +87,13 @@ impl Skew {
             );
             return match self.verdict() {
                 Verdict::Flat => {
-                    format!("flat: {figures}. Pinning will not help; what a cache does only a recorded profile shows.")
+                    format!(
+                        "flat: {figures}. Pinning will not help; what a cache does only a recorded profile shows."
+                    )
                 }
-                _ => format!("skewed: {figures}. Pinning the favorites pays, if decoding has the same ones."),
+                _ => format!(
+                    "skewed: {figures}. Pinning the favorites pays, if decoding has the same ones."
+                ),
             };
         }
         let figures = if self.held_out {
@@ -101,8 +109,12 @@ impl Skew {
         };
         match self.verdict() {
             Verdict::Skewed => format!("skewed: {figures}. Pinning the favorites pays."),
-            Verdict::Local => format!("local: {figures}. What was used last says more than what is used most."),
-            Verdict::Flat => format!("flat: {figures}. Pinning will not help; only more fast memory will."),
+            Verdict::Local => {
+                format!("local: {figures}. What was used last says more than what is used most.")
+            }
+            Verdict::Flat => {
+                format!("flat: {figures}. Pinning will not help; only more fast memory will.")
+            }
         }
     }
 }
@@ -125,15 +137,32 @@ pub fn skews(profile: &Profile) -> Result<Vec<Skew>> {
             domains.push(&prompt.domain);
         }
     }
-    let of_domain = if domains.len() > 1 { domains } else { Vec::new() };
+    let of_domain = if domains.len() > 1 {
+        domains
+    } else {
+        Vec::new()
+    };
     let all = std::iter::once(None).chain(of_domain.into_iter().map(Some));
     Ok(all.filter_map(|domain| skew(profile, domain)).collect())
 }
 
 fn skew(profile: &Profile, domain: Option<&str>) -> Option<Skew> {
-    let decoded = |split| profile.prompts.iter().any(|p| p.split == split && p.decode_tokens > 0);
-    let judge = if decoded(Split::HeldOut) { Split::HeldOut } else { Split::Train };
-    let choose = if decoded(Split::Train) { Split::Train } else { Split::HeldOut };
+    let decoded = |split| {
+        profile
+            .prompts
+            .iter()
+            .any(|p| p.split == split && p.decode_tokens > 0)
+    };
+    let judge = if decoded(Split::HeldOut) {
+        Split::HeldOut
+    } else {
+        Split::Train
+    };
+    let choose = if decoded(Split::Train) {
+        Split::Train
+    } else {
+        Split::HeldOut
+    };
     let of_domain = |name: &str| domain.is_none_or(|d| d == name);
     let n_expert = profile.n_expert as usize;
     let counts = SHARES.map(|share| (share * n_expert as f64).ceil() as usize);
@@ -150,7 +179,8 @@ fn skew(profile: &Profile, domain: Option<&str>) -> Option<Skew> {
     let n_layer = profile.layers.len();
     for layer in 0..n_layer {
         // The favorites are those of all train prompts: a plan is made for all domains at once.
-        let order = super::by_share(&LayerTrace::new(profile, layer, |p| p.split == choose).decode_share());
+        let order =
+            super::by_share(&LayerTrace::new(profile, layer, |p| p.split == choose).decode_share());
         let trace = LayerTrace::new(profile, layer, |p| p.split == judge && of_domain(&p.domain));
         let accesses = (trace.tokens() * trace.n_used()) as f64;
         if accesses == 0.0 {
@@ -163,8 +193,12 @@ fn skew(profile: &Profile, domain: Option<&str>) -> Option<Skew> {
             sum.caught[at] += caught / trace.n_used() as f64 / n_layer as f64;
             sum.cached[at] += hits[count] as f64 / accesses / n_layer as f64;
         }
-        let entropy: f64 =
-            share.iter().map(|s| s / trace.n_used() as f64).filter(|&p| p > 0.0).map(|p| -p * p.log2()).sum();
+        let entropy: f64 = share
+            .iter()
+            .map(|s| s / trace.n_used() as f64)
+            .filter(|&p| p > 0.0)
+            .map(|p| -p * p.log2())
+            .sum();
         sum.effective_experts += entropy.exp2() / n_layer as f64;
         sum.tokens = trace.tokens() as u64;
     }
@@ -195,11 +229,19 @@ fn skew_of_counts(profile: &Profile, counted: &[Vec<u64>]) -> Skew {
         for (at, &size) in sizes.iter().enumerate() {
             let caught: u64 = order[..size].iter().map(|&e| counts[e as usize]).sum();
             sum.caught[at] += caught as f64 / uses / n_layer;
-            sum.cached[at] += hits[size] as f64 / (trace.tokens() * trace.n_used()).max(1) as f64 / n_layer;
+            sum.cached[at] +=
+                hits[size] as f64 / (trace.tokens() * trace.n_used()).max(1) as f64 / n_layer;
         }
-        let entropy: f64 = counts.iter().map(|&c| c as f64 / uses).filter(|&p| p > 0.0).map(|p| -p * p.log2()).sum();
+        let entropy: f64 = counts
+            .iter()
+            .map(|&c| c as f64 / uses)
+            .filter(|&p| p > 0.0)
+            .map(|p| -p * p.log2())
+            .sum();
         sum.effective_experts += entropy.exp2() / n_layer;
-        sum.tokens = sum.tokens.min((uses / f64::from(profile.n_used)).round() as u64);
+        sum.tokens = sum
+            .tokens
+            .min((uses / f64::from(profile.n_used)).round() as u64);
     }
     sum
 }
@@ -211,7 +253,14 @@ mod tests {
     use crate::profile::tests::{profile_of, shape};
 
     fn verdict(skew: f64, repeat: f64) -> Result<Verdict> {
-        let routing = Routing { skew, repeat, prompts: 8, prompt_tokens: 8, decode_tokens: 200, seed: 3 };
+        let routing = Routing {
+            skew,
+            repeat,
+            prompts: 8,
+            prompt_tokens: 8,
+            decode_tokens: 200,
+            seed: 3,
+        };
         let skews = skews(&profile(&shape(64, 4), &routing))?;
         assert_eq!(skews.len(), 3);
         assert!(skews[0].words().starts_with(skews[0].verdict().name()));
@@ -234,7 +283,9 @@ mod tests {
             let skews = skews(&profile_of(8, 2, 1, &[(split, 0, train.clone())]))?;
             let words = skews[0].words();
             assert!(
-                !skews[0].held_out && words.contains("that they were chosen on") && !words.contains("held-out"),
+                !skews[0].held_out
+                    && words.contains("that they were chosen on")
+                    && !words.contains("held-out"),
                 "{words}"
             );
         }
@@ -244,15 +295,28 @@ mod tests {
     #[test]
     fn figures_are_counted_by_hand() -> Result<()> {
         let train = vec![vec![vec![0, 1]], vec![vec![0, 2]]];
-        let held_out = vec![vec![vec![0, 3]], vec![vec![3, 0]], vec![vec![1, 2]], vec![vec![0, 1]]];
-        let skews = skews(&profile_of(4, 2, 1, &[(Split::Train, 0, train), (Split::HeldOut, 0, held_out)]))?;
+        let held_out = vec![
+            vec![vec![0, 3]],
+            vec![vec![3, 0]],
+            vec![vec![1, 2]],
+            vec![vec![0, 1]],
+        ];
+        let skews = skews(&profile_of(
+            4,
+            2,
+            1,
+            &[(Split::Train, 0, train), (Split::HeldOut, 0, held_out)],
+        ))?;
         let all = &skews[0];
         // Of 8 choices expert 0 has 3 and expert 1 has 2; two slots hit both of the second token
         // and one of the last.
         assert_eq!((all.tokens, all.uniform), (4, [0.25, 0.25, 0.5]));
         assert_eq!(all.caught, [0.375, 0.375, 0.625]);
         assert_eq!(all.cached[2], (2.0 + 1.0) / 8.0);
-        let entropy = -[3.0, 2.0, 1.0, 2.0f64].iter().map(|n| n / 8.0 * (n / 8.0).log2()).sum::<f64>();
+        let entropy = -[3.0, 2.0, 1.0, 2.0f64]
+            .iter()
+            .map(|n| n / 8.0 * (n / 8.0).log2())
+            .sum::<f64>();
         assert!((all.effective_experts - entropy.exp2()).abs() < 1e-12);
         Ok(())
     }

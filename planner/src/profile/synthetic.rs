@@ -49,7 +49,10 @@ impl Random {
 /// Makes a profile of the model with such routing. All layers with experts must have the same
 /// counts.
 pub fn profile(shape: &ModelShape, routing: &Routing) -> Profile {
-    let (n_expert, n_used) = shape.experts.first().map_or((1, 0), |e| (e.n_expert as usize, e.n_used as usize));
+    let (n_expert, n_used) = shape
+        .experts
+        .first()
+        .map_or((1, 0), |e| (e.n_expert as usize, e.n_used as usize));
     let mut random = Random::new(routing.seed);
     // `[layer][domain][n_expert]` cumulative popularity over shuffled experts.
     let popularity: Vec<Vec<(Vec<f64>, Vec<u16>)>> = shape
@@ -74,7 +77,8 @@ pub fn profile(shape: &ModelShape, routing: &Routing) -> Profile {
         .map(|at| {
             let domain = at as usize % 2;
             let tokens = routing.prompt_tokens + routing.decode_tokens;
-            let mut experts: Vec<u16> = Vec::with_capacity(tokens as usize * shape.experts.len() * n_used);
+            let mut experts: Vec<u16> =
+                Vec::with_capacity(tokens as usize * shape.experts.len() * n_used);
             let stride = shape.experts.len() * n_used;
             for _ in 0..tokens {
                 for by_domain in &popularity {
@@ -83,7 +87,9 @@ pub fn profile(shape: &ModelShape, routing: &Routing) -> Profile {
                     let from = experts.len();
                     while experts.len() < from + n_used {
                         let expert = match before {
-                            Some(before) if random.unit() < routing.repeat => experts[before + random.below(n_used)],
+                            Some(before) if random.unit() < routing.repeat => {
+                                experts[before + random.below(n_used)]
+                            }
                             _ => {
                                 let aim = random.unit() * weights[n_expert - 1];
                                 ids[weights.partition_point(|&w| w < aim).min(n_expert - 1)]
@@ -98,7 +104,11 @@ pub fn profile(shape: &ModelShape, routing: &Routing) -> Profile {
             PromptTrace {
                 domain: ["even", "odd"][domain].to_string(),
                 name: format!("{at}"),
-                split: if at * 4 >= routing.prompts * 3 { Split::HeldOut } else { Split::Train },
+                split: if at * 4 >= routing.prompts * 3 {
+                    Split::HeldOut
+                } else {
+                    Split::Train
+                },
                 prompt_tokens: routing.prompt_tokens,
                 decode_tokens: routing.decode_tokens,
                 weights: vec![0; experts.len()],
@@ -115,6 +125,9 @@ pub fn profile(shape: &ModelShape, routing: &Routing) -> Profile {
         prompts,
         counted: None,
         guesses: None,
-        id: SourceId { name: "synthetic".to_string(), hash: "0".repeat(32) },
+        id: SourceId {
+            name: "synthetic".to_string(),
+            hash: "0".repeat(32),
+        },
     }
 }

@@ -27,10 +27,12 @@ pub(super) fn keep(dir: &Path, report: &Report) -> Result<()> {
     let folder = dir.join(FOLDER);
     for (at, plan) in report.plans.iter().enumerate() {
         for (run, record) in plan.records.iter().enumerate() {
-            fs::create_dir_all(&folder).with_context(|| format!("making the folder {}", folder.display()))?;
+            fs::create_dir_all(&folder)
+                .with_context(|| format!("making the folder {}", folder.display()))?;
             // Plan names are user input; these file names are not.
             let path = folder.join(format!("{:02}-{:03}{ENDING}", at + 1, run + 1));
-            fs::write(&path, record.encode()).with_context(|| format!("writing {}", path.display()))?;
+            fs::write(&path, record.encode())
+                .with_context(|| format!("writing {}", path.display()))?;
         }
     }
     Ok(())
@@ -39,8 +41,9 @@ pub(super) fn keep(dir: &Path, report: &Report) -> Result<()> {
 /// Compares a record with its prediction. `None` without a prediction or a measurement.
 pub(super) fn past(record: &RunRecord, report: &str, is_new: bool) -> Option<PastRun> {
     let predicted = record.predicted.as_ref()?;
-    let name =
-        |id: &Option<tier_plan_runtime::formats::SourceId>| id.as_ref().map_or(String::new(), |i| i.name.clone());
+    let name = |id: &Option<tier_plan_runtime::formats::SourceId>| {
+        id.as_ref().map_or(String::new(), |i| i.name.clone())
+    };
     let run = PastRun {
         report: report.to_string(),
         plan: record.plan.clone(),
@@ -63,9 +66,16 @@ pub fn read(reports: &Path) -> (Vec<PastRun>, usize) {
     folders.sort();
     for folder in folders.iter().rev().take(MOST_REPORTS) {
         let mut files = names(&folder.join(FOLDER));
-        files.retain(|f| f.file_name().is_some_and(|n| n.to_string_lossy().ends_with(ENDING)));
+        files.retain(|f| {
+            f.file_name()
+                .is_some_and(|n| n.to_string_lossy().ends_with(ENDING))
+        });
         files.sort();
-        let name = folder.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let name = folder
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned();
         for file in files {
             if looked_at == MOST_RECORDS {
                 return (runs, unread);
@@ -83,7 +93,9 @@ pub fn read(reports: &Path) -> (Vec<PastRun>, usize) {
 /// Lists a folder; empty where there is none.
 fn names(folder: &Path) -> Vec<PathBuf> {
     let entries = fs::read_dir(folder).into_iter().flatten();
-    entries.filter_map(|entry| entry.ok().map(|e| e.path())).collect()
+    entries
+        .filter_map(|entry| entry.ok().map(|e| e.path()))
+        .collect()
 }
 
 #[cfg(test)]
@@ -100,10 +112,17 @@ mod tests {
         keep(&folder.path().join("second"), &report)?;
         fs::create_dir(folder.path().join("empty"))?;
         fs::write(folder.path().join("second/records/99-001.record.json"), "{")?;
-        fs::write(folder.path().join("second/records/notes.txt"), "none of ours")?;
+        fs::write(
+            folder.path().join("second/records/notes.txt"),
+            "none of ours",
+        )?;
         let (found, unread) = read(folder.path());
         assert_eq!((found.len(), unread), (2 * runs, 1));
-        assert!(found.iter().all(|r| !r.is_new && !r.emulated && r.error().is_finite()));
+        assert!(
+            found
+                .iter()
+                .all(|r| !r.is_new && !r.emulated && r.error().is_finite())
+        );
         assert_eq!(found.iter().filter(|r| r.report == "first").count(), runs);
         assert_eq!(read(&folder.path().join("nowhere")), (Vec::new(), 0));
         Ok(())

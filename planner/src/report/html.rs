@@ -55,7 +55,12 @@ pub(super) fn escape(text: &str) -> String {
 /// Returns a chart as a file of its own, with the style sheet for dark pages.
 pub(super) fn standalone_svg(svg: &str) -> String {
     match svg.find('>') {
-        Some(end) => format!("{}<style>{}</style>{}", &svg[..=end], dark_css(), &svg[end + 1..]),
+        Some(end) => format!(
+            "{}<style>{}</style>{}",
+            &svg[..=end],
+            dark_css(),
+            &svg[end + 1..]
+        ),
         None => svg.to_string(),
     }
 }
@@ -63,7 +68,11 @@ pub(super) fn standalone_svg(svg: &str) -> String {
 /// Writes the page. `drawn` are the charts' SVG documents, in the order of `charts`.
 pub(super) fn page(o: &Overview<'_>, charts: &[Chart], drawn: &[String]) -> String {
     let mut html = String::with_capacity(64 * 1024 + drawn.iter().map(String::len).sum::<usize>());
-    let title = if o.report.title.is_empty() { "Plans side by side" } else { &o.report.title };
+    let title = if o.report.title.is_empty() {
+        "Plans side by side"
+    } else {
+        &o.report.title
+    };
     let _ = write!(
         html,
         "<!DOCTYPE html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
@@ -102,8 +111,10 @@ pub(super) fn page(o: &Overview<'_>, charts: &[Chart], drawn: &[String]) -> Stri
 }
 
 fn when(o: &Overview<'_>) -> String {
-    let parts: Vec<&str> =
-        [o.report.generated.as_str(), o.report.host.as_str()].into_iter().filter(|s| !s.is_empty()).collect();
+    let parts: Vec<&str> = [o.report.generated.as_str(), o.report.host.as_str()]
+        .into_iter()
+        .filter(|s| !s.is_empty())
+        .collect();
     parts.join(" · ")
 }
 
@@ -113,7 +124,10 @@ fn plan_table(html: &mut String, o: &Overview<'_>) {
         None => Vec::new(),
     };
     let (measured, predicted) = if o.emulated {
-        ("measured on<br>emulated tiers", "predicted from<br>emulated rates")
+        (
+            "measured on<br>emulated tiers",
+            "predicted from<br>emulated rates",
+        )
     } else {
         ("measured", "predicted")
     };
@@ -142,7 +156,9 @@ fn plan_table(html: &mut String, o: &Overview<'_>) {
          with slots refilled by LRU."
     );
     if o.emulated && o.plans.iter().any(|p| !p.emulated) {
-        small.push_str(" † Some of this plan's tiers are emulated: real memory slowed to a declared speed.");
+        small.push_str(
+            " † Some of this plan's tiers are emulated: real memory slowed to a declared speed.",
+        );
     } else if o.emulated {
         small.push_str(" Emulated tiers are real memory slowed to a declared speed.");
     }
@@ -156,10 +172,20 @@ fn row(html: &mut String, o: &Overview<'_>, p: &PlanView<'_>, faster: &[&str], b
         "<tr{}><td>{}</td><td class=\"left\">{}</td>",
         if best { " class=\"best\"" } else { "" },
         escape(&o.label(p)),
-        escape(if p.status.is_empty() { "–" } else { &p.status })
+        escape(if p.status.is_empty() {
+            "–"
+        } else {
+            &p.status
+        })
     );
     let mut cells = vec![
-        p.gap.map_or_else(dash, |g| if g.abs() < 5e-5 { "0 %".into() } else { format!("{:.2} %", g * 100.0) }),
+        p.gap.map_or_else(dash, |g| {
+            if g.abs() < 5e-5 {
+                "0 %".into()
+            } else {
+                format!("{:.2} %", g * 100.0)
+            }
+        }),
         p.decode.map_or_else(dash, |d| sig3(d.tok_s)),
         p.predicted_tok_s().map_or_else(dash, sig3),
         p.error.map_or_else(dash, signed_percent),
@@ -193,12 +219,21 @@ fn provenance(html: &mut String, o: &Overview<'_>) {
     let id = |s: &SourceId| format!("{} <code>{}</code>", escape(&s.name), escape(&s.hash));
     let records = || o.plans.iter().flat_map(|p| &p.entry.records);
     let placements = || o.plans.iter().filter_map(|p| p.entry.placement.as_ref());
-    let models = records().filter_map(|r| r.model.as_ref()).chain(placements().map(|p| &p.model));
+    let models = records()
+        .filter_map(|r| r.model.as_ref())
+        .chain(placements().map(|p| &p.model));
     add("Model", models.map(id).collect());
-    let profiles = placements().filter_map(|p| p.profile.as_ref()).chain(o.report.profile.as_ref().map(|p| &p.id));
+    let profiles = placements()
+        .filter_map(|p| p.profile.as_ref())
+        .chain(o.report.profile.as_ref().map(|p| &p.id));
     add("Profile", profiles.map(id).collect());
-    add("Profile made with", o.report.profile.iter().map(|p| escape(&p.made)).collect());
-    let machines = records().filter_map(|r| r.machine.as_ref()).chain(placements().map(|p| &p.machine));
+    add(
+        "Profile made with",
+        o.report.profile.iter().map(|p| escape(&p.made)).collect(),
+    );
+    let machines = records()
+        .filter_map(|r| r.machine.as_ref())
+        .chain(placements().map(|p| &p.machine));
     add("Machine file", machines.map(id).collect());
     let tiers = placements().flat_map(|p| &p.tiers).map(|t| {
         let how = if t.tier.emulated { "emulated" } else { "real" };
@@ -211,13 +246,31 @@ fn provenance(html: &mut String, o: &Overview<'_>) {
         ))
     });
     add("Tiers", tiers.collect());
-    add("Ran on", records().map(|r| escape(&r.host)).chain([escape(&o.report.host)]).collect());
-    add("Threads and kernels", records().map(|r| escape(&format!("{} threads, {}", r.threads, r.isa))).collect());
-    let mut dates: Vec<&str> = records().map(|r| r.when.as_str()).filter(|w| !w.is_empty()).collect();
+    add(
+        "Ran on",
+        records()
+            .map(|r| escape(&r.host))
+            .chain([escape(&o.report.host)])
+            .collect(),
+    );
+    add(
+        "Threads and kernels",
+        records()
+            .map(|r| escape(&format!("{} threads, {}", r.threads, r.isa)))
+            .collect(),
+    );
+    let mut dates: Vec<&str> = records()
+        .map(|r| r.when.as_str())
+        .filter(|w| !w.is_empty())
+        .collect();
     dates.sort_unstable();
     if let (Some(first), Some(last)) = (dates.first(), dates.last()) {
         let runs = dates.len();
-        let span = if first == last { (*first).to_string() } else { format!("{first} to {last}") };
+        let span = if first == last {
+            (*first).to_string()
+        } else {
+            format!("{first} to {last}")
+        };
         add("Runs", vec![escape(&format!("{runs}, {span}"))]);
     }
     let same = o.same_output().map(|same| match same {

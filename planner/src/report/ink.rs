@@ -162,7 +162,9 @@ pub(super) fn tier_inks(kinds: &[Option<TierKind>]) -> Vec<Ink> {
     }
     inks.into_iter()
         .map(|ink| {
-            let ink = ink.or_else(|| taken.iter().position(|t| !t)).unwrap_or(TIERS.len() - 1);
+            let ink = ink
+                .or_else(|| taken.iter().position(|t| !t))
+                .unwrap_or(TIERS.len() - 1);
             taken[ink] = true;
             Ink::Tier(ink as u8)
         })
@@ -182,7 +184,12 @@ mod tests {
 
     #[test]
     fn tiers_of_one_kind_differ() {
-        let kinds = [Some(TierKind::Dram), Some(TierKind::Dram), None, Some(TierKind::Nvme)];
+        let kinds = [
+            Some(TierKind::Dram),
+            Some(TierKind::Dram),
+            None,
+            Some(TierKind::Nvme),
+        ];
         let inks = tier_inks(&kinds);
         assert_eq!(inks[0], Ink::Tier(1));
         assert_eq!(inks[3], Ink::Tier(4));

@@ -101,20 +101,28 @@ impl PastRun {
 
     /// Whether both speeds are positive numbers.
     pub fn is_sound(&self) -> bool {
-        [self.predicted_tok_s, self.measured_tok_s].iter().all(|v| v.is_finite() && *v > 0.0)
+        [self.predicted_tok_s, self.measured_tok_s]
+            .iter()
+            .all(|v| v.is_finite() && *v > 0.0)
     }
 }
 
 impl Report {
     /// Adds the runs of this report to those that earlier reports kept.
     pub fn add_own_runs(&mut self) {
-        let own = self.plans.iter().flat_map(|p| &p.records).filter_map(|r| history::past(r, "", true));
+        let own = self
+            .plans
+            .iter()
+            .flat_map(|p| &p.records)
+            .filter_map(|r| history::past(r, "", true));
         let own: Vec<PastRun> = own.collect();
         // Records given as files may be ones that a report kept.
         let same = |a: &PastRun, b: &PastRun| {
-            (&a.when, &a.plan, a.measured_tok_s.to_bits()) == (&b.when, &b.plan, b.measured_tok_s.to_bits())
+            (&a.when, &a.plan, a.measured_tok_s.to_bits())
+                == (&b.when, &b.plan, b.measured_tok_s.to_bits())
         };
-        self.history.retain(|old| !own.iter().any(|new| same(old, new)));
+        self.history
+            .retain(|old| !own.iter().any(|new| same(old, new)));
         self.history.extend(own);
     }
 }
@@ -124,7 +132,10 @@ impl Report {
 /// It is dated by its newest record; plans, profile and curves can be added to what is returned. Records of different
 /// models, hosts, machines or thread counts are noted, because their speeds don't compare.
 pub fn from_records(records: Vec<RunRecord>) -> Report {
-    let mut report = Report { title: "Plans side by side".into(), ..Report::default() };
+    let mut report = Report {
+        title: "Plans side by side".into(),
+        ..Report::default()
+    };
     for record in &records {
         if record.when > report.generated {
             report.generated.clone_from(&record.when);
@@ -150,17 +161,40 @@ pub fn from_records(records: Vec<RunRecord>) -> Report {
     report.host = hosts.join("; ");
     let mut differ = |what: &str, found: &[String], so: &str| {
         if found.len() > 1 {
-            report.notes.push(format!("The records are of different {what} ({}): {so}", found.join(", ")));
+            report.notes.push(format!(
+                "The records are of different {what} ({}): {so}",
+                found.join(", ")
+            ));
         }
     };
-    differ("models", if models.len() > 1 { &models } else { &hashes }, "their speeds don't compare.");
-    differ("hosts", &hosts, "part of any difference in speed is the hosts'.");
-    differ("machine files", &machines, "their plans were made for different tiers.");
-    differ("thread counts", &threads, "part of any difference in speed is the threads'.");
+    differ(
+        "models",
+        if models.len() > 1 { &models } else { &hashes },
+        "their speeds don't compare.",
+    );
+    differ(
+        "hosts",
+        &hosts,
+        "part of any difference in speed is the hosts'.",
+    );
+    differ(
+        "machine files",
+        &machines,
+        "their plans were made for different tiers.",
+    );
+    differ(
+        "thread counts",
+        &threads,
+        "part of any difference in speed is the threads'.",
+    );
     for record in records {
         match report.plans.iter_mut().find(|p| p.name == record.plan) {
             Some(entry) => entry.records.push(record),
-            None => report.plans.push(PlanEntry { name: record.plan.clone(), placement: None, records: vec![record] }),
+            None => report.plans.push(PlanEntry {
+                name: record.plan.clone(),
+                placement: None,
+                records: vec![record],
+            }),
         }
     }
     report
@@ -201,7 +235,10 @@ pub fn draw_curve(curve: &Curve) -> Result<Drawn> {
     scene::check_fonts()?;
     let chart = chart::sweep::chart(curve);
     let svg = chart.scene.svg(&chart.title)?;
-    Ok(Drawn { svg: html::standalone_svg(&svg), csv: chart.data.to_csv() })
+    Ok(Drawn {
+        svg: html::standalone_svg(&svg),
+        csv: chart.data.to_csv(),
+    })
 }
 
 /// Summarizes the finding in sentences: which plan is fastest, by how much at which bytes, and how
@@ -213,9 +250,17 @@ pub fn headline(report: &Report) -> Vec<String> {
 /// Summarizes how accurate the predictions of all kept runs were. `None` for fewer than two runs.
 pub fn history_line(report: &Report) -> Option<String> {
     let runs = report.history.iter().filter(|r| r.is_sound()).count();
-    let within = report.history.iter().filter(|r| r.is_sound() && r.error().abs() <= 0.1).count();
+    let within = report
+        .history
+        .iter()
+        .filter(|r| r.is_sound() && r.error().abs() <= 0.1)
+        .count();
     let emulated = report.history.iter().any(|r| r.emulated);
-    let how = if emulated { " (some on emulated tiers)" } else { "" };
+    let how = if emulated {
+        " (some on emulated tiers)"
+    } else {
+        ""
+    };
     (runs > 1).then(|| {
         format!("Of all {runs} runs that reports here have kept{how}, {within} were predicted to 10 % or better.")
     })
@@ -235,12 +280,19 @@ pub fn summary_json(report: &Report) -> Result<String> {
 /// When `dir` names no folder, or a parent of it is a file.
 pub fn check(dir: &Path) -> Result<()> {
     if dir.file_name().is_none() {
-        bail!("'{}' does not name a folder for the report: give one, like reports/today", dir.display());
+        bail!(
+            "'{}' does not name a folder for the report: give one, like reports/today",
+            dir.display()
+        );
     }
     let above = dir.ancestors().skip(1).find(|p| p.exists());
     match above {
         Some(above) if !above.is_dir() => {
-            bail!("{}: {} is not a folder; choose another --output", dir.display(), above.display())
+            bail!(
+                "{}: {} is not a folder; choose another --output",
+                dir.display(),
+                above.display()
+            )
         }
         _ => Ok(()),
     }
@@ -258,17 +310,24 @@ pub fn write(dir: &Path, report: &Report) -> Result<PathBuf> {
 /// Creates a folder with what `fill` writes into it, by the rules of [`write()`], and returns it.
 pub fn write_folder(dir: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf> {
     check(dir)?;
-    let name = dir.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let name = dir
+        .file_name()
+        .unwrap_or_default()
+        .to_string_lossy()
+        .into_owned();
     let parent = match dir.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
     };
-    fs::create_dir_all(parent).with_context(|| format!("making the folder {}", parent.display()))?;
+    fs::create_dir_all(parent)
+        .with_context(|| format!("making the folder {}", parent.display()))?;
     let temporary = parent.join(format!(".{name}.{}.partial", std::process::id()));
     if temporary.exists() {
-        fs::remove_dir_all(&temporary).with_context(|| format!("clearing {}", temporary.display()))?;
+        fs::remove_dir_all(&temporary)
+            .with_context(|| format!("clearing {}", temporary.display()))?;
     }
-    fs::create_dir(&temporary).with_context(|| format!("making the folder {}", temporary.display()))?;
+    fs::create_dir(&temporary)
+        .with_context(|| format!("making the folder {}", temporary.display()))?;
     let written = fill(&temporary).and_then(|()| publish(&temporary, parent, &name));
     if written.is_err() {
         // The first error is reported; a leftover folder is only untidy.
@@ -300,7 +359,11 @@ fn fill(dir: &Path, report: &Report) -> Result<()> {
 /// Renames the finished folder to the first free name.
 fn publish(temporary: &Path, parent: &Path, name: &str) -> Result<PathBuf> {
     for number in 1..10_000 {
-        let target = parent.join(if number == 1 { name.to_string() } else { format!("{name}-{number}") });
+        let target = parent.join(if number == 1 {
+            name.to_string()
+        } else {
+            format!("{name}-{number}")
+        });
         if target.symlink_metadata().is_ok() {
             continue;
         }
@@ -309,8 +372,13 @@ fn publish(temporary: &Path, parent: &Path, name: &str) -> Result<PathBuf> {
             // Another program took the name between the check and the rename: a full folder is
             // never replaced.
             Err(_) if target.symlink_metadata().is_ok() => continue,
-            Err(e) => return Err(e).with_context(|| format!("naming the report {}", target.display())),
+            Err(e) => {
+                return Err(e).with_context(|| format!("naming the report {}", target.display()));
+            }
         }
     }
-    bail!("no free name for the report: {} and 9998 numbered ones exist", parent.join(name).display())
+    bail!(
+        "no free name for the report: {} and 9998 numbered ones exist",
+        parent.join(name).display()
+    )
 }

@@ -5,8 +5,8 @@ use tier_plan_runtime::KvType;
 use tier_plan_runtime::formats::SourceId;
 use tier_plan_runtime::formats::machine::{Accelerator, Tier, TierKind};
 use tier_plan_runtime::formats::placement::{
-    DensePlacement, LayerPlacement, PerTier, Pins, Placement, PlanTier, Prediction, SlotPolicy, SolverReport,
-    TierBytes, TierIdx,
+    DensePlacement, LayerPlacement, PerTier, Pins, Placement, PlanTier, Prediction, SlotPolicy,
+    SolverReport, TierBytes, TierIdx,
 };
 use tier_plan_runtime::formats::profile::{Profile, PromptTrace, Split};
 use tier_plan_runtime::formats::record::{LayerRecord, RunRecord, TierRecord};
@@ -32,13 +32,18 @@ impl Rng {
 }
 
 fn id(name: &str) -> SourceId {
-    SourceId { name: name.into(), hash: "0123456789abcdef0123456789abcdef".into() }
+    SourceId {
+        name: name.into(),
+        hash: "0123456789abcdef0123456789abcdef".into(),
+    }
 }
 
 /// Makes a profile with skewed access, where each layer has its own frequent experts.
 pub(super) fn profile(layers: u32, experts: u32, used: u32) -> Profile {
     let mut rng = Rng(0x9E37_79B9_7F4A_7C15);
-    let skew: Vec<f64> = (0..layers).map(|l| 0.3 + 1.0 * f64::from(l % 5) / 5.0).collect();
+    let skew: Vec<f64> = (0..layers)
+        .map(|l| 0.3 + 1.0 * f64::from(l % 5) / 5.0)
+        .collect();
     let orders: Vec<Vec<u16>> = (0..layers)
         .map(|_| {
             let mut order: Vec<u16> = (0..experts as u16).collect();
@@ -57,7 +62,8 @@ pub(super) fn profile(layers: u32, experts: u32, used: u32) -> Profile {
                 let mut picked: Vec<u16> = Vec::new();
                 while picked.len() < used as usize {
                     // A power of a uniform number favors the front of the layer's order.
-                    let at = (rng.unit().powf(1.0 + 1.6 * skew[layer]) * f64::from(experts)) as usize;
+                    let at =
+                        (rng.unit().powf(1.0 + 1.6 * skew[layer]) * f64::from(experts)) as usize;
                     let expert = orders[layer][at.min(experts as usize - 1)];
                     if !picked.contains(&expert) {
                         picked.push(expert);
@@ -133,37 +139,62 @@ fn plan_tiers(tiers: Vec<Tier>, layers: &[LayerPlacement], experts: u32) -> PerT
     let slow = tiers.len() - 1;
     let total = u64::from(experts) * layers.len() as u64;
     let pins = |tier: TierIdx| -> u64 {
-        layers.iter().flat_map(|l| &l.pinned).filter(|p| p.tier == tier).map(|p| p.experts.len() as u64).sum()
+        layers
+            .iter()
+            .flat_map(|l| &l.pinned)
+            .filter(|p| p.tier == tier)
+            .map(|p| p.experts.len() as u64)
+            .sum()
     };
     let all_pins: u64 = TierIdx::first(tiers.len()).map(pins).sum();
     tiers
         .into_iter()
         .enumerate()
         .map(|(t, tier)| {
-            let slots: u64 = layers.iter().filter(|l| l.slot_tier.get() == t).map(|l| u64::from(l.slots)).sum();
+            let slots: u64 = layers
+                .iter()
+                .filter(|l| l.slot_tier.get() == t)
+                .map(|l| u64::from(l.slots))
+                .sum();
             // Every plan's slots are in the tier before the last, which therefore gets the most.
             let share = if t + 1 == slow { 7 } else { 3 };
             PlanTier {
                 tier,
-                budget_bytes: if t == slow { 1 << 44 } else { EXPERT_BYTES * total * share / 16 + 60_000_000 },
+                budget_bytes: if t == slow {
+                    1 << 44
+                } else {
+                    EXPERT_BYTES * total * share / 16 + 60_000_000
+                },
                 bytes: TierBytes {
                     dense: if t == 0 { 40_000_000 } else { 0 },
                     pinned: pins(TierIdx::new(t)) * EXPERT_BYTES,
                     slots: slots * EXPERT_BYTES,
                     kv: if t == 0 { 9_000_000 } else { 0 },
                     staging: if t + 1 == slow { 8_000_000 } else { 0 },
-                    home: if t == slow { (total - all_pins) * EXPERT_BYTES } else { 0 },
+                    home: if t == slow {
+                        (total - all_pins) * EXPERT_BYTES
+                    } else {
+                        0
+                    },
                 },
             }
         })
         .collect()
 }
 
-fn placement(profile: &Profile, name: &str, tier_count: usize, style: Style, emulated: bool) -> Placement {
+fn placement(
+    profile: &Profile,
+    name: &str,
+    tier_count: usize,
+    style: Style,
+    emulated: bool,
+) -> Placement {
     let experts = profile.n_expert;
     let tiers = tiers(tier_count, emulated);
     let fast = tiers.len() - 1;
-    let share = super::view::usage(profile).expect("samples have tokens").share;
+    let share = super::view::usage(profile)
+        .expect("samples have tokens")
+        .share;
     let layers: Vec<LayerPlacement> = profile
         .layers
         .iter()
@@ -174,14 +205,21 @@ fn placement(profile: &Profile, name: &str, tier_count: usize, style: Style, emu
             if matches!(style, Style::ByFrequency | Style::PinsOnly) {
                 order.sort_by(|a, b| share[*b as usize].total_cmp(&share[*a as usize]));
             }
-            let each = if style == Style::Nothing { 0 } else { experts / 8 + (l as u32 % 3) };
+            let each = if style == Style::Nothing {
+                0
+            } else {
+                experts / 8 + (l as u32 % 3)
+            };
             let mut rest = order.into_iter();
             let mut pinned = Vec::new();
             for tier in TierIdx::first(fast) {
                 let mut list: Vec<u32> = rest.by_ref().take(each as usize).collect();
                 list.sort_unstable();
                 if !list.is_empty() {
-                    pinned.push(Pins { tier, experts: list });
+                    pinned.push(Pins {
+                        tier,
+                        experts: list,
+                    });
                 }
             }
             let slots = match style {
@@ -189,7 +227,13 @@ fn placement(profile: &Profile, name: &str, tier_count: usize, style: Style, emu
                 Style::Nothing => experts * 3 / 8,
                 Style::ByFrequency => experts / 8 + (l as u32 * 5) % (experts / 8).max(1),
             };
-            LayerPlacement { layer: *layer, pinned, slots, slot_tier: TierIdx::new(fast - 1), policy: SlotPolicy::Lru }
+            LayerPlacement {
+                layer: *layer,
+                pinned,
+                slots,
+                slot_tier: TierIdx::new(fast - 1),
+                policy: SlotPolicy::Lru,
+            }
         })
         .collect();
     let plan_tiers = plan_tiers(tiers, &layers, experts);
@@ -206,11 +250,19 @@ fn placement(profile: &Profile, name: &str, tier_count: usize, style: Style, emu
         staging_tier: TierIdx::new(fast - 1),
         staging_experts: 2,
         tiers: plan_tiers,
-        dense: vec![DensePlacement { kind: DenseKind::Head, layer: None, tier: TierIdx::FIRST }],
+        dense: vec![DensePlacement {
+            kind: DenseKind::Head,
+            layer: None,
+            tier: TierIdx::FIRST,
+        }],
         layers,
         solver: SolverReport {
             backend: "microlp".into(),
-            status: if name == "ilp" { "optimal".into() } else { "baseline".into() },
+            status: if name == "ilp" {
+                "optimal".into()
+            } else {
+                "baseline".into()
+            },
             objective_s: 0.05,
             bound_s: Some(0.0499),
             gap: (name == "ilp").then_some(0.0004),
@@ -240,7 +292,14 @@ const NAMES: [&str; 8] = [
 ];
 
 /// Makes a report of `plans` plans for a model of `layers` × `experts` over `tier_count` tiers.
-pub(super) fn report(layers: u32, experts: u32, used: u32, tier_count: usize, plans: usize, emulated: bool) -> Report {
+pub(super) fn report(
+    layers: u32,
+    experts: u32,
+    used: u32,
+    tier_count: usize,
+    plans: usize,
+    emulated: bool,
+) -> Report {
     let profile = profile(layers, experts, used);
     let mut rng = Rng(77);
     let entries = NAMES
@@ -263,17 +322,33 @@ pub(super) fn report(layers: u32, experts: u32, used: u32, tier_count: usize, pl
                 decode_tok_s: rate * off,
                 prompt_tok_s: rate * 7.0,
                 overhead_s: token * 0.05,
-                dense_s: (0..n).map(|t| if t == 0 { token * 0.2 } else { 0.0 }).collect(),
-                expert_s: (0..n).map(|t| token * [0.1, 0.25, 0.45, 0.4][t.min(3)]).collect(),
+                dense_s: (0..n)
+                    .map(|t| if t == 0 { token * 0.2 } else { 0.0 })
+                    .collect(),
+                expert_s: (0..n)
+                    .map(|t| token * [0.1, 0.25, 0.45, 0.4][t.min(3)])
+                    .collect(),
                 expert_critical_s: token * 0.75,
                 hit_rate: 0.8,
                 read_bytes: PerTier::from_fn(n, |_| 1e8),
                 emulated,
                 ..Prediction::default()
             };
-            let records =
-                (0..3).map(|r| record(&placement, rate * (0.97 + 0.03 * r as f64), emulated, &mut rng)).collect();
-            PlanEntry { name: (*name).to_string(), placement: Some(placement), records }
+            let records = (0..3)
+                .map(|r| {
+                    record(
+                        &placement,
+                        rate * (0.97 + 0.03 * r as f64),
+                        emulated,
+                        &mut rng,
+                    )
+                })
+                .collect();
+            PlanEntry {
+                name: (*name).to_string(),
+                placement: Some(placement),
+                records,
+            }
         })
         .collect();
     let curves = profile
@@ -282,8 +357,16 @@ pub(super) fn report(layers: u32, experts: u32, used: u32, tier_count: usize, pl
         .map(|layer| {
             let bend = 0.08 + 0.3 * f64::from(layer * 7 % 11) / 11.0;
             let slots: Vec<u32> = (0..=16).map(|i| i * experts / 16).collect();
-            let hit_rate = slots.iter().map(|s| 1.0 - (-f64::from(*s) / f64::from(experts) / bend).exp()).collect();
-            HitCurve { label: "LRU, held-out prompts".into(), layer: *layer, slots, hit_rate }
+            let hit_rate = slots
+                .iter()
+                .map(|s| 1.0 - (-f64::from(*s) / f64::from(experts) / bend).exp())
+                .collect();
+            HitCurve {
+                label: "LRU, held-out prompts".into(),
+                layer: *layer,
+                slots,
+                hit_rate,
+            }
         })
         .collect();
     Report {

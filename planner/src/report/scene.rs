@@ -7,7 +7,9 @@
 use super::ink::Ink;
 use ab_glyph::{Font, FontRef, PxScale, ScaleFont, point};
 use anyhow::{Context, Result, anyhow};
-use plotters::prelude::{BitMapBackend, Color, DrawingBackend, IntoFont, RGBColor, SVGBackend, ShapeStyle};
+use plotters::prelude::{
+    BitMapBackend, Color, DrawingBackend, IntoFont, RGBColor, SVGBackend, ShapeStyle,
+};
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 use plotters::style::{FontStyle, TextStyle};
 use std::path::Path;
@@ -26,7 +28,11 @@ static BOLD: LazyLock<Option<FontRef<'static>>> =
     LazyLock::new(|| FontRef::try_from_slice(include_bytes!("font/TierPlanSans-Bold.ttf")).ok());
 
 fn font(bold: bool) -> Option<&'static FontRef<'static>> {
-    if bold { BOLD.as_ref() } else { REGULAR.as_ref() }
+    if bold {
+        BOLD.as_ref()
+    } else {
+        REGULAR.as_ref()
+    }
 }
 
 fn px_scale(font: &FontRef<'_>, em: f64) -> PxScale {
@@ -36,9 +42,14 @@ fn px_scale(font: &FontRef<'_>, em: f64) -> PxScale {
 
 /// Returns the width of a text at an em size, both in pixels, with a margin for wider fonts.
 pub(super) fn text_width(text: &str, em: f64, bold: bool) -> f64 {
-    let Some(font) = font(bold) else { return text.chars().count() as f64 * em * 0.6 };
+    let Some(font) = font(bold) else {
+        return text.chars().count() as f64 * em * 0.6;
+    };
     let scaled = font.as_scaled(px_scale(font, em));
-    let width: f32 = text.chars().map(|c| scaled.h_advance(scaled.glyph_id(c))).sum();
+    let width: f32 = text
+        .chars()
+        .map(|c| scaled.h_advance(scaled.glyph_id(c)))
+        .sum();
     f64::from(width) * WIDTH_SLACK
 }
 
@@ -74,7 +85,10 @@ pub(super) fn wrap(text: &str, em: f64, bold: bool, width: f64) -> Vec<String> {
 
 /// Replaces the characters that XML forbids.
 fn printable(text: String) -> String {
-    text.replace(|c: char| c.is_control() || matches!(c, '\u{fffe}' | '\u{ffff}'), " ")
+    text.replace(
+        |c: char| c.is_control() || matches!(c, '\u{fffe}' | '\u{ffff}'),
+        " ",
+    )
 }
 
 /// Which point of a text its x coordinate names.
@@ -121,7 +135,11 @@ pub(super) struct Scene {
 
 impl Scene {
     pub(super) fn new(width: f64) -> Self {
-        Scene { width, height: 0.0, items: Vec::new() }
+        Scene {
+            width,
+            height: 0.0,
+            items: Vec::new(),
+        }
     }
 
     pub(super) fn rect(&mut self, x: f64, y: f64, w: f64, h: f64, ink: Ink) {
@@ -131,7 +149,8 @@ impl Scene {
     }
 
     pub(super) fn line(&mut self, x0: f64, y0: f64, x1: f64, y1: f64, width: f64, ink: Ink) {
-        self.items.push(Item::Path(vec![(x0, y0), (x1, y1)], width, ink));
+        self.items
+            .push(Item::Path(vec![(x0, y0), (x1, y1)], width, ink));
     }
 
     pub(super) fn path(&mut self, points: Vec<(f64, f64)>, width: f64, ink: Ink) {
@@ -142,12 +161,36 @@ impl Scene {
         self.items.push(Item::Dot(x, y, r, ink));
     }
 
-    pub(super) fn text(&mut self, x: f64, y: f64, em: f64, anchor: Anchor, ink: Ink, text: impl Into<String>) {
-        self.items.push(Item::Text(Text { x, y, em, bold: false, anchor, ink, text: printable(text.into()) }));
+    pub(super) fn text(
+        &mut self,
+        x: f64,
+        y: f64,
+        em: f64,
+        anchor: Anchor,
+        ink: Ink,
+        text: impl Into<String>,
+    ) {
+        self.items.push(Item::Text(Text {
+            x,
+            y,
+            em,
+            bold: false,
+            anchor,
+            ink,
+            text: printable(text.into()),
+        }));
     }
 
     /// Adds text on a patch of paper color, for places where grid lines pass.
-    pub(super) fn text_on_paper(&mut self, x: f64, y: f64, em: f64, bold: bool, ink: Ink, text: impl Into<String>) {
+    pub(super) fn text_on_paper(
+        &mut self,
+        x: f64,
+        y: f64,
+        em: f64,
+        bold: bool,
+        ink: Ink,
+        text: impl Into<String>,
+    ) {
         let text = text.into();
         let width = text_width(&text, em, bold) / WIDTH_SLACK;
         self.rect(x - 2.0, y - 0.8 * em, width + 4.0, 1.05 * em, Ink::Paper);
@@ -158,8 +201,24 @@ impl Scene {
         }
     }
 
-    pub(super) fn bold(&mut self, x: f64, y: f64, em: f64, anchor: Anchor, ink: Ink, text: impl Into<String>) {
-        self.items.push(Item::Text(Text { x, y, em, bold: true, anchor, ink, text: printable(text.into()) }));
+    pub(super) fn bold(
+        &mut self,
+        x: f64,
+        y: f64,
+        em: f64,
+        anchor: Anchor,
+        ink: Ink,
+        text: impl Into<String>,
+    ) {
+        self.items.push(Item::Text(Text {
+            x,
+            y,
+            em,
+            bold: true,
+            anchor,
+            ink,
+            text: printable(text.into()),
+        }));
     }
 
     fn device_size(&self) -> (u32, u32) {
@@ -177,9 +236,13 @@ impl Scene {
                 // plotters sets a top-anchored line's baseline at 0.76 em and makes its em size / 1.24.
                 let em = text.em * SCALE;
                 let at = (x as i32, (y - 0.76 * em).round() as i32);
-                backend.draw_text(&text.text, style, at).map_err(|e| anyhow!("drawing an SVG: {e}"))
+                backend
+                    .draw_text(&text.text, style, at)
+                    .map_err(|e| anyhow!("drawing an SVG: {e}"))
             })?;
-            backend.present().map_err(|e| anyhow!("drawing an SVG: {e}"))?;
+            backend
+                .present()
+                .map_err(|e| anyhow!("drawing an SVG: {e}"))?;
         }
         let body = drawn.find('>').map_or("", |end| &drawn[end + 1..]);
         Ok(format!(
@@ -196,8 +259,12 @@ impl Scene {
     /// Writes the picture as a PNG of [`SCALE`] times its size.
     pub(super) fn png(&self, path: &Path) -> Result<()> {
         let mut backend = BitMapBackend::new(path, self.device_size());
-        draw(self, &mut backend, |backend, text, _, at| set_glyphs(backend, text, at))?;
-        backend.present().map_err(|e| anyhow!("{}: {e}", path.display()))
+        draw(self, &mut backend, |backend, text, _, at| {
+            set_glyphs(backend, text, at)
+        })?;
+        backend
+            .present()
+            .map_err(|e| anyhow!("{}: {e}", path.display()))
     }
 }
 
@@ -211,13 +278,22 @@ fn draw<B: DrawingBackend>(
     let at = |(x, y): (f64, f64)| (px(x) as i32, px(y) as i32);
     let fill = |ink: Ink| {
         let (r, g, b) = ink.rgb();
-        ShapeStyle { color: RGBColor(r, g, b).to_rgba(), filled: true, stroke_width: 0 }
+        ShapeStyle {
+            color: RGBColor(r, g, b).to_rgba(),
+            filled: true,
+            stroke_width: 0,
+        }
     };
     let paper = Item::Rect(0.0, 0.0, scene.width, scene.height, Ink::Paper);
     for item in std::iter::once(&paper).chain(&scene.items) {
         match item {
             Item::Rect(x, y, w, h, ink) => {
-                let (x0, y0, x1, y1) = (px(*x), px(*y), px(x + w).max(px(*x) + 1.0), px(y + h).max(px(*y) + 1.0));
+                let (x0, y0, x1, y1) = (
+                    px(*x),
+                    px(*y),
+                    px(x + w).max(px(*x) + 1.0),
+                    px(y + h).max(px(*y) + 1.0),
+                );
                 let end = (x1 as i32, y1 as i32);
                 backend
                     .draw_rect((x0 as i32, y0 as i32), end, &fill(*ink), true)
@@ -227,15 +303,23 @@ fn draw<B: DrawingBackend>(
                 let mut style = fill(*ink);
                 style.stroke_width = (width * SCALE).round().max(1.0) as u32;
                 let points: Vec<_> = points.iter().map(|p| at(*p)).collect();
-                backend.draw_path(points, &style).map_err(|e| anyhow!("drawing a chart: {e}"))?;
+                backend
+                    .draw_path(points, &style)
+                    .map_err(|e| anyhow!("drawing a chart: {e}"))?;
             }
             Item::Dot(x, y, r, ink) => {
                 let r = (r * SCALE).round().max(1.0) as u32;
-                backend.draw_circle(at((*x, *y)), r, &fill(*ink), true).map_err(|e| anyhow!("drawing a chart: {e}"))?;
+                backend
+                    .draw_circle(at((*x, *y)), r, &fill(*ink), true)
+                    .map_err(|e| anyhow!("drawing a chart: {e}"))?;
             }
             Item::Text(t) => {
                 let (r, g, b) = t.ink.rgb();
-                let style = if t.bold { FontStyle::Bold } else { FontStyle::Normal };
+                let style = if t.bold {
+                    FontStyle::Bold
+                } else {
+                    FontStyle::Normal
+                };
                 let h_pos = match t.anchor {
                     Anchor::Start => HPos::Left,
                     Anchor::Middle => HPos::Center,
@@ -243,7 +327,9 @@ fn draw<B: DrawingBackend>(
                 };
                 let font = ("sans-serif", t.em * SCALE * 1.24, style).into_font();
                 let color = RGBColor(r, g, b);
-                let style = TextStyle::from(font).color(&color).pos(Pos::new(h_pos, VPos::Top));
+                let style = TextStyle::from(font)
+                    .color(&color)
+                    .pos(Pos::new(h_pos, VPos::Top));
                 text(backend, t, &style, (px(t.x), px(t.y)))?;
             }
         }
@@ -252,8 +338,14 @@ fn draw<B: DrawingBackend>(
 }
 
 /// Draws one line of text into a bitmap, at subpixel positions.
-fn set_glyphs<B: DrawingBackend>(backend: &mut B, text: &Text, (x, baseline): (f64, f64)) -> Result<()> {
-    let Some(font) = font(text.bold) else { return Ok(()) };
+fn set_glyphs<B: DrawingBackend>(
+    backend: &mut B,
+    text: &Text,
+    (x, baseline): (f64, f64),
+) -> Result<()> {
+    let Some(font) = font(text.bold) else {
+        return Ok(());
+    };
     let scale = px_scale(font, text.em * SCALE);
     let scaled = font.as_scaled(scale);
     let mut pen = 0f32;
@@ -279,11 +371,17 @@ fn set_glyphs<B: DrawingBackend>(backend: &mut B, text: &Text, (x, baseline): (f
     let (width, height) = backend.get_size();
     for (id, offset) in glyphs {
         let glyph = id.with_scale_and_position(scale, point(start + offset, baseline as f32));
-        let Some(outline) = font.outline_glyph(glyph) else { continue };
+        let Some(outline) = font.outline_glyph(glyph) else {
+            continue;
+        };
         let bounds = outline.px_bounds();
         outline.draw(|gx, gy, cover| {
-            let pixel = (bounds.min.x as i32 + gx as i32, bounds.min.y as i32 + gy as i32);
-            let inside = (0..width as i32).contains(&pixel.0) && (0..height as i32).contains(&pixel.1);
+            let pixel = (
+                bounds.min.x as i32 + gx as i32,
+                bounds.min.y as i32 + gy as i32,
+            );
+            let inside =
+                (0..width as i32).contains(&pixel.0) && (0..height as i32).contains(&pixel.1);
             if cover > 0.0 && inside && first_error.is_none() {
                 let color = RGBColor(r, g, b).mix(f64::from(cover.min(1.0)));
                 first_error = backend.draw_pixel(pixel, color.to_backend_color()).err();
@@ -295,7 +393,11 @@ fn set_glyphs<B: DrawingBackend>(backend: &mut B, text: &Text, (x, baseline): (f
 
 /// Checks that the bundled fonts can be read.
 pub(super) fn check_fonts() -> Result<()> {
-    REGULAR.as_ref().and(BOLD.as_ref()).context("the bundled font cannot be read").map(|_| ())
+    REGULAR
+        .as_ref()
+        .and(BOLD.as_ref())
+        .context("the bundled font cannot be read")
+        .map(|_| ())
 }
 
 /// Returns the layout faults that a chart must not have: texts that leave the page or overlap, and
@@ -304,7 +406,9 @@ pub(super) fn check_fonts() -> Result<()> {
 pub(super) fn faults(scene: &Scene) -> Vec<String> {
     let mut faults = Vec::new();
     let mut boxes: Vec<(f64, f64, f64, f64, &str)> = Vec::new();
-    let inside = |x: f64, y: f64| x >= -0.5 && y >= -0.5 && x <= scene.width + 0.5 && y <= scene.height + 0.5;
+    let inside = |x: f64, y: f64| {
+        x >= -0.5 && y >= -0.5 && x <= scene.width + 0.5 && y <= scene.height + 0.5
+    };
     for item in &scene.items {
         match item {
             Item::Text(t) => {
@@ -314,9 +418,18 @@ pub(super) fn faults(scene: &Scene) -> Vec<String> {
                     Anchor::Middle => t.x - w / 2.0,
                     Anchor::End => t.x - w,
                 };
-                let b = (x0, t.y - 0.74 * t.em, x0 + w, t.y + 0.22 * t.em, t.text.as_str());
+                let b = (
+                    x0,
+                    t.y - 0.74 * t.em,
+                    x0 + w,
+                    t.y + 0.22 * t.em,
+                    t.text.as_str(),
+                );
                 if !inside(b.0, b.1) || !inside(b.2, b.3) {
-                    faults.push(format!("cut off: {b:?} in {}×{}", scene.width, scene.height));
+                    faults.push(format!(
+                        "cut off: {b:?} in {}×{}",
+                        scene.width, scene.height
+                    ));
                 }
                 for o in &boxes {
                     if b.0 < o.2 && o.0 < b.2 && b.1 < o.3 && o.1 < b.3 {

@@ -14,7 +14,10 @@ pub(super) struct Table {
 
 impl Table {
     pub(super) fn new(head: &[&'static str]) -> Self {
-        Table { head: head.to_vec(), rows: Vec::new() }
+        Table {
+            head: head.to_vec(),
+            rows: Vec::new(),
+        }
     }
 
     pub(super) fn push(&mut self, row: impl Into<Vec<String>>) {
@@ -47,15 +50,23 @@ impl Table {
 
 /// Formats a number for CSV: as short as it reads back exactly, empty when there is none.
 pub(super) fn number(value: Option<f64>) -> String {
-    value.filter(|v| v.is_finite()).map(|v| v.to_string()).unwrap_or_default()
+    value
+        .filter(|v| v.is_finite())
+        .map(|v| v.to_string())
+        .unwrap_or_default()
 }
 
 fn json_number(value: Option<f64>) -> Value {
-    value.filter(|v| v.is_finite()).map_or(Value::Null, |v| json!(v))
+    value
+        .filter(|v| v.is_finite())
+        .map_or(Value::Null, |v| json!(v))
 }
 
 fn source(id: Option<&SourceId>) -> Value {
-    id.map_or(Value::Null, |id| json!({ "name": id.name, "hash": id.hash }))
+    id.map_or(
+        Value::Null,
+        |id| json!({ "name": id.name, "hash": id.hash }),
+    )
 }
 
 /// Encodes `summary.json`: every plan with its speeds and bytes. Seconds and bytes are per decoded
@@ -80,8 +91,14 @@ pub(super) fn summary(o: &Overview<'_>) -> Result<String> {
 fn plan(p: &PlanView<'_>) -> Value {
     let records = &p.entry.records;
     let placement = p.entry.placement.as_ref();
-    let model = records.iter().find_map(|r| r.model.as_ref()).or(placement.map(|p| &p.model));
-    let machine = records.iter().find_map(|r| r.machine.as_ref()).or(placement.map(|p| &p.machine));
+    let model = records
+        .iter()
+        .find_map(|r| r.model.as_ref())
+        .or(placement.map(|p| &p.model));
+    let machine = records
+        .iter()
+        .find_map(|r| r.machine.as_ref())
+        .or(placement.map(|p| &p.machine));
     let sum = |of: fn(&LayerSums) -> f64| of(&layer_sums(p));
     json!({
         "plan": p.name(),
@@ -116,7 +133,10 @@ struct LayerSums {
 }
 
 fn layer_sums(p: &PlanView<'_>) -> LayerSums {
-    LayerSums { dense: p.layers.iter().map(|l| l.dense_s).sum(), expert: p.layers.iter().map(|l| l.expert_s).sum() }
+    LayerSums {
+        dense: p.layers.iter().map(|l| l.dense_s).sum(),
+        expert: p.layers.iter().map(|l| l.expert_s).sum(),
+    }
 }
 
 fn tier(t: &TierView) -> Value {
@@ -143,6 +163,9 @@ mod tests {
         table.push(["x,y".to_string(), "say \"hi\"\n".to_string()]);
         table.push(["plain".to_string(), number(Some(0.1))]);
         table.push([number(Some(f64::NAN)), number(None)]);
-        assert_eq!(table.to_csv(), "a,b\n\"x,y\",\"say \"\"hi\"\"\n\"\nplain,0.1\n,\n");
+        assert_eq!(
+            table.to_csv(),
+            "a,b\n\"x,y\",\"say \"\"hi\"\"\n\"\nplain,0.1\n,\n"
+        );
     }
 }

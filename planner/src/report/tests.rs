@@ -17,19 +17,27 @@ fn check_markup(text: &str, voids: &[&str]) -> Result<(), String> {
             rest = &rest[rest.find('>').ok_or("open doctype")? + 1..];
             continue;
         }
-        let end = rest.find('>').ok_or_else(|| format!("unclosed tag at {:.60}", rest))?;
+        let end = rest
+            .find('>')
+            .ok_or_else(|| format!("unclosed tag at {:.60}", rest))?;
         let tag = &rest[1..end];
         rest = &rest[end + 1..];
         if tag.contains('<') || !tag.matches('"').count().is_multiple_of(2) {
             return Err(format!("bad tag <{tag}>"));
         }
         check_entities(tag)?;
-        let name: String = tag.trim_start_matches('/').chars().take_while(|c| c.is_ascii_alphanumeric()).collect();
+        let name: String = tag
+            .trim_start_matches('/')
+            .chars()
+            .take_while(|c| c.is_ascii_alphanumeric())
+            .collect();
         if name.is_empty() {
             return Err(format!("no tag name in <{tag}>"));
         }
         if tag.starts_with('/') {
-            let open = stack.pop().ok_or_else(|| format!("</{name}> closes nothing"))?;
+            let open = stack
+                .pop()
+                .ok_or_else(|| format!("</{name}> closes nothing"))?;
             if open != name {
                 return Err(format!("</{name}> closes <{open}>"));
             }
@@ -41,7 +49,11 @@ fn check_markup(text: &str, voids: &[&str]) -> Result<(), String> {
         }
     }
     check_entities(rest)?;
-    if stack.is_empty() { Ok(()) } else { Err(format!("left open: {stack:?}")) }
+    if stack.is_empty() {
+        Ok(())
+    } else {
+        Err(format!("left open: {stack:?}"))
+    }
 }
 
 fn check_entities(text: &str) -> Result<(), String> {
@@ -50,7 +62,9 @@ fn check_entities(text: &str) -> Result<(), String> {
     }
     for (at, _) in text.match_indices('&') {
         let entity = &text[at..];
-        let ok = ["&amp;", "&lt;", "&gt;", "&quot;", "&apos;", "&#39;"].iter().any(|e| entity.starts_with(e));
+        let ok = ["&amp;", "&lt;", "&gt;", "&quot;", "&apos;", "&#39;"]
+            .iter()
+            .any(|e| entity.starts_with(e));
         if !ok {
             return Err(format!("bare & at {entity:.20}"));
         }
@@ -60,7 +74,13 @@ fn check_entities(text: &str) -> Result<(), String> {
 
 fn crc(bytes: &[u8]) -> u32 {
     !bytes.iter().fold(!0u32, |crc, b| {
-        (0..8).fold(crc ^ u32::from(*b), |c, _| if c & 1 == 1 { (c >> 1) ^ 0xEDB8_8320 } else { c >> 1 })
+        (0..8).fold(crc ^ u32::from(*b), |c, _| {
+            if c & 1 == 1 {
+                (c >> 1) ^ 0xEDB8_8320
+            } else {
+                c >> 1
+            }
+        })
     })
 }
 
@@ -71,7 +91,11 @@ fn png_size(bytes: &[u8]) -> (u32, u32) {
     let (mut at, mut kinds) = (8, Vec::new());
     while at < bytes.len() {
         let length = be(at) as usize;
-        assert_eq!(crc(&bytes[at + 4..at + 8 + length]), be(at + 8 + length), "chunk at {at}");
+        assert_eq!(
+            crc(&bytes[at + 4..at + 8 + length]),
+            be(at + 8 + length),
+            "chunk at {at}"
+        );
         kinds.push(bytes[at + 4..at + 8].to_vec());
         at += 12 + length;
     }
@@ -82,7 +106,9 @@ fn png_size(bytes: &[u8]) -> (u32, u32) {
 }
 
 fn files(dir: &Path) -> HashSet<String> {
-    let names = fs::read_dir(dir).expect("report folder").map(|e| e.expect("entry").file_name());
+    let names = fs::read_dir(dir)
+        .expect("report folder")
+        .map(|e| e.expect("entry").file_name());
     names.map(|n| n.to_string_lossy().into_owned()).collect()
 }
 
@@ -102,11 +128,22 @@ fn check_folder(index: &Path, report: &Report) -> HashSet<String> {
         assert!(svg.starts_with("<svg ") && svg.contains("prefers-color-scheme: dark"));
         assert!(html.contains(&format!("id=\"{}\"", chart.file)));
         let png = fs::read(dir.join(format!("{}.png", chart.file))).expect("png");
-        let expected = ((chart.scene.width * 2.0).ceil() as u32, (chart.scene.height * 2.0).ceil() as u32);
+        let expected = (
+            (chart.scene.width * 2.0).ceil() as u32,
+            (chart.scene.height * 2.0).ceil() as u32,
+        );
         assert_eq!(png_size(&png), expected, "{}.png", chart.file);
         let csv = fs::read_to_string(dir.join(format!("{}.csv", chart.file))).expect("csv");
         assert_eq!(csv, chart.data.to_csv());
-        assert!(chart.data.rows.iter().all(|r| r.len() == chart.data.head.len()), "{}.csv", chart.file);
+        assert!(
+            chart
+                .data
+                .rows
+                .iter()
+                .all(|r| r.len() == chart.data.head.len()),
+            "{}.csv",
+            chart.file
+        );
     }
     names
 }
@@ -118,15 +155,27 @@ fn a_report_is_a_folder_of_whole_files() {
     let index = write(&dir.path().join("new/one"), &report).expect("report");
     assert_eq!(index, dir.path().join("new/one/index.html"));
     let names = check_folder(&index, &report);
-    let mut expected: HashSet<String> = ["index.html", "summary.json", "records"].map(String::from).into();
+    let mut expected: HashSet<String> = ["index.html", "summary.json", "records"]
+        .map(String::from)
+        .into();
     for stem in ["speed", "bytes", "experts", "parts", "layers", "hits"] {
         expected.extend(["svg", "png", "csv"].map(|end| format!("{stem}.{end}")));
     }
     assert_eq!(names, expected);
-    assert_eq!(files(&dir.path().join("new")), HashSet::from(["one".to_string()]), "nothing else is left behind");
+    assert_eq!(
+        files(&dir.path().join("new")),
+        HashSet::from(["one".to_string()]),
+        "nothing else is left behind"
+    );
 
     let folder = index.parent().expect("folder");
-    let lines = |name: &str| fs::read_to_string(folder.join(name)).expect(name).lines().count() - 1;
+    let lines = |name: &str| {
+        fs::read_to_string(folder.join(name))
+            .expect(name)
+            .lines()
+            .count()
+            - 1
+    };
     assert_eq!(lines("speed.csv"), 5);
     assert_eq!(lines("bytes.csv"), 5 * 3);
     assert_eq!(lines("experts.csv"), 2 * 6 * 32);
@@ -141,7 +190,8 @@ fn the_numbers_are_those_of_the_records() {
     let index = write(&dir.path().join("r"), &report).expect("report");
     let folder = index.parent().expect("folder");
     let summary: serde_json::Value =
-        serde_json::from_slice(&fs::read(folder.join("summary.json")).expect("summary")).expect("JSON");
+        serde_json::from_slice(&fs::read(folder.join("summary.json")).expect("summary"))
+            .expect("JSON");
     let plans = summary["plans"].as_array().expect("plans");
     assert_eq!(plans.len(), 4);
     let ilp = &plans[0];
@@ -153,22 +203,44 @@ fn the_numbers_are_those_of_the_records() {
     let seconds: f64 = entry.records.iter().map(|r| r.decode_s).sum();
     let measured = tokens as f64 / seconds;
     assert!((ilp["decode_tok_s"].as_f64().expect("rate") - measured).abs() < 1e-9);
-    let predicted = entry.records[0].predicted.as_ref().expect("prediction").decode_tok_s;
+    let predicted = entry.records[0]
+        .predicted
+        .as_ref()
+        .expect("prediction")
+        .decode_tok_s;
     assert_eq!(ilp["predicted_decode_tok_s"].as_f64(), Some(predicted));
     let error = ilp["prediction_error"].as_f64().expect("error");
     assert!((error - (measured / predicted - 1.0)).abs() < 1e-12);
     let tiers = &entry.placement.as_ref().expect("plan").tiers;
-    assert_eq!(ilp["tiers"][1]["budget_bytes"], tiers[TierIdx::new(1)].budget_bytes);
-    assert_eq!(ilp["tiers"][1]["pinned_bytes"], tiers[TierIdx::new(1)].bytes.pinned);
-    assert_eq!(ilp["tiers"][1]["used_bytes"], tiers[TierIdx::new(1)].used_bytes());
+    assert_eq!(
+        ilp["tiers"][1]["budget_bytes"],
+        tiers[TierIdx::new(1)].budget_bytes
+    );
+    assert_eq!(
+        ilp["tiers"][1]["pinned_bytes"],
+        tiers[TierIdx::new(1)].bytes.pinned
+    );
+    assert_eq!(
+        ilp["tiers"][1]["used_bytes"],
+        tiers[TierIdx::new(1)].used_bytes()
+    );
     let speed = fs::read_to_string(folder.join("speed.csv")).expect("speed.csv");
     let row: Vec<&str> = speed.lines().nth(1).expect("a row").split(',').collect();
     assert_eq!(row[0], "ilp");
     assert!((row[2].parse::<f64>().expect("number") - measured).abs() < 1e-9);
     // Every expert's share in the CSV, summed, is the experts a token uses, in every layer and for both plans.
     let experts = fs::read_to_string(folder.join("experts.csv")).expect("experts.csv");
-    let total: f64 =
-        experts.lines().skip(1).map(|l| l.split(',').nth(3).expect("share").parse::<f64>().expect("f64")).sum();
+    let total: f64 = experts
+        .lines()
+        .skip(1)
+        .map(|l| {
+            l.split(',')
+                .nth(3)
+                .expect("share")
+                .parse::<f64>()
+                .expect("f64")
+        })
+        .sum();
     assert!((total - 2.0 * 6.0 * 4.0).abs() < 1e-6, "{total}");
 }
 
@@ -182,9 +254,15 @@ fn nothing_is_overwritten() {
     fs::write(dir.path().join("day-2"), "a file in the way").expect("file");
     let index = write(&target, &report).expect("report");
     assert_eq!(index, dir.path().join("day-3/index.html"));
-    assert_eq!(write(&target, &report).expect("report"), dir.path().join("day-4/index.html"));
+    assert_eq!(
+        write(&target, &report).expect("report"),
+        dir.path().join("day-4/index.html")
+    );
     assert_eq!(files(&target), HashSet::from(["mine.txt".to_string()]));
-    assert_eq!(fs::read_to_string(dir.path().join("day-2")).expect("file"), "a file in the way");
+    assert_eq!(
+        fs::read_to_string(dir.path().join("day-2")).expect("file"),
+        "a file in the way"
+    );
     assert!(write(Path::new("/"), &report).is_err());
     let error = write(&dir.path().join("day-2/inside"), &report).expect_err("a file is no folder");
     assert!(format!("{error:#}").contains("day-2"), "{error:#}");
@@ -236,7 +314,10 @@ fn thin_reports_are_still_reports() {
             record.decode_s = f64::NAN;
             record.predicted.as_mut().expect("prediction").decode_tok_s = f64::INFINITY;
             record.layers.iter_mut().for_each(|l| l.expert_s = f64::NAN);
-            record.tiers.iter_mut().for_each(|t| t.busy_s = f64::INFINITY);
+            record
+                .tiers
+                .iter_mut()
+                .for_each(|t| t.busy_s = f64::INFINITY);
         }
         r.curves[0].hit_rate[3] = f64::NAN;
         r.curves[1].slots.clear();
@@ -249,7 +330,10 @@ fn thin_reports_are_still_reports() {
         }
         let layer = &mut r.plans[0].placement.as_mut().expect("plan").layers[0];
         layer.slot_tier = TierIdx::new(99);
-        layer.pinned = vec![Pins { tier: TierIdx::new(77), experts: vec![1, 2] }];
+        layer.pinned = vec![Pins {
+            tier: TierIdx::new(77),
+            experts: vec![1, 2],
+        }];
         layer.slots = u32::MAX;
     };
     let odd_profile = |r: &mut Report| {
@@ -268,7 +352,10 @@ fn thin_reports_are_still_reports() {
             "no prediction",
             bare(&|r| {
                 r.plans[0].placement = None;
-                r.plans[0].records.iter_mut().for_each(|x| x.predicted = None);
+                r.plans[0]
+                    .records
+                    .iter_mut()
+                    .for_each(|x| x.predicted = None);
             }),
         ),
         (
@@ -282,9 +369,17 @@ fn thin_reports_are_still_reports() {
         ),
         (
             "nothing at all of one plan",
-            bare(&|r| r.plans[0] = PlanEntry { name: String::new(), ..PlanEntry::default() }),
+            bare(&|r| {
+                r.plans[0] = PlanEntry {
+                    name: String::new(),
+                    ..PlanEntry::default()
+                }
+            }),
         ),
-        ("empty records", bare(&|r| r.plans[0].records = vec![RunRecord::default()])),
+        (
+            "empty records",
+            bare(&|r| r.plans[0].records = vec![RunRecord::default()]),
+        ),
         ("not a number", bare(&nan)),
         ("huge", bare(&huge)),
         ("odd profile", bare(&odd_profile)),
@@ -297,11 +392,14 @@ fn thin_reports_are_still_reports() {
                 profile.prompts.clear();
             }),
         ),
-        ("no tiers", bare(&|r| r.plans[0].placement.as_mut().expect("plan").tiers = PerTier::default())),
+        (
+            "no tiers",
+            bare(&|r| r.plans[0].placement.as_mut().expect("plan").tiers = PerTier::default()),
+        ),
     ];
     for (name, report) in cases {
-        let index =
-            write(&dir.path().join(name.replace(' ', "-")), &report).unwrap_or_else(|e| panic!("{name}: {e:#}"));
+        let index = write(&dir.path().join(name.replace(' ', "-")), &report)
+            .unwrap_or_else(|e| panic!("{name}: {e:#}"));
         check_folder(&index, &report);
         let html = fs::read_to_string(&index).expect("page");
         assert!(!html.contains("NaN") && !html.contains("inf "), "{name}");
@@ -310,7 +408,13 @@ fn thin_reports_are_still_reports() {
 
 #[test]
 fn charts_stay_legible_at_every_size() {
-    for (layers, experts, used) in [(6, 32, 4), (1, 8, 2), (48, 128, 8), (61, 384, 8), (94, 2500, 10)] {
+    for (layers, experts, used) in [
+        (6, 32, 4),
+        (1, 8, 2),
+        (48, 128, 8),
+        (61, 384, 8),
+        (94, 2500, 10),
+    ] {
         for tiers in 2..=4 {
             for plans in [1, 4, 8] {
                 if layers > 48 && plans != 8 {
@@ -319,9 +423,16 @@ fn charts_stay_legible_at_every_size() {
                 let report = sample::report(layers, experts, used, tiers, plans, tiers == 3);
                 for chart in chart::all(&Overview::new(&report)) {
                     let faults = scene::faults(&chart.scene);
-                    let case = format!("{} at {layers}×{experts}, {tiers} tiers, {plans} plans", chart.file);
+                    let case = format!(
+                        "{} at {layers}×{experts}, {tiers} tiers, {plans} plans",
+                        chart.file
+                    );
                     assert!(faults.is_empty(), "{case}: {faults:#?}");
-                    assert!(chart.scene.height < 2600.0, "{case}: {} high", chart.scene.height);
+                    assert!(
+                        chart.scene.height < 2600.0,
+                        "{case}: {} high",
+                        chart.scene.height
+                    );
                 }
             }
         }
@@ -334,8 +445,16 @@ fn emulated_numbers_say_so() {
     let overview = Overview::new(&emulated);
     assert!(overview.headline()[0].contains("measured on emulated tiers"));
     for chart in chart::all(&overview) {
-        let words = chart.scene.items.iter().any(|i| matches!(i, scene::Item::Text(t) if t.text.contains("emulated")));
-        assert!(words || ["experts", "hits"].contains(&chart.file), "{}", chart.file);
+        let words = chart
+            .scene
+            .items
+            .iter()
+            .any(|i| matches!(i, scene::Item::Text(t) if t.text.contains("emulated")));
+        assert!(
+            words || ["experts", "hits"].contains(&chart.file),
+            "{}",
+            chart.file
+        );
     }
     let mut mixed = sample::report(6, 32, 4, 2, 3, false);
     mixed.plans[1] = sample::report(6, 32, 4, 2, 3, true).plans.remove(1);
@@ -345,7 +464,11 @@ fn emulated_numbers_say_so() {
     assert!(!overview.headline()[0].contains("emulated"));
     let real = sample::report(6, 32, 4, 2, 3, false);
     for chart in chart::all(&Overview::new(&real)) {
-        let words = chart.scene.items.iter().any(|i| matches!(i, scene::Item::Text(t) if t.text.contains("emulated")));
+        let words = chart
+            .scene
+            .items
+            .iter()
+            .any(|i| matches!(i, scene::Item::Text(t) if t.text.contains("emulated")));
         assert!(!words, "{}", chart.file);
     }
 }
@@ -356,21 +479,45 @@ fn the_headline_tells_the_truth() {
     let said = |report: &Report| Overview::new(report).headline().join(" ");
     let words = said(&report);
     assert!(words.starts_with("ilp is the fastest plan"), "{words}");
-    assert!(words.contains("frequency-first, the best baseline under the same budgets"), "{words}");
+    assert!(
+        words.contains("frequency-first, the best baseline under the same budgets"),
+        "{words}"
+    );
     report.plans[1].placement.as_mut().expect("plan").tiers[TierIdx::FIRST].budget_bytes += 1;
-    assert!(said(&report).contains("part of the difference may be bytes"), "{}", said(&report));
+    assert!(
+        said(&report).contains("part of the difference may be bytes"),
+        "{}",
+        said(&report)
+    );
     report.plans[1].placement = None;
-    assert!(said(&report).contains("their budgets are not known, but they put"), "{}", said(&report));
+    assert!(
+        said(&report).contains("their budgets are not known, but they put"),
+        "{}",
+        said(&report)
+    );
     // A baseline that wins is called one.
     for record in &mut report.plans[3].records {
         record.decode_s /= 100.0;
     }
     let words = said(&report);
-    assert!(words.starts_with("lru-only is the fastest plan") && words.contains("The winner is a baseline"), "{words}");
+    assert!(
+        words.starts_with("lru-only is the fastest plan")
+            && words.contains("The winner is a baseline"),
+        "{words}"
+    );
     // What is only predicted is never ahead of what is measured.
     report.plans[3].records.clear();
-    report.plans[3].placement.as_mut().expect("plan").predicted.decode_tok_s = 1e6;
-    assert!(said(&report).starts_with("ilp is the fastest plan"), "{}", said(&report));
+    report.plans[3]
+        .placement
+        .as_mut()
+        .expect("plan")
+        .predicted
+        .decode_tok_s = 1e6;
+    assert!(
+        said(&report).starts_with("ilp is the fastest plan"),
+        "{}",
+        said(&report)
+    );
 }
 
 #[test]
@@ -378,14 +525,24 @@ fn records_alone_make_a_report() {
     let full = sample::report(6, 32, 4, 3, 3, false);
     let records: Vec<RunRecord> = full.plans.iter().flat_map(|p| p.records.clone()).collect();
     let report = from_records(records.clone());
-    assert_eq!(report.plans.iter().map(|p| p.name.as_str()).collect::<Vec<_>>(), ["ilp", "frequency-first", "uniform"]);
+    assert_eq!(
+        report
+            .plans
+            .iter()
+            .map(|p| p.name.as_str())
+            .collect::<Vec<_>>(),
+        ["ilp", "frequency-first", "uniform"]
+    );
     assert!(report.plans.iter().all(|p| p.records.len() == 3));
     assert_eq!(report.title, "Plans for sample-moe");
     assert!(report.notes.is_empty(), "{:?}", report.notes);
     let overview = Overview::new(&report);
     let stems: Vec<&str> = chart::all(&overview).iter().map(|c| c.file).collect();
     assert_eq!(stems, ["speed", "bytes", "parts", "layers"]);
-    assert_eq!(overview.plans[0].tiers[0].used_bytes(), records[0].tiers[0].planned_bytes);
+    assert_eq!(
+        overview.plans[0].tiers[0].used_bytes(),
+        records[0].tiers[0].planned_bytes
+    );
     assert_eq!(overview.same_output(), Some(true));
     assert_eq!(headline(&report), overview.headline());
     let mut mixed = records;
@@ -395,7 +552,11 @@ fn records_alone_make_a_report() {
     let report = from_records(mixed);
     assert_eq!(report.notes.len(), 2, "{:?}", report.notes);
     assert_eq!(Overview::new(&report).same_output(), Some(false));
-    assert!(summary_json(&report).expect("JSON").contains("\"same_output\": false"));
+    assert!(
+        summary_json(&report)
+            .expect("JSON")
+            .contains("\"same_output\": false")
+    );
     assert!(from_records(Vec::new()).plans.is_empty());
 }
 
@@ -405,8 +566,19 @@ fn runs_are_averaged_by_their_tokens() {
         plan: "p".into(),
         decode_tokens: tokens,
         decode_s: seconds,
-        tiers: vec![TierRecord { name: "dram".into(), read_bytes: 100 * tokens, busy_s: 1.0, ..TierRecord::default() }],
-        layers: vec![LayerRecord { layer: 3, expert_s, misses: 1, slot_hits: 2, ..LayerRecord::default() }],
+        tiers: vec![TierRecord {
+            name: "dram".into(),
+            read_bytes: 100 * tokens,
+            busy_s: 1.0,
+            ..TierRecord::default()
+        }],
+        layers: vec![LayerRecord {
+            layer: 3,
+            expert_s,
+            misses: 1,
+            slot_hits: 2,
+            ..LayerRecord::default()
+        }],
         ..RunRecord::default()
     };
     let report = from_records(vec![run(10, 1.0, 0.1), run(30, 2.0, 0.2)]);
@@ -426,8 +598,13 @@ fn runs_are_averaged_by_their_tokens() {
 #[test]
 fn every_size_draws_every_chart() {
     let temporary = tempfile::tempdir().expect("folder");
-    let dir = std::env::var_os("REPORT_PICTURES").map_or(temporary.path().to_path_buf(), PathBuf::from);
-    let records = sample::report(6, 32, 4, 2, 4, true).plans.iter().flat_map(|p| p.records.clone()).collect();
+    let dir =
+        std::env::var_os("REPORT_PICTURES").map_or(temporary.path().to_path_buf(), PathBuf::from);
+    let records = sample::report(6, 32, 4, 2, 4, true)
+        .plans
+        .iter()
+        .flat_map(|p| p.records.clone())
+        .collect();
     let reports = [
         ("small", sample::report(6, 32, 4, 3, 5, true), 6),
         ("large", sample::report(61, 384, 8, 4, 8, false), 6),
@@ -437,7 +614,12 @@ fn every_size_draws_every_chart() {
     for (name, report, charts) in reports {
         let page = write(&dir.join(name), &report).expect("report");
         let files = std::fs::read_dir(page.parent().expect("parent")).expect("listing");
-        let pngs = files.filter(|f| f.as_ref().is_ok_and(|f| f.path().extension().is_some_and(|e| e == "png"))).count();
+        let pngs = files
+            .filter(|f| {
+                f.as_ref()
+                    .is_ok_and(|f| f.path().extension().is_some_and(|e| e == "png"))
+            })
+            .count();
         assert!(pngs >= charts, "{name}: {pngs} charts");
     }
 }

@@ -24,18 +24,31 @@ pub(super) fn percent(share: f64) -> String {
     if !p.is_finite() {
         return "–".into();
     }
-    if p == 0.0 || p.abs() >= 9.95 { minus(&format!("{p:.0}\u{a0}%")) } else { minus(&format!("{p:.1}\u{a0}%")) }
+    if p == 0.0 || p.abs() >= 9.95 {
+        minus(&format!("{p:.0}\u{a0}%"))
+    } else {
+        minus(&format!("{p:.1}\u{a0}%"))
+    }
 }
 
 /// Formats a relative difference with its sign: `+4.2 %`, `−12 %`.
 pub(super) fn signed_percent(share: f64) -> String {
     let shown = percent(share);
-    if share >= 0.0 && share.is_finite() { format!("+{shown}") } else { shown }
+    if share >= 0.0 && share.is_finite() {
+        format!("+{shown}")
+    } else {
+        shown
+    }
 }
 
 fn minus(number: &str) -> String {
-    let negative_zero = number.starts_with('-') && !number.bytes().any(|b| (b'1'..=b'9').contains(&b));
-    if negative_zero { number[1..].to_string() } else { number.replace('-', "−") }
+    let negative_zero =
+        number.starts_with('-') && !number.bytes().any(|b| (b'1'..=b'9').contains(&b));
+    if negative_zero {
+        number[1..].to_string()
+    } else {
+        number.replace('-', "−")
+    }
 }
 
 /// Returns the binary unit that suits a largest value, and its size in bytes.
@@ -66,10 +79,18 @@ pub(super) fn list<S: AsRef<str>>(items: &[S]) -> String {
 /// Returns round steps for an axis from 0 to at least `largest`, about `about` of them: `(step,
 /// last)`.
 pub(super) fn steps(largest: f64, about: usize) -> (f64, f64) {
-    let largest = if largest.is_finite() && largest > 0.0 { largest } else { 1.0 };
+    let largest = if largest.is_finite() && largest > 0.0 {
+        largest
+    } else {
+        1.0
+    };
     let raw = largest / about.max(1) as f64;
     let power = 10f64.powf(raw.log10().floor());
-    let step = [1.0, 2.0, 2.5, 5.0, 10.0].into_iter().map(|m| m * power).find(|s| *s >= raw * 0.999).unwrap_or(raw);
+    let step = [1.0, 2.0, 2.5, 5.0, 10.0]
+        .into_iter()
+        .map(|m| m * power)
+        .find(|s| *s >= raw * 0.999)
+        .unwrap_or(raw);
     (step, (largest / step * 0.9999).ceil().max(1.0) * step)
 }
 
@@ -90,8 +111,13 @@ mod tests {
 
     #[test]
     fn numbers_are_short() {
-        let shown: Vec<String> = [0.2634, 15.49, 1240.4, 0.0, 9.999, -1.234, 99.96].map(sig3).to_vec();
-        assert_eq!(shown, ["0.263", "15.5", "1240", "0", "10.0", "−1.23", "100"]);
+        let shown: Vec<String> = [0.2634, 15.49, 1240.4, 0.0, 9.999, -1.234, 99.96]
+            .map(sig3)
+            .to_vec();
+        assert_eq!(
+            shown,
+            ["0.263", "15.5", "1240", "0", "10.0", "−1.23", "100"]
+        );
         assert_eq!(sig3(f64::NAN), "–");
         assert_eq!(percent(0.0731), "7.3\u{a0}%");
         assert_eq!(percent(0.9999), "100\u{a0}%");
@@ -111,7 +137,10 @@ mod tests {
         assert_eq!(tick(20.0, 5.0), "20");
         for largest in [1e-9, 3.3e-4, 0.7, 1.0, 9.99, 1e7] {
             let (step, last) = steps(largest, 5);
-            assert!(last >= largest * 0.999 && last / step < 8.0, "{largest}: {step} {last}");
+            assert!(
+                last >= largest * 0.999 && last / step < 8.0,
+                "{largest}: {step} {last}"
+            );
         }
     }
 }

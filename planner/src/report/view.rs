@@ -48,7 +48,9 @@ pub(super) const PARTS: [(&str, &str, Ink); 7] = [
 
 impl TierView {
     pub(super) fn used_bytes(&self) -> u64 {
-        self.part_bytes.iter().fold(0, |sum, b| sum.saturating_add(*b))
+        self.part_bytes
+            .iter()
+            .fold(0, |sum, b| sum.saturating_add(*b))
     }
 }
 
@@ -84,13 +86,20 @@ impl PlanView<'_> {
 
     /// Returns the predicted decode rate, if there is a prediction.
     pub(super) fn predicted_tok_s(&self) -> Option<f64> {
-        self.predicted.map(|p| p.decode_tok_s).filter(|v| v.is_finite() && *v > 0.0)
+        self.predicted
+            .map(|p| p.decode_tok_s)
+            .filter(|v| v.is_finite() && *v > 0.0)
     }
 
     /// Returns the bytes in all tiers but the last, which holds whatever is left.
     pub(super) fn faster_bytes(&self) -> Option<u64> {
         let (_, faster) = self.tiers.split_last()?;
-        Some(faster.iter().map(TierView::used_bytes).fold(0, u64::saturating_add))
+        Some(
+            faster
+                .iter()
+                .map(TierView::used_bytes)
+                .fold(0, u64::saturating_add),
+        )
     }
 
     /// Returns the rate that ranks the plan: measured, or else predicted.
@@ -146,7 +155,13 @@ impl<'a> Overview<'a> {
         let tiers = names.into_iter().map(|(n, _)| n).zip(inks).collect();
         let emulated = plans.iter().any(|p| p.emulated);
         let budgets = budgets(&plans);
-        Overview { report, plans, tiers, emulated, budgets }
+        Overview {
+            report,
+            plans,
+            tiers,
+            emulated,
+            budgets,
+        }
     }
 
     /// Returns the plan that the report is about: the fastest.
@@ -158,28 +173,50 @@ impl<'a> Overview<'a> {
     /// if the best is a baseline itself.
     pub(super) fn rival(&self) -> Option<&PlanView<'a>> {
         let measured = self.best()?.decode.is_some();
-        let others = || self.plans.iter().skip(1).filter(|p| p.speed().is_some() && p.decode.is_some() == measured);
+        let others = || {
+            self.plans
+                .iter()
+                .skip(1)
+                .filter(|p| p.speed().is_some() && p.decode.is_some() == measured)
+        };
         let baseline = others().find(|p| p.is_baseline() && !self.plans[0].is_baseline());
         baseline.or_else(|| others().next())
     }
 
     /// Whether all plans decoded the same tokens, run by run; `None` without two plans to compare.
     pub(super) fn same_output(&self) -> Option<bool> {
-        let outputs = |p: &PlanView<'a>| p.entry.records.iter().map(|r| &r.output).collect::<Vec<_>>();
-        let mut all = self.plans.iter().map(outputs).filter(|o| o.iter().any(|o| !o.is_empty()));
+        let outputs = |p: &PlanView<'a>| {
+            p.entry
+                .records
+                .iter()
+                .map(|r| &r.output)
+                .collect::<Vec<_>>()
+        };
+        let mut all = self
+            .plans
+            .iter()
+            .map(outputs)
+            .filter(|o| o.iter().any(|o| !o.is_empty()));
         let first = all.next()?;
         let second = all.next()?;
         Some(first == second && all.all(|o| o == first))
     }
 
     pub(super) fn ink_of(&self, tier: &str) -> Ink {
-        self.tiers.iter().find(|(n, _)| n == tier).map_or(Ink::Unsplit, |(_, ink)| *ink)
+        self.tiers
+            .iter()
+            .find(|(n, _)| n == tier)
+            .map_or(Ink::Unsplit, |(_, ink)| *ink)
     }
 
     /// Returns a plan's name, marked if its tiers are emulated and others' are not.
     pub(super) fn label(&self, plan: &PlanView<'_>) -> String {
         let mixed = self.emulated && self.plans.iter().any(|p| !p.emulated);
-        if mixed && plan.emulated { format!("{}†", plan.name()) } else { plan.name().to_string() }
+        if mixed && plan.emulated {
+            format!("{}†", plan.name())
+        } else {
+            plan.name().to_string()
+        }
     }
 
     /// Returns the label of measured numbers.
@@ -193,7 +230,11 @@ impl<'a> Overview<'a> {
 
     /// Returns the label of predicted numbers.
     pub(super) fn predicted(&self) -> &'static str {
-        if self.emulated { "predicted from declared (emulated) rates" } else { "predicted" }
+        if self.emulated {
+            "predicted from declared (emulated) rates"
+        } else {
+            "predicted"
+        }
     }
 
     /// Summarizes the finding in sentences: the winner, its lead at which bytes, and the accuracy
@@ -214,12 +255,17 @@ impl<'a> Overview<'a> {
             (false, false) => "predicted, not measured",
         };
         let mut lines = Vec::new();
-        match self.rival().and_then(|r| Some((r, best.speed()? / r.speed()? - 1.0))) {
+        match self
+            .rival()
+            .and_then(|r| Some((r, best.speed()? / r.speed()? - 1.0)))
+        {
             None => lines.push(format!("{} decodes {speed} tokens/s ({how}).", best.name())),
             Some((rival, lead)) => {
                 let bytes = match &self.budgets {
                     Budgets::Equal => " under the same budgets".to_string(),
-                    Budgets::Differ(what) => format!("; but {what}, so part of the difference may be bytes"),
+                    Budgets::Differ(what) => {
+                        format!("; but {what}, so part of the difference may be bytes")
+                    }
                     Budgets::Unknown => match (best.faster_bytes(), rival.faster_bytes()) {
                         (Some(a), Some(b)) => format!(
                             "; their budgets are not known, but they put {} and {} into the faster tiers",
@@ -247,7 +293,10 @@ impl<'a> Overview<'a> {
             }
         }
         if best.is_baseline()
-            && let Some(own) = self.plans.iter().find(|p| !p.is_baseline() && p.speed().is_some())
+            && let Some(own) = self
+                .plans
+                .iter()
+                .find(|p| !p.is_baseline() && p.speed().is_some())
         {
             lines.push(format!(
                 "The winner is a baseline: {}, the best plan that a solver made, reaches {} tokens/s.",
@@ -277,8 +326,11 @@ impl<'a> Overview<'a> {
 }
 
 fn kind_of(entry: &PlanEntry, tier: &str) -> Option<TierKind> {
-    let planned =
-        entry.placement.as_ref().and_then(|p| p.tiers.iter().find(|t| t.tier.name == tier)).map(|t| t.tier.kind);
+    let planned = entry
+        .placement
+        .as_ref()
+        .and_then(|p| p.tiers.iter().find(|t| t.tier.name == tier))
+        .map(|t| t.tier.kind);
     planned.or(match tier {
         "vram" => Some(TierKind::Vram),
         "dram" => Some(TierKind::Dram),
@@ -299,7 +351,12 @@ fn rate(pairs: impl Iterator<Item = (u64, f64)>) -> Option<Rate> {
         min = min.min(t as f64 / s);
         max = max.max(t as f64 / s);
     }
-    (runs > 0).then(|| Rate { tok_s: tokens / seconds, min, max, runs })
+    (runs > 0).then(|| Rate {
+        tok_s: tokens / seconds,
+        min,
+        max,
+        runs,
+    })
 }
 
 fn view(entry: &PlanEntry) -> PlanView<'_> {
@@ -308,17 +365,41 @@ fn view(entry: &PlanEntry) -> PlanView<'_> {
     let decode = rate(records.iter().map(|r| (r.decode_tokens, r.decode_s)));
     let prompt = rate(records.iter().map(|r| (r.prompt_tokens, r.prompt_s)));
     // The prediction in the runs comes first: a plan file may have been solved again since.
-    let predicted = records.iter().find_map(|r| r.predicted.as_ref()).or(placement.map(|p| &p.predicted));
-    let status = records.iter().map(|r| r.plan_status.clone()).find(|s| !s.is_empty());
-    let error = decode.zip(predicted).map(|(d, p)| d.tok_s / p.decode_tok_s - 1.0).filter(|e| e.is_finite());
-    let first: Vec<f64> = records.iter().map(|r| r.first_token_s).filter(|s| s.is_finite() && *s > 0.0).collect();
+    let predicted = records
+        .iter()
+        .find_map(|r| r.predicted.as_ref())
+        .or(placement.map(|p| &p.predicted));
+    let status = records
+        .iter()
+        .map(|r| r.plan_status.clone())
+        .find(|s| !s.is_empty());
+    let error = decode
+        .zip(predicted)
+        .map(|(d, p)| d.tok_s / p.decode_tok_s - 1.0)
+        .filter(|e| e.is_finite());
+    let first: Vec<f64> = records
+        .iter()
+        .map(|r| r.first_token_s)
+        .filter(|s| s.is_finite() && *s > 0.0)
+        .collect();
     let layers = average_layers(entry);
-    let hits: u64 = layers.iter().map(|l| l.pinned_hits.saturating_add(l.slot_hits)).fold(0, u64::saturating_add);
-    let all = layers.iter().map(|l| l.misses).fold(hits, u64::saturating_add);
+    let hits: u64 = layers
+        .iter()
+        .map(|l| l.pinned_hits.saturating_add(l.slot_hits))
+        .fold(0, u64::saturating_add);
+    let all = layers
+        .iter()
+        .map(|l| l.misses)
+        .fold(hits, u64::saturating_add);
     PlanView {
         entry,
-        status: status.or(placement.map(|p| p.solver.status.clone())).unwrap_or_default(),
-        gap: records.iter().find_map(|r| r.plan_gap).or(placement.and_then(|p| p.solver.gap)),
+        status: status
+            .or(placement.map(|p| p.solver.status.clone()))
+            .unwrap_or_default(),
+        gap: records
+            .iter()
+            .find_map(|r| r.plan_gap)
+            .or(placement.and_then(|p| p.solver.gap)),
         predicted,
         decode,
         prompt,
@@ -366,12 +447,23 @@ fn tiers(entry: &PlanEntry) -> Vec<TierView> {
                 .collect()
         }),
     };
-    let tokens: u64 = entry.records.iter().map(|r| r.decode_tokens).fold(0, u64::saturating_add);
+    let tokens: u64 = entry
+        .records
+        .iter()
+        .map(|r| r.decode_tokens)
+        .fold(0, u64::saturating_add);
     if tokens > 0 {
         for tier in &mut tiers {
-            let of = || entry.records.iter().flat_map(|r| &r.tiers).filter(|t| t.name == tier.name);
+            let of = || {
+                entry
+                    .records
+                    .iter()
+                    .flat_map(|r| &r.tiers)
+                    .filter(|t| t.name == tier.name)
+            };
             if of().next().is_some() {
-                tier.read_bytes = Some(of().map(|t| t.read_bytes as f64).sum::<f64>() / tokens as f64);
+                tier.read_bytes =
+                    Some(of().map(|t| t.read_bytes as f64).sum::<f64>() / tokens as f64);
                 tier.busy_s = Some(of().map(|t| t.busy_s).sum::<f64>() / tokens as f64);
             }
         }
@@ -412,16 +504,29 @@ fn average_layers(entry: &PlanEntry) -> Vec<LayerRecord> {
 }
 
 fn budgets(plans: &[PlanView<'_>]) -> Budgets {
-    let with: Vec<_> = plans.iter().filter_map(|p| Some((p, p.entry.placement.as_ref()?))).collect();
-    let Some(((first, model), rest)) = with.split_first() else { return Budgets::Unknown };
+    let with: Vec<_> = plans
+        .iter()
+        .filter_map(|p| Some((p, p.entry.placement.as_ref()?)))
+        .collect();
+    let Some(((first, model), rest)) = with.split_first() else {
+        return Budgets::Unknown;
+    };
     if with.len() < plans.len() {
         return Budgets::Unknown;
     }
     for (plan, placement) in rest {
         let same_tiers = placement.tiers.len() == model.tiers.len()
-            && placement.tiers.iter().zip(&model.tiers).all(|(a, b)| a.tier.name == b.tier.name);
+            && placement
+                .tiers
+                .iter()
+                .zip(&model.tiers)
+                .all(|(a, b)| a.tier.name == b.tier.name);
         if !same_tiers {
-            return Budgets::Differ(format!("{} and {} have different tiers", first.name(), plan.name()));
+            return Budgets::Differ(format!(
+                "{} and {} have different tiers",
+                first.name(),
+                plan.name()
+            ));
         }
         // The last tier holds every model whole, so its budget decides nothing.
         let last = model.tiers.len().saturating_sub(1);
@@ -457,11 +562,19 @@ pub(super) fn usage(profile: &Profile) -> Option<Usage> {
     if row == 0 || profile.n_expert == 0 || profile.n_expert > 1 << 16 {
         return None;
     }
-    let decoded: u64 = profile.prompts.iter().map(|p| u64::from(p.decode_tokens)).sum();
+    let decoded: u64 = profile
+        .prompts
+        .iter()
+        .map(|p| u64::from(p.decode_tokens))
+        .sum();
     let mut counts = vec![vec![0u64; profile.n_expert as usize]; layers];
     let mut tokens = 0u64;
     for prompt in &profile.prompts {
-        let skip = if decoded > 0 { prompt.prompt_tokens as usize } else { 0 };
+        let skip = if decoded > 0 {
+            prompt.prompt_tokens as usize
+        } else {
+            0
+        };
         for token in prompt.experts.chunks_exact(row).skip(skip) {
             tokens += 1;
             for (layer, chosen) in counts.iter_mut().zip(token.chunks_exact(used)) {
@@ -476,6 +589,13 @@ pub(super) fn usage(profile: &Profile) -> Option<Usage> {
     if tokens == 0 {
         return None;
     }
-    let share = counts.into_iter().map(|l| l.into_iter().map(|c| c as f64 / tokens as f64).collect()).collect();
-    Some(Usage { share, tokens, phase: if decoded > 0 { "decoded" } else { "prompt" } })
+    let share = counts
+        .into_iter()
+        .map(|l| l.into_iter().map(|c| c as f64 / tokens as f64).collect())
+        .collect();
+    Some(Usage {
+        share,
+        tokens,
+        phase: if decoded > 0 { "decoded" } else { "prompt" },
+    })
 }

@@ -74,7 +74,10 @@ pub fn run(gpu: &Arc<Gpu>, options: &Options) -> Result<Findings> {
     options.model.as_deref().map(Gguf::open).transpose()?;
     let bar = progress::steps();
     let step = |what: &str| bar.set_message(what.to_string());
-    let watch = Watch { stop: &interrupted, step: &step };
+    let watch = Watch {
+        stop: &interrupted,
+        step: &step,
+    };
     let device: Arc<dyn Device> = Arc::clone(gpu) as _;
     let text = text();
     let scratch = std::env::temp_dir();
@@ -86,7 +89,11 @@ pub fn run(gpu: &Arc<Gpu>, options: &Options) -> Result<Findings> {
     };
     let results = suite::results(&device, known, watch);
     let why = text.as_ref().err().map(|error| format!("{error:#}"));
-    let mut rows = rows::results(&results, golden.as_ref().err().map(String::as_str), why.as_deref());
+    let mut rows = rows::results(
+        &results,
+        golden.as_ref().err().map(String::as_str),
+        why.as_deref(),
+    );
     let mut gives = None;
     // A GPU whose kernels are wrong is not worth timing, and may have failed for good.
     if !options.quick && results.kernels_passed() && !interrupted() {
@@ -108,7 +115,11 @@ pub fn run(gpu: &Arc<Gpu>, options: &Options) -> Result<Findings> {
         rows,
         cut_short: interrupted(),
     };
-    Ok(Findings { table, results, gives })
+    Ok(Findings {
+        table,
+        results,
+        gives,
+    })
 }
 
 /// Describes a GPU in words: name, architecture, memory, driver.
@@ -128,7 +139,9 @@ pub fn describe(gpu: &Gpu) -> String {
 
 /// Returns the folder of golden values, or what to do where there is none.
 fn golden(given: Option<&Path>) -> Result<Result<PathBuf, String>> {
-    let Some(folder) = given else { return Ok(bundled::golden().map_err(|error| format!("{error:#}"))) };
+    let Some(folder) = given else {
+        return Ok(bundled::golden().map_err(|error| format!("{error:#}")));
+    };
     let has = |of: &str| folder.join(of).is_dir();
     ensure!(
         has("arch") && has("quant"),
@@ -179,7 +192,14 @@ fn timed(
         Ok(gguf) => suite::speeds(&gguf, &device, model.effort, watch),
         Err(error) => return nothing(error),
     };
-    let mut rows = rows::speeds(&speeds, gives, rows::Model { name: &model.name, judged: model.judged });
+    let mut rows = rows::speeds(
+        &speeds,
+        gives,
+        rows::Model {
+            name: &model.name,
+            judged: model.judged,
+        },
+    );
     if interrupted() {
         return rows;
     }
@@ -190,8 +210,18 @@ fn timed(
     }
     if let Some(program) = options.peer.as_deref().filter(|_| !interrupted()) {
         (watch.step)("llama-bench");
-        let found = peer::measure(program, &model.path, gpu.properties().ordinal, model.effort, &interrupted);
-        rows.extend(peer::rows(&found, speeds.fully_on_gpu.as_ref().ok(), model.judged));
+        let found = peer::measure(
+            program,
+            &model.path,
+            gpu.properties().ordinal,
+            model.effort,
+            &interrupted,
+        );
+        rows.extend(peer::rows(
+            &found,
+            speeds.fully_on_gpu.as_ref().ok(),
+            model.judged,
+        ));
     }
     rows
 }
@@ -200,7 +230,13 @@ fn timed(
 fn model(gpu: &Gpu, given: Option<&Path>, scratch: &Path, watch: Watch<'_>) -> Result<Model> {
     if let Some(path) = given {
         let name = Gguf::open(path)?.id().name;
-        return Ok(Model { _made: None, path: path.into(), name, judged: true, effort: Effort::FULL });
+        return Ok(Model {
+            _made: None,
+            path: path.into(),
+            name,
+            judged: true,
+            effort: Effort::FULL,
+        });
     }
     let free = FreeBytes {
         device: gpu.free_bytes()? as u64,
@@ -213,12 +249,18 @@ fn model(gpu: &Gpu, given: Option<&Path>, scratch: &Path, watch: Watch<'_>) -> R
     synth::write(&shape, file.path(), watch.stop, &mut |done, all| {
         let now = done * 100 / all.max(1);
         if percent.replace(now) != now {
-            (watch.step)(&format!("writing a synthetic model of {}: {now} %", show_bytes(all)));
+            (watch.step)(&format!(
+                "writing a synthetic model of {}: {now} %",
+                show_bytes(all)
+            ));
         }
     })?;
     let (judged, path) = (shape.is_real(), file.path().to_path_buf());
     let name = match judged {
-        true => format!("{} layers of Qwen3-30B-A3B's shape with random weights", shape.layers),
+        true => format!(
+            "{} layers of Qwen3-30B-A3B's shape with random weights",
+            shape.layers
+        ),
         false => format!(
             "a tiny model, of which no speed is judged: there are {} free on the GPU, {} in main memory, {} in {}",
             show_bytes(free.device),
@@ -228,7 +270,13 @@ fn model(gpu: &Gpu, given: Option<&Path>, scratch: &Path, watch: Watch<'_>) -> R
         ),
     };
     let effort = if judged { Effort::FULL } else { Effort::LITTLE };
-    Ok(Model { _made: Some(file), path, name, judged, effort })
+    Ok(Model {
+        _made: Some(file),
+        path,
+        name,
+        judged,
+        effort,
+    })
 }
 
 /// Opens a model as `run` does: on huge pages where it fits.
@@ -244,7 +292,9 @@ fn open(path: &Path) -> Result<Arc<Gguf>> {
 /// Predicts the measured speeds from this machine's own rates.
 fn predictions(gpu: &Gpu, model: &Model, speeds: &Speeds) -> Vec<Row> {
     // A dense model has no experts that a probe could read.
-    let (Ok(resident), Some(Ok(hybrid))) = (&speeds.fully_on_gpu, &speeds.hybrid) else { return Vec::new() };
+    let (Ok(resident), Some(Ok(hybrid))) = (&speeds.fully_on_gpu, &speeds.hybrid) else {
+        return Vec::new();
+    };
     let machine = predict::machine(&model.path);
     let device = u32::try_from(gpu.properties().ordinal).unwrap_or(u32::MAX);
     let row = |what: &str, timed: &Timed, plan: fn(&ModelShape, u32, KvType) -> Placement| {
@@ -252,11 +302,15 @@ fn predictions(gpu: &Gpu, model: &Model, speeds: &Speeds) -> Vec<Row> {
             let machine = machine.as_ref().map_err(|error| format!("{error:#}"))?;
             let shape = shape_of_file(&model.path).map_err(|error| error.to_string())?;
             let plan = plan(&shape, model.effort.context(), KV_TYPE);
-            predict::tok_s(machine, device, &shape, plan, model.effort.middle()).map_err(|error| format!("{error:#}"))
+            predict::tok_s(machine, device, &shape, plan, model.effort.middle())
+                .map_err(|error| format!("{error:#}"))
         };
         rows::predicted(what, timed.tok_s(), &tok_s(), model.judged)
     };
-    vec![row("all on the GPU", resident, all_on_gpu), row("experts in main memory", hybrid, experts_in_memory)]
+    vec![
+        row("all on the GPU", resident, all_on_gpu),
+        row("experts in main memory", hybrid, experts_in_memory),
+    ]
 }
 
 #[cfg(test)]
@@ -270,7 +324,10 @@ mod tests {
         assert_eq!(golden(Some(&own)).unwrap().unwrap(), own);
         let folder = tempfile::tempdir().unwrap();
         let why = golden(Some(folder.path())).unwrap_err().to_string();
-        assert!(why.contains("--golden") && why.contains("arch and quant"), "{why}");
+        assert!(
+            why.contains("--golden") && why.contains("arch and quant"),
+            "{why}"
+        );
     }
 
     #[test]

@@ -14,7 +14,11 @@ use tier_plan_runtime::model::shape::ModelShape;
 /// # Errors
 /// As for `probe --model`.
 pub fn machine(model: &Path) -> Result<Machine> {
-    Ok(probe::measure(&Settings { model: Some(model), ..Settings::default() })?.machine())
+    Ok(probe::measure(&Settings {
+        model: Some(model),
+        ..Settings::default()
+    })?
+    .machine())
 }
 
 /// Returns predicted decode tokens per second of a plan over a GPU's memory and main memory, in
@@ -22,7 +26,13 @@ pub fn machine(model: &Path) -> Result<Machine> {
 ///
 /// # Errors
 /// When the machine has no such GPU, or the model has more experts than can be predicted.
-pub fn tok_s(machine: &Machine, device: u32, shape: &ModelShape, mut plan: Placement, at: u32) -> Result<f64> {
+pub fn tok_s(
+    machine: &Machine,
+    device: u32,
+    shape: &ModelShape,
+    mut plan: Placement,
+    at: u32,
+) -> Result<f64> {
     let find = |is_it: &dyn Fn(&Tier) -> bool| machine.tiers.iter().position(is_it);
     let vram = find(&|t| t.kind == TierKind::Vram && t.device() == Some(device));
     let vram = vram.with_context(|| format!("the probe left GPU {device} out"))?;
@@ -33,8 +43,13 @@ pub fn tok_s(machine: &Machine, device: u32, shape: &ModelShape, mut plan: Place
         tier.tier = machine.tiers[of].clone();
         prompt_gflops.extend(rates.get(TierIdx::new(of)));
     }
-    (plan.layer_overhead_us, plan.token_overhead_us) = (machine.layer_overhead_us, machine.token_overhead_us);
-    plan.predicted = Prediction { at, prompt_gflops: prompt_gflops.into(), ..Prediction::default() };
+    (plan.layer_overhead_us, plan.token_overhead_us) =
+        (machine.layer_overhead_us, machine.token_overhead_us);
+    plan.predicted = Prediction {
+        at,
+        prompt_gflops: prompt_gflops.into(),
+        ..Prediction::default()
+    };
     Ok(cost::predict(&plan, shape, &Evidence::uniform(shape)?).decode_tok_s)
 }
 
@@ -77,20 +92,44 @@ mod tests {
             ],
             layer_overhead_us: 0.0,
             token_overhead_us: 7.0,
-            extras: Extras { prompt_gflops: BTreeMap::from([("dram".into(), 100.0)]), ..Extras::default() },
-            id: SourceId { name: "made up".into(), hash: String::new() },
+            extras: Extras {
+                prompt_gflops: BTreeMap::from([("dram".into(), 100.0)]),
+                ..Extras::default()
+            },
+            id: SourceId {
+                name: "made up".into(),
+                hash: String::new(),
+            },
         };
         let at = 9;
-        let cache: u64 = shape.caches.iter().map(|c| c.moved_bytes(KvType::F16, at.into(), 1)).sum();
+        let cache: u64 = shape
+            .caches
+            .iter()
+            .map(|c| c.moved_bytes(KvType::F16, at.into(), 1))
+            .sum();
         let cache = cache as f64;
         let resident = tok_s(&machine, 1, &shape, all_on_gpu(&shape, 64, KvType::F16), at).unwrap();
         let expected = 7e-6 + (shape.token_bytes() as f64 + cache) / 500e9;
         assert!((resident * expected - 1.0).abs() < 1e-6, "{resident}");
-        let hybrid = tok_s(&machine, 1, &shape, experts_in_memory(&shape, 64, KvType::F16), at).unwrap();
-        let experts: f64 = shape.experts.iter().map(|e| (e.expert_bytes * u64::from(e.n_used)) as f64).sum();
-        let expected = 7e-6 + (shape.token_bytes() as f64 - experts + cache) / 500e9 + experts / 10e9;
+        let hybrid = tok_s(
+            &machine,
+            1,
+            &shape,
+            experts_in_memory(&shape, 64, KvType::F16),
+            at,
+        )
+        .unwrap();
+        let experts: f64 = shape
+            .experts
+            .iter()
+            .map(|e| (e.expert_bytes * u64::from(e.n_used)) as f64)
+            .sum();
+        let expected =
+            7e-6 + (shape.token_bytes() as f64 - experts + cache) / 500e9 + experts / 10e9;
         assert!((hybrid * expected - 1.0).abs() < 1e-6, "{hybrid}");
-        let why = tok_s(&machine, 0, &shape, all_on_gpu(&shape, 64, KvType::F16), at).unwrap_err().to_string();
+        let why = tok_s(&machine, 0, &shape, all_on_gpu(&shape, 64, KvType::F16), at)
+            .unwrap_err()
+            .to_string();
         assert!(why.contains("GPU 0"), "{why}");
     }
 }

@@ -35,9 +35,16 @@ pub(super) const SPEED: &str = "a model of real shapes";
 fn failed(part: &'static str, what: impl Into<String>, error: &SelftestError) -> Row {
     let why = error.to_string();
     let not_run = error.is_unsupported() || matches!(error, SelftestError::Stopped);
-    let found = if not_run { Found::NotRun(why) } else { Found::Failed(why) };
+    let found = if not_run {
+        Found::NotRun(why)
+    } else {
+        Found::Failed(why)
+    };
     // A device that never finishes is as bad as one with wrong results.
-    Row { results: true, ..Row::without(part, what, found) }
+    Row {
+        results: true,
+        ..Row::without(part, what, found)
+    }
 }
 
 fn outcome(part: &'static str, what: &str, found: &Step<Outcome>) -> Row {
@@ -60,10 +67,17 @@ fn share(share: GpuShare) -> &'static str {
 /// Returns rows on correctness. `golden` and `text` give reasons where there is nothing to compare
 /// with.
 pub fn results(found: &Results, golden: Option<&str>, text: Option<&str>) -> Vec<Row> {
-    let mut rows: Vec<Row> = found.kernels.iter().map(|(name, found)| outcome(KERNELS, name, found)).collect();
+    let mut rows: Vec<Row> = found
+        .kernels
+        .iter()
+        .map(|(name, found)| outcome(KERNELS, name, found))
+        .collect();
     if !found.kernels_passed() {
         let why = "kernels are wrong by themselves";
-        rows.extend([GOLDEN, MODEL].map(|part| Row::without(part, "whole models", Found::NotRun(why.into()))));
+        rows.extend(
+            [GOLDEN, MODEL]
+                .map(|part| Row::without(part, "whole models", Found::NotRun(why.into()))),
+        );
         return rows;
     }
     rows.extend(golden.map(|why| Row::without(GOLDEN, "small models", Found::NotRun(why.into()))));
@@ -88,7 +102,9 @@ pub fn results(found: &Results, golden: Option<&str>, text: Option<&str>) -> Vec
             Err(error) => failed(GOLDEN, what, error),
         });
     }
-    rows.extend(text.map(|why| Row::without(MODEL, "the bundled model", Found::NotRun(why.into()))));
+    rows.extend(
+        text.map(|why| Row::without(MODEL, "the bundled model", Found::NotRun(why.into()))),
+    );
     for (place, found) in &found.logits {
         rows.push(outcome(MODEL, &format!("logits, {}", share(*place)), found));
     }
@@ -113,7 +129,9 @@ pub fn results(found: &Results, golden: Option<&str>, text: Option<&str>) -> Vec
 }
 
 fn same_text(what: String, found: &TextMatch) -> Row {
-    let row = Row::figure(MODEL, what, found.same as f64, "").with(Target::AtLeast(found.total as f64)).compared();
+    let row = Row::figure(MODEL, what, found.same as f64, "")
+        .with(Target::AtLeast(found.total as f64))
+        .compared();
     match found.margin {
         None => row,
         Some(margin) => row.noting(format!(
@@ -125,7 +143,11 @@ fn same_text(what: String, found: &TextMatch) -> Row {
 
 /// What the device gives by itself.
 pub fn gives(found: &Step<DeviceRates>) -> Vec<Row> {
-    let DeviceRates { rates, copy_gbps, products } = match found {
+    let DeviceRates {
+        rates,
+        copy_gbps,
+        products,
+    } = match found {
         Ok(gives) => gives,
         Err(error) => return vec![failed(RATES, "memory, link and products", error)],
     };
@@ -134,13 +156,32 @@ pub fn gives(found: &Step<DeviceRates>) -> Vec<Row> {
         row("a launch", rates.launch_us, "µs"),
         row("a launch and the way back", rates.round_trip_us, "µs"),
         row("memory of the GPU, read", rates.read_gbps, "GB/s"),
-        row("memory of the GPU, copied to itself", *copy_gbps, "GB/s").noting("bytes read and bytes written together"),
-        row("to the GPU, pinned memory", rates.to_device.pinned_gbps, "GB/s"),
-        row("to the GPU, pageable memory", rates.to_device.pageable_gbps, "GB/s"),
-        row("from the GPU, pinned memory", rates.from_device.pinned_gbps, "GB/s"),
-        row("from the GPU, pageable memory", rates.from_device.pageable_gbps, "GB/s"),
+        row("memory of the GPU, copied to itself", *copy_gbps, "GB/s")
+            .noting("bytes read and bytes written together"),
+        row(
+            "to the GPU, pinned memory",
+            rates.to_device.pinned_gbps,
+            "GB/s",
+        ),
+        row(
+            "to the GPU, pageable memory",
+            rates.to_device.pageable_gbps,
+            "GB/s",
+        ),
+        row(
+            "from the GPU, pinned memory",
+            rates.from_device.pinned_gbps,
+            "GB/s",
+        ),
+        row(
+            "from the GPU, pageable memory",
+            rates.from_device.pageable_gbps,
+            "GB/s",
+        ),
     ];
-    let of = |(ty, gbps): &(_, f64)| Row::figure(RATES, format!("products of one token, {ty}"), *gbps, "GB/s");
+    let of = |(ty, gbps): &(_, f64)| {
+        Row::figure(RATES, format!("products of one token, {ty}"), *gbps, "GB/s")
+    };
     rows.extend(products.iter().map(of));
     rows
 }
@@ -164,8 +205,12 @@ pub fn speeds(found: &Speeds, gives: &DeviceRates, model: Model<'_>) -> Vec<Row>
         Err(error) => rows.push(failed(SPEED, format!("{name}, all on the GPU"), error)),
         Ok(timed) => {
             rows.push(
-                Row::figure(SPEED, "decoding, all on the GPU", timed.tok_s(), "tok/s")
-                    .noting(format!("{name}; {} tokens, {:.0} launches each", timed.decode_tokens, timed.launches)),
+                Row::figure(SPEED, "decoding, all on the GPU", timed.tok_s(), "tok/s").noting(
+                    format!(
+                        "{name}; {} tokens, {:.0} launches each",
+                        timed.decode_tokens, timed.launches
+                    ),
+                ),
             );
             let share = 100.0 * timed.gbps() / gives.rates.read_gbps.max(1e-9);
             let row = Row::figure(SPEED, "of the memory's read rate, by the weights read", share, "%").noting(format!(
@@ -179,14 +224,24 @@ pub fn speeds(found: &Speeds, gives: &DeviceRates, model: Model<'_>) -> Vec<Row>
         }
     }
     match (&found.processor, resident) {
-        (Err(error), _) => rows.push(failed(SPEED, format!("{name}, all on the processor"), error)),
+        (Err(error), _) => rows.push(failed(
+            SPEED,
+            format!("{name}, all on the processor"),
+            error,
+        )),
         (Ok(processor), Ok(resident)) => {
             let times = resident.prompt_tok_s() / processor.prompt_tok_s().max(1e-9);
             let fewer = match processor.prompt_tokens < resident.prompt_tokens {
                 true => ", fewer since all would have taken too long, which favours the GPU",
                 false => "",
             };
-            let row = Row::figure(SPEED, "a prompt, times as fast as the processor", times, "×").noting(format!(
+            let row = Row::figure(
+                SPEED,
+                "a prompt, times as fast as the processor",
+                times,
+                "×",
+            )
+            .noting(format!(
                 "{} tokens at {:.0} tok/s; the processor {} at {:.1}{fewer}",
                 resident.prompt_tokens,
                 resident.prompt_tok_s(),
@@ -202,11 +257,16 @@ pub fn speeds(found: &Speeds, gives: &DeviceRates, model: Model<'_>) -> Vec<Row>
             let why = Found::NotRun("the model has no routed experts".into());
             rows.push(Row::without(SPEED, "decoding, experts in main memory", why));
         }
-        (Some(Err(error)), _) => rows.push(failed(SPEED, format!("{name}, experts in main memory"), error)),
+        (Some(Err(error)), _) => rows.push(failed(
+            SPEED,
+            format!("{name}, experts in main memory"),
+            error,
+        )),
         (Some(Ok(hybrid)), Ok(processor)) => {
             rows.extend(hybrid_speeds(hybrid));
             let parts = Parts::new(hybrid, processor, gives.rates.round_trip_us);
-            let row = Row::figure(SPEED, "its time of a token", hybrid.token_s * 1e3, "ms").noting(parts.show());
+            let row = Row::figure(SPEED, "its time of a token", hybrid.token_s * 1e3, "ms")
+                .noting(parts.show());
             rows.push(with(row, Target::AtMost(parts.allowed_s() * 1e3)));
         }
         (Some(Ok(hybrid)), Err(_)) => rows.extend(hybrid_speeds(hybrid)),
@@ -220,7 +280,10 @@ fn hybrid_speeds(hybrid: &Timed) -> [Row; 2] {
         Row::figure(SPEED, what, tok_s, "tok/s").noting(format!("{tokens} tokens"))
     };
     let (prompt, decode) = (hybrid.prompt_tok_s(), hybrid.tok_s());
-    [row("a prompt", prompt, hybrid.prompt_tokens), row("decoding", decode, hybrid.decode_tokens)]
+    [
+        row("a prompt", prompt, hybrid.prompt_tokens),
+        row("decoding", decode, hybrid.decode_tokens),
+    ]
 }
 
 /// Time of a token whose experts are in main memory, in seconds.
@@ -238,7 +301,11 @@ impl Parts {
     fn new(hybrid: &Timed, processor: &Timed, round_trip_us: f64) -> Self {
         let trips_s = round_trip_us * 1e-6 * f64::from(hybrid.layers);
         let gpu_s = (hybrid.dense_s + hybrid.outside_s() - trips_s).max(0.0);
-        Parts { processor_s: processor.expert_s, gpu_s, trips_s }
+        Parts {
+            processor_s: processor.expert_s,
+            gpu_s,
+            trips_s,
+        }
     }
 
     fn allowed_s(&self) -> f64 {
@@ -264,7 +331,11 @@ pub fn predicted(what: &str, measured: f64, predicted: &Result<f64, String>, jud
             let row = Row::figure(SPEED, what, off.abs(), "%").noting(format!(
                 "off: predicted {predicted:.1} tok/s from this machine's probe, measured {measured:.1} ({off:+.1} %)"
             ));
-            if judged { row.with(Target::AtMost(PREDICTED)) } else { row }
+            if judged {
+                row.with(Target::AtMost(PREDICTED))
+            } else {
+                row
+            }
         }
     }
 }

@@ -104,7 +104,12 @@ pub struct Row {
 
 impl Row {
     /// Makes a row with a figure and no target.
-    pub fn figure(part: &'static str, what: impl Into<String>, value: f64, unit: &'static str) -> Self {
+    pub fn figure(
+        part: &'static str,
+        what: impl Into<String>,
+        value: f64,
+        unit: &'static str,
+    ) -> Self {
         let found = Found::Figure(value);
         Row {
             part,
@@ -120,25 +125,38 @@ impl Row {
 
     /// Makes a row without a figure.
     pub fn without(part: &'static str, what: impl Into<String>, found: Found) -> Self {
-        Row { found, ..Row::figure(part, what, 0.0, "") }
+        Row {
+            found,
+            ..Row::figure(part, what, 0.0, "")
+        }
     }
 
     /// Adds a target.
     #[must_use]
     pub fn with(self, target: Target) -> Self {
-        Row { target: Some(target), ..self }
+        Row {
+            target: Some(target),
+            ..self
+        }
     }
 
     /// Marks the figure as a comparison of results.
     #[must_use]
     pub fn compared(self) -> Self {
-        Row { how: How::Compared, results: true, ..self }
+        Row {
+            how: How::Compared,
+            results: true,
+            ..self
+        }
     }
 
     /// Adds a remark.
     #[must_use]
     pub fn noting(self, note: impl Into<String>) -> Self {
-        Row { note: note.into(), ..self }
+        Row {
+            note: note.into(),
+            ..self
+        }
     }
 
     /// Returns the verdict.
@@ -178,14 +196,26 @@ pub struct Table {
 impl Table {
     /// Counts rows with a verdict.
     pub fn count(&self, verdict: Verdict) -> usize {
-        self.rows.iter().filter(|row| row.verdict() == verdict).count()
+        self.rows
+            .iter()
+            .filter(|row| row.verdict() == verdict)
+            .count()
     }
 
     /// Summarizes all rows in one sentence.
     pub fn summary(&self) -> String {
-        let [met, missed, failed, not_run] =
-            [Verdict::Met, Verdict::Missed, Verdict::Failed, Verdict::NotRun].map(|v| self.count(v));
-        let cut = if self.cut_short { "; ended before the rest was looked at" } else { "" };
+        let [met, missed, failed, not_run] = [
+            Verdict::Met,
+            Verdict::Missed,
+            Verdict::Failed,
+            Verdict::NotRun,
+        ]
+        .map(|v| self.count(v));
+        let cut = if self.cut_short {
+            "; ended before the rest was looked at"
+        } else {
+            ""
+        };
         format!(
             "{met} of {} targets met, {missed} missed, {failed} failed, {not_run} not run{cut}",
             met + missed + failed
@@ -194,15 +224,33 @@ impl Table {
 
     /// Formats the table as text.
     pub fn text(&self) -> String {
-        let widest = self.rows.iter().map(|row| row.what.chars().count()).max().unwrap_or(0).max(10);
-        let mut text = format!("tier-plan {} · {}\n{}\n{}\n", self.version, self.when, self.host, self.gpu);
+        let widest = self
+            .rows
+            .iter()
+            .map(|row| row.what.chars().count())
+            .max()
+            .unwrap_or(0)
+            .max(10);
+        let mut text = format!(
+            "tier-plan {} · {}\n{}\n{}\n",
+            self.version, self.when, self.host, self.gpu
+        );
         let mut part = "";
         for row in &self.rows {
             if row.part != part {
                 part = row.part;
-                text += &format!("\n{part:<width$} {:>16} {:>16}\n", "target", "found", width = widest + 2);
+                text += &format!(
+                    "\n{part:<width$} {:>16} {:>16}\n",
+                    "target",
+                    "found",
+                    width = widest + 2
+                );
             }
-            let with_unit = |value: f64| format!("{} {}", show(value), row.unit).trim_end().to_string();
+            let with_unit = |value: f64| {
+                format!("{} {}", show(value), row.unit)
+                    .trim_end()
+                    .to_string()
+            };
             let target = match row.target {
                 None => String::new(),
                 Some(Target::AtMost(value)) => format!("≤ {}", with_unit(value)),
@@ -216,10 +264,22 @@ impl Table {
                 Verdict::NoTarget => row.how.name().to_string(),
                 verdict => format!("{} ({})", verdict.name(), row.how.name()),
             };
-            let verdict = if why.is_some() { row.verdict().name().to_string() } else { verdict };
-            let notes: Vec<&str> =
-                why.map(String::as_str).into_iter().chain([row.note.as_str()]).filter(|n| !n.is_empty()).collect();
-            let line = format!("  {:<widest$} {target:>16} {found:>16}  {verdict:<18}  {}", row.what, notes.join("; "));
+            let verdict = if why.is_some() {
+                row.verdict().name().to_string()
+            } else {
+                verdict
+            };
+            let notes: Vec<&str> = why
+                .map(String::as_str)
+                .into_iter()
+                .chain([row.note.as_str()])
+                .filter(|n| !n.is_empty())
+                .collect();
+            let line = format!(
+                "  {:<widest$} {target:>16} {found:>16}  {verdict:<18}  {}",
+                row.what,
+                notes.join("; ")
+            );
             text += line.trim_end();
             text.push('\n');
         }
@@ -234,7 +294,13 @@ impl Table {
     /// Encodes the counts of verdicts as JSON.
     pub fn summary_json(&self) -> Value {
         let mut counts = serde_json::Map::new();
-        for verdict in [Verdict::Met, Verdict::Missed, Verdict::Failed, Verdict::NotRun, Verdict::NoTarget] {
+        for verdict in [
+            Verdict::Met,
+            Verdict::Missed,
+            Verdict::Failed,
+            Verdict::NotRun,
+            Verdict::NoTarget,
+        ] {
             counts.insert(verdict.name().replace(' ', "_"), json!(self.count(verdict)));
         }
         counts.insert("cut_short".into(), json!(self.cut_short));
@@ -244,7 +310,11 @@ impl Table {
 
 /// Encodes a number; JSON has none for infinity and NaN, so those become strings.
 pub fn number(value: f64) -> Value {
-    if value.is_finite() { json!(value) } else { Value::Null }
+    if value.is_finite() {
+        json!(value)
+    } else {
+        Value::Null
+    }
 }
 
 fn row_json(row: &Row) -> Value {
@@ -303,10 +373,19 @@ mod tests {
             host: "a processor".into(),
             gpu: "GPU 0: a GPU".into(),
             rows: vec![
-                Row::figure("kernels", "products, Q4_K", 12.34, "%").with(Target::AtMost(100.0)).compared(),
-                Row::figure("golden values", "qwen3moe", 2e-3, "").with(Target::AtMost(1e-4)).compared(),
+                Row::figure("kernels", "products, Q4_K", 12.34, "%")
+                    .with(Target::AtMost(100.0))
+                    .compared(),
+                Row::figure("golden values", "qwen3moe", 2e-3, "")
+                    .with(Target::AtMost(1e-4))
+                    .compared(),
                 Row::without("golden values", "quantised models", Found::NotRun(why)),
-                Row::without("golden values", "olmoe", Found::Failed("the device failed".into())).compared(),
+                Row::without(
+                    "golden values",
+                    "olmoe",
+                    Found::Failed("the device failed".into()),
+                )
+                .compared(),
                 Row::figure("rates", "memory, read", 1234.5, "GB/s").noting("of 256 MiB"),
                 Row::figure("rates", "share of it", f64::NAN, "%").with(Target::AtLeast(70.0)),
             ],
@@ -324,7 +403,10 @@ mod tests {
             assert_eq!(verdict(next(bound), Target::AtMost(bound)), Verdict::Missed);
             assert_eq!(verdict(last(bound), Target::AtMost(bound)), Verdict::Met);
             assert_eq!(verdict(bound, Target::AtLeast(bound)), Verdict::Met);
-            assert_eq!(verdict(last(bound), Target::AtLeast(bound)), Verdict::Missed);
+            assert_eq!(
+                verdict(last(bound), Target::AtLeast(bound)),
+                Verdict::Missed
+            );
             assert_eq!(verdict(next(bound), Target::AtLeast(bound)), Verdict::Met);
         }
         for target in [Target::AtMost(1.0), Target::AtLeast(1.0)] {
@@ -367,14 +449,23 @@ rates                        target            found
 ";
         // Columns are as wide as their longest entry; what counts is what stands in them.
         let words = |text: &str| -> Vec<Vec<String>> {
-            text.lines().map(|l| l.split_whitespace().map(String::from).collect()).collect()
+            text.lines()
+                .map(|l| l.split_whitespace().map(String::from).collect())
+                .collect()
         };
         assert_eq!(words(&text), words(expected), "{text}");
         let columns = |line: &str| line.chars().position(|c| c == '(').unwrap_or(0);
-        let verdicts: Vec<usize> = text.lines().filter(|l| l.contains(" (")).map(columns).collect();
+        let verdicts: Vec<usize> = text
+            .lines()
+            .filter(|l| l.contains(" ("))
+            .map(columns)
+            .collect();
         assert!(verdicts.len() == 3, "{text}");
         assert!(text.lines().all(|line| line == line.trim_end()), "{text}");
-        let cut = Table { cut_short: true, ..table() };
+        let cut = Table {
+            cut_short: true,
+            ..table()
+        };
         assert!(cut.text().contains("ended before"), "{}", cut.text());
     }
 
@@ -383,11 +474,23 @@ rates                        target            found
         let (rows, summary) = (table().rows_json(), table().summary_json());
         assert_eq!(rows.as_array().unwrap().len(), 6);
         assert_eq!(rows[0]["target"]["at_most"], 100.0);
-        assert_eq!((&rows[0]["verdict"], &rows[0]["how"]), (&json!("met"), &json!("compared")));
-        assert_eq!((&rows[1]["found"], &rows[1]["verdict"]), (&json!(2e-3), &json!("missed")));
-        assert!(rows[2]["found"].is_null() && rows[2]["why"].as_str().unwrap().contains("--golden"));
+        assert_eq!(
+            (&rows[0]["verdict"], &rows[0]["how"]),
+            (&json!("met"), &json!("compared"))
+        );
+        assert_eq!(
+            (&rows[1]["found"], &rows[1]["verdict"]),
+            (&json!(2e-3), &json!("missed"))
+        );
+        assert!(
+            rows[2]["found"].is_null() && rows[2]["why"].as_str().unwrap().contains("--golden")
+        );
         assert_eq!(rows[3]["verdict"], "failed");
-        assert!(rows[4]["target"].is_null() && rows[4]["verdict"] == "no target" && rows[4]["how"] == "measured");
+        assert!(
+            rows[4]["target"].is_null()
+                && rows[4]["verdict"] == "no target"
+                && rows[4]["how"] == "measured"
+        );
         assert!(rows[5]["found"].is_null() && rows[5]["verdict"] == "missed");
         assert_eq!(
             summary,
@@ -397,8 +500,25 @@ rates                        target            found
 
     #[test]
     fn figures_have_few_digits() {
-        let shown: Vec<String> =
-            [0.0, 1e-5, 0.0123, 1.234, 12.34, 1234.5, 17.0, 3e9, f64::INFINITY].into_iter().map(show).collect();
-        assert_eq!(shown, ["0", "1.0e-5", "0.012", "1.23", "12.3", "1234", "17", "3.0e9", "inf"]);
+        let shown: Vec<String> = [
+            0.0,
+            1e-5,
+            0.0123,
+            1.234,
+            12.34,
+            1234.5,
+            17.0,
+            3e9,
+            f64::INFINITY,
+        ]
+        .into_iter()
+        .map(show)
+        .collect();
+        assert_eq!(
+            shown,
+            [
+                "0", "1.0e-5", "0.012", "1.23", "12.3", "1234", "17", "3.0e9", "inf"
+            ]
+        );
     }
 }

@@ -19,8 +19,16 @@ pub(super) struct BaselinePlans {
 
 /// Makes the baselines of an instance.
 pub(super) fn baseline_plans(instance: &Instance<'_>) -> Result<BaselinePlans> {
-    let Instance { problem, evidence, capacity, .. } = *instance;
-    let mut made = BaselinePlans { drafts: Vec::new(), plans: Vec::new() };
+    let Instance {
+        problem,
+        evidence,
+        capacity,
+        ..
+    } = *instance;
+    let mut made = BaselinePlans {
+        drafts: Vec::new(),
+        plans: Vec::new(),
+    };
     for baseline in Baseline::ALL {
         if let Some(draft) = baselines::draft(baseline, problem.shape, evidence, capacity) {
             let mut plan = assemble(instance, baseline.name(), &draft);
@@ -47,13 +55,19 @@ pub(super) fn verified(instance: &Instance<'_>, plan: Placement) -> Result<Place
 
 /// Makes a predicted plan of a draft. Its solver report is left to fill in.
 pub(super) fn assemble(instance: &Instance<'_>, name: &str, draft: &Draft) -> Placement {
-    let Instance { problem, capacity, .. } = *instance;
+    let Instance {
+        problem, capacity, ..
+    } = *instance;
     let (shape, machine) = (problem.shape, problem.machine);
     let dense = shape
         .dense
         .iter()
         .zip(&draft.dense)
-        .map(|(group, &tier)| DensePlacement { kind: group.kind, layer: group.layer, tier })
+        .map(|(group, &tier)| DensePlacement {
+            kind: group.kind,
+            layer: group.layer,
+            tier,
+        })
         .collect();
     let mut plan = Placement {
         name: name.to_string(),
@@ -95,14 +109,22 @@ pub(super) fn assemble(instance: &Instance<'_>, name: &str, draft: &Draft) -> Pl
 /// Returns the plan's tiers with their budgets, and nothing in them yet.
 fn empty_tiers(capacity: &crate::solve::problem::capacity::Capacity) -> PerTier<PlanTier> {
     let tiers = capacity.tiers.iter().zip(&capacity.budget_bytes);
-    tiers.map(|(tier, &budget_bytes)| PlanTier::new(tier.clone(), budget_bytes)).collect()
+    tiers
+        .map(|(tier, &budget_bytes)| PlanTier::new(tier.clone(), budget_bytes))
+        .collect()
 }
 
 /// Returns the tier that the plan names for the KV cache: a real GPU if it has all attention.
 fn common_kv_tier(instance: &Instance<'_>, draft: &Draft) -> TierIdx {
     let capacity = instance.capacity;
     let groups = instance.problem.shape.dense.iter().zip(&draft.dense);
-    let mut tiers = groups.filter(|(group, _)| group.kind == DenseKind::Attention).map(|(_, &tier)| tier);
-    let first = tiers.next().filter(|&t| capacity.tiers[t].is_gpu() && capacity.kv_bytes == 0);
-    first.filter(|&first| tiers.all(|t| t == first)).unwrap_or(capacity.kv_tier)
+    let mut tiers = groups
+        .filter(|(group, _)| group.kind == DenseKind::Attention)
+        .map(|(_, &tier)| tier);
+    let first = tiers
+        .next()
+        .filter(|&t| capacity.tiers[t].is_gpu() && capacity.kv_bytes == 0);
+    first
+        .filter(|&first| tiers.all(|t| t == first))
+        .unwrap_or(capacity.kv_tier)
 }

@@ -25,8 +25,12 @@ pub enum Baseline {
 
 impl Baseline {
     /// All baselines, in the order of reports.
-    pub const ALL: [Baseline; 4] =
-        [Baseline::Uniform, Baseline::FrequencyFirst, Baseline::LruOnly, Baseline::FirstLayersCpu];
+    pub const ALL: [Baseline; 4] = [
+        Baseline::Uniform,
+        Baseline::FrequencyFirst,
+        Baseline::LruOnly,
+        Baseline::FirstLayersCpu,
+    ];
 
     /// Returns the baseline that a strategy asks for, if it is one.
     pub fn of_strategy(strategy: Strategy) -> Option<Baseline> {
@@ -61,21 +65,48 @@ const DENSE_ORDER: [DenseKind; 6] = [
 ];
 
 /// Drafts a baseline. Returns `None` if it does not fit the tiers.
-pub fn draft(baseline: Baseline, shape: &ModelShape, evidence: &Evidence, capacity: &Capacity) -> Option<Draft> {
+pub fn draft(
+    baseline: Baseline,
+    shape: &ModelShape,
+    evidence: &Evidence,
+    capacity: &Capacity,
+) -> Option<Draft> {
     let mut left = capacity.left_bytes.clone();
     let mut dense = vec![TierIdx::FIRST; shape.dense.len()];
     for kind in DENSE_ORDER {
-        for (at, group) in shape.dense.iter().enumerate().filter(|(_, g)| g.kind == kind) {
+        for (at, group) in shape
+            .dense
+            .iter()
+            .enumerate()
+            .filter(|(_, g)| g.kind == kind)
+        {
             let fits = |left: &[u64], tier: TierIdx| {
-                capacity.taken(group, tier).iter().zip(left).all(|(bytes, left)| bytes <= left)
+                capacity
+                    .taken(group, tier)
+                    .iter()
+                    .zip(left)
+                    .all(|(bytes, left)| bytes <= left)
             };
-            dense[at] = capacity.dense_tiers(group).find(|&tier| fits(&left, tier))?;
+            dense[at] = capacity
+                .dense_tiers(group)
+                .find(|&tier| fits(&left, tier))?;
             let taken = capacity.taken(group, dense[at]);
-            left.iter_mut().zip(taken).for_each(|(left, bytes)| *left -= bytes);
+            left.iter_mut()
+                .zip(taken)
+                .for_each(|(left, bytes)| *left -= bytes);
         }
     }
-    let mut filler = Filler { evidence, capacity, left, layers: Vec::new() };
-    filler.layers = evidence.layers.iter().map(|l| LayerFill::new(l.shape.layer, capacity)).collect();
+    let mut filler = Filler {
+        evidence,
+        capacity,
+        left,
+        layers: Vec::new(),
+    };
+    filler.layers = evidence
+        .layers
+        .iter()
+        .map(|l| LayerFill::new(l.shape.layer, capacity))
+        .collect();
     match baseline {
         Baseline::Uniform => filler.uniform(),
         Baseline::FrequencyFirst => filler.frequency_first(),
@@ -84,10 +115,15 @@ pub fn draft(baseline: Baseline, shape: &ModelShape, evidence: &Evidence, capaci
         Baseline::FirstLayersCpu => filler.first_layers_cpu(),
     }
     let layers = filler.layers.iter().zip(&evidence.layers);
-    let home: u64 = layers.map(|(fill, e)| fill.n_pooled(e) * e.shape.expert_bytes).sum();
+    let home: u64 = layers
+        .map(|(fill, e)| fill.n_pooled(e) * e.shape.expert_bytes)
+        .sum();
     let fits = home <= filler.left[capacity.fast()];
     let layers = filler.layers.into_iter().map(LayerFill::placement);
-    fits.then(|| Draft { dense, layers: layers.collect() })
+    fits.then(|| Draft {
+        dense,
+        layers: layers.collect(),
+    })
 }
 
 /// The pins and slots of one layer so far.
@@ -103,7 +139,12 @@ struct LayerFill {
 impl LayerFill {
     fn new(layer: u32, capacity: &Capacity) -> Self {
         let pinned = vec![Vec::new(); capacity.fast()];
-        LayerFill { layer, pinned, slots: 0, slot_tier: capacity.staging_tier }
+        LayerFill {
+            layer,
+            pinned,
+            slots: 0,
+            slot_tier: capacity.staging_tier,
+        }
     }
 
     /// Returns the number of experts that are not pinned.
@@ -117,7 +158,10 @@ impl LayerFill {
         for (tier, mut experts) in self.pinned.into_iter().enumerate() {
             if !experts.is_empty() {
                 experts.sort_unstable();
-                pinned.push(Pins { tier: TierIdx::new(tier), experts });
+                pinned.push(Pins {
+                    tier: TierIdx::new(tier),
+                    experts,
+                });
             }
         }
         LayerPlacement {
@@ -161,7 +205,10 @@ impl Filler<'_> {
             let one_each: u64 = (0..n).map(|l| self.expert_bytes(l)).sum();
             let each = self.left[tier].checked_div(one_each).unwrap_or(0);
             let mut counts: Vec<u64> = (0..n).map(|l| each.min(self.n_pooled(l))).collect();
-            let taken = counts.iter().enumerate().map(|(l, count)| count * self.expert_bytes(l));
+            let taken = counts
+                .iter()
+                .enumerate()
+                .map(|(l, count)| count * self.expert_bytes(l));
             self.left[tier] -= taken.sum::<u64>();
             for (l, count) in counts.iter_mut().enumerate() {
                 if *count < self.n_pooled(l) && self.expert_bytes(l) <= self.left[tier] {
@@ -172,7 +219,9 @@ impl Filler<'_> {
             for (l, count) in counts.into_iter().enumerate() {
                 let fill = &mut self.layers[l];
                 let is_free = |e: &u32| !fill.pinned.iter().any(|p| p.contains(e));
-                let free: Vec<u32> = (0..self.evidence.layers[l].shape.n_expert).filter(is_free).collect();
+                let free: Vec<u32> = (0..self.evidence.layers[l].shape.n_expert)
+                    .filter(is_free)
+                    .collect();
                 let spaced = (0..count).map(|i| free[(i * free.len() as u64 / count) as usize]);
                 fill.pinned[tier] = spaced.collect();
             }
@@ -184,7 +233,11 @@ impl Filler<'_> {
         for (layer, evidence) in self.evidence.layers.iter().enumerate() {
             let share = |expert: u32| evidence.share[expert as usize];
             let order = evidence.order.iter();
-            uses.extend(order.map(|&expert| ExpertUse { share: share(expert), layer, expert }));
+            uses.extend(order.map(|&expert| ExpertUse {
+                share: share(expert),
+                layer,
+                expert,
+            }));
         }
         // Stable, so that equal shares keep the layer's own order.
         uses.sort_by(|a, b| b.share.total_cmp(&a.share));
@@ -234,9 +287,19 @@ impl Filler<'_> {
 
     fn lru_only(&mut self) {
         let shapes = self.evidence.layers.iter().map(|l| l.shape);
-        let total: u128 = shapes.map(|e| u128::from(e.expert_bytes) * u128::from(e.n_expert)).sum();
-        let have: u128 = self.capacity.slot_tiers().map(|t| u128::from(self.left[t.get()])).sum();
-        let share = if total == 0 { 0.0 } else { (have as f64 / total as f64).min(1.0) };
+        let total: u128 = shapes
+            .map(|e| u128::from(e.expert_bytes) * u128::from(e.n_expert))
+            .sum();
+        let have: u128 = self
+            .capacity
+            .slot_tiers()
+            .map(|t| u128::from(self.left[t.get()]))
+            .sum();
+        let share = if total == 0 {
+            0.0
+        } else {
+            (have as f64 / total as f64).min(1.0)
+        };
         let last = self.capacity.fast() - 1;
         let mut tier = 0;
         let mut taken = 0.0;

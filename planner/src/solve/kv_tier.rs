@@ -36,20 +36,42 @@ pub(super) struct Best {
 /// # Errors
 /// Fails if the baseline fits no instance.
 pub(super) fn best_baseline(instances: &[Instance<'_>], baseline: Baseline) -> Result<Best> {
-    let plans = instances.iter().map(baseline_plans).collect::<Result<Vec<_>>>()?;
+    let plans = instances
+        .iter()
+        .map(baseline_plans)
+        .collect::<Result<Vec<_>>>()?;
     let baselines = best_of_each(instances, plans);
-    let plan = baselines.iter().find(|b| b.name == baseline.name()).cloned().with_context(|| {
-        format!("the rule '{}' makes no plan on these tiers and budgets; try --strategy optimal", baseline.name())
-    })?;
-    Ok(Best { plan, baselines, prices: Vec::new(), notes: Vec::new() })
+    let plan = baselines
+        .iter()
+        .find(|b| b.name == baseline.name())
+        .cloned()
+        .with_context(|| {
+            format!(
+                "the rule '{}' makes no plan on these tiers and budgets; try --strategy optimal",
+                baseline.name()
+            )
+        })?;
+    Ok(Best {
+        plan,
+        baselines,
+        prices: Vec::new(),
+        notes: Vec::new(),
+    })
 }
 
 /// Returns the best plan of instances that differ by the tier of the KV cache.
 ///
 /// # Errors
 /// Fails if no instance has a solution.
-pub(super) fn optimum(instances: &[Instance<'_>], start: Instant, deadline: Instant) -> Result<Best> {
-    let baselines = instances.iter().map(baseline_plans).collect::<Result<Vec<_>>>()?;
+pub(super) fn optimum(
+    instances: &[Instance<'_>],
+    start: Instant,
+    deadline: Instant,
+) -> Result<Best> {
+    let baselines = instances
+        .iter()
+        .map(baseline_plans)
+        .collect::<Result<Vec<_>>>()?;
     let mut best = search(instances, &baselines, start, deadline)?;
     best.baselines = best_of_each(instances, baselines);
     Ok(best)
@@ -92,13 +114,30 @@ impl<'a, 'b> Attempt<'a, 'b> {
         deadline: Instant,
         had_all_time: bool,
     ) -> Result<Self> {
-        let Optimum { plan, notes, optimized } = solve_instance(instance, baselines, Instant::now(), deadline)?;
+        let Optimum {
+            plan,
+            notes,
+            optimized,
+        } = solve_instance(instance, baselines, Instant::now(), deadline)?;
         let lagrangian_s = optimized.lagrangian_bound + instance.fixed_s(1);
         let value = instance.value(&plan);
         let gap = optimized.bound.and_then(|bound| instance.gap(&plan, bound));
         let bound = gap.map(|gap| value * (1.0 - gap));
-        let best = Best { plan, baselines: Vec::new(), prices: optimized.price, notes };
-        Ok(Attempt { instance, baselines, best, value, bound, lagrangian_s, had_all_time })
+        let best = Best {
+            plan,
+            baselines: Vec::new(),
+            prices: optimized.price,
+            notes,
+        };
+        Ok(Attempt {
+            instance,
+            baselines,
+            best,
+            value,
+            bound,
+            lagrangian_s,
+            had_all_time,
+        })
     }
 
     /// Returns the least seconds of plans of an instance that has the KV cache elsewhere.
@@ -115,18 +154,26 @@ impl<'a, 'b> Attempt<'a, 'b> {
             return None;
         }
         let prices = &self.best.prices;
-        let moved =
-            other.fixed_s(1) - self.instance.fixed_s(1) + other.dense_s(prices)? - self.instance.dense_s(prices)?;
+        let moved = other.fixed_s(1) - self.instance.fixed_s(1) + other.dense_s(prices)?
+            - self.instance.dense_s(prices)?;
         Some(self.lagrangian_s + moved + here.priced_left(prices) - there.priced_left(prices))
     }
 
     /// Whether more time may find something better than `value`.
     fn is_open(&self, value: f64) -> bool {
-        !self.had_all_time && self.bound.is_none_or(|bound| bound < value * (1.0 - MAX_ROUNDING_GAP))
+        !self.had_all_time
+            && self
+                .bound
+                .is_none_or(|bound| bound < value * (1.0 - MAX_ROUNDING_GAP))
     }
 }
 
-fn search(instances: &[Instance<'_>], baselines: &[BaselinePlans], start: Instant, deadline: Instant) -> Result<Best> {
+fn search(
+    instances: &[Instance<'_>],
+    baselines: &[BaselinePlans],
+    start: Instant,
+    deadline: Instant,
+) -> Result<Best> {
     if let ([only], [baselines]) = (instances, baselines) {
         return Ok(Attempt::new(only, baselines, deadline, true)?.best);
     }
@@ -137,15 +184,29 @@ fn search(instances: &[Instance<'_>], baselines: &[BaselinePlans], start: Instan
     let mut skipped_bound = f64::INFINITY;
     let mut first_error = None;
     for (instance, baselines) in instances.iter().zip(baselines) {
-        let least = attempts.iter().map(|a| a.value).fold(f64::INFINITY, f64::min);
-        let bound = attempts.iter().filter_map(|a| a.bound_of(instance)).fold(f64::NEG_INFINITY, f64::max);
+        let least = attempts
+            .iter()
+            .map(|a| a.value)
+            .fold(f64::INFINITY, f64::min);
+        let bound = attempts
+            .iter()
+            .filter_map(|a| a.bound_of(instance))
+            .fold(f64::NEG_INFINITY, f64::max);
         // A baseline that ignores the train split may be better than every plan under the bound.
-        let beaten_by_baseline = baselines.plans.iter().any(|plan| instance.value(plan) < least);
+        let beaten_by_baseline = baselines
+            .plans
+            .iter()
+            .any(|plan| instance.value(plan) < least);
         if bound >= least && !beaten_by_baseline {
             skipped_bound = skipped_bound.min(bound);
             continue;
         }
-        match Attempt::new(instance, baselines, deadline.min(Instant::now() + part), false) {
+        match Attempt::new(
+            instance,
+            baselines,
+            deadline.min(Instant::now() + part),
+            false,
+        ) {
             Ok(attempt) => attempts.push(attempt),
             Err(error) => {
                 first_error.get_or_insert(error);
@@ -156,7 +217,11 @@ fn search(instances: &[Instance<'_>], baselines: &[BaselinePlans], start: Instan
         attempts.sort_by(|a, b| a.value.total_cmp(&b.value));
         let least = attempts.first().map_or(0.0, |a| a.value);
         let in_time = Instant::now() < deadline;
-        let Some(open) = attempts.iter_mut().find(|a| a.is_open(least)).filter(|_| in_time) else {
+        let Some(open) = attempts
+            .iter_mut()
+            .find(|a| a.is_open(least))
+            .filter(|_| in_time)
+        else {
             break;
         };
         open.had_all_time = true;
@@ -172,7 +237,9 @@ fn search(instances: &[Instance<'_>], baselines: &[BaselinePlans], start: Instan
         let none = || anyhow::anyhow!("no tier has room for the key and value cache");
         return Err(first_error.unwrap_or_else(none));
     };
-    let others = attempts.map(|a| a.bound).try_fold(skipped_bound, |least, bound| Some(least.min(bound?)));
+    let others = attempts
+        .map(|a| a.bound)
+        .try_fold(skipped_bound, |least, bound| Some(least.min(bound?)));
     lower_proof(&mut first.best.plan, first.value, others);
     first.best.plan.solver.solve_s = start.elapsed().as_secs_f64();
     Ok(first.best)
@@ -184,7 +251,10 @@ fn lower_proof(plan: &mut Placement, value: f64, others: Option<f64>) {
     let wider = |gap: f64| others.map(|bound| gap.max((value - bound) / value));
     solver.gap = solver.gap.and_then(wider);
     let proven = solver.gap.map(|gap| 1.0 - gap);
-    solver.bound_s = solver.bound_s.and(proven).map(|part| solver.objective_s * part);
+    solver.bound_s = solver
+        .bound_s
+        .and(proven)
+        .map(|part| solver.objective_s * part);
     if let Some(goal) = &mut solver.goal {
         goal.bound = goal.bound.and(proven).map(|part| value * part);
     }

@@ -102,23 +102,45 @@ pub fn time_limit(seconds: f64) -> Result<f64> {
 /// Fails if the budgets cannot hold what every plan needs, the profile is of another model, a
 /// number of the machine file is out of range, or the baseline that was asked for does not fit.
 pub fn solve(problem: &Problem<'_>, options: &Options) -> Result<Solution> {
-    solve_with_evidence(problem, &Evidence::new(problem.shape, problem.profile)?, options)
+    solve_with_evidence(
+        problem,
+        &Evidence::new(problem.shape, problem.profile)?,
+        options,
+    )
 }
 
 /// Makes the plan from evidence that was gathered before; the problem's profile is only named.
 ///
 /// # Errors
 /// As [`solve`].
-pub fn solve_with_evidence(problem: &Problem<'_>, evidence: &Evidence, options: &Options) -> Result<Solution> {
+pub fn solve_with_evidence(
+    problem: &Problem<'_>,
+    evidence: &Evidence,
+    options: &Options,
+) -> Result<Solution> {
     let start = Instant::now();
-    let Options { objective, batch, target_tok_s, constraints, backend, .. } = options;
+    let Options {
+        objective,
+        batch,
+        target_tok_s,
+        constraints,
+        backend,
+        ..
+    } = options;
     let objective = ObjectiveFunction::new(*objective, *batch, *target_tok_s, problem)?;
 
     // One instance per tier that can hold the KV cache.
     let capacities = Capacity::per_kv_tier(problem, constraints)?;
     let instances: Vec<Instance<'_>> = capacities
         .iter()
-        .map(|capacity| Instance { problem, evidence, capacity, objective: &objective, constraints, backend: *backend })
+        .map(|capacity| Instance {
+            problem,
+            evidence,
+            capacity,
+            objective: &objective,
+            constraints,
+            backend: *backend,
+        })
         .collect();
 
     // The choice: a baseline's, or the optimum over all instances.
@@ -142,11 +164,22 @@ pub fn solve_with_evidence(problem: &Problem<'_>, evidence: &Evidence, options: 
     }
     let ceiling_hit_rate = solution::ceiling_hit_rate(&best.plan, evidence);
     let (plan, baselines) = (best.plan, best.baselines);
-    let mut solution = Solution { plan, baselines, notes, ceiling_hit_rate, summary };
+    let mut solution = Solution {
+        plan,
+        baselines,
+        notes,
+        ceiling_hit_rate,
+        summary,
+    };
 
     // The slots' policies, and the position that predictions are for.
     if let Some(policy) = policy::to_apply(options.policy, options.strategy) {
-        solution.notes.extend(policy::refill(&mut solution.plan, problem, evidence, policy)?);
+        solution.notes.extend(policy::refill(
+            &mut solution.plan,
+            problem,
+            evidence,
+            policy,
+        )?);
     }
     if let Some(position) = options.position {
         let plans = std::iter::once(&mut solution.plan).chain(&mut solution.baselines);
@@ -160,7 +193,9 @@ fn deadline(start: Instant, time_limit_s: f64) -> Result<Instant> {
     let limit = Duration::try_from_secs_f64(time_limit_s)
         .ok()
         .with_context(|| format!("a time limit of {time_limit_s} s; give a positive one"))?;
-    start.checked_add(limit).context("the time limit is too long; give less than a year")
+    start
+        .checked_add(limit)
+        .context("the time limit is too long; give less than a year")
 }
 
 fn efficiency_note(problem: &Problem<'_>) -> Option<String> {

@@ -109,7 +109,12 @@ pub(super) fn optimize(
     start: Instant,
     deadline: Instant,
 ) -> Result<Optimized> {
-    let Instance { problem, evidence, constraints, .. } = *instance;
+    let Instance {
+        problem,
+        evidence,
+        constraints,
+        ..
+    } = *instance;
     let shape = problem.shape;
     let seconds = deadline.saturating_duration_since(start).as_secs_f64();
     let enumerator = ColumnEnumerator::new(shape, evidence, capacity, charge, constraints, seconds);
@@ -121,20 +126,54 @@ pub(super) fn optimize(
         .collect();
     let mut dual = generate_columns(instance, &enumerator, &mut items, capacity, deadline)?;
 
-    let known = known.into_iter().filter_map(|columns| Choice::new(&items, capacity, columns)).collect();
-    let incumbent = find_incumbent(&Master { items: &items, capacity, dual: &dual }, known, deadline);
+    let known = known
+        .into_iter()
+        .filter_map(|columns| Choice::new(&items, capacity, columns))
+        .collect();
+    let incumbent = find_incumbent(
+        &Master {
+            items: &items,
+            capacity,
+            dual: &dual,
+        },
+        known,
+        deadline,
+    );
     let incumbent = if enumerator.prices_off_grid {
-        widen(&enumerator, &mut items, capacity, &mut dual, incumbent, deadline)?
+        widen(
+            &enumerator,
+            &mut items,
+            capacity,
+            &mut dual,
+            incumbent,
+            deadline,
+        )?
     } else {
         incumbent
     };
 
     let is_complete = enumerator.grid.is_full;
-    let master = Master { items: &items, capacity, dual: &dual };
-    let Proof { choice, bound, origin } = prove(&master, is_complete, incumbent, instance.backend, deadline);
-    let Some(choice) = choice else { bail!(infeasible::no_division(problem, capacity, constraints)) };
+    let master = Master {
+        items: &items,
+        capacity,
+        dual: &dual,
+    };
+    let Proof {
+        choice,
+        bound,
+        origin,
+    } = prove(&master, is_complete, incumbent, instance.backend, deadline);
+    let Some(choice) = choice else {
+        bail!(infeasible::no_division(problem, capacity, constraints))
+    };
     let bound_over_all = if enumerator.prices_off_grid {
-        pricing::bound_over_all(&enumerator, &mut items, &dual.price, BOUND_TOLERANCE, deadline)
+        pricing::bound_over_all(
+            &enumerator,
+            &mut items,
+            &dual.price,
+            BOUND_TOLERANCE,
+            deadline,
+        )
     } else {
         None
     };
@@ -178,7 +217,10 @@ fn price_off_grid(
     deadline: Instant,
 ) -> Result<DualSolution> {
     let begin = Instant::now();
-    let end = begin + deadline.saturating_duration_since(begin).mul_f64(PRICING_TIME_SHARE);
+    let end = begin
+        + deadline
+            .saturating_duration_since(begin)
+            .mul_f64(PRICING_TIME_SHARE);
     let mut settled_rounds = 0;
     for round in 0..MAX_PRICING_ROUNDS {
         let started = Instant::now();
@@ -209,7 +251,10 @@ fn refine_grid(
     deadline: Instant,
 ) -> Result<DualSolution> {
     let begin = Instant::now();
-    let end = begin + deadline.saturating_duration_since(begin).mul_f64(PRICING_TIME_SHARE);
+    let end = begin
+        + deadline
+            .saturating_duration_since(begin)
+            .mul_f64(PRICING_TIME_SHARE);
     let fast = instance.capacity.fast();
     for round in 0..MAX_REFINEMENT_ROUNDS {
         let started = Instant::now();
@@ -217,15 +262,26 @@ fn refine_grid(
             if Instant::now() >= end {
                 break;
             }
-            let Meaning::Experts { layers, configs } = &item.meaning else { continue };
+            let Meaning::Experts { layers, configs } = &item.meaning else {
+                continue;
+            };
             let (layer, is_shared) = (layers[0], layers.len() > 1);
-            let count = if is_shared { MAX_REFINED_PER_SHARED_ITEM } else { 1 };
-            let centers: Vec<Config> =
-                item.cheapest_apart(&dual.price, count).into_iter().map(|c| configs[c]).collect();
+            let count = if is_shared {
+                MAX_REFINED_PER_SHARED_ITEM
+            } else {
+                1
+            };
+            let centers: Vec<Config> = item
+                .cheapest_apart(&dual.price, count)
+                .into_iter()
+                .map(|c| configs[c])
+                .collect();
             let shape = &instance.evidence.layers[layer].shape;
             for center in centers {
                 let max_cut = enumerator.max_cut(layer);
-                let axes = enumerator.grid.axes_around(&center, shape, max_cut, fast, round);
+                let axes = enumerator
+                    .grid
+                    .axes_around(&center, shape, max_cut, fast, round);
                 enumerator.extend(item, &axes);
             }
         }
@@ -252,7 +308,10 @@ fn find_incumbent(master: &Master<'_>, known: Vec<Choice>, deadline: Instant) ->
     let shortlist = greedy::shortlist(&ranked);
     let mut improved: Vec<Choice> = Vec::new();
     for choice in starts {
-        let least = improved.iter().map(|c| c.cost_s).fold(f64::INFINITY, f64::min);
+        let least = improved
+            .iter()
+            .map(|c| c.cost_s)
+            .fold(f64::INFINITY, f64::min);
         let is_good = least - bound_s <= MAX_ROUNDING_GAP * least;
         if !improved.is_empty() && (is_good || Instant::now() >= part) {
             break;
@@ -308,11 +367,25 @@ fn widen(
     for _ in 0..MAX_WIDENING_ROUNDS {
         let now = Instant::now();
         let left = deadline.saturating_duration_since(now);
-        let is_wide = |c: &mut Choice| c.cost_s - dual.bound_s > MIN_GAP_TO_WIDEN * c.cost_s && !left.is_zero();
-        let Some(choice) = incumbent.take_if(is_wide) else { break };
-        pricing::add_around(enumerator, items, &choice.columns, &dual.price, now + left / 3);
+        let is_wide = |c: &mut Choice| {
+            c.cost_s - dual.bound_s > MIN_GAP_TO_WIDEN * c.cost_s && !left.is_zero()
+        };
+        let Some(choice) = incumbent.take_if(is_wide) else {
+            break;
+        };
+        pricing::add_around(
+            enumerator,
+            items,
+            &choice.columns,
+            &dual.price,
+            now + left / 3,
+        );
         *dual = lagrangian::maximize(items, capacity, Some(&dual.price), now + left / 2)?;
-        let master = Master { items, capacity, dual };
+        let master = Master {
+            items,
+            capacity,
+            dual,
+        };
         let ranked = master.reduced_costs(f64::INFINITY);
         incumbent = exchange_search(&master, &ranked, vec![choice], deadline);
     }
@@ -334,9 +407,17 @@ fn prove(
     backend: Backend,
     deadline: Instant,
 ) -> Proof {
-    let mut proof = Proof { choice: incumbent, bound: master.dual.bound_s, origin: Origin::LocalSearch };
-    let is_open =
-        |proof: &Proof| proof.choice.as_ref().is_none_or(|c| c.cost_s - proof.bound > MAX_ROUNDING_GAP * c.cost_s);
+    let mut proof = Proof {
+        choice: incumbent,
+        bound: master.dual.bound_s,
+        origin: Origin::LocalSearch,
+    };
+    let is_open = |proof: &Proof| {
+        proof
+            .choice
+            .as_ref()
+            .is_none_or(|c| c.cost_s - proof.bound > MAX_ROUNDING_GAP * c.cost_s)
+    };
     // On an incomplete list, far too many columns survive to prove more.
     if let (true, true, Some(known)) = (is_complete, is_open(&proof), &proof.choice) {
         let found = label_setting::solve(master, known, deadline);
@@ -346,13 +427,25 @@ fn prove(
         proof.bound = proof.bound.max(found.bound_s);
         proof.choice = found.choice.or(proof.choice);
     }
-    let left_s = deadline.saturating_duration_since(Instant::now()).as_secs_f64();
+    let left_s = deadline
+        .saturating_duration_since(Instant::now())
+        .as_secs_f64();
     if is_open(&proof) && (left_s > 0.0 || proof.choice.is_none()) {
-        let max_columns = if is_complete { mip::MAX_COLUMNS } else { MAX_MIP_COLUMNS_INCOMPLETE };
-        let limits = Limits { max_columns, seconds: left_s.max(1.0) };
+        let max_columns = if is_complete {
+            mip::MAX_COLUMNS
+        } else {
+            MAX_MIP_COLUMNS_INCOMPLETE
+        };
+        let limits = Limits {
+            max_columns,
+            seconds: left_s.max(1.0),
+        };
         let found = mip::solve(master, proof.choice.as_ref(), limits, backend);
         if let Some(choice) = found.choice
-            && proof.choice.as_ref().is_none_or(|best| choice.cost_s < best.cost_s)
+            && proof
+                .choice
+                .as_ref()
+                .is_none_or(|best| choice.cost_s < best.cost_s)
         {
             proof.choice = Some(choice);
             proof.origin = Origin::Mip(backend);

@@ -50,14 +50,30 @@ pub(super) fn optimum(
         weighted(instance, &baselines.drafts, start, deadline)?
     } else {
         let charge = Charge::linear(instance.objective);
-        let optimized = optimize(instance, &charge, instance.capacity, &baselines.drafts, start, deadline)?;
+        let optimized = optimize(
+            instance,
+            &charge,
+            instance.capacity,
+            &baselines.drafts,
+            start,
+            deadline,
+        )?;
         (assemble(instance, PLAN_NAME, &optimized.draft), optimized)
     };
     // Layers of a model that is fully on one GPU have a fixed time of their own, which no column
     // knows.
-    let on_one_gpu = baselines.plans.iter().filter(|b| fully_on_gpu(b, instance.problem.shape).is_some());
-    if let Some(best) = instance.least(on_one_gpu).filter(|b| instance.value(b) < instance.value(&plan)) {
-        plan = Placement { name: plan.name, ..best.clone() };
+    let on_one_gpu = baselines
+        .plans
+        .iter()
+        .filter(|b| fully_on_gpu(b, instance.problem.shape).is_some());
+    if let Some(best) = instance
+        .least(on_one_gpu)
+        .filter(|b| instance.value(b) < instance.value(&plan))
+    {
+        plan = Placement {
+            name: plan.name,
+            ..best.clone()
+        };
     }
     report_proof(instance, &mut plan, &optimized);
     if !optimized.is_complete {
@@ -66,8 +82,14 @@ pub(super) fn optimum(
     let value = instance.value(&plan);
     let least = instance.least(baselines.plans.iter());
     if let Some(baseline) = least.filter(|b| instance.value(b) < value * (1.0 - MAX_ROUNDING_GAP)) {
-        plan = Placement { name: plan.name, ..baseline.clone() };
-        plan.solver.status = format!("feasible: the rule {} was faster on held-out tokens", baseline.name);
+        plan = Placement {
+            name: plan.name,
+            ..baseline.clone()
+        };
+        plan.solver.status = format!(
+            "feasible: the rule {} was faster on held-out tokens",
+            baseline.name
+        );
         notes.push(format!(
             "the rule '{}' happened to be faster on the held-out tokens than what the train split suggests, so \
              its plan was taken; nothing is proven about it",
@@ -76,7 +98,11 @@ pub(super) fn optimum(
     }
     notes.extend(target_note(instance, &plan)?);
     plan.solver.solve_s = start.elapsed().as_secs_f64();
-    Ok(Optimum { plan: verified(instance, plan)?, notes, optimized })
+    Ok(Optimum {
+        plan: verified(instance, plan)?,
+        notes,
+        optimized,
+    })
 }
 
 /// Fills in what is proven of a plan.
@@ -91,16 +117,24 @@ fn report_proof(instance: &Instance<'_>, plan: &mut Placement, optimized: &Optim
     }
     let value = instance.value(plan);
     let bound = gap.map(|gap| value * (1.0 - gap));
-    if matches!(objective.kind, Objective::Latency | Objective::Energy | Objective::Cost) {
+    if matches!(
+        objective.kind,
+        Objective::Latency | Objective::Energy | Objective::Cost
+    ) {
         plan.solver.bound_s = gap.map(|gap| plan.solver.objective_s * (1.0 - gap));
     }
     plan.solver.goal = objective.report(value, bound);
 }
 
 fn incomplete_note(instance: &Instance<'_>, plan: &Placement, optimized: &Optimized) -> String {
-    let gap = optimized.bound_over_all.and_then(|bound| instance.gap(plan, bound));
+    let gap = optimized
+        .bound_over_all
+        .and_then(|bound| instance.gap(plan, bound));
     let over_all = gap.map_or(String::new(), |gap| {
-        format!("; over every count the gap is proven to be at most {:.2} %", gap * 100.0)
+        format!(
+            "; over every count the gap is proven to be at most {:.2} %",
+            gap * 100.0
+        )
     });
     format!(
         "the model has too many experts to list every count of pins and slots: the bound and the gap are over \
@@ -119,25 +153,47 @@ fn weighted(
     let objective = instance.objective;
     let part = deadline.saturating_duration_since(start) / (MAX_TANGENTS + 1);
     let latency = ObjectiveFunction::new(Objective::Latency, None, None, instance.problem)?;
-    let fastest = Instance { objective: &latency, ..*instance };
+    let fastest = Instance {
+        objective: &latency,
+        ..*instance
+    };
     let charge = Charge::linear(&latency);
-    let mut found = optimize(&fastest, &charge, instance.capacity, drafts, start, start + part)?;
+    let mut found = optimize(
+        &fastest,
+        &charge,
+        instance.capacity,
+        drafts,
+        start,
+        start + part,
+    )?;
     let mut plan = assemble(instance, PLAN_NAME, &found.draft);
-    if let Some(max_s) = objective.max_token_s().filter(|_| !instance.is_allowed(&plan)) {
+    if let Some(max_s) = objective
+        .max_token_s()
+        .filter(|_| !instance.is_allowed(&plan))
+    {
         return allowed_baseline(instance, drafts, &plan, found, max_s);
     }
     let mut capacity = instance.capacity.clone();
     if let (true, Some(max_s)) = (objective.limits_time(), objective.max_token_s()) {
         let left_s = (max_s - instance.fixed_s(1)).max(0.0);
-        capacity.left_bytes.push((left_s * TICKS_PER_S).floor().min(1e18) as u64);
+        capacity
+            .left_bytes
+            .push((left_s * TICKS_PER_S).floor().min(1e18) as u64);
     }
     let mut drafts = drafts.to_vec();
     let is_linear = objective.kind == Objective::Memory;
     for round in 0..if is_linear { 1 } else { MAX_TANGENTS } {
         drafts.insert(0, found.draft.clone());
-        let tangent = Tangent { usd: objective.usd(&plan), seconds: token_s(&plan.predicted) };
+        let tangent = Tangent {
+            usd: objective.usd(&plan),
+            seconds: token_s(&plan.predicted),
+        };
         let charge = Charge::new(objective, tangent);
-        let end = if is_linear { deadline } else { start + part * (round + 2) };
+        let end = if is_linear {
+            deadline
+        } else {
+            start + part * (round + 2)
+        };
         let next = match optimize(instance, &charge, &capacity, &drafts, Instant::now(), end) {
             Ok(next) => next,
             // The target is so near the fastest plan that rounded times leave no other choice.
@@ -172,14 +228,33 @@ fn allowed_baseline(
     optimized: Optimized,
     max_s: f64,
 ) -> Result<(Placement, Optimized)> {
-    let plans = drafts.iter().map(|draft| (draft, assemble(instance, PLAN_NAME, draft)));
+    let plans = drafts
+        .iter()
+        .map(|draft| (draft, assemble(instance, PLAN_NAME, draft)));
     let allowed = plans.filter(|(_, plan)| instance.is_allowed(plan));
-    if let Some((draft, plan)) = allowed.min_by(|a, b| instance.value(&a.1).total_cmp(&instance.value(&b.1))) {
+    if let Some((draft, plan)) =
+        allowed.min_by(|a, b| instance.value(&a.1).total_cmp(&instance.value(&b.1)))
+    {
         let draft = draft.clone();
-        return Ok((plan, Optimized { draft, bound: None, bound_over_all: None, ..optimized }));
+        return Ok((
+            plan,
+            Optimized {
+                draft,
+                bound: None,
+                bound_over_all: None,
+                ..optimized
+            },
+        ));
     }
-    let bound_s = optimized.bound.map_or(0.0, |bound| bound + instance.fixed_s(1));
-    bail!(infeasible::target(fastest, bound_s, max_s, instance.problem))
+    let bound_s = optimized
+        .bound
+        .map_or(0.0, |bound| bound + instance.fixed_s(1));
+    bail!(infeasible::target(
+        fastest,
+        bound_s,
+        max_s,
+        instance.problem
+    ))
 }
 
 /// Says whether a target is reached, and what share of each tier's rate that takes.
@@ -193,21 +268,33 @@ fn target_note(instance: &Instance<'_>, plan: &Placement) -> Result<Option<Strin
             Objective::Throughput => 1.0 / instance.value(plan),
             _ => plan.predicted.decode_tok_s,
         };
-        let note = format!("the target of {target} tok/s is not reached: {speed:.3} tok/s are predicted");
+        let note =
+            format!("the target of {target} tok/s is not reached: {speed:.3} tok/s are predicted");
         return Ok(Some(note));
     }
     if objective.kind == Objective::Throughput {
         return Ok(None);
     }
-    let shares = plan.tiers.iter().zip(&plan.predicted.read_bytes).map(|(tier, &bytes)| {
-        let allowed = tier.tier.read_gbps * 1e9 * max_s;
-        (tier.tier.name.as_str(), bytes / allowed)
-    });
+    let shares = plan
+        .tiers
+        .iter()
+        .zip(&plan.predicted.read_bytes)
+        .map(|(tier, &bytes)| {
+            let allowed = tier.tier.read_gbps * 1e9 * max_s;
+            (tier.tier.name.as_str(), bytes / allowed)
+        });
     // Reads of one tier follow each other, so this follows from the time of the token. It is
     // checked all the same.
     if let Some((name, share)) = shares.clone().find(|(_, share)| *share > 1.0 + 1e-9) {
-        bail!("'{name}' would be read at {share:.2} of its rate to reach {target} tok/s, a mistake in this program");
+        bail!(
+            "'{name}' would be read at {share:.2} of its rate to reach {target} tok/s, a mistake in this program"
+        );
     }
-    let shares: Vec<String> = shares.map(|(name, share)| format!("{name} {:.0} %", share * 100.0)).collect();
-    Ok(Some(format!("at {target} tok/s the reads of a token take of each tier's rate: {}", shares.join(", "))))
+    let shares: Vec<String> = shares
+        .map(|(name, share)| format!("{name} {:.0} %", share * 100.0))
+        .collect();
+    Ok(Some(format!(
+        "at {target} tok/s the reads of a token take of each tier's rate: {}",
+        shares.join(", ")
+    )))
 }

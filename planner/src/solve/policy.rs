@@ -22,7 +22,11 @@ const LFU_HALF_LIVES: [u32; 7] = [4, 8, 16, 32, 64, 128, 256];
 
 /// Parameters of `adaptive` that are tried: half-lives of the long memory and of the short one, in
 /// tokens, and weights of the short one.
-const ADAPTIVE_AXES: [&[u32]; 3] = [&[16, 32, 64, 128, 256, 512], &[1, 2, 4, 8, 16], &[0, 1, 2, 4, 8, 16, 32]];
+const ADAPTIVE_AXES: [&[u32]; 3] = [
+    &[16, 32, 64, 128, 256, 512],
+    &[1, 2, 4, 8, 16],
+    &[0, 1, 2, 4, 8, 16, 32],
+];
 
 /// `lfu` where there is nothing to learn from: the best on the bundled model.
 const DEFAULT_LFU: SlotPolicy = SlotPolicy::Lfu { half_life: 16 };
@@ -43,7 +47,11 @@ const MIN_HIT_RATIO: f64 = 1.02;
 const TARGET_CHOICES: usize = 1_000_000;
 
 const fn adaptive([half_life, recent_half_life, recent_weight]: [u32; 3]) -> SlotPolicy {
-    SlotPolicy::Adaptive { half_life, recent_half_life, recent_weight }
+    SlotPolicy::Adaptive {
+        half_life,
+        recent_half_life,
+        recent_weight,
+    }
 }
 
 /// Returns the policy to apply to a finished plan, if any.
@@ -112,9 +120,25 @@ pub fn refill(
 /// Returns the policies of the contended layers.
 fn choose(contended: &[ContendedLayer], policy: Policy, recorded: bool) -> Vec<SlotPolicy> {
     let n = contended.len();
-    let sample = if recorded { sample(contended) } else { Vec::new() };
-    let lfu = || if recorded { best_lfu(&sample) } else { DEFAULT_LFU };
-    let adaptive = || if recorded { best_adaptive(&sample) } else { DEFAULT_ADAPTIVE };
+    let sample = if recorded {
+        sample(contended)
+    } else {
+        Vec::new()
+    };
+    let lfu = || {
+        if recorded {
+            best_lfu(&sample)
+        } else {
+            DEFAULT_LFU
+        }
+    };
+    let adaptive = || {
+        if recorded {
+            best_adaptive(&sample)
+        } else {
+            DEFAULT_ADAPTIVE
+        }
+    };
     match policy {
         Policy::Lru => vec![SlotPolicy::Lru; n],
         Policy::Lfu => vec![lfu(); n],
@@ -127,7 +151,11 @@ fn choose(contended: &[ContendedLayer], policy: Policy, recorded: bool) -> Vec<S
             let of_layer = |layer: usize| {
                 let best = first_max(candidates.len(), |c| hits[c][layer]);
                 let needed = hits[best_of_plan][layer] as f64 * MIN_HIT_RATIO;
-                candidates[if hits[best][layer] as f64 > needed { best } else { best_of_plan }]
+                candidates[if hits[best][layer] as f64 > needed {
+                    best
+                } else {
+                    best_of_plan
+                }]
             };
             (0..n).map(of_layer).collect()
         }
@@ -136,14 +164,20 @@ fn choose(contended: &[ContendedLayer], policy: Policy, recorded: bool) -> Vec<S
 
 /// Returns the first position of the largest value.
 fn first_max(n: usize, value: impl Fn(usize) -> u64) -> usize {
-    (0..n).fold(0, |best, at| if value(at) > value(best) { at } else { best })
+    (0..n).fold(
+        0,
+        |best, at| if value(at) > value(best) { at } else { best },
+    )
 }
 
 /// Counts layers with slots by policy: `{"adaptive": 40, "lru": 8}`.
 pub fn summary(plan: &Placement) -> serde_json::Value {
     let mut layers = serde_json::Map::new();
     for layer in plan.layers.iter().filter(|l| l.slots > 0) {
-        let n = layers.get(layer.policy.name()).and_then(serde_json::Value::as_u64).unwrap_or(0);
+        let n = layers
+            .get(layer.policy.name())
+            .and_then(serde_json::Value::as_u64)
+            .unwrap_or(0);
         layers.insert(layer.policy.name().to_string(), (n + 1).into());
     }
     layers.into()
@@ -153,7 +187,10 @@ pub fn summary(plan: &Placement) -> serde_json::Value {
 fn describe(plan: &Placement, refilled: &Placement, recorded: bool) -> String {
     let mut by_policy: Vec<(SlotPolicy, usize)> = Vec::new();
     for layer in refilled.layers.iter().filter(|l| l.slots > 0) {
-        match by_policy.iter_mut().find(|(policy, _)| *policy == layer.policy) {
+        match by_policy
+            .iter_mut()
+            .find(|(policy, _)| *policy == layer.policy)
+        {
             Some((_, n)) => *n += 1,
             None => by_policy.push((layer.policy, 1)),
         }
@@ -161,11 +198,19 @@ fn describe(plan: &Placement, refilled: &Placement, recorded: bool) -> String {
     by_policy.sort_by_key(|(_, n)| std::cmp::Reverse(*n));
     let parts: Vec<String> = by_policy
         .iter()
-        .map(|(policy, n)| format!("{policy} in {n} {}", if *n == 1 { "layer" } else { "layers" }))
+        .map(|(policy, n)| {
+            format!(
+                "{policy} in {n} {}",
+                if *n == 1 { "layer" } else { "layers" }
+            )
+        })
         .collect();
     let (before, after) = (&plan.predicted, &refilled.predicted);
-    let judged =
-        if recorded { " on the tokens that plans are judged on" } else { ", which nothing was recorded to tell" };
+    let judged = if recorded {
+        " on the tokens that plans are judged on"
+    } else {
+        ", which nothing was recorded to tell"
+    };
     format!(
         "{}: predicted hit rate {:.1} % where lru has {:.1} %, {:+.1} % tok/s{judged}",
         parts.join("; "),
@@ -176,7 +221,11 @@ fn describe(plan: &Placement, refilled: &Placement, recorded: bool) -> String {
 }
 
 /// Returns the layers where a policy matters, with the choices to learn from.
-fn contended_layers(plan: &Placement, inputs: &Problem<'_>, evidence: &Evidence) -> Vec<ContendedLayer> {
+fn contended_layers(
+    plan: &Placement,
+    inputs: &Problem<'_>,
+    evidence: &Evidence,
+) -> Vec<ContendedLayer> {
     let profile = inputs.profile.filter(|p| p.counted.is_none());
     let mut contended = Vec::new();
     for (at, (layer, evidence)) in plan.layers.iter().zip(&evidence.layers).enumerate() {
@@ -190,9 +239,19 @@ fn contended_layers(plan: &Placement, inputs: &Problem<'_>, evidence: &Evidence)
                 let split = to_learn_from(profile);
                 LayerTrace::new(profile, at, |p| p.split == split)
             }
-            _ => LayerTrace::made_up(pinned.len(), evidence.shape.n_used as usize, &[], Vec::new()),
+            _ => LayerTrace::made_up(
+                pinned.len(),
+                evidence.shape.n_used as usize,
+                &[],
+                Vec::new(),
+            ),
         };
-        contended.push(ContendedLayer { at, slots: layer.slots, pinned, trace });
+        contended.push(ContendedLayer {
+            at,
+            slots: layer.slots,
+            pinned,
+            trace,
+        });
     }
     contended
 }
@@ -209,14 +268,20 @@ fn pinned(layer: &LayerPlacement, n_expert: usize) -> Vec<bool> {
 
 /// Returns the split to learn from: train, unless only held-out prompts have decoded tokens.
 fn to_learn_from(profile: &Profile) -> Split {
-    let train = profile.prompts.iter().any(|p| p.split == Split::Train && p.decode_tokens > 0);
+    let train = profile
+        .prompts
+        .iter()
+        .any(|p| p.split == Split::Train && p.decode_tokens > 0);
     if train { Split::Train } else { Split::HeldOut }
 }
 
 /// Returns layers evenly from first to last that have about [`TARGET_CHOICES`] choices together.
 fn sample(layers: &[ContendedLayer]) -> Vec<&ContendedLayer> {
     let total: usize = layers.iter().map(|layer| layer.trace.choices()).sum();
-    layers.iter().step_by((total / TARGET_CHOICES).clamp(1, layers.len().max(1))).collect()
+    layers
+        .iter()
+        .step_by((total / TARGET_CHOICES).clamp(1, layers.len().max(1)))
+        .collect()
 }
 
 /// Returns `[layers]` hits of a policy on the choices to learn from, counted on all cores.
@@ -228,13 +293,18 @@ fn hits_of(layers: &[&ContendedLayer], policy: SlotPolicy) -> Vec<u64> {
         }
         _ => hits(&layer.trace, &layer.pinned, layer.slots, policy),
     };
-    let threads = std::thread::available_parallelism().map_or(1, |n| n.get()).min(layers.len().max(1));
+    let threads = std::thread::available_parallelism()
+        .map_or(1, |n| n.get())
+        .min(layers.len().max(1));
     let chunk = layers.len().div_ceil(threads).max(1);
     let mut hit_counts = vec![0; layers.len()];
     std::thread::scope(|scope| {
         for (layers, hit_counts) in layers.chunks(chunk).zip(hit_counts.chunks_mut(chunk)) {
             scope.spawn(move || {
-                layers.iter().zip(hit_counts).for_each(|(layer, hit_counts)| *hit_counts = count(layer))
+                layers
+                    .iter()
+                    .zip(hit_counts)
+                    .for_each(|(layer, hit_counts)| *hit_counts = count(layer))
             });
         }
     });
@@ -253,14 +323,26 @@ fn best_lfu(layers: &[&ContendedLayer]) -> SlotPolicy {
 /// The coordinate search begins with the default.
 fn best_adaptive(layers: &[&ContendedLayer]) -> SlotPolicy {
     let mut known: HashMap<[usize; 3], u64> = HashMap::new();
-    let values = |at: [usize; 3]| [ADAPTIVE_AXES[0][at[0]], ADAPTIVE_AXES[1][at[1]], ADAPTIVE_AXES[2][at[2]]];
-    let mut value =
-        |at: [usize; 3]| *known.entry(at).or_insert_with(|| hits_of(layers, adaptive(values(at))).iter().sum::<u64>());
+    let values = |at: [usize; 3]| {
+        [
+            ADAPTIVE_AXES[0][at[0]],
+            ADAPTIVE_AXES[1][at[1]],
+            ADAPTIVE_AXES[2][at[2]],
+        ]
+    };
+    let mut value = |at: [usize; 3]| {
+        *known
+            .entry(at)
+            .or_insert_with(|| hits_of(layers, adaptive(values(at))).iter().sum::<u64>())
+    };
     let mut best: [usize; 3] = DEFAULT_ADAPTIVE_AT;
     loop {
         let before = best;
         for axis in 0..ADAPTIVE_AXES.len() {
-            for to in [best[axis].checked_sub(1), Some(best[axis] + 1)].into_iter().flatten() {
+            for to in [best[axis].checked_sub(1), Some(best[axis] + 1)]
+                .into_iter()
+                .flatten()
+            {
                 let mut at = best;
                 at[axis] = to;
                 if to < ADAPTIVE_AXES[axis].len() && value(at) > value(best) {

@@ -26,15 +26,32 @@ pub fn shadow_prices(
 ) -> Result<Vec<f64>> {
     let constraints = Constraints::default();
     let mut capacities = Capacity::per_kv_tier(problem, &constraints)?;
-    let at = capacities.iter().position(|capacity| capacity.kv_tier == kv_tier).unwrap_or(0);
+    let at = capacities
+        .iter()
+        .position(|capacity| capacity.kv_tier == kv_tier)
+        .unwrap_or(0);
     let capacity = &capacities.swap_remove(at);
     let objective = &ObjectiveFunction::new(Objective::Latency, None, None, problem)?;
     let backend = Backend::default();
-    let instance = Instance { problem, evidence, capacity, objective, constraints: &constraints, backend };
+    let instance = Instance {
+        problem,
+        evidence,
+        capacity,
+        objective,
+        constraints: &constraints,
+        backend,
+    };
     let charge = Charge::linear(objective);
     let deadline = deadline(Instant::now(), time_limit_s)?;
     let shape = problem.shape;
-    let enumerator = ColumnEnumerator::new(shape, evidence, capacity, &charge, &constraints, time_limit_s);
+    let enumerator = ColumnEnumerator::new(
+        shape,
+        evidence,
+        capacity,
+        &charge,
+        &constraints,
+        time_limit_s,
+    );
     let mut items = columns::dense_items(shape, capacity, &charge, &constraints);
     items.extend(enumerator.items());
     Ok(generate_columns(&instance, &enumerator, &mut items, capacity, deadline)?.price)

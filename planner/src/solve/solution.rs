@@ -27,8 +27,14 @@ pub(super) fn ceiling_hit_rate(plan: &Placement, evidence: &Evidence) -> Option<
     }
     let (mut hits, mut accesses) = (0, 0);
     for (layer, evidence) in plan.layers.iter().zip(&evidence.layers) {
-        let Judged::Recorded(trace) = &evidence.judged else { return None };
-        let pinned = layer.pinned.iter().map(|pins| pins.experts.len()).sum::<usize>();
+        let Judged::Recorded(trace) = &evidence.judged else {
+            return None;
+        };
+        let pinned = layer
+            .pinned
+            .iter()
+            .map(|pins| pins.experts.len())
+            .sum::<usize>();
         hits += ceiling(trace, pinned + layer.slots as usize);
         accesses += (trace.tokens() * trace.n_used()) as u64;
     }

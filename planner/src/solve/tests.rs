@@ -9,13 +9,18 @@ use proptest::prelude::{TestCaseError, prop_assert, prop_assert_eq, proptest};
 use tier_plan_runtime::KvType;
 use tier_plan_runtime::formats::SourceId;
 use tier_plan_runtime::formats::machine::{Accelerator, Machine, Tier, TierKind};
-use tier_plan_runtime::formats::placement::{LayerPlacement, PerTier, Pins, Placement, SlotPolicy, TierIdx};
+use tier_plan_runtime::formats::placement::{
+    LayerPlacement, PerTier, Pins, Placement, SlotPolicy, TierIdx,
+};
 use tier_plan_runtime::formats::profile::{Guesses, Profile};
 use tier_plan_runtime::model::kv::KvRows;
 use tier_plan_runtime::model::shape::{CacheShape, DenseKind, DenseShape, ExpertShape, ModelShape};
 
 fn id(name: &str) -> SourceId {
-    SourceId { name: name.to_string(), hash: "0".repeat(32) }
+    SourceId {
+        name: name.to_string(),
+        hash: "0".repeat(32),
+    }
 }
 
 fn tier(name: &str, kind: TierKind, read_gbps: f64, latency_us: f64) -> Tier {
@@ -65,12 +70,20 @@ fn five_tiers() -> Vec<Tier> {
 }
 
 fn shape(n_layer: u32, n_expert: u32, n_used: u32, expert_bytes: u64) -> ModelShape {
-    let dense = |kind, layer, bytes, token_bytes| DenseShape { kind, layer, bytes, token_bytes, macs: bytes };
+    let dense = |kind, layer, bytes, token_bytes| DenseShape {
+        kind,
+        layer,
+        bytes,
+        token_bytes,
+        macs: bytes,
+    };
     let mut groups = vec![
         dense(DenseKind::Embedding, None, 3 * expert_bytes, 100),
         dense(DenseKind::Head, None, 2 * expert_bytes, 2 * expert_bytes),
     ];
-    groups.extend((0..n_layer).map(|l| dense(DenseKind::Attention, Some(l), expert_bytes, expert_bytes)));
+    groups.extend(
+        (0..n_layer).map(|l| dense(DenseKind::Attention, Some(l), expert_bytes, expert_bytes)),
+    );
     ModelShape {
         id: id("model"),
         arch: "test".to_string(),
@@ -78,21 +91,50 @@ fn shape(n_layer: u32, n_expert: u32, n_used: u32, expert_bytes: u64) -> ModelSh
         hidden: 64,
         n_vocab: 100,
         context: 4096,
-        caches: (0..n_layer).map(|l| if l == 0 { cache(5) } else { CacheShape::default() }).collect(),
+        caches: (0..n_layer)
+            .map(|l| {
+                if l == 0 {
+                    cache(5)
+                } else {
+                    CacheShape::default()
+                }
+            })
+            .collect(),
         dense: groups,
         experts: (0..n_layer)
-            .map(|layer| ExpertShape { layer, n_expert, n_used, expert_bytes, expert_macs: expert_bytes })
+            .map(|layer| ExpertShape {
+                layer,
+                n_expert,
+                n_used,
+                expert_bytes,
+                expert_macs: expert_bytes,
+            })
             .collect(),
     }
 }
 
 /// Returns a KV cache of one row per position with `width` values.
 fn cache(width: u64) -> CacheShape {
-    CacheShape { rows: vec![KvRows { width, per_token: 1, queries: 1, window: None }], state_bytes: 0 }
+    CacheShape {
+        rows: vec![KvRows {
+            width,
+            per_token: 1,
+            queries: 1,
+            window: None,
+        }],
+        state_bytes: 0,
+    }
 }
 
 fn routing(seed: u64) -> Routing {
-    Routing { skew: 0.9, repeat: 0.3, prompts: 8, prompt_tokens: 6, decode_tokens: 12, seed }
+    Routing {
+        skew: 0.9,
+        repeat: 0.3,
+        prompts: 8,
+        prompt_tokens: 6,
+        decode_tokens: 12,
+        seed,
+    }
 }
 
 /// Returns options whose time limit is 5 s in the gate, and 20 s with `TIER_PLAN_NIGHTLY=1`.
@@ -100,7 +142,10 @@ fn routing(seed: u64) -> Routing {
 /// Small instances are solved to the optimum in less; larger ones take all of it.
 fn options() -> Options {
     let time_limit_s = if is_nightly() { 20.0 } else { 5.0 };
-    Options { time_limit_s, ..Options::default() }
+    Options {
+        time_limit_s,
+        ..Options::default()
+    }
 }
 
 /// Makes a small instance: model, profile (or none), machine, budgets.
@@ -141,7 +186,9 @@ fn instance(seed: u64) -> (ModelShape, Option<Profile>, Machine, Vec<u64>) {
             t.accelerator.layer_us = Some(pick(0, 40) as f64);
         });
     }
-    let n_expert = pick(3, if kinds.len() > 3 { 4 } else { 5 }).min(if kinds.len() == 5 { 3 } else { 5 }) as u32;
+    let n_expert =
+        pick(3, if kinds.len() > 3 { 4 } else { 5 }).min(if kinds.len() == 5 { 3 } else { 5 })
+            as u32;
     let layers = pick(1, if kinds.len() == 5 { 1 } else { 2 }) as u32;
     let mut shape = shape(layers, n_expert, pick(1, 2) as u32, 1000);
     for layer in &mut shape.experts {
@@ -159,7 +206,14 @@ fn instance(seed: u64) -> (ModelShape, Option<Profile>, Machine, Vec<u64>) {
     let mut profile = (pick(0, 4) > 0).then(|| synthetic::profile(&shape, &routing(seed)));
     // Predictions that are good for prefetching, and some that are not.
     if let Some(profile) = profile.as_mut().filter(|_| pick(0, 1) > 0) {
-        profile.guesses = Some((0..layers).map(|_| Guesses { made: 10, right: pick(3, 10) }).collect());
+        profile.guesses = Some(
+            (0..layers)
+                .map(|_| Guesses {
+                    made: 10,
+                    right: pick(3, 10),
+                })
+                .collect(),
+        );
     }
     let dense: u64 = shape.dense.iter().map(|d| d.bytes).sum();
     let experts = shape.weight_bytes() - dense;
@@ -182,9 +236,21 @@ fn plan_of(problem: &Problem<'_>, options: &Options) -> Result<Placement> {
 /// A larger instance with its evidence.
 fn larger() -> (ModelShape, Profile, Machine, Vec<u64>) {
     let shape = shape(12, 40, 4, 1_000_000);
-    let routing = Routing { skew: 1.0, repeat: 0.2, prompts: 12, prompt_tokens: 20, decode_tokens: 40, seed: 7 };
+    let routing = Routing {
+        skew: 1.0,
+        repeat: 0.2,
+        prompts: 12,
+        prompt_tokens: 20,
+        decode_tokens: 40,
+        seed: 7,
+    };
     let profile = synthetic::profile(&shape, &routing);
-    (shape, profile, machine(three_tiers()), vec![80_000_000, 160_000_000, 1 << 40])
+    (
+        shape,
+        profile,
+        machine(three_tiers()),
+        vec![80_000_000, 160_000_000, 1 << 40],
+    )
 }
 
 #[test]
@@ -199,7 +265,13 @@ fn baselines_use_their_bytes_and_never_beat_the_optimum() -> Result<()> {
         kv_type: KvType::F16,
     };
     // Ends as soon as the gap is closed; the limit is for machines that are busy.
-    let solved = solve(&problem, &Options { time_limit_s: 60.0, ..options() })?;
+    let solved = solve(
+        &problem,
+        &Options {
+            time_limit_s: 60.0,
+            ..options()
+        },
+    )?;
     assert_eq!(solved.baselines.len(), 4);
     for plan in &solved.baselines {
         // Less than one expert is left of each fast tier, besides the slots' even spread over the
@@ -208,17 +280,33 @@ fn baselines_use_their_bytes_and_never_beat_the_optimum() -> Result<()> {
             let spare = tier.budget_bytes - tier.used_bytes();
             // and page padding.
             let pages = (tier.budget_bytes as f64 * problem::capacity::page_share(&shape)) as u64;
-            assert!(spare < 4_000_000 + pages, "{} leaves {spare} of {}", plan.name, tier.tier.name);
+            assert!(
+                spare < 4_000_000 + pages,
+                "{} leaves {spare} of {}",
+                plan.name,
+                tier.tier.name
+            );
         }
         assert!(solved.plan.solver.objective_s < plan.solver.objective_s);
     }
-    assert!(solved.plan.solver.gap.is_some_and(|gap| gap < 1e-3), "{:?}", solved.plan.solver);
-    assert!(solved.ceiling_hit_rate.is_some_and(|c| c >= solved.plan.predicted.hit_rate));
+    assert!(
+        solved.plan.solver.gap.is_some_and(|gap| gap < 1e-3),
+        "{:?}",
+        solved.plan.solver
+    );
+    assert!(
+        solved
+            .ceiling_hit_rate
+            .is_some_and(|c| c >= solved.plan.predicted.hit_rate)
+    );
     let by_name = |name: &str| solved.baselines.iter().find(|b| b.name == name);
     assert!(by_name("lru-only").is_some_and(|p| p.layers.iter().all(|l| l.pinned.is_empty())));
     assert!(
-        by_name("first-layers-cpu")
-            .is_some_and(|p| p.layers[11].pinned == [Pins { tier: TierIdx::FIRST, experts: (0..40).collect() }])
+        by_name("first-layers-cpu").is_some_and(|p| p.layers[11].pinned
+            == [Pins {
+                tier: TierIdx::FIRST,
+                experts: (0..40).collect()
+            }])
     );
     Ok(())
 }
@@ -231,15 +319,24 @@ fn a_real_drive_leaves_room_for_page_padding() -> Result<()> {
         tiers[2].emulated = emulated;
         let machine = machine(tiers);
         let budgets = vec![10_000_000, dram, 1 << 40];
-        let problem =
-            Problem { shape: &shape, profile: None, machine: &machine, budgets, context: 10, kv_type: KvType::F16 };
+        let problem = Problem {
+            shape: &shape,
+            profile: None,
+            machine: &machine,
+            budgets,
+            context: 10,
+            kv_type: KvType::F16,
+        };
         Capacity::new(&problem).map(|capacity| capacity.left_bytes)
     };
     let (real, emulated) = (capacity(false, 60_000_000)?, capacity(true, 60_000_000)?);
     let kept = emulated[1] - real[1];
     // Slots and staging as the engine makes them: three slices, each with at most two pages more.
     let buffers = (real[1] - 18_000_000) / 2_000_000 + 4;
-    assert!(kept >= buffers * 6 * 4096 * 9 / 10 && kept < 2_000_000, "{kept} for {buffers} buffers");
+    assert!(
+        kept >= buffers * 6 * 4096 * 9 / 10 && kept < 2_000_000,
+        "{kept} for {buffers} buffers"
+    );
     // The dense groups of 18 MB have no slots among them. A model that fits in memory needs none.
     assert_eq!(real[0], emulated[0]);
     assert_eq!(capacity(false, 200_000_000)?, capacity(true, 200_000_000)?);
@@ -258,10 +355,19 @@ fn planted_mistakes_are_found() -> Result<()> {
         kv_type: KvType::F16,
     };
     let evidence = Evidence::recorded(&shape, &profile)?;
-    let solved =
-        solve(&problem, &Options { strategy: Strategy::FrequencyFirst, time_limit_s: 1.0, ..Options::default() })?;
+    let solved = solve(
+        &problem,
+        &Options {
+            strategy: Strategy::FrequencyFirst,
+            time_limit_s: 1.0,
+            ..Options::default()
+        },
+    )?;
     let good = solved.plan;
-    assert_eq!(verify::verify(&good, &shape, &evidence), Vec::<String>::new());
+    assert_eq!(
+        verify::verify(&good, &shape, &evidence),
+        Vec::<String>::new()
+    );
     let finds = |word: &str, spoil: &dyn Fn(&mut Placement)| {
         let mut plan = good.clone();
         spoil(&mut plan);
@@ -277,21 +383,40 @@ fn planted_mistakes_are_found() -> Result<()> {
         let expert = p.layers[3].pinned[0].experts[0];
         p.layers[3].pinned[1].experts.push(expert);
     });
-    finds("expert 40 of 40", &|p| p.layers[3].pinned[0].experts.push(40));
-    finds("where none can be", &|p| p.layers[3].pinned[0].tier = TierIdx::new(2));
+    finds("expert 40 of 40", &|p| {
+        p.layers[3].pinned[0].experts.push(40)
+    });
+    finds("where none can be", &|p| {
+        p.layers[3].pinned[0].tier = TierIdx::new(2)
+    });
     finds("says", &|p| p.tiers[TierIdx::FIRST].bytes.pinned -= 1);
-    finds("over its budget", &|p| p.tiers[TierIdx::FIRST].budget_bytes -= 4_000_000);
-    finds("above its capacity", &|p| p.tiers[TierIdx::FIRST].budget_bytes = 2 << 40);
+    finds("over its budget", &|p| {
+        p.tiers[TierIdx::FIRST].budget_bytes -= 4_000_000
+    });
+    finds("above its capacity", &|p| {
+        p.tiers[TierIdx::FIRST].budget_bytes = 2 << 40
+    });
     finds("says", &|p| p.layers[0].slots = 4);
-    finds("slots on tier", &|p| (p.layers[0].slots, p.layers[0].slot_tier) = (4, TierIdx::new(2)));
+    finds("slots on tier", &|p| {
+        (p.layers[0].slots, p.layers[0].slot_tier) = (4, TierIdx::new(2))
+    });
     finds("pooled", &|p| p.layers[0].slots = 400);
     finds("layers with experts", &|p| {
         p.layers.pop();
     });
-    finds("a replay gives", &|p| p.predicted.decode_tok_s *= 1.0 + 1e-6);
+    finds("a replay gives", &|p| {
+        p.predicted.decode_tok_s *= 1.0 + 1e-6
+    });
     finds("objective", &|p| p.solver.objective_s *= 1.0 + 1e-6);
-    finds("proven bound", &|p| p.solver.bound_s = Some(p.solver.objective_s * 1.01));
-    finds("not 'model'", &|p| p.model = SourceId { name: "other".to_string(), hash: "1".repeat(32) });
+    finds("proven bound", &|p| {
+        p.solver.bound_s = Some(p.solver.objective_s * 1.01)
+    });
+    finds("not 'model'", &|p| {
+        p.model = SourceId {
+            name: "other".to_string(),
+            hash: "1".repeat(32),
+        }
+    });
     finds("a replay gives", &|p| {
         let mine = p.layers[5].pinned[0].experts.remove(0);
         let other = p.layers[5].pinned[1].experts.remove(0);
@@ -307,7 +432,11 @@ fn the_prediction_is_a_token_by_token_simulation() -> Result<()> {
     let shape = shape(2, 9, 3, 1_000_000);
     let profile = synthetic::profile(&shape, &routing(5));
     let evidence = Evidence::recorded(&shape, &profile)?;
-    for tiers in [three_tiers(), three_tiers()[..2].to_vec(), instance(0).2.tiers] {
+    for tiers in [
+        three_tiers(),
+        three_tiers()[..2].to_vec(),
+        instance(0).2.tiers,
+    ] {
         let machine = machine(tiers);
         let budgets = vec![1 << 40; machine.tiers.len()];
         let problem = Problem {
@@ -318,8 +447,14 @@ fn the_prediction_is_a_token_by_token_simulation() -> Result<()> {
             context: 10,
             kv_type: KvType::F16,
         };
-        let plan =
-            plan_of(&problem, &Options { strategy: Strategy::Uniform, time_limit_s: 1.0, ..Options::default() })?;
+        let plan = plan_of(
+            &problem,
+            &Options {
+                strategy: Strategy::Uniform,
+                time_limit_s: 1.0,
+                ..Options::default()
+            },
+        )?;
         let mut random = Random::new(3);
         for _ in 0..100 {
             let mut plan = plan.clone();
@@ -333,18 +468,28 @@ fn the_prediction_is_a_token_by_token_simulation() -> Result<()> {
                     }
                 }
                 let pooled = 9 - pins.iter().map(Vec::len).sum::<usize>();
-                layer.pinned = TierIdx::first(fast).zip(pins).map(|(tier, experts)| Pins { tier, experts }).collect();
+                layer.pinned = TierIdx::first(fast)
+                    .zip(pins)
+                    .map(|(tier, experts)| Pins { tier, experts })
+                    .collect();
                 layer.slots = random.below(pooled + 1) as u32;
                 layer.slot_tier = TierIdx::new(random.below(fast));
                 layer.policy = [
                     SlotPolicy::Lru,
                     SlotPolicy::Lfu { half_life: 4 },
-                    SlotPolicy::Adaptive { half_life: 16, recent_half_life: 2, recent_weight: 3 },
+                    SlotPolicy::Adaptive {
+                        half_life: 16,
+                        recent_half_life: 2,
+                        recent_weight: 3,
+                    },
                 ][random.below(3)];
             }
             let predicted = token_s(&predict(&plan, &shape, &evidence));
             let stepped = verify::token_s(&plan, &shape, &evidence);
-            assert!((predicted - stepped).abs() < 1e-12 * stepped, "{predicted} {stepped}");
+            assert!(
+                (predicted - stepped).abs() < 1e-12 * stepped,
+                "{predicted} {stepped}"
+            );
         }
     }
     Ok(())
@@ -363,18 +508,68 @@ fn infeasible_problems_get_a_hint() {
             context,
             kv_type: KvType::F16,
         };
-        let error = solve(&problem, &options()).err().map(|e| format!("{e:#}")).unwrap_or_default();
-        assert!(words.iter().all(|w| error.contains(w)), "{words:?}: {error}");
+        let error = solve(&problem, &options())
+            .err()
+            .map(|e| format!("{e:#}"))
+            .unwrap_or_default();
+        assert!(
+            words.iter().all(|w| error.contains(w)),
+            "{words:?}: {error}"
+        );
     };
-    refused([0, 3_000_000, 1 << 40], 0, &["'dram'", "4 experts in flight", "raise the budget of 'dram' by"]);
-    refused([0, 4_000_000, 1 << 40], 1000, &["'dram'", "context", "raise the budget of 'dram' by 9.77 KiB"]);
-    refused([0, 4_005_000, 1 << 40], 1000, &["context", "or give --context 500"]);
-    refused([0, 4_008_000, 1 << 40], 1000, &["context", "or give --kv-type q8_0", "or give --context 800"]);
-    refused([0, 9_000_000, 1 << 40], 0, &["dense tensors", "'vram' and 'dram'", "raise the budget of 'dram' by"]);
-    refused([0, 14_000_000, 9_000_000], 0, &["the weights", "raise the budget of 'slow' by"]);
-    refused([8_000_000, 5_999_999, 1 << 41], 0, &["budget of tier 'slow'", "lower"]);
+    refused(
+        [0, 3_000_000, 1 << 40],
+        0,
+        &[
+            "'dram'",
+            "4 experts in flight",
+            "raise the budget of 'dram' by",
+        ],
+    );
+    refused(
+        [0, 4_000_000, 1 << 40],
+        1000,
+        &[
+            "'dram'",
+            "context",
+            "raise the budget of 'dram' by 9.77 KiB",
+        ],
+    );
+    refused(
+        [0, 4_005_000, 1 << 40],
+        1000,
+        &["context", "or give --context 500"],
+    );
+    refused(
+        [0, 4_008_000, 1 << 40],
+        1000,
+        &["context", "or give --kv-type q8_0", "or give --context 800"],
+    );
+    refused(
+        [0, 9_000_000, 1 << 40],
+        0,
+        &[
+            "dense tensors",
+            "'vram' and 'dram'",
+            "raise the budget of 'dram' by",
+        ],
+    );
+    refused(
+        [0, 14_000_000, 9_000_000],
+        0,
+        &["the weights", "raise the budget of 'slow' by"],
+    );
+    refused(
+        [8_000_000, 5_999_999, 1 << 41],
+        0,
+        &["budget of tier 'slow'", "lower"],
+    );
     // The sums fit, but not without cutting a group in two.
-    refused([500_000, 9_500_000, 1 << 40], 0, &["no way to divide", "largest dense group"]);
+    refused(
+        [500_000, 9_500_000, 1 << 40],
+        0,
+        &["no way to divide", "largest dense group"],
+    );
 }
 
 #[test]
@@ -403,14 +598,31 @@ fn everything_in_fast_memory_is_optimal() -> Result<()> {
 fn recurrent_state_has_its_room_whatever_the_context() -> Result<()> {
     let (mut shape, profile, machine, budgets) = larger();
     shape.caches[3].state_bytes = 123_456;
-    for (context, kv_type, bytes) in [(1, KvType::F16, 10), (2000, KvType::F16, 10), (2000, KvType::Q8_0, 7)] {
+    for (context, kv_type, bytes) in [
+        (1, KvType::F16, 10),
+        (2000, KvType::F16, 10),
+        (2000, KvType::Q8_0, 7),
+    ] {
         let budgets = budgets.clone();
-        let problem = Problem { shape: &shape, profile: Some(&profile), machine: &machine, budgets, context, kv_type };
+        let problem = Problem {
+            shape: &shape,
+            profile: Some(&profile),
+            machine: &machine,
+            budgets,
+            context,
+            kv_type,
+        };
         let evidence = Evidence::new(&shape, Some(&profile))?;
         let plan = solve(&problem, &options())?.plan;
         let kv_bytes: u64 = plan.tiers.iter().map(|t| t.bytes.kv).sum();
-        assert_eq!((kv_bytes, plan.kv_type), (bytes * u64::from(context) + 123_456, kv_type));
-        assert_eq!(verify::verify(&plan, &shape, &evidence), Vec::<String>::new());
+        assert_eq!(
+            (kv_bytes, plan.kv_type),
+            (bytes * u64::from(context) + 123_456, kv_type)
+        );
+        assert_eq!(
+            verify::verify(&plan, &shape, &evidence),
+            Vec::<String>::new()
+        );
         shape.caches[3].state_bytes += 1;
         assert!(!verify::verify(&plan, &shape, &evidence).is_empty());
         shape.caches[3].state_bytes -= 1;
@@ -437,24 +649,49 @@ fn highs_agrees_with_microlp() -> Result<()> {
     for seed in 0..60 {
         let (shape, profile, machine, budgets) = instance(seed * 7919);
         let (profile, kv_type) = (profile.as_ref(), KvType::F16);
-        let problem = Problem { shape: &shape, profile, machine: &machine, budgets, context: 100, kv_type };
-        let Ok(capacity) = Capacity::new(&problem) else { continue };
+        let problem = Problem {
+            shape: &shape,
+            profile,
+            machine: &machine,
+            budgets,
+            context: 100,
+            kv_type,
+        };
+        let Ok(capacity) = Capacity::new(&problem) else {
+            continue;
+        };
         let evidence = Evidence::new(&shape, profile)?;
         let objective = ObjectiveFunction::new(Objective::Latency, None, None, &problem)?;
         let charge = Charge::linear(&objective);
         let constraints = Constraints::default();
-        let enumerator = ColumnEnumerator::new(&shape, &evidence, &capacity, &charge, &constraints, 10.0);
+        let enumerator =
+            ColumnEnumerator::new(&shape, &evidence, &capacity, &charge, &constraints, 10.0);
         let mut items = columns::dense_items(&shape, &capacity, &charge, &constraints);
         items.extend(enumerator.items());
         let soon = Instant::now() + Duration::from_secs(10);
-        let Ok(dual) = lagrangian::maximize(&items, &capacity, None, soon) else { continue };
-        let master = Master { items: &items, capacity: &capacity, dual: &dual };
-        let limits = mip::Limits { max_columns: mip::MAX_COLUMNS, seconds: 10.0 };
-        let [a, b] = [Backend::Microlp, Backend::Highs].map(|s| mip::solve(&master, None, limits, s));
+        let Ok(dual) = lagrangian::maximize(&items, &capacity, None, soon) else {
+            continue;
+        };
+        let master = Master {
+            items: &items,
+            capacity: &capacity,
+            dual: &dual,
+        };
+        let limits = mip::Limits {
+            max_columns: mip::MAX_COLUMNS,
+            seconds: 10.0,
+        };
+        let [a, b] =
+            [Backend::Microlp, Backend::Highs].map(|s| mip::solve(&master, None, limits, s));
         match (a.choice, b.choice) {
             (Some(a), Some(b)) => {
                 tried += 1;
-                assert!((a.cost_s - b.cost_s).abs() <= 1e-7 * a.cost_s, "{seed}: {} {}", a.cost_s, b.cost_s);
+                assert!(
+                    (a.cost_s - b.cost_s).abs() <= 1e-7 * a.cost_s,
+                    "{seed}: {} {}",
+                    a.cost_s,
+                    b.cost_s
+                );
             }
             (None, None) => {}
             (a, b) => panic!("{seed}: {a:?} {b:?}"),

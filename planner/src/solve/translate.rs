@@ -49,7 +49,11 @@ fn config_of(
     placed: &LayerPlacement,
 ) -> Option<Config> {
     let slot_tier = placed.slot_tier;
-    let mut config = Config { cuts: [0; MAX_FAST], slots: placed.slots as u16, slot_tier };
+    let mut config = Config {
+        cuts: [0; MAX_FAST],
+        slots: placed.slots as u16,
+        slot_tier,
+    };
     let mut sum = 0;
     for tier in TierIdx::first(instance.capacity.fast()) {
         let on_tier = placed.pinned.iter().filter(|pins| pins.tier == tier);
@@ -84,37 +88,58 @@ pub(super) fn draft_of_choice(
                 // seldom moves from one tier to another.
                 let mut placed: Vec<TierIdx> = columns.iter().map(|&c| tiers[c]).collect();
                 placed.sort_unstable_by(|a, b| b.cmp(a));
-                groups.iter().zip(placed).for_each(|(&group, tier)| dense[group] = tier);
+                groups
+                    .iter()
+                    .zip(placed)
+                    .for_each(|(&group, tier)| dense[group] = tier);
             }
             Meaning::Experts { layers, configs } => {
                 for (&layer, &column) in layers.iter().zip(columns) {
                     let placed = enumerator.placement(layer, &configs[column]);
                     let is_free = instance.constraints.layer(placed.layer).is_empty();
                     let shape = &evidence[layer].shape;
-                    placements[layer] = Some(if is_free { pin_full_slots(placed, shape) } else { placed });
+                    placements[layer] = Some(if is_free {
+                        pin_full_slots(placed, shape)
+                    } else {
+                        placed
+                    });
                 }
             }
         }
     }
-    Draft { dense, layers: placements.into_iter().flatten().collect() }
+    Draft {
+        dense,
+        layers: placements.into_iter().flatten().collect(),
+    }
 }
 
 /// Turns slots into pins where there is a slot for every pooled expert.
 ///
 /// That takes as many bytes, and no expert is missed once before it is resident.
 fn pin_full_slots(mut placed: LayerPlacement, shape: &ExpertShape) -> LayerPlacement {
-    let pinned: BTreeSet<u32> = placed.pinned.iter().flat_map(|pins| pins.experts.iter().copied()).collect();
+    let pinned: BTreeSet<u32> = placed
+        .pinned
+        .iter()
+        .flat_map(|pins| pins.experts.iter().copied())
+        .collect();
     let pooled = (0..shape.n_expert).filter(|e| !pinned.contains(e));
     if placed.slots == 0 || placed.slots as usize != pooled.clone().count() {
         return placed;
     }
-    match placed.pinned.iter_mut().find(|pins| pins.tier == placed.slot_tier) {
+    match placed
+        .pinned
+        .iter_mut()
+        .find(|pins| pins.tier == placed.slot_tier)
+    {
         Some(pins) => {
             pins.experts.extend(pooled);
             pins.experts.sort_unstable();
         }
         None => {
-            placed.pinned.push(Pins { tier: placed.slot_tier, experts: pooled.collect() });
+            placed.pinned.push(Pins {
+                tier: placed.slot_tier,
+                experts: pooled.collect(),
+            });
             placed.pinned.sort_unstable_by_key(|pins| pins.tier);
         }
     }

@@ -11,7 +11,8 @@ use std::collections::BTreeMap;
 use tier_plan_runtime::experts::cache::{Access, SlotCache};
 use tier_plan_runtime::formats::machine::TierKind;
 use tier_plan_runtime::formats::placement::{
-    ATTENTION_OF_A_TOKEN, DensePlacement, LayerPlacement, PerTier, Pins, Placement, SlotPolicy, TierBytes, TierIdx,
+    ATTENTION_OF_A_TOKEN, DensePlacement, LayerPlacement, PerTier, Pins, Placement, SlotPolicy,
+    TierBytes, TierIdx,
 };
 use tier_plan_runtime::gpu::fully_on_gpu;
 use tier_plan_runtime::model::shape::{DenseKind, ExpertShape, ModelShape};
@@ -27,13 +28,20 @@ const MIN_PREFETCH_ACCURACY: f64 = 0.5;
 pub fn verify(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -> Vec<String> {
     let mut wrong = Vec::new();
     if plan.model.hash != shape.id.hash {
-        wrong.push(format!("the plan is for model '{}', not '{}'", plan.model.name, shape.id.name));
+        wrong.push(format!(
+            "the plan is for model '{}', not '{}'",
+            plan.model.name, shape.id.name
+        ));
     }
     if plan.tiers.is_empty() {
         wrong.push("the plan has no tiers".to_string());
         return wrong;
     }
-    let mut tally = Tally { plan, bytes: PerTier::from_fn(plan.tiers.len(), |_| [0; LINES]), wrong };
+    let mut tally = Tally {
+        plan,
+        bytes: PerTier::from_fn(plan.tiers.len(), |_| [0; LINES]),
+        wrong,
+    };
     tally.add_dense(shape);
     if tally.has_all_layers(shape) {
         for (layer, experts) in plan.layers.iter().zip(&shape.experts) {
@@ -42,7 +50,9 @@ pub fn verify(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -> Vec<
         tally.add_staging(shape);
         tally.add_caches(shape);
     }
-    let Tally { bytes, mut wrong, .. } = tally;
+    let Tally {
+        bytes, mut wrong, ..
+    } = tally;
     if wrong.is_empty() {
         verify_sums(plan, &bytes, &mut wrong);
         verify_times(plan, shape, evidence, &mut wrong);
@@ -84,16 +94,24 @@ impl Tally<'_> {
         let n = self.n_tiers();
         let mut placed: BTreeMap<_, u32> = BTreeMap::new();
         for dense in &self.plan.dense {
-            let group = shape.dense.iter().find(|g| (g.kind, g.layer) == (dense.kind, dense.layer));
+            let group = shape
+                .dense
+                .iter()
+                .find(|g| (g.kind, g.layer) == (dense.kind, dense.layer));
             let name = format!("{:?} of layer {:?}", dense.kind, dense.layer);
             *placed.entry((dense.kind, dense.layer)).or_default() += 1;
             let tier = dense.tier;
             match group {
-                None => self.wrong.push(format!("{name} is placed, but the model has none")),
-                Some(_) if tier.get() >= n => self.wrong.push(format!("{name} is on tier {tier} of {n}")),
+                None => self
+                    .wrong
+                    .push(format!("{name} is placed, but the model has none")),
+                Some(_) if tier.get() >= n => {
+                    self.wrong.push(format!("{name} is on tier {tier} of {n}"))
+                }
                 Some(_) if !self.computes(tier) && dense.kind != DenseKind::Embedding => {
                     let tier = &self.plan.tiers[tier].tier.name;
-                    self.wrong.push(format!("{name} is on '{tier}', where nothing computes"));
+                    self.wrong
+                        .push(format!("{name} is on '{tier}', where nothing computes"));
                 }
                 Some(group) => self.bytes[tier][DENSE] += u128::from(group.bytes),
             }
@@ -102,7 +120,9 @@ impl Tally<'_> {
             let times = placed.get(&(group.kind, group.layer)).copied().unwrap_or(0);
             if times != 1 {
                 let (kind, layer) = (group.kind, group.layer);
-                self.wrong.push(format!("{kind:?} of layer {layer:?} is placed {times} times, not once"));
+                self.wrong.push(format!(
+                    "{kind:?} of layer {layer:?} is placed {times} times, not once"
+                ));
             }
         }
     }
@@ -112,7 +132,9 @@ impl Tally<'_> {
         let have: Vec<u32> = self.plan.layers.iter().map(|l| l.layer).collect();
         let want: Vec<u32> = shape.experts.iter().map(|e| e.layer).collect();
         if have != want {
-            self.wrong.push(format!("layers with experts are {want:?} in the model, {have:?} in the plan"));
+            self.wrong.push(format!(
+                "layers with experts are {want:?} in the model, {have:?} in the plan"
+            ));
         }
         have == want
     }
@@ -123,18 +145,27 @@ impl Tally<'_> {
         let layer = placed.layer;
         let expert_bytes = u128::from(experts.expert_bytes);
         let mut seen = vec![false; experts.n_expert as usize];
-        for Pins { tier, experts: pinned } in &placed.pinned {
+        for Pins {
+            tier,
+            experts: pinned,
+        } in &placed.pinned
+        {
             if tier.get() >= n || !self.computes(*tier) {
-                self.wrong.push(format!("layer {layer} pins experts to tier {tier}, where none can be"));
+                self.wrong.push(format!(
+                    "layer {layer} pins experts to tier {tier}, where none can be"
+                ));
                 continue;
             }
             for &expert in pinned {
                 match seen.get_mut(expert as usize) {
                     None => {
                         let n_expert = experts.n_expert;
-                        self.wrong.push(format!("layer {layer} pins expert {expert} of {n_expert}"));
+                        self.wrong
+                            .push(format!("layer {layer} pins expert {expert} of {n_expert}"));
                     }
-                    Some(true) => self.wrong.push(format!("layer {layer} pins expert {expert} twice")),
+                    Some(true) => self
+                        .wrong
+                        .push(format!("layer {layer} pins expert {expert} twice")),
                     Some(seen) => {
                         *seen = true;
                         self.bytes[*tier][PINNED] += expert_bytes;
@@ -147,18 +178,26 @@ impl Tally<'_> {
         let (slots, slot_tier) = (placed.slots, placed.slot_tier);
         if slots > 0 {
             if slot_tier.get() >= n || !self.computes(slot_tier) {
-                self.wrong.push(format!("layer {layer} has slots on tier {slot_tier}"));
+                self.wrong
+                    .push(format!("layer {layer} has slots on tier {slot_tier}"));
             } else {
                 self.bytes[slot_tier][SLOTS] += expert_bytes * u128::from(slots);
             }
             if slots as usize > pooled {
-                self.wrong.push(format!("layer {layer} has {slots} slots for {pooled} pooled experts"));
+                self.wrong.push(format!(
+                    "layer {layer} has {slots} slots for {pooled} pooled experts"
+                ));
             }
         }
     }
 
     fn add_staging(&mut self, shape: &ModelShape) {
-        let largest = shape.experts.iter().map(|e| e.expert_bytes).max().unwrap_or(0);
+        let largest = shape
+            .experts
+            .iter()
+            .map(|e| e.expert_bytes)
+            .max()
+            .unwrap_or(0);
         let bytes = u128::from(self.plan.staging_experts) * u128::from(largest);
         self.add_line("staging", self.plan.staging_tier, STAGING, bytes);
     }
@@ -174,9 +213,14 @@ impl Tally<'_> {
                 bytes += row_bytes * u128::from(rows.per_token) * u128::from(plan.context);
             }
             let name = format!("key and value cache of layer {layer}");
-            let apart = plan.dense.iter().find(|d| attends(d, layer)).filter(|d| d.tier != tier);
+            let apart = plan
+                .dense
+                .iter()
+                .find(|d| attends(d, layer))
+                .filter(|d| d.tier != tier);
             if apart.is_some() && plan.tiers.get(tier).is_some_and(|t| t.tier.is_gpu()) {
-                self.wrong.push(format!("the {name} is on a GPU, but not its attention"));
+                self.wrong
+                    .push(format!("the {name} is on a GPU, but not its attention"));
             }
             self.add_line(&name, tier, KV, bytes);
         }
@@ -184,7 +228,9 @@ impl Tally<'_> {
 
     fn add_line(&mut self, name: &str, tier: TierIdx, line: usize, bytes: u128) {
         if tier.get() >= self.n_tiers() || (bytes > 0 && !self.computes(tier)) {
-            self.wrong.push(format!("the {name} is on tier {tier}, where nothing computes"));
+            self.wrong.push(format!(
+                "the {name} is on tier {tier}, where nothing computes"
+            ));
         } else {
             self.bytes[tier][line] += bytes;
         }
@@ -198,7 +244,10 @@ fn attends(dense: &DensePlacement, layer: usize) -> bool {
 /// Returns the tier of a layer's KV cache: the GPU that has its attention, or that of all others.
 fn cache_tier(plan: &Placement, layer: usize) -> TierIdx {
     let attention = plan.dense.iter().filter(|d| d.kind == DenseKind::Attention);
-    let of_layer = attention.into_iter().find(|d| attends(d, layer)).map(|d| d.tier);
+    let of_layer = attention
+        .into_iter()
+        .find(|d| attends(d, layer))
+        .map(|d| d.tier);
     let is_gpu = |tier: &TierIdx| {
         let tier = plan.tiers.get(*tier);
         tier.is_some_and(|t| t.tier.kind == TierKind::Vram && !t.tier.emulated)
@@ -210,17 +259,30 @@ fn cache_tier(plan: &Placement, layer: usize) -> TierIdx {
 fn verify_sums(plan: &Placement, counted: &PerTier<[u128; LINES]>, wrong: &mut Vec<String>) {
     for (tier, counted) in plan.tiers.iter().zip(counted) {
         let name = &tier.tier.name;
-        let TierBytes { dense, pinned, slots, kv, staging, home } = tier.bytes;
+        let TierBytes {
+            dense,
+            pinned,
+            slots,
+            kv,
+            staging,
+            home,
+        } = tier.bytes;
         let stated = [dense, pinned, slots, kv, staging, home];
         for ((stated, &counted), line) in stated.into_iter().zip(counted).zip(LINE_NAMES) {
             if u128::from(stated) != counted {
-                wrong.push(format!("tier '{name}' says {stated} {line} bytes, but they are {counted}"));
+                wrong.push(format!(
+                    "tier '{name}' says {stated} {line} bytes, but they are {counted}"
+                ));
             }
         }
         let used: u128 = counted.iter().sum();
         if used > u128::from(tier.budget_bytes) {
-            let over = show_bytes(u64::try_from(used - u128::from(tier.budget_bytes)).unwrap_or(u64::MAX));
-            wrong.push(format!("tier '{name}' is over its budget of {} by {over}", show_bytes(tier.budget_bytes)));
+            let over =
+                show_bytes(u64::try_from(used - u128::from(tier.budget_bytes)).unwrap_or(u64::MAX));
+            wrong.push(format!(
+                "tier '{name}' is over its budget of {} by {over}",
+                show_bytes(tier.budget_bytes)
+            ));
         }
         if tier.budget_bytes > tier.tier.capacity_bytes {
             wrong.push(format!("tier '{name}' has a budget above its capacity"));
@@ -229,21 +291,41 @@ fn verify_sums(plan: &Placement, counted: &PerTier<[u128; LINES]>, wrong: &mut V
 }
 
 /// Compares the times that a plan predicts with a replay, and its bound with both.
-fn verify_times(plan: &Placement, shape: &ModelShape, evidence: &Evidence, wrong: &mut Vec<String>) {
+fn verify_times(
+    plan: &Placement,
+    shape: &ModelShape,
+    evidence: &Evidence,
+    wrong: &mut Vec<String>,
+) {
     let seconds = token_s(plan, shape, evidence);
     let differs = |said: f64| ((said - seconds) / seconds).abs() > TIME_TOLERANCE || said.is_nan();
     let predicted = plan.predicted.decode_tok_s;
     if differs(1.0 / predicted) {
-        wrong.push(format!("the plan predicts {predicted} tok/s, but a replay gives {}", 1.0 / seconds));
+        wrong.push(format!(
+            "the plan predicts {predicted} tok/s, but a replay gives {}",
+            1.0 / seconds
+        ));
     }
     if differs(plan.solver.objective_s) {
-        wrong.push(format!("the plan's objective is {} s, but a replay gives {seconds} s", plan.solver.objective_s));
+        wrong.push(format!(
+            "the plan's objective is {} s, but a replay gives {seconds} s",
+            plan.solver.objective_s
+        ));
     }
-    let Some(bound) = plan.solver.bound_s else { return };
+    let Some(bound) = plan.solver.bound_s else {
+        return;
+    };
     // A bound is over pins and slots with LRU; another policy may be faster than that.
     let mut with_lru = plan.clone();
-    with_lru.layers.iter_mut().for_each(|layer| layer.policy = SlotPolicy::Lru);
-    let bounded = if with_lru.layers == plan.layers { seconds } else { token_s(&with_lru, shape, evidence) };
+    with_lru
+        .layers
+        .iter_mut()
+        .for_each(|layer| layer.policy = SlotPolicy::Lru);
+    let bounded = if with_lru.layers == plan.layers {
+        seconds
+    } else {
+        token_s(&with_lru, shape, evidence)
+    };
     if bound > bounded * (1.0 + TIME_TOLERANCE) {
         wrong.push("the plan is better than its proven bound".to_string());
     }
@@ -252,12 +334,22 @@ fn verify_times(plan: &Placement, shape: &ModelShape, evidence: &Evidence, wrong
 /// Returns the seconds of a decoded token, token by token as [`crate::cost`] states the charges.
 pub fn token_s(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -> f64 {
     let plan = &with_fixed_times(plan, shape);
-    let mut total = 1e-6 * (plan.token_overhead_us + f64::from(shape.n_layer) * plan.layer_overhead_us);
+    let mut total =
+        1e-6 * (plan.token_overhead_us + f64::from(shape.n_layer) * plan.layer_overhead_us);
     for dense in &plan.dense {
         if dense.kind == DenseKind::Attention {
-            total += 1e-6 * plan.tiers[dense.tier].tier.accelerator.layer_us.unwrap_or(0.0);
+            total += 1e-6
+                * plan.tiers[dense.tier]
+                    .tier
+                    .accelerator
+                    .layer_us
+                    .unwrap_or(0.0);
         }
-        for group in shape.dense.iter().filter(|g| (g.kind, g.layer) == (dense.kind, dense.layer)) {
+        for group in shape
+            .dense
+            .iter()
+            .filter(|g| (g.kind, g.layer) == (dense.kind, dense.layer))
+        {
             total += group.token_bytes as f64 / (plan.tiers[dense.tier].tier.read_gbps * 1e9);
         }
     }
@@ -267,7 +359,8 @@ pub fn token_s(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -> f64
             Judged::Recorded(_) => stepped_s(plan, layer, evidence),
             Judged::Uniform => {
                 let tiers: PerTier<_> = plan.tiers.iter().map(|t| t.tier.clone()).collect();
-                let stage = ExpertStage::new(&tiers, evidence.shape.expert_bytes, evidence.prefetch);
+                let stage =
+                    ExpertStage::new(&tiers, evidence.shape.expert_bytes, evidence.prefetch);
                 let found = cost::outcomes(layer, evidence, &tiers, plan.staging_tier);
                 cost::stage_mean_s(&stage, &found, layer.brought_to(plan.staging_tier))
             }
@@ -327,12 +420,16 @@ struct TokenExperts {
 
 /// Returns the mean seconds of a layer's expert stage, by stepping its slot cache.
 fn stepped_s(plan: &Placement, layer: &LayerPlacement, evidence: &LayerEvidence) -> f64 {
-    let Judged::Recorded(trace) = &evidence.judged else { return 0.0 };
+    let Judged::Recorded(trace) = &evidence.judged else {
+        return 0.0;
+    };
     let home = plan.home_tier();
     let in_place = plan.tiers[home].tier.kind != TierKind::Nvme;
     let mut pinned_on = vec![None; evidence.shape.n_expert as usize];
     for Pins { tier, experts } in &layer.pinned {
-        experts.iter().for_each(|&e| pinned_on[e as usize] = Some(*tier));
+        experts
+            .iter()
+            .for_each(|&e| pinned_on[e as usize] = Some(*tier));
     }
     let mut cache = SlotCache::new(evidence.shape.n_expert, layer.slots, layer.policy);
     let (mut accesses, mut sum, mut tokens) = (Vec::new(), 0.0, 0u64);
@@ -340,7 +437,9 @@ fn stepped_s(plan: &Placement, layer: &LayerPlacement, evidence: &LayerEvidence)
     for event in trace.events() {
         let pooled = |chosen: &[u16]| -> Vec<u32> {
             let chosen = chosen.iter().map(|&e| e.into());
-            chosen.filter(|&e: &u32| pinned_on[e as usize].is_none()).collect()
+            chosen
+                .filter(|&e: &u32| pinned_on[e as usize].is_none())
+                .collect()
         };
         let chosen = match event {
             Event::Prompt { tokens, touched } => {
@@ -352,7 +451,10 @@ fn stepped_s(plan: &Placement, layer: &LayerPlacement, evidence: &LayerEvidence)
             Event::Token(chosen) => chosen,
         };
         cache.step(&pooled(chosen), &mut accesses);
-        let mut experts = TokenExperts { on_tier: PerTier::from_fn(plan.tiers.len(), |_| 0), missed: 0 };
+        let mut experts = TokenExperts {
+            on_tier: PerTier::from_fn(plan.tiers.len(), |_| 0),
+            missed: 0,
+        };
         let pins = chosen.iter().filter_map(|&e| pinned_on[usize::from(e)]);
         pins.for_each(|tier: TierIdx| experts.on_tier[tier] += 1);
         for access in &accesses {
@@ -400,13 +502,22 @@ fn longest_path_s(
     let home = plan.home_tier();
     let missed = experts.missed;
     let expert_bytes = evidence.shape.expert_bytes as f64;
-    let read_s = |tier: TierIdx, n: u64| n as f64 * expert_bytes / (plan.tiers[tier].tier.read_gbps * 1e9);
+    let read_s =
+        |tier: TierIdx, n: u64| n as f64 * expert_bytes / (plan.tiers[tier].tier.read_gbps * 1e9);
     let latency_s = |tier: TierIdx| plan.tiers[tier].tier.latency_us * 1e-6;
     // Transfers over a link that is slower than the reads take as long as on the link.
-    let to = if layer.slots > 0 { layer.slot_tier } else { plan.staging_tier };
+    let to = if layer.slots > 0 {
+        layer.slot_tier
+    } else {
+        plan.staging_tier
+    };
     let link_gbps = plan.tiers[to].tier.accelerator.link_gbps;
     let link_s = link_gbps.map_or(0.0, |gbps| missed as f64 * expert_bytes / (gbps * 1e9));
-    let mut longest = if missed > 0 { latency_s(home) + read_s(home, missed).max(link_s) - prefetched_s } else { 0.0 };
+    let mut longest = if missed > 0 {
+        latency_s(home) + read_s(home, missed).max(link_s) - prefetched_s
+    } else {
+        0.0
+    };
     for (tier, &n) in experts.on_tier.enumerate().filter(|(_, n)| **n > 0) {
         let is_vram = plan.tiers[tier].tier.kind == TierKind::Vram;
         let launch_s = if is_vram { latency_s(tier) } else { 0.0 };

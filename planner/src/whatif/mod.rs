@@ -94,18 +94,26 @@ impl Answer {
     /// Returns tokens per second: the middle case, the slowest, and the fastest.
     pub fn decode_tok_s(&self) -> [f64; 3] {
         let speed = |case: Option<&Case>| case.map_or(0.0, Case::decode_tok_s);
-        [speed(self.middle()), speed(self.cases.first()), speed(self.cases.last())]
+        [
+            speed(self.middle()),
+            speed(self.cases.first()),
+            speed(self.cases.last()),
+        ]
     }
 
     /// Returns the joules per token at the middle speed.
     pub fn joules_per_token(&self) -> Option<f64> {
         let [speed, ..] = self.decode_tok_s();
-        self.watts.filter(|_| speed > 0.0).map(|watts| watts / speed)
+        self.watts
+            .filter(|_| speed > 0.0)
+            .map(|watts| watts / speed)
     }
 
     /// Returns the tokens per second per thousand dollars, at the middle speed.
     pub fn tok_s_per_1000_usd(&self) -> Option<f64> {
-        self.price_usd.filter(|price| *price > 0.0).map(|price| self.decode_tok_s()[0] / price * 1000.0)
+        self.price_usd
+            .filter(|price| *price > 0.0)
+            .map(|price| self.decode_tok_s()[0] / price * 1000.0)
     }
 }
 
@@ -113,12 +121,20 @@ impl Answer {
 pub fn bound(plan: &Placement) -> Bound {
     let predicted = &plan.predicted;
     let total = token_s(predicted).max(f64::MIN_POSITIVE);
-    let tiers = plan.tiers.enumerate().zip(predicted.dense_s.iter().zip(&predicted.expert_s));
+    let tiers = plan
+        .tiers
+        .enumerate()
+        .zip(predicted.dense_s.iter().zip(&predicted.expert_s));
     let cache = plan.kv_s_by_tier();
-    let of_tiers = tiers.map(|((at, tier), (dense, expert))| (tier.tier.name.clone(), dense + expert + cache[at]));
+    let of_tiers = tiers
+        .map(|((at, tier), (dense, expert))| (tier.tier.name.clone(), dense + expert + cache[at]));
     let all = std::iter::once(("overheads".to_string(), predicted.overhead_s)).chain(of_tiers);
     let (by, seconds) = all.max_by(|a, b| a.1.total_cmp(&b.1)).unwrap_or_default();
-    Bound { by, seconds, share: seconds / total }
+    Bound {
+        by,
+        seconds,
+        share: seconds / total,
+    }
 }
 
 /// Returns the patterns of routing to suppose, by name; only the profile, if there is one.
@@ -130,7 +146,10 @@ fn supposed(question: &Question<'_>) -> Result<Vec<(&'static str, Evidence)>> {
     if shape.experts.is_empty() {
         return Ok(vec![("dense", Evidence::uniform(shape)?)]);
     }
-    Pattern::ALL.into_iter().map(|pattern| Ok((pattern.name(), Evidence::supposed(shape, pattern)?))).collect()
+    Pattern::ALL
+        .into_iter()
+        .map(|pattern| Ok((pattern.name(), Evidence::supposed(shape, pattern)?)))
+        .collect()
 }
 
 /// Solves for one pattern of routing. Slots keep LRU, since nothing is recorded to learn from.
@@ -144,7 +163,12 @@ fn plan_for(question: &Question<'_>, evidence: &Evidence) -> Result<Solution> {
         kv_type: question.kv_type,
     };
     let (time_limit_s, position) = (question.time_limit_s, question.at);
-    let options = Options { strategy: Strategy::Optimal, time_limit_s, position, ..Options::default() };
+    let options = Options {
+        strategy: Strategy::Optimal,
+        time_limit_s,
+        position,
+        ..Options::default()
+    };
     solve_with_evidence(&problem, evidence, &options)
 }
 
@@ -159,10 +183,19 @@ pub fn answer(question: &Question<'_>) -> Result<Answer> {
     let mut cases = Vec::with_capacity(supposed.len());
     for (routing, evidence) in &supposed {
         let solved = plan_for(question, evidence)?;
-        cases.push(Case { routing, plan: solved.plan, notes: solved.notes });
+        cases.push(Case {
+            routing,
+            plan: solved.plan,
+            notes: solved.notes,
+        });
     }
     cases.sort_by(|a, b| a.decode_tok_s().total_cmp(&b.decode_tok_s()));
-    let mut answer = Answer { cases, watts: machine.extras.watts, price_usd: machine.extras.price_usd, load_s: None };
+    let mut answer = Answer {
+        cases,
+        watts: machine.extras.watts,
+        price_usd: machine.extras.price_usd,
+        load_s: None,
+    };
     answer.load_s = answer.middle().and_then(|case| load_s(&case.plan, machine));
     Ok(answer)
 }
@@ -174,9 +207,17 @@ pub fn answer(question: &Question<'_>) -> Result<Answer> {
 fn load_s(plan: &Placement, machine: &Machine) -> Option<f64> {
     let last = machine.tiers.last()?;
     let keeps = matches!(last.kind, TierKind::Nvme | TierKind::Pmem);
-    let rate = machine.extras.load_gbps.or(keeps.then_some(last.read_gbps))?;
+    let rate = machine
+        .extras
+        .load_gbps
+        .or(keeps.then_some(last.read_gbps))?;
     let upto = plan.tiers.len() - usize::from(keeps);
-    let bytes: u64 = plan.tiers.iter().take(upto).map(|t| t.bytes.dense + t.bytes.pinned + t.bytes.home).sum();
+    let bytes: u64 = plan
+        .tiers
+        .iter()
+        .take(upto)
+        .map(|t| t.bytes.dense + t.bytes.pinned + t.bytes.home)
+        .sum();
     Some(bytes as f64 / (rate * 1e9))
 }
 
@@ -215,7 +256,9 @@ pub fn as_json(question: &Question<'_>, answer: &Result<Answer>) -> Value {
             return value;
         }
     };
-    let Some(middle) = answer.middle() else { return value };
+    let Some(middle) = answer.middle() else {
+        return value;
+    };
     let [speed, low, high] = answer.decode_tok_s();
     let bound = bound(&middle.plan);
     let (solver, predicted) = (&middle.plan.solver, &middle.plan.predicted);

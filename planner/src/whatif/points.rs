@@ -41,16 +41,28 @@ fn lumps(
         token_bytes: dense_bytes / u64::from(layers),
         macs: dense_bytes / u64::from(layers),
     };
-    let expert = |layer| ExpertShape { layer, n_expert, n_used, expert_bytes, expert_macs: 2 * expert_bytes };
+    let expert = |layer| ExpertShape {
+        layer,
+        n_expert,
+        n_used,
+        expert_bytes,
+        expert_macs: 2 * expert_bytes,
+    };
     let sizes = ModelShape {
-        id: SourceId { name: name.into(), hash: "0".repeat(32) },
+        id: SourceId {
+            name: name.into(),
+            hash: "0".repeat(32),
+        },
         arch: "lumps".into(),
         n_layer: layers,
         hidden: 4096,
         n_vocab: 100_000,
         context: 1 << 17,
         caches: (1..=layers)
-            .map(|l| CacheShape { rows: if l % every == 0 { vec![kv] } else { Vec::new() }, state_bytes: 0 })
+            .map(|l| CacheShape {
+                rows: if l % every == 0 { vec![kv] } else { Vec::new() },
+                state_bytes: 0,
+            })
             .collect(),
         dense: (0..layers).map(dense).collect(),
         experts: (0..layers).map(expert).collect(),
@@ -69,7 +81,15 @@ fn points() -> Vec<Point> {
         6,
         3_450_000_000 / (43 * 6),
         6_500_000_000,
-        (1, KvRows { width: 576, per_token: 1, queries: 128, window: None }),
+        (
+            1,
+            KvRows {
+                width: 576,
+                per_token: 1,
+                queries: 128,
+                window: None,
+            },
+        ),
     );
     // 60 layers of 512 experts, 10 used, of 3 * 4096 * 1024 values each; 209 GB for 397e9
     // parameters are 4.2 bits. Of the 17e9 active parameters 9e9 are not routed. Every fourth layer
@@ -81,7 +101,15 @@ fn points() -> Vec<Point> {
         10,
         6_620_000,
         9_000_000_000 * 42 / 80,
-        (4, KvRows { width: 256, per_token: 2 * 2, queries: 16, window: None }),
+        (
+            4,
+            KvRows {
+                width: 256,
+                per_token: 2 * 2,
+                queries: 16,
+                window: None,
+            },
+        ),
     );
     vec![
         Point {
@@ -140,11 +168,23 @@ fn points() -> Vec<Point> {
 /// Returns the row of the document that begins with a name: published, predicted, least and most.
 fn row(page: &str, name: &str) -> [f64; 4] {
     let start = format!("| {name} |");
-    let line = page.lines().find(|line| line.starts_with(&start)).unwrap_or_else(|| panic!("no row {start}"));
+    let line = page
+        .lines()
+        .find(|line| line.starts_with(&start))
+        .unwrap_or_else(|| panic!("no row {start}"));
     let cells: Vec<&str> = line.split('|').map(str::trim).collect();
-    let number = |text: &str| text.trim().parse::<f64>().unwrap_or_else(|_| panic!("'{text}' in {line}"));
+    let number = |text: &str| {
+        text.trim()
+            .parse::<f64>()
+            .unwrap_or_else(|_| panic!("'{text}' in {line}"))
+    };
     let (low, high) = cells[4].split_once(" to ").unwrap();
-    [number(cells[2]), number(cells[3]), number(low), number(high)]
+    [
+        number(cells[2]),
+        number(cells[3]),
+        number(low),
+        number(high),
+    ]
 }
 
 /// Compares the prediction for a point with its measurement and with the document.
@@ -153,7 +193,13 @@ fn check_point(at: usize) {
     let page = std::fs::read_to_string(page).unwrap();
     let point = points().swap_remove(at);
     let machine = catalogue::machine(Path::new(point.machine)).unwrap();
-    let least = |kind| point.least.iter().find(|(of, _)| *of == kind).map(|(_, bytes)| *bytes);
+    let least = |kind| {
+        point
+            .least
+            .iter()
+            .find(|(of, _)| *of == kind)
+            .map(|(_, bytes)| *bytes)
+    };
     let budget = |t: &Tier| least(t.kind).unwrap_or(t.capacity_bytes);
     let budgets = machine.tiers.iter().map(budget).collect();
     let question = Question {
@@ -168,14 +214,26 @@ fn check_point(at: usize) {
     };
     let predicted = answer(&question).unwrap().decode_tok_s();
     let [speed, low, high] = predicted;
-    println!("{}: {speed:.3} ({low:.3} to {high:.3}), published {}", point.name, point.published);
+    println!(
+        "{}: {speed:.3} ({low:.3} to {high:.3}), published {}",
+        point.name, point.published
+    );
     let error = speed / point.published - 1.0;
-    assert!(error.abs() <= point.within, "{}: {speed:.2} is {:+.0} % off", point.name, error * 100.0);
+    assert!(
+        error.abs() <= point.within,
+        "{}: {speed:.2} is {:+.0} % off",
+        point.name,
+        error * 100.0
+    );
     let stated = row(&page, point.name);
     assert_eq!(stated[0], point.published, "{}", point.name);
     for (stated, predicted) in stated[1..].iter().zip(predicted) {
         let differs = (stated / predicted - 1.0).abs() > 0.02;
-        assert!(!differs, "{}: the page says {stated}, but it is {predicted:.3}", point.name);
+        assert!(
+            !differs,
+            "{}: the page says {stated}, but it is {predicted:.3}",
+            point.name
+        );
     }
 }
 

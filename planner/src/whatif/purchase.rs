@@ -41,25 +41,50 @@ impl Purchase {
 /// Fails if the routing makes no sense for the model.
 pub fn purchases(question: &Question<'_>, answer: &Answer) -> Result<Vec<Purchase>> {
     let machine = question.machine;
-    let Some(middle) = answer.middle() else { return Ok(Vec::new()) };
-    let Some((_, evidence)) = supposed(question)?.into_iter().find(|(routing, _)| *routing == middle.routing) else {
+    let Some(middle) = answer.middle() else {
         return Ok(Vec::new());
     };
-    let usd =
-        machine.extras.price_usd.filter(|price| *price > 0.0).map_or(DEFAULT_SPEND_USD, |price| price * SPEND_SHARE);
+    let Some((_, evidence)) = supposed(question)?
+        .into_iter()
+        .find(|(routing, _)| *routing == middle.routing)
+    else {
+        return Ok(Vec::new());
+    };
+    let usd = machine
+        .extras
+        .price_usd
+        .filter(|price| *price > 0.0)
+        .map_or(DEFAULT_SPEND_USD, |price| price * SPEND_SHARE);
     let mut found = Vec::new();
     for (at, tier) in machine.tiers.iter().enumerate() {
-        let Some(each) = machine.extras.usd_per_gb.get(&tier.name).filter(|each| **each > 0.0) else { continue };
+        let Some(each) = machine
+            .extras
+            .usd_per_gb
+            .get(&tier.name)
+            .filter(|each| **each > 0.0)
+        else {
+            continue;
+        };
         let bytes = (usd / each * 1e9) as u64;
-        let Some(capacity) = tier.capacity_bytes.checked_add(bytes).filter(|all| i64::try_from(*all).is_ok()) else {
+        let Some(capacity) = tier
+            .capacity_bytes
+            .checked_add(bytes)
+            .filter(|all| i64::try_from(*all).is_ok())
+        else {
             continue;
         };
         let larger = resized(machine, at, capacity);
         let mut budgets = question.budgets.clone();
         budgets[at] = budgets[at].saturating_add(bytes);
-        let larger = Question { machine: &larger, budgets, ..question.clone() };
+        let larger = Question {
+            machine: &larger,
+            budgets,
+            ..question.clone()
+        };
         // More bytes always fit, so a failure here is a timeout and no purchase.
-        let Ok(plan) = plan_for(&larger, &evidence) else { continue };
+        let Ok(plan) = plan_for(&larger, &evidence) else {
+            continue;
+        };
         found.push(Purchase {
             tier: tier.name.clone(),
             bytes,

@@ -53,21 +53,36 @@ impl Range {
     /// # Errors
     /// Names what was expected.
     pub fn parse(text: &str) -> Result<Range> {
-        let shape =
-            || format!("--sweep {text}: write TIER=FROM..TO, or TIER=FROM..TO:STEPS, like dram=64GiB..512GiB:8");
+        let shape = || {
+            format!(
+                "--sweep {text}: write TIER=FROM..TO, or TIER=FROM..TO:STEPS, like dram=64GiB..512GiB:8"
+            )
+        };
         let (tier, rest) = text.split_once('=').with_context(shape)?;
         let (from, rest) = rest.split_once("..").with_context(shape)?;
         let (to, steps) = match rest.split_once(':') {
             Some((to, steps)) => (to, steps.trim().parse::<usize>().ok().with_context(shape)?),
             None => (rest, DEFAULT_STEPS),
         };
-        ensure!((2..=MAX_STEPS).contains(&steps), "--sweep {text}: {steps} steps; give 2 to {MAX_STEPS}");
+        ensure!(
+            (2..=MAX_STEPS).contains(&steps),
+            "--sweep {text}: {steps} steps; give 2 to {MAX_STEPS}"
+        );
         let size = |size: &str| parse_bytes(size).with_context(|| format!("--sweep {text}"));
         let (from, to) = (size(from)?, size(to)?);
-        ensure!(from < to, "--sweep {text}: the second size must be larger than the first");
-        ensure!(to <= i64::MAX as u64, "--sweep {text}: sizes must be below 8 EiB");
+        ensure!(
+            from < to,
+            "--sweep {text}: the second size must be larger than the first"
+        );
+        ensure!(
+            to <= i64::MAX as u64,
+            "--sweep {text}: sizes must be below 8 EiB"
+        );
         let step = |i: usize| from + ((to - from) as u128 * i as u128 / (steps as u128 - 1)) as u64;
-        Ok(Range { tier: tier.trim().to_string(), sizes: (0..steps).map(step).collect() })
+        Ok(Range {
+            tier: tier.trim().to_string(),
+            sizes: (0..steps).map(step).collect(),
+        })
     }
 }
 
@@ -76,7 +91,11 @@ pub(super) fn resized(machine: &Machine, tier: usize, bytes: u64) -> Machine {
     let mut machine = machine.clone();
     let before = machine.tiers[tier].capacity_bytes;
     machine.tiers[tier].capacity_bytes = bytes;
-    let each = machine.extras.usd_per_gb.get(&machine.tiers[tier].name).copied();
+    let each = machine
+        .extras
+        .usd_per_gb
+        .get(&machine.tiers[tier].name)
+        .copied();
     machine.extras.price_usd = machine
         .extras
         .price_usd
@@ -111,20 +130,39 @@ pub fn sweep(question: &Question<'_>, range: &Range, mut each: impl FnMut(usize)
     }
     let mut points: Vec<Point> = Vec::with_capacity(range.sizes.len());
     for (done, &bytes) in range.sizes.iter().enumerate() {
-        let Some((machine, budgets)) = at_size(question, &range.tier, bytes) else { continue };
-        points.push(Point { bytes, answer: answer(&Question { machine: &machine, budgets, ..question.clone() }) });
+        let Some((machine, budgets)) = at_size(question, &range.tier, bytes) else {
+            continue;
+        };
+        points.push(Point {
+            bytes,
+            answer: answer(&Question {
+                machine: &machine,
+                budgets,
+                ..question.clone()
+            }),
+        });
         each(done + 1);
     }
-    let speeds: Vec<Option<f64>> = points.iter().map(|p| p.answer.as_ref().ok().map(|a| a.decode_tok_s()[0])).collect();
+    let speeds: Vec<Option<f64>> = points
+        .iter()
+        .map(|p| p.answer.as_ref().ok().map(|a| a.decode_tok_s()[0]))
+        .collect();
     let sizes: Vec<f64> = points.iter().map(|p| p.bytes as f64).collect();
     let knee = knee(&sizes, &speeds);
-    Ok(Sweep { tier: range.tier.clone(), points, knee })
+    Ok(Sweep {
+        tier: range.tier.clone(),
+        points,
+        knee,
+    })
 }
 
 /// Returns the point farthest above the straight line between the first and the last that fit, if
 /// the curve bends.
 fn knee(sizes: &[f64], speeds: &[Option<f64>]) -> Option<usize> {
-    let with_speed = speeds.iter().enumerate().filter_map(|(at, speed)| Some((at, (*speed)?)));
+    let with_speed = speeds
+        .iter()
+        .enumerate()
+        .filter_map(|(at, speed)| Some((at, (*speed)?)));
     let points: Vec<(usize, f64)> = with_speed.collect();
     let (&(first, y0), &(last, y1)) = (points.first()?, points.last()?);
     let (x0, x1) = (sizes[first], sizes[last]);
@@ -144,7 +182,10 @@ mod tests {
     fn ranges_are_read_and_refused() -> Result<()> {
         let range = Range::parse("dram=64GiB..512GiB:8")?;
         assert_eq!((range.tier.as_str(), range.sizes.len()), ("dram", 8));
-        assert_eq!((range.sizes[0], range.sizes[1], range.sizes[7]), (64 << 30, 128 << 30, 512 << 30));
+        assert_eq!(
+            (range.sizes[0], range.sizes[1], range.sizes[7]),
+            (64 << 30, 128 << 30, 512 << 30)
+        );
         assert_eq!(Range::parse("x=1..2:2")?.sizes, [1, 2]);
         assert_eq!(Range::parse("x=0..8TiB")?.sizes.len(), DEFAULT_STEPS);
         for (text, words) in [
@@ -157,7 +198,10 @@ mod tests {
             ("dram=2GiB..1GiB", "must be larger"),
             ("dram=1..1e18GiB", "is not a size"),
         ] {
-            let error = Range::parse(text).err().map(|e| format!("{e:#}")).unwrap_or_default();
+            let error = Range::parse(text)
+                .err()
+                .map(|e| format!("{e:#}"))
+                .unwrap_or_default();
             assert!(error.contains(words), "{text}: {error}");
         }
         Ok(())
@@ -167,11 +211,20 @@ mod tests {
     fn the_knee_is_where_the_curve_bends() {
         let sizes: Vec<f64> = (0..6).map(f64::from).collect();
         let speeds = |s: [f64; 6]| s.map(Some);
-        assert_eq!(knee(&sizes, &speeds([1.0, 2.0, 3.0, 3.1, 3.2, 3.3])), Some(2));
+        assert_eq!(
+            knee(&sizes, &speeds([1.0, 2.0, 3.0, 3.1, 3.2, 3.3])),
+            Some(2)
+        );
         assert_eq!(knee(&sizes, &speeds([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])), None);
         // Slow at first, then fast at the end: there is no point to stop at before.
         assert_eq!(knee(&sizes, &speeds([1.0, 1.1, 1.2, 1.3, 1.4, 6.0])), None);
-        assert_eq!(knee(&sizes, &[None, None, Some(1.0), Some(3.0), Some(3.2), Some(3.3)]), Some(3));
+        assert_eq!(
+            knee(
+                &sizes,
+                &[None, None, Some(1.0), Some(3.0), Some(3.2), Some(3.3)]
+            ),
+            Some(3)
+        );
         assert_eq!(knee(&sizes, &[None; 6]), None);
         assert_eq!(knee(&sizes, &speeds([2.0; 6])), None);
     }

@@ -43,9 +43,14 @@ fn one_tier_is_its_bytes_over_its_rate() -> Result<()> {
         let answer = answer(&ask(&known, &machine))?;
         let sizes = &known.sizes;
         let cache = 512 * KvType::F16.token_bytes(sizes);
-        let seconds = 100e-6 + f64::from(sizes.n_layer) * 10e-6 + (sizes.token_bytes() + cache) as f64 / 50e9;
+        let seconds =
+            100e-6 + f64::from(sizes.n_layer) * 10e-6 + (sizes.token_bytes() + cache) as f64 / 50e9;
         for case in &answer.cases {
-            assert!((case.decode_tok_s() * seconds - 1.0).abs() < 1e-9, "{name} {}", case.routing);
+            assert!(
+                (case.decode_tok_s() * seconds - 1.0).abs() < 1e-9,
+                "{name} {}",
+                case.routing
+            );
             assert_eq!(case.plan.solver.status, "optimal");
         }
         let [speed, low, high] = answer.decode_tok_s();
@@ -66,8 +71,12 @@ fn more_is_known_the_narrower_the_range() -> Result<()> {
     let machine = machine_of("", &[("dram", "8GiB", 50.0), ("nvme", "100GB", 5.0)]);
     let question = ask(&known, &machine);
     let found = answer(&question)?;
-    let routings: std::collections::BTreeSet<&str> = found.cases.iter().map(|c| c.routing).collect();
-    assert_eq!(routings.into_iter().collect::<Vec<_>>(), ["bursty", "flat", "zipf"]);
+    let routings: std::collections::BTreeSet<&str> =
+        found.cases.iter().map(|c| c.routing).collect();
+    assert_eq!(
+        routings.into_iter().collect::<Vec<_>>(),
+        ["bursty", "flat", "zipf"]
+    );
     let [speed, low, high] = found.decode_tok_s();
     // Flat routing is the worst there is for pins and slots alike.
     assert_eq!(found.cases[0].routing, "flat");
@@ -87,8 +96,15 @@ fn more_is_known_the_narrower_the_range() -> Result<()> {
         assert!(!value[key].is_null(), "{key}: {value}");
     }
     assert_eq!(value["tiers"].as_array().map(Vec::len), Some(2));
-    assert_eq!((value["fits"].as_bool(), value["predicted"].as_bool()), (Some(true), Some(true)));
-    assert!(value["watts"].is_null() && value["price_usd"].is_null() && value["joules_per_token"].is_null());
+    assert_eq!(
+        (value["fits"].as_bool(), value["predicted"].as_bool()),
+        (Some(true), Some(true))
+    );
+    assert!(
+        value["watts"].is_null()
+            && value["price_usd"].is_null()
+            && value["joules_per_token"].is_null()
+    );
     // Every plan was solved to a small gap, and its own check was passed on the way.
     for case in value["cases"].as_array().unwrap() {
         assert!(case["gap"].as_f64().unwrap() < 0.02, "{case}");
@@ -104,40 +120,75 @@ fn what_does_not_fit_is_an_answer_too() {
     let value = as_json(&question, &answer(&question));
     assert_eq!(value["fits"].as_bool(), Some(false));
     let reason = value["reason"].as_str().unwrap();
-    assert!(reason.contains("are 578 GiB, but all tiers together have 139 GiB left"), "{reason}");
+    assert!(
+        reason.contains("are 578 GiB, but all tiers together have 139 GiB left"),
+        "{reason}"
+    );
     assert!(value.get("decode_tok_s").is_none());
 }
 
 #[test]
 fn a_sweep_rises_bends_and_costs_more() -> Result<()> {
     let known = known("qwen3-30b-a3b", "q4_k_m");
-    let mut machine = machine_of("price_usd = 1000", &[("dram", "8GiB", 50.0), ("nvme", "100GB", 5.0)]);
+    let mut machine = machine_of(
+        "price_usd = 1000",
+        &[("dram", "8GiB", 50.0), ("nvme", "100GB", 5.0)],
+    );
     machine.extras.usd_per_gb.insert("dram".into(), 2.0);
     let range = sweep::Range::parse("dram=512MiB..40GiB:6")?;
     let mut steps = Vec::new();
     let swept = sweep::sweep(&ask(&known, &machine), &range, |done| steps.push(done))?;
     assert_eq!(steps, [1, 2, 3, 4, 5, 6]);
-    assert!(swept.points[0].answer.is_err(), "attention alone is larger than the first size");
-    let fit: Vec<&Answer> = swept.points.iter().filter_map(|p| p.answer.as_ref().ok()).collect();
+    assert!(
+        swept.points[0].answer.is_err(),
+        "attention alone is larger than the first size"
+    );
+    let fit: Vec<&Answer> = swept
+        .points
+        .iter()
+        .filter_map(|p| p.answer.as_ref().ok())
+        .collect();
     assert_eq!(fit.len(), 5);
     let speeds: Vec<f64> = fit.iter().map(|a| a.decode_tok_s()[0]).collect();
     assert!(speeds.windows(2).all(|w| w[1] >= w[0] * 0.99), "{speeds:?}");
     // At 17.5 GiB and more everything is in DRAM, so the curve bends there at the latest.
-    assert!(swept.knee.is_some_and(|knee| swept.points[knee].bytes < 26 << 30), "{:?} {speeds:?}", swept.knee);
+    assert!(
+        swept
+            .knee
+            .is_some_and(|knee| swept.points[knee].bytes < 26 << 30),
+        "{:?} {speeds:?}",
+        swept.knee
+    );
     let price = fit.last().and_then(|a| a.price_usd).unwrap();
-    assert!((price - (1000.0 + 2.0 * ((40u64 << 30) as f64 - (8u64 << 30) as f64) / 1e9)).abs() < 1e-6);
+    assert!(
+        (price - (1000.0 + 2.0 * ((40u64 << 30) as f64 - (8u64 << 30) as f64) / 1e9)).abs() < 1e-6
+    );
     let other = sweep::Range::parse("vram=1GiB..2GiB")?;
-    let error = sweep::sweep(&ask(&known, &machine), &other, |_| ()).unwrap_err().to_string();
-    assert!(error.contains("no such tier; its tiers are dram, nvme"), "{error}");
+    let error = sweep::sweep(&ask(&known, &machine), &other, |_| ())
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.contains("no such tier; its tiers are dram, nvme"),
+        "{error}"
+    );
     Ok(())
 }
 
 #[test]
 fn the_same_money_goes_where_it_brings_most() -> Result<()> {
     let known = known("qwen3-30b-a3b", "q4_k_m");
-    let mut machine =
-        machine_of("price_usd = 2000", &[("vram", "4GiB", 800.0), ("dram", "6GiB", 50.0), ("nvme", "100GB", 5.0)]);
-    machine.extras.usd_per_gb.extend([("dram".to_string(), 20.0), ("nvme".to_string(), 0.1)]);
+    let mut machine = machine_of(
+        "price_usd = 2000",
+        &[
+            ("vram", "4GiB", 800.0),
+            ("dram", "6GiB", 50.0),
+            ("nvme", "100GB", 5.0),
+        ],
+    );
+    machine
+        .extras
+        .usd_per_gb
+        .extend([("dram".to_string(), 20.0), ("nvme".to_string(), 0.1)]);
     let question = ask(&known, &machine);
     let found = answer(&question)?;
     let bought = purchase::purchases(&question, &found)?;
@@ -147,10 +198,23 @@ fn the_same_money_goes_where_it_brings_most() -> Result<()> {
     assert_eq!((bought[0].usd, bought[0].bytes), (200.0, 10_000_000_000));
     assert!(bought[0].helps() && !bought[1].helps(), "{bought:?}");
     let (larger, budgets) = sweep::at_size(&question, "dram", (6 << 30) + 10_000_000_000).unwrap();
-    let again = answer(&Question { machine: &larger, budgets, ..question.clone() })?;
+    let again = answer(&Question {
+        machine: &larger,
+        budgets,
+        ..question.clone()
+    })?;
     let middle = found.middle().unwrap().routing;
-    let expected = again.cases.iter().find(|c| c.routing == middle).unwrap().decode_tok_s();
-    assert!((bought[0].tok_s / expected - 1.0).abs() < 0.01, "{} {expected}", bought[0].tok_s);
+    let expected = again
+        .cases
+        .iter()
+        .find(|c| c.routing == middle)
+        .unwrap()
+        .decode_tok_s();
+    assert!(
+        (bought[0].tok_s / expected - 1.0).abs() < 0.01,
+        "{} {expected}",
+        bought[0].tok_s
+    );
     machine.extras.usd_per_gb.clear();
     assert_eq!(purchase::purchases(&ask(&known, &machine), &found)?, []);
     Ok(())

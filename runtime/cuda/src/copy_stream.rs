@@ -63,7 +63,10 @@ impl Drop for Event {
 impl Event {
     fn new(gpu: &Arc<Gpu>) -> Result<Self, CudaError> {
         let raw = result::event::create(CUevent_flags::CU_EVENT_DISABLE_TIMING);
-        Ok(Self { raw: raw.map_err(|e| gpu.failed("an event", e))?, gpu: Arc::clone(gpu) })
+        Ok(Self {
+            raw: raw.map_err(|e| gpu.failed("an event", e))?,
+            gpu: Arc::clone(gpu),
+        })
     }
 }
 
@@ -92,10 +95,18 @@ pub(super) fn open(gpu: Arc<Gpu>, len: usize) -> Result<Box<dyn CopyStream>, Cud
     gpu.bind()?;
     let stream = result::stream::create(result::stream::StreamKind::NonBlocking);
     let stream = stream.map_err(|e| gpu.failed("a stream", e))?;
-    let mut copies = GpuCopyStream { stream, gpu, buffers: Vec::new() };
+    let mut copies = GpuCopyStream {
+        stream,
+        gpu,
+        buffers: Vec::new(),
+    };
     for _ in 0..BUFFERS {
         let (copied, used) = (Event::new(&copies.gpu)?, Event::new(&copies.gpu)?);
-        copies.buffers.push(StagingBuffer { memory: copies.gpu.pinned(len)?, copied, used });
+        copies.buffers.push(StagingBuffer {
+            memory: copies.gpu.pinned(len)?,
+            copied,
+            used,
+        });
     }
     Ok(Box::new(copies))
 }
@@ -144,7 +155,8 @@ impl CopyStream for GpuCopyStream {
     fn used(&mut self, which: usize) -> Result<(), CudaError> {
         self.gpu.bind()?;
         // SAFETY: event and stream live as long as this value.
-        let recorded = unsafe { result::event::record(self.buffers[which].used.raw, self.gpu.stream()) };
+        let recorded =
+            unsafe { result::event::record(self.buffers[which].used.raw, self.gpu.stream()) };
         self.done(recorded)
     }
 }

@@ -86,7 +86,12 @@ pub trait Device: Send + Sync {
     ///
     /// # Safety
     /// The arguments are those of the kernel, and with them it touches only memory of this device.
-    unsafe fn launch(&self, kernel: &'static str, grid: Grid, args: &[Arg]) -> Result<(), CudaError>;
+    unsafe fn launch(
+        &self,
+        kernel: &'static str,
+        grid: Grid,
+        args: &[Arg],
+    ) -> Result<(), CudaError>;
 
     /// Waits until everything that was enqueued is done, and reports whether any of it failed.
     fn wait(&self) -> Result<(), CudaError>;
@@ -110,7 +115,11 @@ pub trait Device: Send + Sync {
     /// When the thread did anything but launch kernels meanwhile.
     fn end_recording(self: Arc<Self>) -> Result<Box<dyn Recording>, CudaError> {
         let (device, what) = (self.name().to_string(), "ending a recording".to_string());
-        Err(CudaError::Call { device, what, why: "none was begun".into() })
+        Err(CudaError::Call {
+            device,
+            what,
+            why: "none was begun".into(),
+        })
     }
 }
 
@@ -147,7 +156,11 @@ impl Drop for Buffer {
 impl Buffer {
     /// Allocates `len` uninitialized bytes.
     pub fn new(device: &Arc<dyn Device>, len: usize) -> Result<Self, CudaError> {
-        Ok(Self { device: Arc::clone(device), at: device.allocate(len)?, len })
+        Ok(Self {
+            device: Arc::clone(device),
+            at: device.allocate(len)?,
+            len,
+        })
     }
 
     /// Copies bytes to the device.
@@ -177,7 +190,11 @@ impl Buffer {
 
     /// Returns a view of the whole buffer.
     pub fn view(&self) -> View<'_> {
-        View { buffer: self, at: 0, len: self.len }
+        View {
+            buffer: self,
+            at: 0,
+            len: self.len,
+        }
     }
 
     /// Returns the device that owns the memory.
@@ -214,8 +231,16 @@ impl<'a> View<'a> {
 
     /// Returns the view of a range of bytes.
     pub fn part(self, bytes: Range<usize>) -> View<'a> {
-        assert!(bytes.start <= bytes.end && bytes.end <= self.len, "bytes {bytes:?} of {} on a device", self.len);
-        View { buffer: self.buffer, at: self.at + bytes.start, len: bytes.len() }
+        assert!(
+            bytes.start <= bytes.end && bytes.end <= self.len,
+            "bytes {bytes:?} of {} on a device",
+            self.len
+        );
+        View {
+            buffer: self.buffer,
+            at: self.at + bytes.start,
+            len: bytes.len(),
+        }
     }
 
     /// Returns the view of a range of 32-bit values.
@@ -228,7 +253,11 @@ impl<'a> View<'a> {
     /// # Panics
     /// When the view is not aligned to the 16 bytes that kernels read at once.
     pub(super) fn aligned(self) -> View<'a> {
-        assert!(self.address().is_multiple_of(16), "a matrix or a row of floats that begins at {:#x}", self.address());
+        assert!(
+            self.address().is_multiple_of(16),
+            "a matrix or a row of floats that begins at {:#x}",
+            self.address()
+        );
         self
     }
 
@@ -268,25 +297,39 @@ impl<'a> View<'a> {
     /// When both views are of the same buffer or of different devices.
     pub fn copy_from(self, from: View<'_>) -> Result<(), CudaError> {
         assert_eq!(self.len, from.len, "bytes of a copy");
-        assert!(!std::ptr::eq(self.buffer, from.buffer), "a copy within a buffer");
-        assert!(Arc::ptr_eq(&self.buffer.device, &from.buffer.device), "a copy between devices");
+        assert!(
+            !std::ptr::eq(self.buffer, from.buffer),
+            "a copy within a buffer"
+        );
+        assert!(
+            Arc::ptr_eq(&self.buffer.device, &from.buffer.device),
+            "a copy between devices"
+        );
         if self.is_empty() {
             return Ok(());
         }
         // SAFETY: both are inside different buffers of this device.
-        unsafe { self.buffer.device.copy(self.address(), from.address(), self.len) }
+        unsafe {
+            self.buffer
+                .device
+                .copy(self.address(), from.address(), self.len)
+        }
     }
 
     /// Overwrites the first floats.
     pub fn write_f32(self, values: &[f32]) -> Result<(), CudaError> {
         // SAFETY: floats are bytes without gaps.
-        self.write(unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), size_of_val(values)) })
+        self.write(unsafe {
+            std::slice::from_raw_parts(values.as_ptr().cast(), size_of_val(values))
+        })
     }
 
     /// Copies the first floats to the host.
     pub fn read_f32(self, values: &mut [f32]) -> Result<(), CudaError> {
         // SAFETY: floats are bytes without gaps, and any bytes are floats.
-        self.read(unsafe { std::slice::from_raw_parts_mut(values.as_mut_ptr().cast(), size_of_val(values)) })
+        self.read(unsafe {
+            std::slice::from_raw_parts_mut(values.as_mut_ptr().cast(), size_of_val(values))
+        })
     }
 
     /// Returns a host copy of all 32-bit floats.

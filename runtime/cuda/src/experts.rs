@@ -116,11 +116,20 @@ pub fn workspace_bytes(rows: usize, hidden: usize, ffn: usize) -> u64 {
     let [outer, inner] = buffer_values(rows, hidden, ffn).map(|n| n as u64);
     // Codes, and a scale and two sums per 32 values.
     let quants = |n: u64| n + n / 32 * 12;
-    8 * outer + quants(outer) + 8 * inner + quants(inner) + 4 * (1 + TokenGroups::WORDS as u64) * rows as u64
+    8 * outer
+        + quants(outer)
+        + 8 * inner
+        + quants(inner)
+        + 4 * (1 + TokenGroups::WORDS as u64) * rows as u64
 }
 
 impl ExpertBuffers {
-    fn new(device: &Arc<dyn Device>, rows: usize, hidden: usize, ffn: usize) -> Result<Self, CudaError> {
+    fn new(
+        device: &Arc<dyn Device>,
+        rows: usize,
+        hidden: usize,
+        ffn: usize,
+    ) -> Result<Self, CudaError> {
         let [outer, inner] = buffer_values(rows, hidden, ffn);
         Ok(Self {
             x: Buffer::new_f32(device, outer)?,
@@ -141,7 +150,16 @@ impl PinnedExperts {
     pub fn new(device: Arc<dyn Device>, n_layers: usize) -> Result<Self, CudaError> {
         let buffers = ExpertBuffers::new(&device, 0, 0, 0)?;
         let layers = (0..n_layers).map(|_| None).collect();
-        Ok(Self { ops: Ops::new(device), layers, buffers, rows: 0, given: 0, asked: 0, hidden: 0, bytes: 0 })
+        Ok(Self {
+            ops: Ops::new(device),
+            layers,
+            buffers,
+            rows: 0,
+            given: 0,
+            asked: 0,
+            hidden: 0,
+            bytes: 0,
+        })
     }
 
     /// Copies the pinned experts of a layer to the device, as pairs of index and bytes, and
@@ -166,8 +184,16 @@ impl PinnedExperts {
     /// Allocates buffers for `rows` results between two calls of [`fetch`](Self::fetch).
     pub fn reserve(&mut self, rows: usize) -> Result<(), CudaError> {
         let kinds = || self.layers.iter().flatten().map(|l| l.kind);
-        let (hidden, ffn) = (kinds().map(|k| k.hidden).max(), kinds().map(|k| k.ffn).max());
-        self.buffers = ExpertBuffers::new(self.ops.device(), rows, hidden.unwrap_or(0), ffn.unwrap_or(0))?;
+        let (hidden, ffn) = (
+            kinds().map(|k| k.hidden).max(),
+            kinds().map(|k| k.ffn).max(),
+        );
+        self.buffers = ExpertBuffers::new(
+            self.ops.device(),
+            rows,
+            hidden.unwrap_or(0),
+            ffn.unwrap_or(0),
+        )?;
         self.rows = rows;
         Ok(())
     }
@@ -193,8 +219,15 @@ impl PinnedExperts {
     ///
     /// # Panics
     /// When there is no such slot, or a size is not that of the layer.
-    pub fn fill(&mut self, layer: usize, slot: usize, expert: &ExpertBytes<'_>) -> Result<(), CudaError> {
-        let Some(l) = self.layer(layer) else { panic!("layer {layer} on a device") };
+    pub fn fill(
+        &mut self,
+        layer: usize,
+        slot: usize,
+        expert: &ExpertBytes<'_>,
+    ) -> Result<(), CudaError> {
+        let Some(l) = self.layer(layer) else {
+            panic!("layer {layer} on a device")
+        };
         assert!(slot < l.n_slots, "slot {slot} of {}", l.n_slots);
         l.put(&l.slots, slot, l.kind.n_expert + slot, expert)
     }
@@ -202,14 +235,17 @@ impl PinnedExperts {
     /// Returns the matrices in a slot: gate, up, down.
     #[cfg(any(test, feature = "emulator"))]
     pub fn slot_bytes(&self, layer: usize, slot: usize) -> Result<Vec<u8>, CudaError> {
-        let Some(l) = self.layer(layer) else { return Ok(Vec::new()) };
+        let Some(l) = self.layer(layer) else {
+            return Ok(Vec::new());
+        };
         let bytes = |part| l.slots.view().part(l.layout.range(slot, part)).to_bytes();
         Ok([bytes(Part::Gate)?, bytes(Part::Up)?, bytes(Part::Down)?].concat())
     }
 
     /// Whether an expert is pinned here.
     pub fn has(&self, layer: usize, expert: usize) -> bool {
-        self.layer(layer).is_some_and(|l| l.pinned.get(expert) == Some(&true))
+        self.layer(layer)
+            .is_some_and(|l| l.pinned.get(expert) == Some(&true))
     }
 
     /// Enqueues experts for rows of activations; [`fetch`](Self::fetch) returns the results, after
@@ -221,12 +257,21 @@ impl PinnedExperts {
     /// # Panics
     /// When an expert is not here, the rows do not take equally many, or there are too few [free
     /// rows](Self::free_rows).
-    pub fn ask(&mut self, layer: usize, x: Option<&[f32]>, experts: &[Place]) -> Result<(), CudaError> {
+    pub fn ask(
+        &mut self,
+        layer: usize,
+        x: Option<&[f32]>,
+        experts: &[Place],
+    ) -> Result<(), CudaError> {
         if experts.is_empty() {
             return Ok(());
         }
-        let Some(l) = self.layers.get(layer).and_then(Option::as_ref) else { panic!("layer {layer} on a device") };
-        let ExpertKind { n_expert, hidden, .. } = l.kind;
+        let Some(l) = self.layers.get(layer).and_then(Option::as_ref) else {
+            panic!("layer {layer} on a device")
+        };
+        let ExpertKind {
+            n_expert, hidden, ..
+        } = l.kind;
         let entry = |place: &Place| match *place {
             Place::Pinned(expert) if l.pinned.get(expert) == Some(&true) => expert,
             Place::Slot(slot) if slot < l.n_slots => n_expert + slot,
@@ -236,11 +281,20 @@ impl PinnedExperts {
         let rows = x.map_or(self.given, |x| x.len() / hidden);
         let jobs = entries.len();
         let whole_rows = x.is_none_or(|x| x.len() == rows * hidden);
-        assert!(whole_rows && rows > 0 && jobs.is_multiple_of(rows), "{jobs} of {rows}");
+        assert!(
+            whole_rows && rows > 0 && jobs.is_multiple_of(rows),
+            "{jobs} of {rows}"
+        );
         let free = self.rows - self.asked;
-        assert!(jobs <= free && rows <= self.rows, "{jobs} uses, {free} free rows");
+        assert!(
+            jobs <= free && rows <= self.rows,
+            "{jobs} uses, {free} free rows"
+        );
         let (ops, b) = (&self.ops, &mut self.buffers);
-        let which: Vec<u8> = entries.iter().flat_map(|entry| (*entry as i32).to_ne_bytes()).collect();
+        let which: Vec<u8> = entries
+            .iter()
+            .flat_map(|entry| (*entry as i32).to_ne_bytes())
+            .collect();
         b.which.view().write(&which)?;
         if let Some(x) = x {
             b.x.view().write_f32(x)?;
@@ -249,13 +303,40 @@ impl PinnedExperts {
             }
         }
         self.given = rows;
-        let results = b.out.view().floats(self.asked * hidden..(self.asked + jobs) * hidden);
-        let groups = if jobs == rows { consecutive_groups(&entries) } else { Vec::new() };
+        let results = b
+            .out
+            .view()
+            .floats(self.asked * hidden..(self.asked + jobs) * hidden);
+        let groups = if jobs == rows {
+            consecutive_groups(&entries)
+        } else {
+            Vec::new()
+        };
         let groups = TokenGroups::send(&groups, b.groups.view())?;
-        let mut inner = Inner { gate: &b.gate, up: &b.up, quants: &mut b.inner };
-        let uses = Uses { which: b.which.view(), jobs, rows, groups };
-        l.inner(ops, &mut inner, Activations { floats: b.x.view(), quants: &b.x_quants }, uses)?;
-        let x = Activations { floats: inner.gate.view(), quants: inner.quants };
+        let mut inner = Inner {
+            gate: &b.gate,
+            up: &b.up,
+            quants: &mut b.inner,
+        };
+        let uses = Uses {
+            which: b.which.view(),
+            jobs,
+            rows,
+            groups,
+        };
+        l.inner(
+            ops,
+            &mut inner,
+            Activations {
+                floats: b.x.view(),
+                quants: &b.x_quants,
+            },
+            uses,
+        )?;
+        let x = Activations {
+            floats: inner.gate.view(),
+            quants: inner.quants,
+        };
         l.product(ops, Part::Down, uses, x, 1, results)?;
         self.asked += jobs;
         self.hidden = hidden;
@@ -273,15 +354,50 @@ impl PinnedExperts {
     /// # Panics
     /// When not all experts of the layer are pinned here, or there are too few
     /// [free rows](Self::free_rows).
-    pub fn add_chosen(&mut self, layer: usize, chosen: &ChosenExperts<'_>, x: View<'_>) -> Result<(), CudaError> {
-        let &ChosenExperts { input, quants, which, weights, n } = chosen;
-        let Some(l) = self.layers.get(layer).and_then(Option::as_ref) else { panic!("layer {layer} on a device") };
-        assert!(l.pinned.iter().all(|pinned| *pinned) && n <= self.rows, "{n} experts of layer {layer}");
-        let ExpertKind { hidden, ffn, down, .. } = l.kind;
+    pub fn add_chosen(
+        &mut self,
+        layer: usize,
+        chosen: &ChosenExperts<'_>,
+        x: View<'_>,
+    ) -> Result<(), CudaError> {
+        let &ChosenExperts {
+            input,
+            quants,
+            which,
+            weights,
+            n,
+        } = chosen;
+        let Some(l) = self.layers.get(layer).and_then(Option::as_ref) else {
+            panic!("layer {layer} on a device")
+        };
+        assert!(
+            l.pinned.iter().all(|pinned| *pinned) && n <= self.rows,
+            "{n} experts of layer {layer}"
+        );
+        let ExpertKind {
+            hidden, ffn, down, ..
+        } = l.kind;
         let (ops, b) = (&self.ops, &mut self.buffers);
-        let mut inner = Inner { gate: &b.gate, up: &b.up, quants: &mut b.inner };
-        let uses = Uses { which, jobs: n, rows: 1, groups: TokenGroups::none(which) };
-        l.inner(ops, &mut inner, Activations { floats: input, quants }, uses)?;
+        let mut inner = Inner {
+            gate: &b.gate,
+            up: &b.up,
+            quants: &mut b.inner,
+        };
+        let uses = Uses {
+            which,
+            jobs: n,
+            rows: 1,
+            groups: TokenGroups::none(which),
+        };
+        l.inner(
+            ops,
+            &mut inner,
+            Activations {
+                floats: input,
+                quants,
+            },
+            uses,
+        )?;
         let sum = ChosenSum {
             ty: down,
             table: &l.down,
@@ -308,7 +424,11 @@ impl PinnedExperts {
     /// # Panics
     /// When `out` is not as long.
     pub fn fetch(&mut self, out: &mut [f32]) -> Result<(), CudaError> {
-        assert_eq!(out.len(), self.asked * self.hidden, "results of experts on a device");
+        assert_eq!(
+            out.len(),
+            self.asked * self.hidden,
+            "results of experts on a device"
+        );
         self.asked = 0;
         self.buffers.out.view().read_f32(out)
     }
@@ -325,7 +445,11 @@ fn consecutive_groups(entries: &[usize]) -> Vec<TokenGroup> {
     if entries.len() >= MATMUL_MIN_ROWS {
         let mut first = 0;
         for run in entries.chunk_by(|a, b| a == b) {
-            groups.push(TokenGroup { matrix: run[0], first, tokens: run.len() });
+            groups.push(TokenGroup {
+                matrix: run[0],
+                first,
+                tokens: run.len(),
+            });
             first += run.len();
         }
     }

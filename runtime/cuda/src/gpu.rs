@@ -79,8 +79,14 @@ impl Drop for Gpu {
         if self.context.bind_to_thread().is_err() {
             return;
         }
-        let loaded = self.loaded.get_mut().unwrap_or_else(PoisonError::into_inner);
-        let upload_ring = self.upload_ring.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let loaded = self
+            .loaded
+            .get_mut()
+            .unwrap_or_else(PoisonError::into_inner);
+        let upload_ring = self
+            .upload_ring
+            .get_mut()
+            .unwrap_or_else(PoisonError::into_inner);
         // SAFETY: nothing that borrows the device is left.
         unsafe {
             let _ = result::stream::synchronize(self.stream);
@@ -110,26 +116,47 @@ impl Gpu {
         }
         let context = CudaContext::new(ordinal).map_err(failed("opening it"))?;
         let name = context.name().map_err(failed("asking for its name"))?;
-        let (major, minor) = context.compute_capability().map_err(failed("asking for its capability"))?;
+        let (major, minor) = context
+            .compute_capability()
+            .map_err(failed("asking for its capability"))?;
         let capability = Version { major, minor };
         if capability < MIN_CAPABILITY {
             return Err(CudaError::TooOld { name, capability });
         }
-        let attribute = |a| context.attribute(a).map_err(failed("asking for its properties"));
+        let attribute = |a| {
+            context
+                .attribute(a)
+                .map_err(failed("asking for its properties"))
+        };
         let properties = Properties {
             name,
             ordinal,
             capability,
-            total_bytes: context.total_mem().map_err(failed("asking for its memory"))?,
+            total_bytes: context
+                .total_mem()
+                .map_err(failed("asking for its memory"))?,
             multiprocessors: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
-            l2_bytes: attribute(Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)?.try_into().unwrap_or(0),
+            l2_bytes: attribute(Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)?
+                .try_into()
+                .unwrap_or(0),
             driver,
         };
-        let pool = context.has_async_alloc().then(|| keep_freed_memory(&context)).transpose();
+        let pool = context
+            .has_async_alloc()
+            .then(|| keep_freed_memory(&context))
+            .transpose();
         let pool = pool.map_err(failed("setting up its memory pool"))?;
-        let stream = result::stream::create(result::stream::StreamKind::NonBlocking).map_err(failed("a stream"))?;
+        let stream = result::stream::create(result::stream::StreamKind::NonBlocking)
+            .map_err(failed("a stream"))?;
         let (loaded, upload_ring) = (Mutex::default(), Mutex::default());
-        Ok(Arc::new(Self { context, stream, pool, properties, loaded, upload_ring }))
+        Ok(Arc::new(Self {
+            context,
+            stream,
+            pool,
+            properties,
+            loaded,
+            upload_ring,
+        }))
     }
 
     /// Returns the properties of the GPU.
@@ -140,7 +167,11 @@ impl Gpu {
     /// Returns the free bytes of memory, after everything is done that was enqueued.
     pub fn free_bytes(&self) -> Result<usize, CudaError> {
         self.trim_pool()?;
-        Ok(self.context.mem_get_info().map_err(|e| self.failed("asking for free memory", e))?.0)
+        Ok(self
+            .context
+            .mem_get_info()
+            .map_err(|e| self.failed("asking for free memory", e))?
+            .0)
     }
 
     /// Returns the pool's unused memory to the driver, which counts it as allocated.
@@ -155,7 +186,11 @@ impl Gpu {
 
     /// Returns the PCI address, `0000:65:00.0`, by which other libraries identify the GPU.
     pub fn pci(&self) -> Result<String, CudaError> {
-        let attribute = |a| self.context.attribute(a).map_err(|e| self.failed("asking for its place", e));
+        let attribute = |a| {
+            self.context
+                .attribute(a)
+                .map_err(|e| self.failed("asking for its place", e))
+        };
         Ok(format!(
             "{:04x}:{:02x}:{:02x}.0",
             attribute(Attribute::CU_DEVICE_ATTRIBUTE_PCI_DOMAIN_ID)?,
@@ -185,7 +220,9 @@ impl Gpu {
 
     /// Makes the GPU's context current on this thread.
     pub(super) fn bind(&self) -> Result<(), CudaError> {
-        self.context.bind_to_thread().map_err(|e| self.failed("choosing the device", e))
+        self.context
+            .bind_to_thread()
+            .map_err(|e| self.failed("choosing the device", e))
     }
 
     /// Returns the compute stream.
@@ -197,11 +234,16 @@ impl Gpu {
     pub(super) fn wait_for_stream(&self) -> Result<(), CudaError> {
         self.bind()?;
         // SAFETY: the stream lives as long as this value.
-        unsafe { result::stream::synchronize(self.stream) }.map_err(|e| self.failed("what was asked of it", e))
+        unsafe { result::stream::synchronize(self.stream) }
+            .map_err(|e| self.failed("what was asked of it", e))
     }
 
     pub(super) fn failed(&self, what: impl Into<String>, error: DriverError) -> CudaError {
-        CudaError::Call { device: self.properties.name.clone(), what: what.into(), why: driver_message(error) }
+        CudaError::Call {
+            device: self.properties.name.clone(),
+            what: what.into(),
+            why: driver_message(error),
+        }
     }
 
     fn kernel(&self, name: &'static str) -> Result<sys::CUfunction, CudaError> {
@@ -226,11 +268,19 @@ impl Gpu {
             let kernel = kernel.map_err(|e| self.failed(format!("finding kernel {name}"), e))?;
             loaded.kernels.insert(name, kernel);
         }
-        loaded.kernels.get(name).copied().ok_or_else(|| CudaError::NoKernel(name.into()))
+        loaded
+            .kernels
+            .get(name)
+            .copied()
+            .ok_or_else(|| CudaError::NoKernel(name.into()))
     }
 
     /// Loads a module from the cache on disk, or compiles it.
-    fn load(&self, module: &'static Module, compiler: &mut Option<Compiler>) -> Result<sys::CUmodule, CudaError> {
+    fn load(
+        &self,
+        module: &'static Module,
+        compiler: &mut Option<Compiler>,
+    ) -> Result<sys::CUmodule, CudaError> {
         let cached = kernel_cache::path(module, self.properties.capability, self.properties.driver);
         let bytes = cached.as_ref().and_then(|path| std::fs::read(path).ok());
         if let Some(image) = bytes.and_then(|bytes| kernel_cache::unseal(&bytes))
@@ -243,18 +293,23 @@ impl Gpu {
             None => compiler.insert(Compiler::find_for(self.properties.driver / 1000)?),
         };
         let compiled = compiler.compile(module, self.properties.capability)?;
-        let handle = load_image(&compiled.image).map_err(|e| self.not_loaded(module, compiler, e))?;
+        let handle =
+            load_image(&compiled.image).map_err(|e| self.not_loaded(module, compiler, e))?;
         if let Some(path) = cached {
             // A cache that can't be written only costs time at the next start.
             let made = path.parent().map_or(Ok(()), std::fs::create_dir_all);
-            let _ = made.is_ok() && safely::write(&path, &kernel_cache::seal(&compiled.image)).is_ok();
+            let _ =
+                made.is_ok() && safely::write(&path, &kernel_cache::seal(&compiled.image)).is_ok();
         }
         Ok(handle)
     }
 
     /// Explains why the driver rejected kernels that were just compiled.
     fn not_loaded(&self, module: &Module, compiler: &Compiler, error: DriverError) -> CudaError {
-        let (nvrtc, driver) = (compiler.version(), Version::of_driver(self.properties.driver));
+        let (nvrtc, driver) = (
+            compiler.version(),
+            Version::of_driver(self.properties.driver),
+        );
         let mut why = driver_message(error);
         if nvrtc.major > driver.major {
             why += &format!(
@@ -263,7 +318,10 @@ impl Gpu {
                 driver.major
             );
         }
-        let (device, what) = (self.properties.name.clone(), format!("loading the kernels of {}", module.name));
+        let (device, what) = (
+            self.properties.name.clone(),
+            format!("loading the kernels of {}", module.name),
+        );
         CudaError::Call { device, what, why }
     }
 
@@ -293,7 +351,8 @@ fn keep_freed_memory(context: &CudaContext) -> Result<sys::CUmemoryPool, DriverE
     // SAFETY: the device exists, and the attribute is a 64-bit number.
     unsafe {
         sys::cuDeviceGetDefaultMemPool(&mut pool, context.cu_device()).result()?;
-        sys::cuMemPoolSetAttribute(pool, name, std::ptr::from_mut(&mut threshold).cast()).result()?;
+        sys::cuMemPoolSetAttribute(pool, name, std::ptr::from_mut(&mut threshold).cast())
+            .result()?;
     }
     Ok(pool)
 }
@@ -311,26 +370,42 @@ fn start_driver(ordinal: usize) -> Result<i32, CudaError> {
         done => done.map_err(open_failed(ordinal, "asking for the driver's version"))?,
     }
     if driver < MIN_DRIVER {
-        return Err(CudaError::OldDriver { found: Version::of_driver(driver) });
+        return Err(CudaError::OldDriver {
+            found: Version::of_driver(driver),
+        });
     }
     match result::init() {
-        Err(DriverError(CUresult::CUDA_ERROR_NO_DEVICE)) => Err(CudaError::NoDevice { ordinal, found: 0 }),
+        Err(DriverError(CUresult::CUDA_ERROR_NO_DEVICE)) => {
+            Err(CudaError::NoDevice { ordinal, found: 0 })
+        }
         Err(DriverError(CUresult::CUDA_ERROR_STUB_LIBRARY)) => Err(CudaError::StubDriver),
-        done => done.map(|()| driver).map_err(open_failed(ordinal, "starting the driver")),
+        done => done
+            .map(|()| driver)
+            .map_err(open_failed(ordinal, "starting the driver")),
     }
 }
 
 /// Makes an error of a GPU whose name is not known yet.
 fn open_failed(ordinal: usize, what: &str) -> impl Fn(DriverError) -> CudaError + use<> {
     let what = what.to_string();
-    move |e| CudaError::Call { device: format!("GPU {ordinal}"), what: what.clone(), why: driver_message(e) }
+    move |e| CudaError::Call {
+        device: format!("GPU {ordinal}"),
+        what: what.clone(),
+        why: driver_message(e),
+    }
 }
 
 /// Returns the driver's message and name of an error.
 fn driver_message(error: DriverError) -> String {
     let name = error.error_name().map(|n| n.to_string_lossy().into_owned());
-    let text = error.error_string().map(|t| t.to_string_lossy().into_owned());
-    format!("{} ({})", text.unwrap_or_else(|_| "unknown error".into()), name.unwrap_or_else(|_| "no name".into()))
+    let text = error
+        .error_string()
+        .map(|t| t.to_string_lossy().into_owned());
+    format!(
+        "{} ({})",
+        text.unwrap_or_else(|_| "unknown error".into()),
+        name.unwrap_or_else(|_| "no name".into())
+    )
 }
 
 impl Device for Gpu {
@@ -347,7 +422,11 @@ impl Device for Gpu {
         let padded = len.saturating_add(OVERREAD).max(MIN_ALLOCATION);
         let mut allocated = self.try_to_allocate(padded);
         // Memory that the pool keeps in pieces may suffice once the driver has joined them.
-        if matches!(allocated, Err(DriverError(CUresult::CUDA_ERROR_OUT_OF_MEMORY))) && self.trim_pool().is_ok() {
+        if matches!(
+            allocated,
+            Err(DriverError(CUresult::CUDA_ERROR_OUT_OF_MEMORY))
+        ) && self.trim_pool().is_ok()
+        {
             allocated = self.try_to_allocate(padded);
         }
         allocated.map_err(|error| match error {
@@ -382,10 +461,15 @@ impl Device for Gpu {
             unsafe { result::memcpy_htod_async(to, bytes, self.stream) }.map_err(failed)?;
             return self.wait_for_stream();
         }
-        let mut upload_ring = self.upload_ring.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut upload_ring = self
+            .upload_ring
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         let ring = match &mut *upload_ring {
             Some(ring) => ring,
-            none => none.insert(UploadRing::new().map_err(|e| self.failed("pinning host memory", e))?),
+            none => {
+                none.insert(UploadRing::new().map_err(|e| self.failed("pinning host memory", e))?)
+            }
         };
         // SAFETY: the caller's promise; the context is current, and the stream always this one.
         unsafe { ring.send(to, bytes, self.stream) }.map_err(failed)
@@ -406,14 +490,27 @@ impl Device for Gpu {
         enqueued.map_err(|e| self.failed(format!("copying {len} bytes within it"), e))
     }
 
-    unsafe fn launch(&self, kernel: &'static str, grid: Grid, args: &[Arg]) -> Result<(), CudaError> {
+    unsafe fn launch(
+        &self,
+        kernel: &'static str,
+        grid: Grid,
+        args: &[Arg],
+    ) -> Result<(), CudaError> {
         self.bind()?;
         let function = self.kernel(kernel)?;
         let [x, y, z] = grid.blocks;
         let mut addresses: Vec<*mut c_void> = args.iter().map(|a| a.address().cast_mut()).collect();
         // SAFETY: the caller's promise about the arguments, which the driver copies.
-        let launched =
-            unsafe { result::launch_kernel(function, (x, y, z), (grid.threads, 1, 1), 0, self.stream, &mut addresses) };
+        let launched = unsafe {
+            result::launch_kernel(
+                function,
+                (x, y, z),
+                (grid.threads, 1, 1),
+                0,
+                self.stream,
+                &mut addresses,
+            )
+        };
         launched.map_err(|e| self.failed(format!("launching {kernel}"), e))
     }
 
@@ -444,7 +541,13 @@ mod tests {
         if unsafe { sys::is_culib_present() } {
             return;
         }
-        let message = Gpu::open(0).err().map(|e| e.to_string()).unwrap_or_default();
-        assert!(message.contains("libcuda.so.1") && message.contains("install the driver"), "{message}");
+        let message = Gpu::open(0)
+            .err()
+            .map(|e| e.to_string())
+            .unwrap_or_default();
+        assert!(
+            message.contains("libcuda.so.1") && message.contains("install the driver"),
+            "{message}"
+        );
     }
 }

@@ -9,20 +9,37 @@ use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 /// Returns the cache file of a compiled module; `None` if the environment names no cache folder.
 /// The name changes with everything that changes the machine code.
 pub(super) fn path(module: &Module, capability: Version, driver: i32) -> Option<PathBuf> {
-    let variable = |name| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
+    let variable = |name| {
+        std::env::var_os(name)
+            .filter(|v| !v.is_empty())
+            .map(PathBuf::from)
+    };
     let cache = variable("XDG_CACHE_HOME").or_else(|| Some(variable("HOME")?.join(".cache")))?;
-    Some(cache.join("tier-plan").join("kernels").join(file_name(module, capability, driver)))
+    Some(
+        cache
+            .join("tier-plan")
+            .join("kernels")
+            .join(file_name(module, capability, driver)),
+    )
 }
 
 fn file_name(module: &Module, capability: Version, driver: i32) -> String {
     let mut hash = Xxh3::new();
-    for text in headers().iter().map(|(_, text)| text.as_str()).chain(OPTIONS).chain([module.text]) {
+    for text in headers()
+        .iter()
+        .map(|(_, text)| text.as_str())
+        .chain(OPTIONS)
+        .chain([module.text])
+    {
         hash.update(&(text.len() as u64).to_le_bytes());
         hash.update(text.as_bytes());
     }
     let stem = module.name.trim_end_matches(".cu");
     let Version { major, minor } = capability;
-    format!("{stem}-sm{major}{minor}-{driver}-{:032x}.bin", hash.digest128())
+    format!(
+        "{stem}-sm{major}{minor}-{driver}-{:032x}.bin",
+        hash.digest128()
+    )
 }
 
 /// Prepends a checksum to an image.
@@ -63,7 +80,11 @@ mod tests {
         let capability = |major, minor| Version { major, minor };
         let first = file_name(a, capability(8, 6), 12_040);
         assert_eq!(first, file_name(a, capability(8, 6), 12_040));
-        let changed = Module { name: a.name, text: "other", kernels: a.kernels };
+        let changed = Module {
+            name: a.name,
+            text: "other",
+            kernels: a.kernels,
+        };
         for other in [
             file_name(b, capability(8, 6), 12_040),
             file_name(a, capability(8, 9), 12_040),

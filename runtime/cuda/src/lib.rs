@@ -68,7 +68,10 @@ pub struct Version {
 impl Version {
     /// Returns the version that the driver numbers so: 12040 is 12.4.
     pub(crate) fn of_driver(number: i32) -> Self {
-        Self { major: number / 1000, minor: number % 1000 / 10 }
+        Self {
+            major: number / 1000,
+            minor: number % 1000 / 10,
+        }
     }
 }
 
@@ -94,13 +97,17 @@ pub enum CudaError {
     )]
     StubDriver,
     /// The driver's interface is older than the oldest supported version.
-    #[error("the NVIDIA driver has the interface of CUDA {found}, expected 12.0 or newer: update the driver")]
+    #[error(
+        "the NVIDIA driver has the interface of CUDA {found}, expected 12.0 or newer: update the driver"
+    )]
     OldDriver {
         /// Version of the driver's interface.
         found: Version,
     },
     /// The driver shows no GPU with this ordinal.
-    #[error("the NVIDIA driver finds no GPU number {ordinal}, it has {found}; CUDA_VISIBLE_DEVICES may hide some")]
+    #[error(
+        "the NVIDIA driver finds no GPU number {ordinal}, it has {found}; CUDA_VISIBLE_DEVICES may hide some"
+    )]
     NoDevice {
         /// Requested ordinal, from 0.
         ordinal: usize,

@@ -77,7 +77,8 @@ impl Nvml {
     pub fn open(path: &Path) -> Result<Self, CudaError> {
         type Start = unsafe extern "C" fn() -> Status;
         // SAFETY: NVML's initialization has no requirements.
-        let library = unsafe { Library::new(path) }.map_err(|e| failed("loading it", &e.to_string()))?;
+        let library =
+            unsafe { Library::new(path) }.map_err(|e| failed("loading it", &e.to_string()))?;
         // SAFETY: the type is that of the function.
         let status = unsafe { library.get::<Start>(b"nvmlInit_v2\0").map(|start| start()) };
         match status {
@@ -105,12 +106,23 @@ impl Nvml {
         // outlives the calls.
         unsafe {
             let find = self.symbol::<Find>("nvmlDeviceGetHandleByPciBusId_v2")?;
-            self.ok(&format!("finding GPU {pci}"), find(c_pci.as_ptr(), &mut gpu))?;
+            self.ok(
+                &format!("finding GPU {pci}"),
+                find(c_pci.as_ptr(), &mut gpu),
+            )?;
             // One less than the buffer has, so that a zero always ends the name.
-            let named = self.symbol::<Name>("nvmlDeviceGetName")?(gpu, name.as_mut_ptr(), NAME_BYTES as c_uint - 1);
+            let named = self.symbol::<Name>("nvmlDeviceGetName")?(
+                gpu,
+                name.as_mut_ptr(),
+                NAME_BYTES as c_uint - 1,
+            );
             self.ok("asking for a name", named)?;
-            self.ok("asking for memory", self.symbol::<MemoryOf>("nvmlDeviceGetMemoryInfo")?(gpu, &mut memory))?;
-            let limit = self.symbol::<Limit>("nvmlDeviceGetEnforcedPowerLimit")?(gpu, &mut milliwatts);
+            self.ok(
+                "asking for memory",
+                self.symbol::<MemoryOf>("nvmlDeviceGetMemoryInfo")?(gpu, &mut memory),
+            )?;
+            let limit =
+                self.symbol::<Limit>("nvmlDeviceGetEnforcedPowerLimit")?(gpu, &mut milliwatts);
             Ok(Reading {
                 name: CStr::from_ptr(name.as_ptr()).to_string_lossy().into_owned(),
                 limit_watts: (limit == 0 && milliwatts > 0).then(|| f64::from(milliwatts) / 1e3),
@@ -123,16 +135,26 @@ impl Nvml {
     fn symbol<T: Copy>(&self, name: &str) -> Result<T, CudaError> {
         // SAFETY: the callers' types are those of the functions, which stay as long as the library.
         let loaded = unsafe { self.library.get::<T>(name.as_bytes()) };
-        loaded.map(|symbol| *symbol).map_err(|e| failed(name, &e.to_string()))
+        loaded
+            .map(|symbol| *symbol)
+            .map_err(|e| failed(name, &e.to_string()))
     }
 
     fn ok(&self, what: &str, status: Status) -> Result<(), CudaError> {
-        if status == 0 { Ok(()) } else { Err(failed(what, &status_message(&self.library, status))) }
+        if status == 0 {
+            Ok(())
+        } else {
+            Err(failed(what, &status_message(&self.library, status)))
+        }
     }
 }
 
 fn failed(what: &str, why: &str) -> CudaError {
-    CudaError::Call { device: "NVML".into(), what: what.into(), why: why.into() }
+    CudaError::Call {
+        device: "NVML".into(),
+        what: what.into(),
+        why: why.into(),
+    }
 }
 
 /// Returns the library's message for a status.
@@ -140,10 +162,13 @@ fn status_message(library: &Library, status: Status) -> String {
     type Message = unsafe extern "C" fn(Status) -> *const c_char;
     // SAFETY: the type is that of the function, and its text is the library's own.
     let text = unsafe {
-        library.get::<Message>(b"nvmlErrorString\0").ok().and_then(|message| {
-            let text = message(status);
-            (!text.is_null()).then(|| CStr::from_ptr(text).to_string_lossy().into_owned())
-        })
+        library
+            .get::<Message>(b"nvmlErrorString\0")
+            .ok()
+            .and_then(|message| {
+                let text = message(status);
+                (!text.is_null()).then(|| CStr::from_ptr(text).to_string_lossy().into_owned())
+            })
     };
     text.unwrap_or_else(|| format!("status {status}"))
 }
@@ -182,17 +207,37 @@ int nvmlDeviceGetMemoryInfo(void* gpu, unsigned long long* m) { m[0] = 1ull << 3
         let (source, library) = (dir.path().join("nvml.cpp"), dir.path().join("libnvml.so"));
         std::fs::write(&source, FAKE_NVML).unwrap();
         let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".into());
-        let done = Command::new(compiler).args(["-shared", "-fPIC", "-o"]).arg(&library).arg(&source).output().unwrap();
-        assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+        let done = Command::new(compiler)
+            .args(["-shared", "-fPIC", "-o"])
+            .arg(&library)
+            .arg(&source)
+            .output()
+            .unwrap();
+        assert!(
+            done.status.success(),
+            "{}",
+            String::from_utf8_lossy(&done.stderr)
+        );
         let nvml = Nvml::open(&library).unwrap();
-        let expected =
-            Reading { name: "GGG".into(), limit_watts: Some(350.5), total_bytes: 1 << 35, free_bytes: 1 << 34 };
+        let expected = Reading {
+            name: "GGG".into(),
+            limit_watts: Some(350.5),
+            total_bytes: 1 << 35,
+            free_bytes: 1 << 34,
+        };
         assert_eq!(nvml.read("0000:65:00.0").unwrap(), expected);
         let other = nvml.read("0000:66:00.0").unwrap();
-        assert_eq!((other.limit_watts, other.name.len()), (None, NAME_BYTES - 1), "no limit, and an endless name");
+        assert_eq!(
+            (other.limit_watts, other.name.len()),
+            (None, NAME_BYTES - 1),
+            "no limit, and an endless name"
+        );
         let error = nvml.read("0000:01:00.0").unwrap_err().to_string();
         assert_eq!(error, "NVML: finding GPU 0000:01:00.0 failed: Not Found");
-        let error = Nvml::open(&dir.path().join("none.so")).err().unwrap().to_string();
+        let error = Nvml::open(&dir.path().join("none.so"))
+            .err()
+            .unwrap()
+            .to_string();
         assert!(error.contains("NVML: loading it failed"), "{error}");
     }
 }

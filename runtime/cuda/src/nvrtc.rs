@@ -10,7 +10,12 @@ use std::path::{Path, PathBuf};
 pub const NVRTC_VARIABLE: &str = "TIER_PLAN_NVRTC";
 
 /// File names of the library, the newest first.
-const NAMES: [&str; 4] = ["libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so", "nvrtc64_120_0.dll"];
+const NAMES: [&str; 4] = [
+    "libnvrtc.so.13",
+    "libnvrtc.so.12",
+    "libnvrtc.so",
+    "nvrtc64_120_0.dll",
+];
 
 /// Compiler options besides the architecture; part of the cache key of a compiled kernel.
 pub(super) const OPTIONS: [&str; 2] = ["--std=c++17", "--ptxas-options=-v"];
@@ -39,12 +44,21 @@ pub struct Compiled {
 /// Opens the `libnvrtc-builtins` beside NVRTC, which NVRTC itself opens by name only and so doesn't
 /// find outside of the system's library folders.
 fn open_builtins(path: &Path) -> Vec<Library> {
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
-    let files = folder.and_then(|folder| std::fs::read_dir(folder).ok()).into_iter().flatten().flatten();
-    let builtins = |name: &std::ffi::OsStr| name.to_string_lossy().starts_with("libnvrtc-builtins.so");
+    let folder = path
+        .parent()
+        .filter(|folder| !folder.as_os_str().is_empty());
+    let files = folder
+        .and_then(|folder| std::fs::read_dir(folder).ok())
+        .into_iter()
+        .flatten()
+        .flatten();
+    let builtins =
+        |name: &std::ffi::OsStr| name.to_string_lossy().starts_with("libnvrtc-builtins.so");
     let files = files.filter(|file| builtins(&file.file_name()));
     // SAFETY: they hold data. NVRTC reports what can't be loaded.
-    files.filter_map(|file| unsafe { Library::new(file.path()) }.ok()).collect()
+    files
+        .filter_map(|file| unsafe { Library::new(file.path()) }.ok())
+        .collect()
 }
 
 impl Compiler {
@@ -81,7 +95,13 @@ impl Compiler {
                 Err(_) => {}
             }
         }
-        let looked = || paths.iter().map(|p| p.display().to_string()).collect::<Vec<_>>().join(", ");
+        let looked = || {
+            paths
+                .iter()
+                .map(|p| p.display().to_string())
+                .collect::<Vec<_>>()
+                .join(", ")
+        };
         newer.ok_or_else(|| CudaError::NoCompiler { looked: looked() })
     }
 
@@ -90,7 +110,9 @@ impl Compiler {
     /// # Errors
     /// When it can't be loaded, or is older than 12.0.
     pub fn open(path: &Path) -> Result<Self, CudaError> {
-        let bad = |e: libloading::Error| CudaError::NoCompiler { looked: format!("{}: {e}", path.display()) };
+        let bad = |e: libloading::Error| CudaError::NoCompiler {
+            looked: format!("{}: {e}", path.display()),
+        };
         let builtins = open_builtins(path);
         // SAFETY: NVRTC's initialization has no requirements.
         let library = unsafe { Library::new(path) }.map_err(bad)?;
@@ -103,10 +125,18 @@ impl Compiler {
             unsafe { version(&mut major, &mut minor) };
         }
         if major < 12 {
-            let looked = format!("{} is version {major}.{minor}, expected 12.0 or newer", path.display());
+            let looked = format!(
+                "{} is version {major}.{minor}, expected 12.0 or newer",
+                path.display()
+            );
             return Err(CudaError::NoCompiler { looked });
         }
-        Ok(Self { library, _builtins: builtins, path: path.to_path_buf(), version: Version { major, minor } })
+        Ok(Self {
+            library,
+            _builtins: builtins,
+            path: path.to_path_buf(),
+            version: Version { major, minor },
+        })
     }
 
     /// Returns the version of the compiler.
@@ -125,7 +155,9 @@ impl Compiler {
         unsafe {
             self.ok(self.symbol::<Count>("nvrtcGetNumSupportedArchs")?(&mut n))?;
             let mut architectures = vec![0; usize::try_from(n).unwrap_or(0)];
-            self.ok(self.symbol::<Count>("nvrtcGetSupportedArchs")?(architectures.as_mut_ptr()))?;
+            self.ok(self.symbol::<Count>("nvrtcGetSupportedArchs")?(
+                architectures.as_mut_ptr(),
+            ))?;
             architectures.sort_unstable();
             Ok(architectures)
         }
@@ -140,10 +172,20 @@ impl Compiler {
         let wanted = 10 * capability.major + capability.minor;
         let known = self.architectures()?;
         // Code for an older minor number runs on a newer one of the same generation.
-        let same = known.iter().copied().filter(|a| a / 10 == capability.major && *a <= wanted).max();
+        let same = known
+            .iter()
+            .copied()
+            .filter(|a| a / 10 == capability.major && *a <= wanted)
+            .max();
         let older = known.iter().copied().filter(|a| *a <= wanted).max();
-        let Some(arch) = same.map(|a| format!("sm_{a}")).or(older.map(|a| format!("compute_{a}"))) else {
-            let looked = format!("{} knows no architecture as old as {wanted}", self.path.display());
+        let Some(arch) = same
+            .map(|a| format!("sm_{a}"))
+            .or(older.map(|a| format!("compute_{a}")))
+        else {
+            let looked = format!(
+                "{} knows no architecture as old as {wanted}",
+                self.path.display()
+            );
             return Err(CudaError::NoCompiler { looked });
         };
         self.compile_for(module, &arch)
@@ -160,35 +202,70 @@ impl Compiler {
         ) -> Status;
         type Compile = unsafe extern "C" fn(Program, c_int, *const *const c_char) -> Status;
         type Destroy = unsafe extern "C" fn(*mut Program) -> Status;
-        let bad = |log: String| CudaError::Compile { module: module.name, arch: arch.to_string(), log };
-        let c_text = |text: &str| CString::new(text).map_err(|_| bad("a zero byte in its text".into()));
+        let bad = |log: String| CudaError::Compile {
+            module: module.name,
+            arch: arch.to_string(),
+            log,
+        };
+        let c_text =
+            |text: &str| CString::new(text).map_err(|_| bad("a zero byte in its text".into()));
         let (text, name) = (c_text(module.text)?, c_text(module.name)?);
-        let contents = headers().iter().map(|(_, text)| c_text(text)).collect::<Result<Vec<_>, _>>()?;
-        let names = headers().iter().map(|(name, _)| c_text(name)).collect::<Result<Vec<_>, _>>()?;
+        let contents = headers()
+            .iter()
+            .map(|(_, text)| c_text(text))
+            .collect::<Result<Vec<_>, _>>()?;
+        let names = headers()
+            .iter()
+            .map(|(name, _)| c_text(name))
+            .collect::<Result<Vec<_>, _>>()?;
         let mut options = vec![c_text(&format!("--gpu-architecture={arch}"))?];
         for option in OPTIONS {
             options.push(c_text(option)?);
         }
-        let pointers = |texts: &[CString]| -> Vec<*const c_char> { texts.iter().map(|t| t.as_ptr()).collect() };
-        let (contents, names, options) = (pointers(&contents), pointers(&names), pointers(&options));
+        let pointers = |texts: &[CString]| -> Vec<*const c_char> {
+            texts.iter().map(|t| t.as_ptr()).collect()
+        };
+        let (contents, names, options) =
+            (pointers(&contents), pointers(&names), pointers(&options));
         let mut program: Program = std::ptr::null_mut();
         // SAFETY: the types are those of the functions; all texts end with zeros and outlive the
         // program.
         unsafe {
-            let (create, compile) = (self.symbol::<Create>("nvrtcCreateProgram")?, self.symbol("nvrtcCompileProgram")?);
+            let (create, compile) = (
+                self.symbol::<Create>("nvrtcCreateProgram")?,
+                self.symbol("nvrtcCompileProgram")?,
+            );
             let compile: libloading::Symbol<'_, Compile> = compile;
             let destroy = self.symbol::<Destroy>("nvrtcDestroyProgram")?;
             let n_headers = contents.len() as c_int;
-            self.ok(create(&mut program, text.as_ptr(), name.as_ptr(), n_headers, contents.as_ptr(), names.as_ptr()))?;
+            self.ok(create(
+                &mut program,
+                text.as_ptr(),
+                name.as_ptr(),
+                n_headers,
+                contents.as_ptr(),
+                names.as_ptr(),
+            ))?;
             let status = compile(program, options.len() as c_int, options.as_ptr());
             let log = self.output(program, "nvrtcGetProgramLogSize", "nvrtcGetProgramLog");
-            let kind = if arch.starts_with("sm_") { "CUBIN" } else { "PTX" };
+            let kind = if arch.starts_with("sm_") {
+                "CUBIN"
+            } else {
+                "PTX"
+            };
             let image = match status {
-                0 => self.output(program, &format!("nvrtcGet{kind}Size"), &format!("nvrtcGet{kind}")),
+                0 => self.output(
+                    program,
+                    &format!("nvrtcGet{kind}Size"),
+                    &format!("nvrtcGet{kind}"),
+                ),
                 _ => Ok(Vec::new()),
             };
             destroy(&mut program);
-            let log = String::from_utf8_lossy(&log?).trim_end_matches('\0').trim().to_string();
+            let log = String::from_utf8_lossy(&log?)
+                .trim_end_matches('\0')
+                .trim()
+                .to_string();
             if status != 0 {
                 return Err(bad(format!("{}: {log}", self.name_of(status))));
             }
@@ -218,14 +295,18 @@ impl Compiler {
     unsafe fn symbol<T>(&self, name: &str) -> Result<libloading::Symbol<'_, T>, CudaError> {
         // SAFETY: the caller's promise.
         let symbol = unsafe { self.library.get(name.as_bytes()) };
-        symbol.map_err(|e| CudaError::NoCompiler { looked: format!("{}: {e}", self.path.display()) })
+        symbol.map_err(|e| CudaError::NoCompiler {
+            looked: format!("{}: {e}", self.path.display()),
+        })
     }
 
     fn ok(&self, status: Status) -> Result<(), CudaError> {
         if status == 0 {
             return Ok(());
         }
-        Err(CudaError::NoCompiler { looked: format!("{}: {}", self.path.display(), self.name_of(status)) })
+        Err(CudaError::NoCompiler {
+            looked: format!("{}: {}", self.path.display(), self.name_of(status)),
+        })
     }
 
     fn name_of(&self, status: Status) -> String {
@@ -233,7 +314,9 @@ impl Compiler {
         // SAFETY: the type is that of the function, which returns a constant.
         unsafe {
             match self.symbol::<Name>("nvrtcGetErrorString") {
-                Ok(name) => std::ffi::CStr::from_ptr(name(status)).to_string_lossy().into_owned(),
+                Ok(name) => std::ffi::CStr::from_ptr(name(status))
+                    .to_string_lossy()
+                    .into_owned(),
                 Err(_) => format!("status {status}"),
             }
         }

@@ -30,10 +30,15 @@ impl Pinned {
     pub(super) fn new(gpu: &Arc<Gpu>, len: usize) -> Result<Self, CudaError> {
         gpu.bind()?;
         // SAFETY: the context is current.
-        let start = unsafe { result::malloc_host(len.max(1), 0) }.map_err(|e| gpu.failed("pinning host memory", e))?;
+        let start = unsafe { result::malloc_host(len.max(1), 0) }
+            .map_err(|e| gpu.failed("pinning host memory", e))?;
         // SAFETY: as many bytes were allocated.
         unsafe { start.cast::<u8>().write_bytes(0, len) };
-        Ok(Self { gpu: Arc::clone(gpu), start: start.cast(), len })
+        Ok(Self {
+            gpu: Arc::clone(gpu),
+            start: start.cast(),
+            len,
+        })
     }
 
     /// Returns the length in bytes.
@@ -59,7 +64,10 @@ impl Pinned {
         let stream = self.gpu.stream();
         // SAFETY: `to` is long enough, and the bytes stay until the copy is done.
         let enqueued = unsafe { result::memcpy_htod_async(to.address(), self.bytes(), stream) };
-        enqueued.map_err(|e| self.gpu.failed(format!("copying {} bytes to it", self.len), e))?;
+        enqueued.map_err(|e| {
+            self.gpu
+                .failed(format!("copying {} bytes to it", self.len), e)
+        })?;
         self.gpu.wait_for_stream()
     }
 

@@ -49,7 +49,9 @@ struct Recorded {
 impl Recording for Recorded {
     unsafe fn replay(&self) -> Result<(), CudaError> {
         // SAFETY: the caller's promise, and that of who launched them.
-        self.launches.iter().try_for_each(|(kernel, grid, args)| unsafe { self.shim.run(kernel, *grid, args) })
+        self.launches
+            .iter()
+            .try_for_each(|(kernel, grid, args)| unsafe { self.shim.run(kernel, *grid, args) })
     }
 }
 
@@ -61,14 +63,26 @@ pub fn shared() -> Arc<Shim> {
 
 impl Shim {
     fn compile() -> Self {
-        let modules: Vec<sources::ModuleText> = MODULES.iter().map(|m| (m.name, m.text, m.kernels)).collect();
+        let modules: Vec<sources::ModuleText> = MODULES
+            .iter()
+            .map(|m| (m.name, m.text, m.kernels))
+            .collect();
         let path = sources::kernels(headers(), &modules).join(sources::KERNELS_LIBRARY);
-        Self { path, idle: Mutex::default(), state: Mutex::default(), recordings: Mutex::default() }
+        Self {
+            path,
+            idle: Mutex::default(),
+            state: Mutex::default(),
+            recordings: Mutex::default(),
+        }
     }
 
     /// Takes a copy of the kernels that is idle, or loads another.
     fn take_library(&self) -> Library {
-        let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let idle = self
+            .idle
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .pop();
         idle.unwrap_or_else(|| {
             // What is loaded twice from one file is loaded once.
             let copy = tempfile::NamedTempFile::new().unwrap();
@@ -80,8 +94,14 @@ impl Shim {
 
     /// A real device refuses what is not a launch meanwhile.
     fn must_not_record(&self) {
-        let recordings = self.recordings.lock().unwrap_or_else(PoisonError::into_inner);
-        assert!(!recordings.contains_key(&std::thread::current().id()), "not a launch in a recording");
+        let recordings = self
+            .recordings
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        assert!(
+            !recordings.contains_key(&std::thread::current().id()),
+            "not a launch in a recording"
+        );
     }
 
     /// Runs a kernel.
@@ -89,7 +109,11 @@ impl Shim {
     /// # Safety
     /// As [`Device::launch`].
     unsafe fn run(&self, kernel: &'static str, grid: Grid, args: &[Arg]) -> Result<(), CudaError> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner).1.insert(kernel);
+        self.state
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .1
+            .insert(kernel);
         let library = self.take_library();
         self.check_kinds(&library, kernel, args)?;
         // SAFETY: the generated functions have this type.
@@ -100,7 +124,10 @@ impl Shim {
         let dims = [x, y, z, grid.threads, 1, 1];
         // SAFETY: the caller's promise about the arguments; no other kernel runs in this copy.
         let status = unsafe { run(addresses.as_mut_ptr(), dims.as_ptr()) };
-        self.idle.lock().unwrap_or_else(PoisonError::into_inner).push(library);
+        self.idle
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(library);
         let why = match status {
             0 => return Ok(()),
             1 => "too many threads in a block",
@@ -111,7 +138,12 @@ impl Shim {
     }
 
     /// A driver takes as many bytes from the address of an argument as the kernel's parameter has, whatever is there.
-    fn check_kinds(&self, library: &Library, kernel: &'static str, args: &[Arg]) -> Result<(), CudaError> {
+    fn check_kinds(
+        &self,
+        library: &Library,
+        kernel: &'static str,
+        args: &[Arg],
+    ) -> Result<(), CudaError> {
         // SAFETY: the generated functions have this type, and return constants.
         let kinds = unsafe {
             let kinds = library.get::<Kinds>(format!("kinds_{kernel}").as_bytes());
@@ -123,20 +155,34 @@ impl Shim {
             Arg::Long(_) => 'l',
             Arg::Float(_) => 'f',
         };
-        let (wanted, given) = (kinds.to_string_lossy(), args.iter().map(kind).collect::<String>());
+        let (wanted, given) = (
+            kinds.to_string_lossy(),
+            args.iter().map(kind).collect::<String>(),
+        );
         if wanted == given {
             return Ok(());
         }
-        Err(self.failed(kernel, format!("it takes arguments of the kinds {wanted}, not {given}")))
+        Err(self.failed(
+            kernel,
+            format!("it takes arguments of the kinds {wanted}, not {given}"),
+        ))
     }
 
     fn failed(&self, kernel: &str, why: String) -> CudaError {
-        CudaError::Call { device: self.name().into(), what: kernel.into(), why }
+        CudaError::Call {
+            device: self.name().into(),
+            what: kernel.into(),
+            why,
+        }
     }
 
     /// The kernels that were launched so far.
     pub fn launched(&self) -> BTreeSet<&'static str> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner).1.clone()
+        self.state
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .1
+            .clone()
     }
 }
 
@@ -164,19 +210,32 @@ impl Device for Shim {
             at.add(GUARD).write_bytes(0xff, len);
         }
         let at = at as u64 + GUARD as u64;
-        self.state.lock().unwrap_or_else(PoisonError::into_inner).0.insert(at, len);
+        self.state
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .0
+            .insert(at, len);
         Ok(at)
     }
 
     unsafe fn free(&self, at: u64) {
         self.must_not_record();
-        let len = self.state.lock().unwrap_or_else(PoisonError::into_inner).0.remove(&at).unwrap();
+        let len = self
+            .state
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .0
+            .remove(&at)
+            .unwrap();
         let start = (at - GUARD as u64) as *mut u8;
         // SAFETY: `allocate` made this, with guards on both sides.
         let whole = unsafe { std::slice::from_raw_parts(start, len + 2 * GUARD) };
         let mut guards = whole[..GUARD].iter().chain(&whole[GUARD + len..]);
         if !std::thread::panicking() {
-            assert!(guards.all(|b| *b == GUARD_BYTE), "a kernel wrote beyond a buffer of {len} bytes");
+            assert!(
+                guards.all(|b| *b == GUARD_BYTE),
+                "a kernel wrote beyond a buffer of {len} bytes"
+            );
         }
         // SAFETY: as above, and it is not used afterwards.
         unsafe { dealloc(start, layout(len)) };
@@ -192,7 +251,9 @@ impl Device for Shim {
     unsafe fn read(&self, from: u64, bytes: &mut [u8]) -> Result<(), CudaError> {
         self.must_not_record();
         // SAFETY: the caller's promise.
-        unsafe { std::ptr::copy_nonoverlapping(from as *const u8, bytes.as_mut_ptr(), bytes.len()) };
+        unsafe {
+            std::ptr::copy_nonoverlapping(from as *const u8, bytes.as_mut_ptr(), bytes.len())
+        };
         Ok(())
     }
 
@@ -203,8 +264,16 @@ impl Device for Shim {
         Ok(())
     }
 
-    unsafe fn launch(&self, kernel: &'static str, grid: Grid, args: &[Arg]) -> Result<(), CudaError> {
-        let mut recordings = self.recordings.lock().unwrap_or_else(PoisonError::into_inner);
+    unsafe fn launch(
+        &self,
+        kernel: &'static str,
+        grid: Grid,
+        args: &[Arg],
+    ) -> Result<(), CudaError> {
+        let mut recordings = self
+            .recordings
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         if let Some(launches) = recordings.get_mut(&std::thread::current().id()) {
             launches.push((kernel, grid, args.to_vec()));
             return Ok(());
@@ -220,19 +289,36 @@ impl Device for Shim {
     }
 
     fn begin_recording(&self) -> Result<bool, CudaError> {
-        let mut recordings = self.recordings.lock().unwrap_or_else(PoisonError::into_inner);
-        assert!(recordings.insert(std::thread::current().id(), Vec::new()).is_none(), "a recording in a recording");
+        let mut recordings = self
+            .recordings
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        assert!(
+            recordings
+                .insert(std::thread::current().id(), Vec::new())
+                .is_none(),
+            "a recording in a recording"
+        );
         Ok(true)
     }
 
     fn end_recording(self: Arc<Self>) -> Result<Box<dyn Recording>, CudaError> {
-        let launches =
-            self.recordings.lock().unwrap_or_else(PoisonError::into_inner).remove(&std::thread::current().id());
-        Ok(Box::new(Recorded { launches: launches.unwrap(), shim: self }))
+        let launches = self
+            .recordings
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(&std::thread::current().id());
+        Ok(Box::new(Recorded {
+            launches: launches.unwrap(),
+            shim: self,
+        }))
     }
 
     fn copy_stream(self: Arc<Self>, len: usize) -> Result<Option<Box<dyn CopyStream>>, CudaError> {
-        Ok(Some(Box::new(ShimLane { staging: vec![vec![0xff; len]; BUFFERS], used: [true; BUFFERS] })))
+        Ok(Some(Box::new(ShimLane {
+            staging: vec![vec![0xff; len]; BUFFERS],
+            used: [true; BUFFERS],
+        })))
     }
 }
 
@@ -253,7 +339,10 @@ impl CopyStream for ShimLane {
     }
 
     fn send(&mut self, which: usize, to: View<'_>) -> Result<(), CudaError> {
-        assert!(std::mem::replace(&mut self.used[which], false), "what was sent last is still to be used");
+        assert!(
+            std::mem::replace(&mut self.used[which], false),
+            "what was sent last is still to be used"
+        );
         to.write(&self.staging[which][..to.len()])
     }
 
@@ -279,14 +368,24 @@ fn arguments_of_other_kinds_are_refused() {
     let shim = shared();
     let x: Arc<dyn Device> = shared();
     let buffer = Buffer::of_f32(&x, &[1.0; 4]).unwrap();
-    let one = Grid { blocks: [1, 1, 1], threads: 32 };
+    let one = Grid {
+        blocks: [1, 1, 1],
+        threads: 32,
+    };
     let launch = |args: &[Arg]| {
         // SAFETY: with the right kinds four values of a buffer of four are cleared, with others nothing is done.
         unsafe { shim.launch("clear", one, args) }
     };
-    for args in [&[buffer.view().arg(), Arg::Int(4)][..], &[buffer.view().arg()], &[Arg::Long(0), Arg::Long(4)]] {
+    for args in [
+        &[buffer.view().arg(), Arg::Int(4)][..],
+        &[buffer.view().arg()],
+        &[Arg::Long(0), Arg::Long(4)],
+    ] {
         let error = launch(args).unwrap_err().to_string();
-        assert!(error.contains("clear") && error.contains("of the kinds pl"), "{error}");
+        assert!(
+            error.contains("clear") && error.contains("of the kinds pl"),
+            "{error}"
+        );
         assert_eq!(buffer.view().to_f32().unwrap(), [1.0; 4]);
     }
     launch(&[buffer.view().arg(), Arg::Long(4)]).unwrap();

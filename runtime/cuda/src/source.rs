@@ -61,7 +61,11 @@ pub static MODULES: [Module; 10] = [
             "nothing",
         ],
     },
-    Module { name: "router.cu", text: include_str!("kernels/router.cu"), kernels: &["route"] },
+    Module {
+        name: "router.cu",
+        text: include_str!("kernels/router.cu"),
+        kernels: &["route"],
+    },
     Module {
         name: "attention.cu",
         text: include_str!("kernels/attention.cu"),
@@ -126,9 +130,15 @@ pub fn headers() -> &'static [(&'static str, String)] {
     static HEADERS: LazyLock<Vec<(&'static str, String)>> = LazyLock::new(|| {
         vec![
             ("base.cuh", include_str!("kernels/base.cuh").to_string()),
-            ("formats.cuh", include_str!("kernels/formats.cuh").to_string()),
+            (
+                "formats.cuh",
+                include_str!("kernels/formats.cuh").to_string(),
+            ),
             ("matmul.cuh", include_str!("kernels/matmul.cuh").to_string()),
-            ("products.cuh", include_str!("kernels/products.cuh").to_string()),
+            (
+                "products.cuh",
+                include_str!("kernels/products.cuh").to_string(),
+            ),
             ("matvec.cuh", include_str!("kernels/matvec.cuh").to_string()),
             ("small.cuh", include_str!("kernels/small.cuh").to_string()),
             ("k.cuh", include_str!("kernels/k.cuh").to_string()),
@@ -170,10 +180,20 @@ pub fn chosen_sum_kernel(ty: TensorType) -> &'static str {
 /// module), and the format's index in the family.
 pub fn family(ty: TensorType) -> (&'static str, usize) {
     let matvec = matvec_kernel(ty);
-    let kernels = MODULES.iter().map(|m| m.kernels).find(|kernels| kernels.contains(&matvec)).unwrap_or_default();
-    let number = kernels.iter().filter(|kernel| kernel.starts_with("matvec_")).position(|kernel| *kernel == matvec);
+    let kernels = MODULES
+        .iter()
+        .map(|m| m.kernels)
+        .find(|kernels| kernels.contains(&matvec))
+        .unwrap_or_default();
+    let number = kernels
+        .iter()
+        .filter(|kernel| kernel.starts_with("matvec_"))
+        .position(|kernel| *kernel == matvec);
     let several = kernels.iter().find(|kernel| kernel.starts_with("matvecs_"));
-    several.copied().zip(number).unwrap_or_else(|| panic!("{ty} has no kernel for several matrices"))
+    several
+        .copied()
+        .zip(number)
+        .unwrap_or_else(|| panic!("{ty} has no kernel for several matrices"))
 }
 
 /// Returns the kernel that dequantizes rows of a format.
@@ -199,7 +219,13 @@ fn grids_header() -> String {
     text
 }
 
-fn table<T: LowerHex + Display>(text: &mut String, ty: &str, name: &str, suffix: &str, values: &[T]) {
+fn table<T: LowerHex + Display>(
+    text: &mut String,
+    ty: &str,
+    name: &str,
+    suffix: &str,
+    values: &[T],
+) {
     // Writing to a string can't fail.
     let _ = write!(text, "TABLE {ty} {name}[{}] = {{", values.len());
     for value in values {
@@ -234,10 +260,19 @@ mod tests {
 
     #[test]
     fn every_include_is_a_header() {
-        let texts = MODULES.iter().map(|m| m.text).chain(headers().iter().map(|(_, text)| text.as_str()));
-        for line in texts.flat_map(str::lines).filter_map(|line| line.strip_prefix("#include ")) {
+        let texts = MODULES
+            .iter()
+            .map(|m| m.text)
+            .chain(headers().iter().map(|(_, text)| text.as_str()));
+        for line in texts
+            .flat_map(str::lines)
+            .filter_map(|line| line.strip_prefix("#include "))
+        {
             let name = line.trim_matches('"');
-            assert!(name == "shim.h" || headers().iter().any(|(header, _)| *header == name), "{line}");
+            assert!(
+                name == "shim.h" || headers().iter().any(|(header, _)| *header == name),
+                "{line}"
+            );
         }
     }
 }

@@ -43,7 +43,14 @@ impl StreamSizes {
 
     /// Returns the bytes of all buffers on the device.
     pub fn bytes(&self) -> usize {
-        let Self { tokens, n_used, rows, hidden, ffn, .. } = *self;
+        let Self {
+            tokens,
+            n_used,
+            rows,
+            hidden,
+            ffn,
+            ..
+        } = *self;
         // Codes, scales and sums of quantized activations are less than half of the floats.
         let floats = 2 * tokens * hidden + 2 * tokens * n_used + rows * (3 * hidden + 3 * ffn);
         4 * floats + BUFFERS * self.expert() + 32 * ALIGNMENT
@@ -106,13 +113,24 @@ struct Product<'a> {
 impl ExpertStream {
     /// Opens a copy stream and allocates buffers. Returns `None` if the device has no copy streams.
     pub fn new(device: &Arc<dyn Device>, sizes: StreamSizes) -> Result<Option<Self>, CudaError> {
-        let Some(copies) = Arc::clone(device).copy_stream(sizes.expert())? else { return Ok(None) };
+        let Some(copies) = Arc::clone(device).copy_stream(sizes.expert())? else {
+            return Ok(None);
+        };
         let floats = |n: usize| Buffer::new_f32(device, n);
         let quants = |n: usize| Quants::new(device, n.next_multiple_of(32));
-        let StreamSizes { tokens, n_used, rows, hidden, ffn, .. } = sizes;
+        let StreamSizes {
+            tokens,
+            n_used,
+            rows,
+            hidden,
+            ffn,
+            ..
+        } = sizes;
         let stream = Self {
             copies,
-            memory: (0..BUFFERS).map(|_| Buffer::new(device, sizes.expert())).collect::<Result<_, _>>()?,
+            memory: (0..BUFFERS)
+                .map(|_| Buffer::new(device, sizes.expert()))
+                .collect::<Result<_, _>>()?,
             x: floats(tokens * hidden)?,
             out: floats(tokens * hidden)?,
             which: floats(tokens * n_used)?,
@@ -142,8 +160,14 @@ impl ExpertStream {
     /// When the batch is larger than the buffers, or a token has no row.
     pub fn begin(&mut self, hidden: usize, x: &[f32], uses: &[Use]) -> Result<(), CudaError> {
         let tokens = x.len() / hidden;
-        assert!(hidden == self.sizes.hidden && uses.iter().all(|used| used.token < tokens), "tokens of {tokens}");
-        let which: Vec<u8> = uses.iter().flat_map(|used| (used.token as i32).to_ne_bytes()).collect();
+        assert!(
+            hidden == self.sizes.hidden && uses.iter().all(|used| used.token < tokens),
+            "tokens of {tokens}"
+        );
+        let which: Vec<u8> = uses
+            .iter()
+            .flat_map(|used| (used.token as i32).to_ne_bytes())
+            .collect();
         let weights: Vec<f32> = uses.iter().map(|used| used.weight).collect();
         self.x.view().write_f32(x)?;
         self.which.view().write(&which)?;
@@ -170,8 +194,17 @@ impl ExpertStream {
         n: usize,
         copy: &dyn Fn(&mut [u8], &[u8]),
     ) -> Result<(), CudaError> {
-        assert!(self.n_sent + n <= self.n_uses, "{n} uses after {} of {}", self.n_sent, self.n_uses);
-        assert!(kind.hidden == self.sizes.hidden && kind.ffn <= self.sizes.ffn, "an expert {} wide", kind.ffn);
+        assert!(
+            self.n_sent + n <= self.n_uses,
+            "{n} uses after {} of {}",
+            self.n_sent,
+            self.n_uses
+        );
+        assert!(
+            kind.hidden == self.sizes.hidden && kind.ffn <= self.sizes.ffn,
+            "an expert {} wide",
+            kind.ffn
+        );
         let which = self.next;
         let staging = self.copies.staging(which)?;
         let mut end = 0;
@@ -189,7 +222,12 @@ impl ExpertStream {
             })
         });
         let sent = SentExpert { matrices, biases };
-        self.copies.send(which, self.memory[which].view().part(0..end.min(self.sizes.expert())))?;
+        self.copies.send(
+            which,
+            self.memory[which]
+                .view()
+                .part(0..end.min(self.sizes.expert())),
+        )?;
         let last = self.n_sent + n;
         let mut enqueued = Ok(());
         while enqueued.is_ok() && self.n_sent < last {
@@ -207,14 +245,21 @@ impl ExpertStream {
     fn compute(&mut self, kind: &ExpertKind, sent: &SentExpert, n: usize) -> Result<(), CudaError> {
         let ExpertKind { hidden, ffn, .. } = *kind;
         let (memory, uses) = (self.memory[self.next].view(), self.n_sent..self.n_sent + n);
-        let (which, weights) = (self.which.view().floats(uses.clone()), self.weights.view().floats(uses));
+        let (which, weights) = (
+            self.which.view().floats(uses.clone()),
+            self.weights.view().floats(uses),
+        );
         let ops = &self.ops;
         ops.gather_rows(self.x.view(), which, n, hidden, self.rows.view())?;
         if needs_quants(kind.gate) || needs_quants(kind.up) {
             ops.quantize(self.rows.view(), n, hidden, &mut self.rows_quants)?;
         }
         let matrix = |i: usize| memory.part(sent.matrices[i].clone());
-        let bias = |i: usize| sent.biases.as_ref().map(|biases| memory.part(biases[i].clone()));
+        let bias = |i: usize| {
+            sent.biases
+                .as_ref()
+                .map(|biases| memory.part(biases[i].clone()))
+        };
         let x = |ty| Input::for_type(ty, self.rows.view(), &self.rows_quants);
         let (gate, up) = (self.gate.view(), self.up.view());
         let inner = needs_quants(kind.down).then_some(&mut self.inner);
@@ -233,7 +278,14 @@ impl ExpertStream {
             ops.gated(&gated, gate, inner)?;
         } else {
             for (i, ty, out) in [(0, kind.gate, gate), (1, kind.up, up)] {
-                let product = Product { ty, matrix: matrix(i), bias: bias(i), n_rows: ffn, n_cols: hidden, x: x(ty) };
+                let product = Product {
+                    ty,
+                    matrix: matrix(i),
+                    bias: bias(i),
+                    n_rows: ffn,
+                    n_cols: hidden,
+                    x: x(ty),
+                };
                 product.run(ops, n, out)?;
             }
             ops.activate(kind.activation, gate, up, n, ffn, inner)?;
@@ -247,7 +299,14 @@ impl ExpertStream {
             x: Input::for_type(kind.down, gate, &self.inner),
         };
         down.run(ops, n, self.results.view())?;
-        ops.add_rows(self.results.view(), which, weights, n, hidden, self.out.view())
+        ops.add_rows(
+            self.results.view(),
+            which,
+            weights,
+            n,
+            hidden,
+            self.out.view(),
+        )
     }
 
     /// Waits for the sum over all experts, `[tokens, hidden]`.
@@ -255,7 +314,11 @@ impl ExpertStream {
     /// # Panics
     /// When `out` is not as long.
     pub fn finish(&mut self, out: &mut [f32]) -> Result<(), CudaError> {
-        assert_eq!(out.len(), self.tokens * self.sizes.hidden, "results of streamed experts");
+        assert_eq!(
+            out.len(),
+            self.tokens * self.sizes.hidden,
+            "results of streamed experts"
+        );
         self.out.view().read_f32(out)
     }
 
@@ -281,10 +344,29 @@ impl ExpertStream {
 
 impl Product<'_> {
     fn run(&self, ops: &Ops, n: usize, out: View<'_>) -> Result<(), CudaError> {
-        let &Product { ty, matrix, bias, n_rows, n_cols, x } = self;
+        let &Product {
+            ty,
+            matrix,
+            bias,
+            n_rows,
+            n_cols,
+            x,
+        } = self;
         if n < MATMUL_MIN_ROWS {
             let matrices = Matrices::One(matrix);
-            return ops.matvec(&Matvec { ty, matrices, bias, jobs: n, n_rows, n_cols, x, jobs_per_x: 1 }, out);
+            return ops.matvec(
+                &Matvec {
+                    ty,
+                    matrices,
+                    bias,
+                    jobs: n,
+                    n_rows,
+                    n_cols,
+                    x,
+                    jobs_per_x: 1,
+                },
+                out,
+            );
         }
         ops.matmul(ty, BatchMatrices::One(matrix, n), n_rows, n_cols, x, out)?;
         match bias {

@@ -27,7 +27,12 @@ impl UploadRing {
     pub(super) fn new() -> Result<Self, DriverError> {
         // SAFETY: the caller has made a context current, without which the driver refuses.
         let start = unsafe { result::malloc_host(2 * HALF_BYTES, 0) }?;
-        let mut ring = Self { start: start.cast(), half_copied: Vec::new(), current_half: 0, used: 0 };
+        let mut ring = Self {
+            start: start.cast(),
+            half_copied: Vec::new(),
+            current_half: 0,
+            used: 0,
+        };
         for _ in 0..2 {
             match result::event::create(CUevent_flags::CU_EVENT_DISABLE_TIMING) {
                 Ok(event) => ring.half_copied.push(event),
@@ -47,8 +52,17 @@ impl UploadRing {
     /// # Safety
     /// The context of this ring is current, `to..to + bytes.len()` is memory of its device, and all
     /// sends are in the same stream.
-    pub(super) unsafe fn send(&mut self, to: u64, bytes: &[u8], stream: sys::CUstream) -> Result<(), DriverError> {
-        assert!(bytes.len() <= HALF_BYTES, "{} bytes in a half of {HALF_BYTES}", bytes.len());
+    pub(super) unsafe fn send(
+        &mut self,
+        to: u64,
+        bytes: &[u8],
+        stream: sys::CUstream,
+    ) -> Result<(), DriverError> {
+        assert!(
+            bytes.len() <= HALF_BYTES,
+            "{} bytes in a half of {HALF_BYTES}",
+            bytes.len()
+        );
         // SAFETY: the caller's promise. The range lies inside the half, and no copy from it is in
         // flight: copies from this half since it was begun have other ranges, and earlier ones were
         // waited for.

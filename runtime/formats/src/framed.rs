@@ -20,13 +20,19 @@ pub(super) struct WireSource {
 
 impl From<&SourceId> for WireSource {
     fn from(id: &SourceId) -> Self {
-        Self { name: id.name.clone(), hash: id.hash.clone() }
+        Self {
+            name: id.name.clone(),
+            hash: id.hash.clone(),
+        }
     }
 }
 
 impl From<WireSource> for SourceId {
     fn from(wire: WireSource) -> Self {
-        Self { name: wire.name, hash: wire.hash }
+        Self {
+            name: wire.name,
+            hash: wire.hash,
+        }
     }
 }
 
@@ -36,7 +42,11 @@ pub(super) fn head(magic: [u8; 8], version: u32, header: &[u8]) -> Vec<u8> {
     bytes.extend_from_slice(&magic);
     bytes.extend_from_slice(&version.to_le_bytes());
     // A header of 4 GiB is past every limit that readers and writers check.
-    bytes.extend_from_slice(&u32::try_from(header.len()).unwrap_or(u32::MAX).to_le_bytes());
+    bytes.extend_from_slice(
+        &u32::try_from(header.len())
+            .unwrap_or(u32::MAX)
+            .to_le_bytes(),
+    );
     bytes.extend_from_slice(header);
     bytes
 }
@@ -45,12 +55,22 @@ pub(super) fn head(magic: [u8; 8], version: u32, header: &[u8]) -> Vec<u8> {
 ///
 /// # Errors
 /// When it is another kind of file, a newer version, or cut short.
-pub(super) fn header_bytes(kind: &Kind, magic: [u8; 8], bytes: &[u8], path: &Path) -> Result<usize, FormatError> {
-    let Some(rest) = bytes.strip_prefix(&magic) else { return Err(kind.mismatch(path, &Kind::describe(bytes))) };
-    let [v0, v1, v2, v3, l0, l1, l2, l3, ..] = *rest else { return Err(cut_short(kind, path)) };
+pub(super) fn header_bytes(
+    kind: &Kind,
+    magic: [u8; 8],
+    bytes: &[u8],
+    path: &Path,
+) -> Result<usize, FormatError> {
+    let Some(rest) = bytes.strip_prefix(&magic) else {
+        return Err(kind.mismatch(path, &Kind::describe(bytes)));
+    };
+    let [v0, v1, v2, v3, l0, l1, l2, l3, ..] = *rest else {
+        return Err(cut_short(kind, path));
+    };
     kind.check_version(i64::from(u32::from_le_bytes([v0, v1, v2, v3])), path)?;
     let length = u32::from_le_bytes([l0, l1, l2, l3]);
-    usize::try_from(length).map_err(|_| FormatError::invalid(path, format!("a header of {length} bytes")))
+    usize::try_from(length)
+        .map_err(|_| FormatError::invalid(path, format!("a header of {length} bytes")))
 }
 
 /// Returns the error of a file that ends too early.

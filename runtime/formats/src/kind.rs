@@ -108,33 +108,51 @@ pub(super) const SLOTS: Kind = Kind {
     hint: "`tier-plan run` can write one",
 };
 
-pub(super) const ALL: [&Kind; 9] = [&MACHINE, &PLACEMENT, &PROFILE, &RECORD, &LOGPROBS, &SHAPE, &SUMS, &PACK, &SLOTS];
+pub(super) const ALL: [&Kind; 9] = [
+    &MACHINE, &PLACEMENT, &PROFILE, &RECORD, &LOGPROBS, &SHAPE, &SUMS, &PACK, &SLOTS,
+];
 
 impl Kind {
     /// Returns the error of a file of another kind; `found` says which, as a clause.
     pub fn mismatch(&self, path: &Path, found: &str) -> FormatError {
         let found = format!("{found}; {}", self.hint);
-        FormatError::Kind { path: path.into(), expected: self.what, found }
+        FormatError::Kind {
+            path: path.into(),
+            expected: self.what,
+            found,
+        }
     }
 
     /// Accepts versions 1 to the newest.
     pub fn check_version(&self, version: i64, path: &Path) -> Result<(), FormatError> {
         match u64::try_from(version) {
-            Ok(v) if v > self.newest => {
-                Err(FormatError::Newer { path: path.into(), what: self.what, found: v, supported: self.newest })
-            }
+            Ok(v) if v > self.newest => Err(FormatError::Newer {
+                path: path.into(),
+                what: self.what,
+                found: v,
+                supported: self.newest,
+            }),
             Ok(v) if v > 0 => Ok(()),
-            _ => Err(FormatError::invalid(path, format!("version is {version}, but versions start at 1"))),
+            _ => Err(FormatError::invalid(
+                path,
+                format!("version is {version}, but versions start at 1"),
+            )),
         }
     }
 
     /// Reads a whole file, but not one that is too large or evidently of another kind (a model of
     /// hundreds of gigabytes given by mistake must not be loaded to find that out).
     pub fn read(&self, path: &Path) -> Result<Vec<u8>, FormatError> {
-        let io = |source| FormatError::Io { path: path.into(), source };
+        let io = |source| FormatError::Io {
+            path: path.into(),
+            source,
+        };
         let mut file = File::open(path).map_err(io)?;
         let mut bytes = Vec::new();
-        (&mut file).take(HEAD_BYTES).read_to_end(&mut bytes).map_err(io)?;
+        (&mut file)
+            .take(HEAD_BYTES)
+            .read_to_end(&mut bytes)
+            .map_err(io)?;
         let found = sniff(&bytes);
         if found.binary && found.kind != Some(self) {
             return Err(self.mismatch(path, &found.words));
@@ -148,7 +166,10 @@ impl Kind {
             let limit = crate::units::show_bytes(self.limit_bytes);
             return Err(FormatError::invalid(
                 path,
-                format!("larger than {limit}, the most that a {} may have", self.what),
+                format!(
+                    "larger than {limit}, the most that a {} may have",
+                    self.what
+                ),
             ));
         }
         Ok(bytes)
@@ -179,14 +200,25 @@ impl Kind {
         std::str::from_utf8(bytes).map_err(|e| {
             let found = sniff(bytes);
             if found.kind == Some(self) {
-                FormatError::invalid(path, format!("byte {} is not UTF-8; save the file as UTF-8", e.valid_up_to()))
+                FormatError::invalid(
+                    path,
+                    format!(
+                        "byte {} is not UTF-8; save the file as UTF-8",
+                        e.valid_up_to()
+                    ),
+                )
             } else {
                 self.mismatch(path, &found.words)
             }
         })
     }
 
-    fn check_envelope(&self, envelope: Result<Envelope, String>, bytes: &[u8], path: &Path) -> Result<(), FormatError> {
+    fn check_envelope(
+        &self,
+        envelope: Result<Envelope, String>,
+        bytes: &[u8],
+        path: &Path,
+    ) -> Result<(), FormatError> {
         let found = sniff(bytes);
         match envelope {
             // A file that names itself ours but cannot be parsed is damaged; anything else is
@@ -194,13 +226,21 @@ impl Kind {
             Err(words) if found.kind == Some(self) => Err(FormatError::invalid(path, words)),
             Err(_) => Err(self.mismatch(path, &found.words)),
             Ok(Envelope { format: None, .. }) => Err(self.mismatch(path, &found.words)),
-            Ok(Envelope { format: Some(format), .. }) if format != self.format => {
-                Err(self.mismatch(path, &format!("its format is {}", super::text::quote(&format))))
-            }
-            Ok(Envelope { version: None, .. }) => {
-                Err(FormatError::invalid(path, format!("no version; write `version = {}`", self.newest)))
-            }
-            Ok(Envelope { version: Some(version), .. }) => self.check_version(version, path),
+            Ok(Envelope {
+                format: Some(format),
+                ..
+            }) if format != self.format => Err(self.mismatch(
+                path,
+                &format!("its format is {}", super::text::quote(&format)),
+            )),
+            Ok(Envelope { version: None, .. }) => Err(FormatError::invalid(
+                path,
+                format!("no version; write `version = {}`", self.newest),
+            )),
+            Ok(Envelope {
+                version: Some(version),
+                ..
+            }) => self.check_version(version, path),
         }
     }
 }
@@ -225,36 +265,75 @@ struct Found {
 fn sniff(bytes: &[u8]) -> Found {
     let head = &bytes[..bytes.len().min(HEAD_BYTES as usize)];
     if head.is_empty() {
-        return Found { kind: None, words: "it is empty".into(), binary: false };
+        return Found {
+            kind: None,
+            words: "it is empty".into(),
+            binary: false,
+        };
     }
     if head.starts_with(b"GGUF") {
-        return Found { kind: None, words: "it is a GGUF model".into(), binary: true };
+        return Found {
+            kind: None,
+            words: "it is a GGUF model".into(),
+            binary: true,
+        };
     }
     if head.starts_with(&PROFILE_MAGIC) {
-        return Found { kind: Some(&PROFILE), words: "it is a tier-plan profile".into(), binary: true };
+        return Found {
+            kind: Some(&PROFILE),
+            words: "it is a tier-plan profile".into(),
+            binary: true,
+        };
     }
     if head.starts_with(&LOGPROBS_MAGIC) {
         let words = "it is a tier-plan file of reference log-probabilities".into();
-        return Found { kind: Some(&LOGPROBS), words, binary: true };
+        return Found {
+            kind: Some(&LOGPROBS),
+            words,
+            binary: true,
+        };
     }
     if head.starts_with(&SUMS_MAGIC) {
-        return Found { kind: Some(&SUMS), words: "it is a tier-plan file of checksums".into(), binary: true };
+        return Found {
+            kind: Some(&SUMS),
+            words: "it is a tier-plan file of checksums".into(),
+            binary: true,
+        };
     }
     if head.starts_with(&PACK_MAGIC) {
-        return Found { kind: Some(&PACK), words: "it is a tier-plan file of packed experts".into(), binary: true };
+        return Found {
+            kind: Some(&PACK),
+            words: "it is a tier-plan file of packed experts".into(),
+            binary: true,
+        };
     }
     for kind in ALL {
         let quoted = format!("\"{}\"", kind.format);
         if head.windows(quoted.len()).any(|w| w == quoted.as_bytes()) {
-            return Found { kind: Some(kind), words: format!("it is a {}", kind.what), binary: false };
+            return Found {
+                kind: Some(kind),
+                words: format!("it is a {}", kind.what),
+                binary: false,
+            };
         }
     }
-    if head.iter().any(|&b| b < 0x20 && !b"\t\n\r\x0c".contains(&b)) {
+    if head
+        .iter()
+        .any(|&b| b < 0x20 && !b"\t\n\r\x0c".contains(&b))
+    {
         let first: Vec<String> = head.iter().take(4).map(|b| format!("{b:02x}")).collect();
         let words = format!("it is binary data that starts with {}", first.join(" "));
-        return Found { kind: None, words, binary: true };
+        return Found {
+            kind: None,
+            words,
+            binary: true,
+        };
     }
-    Found { kind: None, words: "it is text that names no tier-plan format".into(), binary: false }
+    Found {
+        kind: None,
+        words: "it is text that names no tier-plan format".into(),
+        binary: false,
+    }
 }
 
 /// Puts a TOML error in one line, with the number of the line that it concerns.

@@ -109,18 +109,29 @@ impl FormatError {
     /// Returns the error of a wrong value. `what` names the field, the value, and what was
     /// expected.
     pub(crate) fn invalid(path: &Path, what: impl Into<String>) -> FormatError {
-        FormatError::Invalid { path: path.into(), what: what.into() }
+        FormatError::Invalid {
+            path: path.into(),
+            what: what.into(),
+        }
     }
 }
 
 /// Refuses a file made for another model; `file` is `plan` or `profile`.
-fn check_model(made_for: &SourceId, given: &SourceId, file: &str, hint: &str, path: &Path) -> Result<(), FormatError> {
+fn check_model(
+    made_for: &SourceId,
+    given: &SourceId,
+    file: &str,
+    hint: &str,
+    path: &Path,
+) -> Result<(), FormatError> {
     if made_for.hash == given.hash {
         return Ok(());
     }
     Err(FormatError::invalid(
         path,
-        format!("this {file} was made for the model {made_for}, but the model given is {given}; {hint}"),
+        format!(
+            "this {file} was made for the model {made_for}, but the model given is {given}; {hint}"
+        ),
     ))
 }
 

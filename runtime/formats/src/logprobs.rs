@@ -59,10 +59,17 @@ impl Reference {
     fn check(&self) -> Result<(), String> {
         check_sizes(self.n_vocab, self.ctx)?;
         if self.tokens.is_empty() || !self.tokens.len().is_multiple_of(self.ctx as usize) {
-            return Err(format!("{} tokens are not whole windows of {}", self.tokens.len(), self.ctx));
+            return Err(format!(
+                "{} tokens are not whole windows of {}",
+                self.tokens.len(),
+                self.ctx
+            ));
         }
         match self.tokens.iter().find(|t| **t >= self.n_vocab) {
-            Some(token) => Err(format!("token {token} is past the vocabulary of {}", self.n_vocab)),
+            Some(token) => Err(format!(
+                "token {token} is past the vocabulary of {}",
+                self.n_vocab
+            )),
             None => Ok(()),
         }
     }
@@ -70,7 +77,9 @@ impl Reference {
 
 fn check_sizes(n_vocab: u32, ctx: u32) -> Result<(), String> {
     if !(1..=SIZE_LIMIT).contains(&n_vocab) {
-        return Err(format!("n_vocab is {n_vocab}, but must be 1 to {SIZE_LIMIT}"));
+        return Err(format!(
+            "n_vocab is {n_vocab}, but must be 1 to {SIZE_LIMIT}"
+        ));
     }
     if !(3..=SIZE_LIMIT).contains(&ctx) {
         return Err(format!("ctx is {ctx}, but must be 3 to {SIZE_LIMIT}"));
@@ -128,7 +137,10 @@ impl<W: Write> Writer<W> {
         let invalid = |what: String| io::Error::new(ErrorKind::InvalidInput, what);
         reference.check().map_err(invalid)?;
         let header = WireHeader {
-            model: WireSource { name: reference.model.name.clone(), hash: reference.model.hash.clone() },
+            model: WireSource {
+                name: reference.model.name.clone(),
+                hash: reference.model.hash.clone(),
+            },
             made: reference.made.clone(),
             n_vocab: reference.n_vocab,
             ctx: reference.ctx,
@@ -136,7 +148,10 @@ impl<W: Write> Writer<W> {
         };
         let header = serde_json::to_vec(&header)?;
         if header.len() as u64 > HEADER_LIMIT {
-            return Err(invalid(format!("the header takes {} bytes; at most {HEADER_LIMIT} fit", header.len())));
+            return Err(invalid(format!(
+                "the header takes {} bytes; at most {HEADER_LIMIT} fit",
+                header.len()
+            )));
         }
         let mut writer = Self {
             to,
@@ -147,9 +162,13 @@ impl<W: Write> Writer<W> {
         };
         writer.line.extend_from_slice(&LOGPROBS_MAGIC);
         writer.line.extend_from_slice(&1u32.to_le_bytes());
-        writer.line.extend_from_slice(&(header.len() as u32).to_le_bytes());
+        writer
+            .line
+            .extend_from_slice(&(header.len() as u32).to_le_bytes());
         writer.line.extend_from_slice(&header);
-        writer.line.extend(reference.tokens.iter().flat_map(|t| t.to_le_bytes()));
+        writer
+            .line
+            .extend(reference.tokens.iter().flat_map(|t| t.to_le_bytes()));
         writer.put()?;
         Ok(writer)
     }
@@ -160,8 +179,12 @@ impl<W: Write> Writer<W> {
     /// When the row has another vocabulary or is one too many, or writing fails.
     pub fn push(&mut self, row: &Row) -> io::Result<()> {
         if row.steps.len() != self.n_vocab || self.rows_left == 0 {
-            let what =
-                format!("a row of {} with {} rows to come; {} wanted", row.steps.len(), self.rows_left, self.n_vocab);
+            let what = format!(
+                "a row of {} with {} rows to come; {} wanted",
+                row.steps.len(),
+                self.rows_left,
+                self.n_vocab
+            );
             return Err(io::Error::new(ErrorKind::InvalidInput, what));
         }
         self.rows_left -= 1;
@@ -169,7 +192,8 @@ impl<W: Write> Writer<W> {
             self.line.extend_from_slice(&number.to_le_bytes());
         }
         self.line.extend_from_slice(&row.best.to_le_bytes());
-        self.line.extend(row.steps.iter().flat_map(|s| s.to_le_bytes()));
+        self.line
+            .extend(row.steps.iter().flat_map(|s| s.to_le_bytes()));
         self.put()
     }
 
@@ -179,7 +203,10 @@ impl<W: Write> Writer<W> {
     /// When rows are missing, or writing fails.
     pub fn finish(mut self) -> io::Result<()> {
         if self.rows_left > 0 {
-            return Err(io::Error::new(ErrorKind::InvalidInput, format!("{} rows are missing", self.rows_left)));
+            return Err(io::Error::new(
+                ErrorKind::InvalidInput,
+                format!("{} rows are missing", self.rows_left),
+            ));
         }
         self.to.write_all(&self.sum.digest().to_le_bytes())
     }
@@ -209,7 +236,10 @@ impl Reader<BufReader<File>> {
     /// When it can't be read, is another kind of file, is newer than this program, is cut short or
     /// contradicts itself.
     pub fn open(path: &Path) -> Result<Self, FormatError> {
-        let io = |source| FormatError::Io { path: path.into(), source };
+        let io = |source| FormatError::Io {
+            path: path.into(),
+            source,
+        };
         let file = File::open(path).map_err(io)?;
         let length = file.metadata().map_err(io)?.len();
         Self::new(BufReader::with_capacity(1 << 20, file), length, path)
@@ -222,25 +252,36 @@ impl<R: Read> Reader<R> {
     /// # Errors
     /// As [`open`](Reader::open).
     pub fn new(mut from: R, length: u64, path: &Path) -> Result<Self, FormatError> {
-        let io = |source| FormatError::Io { path: path.into(), source };
+        let io = |source| FormatError::Io {
+            path: path.into(),
+            source,
+        };
         let mut head = Vec::new();
         (&mut from).take(FIXED).read_to_end(&mut head).map_err(io)?;
         let Some(rest) = head.strip_prefix(&LOGPROBS_MAGIC) else {
             return Err(LOGPROBS.mismatch(path, &Kind::describe(&head)));
         };
         let cut = || FormatError::invalid(path, CUT_SHORT);
-        let [v0, v1, v2, v3, l0, l1, l2, l3] = *rest else { return Err(cut()) };
+        let [v0, v1, v2, v3, l0, l1, l2, l3] = *rest else {
+            return Err(cut());
+        };
         LOGPROBS.check_version(i64::from(u32::from_le_bytes([v0, v1, v2, v3])), path)?;
         let header_bytes = u64::from(u32::from_le_bytes([l0, l1, l2, l3]));
         if header_bytes > HEADER_LIMIT {
-            return Err(FormatError::invalid(path, format!("a header of {header_bytes} bytes; the file is damaged")));
+            return Err(FormatError::invalid(
+                path,
+                format!("a header of {header_bytes} bytes; the file is damaged"),
+            ));
         }
         let mut reader = Self {
             path: path.into(),
             from,
             sum: Xxh3::new(),
             reference: Reference {
-                model: SourceId { name: String::new(), hash: String::new() },
+                model: SourceId {
+                    name: String::new(),
+                    hash: String::new(),
+                },
                 made: String::new(),
                 n_vocab: 0,
                 ctx: 0,
@@ -258,7 +299,9 @@ impl<R: Read> Reader<R> {
         let token_bytes = u64::from(header.windows) * u64::from(header.ctx) * 4;
         let row_bytes = ROW_HEAD + 2 * u64::from(header.n_vocab);
         let rows = u64::from(header.windows) * u64::from(scored_per_window(header.ctx));
-        let wanted = rows.checked_mul(row_bytes).and_then(|r| r.checked_add(FIXED + header_bytes + token_bytes + SUM));
+        let wanted = rows
+            .checked_mul(row_bytes)
+            .and_then(|r| r.checked_add(FIXED + header_bytes + token_bytes + SUM));
         if wanted != Some(length) {
             return Err(FormatError::invalid(
                 path,
@@ -269,15 +312,25 @@ impl<R: Read> Reader<R> {
             ));
         }
         reader.take(token_bytes)?;
-        let tokens = reader.line.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+        let tokens = reader
+            .line
+            .chunks_exact(4)
+            .map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]))
+            .collect();
         reader.reference = Reference {
-            model: SourceId { name: header.model.name, hash: header.model.hash },
+            model: SourceId {
+                name: header.model.name,
+                hash: header.model.hash,
+            },
             made: header.made,
             n_vocab: header.n_vocab,
             ctx: header.ctx,
             tokens,
         };
-        reader.reference.check().map_err(|what| FormatError::invalid(path, what))?;
+        reader
+            .reference
+            .check()
+            .map_err(|what| FormatError::invalid(path, what))?;
         reader.rows_left = rows;
         Ok(reader)
     }
@@ -312,8 +365,15 @@ impl<R: Read> Reader<R> {
         row.target = f32::from_le_bytes(word(8));
         row.best = u32::from_le_bytes(word(12));
         row.steps.clear();
-        row.steps.extend(steps.chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]])));
-        let sound = row.top.is_finite() && row.target.is_finite() && row.step.is_finite() && row.step >= 0.0;
+        row.steps.extend(
+            steps
+                .chunks_exact(2)
+                .map(|b| u16::from_le_bytes([b[0], b[1]])),
+        );
+        let sound = row.top.is_finite()
+            && row.target.is_finite()
+            && row.step.is_finite()
+            && row.step >= 0.0;
         if !sound || row.best >= self.reference.n_vocab {
             return Err(FormatError::invalid(
                 &self.path,
@@ -328,7 +388,10 @@ impl<R: Read> Reader<R> {
     fn take(&mut self, bytes: u64) -> Result<(), FormatError> {
         self.line.clear();
         let read = (&mut self.from).take(bytes).read_to_end(&mut self.line);
-        let read = read.map_err(|source| FormatError::Io { path: self.path.clone(), source })?;
+        let read = read.map_err(|source| FormatError::Io {
+            path: self.path.clone(),
+            source,
+        })?;
         if read as u64 != bytes {
             return Err(FormatError::invalid(&self.path, CUT_SHORT));
         }
@@ -346,7 +409,10 @@ mod tests {
 
     fn reference() -> Reference {
         Reference {
-            model: SourceId { name: "m".into(), hash: "0".repeat(32) },
+            model: SourceId {
+                name: "m".into(),
+                hash: "0".repeat(32),
+            },
             made: "2026-01-01T00:00:00Z".into(),
             n_vocab: 5,
             ctx: 6,
@@ -418,13 +484,28 @@ mod tests {
     fn a_file_with_too_few_or_too_many_rows_is_not_written() {
         let mut bytes = Vec::new();
         let mut writer = Writer::new(&mut bytes, &reference()).unwrap();
-        let row = Row { steps: vec![0; 5], ..Row::default() };
-        assert!(writer.push(&Row { steps: vec![0; 4], ..Row::default() }).is_err());
+        let row = Row {
+            steps: vec![0; 5],
+            ..Row::default()
+        };
+        assert!(
+            writer
+                .push(&Row {
+                    steps: vec![0; 4],
+                    ..Row::default()
+                })
+                .is_err()
+        );
         for _ in 0..4 {
             writer.push(&row).unwrap();
         }
         assert!(writer.push(&row).is_err());
-        assert!(Writer::new(Vec::new(), &reference()).unwrap().finish().is_err());
+        assert!(
+            Writer::new(Vec::new(), &reference())
+                .unwrap()
+                .finish()
+                .is_err()
+        );
     }
 
     proptest! {

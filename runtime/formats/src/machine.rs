@@ -115,18 +115,22 @@ pub struct Accelerator {
 impl Accelerator {
     /// Returns the known figures with their keys in files.
     pub(super) fn keys(&self) -> impl Iterator<Item = (&'static str, f64)> {
-        let all =
-            [("link_gbps", self.link_gbps), ("layer_us", self.layer_us), ("resident_layer_us", self.resident_layer_us)];
-        all.into_iter().filter_map(|(key, value)| Some((key, value?)))
+        let all = [
+            ("link_gbps", self.link_gbps),
+            ("layer_us", self.layer_us),
+            ("resident_layer_us", self.resident_layer_us),
+        ];
+        all.into_iter()
+            .filter_map(|(key, value)| Some((key, value?)))
     }
 
     /// Fails if a figure is known and the file's version is older than the one that introduced it,
     /// `from`.
     pub(super) fn check_version(&self, (version, from): (u64, u64)) -> Result<(), String> {
         match self.keys().next().filter(|_| version < from) {
-            Some((key, _)) => {
-                Err(format!("{key} is a key of version {from}; write `version = {from}`, or leave it out"))
-            }
+            Some((key, _)) => Err(format!(
+                "{key} is a key of version {from}; write `version = {from}`, or leave it out"
+            )),
             None => Ok(()),
         }
     }
@@ -146,7 +150,10 @@ impl Tier {
     /// Returns the seconds that `bytes` take from the tier `from` to slots here, at the slower of
     /// its reads and this tier's link.
     pub fn transfer_s(&self, from: &Tier, bytes: f64) -> f64 {
-        let gbps = self.accelerator.link_gbps.map_or(from.read_gbps, |link| link.min(from.read_gbps));
+        let gbps = self
+            .accelerator
+            .link_gbps
+            .map_or(from.read_gbps, |link| link.min(from.read_gbps));
         bytes / (gbps * 1e9)
     }
 
@@ -167,7 +174,14 @@ impl Tier {
 
     /// Returns the key of the unit in files, and the unit.
     pub(super) fn unit_key(&self) -> Option<(&'static str, u32)> {
-        Some((if self.medium() == Medium::Gpu { "device" } else { "node" }, self.unit?))
+        Some((
+            if self.medium() == Medium::Gpu {
+                "device"
+            } else {
+                "node"
+            },
+            self.unit?,
+        ))
     }
 }
 
@@ -279,8 +293,13 @@ impl Default for Extras {
 pub fn decode(bytes: &[u8], path: &Path) -> Result<Machine, FormatError> {
     let text = MACHINE.open_toml(bytes, path)?;
     let machine = wire::decode(text).map_err(|what| FormatError::invalid(path, what))?;
-    machine.check().map_err(|what| FormatError::invalid(path, what))?;
-    Ok(Machine { id: SourceId::of_bytes(&machine.name, bytes), ..machine })
+    machine
+        .check()
+        .map_err(|what| FormatError::invalid(path, what))?;
+    Ok(Machine {
+        id: SourceId::of_bytes(&machine.name, bytes),
+        ..machine
+    })
 }
 
 /// Reads a machine file.
@@ -305,7 +324,8 @@ pub fn read(path: &Path) -> Result<Machine, FormatError> {
 impl Machine {
     /// Writes the file, or says why its content would not be readable again.
     pub fn write(&self, path: &Path) -> Result<(), FormatError> {
-        self.check().map_err(|what| FormatError::invalid(path, what))?;
+        self.check()
+            .map_err(|what| FormatError::invalid(path, what))?;
         safely::write(path, self.encode().as_bytes())
     }
 
@@ -323,7 +343,10 @@ impl Machine {
             let by_cpu = tier.medium() == Medium::Addressable;
             let mut tier = tier.clone();
             if by_cpu && efficiency != 1.0 {
-                tier.source = format!("{} GB/s × {efficiency} efficiency; {}", tier.read_gbps, tier.source);
+                tier.source = format!(
+                    "{} GB/s × {efficiency} efficiency; {}",
+                    tier.read_gbps, tier.source
+                );
                 tier.read_gbps *= efficiency;
             }
             tier
@@ -335,12 +358,23 @@ impl Machine {
     /// those that have none of their own.
     pub fn prompt_gflops(&self) -> PerTier<f64> {
         let known = &self.extras.prompt_gflops;
-        let of_cpu = self.tiers.iter().filter(|t| t.medium() != Medium::Gpu).find_map(|t| known.get(&t.name));
-        let of = |tier: &Tier| known.get(&tier.name).or(of_cpu.filter(|_| tier.medium() != Medium::Gpu));
+        let of_cpu = self
+            .tiers
+            .iter()
+            .filter(|t| t.medium() != Medium::Gpu)
+            .find_map(|t| known.get(&t.name));
+        let of = |tier: &Tier| {
+            known
+                .get(&tier.name)
+                .or(of_cpu.filter(|_| tier.medium() != Medium::Gpu))
+        };
         if known.is_empty() {
             return PerTier::default();
         }
-        self.tiers.iter().map(|t| of(t).copied().unwrap_or(0.0)).collect()
+        self.tiers
+            .iter()
+            .map(|t| of(t).copied().unwrap_or(0.0))
+            .collect()
     }
 }
 

@@ -16,17 +16,18 @@ fn v1_with(from: &str, to: &str) -> String {
 #[test]
 fn version_1_means_what_it_meant() {
     let machine = decode(V1, Path::new("m.toml")).unwrap();
-    let tier = |name: &str, kind, capacity_bytes, read_gbps, latency_us, emulated, source: &str| Tier {
-        name: name.into(),
-        kind,
-        capacity_bytes,
-        read_gbps,
-        latency_us,
-        emulated,
-        unit: None,
-        accelerator: Accelerator::default(),
-        source: source.into(),
-    };
+    let tier =
+        |name: &str, kind, capacity_bytes, read_gbps, latency_us, emulated, source: &str| Tier {
+            name: name.into(),
+            kind,
+            capacity_bytes,
+            read_gbps,
+            latency_us,
+            emulated,
+            unit: None,
+            accelerator: Accelerator::default(),
+            source: source.into(),
+        };
     let want = Machine {
         name: "workstation \"A\"".into(),
         description: "Five kinds of memory in one fixture".into(),
@@ -34,13 +35,48 @@ fn version_1_means_what_it_meant() {
         token_overhead_us: 60.0,
         tiers: vec![
             tier("vram", TierKind::Vram, 24 << 30, 860.0, 10.0, false, "spec"),
-            tier("dram", TierKind::Dram, 103_079_215_104, 65.25, 0.0, false, "measured 2026-11-22"),
-            tier("pmem-0", TierKind::Pmem, 768_000_000_000, 39.4, 0.305, false, "arXiv 1903.05714"),
-            tier("cxl", TierKind::Cxl, 4_718_592, 36.0, 0.25, true, "declared"),
-            tier("nvme", TierKind::Nvme, 2_000_000_000_001, 6.4, 100.0, false, "probe"),
+            tier(
+                "dram",
+                TierKind::Dram,
+                103_079_215_104,
+                65.25,
+                0.0,
+                false,
+                "measured 2026-11-22",
+            ),
+            tier(
+                "pmem-0",
+                TierKind::Pmem,
+                768_000_000_000,
+                39.4,
+                0.305,
+                false,
+                "arXiv 1903.05714",
+            ),
+            tier(
+                "cxl",
+                TierKind::Cxl,
+                4_718_592,
+                36.0,
+                0.25,
+                true,
+                "declared",
+            ),
+            tier(
+                "nvme",
+                TierKind::Nvme,
+                2_000_000_000_001,
+                6.4,
+                100.0,
+                false,
+                "probe",
+            ),
         ],
         extras: Extras::default(),
-        id: SourceId { name: "workstation \"A\"".into(), hash: machine.id.hash.clone() },
+        id: SourceId {
+            name: "workstation \"A\"".into(),
+            hash: machine.id.hash.clone(),
+        },
     };
     assert_eq!(machine, want);
     assert_eq!(machine.id.hash, "9212bdf36ab9cdd3108aee9de938bbf1");
@@ -52,22 +88,45 @@ fn the_machines_that_ship_are_readable() {
     let mut names = Vec::new();
     for entry in std::fs::read_dir(folder).unwrap() {
         let machine = read(&entry.unwrap().path()).unwrap();
-        assert!(machine.tiers.iter().all(|t| !t.source.is_empty()), "{}", machine.name);
+        assert!(
+            machine.tiers.iter().all(|t| !t.source.is_empty()),
+            "{}",
+            machine.name
+        );
         names.push(machine.name);
     }
     for name in ["demo-emulated", "optane-768", "desktop-4090-ddr5-nvme"] {
-        assert!(names.iter().any(|n| n == name), "{name} is not among {names:?}");
+        assert!(
+            names.iter().any(|n| n == name),
+            "{name} is not among {names:?}"
+        );
     }
 }
 
 #[test]
 fn the_demo_machine_is_emulated_throughout() {
-    let demo = load(include_str!("../../../profiles/machines/demo-emulated.toml")).unwrap();
-    let tiers: Vec<_> =
-        demo.tiers.iter().map(|t| (t.name.as_str(), t.capacity_bytes, t.read_gbps, t.latency_us)).collect();
-    assert_eq!(tiers, [("vram", 3 << 20, 8.0, 5.0), ("dram", 9 << 19, 1.0, 0.0), ("slow", 64 << 20, 0.15, 40.0)]);
+    let demo = load(include_str!(
+        "../../../profiles/machines/demo-emulated.toml"
+    ))
+    .unwrap();
+    let tiers: Vec<_> = demo
+        .tiers
+        .iter()
+        .map(|t| (t.name.as_str(), t.capacity_bytes, t.read_gbps, t.latency_us))
+        .collect();
+    assert_eq!(
+        tiers,
+        [
+            ("vram", 3 << 20, 8.0, 5.0),
+            ("dram", 9 << 19, 1.0, 0.0),
+            ("slow", 64 << 20, 0.15, 40.0)
+        ]
+    );
     assert!(demo.tiers.iter().all(|t| t.emulated));
-    assert_eq!((demo.layer_overhead_us, demo.token_overhead_us), (20.0, 60.0));
+    assert_eq!(
+        (demo.layer_overhead_us, demo.token_overhead_us),
+        (20.0, 60.0)
+    );
 }
 
 #[test]
@@ -109,13 +168,29 @@ fn errors_say_what_and_how_to_mend() {
     ];
     for (text, why) in cases {
         let error = load(&text).unwrap_err();
-        assert!(error.starts_with("m.toml: ") && error.contains(why), "wanted {why:?}, got {error:?}");
+        assert!(
+            error.starts_with("m.toml: ") && error.contains(why),
+            "wanted {why:?}, got {error:?}"
+        );
     }
     let latin1 = [V1, b"# caf\xe9\n"].concat();
-    let error = decode(&latin1, Path::new("m.toml")).unwrap_err().to_string();
-    assert!(error.contains(&format!("byte {} is not UTF-8; save the file as UTF-8", V1.len() + 5)), "{error}");
-    let bytes = decode(b"\xff\xfe\0x", Path::new("m.toml")).unwrap_err().to_string();
-    assert!(bytes.contains("binary data that starts with ff fe 00 78"), "{bytes}");
+    let error = decode(&latin1, Path::new("m.toml"))
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.contains(&format!(
+            "byte {} is not UTF-8; save the file as UTF-8",
+            V1.len() + 5
+        )),
+        "{error}"
+    );
+    let bytes = decode(b"\xff\xfe\0x", Path::new("m.toml"))
+        .unwrap_err()
+        .to_string();
+    assert!(
+        bytes.contains("binary data that starts with ff fe 00 78"),
+        "{bytes}"
+    );
 }
 
 #[test]
@@ -132,12 +207,26 @@ fn files_are_refused_by_kind_and_size_without_being_parsed() {
     let path = dir.path().join("large.toml");
     std::fs::write(&path, [V1, &vec![b'#'; 2 << 20]].concat()).unwrap();
     let error = read(&path).unwrap_err().to_string();
-    assert!(error.contains("larger than 1.00 MiB, the most that a machine file may have"), "{error}");
+    assert!(
+        error.contains("larger than 1.00 MiB, the most that a machine file may have"),
+        "{error}"
+    );
     std::fs::write(&path, vec![b'#'; 2 << 20]).unwrap();
-    assert!(read(&path).unwrap_err().to_string().contains("names no tier-plan format"));
+    assert!(
+        read(&path)
+            .unwrap_err()
+            .to_string()
+            .contains("names no tier-plan format")
+    );
     let missing = read(&dir.path().join("none.toml")).unwrap_err();
-    assert!(missing.to_string().contains("none.toml: No such file"), "{missing}");
-    assert!(std::error::Error::source(&missing).is_none(), "the cause would be printed twice");
+    assert!(
+        missing.to_string().contains("none.toml: No such file"),
+        "{missing}"
+    );
+    assert!(
+        std::error::Error::source(&missing).is_none(),
+        "the cause would be printed twice"
+    );
 }
 
 #[test]
@@ -148,7 +237,13 @@ fn only_a_sound_machine_is_written() {
     machine.write(&path).unwrap();
     assert_eq!(read(&path).unwrap(), machine.clone().identified());
     machine.tiers[0].read_gbps = f64::NAN;
-    assert!(machine.write(&path).unwrap_err().to_string().contains("read_gbps of tier 'vram' is NaN"));
+    assert!(
+        machine
+            .write(&path)
+            .unwrap_err()
+            .to_string()
+            .contains("read_gbps of tier 'vram' is NaN")
+    );
     assert!(read(&path).is_ok(), "the file from before is still there");
 }
 
@@ -172,69 +267,186 @@ pub(crate) fn any_text() -> impl Strategy<Value = String> {
 }
 
 pub(crate) fn any_rate() -> impl Strategy<Value = f64> {
-    prop_oneof![0.001f64..10_000.0, Just(1e-300), Just(1e300), (1u32..1000).prop_map(f64::from)]
+    prop_oneof![
+        0.001f64..10_000.0,
+        Just(1e-300),
+        Just(1e300),
+        (1u32..1000).prop_map(f64::from)
+    ]
 }
 
 fn any_accelerator() -> impl Strategy<Value = Accelerator> {
     let time = || proptest::option::of(0f64..500.0);
     let known = (proptest::option::of(any_rate()), time(), time());
-    known.prop_map(|(link_gbps, layer_us, resident_layer_us)| Accelerator { link_gbps, layer_us, resident_layer_us })
+    known.prop_map(|(link_gbps, layer_us, resident_layer_us)| Accelerator {
+        link_gbps,
+        layer_us,
+        resident_layer_us,
+    })
 }
 
 /// One to five tiers, exactly one of them main memory, in no order; any but the last one may say
 /// which of its kind it is.
 pub(crate) fn any_tiers() -> impl Strategy<Value = Vec<Tier>> {
-    let kind = prop_oneof![Just(TierKind::Vram), Just(TierKind::Pmem), Just(TierKind::Cxl), Just(TierKind::Nvme)];
-    let capacity =
-        prop_oneof![1u64..=i64::MAX as u64, (1u64..5000).prop_map(|g| g << 30), (1u64..99).prop_map(|m| m << 19)];
-    let tier = (kind, capacity, any_rate(), 0f64..500.0, any::<bool>(), any::<bool>(), any_accelerator(), any_text());
-    (proptest::collection::vec(tier, 1..=5), any::<prop::sample::Index>()).prop_map(|(tiers, dram)| {
-        let dram = dram.index(tiers.len());
-        let mut out = Vec::new();
-        let slowest = tiers.iter().map(|t| t.2).fold(f64::INFINITY, f64::min);
-        let last = tiers.len() - 1;
-        for (at, tier) in tiers.into_iter().enumerate() {
-            let (kind, capacity_bytes, read_gbps, latency_us, emulated, has_unit, accelerator, source) = tier;
-            let kind = if at == dram { TierKind::Dram } else { kind };
-            let name = format!("{kind}-{at}");
-            // Whatever they are sorted by, one of the slowest tiers comes last.
-            let may_have = kind != TierKind::Nvme && at != last && read_gbps > slowest;
-            let unit = (has_unit && may_have).then_some(at as u32);
-            let accelerator = match accelerator {
-                all if kind == TierKind::Vram && !emulated => all,
-                Accelerator { link_gbps, .. } if kind == TierKind::Vram => {
-                    Accelerator { link_gbps, ..Default::default() }
-                }
-                _ => Accelerator::default(),
-            };
-            out.push(Tier { name, kind, capacity_bytes, read_gbps, latency_us, emulated, unit, accelerator, source });
-        }
-        out
-    })
+    let kind = prop_oneof![
+        Just(TierKind::Vram),
+        Just(TierKind::Pmem),
+        Just(TierKind::Cxl),
+        Just(TierKind::Nvme)
+    ];
+    let capacity = prop_oneof![
+        1u64..=i64::MAX as u64,
+        (1u64..5000).prop_map(|g| g << 30),
+        (1u64..99).prop_map(|m| m << 19)
+    ];
+    let tier = (
+        kind,
+        capacity,
+        any_rate(),
+        0f64..500.0,
+        any::<bool>(),
+        any::<bool>(),
+        any_accelerator(),
+        any_text(),
+    );
+    (
+        proptest::collection::vec(tier, 1..=5),
+        any::<prop::sample::Index>(),
+    )
+        .prop_map(|(tiers, dram)| {
+            let dram = dram.index(tiers.len());
+            let mut out = Vec::new();
+            let slowest = tiers.iter().map(|t| t.2).fold(f64::INFINITY, f64::min);
+            let last = tiers.len() - 1;
+            for (at, tier) in tiers.into_iter().enumerate() {
+                let (
+                    kind,
+                    capacity_bytes,
+                    read_gbps,
+                    latency_us,
+                    emulated,
+                    has_unit,
+                    accelerator,
+                    source,
+                ) = tier;
+                let kind = if at == dram { TierKind::Dram } else { kind };
+                let name = format!("{kind}-{at}");
+                // Whatever they are sorted by, one of the slowest tiers comes last.
+                let may_have = kind != TierKind::Nvme && at != last && read_gbps > slowest;
+                let unit = (has_unit && may_have).then_some(at as u32);
+                let accelerator = match accelerator {
+                    all if kind == TierKind::Vram && !emulated => all,
+                    Accelerator { link_gbps, .. } if kind == TierKind::Vram => Accelerator {
+                        link_gbps,
+                        ..Default::default()
+                    },
+                    _ => Accelerator::default(),
+                };
+                out.push(Tier {
+                    name,
+                    kind,
+                    capacity_bytes,
+                    read_gbps,
+                    latency_us,
+                    emulated,
+                    unit,
+                    accelerator,
+                    source,
+                });
+            }
+            out
+        })
 }
 
 fn any_machine() -> impl Strategy<Value = Machine> {
     let amount = || proptest::option::of(0f64..1e6);
-    let fitted =
-        (any_text(), any::<u32>(), 0f64..10.0, 0f64..10.0).prop_map(|(when, records, error_before, error_after)| {
-            Calibration { when, records, error_before, error_after }
-        });
-    let of_2 = (proptest::option::of(any_rate()), proptest::option::of(fitted));
-    let rates = || [any_rate(), any_rate(), any_rate(), any_rate(), any_rate(), any_rate()];
-    let link = rates().prop_map(|[to_gbps, to_pageable_gbps, from_gbps, from_pageable_gbps, contended_gbps, other]| {
-        let dram_contended_gbps = other;
-        Link { to_gbps, to_pageable_gbps, from_gbps, from_pageable_gbps, contended_gbps, dram_contended_gbps }
-    });
+    let fitted = (any_text(), any::<u32>(), 0f64..10.0, 0f64..10.0).prop_map(
+        |(when, records, error_before, error_after)| Calibration {
+            when,
+            records,
+            error_before,
+            error_after,
+        },
+    );
+    let of_2 = (
+        proptest::option::of(any_rate()),
+        proptest::option::of(fitted),
+    );
+    let rates = || {
+        [
+            any_rate(),
+            any_rate(),
+            any_rate(),
+            any_rate(),
+            any_rate(),
+            any_rate(),
+        ]
+    };
+    let link = rates().prop_map(
+        |[
+            to_gbps,
+            to_pageable_gbps,
+            from_gbps,
+            from_pageable_gbps,
+            contended_gbps,
+            other,
+        ]| {
+            let dram_contended_gbps = other;
+            Link {
+                to_gbps,
+                to_pageable_gbps,
+                from_gbps,
+                from_pageable_gbps,
+                contended_gbps,
+                dram_contended_gbps,
+            }
+        },
+    );
     let of_3 = (proptest::option::of(link), proptest::option::of(any_text()));
-    let extras = (0.01f64..=1.0, proptest::option::of(0.1f64..100.0), amount(), amount(), amount(), of_2, of_3);
-    (any_text(), any_text(), any_tiers(), 0f64..1e6, 0f64..1e6, extras).prop_map(
-        |(name, description, mut tiers, layer, token, extras)| {
-            let (efficiency, load_gbps, price_usd, watts, each, (gflops, calibration), (link, watts_source)) = extras;
+    let extras = (
+        0.01f64..=1.0,
+        proptest::option::of(0.1f64..100.0),
+        amount(),
+        amount(),
+        amount(),
+        of_2,
+        of_3,
+    );
+    (
+        any_text(),
+        any_text(),
+        any_tiers(),
+        0f64..1e6,
+        0f64..1e6,
+        extras,
+    )
+        .prop_map(|(name, description, mut tiers, layer, token, extras)| {
+            let (
+                efficiency,
+                load_gbps,
+                price_usd,
+                watts,
+                each,
+                (gflops, calibration),
+                (link, watts_source),
+            ) = extras;
             tiers.sort_by(|a, b| b.read_gbps.total_cmp(&a.read_gbps));
-            let id = SourceId { name: String::new(), hash: String::new() };
-            let usd_per_gb = each.map(|price| (tiers[0].name.clone(), price)).into_iter().collect();
-            let prompt_gflops = gflops.map(|rate| (tiers[0].name.clone(), rate)).into_iter().collect();
-            let links = link.map(|link| (tiers[0].name.clone(), link)).into_iter().collect();
+            let id = SourceId {
+                name: String::new(),
+                hash: String::new(),
+            };
+            let usd_per_gb = each
+                .map(|price| (tiers[0].name.clone(), price))
+                .into_iter()
+                .collect();
+            let prompt_gflops = gflops
+                .map(|rate| (tiers[0].name.clone(), rate))
+                .into_iter()
+                .collect();
+            let links = link
+                .map(|link| (tiers[0].name.clone(), link))
+                .into_iter()
+                .collect();
             let extras = Extras {
                 efficiency,
                 load_gbps,
@@ -246,10 +458,17 @@ fn any_machine() -> impl Strategy<Value = Machine> {
                 links,
                 calibration,
             };
-            Machine { name, description, tiers, layer_overhead_us: layer, token_overhead_us: token, extras, id }
-                .identified()
-        },
-    )
+            Machine {
+                name,
+                description,
+                tiers,
+                layer_overhead_us: layer,
+                token_overhead_us: token,
+                extras,
+                id,
+            }
+            .identified()
+        })
 }
 
 proptest! {
@@ -276,30 +495,64 @@ fn extras_are_read_checked_and_left_out_by_default() {
     let plain = decode(V1, Path::new("m.toml")).unwrap();
     assert_eq!(plain.computing_tiers(), plain.tiers);
     assert!(!plain.encode().contains("efficiency"));
-    let extra = "layer_overhead_us = 20.5\nefficiency = 0.5\nload_gbps = 3\nprice_usd = 1200\nwatts = 300";
-    let text =
-        v1_with("layer_overhead_us = 20.5", extra).replacen("kind = \"dram\"", "kind = \"dram\"\nusd_per_gb = 2", 1);
+    let extra =
+        "layer_overhead_us = 20.5\nefficiency = 0.5\nload_gbps = 3\nprice_usd = 1200\nwatts = 300";
+    let text = v1_with("layer_overhead_us = 20.5", extra).replacen(
+        "kind = \"dram\"",
+        "kind = \"dram\"\nusd_per_gb = 2",
+        1,
+    );
     let machine = load(&text).unwrap();
-    assert_eq!(machine.extras.usd_per_gb, BTreeMap::from([("dram".to_string(), 2.0)]));
     assert_eq!(
-        (machine.extras.load_gbps, machine.extras.price_usd, machine.extras.watts),
+        machine.extras.usd_per_gb,
+        BTreeMap::from([("dram".to_string(), 2.0)])
+    );
+    assert_eq!(
+        (
+            machine.extras.load_gbps,
+            machine.extras.price_usd,
+            machine.extras.watts
+        ),
         (Some(3.0), Some(1200.0), Some(300.0))
     );
     // What the CPU computes on is slower by the efficiency; the accelerator and the drive are not.
-    let rates: Vec<f64> = machine.computing_tiers().iter().map(|t| t.read_gbps).collect();
+    let rates: Vec<f64> = machine
+        .computing_tiers()
+        .iter()
+        .map(|t| t.read_gbps)
+        .collect();
     assert_eq!(rates, [860.0, 32.625, 19.7, 18.0, 6.4]);
-    assert!(machine.computing_tiers()[1].source.starts_with("65.25 GB/s × 0.5 efficiency; "));
+    assert!(
+        machine.computing_tiers()[1]
+            .source
+            .starts_with("65.25 GB/s × 0.5 efficiency; ")
+    );
     for (to, words) in [
-        ("efficiency = 0", "efficiency is 0, but must be above 0 and at most 1"),
+        (
+            "efficiency = 0",
+            "efficiency is 0, but must be above 0 and at most 1",
+        ),
         ("efficiency = 1.5", "efficiency is 1.5"),
         ("efficiency = nan", "efficiency is NaN"),
     ] {
         let error = load(&text.replacen("efficiency = 0.5", to, 1)).unwrap_err();
         assert!(error.contains(words), "{error}");
     }
-    assert!(load(&text.replacen("load_gbps = 3", "load_gbps = -3", 1)).unwrap_err().contains("load_gbps is -3"));
-    assert!(load(&text.replacen("watts = 300", "watts = inf", 1)).unwrap_err().contains("watts is inf"));
-    assert!(load(&text.replacen("usd_per_gb = 2", "usd_per_gb = -2", 1)).unwrap_err().contains("of tier 'dram' is -2"));
+    assert!(
+        load(&text.replacen("load_gbps = 3", "load_gbps = -3", 1))
+            .unwrap_err()
+            .contains("load_gbps is -3")
+    );
+    assert!(
+        load(&text.replacen("watts = 300", "watts = inf", 1))
+            .unwrap_err()
+            .contains("watts is inf")
+    );
+    assert!(
+        load(&text.replacen("usd_per_gb = 2", "usd_per_gb = -2", 1))
+            .unwrap_err()
+            .contains("of tier 'dram' is -2")
+    );
 }
 
 const V2: &str = include_str!("../../../tests/data/formats/machine.v2.toml");
@@ -307,20 +560,45 @@ const V2: &str = include_str!("../../../tests/data/formats/machine.v2.toml");
 #[test]
 fn version_2_means_what_it_meant() {
     let machine = load(V2).unwrap();
-    let calibration =
-        Calibration { when: "2026-11-22T17:00:00Z".into(), records: 6, error_before: 0.125, error_after: 0.02 };
+    let calibration = Calibration {
+        when: "2026-11-22T17:00:00Z".into(),
+        records: 6,
+        error_before: 0.125,
+        error_after: 0.02,
+    };
     assert_eq!(machine.extras.calibration, Some(calibration));
     let rates = [("vram".to_string(), 80000.0), ("dram".to_string(), 950.5)];
     assert_eq!(machine.extras.prompt_gflops, BTreeMap::from(rates));
     // The processor computes on main memory, Optane and what it has read from the drive alike.
-    assert_eq!(machine.prompt_gflops(), PerTier::from([80000.0, 950.5, 950.5, 950.5]));
-    assert_eq!(machine.encode(), V2, "the writer lays out version 2 as it always did");
+    assert_eq!(
+        machine.prompt_gflops(),
+        PerTier::from([80000.0, 950.5, 950.5, 950.5])
+    );
+    assert_eq!(
+        machine.encode(),
+        V2,
+        "the writer lays out version 2 as it always did"
+    );
     let without = V2.replace("prompt_gflops = 950.5\n", "");
-    assert_eq!(load(&without).unwrap().prompt_gflops(), PerTier::from([80000.0, 0.0, 0.0, 0.0]));
-    assert_eq!(decode(V1, Path::new("m.toml")).unwrap().prompt_gflops(), PerTier::default());
+    assert_eq!(
+        load(&without).unwrap().prompt_gflops(),
+        PerTier::from([80000.0, 0.0, 0.0, 0.0])
+    );
+    assert_eq!(
+        decode(V1, Path::new("m.toml")).unwrap().prompt_gflops(),
+        PerTier::default()
+    );
     for (from, to, words) in [
-        ("prompt_gflops = 950.5", "prompt_gflops = 0", "prompt_gflops of tier 'dram' is 0, but must be a positive"),
-        ("error_after = 0.02", "error_after = -1.0", "calibration.error_after is -1"),
+        (
+            "prompt_gflops = 950.5",
+            "prompt_gflops = 0",
+            "prompt_gflops of tier 'dram' is 0, but must be a positive",
+        ),
+        (
+            "error_after = 0.02",
+            "error_after = -1.0",
+            "calibration.error_after is -1",
+        ),
         ("records = 6", "record = 6", "unknown field `record`"),
     ] {
         let error = load(&V2.replace(from, to)).unwrap_err();
@@ -333,8 +611,21 @@ const V3: &str = include_str!("../../../tests/data/formats/machine.v3.toml");
 #[test]
 fn version_3_means_what_it_meant() {
     let machine = load(V3).unwrap();
-    let units: Vec<_> = machine.tiers.iter().map(|t| (t.device(), t.node())).collect();
-    assert_eq!(units, [(Some(0), None), (None, Some(0)), (None, Some(1)), (None, Some(2)), (None, None)]);
+    let units: Vec<_> = machine
+        .tiers
+        .iter()
+        .map(|t| (t.device(), t.node()))
+        .collect();
+    assert_eq!(
+        units,
+        [
+            (Some(0), None),
+            (None, Some(0)),
+            (None, Some(1)),
+            (None, Some(2)),
+            (None, None)
+        ]
+    );
     let link = Link {
         to_gbps: 25.5,
         to_pageable_gbps: 9.25,
@@ -343,31 +634,85 @@ fn version_3_means_what_it_meant() {
         contended_gbps: 21.0,
         dram_contended_gbps: 50.0,
     };
-    assert_eq!(machine.extras.links, BTreeMap::from([("vram".to_string(), link)]));
-    assert!(machine.extras.watts_source.as_ref().is_some_and(|s| s.starts_with("limits: package-0 150 W")));
-    assert_eq!(machine.encode(), V3, "the writer lays out version 3 as it always did");
+    assert_eq!(
+        machine.extras.links,
+        BTreeMap::from([("vram".to_string(), link)])
+    );
+    assert!(
+        machine
+            .extras
+            .watts_source
+            .as_ref()
+            .is_some_and(|s| s.starts_with("limits: package-0 150 W"))
+    );
+    assert_eq!(
+        machine.encode(),
+        V3,
+        "the writer lays out version 3 as it always did"
+    );
     for (from, to, words) in [
-        ("version = 3", "version = 2", "watts_source and link are keys of version 3; write `version = 3`"),
-        ("to_gbps = 25.5", "to_gbps = 0", "link.to_gbps of tier 'vram' is 0, but must be a positive finite number"),
+        (
+            "version = 3",
+            "version = 2",
+            "watts_source and link are keys of version 3; write `version = 3`",
+        ),
+        (
+            "to_gbps = 25.5",
+            "to_gbps = 0",
+            "link.to_gbps of tier 'vram' is 0, but must be a positive finite number",
+        ),
         ("to_gbps = 25.5, ", "", "missing field `to_gbps`"),
-        ("node = 1", "node = 0", "tiers 'dram0' and 'dram1' both have node 0; merge them"),
-        ("node = 2", "node = 1", "tiers 'dram1' and 'cxl' both have node 1; merge them"),
-        ("node = 1\n", "", "'dram1' does not say which NUMA node it is"),
-        ("node = 1", "device = 1", "tier 'dram1' is of kind \"dram\": which one it is says `node`"),
-        ("device = 0", "node = 0", "tier 'vram' is of kind \"vram\": which one it is says `device`"),
-        ("source = \"probe\"", "node = 0\nsource = \"probe\"", "tier 'nvme' is a block device, which has no node"),
+        (
+            "node = 1",
+            "node = 0",
+            "tiers 'dram0' and 'dram1' both have node 0; merge them",
+        ),
+        (
+            "node = 2",
+            "node = 1",
+            "tiers 'dram1' and 'cxl' both have node 1; merge them",
+        ),
+        (
+            "node = 1\n",
+            "",
+            "'dram1' does not say which NUMA node it is",
+        ),
+        (
+            "node = 1",
+            "device = 1",
+            "tier 'dram1' is of kind \"dram\": which one it is says `node`",
+        ),
+        (
+            "device = 0",
+            "node = 0",
+            "tier 'vram' is of kind \"vram\": which one it is says `device`",
+        ),
+        (
+            "source = \"probe\"",
+            "node = 0\nsource = \"probe\"",
+            "tier 'nvme' is a block device, which has no node",
+        ),
     ] {
         assert!(V3.contains(from), "{from}");
         let error = load(&V3.replacen(from, to, 1)).unwrap_err();
         assert!(error.contains(words), "{error}");
     }
     let old = V3.replace("version = 3", "version = 2");
-    let old: Vec<&str> = old.lines().filter(|l| !l.starts_with("watts_source") && !l.starts_with("link")).collect();
-    assert!(load(&old.join("\n")).unwrap_err().contains("device is a key of version 3; write `version = 3`"));
+    let old: Vec<&str> = old
+        .lines()
+        .filter(|l| !l.starts_with("watts_source") && !l.starts_with("link"))
+        .collect();
+    assert!(
+        load(&old.join("\n"))
+            .unwrap_err()
+            .contains("device is a key of version 3; write `version = 3`")
+    );
     let without_drive = V3.split("\n[[tier]]\nname = \"nvme\"").next().unwrap();
     let error = load(without_drive).unwrap_err();
     assert!(
-        error.contains("tier 'cxl' is the last one, where experts stay in the mapped file, and has a `node`"),
+        error.contains(
+            "tier 'cxl' is the last one, where experts stay in the mapped file, and has a `node`"
+        ),
         "{error}"
     );
 }
@@ -377,24 +722,61 @@ const V4: &str = include_str!("../../../tests/data/formats/machine.v4.toml");
 #[test]
 fn version_4_means_what_it_meant() {
     let machine = load(V4).unwrap();
-    let known = Accelerator { link_gbps: Some(9.25), layer_us: Some(35.5), resident_layer_us: Some(22.0) };
+    let known = Accelerator {
+        link_gbps: Some(9.25),
+        layer_us: Some(35.5),
+        resident_layer_us: Some(22.0),
+    };
     assert_eq!(machine.tiers[0].accelerator, known);
-    assert!(machine.tiers[1..].iter().all(|t| t.accelerator == Accelerator::default()));
-    assert_eq!(machine.encode(), V4, "the writer lays out version 4 as it always did");
-    let [vram, dram, .., nvme] = &machine.tiers[..] else { panic!("five tiers") };
+    assert!(
+        machine.tiers[1..]
+            .iter()
+            .all(|t| t.accelerator == Accelerator::default())
+    );
+    assert_eq!(
+        machine.encode(),
+        V4,
+        "the writer lays out version 4 as it always did"
+    );
+    let [vram, dram, .., nvme] = &machine.tiers[..] else {
+        panic!("five tiers")
+    };
     let us = |to: &Tier, from: &Tier| (to.transfer_s(from, 1e6) * 1e7).round() / 10.0;
-    assert_eq!((us(vram, dram), us(vram, nvme), us(dram, nvme)), (108.1, 156.3, 156.3));
+    assert_eq!(
+        (us(vram, dram), us(vram, nvme), us(dram, nvme)),
+        (108.1, 156.3, 156.3)
+    );
     for (from, to, words) in [
-        ("version = 4", "version = 3", "link_gbps is a key of version 4; write `version = 4`, or leave it out"),
-        ("link_gbps = 9.25", "link_gbps = 0", "link_gbps of tier 'vram' is 0, but must be a positive finite number"),
-        ("link_gbps = 9.25", "link_gbps = inf", "link_gbps of tier 'vram' is inf, but must be"),
-        ("layer_us = 35.5", "layer_us = -1", "layer_us of tier 'vram' is -1"),
+        (
+            "version = 4",
+            "version = 3",
+            "link_gbps is a key of version 4; write `version = 4`, or leave it out",
+        ),
+        (
+            "link_gbps = 9.25",
+            "link_gbps = 0",
+            "link_gbps of tier 'vram' is 0, but must be a positive finite number",
+        ),
+        (
+            "link_gbps = 9.25",
+            "link_gbps = inf",
+            "link_gbps of tier 'vram' is inf, but must be",
+        ),
+        (
+            "layer_us = 35.5",
+            "layer_us = -1",
+            "layer_us of tier 'vram' is -1",
+        ),
         (
             "emulated = false",
             "emulated = true",
             "tier 'vram' is emulated and takes what the machine declares for a layer",
         ),
-        ("node = 1", "node = 1\nlink_gbps = 9.25", "tier 'dram1' is of kind \"dram\": only VRAM has link_gbps"),
+        (
+            "node = 1",
+            "node = 1\nlink_gbps = 9.25",
+            "tier 'dram1' is of kind \"dram\": only VRAM has link_gbps",
+        ),
     ] {
         assert!(V4.contains(from), "{from}");
         let error = load(&V4.replacen(from, to, 1)).unwrap_err();

@@ -44,7 +44,9 @@ pub struct PackLayer {
 impl PackLayer {
     /// Returns the bytes of an expert.
     pub fn expert_bytes(&self) -> u64 {
-        self.slices.iter().fold(0, |sum: u64, bytes| sum.saturating_add(*bytes))
+        self.slices
+            .iter()
+            .fold(0, |sum: u64, bytes| sum.saturating_add(*bytes))
     }
 
     /// Returns the bytes from one expert's beginning to the next one's.
@@ -86,16 +88,25 @@ impl PackIndex {
     /// # Errors
     /// When this could not be read back; `path` is for the message.
     pub fn encode(&self, path: &Path) -> Result<Vec<u8>, FormatError> {
-        self.check().map_err(|what| FormatError::invalid(path, what))?;
-        let layer = |l: &PackLayer| WireLayer { layer: l.layer, slices: l.slices.clone(), experts: l.experts.clone() };
+        self.check()
+            .map_err(|what| FormatError::invalid(path, what))?;
+        let layer = |l: &PackLayer| WireLayer {
+            layer: l.layer,
+            slices: l.slices.clone(),
+            experts: l.experts.clone(),
+        };
         let header = WireHeader {
             model: WireSource::from(&self.model),
             made: self.made.clone(),
             layers: self.layers.iter().map(layer).collect(),
         };
-        let header = serde_json::to_vec(&header).unwrap_or_else(|_| unreachable!("strings and numbers become JSON"));
+        let header = serde_json::to_vec(&header)
+            .unwrap_or_else(|_| unreachable!("strings and numbers become JSON"));
         if header.len() > HEADER_LIMIT {
-            let what = format!("the header takes {} bytes; at most {HEADER_LIMIT} fit", header.len());
+            let what = format!(
+                "the header takes {} bytes; at most {HEADER_LIMIT} fit",
+                header.len()
+            );
             return Err(FormatError::invalid(path, what));
         }
         let mut bytes = head(PACK_MAGIC, 1, &header);
@@ -127,22 +138,36 @@ impl PackIndex {
         for layer in &self.layers {
             let number = layer.layer;
             if number >= LAYER_LIMIT || before.is_some_and(|b| b >= number) {
-                return Err(format!("layer {number} is out of order or above {}", LAYER_LIMIT - 1));
+                return Err(format!(
+                    "layer {number} is out of order or above {}",
+                    LAYER_LIMIT - 1
+                ));
             }
             before = Some(number);
             if !(1..=SLICES_LIMIT).contains(&layer.slices.len()) || layer.slices.contains(&0) {
-                return Err(format!("layer {number} has no slices of a kind that experts have"));
+                return Err(format!(
+                    "layer {number} has no slices of a kind that experts have"
+                ));
             }
             let mut seen = HashSet::new();
-            if let Some(bad) = layer.experts.iter().find(|e| **e >= EXPERT_LIMIT || !seen.insert(**e)) {
-                return Err(format!("expert {bad} of layer {number} is listed twice or above {}", EXPERT_LIMIT - 1));
+            if let Some(bad) = layer
+                .experts
+                .iter()
+                .find(|e| **e >= EXPERT_LIMIT || !seen.insert(**e))
+            {
+                return Err(format!(
+                    "expert {bad} of layer {number} is listed twice or above {}",
+                    EXPERT_LIMIT - 1
+                ));
             }
             count += layer.experts.len() as u64;
         }
         if count > EXPERTS_LIMIT {
             return Err(format!("{count} experts; at most {EXPERTS_LIMIT} fit"));
         }
-        self.places(HEADER_LIMIT as u64 * 2).map(|_| ()).ok_or_else(|| "its experts take too many bytes".into())
+        self.places(HEADER_LIMIT as u64 * 2)
+            .map(|_| ())
+            .ok_or_else(|| "its experts take too many bytes".into())
     }
 }
 
@@ -167,7 +192,13 @@ impl PackFile {
     /// # Errors
     /// When the hashes differ; the message has both names.
     pub fn check_model(&self, given: &SourceId, path: &Path) -> Result<(), FormatError> {
-        check_model(&self.index.model, given, "file of packed experts", "make a new one with `tier-plan pack`", path)
+        check_model(
+            &self.index.model,
+            given,
+            "file of packed experts",
+            "make a new one with `tier-plan pack`",
+            path,
+        )
     }
 }
 
@@ -177,7 +208,10 @@ impl PackFile {
 /// When it can't be read, is another kind of file, is newer than this program, is damaged, or has
 /// not the length that its header makes.
 pub fn open(path: &Path) -> Result<PackFile, FormatError> {
-    let io = |source| FormatError::Io { path: path.into(), source };
+    let io = |source| FormatError::Io {
+        path: path.into(),
+        source,
+    };
     let file = File::open(path).map_err(io)?;
     let length = file.metadata().map_err(io)?.len();
     decode(file, length, path)
@@ -188,17 +222,28 @@ pub fn open(path: &Path) -> Result<PackFile, FormatError> {
 /// # Errors
 /// As [`open`].
 pub fn decode(mut from: impl Read, length: u64, path: &Path) -> Result<PackFile, FormatError> {
-    let io = |source| FormatError::Io { path: path.into(), source };
+    let io = |source| FormatError::Io {
+        path: path.into(),
+        source,
+    };
     let mut bytes = Vec::new();
     // Enough of another kind of file to say what it is.
-    (&mut from).take(ALIGN).read_to_end(&mut bytes).map_err(io)?;
+    (&mut from)
+        .take(ALIGN)
+        .read_to_end(&mut bytes)
+        .map_err(io)?;
     let header = header_bytes(&PACK, PACK_MAGIC, &bytes, path)?;
     if header > HEADER_LIMIT {
-        return Err(FormatError::invalid(path, format!("a header of {header} bytes; the file is damaged")));
+        return Err(FormatError::invalid(
+            path,
+            format!("a header of {header} bytes; the file is damaged"),
+        ));
     }
     let header_end = FIXED_BYTES + header;
     let start = (header_end + 8).next_multiple_of(ALIGN as usize);
-    from.take(start.saturating_sub(bytes.len()) as u64).read_to_end(&mut bytes).map_err(io)?;
+    from.take(start.saturating_sub(bytes.len()) as u64)
+        .read_to_end(&mut bytes)
+        .map_err(io)?;
     let sum = u64_at(&bytes, header_end).ok_or_else(|| cut_short(&PACK, path))?;
     if sum != xxh3_64(&bytes[..header_end]) {
         let what = "the checksum of its header is wrong: the file is damaged; make it again with `tier-plan pack`";
@@ -206,15 +251,29 @@ pub fn decode(mut from: impl Read, length: u64, path: &Path) -> Result<PackFile,
     }
     let header: WireHeader = serde_json::from_slice(&bytes[FIXED_BYTES..header_end])
         .map_err(|e| FormatError::invalid(path, format!("header: {e}; the file is damaged")))?;
-    let layer = |l: WireLayer| PackLayer { layer: l.layer, slices: l.slices, experts: l.experts };
+    let layer = |l: WireLayer| PackLayer {
+        layer: l.layer,
+        slices: l.slices,
+        experts: l.experts,
+    };
     let layers = header.layers.into_iter().map(layer).collect();
-    let index = PackIndex { model: header.model.into(), made: header.made, layers };
-    index.check().map_err(|what| FormatError::invalid(path, format!("{what}; the file is damaged")))?;
+    let index = PackIndex {
+        model: header.model.into(),
+        made: header.made,
+        layers,
+    };
+    index
+        .check()
+        .map_err(|what| FormatError::invalid(path, format!("{what}; the file is damaged")))?;
     match index.places(start as u64) {
         Some((firsts, end)) if end == length => Ok(PackFile { index, firsts }),
         made => {
-            let end = made.map_or("more than can be counted".to_string(), |(_, end)| end.to_string());
-            let what = format!("{length} bytes long, but its header makes {end}; make it again with `tier-plan pack`");
+            let end = made.map_or("more than can be counted".to_string(), |(_, end)| {
+                end.to_string()
+            });
+            let what = format!(
+                "{length} bytes long, but its header makes {end}; make it again with `tier-plan pack`"
+            );
             Err(FormatError::invalid(path, what))
         }
     }
@@ -227,12 +286,27 @@ mod tests {
 
     fn index() -> PackIndex {
         PackIndex {
-            model: SourceId { name: "demo".into(), hash: "0123456789abcdef0123456789abcdef".into() },
+            model: SourceId {
+                name: "demo".into(),
+                hash: "0123456789abcdef0123456789abcdef".into(),
+            },
             made: "2026-11-22T17:00:00Z".into(),
             layers: vec![
-                PackLayer { layer: 0, slices: vec![3000, 2000, 100], experts: vec![2, 0] },
-                PackLayer { layer: 3, slices: vec![4096], experts: vec![] },
-                PackLayer { layer: 5, slices: vec![4096], experts: vec![7] },
+                PackLayer {
+                    layer: 0,
+                    slices: vec![3000, 2000, 100],
+                    experts: vec![2, 0],
+                },
+                PackLayer {
+                    layer: 3,
+                    slices: vec![4096],
+                    experts: vec![],
+                },
+                PackLayer {
+                    layer: 5,
+                    slices: vec![4096],
+                    experts: vec![7],
+                },
             ],
         }
     }
@@ -257,7 +331,10 @@ mod tests {
         let file = read(&file()).unwrap();
         assert_eq!(file.index, index());
         let start = index().encode(Path::new("")).unwrap().len() as u64;
-        assert_eq!((file.offset(0, 0), file.offset(0, 1), file.offset(2, 0)), (start, start + 8192, start + 16384));
+        assert_eq!(
+            (file.offset(0, 0), file.offset(0, 1), file.offset(2, 0)),
+            (start, start + 8192, start + 16384)
+        );
         assert_eq!(index().expert_bytes(), 8192 * 2 + 4096);
     }
 
@@ -287,10 +364,16 @@ mod tests {
         let with = |change: fn(&mut PackIndex)| {
             let mut index = index();
             change(&mut index);
-            index.encode(Path::new("demo.experts")).unwrap_err().to_string()
+            index
+                .encode(Path::new("demo.experts"))
+                .unwrap_err()
+                .to_string()
         };
         assert!(with(|i| i.layers[1].layer = 0).contains("layer 0 is out of order"));
-        assert!(with(|i| i.layers[0].experts = vec![1, 1]).contains("expert 1 of layer 0 is listed twice"));
+        assert!(
+            with(|i| i.layers[0].experts = vec![1, 1])
+                .contains("expert 1 of layer 0 is listed twice")
+        );
         assert!(with(|i| i.layers[2].slices.clear()).contains("layer 5 has no slices"));
         assert!(with(|i| i.layers[2].slices = vec![u64::MAX, 1]).contains("too many bytes"));
     }

@@ -90,8 +90,15 @@ impl std::fmt::Display for SlotPolicy {
         match self {
             SlotPolicy::Lru => f.write_str("lru"),
             SlotPolicy::Lfu { half_life } => write!(f, "lfu, half-life {half_life}"),
-            SlotPolicy::Adaptive { half_life, recent_half_life, recent_weight } => {
-                write!(f, "adaptive, half-life {half_life}, recent {recent_half_life} at weight {recent_weight}")
+            SlotPolicy::Adaptive {
+                half_life,
+                recent_half_life,
+                recent_weight,
+            } => {
+                write!(
+                    f,
+                    "adaptive, half-life {half_life}, recent {recent_half_life} at weight {recent_weight}"
+                )
             }
         }
     }
@@ -111,7 +118,11 @@ pub struct PlanTier {
 impl PlanTier {
     /// Returns a tier of which the plan may use `budget_bytes` and uses none yet.
     pub fn new(tier: Tier, budget_bytes: u64) -> Self {
-        Self { tier, budget_bytes, bytes: TierBytes::default() }
+        Self {
+            tier,
+            budget_bytes,
+            bytes: TierBytes::default(),
+        }
     }
 
     /// Whether the tier is a real GPU's memory and the plan puts bytes there.
@@ -165,7 +176,11 @@ impl LayerPlacement {
     /// Returns the tier that missed experts are transferred to: that of the slots, or of the
     /// staging buffers where there are no slots.
     pub fn brought_to(&self, staging: TierIdx) -> TierIdx {
-        if self.slots > 0 { self.slot_tier } else { staging }
+        if self.slots > 0 {
+            self.slot_tier
+        } else {
+            staging
+        }
     }
 }
 
@@ -251,11 +266,25 @@ impl Prediction {
 ///
 /// `gflops` is the matmul rate of prompts there. Where it is 0, not known, or the tier is emulated,
 /// only reading counts.
-pub fn attention_s(cache: &CacheShape, kv_type: KvType, tier: &Tier, gflops: f64, positions: u64) -> f64 {
+pub fn attention_s(
+    cache: &CacheShape,
+    kv_type: KvType,
+    tier: &Tier,
+    gflops: f64,
+    positions: u64,
+) -> f64 {
     let moved = cache.moved_bytes(kv_type, positions, 1) as f64 / (tier.read_gbps * 1e9);
-    let macs: f64 = cache.rows.iter().map(|rows| rows.token_macs(positions)).sum();
+    let macs: f64 = cache
+        .rows
+        .iter()
+        .map(|rows| rows.token_macs(positions))
+        .sum();
     let rate = ATTENTION_OF_A_TOKEN * gflops * 1e9;
-    if rate > 0.0 && !tier.emulated { moved.max(2.0 * macs / rate) } else { moved }
+    if rate > 0.0 && !tier.emulated {
+        moved.max(2.0 * macs / rate)
+    } else {
+        moved
+    }
 }
 
 /// A plan: where every tensor of a model lives, and the predicted speed.
@@ -334,7 +363,8 @@ impl Placement {
 
     /// Writes the file, or says why its content would not be readable again.
     pub fn write(&self, path: &Path) -> Result<(), FormatError> {
-        check::check(self).map_err(|violation| FormatError::invalid(path, violation.to_string()))?;
+        check::check(self)
+            .map_err(|violation| FormatError::invalid(path, violation.to_string()))?;
         safely::write(path, self.encode().as_bytes())
     }
 
@@ -342,7 +372,11 @@ impl Placement {
     /// index into [`Placement::layers`].
     pub fn pinned_tier(&self, layer_pos: usize, expert: u32) -> Option<TierIdx> {
         let layer = self.layers.get(layer_pos)?;
-        layer.pinned.iter().find(|pins| pins.experts.binary_search(&expert).is_ok()).map(|pins| pins.tier)
+        layer
+            .pinned
+            .iter()
+            .find(|pins| pins.experts.binary_search(&expert).is_ok())
+            .map(|pins| pins.tier)
     }
 
     /// Returns the tier where pooled experts live: the last one.
@@ -370,7 +404,11 @@ impl Placement {
     /// Returns the bytes of KV cache and recurrent state on each tier for the planned context.
     pub fn cache_bytes(&self, shape: &ModelShape) -> PerTier<u64> {
         let mut bytes = PerTier::from_fn(self.tiers.len(), |_| 0u64);
-        for (cache, tier) in shape.caches.iter().zip(self.cache_tiers(shape.caches.len())) {
+        for (cache, tier) in shape
+            .caches
+            .iter()
+            .zip(self.cache_tiers(shape.caches.len()))
+        {
             if let Some(sum) = bytes.get_mut(tier) {
                 *sum = sum.saturating_add(cache.context_bytes(self.kv_type, self.context));
             }
@@ -382,18 +420,31 @@ impl Placement {
     pub fn attention_s(&self, shape: &ModelShape, positions: u64) -> f64 {
         let of = |(cache, at): (&CacheShape, TierIdx)| {
             let rate = self.predicted.prompt_gflops.get(at).copied().unwrap_or(0.0);
-            self.tiers.get(at).map_or(0.0, |t| attention_s(cache, self.kv_type, &t.tier, rate, positions))
+            self.tiers.get(at).map_or(0.0, |t| {
+                attention_s(cache, self.kv_type, &t.tier, rate, positions)
+            })
         };
-        shape.caches.iter().zip(self.cache_tiers(shape.caches.len())).map(of).sum()
+        shape
+            .caches
+            .iter()
+            .zip(self.cache_tiers(shape.caches.len()))
+            .map(of)
+            .sum()
     }
 
     /// Returns the predicted time of the KV cache by tier: split by the time that its bytes take
     /// there.
     pub fn kv_s_by_tier(&self) -> PerTier<f64> {
-        let mut parts: PerTier<f64> = self.tiers.iter().map(|t| t.bytes.kv as f64 / t.tier.read_gbps).collect();
+        let mut parts: PerTier<f64> = self
+            .tiers
+            .iter()
+            .map(|t| t.bytes.kv as f64 / t.tier.read_gbps)
+            .collect();
         let sum: f64 = parts.iter().sum();
         if sum > 0.0 {
-            parts.iter_mut().for_each(|part| *part *= self.predicted.kv_s / sum);
+            parts
+                .iter_mut()
+                .for_each(|part| *part *= self.predicted.kv_s / sum);
         } else if let Some(part) = parts.get_mut(self.kv_tier) {
             *part = self.predicted.kv_s;
         }

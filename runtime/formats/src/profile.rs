@@ -112,7 +112,12 @@ impl Profile {
 
     /// Counts how often each expert was chosen, `[layer position][expert]`, over the prompts that
     /// match; `None` matches all.
-    pub fn counts(&self, phase: Option<Phase>, split: Option<Split>, domain: Option<&str>) -> Vec<Vec<u64>> {
+    pub fn counts(
+        &self,
+        phase: Option<Phase>,
+        split: Option<Split>,
+        domain: Option<&str>,
+    ) -> Vec<Vec<u64>> {
         if let Some(counted) = &self.counted
             && phase != Some(Phase::Decode)
             && split != Some(Split::HeldOut)
@@ -126,9 +131,17 @@ impl Profile {
         if per_token == 0 {
             return counts;
         }
-        for prompt in self.matching(split).filter(|p| domain.is_none_or(|d| p.domain == d)) {
+        for prompt in self
+            .matching(split)
+            .filter(|p| domain.is_none_or(|d| p.domain == d))
+        {
             let tokens = prompt.token_range(phase);
-            for token in prompt.experts.chunks_exact(per_token).take(tokens.end).skip(tokens.start) {
+            for token in prompt
+                .experts
+                .chunks_exact(per_token)
+                .take(tokens.end)
+                .skip(tokens.start)
+            {
                 for (layer, chosen) in counts.iter_mut().zip(token.chunks_exact(used)) {
                     for &expert in chosen {
                         if let Some(count) = layer.get_mut(usize::from(expert)) {
@@ -154,11 +167,15 @@ impl Profile {
 
     /// Counts the tokens of a phase over the prompts of a split; `None` takes all.
     pub fn n_tokens(&self, phase: Option<Phase>, split: Option<Split>) -> u64 {
-        self.matching(split).map(|p| p.token_range(phase).len() as u64).sum()
+        self.matching(split)
+            .map(|p| p.token_range(phase).len() as u64)
+            .sum()
     }
 
     fn matching(&self, split: Option<Split>) -> impl Iterator<Item = &PromptTrace> {
-        self.prompts.iter().filter(move |p| split.is_none_or(|s| p.split == s))
+        self.prompts
+            .iter()
+            .filter(move |p| split.is_none_or(|s| p.split == s))
     }
 
     /// Encodes the file. The identity is not written: it is the hash of these bytes.
@@ -214,7 +231,8 @@ impl Profile {
 /// Whether a file begins as profiles do; `false` where it cannot be read.
 pub fn is_profile(path: &Path) -> bool {
     let mut head = [0; PROFILE_MAGIC.len()];
-    let read = std::fs::File::open(path).and_then(|mut file| std::io::Read::read_exact(&mut file, &mut head));
+    let read = std::fs::File::open(path)
+        .and_then(|mut file| std::io::Read::read_exact(&mut file, &mut head));
     read.is_ok() && head == PROFILE_MAGIC
 }
 

@@ -17,7 +17,10 @@ impl Allowance {
 
     /// Takes `count` away or fails.
     pub fn take(&mut self, count: u64) -> Result<(), String> {
-        self.0 = self.0.checked_sub(count).ok_or("the file lists more than 4194304 layers and experts in all")?;
+        self.0 = self
+            .0
+            .checked_sub(count)
+            .ok_or("the file lists more than 4194304 layers and experts in all")?;
         Ok(())
     }
 }
@@ -27,7 +30,11 @@ pub fn show(numbers: &[u32]) -> String {
     let mut out = String::new();
     let mut rest = numbers;
     while let Some(&first) = rest.first() {
-        let run = rest.iter().zip(u64::from(first)..).take_while(|&(&n, want)| u64::from(n) == want).count();
+        let run = rest
+            .iter()
+            .zip(u64::from(first)..)
+            .take_while(|&(&n, want)| u64::from(n) == want)
+            .count();
         if !out.is_empty() {
             out.push(',');
         }
@@ -43,7 +50,12 @@ pub fn show(numbers: &[u32]) -> String {
 
 /// Reads ranges in ascending order with no number twice and none above `max`; `what` is `expert` or
 /// `layer`.
-pub(super) fn parse(text: &str, what: &str, max: u32, allowance: &mut Allowance) -> Result<Vec<u32>, String> {
+pub(super) fn parse(
+    text: &str,
+    what: &str,
+    max: u32,
+    allowance: &mut Allowance,
+) -> Result<Vec<u32>, String> {
     if text.trim().is_empty() {
         return Ok(Vec::new());
     }
@@ -51,20 +63,30 @@ pub(super) fn parse(text: &str, what: &str, max: u32, allowance: &mut Allowance)
     let mut total = 0u64;
     for item in text.split(',').map(str::trim) {
         let (low, high) = item.split_once('-').unwrap_or((item, item));
-        let (low, high) = (number(low, item, what, max)?, number(high, item, what, max)?);
+        let (low, high) = (
+            number(low, item, what, max)?,
+            number(high, item, what, max)?,
+        );
         if low > high {
-            return Err(format!("the {what} range '{item}' runs backwards; write {high}-{low}"));
+            return Err(format!(
+                "the {what} range '{item}' runs backwards; write {high}-{low}"
+            ));
         }
         if let Some(&(_, last)) = spans.last()
             && low <= last
         {
-            return Err(format!("{what} {low} comes after {what} {last}; write each once, in ascending order"));
+            return Err(format!(
+                "{what} {low} comes after {what} {last}; write each once, in ascending order"
+            ));
         }
         total += u64::from(high - low) + 1;
         spans.push((low, high));
     }
     allowance.take(total)?;
-    Ok(spans.into_iter().flat_map(|(low, high)| low..=high).collect())
+    Ok(spans
+        .into_iter()
+        .flat_map(|(low, high)| low..=high)
+        .collect())
 }
 
 /// Reads one set of numbers that a file may name, as typed by a user.
@@ -72,18 +94,26 @@ pub(super) fn parse(text: &str, what: &str, max: u32, allowance: &mut Allowance)
 /// # Errors
 /// When it is not a set of ascending numbers; `what` is `expert` or `layer`.
 pub fn parse_one(text: &str, what: &str) -> Result<Vec<u32>, String> {
-    let max = if what == "layer" { MAX_LAYER } else { MAX_EXPERT };
+    let max = if what == "layer" {
+        MAX_LAYER
+    } else {
+        MAX_EXPERT
+    };
     parse(text, what, max, &mut Allowance::for_a_file())
 }
 
 fn number(text: &str, item: &str, what: &str, max: u32) -> Result<u32, String> {
     let text = text.trim();
     if text.is_empty() || !text.bytes().all(|b| b.is_ascii_digit()) {
-        return Err(format!("'{item}' is neither one {what} nor a range of them; write them like 0-3,7"));
+        return Err(format!(
+            "'{item}' is neither one {what} nor a range of them; write them like 0-3,7"
+        ));
     }
     match text.parse::<u32>() {
         Ok(n) if n <= max => Ok(n),
-        _ => Err(format!("{what} {text} is past {max}, the highest that can be named")),
+        _ => Err(format!(
+            "{what} {text} is past {max}, the highest that can be named"
+        )),
     }
 }
 
@@ -130,7 +160,11 @@ mod tests {
         for _ in 0..64 {
             parse("0-65535", "expert", MAX_EXPERT, &mut allowance).unwrap();
         }
-        assert!(parse("0", "expert", MAX_EXPERT, &mut allowance).unwrap_err().contains("4194304"));
+        assert!(
+            parse("0", "expert", MAX_EXPERT, &mut allowance)
+                .unwrap_err()
+                .contains("4194304")
+        );
     }
 
     proptest! {

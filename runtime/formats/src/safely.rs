@@ -19,8 +19,14 @@ pub fn write(path: &Path, bytes: &[u8]) -> Result<(), FormatError> {
 ///
 /// A symbolic link is followed; a device or a pipe, which cannot be replaced by renaming, is
 /// written to directly.
-pub fn with_file(path: &Path, fill: impl FnOnce(&mut BufWriter<File>) -> io::Result<()>) -> Result<(), FormatError> {
-    replace(path, fill).map_err(|source| FormatError::Io { path: path.into(), source })
+pub fn with_file(
+    path: &Path,
+    fill: impl FnOnce(&mut BufWriter<File>) -> io::Result<()>,
+) -> Result<(), FormatError> {
+    replace(path, fill).map_err(|source| FormatError::Io {
+        path: path.into(),
+        source,
+    })
 }
 
 /// Checks that [`write()`] could write this file: before hours of work, not after.
@@ -33,7 +39,10 @@ pub fn check(path: &Path) -> Result<(), FormatError> {
         Ok(Target::Replace { folder, .. }) => Partial::create(&folder).map(|_| ()),
         Err(e) => Err(e),
     };
-    possible.map_err(|source| FormatError::Io { path: path.into(), source })
+    possible.map_err(|source| FormatError::Io {
+        path: path.into(),
+        source,
+    })
 }
 
 /// The way in which a path is written to.
@@ -41,41 +50,64 @@ enum Target {
     /// A device or a pipe: as it is.
     Direct(PathBuf),
     /// A file, there or not, by renaming another in its folder.
-    Replace { target: PathBuf, folder: PathBuf, old: Option<fs::Metadata> },
+    Replace {
+        target: PathBuf,
+        folder: PathBuf,
+        old: Option<fs::Metadata>,
+    },
 }
 
 fn target(path: &Path) -> io::Result<Target> {
     let target = match fs::symlink_metadata(path) {
-        Ok(link) if link.is_symlink() => fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf()),
+        Ok(link) if link.is_symlink() => {
+            fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf())
+        }
         _ => path.to_path_buf(),
     };
     let old = fs::metadata(&target).ok();
     if let Some(old) = &old {
         if old.is_dir() {
-            return Err(io::Error::new(ErrorKind::IsADirectory, "this is a folder; name a file inside it"));
+            return Err(io::Error::new(
+                ErrorKind::IsADirectory,
+                "this is a folder; name a file inside it",
+            ));
         }
         if !old.is_file() {
             return Ok(Target::Direct(target));
         }
     }
     if target.file_name().is_none() {
-        return Err(io::Error::new(ErrorKind::InvalidInput, "this is not the name of a file"));
+        return Err(io::Error::new(
+            ErrorKind::InvalidInput,
+            "this is not the name of a file",
+        ));
     }
     let folder = match target.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent.to_path_buf(),
         _ => PathBuf::from("."),
     };
-    Ok(Target::Replace { target, folder, old })
+    Ok(Target::Replace {
+        target,
+        folder,
+        old,
+    })
 }
 
-fn replace(path: &Path, fill: impl FnOnce(&mut BufWriter<File>) -> io::Result<()>) -> io::Result<()> {
+fn replace(
+    path: &Path,
+    fill: impl FnOnce(&mut BufWriter<File>) -> io::Result<()>,
+) -> io::Result<()> {
     let (target, folder, old) = match target(path)? {
         Target::Direct(target) => {
             let mut file = BufWriter::new(OpenOptions::new().write(true).open(target)?);
             fill(&mut file)?;
             return file.flush();
         }
-        Target::Replace { target, folder, old } => (target, folder, old),
+        Target::Replace {
+            target,
+            folder,
+            old,
+        } => (target, folder, old),
     };
     let (partial, file) = Partial::create(&folder)?;
     let mut file = BufWriter::new(file);
@@ -108,9 +140,20 @@ impl Partial {
         static SERIAL: AtomicU64 = AtomicU64::new(0);
         loop {
             let serial = SERIAL.fetch_add(1, Ordering::Relaxed);
-            let path = folder.join(format!(".tier-plan-{}-{serial}.partial", std::process::id()));
+            let path = folder.join(format!(
+                ".tier-plan-{}-{serial}.partial",
+                std::process::id()
+            ));
             match OpenOptions::new().write(true).create_new(true).open(&path) {
-                Ok(file) => return Ok((Partial { path, renamed: false }, file)),
+                Ok(file) => {
+                    return Ok((
+                        Partial {
+                            path,
+                            renamed: false,
+                        },
+                        file,
+                    ));
+                }
                 // Left behind by a killed process that had our number: take the next name.
                 Err(e) if e.kind() == ErrorKind::AlreadyExists => continue,
                 Err(e) => return Err(explain(e, folder)),
@@ -138,10 +181,14 @@ impl Drop for Partial {
 fn explain(e: io::Error, folder: &Path) -> io::Error {
     let folder = folder.display();
     let words = match e.kind() {
-        ErrorKind::NotFound => format!("the folder {folder} does not exist; create it or choose another output"),
+        ErrorKind::NotFound => {
+            format!("the folder {folder} does not exist; create it or choose another output")
+        }
         ErrorKind::NotADirectory => format!("{folder} is not a folder; choose another output"),
         ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => {
-            format!("the folder {folder} cannot be written to ({e}); change its permissions or choose another output")
+            format!(
+                "the folder {folder} cannot be written to ({e}); change its permissions or choose another output"
+            )
         }
         _ => return e,
     };
@@ -153,8 +200,10 @@ mod tests {
     use super::*;
 
     fn names(folder: &Path) -> Vec<String> {
-        let mut names: Vec<String> =
-            fs::read_dir(folder).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+        let mut names: Vec<String> = fs::read_dir(folder)
+            .unwrap()
+            .map(|e| e.unwrap().file_name().into_string().unwrap())
+            .collect();
         names.sort();
         names
     }
@@ -178,7 +227,12 @@ mod tests {
             file.write_all(&[7; 100_000])?;
             Err(io::Error::other("the source dried up"))
         });
-        assert!(error.unwrap_err().to_string().ends_with("a.toml: the source dried up"));
+        assert!(
+            error
+                .unwrap_err()
+                .to_string()
+                .ends_with("a.toml: the source dried up")
+        );
         assert_eq!(fs::read(&path).unwrap(), b"one");
         assert_eq!(names(dir.path()), ["a.toml"]);
     }
@@ -186,12 +240,22 @@ mod tests {
     #[test]
     fn errors_name_the_folder_and_the_mend() {
         let dir = tempfile::tempdir().unwrap();
-        let missing = write(&dir.path().join("no/such/a.toml"), b"x").unwrap_err().to_string();
-        assert!(missing.contains("no/such does not exist; create it or choose another output"), "{missing}");
+        let missing = write(&dir.path().join("no/such/a.toml"), b"x")
+            .unwrap_err()
+            .to_string();
+        assert!(
+            missing.contains("no/such does not exist; create it or choose another output"),
+            "{missing}"
+        );
         let folder = write(dir.path(), b"x").unwrap_err().to_string();
-        assert!(folder.contains("this is a folder; name a file inside it"), "{folder}");
+        assert!(
+            folder.contains("this is a folder; name a file inside it"),
+            "{folder}"
+        );
         fs::write(dir.path().join("file"), b"").unwrap();
-        let inside = write(&dir.path().join("file/a.toml"), b"x").unwrap_err().to_string();
+        let inside = write(&dir.path().join("file/a.toml"), b"x")
+            .unwrap_err()
+            .to_string();
         assert!(inside.contains("is not a folder"), "{inside}");
     }
 
@@ -213,11 +277,25 @@ mod tests {
     #[test]
     fn a_folder_without_permission_is_explained() {
         // Root may write anywhere, so the words are tested on the error itself.
-        let denied = explain(io::Error::from(ErrorKind::PermissionDenied), Path::new("/reports"));
+        let denied = explain(
+            io::Error::from(ErrorKind::PermissionDenied),
+            Path::new("/reports"),
+        );
         assert_eq!(denied.kind(), ErrorKind::PermissionDenied);
-        assert!(denied.to_string().contains("the folder /reports cannot be written to"), "{denied}");
-        let read_only = explain(io::Error::from(ErrorKind::ReadOnlyFilesystem), Path::new("/cdrom"));
-        assert!(read_only.to_string().contains("choose another output"), "{read_only}");
+        assert!(
+            denied
+                .to_string()
+                .contains("the folder /reports cannot be written to"),
+            "{denied}"
+        );
+        let read_only = explain(
+            io::Error::from(ErrorKind::ReadOnlyFilesystem),
+            Path::new("/cdrom"),
+        );
+        assert!(
+            read_only.to_string().contains("choose another output"),
+            "{read_only}"
+        );
     }
 
     #[cfg(unix)]
@@ -233,8 +311,16 @@ mod tests {
         write(&link, b"two").unwrap();
         assert!(fs::symlink_metadata(&link).unwrap().is_symlink());
         assert_eq!(fs::read(&real).unwrap(), b"two");
-        assert_eq!(fs::metadata(&real).unwrap().permissions().mode() & 0o777, 0o600);
+        assert_eq!(
+            fs::metadata(&real).unwrap().permissions().mode() & 0o777,
+            0o600
+        );
         write(Path::new("/dev/null"), b"gone").unwrap();
-        assert!(fs::metadata("/dev/null").unwrap().file_type().is_char_device());
+        assert!(
+            fs::metadata("/dev/null")
+                .unwrap()
+                .file_type()
+                .is_char_device()
+        );
     }
 }

@@ -146,12 +146,19 @@ pub struct Parameters {
 impl Architecture {
     /// Returns the number of layers with routed experts.
     pub fn moe_layers(&self) -> u32 {
-        if self.experts.is_some() { self.layers - self.leading_dense } else { 0 }
+        if self.experts.is_some() {
+            self.layers - self.leading_dense
+        } else {
+            0
+        }
     }
 
     /// Counts the parameters of the whole model, and of a token.
     pub fn parameters(&self) -> Parameters {
-        let mut sum = Parameters { total: 0, active: 0 };
+        let mut sum = Parameters {
+            total: 0,
+            active: 0,
+        };
         for group in self.groups() {
             let total: u64 = group.weights.iter().map(Weight::parameters).sum();
             sum.total += total;
@@ -167,14 +174,31 @@ impl Architecture {
     pub fn model_shape(&self, mix: Mix) -> ModelShape {
         let (mut dense, mut experts) = (Vec::new(), Vec::new());
         for group in self.groups() {
-            let place = Place { layer: group.layer.unwrap_or(0), ..self.place() };
+            let place = Place {
+                layer: group.layer.unwrap_or(0),
+                ..self.place()
+            };
             let bytes: u64 = group.weights.iter().map(|w| w.bytes(mix, &place)).sum();
             match (group.kind, self.experts) {
                 (Some(kind), _) => {
-                    let rows = if kind == DenseKind::Embedding { u64::from(self.vocab) } else { 1 };
+                    let rows = if kind == DenseKind::Embedding {
+                        u64::from(self.vocab)
+                    } else {
+                        1
+                    };
                     let values: u64 = group.weights.iter().map(Weight::parameters).sum();
-                    let macs = if kind == DenseKind::Embedding { 0 } else { values };
-                    dense.push(DenseShape { kind, layer: group.layer, bytes, token_bytes: bytes / rows, macs });
+                    let macs = if kind == DenseKind::Embedding {
+                        0
+                    } else {
+                        values
+                    };
+                    dense.push(DenseShape {
+                        kind,
+                        layer: group.layer,
+                        bytes,
+                        token_bytes: bytes / rows,
+                        macs,
+                    });
                 }
                 (None, Some(of)) => experts.push(ExpertShape {
                     layer: group.layer.unwrap_or(0),
@@ -207,23 +231,50 @@ impl Architecture {
     /// key part.
     fn cache(&self, layer: u32) -> CacheShape {
         let rows = match self.attention {
-            Attention::Gqa { heads, kv_heads, head, window, full_every, .. } => {
+            Attention::Gqa {
+                heads,
+                kv_heads,
+                head,
+                window,
+                full_every,
+                ..
+            } => {
                 let full = full_every > 0 && (layer + 1).is_multiple_of(full_every);
                 let (per_token, queries) = (2 * u64::from(kv_heads), u64::from(heads / kv_heads));
-                KvRows { width: head.into(), per_token, queries, window: window.filter(|_| !full).map(u64::from) }
+                KvRows {
+                    width: head.into(),
+                    per_token,
+                    queries,
+                    window: window.filter(|_| !full).map(u64::from),
+                }
             }
-            Attention::Mla { heads, kv_rank, rope, .. } => {
+            Attention::Mla {
+                heads,
+                kv_rank,
+                rope,
+                ..
+            } => {
                 let width = u64::from(kv_rank) + u64::from(rope);
-                KvRows { width, per_token: 1, queries: 2 * u64::from(heads), window: None }
+                KvRows {
+                    width,
+                    per_token: 1,
+                    queries: 2 * u64::from(heads),
+                    window: None,
+                }
             }
         };
-        CacheShape { rows: vec![rows], state_bytes: 0 }
+        CacheShape {
+            rows: vec![rows],
+            state_bytes: 0,
+        }
     }
 
     /// Returns what the mixes depend on, for no layer in particular.
     fn place(&self) -> Place {
         let gqa = match self.attention {
-            Attention::Gqa { heads, kv_heads, .. } => heads / kv_heads,
+            Attention::Gqa {
+                heads, kv_heads, ..
+            } => heads / kv_heads,
             // In memory all heads share one compressed key.
             Attention::Mla { heads, .. } => heads,
         };

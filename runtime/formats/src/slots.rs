@@ -58,7 +58,11 @@ impl Slots {
         let json = |text: &str| serde_json::Value::from(text).to_string();
         let layer = |l: &LayerSlots| {
             let experts: Vec<String> = l.experts.iter().map(u32::to_string).collect();
-            format!("    {{\"layer\": {}, \"experts\": [{}]}}", l.layer, experts.join(", "))
+            format!(
+                "    {{\"layer\": {}, \"experts\": [{}]}}",
+                l.layer,
+                experts.join(", ")
+            )
         };
         let layers: Vec<String> = self.layers.iter().map(layer).collect();
         format!(
@@ -87,7 +91,13 @@ impl Slots {
     /// # Errors
     /// When the hashes differ; the message has both names.
     pub fn check_model(&self, given: &SourceId, path: &Path) -> Result<(), FormatError> {
-        super::check_model(&self.model, given, "file of slots", "use the slots of this model", path)
+        super::check_model(
+            &self.model,
+            given,
+            "file of slots",
+            "use the slots of this model",
+            path,
+        )
     }
 }
 
@@ -105,25 +115,42 @@ pub fn read(path: &Path) -> Result<Slots, FormatError> {
 /// As [`read`].
 pub fn decode(bytes: &[u8], path: &Path) -> Result<Slots, FormatError> {
     let text = SLOTS.open_json(bytes, path)?;
-    let wire: Wire = serde_json::from_str(text).map_err(|e| FormatError::invalid(path, e.to_string()))?;
+    let wire: Wire =
+        serde_json::from_str(text).map_err(|e| FormatError::invalid(path, e.to_string()))?;
     let mut before = None;
     for WireLayer { layer, experts } in &wire.layers {
         if *layer >= LAYER_LIMIT || before.is_some_and(|b| b >= *layer) {
-            let what = format!("layer {layer}: layers must ascend and be at most {}", LAYER_LIMIT - 1);
+            let what = format!(
+                "layer {layer}: layers must ascend and be at most {}",
+                LAYER_LIMIT - 1
+            );
             return Err(FormatError::invalid(path, what));
         }
         before = Some(*layer);
         if let Some(expert) = experts.iter().find(|e| **e >= EXPERT_LIMIT) {
-            let what = format!("layer {layer}: expert {expert}, but they are numbered to {}", EXPERT_LIMIT - 1);
+            let what = format!(
+                "layer {layer}: expert {expert}, but they are numbered to {}",
+                EXPERT_LIMIT - 1
+            );
             return Err(FormatError::invalid(path, what));
         }
     }
     let n: usize = wire.layers.iter().map(|l| l.experts.len()).sum();
     if n > EXPERTS_LIMIT {
-        return Err(FormatError::invalid(path, format!("{n} experts; at most {EXPERTS_LIMIT} fit")));
+        return Err(FormatError::invalid(
+            path,
+            format!("{n} experts; at most {EXPERTS_LIMIT} fit"),
+        ));
     }
-    let layer = |l: WireLayer| LayerSlots { layer: l.layer, experts: l.experts };
-    Ok(Slots { model: wire.model.into(), when: wire.when, layers: wire.layers.into_iter().map(layer).collect() })
+    let layer = |l: WireLayer| LayerSlots {
+        layer: l.layer,
+        experts: l.experts,
+    };
+    Ok(Slots {
+        model: wire.model.into(),
+        when: wire.when,
+        layers: wire.layers.into_iter().map(layer).collect(),
+    })
 }
 
 #[cfg(test)]
@@ -132,12 +159,24 @@ mod tests {
 
     fn slots() -> Slots {
         Slots {
-            model: SourceId { name: "a \"demo\"".into(), hash: "0123456789abcdef0123456789abcdef".into() },
+            model: SourceId {
+                name: "a \"demo\"".into(),
+                hash: "0123456789abcdef0123456789abcdef".into(),
+            },
             when: "2026-11-22T17:00:00Z".into(),
             layers: vec![
-                LayerSlots { layer: 0, experts: vec![5, 0, 31] },
-                LayerSlots { layer: 2, experts: vec![] },
-                LayerSlots { layer: 3, experts: vec![7] },
+                LayerSlots {
+                    layer: 0,
+                    experts: vec![5, 0, 31],
+                },
+                LayerSlots {
+                    layer: 2,
+                    experts: vec![],
+                },
+                LayerSlots {
+                    layer: 3,
+                    experts: vec![7],
+                },
             ],
         }
     }
@@ -148,10 +187,22 @@ mod tests {
         let path = folder.path().join("demo.slots.json");
         slots().write(&path).unwrap();
         assert_eq!(read(&path).unwrap(), slots());
-        let none = Slots { layers: Vec::new(), ..slots() };
+        let none = Slots {
+            layers: Vec::new(),
+            ..slots()
+        };
         assert_eq!(decode(none.encode().as_bytes(), &path).unwrap(), none);
-        let other = SourceId { name: "other".into(), hash: "f".repeat(32) };
-        assert!(slots().check_model(&other, &path).unwrap_err().to_string().contains("'other'"));
+        let other = SourceId {
+            name: "other".into(),
+            hash: "f".repeat(32),
+        };
+        assert!(
+            slots()
+                .check_model(&other, &path)
+                .unwrap_err()
+                .to_string()
+                .contains("'other'")
+        );
     }
 
     #[test]
@@ -165,12 +216,26 @@ mod tests {
         let says = |from: &str, to: &str, words: &str| {
             let text = slots().encode().replacen(from, to, 1);
             assert_ne!(text, slots().encode());
-            let error = decode(text.as_bytes(), Path::new("a.json")).unwrap_err().to_string();
+            let error = decode(text.as_bytes(), Path::new("a.json"))
+                .unwrap_err()
+                .to_string();
             assert!(error.contains(words), "{error}");
         };
-        says("\"version\": 1", "\"version\": 2", "version 2, but this program reads up to version 1");
-        says("\"layer\": 2", "\"layer\": 0", "layer 0: layers must ascend");
-        says("31", "65536", "expert 65536, but they are numbered to 65535");
+        says(
+            "\"version\": 1",
+            "\"version\": 2",
+            "version 2, but this program reads up to version 1",
+        );
+        says(
+            "\"layer\": 2",
+            "\"layer\": 0",
+            "layer 0: layers must ascend",
+        );
+        says(
+            "31",
+            "65536",
+            "expert 65536, but they are numbered to 65535",
+        );
         says("\"when\"", "\"wenn\"", "unknown field `wenn`");
         says("tier-plan slots", "tier-plan slats", "not a file of slots");
     }

@@ -13,7 +13,10 @@ pub struct SourceId {
 impl SourceId {
     /// Identifies content by its bytes.
     pub fn of_bytes(name: &str, bytes: &[u8]) -> SourceId {
-        SourceId { name: name.into(), hash: format!("{:032x}", xxhash_rust::xxh3::xxh3_128(bytes)) }
+        SourceId {
+            name: name.into(),
+            hash: format!("{:032x}", xxhash_rust::xxh3::xxh3_128(bytes)),
+        }
     }
 }
 

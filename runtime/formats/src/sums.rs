@@ -53,15 +53,24 @@ struct WireTensor {
 impl Sums {
     /// Encodes the file.
     pub fn encode(&self) -> Vec<u8> {
-        let tensor = |t: &TensorSums| WireTensor { name: t.name.clone(), slices: t.slices.len() as u32 };
+        let tensor = |t: &TensorSums| WireTensor {
+            name: t.name.clone(),
+            slices: t.slices.len() as u32,
+        };
         let header = WireHeader {
             model: WireSource::from(&self.model),
             made: self.made.clone(),
             tensors: self.tensors.iter().map(tensor).collect(),
         };
-        let header = serde_json::to_vec(&header).unwrap_or_else(|_| unreachable!("strings and numbers become JSON"));
+        let header = serde_json::to_vec(&header)
+            .unwrap_or_else(|_| unreachable!("strings and numbers become JSON"));
         let mut bytes = head(SUMS_MAGIC, 1, &header);
-        bytes.extend(self.tensors.iter().flat_map(|t| &t.slices).flat_map(|sum| sum.to_le_bytes()));
+        bytes.extend(
+            self.tensors
+                .iter()
+                .flat_map(|t| &t.slices)
+                .flat_map(|sum| sum.to_le_bytes()),
+        );
         bytes.extend(xxh3_64(&bytes).to_le_bytes());
         bytes
     }
@@ -73,7 +82,10 @@ impl Sums {
     pub fn write(&self, path: &Path) -> Result<(), FormatError> {
         let bytes = self.encode();
         if decode(&bytes, path)? != *self {
-            return Err(FormatError::invalid(path, "these checksums can't be told in a file"));
+            return Err(FormatError::invalid(
+                path,
+                "these checksums can't be told in a file",
+            ));
         }
         safely::write(path, &bytes)
     }
@@ -83,7 +95,13 @@ impl Sums {
     /// # Errors
     /// When the hashes differ; the message has both names.
     pub fn check_model(&self, given: &SourceId, path: &Path) -> Result<(), FormatError> {
-        check_model(&self.model, given, "file of checksums", "make new ones with `tier-plan checksum`", path)
+        check_model(
+            &self.model,
+            given,
+            "file of checksums",
+            "make new ones with `tier-plan checksum`",
+            path,
+        )
     }
 }
 
@@ -104,7 +122,11 @@ pub fn decode(bytes: &[u8], path: &Path) -> Result<Sums, FormatError> {
     let header_end = FIXED_BYTES.saturating_add(header_bytes(&SUMS, SUMS_MAGIC, bytes, path)?);
     let cut = || cut_short(&SUMS, path);
     let header = bytes.get(FIXED_BYTES..header_end).ok_or_else(cut)?;
-    let body_end = bytes.len().checked_sub(8).filter(|end| *end >= header_end).ok_or_else(cut)?;
+    let body_end = bytes
+        .len()
+        .checked_sub(8)
+        .filter(|end| *end >= header_end)
+        .ok_or_else(cut)?;
     if u64_at(bytes, body_end) != Some(xxh3_64(&bytes[..body_end])) {
         return Err(FormatError::invalid(
             path,
@@ -116,21 +138,41 @@ pub fn decode(bytes: &[u8], path: &Path) -> Result<Sums, FormatError> {
     let announced: u64 = header.tensors.iter().map(|t| u64::from(t.slices)).sum();
     if announced > MAX_SLICES || announced * 8 != (body_end - header_end) as u64 {
         let there = (body_end - header_end) / 8;
-        let what = format!("the header announces {announced} checksums, but {there} are there; make it again");
+        let what = format!(
+            "the header announces {announced} checksums, but {there} are there; make it again"
+        );
         return Err(FormatError::invalid(path, what));
     }
     let mut names = HashSet::new();
-    if let Some(twice) = header.tensors.iter().find(|t| !names.insert(t.name.as_str())) {
+    if let Some(twice) = header
+        .tensors
+        .iter()
+        .find(|t| !names.insert(t.name.as_str()))
+    {
         let name = super::text::quote(&twice.name);
-        return Err(FormatError::invalid(path, format!("tensor {name} is listed twice; make it again")));
+        return Err(FormatError::invalid(
+            path,
+            format!("tensor {name} is listed twice; make it again"),
+        ));
     }
-    let mut words = bytes[header_end..body_end].as_chunks::<8>().0.iter().map(|word| u64::from_le_bytes(*word));
+    let mut words = bytes[header_end..body_end]
+        .as_chunks::<8>()
+        .0
+        .iter()
+        .map(|word| u64::from_le_bytes(*word));
     let tensors = header.tensors.into_iter().map(|t| {
         let slices = words.by_ref().take(t.slices as usize).collect();
-        TensorSums { name: t.name, slices }
+        TensorSums {
+            name: t.name,
+            slices,
+        }
     });
     let tensors = tensors.collect();
-    Ok(Sums { model: header.model.into(), made: header.made, tensors })
+    Ok(Sums {
+        model: header.model.into(),
+        made: header.made,
+        tensors,
+    })
 }
 
 #[cfg(test)]
@@ -139,16 +181,27 @@ mod tests {
     use proptest::prelude::*;
 
     fn sums() -> Sums {
-        let tensor = |name: &str, slices: &[u64]| TensorSums { name: name.into(), slices: slices.to_vec() };
+        let tensor = |name: &str, slices: &[u64]| TensorSums {
+            name: name.into(),
+            slices: slices.to_vec(),
+        };
         Sums {
-            model: SourceId { name: "demo".into(), hash: "0123456789abcdef0123456789abcdef".into() },
+            model: SourceId {
+                name: "demo".into(),
+                hash: "0123456789abcdef0123456789abcdef".into(),
+            },
             made: "2026-11-22T17:00:00Z".into(),
-            tensors: vec![tensor("token_embd.weight", &[7]), tensor("blk.0.ffn_up_exps.weight", &[1, u64::MAX, 3])],
+            tensors: vec![
+                tensor("token_embd.weight", &[7]),
+                tensor("blk.0.ffn_up_exps.weight", &[1, u64::MAX, 3]),
+            ],
         }
     }
 
     fn says(bytes: &[u8], words: &str) {
-        let error = decode(bytes, Path::new("demo.sums")).unwrap_err().to_string();
+        let error = decode(bytes, Path::new("demo.sums"))
+            .unwrap_err()
+            .to_string();
         assert!(error.contains(words), "{error}");
     }
 
@@ -166,9 +219,15 @@ mod tests {
         let path = folder.path().join("demo.sums");
         sums().write(&path).unwrap();
         assert_eq!(read(&path).unwrap(), sums());
-        let other = SourceId { name: "other".into(), hash: "f".repeat(32) };
+        let other = SourceId {
+            name: "other".into(),
+            hash: "f".repeat(32),
+        };
         let error = sums().check_model(&other, &path).unwrap_err().to_string();
-        assert!(error.contains("'demo' (0123456789ab)") && error.contains("'other'"), "{error}");
+        assert!(
+            error.contains("'demo' (0123456789ab)") && error.contains("'other'"),
+            "{error}"
+        );
     }
 
     #[test]

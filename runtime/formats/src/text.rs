@@ -24,7 +24,11 @@ pub(super) fn quote(text: &str) -> String {
 
 /// Formats the shortest decimal that reads back as the same number.
 pub(super) fn float(x: f64) -> String {
-    if x.is_nan() { "nan".into() } else { format!("{x:?}") }
+    if x.is_nan() {
+        "nan".into()
+    } else {
+        format!("{x:?}")
+    }
 }
 
 /// A number that no file may hold.
@@ -66,17 +70,39 @@ impl From<BadNumber> for String {
 
 /// Fails unless the number is finite and not negative.
 pub(super) fn check_amount(what: &str, found: f64) -> Result<(), BadNumber> {
-    if found.is_finite() && found >= 0.0 { Ok(()) } else { Err(BadNumber::Amount { what: what.into(), found }) }
+    if found.is_finite() && found >= 0.0 {
+        Ok(())
+    } else {
+        Err(BadNumber::Amount {
+            what: what.into(),
+            found,
+        })
+    }
 }
 
 /// Fails unless the number is finite and above 0.
 pub(super) fn check_rate(what: &str, found: f64, unit: &'static str) -> Result<(), BadNumber> {
-    if found.is_finite() && found > 0.0 { Ok(()) } else { Err(BadNumber::Rate { what: what.into(), found, unit }) }
+    if found.is_finite() && found > 0.0 {
+        Ok(())
+    } else {
+        Err(BadNumber::Rate {
+            what: what.into(),
+            found,
+            unit,
+        })
+    }
 }
 
 /// Fails if the size cannot be written as a TOML integer.
 pub(super) fn check_bytes(what: &str, bytes: u64) -> Result<(), BadNumber> {
-    if i64::try_from(bytes).is_ok() { Ok(()) } else { Err(BadNumber::Bytes { what: what.into(), bytes }) }
+    if i64::try_from(bytes).is_ok() {
+        Ok(())
+    } else {
+        Err(BadNumber::Bytes {
+            what: what.into(),
+            bytes,
+        })
+    }
 }
 
 #[cfg(test)]

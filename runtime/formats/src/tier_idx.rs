@@ -30,7 +30,11 @@ impl TierIdx {
     /// Returns the index of the tier at a position from 0. Positions from 255 on, where no plan has a
     /// tier, all give the index 255.
     pub const fn new(position: usize) -> TierIdx {
-        TierIdx(if position < u8::MAX as usize { position as u8 } else { u8::MAX })
+        TierIdx(if position < u8::MAX as usize {
+            position as u8
+        } else {
+            u8::MAX
+        })
     }
 
     /// Returns the position in the list of tiers.
@@ -39,7 +43,9 @@ impl TierIdx {
     }
 
     /// Returns the indices of the first `count` tiers, in order.
-    pub fn first(count: usize) -> impl DoubleEndedIterator<Item = TierIdx> + ExactSizeIterator + Clone {
+    pub fn first(
+        count: usize,
+    ) -> impl DoubleEndedIterator<Item = TierIdx> + ExactSizeIterator + Clone {
         (0..count).map(TierIdx::new)
     }
 }
@@ -116,13 +122,19 @@ impl<T> PerTier<T> {
     }
 
     /// Returns the indices of all tiers, in order.
-    pub fn indices(&self) -> impl DoubleEndedIterator<Item = TierIdx> + ExactSizeIterator + Clone + use<T> {
+    pub fn indices(
+        &self,
+    ) -> impl DoubleEndedIterator<Item = TierIdx> + ExactSizeIterator + Clone + use<T> {
         TierIdx::first(self.len())
     }
 
     /// Returns the values with the indices of their tiers.
-    pub fn enumerate(&self) -> impl DoubleEndedIterator<Item = (TierIdx, &T)> + ExactSizeIterator + Clone {
-        self.iter().enumerate().map(|(position, value)| (TierIdx::new(position), value))
+    pub fn enumerate(
+        &self,
+    ) -> impl DoubleEndedIterator<Item = (TierIdx, &T)> + ExactSizeIterator + Clone {
+        self.iter()
+            .enumerate()
+            .map(|(position, value)| (TierIdx::new(position), value))
     }
 
     /// Returns the index of the first tier whose value passes a test.
@@ -215,7 +227,10 @@ mod tests {
     #[test]
     fn an_index_beyond_all_lists_is_of_no_tier() {
         assert_eq!(TierIdx::new(254).get(), 254);
-        assert_eq!([255, 256, usize::MAX].map(|position| TierIdx::new(position).get()), [255; 3]);
+        assert_eq!(
+            [255, 256, usize::MAX].map(|position| TierIdx::new(position).get()),
+            [255; 3]
+        );
         assert_eq!(PerTier::from([1, 2]).get(TierIdx::new(usize::MAX)), None);
         assert_eq!(PerTier::<u8>::default().last_idx(), None);
     }
@@ -224,8 +239,13 @@ mod tests {
     fn indices_are_in_the_order_of_the_tiers() {
         let mut tens = PerTier::from_fn(3, |tier| 10 * tier.get());
         assert_eq!(Vec::from(tens.clone()), [0, 10, 20]);
-        assert!(tens.enumerate().all(|(tier, &value)| value == 10 * tier.get() && tens[tier] == value));
-        assert!(tens.indices().eq(TierIdx::first(3)) && tens.indices().next_back() == tens.last_idx());
+        assert!(
+            tens.enumerate()
+                .all(|(tier, &value)| value == 10 * tier.get() && tens[tier] == value)
+        );
+        assert!(
+            tens.indices().eq(TierIdx::first(3)) && tens.indices().next_back() == tens.last_idx()
+        );
         assert_eq!(tens.position(|&value| value > 5), Some(TierIdx::new(1)));
         for value in &mut tens {
             *value += 1;

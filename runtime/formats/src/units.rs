@@ -5,7 +5,9 @@ use thiserror::Error;
 
 /// A size that could not be read.
 #[derive(Debug, Error, PartialEq, Eq)]
-#[error("'{0}' is not a size: write a number with B, KiB, MiB, GiB, TiB (or kB, MB, GB, TB), like 3.4GiB")]
+#[error(
+    "'{0}' is not a size: write a number with B, KiB, MiB, GiB, TiB (or kB, MB, GB, TB), like 3.4GiB"
+)]
 pub struct BadSize(pub String);
 
 /// Reads a size in bytes. `K`, `M`, `G`, `T` alone mean the binary multiples, as in llama.cpp and
@@ -22,7 +24,9 @@ pub struct BadSize(pub String);
 pub fn parse_bytes(text: &str) -> Result<u64, BadSize> {
     let bad = || BadSize(text.to_string());
     let t = text.trim();
-    let split = t.find(|c: char| !(c.is_ascii_digit() || c == '.')).unwrap_or(t.len());
+    let split = t
+        .find(|c: char| !(c.is_ascii_digit() || c == '.'))
+        .unwrap_or(t.len());
     let (number, unit) = t.split_at(split);
     let value: f64 = number.parse().map_err(|_| bad())?;
     let scale = match unit.trim().to_ascii_lowercase().as_str() {
@@ -38,7 +42,11 @@ pub fn parse_bytes(text: &str) -> Result<u64, BadSize> {
         _ => return Err(bad()),
     };
     let bytes = value * scale;
-    if bytes.is_finite() && bytes < u64::MAX as f64 { Ok(bytes.round() as u64) } else { Err(bad()) }
+    if bytes.is_finite() && bytes < u64::MAX as f64 {
+        Ok(bytes.round() as u64)
+    } else {
+        Err(bad())
+    }
 }
 
 /// Formats a size in binary multiples with three significant digits.
@@ -75,11 +83,16 @@ pub fn show_utc(moment: SystemTime) -> String {
     // days.
     let since_march = days + 719_468;
     let (era, day_of_era) = (since_march / 146_097, since_march % 146_097);
-    let year_of_era = (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let year_of_era =
+        (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
     let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
     let month_from_march = (5 * day_of_year + 2) / 153;
     let day = day_of_year - (153 * month_from_march + 2) / 5 + 1;
-    let month = if month_from_march < 10 { month_from_march + 3 } else { month_from_march - 9 };
+    let month = if month_from_march < 10 {
+        month_from_march + 3
+    } else {
+        month_from_march - 9
+    };
     let year = era * 400 + year_of_era + u64::from(month <= 2);
     let (hour, minute, second) = (second / 3600, second / 60 % 60, second % 60);
     format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}Z")

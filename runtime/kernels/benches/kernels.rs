@@ -15,7 +15,9 @@ const COLS: usize = 2048;
 /// Returns weights of at most `bytes` bytes, on huge pages as an engine keeps them, and their
 /// number of rows. Scales are ordinary (0x2c2c is 0.07 as a 16-bit float), codes vary.
 fn weights(ty: TensorType, bytes: usize) -> (MmapMut, usize) {
-    let row = ty.row_bytes(COLS as u64).expect("2048 columns are whole blocks") as usize;
+    let row = ty
+        .row_bytes(COLS as u64)
+        .expect("2048 columns are whole blocks") as usize;
     let rows = (bytes / row).max(1);
     let mut out = MmapMut::map_anon(rows * row).expect("memory");
     #[cfg(target_os = "linux")]
@@ -37,16 +39,21 @@ fn weights(ty: TensorType, bytes: usize) -> (MmapMut, usize) {
 const TYPES: [TensorType; TensorType::ALL.len()] = {
     use TensorType::*;
     [
-        Q4_K, Q6_K, Q8_0, Q5_K, Q4_0, Q4_1, Q5_0, Q5_1, Q2_K, Q3_K, IQ4_NL, IQ4_XS, MXFP4, F32, F16, BF16, IQ2_XXS,
-        IQ2_XS, IQ2_S, IQ3_XXS, IQ3_S, IQ1_S, IQ1_M,
+        Q4_K, Q6_K, Q8_0, Q5_K, Q4_0, Q4_1, Q5_0, Q5_1, Q2_K, Q3_K, IQ4_NL, IQ4_XS, MXFP4, F32,
+        F16, BF16, IQ2_XXS, IQ2_XS, IQ2_S, IQ3_XXS, IQ3_S, IQ1_S, IQ1_M,
     ]
 };
 
 /// Times a matmul of every type.
 fn matmul(c: &mut Criterion, group: &str, bytes: usize, tokens: usize, isas: &[Kernels]) {
     let mut group = c.benchmark_group(group);
-    group.sample_size(10).warm_up_time(Duration::from_millis(100)).measurement_time(Duration::from_millis(400));
-    let x: Vec<f32> = (0..tokens * COLS).map(|i| ((i * 37) % 101) as f32 / 50.0 - 1.0).collect();
+    group
+        .sample_size(10)
+        .warm_up_time(Duration::from_millis(100))
+        .measurement_time(Duration::from_millis(400));
+    let x: Vec<f32> = (0..tokens * COLS)
+        .map(|i| ((i * 37) % 101) as f32 / 50.0 - 1.0)
+        .collect();
     for ty in TYPES {
         let (bytes, rows) = weights(ty, bytes);
         let w = Weights::new(ty, &bytes, rows, COLS).expect("whole rows");
@@ -61,7 +68,14 @@ fn matmul(c: &mut Criterion, group: &str, bytes: usize, tokens: usize, isas: &[K
             });
             group.bench_function(BenchmarkId::new(ty.name(), k.isa()), |b| {
                 // SAFETY: one thread.
-                b.iter(|| unsafe { k.matmul(black_box(w), 0..rows, acts.view(), OutMatrix::new(&mut out, rows)) });
+                b.iter(|| unsafe {
+                    k.matmul(
+                        black_box(w),
+                        0..rows,
+                        acts.view(),
+                        OutMatrix::new(&mut out, rows),
+                    )
+                });
             });
         }
     }
@@ -81,8 +95,13 @@ fn matmuls(c: &mut Criterion) {
 
 fn operations(c: &mut Criterion) {
     let mut group = c.benchmark_group("operations");
-    group.sample_size(20).warm_up_time(Duration::from_millis(100)).measurement_time(Duration::from_millis(300));
-    let x: Vec<f32> = (0..COLS).map(|i| ((i * 37) % 101) as f32 / 50.0 - 1.0).collect();
+    group
+        .sample_size(20)
+        .warm_up_time(Duration::from_millis(100))
+        .measurement_time(Duration::from_millis(300));
+    let x: Vec<f32> = (0..COLS)
+        .map(|i| ((i * 37) % 101) as f32 / 50.0 - 1.0)
+        .collect();
     let half: Vec<half::f16> = x.iter().map(|v| half::f16::from_f32(*v)).collect();
     let mut y = x.clone();
     group.throughput(Throughput::Elements(COLS as u64));
@@ -94,13 +113,20 @@ fn operations(c: &mut Criterion) {
         group.bench_function(BenchmarkId::new("rms_norm", k.isa()), |b| {
             b.iter(|| k.rms_norm(black_box(&x), &x, 1e-5, &mut y));
         });
-        group.bench_function(BenchmarkId::new("silu_mul", k.isa()), |b| b.iter(|| k.silu_mul(black_box(&mut y), &x)));
+        group.bench_function(BenchmarkId::new("silu_mul", k.isa()), |b| {
+            b.iter(|| k.silu_mul(black_box(&mut y), &x))
+        });
         let mut narrow = half.clone();
-        group.bench_function(BenchmarkId::new("to_f16", k.isa()), |b| b.iter(|| k.to_f16(black_box(&x), &mut narrow)));
-        group
-            .bench_function(BenchmarkId::new("from_f16", k.isa()), |b| b.iter(|| k.from_f16(black_box(&half), &mut y)));
+        group.bench_function(BenchmarkId::new("to_f16", k.isa()), |b| {
+            b.iter(|| k.to_f16(black_box(&x), &mut narrow))
+        });
+        group.bench_function(BenchmarkId::new("from_f16", k.isa()), |b| {
+            b.iter(|| k.from_f16(black_box(&half), &mut y))
+        });
         let mut bytes = vec![0; q8_row_bytes(COLS)];
-        group.bench_function(BenchmarkId::new("to_q8", k.isa()), |b| b.iter(|| k.to_q8(black_box(&x), &mut bytes)));
+        group.bench_function(BenchmarkId::new("to_q8", k.isa()), |b| {
+            b.iter(|| k.to_q8(black_box(&x), &mut bytes))
+        });
         group.bench_function(BenchmarkId::new("from_q8", k.isa()), |b| {
             b.iter(|| k.from_q8(black_box(&bytes), COLS, &mut y));
         });

@@ -43,7 +43,11 @@ pub(super) struct ActBlock {
 }
 
 impl ActBlock {
-    const ZERO: ActBlock = ActBlock { q: [0; GROUP], scale: [0.0; 16], sums: [0.0; 16] };
+    const ZERO: ActBlock = ActBlock {
+        q: [0; GROUP],
+        scale: [0.0; 16],
+        sums: [0.0; 16],
+    };
 }
 
 /// Returns where the eight values from `8 * i` of the row are stored, in eights.
@@ -90,7 +94,10 @@ impl Activations {
         self.values.extend_from_slice(x);
         if quantize && cols > 0 {
             let groups = cols.div_ceil(GROUP);
-            for (row, blocks) in x.chunks_exact(cols).zip(self.blocks.chunks_exact_mut(groups)) {
+            for (row, blocks) in x
+                .chunks_exact(cols)
+                .zip(self.blocks.chunks_exact_mut(groups))
+            {
                 k.quantize_row(row, blocks);
             }
         }
@@ -100,14 +107,25 @@ impl Activations {
     ///
     /// # Panics
     /// As [`fill`](Self::fill).
-    pub fn fill_shared(&mut self, pool: &ThreadPool, k: Kernels, rows: usize, cols: usize, x: &[f32], quantize: bool) {
+    pub fn fill_shared(
+        &mut self,
+        pool: &ThreadPool,
+        k: Kernels,
+        rows: usize,
+        cols: usize,
+        x: &[f32],
+        quantize: bool,
+    ) {
         if rows < 2 * CHUNK_ROWS || cols == 0 {
             return self.fill(k, rows, cols, x, quantize);
         }
         self.reshape(rows, cols, x.len(), quantize);
         let groups = if quantize { cols.div_ceil(GROUP) } else { 0 };
         self.values.resize(rows * cols, 0.0);
-        let (values, blocks) = (SharedPtr(self.values.as_mut_ptr()), SharedPtr(self.blocks.as_mut_ptr()));
+        let (values, blocks) = (
+            SharedPtr(self.values.as_mut_ptr()),
+            SharedPtr(self.blocks.as_mut_ptr()),
+        );
         pool.for_each_chunk(rows, CHUNK_ROWS, |range| {
             for row in range {
                 let x = &x[row * cols..][..cols];
@@ -144,7 +162,10 @@ impl Activations {
         if self.rows == 0 {
             (self.cols, self.quantized) = (from.cols, from.is_quantized());
         }
-        assert!((self.cols, self.quantized) == (from.cols, from.is_quantized()), "rows of different kinds");
+        assert!(
+            (self.cols, self.quantized) == (from.cols, from.is_quantized()),
+            "rows of different kinds"
+        );
         self.blocks.extend_from_slice(from.blocks);
         if values {
             self.values.extend_from_slice(from.values);
@@ -168,11 +189,19 @@ impl Activations {
     /// Checks and sets the shape, and resizes the blocks. Blocks that stay keep their old content:
     /// `quantize_row` writes all of every block.
     fn reshape(&mut self, rows: usize, cols: usize, len: usize, quantize: bool) {
-        assert_eq!(Some(len), rows.checked_mul(cols), "{rows} activation rows of {cols} values");
-        assert!(!quantize || cols.is_multiple_of(32), "{cols} activations a row are not a multiple of 32");
+        assert_eq!(
+            Some(len),
+            rows.checked_mul(cols),
+            "{rows} activation rows of {cols} values"
+        );
+        assert!(
+            !quantize || cols.is_multiple_of(32),
+            "{cols} activations a row are not a multiple of 32"
+        );
         (self.rows, self.cols, self.quantized) = (rows, cols, quantize);
         if quantize {
-            self.blocks.resize(rows * cols.div_ceil(GROUP), ActBlock::ZERO);
+            self.blocks
+                .resize(rows * cols.div_ceil(GROUP), ActBlock::ZERO);
         }
     }
 
@@ -197,8 +226,17 @@ impl Activations {
     /// Returns all rows, as a matmul reads them.
     #[inline]
     pub fn view(&self) -> ActView<'_> {
-        let groups = if self.quantized { self.cols.div_ceil(GROUP) } else { 0 };
-        ActView { rows: self.rows, cols: self.cols, values: &self.values, blocks: &self.blocks[..self.rows * groups] }
+        let groups = if self.quantized {
+            self.cols.div_ceil(GROUP)
+        } else {
+            0
+        };
+        ActView {
+            rows: self.rows,
+            cols: self.cols,
+            values: &self.values,
+            blocks: &self.blocks[..self.rows * groups],
+        }
     }
 }
 
@@ -238,8 +276,16 @@ impl<'a> ActView<'a> {
     /// When the range is out of bounds.
     #[inline]
     pub fn rows_range(self, rows: Range<usize>) -> ActView<'a> {
-        assert!(rows.start <= rows.end && rows.end <= self.rows, "rows {rows:?} of {} activation rows", self.rows);
-        let groups = if self.is_quantized() { self.cols.div_ceil(GROUP) } else { 0 };
+        assert!(
+            rows.start <= rows.end && rows.end <= self.rows,
+            "rows {rows:?} of {} activation rows",
+            self.rows
+        );
+        let groups = if self.is_quantized() {
+            self.cols.div_ceil(GROUP)
+        } else {
+            0
+        };
         ActView {
             rows: rows.len(),
             cols: self.cols,
@@ -305,7 +351,9 @@ impl Kernels {
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
 fn quantize_row_avx512(x: &[f32], out: &mut [ActBlock]) {
-    quantize_row(x, out, |run, x, block| super::x86::avx512::quantize_run(run, x, block));
+    quantize_row(x, out, |run, x, block| {
+        super::x86::avx512::quantize_run(run, x, block)
+    });
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -317,7 +365,11 @@ fn quantize_row_avx2(x: &[f32], out: &mut [ActBlock]) {
 /// Writes all of every block, the values past the end of `x` as zeros. Every instruction set gives
 /// the same bits.
 #[inline(always)]
-fn quantize_row(x: &[f32], out: &mut [ActBlock], quantize_run: impl Fn(usize, &[f32; 32], &mut ActBlock)) {
+fn quantize_row(
+    x: &[f32],
+    out: &mut [ActBlock],
+    quantize_run: impl Fn(usize, &[f32; 32], &mut ActBlock),
+) {
     for (x, block) in x.chunks(GROUP).zip(out) {
         let mut padded = [0.0; GROUP];
         let x = if x.len() == GROUP {
@@ -336,7 +388,11 @@ fn quantize_row(x: &[f32], out: &mut [ActBlock], quantize_run: impl Fn(usize, &[
 /// so small that the inverse would be infinite.
 #[inline(always)]
 pub(super) fn run_scale(largest: f32) -> (f32, f32) {
-    if largest < 1e-35 { (0.0, 0.0) } else { (largest / 127.0, 127.0 / largest) }
+    if largest < 1e-35 {
+        (0.0, 0.0)
+    } else {
+        (largest / 127.0, 127.0 / largest)
+    }
 }
 
 /// Quantizes one run of a block.

@@ -24,7 +24,10 @@ const MAX_COLUMNS: usize = 32;
 /// Returns how many columns of a head's state are stored and updated together: the largest divisor
 /// of the head dimension that [`Kernels::delta_step`] takes.
 pub fn delta_columns(head_dim: usize) -> usize {
-    (1..=MAX_COLUMNS.min(head_dim)).rev().find(|c| head_dim.is_multiple_of(*c)).unwrap_or(1)
+    (1..=MAX_COLUMNS.min(head_dim))
+        .rev()
+        .find(|c| head_dim.is_multiple_of(*c))
+        .unwrap_or(1)
 }
 
 /// One token's update of some columns of a head's state.
@@ -54,9 +57,19 @@ impl Kernels {
     #[inline]
     pub fn delta_step(self, state: &mut [f32], step: &DeltaStep<'_>, out: &mut [f32]) {
         let columns = out.len();
-        assert!((1..=MAX_COLUMNS).contains(&columns) && step.value.len() == columns, "columns of a delta step");
-        assert!(step.query.len() == step.key.len(), "widths of query and key");
-        assert_eq!(state.len(), step.key.len() * columns, "size of a delta state");
+        assert!(
+            (1..=MAX_COLUMNS).contains(&columns) && step.value.len() == columns,
+            "columns of a delta step"
+        );
+        assert!(
+            step.query.len() == step.key.len(),
+            "widths of query and key"
+        );
+        assert_eq!(
+            state.len(),
+            step.key.len() * columns,
+            "size of a delta state"
+        );
         dispatch!(self, delta_step(state: &mut [f32], step: &DeltaStep<'_>, out: &mut [f32]))
     }
 
@@ -67,9 +80,19 @@ impl Kernels {
     /// When the lengths don't fit, or there are no rows or more than [`MAX_CONV_TAPS`].
     #[inline]
     pub fn conv_silu(self, rows: &[&[f32]], weight: &[f32], out: &mut [f32]) {
-        assert!((1..=MAX_CONV_TAPS).contains(&rows.len()), "taps of a convolution");
-        assert!(rows.iter().all(|r| r.len() == out.len()), "channels of a convolution");
-        assert_eq!(weight.len(), rows.len() * out.len(), "size of a convolution's weights");
+        assert!(
+            (1..=MAX_CONV_TAPS).contains(&rows.len()),
+            "taps of a convolution"
+        );
+        assert!(
+            rows.iter().all(|r| r.len() == out.len()),
+            "channels of a convolution"
+        );
+        assert_eq!(
+            weight.len(),
+            rows.len() * out.len(),
+            "size of a convolution's weights"
+        );
         dispatch!(self, conv_silu(rows: &[&[f32]], weight: &[f32], out: &mut [f32]))
     }
 }
@@ -110,12 +133,20 @@ fn conv_silu<const FUSED: bool>(rows: &[&[f32]], weight: &[f32], out: &mut [f32]
     if let ([a, b, c, d], (weight, [])) = (rows, weight.as_chunks::<4>()) {
         let inputs = a.iter().zip(*b).zip(c.iter().zip(*d));
         for ((out, w), ((a, b), (c, d))) in out.iter_mut().zip(weight).zip(inputs) {
-            let sum = fma::<FUSED>(w[3], *d, fma::<FUSED>(w[2], *c, fma::<FUSED>(w[1], *b, w[0] * a)));
+            let sum = fma::<FUSED>(
+                w[3],
+                *d,
+                fma::<FUSED>(w[2], *c, fma::<FUSED>(w[1], *b, w[0] * a)),
+            );
             *out = silu::<FUSED>(sum);
         }
         return;
     }
-    for (channel, (out, weight)) in out.iter_mut().zip(weight.chunks_exact(rows.len())).enumerate() {
+    for (channel, (out, weight)) in out
+        .iter_mut()
+        .zip(weight.chunks_exact(rows.len()))
+        .enumerate()
+    {
         let mut sum = 0.0;
         for (w, row) in weight.iter().zip(rows) {
             sum = fma::<FUSED>(*w, row[channel], sum);
@@ -146,7 +177,16 @@ mod tests {
 
     #[test]
     fn columns_divide_the_head() {
-        for (head_dim, expected) in [(128, 32), (64, 32), (16, 16), (24, 24), (48, 24), (37, 1), (1, 1), (100, 25)] {
+        for (head_dim, expected) in [
+            (128, 32),
+            (64, 32),
+            (16, 16),
+            (24, 24),
+            (48, 24),
+            (37, 1),
+            (1, 1),
+            (100, 25),
+        ] {
             assert_eq!(delta_columns(head_dim), expected, "{head_dim}");
         }
     }
@@ -160,7 +200,13 @@ mod tests {
                 let (decay, beta) = (0.8, 0.6);
                 let mut state = old.clone();
                 let mut out = vec![f32::NAN; columns];
-                let step = DeltaStep { query: &q, key: &k, value: &v, decay, beta };
+                let step = DeltaStep {
+                    query: &q,
+                    key: &k,
+                    value: &v,
+                    decay,
+                    beta,
+                };
                 kernels.delta_step(&mut state, &step, &mut out);
                 for c in 0..columns {
                     let at = |i: usize| f64::from(decay) * f64::from(old[i * columns + c]);
@@ -169,10 +215,16 @@ mod tests {
                     let mut sum = 0.0;
                     for i in 0..dim {
                         let new = at(i) + f64::from(k[i]) * change;
-                        assert!((f64::from(state[i * columns + c]) - new).abs() < 1e-5, "{kernels:?} {dim} {i} {c}");
+                        assert!(
+                            (f64::from(state[i * columns + c]) - new).abs() < 1e-5,
+                            "{kernels:?} {dim} {i} {c}"
+                        );
                         sum += f64::from(q[i]) * new;
                     }
-                    assert!((f64::from(out[c]) - sum).abs() < 1e-5, "{kernels:?} {dim} {c}");
+                    assert!(
+                        (f64::from(out[c]) - sum).abs() < 1e-5,
+                        "{kernels:?} {dim} {c}"
+                    );
                 }
             }
         }
@@ -182,14 +234,21 @@ mod tests {
     fn a_convolution_is_the_formula_on_every_instruction_set() {
         for kernels in Kernels::available() {
             for (taps, channels) in [(4, 128), (4, 5), (1, 16), (3, 33), (16, 8)] {
-                let rows: Vec<Vec<f32>> = (0..taps).map(|j| numbers(channels, 10 + j as u32)).collect();
+                let rows: Vec<Vec<f32>> = (0..taps)
+                    .map(|j| numbers(channels, 10 + j as u32))
+                    .collect();
                 let weight = numbers(channels * taps, 9);
                 let rows: Vec<&[f32]> = rows.iter().map(|r| r.as_slice()).collect();
                 let mut out = vec![f32::NAN; channels];
                 kernels.conv_silu(&rows, &weight, &mut out);
                 for c in 0..channels {
-                    let x: f64 = (0..taps).map(|j| f64::from(weight[c * taps + j]) * f64::from(rows[j][c])).sum();
-                    assert!((f64::from(out[c]) - x / (1.0 + (-x).exp())).abs() < 1e-6, "{kernels:?} {taps} {c}");
+                    let x: f64 = (0..taps)
+                        .map(|j| f64::from(weight[c * taps + j]) * f64::from(rows[j][c]))
+                        .sum();
+                    assert!(
+                        (f64::from(out[c]) - x / (1.0 + (-x).exp())).abs() < 1e-6,
+                        "{kernels:?} {taps} {c}"
+                    );
                 }
             }
         }

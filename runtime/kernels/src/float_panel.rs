@@ -87,7 +87,10 @@ pub(super) unsafe fn float_panel<L: Lanes, W: FloatFormat, const N: usize>(panel
             bytes[..(cols - whole) * W::BYTES].copy_from_slice(&row[whole * W::BYTES..]);
             // SAFETY: the buffers hold a step.
             unsafe {
-                let w = [W::load(bytes.as_ptr()), W::load(bytes.as_ptr().add(L::COUNT * W::BYTES))];
+                let w = [
+                    W::load(bytes.as_ptr()),
+                    W::load(bytes.as_ptr().add(L::COUNT * W::BYTES)),
+                ];
                 for (acc, x) in acc.iter_mut().zip(&tail) {
                     add_step::<L>(acc, w, x.as_ptr());
                 }
@@ -95,7 +98,11 @@ pub(super) unsafe fn float_panel<L: Lanes, W: FloatFormat, const N: usize>(panel
         }
         for (n, [low, high]) in acc.into_iter().enumerate() {
             // SAFETY: the caller's processor; the caller's output holds this element.
-            unsafe { panel.out.put(n, panel.first_row + r, L::sum_both(low, high)) };
+            unsafe {
+                panel
+                    .out
+                    .put(n, panel.first_row + r, L::sum_both(low, high))
+            };
         }
     }
 }

@@ -53,7 +53,9 @@ impl FromStr for Isa {
     type Err = UnknownIsa;
 
     fn from_str(text: &str) -> Result<Self, UnknownIsa> {
-        let found = Isa::ALL.into_iter().find(|isa| isa.name().eq_ignore_ascii_case(text.trim()));
+        let found = Isa::ALL
+            .into_iter()
+            .find(|isa| isa.name().eq_ignore_ascii_case(text.trim()));
         found.ok_or_else(|| UnknownIsa(text.to_string()))
     }
 }
@@ -97,7 +99,10 @@ impl Kernels {
 
     /// Returns the fastest kernels of this processor.
     pub fn best() -> Kernels {
-        [Isa::Amx, Isa::Avx512, Isa::Avx2, Isa::Neon].into_iter().find_map(Kernels::with_isa).unwrap_or(Kernels::SCALAR)
+        [Isa::Amx, Isa::Avx512, Isa::Avx2, Isa::Neon]
+            .into_iter()
+            .find_map(Kernels::with_isa)
+            .unwrap_or(Kernels::SCALAR)
     }
 
     /// Returns the kernels that the environment variable [`ISA_VARIABLE`] names; the fastest when
@@ -115,8 +120,14 @@ impl Kernels {
     fn named(name: &str) -> Result<Kernels, IsaError> {
         let isa: Isa = name.parse().map_err(IsaError::Unknown)?;
         Kernels::with_isa(isa).ok_or_else(|| {
-            let names: Vec<&str> = Kernels::available().into_iter().map(|k| k.isa().name()).collect();
-            IsaError::Unavailable { isa, available: names.join(" or ") }
+            let names: Vec<&str> = Kernels::available()
+                .into_iter()
+                .map(|k| k.isa().name())
+                .collect();
+            IsaError::Unavailable {
+                isa,
+                available: names.join(" or "),
+            }
         })
     }
 
@@ -140,8 +151,11 @@ impl Kernels {
 /// Whether this processor has the instruction set, and there are kernels for it.
 #[cfg(target_arch = "x86_64")]
 fn supported(isa: Isa) -> bool {
-    let avx2 =
-        || is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
+    let avx2 = || {
+        is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("f16c")
+    };
     let avx512 = || {
         avx2()
             && is_x86_feature_detected!("avx512f")
@@ -163,7 +177,9 @@ fn supported(isa: Isa) -> bool {
 fn supported(isa: Isa) -> bool {
     match isa {
         Isa::Scalar => true,
-        Isa::Neon => cfg!(target_endian = "little") && std::arch::is_aarch64_feature_detected!("dotprod"),
+        Isa::Neon => {
+            cfg!(target_endian = "little") && std::arch::is_aarch64_feature_detected!("dotprod")
+        }
         _ => false,
     }
 }
@@ -198,8 +214,15 @@ mod tests {
             unknown,
             "TIER_PLAN_ISA: unknown instruction set 'sse9': expected scalar, avx2, avx512, amx or neon"
         );
-        let foreign = if cfg!(target_arch = "x86_64") { "neon" } else { "avx2" };
+        let foreign = if cfg!(target_arch = "x86_64") {
+            "neon"
+        } else {
+            "avx2"
+        };
         let absent = Kernels::named(foreign).unwrap_err().to_string();
-        assert!(absent.contains(&format!("'{foreign}'")) && absent.contains("expected scalar"), "{absent}");
+        assert!(
+            absent.contains(&format!("'{foreign}'")) && absent.contains("expected scalar"),
+            "{absent}"
+        );
     }
 }

@@ -32,14 +32,37 @@ impl Kernels {
     /// # Panics
     /// When `rows` are out of bounds, the columns of `w` and `x` differ, `out` is too small, or `x`
     /// lacks the form that the type needs.
-    pub unsafe fn matmul(self, w: Weights<'_>, rows: Range<usize>, x: ActView<'_>, out: OutMatrix<'_>) {
+    pub unsafe fn matmul(
+        self,
+        w: Weights<'_>,
+        rows: Range<usize>,
+        x: ActView<'_>,
+        out: OutMatrix<'_>,
+    ) {
         let (cols, tokens) = (w.n_cols(), x.rows());
-        assert_eq!(x.cols(), cols, "columns of the activations and of the weights");
-        assert!(x.is_quantized() || !needs_quants(w.ty()), "{} weights need quantized activations", w.ty());
-        assert!(needs_quants(w.ty()) || x.values().len() == tokens * cols, "{} weights need the values", w.ty());
-        assert!(out.holds(tokens, rows.end), "{tokens} x {} values do not fit the output", rows.end);
+        assert_eq!(
+            x.cols(),
+            cols,
+            "columns of the activations and of the weights"
+        );
+        assert!(
+            x.is_quantized() || !needs_quants(w.ty()),
+            "{} weights need quantized activations",
+            w.ty()
+        );
+        assert!(
+            needs_quants(w.ty()) || x.values().len() == tokens * cols,
+            "{} weights need the values",
+            w.ty()
+        );
+        assert!(
+            out.holds(tokens, rows.end),
+            "{tokens} x {} values do not fit the output",
+            rows.end
+        );
         let part = w.rows(rows.clone());
-        let part = part.unwrap_or_else(|| panic!("rows {rows:?} of a matrix of {} rows", w.n_rows()));
+        let part =
+            part.unwrap_or_else(|| panic!("rows {rows:?} of a matrix of {} rows", w.n_rows()));
         if cols == 0 {
             for (token, row) in (0..tokens).flat_map(|t| rows.clone().map(move |r| (t, r))) {
                 // SAFETY: `holds` above.
@@ -62,16 +85,31 @@ impl Kernels {
         let (x, out, tokens) = match super::x86::amx::kernel_for(w.ty(), tokens) {
             Some((kernel, count)) if self.isa() == crate::Isa::Amx && !rows.is_empty() => {
                 let (weights, row_bytes, first_row) = (part.bytes(), w.row_bytes(), rows.start);
-                let panel = Panel { weights, row_bytes, first_row, x: x.rows_range(0..count), out };
+                let panel = Panel {
+                    weights,
+                    row_bytes,
+                    first_row,
+                    x: x.rows_range(0..count),
+                    out,
+                };
                 // SAFETY: `self` proves the instructions, the rest was asserted above; writes are
                 // the caller's promise.
                 unsafe { kernel(&panel) };
-                (x.rows_range(count..tokens), out.skip_tokens(count), tokens - count)
+                (
+                    x.rows_range(count..tokens),
+                    out.skip_tokens(count),
+                    tokens - count,
+                )
             }
             _ => (x, out, tokens),
         };
         let one_pass = tokens <= kernels.len();
-        let block_rows = if one_pass { rows.len() } else { MAX_BLOCK_BYTES.div_ceil(w.row_bytes()) }.max(1);
+        let block_rows = if one_pass {
+            rows.len()
+        } else {
+            MAX_BLOCK_BYTES.div_ceil(w.row_bytes())
+        }
+        .max(1);
         for (i, weights) in part.bytes().chunks(block_rows * w.row_bytes()).enumerate() {
             let first_row = rows.start + i * block_rows;
             let mut token = 0;
@@ -79,7 +117,13 @@ impl Kernels {
                 let count = (tokens - token).min(kernels.len());
                 let next = token + count;
                 let (x, out) = (x.rows_range(token..next), out.skip_tokens(token));
-                let panel = Panel { weights, row_bytes: w.row_bytes(), first_row, x, out };
+                let panel = Panel {
+                    weights,
+                    row_bytes: w.row_bytes(),
+                    first_row,
+                    x,
+                    out,
+                };
                 // SAFETY: `self` proves the instructions, the rest was asserted above; writes are
                 // the caller's promise.
                 unsafe { kernels[count - 1](&panel) };

@@ -31,7 +31,12 @@ use std::arch::asm;
 /// Lists the instances of a kernel for 1 to 4 tokens.
 macro_rules! panel_fns {
     ($kernel:ident, $of:ty) => {{
-        const PANELS: &[PanelFn] = &[$kernel::<$of, 1>, $kernel::<$of, 2>, $kernel::<$of, 3>, $kernel::<$of, 4>];
+        const PANELS: &[PanelFn] = &[
+            $kernel::<$of, 1>,
+            $kernel::<$of, 2>,
+            $kernel::<$of, 3>,
+            $kernel::<$of, 4>,
+        ];
         PANELS
     }};
 }
@@ -66,10 +71,16 @@ impl UnpackOps for Neon {
             let low = vld1q_u8(bytes.as_ptr());
             let fifth = vreinterpretq_u8_u32(vdupq_n_u32(fifth));
             let one_each = vreinterpretq_u8_u64(vdupq_n_u64(BIT));
-            for (half, codes) in [vandq_u8(low, vdupq_n_u8(15)), vshrq_n_u8::<4>(low)].into_iter().enumerate() {
+            for (half, codes) in [vandq_u8(low, vdupq_n_u8(15)), vshrq_n_u8::<4>(low)]
+                .into_iter()
+                .enumerate()
+            {
                 // Every bit's byte, eight times.
                 let first = 2 * half as u64 * EACH;
-                let spread = vreinterpretq_u8_u64(vcombine_u64(vcreate_u64(first), vcreate_u64(first + EACH)));
+                let spread = vreinterpretq_u8_u64(vcombine_u64(
+                    vcreate_u64(first),
+                    vcreate_u64(first + EACH),
+                ));
                 let set = vtstq_u8(vqtbl1q_u8(fifth, spread), one_each);
                 let codes = vorrq_u8(codes, vandq_u8(set, vdupq_n_u8(16)));
                 let codes = vsubq_s8(vreinterpretq_s8_u8(codes), vdupq_n_s8(offset));
@@ -109,7 +120,11 @@ impl BlockDot for Neon {
     }
 
     #[inline(always)]
-    unsafe fn add_block<F: Format, const N: usize>(codes: &Codes, x: [&ActBlock; N], acc: &mut [float32x4_t; N]) {
+    unsafe fn add_block<F: Format, const N: usize>(
+        codes: &Codes,
+        x: [&ActBlock; N],
+        acc: &mut [float32x4_t; N],
+    ) {
         // SAFETY: the caller's processor.
         unsafe { add_block::<F, N>(codes, x, acc) }
     }
@@ -144,7 +159,11 @@ unsafe fn float<W: FloatFormat, const N: usize>(panel: &Panel<'_>) {
 /// Adds the dot products of 256 weights with `N` tokens.
 #[inline]
 #[target_feature(enable = "neon,dotprod")]
-fn add_block<F: Format, const N: usize>(codes: &Codes, x: [&ActBlock; N], acc: &mut [float32x4_t; N]) {
+fn add_block<F: Format, const N: usize>(
+    codes: &Codes,
+    x: [&ActBlock; N],
+    acc: &mut [float32x4_t; N],
+) {
     for two in 0..4 {
         // Eights of two runs, side by side as the activations have them.
         let [w0, w1] = eights::<F>(codes, 2 * two, 0);
@@ -157,13 +176,21 @@ fn add_block<F: Format, const N: usize>(codes: &Codes, x: [&ActBlock; N], acc: &
             let one = dot(dot(vdupq_n_s32(0), w0, x0), w1, x1);
             let sum = if F::SCALE_PER_16 {
                 let two = dot(dot(vdupq_n_s32(0), w2, x2), w3, x3);
-                vfmaq_f32(vmulq_f32(vcvtq_f32_s32(one), first), vcvtq_f32_s32(two), second)
+                vfmaq_f32(
+                    vmulq_f32(vcvtq_f32_s32(one), first),
+                    vcvtq_f32_s32(two),
+                    second,
+                )
             } else {
                 vmulq_f32(vcvtq_f32_s32(dot(dot(one, w2, x2), w3, x3)), scale)
             };
             acc[n] = vfmaq_f32(acc[n], sum, x_scale);
             if F::HAS_MIN {
-                acc[n] = vfmsq_f32(acc[n], load4(&codes.min, 4 * two), load4(&x[n].sums, 4 * two));
+                acc[n] = vfmsq_f32(
+                    acc[n],
+                    load4(&codes.min, 4 * two),
+                    load4(&x[n].sums, 4 * two),
+                );
             }
         }
     }
@@ -182,7 +209,10 @@ fn eights<F: Format>(codes: &Codes, run: usize, at: usize) -> [int8x16_t; 2] {
         odd = vqtbl1q_s8(table, vreinterpretq_u8_s8(odd));
     }
     let (even, odd) = (vreinterpretq_s64_s8(even), vreinterpretq_s64_s8(odd));
-    [vreinterpretq_s8_s64(vzip1q_s64(even, odd)), vreinterpretq_s8_s64(vzip2q_s64(even, odd))]
+    [
+        vreinterpretq_s8_s64(vzip1q_s64(even, odd)),
+        vreinterpretq_s8_s64(vzip2q_s64(even, odd)),
+    ]
 }
 
 /// Loads 16 codes from `at` on.
@@ -219,7 +249,12 @@ impl Lanes for Eight {
     #[inline(always)]
     unsafe fn load_f32(p: *const u8) -> Self {
         // SAFETY: the caller's bytes.
-        unsafe { Self([vreinterpretq_f32_u8(vld1q_u8(p)), vreinterpretq_f32_u8(vld1q_u8(p.add(16)))]) }
+        unsafe {
+            Self([
+                vreinterpretq_f32_u8(vld1q_u8(p)),
+                vreinterpretq_f32_u8(vld1q_u8(p.add(16))),
+            ])
+        }
     }
 
     #[inline(always)]
@@ -236,7 +271,10 @@ impl Lanes for Eight {
         // SAFETY: the caller's bytes.
         unsafe {
             let bits = vreinterpretq_u16_u8(vld1q_u8(p));
-            let (low, high) = (vshll_n_u16::<16>(vget_low_u16(bits)), vshll_high_n_u16::<16>(bits));
+            let (low, high) = (
+                vshll_n_u16::<16>(vget_low_u16(bits)),
+                vshll_high_n_u16::<16>(bits),
+            );
             Self([vreinterpretq_f32_u32(low), vreinterpretq_f32_u32(high)])
         }
     }
@@ -244,13 +282,23 @@ impl Lanes for Eight {
     #[inline(always)]
     unsafe fn mul_add(a: Self, b: Self, c: Self) -> Self {
         // SAFETY: every AArch64 processor that this is compiled for has NEON.
-        unsafe { Self([vfmaq_f32(c.0[0], a.0[0], b.0[0]), vfmaq_f32(c.0[1], a.0[1], b.0[1])]) }
+        unsafe {
+            Self([
+                vfmaq_f32(c.0[0], a.0[0], b.0[0]),
+                vfmaq_f32(c.0[1], a.0[1], b.0[1]),
+            ])
+        }
     }
 
     #[inline(always)]
     unsafe fn sum_both(a: Self, b: Self) -> f32 {
         // SAFETY: every AArch64 processor that this is compiled for has NEON.
-        unsafe { vaddvq_f32(vaddq_f32(vaddq_f32(a.0[0], a.0[1]), vaddq_f32(b.0[0], b.0[1]))) }
+        unsafe {
+            vaddvq_f32(vaddq_f32(
+                vaddq_f32(a.0[0], a.0[1]),
+                vaddq_f32(b.0[0], b.0[1]),
+            ))
+        }
     }
 }
 
@@ -263,7 +311,10 @@ mod tests {
     fn every_half_float_widens_as_in_plain_code() {
         for bits in 0..=u16::MAX {
             let (got, want) = (Neon::f16(bits), Plain::f16(bits));
-            assert!(got.to_bits() == want.to_bits() || got.is_nan() && want.is_nan(), "{bits:#x}: {got} {want}");
+            assert!(
+                got.to_bits() == want.to_bits() || got.is_nan() && want.is_nan(),
+                "{bits:#x}: {got} {want}"
+            );
         }
     }
 
@@ -271,8 +322,16 @@ mod tests {
     fn fifth_bits_join_as_in_plain_code() {
         let bytes = std::array::from_fn(|i| (i * 37 + 11) as u8);
         for bit in 0..32 {
-            for (fifth, less) in [(1 << bit, 0), (!(1 << bit), 16), (0x9e37_79b9_u32.rotate_left(bit), 16)] {
-                assert_eq!(Neon::five_bits(&bytes, fifth, less), Plain::five_bits(&bytes, fifth, less), "{fifth:#x}");
+            for (fifth, less) in [
+                (1 << bit, 0),
+                (!(1 << bit), 16),
+                (0x9e37_79b9_u32.rotate_left(bit), 16),
+            ] {
+                assert_eq!(
+                    Neon::five_bits(&bytes, fifth, less),
+                    Plain::five_bits(&bytes, fifth, less),
+                    "{fifth:#x}"
+                );
             }
         }
     }

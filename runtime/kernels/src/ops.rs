@@ -45,7 +45,10 @@ impl Kernels {
     /// When the lengths differ.
     #[inline]
     pub fn rms_norm(self, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
-        assert!(x.len() == out.len() && (weight.is_empty() || weight.len() == x.len()), "lengths of a norm");
+        assert!(
+            x.len() == out.len() && (weight.is_empty() || weight.len() == x.len()),
+            "lengths of a norm"
+        );
         dispatch!(self, rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]))
     }
 
@@ -118,7 +121,9 @@ impl Kernels {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `self` proves the instructions (AVX-512 comes with AVX2 and F16C); the
             // lengths are equal.
-            crate::Isa::Amx | crate::Isa::Avx512 | crate::Isa::Avx2 => unsafe { super::x86::rows::narrow(x, out) },
+            crate::Isa::Amx | crate::Isa::Avx512 | crate::Isa::Avx2 => unsafe {
+                super::x86::rows::narrow(x, out)
+            },
             _ => {
                 for (to, from) in out.iter_mut().zip(x) {
                     *to = f16::from_f32_const(*from);
@@ -140,7 +145,11 @@ pub(super) fn fma<const FUSED: bool>(a: f32, b: f32, c: f32) -> f32 {
 /// Folds pairs of elements into [`LANES`] partial sums, then adds those up, halving their number
 /// each time.
 #[inline(always)]
-pub(super) fn lanes_sum<A: Copy, B: Copy>(a: &[A], b: &[B], step: impl Fn(f32, A, B) -> f32) -> f32 {
+pub(super) fn lanes_sum<A: Copy, B: Copy>(
+    a: &[A],
+    b: &[B],
+    step: impl Fn(f32, A, B) -> f32,
+) -> f32 {
     let mut lanes = [0.0f32; LANES];
     let (a_chunks, b_chunks) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
     let rest = a_chunks.remainder().iter().zip(b_chunks.remainder());
@@ -199,12 +208,22 @@ pub(super) fn exp<const FUSED: bool>(x: f32) -> f32 {
     let n = shifted - ROUND;
     let r = fma::<FUSED>(n, -LN2_LOW, fma::<FUSED>(n, -LN2_HIGH, bounded));
     let mut p = 1.0 / 5040.0;
-    for term in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
+    for term in [
+        1.0 / 720.0,
+        1.0 / 120.0,
+        1.0 / 24.0,
+        1.0 / 6.0,
+        0.5,
+        1.0,
+        1.0,
+    ] {
         p = fma::<FUSED>(p, r, term);
     }
     // Half of 2^n, so that n = 128 (from 88.4 on) is in range; what is too large overflows in the
     // doubling.
-    let exponent = (shifted.to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32).wrapping_add(126);
+    let exponent = (shifted.to_bits() as i32)
+        .wrapping_sub(ROUND.to_bits() as i32)
+        .wrapping_add(126);
     let value = p * f32::from_bits((exponent as u32) << 23) * 2.0;
     if x < -86.5 { 0.0 } else { value }
 }

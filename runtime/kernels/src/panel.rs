@@ -72,7 +72,11 @@ pub(super) trait BlockDot {
     ///
     /// # Safety
     /// The processor has the instruction set.
-    unsafe fn add_block<F: Format, const N: usize>(codes: &Codes, x: [&ActBlock; N], acc: &mut [Self::Acc; N]);
+    unsafe fn add_block<F: Format, const N: usize>(
+        codes: &Codes,
+        x: [&ActBlock; N],
+        acc: &mut [Self::Acc; N],
+    );
 
     /// Returns the sum of the lanes.
     ///

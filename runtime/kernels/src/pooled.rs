@@ -31,22 +31,39 @@ impl<'a> MatJob<'a> {
     /// # Panics
     /// When the sizes don't fit.
     pub fn new(w: Weights<'a>, x: ActView<'a>, out: &'a mut [f32]) -> Self {
-        assert_eq!(w.n_cols(), x.cols(), "columns of the matrix and of the activations");
+        assert_eq!(
+            w.n_cols(),
+            x.cols(),
+            "columns of the matrix and of the activations"
+        );
         assert_eq!(out.len(), x.rows() * w.n_rows(), "size of the result");
         let stride = w.n_rows();
-        Self { w, x, out: OutMatrix::new(out, stride) }
+        Self {
+            w,
+            x,
+            out: OutMatrix::new(out, stride),
+        }
     }
 }
 
 /// Runs all matmuls as one loop over the pool, so that threads wait for each other once.
 pub fn matmul_all(pool: &ThreadPool, kernels: Kernels, jobs: &[MatJob<'_>]) {
-    let bytes: usize = jobs.iter().map(|job| job.w.n_rows() * job.w.row_bytes()).sum();
+    let bytes: usize = jobs
+        .iter()
+        .map(|job| job.w.n_rows() * job.w.row_bytes())
+        .sum();
     let is_batch = jobs.iter().all(|job| job.x.rows() >= MIN_BATCH_TOKENS);
-    let (chunks, min_rows) =
-        if is_batch { (BATCH_CHUNKS_PER_THREAD, MIN_BATCH_CHUNK_ROWS) } else { (CHUNKS_PER_THREAD, MIN_CHUNK_ROWS) };
+    let (chunks, min_rows) = if is_batch {
+        (BATCH_CHUNKS_PER_THREAD, MIN_BATCH_CHUNK_ROWS)
+    } else {
+        (CHUNKS_PER_THREAD, MIN_CHUNK_ROWS)
+    };
     let chunk_bytes = bytes / (pool.n_threads() * chunks) + 1;
-    let chunk_rows =
-        |job: &MatJob<'_>| (chunk_bytes / job.w.row_bytes().max(1)).next_multiple_of(min_rows).max(min_rows);
+    let chunk_rows = |job: &MatJob<'_>| {
+        (chunk_bytes / job.w.row_bytes().max(1))
+            .next_multiple_of(min_rows)
+            .max(min_rows)
+    };
     let n_chunks = |job: &MatJob<'_>| job.w.n_rows().div_ceil(chunk_rows(job));
     let total: usize = jobs.iter().map(n_chunks).sum();
     pool.for_each_chunk(total, 1, |range| {

@@ -17,7 +17,10 @@ impl Random {
     /// Returns the next 64 bits.
     pub fn next_u64(&mut self) -> u64 {
         // The low bits of the state have short periods: the high ones are mixed into them.
-        self.0 = self.0.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(0x1405_7b7e_f767_814f);
+        self.0 = self
+            .0
+            .wrapping_mul(0x5851_f42d_4c95_7f2d)
+            .wrapping_add(0x1405_7b7e_f767_814f);
         let mixed = (self.0 ^ self.0 >> 32).wrapping_mul(0xd6e8_feb8_6659_fd93);
         mixed ^ mixed >> 32
     }
@@ -49,7 +52,9 @@ impl Random {
     /// Returns `values` weights of a type: random bits, but ordinary numbers for the floats that
     /// multiply scales.
     pub fn weights(&mut self, ty: TensorType, values: usize) -> Vec<u8> {
-        let n_bytes = ty.row_bytes(values as u64).unwrap_or_else(|| panic!("{values} {ty} values")) as usize;
+        let n_bytes = ty
+            .row_bytes(values as u64)
+            .unwrap_or_else(|| panic!("{values} {ty} values")) as usize;
         let mut bytes: Vec<u8> = (0..n_bytes).map(|_| self.next_u64() as u8).collect();
         for block in bytes.chunks_exact_mut(ty.block_bytes()) {
             let value = 0.05 * self.float();
@@ -69,11 +74,14 @@ impl Random {
                 TensorType::IQ1_M => {
                     let bits = f16::from_f32(value).to_bits();
                     for i in 0..4 {
-                        block[49 + 2 * i] = block[49 + 2 * i] & 15 | ((bits >> (4 * i) & 15) as u8) << 4;
+                        block[49 + 2 * i] =
+                            block[49 + 2 * i] & 15 | ((bits >> (4 * i) & 15) as u8) << 4;
                     }
                     &[]
                 }
-                TensorType::Q4_1 | TensorType::Q5_1 | TensorType::Q4_K | TensorType::Q5_K => &[0, 2],
+                TensorType::Q4_1 | TensorType::Q5_1 | TensorType::Q4_K | TensorType::Q5_K => {
+                    &[0, 2]
+                }
                 TensorType::Q2_K => &[80, 82],
                 TensorType::Q3_K => &[108],
                 TensorType::Q6_K => &[208],

@@ -102,7 +102,10 @@ impl Kernels {
     #[inline]
     pub fn from_q8(self, rows: &[u8], width: usize, out: &mut [f32]) {
         let n = out.len() / width;
-        assert!(out.len() == n * width && rows.len() == n * q8_row_bytes(width), "lengths of rows in 8 bits");
+        assert!(
+            out.len() == n * width && rows.len() == n * q8_row_bytes(width),
+            "lengths of rows in 8 bits"
+        );
         dispatch!(self, from_q8(rows: &[u8], width: usize, out: &mut [f32]))
     }
 
@@ -117,7 +120,9 @@ impl Kernels {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `self` proves the instructions (AVX-512 comes with AVX2 and F16C); the
             // lengths are equal.
-            crate::Isa::Amx | crate::Isa::Avx512 | crate::Isa::Avx2 => unsafe { super::x86::rows::widen(x, out) },
+            crate::Isa::Amx | crate::Isa::Avx512 | crate::Isa::Avx2 => unsafe {
+                super::x86::rows::widen(x, out)
+            },
             _ => {
                 for (to, from) in out.iter_mut().zip(x) {
                     *to = f16_to_f32(from.to_bits());
@@ -132,12 +137,22 @@ impl Kernels {
     /// # Panics
     /// When `width` is 0, `queries` or `rows` are not whole rows, or `scores` is too short.
     #[inline]
-    pub fn row_dots(self, queries: &[f32], rows: StoredRows<'_>, width: usize, scores: &mut [f32], stride: usize) {
+    pub fn row_dots(
+        self,
+        queries: &[f32],
+        rows: StoredRows<'_>,
+        width: usize,
+        scores: &mut [f32],
+        stride: usize,
+    ) {
         let (n_queries, n_rows) = (StoredRows::F32(queries).count(width), rows.count(width));
         if n_queries == 0 || n_rows == 0 {
             return;
         }
-        assert!(n_rows <= stride && fits(n_queries, stride, n_rows, scores.len()), "room for scores");
+        assert!(
+            n_rows <= stride && fits(n_queries, stride, n_rows, scores.len()),
+            "room for scores"
+        );
         match self.isa() {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `self` proves the instructions; the lengths are checked above.
@@ -146,7 +161,9 @@ impl Kernels {
             },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `self` proves the instructions; the lengths are checked above.
-            crate::Isa::Avx2 => unsafe { super::x86::rows::avx2(rows).dots(n_rows, width, queries, scores, stride) },
+            crate::Isa::Avx2 => unsafe {
+                super::x86::rows::avx2(rows).dots(n_rows, width, queries, scores, stride)
+            },
             _ => {
                 let mut row = vec![0.0; width];
                 for r in 0..n_rows {
@@ -179,7 +196,10 @@ impl Kernels {
         if n_queries == 0 || n_rows == 0 {
             return;
         }
-        assert!(fits(n_queries, stride, n_rows, weights.len()), "a weight for each row");
+        assert!(
+            fits(n_queries, stride, n_rows, weights.len()),
+            "a weight for each row"
+        );
         match self.isa() {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `self` proves the instructions; the lengths are checked above.
@@ -197,7 +217,9 @@ impl Kernels {
                     self.widen_rows(rows.range(r..r + 1, width), width, &mut row);
                     for (q, out) in out.chunks_exact_mut(out_width).enumerate() {
                         let weight = weights[q * stride + r];
-                        out.iter_mut().zip(&row).for_each(|(out, v)| *out += weight * v);
+                        out.iter_mut()
+                            .zip(&row)
+                            .for_each(|(out, v)| *out += weight * v);
                     }
                 }
             }
@@ -224,23 +246,36 @@ impl Kernels {
 
 /// Whether `len` values hold `n` runs of `run`, their beginnings `stride` apart; `n` is not 0.
 fn fits(n: usize, stride: usize, run: usize, len: usize) -> bool {
-    (n - 1).checked_mul(stride).and_then(|last| last.checked_add(run)).is_some_and(|end| end <= len)
+    (n - 1)
+        .checked_mul(stride)
+        .and_then(|last| last.checked_add(run))
+        .is_some_and(|end| end <= len)
 }
 
 /// Returns the least 16-bit float not below `largest / 127`, so that no code is out of range.
 fn q8_scale(largest: f32) -> f16 {
     let exact = largest / LARGEST_CODE;
     let near = f16::from_f32_const(exact);
-    if near.to_f32_const() < exact { f16::from_bits(near.to_bits() + 1) } else { near }
+    if near.to_f32_const() < exact {
+        f16::from_bits(near.to_bits() + 1)
+    } else {
+        near
+    }
 }
 
 #[inline(always)]
 fn to_q8<const FUSED: bool>(x: &[f32], out: &mut [u8]) {
     for (block, out) in x.chunks(BLOCK).zip(out.chunks_mut(BLOCK + 2)) {
         // Compared as bits: a NaN is the largest and ends up in the scale.
-        let bits = block.iter().fold(0, |most, v| (v.to_bits() & 0x7fff_ffff).max(most));
+        let bits = block
+            .iter()
+            .fold(0, |most, v| (v.to_bits() & 0x7fff_ffff).max(most));
         let scale = q8_scale(f32::from_bits(bits));
-        let inverse = if scale == f16::ZERO { 0.0 } else { 1.0 / f16_to_f32(scale.to_bits()) };
+        let inverse = if scale == f16::ZERO {
+            0.0
+        } else {
+            1.0 / f16_to_f32(scale.to_bits())
+        };
         out[..2].copy_from_slice(&scale.to_le_bytes());
         for (code, v) in out[2..].iter_mut().zip(block) {
             *code = (v * inverse).round_ties_even() as i8 as u8;
@@ -250,7 +285,10 @@ fn to_q8<const FUSED: bool>(x: &[f32], out: &mut [u8]) {
 
 #[inline(always)]
 fn from_q8<const FUSED: bool>(rows: &[u8], width: usize, out: &mut [f32]) {
-    for (row, out) in rows.chunks_exact(q8_row_bytes(width)).zip(out.chunks_exact_mut(width)) {
+    for (row, out) in rows
+        .chunks_exact(q8_row_bytes(width))
+        .zip(out.chunks_exact_mut(width))
+    {
         let (blocks, rest) = row.as_chunks::<{ BLOCK + 2 }>();
         let (outs, out_rest) = out.as_chunks_mut::<BLOCK>();
         for (block, out) in blocks.iter().zip(outs) {
@@ -277,7 +315,11 @@ fn exp_minus_max<const FUSED: bool>(x: &mut [f32]) -> (f32, f32) {
     }
     for chunk in chunks {
         for i in 0..LANES {
-            lanes[i] = if chunk[i] > lanes[i] { chunk[i] } else { lanes[i] };
+            lanes[i] = if chunk[i] > lanes[i] {
+                chunk[i]
+            } else {
+                lanes[i]
+            };
         }
     }
     let largest = lanes.into_iter().fold(f32::NEG_INFINITY, f32::max);

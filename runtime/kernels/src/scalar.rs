@@ -28,13 +28,21 @@ impl BlockDot for Plain {
     }
 
     #[inline(always)]
-    unsafe fn add_block<F: Format, const N: usize>(codes: &Codes, x: [&ActBlock; N], acc: &mut [f32; N]) {
+    unsafe fn add_block<F: Format, const N: usize>(
+        codes: &Codes,
+        x: [&ActBlock; N],
+        acc: &mut [f32; N],
+    ) {
         for (x, sum) in x.into_iter().zip(acc) {
             for i in 0..16 {
                 let mut product = 0;
                 for eight in [2 * i, 2 * i + 1] {
-                    let pairs = codes.q[8 * eight..][..8].iter().zip(&x.q[8 * place(eight)..][..8]);
-                    product += pairs.map(|(w, a)| i32::from(F::code(*w)) * i32::from(*a)).sum::<i32>();
+                    let pairs = codes.q[8 * eight..][..8]
+                        .iter()
+                        .zip(&x.q[8 * place(eight)..][..8]);
+                    product += pairs
+                        .map(|(w, a)| i32::from(F::code(*w)) * i32::from(*a))
+                        .sum::<i32>();
                 }
                 *sum += codes.scale[i] * x.scale[i] * product as f32;
                 if F::HAS_MIN {
@@ -69,7 +77,10 @@ unsafe fn float<const TYPE: u32>(panel: &Panel<'_>) {
     let mut values = [0.0f32; CHUNK];
     for (r, row) in panel.weights.chunks_exact(panel.row_bytes).enumerate() {
         let mut lanes = [0.0f32; 16];
-        for (bytes, x) in row.chunks(CHUNK * ty.block_bytes()).zip(panel.x.values().chunks(CHUNK)) {
+        for (bytes, x) in row
+            .chunks(CHUNK * ty.block_bytes())
+            .zip(panel.x.values().chunks(CHUNK))
+        {
             let values = &mut values[..x.len()];
             dequantize_row(ty, bytes, values);
             for (i, (w, x)) in values.iter().zip(x).enumerate() {

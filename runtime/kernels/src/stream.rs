@@ -54,10 +54,18 @@ mod tests {
     fn every_instruction_set_reads_every_word() {
         for len in [0, 8, STEP - 1, STEP, 5 * STEP + 13] {
             let bytes: Vec<u8> = (0..len).map(|i| (i * i + 7) as u8).collect();
-            let words = bytes[..len - len % STEP].chunks_exact(8).map(|w| u64::from_ne_bytes(w.try_into().unwrap()));
+            let words = bytes[..len - len % STEP]
+                .chunks_exact(8)
+                .map(|w| u64::from_ne_bytes(w.try_into().unwrap()));
             let expected = words.fold(0, |all, word| all ^ word);
             for kernels in Kernels::available() {
-                assert_eq!(kernels.read_all(&bytes), expected, "{} bytes with {}", len, kernels.isa());
+                assert_eq!(
+                    kernels.read_all(&bytes),
+                    expected,
+                    "{} bytes with {}",
+                    len,
+                    kernels.isa()
+                );
             }
         }
     }

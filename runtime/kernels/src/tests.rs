@@ -12,7 +12,11 @@ pub(super) fn random_weights(ty: TensorType, rows: usize, cols: usize, rng: &mut
     let mut out: Vec<u8> = (0..bytes).map(|_| rng.next() as u8).collect();
     for block in out.chunks_exact_mut(ty.block_bytes()) {
         let value = 0.01 + 0.02 * (rng.next() % 100) as f32 / 100.0;
-        let value = if rng.next().is_multiple_of(2) { value } else { -value };
+        let value = if rng.next().is_multiple_of(2) {
+            value
+        } else {
+            -value
+        };
         let half = f16::from_f32(value).to_le_bytes();
         use TensorType::*;
         match ty {
@@ -20,7 +24,9 @@ pub(super) fn random_weights(ty: TensorType, rows: usize, cols: usize, rng: &mut
             F16 => block.copy_from_slice(&f16::from_f32(50.0 * value).to_le_bytes()),
             BF16 => block.copy_from_slice(&half::bf16::from_f32(50.0 * value).to_le_bytes()),
             MXFP4 => block[0] = 120 + block[0] % 8,
-            Q2_K => [block[80], block[81], block[82], block[83]] = [half[0], half[1], half[0], half[1]],
+            Q2_K => {
+                [block[80], block[81], block[82], block[83]] = [half[0], half[1], half[0], half[1]]
+            }
             Q3_K => [block[108], block[109]] = half,
             Q6_K => [block[208], block[209]] = half,
             Q4_1 | Q5_1 | Q4_K | Q5_K => {
@@ -97,7 +103,11 @@ fn matmul_matches_the_dequantized_weights() {
                     // of many terms.
                     let bound = if needs_quants(ty) { 1e-4 } else { 1e-6 } * magnitude;
                     let off = (f64::from(*got) - want).abs();
-                    assert!(off <= bound, "{} {ty} {cols} columns, value {i}: {got}, expected {want}", k.isa());
+                    assert!(
+                        off <= bound,
+                        "{} {ty} {cols} columns, value {i}: {got}, expected {want}",
+                        k.isa()
+                    );
                 }
             }
         }
@@ -120,7 +130,10 @@ fn matmul_has_the_same_bits_with_any_other_tokens_and_rows() {
             acts.fill(k, TOKENS, cols, &x, needs_quants(ty));
             let mut single = vec![0.0; TOKENS * rows];
             for t in 0..TOKENS {
-                let (view, out) = (acts.view().rows_range(t..t + 1), &mut single[t * rows..][..rows]);
+                let (view, out) = (
+                    acts.view().rows_range(t..t + 1),
+                    &mut single[t * rows..][..rows],
+                );
                 // SAFETY: one thread.
                 unsafe { k.matmul(w, 0..rows, view, OutMatrix::new(out, rows)) };
             }
@@ -135,9 +148,18 @@ fn matmul_has_the_same_bits_with_any_other_tokens_and_rows() {
                 }
                 for t in 0..tokens {
                     for r in 0..stride {
-                        let want = if part.contains(&r) { single[t * rows + r] } else { -1.0 };
+                        let want = if part.contains(&r) {
+                            single[t * rows + r]
+                        } else {
+                            -1.0
+                        };
                         let got = out[t * stride + r];
-                        assert_eq!(got.to_bits(), want.to_bits(), "{} {ty} {tokens} tokens: [{t}, {r}]", k.isa());
+                        assert_eq!(
+                            got.to_bits(),
+                            want.to_bits(),
+                            "{} {ty} {tokens} tokens: [{t}, {r}]",
+                            k.isa()
+                        );
                     }
                 }
             }
@@ -166,7 +188,10 @@ fn instruction_sets_agree() {
         }
         for out in &outs[1..] {
             for ((a, b), (_, magnitude)) in outs[0].iter().zip(out).zip(&magnitudes) {
-                assert!(f64::from((a - b).abs()) <= 2e-6 * magnitude, "{ty}: {a} and {b}");
+                assert!(
+                    f64::from((a - b).abs()) <= 2e-6 * magnitude,
+                    "{ty}: {a} and {b}"
+                );
             }
         }
     }
@@ -180,7 +205,10 @@ fn eight_bit_activations_cost_little_accuracy() {
         let dir = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/data/dequant");
         let bytes = std::fs::read(dir.join(format!("{ty}.bin"))).unwrap();
         let golden = std::fs::read(dir.join(format!("{ty}.f32"))).unwrap();
-        let golden: Vec<f32> = golden.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
+        let golden: Vec<f32> = golden
+            .chunks_exact(4)
+            .map(|b| f32::from_le_bytes(b.try_into().unwrap()))
+            .collect();
         let w = Weights::new(ty, &bytes, 8, 256).unwrap();
         let x = rng.normals(16 * 256);
         let mut acts = Activations::new(16, 256);
@@ -215,10 +243,16 @@ impl Guarded {
         let (len, guard) = (64 << 10, 64 << 10);
         // SAFETY: a fresh anonymous mapping, of which the end is then closed.
         let base = unsafe {
-            let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+            let (protection, flags) = (
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+            );
             let base = libc::mmap(std::ptr::null_mut(), len + guard, protection, flags, -1, 0);
             assert_ne!(base, libc::MAP_FAILED);
-            assert_eq!(libc::mprotect(base.byte_add(len), guard, libc::PROT_NONE), 0);
+            assert_eq!(
+                libc::mprotect(base.byte_add(len), guard, libc::PROT_NONE),
+                0
+            );
             base.cast::<u8>()
         };
         Self { base, len }
@@ -256,7 +290,13 @@ fn nothing_past_the_end_is_read_or_written() {
                     inside.copy_from_slice(&bytes);
                     let w = Weights::new(ty, inside, rows, cols).unwrap();
                     let mut acts = Activations::new(tokens, cols);
-                    acts.fill(k, tokens, cols, &rng.normals(tokens * cols), needs_quants(ty));
+                    acts.fill(
+                        k,
+                        tokens,
+                        cols,
+                        &rng.normals(tokens * cols),
+                        needs_quants(ty),
+                    );
                     let out = OutMatrix::new(result.last::<f32>(tokens * rows), rows);
                     // SAFETY: one thread.
                     unsafe { k.matmul(w, 0..rows, acts.view(), out) };
@@ -300,7 +340,9 @@ fn extremes_do_not_overflow() {
                 let cols = 256;
                 let mut rng = Rng(5);
                 let mut bytes = random_weights(ty, 1, cols, &mut rng);
-                bytes.chunks_exact_mut(ty.block_bytes()).for_each(|block| block[codes(ty)].fill(fill));
+                bytes
+                    .chunks_exact_mut(ty.block_bytes())
+                    .for_each(|block| block[codes(ty)].fill(fill));
                 let w = Weights::new(ty, &bytes, 1, cols).unwrap();
                 for x in [vec![1.0; cols], vec![-1.0; cols]] {
                     let mut acts = Activations::new(1, cols);
@@ -310,7 +352,12 @@ fn extremes_do_not_overflow() {
                     unsafe { k.matmul(w, 0..1, acts.view(), OutMatrix::new(&mut out, 1)) };
                     let (want, magnitude) = reference(w, &x, true)[0];
                     let off = (f64::from(out[0]) - want).abs();
-                    assert!(off <= 1e-5 * magnitude + 1e-6, "{} {ty} {fill:#x}: {} {want}", k.isa(), out[0]);
+                    assert!(
+                        off <= 1e-5 * magnitude + 1e-6,
+                        "{} {ty} {fill:#x}: {} {want}",
+                        k.isa(),
+                        out[0]
+                    );
                 }
             }
         }
@@ -326,11 +373,20 @@ fn small_operations_match_plain_arithmetic() {
             let half: Vec<f16> = b.iter().map(|v| f16::from_f32(*v)).collect();
             let close = |got: f32, want: f64, scale: f64, what: &str| {
                 let off = (f64::from(got) - want).abs();
-                assert!(off <= 1e-6 * scale.max(1e-30), "{} {what} of {n}: {got}, expected {want}", k.isa());
+                assert!(
+                    off <= 1e-6 * scale.max(1e-30),
+                    "{} {what} of {n}: {got}, expected {want}",
+                    k.isa()
+                );
             };
             let sum = |f: &dyn Fn(usize) -> f64| (0..n).map(f).sum::<f64>();
             let size = sum(&|i| f64::from(a[i] * b[i]).abs());
-            close(k.dot(&a, &b), sum(&|i| f64::from(a[i]) * f64::from(b[i])), size, "dot");
+            close(
+                k.dot(&a, &b),
+                sum(&|i| f64::from(a[i]) * f64::from(b[i])),
+                size,
+                "dot",
+            );
 
             let mut narrow = vec![f16::ZERO; n];
             k.to_f16(&b, &mut narrow);
@@ -341,7 +397,12 @@ fn small_operations_match_plain_arithmetic() {
             k.add(&mut s, &b);
             for i in 0..n {
                 let (ai, bi) = (f64::from(a[i]), f64::from(b[i]));
-                close(y[i], ai + f64::from(0.3f32) * bi, ai.abs() + bi.abs(), "axpy");
+                close(
+                    y[i],
+                    ai + f64::from(0.3f32) * bi,
+                    ai.abs() + bi.abs(),
+                    "axpy",
+                );
                 close(s[i], ai + bi, ai.abs() + bi.abs(), "add");
             }
 
@@ -350,7 +411,11 @@ fn small_operations_match_plain_arithmetic() {
             for weight in [&b[..], &[]] {
                 k.rms_norm(&a, weight, 1e-5, &mut norm);
                 for i in 0..n {
-                    let w = if weight.is_empty() { 1.0 } else { f64::from(b[i]) };
+                    let w = if weight.is_empty() {
+                        1.0
+                    } else {
+                        f64::from(b[i])
+                    };
                     let want = f64::from(a[i]) / (mean + f64::from(1e-5f32)).sqrt() * w;
                     close(norm[i], want, want.abs(), "rms_norm");
                 }
@@ -382,16 +447,34 @@ fn small_operations_match_plain_arithmetic() {
 #[test]
 fn exp_is_accurate_over_its_range() {
     for k in Kernels::available() {
-        let x: Vec<f32> = (0..400_000).map(|i| -86.4 + i as f32 * (175.1 / 400_000.0)).collect();
+        let x: Vec<f32> = (0..400_000)
+            .map(|i| -86.4 + i as f32 * (175.1 / 400_000.0))
+            .collect();
         let mut y = x.clone();
         k.exp(&mut y);
         for (x, y) in x.iter().zip(&y) {
             let want = f64::from(*x).exp();
-            assert!((f64::from(*y) - want).abs() <= 4e-7 * want, "{} exp({x}) = {y}, expected {want}", k.isa());
+            assert!(
+                (f64::from(*y) - want).abs() <= 4e-7 * want,
+                "{} exp({x}) = {y}, expected {want}",
+                k.isa()
+            );
         }
-        let mut edge = [f32::NEG_INFINITY, -87.0, 89.0, 1e30, f32::INFINITY, f32::NAN, 0.0, -0.0];
+        let mut edge = [
+            f32::NEG_INFINITY,
+            -87.0,
+            89.0,
+            1e30,
+            f32::INFINITY,
+            f32::NAN,
+            0.0,
+            -0.0,
+        ];
         k.exp(&mut edge);
-        assert_eq!(edge[..5], [0.0, 0.0, f32::INFINITY, f32::INFINITY, f32::INFINITY]);
+        assert_eq!(
+            edge[..5],
+            [0.0, 0.0, f32::INFINITY, f32::INFINITY, f32::INFINITY]
+        );
         assert!(edge[5].is_nan() && edge[6] == 1.0 && edge[7] == 1.0);
     }
 }
@@ -408,7 +491,10 @@ fn the_eight_bit_form_is_the_same_everywhere() {
                 let mut acts = Activations::new(1, cols);
                 acts.fill(k, 1, cols, &x, true);
                 let blocks = acts.view().blocks().to_vec();
-                blocks.iter().map(|b| (b.q, b.scale.map(f32::to_bits), b.sums.map(f32::to_bits))).collect::<Vec<_>>()
+                blocks
+                    .iter()
+                    .map(|b| (b.q, b.scale.map(f32::to_bits), b.sums.map(f32::to_bits)))
+                    .collect::<Vec<_>>()
             })
             .collect();
         assert!(forms.iter().all(|form| *form == forms[0]), "{cols} columns");
@@ -429,8 +515,18 @@ fn weights_and_outputs_check_their_sizes() {
     assert!(Weights::new(TensorType::Q4_K, &bytes, 3, 255).is_none());
     assert!(Weights::new(TensorType::Q4_K, &bytes, usize::MAX, 256).is_none());
     let w = Weights::new(TensorType::Q4_K, &bytes, 3, 256).unwrap();
-    assert!(w.row(3).is_none() && w.rows(1..4).is_none() && w.rows(1..3).is_some_and(|w| w.n_rows() == 2));
+    assert!(
+        w.row(3).is_none()
+            && w.rows(1..4).is_none()
+            && w.rows(1..3).is_some_and(|w| w.n_rows() == 2)
+    );
     let mut out = [0.0; 5];
     let m = OutMatrix::new(&mut out, 3);
-    assert!(m.holds(1, 3) && m.holds(2, 2) && !m.holds(2, 3) && !m.holds(1, 4) && !m.holds(usize::MAX, 1));
+    assert!(
+        m.holds(1, 3)
+            && m.holds(2, 2)
+            && !m.holds(2, 3)
+            && !m.holds(1, 4)
+            && !m.holds(usize::MAX, 1)
+    );
 }

@@ -68,12 +68,24 @@ pub fn physical_cores() -> usize {
 /// Returns the hardware threads per core, from those of the first core, or `None` where the system
 /// does not tell.
 fn siblings_per_core() -> Option<usize> {
-    let list = std::fs::read_to_string("/sys/devices/system/cpu/cpu0/topology/thread_siblings_list").ok()?;
+    let list =
+        std::fs::read_to_string("/sys/devices/system/cpu/cpu0/topology/thread_siblings_list")
+            .ok()?;
     let count = |part: &str| match part.split_once('-') {
-        Some((a, b)) => Some(b.trim().parse::<usize>().ok()?.checked_sub(a.trim().parse().ok()?)? + 1),
+        Some((a, b)) => Some(
+            b.trim()
+                .parse::<usize>()
+                .ok()?
+                .checked_sub(a.trim().parse().ok()?)?
+                + 1,
+        ),
         None => part.trim().parse::<usize>().ok().map(|_| 1),
     };
-    list.trim().split(',').map(count).sum::<Option<usize>>().filter(|n| *n > 0)
+    list.trim()
+        .split(',')
+        .map(count)
+        .sum::<Option<usize>>()
+        .filter(|n| *n > 0)
 }
 
 /// A fixed set of threads that run loops together.
@@ -113,10 +125,17 @@ impl ThreadPool {
             .filter_map(|index| {
                 let shared = Arc::clone(&shared);
                 let name = format!("compute-{index}");
-                std::thread::Builder::new().name(name).spawn(move || worker(&shared)).ok()
+                std::thread::Builder::new()
+                    .name(name)
+                    .spawn(move || worker(&shared))
+                    .ok()
             })
             .collect();
-        Self { shared, workers, entry: Mutex::new(()) }
+        Self {
+            shared,
+            workers,
+            entry: Mutex::new(()),
+        }
     }
 
     /// Returns the number of threads, the caller included.
@@ -144,7 +163,9 @@ impl ThreadPool {
         // callers out.
         unsafe { *shared.task.get() = Some(erased) };
         let number = shared.state.load(Ordering::Relaxed) / TASK_UNIT;
-        shared.state.store((number + 1) * TASK_UNIT + OPEN_FLAG, Ordering::SeqCst);
+        shared
+            .state
+            .store((number + 1) * TASK_UNIT + OPEN_FLAG, Ordering::SeqCst);
         if shared.asleep.load(Ordering::SeqCst) > 0 {
             let _lock = shared.lock.lock().unwrap_or_else(|e| e.into_inner());
             shared.wake.notify_all();
@@ -152,13 +173,21 @@ impl ThreadPool {
         let finish = Finish(shared);
         work();
         drop(finish);
-        assert!(!shared.panicked.swap(false, Ordering::Relaxed), "a compute thread panicked");
+        assert!(
+            !shared.panicked.swap(false, Ordering::Relaxed),
+            "a compute thread panicked"
+        );
     }
 
     /// Runs `work` for all indices below `n`. A thread takes the next `chunk` indices whenever it
     /// is free.
     #[inline]
-    pub fn for_each_chunk<F: Fn(std::ops::Range<usize>) + Sync>(&self, n: usize, chunk: usize, work: F) {
+    pub fn for_each_chunk<F: Fn(std::ops::Range<usize>) + Sync>(
+        &self,
+        n: usize,
+        chunk: usize,
+        work: F,
+    ) {
         let chunk = chunk.max(1);
         if n <= chunk {
             if n > 0 {
@@ -181,7 +210,12 @@ impl ThreadPool {
     /// Cuts `data` into slices of `len` values, the last possibly shorter, and runs
     /// `work(index, slice)` on each.
     #[inline]
-    pub fn for_each_slice<F: Fn(usize, &mut [f32]) + Sync>(&self, data: &mut [f32], len: usize, work: F) {
+    pub fn for_each_slice<F: Fn(usize, &mut [f32]) + Sync>(
+        &self,
+        data: &mut [f32],
+        len: usize,
+        work: F,
+    ) {
         let total = data.len();
         let base = SharedPtr(data.as_mut_ptr());
         self.for_each_chunk(total.div_ceil(len.max(1)), 1, |range| {
@@ -210,7 +244,9 @@ impl ThreadPool {
                 let part = &from[index * PART..from.len().min((index + 1) * PART)];
                 // SAFETY: indices are handed out once, so the ranges are disjoint parts of `to`,
                 // which is borrowed for the whole call and as long as `from`.
-                unsafe { std::ptr::copy_nonoverlapping(part.as_ptr(), base.at(index * PART), part.len()) };
+                unsafe {
+                    std::ptr::copy_nonoverlapping(part.as_ptr(), base.at(index * PART), part.len())
+                };
             }
         });
     }
@@ -227,7 +263,10 @@ impl ThreadPool {
         if n == 0 {
             return;
         }
-        assert!(a.len().is_multiple_of(n) && b.len().is_multiple_of(n), "equal slices");
+        assert!(
+            a.len().is_multiple_of(n) && b.len().is_multiple_of(n),
+            "equal slices"
+        );
         let (a_len, b_len) = (a.len() / n, b.len() / n);
         let (a, b) = (SharedPtr(a.as_mut_ptr()), SharedPtr(b.as_mut_ptr()));
         self.for_each_chunk(n, 1, |range| {
@@ -304,7 +343,11 @@ fn worker(shared: &Shared) {
         let state = shared.state.load(Ordering::Acquire);
         if is_new(state, done) {
             spins = 0;
-            if shared.state.compare_exchange(state, state + 1, Ordering::AcqRel, Ordering::Relaxed).is_err() {
+            if shared
+                .state
+                .compare_exchange(state, state + 1, Ordering::AcqRel, Ordering::Relaxed)
+                .is_err()
+            {
                 continue;
             }
             done = state / TASK_UNIT;
@@ -327,7 +370,9 @@ fn worker(shared: &Shared) {
             shared.asleep.fetch_add(1, Ordering::SeqCst);
             // The state is read after `asleep` is raised, and a caller raises the state before it
             // reads `asleep`: one of the two sees the other.
-            while !is_new(shared.state.load(Ordering::SeqCst), done) && !shared.stop.load(Ordering::SeqCst) {
+            while !is_new(shared.state.load(Ordering::SeqCst), done)
+                && !shared.stop.load(Ordering::SeqCst)
+            {
                 lock = shared.wake.wait(lock).unwrap_or_else(|e| e.into_inner());
             }
             shared.asleep.fetch_sub(1, Ordering::SeqCst);
@@ -366,8 +411,14 @@ mod tests {
                 b.iter_mut().for_each(|v| *v += 2.0 * i as f32);
             });
             assert!(a.iter().enumerate().all(|(i, v)| *v == (i / 3) as f32));
-            assert!(b.iter().enumerate().all(|(i, v)| *v == 2.0 * (i / 2) as f32));
-            pool.for_each_pair(5, &mut a, &mut [], |_, a, b| assert_eq!((a.len(), b.len()), (30, 0)));
+            assert!(
+                b.iter()
+                    .enumerate()
+                    .all(|(i, v)| *v == 2.0 * (i / 2) as f32)
+            );
+            pool.for_each_pair(5, &mut a, &mut [], |_, a, b| {
+                assert_eq!((a.len(), b.len()), (30, 0))
+            });
             pool.for_each_pair(0, &mut a, &mut b, |_, _, _| unreachable!("no slices"));
         }
     }
@@ -401,7 +452,10 @@ mod tests {
             // Without work all of them must come to sleep, however busy the machine is.
             let start = std::time::Instant::now();
             while pool.shared.asleep.load(Ordering::SeqCst) < pool.workers.len() {
-                assert!(start.elapsed().as_secs() < 60, "workers that have nothing to do stay awake");
+                assert!(
+                    start.elapsed().as_secs() < 60,
+                    "workers that have nothing to do stay awake"
+                );
                 std::thread::yield_now();
             }
             // And all must wake: this ends when each has an index.

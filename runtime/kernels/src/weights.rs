@@ -37,7 +37,13 @@ impl<'a> Weights<'a> {
     #[inline]
     pub fn new(ty: TensorType, bytes: &'a [u8], n_rows: usize, n_cols: usize) -> Option<Self> {
         let row_bytes = usize::try_from(ty.row_bytes(n_cols as u64)?).ok()?;
-        (row_bytes.checked_mul(n_rows)? == bytes.len()).then_some(Self { ty, bytes, n_rows, n_cols, row_bytes })
+        (row_bytes.checked_mul(n_rows)? == bytes.len()).then_some(Self {
+            ty,
+            bytes,
+            n_rows,
+            n_cols,
+            row_bytes,
+        })
     }
 
     /// Returns the element type.
@@ -83,7 +89,11 @@ impl<'a> Weights<'a> {
             return None;
         }
         let bytes = &self.bytes[rows.start * self.row_bytes..rows.end * self.row_bytes];
-        Some(Weights { bytes, n_rows: rows.len(), ..*self })
+        Some(Weights {
+            bytes,
+            n_rows: rows.len(),
+            ..*self
+        })
     }
 }
 
@@ -108,7 +118,12 @@ impl<'a> OutMatrix<'a> {
     /// Returns the matrix over `out`, with `stride` columns per token.
     #[inline]
     pub fn new(out: &'a mut [f32], stride: usize) -> Self {
-        Self { base: out.as_mut_ptr(), len: out.len(), stride, borrowed: PhantomData }
+        Self {
+            base: out.as_mut_ptr(),
+            len: out.len(),
+            stride,
+            borrowed: PhantomData,
+        }
     }
 
     /// Returns the columns per token.
@@ -122,12 +137,18 @@ impl<'a> OutMatrix<'a> {
     pub fn skip_tokens(self, tokens: usize) -> Self {
         let skipped = tokens.saturating_mul(self.stride).min(self.len);
         // SAFETY: `skipped` is at most the length.
-        Self { base: unsafe { self.base.add(skipped) }, len: self.len - skipped, ..self }
+        Self {
+            base: unsafe { self.base.add(skipped) },
+            len: self.len - skipped,
+            ..self
+        }
     }
 
     /// Whether the first `columns` columns of `tokens` rows are inside.
     pub(super) fn holds(&self, tokens: usize, columns: usize) -> bool {
-        let last = tokens.checked_sub(1).map_or(Some(0), |t| t.checked_mul(self.stride)?.checked_add(columns));
+        let last = tokens.checked_sub(1).map_or(Some(0), |t| {
+            t.checked_mul(self.stride)?.checked_add(columns)
+        });
         tokens == 0 || columns <= self.stride && last.is_some_and(|end| end <= self.len)
     }
 

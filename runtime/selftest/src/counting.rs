@@ -19,7 +19,11 @@ pub struct CountingDevice {
 impl CountingDevice {
     /// Wraps a device. Launches that bypass the wrapper are not counted.
     pub fn new(inner: Arc<dyn Device>) -> Self {
-        Self { inner, launches: Arc::default(), recording: Mutex::default() }
+        Self {
+            inner,
+            launches: Arc::default(),
+            recording: Mutex::default(),
+        }
     }
 
     /// Returns the number of kernels launched so far. A recorded kernel counts at every replay.
@@ -28,7 +32,9 @@ impl CountingDevice {
     }
 
     fn recording(&self) -> std::sync::MutexGuard<'_, HashMap<ThreadId, u64>> {
-        self.recording.lock().unwrap_or_else(PoisonError::into_inner)
+        self.recording
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -65,7 +71,12 @@ impl Device for CountingDevice {
         unsafe { self.inner.copy(to, from, len) }
     }
 
-    unsafe fn launch(&self, kernel: &'static str, grid: Grid, args: &[Arg]) -> Result<(), CudaError> {
+    unsafe fn launch(
+        &self,
+        kernel: &'static str,
+        grid: Grid,
+        args: &[Arg],
+    ) -> Result<(), CudaError> {
         match self.recording().get_mut(&std::thread::current().id()) {
             Some(recorded) => *recorded += 1,
             None => {
@@ -93,9 +104,16 @@ impl Device for CountingDevice {
     }
 
     fn end_recording(self: Arc<Self>) -> Result<Box<dyn Recording>, CudaError> {
-        let launches = self.recording().remove(&std::thread::current().id()).unwrap_or(0);
+        let launches = self
+            .recording()
+            .remove(&std::thread::current().id())
+            .unwrap_or(0);
         let inner = Arc::clone(&self.inner).end_recording()?;
-        Ok(Box::new(CountedRecording { inner, launches, total: Arc::clone(&self.launches) }))
+        Ok(Box::new(CountedRecording {
+            inner,
+            launches,
+            total: Arc::clone(&self.launches),
+        }))
     }
 }
 
@@ -125,7 +143,10 @@ mod tests {
         let ops = Ops::new(Arc::clone(&device) as Arc<dyn Device>);
         ops.nothing().unwrap();
         assert_eq!(device.launches(), 1);
-        let recorded = ops.record(|| (0..3).try_for_each(|_| ops.nothing())).unwrap().unwrap();
+        let recorded = ops
+            .record(|| (0..3).try_for_each(|_| ops.nothing()))
+            .unwrap()
+            .unwrap();
         assert_eq!(device.launches(), 1, "nothing ran");
         recorded.replay().unwrap();
         recorded.replay().unwrap();

@@ -34,13 +34,24 @@ impl Check {
 /// reference.
 pub fn checks() -> Vec<Check> {
     let mut checks = Vec::new();
-    for kernels in Kernels::available().into_iter().filter(|k| *k != Kernels::SCALAR) {
+    for kernels in Kernels::available()
+        .into_iter()
+        .filter(|k| *k != Kernels::SCALAR)
+    {
         for ty in TensorType::ALL {
             let run: Comparison = Box::new(move |k, random: &mut Random| products(k, random, ty));
-            checks.push(Check { name: format!("products, {ty}"), kernels, run });
+            checks.push(Check {
+                name: format!("products, {ty}"),
+                kernels,
+                run,
+            });
         }
         let mut add = |name: &str, run: fn(Kernels, &mut Random) -> Outcome| {
-            checks.push(Check { name: name.into(), kernels, run: Box::new(run) });
+            checks.push(Check {
+                name: name.into(),
+                kernels,
+                run: Box::new(run),
+            });
         };
         add("norm, sums, activations", small);
         add("rows of past tokens", rows);
@@ -53,13 +64,22 @@ fn products(kernels: Kernels, random: &mut Random, ty: TensorType) -> Outcome {
     let mut outcome = Outcome::default();
     for (tokens, n_rows, cols) in [(1, 5, 512), (3, 33, 768), (40, 35, 1024)] {
         let bytes = random.weights(ty, n_rows * cols);
-        let Some(w) = Weights::new(ty, &bytes, n_rows, cols) else { continue };
+        let Some(w) = Weights::new(ty, &bytes, n_rows, cols) else {
+            continue;
+        };
         let x = random.activations(tokens * cols);
-        let (mut acts, mut plain) = (Activations::new(tokens, cols), Activations::new(tokens, cols));
+        let (mut acts, mut plain) = (
+            Activations::new(tokens, cols),
+            Activations::new(tokens, cols),
+        );
         acts.fill(kernels, tokens, cols, &x, needs_quants(ty));
         plain.fill(Kernels::SCALAR, tokens, cols, &x, needs_quants(ty));
         let mut got = vec![0.0; tokens * n_rows];
-        matmul_all(&ThreadPool::new(1), kernels, &[MatJob::new(w, acts.view(), &mut got)]);
+        matmul_all(
+            &ThreadPool::new(1),
+            kernels,
+            &[MatJob::new(w, acts.view(), &mut got)],
+        );
         for (t, got) in got.chunks_exact(n_rows).enumerate() {
             outcome.compare(got, Expected::of_product(matvec(w, &plain, t)));
         }
@@ -68,7 +88,9 @@ fn products(kernels: Kernels, random: &mut Random, ty: TensorType) -> Outcome {
 }
 
 fn near(expected: &[f32], least: f32) -> impl Iterator<Item = Expected> + '_ {
-    expected.iter().map(move |v| Expected::relative(*v, VALUE_TOLERANCE, least))
+    expected
+        .iter()
+        .map(move |v| Expected::relative(*v, VALUE_TOLERANCE, least))
 }
 
 /// Compares norm, sums and activations.
@@ -90,8 +112,15 @@ fn small(kernels: Kernels, random: &mut Random) -> Outcome {
         compare(1e-30, &|k, out| k.silu_mul(out, &y));
         compare(1e-30, &|k, out| k.clamped_swiglu(out, &y, 1.702, 7.0));
         compare(1e-30, &|k, out| k.exp(out));
-        let allowed = SUM_TOLERANCE * x.iter().zip(&y).map(|(x, y)| f64::from((x * y).abs())).sum::<f64>();
-        outcome.compare(&[kernels.dot(&x, &y)], [Expected::within(Kernels::SCALAR.dot(&x, &y), allowed)]);
+        let allowed = SUM_TOLERANCE
+            * x.iter()
+                .zip(&y)
+                .map(|(x, y)| f64::from((x * y).abs()))
+                .sum::<f64>();
+        outcome.compare(
+            &[kernels.dot(&x, &y)],
+            [Expected::within(Kernels::SCALAR.dot(&x, &y), allowed)],
+        );
     }
     outcome
 }
@@ -108,20 +137,32 @@ fn rows(kernels: Kernels, random: &mut Random) -> Outcome {
             let mut halves = vec![f16::ZERO; values.len()];
             k.to_f16(&values, &mut halves);
             let mut eights = vec![0; n_rows * q8_row_bytes(width)];
-            for (row, to) in values.chunks_exact(width).zip(eights.chunks_exact_mut(q8_row_bytes(width))) {
+            for (row, to) in values
+                .chunks_exact(width)
+                .zip(eights.chunks_exact_mut(q8_row_bytes(width)))
+            {
                 k.to_q8(row, to);
             }
             stored.push((halves, eights));
         }
         outcome.compare_exact(&stored[1].0, &stored[0].0);
         outcome.compare_exact(&stored[1].1, &stored[0].1);
-        let kinds = [StoredRows::F32(&values), StoredRows::F16(&stored[0].0), StoredRows::Q8(&stored[0].1)];
+        let kinds = [
+            StoredRows::F32(&values),
+            StoredRows::F16(&stored[0].0),
+            StoredRows::Q8(&stored[0].1),
+        ];
         for rows in kinds {
             let mut both = [vec![0.0; n_queries * n_rows], vec![0.0; n_queries * n_rows]];
             for (k, scores) in [Kernels::SCALAR, kernels].into_iter().zip(&mut both) {
                 k.row_dots(&queries, rows, width, scores, n_rows);
             }
-            outcome.compare(&both[1], both[0].iter().map(|v| Expected::within(*v, SUM_TOLERANCE * width as f64)));
+            outcome.compare(
+                &both[1],
+                both[0]
+                    .iter()
+                    .map(|v| Expected::within(*v, SUM_TOLERANCE * width as f64)),
+            );
         }
     }
     outcome
@@ -135,7 +176,12 @@ mod tests {
     fn every_kernel_of_this_cpu_passes() {
         for check in checks() {
             let outcome = check.run();
-            assert!(outcome.passed(), "{} {}: {outcome:?}", check.kernels.isa(), check.name);
+            assert!(
+                outcome.passed(),
+                "{} {}: {outcome:?}",
+                check.kernels.isa(),
+                check.name
+            );
         }
     }
 }

@@ -54,8 +54,16 @@ impl GoldenErrors {
     /// Returns the largest error; NaN if any is NaN. With `exact`, the prompt counts only as far as
     /// it chose the same experts.
     pub fn worst(&self, exact: bool) -> f64 {
-        let prompt = if exact { self.same_experts_nmse } else { self.prompt_nmse };
-        if prompt.is_nan() || prompt > self.decode_nmse { prompt } else { self.decode_nmse }
+        let prompt = if exact {
+            self.same_experts_nmse
+        } else {
+            self.prompt_nmse
+        };
+        if prompt.is_nan() || prompt > self.decode_nmse {
+            prompt
+        } else {
+            self.decode_nmse
+        }
     }
 }
 
@@ -74,7 +82,11 @@ pub fn names(folder: &Path) -> std::io::Result<Vec<String>> {
     for entry in std::fs::read_dir(folder)? {
         let path = entry?.path();
         let is_logits = path.extension().is_some_and(|e| e == "logits");
-        names.extend(path.file_stem().filter(|_| is_logits).map(|stem| stem.to_string_lossy().into_owned()));
+        names.extend(
+            path.file_stem()
+                .filter(|_| is_logits)
+                .map(|stem| stem.to_string_lossy().into_owned()),
+        );
     }
     names.sort();
     Ok(names)
@@ -88,11 +100,15 @@ impl Golden {
     pub fn read(folder: &Path, name: &str) -> Result<Self, SelftestError> {
         let path = |extension: &str| folder.join(format!("{name}.{extension}"));
         let bad = |path: PathBuf, what: String| SelftestError::Golden { path, what };
-        let read = |path: PathBuf| std::fs::read(&path).map_err(|error| bad(path, error.to_string()));
+        let read =
+            |path: PathBuf| std::fs::read(&path).map_err(|error| bad(path, error.to_string()));
         let Wire { n_vocab, tokens } = serde_json::from_slice(&read(path("json"))?)
             .map_err(|error| bad(path("json"), format!("no tokens and n_vocab: {error}")))?;
         let bytes = read(path("logits"))?;
-        let expected = tokens.len().checked_mul(n_vocab).and_then(|n| n.checked_mul(4));
+        let expected = tokens
+            .len()
+            .checked_mul(n_vocab)
+            .and_then(|n| n.checked_mul(4));
         if expected != Some(bytes.len()) || tokens.is_empty() {
             let what = format!(
                 "it has {} bytes, expected those of {} tokens of {n_vocab} logits; take {name}'s files from one release",
@@ -101,8 +117,18 @@ impl Golden {
             );
             return Err(bad(path("logits"), what));
         }
-        let logits = bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
-        Ok(Self { model: path("gguf"), tokens, n_vocab, logits })
+        let logits = bytes
+            .as_chunks()
+            .0
+            .iter()
+            .map(|b| f32::from_le_bytes(*b))
+            .collect();
+        Ok(Self {
+            model: path("gguf"),
+            tokens,
+            n_vocab,
+            logits,
+        })
     }
 
     /// Returns the NMSE of the first `tokens`; NaN if there are none, or `logits` have another
@@ -113,34 +139,60 @@ impl Golden {
         }
         let square = |v: f64| v * v;
         let pairs = || logits.iter().zip(&self.logits).take(tokens * self.n_vocab);
-        let error: f64 = pairs().map(|(a, b)| square(f64::from(*a) - f64::from(*b))).sum();
-        error / pairs().map(|(_, b)| square(f64::from(*b))).sum::<f64>().max(f64::MIN_POSITIVE)
+        let error: f64 = pairs()
+            .map(|(a, b)| square(f64::from(*a) - f64::from(*b)))
+            .sum();
+        error
+            / pairs()
+                .map(|(_, b)| square(f64::from(*b)))
+                .sum::<f64>()
+                .max(f64::MIN_POSITIVE)
     }
 
     /// Computes the logits with the model fully on a device, and compares them.
     ///
     /// # Errors
     /// When the model can't be loaded there, a pass fails, or `stop` returns true.
-    pub fn compare(&self, device: &Arc<dyn Device>, stop: Stop<'_>) -> Result<GoldenErrors, SelftestError> {
+    pub fn compare(
+        &self,
+        device: &Arc<dyn Device>,
+        stop: Stop<'_>,
+    ) -> Result<GoldenErrors, SelftestError> {
         let gguf = Arc::new(Gguf::open(&self.model)?);
         let spec = describe(&gguf)?;
         if spec.n_vocab != self.n_vocab {
-            let what = format!("a vocabulary of {}, expected {} as in the golden values", spec.n_vocab, self.n_vocab);
-            return Err(SelftestError::Golden { path: self.model.clone(), what });
+            let what = format!(
+                "a vocabulary of {}, expected {} as in the golden values",
+                spec.n_vocab, self.n_vocab
+            );
+            return Err(SelftestError::Golden {
+                path: self.model.clone(),
+                what,
+            });
         }
         let context = u32::try_from(self.tokens.len()).unwrap_or(u32::MAX);
         let shape = shape_of(&gguf, &spec);
         // The golden values were made with a KV cache of 32 bits.
         let plan = all_on_gpu(&shape, context, KvType::F32);
         let (give, options) = (|_: usize| Ok(Arc::clone(device)), LoadOptions::default());
-        let mut engine = Engine::load_on(Arc::clone(&gguf), &plan, &options, Some(&give), &mut |_, _| {})?;
+        let mut engine = Engine::load_on(
+            Arc::clone(&gguf),
+            &plan,
+            &options,
+            Some(&give),
+            &mut |_, _| {},
+        )?;
         let prompt = engine.forward(&self.tokens, LogitsMode::All)?.to_vec();
         let plain = all_in_memory(&shape, context, KvType::F32);
         let mut on_cpu = Engine::load(gguf, &plain, &options, &mut |_, _| {})?;
         on_cpu.forward(&self.tokens, LogitsMode::Last)?;
         let n_used = shape.experts.first().map_or(1, |e| e.n_used as usize);
-        let same_experts =
-            tokens_with_same_experts(&engine.routing().experts, &on_cpu.routing().experts, n_used, self.tokens.len());
+        let same_experts = tokens_with_same_experts(
+            &engine.routing().experts,
+            &on_cpu.routing().experts,
+            n_used,
+            self.tokens.len(),
+        );
         engine.clear();
         let mut logits = Vec::with_capacity(self.logits.len());
         for token in &self.tokens {
@@ -166,10 +218,14 @@ fn tokens_with_same_experts(a: &[u16], b: &[u16], n_used: usize, tokens: usize) 
     let per_token = a.len() / tokens.max(1);
     let same = |a: &[u16], b: &[u16]| {
         let layers = a.chunks(n_used.max(1)).zip(b.chunks(n_used.max(1)));
-        layers.into_iter().all(|(a, b)| a.iter().all(|e| b.contains(e)))
+        layers
+            .into_iter()
+            .all(|(a, b)| a.iter().all(|e| b.contains(e)))
     };
     let token = |t: usize| t * per_token..(t + 1) * per_token;
-    (0..tokens).take_while(|t| a.len() == b.len() && same(&a[token(*t)], &b[token(*t)])).count()
+    (0..tokens)
+        .take_while(|t| a.len() == b.len() && same(&a[token(*t)], &b[token(*t)]))
+        .count()
 }
 
 #[cfg(test)]
@@ -178,7 +234,9 @@ mod tests {
     use tier_plan_cuda::shim;
 
     fn folder(name: &str) -> PathBuf {
-        Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/data").join(name)
+        Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("../../tests/data")
+            .join(name)
     }
 
     #[test]
@@ -188,7 +246,10 @@ mod tests {
         for set in ["arch", "quant"] {
             for name in names(&folder(set)).unwrap() {
                 let golden = Golden::read(&folder(set), &name).unwrap();
-                assert!(golden.model.is_file() && golden.logits.len() == golden.tokens.len() * golden.n_vocab);
+                assert!(
+                    golden.model.is_file()
+                        && golden.logits.len() == golden.tokens.len() * golden.n_vocab
+                );
                 let (logits, n) = (golden.logits.clone(), golden.tokens.len());
                 assert_eq!(golden.nmse(&logits, n), 0.0);
                 assert!(golden.nmse(&logits[1..], n).is_nan() && golden.nmse(&logits, 0).is_nan());
@@ -208,13 +269,28 @@ mod tests {
             ("quant", "Q4_K_M", false, 1e-2),
         ];
         for (set, name, exact, bound) in models {
-            assert!(names(&folder(set)).unwrap().iter().any(|n| n == name), "{name}");
-            let errors = Golden::read(&folder(set), name).unwrap().compare(&device, &|| false).unwrap();
-            assert!(errors.worst(exact) <= bound && errors.prompt_nmse > 0.0, "{name}: {errors:?}");
-            assert!(errors.tokens == 48 && errors.same_experts > 0, "{name}: {errors:?}");
+            assert!(
+                names(&folder(set)).unwrap().iter().any(|n| n == name),
+                "{name}"
+            );
+            let errors = Golden::read(&folder(set), name)
+                .unwrap()
+                .compare(&device, &|| false)
+                .unwrap();
+            assert!(
+                errors.worst(exact) <= bound && errors.prompt_nmse > 0.0,
+                "{name}: {errors:?}"
+            );
+            assert!(
+                errors.tokens == 48 && errors.same_experts > 0,
+                "{name}: {errors:?}"
+            );
         }
         let golden = Golden::read(&folder("arch"), "qwen3moe").unwrap();
-        assert!(matches!(golden.compare(&device, &|| true), Err(SelftestError::Stopped)));
+        assert!(matches!(
+            golden.compare(&device, &|| true),
+            Err(SelftestError::Stopped)
+        ));
         // A wrong golden value is detected.
         let mut other = golden.clone();
         other.logits[7] += 3.0;
@@ -224,18 +300,30 @@ mod tests {
     #[test]
     fn files_that_do_not_belong_together_are_errors() {
         let here = tempfile::tempdir().unwrap();
-        let write = |name: &str, bytes: &[u8]| std::fs::write(here.path().join(name), bytes).unwrap();
+        let write =
+            |name: &str, bytes: &[u8]| std::fs::write(here.path().join(name), bytes).unwrap();
         let why = |name: &str| Golden::read(here.path(), name).unwrap_err().to_string();
         assert!(why("none").contains("none.json"));
         write("a.json", br#"{"n_vocab": 2, "tokens": [1, 2]}"#);
         write("a.logits", &[0; 12]);
-        assert!(why("a").contains("12 bytes") && why("a").contains("a.logits"), "{}", why("a"));
+        assert!(
+            why("a").contains("12 bytes") && why("a").contains("a.logits"),
+            "{}",
+            why("a")
+        );
         write("b.json", b"{}");
-        assert!(why("b").contains("b.json") && why("b").contains("n_vocab"), "{}", why("b"));
+        assert!(
+            why("b").contains("b.json") && why("b").contains("n_vocab"),
+            "{}",
+            why("b")
+        );
         write("a.logits", &[0; 16]);
         let golden = Golden::read(here.path(), "a").unwrap();
         let device: Arc<dyn Device> = shim::shared();
-        assert!(matches!(golden.compare(&device, &|| false), Err(SelftestError::Gguf(_))));
+        assert!(matches!(
+            golden.compare(&device, &|| false),
+            Err(SelftestError::Gguf(_))
+        ));
         std::fs::copy(folder("arch/olmoe.gguf"), here.path().join("a.gguf")).unwrap();
         let error = golden.compare(&device, &|| false).unwrap_err().to_string();
         assert!(error.contains("vocabulary of"), "{error}");
@@ -247,7 +335,14 @@ mod tests {
             decode_nmse,
         };
         let worst = |a, b| errors(a, b).worst(true);
-        assert_eq!((worst(1.0, 2.0), worst(2.0, 1.0), errors(2.0, 1.0).worst(false)), (2.0, 2.0, 4.0));
+        assert_eq!(
+            (
+                worst(1.0, 2.0),
+                worst(2.0, 1.0),
+                errors(2.0, 1.0).worst(false)
+            ),
+            (2.0, 2.0, 4.0)
+        );
         assert!(worst(f64::NAN, 1.0).is_nan() && worst(1.0, f64::NAN).is_nan());
     }
 
@@ -266,6 +361,12 @@ mod tests {
             0,
             "layers are compared one by one"
         );
-        assert_eq!((tokens_with_same_experts(&[], &[], 1, 3), tokens_with_same_experts(&a, &[], 2, 3)), (3, 0));
+        assert_eq!(
+            (
+                tokens_with_same_experts(&[], &[], 1, 3),
+                tokens_with_same_experts(&a, &[], 2, 3)
+            ),
+            (3, 0)
+        );
     }
 }

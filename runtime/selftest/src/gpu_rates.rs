@@ -36,12 +36,23 @@ pub struct Effort {
 
 impl Effort {
     /// Extent for any GPU.
-    pub const FULL: Effort = Effort { bytes: 256 << 20, passes: 5, launches: 1000, stages: 200 };
+    pub const FULL: Effort = Effort {
+        bytes: 256 << 20,
+        passes: 5,
+        launches: 1000,
+        stages: 200,
+    };
 
     /// Returns the extent for a GPU: fewer bytes if they are still many times its cache.
     pub fn of(gpu: &Properties) -> Effort {
-        let bytes = gpu.l2_bytes.saturating_mul(64).clamp(MIN_BYTES, Self::FULL.bytes);
-        Effort { bytes, ..Self::FULL }
+        let bytes = gpu
+            .l2_bytes
+            .saturating_mul(64)
+            .clamp(MIN_BYTES, Self::FULL.bytes);
+        Effort {
+            bytes,
+            ..Self::FULL
+        }
     }
 }
 
@@ -102,7 +113,9 @@ impl Subject {
     pub fn of(gpu: &Arc<Gpu>) -> Result<Self, CudaError> {
         Ok(Self {
             device: Arc::clone(gpu) as _,
-            multiprocessors: u32::try_from(gpu.properties().multiprocessors).unwrap_or(1).max(1),
+            multiprocessors: u32::try_from(gpu.properties().multiprocessors)
+                .unwrap_or(1)
+                .max(1),
             pinned: Box::new(gpu.pinned(Effort::of(gpu.properties()).bytes)?),
             effort: Effort::of(gpu.properties()),
         })
@@ -156,7 +169,10 @@ pub struct Experts {
 }
 
 /// Returns the seconds of the fastest of several passes; of fewer passes if they are slow.
-fn fastest(passes: usize, mut pass: impl FnMut() -> Result<(), CudaError>) -> Result<f64, CudaError> {
+fn fastest(
+    passes: usize,
+    mut pass: impl FnMut() -> Result<(), CudaError>,
+) -> Result<f64, CudaError> {
     pass()?;
     let (mut best, begun) = (f64::INFINITY, Instant::now());
     for _ in 0..passes.max(1) {
@@ -176,7 +192,12 @@ fn gbps(bytes: usize, seconds: f64) -> f64 {
 
 /// Measures fixed times and rates of a device.
 pub fn measure_rates(subject: &mut Subject) -> Result<Rates, CudaError> {
-    let Subject { device, multiprocessors, pinned, effort } = subject;
+    let Subject {
+        device,
+        multiprocessors,
+        pinned,
+        effort,
+    } = subject;
     let ops = Ops::new(Arc::clone(device));
     let n = effort.launches.max(1);
     let launches = fastest(effort.passes, || {
@@ -201,7 +222,10 @@ pub fn measure_rates(subject: &mut Subject) -> Result<Rates, CudaError> {
     })?;
     let mut pageable = vec![1u8; bytes];
     let to_device = LinkRates {
-        pinned_gbps: gbps(bytes, fastest(effort.passes, || pinned.send(memory.view()))?),
+        pinned_gbps: gbps(
+            bytes,
+            fastest(effort.passes, || pinned.send(memory.view()))?,
+        ),
         pageable_gbps: gbps(
             bytes,
             fastest(effort.passes, || {
@@ -211,8 +235,14 @@ pub fn measure_rates(subject: &mut Subject) -> Result<Rates, CudaError> {
         ),
     };
     let from_device = LinkRates {
-        pinned_gbps: gbps(bytes, fastest(effort.passes, || pinned.receive(memory.view()))?),
-        pageable_gbps: gbps(bytes, fastest(effort.passes, || memory.view().read(&mut pageable))?),
+        pinned_gbps: gbps(
+            bytes,
+            fastest(effort.passes, || pinned.receive(memory.view()))?,
+        ),
+        pageable_gbps: gbps(
+            bytes,
+            fastest(effort.passes, || memory.view().read(&mut pageable))?,
+        ),
     };
     Ok(Rates {
         launch_us: launches * 1e6 / n as f64,
@@ -245,7 +275,10 @@ impl Drop for SetOnDrop<'_> {
 }
 
 /// Measures the link while the CPU repeats `beside`, which returns its own rate.
-pub fn contended(subject: &mut Subject, beside: &mut dyn FnMut() -> f64) -> Result<Contended, CudaError> {
+pub fn contended(
+    subject: &mut Subject,
+    beside: &mut dyn FnMut() -> f64,
+) -> Result<Contended, CudaError> {
     let bytes = subject.pinned.len();
     let memory = Buffer::new(&subject.device, bytes)?;
     let (pinned, enough) = (&mut subject.pinned, AtomicBool::new(false));
@@ -256,16 +289,24 @@ pub fn contended(subject: &mut Subject, beside: &mut dyn FnMut() -> f64) -> Resu
                 pinned.send(memory.view())?;
                 times += 1;
             }
-            Ok::<f64, CudaError>(gbps(bytes.saturating_mul(times), start.elapsed().as_secs_f64().max(1e-9)))
+            Ok::<f64, CudaError>(gbps(
+                bytes.saturating_mul(times),
+                start.elapsed().as_secs_f64().max(1e-9),
+            ))
         });
         let until = SetOnDrop(&enough);
-        let rates: Vec<f64> = (0..subject.effort.passes.max(1)).map(|_| beside()).collect();
+        let rates: Vec<f64> = (0..subject.effort.passes.max(1))
+            .map(|_| beside())
+            .collect();
         drop(until);
         (sending.join(), rates)
     });
     rates.sort_by(f64::total_cmp);
     let to_device_gbps = sent.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
-    Ok(Contended { to_device_gbps, beside: rates[rates.len() / 2] })
+    Ok(Contended {
+        to_device_gbps,
+        beside: rates[rates.len() / 2],
+    })
 }
 
 /// Measures matvecs of one token with different matrices of a format in one launch, in GB/s of
@@ -282,12 +323,16 @@ fn matvecs(
     cols: usize,
 ) -> Result<f64, CudaError> {
     let ops = Ops::new(Arc::clone(device));
-    let matrix_bytes = ty.row_bytes((rows * cols) as u64).map_or(usize::MAX, |b| b as usize);
+    let matrix_bytes = ty
+        .row_bytes((rows * cols) as u64)
+        .map_or(usize::MAX, |b| b as usize);
     // Aligned like allocations.
     let stride = matrix_bytes.next_multiple_of(256);
     let jobs = (effort.bytes / stride).max(1);
     let memory = Buffer::of_bytes(device, &vec![0x11; jobs * stride])?;
-    let views: Vec<_> = (0..jobs).map(|j| Some(memory.view().part(j * stride..j * stride + matrix_bytes))).collect();
+    let views: Vec<_> = (0..jobs)
+        .map(|j| Some(memory.view().part(j * stride..j * stride + matrix_bytes)))
+        .collect();
     let table = MatrixTable::new(device, &views)?;
     let x = Buffer::of_f32(device, &vec![0.5; cols])?;
     let mut quants = Quants::new(device, cols)?;
@@ -315,15 +360,32 @@ fn matvecs(
 pub fn common_experts() -> (ExpertKind, usize) {
     let ty = TensorType::Q4_K;
     let activation = tier_plan_formats::model::spec::Activation::Silu;
-    (ExpertKind { n_expert: 128, hidden: HIDDEN, ffn: FFN, gate: ty, up: ty, down: ty, activation }, 8)
+    (
+        ExpertKind {
+            n_expert: 128,
+            hidden: HIDDEN,
+            ffn: FFN,
+            gate: ty,
+            up: ty,
+            down: ty,
+            activation,
+        },
+        8,
+    )
 }
 
 /// Measures experts of a kind, of which a token takes `used`, requested as by the engine. Returns
 /// `None` for sizes that a format does not support, or if the device has no memory for two tokens'
 /// experts.
-pub fn experts(subject: &Subject, kind: ExpertKind, used: usize) -> Result<Option<Experts>, CudaError> {
+pub fn experts(
+    subject: &Subject,
+    kind: ExpertKind,
+    used: usize,
+) -> Result<Option<Experts>, CudaError> {
     let bytes_of = |ty: TensorType, rows: usize, cols: usize| {
-        let row = ty.row_bytes(cols as u64).and_then(|bytes| usize::try_from(bytes).ok());
+        let row = ty
+            .row_bytes(cols as u64)
+            .and_then(|bytes| usize::try_from(bytes).ok());
         row.and_then(|row| row.checked_mul(rows))
     };
     let sizes = [
@@ -331,14 +393,23 @@ pub fn experts(subject: &Subject, kind: ExpertKind, used: usize) -> Result<Optio
         bytes_of(kind.up, kind.ffn, kind.hidden),
         bytes_of(kind.down, kind.hidden, kind.ffn),
     ];
-    let [Some(gate), Some(up), Some(down)] = sizes else { return Ok(None) };
+    let [Some(gate), Some(up), Some(down)] = sizes else {
+        return Ok(None);
+    };
     let (effort, expert_bytes) = (subject.effort, gate + up + down);
-    let n = (effort.bytes / expert_bytes.max(1)).max(used.saturating_mul(2)).min(kind.n_expert);
+    let n = (effort.bytes / expert_bytes.max(1))
+        .max(used.saturating_mul(2))
+        .min(kind.n_expert);
     if used == 0 || n < used {
         return Ok(None);
     }
     let largest = vec![0x11u8; gate.max(up).max(down)];
-    let one = ExpertBytes { gate: &largest[..gate], up: &largest[..up], down: &largest[..down], biases: None };
+    let one = ExpertBytes {
+        gate: &largest[..gate],
+        up: &largest[..up],
+        down: &largest[..down],
+        biases: None,
+    };
     let mut store = PinnedExperts::new(Arc::clone(&subject.device), 1)?;
     let pinned: Vec<(usize, ExpertBytes<'_>)> = (0..n).map(|expert| (expert, one)).collect();
     match store.add_layer(0, kind, &pinned, 0, false) {
@@ -367,17 +438,29 @@ pub fn experts(subject: &Subject, kind: ExpertKind, used: usize) -> Result<Optio
         }
     }
     times.sort();
-    let token_us = times.get(times.len() / 2).copied().unwrap_or(Duration::ZERO).as_secs_f64() * 1e6;
+    let token_us = times
+        .get(times.len() / 2)
+        .copied()
+        .unwrap_or(Duration::ZERO)
+        .as_secs_f64()
+        * 1e6;
     // A batch in which each expert has a common number of tokens.
     let x = vec![0.25f32; rows * kind.hidden];
-    let chosen: Vec<Place> = (0..rows).map(|row| Place::Pinned(row / BATCH_TOKENS)).collect();
+    let chosen: Vec<Place> = (0..rows)
+        .map(|row| Place::Pinned(row / BATCH_TOKENS))
+        .collect();
     let mut out = vec![0.0f32; rows * kind.hidden];
     let seconds = fastest(effort.passes, || {
         store.ask(0, Some(&x), &chosen)?;
         store.fetch(&mut out)
     })?;
     let operations = 2.0 * (3 * kind.hidden * kind.ffn) as f64 * rows as f64;
-    Ok(Some(Experts { expert_bytes, used, token_us, batch_gflops: operations / seconds / 1e9 }))
+    Ok(Some(Experts {
+        expert_bytes,
+        used,
+        token_us,
+        batch_gflops: operations / seconds / 1e9,
+    }))
 }
 
 #[cfg(test)]
@@ -386,7 +469,12 @@ mod tests {
     use tier_plan_cuda::shim;
     use tier_plan_formats::model::spec::Activation;
 
-    const LITTLE: Effort = Effort { bytes: 1 << 16, passes: 1, launches: 3, stages: 2 };
+    const LITTLE: Effort = Effort {
+        bytes: 1 << 16,
+        passes: 1,
+        launches: 3,
+        stages: 2,
+    };
 
     /// Host memory of the GPU emulator.
     struct Host(Vec<u8>);
@@ -407,7 +495,12 @@ mod tests {
 
     fn subject() -> Subject {
         let pinned = Box::new(Host(vec![3; LITTLE.bytes]));
-        Subject { device: shim::shared(), multiprocessors: 1, pinned, effort: LITTLE }
+        Subject {
+            device: shim::shared(),
+            multiprocessors: 1,
+            pinned,
+            effort: LITTLE,
+        }
     }
 
     #[test]
@@ -415,7 +508,10 @@ mod tests {
         let mut subject = subject();
         let r = measure_rates(&mut subject).unwrap();
         let links = [r.to_device, r.from_device].map(|link| [link.pinned_gbps, link.pageable_gbps]);
-        for value in [r.launch_us, r.round_trip_us, r.read_gbps].into_iter().chain(links.into_iter().flatten()) {
+        for value in [r.launch_us, r.round_trip_us, r.read_gbps]
+            .into_iter()
+            .chain(links.into_iter().flatten())
+        {
             assert!(value.is_finite() && value > 0.0, "{r:?}");
         }
         let copied = copy_gbps(&subject.device, LITTLE).unwrap();
@@ -435,11 +531,29 @@ mod tests {
         let subject = subject();
         let q4 = TensorType::Q4_0;
         let activation = Activation::Silu;
-        let kind = ExpertKind { n_expert: 6, hidden: 64, ffn: 32, gate: q4, up: q4, down: TensorType::F32, activation };
+        let kind = ExpertKind {
+            n_expert: 6,
+            hidden: 64,
+            ffn: 32,
+            gate: q4,
+            up: q4,
+            down: TensorType::F32,
+            activation,
+        };
         let measured = experts(&subject, kind, 2).unwrap().unwrap();
-        assert_eq!((measured.expert_bytes, measured.used), (2 * 64 * 32 / 32 * 18 + 4 * 64 * 32, 2));
-        assert!(measured.token_us > 0.0 && measured.batch_gflops > 0.0, "{measured:?}");
-        assert_eq!(experts(&subject, kind, 7).unwrap(), None, "a token can't use more than there are");
+        assert_eq!(
+            (measured.expert_bytes, measured.used),
+            (2 * 64 * 32 / 32 * 18 + 4 * 64 * 32, 2)
+        );
+        assert!(
+            measured.token_us > 0.0 && measured.batch_gflops > 0.0,
+            "{measured:?}"
+        );
+        assert_eq!(
+            experts(&subject, kind, 7).unwrap(),
+            None,
+            "a token can't use more than there are"
+        );
         let unsupported = ExpertKind { hidden: 63, ..kind };
         assert_eq!(experts(&subject, unsupported, 2).unwrap(), None);
     }
@@ -448,7 +562,17 @@ mod tests {
     fn matvecs_are_measured_for_every_format() {
         let device: Arc<dyn Device> = shim::shared();
         for ty in TensorType::ALL {
-            let rate = matvecs(&device, ty, Effort { bytes: 3000, ..LITTLE }, 2, 256).unwrap();
+            let rate = matvecs(
+                &device,
+                ty,
+                Effort {
+                    bytes: 3000,
+                    ..LITTLE
+                },
+                2,
+                256,
+            )
+            .unwrap();
             assert!(rate > 0.0 && rate.is_finite(), "{ty}: {rate}");
         }
     }
@@ -459,10 +583,16 @@ mod tests {
         let devices: [Arc<dyn Device>; 2] = [shim::shared(), counting];
         for device in devices {
             let bytes: Vec<u8> = (0..1000).map(|i| (i % 251) as u8).collect();
-            let (from, to) = (Buffer::of_bytes(&device, &bytes).unwrap(), Buffer::new(&device, 500).unwrap());
+            let (from, to) = (
+                Buffer::of_bytes(&device, &bytes).unwrap(),
+                Buffer::new(&device, 500).unwrap(),
+            );
             to.view().copy_from(from.view().part(300..800)).unwrap();
             assert_eq!(to.view().to_bytes().unwrap(), bytes[300..800]);
-            to.view().part(0..0).copy_from(from.view().part(0..0)).unwrap();
+            to.view()
+                .part(0..0)
+                .copy_from(from.view().part(0..0))
+                .unwrap();
         }
     }
 
@@ -475,8 +605,17 @@ mod tests {
         let memory = Buffer::of_i32(&device, &words).unwrap();
         let sums = Buffer::new_f32(&device, 256).unwrap();
         ops.read_all(memory.view(), 1, sums.view()).unwrap();
-        let xor: i64 = sums.view().to_i32().unwrap().into_iter().map(i64::from).sum();
-        let expected: i64 = words.chunks(4).map(|w| i64::from(w[0] ^ w[1] ^ w[2] ^ w[3])).sum();
+        let xor: i64 = sums
+            .view()
+            .to_i32()
+            .unwrap()
+            .into_iter()
+            .map(i64::from)
+            .sum();
+        let expected: i64 = words
+            .chunks(4)
+            .map(|w| i64::from(w[0] ^ w[1] ^ w[2] ^ w[3]))
+            .sum();
         assert_eq!(xor, expected);
     }
 }

@@ -31,11 +31,28 @@ pub struct Launches {
 ///
 /// # Errors
 /// When a model can't be written or loaded, a pass fails, or `stop` returns true.
-pub fn count(device: &Arc<dyn Device>, folder: &Path, stop: Stop<'_>) -> Result<Launches, SelftestError> {
-    let launches = |layers: u32| launches_of_a_token(device, folder, Shape { layers, ..Shape::TINY }, stop);
+pub fn count(
+    device: &Arc<dyn Device>,
+    folder: &Path,
+    stop: Stop<'_>,
+) -> Result<Launches, SelftestError> {
+    let launches = |layers: u32| {
+        launches_of_a_token(
+            device,
+            folder,
+            Shape {
+                layers,
+                ..Shape::TINY
+            },
+            stop,
+        )
+    };
     let (two, three) = (launches(2)?, launches(3)?);
     let layer = three.saturating_sub(two);
-    Ok(Launches { layer, outside: two.saturating_sub(2 * layer) })
+    Ok(Launches {
+        layer,
+        outside: two.saturating_sub(2 * layer),
+    })
 }
 
 fn launches_of_a_token(
@@ -47,10 +64,20 @@ fn launches_of_a_token(
     let file = TemporaryFile::new(folder, "launches");
     write(&shape, file.path(), stop, &mut |_, _| {})?;
     let gguf = Arc::new(Gguf::open(file.path())?);
-    let plan = all_on_gpu(&shape_of(&gguf, &describe(&gguf)?), TOKENS_BEFORE + 2, KvType::F16);
+    let plan = all_on_gpu(
+        &shape_of(&gguf, &describe(&gguf)?),
+        TOKENS_BEFORE + 2,
+        KvType::F16,
+    );
     let counting = Arc::new(CountingDevice::new(Arc::clone(device)));
     let give = |_: usize| Ok(Arc::clone(&counting) as Arc<dyn Device>);
-    let mut engine = Engine::load_on(gguf, &plan, &LoadOptions::default(), Some(&give), &mut |_, _| {})?;
+    let mut engine = Engine::load_on(
+        gguf,
+        &plan,
+        &LoadOptions::default(),
+        Some(&give),
+        &mut |_, _| {},
+    )?;
     for token in 0..=TOKENS_BEFORE {
         engine.forward(&[token], LogitsMode::Last)?;
     }
@@ -72,7 +99,14 @@ mod tests {
         // Outside are the embedding, the last norm and the head.
         assert_eq!(launches.outside, 3);
         assert!((5..=17).contains(&launches.layer), "{launches:?}");
-        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0, "nothing is left behind");
-        assert!(matches!(count(&device, folder.path(), &|| true), Err(SelftestError::Stopped)));
+        assert_eq!(
+            std::fs::read_dir(folder.path()).unwrap().count(),
+            0,
+            "nothing is left behind"
+        );
+        assert!(matches!(
+            count(&device, folder.path(), &|| true),
+            Err(SelftestError::Stopped)
+        ));
     }
 }

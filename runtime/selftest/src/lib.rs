@@ -92,7 +92,10 @@ impl SelftestError {
     /// Whether the GPU does not support the model, or has too little memory for it. That is not a
     /// failure of the GPU.
     pub fn is_unsupported(&self) -> bool {
-        matches!(self, SelftestError::Load(LoadError::OnGpu { .. } | LoadError::GpuFull { .. }))
+        matches!(
+            self,
+            SelftestError::Load(LoadError::OnGpu { .. } | LoadError::GpuFull { .. })
+        )
     }
 }
 
@@ -105,7 +108,10 @@ impl TemporaryFile {
     pub fn new(folder: &Path, name: &str) -> Self {
         static SERIAL: AtomicU64 = AtomicU64::new(0);
         let serial = SERIAL.fetch_add(1, Ordering::Relaxed);
-        Self(folder.join(format!("tier-plan-{}-{serial}-{name}.gguf", std::process::id())))
+        Self(folder.join(format!(
+            "tier-plan-{}-{serial}-{name}.gguf",
+            std::process::id()
+        )))
     }
 
     /// Returns the path of the file.

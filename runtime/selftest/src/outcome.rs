@@ -12,7 +12,10 @@ pub struct Expected {
 impl Expected {
     /// Makes a value with an absolute tolerance.
     pub(crate) fn within(value: f32, allowed: f64) -> Self {
-        Self { value: f64::from(value), allowed }
+        Self {
+            value: f64::from(value),
+            allowed,
+        }
     }
 
     /// Makes a value with a tolerance relative to its magnitude, or to `least` if that is larger.
@@ -22,7 +25,10 @@ impl Expected {
 
     /// Makes the expected values of a plain product, which come as pairs of value and tolerance.
     pub(crate) fn of_product(pairs: Vec<(f64, f64)>) -> Vec<Self> {
-        pairs.into_iter().map(|(value, allowed)| Self { value, allowed }).collect()
+        pairs
+            .into_iter()
+            .map(|(value, allowed)| Self { value, allowed })
+            .collect()
     }
 }
 
@@ -104,7 +110,10 @@ mod tests {
         let mut outcome = Outcome::default();
         outcome.compare_exact(&[1, 2], &[1, 3]);
         assert!(!outcome.passed());
-        let mut merged = Outcome { compared: 1, worst: 0.5 };
+        let mut merged = Outcome {
+            compared: 1,
+            worst: 0.5,
+        };
         merged.merge(outcome);
         assert!(!merged.passed());
     }

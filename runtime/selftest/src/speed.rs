@@ -69,10 +69,22 @@ pub struct Effort {
 
 impl Effort {
     /// Extent for real models.
-    pub const FULL: Effort = Effort { prompt: 512, decode: 128, warm: 8, rounds: 3, limit: Duration::from_secs(60) };
+    pub const FULL: Effort = Effort {
+        prompt: 512,
+        decode: 128,
+        warm: 8,
+        rounds: 3,
+        limit: Duration::from_secs(60),
+    };
 
     /// For a check that everything runs.
-    pub const LITTLE: Effort = Effort { prompt: 32, decode: 8, warm: 3, rounds: 1, limit: Duration::from_secs(60) };
+    pub const LITTLE: Effort = Effort {
+        prompt: 32,
+        decode: 8,
+        warm: 3,
+        rounds: 1,
+        limit: Duration::from_secs(60),
+    };
 
     /// Returns the context that the measurement needs, in tokens.
     pub fn context(&self) -> u32 {
@@ -147,15 +159,28 @@ struct Round {
 ///
 /// # Errors
 /// When the model can't be loaded in this setup, a pass fails, or `stop` returns true.
-pub fn time(gguf: &Arc<Gguf>, setup: Setup<'_>, effort: Effort, stop: Stop<'_>) -> Result<Timed, SelftestError> {
+pub fn time(
+    gguf: &Arc<Gguf>,
+    setup: Setup<'_>,
+    effort: Effort,
+    stop: Stop<'_>,
+) -> Result<Timed, SelftestError> {
     let shape = shape_of(gguf, &describe(gguf)?);
     let plan = setup.plan(&shape, effort.context());
-    let counting = setup.device().map(|device| Arc::new(CountingDevice::new(Arc::clone(device))));
+    let counting = setup
+        .device()
+        .map(|device| Arc::new(CountingDevice::new(Arc::clone(device))));
     let give = |ordinal: usize| match &counting {
         Some(counting) => Ok(Arc::clone(counting) as Arc<dyn Device>),
         None => Err(CudaError::NoDevice { ordinal, found: 0 }),
     };
-    let mut engine = Engine::load_on(Arc::clone(gguf), &plan, &LoadOptions::default(), Some(&give), &mut |_, _| {})?;
+    let mut engine = Engine::load_on(
+        Arc::clone(gguf),
+        &plan,
+        &LoadOptions::default(),
+        Some(&give),
+        &mut |_, _| {},
+    )?;
     // Spread over the vocabulary, so that tokens choose different experts.
     let token = |i: usize| (i as u32).wrapping_mul(2_654_435_761) % shape.n_vocab.max(1);
     let prompt: Vec<u32> = (0..effort.prompt.max(1)).map(token).collect();
@@ -163,7 +188,9 @@ pub fn time(gguf: &Arc<Gguf>, setup: Setup<'_>, effort: Effort, stop: Stop<'_>) 
 
     let launched = || counting.as_ref().map_or(0, |counting| counting.launches());
     let (begun, mut rounds) = (Instant::now(), Vec::new());
-    while rounds.len() < effort.rounds.max(1) && (rounds.is_empty() || begun.elapsed() < effort.limit) {
+    while rounds.len() < effort.rounds.max(1)
+        && (rounds.is_empty() || begun.elapsed() < effort.limit)
+    {
         engine.clear();
         (0..=effort.warm).try_for_each(|i| pass(&mut engine, &[token(i)], stop))?;
         engine.reset_counters();
@@ -196,7 +223,11 @@ pub fn time(gguf: &Arc<Gguf>, setup: Setup<'_>, effort: Effort, stop: Stop<'_>) 
         dense_s: round.dense_s,
         expert_s: round.expert_s,
         token_bytes: round.bytes,
-        cache_bytes: shape.caches.iter().map(|cache| cache.moved_bytes(KV_TYPE, effort.middle().into(), 1)).sum(),
+        cache_bytes: shape
+            .caches
+            .iter()
+            .map(|cache| cache.moved_bytes(KV_TYPE, effort.middle().into(), 1))
+            .sum(),
         launches: round.launches,
         layers: shape.n_layer,
     })
@@ -211,7 +242,12 @@ fn pass(engine: &mut Engine, tokens: &[u32], stop: Stop<'_>) -> Result<(), Selft
 }
 
 /// Measures prompts. Returns the tokens and seconds per prompt.
-fn prompts(engine: &mut Engine, prompt: &[u32], effort: Effort, stop: Stop<'_>) -> Result<(usize, f64), SelftestError> {
+fn prompts(
+    engine: &mut Engine,
+    prompt: &[u32],
+    effort: Effort,
+    stop: Stop<'_>,
+) -> Result<(usize, f64), SelftestError> {
     let mut timed = |tokens: &[u32]| -> Result<f64, SelftestError> {
         engine.clear();
         let start = Instant::now();
@@ -222,7 +258,8 @@ fn prompts(engine: &mut Engine, prompt: &[u32], effort: Effort, stop: Stop<'_>) 
     let whole_s = timed(&prompt[..part])? * prompt.len() as f64 / part as f64;
     let n = shortened(prompt.len(), whole_s, effort.limit.as_secs_f64()).max(part);
     let (begun, mut times) = (Instant::now(), Vec::new());
-    while times.len() < effort.rounds.max(1) && (times.is_empty() || begun.elapsed() < effort.limit) {
+    while times.len() < effort.rounds.max(1) && (times.is_empty() || begun.elapsed() < effort.limit)
+    {
         times.push(timed(&prompt[..n])?);
     }
     times.sort_by(f64::total_cmp);
@@ -231,7 +268,11 @@ fn prompts(engine: &mut Engine, prompt: &[u32], effort: Effort, stop: Stop<'_>) 
 
 /// Returns the number of tokens that take at most `limit`, where all `tokens` take `seconds`.
 fn shortened(tokens: usize, seconds: f64, limit: f64) -> usize {
-    if seconds <= limit { tokens } else { (tokens as f64 * limit / seconds) as usize }
+    if seconds <= limit {
+        tokens
+    } else {
+        (tokens as f64 * limit / seconds) as usize
+    }
 }
 
 #[cfg(test)]
@@ -248,28 +289,67 @@ mod tests {
         synth::write(&Shape::TINY, file.path(), &|| false, &mut |_, _| {}).unwrap();
         let gguf = Arc::new(Gguf::open(file.path()).unwrap());
         let device: Arc<dyn Device> = shim::shared();
-        let effort = Effort { prompt: 20, decode: 5, warm: 3, rounds: 2, ..Effort::LITTLE };
-        let [on_gpu, hybrid, cpu] = [Setup::FullyOnGpu(&device), Setup::ExpertsInMemory(&device), Setup::Cpu]
-            .map(|setup| time(&gguf, setup, effort, &|| false).unwrap());
+        let effort = Effort {
+            prompt: 20,
+            decode: 5,
+            warm: 3,
+            rounds: 2,
+            ..Effort::LITTLE
+        };
+        let [on_gpu, hybrid, cpu] = [
+            Setup::FullyOnGpu(&device),
+            Setup::ExpertsInMemory(&device),
+            Setup::Cpu,
+        ]
+        .map(|setup| time(&gguf, setup, effort, &|| false).unwrap());
         for timed in [on_gpu, hybrid, cpu] {
-            assert_eq!((timed.prompt_tokens, timed.decode_tokens, timed.layers), (20, 5, 2), "{timed:?}");
-            let parts = [timed.prompt_s, timed.token_s, timed.dense_s, timed.expert_s, timed.gbps(), timed.tok_s()];
+            assert_eq!(
+                (timed.prompt_tokens, timed.decode_tokens, timed.layers),
+                (20, 5, 2),
+                "{timed:?}"
+            );
+            let parts = [
+                timed.prompt_s,
+                timed.token_s,
+                timed.dense_s,
+                timed.expert_s,
+                timed.gbps(),
+                timed.tok_s(),
+            ];
             assert!(parts.iter().all(|v| v.is_finite() && *v > 0.0), "{timed:?}");
-            assert!(timed.dense_s + timed.expert_s <= timed.token_s * 1.001, "{timed:?}");
+            assert!(
+                timed.dense_s + timed.expert_s <= timed.token_s * 1.001,
+                "{timed:?}"
+            );
             // A token reads the same bytes in every setup.
             assert_eq!(timed.token_bytes, on_gpu.token_bytes);
         }
         let shape = shape_of(&gguf, &describe(&gguf).unwrap());
         assert_eq!(on_gpu.token_bytes, shape.token_bytes() as f64);
         // Every replayed token takes the same launches, and the CPU none.
-        assert!(on_gpu.launches > 2.0 && on_gpu.launches.fract() == 0.0, "{on_gpu:?}");
-        assert!(hybrid.launches > 2.0 && cpu.launches == 0.0, "{hybrid:?} {cpu:?}");
+        assert!(
+            on_gpu.launches > 2.0 && on_gpu.launches.fract() == 0.0,
+            "{on_gpu:?}"
+        );
+        assert!(
+            hybrid.launches > 2.0 && cpu.launches == 0.0,
+            "{hybrid:?} {cpu:?}"
+        );
         let stopped = time(&gguf, Setup::Cpu, effort, &|| true);
         assert!(matches!(stopped, Err(SelftestError::Stopped)));
         // Without any time, prompts are shorter, and there is one short round.
-        let hurried = Effort { limit: Duration::ZERO, prompt: 24, decode: 9, ..effort };
+        let hurried = Effort {
+            limit: Duration::ZERO,
+            prompt: 24,
+            decode: 9,
+            ..effort
+        };
         let timed = time(&gguf, Setup::Cpu, hurried, &|| false).unwrap();
-        assert_eq!((timed.prompt_tokens, timed.decode_tokens), (3, MIN_DECODED), "{timed:?}");
+        assert_eq!(
+            (timed.prompt_tokens, timed.decode_tokens),
+            (3, MIN_DECODED),
+            "{timed:?}"
+        );
     }
 
     #[test]

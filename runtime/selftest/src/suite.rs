@@ -70,7 +70,9 @@ pub struct Results {
 impl Results {
     /// Whether every kernel passed. Otherwise nothing else was compared.
     pub fn kernels_passed(&self) -> bool {
-        self.kernels.iter().all(|(_, outcome)| outcome.as_ref().is_ok_and(Outcome::passed))
+        self.kernels
+            .iter()
+            .all(|(_, outcome)| outcome.as_ref().is_ok_and(Outcome::passed))
     }
 }
 
@@ -88,26 +90,44 @@ pub fn results(device: &Arc<dyn Device>, references: References<'_>, watch: Watc
         return results;
     }
     for (set, exact) in [("arch", true), ("quant", false)] {
-        let Some(folder) = references.golden.map(|golden| golden.join(set)) else { continue };
+        let Some(folder) = references.golden.map(|golden| golden.join(set)) else {
+            continue;
+        };
         let names = match golden::names(&folder) {
             Ok(names) => names,
             Err(error) => {
-                let errors = Err(SelftestError::Golden { path: folder, what: error.to_string() });
-                results.golden.push(GoldenStep { exact, name: set.into(), errors });
+                let errors = Err(SelftestError::Golden {
+                    path: folder,
+                    what: error.to_string(),
+                });
+                results.golden.push(GoldenStep {
+                    exact,
+                    name: set.into(),
+                    errors,
+                });
                 continue;
             }
         };
         for name in names.into_iter().take_while(|_| goes_on()) {
             (watch.step)(&format!("golden values, {name}"));
-            let errors = Golden::read(&folder, &name).and_then(|golden| golden.compare(device, watch.stop));
-            results.golden.push(GoldenStep { exact, name, errors });
+            let errors =
+                Golden::read(&folder, &name).and_then(|golden| golden.compare(device, watch.stop));
+            results.golden.push(GoldenStep {
+                exact,
+                name,
+                errors,
+            });
         }
     }
     let give = |_: usize| Ok(Arc::clone(device));
     for share in [GpuShare::All, GpuShare::AllButExperts] {
-        let Some((gguf, prompt)) = references.text.filter(|_| goes_on()) else { continue };
+        let Some((gguf, prompt)) = references.text.filter(|_| goes_on()) else {
+            continue;
+        };
         (watch.step)("a whole model");
-        results.logits.push((share, whole_model::compare(gguf, share, Some(&give))));
+        results
+            .logits
+            .push((share, whole_model::compare(gguf, share, Some(&give))));
         let text = whole_model::greedy(gguf, share, Some(&give), prompt, references.tokens);
         results.texts.push((share, text));
     }
@@ -144,8 +164,15 @@ pub fn device_rates(subject: &mut Subject, watch: Watch<'_>) -> Step<DeviceRates
         (watch.step)(&format!("products, {ty}"));
         Ok((ty, matvec_gbps(subject, ty)?))
     };
-    let products = TensorType::ALL.into_iter().map(product).collect::<Step<_>>()?;
-    Ok(DeviceRates { rates, copy_gbps, products })
+    let products = TensorType::ALL
+        .into_iter()
+        .map(product)
+        .collect::<Step<_>>()?;
+    Ok(DeviceRates {
+        rates,
+        copy_gbps,
+        products,
+    })
 }
 
 /// Speeds of a model in three setups.
@@ -160,16 +187,30 @@ pub struct Speeds {
 }
 
 /// Measures the speeds of a model.
-pub fn speeds(gguf: &Arc<Gguf>, device: &Arc<dyn Device>, effort: Effort, watch: Watch<'_>) -> Speeds {
+pub fn speeds(
+    gguf: &Arc<Gguf>,
+    device: &Arc<dyn Device>,
+    effort: Effort,
+    watch: Watch<'_>,
+) -> Speeds {
     let timed = |name: &str, setup: Setup<'_>| {
         (watch.step)(name);
         time(gguf, setup, effort, watch.stop)
     };
     let fully_on_gpu = timed("the model, all on the GPU", Setup::FullyOnGpu(device));
     let has_experts = describe(gguf).is_ok_and(|spec| spec.moe_layers().next().is_some());
-    let hybrid = has_experts.then(|| timed("the model, experts in main memory", Setup::ExpertsInMemory(device)));
+    let hybrid = has_experts.then(|| {
+        timed(
+            "the model, experts in main memory",
+            Setup::ExpertsInMemory(device),
+        )
+    });
     let processor = timed("the model, all on the processor", Setup::Cpu);
-    Speeds { fully_on_gpu, hybrid, processor }
+    Speeds {
+        fully_on_gpu,
+        hybrid,
+        processor,
+    }
 }
 
 #[cfg(test)]
@@ -199,7 +240,9 @@ mod tests {
     }
 
     fn data(name: &str) -> PathBuf {
-        Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").join(name)
+        Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("../..")
+            .join(name)
     }
 
     /// Copies the golden values of one architecture, so that the run is short.
@@ -219,36 +262,101 @@ mod tests {
         let device: Arc<dyn Device> = shim::shared();
         let steps = RefCell::new(Vec::new());
         let step = |name: &str| steps.borrow_mut().push(name.to_string());
-        let watch = Watch { stop: &|| false, step: &step };
+        let watch = Watch {
+            stop: &|| false,
+            step: &step,
+        };
         let prompt = [5, 77, 1033, 9];
-        let references =
-            References { golden: Some(folder.path()), text: Some((&demo, &prompt)), tokens: 4, scratch: folder.path() };
+        let references = References {
+            golden: Some(folder.path()),
+            text: Some((&demo, &prompt)),
+            tokens: 4,
+            scratch: folder.path(),
+        };
         let outcome = results(&device, references, watch);
         assert!(outcome.kernels_passed() && outcome.kernels.len() == gpu_kernels::all().len());
-        assert!(outcome.logits.iter().all(|(_, o)| o.as_ref().unwrap().passed()), "{:?}", outcome.logits);
-        let same = TextMatch { same: 4, total: 4, margin: None };
-        assert!(outcome.texts.iter().all(|(_, t)| *t.as_ref().unwrap() == same), "{:?}", outcome.texts);
+        assert!(
+            outcome
+                .logits
+                .iter()
+                .all(|(_, o)| o.as_ref().unwrap().passed()),
+            "{:?}",
+            outcome.logits
+        );
+        let same = TextMatch {
+            same: 4,
+            total: 4,
+            margin: None,
+        };
+        assert!(
+            outcome
+                .texts
+                .iter()
+                .all(|(_, t)| *t.as_ref().unwrap() == same),
+            "{:?}",
+            outcome.texts
+        );
         assert_eq!((outcome.logits.len(), outcome.texts.len()), (2, 2));
-        let [golden, missing] = &outcome.golden[..] else { panic!("{:?}", outcome.golden) };
-        assert!(golden.exact && golden.name == "qwen3moe" && golden.errors.as_ref().unwrap().worst(true) < 1e-4);
-        assert!(!missing.exact && missing.errors.as_ref().is_err_and(|e| e.to_string().contains("quant")));
+        let [golden, missing] = &outcome.golden[..] else {
+            panic!("{:?}", outcome.golden)
+        };
+        assert!(
+            golden.exact
+                && golden.name == "qwen3moe"
+                && golden.errors.as_ref().unwrap().worst(true) < 1e-4
+        );
+        assert!(
+            !missing.exact
+                && missing
+                    .errors
+                    .as_ref()
+                    .is_err_and(|e| e.to_string().contains("quant"))
+        );
         assert!(outcome.launches.unwrap().unwrap().layer > 0);
 
-        let effort = gpu_rates::Effort { bytes: 4096, passes: 1, launches: 2, stages: 1 };
+        let effort = gpu_rates::Effort {
+            bytes: 4096,
+            passes: 1,
+            launches: 2,
+            stages: 1,
+        };
         let pinned = Box::new(Host(vec![3; effort.bytes]));
-        let mut subject = Subject { device: Arc::clone(&device), multiprocessors: 1, pinned, effort };
+        let mut subject = Subject {
+            device: Arc::clone(&device),
+            multiprocessors: 1,
+            pinned,
+            effort,
+        };
         let rates = device_rates(&mut subject, watch).unwrap();
         assert!(rates.copy_gbps > 0.0 && rates.products.len() == TensorType::ALL.len());
 
         let file = TemporaryFile::new(folder.path(), "all");
         synth::write(&Shape::TINY, file.path(), &|| false, &mut |_, _| {}).unwrap();
         let gguf = Arc::new(Gguf::open(file.path()).unwrap());
-        let effort = Effort { prompt: 16, decode: 4, ..Effort::LITTLE };
+        let effort = Effort {
+            prompt: 16,
+            decode: 4,
+            ..Effort::LITTLE
+        };
         let speeds = speeds(&gguf, &device, effort, watch);
-        let timed = [speeds.fully_on_gpu.unwrap(), speeds.hybrid.unwrap().unwrap(), speeds.processor.unwrap()];
-        assert!(timed.iter().all(|t| t.tok_s() > 0.0 && t.prompt_tok_s() > 0.0), "{timed:?}");
+        let timed = [
+            speeds.fully_on_gpu.unwrap(),
+            speeds.hybrid.unwrap().unwrap(),
+            speeds.processor.unwrap(),
+        ];
+        assert!(
+            timed
+                .iter()
+                .all(|t| t.tok_s() > 0.0 && t.prompt_tok_s() > 0.0),
+            "{timed:?}"
+        );
         let steps = steps.into_inner();
-        for name in ["golden values, qwen3moe", "launches", "memory and link", "the model, all on the processor"] {
+        for name in [
+            "golden values, qwen3moe",
+            "launches",
+            "memory and link",
+            "the model, all on the processor",
+        ] {
             assert!(steps.iter().any(|s| s == name), "{name}");
         }
     }
@@ -263,11 +371,23 @@ mod tests {
     fn the_suite_can_be_stopped() {
         let folder = tempfile::tempdir().unwrap();
         let device: Arc<dyn Device> = shim::shared();
-        let watch = Watch { stop: &|| true, step: &|_| {} };
-        let references = References { golden: Some(folder.path()), text: None, tokens: 4, scratch: folder.path() };
+        let watch = Watch {
+            stop: &|| true,
+            step: &|_| {},
+        };
+        let references = References {
+            golden: Some(folder.path()),
+            text: None,
+            tokens: 4,
+            scratch: folder.path(),
+        };
         let outcome = results(&device, references, watch);
-        assert!(outcome.kernels.is_empty() && outcome.golden.is_empty() && outcome.launches.is_none());
+        assert!(
+            outcome.kernels.is_empty() && outcome.golden.is_empty() && outcome.launches.is_none()
+        );
         let stopped = speeds_of_dense_model(&device, watch);
-        assert!(matches!(stopped.fully_on_gpu, Err(SelftestError::Stopped)) && stopped.hybrid.is_none());
+        assert!(
+            matches!(stopped.fully_on_gpu, Err(SelftestError::Stopped)) && stopped.hybrid.is_none()
+        );
     }
 }

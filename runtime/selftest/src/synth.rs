@@ -81,21 +81,42 @@ impl Shape {
     };
 
     /// Sizes that fit anywhere, whose speed is not representative.
-    pub const TINY: Shape =
-        Shape { layers: 2, experts: 8, used: 2, hidden: 256, ffn: 256, heads: 4, kv_heads: 2, head: 64, vocab: 512 };
+    pub const TINY: Shape = Shape {
+        layers: 2,
+        experts: 8,
+        used: 2,
+        hidden: 256,
+        ffn: 256,
+        heads: 4,
+        kv_heads: 2,
+        head: 64,
+        vocab: 512,
+    };
 
     /// Returns the deepest realistic shape that fits, or else the tiny one.
     pub fn fitting(free: FreeBytes) -> Self {
         // The file stays in the page cache, and is copied to huge pages.
-        let limit = free.device.saturating_sub(DEVICE_RESERVE_BYTES).min(free.memory / 5 * 2).min(free.disk / 10 * 9);
-        let depths = (MIN_LAYERS..=MAX_LAYERS).rev().map(|layers| Shape { layers, ..Shape::REAL });
-        let mut fitting = depths.filter(|shape| shape.file_bytes().is_some_and(|bytes| bytes <= limit));
+        let limit = free
+            .device
+            .saturating_sub(DEVICE_RESERVE_BYTES)
+            .min(free.memory / 5 * 2)
+            .min(free.disk / 10 * 9);
+        let depths = (MIN_LAYERS..=MAX_LAYERS).rev().map(|layers| Shape {
+            layers,
+            ..Shape::REAL
+        });
+        let mut fitting =
+            depths.filter(|shape| shape.file_bytes().is_some_and(|bytes| bytes <= limit));
         fitting.next().unwrap_or(Shape::TINY)
     }
 
     /// Whether the speed is representative of real models.
     pub fn is_real(&self) -> bool {
-        Shape { layers: MAX_LAYERS, ..*self } == Shape::REAL && self.layers >= MIN_LAYERS
+        Shape {
+            layers: MAX_LAYERS,
+            ..*self
+        } == Shape::REAL
+            && self.layers >= MIN_LAYERS
     }
 
     /// Returns the bytes of the file; `None` for unsupported sizes.
@@ -108,9 +129,15 @@ impl Shape {
         let number = |key: &str, value: u32| (format!("qwen3moe.{key}"), Value::U32(value));
         let mut draft = Draft::default()
             .key("general.architecture", Value::Str("qwen3moe".into()))
-            .key("general.name", Value::Str(format!("synthetic, {} layers", self.layers)))
+            .key(
+                "general.name",
+                Value::Str(format!("synthetic, {} layers", self.layers)),
+            )
             .key("tokenizer.ggml.model", Value::Str("none".into()))
-            .key("qwen3moe.attention.layer_norm_rms_epsilon", Value::F32(1e-6))
+            .key(
+                "qwen3moe.attention.layer_norm_rms_epsilon",
+                Value::F32(1e-6),
+            )
             .key("qwen3moe.rope.freq_base", Value::F32(1e6));
         let numbers = [
             number("block_count", self.layers),
@@ -136,7 +163,9 @@ impl Shape {
         draft.tensor("output_norm.weight", F32, &[hidden])?;
         draft.tensor("output.weight", Q6_K, &[hidden, vocab])?;
         for layer in 0..self.layers {
-            let mut add = |name: &str, ty, dims: &[u64]| draft.tensor(format!("blk.{layer}.{name}.weight"), ty, dims);
+            let mut add = |name: &str, ty, dims: &[u64]| {
+                draft.tensor(format!("blk.{layer}.{name}.weight"), ty, dims)
+            };
             add("attn_norm", F32, &[hidden])?;
             add("attn_q", Q4_K, &[hidden, q])?;
             add("attn_k", Q4_K, &[hidden, kv])?;
@@ -149,7 +178,11 @@ impl Shape {
             add("ffn_gate_exps", Q4_K, &[hidden, ffn, experts])?;
             add("ffn_up_exps", Q4_K, &[hidden, ffn, experts])?;
             // As in common quantizations, some layers have more bits here.
-            add("ffn_down_exps", if layer % 2 == 1 { Q6_K } else { Q4_K }, &[ffn, hidden, experts])?;
+            add(
+                "ffn_down_exps",
+                if layer % 2 == 1 { Q6_K } else { Q4_K },
+                &[ffn, hidden, experts],
+            )?;
         }
         Ok(draft)
     }
@@ -166,7 +199,10 @@ pub fn write(
     stop: Stop<'_>,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<(), SelftestError> {
-    let failed = |source| SelftestError::Write { path: path.into(), source };
+    let failed = |source| SelftestError::Write {
+        path: path.into(),
+        source,
+    };
     let draft = shape.draft().map_err(|bad| failed(io::Error::other(bad)))?;
     let (mut done, total) = (0, draft.file_bytes());
     let mut fill = |tensor: &DraftTensor, out: &mut dyn Write| {
@@ -174,7 +210,11 @@ pub fn write(
         let mut tell = |bytes: usize| {
             done += bytes as u64;
             progress(done, total);
-            if stop() { Err(io::Error::other("stopped")) } else { Ok(()) }
+            if stop() {
+                Err(io::Error::other("stopped"))
+            } else {
+                Ok(())
+            }
         };
         match tensor.ty {
             TensorType::F32 if tensor.dims.len() == 1 => {
@@ -185,8 +225,15 @@ pub fn write(
             _ => blocks(&mut random, tensor, out, &mut tell),
         }
     };
-    let written = File::create(path).and_then(|file| draft.write(&mut BufWriter::new(file), &mut fill));
-    written.map_err(|error| if stop() { SelftestError::Stopped } else { failed(error) })
+    let written =
+        File::create(path).and_then(|file| draft.write(&mut BufWriter::new(file), &mut fill));
+    written.map_err(|error| {
+        if stop() {
+            SelftestError::Stopped
+        } else {
+            failed(error)
+        }
+    })
 }
 
 /// Writes random blocks whose values are about as large as those of a trained matrix of this width.
@@ -219,7 +266,8 @@ fn blocks(
         }
         for block in piece.chunks_exact_mut(block_bytes) {
             for (offset, factor) in halves {
-                block[*offset..*offset + 2].copy_from_slice(&f16::from_f32(spread * factor).to_le_bytes());
+                block[*offset..*offset + 2]
+                    .copy_from_slice(&f16::from_f32(spread * factor).to_le_bytes());
             }
         }
         out.write_all(piece)?;
@@ -236,13 +284,18 @@ fn router(
     out: &mut dyn Write,
     tell: &mut dyn FnMut(usize) -> io::Result<()>,
 ) -> io::Result<()> {
-    let (width, rows) = (tensor.dims[0] as usize, tensor.dims[1..].iter().product::<u64>());
+    let (width, rows) = (
+        tensor.dims[0] as usize,
+        tensor.dims[1..].iter().product::<u64>(),
+    );
     // The sum of three uniform numbers is nearly normal, of variance 1.
     let normal = |random: &mut Random| random.float() + random.float() + random.float();
     for _ in 0..rows {
         let favor = (0.6 * normal(random)).exp();
         let scale = 2.0 * favor / (width as f32).sqrt();
-        let row: Vec<u8> = (0..width).flat_map(|_| (scale * normal(random)).to_le_bytes()).collect();
+        let row: Vec<u8> = (0..width)
+            .flat_map(|_| (scale * normal(random)).to_le_bytes())
+            .collect();
         out.write_all(&row)?;
         tell(row.len())?;
     }
@@ -267,13 +320,22 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let file = TemporaryFile::new(folder.path(), "tiny");
         let mut told = (0, 0);
-        write(&Shape::TINY, file.path(), &|| false, &mut |done, total| told = (done, total)).unwrap();
+        write(&Shape::TINY, file.path(), &|| false, &mut |done, total| {
+            told = (done, total)
+        })
+        .unwrap();
         let bytes = std::fs::metadata(file.path()).unwrap().len();
         assert_eq!(Some(bytes), Shape::TINY.file_bytes());
-        assert!(told.1 == bytes && told.0 <= bytes && told.0 > bytes / 2, "{told:?} of {bytes}");
+        assert!(
+            told.1 == bytes && told.0 <= bytes && told.0 > bytes / 2,
+            "{told:?} of {bytes}"
+        );
         let gguf = Arc::new(Gguf::open(file.path()).unwrap());
         // The standard deviations are those that the factors are for.
-        for (name, expected) in [("token_embd.weight", 1.0), ("blk.0.attn_v.weight", 1.0 / 16.0)] {
+        for (name, expected) in [
+            ("token_embd.weight", 1.0),
+            ("blk.0.attn_v.weight", 1.0 / 16.0),
+        ] {
             let tensor = gguf.tensor(name).unwrap();
             let row = gguf.bytes(tensor).len() / tensor.dims[1] as usize;
             let (mut sum, mut squares, mut n) = (0f64, 0f64, 0f64);
@@ -281,7 +343,10 @@ mod tests {
                 let mut values = vec![0.0; tensor.dims[0] as usize];
                 dequantize_row(tensor.ty, bytes, &mut values);
                 sum += values.iter().map(|v| f64::from(*v)).sum::<f64>();
-                squares += values.iter().map(|v| f64::from(*v) * f64::from(*v)).sum::<f64>();
+                squares += values
+                    .iter()
+                    .map(|v| f64::from(*v) * f64::from(*v))
+                    .sum::<f64>();
                 n += values.len() as f64;
             }
             let (mean, spread) = (sum / n, (squares / n).sqrt());
@@ -289,16 +354,28 @@ mod tests {
             assert!((spread / expected - 1.0).abs() < 0.1, "{name}: {spread}");
         }
         let shape = shape_of(&gguf, &describe(&gguf).unwrap());
-        assert_eq!((shape.n_layer, shape.experts[0].n_expert, shape.experts[0].n_used), (2, 8, 2));
+        assert_eq!(
+            (
+                shape.n_layer,
+                shape.experts[0].n_expert,
+                shape.experts[0].n_used
+            ),
+            (2, 8, 2)
+        );
         let plan = all_in_memory(&shape, 40, KvType::F16);
-        let options = LoadOptions { threads: Some(1), ..LoadOptions::default() };
+        let options = LoadOptions {
+            threads: Some(1),
+            ..LoadOptions::default()
+        };
         let mut engine = Engine::load(Arc::clone(&gguf), &plan, &options, &mut |_, _| {}).unwrap();
         let tokens: Vec<u32> = (0..32).map(|i| i * 13 % 512).collect();
         let logits = engine.forward(&tokens, LogitsMode::Last).unwrap();
         assert!(logits.iter().all(|l| l.is_finite()) && logits.iter().any(|l| l.abs() > 1e-3));
         // Experts differ from token to token, and some are used more than others.
         let chosen = &engine.routing().experts;
-        let counts: Vec<usize> = (0..8).map(|e| chosen.iter().filter(|c| **c == e).count()).collect();
+        let counts: Vec<usize> = (0..8)
+            .map(|e| chosen.iter().filter(|c| **c == e).count())
+            .collect();
         assert!(counts.iter().filter(|n| **n > 0).count() > 2, "{counts:?}");
         let path = file.path().to_path_buf();
         drop((engine, gguf, file));
@@ -308,18 +385,34 @@ mod tests {
     #[test]
     fn depth_follows_what_is_free() {
         let gib = |n: u64| n << 30;
-        let free = |device, memory, disk| Shape::fitting(FreeBytes { device, memory, disk });
+        let free = |device, memory, disk| {
+            Shape::fitting(FreeBytes {
+                device,
+                memory,
+                disk,
+            })
+        };
         let whole = free(gib(80), gib(64), gib(100));
         assert_eq!(whole, Shape::REAL);
         let bytes = whole.file_bytes().unwrap();
         assert!((gib(8)..gib(9)).contains(&bytes), "{bytes}");
         // Each of the three limits the depth.
-        for shape in [free(gib(5), gib(64), gib(100)), free(gib(80), gib(10), gib(100)), free(gib(80), gib(64), gib(4))]
-        {
-            assert!(shape.is_real() && (MIN_LAYERS..MAX_LAYERS).contains(&shape.layers), "{shape:?}");
+        for shape in [
+            free(gib(5), gib(64), gib(100)),
+            free(gib(80), gib(10), gib(100)),
+            free(gib(80), gib(64), gib(4)),
+        ] {
+            assert!(
+                shape.is_real() && (MIN_LAYERS..MAX_LAYERS).contains(&shape.layers),
+                "{shape:?}"
+            );
             assert!(shape.file_bytes().unwrap() <= gib(4));
         }
-        for shape in [free(gib(1), gib(64), gib(100)), free(gib(80), 1 << 20, gib(100)), free(gib(80), gib(64), 0)] {
+        for shape in [
+            free(gib(1), gib(64), gib(100)),
+            free(gib(80), 1 << 20, gib(100)),
+            free(gib(80), gib(64), 0),
+        ] {
             assert_eq!(shape, Shape::TINY);
             assert!(!shape.is_real());
         }
@@ -331,11 +424,21 @@ mod tests {
         let path = folder.path().join("a.gguf");
         let stopped = write(&Shape::TINY, &path, &|| true, &mut |_, _| {});
         assert!(matches!(stopped, Err(SelftestError::Stopped)));
-        let unsupported = Shape { hidden: 100, ..Shape::TINY };
-        let why = write(&unsupported, &path, &|| false, &mut |_, _| {}).unwrap_err().to_string();
-        assert!(why.contains("token_embd.weight") && unsupported.file_bytes().is_none(), "{why}");
+        let unsupported = Shape {
+            hidden: 100,
+            ..Shape::TINY
+        };
+        let why = write(&unsupported, &path, &|| false, &mut |_, _| {})
+            .unwrap_err()
+            .to_string();
+        assert!(
+            why.contains("token_embd.weight") && unsupported.file_bytes().is_none(),
+            "{why}"
+        );
         let nowhere = folder.path().join("none").join("a.gguf");
-        let why = write(&Shape::TINY, &nowhere, &|| false, &mut |_, _| {}).unwrap_err().to_string();
+        let why = write(&Shape::TINY, &nowhere, &|| false, &mut |_, _| {})
+            .unwrap_err()
+            .to_string();
         assert!(why.contains("none"), "{why}");
     }
 }

@@ -43,13 +43,19 @@ pub enum GpuShare {
 ///
 /// # Errors
 /// When the model can't be loaded, or a pass fails.
-pub fn compare(gguf: &Arc<Gguf>, share: GpuShare, give: Option<GiveDevice<'_>>) -> Result<Outcome, SelftestError> {
+pub fn compare(
+    gguf: &Arc<Gguf>,
+    share: GpuShare,
+    give: Option<GiveDevice<'_>>,
+) -> Result<Outcome, SelftestError> {
     let spec = describe(gguf).map_err(LoadError::from)?;
     let shape = shape_of(gguf, &spec);
     let context = PROMPT_TOKENS + DECODED as u32;
     let [mut on_gpu, mut on_cpu] = load_both(gguf, &shape, context, share, give)?;
     let n_vocab = spec.n_vocab as u32;
-    let mut tokens: Vec<u32> = (0..PROMPT_TOKENS).map(|i| i.wrapping_mul(2_654_435_761) % n_vocab).collect();
+    let mut tokens: Vec<u32> = (0..PROMPT_TOKENS)
+        .map(|i| i.wrapping_mul(2_654_435_761) % n_vocab)
+        .collect();
     let mut outcome = Outcome::default();
     for _ in 0..=DECODED {
         let expected = on_cpu.forward(&tokens, LogitsMode::Last)?.to_vec();
@@ -99,11 +105,19 @@ pub fn greedy(
         if most_likely(got).0 != best || got.iter().any(|v| v.is_nan()) {
             let squares: f64 = expected.iter().map(|v| f64::from(*v) * f64::from(*v)).sum();
             let spread = (squares / expected.len().max(1) as f64).sqrt() as f32;
-            return Ok(TextMatch { same, total: n, margin: Some(margin / spread.max(f32::MIN_POSITIVE)) });
+            return Ok(TextMatch {
+                same,
+                total: n,
+                margin: Some(margin / spread.max(f32::MIN_POSITIVE)),
+            });
         }
         tokens = vec![best];
     }
-    Ok(TextMatch { same: n, total: n, margin: None })
+    Ok(TextMatch {
+        same: n,
+        total: n,
+        margin: None,
+    })
 }
 
 /// Loads a model twice: on the GPU and on the CPU.
@@ -132,11 +146,17 @@ fn compare_logits(outcome: &mut Outcome, got: &[f32], expected: &[f32]) -> u32 {
     let error: f64 = got.iter().zip(expected).map(|(a, b)| square(a - b)).sum();
     let norm: f64 = expected.iter().map(|v| square(*v)).sum();
     let nmse = error / norm.max(f64::MIN_POSITIVE);
-    outcome.merge(Outcome { compared: got.len().min(expected.len()), worst: nmse / MAX_NMSE });
+    outcome.merge(Outcome {
+        compared: got.len().min(expected.len()),
+        worst: nmse / MAX_NMSE,
+    });
     let (best, margin) = most_likely(expected);
     let spread = (norm / expected.len().max(1) as f64).sqrt() as f32;
     if most_likely(got).0 != best && margin > CLEAR_MARGIN * spread {
-        outcome.merge(Outcome { compared: 0, worst: f64::INFINITY });
+        outcome.merge(Outcome {
+            compared: 0,
+            worst: f64::INFINITY,
+        });
     }
     best
 }
@@ -168,7 +188,10 @@ mod tests {
         for share in [GpuShare::All, GpuShare::AllButExperts] {
             let outcome = compare(&gguf, share, Some(&give)).unwrap();
             assert!(outcome.passed(), "{outcome:?}");
-            assert!(outcome.compared == 17 * 4096 && outcome.worst > 0.0, "{outcome:?}");
+            assert!(
+                outcome.compared == 17 * 4096 && outcome.worst > 0.0,
+                "{outcome:?}"
+            );
         }
     }
 
@@ -180,7 +203,14 @@ mod tests {
         let prompt: Vec<u32> = (0..20).map(|i| i * 31 + 7).collect();
         for share in [GpuShare::All, GpuShare::AllButExperts] {
             let text = greedy(&gguf, share, Some(&give), &prompt, 24).unwrap();
-            assert_eq!(text, TextMatch { same: 24, total: 24, margin: None });
+            assert_eq!(
+                text,
+                TextMatch {
+                    same: 24,
+                    total: 24,
+                    margin: None
+                }
+            );
         }
     }
 

@@ -35,7 +35,12 @@ pub(crate) trait LayerBackend {
 
     /// Adds a layer's shared expert, after [`route`](Self::route); `routed_here` says whether that
     /// ran on this backend.
-    fn shared_expert(&mut self, stage: &mut Stage<'_>, layer: Layer<'_>, routed_here: bool) -> Result<(), RunError>;
+    fn shared_expert(
+        &mut self,
+        stage: &mut Stage<'_>,
+        layer: Layer<'_>,
+        routed_here: bool,
+    ) -> Result<(), RunError>;
 
     /// Adds the sums of the routed experts, `stage.buffers.out`.
     fn add_experts(&mut self, stage: &mut Stage<'_>) -> Result<(), RunError>;
@@ -45,7 +50,12 @@ pub(crate) trait LayerBackend {
 
     /// Writes the experts that a layer's router would choose for rows as they are now, `[rows,
     /// n_used]`.
-    fn predict(&mut self, stage: &mut Stage<'_>, layer: Layer<'_>, experts: &mut Vec<u16>) -> Result<(), RunError>;
+    fn predict(
+        &mut self,
+        stage: &mut Stage<'_>,
+        layer: Layer<'_>,
+        experts: &mut Vec<u16>,
+    ) -> Result<(), RunError>;
 }
 
 /// What a stage of a pass works on.
@@ -91,7 +101,11 @@ pub(crate) struct Buffers {
 
 impl Buffers {
     pub(crate) fn new(spec: &ModelSpec, batch: usize, micro_batch: usize) -> Self {
-        let n_used = spec.moe_layers().map(|(_, moe)| moe.n_used).max().unwrap_or(1);
+        let n_used = spec
+            .moe_layers()
+            .map(|(_, moe)| moe.n_used)
+            .max()
+            .unwrap_or(1);
         Self {
             normed: vec![0.0; micro_batch * spec.hidden],
             acts: Activations::new(micro_batch, spec.hidden),
@@ -152,8 +166,20 @@ impl Backends {
         rows: Range<usize>,
         sequence: &'a mut Sequence,
     ) -> (&'a mut Processors, Stage<'a>) {
-        let cpu = CpuContext { pool: &self.pool, kernels: self.kernels };
-        (&mut self.processors, Stage { cpu, spec, rows, sequence, buffers: &mut self.buffers })
+        let cpu = CpuContext {
+            pool: &self.pool,
+            kernels: self.kernels,
+        };
+        (
+            &mut self.processors,
+            Stage {
+                cpu,
+                spec,
+                rows,
+                sequence,
+                buffers: &mut self.buffers,
+            },
+        )
     }
 
     /// Returns where a batch's hidden state is once it is embedded.
@@ -195,12 +221,19 @@ impl Backends {
             return Ok(places.ffn);
         };
         processors.on(places.ffn).route(&mut stage, layer)?;
-        stage.buffers.expert_acts.append(stage.buffers.acts.view(), floats);
+        stage
+            .buffers
+            .expert_acts
+            .append(stage.buffers.acts.view(), floats);
         if moe.shared.is_none() {
             return Ok(places.ffn);
         }
         processors.transfer(&stage, places.ffn, places.shared)?;
-        processors.on(places.shared).shared_expert(&mut stage, layer, places.ffn == places.shared)?;
+        processors.on(places.shared).shared_expert(
+            &mut stage,
+            layer,
+            places.ffn == places.shared,
+        )?;
         Ok(places.shared)
     }
 

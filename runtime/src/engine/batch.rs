@@ -25,7 +25,11 @@ pub(crate) enum Phase {
 impl Phase {
     /// Returns what a call with `n_tokens` tokens after `n_past` others is.
     pub(crate) fn of_call(n_tokens: usize, n_past: usize) -> Self {
-        if n_tokens == 1 && n_past > 0 { Self::Decode } else { Self::Prompt }
+        if n_tokens == 1 && n_past > 0 {
+            Self::Decode
+        } else {
+            Self::Prompt
+        }
     }
 }
 
@@ -53,13 +57,16 @@ impl<'a> Batch<'a> {
     ) -> impl Iterator<Item = Batch<'a>> {
         let last = tokens.len().div_ceil(size).saturating_sub(1);
         let single = tokens.len() == 1;
-        tokens.chunks(size).enumerate().map(move |(i, tokens)| Batch {
-            tokens,
-            offset: i * size,
-            logits: (i == last || mode == LogitsMode::All).then_some(mode),
-            single,
-            phase,
-        })
+        tokens
+            .chunks(size)
+            .enumerate()
+            .map(move |(i, tokens)| Batch {
+                tokens,
+                offset: i * size,
+                logits: (i == last || mode == LogitsMode::All).then_some(mode),
+                single,
+                phase,
+            })
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -78,7 +85,9 @@ impl<'a> Batch<'a> {
     /// Returns the rows of the batch in parts of up to `size`.
     pub(crate) fn micro_batches(&self, size: usize) -> impl Iterator<Item = Range<usize>> + use<> {
         let n = self.len();
-        (0..n).step_by(size).map(move |first| first..n.min(first + size))
+        (0..n)
+            .step_by(size)
+            .map(move |first| first..n.min(first + size))
     }
 }
 
@@ -110,12 +119,23 @@ impl Output {
     }
 
     /// Keeps what a layer's router chose for a batch.
-    pub(crate) fn record(&mut self, moe: MoeLayer<'_>, n_moe: usize, batch: &Batch<'_>, buffers: &Buffers) {
+    pub(crate) fn record(
+        &mut self,
+        moe: MoeLayer<'_>,
+        n_moe: usize,
+        batch: &Batch<'_>,
+        buffers: &Buffers,
+    ) {
         let used = moe.spec.n_used;
         for t in 0..batch.len() {
-            let (from, to) = (t * used, ((batch.offset + t) * n_moe + moe.index.get()) * used);
-            self.routing.experts[to..to + used].copy_from_slice(&buffers.experts[from..from + used]);
-            self.routing.weights[to..to + used].copy_from_slice(&buffers.weights[from..from + used]);
+            let (from, to) = (
+                t * used,
+                ((batch.offset + t) * n_moe + moe.index.get()) * used,
+            );
+            self.routing.experts[to..to + used]
+                .copy_from_slice(&buffers.experts[from..from + used]);
+            self.routing.weights[to..to + used]
+                .copy_from_slice(&buffers.weights[from..from + used]);
         }
     }
 }
@@ -128,12 +148,30 @@ mod tests {
     fn the_last_batch_has_the_logits_of_the_last_token() {
         let tokens = [1, 2, 3, 4, 5];
         let batches: Vec<_> = Batch::split(&tokens, 2, LogitsMode::Last, Phase::Prompt).collect();
-        assert_eq!(batches.iter().map(Batch::len).collect::<Vec<_>>(), [2, 2, 1]);
-        assert_eq!(batches.iter().map(|b| b.offset).collect::<Vec<_>>(), [0, 2, 4]);
-        assert_eq!(batches.iter().map(|b| b.logits.is_some()).collect::<Vec<_>>(), [false, false, true]);
+        assert_eq!(
+            batches.iter().map(Batch::len).collect::<Vec<_>>(),
+            [2, 2, 1]
+        );
+        assert_eq!(
+            batches.iter().map(|b| b.offset).collect::<Vec<_>>(),
+            [0, 2, 4]
+        );
+        assert_eq!(
+            batches
+                .iter()
+                .map(|b| b.logits.is_some())
+                .collect::<Vec<_>>(),
+            [false, false, true]
+        );
         assert!(batches.iter().all(|b| !b.single));
-        assert!(Batch::split(&tokens, 2, LogitsMode::All, Phase::Prompt).all(|b| b.logits.is_some()));
-        assert!(Batch::split(&[], 2, LogitsMode::All, Phase::Prompt).next().is_none());
+        assert!(
+            Batch::split(&tokens, 2, LogitsMode::All, Phase::Prompt).all(|b| b.logits.is_some())
+        );
+        assert!(
+            Batch::split(&[], 2, LogitsMode::All, Phase::Prompt)
+                .next()
+                .is_none()
+        );
     }
 
     #[test]

@@ -34,7 +34,12 @@ pub(crate) struct Cpu {
 impl Cpu {
     /// Makes the buffers for batches of up to `batch` tokens, of which a stage takes `micro_batch`
     /// at once.
-    pub(crate) fn new(spec: &ModelSpec, weights: DenseWeights, batch: usize, micro_batch: usize) -> Self {
+    pub(crate) fn new(
+        spec: &ModelSpec,
+        weights: DenseWeights,
+        batch: usize,
+        micro_batch: usize,
+    ) -> Self {
         let mut mixer = MixerScratch::default();
         let (mut ffn, mut n_expert, mut n_used) = (0, 0, 1);
         for layer in &spec.layers {
@@ -42,7 +47,9 @@ impl Cpu {
             match &layer.ffn {
                 Ffn::Dense(f) => ffn = ffn.max(f.gate.n_out),
                 Ffn::Moe(m) => {
-                    ffn = ffn.max(m.expert_ffn).max(m.shared.map_or(0, |shared| shared.ffn.gate.n_out));
+                    ffn = ffn
+                        .max(m.expert_ffn)
+                        .max(m.shared.map_or(0, |shared| shared.ffn.gate.n_out));
                     n_expert = n_expert.max(m.n_expert);
                     n_used = n_used.max(m.n_used);
                 }
@@ -50,7 +57,8 @@ impl Cpu {
         }
         let quants = |layer: &LayerSpec| {
             let matrices = layer.mixer.tensors().matrices;
-            matrices.iter().any(|id| needs_quants(weights.ty(*id))) && spec.hidden.is_multiple_of(32)
+            matrices.iter().any(|id| needs_quants(weights.ty(*id)))
+                && spec.hidden.is_multiple_of(32)
         };
         Self {
             mixer_quants: spec.layers.iter().map(quants).collect(),
@@ -71,7 +79,9 @@ impl Cpu {
     }
 
     fn embed_rows(&mut self, spec: &ModelSpec, tokens: &[u32]) {
-        let table = self.weights.matrix(spec.embedding, spec.n_vocab, spec.hidden);
+        let table = self
+            .weights
+            .matrix(spec.embedding, spec.n_vocab, spec.hidden);
         for (token, row) in tokens.iter().zip(self.x.chunks_exact_mut(spec.hidden)) {
             if let Some(bytes) = table.row(*token as usize) {
                 dequantize_row(table.ty(), bytes, row);
@@ -89,10 +99,16 @@ impl Cpu {
         weights: &mut [f32],
     ) {
         let logits = &mut self.router_logits[..acts.rows() * moe.n_expert];
-        matmul_all(cpu.pool, cpu.kernels, &[MatJob::new(self.weights.linear(&moe.router), acts, logits)]);
+        matmul_all(
+            cpu.pool,
+            cpu.kernels,
+            &[MatJob::new(self.weights.linear(&moe.router), acts, logits)],
+        );
         add_bias(logits, self.weights.bias(&moe.router));
         let bias = self.weights.opt_vector(moe.selection_bias);
-        let chosen = experts.chunks_exact_mut(moe.n_used).zip(weights.chunks_exact_mut(moe.n_used));
+        let chosen = experts
+            .chunks_exact_mut(moe.n_used)
+            .zip(weights.chunks_exact_mut(moe.n_used));
         for (row, (experts, weights)) in logits.chunks_exact(moe.n_expert).zip(chosen) {
             self.router.route(moe, row, bias, experts, weights);
         }
@@ -108,13 +124,27 @@ impl LayerBackend for Cpu {
     fn mixer(&mut self, stage: &mut Stage<'_>, layer: Layer<'_>) -> Result<(), RunError> {
         let (cpu, n, past) = (stage.cpu, stage.rows.len(), stage.past());
         let x = &mut self.x[stage.values()];
-        let (sequence, buffers, index) = (&mut *stage.sequence, &mut *stage.buffers, layer.index.get());
+        let (sequence, buffers, index) =
+            (&mut *stage.sequence, &mut *stage.buffers, layer.index.get());
         for rope in &mut sequence.ropes {
             rope.prepare(past, n);
         }
         let normed = &mut buffers.normed[..x.len()];
-        norm_rows(cpu, x, self.weights.vector(layer.spec.mixer_norm), stage.spec.norm_eps, normed);
-        buffers.acts.fill_shared(cpu.pool, cpu.kernels, n, stage.spec.hidden, normed, self.mixer_quants[index]);
+        norm_rows(
+            cpu,
+            x,
+            self.weights.vector(layer.spec.mixer_norm),
+            stage.spec.norm_eps,
+            normed,
+        );
+        buffers.acts.fill_shared(
+            cpu.pool,
+            cpu.kernels,
+            n,
+            stage.spec.hidden,
+            normed,
+            self.mixer_quants[index],
+        );
         let input = MixerInput {
             x: buffers.acts.view(),
             past,
@@ -123,57 +153,125 @@ impl LayerBackend for Cpu {
         };
         let out = &mut buffers.out[..x.len()];
         let state = &mut sequence.states[index];
-        mix(cpu, &self.weights, &layer.spec.mixer, &input, state, &mut self.mixer, out);
+        mix(
+            cpu,
+            &self.weights,
+            &layer.spec.mixer,
+            &input,
+            state,
+            &mut self.mixer,
+            out,
+        );
         cpu.kernels.add(x, out);
         Ok(())
     }
 
     fn dense_ffn(&mut self, stage: &mut Stage<'_>, layer: Layer<'_>) -> Result<(), RunError> {
-        let Ffn::Dense(ffn) = &layer.spec.ffn else { return Ok(()) };
+        let Ffn::Dense(ffn) = &layer.spec.ffn else {
+            return Ok(());
+        };
         let (cpu, n) = (stage.cpu, stage.rows.len());
         let x = &mut self.x[stage.values()];
         let buffers = &mut *stage.buffers;
         let normed = &mut buffers.normed[..x.len()];
-        norm_rows(cpu, x, self.weights.vector(layer.spec.ffn_norm), stage.spec.norm_eps, normed);
-        let quantize = [&ffn.gate, &ffn.up].iter().any(|l| needs_quants(self.weights.ty(l.weight)));
-        buffers.acts.fill_shared(cpu.pool, cpu.kernels, n, stage.spec.hidden, normed, quantize);
+        norm_rows(
+            cpu,
+            x,
+            self.weights.vector(layer.spec.ffn_norm),
+            stage.spec.norm_eps,
+            normed,
+        );
+        let quantize = [&ffn.gate, &ffn.up]
+            .iter()
+            .any(|l| needs_quants(self.weights.ty(l.weight)));
+        buffers.acts.fill_shared(
+            cpu.pool,
+            cpu.kernels,
+            n,
+            stage.spec.hidden,
+            normed,
+            quantize,
+        );
         let out = &mut buffers.out[..x.len()];
-        dense_ffn(cpu, &self.weights, ffn, buffers.acts.view(), &mut self.ffn, out);
+        dense_ffn(
+            cpu,
+            &self.weights,
+            ffn,
+            buffers.acts.view(),
+            &mut self.ffn,
+            out,
+        );
         cpu.kernels.add(x, out);
         Ok(())
     }
 
     fn route(&mut self, stage: &mut Stage<'_>, layer: Layer<'_>) -> Result<(), RunError> {
-        let Ffn::Moe(moe) = &layer.spec.ffn else { return Ok(()) };
+        let Ffn::Moe(moe) = &layer.spec.ffn else {
+            return Ok(());
+        };
         let (cpu, n, hidden) = (stage.cpu, stage.rows.len(), stage.spec.hidden);
         let x = &self.x[stage.values()];
         let choices = stage.rows.start * moe.n_used..stage.rows.end * moe.n_used;
         let buffers = &mut *stage.buffers;
         let normed = &mut buffers.normed[..x.len()];
-        norm_rows(cpu, x, self.weights.vector(layer.spec.ffn_norm), stage.spec.norm_eps, normed);
+        norm_rows(
+            cpu,
+            x,
+            self.weights.vector(layer.spec.ffn_norm),
+            stage.spec.norm_eps,
+            normed,
+        );
         // Quantized whatever the router's type: the experts of a single token read the same
         // activations.
-        buffers.acts.fill_shared(cpu.pool, cpu.kernels, n, hidden, normed, hidden.is_multiple_of(32));
-        let (experts, weights) = (&mut buffers.experts[choices.clone()], &mut buffers.weights[choices]);
+        buffers.acts.fill_shared(
+            cpu.pool,
+            cpu.kernels,
+            n,
+            hidden,
+            normed,
+            hidden.is_multiple_of(32),
+        );
+        let (experts, weights) = (
+            &mut buffers.experts[choices.clone()],
+            &mut buffers.weights[choices],
+        );
         self.choose(cpu, moe, buffers.acts.view(), experts, weights);
         Ok(())
     }
 
-    fn shared_expert(&mut self, stage: &mut Stage<'_>, layer: Layer<'_>, _: bool) -> Result<(), RunError> {
-        let Some(shared) = layer.spec.moe().and_then(|moe| moe.shared.as_ref()) else { return Ok(()) };
+    fn shared_expert(
+        &mut self,
+        stage: &mut Stage<'_>,
+        layer: Layer<'_>,
+        _: bool,
+    ) -> Result<(), RunError> {
+        let Some(shared) = layer.spec.moe().and_then(|moe| moe.shared.as_ref()) else {
+            return Ok(());
+        };
         let cpu = stage.cpu;
         let x = &mut self.x[stage.values()];
         let buffers = &mut *stage.buffers;
         // What it reads is what the router has left, wherever that ran.
         let (normed, out) = (&buffers.normed[..x.len()], &mut buffers.out[..x.len()]);
-        shared_expert(cpu, &self.weights, shared, buffers.acts.view(), normed, &mut self.ffn, out);
+        shared_expert(
+            cpu,
+            &self.weights,
+            shared,
+            buffers.acts.view(),
+            normed,
+            &mut self.ffn,
+            out,
+        );
         cpu.kernels.add(x, out);
         Ok(())
     }
 
     fn add_experts(&mut self, stage: &mut Stage<'_>) -> Result<(), RunError> {
         let values = stage.values();
-        stage.cpu.kernels.add(&mut self.x[values.clone()], &stage.buffers.out[values]);
+        stage
+            .cpu
+            .kernels
+            .add(&mut self.x[values.clone()], &stage.buffers.out[values]);
         Ok(())
     }
 
@@ -185,23 +283,55 @@ impl LayerBackend for Cpu {
         let parts = x.chunks(buffers.micro_batch * spec.hidden);
         for (x, logits) in parts.zip(logits.chunks_mut(buffers.micro_batch * spec.n_vocab)) {
             let normed = &mut buffers.normed[..x.len()];
-            norm_rows(cpu, x, self.weights.vector(spec.output_norm), spec.norm_eps, normed);
-            buffers.acts.fill_shared(cpu.pool, cpu.kernels, x.len() / spec.hidden, spec.hidden, normed, quantize);
-            matmul_all(cpu.pool, cpu.kernels, &[MatJob::new(output, buffers.acts.view(), logits)]);
+            norm_rows(
+                cpu,
+                x,
+                self.weights.vector(spec.output_norm),
+                spec.norm_eps,
+                normed,
+            );
+            buffers.acts.fill_shared(
+                cpu.pool,
+                cpu.kernels,
+                x.len() / spec.hidden,
+                spec.hidden,
+                normed,
+                quantize,
+            );
+            matmul_all(
+                cpu.pool,
+                cpu.kernels,
+                &[MatJob::new(output, buffers.acts.view(), logits)],
+            );
         }
         Ok(())
     }
 
-    fn predict(&mut self, stage: &mut Stage<'_>, layer: Layer<'_>, experts: &mut Vec<u16>) -> Result<(), RunError> {
-        let Ffn::Moe(moe) = &layer.spec.ffn else { return Ok(()) };
+    fn predict(
+        &mut self,
+        stage: &mut Stage<'_>,
+        layer: Layer<'_>,
+        experts: &mut Vec<u16>,
+    ) -> Result<(), RunError> {
+        let Ffn::Moe(moe) = &layer.spec.ffn else {
+            return Ok(());
+        };
         let (cpu, n, hidden) = (stage.cpu, stage.rows.len(), stage.spec.hidden);
         let x = &self.x[stage.values()];
         let buffers = &mut *stage.buffers;
         // The buffers of normed rows are free: routed experts have copies, and the shared expert is
         // done.
         let normed = &mut buffers.normed[..x.len()];
-        norm_rows(cpu, x, self.weights.vector(layer.spec.ffn_norm), stage.spec.norm_eps, normed);
-        buffers.acts.fill(cpu.kernels, n, hidden, normed, hidden.is_multiple_of(32));
+        norm_rows(
+            cpu,
+            x,
+            self.weights.vector(layer.spec.ffn_norm),
+            stage.spec.norm_eps,
+            normed,
+        );
+        buffers
+            .acts
+            .fill(cpu.kernels, n, hidden, normed, hidden.is_multiple_of(32));
         experts.resize(n * moe.n_used, 0);
         let mut weights = std::mem::take(&mut self.predicted_weights);
         weights.resize(n * moe.n_used, 0.0);

@@ -42,12 +42,21 @@ impl Experts {
         backends: &mut Backends,
         computed: &mut StageBytes,
     ) -> Result<Step, RunError> {
-        let Backends { pool, kernels, processors, buffers, .. } = backends;
+        let Backends {
+            pool,
+            kernels,
+            processors,
+            buffers,
+            ..
+        } = backends;
         let (n_used, hidden) = (layer.spec.n_used, layer.spec.router.n_in);
         let choices = batch.len() * n_used;
         computed.clear();
         let run = MoeRun {
-            cpu: CpuContext { pool, kernels: *kernels },
+            cpu: CpuContext {
+                pool,
+                kernels: *kernels,
+            },
             store: &mut self.store,
             layer,
             x: buffers.expert_acts.view(),
@@ -62,13 +71,18 @@ impl Experts {
             out: &mut buffers.out[..batch.len() * hidden],
             computed,
         };
-        if batch.single { run.token() } else { run.batch() }
+        if batch.single {
+            run.token()
+        } else {
+            run.batch()
+        }
     }
 
     /// Compares a decoded token's prediction for a layer with what its router chose: returns how
     /// many experts were predicted, and how many of them were chosen.
     pub(crate) fn score(&mut self, layer: MoeLayer<'_>, backends: &Backends) -> Option<(u64, u64)> {
-        self.predictor.score(layer.index, &backends.buffers.experts[..layer.spec.n_used])
+        self.predictor
+            .score(layer.index, &backends.buffers.experts[..layer.spec.n_used])
     }
 
     /// Predicts the experts of the layer after `layer`, and has the store prefetch them while
@@ -85,7 +99,9 @@ impl Experts {
         backends: &mut Backends,
         sequence: &mut Sequence,
     ) -> Result<(), RunError> {
-        let Some(moe) = next.moe.filter(|_| backends.can_predict(next, place)) else { return Ok(()) };
+        let Some(moe) = next.moe.filter(|_| backends.can_predict(next, place)) else {
+            return Ok(());
+        };
         let wanted = self.store.wants_prediction(!batch.single);
         let scored = batch.single && self.scores_predictions;
         if !wanted && !scored {
@@ -99,7 +115,8 @@ impl Experts {
         backends.predict(spec, next, rows, sequence, self.predictor.begin())?;
         if wanted {
             let predicted = self.predictor.predicted(moe.spec.n_used, moe.spec.n_expert);
-            self.store.predict(moe.index.get(), predicted, !batch.single);
+            self.store
+                .predict(moe.index.get(), predicted, !batch.single);
         }
         Ok(())
     }

@@ -13,27 +13,47 @@ impl Engine {
     /// Takes a call's single token through a model that is all on the GPU of `tier`.
     pub(super) fn pass_on_gpu(&mut self, tier: TierIdx, batch: &Batch<'_>) -> Result<(), RunError> {
         let start = Instant::now();
-        let Self { model, backends, experts, sequence, meter, output, .. } = self;
+        let Self {
+            model,
+            backends,
+            experts,
+            sequence,
+            meter,
+            output,
+            ..
+        } = self;
         let (spec, id) = (model.spec(), batch.tokens[0]);
         let processors = &mut backends.processors;
         let embeds = processors.gpus.places.embedding == Some(tier);
         output.logits.resize(spec.n_vocab, 0.0);
         let token = Token {
             token: id,
-            state: if embeds { None } else { Some(processors.cpu.embed_token(spec, id)) },
+            state: if embeds {
+                None
+            } else {
+                Some(processors.cpu.embed_token(spec, id))
+            },
             past: sequence.n_past(),
             experts: &mut output.routing.experts,
             weights: &mut output.routing.weights,
             logits: &mut output.logits,
         };
-        processors.gpus.of(tier).full_model()?.token(experts.store.of_tier(tier), token, &mut sequence.ropes)?;
+        processors.gpus.of(tier).full_model()?.token(
+            experts.store.of_tier(tier),
+            token,
+            &mut sequence.ropes,
+        )?;
         sequence.advance(1);
         if batch.phase == Phase::Decode {
             let store = &experts.store;
             let used = layers(spec).filter_map(|layer| {
                 let moe = layer.moe?;
                 let n_used = moe.spec.n_used as u64;
-                Some(TokenExperts { layer, n_used, bytes: store.expert_bytes(moe.index.get()) * n_used })
+                Some(TokenExperts {
+                    layer,
+                    n_used,
+                    bytes: store.expert_bytes(moe.index.get()) * n_used,
+                })
             });
             meter.count_token_on_gpu(start, tier, used);
         }

@@ -76,7 +76,11 @@ pub fn generate(
     let start = Instant::now();
     let mut recent = prompt.to_vec();
     let mut logits = engine.forward(prompt, LogitsMode::Last)?.to_vec();
-    let mut done = Generated { tokens: Vec::new(), stop: Stop::Limit, first_token: Duration::ZERO };
+    let mut done = Generated {
+        tokens: Vec::new(),
+        stop: Stop::Limit,
+        first_token: Duration::ZERO,
+    };
     while done.tokens.len() < limits.max_tokens {
         let token = sampler.sample(&mut logits, &recent);
         if done.tokens.is_empty() {

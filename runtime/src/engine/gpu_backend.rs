@@ -13,29 +13,60 @@ impl LayerBackend for Gpu {
 
     fn mixer(&mut self, stage: &mut Stage<'_>, layer: Layer<'_>) -> Result<(), RunError> {
         let past = stage.past();
-        Ok(Gpu::mixer(self, layer.index.get())?.run(stage.rows.clone(), past, &mut stage.sequence.ropes)?)
+        Ok(Gpu::mixer(self, layer.index.get())?.run(
+            stage.rows.clone(),
+            past,
+            &mut stage.sequence.ropes,
+        )?)
     }
 
     fn dense_ffn(&mut self, stage: &mut Stage<'_>, layer: Layer<'_>) -> Result<(), RunError> {
-        Ok(self.ffn(layer.index.get())?.run(stage.rows.clone(), FfnInput::Raw)?)
+        Ok(self
+            .ffn(layer.index.get())?
+            .run(stage.rows.clone(), FfnInput::Raw)?)
     }
 
     fn route(&mut self, stage: &mut Stage<'_>, layer: Layer<'_>) -> Result<(), RunError> {
-        let Ffn::Moe(moe) = &layer.spec.ffn else { return Ok(()) };
+        let Ffn::Moe(moe) = &layer.spec.ffn else {
+            return Ok(());
+        };
         let (cpu, n, hidden) = (stage.cpu, stage.rows.len(), stage.spec.hidden);
         let choices = stage.rows.start * moe.n_used..stage.rows.end * moe.n_used;
         let buffers = &mut *stage.buffers;
-        let (experts, weights) = (&mut buffers.experts[choices.clone()], &mut buffers.weights[choices]);
-        let normed = self.router(layer.index.get())?.route(stage.rows.clone(), experts, weights)?;
+        let (experts, weights) = (
+            &mut buffers.experts[choices.clone()],
+            &mut buffers.weights[choices],
+        );
+        let normed = self
+            .router(layer.index.get())?
+            .route(stage.rows.clone(), experts, weights)?;
         // Experts and the shared expert may be on the CPU.
         buffers.normed[..normed.len()].copy_from_slice(normed);
-        buffers.acts.fill_shared(cpu.pool, cpu.kernels, n, hidden, normed, hidden.is_multiple_of(32));
+        buffers.acts.fill_shared(
+            cpu.pool,
+            cpu.kernels,
+            n,
+            hidden,
+            normed,
+            hidden.is_multiple_of(32),
+        );
         Ok(())
     }
 
-    fn shared_expert(&mut self, stage: &mut Stage<'_>, layer: Layer<'_>, routed_here: bool) -> Result<(), RunError> {
-        let input = if routed_here { FfnInput::Normalized } else { FfnInput::Raw };
-        Ok(self.ffn(layer.index.get())?.run(stage.rows.clone(), input)?)
+    fn shared_expert(
+        &mut self,
+        stage: &mut Stage<'_>,
+        layer: Layer<'_>,
+        routed_here: bool,
+    ) -> Result<(), RunError> {
+        let input = if routed_here {
+            FfnInput::Normalized
+        } else {
+            FfnInput::Raw
+        };
+        Ok(self
+            .ffn(layer.index.get())?
+            .run(stage.rows.clone(), input)?)
     }
 
     fn add_experts(&mut self, stage: &mut Stage<'_>) -> Result<(), RunError> {
@@ -46,7 +77,14 @@ impl LayerBackend for Gpu {
         Ok(Gpu::head(self)?.run(stage.rows.clone(), logits)?)
     }
 
-    fn predict(&mut self, stage: &mut Stage<'_>, layer: Layer<'_>, experts: &mut Vec<u16>) -> Result<(), RunError> {
-        Ok(self.router(layer.index.get())?.predict(stage.rows.clone(), experts)?)
+    fn predict(
+        &mut self,
+        stage: &mut Stage<'_>,
+        layer: Layer<'_>,
+        experts: &mut Vec<u16>,
+    ) -> Result<(), RunError> {
+        Ok(self
+            .router(layer.index.get())?
+            .predict(stage.rows.clone(), experts)?)
     }
 }

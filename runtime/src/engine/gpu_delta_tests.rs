@@ -19,10 +19,19 @@ const NAMES: [&str; 2] = ["qwen3next", "qwen35moe"];
 /// Tokens that golden logits are of, and these, `[tokens, n_vocab]`.
 fn golden(name: &str) -> (Vec<u32>, Vec<f32>) {
     let said: serde_json::Value =
-        serde_json::from_slice(&std::fs::read(data(&format!("arch/{name}.json"))).unwrap()).unwrap();
+        serde_json::from_slice(&std::fs::read(data(&format!("arch/{name}.json"))).unwrap())
+            .unwrap();
     let logits = std::fs::read(data(&format!("arch/{name}.logits"))).unwrap();
-    let logits = logits.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
-    (serde_json::from_value(said["tokens"].clone()).unwrap(), logits)
+    let logits = logits
+        .as_chunks::<4>()
+        .0
+        .iter()
+        .map(|bytes| f32::from_le_bytes(*bytes))
+        .collect();
+    (
+        serde_json::from_value(said["tokens"].clone()).unwrap(),
+        logits,
+    )
 }
 
 #[test]
@@ -47,7 +56,10 @@ fn logits_are_the_golden_ones_however_tokens_are_cut() {
             // From 16 tokens on attention is in 16-bit floats.
             let bound = if pass.min(batch) < 16 { 1e-9 } else { 1e-5 };
             let off = nmse(&logits, &expected);
-            assert!(off > 0.0 && off < bound, "{name}, {experts:?}, {pass} tokens, batches of {batch}: {off:e}");
+            assert!(
+                off > 0.0 && off < bound,
+                "{name}, {experts:?}, {pass} tokens, batches of {batch}: {off:e}"
+            );
         }
     }
 }
@@ -59,27 +71,67 @@ fn a_replayed_token_of_a_new_text_remembers_nothing() {
         let of = (24, KvType::F16);
         let device = Arc::new(Watched::new(usize::MAX));
         let give = |_: usize| Ok(Arc::clone(&device) as Arc<dyn Device>);
-        let options = LoadOptions { threads: Some(2), batch: Some(9), ..LoadOptions::default() };
+        let options = LoadOptions {
+            threads: Some(2),
+            batch: Some(9),
+            ..LoadOptions::default()
+        };
         let all = plan(&shape, of, ALL, true, Experts::Gpu);
-        let mut engine = Engine::load_on(Arc::clone(&gguf), &all, &options, Some(&give), &mut |_, _| {}).unwrap();
+        let mut engine = Engine::load_on(
+            Arc::clone(&gguf),
+            &all,
+            &options,
+            Some(&give),
+            &mut |_, _| {},
+        )
+        .unwrap();
         let mut plain = load(&gguf, &all_in_memory(&shape, of.0, of.1), 9);
         let token = |i: u32| (i * 11 + 3) % shape.n_vocab;
         let mut first = Vec::new();
         for i in 0..8 {
-            first.push(engine.forward(&[token(i)], LogitsMode::Last).unwrap().to_vec());
-            let off = nmse(&first[i as usize], plain.forward(&[token(i)], LogitsMode::Last).unwrap());
+            first.push(
+                engine
+                    .forward(&[token(i)], LogitsMode::Last)
+                    .unwrap()
+                    .to_vec(),
+            );
+            let off = nmse(
+                &first[i as usize],
+                plain.forward(&[token(i)], LogitsMode::Last).unwrap(),
+            );
             assert!(off > 0.0 && off < 1e-5, "{name}, token {i}: {off:e}");
-            assert_eq!(engine.routing().experts, plain.routing().experts, "{name}, token {i}");
+            assert_eq!(
+                engine.routing().experts,
+                plain.routing().experts,
+                "{name}, token {i}"
+            );
         }
         let back = engine.truncate(5);
-        assert!(matches!(back, Err(RunError::CannotRewind { n_past: 8, wanted: 5 })), "{back:?}");
+        assert!(
+            matches!(
+                back,
+                Err(RunError::CannotRewind {
+                    n_past: 8,
+                    wanted: 5
+                })
+            ),
+            "{back:?}"
+        );
         device.take();
         engine.truncate(0).unwrap();
         for (i, expected) in (0..).zip(&first) {
-            assert_eq!(engine.forward(&[token(i)], LogitsMode::Last).unwrap(), expected, "{name}, token {i}");
+            assert_eq!(
+                engine.forward(&[token(i)], LogitsMode::Last).unwrap(),
+                expected,
+                "{name}, token {i}"
+            );
         }
         let [launches, reads, _, recordings] = device.take();
-        assert_eq!((launches, reads, recordings), (0, 2 * 8, 0), "all of it was recorded");
+        assert_eq!(
+            (launches, reads, recordings),
+            (0, 2 * 8, 0),
+            "all of it was recorded"
+        );
         // A prompt takes the state on as single tokens do.
         let prompt: Vec<u32> = (8..20).map(token).collect();
         let got = engine.forward(&prompt, LogitsMode::All).unwrap();
@@ -110,7 +162,8 @@ fn heads_that_no_kernel_takes_are_refused() {
     assert_eq!(with(256), Ok(()));
     for head_dim in [18, 260] {
         let error = with(head_dim).unwrap_err();
-        let named = error.contains(&format!("heads of {head_dim} values")) && error.contains("attention of layer");
+        let named = error.contains(&format!("heads of {head_dim} values"))
+            && error.contains("attention of layer");
         assert!(named, "{error}");
     }
 }

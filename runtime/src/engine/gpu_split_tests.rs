@@ -33,7 +33,13 @@ struct Own {
 impl Own {
     fn new(number: usize, free: usize) -> Arc<Self> {
         let name = format!("GPU {number}");
-        Arc::new(Self { shim: shim::shared(), name, free, buffers: Mutex::default(), launches: Mutex::default() })
+        Arc::new(Self {
+            shim: shim::shared(),
+            name,
+            free,
+            buffers: Mutex::default(),
+            launches: Mutex::default(),
+        })
     }
 
     fn check(&self, at: u64) {
@@ -41,7 +47,11 @@ impl Own {
         let before = buffers.range(..=at).next_back();
         // A view of nothing may begin where a buffer ends.
         let mine = at == 0 || before.is_some_and(|(first, len)| at <= first + *len as u64);
-        assert!(mine, "{} was given an address that is not its own", self.name);
+        assert!(
+            mine,
+            "{} was given an address that is not its own",
+            self.name
+        );
     }
 }
 
@@ -72,7 +82,12 @@ impl Device for Own {
         // SAFETY: the caller's promise.
         unsafe { self.shim.read(from, bytes) }
     }
-    unsafe fn launch(&self, kernel: &'static str, grid: Grid, args: &[Arg]) -> Result<(), CudaError> {
+    unsafe fn launch(
+        &self,
+        kernel: &'static str,
+        grid: Grid,
+        args: &[Arg],
+    ) -> Result<(), CudaError> {
         *self.launches.lock().unwrap() += 1;
         for arg in args {
             if let Arg::Pointer(at) = arg {
@@ -102,12 +117,17 @@ fn plan(
         plan.tiers = [gpu].into_iter().chain(plan.tiers).collect();
     }
     (plan.staging_tier, plan.kv_tier) = (DRAM, DRAM);
-    plan.dense.iter_mut().for_each(|d| d.tier = dense(d.kind, d.layer));
+    plan.dense
+        .iter_mut()
+        .for_each(|d| d.tier = dense(d.kind, d.layer));
     for (layer, of) in plan.layers.iter_mut().zip(&shape.experts) {
         (layer.slot_tier, layer.pinned) = (DRAM, Vec::new());
         let tier = experts(layer.layer);
         if tier != DRAM {
-            layer.pinned.push(Pins { tier, experts: (0..of.n_expert).collect() });
+            layer.pinned.push(Pins {
+                tier,
+                experts: (0..of.n_expert).collect(),
+            });
         }
     }
     plan.fill_sums(shape);
@@ -119,10 +139,16 @@ fn text(engine: &mut Engine) -> Vec<f32> {
     let n_vocab = engine.spec().n_vocab as u32;
     let mut all = Vec::new();
     for turn in 0..2 {
-        let tokens: Vec<u32> = (0..21 - 3 * turn).map(|i| (i * 37 + 5 + turn) % n_vocab).collect();
+        let tokens: Vec<u32> = (0..21 - 3 * turn)
+            .map(|i| (i * 37 + 5 + turn) % n_vocab)
+            .collect();
         all.extend_from_slice(engine.forward(&tokens, LogitsMode::All).unwrap());
         for i in 0..3 {
-            all.extend_from_slice(engine.forward(&[(i * 11 + 3) % n_vocab], LogitsMode::Last).unwrap());
+            all.extend_from_slice(
+                engine
+                    .forward(&[(i * 11 + 3) % n_vocab], LogitsMode::Last)
+                    .unwrap(),
+            );
         }
     }
     all
@@ -132,10 +158,21 @@ fn text(engine: &mut Engine) -> Vec<f32> {
 fn compare(name: &str, of: (u32, KvType), make: impl Fn(&ModelShape) -> Placement) -> [usize; 2] {
     let (gguf, shape) = open(name);
     let devices = [Own::new(0, usize::MAX), Own::new(1, usize::MAX)];
-    let options = LoadOptions { threads: Some(2), batch: Some(13), ..LoadOptions::default() };
+    let options = LoadOptions {
+        threads: Some(2),
+        batch: Some(13),
+        ..LoadOptions::default()
+    };
     let give = |number: usize| Ok(Arc::clone(&devices[number]) as Arc<dyn Device>);
     let load = |plan: &Placement| {
-        let engine = Engine::load_on(Arc::clone(&gguf), plan, &options, Some(&give), &mut |_, _| {}).unwrap();
+        let engine = Engine::load_on(
+            Arc::clone(&gguf),
+            plan,
+            &options,
+            Some(&give),
+            &mut |_, _| {},
+        )
+        .unwrap();
         let planned: Vec<u64> = plan.tiers.iter().map(|t| t.used_bytes()).collect();
         assert_eq!(engine.resident_bytes().as_slice(), planned, "{name}");
         engine
@@ -144,7 +181,10 @@ fn compare(name: &str, of: (u32, KvType), make: impl Fn(&ModelShape) -> Placemen
     let got = text(&mut engine);
     let mut plain = load(&all_in_memory(&shape, of.0, of.1));
     let expected = text(&mut plain);
-    assert_ne!(got, expected, "{name}: the same bits would mean that the processor computed everything");
+    assert_ne!(
+        got, expected,
+        "{name}: the same bits would mean that the processor computed everything"
+    );
     let off = nmse(&got, &expected);
     assert!(off < 1e-5, "{name}: {off:e}");
     assert_eq!(engine.routing().experts, plain.routing().experts, "{name}");
@@ -167,18 +207,33 @@ fn compare(name: &str, of: (u32, KvType), make: impl Fn(&ModelShape) -> Placemen
 
 #[test]
 fn two_gpus_share_the_layers_of_a_model() {
-    for name in ["qwen3moe", "gpt-oss", "llama-dense", "deepseek-v3", "kimi-k2"] {
+    for name in [
+        "qwen3moe",
+        "gpt-oss",
+        "llama-dense",
+        "deepseek-v3",
+        "kimi-k2",
+    ] {
         for kv_type in [KvType::F32, KvType::Q8_0] {
             let of = (64, kv_type);
             let launches = compare(&format!("arch/{name}.gguf"), of, |shape| {
-                let gpu = |layer: u32| if layer < shape.n_layer / 2 { GPU0 } else { GPU1 };
+                let gpu = |layer: u32| {
+                    if layer < shape.n_layer / 2 {
+                        GPU0
+                    } else {
+                        GPU1
+                    }
+                };
                 let dense = |kind, layer: Option<u32>| match (kind, layer) {
                     (DenseKind::Embedding, _) => DRAM,
                     (_, None) => GPU1,
                     (_, Some(layer)) => gpu(layer),
                 };
                 let plan = plan(shape, of, dense, gpu);
-                assert!(plan.tiers.iter().take(2).all(|t| t.bytes.kv > 0) && plan.tiers[DRAM].bytes.kv == 0);
+                assert!(
+                    plan.tiers.iter().take(2).all(|t| t.bytes.kv > 0)
+                        && plan.tiers[DRAM].bytes.kv == 0
+                );
                 plan
             });
             assert!(launches.iter().all(|n| *n > 0), "{name}: {launches:?}");
@@ -194,7 +249,12 @@ fn a_gpu_has_the_attention_of_some_layers() {
             // The last layer as `-ngl` would have it, its router and experts not.
             let last = shape.n_layer - 1;
             let attention = |kind, layer| kind == DenseKind::Attention && layer == Some(last);
-            let plan = plan(shape, of, |kind, layer| if attention(kind, layer) { GPU0 } else { DRAM }, |_| DRAM);
+            let plan = plan(
+                shape,
+                of,
+                |kind, layer| if attention(kind, layer) { GPU0 } else { DRAM },
+                |_| DRAM,
+            );
             assert!(plan.tiers[GPU0].bytes.kv > 0 && plan.tiers[DRAM].bytes.kv > 0);
             plan
         });
@@ -208,7 +268,9 @@ fn attention_goes_from_place_to_place() {
     for name in ["qwen2moe", "kimi-k2", "qwen3next"] {
         let of = (64, KvType::F16);
         compare(&format!("arch/{name}.gguf"), of, |shape| {
-            let place = |layer: Option<u32>, more: u32| [GPU0, DRAM, GPU1][(layer.unwrap_or(0) + more) as usize % 3];
+            let place = |layer: Option<u32>, more: u32| {
+                [GPU0, DRAM, GPU1][(layer.unwrap_or(0) + more) as usize % 3]
+            };
             let dense = |kind, layer: Option<u32>| match kind {
                 DenseKind::Attention => {
                     let stays = layer.is_some_and(|l| shape.caches[l as usize].state_bytes > 0);
@@ -225,15 +287,39 @@ fn attention_goes_from_place_to_place() {
 fn each_gpu_has_room_for_its_own() {
     let (gguf, shape) = open("arch/qwen3moe.gguf");
     let of = (4096, KvType::F16);
-    let all = plan(&shape, of, |_, layer| if layer.is_some() { GPU0 } else { DRAM }, |_| DRAM);
-    let half = plan(&shape, of, |_, layer| layer.map_or(DRAM, |l| if l % 2 == 0 { GPU0 } else { GPU1 }), |_| DRAM);
-    assert_eq!(all.tiers[GPU0].bytes.kv, half.tiers[GPU0].bytes.kv + half.tiers[GPU1].bytes.kv);
+    let all = plan(
+        &shape,
+        of,
+        |_, layer| if layer.is_some() { GPU0 } else { DRAM },
+        |_| DRAM,
+    );
+    let half = plan(
+        &shape,
+        of,
+        |_, layer| layer.map_or(DRAM, |l| if l % 2 == 0 { GPU0 } else { GPU1 }),
+        |_| DRAM,
+    );
+    assert_eq!(
+        all.tiers[GPU0].bytes.kv,
+        half.tiers[GPU0].bytes.kv + half.tiers[GPU1].bytes.kv
+    );
     let loads = |plan: &Placement, free: usize| {
         let give = |number: usize| Ok(Own::new(number, free) as Arc<dyn Device>);
-        Engine::load_on(Arc::clone(&gguf), plan, &LoadOptions::default(), Some(&give), &mut |_, _| {}).map(|_| ())
+        Engine::load_on(
+            Arc::clone(&gguf),
+            plan,
+            &LoadOptions::default(),
+            Some(&give),
+            &mut |_, _| {},
+        )
+        .map(|_| ())
     };
     let error = loads(&all, 1000).unwrap_err().to_string();
-    let needed = error.split("needs ").nth(1).and_then(|rest| rest.split(' ').next()).unwrap();
+    let needed = error
+        .split("needs ")
+        .nth(1)
+        .and_then(|rest| rest.split(' ').next())
+        .unwrap();
     let needed: usize = needed.parse().unwrap();
     loads(&all, needed).unwrap();
     // A little less, and only half of it fits.

@@ -18,7 +18,9 @@ use tier_plan_formats::placement::{Pins, Placement, TierIdx, Violation};
 use tier_plan_testing::{models, nmse};
 
 pub(crate) fn data(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data").join(name)
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../tests/data")
+        .join(name)
 }
 
 /// Everything in main memory but for every second expert, which a GPU has.
@@ -29,13 +31,18 @@ fn half_on_gpu(shape: &ModelShape, context: u32) -> Placement {
     vram.tier.kind = TierKind::Vram;
     for (layer, experts) in plan.layers.iter_mut().zip(&shape.experts) {
         let pinned: Vec<u32> = (0..experts.n_expert).filter(|e| e % 2 == 1).collect();
-        layer.pinned.push(Pins { tier: TierIdx::new(0), experts: pinned });
+        layer.pinned.push(Pins {
+            tier: TierIdx::new(0),
+            experts: pinned,
+        });
     }
     plan.tiers = [vram].into_iter().chain(plan.tiers).collect();
     plan.kv_tier = TierIdx::new(1);
     plan.staging_tier = TierIdx::new(1);
     plan.dense.iter_mut().for_each(|d| d.tier = TierIdx::new(1));
-    plan.layers.iter_mut().for_each(|l| l.slot_tier = TierIdx::new(1));
+    plan.layers
+        .iter_mut()
+        .for_each(|l| l.slot_tier = TierIdx::new(1));
     plan.fill_sums(shape);
     plan
 }
@@ -51,7 +58,11 @@ fn logits(engine: &mut Engine, n_vocab: u32) -> Vec<f32> {
     let tokens: Vec<u32> = (0..40).map(|i| (i * 37 + 5) % n_vocab).collect();
     let mut all = engine.forward(&tokens, LogitsMode::All).unwrap().to_vec();
     for i in 0..3 {
-        all.extend_from_slice(engine.forward(&[(i * 11 + 3) % n_vocab], LogitsMode::Last).unwrap());
+        all.extend_from_slice(
+            engine
+                .forward(&[(i * 11 + 3) % n_vocab], LogitsMode::Last)
+                .unwrap(),
+        );
     }
     all
 }
@@ -60,16 +71,31 @@ fn logits(engine: &mut Engine, n_vocab: u32) -> Vec<f32> {
 fn experts_on_a_gpu_give_the_same_text() {
     // Float and quantised experts, fused and split, with biases and without, shared experts beside
     // them.
-    for name in
-        ["arch/qwen3moe.gguf", "arch/gpt-oss.gguf", "arch/qwen2moe.gguf", "quant/Q4_K_M.gguf", "quant/Q5_0.gguf"]
-    {
+    for name in [
+        "arch/qwen3moe.gguf",
+        "arch/gpt-oss.gguf",
+        "arch/qwen2moe.gguf",
+        "quant/Q4_K_M.gguf",
+        "quant/Q5_0.gguf",
+    ] {
         let (gguf, shape) = open(name);
-        let options = LoadOptions { threads: Some(2), batch: Some(23), ..LoadOptions::default() };
+        let options = LoadOptions {
+            threads: Some(2),
+            batch: Some(23),
+            ..LoadOptions::default()
+        };
         let plan = half_on_gpu(&shape, 64);
         let device: Arc<dyn Device> = shim::shared();
         let load = |plan: &Placement| {
             let give = |_: usize| Ok(Arc::clone(&device));
-            Engine::load_on(Arc::clone(&gguf), plan, &options, Some(&give), &mut |_, _| {}).unwrap()
+            Engine::load_on(
+                Arc::clone(&gguf),
+                plan,
+                &options,
+                Some(&give),
+                &mut |_, _| {},
+            )
+            .unwrap()
         };
         let mut engine = load(&plan);
         let planned: Vec<u64> = plan.tiers.iter().map(|t| t.used_bytes()).collect();
@@ -113,13 +139,18 @@ pub(crate) fn plan(
     (vram.tier.name, vram.tier.kind) = ("vram".into(), TierKind::Vram);
     plan.tiers = [vram].into_iter().chain(plan.tiers).collect();
     (plan.staging_tier, plan.kv_tier) = (TierIdx::new(1), TierIdx::new(usize::from(!kv_on_gpu)));
-    plan.dense.iter_mut().for_each(|d| d.tier = TierIdx::new(usize::from(!on_gpu(d.kind, d.layer))));
+    plan.dense
+        .iter_mut()
+        .for_each(|d| d.tier = TierIdx::new(usize::from(!on_gpu(d.kind, d.layer))));
     for (layer, of) in plan.layers.iter_mut().zip(&shape.experts) {
         layer.slot_tier = TierIdx::new(1);
         match experts {
             Experts::Memory => {}
             Experts::Gpu => {
-                layer.pinned.push(Pins { tier: TierIdx::new(0), experts: (0..of.n_expert).collect() });
+                layer.pinned.push(Pins {
+                    tier: TierIdx::new(0),
+                    experts: (0..of.n_expert).collect(),
+                });
             }
             Experts::File => {
                 layer.slots = of.n_used;
@@ -138,9 +169,20 @@ pub(crate) fn plan(
 
 /// An engine on the emulated GPU, whose memory holds what the plan says.
 pub(crate) fn load(gguf: &Arc<Gguf>, plan: &Placement, batch: usize) -> Engine {
-    let options = LoadOptions { threads: Some(2), batch: Some(batch), ..LoadOptions::default() };
+    let options = LoadOptions {
+        threads: Some(2),
+        batch: Some(batch),
+        ..LoadOptions::default()
+    };
     let give = |_: usize| Ok(shim::shared() as Arc<dyn Device>);
-    let engine = Engine::load_on(Arc::clone(gguf), plan, &options, Some(&give), &mut |_, _| {}).unwrap();
+    let engine = Engine::load_on(
+        Arc::clone(gguf),
+        plan,
+        &options,
+        Some(&give),
+        &mut |_, _| {},
+    )
+    .unwrap();
     let planned: Vec<u64> = plan.tiers.iter().map(|t| t.used_bytes()).collect();
     assert_eq!(engine.resident_bytes().as_slice(), planned);
     engine
@@ -152,7 +194,11 @@ fn text(engine: &mut Engine) -> Vec<f32> {
     let tokens: Vec<u32> = (0..21).map(|i| (i * 37 + 5) % n_vocab).collect();
     let mut all = engine.forward(&tokens, LogitsMode::All).unwrap().to_vec();
     for i in 0..3 {
-        all.extend_from_slice(engine.forward(&[(i * 11 + 3) % n_vocab], LogitsMode::Last).unwrap());
+        all.extend_from_slice(
+            engine
+                .forward(&[(i * 11 + 3) % n_vocab], LogitsMode::Last)
+                .unwrap(),
+        );
     }
     all
 }
@@ -180,8 +226,13 @@ fn compare(name: &str, (context, kv_type): (u32, KvType), make: impl Fn(&ModelSh
         return;
     }
     engine.truncate(20).unwrap();
-    let again = engine.forward(&[(20 * 37 + 5) % n_vocab as u32], LogitsMode::Last).unwrap();
-    assert!(nmse(again, &expected[20 * n_vocab..21 * n_vocab]) < 1e-5, "{what}");
+    let again = engine
+        .forward(&[(20 * 37 + 5) % n_vocab as u32], LogitsMode::Last)
+        .unwrap();
+    assert!(
+        nmse(again, &expected[20 * n_vocab..21 * n_vocab]) < 1e-5,
+        "{what}"
+    );
 }
 
 pub(crate) const ALL: fn(DenseKind, Option<u32>) -> bool = |_, _| true;
@@ -190,15 +241,23 @@ pub(crate) const ALL: fn(DenseKind, Option<u32>) -> bool = |_, _| true;
 fn a_whole_model_on_a_gpu_gives_the_same_text() {
     for name in models("arch") {
         let of = (64, KvType::F32);
-        compare(&format!("arch/{name}.gguf"), of, |shape| plan(shape, of, ALL, true, Experts::Gpu));
+        compare(&format!("arch/{name}.gguf"), of, |shape| {
+            plan(shape, of, ALL, true, Experts::Gpu)
+        });
     }
 }
 
 #[test]
 fn quantised_models_on_a_gpu_give_the_same_text() {
-    for (name, kv_type) in [("Q4_K_M", KvType::F16), ("Q5_0", KvType::Q8_0), ("BF16", KvType::F16)] {
+    for (name, kv_type) in [
+        ("Q4_K_M", KvType::F16),
+        ("Q5_0", KvType::Q8_0),
+        ("BF16", KvType::F16),
+    ] {
         let of = (64, kv_type);
-        compare(&format!("quant/{name}.gguf"), of, |shape| plan(shape, of, ALL, true, Experts::Gpu));
+        compare(&format!("quant/{name}.gguf"), of, |shape| {
+            plan(shape, of, ALL, true, Experts::Gpu)
+        });
     }
 }
 
@@ -206,14 +265,21 @@ fn quantised_models_on_a_gpu_give_the_same_text() {
 fn latents_are_stored_in_every_type() {
     for kv_type in [KvType::F16, KvType::Q8_0] {
         let of = (64, kv_type);
-        compare("arch/kimi-k2.gguf", of, |shape| plan(shape, of, ALL, true, Experts::Memory));
+        compare("arch/kimi-k2.gguf", of, |shape| {
+            plan(shape, of, ALL, true, Experts::Memory)
+        });
     }
 }
 
 #[test]
 fn experts_stay_where_they_are_when_the_rest_is_on_a_gpu() {
     let of = (64, KvType::F32);
-    for name in ["arch/qwen3moe.gguf", "arch/qwen2moe.gguf", "arch/deepseek-v3.gguf", "arch/qwen35moe.gguf"] {
+    for name in [
+        "arch/qwen3moe.gguf",
+        "arch/qwen2moe.gguf",
+        "arch/deepseek-v3.gguf",
+        "arch/qwen35moe.gguf",
+    ] {
         for experts in [Experts::Memory, Experts::File] {
             compare(name, of, |shape| plan(shape, of, ALL, true, experts));
         }
@@ -224,7 +290,12 @@ fn experts_stay_where_they_are_when_the_rest_is_on_a_gpu() {
 fn parts_of_a_layer_may_be_apart() {
     let of = (64, KvType::F16);
     let odd = |layer: Option<u32>| layer.is_some_and(|l| l % 2 == 1);
-    for name in ["arch/qwen2moe.gguf", "arch/glm4moe.gguf", "arch/kimi-k2.gguf", "arch/qwen3next.gguf"] {
+    for name in [
+        "arch/qwen2moe.gguf",
+        "arch/glm4moe.gguf",
+        "arch/kimi-k2.gguf",
+        "arch/qwen3next.gguf",
+    ] {
         // Attention there, routers and blocks of every second layer, the head here.
         let with_attention = |kind, layer| match kind {
             DenseKind::Attention => true,
@@ -233,16 +304,26 @@ fn parts_of_a_layer_may_be_apart() {
             DenseKind::Embedding => true,
             DenseKind::Head => false,
         };
-        compare(name, of, |shape| plan(shape, of, with_attention, true, Experts::Memory));
+        compare(name, of, |shape| {
+            plan(shape, of, with_attention, true, Experts::Memory)
+        });
         // The other way round.
         let without = |kind, layer| !with_attention(kind, layer);
-        compare(name, of, |shape| plan(shape, of, without, false, Experts::Gpu));
+        compare(name, of, |shape| {
+            plan(shape, of, without, false, Experts::Gpu)
+        });
     }
 }
 
 fn refused(gguf: &Arc<Gguf>, plan: &Placement, free: usize) -> LoadError {
     let give = |_: usize| Ok(Arc::new(Watched::new(free)) as Arc<dyn Device>);
-    let loaded = Engine::load_on(Arc::clone(gguf), plan, &LoadOptions::default(), Some(&give), &mut |_, _| {});
+    let loaded = Engine::load_on(
+        Arc::clone(gguf),
+        plan,
+        &LoadOptions::default(),
+        Some(&give),
+        &mut |_, _| {},
+    );
     loaded.map(|_| ()).unwrap_err()
 }
 
@@ -255,7 +336,11 @@ pub(crate) struct Watched {
 
 impl Watched {
     pub(crate) fn new(free: usize) -> Self {
-        Self { shim: shim::shared(), free, counts: Mutex::default() }
+        Self {
+            shim: shim::shared(),
+            free,
+            counts: Mutex::default(),
+        }
     }
 
     fn count(&self, what: usize) {
@@ -292,7 +377,12 @@ impl Device for Watched {
         // SAFETY: the caller's promise.
         unsafe { self.shim.read(from, bytes) }
     }
-    unsafe fn launch(&self, kernel: &'static str, grid: Grid, args: &[Arg]) -> Result<(), CudaError> {
+    unsafe fn launch(
+        &self,
+        kernel: &'static str,
+        grid: Grid,
+        args: &[Arg],
+    ) -> Result<(), CudaError> {
         self.count(0);
         // SAFETY: the caller's promise.
         unsafe { self.shim.launch(kernel, grid, args) }
@@ -314,16 +404,25 @@ fn what_a_gpu_cannot_run_is_refused() {
     let of = (64, KvType::F16);
     let (gguf, shape) = open("arch/qwen3moe.gguf");
     let but_one = |kind, layer| (kind, layer) != (DenseKind::Attention, Some(1));
-    let error = refused(&gguf, &plan(&shape, of, but_one, true, Experts::Memory), usize::MAX).to_string();
+    let error = refused(
+        &gguf,
+        &plan(&shape, of, but_one, true, Experts::Memory),
+        usize::MAX,
+    )
+    .to_string();
     assert!(
-        error.contains("kv_cache of layer 1") && error.contains("the CPU computes the layer's attention"),
+        error.contains("kv_cache of layer 1")
+            && error.contains("the CPU computes the layer's attention"),
         "{error}"
     );
     let mut split = plan(&shape, of, but_one, false, Experts::Memory);
     split.tiers[TierIdx::new(0)].bytes.kv -= 64;
     split.tiers[TierIdx::new(1)].bytes.kv += 64;
     let error = refused(&gguf, &split, usize::MAX).to_string();
-    assert!(error.contains("tier 'vram' has") && error.contains("bytes for the KV cache"), "{error}");
+    assert!(
+        error.contains("tier 'vram' has") && error.contains("bytes for the KV cache"),
+        "{error}"
+    );
     let mut slots = plan(&shape, of, ALL, true, Experts::Memory);
     slots.tiers[TierIdx::new(0)].bytes.staging = 1;
     slots.tiers[TierIdx::new(0)].budget_bytes = u64::MAX;
@@ -337,15 +436,30 @@ fn a_gpu_that_is_too_small_is_refused_before_anything_is_copied() {
     let (gguf, shape) = open("arch/qwen3moe.gguf");
     let of = (64, KvType::F16);
     let plan = plan(&shape, of, ALL, true, Experts::Gpu);
-    let LoadError::GpuFull { needed, weights, cache, work, reserve, free, .. } = refused(&gguf, &plan, 1000) else {
+    let LoadError::GpuFull {
+        needed,
+        weights,
+        cache,
+        work,
+        reserve,
+        free,
+        ..
+    } = refused(&gguf, &plan, 1000)
+    else {
         panic!("it was not refused for its size")
     };
     let vram = &plan.tiers[TierIdx::new(0)];
-    assert_eq!((weights, cache, free), (vram.bytes.dense + vram.bytes.pinned, vram.bytes.kv, 1000));
+    assert_eq!(
+        (weights, cache, free),
+        (vram.bytes.dense + vram.bytes.pinned, vram.bytes.kv, 1000)
+    );
     assert_eq!(needed, weights + cache + work + reserve);
     assert!(work > 0);
     let error = refused(&gguf, &plan, needed as usize - 1).to_string();
-    assert!(error.contains(&format!("needs {needed} bytes")) && error.contains("a small GPU"), "{error}");
+    assert!(
+        error.contains(&format!("needs {needed} bytes")) && error.contains("a small GPU"),
+        "{error}"
+    );
 }
 
 #[test]
@@ -358,8 +472,19 @@ fn a_token_of_a_model_on_one_gpu_is_replayed() {
         let plan = plan(&shape, of, here, true, Experts::Gpu);
         let device = Arc::new(Watched::new(usize::MAX));
         let give = |_: usize| Ok(Arc::clone(&device) as Arc<dyn Device>);
-        let options = LoadOptions { threads: Some(2), batch: Some(64), ..LoadOptions::default() };
-        let mut engine = Engine::load_on(Arc::clone(&gguf), &plan, &options, Some(&give), &mut |_, _| {}).unwrap();
+        let options = LoadOptions {
+            threads: Some(2),
+            batch: Some(64),
+            ..LoadOptions::default()
+        };
+        let mut engine = Engine::load_on(
+            Arc::clone(&gguf),
+            &plan,
+            &options,
+            Some(&give),
+            &mut |_, _| {},
+        )
+        .unwrap();
         let mut plain = load(&gguf, &all_in_memory(&shape, of.0, of.1), 64);
         // Up to a little before the end of a chunk.
         let n_vocab = shape.n_vocab;
@@ -377,19 +502,33 @@ fn a_token_of_a_model_on_one_gpu_is_replayed() {
             // Launched, then recorded, and again where a chunk begins.
             let records = [1, 4].contains(&i);
             assert_eq!(recordings, usize::from(records), "token {i}");
-            assert_eq!(launches > 0, i == 0 || records, "token {i}: {launches} launches");
+            assert_eq!(
+                launches > 0,
+                i == 0 || records,
+                "token {i}: {launches} launches"
+            );
             let expected = plain.forward(&[token], LogitsMode::Last).unwrap();
             let off = nmse(&got, expected);
             assert!(off < 1e-5, "{name}, token {i}: {off:e}");
-            assert_eq!(engine.routing().experts, plain.routing().experts, "{name}, token {i}");
+            assert_eq!(
+                engine.routing().experts,
+                plain.routing().experts,
+                "{name}, token {i}"
+            );
         }
         // It is counted as if it had been taken through the layers one by one.
         let counters = engine.counters();
         let used: u64 = shape.experts.iter().map(|e| u64::from(e.n_used)).sum();
-        assert_eq!(counters.layers.iter().map(|l| l.pinned_hits).sum::<u64>(), 9 * used);
+        assert_eq!(
+            counters.layers.iter().map(|l| l.pinned_hits).sum::<u64>(),
+            9 * used
+        );
         let read: u64 = counters.read_bytes.iter().sum();
         assert_eq!(read, plain.counters().read_bytes.iter().sum::<u64>());
-        assert!(counters.decode_tokens == 9 && counters.busy[TierIdx::FIRST] > std::time::Duration::ZERO);
+        assert!(
+            counters.decode_tokens == 9
+                && counters.busy[TierIdx::FIRST] > std::time::Duration::ZERO
+        );
         // Back to positions that were seen before.
         engine.truncate(200).unwrap();
         plain.truncate(200).unwrap();
@@ -405,8 +544,18 @@ fn a_layer_is_few_launches() {
     let plan = all_on_gpu(&shape, 300, KvType::F16);
     let device = Arc::new(Watched::new(usize::MAX));
     let give = |_: usize| Ok(Arc::clone(&device) as Arc<dyn Device>);
-    let options = LoadOptions { threads: Some(1), ..LoadOptions::default() };
-    let mut engine = Engine::load_on(Arc::clone(&gguf), &plan, &options, Some(&give), &mut |_, _| {}).unwrap();
+    let options = LoadOptions {
+        threads: Some(1),
+        ..LoadOptions::default()
+    };
+    let mut engine = Engine::load_on(
+        Arc::clone(&gguf),
+        &plan,
+        &options,
+        Some(&give),
+        &mut |_, _| {},
+    )
+    .unwrap();
     let mut launches = |tokens: &[u32]| {
         device.take();
         engine.forward(tokens, LogitsMode::Last).unwrap();
@@ -416,5 +565,9 @@ fn a_layer_is_few_launches() {
     let n_layer = shape.n_layer as usize;
     assert_eq!(launches(&[5]), 10 * n_layer + 3);
     launches(&[7; 255]);
-    assert_eq!(launches(&[5]), 11 * n_layer + 3, "with chunks of the context to put together");
+    assert_eq!(
+        launches(&[5]),
+        11 * n_layer + 3,
+        "with chunks of the context to put together"
+    );
 }

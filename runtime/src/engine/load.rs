@@ -54,14 +54,31 @@ impl Engine {
         let kernels = Kernels::from_env()?;
         let model = Model::from_gguf(gguf)?;
         let (spec, shape) = (model.spec(), model.shape());
-        let Loaded { weights, experts: store, devices, mut memory } = load(&model, plan, options, give, progress)?;
+        let Loaded {
+            weights,
+            experts: store,
+            devices,
+            mut memory,
+        } = load(&model, plan, options, give, progress)?;
         let places = Places::new(plan, spec.layers.len());
         let sequence = Sequence::new(spec, plan, &places, &weights)?;
-        for (state, tier) in sequence.states.iter().zip(plan.cache_tiers(spec.layers.len())) {
+        for (state, tier) in sequence
+            .states
+            .iter()
+            .zip(plan.cache_tiers(spec.layers.len()))
+        {
             memory.resident_bytes[tier] += state.bytes();
         }
         let fully_on_gpu = full_gpu_tier(plan, shape, &places);
-        let gpus = Gpus::new(spec, plan, options, &weights, &devices, places, &sequence.rope_of_layer)?;
+        let gpus = Gpus::new(
+            spec,
+            plan,
+            options,
+            &weights,
+            &devices,
+            places,
+            &sequence.rope_of_layer,
+        )?;
         let pool = ThreadPool::new(options.threads.unwrap_or_else(physical_cores));
         let (batch, micro_batch) = batches(options, plan.context as usize);
         let streams = Streams::new(&StreamSetup {
@@ -78,19 +95,37 @@ impl Engine {
         let floats = |layer: &LayerSpec| match &layer.ffn {
             // A GPU quantizes them itself.
             Ffn::Moe(_) if store.n_gpus() > 0 || streams.any() => true,
-            Ffn::Moe(moe) => moe.expert_linears().any(|l| !needs_quants(weights.ty(l.weight))),
+            Ffn::Moe(moe) => moe
+                .expert_linears()
+                .any(|l| !needs_quants(weights.ty(l.weight))),
             Ffn::Dense(_) => false,
         };
         let expert_floats = spec.layers.iter().map(floats).collect();
-        let gpu_rows = if store.n_gpus() > 0 { GpuRows::new(gpu_rows(spec), spec.hidden) } else { GpuRows::default() };
+        let gpu_rows = if store.n_gpus() > 0 {
+            GpuRows::new(gpu_rows(spec), spec.hidden)
+        } else {
+            GpuRows::default()
+        };
         let cpu = Cpu::new(spec, weights, batch, micro_batch);
         let buffers = Buffers::new(spec, batch, micro_batch);
         let predictor = RouterPredictor::default();
         Ok(Self {
             meter: Meter::new(&model, plan),
             plan: plan.clone(),
-            backends: Backends { pool, kernels, processors: Processors { cpu, gpus }, buffers, expert_floats },
-            experts: Experts { store, streams, gpu_rows, predictor, scores_predictions: false },
+            backends: Backends {
+                pool,
+                kernels,
+                processors: Processors { cpu, gpus },
+                buffers,
+                expert_floats,
+            },
+            experts: Experts {
+                store,
+                streams,
+                gpu_rows,
+                predictor,
+                scores_predictions: false,
+            },
             sequence,
             output: Output::default(),
             memory,

@@ -28,17 +28,21 @@ pub fn record(engine: &Engine, generated: &Generated, circumstances: &Circumstan
         busy_s: counters.busy[i].as_secs_f64(),
     });
     let per_token = |d: std::time::Duration| d.as_secs_f64() / counters.decode_tokens.max(1) as f64;
-    let layers = counters.layers.iter().zip(&plan.layers).map(|(c, l)| LayerRecord {
-        layer: l.layer,
-        pinned_hits: c.pinned_hits,
-        slot_hits: c.slot_hits,
-        misses: c.misses,
-        dense_s: per_token(c.dense),
-        expert_s: per_token(c.experts),
-        missed_bytes: c.missed_bytes,
-        reading_s: per_token(c.reading),
-        waited_s: per_token(c.waited),
-    });
+    let layers = counters
+        .layers
+        .iter()
+        .zip(&plan.layers)
+        .map(|(c, l)| LayerRecord {
+            layer: l.layer,
+            pinned_hits: c.pinned_hits,
+            slot_hits: c.slot_hits,
+            misses: c.misses,
+            dense_s: per_token(c.dense),
+            expert_s: per_token(c.experts),
+            missed_bytes: c.missed_bytes,
+            reading_s: per_token(c.reading),
+            waited_s: per_token(c.waited),
+        });
     RunRecord {
         plan: plan.name.clone(),
         plan_status: plan.solver.status.clone(),
@@ -60,7 +64,8 @@ pub fn record(engine: &Engine, generated: &Generated, circumstances: &Circumstan
         // For the place in the text where the run's tokens were: halfway through those that were
         // decoded.
         predicted: (plan.predicted.decode_tok_s > 0.0).then(|| {
-            let middle = (engine.n_past() as u64).saturating_sub(counters.decode_tokens.saturating_sub(1) / 2);
+            let middle = (engine.n_past() as u64)
+                .saturating_sub(counters.decode_tokens.saturating_sub(1) / 2);
             plan.predicted_at(engine.shape(), u32::try_from(middle).unwrap_or(u32::MAX))
         }),
         output: generated.tokens.clone(),

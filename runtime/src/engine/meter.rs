@@ -56,33 +56,54 @@ impl Meter {
     pub(crate) fn new(model: &Model, plan: &Placement) -> Self {
         let (spec, shape) = (model.spec(), model.shape());
         let tiers: PerTier<_> = plan.tiers.iter().map(|t| t.tier.clone()).collect();
-        let tier_of = |kind, layer| plan.dense.iter().find(|d| d.kind == kind && d.layer == layer).map(|d| d.tier);
+        let tier_of = |kind, layer| {
+            plan.dense
+                .iter()
+                .find(|d| d.kind == kind && d.layer == layer)
+                .map(|d| d.tier)
+        };
         let mut weights = vec![StageBytes::new(tiers.len()); spec.layers.len()];
         for group in &shape.dense {
             if let (Some(layer), Some(tier)) = (group.layer, tier_of(group.kind, group.layer)) {
                 weights[layer as usize].add(tier, group.token_bytes);
             }
         }
-        let dense = spec.layers.iter().zip(weights).zip(plan.cache_tiers(spec.layers.len()));
+        let dense = spec
+            .layers
+            .iter()
+            .zip(weights)
+            .zip(plan.cache_tiers(spec.layers.len()));
         let dense = dense.map(|((layer, weights), cache_tier)| DenseTraffic {
             weights,
             cache: CacheReads::new(&layer.mixer, plan.kv_type),
             cache_tier,
         });
         let head_tier = tier_of(DenseKind::Head, None).unwrap_or(TierIdx::FIRST);
-        let head_bytes = shape.dense.iter().filter(|d| d.kind == DenseKind::Head).map(|d| d.token_bytes).sum();
+        let head_bytes = shape
+            .dense
+            .iter()
+            .filter(|d| d.kind == DenseKind::Head)
+            .map(|d| d.token_bytes)
+            .sum();
         let table = &model.gguf().tensors()[spec.embedding];
         Self {
             counters: Counters::new(tiers.len(), plan.layers.len()),
             pacer: Pacer::new(&tiers, plan.layer_overhead_us, plan.token_overhead_us),
             dense: dense.collect(),
-            miss_tiers: plan.layers.iter().map(|placed| placed.brought_to(plan.staging_tier)).collect(),
+            miss_tiers: plan
+                .layers
+                .iter()
+                .map(|placed| placed.brought_to(plan.staging_tier))
+                .collect(),
             // The head of a tied model is the embedding.
             embedding: TierBytes {
                 tier: tier_of(DenseKind::Embedding, None).unwrap_or(head_tier),
                 bytes: table.n_bytes / spec.n_vocab as u64,
             },
-            head: TierBytes { tier: head_tier, bytes: head_bytes },
+            head: TierBytes {
+                tier: head_tier,
+                bytes: head_bytes,
+            },
             slow_tier: plan.home_tier(),
             outside: StageBytes::new(tiers.len()),
             computed: StageBytes::new(tiers.len()),
@@ -106,23 +127,44 @@ impl Meter {
     /// Counts the rows of the embedding that a batch reads.
     pub(crate) fn begin_pass(&mut self, batch: &Batch<'_>) {
         self.outside.clear();
-        self.outside.add(self.embedding.tier, batch.len() as u64 * self.embedding.bytes);
+        self.outside.add(
+            self.embedding.tier,
+            batch.len() as u64 * self.embedding.bytes,
+        );
     }
 
     /// Waits until the dense stage of `rows` tokens, which began at `start`, has taken the declared
     /// time. `positions` is the length of the text after them.
-    pub(crate) fn pace_dense(&self, start: Instant, layer: LayerIdx, positions: usize, rows: usize) {
+    pub(crate) fn pace_dense(
+        &self,
+        start: Instant,
+        layer: LayerIdx,
+        positions: usize,
+        rows: usize,
+    ) {
         if let Some(pacer) = &self.pacer {
             let traffic = &self.dense[layer.get()];
             let cache = traffic.cache.bytes(positions as u64, rows as u64);
-            settle(start, pacer.dense(&traffic.weights, traffic.cache_tier, cache));
+            settle(
+                start,
+                pacer.dense(&traffic.weights, traffic.cache_tier, cache),
+            );
         }
     }
 
     /// Counts the dense stages of a batch in a layer, which began at `start`, and starts the clock
     /// of its experts. `n_past` is the length of the text before the batch.
-    pub(crate) fn finish_dense(&mut self, start: Instant, layer: Layer<'_>, phase: Phase, n_past: usize) -> LayerClock {
-        let clock = LayerClock { dense: start, experts: Instant::now() };
+    pub(crate) fn finish_dense(
+        &mut self,
+        start: Instant,
+        layer: Layer<'_>,
+        phase: Phase,
+        n_past: usize,
+    ) -> LayerClock {
+        let clock = LayerClock {
+            dense: start,
+            experts: Instant::now(),
+        };
         let time = clock.experts - clock.dense;
         match phase {
             Phase::Prompt => self.counters.prompt_stages[0] += time,
@@ -135,10 +177,15 @@ impl Meter {
     /// the time is shared out by what is declared, for keys and values too.
     fn charge_dense(&mut self, layer: LayerIdx, time: Duration, n_past: usize) {
         let traffic = &self.dense[layer.get()];
-        let Some(pacer) = &self.pacer else { return self.counters.charge(&traffic.weights, time) };
+        let Some(pacer) = &self.pacer else {
+            return self.counters.charge(&traffic.weights, time);
+        };
         let cache = traffic.cache.bytes(n_past as u64 + 1, 1);
         self.counters.count(&traffic.weights);
-        self.counters.charge_paths(&pacer.dense_by_tier(&traffic.weights, traffic.cache_tier, cache), time);
+        self.counters.charge_paths(
+            &pacer.dense_by_tier(&traffic.weights, traffic.cache_tier, cache),
+            time,
+        );
     }
 
     /// Counts how many experts a prediction named and how many of them the router chose, where
@@ -152,9 +199,18 @@ impl Meter {
     }
 
     /// Waits until the experts of a layer have taken the declared time, and counts them.
-    pub(crate) fn finish_experts(&mut self, clock: LayerClock, moe: MoeIdx, phase: Phase, step: &Step) {
+    pub(crate) fn finish_experts(
+        &mut self,
+        clock: LayerClock,
+        moe: MoeIdx,
+        phase: Phase,
+        step: &Step,
+    ) {
         let to = self.miss_tiers[moe.get()];
-        let paths = self.pacer.as_ref().map(|p| p.expert_paths(&self.computed, step.read_bytes, to));
+        let paths = self
+            .pacer
+            .as_ref()
+            .map(|p| p.expert_paths(&self.computed, step.read_bytes, to));
         if let Some(longest) = paths.as_ref().and_then(|p| p.iter().max()) {
             settle(clock.experts, *longest);
         }
@@ -175,7 +231,13 @@ impl Meter {
 
     /// Counts a decoded token's experts; `paths` are the declared times by tier where a tier is
     /// emulated.
-    fn charge_experts(&mut self, moe: MoeIdx, step: &Step, paths: Option<&PerTier<Duration>>, time: Duration) {
+    fn charge_experts(
+        &mut self,
+        moe: MoeIdx,
+        step: &Step,
+        paths: Option<&PerTier<Duration>>,
+        time: Duration,
+    ) {
         let layer = &mut self.counters.layers[moe.get()];
         layer.pinned_hits += step.pinned_hits;
         layer.slot_hits += step.slot_hits;
@@ -224,12 +286,23 @@ impl Meter {
         total.add(self.embedding.tier, self.embedding.bytes);
         total.add(self.head.tier, self.head.bytes);
         for traffic in &self.dense {
-            traffic.weights.by_tier().enumerate().for_each(|(tier, bytes)| total.add(tier, *bytes));
+            traffic
+                .weights
+                .by_tier()
+                .enumerate()
+                .for_each(|(tier, bytes)| total.add(tier, *bytes));
         }
-        experts.clone().for_each(|layer| total.add(tier, layer.bytes));
+        experts
+            .clone()
+            .for_each(|layer| total.add(tier, layer.bytes));
         let sum: u64 = total.by_tier().iter().sum();
         let share = |bytes: u64| time.mul_f64(bytes as f64 / sum.max(1) as f64);
-        for TokenExperts { layer, n_used, bytes } in experts {
+        for TokenExperts {
+            layer,
+            n_used,
+            bytes,
+        } in experts
+        {
             let Some(moe) = layer.moe else { continue };
             let counters = &mut self.counters.layers[moe.index.get()];
             counters.pinned_hits += n_used;

@@ -98,9 +98,17 @@ impl Engine {
         self.sequence.check_room(tokens.len())?;
         let n_vocab = self.model.spec().n_vocab;
         if let Some(token) = tokens.iter().find(|t| **t as usize >= n_vocab) {
-            return Err(RunError::Token { token: *token, n_vocab });
+            return Err(RunError::Token {
+                token: *token,
+                n_vocab,
+            });
         }
-        let used = self.model.spec().moe_layers().next().map_or(0, |(_, moe)| moe.n_used);
+        let used = self
+            .model
+            .spec()
+            .moe_layers()
+            .next()
+            .map_or(0, |(_, moe)| moe.n_used);
         self.output.begin(tokens.len() * self.meter.n_moe() * used);
         // A file that was cut short must not be looked at where it is mapped.
         self.experts.store.check_files()?;
@@ -115,16 +123,28 @@ impl Engine {
             }
         }
         self.meter.finish_call(start, phase, tokens.len());
-        self.meter.count_prefetched(self.experts.store.take_prefetch_count());
+        self.meter
+            .count_prefetched(self.experts.store.take_prefetch_count());
         Ok(&self.output.logits)
     }
 
     /// Takes a batch through all layers.
     fn pass(&mut self, batch: &Batch<'_>) -> Result<(), RunError> {
-        if let Some(tier) = self.fully_on_gpu.filter(|_| batch.single && !self.experts.scores_predictions) {
+        if let Some(tier) = self
+            .fully_on_gpu
+            .filter(|_| batch.single && !self.experts.scores_predictions)
+        {
             return self.pass_on_gpu(tier, batch);
         }
-        let Self { model, backends, experts, sequence, meter, output, .. } = self;
+        let Self {
+            model,
+            backends,
+            experts,
+            sequence,
+            meter,
+            output,
+            ..
+        } = self;
         let spec = model.spec();
         meter.begin_pass(batch);
         let mut place = backends.embed(spec, batch, sequence)?;

@@ -38,14 +38,29 @@ impl RouterPredictor {
 
     /// Returns the predicted experts: of one token in the router's order, of several in ascending
     /// order, each once.
-    pub(crate) fn predicted(&mut self, n_used: usize, n_expert: usize) -> impl Iterator<Item = u32> + '_ {
+    pub(crate) fn predicted(
+        &mut self,
+        n_used: usize,
+        n_expert: usize,
+    ) -> impl Iterator<Item = u32> + '_ {
         self.present.clear();
         if self.experts.len() > n_used {
             self.present.resize(n_expert, false);
-            self.experts.iter().for_each(|e| self.present[usize::from(*e)] = true);
+            self.experts
+                .iter()
+                .for_each(|e| self.present[usize::from(*e)] = true);
         }
-        let batch = self.present.iter().enumerate().filter(|(_, present)| **present).map(|(e, _)| e as u32);
-        let token = if self.present.is_empty() { &self.experts[..] } else { &[] };
+        let batch = self
+            .present
+            .iter()
+            .enumerate()
+            .filter(|(_, present)| **present)
+            .map(|(e, _)| e as u32);
+        let token = if self.present.is_empty() {
+            &self.experts[..]
+        } else {
+            &[]
+        };
         token.iter().map(|e| u32::from(*e)).chain(batch)
     }
 }

@@ -22,7 +22,11 @@ fn load(gguf: &Arc<Gguf>, plan: &Placement, options: &LoadOptions) -> Engine {
 }
 
 fn options(batch: usize) -> LoadOptions {
-    LoadOptions { threads: Some(2), batch: Some(batch), ..LoadOptions::default() }
+    LoadOptions {
+        threads: Some(2),
+        batch: Some(batch),
+        ..LoadOptions::default()
+    }
 }
 
 /// Logits of a prompt of several batches, and of tokens after it; and the experts that its tokens
@@ -33,7 +37,11 @@ fn text(engine: &mut Engine) -> (Vec<f32>, Vec<u16>) {
     let mut all = engine.forward(&tokens, LogitsMode::All).unwrap().to_vec();
     let choices = engine.routing().experts.clone();
     for i in 0..2 {
-        all.extend_from_slice(engine.forward(&[(i * 11 + 3) % n_vocab], LogitsMode::Last).unwrap());
+        all.extend_from_slice(
+            engine
+                .forward(&[(i * 11 + 3) % n_vocab], LogitsMode::Last)
+                .unwrap(),
+        );
     }
     (all, choices)
 }
@@ -52,17 +60,36 @@ fn attention_of_prompts_in_16_bits_gives_the_same_text() {
     ] {
         let (gguf, shape) = open(&format!("{name}.gguf"));
         let of = (128, kv_type);
-        let mut engine = load(&gguf, &plan(&shape, of, ALL, true, Experts::Gpu), &options(64));
+        let mut engine = load(
+            &gguf,
+            &plan(&shape, of, ALL, true, Experts::Gpu),
+            &options(64),
+        );
         let (got, chosen) = text(&mut engine);
-        let (expected, choices) = text(&mut load(&gguf, &all_in_memory(&shape, of.0, kv_type), &options(64)));
+        let (expected, choices) = text(&mut load(
+            &gguf,
+            &all_in_memory(&shape, of.0, kv_type),
+            &options(64),
+        ));
         assert_ne!(got, expected, "{name}");
         // Where two experts are nearly as good, a token may choose the other one, and all that
         // follow it see that.
         let tokens = got.len() / engine.spec().n_vocab;
-        let each = shape.experts.iter().map(|e| e.n_used as usize).sum::<usize>().max(1);
-        let other = chosen.chunks(each).zip(choices.chunks(each)).position(|(a, b)| a != b);
+        let each = shape
+            .experts
+            .iter()
+            .map(|e| e.n_used as usize)
+            .sum::<usize>()
+            .max(1);
+        let other = chosen
+            .chunks(each)
+            .zip(choices.chunks(each))
+            .position(|(a, b)| a != b);
         let alike = other.unwrap_or(tokens) * engine.spec().n_vocab;
-        assert!(alike >= 8 * engine.spec().n_vocab, "{name}: token {other:?} chose others");
+        assert!(
+            alike >= 8 * engine.spec().n_vocab,
+            "{name}: token {other:?} chose others"
+        );
         // What is off by a share of 2e-4 puts some 8-bit codes of activations on the other side of
         // where they round, each by a whole step, which is 100 times as much: the mean square of it
         // is some 5e-6 a product. Other causes stay below 1e-5 (`gpu_tests`).
@@ -80,15 +107,38 @@ fn attention_of_prompts_in_16_bits_gives_the_same_text() {
 
 #[test]
 fn experts_of_main_memory_pass_through_a_gpu_for_prompts() {
-    let rates = |link_gbps, processor_gflops| Some(StreamRates { link_gbps, processor_gflops });
+    let rates = |link_gbps, processor_gflops| {
+        Some(StreamRates {
+            link_gbps,
+            processor_gflops,
+        })
+    };
     // Float and quantised experts, fused ones with biases, shared experts beside them.
-    for name in ["arch/qwen3moe", "arch/gpt-oss", "arch/qwen2moe", "quant/Q4_K_M"] {
+    for name in [
+        "arch/qwen3moe",
+        "arch/gpt-oss",
+        "arch/qwen2moe",
+        "quant/Q4_K_M",
+    ] {
         let (gguf, shape) = open(&format!("{name}.gguf"));
         let of = (128, KvType::F16);
         // Attention stays on the processor, so that nothing else is off.
-        let plan = plan(&shape, of, |kind, _| kind != DenseKind::Attention, false, Experts::Memory);
+        let plan = plan(
+            &shape,
+            of,
+            |kind, _| kind != DenseKind::Attention,
+            false,
+            Experts::Memory,
+        );
         let run = |stream| {
-            let mut engine = load(&gguf, &plan, &LoadOptions { stream, ..options(64) });
+            let mut engine = load(
+                &gguf,
+                &plan,
+                &LoadOptions {
+                    stream,
+                    ..options(64)
+                },
+            );
             let got = text(&mut engine);
             (got, engine.experts_streamed())
         };
@@ -97,26 +147,46 @@ fn experts_of_main_memory_pass_through_a_gpu_for_prompts() {
         // The plan has no rate of products, and so nothing to choose by.
         assert_eq!(run(None).1, 0, "{name}");
         // A link that is never worth it, one that always is, and one in between.
-        assert_eq!(run(rates(1e-9, 1e9)), ((without.clone(), choices.clone()), 0), "{name}");
+        assert_eq!(
+            run(rates(1e-9, 1e9)),
+            ((without.clone(), choices.clone()), 0),
+            "{name}"
+        );
         let ((got, chosen), all) = run(rates(1e9, 1e-9));
         // Of the prompt's two batches, the second is too small.
         let most = shape.experts.iter().map(|e| u64::from(e.n_expert)).sum();
         assert!(all > 0 && all <= most, "{name}: {all}");
         assert_ne!(got, without, "{name}");
-        assert!(nmse(&got, &without) < 1e-5, "{name}: {:e}", nmse(&got, &without));
+        assert!(
+            nmse(&got, &without) < 1e-5,
+            "{name}: {:e}",
+            nmse(&got, &without)
+        );
         assert_eq!(chosen, choices, "{name}");
         assert_eq!(run(rates(1e9, 1e-9)).0.0, got, "{name}");
         let e = &shape.experts[0];
         // As long for the bytes of an expert as for products of half its uses.
         let uses = 64 * u64::from(e.n_used) / u64::from(e.n_expert);
         let spec = describe(&gguf).unwrap();
-        let ffn = spec.moe_layers().map(|(_, moe)| moe.expert_ffn).max().unwrap_or(0);
+        let ffn = spec
+            .moe_layers()
+            .map(|(_, moe)| moe.expert_ffn)
+            .max()
+            .unwrap_or(0);
         let macs = (3 * spec.hidden * ffn) as u64;
         let gflops = (uses / 2 * 2 * macs) as f64 / e.expert_bytes as f64;
         let ((got, _), some) = run(rates(1.0, gflops.max(1e-3)));
         assert!(some > 0 && some < all, "{name}: {some} of {all}");
-        assert!(nmse(&got, &without) < 1e-5, "{name}: {:e}", nmse(&got, &without));
-        let (here, _) = text(&mut load(&gguf, &all_in_memory(&shape, of.0, of.1), &options(64)));
+        assert!(
+            nmse(&got, &without) < 1e-5,
+            "{name}: {:e}",
+            nmse(&got, &without)
+        );
+        let (here, _) = text(&mut load(
+            &gguf,
+            &all_in_memory(&shape, of.0, of.1),
+            &options(64),
+        ));
         assert!(nmse(&got, &here) < 1e-5, "{name}: {:e}", nmse(&got, &here));
     }
 }
@@ -146,7 +216,12 @@ impl Device for Failing {
         // SAFETY: the caller's promise.
         unsafe { self.0.read(from, bytes) }
     }
-    unsafe fn launch(&self, kernel: &'static str, grid: Grid, args: &[Arg]) -> Result<(), CudaError> {
+    unsafe fn launch(
+        &self,
+        kernel: &'static str,
+        grid: Grid,
+        args: &[Arg],
+    ) -> Result<(), CudaError> {
         if kernel == "add_rows" && self.1.load(Ordering::Relaxed) {
             return Err(CudaError::Call {
                 device: "a failing GPU".into(),
@@ -169,18 +244,37 @@ impl Device for Failing {
 fn a_gpu_that_fails_while_experts_pass_fails_the_request_alone() {
     let (gguf, shape) = open("arch/qwen3moe.gguf");
     let of = (128, KvType::F16);
-    let stream = Some(StreamRates { link_gbps: 1e9, processor_gflops: 1e-9 });
+    let stream = Some(StreamRates {
+        link_gbps: 1e9,
+        processor_gflops: 1e-9,
+    });
     let device = Arc::new(Failing(shim::shared(), AtomicBool::new(false)));
     let give = |_: usize| Ok(Arc::clone(&device) as Arc<dyn Device>);
     let plan = plan(&shape, of, ALL, true, Experts::Memory);
-    let options = LoadOptions { stream, ..options(64) };
-    let mut engine = Engine::load_on(Arc::clone(&gguf), &plan, &options, Some(&give), &mut |_, _| {}).unwrap();
+    let options = LoadOptions {
+        stream,
+        ..options(64)
+    };
+    let mut engine = Engine::load_on(
+        Arc::clone(&gguf),
+        &plan,
+        &options,
+        Some(&give),
+        &mut |_, _| {},
+    )
+    .unwrap();
     let first = text(&mut engine);
     engine.clear();
     device.1.store(true, Ordering::Relaxed);
     let tokens: Vec<u32> = (0..40).collect();
-    let error = engine.forward(&tokens, LogitsMode::Last).unwrap_err().to_string();
-    assert!(error.contains("a failing GPU: add_rows failed: it was told to"), "{error}");
+    let error = engine
+        .forward(&tokens, LogitsMode::Last)
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.contains("a failing GPU: add_rows failed: it was told to"),
+        "{error}"
+    );
     device.1.store(false, Ordering::Relaxed);
     engine.clear();
     assert_eq!(text(&mut engine), first);

@@ -18,7 +18,8 @@ use tier_plan_kernels::quant::TensorType;
 
 /// A fixture, ready to be rewritten.
 fn fixture(name: &str) -> Writer {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../tests/data/arch/{name}.gguf"));
+    let path =
+        Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../tests/data/arch/{name}.gguf"));
     let gguf = Gguf::open(&path).unwrap();
     Writer::from_gguf(&gguf)
 }
@@ -37,7 +38,9 @@ fn error(writer: &Writer) -> String {
     describe(&gguf).unwrap_err().to_string()
 }
 
-const TOKENS: [u32; 24] = [3, 1, 4, 15, 9, 26, 5, 35, 8, 9, 7, 9, 32, 38, 46, 26, 43, 38, 32, 79, 50, 28, 84, 19];
+const TOKENS: [u32; 24] = [
+    3, 1, 4, 15, 9, 26, 5, 35, 8, 9, 7, 9, 32, 38, 46, 26, 43, 38, 32, 79, 50, 28, 84, 19,
+];
 const CONTEXT: u32 = 26;
 
 /// Every expert in an arena, and a slow tier that is mapped.
@@ -48,7 +51,10 @@ fn pinned(shape: &ModelShape) -> Placement {
     slow.tier.kind = TierKind::Pmem;
     plan.tiers = plan.tiers.into_iter().chain([slow]).collect();
     for (layer, e) in plan.layers.iter_mut().zip(&shape.experts) {
-        layer.pinned = vec![Pins { tier: TierIdx::new(0), experts: (0..e.n_expert).collect() }];
+        layer.pinned = vec![Pins {
+            tier: TierIdx::new(0),
+            experts: (0..e.n_expert).collect(),
+        }];
     }
     plan.fill_sums(shape);
     plan
@@ -58,16 +64,24 @@ fn pinned(shape: &ModelShape) -> Placement {
 fn logits(writer: &Writer) -> Vec<u32> {
     let (_file, gguf) = open(writer);
     let shape = shape_of(&gguf, &describe(&gguf).unwrap());
-    let [mapped, pinned] = [all_in_memory(&shape, CONTEXT, KvType::F32), pinned(&shape)].map(|plan| {
-        let options = LoadOptions { threads: Some(1), ..LoadOptions::default() };
-        let mut engine = Engine::load(Arc::clone(&gguf), &plan, &options, &mut |_, _| {}).unwrap();
-        let mut all = engine.forward(&TOKENS, LogitsMode::All).unwrap().to_vec();
-        all.extend_from_slice(engine.forward(&[7], LogitsMode::Last).unwrap());
-        all.extend_from_slice(engine.forward(&[11], LogitsMode::Last).unwrap());
-        assert!(all.iter().all(|l| l.is_finite()));
-        all.into_iter().map(f32::to_bits).collect::<Vec<u32>>()
-    });
-    assert!(mapped == pinned, "experts in place and pinned give different logits");
+    let [mapped, pinned] =
+        [all_in_memory(&shape, CONTEXT, KvType::F32), pinned(&shape)].map(|plan| {
+            let options = LoadOptions {
+                threads: Some(1),
+                ..LoadOptions::default()
+            };
+            let mut engine =
+                Engine::load(Arc::clone(&gguf), &plan, &options, &mut |_, _| {}).unwrap();
+            let mut all = engine.forward(&TOKENS, LogitsMode::All).unwrap().to_vec();
+            all.extend_from_slice(engine.forward(&[7], LogitsMode::Last).unwrap());
+            all.extend_from_slice(engine.forward(&[11], LogitsMode::Last).unwrap());
+            assert!(all.iter().all(|l| l.is_finite()));
+            all.into_iter().map(f32::to_bits).collect::<Vec<u32>>()
+        });
+    assert!(
+        mapped == pinned,
+        "experts in place and pinned give different logits"
+    );
     mapped
 }
 
@@ -82,7 +96,10 @@ fn fused_queries_keys_and_values_are_the_same() {
         let (mut fused, mut apart) = (plain.clone(), plain.clone());
         for i in 0..blocks(&plain, name) {
             let names = |kind: &str| ["q", "k", "v"].map(|n| format!("blk.{i}.attn_{n}.{kind}"));
-            for (writer, kinds) in [(&mut fused, &[("weight", 1), ("bias", 0)][..]), (&mut apart, &[("weight", 1)])] {
+            for (writer, kinds) in [
+                (&mut fused, &[("weight", 1), ("bias", 0)][..]),
+                (&mut apart, &[("weight", 1)]),
+            ] {
                 for (kind, axis) in kinds {
                     writer.fuse(&names(kind), &format!("blk.{i}.attn_qkv.{kind}"), *axis, 1);
                 }
@@ -103,7 +120,12 @@ fn fused_gates_and_ups_are_the_same() {
         for i in 0..blocks(&plain, name) {
             for (kind, axis) in [("weight", 1), ("bias", 0)] {
                 let names = ["gate", "up"].map(|n| format!("blk.{i}.ffn_{n}_exps.{kind}"));
-                fused.fuse(&names, &format!("blk.{i}.ffn_gate_up_exps.{kind}"), axis, n_expert);
+                fused.fuse(
+                    &names,
+                    &format!("blk.{i}.ffn_gate_up_exps.{kind}"),
+                    axis,
+                    n_expert,
+                );
             }
         }
         assert!(fused.tensors.len() < plain.tensors.len());
@@ -118,13 +140,31 @@ fn biases_of_experts_may_be_of_any_float_type() {
     let mut rounded = plain;
     // BF16 by cutting off: the same values widened again must be the same network.
     for writer in [&mut narrow, &mut rounded] {
-        for t in writer.tensors.iter_mut().filter(|t| t.name.ends_with("_exps.bias")) {
-            t.data.as_chunks_mut::<4>().0.iter_mut().for_each(|b| b[..2].fill(0));
+        for t in writer
+            .tensors
+            .iter_mut()
+            .filter(|t| t.name.ends_with("_exps.bias"))
+        {
+            t.data
+                .as_chunks_mut::<4>()
+                .0
+                .iter_mut()
+                .for_each(|b| b[..2].fill(0));
         }
     }
-    for t in narrow.tensors.iter_mut().filter(|t| t.name.ends_with("_exps.bias")) {
+    for t in narrow
+        .tensors
+        .iter_mut()
+        .filter(|t| t.name.ends_with("_exps.bias"))
+    {
         t.type_id = TensorType::BF16 as u32;
-        t.data = t.data.as_chunks::<4>().0.iter().flat_map(|b| [b[2], b[3]]).collect();
+        t.data = t
+            .data
+            .as_chunks::<4>()
+            .0
+            .iter()
+            .flat_map(|b| [b[2], b[3]])
+            .collect();
     }
     assert!(logits(&narrow) == logits(&rounded));
 }
@@ -138,7 +178,12 @@ fn trailing_prediction_blocks_are_skipped() {
         more.set(&format!("{name}.block_count"), Value::U32(n + 1));
         more.set(&format!("{name}.nextn_predict_layers"), Value::U32(1));
         for suffix in ["nextn.eh_proj.weight", "attn_norm.weight"] {
-            more = more.tensor(&format!("blk.{n}.{suffix}"), TensorType::F32, &[4], vec![0; 16]);
+            more = more.tensor(
+                &format!("blk.{n}.{suffix}"),
+                TensorType::F32,
+                &[4],
+                vec![0; 16],
+            );
         }
         assert!(logits(&more) == logits(&plain), "{name}");
         more.set(&format!("{name}.nextn_predict_layers"), Value::U32(n + 1));
@@ -153,9 +198,17 @@ fn sizes_may_be_given_by_layer() {
         let mut listed = plain.clone();
         // One more than there are layers, as files with trailing blocks have it.
         let n = blocks(&plain, name) as usize + 1;
-        let keys = ["attention.head_count", "attention.head_count_kv", "feed_forward_length", "expert_used_count"];
+        let keys = [
+            "attention.head_count",
+            "attention.head_count_kv",
+            "feed_forward_length",
+            "expert_used_count",
+        ];
         for key in keys.map(|key| format!("{name}.{key}")) {
-            listed.set(&key, Value::Array(ArrayValue::U32(vec![plain.count(&key); n])));
+            listed.set(
+                &key,
+                Value::Array(ArrayValue::U32(vec![plain.count(&key); n])),
+            );
         }
         assert!(logits(&listed) == logits(&plain), "{name}");
     }
@@ -166,7 +219,12 @@ fn a_tied_head_is_the_embedding() {
     let mut tied = fixture("glm4moe");
     tied.take("output.weight").unwrap();
     let mut copied = tied.clone();
-    let mut embedding = copied.tensors.iter().find(|t| t.name == "token_embd.weight").unwrap().clone();
+    let mut embedding = copied
+        .tensors
+        .iter()
+        .find(|t| t.name == "token_embd.weight")
+        .unwrap()
+        .clone();
     embedding.name = "output.weight".into();
     copied.tensors.push(embedding);
     assert!(logits(&tied) == logits(&copied));
@@ -182,7 +240,12 @@ fn windows_follow_the_pattern() {
     };
     let plain = logits(&fixture("gpt-oss"));
     assert!(logits(&with(Value::U32(2))) == plain);
-    assert!(logits(&with(Value::Array(ArrayValue::Bool(vec![true, false, true])))) == plain);
+    assert!(
+        logits(&with(Value::Array(ArrayValue::Bool(vec![
+            true, false, true
+        ]))))
+            == plain
+    );
     assert!(logits(&with(Value::Array(ArrayValue::U32(vec![1, 0, 1, 0])))) == plain);
     let none = logits(&with(Value::U32(1)));
     assert!(none != plain);
@@ -204,8 +267,11 @@ fn windows_follow_the_pattern() {
 #[test]
 fn what_is_optional_may_be_missing() {
     let mut bare = fixture("glm4moe");
-    bare.tensors.retain(|t| !t.name.contains("_norm.weight") || !(t.name.contains("_q_") || t.name.contains("_k_")));
-    bare.tensors.retain(|t| !t.name.ends_with("attn_q.bias") && !t.name.ends_with("attn_k.bias"));
+    bare.tensors.retain(|t| {
+        !t.name.contains("_norm.weight") || !(t.name.contains("_q_") || t.name.contains("_k_"))
+    });
+    bare.tensors
+        .retain(|t| !t.name.ends_with("attn_q.bias") && !t.name.ends_with("attn_k.bias"));
     bare.unset("glm4moe.expert_gating_func");
     assert!(logits(&bare) != logits(&fixture("glm4moe")));
     let mut none_shared = fixture("glm4moe");
@@ -228,14 +294,26 @@ fn contradictions_are_named() {
     let cases = [
         ("glm4moe", "expert_gating_func", Value::U32(9)),
         ("glm4moe", "expert_used_count", Value::U32(9)),
-        ("glm4moe", "expert_used_count", Value::Array(ArrayValue::U32(vec![2, 3, 2]))),
+        (
+            "glm4moe",
+            "expert_used_count",
+            Value::Array(ArrayValue::U32(vec![2, 3, 2])),
+        ),
         ("glm4moe", "expert_group_count", Value::U32(3)),
         ("glm4moe", "expert_group_count", Value::U32(8)),
         ("glm4moe", "expert_shared_count", Value::U32(5000)),
-        ("glm4moe", "rope.dimension_sections", Value::Array(ArrayValue::I32(vec![2, 1, 0, 1]))),
+        (
+            "glm4moe",
+            "rope.dimension_sections",
+            Value::Array(ArrayValue::I32(vec![2, 1, 0, 1])),
+        ),
         ("glm4moe", "rope.dimension_count", Value::U32(7)),
         ("gpt-oss", "attention.sliding_window", Value::U32(0)),
-        ("gpt-oss", "attention.sliding_window_pattern", Value::Array(ArrayValue::Bool(vec![true]))),
+        (
+            "gpt-oss",
+            "attention.sliding_window_pattern",
+            Value::Array(ArrayValue::Bool(vec![true])),
+        ),
         ("gpt-oss", "attention.head_count_kv", Value::U32(3)),
     ];
     for (name, key, value) in cases {
@@ -323,13 +401,21 @@ const KEYS: [&str; 25] = [
 
 /// A value for a key, or its removal.
 fn change() -> impl Strategy<Value = Option<Value>> {
-    let number = prop_oneof![0u32..10, Just(16), Just(32), Just(64), Just(1 << 24), any::<u32>()];
+    let number = prop_oneof![
+        0u32..10,
+        Just(16),
+        Just(32),
+        Just(64),
+        Just(1 << 24),
+        any::<u32>()
+    ];
     prop_oneof![
         Just(None),
         number.clone().prop_map(|n| Some(Value::U32(n))),
         any::<f32>().prop_map(|x| Some(Value::F32(x))),
         any::<bool>().prop_map(|b| Some(Value::Bool(b))),
         prop::collection::vec(number, 0..5).prop_map(|a| Some(Value::Array(ArrayValue::U32(a)))),
-        prop::collection::vec(any::<bool>(), 0..5).prop_map(|a| Some(Value::Array(ArrayValue::Bool(a)))),
+        prop::collection::vec(any::<bool>(), 0..5)
+            .prop_map(|a| Some(Value::Array(ArrayValue::Bool(a)))),
     ]
 }

@@ -49,10 +49,19 @@ impl Sequence {
         for (state, tier) in states.iter().zip(plan.cache_tiers(spec.layers.len())) {
             let tier = &plan.tiers[tier].tier;
             let pages = Pages::of_tier(tier);
-            state.move_to(&pages).map_err(|source| ArenaError::refused(&tier.name, &pages, source))?;
+            state
+                .move_to(&pages)
+                .map_err(|source| ArenaError::refused(&tier.name, &pages, source))?;
         }
         let (ropes, rope_of_layer) = rope_tables(spec, weights);
-        Ok(Self { states, ropes, rope_of_layer, n_past: 0, capacity, broken: false })
+        Ok(Self {
+            states,
+            ropes,
+            rope_of_layer,
+            n_past: 0,
+            capacity,
+            broken: false,
+        })
     }
 
     pub(crate) fn n_past(&self) -> usize {
@@ -78,7 +87,10 @@ impl Sequence {
         }
         let wanted = self.n_past + n;
         if wanted > self.capacity {
-            return Err(RunError::ContextFull { wanted, context: self.capacity });
+            return Err(RunError::ContextFull {
+                wanted,
+                context: self.capacity,
+            });
         }
         Ok(())
     }
@@ -108,7 +120,10 @@ impl Sequence {
             return Ok(());
         }
         if !self.can_rewind() {
-            return Err(RunError::CannotRewind { n_past: self.n_past, wanted: n });
+            return Err(RunError::CannotRewind {
+                n_past: self.n_past,
+                wanted: n,
+            });
         }
         self.n_past = n;
         Ok(())

@@ -20,9 +20,18 @@ impl Engine {
         if self.plan().tiers.last().is_none_or(|t| t.tier.emulated) {
             return Ok(0);
         }
-        let positions: HashMap<u32, usize> =
-            self.plan().layers.iter().enumerate().map(|(position, placed)| (placed.layer, position)).collect();
-        let known = |l: &LayerSlots| positions.get(&l.layer).map(|position| (*position, l.experts.clone()));
+        let positions: HashMap<u32, usize> = self
+            .plan()
+            .layers
+            .iter()
+            .enumerate()
+            .map(|(position, placed)| (placed.layer, position))
+            .collect();
+        let known = |l: &LayerSlots| {
+            positions
+                .get(&l.layer)
+                .map(|position| (*position, l.experts.clone()))
+        };
         let layers: Vec<(usize, Vec<u32>)> = layers.iter().filter_map(known).collect();
         self.experts.store.warm_up(&layers)
     }
@@ -35,8 +44,17 @@ impl Engine {
     /// Returns what the slots of each layer hold, the most recently used first; leaves out layers
     /// without slots.
     pub fn slot_contents(&self) -> Vec<LayerSlots> {
-        let layers = self.plan().layers.iter().zip(self.experts.store.residents());
+        let layers = self
+            .plan()
+            .layers
+            .iter()
+            .zip(self.experts.store.residents());
         let with_slots = layers.filter(|(placed, _)| placed.slots > 0);
-        with_slots.map(|(placed, experts)| LayerSlots { layer: placed.layer, experts }).collect()
+        with_slots
+            .map(|(placed, experts)| LayerSlots {
+                layer: placed.layer,
+                experts,
+            })
+            .collect()
     }
 }

@@ -3,7 +3,9 @@
 //! A slice is the unit of reads: one expert's part of a tensor of experts, or a whole tensor of any
 //! other kind.
 
-use crate::tiers::file::{Extent, FileTier, ReadError, ReadMode, SliceChecksum, Span, compare, stream};
+use crate::tiers::file::{
+    Extent, FileTier, ReadError, ReadMode, SliceChecksum, Span, compare, stream,
+};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
@@ -59,7 +61,8 @@ pub enum ChecksumError {
 fn slice_counts(gguf: &Gguf, spec: &ModelSpec) -> Vec<usize> {
     let mut counts = vec![1; gguf.tensors().len()];
     for (_, moe) in spec.moe_layers() {
-        moe.expert_tensors().for_each(|id| counts[id] = moe.n_expert);
+        moe.expert_tensors()
+            .for_each(|id| counts[id] = moe.n_expert);
     }
     counts
 }
@@ -68,7 +71,11 @@ fn slice_counts(gguf: &Gguf, spec: &ModelSpec) -> Vec<usize> {
 fn extent(gguf: &Gguf, id: TensorId, n_slices: usize, slice: usize) -> Extent {
     let info = &gguf.tensors()[id];
     let len = info.n_bytes as usize / n_slices;
-    Extent { part: info.part, offset: info.offset + (slice * len) as u64, len }
+    Extent {
+        part: info.part,
+        offset: info.offset + (slice * len) as u64,
+        len,
+    }
 }
 
 /// Cuts all slices into chunks, in the order of tensors and slices. A chunk never spans two slices.
@@ -80,8 +87,16 @@ fn chunks(gguf: &Gguf, slice_counts: &[usize]) -> Vec<Chunk> {
             let mut from = 0;
             loop {
                 let to = len.min(from + CHUNK_BYTES);
-                let extent = Extent { part, offset: offset + from as u64, len: to - from };
-                chunks.push(Chunk { tensor, extent, is_last: to == len });
+                let extent = Extent {
+                    part,
+                    offset: offset + from as u64,
+                    len: to - from,
+                };
+                chunks.push(Chunk {
+                    tensor,
+                    extent,
+                    is_last: to == len,
+                });
                 from = to;
                 if to == len {
                     break;
@@ -110,26 +125,59 @@ pub fn compute_checksums(
         .tensors()
         .iter()
         .zip(&slice_counts)
-        .map(|(info, n)| TensorSums { name: info.name.clone(), slices: Vec::with_capacity(*n) })
+        .map(|(info, n)| TensorSums {
+            name: info.name.clone(),
+            slices: Vec::with_capacity(*n),
+        })
         .collect();
     let chunks = chunks(gguf, &slice_counts);
-    let paths: Vec<PathBuf> = (0..gguf.n_parts()).map(|p| gguf.part_path(p).to_path_buf()).collect();
+    let paths: Vec<PathBuf> = (0..gguf.n_parts())
+        .map(|p| gguf.part_path(p).to_path_buf())
+        .collect();
     let files = FileTier::open(&paths, ReadMode::from_env()?)?;
-    let spans = |extent: Extent| vec![Span { extent, at: extent.head(), whole_pages: true }];
-    let buffer_bytes = chunks.iter().map(|chunk| chunk.extent.pages_bytes()).max().unwrap_or(0);
+    let spans = |extent: Extent| {
+        vec![Span {
+            extent,
+            at: extent.head(),
+            whole_pages: true,
+        }]
+    };
+    let buffer_bytes = chunks
+        .iter()
+        .map(|chunk| chunk.extent.pages_bytes())
+        .max()
+        .unwrap_or(0);
     let (mut sum, mut done) = (Xxh3::new(), 0);
-    stream(&files, chunks.iter().map(|chunk| spans(chunk.extent)), buffer_bytes, QUEUE_DEPTH, |at, buffer| {
-        let Chunk { tensor, extent, is_last } = &chunks[at];
-        sum.update(&buffer[extent.head()..extent.head() + extent.len]);
-        if *is_last {
-            tensors[*tensor].slices.push(sum.digest());
-            sum.reset();
-        }
-        done += extent.len as u64;
-        if progress(done, total) { Ok(()) } else { Err(ChecksumError::Interrupted) }
-    })?;
+    stream(
+        &files,
+        chunks.iter().map(|chunk| spans(chunk.extent)),
+        buffer_bytes,
+        QUEUE_DEPTH,
+        |at, buffer| {
+            let Chunk {
+                tensor,
+                extent,
+                is_last,
+            } = &chunks[at];
+            sum.update(&buffer[extent.head()..extent.head() + extent.len]);
+            if *is_last {
+                tensors[*tensor].slices.push(sum.digest());
+                sum.reset();
+            }
+            done += extent.len as u64;
+            if progress(done, total) {
+                Ok(())
+            } else {
+                Err(ChecksumError::Interrupted)
+            }
+        },
+    )?;
     files.check()?;
-    Ok(Sums { model: gguf.id(), made, tensors })
+    Ok(Sums {
+        model: gguf.id(),
+        made,
+        tensors,
+    })
 }
 
 impl Checksums {
@@ -137,7 +185,12 @@ impl Checksums {
     ///
     /// # Errors
     /// When they are of another model, or their slices are not the model's.
-    pub fn bind(gguf: &Gguf, spec: &ModelSpec, sums: &Sums, path: &Path) -> Result<Self, FormatError> {
+    pub fn bind(
+        gguf: &Gguf,
+        spec: &ModelSpec,
+        sums: &Sums,
+        path: &Path,
+    ) -> Result<Self, FormatError> {
         let given: SourceId = gguf.id();
         sums.check_model(&given, path)?;
         let mismatch = |name: &str, expected: usize, found: usize| FormatError::Invalid {
@@ -146,8 +199,12 @@ impl Checksums {
                 "tensor '{name}' has {found} checksums, expected {expected}; make new ones with `tier-plan checksum`"
             ),
         };
-        let ids: HashMap<&str, TensorId> =
-            gguf.tensors().iter().enumerate().map(|(id, t)| (t.name.as_str(), id)).collect();
+        let ids: HashMap<&str, TensorId> = gguf
+            .tensors()
+            .iter()
+            .enumerate()
+            .map(|(id, t)| (t.name.as_str(), id))
+            .collect();
         let mut by_tensor = vec![Vec::new(); gguf.tensors().len()];
         for tensor in &sums.tensors {
             let id = ids.get(tensor.name.as_str()).copied();
@@ -156,7 +213,11 @@ impl Checksums {
         }
         for (id, expected) in slice_counts(gguf, spec).into_iter().enumerate() {
             if by_tensor[id].len() != expected {
-                return Err(mismatch(&gguf.tensors()[id].name, expected, by_tensor[id].len()));
+                return Err(mismatch(
+                    &gguf.tensors()[id].name,
+                    expected,
+                    by_tensor[id].len(),
+                ));
             }
         }
         Ok(Self { sums: by_tensor })
@@ -164,14 +225,30 @@ impl Checksums {
 
     /// Returns the checksum that a slice must have at offset `at` of a buffer. `extent` is where it
     /// is read from: the model's own file, or a copy.
-    pub(crate) fn slice(&self, gguf: &Gguf, id: TensorId, slice: usize, at: usize, extent: Extent) -> SliceChecksum {
-        SliceChecksum { at, extent, sum: self.sums[id][slice], what: self.name(gguf, id, slice) }
+    pub(crate) fn slice(
+        &self,
+        gguf: &Gguf,
+        id: TensorId,
+        slice: usize,
+        at: usize,
+        extent: Extent,
+    ) -> SliceChecksum {
+        SliceChecksum {
+            at,
+            extent,
+            sum: self.sums[id][slice],
+            what: self.name(gguf, id, slice),
+        }
     }
 
     /// Returns the name of a slice for errors.
     fn name(&self, gguf: &Gguf, id: TensorId, slice: usize) -> String {
         let name = &gguf.tensors()[id].name;
-        if self.sums[id].len() > 1 { format!("expert {slice} of tensor '{name}'") } else { format!("tensor '{name}'") }
+        if self.sums[id].len() > 1 {
+            format!("expert {slice} of tensor '{name}'")
+        } else {
+            format!("tensor '{name}'")
+        }
     }
 
     /// Compares slices in the mapped file, on `threads` threads. `progress` gets the bytes compared
@@ -188,7 +265,8 @@ impl Checksums {
     ) -> Result<(), ReadError> {
         let next = AtomicUsize::new(0);
         let damaged: Mutex<Option<(usize, u64)>> = Mutex::new(None);
-        let extent_of = |of: TensorSlice| extent(gguf, of.tensor, self.sums[of.tensor].len(), of.slice);
+        let extent_of =
+            |of: TensorSlice| extent(gguf, of.tensor, self.sums[of.tensor].len(), of.slice);
         let compare_next = || {
             let at = next.fetch_add(1, Ordering::Relaxed);
             let TensorSlice { tensor, slice } = *slices.get(at)?;
@@ -216,8 +294,18 @@ impl Checksums {
             Some((at, found)) => {
                 let TensorSlice { tensor, slice } = slices[at];
                 let Extent { part, offset, len } = extent_of(slices[at]);
-                let (path, what) = (gguf.part_path(part).to_path_buf(), self.name(gguf, tensor, slice));
-                Err(ReadError::Damaged { path, what, offset, len, found, expected: self.sums[tensor][slice] })
+                let (path, what) = (
+                    gguf.part_path(part).to_path_buf(),
+                    self.name(gguf, tensor, slice),
+                );
+                Err(ReadError::Damaged {
+                    path,
+                    what,
+                    offset,
+                    len,
+                    found,
+                    expected: self.sums[tensor][slice],
+                })
             }
         }
     }
@@ -231,7 +319,14 @@ impl Checksums {
         compare(bytes, expected).map_err(|found| {
             let Extent { part, offset, len } = extent(gguf, id, 1, 0);
             let (path, what) = (gguf.part_path(part).to_path_buf(), self.name(gguf, id, 0));
-            ReadError::Damaged { path, what, offset, len, found, expected }
+            ReadError::Damaged {
+                path,
+                what,
+                offset,
+                len,
+                found,
+                expected,
+            }
         })
     }
 }
@@ -257,15 +352,23 @@ mod tests {
         let mut experts = 0;
         for (info, tensor) in gguf.tensors().iter().zip(&sums.tensors) {
             let bytes = gguf.bytes(info);
-            let n = if info.name.contains("_exps") { n_expert } else { 1 };
+            let n = if info.name.contains("_exps") {
+                n_expert
+            } else {
+                1
+            };
             experts += usize::from(n > 1);
             let expected: Vec<u64> = bytes.chunks(bytes.len() / n).map(xxh3_64).collect();
             assert_eq!((&tensor.name, &tensor.slices), (&info.name, &expected));
         }
-        assert!(experts >= 6, "weights and biases of two or three matrices per layer");
+        assert!(
+            experts >= 6,
+            "weights and biases of two or three matrices per layer"
+        );
         let checks = Checksums::bind(&gguf, &spec, &sums, Path::new("a.sums")).unwrap();
-        let slices_of =
-            |tensor: TensorId| (0..checks.sums[tensor].len()).map(move |slice| TensorSlice { tensor, slice });
+        let slices_of = |tensor: TensorId| {
+            (0..checks.sums[tensor].len()).map(move |slice| TensorSlice { tensor, slice })
+        };
         let all: Vec<_> = (0..gguf.tensors().len()).flat_map(slices_of).collect();
         for threads in [1, 3] {
             checks.mapped(&gguf, &all, threads, &mut |_| {}).unwrap();
@@ -276,19 +379,38 @@ mod tests {
     fn damaged_slices_are_named() {
         let (gguf, spec) = model();
         let mut sums = compute_checksums(&gguf, &spec, "now".into(), &mut |_, _| true).unwrap();
-        let id = gguf.tensors().iter().position(|t| t.name.contains("_exps")).unwrap();
+        let id = gguf
+            .tensors()
+            .iter()
+            .position(|t| t.name.contains("_exps"))
+            .unwrap();
         let of_tensor = |slice| TensorSlice { tensor: id, slice };
         sums.tensors[id].slices[3] ^= 1;
         let checks = Checksums::bind(&gguf, &spec, &sums, Path::new("a.sums")).unwrap();
-        checks.mapped(&gguf, &[2, 1].map(of_tensor), 2, &mut |_| {}).unwrap();
-        let error = checks.mapped(&gguf, &[2, 3, 4].map(of_tensor), 2, &mut |_| {}).unwrap_err().to_string();
+        checks
+            .mapped(&gguf, &[2, 1].map(of_tensor), 2, &mut |_| {})
+            .unwrap();
+        let error = checks
+            .mapped(&gguf, &[2, 3, 4].map(of_tensor), 2, &mut |_| {})
+            .unwrap_err()
+            .to_string();
         let offset = extent(&gguf, id, sums.tensors[id].slices.len(), 3).offset;
-        for word in ["gpt-oss.gguf", "expert 3", &gguf.tensors()[id].name, &format!("offset {offset}")] {
+        for word in [
+            "gpt-oss.gguf",
+            "expert 3",
+            &gguf.tensors()[id].name,
+            &format!("offset {offset}"),
+        ] {
             assert!(error.contains(word), "{word}: {error}");
         }
         sums.tensors[id].slices.pop();
-        let error = Checksums::bind(&gguf, &spec, &sums, Path::new("a.sums")).unwrap_err().to_string();
-        assert!(error.contains("a.sums") && error.contains("tier-plan checksum"), "{error}");
+        let error = Checksums::bind(&gguf, &spec, &sums, Path::new("a.sums"))
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("a.sums") && error.contains("tier-plan checksum"),
+            "{error}"
+        );
     }
 
     #[test]

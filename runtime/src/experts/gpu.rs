@@ -37,7 +37,12 @@ pub(crate) struct GpuSlot {
 impl ExpertStore {
     /// Sets the GPUs, with their tiers, whose experts are backed or have slots there.
     pub(crate) fn set_gpus(&mut self, gpus: Vec<(TierIdx, PinnedExperts)>) {
-        let with_tier = |(tier, experts)| GpuExperts { tier, experts, requested: Vec::new(), has_token: false };
+        let with_tier = |(tier, experts)| GpuExperts {
+            tier,
+            experts,
+            requested: Vec::new(),
+            has_token: false,
+        };
         self.gpus = gpus.into_iter().map(with_tier).collect();
     }
 
@@ -48,7 +53,10 @@ impl ExpertStore {
 
     /// Returns the experts on a tier's GPU.
     pub(crate) fn of_tier(&mut self, tier: TierIdx) -> Option<&mut PinnedExperts> {
-        self.gpus.iter_mut().find(|g| g.tier == tier).map(|g| &mut g.experts)
+        self.gpus
+            .iter_mut()
+            .find(|g| g.tier == tier)
+            .map(|g| &mut g.experts)
     }
 
     /// Returns how many results a GPU can hold until they are fetched.
@@ -61,8 +69,12 @@ impl ExpertStore {
         let layer = &self.layers[step.layer];
         let expert = step.expert(StepPos::new(at));
         let (tier, place) = match (&step.states[at], layer.backing(expert)) {
-            (ExpertState::InPlace, ExpertBacking::Gpu(tier)) => (*tier, Place::Pinned(expert.index())),
-            (ExpertState::InSlot(slot), _) if layer.slots_on_gpu => (layer.slot_tier, Place::Slot(slot.index())),
+            (ExpertState::InPlace, ExpertBacking::Gpu(tier)) => {
+                (*tier, Place::Pinned(expert.index()))
+            }
+            (ExpertState::InSlot(slot), _) if layer.slots_on_gpu => {
+                (layer.slot_tier, Place::Slot(slot.index()))
+            }
             _ => return None,
         };
         let gpu = self.gpus.iter().position(|g| g.tier == tier)?;
@@ -74,11 +86,20 @@ impl ExpertStore {
     ///
     /// # Errors
     /// When a GPU fails; the step is given up then.
-    pub(crate) fn ask_token(&mut self, step: &mut Step, positions: &[usize], x: &[f32]) -> Result<(), CudaError> {
+    pub(crate) fn ask_token(
+        &mut self,
+        step: &mut Step,
+        positions: &[usize],
+        x: &[f32],
+    ) -> Result<(), CudaError> {
         for gpu in 0..self.gpus.len() {
-            let slots = positions.iter().filter_map(|at| Some((*at, self.gpu_slot(step, *at)?)));
-            let (positions, places): (Vec<usize>, Vec<Place>) =
-                slots.filter(|(_, slot)| slot.gpu == gpu).map(|(at, slot)| (at, slot.place)).unzip();
+            let slots = positions
+                .iter()
+                .filter_map(|at| Some((*at, self.gpu_slot(step, *at)?)));
+            let (positions, places): (Vec<usize>, Vec<Place>) = slots
+                .filter(|(_, slot)| slot.gpu == gpu)
+                .map(|(at, slot)| (at, slot.place))
+                .unzip();
             if places.is_empty() {
                 continue;
             }
@@ -101,7 +122,10 @@ impl ExpertStore {
         positions: &[usize],
         x: &[f32],
     ) -> Result<(), CudaError> {
-        let places: Vec<Place> = positions.iter().filter_map(|at| Some(self.gpu_slot(step, *at)?.place)).collect();
+        let places: Vec<Place> = positions
+            .iter()
+            .filter_map(|at| Some(self.gpu_slot(step, *at)?.place))
+            .collect();
         debug_assert_eq!(places.len(), positions.len());
         self.request(step, gpu, Some(x), &places, positions)
     }
@@ -165,7 +189,13 @@ impl ExpertStore {
 
     /// Copies an expert to its slot on a GPU, from a staging buffer or, without one, from the
     /// mapped file. An error is kept for the next request, and the cache forgets the expert.
-    pub(super) fn fill_gpu_slot(&mut self, layer: usize, expert: ExpertId, slot: SlotId, from: Option<&ArenaSlice>) {
+    pub(super) fn fill_gpu_slot(
+        &mut self,
+        layer: usize,
+        expert: ExpertId,
+        slot: SlotId,
+        from: Option<&ArenaSlice>,
+    ) {
         // Taken out of the store, whose other parts the view borrows.
         let mut gpus = std::mem::take(&mut self.gpus);
         let in_layer = &self.layers[layer];
@@ -174,10 +204,21 @@ impl ExpertStore {
             None => self.mapped_view(in_layer, expert),
         };
         let biases = view.biases();
-        let biases = biases.as_ref().map(|[gate, up, down]| [&gate[..], &up[..], &down[..]]);
-        let (gate, up, down) = (view.gate.weights.bytes(), view.up.weights.bytes(), view.down.weights.bytes());
+        let biases = biases
+            .as_ref()
+            .map(|[gate, up, down]| [&gate[..], &up[..], &down[..]]);
+        let (gate, up, down) = (
+            view.gate.weights.bytes(),
+            view.up.weights.bytes(),
+            view.down.weights.bytes(),
+        );
         let gpu = gpus.iter_mut().find(|g| g.tier == in_layer.slot_tier);
-        let bytes = ExpertBytes { gate, up, down, biases };
+        let bytes = ExpertBytes {
+            gate,
+            up,
+            down,
+            biases,
+        };
         let filled = gpu.map(|gpu| gpu.experts.fill(layer, slot.index(), &bytes));
         self.gpus = gpus;
         if let Some(Err(error)) = filled {
@@ -189,7 +230,11 @@ impl ExpertStore {
     /// Returns the matrices in a slot on a GPU, one after the other.
     #[cfg(test)]
     pub(super) fn bytes_on_gpu(&self, layer: usize, slot: SlotId) -> Vec<u8> {
-        let gpu = self.gpus.iter().find(|g| g.tier == self.layers[layer].slot_tier).unwrap();
+        let gpu = self
+            .gpus
+            .iter()
+            .find(|g| g.tier == self.layers[layer].slot_tier)
+            .unwrap();
         gpu.experts.slot_bytes(layer, slot.index()).unwrap()
     }
 }

@@ -96,18 +96,33 @@ impl Part {
     /// Returns the location of an expert's slice in the model's file.
     fn extent(&self, gguf: &Gguf, expert: usize) -> Extent {
         let info = &gguf.tensors()[self.tensor];
-        Extent { part: info.part, offset: info.offset + (expert * self.slice_bytes) as u64, len: self.slice_bytes }
+        Extent {
+            part: info.part,
+            offset: info.offset + (expert * self.slice_bytes) as u64,
+            len: self.slice_bytes,
+        }
     }
 }
 
 impl LayerExperts {
     /// Makes a layer without slots. `backings` is `[n_expert]`.
-    pub(crate) fn new(gguf: &Gguf, moe: &MoeSpec, backings: Vec<ExpertBacking>, slot_tier: TierIdx) -> Self {
+    pub(crate) fn new(
+        gguf: &Gguf,
+        moe: &MoeSpec,
+        backings: Vec<ExpertBacking>,
+        slot_tier: TierIdx,
+    ) -> Self {
         let (mut parts, mut expert_bytes, mut paged_bytes) = (Vec::new(), 0, 0);
         let mut part = |tensor: TensorId| {
             let info = &gguf.tensors()[tensor];
             let slice_bytes = info.n_bytes as usize / moe.n_expert;
-            let part = Part { tensor, ty: info.ty, packed_offset: expert_bytes, page_offset: paged_bytes, slice_bytes };
+            let part = Part {
+                tensor,
+                ty: info.ty,
+                packed_offset: expert_bytes,
+                page_offset: paged_bytes,
+                slice_bytes,
+            };
             expert_bytes += slice_bytes;
             let pages = (0..moe.n_expert).map(|expert| part.extent(gguf, expert).pages_bytes());
             paged_bytes += pages.max().unwrap_or(0);
@@ -116,7 +131,12 @@ impl LayerExperts {
         };
         let matrix = |l: &ExpertLinear| {
             let weight = part(l.weight);
-            Matrix { weight, bias: l.bias.map(&mut part), n_out: l.n_out, n_in: l.n_in }
+            Matrix {
+                weight,
+                bias: l.bias.map(&mut part),
+                n_out: l.n_out,
+                n_in: l.n_in,
+            }
         };
         let matrices = moe.expert_linears().map(matrix).collect();
         Self {
@@ -137,7 +157,12 @@ impl LayerExperts {
 
     /// Makes a layer whose experts are all pooled, without slots.
     pub(crate) fn all_pooled(gguf: &Gguf, moe: &MoeSpec) -> Self {
-        Self::new(gguf, moe, (0..moe.n_expert).map(|_| ExpertBacking::Pooled).collect(), TierIdx::FIRST)
+        Self::new(
+            gguf,
+            moe,
+            (0..moe.n_expert).map(|_| ExpertBacking::Pooled).collect(),
+            TierIdx::FIRST,
+        )
     }
 
     /// Makes a tier's arena the backing of an expert, whose bytes are [packed](Layout::Packed).
@@ -156,15 +181,27 @@ impl LayerExperts {
 
     /// Whether the expert is pooled; false for a number that the layer does not have.
     pub(super) fn is_pooled(&self, expert: ExpertId) -> bool {
-        matches!(self.backings.get(expert.index()), Some(ExpertBacking::Pooled))
+        matches!(
+            self.backings.get(expert.index()),
+            Some(ExpertBacking::Pooled)
+        )
     }
 
     /// Returns the slices of all experts that are neither pinned nor on a GPU.
     pub(super) fn mapped_slices(&self) -> impl Iterator<Item = TensorSlice> {
-        let is_mapped = |backing: &ExpertBacking| matches!(backing, ExpertBacking::Mapped | ExpertBacking::Pooled);
-        let experts = self.backings.iter().enumerate().filter(move |(_, backing)| is_mapped(backing));
+        let is_mapped = |backing: &ExpertBacking| {
+            matches!(backing, ExpertBacking::Mapped | ExpertBacking::Pooled)
+        };
+        let experts = self
+            .backings
+            .iter()
+            .enumerate()
+            .filter(move |(_, backing)| is_mapped(backing));
         experts.flat_map(|(expert, _)| {
-            self.parts.iter().map(move |part| TensorSlice { tensor: part.tensor, slice: expert })
+            self.parts.iter().map(move |part| TensorSlice {
+                tensor: part.tensor,
+                slice: expert,
+            })
         })
     }
 
@@ -222,43 +259,90 @@ impl LayerExperts {
     /// Reads experts from a file that holds each as one contiguous copy. `part` is the file's
     /// index, `offsets` (`[n_expert]`) where the experts begin. `is_pooled` says which of them will
     /// be read into slots and staging.
-    pub(crate) fn use_copy(&mut self, part: usize, offsets: &[Option<u64>], is_pooled: impl Fn(usize) -> bool) {
+    pub(crate) fn use_copy(
+        &mut self,
+        part: usize,
+        offsets: &[Option<u64>],
+        is_pooled: impl Fn(usize) -> bool,
+    ) {
         let copy_bytes = self.expert_bytes.next_multiple_of(ALIGN);
-        let has_all = (0..offsets.len()).all(|expert| offsets[expert].is_some() || !is_pooled(expert));
-        self.paged_bytes = if has_all { copy_bytes } else { self.paged_bytes.max(copy_bytes) };
-        self.copy = Some(PackedCopy { part, offsets: offsets.to_vec() });
+        let has_all =
+            (0..offsets.len()).all(|expert| offsets[expert].is_some() || !is_pooled(expert));
+        self.paged_bytes = if has_all {
+            copy_bytes
+        } else {
+            self.paged_bytes.max(copy_bytes)
+        };
+        self.copy = Some(PackedCopy {
+            part,
+            offsets: offsets.to_vec(),
+        });
     }
 
     /// Returns the location of an expert in the contiguous copy, if that has it.
     fn extent_in_copy(&self, expert: usize) -> Option<Extent> {
         let copy = self.copy.as_ref()?;
         let offset = copy.offsets.get(expert).copied().flatten()?;
-        Some(Extent { part: copy.part, offset, len: self.expert_bytes })
+        Some(Extent {
+            part: copy.part,
+            offset,
+            len: self.expert_bytes,
+        })
     }
 
     /// Returns the reads that bring an expert into a buffer with this layout.
     pub(crate) fn spans(&self, gguf: &Gguf, expert: usize, layout: Layout) -> Vec<Span> {
         let whole_pages = layout == Layout::WholePages;
         if let Some(extent) = self.extent_in_copy(expert) {
-            return vec![Span { extent, at: 0, whole_pages }];
+            return vec![Span {
+                extent,
+                at: 0,
+                whole_pages,
+            }];
         }
         let span = |part: &Part| {
-            let SliceLocation { extent, buffer_offset } = self.slice_location(gguf, part, expert, layout);
-            Span { extent, at: buffer_offset, whole_pages }
+            let SliceLocation {
+                extent,
+                buffer_offset,
+            } = self.slice_location(gguf, part, expert, layout);
+            Span {
+                extent,
+                at: buffer_offset,
+                whole_pages,
+            }
         };
         self.parts.iter().map(span).collect()
     }
 
     /// Returns where one of an expert's slices is read from, and where it is in a buffer with this
     /// layout.
-    pub(super) fn slice_location(&self, gguf: &Gguf, part: &Part, expert: usize, layout: Layout) -> SliceLocation {
+    pub(super) fn slice_location(
+        &self,
+        gguf: &Gguf,
+        part: &Part,
+        expert: usize,
+        layout: Layout,
+    ) -> SliceLocation {
         match (self.extent_in_copy(expert), part.extent(gguf, expert)) {
             (Some(copy), Extent { len, .. }) => {
-                let extent = Extent { part: copy.part, offset: copy.offset + part.packed_offset as u64, len };
-                SliceLocation { extent, buffer_offset: part.packed_offset }
+                let extent = Extent {
+                    part: copy.part,
+                    offset: copy.offset + part.packed_offset as u64,
+                    len,
+                };
+                SliceLocation {
+                    extent,
+                    buffer_offset: part.packed_offset,
+                }
             }
-            (None, extent) if layout == Layout::Packed => SliceLocation { extent, buffer_offset: part.packed_offset },
-            (None, extent) => SliceLocation { extent, buffer_offset: part.page_offset + extent.head() },
+            (None, extent) if layout == Layout::Packed => SliceLocation {
+                extent,
+                buffer_offset: part.packed_offset,
+            },
+            (None, extent) => SliceLocation {
+                extent,
+                buffer_offset: part.page_offset + extent.head(),
+            },
         }
     }
 
@@ -271,9 +355,14 @@ impl LayerExperts {
         expert: usize,
         layout: Layout,
     ) -> Vec<SliceChecksum> {
-        let Some(checksums) = checksums else { return Vec::new() };
+        let Some(checksums) = checksums else {
+            return Vec::new();
+        };
         let check = |part: &Part| {
-            let SliceLocation { extent, buffer_offset } = self.slice_location(gguf, part, expert, layout);
+            let SliceLocation {
+                extent,
+                buffer_offset,
+            } = self.slice_location(gguf, part, expert, layout);
             checksums.slice(gguf, part.tensor, expert, buffer_offset, extent)
         };
         self.parts.iter().map(check).collect()
@@ -282,19 +371,40 @@ impl LayerExperts {
     /// Returns the matrices of an expert whose slices `bytes_of` returns.
     pub(super) fn view<'a>(&self, bytes_of: impl Fn(&Part) -> &'a [u8]) -> ExpertView<'a> {
         let linear = |matrix: &Matrix| {
-            let (weight, bias) = (&self.parts[matrix.weight], matrix.bias.map(|part| &self.parts[part]));
+            let (weight, bias) = (
+                &self.parts[matrix.weight],
+                matrix.bias.map(|part| &self.parts[part]),
+            );
             let weights = Weights::new(weight.ty, bytes_of(weight), matrix.n_out, matrix.n_in)
-                .unwrap_or_else(|| unreachable!("an expert's slices have the sizes that its shape gives"));
-            ViewLinear { weights, bias: bias.map(|part| Bias { ty: part.ty, bytes: bytes_of(part) }) }
+                .unwrap_or_else(|| {
+                    unreachable!("an expert's slices have the sizes that its shape gives")
+                });
+            ViewLinear {
+                weights,
+                bias: bias.map(|part| Bias {
+                    ty: part.ty,
+                    bytes: bytes_of(part),
+                }),
+            }
         };
         match self.matrices.as_slice() {
-            [gate, up, down] => ExpertView { gate: linear(gate), up: linear(up), down: linear(down) },
+            [gate, up, down] => ExpertView {
+                gate: linear(gate),
+                up: linear(up),
+                down: linear(down),
+            },
             [gate_up, down] => {
                 let fused = linear(gate_up);
                 let n = self.expert_ffn;
-                ExpertView { gate: fused.rows(0, n), up: fused.rows(n, n), down: linear(down) }
+                ExpertView {
+                    gate: fused.rows(0, n),
+                    up: fused.rows(n, n),
+                    down: linear(down),
+                }
             }
-            _ => unreachable!("an expert has a matrix for gate and up, or one each, and one for down"),
+            _ => unreachable!(
+                "an expert has a matrix for gate and up, or one each, and one for down"
+            ),
         }
     }
 }

@@ -58,7 +58,9 @@ pub struct Saving {
 
 /// Returns the bytes of an expert's slices, in the order in which the store keeps them.
 fn slice_bytes(gguf: &Gguf, moe: &MoeSpec) -> Vec<u64> {
-    moe.expert_tensors().map(|id| gguf.tensors()[id].n_bytes / moe.n_expert as u64).collect()
+    moe.expert_tensors()
+        .map(|id| gguf.tensors()[id].n_bytes / moe.n_expert as u64)
+        .collect()
 }
 
 impl Pack {
@@ -69,14 +71,33 @@ impl Pack {
     pub fn open(gguf: &Gguf, spec: &ModelSpec, path: &Path) -> Result<Self, FormatError> {
         let packed = open(path)?;
         packed.check_model(&gguf.id(), path)?;
-        let invalid = |what: String| FormatError::Invalid { path: path.into(), what };
-        let io = |source| FormatError::Io { path: path.into(), source };
-        let moes: HashMap<u32, &MoeSpec> = spec.moe_layers().map(|(layer, moe)| (layer as u32, moe)).collect();
+        let invalid = |what: String| FormatError::Invalid {
+            path: path.into(),
+            what,
+        };
+        let io = |source| FormatError::Io {
+            path: path.into(),
+            source,
+        };
+        let moes: HashMap<u32, &MoeSpec> = spec
+            .moe_layers()
+            .map(|(layer, moe)| (layer as u32, moe))
+            .collect();
         let mut file = File::open(path).map_err(io)?;
         let mut layers = HashMap::new();
         let mut saving = Saving::default();
-        for (position, PackLayer { layer, slices: found, experts }) in packed.index.layers.iter().enumerate() {
-            let moe = moes.get(layer).ok_or_else(|| invalid(format!("layer {layer} has no routed experts")))?;
+        for (
+            position,
+            PackLayer {
+                layer,
+                slices: found,
+                experts,
+            },
+        ) in packed.index.layers.iter().enumerate()
+        {
+            let moe = moes
+                .get(layer)
+                .ok_or_else(|| invalid(format!("layer {layer} has no routed experts")))?;
             let expected = slice_bytes(gguf, moe);
             if *found != expected || experts.iter().any(|e| *e as usize >= moe.n_expert) {
                 let what = format!(
@@ -94,12 +115,21 @@ impl Pack {
                 let spans = source.spans(gguf, *expert as usize, Layout::Packed);
                 saving.experts += 1;
                 saving.stretches += spans.len() as f64;
-                saving.before_bytes += spans.iter().map(|s| s.extent.pages_bytes() as f64).sum::<f64>();
+                saving.before_bytes += spans
+                    .iter()
+                    .map(|s| s.extent.pages_bytes() as f64)
+                    .sum::<f64>();
                 saving.after_bytes += source.expert_bytes().next_multiple_of(ALIGN as usize) as f64;
             }
             if let Some(expert) = experts.first() {
-                let same =
-                    same_bytes(gguf, moe, *expert as usize, &mut file, packed.offset(position, 0)).map_err(io)?;
+                let same = same_bytes(
+                    gguf,
+                    moe,
+                    *expert as usize,
+                    &mut file,
+                    packed.offset(position, 0),
+                )
+                .map_err(io)?;
                 if !same {
                     let what = format!(
                         "expert {expert} of layer {layer} is not what it is in {}: the model was changed since the copy was \
@@ -116,7 +146,11 @@ impl Pack {
         saving.stretches /= n_experts;
         saving.before_bytes /= n_experts;
         saving.after_bytes /= n_experts;
-        Ok(Self { path: path.into(), layers, saving })
+        Ok(Self {
+            path: path.into(),
+            layers,
+            saving,
+        })
     }
 
     /// Returns the path of the file.
@@ -137,7 +171,13 @@ impl Pack {
 }
 
 /// Whether the beginnings of an expert's slices in the model equal those at `offset` of a pack.
-fn same_bytes(gguf: &Gguf, moe: &MoeSpec, expert: usize, file: &mut File, offset: u64) -> io::Result<bool> {
+fn same_bytes(
+    gguf: &Gguf,
+    moe: &MoeSpec,
+    expert: usize,
+    file: &mut File,
+    offset: u64,
+) -> io::Result<bool> {
     let mut at = offset;
     for id in moe.expert_tensors() {
         let all = gguf.bytes(&gguf.tensors()[id]);
@@ -157,13 +197,20 @@ fn same_bytes(gguf: &Gguf, moe: &MoeSpec, expert: usize, file: &mut File, offset
 /// Returns the index of a pack with these experts, `[n_moe_layers][..]`, in the order in which they
 /// will be written. `made` is its date.
 pub fn index(gguf: &Gguf, spec: &ModelSpec, experts: &[Vec<u32>], made: String) -> PackIndex {
-    let layers = spec.moe_layers().zip(experts).filter(|(_, experts)| !experts.is_empty());
+    let layers = spec
+        .moe_layers()
+        .zip(experts)
+        .filter(|(_, experts)| !experts.is_empty());
     let layer = |((layer, moe), experts): ((usize, &MoeSpec), &Vec<u32>)| PackLayer {
         layer: layer as u32,
         slices: slice_bytes(gguf, moe),
         experts: experts.clone(),
     };
-    PackIndex { model: gguf.id(), made, layers: layers.map(layer).collect() }
+    PackIndex {
+        model: gguf.id(),
+        made,
+        layers: layers.map(layer).collect(),
+    }
 }
 
 /// Writes a pack, whole or not at all. `progress` gets the bytes written so far and in all, and
@@ -180,18 +227,28 @@ pub fn write(
 ) -> Result<(), PackError> {
     let head = index.encode(path)?;
     let total = index.expert_bytes();
-    let parts: Vec<PathBuf> = (0..gguf.n_parts()).map(|p| gguf.part_path(p).to_path_buf()).collect();
+    let parts: Vec<PathBuf> = (0..gguf.n_parts())
+        .map(|p| gguf.part_path(p).to_path_buf())
+        .collect();
     let files = FileTier::open(&parts, ReadMode::from_env()?)?;
-    let moes: HashMap<u32, &MoeSpec> = spec.moe_layers().map(|(layer, moe)| (layer as u32, moe)).collect();
+    let moes: HashMap<u32, &MoeSpec> = spec
+        .moe_layers()
+        .map(|(layer, moe)| (layer as u32, moe))
+        .collect();
     let mut items = Vec::new();
     let mut buffer_bytes = 0;
     for packed in &index.layers {
-        let Some(moe) = moes.get(&packed.layer) else { continue };
+        let Some(moe) = moes.get(&packed.layer) else {
+            continue;
+        };
         let source = LayerExperts::all_pooled(gguf, moe);
         buffer_bytes = buffer_bytes.max(source.expert_bytes());
-        items.extend(
-            packed.experts.iter().map(|e| (source.spans(gguf, *e as usize, Layout::Packed), source.expert_bytes())),
-        );
+        items.extend(packed.experts.iter().map(|e| {
+            (
+                source.spans(gguf, *e as usize, Layout::Packed),
+                source.expert_bytes(),
+            )
+        }));
     }
     // The error that stopped the copy, unless it was an error of writing.
     let mut stopped = None;
@@ -202,11 +259,16 @@ pub fn write(
         let copied = stream(&files, spans, buffer_bytes, QUEUE_DEPTH, |index, buffer| {
             let bytes = items[index].1;
             let padding = bytes.next_multiple_of(ALIGN as usize) - bytes;
-            let written =
-                file.write_all(&buffer[..bytes]).and_then(|()| file.write_all(&[0; ALIGN as usize][..padding]));
+            let written = file
+                .write_all(&buffer[..bytes])
+                .and_then(|()| file.write_all(&[0; ALIGN as usize][..padding]));
             written.map_err(CopyError::Write)?;
             done += (bytes + padding) as u64;
-            if progress(done, total) { Ok(()) } else { Err(CopyError::Interrupted) }
+            if progress(done, total) {
+                Ok(())
+            } else {
+                Err(CopyError::Interrupted)
+            }
         });
         let copied = copied.and_then(|()| files.check().map_err(CopyError::from));
         copied.map_err(|stop| match stop {
@@ -257,7 +319,11 @@ mod tests {
         let (gguf, spec) = model();
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("a.experts");
-        let experts: Vec<Vec<u32>> = spec.moe_layers().enumerate().map(|(i, _)| vec![3, 4 + i as u32 % 4, 2]).collect();
+        let experts: Vec<Vec<u32>> = spec
+            .moe_layers()
+            .enumerate()
+            .map(|(i, _)| vec![3, 4 + i as u32 % 4, 2])
+            .collect();
         let index = index(&gguf, &spec, &experts, "now".into());
         let (mut told, mut calls) = (0, 0);
         write(&gguf, &spec, &index, &path, &mut |done, total| {
@@ -298,20 +364,37 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("a.experts");
         let experts: Vec<Vec<u32>> = spec.moe_layers().map(|_| vec![1]).collect();
-        write(&gguf, &spec, &index(&gguf, &spec, &experts, "then".into()), &path, &mut |_, _| true).unwrap();
+        write(
+            &gguf,
+            &spec,
+            &index(&gguf, &spec, &experts, "then".into()),
+            &path,
+            &mut |_, _| true,
+        )
+        .unwrap();
         let mut bytes = std::fs::read(&path).unwrap();
         let at = Pack::open(&gguf, &spec, &path).unwrap().layers[&0][1].unwrap();
         bytes[at as usize + 5] ^= 1;
         std::fs::write(&path, &bytes).unwrap();
         let error = Pack::open(&gguf, &spec, &path).unwrap_err().to_string();
-        assert!(error.contains("expert 1 of layer 0") && error.contains("(then)"), "{error}");
+        assert!(
+            error.contains("expert 1 of layer 0") && error.contains("(then)"),
+            "{error}"
+        );
         let other = PackIndex {
-            layers: vec![PackLayer { layer: 0, slices: vec![5], experts: vec![] }],
+            layers: vec![PackLayer {
+                layer: 0,
+                slices: vec![5],
+                experts: vec![],
+            }],
             ..index(&gguf, &spec, &[], String::new())
         };
         std::fs::write(&path, other.encode(&path).unwrap()).unwrap();
         let error = Pack::open(&gguf, &spec, &path).unwrap_err().to_string();
-        assert!(error.contains("layer 0 has") && error.contains("tier-plan pack"), "{error}");
+        assert!(
+            error.contains("layer 0 has") && error.contains("tier-plan pack"),
+            "{error}"
+        );
     }
 
     #[test]
@@ -320,7 +403,13 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("a.experts");
         let experts: Vec<Vec<u32>> = spec.moe_layers().map(|_| vec![0, 1]).collect();
-        let stopped = write(&gguf, &spec, &index(&gguf, &spec, &experts, String::new()), &path, &mut |_, _| false);
+        let stopped = write(
+            &gguf,
+            &spec,
+            &index(&gguf, &spec, &experts, String::new()),
+            &path,
+            &mut |_, _| false,
+        );
         assert!(matches!(stopped, Err(PackError::Interrupted)));
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
     }

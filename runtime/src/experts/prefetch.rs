@@ -50,7 +50,11 @@ impl Accuracy {
     }
 
     fn add(&mut self, is_right: bool) {
-        *(if is_right { &mut self.right } else { &mut self.wrong }) += 1;
+        *(if is_right {
+            &mut self.right
+        } else {
+            &mut self.wrong
+        }) += 1;
         if self.right + self.wrong > ACCURACY_WINDOW {
             self.right /= 2;
             self.wrong /= 2;
@@ -134,23 +138,43 @@ impl Prefetcher {
 
     /// Whether a prefetch is in flight, so that its buffer is still to come back.
     pub(super) fn is_reading(&self) -> bool {
-        self.abandoned > 0 || self.prefetches.iter().any(|p| !matches!(p.state, PrefetchState::Landed(_)))
+        self.abandoned > 0
+            || self
+                .prefetches
+                .iter()
+                .any(|p| !matches!(p.state, PrefetchState::Landed(_)))
     }
 
     /// Returns the accuracy of predictions for batches, or for single tokens.
     fn accuracy(&mut self, is_batch: bool) -> &mut Accuracy {
-        if is_batch { &mut self.batch_accuracy } else { &mut self.token_accuracy }
+        if is_batch {
+            &mut self.batch_accuracy
+        } else {
+            &mut self.token_accuracy
+        }
     }
 
     /// Scores the prediction of the layer of a beginning step, and drops those that are no longer
     /// due.
     fn score(&mut self, step: &Step) {
         // A prediction of an earlier layer is left over from a pass that ended early.
-        let past = [self.due.take(), self.prediction.take_if(|prediction| prediction.layer <= step.layer)];
-        let Some(prediction) = past.into_iter().flatten().find(|prediction| prediction.layer == step.layer) else {
+        let past = [
+            self.due.take(),
+            self.prediction
+                .take_if(|prediction| prediction.layer <= step.layer),
+        ];
+        let Some(prediction) = past
+            .into_iter()
+            .flatten()
+            .find(|prediction| prediction.layer == step.layer)
+        else {
             return;
         };
-        let n_scored = if prediction.is_read { prediction.n_started } else { prediction.experts.len() };
+        let n_scored = if prediction.is_read {
+            prediction.n_started
+        } else {
+            prediction.experts.len()
+        };
         let accuracy = self.accuracy(prediction.is_batch);
         for expert in &prediction.experts[..n_scored] {
             accuracy.add(step.experts().contains(expert));
@@ -172,13 +196,31 @@ impl ExpertStore {
 
     /// Takes a prediction of the experts that the next step, in `layer`, will use: a token's in the
     /// router's order, a batch's in the order in which they compute.
-    pub(crate) fn predict(&mut self, layer: usize, experts: impl Iterator<Item = u32>, is_batch: bool) {
-        let Some(in_layer) = self.layers.get(layer) else { return };
-        let is_missing = |e: &u32| in_layer.is_pooled(ExpertId::new(*e)) && !in_layer.cache.contains(*e);
-        let most = if is_batch { self.prefetcher.max_per_batch } else { MAX_PREFETCHES_PER_TOKEN };
+    pub(crate) fn predict(
+        &mut self,
+        layer: usize,
+        experts: impl Iterator<Item = u32>,
+        is_batch: bool,
+    ) {
+        let Some(in_layer) = self.layers.get(layer) else {
+            return;
+        };
+        let is_missing =
+            |e: &u32| in_layer.is_pooled(ExpertId::new(*e)) && !in_layer.cache.contains(*e);
+        let most = if is_batch {
+            self.prefetcher.max_per_batch
+        } else {
+            MAX_PREFETCHES_PER_TOKEN
+        };
         let experts: Vec<u32> = experts.filter(is_missing).take(most).collect();
         let is_read = self.prefetcher.accuracy(is_batch).is_sufficient();
-        let prediction = Prediction { layer, experts, n_started: 0, is_batch, is_read };
+        let prediction = Prediction {
+            layer,
+            experts,
+            n_started: 0,
+            is_batch,
+            is_read,
+        };
         self.prefetcher.due = self.prefetcher.prediction.replace(prediction);
     }
 
@@ -210,7 +252,11 @@ impl ExpertStore {
             let key = self.prefetcher.next_key;
             self.prefetcher.next_key = PREFETCH_KEY_BIT | key.wrapping_add(1);
             self.start_read(key, target.layer, target.expert, buffer, Priority::Idle);
-            self.prefetcher.prefetches.push(Prefetch { key, target, state: PrefetchState::Reading });
+            self.prefetcher.prefetches.push(Prefetch {
+                key,
+                target,
+                state: PrefetchState::Reading,
+            });
         }
     }
 
@@ -223,7 +269,10 @@ impl ExpertStore {
         }
         let expert = ExpertId::new(*prediction.experts.get(prediction.n_started)?);
         prediction.n_started += 1;
-        Some(LayerExpert { layer: prediction.layer, expert })
+        Some(LayerExpert {
+            layer: prediction.layer,
+            expert,
+        })
     }
 
     /// Gives the beginning step what was prefetched for it, and takes back the buffers of the rest.
@@ -240,13 +289,27 @@ impl ExpertStore {
         for at in (0..step.states.len()).map(StepPos::new) {
             let (target, deferred) = match *step.state(at) {
                 // A GPU's slot is filled from staging as soon as the bytes are there.
-                ExpertState::NeedsSlot { slot, after: None } if on_gpu => (LoadTarget::Slot(slot), None),
-                ExpertState::NeedsSlot { slot, after } => (LoadTarget::Staging, Some(DeferredMove { at, slot, after })),
+                ExpertState::NeedsSlot { slot, after: None } if on_gpu => {
+                    (LoadTarget::Slot(slot), None)
+                }
+                ExpertState::NeedsSlot { slot, after } => {
+                    (LoadTarget::Staging, Some(DeferredMove { at, slot, after }))
+                }
                 ExpertState::NeedsStaging => (LoadTarget::Staging, None),
                 _ => continue,
             };
-            let wanted = LayerExpert { layer: step.layer, expert: step.expert(at) };
-            let Some(i) = self.prefetcher.prefetches.iter().position(|p| p.target == wanted) else { continue };
+            let wanted = LayerExpert {
+                layer: step.layer,
+                expert: step.expert(at),
+            };
+            let Some(i) = self
+                .prefetcher
+                .prefetches
+                .iter()
+                .position(|p| p.target == wanted)
+            else {
+                continue;
+            };
             self.prefetcher.count.useful += 1;
             step.deferred.extend(deferred);
             claimed.extend(self.claim(step, at, target, i));
@@ -264,7 +327,9 @@ impl ExpertStore {
             step.in_flight += 1;
             return Some(prefetch.key);
         }
-        if let PrefetchState::Landed(StagedExpert { bytes, time }) = self.prefetcher.prefetches.swap_remove(i).state {
+        if let PrefetchState::Landed(StagedExpert { bytes, time }) =
+            self.prefetcher.prefetches.swap_remove(i).state
+        {
             self.prefetcher.count.in_time += 1;
             step.add_read_time(time);
             let state = match target {
@@ -277,7 +342,13 @@ impl ExpertStore {
     }
 
     /// Copies a prefetched expert to its slot on a GPU and frees the buffer.
-    fn fill_from_prefetch(&mut self, step: &Step, at: StepPos, slot: SlotId, bytes: ArenaSlice) -> ExpertState {
+    fn fill_from_prefetch(
+        &mut self,
+        step: &Step,
+        at: StepPos,
+        slot: SlotId,
+        bytes: ArenaSlice,
+    ) -> ExpertState {
         self.fill_gpu_slot(step.layer, step.expert(at), slot, Some(&bytes));
         self.free_staging(bytes);
         ExpertState::InSlot(slot)
@@ -316,9 +387,19 @@ impl ExpertStore {
             self.land_warmup_read(completion);
             return None;
         }
-        let Completion { key, buffer, result, time } = completion;
+        let Completion {
+            key,
+            buffer,
+            result,
+            time,
+        } = completion;
         if key & PREFETCH_KEY_BIT == 0 {
-            return Some(StepRead { at: StepPos::new(key as usize), buffer, result, time });
+            return Some(StepRead {
+                at: StepPos::new(key as usize),
+                buffer,
+                result,
+                time,
+            });
         }
         let Some(i) = self.prefetcher.prefetches.iter().position(|p| p.key == key) else {
             self.prefetcher.abandoned = self.prefetcher.abandoned.saturating_sub(1);
@@ -327,10 +408,18 @@ impl ExpertStore {
         };
         if let PrefetchState::Claimed(at) = self.prefetcher.prefetches[i].state {
             self.prefetcher.prefetches.swap_remove(i);
-            return Some(StepRead { at, buffer, result, time });
+            return Some(StepRead {
+                at,
+                buffer,
+                result,
+                time,
+            });
         }
         if result.is_ok() {
-            self.prefetcher.prefetches[i].state = PrefetchState::Landed(StagedExpert { bytes: buffer, time });
+            self.prefetcher.prefetches[i].state = PrefetchState::Landed(StagedExpert {
+                bytes: buffer,
+                time,
+            });
         } else {
             // If a step needs the expert after all, it reads it again, and a failure reaches its
             // caller.

@@ -12,7 +12,10 @@ pub(super) enum ExpertState {
     /// Its bytes are in this slot.
     InSlot(SlotId),
     /// It is to be read into this slot, which the expert at `after` still uses.
-    NeedsSlot { slot: SlotId, after: Option<StepPos> },
+    NeedsSlot {
+        slot: SlotId,
+        after: Option<StepPos>,
+    },
     /// It is to be read into a staging buffer.
     NeedsStaging,
     /// Its read is in flight.
@@ -124,7 +127,10 @@ impl Step {
 
     /// Returns the position of an expert, if the step uses it.
     pub(super) fn position_of(&self, expert: ExpertId) -> Option<StepPos> {
-        self.experts.iter().position(|used| *used == expert.get()).map(StepPos::new)
+        self.experts
+            .iter()
+            .position(|used| *used == expert.get())
+            .map(StepPos::new)
     }
 
     pub(super) fn state(&self, at: StepPos) -> &ExpertState {
@@ -164,6 +170,9 @@ impl Step {
 
     /// Whether the expert at this position of the step can compute.
     pub(crate) fn is_ready(&self, at: usize) -> bool {
-        matches!(self.states[at], ExpertState::InPlace | ExpertState::InSlot(_) | ExpertState::Staged(_))
+        matches!(
+            self.states[at],
+            ExpertState::InPlace | ExpertState::InSlot(_) | ExpertState::Staged(_)
+        )
     }
 }

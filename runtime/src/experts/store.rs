@@ -118,7 +118,10 @@ impl ExpertStore {
 
     /// Returns the slices of all experts that are read where they are mapped.
     pub(crate) fn in_place(&self) -> Vec<TensorSlice> {
-        self.layers.iter().flat_map(LayerExperts::mapped_slices).collect()
+        self.layers
+            .iter()
+            .flat_map(LayerExperts::mapped_slices)
+            .collect()
     }
 
     /// Returns the bytes of one expert of a layer.
@@ -129,7 +132,9 @@ impl ExpertStore {
     /// Counts one token's choices for the slot policy. All tokens of a step are counted before it
     /// begins.
     pub(crate) fn note(&mut self, layer: usize, chosen: &[u16]) {
-        self.layers[layer].cache.note(chosen.iter().copied().map(u32::from));
+        self.layers[layer]
+            .cache
+            .note(chosen.iter().copied().map(u32::from));
     }
 
     /// Looks up all `used` experts, in order of last use, and submits the first reads. They will
@@ -138,14 +143,21 @@ impl ExpertStore {
         self.forget_requests();
         let experts = &mut self.layers[layer];
         self.pooled.clear();
-        self.pooled.extend(used.iter().filter(|e| experts.is_pooled(ExpertId::new(**e))));
+        self.pooled.extend(
+            used.iter()
+                .filter(|e| experts.is_pooled(ExpertId::new(**e))),
+        );
         self.accesses.clear();
         experts.cache.settle(&self.pooled, &mut self.accesses);
         let mut step = Step::new(layer, order);
         step.pinned_hits = (used.len() - self.pooled.len()) as u64;
         for at in (0..step.experts().len()).map(StepPos::new) {
             let expert = step.expert(at).get();
-            let access = self.pooled.iter().position(|p| *p == expert).map(|i| self.accesses[i]);
+            let access = self
+                .pooled
+                .iter()
+                .position(|p| *p == expert)
+                .map(|i| self.accesses[i]);
             self.add_access(&mut step, at, access);
         }
         step.residency = (0..step.states.len()).map(|at| step.is_ready(at)).collect();
@@ -184,7 +196,8 @@ impl ExpertStore {
             Some(Access::Fill { .. } | Access::Staged) => step.misses += 1,
             None => {}
         }
-        if matches!(access, Some(Access::Fill { .. })) || matches!(state, ExpertState::NeedsStaging) {
+        if matches!(access, Some(Access::Fill { .. })) || matches!(state, ExpertState::NeedsStaging)
+        {
             step.read_bytes += self.expert_bytes(step.layer);
         }
         step.states.push(state);
@@ -195,7 +208,9 @@ impl ExpertStore {
         if self.files.is_none() {
             return;
         }
-        while step.next_read < step.states.len() && step.in_flight < MIN_READ_WINDOW.max(self.staging.len()) {
+        while step.next_read < step.states.len()
+            && step.in_flight < MIN_READ_WINDOW.max(self.staging.len())
+        {
             let at = StepPos::new(step.next_read);
             let on_gpu = self.layers[step.layer].slots_on_gpu;
             let (target, deferred) = match *step.state(at) {
@@ -207,17 +222,22 @@ impl ExpertStore {
                 }
                 ExpertState::NeedsSlot { slot, after: None } => (LoadTarget::Slot(slot), None),
                 // Not on a GPU: where an expert computes must not depend on how fast reads are.
-                ExpertState::NeedsSlot { slot, after: Some(after) } if !on_gpu && step.is_released(after) => {
-                    (LoadTarget::Slot(slot), None)
+                ExpertState::NeedsSlot {
+                    slot,
+                    after: Some(after),
+                } if !on_gpu && step.is_released(after) => (LoadTarget::Slot(slot), None),
+                ExpertState::NeedsSlot { slot, after } => {
+                    (LoadTarget::Staging, Some(DeferredMove { at, slot, after }))
                 }
-                ExpertState::NeedsSlot { slot, after } => (LoadTarget::Staging, Some(DeferredMove { at, slot, after })),
                 ExpertState::NeedsStaging => (LoadTarget::Staging, None),
                 _ => {
                     step.next_read += 1;
                     continue;
                 }
             };
-            let Some(buffer) = self.take_buffer(step.layer, target) else { return };
+            let Some(buffer) = self.take_buffer(step.layer, target) else {
+                return;
+            };
             step.deferred.extend(deferred);
             self.start_step_read(step, at, target, buffer);
             step.next_read += 1;
@@ -227,7 +247,9 @@ impl ExpertStore {
     /// Takes the buffer that a read of a layer's expert goes into, if it is free.
     fn take_buffer(&mut self, layer: usize, target: LoadTarget) -> Option<ArenaSlice> {
         match target {
-            LoadTarget::Slot(slot) if !self.layers[layer].slots_on_gpu => self.layers[layer].slots[slot.index()].take(),
+            LoadTarget::Slot(slot) if !self.layers[layer].slots_on_gpu => {
+                self.layers[layer].slots[slot.index()].take()
+            }
             LoadTarget::Slot(_) | LoadTarget::Staging => self.take_staging(layer),
         }
     }
@@ -246,17 +268,43 @@ impl ExpertStore {
     }
 
     /// Starts a read of the step's expert at a position.
-    fn start_step_read(&self, step: &mut Step, at: StepPos, target: LoadTarget, buffer: ArenaSlice) {
-        self.start_read(at.read_key(), step.layer, step.expert(at), buffer, Priority::Demand);
+    fn start_step_read(
+        &self,
+        step: &mut Step,
+        at: StepPos,
+        target: LoadTarget,
+        buffer: ArenaSlice,
+    ) {
+        self.start_read(
+            at.read_key(),
+            step.layer,
+            step.expert(at),
+            buffer,
+            Priority::Demand,
+        );
         step.set_state(at, ExpertState::Loading(target));
         step.in_flight += 1;
     }
 
     /// Starts reading an expert into a buffer.
-    pub(super) fn start_read(&self, key: u64, layer: usize, expert: ExpertId, buffer: ArenaSlice, priority: Priority) {
-        let (Some(files), experts) = (&self.files, &self.layers[layer]) else { return };
+    pub(super) fn start_read(
+        &self,
+        key: u64,
+        layer: usize,
+        expert: ExpertId,
+        buffer: ArenaSlice,
+        priority: Priority,
+    ) {
+        let (Some(files), experts) = (&self.files, &self.layers[layer]) else {
+            return;
+        };
         let spans = experts.spans(&self.gguf, expert.index(), experts.layout);
-        let checks = experts.checks(&self.gguf, self.checksums.as_deref(), expert.index(), experts.layout);
+        let checks = experts.checks(
+            &self.gguf,
+            self.checksums.as_deref(),
+            expert.index(),
+            experts.layout,
+        );
         files.submit_checked(key, &spans, checks, buffer, priority);
     }
 
@@ -274,7 +322,9 @@ impl ExpertStore {
                 return Err(ReadError::Stopped);
             }
             let completion = files.wait()?;
-            let Some(landed) = self.land(step, completion) else { continue };
+            let Some(landed) = self.land(step, completion) else {
+                continue;
+            };
             step.waited += start.elapsed();
             return match landed {
                 Ok(at) => Ok(at.index()),
@@ -288,22 +338,41 @@ impl ExpertStore {
 
     /// Puts the buffer of a finished read where it belongs. Returns the position that it was for,
     /// or its error, and `None` if it was not for the step.
-    fn land(&mut self, step: &mut Step, completion: Completion) -> Option<Result<StepPos, ReadError>> {
-        let StepRead { at, buffer, result, time } = self.take_completion(completion)?;
+    fn land(
+        &mut self,
+        step: &mut Step,
+        completion: Completion,
+    ) -> Option<Result<StepPos, ReadError>> {
+        let StepRead {
+            at,
+            buffer,
+            result,
+            time,
+        } = self.take_completion(completion)?;
         step.add_read_time(time);
         step.in_flight -= 1;
         let succeeded = result.is_ok();
         let state = match *step.state(at) {
-            ExpertState::Loading(LoadTarget::Slot(slot)) if self.layers[step.layer].slots_on_gpu => {
+            ExpertState::Loading(LoadTarget::Slot(slot))
+                if self.layers[step.layer].slots_on_gpu =>
+            {
                 if succeeded {
                     self.fill_gpu_slot(step.layer, step.expert(at), slot, Some(&buffer));
                 }
                 self.free_staging(buffer);
-                if succeeded { ExpertState::InSlot(slot) } else { ExpertState::Released }
+                if succeeded {
+                    ExpertState::InSlot(slot)
+                } else {
+                    ExpertState::Released
+                }
             }
             ExpertState::Loading(LoadTarget::Slot(slot)) => {
                 self.layers[step.layer].slots[slot.index()] = Some(buffer);
-                if succeeded { ExpertState::InSlot(slot) } else { ExpertState::Released }
+                if succeeded {
+                    ExpertState::InSlot(slot)
+                } else {
+                    ExpertState::Released
+                }
             }
             _ if succeeded => ExpertState::Staged(buffer),
             _ => {
@@ -319,7 +388,9 @@ impl ExpertStore {
     /// its slot does not hold.
     pub(crate) fn give_up(&mut self, step: &mut Step) {
         while step.in_flight > 0 {
-            let Some(Ok(completion)) = self.files.as_ref().map(FileTier::wait) else { break };
+            let Some(Ok(completion)) = self.files.as_ref().map(FileTier::wait) else {
+                break;
+            };
             // One error is reported; the others of this step have the same cause or will come
             // again.
             let _ = self.land(step, completion);
@@ -362,7 +433,11 @@ impl ExpertStore {
                 _ => return (self.mapped_view(layer, expert), self.mapped_tier),
             },
         };
-        let layout = if matches!(state, ExpertState::InPlace) { Layout::Packed } else { layer.layout };
+        let layout = if matches!(state, ExpertState::InPlace) {
+            Layout::Packed
+        } else {
+            layer.layout
+        };
         (self.view_in(step.layer, expert, bytes, layout), tier)
     }
 
@@ -376,13 +451,19 @@ impl ExpertStore {
     ) -> ExpertView<'a> {
         let layer = &self.layers[layer];
         layer.view(|part| {
-            let at = layer.slice_location(&self.gguf, part, expert.index(), layout).buffer_offset;
+            let at = layer
+                .slice_location(&self.gguf, part, expert.index(), layout)
+                .buffer_offset;
             &bytes[at..at + part.slice_bytes]
         })
     }
 
     /// Returns the matrices of an expert in the mapped file.
-    pub(super) fn mapped_view<'a>(&'a self, layer: &LayerExperts, expert: ExpertId) -> ExpertView<'a> {
+    pub(super) fn mapped_view<'a>(
+        &'a self,
+        layer: &LayerExperts,
+        expert: ExpertId,
+    ) -> ExpertView<'a> {
         layer.view(|part| {
             let tensor = self.gguf.bytes(&self.gguf.tensors()[part.tensor]);
             &tensor[expert.index() * part.slice_bytes..][..part.slice_bytes]
@@ -392,11 +473,18 @@ impl ExpertStore {
     /// Gives back the buffer of a computed expert and submits reads that waited for one.
     pub(crate) fn release(&mut self, step: &mut Step, at: usize) {
         let at = StepPos::new(at);
-        if let ExpertState::Staged(buffer) = std::mem::replace(&mut step.states[at.index()], ExpertState::Released) {
+        if let ExpertState::Staged(buffer) =
+            std::mem::replace(&mut step.states[at.index()], ExpertState::Released)
+        {
             self.release_staged(step, at, buffer);
         }
         while let Some(i) = step.held.iter().position(|held| held.after == at) {
-            let HeldExpert { expert, slot, bytes, .. } = step.held.swap_remove(i);
+            let HeldExpert {
+                expert,
+                slot,
+                bytes,
+                ..
+            } = step.held.swap_remove(i);
             self.move_to_slot(step.layer, expert, slot, bytes);
         }
         self.submit(step);
@@ -406,13 +494,24 @@ impl ExpertStore {
     /// Frees the staging buffer of a computed expert, once its bytes are in its slot if it has one.
     fn release_staged(&mut self, step: &mut Step, at: StepPos, buffer: ArenaSlice) {
         let expert = step.expert(at);
-        let deferred = step.deferred.iter().find(|deferred| deferred.at == at).copied();
-        let Some(DeferredMove { slot, after, .. }) = deferred else { return self.free_staging(buffer) };
+        let deferred = step
+            .deferred
+            .iter()
+            .find(|deferred| deferred.at == at)
+            .copied();
+        let Some(DeferredMove { slot, after, .. }) = deferred else {
+            return self.free_staging(buffer);
+        };
         match after.filter(|after| !step.is_released(*after)) {
             None => self.move_to_slot(step.layer, expert, slot, buffer),
             // One buffer stays free, or reads could not go on.
             Some(after) if self.staging.len() > 1 => {
-                step.held.push(HeldExpert { expert, slot, bytes: buffer, after });
+                step.held.push(HeldExpert {
+                    expert,
+                    slot,
+                    bytes: buffer,
+                    after,
+                });
             }
             Some(_) => {
                 step.refills.push(SlotRefill { at, slot });

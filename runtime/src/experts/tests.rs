@@ -45,7 +45,10 @@ impl ReadAt for Faulty {
     }
 
     fn stamp(&self) -> io::Result<Stamp> {
-        Ok(Stamp { len: self.bytes.len() as u64, modified: None })
+        Ok(Stamp {
+            len: self.bytes.len() as u64,
+            modified: None,
+        })
     }
 
     fn alignment(&self) -> usize {
@@ -77,7 +80,12 @@ struct Setup {
 }
 
 /// Makes a copy of every layer's experts, each on a page of its own, and returns their offsets.
-fn copy_of(gguf: &Gguf, moes: &[&MoeSpec], bytes: &[u8], all: bool) -> (Vec<u8>, Vec<Vec<Option<u64>>>) {
+fn copy_of(
+    gguf: &Gguf,
+    moes: &[&MoeSpec],
+    bytes: &[u8],
+    all: bool,
+) -> (Vec<u8>, Vec<Vec<Option<u64>>>) {
     let (mut copy, mut places) = (vec![0xcc; ALIGN], Vec::new());
     for moe in moes {
         let mut layer = vec![None; moe.n_expert];
@@ -99,7 +107,10 @@ fn copy_of(gguf: &Gguf, moes: &[&MoeSpec], bytes: &[u8], all: bool) -> (Vec<u8>,
 fn store(setup: &Setup, failing: &Arc<Mutex<(u64, Vec<u64>)>>) -> ExpertStore {
     let (gguf, spec, path) = fixture();
     let moes: Vec<&MoeSpec> = spec.moe_layers().map(|(_, moe)| moe).collect();
-    let mut layers: Vec<LayerExperts> = moes.iter().map(|moe| LayerExperts::all_pooled(&gguf, moe)).collect();
+    let mut layers: Vec<LayerExperts> = moes
+        .iter()
+        .map(|moe| LayerExperts::all_pooled(&gguf, moe))
+        .collect();
     let mut bytes = std::fs::read(&path).unwrap();
     if let Some(expert) = setup.damaged {
         let info = &gguf.tensors()[moes[0].expert_tensors().next().unwrap()];
@@ -107,11 +118,22 @@ fn store(setup: &Setup, failing: &Arc<Mutex<(u64, Vec<u64>)>>) -> ExpertStore {
         bytes[info.offset as usize + expert * len + len / 2] ^= 1;
     }
     let copy = setup.copy.map(|all| copy_of(&gguf, &moes, &bytes, all));
-    for (layer, places) in layers.iter_mut().zip(copy.iter().flat_map(|(_, places)| places)) {
+    for (layer, places) in layers
+        .iter_mut()
+        .zip(copy.iter().flat_map(|(_, places)| places))
+    {
         layer.use_copy(1, places, |_| true);
     }
-    let room = layers.iter().map(|l| l.buffer_bytes(setup.layout)).max().unwrap();
-    let mut arena = Arena::new("dram", (room * (setup.slots * layers.len() + setup.staging)) as u64).unwrap();
+    let room = layers
+        .iter()
+        .map(|l| l.buffer_bytes(setup.layout))
+        .max()
+        .unwrap();
+    let mut arena = Arena::new(
+        "dram",
+        (room * (setup.slots * layers.len() + setup.staging)) as u64,
+    )
+    .unwrap();
     let device: Arc<dyn Device> = shim::shared();
     let mut gpu = PinnedExperts::new(device, layers.len()).unwrap();
     for (at, layer) in layers.iter_mut().enumerate() {
@@ -119,24 +141,47 @@ fn store(setup: &Setup, failing: &Arc<Mutex<(u64, Vec<u64>)>>) -> ExpertStore {
             let any = vec![0; layer.expert_bytes()];
             let any = layer.packed(&any);
             let biased = any.biases().is_some();
-            gpu.add_layer(at, any.kind(moes[at]), &[], setup.slots, biased).unwrap();
+            gpu.add_layer(at, any.kind(moes[at]), &[], setup.slots, biased)
+                .unwrap();
             layer.set_slots_on_gpu(setup.slots as u32, setup.layout, setup.policy);
             continue;
         }
-        let slots = (0..setup.slots).map(|_| arena.take(layer.buffer_bytes(setup.layout)).unwrap()).collect();
+        let slots = (0..setup.slots)
+            .map(|_| arena.take(layer.buffer_bytes(setup.layout)).unwrap())
+            .collect();
         layer.set_slots(slots, setup.layout, setup.policy);
     }
-    let staging = (0..setup.staging).map(|_| arena.take(room).unwrap()).collect();
-    let alignment = if setup.layout == Layout::WholePages { ALIGN } else { 1 };
-    let faulty = |bytes| Faulty { bytes: Arc::new(bytes), failing: Arc::clone(failing), alignment };
-    let named = |path, bytes| NamedReader { path, reader: Box::new(faulty(bytes)) };
+    let staging = (0..setup.staging)
+        .map(|_| arena.take(room).unwrap())
+        .collect();
+    let alignment = if setup.layout == Layout::WholePages {
+        ALIGN
+    } else {
+        1
+    };
+    let faulty = |bytes| Faulty {
+        bytes: Arc::new(bytes),
+        failing: Arc::clone(failing),
+        alignment,
+    };
+    let named = |path, bytes| NamedReader {
+        path,
+        reader: Box::new(faulty(bytes)),
+    };
     let mut readers = vec![named(path.clone(), bytes)];
     readers.extend(copy.map(|(bytes, _)| named(path.with_extension("gguf.experts"), bytes)));
     let files = FileTier::from_readers(readers).unwrap();
     let sums = compute_checksums(&gguf, &spec, String::new(), &mut |_, _| true).unwrap();
     let checks = Checksums::bind(&gguf, &spec, &sums, &path).unwrap();
-    let mut store =
-        ExpertStore::new(gguf, layers, Some(files), staging, TierIdx::FIRST, TierIdx::new(1), setup.staging > 0);
+    let mut store = ExpertStore::new(
+        gguf,
+        layers,
+        Some(files),
+        staging,
+        TierIdx::FIRST,
+        TierIdx::new(1),
+        setup.staging > 0,
+    );
     store.verify(Arc::new(checks));
     store.set_gpus(vec![(TierIdx::FIRST, gpu)]);
     store
@@ -146,22 +191,31 @@ fn store(setup: &Setup, failing: &Arc<Mutex<(u64, Vec<u64>)>>) -> ExpertStore {
 fn shown(store: &ExpertStore, step: &Step, at: usize) -> (Vec<u8>, Vec<u8>) {
     let flat = |view: ExpertView<'_>| {
         let linears = [view.gate, view.up, view.down];
-        let bytes = |l: &ViewLinear<'_>| [l.weights.bytes(), l.bias.map_or(&[][..], |b| b.bytes)].concat();
+        let bytes =
+            |l: &ViewLinear<'_>| [l.weights.bytes(), l.bias.map_or(&[][..], |b| b.bytes)].concat();
         linears.iter().flat_map(bytes).collect::<Vec<u8>>()
     };
     let layer = &store.layers[step.layer()];
     if let ExpertState::InSlot(slot) = step.states[at]
         && layer.slots_on_gpu
     {
-        return (store.bytes_on_gpu(step.layer(), slot), matrices(store, layer, step.experts()[at]));
+        return (
+            store.bytes_on_gpu(step.layer(), slot),
+            matrices(store, layer, step.experts()[at]),
+        );
     }
-    (flat(store.view(step, at).0), flat(store.mapped_view(layer, ExpertId::new(step.experts()[at]))))
+    (
+        flat(store.view(step, at).0),
+        flat(store.mapped_view(layer, ExpertId::new(step.experts()[at]))),
+    )
 }
 
 /// Returns the file's bytes of an expert's matrices, one after the other.
 fn matrices(store: &ExpertStore, layer: &LayerExperts, expert: u32) -> Vec<u8> {
     let view = store.mapped_view(layer, ExpertId::new(expert));
-    [view.gate, view.up, view.down].map(|l| l.weights.bytes()).concat()
+    [view.gate, view.up, view.down]
+        .map(|l| l.weights.bytes())
+        .concat()
 }
 
 /// Takes one step as the engine does: a token's experts as they become ready, or a batch's in
@@ -177,7 +231,12 @@ fn take(store: &mut ExpertStore, layer: usize, used: &[u32], batch: bool) -> Res
     let n = used.len();
     let look = |store: &mut ExpertStore, step: &mut Step, at: usize| {
         let (found, expected) = shown(store, step, at);
-        assert_eq!(found, expected, "expert {} of layer {layer}", step.experts()[at]);
+        assert_eq!(
+            found,
+            expected,
+            "expert {} of layer {layer}",
+            step.experts()[at]
+        );
         store.release(step, at);
     };
     if batch {
@@ -219,12 +278,23 @@ struct TestStep {
 
 fn steps() -> impl Strategy<Value = Vec<TestStep>> {
     let (_, spec, _) = fixture();
-    let (layers, n) = (spec.moe_layers().count(), spec.moe_layers().map(|(_, m)| m.n_expert as u32).min().unwrap());
-    let chosen = proptest::sample::subsequence((0..n).collect::<Vec<u32>>(), 1..=n as usize).prop_shuffle();
+    let (layers, n) = (
+        spec.moe_layers().count(),
+        spec.moe_layers()
+            .map(|(_, m)| m.n_expert as u32)
+            .min()
+            .unwrap(),
+    );
+    let chosen =
+        proptest::sample::subsequence((0..n).collect::<Vec<u32>>(), 1..=n as usize).prop_shuffle();
     let choice = (0..layers, chosen).prop_map(|(layer, experts)| Choice { layer, experts });
     let prediction = proptest::option::of(choice.clone());
     let step = (choice, any::<bool>(), prediction);
-    let step = step.prop_map(|(used, batch, prediction)| TestStep { used, batch, prediction });
+    let step = step.prop_map(|(used, batch, prediction)| TestStep {
+        used,
+        batch,
+        prediction,
+    });
     proptest::collection::vec(step, 1..25)
 }
 
@@ -358,7 +428,11 @@ fn one_changed_byte_is_an_error_and_never_shown() {
         for _ in 0..3 {
             take(&mut store, 0, &[1, 2], false).unwrap();
             let error = take(&mut store, 0, &[0, 3], false).unwrap_err().to_string();
-            let name = if copy.is_some() { "gpt-oss.gguf.experts" } else { "gpt-oss.gguf" };
+            let name = if copy.is_some() {
+                "gpt-oss.gguf.experts"
+            } else {
+                "gpt-oss.gguf"
+            };
             for word in [name, "expert 3 of tensor 'blk.0.", "damaged"] {
                 assert!(error.contains(word), "{word}: {error}");
             }
@@ -387,10 +461,18 @@ fn on_a_mapped_tier_experts_without_a_slot_compute_in_place() {
     order.sort_unstable();
     let mut step = store.begin(0, &used, order);
     assert_eq!((step.slot_hits, step.misses), (2, 3));
-    assert_eq!(step.read_bytes, 2 * store.expert_bytes(0), "two move to slots");
+    assert_eq!(
+        step.read_bytes,
+        2 * store.expert_bytes(0),
+        "two move to slots"
+    );
     for at in 0..5 {
         assert!(step.is_ready(at), "position {at}");
-        assert_eq!(store.view(&step, at).1.get(), if at < 3 { 1 } else { 0 }, "mapped, or in its slot");
+        assert_eq!(
+            store.view(&step, at).1.get(),
+            if at < 3 { 1 } else { 0 },
+            "mapped, or in its slot"
+        );
         store.release(&mut step, at);
     }
     store.finish(&mut step).unwrap();

@@ -69,11 +69,15 @@ impl<'a> ViewLinear<'a> {
     pub(super) fn rows(&self, first: usize, n: usize) -> ViewLinear<'a> {
         let weights = self.weights.rows(first..first + n);
         ViewLinear {
-            weights: weights.unwrap_or_else(|| unreachable!("gate and up are the halves of the fused matrix")),
+            weights: weights
+                .unwrap_or_else(|| unreachable!("gate and up are the halves of the fused matrix")),
             bias: self.bias.map(|bias| {
                 // Biases have an unblocked type, so a block is one value.
                 let size = bias.ty.block_bytes();
-                Bias { bytes: &bias.bytes[first * size..(first + n) * size], ..bias }
+                Bias {
+                    bytes: &bias.bytes[first * size..(first + n) * size],
+                    ..bias
+                }
             }),
         }
     }

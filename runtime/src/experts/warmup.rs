@@ -66,20 +66,40 @@ impl ExpertStore {
             return Ok(0);
         }
         if self.n_staging == 0 && self.warmup.buffer.is_none() {
-            let len = self.layers.iter().map(|l| l.buffer_bytes(l.layout)).max().unwrap_or(0);
+            let len = self
+                .layers
+                .iter()
+                .map(|l| l.buffer_bytes(l.layout))
+                .max()
+                .unwrap_or(0);
             self.warmup.buffer = Some(Arena::new("", len as u64)?.take(len)?);
         }
         let mut ranked: Vec<(usize, LayerExpert)> = Vec::new();
         for (layer, experts) in layers {
-            let Some(in_layer) = self.layers.get(*layer) else { continue };
+            let Some(in_layer) = self.layers.get(*layer) else {
+                continue;
+            };
             let mut seen = vec![false; in_layer.n_expert()];
             let mut is_wanted = |expert: &ExpertId| {
-                let is_missing = in_layer.is_pooled(*expert) && !in_layer.cache.contains(expert.get());
+                let is_missing =
+                    in_layer.is_pooled(*expert) && !in_layer.cache.contains(expert.get());
                 is_missing && !std::mem::replace(&mut seen[expert.index()], true)
             };
-            let experts = experts.iter().copied().map(ExpertId::new).filter(|expert| is_wanted(expert));
+            let experts = experts
+                .iter()
+                .copied()
+                .map(ExpertId::new)
+                .filter(|expert| is_wanted(expert));
             let experts = experts.take(in_layer.cache.n_unused() as usize);
-            ranked.extend(experts.enumerate().map(|(rank, expert)| (rank, LayerExpert { layer: *layer, expert })));
+            ranked.extend(experts.enumerate().map(|(rank, expert)| {
+                (
+                    rank,
+                    LayerExpert {
+                        layer: *layer,
+                        expert,
+                    },
+                )
+            }));
         }
         ranked.sort_unstable();
         self.warmup.queue = ranked.iter().map(|(_, target)| *target).collect();
@@ -93,8 +113,12 @@ impl ExpertStore {
 
     /// Returns the experts in the slots of each layer (by position), most recently used first.
     pub(crate) fn residents(&self) -> Vec<Vec<u32>> {
-        let experts = |cache: &SlotCache| cache.resident().rev().map(|(expert, _)| expert).collect();
-        self.layers.iter().map(|layer| experts(&layer.cache)).collect()
+        let experts =
+            |cache: &SlotCache| cache.resident().rev().map(|(expert, _)| expert).collect();
+        self.layers
+            .iter()
+            .map(|layer| experts(&layer.cache))
+            .collect()
     }
 
     /// Starts warm-up reads while there is a buffer to spare.
@@ -122,7 +146,11 @@ impl ExpertStore {
     fn take_warmup_buffer(&mut self, layer: usize) -> Option<ArenaSlice> {
         if self.n_staging > 0 {
             let can_spare = self.staging.len() > RESERVED_STAGING_BUFFERS.min(self.n_staging - 1);
-            return if can_spare { self.take_staging(layer) } else { None };
+            return if can_spare {
+                self.take_staging(layer)
+            } else {
+                None
+            };
         }
         let mut buffer = self.warmup.buffer.take()?;
         let layer = &self.layers[layer];
@@ -140,8 +168,20 @@ impl ExpertStore {
 
     /// Gives a landed expert its slot, if one is still empty and the expert has none.
     pub(super) fn land_warmup_read(&mut self, completion: Completion) {
-        let Completion { key, mut buffer, result, .. } = completion;
-        let Some(i) = self.warmup.in_flight.iter().position(|read| read.key == key) else { return };
+        let Completion {
+            key,
+            mut buffer,
+            result,
+            ..
+        } = completion;
+        let Some(i) = self
+            .warmup
+            .in_flight
+            .iter()
+            .position(|read| read.key == key)
+        else {
+            return;
+        };
         let LayerExpert { layer, expert } = self.warmup.in_flight.swap_remove(i).target;
         let in_layer = &mut self.layers[layer];
         // After a failure a step that needs the expert reads it again, and its caller gets the

@@ -77,8 +77,19 @@ impl BufferSizes {
         context: usize,
     ) -> Self {
         let hidden = spec.hidden;
-        let mut s = Self { x: batch * hidden, rows, hidden, n_used: 1, attend_width: usize::MAX, ..Self::default() };
-        s.turns = tables(spec).0.into_iter().map(|rope| rope.dims / 2 * 2 * rows).collect();
+        let mut s = Self {
+            x: batch * hidden,
+            rows,
+            hidden,
+            n_used: 1,
+            attend_width: usize::MAX,
+            ..Self::default()
+        };
+        s.turns = tables(spec)
+            .0
+            .into_iter()
+            .map(|rope| rope.dims / 2 * 2 * rows)
+            .collect();
         let here = |place| place == Some(tier);
         for (layer, at) in spec.layers.iter().zip(&places.layers) {
             if here(at.mixer) {
@@ -89,7 +100,8 @@ impl BufferSizes {
                 Ffn::Moe(moe) => {
                     if here(at.ffn) {
                         s.record += 2 * moe.n_used;
-                        (s.n_expert, s.n_used) = (s.n_expert.max(moe.n_expert), s.n_used.max(moe.n_used));
+                        (s.n_expert, s.n_used) =
+                            (s.n_expert.max(moe.n_expert), s.n_used.max(moe.n_used));
                     }
                     if let Some(shared) = moe.shared.filter(|_| here(at.shared)) {
                         s.ffn = s.ffn.max(shared.ffn.gate.n_out);
@@ -136,7 +148,9 @@ impl BufferSizes {
                 self.latents = self.latents.max(part * a.n_head * a.kv_rank);
                 self.raw = self.raw.max(part * a.n_head * (a.kv_rank + a.rope.dims));
                 // In a part, each head of a token is a row.
-                self.inner = self.inner.max((part * a.n_head * a.nope_dim.max(a.kv_rank)).div_ceil(rows));
+                self.inner = self
+                    .inner
+                    .max((part * a.n_head * a.nope_dim.max(a.kv_rank)).div_ceil(rows));
                 if let KvUp::Fused(_) = a.kv_up {
                     self.absorbed = self.absorbed.max(a.n_head * a.nope_dim * a.kv_rank);
                 }
@@ -201,11 +215,18 @@ impl BufferSizes {
             self.logits,
             self.record,
         ];
-        let floats = floats.into_iter().chain(self.turns.iter().copied()).map(|values| 4 * values);
-        let quants = Self::quants(rows * hidden).into_iter().chain(Self::quants(self.inner()));
+        let floats = floats
+            .into_iter()
+            .chain(self.turns.iter().copied())
+            .map(|values| 4 * values);
+        let quants = Self::quants(rows * hidden)
+            .into_iter()
+            .chain(Self::quants(self.inner()));
         let attend = AttentionBuffers::bytes(self.attend, self.attend_width.min(self.attend));
         let buffers = floats.chain(quants).chain(attend);
-        buffers.map(|bytes| bytes.max(1).next_multiple_of(ALLOCATION_UNIT) as u64).sum()
+        buffers
+            .map(|bytes| bytes.max(1).next_multiple_of(ALLOCATION_UNIT) as u64)
+            .sum()
     }
 }
 
@@ -278,7 +299,11 @@ impl GpuBuffers {
             absorbed: floats(s.absorbed)?,
             logits: floats(s.logits)?,
             record: floats(s.record)?,
-            turns: s.turns.iter().map(|values| floats(*values)).collect::<Result<_, _>>()?,
+            turns: s
+                .turns
+                .iter()
+                .map(|values| floats(*values))
+                .collect::<Result<_, _>>()?,
             quants: Quants::new(device, (rows * hidden).next_multiple_of(32))?,
             inner: Quants::new(device, s.inner().next_multiple_of(32))?,
             attend: AttentionBuffers::new(device, s.attend, s.attend_width.min(s.attend))?,

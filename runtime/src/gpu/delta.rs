@@ -55,13 +55,24 @@ impl Delta {
 
     pub(super) fn takes_quants(&self) -> bool {
         let second = [&self.gate, &self.alpha].into_iter().flatten();
-        [&self.projection, &self.beta].into_iter().chain(second).any(Matrix::takes_quants)
+        [&self.projection, &self.beta]
+            .into_iter()
+            .chain(second)
+            .any(Matrix::takes_quants)
     }
 
-    pub(super) fn run(&self, ops: &Ops, buffers: &mut GpuBuffers, batch: MixerBatch) -> Result<(), CudaError> {
+    pub(super) fn run(
+        &self,
+        ops: &Ops,
+        buffers: &mut GpuBuffers,
+        batch: MixerBatch,
+    ) -> Result<(), CudaError> {
         let MixerBatch { n, eps, .. } = batch;
         let (x, raw_rates) = (buffers.answer.view(), buffers.k.view());
-        let mut first = vec![(&self.projection, buffers.raw.view()), (&self.beta, raw_rates)];
+        let mut first = vec![
+            (&self.projection, buffers.raw.view()),
+            (&self.beta, raw_rates),
+        ];
         first.extend(self.gate.as_ref().map(|gate| (gate, buffers.gate.view())));
         products(ops, &first, n, x, &buffers.quants)?;
         if let Some(alpha) = &self.alpha {
@@ -89,7 +100,14 @@ impl Delta {
         let quantizes = self.out.takes_quants() && self.sizes.head_dim.is_multiple_of(32);
         ops.delta(&delta, quantizes.then_some(&mut buffers.inner))?;
         if quantizes {
-            return product(ops, &self.out, n, buffers.mixed.view(), &buffers.inner, buffers.out.view());
+            return product(
+                ops,
+                &self.out,
+                n,
+                buffers.mixed.view(),
+                &buffers.inner,
+                buffers.out.view(),
+            );
         }
         output(ops, &self.out, n, buffers)
     }

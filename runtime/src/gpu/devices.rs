@@ -29,10 +29,15 @@ impl Devices {
                 Some(give) => give(ordinal),
                 None => Gpu::open(ordinal).map(|gpu| gpu as Arc<dyn Device>),
             });
-            by_tier.push(opened.transpose().map_err(|source| LoadError::Gpu { plan: plan.name.clone(), source })?);
+            by_tier.push(opened.transpose().map_err(|source| LoadError::Gpu {
+                plan: plan.name.clone(),
+                source,
+            })?);
             index += usize::from(t.tier.is_gpu());
         }
-        Ok(Self { by_tier: by_tier.into() })
+        Ok(Self {
+            by_tier: by_tier.into(),
+        })
     }
 
     /// Returns the device of a tier.
@@ -42,7 +47,9 @@ impl Devices {
 
     /// Returns every device with its tier.
     pub(crate) fn all(&self) -> impl Iterator<Item = (TierIdx, &Arc<dyn Device>)> {
-        self.by_tier.enumerate().filter_map(|(tier, device)| device.as_ref().map(|device| (tier, device)))
+        self.by_tier
+            .enumerate()
+            .filter_map(|(tier, device)| device.as_ref().map(|device| (tier, device)))
     }
 }
 
@@ -67,10 +74,18 @@ mod tests {
         let vram = |emulated, pinned_bytes| {
             let mut t = plan.tiers[TierIdx::FIRST].clone();
             (t.tier.kind, t.tier.emulated) = (TierKind::Vram, emulated);
-            t.bytes = TierBytes { pinned: pinned_bytes, ..TierBytes::default() };
+            t.bytes = TierBytes {
+                pinned: pinned_bytes,
+                ..TierBytes::default()
+            };
             t
         };
-        let tiers = [vram(false, 0), vram(true, 5), vram(false, 7), vram(false, 1)];
+        let tiers = [
+            vram(false, 0),
+            vram(true, 5),
+            vram(false, 7),
+            vram(false, 1),
+        ];
         plan.tiers = tiers.into_iter().chain(plan.tiers.clone()).collect();
         let asked = RefCell::new(Vec::new());
         let give = |number| {
@@ -83,7 +98,10 @@ mod tests {
         plan.tiers[TierIdx::new(2)].tier.unit = Some(5);
         Devices::open(&plan, Some(&give)).unwrap();
         assert_eq!(*asked.borrow(), [5, 2]);
-        assert_eq!(devices.all().map(|(tier, _)| tier).collect::<Vec<_>>(), [2, 3].map(TierIdx::new));
+        assert_eq!(
+            devices.all().map(|(tier, _)| tier).collect::<Vec<_>>(),
+            [2, 3].map(TierIdx::new)
+        );
         let has_device = |tier| devices.of(TierIdx::new(tier)).is_some();
         assert!(!has_device(0) && has_device(2) && !has_device(99));
     }

@@ -24,15 +24,42 @@ pub(crate) fn check(
     let places = Places::new(plan, spec.layers.len());
     for (tier, device) in devices.all() {
         let t = &plan.tiers[tier];
-        let free = device.free_bytes().map_err(|source| LoadError::Gpu { plan: plan.name.clone(), source })? as u64;
+        let free = device.free_bytes().map_err(|source| LoadError::Gpu {
+            plan: plan.name.clone(),
+            source,
+        })? as u64;
         let (weights, cache) = (t.bytes.dense + t.bytes.pinned + t.bytes.slots, t.bytes.kv);
-        let dense = if places.uses(tier) { buffer_sizes(spec, plan, options, &places, tier).bytes() } else { 0 };
-        let experts = if t.bytes.pinned + t.bytes.slots > 0 { gpu_row_bytes(spec) } else { 0 };
+        let dense = if places.uses(tier) {
+            buffer_sizes(spec, plan, options, &places, tier).bytes()
+        } else {
+            0
+        };
+        let experts = if t.bytes.pinned + t.bytes.slots > 0 {
+            gpu_row_bytes(spec)
+        } else {
+            0
+        };
         let (work, reserve) = (dense + experts, GPU_RESERVE_BYTES);
-        let needed = [weights, cache, work, reserve].into_iter().fold(0, u64::saturating_add);
+        let needed = [weights, cache, work, reserve]
+            .into_iter()
+            .fold(0, u64::saturating_add);
         if needed > free {
-            let (plan, tier, device) = (plan.name.clone(), t.tier.name.clone(), device.name().to_string());
-            return Err(LoadError::GpuFull { plan, tier, device, free, needed, weights, cache, work, reserve });
+            let (plan, tier, device) = (
+                plan.name.clone(),
+                t.tier.name.clone(),
+                device.name().to_string(),
+            );
+            return Err(LoadError::GpuFull {
+                plan,
+                tier,
+                device,
+                free,
+                needed,
+                weights,
+                cache,
+                work,
+                reserve,
+            });
         }
     }
     Ok(())

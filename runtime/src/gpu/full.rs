@@ -49,21 +49,36 @@ pub(crate) struct Token<'a> {
 
 /// Returns the tier whose GPU holds every part of a model except perhaps the embedding, and every
 /// expert pinned.
-pub(crate) fn full_gpu_tier(plan: &Placement, shape: &ModelShape, places: &Places) -> Option<TierIdx> {
+pub(crate) fn full_gpu_tier(
+    plan: &Placement,
+    shape: &ModelShape,
+    places: &Places,
+) -> Option<TierIdx> {
     let tier = places.head?;
     let here = |place: Place| place == Some(tier);
     let has_shared = |layer: usize| {
         use tier_plan_formats::model::shape::DenseKind::SharedExpert;
-        shape.dense.iter().any(|d| d.kind == SharedExpert && d.layer == u32::try_from(layer).ok())
+        shape
+            .dense
+            .iter()
+            .any(|d| d.kind == SharedExpert && d.layer == u32::try_from(layer).ok())
     };
     let mut parts = places.layers.iter().enumerate();
-    let all_parts = parts.all(|(i, l)| here(l.mixer) && here(l.ffn) && (here(l.shared) || !has_shared(i)));
-    let all_experts = plan.layers.iter().zip(&shape.experts).all(|(placed, experts)| {
-        placed.pinned.iter().any(|pins| pins.tier == tier && pins.experts.len() == experts.n_expert as usize)
-    });
+    let all_parts =
+        parts.all(|(i, l)| here(l.mixer) && here(l.ffn) && (here(l.shared) || !has_shared(i)));
+    let all_experts =
+        plan.layers
+            .iter()
+            .zip(&shape.experts)
+            .all(|(placed, experts)| {
+                placed.pinned.iter().any(|pins| {
+                    pins.tier == tier && pins.experts.len() == experts.n_expert as usize
+                })
+            });
     // Emulated tiers are paced layer by layer.
     let real = plan.tiers.iter().all(|t| !t.tier.emulated);
-    (all_parts && all_experts && real && plan.tiers.get(tier).is_some_and(PlanTier::uses_gpu)).then_some(tier)
+    (all_parts && all_experts && real && plan.tiers.get(tier).is_some_and(PlanTier::uses_gpu))
+        .then_some(tier)
 }
 
 /// Returns the tier whose GPU holds a whole model, except perhaps the embedding. A decoded token
@@ -90,7 +105,10 @@ struct FullLayer<'a> {
 
 enum FullBlock<'a> {
     Dense(&'a FfnBlock),
-    Moe { router: &'a Router, shared: Option<&'a FfnBlock> },
+    Moe {
+        router: &'a Router,
+        shared: Option<&'a FfnBlock>,
+    },
 }
 
 impl Gpu {
@@ -102,7 +120,10 @@ impl Gpu {
         let layers = self.layers.iter().map(|layer| {
             let (mixer, ffn) = (layer.mixer.as_ref()?, layer.ffn.as_ref()?);
             let block = match (&ffn.router, &ffn.block) {
-                (Some(router), shared) => FullBlock::Moe { router, shared: shared.as_ref() },
+                (Some(router), shared) => FullBlock::Moe {
+                    router,
+                    shared: shared.as_ref(),
+                },
                 (None, block) => FullBlock::Dense(block.as_ref()?),
             };
             Some(FullLayer { mixer, ffn, block })
@@ -135,7 +156,12 @@ impl FullModel<'_> {
                 self.embedding = None;
                 self.work.state(0..1).write_f32(state)?;
             }
-            None => self.work.buffers.ids.view().write(&token.token.to_ne_bytes())?,
+            None => self
+                .work
+                .buffers
+                .ids
+                .view()
+                .write(&token.token.to_ne_bytes())?,
         }
         let chunk = past / CHUNK;
         match &self.replay.recorded {
@@ -171,10 +197,17 @@ impl FullModel<'_> {
         let mut first = 0;
         let decoded = read.and_then(|()| {
             for (index, layer) in self.layers.iter().enumerate() {
-                let FullBlock::Moe { router, .. } = &layer.block else { continue };
+                let FullBlock::Moe { router, .. } = &layer.block else {
+                    continue;
+                };
                 let (n, n_expert) = (router.spec.n_used, router.spec.n_expert);
                 let (indices, chosen_weights) = choices[2 * first..2 * (first + n)].split_at(n);
-                self.work.decode_experts(index, n_expert, indices, &mut experts[first..first + n])?;
+                self.work.decode_experts(
+                    index,
+                    n_expert,
+                    indices,
+                    &mut experts[first..first + n],
+                )?;
                 weights[first..first + n].copy_from_slice(chosen_weights);
                 first += n;
             }
@@ -185,11 +218,16 @@ impl FullModel<'_> {
     }
 
     /// Computes a token from its id, or its first hidden state, to its logits: launches only.
-    fn launch(&mut self, mut experts: Option<&mut PinnedExperts>, past: usize) -> Result<(), CudaError> {
+    fn launch(
+        &mut self,
+        mut experts: Option<&mut PinnedExperts>,
+        past: usize,
+    ) -> Result<(), CudaError> {
         let work = &mut *self.work;
         if let Some(table) = self.embedding {
             let (ids, x) = (work.buffers.ids.view(), work.state(0..1));
-            work.ops.dequantize_chosen(table.ty, table.view(), work.hidden, ids, 1, x)?;
+            work.ops
+                .dequantize_chosen(table.ty, table.view(), work.hidden, ids, 1, x)?;
         }
         let (mut first, mut moe_index) = (0, 0);
         // What a part computes is added to the state by the norm of the next part.
@@ -205,8 +243,15 @@ impl FullModel<'_> {
                 }
                 FullBlock::Moe { router, shared } => (router, shared),
             };
-            let takes_quants = experts.as_deref().is_some_and(|experts| experts.takes_quants(moe_index));
-            ffn.norm(work, 0..1, Residual::Pending, Output::quantized_if(takes_quants))?;
+            let takes_quants = experts
+                .as_deref()
+                .is_some_and(|experts| experts.takes_quants(moe_index));
+            ffn.norm(
+                work,
+                0..1,
+                Residual::Pending,
+                Output::quantized_if(takes_quants),
+            )?;
             let n = router.spec.n_used;
             let record = work.buffers.record.view().floats(first..first + 2 * n);
             router.choose(work, 1, ChoiceViews::of(record, n))?;
@@ -219,9 +264,22 @@ impl FullModel<'_> {
             };
             if let Some(experts) = experts.as_deref_mut() {
                 let record = work.buffers.record.view().floats(first..first + 2 * n);
-                let ChoiceViews { experts: which, weights } = ChoiceViews::of(record, n);
+                let ChoiceViews {
+                    experts: which,
+                    weights,
+                } = ChoiceViews::of(record, n);
                 let (input, quants) = (work.buffers.answer.view(), &work.buffers.quants);
-                experts.add_chosen(moe_index, &ChosenExperts { input, quants, which, weights, n }, work.state(0..1))?;
+                experts.add_chosen(
+                    moe_index,
+                    &ChosenExperts {
+                        input,
+                        quants,
+                        which,
+                        weights,
+                        n,
+                    },
+                    work.state(0..1),
+                )?;
             }
             first += 2 * n;
             moe_index += 1;

@@ -60,12 +60,26 @@ impl GpuLoader<'_> {
         };
         let row = ty.row_bytes(n_in as u64).unwrap_or_default() as usize;
         let range = rows.start * row..rows.end * row;
-        Matrix { bytes: Arc::clone(bytes), range, ty, n_out: rows.len(), n_in, bias: None }
+        Matrix {
+            bytes: Arc::clone(bytes),
+            range,
+            ty,
+            n_out: rows.len(),
+            n_in,
+            bias: None,
+        }
     }
 
     pub(super) fn linear(&self, l: &Linear) -> Result<Matrix, CudaError> {
-        let bias = self.weights.bias(l).map(|bias| Buffer::of_f32(self.device, bias)).transpose()?;
-        Ok(Matrix { bias, ..self.rows(l.weight, l.first_row..l.first_row + l.n_out, l.n_in) })
+        let bias = self
+            .weights
+            .bias(l)
+            .map(|bias| Buffer::of_f32(self.device, bias))
+            .transpose()?;
+        Ok(Matrix {
+            bias,
+            ..self.rows(l.weight, l.first_row..l.first_row + l.n_out, l.n_in)
+        })
     }
 
     pub(super) fn vector(&self, id: TensorId) -> Result<Buffer, CudaError> {
@@ -87,7 +101,9 @@ pub(super) fn product(
     quants: &Quants,
     out: View<'_>,
 ) -> Result<(), CudaError> {
-    let &Matrix { ty, n_out, n_in, .. } = matrix;
+    let &Matrix {
+        ty, n_out, n_in, ..
+    } = matrix;
     let x = matrix.input(x, quants);
     if n < MATMUL_MIN_ROWS {
         let matvec = Matvec {
@@ -102,7 +118,14 @@ pub(super) fn product(
         };
         return ops.matvec(&matvec, out);
     }
-    ops.matmul(ty, BatchMatrices::One(matrix.view(), n), n_out, n_in, x, out)?;
+    ops.matmul(
+        ty,
+        BatchMatrices::One(matrix.view(), n),
+        n_out,
+        n_in,
+        x,
+        out,
+    )?;
     match matrix.bias() {
         Some(bias) => ops.add_bias(out, bias, None, n, n_out),
         None => Ok(()),
@@ -121,11 +144,20 @@ pub(super) fn products<'a>(
     let mut left = matrices.to_vec();
     while let Some(&(first, _)) = left.first() {
         let family = |m: &Matrix| (source::family(m.ty).0, m.n_in);
-        let (now, later): (Vec<_>, Vec<_>) = left.into_iter().partition(|(m, _)| family(m) == family(first));
+        let (now, later): (Vec<_>, Vec<_>) = left
+            .into_iter()
+            .partition(|(m, _)| family(m) == family(first));
         if n >= MATMUL_MIN_ROWS || now.len() == 1 || now.len() > MAX_FUSED {
-            now.iter().try_for_each(|(matrix, out)| product(ops, matrix, n, x, quants, *out))?;
+            now.iter()
+                .try_for_each(|(matrix, out)| product(ops, matrix, n, x, quants, *out))?;
         } else {
-            let fuse = |m: &'a Matrix, out| FusedMatvec { ty: m.ty, w: m.view(), n_rows: m.n_out, bias: m.bias(), out };
+            let fuse = |m: &'a Matrix, out| FusedMatvec {
+                ty: m.ty,
+                w: m.view(),
+                n_rows: m.n_out,
+                bias: m.bias(),
+                out,
+            };
             let fused: Vec<_> = now.iter().map(|(m, out)| fuse(m, *out)).collect();
             ops.matvecs(&fused, n, first.n_in, first.input(x, quants))?;
         }
@@ -144,7 +176,11 @@ pub(super) struct FfnMatrices {
 impl FfnMatrices {
     pub(super) fn new(loader: &GpuLoader<'_>, ffn: &GatedFfn) -> Result<Self, CudaError> {
         let [gate, up, down] = [&ffn.gate, &ffn.up, &ffn.down].map(|l| loader.linear(l));
-        Ok(Self { gate: gate?, up: up?, down: down? })
+        Ok(Self {
+            gate: gate?,
+            up: up?,
+            down: down?,
+        })
     }
 
     /// Whether gate or up take quantized activations.
@@ -154,7 +190,12 @@ impl FfnMatrices {
 
     /// Computes `buffers.out = down(silu(gate x) · up x)` for `n` rows of `buffers.answer`,
     /// quantized in `buffers.quants` where the matrices take that.
-    pub(super) fn run(&self, ops: &Ops, buffers: &mut GpuBuffers, n: usize) -> Result<(), CudaError> {
+    pub(super) fn run(
+        &self,
+        ops: &Ops,
+        buffers: &mut GpuBuffers,
+        n: usize,
+    ) -> Result<(), CudaError> {
         let (x, width) = (buffers.answer.view(), self.gate.n_out);
         let (gate, up) = (buffers.ffn_gate.view(), buffers.ffn_up.view());
         let quants = self.down.takes_quants().then_some(&mut buffers.inner);
@@ -172,7 +213,13 @@ impl FfnMatrices {
             };
             ops.gated(&gated, gate, quants)?;
         } else {
-            products(ops, &[(&self.gate, gate), (&self.up, up)], n, x, &buffers.quants)?;
+            products(
+                ops,
+                &[(&self.gate, gate), (&self.up, up)],
+                n,
+                x,
+                &buffers.quants,
+            )?;
             ops.activate(Activation::Silu, gate, up, n, width, quants)?;
         }
         product(ops, &self.down, n, gate, &buffers.inner, buffers.out.view())
@@ -189,29 +236,62 @@ mod tests {
     fn fused_products_match_single_ones() {
         use TensorType::{F16, F32, Q4_0, Q5_1, Q8_0};
         let device: Arc<dyn Device> = shim::shared();
-        let (ops, mut random, n_in) = (Ops::new(Arc::clone(&device)), Random::new("several matrices"), 96);
+        let (ops, mut random, n_in) = (
+            Ops::new(Arc::clone(&device)),
+            Random::new("several matrices"),
+            96,
+        );
         // One family, several, more than a launch takes; with biases and without.
-        for types in [&[Q4_0, Q8_0, Q4_0][..], &[Q5_1, F32, Q8_0], &[F16, Q4_0], &[Q4_0, Q4_0, Q8_0, Q5_1]] {
+        for types in [
+            &[Q4_0, Q8_0, Q4_0][..],
+            &[Q5_1, F32, Q8_0],
+            &[F16, Q4_0],
+            &[Q4_0, Q4_0, Q8_0, Q5_1],
+        ] {
             let make = |(i, ty): (usize, &TensorType), random: &mut Random| {
                 let n_out = 7 + i;
                 let bytes = random.weights(*ty, n_out * n_in);
-                let bias = (i != 1).then(|| Buffer::of_f32(&device, &random.floats(n_out)).unwrap());
+                let bias =
+                    (i != 1).then(|| Buffer::of_f32(&device, &random.floats(n_out)).unwrap());
                 let on_device = Arc::new(Buffer::of_bytes(&device, &bytes).unwrap());
-                Matrix { bytes: on_device, range: 0..bytes.len(), ty: *ty, n_out, n_in, bias }
+                Matrix {
+                    bytes: on_device,
+                    range: 0..bytes.len(),
+                    ty: *ty,
+                    n_out,
+                    n_in,
+                    bias,
+                }
             };
-            let matrices: Vec<_> = types.iter().enumerate().map(|indexed| make(indexed, &mut random)).collect();
+            let matrices: Vec<_> = types
+                .iter()
+                .enumerate()
+                .map(|indexed| make(indexed, &mut random))
+                .collect();
             for n in [1, 2, MATMUL_MIN_ROWS] {
                 let x = Buffer::of_f32(&device, &random.floats(n * n_in)).unwrap();
                 let mut quants = Quants::new(&device, n * n_in).unwrap();
                 ops.quantize(x.view(), n, n_in, &mut quants).unwrap();
-                let results =
-                    || -> Vec<_> { matrices.iter().map(|m| Buffer::new_f32(&device, n * m.n_out).unwrap()).collect() };
+                let results = || -> Vec<_> {
+                    matrices
+                        .iter()
+                        .map(|m| Buffer::new_f32(&device, n * m.n_out).unwrap())
+                        .collect()
+                };
                 let (together, alone) = (results(), results());
-                let parts: Vec<_> = matrices.iter().zip(&together).map(|(m, out)| (m, out.view())).collect();
+                let parts: Vec<_> = matrices
+                    .iter()
+                    .zip(&together)
+                    .map(|(m, out)| (m, out.view()))
+                    .collect();
                 products(&ops, &parts, n, x.view(), &quants).unwrap();
                 for ((matrix, out), together) in matrices.iter().zip(&alone).zip(&together) {
                     product(&ops, matrix, n, x.view(), &quants, out.view()).unwrap();
-                    assert_eq!(out.view().to_f32().unwrap(), together.view().to_f32().unwrap(), "{types:?}, {n} rows");
+                    assert_eq!(
+                        out.view().to_f32().unwrap(),
+                        together.view().to_f32().unwrap(),
+                        "{types:?}, {n} rows"
+                    );
                 }
             }
         }

@@ -6,8 +6,8 @@ use super::delta::Delta;
 use super::matrix::{GpuLoader, Matrix, product, products};
 use std::sync::Arc;
 use tier_plan_cuda::ops::{
-    Attend, CacheRows, HeadNorms, Heads as NewHeads, Input, Matrices, MatrixTable, Matvec, Positions, Quants,
-    RopeTurns, SharedView, Strided, TransposedMatvec,
+    Attend, CacheRows, HeadNorms, Heads as NewHeads, Input, Matrices, MatrixTable, Matvec,
+    Positions, Quants, RopeTurns, SharedView, Strided, TransposedMatvec,
 };
 use tier_plan_cuda::{Buffer, CudaError, Device, Ops, View};
 use tier_plan_formats::model::kv::KvType;
@@ -25,8 +25,16 @@ pub(super) struct CacheSpec {
 
 impl CacheSpec {
     /// Allocates rows for `heads` heads.
-    fn rows(self, device: &Arc<dyn Device>, heads: usize, width: usize) -> Result<Buffer, CudaError> {
-        Buffer::new(device, heads * self.context * self.kv_type.row_bytes(width as u64) as usize)
+    fn rows(
+        self,
+        device: &Arc<dyn Device>,
+        heads: usize,
+        width: usize,
+    ) -> Result<Buffer, CudaError> {
+        Buffer::new(
+            device,
+            heads * self.context * self.kv_type.row_bytes(width as u64) as usize,
+        )
     }
 }
 
@@ -66,7 +74,11 @@ impl Mixer {
         match self {
             Self::Gqa(a) => [&a.q, &a.k, &a.v].into_iter().any(Matrix::takes_quants),
             Self::Mla(a) => {
-                a.q_down.as_ref().map_or(&a.q, |down| &down.matrix).takes_quants() || a.kv_down.takes_quants()
+                a.q_down
+                    .as_ref()
+                    .map_or(&a.q, |down| &down.matrix)
+                    .takes_quants()
+                    || a.kv_down.takes_quants()
             }
             Self::Delta(d) => d.takes_quants(),
         }
@@ -74,7 +86,12 @@ impl Mixer {
 
     /// Computes `buffers.out = mixer(x)`, and stores the tokens' keys and values, or advances the
     /// state.
-    pub(super) fn run(&self, ops: &Ops, buffers: &mut GpuBuffers, batch: MixerBatch) -> Result<(), CudaError> {
+    pub(super) fn run(
+        &self,
+        ops: &Ops,
+        buffers: &mut GpuBuffers,
+        batch: MixerBatch,
+    ) -> Result<(), CudaError> {
         match self {
             Self::Gqa(a) => a.run(ops, buffers, batch),
             Self::Mla(a) => a.run(ops, buffers, batch),
@@ -106,9 +123,18 @@ pub(super) struct Gqa {
 }
 
 impl Gqa {
-    fn new(loader: &GpuLoader<'_>, a: &GqaSpec, rope: Option<usize>, cache: CacheSpec) -> Result<Self, CudaError> {
+    fn new(
+        loader: &GpuLoader<'_>,
+        a: &GqaSpec,
+        rope: Option<usize>,
+        cache: CacheSpec,
+    ) -> Result<Self, CudaError> {
         let norms = a.qk_norm.map(|norm| {
-            Ok::<_, CudaError>(QkNorm { q: loader.vector(norm.q)?, k: loader.vector(norm.k)?, span: norm.span })
+            Ok::<_, CudaError>(QkNorm {
+                q: loader.vector(norm.q)?,
+                k: loader.vector(norm.k)?,
+                span: norm.span,
+            })
         });
         Ok(Self {
             spec: a.clone(),
@@ -127,24 +153,48 @@ impl Gqa {
 
     fn run(&self, ops: &Ops, buffers: &mut GpuBuffers, batch: MixerBatch) -> Result<(), CudaError> {
         let (a, MixerBatch { n, past, eps }) = (&self.spec, batch);
-        let (x, q, k, v) = (buffers.answer.view(), buffers.q.view(), buffers.k.view(), buffers.v.view());
+        let (x, q, k, v) = (
+            buffers.answer.view(),
+            buffers.q.view(),
+            buffers.k.view(),
+            buffers.v.view(),
+        );
         let (heads, width) = (n * a.n_head, a.key_dim);
         let first = if a.gated { buffers.raw.view() } else { q };
-        products(ops, &[(&self.q, first), (&self.k, k), (&self.v, v)], n, x, &buffers.quants)?;
+        products(
+            ops,
+            &[(&self.q, first), (&self.k, k), (&self.v, v)],
+            n,
+            x,
+            &buffers.quants,
+        )?;
         if a.gated {
             // Each query head is followed by its gate.
             let split = |from: View<'_>, to: &Buffer| {
-                let to = Strided { at: to.view(), stride: width };
-                ops.copy_rows(Strided { at: from, stride: 2 * width }, heads, width, to)
+                let to = Strided {
+                    at: to.view(),
+                    stride: width,
+                };
+                ops.copy_rows(
+                    Strided {
+                        at: from,
+                        stride: 2 * width,
+                    },
+                    heads,
+                    width,
+                    to,
+                )
             };
             split(first, &buffers.q)?;
             split(first.floats(width..first.words()), &buffers.gate)?;
         }
         let head_norms = match &self.qk_norm {
             None => None,
-            Some(norm) if norm.span == NormSpan::Head => {
-                Some(HeadNorms { queries: norm.q.view(), keys: norm.k.view(), eps })
-            }
+            Some(norm) if norm.span == NormSpan::Head => Some(HeadNorms {
+                queries: norm.q.view(),
+                keys: norm.k.view(),
+                eps,
+            }),
             Some(norm) => {
                 ops.rms_norm(q, Some(norm.q.view()), n, a.n_head * width, eps, q)?;
                 ops.rms_norm(k, Some(norm.k.view()), n, a.n_head_kv * width, eps, k)?;
@@ -152,7 +202,10 @@ impl Gqa {
             }
         };
         let CacheSpec { kv_type, context } = self.cache;
-        let positions = Positions { past, on_device: buffers.past.view() };
+        let positions = Positions {
+            past,
+            on_device: buffers.past.view(),
+        };
         ops.place_heads(&NewHeads {
             queries: q,
             new_keys: k,
@@ -194,23 +247,47 @@ impl Gqa {
         };
         // Gated results are quantized after the gate.
         let quantizes = self.o.takes_quants() && !a.gated && a.value_dim.is_multiple_of(32);
-        ops.attend(&attention, &buffers.attend, buffers.mixed.view(), quantizes.then_some(&mut buffers.inner))?;
+        ops.attend(
+            &attention,
+            &buffers.attend,
+            buffers.mixed.view(),
+            quantizes.then_some(&mut buffers.inner),
+        )?;
         if a.gated {
             ops.gate(buffers.mixed.view(), buffers.gate.view(), n * a.o.n_in)?;
         }
         if quantizes {
-            return product(ops, &self.o, n, buffers.mixed.view(), &buffers.inner, buffers.out.view());
+            return product(
+                ops,
+                &self.o,
+                n,
+                buffers.mixed.view(),
+                &buffers.inner,
+                buffers.out.view(),
+            );
         }
         output(ops, &self.o, n, buffers)
     }
 }
 
 /// Computes `buffers.out = o(buffers.mixed)`, the last product of a mixer.
-pub(super) fn output(ops: &Ops, o: &Matrix, n: usize, buffers: &mut GpuBuffers) -> Result<(), CudaError> {
+pub(super) fn output(
+    ops: &Ops,
+    o: &Matrix,
+    n: usize,
+    buffers: &mut GpuBuffers,
+) -> Result<(), CudaError> {
     if o.takes_quants() {
         ops.quantize(buffers.mixed.view(), n, o.n_in, &mut buffers.inner)?;
     }
-    product(ops, o, n, buffers.mixed.view(), &buffers.inner, buffers.out.view())
+    product(
+        ops,
+        o,
+        n,
+        buffers.mixed.view(),
+        &buffers.inner,
+        buffers.out.view(),
+    )
 }
 
 /// One matrix per head.
@@ -235,10 +312,18 @@ impl HeadMatrices {
         let row = ty.row_bytes(n_in as u64).unwrap_or_default() as usize;
         let matrix = |head: usize| {
             let start = whole.range.start + (head * stride + first) * row;
-            Some(SharedView { buffer: Arc::clone(&whole.bytes), range: start..start + n_out * row })
+            Some(SharedView {
+                buffer: Arc::clone(&whole.bytes),
+                range: start..start + n_out * row,
+            })
         };
         let matrices = (0..whole.n_out / stride).map(matrix).collect();
-        Ok(Self { table: MatrixTable::owning(loader.device, matrices)?, ty, n_out, n_in })
+        Ok(Self {
+            table: MatrixTable::owning(loader.device, matrices)?,
+            ty,
+            n_out,
+            n_in,
+        })
     }
 
     /// Computes `out[token, head] = matrix[head] · x[token, head]`. `heads` has the head of each
@@ -263,7 +348,11 @@ impl HeadMatrices {
             jobs,
             n_rows: self.n_out,
             n_cols: self.n_in,
-            x: if quantize { Input::Quants(inner) } else { Input::Floats(x) },
+            x: if quantize {
+                Input::Quants(inner)
+            } else {
+                Input::Floats(x)
+            },
             jobs_per_x: 1,
         };
         ops.matvec(&matvec, out)
@@ -307,7 +396,12 @@ pub(super) struct Mla {
 }
 
 impl Mla {
-    fn new(loader: &GpuLoader<'_>, a: &MlaSpec, rope: Option<usize>, cache: CacheSpec) -> Result<Self, CudaError> {
+    fn new(
+        loader: &GpuLoader<'_>,
+        a: &MlaSpec,
+        rope: Option<usize>,
+        cache: CacheSpec,
+    ) -> Result<Self, CudaError> {
         let indices = |values: &mut dyn Iterator<Item = usize>| {
             Buffer::of_i32(loader.device, &values.map(|n| n as i32).collect::<Vec<_>>())
         };
@@ -316,19 +410,33 @@ impl Mla {
                 let k = loader.rows(k, 0..a.n_head * a.kv_rank, a.nope_dim);
                 let v = loader.rows(v, 0..a.n_head * a.value_dim, a.kv_rank);
                 let to_values = HeadMatrices::new(loader, &v, 0, a.value_dim, a.value_dim)?;
-                (ToLatents::Transposed(HeadMatrices::new(loader, &k, 0, a.kv_rank, a.kv_rank)?), to_values)
+                (
+                    ToLatents::Transposed(HeadMatrices::new(loader, &k, 0, a.kv_rank, a.kv_rank)?),
+                    to_values,
+                )
             }
             KvUp::Fused(kv) => {
                 let stride = a.nope_dim + a.value_dim;
                 let kv = loader.rows(kv, 0..a.n_head * stride, a.kv_rank);
                 let to_values = HeadMatrices::new(loader, &kv, a.nope_dim, stride, a.value_dim)?;
-                let key_rows =
-                    indices(&mut (0..a.n_head * a.nope_dim).map(|i| i / a.nope_dim * stride + i % a.nope_dim));
-                (ToLatents::Fused { matrix: kv, key_rows: key_rows? }, to_values)
+                let key_rows = indices(
+                    &mut (0..a.n_head * a.nope_dim)
+                        .map(|i| i / a.nope_dim * stride + i % a.nope_dim),
+                );
+                (
+                    ToLatents::Fused {
+                        matrix: kv,
+                        key_rows: key_rows?,
+                    },
+                    to_values,
+                )
             }
         };
         let q_down = a.q_down.map(|low| {
-            Ok::<_, CudaError>(QueryDown { matrix: loader.linear(&low.down)?, norm: loader.vector(low.norm)? })
+            Ok::<_, CudaError>(QueryDown {
+                matrix: loader.linear(&low.down)?,
+                norm: loader.vector(low.norm)?,
+            })
         });
         Ok(Self {
             q_down: q_down.transpose()?,
@@ -351,8 +459,17 @@ impl Mla {
         let (rank, pairs) = (a.kv_rank, a.rope.dims / 2);
         let (width, key_dim) = (rank + a.rope.dims, a.nope_dim + a.rope.dims);
         let (x, q, kv) = (buffers.answer.view(), buffers.q.view(), buffers.k.view());
-        let (first, to) = self.q_down.as_ref().map_or((&self.q, q), |down| (&down.matrix, buffers.low.view()));
-        products(ops, &[(first, to), (&self.kv_down, kv)], n, x, &buffers.quants)?;
+        let (first, to) = self
+            .q_down
+            .as_ref()
+            .map_or((&self.q, q), |down| (&down.matrix, buffers.low.view()));
+        products(
+            ops,
+            &[(first, to), (&self.kv_down, kv)],
+            n,
+            x,
+            &buffers.quants,
+        )?;
         if let Some(down) = &self.q_down {
             let (low, n_low) = (buffers.low.view(), down.matrix.n_out);
             ops.rms_norm(low, Some(down.norm.view()), n, n_low, eps, low)?;
@@ -361,10 +478,17 @@ impl Mla {
             }
             product(ops, &self.q, n, low, &buffers.inner, q)?;
         }
-        let latents = Strided { at: kv, stride: width };
+        let latents = Strided {
+            at: kv,
+            stride: width,
+        };
         ops.rms_norm_of(latents, Some(self.kv_norm.view()), n, rank, eps, latents)?;
         if let Some(table) = self.rope {
-            let turns = RopeTurns { values: buffers.turns[table].view(), kind: a.rope.kind, half: pairs };
+            let turns = RopeTurns {
+                values: buffers.turns[table].view(),
+                kind: a.rope.kind,
+                half: pairs,
+            };
             // The last values of each row are rotated.
             let rotate = |rows: View<'_>, skip: usize, heads: usize, width: usize| {
                 ops.rope(rows.floats(skip..rows.words()), &turns, n, heads, width)
@@ -375,12 +499,33 @@ impl Mla {
         if a.temperature.is_some() {
             ops.scale_rows(q, buffers.factors.view(), n, a.q.n_out)?;
         }
-        let positions = Positions { past, on_device: buffers.past.view() };
+        let positions = Positions {
+            past,
+            on_device: buffers.past.view(),
+        };
         let CacheSpec { kv_type, context } = self.cache;
-        ops.store(kv, n, positions, &CacheRows { kv_type, at: self.rows.view(), heads: 1, context, width })?;
+        ops.store(
+            kv,
+            n,
+            positions,
+            &CacheRows {
+                kv_type,
+                at: self.rows.view(),
+                heads: 1,
+                context,
+                width,
+            },
+        )?;
         if let ToLatents::Fused { matrix, key_rows } = &self.to_latents {
             let n_rows = a.n_head * a.nope_dim;
-            ops.dequantize_chosen(matrix.ty, matrix.view(), rank, key_rows.view(), n_rows, buffers.absorbed.view())?;
+            ops.dequantize_chosen(
+                matrix.ty,
+                matrix.view(),
+                rank,
+                key_rows.view(),
+                n_rows,
+                buffers.absorbed.view(),
+            )?;
         }
         let mut first = 0;
         while first < n {
@@ -392,7 +537,14 @@ impl Mla {
     }
 
     /// Computes attention of `n` of the batch's tokens, from `buffers.q` to `buffers.mixed`.
-    fn part(&self, ops: &Ops, buffers: &mut GpuBuffers, past: usize, first: usize, n: usize) -> Result<(), CudaError> {
+    fn part(
+        &self,
+        ops: &Ops,
+        buffers: &mut GpuBuffers,
+        past: usize,
+        first: usize,
+        n: usize,
+    ) -> Result<(), CudaError> {
         let a = &self.spec;
         let (rank, nope, rope, jobs) = (a.kv_rank, a.nope_dim, a.rope.dims, n * a.n_head);
         let (key_dim, width) = (nope + rope, rank + rope);
@@ -400,11 +552,21 @@ impl Mla {
         let q = q.floats(first * a.q.n_out..q.words());
         let (latents, queries) = (buffers.latents.view(), buffers.raw.view());
         let rows = |at, stride| Strided { at, stride };
-        ops.copy_rows(rows(q, key_dim), jobs, nope, rows(buffers.nope.view(), nope))?;
+        ops.copy_rows(
+            rows(q, key_dim),
+            jobs,
+            nope,
+            rows(buffers.nope.view(), nope),
+        )?;
         match &self.to_latents {
-            ToLatents::Transposed(k) => {
-                k.product(ops, &self.heads, jobs, buffers.nope.view(), &mut buffers.inner, latents)?
-            }
+            ToLatents::Transposed(k) => k.product(
+                ops,
+                &self.heads,
+                jobs,
+                buffers.nope.view(),
+                &mut buffers.inner,
+                latents,
+            )?,
             ToLatents::Fused { .. } => {
                 let transposed = TransposedMatvec {
                     w: buffers.absorbed.view(),
@@ -419,7 +581,12 @@ impl Mla {
         }
         ops.copy_rows(rows(latents, rank), jobs, rank, rows(queries, width))?;
         let rotated = rows(q.floats(nope..q.words()), key_dim);
-        ops.copy_rows(rotated, jobs, rope, rows(queries.floats(rank..queries.words()), width))?;
+        ops.copy_rows(
+            rotated,
+            jobs,
+            rope,
+            rows(queries.floats(rank..queries.words()), width),
+        )?;
         // All query heads share one head of keys, whose values are the latents at its beginning.
         let attention = Attend {
             queries,
@@ -434,7 +601,10 @@ impl Mla {
             value_width: rank,
             scale: a.scale,
             tokens: n,
-            positions: Positions { past, on_device: buffers.past.view() },
+            positions: Positions {
+                past,
+                on_device: buffers.past.view(),
+            },
             first,
             window: None,
             sinks: None,
@@ -442,6 +612,7 @@ impl Mla {
         ops.attend(&attention, &buffers.attend, latents, None)?;
         let mixed = buffers.mixed.view();
         let mixed = mixed.floats(first * a.o.n_in..mixed.words());
-        self.to_values.product(ops, &self.heads, jobs, latents, &mut buffers.inner, mixed)
+        self.to_values
+            .product(ops, &self.heads, jobs, latents, &mut buffers.inner, mixed)
     }
 }

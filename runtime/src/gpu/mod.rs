@@ -95,13 +95,31 @@ impl Gpus {
             let gpu = device.map(|device| {
                 let sizes = fits::buffer_sizes(spec, plan, options, &places, tier);
                 let rows = batches(options, context).1;
-                let cache = CacheSpec { kv_type: plan.kv_type, context };
-                let gpu = GpuSpec { spec, weights, places: &places, tier, cache, rows, ropes, sizes: &sizes };
-                Gpu::new(device, &gpu).map_err(|source| LoadError::Gpu { plan: plan.name.clone(), source })
+                let cache = CacheSpec {
+                    kv_type: plan.kv_type,
+                    context,
+                };
+                let gpu = GpuSpec {
+                    spec,
+                    weights,
+                    places: &places,
+                    tier,
+                    cache,
+                    rows,
+                    ropes,
+                    sizes: &sizes,
+                };
+                Gpu::new(device, &gpu).map_err(|source| LoadError::Gpu {
+                    plan: plan.name.clone(),
+                    source,
+                })
             });
             by_tier.push(gpu.transpose()?);
         }
-        Ok(Self { places, by_tier: by_tier.into() })
+        Ok(Self {
+            places,
+            by_tier: by_tier.into(),
+        })
     }
 
     /// Returns the parts on a tier's GPU.
@@ -116,13 +134,28 @@ impl Gpus {
 impl Gpu {
     /// Makes the parts; the tensors are on the device already.
     fn new(device: &Arc<dyn Device>, gpu: &GpuSpec<'_>) -> Result<Self, CudaError> {
-        let &GpuSpec { spec, weights, places, tier, cache, rows, ropes, sizes } = gpu;
+        let &GpuSpec {
+            spec,
+            weights,
+            places,
+            tier,
+            cache,
+            rows,
+            ropes,
+            sizes,
+        } = gpu;
         let loader = GpuLoader { device, weights };
         let here = |place: Place| place == Some(tier);
         let layers = spec.layers.iter().zip(&places.layers).zip(ropes);
-        let layers = layers.map(|((layer, at), rope)| Layer::new(&loader, layer, *at, tier, *rope, cache));
+        let layers =
+            layers.map(|((layer, at), rope)| Layer::new(&loader, layer, *at, tier, *rope, cache));
         let vocabulary = |id| loader.rows(id, 0..spec.n_vocab, spec.hidden);
-        let head = || Ok(Head { norm: loader.vector(spec.output_norm)?, matrix: vocabulary(spec.output) });
+        let head = || {
+            Ok(Head {
+                norm: loader.vector(spec.output_norm)?,
+                matrix: vocabulary(spec.output),
+            })
+        };
         Ok(Self {
             layers: layers.collect::<Result<_, _>>()?,
             head: here(places.head).then(head).transpose()?,
@@ -137,8 +170,12 @@ impl Gpu {
     /// # Errors
     /// When it is elsewhere.
     pub(super) fn embedding(&mut self) -> Result<EmbeddingPart<'_>, CudaError> {
-        let Self { embedding, work, .. } = self;
-        let Some(table) = embedding else { return Err(work.missing("the embedding")) };
+        let Self {
+            embedding, work, ..
+        } = self;
+        let Some(table) = embedding else {
+            return Err(work.missing("the embedding"));
+        };
         Ok(EmbeddingPart { table, work })
     }
 
@@ -162,7 +199,12 @@ impl Gpu {
         let Self { layers, work, .. } = self;
         let ffn = layers[layer].ffn.as_ref();
         match ffn.and_then(|ffn| Some((ffn, ffn.router.as_ref()?))) {
-            Some((ffn, router)) => Ok(RouterPart { layer, ffn, router, work }),
+            Some((ffn, router)) => Ok(RouterPart {
+                layer,
+                ffn,
+                router,
+                work,
+            }),
             None => Err(work.missing(&format!("the router of layer {layer}"))),
         }
     }
@@ -186,7 +228,9 @@ impl Gpu {
     /// When it is elsewhere.
     pub(super) fn head(&mut self) -> Result<HeadPart<'_>, CudaError> {
         let Self { head, work, .. } = self;
-        let Some(head) = head else { return Err(work.missing("the head")) };
+        let Some(head) = head else {
+            return Err(work.missing("the head"));
+        };
         Ok(HeadPart { head, work })
     }
 
@@ -221,9 +265,24 @@ pub(super) fn mixer_alone(
     use tier_plan_formats::model::spec::{Ffn, GatedFfn, LayerSpec, Linear};
     let device: Arc<dyn Device> = tier_plan_cuda::shim::shared();
     weights.move_to(&device);
-    let linear = Linear { weight: 0, bias: None, n_out: 0, n_in: 0, first_row: 0 };
-    let ffn = Ffn::Dense(GatedFfn { gate: linear, up: linear, down: linear });
-    let layer = LayerSpec { mixer_norm: norm, mixer: mixer.clone(), ffn_norm: norm, ffn };
+    let linear = Linear {
+        weight: 0,
+        bias: None,
+        n_out: 0,
+        n_in: 0,
+        first_row: 0,
+    };
+    let ffn = Ffn::Dense(GatedFfn {
+        gate: linear,
+        up: linear,
+        down: linear,
+    });
+    let layer = LayerSpec {
+        mixer_norm: norm,
+        mixer: mixer.clone(),
+        ffn_norm: norm,
+        ffn,
+    };
     let spec = ModelSpec {
         arch: String::new(),
         hidden,
@@ -236,7 +295,10 @@ pub(super) fn mixer_alone(
         layers: vec![layer],
     };
     let places = Places {
-        layers: vec![crate::layers::places::LayerPlaces { mixer: Some(TierIdx::FIRST), ..Default::default() }],
+        layers: vec![crate::layers::places::LayerPlaces {
+            mixer: Some(TierIdx::FIRST),
+            ..Default::default()
+        }],
         ..Places::default()
     };
     let (context, rows) = (x.len() / hidden, batches.iter().copied().max().unwrap());
@@ -258,13 +320,37 @@ pub(super) fn mixer_alone(
     for &n in batches {
         let Gpu { layers, work, .. } = &mut gpu;
         work.prepare(past, n, &mut ropes).unwrap();
-        work.buffers.answer.view().write_f32(&x[past * hidden..][..n * hidden]).unwrap();
+        work.buffers
+            .answer
+            .view()
+            .write_f32(&x[past * hidden..][..n * hidden])
+            .unwrap();
         let mixer = &layers[0].mixer.as_ref().unwrap().mixer;
         if mixer.takes_quants() {
-            work.ops.quantize(work.buffers.answer.view(), n, hidden, &mut work.buffers.quants).unwrap();
+            work.ops
+                .quantize(
+                    work.buffers.answer.view(),
+                    n,
+                    hidden,
+                    &mut work.buffers.quants,
+                )
+                .unwrap();
         }
-        mixer.run(&work.ops, &mut work.buffers, mixer::MixerBatch { n, past, eps }).unwrap();
-        out.extend(work.buffers.out.view().floats(0..n * hidden).to_f32().unwrap());
+        mixer
+            .run(
+                &work.ops,
+                &mut work.buffers,
+                mixer::MixerBatch { n, past, eps },
+            )
+            .unwrap();
+        out.extend(
+            work.buffers
+                .out
+                .view()
+                .floats(0..n * hidden)
+                .to_f32()
+                .unwrap(),
+        );
         past += n;
     }
     out

@@ -20,21 +20,43 @@ const KV_CACHE: &str = "kv_cache";
 /// Names the part, the tier, and the reason.
 pub(crate) fn check(gguf: &Gguf, spec: &ModelSpec, plan: &Placement) -> Result<(), LoadError> {
     let places = Places::new(plan, spec.layers.len());
-    let rejected = |tier: TierIdx, layer: usize, group: &'static str, why: String| LoadError::OnGpu {
-        plan: plan.name.clone(),
-        tier: plan.tiers.get(tier).map(|t| t.tier.name.clone()).unwrap_or_default(),
-        group,
-        layer,
-        why,
-    };
-    let cache = plan.tiers.get(plan.kv_tier).filter(|t| t.tier.is_gpu()).map(|_| plan.kv_tier);
+    let rejected =
+        |tier: TierIdx, layer: usize, group: &'static str, why: String| LoadError::OnGpu {
+            plan: plan.name.clone(),
+            tier: plan
+                .tiers
+                .get(tier)
+                .map(|t| t.tier.name.clone())
+                .unwrap_or_default(),
+            group,
+            layer,
+            why,
+        };
+    let cache = plan
+        .tiers
+        .get(plan.kv_tier)
+        .filter(|t| t.tier.is_gpu())
+        .map(|_| plan.kv_tier);
     for (index, (layer, at)) in spec.layers.iter().zip(&places.layers).enumerate() {
         if let (None, Some(tier)) = (at.mixer, cache) {
-            return Err(rejected(tier, index, KV_CACHE, "the CPU computes the layer's attention".into()));
+            return Err(rejected(
+                tier,
+                index,
+                KV_CACHE,
+                "the CPU computes the layer's attention".into(),
+            ));
         }
-        let ffn_group = if layer.moe().is_some() { "router" } else { "dense_ffn" };
+        let ffn_group = if layer.moe().is_some() {
+            "router"
+        } else {
+            "dense_ffn"
+        };
         let rejections = [
-            (at.mixer, "attention", at.mixer.and_then(|_| mixer(gguf, layer))),
+            (
+                at.mixer,
+                "attention",
+                at.mixer.and_then(|_| mixer(gguf, layer)),
+            ),
             (at.ffn, ffn_group, at.ffn.and_then(|_| router(gguf, layer))),
         ];
         for (place, group, why) in rejections {
@@ -50,23 +72,37 @@ pub(crate) fn check(gguf: &Gguf, spec: &ModelSpec, plan: &Placement) -> Result<(
 fn mixer(gguf: &Gguf, layer: &LayerSpec) -> Option<String> {
     let key = |width: usize| {
         let unsupported = !width.is_multiple_of(4) || width > MAX_KEY;
-        unsupported.then(|| format!("rows of {width} values in the KV cache, expected a multiple of 4 up to {MAX_KEY}"))
+        unsupported.then(|| {
+            format!(
+                "rows of {width} values in the KV cache, expected a multiple of 4 up to {MAX_KEY}"
+            )
+        })
     };
     match &layer.mixer {
         Mixer::Gqa(a) => {
-            let linears = [&a.q, &a.k, &a.v, &a.o].into_iter().find_map(|l| misplaced(gguf, l));
+            let linears = [&a.q, &a.k, &a.v, &a.o]
+                .into_iter()
+                .find_map(|l| misplaced(gguf, l));
             linears.or(key(a.key_dim)).or(key(a.value_dim))
         }
         Mixer::Mla(a) => {
-            let linears = [&a.q, &a.kv_down, &a.o].into_iter().chain(a.q_down.as_ref().map(|low| &low.down));
+            let linears = [&a.q, &a.kv_down, &a.o]
+                .into_iter()
+                .chain(a.q_down.as_ref().map(|low| &low.down));
             let linears = linears.into_iter().find_map(|l| misplaced(gguf, l));
-            linears.or(key(a.kv_rank + a.rope.dims)).or_else(|| misplaced_heads(gguf, a))
+            linears
+                .or(key(a.kv_rank + a.rope.dims))
+                .or_else(|| misplaced_heads(gguf, a))
         }
         Mixer::Delta(d) => {
             let linears = d.linears().into_iter().find_map(|l| misplaced(gguf, l));
             let dim = d.head_dim;
             let unsupported = !dim.is_multiple_of(4) || dim > MAX_DELTA_HEAD;
-            let why = || format!("heads of {dim} values in its state, expected a multiple of 4 up to {MAX_DELTA_HEAD}");
+            let why = || {
+                format!(
+                    "heads of {dim} values in its state, expected a multiple of 4 up to {MAX_DELTA_HEAD}"
+                )
+            };
             linears.or_else(|| unsupported.then(why))
         }
     }
@@ -75,12 +111,16 @@ fn mixer(gguf: &Gguf, layer: &LayerSpec) -> Option<String> {
 /// Returns why a layer's router or dense block can't run on a GPU, if so.
 fn router(gguf: &Gguf, layer: &LayerSpec) -> Option<String> {
     match &layer.ffn {
-        Ffn::Dense(ffn) => [&ffn.gate, &ffn.up, &ffn.down].into_iter().find_map(|l| misplaced(gguf, l)),
+        Ffn::Dense(ffn) => [&ffn.gate, &ffn.up, &ffn.down]
+            .into_iter()
+            .find_map(|l| misplaced(gguf, l)),
         Ffn::Moe(moe) => {
             let groups = moe.groups.map_or(0, |groups| groups.n);
             let too_many = moe.n_expert > MAX_EXPERTS || groups > MAX_GROUPS;
-            let why =
-                format!("{} experts in {groups} groups, expected at most {MAX_EXPERTS} in {MAX_GROUPS}", moe.n_expert);
+            let why = format!(
+                "{} experts in {groups} groups, expected at most {MAX_EXPERTS} in {MAX_GROUPS}",
+                moe.n_expert
+            );
             too_many.then_some(why).or(misplaced(gguf, &moe.router))
         }
     }
@@ -92,7 +132,12 @@ fn misplaced(gguf: &Gguf, linear: &Linear) -> Option<String> {
     let tensor = gguf.tensors().get(linear.weight)?;
     let row = tensor.ty.row_bytes(linear.n_in as u64)?;
     let offset = (linear.first_row as u64).checked_mul(row)?;
-    let why = || format!("a matrix begins at byte {offset} of tensor '{}', expected a multiple of 16", tensor.name);
+    let why = || {
+        format!(
+            "a matrix begins at byte {offset} of tensor '{}', expected a multiple of 16",
+            tensor.name
+        )
+    };
     (!offset.is_multiple_of(16)).then(why)
 }
 
@@ -107,7 +152,9 @@ fn misplaced_heads(gguf: &Gguf, a: &MlaSpec) -> Option<String> {
         let tensor = gguf.tensors().get(id)?;
         let bytes = (rows as u64).checked_mul(tensor.ty.row_bytes(n_in as u64)?)?;
         let name = &tensor.name;
-        let why = || format!("heads are {bytes} bytes apart in tensor '{name}', expected a multiple of 16");
+        let why = || {
+            format!("heads are {bytes} bytes apart in tensor '{name}', expected a multiple of 16")
+        };
         (!bytes.is_multiple_of(16)).then(why)
     })
 }

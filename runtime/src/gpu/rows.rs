@@ -9,12 +9,20 @@ const GPU_ROWS: usize = 512;
 
 /// Returns the number of rows that GPUs have buffers for.
 pub(crate) fn gpu_rows(spec: &ModelSpec) -> usize {
-    spec.moe_layers().map(|(_, moe)| moe.n_used).max().unwrap_or(0).max(GPU_ROWS)
+    spec.moe_layers()
+        .map(|(_, moe)| moe.n_used)
+        .max()
+        .unwrap_or(0)
+        .max(GPU_ROWS)
 }
 
 /// Returns the bytes of these buffers on a GPU with experts.
 pub(crate) fn gpu_row_bytes(spec: &ModelSpec) -> u64 {
-    let ffn = spec.moe_layers().map(|(_, moe)| moe.expert_ffn).max().unwrap_or(0);
+    let ffn = spec
+        .moe_layers()
+        .map(|(_, moe)| moe.expert_ffn)
+        .max()
+        .unwrap_or(0);
     workspace_bytes(gpu_rows(spec), spec.hidden, ffn)
 }
 
@@ -31,6 +39,9 @@ impl GpuRows {
     /// Allocates buffers for `rows` rows.
     pub(crate) fn new(rows: usize, hidden: usize) -> Self {
         let buffer = || Vec::with_capacity(rows * hidden);
-        Self { sent: buffer(), fetched: buffer() }
+        Self {
+            sent: buffer(),
+            fetched: buffer(),
+        }
     }
 }

@@ -63,15 +63,22 @@ impl Layer {
     ) -> Result<Self, CudaError> {
         let here = |place: Place| place == Some(tier);
         let (router, block) = match &layer.ffn {
-            FfnSpec::Dense(ffn) if here(places.ffn) => {
-                (None, Some(FfnBlock { matrices: FfnMatrices::new(loader, ffn)?, gate: None }))
-            }
+            FfnSpec::Dense(ffn) if here(places.ffn) => (
+                None,
+                Some(FfnBlock {
+                    matrices: FfnMatrices::new(loader, ffn)?,
+                    gate: None,
+                }),
+            ),
             FfnSpec::Dense(_) => (None, None),
             FfnSpec::Moe(moe) => {
                 let shared = moe.shared.as_ref().filter(|_| here(places.shared));
                 let shared = shared.map(|s| {
                     let matrices = FfnMatrices::new(loader, &s.ffn)?;
-                    Ok(FfnBlock { matrices, gate: loader.opt_vector(s.gate)? })
+                    Ok(FfnBlock {
+                        matrices,
+                        gate: loader.opt_vector(s.gate)?,
+                    })
                 });
                 let router = here(places.ffn).then(|| Router::new(loader, moe));
                 (router.transpose()?, shared.transpose()?)
@@ -79,7 +86,10 @@ impl Layer {
         };
         let mixer = || {
             let norm = loader.vector(layer.mixer_norm)?;
-            Ok(LayerMixer { norm, mixer: Mixer::new(loader, &layer.mixer, rope, cache)? })
+            Ok(LayerMixer {
+                norm,
+                mixer: Mixer::new(loader, &layer.mixer, rope, cache)?,
+            })
         };
         let mixer = here(places.mixer).then(mixer).transpose()?;
         let has_ffn = router.is_some() || block.is_some();
@@ -87,9 +97,17 @@ impl Layer {
             let norm = loader.vector(layer.ffn_norm)?;
             let takes_quants = router.as_ref().is_some_and(|r| r.matrix.takes_quants())
                 || block.as_ref().is_some_and(|b| b.matrices.takes_quants());
-            Ok(LayerFfn { norm, output: Output::quantized_if(takes_quants), router, block })
+            Ok(LayerFfn {
+                norm,
+                output: Output::quantized_if(takes_quants),
+                router,
+                block,
+            })
         });
-        Ok(Self { mixer, ffn: ffn.transpose()? })
+        Ok(Self {
+            mixer,
+            ffn: ffn.transpose()?,
+        })
     }
 }
 
@@ -114,8 +132,21 @@ impl LayerMixer {
         residual: Residual,
     ) -> Result<(), CudaError> {
         let n = rows.len();
-        work.norm(&self.norm, rows, residual, Output::quantized_if(self.mixer.takes_quants()))?;
-        self.mixer.run(&work.ops, &mut work.buffers, MixerBatch { n, past, eps: work.eps })
+        work.norm(
+            &self.norm,
+            rows,
+            residual,
+            Output::quantized_if(self.mixer.takes_quants()),
+        )?;
+        self.mixer.run(
+            &work.ops,
+            &mut work.buffers,
+            MixerBatch {
+                n,
+                past,
+                eps: work.eps,
+            },
+        )
     }
 }
 
@@ -131,7 +162,10 @@ pub(super) struct ChoiceViews<'a> {
 impl<'a> ChoiceViews<'a> {
     /// Takes the first `2 * n` words of a view, for `n` choices.
     pub(super) fn of(view: View<'a>, n: usize) -> Self {
-        Self { experts: view.floats(0..n), weights: view.floats(n..2 * n) }
+        Self {
+            experts: view.floats(0..n),
+            weights: view.floats(n..2 * n),
+        }
     }
 }
 
@@ -144,17 +178,33 @@ impl LayerFfn {
         residual: Residual,
         output: Output,
     ) -> Result<(), CudaError> {
-        let output = if self.output == Output::Quantized { Output::Quantized } else { output };
+        let output = if self.output == Output::Quantized {
+            Output::Quantized
+        } else {
+            output
+        };
         work.norm(&self.norm, rows, residual, output)
     }
 }
 
 impl Router {
     /// Chooses experts for `n` rows that are normalized in `buffers.answer`.
-    pub(super) fn choose(&self, work: &Workspace, n: usize, to: ChoiceViews<'_>) -> Result<(), CudaError> {
+    pub(super) fn choose(
+        &self,
+        work: &Workspace,
+        n: usize,
+        to: ChoiceViews<'_>,
+    ) -> Result<(), CudaError> {
         let (ops, buffers) = (&work.ops, &work.buffers);
         let logits = buffers.router_logits.view();
-        product(ops, &self.matrix, n, buffers.answer.view(), &buffers.quants, logits)?;
+        product(
+            ops,
+            &self.matrix,
+            n,
+            buffers.answer.view(),
+            &buffers.quants,
+            logits,
+        )?;
         let bias = self.selection_bias.as_ref().map(Buffer::view);
         ops.route(&self.spec, logits, bias, n, to.experts, to.weights)
     }
@@ -167,7 +217,14 @@ impl FfnBlock {
         let (ops, buffers, hidden) = (&work.ops, &mut work.buffers, work.hidden);
         self.matrices.run(ops, buffers, n)?;
         match &self.gate {
-            Some(gate) => ops.sigmoid_gate(gate.view(), buffers.answer.view(), n, hidden, hidden, buffers.out.view()),
+            Some(gate) => ops.sigmoid_gate(
+                gate.view(),
+                buffers.answer.view(),
+                n,
+                hidden,
+                hidden,
+                buffers.out.view(),
+            ),
             None => Ok(()),
         }
     }
@@ -175,11 +232,28 @@ impl FfnBlock {
 
 impl Head {
     /// Computes the logits of rows to `buffers.logits`.
-    pub(super) fn run(&self, work: &mut Workspace, rows: Range<usize>, residual: Residual) -> Result<(), CudaError> {
+    pub(super) fn run(
+        &self,
+        work: &mut Workspace,
+        rows: Range<usize>,
+        residual: Residual,
+    ) -> Result<(), CudaError> {
         let n = rows.len();
-        work.norm(&self.norm, rows, residual, Output::quantized_if(self.matrix.takes_quants()))?;
+        work.norm(
+            &self.norm,
+            rows,
+            residual,
+            Output::quantized_if(self.matrix.takes_quants()),
+        )?;
         let buffers = &work.buffers;
-        product(&work.ops, &self.matrix, n, buffers.answer.view(), &buffers.quants, buffers.logits.view())
+        product(
+            &work.ops,
+            &self.matrix,
+            n,
+            buffers.answer.view(),
+            &buffers.quants,
+            buffers.logits.view(),
+        )
     }
 }
 
@@ -198,7 +272,8 @@ impl EmbeddingPart<'_> {
             work.buffers.ids.view().write(&ids)?;
             let to = work.state(i * work.rows..i * work.rows + part.len());
             let ids = work.buffers.ids.view();
-            work.ops.dequantize_chosen(table.ty, table.view(), work.hidden, ids, part.len(), to)?;
+            work.ops
+                .dequantize_chosen(table.ty, table.view(), work.hidden, ids, part.len(), to)?;
         }
         Ok(())
     }
@@ -212,7 +287,12 @@ pub(crate) struct MixerPart<'a> {
 
 impl MixerPart<'_> {
     /// Adds the mixer's result to rows of the batch, the first of which is at position `past`.
-    pub(crate) fn run(self, rows: Range<usize>, past: usize, ropes: &mut [RopeTable]) -> Result<(), CudaError> {
+    pub(crate) fn run(
+        self,
+        rows: Range<usize>,
+        past: usize,
+        ropes: &mut [RopeTable],
+    ) -> Result<(), CudaError> {
         let Self { mixer, work } = self;
         work.prepare(past, rows.len(), ropes)?;
         mixer.run(work, rows.clone(), past, Residual::None)?;
@@ -238,7 +318,12 @@ impl<'a> RouterPart<'a> {
         weights: &mut [f32],
     ) -> Result<&'a [f32], CudaError> {
         let (n_normed, n_choices) = self.choose(rows)?;
-        let Self { layer, router, work, .. } = self;
+        let Self {
+            layer,
+            router,
+            work,
+            ..
+        } = self;
         work.answer.resize(n_normed + 2 * n_choices, 0.0);
         work.buffers.answer.view().read_f32(&mut work.answer)?;
         let (normed, choices) = work.answer.split_at(n_normed);
@@ -250,11 +335,24 @@ impl<'a> RouterPart<'a> {
 
     /// Predicts the experts that the router will choose from the present state of rows,
     /// `[rows, n_used]`.
-    pub(crate) fn predict(mut self, rows: Range<usize>, experts: &mut Vec<u16>) -> Result<(), CudaError> {
+    pub(crate) fn predict(
+        mut self,
+        rows: Range<usize>,
+        experts: &mut Vec<u16>,
+    ) -> Result<(), CudaError> {
         let (n_normed, n_choices) = self.choose(rows)?;
-        let Self { layer, router, work, .. } = self;
+        let Self {
+            layer,
+            router,
+            work,
+            ..
+        } = self;
         work.answer.resize(n_choices, 0.0);
-        work.buffers.answer.view().floats(n_normed..n_normed + n_choices).read_f32(&mut work.answer)?;
+        work.buffers
+            .answer
+            .view()
+            .floats(n_normed..n_normed + n_choices)
+            .read_f32(&mut work.answer)?;
         experts.resize(n_choices, 0);
         work.decode_experts(layer, router.spec.n_expert, &work.answer, experts)
     }
@@ -263,10 +361,17 @@ impl<'a> RouterPart<'a> {
     /// `buffers.answer`, and of the choices after them.
     fn choose(&mut self, rows: Range<usize>) -> Result<(usize, usize), CudaError> {
         let n = rows.len();
-        self.ffn.norm(self.work, rows, Residual::None, Output::F32)?;
+        self.ffn
+            .norm(self.work, rows, Residual::None, Output::F32)?;
         let (n_normed, n_choices) = (n * self.work.hidden, n * self.router.spec.n_used);
-        let choices = self.work.buffers.answer.view().floats(n_normed..n_normed + 2 * n_choices);
-        self.router.choose(self.work, n, ChoiceViews::of(choices, n_choices))?;
+        let choices = self
+            .work
+            .buffers
+            .answer
+            .view()
+            .floats(n_normed..n_normed + 2 * n_choices);
+        self.router
+            .choose(self.work, n, ChoiceViews::of(choices, n_choices))?;
         Ok((n_normed, n_choices))
     }
 }

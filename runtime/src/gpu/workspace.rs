@@ -50,7 +50,11 @@ pub(super) enum Output {
 impl Output {
     /// Selects the quantized form if any of the consumers takes it.
     pub(super) fn quantized_if(takes_quants: bool) -> Self {
-        if takes_quants { Output::Quantized } else { Output::F32 }
+        if takes_quants {
+            Output::Quantized
+        } else {
+            Output::F32
+        }
     }
 }
 
@@ -76,12 +80,18 @@ impl Workspace {
 
     /// Makes the error of a part that is not on this GPU.
     pub(super) fn missing(&self, part: &str) -> CudaError {
-        CudaError::NotThere { device: self.ops.device().name().into(), part: part.into() }
+        CudaError::NotThere {
+            device: self.ops.device().name().into(),
+            part: part.into(),
+        }
     }
 
     /// Returns rows of the hidden state, `[rows, hidden]`.
     pub(super) fn state(&self, rows: Range<usize>) -> View<'_> {
-        self.buffers.x.view().floats(rows.start * self.hidden..rows.end * self.hidden)
+        self.buffers
+            .x
+            .view()
+            .floats(rows.start * self.hidden..rows.end * self.hidden)
     }
 
     /// Adds host values to the first rows of the hidden state, `[n, hidden]`.
@@ -102,19 +112,29 @@ impl Workspace {
     }
 
     /// Copies what depends on positions to the device, for `n` tokens after `past` others.
-    pub(super) fn prepare(&mut self, past: usize, n: usize, ropes: &mut [RopeTable]) -> Result<(), CudaError> {
+    pub(super) fn prepare(
+        &mut self,
+        past: usize,
+        n: usize,
+        ropes: &mut [RopeTable],
+    ) -> Result<(), CudaError> {
         let wanted = Prepared { past, n };
         if self.prepared == Some(wanted) {
             return Ok(());
         }
         self.prepared = None;
-        self.buffers.past.view().write(&(past as i32).to_ne_bytes())?;
+        self.buffers
+            .past
+            .view()
+            .write(&(past as i32).to_ne_bytes())?;
         for (rope, turns) in ropes.iter_mut().zip(&self.buffers.turns) {
             rope.prepare(past, n);
             turns.view().write_f32(&rope.turns())?;
         }
         if let Some(temperature) = &self.temperature {
-            let factors: Vec<f32> = (past..past + n).map(|position| temperature.at(position)).collect();
+            let factors: Vec<f32> = (past..past + n)
+                .map(|position| temperature.at(position))
+                .collect();
             self.buffers.factors.view().write_f32(&factors)?;
         }
         self.prepared = Some(wanted);
@@ -129,10 +149,19 @@ impl Workspace {
         residual: Residual,
         output: Output,
     ) -> Result<(), CudaError> {
-        let Self { ops, buffers, hidden, eps, .. } = self;
+        let Self {
+            ops,
+            buffers,
+            hidden,
+            eps,
+            ..
+        } = self;
         let (hidden, eps) = (*hidden, *eps);
         let norm = AddNorm {
-            x: buffers.x.view().floats(rows.start * hidden..rows.end * hidden),
+            x: buffers
+                .x
+                .view()
+                .floats(rows.start * hidden..rows.end * hidden),
             residual: (residual == Residual::Pending).then(|| buffers.out.view()),
             weight: weight.view(),
             rows: rows.len(),
@@ -156,10 +185,20 @@ impl Workspace {
     ) -> Result<(), CudaError> {
         for (bits, expert) in bits.iter().zip(experts) {
             let index = bits.to_bits();
-            *expert = u16::try_from(index).ok().filter(|e| usize::from(*e) < n_expert).ok_or_else(|| {
-                let (device, what) = (self.ops.device().name().into(), format!("choosing experts of layer {layer}"));
-                CudaError::Call { device, what, why: format!("it chose number {index} of {n_expert}") }
-            })?;
+            *expert = u16::try_from(index)
+                .ok()
+                .filter(|e| usize::from(*e) < n_expert)
+                .ok_or_else(|| {
+                    let (device, what) = (
+                        self.ops.device().name().into(),
+                        format!("choosing experts of layer {layer}"),
+                    );
+                    CudaError::Call {
+                        device,
+                        what,
+                        why: format!("it chose number {index} of {n_expert}"),
+                    }
+                })?;
         }
         Ok(())
     }

@@ -97,13 +97,28 @@ impl Blocks {
         let block_heads = a.group.div_ceil(a.group.div_ceil(MAX_QUERIES));
         let block_tokens = (MAX_QUERIES / block_heads).clamp(1, a.tokens);
         let (group, tokens, value_width) = (a.group, a.tokens, a.value_width);
-        let mut blocks = Self { group, tokens, block_heads, block_tokens, first, chunks: 1, value_width };
+        let mut blocks = Self {
+            group,
+            tokens,
+            block_heads,
+            block_tokens,
+            first,
+            chunks: 1,
+            value_width,
+        };
         if blocks.jobs(a.n_head_kv) < 4 * threads {
             blocks.chunks = (end - first).max(1);
         }
         // Smaller blocks read the same rows more often, so this comes last.
-        while threads > 1 && blocks.jobs(a.n_head_kv) < 2 * threads && blocks.block_heads * blocks.block_tokens > 4 {
-            let larger = if blocks.block_tokens > 1 { &mut blocks.block_tokens } else { &mut blocks.block_heads };
+        while threads > 1
+            && blocks.jobs(a.n_head_kv) < 2 * threads
+            && blocks.block_heads * blocks.block_tokens > 4
+        {
+            let larger = if blocks.block_tokens > 1 {
+                &mut blocks.block_tokens
+            } else {
+                &mut blocks.block_heads
+            };
             *larger = larger.div_ceil(2);
         }
         blocks
@@ -136,9 +151,16 @@ impl Blocks {
         let (rest, chunk) = (job / self.chunks, job % self.chunks);
         let (rest, token_block) = (rest / self.token_blocks(), rest % self.token_blocks());
         let (kv_head, head_block) = (rest / self.head_blocks(), rest % self.head_blocks());
-        let heads = head_block * self.block_heads..((head_block + 1) * self.block_heads).min(self.group);
-        let tokens = token_block * self.block_tokens..((token_block + 1) * self.block_tokens).min(self.tokens);
-        Job { kv_head, heads, tokens, chunk: (self.chunks > 1).then_some(self.first + chunk) }
+        let heads =
+            head_block * self.block_heads..((head_block + 1) * self.block_heads).min(self.group);
+        let tokens = token_block * self.block_tokens
+            ..((token_block + 1) * self.block_tokens).min(self.tokens);
+        Job {
+            kv_head,
+            heads,
+            tokens,
+            chunk: (self.chunks > 1).then_some(self.first + chunk),
+        }
     }
 
     /// Returns the first job of a query's block, and the query's index in the block.
@@ -146,7 +168,9 @@ impl Blocks {
         let (kv_head, head) = (head / self.group, head % self.group);
         let (head_block, head) = (head / self.block_heads, head % self.block_heads);
         let (token_block, token) = (token / self.block_tokens, token % self.block_tokens);
-        let heads = self.block_heads.min(self.group - head_block * self.block_heads);
+        let heads = self
+            .block_heads
+            .min(self.group - head_block * self.block_heads);
         let block = (kv_head * self.head_blocks() + head_block) * self.token_blocks() + token_block;
         (block * self.chunks, token * heads + head)
     }
@@ -197,7 +221,10 @@ impl PartialSoftmax<'_> {
             return;
         }
         let largest = self.largest.max(later.largest);
-        let (a, b) = ((*self.largest - largest).exp(), (later.largest - largest).exp());
+        let (a, b) = (
+            (*self.largest - largest).exp(),
+            (later.largest - largest).exp(),
+        );
         kernels.axpby(a, self.mixed, b, later.mixed);
         *self.sum = a * *self.sum + b * later.sum;
         *self.largest = largest;
@@ -217,7 +244,12 @@ impl<'a> Part<'a> {
     fn new(part: &'a mut [f32], queries: usize, width: usize) -> Self {
         let (mixed, rest) = part.split_at_mut(queries * width);
         let (largest, rest) = rest.split_at_mut(queries);
-        Self { mixed, largest, sums: &mut rest[..queries], width }
+        Self {
+            mixed,
+            largest,
+            sums: &mut rest[..queries],
+            width,
+        }
     }
 
     /// Sets the part to that of no position.
@@ -229,12 +261,20 @@ impl<'a> Part<'a> {
 
     fn query_mut(&mut self, query: usize) -> PartialSoftmax<'_> {
         let mixed = &mut self.mixed[query * self.width..][..self.width];
-        PartialSoftmax { largest: &mut self.largest[query], sum: &mut self.sums[query], mixed }
+        PartialSoftmax {
+            largest: &mut self.largest[query],
+            sum: &mut self.sums[query],
+            mixed,
+        }
     }
 
     fn query(&self, query: usize) -> PartialSoftmaxRef<'_> {
         let mixed = &self.mixed[query * self.width..][..self.width];
-        PartialSoftmaxRef { largest: self.largest[query], sum: self.sums[query], mixed }
+        PartialSoftmaxRef {
+            largest: self.largest[query],
+            sum: self.sums[query],
+            mixed,
+        }
     }
 }
 
@@ -251,17 +291,38 @@ impl AttentionParts {
     ///
     /// `sink` is an attention sink: a score beside those of the positions, which takes its share of
     /// the weights and has no value.
-    pub(super) fn result(&self, kernels: Kernels, head: usize, token: usize, sink: Option<f32>, out: &mut [f32]) {
+    pub(super) fn result(
+        &self,
+        kernels: Kernels,
+        head: usize,
+        token: usize,
+        sink: Option<f32>,
+        out: &mut [f32],
+    ) {
         let (blocks, width) = (&self.blocks, self.blocks.value_width);
         let (first, query) = blocks.place(head, token);
         let queries = blocks.job(first).n_queries();
         let (mut largest, mut sum) = (f32::NEG_INFINITY, 0.0);
-        let mut merged = PartialSoftmax { largest: &mut largest, sum: &mut sum, mixed: out };
-        for part in self.data[first * blocks.part_len()..].chunks_exact(blocks.part_len()).take(blocks.chunks) {
+        let mut merged = PartialSoftmax {
+            largest: &mut largest,
+            sum: &mut sum,
+            mixed: out,
+        };
+        for part in self.data[first * blocks.part_len()..]
+            .chunks_exact(blocks.part_len())
+            .take(blocks.chunks)
+        {
             let (mixed, rest) = part.split_at(queries * width);
             let (largest, sums) = (rest[query], rest[queries + query]);
             let mixed = &mixed[query * width..][..width];
-            merged.merge(kernels, PartialSoftmaxRef { largest, sum: sums, mixed });
+            merged.merge(
+                kernels,
+                PartialSoftmaxRef {
+                    largest,
+                    sum: sums,
+                    mixed,
+                },
+            );
         }
         let factor = match sink {
             Some(sink) => {
@@ -291,28 +352,42 @@ pub(super) fn attend(
         parts.data.resize(len, 0.0);
     }
     parts.blocks = blocks;
-    c.pool.for_each_slice(&mut parts.data[..len], blocks.part_len(), |job, part| {
-        let job = blocks.job(job);
-        let n = job.n_queries();
-        let Job { kv_head, heads, tokens, chunk } = job;
-        LOCAL.with_borrow_mut(|local| {
-            let width = a.keys.width();
-            // Taken out for now, as the other buffers are passed on.
-            let mut queries = std::mem::take(&mut local.queries);
-            queries.resize(n * width, 0.0);
-            let places = tokens.clone().flat_map(|t| heads.clone().map(move |h| (kv_head * a.group + h, t)));
-            for ((head, token), to) in places.zip(queries.chunks_exact_mut(width)) {
-                query(head, token, to);
-            }
-            let block = Block { a, kv_head, heads: heads.len(), tokens: tokens.clone(), queries: &queries };
-            let mut part = Part::new(part, n, a.value_width);
-            match chunk {
-                Some(chunk) => block.chunk(c.kernels, chunk, local, &mut part),
-                None => block.all_chunks(c.kernels, local, &mut part),
-            }
-            local.queries = queries;
+    c.pool
+        .for_each_slice(&mut parts.data[..len], blocks.part_len(), |job, part| {
+            let job = blocks.job(job);
+            let n = job.n_queries();
+            let Job {
+                kv_head,
+                heads,
+                tokens,
+                chunk,
+            } = job;
+            LOCAL.with_borrow_mut(|local| {
+                let width = a.keys.width();
+                // Taken out for now, as the other buffers are passed on.
+                let mut queries = std::mem::take(&mut local.queries);
+                queries.resize(n * width, 0.0);
+                let places = tokens
+                    .clone()
+                    .flat_map(|t| heads.clone().map(move |h| (kv_head * a.group + h, t)));
+                for ((head, token), to) in places.zip(queries.chunks_exact_mut(width)) {
+                    query(head, token, to);
+                }
+                let block = Block {
+                    a,
+                    kv_head,
+                    heads: heads.len(),
+                    tokens: tokens.clone(),
+                    queries: &queries,
+                };
+                let mut part = Part::new(part, n, a.value_width);
+                match chunk {
+                    Some(chunk) => block.chunk(c.kernels, chunk, local, &mut part),
+                    None => block.all_chunks(c.kernels, local, &mut part),
+                }
+                local.queries = queries;
+            });
         });
-    });
 }
 
 /// Queries that pass over the rows of a KV head together.
@@ -359,7 +434,8 @@ impl Block<'_> {
         });
         for query in 0..heads * self.tokens.len() {
             let seen = self.seen_of(chunk, self.tokens.start + query / heads);
-            let range = query * CHUNK + seen.start - chunk * CHUNK..query * CHUNK + seen.end - chunk * CHUNK;
+            let range = query * CHUNK + seen.start - chunk * CHUNK
+                ..query * CHUNK + seen.end - chunk * CHUNK;
             (part.largest[query], part.sums[query]) = kernels.exp_minus_max(&mut scores[range]);
         }
         let width = a.value_width;
@@ -391,11 +467,14 @@ impl Block<'_> {
         let width = store.width();
         let step = (TILE_VALUES / width / 4 * 4).clamp(4, CHUNK);
         // Later tokens see later positions, so the first and the last one see all that any does.
-        let positions = self.seen_of(chunk, self.tokens.start).start..self.seen_of(chunk, self.tokens.end - 1).end;
+        let positions = self.seen_of(chunk, self.tokens.start).start
+            ..self.seen_of(chunk, self.tokens.end - 1).end;
         for start in positions.clone().step_by(step) {
             let tile = start..(start + step).min(positions.end);
             let mut rows = store.rows(self.kv_head, tile.clone());
-            if self.heads * self.tokens.len() > MAX_QUERIES_AS_STORED && !matches!(rows, StoredRows::F32(_)) {
+            if self.heads * self.tokens.len() > MAX_QUERIES_AS_STORED
+                && !matches!(rows, StoredRows::F32(_))
+            {
                 let len = tile.len() * width;
                 if buffer.len() < len {
                     buffer.resize(len, 0.0);
@@ -417,7 +496,11 @@ impl Block<'_> {
                 if !alike.is_empty() {
                     let rows = rows.range(alike.start - tile.start..alike.end - tile.start, width);
                     let number = |token: usize| (token - self.tokens.start) * self.heads;
-                    work(rows, number(first)..number(token), alike.start - chunk * CHUNK);
+                    work(
+                        rows,
+                        number(first)..number(token),
+                        alike.start - chunk * CHUNK,
+                    );
                 }
             }
         }

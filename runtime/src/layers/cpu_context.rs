@@ -22,5 +22,8 @@ pub(crate) fn add_bias(rows: &mut [f32], bias: Option<&[f32]>) {
 /// Writes the RMS norm of every row of `x`, `[rows, weight.len()]`, into `out`.
 pub(crate) fn norm_rows(cpu: CpuContext<'_>, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
     let width = weight.len();
-    cpu.pool.for_each_slice(out, width, |row, out| cpu.kernels.rms_norm(&x[row * width..][..width], weight, eps, out));
+    cpu.pool.for_each_slice(out, width, |row, out| {
+        cpu.kernels
+            .rms_norm(&x[row * width..][..width], weight, eps, out)
+    });
 }

@@ -114,7 +114,10 @@ struct Layout<'a> {
 
 impl<'a> Layout<'a> {
     fn new(spec: &'a DeltaSpec) -> Self {
-        Self { spec, group: spec.n_value_head / spec.n_key_head }
+        Self {
+            spec,
+            group: spec.n_value_head / spec.n_key_head,
+        }
     }
 
     /// Returns the width of a row.
@@ -136,7 +139,9 @@ impl<'a> Layout<'a> {
         match self.spec.input {
             DeltaInput::Split { .. } => head * dim,
             DeltaInput::ByKeyHead(_) if head < n_key => self.key_head_section(head),
-            DeltaInput::ByKeyHead(_) if head < 2 * n_key => self.key_head_section(head - n_key) + dim,
+            DeltaInput::ByKeyHead(_) if head < 2 * n_key => {
+                self.key_head_section(head - n_key) + dim
+            }
             DeltaInput::ByKeyHead(_) => {
                 let value_head = head - 2 * n_key;
                 self.key_head_section(value_head / self.group) + (2 + value_head % self.group) * dim
@@ -150,7 +155,8 @@ impl<'a> Layout<'a> {
         match self.spec.input {
             DeltaInput::Split { .. } => value_head * dim,
             DeltaInput::ByKeyHead(_) => {
-                self.key_head_section(value_head / self.group) + (2 + self.group + value_head % self.group) * dim
+                self.key_head_section(value_head / self.group)
+                    + (2 + self.group + value_head % self.group) * dim
             }
         }
     }
@@ -165,7 +171,10 @@ impl<'a> Layout<'a> {
             }
             DeltaRates::ByKeyHead(_) => {
                 let first = 2 * (token * n_value + value_head / self.group * self.group);
-                (first + value_head % self.group, first + self.group + value_head % self.group)
+                (
+                    first + value_head % self.group,
+                    first + self.group + value_head % self.group,
+                )
             }
         }
     }
@@ -185,17 +194,44 @@ pub(super) fn run(
     let n = input.x.rows();
     project(c, weights, spec, input, s);
     rates(c, weights, spec, n, s);
-    convolve(c, weights.vector(spec.conv), spec, input.norm_eps, n, &mut state.inputs, s);
+    convolve(
+        c,
+        weights.vector(spec.conv),
+        spec,
+        input.norm_eps,
+        n,
+        &mut state.inputs,
+        s,
+    );
     recur(c, spec, n, &mut state.matrices, s);
     gate(c, weights.vector(spec.norm), spec, input.norm_eps, n, s);
     let mixed = &s.mixed[..n * spec.out.n_in];
-    let Some(acts) = &mut s.acts else { unreachable!("reserved at load") };
-    acts.fill_shared(c.pool, c.kernels, n, spec.out.n_in, mixed, needs_quants(weights.ty(spec.out.weight)));
-    matmul_all(c.pool, c.kernels, &[MatJob::new(weights.linear(&spec.out), acts.view(), out)]);
+    let Some(acts) = &mut s.acts else {
+        unreachable!("reserved at load")
+    };
+    acts.fill_shared(
+        c.pool,
+        c.kernels,
+        n,
+        spec.out.n_in,
+        mixed,
+        needs_quants(weights.ty(spec.out.weight)),
+    );
+    matmul_all(
+        c.pool,
+        c.kernels,
+        &[MatJob::new(weights.linear(&spec.out), acts.view(), out)],
+    );
     add_bias(out, weights.bias(&spec.out));
 }
 
-fn project(c: CpuContext<'_>, weights: &DenseWeights, spec: &DeltaSpec, input: &MixerInput<'_>, s: &mut DeltaScratch) {
+fn project(
+    c: CpuContext<'_>,
+    weights: &DenseWeights,
+    spec: &DeltaSpec,
+    input: &MixerInput<'_>,
+    s: &mut DeltaScratch,
+) {
     let (x, n) = (input.x, input.x.rows());
     let (first, second) = match &spec.input {
         DeltaInput::Split { qkv, gate } => (qkv, Some(gate)),
@@ -214,7 +250,10 @@ fn project(c: CpuContext<'_>, weights: &DenseWeights, spec: &DeltaSpec, input: &
         }
         DeltaRates::ByKeyHead(all) => products.push((all, raw)),
     }
-    let jobs: Vec<_> = products.iter_mut().map(|(l, out)| MatJob::new(weights.linear(l), x, out)).collect();
+    let jobs: Vec<_> = products
+        .iter_mut()
+        .map(|(l, out)| MatJob::new(weights.linear(l), x, out))
+        .collect();
     matmul_all(c.pool, c.kernels, &jobs);
     for (linear, out) in products {
         add_bias(out, weights.bias(linear));
@@ -222,17 +261,24 @@ fn project(c: CpuContext<'_>, weights: &DenseWeights, spec: &DeltaSpec, input: &
 }
 
 /// Computes decays and betas.
-fn rates(c: CpuContext<'_>, weights: &DenseWeights, spec: &DeltaSpec, n: usize, s: &mut DeltaScratch) {
+fn rates(
+    c: CpuContext<'_>,
+    weights: &DenseWeights,
+    spec: &DeltaSpec,
+    n: usize,
+    s: &mut DeltaScratch,
+) {
     let (bias, decay) = (weights.vector(spec.dt_bias), weights.vector(spec.decay));
     let (layout, raw) = (Layout::new(spec), &s.raw_rates);
     let width = 2 * spec.n_value_head;
-    c.pool.for_each_slice(&mut s.rates[..n * width], width, |t, row| {
-        for (head, rates) in row.chunks_exact_mut(2).enumerate() {
-            let (beta, alpha) = layout.rates(n, t, head);
-            rates[0] = (decay[head] * softplus(raw[alpha] + bias[head])).exp();
-            rates[1] = 1.0 / (1.0 + (-raw[beta]).exp());
-        }
-    });
+    c.pool
+        .for_each_slice(&mut s.rates[..n * width], width, |t, row| {
+            for (head, rates) in row.chunks_exact_mut(2).enumerate() {
+                let (beta, alpha) = layout.rates(n, t, head);
+                rates[0] = (decay[head] * softplus(raw[alpha] + bias[head])).exp();
+                rates[1] = 1.0 / (1.0 + (-raw[beta]).exp());
+            }
+        });
 }
 
 /// Returns `ln(1 + eˣ)`, which is `x` to the last bit where `eˣ` could overflow.
@@ -253,61 +299,100 @@ fn convolve(
 ) {
     let layout = Layout::new(spec);
     let (dim, taps, n_key) = (spec.head_dim, spec.conv_taps, spec.n_key_head);
-    let (n_heads, width, keep) = (2 * n_key + spec.n_value_head, layout.projected_width(), taps - 1);
+    let (n_heads, width, keep) = (
+        2 * n_key + spec.n_value_head,
+        layout.projected_width(),
+        taps - 1,
+    );
     let projected = &s.projected;
-    c.pool.for_each_pair(n_heads, &mut s.heads[..n * n_heads * dim], past, |head, rows, past| {
-        let column = layout.head(head);
-        let input = |t: usize| &projected[t * width + column..][..dim];
-        let weight = &weight[head * dim * taps..][..dim * taps];
-        let scale = if head < n_key { 1.0 / (dim as f32).sqrt() } else { 1.0 };
-        for (t, row) in rows.chunks_exact_mut(dim).enumerate() {
-            let mut seen: [&[f32]; MAX_CONV_TAPS] = [&[]; MAX_CONV_TAPS];
-            for (i, seen) in seen[..taps].iter_mut().enumerate() {
-                let at = t + i;
-                *seen = if at < keep { &past[at * dim..][..dim] } else { input(at - keep) };
+    c.pool.for_each_pair(
+        n_heads,
+        &mut s.heads[..n * n_heads * dim],
+        past,
+        |head, rows, past| {
+            let column = layout.head(head);
+            let input = |t: usize| &projected[t * width + column..][..dim];
+            let weight = &weight[head * dim * taps..][..dim * taps];
+            let scale = if head < n_key {
+                1.0 / (dim as f32).sqrt()
+            } else {
+                1.0
+            };
+            for (t, row) in rows.chunks_exact_mut(dim).enumerate() {
+                let mut seen: [&[f32]; MAX_CONV_TAPS] = [&[]; MAX_CONV_TAPS];
+                for (i, seen) in seen[..taps].iter_mut().enumerate() {
+                    let at = t + i;
+                    *seen = if at < keep {
+                        &past[at * dim..][..dim]
+                    } else {
+                        input(at - keep)
+                    };
+                }
+                c.kernels.conv_silu(&seen[..taps], weight, row);
+                if head < 2 * n_key {
+                    let squares = c.kernels.dot(row, row) + eps;
+                    let factor = scale / squares.max(f32::MIN_POSITIVE).sqrt();
+                    row.iter_mut().for_each(|v| *v *= factor);
+                }
             }
-            c.kernels.conv_silu(&seen[..taps], weight, row);
-            if head < 2 * n_key {
-                let squares = c.kernels.dot(row, row) + eps;
-                let factor = scale / squares.max(f32::MIN_POSITIVE).sqrt();
-                row.iter_mut().for_each(|v| *v *= factor);
+            let new = n.min(keep);
+            past.copy_within(new * dim.., 0);
+            for i in keep - new..keep {
+                past[i * dim..][..dim].copy_from_slice(input(n + i - keep));
             }
-        }
-        let new = n.min(keep);
-        past.copy_within(new * dim.., 0);
-        for i in keep - new..keep {
-            past[i * dim..][..dim].copy_from_slice(input(n + i - keep));
-        }
-    });
+        },
+    );
 }
 
 /// Takes the matrices through all tokens, and reads them with each token's query.
-fn recur(c: CpuContext<'_>, spec: &DeltaSpec, n: usize, matrices: &mut [f32], s: &mut DeltaScratch) {
+fn recur(
+    c: CpuContext<'_>,
+    spec: &DeltaSpec,
+    n: usize,
+    matrices: &mut [f32],
+    s: &mut DeltaScratch,
+) {
     let (dim, n_key, n_value) = (spec.head_dim, spec.n_key_head, spec.n_value_head);
     let columns = delta_columns(dim);
     let parts = dim / columns;
     let (heads, rates) = (&s.heads, &s.rates);
-    c.pool.for_each_pair(n_value * parts, &mut s.read[..n * n_value * dim], matrices, |item, out, matrix| {
-        let (head, part) = (item / parts, item % parts);
-        let rows = |head: usize| heads[head * n * dim..][..n * dim].chunks_exact(dim);
-        let key_head = spec.key_head(head);
-        let inputs = rows(key_head).zip(rows(n_key + key_head)).zip(rows(2 * n_key + head));
-        for (t, (((query, key), value), out)) in inputs.zip(out.chunks_exact_mut(columns)).enumerate() {
-            let at = 2 * (t * n_value + head);
-            let step = DeltaStep {
-                query,
-                key,
-                value: &value[part * columns..][..columns],
-                decay: rates[at],
-                beta: rates[at + 1],
-            };
-            c.kernels.delta_step(matrix, &step, out);
-        }
-    });
+    c.pool.for_each_pair(
+        n_value * parts,
+        &mut s.read[..n * n_value * dim],
+        matrices,
+        |item, out, matrix| {
+            let (head, part) = (item / parts, item % parts);
+            let rows = |head: usize| heads[head * n * dim..][..n * dim].chunks_exact(dim);
+            let key_head = spec.key_head(head);
+            let inputs = rows(key_head)
+                .zip(rows(n_key + key_head))
+                .zip(rows(2 * n_key + head));
+            for (t, (((query, key), value), out)) in
+                inputs.zip(out.chunks_exact_mut(columns)).enumerate()
+            {
+                let at = 2 * (t * n_value + head);
+                let step = DeltaStep {
+                    query,
+                    key,
+                    value: &value[part * columns..][..columns],
+                    decay: rates[at],
+                    beta: rates[at + 1],
+                };
+                c.kernels.delta_step(matrix, &step, out);
+            }
+        },
+    );
 }
 
 /// Normalizes each head's result and multiplies it by the silu of its gate.
-fn gate(c: CpuContext<'_>, norm: &[f32], spec: &DeltaSpec, eps: f32, n: usize, s: &mut DeltaScratch) {
+fn gate(
+    c: CpuContext<'_>,
+    norm: &[f32],
+    spec: &DeltaSpec,
+    eps: f32,
+    n: usize,
+    s: &mut DeltaScratch,
+) {
     let layout = Layout::new(spec);
     let (dim, n_value) = (spec.head_dim, spec.n_value_head);
     let columns = delta_columns(dim);
@@ -317,19 +402,22 @@ fn gate(c: CpuContext<'_>, norm: &[f32], spec: &DeltaSpec, eps: f32, n: usize, s
         DeltaInput::ByKeyHead(all) => (&s.projected, all.n_out),
     };
     let read = &s.read;
-    c.pool.for_each_slice(&mut s.mixed[..n * n_value * dim], dim, |item, mixed| {
-        let (t, head) = (item / n_value, item % n_value);
-        mixed.copy_from_slice(&gates[t * width + layout.gate(head)..][..dim]);
-        HEAD.with_borrow_mut(|buffer| {
-            buffer.resize(2 * dim, 0.0);
-            let (plain, normed) = buffer.split_at_mut(dim);
-            for (part, to) in plain.chunks_exact_mut(columns).enumerate() {
-                to.copy_from_slice(&read[((head * parts + part) * n + t) * columns..][..columns]);
-            }
-            c.kernels.rms_norm(plain, norm, eps, normed);
-            c.kernels.silu_mul(mixed, normed);
+    c.pool
+        .for_each_slice(&mut s.mixed[..n * n_value * dim], dim, |item, mixed| {
+            let (t, head) = (item / n_value, item % n_value);
+            mixed.copy_from_slice(&gates[t * width + layout.gate(head)..][..dim]);
+            HEAD.with_borrow_mut(|buffer| {
+                buffer.resize(2 * dim, 0.0);
+                let (plain, normed) = buffer.split_at_mut(dim);
+                for (part, to) in plain.chunks_exact_mut(columns).enumerate() {
+                    to.copy_from_slice(
+                        &read[((head * parts + part) * n + t) * columns..][..columns],
+                    );
+                }
+                c.kernels.rms_norm(plain, norm, eps, normed);
+                c.kernels.silu_mul(mixed, normed);
+            });
         });
-    });
 }
 
 #[cfg(test)]

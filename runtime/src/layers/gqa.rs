@@ -58,7 +58,12 @@ pub(super) fn run(
     s: &mut GqaScratch,
     out: &mut [f32],
 ) {
-    let &MixerInput { x, past, rope, norm_eps: eps } = input;
+    let &MixerInput {
+        x,
+        past,
+        rope,
+        norm_eps: eps,
+    } = input;
     let n = x.rows();
     let q = &mut s.q[..n * spec.q.n_out];
     let k = &mut s.k[..n * spec.k.n_out];
@@ -72,7 +77,11 @@ pub(super) fn run(
     add_bias(q, weights.bias(&spec.q));
     add_bias(k, weights.bias(&spec.k));
     add_bias(v, weights.bias(&spec.v));
-    let gate: &mut [f32] = if spec.gated { &mut s.gate[..n * spec.o.n_in] } else { &mut [] };
+    let gate: &mut [f32] = if spec.gated {
+        &mut s.gate[..n * spec.o.n_in]
+    } else {
+        &mut []
+    };
     take_gates(q, gate, spec.q.n_out, spec.key_dim);
     gate.iter_mut().for_each(|g| *g = -*g);
     c.kernels.exp(gate);
@@ -88,7 +97,9 @@ pub(super) fn run(
             rope.apply(k, spec.key_dim, t);
         }
         cache.keys.store(c.kernels, past + t, k);
-        cache.values.store(c.kernels, past + t, &v[t * spec.v.n_out..][..spec.v.n_out]);
+        cache
+            .values
+            .store(c.kernels, past + t, &v[t * spec.v.n_out..][..spec.v.n_out]);
     }
     let group = spec.n_head / spec.n_head_kv;
     let attention = Attention {
@@ -104,25 +115,41 @@ pub(super) fn run(
     let (q, gate) = (&*q, &*gate);
     let query = |head: usize, t: usize, to: &mut [f32]| {
         let query = &q[t * spec.q.n_out + head * spec.key_dim..][..spec.key_dim];
-        to.iter_mut().zip(query).for_each(|(to, q)| *to = spec.scale * q);
+        to.iter_mut()
+            .zip(query)
+            .for_each(|(to, q)| *to = spec.scale * q);
     };
     attend(c, &attention, query, &mut s.parts);
     let (mixed, parts) = (&mut s.mixed[..n * spec.o.n_in], &s.parts);
     let sinks = weights.opt_vector(spec.sinks);
-    c.pool.for_each_slice(mixed, group * spec.value_dim, |item, mixed| {
-        let (t, kv_head) = (item / spec.n_head_kv, item % spec.n_head_kv);
-        for (g, mixed) in mixed.chunks_exact_mut(spec.value_dim).enumerate() {
-            let head = kv_head * group + g;
-            parts.result(c.kernels, head, t, sinks.map(|s| s[head]), mixed);
-        }
-        if spec.gated {
-            let gate = &gate[item * mixed.len()..][..mixed.len()];
-            mixed.iter_mut().zip(gate).for_each(|(m, g)| *m /= 1.0 + g);
-        }
-    });
-    let Some(acts) = &mut s.acts else { unreachable!("reserved at load") };
-    acts.fill_shared(c.pool, c.kernels, n, spec.o.n_in, mixed, needs_quants(weights.ty(spec.o.weight)));
-    matmul_all(c.pool, c.kernels, &[MatJob::new(weights.linear(&spec.o), acts.view(), out)]);
+    c.pool
+        .for_each_slice(mixed, group * spec.value_dim, |item, mixed| {
+            let (t, kv_head) = (item / spec.n_head_kv, item % spec.n_head_kv);
+            for (g, mixed) in mixed.chunks_exact_mut(spec.value_dim).enumerate() {
+                let head = kv_head * group + g;
+                parts.result(c.kernels, head, t, sinks.map(|s| s[head]), mixed);
+            }
+            if spec.gated {
+                let gate = &gate[item * mixed.len()..][..mixed.len()];
+                mixed.iter_mut().zip(gate).for_each(|(m, g)| *m /= 1.0 + g);
+            }
+        });
+    let Some(acts) = &mut s.acts else {
+        unreachable!("reserved at load")
+    };
+    acts.fill_shared(
+        c.pool,
+        c.kernels,
+        n,
+        spec.o.n_in,
+        mixed,
+        needs_quants(weights.ty(spec.o.weight)),
+    );
+    matmul_all(
+        c.pool,
+        c.kernels,
+        &[MatJob::new(weights.linear(&spec.o), acts.view(), out)],
+    );
     add_bias(out, weights.bias(&spec.o));
 }
 
@@ -132,7 +159,10 @@ fn take_gates(q: &mut [f32], gate: &mut [f32], width: usize, key_dim: usize) {
     if gate.is_empty() {
         return;
     }
-    for (row, gate) in q.chunks_exact_mut(width).zip(gate.chunks_exact_mut(width / 2)) {
+    for (row, gate) in q
+        .chunks_exact_mut(width)
+        .zip(gate.chunks_exact_mut(width / 2))
+    {
         for (head, gate) in gate.chunks_exact_mut(key_dim).enumerate() {
             let at = 2 * head * key_dim;
             gate.copy_from_slice(&row[at + key_dim..][..key_dim]);
@@ -141,7 +171,14 @@ fn take_gates(q: &mut [f32], gate: &mut [f32], width: usize, key_dim: usize) {
     }
 }
 
-fn norm_heads(c: CpuContext<'_>, row: &mut [f32], weight: &[f32], eps: f32, span: NormSpan, scratch: &mut [f32]) {
+fn norm_heads(
+    c: CpuContext<'_>,
+    row: &mut [f32],
+    weight: &[f32],
+    eps: f32,
+    span: NormSpan,
+    scratch: &mut [f32],
+) {
     let width = match span {
         NormSpan::Head => weight.len(),
         NormSpan::Full => row.len(),
@@ -165,7 +202,12 @@ mod tests {
         take_gates(&mut q, &mut gate, 12, 2);
         assert_eq!(q[..6], [0.0, 1.0, 4.0, 5.0, 8.0, 9.0]);
         assert_eq!(q[12..18], [12.0, 13.0, 16.0, 17.0, 20.0, 21.0]);
-        assert_eq!(gate, [2.0, 3.0, 6.0, 7.0, 10.0, 11.0, 14.0, 15.0, 18.0, 19.0, 22.0, 23.0]);
+        assert_eq!(
+            gate,
+            [
+                2.0, 3.0, 6.0, 7.0, 10.0, 11.0, 14.0, 15.0, 18.0, 19.0, 22.0, 23.0
+            ]
+        );
         let plain = q.clone();
         take_gates(&mut q, &mut [], 12, 2);
         assert_eq!(q, plain);

@@ -52,9 +52,16 @@ pub(crate) fn layers(spec: &ModelSpec) -> impl Iterator<Item = Layer<'_>> + Clon
             Ffn::Dense(_) => None,
             Ffn::Moe(spec) => {
                 n_moe += 1;
-                Some(MoeLayer { index: MoeIdx(n_moe - 1), spec })
+                Some(MoeLayer {
+                    index: MoeIdx(n_moe - 1),
+                    spec,
+                })
             }
         };
-        Layer { index: LayerIdx(index), spec, moe }
+        Layer {
+            index: LayerIdx(index),
+            spec,
+            moe,
+        }
     })
 }

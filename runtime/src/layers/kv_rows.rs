@@ -30,7 +30,11 @@ impl RowStore {
             KvType::Q8_0 => Data::Q8_0(vec![0; rows * q8_row_bytes(width)]),
             KvType::F32 => Data::F32(vec![0.0; rows * width]),
         };
-        Self { data, context, width }
+        Self {
+            data,
+            context,
+            width,
+        }
     }
 
     /// Returns the values per row.
@@ -111,13 +115,15 @@ mod tests {
                     };
                     let row = |position, head| (0..width).map(move |i| value(position, head, i));
                     for position in 0..context {
-                        let rows: Vec<f32> = (0..n_head).flat_map(|head| row(position, head)).collect();
+                        let rows: Vec<f32> =
+                            (0..n_head).flat_map(|head| row(position, head)).collect();
                         store.store(kernels, position, &rows);
                     }
                     let mut buffer: Vec<f32> = Vec::new();
                     for head in 0..n_head {
                         for positions in [0..context, 1..3, 4..5, 2..2] {
-                            let expected: Vec<f32> = positions.clone().flat_map(|p| row(p, head)).collect();
+                            let expected: Vec<f32> =
+                                positions.clone().flat_map(|p| row(p, head)).collect();
                             buffer.resize(expected.len(), f32::NAN);
                             kernels.widen_rows(store.rows(head, positions), width, &mut buffer);
                             assert_eq!(buffer, expected, "{kernels:?} {kv_type} {width} {head}");

@@ -36,7 +36,10 @@ impl MixerState {
         match mixer {
             Mixer::Gqa(a) => {
                 let rows = |width| RowStore::new(kv_type, a.n_head_kv, context, width);
-                Self::Gqa(KeyValues { keys: rows(a.key_dim), values: rows(a.value_dim) })
+                Self::Gqa(KeyValues {
+                    keys: rows(a.key_dim),
+                    values: rows(a.value_dim),
+                })
             }
             Mixer::Mla(a) => Self::Mla(RowStore::new(kv_type, 1, context, a.kv_rank + a.rope.dims)),
             Mixer::Delta(d) => Self::Delta(DeltaState::new(d)),
@@ -47,8 +50,13 @@ impl MixerState {
     pub(crate) fn on_gpu(mixer: &Mixer, kv_type: KvType, context: usize) -> Self {
         let bytes = |rows: &KvRows| kv_type.row_bytes(rows.width).saturating_mul(rows.per_token);
         let token: u64 = mixer_rows(mixer).iter().map(bytes).sum();
-        let bytes = token.saturating_mul(context as u64).saturating_add(mixer.state_bytes());
-        Self::OnGpu { bytes, rewinds: !matches!(mixer, Mixer::Delta(_)) }
+        let bytes = token
+            .saturating_mul(context as u64)
+            .saturating_add(mixer.state_bytes());
+        Self::OnGpu {
+            bytes,
+            rewinds: !matches!(mixer, Mixer::Delta(_)),
+        }
     }
 
     /// Returns the bytes of the state.
@@ -64,7 +72,10 @@ impl MixerState {
     /// Moves its pages to where `pages` says.
     pub(crate) fn move_to(&self, pages: &Pages) -> std::io::Result<()> {
         match self {
-            Self::Gqa(cache) => cache.keys.move_to(pages).and_then(|()| cache.values.move_to(pages)),
+            Self::Gqa(cache) => cache
+                .keys
+                .move_to(pages)
+                .and_then(|()| cache.values.move_to(pages)),
             Self::Mla(rows) => rows.move_to(pages),
             Self::Delta(state) => state.move_to(pages),
             Self::OnGpu { .. } => Ok(()),
@@ -119,8 +130,14 @@ pub(crate) struct CacheReads {
 
 impl CacheReads {
     pub(crate) fn new(mixer: &Mixer, kv_type: KvType) -> Self {
-        let rows = mixer_rows(mixer).into_iter().map(|rows| (rows, kv_type.row_bytes(rows.width))).collect();
-        Self { rows, state_bytes: mixer.state_bytes() }
+        let rows = mixer_rows(mixer)
+            .into_iter()
+            .map(|rows| (rows, kv_type.row_bytes(rows.width)))
+            .collect();
+        Self {
+            rows,
+            state_bytes: mixer.state_bytes(),
+        }
     }
 
     /// Returns the bytes for `tokens` tokens, with which the text has `positions`.
@@ -128,7 +145,10 @@ impl CacheReads {
     /// [`CacheShape::moved_bytes`](tier_plan_formats::model::shape::CacheShape::moved_bytes) counts
     /// alike.
     pub(crate) fn bytes(&self, positions: u64, tokens: u64) -> u64 {
-        let rows = self.rows.iter().map(|(rows, bytes)| bytes.saturating_mul(rows.read(positions, tokens)));
+        let rows = self
+            .rows
+            .iter()
+            .map(|(rows, bytes)| bytes.saturating_mul(rows.read(positions, tokens)));
         rows.fold(self.state_bytes.saturating_mul(2), u64::saturating_add)
     }
 }

@@ -86,8 +86,18 @@ impl MlaScratch {
                 *acts = Activations::new(rows, cols.next_multiple_of(256));
             }
         };
-        room(&mut self.acts, &mut self.acts_len, rows, q_low.max(spec.o.n_in));
-        room(&mut self.head_acts, &mut self.head_acts_len, heads, spec.nope_dim.max(spec.kv_rank));
+        room(
+            &mut self.acts,
+            &mut self.acts_len,
+            rows,
+            q_low.max(spec.o.n_in),
+        );
+        room(
+            &mut self.head_acts,
+            &mut self.head_acts_len,
+            heads,
+            spec.nope_dim.max(spec.kv_rank),
+        );
     }
 }
 
@@ -111,33 +121,72 @@ pub(super) fn run(
         first = last;
     }
     let mixed = &s.mixed[..n * spec.o.n_in];
-    s.acts.fill_shared(c.pool, c.kernels, n, spec.o.n_in, mixed, needs_quants(weights.ty(spec.o.weight)));
-    matmul_all(c.pool, c.kernels, &[MatJob::new(weights.linear(&spec.o), s.acts.view(), out)]);
+    s.acts.fill_shared(
+        c.pool,
+        c.kernels,
+        n,
+        spec.o.n_in,
+        mixed,
+        needs_quants(weights.ty(spec.o.weight)),
+    );
+    matmul_all(
+        c.pool,
+        c.kernels,
+        &[MatJob::new(weights.linear(&spec.o), s.acts.view(), out)],
+    );
     add_bias(out, weights.bias(&spec.o));
 }
 
 /// Projects to queries, rotated, in `q`, and to latents and shared key parts in `kv`.
-fn project(c: CpuContext<'_>, weights: &DenseWeights, spec: &MlaSpec, input: &MixerInput<'_>, s: &mut MlaScratch) {
-    let &MixerInput { x, rope, norm_eps: eps, .. } = input;
+fn project(
+    c: CpuContext<'_>,
+    weights: &DenseWeights,
+    spec: &MlaSpec,
+    input: &MixerInput<'_>,
+    s: &mut MlaScratch,
+) {
+    let &MixerInput {
+        x,
+        rope,
+        norm_eps: eps,
+        ..
+    } = input;
     let n = x.rows();
     let q = &mut s.q[..n * spec.q.n_out];
     let kv = &mut s.kv[..n * spec.kv_down.n_out];
     match &spec.q_down {
         None => {
-            let jobs = [MatJob::new(weights.linear(&spec.q), x, q), MatJob::new(weights.linear(&spec.kv_down), x, kv)];
+            let jobs = [
+                MatJob::new(weights.linear(&spec.q), x, q),
+                MatJob::new(weights.linear(&spec.kv_down), x, kv),
+            ];
             matmul_all(c.pool, c.kernels, &jobs);
         }
         Some(LowRank { down: q_down, norm }) => {
             let rank = q_down.n_out;
             let (low, normed) = (&mut s.q_low[..n * rank], &mut s.q_normed[..n * rank]);
-            let jobs = [MatJob::new(weights.linear(q_down), x, low), MatJob::new(weights.linear(&spec.kv_down), x, kv)];
+            let jobs = [
+                MatJob::new(weights.linear(q_down), x, low),
+                MatJob::new(weights.linear(&spec.kv_down), x, kv),
+            ];
             matmul_all(c.pool, c.kernels, &jobs);
             add_bias(low, weights.bias(q_down));
             for (low, normed) in low.chunks_exact(rank).zip(normed.chunks_exact_mut(rank)) {
                 c.kernels.rms_norm(low, weights.vector(*norm), eps, normed);
             }
-            s.acts.fill_shared(c.pool, c.kernels, n, rank, normed, needs_quants(weights.ty(spec.q.weight)));
-            matmul_all(c.pool, c.kernels, &[MatJob::new(weights.linear(&spec.q), s.acts.view(), q)]);
+            s.acts.fill_shared(
+                c.pool,
+                c.kernels,
+                n,
+                rank,
+                normed,
+                needs_quants(weights.ty(spec.q.weight)),
+            );
+            matmul_all(
+                c.pool,
+                c.kernels,
+                &[MatJob::new(weights.linear(&spec.q), s.acts.view(), q)],
+            );
         }
     }
     add_bias(q, weights.bias(&spec.q));
@@ -162,9 +211,17 @@ fn store_latents(
 ) {
     let width = spec.kv_down.n_out;
     let row = &mut s.row[..width];
-    for (token, kv) in s.kv[..input.x.rows() * width].chunks_exact(width).enumerate() {
+    for (token, kv) in s.kv[..input.x.rows() * width]
+        .chunks_exact(width)
+        .enumerate()
+    {
         let (latent, key) = row.split_at_mut(spec.kv_rank);
-        c.kernels.rms_norm(&kv[..spec.kv_rank], weights.vector(spec.kv_norm), input.norm_eps, latent);
+        c.kernels.rms_norm(
+            &kv[..spec.kv_rank],
+            weights.vector(spec.kv_norm),
+            input.norm_eps,
+            latent,
+        );
         key.copy_from_slice(&kv[spec.kv_rank..]);
         if let Some(rope) = input.rope {
             rope.apply(key, spec.rope.dims, token);
@@ -195,9 +252,18 @@ fn attend_part(
             for (i, to) in nope.chunks_exact_mut(nope_dim).enumerate() {
                 to.copy_from_slice(&query(i / n, i % n)[..nope_dim]);
             }
-            s.head_acts.fill_shared(c.pool, c.kernels, spec.n_head * n, nope_dim, nope, needs_quants(weights.ty(k)));
+            s.head_acts.fill_shared(
+                c.pool,
+                c.kernels,
+                spec.n_head * n,
+                nope_dim,
+                nope,
+                needs_quants(weights.ty(k)),
+            );
             let k = weights.matrix(k, spec.n_head * rank, nope_dim);
-            by_head(c, spec.n_head, s.head_acts.view(), latents, |head| part(k, head * rank, rank));
+            by_head(c, spec.n_head, s.head_acts.view(), latents, |head| {
+                part(k, head * rank, rank)
+            });
         }
         KvUp::Fused(kv) => {
             let kv = weights.matrix(kv, spec.n_head * (nope_dim + spec.value_dim), rank);
@@ -207,7 +273,9 @@ fn attend_part(
                 ROW.with_borrow_mut(|row| {
                     row.resize(rank, 0.0);
                     for i in 0..nope_dim {
-                        let Some(bytes) = keys.row(i) else { unreachable!("as many rows as asked for") };
+                        let Some(bytes) = keys.row(i) else {
+                            unreachable!("as many rows as asked for")
+                        };
                         dequantize_row(kv.ty(), bytes, row);
                         for (token, latent) in latents.chunks_exact_mut(rank).enumerate() {
                             c.kernels.axpy(query(head, token)[i], row, latent);
@@ -233,20 +301,33 @@ fn attend_part(
     let absorbed = &*latents;
     let query_row = |head: usize, token: usize, to: &mut [f32]| {
         let scale = spec.scale * spec.temperature.map_or(1.0, |t| t.at(first + token));
-        let row = absorbed[(head * n + token) * rank..][..rank].iter().chain(&query(head, token)[nope_dim..]);
+        let row = absorbed[(head * n + token) * rank..][..rank]
+            .iter()
+            .chain(&query(head, token)[nope_dim..]);
         to.iter_mut().zip(row).for_each(|(to, q)| *to = scale * q);
     };
     attend(c, &attention, query_row, &mut s.parts);
     let parts = &s.parts;
-    c.pool.for_each_slice(latents, rank, |i, latent| parts.result(c.kernels, i / n, i % n, None, latent));
+    c.pool.for_each_slice(latents, rank, |i, latent| {
+        parts.result(c.kernels, i / n, i % n, None, latent)
+    });
     let (v, first, stride) = match spec.kv_up {
         KvUp::Split { v, .. } => (v, 0, spec.value_dim),
         KvUp::Fused(kv) => (kv, nope_dim, nope_dim + spec.value_dim),
     };
     let values = &mut s.values[..spec.n_head * n * spec.value_dim];
-    s.head_acts.fill_shared(c.pool, c.kernels, spec.n_head * n, rank, latents, needs_quants(weights.ty(v)));
+    s.head_acts.fill_shared(
+        c.pool,
+        c.kernels,
+        spec.n_head * n,
+        rank,
+        latents,
+        needs_quants(weights.ty(v)),
+    );
     let v = weights.matrix(v, spec.n_head * stride, rank);
-    by_head(c, spec.n_head, s.head_acts.view(), values, |head| part(v, head * stride + first, spec.value_dim));
+    by_head(c, spec.n_head, s.head_acts.view(), values, |head| {
+        part(v, head * stride + first, spec.value_dim)
+    });
     let mixed = &mut s.mixed[tokens.start * spec.o.n_in..tokens.end * spec.o.n_in];
     for (i, to) in mixed.chunks_exact_mut(spec.value_dim).enumerate() {
         let (token, head) = (i / spec.n_head, i % spec.n_head);
@@ -272,7 +353,8 @@ fn by_head<'a>(
 
 /// Returns `count` rows of a matrix.
 fn part(w: Weights<'_>, first: usize, count: usize) -> Weights<'_> {
-    w.rows(first..first + count).unwrap_or_else(|| unreachable!("shapes are checked when the model is described"))
+    w.rows(first..first + count)
+        .unwrap_or_else(|| unreachable!("shapes are checked when the model is described"))
 }
 
 #[cfg(test)]

@@ -27,11 +27,17 @@ impl Places {
     /// Returns where a plan has each part run: where its weights are.
     pub(crate) fn new(plan: &Placement, n_layers: usize) -> Self {
         let place = |tier: TierIdx| plan.tiers.get(tier).filter(|t| t.uses_gpu()).map(|_| tier);
-        let mut places = Self { layers: vec![LayerPlaces::default(); n_layers], ..Self::default() };
+        let mut places = Self {
+            layers: vec![LayerPlaces::default(); n_layers],
+            ..Self::default()
+        };
         let mut embedding = None;
         for d in &plan.dense {
             let at = place(d.tier);
-            match (d.kind, d.layer.and_then(|l| places.layers.get_mut(l as usize))) {
+            match (
+                d.kind,
+                d.layer.and_then(|l| places.layers.get_mut(l as usize)),
+            ) {
                 (DenseKind::Attention, Some(layer)) => layer.mixer = at,
                 (DenseKind::Router | DenseKind::DenseFfn, Some(layer)) => layer.ffn = at,
                 (DenseKind::SharedExpert, Some(layer)) => layer.shared = at,
@@ -50,6 +56,9 @@ impl Places {
         let here = |place: Place| place == Some(tier);
         here(self.head)
             || here(self.embedding)
-            || self.layers.iter().any(|l| here(l.mixer) || here(l.ffn) || here(l.shared))
+            || self
+                .layers
+                .iter()
+                .any(|l| here(l.mixer) || here(l.ffn) || here(l.shared))
     }
 }

@@ -38,11 +38,21 @@ pub struct AttentionProbe {
 impl AttentionProbe {
     /// Makes a full KV cache and the queries of a batch.
     pub fn new(kv_type: KvType, threads: usize, kernels: Kernels, sizes: AttentionSizes) -> Self {
-        let AttentionSizes { n_head, n_head_kv, dim, context, tokens } = sizes;
+        let AttentionSizes {
+            n_head,
+            n_head_kv,
+            dim,
+            context,
+            tokens,
+        } = sizes;
         let store = |seed: u64| {
             let mut rows = RowStore::new(kv_type, n_head_kv, context, dim);
             for position in 0..context {
-                rows.store(kernels, position, &noise(seed + position as u64, n_head_kv * dim));
+                rows.store(
+                    kernels,
+                    position,
+                    &noise(seed + position as u64, n_head_kv * dim),
+                );
             }
             rows
         };
@@ -60,8 +70,17 @@ impl AttentionProbe {
 
     /// Computes the attention of the batch, `[tokens, n_head, dim]`.
     pub fn run(&mut self) -> &[f32] {
-        let AttentionSizes { n_head, n_head_kv, dim, context, tokens } = self.sizes;
-        let c = CpuContext { pool: &self.pool, kernels: self.kernels };
+        let AttentionSizes {
+            n_head,
+            n_head_kv,
+            dim,
+            context,
+            tokens,
+        } = self.sizes;
+        let c = CpuContext {
+            pool: &self.pool,
+            kernels: self.kernels,
+        };
         let attention = Attention {
             keys: &self.keys,
             values: &self.values,
@@ -79,11 +98,18 @@ impl AttentionProbe {
         attend(c, &attention, query, &mut self.parts);
         let parts = &self.parts;
         let group = n_head / n_head_kv;
-        c.pool.for_each_slice(&mut self.mixed, group * dim, |item, mixed| {
-            for (g, mixed) in mixed.chunks_exact_mut(dim).enumerate() {
-                parts.result(c.kernels, item % n_head_kv * group + g, item / n_head_kv, None, mixed);
-            }
-        });
+        c.pool
+            .for_each_slice(&mut self.mixed, group * dim, |item, mixed| {
+                for (g, mixed) in mixed.chunks_exact_mut(dim).enumerate() {
+                    parts.result(
+                        c.kernels,
+                        item % n_head_kv * group + g,
+                        item / n_head_kv,
+                        None,
+                        mixed,
+                    );
+                }
+            });
         &self.mixed
     }
 }
@@ -92,7 +118,9 @@ impl AttentionProbe {
 fn noise(seed: u64, len: usize) -> Vec<f32> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let mut next = || {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        state = state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
         (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
     };
     (0..len).map(|_| next()).collect()

@@ -25,7 +25,12 @@ impl RopeTable {
                 }
             }
         }
-        Self { spec: spec.clone(), frequencies, rotations: Vec::new(), prepared: (0, 0) }
+        Self {
+            spec: spec.clone(),
+            frequencies,
+            rotations: Vec::new(),
+            prepared: (0, 0),
+        }
     }
 
     /// Prepares positions `first..first + n`.
@@ -45,7 +50,10 @@ impl RopeTable {
 
     /// Returns the prepared rotations, `[positions, dims / 2, 2]`: cosine and sine.
     pub fn turns(&self) -> Vec<f32> {
-        self.rotations.iter().flat_map(|(cos, sin)| [*cos, *sin]).collect()
+        self.rotations
+            .iter()
+            .flat_map(|(cos, sin)| [*cos, *sin])
+            .collect()
     }
 
     /// Rotates every head of the prepared position `index`; `row` is `[heads, head_dim]`.
@@ -80,17 +88,23 @@ pub(crate) fn tables(spec: &ModelSpec) -> (Vec<&RopeSpec>, Vec<Option<usize>>) {
     let mut by_layer = Vec::with_capacity(spec.layers.len());
     for layer in &spec.layers {
         by_layer.push(layer.mixer.rope().map(|rope| {
-            tables.iter().position(|table| *table == rope).unwrap_or_else(|| {
-                tables.push(rope);
-                tables.len() - 1
-            })
+            tables
+                .iter()
+                .position(|table| *table == rope)
+                .unwrap_or_else(|| {
+                    tables.push(rope);
+                    tables.len() - 1
+                })
         }));
     }
     (tables, by_layer)
 }
 
 /// Returns one table per way in which layers rotate, and by layer its index among them.
-pub(crate) fn rope_tables(spec: &ModelSpec, weights: &DenseWeights) -> (Vec<RopeTable>, Vec<Option<usize>>) {
+pub(crate) fn rope_tables(
+    spec: &ModelSpec,
+    weights: &DenseWeights,
+) -> (Vec<RopeTable>, Vec<Option<usize>>) {
     let (tables, by_layer) = tables(spec);
     let table = |rope: &&RopeSpec| RopeTable::new(rope, weights.opt_vector(rope.freq_factors));
     (tables.iter().map(table).collect(), by_layer)
@@ -102,7 +116,11 @@ pub(crate) fn rope_tables(spec: &ModelSpec, weights: &DenseWeights) -> (Vec<Rope
 /// sections repeat when there are more pairs.
 fn rotates_in_text(sections: &[u32; 4], pair: usize) -> bool {
     let total: u64 = sections.iter().map(|s| u64::from(*s)).sum();
-    let at = if total == 0 { pair as u64 } else { pair as u64 % total };
+    let at = if total == 0 {
+        pair as u64
+    } else {
+        pair as u64 % total
+    };
     at < 3 * u64::from(sections[(at % 3) as usize])
 }
 
@@ -116,7 +134,12 @@ fn frequencies(spec: &RopeSpec, factors: Option<&[f32]>) -> Vec<f32> {
     match spec.scaling {
         RopeScaling::None => plain.collect(),
         RopeScaling::Linear(factor) => plain.map(|f| f / factor).collect(),
-        RopeScaling::Yarn { factor, original_context, beta_fast, beta_slow } => {
+        RopeScaling::Yarn {
+            factor,
+            original_context,
+            beta_fast,
+            beta_slow,
+        } => {
             // The pair whose wavelength makes `rotations` turns over the original context.
             let pair_of = |rotations: f32| {
                 spec.dims as f32 * (original_context / (rotations * std::f32::consts::TAU)).ln()
@@ -139,7 +162,15 @@ mod tests {
     use super::*;
 
     fn spec(kind: RopeKind, dims: usize, scaling: RopeScaling) -> RopeSpec {
-        RopeSpec { kind, dims, base: 10_000.0, scaling, magnitude: 1.0, freq_factors: None, sections: None }
+        RopeSpec {
+            kind,
+            dims,
+            base: 10_000.0,
+            scaling,
+            magnitude: 1.0,
+            freq_factors: None,
+            sections: None,
+        }
     }
 
     #[test]
@@ -163,13 +194,19 @@ mod tests {
 
     #[test]
     fn pairs_of_the_fourth_axis_rest_in_text() {
-        let rotating =
-            |sections: [u32; 4], pairs| (0..pairs).map(|p| rotates_in_text(&sections, p)).collect::<Vec<_>>();
+        let rotating = |sections: [u32; 4], pairs| {
+            (0..pairs)
+                .map(|p| rotates_in_text(&sections, p))
+                .collect::<Vec<_>>()
+        };
         assert_eq!(rotating([2, 1, 1, 0], 4), [true; 4]);
         assert_eq!(rotating([11, 11, 10, 0], 32), [true; 32]);
         // Five pairs in turn; the heights and widths are used up when their turn comes again.
         assert_eq!(rotating([3, 1, 1, 0], 5), [true, true, true, true, false]);
-        assert_eq!(rotating([1, 1, 1, 1], 6), [true, true, true, false, true, true]);
+        assert_eq!(
+            rotating([1, 1, 1, 1], 6),
+            [true, true, true, false, true, true]
+        );
     }
 
     #[test]
@@ -184,7 +221,10 @@ mod tests {
 
     #[test]
     fn the_magnitude_scales_what_rotates_and_nothing_else() {
-        let spec = RopeSpec { magnitude: 2.0, ..spec(RopeKind::Adjacent, 2, RopeScaling::None) };
+        let spec = RopeSpec {
+            magnitude: 2.0,
+            ..spec(RopeKind::Adjacent, 2, RopeScaling::None)
+        };
         let mut table = RopeTable::new(&spec, None);
         table.prepare(0, 1);
         let mut row = [1.0, 3.0, 5.0];
@@ -194,7 +234,12 @@ mod tests {
 
     #[test]
     fn yarn_keeps_fast_pairs_and_divides_slow_ones() {
-        let scaling = RopeScaling::Yarn { factor: 8.0, original_context: 4096.0, beta_fast: 32.0, beta_slow: 1.0 };
+        let scaling = RopeScaling::Yarn {
+            factor: 8.0,
+            original_context: 4096.0,
+            beta_fast: 32.0,
+            beta_slow: 1.0,
+        };
         let plain = frequencies(&spec(RopeKind::Adjacent, 64, RopeScaling::None), None);
         let yarn = frequencies(&spec(RopeKind::Adjacent, 64, scaling), None);
         assert_eq!(yarn[0], plain[0]);

@@ -34,8 +34,12 @@ impl Router {
                 let sum: f32 = self.probs.iter().sum();
                 self.probs.iter_mut().for_each(|p| *p /= sum);
             }
-            Gating::Sigmoid => self.probs.extend(logits.iter().map(|l| 1.0 / (1.0 + (-l).exp()))),
-            Gating::SqrtSoftplus => self.probs.extend(logits.iter().map(|l| softplus(*l).sqrt())),
+            Gating::Sigmoid => self
+                .probs
+                .extend(logits.iter().map(|l| 1.0 / (1.0 + (-l).exp()))),
+            Gating::SqrtSoftplus => self
+                .probs
+                .extend(logits.iter().map(|l| softplus(*l).sqrt())),
             Gating::SoftmaxChosen => self.probs.extend_from_slice(logits),
         }
         self.scores.clear();
@@ -81,7 +85,8 @@ impl Router {
             }
             self.groups.push((first + second, index));
         }
-        self.groups.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+        self.groups
+            .sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
         for &(_, index) in &self.groups[groups.kept..] {
             self.scores[index * size..(index + 1) * size].fill(f32::NEG_INFINITY);
         }
@@ -97,7 +102,11 @@ fn softplus(x: f32) -> f32 {
 fn top(scores: &[f32], chosen: &mut [u16]) {
     let key = |i: u16| {
         let score = scores[usize::from(i)];
-        if score.is_nan() { f32::NEG_INFINITY } else { score }
+        if score.is_nan() {
+            f32::NEG_INFINITY
+        } else {
+            score
+        }
     };
     let mut n = 0;
     for i in 0..scores.len() as u16 {
@@ -123,9 +132,20 @@ mod tests {
     use tier_plan_formats::model::spec::{Activation, ExpertLinear, GateUp, Linear};
 
     fn moe(n_expert: usize, n_used: usize) -> MoeSpec {
-        let one = ExpertLinear { weight: 0, bias: None, n_out: 1, n_in: 1 };
+        let one = ExpertLinear {
+            weight: 0,
+            bias: None,
+            n_out: 1,
+            n_in: 1,
+        };
         MoeSpec {
-            router: Linear { weight: 0, bias: None, n_out: n_expert, n_in: 1, first_row: 0 },
+            router: Linear {
+                weight: 0,
+                bias: None,
+                n_out: n_expert,
+                n_in: 1,
+                first_row: 0,
+            },
             selection_bias: None,
             gating: Gating::Softmax,
             n_expert,
@@ -156,7 +176,12 @@ mod tests {
 
     #[test]
     fn the_bias_changes_the_choice_but_not_the_weights() {
-        let spec = MoeSpec { gating: Gating::Sigmoid, normalize: false, scale: 2.0, ..moe(3, 1) };
+        let spec = MoeSpec {
+            gating: Gating::Sigmoid,
+            normalize: false,
+            scale: 2.0,
+            ..moe(3, 1)
+        };
         let (experts, weights) = route(&spec, &[3.0, 0.0, 0.0], Some(&[0.0, 0.0, 1.0]));
         assert_eq!(experts, [2]);
         assert!((weights[0] - 1.0).abs() < 1e-6);
@@ -165,14 +190,22 @@ mod tests {
     #[test]
     fn experts_outside_the_best_groups_are_not_chosen() {
         // Group 0 has the single best expert, group 1 the best pair.
-        let spec = MoeSpec { groups: Some(Groups { n: 2, kept: 1 }), gating: Gating::Sigmoid, ..moe(4, 2) };
+        let spec = MoeSpec {
+            groups: Some(Groups { n: 2, kept: 1 }),
+            gating: Gating::Sigmoid,
+            ..moe(4, 2)
+        };
         let (experts, _) = route(&spec, &[2.0, -9.0, 1.0, 1.5], None);
         assert_eq!(experts, [3, 2]);
     }
 
     #[test]
     fn softmax_over_the_chosen_sums_to_one_and_follows_the_logits() {
-        let spec = MoeSpec { gating: Gating::SoftmaxChosen, normalize: false, ..moe(4, 2) };
+        let spec = MoeSpec {
+            gating: Gating::SoftmaxChosen,
+            normalize: false,
+            ..moe(4, 2)
+        };
         let (experts, weights) = route(&spec, &[1.0, 3.0, -2.0, 2.0], None);
         assert_eq!(experts, [1, 3]);
         assert!((weights[0] + weights[1] - 1.0).abs() < 1e-6);
@@ -181,11 +214,21 @@ mod tests {
 
     #[test]
     fn the_root_of_the_softplus_is_the_weight() {
-        let spec = MoeSpec { gating: Gating::SqrtSoftplus, normalize: false, ..moe(3, 3) };
+        let spec = MoeSpec {
+            gating: Gating::SqrtSoftplus,
+            normalize: false,
+            ..moe(3, 3)
+        };
         let (experts, weights) = route(&spec, &[0.0, 100.0, -1.0], None);
         assert_eq!(experts, [1, 0, 2]);
         let expected = [10.0, 2f32.ln().sqrt(), (-1f32).exp().ln_1p().sqrt()];
-        assert!(weights.iter().zip(expected).all(|(w, e)| (w - e).abs() < 1e-6), "{weights:?}");
+        assert!(
+            weights
+                .iter()
+                .zip(expected)
+                .all(|(w, e)| (w - e).abs() < 1e-6),
+            "{weights:?}"
+        );
     }
 
     #[test]

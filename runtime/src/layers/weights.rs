@@ -45,7 +45,9 @@ impl DenseWeights {
     pub(crate) fn move_to(&mut self, device: &Arc<dyn tier_plan_cuda::Device>) {
         for (tensor, held) in self.gguf.tensors().iter().zip(&mut self.held) {
             if let Some((_, held @ WeightStorage::Mapped)) = held {
-                *held = WeightStorage::Device(Arc::new(Buffer::of_bytes(device, self.gguf.bytes(tensor)).unwrap()));
+                *held = WeightStorage::Device(Arc::new(
+                    Buffer::of_bytes(device, self.gguf.bytes(tensor)).unwrap(),
+                ));
             }
         }
     }
@@ -60,7 +62,9 @@ impl DenseWeights {
     pub(crate) fn vector(&self, id: TensorId) -> &[f32] {
         match &self.held[id] {
             Some((_, WeightStorage::Vector(values))) => values,
-            _ => unreachable!("a tensor that the model description calls a vector is decoded at load"),
+            _ => unreachable!(
+                "a tensor that the model description calls a vector is decoded at load"
+            ),
         }
     }
 
@@ -82,7 +86,9 @@ impl DenseWeights {
         let bytes: &[u8] = match &self.held[id] {
             Some((_, WeightStorage::Mapped)) => self.gguf.bytes(tensor),
             Some((_, WeightStorage::ArenaSlice(piece))) => piece,
-            _ => unreachable!("a tensor that the model description calls a matrix is held as bytes"),
+            _ => {
+                unreachable!("a tensor that the model description calls a matrix is held as bytes")
+            }
         };
         Weights::new(tensor.ty, bytes, n_out, n_in)
             .unwrap_or_else(|| unreachable!("shapes are checked when the model is described"))
@@ -90,7 +96,10 @@ impl DenseWeights {
 
     /// Returns the rows of a tensor that are a linear layer's matrix.
     pub(crate) fn linear(&self, linear: &Linear) -> Weights<'_> {
-        let rows = self.gguf.tensors()[linear.weight].dims.get(1).map_or(1, |rows| *rows as usize);
+        let rows = self.gguf.tensors()[linear.weight]
+            .dims
+            .get(1)
+            .map_or(1, |rows| *rows as usize);
         let first = linear.first_row;
         self.matrix(linear.weight, rows, linear.n_in)
             .rows(first..first + linear.n_out)
@@ -100,7 +109,11 @@ impl DenseWeights {
     /// Returns the bias of a matrix: its part of the vector where several matrices share one.
     pub(crate) fn bias(&self, linear: &Linear) -> Option<&[f32]> {
         let all = self.opt_vector(linear.bias)?;
-        let first = if all.len() == linear.n_out { 0 } else { linear.first_row };
+        let first = if all.len() == linear.n_out {
+            0
+        } else {
+            linear.first_row
+        };
         Some(&all[first..first + linear.n_out])
     }
 

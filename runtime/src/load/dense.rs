@@ -17,7 +17,12 @@ impl Loader<'_> {
     /// Loads every dense group to its tier. Vectors of parameters are decoded wherever the plan
     /// puts them.
     pub(super) fn dense(&mut self) -> Result<DenseWeights, LoadError> {
-        let tiers: HashMap<_, TierIdx> = self.plan.dense.iter().map(|d| ((d.kind, d.layer), d.tier)).collect();
+        let tiers: HashMap<_, TierIdx> = self
+            .plan
+            .dense
+            .iter()
+            .map(|d| ((d.kind, d.layer), d.tier))
+            .collect();
         let (gguf, spec) = (self.model.gguf(), self.model.spec());
         let mut weights = DenseWeights::new(Arc::clone(gguf));
         let matrices = spec.matrices();
@@ -62,14 +67,20 @@ impl Loader<'_> {
             let piece = Arena::new("", n_bytes)?.take(n_bytes as usize)?;
             Buffer::of_bytes(device, &self.whole_tensor(id, piece)?)
         };
-        copied.map_err(|source| LoadError::Gpu { plan: self.plan.name.clone(), source })
+        copied.map_err(|source| LoadError::Gpu {
+            plan: self.plan.name.clone(),
+            source,
+        })
     }
 
     /// Decodes a vector of parameters.
     fn vector(&self, id: TensorId) -> Result<Box<[f32]>, LoadError> {
         let tensor = &self.model.gguf().tensors()[id];
         let n = tensor.n_bytes as usize / tensor.ty.block_bytes();
-        debug_assert!(matches!(tensor.ty, TensorType::F32 | TensorType::F16 | TensorType::BF16));
+        debug_assert!(matches!(
+            tensor.ty,
+            TensorType::F32 | TensorType::F16 | TensorType::BF16
+        ));
         let mut values = vec![0.0; n].into_boxed_slice();
         if self.files.mode == ReadMode::Cached {
             dequantize_row(tensor.ty, self.mapped_tensor(id)?, &mut values);

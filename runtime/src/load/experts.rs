@@ -21,15 +21,31 @@ use tier_plan_kernels::threads::physical_cores;
 pub(super) fn layers(model: &Model, plan: &Placement, options: &LoadOptions) -> Vec<LayerExperts> {
     let gguf = model.gguf();
     let slow = &plan.tiers[plan.home_tier()].tier;
-    let pack = options.pack.as_ref().filter(|_| slow.kind == TierKind::Nvme);
+    let pack = options
+        .pack
+        .as_ref()
+        .filter(|_| slow.kind == TierKind::Nvme);
     let mut layers = Vec::with_capacity(plan.layers.len());
     for (placed, (_, moe)) in plan.layers.iter().zip(model.spec().moe_layers()) {
-        let home = || if is_mapped(slow) && placed.slots == 0 { ExpertBacking::Mapped } else { ExpertBacking::Pooled };
+        let home = || {
+            if is_mapped(slow) && placed.slots == 0 {
+                ExpertBacking::Mapped
+            } else {
+                ExpertBacking::Pooled
+            }
+        };
         let homes = (0..moe.n_expert).map(|_| home()).collect();
         let mut layer = LayerExperts::new(gguf, moe, homes, placed.slot_tier);
         if let Some(places) = pack.and_then(|pack| pack.places(placed.layer)) {
-            let pinned: HashSet<u32> = placed.pinned.iter().flat_map(|pins| &pins.experts).copied().collect();
-            layer.use_copy(gguf.n_parts(), places, |expert| !pinned.contains(&(expert as u32)));
+            let pinned: HashSet<u32> = placed
+                .pinned
+                .iter()
+                .flat_map(|pins| &pins.experts)
+                .copied()
+                .collect();
+            layer.use_copy(gguf.n_parts(), places, |expert| {
+                !pinned.contains(&(expert as u32))
+            });
         }
         layers.push(layer);
     }
@@ -38,16 +54,23 @@ pub(super) fn layers(model: &Model, plan: &Placement, options: &LoadOptions) -> 
 
 impl Loader<'_> {
     /// Loads the experts of all layers.
-    pub(super) fn experts(&mut self, mut layers: Vec<LayerExperts>) -> Result<ExpertStore, LoadError> {
+    pub(super) fn experts(
+        &mut self,
+        mut layers: Vec<LayerExperts>,
+    ) -> Result<ExpertStore, LoadError> {
         let (plan, slow) = (self.plan, self.slow_tier());
         let moe_layers = model_layers(self.model.spec()).filter_map(|layer| layer.moe);
         for ((placed, layer), moe) in plan.layers.iter().zip(&mut layers).zip(moe_layers) {
             self.pin_on_gpus(moe, placed, layer)?;
             let n_pinned = self.pin_in_memory(placed, layer)?;
-            self.memory.resident_bytes[slow] += (layer.n_expert() - n_pinned) as u64 * layer.expert_bytes() as u64;
+            self.memory.resident_bytes[slow] +=
+                (layer.n_expert() - n_pinned) as u64 * layer.expert_bytes() as u64;
             self.make_slots(placed, layer)?;
         }
-        let (packed, room) = (largest(&layers, Layout::Packed), largest(&layers, self.layout));
+        let (packed, room) = (
+            largest(&layers, Layout::Packed),
+            largest(&layers, self.layout),
+        );
         let mut staging = Vec::new();
         if matches!(self.storage[slow], Storage::File) {
             for _ in 0..plan.staging_experts {
@@ -58,7 +81,15 @@ impl Loader<'_> {
         // An emulated device takes the declared time, and what stands for memory needs no prefetch.
         let prefetches = self.files.mode != ReadMode::Cached;
         let gguf = Arc::clone(self.model.gguf());
-        let mut store = ExpertStore::new(gguf, layers, files, staging, plan.staging_tier, slow, prefetches);
+        let mut store = ExpertStore::new(
+            gguf,
+            layers,
+            files,
+            staging,
+            plan.staging_tier,
+            slow,
+            prefetches,
+        );
         self.verify(&mut store)?;
         store.set_gpus(self.ready_gpus()?);
         Ok(store)
@@ -67,14 +98,21 @@ impl Loader<'_> {
     /// Compares mapped experts with their checksums now, and has the store compare the others when
     /// they are read.
     fn verify(&mut self, store: &mut ExpertStore) -> Result<(), LoadError> {
-        let Some(checks) = &self.options.checks else { return Ok(()) };
+        let Some(checks) = &self.options.checks else {
+            return Ok(());
+        };
         if matches!(self.storage[self.slow_tier()], Storage::Mapped) {
             let threads = self.options.threads.unwrap_or_else(physical_cores);
             let progress = &mut self.progress;
-            checks.mapped(self.model.gguf(), &store.in_place(), threads, &mut |bytes| {
-                progress.done = (progress.done + bytes).min(progress.total);
-                progress.add(0);
-            })?;
+            checks.mapped(
+                self.model.gguf(),
+                &store.in_place(),
+                threads,
+                &mut |bytes| {
+                    progress.done = (progress.done + bytes).min(progress.total);
+                    progress.add(0);
+                },
+            )?;
         }
         store.verify(Arc::clone(checks));
         Ok(())
@@ -97,7 +135,11 @@ impl Loader<'_> {
 
     /// Copies what a layer pins in main memory there. Returns how many experts it pins, those on
     /// GPUs included.
-    fn pin_in_memory(&mut self, placed: &LayerPlacement, layer: &mut LayerExperts) -> Result<usize, LoadError> {
+    fn pin_in_memory(
+        &mut self,
+        placed: &LayerPlacement,
+        layer: &mut LayerExperts,
+    ) -> Result<usize, LoadError> {
         let bytes = layer.expert_bytes();
         let mut n_pinned = 0;
         for Pins { tier, experts } in &placed.pinned {
@@ -113,9 +155,15 @@ impl Loader<'_> {
                     // The only tier of its plan: pinned or not, an expert computes where it is
                     // mapped.
                     Storage::Mapped => continue,
-                    Storage::File | Storage::Gpu => unreachable!("a checked plan pins nothing to files"),
+                    Storage::File | Storage::Gpu => {
+                        unreachable!("a checked plan pins nothing to files")
+                    }
                 };
-                layer.pin(*expert as usize, *tier, self.read_expert(layer, *expert, piece)?);
+                layer.pin(
+                    *expert as usize,
+                    *tier,
+                    self.read_expert(layer, *expert, piece)?,
+                );
             }
         }
         Ok(n_pinned)
@@ -134,20 +182,31 @@ impl Loader<'_> {
         self.read(&spans, checks, into)
     }
 
-    fn make_slots(&mut self, placed: &LayerPlacement, layer: &mut LayerExperts) -> Result<(), LoadError> {
+    fn make_slots(
+        &mut self,
+        placed: &LayerPlacement,
+        layer: &mut LayerExperts,
+    ) -> Result<(), LoadError> {
         if placed.slots > 0 && matches!(self.storage[placed.slot_tier], Storage::Gpu) {
             layer.set_slots_on_gpu(placed.slots, self.layout, placed.policy);
             return Ok(());
         }
         let (bytes, room) = (layer.expert_bytes(), layer.buffer_bytes(self.layout));
-        let slots = (0..placed.slots).map(|_| self.buffer(placed.slot_tier, bytes, room)).collect::<Result<_, _>>()?;
+        let slots = (0..placed.slots)
+            .map(|_| self.buffer(placed.slot_tier, bytes, room))
+            .collect::<Result<_, _>>()?;
         layer.set_slots(slots, self.layout, placed.policy);
         Ok(())
     }
 
     /// Takes a buffer of `room` bytes from a tier's arena, which the plan counts as `planned`
     /// bytes.
-    fn buffer(&mut self, tier: TierIdx, planned: usize, room: usize) -> Result<ArenaSlice, LoadError> {
+    fn buffer(
+        &mut self,
+        tier: TierIdx,
+        planned: usize,
+        room: usize,
+    ) -> Result<ArenaSlice, LoadError> {
         match &mut self.storage[tier] {
             Storage::Arena { buffers, .. } => {
                 self.memory.resident_bytes[tier] += planned as u64;

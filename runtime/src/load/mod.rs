@@ -69,19 +69,48 @@ pub(crate) fn load(
     }
 
     let total = bytes_to_load(plan, options, &storage);
-    let memory = MemoryUse { resident_bytes: PerTier::from_fn(plan.tiers.len(), |_| 0), padding_bytes };
-    let progress = LoadProgress { done: 0, total, report: progress };
-    let mut loader = Loader { model, plan, options, devices, gpu_experts, files, storage, layout, memory, progress };
+    let memory = MemoryUse {
+        resident_bytes: PerTier::from_fn(plan.tiers.len(), |_| 0),
+        padding_bytes,
+    };
+    let progress = LoadProgress {
+        done: 0,
+        total,
+        report: progress,
+    };
+    let mut loader = Loader {
+        model,
+        plan,
+        options,
+        devices,
+        gpu_experts,
+        files,
+        storage,
+        layout,
+        memory,
+        progress,
+    };
     let weights = loader.dense()?;
     let experts = loader.experts(layers)?;
-    let Loader { devices, memory, .. } = loader;
-    Ok(Loaded { weights, experts, devices, memory })
+    let Loader {
+        devices, memory, ..
+    } = loader;
+    Ok(Loaded {
+        weights,
+        experts,
+        devices,
+        memory,
+    })
 }
 
 /// Returns the bytes that are copied while loading, and those that are compared with their
 /// checksums in place.
 fn bytes_to_load(plan: &Placement, options: &LoadOptions, storage: &PerTier<Storage>) -> u64 {
-    let copied: u64 = plan.tiers.iter().map(|t| t.bytes.dense + t.bytes.pinned).sum();
+    let copied: u64 = plan
+        .tiers
+        .iter()
+        .map(|t| t.bytes.dense + t.bytes.pinned)
+        .sum();
     match (plan.tiers.last(), storage.last()) {
         (Some(slow), Some(Storage::Mapped)) if options.checks.is_some() => copied + slow.bytes.home,
         _ => copied,
@@ -128,7 +157,12 @@ impl Loader<'_> {
     }
 
     /// Fills a buffer from the files.
-    fn read(&self, spans: &[Span], checks: Vec<SliceChecksum>, into: ArenaSlice) -> Result<ArenaSlice, LoadError> {
+    fn read(
+        &self,
+        spans: &[Span],
+        checks: Vec<SliceChecksum>,
+        into: ArenaSlice,
+    ) -> Result<ArenaSlice, LoadError> {
         match &self.files.tier {
             Some(files) => Ok(files.read_checked(spans, checks, into)?),
             None => unreachable!("files are open wherever a tier has an arena"),
@@ -139,9 +173,25 @@ impl Loader<'_> {
     fn whole_tensor(&self, id: TensorId, into: ArenaSlice) -> Result<ArenaSlice, LoadError> {
         let gguf = self.model.gguf();
         let tensor = &gguf.tensors()[id];
-        let extent = Extent { part: tensor.part, offset: tensor.offset, len: tensor.n_bytes as usize };
-        let check = self.options.checks.as_ref().map(|checks| checks.slice(gguf, id, 0, 0, extent));
-        self.read(&[Span { extent, at: 0, whole_pages: false }], check.into_iter().collect(), into)
+        let extent = Extent {
+            part: tensor.part,
+            offset: tensor.offset,
+            len: tensor.n_bytes as usize,
+        };
+        let check = self
+            .options
+            .checks
+            .as_ref()
+            .map(|checks| checks.slice(gguf, id, 0, 0, extent));
+        self.read(
+            &[Span {
+                extent,
+                at: 0,
+                whole_pages: false,
+            }],
+            check.into_iter().collect(),
+            into,
+        )
     }
 
     /// Returns a tensor's bytes where they are mapped, compared with their checksums where there

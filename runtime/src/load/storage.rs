@@ -33,7 +33,10 @@ pub(super) fn is_mapped(tier: &Tier) -> bool {
 ///
 /// # Errors
 /// When there is not enough.
-pub(super) fn reserve(plan: &Placement, padding_bytes: &PerTier<u64>) -> Result<PerTier<Storage>, LoadError> {
+pub(super) fn reserve(
+    plan: &Placement,
+    padding_bytes: &PerTier<u64>,
+) -> Result<PerTier<Storage>, LoadError> {
     let slow = plan.home_tier();
     let storage = |(i, t): (TierIdx, &PlanTier)| {
         let pages = Pages::of_tier(&t.tier);
@@ -43,7 +46,11 @@ pub(super) fn reserve(plan: &Placement, padding_bytes: &PerTier<u64>) -> Result<
             _ if i == slow && is_mapped(&t.tier) => Storage::Mapped,
             _ => Storage::Arena {
                 weights: Arena::on(&t.tier.name, t.bytes.dense + t.bytes.pinned, &pages)?,
-                buffers: Arena::on(&t.tier.name, t.bytes.slots + t.bytes.staging + padding_bytes[i], &pages)?,
+                buffers: Arena::on(
+                    &t.tier.name,
+                    t.bytes.slots + t.bytes.staging + padding_bytes[i],
+                    &pages,
+                )?,
             },
         })
     };
@@ -63,18 +70,34 @@ impl Files {
     ///
     /// # Errors
     /// When a file can't be opened.
-    pub(super) fn open(gguf: &Gguf, plan: &Placement, options: &LoadOptions) -> Result<Self, LoadError> {
+    pub(super) fn open(
+        gguf: &Gguf,
+        plan: &Placement,
+        options: &LoadOptions,
+    ) -> Result<Self, LoadError> {
         let slow = &plan.tiers[plan.home_tier()].tier;
         // An emulated device, and what stands for memory, are read through the page cache.
         let is_device = slow.kind == TierKind::Nvme && !slow.emulated;
-        let mode = if is_device { ReadMode::from_env()? } else { ReadMode::Cached };
+        let mode = if is_device {
+            ReadMode::from_env()?
+        } else {
+            ReadMode::Cached
+        };
         if plan.tiers.len() == 1 && is_mapped(slow) {
             return Ok(Self { tier: None, mode });
         }
-        let mut paths: Vec<PathBuf> = (0..gguf.n_parts()).map(|part| gguf.part_path(part).to_path_buf()).collect();
-        let pack = options.pack.as_ref().filter(|_| slow.kind == TierKind::Nvme);
+        let mut paths: Vec<PathBuf> = (0..gguf.n_parts())
+            .map(|part| gguf.part_path(part).to_path_buf())
+            .collect();
+        let pack = options
+            .pack
+            .as_ref()
+            .filter(|_| slow.kind == TierKind::Nvme);
         paths.extend(pack.map(|pack| pack.path().to_path_buf()));
-        Ok(Self { tier: Some(FileTier::open(&paths, mode)?), mode })
+        Ok(Self {
+            tier: Some(FileTier::open(&paths, mode)?),
+            mode,
+        })
     }
 
     /// Returns whether files are read with direct I/O, past the page cache.
@@ -88,25 +111,45 @@ impl Files {
 ///
 /// They hold whole pages where files are read with direct I/O and every tier's budget has the bytes
 /// left.
-pub(super) fn layout(plan: &Placement, layers: &[LayerExperts], direct: bool) -> (Layout, PerTier<u64>) {
+pub(super) fn layout(
+    plan: &Placement,
+    layers: &[LayerExperts],
+    direct: bool,
+) -> (Layout, PerTier<u64>) {
     let none = PerTier::from_fn(plan.tiers.len(), |_| 0);
     let mut padding = none.clone();
     let staging = largest(layers, Layout::WholePages) - largest(layers, Layout::Packed);
     padding[plan.staging_tier] += u64::from(plan.staging_experts) * staging as u64;
     for (placed, layer) in plan.layers.iter().zip(layers) {
         // A GPU's slots are filled from staging, with nothing around an expert.
-        if plan.tiers.get(placed.slot_tier).is_some_and(PlanTier::uses_gpu) {
+        if plan
+            .tiers
+            .get(placed.slot_tier)
+            .is_some_and(PlanTier::uses_gpu)
+        {
             continue;
         }
         let per_slot = layer.buffer_bytes(Layout::WholePages) - layer.buffer_bytes(Layout::Packed);
         padding[placed.slot_tier] += u64::from(placed.slots) * per_slot as u64;
     }
     let left = |t: &PlanTier| t.budget_bytes.saturating_sub(t.used_bytes());
-    let fits = plan.tiers.iter().zip(&padding).all(|(t, bytes)| *bytes <= left(t));
-    if direct && fits { (Layout::WholePages, padding) } else { (Layout::Packed, none) }
+    let fits = plan
+        .tiers
+        .iter()
+        .zip(&padding)
+        .all(|(t, bytes)| *bytes <= left(t));
+    if direct && fits {
+        (Layout::WholePages, padding)
+    } else {
+        (Layout::Packed, none)
+    }
 }
 
 /// Returns the bytes of a buffer for any expert of the model.
 pub(super) fn largest(layers: &[LayerExperts], layout: Layout) -> usize {
-    layers.iter().map(|layer| layer.buffer_bytes(layout)).max().unwrap_or(0)
+    layers
+        .iter()
+        .map(|layer| layer.buffer_bytes(layout))
+        .max()
+        .unwrap_or(0)
 }

@@ -18,16 +18,30 @@ use tier_plan_formats::placement::{LayerPlacement, PerTier, Placement, TierIdx};
 ///
 /// # Errors
 /// When a GPU fails.
-pub(super) fn open(plan: &Placement, devices: &Devices) -> Result<PerTier<Option<PinnedExperts>>, LoadError> {
-    let open = |tier| devices.of(tier).map(|device| PinnedExperts::new(Arc::clone(device), plan.layers.len()));
+pub(super) fn open(
+    plan: &Placement,
+    devices: &Devices,
+) -> Result<PerTier<Option<PinnedExperts>>, LoadError> {
+    let open = |tier| {
+        devices
+            .of(tier)
+            .map(|device| PinnedExperts::new(Arc::clone(device), plan.layers.len()))
+    };
     let gpus = plan.tiers.indices().map(|tier| open(tier).transpose());
-    gpus.collect::<Result<_, _>>().map_err(|source| LoadError::Gpu { plan: plan.name.clone(), source })
+    gpus.collect::<Result<_, _>>()
+        .map_err(|source| LoadError::Gpu {
+            plan: plan.name.clone(),
+            source,
+        })
 }
 
 impl Loader<'_> {
     fn gpu_failed(&self) -> impl Fn(CudaError) -> LoadError + use<> {
         let plan = self.plan.name.clone();
-        move |source| LoadError::Gpu { plan: plan.clone(), source }
+        move |source| LoadError::Gpu {
+            plan: plan.clone(),
+            source,
+        }
     }
 
     /// Copies what a layer pins on a GPU there, by way of main memory, and makes its slots if they
@@ -39,8 +53,16 @@ impl Loader<'_> {
         layer: &mut LayerExperts,
         tier: TierIdx,
     ) -> Result<(), LoadError> {
-        let pinned = placed.pinned.iter().find(|pins| pins.tier == tier).map_or(&[][..], |pins| &pins.experts);
-        let slots = if placed.slot_tier == tier { placed.slots as usize } else { 0 };
+        let pinned = placed
+            .pinned
+            .iter()
+            .find(|pins| pins.tier == tier)
+            .map_or(&[][..], |pins| &pins.experts);
+        let slots = if placed.slot_tier == tier {
+            placed.slots as usize
+        } else {
+            0
+        };
         if pinned.is_empty() && slots == 0 {
             return Ok(());
         }
@@ -59,15 +81,31 @@ impl Loader<'_> {
             .iter()
             .zip(views.iter().zip(&biases))
             .map(|(expert, (view, biases))| {
-                let biases = biases.as_ref().map(|[gate, up, down]| [&gate[..], &up[..], &down[..]]);
+                let biases = biases
+                    .as_ref()
+                    .map(|[gate, up, down]| [&gate[..], &up[..], &down[..]]);
                 let (gate, up, down) = (view.gate.weights, view.up.weights, view.down.weights);
-                (*expert as usize, ExpertBytes { gate: gate.bytes(), up: up.bytes(), down: down.bytes(), biases })
+                (
+                    *expert as usize,
+                    ExpertBytes {
+                        gate: gate.bytes(),
+                        up: up.bytes(),
+                        down: down.bytes(),
+                        biases,
+                    },
+                )
             })
             .collect();
         let (any, failed) = (layer.packed(&any), self.gpu_failed());
         if let Some(gpu) = &mut self.gpu_experts[tier] {
-            gpu.add_layer(moe.index.get(), any.kind(moe.spec), &experts, slots, any.biases().is_some())
-                .map_err(failed)?;
+            gpu.add_layer(
+                moe.index.get(),
+                any.kind(moe.spec),
+                &experts,
+                slots,
+                any.biases().is_some(),
+            )
+            .map_err(failed)?;
         }
         self.memory.resident_bytes[tier] += (bytes * (pinned.len() + slots)) as u64;
         self.progress.done += (bytes * pinned.len()) as u64;

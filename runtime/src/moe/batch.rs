@@ -20,11 +20,25 @@ use tier_plan_kernels::pooled::{MatJob, matmul_all};
 pub(super) fn run(run: &mut MoeRun<'_>) -> Result<Step, RunError> {
     let (layer, routing) = (run.layer.index.get(), run.routing);
     let tokens = TokensByExpert::new(&routing, run.layer.spec.n_expert);
-    routing.experts.chunks_exact(routing.n_used.max(1)).for_each(|chosen| run.store.note(layer, chosen));
-    let step = run.store.begin(layer, &tokens.by_last_use(&routing), tokens.present());
+    routing
+        .experts
+        .chunks_exact(routing.n_used.max(1))
+        .for_each(|chosen| run.store.note(layer, chosen));
+    let step = run
+        .store
+        .begin(layer, &tokens.by_last_use(&routing), tokens.present());
     run.out.fill(0.0);
-    let (gpu, streamed) = (GpuBatch::new(run.store.n_gpus()), StreamedExperts::default());
-    let mut batch = BatchRun { run, step, tokens: &tokens, gpu, streamed };
+    let (gpu, streamed) = (
+        GpuBatch::new(run.store.n_gpus()),
+        StreamedExperts::default(),
+    );
+    let mut batch = BatchRun {
+        run,
+        step,
+        tokens: &tokens,
+        gpu,
+        streamed,
+    };
     batch.compute()?;
     Ok(batch.step)
 }
@@ -64,8 +78,12 @@ impl BatchRun<'_, '_> {
             self.ask_gpu()?;
         }
         let run = &mut *self.run;
-        let mut on = StoreStep { store: &mut *run.store, step: &mut self.step };
-        self.streamed.finish(run.streams, &mut on, run.cpu.kernels, run.out)?;
+        let mut on = StoreStep {
+            store: &mut *run.store,
+            step: &mut self.step,
+        };
+        self.streamed
+            .finish(run.streams, &mut on, run.cpu.kernels, run.out)?;
         run.store.finish(&mut self.step)?;
         Ok(run.store.check_gpus()?)
     }
@@ -76,7 +94,12 @@ impl BatchRun<'_, '_> {
         let mut others = Vec::new();
         for at in 0..self.step.experts().len() {
             // When which results are added must not depend on what happened to be prefetched.
-            match self.run.store.gpu_slot(&self.step, at).filter(|_| self.step.was_resident(at)) {
+            match self
+                .run
+                .store
+                .gpu_slot(&self.step, at)
+                .filter(|_| self.step.was_resident(at))
+            {
                 Some(spot) => self.add_to_gpu(at, spot.gpu, spot.tier),
                 None => others.push(at),
             }
@@ -89,10 +112,23 @@ impl BatchRun<'_, '_> {
     /// the positions of the others.
     fn start_streamed(&mut self, mut positions: Vec<usize>) -> Result<Vec<usize>, RunError> {
         let run = &mut *self.run;
-        self.streamed = run.streams.choose(run.store, &self.step, self.tokens, run.layer.spec, run.x.rows());
+        self.streamed = run.streams.choose(
+            run.store,
+            &self.step,
+            self.tokens,
+            run.layer.spec,
+            run.x.rows(),
+        );
         positions.retain(|at| !self.streamed.has(*at));
-        let batch = Batch { x: run.x, users: self.tokens, hidden: run.layer.spec.router.n_in };
-        let mut on = StoreStep { store: &mut *run.store, step: &mut self.step };
+        let batch = Batch {
+            x: run.x,
+            users: self.tokens,
+            hidden: run.layer.spec.router.n_in,
+        };
+        let mut on = StoreStep {
+            store: &mut *run.store,
+            step: &mut self.step,
+        };
         self.streamed.begin(run.streams, &mut on, batch)?;
         Ok(positions)
     }
@@ -100,42 +136,94 @@ impl BatchRun<'_, '_> {
     /// Sends streamed experts: as many as there are free buffers for, or all.
     fn send_streamed(&mut self, flush: Flush) -> Result<(), RunError> {
         let run = &mut *self.run;
-        let mut on = StoreStep { store: &mut *run.store, step: &mut self.step };
-        self.streamed.send(run.streams, &mut on, run.cpu.pool, run.layer.spec, flush, run.computed)
+        let mut on = StoreStep {
+            store: &mut *run.store,
+            step: &mut self.step,
+        };
+        self.streamed.send(
+            run.streams,
+            &mut on,
+            run.cpu.pool,
+            run.layer.spec,
+            flush,
+            run.computed,
+        )
     }
 
     /// Gives the expert at position `at` of the step to the GPU of `tier`, where it lies.
     fn add_to_gpu(&mut self, at: usize, gpu: usize, tier: TierIdx) {
         self.run.count(tier);
-        self.gpu.add(gpu, at, self.tokens.of(self.step.experts()[at] as usize).len());
+        self.gpu.add(
+            gpu,
+            at,
+            self.tokens.of(self.step.experts()[at] as usize).len(),
+        );
     }
 
     /// Asks each GPU for as many rows as it has room for.
     fn ask_gpu(&mut self) -> Result<(), RunError> {
         let run = &mut *self.run;
-        let batch = Batch { x: run.x, users: self.tokens, hidden: run.layer.spec.router.n_in };
-        let mut on = StoreStep { store: &mut *run.store, step: &mut self.step };
+        let batch = Batch {
+            x: run.x,
+            users: self.tokens,
+            hidden: run.layer.spec.router.n_in,
+        };
+        let mut on = StoreStep {
+            store: &mut *run.store,
+            step: &mut self.step,
+        };
         self.gpu.ask(&mut on, batch, run.gpu_rows)
     }
 
     /// Adds what GPUs have computed to the sums: of GPUs with more to do, or of all.
     fn fetch_gpu(&mut self, flush: Flush) -> Result<(), RunError> {
         let run = &mut *self.run;
-        let batch = Batch { x: run.x, users: self.tokens, hidden: run.layer.spec.router.n_in };
-        let mut on = StoreStep { store: &mut *run.store, step: &mut self.step };
-        self.gpu.fetch(&mut on, batch, run.gpu_rows, run.cpu.kernels, flush, run.out)
+        let batch = Batch {
+            x: run.x,
+            users: self.tokens,
+            hidden: run.layer.spec.router.n_in,
+        };
+        let mut on = StoreStep {
+            store: &mut *run.store,
+            step: &mut self.step,
+        };
+        self.gpu.fetch(
+            &mut on,
+            batch,
+            run.gpu_rows,
+            run.cpu.kernels,
+            flush,
+            run.out,
+        )
     }
 
     /// Computes the expert at position `at` on the CPU, and adds its weighted results to the sums.
     fn cpu(&mut self, at: usize) -> Result<(), RunError> {
-        let MoeRun { cpu, store, layer, x, scratch, out, computed, .. } = &mut *self.run;
+        let MoeRun {
+            cpu,
+            store,
+            layer,
+            x,
+            scratch,
+            out,
+            computed,
+            ..
+        } = &mut *self.run;
         let (view, tier) = store.view(&self.step, at);
         computed.add(tier, store.expert_bytes(layer.index.get()));
         let hidden = layer.spec.router.n_in;
-        for tokens in self.tokens.of(self.step.experts()[at] as usize).chunks(scratch.rows) {
+        for tokens in self
+            .tokens
+            .of(self.step.experts()[at] as usize)
+            .chunks(scratch.rows)
+        {
             let results = expert_on_cpu(*cpu, &view, layer.spec, *x, tokens, scratch);
             for (result, (token, weight)) in results.chunks_exact(hidden).zip(tokens) {
-                cpu.kernels.axpy(*weight, result, &mut out[token * hidden..(token + 1) * hidden]);
+                cpu.kernels.axpy(
+                    *weight,
+                    result,
+                    &mut out[token * hidden..(token + 1) * hidden],
+                );
             }
         }
         self.run.store.release(&mut self.step, at);
@@ -157,18 +245,35 @@ fn expert_on_cpu<'s>(
     s: &'s mut FfnScratch,
 ) -> &'s [f32] {
     let (n, width, hidden) = (tokens.len(), moe.expert_ffn, moe.router.n_in);
-    let floats = [view.gate.weights.ty(), view.up.weights.ty()].into_iter().any(|ty| !needs_quants(ty));
-    s.gathered.gather(x, tokens.iter().map(|(token, _)| *token), floats);
+    let floats = [view.gate.weights.ty(), view.up.weights.ty()]
+        .into_iter()
+        .any(|ty| !needs_quants(ty));
+    s.gathered
+        .gather(x, tokens.iter().map(|(token, _)| *token), floats);
     let acts = s.gathered.view();
     let (gate, up) = (&mut s.gate[..n * width], &mut s.up[..n * width]);
-    let jobs = [MatJob::new(view.gate.weights, acts, gate), MatJob::new(view.up.weights, acts, up)];
+    let jobs = [
+        MatJob::new(view.gate.weights, acts, gate),
+        MatJob::new(view.up.weights, acts, up),
+    ];
     matmul_all(cpu.pool, cpu.kernels, &jobs);
     view.gate.add_bias(gate, &mut s.bias);
     view.up.add_bias(up, &mut s.bias);
     activate_shared(cpu, moe.activation, width, gate, up);
-    s.inner.fill_shared(cpu.pool, cpu.kernels, n, width, gate, needs_quants(view.down.weights.ty()));
+    s.inner.fill_shared(
+        cpu.pool,
+        cpu.kernels,
+        n,
+        width,
+        gate,
+        needs_quants(view.down.weights.ty()),
+    );
     let results = &mut s.results[..n * hidden];
-    matmul_all(cpu.pool, cpu.kernels, &[MatJob::new(view.down.weights, s.inner.view(), results)]);
+    matmul_all(
+        cpu.pool,
+        cpu.kernels,
+        &[MatJob::new(view.down.weights, s.inner.view(), results)],
+    );
     view.down.add_bias(results, &mut s.bias);
     results
 }

@@ -53,13 +53,27 @@ pub(crate) fn dense_ffn(
     let rows = x.rows();
     let width = ffn.gate.n_out;
     let (gate, up) = (&mut s.gate[..rows * width], &mut s.up[..rows * width]);
-    let jobs = [MatJob::new(weights.linear(&ffn.gate), x, gate), MatJob::new(weights.linear(&ffn.up), x, up)];
+    let jobs = [
+        MatJob::new(weights.linear(&ffn.gate), x, gate),
+        MatJob::new(weights.linear(&ffn.up), x, up),
+    ];
     matmul_all(c.pool, c.kernels, &jobs);
     add_bias(gate, weights.bias(&ffn.gate));
     add_bias(up, weights.bias(&ffn.up));
     activate_shared(c, Activation::Silu, width, gate, up);
-    s.inner.fill_shared(c.pool, c.kernels, rows, width, gate, needs_quants(weights.ty(ffn.down.weight)));
-    matmul_all(c.pool, c.kernels, &[MatJob::new(weights.linear(&ffn.down), s.inner.view(), out)]);
+    s.inner.fill_shared(
+        c.pool,
+        c.kernels,
+        rows,
+        width,
+        gate,
+        needs_quants(weights.ty(ffn.down.weight)),
+    );
+    matmul_all(
+        c.pool,
+        c.kernels,
+        &[MatJob::new(weights.linear(&ffn.down), s.inner.view(), out)],
+    );
     add_bias(out, weights.bias(&ffn.down));
 }
 
@@ -88,11 +102,21 @@ pub(crate) fn shared_expert(
 pub(super) fn activate(kernels: Kernels, activation: Activation, gate: &mut [f32], up: &[f32]) {
     match activation {
         Activation::Silu => kernels.silu_mul(gate, up),
-        Activation::ClampedSwiglu { alpha, limit } => kernels.clamped_swiglu(gate, up, alpha, limit),
+        Activation::ClampedSwiglu { alpha, limit } => {
+            kernels.clamped_swiglu(gate, up, alpha, limit)
+        }
     }
 }
 
 /// [`activate`] for `[rows, width]`, split among the threads.
-pub(super) fn activate_shared(c: CpuContext<'_>, activation: Activation, width: usize, gate: &mut [f32], up: &[f32]) {
-    c.pool.for_each_slice(gate, width, |row, gate| activate(c.kernels, activation, gate, &up[row * width..][..width]));
+pub(super) fn activate_shared(
+    c: CpuContext<'_>,
+    activation: Activation,
+    width: usize,
+    gate: &mut [f32],
+    up: &[f32],
+) {
+    c.pool.for_each_slice(gate, width, |row, gate| {
+        activate(c.kernels, activation, gate, &up[row * width..][..width])
+    });
 }

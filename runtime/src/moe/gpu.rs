@@ -43,19 +43,30 @@ pub(crate) struct GpuBatch {
 
 impl GpuBatch {
     pub(crate) fn new(n_gpus: usize) -> Self {
-        Self { waiting: vec![VecDeque::new(); n_gpus], asked: vec![Vec::new(); n_gpus] }
+        Self {
+            waiting: vec![VecDeque::new(); n_gpus],
+            asked: vec![Vec::new(); n_gpus],
+        }
     }
 
     /// Adds the expert at `position` of the step, which is on a GPU now.
     pub(crate) fn add(&mut self, gpu: usize, position: usize, n_tokens: usize) {
-        self.waiting[gpu].push_back(ExpertTokens { position, tokens: 0..n_tokens });
+        self.waiting[gpu].push_back(ExpertTokens {
+            position,
+            tokens: 0..n_tokens,
+        });
     }
 
     /// Asks each GPU for as many rows as its buffers hold.
     ///
     /// # Errors
     /// When a GPU fails.
-    pub(crate) fn ask(&mut self, on: &mut StoreStep<'_>, batch: Batch<'_>, rows: &mut GpuRows) -> Result<(), RunError> {
+    pub(crate) fn ask(
+        &mut self,
+        on: &mut StoreStep<'_>,
+        batch: Batch<'_>,
+        rows: &mut GpuRows,
+    ) -> Result<(), RunError> {
         for gpu in 0..self.waiting.len() {
             let mut free_rows = on.store.gpu_capacity(gpu);
             let (mut positions, mut done) = (Vec::new(), Vec::new());
@@ -65,14 +76,20 @@ impl GpuBatch {
             {
                 let position = *position;
                 let now = tokens.start..tokens.end.min(tokens.start + free_rows);
-                for (token, _) in &batch.users.of(on.step.experts()[position] as usize)[now.clone()] {
-                    rows.sent.extend_from_slice(&batch.x.values()[token * batch.hidden..][..batch.hidden]);
+                for (token, _) in &batch.users.of(on.step.experts()[position] as usize)[now.clone()]
+                {
+                    rows.sent.extend_from_slice(
+                        &batch.x.values()[token * batch.hidden..][..batch.hidden],
+                    );
                 }
                 positions.extend(std::iter::repeat_n(position, now.len()));
                 free_rows -= now.len();
                 tokens.start = now.end;
                 let finished = tokens.start >= tokens.end;
-                self.asked[gpu].push(ExpertTokens { position, tokens: now });
+                self.asked[gpu].push(ExpertTokens {
+                    position,
+                    tokens: now,
+                });
                 if finished {
                     done.push(position);
                     self.waiting[gpu].pop_front();
@@ -82,7 +99,8 @@ impl GpuBatch {
                 on.store.ask_rows(on.step, gpu, &positions, &rows.sent)?;
             }
             // The GPU executes in order, so the experts' slots may be refilled.
-            done.into_iter().for_each(|position| on.store.release(on.step, position));
+            done.into_iter()
+                .for_each(|position| on.store.release(on.step, position));
         }
         Ok(())
     }
@@ -105,14 +123,19 @@ impl GpuBatch {
             if self.asked[gpu].is_empty() || flush == Flush::Some && self.waiting[gpu].is_empty() {
                 continue;
             }
-            on.store.fetch_gpu(on.step, gpu, batch.hidden, &mut rows.fetched)?;
+            on.store
+                .fetch_gpu(on.step, gpu, batch.hidden, &mut rows.fetched)?;
             let mut results = rows.fetched.chunks_exact(batch.hidden);
             for ExpertTokens { position, tokens } in self.asked[gpu].drain(..) {
                 // The tokens come first: the shorter side of a zip must not take a result of the
                 // next expert.
                 let tokens = &batch.users.of(on.step.experts()[position] as usize)[tokens];
                 for ((token, weight), result) in tokens.iter().zip(&mut results) {
-                    kernels.axpy(*weight, result, &mut out[token * batch.hidden..][..batch.hidden]);
+                    kernels.axpy(
+                        *weight,
+                        result,
+                        &mut out[token * batch.hidden..][..batch.hidden],
+                    );
                 }
             }
         }

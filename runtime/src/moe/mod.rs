@@ -62,6 +62,7 @@ impl MoeRun<'_> {
 
     /// Counts an expert that is computed from `tier`.
     fn count(&mut self, tier: TierIdx) {
-        self.computed.add(tier, self.store.expert_bytes(self.layer.index.get()));
+        self.computed
+            .add(tier, self.store.expert_bytes(self.layer.index.get()));
     }
 }

@@ -86,29 +86,54 @@ impl Streams {
     /// # Errors
     /// When a GPU fails.
     pub(crate) fn new(setup: &StreamSetup<'_>) -> Result<Self, LoadError> {
-        let &StreamSetup { spec, plan, options, devices, batch, pool, .. } = setup;
-        let mut streams = Self { by_layer: vec![None; plan.layers.len()], ..Self::default() };
+        let &StreamSetup {
+            spec,
+            plan,
+            options,
+            devices,
+            batch,
+            pool,
+            ..
+        } = setup;
+        let mut streams = Self {
+            by_layer: vec![None; plan.layers.len()],
+            ..Self::default()
+        };
         // The time of an emulated tier is declared, and predictions of it don't include streaming.
         let emulated = plan.tiers.iter().any(|t| t.tier.emulated);
-        let Some(processor_gflops) = options.stream.map(|s| s.processor_gflops).or(planned_cpu_gflops(plan)) else {
+        let Some(processor_gflops) = options
+            .stream
+            .map(|s| s.processor_gflops)
+            .or(planned_cpu_gflops(plan))
+        else {
             return Ok(streams);
         };
         if emulated || batch < MIN_TOKENS || options.stream.is_some_and(|s| s.link_gbps <= 0.0) {
             return Ok(streams);
         }
-        let failed = |source| LoadError::Gpu { plan: plan.name.clone(), source };
+        let failed = |source| LoadError::Gpu {
+            plan: plan.name.clone(),
+            source,
+        };
         for (tier, device) in devices.all() {
             let (layers, sizes) = setup.streamed_layers(tier);
             let needed = sizes.bytes().saturating_add(GPU_RESERVE_BYTES as usize);
             if layers.is_empty() || device.free_bytes().map_err(failed)? < needed {
                 continue;
             }
-            let Some(mut experts) = ExpertStream::new(device, sizes).map_err(failed)? else { continue };
+            let Some(mut experts) = ExpertStream::new(device, sizes).map_err(failed)? else {
+                continue;
+            };
             let rates = match options.stream {
                 Some(rates) => rates,
                 None => {
-                    let rate = experts.measure(&|to, from| pool.copy(to, from)).map_err(failed)?;
-                    StreamRates { link_gbps: round_to_quarter_octave(rate / 1e9), processor_gflops }
+                    let rate = experts
+                        .measure(&|to, from| pool.copy(to, from))
+                        .map_err(failed)?;
+                    StreamRates {
+                        link_gbps: round_to_quarter_octave(rate / 1e9),
+                        processor_gflops,
+                    }
                 }
             };
             for layer in layers {
@@ -141,22 +166,42 @@ impl Streams {
         moe: &MoeSpec,
         tokens: usize,
     ) -> StreamedExperts {
-        let Some(stream) = self.by_layer.get(step.layer()).copied().flatten().filter(|_| tokens >= MIN_TOKENS) else {
+        let Some(stream) = self
+            .by_layer
+            .get(step.layer())
+            .copied()
+            .flatten()
+            .filter(|_| tokens >= MIN_TOKENS)
+        else {
             return StreamedExperts::default();
         };
         let on_cpu = |position: &usize| store.gpu_slot(step, *position).is_none();
-        let expert =
-            |position: usize| StreamedExpert { position, n_tokens: users.of(step.experts()[position] as usize).len() };
-        let mut experts: Vec<_> = (0..step.experts().len()).filter(on_cpu).map(expert).collect();
+        let expert = |position: usize| StreamedExpert {
+            position,
+            n_tokens: users.of(step.experts()[position] as usize).len(),
+        };
+        let mut experts: Vec<_> = (0..step.experts().len())
+            .filter(on_cpu)
+            .map(expert)
+            .collect();
         let total: usize = experts.iter().map(|e| e.n_tokens).sum();
         // Experts in slots or in flight would give their buffers back too soon.
         experts.retain(|e| step.is_in_place(e.position) && step.was_resident(e.position));
         experts.sort_by_key(|e| std::cmp::Reverse(e.n_tokens));
         let counts: Vec<usize> = experts.iter().map(|e| e.n_tokens).collect();
-        let cost = Cost::new(self.streams[stream].rates, store.expert_bytes(step.layer()), moe, tokens);
+        let cost = Cost::new(
+            self.streams[stream].rates,
+            store.expert_bytes(step.layer()),
+            moe,
+            tokens,
+        );
         experts.truncate(cost.best(&counts, total));
         experts.sort_unstable_by_key(|e| e.position);
-        StreamedExperts { stream, experts, n_sent: 0 }
+        StreamedExperts {
+            stream,
+            experts,
+            n_sent: 0,
+        }
     }
 }
 
@@ -165,18 +210,28 @@ impl StreamSetup<'_> {
     /// routed experts, and the sizes that they need.
     fn streamed_layers(&self, tier: TierIdx) -> (Vec<usize>, StreamSizes) {
         let hidden = self.spec.hidden;
-        let mut sizes = StreamSizes { tokens: self.batch, rows: self.rows, hidden, ..StreamSizes::default() };
+        let mut sizes = StreamSizes {
+            tokens: self.batch,
+            rows: self.rows,
+            hidden,
+            ..StreamSizes::default()
+        };
         let mut layers = Vec::new();
         for (moe_index, (index, moe)) in self.spec.moe_layers().enumerate() {
             let pinned = self.plan.layers[moe_index].pinned.iter();
-            let on_gpus: usize = pinned.filter(|p| self.devices.of(p.tier).is_some()).map(|p| p.experts.len()).sum();
+            let on_gpus: usize = pinned
+                .filter(|p| self.devices.of(p.tier).is_some())
+                .map(|p| p.experts.len())
+                .sum();
             if self.places.layers[index].ffn != Some(tier) || on_gpus >= moe.n_expert {
                 continue;
             }
             layers.push(moe_index);
             sizes.n_used = sizes.n_used.max(moe.n_used);
             sizes.ffn = sizes.ffn.max(moe.expert_ffn);
-            sizes.expert_bytes = sizes.expert_bytes.max(self.shape.experts[moe_index].expert_bytes as usize);
+            sizes.expert_bytes = sizes
+                .expert_bytes
+                .max(self.shape.experts[moe_index].expert_bytes as usize);
         }
         (layers, sizes)
     }
@@ -185,7 +240,10 @@ impl StreamSetup<'_> {
 /// Returns the GFLOP/s of prompts on the CPU that the plan was predicted with.
 fn planned_cpu_gflops(plan: &Placement) -> Option<f64> {
     let rates = plan.tiers.iter().zip(&plan.predicted.prompt_gflops);
-    rates.filter(|(t, rate)| t.tier.kind != TierKind::Vram && **rate > 0.0).map(|(_, rate)| *rate).next()
+    rates
+        .filter(|(t, rate)| t.tier.kind != TierKind::Vram && **rate > 0.0)
+        .map(|(_, rate)| *rate)
+        .next()
 }
 
 /// Rounds a measured rate to a quarter of an octave, so that runs make the same choices.
@@ -232,7 +290,9 @@ impl Cost {
 impl StreamedExperts {
     /// Whether the expert at a position of the step is streamed.
     pub(crate) fn has(&self, position: usize) -> bool {
-        self.experts.binary_search_by_key(&position, |e| e.position).is_ok()
+        self.experts
+            .binary_search_by_key(&position, |e| e.position)
+            .is_ok()
     }
 
     /// Copies the rows of the batch to the GPU.
@@ -248,10 +308,20 @@ impl StreamedExperts {
         if self.experts.is_empty() {
             return Ok(());
         }
-        let users = self.experts.iter().flat_map(|e| batch.users.of(on.step.experts()[e.position] as usize));
-        let uses: Vec<Use> = users.map(|(token, weight)| Use { token: *token, weight: *weight }).collect();
+        let users = self
+            .experts
+            .iter()
+            .flat_map(|e| batch.users.of(on.step.experts()[e.position] as usize));
+        let uses: Vec<Use> = users
+            .map(|(token, weight)| Use {
+                token: *token,
+                weight: *weight,
+            })
+            .collect();
         let x = &batch.x.values()[..batch.x.rows() * batch.hidden];
-        let begun = streams.streams[self.stream].experts.begin(batch.hidden, x, &uses);
+        let begun = streams.streams[self.stream]
+            .experts
+            .begin(batch.hidden, x, &uses);
         Ok(begun.inspect_err(|_| on.store.give_up(on.step))?)
     }
 
@@ -329,10 +399,23 @@ fn send_one(
     let (view, tier) = on.store.view(on.step, expert.position);
     computed.add(tier, on.store.expert_bytes(on.step.layer()));
     let biases = view.biases();
-    let biases = biases.as_ref().map(|[gate, up, down]| [&gate[..], &up[..], &down[..]]);
-    let (gate, up, down) = (view.gate.weights.bytes(), view.up.weights.bytes(), view.down.weights.bytes());
-    let bytes = ExpertBytes { gate, up, down, biases };
-    stream.send(&view.kind(moe), &bytes, expert.n_tokens, &|to, from| pool.copy(to, from))
+    let biases = biases
+        .as_ref()
+        .map(|[gate, up, down]| [&gate[..], &up[..], &down[..]]);
+    let (gate, up, down) = (
+        view.gate.weights.bytes(),
+        view.up.weights.bytes(),
+        view.down.weights.bytes(),
+    );
+    let bytes = ExpertBytes {
+        gate,
+        up,
+        down,
+        biases,
+    };
+    stream.send(&view.kind(moe), &bytes, expert.n_tokens, &|to, from| {
+        pool.copy(to, from)
+    })
 }
 
 #[cfg(test)]
@@ -341,16 +424,33 @@ mod tests {
 
     #[test]
     fn the_number_of_streamed_experts_balances_both_sides() {
-        let cost = |stream_s, use_s| Cost { stream_s, rows_s: 0.5, use_s };
+        let cost = |stream_s, use_s| Cost {
+            stream_s,
+            rows_s: 0.5,
+            use_s,
+        };
         let counts = [40, 20, 10, 5, 1];
-        for (stream_s, use_s) in [(1.0, 0.1), (10.0, 0.1), (0.01, 1.0), (3.0, 0.2), (1.0, 1e-4)] {
+        for (stream_s, use_s) in [
+            (1.0, 0.1),
+            (10.0, 0.1),
+            (0.01, 1.0),
+            (3.0, 0.2),
+            (1.0, 1e-4),
+        ] {
             let (cost, total) = (cost(stream_s, use_s), 80);
             let time = |n: usize| {
                 let cpu_s = use_s * (total - counts[..n].iter().sum::<usize>()) as f64;
-                if n == 0 { cpu_s } else { cpu_s.max(0.5 + stream_s * n as f64) }
+                if n == 0 {
+                    cpu_s
+                } else {
+                    cpu_s.max(0.5 + stream_s * n as f64)
+                }
             };
             let best = (0..=counts.len()).map(time).fold(f64::INFINITY, f64::min);
-            assert!((time(cost.best(&counts, total)) - best).abs() < 1e-9, "{stream_s} {use_s}");
+            assert!(
+                (time(cost.best(&counts, total)) - best).abs() < 1e-9,
+                "{stream_s} {use_s}"
+            );
         }
         // A slow link takes nothing, a fast one everything.
         assert_eq!(cost(10.0, 0.1).best(&counts, 80), 0);

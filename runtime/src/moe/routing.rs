@@ -48,7 +48,10 @@ impl TokensByExpert {
     /// Returns the experts that any token chose, ascending.
     pub(crate) fn present(&self) -> Vec<u32> {
         let used = |e: &usize| self.starts[*e] < self.starts[e + 1];
-        (0..self.starts.len() - 1).filter(used).map(|e| e as u32).collect()
+        (0..self.starts.len() - 1)
+            .filter(used)
+            .map(|e| e as u32)
+            .collect()
     }
 
     /// Returns the experts that any token chose in order of their last use.
@@ -80,8 +83,11 @@ mod tests {
 
     #[test]
     fn tokens_are_grouped_by_expert() {
-        let routing =
-            BatchRouting { experts: &[3, 1, 1, 0, 3, 2], weights: &[0.1, 0.2, 0.3, 0.4, 0.5, 0.6], n_used: 2 };
+        let routing = BatchRouting {
+            experts: &[3, 1, 1, 0, 3, 2],
+            weights: &[0.1, 0.2, 0.3, 0.4, 0.5, 0.6],
+            n_used: 2,
+        };
         let tokens = TokensByExpert::new(&routing, 5);
         assert_eq!(tokens.present(), [0, 1, 2, 3]);
         assert_eq!(tokens.of(3), [(0, 0.1), (2, 0.5)]);

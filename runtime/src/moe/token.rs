@@ -20,7 +20,12 @@ pub(super) fn run(run: MoeRun<'_>) -> Result<Step, RunError> {
     // result.
     let hidden = run.out.len();
     run.out.fill(0.0);
-    for (weight, result) in run.routing.weights.iter().zip(run.scratch.results.chunks_exact(hidden)) {
+    for (weight, result) in run
+        .routing
+        .weights
+        .iter()
+        .zip(run.scratch.results.chunks_exact(hidden))
+    {
         run.cpu.kernels.axpy(*weight, result, run.out);
     }
     Ok(step)
@@ -76,15 +81,25 @@ impl TokenRun<'_> {
                 self.run.count(spot.tier);
             }
         }
-        self.run.store.ask_token(&mut self.step, positions, self.run.x.values())?;
+        self.run
+            .store
+            .ask_token(&mut self.step, positions, self.run.x.values())?;
         // What comes to their slots now comes after them on the GPU.
-        positions.iter().for_each(|at| self.run.store.release(&mut self.step, *at));
+        positions
+            .iter()
+            .for_each(|at| self.run.store.release(&mut self.step, *at));
         Ok(())
     }
 
     /// Waits for what GPUs compute.
     fn fetch_from_gpus(&mut self) -> Result<(), RunError> {
-        let MoeRun { store, scratch, gpu_rows, out, .. } = &mut self.run;
+        let MoeRun {
+            store,
+            scratch,
+            gpu_rows,
+            out,
+            ..
+        } = &mut self.run;
         let hidden = out.len();
         for gpu in 0..store.n_gpus() {
             let positions = store.fetch_gpu(&mut self.step, gpu, hidden, &mut gpu_rows.fetched)?;
@@ -97,7 +112,16 @@ impl TokenRun<'_> {
 
     /// Computes the experts at positions `ready` of the step, all together.
     fn on_cpu(&mut self, ready: &[usize]) {
-        let MoeRun { cpu, store, layer, x, scratch: s, out, computed, .. } = &mut self.run;
+        let MoeRun {
+            cpu,
+            store,
+            layer,
+            x,
+            scratch: s,
+            out,
+            computed,
+            ..
+        } = &mut self.run;
         let (cpu, x, n) = (*cpu, *x, ready.len());
         let (width, hidden) = (layer.spec.expert_ffn, out.len());
         let views: Vec<_> = ready.iter().map(|at| store.view(&self.step, *at)).collect();
@@ -105,33 +129,51 @@ impl TokenRun<'_> {
             computed.add(*tier, store.expert_bytes(layer.index.get()));
         }
         let mut jobs = Vec::with_capacity(2 * n);
-        let rows = s.gate.chunks_exact_mut(width).zip(s.up.chunks_exact_mut(width));
+        let rows = s
+            .gate
+            .chunks_exact_mut(width)
+            .zip(s.up.chunks_exact_mut(width));
         for ((view, _), (gate, up)) in views.iter().zip(rows) {
             jobs.push(MatJob::new(view.gate.weights, x, gate));
             jobs.push(MatJob::new(view.up.weights, x, up));
         }
         matmul_all(cpu.pool, cpu.kernels, &jobs);
         drop(jobs);
-        let rows = s.gate.chunks_exact_mut(width).zip(s.up.chunks_exact_mut(width));
+        let rows = s
+            .gate
+            .chunks_exact_mut(width)
+            .zip(s.up.chunks_exact_mut(width));
         for ((view, _), (gate, up)) in views.iter().zip(rows) {
             view.gate.add_bias(gate, &mut s.bias);
             view.up.add_bias(up, &mut s.bias);
         }
-        activate(cpu.kernels, layer.spec.activation, &mut s.gate[..n * width], &s.up[..n * width]);
+        activate(
+            cpu.kernels,
+            layer.spec.activation,
+            &mut s.gate[..n * width],
+            &s.up[..n * width],
+        );
         let quantize = views.iter().any(|(v, _)| needs_quants(v.down.weights.ty()));
-        s.inner.fill(cpu.kernels, n, width, &s.gate[..n * width], quantize);
+        s.inner
+            .fill(cpu.kernels, n, width, &s.gate[..n * width], quantize);
         let inner = s.inner.view();
-        let mut rows: Vec<Option<&mut [f32]>> = s.results.chunks_exact_mut(hidden).map(Some).collect();
+        let mut rows: Vec<Option<&mut [f32]>> =
+            s.results.chunks_exact_mut(hidden).map(Some).collect();
         let mut jobs = Vec::with_capacity(n);
         for (i, (at, (view, _))) in ready.iter().zip(&views).enumerate() {
             if let Some(row) = rows[*at].take() {
-                jobs.push(MatJob::new(view.down.weights, inner.rows_range(i..i + 1), row));
+                jobs.push(MatJob::new(
+                    view.down.weights,
+                    inner.rows_range(i..i + 1),
+                    row,
+                ));
             }
         }
         matmul_all(cpu.pool, cpu.kernels, &jobs);
         drop(jobs);
         for (at, (view, _)) in ready.iter().zip(&views) {
-            view.down.add_bias(&mut s.results[at * hidden..(at + 1) * hidden], &mut s.bias);
+            view.down
+                .add_bias(&mut s.results[at * hidden..(at + 1) * hidden], &mut s.bias);
         }
     }
 }

@@ -90,14 +90,29 @@ pub struct FixedMemory {
 impl FixedMemory {
     /// Returns the memory of a model within `budget` bytes, with the largest batch whose
     /// activations take at most a 32nd of the budget.
-    pub fn new(gguf: &Gguf, spec: &ModelSpec, shape: &ModelShape, context: u32, kv_type: KvType, budget: u64) -> Self {
-        let header = gguf.tensors().iter().filter(|t| t.part == 0).map(|t| t.offset).min().unwrap_or(0);
+    pub fn new(
+        gguf: &Gguf,
+        spec: &ModelSpec,
+        shape: &ModelShape,
+        context: u32,
+        kv_type: KvType,
+        budget: u64,
+    ) -> Self {
+        let header = gguf
+            .tensors()
+            .iter()
+            .filter(|t| t.part == 0)
+            .map(|t| t.offset)
+            .min()
+            .unwrap_or(0);
         let mut batch = DEFAULT_BATCH.min(context.max(1) as usize);
         while batch > MIN_BATCH && activation_bytes(gguf, spec, context, batch) > budget / 32 {
             batch /= 2;
         }
         Self {
-            program_bytes: PROGRAM_BYTES + FileTier::working_bytes() + header.saturating_mul(MEMORY_PER_HEADER_BYTE),
+            program_bytes: PROGRAM_BYTES
+                + FileTier::working_bytes()
+                + header.saturating_mul(MEMORY_PER_HEADER_BYTE),
             activation_bytes: activation_bytes(gguf, spec, context, batch),
             context_bytes: kv_type.context_bytes(shape, context),
             batch,
@@ -106,12 +121,15 @@ impl FixedMemory {
 
     /// Returns the sum, including the part of `budget` that stays free.
     pub fn bytes(&self, budget: u64) -> u64 {
-        self.outside_bytes(budget).saturating_add(self.context_bytes)
+        self.outside_bytes(budget)
+            .saturating_add(self.context_bytes)
     }
 
     /// Returns the memory that no plan counts, including the part of `budget` that stays free.
     pub fn outside_bytes(&self, budget: u64) -> u64 {
-        self.program_bytes.saturating_add(self.activation_bytes).saturating_add(budget / SPARE_FRACTION)
+        self.program_bytes
+            .saturating_add(self.activation_bytes)
+            .saturating_add(budget / SPARE_FRACTION)
     }
 }
 
@@ -127,30 +145,47 @@ fn activation_bytes(gguf: &Gguf, spec: &ModelSpec, context: u32, batch: usize) -
         let matrices = layer.mixer.tensors().matrices;
         // Each result exists a second time while it is transformed, and is quantized once for its
         // reader.
-        mixer = mixer.max(matrices.iter().map(rows).sum::<u64>().saturating_mul(8 + WITH_QUANTS));
+        mixer = mixer.max(
+            matrices
+                .iter()
+                .map(rows)
+                .sum::<u64>()
+                .saturating_mul(8 + WITH_QUANTS),
+        );
         match &layer.ffn {
             Ffn::Dense(f) => ffn = ffn.max(f.gate.n_out),
             Ffn::Moe(m) => {
-                ffn = ffn.max(m.expert_ffn).max(m.shared.map_or(0, |shared| shared.ffn.gate.n_out));
+                ffn = ffn
+                    .max(m.expert_ffn)
+                    .max(m.shared.map_or(0, |shared| shared.ffn.gate.n_out));
                 n_expert = n_expert.max(m.n_expert);
                 n_used = n_used.max(m.n_used);
             }
         }
     }
-    let (hidden, ffn, n_expert, n_used) = (spec.hidden as u64, ffn as u64, n_expert as u64, n_used as u64);
+    let (hidden, ffn, n_expert, n_used) = (
+        spec.hidden as u64,
+        ffn as u64,
+        n_expert as u64,
+        n_used as u64,
+    );
     // The router's choices are stored a second time in the lists of each expert's tokens.
     let kept = hidden * (2 * 4 + WITH_QUANTS) + n_used * (2 + 4 + 16);
-    let row = hidden * (3 * 4 + 3 * WITH_QUANTS) + ffn * (2 * 4 + WITH_QUANTS) + n_expert * 4 + mixer;
+    let row =
+        hidden * (3 * 4 + 3 * WITH_QUANTS) + ffn * (2 * 4 + WITH_QUANTS) + n_expert * 4 + mixer;
     // Logits with the sampler's copies, and attention scores of one query on each thread.
     let once = spec.n_vocab as u64 * 24 + u64::from(context) * 64;
     let micro = row.saturating_mul(batch.min(MAX_MICRO_BATCH) as u64);
-    kept.saturating_mul(batch as u64).saturating_add(micro).saturating_add(once)
+    kept.saturating_mul(batch as u64)
+        .saturating_add(micro)
+        .saturating_add(once)
 }
 
 /// Returns the bytes of one expert's buffer in each layer with routed experts, `[n_moe_layers]`,
 /// with room for whole pages.
 pub fn buffer_bytes(gguf: &Gguf, spec: &ModelSpec) -> Vec<u64> {
-    let bytes = |moe: &MoeSpec| LayerExperts::all_pooled(gguf, moe).buffer_bytes(Layout::WholePages) as u64;
+    let bytes =
+        |moe: &MoeSpec| LayerExperts::all_pooled(gguf, moe).buffer_bytes(Layout::WholePages) as u64;
     spec.moe_layers().map(|(_, moe)| bytes(moe)).collect()
 }
 
@@ -177,8 +212,9 @@ pub fn within(
     let least = needed.saturating_add(u64::from(used).saturating_mul(largest));
     let Some(mut left) = budget.checked_sub(least) else {
         // The part that stays free grows with the budget.
-        let least_bytes =
-            (least - budget / SPARE_FRACTION).saturating_mul(SPARE_FRACTION) / (SPARE_FRACTION - 1) + SPARE_FRACTION;
+        let least_bytes = (least - budget / SPARE_FRACTION).saturating_mul(SPARE_FRACTION)
+            / (SPARE_FRACTION - 1)
+            + SPARE_FRACTION;
         let needs = format!(
             "the program and its buffers take {}, {context} tokens of context {}, dense weights {}, and the {used} experts of \
              a token {}",
@@ -187,44 +223,93 @@ pub fn within(
             show_bytes(dense),
             show_bytes(least - needed),
         );
-        return Err(TooSmall { model: shape.id.name.clone(), budget_bytes: budget, least_bytes, needs });
+        return Err(TooSmall {
+            model: shape.id.name.clone(),
+            budget_bytes: budget,
+            least_bytes,
+            needs,
+        });
     };
     let mut staging = used;
     while staging < (used + MAX_EXTRA_STAGING).min(most) && largest <= left / 16 {
         staging += 1;
         left -= largest;
     }
-    let limits: Vec<(u32, u32)> = shape.experts.iter().map(|e| (e.n_used, e.n_expert)).collect();
+    let limits: Vec<(u32, u32)> = shape
+        .experts
+        .iter()
+        .map(|e| (e.n_used, e.n_expert))
+        .collect();
     let slots = spread(&rooms, &limits, left);
-    let mut plan = two_tiers(shape, context, kv_type, budget - fixed.outside_bytes(budget));
+    let mut plan = two_tiers(
+        shape,
+        context,
+        kv_type,
+        budget - fixed.outside_bytes(budget),
+    );
     for (layer, slots) in plan.layers.iter_mut().zip(&slots) {
         layer.slots = *slots;
     }
     plan.staging_experts = staging;
     plan.fill_sums(shape);
     let lines = lines(&plan, &rooms, &fixed, budget);
-    Ok(Budgeted { plan, batch: fixed.batch, lines })
+    Ok(Budgeted {
+        plan,
+        batch: fixed.batch,
+        lines,
+    })
 }
 
 /// Returns what a budget is spent on, for a plan over memory and the file. `rooms` are
 /// [`buffer_bytes`] of the layers.
 pub fn lines(plan: &Placement, rooms: &[u64], fixed: &FixedMemory, budget: u64) -> Vec<Line> {
     let slots: u64 = plan.layers.iter().map(|l| u64::from(l.slots)).sum();
-    let in_slots: u64 = plan.layers.iter().zip(rooms).map(|(l, room)| u64::from(l.slots) * room).sum();
+    let in_slots: u64 = plan
+        .layers
+        .iter()
+        .zip(rooms)
+        .map(|(l, room)| u64::from(l.slots) * room)
+        .sum();
     let staged = u64::from(plan.staging_experts) * rooms.iter().copied().max().unwrap_or(0);
-    let pinned: usize = plan.layers.iter().flat_map(|l| &l.pinned).map(|pins| pins.experts.len()).sum();
+    let pinned: usize = plan
+        .layers
+        .iter()
+        .flat_map(|l| &l.pinned)
+        .map(|pins| pins.experts.len())
+        .sum();
     let line = |purpose: String, bytes: u64| Line { purpose, bytes };
     let mut lines = vec![
-        line("program, open file and tokenizer".to_string(), fixed.program_bytes),
-        line(format!("activations of {} tokens", fixed.batch), fixed.activation_bytes),
-        line(format!("keys and values of {} tokens", plan.context), fixed.context_bytes),
-        line("dense weights".to_string(), plan.tiers[TierIdx::FIRST].bytes.dense),
-        line(format!("{} experts in flight", plan.staging_experts), staged),
+        line(
+            "program, open file and tokenizer".to_string(),
+            fixed.program_bytes,
+        ),
+        line(
+            format!("activations of {} tokens", fixed.batch),
+            fixed.activation_bytes,
+        ),
+        line(
+            format!("keys and values of {} tokens", plan.context),
+            fixed.context_bytes,
+        ),
+        line(
+            "dense weights".to_string(),
+            plan.tiers[TierIdx::FIRST].bytes.dense,
+        ),
+        line(
+            format!("{} experts in flight", plan.staging_experts),
+            staged,
+        ),
     ];
     if pinned > 0 {
-        lines.push(line(format!("{pinned} pinned experts"), plan.tiers[TierIdx::FIRST].bytes.pinned));
+        lines.push(line(
+            format!("{pinned} pinned experts"),
+            plan.tiers[TierIdx::FIRST].bytes.pinned,
+        ));
     }
-    lines.push(line(format!("{slots} slots in {} layers", plan.layers.len()), in_slots));
+    lines.push(line(
+        format!("{slots} slots in {} layers", plan.layers.len()),
+        in_slots,
+    ));
     lines.push(line("kept free".to_string(), budget / SPARE_FRACTION));
     lines
 }
@@ -277,7 +362,10 @@ pub fn machine_tiers(dram_bytes: u64, file_bytes: u64) -> [Tier; 2] {
         accelerator: Accelerator::default(),
         source: "not measured".into(),
     };
-    [tier("dram", TierKind::Dram, dram_bytes, 20.0, 0.0), tier("file", TierKind::Nvme, file_bytes, 1.0, 100.0)]
+    [
+        tier("dram", TierKind::Dram, dram_bytes, 20.0, 0.0),
+        tier("file", TierKind::Nvme, file_bytes, 1.0, 100.0),
+    ]
 }
 
 #[cfg(test)]
@@ -324,9 +412,17 @@ mod tests {
             let Budgeted { plan, lines, .. } = at(budget).unwrap();
             let sum: u64 = lines.iter().map(|line| line.bytes).sum();
             assert!(sum <= budget, "{sum} of {budget}: {lines:?}");
-            let [dram, file] = plan.tiers.as_slice() else { panic!("{:?}", plan.tiers) };
-            assert!(dram.used_bytes() <= dram.budget_bytes && file.used_bytes() == file.budget_bytes);
-            assert_eq!(plan.layers.iter().any(|l| l.slots > 0), more > 0, "{lines:?}");
+            let [dram, file] = plan.tiers.as_slice() else {
+                panic!("{:?}", plan.tiers)
+            };
+            assert!(
+                dram.used_bytes() <= dram.budget_bytes && file.used_bytes() == file.budget_bytes
+            );
+            assert_eq!(
+                plan.layers.iter().any(|l| l.slots > 0),
+                more > 0,
+                "{lines:?}"
+            );
         }
     }
 }

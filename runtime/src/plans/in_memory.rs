@@ -5,7 +5,8 @@ use tier_plan_formats::machine::{Accelerator, Tier, TierKind};
 use tier_plan_formats::model::kv::KvType;
 use tier_plan_formats::model::shape::ModelShape;
 use tier_plan_formats::placement::{
-    DensePlacement, LayerPlacement, PerTier, Pins, Placement, PlanTier, Prediction, SlotPolicy, SolverReport, TierIdx,
+    DensePlacement, LayerPlacement, PerTier, Pins, Placement, PlanTier, Prediction, SlotPolicy,
+    SolverReport, TierIdx,
 };
 use tier_plan_formats::source_id::SourceId;
 
@@ -38,7 +39,10 @@ pub fn all_in_memory(shape: &ModelShape, context: u32, kv_type: KvType) -> Place
         name: "all-in-dram".into(),
         model: shape.id.clone(),
         profile: None,
-        machine: SourceId { name: "this machine".into(), hash: String::new() },
+        machine: SourceId {
+            name: "this machine".into(),
+            hash: String::new(),
+        },
         layer_overhead_us: 0.0,
         token_overhead_us: 0.0,
         context,
@@ -50,7 +54,11 @@ pub fn all_in_memory(shape: &ModelShape, context: u32, kv_type: KvType) -> Place
         dense: shape
             .dense
             .iter()
-            .map(|d| DensePlacement { kind: d.kind, layer: d.layer, tier: TierIdx::FIRST })
+            .map(|d| DensePlacement {
+                kind: d.kind,
+                layer: d.layer,
+                tier: TierIdx::FIRST,
+            })
             .collect(),
         layers: shape
             .experts
@@ -92,7 +100,10 @@ pub fn all_on_gpu(shape: &ModelShape, context: u32, kv_type: KvType) -> Placemen
     let mut plan = experts_in_memory(shape, context, kv_type);
     plan.name = "all-in-vram".into();
     for (layer, experts) in plan.layers.iter_mut().zip(&shape.experts) {
-        layer.pinned = vec![Pins { tier: TierIdx::FIRST, experts: (0..experts.n_expert).collect() }];
+        layer.pinned = vec![Pins {
+            tier: TierIdx::FIRST,
+            experts: (0..experts.n_expert).collect(),
+        }];
     }
     plan.fill_sums(shape);
     plan
@@ -108,7 +119,9 @@ pub fn experts_in_memory(shape: &ModelShape, context: u32, kv_type: KvType) -> P
     plan.tiers = PerTier::from([vram, dram]);
     let dram = plan.home_tier();
     plan.staging_tier = dram;
-    plan.layers.iter_mut().for_each(|layer| layer.slot_tier = dram);
+    plan.layers
+        .iter_mut()
+        .for_each(|layer| layer.slot_tier = dram);
     plan.fill_sums(shape);
     plan
 }

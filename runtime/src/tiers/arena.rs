@@ -50,7 +50,13 @@ pub enum ArenaError {
 impl ArenaError {
     /// Returns the error of a system call that could not place a tier's pages.
     pub fn refused(tier: &str, pages: &Pages, source: std::io::Error) -> Self {
-        ArenaError::Node { tier: tier.to_string(), r#source: NumaError::Refused { policy: pages.to_string(), source } }
+        ArenaError::Node {
+            tier: tier.to_string(),
+            r#source: NumaError::Refused {
+                policy: pages.to_string(),
+                source,
+            },
+        }
     }
 }
 
@@ -98,8 +104,13 @@ impl Arena {
     /// # Errors
     /// When the system refuses the memory, or to place its pages.
     pub fn on(tier: &str, bytes: u64, pages: &Pages) -> Result<Self, ArenaError> {
-        let map_error = |source| ArenaError::Map { tier: tier.to_string(), bytes, r#source };
-        let capacity = usize::try_from(bytes).map_err(|_| map_error(std::io::ErrorKind::OutOfMemory.into()))?;
+        let map_error = |source| ArenaError::Map {
+            tier: tier.to_string(),
+            bytes,
+            r#source,
+        };
+        let capacity = usize::try_from(bytes)
+            .map_err(|_| map_error(std::io::ErrorKind::OutOfMemory.into()))?;
         // The system refuses empty mappings, so an empty arena maps one byte that is never handed
         // out.
         let mut map = MmapMut::map_anon(capacity.max(1)).map_err(map_error)?;
@@ -107,14 +118,21 @@ impl Arena {
         let _ = map.advise(memmap2::Advice::HugePage);
         let base = map.as_mut_ptr();
         // SAFETY: the range is the mapping's own.
-        unsafe { pages.bind(base, capacity) }.map_err(|source| ArenaError::refused(tier, pages, source))?;
+        unsafe { pages.bind(base, capacity) }
+            .map_err(|source| ArenaError::refused(tier, pages, source))?;
         #[cfg(target_os = "linux")]
         // SAFETY: the range is the mapping's own. Most users may lock little memory: a refusal is
         // ignored, since the lock only keeps pages from being swapped out.
         unsafe {
             libc::mlock2(base.cast(), capacity, libc::MLOCK_ONFAULT as _);
         }
-        Ok(Self { tier: tier.to_string(), mapping: Arc::new(Mapping(map)), base, used: 0, capacity })
+        Ok(Self {
+            tier: tier.to_string(),
+            mapping: Arc::new(Mapping(map)),
+            base,
+            used: 0,
+            capacity,
+        })
     }
 
     /// Hands out the next `len` bytes.
@@ -124,12 +142,22 @@ impl Arena {
     pub fn take(&mut self, len: usize) -> Result<ArenaSlice, ArenaError> {
         let left = self.capacity - self.used;
         if len > left {
-            return Err(ArenaError::Full { tier: self.tier.clone(), wanted: len, left, capacity: self.capacity });
+            return Err(ArenaError::Full {
+                tier: self.tier.clone(),
+                wanted: len,
+                left,
+                capacity: self.capacity,
+            });
         }
         // SAFETY: `used + len` is within the mapping.
         let start = unsafe { self.base.add(self.used) };
         self.used += len;
-        Ok(ArenaSlice { start, len, capacity: len, _mapping: Arc::clone(&self.mapping) })
+        Ok(ArenaSlice {
+            start,
+            len,
+            capacity: len,
+            _mapping: Arc::clone(&self.mapping),
+        })
     }
 
     /// Returns the bytes that have been handed out.
@@ -199,7 +227,10 @@ mod tests {
         let mut arena = Arena::new("dram", 10).unwrap();
         let mut a = arena.take(4).unwrap();
         let mut b = arena.take(6).unwrap();
-        assert!(matches!(arena.take(1), Err(ArenaError::Full { left: 0, .. })));
+        assert!(matches!(
+            arena.take(1),
+            Err(ArenaError::Full { left: 0, .. })
+        ));
         assert_eq!(arena.used(), 10);
         drop(arena);
         a.fill(1);

@@ -106,7 +106,10 @@ pub struct ReadTime {
 impl ReadTime {
     /// Returns the shortest time that covers both.
     pub fn union(self, other: Self) -> Self {
-        Self { submitted: self.submitted.min(other.submitted), ended: self.ended.max(other.ended) }
+        Self {
+            submitted: self.submitted.min(other.submitted),
+            ended: self.ended.max(other.ended),
+        }
     }
 
     /// Returns the time from submission to end.
@@ -241,7 +244,12 @@ impl FileTier {
     /// # Errors
     /// When a file can't be opened.
     pub fn open(paths: &[PathBuf], mode: ReadMode) -> Result<Self, ReadError> {
-        Ok(Self::start(paths.iter().map(|path| Source::open(path, mode)).collect::<Result<_, _>>()?))
+        Ok(Self::start(
+            paths
+                .iter()
+                .map(|path| Source::open(path, mode))
+                .collect::<Result<_, _>>()?,
+        ))
     }
 
     /// Starts reader threads over anything that implements [`ReadAt`].
@@ -250,19 +258,33 @@ impl FileTier {
     /// When a reader has no [stamp](ReadAt::stamp).
     pub fn from_readers(readers: Vec<NamedReader>) -> Result<Self, ReadError> {
         let source = |named: NamedReader| Source::new(&named.path, named.reader);
-        Ok(Self::start(readers.into_iter().map(source).collect::<Result<_, _>>()?))
+        Ok(Self::start(
+            readers.into_iter().map(source).collect::<Result<_, _>>()?,
+        ))
     }
 
     fn start(sources: Vec<Source>) -> Self {
-        let shared = Arc::new(Shared { queue: Mutex::default(), ready: Condvar::new(), sources });
+        let shared = Arc::new(Shared {
+            queue: Mutex::default(),
+            ready: Condvar::new(),
+            sources,
+        });
         let (sender, completions) = channel();
         let readers = (0..READER_THREADS)
             .filter_map(|i| {
                 let (shared, sender) = (Arc::clone(&shared), sender.clone());
-                std::thread::Builder::new().name(format!("read-{i}")).spawn(move || read_loop(&shared, &sender)).ok()
+                std::thread::Builder::new()
+                    .name(format!("read-{i}"))
+                    .spawn(move || read_loop(&shared, &sender))
+                    .ok()
             })
             .collect();
-        Self { shared, sender, completions, readers }
+        Self {
+            shared,
+            sender,
+            completions,
+            readers,
+        }
     }
 
     /// Returns the most memory, in bytes, that the reader threads take beside the callers' buffers.
@@ -311,8 +333,14 @@ impl FileTier {
         let writable = |s: &Span| fitting(s).unwrap_or_else(|| panic!("{s:?} in {}", into.len()));
         let mut ranges: Vec<Range<usize>> = spans.iter().map(writable).collect();
         ranges.sort_by_key(|r| r.start);
-        assert!(ranges.windows(2).all(|w| w[0].end <= w[1].start), "{spans:?} overlap");
-        let fits = |c: &SliceChecksum| c.at.checked_add(c.extent.len).is_some_and(|end| end <= into.len());
+        assert!(
+            ranges.windows(2).all(|w| w[0].end <= w[1].start),
+            "{spans:?} overlap"
+        );
+        let fits = |c: &SliceChecksum| {
+            c.at.checked_add(c.extent.len)
+                .is_some_and(|end| end <= into.len())
+        };
         assert!(checks.iter().all(fits), "{checks:?} in {}", into.len());
         let base = into.as_mut_ptr();
         let request = Arc::new(Request {
@@ -324,10 +352,15 @@ impl FileTier {
             error: Mutex::default(),
             checks,
         });
-        let jobs: Vec<Job> = spans.iter().flat_map(|span| self.jobs(&request, span)).collect();
+        let jobs: Vec<Job> = spans
+            .iter()
+            .flat_map(|span| self.jobs(&request, span))
+            .collect();
         request.jobs_left.store(jobs.len(), Ordering::Release);
         if jobs.is_empty() {
-            self.sender.send(finished(&request)).unwrap_or_else(|_| unreachable!("the receiver is in this value"));
+            self.sender
+                .send(finished(&request))
+                .unwrap_or_else(|_| unreachable!("the receiver is in this value"));
             return;
         }
         let mut queue = lock(&self.shared.queue);
@@ -355,12 +388,21 @@ impl FileTier {
             let skip = offset.saturating_sub(from) as usize;
             let at = span.at + (from.max(offset) - offset) as usize;
             // With whole pages the head lies in the buffer, as `submit_checked` has checked.
-            let in_place =
-                align == 1 || (span.whole_pages && (request.base as usize + at - skip).is_multiple_of(ALIGN));
+            let in_place = align == 1
+                || (span.whole_pages && (request.base as usize + at - skip).is_multiple_of(ALIGN));
             let need = (to - from) as usize;
             let request = Arc::clone(request);
             let len = need.next_multiple_of(align as usize);
-            jobs.push(Job { request, source: part, from, len, need, skip, at, bounced: !in_place });
+            jobs.push(Job {
+                request,
+                source: part,
+                from,
+                len,
+                need,
+                skip,
+                at,
+                bounced: !in_place,
+            });
             from = to;
         }
         jobs
@@ -373,7 +415,9 @@ impl FileTier {
     pub fn resolve_idle(&self, promoted: &[u64]) {
         let mut queue = lock(&self.shared.queue);
         let idle = std::mem::take(&mut queue.idle);
-        let (kept, canceled): (Vec<Job>, Vec<Job>) = idle.into_iter().partition(|j| promoted.contains(&j.request.key));
+        let (kept, canceled): (Vec<Job>, Vec<Job>) = idle
+            .into_iter()
+            .partition(|j| promoted.contains(&j.request.key));
         let n_kept = kept.len();
         queue.demand.extend(kept);
         drop(queue);
@@ -454,7 +498,10 @@ fn verify(sources: &[Source], request: &Request) {
     // SAFETY: no job is left, so no other thread touches the buffer.
     let buffer = unsafe { (*request.buffer.get()).as_ref() };
     let buffer = buffer.unwrap_or_else(|| unreachable!("a request has its buffer until it ends"));
-    *error = request.checks.iter().find_map(|check| check.verify(buffer, &sources[check.extent.part]).err());
+    *error = request
+        .checks
+        .iter()
+        .find_map(|check| check.verify(buffer, &sources[check.extent.part]).err());
 }
 
 /// Takes a finished request's buffer and result. Called by its last job.
@@ -463,8 +510,16 @@ fn finished(request: &Request) -> Completion {
     let buffer = unsafe { (*request.buffer.get()).take() };
     let buffer = buffer.unwrap_or_else(|| unreachable!("a request ends once"));
     let result = lock(&request.error).take().map_or(Ok(()), Err);
-    let time = ReadTime { submitted: request.submitted, ended: Instant::now() };
-    Completion { key: request.key, buffer, result, time }
+    let time = ReadTime {
+        submitted: request.submitted,
+        ended: Instant::now(),
+    };
+    Completion {
+        key: request.key,
+        buffer,
+        result,
+        time,
+    }
 }
 
 /// Runs one reader thread until the queue is closed or the receiver is gone.
@@ -504,7 +559,9 @@ fn run(source: &Source, job: &Job, bounce: &mut Option<ArenaSlice>) -> Result<()
         // SAFETY: `submit_checked` has checked that the span's writable range lies in the buffer
         // and overlaps no other span's. Jobs of one span are consecutive parts of it. The buffer
         // lives until this job has counted itself out.
-        let into = unsafe { std::slice::from_raw_parts_mut(job.request.base.add(job.at - job.skip), job.len) };
+        let into = unsafe {
+            std::slice::from_raw_parts_mut(job.request.base.add(job.at - job.skip), job.len)
+        };
         return source.fill(job.from, into, job.need);
     }
     let bounce = match bounce {
@@ -512,8 +569,9 @@ fn run(source: &Source, job: &Job, bounce: &mut Option<ArenaSlice>) -> Result<()
         None => {
             let allocated = Arena::new("", (MAX_READ_BYTES + ALIGN) as u64)
                 .and_then(|mut arena| arena.take(MAX_READ_BYTES + ALIGN));
-            let allocated =
-                allocated.map_err(|_| source.error(job.from, job.len, std::io::ErrorKind::OutOfMemory.into()))?;
+            let allocated = allocated.map_err(|_| {
+                source.error(job.from, job.len, std::io::ErrorKind::OutOfMemory.into())
+            })?;
             bounce.insert(allocated)
         }
     };
@@ -521,7 +579,8 @@ fn run(source: &Source, job: &Job, bounce: &mut Option<ArenaSlice>) -> Result<()
     let wanted = &bounce[job.skip..job.need];
     // SAFETY: the range holds the job's wanted bytes only, which lie in its span; the rest as
     // above.
-    let into = unsafe { std::slice::from_raw_parts_mut(job.request.base.add(job.at), wanted.len()) };
+    let into =
+        unsafe { std::slice::from_raw_parts_mut(job.request.base.add(job.at), wanted.len()) };
     into.copy_from_slice(wanted);
     Ok(())
 }

@@ -43,11 +43,16 @@ pub fn file_system_space(path: &Path) -> Option<FileSystemSpace> {
     let path = std::ffi::CString::new(path.as_os_str().as_bytes()).ok()?;
     let mut stat = std::mem::MaybeUninit::<libc::statvfs>::uninit();
     // SAFETY: the path ends in a zero byte, and the call has filled `stat` if it returns 0.
-    let stat = unsafe { (libc::statvfs(path.as_ptr(), stat.as_mut_ptr()) == 0).then(|| stat.assume_init())? };
+    let stat = unsafe {
+        (libc::statvfs(path.as_ptr(), stat.as_mut_ptr()) == 0).then(|| stat.assume_init())?
+    };
     // The widths of these fields differ between systems.
     #[allow(clippy::unnecessary_cast, clippy::useless_conversion)]
     let bytes = |blocks: libc::fsblkcnt_t| (blocks as u64).checked_mul(stat.f_frsize as u64);
-    Some(FileSystemSpace { total_bytes: bytes(stat.f_blocks)?, free_bytes: bytes(stat.f_bavail)? })
+    Some(FileSystemSpace {
+        total_bytes: bytes(stat.f_blocks)?,
+        free_bytes: bytes(stat.f_bavail)?,
+    })
 }
 
 /// Returns `None`: only Unix systems report the space.
@@ -59,12 +64,27 @@ pub fn file_system_space(_: &Path) -> Option<FileSystemSpace> {
 /// Returns the tightest limit, with `/proc` and the cgroup mounts below `root`.
 fn limit_below(root: &Path) -> Option<Limit> {
     let process_bytes = anonymous_bytes(&read(&root.join("proc/self/status")));
-    let free = available_bytes(&read(&root.join("proc/meminfo"))).map(|bytes| bytes.saturating_add(process_bytes));
-    let free = free.map(|bytes| Limit { bytes, source: "free memory" });
-    let cgroups = memory_cgroups(&read(&root.join("proc/self/cgroup")), &read(&root.join("proc/self/mountinfo")));
-    let cgroup = cgroups.iter().filter_map(|cgroup| cgroup_bytes(root, cgroup, process_bytes)).min();
-    let cgroup = cgroup.map(|bytes| Limit { bytes, source: "cgroup limit" });
-    free.into_iter().chain(cgroup).min_by_key(|limit| limit.bytes)
+    let free = available_bytes(&read(&root.join("proc/meminfo")))
+        .map(|bytes| bytes.saturating_add(process_bytes));
+    let free = free.map(|bytes| Limit {
+        bytes,
+        source: "free memory",
+    });
+    let cgroups = memory_cgroups(
+        &read(&root.join("proc/self/cgroup")),
+        &read(&root.join("proc/self/mountinfo")),
+    );
+    let cgroup = cgroups
+        .iter()
+        .filter_map(|cgroup| cgroup_bytes(root, cgroup, process_bytes))
+        .min();
+    let cgroup = cgroup.map(|bytes| Limit {
+        bytes,
+        source: "cgroup limit",
+    });
+    free.into_iter()
+        .chain(cgroup)
+        .min_by_key(|limit| limit.bytes)
 }
 
 /// Reads a file; an unreadable one counts as empty.
@@ -74,8 +94,15 @@ fn read(path: &Path) -> String {
 
 /// Returns the value of the line `name: 123 kB`, in bytes.
 fn kilobytes(text: &str, name: &str) -> Option<u64> {
-    let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
-    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
+    line.trim()
+        .strip_suffix("kB")?
+        .trim()
+        .parse::<u64>()
+        .ok()?
+        .checked_mul(1024)
 }
 
 fn available_bytes(meminfo: &str) -> Option<u64> {
@@ -111,18 +138,33 @@ fn memory_cgroups(cgroup: &str, mountinfo: &str) -> Vec<Cgroup> {
     for line in cgroup.lines() {
         // `4:memory:/path` of version 1, `0::/path` of version 2.
         let mut fields = line.splitn(3, ':');
-        let (Some(_), Some(controllers), Some(path)) = (fields.next(), fields.next(), fields.next()) else { continue };
+        let (Some(_), Some(controllers), Some(path)) =
+            (fields.next(), fields.next(), fields.next())
+        else {
+            continue;
+        };
         let version = match controllers {
             "" => 2,
             some if some.split(',').any(|c| c == "memory") => 1,
             _ => continue,
         };
-        let mount = mountinfo.lines().find_map(|line| parse_mount(line, version));
-        let Some(CgroupMount { root, mount }) = mount else { continue };
+        let mount = mountinfo
+            .lines()
+            .find_map(|line| parse_mount(line, version));
+        let Some(CgroupMount { root, mount }) = mount else {
+            continue;
+        };
         // In a container the mount may show only the part of the hierarchy that begins at `root`.
         let path = Path::new(path);
-        let path = path.strip_prefix(&root).or_else(|_| path.strip_prefix("/")).unwrap_or(path);
-        cgroups.push(Cgroup { mount, path: path.to_path_buf(), version });
+        let path = path
+            .strip_prefix(&root)
+            .or_else(|_| path.strip_prefix("/"))
+            .unwrap_or(path);
+        cgroups.push(Cgroup {
+            mount,
+            path: path.to_path_buf(),
+            version,
+        });
     }
     cgroups
 }
@@ -139,7 +181,10 @@ fn parse_mount(line: &str, version: u8) -> Option<CgroupMount> {
         2 => kind == "cgroup2",
         _ => kind == "cgroup" && options.split(',').any(|option| option == "memory"),
     };
-    has_memory.then(|| CgroupMount { root: root.into(), mount: mount.into() })
+    has_memory.then(|| CgroupMount {
+        root: root.into(),
+        mount: mount.into(),
+    })
 }
 
 /// Returns the bytes that the tightest cgroup, from this one up to its mount, leaves to the
@@ -158,10 +203,19 @@ fn left_in(folder: &Path, version: u8, process_bytes: u64) -> Option<u64> {
         _ => ("memory.limit_in_bytes", "total_rss"),
     };
     // No limit is `max` in version 2, and a number larger than any memory in version 1.
-    let limit: u64 = read(&folder.join(limit)).trim().parse().ok().filter(|bytes| *bytes < 1 << 60)?;
+    let limit: u64 = read(&folder.join(limit))
+        .trim()
+        .parse()
+        .ok()
+        .filter(|bytes| *bytes < 1 << 60)?;
     let stat = read(&folder.join("memory.stat"));
-    let used: Option<u64> =
-        stat.lines().find_map(|line| line.strip_prefix(used)?.strip_prefix(' ')?.trim().parse().ok());
+    let used: Option<u64> = stat.lines().find_map(|line| {
+        line.strip_prefix(used)?
+            .strip_prefix(' ')?
+            .trim()
+            .parse()
+            .ok()
+    });
     Some(limit.saturating_sub(used.unwrap_or(0).saturating_sub(process_bytes)))
 }
 
@@ -170,11 +224,15 @@ mod tests {
     use super::*;
     use crate::tiers::system;
 
-    const MEMINFO: (&str, &str) = ("proc/meminfo", "MemTotal: 24000 kB\nMemAvailable:    1000 kB\n");
+    const MEMINFO: (&str, &str) = (
+        "proc/meminfo",
+        "MemTotal: 24000 kB\nMemAvailable:    1000 kB\n",
+    );
     const STATUS: (&str, &str) = ("proc/self/status", "Name: x\nRssAnon:\t     24 kB\n");
 
     fn limit(files: &[(&str, &str)]) -> Option<(u64, bool)> {
-        limit_below(system(files).path()).map(|limit| (limit.bytes, limit.source.contains("cgroup")))
+        limit_below(system(files).path())
+            .map(|limit| (limit.bytes, limit.source.contains("cgroup")))
     }
 
     #[test]
@@ -190,24 +248,45 @@ mod tests {
             MEMINFO,
             STATUS,
             ("proc/self/cgroup", "5:cpu,memory:/a/b\n1:cpu:/x\n0::/\n"),
-            ("proc/self/mountinfo", "30 20 0:26 / /sys/fs/cgroup/memory rw shared:9 - cgroup cgroup rw,memory\n"),
-            ("sys/fs/cgroup/memory/memory.limit_in_bytes", "9223372036854771712\n"),
+            (
+                "proc/self/mountinfo",
+                "30 20 0:26 / /sys/fs/cgroup/memory rw shared:9 - cgroup cgroup rw,memory\n",
+            ),
+            (
+                "sys/fs/cgroup/memory/memory.limit_in_bytes",
+                "9223372036854771712\n",
+            ),
             ("sys/fs/cgroup/memory/a/memory.limit_in_bytes", "500000\n"),
-            ("sys/fs/cgroup/memory/a/memory.stat", "rss 1\ntotal_rss 124576\n"),
+            (
+                "sys/fs/cgroup/memory/a/memory.stat",
+                "rss 1\ntotal_rss 124576\n",
+            ),
             ("sys/fs/cgroup/memory/a/b/memory.limit_in_bytes", "450000\n"),
-            ("sys/fs/cgroup/memory/a/b/memory.stat", "rss 24576\ntotal_rss 24576\n"),
+            (
+                "sys/fs/cgroup/memory/a/b/memory.stat",
+                "rss 24576\ntotal_rss 24576\n",
+            ),
         ];
         assert_eq!(limit(&one), Some((400_000, true)));
         let two = [
             MEMINFO,
             STATUS,
             ("proc/self/cgroup", "0::/a\n"),
-            ("proc/self/mountinfo", "30 20 0:26 / /sys/fs/cgroup rw shared:9 - cgroup2 cgroup2 rw\n"),
+            (
+                "proc/self/mountinfo",
+                "30 20 0:26 / /sys/fs/cgroup rw shared:9 - cgroup2 cgroup2 rw\n",
+            ),
             ("sys/fs/cgroup/a/memory.max", "300000\n"),
             ("sys/fs/cgroup/a/memory.stat", "anon 34576\nfile 99999\n"),
         ];
         assert_eq!(limit(&two), Some((290_000, true)));
-        let none = [MEMINFO, STATUS, two[2], two[3], ("sys/fs/cgroup/a/memory.max", "max\n")];
+        let none = [
+            MEMINFO,
+            STATUS,
+            two[2],
+            two[3],
+            ("sys/fs/cgroup/a/memory.max", "max\n"),
+        ];
         assert_eq!(limit(&none), Some((1024 * 1024, false)));
     }
 
@@ -231,7 +310,10 @@ mod tests {
     fn a_file_system_has_a_size() {
         let folder = tempfile::tempdir().unwrap();
         let space = file_system_space(folder.path()).unwrap();
-        assert!(space.total_bytes > 0 && space.free_bytes <= space.total_bytes, "{space:?}");
+        assert!(
+            space.total_bytes > 0 && space.free_bytes <= space.total_bytes,
+            "{space:?}"
+        );
         assert_eq!(file_system_space(&folder.path().join("missing")), None);
     }
 

@@ -35,7 +35,9 @@ pub fn nodes() -> Result<Vec<Node>, NumaError> {
 /// Returns the nodes that are listed below `root`.
 fn nodes_below(root: &Path) -> Result<Vec<Node>, NumaError> {
     let read = |name: &str| fs::read_to_string(root.join(name)).ok();
-    let with_memory = read("has_memory").or_else(|| read("online")).and_then(|text| numa::parse_list(&text));
+    let with_memory = read("has_memory")
+        .or_else(|| read("online"))
+        .and_then(|text| numa::parse_list(&text));
     let mut nodes = Vec::new();
     for number in with_memory.ok_or(NumaError::Unavailable)? {
         let meminfo = read(&format!("node{number}/meminfo")).ok_or(NumaError::Unavailable)?;
@@ -44,12 +46,20 @@ fn nodes_below(root: &Path) -> Result<Vec<Node>, NumaError> {
         // `FilePages` includes shared memory, which can't be dropped.
         let page_cache = bytes_of("FilePages").saturating_sub(bytes_of("Shmem"));
         let reclaimable = page_cache.saturating_add(bytes_of("SReclaimable"));
-        let free_bytes = bytes_of("MemFree").saturating_add(reclaimable).min(total_bytes);
+        let free_bytes = bytes_of("MemFree")
+            .saturating_add(reclaimable)
+            .min(total_bytes);
         // A node without processors has an empty list.
-        let processors =
-            read(&format!("node{number}/cpulist")).and_then(|text| numa::parse_list(&text)).unwrap_or_default();
+        let processors = read(&format!("node{number}/cpulist"))
+            .and_then(|text| numa::parse_list(&text))
+            .unwrap_or_default();
         if total_bytes > 0 {
-            nodes.push(Node { number, total_bytes, free_bytes, processors });
+            nodes.push(Node {
+                number,
+                total_bytes,
+                free_bytes,
+                processors,
+            });
         }
     }
     nodes.sort_by_key(|node| node.number);
@@ -80,15 +90,24 @@ pub fn check<'a>(tiers: impl Iterator<Item = (&'a Tier, u64)>) -> Result<(), Num
 }
 
 /// [`check`] with the nodes that are listed below `root`.
-fn check_below<'a>(root: &Path, tiers: impl Iterator<Item = (&'a Tier, u64)>) -> Result<(), NumaError> {
-    let wanted: BTreeMap<u32, u64> = tiers.filter_map(|(tier, bytes)| Some((node_of(tier)?, bytes))).collect();
+fn check_below<'a>(
+    root: &Path,
+    tiers: impl Iterator<Item = (&'a Tier, u64)>,
+) -> Result<(), NumaError> {
+    let wanted: BTreeMap<u32, u64> = tiers
+        .filter_map(|(tier, bytes)| Some((node_of(tier)?, bytes)))
+        .collect();
     if wanted.is_empty() {
         return Ok(());
     }
     let nodes = nodes_below(root)?;
     for (node, wanted) in wanted {
         let Some(present) = nodes.iter().find(|n| n.number == node) else {
-            let nodes = nodes.iter().map(|n| n.number.to_string()).collect::<Vec<_>>().join(", ");
+            let nodes = nodes
+                .iter()
+                .map(|n| n.number.to_string())
+                .collect::<Vec<_>>()
+                .join(", ");
             return Err(NumaError::Missing { node, nodes });
         };
         if wanted > present.free_bytes {
@@ -172,7 +191,10 @@ mod tests {
         ),
         ("node0/cpulist", "0-1,4\n"),
         ("node1/cpulist", "2-3\n"),
-        ("node2/meminfo", "Node 2 MemTotal:  2000 kB\nNode 2 MemFree:   1900 kB\n"),
+        (
+            "node2/meminfo",
+            "Node 2 MemTotal:  2000 kB\nNode 2 MemFree:   1900 kB\n",
+        ),
         ("node2/cpulist", "\n"),
     ];
 
@@ -194,15 +216,34 @@ mod tests {
     fn nodes_with_memory_are_listed() {
         let root = system(&FILES);
         let expected = [
-            Node { number: 0, total_bytes: 1000 << 10, free_bytes: 360 << 10, processors: vec![0, 1, 4] },
-            Node { number: 2, total_bytes: 2000 << 10, free_bytes: 1900 << 10, processors: vec![] },
+            Node {
+                number: 0,
+                total_bytes: 1000 << 10,
+                free_bytes: 360 << 10,
+                processors: vec![0, 1, 4],
+            },
+            Node {
+                number: 2,
+                total_bytes: 2000 << 10,
+                free_bytes: 1900 << 10,
+                processors: vec![],
+            },
         ];
         assert_eq!(nodes_below(root.path()).unwrap(), expected);
-        for (file, text) in [("has_memory", "0,x"), ("node0/meminfo", "Node 0 MemTotal: many kB\n")] {
+        for (file, text) in [
+            ("has_memory", "0,x"),
+            ("node0/meminfo", "Node 0 MemTotal: many kB\n"),
+        ] {
             fs::write(root.path().join(file), text).unwrap();
-            assert!(matches!(nodes_below(root.path()), Err(NumaError::Unavailable)), "{file}");
+            assert!(
+                matches!(nodes_below(root.path()), Err(NumaError::Unavailable)),
+                "{file}"
+            );
         }
-        assert!(matches!(nodes_below(Path::new("/nowhere")), Err(NumaError::Unavailable)));
+        assert!(matches!(
+            nodes_below(Path::new("/nowhere")),
+            Err(NumaError::Unavailable)
+        ));
     }
 
     #[test]
@@ -212,13 +253,26 @@ mod tests {
             let found = check_below(root.path(), tiers.iter().map(|(t, bytes)| (t, *bytes)));
             found.map_err(|error| error.to_string())
         };
-        assert_eq!(check(&[(tier(0, false), 360 << 10), (tier(2, false), 1)]), Ok(()));
+        assert_eq!(
+            check(&[(tier(0, false), 360 << 10), (tier(2, false), 1)]),
+            Ok(())
+        );
         let error = check(&[(tier(0, false), 1), (tier(1, false), 1)]).unwrap_err();
         assert!(error.contains("no NUMA node 1, only 0, 2"), "{error}");
-        assert_eq!(check(&[(tier(1, true), 1)]), Ok(()), "an emulated tier may be anywhere");
+        assert_eq!(
+            check(&[(tier(1, true), 1)]),
+            Ok(()),
+            "an emulated tier may be anywhere"
+        );
         let error = check(&[(tier(0, false), 361 << 10)]).unwrap_err();
-        assert!(error.contains("NUMA node 0 has 360 KiB free, 361 KiB wanted"), "{error}");
-        let plain = Tier { unit: None, ..tier(0, false) };
+        assert!(
+            error.contains("NUMA node 0 has 360 KiB free, 361 KiB wanted"),
+            "{error}"
+        );
+        let plain = Tier {
+            unit: None,
+            ..tier(0, false)
+        };
         assert!(check_below(Path::new("/nowhere"), std::iter::once((&plain, 1))).is_ok());
     }
 
@@ -226,22 +280,43 @@ mod tests {
     #[cfg(target_os = "linux")]
     fn pages_are_on_the_node_that_was_asked_for() {
         // Without NUMA nodes there is nothing to test.
-        let Some(node) = nodes().ok().and_then(|nodes| nodes.first().map(|n| n.number)) else { return };
+        let Some(node) = nodes()
+            .ok()
+            .and_then(|nodes| nodes.first().map(|n| n.number))
+        else {
+            return;
+        };
         let bytes = 8 << 20;
         let arena = match Arena::on("dram0", bytes, &Pages::Node(node)) {
             // A sandbox may forbid it.
-            Err(ArenaError::Node { source: NumaError::Refused { .. }, .. }) => return,
+            Err(ArenaError::Node {
+                source: NumaError::Refused { .. },
+                ..
+            }) => return,
             other => other,
         };
         let mut piece = arena.unwrap().take(bytes as usize).unwrap();
         piece.fill(1);
         for at in [0, bytes as usize / 2, bytes as usize - 1] {
-            assert_eq!(numa::node_of_page(&piece[at]).unwrap(), (node, numa::MPOL_BIND), "byte {at}");
+            assert_eq!(
+                numa::node_of_page(&piece[at]).unwrap(),
+                (node, numa::MPOL_BIND),
+                "byte {at}"
+            );
         }
         let heap = vec![1u8; 4 << 20];
         Pages::Node(node).move_here(&heap).unwrap();
-        assert_eq!(numa::node_of_page(&heap[2 << 20]).unwrap(), (node, numa::MPOL_BIND));
-        let error = Arena::on("dram9", bytes, &Pages::Node(1000)).map(|_| ()).unwrap_err().to_string();
-        assert!(error.contains("tier 'dram9'") && error.contains("node 1000"), "{error}");
+        assert_eq!(
+            numa::node_of_page(&heap[2 << 20]).unwrap(),
+            (node, numa::MPOL_BIND)
+        );
+        let error = Arena::on("dram9", bytes, &Pages::Node(1000))
+            .map(|_| ())
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("tier 'dram9'") && error.contains("node 1000"),
+            "{error}"
+        );
     }
 }

@@ -58,7 +58,9 @@ pub enum NumaError {
     #[error("this system does not list its NUMA nodes, so memory can't be placed on one")]
     Unavailable,
     /// A system call failed.
-    #[error("placing memory ({policy}) failed: {source}; leave out the NUMA policy, or the tier's `node`")]
+    #[error(
+        "placing memory ({policy}) failed: {source}; leave out the NUMA policy, or the tier's `node`"
+    )]
     Refused {
         /// The requested placement, formatted.
         policy: String,
@@ -82,7 +84,10 @@ impl FromStr for NumaPolicy {
     fn from_str(text: &str) -> Result<Self, NumaError> {
         match text.trim() {
             "interleave" => Ok(NumaPolicy::Interleave),
-            number => number.parse().map(NumaPolicy::Node).map_err(|_| NumaError::Unknown(text.to_string())),
+            number => number
+                .parse()
+                .map(NumaPolicy::Node)
+                .map_err(|_| NumaError::Unknown(text.to_string())),
         }
     }
 }
@@ -103,19 +108,28 @@ impl NumaPolicy {
     /// [`apply`](Self::apply) with the nodes that are listed below `root`.
     fn apply_below(self, root: &Path) -> Result<(), NumaError> {
         let read = |name: &str| fs::read_to_string(root.join(name)).ok();
-        let online = read("online").and_then(|text| parse_list(&text)).ok_or(NumaError::Unavailable)?;
+        let online = read("online")
+            .and_then(|text| parse_list(&text))
+            .ok_or(NumaError::Unavailable)?;
         let nodes = match self {
             NumaPolicy::Interleave => online,
             NumaPolicy::Node(node) if online.contains(&node) => vec![node],
             NumaPolicy::Node(node) => {
                 let nodes: Vec<String> = online.iter().map(u32::to_string).collect();
-                return Err(NumaError::NoNode { node, nodes: nodes.join(", ") });
+                return Err(NumaError::NoNode {
+                    node,
+                    nodes: nodes.join(", "),
+                });
             }
         };
-        let refused = |r#source| NumaError::Refused { policy: self.to_string(), r#source };
+        let refused = |r#source| NumaError::Refused {
+            policy: self.to_string(),
+            r#source,
+        };
         set_policy(self, &nodes).map_err(refused)?;
         if let NumaPolicy::Node(node) = self {
-            let processors = read(&format!("node{node}/cpulist")).and_then(|text| parse_list(&text));
+            let processors =
+                read(&format!("node{node}/cpulist")).and_then(|text| parse_list(&text));
             set_processors(&processors.ok_or(NumaError::Unavailable)?).map_err(refused)?;
         }
         Ok(())
@@ -170,7 +184,12 @@ pub fn pin_thread_to_cpus(processors: &[u32]) -> std::io::Result<()> {
 /// # Safety
 /// The bytes must be memory of this process.
 #[cfg(target_os = "linux")]
-pub(super) unsafe fn bind(start: *const u8, len: usize, nodes: &[u32], interleaved: bool) -> std::io::Result<()> {
+pub(super) unsafe fn bind(
+    start: *const u8,
+    len: usize,
+    nodes: &[u32],
+    interleaved: bool,
+) -> std::io::Result<()> {
     const MPOL_MF_MOVE: libc::c_uint = 2;
     // SAFETY: the call takes no memory and only returns a number.
     let page = usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(4096);
@@ -179,7 +198,11 @@ pub(super) unsafe fn bind(start: *const u8, len: usize, nodes: &[u32], interleav
     if end <= first {
         return Ok(());
     }
-    let mode = if interleaved { MPOL_INTERLEAVE } else { MPOL_BIND };
+    let mode = if interleaved {
+        MPOL_INTERLEAVE
+    } else {
+        MPOL_BIND
+    };
     let mask = mask(nodes);
     // SAFETY: the pages lie within memory of this process. The system reads `maxnode - 1` bits of
     // the mask, which is its length.
@@ -194,7 +217,11 @@ pub(super) unsafe fn bind(start: *const u8, len: usize, nodes: &[u32], interleav
             MPOL_MF_MOVE,
         )
     };
-    if rc == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+    if rc == 0 {
+        Ok(())
+    } else {
+        Err(std::io::Error::last_os_error())
+    }
 }
 
 /// Fails: pages can be bound on Linux only.
@@ -216,21 +243,50 @@ pub(super) fn node_of_page(byte: &u8) -> std::io::Result<(u32, libc::c_long)> {
         let none = std::ptr::null_mut::<libc::c_ulong>();
         // SAFETY: the number outlives the call, no mask is given, and the byte is borrowed.
         let rc = unsafe {
-            libc::syscall(libc::SYS_get_mempolicy, &raw mut answer, none, 0 as libc::c_ulong, &raw const *byte, flags)
+            libc::syscall(
+                libc::SYS_get_mempolicy,
+                &raw mut answer,
+                none,
+                0 as libc::c_ulong,
+                &raw const *byte,
+                flags,
+            )
         };
-        if rc == 0 { Ok(answer) } else { Err(std::io::Error::last_os_error()) }
+        if rc == 0 {
+            Ok(answer)
+        } else {
+            Err(std::io::Error::last_os_error())
+        }
     };
-    Ok((query(MPOL_F_NODE | MPOL_F_ADDR)? as u32, libc::c_long::from(query(MPOL_F_ADDR)?)))
+    Ok((
+        query(MPOL_F_NODE | MPOL_F_ADDR)? as u32,
+        libc::c_long::from(query(MPOL_F_ADDR)?),
+    ))
 }
 
 /// Sets the memory policy of this thread and those it starts later.
 #[cfg(target_os = "linux")]
 fn set_policy(policy: NumaPolicy, nodes: &[u32]) -> std::io::Result<()> {
-    let mode = if policy == NumaPolicy::Interleave { MPOL_INTERLEAVE } else { MPOL_BIND };
+    let mode = if policy == NumaPolicy::Interleave {
+        MPOL_INTERLEAVE
+    } else {
+        MPOL_BIND
+    };
     let mask = mask(nodes);
     // SAFETY: the system reads `maxnode - 1` bits of the mask, which is its length.
-    let rc = unsafe { libc::syscall(libc::SYS_set_mempolicy, mode, mask.as_ptr(), libc::c_ulong::from(MAX_NODES) + 1) };
-    if rc == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+    let rc = unsafe {
+        libc::syscall(
+            libc::SYS_set_mempolicy,
+            mode,
+            mask.as_ptr(),
+            libc::c_ulong::from(MAX_NODES) + 1,
+        )
+    };
+    if rc == 0 {
+        Ok(())
+    } else {
+        Err(std::io::Error::last_os_error())
+    }
 }
 
 /// Sets the CPU affinity of this thread.
@@ -244,7 +300,11 @@ fn set_processors(processors: &[u32]) -> std::io::Result<()> {
     }
     // SAFETY: the system reads the set, whose size in bytes is given.
     let rc = unsafe { libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &set) };
-    if rc == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+    if rc == 0 {
+        Ok(())
+    } else {
+        Err(std::io::Error::last_os_error())
+    }
 }
 
 #[cfg(not(target_os = "linux"))]
@@ -272,17 +332,35 @@ mod tests {
 
     #[test]
     fn policies_have_names() {
-        assert_eq!("interleave".parse::<NumaPolicy>().unwrap(), NumaPolicy::Interleave);
+        assert_eq!(
+            "interleave".parse::<NumaPolicy>().unwrap(),
+            NumaPolicy::Interleave
+        );
         assert_eq!("3".parse::<NumaPolicy>().unwrap(), NumaPolicy::Node(3));
-        assert!("everywhere".parse::<NumaPolicy>().unwrap_err().to_string().contains("'everywhere'"));
+        assert!(
+            "everywhere"
+                .parse::<NumaPolicy>()
+                .unwrap_err()
+                .to_string()
+                .contains("'everywhere'")
+        );
     }
 
     #[test]
     fn a_node_that_is_not_there_is_named_with_those_that_are() {
         let root = tempfile::tempdir().unwrap();
-        assert!(matches!(NumaPolicy::Interleave.apply_below(root.path()), Err(NumaError::Unavailable)));
+        assert!(matches!(
+            NumaPolicy::Interleave.apply_below(root.path()),
+            Err(NumaError::Unavailable)
+        ));
         fs::write(root.path().join("online"), "0-1\n").unwrap();
-        let error = NumaPolicy::Node(2).apply_below(root.path()).unwrap_err().to_string();
-        assert!(error.contains("node 2") && error.contains("0, 1"), "{error}");
+        let error = NumaPolicy::Node(2)
+            .apply_below(root.path())
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("node 2") && error.contains("0, 1"),
+            "{error}"
+        );
     }
 }

@@ -72,7 +72,11 @@ pub struct Pacer {
 
 impl Pacer {
     /// Returns a pacer, or `None` where no tier is emulated.
-    pub fn new(tiers: &PerTier<Tier>, layer_overhead_us: f64, token_overhead_us: f64) -> Option<Self> {
+    pub fn new(
+        tiers: &PerTier<Tier>,
+        layer_overhead_us: f64,
+        token_overhead_us: f64,
+    ) -> Option<Self> {
         tiers.iter().any(|t| t.emulated).then(|| Self {
             tiers: tiers.clone(),
             layer_overhead: micros(layer_overhead_us),
@@ -83,18 +87,35 @@ impl Pacer {
     /// Returns the declared time of reading `bytes` from a tier; zero on real tiers.
     fn transfer(&self, tier: TierIdx, bytes: u64) -> Duration {
         let t = &self.tiers[tier];
-        if t.emulated && bytes > 0 { seconds(bytes as f64 / (t.read_gbps * 1e9)) } else { Duration::ZERO }
+        if t.emulated && bytes > 0 {
+            seconds(bytes as f64 / (t.read_gbps * 1e9))
+        } else {
+            Duration::ZERO
+        }
     }
 
     /// Returns the declared time of a layer's dense stage that reads `bytes` of weights, and moves
     /// `cache_bytes` of KV cache and recurrent state on the tier `kv_tier`.
     pub fn dense(&self, bytes: &StageBytes, kv_tier: TierIdx, cache_bytes: u64) -> Duration {
-        self.layer_overhead + self.dense_by_tier(bytes, kv_tier, cache_bytes).iter().sum::<Duration>()
+        self.layer_overhead
+            + self
+                .dense_by_tier(bytes, kv_tier, cache_bytes)
+                .iter()
+                .sum::<Duration>()
     }
 
     /// Returns the part of [`dense`](Self::dense) that each tier's bytes take.
-    pub fn dense_by_tier(&self, bytes: &StageBytes, kv_tier: TierIdx, cache_bytes: u64) -> PerTier<Duration> {
-        let mut times: PerTier<Duration> = bytes.0.enumerate().map(|(t, b)| self.transfer(t, *b)).collect();
+    pub fn dense_by_tier(
+        &self,
+        bytes: &StageBytes,
+        kv_tier: TierIdx,
+        cache_bytes: u64,
+    ) -> PerTier<Duration> {
+        let mut times: PerTier<Duration> = bytes
+            .0
+            .enumerate()
+            .map(|(t, b)| self.transfer(t, *b))
+            .collect();
         times[kv_tier] += self.transfer(kv_tier, cache_bytes);
         times
     }
@@ -105,25 +126,47 @@ impl Pacer {
     }
 
     fn sum(&self, bytes: &StageBytes) -> Duration {
-        bytes.0.enumerate().map(|(tier, b)| self.transfer(tier, *b)).sum()
+        bytes
+            .0
+            .enumerate()
+            .map(|(tier, b)| self.transfer(tier, *b))
+            .sum()
     }
 
     /// Returns the declared time of each path of an expert stage, by tier: for the bytes that
     /// experts were `computed` from, and for `missed_bytes` read from the last tier to the tier
     /// `to`.
-    pub fn expert_paths(&self, computed: &StageBytes, missed_bytes: u64, to: TierIdx) -> PerTier<Duration> {
+    pub fn expert_paths(
+        &self,
+        computed: &StageBytes,
+        missed_bytes: u64,
+        to: TierIdx,
+    ) -> PerTier<Duration> {
         let slow = self.tiers.last_idx();
-        let link = self.tiers[to].accelerator.link_gbps.filter(|_| self.tiers[to].emulated && missed_bytes > 0);
-        let link = link.map_or(Duration::ZERO, |gbps| seconds(missed_bytes as f64 / (gbps * 1e9)));
+        let link = self.tiers[to]
+            .accelerator
+            .link_gbps
+            .filter(|_| self.tiers[to].emulated && missed_bytes > 0);
+        let link = link.map_or(Duration::ZERO, |gbps| {
+            seconds(missed_bytes as f64 / (gbps * 1e9))
+        });
         let path = |(index, tier): (TierIdx, &Tier)| {
             let bytes = computed.0[index];
             let launches = tier.kind == TierKind::Vram && tier.emulated && bytes > 0;
-            let launch = if launches { micros(tier.latency_us) } else { Duration::ZERO };
+            let launch = if launches {
+                micros(tier.latency_us)
+            } else {
+                Duration::ZERO
+            };
             let compute = launch + self.transfer(index, bytes);
             if Some(index) != slow {
                 return compute;
             }
-            let latency = if tier.emulated && missed_bytes > 0 { micros(tier.latency_us) } else { Duration::ZERO };
+            let latency = if tier.emulated && missed_bytes > 0 {
+                micros(tier.latency_us)
+            } else {
+                Duration::ZERO
+            };
             compute.max(latency + self.transfer(index, missed_bytes).max(link))
         };
         self.tiers.enumerate().map(path).collect()
@@ -148,7 +191,11 @@ pub fn settle(start: Instant, declared: Duration) {
         if left.is_zero() {
             return;
         }
-        if left > SPIN { std::thread::sleep(left - SPIN) } else { std::hint::spin_loop() }
+        if left > SPIN {
+            std::thread::sleep(left - SPIN)
+        } else {
+            std::hint::spin_loop()
+        }
     }
 }
 
@@ -183,36 +230,66 @@ mod tests {
         let mut bytes = StageBytes::new(3);
         bytes.add(TierIdx::new(0), 100_000); // 10 µs
         bytes.add(TierIdx::new(1), 30_000); // 30 µs
-        assert_eq!(pacer.dense(&bytes, TierIdx::new(1), 0), Duration::from_micros(60));
-        assert_eq!(pacer.dense(&bytes, TierIdx::new(1), 5_000), Duration::from_micros(65));
+        assert_eq!(
+            pacer.dense(&bytes, TierIdx::new(1), 0),
+            Duration::from_micros(60)
+        );
+        assert_eq!(
+            pacer.dense(&bytes, TierIdx::new(1), 5_000),
+            Duration::from_micros(65)
+        );
         assert_eq!(pacer.outside(&bytes), Duration::from_micros(100));
         let micros = |us: [u64; 3]| PerTier::from(us.map(Duration::from_micros));
-        assert_eq!(pacer.expert_paths(&bytes, 0, TierIdx::new(1)), micros([15, 30, 0]));
-        assert_eq!(pacer.expert_paths(&bytes, 1_000, TierIdx::new(1)), micros([15, 30, 50]));
+        assert_eq!(
+            pacer.expert_paths(&bytes, 0, TierIdx::new(1)),
+            micros([15, 30, 0])
+        );
+        assert_eq!(
+            pacer.expert_paths(&bytes, 1_000, TierIdx::new(1)),
+            micros([15, 30, 50])
+        );
         // A link that is slower than the reads, where they cross it.
         let [mut vram, dram, slow] = tiers;
         vram.accelerator.link_gbps = Some(0.05);
         let pacer = Pacer::new(&PerTier::from([vram, dram, slow]), 20.0, 60.0).unwrap();
-        assert_eq!(pacer.expert_paths(&bytes, 1_000, TierIdx::new(0)), micros([15, 30, 60]));
-        assert_eq!(pacer.expert_paths(&bytes, 1_000, TierIdx::new(1)), micros([15, 30, 50]));
+        assert_eq!(
+            pacer.expert_paths(&bytes, 1_000, TierIdx::new(0)),
+            micros([15, 30, 60])
+        );
+        assert_eq!(
+            pacer.expert_paths(&bytes, 1_000, TierIdx::new(1)),
+            micros([15, 30, 50])
+        );
     }
 
     #[test]
     fn absurd_rates_are_slow_but_stay_in_range() {
-        let tiers =
-            PerTier::from([tier(TierKind::Vram, 1e-308, 1e308, true), tier(TierKind::Nvme, 5e-324, 1e308, true)]);
+        let tiers = PerTier::from([
+            tier(TierKind::Vram, 1e-308, 1e308, true),
+            tier(TierKind::Nvme, 5e-324, 1e308, true),
+        ]);
         let pacer = Pacer::new(&tiers, 1e308, 1e308).unwrap();
         let mut bytes = StageBytes::new(2);
         bytes.add(TierIdx::new(0), u64::MAX);
         bytes.add(TierIdx::new(1), u64::MAX);
         let hour = Duration::from_secs(3600);
         assert_eq!(pacer.dense(&bytes, TierIdx::new(0), u64::MAX), 4 * hour);
-        assert_eq!(pacer.expert_paths(&bytes, u64::MAX, TierIdx::new(0)), PerTier::from([2 * hour, 2 * hour]));
+        assert_eq!(
+            pacer.expert_paths(&bytes, u64::MAX, TierIdx::new(0)),
+            PerTier::from([2 * hour, 2 * hour])
+        );
     }
 
     #[test]
     fn real_tiers_are_not_paced() {
-        assert!(Pacer::new(&PerTier::from([tier(TierKind::Dram, 1.0, 0.0, false)]), 20.0, 60.0).is_none());
+        assert!(
+            Pacer::new(
+                &PerTier::from([tier(TierKind::Dram, 1.0, 0.0, false)]),
+                20.0,
+                60.0
+            )
+            .is_none()
+        );
     }
 
     #[test]

@@ -74,7 +74,9 @@ pub enum ReadError {
         bytes: usize,
     },
     /// The environment variable `TIER_PLAN_IO` names no mode.
-    #[error("TIER_PLAN_IO={found}: expected 'direct' (O_DIRECT) or 'buffered' (through the page cache, then dropped)")]
+    #[error(
+        "TIER_PLAN_IO={found}: expected 'direct' (O_DIRECT) or 'buffered' (through the page cache, then dropped)"
+    )]
     Mode {
         /// Value of the variable.
         found: String,
@@ -106,7 +108,9 @@ impl ReadMode {
             None => Ok(Self::Direct),
             Some(mode) if mode == "direct" => Ok(Self::Direct),
             Some(mode) if mode == "buffered" => Ok(Self::Buffered),
-            Some(mode) => Err(ReadError::Mode { found: mode.to_string_lossy().into_owned() }),
+            Some(mode) => Err(ReadError::Mode {
+                found: mode.to_string_lossy().into_owned(),
+            }),
         }
     }
 }
@@ -155,11 +159,18 @@ impl ReadAt for SystemFile {
 
     fn stamp(&self) -> io::Result<Stamp> {
         let metadata = self.file.metadata()?;
-        Ok(Stamp { len: metadata.len(), modified: metadata.modified().ok() })
+        Ok(Stamp {
+            len: metadata.len(),
+            modified: metadata.modified().ok(),
+        })
     }
 
     fn alignment(&self) -> usize {
-        if self.mode == ReadMode::Direct { ALIGN } else { 1 }
+        if self.mode == ReadMode::Direct {
+            ALIGN
+        } else {
+            1
+        }
     }
 }
 
@@ -179,7 +190,11 @@ fn read_some_at(file: &File, into: &mut [u8], offset: u64) -> io::Result<usize> 
 fn open_direct(path: &Path) -> Option<File> {
     use super::arena::Arena;
     use std::os::unix::fs::OpenOptionsExt;
-    let file = File::options().read(true).custom_flags(libc::O_DIRECT).open(path).ok()?;
+    let file = File::options()
+        .read(true)
+        .custom_flags(libc::O_DIRECT)
+        .open(path)
+        .ok()?;
     let mut trial = Arena::new("", ALIGN as u64).ok()?.take(ALIGN).ok()?;
     read_some_at(&file, &mut trial, 0).ok()?;
     Some(file)
@@ -209,10 +224,14 @@ fn drop_cached(file: &File, offset: u64, len: usize) {
     // The system keeps pages that the range covers only partly, so it is widened to whole pages.
     let from = offset / ALIGN as u64 * ALIGN as u64;
     let to = (offset + len as u64).next_multiple_of(ALIGN as u64);
-    if let (Ok(from), Ok(len)) = (libc::off_t::try_from(from), libc::off_t::try_from(to - from)) {
+    if let (Ok(from), Ok(len)) = (
+        libc::off_t::try_from(from),
+        libc::off_t::try_from(to - from),
+    ) {
         // SAFETY: the descriptor is open, and the call takes no memory. A refused hint costs cache
         // memory only.
-        let _ = unsafe { libc::posix_fadvise(file.as_raw_fd(), from, len, libc::POSIX_FADV_DONTNEED) };
+        let _ =
+            unsafe { libc::posix_fadvise(file.as_raw_fd(), from, len, libc::POSIX_FADV_DONTNEED) };
     }
 }
 
@@ -232,15 +251,31 @@ impl Source {
     /// # Errors
     /// [`ReadError::Open`].
     pub(super) fn open(path: &Path, mode: ReadMode) -> Result<Self, ReadError> {
-        let error = |source| ReadError::Open { path: path.to_path_buf(), r#source };
-        let direct = if mode == ReadMode::Direct { open_direct(path) } else { None };
+        let error = |source| ReadError::Open {
+            path: path.to_path_buf(),
+            r#source,
+        };
+        let direct = if mode == ReadMode::Direct {
+            open_direct(path)
+        } else {
+            None
+        };
         let file = match (direct, mode) {
-            (Some(file), _) => SystemFile { file, mode: ReadMode::Direct },
-            (None, ReadMode::Cached) => SystemFile { file: File::open(path).map_err(error)?, mode },
+            (Some(file), _) => SystemFile {
+                file,
+                mode: ReadMode::Direct,
+            },
+            (None, ReadMode::Cached) => SystemFile {
+                file: File::open(path).map_err(error)?,
+                mode,
+            },
             (None, _) => {
                 let file = File::open(path).map_err(error)?;
                 disable_read_ahead(&file);
-                SystemFile { file, mode: ReadMode::Buffered }
+                SystemFile {
+                    file,
+                    mode: ReadMode::Buffered,
+                }
             }
         };
         Self::new(path, Box::new(file))
@@ -251,8 +286,15 @@ impl Source {
     /// # Errors
     /// [`ReadError::Open`] when it has no [stamp](ReadAt::stamp).
     pub(super) fn new(path: &Path, reader: Box<dyn ReadAt>) -> Result<Self, ReadError> {
-        let opened = reader.stamp().map_err(|source| ReadError::Open { path: path.to_path_buf(), r#source })?;
-        Ok(Self { path: path.to_path_buf(), reader, opened })
+        let opened = reader.stamp().map_err(|source| ReadError::Open {
+            path: path.to_path_buf(),
+            r#source,
+        })?;
+        Ok(Self {
+            path: path.to_path_buf(),
+            reader,
+            opened,
+        })
     }
 
     /// Returns the reader's [alignment](ReadAt::alignment).
@@ -265,12 +307,18 @@ impl Source {
     /// # Errors
     /// [`ReadError::Changed`].
     pub(super) fn check(&self) -> Result<(), ReadError> {
-        let changed = |what: String| Err(ReadError::Changed { path: self.path.clone(), what });
+        let changed = |what: String| {
+            Err(ReadError::Changed {
+                path: self.path.clone(),
+                what,
+            })
+        };
         match self.reader.stamp() {
             Ok(now) if now == self.opened => Ok(()),
-            Ok(now) if now.len != self.opened.len => {
-                changed(format!("its length changed from {} to {} bytes", self.opened.len, now.len))
-            }
+            Ok(now) if now.len != self.opened.len => changed(format!(
+                "its length changed from {} to {} bytes",
+                self.opened.len, now.len
+            )),
             Ok(_) => changed("it was written to".to_string()),
             Err(error) => changed(format!("its length can no longer be read ({error})")),
         }
@@ -278,12 +326,31 @@ impl Source {
 
     /// Returns the error of a failed read of this file.
     pub(super) fn error(&self, offset: u64, len: usize, source: io::Error) -> ReadError {
-        ReadError::Io { path: self.path.clone(), offset, len, r#source }
+        ReadError::Io {
+            path: self.path.clone(),
+            offset,
+            len,
+            r#source,
+        }
     }
 
     /// Returns the error of a slice of this file that has the checksum `found`.
-    pub(super) fn damaged(&self, offset: u64, len: usize, what: &str, found: u64, expected: u64) -> ReadError {
-        ReadError::Damaged { path: self.path.clone(), what: what.to_string(), offset, len, found, expected }
+    pub(super) fn damaged(
+        &self,
+        offset: u64,
+        len: usize,
+        what: &str,
+        found: u64,
+        expected: u64,
+    ) -> ReadError {
+        ReadError::Damaged {
+            path: self.path.clone(),
+            what: what.to_string(),
+            offset,
+            len,
+            found,
+            expected,
+        }
     }
 
     /// Reads at least the first `need` bytes of `into` from `offset` on; more unless the file ends
@@ -328,5 +395,8 @@ fn is_transient(error: &io::Error) -> bool {
     if error.raw_os_error() == Some(libc::EIO) {
         return true;
     }
-    matches!(error.kind(), Interrupted | TimedOut | UnexpectedEof | WouldBlock)
+    matches!(
+        error.kind(),
+        Interrupted | TimedOut | UnexpectedEof | WouldBlock
+    )
 }

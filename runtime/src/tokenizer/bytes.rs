@@ -53,7 +53,13 @@ mod tests {
         for b in 0..=255u8 {
             assert_eq!(byte_of(CHARS[b as usize]), Some(b));
         }
-        assert_eq!((CHARS[b' ' as usize], CHARS[b'\n' as usize], CHARS[0xAD]), ('Ġ', 'Ċ', 'Ń'));
-        assert_eq!((byte_of(' '), byte_of('\u{144}'), byte_of('日')), (None, None, None));
+        assert_eq!(
+            (CHARS[b' ' as usize], CHARS[b'\n' as usize], CHARS[0xAD]),
+            ('Ġ', 'Ċ', 'Ń')
+        );
+        assert_eq!(
+            (byte_of(' '), byte_of('\u{144}'), byte_of('日')),
+            (None, None, None)
+        );
     }
 }

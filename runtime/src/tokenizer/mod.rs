@@ -63,7 +63,9 @@ pub struct TokenizerSource {
 #[derive(Debug, Error)]
 pub enum TokenizerError {
     /// The file holds no vocabulary.
-    #[error("this model has no tokenizer (tokenizer.ggml.model is 'none'): give token ids instead of text")]
+    #[error(
+        "this model has no tokenizer (tokenizer.ggml.model is 'none'): give token ids instead of text"
+    )]
     NoTokenizer,
     /// The kind of vocabulary is unknown.
     #[error(
@@ -82,13 +84,18 @@ pub enum TokenizerError {
         known: String,
     },
     /// The vocabulary has no tokens, or more than 32-bit ids can count.
-    #[error("tokenizer.ggml.tokens has {found} entries; expected 1 to {}", u32::MAX)]
+    #[error(
+        "tokenizer.ggml.tokens has {found} entries; expected 1 to {}",
+        u32::MAX
+    )]
     BadSize {
         /// Tokens in the file.
         found: usize,
     },
     /// An array has the wrong number of entries.
-    #[error("tokenizer.ggml.{array} has {found} entries, but there are {expected} tokens: the file is damaged")]
+    #[error(
+        "tokenizer.ggml.{array} has {found} entries, but there are {expected} tokens: the file is damaged"
+    )]
     BadLength {
         /// Name of the array, without `tokenizer.ggml.`.
         array: &'static str,
@@ -98,10 +105,14 @@ pub enum TokenizerError {
         expected: usize,
     },
     /// A byte-pair vocabulary has no merges.
-    #[error("tokenizer.ggml.merges is missing or empty, and a gpt2 vocabulary can't be used without it")]
+    #[error(
+        "tokenizer.ggml.merges is missing or empty, and a gpt2 vocabulary can't be used without it"
+    )]
     NoMerges,
     /// A merge is not a pair of token texts.
-    #[error("entry {index} of tokenizer.ggml.merges is '{text}'; expected two token texts with a space between")]
+    #[error(
+        "entry {index} of tokenizer.ggml.merges is '{text}'; expected two token texts with a space between"
+    )]
     BadMerge {
         /// Index of the entry, from 0.
         index: usize,
@@ -109,7 +120,9 @@ pub enum TokenizerError {
         text: String,
     },
     /// The file asks for a special token that it doesn't name.
-    #[error("the file asks to add {what} to prompts (tokenizer.ggml.add_{what}_token), but names no such token")]
+    #[error(
+        "the file asks to add {what} to prompts (tokenizer.ggml.add_{what}_token), but names no such token"
+    )]
     MissingSpecial {
         /// `bos` or `eos`.
         what: &'static str,
@@ -178,7 +191,14 @@ impl Tokenizer {
     /// # Errors
     /// As [`new`](Self::new).
     pub fn with_pre(source: TokenizerSource, pre: Option<&str>) -> Result<Self, TokenizerError> {
-        let TokenizerSource { model, tokens, token_types, scores, merges, .. } = source;
+        let TokenizerSource {
+            model,
+            tokens,
+            token_types,
+            scores,
+            merges,
+            ..
+        } = source;
         let n = tokens.len();
         let scored = match model.as_str() {
             "gpt2" => false,
@@ -190,7 +210,15 @@ impl Tokenizer {
             return Err(TokenizerError::BadSize { found: n });
         }
         let fits = |array, found: usize| {
-            if found == n { Ok(()) } else { Err(TokenizerError::BadLength { array, found, expected: n }) }
+            if found == n {
+                Ok(())
+            } else {
+                Err(TokenizerError::BadLength {
+                    array,
+                    found,
+                    expected: n,
+                })
+            }
         };
         if !token_types.is_empty() {
             fits("token_type", token_types.len())?;
@@ -214,13 +242,23 @@ impl Tokenizer {
                 "default"
             });
             let family = split::family(name);
-            Some(family.ok_or_else(|| TokenizerError::UnknownPre { found: name.to_string(), known: split::known() })?)
+            Some(family.ok_or_else(|| TokenizerError::UnknownPre {
+                found: name.to_string(),
+                known: split::known(),
+            })?)
         };
 
         // Writers that mean "none" use an id past the vocabulary; the old llama files name no ids
         // at all.
-        let valid = |id: Option<u32>, usual: u32| id.or(scored.then_some(usual)).filter(|id| (*id as usize) < n);
-        let (bos, eos, unk) = (valid(source.bos, 1), valid(source.eos, 2), valid(source.unk, 0));
+        let valid = |id: Option<u32>, usual: u32| {
+            id.or(scored.then_some(usual))
+                .filter(|id| (*id as usize) < n)
+        };
+        let (bos, eos, unk) = (
+            valid(source.bos, 1),
+            valid(source.eos, 2),
+            valid(source.unk, 0),
+        );
         let add = |wanted: Option<bool>, usual: bool, id: Option<u32>, what| match (wanted, id) {
             (Some(true), None) => Err(TokenizerError::MissingSpecial { what }),
             (wanted, id) => Ok(wanted.unwrap_or(usual) && id.is_some()),
@@ -233,8 +271,11 @@ impl Tokenizer {
         } else {
             token_types.into_iter().map(TokenKind::from_gguf).collect()
         };
-        let named_ends: Vec<u32> =
-            [eos, source.eot, source.eom].into_iter().flatten().filter(|id| (*id as usize) < n).collect();
+        let named_ends: Vec<u32> = [eos, source.eot, source.eom]
+            .into_iter()
+            .flatten()
+            .filter(|id| (*id as usize) < n)
+            .collect();
         let specials = Specials::new(&tokens, &mut kinds, &named_ends);
         let (pieces, ends) = pieces(&tokens, &kinds, scored);
         let encoder = match family {
@@ -243,7 +284,20 @@ impl Tokenizer {
         };
         let space_prefix = scored && source.add_space_prefix.unwrap_or(true);
         let pre = family.map(|f| f.name);
-        Ok(Self { encoder, specials, kinds, pieces, ends, bos, eos, add_bos, add_eos, space_prefix, pre, warning })
+        Ok(Self {
+            encoder,
+            specials,
+            kinds,
+            pieces,
+            ends,
+            bos,
+            eos,
+            add_bos,
+            add_eos,
+            space_prefix,
+            pre,
+            warning,
+        })
     }
 
     /// Returns the tokenizer of a model without a vocabulary.
@@ -287,9 +341,16 @@ impl Tokenizer {
                 (Fragment::Text(""), _) => {}
                 (Fragment::Text(text), Encoder::Pairs(pairs)) => pairs.encode(text, &mut ids)?,
                 (Fragment::Text(text), Encoder::Scores(scores)) => {
-                    let space = if self.space_prefix && after_special { " " } else { "" };
-                    let spelled: String =
-                        space.chars().chain(text.chars()).map(|c| if c == ' ' { scores::SPACE } else { c }).collect();
+                    let space = if self.space_prefix && after_special {
+                        " "
+                    } else {
+                        ""
+                    };
+                    let spelled: String = space
+                        .chars()
+                        .chain(text.chars())
+                        .map(|c| if c == ' ' { scores::SPACE } else { c })
+                        .collect();
                     scores.encode(&spelled, &mut ids)?;
                 }
             }
@@ -317,7 +378,9 @@ impl Tokenizer {
     /// vocabulary.
     pub fn piece(&self, id: u32) -> &[u8] {
         let id = id as usize;
-        let Some(&end) = self.ends.get(id) else { return &[] };
+        let Some(&end) = self.ends.get(id) else {
+            return &[];
+        };
         let start = id.checked_sub(1).map_or(0, |before| self.ends[before]);
         &self.pieces[start..end]
     }
@@ -388,7 +451,9 @@ fn pieces(tokens: &[String], kinds: &[TokenKind], scored: bool) -> (Vec<u8>, Vec
                 Some(byte) => pieces.push(byte),
                 None => pieces.extend(token.bytes()),
             },
-            TokenKind::Control | TokenKind::UserDefined | TokenKind::Unknown => pieces.extend(token.bytes()),
+            TokenKind::Control | TokenKind::UserDefined | TokenKind::Unknown => {
+                pieces.extend(token.bytes())
+            }
         }
         ends.push(pieces.len());
     }
@@ -409,5 +474,9 @@ fn spell(token: &str, out: &mut Vec<u8>) {
 /// Returns the byte that a token like `<0x0A>` means.
 fn byte_token(token: &str) -> Option<u8> {
     let digits = token.strip_prefix("<0x")?.strip_suffix('>')?;
-    if digits.len() == 2 { u8::from_str_radix(digits, 16).ok() } else { None }
+    if digits.len() == 2 {
+        u8::from_str_radix(digits, 16).ok()
+    } else {
+        None
+    }
 }

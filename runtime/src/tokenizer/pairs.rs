@@ -21,7 +21,11 @@ pub(super) struct BytePairs {
 impl BytePairs {
     /// Builds the encoder. Of tokens with the same text the last one counts; merges of tokens that
     /// the vocabulary lacks can't ever apply and are left out.
-    pub fn new(family: &Family, tokens: Vec<String>, merges: &[String]) -> Result<Self, TokenizerError> {
+    pub fn new(
+        family: &Family,
+        tokens: Vec<String>,
+        merges: &[String],
+    ) -> Result<Self, TokenizerError> {
         if merges.is_empty() {
             return Err(TokenizerError::NoMerges);
         }
@@ -40,12 +44,16 @@ impl BytePairs {
             let middle = merge.bytes().skip(1).position(|b| b == b' ').map(|p| p + 1);
             let parts = middle.and_then(|m| Some((merge.get(..m)?, merge.get(m + 1..)?)));
             let Some((left, right)) = parts.filter(|(_, right)| !right.is_empty()) else {
-                return Err(TokenizerError::BadMerge { index, text: merge.clone() });
+                return Err(TokenizerError::BadMerge {
+                    index,
+                    text: merge.clone(),
+                });
             };
             joined.clear();
             joined.push_str(left);
             joined.push_str(right);
-            if vocab.contains_key(left) && vocab.contains_key(right) && vocab.contains_key(&joined) {
+            if vocab.contains_key(left) && vocab.contains_key(right) && vocab.contains_key(&joined)
+            {
                 pairs.push((left.to_string(), right.to_string()));
             }
         }
@@ -58,7 +66,11 @@ impl BytePairs {
             .ignore_merges(family.ignore_merges)
             .build()
             .map_err(|e| TokenizerError::Build(e.to_string()))?;
-        Ok(Self { model, splitter, has_byte })
+        Ok(Self {
+            model,
+            splitter,
+            has_byte,
+        })
     }
 
     /// Appends the tokens of `text`, which holds no special tokens.
@@ -72,7 +84,10 @@ impl BytePairs {
                 }
                 spelled.push(CHARS[b as usize]);
             }
-            let tokens = self.model.tokenize(&spelled).map_err(|e| TokenizerError::Build(e.to_string()))?;
+            let tokens = self
+                .model
+                .tokenize(&spelled)
+                .map_err(|e| TokenizerError::Build(e.to_string()))?;
             out.extend(tokens.iter().map(|t| t.id));
         }
         Ok(())

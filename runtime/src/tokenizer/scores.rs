@@ -44,7 +44,9 @@ struct Pair {
 
 impl Ord for Pair {
     fn cmp(&self, other: &Self) -> Ordering {
-        self.score.total_cmp(&other.score).then(other.left.cmp(&self.left))
+        self.score
+            .total_cmp(&other.score)
+            .then(other.left.cmp(&self.left))
     }
 }
 
@@ -74,10 +76,20 @@ impl ScoreMerges {
         }
         let mut bytes = Box::new([None; 256]);
         for (b, id) in (0u8..=255).zip(bytes.iter_mut()) {
-            let plain = || b.is_ascii().then(|| ids.get(char::from(b).encode_utf8(&mut [0; 4]) as &str)).flatten();
+            let plain = || {
+                b.is_ascii()
+                    .then(|| ids.get(char::from(b).encode_utf8(&mut [0; 4]) as &str))
+                    .flatten()
+            };
             *id = ids.get(&format!("<0x{b:02X}>")).or_else(plain).copied();
         }
-        Self { ids, scores, bytes, unk, longest }
+        Self {
+            ids,
+            scores,
+            bytes,
+            unk,
+            longest,
+        }
     }
 
     /// Appends the tokens of `text`, whose spaces are already written [`SPACE`].
@@ -86,13 +98,21 @@ impl ScoreMerges {
         for (start, c) in text.char_indices() {
             let i = symbols.len();
             let end = start + c.len_utf8();
-            symbols.push(Symbol { start, end, prev: i.checked_sub(1), next: (end < text.len()).then_some(i + 1) });
+            symbols.push(Symbol {
+                start,
+                end,
+                prev: i.checked_sub(1),
+                next: (end < text.len()).then_some(i + 1),
+            });
         }
         let mut queue = BinaryHeap::new();
         for i in 1..symbols.len() {
             self.offer(text, &symbols, Some(i - 1), Some(i), &mut queue);
         }
-        while let Some(Pair { left, right, len, .. }) = queue.pop() {
+        while let Some(Pair {
+            left, right, len, ..
+        }) = queue.pop()
+        {
             let (l, r) = (&symbols[left], &symbols[right]);
             if l.start == l.end || r.start == r.end || r.end - l.start != len {
                 continue;
@@ -124,14 +144,27 @@ impl ScoreMerges {
         right: Option<usize>,
         queue: &mut BinaryHeap<Pair>,
     ) {
-        let (Some(left), Some(right)) = (left, right) else { return };
+        let (Some(left), Some(right)) = (left, right) else {
+            return;
+        };
         let both = &text[symbols[left].start..symbols[right].end];
         if both.len() > self.longest {
             return;
         }
-        let Some(&id) = self.ids.get(both) else { return };
-        let score = self.scores.get(id as usize).copied().unwrap_or(f32::NEG_INFINITY);
-        queue.push(Pair { score, left, right, len: both.len() });
+        let Some(&id) = self.ids.get(both) else {
+            return;
+        };
+        let score = self
+            .scores
+            .get(id as usize)
+            .copied()
+            .unwrap_or(f32::NEG_INFINITY);
+        queue.push(Pair {
+            score,
+            left,
+            right,
+            len: both.len(),
+        });
     }
 
     fn emit(&self, symbol: &str, out: &mut Vec<u32>) -> Result<(), TokenizerError> {
@@ -143,7 +176,9 @@ impl ScoreMerges {
             out.extend(symbol.bytes().filter_map(|b| self.bytes[b as usize]));
             return Ok(());
         }
-        out.push(self.unk.ok_or_else(|| TokenizerError::NoByte { byte: symbol.as_bytes()[0] })?);
+        out.push(self.unk.ok_or_else(|| TokenizerError::NoByte {
+            byte: symbol.as_bytes()[0],
+        })?);
         Ok(())
     }
 }
@@ -155,7 +190,13 @@ mod tests {
 
     /// Merges the best pair of the whole text, again and again.
     fn plainly(tokens: &[(String, f32)], text: &str) -> Vec<String> {
-        let score = |t: &str| tokens.iter().rev().find(|(token, _)| token == t).map(|(_, s)| *s);
+        let score = |t: &str| {
+            tokens
+                .iter()
+                .rev()
+                .find(|(token, _)| token == t)
+                .map(|(_, s)| *s)
+        };
         let mut parts: Vec<String> = text.chars().map(String::from).collect();
         loop {
             let mut best: Option<(f32, usize)> = None;
@@ -194,10 +235,15 @@ mod tests {
             let tokens: Vec<String> = tokens.iter().map(|t| t.to_string()).collect();
             let scores = vec![0.0; tokens.len()];
             let mut out = Vec::new();
-            ScoreMerges::new(tokens, scores, unk).encode("aé", &mut out).map(|()| out)
+            ScoreMerges::new(tokens, scores, unk)
+                .encode("aé", &mut out)
+                .map(|()| out)
         };
         assert_eq!(ids(&["a", "<0xA9>", "<0xC3>"], None).unwrap(), [0, 2, 1]);
         assert_eq!(ids(&["a", "<0xA9>", "<unk>"], Some(2)).unwrap(), [0, 2]);
-        assert!(matches!(ids(&["a"], None), Err(TokenizerError::NoByte { byte: 0xC3 })));
+        assert!(matches!(
+            ids(&["a"], None),
+            Err(TokenizerError::NoByte { byte: 0xC3 })
+        ));
     }
 }

@@ -70,7 +70,13 @@ const END_TEXTS: &[&str] = &[
 /// between the files of a repository. Only the first found of each group counts.
 const FILE_TEXTS: &[&[&str]] = &[
     &["<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"],
-    &["<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"],
+    &[
+        "<|fim_repo|>",
+        "<|repo_name|>",
+        "<fim-repo>",
+        "<REPO>",
+        "<reponame>",
+    ],
     &["<|file_sep|>"],
 ];
 
@@ -102,8 +108,12 @@ impl Specials {
     /// does. `ends` are the ids the file names as the end of a text, a turn or a message.
     pub fn new(tokens: &[String], kinds: &mut [TokenKind], ends: &[u32]) -> Self {
         let mut eog: HashSet<u32> = ends.iter().copied().collect();
-        let wanted: HashSet<&str> =
-            END_TEXTS.iter().chain(SHOWN_TEXTS).chain(FILE_TEXTS.iter().copied().flatten()).copied().collect();
+        let wanted: HashSet<&str> = END_TEXTS
+            .iter()
+            .chain(SHOWN_TEXTS)
+            .chain(FILE_TEXTS.iter().copied().flatten())
+            .copied()
+            .collect();
         let mut named = std::collections::HashMap::new();
         for (id, token) in (0u32..).zip(tokens) {
             if let Some(text) = wanted.get(token.as_str()) {
@@ -119,7 +129,10 @@ impl Specials {
             set(*id, TokenKind::Control);
             eog.insert(*id);
         }
-        for id in FILE_TEXTS.iter().filter_map(|group| group.iter().find_map(|t| named.get(t))) {
+        for id in FILE_TEXTS
+            .iter()
+            .filter_map(|group| group.iter().find_map(|t| named.get(t)))
+        {
             set(*id, TokenKind::Control);
             eog.insert(*id);
         }
@@ -130,12 +143,18 @@ impl Specials {
         // its messages.
         let has = |t: &str| named.contains_key(t);
         if let Some(&end) = named.get("<|end|>")
-            && ((has("<|return|>") && has("<|call|>")) || (has("<|flush|>") && (has("<|calls|>") || has("<|call|>"))))
+            && ((has("<|return|>") && has("<|call|>"))
+                || (has("<|flush|>") && (has("<|calls|>") || has("<|call|>"))))
         {
             eog.remove(&end);
             set(end, TokenKind::UserDefined);
         }
-        let special = |k: TokenKind| matches!(k, TokenKind::Control | TokenKind::UserDefined | TokenKind::Unknown);
+        let special = |k: TokenKind| {
+            matches!(
+                k,
+                TokenKind::Control | TokenKind::UserDefined | TokenKind::Unknown
+            )
+        };
         let mut list: Vec<_> = (0u32..)
             .zip(tokens)
             .zip(kinds.iter())
@@ -147,7 +166,11 @@ impl Specials {
         for (i, (text, _, _)) in (0u32..).zip(&list) {
             by_first[text.as_bytes()[0] as usize].push(i);
         }
-        Self { list, by_first, eog }
+        Self {
+            list,
+            by_first,
+            eog,
+        }
     }
 
     /// Cuts `text` at its special tokens. Where two overlap the longer one wins, and of equals the
@@ -186,12 +209,18 @@ impl Specials {
         for (at, b) in bytes.iter().enumerate() {
             for &i in &self.by_first[*b as usize] {
                 let (special, _, kind) = &self.list[i as usize];
-                if (parse || *kind == TokenKind::UserDefined) && bytes[at..].starts_with(special.as_bytes()) {
+                if (parse || *kind == TokenKind::UserDefined)
+                    && bytes[at..].starts_with(special.as_bytes())
+                {
                     found[i as usize] = true;
                 }
             }
         }
-        found.iter().enumerate().filter_map(|(i, f)| f.then_some(i)).collect()
+        found
+            .iter()
+            .enumerate()
+            .filter_map(|(i, f)| f.then_some(i))
+            .collect()
     }
 }
 
@@ -211,8 +240,14 @@ mod tests {
         use TokenKind::{Control, UserDefined};
         let (s, _) = specials(&[("<a>", Control), ("b<a>", Control), ("  ", UserDefined)]);
         use Fragment::{Text, Token};
-        assert_eq!(s.partition("x<a>yb<a>", true), [Text("x"), Token(0), Text("y"), Token(1)]);
-        assert_eq!(s.partition("<a>   z", false), [Text("<a>"), Token(2), Text(" z")]);
+        assert_eq!(
+            s.partition("x<a>yb<a>", true),
+            [Text("x"), Token(0), Text("y"), Token(1)]
+        );
+        assert_eq!(
+            s.partition("<a>   z", false),
+            [Text("<a>"), Token(2), Text(" z")]
+        );
         assert_eq!(s.partition("<a", true), [Text("<a")]);
     }
 
@@ -227,8 +262,12 @@ mod tests {
     #[test]
     fn harmony_end_closes_a_message_only() {
         use TokenKind::{Control, UserDefined};
-        let (s, kinds) =
-            specials(&[("<|end|>", Control), ("<|return|>", Control), ("<|call|>", Control), ("<|channel|>", Control)]);
+        let (s, kinds) = specials(&[
+            ("<|end|>", Control),
+            ("<|return|>", Control),
+            ("<|call|>", Control),
+            ("<|channel|>", Control),
+        ]);
         assert!(!s.eog.contains(&0) && s.eog.contains(&1) && s.eog.contains(&2));
         assert_eq!((kinds[0], kinds[3]), (UserDefined, UserDefined));
     }

@@ -93,41 +93,105 @@ const DEEPSEEK_CASED: &str = concat!(
     r"\x{118A0}-\x{118DF}\x{1E900}-\x{1E943}]+"
 );
 
-const fn plain(name: &'static str, aliases: &'static [&'static str], patterns: &'static [&'static str]) -> Family {
-    Family { name, aliases, patterns, ignore_merges: false, add_bos: false }
+const fn plain(
+    name: &'static str,
+    aliases: &'static [&'static str],
+    patterns: &'static [&'static str],
+) -> Family {
+    Family {
+        name,
+        aliases,
+        patterns,
+        ignore_merges: false,
+        add_bos: false,
+    }
 }
 
 /// All families.
 pub(super) const FAMILIES: &[Family] = &[
-    plain("default", &[], &[r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"]),
+    plain(
+        "default",
+        &[],
+        &[r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"],
+    ),
     plain(
         "gpt-2",
-        &["phi-2", "mpt", "jais", "trillion", "granite-docling", "exaone4", "gigachat", "a.x-4.0", "mellum"],
+        &[
+            "phi-2",
+            "mpt",
+            "jais",
+            "trillion",
+            "granite-docling",
+            "exaone4",
+            "gigachat",
+            "a.x-4.0",
+            "mellum",
+        ],
         &[GPT2],
     ),
     plain("olmo", &[], &[GPT2]),
     plain(
         "smollm",
-        &["starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2"],
+        &[
+            "starcoder",
+            "refact",
+            "command-r",
+            "codeshell",
+            "exaone",
+            "minerva-7b",
+            "mellum2",
+        ],
         &[r"\p{N}", GPT2],
     ),
     Family {
         name: "llama-bpe",
-        aliases: &["llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"],
+        aliases: &[
+            "llama3",
+            "llama-v3",
+            "falcon3",
+            "falcon-h1",
+            "pixtral",
+            "midm-2.0",
+            "lfm2",
+        ],
         patterns: &[LLAMA3],
         ignore_merges: true,
         add_bos: true,
     },
     plain("dbrx", &["smaug-bpe", "chatglm-bpe"], &[LLAMA3]),
-    Family { name: "glm4", aliases: &["glm5"], patterns: &[LLAMA3], ignore_merges: true, add_bos: false },
-    plain("qwen2", &["deepseek-r1-qwen", "kormo", "megrez", "stablelm2", "hunyuan", "solar-open", "grok-2"], &[QWEN2]),
+    Family {
+        name: "glm4",
+        aliases: &["glm5"],
+        patterns: &[LLAMA3],
+        ignore_merges: true,
+        add_bos: false,
+    },
+    plain(
+        "qwen2",
+        &[
+            "deepseek-r1-qwen",
+            "kormo",
+            "megrez",
+            "stablelm2",
+            "hunyuan",
+            "solar-open",
+            "grok-2",
+        ],
+        &[QWEN2],
+    ),
     plain("qwen35", &[], &[QWEN35]),
     plain("bailingmoe", &["bailingmoe2", "llada-moe"], &[BAILING]),
     plain("seed-coder", &[], &[SEED_CODER]),
     plain("gpt-4o", &["llama4", "kanana2"], &[GPT_4O]),
     plain("minimax-m2", &[], &[GPT_4O]),
     plain("kimi-k2", &[], &[KIMI]),
-    Family { name: "tekken", aliases: &[], patterns: &[TEKKEN], ignore_merges: true, add_bos: true },
+    Family {
+        name: "tekken",
+        aliases: &[],
+        patterns: &[TEKKEN],
+        ignore_merges: true,
+        add_bos: true,
+    },
     plain(
         "deepseek-llm",
         &[],
@@ -143,23 +207,39 @@ pub(super) const FAMILIES: &[Family] = &[
     plain(
         "deepseek-coder",
         &[],
-        &[r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[\x{4E00}-\x{9FA5}\x{800}-\x{4E00}\x{AC00}-\x{D7FF}]+", r"\p{N}"],
+        &[
+            r"[\r\n]",
+            r"\s?\p{L}+",
+            r"\s?\p{P}+",
+            r"[\x{4E00}-\x{9FA5}\x{800}-\x{4E00}\x{AC00}-\x{D7FF}]+",
+            r"\p{N}",
+        ],
     ),
     plain(
         "deepseek-v3",
         &["hunyuan-dense", "joyai-llm"],
-        &[r"\p{N}{1,3}", r"[\x{4E00}-\x{9FA5}\x{3040}-\x{309F}\x{30A0}-\x{30FF}]+", DEEPSEEK_V3],
+        &[
+            r"\p{N}{1,3}",
+            r"[\x{4E00}-\x{9FA5}\x{3040}-\x{309F}\x{30A0}-\x{30FF}]+",
+            DEEPSEEK_V3,
+        ],
     ),
 ];
 
 /// Returns the family that a file's `tokenizer.ggml.pre` names.
 pub(super) fn family(pre: &str) -> Option<&'static Family> {
-    FAMILIES.iter().find(|f| f.name == pre || f.aliases.contains(&pre))
+    FAMILIES
+        .iter()
+        .find(|f| f.name == pre || f.aliases.contains(&pre))
 }
 
 /// Returns the names of all families, for messages.
 pub(super) fn known() -> String {
-    FAMILIES.iter().map(|f| f.name).collect::<Vec<_>>().join(", ")
+    FAMILIES
+        .iter()
+        .map(|f| f.name)
+        .collect::<Vec<_>>()
+        .join(", ")
 }
 
 /// One pattern, compiled.
@@ -178,7 +258,11 @@ impl Stage {
         let short = pattern.strip_suffix(r"|\s+(?!\S)|\s+");
         let source = short.map_or_else(|| pattern.to_string(), |s| format!(r"{s}|\s+"));
         let regex = SysRegex::new(&source).map_err(|e| format!("pattern {source}: {e}"))?;
-        Ok(Self { regex, gives_back: short.is_some(), breaks_apart: pattern.contains(r"|\s*[\r\n]") })
+        Ok(Self {
+            regex,
+            gives_back: short.is_some(),
+            breaks_apart: pattern.contains(r"|\s*[\r\n]"),
+        })
     }
 
     /// Cuts `piece` into the matches and what lies between them, in order and without loss.
@@ -211,9 +295,15 @@ impl Stage {
 
     /// Returns how many bytes of the match `found` stay with it.
     fn kept(&self, found: &str, at_end: bool) -> usize {
-        let Some((last, c)) = found.char_indices().next_back() else { return 0 };
+        let Some((last, c)) = found.char_indices().next_back() else {
+            return 0;
+        };
         let is_run = c.is_whitespace() && !(self.breaks_apart && matches!(c, '\r' | '\n'));
-        if self.gives_back && is_run && !at_end && last > 0 { last } else { found.len() }
+        if self.gives_back && is_run && !at_end && last > 0 {
+            last
+        } else {
+            found.len()
+        }
     }
 }
 
@@ -224,7 +314,12 @@ pub(super) struct Splitter(Vec<Stage>);
 impl Splitter {
     /// Compiles the patterns of `family`.
     pub fn new(family: &Family) -> Result<Self, String> {
-        family.patterns.iter().map(|p| Stage::new(p)).collect::<Result<_, _>>().map(Self)
+        family
+            .patterns
+            .iter()
+            .map(|p| Stage::new(p))
+            .collect::<Result<_, _>>()
+            .map(Self)
     }
 
     /// Cuts `text` into words; together they are `text` again.
@@ -247,19 +342,30 @@ mod tests {
     use proptest::prelude::*;
     use std::sync::LazyLock;
     use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
-    use tokenizers::{OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer, SplitDelimiterBehavior};
+    use tokenizers::{
+        OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer, SplitDelimiterBehavior,
+    };
 
     /// The patterns as written, look-ahead and all, for the backtracking engine.
     fn plainly(family: &Family) -> Vec<Split> {
         let split = |p: &&str| {
-            Split::new(SplitPattern::Regex((*p).to_string()), SplitDelimiterBehavior::Isolated, false).unwrap()
+            Split::new(
+                SplitPattern::Regex((*p).to_string()),
+                SplitDelimiterBehavior::Isolated,
+                false,
+            )
+            .unwrap()
         };
         family.patterns.iter().map(split).collect()
     }
 
     /// Our splitter and the plain one of every family.
-    static BOTH: LazyLock<Vec<(&str, Splitter, Vec<Split>)>> =
-        LazyLock::new(|| FAMILIES.iter().map(|f| (f.name, Splitter::new(f).unwrap(), plainly(f))).collect());
+    static BOTH: LazyLock<Vec<(&str, Splitter, Vec<Split>)>> = LazyLock::new(|| {
+        FAMILIES
+            .iter()
+            .map(|f| (f.name, Splitter::new(f).unwrap(), plainly(f)))
+            .collect()
+    });
 
     fn cut(pre: &str, text: &str) -> Vec<String> {
         let splitter = Splitter::new(family(pre).unwrap()).unwrap();
@@ -281,21 +387,30 @@ mod tests {
 
     #[test]
     fn known_words() {
-        assert_eq!(cut("qwen2", "I'LL  say 123\n\n x"), ["I", "'LL", " ", " say", " ", "1", "2", "3", "\n\n", " x"]);
+        assert_eq!(
+            cut("qwen2", "I'LL  say 123\n\n x"),
+            ["I", "'LL", " ", " say", " ", "1", "2", "3", "\n\n", " x"]
+        );
         assert_eq!(cut("llama-bpe", "a1234 b"), ["a", "123", "4", " b"]);
         assert_eq!(cut("gpt-2", "it's \n\n 42"), ["it", "'s", " \n\n", " 42"]);
         assert_eq!(cut("smollm", "it 42"), ["it", " ", "4", "2"]);
         assert_eq!(cut("gpt-4o", "HelloWorld's"), ["Hello", "World's"]);
         assert_eq!(cut("kimi-k2", "你好world"), ["你好", "world"]);
         assert_eq!(cut("qwen2", "你好world"), ["你好world"]);
-        assert_eq!(cut("deepseek-v3", "_self日本1234"), ["_self", "日本", "123", "4"]);
+        assert_eq!(
+            cut("deepseek-v3", "_self日本1234"),
+            ["_self", "日本", "123", "4"]
+        );
     }
 
     #[test]
     fn long_runs_are_cut_in_linear_time() {
         let spaces = " ".repeat(3_000_000) + "x";
         let words = cut("qwen2", &spaces);
-        assert_eq!((words.len(), words[0].len(), words[1].as_str()), (2, 2_999_999, " x"));
+        assert_eq!(
+            (words.len(), words[0].len(), words[1].as_str()),
+            (2, 2_999_999, " x")
+        );
     }
 
     fn nasty() -> impl Strategy<Value = String> {

@@ -13,7 +13,10 @@ pub struct TokenStream<'a> {
 
 impl<'a> TokenStream<'a> {
     pub(super) fn new(tokenizer: &'a Tokenizer) -> Self {
-        Self { tokenizer, pending: Vec::with_capacity(16) }
+        Self {
+            tokenizer,
+            pending: Vec::with_capacity(16),
+        }
     }
 
     /// Takes the next token and returns the text that is whole with it. Bytes that can't be part of

@@ -23,8 +23,29 @@ struct Vocabulary {
 
 impl From<Vocabulary> for TokenizerSource {
     fn from(v: Vocabulary) -> Self {
-        let Vocabulary { model, pre, tokens, token_types, scores, merges, bos, eos, add_bos } = v;
-        Self { model, pre, tokens, token_types, scores, merges, bos, eos, add_bos, ..Self::default() }
+        let Vocabulary {
+            model,
+            pre,
+            tokens,
+            token_types,
+            scores,
+            merges,
+            bos,
+            eos,
+            add_bos,
+        } = v;
+        Self {
+            model,
+            pre,
+            tokens,
+            token_types,
+            scores,
+            merges,
+            bos,
+            eos,
+            add_bos,
+            ..Self::default()
+        }
     }
 }
 
@@ -47,11 +68,15 @@ fn source(json: &str) -> TokenizerSource {
 }
 
 fn demo_source() -> TokenizerSource {
-    source(include_str!("../../../tests/data/tokenizer/demo-vocab.json"))
+    source(include_str!(
+        "../../../tests/data/tokenizer/demo-vocab.json"
+    ))
 }
 
 fn scored_source() -> TokenizerSource {
-    source(include_str!("../../../tests/data/tokenizer/scored-vocab.json"))
+    source(include_str!(
+        "../../../tests/data/tokenizer/scored-vocab.json"
+    ))
 }
 
 static DEMO: LazyLock<Tokenizer> = LazyLock::new(|| Tokenizer::new(demo_source()).unwrap());
@@ -66,7 +91,11 @@ fn check(golden: &str, tokenizer: impl Fn(Option<&str>) -> Tokenizer) {
         for case in group.cases {
             let told = format!("pre {:?}, text {:?}", group.pre, case.text);
             assert_eq!(t.encode(&case.text, false).unwrap(), case.plain, "{told}");
-            assert_eq!(t.encode(&case.text, true).unwrap(), case.special, "{told}, with special tokens");
+            assert_eq!(
+                t.encode(&case.text, true).unwrap(),
+                case.special,
+                "{told}, with special tokens"
+            );
             // The space before text that follows a special token can't be told from one that was
             // there.
             if !(t.space_prefix && case.text.contains("[INST]")) {
@@ -79,18 +108,25 @@ fn check(golden: &str, tokenizer: impl Fn(Option<&str>) -> Tokenizer) {
 #[test]
 fn demo_ids_are_those_of_llama_cpp() {
     let golden = include_str!("../../../tests/data/tokenizer/demo-golden.json");
-    check(golden, |pre| Tokenizer::with_pre(demo_source(), pre).unwrap());
+    check(golden, |pre| {
+        Tokenizer::with_pre(demo_source(), pre).unwrap()
+    });
 }
 
 #[test]
 fn scored_ids_are_those_of_llama_cpp() {
     let golden = include_str!("../../../tests/data/tokenizer/scored-golden.json");
-    check(golden, |pre| Tokenizer::with_pre(scored_source(), pre).unwrap());
+    check(golden, |pre| {
+        Tokenizer::with_pre(scored_source(), pre).unwrap()
+    });
 }
 
 #[test]
 fn ends_and_sizes() {
-    assert_eq!((DEMO.n_vocab(), DEMO.bos(), DEMO.eos(), DEMO.pre()), (4096, Some(0), Some(0), Some("qwen2")));
+    assert_eq!(
+        (DEMO.n_vocab(), DEMO.bos(), DEMO.eos(), DEMO.pre()),
+        (4096, Some(0), Some(0), Some("qwen2"))
+    );
     assert!(DEMO.is_eog(0) && !DEMO.is_eog(1) && !DEMO.is_eog(u32::MAX));
     assert_eq!(DEMO.token_bytes(0), b"<|endoftext|>");
     assert!(DEMO.token_bytes(4096).is_empty() && DEMO.kind(4096).is_none());
@@ -122,20 +158,43 @@ fn scored_vocabularies_start_with_bos_and_a_space() {
     assert_eq!(SCORED.encode("", true).unwrap(), [1]);
     assert!(SCORED.encode("", false).unwrap().is_empty());
     let spaced = SCORED.encode("the", false).unwrap();
-    assert_eq!((SCORED.piece(spaced[0])[0], SCORED.decode(&spaced)), (b' ', "the".to_string()));
-    let bare = Tokenizer::new(TokenizerSource { add_space_prefix: Some(false), ..scored_source() }).unwrap();
+    assert_eq!(
+        (SCORED.piece(spaced[0])[0], SCORED.decode(&spaced)),
+        (b' ', "the".to_string())
+    );
+    let bare = Tokenizer::new(TokenizerSource {
+        add_space_prefix: Some(false),
+        ..scored_source()
+    })
+    .unwrap();
     assert_eq!(bare.decode(&bare.encode(" the", false).unwrap()), " the");
     assert_ne!(bare.encode("the", false).unwrap(), spaced);
-    let end = Tokenizer::new(TokenizerSource { add_eos: Some(true), ..scored_source() }).unwrap();
+    let end = Tokenizer::new(TokenizerSource {
+        add_eos: Some(true),
+        ..scored_source()
+    })
+    .unwrap();
     assert_eq!(end.encode("", true).unwrap(), [1, 2]);
 }
 
 #[test]
 fn no_vocabulary_no_ids() {
-    let t = Tokenizer::new(TokenizerSource { model: "none".into(), ..Default::default() }).unwrap();
+    let t = Tokenizer::new(TokenizerSource {
+        model: "none".into(),
+        ..Default::default()
+    })
+    .unwrap();
     assert_eq!(t.n_vocab(), 0);
-    assert!(matches!(t.encode("", false), Err(TokenizerError::NoTokenizer)));
-    assert!(t.encode("a", true).unwrap_err().to_string().contains("token ids"));
+    assert!(matches!(
+        t.encode("", false),
+        Err(TokenizerError::NoTokenizer)
+    ));
+    assert!(
+        t.encode("a", true)
+            .unwrap_err()
+            .to_string()
+            .contains("token ids")
+    );
 }
 
 #[test]
@@ -147,23 +206,49 @@ fn damaged_sources_are_refused_by_name() {
     };
     assert!(broken(&|s| s.model = "rwkv".into()).contains("'rwkv'"));
     let pre = broken(&|s| s.pre = Some("qwen9".into()));
-    assert!(pre.contains("'qwen9'") && pre.contains("llama-bpe"), "{pre}");
+    assert!(
+        pre.contains("'qwen9'") && pre.contains("llama-bpe"),
+        "{pre}"
+    );
     assert!(broken(&|s| s.tokens.clear()).contains("0 entries"));
-    assert!(broken(&|s| s.token_types.truncate(7)).contains("token_type has 7 entries, but there are 4096"));
+    assert!(
+        broken(&|s| s.token_types.truncate(7))
+            .contains("token_type has 7 entries, but there are 4096")
+    );
     assert!(broken(&|s| s.merges.clear()).contains("merges"));
     assert!(broken(&|s| s.merges[5] = "ab".into()).contains("entry 5"));
     assert!(broken(&|s| (s.add_bos, s.bos) = (Some(true), Some(5000))).contains("add_bos_token"));
     let mut s = scored_source();
     s.scores.pop();
-    assert!(matches!(Tokenizer::new(s), Err(TokenizerError::BadLength { array: "scores", .. })));
+    assert!(matches!(
+        Tokenizer::new(s),
+        Err(TokenizerError::BadLength {
+            array: "scores",
+            ..
+        })
+    ));
 }
 
 #[test]
 fn a_missing_pattern_is_said_and_can_be_forced() {
-    let t = Tokenizer::new(TokenizerSource { pre: None, ..demo_source() }).unwrap();
-    assert!(t.warning().is_some_and(|w| w.contains("known split patterns")));
+    let t = Tokenizer::new(TokenizerSource {
+        pre: None,
+        ..demo_source()
+    })
+    .unwrap();
+    assert!(
+        t.warning()
+            .is_some_and(|w| w.contains("known split patterns"))
+    );
     assert_eq!(t.pre(), Some("default"));
-    let t = Tokenizer::with_pre(TokenizerSource { pre: Some("qwen9".into()), ..demo_source() }, Some("qwen2")).unwrap();
+    let t = Tokenizer::with_pre(
+        TokenizerSource {
+            pre: Some("qwen9".into()),
+            ..demo_source()
+        },
+        Some("qwen2"),
+    )
+    .unwrap();
     assert_eq!((t.pre(), t.warning()), (Some("qwen2"), None));
     let t = Tokenizer::with_pre(scored_source(), Some("qwen2")).unwrap();
     assert!(t.pre().is_none() && t.warning().is_some_and(|w| w.contains("no effect")));
@@ -184,7 +269,12 @@ fn whole_words_come_before_merges_where_the_family_says_so() {
             ..Default::default()
         }
     };
-    let ids = |pre| Tokenizer::new(source(pre)).unwrap().encode("abc", false).unwrap();
+    let ids = |pre| {
+        Tokenizer::new(source(pre))
+            .unwrap()
+            .encode("abc", false)
+            .unwrap()
+    };
     assert_eq!(ids("qwen2"), [256, u32::from(b'c')]);
     assert_eq!(ids("llama-bpe"), [257]);
 }
@@ -194,7 +284,10 @@ fn bytes_without_a_token_are_named() {
     let mut s = demo_source();
     let at = s.tokens.iter().position(|t| t == "Ā").unwrap();
     s.tokens[at] = "[gone]".into();
-    let e = Tokenizer::new(s).unwrap().encode("a\0b", false).unwrap_err();
+    let e = Tokenizer::new(s)
+        .unwrap()
+        .encode("a\0b", false)
+        .unwrap_err();
     assert!(e.to_string().contains("0x00"), "{e}");
 }
 

@@ -6,7 +6,10 @@ use std::path::{Path, PathBuf};
 
 /// Returns the root of the source.
 pub fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").canonicalize().expect("the source")
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../..")
+        .canonicalize()
+        .expect("the source")
 }
 
 /// Returns the path of a file below `tests/data`.
@@ -20,9 +23,12 @@ pub fn data(name: &str) -> PathBuf {
 /// When the folder cannot be listed, or has no model.
 pub fn models(folder: &str) -> Vec<String> {
     let entries = std::fs::read_dir(data(folder)).expect(folder);
-    let paths =
-        entries.map(|entry| entry.expect(folder).path()).filter(|path| path.extension() == Some("gguf".as_ref()));
-    let mut names: Vec<String> = paths.filter_map(|path| Some(path.file_stem()?.to_str()?.to_owned())).collect();
+    let paths = entries
+        .map(|entry| entry.expect(folder).path())
+        .filter(|path| path.extension() == Some("gguf".as_ref()));
+    let mut names: Vec<String> = paths
+        .filter_map(|path| Some(path.file_stem()?.to_str()?.to_owned()))
+        .collect();
     names.sort();
     assert!(!names.is_empty(), "{folder}: no models");
     names
@@ -40,7 +46,12 @@ pub fn is_nightly() -> bool {
 
 /// Reads little-endian 32-bit floats.
 pub fn floats(bytes: &[u8]) -> Vec<f32> {
-    bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect()
+    bytes
+        .as_chunks::<4>()
+        .0
+        .iter()
+        .map(|b| f32::from_le_bytes(*b))
+        .collect()
 }
 
 /// Returns the normalized mean squared error: the sum of squared differences over the sum of squared expected values.
@@ -49,7 +60,11 @@ pub fn floats(bytes: &[u8]) -> Vec<f32> {
 /// When there are more values, or fewer, than are expected.
 pub fn nmse<E: Copy + Into<f64>>(found: &[f32], expected: &[E]) -> f64 {
     assert_eq!(found.len(), expected.len(), "values found, and expected");
-    let error: f64 = found.iter().zip(expected).map(|(a, b)| (f64::from(*a) - (*b).into()).powi(2)).sum();
+    let error: f64 = found
+        .iter()
+        .zip(expected)
+        .map(|(a, b)| (f64::from(*a) - (*b).into()).powi(2))
+        .sum();
     error / expected.iter().map(|b| (*b).into().powi(2)).sum::<f64>()
 }
 
@@ -74,7 +89,8 @@ impl Golden {
     /// # Panics
     /// When a file is missing or contradicts another.
     pub fn read(name: &str) -> Self {
-        let file = |extension: &str| std::fs::read(data(&format!("{name}.{extension}"))).expect(name);
+        let file =
+            |extension: &str| std::fs::read(data(&format!("{name}.{extension}"))).expect(name);
         let json: serde_json::Value = serde_json::from_slice(&file("json")).expect(name);
         let ids = |key: &str| serde_json::from_value::<Vec<u32>>(json[key].clone()).expect(key);
         let golden = Self {
@@ -84,7 +100,11 @@ impl Golden {
             greedy: ids("greedy"),
             logits: floats(&file("logits")),
         };
-        assert_eq!(golden.logits.len(), golden.tokens.len() * golden.n_vocab, "{name}: logits");
+        assert_eq!(
+            golden.logits.len(),
+            golden.tokens.len() * golden.n_vocab,
+            "{name}: logits"
+        );
         golden
     }
 
@@ -100,7 +120,10 @@ pub struct Random(pub u64);
 
 impl Random {
     /// Returns any number.
-    #[allow(clippy::should_implement_trait, reason = "it never ends, so that an iterator's option would be in the way")]
+    #[allow(
+        clippy::should_implement_trait,
+        reason = "it never ends, so that an iterator's option would be in the way"
+    )]
     pub fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
@@ -121,7 +144,10 @@ impl Random {
 
     /// Returns a number of about a normal distribution with mean 0 and deviation 1.
     pub fn normal(&mut self) -> f32 {
-        (0..12).map(|_| (self.next() >> 40) as f32 / (1u64 << 24) as f32).sum::<f32>() - 6.0
+        (0..12)
+            .map(|_| (self.next() >> 40) as f32 / (1u64 << 24) as f32)
+            .sum::<f32>()
+            - 6.0
     }
 
     /// Returns `n` numbers within -1 to 1.

@@ -35,7 +35,11 @@ impl KvArgs {
             (keys, values) => {
                 let (keys, values) = (keys.unwrap_or(KvType::F16), values.unwrap_or(KvType::F16));
                 let wanted = if keys == KvType::F16 { values } else { keys };
-                let mixed = || bail!("KV cache types: {keys} for keys and {values} for values, expected one for both");
+                let mixed = || {
+                    bail!(
+                        "KV cache types: {keys} for keys and {values} for values, expected one for both"
+                    )
+                };
                 mixed().hint(format!("pass --kv-type {wanted}"))
             }
         }

@@ -64,26 +64,54 @@ impl BudgetArgs {
             let Some((tier, size)) = text.split_once('=') else {
                 bail!("--budget {text}: no size, expected TIER=SIZE such as dram=11GiB");
             };
-            given.push(GivenBudget { tier: tier.trim(), size, flag: format!("--budget {text}") });
+            given.push(GivenBudget {
+                tier: tier.trim(),
+                size,
+                flag: format!("--budget {text}"),
+            });
         }
         for (tier, size) in [("vram", &self.vram), ("dram", &self.dram)] {
             if let Some(size) = size {
-                given.push(GivenBudget { tier, size, flag: format!("--{tier} {size}") });
+                given.push(GivenBudget {
+                    tier,
+                    size,
+                    flag: format!("--{tier} {size}"),
+                });
             }
         }
         let mut budgets: Vec<Option<u64>> = vec![None; machine.tiers.len()];
-        for GivenBudget { tier: name, size, flag } in given {
+        for GivenBudget {
+            tier: name,
+            size,
+            flag,
+        } in given
+        {
             let Some(at) = machine.tiers.iter().position(|t| t.name == name) else {
                 let names: Vec<&str> = machine.tiers.iter().map(|t| t.name.as_str()).collect();
-                bail!("{flag}: machine '{}' has no tier '{name}', expected one of {}", machine.name, names.join(", "));
+                bail!(
+                    "{flag}: machine '{}' has no tier '{name}', expected one of {}",
+                    machine.name,
+                    names.join(", ")
+                );
             };
             let bytes = parse_bytes(size).with_context(|| flag.clone())?;
             let capacity = machine.tiers[at].capacity_bytes;
-            ensure!(bytes <= capacity, "{flag}: tier '{name}' holds {}, expected that or less", show_bytes(capacity));
-            ensure!(budgets[at].is_none(), "{flag}: tier '{name}' has two budgets, expected one");
+            ensure!(
+                bytes <= capacity,
+                "{flag}: tier '{name}' holds {}, expected that or less",
+                show_bytes(capacity)
+            );
+            ensure!(
+                budgets[at].is_none(),
+                "{flag}: tier '{name}' has two budgets, expected one"
+            );
             budgets[at] = Some(bytes);
         }
-        Ok(budgets.iter().zip(&machine.tiers).map(|(b, tier)| b.unwrap_or(tier.capacity_bytes)).collect())
+        Ok(budgets
+            .iter()
+            .zip(&machine.tiers)
+            .map(|(b, tier)| b.unwrap_or(tier.capacity_bytes))
+            .collect())
     }
 }
 
@@ -161,13 +189,23 @@ mod tests {
         let machine = Machine {
             name: "m".to_string(),
             description: String::new(),
-            tiers: vec![tier("dram", TierKind::Dram, 1 << 30), tier("slow", TierKind::Nvme, 1 << 40)],
+            tiers: vec![
+                tier("dram", TierKind::Dram, 1 << 30),
+                tier("slow", TierKind::Nvme, 1 << 40),
+            ],
             layer_overhead_us: 0.0,
             token_overhead_us: 0.0,
             extras: Default::default(),
-            id: SourceId { name: "m".to_string(), hash: String::new() },
+            id: SourceId {
+                name: "m".to_string(),
+                hash: String::new(),
+            },
         };
-        let line = [&["tier-plan", "solve", "model.gguf", "-M", "machine.toml"], flags].concat();
+        let line = [
+            &["tier-plan", "solve", "model.gguf", "-M", "machine.toml"],
+            flags,
+        ]
+        .concat();
         match parse_alone(line.into_iter().map(Into::into))? {
             Command::Solve(args) => args.budget.bytes(&machine),
             _ => bail!("not solve"),
@@ -178,12 +216,21 @@ mod tests {
     fn budgets_are_read_and_refused() -> Result<()> {
         assert_eq!(asked(&[])?, [1 << 30, 1 << 40]);
         assert_eq!(asked(&["--dram", "3MiB"])?, [3 << 20, 1 << 40]);
-        assert_eq!(asked(&["-b", "slow=1GiB", "--budget", "dram=0"])?, [0, 1 << 30]);
+        assert_eq!(
+            asked(&["-b", "slow=1GiB", "--budget", "dram=0"])?,
+            [0, 1 << 30]
+        );
         let refused = |flags: &[&str], word: &str| {
-            let error = asked(flags).err().map(|e| format!("{e:#}")).unwrap_or_default();
+            let error = asked(flags)
+                .err()
+                .map(|e| format!("{e:#}"))
+                .unwrap_or_default();
             assert!(error.contains(word), "{word}: {error}");
         };
-        refused(&["--vram", "1GiB"], "has no tier 'vram', expected one of dram, slow");
+        refused(
+            &["--vram", "1GiB"],
+            "has no tier 'vram', expected one of dram, slow",
+        );
         refused(&["--dram", "2GiB"], "holds 1.00 GiB");
         refused(&["--dram", "1MiB", "-b", "dram=2MiB"], "expected one");
         refused(&["-b", "dram"], "TIER=SIZE");

@@ -90,7 +90,11 @@ pub fn context_of(context: u32, shape: &ModelShape) -> u32 {
 /// When it is 0 or larger than the context.
 pub fn check_position(at: Option<u32>, context: u32) -> Result<()> {
     let fits = at.is_none_or(|at| (1..=context).contains(&at));
-    ensure!(fits, "--at: {}, expected 1 to {context}, the context that is planned for", at.unwrap_or(0));
+    ensure!(
+        fits,
+        "--at: {}, expected 1 to {context}, the context that is planned for",
+        at.unwrap_or(0)
+    );
     Ok(())
 }
 

@@ -13,7 +13,11 @@ use tier_plan_runtime::formats::profile::{self, Profile};
 #[command(next_help_heading = "Model")]
 pub struct ModelArgs {
     /// GGUF file; the first part of a split model
-    #[arg(value_name = "MODEL", required_unless_present = "model_option", conflicts_with = "model_option")]
+    #[arg(
+        value_name = "MODEL",
+        required_unless_present = "model_option",
+        conflicts_with = "model_option"
+    )]
     pub model: Option<PathBuf>,
     /// GGUF file, as an option instead of the argument MODEL
     #[arg(short = 'm', long = "model", value_name = "FILE")]
@@ -26,7 +30,10 @@ impl ModelArgs {
     /// # Errors
     /// When there is none, which clap reports before.
     pub fn path(&self) -> Result<&Path> {
-        self.model.as_deref().or(self.model_option.as_deref()).context("no model given, expected MODEL or --model")
+        self.model
+            .as_deref()
+            .or(self.model_option.as_deref())
+            .context("no model given, expected MODEL or --model")
     }
 }
 
@@ -36,7 +43,11 @@ impl ModelArgs {
 #[command(next_help_heading = "Model")]
 pub struct ModelOrShape {
     /// GGUF file, or a shape: a .toml file, or a bundled name such as kimi-k2.5
-    #[arg(value_name = "MODEL", required_unless_present = "model_option", conflicts_with = "model_option")]
+    #[arg(
+        value_name = "MODEL",
+        required_unless_present = "model_option",
+        conflicts_with = "model_option"
+    )]
     pub model: Option<PathBuf>,
     /// GGUF file or shape, as an option instead of the argument MODEL
     #[arg(long = "model", value_name = "MODEL")]
@@ -52,7 +63,10 @@ impl ModelOrShape {
     /// # Errors
     /// When there is none, which clap reports before.
     pub fn path(&self) -> Result<&Path> {
-        self.model.as_deref().or(self.model_option.as_deref()).context("no model given, expected MODEL or --model")
+        self.model
+            .as_deref()
+            .or(self.model_option.as_deref())
+            .context("no model given, expected MODEL or --model")
     }
 }
 
@@ -78,7 +92,9 @@ impl ModelOption {
     /// # Errors
     /// When it cannot be read, or is of another model.
     pub fn read_profile(&self, model: &Known) -> Result<Option<Profile>> {
-        let Some(path) = &self.profile else { return Ok(None) };
+        let Some(path) = &self.profile else {
+            return Ok(None);
+        };
         let profile = profile::read(path)?;
         profile.check_model(&model.sizes.id, path)?;
         Ok(Some(profile))
@@ -90,12 +106,19 @@ impl ModelOption {
 /// # Errors
 /// When the profile is missing, or another one.
 pub fn check_profile(plan: &Placement, path: &Path, profile: Option<&Profile>) -> Result<()> {
-    let Some(expected) = &plan.profile else { return Ok(()) };
+    let Some(expected) = &plan.profile else {
+        return Ok(());
+    };
     let found = match profile {
         Some(profile) if profile.id.hash == expected.hash => return Ok(()),
         Some(profile) => profile.id.to_string(),
         None => "none".to_string(),
     };
-    let other = || bail!("--profile: {found}, expected {expected}, which {} was made from", path.display());
+    let other = || {
+        bail!(
+            "--profile: {found}, expected {expected}, which {} was made from",
+            path.display()
+        )
+    };
     other().hint("pass the profile that the plan was made from")
 }

@@ -10,25 +10,52 @@ use tier_plan_runtime::sampler::SamplerConfig;
 #[command(next_help_heading = "Sampling")]
 pub struct SamplingArgs {
     /// Temperature; 0 is greedy: always the most likely token
-    #[arg(long, visible_alias = "temp", value_name = "T", allow_negative_numbers = true, default_value_t = 0.0)]
+    #[arg(
+        long,
+        visible_alias = "temp",
+        value_name = "T",
+        allow_negative_numbers = true,
+        default_value_t = 0.0
+    )]
     pub temperature: f32,
     /// Top-k sampling: keep the K most likely tokens; 0 keeps all
     #[arg(long, value_name = "K", default_value_t = 0)]
     pub top_k: usize,
     /// Nucleus sampling: keep the smallest set of tokens with total probability ≥ P
-    #[arg(long, value_name = "P", allow_negative_numbers = true, default_value_t = 1.0)]
+    #[arg(
+        long,
+        value_name = "P",
+        allow_negative_numbers = true,
+        default_value_t = 1.0
+    )]
     pub top_p: f32,
     /// Min-p sampling: drop tokens less likely than P times the most likely one
-    #[arg(long, value_name = "P", allow_negative_numbers = true, default_value_t = 0.0)]
+    #[arg(
+        long,
+        value_name = "P",
+        allow_negative_numbers = true,
+        default_value_t = 0.0
+    )]
     pub min_p: f32,
     /// Repeat penalty: divide the logits of recent tokens by X; 1 is no penalty
-    #[arg(long, value_name = "X", allow_negative_numbers = true, default_value_t = 1.0)]
+    #[arg(
+        long,
+        value_name = "X",
+        allow_negative_numbers = true,
+        default_value_t = 1.0
+    )]
     pub repeat_penalty: f32,
     /// Number of recent tokens that the repeat penalty applies to; 0 is none, -1 the whole context
     #[arg(long, value_name = "N", allow_negative_numbers = true, default_value_t = RecentTokens(64))]
     pub repeat_last_n: RecentTokens,
     /// Seed of the random numbers; -1 draws a new one per run
-    #[arg(short, long, value_name = "N", allow_negative_numbers = true, default_value = "0")]
+    #[arg(
+        short,
+        long,
+        value_name = "N",
+        allow_negative_numbers = true,
+        default_value = "0"
+    )]
     pub seed: Seed,
 }
 

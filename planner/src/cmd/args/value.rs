@@ -52,7 +52,9 @@ impl Seed {
         match self {
             Seed::Fixed(seed) => seed,
             Seed::Random => {
-                let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+                let since = SystemTime::now()
+                    .duration_since(UNIX_EPOCH)
+                    .unwrap_or_default();
                 // Short enough to type again.
                 (since.as_nanos() as u64 ^ (u64::from(std::process::id()) << 20)) % 4_294_967_295
             }
@@ -68,7 +70,9 @@ impl FromStr for Seed {
             "-1" => Ok(Seed::Random),
             _ => {
                 let expected = "expected a number of 64 bits, or -1 for a random seed";
-                text.parse().map(Seed::Fixed).map_err(|_| expected.to_string())
+                text.parse()
+                    .map(Seed::Fixed)
+                    .map_err(|_| expected.to_string())
             }
         }
     }
@@ -84,22 +88,27 @@ impl FromStr for RecentTokens {
     fn from_str(text: &str) -> Result<Self, String> {
         match text {
             "-1" => Ok(RecentTokens(usize::MAX)),
-            _ => text
-                .parse()
-                .map(RecentTokens)
-                .map_err(|_| "expected a count, 0 for none, or -1 for the whole context".to_string()),
+            _ => text.parse().map(RecentTokens).map_err(|_| {
+                "expected a count, 0 for none, or -1 for the whole context".to_string()
+            }),
         }
     }
 }
 
 impl fmt::Display for RecentTokens {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.0 == usize::MAX { f.write_str("-1") } else { write!(f, "{}", self.0) }
+        if self.0 == usize::MAX {
+            f.write_str("-1")
+        } else {
+            write!(f, "{}", self.0)
+        }
     }
 }
 
 /// Path of a file, or nothing where an environment variable only says yes.
 pub fn file_or_yes(text: &str) -> Result<Option<std::path::PathBuf>, Infallible> {
-    let yes = ["1", "y", "yes", "t", "true", "on"].iter().any(|word| word.eq_ignore_ascii_case(text));
+    let yes = ["1", "y", "yes", "t", "true", "on"]
+        .iter()
+        .any(|word| word.eq_ignore_ascii_case(text));
     Ok((!yes).then(|| text.into()))
 }

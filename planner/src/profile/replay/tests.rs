@@ -4,7 +4,10 @@ use proptest::prelude::*;
 use tier_plan_runtime::formats::profile::Split;
 
 /// Prompts of one layer: each `(prompt tokens, decoded tokens)` of distinct choices.
-fn traces(n: u16, k: usize) -> impl proptest::strategy::Strategy<Value = Vec<(usize, Vec<Vec<u16>>)>> {
+fn traces(
+    n: u16,
+    k: usize,
+) -> impl proptest::strategy::Strategy<Value = Vec<(usize, Vec<Vec<u16>>)>> {
     let ids: Vec<u16> = (0..n).collect();
     let token = proptest::sample::subsequence(ids, k).prop_shuffle();
     proptest::collection::vec((0usize..4, proptest::collection::vec(token, 4..12)), 1..4)
@@ -13,9 +16,17 @@ fn traces(n: u16, k: usize) -> impl proptest::strategy::Strategy<Value = Vec<(us
 fn trace(n: u16, k: usize, prompts: &[(usize, Vec<Vec<u16>>)]) -> LayerTrace {
     let prompts: Vec<_> = prompts
         .iter()
-        .map(|(first, tokens)| (Split::HeldOut, *first, tokens.iter().map(|t| vec![t.clone()]).collect()))
+        .map(|(first, tokens)| {
+            (
+                Split::HeldOut,
+                *first,
+                tokens.iter().map(|t| vec![t.clone()]).collect(),
+            )
+        })
         .collect();
-    LayerTrace::new(&profile_of(u32::from(n), k as u32, 1, &prompts), 0, |_| true)
+    LayerTrace::new(&profile_of(u32::from(n), k as u32, 1, &prompts), 0, |_| {
+        true
+    })
 }
 
 /// Hits by stepping a cache, and the most any sequence of contents could hit.
@@ -23,9 +34,16 @@ fn step_hits(trace: &LayerTrace, pinned: &[bool], slots: u32) -> u64 {
     let mut cache = SlotCache::new(trace.n_expert() as u32, slots, SlotPolicy::Lru);
     let (mut out, mut hits) = (Vec::new(), 0);
     for (chosen, counted) in trace.steps() {
-        let pooled: Vec<u32> = chosen.iter().filter(|&&e| !pinned[usize::from(e)]).map(|&e| e.into()).collect();
+        let pooled: Vec<u32> = chosen
+            .iter()
+            .filter(|&&e| !pinned[usize::from(e)])
+            .map(|&e| e.into())
+            .collect();
         cache.step(&pooled, &mut out);
-        let found = out.iter().filter(|a| matches!(a, Access::Hit { .. })).count();
+        let found = out
+            .iter()
+            .filter(|a| matches!(a, Access::Hit { .. }))
+            .count();
         hits += if counted { found as u64 } else { 0 };
     }
     hits
@@ -35,13 +53,19 @@ fn step_hits(trace: &LayerTrace, pinned: &[bool], slots: u32) -> u64 {
 fn best_hits(trace: &LayerTrace, room: u32) -> u64 {
     let n = trace.n_expert();
     let fits = |set: &usize| set.count_ones() <= room;
-    let mut best: Vec<Option<u64>> = (0..1 << n).map(|set: usize| fits(&set).then_some(0)).collect();
+    let mut best: Vec<Option<u64>> = (0..1 << n)
+        .map(|set: usize| fits(&set).then_some(0))
+        .collect();
     for (chosen, counted) in trace.steps() {
         let asked = chosen.iter().fold(0usize, |set, &e| set | 1 << e);
         let mut then = vec![None; 1 << n];
         for (set, value) in best.iter().enumerate() {
             let Some(value) = value else { continue };
-            let hits = if counted { u64::from((set & asked).count_ones()) } else { 0 };
+            let hits = if counted {
+                u64::from((set & asked).count_ones())
+            } else {
+                0
+            };
             for to in (0..1usize << n).filter(|to| to & !(set | asked) == 0 && fits(to)) {
                 then[to] = then[to].max(Some(value + hits));
             }
@@ -84,11 +108,18 @@ fn prompts_teach_and_are_not_judged() {
     assert_eq!(hits(&trace, &pinned, 2, SlotPolicy::Lru), 1);
     for policy in [
         SlotPolicy::Lfu { half_life: 16 },
-        SlotPolicy::Adaptive { half_life: 64, recent_half_life: 2, recent_weight: 1 },
+        SlotPolicy::Adaptive {
+            half_life: 64,
+            recent_half_life: 2,
+            recent_weight: 1,
+        },
     ] {
         assert_eq!(hits(&trace, &pinned, 2, policy), 2, "{policy}");
         let curve = hit_curve(&trace, &pinned, 5, policy);
-        assert_eq!(curve.iter().map(|(slots, _)| *slots).collect::<Vec<_>>(), [0, 1, 2, 3, 4, 5]);
+        assert_eq!(
+            curve.iter().map(|(slots, _)| *slots).collect::<Vec<_>>(),
+            [0, 1, 2, 3, 4, 5]
+        );
         assert_eq!((curve[0].1, curve[2].1, curve[5].1), (0, 2, 3));
     }
 }
@@ -102,7 +133,10 @@ fn a_trace_longer_than_the_clock_is_replayed_alike() {
     };
     let chosen: Vec<u16> = (0..40_000).flat_map(|_| token()).collect();
     let trace = LayerTrace::made_up(30, 2, &[], chosen);
-    assert_eq!(Positions::timed::<i16>(&trace, &[false; 30]), Positions::timed::<i32>(&trace, &[false; 30]));
+    assert_eq!(
+        Positions::timed::<i16>(&trace, &[false; 30]),
+        Positions::timed::<i32>(&trace, &[false; 30])
+    );
 }
 
 #[test]
@@ -113,9 +147,19 @@ fn renumbering_keeps_positions() {
     }
     let before: Vec<u16> = (0..5).map(|e| recency.position(e)).collect();
     recency.renumber();
-    assert_eq!(before, (0..5).map(|e| recency.position(e)).collect::<Vec<_>>());
+    assert_eq!(
+        before,
+        (0..5).map(|e| recency.position(e)).collect::<Vec<_>>()
+    );
     assert_eq!(before, [COLD, 0, COLD, 2, 1]);
     recency.now = i16::LAST + 1;
     recency.touch(0);
-    assert_eq!([recency.position(0), recency.position(1), recency.position(3)], [0, 1, 3]);
+    assert_eq!(
+        [
+            recency.position(0),
+            recency.position(1),
+            recency.position(3)
+        ],
+        [0, 1, 3]
+    );
 }

@@ -13,21 +13,36 @@ const GAP: f64 = 30.0;
 const PANELS: usize = 4;
 
 pub(super) fn chart(o: &Overview<'_>) -> Option<Chart> {
-    let tiers: Vec<&(String, Ink)> =
-        o.tiers.iter().filter(|(name, _)| o.plans.iter().any(|p| tier(p, name).is_some_and(filled))).collect();
+    let tiers: Vec<&(String, Ink)> = o
+        .tiers
+        .iter()
+        .filter(|(name, _)| o.plans.iter().any(|p| tier(p, name).is_some_and(filled)))
+        .collect();
     if tiers.is_empty() {
         return None;
     }
     let title = title(o);
-    let (mut scene, y) = begin(&title, "Bytes that each plan puts in each tier. Each tier has a scale of its own.");
-    let shown = |part: usize| o.plans.iter().flat_map(|p| &p.tiers).any(|t| t.part_bytes[part] > 0);
+    let (mut scene, y) = begin(
+        &title,
+        "Bytes that each plan puts in each tier. Each tier has a scale of its own.",
+    );
+    let shown = |part: usize| {
+        o.plans
+            .iter()
+            .flat_map(|p| &p.tiers)
+            .any(|t| t.part_bytes[part] > 0)
+    };
     let mut signs: Vec<(Sign, String)> = Vec::new();
     for (i, (_, words, ink)) in PARTS.iter().enumerate() {
         if shown(i) {
             signs.push((Sign::Swatch(*ink), (*words).to_string()));
         }
     }
-    if o.plans.iter().flat_map(|p| &p.tiers).any(|t| t.budget_bytes.is_some()) {
+    if o.plans
+        .iter()
+        .flat_map(|p| &p.tiers)
+        .any(|t| t.budget_bytes.is_some())
+    {
         signs.push((Sign::Mark, "budget".to_string()));
     }
     let how = if signs.len() > 1 {
@@ -42,7 +57,13 @@ pub(super) fn chart(o: &Overview<'_>) -> Option<Chart> {
         y = panels(&mut scene, o, band, y);
     }
     scene.height = y + 4.0;
-    Some(Chart { file: "bytes", title, how: how.into(), scene, data: data(o) })
+    Some(Chart {
+        file: "bytes",
+        title,
+        how: how.into(),
+        scene,
+        data: data(o),
+    })
 }
 
 fn tier<'p>(plan: &'p PlanView<'_>, name: &str) -> Option<&'p TierView> {
@@ -66,22 +87,62 @@ fn panels(scene: &mut Scene, o: &Overview<'_>, band: &[&(String, Ink)], y: f64) 
         let x0 = NAMES + column as f64 * (width + GAP);
         let views: Vec<Option<&TierView>> = o.plans.iter().map(|p| tier(p, name)).collect();
         let emulated = views.iter().flatten().any(|t| t.emulated);
-        let heading = if emulated { format!("{name} (emulated)") } else { name.clone() };
+        let heading = if emulated {
+            format!("{name} (emulated)")
+        } else {
+            name.clone()
+        };
         scene.rect(x0, y, 14.0, 14.0, *ink);
-        scene.bold(x0 + 20.0, y + 12.0, 14.0, Anchor::Start, Ink::Text, fit(&heading, 14.0, true, width - 24.0));
+        scene.bold(
+            x0 + 20.0,
+            y + 12.0,
+            14.0,
+            Anchor::Start,
+            Ink::Text,
+            fit(&heading, 14.0, true, width - 24.0),
+        );
         // A slow tier's budget can be many times what is used. Then the scale fits the bars, and
         // the budget is given in words.
-        let used = views.iter().flatten().map(|t| t.used_bytes()).max().unwrap_or(0);
-        let budget = views.iter().flatten().filter_map(|t| t.budget_bytes).max().unwrap_or(0);
-        let largest = if budget as f64 > 3.0 * used as f64 && used > 0 { used } else { used.max(budget) };
+        let used = views
+            .iter()
+            .flatten()
+            .map(|t| t.used_bytes())
+            .max()
+            .unwrap_or(0);
+        let budget = views
+            .iter()
+            .flatten()
+            .filter_map(|t| t.budget_bytes)
+            .max()
+            .unwrap_or(0);
+        let largest = if budget as f64 > 3.0 * used as f64 && used > 0 {
+            used
+        } else {
+            used.max(budget)
+        };
         let (unit, unit_bytes) = byte_unit(largest);
         let about = ((width / 60.0) as usize).clamp(2, 5);
-        let per_unit = x_axis(scene, x0, x0 + width, top, bottom, largest as f64 / unit_bytes, about);
+        let per_unit = x_axis(
+            scene,
+            x0,
+            x0 + width,
+            top,
+            bottom,
+            largest as f64 / unit_bytes,
+            about,
+        );
         scene.text(x0, bottom + 34.0, 13.0, Anchor::Start, Ink::Muted, unit);
         for (i, view) in views.iter().enumerate() {
             let row = top + ROW * i as f64;
             let Some(view) = view else {
-                scene.text(x0 + 5.0, row + 29.0, 12.0, Anchor::Start, Ink::Muted, "not in this plan");
+                scene.text(
+                    x0 + 5.0,
+                    row + 29.0,
+                    12.0,
+                    Anchor::Start,
+                    Ink::Muted,
+                    "not in this plan",
+                );
                 continue;
             };
             let px = |bytes: u64| bytes as f64 / unit_bytes * per_unit;
@@ -98,11 +159,23 @@ fn panels(scene: &mut Scene, o: &Overview<'_>, band: &[&(String, Ink)], y: f64) 
                 Some(b) if b > 0 && px(b) <= width + 0.5 => {
                     let share = view.used_bytes() as f64 / b as f64;
                     let over = if share > 1.0 { ", over budget" } else { "" };
-                    format!("{} of {} · {}{over}", show_bytes(view.used_bytes()), show_bytes(b), percent(share))
+                    format!(
+                        "{} of {} · {}{over}",
+                        show_bytes(view.used_bytes()),
+                        show_bytes(b),
+                        percent(share)
+                    )
                 }
                 _ => show_bytes(view.used_bytes()),
             };
-            scene.text_on_paper(x0 + 5.0, row + 14.0, 11.5, false, Ink::Muted, fit(&words, 11.5, false, width - 5.0));
+            scene.text_on_paper(
+                x0 + 5.0,
+                row + 14.0,
+                11.5,
+                false,
+                Ink::Muted,
+                fit(&words, 11.5, false, width - 5.0),
+            );
             if let Some(budget) = view.budget_bytes
                 && px(budget) <= width + 0.5
             {
@@ -119,7 +192,10 @@ fn title(o: &Overview<'_>) -> String {
         let budget = faster.iter().map(|t| t.budget_bytes).sum::<Option<u64>>()?;
         Some((p.faster_bytes()?, budget))
     };
-    let best = o.best().and_then(|b| Some((b, faster(b)?))).filter(|(_, (_, budget))| *budget > 0);
+    let best = o
+        .best()
+        .and_then(|b| Some((b, faster(b)?)))
+        .filter(|(_, (_, budget))| *budget > 0);
     match (best, &o.budgets) {
         (Some((best, (used, budget))), Budgets::Equal) if o.plans.len() > 1 => format!(
             "All plans have the same budgets; {} uses {} of its {} of faster memory",
@@ -134,10 +210,12 @@ fn title(o: &Overview<'_>) -> String {
             show_bytes(budget)
         ),
         _ => {
-            let total = o
-                .best()
-                .or(o.plans.first())
-                .map_or(0, |p| p.tiers.iter().map(TierView::used_bytes).fold(0, u64::saturating_add));
+            let total = o.best().or(o.plans.first()).map_or(0, |p| {
+                p.tiers
+                    .iter()
+                    .map(TierView::used_bytes)
+                    .fold(0, u64::saturating_add)
+            });
             let (unit, bytes) = byte_unit(total);
             format!("Where the plans put {} {unit}", sig3(total as f64 / bytes))
         }

@@ -42,7 +42,14 @@ pub(super) fn chart(o: &Overview<'_>) -> Option<Chart> {
     let top = legend(&mut scene, y, &signs) + 26.0;
     let bottom = top + SIDE;
     speeds(&mut scene, &runs, MARGIN + 60.0, top, bottom);
-    errors(&mut scene, &runs, MARGIN + 60.0 + SIDE + 90.0, WIDTH - MARGIN, top, bottom);
+    errors(
+        &mut scene,
+        &runs,
+        MARGIN + 60.0 + SIDE + 90.0,
+        WIDTH - MARGIN,
+        top,
+        bottom,
+    );
     scene.height = bottom + 56.0;
     Some(Chart {
         file: "history",
@@ -57,7 +64,11 @@ pub(super) fn chart(o: &Overview<'_>) -> Option<Chart> {
 }
 
 fn ink(is_new: bool) -> Ink {
-    if is_new { Ink::Measured } else { Ink::Predicted }
+    if is_new {
+        Ink::Measured
+    } else {
+        Ink::Predicted
+    }
 }
 
 /// Draws a full dot, or a ring where tiers were emulated.
@@ -78,19 +89,50 @@ fn in_order<'a>(runs: &[&'a PastRun]) -> Vec<&'a PastRun> {
 
 /// Draws both speeds on logarithmic axes of one range.
 fn speeds(scene: &mut Scene, runs: &[&PastRun], x0: f64, top: f64, bottom: f64) {
-    let all = || runs.iter().flat_map(|r| [r.predicted_tok_s, r.measured_tok_s]);
-    let (low, high) = (all().fold(f64::INFINITY, f64::min) / 1.25, all().fold(0.0, f64::max) * 1.25);
+    let all = || {
+        runs.iter()
+            .flat_map(|r| [r.predicted_tok_s, r.measured_tok_s])
+    };
+    let (low, high) = (
+        all().fold(f64::INFINITY, f64::min) / 1.25,
+        all().fold(0.0, f64::max) * 1.25,
+    );
     // The range covers a little more than a factor of two, so that a number stands on the axis.
-    let (low, high) = if high / low < 3.0 { (low / 1.3, high * 1.3) } else { (low, high) };
+    let (low, high) = if high / low < 3.0 {
+        (low / 1.3, high * 1.3)
+    } else {
+        (low, high)
+    };
     let at = |tok_s: f64| (tok_s / low).ln() / (high / low).ln() * SIDE;
     let x1 = x0 + SIDE;
-    scene.bold(x0, top - 10.0, 14.0, Anchor::Start, Ink::Text, "measured tok/s against predicted tok/s");
+    scene.bold(
+        x0,
+        top - 10.0,
+        14.0,
+        Anchor::Start,
+        Ink::Text,
+        "measured tok/s against predicted tok/s",
+    );
     for value in round_numbers(low, high) {
         let d = at(value);
         scene.line(x0 + d, top, x0 + d, bottom, 1.0, Ink::Grid);
         scene.line(x0, bottom - d, x1, bottom - d, 1.0, Ink::Grid);
-        scene.text(x0 + d, bottom + 16.0, 12.0, Anchor::Middle, Ink::Muted, short(value));
-        scene.text(x0 - 6.0, bottom - d + 4.0, 12.0, Anchor::End, Ink::Muted, short(value));
+        scene.text(
+            x0 + d,
+            bottom + 16.0,
+            12.0,
+            Anchor::Middle,
+            Ink::Muted,
+            short(value),
+        );
+        scene.text(
+            x0 - 6.0,
+            bottom - d + 4.0,
+            12.0,
+            Anchor::End,
+            Ink::Muted,
+            short(value),
+        );
     }
     scene.line(x0, bottom, x1, bottom, 1.0, Ink::Axis);
     scene.line(x0, top, x0, bottom, 1.0, Ink::Axis);
@@ -100,25 +142,54 @@ fn speeds(scene: &mut Scene, runs: &[&PastRun], x0: f64, top: f64, bottom: f64) 
     let below = -(1.0 - BAND).ln() / (high / low).ln() * SIDE;
     scene.line(x0 + below, bottom, x1, top + below, 1.0, Ink::Axis);
     for run in in_order(runs) {
-        dot(scene, x0 + at(run.predicted_tok_s), bottom - at(run.measured_tok_s), run);
+        dot(
+            scene,
+            x0 + at(run.predicted_tok_s),
+            bottom - at(run.measured_tok_s),
+            run,
+        );
     }
-    scene.text(x0, bottom + 38.0, 13.0, Anchor::Start, Ink::Muted, "predicted tok/s (logarithmic, both axes)");
+    scene.text(
+        x0,
+        bottom + 38.0,
+        13.0,
+        Anchor::Start,
+        Ink::Muted,
+        "predicted tok/s (logarithmic, both axes)",
+    );
 }
 
 /// Draws how far each run was from its prediction, in the order of time.
 fn errors(scene: &mut Scene, runs: &[&PastRun], x0: f64, x1: f64, top: f64, bottom: f64) {
-    let worst = runs.iter().map(|r| r.error().abs().min(WORST)).fold(1.5 * BAND, f64::max);
+    let worst = runs
+        .iter()
+        .map(|r| r.error().abs().min(WORST))
+        .fold(1.5 * BAND, f64::max);
     let (step, last) = steps(worst * 100.0, 3);
     let middle = (top + bottom) / 2.0;
     let per_percent = (bottom - top) / 2.0 / last;
-    scene.bold(x0 - 34.0, top - 10.0, 14.0, Anchor::Start, Ink::Text, "measured vs predicted, run by run");
+    scene.bold(
+        x0 - 34.0,
+        top - 10.0,
+        14.0,
+        Anchor::Start,
+        Ink::Text,
+        "measured vs predicted, run by run",
+    );
     let band = BAND * 100.0 * per_percent;
     scene.rect(x0, middle - band, x1 - x0, 2.0 * band, Ink::Grid);
     let count = (last / step).round() as i32;
     for i in -count..=count {
         let value = f64::from(i) * step;
         let y = middle - value * per_percent;
-        scene.line(x0, y, x1, y, 1.0, if i == 0 { Ink::Text } else { Ink::Grid });
+        scene.line(
+            x0,
+            y,
+            x1,
+            y,
+            1.0,
+            if i == 0 { Ink::Text } else { Ink::Grid },
+        );
         let sign = if value > 0.0 { "+" } else { "" };
         let number = format!("{sign}{} %", tick(value, step));
         scene.text(x0 - 6.0, y + 4.0, 12.0, Anchor::End, Ink::Muted, number);
@@ -127,22 +198,45 @@ fn errors(scene: &mut Scene, runs: &[&PastRun], x0: f64, x1: f64, top: f64, bott
     let spacing = (x1 - x0 - 16.0) / sorted.len().max(2) as f64;
     for (i, run) in sorted.iter().enumerate() {
         let error = run.error().clamp(-last / 100.0, last / 100.0);
-        dot(scene, x0 + 8.0 + (i as f64 + 0.5) * spacing, middle - error * 100.0 * per_percent, run);
+        dot(
+            scene,
+            x0 + 8.0 + (i as f64 + 0.5) * spacing,
+            middle - error * 100.0 * per_percent,
+            run,
+        );
     }
-    let days = |run: Option<&&PastRun>| run.map_or(String::new(), |r| r.when.chars().take(10).collect());
+    let days =
+        |run: Option<&&PastRun>| run.map_or(String::new(), |r| r.when.chars().take(10).collect());
     let (first, newest) = (days(sorted.first()), days(sorted.last()));
-    let span = if first == newest { first } else { format!("{first} to {newest}") };
-    scene.text(x0, bottom + 38.0, 13.0, Anchor::Start, Ink::Muted, format!("{} runs, {span}", runs.len()));
+    let span = if first == newest {
+        first
+    } else {
+        format!("{first} to {newest}")
+    };
+    scene.text(
+        x0,
+        bottom + 38.0,
+        13.0,
+        Anchor::Start,
+        Ink::Muted,
+        format!("{} runs, {span}", runs.len()),
+    );
 }
 
 /// Returns round numbers in a range for a logarithmic axis: as few per power of ten as make four.
 fn round_numbers(low: f64, high: f64) -> Vec<f64> {
-    const OF_A_POWER: [&[f64]; 4] =
-        [&[1.0], &[1.0, 3.0], &[1.0, 2.0, 5.0], &[1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0]];
+    const OF_A_POWER: [&[f64]; 4] = [
+        &[1.0],
+        &[1.0, 3.0],
+        &[1.0, 2.0, 5.0],
+        &[1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0],
+    ];
     let (from, to) = (low.log10().floor() as i32, high.log10().ceil() as i32);
     let every = ((to - from) / 12 + 1) as usize;
     let numbers = |of: &[f64]| -> Vec<f64> {
-        let powers = (from..=to).step_by(every).flat_map(|power| of.iter().map(move |m| m * 10f64.powi(power)));
+        let powers = (from..=to)
+            .step_by(every)
+            .flat_map(|power| of.iter().map(move |m| m * 10f64.powi(power)));
         powers.filter(|v| (low..=high).contains(v)).collect()
     };
     let all = OF_A_POWER.map(numbers);
@@ -152,13 +246,24 @@ fn round_numbers(low: f64, high: f64) -> Vec<f64> {
 
 /// Formats a round number without trailing zeros.
 fn short(value: f64) -> String {
-    if (0.001..1e6).contains(&value) { format!("{}", (value * 1e6).round() / 1e6) } else { format!("{value:.0e}") }
+    if (0.001..1e6).contains(&value) {
+        format!("{}", (value * 1e6).round() / 1e6)
+    } else {
+        format!("{value:.0e}")
+    }
 }
 
 fn title(runs: &[&PastRun]) -> String {
     let within = runs.iter().filter(|r| r.error().abs() <= BAND).count();
-    let worst = runs.iter().map(|r| r.error()).max_by(|a, b| a.abs().total_cmp(&b.abs())).unwrap_or(0.0);
-    let how = match (runs.iter().all(|r| r.emulated), runs.iter().any(|r| r.emulated)) {
+    let worst = runs
+        .iter()
+        .map(|r| r.error())
+        .max_by(|a, b| a.abs().total_cmp(&b.abs()))
+        .unwrap_or(0.0);
+    let how = match (
+        runs.iter().all(|r| r.emulated),
+        runs.iter().any(|r| r.emulated),
+    ) {
         (true, _) => ", all on emulated tiers,",
         (false, true) => ", some on emulated tiers,",
         (false, false) => "",
@@ -222,7 +327,12 @@ mod tests {
     #[test]
     fn any_history_is_drawn_without_faults() {
         let many: Vec<(f64, f64)> = (1..400)
-            .map(|i| (f64::from(i) * 0.7, f64::from(i) * 0.7 * (0.7 + f64::from(i * 37 % 60) / 100.0)))
+            .map(|i| {
+                (
+                    f64::from(i) * 0.7,
+                    f64::from(i) * 0.7 * (0.7 + f64::from(i * 37 % 60) / 100.0),
+                )
+            })
             .collect();
         for pairs in [
             vec![(10.0, 9.5), (20.0, 25.0)],
@@ -234,7 +344,10 @@ mod tests {
             vec![(1e-9, 1e9), (1e9, 1e-9)],
             many,
         ] {
-            let report = Report { history: runs(&pairs), ..Report::default() };
+            let report = Report {
+                history: runs(&pairs),
+                ..Report::default()
+            };
             let overview = Overview::new(&report);
             let chart = chart(&overview).unwrap();
             assert_eq!(faults(&chart.scene), Vec::<String>::new(), "{pairs:?}");
@@ -246,13 +359,22 @@ mod tests {
     #[test]
     fn the_title_counts_what_is_within_the_band() {
         let report = Report {
-            history: runs(&[(10.0, 9.5), (10.0, 10.9), (10.0, 15.0), (10.0, 0.0), (f64::NAN, 1.0)]),
+            history: runs(&[
+                (10.0, 9.5),
+                (10.0, 10.9),
+                (10.0, 15.0),
+                (10.0, 0.0),
+                (f64::NAN, 1.0),
+            ]),
             ..Report::default()
         };
         let chart = chart(&Overview::new(&report)).unwrap();
         let words = "2 of 3 runs, some on emulated tiers, were predicted to 10 % or better; the worst is +50\u{a0}%";
         assert_eq!(chart.title, words);
-        let alone = Report { history: runs(&[(10.0, 9.5)]), ..Report::default() };
+        let alone = Report {
+            history: runs(&[(10.0, 9.5)]),
+            ..Report::default()
+        };
         assert!(super::chart(&Overview::new(&alone)).is_none());
     }
 }

@@ -15,18 +15,32 @@ const AXIS: f64 = 46.0;
 const GAP: f64 = 20.0;
 
 pub(super) fn chart(o: &Overview<'_>) -> Option<Chart> {
-    let plans: Vec<&PlanView<'_>> =
-        o.plans.iter().filter(|p| p.layers.iter().any(|l| l.dense_s + l.expert_s > 0.0)).collect();
+    let plans: Vec<&PlanView<'_>> = o
+        .plans
+        .iter()
+        .filter(|p| p.layers.iter().any(|l| l.dense_s + l.expert_s > 0.0))
+        .collect();
     let best = *plans.first()?;
     let title = title(best);
-    let subtitle =
-        format!("Milliseconds per decoded token in each layer, {}. All panels have the same scale.", o.measured());
+    let subtitle = format!(
+        "Milliseconds per decoded token in each layer, {}. All panels have the same scale.",
+        o.measured()
+    );
     let (mut scene, y) = begin(&title, &subtitle);
-    let waits = plans.iter().flat_map(|p| &p.layers).any(|l| l.waited_s > 0.0);
+    let waits = plans
+        .iter()
+        .flat_map(|p| &p.layers)
+        .any(|l| l.waited_s > 0.0);
     let signs = [
-        (Sign::Swatch(Ink::Dense), "dense (attention, norms, router)".to_string()),
+        (
+            Sign::Swatch(Ink::Dense),
+            "dense (attention, norms, router)".to_string(),
+        ),
         (Sign::Swatch(Ink::Experts), "routed experts".to_string()),
-        (Sign::Swatch(Ink::Waiting), "waiting for their reads".to_string()),
+        (
+            Sign::Swatch(Ink::Waiting),
+            "waiting for their reads".to_string(),
+        ),
     ];
     let y = legend(&mut scene, y, if waits { &signs } else { &signs[..2] });
     let columns = match plans.len() {
@@ -35,19 +49,35 @@ pub(super) fn chart(o: &Overview<'_>) -> Option<Chart> {
         _ => 3,
     };
     let width = (WIDTH - 2.0 * MARGIN - GAP * (columns as f64 - 1.0)) / columns as f64;
-    let largest = plans.iter().flat_map(|p| &p.layers).map(|l| (l.dense_s + l.expert_s) * 1e3).fold(0.0, f64::max);
+    let largest = plans
+        .iter()
+        .flat_map(|p| &p.layers)
+        .map(|l| (l.dense_s + l.expert_s) * 1e3)
+        .fold(0.0, f64::max);
     let scale = steps(largest, 5);
     let mut bottom = y;
     for (i, plan) in plans.iter().enumerate() {
         let x = MARGIN + (i % columns) as f64 * (width + GAP);
         let top = y + (i / columns) as f64 * (PANEL + 86.0);
-        bottom = panel(&mut scene, plan, &o.label(plan), Frame { x, top, width }, scale);
+        bottom = panel(
+            &mut scene,
+            plan,
+            &o.label(plan),
+            Frame { x, top, width },
+            scale,
+        );
     }
     scene.height = bottom;
     let data = table(&plans);
     let how = "One bar per layer. A layer that stands out is short of pins or slots; equal bars mean that no layer is \
                the bottleneck.";
-    Some(Chart { file: "layers", title, how: how.into(), scene, data })
+    Some(Chart {
+        file: "layers",
+        title,
+        how: how.into(),
+        scene,
+        data,
+    })
 }
 
 /// Where a panel is.
@@ -58,12 +88,25 @@ struct Frame {
 }
 
 /// Draws one plan's panel with the axis `scale` in milliseconds; returns the y below.
-fn panel(scene: &mut Scene, plan: &PlanView<'_>, label: &str, frame: Frame, scale: (f64, f64)) -> f64 {
+fn panel(
+    scene: &mut Scene,
+    plan: &PlanView<'_>,
+    label: &str,
+    frame: Frame,
+    scale: (f64, f64),
+) -> f64 {
     let Frame { x, top, width } = frame;
     let total: f64 = plan.layers.iter().map(|l| l.dense_s + l.expert_s).sum();
     let figure = format!("{} ms in all layers", sig3(total * 1e3));
     let room = width - text_width(&figure, 12.5, false) - 10.0;
-    scene.bold(x, top + 12.0, 14.0, Anchor::Start, Ink::Text, fit(label, 14.0, true, room));
+    scene.bold(
+        x,
+        top + 12.0,
+        14.0,
+        Anchor::Start,
+        Ink::Text,
+        fit(label, 14.0, true, room),
+    );
     scene.text(x + width, top + 12.0, 12.5, Anchor::End, Ink::Muted, figure);
     let (plot_top, plot_bottom) = (top + 28.0, top + 28.0 + PANEL);
     let x0 = x + AXIS;
@@ -78,14 +121,40 @@ fn panel(scene: &mut Scene, plan: &PlanView<'_>, label: &str, frame: Frame, scal
         let experts = layer.expert_s * 1e3 * per_ms;
         let waiting = experts.min(layer.waited_s * 1e3 * per_ms);
         scene.rect(left, plot_bottom - dense, bar, dense, Ink::Dense);
-        scene.rect(left, plot_bottom - dense - experts + waiting, bar, experts - waiting, Ink::Experts);
-        scene.rect(left, plot_bottom - dense - experts, bar, waiting, Ink::Waiting);
+        scene.rect(
+            left,
+            plot_bottom - dense - experts + waiting,
+            bar,
+            experts - waiting,
+            Ink::Experts,
+        );
+        scene.rect(
+            left,
+            plot_bottom - dense - experts,
+            bar,
+            waiting,
+            Ink::Waiting,
+        );
         if layer.layer.is_multiple_of(every) {
             let number = layer.layer.to_string();
-            scene.text(middle, plot_bottom + 15.0, 12.0, Anchor::Middle, Ink::Muted, number);
+            scene.text(
+                middle,
+                plot_bottom + 15.0,
+                12.0,
+                Anchor::Middle,
+                Ink::Muted,
+                number,
+            );
         }
     }
-    scene.text(x0, plot_bottom + 33.0, 12.5, Anchor::Start, Ink::Muted, "layer");
+    scene.text(
+        x0,
+        plot_bottom + 33.0,
+        12.5,
+        Anchor::Start,
+        Ink::Muted,
+        "layer",
+    );
     plot_bottom + 46.0
 }
 
@@ -103,7 +172,10 @@ fn table(plans: &[&PlanView<'_>]) -> Table {
         "reading_s",
         "waited_s",
     ]);
-    for (plan, layer) in plans.iter().flat_map(|plan| plan.layers.iter().map(move |layer| (plan, layer))) {
+    for (plan, layer) in plans
+        .iter()
+        .flat_map(|plan| plan.layers.iter().map(move |layer| (plan, layer)))
+    {
         data.push([
             plan.name().to_string(),
             layer.layer.to_string(),
@@ -123,7 +195,11 @@ fn table(plans: &[&PlanView<'_>]) -> Table {
 fn title(best: &PlanView<'_>) -> String {
     let time = |l: &tier_plan_runtime::formats::record::LayerRecord| l.dense_s + l.expert_s;
     let total: f64 = best.layers.iter().map(time).sum();
-    match best.layers.iter().max_by(|a, b| time(a).total_cmp(&time(b))) {
+    match best
+        .layers
+        .iter()
+        .max_by(|a, b| time(a).total_cmp(&time(b)))
+    {
         Some(slowest) if best.layers.len() > 1 && total > 0.0 => {
             let even = 1.0 / best.layers.len() as f64;
             format!(

@@ -88,7 +88,11 @@ fn legend(scene: &mut Scene, y: f64, entries: &[(Sign, String)]) -> f64 {
     let (mut x, mut y) = (MARGIN, y);
     for (sign, words) in entries {
         let words = fit(words, 13.0, false, WIDTH - 2.0 * MARGIN - 30.0);
-        let indent = if matches!(sign, Sign::Words) { 0.0 } else { 22.0 };
+        let indent = if matches!(sign, Sign::Words) {
+            0.0
+        } else {
+            22.0
+        };
         let width = indent + text_width(&words, 13.0, false) + 16.0;
         if x > MARGIN && x + width - 16.0 > WIDTH - MARGIN {
             x = MARGIN;
@@ -134,7 +138,15 @@ fn whisker(scene: &mut Scene, x0: f64, x1: f64, y: f64) {
 
 /// Draws a horizontal axis from 0: grid lines between `top` and `bottom`, numbers below. Returns
 /// pixels per unit.
-fn x_axis(scene: &mut Scene, x0: f64, x1: f64, top: f64, bottom: f64, largest: f64, about: usize) -> f64 {
+fn x_axis(
+    scene: &mut Scene,
+    x0: f64,
+    x1: f64,
+    top: f64,
+    bottom: f64,
+    largest: f64,
+    about: usize,
+) -> f64 {
     let (step, last) = steps(largest, about);
     let per_unit = (x1 - x0) / last;
     let count = (last / step).round() as usize;
@@ -143,21 +155,47 @@ fn x_axis(scene: &mut Scene, x0: f64, x1: f64, top: f64, bottom: f64, largest: f
         let x = x0 + value * per_unit;
         let ink = if i == 0 { Ink::Axis } else { Ink::Grid };
         scene.line(x, top, x, bottom, 1.0, ink);
-        scene.text(x, bottom + 16.0, 12.0, Anchor::Middle, Ink::Muted, tick(value, step));
+        scene.text(
+            x,
+            bottom + 16.0,
+            12.0,
+            Anchor::Middle,
+            Ink::Muted,
+            tick(value, step),
+        );
     }
     per_unit
 }
 
 /// Draws a vertical axis from 0 at `bottom`: grid lines from `x0` to `x1`, numbers to the left, the
 /// topmost with its unit. Returns pixels per unit.
-fn y_axis(scene: &mut Scene, x0: f64, x1: f64, top: f64, bottom: f64, (step, last): (f64, f64), unit: &str) -> f64 {
+fn y_axis(
+    scene: &mut Scene,
+    x0: f64,
+    x1: f64,
+    top: f64,
+    bottom: f64,
+    (step, last): (f64, f64),
+    unit: &str,
+) -> f64 {
     let per_unit = (bottom - top) / last;
     let count = (last / step).round() as usize;
     for i in 0..=count {
         let value = i as f64 * step;
         let y = bottom - value * per_unit;
-        scene.line(x0, y, x1, y, 1.0, if i == 0 { Ink::Axis } else { Ink::Grid });
-        let unit = if i == count { format!(" {unit}") } else { String::new() };
+        scene.line(
+            x0,
+            y,
+            x1,
+            y,
+            1.0,
+            if i == 0 { Ink::Axis } else { Ink::Grid },
+        );
+        let unit = if i == count {
+            format!(" {unit}")
+        } else {
+            String::new()
+        };
         let number = format!("{}{unit}", tick(value, step));
         scene.text(x0 - 6.0, y + 4.0, 12.0, Anchor::End, Ink::Muted, number);
     }
@@ -176,5 +214,8 @@ fn plan_name(scene: &mut Scene, y: f64, name: &str, bold: bool) {
 
 /// Returns the step of layer numbers on an axis that keeps labels at least `room` apart.
 fn label_every(spacing: f64, room: f64) -> u32 {
-    [1, 2, 5, 10, 20, 50, 100].into_iter().find(|n| f64::from(*n) * spacing >= room).unwrap_or(200)
+    [1, 2, 5, 10, 20, 50, 100]
+        .into_iter()
+        .find(|n| f64::from(*n) * spacing >= room)
+        .unwrap_or(200)
 }

@@ -19,13 +19,25 @@ struct Bar {
 
 impl Bar {
     fn end(&self) -> f64 {
-        self.parts.iter().map(|(s, _)| s).sum::<f64>().max(self.total.unwrap_or(0.0))
+        self.parts
+            .iter()
+            .map(|(s, _)| s)
+            .sum::<f64>()
+            .max(self.total.unwrap_or(0.0))
     }
 }
 
 pub(super) fn chart(o: &Overview<'_>) -> Option<Chart> {
-    let stages: Vec<[Option<Bar>; 2]> = o.plans.iter().map(|p| [measured_stages(p), predicted_stages(p)]).collect();
-    let tiers: Vec<[Option<Bar>; 2]> = o.plans.iter().map(|p| [measured_tiers(o, p), predicted_tiers(o, p)]).collect();
+    let stages: Vec<[Option<Bar>; 2]> = o
+        .plans
+        .iter()
+        .map(|p| [measured_stages(p), predicted_stages(p)])
+        .collect();
+    let tiers: Vec<[Option<Bar>; 2]> = o
+        .plans
+        .iter()
+        .map(|p| [measured_tiers(o, p), predicted_tiers(o, p)])
+        .collect();
     if stages.iter().flatten().all(Option::is_none) {
         return None;
     }
@@ -38,24 +50,58 @@ pub(super) fn chart(o: &Overview<'_>) -> Option<Chart> {
     let (mut scene, y) = begin(&title, &subtitle);
     let stage_signs = [
         (Sign::Words, "Left:".to_string()),
-        (Sign::Swatch(Ink::Experts), "routed experts, waiting included".to_string()),
-        (Sign::Swatch(Ink::Dense), "everything else (dense weights, keys and values, head, fixed times)".to_string()),
+        (
+            Sign::Swatch(Ink::Experts),
+            "routed experts, waiting included".to_string(),
+        ),
+        (
+            Sign::Swatch(Ink::Dense),
+            "everything else (dense weights, keys and values, head, fixed times)".to_string(),
+        ),
     ];
     let with_tiers = tiers.iter().flatten().any(Option::is_some);
-    let mut y = legend(&mut scene, y, if with_tiers { &stage_signs } else { &stage_signs[1..] });
+    let mut y = legend(
+        &mut scene,
+        y,
+        if with_tiers {
+            &stage_signs
+        } else {
+            &stage_signs[1..]
+        },
+    );
     if with_tiers {
         let mut signs = vec![(Sign::Words, "Right:".to_string())];
-        signs.extend(o.tiers.iter().map(|(n, ink)| (Sign::Swatch(*ink), format!("waiting for {n}"))));
+        signs.extend(
+            o.tiers
+                .iter()
+                .map(|(n, ink)| (Sign::Swatch(*ink), format!("waiting for {n}"))),
+        );
         y = legend(&mut scene, y - 4.0, &signs) + 2.0;
     }
     let room = WIDTH - MARGIN - NAMES;
-    let width = if with_tiers { (room - 50.0) / 2.0 } else { room };
+    let width = if with_tiers {
+        (room - 50.0) / 2.0
+    } else {
+        room
+    };
     for (i, plan) in o.plans.iter().enumerate() {
-        plan_name(&mut scene, y + 24.0 + ROW * i as f64 + 28.0, &o.label(plan), i == 0);
+        plan_name(
+            &mut scene,
+            y + 24.0 + ROW * i as f64 + 28.0,
+            &o.label(plan),
+            i == 0,
+        );
     }
     let bottom = panel(&mut scene, NAMES, width, y, "by stage", &stages);
     if with_tiers {
-        panel(&mut scene, NAMES + width + 50.0, width, y, "by tier, all of the time shared out", &tiers);
+        panel(
+            &mut scene,
+            NAMES + width + 50.0,
+            width,
+            y,
+            "by tier, all of the time shared out",
+            &tiers,
+        );
     }
     scene.height = bottom;
     Some(Chart {
@@ -69,11 +115,24 @@ pub(super) fn chart(o: &Overview<'_>) -> Option<Chart> {
     })
 }
 
-fn panel(scene: &mut Scene, x0: f64, width: f64, y: f64, heading: &str, rows: &[[Option<Bar>; 2]]) -> f64 {
+fn panel(
+    scene: &mut Scene,
+    x0: f64,
+    width: f64,
+    y: f64,
+    heading: &str,
+    rows: &[[Option<Bar>; 2]],
+) -> f64 {
     scene.bold(x0, y + 12.0, 14.0, Anchor::Start, Ink::Text, heading);
     let top = y + 24.0;
     let bottom = top + ROW * rows.len() as f64 + 6.0;
-    let largest = rows.iter().flatten().flatten().map(Bar::end).fold(0.0, f64::max) * 1e3;
+    let largest = rows
+        .iter()
+        .flatten()
+        .flatten()
+        .map(Bar::end)
+        .fold(0.0, f64::max)
+        * 1e3;
     // Room at the right for the figure at the end of the longest bar.
     let per_ms = x_axis(scene, x0, x0 + width - 52.0, top, bottom, largest, 4);
     for (i, bars) in rows.iter().enumerate() {
@@ -88,10 +147,24 @@ fn panel(scene: &mut Scene, x0: f64, width: f64, y: f64, heading: &str, rows: &[
             }
             let end = x0 + bar.end() * 1e3 * per_ms;
             let words = sig3(bar.total.unwrap_or_else(|| bar.end()) * 1e3);
-            scene.text_on_paper(end + 5.0, y + BAR / 2.0 + 4.0, 12.0, false, Ink::Text, words);
+            scene.text_on_paper(
+                end + 5.0,
+                y + BAR / 2.0 + 4.0,
+                12.0,
+                false,
+                Ink::Text,
+                words,
+            );
         }
     }
-    scene.text(x0, bottom + 34.0, 13.0, Anchor::Start, Ink::Muted, "ms per token");
+    scene.text(
+        x0,
+        bottom + 34.0,
+        13.0,
+        Anchor::Start,
+        Ink::Muted,
+        "ms per token",
+    );
     bottom + 48.0
 }
 
@@ -113,11 +186,18 @@ fn predicted_stages(p: &PlanView<'_>) -> Option<Bar> {
 /// run's dense stages exclude the head; predicted dense weights include it.
 fn stages(total: f64, experts: f64) -> Bar {
     let rest = (total - experts).max(0.0);
-    Bar { parts: vec![(experts, Ink::Experts), (rest, Ink::Dense)], total: Some(total) }
+    Bar {
+        parts: vec![(experts, Ink::Experts), (rest, Ink::Dense)],
+        total: Some(total),
+    }
 }
 
 fn measured_tiers(o: &Overview<'_>, p: &PlanView<'_>) -> Option<Bar> {
-    let parts: Vec<_> = p.tiers.iter().filter_map(|t| Some((finite(t.busy_s?), o.ink_of(&t.name)))).collect();
+    let parts: Vec<_> = p
+        .tiers
+        .iter()
+        .filter_map(|t| Some((finite(t.busy_s?), o.ink_of(&t.name))))
+        .collect();
     (parts.iter().map(|(s, _)| s).sum::<f64>() > 0.0).then_some(Bar { parts, total: None })
 }
 
@@ -125,19 +205,32 @@ fn predicted_tiers(o: &Overview<'_>, p: &PlanView<'_>) -> Option<Bar> {
     let predicted = p.predicted?;
     let at = |of: &PerTier<f64>, i: TierIdx| finite(of.get(i).copied().unwrap_or(0.0));
     // At another position in the text, the prediction's own KV time counts.
-    let of_plan = p.entry.placement.as_ref().map(|plan| (plan.kv_s_by_tier(), plan.predicted.kv_s));
+    let of_plan = p
+        .entry
+        .placement
+        .as_ref()
+        .map(|plan| (plan.kv_s_by_tier(), plan.predicted.kv_s));
     let cache = |i: TierIdx| match &of_plan {
-        Some((by_tier, all)) if *all > 0.0 => finite(predicted.kv_s * by_tier.get(i).copied().unwrap_or(0.0) / all),
+        Some((by_tier, all)) if *all > 0.0 => {
+            finite(predicted.kv_s * by_tier.get(i).copied().unwrap_or(0.0) / all)
+        }
         _ => 0.0,
     };
     // The time of an expert stage is shared out by the times of its paths, as a run's is.
     let paths: f64 = predicted.expert_s.iter().copied().map(finite).sum();
-    let share = if paths > 0.0 { finite(predicted.expert_critical_s) / paths } else { 0.0 };
+    let share = if paths > 0.0 {
+        finite(predicted.expert_critical_s) / paths
+    } else {
+        0.0
+    };
     let of = |i: TierIdx| at(&predicted.dense_s, i) + cache(i) + share * at(&predicted.expert_s, i);
     let sum: f64 = TierIdx::first(p.tiers.len()).map(of).sum();
     // Fixed times are shared out too.
     let longer = token_s(p.predicted_tok_s())? / sum;
-    let parts = TierIdx::first(p.tiers.len()).zip(&p.tiers).map(|(i, t)| (longer * of(i), o.ink_of(&t.name))).collect();
+    let parts = TierIdx::first(p.tiers.len())
+        .zip(&p.tiers)
+        .map(|(i, t)| (longer * of(i), o.ink_of(&t.name)))
+        .collect();
     (sum > 0.0).then_some(Bar { parts, total: None })
 }
 
@@ -146,16 +239,37 @@ fn finite(v: f64) -> f64 {
 }
 
 fn title(o: &Overview<'_>) -> String {
-    let Some(best) = o.best() else { return "Where a token's time goes".into() };
+    let Some(best) = o.best() else {
+        return "Where a token's time goes".into();
+    };
     let (bar, how) = match measured_stages(best) {
-        Some(bar) => (bar, if best.emulated { "measured on emulated tiers" } else { "measured" }),
+        Some(bar) => (
+            bar,
+            if best.emulated {
+                "measured on emulated tiers"
+            } else {
+                "measured"
+            },
+        ),
         None => match predicted_stages(best) {
-            Some(bar) => (bar, if best.emulated { "predicted from emulated rates" } else { "predicted" }),
+            Some(bar) => (
+                bar,
+                if best.emulated {
+                    "predicted from emulated rates"
+                } else {
+                    "predicted"
+                },
+            ),
             None => return "Where a token's time goes".into(),
         },
     };
     let total = bar.end().max(f64::MIN_POSITIVE);
-    let experts = bar.parts.iter().filter(|(_, ink)| *ink == Ink::Experts).map(|(s, _)| s).sum::<f64>();
+    let experts = bar
+        .parts
+        .iter()
+        .filter(|(_, ink)| *ink == Ink::Experts)
+        .map(|(s, _)| s)
+        .sum::<f64>();
     format!(
         "With {} a token takes {} ms ({how}), {} of it in routed experts",
         best.name(),
@@ -172,7 +286,10 @@ fn data(o: &Overview<'_>) -> Table {
                 data.push([p.name(), kind, part, name, &number(seconds)].map(str::to_string));
             }
         };
-        for (kind, bar) in [("measured", measured_stages(p)), ("predicted", predicted_stages(p))] {
+        for (kind, bar) in [
+            ("measured", measured_stages(p)),
+            ("predicted", predicted_stages(p)),
+        ] {
             let Some(bar) = bar else { continue };
             for ((seconds, _), name) in bar.parts.iter().zip(["experts", "else"]) {
                 push(kind, "stage", name, Some(*seconds));
@@ -181,8 +298,18 @@ fn data(o: &Overview<'_>) -> Table {
         for (i, t) in TierIdx::first(p.tiers.len()).zip(&p.tiers) {
             push("measured", "tier_busy", &t.name, t.busy_s);
             if let Some(predicted) = p.predicted {
-                push("predicted", "tier_dense", &t.name, predicted.dense_s.get(i).copied());
-                push("predicted", "tier_experts", &t.name, predicted.expert_s.get(i).copied());
+                push(
+                    "predicted",
+                    "tier_dense",
+                    &t.name,
+                    predicted.dense_s.get(i).copied(),
+                );
+                push(
+                    "predicted",
+                    "tier_experts",
+                    &t.name,
+                    predicted.expert_s.get(i).copied(),
+                );
             }
         }
     }

@@ -18,7 +18,10 @@ pub(super) fn chart(o: &Overview<'_>) -> Chart {
     let any_measured = o.plans.iter().any(|p| p.decode.is_some());
     let any_predicted = o.plans.iter().any(|p| p.predicted_tok_s().is_some());
     let ranges = o.plans.iter().any(|p| p.decode.is_some_and(|d| d.runs > 1));
-    let (mut scene, y) = begin(&title(o), "Decoding speed of each plan in tokens per second; longer is better.");
+    let (mut scene, y) = begin(
+        &title(o),
+        "Decoding speed of each plan in tokens per second; longer is better.",
+    );
     let mut signs = Vec::new();
     if any_measured {
         signs.push((Sign::Swatch(Ink::Measured), o.measured().to_string()));
@@ -33,13 +36,39 @@ pub(super) fn chart(o: &Overview<'_>) -> Chart {
     let (x0, x1) = (NAMES, WIDTH - MARGIN - ERROR_COLUMN - 60.0);
     if any_measured && any_predicted {
         let x = WIDTH - MARGIN;
-        scene.text(x, y - 2.0, 12.0, Anchor::End, Ink::Muted, "measured vs predicted");
+        scene.text(
+            x,
+            y - 2.0,
+            12.0,
+            Anchor::End,
+            Ink::Muted,
+            "measured vs predicted",
+        );
     }
     let top = y + 4.0;
     let bottom = top + 4.0 + ROW * o.plans.len() as f64;
-    let largest = o.plans.iter().flat_map(|p| [p.decode.map(|d| d.max), p.predicted_tok_s()]).flatten();
-    let per_unit = x_axis(&mut scene, x0, x1, top, bottom, largest.fold(0.0, f64::max), 6);
-    scene.text(x0, bottom + 36.0, 13.0, Anchor::Start, Ink::Muted, "tokens per second, decoding");
+    let largest = o
+        .plans
+        .iter()
+        .flat_map(|p| [p.decode.map(|d| d.max), p.predicted_tok_s()])
+        .flatten();
+    let per_unit = x_axis(
+        &mut scene,
+        x0,
+        x1,
+        top,
+        bottom,
+        largest.fold(0.0, f64::max),
+        6,
+    );
+    scene.text(
+        x0,
+        bottom + 36.0,
+        13.0,
+        Anchor::Start,
+        Ink::Muted,
+        "tokens per second, decoding",
+    );
     for (i, plan) in o.plans.iter().enumerate() {
         let y = top + 6.0 + ROW * i as f64;
         plan_name(&mut scene, y + 0.5 * ROW, &o.label(plan), i == 0);
@@ -52,35 +81,78 @@ pub(super) fn chart(o: &Overview<'_>) -> Chart {
         ""
     };
     let how = format!("One row per plan, the fastest first; a longer bar is a faster plan.{error}");
-    Chart { file: "speed", title: title(o), how, scene, data: table(o) }
+    Chart {
+        file: "speed",
+        title: title(o),
+        how,
+        scene,
+        data: table(o),
+    }
 }
 
 /// Draws the bars of one plan in the row that begins at `y`.
 fn row(scene: &mut Scene, plan: &PlanView<'_>, y: f64, x0: f64, per_unit: f64) {
     let predicted = plan.predicted_tok_s();
-    let height = if plan.decode.is_some() && predicted.is_some() { BAR } else { 2.0 * BAR };
+    let height = if plan.decode.is_some() && predicted.is_some() {
+        BAR
+    } else {
+        2.0 * BAR
+    };
     let mut bar_y = y + 2.0;
     if let Some(rate) = plan.decode {
         let end = x0 + rate.tok_s * per_unit;
         scene.rect(x0, bar_y, end - x0, height, Ink::Measured);
         let mut label = end;
         if rate.runs > 1 {
-            whisker(scene, x0 + rate.min * per_unit, x0 + rate.max * per_unit, bar_y + height / 2.0);
+            whisker(
+                scene,
+                x0 + rate.min * per_unit,
+                x0 + rate.max * per_unit,
+                bar_y + height / 2.0,
+            );
             label = label.max(x0 + rate.max * per_unit);
         }
-        scene.text_on_paper(label + 6.0, bar_y + height / 2.0 + 4.5, 13.0, true, Ink::Text, sig3(rate.tok_s));
+        scene.text_on_paper(
+            label + 6.0,
+            bar_y + height / 2.0 + 4.5,
+            13.0,
+            true,
+            Ink::Text,
+            sig3(rate.tok_s),
+        );
         bar_y += height + 2.0;
     }
     if let Some(rate) = predicted {
         scene.rect(x0, bar_y, rate * per_unit, height, Ink::Predicted);
         let x = x0 + rate * per_unit + 6.0;
-        scene.text_on_paper(x, bar_y + height / 2.0 + 4.5, 13.0, false, Ink::Muted, sig3(rate));
+        scene.text_on_paper(
+            x,
+            bar_y + height / 2.0 + 4.5,
+            13.0,
+            false,
+            Ink::Muted,
+            sig3(rate),
+        );
     }
     if plan.decode.is_none() && predicted.is_none() {
-        scene.text(x0 + 6.0, y + 0.5 * ROW, 13.0, Anchor::Start, Ink::Muted, "nothing decoded, nothing predicted");
+        scene.text(
+            x0 + 6.0,
+            y + 0.5 * ROW,
+            13.0,
+            Anchor::Start,
+            Ink::Muted,
+            "nothing decoded, nothing predicted",
+        );
     }
     if let Some(error) = plan.error {
-        scene.text(WIDTH - MARGIN, y + 0.5 * ROW, 14.0, Anchor::End, Ink::Text, signed_percent(error));
+        scene.text(
+            WIDTH - MARGIN,
+            y + 0.5 * ROW,
+            14.0,
+            Anchor::End,
+            Ink::Text,
+            signed_percent(error),
+        );
     }
 }
 
@@ -127,7 +199,9 @@ fn title(o: &Overview<'_>) -> String {
     };
     let base = format!("{} decodes {} tokens/s{how}", best.name(), sig3(speed));
     match o.rival().and_then(|r| Some((r, speed / r.speed()? - 1.0))) {
-        Some((rival, lead)) if lead >= 1.0 => format!("{base}: {} × {}", sig3(lead + 1.0), rival.name()),
+        Some((rival, lead)) if lead >= 1.0 => {
+            format!("{base}: {} × {}", sig3(lead + 1.0), rival.name())
+        }
         Some((rival, lead)) if lead < 0.005 => format!("{base}: no faster than {}", rival.name()),
         Some((rival, lead)) => format!("{base}: {} faster than {}", percent(lead), rival.name()),
         None => base,

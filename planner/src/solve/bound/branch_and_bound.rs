@@ -76,28 +76,48 @@ pub struct LayerSearch<'a> {
 
 impl<'a> LayerSearch<'a> {
     /// Makes the search of a layer with its reuse table.
-    pub fn new(table: &'a ReuseTable, capacity: &'a Capacity, layer: &LayerEvidence, price: &[f64]) -> Self {
+    pub fn new(
+        table: &'a ReuseTable,
+        capacity: &'a Capacity,
+        layer: &LayerEvidence,
+        price: &[f64],
+    ) -> Self {
         let stage = ExpertStage::new(&capacity.tiers, layer.shape.expert_bytes, layer.prefetch);
         let tokens = TokenTimes::new(table, capacity, &stage);
-        LayerSearch { descent: LocalDescent::new(tokens, capacity, layer.shape, price) }
+        LayerSearch {
+            descent: LocalDescent::new(tokens, capacity, layer.shape, price),
+        }
     }
 
     /// Returns the configurations that descents from some known ones lead to, the cheapest first.
     ///
     /// A `thorough` search also descends from where the weighted means are least.
-    pub fn cheapest(&mut self, start: &[Config], thorough: bool, deadline: Instant) -> Vec<TimedConfig> {
+    pub fn cheapest(
+        &mut self,
+        start: &[Config],
+        thorough: bool,
+        deadline: Instant,
+    ) -> Vec<TimedConfig> {
         start.iter().for_each(|config| {
             self.descent.value(config);
         });
         let mut begin = start.to_vec();
-        for mut region in if thorough { self.all_regions(start) } else { Vec::new() } {
+        for mut region in if thorough {
+            self.all_regions(start)
+        } else {
+            Vec::new()
+        } {
             for _ in 0..THOROUGH_WEIGHT_MOVES {
                 if Instant::now() >= deadline {
                     break;
                 }
                 self.tighten(&mut region);
                 let (point, means) = (region.point, self.descent.timed.means(&region.point));
-                region.mean.iter_mut().zip(&means).for_each(|(m, new)| *m += (new - *m) / 2.0);
+                region
+                    .mean
+                    .iter_mut()
+                    .zip(&means)
+                    .for_each(|(m, new)| *m += (new - *m) / 2.0);
                 if self.descent.fits(&point) && !begin.contains(&point) {
                     begin.push(point);
                 }
@@ -124,7 +144,9 @@ impl<'a> LayerSearch<'a> {
         let mut open = self.all_regions(start);
         // Least bound of the regions that need no more search.
         let mut closed = f64::INFINITY;
-        let least_bound = |open: &[Region]| (0..open.len()).min_by(|&a, &b| open[a].bound.total_cmp(&open[b].bound));
+        let least_bound = |open: &[Region]| {
+            (0..open.len()).min_by(|&a, &b| open[a].bound.total_cmp(&open[b].bound))
+        };
         while let Some(at) = least_bound(&open) {
             if open[at].bound >= best - tolerance * best.abs() || Instant::now() >= deadline {
                 break;
@@ -156,7 +178,9 @@ impl<'a> LayerSearch<'a> {
                 open.push(region);
             }
         }
-        open.iter().map(|region| region.bound).fold(closed, f64::min)
+        open.iter()
+            .map(|region| region.bound)
+            .fold(closed, f64::min)
     }
 
     /// Moves a region's weights towards the paths that are longest at a point.
@@ -168,8 +192,16 @@ impl<'a> LayerSearch<'a> {
             region.points.push(point);
         }
         let n_points = region.points.len();
-        let share = if n_points == 1 { 1.0 } else { 1.0 / n_points as f32 };
-        region.mean.iter_mut().zip(&means).for_each(|(m, new)| *m += (new - *m) * share);
+        let share = if n_points == 1 {
+            1.0
+        } else {
+            1.0 / n_points as f32
+        };
+        region
+            .mean
+            .iter_mut()
+            .zip(&means)
+            .for_each(|(m, new)| *m += (new - *m) * share);
         region.weight_moves += 1;
     }
 
@@ -179,7 +211,11 @@ impl<'a> LayerSearch<'a> {
         let fast = capacity.fast();
         let most = self.descent.timed.table.n_expert as u16;
         let staging_tier = capacity.staging_tier;
-        let slot_tiers = capacity.slot_tiers().map(TierIdx::get).map(Some).chain([None]);
+        let slot_tiers = capacity
+            .slot_tiers()
+            .map(TierIdx::get)
+            .map(Some)
+            .chain([None]);
         slot_tiers
             .map(|slot_tier| {
                 let (mut low, mut high) = ([0; MAX_FAST + 1], [0; MAX_FAST + 1]);
@@ -191,8 +227,14 @@ impl<'a> LayerSearch<'a> {
                 let alike = start.iter().filter(|c| slots_of(c) == slot_tier);
                 let value = |c: &Config| self.descent.known_value(c);
                 let cheapest = alike.min_by(|a, b| value(a).total_cmp(&value(b)));
-                let begin = cheapest.or(start.first()).map(|&config| self.with_slots_on(config, slot_tier));
-                let none = Config { cuts: [0; MAX_FAST], slots: 0, slot_tier: staging_tier };
+                let begin = cheapest
+                    .or(start.first())
+                    .map(|&config| self.with_slots_on(config, slot_tier));
+                let none = Config {
+                    cuts: [0; MAX_FAST],
+                    slots: 0,
+                    slot_tier: staging_tier,
+                };
                 let point = begin.unwrap_or(none);
                 Region {
                     slot_tier,
@@ -227,12 +269,20 @@ impl<'a> LayerSearch<'a> {
     /// Returns two halves of a region, split where the points tried differ most.
     fn split(&self, region: &Region) -> Option<[Region; 2]> {
         let fast = self.descent.capacity.fast();
-        let coordinate = |c: &Config, axis: usize| if axis == fast { c.slots } else { c.cuts[axis] };
+        let coordinate =
+            |c: &Config, axis: usize| if axis == fast { c.slots } else { c.cuts[axis] };
         let timed = &self.descent.timed;
-        let to = region.slot_tier.unwrap_or(self.descent.capacity.staging_tier.get());
+        let to = region
+            .slot_tier
+            .unwrap_or(self.descent.capacity.staging_tier.get());
         let transfer_s = timed.transfer[to].per_expert_s;
-        let next_tier_s =
-            |axis: usize| if axis + 1 >= fast { transfer_s } else { timed.compute[axis + 1].per_expert_s };
+        let next_tier_s = |axis: usize| {
+            if axis + 1 >= fast {
+                transfer_s
+            } else {
+                timed.compute[axis + 1].per_expert_s
+            }
+        };
         // Range of the points tried, within the region.
         let range = |axis: usize| {
             let points = region.points.iter().map(|c| coordinate(c, axis));
@@ -244,19 +294,29 @@ impl<'a> LayerSearch<'a> {
             let (least, most) = range(axis);
             f64::from(most.saturating_sub(least)) * next_tier_s(axis)
         };
-        let width = |axis: usize| f64::from(region.high[axis] - region.low[axis]) * next_tier_s(axis) * WIDTH_WEIGHT;
+        let width = |axis: usize| {
+            f64::from(region.high[axis] - region.low[axis]) * next_tier_s(axis) * WIDTH_WEIGHT
+        };
         let weight = |axis: usize| spread(axis) + width(axis);
         let axis = (0..=fast).max_by(|&a, &b| weight(a).total_cmp(&weight(b)))?;
         if region.high[axis] == region.low[axis] {
             return None;
         }
         let (least, most) = range(axis);
-        let (least, most) = if least < most { (least, most) } else { (region.low[axis], region.high[axis]) };
+        let (least, most) = if least < most {
+            (least, most)
+        } else {
+            (region.low[axis], region.high[axis])
+        };
         let middle = least + (most - least) / 2;
         let half = |low: u16, high: u16| {
             let inside = |c: &&Config| (low..=high).contains(&coordinate(c, axis));
             let points: Vec<Config> = region.points.iter().filter(inside).copied().collect();
-            let mean = if points.is_empty() { region.mean.clone() } else { self.mean_of(&points) };
+            let mean = if points.is_empty() {
+                region.mean.clone()
+            } else {
+                self.mean_of(&points)
+            };
             let mut limits = (region.low, region.high);
             (limits.0[axis], limits.1[axis]) = (low, high);
             Region {
@@ -270,7 +330,10 @@ impl<'a> LayerSearch<'a> {
                 point: region.point,
             }
         };
-        Some([half(region.low[axis], middle), half(middle + 1, region.high[axis])])
+        Some([
+            half(region.low[axis], middle),
+            half(middle + 1, region.high[axis]),
+        ])
     }
 
     /// Returns `[token, path]` mean path times of some points.
@@ -279,7 +342,9 @@ impl<'a> LayerSearch<'a> {
         let mut mean = vec![0.0; timed.table.tokens * (self.descent.capacity.tiers.len() + 1)];
         let share = 1.0 / points.len() as f32;
         for point in points {
-            mean.iter_mut().zip(timed.means(point)).for_each(|(m, t)| *m += t * share);
+            mean.iter_mut()
+                .zip(timed.means(point))
+                .for_each(|(m, t)| *m += t * share);
         }
         mean
     }

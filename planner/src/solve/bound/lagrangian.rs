@@ -55,7 +55,10 @@ struct Cut {
 
 fn relax(items: &[Item], capacity: &Capacity, price: &[f64]) -> Relaxation {
     let n = capacity.left_bytes.len();
-    let mut relaxed = Relaxation { value_s: 0.0, used: vec![0.0; n] };
+    let mut relaxed = Relaxation {
+        value_s: 0.0,
+        used: vec![0.0; n],
+    };
     for item in items {
         if let Some((column, value)) = item.cheapest(price) {
             let count = item.count() as f64;
@@ -81,20 +84,35 @@ pub fn bound_at(items: &[Item], capacity: &Capacity, price: &[f64]) -> f64 {
 ///
 /// # Errors
 /// Fails if the prices are not finite.
-pub fn maximize(items: &[Item], capacity: &Capacity, start: Option<&[f64]>, deadline: Instant) -> Result<DualSolution> {
+pub fn maximize(
+    items: &[Item],
+    capacity: &Capacity,
+    start: Option<&[f64]>,
+    deadline: Instant,
+) -> Result<DualSolution> {
     let n = capacity.left_bytes.len();
     let first = relax(items, capacity, &vec![0.0; n]);
-    let mut best = DualSolution { price: vec![0.0; n], bound_s: first.value_s };
+    let mut best = DualSolution {
+        price: vec![0.0; n],
+        bound_s: first.value_s,
+    };
     // Prices are scaled to seconds for the whole of a tier, in units of the time at free bytes.
     // Where that is zero, the unit is a part of the largest cost there can be.
-    let dearest = |item: &Item| item.count() as f64 * item.cost_s.iter().copied().fold(0.0, f64::max);
-    let unit = first.value_s.max(1e-6 * items.iter().map(dearest).sum::<f64>()).max(1e-12);
+    let dearest =
+        |item: &Item| item.count() as f64 * item.cost_s.iter().copied().fold(0.0, f64::max);
+    let unit = first
+        .value_s
+        .max(1e-6 * items.iter().map(dearest).sum::<f64>())
+        .max(1e-12);
     let rows: Vec<usize> = (0..n).filter(|&t| capacity.left_bytes[t] > 0).collect();
     let left = |t: usize| capacity.left_bytes[t] as f64;
     let cut = |relaxed: &Relaxation, point: Vec<f64>| Cut {
         value: relaxed.value_s / unit,
         point,
-        slope: rows.iter().map(|&t| relaxed.used[t] / left(t) - 1.0).collect(),
+        slope: rows
+            .iter()
+            .map(|&t| relaxed.used[t] / left(t) - 1.0)
+            .collect(),
     };
     let mut cuts = vec![cut(&first, vec![0.0; rows.len()])];
     if let Some(price) = start {
@@ -102,7 +120,10 @@ pub fn maximize(items: &[Item], capacity: &Capacity, start: Option<&[f64]>, dead
         let point = rows.iter().map(|&t| price[t] * left(t) / unit).collect();
         cuts.push(cut(&relaxed, point));
         if relaxed.value_s > best.bound_s {
-            best = DualSolution { price: price.to_vec(), bound_s: relaxed.value_s };
+            best = DualSolution {
+                price: price.to_vec(),
+                bound_s: relaxed.value_s,
+            };
         }
     }
     let mut max_price = FIRST_MAX_PRICE;
@@ -110,7 +131,9 @@ pub fn maximize(items: &[Item], capacity: &Capacity, start: Option<&[f64]>, dead
         if Instant::now() >= deadline {
             break;
         }
-        let Some(model) = maximize_model(&cuts, rows.len(), max_price) else { break };
+        let Some(model) = maximize_model(&cuts, rows.len(), max_price) else {
+            break;
+        };
         let is_exact = model.value - best.bound_s / unit <= TOLERANCE * model.value.abs().max(1.0);
         if is_exact {
             if max_price >= LAST_MAX_PRICE || model.point.iter().all(|&p| p < 0.99 * max_price) {
@@ -120,11 +143,16 @@ pub fn maximize(items: &[Item], capacity: &Capacity, start: Option<&[f64]>, dead
             continue;
         }
         let mut price = vec![0.0; n];
-        rows.iter().zip(&model.point).for_each(|(&t, p)| price[t] = p * unit / left(t));
+        rows.iter()
+            .zip(&model.point)
+            .for_each(|(&t, p)| price[t] = p * unit / left(t));
         let relaxed = relax(items, capacity, &price);
         cuts.push(cut(&relaxed, model.point));
         if relaxed.value_s > best.bound_s {
-            best = DualSolution { price, bound_s: relaxed.value_s };
+            best = DualSolution {
+                price,
+                bound_s: relaxed.value_s,
+            };
         }
     }
     let finite = best.bound_s.is_finite().then_some(best);
@@ -140,9 +168,16 @@ struct ModelOptimum {
 fn maximize_model(cuts: &[Cut], n_rows: usize, max_price: f64) -> Option<ModelOptimum> {
     let mut vars = variables!();
     let top = vars.add(variable());
-    let prices: Vec<_> = (0..n_rows).map(|_| vars.add(variable().min(0).max(max_price))).collect();
+    let prices: Vec<_> = (0..n_rows)
+        .map(|_| vars.add(variable().min(0).max(max_price)))
+        .collect();
     let mut master = vars.maximise(top).using(microlp);
-    for Cut { value, point, slope } in cuts {
+    for Cut {
+        value,
+        point,
+        slope,
+    } in cuts
+    {
         let mut line = Expression::from(*value);
         for ((&price, at), slope) in prices.iter().zip(point).zip(slope) {
             line += (price - *at) * *slope;
@@ -150,6 +185,12 @@ fn maximize_model(cuts: &[Cut], n_rows: usize, max_price: f64) -> Option<ModelOp
         master.add_constraint(constraint!(top <= line));
     }
     let solution = master.solve().ok()?;
-    let point = prices.iter().map(|&p| solution.value(p).clamp(0.0, max_price)).collect();
-    Some(ModelOptimum { value: solution.value(top), point })
+    let point = prices
+        .iter()
+        .map(|&p| solution.value(p).clamp(0.0, max_price))
+        .collect();
+    Some(ModelOptimum {
+        value: solution.value(top),
+        point,
+    })
 }

@@ -52,7 +52,12 @@ pub struct UniformStage<'a> {
 impl<'a> UniformStage<'a> {
     /// Makes the stage of a layer of this shape.
     pub fn new(capacity: &'a Capacity, shape: ExpertShape, stage: ExpertStage) -> Self {
-        UniformStage { stage, capacity, n_expert: shape.n_expert, n_used: shape.n_used }
+        UniformStage {
+            stage,
+            capacity,
+            n_expert: shape.n_expert,
+            n_used: shape.n_used,
+        }
     }
 }
 
@@ -67,7 +72,10 @@ impl StageTime for UniformStage<'_> {
         let mut mean = 0.0;
         cost::draw(&groups, self.n_used, |drawn, share| {
             let mut experts = [0u16; MAX_FAST + 2];
-            experts.iter_mut().zip(&drawn[..home]).for_each(|(n, &d)| *n = d as u16);
+            experts
+                .iter_mut()
+                .zip(&drawn[..home])
+                .for_each(|(n, &d)| *n = d as u16);
             let (hits, missed) = (drawn[home] as u16, drawn[home + 1] as u16);
             if config.slots > 0 {
                 experts[config.slot_tier.get()] += hits + missed;
@@ -101,7 +109,10 @@ impl<'a, T: StageTime> LocalDescent<'a, T> {
     pub fn new(timed: T, capacity: &'a Capacity, shape: ExpertShape, price: &[f64]) -> Self {
         let expert_bytes = shape.expert_bytes;
         let mut expert_price_s = [0.0; MAX_FAST + 1];
-        expert_price_s.iter_mut().zip(price).for_each(|(to, p)| *to = p * expert_bytes as f64);
+        expert_price_s
+            .iter_mut()
+            .zip(price)
+            .for_each(|(to, p)| *to = p * expert_bytes as f64);
         LocalDescent {
             timed,
             capacity,
@@ -116,7 +127,12 @@ impl<'a, T: StageTime> LocalDescent<'a, T> {
     /// Descends from the best of some configurations, and returns all that were priced.
     ///
     /// `descents` limits the starting points. The cheapest configuration comes first.
-    pub fn cheapest(&mut self, mut start: Vec<Config>, descents: usize, deadline: Instant) -> Vec<TimedConfig> {
+    pub fn cheapest(
+        &mut self,
+        mut start: Vec<Config>,
+        descents: usize,
+        deadline: Instant,
+    ) -> Vec<TimedConfig> {
         start.iter().for_each(|config| {
             self.value(config);
         });
@@ -144,8 +160,12 @@ impl<'a, T: StageTime> LocalDescent<'a, T> {
 
     /// Returns the priced configurations that fit, the cheapest first.
     fn by_value(&self) -> Vec<TimedConfig> {
-        let known = self.known.iter().map(|(config, seconds)| TimedConfig { config: *config, seconds: *seconds });
-        let mut configs: Vec<TimedConfig> = known.filter(|timed| self.fits(&timed.config)).collect();
+        let known = self.known.iter().map(|(config, seconds)| TimedConfig {
+            config: *config,
+            seconds: *seconds,
+        });
+        let mut configs: Vec<TimedConfig> =
+            known.filter(|timed| self.fits(&timed.config)).collect();
         configs.sort_by(|a, b| {
             let value = |timed: &TimedConfig| timed.seconds + self.priced_bytes(&timed.config);
             value(a).total_cmp(&value(b)).then(a.config.cmp(&b.config))
@@ -156,7 +176,10 @@ impl<'a, T: StageTime> LocalDescent<'a, T> {
     /// Returns the slots that a last cut allows, if any expert is pooled.
     pub(super) fn slot_range(&self, last_cut: u16) -> Option<SlotRange> {
         let pooled = (self.n_expert).checked_sub(last_cut).filter(|&p| p > 0)?;
-        Some(SlotRange { least: self.n_used.min(pooled), most: pooled })
+        Some(SlotRange {
+            least: self.n_used.min(pooled),
+            most: pooled,
+        })
     }
 
     /// Returns the mean seconds of a configuration.
@@ -174,8 +197,16 @@ impl<'a, T: StageTime> LocalDescent<'a, T> {
         let fast = self.capacity.fast();
         let last_cut = config.last_cut(fast);
         let price = &self.expert_price_s;
-        let pins: f64 = config.pins(fast).zip(price).map(|(n, p)| f64::from(n) * p).sum();
-        let slots = if config.slots > 0 { price[config.slot_tier.get()] * f64::from(config.slots) } else { 0.0 };
+        let pins: f64 = config
+            .pins(fast)
+            .zip(price)
+            .map(|(n, p)| f64::from(n) * p)
+            .sum();
+        let slots = if config.slots > 0 {
+            price[config.slot_tier.get()] * f64::from(config.slots)
+        } else {
+            0.0
+        };
         pins + slots + price[fast] * (f64::from(self.n_expert) - f64::from(last_cut))
     }
 
@@ -192,7 +223,11 @@ impl<'a, T: StageTime> LocalDescent<'a, T> {
         (0..=fast).all(|tier| {
             let has_slots = config.slots > 0 && config.slot_tier.get() == tier;
             let slots = if has_slots { config.slots } else { 0 };
-            let home = if tier == fast { u64::from(self.n_expert) - u64::from(last_cut) } else { 0 };
+            let home = if tier == fast {
+                u64::from(self.n_expert) - u64::from(last_cut)
+            } else {
+                0
+            };
             let experts = u64::from(pins(tier)) + u64::from(slots) + home;
             experts * self.expert_bytes <= self.capacity.left_bytes[tier]
         })
@@ -200,7 +235,9 @@ impl<'a, T: StageTime> LocalDescent<'a, T> {
 
     /// Returns the value of a configuration that was priced before; infinite if it was not.
     pub(super) fn known_value(&self, config: &Config) -> f64 {
-        self.known.get(config).map_or(f64::INFINITY, |s| s + self.priced_bytes(config))
+        self.known
+            .get(config)
+            .map_or(f64::INFINITY, |s| s + self.priced_bytes(config))
     }
 
     /// Moves to the best neighbor until there is none, with ever smaller steps.
@@ -209,7 +246,9 @@ impl<'a, T: StageTime> LocalDescent<'a, T> {
         let mut step = FIRST_STEP_EXPERTS;
         while step > 0 && Instant::now() < deadline {
             let neighbors = self.neighbors(&current, step).into_iter();
-            let best = neighbors.map(|c| (self.value(&c), c)).min_by(|a, b| a.0.total_cmp(&b.0));
+            let best = neighbors
+                .map(|c| (self.value(&c), c))
+                .min_by(|a, b| a.0.total_cmp(&b.0));
             match best.filter(|(v, _)| *v < value) {
                 Some((v, c)) => (current, value) = (c, v),
                 None => step /= 2,
@@ -249,7 +288,10 @@ impl<'a, T: StageTime> LocalDescent<'a, T> {
             }
         }
         if center.slots > 0 {
-            for slots in [center.slots.saturating_sub(step), center.slots.saturating_add(step)] {
+            for slots in [
+                center.slots.saturating_sub(step),
+                center.slots.saturating_add(step),
+            ] {
                 neighbors.push(Config { slots, ..*center });
             }
         }

@@ -28,11 +28,17 @@ const MAX_APART_STARTS: usize = 16;
 /// Calls `each` on all cores with every item and the number of items from it to the end.
 ///
 /// Returns `[items]` results, `None` where `each` gave none.
-fn for_each_item<T: Send>(items: &mut [Item], each: impl Fn(&mut Item, usize) -> Option<T> + Sync) -> Vec<Option<T>> {
+fn for_each_item<T: Send>(
+    items: &mut [Item],
+    each: impl Fn(&mut Item, usize) -> Option<T> + Sync,
+) -> Vec<Option<T>> {
     let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
     let next = AtomicUsize::new(0);
     let count = items.len();
-    let jobs: Vec<Mutex<(&mut Item, Option<T>)>> = items.iter_mut().map(|item| Mutex::new((item, None))).collect();
+    let jobs: Vec<Mutex<(&mut Item, Option<T>)>> = items
+        .iter_mut()
+        .map(|item| Mutex::new((item, None)))
+        .collect();
     std::thread::scope(|scope| {
         for _ in 0..threads {
             scope.spawn(|| {
@@ -48,7 +54,9 @@ fn for_each_item<T: Send>(items: &mut [Item], each: impl Fn(&mut Item, usize) ->
             });
         }
     });
-    jobs.into_iter().map(|job| job.into_inner().ok().and_then(|(_, result)| result)).collect()
+    jobs.into_iter()
+        .map(|job| job.into_inner().ok().and_then(|(_, result)| result))
+        .collect()
 }
 
 /// Adds to each item the columns that local descent from its cheapest ones leads to.
@@ -63,13 +71,19 @@ pub fn add_cheapest(
     deadline: Instant,
 ) -> usize {
     let added = for_each_item(items, |item, _| {
-        let Start { layer, configs: mut start } = start_of(enumerator, item, price, deadline)?;
+        let Start {
+            layer,
+            configs: mut start,
+        } = start_of(enumerator, item, price, deadline)?;
         let is_shared = item.count() > 1;
         if let (Meaning::Experts { configs, .. }, true) = (&item.meaning, is_shared) {
             // Layers of one item share out its bytes among columns of unlike bytes.
             let columns = item.cheapest_apart(price, MAX_APART_STARTS).into_iter();
             let columns = columns.chain(cheapest_by_slots(item, price));
-            let apart: BTreeSet<Config> = columns.map(|c| configs[c]).filter(|c| !start.contains(c)).collect();
+            let apart: BTreeSet<Config> = columns
+                .map(|c| configs[c])
+                .filter(|c| !start.contains(c))
+                .collect();
             start.extend(apart);
         }
         let found = match &layer.judged {
@@ -83,7 +97,11 @@ pub fn add_cheapest(
                 uniform_descent(enumerator, layer, price).cheapest(start, descents, deadline)
             }
         };
-        let most = if is_shared { MAX_NEW_SHARED_COLUMNS } else { MAX_NEW_COLUMNS };
+        let most = if is_shared {
+            MAX_NEW_SHARED_COLUMNS
+        } else {
+            MAX_NEW_COLUMNS
+        };
         push_new(enumerator, item, layer, found.into_iter().take(most))
     });
     added.into_iter().flatten().sum()
@@ -101,13 +119,19 @@ pub fn add_around(
 ) -> usize {
     let added = for_each_item(items, |item, n_left| {
         let Start { layer, .. } = start_of(enumerator, item, price, deadline)?;
-        let Meaning::Experts { configs, .. } = &item.meaning else { return None };
+        let Meaning::Experts { configs, .. } = &item.meaning else {
+            return None;
+        };
         let columns = chosen.get(chosen.len() - n_left)?;
-        let centers: BTreeSet<Config> = columns.iter().filter_map(|&c| configs.get(c).copied()).collect();
+        let centers: BTreeSet<Config> = columns
+            .iter()
+            .filter_map(|&c| configs.get(c).copied())
+            .collect();
         let found = match &layer.judged {
             Judged::Recorded(trace) => {
                 let table = ReuseTable::new(layer, trace)?;
-                LayerSearch::new(&table, enumerator.capacity, layer, price).around(&centers, deadline)
+                LayerSearch::new(&table, enumerator.capacity, layer, price)
+                    .around(&centers, deadline)
             }
             Judged::Uniform => uniform_descent(enumerator, layer, price).around(&centers, deadline),
         };
@@ -133,7 +157,9 @@ pub fn bound_over_all(
             return item.cheapest(price).map(|(_, value)| value);
         }
         let Start { layer, configs } = start_of(enumerator, item, price, deadline)?;
-        let Judged::Recorded(trace) = &layer.judged else { return None };
+        let Judged::Recorded(trace) = &layer.judged else {
+            return None;
+        };
         let table = ReuseTable::new(layer, trace)?;
         let now = Instant::now();
         let share = (threads as f64 / n_left as f64).min(1.0);
@@ -141,7 +167,11 @@ pub fn bound_over_all(
         let mut search = LayerSearch::new(&table, enumerator.capacity, layer, price);
         Some(search.bound(&configs, tolerance, end)).filter(|b| b.is_finite())
     });
-    items.iter().zip(bounds).map(|(item, bound)| Some(bound? * item.count() as f64)).sum()
+    items
+        .iter()
+        .zip(bounds)
+        .map(|(item, bound)| Some(bound? * item.count() as f64))
+        .sum()
 }
 
 fn uniform_descent<'a>(
@@ -161,11 +191,16 @@ fn push_new(
     layer: &LayerEvidence,
     found: impl Iterator<Item = TimedConfig>,
 ) -> Option<usize> {
-    let Meaning::Experts { layers, configs } = &item.meaning else { return None };
+    let Meaning::Experts { layers, configs } = &item.meaning else {
+        return None;
+    };
     let fixed = &enumerator.fixed[*layers.first()?];
     let known: BTreeSet<Config> = configs.iter().copied().collect();
     let new = found.filter(|timed| !known.contains(&timed.config));
-    Some(new.filter(|timed| enumerator.push(item, layer, fixed, timed.config, timed.seconds)).count())
+    Some(
+        new.filter(|timed| enumerator.push(item, layer, fixed, timed.config, timed.seconds))
+            .count(),
+    )
 }
 
 /// A layer with the configurations that its search starts from, the cheapest first.
@@ -175,8 +210,15 @@ struct Start<'a> {
 }
 
 /// Returns an item's layer, and its cheapest configuration per tier of slots and without slots.
-fn start_of<'a>(enumerator: &ColumnEnumerator<'a>, item: &Item, price: &[f64], deadline: Instant) -> Option<Start<'a>> {
-    let Meaning::Experts { layers, configs } = &item.meaning else { return None };
+fn start_of<'a>(
+    enumerator: &ColumnEnumerator<'a>,
+    item: &Item,
+    price: &[f64],
+    deadline: Instant,
+) -> Option<Start<'a>> {
+    let Meaning::Experts { layers, configs } = &item.meaning else {
+        return None;
+    };
     if Instant::now() >= deadline {
         return None;
     }
@@ -193,17 +235,24 @@ fn start_of<'a>(enumerator: &ColumnEnumerator<'a>, item: &Item, price: &[f64], d
     }
     let mut cheapest: Vec<(Config, f64)> = cheapest.into_values().collect();
     cheapest.sort_by(|a, b| a.1.total_cmp(&b.1));
-    Some(Start { layer, configs: cheapest.into_iter().map(|(config, _)| config).collect() })
+    Some(Start {
+        layer,
+        configs: cheapest.into_iter().map(|(config, _)| config).collect(),
+    })
 }
 
 /// Returns the cheapest columns of an item by tier of slots and their number, in powers of √2.
 fn cheapest_by_slots(item: &Item, price: &[f64]) -> Vec<usize> {
-    let Meaning::Experts { configs, .. } = &item.meaning else { return Vec::new() };
+    let Meaning::Experts { configs, .. } = &item.meaning else {
+        return Vec::new();
+    };
     let mut cheapest: BTreeMap<(TierIdx, u32), (usize, f64)> = BTreeMap::new();
     for (column, config) in configs.iter().enumerate() {
         let value = item.value(column, price.len(), price);
         let class = u32::from(config.slots).pow(2).checked_ilog2().unwrap_or(0);
-        let best = cheapest.entry((config.slot_tier, class)).or_insert((column, value));
+        let best = cheapest
+            .entry((config.slot_tier, class))
+            .or_insert((column, value));
         if value < best.1 {
             *best = (column, value);
         }

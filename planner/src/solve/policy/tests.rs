@@ -22,7 +22,10 @@ fn machine(home: TierKind) -> Machine {
     Machine {
         name: "test".to_string(),
         description: String::new(),
-        tiers: vec![tier("dram", TierKind::Dram, 20.0, 0.0), tier("slow", home, 2.0, 10.0)],
+        tiers: vec![
+            tier("dram", TierKind::Dram, 20.0, 0.0),
+            tier("slow", home, 2.0, 10.0),
+        ],
         layer_overhead_us: 1.0,
         token_overhead_us: 1.0,
         extras: Default::default(),
@@ -37,7 +40,11 @@ fn small(slots: u64, home: TierKind) -> (ModelShape, Machine, Vec<u64>) {
     shape.experts[0].expert_bytes = 1_000_000;
     // Staging holds a token's experts and some more on a block device.
     let staging = if home == TierKind::Nvme { 4 } else { 0 };
-    (shape, machine(home), vec![(slots + staging) * 1_000_000 + 100, 8_000_000])
+    (
+        shape,
+        machine(home),
+        vec![(slots + staging) * 1_000_000 + 100, 8_000_000],
+    )
 }
 
 fn tokens(choices: &[[u16; 2]]) -> Vec<Vec<Vec<u16>>> {
@@ -57,9 +64,19 @@ fn fashions() -> Vec<Vec<Vec<u16>>> {
 }
 
 fn plan(problem: &Problem<'_>) -> Placement {
-    let options = Options { strategy: Strategy::LruOnly, time_limit_s: 1.0, ..Options::default() };
+    let options = Options {
+        strategy: Strategy::LruOnly,
+        time_limit_s: 1.0,
+        ..Options::default()
+    };
     let plan = solve(problem, &options).unwrap().plan;
-    assert!(plan.layers.iter().all(|l| l.slots == 2 && l.policy == SlotPolicy::Lru), "{:?}", plan.layers);
+    assert!(
+        plan.layers
+            .iter()
+            .all(|l| l.slots == 2 && l.policy == SlotPolicy::Lru),
+        "{:?}",
+        plan.layers
+    );
     plan
 }
 
@@ -71,14 +88,29 @@ fn refilled(
     policy: Policy,
 ) -> (Placement, Placement, Option<String>) {
     let (shape, machine, budgets) = small(2, home);
-    let profile = profile_of(8, 2, 1, &[(Split::Train, 0, train), (Split::HeldOut, 0, held_out)]);
+    let profile = profile_of(
+        8,
+        2,
+        1,
+        &[(Split::Train, 0, train), (Split::HeldOut, 0, held_out)],
+    );
     let kv_type = KvType::F16;
-    let problem = Problem { shape: &shape, profile: Some(&profile), machine: &machine, budgets, context: 1, kv_type };
+    let problem = Problem {
+        shape: &shape,
+        profile: Some(&profile),
+        machine: &machine,
+        budgets,
+        context: 1,
+        kv_type,
+    };
     let evidence = Evidence::new(&shape, Some(&profile)).unwrap();
     let before = plan(&problem);
     let mut after = before.clone();
     let said = refill(&mut after, &problem, &evidence, policy).unwrap();
-    assert_eq!(verify::verify(&after, &shape, &evidence), Vec::<String>::new());
+    assert_eq!(
+        verify::verify(&after, &shape, &evidence),
+        Vec::<String>::new()
+    );
     (before, after, said)
 }
 
@@ -88,11 +120,21 @@ fn favorites_are_kept_where_held_out_prompts_have_them_too() {
         let (before, after, said) = refilled(favorites(), favorites(), home, Policy::Auto);
         assert_ne!(after.layers[0].policy, SlotPolicy::Lru);
         assert!(after.solver.objective_s < before.solver.objective_s);
-        assert!(after.predicted.hit_rate > before.predicted.hit_rate + 0.2, "{said:?}");
+        assert!(
+            after.predicted.hit_rate > before.predicted.hit_rate + 0.2,
+            "{said:?}"
+        );
         assert_eq!(before.tiers, after.tiers, "no byte moves");
         let said = said.unwrap();
-        assert!(said.starts_with("slots are refilled by") && said.contains("in 1 layer: predicted hit rate"), "{said}");
-        assert_eq!(summary(&after), serde_json::json!({after.layers[0].policy.name(): 1}));
+        assert!(
+            said.starts_with("slots are refilled by")
+                && said.contains("in 1 layer: predicted hit rate"),
+            "{said}"
+        );
+        assert_eq!(
+            summary(&after),
+            serde_json::json!({after.layers[0].policy.name(): 1})
+        );
     }
 }
 
@@ -102,7 +144,10 @@ fn lru_stays_where_it_is_faster() {
     let (before, after, said) = refilled(favorites(), fashions(), TierKind::Nvme, Policy::Auto);
     assert_eq!(before, after);
     let said = said.unwrap();
-    assert!(said.starts_with("slots stay with lru: ") && said.contains("% tok/s"), "{said}");
+    assert!(
+        said.starts_with("slots stay with lru: ") && said.contains("% tok/s"),
+        "{said}"
+    );
     // LRU wins on both.
     let (before, after, _) = refilled(fashions(), fashions(), TierKind::Nvme, Policy::Auto);
     assert!(after.solver.objective_s <= before.solver.objective_s);
@@ -110,12 +155,19 @@ fn lru_stays_where_it_is_faster() {
 
 #[test]
 fn a_requested_policy_is_applied() {
-    for (policy, name) in [(Policy::Lfu, "lfu"), (Policy::Adaptive, "adaptive"), (Policy::Lru, "lru")] {
+    for (policy, name) in [
+        (Policy::Lfu, "lfu"),
+        (Policy::Adaptive, "adaptive"),
+        (Policy::Lru, "lru"),
+    ] {
         let (_, after, said) = refilled(favorites(), fashions(), TierKind::Nvme, policy);
         assert_eq!(after.layers[0].policy.name(), name);
         assert!(said.is_some_and(|said| said.contains(name)));
     }
-    assert_eq!(to_apply(Policy::Auto, Strategy::Optimal), Some(Policy::Auto));
+    assert_eq!(
+        to_apply(Policy::Auto, Strategy::Optimal),
+        Some(Policy::Auto)
+    );
     assert_eq!(to_apply(Policy::Auto, Strategy::LruOnly), None);
     assert_eq!(to_apply(Policy::Lfu, Strategy::LruOnly), Some(Policy::Lfu));
     assert_eq!(to_apply(Policy::Lru, Strategy::Optimal), None);
@@ -125,13 +177,25 @@ fn a_requested_policy_is_applied() {
 fn without_recorded_tokens_there_is_nothing_to_learn() {
     let (shape, machine, budgets) = small(2, TierKind::Nvme);
     let kv_type = KvType::F16;
-    let problem = Problem { shape: &shape, profile: None, machine: &machine, budgets, context: 1, kv_type };
+    let problem = Problem {
+        shape: &shape,
+        profile: None,
+        machine: &machine,
+        budgets,
+        context: 1,
+        kv_type,
+    };
     let evidence = Evidence::new(&shape, None).unwrap();
     let before = plan(&problem);
     let mut after = before.clone();
-    assert_eq!(refill(&mut after, &problem, &evidence, Policy::Auto).unwrap(), None);
+    assert_eq!(
+        refill(&mut after, &problem, &evidence, Policy::Auto).unwrap(),
+        None
+    );
     assert_eq!(before, after);
-    let said = refill(&mut after, &problem, &evidence, Policy::Adaptive).unwrap().unwrap();
+    let said = refill(&mut after, &problem, &evidence, Policy::Adaptive)
+        .unwrap()
+        .unwrap();
     assert_eq!(after.layers[0].policy, DEFAULT_ADAPTIVE);
     assert!(said.contains("nothing was recorded"), "{said}");
 }
@@ -141,10 +205,22 @@ fn without_recorded_tokens_there_is_nothing_to_learn() {
 fn learning_finds_good_parameters() {
     let mut shape = shape(24, 3);
     shape.experts[0].expert_bytes = 1_000_000;
-    let routing = Routing { skew: 0.7, repeat: 0.4, prompts: 6, prompt_tokens: 20, decode_tokens: 120, seed: 7 };
+    let routing = Routing {
+        skew: 0.7,
+        repeat: 0.4,
+        prompts: 6,
+        prompt_tokens: 20,
+        decode_tokens: 120,
+        seed: 7,
+    };
     let profile = synthetic::profile(&shape, &routing);
     let trace = LayerTrace::new(&profile, 0, |p| p.split == Split::Train);
-    let layers = [ContendedLayer { at: 0, slots: 6, pinned: vec![false; 24], trace }];
+    let layers = [ContendedLayer {
+        at: 0,
+        slots: 6,
+        pinned: vec![false; 24],
+        trace,
+    }];
     let all: Vec<&ContendedLayer> = layers.iter().collect();
     let count = |policy| hits_of(&all, policy)[0];
     let found = count(best_adaptive(&all));
@@ -158,6 +234,17 @@ fn learning_finds_good_parameters() {
     }
     assert!(found as f64 >= most as f64 * 0.97, "{found} of {most}");
     assert!(found >= count(DEFAULT_ADAPTIVE));
-    assert!(LFU_HALF_LIVES.iter().all(|&half_life| count(best_lfu(&all)) >= count(SlotPolicy::Lfu { half_life })));
-    assert_eq!(DEFAULT_ADAPTIVE, adaptive([ADAPTIVE_AXES[0][2], ADAPTIVE_AXES[1][1], ADAPTIVE_AXES[2][4]]));
+    assert!(
+        LFU_HALF_LIVES
+            .iter()
+            .all(|&half_life| count(best_lfu(&all)) >= count(SlotPolicy::Lfu { half_life }))
+    );
+    assert_eq!(
+        DEFAULT_ADAPTIVE,
+        adaptive([
+            ADAPTIVE_AXES[0][2],
+            ADAPTIVE_AXES[1][1],
+            ADAPTIVE_AXES[2][4]
+        ])
+    );
 }

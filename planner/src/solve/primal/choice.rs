@@ -21,9 +21,14 @@ impl Choice {
     /// Makes a choice. Returns `None` if its bytes do not fit.
     pub fn new(items: &[Item], capacity: &Capacity, columns: Vec<Vec<usize>>) -> Option<Self> {
         let used = used_bytes(items, capacity, &columns);
-        let fits = used.iter().zip(&capacity.left_bytes).all(|(&used, &left)| used <= u128::from(left));
+        let fits = used
+            .iter()
+            .zip(&capacity.left_bytes)
+            .all(|(&used, &left)| used <= u128::from(left));
         let columns_of = items.iter().zip(&columns);
-        let cost_s = columns_of.flat_map(|(item, c)| c.iter().map(|&c| item.cost_s[c])).sum();
+        let cost_s = columns_of
+            .flat_map(|(item, c)| c.iter().map(|&c| item.cost_s[c]))
+            .sum();
         fits.then_some(Choice { columns, cost_s })
     }
 }
@@ -35,7 +40,9 @@ pub(super) fn used_bytes(items: &[Item], capacity: &Capacity, columns: &[Vec<usi
     for (item, columns) in items.iter().zip(columns) {
         for &column in columns {
             let bytes = item.column_bytes(column, n);
-            used.iter_mut().zip(bytes).for_each(|(used, &b)| *used += u128::from(b));
+            used.iter_mut()
+                .zip(bytes)
+                .for_each(|(used, &b)| *used += u128::from(b));
         }
     }
     used
@@ -77,12 +84,25 @@ impl Master<'_> {
                 let least = item.cheapest(price).map_or(0.0, |(_, value)| value);
                 let priced = |column: usize| {
                     let bytes = item.column_bytes(column, n);
-                    let bytes_s = bytes.iter().zip(price).map(|(&b, p)| b as f64 * p).sum::<f64>();
-                    PricedColumn { column, reduced_cost: item.cost_s[column] + bytes_s - least }
+                    let bytes_s = bytes
+                        .iter()
+                        .zip(price)
+                        .map(|(&b, p)| b as f64 * p)
+                        .sum::<f64>();
+                    PricedColumn {
+                        column,
+                        reduced_cost: item.cost_s[column] + bytes_s - least,
+                    }
                 };
-                let mut ranked: Vec<PricedColumn> =
-                    (0..item.len()).map(priced).filter(|c| c.reduced_cost <= limit).collect();
-                ranked.sort_by(|a, b| a.reduced_cost.total_cmp(&b.reduced_cost).then(a.column.cmp(&b.column)));
+                let mut ranked: Vec<PricedColumn> = (0..item.len())
+                    .map(priced)
+                    .filter(|c| c.reduced_cost <= limit)
+                    .collect();
+                ranked.sort_by(|a, b| {
+                    a.reduced_cost
+                        .total_cmp(&b.reduced_cost)
+                        .then(a.column.cmp(&b.column))
+                });
                 ranked
             })
             .collect()

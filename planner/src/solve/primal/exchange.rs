@@ -70,28 +70,56 @@ impl<'a> CandidateLists<'a> {
         let n = master.n_rows();
         let price = &master.dual.price;
         let list_of = |(item, ranked): (&Item, &Vec<PricedColumn>)| {
-            let kept = ranked.iter().take(MAX_CANDIDATES).take_while(|c| c.reduced_cost <= limit);
+            let kept = ranked
+                .iter()
+                .take(MAX_CANDIDATES)
+                .take_while(|c| c.reduced_cost <= limit);
             let mut by_bytes_s: Vec<Candidate> = kept
-                .map(|&PricedColumn { column, reduced_cost }| {
-                    let bytes = row_bytes(item, column, n);
-                    let bytes_s = priced(&bytes, price);
-                    Candidate { bytes_s, reduced_cost, bytes, column: column as u32 }
-                })
+                .map(
+                    |&PricedColumn {
+                         column,
+                         reduced_cost,
+                     }| {
+                        let bytes = row_bytes(item, column, n);
+                        let bytes_s = priced(&bytes, price);
+                        Candidate {
+                            bytes_s,
+                            reduced_cost,
+                            bytes,
+                            column: column as u32,
+                        }
+                    },
+                )
                 .collect();
-            by_bytes_s.sort_by(|a, b| a.bytes_s.total_cmp(&b.bytes_s).then(a.column.cmp(&b.column)));
+            by_bytes_s.sort_by(|a, b| {
+                a.bytes_s
+                    .total_cmp(&b.bytes_s)
+                    .then(a.column.cmp(&b.column))
+            });
             let mut by_reduced_cost: Vec<u32> = (0..by_bytes_s.len() as u32).collect();
             let cost = |at: u32| by_bytes_s[at as usize].reduced_cost;
             by_reduced_cost.sort_by(|&a, &b| cost(a).total_cmp(&cost(b)).then(a.cmp(&b)));
-            CandidateList { by_bytes_s, by_reduced_cost }
+            CandidateList {
+                by_bytes_s,
+                by_reduced_cost,
+            }
         };
         let least_of = |(item, ranked): (&Item, &Vec<PricedColumn>)| {
             let first = ranked.first().map_or(0, |c| c.column);
-            let bytes = item.column_bytes(first, n).iter().zip(price).map(|(&b, p)| b as f64 * p);
+            let bytes = item
+                .column_bytes(first, n)
+                .iter()
+                .zip(price)
+                .map(|(&b, p)| b as f64 * p);
             item.cost_s.get(first).copied().unwrap_or(0.0) + bytes.sum::<f64>()
         };
         let least_s = master.items.iter().zip(ranked).map(least_of).collect();
         let lists = master.items.iter().zip(ranked).map(list_of).collect();
-        CandidateLists { master: *master, lists, least_s }
+        CandidateLists {
+            master: *master,
+            lists,
+            least_s,
+        }
     }
 }
 
@@ -135,8 +163,17 @@ struct ExchangeSearch<'a> {
 /// Improves a choice until no pair, and no triple that was drawn, can be given better columns.
 ///
 /// Ends early at the deadline. The order of trials depends on `seed` alone.
-pub fn exchange(lists: &CandidateLists<'_>, choice: Choice, seed: u64, deadline: Instant) -> Choice {
-    let Master { items, capacity, dual } = lists.master;
+pub fn exchange(
+    lists: &CandidateLists<'_>,
+    choice: Choice,
+    seed: u64,
+    deadline: Instant,
+) -> Choice {
+    let Master {
+        items,
+        capacity,
+        dual,
+    } = lists.master;
     let n_rows = lists.master.n_rows();
     let mut units = Vec::new();
     let mut spare = [0u64; MAX_ROWS];
@@ -145,18 +182,37 @@ pub fn exchange(lists: &CandidateLists<'_>, choice: Choice, seed: u64, deadline:
         for (member, &column) in columns.iter().enumerate() {
             let bytes = row_bytes(&items[item], column, n_rows);
             for (spare, bytes) in spare.iter_mut().zip(&bytes) {
-                let Some(rest) = spare.checked_sub(*bytes) else { return choice };
+                let Some(rest) = spare.checked_sub(*bytes) else {
+                    return choice;
+                };
                 *spare = rest;
             }
             let bytes_s = priced(&bytes, &dual.price);
             let reduced_cost = items[item].cost_s[column] + bytes_s - lists.least_s[item];
-            let current = Candidate { bytes_s, reduced_cost, bytes, column: column as u32 };
-            units.push(Unit { item, member, current });
+            let current = Candidate {
+                bytes_s,
+                reduced_cost,
+                bytes,
+                column: column as u32,
+            };
+            units.push(Unit {
+                item,
+                member,
+                current,
+            });
         }
     }
     let min_gain_s = MIN_RELATIVE_GAIN * dual.bound_s.abs();
     let max_gap_s = MAX_RELATIVE_GAP * dual.bound_s.abs();
-    let mut search = ExchangeSearch { lists, n_rows, units, spare, min_gain_s, max_gap_s, deadline };
+    let mut search = ExchangeSearch {
+        lists,
+        n_rows,
+        units,
+        spare,
+        min_gain_s,
+        max_gap_s,
+        deadline,
+    };
     search.run(&mut Random::new(seed));
     let mut columns = choice.columns.clone();
     for unit in &search.units {
@@ -179,7 +235,11 @@ impl<'a> ExchangeSearch<'a> {
 
     /// Returns how far the choice is above the bound, in seconds.
     fn gap_s(&self) -> f64 {
-        self.units.iter().map(|u| u.current.reduced_cost).sum::<f64>() + priced(&self.spare, self.price())
+        self.units
+            .iter()
+            .map(|u| u.current.reduced_cost)
+            .sum::<f64>()
+            + priced(&self.spare, self.price())
     }
 
     fn run(&mut self, random: &mut Random) {
@@ -189,12 +249,18 @@ impl<'a> ExchangeSearch<'a> {
         self.exchange_pairs(random);
         let n_candidates = |unit: usize| self.list(unit).by_bytes_s.len();
         let all = 0..self.units.len();
-        let mut drawn: Vec<usize> = all.clone().filter(|&unit| n_candidates(unit) >= MIN_TRIPLE_CANDIDATES).collect();
+        let mut drawn: Vec<usize> = all
+            .clone()
+            .filter(|&unit| n_candidates(unit) >= MIN_TRIPLE_CANDIDATES)
+            .collect();
         if drawn.len() < 3 {
             drawn = all.collect();
         }
         let mut fruitless = 0;
-        while fruitless < MAX_FRUITLESS_TRIPLES && self.gap_s() > self.max_gap_s && Instant::now() < self.deadline {
+        while fruitless < MAX_FRUITLESS_TRIPLES
+            && self.gap_s() > self.max_gap_s
+            && Instant::now() < self.deadline
+        {
             if self.exchange_three(&drawn, random) {
                 fruitless = 0;
                 self.exchange_pairs(random);
@@ -213,7 +279,8 @@ impl<'a> ExchangeSearch<'a> {
             let mut changed = false;
             for (at, &first) in order.iter().enumerate() {
                 for &second in &order[at + 1..] {
-                    let key = |unit: usize| (self.units[unit].item, self.units[unit].current.column);
+                    let key =
+                        |unit: usize| (self.units[unit].item, self.units[unit].current.column);
                     let pair = [key(first).min(key(second)), key(first).max(key(second))];
                     if !tried.insert(pair) {
                         continue;
@@ -239,7 +306,10 @@ impl<'a> ExchangeSearch<'a> {
         let mut gap_s = priced(&self.spare, self.price());
         for &unit in units {
             let current = &self.units[unit].current;
-            bytes.iter_mut().zip(&current.bytes).for_each(|(left, b)| *left += b);
+            bytes
+                .iter_mut()
+                .zip(&current.bytes)
+                .for_each(|(left, b)| *left += b);
             gap_s += current.reduced_cost;
         }
         Freed { bytes, gap_s }
@@ -248,7 +318,13 @@ impl<'a> ExchangeSearch<'a> {
     /// Returns the best candidate of an item for what is left, and the gap that it makes.
     ///
     /// `left_s` is the priced worth of `left`. Only gaps below `best_s` are looked for.
-    fn best_last(&self, item: usize, left: &RowBytes, left_s: f64, best_s: f64) -> Option<(f64, &'a Candidate)> {
+    fn best_last(
+        &self,
+        item: usize,
+        left: &RowBytes,
+        left_s: f64,
+        best_s: f64,
+    ) -> Option<(f64, &'a Candidate)> {
         let list = &self.lists.lists[item].by_bytes_s;
         let from = list.partition_point(|c| c.bytes_s < left_s - best_s);
         let mut best: Option<(f64, &Candidate)> = None;
@@ -267,7 +343,10 @@ impl<'a> ExchangeSearch<'a> {
     }
 
     fn fits(&self, candidate: &Candidate, left: &RowBytes) -> bool {
-        candidate.bytes[..self.n_rows].iter().zip(left).all(|(b, left)| b <= left)
+        candidate.bytes[..self.n_rows]
+            .iter()
+            .zip(left)
+            .all(|(b, left)| b <= left)
     }
 
     fn set(&mut self, unit: usize, to: Candidate) {
@@ -281,7 +360,12 @@ impl<'a> ExchangeSearch<'a> {
     /// Gives units columns whose bytes fit together: first all give up theirs.
     fn set_all(&mut self, changes: &[(usize, Candidate)]) {
         for &(unit, _) in changes {
-            let nothing = Candidate { bytes_s: 0.0, reduced_cost: 0.0, bytes: [0; MAX_ROWS], column: 0 };
+            let nothing = Candidate {
+                bytes_s: 0.0,
+                reduced_cost: 0.0,
+                bytes: [0; MAX_ROWS],
+                column: 0,
+            };
             self.set(unit, nothing);
         }
         changes.iter().for_each(|&(unit, to)| self.set(unit, to));
@@ -309,7 +393,9 @@ impl<'a> ExchangeSearch<'a> {
                 best = Some((*first, *second));
             }
         }
-        let Some((first, second)) = best else { return false };
+        let Some((first, second)) = best else {
+            return false;
+        };
         self.set_all(&[(a, first), (b, second)]);
         true
     }
@@ -347,13 +433,17 @@ impl<'a> ExchangeSearch<'a> {
                 }
                 let rest = minus(&after, &second.bytes);
                 let rest_s = left_s - first.bytes_s - second.bytes_s;
-                if let Some((last_s, third)) = self.best_last(item_c, &rest, rest_s, best_s - pair_s) {
+                if let Some((last_s, third)) =
+                    self.best_last(item_c, &rest, rest_s, best_s - pair_s)
+                {
                     best_s = pair_s + last_s;
                     best = Some([*first, *second, *third]);
                 }
             }
         }
-        let Some([first, second, third]) = best else { return false };
+        let Some([first, second, third]) = best else {
+            return false;
+        };
         self.set_all(&[(a, first), (b, second), (c, third)]);
         true
     }
@@ -363,16 +453,23 @@ impl CandidateList {
     /// Returns candidates with a reduced cost below a limit, evenly spaced from a random start.
     fn sample(&self, limit_s: f64, random: &mut Random) -> Vec<u32> {
         let cost = |at: u32| self.by_bytes_s[at as usize].reduced_cost;
-        let surviving = self.by_reduced_cost.partition_point(|&at| cost(at) < limit_s);
+        let surviving = self
+            .by_reduced_cost
+            .partition_point(|&at| cost(at) < limit_s);
         let step = surviving.div_ceil(MAX_TRIPLE_CANDIDATES).max(1);
-        (random.below(step)..surviving).step_by(step).map(|at| self.by_reduced_cost[at]).collect()
+        (random.below(step)..surviving)
+            .step_by(step)
+            .map(|at| self.by_reduced_cost[at])
+            .collect()
     }
 }
 
 /// Returns what is left after some bytes, of which there are enough.
 fn minus(left: &RowBytes, bytes: &RowBytes) -> RowBytes {
     let mut rest = *left;
-    rest.iter_mut().zip(bytes).for_each(|(left, b)| *left = left.saturating_sub(*b));
+    rest.iter_mut()
+        .zip(bytes)
+        .for_each(|(left, b)| *left = left.saturating_sub(*b));
     rest
 }
 
@@ -390,7 +487,11 @@ mod tests {
     fn capacity(left_bytes: Vec<u64>) -> Capacity {
         let tier = |at: usize| Tier {
             name: format!("t{at}"),
-            kind: if at == 0 { TierKind::Dram } else { TierKind::Nvme },
+            kind: if at == 0 {
+                TierKind::Dram
+            } else {
+                TierKind::Nvme
+            },
             capacity_bytes: 1 << 40,
             read_gbps: 1.0,
             latency_us: 0.0,
@@ -415,7 +516,10 @@ mod tests {
 
     fn item(members: usize, columns: &[(u16, u64, u64)]) -> Item {
         Item {
-            meaning: Meaning::Dense { groups: (0..members).collect(), tiers: vec![TierIdx::FIRST; columns.len()] },
+            meaning: Meaning::Dense {
+                groups: (0..members).collect(),
+                tiers: vec![TierIdx::FIRST; columns.len()],
+            },
             cost_s: columns.iter().map(|c| f64::from(c.0) * 1e-3).collect(),
             bytes: columns.iter().flat_map(|c| [c.1, c.2]).collect(),
         }

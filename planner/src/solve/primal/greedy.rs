@@ -30,7 +30,9 @@ pub fn by_price(master: &Master<'_>) -> Vec<Choice> {
         let price: Vec<f64> = master.dual.price.iter().map(|p| p * factor).collect();
         let cheapest = |item: &Item| item.cheapest(&price).map(|(c, _)| vec![c; item.count()]);
         let columns: Option<Vec<Vec<usize>>> = master.items.iter().map(cheapest).collect();
-        choices.extend(columns.and_then(|columns| Choice::new(master.items, master.capacity, columns)));
+        choices.extend(
+            columns.and_then(|columns| Choice::new(master.items, master.capacity, columns)),
+        );
         if choices.len() == 2 {
             break;
         }
@@ -43,8 +45,14 @@ pub fn by_price(master: &Master<'_>) -> Vec<Choice> {
 /// Where many columns are nearly as cheap, this finds those that go together. `ranked` holds the
 /// reduced costs of all columns. `fixed` is `[items]` columns of members that are settled, or
 /// empty.
-pub fn balanced(master: &Master<'_>, ranked: &[Vec<PricedColumn>], fixed: &[Vec<usize>]) -> Vec<Choice> {
-    let Master { items, capacity, .. } = *master;
+pub fn balanced(
+    master: &Master<'_>,
+    ranked: &[Vec<PricedColumn>],
+    fixed: &[Vec<usize>],
+) -> Vec<Choice> {
+    let Master {
+        items, capacity, ..
+    } = *master;
     let balance = Balance::new(master, ranked, fixed);
     let mut choices: Vec<Choice> = IMBALANCE_WEIGHTS
         .iter()
@@ -69,20 +77,42 @@ struct Balance<'a> {
 }
 
 impl<'a> Balance<'a> {
-    fn new(master: &'a Master<'a>, ranked: &'a [Vec<PricedColumn>], fixed: &'a [Vec<usize>]) -> Self {
+    fn new(
+        master: &'a Master<'a>,
+        ranked: &'a [Vec<PricedColumn>],
+        fixed: &'a [Vec<usize>],
+    ) -> Self {
         let (items, n) = (master.items, master.n_rows());
-        let least_of = |item: &Item, t: usize| (0..item.len()).map(|c| item.column_bytes(c, n)[t]).min().unwrap_or(0);
-        let least_bytes = items.iter().map(|i| (0..n).map(|t| least_of(i, t)).collect()).collect();
+        let least_of = |item: &Item, t: usize| {
+            (0..item.len())
+                .map(|c| item.column_bytes(c, n)[t])
+                .min()
+                .unwrap_or(0)
+        };
+        let least_bytes = items
+            .iter()
+            .map(|i| (0..n).map(|t| least_of(i, t)).collect())
+            .collect();
         let cheapest_bytes_s = items.iter().zip(ranked).map(|(item, ranked)| {
             ranked.first().map_or(0.0, |c| {
-                let bytes = item.column_bytes(c.column, n).iter().zip(&master.dual.price);
+                let bytes = item
+                    .column_bytes(c.column, n)
+                    .iter()
+                    .zip(&master.dual.price);
                 bytes.map(|(&b, p)| b as f64 * p).sum::<f64>()
             })
         });
         let cheapest_bytes_s = cheapest_bytes_s.collect();
         let mut order: Vec<usize> = (0..items.len()).collect();
         order.sort_by_key(|&i| (items[i].len(), i));
-        Balance { master, ranked, fixed, least_bytes, cheapest_bytes_s, order }
+        Balance {
+            master,
+            ranked,
+            fixed,
+            least_bytes,
+            cheapest_bytes_s,
+            order,
+        }
     }
 
     fn fixed(&self, item: usize) -> &[usize] {
@@ -91,17 +121,28 @@ impl<'a> Balance<'a> {
 
     /// Returns the members of an item that still need a column.
     fn open(&self, item: usize) -> usize {
-        self.master.items[item].count().saturating_sub(self.fixed(item).len())
+        self.master.items[item]
+            .count()
+            .saturating_sub(self.fixed(item).len())
     }
 
     /// Builds `[items][members]` columns for one weight. Returns `None` if a member finds none.
     fn columns(&self, weight: f64) -> Option<Vec<Vec<usize>>> {
         let (items, n) = (self.master.items, self.master.n_rows());
-        let mut columns: Vec<Vec<usize>> = (0..items.len()).map(|i| self.fixed(i).to_vec()).collect();
-        let mut left: Vec<f64> = self.master.capacity.left_bytes.iter().map(|&b| b as f64).collect();
+        let mut columns: Vec<Vec<usize>> =
+            (0..items.len()).map(|i| self.fixed(i).to_vec()).collect();
+        let mut left: Vec<f64> = self
+            .master
+            .capacity
+            .left_bytes
+            .iter()
+            .map(|&b| b as f64)
+            .collect();
         for (item, columns) in items.iter().zip(&columns) {
             for &column in columns {
-                left.iter_mut().zip(item.column_bytes(column, n)).for_each(|(l, &b)| *l -= b as f64);
+                left.iter_mut()
+                    .zip(item.column_bytes(column, n))
+                    .for_each(|(l, &b)| *l -= b as f64);
             }
         }
         // `[rows]` bytes that the open members need at least.
@@ -110,11 +151,17 @@ impl<'a> Balance<'a> {
             least.map(|(i, l)| self.open(i) as f64 * l[t] as f64).sum()
         };
         let mut need: Vec<f64> = (0..n).map(needed).collect();
-        let mut rest_s: f64 = (0..items.len()).map(|i| self.open(i) as f64 * self.cheapest_bytes_s[i]).sum();
+        let mut rest_s: f64 = (0..items.len())
+            .map(|i| self.open(i) as f64 * self.cheapest_bytes_s[i])
+            .sum();
         for &item in &self.order {
             let cheapest_s = self.cheapest_bytes_s[item];
             for _ in 0..self.open(item) {
-                let share = if rest_s > 0.0 { (cheapest_s / rest_s).min(1.0) } else { 1.0 };
+                let share = if rest_s > 0.0 {
+                    (cheapest_s / rest_s).min(1.0)
+                } else {
+                    1.0
+                };
                 (0..n).for_each(|t| need[t] -= self.least_bytes[item][t] as f64);
                 let column = self.best_column(item, weight, share, &left, &need)?;
                 let bytes = items[item].column_bytes(column, n);
@@ -127,11 +174,25 @@ impl<'a> Balance<'a> {
     }
 
     /// Returns the column that is cheap and near the item's share of the bytes left.
-    fn best_column(&self, item: usize, weight: f64, share: f64, left: &[f64], need: &[f64]) -> Option<usize> {
+    fn best_column(
+        &self,
+        item: usize,
+        weight: f64,
+        share: f64,
+        left: &[f64],
+        need: &[f64],
+    ) -> Option<usize> {
         let n = self.master.n_rows();
         let price = &self.master.dual.price;
         let mut best: Option<(usize, f64)> = None;
-        for (rank, &PricedColumn { column, reduced_cost }) in self.ranked[item].iter().enumerate() {
+        for (
+            rank,
+            &PricedColumn {
+                column,
+                reduced_cost,
+            },
+        ) in self.ranked[item].iter().enumerate()
+        {
             if best.is_some_and(|(_, score)| reduced_cost >= score || rank >= MAX_SCORED_COLUMNS) {
                 break;
             }
@@ -151,7 +212,16 @@ impl<'a> Balance<'a> {
 
 /// Returns the few columns of each item that the prices favor.
 pub fn shortlist(ranked: &[Vec<PricedColumn>]) -> Vec<Vec<usize>> {
-    ranked.iter().map(|columns| columns.iter().take(MAX_SHORTLIST).map(|c| c.column).collect()).collect()
+    ranked
+        .iter()
+        .map(|columns| {
+            columns
+                .iter()
+                .take(MAX_SHORTLIST)
+                .map(|c| c.column)
+                .collect()
+        })
+        .collect()
 }
 
 /// A member of an item.
@@ -244,7 +314,13 @@ impl LocalSearch<'_> {
             if Instant::now() >= deadline {
                 return false;
             }
-            if let Some(PairChange { to_first, second, to_second, .. }) = self.best_pair(first, shortlist) {
+            if let Some(PairChange {
+                to_first,
+                second,
+                to_second,
+                ..
+            }) = self.best_pair(first, shortlist)
+            {
                 self.set(first, to_first);
                 self.set(second, to_second);
                 changed = true;
@@ -260,16 +336,23 @@ impl LocalSearch<'_> {
             if first_gain_s <= 0.0 {
                 continue;
             }
-            let left: Vec<i128> =
-                (0..self.n_rows).map(|t| self.spare[t] - self.extra_bytes(first, to_first, t)).collect();
+            let left: Vec<i128> = (0..self.n_rows)
+                .map(|t| self.spare[t] - self.extra_bytes(first, to_first, t))
+                .collect();
             for second in (0..self.units.len()).filter(|&unit| unit != first) {
                 for &to_second in &shortlist[self.units[second].item] {
                     let gain_s = first_gain_s + self.gain_s(second, to_second);
                     let least = MIN_RELATIVE_GAIN * self.choice.cost_s;
                     if gain_s > best.as_ref().map_or(least, |b| b.gain_s)
-                        && (0..self.n_rows).all(|t| self.extra_bytes(second, to_second, t) <= left[t])
+                        && (0..self.n_rows)
+                            .all(|t| self.extra_bytes(second, to_second, t) <= left[t])
                     {
-                        best = Some(PairChange { to_first, second, to_second, gain_s });
+                        best = Some(PairChange {
+                            to_first,
+                            second,
+                            to_second,
+                            gain_s,
+                        });
                     }
                 }
             }
@@ -281,14 +364,30 @@ impl LocalSearch<'_> {
 /// Improves a choice by single changes and pairs of changes.
 ///
 /// Uses the columns of a shortlist, and ends when neither helps or the deadline passes.
-pub fn improve(master: &Master<'_>, shortlist: &[Vec<usize>], choice: Choice, deadline: Instant) -> Choice {
-    let Master { items, capacity, .. } = *master;
+pub fn improve(
+    master: &Master<'_>,
+    shortlist: &[Vec<usize>],
+    choice: Choice,
+    deadline: Instant,
+) -> Choice {
+    let Master {
+        items, capacity, ..
+    } = *master;
     let used = used_bytes(items, capacity, &choice.columns);
-    let members = |(item, of): (usize, &Item)| (0..of.count()).map(move |member| Unit { item, member });
+    let members =
+        |(item, of): (usize, &Item)| (0..of.count()).map(move |member| Unit { item, member });
     let units = items.iter().enumerate().flat_map(members).collect();
     let left = used.iter().zip(&capacity.left_bytes);
-    let spare = left.map(|(&used, &left)| i128::from(left) - used as i128).collect();
-    let mut search = LocalSearch { items, n_rows: master.n_rows(), units, choice, spare };
+    let spare = left
+        .map(|(&used, &left)| i128::from(left) - used as i128)
+        .collect();
+    let mut search = LocalSearch {
+        items,
+        n_rows: master.n_rows(),
+        units,
+        choice,
+        spare,
+    };
     loop {
         while let Some((unit, column)) = search.best_single(&|item| shortlist[item].clone()) {
             search.set(unit, column);

@@ -88,9 +88,20 @@ struct Stages<'a> {
 /// Returns the Lagrangian bound if the deadline passes first.
 pub fn solve(master: &Master<'_>, incumbent: &Choice, deadline: Instant) -> LabelSettingResult {
     let limit = (incumbent.cost_s - master.dual.bound_s).max(0.0);
-    let nothing = LabelSettingResult { choice: None, bound_s: master.dual.bound_s };
-    let Some(stages) = Stages::new(master, limit) else { return nothing };
-    let mut labels = vec![Label { reduced_cost: 0.0, cost_s: 0.0, used: [0; MAX_ROWS], parent: 0, column: 0 }];
+    let nothing = LabelSettingResult {
+        choice: None,
+        bound_s: master.dual.bound_s,
+    };
+    let Some(stages) = Stages::new(master, limit) else {
+        return nothing;
+    };
+    let mut labels = vec![Label {
+        reduced_cost: 0.0,
+        cost_s: 0.0,
+        used: [0; MAX_ROWS],
+        parent: 0,
+        column: 0,
+    }];
     let mut trail: Vec<Vec<Step>> = Vec::with_capacity(stages.items.len());
     // Least reduced cost of a label that was dropped to bound the work.
     let mut dropped = f64::INFINITY;
@@ -108,18 +119,32 @@ pub fn solve(master: &Master<'_>, incumbent: &Choice, deadline: Instant) -> Labe
         };
         labels = undominated(next, stages.scarce.len());
         labels.sort_by(|a, b| a.reduced_cost.total_cmp(&b.reduced_cost));
-        trail.push(labels.iter().map(|l| Step { parent: l.parent, column: l.column }).collect());
+        trail.push(
+            labels
+                .iter()
+                .map(|l| Step {
+                    parent: l.parent,
+                    column: l.column,
+                })
+                .collect(),
+        );
         if labels.is_empty() {
             break;
         }
     }
-    let best = labels.iter().enumerate().min_by(|a, b| a.1.cost_s.total_cmp(&b.1.cost_s));
+    let best = labels
+        .iter()
+        .enumerate()
+        .min_by(|a, b| a.1.cost_s.total_cmp(&b.1.cost_s));
     let choice = best.and_then(|(label, _)| {
         let columns = stages.columns_of(label, &trail);
         Choice::new(master.items, master.capacity, columns).filter(|c| c.cost_s < incumbent.cost_s)
     });
     let least = choice.as_ref().map_or(incumbent.cost_s, |c| c.cost_s);
-    LabelSettingResult { choice, bound_s: least.min(master.dual.bound_s + dropped) }
+    LabelSettingResult {
+        choice,
+        bound_s: least.min(master.dual.bound_s + dropped),
+    }
 }
 
 impl<'a> Stages<'a> {
@@ -130,8 +155,12 @@ impl<'a> Stages<'a> {
         if kept.iter().any(Vec::is_empty) {
             return None;
         }
-        let largest =
-            |item: &Item, row: usize| (0..item.len()).map(|c| item.column_bytes(c, n)[row]).max().unwrap_or(0);
+        let largest = |item: &Item, row: usize| {
+            (0..item.len())
+                .map(|c| item.column_bytes(c, n)[row])
+                .max()
+                .unwrap_or(0)
+        };
         let scarce: Vec<usize> = (0..n)
             .filter(|&row| {
                 let most = |i: &Item| u128::from(largest(i, row)) * i.count() as u128;
@@ -141,18 +170,33 @@ impl<'a> Stages<'a> {
         // With few columns first, the number of labels stays small for long.
         let mut order: Vec<usize> = (0..items.len()).collect();
         order.sort_by_key(|&i| kept[i].len());
-        let stages: Vec<usize> = order.iter().flat_map(|&i| std::iter::repeat_n(i, items[i].count())).collect();
-        let n_large = stages.iter().filter(|&&i| kept[i].len() > LARGE_STAGE_COLUMNS).count();
+        let stages: Vec<usize> = order
+            .iter()
+            .flat_map(|&i| std::iter::repeat_n(i, items[i].count()))
+            .collect();
+        let n_large = stages
+            .iter()
+            .filter(|&&i| kept[i].len() > LARGE_STAGE_COLUMNS)
+            .count();
         let max_labels = (TARGET_LABELS / n_large.max(1)).min(MAX_STAGE_LABELS);
         let mut need = vec![[0u64; MAX_ROWS]; stages.len() + 1];
         for (stage, &item) in stages.iter().enumerate().rev() {
             need[stage] = need[stage + 1];
             for (row, &tier) in scarce.iter().enumerate() {
-                let bytes = kept[item].iter().map(|c| items[item].column_bytes(c.column, n)[tier]);
+                let bytes = kept[item]
+                    .iter()
+                    .map(|c| items[item].column_bytes(c.column, n)[tier]);
                 need[stage][row] = need[stage][row].saturating_add(bytes.min().unwrap_or(0));
             }
         }
-        Some(Stages { master, kept, scarce, items: stages, need, max_labels })
+        Some(Stages {
+            master,
+            kept,
+            scarce,
+            items: stages,
+            need,
+            max_labels,
+        })
     }
 
     /// Returns a stage's columns, the least reduced cost first.
@@ -161,12 +205,25 @@ impl<'a> Stages<'a> {
         let of_item = &self.master.items[item];
         self.kept[item]
             .iter()
-            .map(|&PricedColumn { column, reduced_cost }| {
-                let mut bytes = [0; MAX_ROWS];
-                let of_column = of_item.column_bytes(column, self.master.n_rows());
-                self.scarce.iter().zip(&mut bytes).for_each(|(&tier, b)| *b = of_column[tier]);
-                StageColumn { column: column as u32, reduced_cost, cost_s: of_item.cost_s[column], bytes }
-            })
+            .map(
+                |&PricedColumn {
+                     column,
+                     reduced_cost,
+                 }| {
+                    let mut bytes = [0; MAX_ROWS];
+                    let of_column = of_item.column_bytes(column, self.master.n_rows());
+                    self.scarce
+                        .iter()
+                        .zip(&mut bytes)
+                        .for_each(|(&tier, b)| *b = of_column[tier]);
+                    StageColumn {
+                        column: column as u32,
+                        reduced_cost,
+                        cost_s: of_item.cost_s[column],
+                        bytes,
+                    }
+                },
+            )
             .collect()
     }
 
@@ -198,7 +255,13 @@ impl<'a> Stages<'a> {
                 if fits {
                     let cost_s = label.cost_s + column.cost_s;
                     let (parent, column) = (parent as u32, column.column);
-                    next.push(Label { reduced_cost, cost_s, used, parent, column });
+                    next.push(Label {
+                        reduced_cost,
+                        cost_s,
+                        used,
+                        parent,
+                        column,
+                    });
                 }
             }
         }

@@ -8,8 +8,8 @@ use super::choice::{Choice, Master, PricedColumn};
 use crate::solve::options::Backend;
 use good_lp::solvers::WithInitialSolution;
 use good_lp::{
-    Constraint, Expression, ProblemVariables, Solution, SolutionStatus, SolverModel, Variable, WithTimeLimit,
-    constraint, microlp, variable, variables,
+    Constraint, Expression, ProblemVariables, Solution, SolutionStatus, SolverModel, Variable,
+    WithTimeLimit, constraint, microlp, variable, variables,
 };
 
 /// Columns that the program takes at most.
@@ -37,20 +37,37 @@ pub struct MipResult {
 }
 
 impl MipResult {
-    const NOTHING: MipResult = MipResult { choice: None, is_proven: false };
+    const NOTHING: MipResult = MipResult {
+        choice: None,
+        is_proven: false,
+    };
 }
 
 /// Solves the program, starting from the incumbent if there is one.
 ///
 /// With an incumbent and more surviving columns than the limit, nothing would be proven, so it
 /// returns nothing. Without an incumbent the cheapest columns are taken.
-pub fn solve(master: &Master<'_>, incumbent: Option<&Choice>, limits: Limits, backend: Backend) -> MipResult {
-    let unit = incumbent.map_or(master.dual.bound_s, |k| k.cost_s).abs().max(1e-12);
-    let Some(Kept { columns: kept, is_complete }) = surviving_columns(master, incumbent, limits, unit) else {
+pub fn solve(
+    master: &Master<'_>,
+    incumbent: Option<&Choice>,
+    limits: Limits,
+    backend: Backend,
+) -> MipResult {
+    let unit = incumbent
+        .map_or(master.dual.bound_s, |k| k.cost_s)
+        .abs()
+        .max(1e-12);
+    let Some(Kept {
+        columns: kept,
+        is_complete,
+    }) = surviving_columns(master, incumbent, limits, unit)
+    else {
         return MipResult::NOTHING;
     };
     let program = Program::new(master, &kept, incumbent, unit);
-    let Some(solved) = program.solve(backend, limits.seconds) else { return MipResult::NOTHING };
+    let Some(solved) = program.solve(backend, limits.seconds) else {
+        return MipResult::NOTHING;
+    };
     let columns: Vec<Vec<usize>> = solved
         .values
         .iter()
@@ -58,12 +75,19 @@ pub fn solve(master: &Master<'_>, incumbent: Option<&Choice>, limits: Limits, ba
         .map(|(values, columns)| {
             let times = |value: f64| value.round().max(0.0) as usize;
             let members = values.iter().zip(columns);
-            members.flat_map(|(&v, c)| std::iter::repeat_n(c.column, times(v))).collect()
+            members
+                .flat_map(|(&v, c)| std::iter::repeat_n(c.column, times(v)))
+                .collect()
         })
         .collect();
-    let is_whole = columns.iter().zip(master.items).all(|(columns, item)| columns.len() == item.count());
+    let is_whole = columns
+        .iter()
+        .zip(master.items)
+        .all(|(columns, item)| columns.len() == item.count());
     // The solver's arithmetic is inexact; whether the bytes fit is not.
-    let choice = is_whole.then(|| Choice::new(master.items, master.capacity, columns)).flatten();
+    let choice = is_whole
+        .then(|| Choice::new(master.items, master.capacity, columns))
+        .flatten();
     let is_proven = is_complete && choice.is_some() && solved.is_optimal;
     MipResult { choice, is_proven }
 }
@@ -76,11 +100,20 @@ struct Kept {
     is_complete: bool,
 }
 
-fn surviving_columns(master: &Master<'_>, incumbent: Option<&Choice>, limits: Limits, unit: f64) -> Option<Kept> {
+fn surviving_columns(
+    master: &Master<'_>,
+    incumbent: Option<&Choice>,
+    limits: Limits,
+    unit: f64,
+) -> Option<Kept> {
     let gap_s = |k: &Choice| (k.cost_s - master.dual.bound_s).max(0.0) + FIXING_TOLERANCE * unit;
     let mut kept = master.reduced_costs(incumbent.map_or(f64::INFINITY, gap_s));
     let total: usize = kept.iter().map(Vec::len).sum();
-    let max_columns = if incumbent.is_some() { limits.max_columns } else { MAX_COLUMNS };
+    let max_columns = if incumbent.is_some() {
+        limits.max_columns
+    } else {
+        MAX_COLUMNS
+    };
     let is_complete = total <= max_columns;
     if !is_complete && incumbent.is_some() {
         return None;
@@ -89,19 +122,26 @@ fn surviving_columns(master: &Master<'_>, incumbent: Option<&Choice>, limits: Li
         let mut costs: Vec<f64> = kept.iter().flatten().map(|c| c.reduced_cost).collect();
         costs.sort_by(f64::total_cmp);
         let limit = costs[max_columns];
-        kept.iter_mut().for_each(|columns| columns.retain(|c| c.reduced_cost < limit));
+        kept.iter_mut()
+            .for_each(|columns| columns.retain(|c| c.reduced_cost < limit));
     }
     for (item, columns) in kept.iter_mut().enumerate() {
         for &column in incumbent.map_or(&[][..], |k| &k.columns[item]) {
             if !columns.iter().any(|c| c.column == column) {
-                columns.push(PricedColumn { column, reduced_cost: 0.0 });
+                columns.push(PricedColumn {
+                    column,
+                    reduced_cost: 0.0,
+                });
             }
         }
         if columns.is_empty() {
             return None;
         }
     }
-    Some(Kept { columns: kept, is_complete })
+    Some(Kept {
+        columns: kept,
+        is_complete,
+    })
 }
 
 /// The program in good_lp's form.
@@ -124,8 +164,15 @@ struct Solved {
 }
 
 impl Program {
-    fn new(master: &Master<'_>, kept: &[Vec<PricedColumn>], incumbent: Option<&Choice>, unit: f64) -> Self {
-        let Master { items, capacity, .. } = *master;
+    fn new(
+        master: &Master<'_>,
+        kept: &[Vec<PricedColumn>],
+        incumbent: Option<&Choice>,
+        unit: f64,
+    ) -> Self {
+        let Master {
+            items, capacity, ..
+        } = *master;
         let n = master.n_rows();
         let mut vars = variables!();
         let mut objective = Expression::from(0.0);
@@ -135,7 +182,10 @@ impl Program {
         for (at, (item, columns)) in items.iter().zip(kept).enumerate() {
             // Costs are stated above the item's least one, so that the solver's tolerances see the
             // differences.
-            let least = columns.iter().map(|c| item.cost_s[c.column]).fold(f64::INFINITY, f64::min);
+            let least = columns
+                .iter()
+                .map(|c| item.cost_s[c.column])
+                .fold(f64::INFINITY, f64::min);
             let of_item: Vec<_> = columns
                 .iter()
                 .map(|&PricedColumn { column, .. }| {
@@ -160,13 +210,27 @@ impl Program {
             let sum = vars.iter().sum::<Expression>();
             constraint!(sum == item.count() as f64)
         });
-        let rows = one_each.chain(used.into_iter().map(|used| constraint!(used <= 1.0))).collect();
+        let rows = one_each
+            .chain(used.into_iter().map(|used| constraint!(used <= 1.0)))
+            .collect();
         let start = incumbent.is_some().then_some(start);
-        Program { vars, objective, rows, chosen, start }
+        Program {
+            vars,
+            objective,
+            rows,
+            chosen,
+            start,
+        }
     }
 
     fn solve(self, backend: Backend, seconds: f64) -> Option<Solved> {
-        let Program { vars, objective, rows, chosen, start } = self;
+        let Program {
+            vars,
+            objective,
+            rows,
+            chosen,
+            start,
+        } = self;
         let problem = vars.minimise(objective);
         match backend {
             Backend::Microlp => run(problem.using(microlp), rows, start, seconds, &chosen),
@@ -176,8 +240,10 @@ impl Program {
                 let exact = ["mip_rel_gap", "mip_abs_gap"].map(|key| (key, 0.0));
                 let close = ["primal_feasibility_tolerance", "mip_feasibility_tolerance"];
                 let options = exact.into_iter().chain(close.map(|key| (key, 1e-9)));
-                let program =
-                    options.fold(problem.using(good_lp::highs), |program, (key, value)| program.set_option(key, value));
+                let program = options
+                    .fold(problem.using(good_lp::highs), |program, (key, value)| {
+                        program.set_option(key, value)
+                    });
                 run(program, rows, start, seconds, &chosen)
             }
         }
@@ -201,5 +267,8 @@ fn run<M: SolverModel + WithTimeLimit + WithInitialSolution>(
     let solution = program.solve().ok()?;
     let values = |vars: &Vec<Variable>| vars.iter().map(|&var| solution.value(var)).collect();
     let values = chosen.iter().map(values).collect();
-    Some(Solved { values, is_optimal: matches!(solution.status(), SolutionStatus::Optimal) })
+    Some(Solved {
+        values,
+        is_optimal: matches!(solution.status(), SolutionStatus::Optimal),
+    })
 }

@@ -8,7 +8,9 @@ use super::choice::{Choice, Master, PricedColumn};
 use super::greedy;
 use crate::profile::synthetic::Random;
 use crate::solve::problem::columns::Item;
-use good_lp::{Expression, Solution, SolverModel, Variable, constraint, microlp, variable, variables};
+use good_lp::{
+    Expression, Solution, SolverModel, Variable, constraint, microlp, variable, variables,
+};
 use std::time::Instant;
 
 /// Cheapest columns per item that the LP takes.
@@ -42,29 +44,48 @@ pub fn round(master: &Master<'_>, ranked: &[Vec<PricedColumn>], deadline: Instan
     if Instant::now() >= deadline {
         return Vec::new();
     }
-    let Some(parts) = solve_master_lp(master, ranked) else { return Vec::new() };
+    let Some(parts) = solve_master_lp(master, ranked) else {
+        return Vec::new();
+    };
     let (items, n) = (master.items, master.n_rows());
     let whole: Vec<Vec<usize>> = parts
         .iter()
         .map(|parts| {
             let times = |p: &Part| (p.members + PART_TOLERANCE) as usize;
-            parts.iter().flat_map(|p| std::iter::repeat_n(p.column, times(p))).collect()
+            parts
+                .iter()
+                .flat_map(|p| std::iter::repeat_n(p.column, times(p)))
+                .collect()
         })
         .collect();
-    let mut left: Vec<i128> = master.capacity.left_bytes.iter().map(|&b| i128::from(b)).collect();
+    let mut left: Vec<i128> = master
+        .capacity
+        .left_bytes
+        .iter()
+        .map(|&b| i128::from(b))
+        .collect();
     for (item, columns) in items.iter().zip(&whole) {
         for &column in columns {
             let bytes = item.column_bytes(column, n);
-            left.iter_mut().zip(bytes).for_each(|(left, &b)| *left -= i128::from(b));
+            left.iter_mut()
+                .zip(bytes)
+                .for_each(|(left, &b)| *left -= i128::from(b));
         }
     }
     let mut split: Vec<Part> = parts
         .iter()
         .flatten()
-        .map(|&part| Part { members: (part.members + PART_TOLERANCE).fract(), ..part })
+        .map(|&part| Part {
+            members: (part.members + PART_TOLERANCE).fract(),
+            ..part
+        })
         .filter(|part| part.members > 2.0 * PART_TOLERANCE)
         .collect();
-    split.sort_by(|a, b| b.members.total_cmp(&a.members).then((a.item, a.column).cmp(&(b.item, b.column))));
+    split.sort_by(|a, b| {
+        b.members
+            .total_cmp(&a.members)
+            .then((a.item, a.column).cmp(&(b.item, b.column)))
+    });
     let mut random = Random::new(1);
     let mut choices: Vec<Choice> = Vec::new();
     let mut tried: Vec<Vec<Vec<usize>>> = Vec::new();
@@ -72,11 +93,16 @@ pub fn round(master: &Master<'_>, ranked: &[Vec<PricedColumn>], deadline: Instan
         let (mut fixed, mut left) = (whole.clone(), left.clone());
         for part in &split {
             let bytes = items[part.item].column_bytes(part.column, n);
-            let fits = bytes.iter().zip(&left).all(|(&b, &left)| i128::from(b) <= left);
+            let fits = bytes
+                .iter()
+                .zip(&left)
+                .all(|(&b, &left)| i128::from(b) <= left);
             let takes = rounding == 1 || (rounding > 1 && random.unit() < part.members);
             if takes && fits && fixed[part.item].len() < items[part.item].count() {
                 fixed[part.item].push(part.column);
-                left.iter_mut().zip(bytes).for_each(|(left, &b)| *left -= i128::from(b));
+                left.iter_mut()
+                    .zip(bytes)
+                    .for_each(|(left, &b)| *left -= i128::from(b));
             }
         }
         if !tried.contains(&fixed) {
@@ -90,7 +116,11 @@ pub fn round(master: &Master<'_>, ranked: &[Vec<PricedColumn>], deadline: Instan
 
 /// Solves the master LP. Returns `[items]` the parts that are not zero.
 fn solve_master_lp(master: &Master<'_>, ranked: &[Vec<PricedColumn>]) -> Option<Vec<Vec<Part>>> {
-    let Master { items, capacity, dual } = *master;
+    let Master {
+        items,
+        capacity,
+        dual,
+    } = *master;
     let n = master.n_rows();
     let unit = dual.bound_s.abs().max(1e-12);
     let mut vars = variables!();
@@ -99,7 +129,10 @@ fn solve_master_lp(master: &Master<'_>, ranked: &[Vec<PricedColumn>]) -> Option<
     let mut chosen: Vec<Vec<(usize, Variable)>> = Vec::with_capacity(items.len());
     for (item, ranked) in items.iter().zip(ranked) {
         let columns = lp_columns(item, ranked, n);
-        let least = columns.iter().map(|&c| item.cost_s[c]).fold(f64::INFINITY, f64::min);
+        let least = columns
+            .iter()
+            .map(|&c| item.cost_s[c])
+            .fold(f64::INFINITY, f64::min);
         let of_item = columns.into_iter().map(|column| {
             let var = vars.add(variable().min(0));
             objective += var * ((item.cost_s[column] - least) / unit);
@@ -116,7 +149,9 @@ fn solve_master_lp(master: &Master<'_>, ranked: &[Vec<PricedColumn>]) -> Option<
     // The columns taken may not fit together where the prices are inexact, so capacity may be
     // exceeded at a penalty.
     let excess: Vec<Variable> = (0..n).map(|_| vars.add(variable().min(0))).collect();
-    excess.iter().for_each(|&excess| objective += excess * EXCESS_PENALTY);
+    excess
+        .iter()
+        .for_each(|&excess| objective += excess * EXCESS_PENALTY);
     let mut program = vars.minimise(objective).using(microlp);
     for (item, columns) in items.iter().zip(&chosen) {
         let sum = columns.iter().map(|&(_, var)| var).sum::<Expression>();
@@ -127,7 +162,11 @@ fn solve_master_lp(master: &Master<'_>, ranked: &[Vec<PricedColumn>]) -> Option<
     }
     let solution = program.solve().ok()?;
     let parts_of = |(item, columns): (usize, &Vec<(usize, Variable)>)| {
-        let parts = columns.iter().map(|&(column, var)| Part { item, column, members: solution.value(var) });
+        let parts = columns.iter().map(|&(column, var)| Part {
+            item,
+            column,
+            members: solution.value(var),
+        });
         parts.filter(|part| part.members > PART_TOLERANCE).collect()
     };
     Some(chosen.iter().enumerate().map(parts_of).collect())
@@ -135,13 +174,20 @@ fn solve_master_lp(master: &Master<'_>, ranked: &[Vec<PricedColumn>]) -> Option<
 
 /// Returns the cheapest columns of an item, and further ones of other bytes than all before.
 fn lp_columns(item: &Item, ranked: &[PricedColumn], n_rows: usize) -> Vec<usize> {
-    let mut columns: Vec<usize> = ranked.iter().take(MAX_CHEAPEST_COLUMNS).map(|c| c.column).collect();
+    let mut columns: Vec<usize> = ranked
+        .iter()
+        .take(MAX_CHEAPEST_COLUMNS)
+        .map(|c| c.column)
+        .collect();
     let is_apart = item.apart(n_rows);
     for candidate in ranked.iter().skip(MAX_CHEAPEST_COLUMNS) {
         if columns.len() >= MAX_CHEAPEST_COLUMNS + MAX_APART_COLUMNS {
             break;
         }
-        if columns.iter().all(|&other| is_apart(candidate.column, other)) {
+        if columns
+            .iter()
+            .all(|&other| is_apart(candidate.column, other))
+        {
             columns.push(candidate.column);
         }
     }

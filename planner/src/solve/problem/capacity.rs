@@ -85,12 +85,18 @@ impl Capacity {
 
     /// Returns the worth of the bytes left of all tiers, in seconds.
     pub fn priced_left(&self, price: &[f64]) -> f64 {
-        price.iter().zip(&self.left_bytes).map(|(p, &left)| p * left as f64).sum()
+        price
+            .iter()
+            .zip(&self.left_bytes)
+            .map(|(p, &left)| p * left as f64)
+            .sum()
     }
 
     /// Returns the tiers that compute.
     pub fn computing_tiers(&self) -> impl Iterator<Item = TierIdx> + '_ {
-        self.tiers.indices().filter(|&t| self.tiers[t].kind != TierKind::Nvme)
+        self.tiers
+            .indices()
+            .filter(|&t| self.tiers[t].kind != TierKind::Nvme)
     }
 
     /// Returns the tiers that can hold a dense group.
@@ -100,23 +106,42 @@ impl Capacity {
     /// not.
     pub fn dense_tiers(&self, group: &DenseShape) -> impl Iterator<Item = TierIdx> + '_ {
         let may_stay_in_file = group.kind == DenseKind::Embedding;
-        let cache =
-            (group.kind == DenseKind::Attention).then(|| group.layer.and_then(|layer| self.caches.get(layer as usize)));
+        let cache = (group.kind == DenseKind::Attention).then(|| {
+            group
+                .layer
+                .and_then(|layer| self.caches.get(layer as usize))
+        });
         let has_cache = move |t: TierIdx| match cache {
             None => true,
             Some(cache) if self.tiers[t].is_gpu() => cache.is_some_and(|c| c.gpus.contains(&t)),
             Some(_) => !self.tiers[self.kv_tier].is_gpu(),
         };
         let computes = move |t: TierIdx| may_stay_in_file || self.tiers[t].kind != TierKind::Nvme;
-        self.tiers.indices().filter(move |&t| computes(t) && has_cache(t))
+        self.tiers
+            .indices()
+            .filter(move |&t| computes(t) && has_cache(t))
     }
 
     /// Returns the KV cache that moves with a dense group, and its tier when the group is on
     /// `tier`.
-    pub fn moving_cache(&self, group: &DenseShape, tier: TierIdx) -> Option<(&LayerCache, TierIdx)> {
+    pub fn moving_cache(
+        &self,
+        group: &DenseShape,
+        tier: TierIdx,
+    ) -> Option<(&LayerCache, TierIdx)> {
         let layer = group.layer.filter(|_| group.kind == DenseKind::Attention)?;
-        let cache = self.caches.get(layer as usize).filter(|c| !c.gpus.is_empty())?;
-        Some((cache, if self.tiers[tier].is_gpu() { tier } else { self.kv_tier }))
+        let cache = self
+            .caches
+            .get(layer as usize)
+            .filter(|c| !c.gpus.is_empty())?;
+        Some((
+            cache,
+            if self.tiers[tier].is_gpu() {
+                tier
+            } else {
+                self.kv_tier
+            },
+        ))
     }
 
     /// Returns `[tiers]` bytes that a dense group on a tier takes, with the cache that moves with
@@ -139,15 +164,24 @@ impl Capacity {
 
     /// Returns the seconds of a decoded token's attention to the cache that is set aside.
     pub fn kv_s(&self) -> f64 {
-        self.caches.iter().filter(|c| c.gpus.is_empty()).map(|c| c.seconds[self.kv_tier]).sum()
+        self.caches
+            .iter()
+            .filter(|c| c.gpus.is_empty())
+            .map(|c| c.seconds[self.kv_tier])
+            .sum()
     }
 
     /// Returns the tiers that can hold slots.
     ///
     /// Slots in VRAM in front of DRAM would be filled over a link whose rate the machine file does
     /// not have.
-    pub fn slot_tiers(&self) -> impl DoubleEndedIterator<Item = TierIdx> + ExactSizeIterator + Clone + use<> {
-        let has_slots = !matches!(self.tiers[self.home()].kind, TierKind::Dram | TierKind::Vram);
+    pub fn slot_tiers(
+        &self,
+    ) -> impl DoubleEndedIterator<Item = TierIdx> + ExactSizeIterator + Clone + use<> {
+        let has_slots = !matches!(
+            self.tiers[self.home()].kind,
+            TierKind::Dram | TierKind::Vram
+        );
         TierIdx::first(if has_slots { self.fast() } else { 0 })
     }
 
@@ -211,9 +245,21 @@ impl Capacity {
                 .or_else(|| find(&far_memory).filter(|t| t.get() < home))
                 .unwrap_or(TierIdx::FIRST)
         };
-        let largest = shape.experts.iter().map(|e| e.expert_bytes).max().unwrap_or(0);
-        let in_flight = shape.experts.iter().map(|e| (e.n_used + SPARE_STAGING_EXPERTS).min(e.n_expert));
-        let staging_experts = if in_place { 0 } else { in_flight.max().unwrap_or(0) };
+        let largest = shape
+            .experts
+            .iter()
+            .map(|e| e.expert_bytes)
+            .max()
+            .unwrap_or(0);
+        let in_flight = shape
+            .experts
+            .iter()
+            .map(|e| (e.n_used + SPARE_STAGING_EXPERTS).min(e.n_expert));
+        let staging_experts = if in_place {
+            0
+        } else {
+            in_flight.max().unwrap_or(0)
+        };
         let mut capacity = Capacity {
             left_bytes: problem.budgets.clone(),
             budget_bytes: problem.budgets.clone().into(),
@@ -238,7 +284,10 @@ impl Capacity {
         let (home, fast) = (&self.tiers[self.home()], self.fast());
         let is_real_drive = home.kind == TierKind::Nvme && !home.emulated;
         let total = u128::from(shape.weight_bytes());
-        let above: u128 = self.left_bytes[..fast].iter().map(|&left| u128::from(left)).sum();
+        let above: u128 = self.left_bytes[..fast]
+            .iter()
+            .map(|&left| u128::from(left))
+            .sum();
         if !is_real_drive || above >= total {
             return;
         }
@@ -246,7 +295,11 @@ impl Capacity {
         let dense = dense.saturating_add(self.moving_cache_bytes());
         let share = page_share(shape);
         for tier in 0..fast {
-            let staging = if tier == self.staging_tier.get() { self.staging_bytes } else { 0 };
+            let staging = if tier == self.staging_tier.get() {
+                self.staging_bytes
+            } else {
+                0
+            };
             let padded = self.left_bytes[tier].saturating_sub(dense) + staging;
             let padding = (padded as f64 * share) as u64;
             self.left_bytes[tier] -= padding.min(self.left_bytes[tier].saturating_sub(dense));
@@ -275,11 +328,24 @@ impl Capacity {
     /// A GPU may if it has room for the layer's attention too, and kernels for it. A cache that no
     /// GPU may have is set aside.
     fn add_caches(&mut self, problem: &Problem<'_>, constraints: &Constraints) -> Result<()> {
-        let Problem { shape, machine, context, kv_type, .. } = *problem;
+        let Problem {
+            shape,
+            machine,
+            context,
+            kv_type,
+            ..
+        } = *problem;
         let (rates, position) = (machine.prompt_gflops(), middle(context).into());
         let mut attention = vec![None; shape.caches.len()];
-        for group in shape.dense.iter().filter(|d| d.kind == DenseKind::Attention) {
-            if let Some(of_layer) = group.layer.and_then(|layer| attention.get_mut(layer as usize)) {
+        for group in shape
+            .dense
+            .iter()
+            .filter(|d| d.kind == DenseKind::Attention)
+        {
+            if let Some(of_layer) = group
+                .layer
+                .and_then(|layer| attention.get_mut(layer as usize))
+            {
                 *of_layer = Some(group);
             }
         }
@@ -290,7 +356,8 @@ impl Capacity {
             };
             let bytes = cache.context_bytes(kv_type, context);
             let may_have = |t: &TierIdx| {
-                let fits = |g: &DenseShape| g.bytes.saturating_add(bytes) <= self.left_bytes[t.get()];
+                let fits =
+                    |g: &DenseShape| g.bytes.saturating_add(bytes) <= self.left_bytes[t.get()];
                 let allowed = |g: &DenseShape| constraints.allows_attention(g.layer, *t);
                 self.tiers[*t].is_gpu() && group.is_some_and(|g| fits(g) && allowed(g))
             };
@@ -299,7 +366,11 @@ impl Capacity {
                 self.kv_bytes = self.kv_bytes.saturating_add(bytes);
             }
             let seconds = self.tiers.enumerate().map(seconds).collect();
-            self.caches.push(LayerCache { bytes, seconds, gpus });
+            self.caches.push(LayerCache {
+                bytes,
+                seconds,
+                gpus,
+            });
         }
         self.check_fixed_cache(problem, constraints)
     }
@@ -309,25 +380,45 @@ impl Capacity {
     /// A token reads about half of the planned context: less of a byte than of dense weights, more
     /// than of most experts. So the fastest tier that has room for both comes first. Where no such
     /// tier is left, a real GPU stands for it: GPUs then have all attention.
-    fn cache_tiers(&self, problem: &Problem<'_>, constraints: &Constraints) -> Result<Vec<TierIdx>> {
+    fn cache_tiers(
+        &self,
+        problem: &Problem<'_>,
+        constraints: &Constraints,
+    ) -> Result<Vec<TierIdx>> {
         let staging = self.staging_tier;
         let fits = |t: &TierIdx| self.left_bytes[t.get()] >= self.kv_bytes;
-        let in_memory = problem.shape.dense.iter().filter(|d| d.kind != DenseKind::Embedding);
-        let with_dense = in_memory.map(|d| d.bytes).fold(self.kv_bytes, u64::saturating_add);
+        let in_memory = problem
+            .shape
+            .dense
+            .iter()
+            .filter(|d| d.kind != DenseKind::Embedding);
+        let with_dense = in_memory
+            .map(|d| d.bytes)
+            .fold(self.kv_bytes, u64::saturating_add);
         let may_have = |t: &TierIdx| !self.tiers[*t].is_gpu() && constraints.allows_cache(*t);
         let allowed = || self.computing_tiers().filter(may_have);
         let beside_dense = allowed().find(|&t| self.left_bytes[t.get()] >= with_dense);
         let on_staging = Some(staging).filter(may_have).filter(fits);
         let mut tiers: Vec<TierIdx> = Vec::new();
-        for tier in beside_dense.into_iter().chain(on_staging).chain(allowed().filter(fits)) {
+        for tier in beside_dense
+            .into_iter()
+            .chain(on_staging)
+            .chain(allowed().filter(fits))
+        {
             if !tiers.contains(&tier) {
                 tiers.push(tier);
             }
         }
         let none_allowed = allowed().next().is_none();
         if tiers.is_empty() && none_allowed {
-            let all_on_gpus = !self.caches.is_empty() && self.caches.iter().all(|c| !c.gpus.is_empty());
-            tiers.extend(self.caches.first().filter(|_| all_on_gpus).and_then(|c| c.gpus.first()));
+            let all_on_gpus =
+                !self.caches.is_empty() && self.caches.iter().all(|c| !c.gpus.is_empty());
+            tiers.extend(
+                self.caches
+                    .first()
+                    .filter(|_| all_on_gpus)
+                    .and_then(|c| c.gpus.first()),
+            );
         }
         if tiers.is_empty() {
             self.refuse_cache(problem, constraints, none_allowed)?;
@@ -338,7 +429,13 @@ impl Capacity {
 
 /// Returns the share of a budget for experts that page padding takes: half a percent to three.
 pub fn page_share(shape: &ModelShape) -> f64 {
-    let least = shape.experts.iter().map(|e| e.expert_bytes).min().unwrap_or(u64::MAX).max(1);
+    let least = shape
+        .experts
+        .iter()
+        .map(|e| e.expert_bytes)
+        .min()
+        .unwrap_or(u64::MAX)
+        .max(1);
     let padding = MAX_PAGE_PADDING_BYTES as f64 / least as f64;
     let [min, max] = PAGE_SHARE_RANGE;
     (padding / (1.0 + padding)).clamp(min, max)

@@ -57,11 +57,20 @@ impl Config {
             if to > from {
                 let mut experts = order[from..to].to_vec();
                 experts.sort_unstable();
-                pinned.push(Pins { tier: TierIdx::new(tier), experts });
+                pinned.push(Pins {
+                    tier: TierIdx::new(tier),
+                    experts,
+                });
                 from = to;
             }
         }
-        LayerPlacement { layer, pinned, slots: self.slots.into(), slot_tier: self.slot_tier, policy: SlotPolicy::Lru }
+        LayerPlacement {
+            layer,
+            pinned,
+            slots: self.slots.into(),
+            slot_tier: self.slot_tier,
+            policy: SlotPolicy::Lru,
+        }
     }
 }
 
@@ -95,7 +104,12 @@ impl ParetoFront {
         if below.is_some_and(|(_, &cost)| cost <= cost_s) {
             return false;
         }
-        while let Some((&above, _)) = self.0.range(bytes..).next().filter(|(_, cost)| **cost >= cost_s) {
+        while let Some((&above, _)) = self
+            .0
+            .range(bytes..)
+            .next()
+            .filter(|(_, cost)| **cost >= cost_s)
+        {
             self.0.remove(&above);
         }
         self.0.insert(bytes, cost_s);
@@ -152,7 +166,12 @@ impl Item {
         let mut best: Option<(usize, f64)> = None;
         let bytes = self.bytes.chunks_exact(price.len().max(1));
         for (column, (&cost, bytes)) in self.cost_s.iter().zip(bytes).enumerate() {
-            let value = cost + bytes.iter().zip(&padded).map(|(&b, p)| b as f64 * p).sum::<f64>();
+            let value = cost
+                + bytes
+                    .iter()
+                    .zip(&padded)
+                    .map(|(&b, p)| b as f64 * p)
+                    .sum::<f64>();
             if best.is_none_or(|(_, least)| value < least) {
                 best = Some((column, value));
             }
@@ -164,8 +183,13 @@ impl Item {
     pub fn apart(&self, n_rows: usize) -> impl Fn(usize, usize) -> bool + '_ {
         let largest = self.bytes.iter().copied().max().unwrap_or(0);
         move |a, b| {
-            let pairs = self.column_bytes(a, n_rows).iter().zip(self.column_bytes(b, n_rows));
-            pairs.into_iter().any(|(a, b)| a.abs_diff(*b) > largest / APART_FRACTION)
+            let pairs = self
+                .column_bytes(a, n_rows)
+                .iter()
+                .zip(self.column_bytes(b, n_rows));
+            pairs
+                .into_iter()
+                .any(|(a, b)| a.abs_diff(*b) > largest / APART_FRACTION)
         }
     }
 
@@ -195,7 +219,8 @@ impl Item {
         for column in 0..self.cost_s.len() {
             if keep(column) {
                 self.cost_s[kept] = self.cost_s[column];
-                self.bytes.copy_within(column * n..(column + 1) * n, kept * n);
+                self.bytes
+                    .copy_within(column * n..(column + 1) * n, kept * n);
                 match &mut self.meaning {
                     Meaning::Dense { tiers, .. } => tiers[kept] = tiers[column],
                     Meaning::Experts { configs, .. } => configs[kept] = configs[column],
@@ -219,21 +244,30 @@ impl Item {
         let key = |item: &Item, c: usize| -> [u64; MAX_ROWS] {
             let mut key = [0; MAX_ROWS];
             let bytes = item.column_bytes(c, n_rows);
-            scarce.iter().zip(&mut key).for_each(|(&row, k)| *k = bytes[row]);
+            scarce
+                .iter()
+                .zip(&mut key)
+                .for_each(|(&row, k)| *k = bytes[row]);
             key
         };
         let mut order: Vec<u32> = (0..self.len() as u32).collect();
         let keys: Vec<_> = (0..self.len()).map(|c| key(self, c)).collect();
         order.sort_unstable_by(|&a, &b| {
             let (a, b) = (a as usize, b as usize);
-            keys[a].cmp(&keys[b]).then(self.cost_s[a].total_cmp(&self.cost_s[b])).then(a.cmp(&b))
+            keys[a]
+                .cmp(&keys[b])
+                .then(self.cost_s[a].total_cmp(&self.cost_s[b]))
+                .then(a.cmp(&b))
         });
         let mut front = ParetoFront::default();
         let mut last = None;
         let mut keep = vec![true; self.len()];
         for c in order.into_iter().map(|c| c as usize) {
-            let is_good =
-                if scarce.len() > 2 { last != Some(keys[c]) } else { front.insert(keys[c][1], self.cost_s[c]) };
+            let is_good = if scarce.len() > 2 {
+                last != Some(keys[c])
+            } else {
+                front.insert(keys[c][1], self.cost_s[c])
+            };
             last = Some(keys[c]);
             keep[c] = is_good || c < first;
         }
@@ -256,12 +290,22 @@ impl Charge {
     pub fn new(objective: &ObjectiveFunction, tangent: Tangent) -> Self {
         let batch = (objective.kind == Objective::Throughput).then_some(objective.batch);
         let limits_time = objective.limits_time();
-        Charge { weights: objective.column_weights(tangent), limits_time, batch }
+        Charge {
+            weights: objective.column_weights(tangent),
+            limits_time,
+            batch,
+        }
     }
 
     /// Makes the charge of an objective that is linear in seconds and bytes.
     pub fn linear(objective: &ObjectiveFunction) -> Self {
-        Charge::new(objective, Tangent { usd: 1.0, seconds: 1.0 })
+        Charge::new(
+            objective,
+            Tangent {
+                usd: 1.0,
+                seconds: 1.0,
+            },
+        )
     }
 
     /// Returns the cost of seconds and `[tiers]` bytes.
@@ -300,21 +344,32 @@ struct DenseKey {
 }
 
 /// Returns the items of the dense groups, alike groups together.
-pub fn dense_items(shape: &ModelShape, capacity: &Capacity, charge: &Charge, constraints: &Constraints) -> Vec<Item> {
+pub fn dense_items(
+    shape: &ModelShape,
+    capacity: &Capacity,
+    charge: &Charge,
+    constraints: &Constraints,
+) -> Vec<Item> {
     let mut alike: BTreeMap<DenseKey, Vec<usize>> = BTreeMap::new();
     let mut caches: Vec<&LayerCache> = Vec::new();
     for (at, group) in shape.dense.iter().enumerate() {
         let fits = |&tier: &TierIdx| {
-            let mut taken = capacity.taken(group, tier).into_iter().zip(&capacity.left_bytes);
-            constraints.allows(group.kind, group.layer, tier) && taken.all(|(bytes, &left)| bytes <= left)
+            let mut taken = capacity
+                .taken(group, tier)
+                .into_iter()
+                .zip(&capacity.left_bytes);
+            constraints.allows(group.kind, group.layer, tier)
+                && taken.all(|(bytes, &left)| bytes <= left)
         };
         let tiers: Vec<TierIdx> = capacity.dense_tiers(group).filter(fits).collect();
-        let cache = capacity.moving_cache(group, TierIdx::FIRST).map(|(cache, _)| {
-            caches.iter().position(|&c| c == cache).unwrap_or_else(|| {
-                caches.push(cache);
-                caches.len() - 1
-            })
-        });
+        let cache = capacity
+            .moving_cache(group, TierIdx::FIRST)
+            .map(|(cache, _)| {
+                caches.iter().position(|&c| c == cache).unwrap_or_else(|| {
+                    caches.push(cache);
+                    caches.len() - 1
+                })
+            });
         let key = DenseKey {
             is_embedding: group.kind == DenseKind::Embedding,
             is_attention: group.kind == DenseKind::Attention,
@@ -336,7 +391,14 @@ pub fn dense_items(shape: &ModelShape, capacity: &Capacity, charge: &Charge, con
                 cost_s.push(charge.cost(seconds, &taken));
                 charge.push_rows(seconds, &taken, &mut bytes);
             }
-            Item { meaning: Meaning::Dense { groups, tiers: key.tiers }, cost_s, bytes }
+            Item {
+                meaning: Meaning::Dense {
+                    groups,
+                    tiers: key.tiers,
+                },
+                cost_s,
+                bytes,
+            }
         })
         .collect()
 }

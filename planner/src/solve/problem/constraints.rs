@@ -27,8 +27,7 @@ const DENSE_KINDS: [(&str, DenseKind); 6] = [
 ];
 
 /// What a flag looks like.
-const EXAMPLE: &str =
-    "write TIER:WHAT[:LAYERS[:EXPERTS]], like vram:attention, vram:experts:3-5:0-15 or nvme:embedding";
+const EXAMPLE: &str = "write TIER:WHAT[:LAYERS[:EXPERTS]], like vram:attention, vram:experts:3-5:0-15 or nvme:embedding";
 
 /// Constraints on one layer's experts.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -62,13 +61,22 @@ impl Constraints {
     /// # Errors
     /// Names the flag that is misspelled, that names what the model or the machine does not have,
     /// or that contradicts another.
-    pub fn parse(fix: &[String], forbid: &[String], shape: &ModelShape, machine: &Machine) -> Result<Self> {
+    pub fn parse(
+        fix: &[String],
+        forbid: &[String],
+        shape: &ModelShape,
+        machine: &Machine,
+    ) -> Result<Self> {
         let mut constraints = Constraints::default();
         for text in fix {
-            constraints.add(text, true, shape, machine).with_context(|| format!("--fix {text}"))?;
+            constraints
+                .add(text, true, shape, machine)
+                .with_context(|| format!("--fix {text}"))?;
         }
         for text in forbid {
-            constraints.add(text, false, shape, machine).with_context(|| format!("--forbid {text}"))?;
+            constraints
+                .add(text, false, shape, machine)
+                .with_context(|| format!("--forbid {text}"))?;
         }
         constraints.check_contradictions(shape, machine)?;
         Ok(constraints)
@@ -91,8 +99,13 @@ impl Constraints {
 
     /// Whether a dense group may be on a tier.
     pub fn allows(&self, kind: DenseKind, layer: Option<u32>, tier: TierIdx) -> bool {
-        self.dense_fixed.get(&(kind, layer)).is_none_or(|&t| t == tier)
-            && self.dense_forbidden.get(&(kind, layer)).is_none_or(|tiers| !tiers.contains(&tier))
+        self.dense_fixed
+            .get(&(kind, layer))
+            .is_none_or(|&t| t == tier)
+            && self
+                .dense_forbidden
+                .get(&(kind, layer))
+                .is_none_or(|tiers| !tiers.contains(&tier))
     }
 
     /// Whether the KV cache may be on a tier.
@@ -122,31 +135,58 @@ impl Constraints {
         let caches = attention().map(|d| plan.cache_tier(d.tier));
         let rest = (attention().next().is_none()).then_some(plan.kv_tier);
         caches.chain(rest).all(|t| self.allows_cache(t))
-            && plan.dense.iter().all(|d| self.allows(d.kind, d.layer, d.tier))
+            && plan
+                .dense
+                .iter()
+                .all(|d| self.allows(d.kind, d.layer, d.tier))
             && plan.layers.iter().enumerate().all(|(at, layer)| {
                 let constraints = self.layer(layer.layer);
-                let fixed = constraints.fixed.iter().all(|(&e, &t)| plan.pinned_tier(at, e).unwrap_or(home) == t);
-                let used = layer.pinned.iter().filter(|pins| !pins.experts.is_empty()).map(|pins| pins.tier);
+                let fixed = constraints
+                    .fixed
+                    .iter()
+                    .all(|(&e, &t)| plan.pinned_tier(at, e).unwrap_or(home) == t);
+                let used = layer
+                    .pinned
+                    .iter()
+                    .filter(|pins| !pins.experts.is_empty())
+                    .map(|pins| pins.tier);
                 let used = used.chain((layer.slots > 0).then_some(layer.slot_tier));
-                fixed && used.into_iter().all(|t| !constraints.forbidden.contains(&t))
+                fixed
+                    && used
+                        .into_iter()
+                        .all(|t| !constraints.forbidden.contains(&t))
             })
     }
 
     /// Adds one flag, which fixes if `fix` and forbids otherwise.
     fn add(&mut self, text: &str, fix: bool, shape: &ModelShape, machine: &Machine) -> Result<()> {
         let mut parts = text.split(':').map(str::trim);
-        let (Some(name), Some(what)) = (parts.next(), parts.next()) else { bail!("{EXAMPLE}") };
+        let (Some(name), Some(what)) = (parts.next(), parts.next()) else {
+            bail!("{EXAMPLE}")
+        };
         let rest: Vec<&str> = parts.collect();
-        let tier = machine.tiers.iter().position(|t| t.name == name).map(TierIdx::new).with_context(|| {
-            let names: Vec<&str> = machine.tiers.iter().map(|t| t.name.as_str()).collect();
-            format!("machine '{}' has no tier '{name}'; its tiers are {}", machine.name, names.join(", "))
-        })?;
+        let tier = machine
+            .tiers
+            .iter()
+            .position(|t| t.name == name)
+            .map(TierIdx::new)
+            .with_context(|| {
+                let names: Vec<&str> = machine.tiers.iter().map(|t| t.name.as_str()).collect();
+                format!(
+                    "machine '{}' has no tier '{name}'; its tiers are {}",
+                    machine.name,
+                    names.join(", ")
+                )
+            })?;
         let (what, rest) = if what.starts_with(|c: char| c.is_ascii_digit()) {
             ("experts", [&[what], &rest[..]].concat())
         } else {
             (what, rest)
         };
-        let layers = rest.first().map(|l| parse_numbers(l, "layer")).transpose()?;
+        let layers = rest
+            .first()
+            .map(|l| parse_numbers(l, "layer"))
+            .transpose()?;
         match what {
             "experts" => {
                 ensure!(rest.len() <= 2, "{EXAMPLE}");
@@ -174,17 +214,44 @@ impl Constraints {
         machine: &Machine,
     ) -> Result<()> {
         let Some(&(_, kind)) = DENSE_KINDS.iter().find(|(name, _)| *name == what) else {
-            let known: Vec<&str> = DENSE_KINDS.iter().map(|k| k.0).chain(["cache", "experts"]).collect();
-            bail!("there is nothing called '{what}'; give one of {}", known.join(", "));
+            let known: Vec<&str> = DENSE_KINDS
+                .iter()
+                .map(|k| k.0)
+                .chain(["cache", "experts"])
+                .collect();
+            bail!(
+                "there is nothing called '{what}'; give one of {}",
+                known.join(", ")
+            );
         };
-        ensure!(rest.len() <= 1, "only experts have numbers inside a layer; {EXAMPLE}");
-        let layers = rest.first().map(|l| parse_numbers(l, "layer")).transpose()?;
-        let is_named =
-            |layer: Option<u32>| layers.as_ref().is_none_or(|named| layer.is_some_and(|layer| named.contains(&layer)));
-        let groups: Vec<_> = shape.dense.iter().filter(|g| g.kind == kind && is_named(g.layer)).collect();
-        let in_layers = rest.first().map_or(String::new(), |layers| format!(" in layers {layers}"));
-        ensure!(!groups.is_empty(), "'{}' has no {what}{in_layers} to place", shape.id.name);
-        let computes = machine.tiers[tier.get()].kind != TierKind::Nvme || kind == DenseKind::Embedding;
+        ensure!(
+            rest.len() <= 1,
+            "only experts have numbers inside a layer; {EXAMPLE}"
+        );
+        let layers = rest
+            .first()
+            .map(|l| parse_numbers(l, "layer"))
+            .transpose()?;
+        let is_named = |layer: Option<u32>| {
+            layers
+                .as_ref()
+                .is_none_or(|named| layer.is_some_and(|layer| named.contains(&layer)))
+        };
+        let groups: Vec<_> = shape
+            .dense
+            .iter()
+            .filter(|g| g.kind == kind && is_named(g.layer))
+            .collect();
+        let in_layers = rest
+            .first()
+            .map_or(String::new(), |layers| format!(" in layers {layers}"));
+        ensure!(
+            !groups.is_empty(),
+            "'{}' has no {what}{in_layers} to place",
+            shape.id.name
+        );
+        let computes =
+            machine.tiers[tier.get()].kind != TierKind::Nvme || kind == DenseKind::Embedding;
         ensure!(
             !fix || computes,
             "nothing computes on the block device '{}'; only the embedding can stay there",
@@ -192,14 +259,19 @@ impl Constraints {
         );
         for group in groups {
             if !fix {
-                self.dense_forbidden.entry((kind, group.layer)).or_default().insert(tier);
+                self.dense_forbidden
+                    .entry((kind, group.layer))
+                    .or_default()
+                    .insert(tier);
                 continue;
             }
             let before = self.dense_fixed.insert((kind, group.layer), tier);
             ensure!(
                 before.is_none_or(|b| b == tier),
                 "{what} of {} was fixed to '{}' before; give one tier",
-                group.layer.map_or("the model".to_string(), |l| format!("layer {l}")),
+                group
+                    .layer
+                    .map_or("the model".to_string(), |l| format!("layer {l}")),
                 before.map_or("", |b| machine.tiers[b.get()].name.as_str())
             );
         }
@@ -251,7 +323,11 @@ impl Constraints {
         for layer in layers.as_ref().unwrap_or(&have) {
             let found = shape.experts.iter().find(|e| e.layer == *layer);
             let found = found.with_context(|| {
-                format!("layer {layer} of '{}' has no routed experts{}", shape.id.name, first_last(&have))
+                format!(
+                    "layer {layer} of '{}' has no routed experts{}",
+                    shape.id.name,
+                    first_last(&have)
+                )
             })?;
             let constraints = self.experts.entry(*layer).or_default();
             if !fix {
@@ -279,14 +355,29 @@ impl Constraints {
     /// Refuses what is fixed where it is forbidden, or forbidden everywhere.
     fn check_contradictions(&self, shape: &ModelShape, machine: &Machine) -> Result<()> {
         for group in &shape.dense {
-            let can = |t: TierIdx| machine.tiers[t.get()].kind != TierKind::Nvme || group.kind == DenseKind::Embedding;
-            let any = TierIdx::first(machine.tiers.len()).any(|t| can(t) && self.allows(group.kind, group.layer, t));
-            let name = DENSE_KINDS.iter().find(|k| k.1 == group.kind).map_or("", |k| k.0);
-            let of = group.layer.map_or(String::new(), |l| format!(" of layer {l}"));
-            ensure!(any, "--fix and --forbid leave no tier for {name}{of}; take one of them back");
+            let can = |t: TierIdx| {
+                machine.tiers[t.get()].kind != TierKind::Nvme || group.kind == DenseKind::Embedding
+            };
+            let any = TierIdx::first(machine.tiers.len())
+                .any(|t| can(t) && self.allows(group.kind, group.layer, t));
+            let name = DENSE_KINDS
+                .iter()
+                .find(|k| k.1 == group.kind)
+                .map_or("", |k| k.0);
+            let of = group
+                .layer
+                .map_or(String::new(), |l| format!(" of layer {l}"));
+            ensure!(
+                any,
+                "--fix and --forbid leave no tier for {name}{of}; take one of them back"
+            );
         }
         for (layer, constraints) in &self.experts {
-            if let Some((expert, tier)) = constraints.fixed.iter().find(|(_, t)| constraints.forbidden.contains(t)) {
+            if let Some((expert, tier)) = constraints
+                .fixed
+                .iter()
+                .find(|(_, t)| constraints.forbidden.contains(t))
+            {
                 bail!(
                     "expert {expert} of layer {layer} is fixed to '{}', where --forbid allows no experts of that layer",
                     machine.tiers[tier.get()].name

@@ -64,22 +64,44 @@ pub(crate) struct FixedExperts {
 impl FixedExperts {
     fn new(layer: &LayerEvidence, constraints: LayerConstraints, home: TierIdx) -> Self {
         let fixed = |e: &u32| constraints.fixed.get(e).copied();
-        let mut free: Vec<u32> = layer.order.iter().copied().filter(|e| fixed(e).is_none()).collect();
+        let mut free: Vec<u32> = layer
+            .order
+            .iter()
+            .copied()
+            .filter(|e| fixed(e).is_none())
+            .collect();
         let max_cut = free.len() as u16;
-        free.extend(layer.order.iter().copied().filter(|e| fixed(e) == Some(home)));
+        free.extend(
+            layer
+                .order
+                .iter()
+                .copied()
+                .filter(|e| fixed(e) == Some(home)),
+        );
         let mut rank = vec![0u16; layer.order.len()];
         let mut per_tier = PerTier::from_fn(home.get() + 1, |_| 0u16);
-        free.iter().enumerate().for_each(|(at, &e)| rank[e as usize] = at as u16);
+        free.iter()
+            .enumerate()
+            .for_each(|(at, &e)| rank[e as usize] = at as u16);
         for (&expert, &tier) in constraints.fixed.iter().filter(|(_, t)| **t != home) {
             rank[expert as usize] = FIXED_RANK + tier.get() as u16;
             per_tier[tier] += 1;
         }
-        FixedExperts { free, rank, per_tier, max_cut, constraints }
+        FixedExperts {
+            free,
+            rank,
+            per_tier,
+            max_cut,
+            constraints,
+        }
     }
 
     /// Returns `[n_expert]` whether each expert is pinned where the first free ones are.
     fn pinned_up_to(&self, last_cut: u16) -> Vec<bool> {
-        self.rank.iter().map(|&r| r < last_cut || r >= FIXED_RANK).collect()
+        self.rank
+            .iter()
+            .map(|&r| r < last_cut || r >= FIXED_RANK)
+            .collect()
     }
 }
 
@@ -93,37 +115,61 @@ impl<'a> ColumnEnumerator<'a> {
         constraints: &Constraints,
         seconds: f64,
     ) -> Self {
-        let total = shape.weight_bytes().saturating_add(capacity.moving_cache_bytes());
+        let total = shape
+            .weight_bytes()
+            .saturating_add(capacity.moving_cache_bytes());
         let n_tiers = capacity.tiers.len();
         let time_row = n_tiers..capacity.left_bytes.len();
         let can_run_out = |&row: &usize| capacity.left_bytes[row] < total;
         let scarce = (0..n_tiers).filter(can_run_out).chain(time_row).collect();
         let mut grid = Grid::new(evidence, capacity, seconds);
         let is_plain = charge.is_plain() && !constraints.of_experts();
-        let can_step =
-            |layer: &LayerEvidence| matches!(layer.judged, Judged::Uniform) || ReuseTable::is_possible(layer);
+        let can_step = |layer: &LayerEvidence| {
+            matches!(layer.judged, Judged::Uniform) || ReuseTable::is_possible(layer)
+        };
         let prices_off_grid = is_plain && !grid.is_full && evidence.layers.iter().all(can_step);
         if prices_off_grid {
             grid = Grid::new(evidence, capacity, seconds * INITIAL_GRID_TIME_SHARE);
         }
         let home = capacity.home();
-        let fixed =
-            evidence.layers.iter().map(|l| FixedExperts::new(l, constraints.layer(l.shape.layer), home)).collect();
-        ColumnEnumerator { evidence, capacity, grid, scarce, prices_off_grid, charge, fixed }
+        let fixed = evidence
+            .layers
+            .iter()
+            .map(|l| FixedExperts::new(l, constraints.layer(l.shape.layer), home))
+            .collect();
+        ColumnEnumerator {
+            evidence,
+            capacity,
+            grid,
+            scarce,
+            prices_off_grid,
+            charge,
+            fixed,
+        }
     }
 
     /// Returns the placement that a configuration stands for in the layer at position `at`.
     pub fn placement(&self, at: usize, config: &Config) -> LayerPlacement {
         let fixed = &self.fixed[at];
         let home = self.capacity.home();
-        let mut placed = config.placement(self.evidence.layers[at].shape.layer, &fixed.free, self.capacity.fast());
+        let mut placed = config.placement(
+            self.evidence.layers[at].shape.layer,
+            &fixed.free,
+            self.capacity.fast(),
+        );
         for (&expert, &tier) in fixed.constraints.fixed.iter().filter(|(_, t)| **t != home) {
             match placed.pinned.iter_mut().find(|pins| pins.tier == tier) {
                 Some(pins) => pins.experts.push(expert),
-                None => placed.pinned.push(Pins { tier, experts: vec![expert] }),
+                None => placed.pinned.push(Pins {
+                    tier,
+                    experts: vec![expert],
+                }),
             }
         }
-        placed.pinned.iter_mut().for_each(|pins| pins.experts.sort_unstable());
+        placed
+            .pinned
+            .iter_mut()
+            .for_each(|pins| pins.experts.sort_unstable());
         placed.pinned.sort_by_key(|pins| pins.tier);
         placed
     }
@@ -134,7 +180,11 @@ impl<'a> ColumnEnumerator<'a> {
     pub fn config_of(&self, at: usize, placed: &LayerPlacement) -> Option<Config> {
         let fixed = &self.fixed[at];
         let slot_tier = placed.slot_tier;
-        let mut config = Config { cuts: [0; MAX_FAST], slots: placed.slots as u16, slot_tier };
+        let mut config = Config {
+            cuts: [0; MAX_FAST],
+            slots: placed.slots as u16,
+            slot_tier,
+        };
         let mut sum = 0;
         for tier in TierIdx::first(self.capacity.fast()) {
             let on_tier = placed.pinned.iter().filter(|pins| pins.tier == tier);
@@ -185,9 +235,20 @@ impl<'a> ColumnEnumerator<'a> {
                 scope.spawn(move || {
                     for (layers, item) in members.iter().zip(items) {
                         let cuts = self.grid.axis(0, self.max_cut(layers[0]));
-                        let axes = Axes { last_cuts: cuts.clone(), cuts, slots: None };
-                        let meaning = Meaning::Experts { layers: layers.clone(), configs: Vec::new() };
-                        let mut listed = Item { meaning, cost_s: Vec::new(), bytes: Vec::new() };
+                        let axes = Axes {
+                            last_cuts: cuts.clone(),
+                            cuts,
+                            slots: None,
+                        };
+                        let meaning = Meaning::Experts {
+                            layers: layers.clone(),
+                            configs: Vec::new(),
+                        };
+                        let mut listed = Item {
+                            meaning,
+                            cost_s: Vec::new(),
+                            bytes: Vec::new(),
+                        };
                         self.extend(&mut listed, &axes);
                         *item = Some(listed);
                     }
@@ -199,11 +260,19 @@ impl<'a> ColumnEnumerator<'a> {
 
     /// Adds the columns on the given axes that fit the tiers and are not dominated.
     pub fn extend(&self, item: &mut Item, axes: &Axes) {
-        let Meaning::Experts { layers, .. } = &item.meaning else { return };
+        let Meaning::Experts { layers, .. } = &item.meaning else {
+            return;
+        };
         let layer = &self.evidence.layers[layers[0]];
         let fixed = &self.fixed[layers[0]];
         let before = item.len();
-        let columns = LayerColumns { enumerator: self, layer, fixed, stage: self.stage(layer), axes };
+        let columns = LayerColumns {
+            enumerator: self,
+            layer,
+            fixed,
+            stage: self.stage(layer),
+            axes,
+        };
         match &layer.judged {
             _ if self.charge.batch.is_some() => columns.batched(item),
             Judged::Recorded(trace) => columns.recorded(item, trace),
@@ -214,7 +283,9 @@ impl<'a> ColumnEnumerator<'a> {
 
     /// Adds one column, whatever the grid. Returns its position, or `None` if it does not fit.
     pub fn add(&self, item: &mut Item, config: Config) -> Option<usize> {
-        let Meaning::Experts { layers, configs } = &item.meaning else { return None };
+        let Meaning::Experts { layers, configs } = &item.meaning else {
+            return None;
+        };
         if let Some(column) = configs.iter().position(|c| *c == config) {
             return Some(column);
         }
@@ -233,13 +304,18 @@ impl<'a> ColumnEnumerator<'a> {
                 stage_mean_s(&stage, &outcomes, placed.brought_to(staging))
             }
         };
-        self.push(item, layer, fixed, config, seconds).then(|| item.len() - 1)
+        self.push(item, layer, fixed, config, seconds)
+            .then(|| item.len() - 1)
     }
 
     /// Returns a layer's expert stage. A step over several sequences has no prefetching.
     pub(crate) fn stage(&self, layer: &LayerEvidence) -> ExpertStage {
         let is_batched = self.charge.batch.is_some();
-        let prefetch = if is_batched { Prefetch::default() } else { layer.prefetch };
+        let prefetch = if is_batched {
+            Prefetch::default()
+        } else {
+            layer.prefetch
+        };
         ExpertStage::new(&self.capacity.tiers, layer.shape.expert_bytes, prefetch)
     }
 
@@ -273,7 +349,10 @@ impl<'a> ColumnEnumerator<'a> {
         }
         bytes[fast] += pooled * expert_bytes;
         let fits = config.last_cut(fast) <= fixed.max_cut
-            && bytes[..n].iter().zip(&self.capacity.left_bytes).all(|(b, left)| b <= left);
+            && bytes[..n]
+                .iter()
+                .zip(&self.capacity.left_bytes)
+                .all(|(b, left)| b <= left);
         if let (true, Meaning::Experts { configs, .. }) = (fits, &mut item.meaning) {
             configs.push(config);
             item.cost_s.push(self.charge.cost(seconds, &bytes[..n]));
@@ -292,9 +371,17 @@ impl<'a> ColumnEnumerator<'a> {
         });
         let up_to_rank = std::iter::once(0.0).chain(sums).collect();
         let mut on_tier = PerTier::from_fn(self.capacity.tiers.len(), |_| 0.0);
-        let pinned = fixed.constraints.fixed.iter().filter(|(_, t)| **t != self.capacity.home());
+        let pinned = fixed
+            .constraints
+            .fixed
+            .iter()
+            .filter(|(_, t)| **t != self.capacity.home());
         pinned.for_each(|(&e, &t)| on_tier[t] += touched[e as usize]);
-        TouchedExperts { batch, up_to_rank, on_tier }
+        TouchedExperts {
+            batch,
+            up_to_rank,
+            on_tier,
+        }
     }
 
     /// Returns the seconds of a step's stage divided by its tokens.
@@ -323,7 +410,11 @@ impl<'a> ColumnEnumerator<'a> {
             slots: config.slots.into(),
             slot_tier: config.slot_tier,
         };
-        let Capacity { in_place, staging_tier, .. } = *self.capacity;
+        let Capacity {
+            in_place,
+            staging_tier,
+            ..
+        } = *self.capacity;
         batch::stage_s(stage, &spread, in_place, staging_tier) / f64::from(touched.batch)
     }
 }

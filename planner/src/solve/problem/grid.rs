@@ -45,7 +45,12 @@ impl Grid {
     /// Makes the finest grid whose columns take a part of `seconds` to price.
     pub fn new(evidence: &Evidence, capacity: &Capacity, seconds: f64) -> Self {
         let seconds = seconds.clamp(MIN_GRID_S, MAX_GRID_S);
-        let all = evidence.layers.iter().map(|l| l.shape.n_expert as usize + 1).max().unwrap_or(1);
+        let all = evidence
+            .layers
+            .iter()
+            .map(|l| l.shape.n_expert as usize + 1)
+            .max()
+            .unwrap_or(1);
         let mut points = all;
         let is_too_fine = |points: usize| {
             let Work { events, columns } = work(evidence, capacity, points);
@@ -54,7 +59,10 @@ impl Grid {
         while points > MIN_POINTS && is_too_fine(points) {
             points -= points.div_ceil(16);
         }
-        Grid { points, is_full: points == all }
+        Grid {
+            points,
+            is_full: points == all,
+        }
     }
 
     /// Returns counts between `from` and `to`, both included.
@@ -71,14 +79,24 @@ impl Grid {
             let exponent = i as f64 / (half - 1) as f64;
             (span as f64).powf(exponent).round() as usize
         });
-        let mut axis: Vec<u16> = even.chain(grown).map(|n| from + n.min(span) as u16).collect();
+        let mut axis: Vec<u16> = even
+            .chain(grown)
+            .map(|n| from + n.min(span) as u16)
+            .collect();
         axis.sort_unstable();
         axis.dedup();
         axis
     }
 
     /// Returns axes around a column: as far as the grid's next points, then ever closer by `round`.
-    pub fn axes_around(&self, center: &Config, shape: &ExpertShape, max_cut: u16, fast: usize, round: u32) -> Axes {
+    pub fn axes_around(
+        &self,
+        center: &Config,
+        shape: &ExpertShape,
+        max_cut: u16,
+        fast: usize,
+        round: u32,
+    ) -> Axes {
         let span = |from: u16, to: u16, center: u16| self.axis_around(from, to, center, round);
         let last = center.cuts[fast.saturating_sub(1)];
         let upper = center.cuts[..fast.saturating_sub(1)].iter();
@@ -87,15 +105,37 @@ impl Grid {
         cuts.dedup();
         let pooled = shape.n_expert as u16 - last;
         let least = (shape.n_used as u16).min(pooled);
-        let slots = if center.slots == 0 { vec![least] } else { span(least, pooled, center.slots) };
-        let last_cuts = if fast == 0 { vec![0] } else { span(0, max_cut, last) };
-        Axes { cuts, last_cuts, slots: Some(slots) }
+        let slots = if center.slots == 0 {
+            vec![least]
+        } else {
+            span(least, pooled, center.slots)
+        };
+        let last_cuts = if fast == 0 {
+            vec![0]
+        } else {
+            span(0, max_cut, last)
+        };
+        Axes {
+            cuts,
+            last_cuts,
+            slots: Some(slots),
+        }
     }
 
     fn axis_around(&self, from: u16, to: u16, center: u16, round: u32) -> Vec<u16> {
         let points = self.axis(from, to);
-        let below = center - points.iter().rev().find(|&&p| p < center).copied().unwrap_or(center);
-        let next = points.iter().find(|&&p| p > center).copied().unwrap_or(center);
+        let below = center
+            - points
+                .iter()
+                .rev()
+                .find(|&&p| p < center)
+                .copied()
+                .unwrap_or(center);
+        let next = points
+            .iter()
+            .find(|&&p| p > center)
+            .copied()
+            .unwrap_or(center);
         let above = next.saturating_sub(center);
         let reach = (below.max(above) / STEPS_PER_SIDE.pow(round)).max(1);
         let step = reach.div_ceil(STEPS_PER_SIDE).max(1);
@@ -115,10 +155,17 @@ fn work(evidence: &Evidence, capacity: &Capacity, points: usize) -> Work {
     let fast = capacity.fast();
     let no_slots = capacity.slot_tiers().len() == 0;
     let slot_tiers = capacity.slot_tiers().len().max(1) as f64;
-    let mut work = Work { events: 0.0, columns: 0.0 };
+    let mut work = Work {
+        events: 0.0,
+        columns: 0.0,
+    };
     let mut seen = BTreeSet::new();
     for layer in &evidence.layers {
-        let key = (layer.shape.n_expert, layer.shape.n_used, layer.shape.expert_bytes);
+        let key = (
+            layer.shape.n_expert,
+            layer.shape.n_used,
+            layer.shape.expert_bytes,
+        );
         // Alike layers share their columns, which are made once.
         if layer.class.is_some_and(|class| !seen.insert((class, key))) {
             continue;
@@ -127,7 +174,8 @@ fn work(evidence: &Evidence, capacity: &Capacity, points: usize) -> Work {
         // Non-decreasing sequences of `fast` cuts.
         let cuts = (0..fast).fold(1.0, |n, at| n * (axis + at as f64) / (at as f64 + 1.0));
         if let Judged::Recorded(trace) = &layer.judged {
-            work.events += cuts * slot_tiers * trace.tokens() as f64 * f64::from(layer.shape.n_used);
+            work.events +=
+                cuts * slot_tiers * trace.tokens() as f64 * f64::from(layer.shape.n_used);
         }
         work.columns += cuts * if no_slots { 1.0 } else { slot_tiers * axis };
     }

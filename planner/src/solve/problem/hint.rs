@@ -11,15 +11,23 @@ use tier_plan_runtime::units::show_bytes;
 /// if that is enough.
 pub(crate) fn hint(problem: &Problem<'_>, tier: TierIdx, missing: u64) -> String {
     let mut ways = Vec::new();
-    let (machine_tier, budget) = (&problem.machine.tiers[tier.get()], problem.budgets[tier.get()]);
+    let (machine_tier, budget) = (
+        &problem.machine.tiers[tier.get()],
+        problem.budgets[tier.get()],
+    );
     let name = &machine_tier.name;
     let needed = budget.saturating_add(missing);
     if needed <= machine_tier.capacity_bytes {
         let (missing, needed) = (show_bytes(missing), show_bytes(needed));
-        ways.push(format!("raise the budget of '{name}' by {missing} to {needed}"));
+        ways.push(format!(
+            "raise the budget of '{name}' by {missing} to {needed}"
+        ));
     } else {
         let capacity = show_bytes(machine_tier.capacity_bytes);
-        ways.push(format!("'{name}' holds {capacity} and would need to hold {}", show_bytes(needed)));
+        ways.push(format!(
+            "'{name}' holds {capacity} and would need to hold {}",
+            show_bytes(needed)
+        ));
     }
     let cache_bytes = |kv_type: KvType, context: u32| kv_type.context_bytes(problem.shape, context);
     let now = cache_bytes(problem.kv_type, problem.context);
@@ -34,7 +42,11 @@ pub(crate) fn hint(problem: &Problem<'_>, tier: TierIdx, missing: u64) -> String
         let (mut fits, mut too_long) = (1, problem.context);
         while too_long - fits > 1 {
             let middle = fits + (too_long - fits) / 2;
-            if is_enough(cache_bytes(problem.kv_type, middle)) { fits = middle } else { too_long = middle }
+            if is_enough(cache_bytes(problem.kv_type, middle)) {
+                fits = middle
+            } else {
+                too_long = middle
+            }
         }
         ways.push(format!("give --context {fits}"));
     }

@@ -30,25 +30,46 @@ impl Instance<'_> {
     /// A column holds all experts of a layer, or a dense group with a layer's KV cache.
     pub(crate) fn largest_column(&self) -> u64 {
         let shape = self.problem.shape;
-        let experts = shape.experts.iter().map(|e| e.expert_bytes.saturating_mul(e.n_expert.into()));
-        let caches = self.capacity.caches.iter().map(|c| c.bytes).max().unwrap_or(0);
-        experts.chain(shape.dense.iter().map(|d| d.bytes.saturating_add(caches))).max().unwrap_or(0)
+        let experts = shape
+            .experts
+            .iter()
+            .map(|e| e.expert_bytes.saturating_mul(e.n_expert.into()));
+        let caches = self
+            .capacity
+            .caches
+            .iter()
+            .map(|c| c.bytes)
+            .max()
+            .unwrap_or(0);
+        experts
+            .chain(shape.dense.iter().map(|d| d.bytes.saturating_add(caches)))
+            .max()
+            .unwrap_or(0)
     }
 
     /// Returns a plan's value under the objective; less is better.
     pub(crate) fn value(&self, plan: &Placement) -> f64 {
-        self.objective.value(plan, self.problem.shape, self.evidence)
+        self.objective
+            .value(plan, self.problem.shape, self.evidence)
     }
 
     /// Whether a plan keeps the constraints and, where time is limited, the target.
     pub(crate) fn is_allowed(&self, plan: &Placement) -> bool {
         self.constraints.holds(plan)
-            && (!self.objective.limits_time() || self.objective.meets_target(plan, self.problem.shape, self.evidence))
+            && (!self.objective.limits_time()
+                || self
+                    .objective
+                    .meets_target(plan, self.problem.shape, self.evidence))
     }
 
     /// Returns the allowed plan of least value, the first of equals.
-    pub(crate) fn least<'p>(&self, plans: impl Iterator<Item = &'p Placement>) -> Option<&'p Placement> {
-        plans.filter(|plan| self.is_allowed(plan)).min_by(|a, b| self.value(a).total_cmp(&self.value(b)))
+    pub(crate) fn least<'p>(
+        &self,
+        plans: impl Iterator<Item = &'p Placement>,
+    ) -> Option<&'p Placement> {
+        plans
+            .filter(|plan| self.is_allowed(plan))
+            .min_by(|a, b| self.value(a).total_cmp(&self.value(b)))
     }
 
     /// Returns the relative gap between a plan's value and a bound on its columns' cost.
@@ -57,14 +78,22 @@ impl Instance<'_> {
     pub(crate) fn gap(&self, plan: &Placement, bound: f64) -> Option<f64> {
         let (value, bound) = match self.objective.kind {
             Objective::Cost if self.objective.has_weights() => return None,
-            Objective::Memory => (self.value(plan), bound + self.objective.fixed_weight(self.capacity)),
+            Objective::Memory => (
+                self.value(plan),
+                bound + self.objective.fixed_weight(self.capacity),
+            ),
             Objective::Throughput => {
                 let batch = self.objective.batch;
-                (self.value(plan), bound + self.fixed_s(batch) / f64::from(batch))
+                (
+                    self.value(plan),
+                    bound + self.fixed_s(batch) / f64::from(batch),
+                )
             }
             _ => (plan.solver.objective_s, bound + self.fixed_s(1)),
         };
-        (value > 0.0).then(|| ((value - bound) / value).max(0.0)).or((value == 0.0).then_some(0.0))
+        (value > 0.0)
+            .then(|| ((value - bound) / value).max(0.0))
+            .or((value == 0.0).then_some(0.0))
     }
 
     /// Returns the seconds of a step that no choice changes.
@@ -82,7 +111,11 @@ impl Instance<'_> {
     /// Returns `None` where a group fits no tier.
     pub(crate) fn dense_s(&self, price: &[f64]) -> Option<f64> {
         let charge = Charge::linear(self.objective);
-        let items = columns::dense_items(self.problem.shape, self.capacity, &charge, self.constraints);
-        items.iter().map(|item| Some(item.count() as f64 * item.cheapest(price)?.1)).sum()
+        let items =
+            columns::dense_items(self.problem.shape, self.capacity, &charge, self.constraints);
+        items
+            .iter()
+            .map(|item| Some(item.count() as f64 * item.cheapest(price)?.1))
+            .sum()
     }
 }

@@ -73,12 +73,23 @@ impl ObjectiveFunction {
     ///
     /// # Errors
     /// Fails if the objective lacks what it needs: a target, a batch, a price or a power.
-    pub fn new(kind: Objective, batch: Option<u32>, target_tok_s: Option<f64>, problem: &Problem<'_>) -> Result<Self> {
+    pub fn new(
+        kind: Objective,
+        batch: Option<u32>,
+        target_tok_s: Option<f64>,
+        problem: &Problem<'_>,
+    ) -> Result<Self> {
         let machine = problem.machine;
         if let Some(target) = target_tok_s {
-            ensure!(target.is_finite() && target > 0.0, "--target-tok-s {target}: give a number above 0");
+            ensure!(
+                target.is_finite() && target > 0.0,
+                "--target-tok-s {target}: give a number above 0"
+            );
         }
-        ensure!(batch.is_none_or(|b| (1..=MAX_BATCH).contains(&b)), "--batch: give 1 to {MAX_BATCH} sequences");
+        ensure!(
+            batch.is_none_or(|b| (1..=MAX_BATCH).contains(&b)),
+            "--batch: give 1 to {MAX_BATCH} sequences"
+        );
         ensure!(
             batch.is_none() || kind == Objective::Throughput,
             "--batch goes with --objective throughput; the others are of one sequence"
@@ -128,9 +139,17 @@ impl ObjectiveFunction {
         let price = |name: &String| prices.get(name).map(|p| p * USD_PER_BYTE);
         let all_prices: Option<Vec<f64>> = machine.tiers.iter().map(|t| price(&t.name)).collect();
         let last = machine.tiers.len().saturating_sub(1);
-        let above_last = || (0..=last).map(|t| if t < last { 1.0 } else { 0.0 }).collect();
+        let above_last = || {
+            (0..=last)
+                .map(|t| if t < last { 1.0 } else { 0.0 })
+                .collect()
+        };
         self.weights = all_prices.unwrap_or_else(above_last);
-        ensure!(last > 0, "--objective memory needs two tiers or more; machine '{}' has one", machine.name);
+        ensure!(
+            last > 0,
+            "--objective memory needs two tiers or more; machine '{}' has one",
+            machine.name
+        );
         Ok(())
     }
 
@@ -155,18 +174,31 @@ impl ObjectiveFunction {
     pub fn column_weights(&self, tangent: Tangent) -> ColumnWeights {
         let Tangent { usd, seconds } = tangent;
         match self.kind {
-            Objective::Memory => ColumnWeights { per_second: 0.0, per_byte: self.weights.clone() },
+            Objective::Memory => ColumnWeights {
+                per_second: 0.0,
+                per_byte: self.weights.clone(),
+            },
             Objective::Cost if self.has_weights() => {
                 let per_byte = |w: &f64| w * seconds / usd.max(f64::MIN_POSITIVE);
-                ColumnWeights { per_second: 1.0, per_byte: self.weights.iter().map(per_byte).collect() }
+                ColumnWeights {
+                    per_second: 1.0,
+                    per_byte: self.weights.iter().map(per_byte).collect(),
+                }
             }
-            _ => ColumnWeights { per_second: 1.0, per_byte: vec![0.0; self.weights.len()] },
+            _ => ColumnWeights {
+                per_second: 1.0,
+                per_byte: vec![0.0; self.weights.len()],
+            },
         }
     }
 
     /// Returns the weighted bytes of a plan: US dollars, or bytes.
     fn weighted_bytes(&self, plan: &Placement) -> f64 {
-        plan.tiers.iter().zip(&self.weights).map(|(t, w)| t.used_bytes() as f64 * w).sum()
+        plan.tiers
+            .iter()
+            .zip(&self.weights)
+            .map(|(t, w)| t.used_bytes() as f64 * w)
+            .sum()
     }
 
     /// Returns the price of a plan's memory and of the rest of the machine, in US dollars.
@@ -179,7 +211,9 @@ impl ObjectiveFunction {
         let seconds = token_s(&plan.predicted);
         match self.kind {
             Objective::Latency => seconds,
-            Objective::Throughput => batch::step_s(plan, shape, evidence, self.batch) / f64::from(self.batch),
+            Objective::Throughput => {
+                batch::step_s(plan, shape, evidence, self.batch) / f64::from(self.batch)
+            }
             Objective::Cost => self.usd(plan) * seconds,
             Objective::Energy => self.watts * seconds,
             Objective::Memory => self.weighted_bytes(plan),
@@ -197,13 +231,17 @@ impl ObjectiveFunction {
             Objective::Throughput => self.value(plan, shape, evidence),
             _ => token_s(&plan.predicted),
         };
-        self.max_token_s().is_none_or(|max_s| seconds <= max_s * (1.0 + TARGET_TOLERANCE))
+        self.max_token_s()
+            .is_none_or(|max_s| seconds <= max_s * (1.0 + TARGET_TOLERANCE))
     }
 
     /// Returns the weighted bytes that no choice changes: staging, and the cache that is set aside.
     pub fn fixed_weight(&self, capacity: &Capacity) -> f64 {
-        let weighted = |tier: TierIdx, bytes: u64| self.weights.get(tier.get()).copied().unwrap_or(0.0) * bytes as f64;
-        weighted(capacity.kv_tier, capacity.kv_bytes) + weighted(capacity.staging_tier, capacity.staging_bytes)
+        let weighted = |tier: TierIdx, bytes: u64| {
+            self.weights.get(tier.get()).copied().unwrap_or(0.0) * bytes as f64
+        };
+        weighted(capacity.kv_tier, capacity.kv_bytes)
+            + weighted(capacity.staging_tier, capacity.staging_bytes)
     }
 
     /// Returns the unit of the value.
@@ -267,6 +305,9 @@ impl ObjectiveFunction {
 
 fn watts(machine: &Machine) -> Result<f64> {
     machine.extras.watts.with_context(|| {
-        format!("--objective energy needs the machine's power; write `watts` into the file of '{}'", machine.name)
+        format!(
+            "--objective energy needs the machine's power; write `watts` into the file of '{}'",
+            machine.name
+        )
     })
 }

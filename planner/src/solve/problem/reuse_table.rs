@@ -50,7 +50,9 @@ struct TableSize {
 }
 
 fn table_size(layer: &LayerEvidence) -> Option<TableSize> {
-    let Judged::Recorded(trace) = &layer.judged else { return None };
+    let Judged::Recorded(trace) = &layer.judged else {
+        return None;
+    };
     let choices = trace.tokens().checked_mul(trace.n_used())?;
     let reused = choices.checked_mul(trace.n_expert() + 1)?;
     let is_ordered = layer.order.len() == trace.n_expert();
@@ -73,7 +75,11 @@ impl ReuseTable {
         }
         let (n, used, tokens) = (trace.n_expert(), trace.n_used(), trace.tokens());
         let mut rank = vec![0u16; n];
-        layer.order.iter().enumerate().for_each(|(at, &expert)| rank[expert as usize] = at as u16);
+        layer
+            .order
+            .iter()
+            .enumerate()
+            .for_each(|(at, &expert)| rank[expert as usize] = at as u16);
         let mut ranks = Vec::with_capacity(tokens * used);
         let mut cold = Vec::with_capacity(tokens * used);
         let mut seen = vec![false; n];
@@ -90,7 +96,9 @@ impl ReuseTable {
                     warm[usize::from(rank)] += usize::from(before);
                 }
             }
-            chosen.iter().for_each(|&e| seen[usize::from(rank[usize::from(e)])] = true);
+            chosen
+                .iter()
+                .for_each(|&e| seen[usize::from(rank[usize::from(e)])] = true);
         }
         for cut in (0..n).rev() {
             warm[cut] += warm[cut + 1];
@@ -100,7 +108,15 @@ impl ReuseTable {
             begin[cut + 1] = begin[cut] + warm[cut];
         }
         let reused = vec![ReusedChoice::default(); begin[n + 1]];
-        let mut table = ReuseTable { n_expert: n, used, tokens, ranks, cold, begin, reused };
+        let mut table = ReuseTable {
+            n_expert: n,
+            used,
+            tokens,
+            ranks,
+            cold,
+            begin,
+            reused,
+        };
         table.fill(trace, &rank)?;
         Some(table)
     }
@@ -124,8 +140,13 @@ impl ReuseTable {
                 for ((&rank, _), positions) in choices.filter(|((_, cold), _)| !**cold) {
                     let rank = usize::from(rank);
                     let time = last[rank];
-                    let mut later = last[rank + 1..].iter().map(|&t| u16::from(t > time)).sum::<u16>();
-                    for (position, &other) in positions[..=rank].iter_mut().zip(&last[..=rank]).rev() {
+                    let mut later = last[rank + 1..]
+                        .iter()
+                        .map(|&t| u16::from(t > time))
+                        .sum::<u16>();
+                    for (position, &other) in
+                        positions[..=rank].iter_mut().zip(&last[..=rank]).rev()
+                    {
                         later += u16::from(other > time);
                         *position = later;
                     }
@@ -154,7 +175,10 @@ impl ReuseTable {
             let mut deepest = from;
             for choice in (first..used).filter(|&c| !cold[c]) {
                 let position = positions[choice * n + cut];
-                self.reused[next[cut]] = ReusedChoice { key: 2 * token as u32, position };
+                self.reused[next[cut]] = ReusedChoice {
+                    key: 2 * token as u32,
+                    position,
+                };
                 if position > self.reused[deepest].position {
                     deepest = next[cut];
                 }

@@ -11,7 +11,11 @@ use tier_plan_runtime::units::show_bytes;
 /// Explains why nothing fits although the sums do.
 ///
 /// A dense group is larger than what is left of any one tier, or too much was fixed to one by hand.
-pub fn no_division(problem: &Problem<'_>, capacity: &Capacity, constraints: &Constraints) -> String {
+pub fn no_division(
+    problem: &Problem<'_>,
+    capacity: &Capacity,
+    constraints: &Constraints,
+) -> String {
     let left: Vec<String> = capacity
         .tiers
         .iter()
@@ -23,16 +27,31 @@ pub fn no_division(problem: &Problem<'_>, capacity: &Capacity, constraints: &Con
     let mut fixed = PerTier::from_fn(capacity.tiers.len(), |_| 0u64);
     for (tier, bytes) in capacity.tiers.indices().zip(&mut fixed) {
         for group in &problem.shape.dense {
-            let only = capacity.tiers.indices().all(|t| (t == tier) == constraints.allows(group.kind, group.layer, t));
-            *bytes = bytes.saturating_add(if only { capacity.taken(group, tier)[tier.get()] } else { 0 });
+            let only = capacity
+                .tiers
+                .indices()
+                .all(|t| (t == tier) == constraints.allows(group.kind, group.layer, t));
+            *bytes = bytes.saturating_add(if only {
+                capacity.taken(group, tier)[tier.get()]
+            } else {
+                0
+            });
         }
         for layer in &problem.shape.experts {
-            let here = constraints.layer(layer.layer).fixed.values().filter(|&&t| t == tier).count() as u64;
+            let here = constraints
+                .layer(layer.layer)
+                .fixed
+                .values()
+                .filter(|&&t| t == tier)
+                .count() as u64;
             *bytes = bytes.saturating_add(here.saturating_mul(layer.expert_bytes));
         }
     }
     for (tier, &bytes) in fixed.enumerate() {
-        if let Some(over) = bytes.checked_sub(capacity.left_bytes[tier.get()]).filter(|&over| over > 0) {
+        if let Some(over) = bytes
+            .checked_sub(capacity.left_bytes[tier.get()])
+            .filter(|&over| over > 0)
+        {
             return format!(
                 "--fix puts {} on '{}', which has {} left for weights: {} too much; fix less there, or {}",
                 show_bytes(bytes),
@@ -43,19 +62,32 @@ pub fn no_division(problem: &Problem<'_>, capacity: &Capacity, constraints: &Con
             );
         }
     }
-    let by_hand =
-        if constraints.is_empty() { "" } else { " under what --fix and --forbid ask for; take some of it back, or" };
-    let largest = problem.shape.dense.iter().max_by_key(|d| d.bytes);
-    let roomiest = capacity.computing_tiers().max_by_key(|&t| capacity.left_bytes[t.get()]);
-    let (Some(largest), Some(tier)) = (largest, roomiest) else {
-        return format!("no way to divide the model among the tiers was found: {left} are left for weights{by_hand}");
+    let by_hand = if constraints.is_empty() {
+        ""
+    } else {
+        " under what --fix and --forbid ask for; take some of it back, or"
     };
-    let missing = largest.bytes.saturating_sub(capacity.left_bytes[tier.get()]).max(largest.bytes / 2).max(1);
+    let largest = problem.shape.dense.iter().max_by_key(|d| d.bytes);
+    let roomiest = capacity
+        .computing_tiers()
+        .max_by_key(|&t| capacity.left_bytes[t.get()]);
+    let (Some(largest), Some(tier)) = (largest, roomiest) else {
+        return format!(
+            "no way to divide the model among the tiers was found: {left} are left for weights{by_hand}"
+        );
+    };
+    let missing = largest
+        .bytes
+        .saturating_sub(capacity.left_bytes[tier.get()])
+        .max(largest.bytes / 2)
+        .max(1);
     format!(
         "no way to divide the model among the tiers was found{by_hand}: {left} are left for weights; the largest dense \
          group ({:?}{}) is {}, and groups are not cut in two; {}",
         largest.kind,
-        largest.layer.map_or(String::new(), |l| format!(" of layer {l}")),
+        largest
+            .layer
+            .map_or(String::new(), |l| format!(" of layer {l}")),
         show_bytes(largest.bytes),
         hint(problem, capacity.staging_tier, missing)
     )
@@ -66,12 +98,19 @@ pub fn no_division(problem: &Problem<'_>, capacity: &Capacity, constraints: &Con
 /// `max_s` are the seconds per token that the target allows.
 pub fn target(fastest: &Placement, bound_s: f64, max_s: f64, problem: &Problem<'_>) -> String {
     let predicted = &fastest.predicted;
-    let parts = fastest.tiers.iter().zip(predicted.dense_s.iter().zip(&predicted.expert_s));
+    let parts = fastest
+        .tiers
+        .iter()
+        .zip(predicted.dense_s.iter().zip(&predicted.expert_s));
     let slowest = parts.max_by(|a, b| (a.1.0 + a.1.1).total_cmp(&(b.1.0 + b.1.1)));
     let proven = if bound_s > max_s {
-        format!("no plan of those tried is faster than {:.3} tok/s", 1.0 / bound_s)
+        format!(
+            "no plan of those tried is faster than {:.3} tok/s",
+            1.0 / bound_s
+        )
     } else {
-        "whether a faster one exists was not settled in the time given; raise --time-limit".to_string()
+        "whether a faster one exists was not settled in the time given; raise --time-limit"
+            .to_string()
     };
     let help = slowest.map_or(String::new(), |(tier, (dense, expert))| {
         format!(

@@ -14,9 +14,17 @@ const MIN_WORTH_SHARE: f64 = 1e-6;
 const GIB: f64 = (1u32 << 30) as f64;
 
 /// Returns sentences about a plan; `prices` are `[tiers]` seconds per byte.
-pub fn summarize(plan: &Placement, baselines: &[Placement], prices: &[f64], problem: &Problem<'_>) -> Vec<String> {
+pub fn summarize(
+    plan: &Placement,
+    baselines: &[Placement],
+    prices: &[f64],
+    problem: &Problem<'_>,
+) -> Vec<String> {
     let comparison = compare(plan, baselines);
-    comparison.into_iter().chain(worth_of_bytes(plan, prices, problem)).collect()
+    comparison
+        .into_iter()
+        .chain(worth_of_bytes(plan, prices, problem))
+        .collect()
 }
 
 /// Compares a plan with slots alone, and with the same number of experts in every layer.
@@ -34,9 +42,15 @@ fn compare(plan: &Placement, baselines: &[Placement]) -> Option<String> {
     let gain = if is_no_faster(slots) {
         "pins bring nothing over slots alone".to_string()
     } else if pins.is_some_and(is_no_faster) {
-        format!("pins alone do it: predicted {:.1} % faster than slots alone", percent(slots))
+        format!(
+            "pins alone do it: predicted {:.1} % faster than slots alone",
+            percent(slots)
+        )
     } else {
-        format!("pins and slots together are predicted to be {:.1} % faster than slots alone", percent(slots))
+        format!(
+            "pins and slots together are predicted to be {:.1} % faster than slots alone",
+            percent(slots)
+        )
     };
     let pinned_bytes: u64 = plan.tiers.iter().map(|t| t.bytes.pinned).sum();
     let slot_bytes: u64 = plan.tiers.iter().map(|t| t.bytes.slots).sum();
@@ -56,29 +70,55 @@ fn worth_of_bytes(plan: &Placement, prices: &[f64], problem: &Problem<'_>) -> Ve
     // Seconds per GiB.
     let worth = |tier: TierIdx| prices.get(tier.get()).map_or(0.0, |price| price * GIB);
     let is_worth = |&tier: &TierIdx| worth(tier) > MIN_WORTH_SHARE * total;
-    let best = plan.tiers.indices().max_by(|&a, &b| worth(a).total_cmp(&worth(b)));
+    let best = plan
+        .tiers
+        .indices()
+        .max_by(|&a, &b| worth(a).total_cmp(&worth(b)));
     let Some(tier) = best.filter(is_worth) else {
         let none = "more capacity would not help; faster tiers or lower per-layer overhead would";
-        return if total > 0.0 { vec![none.to_string()] } else { Vec::new() };
+        return if total > 0.0 {
+            vec![none.to_string()]
+        } else {
+            Vec::new()
+        };
     };
     let percent = |tier: TierIdx| worth(tier) / total * 100.0;
-    let spare = plan.tiers[tier].tier.capacity_bytes.saturating_sub(plan.tiers[tier].budget_bytes);
-    let unbudgeted =
-        if spare >= 1 << 30 { format!(" ({} of it are not budgeted)", show_bytes(spare)) } else { String::new() };
+    let spare = plan.tiers[tier]
+        .tier
+        .capacity_bytes
+        .saturating_sub(plan.tiers[tier].budget_bytes);
+    let unbudgeted = if spare >= 1 << 30 {
+        format!(" ({} of it are not budgeted)", show_bytes(spare))
+    } else {
+        String::new()
+    };
     let mut text = format!(
         "what would help most: a GiB more of '{}'{unbudgeted} is worth {:.2} % of a token's time",
         name(tier),
         percent(tier)
     );
     let others = plan.tiers.indices().filter(|&t| t != tier).filter(is_worth);
-    let others: Vec<String> = others.map(|t| format!("'{}' {:.2} %", name(t), percent(t))).collect();
+    let others: Vec<String> = others
+        .map(|t| format!("'{}' {:.2} %", name(t), percent(t)))
+        .collect();
     if !others.is_empty() {
         text += &format!("; of {}", others.join(", "));
     }
     let mut sentences = vec![text];
-    let usd_per_gb = |t: TierIdx| problem.machine.extras.usd_per_gb.get(name(t)).copied().filter(|price| *price > 0.0);
+    let usd_per_gb = |t: TierIdx| {
+        problem
+            .machine
+            .extras
+            .usd_per_gb
+            .get(name(t))
+            .copied()
+            .filter(|price| *price > 0.0)
+    };
     let per_usd = |t: TierIdx| usd_per_gb(t).map_or(0.0, |price| worth(t) / price);
-    let cheapest = plan.tiers.indices().max_by(|&a, &b| per_usd(a).total_cmp(&per_usd(b)));
+    let cheapest = plan
+        .tiers
+        .indices()
+        .max_by(|&a, &b| per_usd(a).total_cmp(&per_usd(b)));
     let cheapest = cheapest.filter(|&t| per_usd(t) > 0.0);
     if let Some((tier, price)) = cheapest.and_then(|t| Some((t, usd_per_gb(t)?))) {
         sentences.push(format!(

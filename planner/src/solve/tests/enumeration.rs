@@ -7,7 +7,10 @@ use proptest::prelude::ProptestConfig;
 pub(super) type Ways = Vec<(Vec<u64>, f64)>;
 
 /// Returns every choice for one layer, found without the solver's code.
-pub(super) fn treatments(capacity: &Capacity, evidence: &crate::profile::LayerEvidence) -> Vec<(Vec<u64>, f64)> {
+pub(super) fn treatments(
+    capacity: &Capacity,
+    evidence: &crate::profile::LayerEvidence,
+) -> Vec<(Vec<u64>, f64)> {
     let (n, home) = (capacity.tiers.len(), capacity.fast());
     let e = evidence.shape;
     let stage = cost::ExpertStage::new(&capacity.tiers, e.expert_bytes, evidence.prefetch);
@@ -24,7 +27,10 @@ pub(super) fn treatments(capacity: &Capacity, evidence: &crate::profile::LayerEv
                 .map(|(tier, &count)| {
                     let experts = evidence.order[from..from + count as usize].to_vec();
                     from += count as usize;
-                    Pins { tier: TierIdx::new(tier), experts }
+                    Pins {
+                        tier: TierIdx::new(tier),
+                        experts,
+                    }
                 })
                 .collect();
             let mut caches = vec![(0, capacity.staging_tier)];
@@ -34,16 +40,31 @@ pub(super) fn treatments(capacity: &Capacity, evidence: &crate::profile::LayerEv
             }
             for (slots, slot_tier) in caches {
                 let policy = SlotPolicy::Lru;
-                let layer = LayerPlacement { layer: e.layer, pinned: pinned.clone(), slots, slot_tier, policy };
-                let outcomes = cost::outcomes(&layer, evidence, &capacity.tiers, capacity.staging_tier);
+                let layer = LayerPlacement {
+                    layer: e.layer,
+                    pinned: pinned.clone(),
+                    slots,
+                    slot_tier,
+                    policy,
+                };
+                let outcomes =
+                    cost::outcomes(&layer, evidence, &capacity.tiers, capacity.staging_tier);
                 let mut bytes = vec![0; n];
-                counts.iter().enumerate().for_each(|(t, &c)| bytes[t] += u64::from(c) * e.expert_bytes);
+                counts
+                    .iter()
+                    .enumerate()
+                    .for_each(|(t, &c)| bytes[t] += u64::from(c) * e.expert_bytes);
                 bytes[slot_tier.get()] += u64::from(slots) * e.expert_bytes;
                 bytes[home] += u64::from(pooled) * e.expert_bytes;
-                found.push((bytes, cost::stage_mean_s(&stage, &outcomes, layer.brought_to(capacity.staging_tier))));
+                found.push((
+                    bytes,
+                    cost::stage_mean_s(&stage, &outcomes, layer.brought_to(capacity.staging_tier)),
+                ));
             }
         }
-        let Some(at) = counts.iter().position(|&c| c < e.n_expert) else { break };
+        let Some(at) = counts.iter().position(|&c| c < e.n_expert) else {
+            break;
+        };
         counts[..at].fill(0);
         counts[at] += 1;
     }
@@ -52,10 +73,16 @@ pub(super) fn treatments(capacity: &Capacity, evidence: &crate::profile::LayerEv
 
 /// Returns the least seconds over all choices that fit, by exhaustive enumeration.
 pub(super) fn exhaustive(things: &[Vec<(Vec<u64>, f64)>], left: &[u64]) -> Option<f64> {
-    let Some((first, rest)) = things.split_first() else { return Some(0.0) };
+    let Some((first, rest)) = things.split_first() else {
+        return Some(0.0);
+    };
     let mut best: Option<f64> = None;
     for (bytes, seconds) in first {
-        let after: Option<Vec<u64>> = left.iter().zip(bytes).map(|(l, b)| l.checked_sub(*b)).collect();
+        let after: Option<Vec<u64>> = left
+            .iter()
+            .zip(bytes)
+            .map(|(l, b)| l.checked_sub(*b))
+            .collect();
         if let Some(total) = after.and_then(|left| exhaustive(rest, &left)) {
             best = Some(best.map_or(total + seconds, |b| b.min(total + seconds)));
         }
@@ -67,9 +94,17 @@ pub(super) fn exhaustive(things: &[Vec<(Vec<u64>, f64)>], left: &[u64]) -> Optio
 ///
 /// Attention has its layer's KV cache with it: on a real GPU there, and else on the KV tier. 100
 /// positions are held, and 50 read.
-pub(super) fn everything(shape: &ModelShape, capacity: &Capacity, evidence: &Evidence) -> (Vec<Ways>, Vec<u64>) {
+pub(super) fn everything(
+    shape: &ModelShape,
+    capacity: &Capacity,
+    evidence: &Evidence,
+) -> (Vec<Ways>, Vec<u64>) {
     let n = capacity.tiers.len();
-    let mut things: Vec<Ways> = evidence.layers.iter().map(|l| treatments(capacity, l)).collect();
+    let mut things: Vec<Ways> = evidence
+        .layers
+        .iter()
+        .map(|l| treatments(capacity, l))
+        .collect();
     for group in &shape.dense {
         let on = |t: TierIdx| {
             let rate = |t: TierIdx| capacity.tiers[t].read_gbps * 1e9;
@@ -80,14 +115,18 @@ pub(super) fn everything(shape: &ModelShape, capacity: &Capacity, evidence: &Evi
                 seconds += capacity.tiers[t].accelerator.layer_us.unwrap_or(0.0) * 1e-6;
                 let real = capacity.tiers[t].kind == TierKind::Vram && !capacity.tiers[t].emulated;
                 let at = if real { t } else { capacity.kv_tier };
-                let row =
-                    shape.caches[group.layer.unwrap_or_default() as usize].rows.first().map_or(0, |r| 2 * r.width);
+                let row = shape.caches[group.layer.unwrap_or_default() as usize]
+                    .rows
+                    .first()
+                    .map_or(0, |r| 2 * r.width);
                 bytes[at.get()] += 100 * row;
                 seconds += (50 * row) as f64 / rate(at);
             }
             (bytes, seconds)
         };
-        let allowed = |t: &TierIdx| group.kind == DenseKind::Embedding || capacity.tiers[*t].kind != TierKind::Nvme;
+        let allowed = |t: &TierIdx| {
+            group.kind == DenseKind::Embedding || capacity.tiers[*t].kind != TierKind::Nvme
+        };
         things.push(capacity.tiers.indices().filter(allowed).map(on).collect());
     }
     let mut left = capacity.left_bytes.clone();
@@ -106,33 +145,70 @@ pub(super) use tier_plan_testing::is_nightly;
 ///
 /// The gate runs a tenth of them, a nightly run all.
 pub(super) fn cases(nightly: u32) -> ProptestConfig {
-    ProptestConfig::with_cases(if is_nightly() { nightly } else { nightly.div_ceil(10) })
+    ProptestConfig::with_cases(if is_nightly() {
+        nightly
+    } else {
+        nightly.div_ceil(10)
+    })
 }
 
 /// Holds the solver to exhaustive enumeration on one small instance.
 fn check_against_enumeration(seed: u64) -> std::result::Result<(), TestCaseError> {
     let (shape, profile, mut machine, budgets) = instance(seed);
-    machine.tiers.iter_mut().for_each(|t| t.emulated &= seed.is_multiple_of(2));
+    machine
+        .tiers
+        .iter_mut()
+        .for_each(|t| t.emulated &= seed.is_multiple_of(2));
     let (profile, kv_type) = (profile.as_ref(), KvType::F16);
-    let problem = Problem { shape: &shape, profile, machine: &machine, budgets, context: 100, kv_type };
-    let Ok(capacities) = Capacity::per_kv_tier(&problem, &Constraints::default()) else { return Ok(()) };
-    let evidence = Evidence::new(&shape, profile).map_err(|e| TestCaseError::fail(e.to_string()))?;
-    let overhead_s = cost::overhead_s(shape.n_layer, machine.layer_overhead_us, machine.token_overhead_us);
+    let problem = Problem {
+        shape: &shape,
+        profile,
+        machine: &machine,
+        budgets,
+        context: 100,
+        kv_type,
+    };
+    let Ok(capacities) = Capacity::per_kv_tier(&problem, &Constraints::default()) else {
+        return Ok(());
+    };
+    let evidence =
+        Evidence::new(&shape, profile).map_err(|e| TestCaseError::fail(e.to_string()))?;
+    let overhead_s = cost::overhead_s(
+        shape.n_layer,
+        machine.layer_overhead_us,
+        machine.token_overhead_us,
+    );
     // The least over all KV tiers.
-    let least_of = |capacity: &Capacity| optimum(&shape, capacity, &evidence).map(|least| least + overhead_s);
-    let least = capacities.iter().filter_map(least_of).min_by(f64::total_cmp);
+    let least_of =
+        |capacity: &Capacity| optimum(&shape, capacity, &evidence).map(|least| least + overhead_s);
+    let least = capacities
+        .iter()
+        .filter_map(least_of)
+        .min_by(f64::total_cmp);
     match (solve(&problem, &options()), least) {
         (Ok(solved), Some(least)) => {
             let report = &solved.plan.solver;
-            prop_assert!(report.bound_s.is_none_or(|b| b <= least * (1.0 + 1e-9)), "{report:?} {least}");
+            prop_assert!(
+                report.bound_s.is_none_or(|b| b <= least * (1.0 + 1e-9)),
+                "{report:?} {least}"
+            );
             // A baseline that ignores the train split may be better than every plan that follows
             // it.
-            prop_assert!(report.objective_s <= least * (1.0 + 1e-9), "{report:?} {least}");
+            prop_assert!(
+                report.objective_s <= least * (1.0 + 1e-9),
+                "{report:?} {least}"
+            );
             let is_optimal = report.status == "optimal";
-            prop_assert!(report.status.starts_with("feasible: ") || is_optimal, "{report:?}");
+            prop_assert!(
+                report.status.starts_with("feasible: ") || is_optimal,
+                "{report:?}"
+            );
             for plan in &solved.baselines {
                 prop_assert!(report.objective_s <= plan.solver.objective_s * (1.0 + 1e-9));
-                prop_assert_eq!(verify::verify(plan, &shape, &evidence), Vec::<String>::new());
+                prop_assert_eq!(
+                    verify::verify(plan, &shape, &evidence),
+                    Vec::<String>::new()
+                );
             }
         }
         (Err(_), None) => {}

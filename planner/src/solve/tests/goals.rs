@@ -16,7 +16,14 @@ fn problem_of<'a>(
     machine: &'a Machine,
     budgets: &[u64],
 ) -> Problem<'a> {
-    Problem { shape, profile, machine, budgets: budgets.to_vec(), context: 100, kv_type: Kv::F16 }
+    Problem {
+        shape,
+        profile,
+        machine,
+        budgets: budgets.to_vec(),
+        context: 100,
+        kv_type: Kv::F16,
+    }
 }
 
 proptest! {
@@ -144,17 +151,41 @@ fn experts_fixed_by_hand_are_where_they_were_put() -> Result<()> {
     for profile in [Some(&profile), None] {
         let problem = problem_of(&shape, profile, &machine, &budgets);
         let evidence = Evidence::new(&shape, profile)?;
-        let fix = ["vram:3-5:0-2", "dram:experts:3:7,9", "slow:experts:6:0-19", "dram:attention:0-1"].map(String::from);
+        let fix = [
+            "vram:3-5:0-2",
+            "dram:experts:3:7,9",
+            "slow:experts:6:0-19",
+            "dram:attention:0-1",
+        ]
+        .map(String::from);
         let forbid = ["vram:experts:7-8", "vram:head"].map(String::from);
         let constraints = Constraints::parse(&fix, &forbid, &shape, &machine)?;
-        let plan = plan_of(&problem, &Options { constraints: constraints.clone(), ..options() })?;
+        let plan = plan_of(
+            &problem,
+            &Options {
+                constraints: constraints.clone(),
+                ..options()
+            },
+        )?;
         assert!(constraints.holds(&plan));
-        assert_eq!(verify::verify(&plan, &shape, &evidence), Vec::<String>::new());
         assert_eq!(
-            (plan.pinned_tier(4, 1), plan.pinned_tier(3, 9), plan.pinned_tier(6, 19)),
+            verify::verify(&plan, &shape, &evidence),
+            Vec::<String>::new()
+        );
+        assert_eq!(
+            (
+                plan.pinned_tier(4, 1),
+                plan.pinned_tier(3, 9),
+                plan.pinned_tier(6, 19)
+            ),
             (Some(TierIdx::new(0)), Some(TierIdx::new(1)), None)
         );
-        assert!(plan.layers[7].pinned.iter().all(|pins| pins.tier != TierIdx::FIRST));
+        assert!(
+            plan.layers[7]
+                .pinned
+                .iter()
+                .all(|pins| pins.tier != TierIdx::FIRST)
+        );
         let free = plan_of(&problem, &options())?;
         assert!(!constraints.holds(&free));
         assert!(free.solver.objective_s <= plan.solver.objective_s * (1.0 + 1e-6));
@@ -167,9 +198,14 @@ fn constraints_on_what_is_missing_or_too_large_are_refused() -> Result<()> {
     let (shape, profile, machine, budgets) = larger();
     let refused = |fix: &[&str], forbid: &[&str], words: &[&str]| {
         let text = |of: &[&str]| of.iter().map(|s| s.to_string()).collect::<Vec<_>>();
-        let error = Constraints::parse(&text(fix), &text(forbid), &shape, &machine).err().map(|e| format!("{e:#}"));
+        let error = Constraints::parse(&text(fix), &text(forbid), &shape, &machine)
+            .err()
+            .map(|e| format!("{e:#}"));
         let error = error.unwrap_or_default();
-        assert!(words.iter().all(|w| error.contains(w)), "{words:?}: {error}");
+        assert!(
+            words.iter().all(|w| error.contains(w)),
+            "{words:?}: {error}"
+        );
     };
     refused(&["vram"], &[], &["--fix vram", "TIER:WHAT"]);
     refused(&["gpu:head"], &[], &["no tier 'gpu'", "vram, dram, slow"]);
@@ -180,18 +216,43 @@ fn constraints_on_what_is_missing_or_too_large_are_refused() -> Result<()> {
     refused(&["vram:router"], &[], &["has no router"]);
     refused(&["vram:attention:3:1"], &[], &["only experts have numbers"]);
     refused(&["slow:head"], &[], &["only the embedding"]);
-    refused(&["vram:3:1", "dram:3:1-2"], &[], &["expert 1 of layer 3", "'vram' before"]);
-    refused(&["vram:head", "dram:head"], &[], &["head of the model", "'vram' before"]);
-    refused(&["vram:3:1"], &["vram:experts"], &["expert 1 of layer 3", "--forbid"]);
+    refused(
+        &["vram:3:1", "dram:3:1-2"],
+        &[],
+        &["expert 1 of layer 3", "'vram' before"],
+    );
+    refused(
+        &["vram:head", "dram:head"],
+        &[],
+        &["head of the model", "'vram' before"],
+    );
+    refused(
+        &["vram:3:1"],
+        &["vram:experts"],
+        &["expert 1 of layer 3", "--forbid"],
+    );
     refused(&["vram:head"], &["vram:head"], &["leave no tier for head"]);
     refused(&[], &["vram:experts:3:1"], &["whole layers"]);
     refused(&[], &["slow:experts"], &["last tier"]);
     // What is fixed is more than the tier holds.
     let constraints = Constraints::parse(&["vram:experts:0-3".to_string()], &[], &shape, &machine)?;
     let problem = problem_of(&shape, Some(&profile), &machine, &budgets);
-    let error =
-        plan_of(&problem, &Options { constraints, ..options() }).err().map(|e| format!("{e:#}")).unwrap_or_default();
-    assert!(["--fix puts", "'vram'", "too much", "raise the budget"].iter().all(|w| error.contains(w)), "{error}");
+    let error = plan_of(
+        &problem,
+        &Options {
+            constraints,
+            ..options()
+        },
+    )
+    .err()
+    .map(|e| format!("{e:#}"))
+    .unwrap_or_default();
+    assert!(
+        ["--fix puts", "'vram'", "too much", "raise the budget"]
+            .iter()
+            .all(|w| error.contains(w)),
+        "{error}"
+    );
     Ok(())
 }
 
@@ -199,9 +260,21 @@ fn constraints_on_what_is_missing_or_too_large_are_refused() -> Result<()> {
 fn a_target_out_of_reach_says_by_how_much() {
     let (shape, profile, machine, budgets) = larger();
     let problem = problem_of(&shape, Some(&profile), &machine, &budgets);
-    let asked = Options { objective: Objective::Memory, target_tok_s: Some(1e6), ..options() };
-    let error = plan_of(&problem, &asked).err().map(|e| format!("{e:#}")).unwrap_or_default();
-    let words = ["reaches 1000000.000 tok/s", "ms per token too slow", "most of its time", "--target-tok-s"];
+    let asked = Options {
+        objective: Objective::Memory,
+        target_tok_s: Some(1e6),
+        ..options()
+    };
+    let error = plan_of(&problem, &asked)
+        .err()
+        .map(|e| format!("{e:#}"))
+        .unwrap_or_default();
+    let words = [
+        "reaches 1000000.000 tok/s",
+        "ms per token too slow",
+        "most of its time",
+        "--target-tok-s",
+    ];
     assert!(words.iter().all(|w| error.contains(w)), "{error}");
 }
 
@@ -210,37 +283,66 @@ fn batches_read_each_distinct_expert_once() -> Result<()> {
     let (shape, profile, machine, budgets) = larger();
     let problem = problem_of(&shape, Some(&profile), &machine, &budgets);
     let evidence = Evidence::recorded(&shape, &profile)?;
-    let asked = |batch| Options { objective: Objective::Throughput, batch: Some(batch), ..options() };
+    let asked = |batch| Options {
+        objective: Objective::Throughput,
+        batch: Some(batch),
+        ..options()
+    };
     let mut last = f64::INFINITY;
     for batch in [1, 4, 32] {
         let solved = solve(&problem, &asked(batch))?;
         let goal = solved.plan.solver.goal.clone().context("no goal")?;
         let value = batch::step_s(&solved.plan, &shape, &evidence, batch) / f64::from(batch);
         assert!((goal.value - value).abs() < 1e-12 * value && goal.batch == Some(batch));
-        assert!(goal.bound.is_some_and(|b| b <= value * (1.0 + 1e-9) && b > 0.9 * value), "{goal:?}");
+        assert!(
+            goal.bound
+                .is_some_and(|b| b <= value * (1.0 + 1e-9) && b > 0.9 * value),
+            "{goal:?}"
+        );
         assert!(value < last, "a larger batch shares more reads");
         last = value;
         for rule in &solved.baselines {
             let other = batch::step_s(rule, &shape, &evidence, batch) / f64::from(batch);
-            assert!(value <= other * (1.0 + 1e-9), "{} {value} {other}", rule.name);
+            assert!(
+                value <= other * (1.0 + 1e-9),
+                "{} {value} {other}",
+                rule.name
+            );
         }
     }
     // With enough sequences that every expert is used, a step reads all of them once.
     let touched = batch::touched(&evidence.layers[0], 1 << 20);
-    let Judged::Recorded(trace) = &evidence.layers[0].judged else { return Ok(()) };
+    let Judged::Recorded(trace) = &evidence.layers[0].judged else {
+        return Ok(());
+    };
     let ever = trace.decode_share().iter().filter(|s| **s > 0.0).count() as f64;
     assert!((touched.iter().sum::<f64>() - ever).abs() < 1e-6);
-    assert!(plan_of(&problem, &Options { objective: Objective::Throughput, ..options() }).is_err());
+    assert!(
+        plan_of(
+            &problem,
+            &Options {
+                objective: Objective::Throughput,
+                ..options()
+            }
+        )
+        .is_err()
+    );
     Ok(())
 }
 
 #[test]
 fn cost_and_energy_are_latency_where_there_is_one_price() -> Result<()> {
     let (shape, profile, mut machine, budgets) = larger();
-    let asked = |objective| Options { objective, ..options() };
+    let asked = |objective| Options {
+        objective,
+        ..options()
+    };
     let fails = |machine: &Machine, objective: Objective, word: &str| {
         let problem = problem_of(&shape, Some(&profile), machine, &budgets);
-        let error = plan_of(&problem, &asked(objective)).err().map(|e| format!("{e:#}")).unwrap_or_default();
+        let error = plan_of(&problem, &asked(objective))
+            .err()
+            .map(|e| format!("{e:#}"))
+            .unwrap_or_default();
         assert!(error.contains(word), "{word}: {error}");
     };
     fails(&machine, Objective::Energy, "`watts`");
@@ -254,7 +356,12 @@ fn cost_and_energy_are_latency_where_there_is_one_price() -> Result<()> {
         let goal = solved.plan.solver.goal.clone().context("no goal")?;
         assert!((goal.value - times * solved.plan.solver.objective_s).abs() < 1e-9 * goal.value);
         assert!((solved.plan.solver.objective_s / fastest.solver.objective_s - 1.0).abs() < 1e-3);
-        assert!(solved.notes.iter().any(|n| n.contains("latency in another unit")));
+        assert!(
+            solved
+                .notes
+                .iter()
+                .any(|n| n.contains("latency in another unit"))
+        );
     }
     Ok(())
 }
@@ -263,17 +370,30 @@ fn cost_and_energy_are_latency_where_there_is_one_price() -> Result<()> {
 fn expensive_memory_is_left_out_where_it_is_not_worth_its_price() -> Result<()> {
     let (shape, profile, mut machine, budgets) = larger();
     machine.extras.price_usd = Some(1.0);
-    let usd = |vram: f64| [("vram", vram), ("dram", 2.0), ("slow", 0.0)].map(|(n, p)| (n.to_string(), p));
+    let usd =
+        |vram: f64| [("vram", vram), ("dram", 2.0), ("slow", 0.0)].map(|(n, p)| (n.to_string(), p));
     let mut used = Vec::new();
     for vram in [0.01, 1e6] {
         machine.extras.usd_per_gb = usd(vram).into_iter().collect();
         let problem = problem_of(&shape, Some(&profile), &machine, &budgets);
-        let plan = plan_of(&problem, &Options { objective: Objective::Cost, ..options() })?;
+        let plan = plan_of(
+            &problem,
+            &Options {
+                objective: Objective::Cost,
+                ..options()
+            },
+        )?;
         let fastest = plan_of(&problem, &options())?;
         let price = |p: &Placement| {
-            p.tiers.iter().map(|t| t.used_bytes() as f64 * 1e-9 * machine.extras.usd_per_gb[&t.tier.name]).sum::<f64>()
+            p.tiers
+                .iter()
+                .map(|t| t.used_bytes() as f64 * 1e-9 * machine.extras.usd_per_gb[&t.tier.name])
+                .sum::<f64>()
         };
-        assert!(price(&plan) * plan.solver.objective_s <= price(&fastest) * fastest.solver.objective_s * (1.0 + 1e-9));
+        assert!(
+            price(&plan) * plan.solver.objective_s
+                <= price(&fastest) * fastest.solver.objective_s * (1.0 + 1e-9)
+        );
         used.push(plan.tiers[TierIdx::FIRST].used_bytes());
     }
     assert!(used[0] > 1000 && used[1] == 0, "{used:?}");
@@ -290,16 +410,49 @@ fn a_baseline_that_is_faster_on_held_out_tokens_is_taken() -> Result<()> {
     shape.id = crate::profile::tests::id("m");
     // Trained on odd experts and judged on even ones, each used equally often: uniform pins every
     // second.
-    let tokens = |first: u16| (0..64).map(|t| vec![vec![first + 2 * (t % 4)]]).collect::<Vec<_>>();
-    let profile = profile_of(8, 1, 1, &[(Split::Train, 0, tokens(1)), (Split::HeldOut, 0, tokens(0))]);
-    let machine = machine(vec![tier("dram", TierKind::Dram, 20.0, 0.0), tier("slow", TierKind::Pmem, 2.0, 1.0)]);
+    let tokens = |first: u16| {
+        (0..64)
+            .map(|t| vec![vec![first + 2 * (t % 4)]])
+            .collect::<Vec<_>>()
+    };
+    let profile = profile_of(
+        8,
+        1,
+        1,
+        &[(Split::Train, 0, tokens(1)), (Split::HeldOut, 0, tokens(0))],
+    );
+    let machine = machine(vec![
+        tier("dram", TierKind::Dram, 20.0, 0.0),
+        tier("slow", TierKind::Pmem, 2.0, 1.0),
+    ]);
     let dense: u64 = shape.dense.iter().map(|d| d.bytes).sum();
-    let problem = problem_of(&shape, Some(&profile), &machine, &[dense + 4_001_000, 1 << 40]);
+    let problem = problem_of(
+        &shape,
+        Some(&profile),
+        &machine,
+        &[dense + 4_001_000, 1 << 40],
+    );
     let solved = solve(&problem, &options())?;
-    let uniform = solved.baselines.iter().find(|b| b.name == "uniform").context("no uniform")?;
+    let uniform = solved
+        .baselines
+        .iter()
+        .find(|b| b.name == "uniform")
+        .context("no uniform")?;
     assert!(solved.plan.solver.objective_s <= uniform.solver.objective_s * (1.0 + 1e-9));
-    assert!(solved.plan.solver.status.contains("faster on held-out tokens"), "{}", solved.plan.solver.status);
+    assert!(
+        solved
+            .plan
+            .solver
+            .status
+            .contains("faster on held-out tokens"),
+        "{}",
+        solved.plan.solver.status
+    );
     assert!(solved.notes.iter().any(|n| n.contains("nothing is proven")));
-    assert!(solved.summary.iter().any(|v| v.contains("at equal bytes")), "{:?}", solved.summary);
+    assert!(
+        solved.summary.iter().any(|v| v.contains("at equal bytes")),
+        "{:?}",
+        solved.summary
+    );
     Ok(())
 }

@@ -6,20 +6,45 @@ use crate::solve::problem::constraints::Constraints;
 
 const CONTEXT: u32 = 1000;
 
-fn solved(shape: &ModelShape, tiers: &[Tier], budgets: &[u64], fix: &[&str], forbid: &[&str]) -> Result<Placement> {
+fn solved(
+    shape: &ModelShape,
+    tiers: &[Tier],
+    budgets: &[u64],
+    fix: &[&str],
+    forbid: &[&str],
+) -> Result<Placement> {
     let mut machine = machine(tiers.to_vec());
     machine.tiers.iter_mut().for_each(|t| t.emulated = false);
     let kv_type = KvType::F16;
     let budgets = budgets.to_vec();
-    let problem = Problem { shape, profile: None, machine: &machine, budgets, context: CONTEXT, kv_type };
+    let problem = Problem {
+        shape,
+        profile: None,
+        machine: &machine,
+        budgets,
+        context: CONTEXT,
+        kv_type,
+    };
     let text = |of: &[&str]| of.iter().map(|s| s.to_string()).collect::<Vec<_>>();
     let constraints = Constraints::parse(&text(fix), &text(forbid), shape, &machine)?;
-    let solved = solve(&problem, &Options { constraints: constraints.clone(), ..options() })?;
+    let solved = solve(
+        &problem,
+        &Options {
+            constraints: constraints.clone(),
+            ..options()
+        },
+    )?;
     assert!(constraints.holds(&solved.plan));
     let evidence = Evidence::uniform(shape)?;
     for plan in solved.baselines.iter().chain([&solved.plan]) {
         assert_eq!(verify::verify(plan, shape, &evidence), Vec::<String>::new());
-        assert_eq!(plan.tiers.iter().map(|t| t.bytes.kv).collect::<PerTier<_>>(), plan.cache_bytes(shape));
+        assert_eq!(
+            plan.tiers
+                .iter()
+                .map(|t| t.bytes.kv)
+                .collect::<PerTier<_>>(),
+            plan.cache_bytes(shape)
+        );
     }
     Ok(solved.plan)
 }
@@ -28,14 +53,21 @@ fn model() -> ModelShape {
     let mut shape = shape(4, 16, 2, 2_000_000);
     shape.caches = vec![cache(500); 4];
     // A head that is read whole would be worth more VRAM than attention.
-    shape.dense.iter_mut().filter(|d| d.kind == DenseKind::Head).for_each(|d| d.token_bytes = 100);
+    shape
+        .dense
+        .iter_mut()
+        .filter(|d| d.kind == DenseKind::Head)
+        .for_each(|d| d.token_bytes = 100);
     shape
 }
 
 /// Returns the numbers of the KV tier of layers on no GPU, and of each layer's attention tier.
 fn attention(plan: &Placement) -> (usize, Vec<usize>) {
     let attention = plan.dense.iter().filter(|d| d.kind == DenseKind::Attention);
-    (plan.kv_tier.get(), attention.map(|d| d.tier.get()).collect())
+    (
+        plan.kv_tier.get(),
+        attention.map(|d| d.tier.get()).collect(),
+    )
 }
 
 #[test]
@@ -43,22 +75,55 @@ fn a_gpu_has_as_many_layers_as_fit_with_their_kv_cache() -> Result<()> {
     let shape = model();
     // Two megabytes of attention and one of KV cache per layer.
     let plan = |vram: u64, fix: &[&str], forbid: &[&str]| {
-        solved(&shape, &three_tiers(), &[vram, 200_000_000, 1 << 40], fix, forbid)
+        solved(
+            &shape,
+            &three_tiers(),
+            &[vram, 200_000_000, 1 << 40],
+            fix,
+            forbid,
+        )
     };
     assert_eq!(attention(&plan(12_000_000, &[], &[])?), (0, vec![0; 4]));
     let split = plan(11_999_999, &[], &[])?;
     // The last layers, beside the head.
     assert_eq!(attention(&split), (1, vec![1, 0, 0, 0]));
-    assert_eq!([split.tiers[TierIdx::new(0)].bytes.kv, split.tiers[TierIdx::new(1)].bytes.kv], [3_000_000, 1_000_000]);
-    assert_eq!(attention(&plan(3_000_000, &[], &[])?), (1, vec![1, 1, 1, 0]));
+    assert_eq!(
+        [
+            split.tiers[TierIdx::new(0)].bytes.kv,
+            split.tiers[TierIdx::new(1)].bytes.kv
+        ],
+        [3_000_000, 1_000_000]
+    );
+    assert_eq!(
+        attention(&plan(3_000_000, &[], &[])?),
+        (1, vec![1, 1, 1, 0])
+    );
     assert_eq!(attention(&plan(2_999_999, &[], &[])?), (1, vec![1; 4]));
     // Fixed or forbidden by hand.
-    assert_eq!(attention(&plan(100_000_000, &[], &["vram:attention:2"])?), (1, vec![0, 0, 1, 0]));
-    assert_eq!(attention(&plan(100_000_000, &[], &["vram:cache"])?), (1, vec![1; 4]));
-    assert_eq!(attention(&plan(100_000_000, &["dram:cache"], &[])?), (1, vec![1; 4]));
-    assert_eq!(attention(&plan(100_000_000, &["vram:cache"], &[])?), (0, vec![0; 4]));
-    assert_eq!(attention(&plan(3_000_000, &["vram:attention:3"], &[])?), (1, vec![1, 1, 1, 0]));
-    assert_eq!(attention(&plan(100_000_000, &[], &["dram:cache"])?), (0, vec![0; 4]));
+    assert_eq!(
+        attention(&plan(100_000_000, &[], &["vram:attention:2"])?),
+        (1, vec![0, 0, 1, 0])
+    );
+    assert_eq!(
+        attention(&plan(100_000_000, &[], &["vram:cache"])?),
+        (1, vec![1; 4])
+    );
+    assert_eq!(
+        attention(&plan(100_000_000, &["dram:cache"], &[])?),
+        (1, vec![1; 4])
+    );
+    assert_eq!(
+        attention(&plan(100_000_000, &["vram:cache"], &[])?),
+        (0, vec![0; 4])
+    );
+    assert_eq!(
+        attention(&plan(3_000_000, &["vram:attention:3"], &[])?),
+        (1, vec![1, 1, 1, 0])
+    );
+    assert_eq!(
+        attention(&plan(100_000_000, &[], &["dram:cache"])?),
+        (0, vec![0; 4])
+    );
     Ok(())
 }
 
@@ -72,9 +137,20 @@ fn two_gpus_share_what_neither_can_hold() -> Result<()> {
     };
     let both = plan(6_000_000, 6_000_000, &[], &[])?;
     assert_eq!(attention(&both), (2, vec![1, 1, 0, 0]));
-    assert_eq!(both.tiers.iter().map(|t| t.bytes.kv).collect::<Vec<_>>(), [2_000_000, 2_000_000, 0, 0]);
-    assert_eq!(attention(&plan(6_000_000, 3_000_000, &[], &[])?), (2, vec![2, 1, 0, 0]));
-    let by_hand = plan(6_000_000, 6_000_000, &["gpu-b:attention:0-1"], &["gpu-a:cache"])?;
+    assert_eq!(
+        both.tiers.iter().map(|t| t.bytes.kv).collect::<Vec<_>>(),
+        [2_000_000, 2_000_000, 0, 0]
+    );
+    assert_eq!(
+        attention(&plan(6_000_000, 3_000_000, &[], &[])?),
+        (2, vec![2, 1, 0, 0])
+    );
+    let by_hand = plan(
+        6_000_000,
+        6_000_000,
+        &["gpu-b:attention:0-1"],
+        &["gpu-a:cache"],
+    )?;
     assert_eq!(attention(&by_hand), (2, vec![1, 1, 2, 2]));
     Ok(())
 }
@@ -84,11 +160,21 @@ fn gpus_without_host_memory_hold_the_whole_kv_cache() -> Result<()> {
     let shape = model();
     // Without CPU memory, what is not pinned computes where it is mapped: on a GPU, for this
     // machine file.
-    let gpus = vec![tier("gpu-a", TierKind::Vram, 300.0, 8.0), tier("gpu-b", TierKind::Vram, 150.0, 12.0)];
+    let gpus = vec![
+        tier("gpu-a", TierKind::Vram, 300.0, 8.0),
+        tier("gpu-b", TierKind::Vram, 150.0, 12.0),
+    ];
     let plan = solved(&shape, &gpus, &[80_000_000, 200_000_000], &[], &[])?;
-    assert_eq!(plan.tiers.iter().map(|t| t.bytes.kv).sum::<u64>(), 4_000_000);
-    let small = solved(&shape, &gpus, &[2_000_000, 2_500_000], &[], &[]).err().map(|e| format!("{e:#}"));
-    assert!(small.is_some_and(|e| e.contains("no room for the attention of every layer") && e.contains("DRAM")));
+    assert_eq!(
+        plan.tiers.iter().map(|t| t.bytes.kv).sum::<u64>(),
+        4_000_000
+    );
+    let small = solved(&shape, &gpus, &[2_000_000, 2_500_000], &[], &[])
+        .err()
+        .map(|e| format!("{e:#}"));
+    assert!(small.is_some_and(
+        |e| e.contains("no room for the attention of every layer") && e.contains("DRAM")
+    ));
     Ok(())
 }
 
@@ -96,12 +182,27 @@ fn gpus_without_host_memory_hold_the_whole_kv_cache() -> Result<()> {
 fn constraints_that_no_gpu_can_meet_are_explained() {
     let shape = model();
     let refused = |shape: &ModelShape, vram: u64, fix: &[&str], forbid: &[&str], words: &[&str]| {
-        let found = solved(shape, &three_tiers(), &[vram, 200_000_000, 1 << 40], fix, forbid);
+        let found = solved(
+            shape,
+            &three_tiers(),
+            &[vram, 200_000_000, 1 << 40],
+            fix,
+            forbid,
+        );
         let error = found.err().map(|e| format!("{e:#}")).unwrap_or_default();
-        assert!(words.iter().all(|w| error.contains(w)), "{words:?}: {error}");
+        assert!(
+            words.iter().all(|w| error.contains(w)),
+            "{words:?}: {error}"
+        );
     };
     let many = 100_000_000;
-    refused(&shape, 11_000_000, &["vram:cache"], &[], &["attention of all layers", "vram:attention:LAYERS", "raise"]);
+    refused(
+        &shape,
+        11_000_000,
+        &["vram:cache"],
+        &[],
+        &["attention of all layers", "vram:attention:LAYERS", "raise"],
+    );
     refused(
         &shape,
         many,
@@ -116,20 +217,46 @@ fn constraints_that_no_gpu_can_meet_are_explained() {
         &["vram:cache"],
         &["attention of layer 1", "which they want elsewhere"],
     );
-    refused(&shape, 2_500_000, &["vram:attention:2"], &[], &["layer 2", "'vram'", "raise the budget of 'vram'"]);
+    refused(
+        &shape,
+        2_500_000,
+        &["vram:attention:2"],
+        &[],
+        &["layer 2", "'vram'", "raise the budget of 'vram'"],
+    );
     refused(&shape, many, &["vram:cache:1"], &[], &["name no layers"]);
-    refused(&shape, 5_000_000, &["vram:attention"], &[], &["--fix puts", "'vram'", "too much"]);
+    refused(
+        &shape,
+        5_000_000,
+        &["vram:attention"],
+        &[],
+        &["--fix puts", "'vram'", "too much"],
+    );
 }
 
 #[test]
 fn recurrent_state_goes_with_its_layer() -> Result<()> {
     let mut shape = model();
-    shape.caches[1] = CacheShape { rows: Vec::new(), state_bytes: 5000 };
-    let plan = |forbid: &[&str]| solved(&shape, &three_tiers(), &[100_000_000, 200_000_000, 1 << 40], &[], forbid);
+    shape.caches[1] = CacheShape {
+        rows: Vec::new(),
+        state_bytes: 5000,
+    };
+    let plan = |forbid: &[&str]| {
+        solved(
+            &shape,
+            &three_tiers(),
+            &[100_000_000, 200_000_000, 1 << 40],
+            &[],
+            forbid,
+        )
+    };
     let all = plan(&[])?;
     assert_eq!(attention(&all), (0, vec![0; 4]));
     assert_eq!(
-        (all.tiers[TierIdx::new(0)].bytes.kv, all.tiers[TierIdx::new(1)].bytes.kv),
+        (
+            all.tiers[TierIdx::new(0)].bytes.kv,
+            all.tiers[TierIdx::new(1)].bytes.kv
+        ),
         (all.kv_type.context_bytes(&shape, all.context), 0)
     );
     let but_one = plan(&["vram:attention:1"])?;
@@ -142,7 +269,13 @@ fn recurrent_state_goes_with_its_layer() -> Result<()> {
 fn planted_mistakes_about_the_kv_cache_are_found() -> Result<()> {
     let shape = model();
     let evidence = Evidence::uniform(&shape)?;
-    let good = solved(&shape, &three_tiers(), &[9_000_000, 200_000_000, 1 << 40], &[], &[])?;
+    let good = solved(
+        &shape,
+        &three_tiers(),
+        &[9_000_000, 200_000_000, 1 << 40],
+        &[],
+        &[],
+    )?;
     let finds = |word: &str, spoil: &dyn Fn(&mut Placement)| {
         let mut plan = good.clone();
         spoil(&mut plan);
@@ -150,13 +283,21 @@ fn planted_mistakes_about_the_kv_cache_are_found() -> Result<()> {
         assert!(wrong.contains(word), "{word}: {wrong}");
     };
     finds("kv bytes, but they are", &|p| {
-        (p.tiers[TierIdx::new(0)].bytes.kv, p.tiers[TierIdx::new(1)].bytes.kv) = (0, 4_000_000)
+        (
+            p.tiers[TierIdx::new(0)].bytes.kv,
+            p.tiers[TierIdx::new(1)].bytes.kv,
+        ) = (0, 4_000_000)
     });
-    finds("is on a GPU, but not its attention", &|p| p.kv_tier = TierIdx::new(0));
+    finds("is on a GPU, but not its attention", &|p| {
+        p.kv_tier = TierIdx::new(0)
+    });
     finds("where nothing computes", &|p| p.kv_tier = TierIdx::new(2));
     // A layer whose attention moves takes its KV cache with it.
     finds("kv bytes, but they are", &|p| {
-        let moved = p.dense.iter_mut().find(|d| d.kind == DenseKind::Attention && d.tier == TierIdx::new(0));
+        let moved = p
+            .dense
+            .iter_mut()
+            .find(|d| d.kind == DenseKind::Attention && d.tier == TierIdx::new(0));
         moved.into_iter().for_each(|d| d.tier = TierIdx::new(1));
         p.tiers[TierIdx::new(0)].bytes.dense -= 2_000_000;
         p.tiers[TierIdx::new(1)].bytes.dense += 2_000_000;

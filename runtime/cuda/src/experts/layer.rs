@@ -3,7 +3,8 @@
 use super::{ExpertBytes, ExpertKind};
 use crate::device::{Buffer, Device, View};
 use crate::ops::{
-    BatchMatrices, GateUpMatrices, Gated, Input, Matrices, MatrixTable, Matvec, Quants, SharedView, TokenGroups,
+    BatchMatrices, GateUpMatrices, Gated, Input, Matrices, MatrixTable, Matvec, Quants, SharedView,
+    TokenGroups,
 };
 use crate::{CudaError, Ops};
 use std::ops::Range;
@@ -41,13 +42,23 @@ impl ExpertLayout {
     pub(super) fn new(kind: &ExpertKind) -> Self {
         let ExpertKind { hidden, ffn, .. } = *kind;
         let bytes = |ty: TensorType, rows: usize, cols: usize| {
-            let row = ty.row_bytes(cols as u64).unwrap_or_else(|| panic!("rows of {cols} {ty} values"));
+            let row = ty
+                .row_bytes(cols as u64)
+                .unwrap_or_else(|| panic!("rows of {cols} {ty} values"));
             row as usize * rows
         };
-        let lens = [bytes(kind.gate, ffn, hidden), bytes(kind.up, ffn, hidden), bytes(kind.down, hidden, ffn)];
+        let lens = [
+            bytes(kind.gate, ffn, hidden),
+            bytes(kind.up, ffn, hidden),
+            bytes(kind.down, hidden, ffn),
+        ];
         let aligned = lens.map(|len| len.next_multiple_of(ALIGNMENT));
         let offsets = [0, aligned[0], aligned[0] + aligned[1]];
-        Self { offsets, lens, stride: aligned.iter().sum() }
+        Self {
+            offsets,
+            lens,
+            stride: aligned.iter().sum(),
+        }
     }
 
     /// Returns the bytes of a matrix of expert `i`.
@@ -82,14 +93,21 @@ impl Layer {
         with_biases: bool,
     ) -> Result<Self, CudaError> {
         let layout = ExpertLayout::new(&kind);
-        let buffer = |n: usize| Ok::<_, CudaError>(Arc::new(Buffer::new(device, n.saturating_mul(layout.stride))?));
+        let buffer = |n: usize| {
+            Ok::<_, CudaError>(Arc::new(Buffer::new(
+                device,
+                n.saturating_mul(layout.stride),
+            )?))
+        };
         let (pins, slots) = (buffer(pinned.len())?, buffer(n_slots)?);
         let n = kind.n_expert + n_slots;
         let mut is_pinned = vec![false; kind.n_expert];
         let mut tables: [Vec<Option<SharedView>>; 3] = std::array::from_fn(|_| vec![None; n]);
         for (part, table) in Part::ALL.into_iter().zip(&mut tables) {
-            let shared =
-                |buffer: &Arc<Buffer>, i| SharedView { buffer: Arc::clone(buffer), range: layout.range(i, part) };
+            let shared = |buffer: &Arc<Buffer>, i| SharedView {
+                buffer: Arc::clone(buffer),
+                range: layout.range(i, part),
+            };
             for (i, (expert, _)) in pinned.iter().enumerate() {
                 table[*expert] = Some(shared(&pins, i));
                 is_pinned[*expert] = true;
@@ -100,7 +118,11 @@ impl Layer {
         }
         let [gate, up, down] = tables;
         let zeros = |width: usize| Buffer::of_f32(device, &vec![0.0; n * width]);
-        let biases = if with_biases { Some([zeros(kind.ffn)?, zeros(kind.ffn)?, zeros(kind.hidden)?]) } else { None };
+        let biases = if with_biases {
+            Some([zeros(kind.ffn)?, zeros(kind.ffn)?, zeros(kind.hidden)?])
+        } else {
+            None
+        };
         let layer = Self {
             kind,
             layout,
@@ -120,7 +142,9 @@ impl Layer {
 
     /// Returns the biases of a matrix for all table entries.
     pub(super) fn bias(&self, part: Part) -> Option<View<'_>> {
-        self.biases.as_ref().map(|biases| biases[part as usize].view())
+        self.biases
+            .as_ref()
+            .map(|biases| biases[part as usize].view())
     }
 
     /// Copies an expert to place `i` of a buffer, and its biases to table entry `entry`.
@@ -131,14 +155,20 @@ impl Layer {
         entry: usize,
         expert: &ExpertBytes<'_>,
     ) -> Result<(), CudaError> {
-        for (part, bytes) in Part::ALL.into_iter().zip([expert.gate, expert.up, expert.down]) {
+        for (part, bytes) in Part::ALL
+            .into_iter()
+            .zip([expert.gate, expert.up, expert.down])
+        {
             let range = self.layout.range(i, part);
             assert_eq!(range.len(), bytes.len(), "bytes of {part:?} of an expert");
             memory.view().part(range).write(bytes)?;
         }
         if let (Some(tables), Some(biases)) = (&self.biases, expert.biases) {
             for (table, bias) in tables.iter().zip(biases) {
-                table.view().floats(entry * bias.len()..(entry + 1) * bias.len()).write_f32(bias)?;
+                table
+                    .view()
+                    .floats(entry * bias.len()..(entry + 1) * bias.len())
+                    .write_f32(bias)?;
             }
         }
         Ok(())
@@ -158,7 +188,20 @@ impl Layer {
         x: Activations<'_>,
         uses: Uses<'_>,
     ) -> Result<(), CudaError> {
-        let (Uses { which, jobs, rows, groups }, ExpertKind { ffn, hidden, activation, .. }) = (uses, self.kind);
+        let (
+            Uses {
+                which,
+                jobs,
+                rows,
+                groups,
+            },
+            ExpertKind {
+                ffn,
+                hidden,
+                activation,
+                ..
+            },
+        ) = (uses, self.kind);
         let (gate, up, jobs_per_x) = (inner.gate.view(), inner.up.view(), jobs / rows);
         let quants = needs_quants(self.kind.down).then_some(&mut *inner.quants);
         if groups.is_empty() && self.kind.gate == self.kind.up {
@@ -190,19 +233,50 @@ impl Layer {
         jobs_per_x: usize,
         out: View<'_>,
     ) -> Result<(), CudaError> {
-        let (Uses { which, jobs, groups, .. }, ExpertKind { ffn, hidden, .. }) = (uses, self.kind);
+        let (
+            Uses {
+                which,
+                jobs,
+                groups,
+                ..
+            },
+            ExpertKind { ffn, hidden, .. },
+        ) = (uses, self.kind);
         let (ty, table) = match part {
             Part::Gate => (self.kind.gate, &self.gate),
             Part::Up => (self.kind.up, &self.up),
             Part::Down => (self.kind.down, &self.down),
         };
-        let (n_rows, n_cols) = if part == Part::Down { (hidden, ffn) } else { (ffn, hidden) };
+        let (n_rows, n_cols) = if part == Part::Down {
+            (hidden, ffn)
+        } else {
+            (ffn, hidden)
+        };
         let (x, bias) = (x.input(ty), self.bias(part));
         if groups.is_empty() {
             let matrices = Matrices::Chosen(table, which);
-            return ops.matvec(&Matvec { ty, matrices, bias, jobs, n_rows, n_cols, x, jobs_per_x }, out);
+            return ops.matvec(
+                &Matvec {
+                    ty,
+                    matrices,
+                    bias,
+                    jobs,
+                    n_rows,
+                    n_cols,
+                    x,
+                    jobs_per_x,
+                },
+                out,
+            );
         }
-        ops.matmul(ty, BatchMatrices::Groups(table, groups), n_rows, n_cols, x, out)?;
+        ops.matmul(
+            ty,
+            BatchMatrices::Groups(table, groups),
+            n_rows,
+            n_cols,
+            x,
+            out,
+        )?;
         match bias {
             Some(bias) => ops.add_bias(out, bias, Some(which), jobs, n_rows),
             None => Ok(()),

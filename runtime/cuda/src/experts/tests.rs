@@ -10,7 +10,10 @@ use tier_plan_kernels::{Activations, Kernels, Weights};
 const HIDDEN: usize = 64;
 const FFN: usize = 96;
 const N_EXPERT: usize = 4;
-const CLAMPED: Activation = Activation::ClampedSwiglu { alpha: 1.702, limit: 7.0 };
+const CLAMPED: Activation = Activation::ClampedSwiglu {
+    alpha: 1.702,
+    limit: 7.0,
+};
 
 /// Gate, up and down.
 struct Expert {
@@ -27,42 +30,83 @@ fn product(ty: TensorType, bytes: &[u8], bias: &[f32], x: &[f32], biased: bool) 
 }
 
 /// Computes an expert's result for `x` on the CPU.
-fn plain(kind: &ExpertKind, Expert { bytes, biases }: &Expert, x: &[f32], biased: bool) -> Vec<f32> {
+fn plain(
+    kind: &ExpertKind,
+    Expert { bytes, biases }: &Expert,
+    x: &[f32],
+    biased: bool,
+) -> Vec<f32> {
     let mut gate = product(kind.gate, &bytes[0], &biases[0], x, biased);
     let up = product(kind.up, &bytes[1], &biases[1], x, biased);
     match kind.activation {
         Activation::Silu => Kernels::SCALAR.silu_mul(&mut gate, &up),
-        Activation::ClampedSwiglu { alpha, limit } => Kernels::SCALAR.clamped_swiglu(&mut gate, &up, alpha, limit),
+        Activation::ClampedSwiglu { alpha, limit } => {
+            Kernels::SCALAR.clamped_swiglu(&mut gate, &up, alpha, limit)
+        }
     }
     product(kind.down, &bytes[2], &biases[2], &gate, biased)
 }
 
 fn near(got: &[f32], expected: &[f32]) {
     assert_eq!(got.len(), expected.len());
-    let squared_error: f64 = got.iter().zip(expected).map(|(a, b)| f64::from(a - b).powi(2)).sum();
+    let squared_error: f64 = got
+        .iter()
+        .zip(expected)
+        .map(|(a, b)| f64::from(a - b).powi(2))
+        .sum();
     let squared_norm: f64 = expected.iter().map(|v| f64::from(*v).powi(2)).sum();
     // 8-bit codes may round to the other side.
-    assert!(squared_error < 1e-5 * squared_norm, "{squared_error:e} of {squared_norm:e}");
+    assert!(
+        squared_error < 1e-5 * squared_norm,
+        "{squared_error:e} of {squared_norm:e}"
+    );
 }
 
 /// Compares a token's experts: fetched, and added to a state on the device.
-fn compare(gate: TensorType, up: TensorType, down: TensorType, activation: Activation, biased: bool) {
+fn compare(
+    gate: TensorType,
+    up: TensorType,
+    down: TensorType,
+    activation: Activation,
+    biased: bool,
+) {
     let device: Arc<dyn Device> = shim::shared();
     let mut random = Random::new(&format!("{gate} {up} {down}"));
-    let kind = ExpertKind { n_expert: N_EXPERT, hidden: HIDDEN, ffn: FFN, gate, up, down, activation };
+    let kind = ExpertKind {
+        n_expert: N_EXPERT,
+        hidden: HIDDEN,
+        ffn: FFN,
+        gate,
+        up,
+        down,
+        activation,
+    };
     let experts: Vec<Expert> = (0..N_EXPERT)
         .map(|_| {
             let bytes = [gate, up, down].map(|ty| random.weights(ty, HIDDEN * FFN));
-            Expert { bytes, biases: [FFN, FFN, HIDDEN].map(|n| random.floats(n)) }
+            Expert {
+                bytes,
+                biases: [FFN, FFN, HIDDEN].map(|n| random.floats(n)),
+            }
         })
         .collect();
     let mut here = PinnedExperts::new(Arc::clone(&device), 1).unwrap();
     let pinned: Vec<_> = experts
         .iter()
-        .map(|Expert { bytes: [gate, up, down], biases: [a, b, c] }| {
-            let biases = biased.then_some([&a[..], &b[..], &c[..]]);
-            ExpertBytes { gate, up, down, biases }
-        })
+        .map(
+            |Expert {
+                 bytes: [gate, up, down],
+                 biases: [a, b, c],
+             }| {
+                let biases = biased.then_some([&a[..], &b[..], &c[..]]);
+                ExpertBytes {
+                    gate,
+                    up,
+                    down,
+                    biases,
+                }
+            },
+        )
         .enumerate()
         .collect();
     here.add_layer(0, kind, &pinned, 0, biased).unwrap();
@@ -72,7 +116,10 @@ fn compare(gate: TensorType, up: TensorType, down: TensorType, activation: Activ
     here.ask(0, Some(&x), &chosen.map(Place::Pinned)).unwrap();
     let mut got = vec![0.0; 3 * HIDDEN];
     here.fetch(&mut got).unwrap();
-    let expected: Vec<Vec<f32>> = chosen.iter().map(|e| plain(&kind, &experts[*e], &x, biased)).collect();
+    let expected: Vec<Vec<f32>> = chosen
+        .iter()
+        .map(|e| plain(&kind, &experts[*e], &x, biased))
+        .collect();
     near(&got, &expected.concat());
     // The weighted results, added to a state on the device.
     let (input, weights) = (Buffer::of_f32(&device, &x).unwrap(), [0.5, -0.25, 0.125]);
@@ -83,9 +130,17 @@ fn compare(gate: TensorType, up: TensorType, down: TensorType, activation: Activ
     let mut quants = Quants::new(&device, HIDDEN).unwrap();
     assert_eq!(here.takes_quants(0), needs_quants(gate) || needs_quants(up));
     if here.takes_quants(0) {
-        Ops::new(Arc::clone(&device)).quantize(input.view(), 1, HIDDEN, &mut quants).unwrap();
+        Ops::new(Arc::clone(&device))
+            .quantize(input.view(), 1, HIDDEN, &mut quants)
+            .unwrap();
     }
-    let chosen = ChosenExperts { input: input.view(), quants: &quants, which: which.view(), weights: by.view(), n: 3 };
+    let chosen = ChosenExperts {
+        input: input.view(),
+        quants: &quants,
+        which: which.view(),
+        weights: by.view(),
+        n: 3,
+    };
     here.add_chosen(0, &chosen, on_device.view()).unwrap();
     for (result, by) in expected.iter().zip(weights) {
         Kernels::SCALAR.axpy(by, result, &mut state);

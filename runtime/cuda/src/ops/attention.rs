@@ -118,7 +118,10 @@ impl AttentionBuffers {
     /// Returns the number of values that `tokens` tokens need which attend to `positions`
     /// positions.
     pub fn values(tokens: usize, heads: usize, positions: usize, value_width: usize) -> usize {
-        tokens.saturating_mul(heads).saturating_mul(positions.div_ceil(CHUNK)).saturating_mul(value_width)
+        tokens
+            .saturating_mul(heads)
+            .saturating_mul(positions.div_ceil(CHUNK))
+            .saturating_mul(value_width)
     }
 
     /// Returns the bytes of the three buffers for `values` values, at least `least_width` per query
@@ -129,7 +132,11 @@ impl AttentionBuffers {
     }
 
     /// Allocates buffers for `values` values, at least `least_width` per query and chunk.
-    pub fn new(device: &Arc<dyn Device>, values: usize, least_width: usize) -> Result<Self, CudaError> {
+    pub fn new(
+        device: &Arc<dyn Device>,
+        values: usize,
+        least_width: usize,
+    ) -> Result<Self, CudaError> {
         let [mixed, largest, sums] = Self::bytes(values, least_width);
         Ok(Self {
             mixed: Buffer::new(device, mixed)?,
@@ -186,17 +193,41 @@ impl Attend<'_> {
     fn check(&self, out: View<'_>) {
         let heads = self.n_head_kv * self.group;
         let past = self.positions.past + self.first;
-        let cache = |width: usize| self.n_head_kv * self.context * self.kv_type.row_bytes(width as u64) as usize;
-        assert!(self.key_width.is_multiple_of(4) && self.value_row_width.is_multiple_of(4), "widths of rows");
-        assert!(self.key_width <= MAX_KEY && self.value_width <= self.value_row_width, "keys of {}", self.key_width);
-        assert!(past + self.tokens <= self.context && self.group > 0, "{past} + {} of {}", self.tokens, self.context);
+        let cache = |width: usize| {
+            self.n_head_kv * self.context * self.kv_type.row_bytes(width as u64) as usize
+        };
         assert!(
-            self.keys.len() >= cache(self.key_width) && self.values.len() >= cache(self.value_row_width),
+            self.key_width.is_multiple_of(4) && self.value_row_width.is_multiple_of(4),
+            "widths of rows"
+        );
+        assert!(
+            self.key_width <= MAX_KEY && self.value_width <= self.value_row_width,
+            "keys of {}",
+            self.key_width
+        );
+        assert!(
+            past + self.tokens <= self.context && self.group > 0,
+            "{past} + {} of {}",
+            self.tokens,
+            self.context
+        );
+        assert!(
+            self.keys.len() >= cache(self.key_width)
+                && self.values.len() >= cache(self.value_row_width),
             "cached rows"
         );
-        assert!(self.queries.words() >= self.tokens * heads * self.key_width, "queries");
-        assert!(out.words() >= self.tokens * heads * self.value_width, "results of attention");
-        assert!(self.sinks.is_none_or(|s| s.words() >= heads), "a sink per head");
+        assert!(
+            self.queries.words() >= self.tokens * heads * self.key_width,
+            "queries"
+        );
+        assert!(
+            out.words() >= self.tokens * heads * self.value_width,
+            "results of attention"
+        );
+        assert!(
+            self.sinks.is_none_or(|s| s.words() >= heads),
+            "a sink per head"
+        );
     }
 
     /// Returns the number of pieces of `len` positions that some of the tokens attend to, from the
@@ -207,22 +238,35 @@ impl Attend<'_> {
     pub(super) fn pieces(&self, len: usize, first: usize, tokens: usize) -> usize {
         let past = self.positions.past + self.first + first;
         if tokens == 1 {
-            let windows = self.window.map_or(usize::MAX, |window| window.div_ceil(len) + 1);
+            let windows = self
+                .window
+                .map_or(usize::MAX, |window| window.div_ceil(len) + 1);
             return (past + 1).div_ceil(len).min(windows);
         }
-        let begin = self.window.map_or(0, |window| (past + 1).saturating_sub(window)) / len;
+        let begin = self
+            .window
+            .map_or(0, |window| (past + 1).saturating_sub(window))
+            / len;
         (past + tokens).div_ceil(len) - begin
     }
 
     /// Returns how many tokens from `first` on fit into the buffers at once when the context is cut
     /// into pieces of `len` positions, and the number of their pieces.
-    pub(super) fn fitting(&self, buffers: &AttentionBuffers, len: usize, first: usize) -> (usize, usize) {
+    pub(super) fn fitting(
+        &self,
+        buffers: &AttentionBuffers,
+        len: usize,
+        first: usize,
+    ) -> (usize, usize) {
         let heads = self.n_head_kv * self.group;
-        let fits =
-            |tokens: usize| self.pieces(len, first, tokens) * tokens * heads <= buffers.query_chunks(self.value_width);
+        let fits = |tokens: usize| {
+            self.pieces(len, first, tokens) * tokens * heads
+                <= buffers.query_chunks(self.value_width)
+        };
         let tokens = (1..=self.tokens - first).rev().find(|n| fits(*n));
         let positions = self.positions.past + self.first + first + 1;
-        let tokens = tokens.unwrap_or_else(|| panic!("too small buffers for attention to {positions} positions"));
+        let tokens = tokens
+            .unwrap_or_else(|| panic!("too small buffers for attention to {positions} positions"));
         (tokens, self.pieces(len, first, tokens))
     }
 }
@@ -231,9 +275,17 @@ impl Attend<'_> {
 fn quant_args(a: &Attend<'_>, quants: Option<&Quants>, first: usize) -> [Arg; 3] {
     quants.map_or([Arg::Pointer(0); 3], |quants| {
         let from = first * a.n_head_kv * a.group * a.value_width;
-        let (codes, scales, sums) = (quants.codes.view(), quants.scales.view(), quants.sums.view());
+        let (codes, scales, sums) = (
+            quants.codes.view(),
+            quants.scales.view(),
+            quants.sums.view(),
+        );
         let codes = codes.part(from..codes.len()).arg();
-        [codes, scales.floats(from / 32..scales.words()).arg(), sums.floats(from / 16..sums.words()).arg()]
+        [
+            codes,
+            scales.floats(from / 32..scales.words()).arg(),
+            sums.floats(from / 16..sums.words()).arg(),
+        ]
     })
 }
 
@@ -248,10 +300,22 @@ impl Ops {
         head_dim: usize,
     ) -> Result<(), CudaError> {
         let &RopeTurns { values, kind, half } = turns;
-        assert!(2 * half <= head_dim && x.words() >= tokens * heads * head_dim, "{tokens} x {heads} x {head_dim}");
-        assert!(values.words() >= 2 * tokens * half, "{tokens} x {half} turns");
+        assert!(
+            2 * half <= head_dim && x.words() >= tokens * heads * head_dim,
+            "{tokens} x {heads} x {head_dim}"
+        );
+        assert!(
+            values.words() >= 2 * tokens * half,
+            "{tokens} x {half} turns"
+        );
         let adjacent = i32::from(kind == RopeKind::Adjacent);
-        let args = [x.arg(), values.arg(), int(head_dim), int(half), Arg::Int(adjacent)];
+        let args = [
+            x.arg(),
+            values.arg(),
+            int(head_dim),
+            int(half),
+            Arg::Int(adjacent),
+        ];
         self.launch("rope", [blocks(heads, 1), few(tokens), 1], 64, &args)
     }
 
@@ -266,17 +330,35 @@ impl Ops {
         positions: Positions<'_>,
         cache: &CacheRows<'_>,
     ) -> Result<(), CudaError> {
-        let &CacheRows { kv_type, at, heads, context, width } = cache;
+        let &CacheRows {
+            kv_type,
+            at,
+            heads,
+            context,
+            width,
+        } = cache;
         let bytes = heads * context * kv_type.row_bytes(width as u64) as usize;
         let past = positions.past;
-        assert!(width.is_multiple_of(4) && x.words() >= tokens * heads * width, "{tokens} x {heads} x {width}");
-        assert!(past + tokens <= context && at.len() >= bytes, "{past} + {tokens} of {context} positions");
+        assert!(
+            width.is_multiple_of(4) && x.words() >= tokens * heads * width,
+            "{tokens} x {heads} x {width}"
+        );
+        assert!(
+            past + tokens <= context && at.len() >= bytes,
+            "{past} + {tokens} of {context} positions"
+        );
         let kernel = match kv_type {
             KvType::F32 => "store_f32",
             KvType::F16 => "store_f16",
             KvType::Q8_0 => "store_q8",
         };
-        let args = [x.arg(), int(width), int(context), positions.word(), at.arg()];
+        let args = [
+            x.arg(),
+            int(width),
+            int(context),
+            positions.word(),
+            at.arg(),
+        ];
         self.launch(kernel, [blocks(heads, 1), few(tokens), 1], 128, &args)
     }
 
@@ -287,16 +369,37 @@ impl Ops {
     /// When a head is wider than [`MAX_KEY`].
     pub fn place_heads(&self, h: &Heads<'_>) -> Result<(), CudaError> {
         let (n, past) = (h.tokens, h.positions.past);
-        let cache = |width: usize| h.n_head_kv * h.context * h.kv_type.row_bytes(width as u64) as usize;
-        assert!(h.key_width <= MAX_KEY && h.value_width <= MAX_KEY, "heads of {}, {}", h.key_width, h.value_width);
+        let cache =
+            |width: usize| h.n_head_kv * h.context * h.kv_type.row_bytes(width as u64) as usize;
+        assert!(
+            h.key_width <= MAX_KEY && h.value_width <= MAX_KEY,
+            "heads of {}, {}",
+            h.key_width,
+            h.value_width
+        );
         assert!(h.queries.words() >= n * h.n_head * h.key_width, "queries");
         assert!(h.new_keys.words() >= n * h.n_head_kv * h.key_width, "keys");
-        assert!(h.new_values.words() >= n * h.n_head_kv * h.value_width, "values");
-        assert!(past + n <= h.context, "{past} + {n} of {} positions", h.context);
-        assert!(h.keys.len() >= cache(h.key_width) && h.values.len() >= cache(h.value_width), "cached rows");
-        assert!(h.norms.is_none_or(|n| n.queries.words() >= h.key_width && n.keys.words() >= h.key_width), "norms");
+        assert!(
+            h.new_values.words() >= n * h.n_head_kv * h.value_width,
+            "values"
+        );
+        assert!(
+            past + n <= h.context,
+            "{past} + {n} of {} positions",
+            h.context
+        );
+        assert!(
+            h.keys.len() >= cache(h.key_width) && h.values.len() >= cache(h.value_width),
+            "cached rows"
+        );
+        assert!(
+            h.norms
+                .is_none_or(|n| n.queries.words() >= h.key_width && n.keys.words() >= h.key_width),
+            "norms"
+        );
         let half = h.turns.map_or(0, |turns| turns.half);
-        let fits = |turns: RopeTurns<'_>| 2 * half <= h.key_width && turns.values.words() >= 2 * n * half;
+        let fits =
+            |turns: RopeTurns<'_>| 2 * half <= h.key_width && turns.values.words() >= 2 * n * half;
         assert!(h.turns.is_none_or(fits), "{n} x {half} turns");
         let kernel = match h.kv_type {
             KvType::F32 => "place_heads_f32",
@@ -312,7 +415,10 @@ impl Ops {
             Arg::Float(h.norms.map_or(0.0, |norms| norms.eps)),
             null_or(h.turns.map(|turns| turns.values)),
             int(half),
-            Arg::Int(i32::from(h.turns.is_some_and(|turns| turns.kind == RopeKind::Adjacent))),
+            Arg::Int(i32::from(
+                h.turns
+                    .is_some_and(|turns| turns.kind == RopeKind::Adjacent),
+            )),
             int(h.n_head),
             int(h.n_head_kv),
             int(h.key_width),
@@ -322,7 +428,12 @@ impl Ops {
             h.keys.arg(),
             h.values.arg(),
         ];
-        self.launch(kernel, [blocks(h.n_head + 2 * h.n_head_kv, 1), few(n), 1], 128, &args)
+        self.launch(
+            kernel,
+            [blocks(h.n_head + 2 * h.n_head_kv, 1), few(n), 1],
+            128,
+            &args,
+        )
     }
 
     /// Computes attention; `out` is `[tokens, n_head_kv * group, value_width]`, and `quants` get
@@ -350,7 +461,11 @@ impl Ops {
         };
         let width = heads * a.value_width;
         let quants = quants.map(|quants| {
-            assert!(a.value_width.is_multiple_of(32), "values of {} to quantize", a.value_width);
+            assert!(
+                a.value_width.is_multiple_of(32),
+                "values of {} to quantize",
+                a.value_width
+            );
             let _ = quants.take_shape(a.tokens, width);
             &*quants
         });
@@ -360,9 +475,16 @@ impl Ops {
         let mut first = 0;
         while first < a.tokens {
             let (tokens, chunks) = a.fitting(buffers, CHUNK, first);
-            let queries = a.queries.floats(first * heads * a.key_width..(first + tokens) * heads * a.key_width);
-            let to = out.floats(first * heads * a.value_width..(first + tokens) * heads * a.value_width);
-            let (mixed, largest, sums) = (buffers.mixed.view(), buffers.largest.view(), buffers.sums.view());
+            let queries = a
+                .queries
+                .floats(first * heads * a.key_width..(first + tokens) * heads * a.key_width);
+            let to =
+                out.floats(first * heads * a.value_width..(first + tokens) * heads * a.value_width);
+            let (mixed, largest, sums) = (
+                buffers.mixed.view(),
+                buffers.largest.view(),
+                buffers.sums.view(),
+            );
             // The kernel writes the final result where there is only one chunk.
             let whole = chunks == 1;
             let [q, quant_scale, quant_sums] = quant_args(a, quants.filter(|_| whole), first);
@@ -389,7 +511,11 @@ impl Ops {
                 quant_scale,
                 quant_sums,
             ];
-            let grid = [blocks(chunks, 1), few(a.n_head_kv * a.group.div_ceil(HEADS)), few(tokens)];
+            let grid = [
+                blocks(chunks, 1),
+                few(a.n_head_kv * a.group.div_ceil(HEADS)),
+                few(tokens),
+            ];
             self.launch(kernel, grid, 128, &args)?;
             if !whole {
                 self.join(a, buffers, first..first + tokens, chunks, to, quants)?;
@@ -410,10 +536,27 @@ impl Ops {
         quants: Option<&Quants>,
     ) -> Result<(), CudaError> {
         let heads = a.n_head_kv * a.group;
-        let [mixed, largest, parts] = [&buffers.mixed, &buffers.largest, &buffers.sums].map(|b| b.view().arg());
+        let [mixed, largest, parts] =
+            [&buffers.mixed, &buffers.largest, &buffers.sums].map(|b| b.view().arg());
         let [q, scale, sums] = quant_args(a, quants, tokens.start);
         let (pieces, width, sinks) = (int(pieces), int(a.value_width), null_or(a.sinks));
-        let args = [mixed, largest, parts, pieces, width, sinks, out.arg(), q, scale, sums];
-        self.launch("join_chunks", [blocks(heads, 1), few(tokens.len()), 1], 128, &args)
+        let args = [
+            mixed,
+            largest,
+            parts,
+            pieces,
+            width,
+            sinks,
+            out.arg(),
+            q,
+            scale,
+            sums,
+        ];
+        self.launch(
+            "join_chunks",
+            [blocks(heads, 1), few(tokens.len()), 1],
+            128,
+            &args,
+        )
     }
 }

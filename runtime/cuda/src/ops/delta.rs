@@ -36,10 +36,25 @@ pub struct DeltaSizes {
 
 impl From<&DeltaSpec> for DeltaSizes {
     fn from(d: &DeltaSpec) -> Self {
-        let &DeltaSpec { n_key_head, n_value_head, head_dim, conv_taps, sharing, .. } = d;
+        let &DeltaSpec {
+            n_key_head,
+            n_value_head,
+            head_dim,
+            conv_taps,
+            sharing,
+            ..
+        } = d;
         let by_key_head = matches!(d.input, DeltaInput::ByKeyHead(_));
         let rates_by_key_head = matches!(d.rates, DeltaRates::ByKeyHead(_));
-        Self { n_key_head, n_value_head, head_dim, conv_taps, sharing, by_key_head, rates_by_key_head }
+        Self {
+            n_key_head,
+            n_value_head,
+            head_dim,
+            conv_taps,
+            sharing,
+            by_key_head,
+            rates_by_key_head,
+        }
     }
 }
 
@@ -61,7 +76,11 @@ impl DeltaSizes {
 
     /// Returns the number of values in a row of projections.
     fn projected(&self) -> usize {
-        let gates = if self.by_key_head { self.n_value_head } else { 0 };
+        let gates = if self.by_key_head {
+            self.n_value_head
+        } else {
+            0
+        };
         (self.heads() + gates) * self.head_dim
     }
 }
@@ -107,19 +126,55 @@ pub struct Delta<'a> {
 impl Delta<'_> {
     /// Panics if a size is not supported, or a buffer is too short.
     fn check(&self) {
-        let &Delta { sizes: s, tokens: n, .. } = self;
+        let &Delta {
+            sizes: s,
+            tokens: n,
+            ..
+        } = self;
         let (n_key, n_value, dim, taps) = (s.n_key_head, s.n_value_head, s.head_dim, s.conv_taps);
         let (channels, values) = (s.heads() * dim, n_value * dim);
-        assert!(n_key > 0 && taps > 0 && n_value > 0 && n_value.is_multiple_of(n_key), "{s:?}");
-        assert!(dim > 0 && dim.is_multiple_of(4) && dim <= MAX_DELTA_HEAD, "{s:?}");
-        assert!(s.sharing == KeySharing::Grouped || !(s.by_key_head || s.rates_by_key_head), "{s:?}");
-        assert!(self.projected.words() >= n * s.projected(), "{n} inputs: {s:?}");
-        assert!(self.raw_rates.words() >= 2 * n * n_value, "{n} inputs: {s:?}");
-        assert!(s.by_key_head || self.gates.words() >= n * values, "{n} gates: {s:?}");
-        assert!(self.conv.words() >= channels * taps && self.norm.words() >= dim, "{s:?}");
-        assert!(self.dt_bias.words() >= n_value && self.decay.words() >= n_value && self.past.words() >= 1, "{s:?}");
-        assert!(self.inputs.words() >= s.conv_state() && self.matrices.words() >= s.matrices(), "the state: {s:?}");
-        assert!(self.heads.words() >= n * channels && self.rates.words() >= 2 * n * n_value, "{n} tokens: {s:?}");
+        assert!(
+            n_key > 0 && taps > 0 && n_value > 0 && n_value.is_multiple_of(n_key),
+            "{s:?}"
+        );
+        assert!(
+            dim > 0 && dim.is_multiple_of(4) && dim <= MAX_DELTA_HEAD,
+            "{s:?}"
+        );
+        assert!(
+            s.sharing == KeySharing::Grouped || !(s.by_key_head || s.rates_by_key_head),
+            "{s:?}"
+        );
+        assert!(
+            self.projected.words() >= n * s.projected(),
+            "{n} inputs: {s:?}"
+        );
+        assert!(
+            self.raw_rates.words() >= 2 * n * n_value,
+            "{n} inputs: {s:?}"
+        );
+        assert!(
+            s.by_key_head || self.gates.words() >= n * values,
+            "{n} gates: {s:?}"
+        );
+        assert!(
+            self.conv.words() >= channels * taps && self.norm.words() >= dim,
+            "{s:?}"
+        );
+        assert!(
+            self.dt_bias.words() >= n_value
+                && self.decay.words() >= n_value
+                && self.past.words() >= 1,
+            "{s:?}"
+        );
+        assert!(
+            self.inputs.words() >= s.conv_state() && self.matrices.words() >= s.matrices(),
+            "the state: {s:?}"
+        );
+        assert!(
+            self.heads.words() >= n * channels && self.rates.words() >= 2 * n * n_value,
+            "{n} tokens: {s:?}"
+        );
         assert!(self.out.words() >= n * values, "{n} tokens: {s:?}");
     }
 }
@@ -132,7 +187,11 @@ impl Ops {
     /// # Panics
     /// When it is quantized and the width of heads is not a multiple of 32.
     pub fn delta(&self, d: &Delta<'_>, quants: Option<&mut Quants>) -> Result<(), CudaError> {
-        let &Delta { sizes: s, tokens: n, .. } = d;
+        let &Delta {
+            sizes: s,
+            tokens: n,
+            ..
+        } = d;
         let (n_key, n_value, dim, taps) = (s.n_key_head, s.n_value_head, s.head_dim, s.conv_taps);
         d.check();
         let values = n_value * dim;
@@ -141,7 +200,11 @@ impl Ops {
         }
         let (past, by_key_head) = (d.past.arg(), Arg::Int(i32::from(s.by_key_head)));
         // Decays follow the strengths: of all tokens, or of a key head.
-        let alpha = if s.rates_by_key_head { n_value / n_key } else { n * n_value };
+        let alpha = if s.rates_by_key_head {
+            n_value / n_key
+        } else {
+            n * n_value
+        };
         let alpha = d.raw_rates.floats(alpha..d.raw_rates.words());
         let args = [
             d.projected.arg(),
@@ -163,7 +226,12 @@ impl Ops {
             d.heads.arg(),
             d.rates.arg(),
         ];
-        self.launch("delta_convolve", [blocks(s.heads(), 1), few(n), 1], THREADS, &args)?;
+        self.launch(
+            "delta_convolve",
+            [blocks(s.heads(), 1), few(n), 1],
+            THREADS,
+            &args,
+        )?;
         let args = [
             d.heads.aligned().arg(),
             d.rates.arg(),
@@ -187,12 +255,41 @@ impl Ops {
             65..=128 => "delta_recur_128",
             _ => "delta_recur_256",
         };
-        self.launch(recur, [blocks(dim.div_ceil(COLUMNS), 1), few(n_value), 1], THREADS, &args)?;
-        let (gates, width) = if s.by_key_head { (d.projected, s.projected()) } else { (d.gates, values) };
-        assert!(quants.is_none() || dim.is_multiple_of(32), "heads of {dim} in 8 bits");
+        self.launch(
+            recur,
+            [blocks(dim.div_ceil(COLUMNS), 1), few(n_value), 1],
+            THREADS,
+            &args,
+        )?;
+        let (gates, width) = if s.by_key_head {
+            (d.projected, s.projected())
+        } else {
+            (d.gates, values)
+        };
+        assert!(
+            quants.is_none() || dim.is_multiple_of(32),
+            "heads of {dim} in 8 bits"
+        );
         let [q, scale, sums] = Quants::fill_or_null(quants, n, values);
         let (norm, eps) = (d.norm.arg(), Arg::Float(d.eps));
-        let args = [d.out.arg(), gates.arg(), int(width), by_key_head, int(n_key), int(dim), norm, eps, q, scale, sums];
-        self.launch("delta_gate", [blocks(n_value, 1), few(n), 1], THREADS, &args)
+        let args = [
+            d.out.arg(),
+            gates.arg(),
+            int(width),
+            by_key_head,
+            int(n_key),
+            int(dim),
+            norm,
+            eps,
+            q,
+            scale,
+            sums,
+        ];
+        self.launch(
+            "delta_gate",
+            [blocks(n_value, 1), few(n), 1],
+            THREADS,
+            &args,
+        )
     }
 }

@@ -79,19 +79,41 @@ pub struct ChosenSum<'a> {
 impl Ops {
     /// Computes the activation of the products with gate and up, `[jobs, n_rows]`: quantized in
     /// `quants` if given, otherwise as floats in `out`.
-    pub fn gated(&self, g: &Gated<'_>, out: View<'_>, quants: Option<&mut Quants>) -> Result<(), CudaError> {
-        let &Gated { ty, jobs, n_rows, n_cols, jobs_per_x, .. } = g;
+    pub fn gated(
+        &self,
+        g: &Gated<'_>,
+        out: View<'_>,
+        quants: Option<&mut Quants>,
+    ) -> Result<(), CudaError> {
+        let &Gated {
+            ty,
+            jobs,
+            n_rows,
+            n_cols,
+            jobs_per_x,
+            ..
+        } = g;
         let bytes = n_rows * row_bytes(ty, n_cols);
         let [gate, up] = match g.matrices {
             GateUpMatrices::One(both) => both.map(Matrices::One),
-            GateUpMatrices::Chosen(tables, which) => tables.map(|table| Matrices::Chosen(table, which)),
+            GateUpMatrices::Chosen(tables, which) => {
+                tables.map(|table| Matrices::Chosen(table, which))
+            }
         };
         assert!(gate.count() == up.count(), "as many of both");
         let [one_gate, gates, n_table, which] = gate.args(jobs, bytes);
         let [one_up, ups, ..] = up.args(jobs, bytes);
-        let biased = |bias: &Option<View<'_>>| bias.is_none_or(|b| b.words() >= gate.count() * n_rows);
-        assert!(g.biases.iter().all(biased), "biases of {} matrices with {n_rows} rows", gate.count());
-        assert!(jobs_per_x > 0 && (quants.is_some() || out.words() >= jobs * n_rows), "{jobs} x {n_rows} results");
+        let biased =
+            |bias: &Option<View<'_>>| bias.is_none_or(|b| b.words() >= gate.count() * n_rows);
+        assert!(
+            g.biases.iter().all(biased),
+            "biases of {} matrices with {n_rows} rows",
+            gate.count()
+        );
+        assert!(
+            jobs_per_x > 0 && (quants.is_some() || out.words() >= jobs * n_rows),
+            "{jobs} x {n_rows} results"
+        );
         let (clamped, alpha, limit) = match g.activation {
             Activation::Silu => (0, 0.0, 0.0),
             Activation::ClampedSwiglu { alpha, limit } => (1, alpha, limit),
@@ -125,20 +147,47 @@ impl Ops {
         ];
         let grid = [blocks(n_rows, GATED_ROWS), few(jobs), 1];
         let many = grid[0] as usize * jobs >= MANY_BLOCKS;
-        let threads = if many { GATED_THREADS } else { 2 * GATED_THREADS };
+        let threads = if many {
+            GATED_THREADS
+        } else {
+            2 * GATED_THREADS
+        };
         self.launch(source::gated_kernel(ty), grid, threads, &args)
     }
 
     /// Computes `out[t] = onto[t] + sum over k of weights[t, k] * (w[which[t, k]] . x[t, k] +
     /// bias)` for each token `t`, in rows of `n_rows`; `out` may be `onto`.
-    pub fn chosen_sum(&self, s: &ChosenSum<'_>, onto: Option<View<'_>>, out: View<'_>) -> Result<(), CudaError> {
-        let &ChosenSum { ty, tokens, n_used, n_rows, n_cols, .. } = s;
+    pub fn chosen_sum(
+        &self,
+        s: &ChosenSum<'_>,
+        onto: Option<View<'_>>,
+        out: View<'_>,
+    ) -> Result<(), CudaError> {
+        let &ChosenSum {
+            ty,
+            tokens,
+            n_used,
+            n_rows,
+            n_cols,
+            ..
+        } = s;
         let matrices = Matrices::Chosen(s.table, s.which);
-        let [_, table, n_table, which] = matrices.args(tokens * n_used, n_rows * row_bytes(ty, n_cols));
-        assert!(s.bias.is_none_or(|b| b.words() >= matrices.count() * n_rows), "biases of {n_rows} rows");
-        assert!(s.weights.words() >= tokens * n_used, "{tokens} x {n_used} weights");
+        let [_, table, n_table, which] =
+            matrices.args(tokens * n_used, n_rows * row_bytes(ty, n_cols));
+        assert!(
+            s.bias
+                .is_none_or(|b| b.words() >= matrices.count() * n_rows),
+            "biases of {n_rows} rows"
+        );
+        assert!(
+            s.weights.words() >= tokens * n_used,
+            "{tokens} x {n_used} weights"
+        );
         let fits = |sums: View<'_>| sums.words() >= tokens * n_rows;
-        assert!(fits(out) && onto.is_none_or(fits), "{tokens} x {n_rows} sums");
+        assert!(
+            fits(out) && onto.is_none_or(fits),
+            "{tokens} x {n_rows} sums"
+        );
         let [x, x_scale, x_sums] = s.x.args(ty, tokens * n_used, n_cols);
         let args = [
             table,
@@ -156,6 +205,11 @@ impl Ops {
             out.arg(),
         ];
         let grid = [blocks(n_rows, MATVEC_ROWS as u32), few(tokens), 1];
-        self.launch(source::chosen_sum_kernel(ty), grid, 32 * MATVEC_ROWS as u32, &args)
+        self.launch(
+            source::chosen_sum_kernel(ty),
+            grid,
+            32 * MATVEC_ROWS as u32,
+            &args,
+        )
     }
 }

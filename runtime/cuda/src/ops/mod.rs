@@ -12,12 +12,14 @@ mod prompt_attention;
 mod small;
 mod stream;
 
-pub use attention::{Attend, AttentionBuffers, CHUNK, CacheRows, HeadNorms, Heads, MAX_KEY, Positions, RopeTurns};
+pub use attention::{
+    Attend, AttentionBuffers, CHUNK, CacheRows, HeadNorms, Heads, MAX_KEY, Positions, RopeTurns,
+};
 pub use delta::{Delta, DeltaSizes, MAX_DELTA_HEAD};
 pub use gated::{ChosenSum, GateUpMatrices, Gated};
 pub use products::{
-    BatchMatrices, FusedMatvec, Input, MAX_FUSED, Matrices, MatrixTable, Matvec, Quants, SharedView, TokenGroup,
-    TokenGroups, TransposedMatvec,
+    BatchMatrices, FusedMatvec, Input, MAX_FUSED, Matrices, MatrixTable, Matvec, Quants,
+    SharedView, TokenGroup, TokenGroups, TransposedMatvec,
 };
 pub use prompt_attention::PROMPT_TOKENS;
 pub use small::{AddNorm, MAX_EXPERTS, MAX_GROUPS, RouterSpec, Strided};
@@ -64,7 +66,10 @@ fn null_or(view: Option<View<'_>>) -> Arg {
 /// Returns the number of blocks of `threads` that cover `n` threads.
 fn blocks(n: usize, threads: u32) -> u32 {
     let blocks = n.div_ceil(threads as usize);
-    u32::try_from(blocks).ok().filter(|b| *b <= i32::MAX as u32).unwrap_or_else(|| panic!("{n} threads"))
+    u32::try_from(blocks)
+        .ok()
+        .filter(|b| *b <= i32::MAX as u32)
+        .unwrap_or_else(|| panic!("{n} threads"))
 }
 
 /// Checks a number of blocks in y or z, which is limited to [`MAX_BLOCKS_YZ`].
@@ -89,7 +94,10 @@ impl Ops {
     ///
     /// # Errors
     /// When `launches` fails.
-    pub fn record(&self, launches: impl FnOnce() -> Result<(), CudaError>) -> Result<Option<Recorded>, CudaError> {
+    pub fn record(
+        &self,
+        launches: impl FnOnce() -> Result<(), CudaError>,
+    ) -> Result<Option<Recorded>, CudaError> {
         if !self.device.begin_recording()? {
             return Ok(None);
         }
@@ -100,7 +108,13 @@ impl Ops {
         recording.map(|recording| Some(Recorded(recording)))
     }
 
-    fn launch(&self, kernel: &'static str, blocks: [u32; 3], threads: u32, args: &[Arg]) -> Result<(), CudaError> {
+    fn launch(
+        &self,
+        kernel: &'static str,
+        blocks: [u32; 3],
+        threads: u32,
+        args: &[Arg],
+    ) -> Result<(), CudaError> {
         if blocks.contains(&0) {
             return Ok(());
         }
@@ -112,8 +126,15 @@ impl Ops {
     /// Reads a whole buffer with `n_blocks` blocks, to measure bandwidth. `out` has a word per
     /// thread.
     pub fn read_all(&self, from: View<'_>, n_blocks: u32, out: View<'_>) -> Result<(), CudaError> {
-        assert!(out.words() >= (n_blocks * THREADS) as usize, "{n_blocks} blocks");
-        let args = [from.aligned().arg(), Arg::Long((from.len() / 16) as i64), out.arg()];
+        assert!(
+            out.words() >= (n_blocks * THREADS) as usize,
+            "{n_blocks} blocks"
+        );
+        let args = [
+            from.aligned().arg(),
+            Arg::Long((from.len() / 16) as i64),
+            out.arg(),
+        ];
         self.launch("read_all", [n_blocks, 1, 1], THREADS, &args)
     }
 

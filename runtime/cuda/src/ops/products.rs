@@ -44,9 +44,16 @@ impl Quants {
 
     /// Takes the shape of what a kernel will write. Returns its three arguments.
     pub(super) fn take_shape(&mut self, rows: usize, cols: usize) -> [Arg; 3] {
-        assert!(cols.is_multiple_of(32) && rows * cols <= self.capacity, "{rows} x {cols} values");
+        assert!(
+            cols.is_multiple_of(32) && rows * cols <= self.capacity,
+            "{rows} x {cols} values"
+        );
         (self.rows, self.cols) = (rows, cols);
-        [self.codes.view().arg(), self.scales.view().arg(), self.sums.view().arg()]
+        [
+            self.codes.view().arg(),
+            self.scales.view().arg(),
+            self.sums.view().arg(),
+        ]
     }
 
     /// Takes the shape of what a kernel will write, or returns null arguments for `None`.
@@ -77,10 +84,18 @@ impl Matrices<'_> {
             Matrices::Chosen(table, which) => (None, Some(table), Some(which)),
         };
         let smallest = one.map(View::len).or(table.and_then(|t| t.smallest));
-        assert!(smallest.is_none_or(|len| len >= bytes), "matrices of {bytes} bytes");
+        assert!(
+            smallest.is_none_or(|len| len >= bytes),
+            "matrices of {bytes} bytes"
+        );
         assert!(which.is_none_or(|w| w.words() >= jobs), "{jobs} choices");
         let n_table = table.map_or(0, |t| t.n);
-        [null_or(one), null_or(table.map(|t| t.pointers.view())), int(n_table), null_or(which)]
+        [
+            null_or(one),
+            null_or(table.map(|t| t.pointers.view())),
+            int(n_table),
+            null_or(which),
+        ]
     }
 
     /// Returns the number of matrices.
@@ -177,11 +192,32 @@ impl MatrixTable<'static> {
     ///
     /// # Panics
     /// When a matrix is not inside of its buffer, or not aligned to 16 bytes.
-    pub fn owning(device: &Arc<dyn Device>, matrices: Vec<Option<SharedView>>) -> Result<Self, CudaError> {
-        let views: Vec<_> = matrices.iter().map(|m| m.as_ref().map(SharedView::view)).collect();
-        let MatrixTable { pointers, n, smallest, .. } = MatrixTable::new(device, &views)?;
-        let held = matrices.into_iter().flatten().map(|matrix| matrix.buffer).collect();
-        Ok(Self { pointers, n, smallest, _held: held, _borrowed: std::marker::PhantomData })
+    pub fn owning(
+        device: &Arc<dyn Device>,
+        matrices: Vec<Option<SharedView>>,
+    ) -> Result<Self, CudaError> {
+        let views: Vec<_> = matrices
+            .iter()
+            .map(|m| m.as_ref().map(SharedView::view))
+            .collect();
+        let MatrixTable {
+            pointers,
+            n,
+            smallest,
+            ..
+        } = MatrixTable::new(device, &views)?;
+        let held = matrices
+            .into_iter()
+            .flatten()
+            .map(|matrix| matrix.buffer)
+            .collect();
+        Ok(Self {
+            pointers,
+            n,
+            smallest,
+            _held: held,
+            _borrowed: std::marker::PhantomData,
+        })
     }
 }
 
@@ -191,7 +227,8 @@ impl<'a> MatrixTable<'a> {
     /// # Panics
     /// When a matrix is not aligned to 16 bytes.
     pub fn new(device: &Arc<dyn Device>, matrices: &[Option<View<'a>>]) -> Result<Self, CudaError> {
-        let address = |m: &Option<View<'a>>| m.map_or(0, |view| view.aligned().address()).to_ne_bytes();
+        let address =
+            |m: &Option<View<'a>>| m.map_or(0, |view| view.aligned().address()).to_ne_bytes();
         let bytes: Vec<u8> = matrices.iter().flat_map(address).collect();
         Ok(Self {
             pointers: Buffer::of_bytes(device, &bytes)?,
@@ -227,7 +264,10 @@ impl<'a> TokenGroups<'a> {
 
     /// Returns no groups. `buffer` is any memory of the device.
     pub fn none(buffer: View<'a>) -> Self {
-        Self { groups: &[], on_device: buffer.part(0..0) }
+        Self {
+            groups: &[],
+            on_device: buffer.part(0..0),
+        }
     }
 
     /// Copies groups to the device, to `buffer`, `[groups, 3]`.
@@ -235,7 +275,10 @@ impl<'a> TokenGroups<'a> {
         let numbers = groups.iter().flat_map(|g| [g.matrix, g.first, g.tokens]);
         let bytes: Vec<u8> = numbers.flat_map(|v| (v as i32).to_ne_bytes()).collect();
         buffer.write(&bytes)?;
-        Ok(Self { groups, on_device: buffer.part(0..bytes.len()) })
+        Ok(Self {
+            groups,
+            on_device: buffer.part(0..bytes.len()),
+        })
     }
 
     /// Whether there are no groups.
@@ -265,18 +308,32 @@ pub enum Input<'a> {
 impl<'a> Input<'a> {
     /// Selects the form of activations that matrices of a format take.
     pub fn for_type(ty: TensorType, floats: View<'a>, quants: &'a Quants) -> Self {
-        if needs_quants(ty) { Input::Quants(quants) } else { Input::Floats(floats) }
+        if needs_quants(ty) {
+            Input::Quants(quants)
+        } else {
+            Input::Floats(floats)
+        }
     }
 
     /// Returns the three arguments of a product of matrices of a format with `[rows, cols]`.
     pub(super) fn args(self, ty: TensorType, rows: usize, cols: usize) -> [Arg; 3] {
         match self {
             Input::Quants(x) => {
-                assert!(needs_quants(ty) && x.rows >= rows && x.cols == cols, "activations for {ty}");
-                [x.codes.view().arg(), x.scales.view().arg(), x.sums.view().arg()]
+                assert!(
+                    needs_quants(ty) && x.rows >= rows && x.cols == cols,
+                    "activations for {ty}"
+                );
+                [
+                    x.codes.view().arg(),
+                    x.scales.view().arg(),
+                    x.sums.view().arg(),
+                ]
             }
             Input::Floats(x) => {
-                assert!(!needs_quants(ty) && x.words() >= rows * cols, "activations for {ty}");
+                assert!(
+                    !needs_quants(ty) && x.words() >= rows * cols,
+                    "activations for {ty}"
+                );
                 [x.aligned().arg(), Arg::Pointer(0), Arg::Pointer(0)]
             }
         }
@@ -285,7 +342,8 @@ impl<'a> Input<'a> {
 
 /// Returns the bytes of a matrix row.
 pub(super) fn row_bytes(ty: TensorType, n_cols: usize) -> usize {
-    ty.row_bytes(n_cols as u64).unwrap_or_else(|| panic!("rows of {n_cols} {ty} values")) as usize
+    ty.row_bytes(n_cols as u64)
+        .unwrap_or_else(|| panic!("rows of {n_cols} {ty} values")) as usize
 }
 
 impl Ops {
@@ -293,25 +351,69 @@ impl Ops {
     ///
     /// # Panics
     /// When `cols` is not a multiple of 32.
-    pub fn quantize(&self, x: View<'_>, rows: usize, cols: usize, out: &mut Quants) -> Result<(), CudaError> {
+    pub fn quantize(
+        &self,
+        x: View<'_>,
+        rows: usize,
+        cols: usize,
+        out: &mut Quants,
+    ) -> Result<(), CudaError> {
         assert!(x.words() >= rows * cols, "{rows} x {cols} values");
         let n_runs = rows * cols / 32;
         let [codes, scales, sums] = out.take_shape(rows, cols);
         let args = [x.arg(), int(n_runs), codes, scales, sums];
-        self.launch("quantize", [blocks(n_runs, THREADS / 32), 1, 1], THREADS, &args)
+        self.launch(
+            "quantize",
+            [blocks(n_runs, THREADS / 32), 1, 1],
+            THREADS,
+            &args,
+        )
     }
 
     /// Multiplies matrices with few rows of activations; `out` is `[jobs, n_rows]`.
     pub fn matvec(&self, m: &Matvec<'_>, out: View<'_>) -> Result<(), CudaError> {
-        let &Matvec { ty, matrices, bias, jobs, n_rows, n_cols, x, jobs_per_x } = m;
+        let &Matvec {
+            ty,
+            matrices,
+            bias,
+            jobs,
+            n_rows,
+            n_cols,
+            x,
+            jobs_per_x,
+        } = m;
         let [one, table, n_table, which] = matrices.args(jobs, n_rows * row_bytes(ty, n_cols));
-        assert!(bias.is_none_or(|b| b.words() >= matrices.count() * n_rows), "biases of {n_rows} rows");
-        assert!(jobs_per_x > 0 && out.words() >= jobs * n_rows, "{jobs} x {n_rows} results");
+        assert!(
+            bias.is_none_or(|b| b.words() >= matrices.count() * n_rows),
+            "biases of {n_rows} rows"
+        );
+        assert!(
+            jobs_per_x > 0 && out.words() >= jobs * n_rows,
+            "{jobs} x {n_rows} results"
+        );
         let [x, scale, sums] = x.args(ty, jobs.div_ceil(jobs_per_x), n_cols);
         let (bias, rows, cols) = (null_or(bias), int(n_rows), int(n_cols));
-        let args = [one, table, n_table, which, bias, rows, cols, x, scale, sums, int(jobs_per_x), out.arg()];
+        let args = [
+            one,
+            table,
+            n_table,
+            which,
+            bias,
+            rows,
+            cols,
+            x,
+            scale,
+            sums,
+            int(jobs_per_x),
+            out.arg(),
+        ];
         let grid = [blocks(n_rows, MATVEC_ROWS as u32), few(jobs), 1];
-        self.launch(source::matvec_kernel(ty), grid, 32 * MATVEC_ROWS as u32, &args)
+        self.launch(
+            source::matvec_kernel(ty),
+            grid,
+            32 * MATVEC_ROWS as u32,
+            &args,
+        )
     }
 
     /// Multiplies up to [`MAX_FUSED`] matrices with the same `tokens` rows of activations in one
@@ -326,7 +428,9 @@ impl Ops {
         n_cols: usize,
         x: Input<'_>,
     ) -> Result<(), CudaError> {
-        let Some(first) = fused.first() else { return Ok(()) };
+        let Some(first) = fused.first() else {
+            return Ok(());
+        };
         assert!(fused.len() <= MAX_FUSED, "{} matrices at once", fused.len());
         let (kernel, _) = source::family(first.ty);
         let mut args = Vec::with_capacity(5 * MAX_FUSED + 4);
@@ -335,18 +439,44 @@ impl Ops {
             let &FusedMatvec { ty, n_rows, .. } = matrix;
             let (its_kernel, format) = source::family(ty);
             assert!(its_kernel == kernel, "{ty} is not multiplied by {kernel}");
-            assert!(matrix.w.len() >= n_rows * row_bytes(ty, n_cols), "{n_rows} rows of {n_cols} {ty} values");
-            assert!(matrix.bias.is_none_or(|b| b.words() >= n_rows), "a bias of {n_rows} rows");
-            assert!(matrix.out.words() >= tokens * n_rows, "{tokens} x {n_rows} results");
-            args.extend([matrix.w.aligned().arg(), int(format), int(n_rows), null_or(matrix.bias), matrix.out.arg()]);
+            assert!(
+                matrix.w.len() >= n_rows * row_bytes(ty, n_cols),
+                "{n_rows} rows of {n_cols} {ty} values"
+            );
+            assert!(
+                matrix.bias.is_none_or(|b| b.words() >= n_rows),
+                "a bias of {n_rows} rows"
+            );
+            assert!(
+                matrix.out.words() >= tokens * n_rows,
+                "{tokens} x {n_rows} results"
+            );
+            args.extend([
+                matrix.w.aligned().arg(),
+                int(format),
+                int(n_rows),
+                null_or(matrix.bias),
+                matrix.out.arg(),
+            ]);
             n_blocks += n_rows.div_ceil(MATVEC_ROWS);
         }
         for _ in fused.len()..MAX_FUSED {
-            args.extend([Arg::Pointer(0), Arg::Int(0), Arg::Int(0), Arg::Pointer(0), Arg::Pointer(0)]);
+            args.extend([
+                Arg::Pointer(0),
+                Arg::Int(0),
+                Arg::Int(0),
+                Arg::Pointer(0),
+                Arg::Pointer(0),
+            ]);
         }
         args.push(int(n_cols));
         args.extend(x.args(first.ty, tokens, n_cols));
-        self.launch(kernel, [blocks(n_blocks, 1), few(tokens), 1], 32 * MATVEC_ROWS as u32, &args)
+        self.launch(
+            kernel,
+            [blocks(n_blocks, 1), few(tokens), 1],
+            32 * MATVEC_ROWS as u32,
+            &args,
+        )
     }
 
     /// Multiplies matrices with many tokens: `out[token, row] = sum over c of w[row, c] * x[token,
@@ -368,10 +498,17 @@ impl Ops {
             BatchMatrices::One(w, tokens) => (Some(w.aligned()), None, tokens, None),
             BatchMatrices::Groups(table, groups) => (None, Some(table), 0, Some(groups)),
         };
-        let alone = [TokenGroup { matrix: 0, first: 0, tokens }];
+        let alone = [TokenGroup {
+            matrix: 0,
+            first: 0,
+            tokens,
+        }];
         let ranges = groups.map_or(&alone[..], |g| g.groups);
         let smallest = one.map(View::len).or(table.and_then(|t| t.smallest));
-        assert!(smallest.is_none_or(|len| len >= n_rows * row_bytes), "{n_rows} rows of {row_bytes} bytes");
+        assert!(
+            smallest.is_none_or(|len| len >= n_rows * row_bytes),
+            "{n_rows} rows of {row_bytes} bytes"
+        );
         let end = ranges.iter().map(|g| g.first + g.tokens).max().unwrap_or(0);
         assert!(out.words() >= end * n_rows, "{end} x {n_rows} results");
         let n_table = table.map_or(0, |t| t.n);
@@ -387,16 +524,30 @@ impl Ops {
         ];
         match x {
             Input::Quants(x) => {
-                assert!(needs_quants(ty) && x.rows >= end && x.cols == n_cols, "activations for {ty}");
-                args.extend([x.codes.view().arg(), x.scales.view().arg(), x.sums.view().arg()]);
+                assert!(
+                    needs_quants(ty) && x.rows >= end && x.cols == n_cols,
+                    "activations for {ty}"
+                );
+                args.extend([
+                    x.codes.view().arg(),
+                    x.scales.view().arg(),
+                    x.sums.view().arg(),
+                ]);
             }
             Input::Floats(x) => {
-                assert!(!needs_quants(ty) && x.words() >= end * n_cols, "activations for {ty}");
+                assert!(
+                    !needs_quants(ty) && x.words() >= end * n_cols,
+                    "activations for {ty}"
+                );
                 args.push(x.aligned().arg());
             }
         }
         args.push(out.arg());
-        let grid = [blocks(n_rows, TILE_ROWS), few(most.div_ceil(TILE_TOKENS)), few(ranges.len())];
+        let grid = [
+            blocks(n_rows, TILE_ROWS),
+            few(most.div_ceil(TILE_TOKENS)),
+            few(ranges.len()),
+        ];
         self.launch(source::matmul_kernel(ty), grid, 128, &args)
     }
 
@@ -411,7 +562,10 @@ impl Ops {
     ) -> Result<(), CudaError> {
         let row_bytes = row_bytes(ty, n_cols);
         let end = rows.iter().max().map_or(0, |row| *row as usize + 1);
-        assert!(w.len() >= end * row_bytes, "{end} rows of {row_bytes} bytes");
+        assert!(
+            w.len() >= end * row_bytes,
+            "{end} rows of {row_bytes} bytes"
+        );
         let indices: Vec<i32> = rows.iter().map(|row| *row as i32).collect();
         let which = Buffer::of_i32(&self.device, &indices)?;
         self.dequantize_chosen(ty, w, n_cols, which.view(), rows.len(), out)
@@ -428,18 +582,65 @@ impl Ops {
         n: usize,
         out: View<'_>,
     ) -> Result<(), CudaError> {
-        assert!(which.words() >= n && out.words() >= n * n_cols, "{n} rows of {n_cols} values");
-        let args = [w.aligned().arg(), which.arg(), int(n), int(n_cols), out.arg()];
-        let threads = n * if needs_quants(ty) { n_cols / 32 } else { n_cols };
-        self.launch(source::dequantize_kernel(ty), [blocks(threads, THREADS), 1, 1], THREADS, &args)
+        assert!(
+            which.words() >= n && out.words() >= n * n_cols,
+            "{n} rows of {n_cols} values"
+        );
+        let args = [
+            w.aligned().arg(),
+            which.arg(),
+            int(n),
+            int(n_cols),
+            out.arg(),
+        ];
+        let threads = n * if needs_quants(ty) {
+            n_cols / 32
+        } else {
+            n_cols
+        };
+        self.launch(
+            source::dequantize_kernel(ty),
+            [blocks(threads, THREADS), 1, 1],
+            THREADS,
+            &args,
+        )
     }
 
     /// Multiplies each head with its transposed matrix; `out` is `[jobs, n_cols]`.
-    pub fn matvec_transposed(&self, m: &TransposedMatvec<'_>, out: View<'_>) -> Result<(), CudaError> {
-        let &TransposedMatvec { w, heads, jobs, n_rows, n_cols, x } = m;
-        assert!(heads > 0 && w.words() >= heads * n_rows * n_cols, "{heads} x {n_rows} x {n_cols}");
-        assert!(x.words() >= jobs * n_rows && out.words() >= jobs * n_cols, "{jobs} jobs");
-        let args = [w.arg(), int(heads), int(n_rows), int(n_cols), x.arg(), out.arg()];
-        self.launch("matvec_transposed", [blocks(n_cols, THREADS), few(jobs), 1], THREADS, &args)
+    pub fn matvec_transposed(
+        &self,
+        m: &TransposedMatvec<'_>,
+        out: View<'_>,
+    ) -> Result<(), CudaError> {
+        let &TransposedMatvec {
+            w,
+            heads,
+            jobs,
+            n_rows,
+            n_cols,
+            x,
+        } = m;
+        assert!(
+            heads > 0 && w.words() >= heads * n_rows * n_cols,
+            "{heads} x {n_rows} x {n_cols}"
+        );
+        assert!(
+            x.words() >= jobs * n_rows && out.words() >= jobs * n_cols,
+            "{jobs} jobs"
+        );
+        let args = [
+            w.arg(),
+            int(heads),
+            int(n_rows),
+            int(n_cols),
+            x.arg(),
+            out.arg(),
+        ];
+        self.launch(
+            "matvec_transposed",
+            [blocks(n_cols, THREADS), few(jobs), 1],
+            THREADS,
+            &args,
+        )
     }
 }

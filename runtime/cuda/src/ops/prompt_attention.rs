@@ -37,9 +37,24 @@ pub(super) fn prompt_kernel(a: &Attend<'_>) -> Option<PromptKernel> {
         Some(PromptKernel { name, warps })
     };
     match a.key_width {
-        0..=128 => kernel(4, "prompt_attend_f32", "prompt_attend_f16", "prompt_attend_q8"),
-        129..=256 => kernel(4, "prompt_attend_wide_f32", "prompt_attend_wide_f16", "prompt_attend_wide_q8"),
-        257..=576 => kernel(2, "prompt_attend_latent_f32", "prompt_attend_latent_f16", "prompt_attend_latent_q8"),
+        0..=128 => kernel(
+            4,
+            "prompt_attend_f32",
+            "prompt_attend_f16",
+            "prompt_attend_q8",
+        ),
+        129..=256 => kernel(
+            4,
+            "prompt_attend_wide_f32",
+            "prompt_attend_wide_f16",
+            "prompt_attend_wide_q8",
+        ),
+        257..=576 => kernel(
+            2,
+            "prompt_attend_latent_f32",
+            "prompt_attend_latent_f16",
+            "prompt_attend_latent_q8",
+        ),
         _ => None,
     }
 }
@@ -58,8 +73,11 @@ impl Ops {
         let mut first = 0;
         while first < a.tokens {
             let (tokens, splits) = a.fitting(buffers, SPLIT, first);
-            let queries = a.queries.floats(first * heads * a.key_width..(first + tokens) * heads * a.key_width);
-            let to = out.floats(first * heads * a.value_width..(first + tokens) * heads * a.value_width);
+            let queries = a
+                .queries
+                .floats(first * heads * a.key_width..(first + tokens) * heads * a.key_width);
+            let to =
+                out.floats(first * heads * a.value_width..(first + tokens) * heads * a.value_width);
             let args = [
                 queries.aligned().arg(),
                 a.keys.aligned().arg(),

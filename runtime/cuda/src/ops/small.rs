@@ -23,7 +23,11 @@ pub struct Strided<'a> {
 impl Strided<'_> {
     fn check(&self, rows: usize, width: usize) {
         let last = rows.saturating_sub(1) * self.stride;
-        assert!(width <= self.stride && self.at.words() >= last + width, "{rows} rows of {width} in {}", self.stride);
+        assert!(
+            width <= self.stride && self.at.words() >= last + width,
+            "{rows} rows of {width} in {}",
+            self.stride
+        );
     }
 }
 
@@ -63,8 +67,23 @@ pub struct RouterSpec {
 
 impl From<&MoeSpec> for RouterSpec {
     fn from(moe: &MoeSpec) -> Self {
-        let &MoeSpec { n_expert, n_used, gating, groups, normalize, scale, .. } = moe;
-        Self { n_expert, n_used, gating, groups, normalize, scale }
+        let &MoeSpec {
+            n_expert,
+            n_used,
+            gating,
+            groups,
+            normalize,
+            scale,
+            ..
+        } = moe;
+        Self {
+            n_expert,
+            n_used,
+            gating,
+            groups,
+            normalize,
+            scale,
+        }
     }
 }
 
@@ -80,7 +99,20 @@ impl Ops {
         eps: f32,
         out: View<'_>,
     ) -> Result<(), CudaError> {
-        self.rms_norm_of(Strided { at: x, stride: width }, weight, rows, width, eps, Strided { at: out, stride: width })
+        self.rms_norm_of(
+            Strided {
+                at: x,
+                stride: width,
+            },
+            weight,
+            rows,
+            width,
+            eps,
+            Strided {
+                at: out,
+                stride: width,
+            },
+        )
     }
 
     /// Computes [`rms_norm`](Self::rms_norm) of strided rows. The values between them stay as they
@@ -97,8 +129,15 @@ impl Ops {
         x.check(rows, width);
         out.check(rows, width);
         assert!(weight.is_none_or(|w| w.words() >= width), "{width} weights");
-        let args =
-            [x.at.arg(), int(x.stride), null_or(weight), int(width), Arg::Float(eps), out.at.arg(), int(out.stride)];
+        let args = [
+            x.at.arg(),
+            int(x.stride),
+            null_or(weight),
+            int(width),
+            Arg::Float(eps),
+            out.at.arg(),
+            int(out.stride),
+        ];
         self.launch("rms_norm", [blocks(rows, 1), 1, 1], THREADS, &args)
     }
 
@@ -107,29 +146,79 @@ impl Ops {
     ///
     /// # Panics
     /// When `width` is not a multiple of 32 where it is quantized.
-    pub fn add_norm(&self, norm: &AddNorm<'_>, out: View<'_>, quants: Option<&mut Quants>) -> Result<(), CudaError> {
-        let &AddNorm { x, residual, weight, rows, width, eps } = norm;
+    pub fn add_norm(
+        &self,
+        norm: &AddNorm<'_>,
+        out: View<'_>,
+        quants: Option<&mut Quants>,
+    ) -> Result<(), CudaError> {
+        let &AddNorm {
+            x,
+            residual,
+            weight,
+            rows,
+            width,
+            eps,
+        } = norm;
         let n = rows * width;
-        assert!(x.words() >= n && out.words() >= n && weight.words() >= width, "{rows} rows of {width}");
-        assert!(residual.is_none_or(|residual| residual.words() >= n), "{rows} rows of {width} to add");
+        assert!(
+            x.words() >= n && out.words() >= n && weight.words() >= width,
+            "{rows} rows of {width}"
+        );
+        assert!(
+            residual.is_none_or(|residual| residual.words() >= n),
+            "{rows} rows of {width} to add"
+        );
         let [q, scale, sums] = Quants::fill_or_null(quants, rows, width);
         let (residual, eps) = (null_or(residual), Arg::Float(eps));
-        let args = [x.arg(), residual, weight.arg(), int(width), eps, out.arg(), q, scale, sums];
+        let args = [
+            x.arg(),
+            residual,
+            weight.arg(),
+            int(width),
+            eps,
+            out.arg(),
+            q,
+            scale,
+            sums,
+        ];
         self.launch("add_norm", [blocks(rows, 1), 1, 1], THREADS, &args)
     }
 
     /// Copies `rows` rows of `width` values.
-    pub fn copy_rows(&self, x: Strided<'_>, rows: usize, width: usize, out: Strided<'_>) -> Result<(), CudaError> {
+    pub fn copy_rows(
+        &self,
+        x: Strided<'_>,
+        rows: usize,
+        width: usize,
+        out: Strided<'_>,
+    ) -> Result<(), CudaError> {
         x.check(rows, width);
         out.check(rows, width);
         let n = rows * width;
-        let args = [x.at.arg(), int(x.stride), int(width), Arg::Long(n as i64), out.at.arg(), int(out.stride)];
+        let args = [
+            x.at.arg(),
+            int(x.stride),
+            int(width),
+            Arg::Long(n as i64),
+            out.at.arg(),
+            int(out.stride),
+        ];
         self.launch("copy_rows", [blocks(n, THREADS), 1, 1], THREADS, &args)
     }
 
     /// Multiplies each of `rows` rows of `width` values by its factor, `factors` `[rows]`.
-    pub fn scale_rows(&self, x: View<'_>, factors: View<'_>, rows: usize, width: usize) -> Result<(), CudaError> {
-        assert!(x.words() >= rows * width && factors.words() >= rows, "{rows} rows of {width}");
+    pub fn scale_rows(
+        &self,
+        x: View<'_>,
+        factors: View<'_>,
+        rows: usize,
+        width: usize,
+    ) -> Result<(), CudaError> {
+        assert!(
+            x.words() >= rows * width && factors.words() >= rows,
+            "{rows} rows of {width}"
+        );
         let n = rows * width;
         let args = [x.arg(), factors.arg(), int(width), Arg::Long(n as i64)];
         self.launch("scale_rows", [blocks(n, THREADS), 1, 1], THREADS, &args)
@@ -138,7 +227,12 @@ impl Ops {
     /// Computes `x *= sigmoid(gate)` for `n` values.
     pub fn gate(&self, x: View<'_>, gate: View<'_>, n: usize) -> Result<(), CudaError> {
         assert!(x.words() >= n && gate.words() >= n, "{n} values");
-        self.launch("gate", [blocks(n, THREADS), 1, 1], THREADS, &[x.arg(), gate.arg(), int(n)])
+        self.launch(
+            "gate",
+            [blocks(n, THREADS), 1, 1],
+            THREADS,
+            &[x.arg(), gate.arg(), int(n)],
+        )
     }
 
     /// Chooses experts for each token: `experts` and `weights` are `[tokens, n_used]`, largest
@@ -155,11 +249,23 @@ impl Ops {
         experts: View<'_>,
         weights: View<'_>,
     ) -> Result<(), CudaError> {
-        let Groups { n: n_group, kept: n_kept } = r.groups.unwrap_or(Groups { n: 0, kept: 0 });
-        assert!(r.n_used <= r.n_expert && r.n_expert <= MAX_EXPERTS && n_group <= MAX_GROUPS, "{r:?}");
+        let Groups {
+            n: n_group,
+            kept: n_kept,
+        } = r.groups.unwrap_or(Groups { n: 0, kept: 0 });
+        assert!(
+            r.n_used <= r.n_expert && r.n_expert <= MAX_EXPERTS && n_group <= MAX_GROUPS,
+            "{r:?}"
+        );
         assert!(n_group == 0 || r.n_expert.is_multiple_of(n_group), "{r:?}");
-        assert!(logits.words() >= tokens * r.n_expert && bias.is_none_or(|b| b.words() >= r.n_expert), "logits");
-        assert!(experts.words() >= tokens * r.n_used && weights.words() >= tokens * r.n_used, "room for choices");
+        assert!(
+            logits.words() >= tokens * r.n_expert && bias.is_none_or(|b| b.words() >= r.n_expert),
+            "logits"
+        );
+        assert!(
+            experts.words() >= tokens * r.n_used && weights.words() >= tokens * r.n_used,
+            "room for choices"
+        );
         let gating = match r.gating {
             Gating::Softmax => 0,
             Gating::Sigmoid => 1,
@@ -198,7 +304,12 @@ impl Ops {
         let grid = [blocks(n, THREADS), 1, 1];
         let [q, scale, sums] = Quants::fill_or_null(quants, rows, width);
         match activation {
-            Activation::Silu => self.launch("silu_mul", grid, THREADS, &[gate.arg(), up.arg(), int(n), q, scale, sums]),
+            Activation::Silu => self.launch(
+                "silu_mul",
+                grid,
+                THREADS,
+                &[gate.arg(), up.arg(), int(n), q, scale, sums],
+            ),
             Activation::ClampedSwiglu { alpha, limit } => {
                 let (alpha, limit) = (Arg::Float(alpha), Arg::Float(limit));
                 let args = [gate.arg(), up.arg(), alpha, limit, int(n), q, scale, sums];
@@ -210,7 +321,12 @@ impl Ops {
     /// Computes `x += y` for `n` values.
     pub fn add(&self, x: View<'_>, y: View<'_>, n: usize) -> Result<(), CudaError> {
         assert!(x.words() >= n && y.words() >= n, "{n} values");
-        self.launch("add", [blocks(n, THREADS), 1, 1], THREADS, &[x.arg(), y.arg(), int(n)])
+        self.launch(
+            "add",
+            [blocks(n, THREADS), 1, 1],
+            THREADS,
+            &[x.arg(), y.arg(), int(n)],
+        )
     }
 
     /// Adds a bias of `[n_bias, width]` to each of `rows` rows of `width` values: the first one, or
@@ -223,11 +339,21 @@ impl Ops {
         rows: usize,
         width: usize,
     ) -> Result<(), CudaError> {
-        assert!(x.words() >= rows * width && bias.words() >= width, "{rows} rows of {width}");
+        assert!(
+            x.words() >= rows * width && bias.words() >= width,
+            "{rows} rows of {width}"
+        );
         assert!(which.is_none_or(|w| w.words() >= rows), "{rows} choices");
         let n = rows * width;
         let n_bias = bias.words() / width.max(1);
-        let args = [x.arg(), bias.arg(), int(n_bias), null_or(which), int(width), int(n)];
+        let args = [
+            x.arg(),
+            bias.arg(),
+            int(n_bias),
+            null_or(which),
+            int(width),
+            int(n),
+        ];
         self.launch("add_bias", [blocks(n, THREADS), 1, 1], THREADS, &args)
     }
 
@@ -242,7 +368,10 @@ impl Ops {
         width: usize,
         out: View<'_>,
     ) -> Result<(), CudaError> {
-        assert!(gate.words() >= n && x.words() >= rows * n && out.words() >= rows * width, "{rows} x {n}, {width}");
+        assert!(
+            gate.words() >= n && x.words() >= rows * n && out.words() >= rows * width,
+            "{rows} x {n}, {width}"
+        );
         let args = [gate.arg(), x.arg(), int(n), int(width), out.arg()];
         self.launch("sigmoid_gate", [blocks(rows, 1), 1, 1], THREADS, &args)
     }

@@ -14,9 +14,17 @@ impl Ops {
         width: usize,
         out: View<'_>,
     ) -> Result<(), CudaError> {
-        assert!(which.words() >= n && out.words() >= n * width, "{n} rows of {width}");
+        assert!(
+            which.words() >= n && out.words() >= n * width,
+            "{n} rows of {width}"
+        );
         let args = [x.arg(), which.arg(), int(width), out.arg()];
-        self.launch("gather_rows", [blocks(width, THREADS), few(n), 1], THREADS, &args)
+        self.launch(
+            "gather_rows",
+            [blocks(width, THREADS), few(n), 1],
+            THREADS,
+            &args,
+        )
     }
 
     /// Computes `to[which[row]] += weights[row] * x[row]` for `n` rows of `width`. The indices are
@@ -30,14 +38,27 @@ impl Ops {
         width: usize,
         to: View<'_>,
     ) -> Result<(), CudaError> {
-        assert!(which.words() >= n && weights.words() >= n && x.words() >= n * width, "{n} rows of {width}");
+        assert!(
+            which.words() >= n && weights.words() >= n && x.words() >= n * width,
+            "{n} rows of {width}"
+        );
         let args = [x.arg(), which.arg(), weights.arg(), int(width), to.arg()];
-        self.launch("add_rows", [blocks(width, THREADS), few(n), 1], THREADS, &args)
+        self.launch(
+            "add_rows",
+            [blocks(width, THREADS), few(n), 1],
+            THREADS,
+            &args,
+        )
     }
 
     /// Sets the first `n` floats to zero.
     pub fn clear(&self, x: View<'_>, n: usize) -> Result<(), CudaError> {
         assert!(x.words() >= n, "{n} values");
-        self.launch("clear", [blocks(n, THREADS), 1, 1], THREADS, &[x.arg(), Arg::Long(n as i64)])
+        self.launch(
+            "clear",
+            [blocks(n, THREADS), 1, 1],
+            THREADS,
+            &[x.arg(), Arg::Long(n as i64)],
+        )
     }
 }

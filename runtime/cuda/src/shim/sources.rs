@@ -30,10 +30,14 @@ pub const KERNELS_LIBRARY: &str = "kernels.so";
 
 /// Returns the texts of the kernels with [`ALL`].
 fn texts(headers: &[(&str, String)], modules: &[ModuleText]) -> Texts {
-    let mut texts: Texts = headers.iter().map(|(name, text)| (name.to_string(), text.clone())).collect();
+    let mut texts: Texts = headers
+        .iter()
+        .map(|(name, text)| (name.to_string(), text.clone()))
+        .collect();
     texts.push(("shim.h".into(), SHIM.into()));
-    let mut all =
-        String::from("#include \"base.cuh\"\n#define EXPORTED extern \"C\" __attribute__((visibility(\"default\")))\n");
+    let mut all = String::from(
+        "#include \"base.cuh\"\n#define EXPORTED extern \"C\" __attribute__((visibility(\"default\")))\n",
+    );
     for (name, text, kernels) in modules {
         texts.push((name.to_string(), text.to_string()));
         writeln!(all, "#include \"{name}\"").unwrap();
@@ -54,7 +58,14 @@ fn texts(headers: &[(&str, String)], modules: &[ModuleText]) -> Texts {
 /// Returns the folder with the compiled kernels.
 pub fn kernels(headers: &[(&str, String)], modules: &[ModuleText]) -> PathBuf {
     let compile = [&OPTIONS[..], &["-c", ALL, "-o", KERNELS_OBJECT]].concat();
-    build("kernels", &texts(headers, modules), &[&compile, &["-shared", KERNELS_OBJECT, "-o", KERNELS_LIBRARY]])
+    build(
+        "kernels",
+        &texts(headers, modules),
+        &[
+            &compile,
+            &["-shared", KERNELS_OBJECT, "-o", KERNELS_LIBRARY],
+        ],
+    )
 }
 
 /// Returns a folder in which the compiler was run on these texts, with each of these lists of arguments. What was built
@@ -75,7 +86,9 @@ pub fn build<S: AsRef<OsStr> + Hash>(name: &str, texts: &Texts, commands: &[&[S]
         for (name, text) in texts {
             fs::write(unfinished.join(name), text).unwrap();
         }
-        commands.iter().for_each(|args| run_compiler(&unfinished, args));
+        commands
+            .iter()
+            .for_each(|args| run_compiler(&unfinished, args));
         fs::rename(&unfinished, &folder).unwrap();
     }
     folder
@@ -84,7 +97,9 @@ pub fn build<S: AsRef<OsStr> + Hash>(name: &str, texts: &Texts, commands: &[&[S]
 /// Returns the folder that Cargo builds in.
 fn target_folder() -> PathBuf {
     let program = env::current_exe().unwrap();
-    let marked = program.ancestors().find(|folder| folder.join("CACHEDIR.TAG").exists());
+    let marked = program
+        .ancestors()
+        .find(|folder| folder.join("CACHEDIR.TAG").exists());
     marked.or(program.parent()).unwrap().to_path_buf()
 }
 
@@ -108,8 +123,14 @@ fn run_compiler<S: AsRef<OsStr>>(folder: &Path, args: &[S]) {
         )
     });
     let log = String::from_utf8_lossy(&done.stderr);
-    assert!(done.status.success(), "{args:?} does not compile as C++: {log}");
-    assert!(log.is_empty(), "{args:?} compiles as C++ with warnings: {log}");
+    assert!(
+        done.status.success(),
+        "{args:?} does not compile as C++: {log}"
+    );
+    assert!(
+        log.is_empty(),
+        "{args:?} compiles as C++ with warnings: {log}"
+    );
 }
 
 /// Options for the kernels. No fused products, as in the processor's plain kernels; jumps from one stack to another are

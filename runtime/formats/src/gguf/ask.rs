@@ -47,12 +47,16 @@ impl Gguf {
 
     /// Returns an integer from 0 to 2³² − 1, if the key is there.
     pub fn opt_u32(&self, key: &str) -> Result<Option<u32>, GgufError> {
-        self.ask(key, "an integer from 0 to 4294967295", |v| v.as_i128()?.try_into().ok())
+        self.ask(key, "an integer from 0 to 4294967295", |v| {
+            v.as_i128()?.try_into().ok()
+        })
     }
 
     /// Returns an integer from 0 to 2⁶⁴ − 1, if the key is there.
     pub fn opt_u64(&self, key: &str) -> Result<Option<u64>, GgufError> {
-        self.ask(key, "an integer from 0 to 18446744073709551615", |v| v.as_i128()?.try_into().ok())
+        self.ask(key, "an integer from 0 to 18446744073709551615", |v| {
+            v.as_i128()?.try_into().ok()
+        })
     }
 
     /// Returns a number, if the key is there.
@@ -62,7 +66,13 @@ impl Gguf {
 
     /// Returns a truth value, if the key is there.
     pub fn opt_bool(&self, key: &str) -> Result<Option<bool>, GgufError> {
-        self.ask(key, "a bool", |v| if let Value::Bool(b) = v { Some(*b) } else { None })
+        self.ask(key, "a bool", |v| {
+            if let Value::Bool(b) = v {
+                Some(*b)
+            } else {
+                None
+            }
+        })
     }
 
     /// Returns a string, if the key is there.
@@ -71,7 +81,11 @@ impl Gguf {
     }
 
     /// One integer a layer, if the key is there; see [`Gguf::u32_per_layer`].
-    pub fn opt_u32_per_layer(&self, key: &str, n_layer: u32) -> Result<Option<Vec<u32>>, GgufError> {
+    pub fn opt_u32_per_layer(
+        &self,
+        key: &str,
+        n_layer: u32,
+    ) -> Result<Option<Vec<u32>>, GgufError> {
         let expected = format!("an integer, or an array of {n_layer} of them (one per layer)");
         let n = n_layer as usize;
         self.ask(key, &expected, |v| match v {
@@ -99,12 +113,18 @@ impl Gguf {
 
     /// Returns an array of integers that fit `i32`, if the key is there.
     pub fn opt_i32_array(&self, key: &str) -> Result<Option<Vec<i32>>, GgufError> {
-        self.ask(key, "an array of integers from -2147483648 to 2147483647", |v| v.as_array()?.integers())
+        self.ask(
+            key,
+            "an array of integers from -2147483648 to 2147483647",
+            |v| v.as_array()?.integers(),
+        )
     }
 
     /// Returns an array of integers that fit `u32`, if the key is there.
     pub fn opt_u32_array(&self, key: &str) -> Result<Option<Vec<u32>>, GgufError> {
-        self.ask(key, "an array of integers from 0 to 4294967295", |v| v.as_array()?.integers())
+        self.ask(key, "an array of integers from 0 to 4294967295", |v| {
+            v.as_array()?.integers()
+        })
     }
 
     /// Returns an array of truth values, if the key is there.
@@ -121,7 +141,9 @@ impl Gguf {
         expected: &str,
         read: impl Fn(&'a Value) -> Option<T>,
     ) -> Result<Option<T>, GgufError> {
-        let Some(value) = self.get(key) else { return Ok(None) };
+        let Some(value) = self.get(key) else {
+            return Ok(None);
+        };
         read(value).map(Some).ok_or_else(|| GgufError::WrongValue {
             path: self.path().to_path_buf(),
             key: key.to_string(),
@@ -131,6 +153,10 @@ impl Gguf {
     }
 
     fn missing(&self, key: &str, expected: &str) -> GgufError {
-        GgufError::MissingKey { path: self.path().to_path_buf(), key: key.to_string(), expected: expected.to_string() }
+        GgufError::MissingKey {
+            path: self.path().to_path_buf(),
+            key: key.to_string(),
+            expected: expected.to_string(),
+        }
     }
 }

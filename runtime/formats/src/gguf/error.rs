@@ -105,15 +105,24 @@ pub enum GgufError {
 
 impl GgufError {
     pub(super) fn io(path: &Path, source: std::io::Error) -> Self {
-        GgufError::Io { path: path.to_path_buf(), r#source }
+        GgufError::Io {
+            path: path.to_path_buf(),
+            r#source,
+        }
     }
 
     pub(super) fn damaged(path: &Path, what: impl Into<String>) -> Self {
-        GgufError::Damaged { path: path.to_path_buf(), what: what.into() }
+        GgufError::Damaged {
+            path: path.to_path_buf(),
+            what: what.into(),
+        }
     }
 
     pub(super) fn split(path: &Path, what: impl Into<String>) -> Self {
-        GgufError::Split { path: path.to_path_buf(), what: what.into() }
+        GgufError::Split {
+            path: path.to_path_buf(),
+            what: what.into(),
+        }
     }
 }
 

@@ -10,7 +10,11 @@ const UNPACK: &str = "unpack it and name the .gguf file in it";
 /// Returns the error for a file that does not begin as a GGUF file does.
 pub(super) fn foreign(bytes: &[u8], path: &Path) -> GgufError {
     let (found, hint) = describe(bytes);
-    GgufError::Foreign { path: path.to_path_buf(), found, hint }
+    GgufError::Foreign {
+        path: path.to_path_buf(),
+        found,
+        hint,
+    }
 }
 
 fn describe(bytes: &[u8]) -> (String, &'static str) {
@@ -19,17 +23,32 @@ fn describe(bytes: &[u8]) -> (String, &'static str) {
         return ("is empty".into(), DOWNLOAD);
     }
     if head.starts_with(b"version https://git-lfs") {
-        return (lfs(head), "fetch the content with `git lfs pull`, or download the file itself");
+        return (
+            lfs(head),
+            "fetch the content with `git lfs pull`, or download the file itself",
+        );
     }
     let by_magic: &[(&[u8], &str, &str)] = &[
-        (b"FUGG", "is GGUF in big-endian byte order", "use a little-endian file of this model"),
+        (
+            b"FUGG",
+            "is GGUF in big-endian byte order",
+            "use a little-endian file of this model",
+        ),
         (b"lmgg", "is a GGML file, from before GGUF", CONVERT),
         (b"fmgg", "is a GGMF file, from before GGUF", CONVERT),
         (b"tjgg", "is a GGJT file, from before GGUF", CONVERT),
         (b"algg", "is a GGLA adapter file", CONVERT),
-        (b"PK\x03\x04", "looks like a ZIP archive (PyTorch checkpoints are ZIP archives too)", CONVERT),
+        (
+            b"PK\x03\x04",
+            "looks like a ZIP archive (PyTorch checkpoints are ZIP archives too)",
+            CONVERT,
+        ),
         (b"\x1f\x8b", "looks like gzip-compressed data", UNPACK),
-        (b"\x28\xb5\x2f\xfd", "looks like Zstandard-compressed data", UNPACK),
+        (
+            b"\x28\xb5\x2f\xfd",
+            "looks like Zstandard-compressed data",
+            UNPACK,
+        ),
         (b"\xfd7zXZ\x00", "looks like xz-compressed data", UNPACK),
         (b"BZh", "looks like bzip2-compressed data", UNPACK),
         (b"7z\xbc\xaf\x27\x1c", "looks like a 7-Zip archive", UNPACK),
@@ -51,37 +70,64 @@ fn describe(bytes: &[u8]) -> (String, &'static str) {
         return ("looks like a safetensors file".into(), CONVERT);
     }
     if head.len() >= 2 && head[0] == 0x80 && (2..=5).contains(&head[1]) {
-        return ("looks like a Python pickle (an old PyTorch checkpoint)".into(), CONVERT);
+        return (
+            "looks like a Python pickle (an old PyTorch checkpoint)".into(),
+            CONVERT,
+        );
     }
     if head.iter().all(|&b| b == 0) {
         return (
-            "begins with zeros only, as a download does that reserved its space and never finished".into(),
+            "begins with zeros only, as a download does that reserved its space and never finished"
+                .into(),
             DOWNLOAD,
         );
     }
     let text = String::from_utf8_lossy(head);
     let trimmed = text.trim_start_matches('\u{feff}').trim_start();
-    let lower: String = trimmed.chars().take(64).collect::<String>().to_ascii_lowercase();
-    if ["<!doctype html", "<html", "<head", "<?xml"].iter().any(|tag| lower.starts_with(tag)) {
+    let lower: String = trimmed
+        .chars()
+        .take(64)
+        .collect::<String>()
+        .to_ascii_lowercase();
+    if ["<!doctype html", "<html", "<head", "<?xml"]
+        .iter()
+        .any(|tag| lower.starts_with(tag))
+    {
         return (
             "looks like a web page".into(),
             "the download gave a page instead of the file: use the direct link, and log in first if the model asks for it",
         );
     }
-    let printable = head.iter().all(|&b| b >= 0x20 && b != 0x7f || matches!(b, b'\t' | b'\n' | b'\r'));
+    let printable = head
+        .iter()
+        .all(|&b| b >= 0x20 && b != 0x7f || matches!(b, b'\t' | b'\n' | b'\r'));
     if printable {
         let start: String = trimmed.chars().take(40).collect();
-        let kind = if trimmed.starts_with(['{', '[']) { "JSON" } else { "text" };
-        return (format!("looks like {kind} that begins {start:?}"), "name a .gguf file");
+        let kind = if trimmed.starts_with(['{', '[']) {
+            "JSON"
+        } else {
+            "text"
+        };
+        return (
+            format!("looks like {kind} that begins {start:?}"),
+            "name a .gguf file",
+        );
     }
     let start = &head[..head.len().min(4)];
-    (format!("begins with the bytes {start:02x?} and not with 'GGUF'"), "name a .gguf file, or download it again")
+    (
+        format!("begins with the bytes {start:02x?} and not with 'GGUF'"),
+        "name a .gguf file, or download it again",
+    )
 }
 
 /// Describes the file that a Git LFS pointer stands for.
 fn lfs(head: &[u8]) -> String {
     let text = String::from_utf8_lossy(head);
-    match text.lines().find_map(|l| l.strip_prefix("size ")).and_then(|s| s.trim().parse::<u64>().ok()) {
+    match text
+        .lines()
+        .find_map(|l| l.strip_prefix("size "))
+        .and_then(|s| s.trim().parse::<u64>().ok())
+    {
         Some(size) => format!("is a Git LFS pointer to a file of {size} bytes, not the file"),
         None => "is a Git LFS pointer, not the file it stands for".into(),
     }

@@ -118,7 +118,13 @@ impl Header {
         let header_bytes = r.at as u64;
         let mut tensors = raw;
         place(&mut tensors, header_bytes, alignment, &r)?;
-        Ok(Header { version, alignment, header_bytes, metadata, tensors })
+        Ok(Header {
+            version,
+            alignment,
+            header_bytes,
+            metadata,
+            tensors,
+        })
     }
 
     /// Returns the value of a key.
@@ -143,7 +149,10 @@ fn read_version(r: &mut Reader<'_>) -> Result<u32, GgufError> {
         ),
         v => format!("GGUF version {v}, but this program reads versions 2 and 3; update tier-plan"),
     };
-    Err(GgufError::Version { path: r.path.to_path_buf(), what })
+    Err(GgufError::Version {
+        path: r.path.to_path_buf(),
+        what,
+    })
 }
 
 fn alignment(metadata: &[(String, Value)], r: &Reader<'_>) -> Result<u64, GgufError> {
@@ -156,13 +165,20 @@ fn alignment(metadata: &[(String, Value)], r: &Reader<'_>) -> Result<u64, GgufEr
         .filter(|v| v.is_power_of_two() && (8..=1 << 20).contains(v))
         .ok_or_else(|| {
             let found = value.describe();
-            r.damaged(format!("general.alignment: expected a power of two from 8 to 1048576, found {found}"))
+            r.damaged(format!(
+                "general.alignment: expected a power of two from 8 to 1048576, found {found}"
+            ))
         })
 }
 
 /// Turns offsets within the data section into offsets within the file, and checks them against the
 /// file and each other.
-fn place(tensors: &mut [TensorInfo], header_bytes: u64, alignment: u64, r: &Reader<'_>) -> Result<(), GgufError> {
+fn place(
+    tensors: &mut [TensorInfo],
+    header_bytes: u64,
+    alignment: u64,
+    r: &Reader<'_>,
+) -> Result<(), GgufError> {
     let file_bytes = r.bytes.len() as u64;
     // Cannot overflow: the header lies in memory and the alignment is at most 1 MiB.
     let data_start = header_bytes.next_multiple_of(alignment);
@@ -172,7 +188,9 @@ fn place(tensors: &mut [TensorInfo], header_bytes: u64, alignment: u64, r: &Read
         let end = start.and_then(|s| s.checked_add(t.n_bytes));
         let (Some(start), Some(end)) = (start, end) else {
             let (name, offset) = (&t.name, t.offset);
-            return Err(r.damaged(format!("tensor '{name}' has offset {offset}, beyond any file")));
+            return Err(r.damaged(format!(
+                "tensor '{name}' has offset {offset}, beyond any file"
+            )));
         };
         t.offset = start;
         if last.is_none_or(|(furthest, _)| end > furthest) {
@@ -224,16 +242,26 @@ impl<'a> Reader<'a> {
     }
 
     /// Refuses a count that is over the limit, or that the rest of the file can't hold.
-    fn plausible(&self, count: u64, least_bytes: u64, limit: u64, of: &str) -> Result<(), GgufError> {
+    fn plausible(
+        &self,
+        count: u64,
+        least_bytes: u64,
+        limit: u64,
+        of: &str,
+    ) -> Result<(), GgufError> {
         if count > limit {
-            return Err(self.damaged(format!("the header claims {count} {of}, but at most {limit} are read")));
+            return Err(self.damaged(format!(
+                "the header claims {count} {of}, but at most {limit} are read"
+            )));
         }
         // Cannot overflow: the limit is far below 2^32 and an element far below 2^16 bytes.
         let needed = count * least_bytes;
         let remaining = self.remaining();
         if needed > remaining {
-            let what =
-                format!("the header claims {count} {of}, which take at least {needed} bytes from byte {}", self.at);
+            let what = format!(
+                "the header claims {count} {of}, which take at least {needed} bytes from byte {}",
+                self.at
+            );
             return Err(self.cut(what, needed - remaining));
         }
         Ok(())
@@ -241,12 +269,20 @@ impl<'a> Reader<'a> {
 
     fn cut(&self, what: String, missing: u64) -> GgufError {
         let file_bytes = self.bytes.len() as u64;
-        GgufError::Truncated { path: self.path.to_path_buf(), what, file_bytes, missing, at_least: true }
+        GgufError::Truncated {
+            path: self.path.to_path_buf(),
+            what,
+            file_bytes,
+            missing,
+            at_least: true,
+        }
     }
 
     /// Takes the next `n` bytes.
     fn take(&mut self, n: u64, what: &str) -> Result<&'a [u8], GgufError> {
-        let end = (self.at as u64).checked_add(n).filter(|&end| end <= MAX_HEADER_BYTES);
+        let end = (self.at as u64)
+            .checked_add(n)
+            .filter(|&end| end <= MAX_HEADER_BYTES);
         let Some(end) = end else {
             return Err(self.damaged(format!(
                 "{what} (at byte {}) is {n} bytes long, which makes a header of more than {MAX_HEADER_BYTES} bytes",
@@ -289,15 +325,23 @@ impl<'a> Reader<'a> {
         let len = self.u64(&what())?;
         if len == 0 || len > limit {
             let what = what();
-            return Err(self.damaged(format!("{what} (at byte {start}) is {len} bytes long; expected 1 to {limit}")));
+            return Err(self.damaged(format!(
+                "{what} (at byte {start}) is {len} bytes long; expected 1 to {limit}"
+            )));
         }
         let bytes = self.take(len, &what())?;
         match std::str::from_utf8(bytes) {
             Ok(name) if !name.contains(char::is_control) => Ok(name.to_string()),
-            Ok(name) => Err(self.damaged(format!("{} (at byte {start}) holds control characters: {name:?}", what()))),
+            Ok(name) => Err(self.damaged(format!(
+                "{} (at byte {start}) holds control characters: {name:?}",
+                what()
+            ))),
             Err(_) => {
                 let shown: String = String::from_utf8_lossy(bytes).chars().take(40).collect();
-                Err(self.damaged(format!("{} (at byte {start}) is not UTF-8: {shown:?}", what())))
+                Err(self.damaged(format!(
+                    "{} (at byte {start}) is not UTF-8: {shown:?}",
+                    what()
+                )))
             }
         }
     }
@@ -319,7 +363,11 @@ impl<'a> Reader<'a> {
             10 => Value::U64(u64::from_le_bytes(self.fixed(&what)?)),
             11 => Value::I64(i64::from_le_bytes(self.fixed(&what)?)),
             12 => Value::F64(f64::from_le_bytes(self.fixed(&what)?)),
-            _ => return Err(self.damaged(format!("{what} has type {kind}; expected a type from 0 to 12"))),
+            _ => {
+                return Err(self.damaged(format!(
+                    "{what} has type {kind}; expected a type from 0 to 12"
+                )));
+            }
         })
     }
 
@@ -327,7 +375,9 @@ impl<'a> Reader<'a> {
         let kind = self.u32(what)?;
         let count = self.u64(what)?;
         if count > MAX_ARRAY {
-            return Err(self.damaged(format!("'{key}' claims {count} elements, but at most {MAX_ARRAY} are read")));
+            return Err(self.damaged(format!(
+                "'{key}' claims {count} elements, but at most {MAX_ARRAY} are read"
+            )));
         }
         Ok(match kind {
             0 => ArrayValue::U8(self.numbers(count, what, u8::from_le_bytes)?),
@@ -346,11 +396,19 @@ impl<'a> Reader<'a> {
                 }
                 ArrayValue::Str(strings)
             }
-            9 => return Err(self.damaged(format!("{what} is an array of arrays, which no model needs"))),
+            9 => {
+                return Err(self.damaged(format!(
+                    "{what} is an array of arrays, which no model needs"
+                )));
+            }
             10 => ArrayValue::U64(self.numbers(count, what, u64::from_le_bytes)?),
             11 => ArrayValue::I64(self.numbers(count, what, i64::from_le_bytes)?),
             12 => ArrayValue::F64(self.numbers(count, what, f64::from_le_bytes)?),
-            _ => return Err(self.damaged(format!("{what} is an array of type {kind}; expected a type from 0 to 12"))),
+            _ => {
+                return Err(self.damaged(format!(
+                    "{what} is an array of type {kind}; expected a type from 0 to 12"
+                )));
+            }
         })
     }
 
@@ -372,7 +430,9 @@ impl<'a> Reader<'a> {
         let what = format!("the description of tensor '{name}'");
         let n_dims = self.u32(&what)?;
         if n_dims > 4 {
-            return Err(self.damaged(format!("tensor '{name}' has {n_dims} dimensions; expected 1 to 4")));
+            return Err(self.damaged(format!(
+                "tensor '{name}' has {n_dims} dimensions; expected 1 to 4"
+            )));
         }
         let mut dims = Vec::with_capacity(4);
         for _ in 0..n_dims {
@@ -390,12 +450,21 @@ impl<'a> Reader<'a> {
             type_id,
             supported: TensorType::ALL.map(TensorType::name).join(", "),
         })?;
-        let n_bytes = tensor_bytes(&dims, ty).map_err(|why| self.damaged(format!("tensor '{name}' {why}")))?;
+        let n_bytes = tensor_bytes(&dims, ty)
+            .map_err(|why| self.damaged(format!("tensor '{name}' {why}")))?;
         if !offset.is_multiple_of(alignment) {
-            return Err(self
-                .damaged(format!("tensor '{name}': offset {offset} is not a multiple of the alignment {alignment}")));
+            return Err(self.damaged(format!(
+                "tensor '{name}': offset {offset} is not a multiple of the alignment {alignment}"
+            )));
         }
-        Ok(TensorInfo { name: name.to_string(), dims, ty, part: 0, offset, n_bytes })
+        Ok(TensorInfo {
+            name: name.to_string(),
+            dims,
+            ty,
+            part: 0,
+            offset,
+            n_bytes,
+        })
     }
 }
 
@@ -407,11 +476,16 @@ fn tensor_bytes(dims: &[u64], ty: TensorType) -> Result<u64, String> {
     let cols = dims.first().copied().unwrap_or(1);
     let block = ty.block_len();
     if !cols.is_multiple_of(block as u64) {
-        return Err(format!("has rows of {cols} values, not a multiple of the {block} values in a block of {ty}"));
+        return Err(format!(
+            "has rows of {cols} values, not a multiple of the {block} values in a block of {ty}"
+        ));
     }
     let elements = dims.iter().try_fold(1u64, |n, &d| n.checked_mul(d));
     let rows = dims[1..].iter().try_fold(1u64, |n, &d| n.checked_mul(d));
-    let bytes = ty.row_bytes(cols).zip(rows).and_then(|(row, rows)| row.checked_mul(rows));
+    let bytes = ty
+        .row_bytes(cols)
+        .zip(rows)
+        .and_then(|(row, rows)| row.checked_mul(rows));
     // Signed sizes are what memory and files are counted in elsewhere.
     bytes
         .zip(elements)

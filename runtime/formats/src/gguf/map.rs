@@ -31,10 +31,16 @@ impl Map {
         // Asked before opening, because opening a pipe would wait for a writer.
         let metadata = std::fs::metadata(path)?;
         if metadata.is_dir() {
-            return Err(io::Error::new(io::ErrorKind::IsADirectory, "this is a folder; name the .gguf file in it"));
+            return Err(io::Error::new(
+                io::ErrorKind::IsADirectory,
+                "this is a folder; name the .gguf file in it",
+            ));
         }
         if !metadata.is_file() {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file, so it can't be mapped"));
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "not a regular file, so it can't be mapped",
+            ));
         }
         let file = File::open(path)?;
         let len = file.metadata()?.len();
@@ -42,7 +48,10 @@ impl Map {
             return Ok(Map(None));
         }
         if usize::try_from(len).is_err() {
-            return Err(io::Error::new(io::ErrorKind::FileTooLarge, "too large for this processor's address space"));
+            return Err(io::Error::new(
+                io::ErrorKind::FileTooLarge,
+                "too large for this processor's address space",
+            ));
         }
         // SAFETY: the mapping is read-only and lives as long as the value that owns it. What no
         // program can rule out is another process changing the file meanwhile: the weights would
@@ -90,17 +99,28 @@ pub(super) struct Copied(MmapMut);
 impl Copied {
     /// Copies a file that `map` has mapped, with several threads; `copied` is told how many bytes
     /// were added, on the calling thread only.
-    pub(super) fn read(path: &Path, map: &Map, threads: usize, copied: &mut dyn FnMut(u64)) -> io::Result<Copied> {
+    pub(super) fn read(
+        path: &Path,
+        map: &Map,
+        threads: usize,
+        copied: &mut dyn FnMut(u64),
+    ) -> io::Result<Copied> {
         let source = map.bytes();
         let file = File::open(path)?;
         if file.metadata()?.len() != source.len() as u64 {
-            return Err(io::Error::other("the file has changed since it was opened; run again"));
+            return Err(io::Error::other(
+                "the file has changed since it was opened; run again",
+            ));
         }
         let mut memory = MmapMut::map_anon(source.len().max(1))?;
         #[cfg(target_os = "linux")]
         let _ = memory.advise(memmap2::Advice::HugePage);
-        let chunks =
-            Mutex::new(memory[..source.len()].chunks_mut(COPY_BYTES).zip(source.chunks(COPY_BYTES)).enumerate());
+        let chunks = Mutex::new(
+            memory[..source.len()]
+                .chunks_mut(COPY_BYTES)
+                .zip(source.chunks(COPY_BYTES))
+                .enumerate(),
+        );
         let done = AtomicU64::new(0);
         let next = || chunks.lock().unwrap_or_else(|e| e.into_inner()).next();
         let copy_one = |at: usize, to: &mut [u8], from: &[u8]| {
@@ -123,8 +143,10 @@ impl Copied {
                     break;
                 }
             }
-            let joined =
-                others.into_iter().map(|t| t.join().unwrap_or_else(|_| Err(io::Error::other("a thread failed"))));
+            let joined = others.into_iter().map(|t| {
+                t.join()
+                    .unwrap_or_else(|_| Err(io::Error::other("a thread failed")))
+            });
             joined.fold(own, |result: io::Result<()>, other| result.and(other))
         });
         result?;

@@ -8,7 +8,10 @@ mod ask;
 mod error;
 mod foreign;
 mod header;
-#[allow(unsafe_code, reason = "a memory map is only sound while nothing shortens the file")]
+#[allow(
+    unsafe_code,
+    reason = "a memory map is only sound while nothing shortens the file"
+)]
 mod map;
 mod split;
 #[cfg(any(test, feature = "testing"))]
@@ -101,7 +104,11 @@ impl Gguf {
         let mut given = Some((part, header));
         let mut parts = Vec::new();
         for number in 1..=keys.count {
-            let this = if number == name.number { given.take() } else { None };
+            let this = if number == name.number {
+                given.take()
+            } else {
+                None
+            };
             let (part, header) = match this {
                 Some(this) => this,
                 None => open_sibling(&name, number, path)?,
@@ -124,7 +131,10 @@ impl Gguf {
     }
 
     /// Puts parts together, first one first.
-    fn assemble(files: Vec<(Part, Header)>, expected_tensors: Option<u64>) -> Result<Gguf, GgufError> {
+    fn assemble(
+        files: Vec<(Part, Header)>,
+        expected_tensors: Option<u64>,
+    ) -> Result<Gguf, GgufError> {
         let mut hash = Xxh3::new();
         let mut metadata = Vec::new();
         let mut parts: Vec<Part> = Vec::with_capacity(files.len());
@@ -164,15 +174,29 @@ impl Gguf {
             );
             return Err(GgufError::split(&first, what));
         }
-        let keys: HashMap<String, usize> = metadata.iter().enumerate().map(|(i, (k, _))| (k.clone(), i)).collect();
+        let keys: HashMap<String, usize> = metadata
+            .iter()
+            .enumerate()
+            .map(|(i, (k, _))| (k.clone(), i))
+            .collect();
         let name = keys
             .get("general.name")
             .and_then(|&i| metadata[i].1.as_str())
             .map(str::trim)
             .filter(|name| !name.is_empty())
             .map_or_else(|| split::stem(&first), str::to_string);
-        let id = SourceId { name, hash: format!("{:032x}", hash.digest128()) };
-        Ok(Gguf { parts, metadata, keys, tensors, names, id })
+        let id = SourceId {
+            name,
+            hash: format!("{:032x}", hash.digest128()),
+        };
+        Ok(Gguf {
+            parts,
+            metadata,
+            keys,
+            tensors,
+            names,
+            id,
+        })
     }
 
     /// Returns the file, or the first part.
@@ -226,7 +250,11 @@ impl Gguf {
     /// # Errors
     /// When a file can't be read, has changed, or the memory can't be had; the model then stays
     /// mapped.
-    pub fn copy_to_memory(&mut self, threads: usize, progress: &mut dyn FnMut(u64, u64)) -> Result<(), GgufError> {
+    pub fn copy_to_memory(
+        &mut self,
+        threads: usize,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<(), GgufError> {
         let total = self.file_bytes();
         let mut done = 0;
         let mut copies = Vec::with_capacity(self.parts.len());
@@ -268,7 +296,8 @@ impl Gguf {
         let start = start.min(tensor.n_bytes);
         let len = len.min(tensor.n_bytes - start);
         if let Some(part) = self.parts.get(tensor.part) {
-            part.map.advise((tensor.offset + start) as usize, len as usize, advice);
+            part.map
+                .advise((tensor.offset + start) as usize, len as usize, advice);
         }
     }
 
@@ -289,7 +318,14 @@ impl Gguf {
 fn open_part(path: &Path) -> Result<(Part, Header), GgufError> {
     let map = Map::open(path).map_err(|e| GgufError::io(path, e))?;
     let header = Header::decode(map.bytes(), path)?;
-    Ok((Part { path: path.to_path_buf(), map, copied: None }, header))
+    Ok((
+        Part {
+            path: path.to_path_buf(),
+            map,
+            copied: None,
+        },
+        header,
+    ))
 }
 
 fn open_sibling(name: &PartName, number: u32, given: &Path) -> Result<(Part, Header), GgufError> {
@@ -321,16 +357,17 @@ fn misnamed(path: &Path, number: u32, count: u32, keys: &SplitKeys) -> GgufError
 fn split_keys(header: &Header, path: &Path) -> Result<Option<SplitKeys>, GgufError> {
     let integer = |key: &str, limit: u64| match header.get(key) {
         None => Ok(None),
-        Some(value) => {
-            value.as_i128().and_then(|v| u64::try_from(v).ok()).filter(|&v| v <= limit).map(Some).ok_or_else(|| {
-                GgufError::WrongValue {
-                    path: path.to_path_buf(),
-                    key: key.to_string(),
-                    expected: format!("an integer from 0 to {limit}"),
-                    found: value.describe(),
-                }
-            })
-        }
+        Some(value) => value
+            .as_i128()
+            .and_then(|v| u64::try_from(v).ok())
+            .filter(|&v| v <= limit)
+            .map(Some)
+            .ok_or_else(|| GgufError::WrongValue {
+                path: path.to_path_buf(),
+                key: key.to_string(),
+                expected: format!("an integer from 0 to {limit}"),
+                found: value.describe(),
+            }),
     };
     let count = integer("split.count", MAX_PARTS.into())?.unwrap_or(0) as u32;
     if count <= 1 {
@@ -343,5 +380,9 @@ fn split_keys(header: &Header, path: &Path) -> Result<Option<SplitKeys>, GgufErr
         ));
     };
     let tensors = integer("split.tensors.count", u64::MAX)?;
-    Ok(Some(SplitKeys { no: no as u32, count, tensors }))
+    Ok(Some(SplitKeys {
+        no: no as u32,
+        count,
+        tensors,
+    }))
 }

@@ -27,7 +27,11 @@ impl PartName {
         if number == 0 || number > count {
             return None;
         }
-        Some(PartName { prefix: path.with_file_name(prefix), number, count })
+        Some(PartName {
+            prefix: path.with_file_name(prefix),
+            number,
+            count,
+        })
     }
 
     /// Returns the path of part `number`, from 1.
@@ -41,14 +45,19 @@ impl PartName {
 /// Returns the name of a model by its file: without the extension and without the part number.
 pub(super) fn stem(path: &Path) -> String {
     let stem = match PartName::parse(path) {
-        Some(part) => part.prefix.file_name().map(|s| s.to_string_lossy().into_owned()),
+        Some(part) => part
+            .prefix
+            .file_name()
+            .map(|s| s.to_string_lossy().into_owned()),
         None => path.file_stem().map(|s| s.to_string_lossy().into_owned()),
     };
     stem.unwrap_or_default()
 }
 
 fn five_digits(text: &str) -> Option<u32> {
-    (text.len() == 5 && text.bytes().all(|b| b.is_ascii_digit())).then(|| text.parse().ok()).flatten()
+    (text.len() == 5 && text.bytes().all(|b| b.is_ascii_digit()))
+        .then(|| text.parse().ok())
+        .flatten()
 }
 
 #[cfg(test)]
@@ -59,10 +68,18 @@ mod tests {
     fn part_names_read_and_write() {
         let part = PartName::parse(Path::new("/m/Big-Q4_K_M-00002-of-00013.gguf")).unwrap();
         assert_eq!((part.number, part.count), (2, 13));
-        assert_eq!(part.sibling(2), Path::new("/m/Big-Q4_K_M-00002-of-00013.gguf"));
-        assert_eq!(part.sibling(13), Path::new("/m/Big-Q4_K_M-00013-of-00013.gguf"));
         assert_eq!(
-            PartName::parse(Path::new("a-00001-of-00002.gguf")).unwrap().sibling(2),
+            part.sibling(2),
+            Path::new("/m/Big-Q4_K_M-00002-of-00013.gguf")
+        );
+        assert_eq!(
+            part.sibling(13),
+            Path::new("/m/Big-Q4_K_M-00013-of-00013.gguf")
+        );
+        assert_eq!(
+            PartName::parse(Path::new("a-00001-of-00002.gguf"))
+                .unwrap()
+                .sibling(2),
             Path::new("a-00002-of-00002.gguf")
         );
     }

@@ -34,7 +34,12 @@ pub struct WriterTensor {
 
 impl Default for Writer {
     fn default() -> Self {
-        Writer { version: 3, alignment: 32, metadata: Vec::new(), tensors: Vec::new() }
+        Writer {
+            version: 3,
+            alignment: 32,
+            metadata: Vec::new(),
+            tensors: Vec::new(),
+        }
     }
 }
 
@@ -99,8 +104,15 @@ impl Writer {
             let size = part.data.len() / n;
             part.data[i * size..(i + 1) * size].to_vec()
         };
-        let data = (0..n).flat_map(|i| parts.iter().flat_map(move |p| slice(p, i))).collect();
-        self.tensors.push(WriterTensor { name: to.into(), dims, type_id: first.type_id, data });
+        let data = (0..n)
+            .flat_map(|i| parts.iter().flat_map(move |p| slice(p, i)))
+            .collect();
+        self.tensors.push(WriterTensor {
+            name: to.into(),
+            dims,
+            type_id: first.type_id,
+            data,
+        });
     }
 
     /// Adds a metadata key and its value.
@@ -111,7 +123,12 @@ impl Writer {
 
     /// Adds a tensor with its data.
     pub fn tensor(mut self, name: &str, ty: TensorType, dims: &[u64], data: Vec<u8>) -> Self {
-        self.tensors.push(WriterTensor { name: name.into(), dims: dims.to_vec(), type_id: ty as u32, data });
+        self.tensors.push(WriterTensor {
+            name: name.into(),
+            dims: dims.to_vec(),
+            type_id: ty as u32,
+            data,
+        });
         self
     }
 

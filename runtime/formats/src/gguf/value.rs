@@ -71,12 +71,20 @@ impl Value {
 
     /// Returns the string; `None` for any other kind.
     pub fn as_str(&self) -> Option<&str> {
-        if let Value::Str(s) = self { Some(s) } else { None }
+        if let Value::Str(s) = self {
+            Some(s)
+        } else {
+            None
+        }
     }
 
     /// Returns the array; `None` for any other kind.
     pub fn as_array(&self) -> Option<&ArrayValue> {
-        if let Value::Array(a) = self { Some(a) } else { None }
+        if let Value::Array(a) = self {
+            Some(a)
+        } else {
+            None
+        }
     }
 
     /// Returns the kind of the value and, where it is short, the value: `u32 5`, `array of 3
@@ -161,7 +169,9 @@ impl ArrayValue {
             ArrayValue::I32(v) => all(v),
             ArrayValue::U64(v) => all(v),
             ArrayValue::I64(v) => all(v),
-            ArrayValue::F32(_) | ArrayValue::F64(_) | ArrayValue::Bool(_) | ArrayValue::Str(_) => None,
+            ArrayValue::F32(_) | ArrayValue::F64(_) | ArrayValue::Bool(_) | ArrayValue::Str(_) => {
+                None
+            }
         }
     }
 

@@ -55,15 +55,31 @@ impl Draft {
     ///
     /// # Errors
     /// When its rows are no whole blocks of the type, or it is too large.
-    pub fn tensor(&mut self, name: impl Into<String>, ty: TensorType, dims: &[u64]) -> Result<(), BadTensor> {
+    pub fn tensor(
+        &mut self,
+        name: impl Into<String>,
+        ty: TensorType,
+        dims: &[u64],
+    ) -> Result<(), BadTensor> {
         let rows = dims.iter().skip(1).try_fold(1u64, |n, d| n.checked_mul(*d));
         let row = dims.first().and_then(|values| ty.row_bytes(*values));
         let n_bytes = row.zip(rows).and_then(|(row, rows)| row.checked_mul(rows));
-        let end = n_bytes.and_then(|n| self.data_bytes.checked_add(n)?.checked_next_multiple_of(ALIGNMENT));
+        let end = n_bytes.and_then(|n| {
+            self.data_bytes
+                .checked_add(n)?
+                .checked_next_multiple_of(ALIGNMENT)
+        });
         let (name, dims) = (name.into(), dims.to_vec());
-        let Some((n_bytes, end)) = n_bytes.zip(end) else { return Err(BadTensor { name, ty, dims }) };
+        let Some((n_bytes, end)) = n_bytes.zip(end) else {
+            return Err(BadTensor { name, ty, dims });
+        };
         self.data_bytes = end;
-        self.tensors.push(DraftTensor { name, ty, dims, n_bytes });
+        self.tensors.push(DraftTensor {
+            name,
+            ty,
+            dims,
+            n_bytes,
+        });
         Ok(())
     }
 
@@ -74,7 +90,9 @@ impl Draft {
 
     /// Returns the bytes of the file.
     pub fn file_bytes(&self) -> u64 {
-        (self.header().len() as u64).next_multiple_of(ALIGNMENT).saturating_add(self.data_bytes)
+        (self.header().len() as u64)
+            .next_multiple_of(ALIGNMENT)
+            .saturating_add(self.data_bytes)
     }
 
     fn header(&self) -> Vec<u8> {
@@ -112,11 +130,16 @@ impl Draft {
         header.resize(header.len().next_multiple_of(ALIGNMENT as usize), 0);
         out.write_all(&header)?;
         for tensor in &self.tensors {
-            let mut room = Room { out: &mut *out, left: tensor.n_bytes };
+            let mut room = Room {
+                out: &mut *out,
+                left: tensor.n_bytes,
+            };
             fill(tensor, &mut room)?;
             if room.left > 0 {
                 let (name, left) = (&tensor.name, room.left);
-                return Err(io::Error::other(format!("the last {left} bytes of tensor '{name}' were not written")));
+                return Err(io::Error::other(format!(
+                    "the last {left} bytes of tensor '{name}' were not written"
+                )));
             }
             let padding = tensor.n_bytes.next_multiple_of(ALIGNMENT) - tensor.n_bytes;
             out.write_all(&[0; ALIGNMENT as usize][..padding as usize])?;
@@ -186,7 +209,12 @@ pub(super) fn put_value(out: &mut Vec<u8>, value: &Value) {
 }
 
 fn put_array(out: &mut Vec<u8>, array: &ArrayValue) {
-    fn all<T: Copy, const N: usize>(out: &mut Vec<u8>, kind: u32, items: &[T], to: impl Fn(T) -> [u8; N]) {
+    fn all<T: Copy, const N: usize>(
+        out: &mut Vec<u8>,
+        kind: u32,
+        items: &[T],
+        to: impl Fn(T) -> [u8; N],
+    ) {
         out.extend(kind.to_le_bytes());
         out.extend((items.len() as u64).to_le_bytes());
         items.iter().for_each(|&v| out.extend(to(v)));
@@ -224,7 +252,9 @@ mod tests {
             .key("some.count", Value::U32(7))
             .key("some.words", Value::Array(strings.clone()));
         draft.tensor("first", TensorType::F32, &[3]).unwrap();
-        draft.tensor("second", TensorType::Q4_0, &[64, 2, 3]).unwrap();
+        draft
+            .tensor("second", TensorType::Q4_0, &[64, 2, 3])
+            .unwrap();
         let mut bytes = Vec::new();
         let mut fill = |t: &DraftTensor, out: &mut dyn Write| {
             // In pieces, none of which is the whole.
@@ -240,9 +270,14 @@ mod tests {
         assert_eq!(gguf.get("some.count"), Some(&Value::U32(7)));
         assert_eq!(gguf.get("some.words"), Some(&Value::Array(strings)));
         for (tensor, draft) in gguf.tensors().iter().zip(draft.tensors()) {
-            assert_eq!((&tensor.name, tensor.ty, &tensor.n_bytes), (&draft.name, draft.ty, &draft.n_bytes));
+            assert_eq!(
+                (&tensor.name, tensor.ty, &tensor.n_bytes),
+                (&draft.name, draft.ty, &draft.n_bytes)
+            );
             let first = tensor.name.len() as u8;
-            let expected: Vec<u8> = (0..tensor.n_bytes).map(|i| first.wrapping_add(i as u8)).collect();
+            let expected: Vec<u8> = (0..tensor.n_bytes)
+                .map(|i| first.wrapping_add(i as u8))
+                .collect();
             assert_eq!(gguf.bytes(tensor), expected);
         }
         assert_eq!(gguf.tensors().len(), 2);
@@ -251,14 +286,25 @@ mod tests {
     #[test]
     fn tensors_that_are_none_and_fills_that_do_not_fit_are_errors() {
         let mut draft = Draft::default();
-        let why = draft.tensor("odd", TensorType::Q4_K, &[255, 2]).unwrap_err().to_string();
-        assert!(why.contains("'odd'") && why.contains("blocks of 256"), "{why}");
-        draft.tensor("large", TensorType::F32, &[1 << 40, 1 << 40]).unwrap_err();
+        let why = draft
+            .tensor("odd", TensorType::Q4_K, &[255, 2])
+            .unwrap_err()
+            .to_string();
+        assert!(
+            why.contains("'odd'") && why.contains("blocks of 256"),
+            "{why}"
+        );
+        draft
+            .tensor("large", TensorType::F32, &[1 << 40, 1 << 40])
+            .unwrap_err();
         draft.tensor("none", TensorType::F32, &[]).unwrap_err();
         draft.tensor("right", TensorType::F32, &[2]).unwrap();
         for (len, word) in [(9, "room for"), (7, "were not written")] {
             let mut fill = |_: &DraftTensor, out: &mut dyn Write| out.write_all(&vec![0; len]);
-            let why = draft.write(&mut Vec::new(), &mut fill).unwrap_err().to_string();
+            let why = draft
+                .write(&mut Vec::new(), &mut fill)
+                .unwrap_err()
+                .to_string();
             assert!(why.contains(word), "{why}");
         }
     }

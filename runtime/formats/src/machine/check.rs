@@ -33,7 +33,10 @@ impl Machine {
 impl Extras {
     fn check(&self) -> Result<(), String> {
         if !(self.efficiency > 0.0 && self.efficiency <= 1.0) {
-            return Err(format!("efficiency is {}, but must be above 0 and at most 1", self.efficiency));
+            return Err(format!(
+                "efficiency is {}, but must be above 0 and at most 1",
+                self.efficiency
+            ));
         }
         if let Some(rate) = self.load_gbps {
             check_rate("load_gbps", rate, GBPS)?;
@@ -45,7 +48,11 @@ impl Extras {
             check_amount(&format!("usd_per_gb of tier '{tier}'"), *price)?;
         }
         for (tier, rate) in &self.prompt_gflops {
-            check_rate(&format!("prompt_gflops of tier '{tier}'"), *rate, "10^9 floating-point operations per second")?;
+            check_rate(
+                &format!("prompt_gflops of tier '{tier}'"),
+                *rate,
+                "10^9 floating-point operations per second",
+            )?;
         }
         for (tier, link) in &self.links {
             for (key, rate) in link.rates() {
@@ -64,7 +71,10 @@ impl Accelerator {
     fn check(&self, tier: &Tier) -> Result<(), String> {
         let name = &tier.name;
         if let Some((key, _)) = self.keys().next().filter(|_| tier.medium() != Medium::Gpu) {
-            return Err(format!("tier '{name}' is of kind \"{}\": only VRAM has {key}; leave it out", tier.kind));
+            return Err(format!(
+                "tier '{name}' is of kind \"{}\": only VRAM has {key}; leave it out",
+                tier.kind
+            ));
         }
         for (key, time) in self.keys().filter(|(key, _)| *key != "link_gbps") {
             check_amount(&format!("{key} of tier '{name}'"), time)?;
@@ -75,7 +85,11 @@ impl Accelerator {
             }
         }
         match self.link_gbps {
-            Some(rate) => Ok(check_rate(&format!("link_gbps of tier '{name}'"), rate, GBPS)?),
+            Some(rate) => Ok(check_rate(
+                &format!("link_gbps of tier '{name}'"),
+                rate,
+                GBPS,
+            )?),
             None => Ok(()),
         }
     }
@@ -91,10 +105,14 @@ pub(crate) fn check_tiers<'a>(tiers: impl Iterator<Item = &'a Tier>) -> Result<(
         let name = &tier.name;
         check_name(name)?;
         if !names.insert(name.as_str()) {
-            return Err(format!("two tiers are named '{name}'; give each its own name"));
+            return Err(format!(
+                "two tiers are named '{name}'; give each its own name"
+            ));
         }
         if names.len() > MAX_TIERS {
-            return Err(format!("more than {MAX_TIERS} tiers; merge those of like speed"));
+            return Err(format!(
+                "more than {MAX_TIERS} tiers; merge those of like speed"
+            ));
         }
         check_tier(tier)?;
         if tier.kind == TierKind::Dram {
@@ -103,7 +121,10 @@ pub(crate) fn check_tiers<'a>(tiers: impl Iterator<Item = &'a Tier>) -> Result<(
         if let Some(unit) = tier.unit_key()
             && let Some(other) = units.insert(unit, name)
         {
-            return Err(format!("tiers '{other}' and '{name}' both have {} {}; merge them", unit.0, unit.1));
+            return Err(format!(
+                "tiers '{other}' and '{name}' both have {} {}; merge them",
+                unit.0, unit.1
+            ));
         }
         last = Some(tier);
     }
@@ -128,25 +149,37 @@ fn check_name(name: &str) -> Result<(), String> {
     if (1..=64).contains(&name.len()) && name.bytes().all(known) {
         return Ok(());
     }
-    Err(format!("tier name {} must be 1 to 64 letters, digits, '-' or '_'", quote(name)))
+    Err(format!(
+        "tier name {} must be 1 to 64 letters, digits, '-' or '_'",
+        quote(name)
+    ))
 }
 
 /// Checks the numbers of one tier.
 fn check_tier(tier: &Tier) -> Result<(), String> {
     let name = &tier.name;
     if tier.capacity_bytes == 0 {
-        return Err(format!("tier '{name}' has a capacity of 0; leave the tier out"));
+        return Err(format!(
+            "tier '{name}' has a capacity of 0; leave the tier out"
+        ));
     }
-    check_bytes(&format!("the capacity of tier '{name}'"), tier.capacity_bytes)?;
+    check_bytes(
+        &format!("the capacity of tier '{name}'"),
+        tier.capacity_bytes,
+    )?;
     check_rate(&format!("read_gbps of tier '{name}'"), tier.read_gbps, GBPS)?;
     check_amount(&format!("latency_us of tier '{name}'"), tier.latency_us)?;
     tier.accelerator.check(tier)?;
     if let Some((key, number)) = tier.unit_key() {
         if tier.medium() == Medium::Drive {
-            return Err(format!("tier '{name}' is a block device, which has no {key}; leave the line out"));
+            return Err(format!(
+                "tier '{name}' is a block device, which has no {key}; leave the line out"
+            ));
         }
         if number > MAX_UNIT {
-            return Err(format!("{key} of tier '{name}' is {number}, but {MAX_UNIT} is the most"));
+            return Err(format!(
+                "{key} of tier '{name}' is {number}, but {MAX_UNIT} is the most"
+            ));
         }
     }
     Ok(())
@@ -156,7 +189,10 @@ fn check_tier(tier: &Tier) -> Result<(), String> {
 fn check_drams(drams: &[&Tier]) -> Result<(), String> {
     match drams {
         [_] => Ok(()),
-        [] => Err("no tier of kind \"dram\"; add the main memory, where the rest of the program works".into()),
+        [] => Err(
+            "no tier of kind \"dram\"; add the main memory, where the rest of the program works"
+                .into(),
+        ),
         [first, second, ..] => match drams.iter().find(|t| t.unit.is_none()) {
             Some(without) => Err(format!(
                 "tiers '{}' and '{}' are both of kind \"dram\", and '{}' does not say which NUMA node it is; there can be \

@@ -11,23 +11,46 @@ use std::fmt;
 /// Reads the machine that a text says, without its identity; its numbers are still to be checked.
 pub(super) fn decode(text: &str) -> Result<Machine, String> {
     let wire: WireMachine = toml::from_str(text).map_err(|e| toml_words(text, &e))?;
-    if wire.version < 2 && (wire.calibration.is_some() || wire.tier.iter().any(|t| t.prompt_gflops.is_some())) {
+    if wire.version < 2
+        && (wire.calibration.is_some() || wire.tier.iter().any(|t| t.prompt_gflops.is_some()))
+    {
         let what = "prompt_gflops and calibration are keys of version 2; write `version = 2`, or leave them out";
         return Err(what.into());
     }
-    if wire.version < 3 && (wire.watts_source.is_some() || wire.tier.iter().any(|t| t.link.is_some())) {
-        let what = "watts_source and link are keys of version 3; write `version = 3`, or leave them out";
+    if wire.version < 3
+        && (wire.watts_source.is_some() || wire.tier.iter().any(|t| t.link.is_some()))
+    {
+        let what =
+            "watts_source and link are keys of version 3; write `version = 3`, or leave them out";
         return Err(what.into());
     }
     for tier in &wire.tier {
-        check_unit(&tier.name, tier.kind.into(), tier.node, tier.device, (wire.version, 3))?;
+        check_unit(
+            &tier.name,
+            tier.kind.into(),
+            tier.node,
+            tier.device,
+            (wire.version, 3),
+        )?;
         tier.accelerator().check_version((wire.version, 4))?;
     }
-    let links = wire.tier.iter().filter_map(|t| Some((t.name.clone(), Link::from(t.link?))));
-    let prices = wire.tier.iter().filter_map(|t| Some((t.name.clone(), t.usd_per_gb?)));
-    let products = wire.tier.iter().filter_map(|t| Some((t.name.clone(), t.prompt_gflops?)));
+    let links = wire
+        .tier
+        .iter()
+        .filter_map(|t| Some((t.name.clone(), Link::from(t.link?))));
+    let prices = wire
+        .tier
+        .iter()
+        .filter_map(|t| Some((t.name.clone(), t.usd_per_gb?)));
+    let products = wire
+        .tier
+        .iter()
+        .filter_map(|t| Some((t.name.clone(), t.prompt_gflops?)));
     Ok(Machine {
-        id: SourceId { name: wire.name.clone(), hash: String::new() },
+        id: SourceId {
+            name: wire.name.clone(),
+            hash: String::new(),
+        },
         extras: Extras {
             efficiency: wire.efficiency.unwrap_or(1.0),
             load_gbps: wire.load_gbps,
@@ -56,15 +79,25 @@ pub(crate) fn check_unit(
     device: Option<u32>,
     (version, from): (u64, u64),
 ) -> Result<(), String> {
-    let (key, other) = if kind == TierKind::Vram { ("device", node) } else { ("node", device) };
+    let (key, other) = if kind == TierKind::Vram {
+        ("device", node)
+    } else {
+        ("node", device)
+    };
     if other.is_some() {
         return Err(format!(
             "tier '{tier}' is of kind \"{kind}\": which one it is says `{key}`, the number of {}",
-            if kind == TierKind::Vram { "the GPU" } else { "the NUMA node" }
+            if kind == TierKind::Vram {
+                "the GPU"
+            } else {
+                "the NUMA node"
+            }
         ));
     }
     if (node.is_some() || device.is_some()) && version < from {
-        return Err(format!("{key} is a key of version {from}; write `version = {from}`, or leave it out"));
+        return Err(format!(
+            "{key} is a key of version {from}; write `version = {from}`, or leave it out"
+        ));
     }
     Ok(())
 }
@@ -124,8 +157,18 @@ impl From<WireLink> for Link {
 
 impl From<WireCalibration> for Calibration {
     fn from(wire: WireCalibration) -> Calibration {
-        let WireCalibration { when, records, error_before, error_after } = wire;
-        Calibration { when, records, error_before, error_after }
+        let WireCalibration {
+            when,
+            records,
+            error_before,
+            error_after,
+        } = wire;
+        Calibration {
+            when,
+            records,
+            error_before,
+            error_after,
+        }
     }
 }
 
@@ -153,8 +196,17 @@ struct WireTier {
 
 impl WireTier {
     fn accelerator(&self) -> Accelerator {
-        let &WireTier { link_gbps, layer_us, resident_layer_us, .. } = self;
-        Accelerator { link_gbps, layer_us, resident_layer_us }
+        let &WireTier {
+            link_gbps,
+            layer_us,
+            resident_layer_us,
+            ..
+        } = self;
+        Accelerator {
+            link_gbps,
+            layer_us,
+            resident_layer_us,
+        }
     }
 
     fn into_tier(self) -> Tier {

@@ -8,11 +8,21 @@ impl Machine {
     /// Encodes the file as text. The identity is not written: it is the hash of this text.
     pub fn encode(&self) -> String {
         let mut out = String::new();
-        out.push_str(&format!("format = {}\nversion = {}\n", quote(MACHINE.format), self.version()));
+        out.push_str(&format!(
+            "format = {}\nversion = {}\n",
+            quote(MACHINE.format),
+            self.version()
+        ));
         out.push_str(&format!("name = {}\n", quote(&self.name)));
         out.push_str(&format!("description = {}\n", quote(&self.description)));
-        out.push_str(&format!("layer_overhead_us = {}\n", float(self.layer_overhead_us)));
-        out.push_str(&format!("token_overhead_us = {}\n", float(self.token_overhead_us)));
+        out.push_str(&format!(
+            "layer_overhead_us = {}\n",
+            float(self.layer_overhead_us)
+        ));
+        out.push_str(&format!(
+            "token_overhead_us = {}\n",
+            float(self.token_overhead_us)
+        ));
         let extras = &self.extras;
         let efficiency = (extras.efficiency != 1.0).then_some(extras.efficiency);
         for (key, value) in [
@@ -29,12 +39,23 @@ impl Machine {
             out.push_str(&format!("watts_source = {}\n", quote(source)));
         }
         if let Some(calibration) = &extras.calibration {
-            out.push_str(&format!("\n[calibration]\nwhen = {}\n", quote(&calibration.when)));
+            out.push_str(&format!(
+                "\n[calibration]\nwhen = {}\n",
+                quote(&calibration.when)
+            ));
             out.push_str(&format!("records = {}\n", calibration.records));
-            out.push_str(&format!("error_before = {}\n", float(calibration.error_before)));
-            out.push_str(&format!("error_after = {}\n", float(calibration.error_after)));
+            out.push_str(&format!(
+                "error_before = {}\n",
+                float(calibration.error_before)
+            ));
+            out.push_str(&format!(
+                "error_after = {}\n",
+                float(calibration.error_after)
+            ));
         }
-        self.tiers.iter().for_each(|tier| encode_tier(tier, &self.extras, &mut out));
+        self.tiers
+            .iter()
+            .for_each(|tier| encode_tier(tier, &self.extras, &mut out));
         out
     }
 
@@ -43,7 +64,13 @@ impl Machine {
         let extras = &self.extras;
         let units = self.tiers.iter().any(|t| t.unit.is_some());
         match () {
-            () if self.tiers.iter().any(|t| t.accelerator != Accelerator::default()) => 4,
+            () if self
+                .tiers
+                .iter()
+                .any(|t| t.accelerator != Accelerator::default()) =>
+            {
+                4
+            }
             () if units || !extras.links.is_empty() || extras.watts_source.is_some() => 3,
             () if extras.prompt_gflops.is_empty() && extras.calibration.is_none() => 1,
             () => 2,
@@ -55,7 +82,10 @@ fn encode_tier(tier: &Tier, extras: &Extras, out: &mut String) {
     out.push_str("\n[[tier]]\n");
     out.push_str(&format!("name = {}\n", quote(&tier.name)));
     out.push_str(&format!("kind = {}\n", quote(tier.kind.as_str())));
-    out.push_str(&format!("capacity = {}\n", show_capacity(tier.capacity_bytes)));
+    out.push_str(&format!(
+        "capacity = {}\n",
+        show_capacity(tier.capacity_bytes)
+    ));
     out.push_str(&format!("read_gbps = {}\n", float(tier.read_gbps)));
     out.push_str(&format!("latency_us = {}\n", float(tier.latency_us)));
     out.push_str(&format!("emulated = {}\n", tier.emulated));
@@ -72,7 +102,9 @@ fn encode_tier(tier: &Tier, extras: &Extras, out: &mut String) {
         out.push_str(&format!("prompt_gflops = {}\n", float(*rate)));
     }
     if let Some(link) = extras.links.get(&tier.name) {
-        let rates = link.rates().map(|(key, rate)| format!("{key} = {}", float(rate)));
+        let rates = link
+            .rates()
+            .map(|(key, rate)| format!("{key} = {}", float(rate)));
         out.push_str(&format!("link = {{ {} }}\n", rates.join(", ")));
     }
     out.push_str(&format!("source = {}\n", quote(&tier.source)));

@@ -2,7 +2,9 @@
 
 use super::source::Source;
 use super::spec::ModelSpec;
-use super::{ModelError, deepseek2, glm4moe, gpt_oss, llama, minimax_m2, olmoe, qwen2moe, qwen3, qwen3next};
+use super::{
+    ModelError, deepseek2, glm4moe, gpt_oss, llama, minimax_m2, olmoe, qwen2moe, qwen3, qwen3next,
+};
 use crate::gguf::Gguf;
 
 type Describe = fn(&Source<'_>) -> Result<ModelSpec, ModelError>;
@@ -37,6 +39,8 @@ pub fn describe(gguf: &Gguf) -> Result<ModelSpec, ModelError> {
     let arch = gguf.str("general.architecture")?;
     match ARCHITECTURES.iter().find(|(name, _)| *name == arch) {
         Some((_, describe)) => describe(&Source::new(gguf, arch)),
-        None => Err(ModelError::Architecture { found: arch.to_string() }),
+        None => Err(ModelError::Architecture {
+            found: arch.to_string(),
+        }),
     }
 }

@@ -3,8 +3,8 @@
 use super::ModelError;
 use super::source::Source;
 use super::spec::{
-    Activation, GateUp, Gating, GqaSpec, Groups, LayerSpec, Linear, Mixer, ModelSpec, MoeSpec, NormSpan, QkNorm,
-    RopeKind, SharedSpec,
+    Activation, GateUp, Gating, GqaSpec, Groups, LayerSpec, Linear, Mixer, ModelSpec, MoeSpec,
+    NormSpan, QkNorm, RopeKind, SharedSpec,
 };
 
 /// Sizes that every architecture states in the same keys.
@@ -20,13 +20,19 @@ impl Common {
     pub(super) fn read(s: &Source<'_>) -> Result<Self, ModelError> {
         let n_block = s.dim("block_count")?;
         if n_block > 4096 {
-            return Err(s.bad("block_count", format!("{n_block} layers; expected at most 4096")));
+            return Err(s.bad(
+                "block_count",
+                format!("{n_block} layers; expected at most 4096"),
+            ));
         }
         // Blocks at the end that predict tokens further ahead are counted, but are no part of the
         // network proper.
         let ahead = s.opt_count("nextn_predict_layers")? as usize;
         let Some(n_layer) = n_block.checked_sub(ahead).filter(|n| *n > 0) else {
-            return Err(s.bad("nextn_predict_layers", format!("{ahead} of {n_block} blocks leave no layer")));
+            return Err(s.bad(
+                "nextn_predict_layers",
+                format!("{ahead} of {n_block} blocks leave no layer"),
+            ));
         };
         Ok(Self {
             n_layer,
@@ -38,7 +44,11 @@ impl Common {
 
     /// Wraps layers into a model with the embedding, the last norm and the head (tied where the
     /// file has none).
-    pub(super) fn model(self, s: &Source<'_>, layers: Vec<LayerSpec>) -> Result<ModelSpec, ModelError> {
+    pub(super) fn model(
+        self,
+        s: &Source<'_>,
+        layers: Vec<LayerSpec>,
+    ) -> Result<ModelSpec, ModelError> {
         let (embedding, n_vocab) = s.embedding(self.hidden)?;
         Ok(ModelSpec {
             arch: s.arch().to_string(),
@@ -48,7 +58,9 @@ impl Common {
             norm_eps: self.norm_eps,
             embedding,
             output_norm: s.vector("output_norm.weight", self.hidden)?,
-            output: s.opt_tensor("output.weight", &[self.hidden, n_vocab])?.unwrap_or(embedding),
+            output: s
+                .opt_tensor("output.weight", &[self.hidden, n_vocab])?
+                .unwrap_or(embedding),
             layers,
         })
     }
@@ -81,10 +93,17 @@ pub(super) fn gqa_spec(
         let what = format!("{n_head_kv} does not divide the {n_head} query heads");
         return Err(s.bad("attention.head_count_kv", what));
     }
-    let key_dim = s.opt_dim("attention.key_length")?.unwrap_or(hidden / n_head);
-    let value_dim = s.opt_dim("attention.value_length")?.unwrap_or(hidden / n_head);
+    let key_dim = s
+        .opt_dim("attention.key_length")?
+        .unwrap_or(hidden / n_head);
+    let value_dim = s
+        .opt_dim("attention.value_length")?
+        .unwrap_or(hidden / n_head);
     if key_dim == 0 || value_dim == 0 {
-        return Err(s.bad("attention.head_count", format!("{n_head} heads leave no width of {hidden} to each")));
+        return Err(s.bad(
+            "attention.head_count",
+            format!("{n_head} heads leave no width of {hidden} to each"),
+        ));
     }
     let p = format!("blk.{layer}");
     let qk_norm = match qk_norm {
@@ -95,10 +114,19 @@ pub(super) fn gqa_spec(
                 NormSpan::Full => (n_head * key_dim, n_head_kv * key_dim),
             };
             let q = s.vector(&format!("{p}.attn_q_norm.weight"), q_len)?;
-            Some(QkNorm { q, k: s.vector(&format!("{p}.attn_k_norm.weight"), k_len)?, span })
+            Some(QkNorm {
+                q,
+                k: s.vector(&format!("{p}.attn_k_norm.weight"), k_len)?,
+                span,
+            })
         }
     };
-    let [q, k, v] = qkv(s, &p, hidden, [n_head * key_dim, n_head_kv * key_dim, n_head_kv * value_dim])?;
+    let [q, k, v] = qkv(
+        s,
+        &p,
+        hidden,
+        [n_head * key_dim, n_head_kv * key_dim, n_head_kv * value_dim],
+    )?;
     // A scale of zero stands for the usual one.
     let scale = Some(s.f32_or("attention.scale", 0.0)?).filter(|scale| *scale != 0.0);
     Ok(GqaSpec {
@@ -121,12 +149,21 @@ pub(super) fn gqa_spec(
 
 /// Returns the matrices of queries, keys and values: three tensors, or one with their rows in this
 /// order.
-pub(super) fn qkv(s: &Source<'_>, prefix: &str, hidden: usize, rows: [usize; 3]) -> Result<[Linear; 3], ModelError> {
+pub(super) fn qkv(
+    s: &Source<'_>,
+    prefix: &str,
+    hidden: usize,
+    rows: [usize; 3],
+) -> Result<[Linear; 3], ModelError> {
     let names = ["attn_q", "attn_k", "attn_v"];
     let fused_name = format!("{prefix}.attn_qkv");
     if !s.has_tensor(&format!("{fused_name}.weight")) {
         let [q, k, v] = names.map(|name| format!("{prefix}.{name}"));
-        return Ok([s.linear(&q, hidden, rows[0])?, s.linear(&k, hidden, rows[1])?, s.linear(&v, hidden, rows[2])?]);
+        return Ok([
+            s.linear(&q, hidden, rows[0])?,
+            s.linear(&k, hidden, rows[1])?,
+            s.linear(&v, hidden, rows[2])?,
+        ]);
     }
     let fused = s.linear(&fused_name, hidden, rows.iter().sum())?;
     // A fused weight may have its biases apart; they count only where all three are there.
@@ -141,7 +178,12 @@ pub(super) fn qkv(s: &Source<'_>, prefix: &str, hidden: usize, rows: [usize; 3])
     }
     let mut first_row = 0;
     Ok([0, 1, 2].map(|i| {
-        let part = Linear { bias: fused.bias.or(apart[i]), n_out: rows[i], first_row, ..fused };
+        let part = Linear {
+            bias: fused.bias.or(apart[i]),
+            n_out: rows[i],
+            first_row,
+            ..fused
+        };
         first_row += rows[i];
         part
     }))
@@ -159,9 +201,15 @@ pub(super) struct Heads {
 /// Reads the heads of every layer, `[n_layer]`.
 pub(super) fn heads(s: &Source<'_>, n_layer: usize) -> Result<Vec<Heads>, ModelError> {
     let q = s.dim_per_layer("attention.head_count", n_layer)?;
-    let kv =
-        if s.has("attention.head_count_kv") { s.dim_per_layer("attention.head_count_kv", n_layer)? } else { q.clone() };
-    Ok(q.into_iter().zip(kv).map(|(n_head, n_head_kv)| Heads { n_head, n_head_kv }).collect())
+    let kv = if s.has("attention.head_count_kv") {
+        s.dim_per_layer("attention.head_count_kv", n_layer)?
+    } else {
+        q.clone()
+    };
+    Ok(q.into_iter()
+        .zip(kv)
+        .map(|(n_head, n_head_kv)| Heads { n_head, n_head_kv })
+        .collect())
 }
 
 /// A property of an architecture's routing: the same in every file, or a key of the file.
@@ -212,27 +260,44 @@ impl MoeOptions {
 
 /// Describes the routed experts of a layer. Biases, a selection bias, expert groups, and a fused
 /// gate and up are taken as the file has them.
-pub(super) fn moe(s: &Source<'_>, layer: usize, hidden: usize, options: &MoeOptions) -> Result<MoeSpec, ModelError> {
+pub(super) fn moe(
+    s: &Source<'_>,
+    layer: usize,
+    hidden: usize,
+    options: &MoeOptions,
+) -> Result<MoeSpec, ModelError> {
     let n_expert = s.dim("expert_count")?;
     if n_expert > 65_535 {
-        return Err(s.bad("expert_count", format!("{n_expert}; expected at most 65535")));
+        return Err(s.bad(
+            "expert_count",
+            format!("{n_expert}; expected at most 65535"),
+        ));
     }
     let used = s.dim_per_layer("expert_used_count", layer + 1)?;
     let n_used = used[layer];
     if n_used > n_expert {
-        return Err(s.bad("expert_used_count", format!("{n_used} of {n_expert} experts")));
+        return Err(s.bad(
+            "expert_used_count",
+            format!("{n_used} of {n_expert} experts"),
+        ));
     }
     if let Some(other) = used.iter().find(|n| **n != n_used) {
-        let what = format!("{other} and {n_used} experts in different layers; supported: the same in every layer");
+        let what = format!(
+            "{other} and {n_used} experts in different layers; supported: the same in every layer"
+        );
         return Err(s.bad("expert_used_count", what));
     }
     let width = options.expert_ffn;
     let p = format!("blk.{layer}");
-    let stacked = |name: &str, n_in, n_out| s.expert_linear(&format!("{p}.{name}"), n_in, n_out, n_expert);
+    let stacked =
+        |name: &str, n_in, n_out| s.expert_linear(&format!("{p}.{name}"), n_in, n_out, n_expert);
     let gate_up = if s.has_tensor(&format!("{p}.ffn_gate_up_exps.weight")) {
         GateUp::Fused(stacked("ffn_gate_up_exps", hidden, 2 * width)?)
     } else {
-        GateUp::Split { gate: stacked("ffn_gate_exps", hidden, width)?, up: stacked("ffn_up_exps", hidden, width)? }
+        GateUp::Split {
+            gate: stacked("ffn_gate_exps", hidden, width)?,
+            up: stacked("ffn_up_exps", hidden, width)?,
+        }
     };
     Ok(MoeSpec {
         router: s.linear(&format!("{p}.ffn_gate_inp"), hidden, n_expert)?,
@@ -247,15 +312,19 @@ pub(super) fn moe(s: &Source<'_>, layer: usize, hidden: usize, options: &MoeOpti
         },
         scale: match options.scale {
             Setting::Always(scale) => scale,
-            Setting::Default(scale) => {
-                Some(s.f32_or("expert_weights_scale", scale)?).filter(|s| *s != 0.0).unwrap_or(1.0)
-            }
+            Setting::Default(scale) => Some(s.f32_or("expert_weights_scale", scale)?)
+                .filter(|s| *s != 0.0)
+                .unwrap_or(1.0),
         },
         expert_ffn: width,
         activation: options.activation,
         gate_up,
         down: stacked("ffn_down_exps", width, hidden)?,
-        shared: options.shared.as_ref().map(|shared| shared_expert(s, layer, hidden, shared)).transpose()?,
+        shared: options
+            .shared
+            .as_ref()
+            .map(|shared| shared_expert(s, layer, hidden, shared))
+            .transpose()?,
     })
 }
 
@@ -282,22 +351,39 @@ fn groups(s: &Source<'_>, n_expert: usize, n_used: usize) -> Result<Option<Group
         return Ok(None);
     }
     if !n_expert.is_multiple_of(n_group) || n_expert / n_group < 2 {
-        let what = format!("{n_group} groups of {n_expert} experts; expected a divisor that leaves at least 2 to each");
+        let what = format!(
+            "{n_group} groups of {n_expert} experts; expected a divisor that leaves at least 2 to each"
+        );
         return Err(s.bad("expert_group_count", what));
     }
     let name = "expert_group_used_count";
     let n_kept = s.dim(name)?;
     if n_kept > n_group || n_kept * (n_expert / n_group) < n_used {
-        let what = format!("{n_kept} of {n_group} groups; a token uses {n_used} of {n_expert} experts");
+        let what =
+            format!("{n_kept} of {n_group} groups; a token uses {n_used} of {n_expert} experts");
         return Err(s.bad(name, what));
     }
-    Ok((n_kept < n_group).then_some(Groups { n: n_group, kept: n_kept }))
+    Ok((n_kept < n_group).then_some(Groups {
+        n: n_group,
+        kept: n_kept,
+    }))
 }
 
-fn shared_expert(s: &Source<'_>, layer: usize, hidden: usize, shared: &Shared) -> Result<SharedSpec, ModelError> {
-    let gate =
-        if shared.gated { Some(s.vector(&format!("blk.{layer}.ffn_gate_inp_shexp.weight"), hidden)?) } else { None };
-    Ok(SharedSpec { ffn: s.named_ffn(layer, "_shexp", hidden, shared.ffn)?, gate })
+fn shared_expert(
+    s: &Source<'_>,
+    layer: usize,
+    hidden: usize,
+    shared: &Shared,
+) -> Result<SharedSpec, ModelError> {
+    let gate = if shared.gated {
+        Some(s.vector(&format!("blk.{layer}.ffn_gate_inp_shexp.weight"), hidden)?)
+    } else {
+        None
+    };
+    Ok(SharedSpec {
+        ffn: s.named_ffn(layer, "_shexp", hidden, shared.ffn)?,
+        gate,
+    })
 }
 
 /// Reads the inner width of routed experts by layer: from its own key, or as `feed_forward_length`
@@ -311,13 +397,19 @@ pub(super) fn expert_widths(s: &Source<'_>, n_layer: usize) -> Result<Vec<usize>
     let all = s.dim_per_layer("feed_forward_length", n_layer)?;
     let widths: Vec<usize> = all.iter().zip(used).map(|(ffn, used)| ffn / used).collect();
     if widths.contains(&0) {
-        return Err(s.bad(name, "is missing, and feed_forward_length leaves no width to an expert"));
+        return Err(s.bad(
+            name,
+            "is missing, and feed_forward_length leaves no width to an expert",
+        ));
     }
     Ok(widths)
 }
 
 /// Width of `expert_shared_count` experts of `expert_ffn` as one, or `None` where there are none.
-pub(super) fn shared_by_count(s: &Source<'_>, expert_ffn: usize) -> Result<Option<usize>, ModelError> {
+pub(super) fn shared_by_count(
+    s: &Source<'_>,
+    expert_ffn: usize,
+) -> Result<Option<usize>, ModelError> {
     let name = "expert_shared_count";
     match s.opt_count(name)? {
         0 => Ok(None),

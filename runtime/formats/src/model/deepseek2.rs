@@ -5,8 +5,8 @@ use super::ModelError;
 use super::blocks::{Common, MoeOptions, Setting, Shared, heads, moe};
 use super::source::Source;
 use super::spec::{
-    Activation, Ffn, Gating, KvUp, LayerSpec, LowRank, Mixer, MlaSpec, ModelSpec, RopeKind, RopeScaling, RopeSpec,
-    Temperature,
+    Activation, Ffn, Gating, KvUp, LayerSpec, LowRank, Mixer, MlaSpec, ModelSpec, RopeKind,
+    RopeScaling, RopeSpec, Temperature,
 };
 
 pub(super) fn describe(s: &Source<'_>) -> Result<ModelSpec, ModelError> {
@@ -15,9 +15,21 @@ pub(super) fn describe(s: &Source<'_>) -> Result<ModelSpec, ModelError> {
     let mla = Mla::read(s)?;
     let heads = heads(s, n_layer)?;
     let n_dense = s.opt_count("leading_dense_block_count")? as usize;
-    let n_dense = if s.opt_count("expert_count")? == 0 { n_layer } else { n_dense.min(n_layer) };
-    let dense = if n_dense > 0 { s.dim_per_layer("feed_forward_length", n_layer)? } else { Vec::new() };
-    let expert = if n_dense < n_layer { s.dim_per_layer("expert_feed_forward_length", n_layer)? } else { Vec::new() };
+    let n_dense = if s.opt_count("expert_count")? == 0 {
+        n_layer
+    } else {
+        n_dense.min(n_layer)
+    };
+    let dense = if n_dense > 0 {
+        s.dim_per_layer("feed_forward_length", n_layer)?
+    } else {
+        Vec::new()
+    };
+    let expert = if n_dense < n_layer {
+        s.dim_per_layer("expert_feed_forward_length", n_layer)?
+    } else {
+        Vec::new()
+    };
     let n_shared = s.opt_count("expert_shared_count")? as usize;
     let layers = (0..n_layer)
         .map(|i| {
@@ -28,8 +40,11 @@ pub(super) fn describe(s: &Source<'_>) -> Result<ModelSpec, ModelError> {
                 ffn: if i < n_dense {
                     Ffn::Dense(s.gated_ffn(i, hidden, dense[i])?)
                 } else {
-                    let ffn = expert[i].checked_mul(n_shared).filter(|width| *width <= MAX_SHARED_WIDTH);
-                    let ffn = ffn.ok_or_else(|| s.bad("expert_shared_count", format!("{n_shared}")))?;
+                    let ffn = expert[i]
+                        .checked_mul(n_shared)
+                        .filter(|width| *width <= MAX_SHARED_WIDTH);
+                    let ffn =
+                        ffn.ok_or_else(|| s.bad("expert_shared_count", format!("{n_shared}")))?;
                     let options = MoeOptions {
                         expert_ffn: expert[i],
                         gating: Setting::Default(default_gating(s, n_layer, hidden)?),
@@ -54,7 +69,11 @@ const MAX_SHARED_WIDTH: usize = 1 << 24;
 /// sigmoid.
 fn default_gating(s: &Source<'_>, n_layer: usize, hidden: usize) -> Result<Gating, ModelError> {
     let (_, n_vocab) = s.embedding(hidden)?;
-    Ok(if matches!(n_layer, 47 | 48) && n_vocab == 154_880 { Gating::Sigmoid } else { Gating::Softmax })
+    Ok(if matches!(n_layer, 47 | 48) && n_vocab == 154_880 {
+        Gating::Sigmoid
+    } else {
+        Gating::Softmax
+    })
 }
 
 /// Sizes of the attention, the same in every layer.
@@ -73,11 +92,18 @@ struct Mla {
 
 impl Mla {
     fn read(s: &Source<'_>) -> Result<Self, ModelError> {
-        let heads = (s.opt_dim("attention.key_length_mla")?, s.opt_dim("attention.value_length_mla")?);
+        let heads = (
+            s.opt_dim("attention.key_length_mla")?,
+            s.opt_dim("attention.value_length_mla")?,
+        );
         // Without those keys, the plain ones are of whole heads; with them, of what is cached.
         let (key_dim, value_dim, converted) = match heads {
             (Some(key), Some(value)) => (key, value, true),
-            _ => (s.dim("attention.key_length")?, s.dim("attention.value_length")?, false),
+            _ => (
+                s.dim("attention.key_length")?,
+                s.dim("attention.value_length")?,
+                false,
+            ),
         };
         let mut rope = s.rope(RopeKind::Adjacent, key_dim)?;
         if rope.dims >= key_dim {
@@ -96,7 +122,13 @@ impl Mla {
         })
     }
 
-    fn mixer(&self, s: &Source<'_>, layer: usize, hidden: usize, n_head: usize) -> Result<Mixer, ModelError> {
+    fn mixer(
+        &self,
+        s: &Source<'_>,
+        layer: usize,
+        hidden: usize,
+        n_head: usize,
+    ) -> Result<Mixer, ModelError> {
         let p = format!("blk.{layer}");
         let q_out = n_head * self.key_dim;
         // Small models of the family have one query matrix, and a rank in the metadata that means
@@ -107,7 +139,10 @@ impl Mla {
             let rank = s.dim("attention.q_lora_rank")?;
             let down = s.linear(&format!("{p}.attn_q_a"), hidden, rank)?;
             let norm = s.vector(&format!("{p}.attn_q_a_norm.weight"), rank)?;
-            (Some(LowRank { down, norm }), s.linear(&format!("{p}.attn_q_b"), rank, q_out)?)
+            (
+                Some(LowRank { down, norm }),
+                s.linear(&format!("{p}.attn_q_b"), rank, q_out)?,
+            )
         };
         Ok(Mixer::Mla(MlaSpec {
             n_head,
@@ -119,7 +154,11 @@ impl Mla {
             rope: self.rope.clone(),
             q_down,
             q,
-            kv_down: s.linear(&format!("{p}.attn_kv_a_mqa"), hidden, self.kv_rank + self.rope.dims)?,
+            kv_down: s.linear(
+                &format!("{p}.attn_kv_a_mqa"),
+                hidden,
+                self.kv_rank + self.rope.dims,
+            )?,
             kv_norm: s.vector(&format!("{p}.attn_kv_a_norm.weight"), self.kv_rank)?,
             kv_up: self.kv_up(s, &p, n_head)?,
             o: s.linear(&format!("{p}.attn_output"), n_head * self.value_dim, hidden)?,
@@ -127,18 +166,28 @@ impl Mla {
     }
 
     fn kv_up(&self, s: &Source<'_>, p: &str, n_head: usize) -> Result<KvUp, ModelError> {
-        let (k, v, fused) =
-            (format!("{p}.attn_k_b.weight"), format!("{p}.attn_v_b.weight"), format!("{p}.attn_kv_b.weight"));
+        let (k, v, fused) = (
+            format!("{p}.attn_k_b.weight"),
+            format!("{p}.attn_v_b.weight"),
+            format!("{p}.attn_kv_b.weight"),
+        );
         let nope_dim = self.key_dim - self.rope.dims;
         // Some files have both forms.
-        let split = if self.converted { s.has_tensor(&k) || !s.has_tensor(&fused) } else { !s.has_tensor(&fused) };
+        let split = if self.converted {
+            s.has_tensor(&k) || !s.has_tensor(&fused)
+        } else {
+            !s.has_tensor(&fused)
+        };
         if split {
             Ok(KvUp::Split {
                 k: s.tensor(&k, &[nope_dim, self.kv_rank, n_head])?,
                 v: s.tensor(&v, &[self.kv_rank, self.value_dim, n_head])?,
             })
         } else {
-            Ok(KvUp::Fused(s.tensor(&fused, &[self.kv_rank, n_head * (nope_dim + self.value_dim)])?))
+            Ok(KvUp::Fused(s.tensor(
+                &fused,
+                &[self.kv_rank, n_head * (nope_dim + self.value_dim)],
+            )?))
         }
     }
 }
@@ -154,7 +203,9 @@ fn scale(s: &Source<'_>, key_dim: usize, rope: &mut RopeSpec) -> Result<f32, Mod
     let sharpness = match rope.scaling {
         RopeScaling::None => rope.magnitude,
         // Written for YaRN, but the reference engine has no such condition.
-        RopeScaling::Linear(factor) => rope.magnitude * (1.0 + 0.1 * factor.ln()) * (1.0 + multiplier * factor.ln()),
+        RopeScaling::Linear(factor) => {
+            rope.magnitude * (1.0 + 0.1 * factor.ln()) * (1.0 + multiplier * factor.ln())
+        }
         RopeScaling::Yarn { factor, .. } => {
             if multiplier != 0.0 {
                 rope.magnitude = s.f32_or("rope.scaling.attn_factor", 1.0)?;
@@ -166,7 +217,10 @@ fn scale(s: &Source<'_>, key_dim: usize, rope: &mut RopeSpec) -> Result<f32, Mod
     if scale.is_finite() {
         Ok(scale)
     } else {
-        Err(s.bad(name, format!("{multiplier} makes the factor on attention scores {scale}")))
+        Err(s.bad(
+            name,
+            format!("{multiplier} makes the factor on attention scores {scale}"),
+        ))
     }
 }
 
@@ -175,5 +229,8 @@ fn temperature(s: &Source<'_>) -> Result<Option<Temperature>, ModelError> {
     if scale == 0.0 {
         return Ok(None);
     }
-    Ok(Some(Temperature { scale, length: s.dim("attention.temperature_length")? }))
+    Ok(Some(Temperature {
+        scale,
+        length: s.dim("attention.temperature_length")?,
+    }))
 }

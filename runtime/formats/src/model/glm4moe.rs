@@ -3,7 +3,9 @@
 //! norms of queries and keys in some models.
 
 use super::ModelError;
-use super::blocks::{Common, MoeOptions, Setting, Shared, expert_widths, gqa, heads, moe, shared_by_count};
+use super::blocks::{
+    Common, MoeOptions, Setting, Shared, expert_widths, gqa, heads, moe, shared_by_count,
+};
 use super::source::Source;
 use super::spec::{Activation, Ffn, Gating, LayerSpec, ModelSpec, NormSpan, RopeKind};
 
@@ -13,7 +15,11 @@ pub(super) fn describe(s: &Source<'_>) -> Result<ModelSpec, ModelError> {
     let heads = heads(s, common.n_layer)?;
     s.check_text_rope()?;
     let n_dense = s.opt_count("leading_dense_block_count")? as usize;
-    let dense = if n_dense > 0 { s.dim_per_layer("feed_forward_length", common.n_layer)? } else { Vec::new() };
+    let dense = if n_dense > 0 {
+        s.dim_per_layer("feed_forward_length", common.n_layer)?
+    } else {
+        Vec::new()
+    };
     let widths = expert_widths(s, common.n_layer)?;
     let layers = (0..common.n_layer)
         .map(|i| {
@@ -33,7 +39,14 @@ pub(super) fn describe(s: &Source<'_>) -> Result<ModelSpec, ModelError> {
             };
             Ok(LayerSpec {
                 mixer_norm: s.vector(&format!("blk.{i}.attn_norm.weight"), hidden)?,
-                mixer: gqa(s, i, hidden, heads[i], RopeKind::Halves, normed.then_some(NormSpan::Head))?,
+                mixer: gqa(
+                    s,
+                    i,
+                    hidden,
+                    heads[i],
+                    RopeKind::Halves,
+                    normed.then_some(NormSpan::Head),
+                )?,
                 ffn_norm: s.vector(&format!("blk.{i}.post_attention_norm.weight"), hidden)?,
                 ffn,
             })

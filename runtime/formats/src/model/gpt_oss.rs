@@ -10,7 +10,10 @@ use super::spec::{Activation, Ffn, Gating, LayerSpec, Mixer, ModelSpec, RopeKind
 const WINDOW_PERIOD: u32 = 2;
 
 /// The activation; the same in every file.
-const ACTIVATION: Activation = Activation::ClampedSwiglu { alpha: 1.702, limit: 7.0 };
+const ACTIVATION: Activation = Activation::ClampedSwiglu {
+    alpha: 1.702,
+    limit: 7.0,
+};
 
 pub(super) fn describe(s: &Source<'_>) -> Result<ModelSpec, ModelError> {
     let common = Common::read(s)?;
@@ -22,7 +25,8 @@ pub(super) fn describe(s: &Source<'_>) -> Result<ModelSpec, ModelError> {
     let layers = (0..common.n_layer)
         .map(|i| {
             let mut attention = gqa_spec(s, i, hidden, heads[i], RopeKind::Halves, None)?;
-            attention.sinks = Some(s.vector(&format!("blk.{i}.attn_sinks.weight"), attention.n_head)?);
+            attention.sinks =
+                Some(s.vector(&format!("blk.{i}.attn_sinks.weight"), attention.n_head)?);
             if windowed[i] {
                 attention.window = Some(window);
                 attention.rope.base = s.rope_base("rope.freq_base_swa", attention.rope.base)?;

@@ -44,7 +44,9 @@ impl KvRows {
     /// Returns the rows that a pass of `tokens` tokens reads, the last of which is at position
     /// `positions`. The tokens of a pass share their reads.
     pub fn read(&self, positions: u64, tokens: u64) -> u64 {
-        let reach = self.window.map_or(u64::MAX, |window| window.saturating_add(tokens.saturating_sub(1)));
+        let reach = self.window.map_or(u64::MAX, |window| {
+            window.saturating_add(tokens.saturating_sub(1))
+        });
         self.per_token.saturating_mul(positions.min(reach))
     }
 }
@@ -54,15 +56,25 @@ impl KvRows {
     /// included.
     pub fn token_macs(&self, positions: u64) -> f64 {
         let seen = positions.min(self.window.unwrap_or(u64::MAX)) as f64;
-        seen * (self.width.saturating_mul(self.per_token).saturating_mul(self.queries)) as f64
+        seen * (self
+            .width
+            .saturating_mul(self.per_token)
+            .saturating_mul(self.queries)) as f64
     }
 
     /// Returns the multiply-accumulates of a prompt's first `tokens` tokens with the rows of the
     /// tokens before each and its own.
     pub fn prompt_macs(&self, tokens: u64) -> f64 {
-        let (n, window) = (tokens as f64, self.window.unwrap_or(u64::MAX).min(tokens) as f64);
+        let (n, window) = (
+            tokens as f64,
+            self.window.unwrap_or(u64::MAX).min(tokens) as f64,
+        );
         let pairs = window * (window + 1.0) / 2.0 + (n - window) * window;
-        pairs * (self.width.saturating_mul(self.per_token).saturating_mul(self.queries)) as f64
+        pairs
+            * (self
+                .width
+                .saturating_mul(self.per_token)
+                .saturating_mul(self.queries)) as f64
     }
 }
 
@@ -84,20 +96,27 @@ impl KvType {
     pub fn row_bytes(self, width: u64) -> u64 {
         match self {
             KvType::F16 => width.saturating_mul(2),
-            KvType::Q8_0 => usize::try_from(width).map_or(u64::MAX, |width| q8_row_bytes(width) as u64),
+            KvType::Q8_0 => {
+                usize::try_from(width).map_or(u64::MAX, |width| q8_row_bytes(width) as u64)
+            }
             KvType::F32 => width.saturating_mul(4),
         }
     }
 
     /// Returns the bytes of KV cache per token of context, over all layers.
     pub fn token_bytes(self, shape: &ModelShape) -> u64 {
-        shape.caches.iter().fold(0, |sum, cache| sum.saturating_add(cache.token_bytes(self)))
+        shape
+            .caches
+            .iter()
+            .fold(0, |sum, cache| sum.saturating_add(cache.token_bytes(self)))
     }
 
     /// Returns the bytes of KV cache and recurrent state for a context of `tokens` tokens, over all
     /// layers.
     pub fn context_bytes(self, shape: &ModelShape, tokens: u32) -> u64 {
-        shape.caches.iter().fold(0, |sum, cache| sum.saturating_add(cache.context_bytes(self, tokens)))
+        shape.caches.iter().fold(0, |sum, cache| {
+            sum.saturating_add(cache.context_bytes(self, tokens))
+        })
     }
 }
 
@@ -105,20 +124,30 @@ impl CacheShape {
     /// Returns the bytes that one token of context adds.
     pub fn token_bytes(&self, kv_type: KvType) -> u64 {
         let bytes = |rows: &KvRows| kv_type.row_bytes(rows.width).saturating_mul(rows.per_token);
-        self.rows.iter().fold(0, |sum, rows| sum.saturating_add(bytes(rows)))
+        self.rows
+            .iter()
+            .fold(0, |sum, rows| sum.saturating_add(bytes(rows)))
     }
 
     /// Returns the layer's bytes of KV cache and recurrent state for a context of `tokens` tokens.
     pub fn context_bytes(&self, kv_type: KvType, tokens: u32) -> u64 {
-        self.token_bytes(kv_type).saturating_mul(u64::from(tokens)).saturating_add(self.state_bytes)
+        self.token_bytes(kv_type)
+            .saturating_mul(u64::from(tokens))
+            .saturating_add(self.state_bytes)
     }
 
     /// Returns the bytes that a pass of `tokens` tokens moves, the last of which is at position
     /// `positions`: cached rows are read once, recurrent state is read and written back.
     pub fn moved_bytes(&self, kv_type: KvType, positions: u64, tokens: u64) -> u64 {
-        let bytes = |rows: &KvRows| kv_type.row_bytes(rows.width).saturating_mul(rows.read(positions, tokens));
+        let bytes = |rows: &KvRows| {
+            kv_type
+                .row_bytes(rows.width)
+                .saturating_mul(rows.read(positions, tokens))
+        };
         let state = self.state_bytes.saturating_mul(2);
-        self.rows.iter().fold(state, |sum, rows| sum.saturating_add(bytes(rows)))
+        self.rows
+            .iter()
+            .fold(state, |sum, rows| sum.saturating_add(bytes(rows)))
     }
 }
 
@@ -132,7 +161,9 @@ impl FromStr for KvType {
     type Err = UnknownKvType;
 
     fn from_str(text: &str) -> Result<Self, UnknownKvType> {
-        let found = KvType::ALL.into_iter().find(|ty| ty.name().eq_ignore_ascii_case(text.trim()));
+        let found = KvType::ALL
+            .into_iter()
+            .find(|ty| ty.name().eq_ignore_ascii_case(text.trim()));
         found.ok_or_else(|| UnknownKvType(text.to_string()))
     }
 }
@@ -148,7 +179,10 @@ mod tests {
         }
         assert_eq!(" Q8_0".parse(), Ok(KvType::Q8_0));
         let error = "q4_0".parse::<KvType>().unwrap_err().to_string();
-        assert_eq!(error, "unknown KV cache type 'q4_0': expected f16, q8_0, or f32");
+        assert_eq!(
+            error,
+            "unknown KV cache type 'q4_0': expected f16, q8_0, or f32"
+        );
     }
 
     #[test]
@@ -164,15 +198,43 @@ mod tests {
 
     #[test]
     fn windows_end_what_is_read_but_not_what_is_held() {
-        let all = KvRows { width: 8, per_token: 3, queries: 2, window: None };
-        let near = KvRows { window: Some(10), ..all };
+        let all = KvRows {
+            width: 8,
+            per_token: 3,
+            queries: 2,
+            window: None,
+        };
+        let near = KvRows {
+            window: Some(10),
+            ..all
+        };
         // Token i has i rows to look at, the near one at most ten of them.
-        assert_eq!((all.token_macs(12), near.token_macs(12)), (12.0 * 48.0, 10.0 * 48.0));
-        assert_eq!((all.prompt_macs(4), near.prompt_macs(4)), (10.0 * 48.0, 10.0 * 48.0));
-        assert_eq!((all.prompt_macs(12), near.prompt_macs(12)), (78.0 * 48.0, 75.0 * 48.0));
-        assert_eq!([all.read(4, 1), all.read(40, 1), all.read(40, 8)], [12, 120, 120]);
+        assert_eq!(
+            (all.token_macs(12), near.token_macs(12)),
+            (12.0 * 48.0, 10.0 * 48.0)
+        );
+        assert_eq!(
+            (all.prompt_macs(4), near.prompt_macs(4)),
+            (10.0 * 48.0, 10.0 * 48.0)
+        );
+        assert_eq!(
+            (all.prompt_macs(12), near.prompt_macs(12)),
+            (78.0 * 48.0, 75.0 * 48.0)
+        );
+        assert_eq!(
+            [all.read(4, 1), all.read(40, 1), all.read(40, 8)],
+            [12, 120, 120]
+        );
         // Eight tokens that share their reads look back at 17 positions: the first of them at 10.
-        assert_eq!([near.read(4, 1), near.read(40, 1), near.read(40, 8), near.read(12, 8)], [12, 30, 51, 36]);
+        assert_eq!(
+            [
+                near.read(4, 1),
+                near.read(40, 1),
+                near.read(40, 8),
+                near.read(12, 8)
+            ],
+            [12, 30, 51, 36]
+        );
         assert_eq!(near.read(u64::MAX, u64::MAX), u64::MAX);
     }
 }

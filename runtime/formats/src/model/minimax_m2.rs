@@ -28,7 +28,14 @@ pub(super) fn describe(s: &Source<'_>) -> Result<ModelSpec, ModelError> {
             };
             Ok(LayerSpec {
                 mixer_norm: s.vector(&format!("blk.{i}.attn_norm.weight"), hidden)?,
-                mixer: gqa(s, i, hidden, heads[i], RopeKind::Halves, Some(NormSpan::Full))?,
+                mixer: gqa(
+                    s,
+                    i,
+                    hidden,
+                    heads[i],
+                    RopeKind::Halves,
+                    Some(NormSpan::Full),
+                )?,
                 ffn_norm: s.vector(&format!("blk.{i}.ffn_norm.weight"), hidden)?,
                 ffn: Ffn::Moe(moe(s, i, hidden, &options)?),
             })

@@ -50,7 +50,9 @@ pub enum ModelError {
         arch: String,
     },
     /// A tensor has another shape than the metadata says.
-    #[error("tensor '{name}' has shape {found:?}, but the metadata of this file imply {expected:?}")]
+    #[error(
+        "tensor '{name}' has shape {found:?}, but the metadata of this file imply {expected:?}"
+    )]
     Shape {
         /// Name of the tensor.
         name: String,

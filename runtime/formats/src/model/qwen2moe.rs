@@ -14,8 +14,14 @@ pub(super) fn describe(s: &Source<'_>) -> Result<ModelSpec, ModelError> {
     let shared = shared_widths(s, common.n_layer)?;
     let layers = (0..common.n_layer)
         .map(|i| {
-            let shared = Some(Shared { ffn: shared[i], gated: true });
-            let options = MoeOptions { shared, ..MoeOptions::softmax(widths[i], false) };
+            let shared = Some(Shared {
+                ffn: shared[i],
+                gated: true,
+            });
+            let options = MoeOptions {
+                shared,
+                ..MoeOptions::softmax(widths[i], false)
+            };
             Ok(LayerSpec {
                 mixer_norm: s.vector(&format!("blk.{i}.attn_norm.weight"), hidden)?,
                 mixer: gqa(s, i, hidden, heads[i], RopeKind::Halves, None)?,

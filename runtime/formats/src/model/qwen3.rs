@@ -21,7 +21,14 @@ pub(super) fn describe(s: &Source<'_>) -> Result<ModelSpec, ModelError> {
         .map(|i| {
             Ok(LayerSpec {
                 mixer_norm: s.vector(&format!("blk.{i}.attn_norm.weight"), hidden)?,
-                mixer: gqa(s, i, hidden, heads[i], RopeKind::Halves, Some(NormSpan::Head))?,
+                mixer: gqa(
+                    s,
+                    i,
+                    hidden,
+                    heads[i],
+                    RopeKind::Halves,
+                    Some(NormSpan::Head),
+                )?,
                 ffn_norm: s.vector(&format!("blk.{i}.ffn_norm.weight"), hidden)?,
                 ffn: if routed {
                     Ffn::Moe(moe(s, i, hidden, &MoeOptions::softmax(ffn[i], true))?)

@@ -9,8 +9,8 @@ use super::blocks::{Common, MoeOptions, Shared, expert_widths, moe, qkv};
 use super::qwen2moe::shared_widths;
 use super::source::Source;
 use super::spec::{
-    DeltaInput, DeltaRates, DeltaSpec, Ffn, GqaSpec, KeySharing, LayerSpec, Mixer, ModelSpec, NormSpan, QkNorm,
-    RopeKind,
+    DeltaInput, DeltaRates, DeltaSpec, Ffn, GqaSpec, KeySharing, LayerSpec, Mixer, ModelSpec,
+    NormSpan, QkNorm, RopeKind,
 };
 use tier_plan_kernels::MAX_CONV_TAPS;
 
@@ -30,8 +30,14 @@ pub(super) fn describe(s: &Source<'_>) -> Result<ModelSpec, ModelError> {
     let shared = shared_widths(s, n_layer)?;
     let layers = (0..n_layer)
         .map(|i| {
-            let shared = Some(Shared { ffn: shared[i], gated: true });
-            let options = MoeOptions { shared, ..MoeOptions::softmax(widths[i], true) };
+            let shared = Some(Shared {
+                ffn: shared[i],
+                gated: true,
+            });
+            let options = MoeOptions {
+                shared,
+                ..MoeOptions::softmax(widths[i], true)
+            };
             Ok(LayerSpec {
                 mixer_norm: s.vector(&format!("blk.{i}.attn_norm.weight"), hidden)?,
                 mixer: if recurrent[i] {
@@ -52,7 +58,9 @@ fn recurrent_layers(s: &Source<'_>, n_layer: usize) -> Result<Vec<bool>, ModelEr
     if let Some(flags) = s.opt_flags("attention.recurrent_layers", n_layer)? {
         return Ok(flags);
     }
-    let interval = s.opt_dim("full_attention_interval")?.unwrap_or(ATTENTION_INTERVAL);
+    let interval = s
+        .opt_dim("full_attention_interval")?
+        .unwrap_or(ATTENTION_INTERVAL);
     Ok((1..=n_layer).map(|i| !i.is_multiple_of(interval)).collect())
 }
 
@@ -66,7 +74,11 @@ impl Heads {
     fn read(s: &Source<'_>, n_layer: usize) -> Result<Self, ModelError> {
         let query = s.counts_per_layer("attention.head_count", n_layer)?;
         let key = "attention.head_count_kv";
-        let key_value = if s.has(key) { s.counts_per_layer(key, n_layer)? } else { query.clone() };
+        let key_value = if s.has(key) {
+            s.counts_per_layer(key, n_layer)?
+        } else {
+            query.clone()
+        };
         Ok(Self { query, key_value })
     }
 
@@ -83,7 +95,12 @@ impl Heads {
     }
 }
 
-fn gated_attention(s: &Source<'_>, layer: usize, hidden: usize, heads: &Heads) -> Result<GqaSpec, ModelError> {
+fn gated_attention(
+    s: &Source<'_>,
+    layer: usize,
+    hidden: usize,
+    heads: &Heads,
+) -> Result<GqaSpec, ModelError> {
     let (n_head, n_head_kv) = heads.of(s, layer)?;
     let dim = match s.opt_dim("attention.key_length")? {
         Some(dim) => dim,
@@ -91,7 +108,9 @@ fn gated_attention(s: &Source<'_>, layer: usize, hidden: usize, heads: &Heads) -
     };
     let value_dim = s.opt_dim("attention.value_length")?.unwrap_or(dim);
     if value_dim != dim {
-        let what = format!("{value_dim}, but the gates are as wide as keys ({dim}), so values must be too");
+        let what = format!(
+            "{value_dim}, but the gates are as wide as keys ({dim}), so values must be too"
+        );
         return Err(s.bad("attention.value_length", what));
     }
     let mut rope = s.rope(RopeKind::Halves, dim)?;
@@ -103,7 +122,12 @@ fn gated_attention(s: &Source<'_>, layer: usize, hidden: usize, heads: &Heads) -
         0.0 => 1.0 / (dim as f32).sqrt(),
         scale => scale,
     };
-    let [q, k, v] = qkv(s, &p, hidden, [2 * n_head * dim, n_head_kv * dim, n_head_kv * dim])?;
+    let [q, k, v] = qkv(
+        s,
+        &p,
+        hidden,
+        [2 * n_head * dim, n_head_kv * dim, n_head_kv * dim],
+    )?;
     Ok(GqaSpec {
         n_head,
         n_head_kv,
@@ -111,7 +135,11 @@ fn gated_attention(s: &Source<'_>, layer: usize, hidden: usize, heads: &Heads) -
         value_dim,
         scale,
         rope,
-        qk_norm: Some(QkNorm { q: q_norm, k: k_norm, span: NormSpan::Head }),
+        qk_norm: Some(QkNorm {
+            q: q_norm,
+            k: k_norm,
+            span: NormSpan::Head,
+        }),
         gated: true,
         q,
         k,
@@ -129,13 +157,17 @@ fn delta(s: &Source<'_>, layer: usize, hidden: usize) -> Result<DeltaSpec, Model
     let n_value_head = size("ssm.time_step_rank", MAX_DELTA)?;
     let conv_taps = size("ssm.conv_kernel", MAX_CONV_TAPS)?;
     if !n_value_head.is_multiple_of(n_key_head) {
-        let what = format!("{n_key_head} key heads do not divide the {n_value_head} value heads (ssm.time_step_rank)");
+        let what = format!(
+            "{n_key_head} key heads do not divide the {n_value_head} value heads (ssm.time_step_rank)"
+        );
         return Err(s.bad("ssm.group_count", what));
     }
     let value_width = n_value_head * head_dim;
     let inner = s.dim("ssm.inner_size")?;
     if inner != value_width {
-        let what = format!("{inner}; expected {value_width}, {n_value_head} value heads of ssm.state_size {head_dim}");
+        let what = format!(
+            "{inner}; expected {value_width}, {n_value_head} value heads of ssm.state_size {head_dim}"
+        );
         return Err(s.bad("ssm.inner_size", what));
     }
     let channels = 2 * n_key_head * head_dim + value_width;
@@ -163,7 +195,11 @@ fn delta(s: &Source<'_>, layer: usize, hidden: usize) -> Result<DeltaSpec, Model
         n_value_head,
         head_dim,
         conv_taps,
-        sharing: if grouped { KeySharing::Grouped } else { KeySharing::Cyclic },
+        sharing: if grouped {
+            KeySharing::Grouped
+        } else {
+            KeySharing::Cyclic
+        },
         input,
         rates,
         conv: s.parameters(&format!("{p}.ssm_conv1d.weight"), &[conv_taps, channels])?,
@@ -188,27 +224,52 @@ mod tests {
             writer = writer.key(&format!("{arch}.{key}"), value.clone());
         }
         let mut file = tempfile::NamedTempFile::new().expect("a temporary file");
-        file.write_all(&writer.finish()).expect("room for a small file");
+        file.write_all(&writer.finish())
+            .expect("room for a small file");
         Gguf::open(file.path()).expect("the file just written")
     }
 
     #[test]
     fn the_kinds_of_layers_come_from_a_list_or_an_interval() {
-        let of = |found: &[(&str, Value)]| recurrent_layers(&Source::new(&keys("qwen3next", found), "qwen3next"), 5);
+        let of = |found: &[(&str, Value)]| {
+            recurrent_layers(&Source::new(&keys("qwen3next", found), "qwen3next"), 5)
+        };
         let interval = |n| ("full_attention_interval", Value::U32(n));
-        assert_eq!(of(&[]).expect("the default"), [true, true, true, false, true]);
-        assert_eq!(of(&[interval(2)]).expect("an interval"), [true, false, true, false, true]);
+        assert_eq!(
+            of(&[]).expect("the default"),
+            [true, true, true, false, true]
+        );
+        assert_eq!(
+            of(&[interval(2)]).expect("an interval"),
+            [true, false, true, false, true]
+        );
         assert_eq!(of(&[interval(1)]).expect("an interval"), [false; 5]);
-        assert!(of(&[interval(0)]).expect_err("no interval").to_string().contains("full_attention_interval: 0"));
+        assert!(
+            of(&[interval(0)])
+                .expect_err("no interval")
+                .to_string()
+                .contains("full_attention_interval: 0")
+        );
         let list = |a| ("attention.recurrent_layers", Value::Array(a));
         let mixed = [false, true, true, false, true];
         // One entry more, of a prediction block.
         let flags = ArrayValue::Bool(mixed.into_iter().chain([false]).collect());
         assert_eq!(of(&[list(flags), interval(2)]).expect("a list"), mixed);
-        assert_eq!(of(&[list(ArrayValue::U32(vec![0, 1, 1, 0, 1]))]).expect("a list"), mixed);
-        assert_eq!(of(&[("attention.recurrent_layers", Value::Bool(true))]).expect("one for all"), [true; 5]);
-        let short = of(&[list(ArrayValue::Bool(vec![true; 4]))]).expect_err("a layer without").to_string();
-        assert!(short.contains("4 values; expected one for each of 5 layers"), "{short}");
+        assert_eq!(
+            of(&[list(ArrayValue::U32(vec![0, 1, 1, 0, 1]))]).expect("a list"),
+            mixed
+        );
+        assert_eq!(
+            of(&[("attention.recurrent_layers", Value::Bool(true))]).expect("one for all"),
+            [true; 5]
+        );
+        let short = of(&[list(ArrayValue::Bool(vec![true; 4]))])
+            .expect_err("a layer without")
+            .to_string();
+        assert!(
+            short.contains("4 values; expected one for each of 5 layers"),
+            "{short}"
+        );
     }
 
     #[test]
@@ -221,8 +282,11 @@ mod tests {
             ("ssm.inner_size", 64),
         ];
         let error = |changed: &str, to: u32| {
-            let found = right.map(|(key, size)| (key, Value::U32(if key == changed { to } else { size })));
-            delta(&Source::new(&keys("qwen3next", &found), "qwen3next"), 0, 64).expect_err("no tensors").to_string()
+            let found =
+                right.map(|(key, size)| (key, Value::U32(if key == changed { to } else { size })));
+            delta(&Source::new(&keys("qwen3next", &found), "qwen3next"), 0, 64)
+                .expect_err("no tensors")
+                .to_string()
         };
         assert!(error("", 0).contains("blk.0.attn_qkv.weight"));
         for (key, to) in [
@@ -234,7 +298,10 @@ mod tests {
             ("ssm.inner_size", 128),
         ] {
             let said = error(key, to);
-            assert!(said.contains(&format!("qwen3next.{key}: ")), "{key} {to}: {said}");
+            assert!(
+                said.contains(&format!("qwen3next.{key}: ")),
+                "{key} {to}: {said}"
+            );
         }
     }
 
@@ -247,13 +314,20 @@ mod tests {
         };
         assert_eq!(of(&[11, 11, 10, 0]).expect("four"), Some([11, 11, 10, 0]));
         assert_eq!(of(&[3, 3, 2]).expect("three"), Some([3, 3, 2, 0]));
-        assert!(of(&[0, 0, 0, 0]).is_err() && of(&[1, 1, 1, 1, 1]).is_err() && of(&[-1, 2, 2, 0]).is_err());
+        assert!(
+            of(&[0, 0, 0, 0]).is_err()
+                && of(&[1, 1, 1, 1, 1]).is_err()
+                && of(&[-1, 2, 2, 0]).is_err()
+        );
     }
 
     #[test]
     fn attention_heads_may_be_given_for_attention_layers_only() {
         let list = |a: &[u32]| Value::Array(ArrayValue::U32(a.to_vec()));
-        let found = [("attention.head_count", list(&[0, 8, 6])), ("attention.head_count_kv", list(&[0, 2, 4]))];
+        let found = [
+            ("attention.head_count", list(&[0, 8, 6])),
+            ("attention.head_count_kv", list(&[0, 2, 4])),
+        ];
         let gguf = keys("qwen3next", &found);
         let s = Source::new(&gguf, "qwen3next");
         let heads = Heads::read(&s, 3).expect("three layers");

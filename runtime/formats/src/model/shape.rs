@@ -91,20 +91,30 @@ impl ModelShape {
     /// Returns the bytes of all weights.
     pub fn weight_bytes(&self) -> u64 {
         let dense: u64 = self.dense.iter().map(|d| d.bytes).sum();
-        let experts: u64 = self.experts.iter().map(|e| e.expert_bytes * u64::from(e.n_expert)).sum();
+        let experts: u64 = self
+            .experts
+            .iter()
+            .map(|e| e.expert_bytes * u64::from(e.n_expert))
+            .sum();
         dense + experts
     }
 
     /// Weight bytes that one decoded token reads.
     pub fn token_bytes(&self) -> u64 {
         let dense: u64 = self.dense.iter().map(|d| d.token_bytes).sum();
-        let experts: u64 = self.experts.iter().map(|e| e.expert_bytes * u64::from(e.n_used)).sum();
+        let experts: u64 = self
+            .experts
+            .iter()
+            .map(|e| e.expert_bytes * u64::from(e.n_used))
+            .sum();
         dense + experts
     }
 
     /// Returns the bytes of recurrent state, over all layers.
     pub fn state_bytes(&self) -> u64 {
-        self.caches.iter().fold(0, |sum, cache| sum.saturating_add(cache.state_bytes))
+        self.caches
+            .iter()
+            .fold(0, |sum, cache| sum.saturating_add(cache.state_bytes))
     }
 }
 
@@ -125,11 +135,28 @@ pub fn shape_of(gguf: &Gguf, spec: &ModelSpec) -> ModelShape {
         .iter()
         .map(|group| {
             let bytes = bytes(&group.tensors);
-            let token_bytes = if group.kind == DenseKind::Embedding { embedding_row } else { bytes };
-            let values =
-                group.tensors.iter().map(|id| tensors[*id].cols().saturating_mul(tensors[*id].rows())).sum::<u64>();
-            let macs = if group.kind == DenseKind::Embedding { 0 } else { values };
-            DenseShape { kind: group.kind, layer: group.layer, bytes, token_bytes, macs }
+            let token_bytes = if group.kind == DenseKind::Embedding {
+                embedding_row
+            } else {
+                bytes
+            };
+            let values = group
+                .tensors
+                .iter()
+                .map(|id| tensors[*id].cols().saturating_mul(tensors[*id].rows()))
+                .sum::<u64>();
+            let macs = if group.kind == DenseKind::Embedding {
+                0
+            } else {
+                values
+            };
+            DenseShape {
+                kind: group.kind,
+                layer: group.layer,
+                bytes,
+                token_bytes,
+                macs,
+            }
         })
         .collect();
     let experts = spec
@@ -138,7 +165,11 @@ pub fn shape_of(gguf: &Gguf, spec: &ModelSpec) -> ModelShape {
             layer: layer as u32,
             n_expert: moe.n_expert as u32,
             n_used: moe.n_used as u32,
-            expert_bytes: moe.expert_tensors().map(|id| tensors[id].n_bytes).sum::<u64>() / moe.n_expert as u64,
+            expert_bytes: moe
+                .expert_tensors()
+                .map(|id| tensors[id].n_bytes)
+                .sum::<u64>()
+                / moe.n_expert as u64,
             expert_macs: 3 * (spec.hidden as u64) * (moe.expert_ffn as u64),
         })
         .collect();
@@ -159,10 +190,20 @@ pub fn shape_of(gguf: &Gguf, spec: &ModelSpec) -> ModelShape {
 fn cache_shape(mixer: &Mixer) -> CacheShape {
     let mut found = BTreeMap::new();
     for rows in mixer_rows(mixer) {
-        *found.entry((rows.width, rows.window, rows.queries)).or_insert(0) += rows.per_token;
+        *found
+            .entry((rows.width, rows.window, rows.queries))
+            .or_insert(0) += rows.per_token;
     }
-    let rows = |((width, window, queries), per_token)| KvRows { width, per_token, queries, window };
-    CacheShape { rows: found.into_iter().map(rows).collect(), state_bytes: mixer.state_bytes() }
+    let rows = |((width, window, queries), per_token)| KvRows {
+        width,
+        per_token,
+        queries,
+        window,
+    };
+    CacheShape {
+        rows: found.into_iter().map(rows).collect(),
+        state_bytes: mixer.state_bytes(),
+    }
 }
 
 /// Returns the rows that one token adds to the KV cache of a layer with this mixer.
@@ -176,6 +217,11 @@ pub fn mixer_rows(mixer: &Mixer) -> Vec<KvRows> {
         Mixer::Mla(attention) => 2 * attention.n_head as u64,
         Mixer::Delta(_) => 0,
     };
-    let rows = |CacheRows { n, width }| KvRows { width: width as u64, per_token: n as u64, queries, window };
+    let rows = |CacheRows { n, width }| KvRows {
+        width: width as u64,
+        per_token: n as u64,
+        queries,
+        window,
+    };
     mixer.cache_rows().into_iter().map(rows).collect()
 }

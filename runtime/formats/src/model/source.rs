@@ -19,7 +19,12 @@ pub(super) struct Source<'a> {
 
 impl<'a> Source<'a> {
     pub(super) fn new(gguf: &'a Gguf, arch: &'a str) -> Self {
-        let index = gguf.tensors().iter().enumerate().map(|(i, t)| (t.name.as_str(), i)).collect();
+        let index = gguf
+            .tensors()
+            .iter()
+            .enumerate()
+            .map(|(i, t)| (t.name.as_str(), i))
+            .collect();
         Self { gguf, arch, index }
     }
 
@@ -33,7 +38,10 @@ impl<'a> Source<'a> {
 
     /// Returns an error about the architecture's key `name`.
     pub(super) fn bad(&self, name: &str, what: impl Into<String>) -> ModelError {
-        ModelError::Metadata { key: self.key(name), what: what.into() }
+        ModelError::Metadata {
+            key: self.key(name),
+            what: what.into(),
+        }
     }
 
     /// Reads a dimension: at least 1, and within bounds.
@@ -43,7 +51,10 @@ impl<'a> Source<'a> {
     }
 
     pub(super) fn opt_dim(&self, name: &str) -> Result<Option<usize>, ModelError> {
-        self.gguf.opt_u32(&self.key(name))?.map(|v| self.check_dim(name, v)).transpose()
+        self.gguf
+            .opt_u32(&self.key(name))?
+            .map(|v| self.check_dim(name, v))
+            .transpose()
     }
 
     /// Reads a count, 0 where it is absent.
@@ -52,45 +63,84 @@ impl<'a> Source<'a> {
     }
 
     /// Reads a dimension that is given once or per layer.
-    pub(super) fn dim_per_layer(&self, name: &str, n_layer: usize) -> Result<Vec<usize>, ModelError> {
+    pub(super) fn dim_per_layer(
+        &self,
+        name: &str,
+        n_layer: usize,
+    ) -> Result<Vec<usize>, ModelError> {
         let values = self.gguf.u32_per_layer(&self.key(name), n_layer as u32)?;
-        values.into_iter().map(|v| self.check_dim(name, v)).collect()
+        values
+            .into_iter()
+            .map(|v| self.check_dim(name, v))
+            .collect()
     }
 
     /// Reads a count that is given once or per layer, and may be 0.
-    pub(super) fn counts_per_layer(&self, name: &str, n_layer: usize) -> Result<Vec<u32>, ModelError> {
+    pub(super) fn counts_per_layer(
+        &self,
+        name: &str,
+        n_layer: usize,
+    ) -> Result<Vec<u32>, ModelError> {
         Ok(self.gguf.u32_per_layer(&self.key(name), n_layer as u32)?)
     }
 
     /// Reads booleans: one per layer (or more, of trailing prediction blocks too), or one for all.
-    pub(super) fn opt_flags(&self, name: &str, n_layer: usize) -> Result<Option<Vec<bool>>, ModelError> {
+    pub(super) fn opt_flags(
+        &self,
+        name: &str,
+        n_layer: usize,
+    ) -> Result<Option<Vec<bool>>, ModelError> {
         let key = self.key(name);
         let flags = match self.gguf.get(&key) {
             None => return Ok(None),
             Some(Value::Bool(one)) => vec![*one; n_layer],
-            Some(Value::Array(ArrayValue::Bool(flags))) => flags.iter().copied().take(n_layer).collect(),
-            Some(_) => self.counts_per_layer(name, n_layer)?.into_iter().map(|flag| flag != 0).collect(),
+            Some(Value::Array(ArrayValue::Bool(flags))) => {
+                flags.iter().copied().take(n_layer).collect()
+            }
+            Some(_) => self
+                .counts_per_layer(name, n_layer)?
+                .into_iter()
+                .map(|flag| flag != 0)
+                .collect(),
         };
         if flags.len() == n_layer {
             return Ok(Some(flags));
         }
-        Err(self.bad(name, format!("{} values; expected one for each of {n_layer} layers", flags.len())))
+        Err(self.bad(
+            name,
+            format!(
+                "{} values; expected one for each of {n_layer} layers",
+                flags.len()
+            ),
+        ))
     }
 
     /// Pairs of rotated values that each of four axes has; missing axes have none.
     pub(super) fn opt_sections(&self, name: &str) -> Result<Option<[u32; 4]>, ModelError> {
-        let Some(found) = self.gguf.opt_u32_array(&self.key(name))? else { return Ok(None) };
+        let Some(found) = self.gguf.opt_u32_array(&self.key(name))? else {
+            return Ok(None);
+        };
         let mut sections = [0; 4];
-        let fits = found.len() <= sections.len() && found.iter().all(|s| *s <= MAX_DIM) && found.iter().any(|s| *s > 0);
+        let fits = found.len() <= sections.len()
+            && found.iter().all(|s| *s <= MAX_DIM)
+            && found.iter().any(|s| *s > 0);
         if !fits {
-            return Err(self.bad(name, format!("{found:?}; expected up to four counts, not all of them 0")));
+            return Err(self.bad(
+                name,
+                format!("{found:?}; expected up to four counts, not all of them 0"),
+            ));
         }
         sections[..found.len()].copy_from_slice(&found);
         Ok(Some(sections))
     }
 
     /// Returns the dimension if it is from 1 to `max`.
-    pub(super) fn in_bounds(&self, name: &str, value: usize, max: usize) -> Result<usize, ModelError> {
+    pub(super) fn in_bounds(
+        &self,
+        name: &str,
+        value: usize,
+        max: usize,
+    ) -> Result<usize, ModelError> {
         if (1..=max).contains(&value) {
             Ok(value)
         } else {
@@ -116,18 +166,32 @@ impl<'a> Source<'a> {
 
     pub(super) fn f32_or(&self, name: &str, default: f32) -> Result<f32, ModelError> {
         let value = self.gguf.opt_f32(&self.key(name))?.unwrap_or(default);
-        if value.is_finite() { Ok(value) } else { Err(self.bad(name, format!("{value} is not a finite number"))) }
+        if value.is_finite() {
+            Ok(value)
+        } else {
+            Err(self.bad(name, format!("{value} is not a finite number")))
+        }
     }
 
     pub(super) fn norm_eps(&self) -> Result<f32, ModelError> {
         let name = "attention.layer_norm_rms_epsilon";
         let value = self.gguf.f32(&self.key(name))?;
-        if value.is_finite() && value >= 0.0 { Ok(value) } else { Err(self.bad(name, format!("{value}"))) }
+        if value.is_finite() && value >= 0.0 {
+            Ok(value)
+        } else {
+            Err(self.bad(name, format!("{value}")))
+        }
     }
 
     /// Finds a tensor of exactly this shape (fastest axis first), if the file has one of the name.
-    pub(super) fn opt_tensor(&self, name: &str, dims: &[usize]) -> Result<Option<TensorId>, ModelError> {
-        let Some(&id) = self.index.get(name) else { return Ok(None) };
+    pub(super) fn opt_tensor(
+        &self,
+        name: &str,
+        dims: &[usize],
+    ) -> Result<Option<TensorId>, ModelError> {
+        let Some(&id) = self.index.get(name) else {
+            return Ok(None);
+        };
         let found = &self.gguf.tensors()[id].dims;
         let expected: Vec<u64> = dims.iter().map(|d| *d as u64).collect();
         let trimmed = |d: &[u64]| {
@@ -140,13 +204,20 @@ impl<'a> Source<'a> {
         if trimmed(found) == trimmed(&expected) {
             Ok(Some(id))
         } else {
-            Err(ModelError::Shape { name: name.to_string(), found: found.clone(), expected })
+            Err(ModelError::Shape {
+                name: name.to_string(),
+                found: found.clone(),
+                expected,
+            })
         }
     }
 
     pub(super) fn tensor(&self, name: &str, dims: &[usize]) -> Result<TensorId, ModelError> {
         self.opt_tensor(name, dims)?
-            .ok_or_else(|| ModelError::MissingTensor { name: name.to_string(), arch: self.arch.to_string() })
+            .ok_or_else(|| ModelError::MissingTensor {
+                name: name.to_string(),
+                arch: self.arch.to_string(),
+            })
     }
 
     /// Finds a vector of parameters: `len` floating-point values.
@@ -161,7 +232,11 @@ impl<'a> Source<'a> {
         Ok(id)
     }
 
-    pub(super) fn opt_vector(&self, name: &str, len: usize) -> Result<Option<TensorId>, ModelError> {
+    pub(super) fn opt_vector(
+        &self,
+        name: &str,
+        len: usize,
+    ) -> Result<Option<TensorId>, ModelError> {
         let id = self.opt_tensor(name, &[len])?;
         id.map(|id| self.check_float(id).map(|()| id)).transpose()
     }
@@ -178,10 +253,21 @@ impl<'a> Source<'a> {
     }
 
     /// Finds `PREFIX.weight` of shape `[n_out, n_in]`, with `PREFIX.bias` where there is one.
-    pub(super) fn linear(&self, prefix: &str, n_in: usize, n_out: usize) -> Result<Linear, ModelError> {
+    pub(super) fn linear(
+        &self,
+        prefix: &str,
+        n_in: usize,
+        n_out: usize,
+    ) -> Result<Linear, ModelError> {
         let weight = self.tensor(&format!("{prefix}.weight"), &[n_in, n_out])?;
         let bias = self.opt_vector(&format!("{prefix}.bias"), n_out)?;
-        Ok(Linear { weight, bias, n_out, n_in, first_row: 0 })
+        Ok(Linear {
+            weight,
+            bias,
+            n_out,
+            n_in,
+            first_row: 0,
+        })
     }
 
     /// Finds `PREFIX.weight` of shape `[n_expert, n_out, n_in]`, with `PREFIX.bias`, `[n_expert,
@@ -198,7 +284,12 @@ impl<'a> Source<'a> {
         if let Some(bias) = bias {
             self.check_float(bias)?;
         }
-        Ok(ExpertLinear { weight, bias, n_out, n_in })
+        Ok(ExpertLinear {
+            weight,
+            bias,
+            n_out,
+            n_in,
+        })
     }
 
     /// Whether the file has a tensor of this name.
@@ -207,7 +298,12 @@ impl<'a> Source<'a> {
     }
 
     /// Finds the gated feed-forward block of a layer without routed experts.
-    pub(super) fn gated_ffn(&self, layer: usize, hidden: usize, ffn: usize) -> Result<GatedFfn, ModelError> {
+    pub(super) fn gated_ffn(
+        &self,
+        layer: usize,
+        hidden: usize,
+        ffn: usize,
+    ) -> Result<GatedFfn, ModelError> {
         self.named_ffn(layer, "", hidden, ffn)
     }
 
@@ -229,10 +325,15 @@ impl<'a> Source<'a> {
     /// Finds the embedding, and returns it with the vocabulary size, its number of rows.
     pub(super) fn embedding(&self, hidden: usize) -> Result<(TensorId, usize), ModelError> {
         let name = "token_embd.weight";
-        let missing = || ModelError::MissingTensor { name: name.to_string(), arch: self.arch.to_string() };
+        let missing = || ModelError::MissingTensor {
+            name: name.to_string(),
+            arch: self.arch.to_string(),
+        };
         let id = *self.index.get(name).ok_or_else(missing)?;
         let rows = self.gguf.tensors()[id].dims.get(1).copied().unwrap_or(0);
-        let n_vocab = u32::try_from(rows).ok().filter(|r| (1..=MAX_DIM).contains(r));
+        let n_vocab = u32::try_from(rows)
+            .ok()
+            .filter(|r| (1..=MAX_DIM).contains(r));
         let n_vocab = n_vocab.ok_or_else(|| ModelError::Metadata {
             key: name.to_string(),
             what: format!("{rows} rows; expected 1 to {MAX_DIM}"),
@@ -269,24 +370,38 @@ impl<'a> Source<'a> {
     /// Reads the base of a rotary embedding's frequencies.
     pub(super) fn rope_base(&self, name: &str, default: f32) -> Result<f32, ModelError> {
         let base = self.f32_or(name, default)?;
-        if base > 1.0 { Ok(base) } else { Err(self.bad(name, format!("{base}; expected more than 1"))) }
+        if base > 1.0 {
+            Ok(base)
+        } else {
+            Err(self.bad(name, format!("{base}; expected more than 1")))
+        }
     }
 
     /// Refuses rotary sections that would turn text otherwise than by its position: those of
     /// pictures and films may be there, since a text token has the same position in each.
     pub(super) fn check_text_rope(&self) -> Result<(), ModelError> {
         let name = "rope.dimension_sections";
-        let sections = self.gguf.opt_i32_array(&self.key(name))?.unwrap_or_default();
+        let sections = self
+            .gguf
+            .opt_i32_array(&self.key(name))?
+            .unwrap_or_default();
         if sections.get(3).is_none_or(|extra| *extra == 0) {
             Ok(())
         } else {
-            Err(self.bad(name, format!("{sections:?}; supported: a fourth section of 0")))
+            Err(self.bad(
+                name,
+                format!("{sections:?}; supported: a fourth section of 0"),
+            ))
         }
     }
 
     /// Reads which layers have a sliding window: one flag per layer, or a period in which all
     /// layers but the last have one.
-    pub(super) fn windowed_layers(&self, n_layer: usize, period: u32) -> Result<Vec<bool>, ModelError> {
+    pub(super) fn windowed_layers(
+        &self,
+        n_layer: usize,
+        period: u32,
+    ) -> Result<Vec<bool>, ModelError> {
         let name = "attention.sliding_window_pattern";
         let key = self.key(name);
         let period = match self.gguf.get(&key) {
@@ -303,15 +418,23 @@ impl<'a> Source<'a> {
             Some(_) => self.gguf.u32(&key)?,
             None => period,
         };
-        Ok((0..n_layer).map(|i| period == 0 || i as u32 % period < period - 1).collect())
+        Ok((0..n_layer)
+            .map(|i| period == 0 || i as u32 % period < period - 1)
+            .collect())
     }
 
     fn rope_scaling(&self) -> Result<RopeScaling, ModelError> {
         let name = "rope.scaling.type";
         let factor = self.f32_or("rope.scaling.factor", 0.0)?;
-        let kind = self.gguf.opt_str(&self.key(name))?.unwrap_or(if factor > 0.0 { "linear" } else { "none" });
+        let kind = self
+            .gguf
+            .opt_str(&self.key(name))?
+            .unwrap_or(if factor > 0.0 { "linear" } else { "none" });
         if kind != "none" && factor < 0.0 {
-            return Err(self.bad("rope.scaling.factor", format!("{factor}; expected a positive number")));
+            return Err(self.bad(
+                "rope.scaling.factor",
+                format!("{factor}; expected a positive number"),
+            ));
         }
         match kind {
             "none" => Ok(RopeScaling::None),
@@ -327,7 +450,10 @@ impl<'a> Source<'a> {
                 beta_fast: self.f32_or("rope.scaling.yarn_beta_fast", 32.0)?,
                 beta_slow: self.f32_or("rope.scaling.yarn_beta_slow", 1.0)?,
             }),
-            other => Err(self.bad(name, format!("'{other}' is not supported; supported: none, linear, yarn"))),
+            other => Err(self.bad(
+                name,
+                format!("'{other}' is not supported; supported: none, linear, yarn"),
+            )),
         }
     }
 }

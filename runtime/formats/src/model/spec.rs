@@ -9,7 +9,8 @@ mod delta;
 mod tensors;
 
 pub use attention::{
-    CacheRows, GqaSpec, KvUp, LowRank, MlaSpec, NormSpan, QkNorm, RopeKind, RopeScaling, RopeSpec, Temperature,
+    CacheRows, GqaSpec, KvUp, LowRank, MlaSpec, NormSpan, QkNorm, RopeKind, RopeScaling, RopeSpec,
+    Temperature,
 };
 pub use delta::{DeltaInput, DeltaRates, DeltaSpec, KeySharing};
 pub use tensors::{DenseGroup, Tensors};
@@ -221,6 +222,9 @@ impl ModelSpec {
 
     /// Returns the layers with routed experts, ascending, each with its number.
     pub fn moe_layers(&self) -> impl Iterator<Item = (usize, &MoeSpec)> {
-        self.layers.iter().enumerate().filter_map(|(i, l)| l.moe().map(|m| (i, m)))
+        self.layers
+            .iter()
+            .enumerate()
+            .filter_map(|(i, l)| l.moe().map(|m| (i, m)))
     }
 }

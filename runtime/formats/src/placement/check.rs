@@ -3,7 +3,8 @@
 //! Stops at the first violation: a hostile file could break more rules than fit in memory.
 
 use super::{
-    LayerPlacement, MAX_HALF_LIFE, MAX_RECENT_WEIGHT, Pins, Placement, PlanTier, SlotPolicy, TierIdx, Violation,
+    LayerPlacement, MAX_HALF_LIFE, MAX_RECENT_WEIGHT, Pins, Placement, PlanTier, SlotPolicy,
+    TierIdx, Violation,
 };
 use crate::machine::{Medium, check_tiers};
 use crate::model::shape::DenseKind;
@@ -17,13 +18,18 @@ const MAX_STAGING_EXPERTS: u32 = 1 << 20;
 /// Returns the first rule that a plan breaks.
 pub(super) fn check(plan: &Placement) -> Result<(), Violation> {
     check_tiers(plan.tiers.iter().map(|t| &t.tier)).map_err(Violation::Tiers)?;
-    plan.tiers.enumerate().try_for_each(|(index, tier)| check_bytes_of(plan, index, tier))?;
+    plan.tiers
+        .enumerate()
+        .try_for_each(|(index, tier)| check_bytes_of(plan, index, tier))?;
     check_amount("layer_overhead_us", plan.layer_overhead_us)?;
     check_amount("token_overhead_us", plan.token_overhead_us)?;
     check_working_tier(plan, plan.kv_tier, "kv_tier")?;
     check_working_tier(plan, plan.staging_tier, "the tier of staging")?;
     if plan.staging_experts > MAX_STAGING_EXPERTS {
-        return Err(Violation::StagingTooLarge { found: plan.staging_experts, max: MAX_STAGING_EXPERTS });
+        return Err(Violation::StagingTooLarge {
+            found: plan.staging_experts,
+            max: MAX_STAGING_EXPERTS,
+        });
     }
     check_dense(plan)?;
     check_cache(plan)?;
@@ -37,11 +43,17 @@ fn check_bytes_of(plan: &Placement, index: TierIdx, tier: &PlanTier) -> Result<(
     let mut used = 0u64;
     for (line, bytes) in tier.bytes.lines() {
         check_bytes(&format!("{line} of tier '{name}'"), bytes)?;
-        used = used.checked_add(bytes).ok_or_else(|| Violation::Uncountable { tier: name.clone() })?;
+        used = used
+            .checked_add(bytes)
+            .ok_or_else(|| Violation::Uncountable { tier: name.clone() })?;
     }
     check_bytes(&format!("budget_bytes of tier '{name}'"), tier.budget_bytes)?;
     if used > tier.budget_bytes {
-        return Err(Violation::OverBudget { tier: name.clone(), used, budget: tier.budget_bytes });
+        return Err(Violation::OverBudget {
+            tier: name.clone(),
+            used,
+            budget: tier.budget_bytes,
+        });
     }
     if tier.bytes.home > 0 && index != plan.home_tier() {
         return Err(Violation::HomeNotLast { tier: name.clone() });
@@ -50,7 +62,11 @@ fn check_bytes_of(plan: &Placement, index: TierIdx, tier: &PlanTier) -> Result<(
 }
 
 fn check_tier(plan: &Placement, tier: TierIdx, what: &str) -> Result<(), Violation> {
-    if plan.tiers.get(tier).is_some() { Ok(()) } else { Err(Violation::tier_number(plan, what, tier)) }
+    if plan.tiers.get(tier).is_some() {
+        Ok(())
+    } else {
+        Err(Violation::tier_number(plan, what, tier))
+    }
 }
 
 /// Checks that a tier can be written to and computed on while the model runs.
@@ -58,7 +74,10 @@ fn check_working_tier(plan: &Placement, tier: TierIdx, what: &str) -> Result<(),
     check_tier(plan, tier, what)?;
     let tier = &plan.tiers[tier].tier;
     match tier.medium() {
-        Medium::Drive => Err(Violation::WorksOnDrive { what: what.into(), tier: tier.name.clone() }),
+        Medium::Drive => Err(Violation::WorksOnDrive {
+            what: what.into(),
+            tier: tier.name.clone(),
+        }),
         Medium::Gpu | Medium::Addressable => Ok(()),
     }
 }
@@ -71,12 +90,21 @@ fn check_dense(plan: &Placement) -> Result<(), Violation> {
         match group.layer {
             None if !of_no_layer => return Err(Violation::GroupWithoutLayer { kind }),
             Some(layer) if of_no_layer => return Err(Violation::GroupInLayer { kind, layer }),
-            Some(layer) if layer > MAX_LAYER => return Err(Violation::GroupPastEnd { kind, layer, max: MAX_LAYER }),
+            Some(layer) if layer > MAX_LAYER => {
+                return Err(Violation::GroupPastEnd {
+                    kind,
+                    layer,
+                    max: MAX_LAYER,
+                });
+            }
             _ => {}
         }
         check_tier(plan, group.tier, &format!("the tier of the {kind:?} group"))?;
         if !seen.insert((kind, group.layer)) {
-            return Err(Violation::GroupTwice { kind, layer: group.layer });
+            return Err(Violation::GroupTwice {
+                kind,
+                layer: group.layer,
+            });
         }
     }
     Ok(())
@@ -98,8 +126,15 @@ fn check_cache(plan: &Placement) -> Result<(), Violation> {
         Some(_) => attention().any(|d| plan.cache_tier(d.tier) == tier),
         None => tier == plan.kv_tier,
     };
-    match plan.tiers.enumerate().find(|&(index, t)| t.bytes.kv > 0 && !has_cache(index)) {
-        Some((_, t)) => Err(Violation::CacheElsewhere { tier: t.tier.name.clone(), kv_tier: kv_tier() }),
+    match plan
+        .tiers
+        .enumerate()
+        .find(|&(index, t)| t.bytes.kv > 0 && !has_cache(index))
+    {
+        Some((_, t)) => Err(Violation::CacheElsewhere {
+            tier: t.tier.name.clone(),
+            kv_tier: kv_tier(),
+        }),
         None => Ok(()),
     }
 }
@@ -115,16 +150,26 @@ fn check_layers(plan: &Placement) -> Result<(), Violation> {
     for placed in &plan.layers {
         let layer = placed.layer;
         if layer > MAX_LAYER {
-            return Err(Violation::LayerPastEnd { layer, max: MAX_LAYER });
+            return Err(Violation::LayerPastEnd {
+                layer,
+                max: MAX_LAYER,
+            });
         }
         check_layer(plan, placed, &mut allowance).map_err(|violation| violation.in_layer(layer))?;
     }
     Ok(())
 }
 
-fn check_layer(plan: &Placement, layer: &LayerPlacement, allowance: &mut Allowance) -> Result<(), Violation> {
+fn check_layer(
+    plan: &Placement,
+    layer: &LayerPlacement,
+    allowance: &mut Allowance,
+) -> Result<(), Violation> {
     if layer.slots > MAX_EXPERT + 1 {
-        return Err(Violation::TooManySlots { slots: layer.slots, max: MAX_EXPERT + 1 });
+        return Err(Violation::TooManySlots {
+            slots: layer.slots,
+            max: MAX_EXPERT + 1,
+        });
     }
     if layer.slots > 0 {
         check_working_tier(plan, layer.slot_tier, "slot_tier")?;
@@ -140,17 +185,30 @@ fn check_layer(plan: &Placement, layer: &LayerPlacement, allowance: &mut Allowan
         if !tiers.insert(tier) {
             return Err(Violation::PinTierTwice { tier: name() });
         }
-        allowance.take(experts.len() as u64).map_err(Violation::TooLong)?;
+        allowance
+            .take(experts.len() as u64)
+            .map_err(Violation::TooLong)?;
         if let Some(pair) = experts.windows(2).find(|pair| pair[0] >= pair[1]) {
-            return Err(Violation::PinOrder { tier: name(), first: pair[0], second: pair[1] });
+            return Err(Violation::PinOrder {
+                tier: name(),
+                first: pair[0],
+                second: pair[1],
+            });
         }
         if let Some(&expert) = experts.last().filter(|&&last| last > MAX_EXPERT) {
-            return Err(Violation::ExpertPastEnd { expert, max: MAX_EXPERT });
+            return Err(Violation::ExpertPastEnd {
+                expert,
+                max: MAX_EXPERT,
+            });
         }
         for &expert in experts {
             if let Some(other) = homes.insert(expert, *tier) {
                 let first = plan.tiers[other].tier.name.clone();
-                return Err(Violation::PinnedTwice { expert, first, second: name() });
+                return Err(Violation::PinnedTwice {
+                    expert,
+                    first,
+                    second: name(),
+                });
             }
         }
     }
@@ -160,16 +218,27 @@ fn check_layer(plan: &Placement, layer: &LayerPlacement, allowance: &mut Allowan
 fn check_policy(policy: SlotPolicy) -> Result<(), Violation> {
     let half_life = |key: &'static str, tokens: u32| match tokens {
         1..=MAX_HALF_LIFE => Ok(()),
-        _ => Err(Violation::HalfLife { key, tokens, max: MAX_HALF_LIFE }),
+        _ => Err(Violation::HalfLife {
+            key,
+            tokens,
+            max: MAX_HALF_LIFE,
+        }),
     };
     match policy {
         SlotPolicy::Lru => Ok(()),
         SlotPolicy::Lfu { half_life: tokens } => half_life("half_life", tokens),
-        SlotPolicy::Adaptive { half_life: tokens, recent_half_life, recent_weight } => {
+        SlotPolicy::Adaptive {
+            half_life: tokens,
+            recent_half_life,
+            recent_weight,
+        } => {
             half_life("half_life", tokens)?;
             half_life("recent_half_life", recent_half_life)?;
             if recent_weight > MAX_RECENT_WEIGHT {
-                return Err(Violation::RecentWeight { found: recent_weight, max: MAX_RECENT_WEIGHT });
+                return Err(Violation::RecentWeight {
+                    found: recent_weight,
+                    max: MAX_RECENT_WEIGHT,
+                });
             }
             Ok(())
         }
@@ -209,7 +278,11 @@ fn check_numbers(plan: &Placement) -> Result<(), Violation> {
         ("predicted.prompt_gflops", &predicted.prompt_gflops),
     ] {
         if !parts.is_empty() && parts.len() != plan.tiers.len() {
-            return Err(Violation::Parts { what, found: parts.len(), n_tiers: plan.tiers.len() });
+            return Err(Violation::Parts {
+                what,
+                found: parts.len(),
+                n_tiers: plan.tiers.len(),
+            });
         }
         parts.iter().try_for_each(|&x| check_amount(what, x))?;
     }

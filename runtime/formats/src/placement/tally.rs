@@ -24,7 +24,9 @@ pub struct TierBytes {
 impl TierBytes {
     /// Returns the sum over all purposes, `u64::MAX` if it is larger than that.
     pub fn total(&self) -> u64 {
-        self.lines().iter().fold(0, |sum, (_, bytes)| sum.saturating_add(*bytes))
+        self.lines()
+            .iter()
+            .fold(0, |sum, (_, bytes)| sum.saturating_add(*bytes))
     }
 
     /// Returns the sums with their keys in files.
@@ -41,7 +43,12 @@ impl TierBytes {
 }
 
 /// Adds to one sum of one tier. A tier out of range has no sums; [`super::validate`] reports it.
-fn add(tally: &mut PerTier<TierBytes>, tier: TierIdx, sum: impl Fn(&mut TierBytes) -> &mut u64, bytes: u64) {
+fn add(
+    tally: &mut PerTier<TierBytes>,
+    tier: TierIdx,
+    sum: impl Fn(&mut TierBytes) -> &mut u64,
+    bytes: u64,
+) {
     if let Some(tier) = tally.get_mut(tier) {
         let sum = sum(tier);
         *sum = sum.saturating_add(bytes);
@@ -55,8 +62,11 @@ impl Placement {
     /// Whatever the model doesn't have, or stands on a tier out of range, counts nothing.
     pub fn tally(&self, shape: &ModelShape) -> PerTier<TierBytes> {
         let mut tally = PerTier::from_fn(self.tiers.len(), |_| TierBytes::default());
-        let groups: HashMap<(DenseKind, Option<u32>), u64> =
-            shape.dense.iter().map(|group| ((group.kind, group.layer), group.bytes)).collect();
+        let groups: HashMap<(DenseKind, Option<u32>), u64> = shape
+            .dense
+            .iter()
+            .map(|group| ((group.kind, group.layer), group.bytes))
+            .collect();
         for group in &self.dense {
             let bytes = groups.get(&(group.kind, group.layer)).copied().unwrap_or(0);
             add(&mut tally, group.tier, |t| &mut t.dense, bytes);
@@ -69,13 +79,28 @@ impl Placement {
                 pooled = pooled.saturating_sub(n_pinned);
                 add(&mut tally, pins.tier, |t| &mut t.pinned, bytes_of(n_pinned));
             }
-            add(&mut tally, layer.slot_tier, |t| &mut t.slots, bytes_of(layer.slots.into()));
-            add(&mut tally, self.home_tier(), |t| &mut t.home, bytes_of(pooled));
+            add(
+                &mut tally,
+                layer.slot_tier,
+                |t| &mut t.slots,
+                bytes_of(layer.slots.into()),
+            );
+            add(
+                &mut tally,
+                self.home_tier(),
+                |t| &mut t.home,
+                bytes_of(pooled),
+            );
         }
         for (tier, bytes) in self.cache_bytes(shape).enumerate() {
             add(&mut tally, tier, |t| &mut t.kv, *bytes);
         }
-        let largest = shape.experts.iter().map(|e| e.expert_bytes).max().unwrap_or(0);
+        let largest = shape
+            .experts
+            .iter()
+            .map(|e| e.expert_bytes)
+            .max()
+            .unwrap_or(0);
         let staging = u64::from(self.staging_experts).saturating_mul(largest);
         add(&mut tally, self.staging_tier, |t| &mut t.staging, staging);
         tally
@@ -84,6 +109,9 @@ impl Placement {
     /// Stores the plan's [`tally`](Self::tally) in its tiers. Budgets stay as they are.
     pub fn fill_sums(&mut self, shape: &ModelShape) {
         let tally = self.tally(shape);
-        self.tiers.iter_mut().zip(tally).for_each(|(tier, bytes)| tier.bytes = bytes);
+        self.tiers
+            .iter_mut()
+            .zip(tally)
+            .for_each(|(tier, bytes)| tier.bytes = bytes);
     }
 }

@@ -20,7 +20,10 @@ fn v1_with(from: &str, to: &str) -> String {
 }
 
 fn source(name: &str, hash: &str) -> SourceId {
-    SourceId { name: name.into(), hash: hash.into() }
+    SourceId {
+        name: name.into(),
+        hash: hash.into(),
+    }
 }
 
 #[test]
@@ -38,15 +41,26 @@ fn versions_mean_what_they_meant() {
         source: "declared".into(),
     };
     let [vram, dram] = [0, 1].map(TierIdx::new);
-    let lines = |tier, budget_bytes, [dense, pinned, slots, kv, staging, home]: [u64; 6]| PlanTier {
-        tier,
-        budget_bytes,
-        bytes: TierBytes { dense, pinned, slots, kv, staging, home },
-    };
+    let lines =
+        |tier, budget_bytes, [dense, pinned, slots, kv, staging, home]: [u64; 6]| PlanTier {
+            tier,
+            budget_bytes,
+            bytes: TierBytes {
+                dense,
+                pinned,
+                slots,
+                kv,
+                staging,
+                home,
+            },
+        };
     let dense = |kind, layer, tier| DensePlacement { kind, layer, tier };
     let layer = |layer, pinned: Vec<(TierIdx, Vec<u32>)>, slots, slot_tier| LayerPlacement {
         layer,
-        pinned: pinned.into_iter().map(|(tier, experts)| Pins { tier, experts }).collect(),
+        pinned: pinned
+            .into_iter()
+            .map(|(tier, experts)| Pins { tier, experts })
+            .collect(),
         slots,
         slot_tier,
         policy: SlotPolicy::Lru,
@@ -70,8 +84,16 @@ fn versions_mean_what_they_meant() {
                 3_000_000,
                 [1_000_000, 900_000, 200_000, 393_216, 0, 0],
             ),
-            lines(tier("dram", TierKind::Dram, 9 << 19, 1.0, 0.0), 9 << 19, [524_288, 1_000_000, 600_000, 0, 4096, 0]),
-            lines(tier("slow", TierKind::Nvme, 64 << 20, 0.15, 40.0), 64 << 20, [0, 0, 0, 0, 0, 6_000_000]),
+            lines(
+                tier("dram", TierKind::Dram, 9 << 19, 1.0, 0.0),
+                9 << 19,
+                [524_288, 1_000_000, 600_000, 0, 4096, 0],
+            ),
+            lines(
+                tier("slow", TierKind::Nvme, 64 << 20, 0.15, 40.0),
+                64 << 20,
+                [0, 0, 0, 0, 0, 6_000_000],
+            ),
         ]),
         dense: vec![
             dense(DenseKind::Embedding, None, dram),
@@ -93,7 +115,12 @@ fn versions_mean_what_they_meant() {
             dense(DenseKind::Head, None, vram),
         ],
         layers: vec![
-            layer(1, vec![(vram, vec![0, 1, 2, 3, 7]), (dram, vec![5, 9, 10, 11])], 2, vram),
+            layer(
+                1,
+                vec![(vram, vec![0, 1, 2, 3, 7]), (dram, vec![5, 9, 10, 11])],
+                2,
+                vram,
+            ),
             layer(2, vec![(dram, all.clone())], 0, dram),
             layer(3, vec![(dram, all.clone())], 0, dram),
             layer(4, vec![(dram, all)], 0, dram),
@@ -125,14 +152,28 @@ fn versions_mean_what_they_meant() {
     };
     assert_eq!(plan, want);
     let plan = load(V2).unwrap();
-    let mut want = Placement { kv_type: KvType::Q8_0, ..want };
+    let mut want = Placement {
+        kv_type: KvType::Q8_0,
+        ..want
+    };
     assert_eq!(plan, want);
-    assert_eq!(plan.encode(), V2, "the writer lays out version 2 as it always did");
+    assert_eq!(
+        plan.encode(),
+        V2,
+        "the writer lays out version 2 as it always did"
+    );
     let plan = load(V3).unwrap();
     want.layers[0].policy = SlotPolicy::Lfu { half_life: 16 };
-    want.layers[4].policy = SlotPolicy::Adaptive { half_life: 64, recent_half_life: 2, recent_weight: 8 };
-    (want.predicted.at, want.predicted.kv_s, want.predicted.prompt_gflops) =
-        (512, 0.00005, PerTier::from([900.0, 50.5, 50.5]));
+    want.layers[4].policy = SlotPolicy::Adaptive {
+        half_life: 64,
+        recent_half_life: 2,
+        recent_weight: 8,
+    };
+    (
+        want.predicted.at,
+        want.predicted.kv_s,
+        want.predicted.prompt_gflops,
+    ) = (512, 0.00005, PerTier::from([900.0, 50.5, 50.5]));
     let goal = Goal {
         objective: "memory".into(),
         value: 2_493_216.0,
@@ -149,15 +190,30 @@ fn versions_mean_what_they_meant() {
 #[test]
 fn a_tier_of_vram_may_say_how_fast_its_link_is() {
     let plan = load(V5).unwrap();
-    assert_eq!(plan.tiers[TierIdx::new(0)].tier.accelerator.link_gbps, Some(9.25));
+    assert_eq!(
+        plan.tiers[TierIdx::new(0)].tier.accelerator.link_gbps,
+        Some(9.25)
+    );
     assert_eq!(plan.encode(), V5, "a plan with a key of version 5 says so");
     let mut without = plan;
     without.tiers[TierIdx::new(0)].tier.accelerator = Accelerator::default();
     assert_eq!(without.encode(), V4);
     for (from, to, words) in [
-        ("version = 5", "version = 4", "link_gbps is a key of version 5; write `version = 5`, or leave it out"),
-        ("link_gbps = 9.25", "link_gbps = -1", "link_gbps of tier 'vram' is -1, but must be a positive finite number"),
-        ("node = 0", "node = 0\nlink_gbps = 9.25", "tier 'dram' is of kind \"dram\": only VRAM has link_gbps"),
+        (
+            "version = 5",
+            "version = 4",
+            "link_gbps is a key of version 5; write `version = 5`, or leave it out",
+        ),
+        (
+            "link_gbps = 9.25",
+            "link_gbps = -1",
+            "link_gbps of tier 'vram' is -1, but must be a positive finite number",
+        ),
+        (
+            "node = 0",
+            "node = 0\nlink_gbps = 9.25",
+            "tier 'dram' is of kind \"dram\": only VRAM has link_gbps",
+        ),
     ] {
         assert!(V5.contains(from), "{from}");
         let error = load(&V5.replacen(from, to, 1)).unwrap_err();
@@ -168,20 +224,34 @@ fn a_tier_of_vram_may_say_how_fast_its_link_is() {
 #[test]
 fn a_tier_may_be_a_memory_node_or_a_gpu() {
     let plan = load(V4).unwrap();
-    let units: Vec<_> = plan.tiers.iter().map(|t| (t.tier.device(), t.tier.node())).collect();
+    let units: Vec<_> = plan
+        .tiers
+        .iter()
+        .map(|t| (t.tier.device(), t.tier.node()))
+        .collect();
     assert_eq!(units, [(Some(1), None), (None, Some(0)), (None, None)]);
     assert_eq!(plan.encode(), V4, "a plan with a key of version 4 says so");
     let without = Placement {
         tiers: plan
             .tiers
             .iter()
-            .map(|t| PlanTier { tier: Tier { unit: None, ..t.tier.clone() }, ..t.clone() })
+            .map(|t| PlanTier {
+                tier: Tier {
+                    unit: None,
+                    ..t.tier.clone()
+                },
+                ..t.clone()
+            })
             .collect(),
         ..plan
     };
     assert_eq!(without.encode(), V3);
     for (from, to, words) in [
-        ("version = 4", "version = 3", "device is a key of version 4; write `version = 4`"),
+        (
+            "version = 4",
+            "version = 3",
+            "device is a key of version 4; write `version = 4`",
+        ),
         (
             "device = 1",
             "node = 1",
@@ -192,7 +262,11 @@ fn a_tier_may_be_a_memory_node_or_a_gpu() {
             "device = 0",
             "tier 'dram' is of kind \"dram\": which one it is says `node`, the number of the NUMA node",
         ),
-        ("node = 0", "node = 5000", "node of tier 'dram' is 5000, but 1023 is the most"),
+        (
+            "node = 0",
+            "node = 5000",
+            "node of tier 'dram' is 5000, but 1023 is the most",
+        ),
     ] {
         assert!(V4.contains(from), "{from}");
         let error = load(&V4.replacen(from, to, 1)).unwrap_err();
@@ -206,10 +280,23 @@ fn an_objective_is_whole_and_of_version_3() {
         let error = load(&text).unwrap_err();
         assert!(error.contains(words), "{error}");
     };
-    refused(V3.replace("version = 3", "version = 2"), "of version 3; write `version = 3`");
-    refused(V3.replace("objective_unit = \"bytes\"\n", ""), "go together");
-    refused(V2.replace("version = 2", "version = 3").replace("gap = 0.04", "gap = 0.04\nbatch = 4"), "go together");
-    refused(V3.replace("objective_value = 2493216.0", "objective_value = -1.0"), "objective_value");
+    refused(
+        V3.replace("version = 3", "version = 2"),
+        "of version 3; write `version = 3`",
+    );
+    refused(
+        V3.replace("objective_unit = \"bytes\"\n", ""),
+        "go together",
+    );
+    refused(
+        V2.replace("version = 2", "version = 3")
+            .replace("gap = 0.04", "gap = 0.04\nbatch = 4"),
+        "go together",
+    );
+    refused(
+        V3.replace("objective_value = 2493216.0", "objective_value = -1.0"),
+        "objective_value",
+    );
 }
 
 #[test]
@@ -236,8 +323,13 @@ fn pinned_experts_are_found() {
 fn a_plan_for_another_model_names_both() {
     let plan = load(V1).unwrap();
     let path = Path::new("p.toml");
-    assert!(plan.check_model(&source("renamed", "000102030405060708090a0b0c0d0e0f"), path).is_ok());
-    let error = plan.check_model(&source("other", "ffffffffffffffffffffffffffffffff"), path).unwrap_err();
+    assert!(
+        plan.check_model(&source("renamed", "000102030405060708090a0b0c0d0e0f"), path)
+            .is_ok()
+    );
+    let error = plan
+        .check_model(&source("other", "ffffffffffffffffffffffffffffffff"), path)
+        .unwrap_err();
     assert_eq!(
         error.to_string(),
         "p.toml: this plan was made for the model 'demo' (000102030405), but the model given is 'other' \
@@ -258,7 +350,11 @@ fn errors_say_what_and_how_to_mend() {
             "version = 7",
             "placement plan version 7, but this program reads up to version 5; update tier-plan",
         ),
-        ("context = 1024", "context = 1024\nkv_type = \"f16\"", "kv_type is a key of version 2; write `version = 2`"),
+        (
+            "context = 1024",
+            "context = 1024\nkv_type = \"f16\"",
+            "kv_type is a key of version 2; write `version = 2`",
+        ),
         (
             "version = 1",
             "version = 2\nkv_type = \"q4\"",
@@ -269,45 +365,125 @@ fn errors_say_what_and_how_to_mend() {
             "hit_rate = 0.9375\nat = 5",
             "predicted.at, kv_s and prompt_gflops are keys of version 3",
         ),
-        ("context = 1024", "context = 1024\ncolour = 3", "line 6: unknown field `colour`, expected one of `format`"),
-        ("experts = 4 }", "experts = 4, size = 2 }", "line 7: unknown field `size`"),
+        (
+            "context = 1024",
+            "context = 1024\ncolour = 3",
+            "line 6: unknown field `colour`, expected one of `format`",
+        ),
+        (
+            "experts = 4 }",
+            "experts = 4, size = 2 }",
+            "line 7: unknown field `size`",
+        ),
         ("slots = 2", "slots = 2\nslot = 1", "unknown field `slot`"),
-        ("policy = \"lru\"", "policy = \"fifo\"", "unknown variant `fifo`, expected one of `lru`, `lfu`, `adaptive`"),
-        ("policy = \"lru\"", "policy = \"lfu\"", "layer 1: the policy \"lfu\" is of version 3; write `version = 3`"),
+        (
+            "policy = \"lru\"",
+            "policy = \"fifo\"",
+            "unknown variant `fifo`, expected one of `lru`, `lfu`, `adaptive`",
+        ),
+        (
+            "policy = \"lru\"",
+            "policy = \"lfu\"",
+            "layer 1: the policy \"lfu\" is of version 3; write `version = 3`",
+        ),
         (
             "policy = \"lru\"",
             "policy = \"lru\"\nhalf_life = 3",
             "half_life is not a parameter of the policy \"lru\"; leave it",
         ),
         ("slots = 2", "slots = -2", "invalid value: integer `-2`"),
-        ("slots = 2", "slots = 70000", "layer 1: 70000 slots, but 65536 is the most"),
+        (
+            "slots = 2",
+            "slots = 70000",
+            "layer 1: 70000 slots, but 65536 is the most",
+        ),
         (
             "kv_tier = \"vram\"",
             "kv_tier = \"hbm\"",
             "kv_tier names the tier \"hbm\", but the plan's tiers are vram, dram, slow",
         ),
-        ("kv_tier = \"vram\"", "kv_tier = \"slow\"", "kv_tier is 'slow', a block device; choose a tier of memory"),
-        ("tier = \"dram\", experts", "tier = \"slow\", experts", "the tier of staging is 'slow', a block device"),
-        ("experts = 4 }", "experts = 4000000000 }", "staging holds 4000000000 experts, but 1048576 is the most"),
-        ("slot_tier = \"vram\"", "slot_tier = \"slow\"", "layer 1: slot_tier is 'slow', a block device"),
-        ("slot_tier = \"vram\"", "slot_tier = \"x\"", "layer 1: slot_tier names the tier \"x\""),
-        ("dram = \"5,9-11\"", "hbm = \"5\"", "layer 1: pinned names the tier \"hbm\""),
-        ("dram = \"5,9-11\"", "dram = \"5,7\"", "layer 1: expert 7 is pinned to both 'vram' and 'dram'; keep one"),
-        ("dram = \"5,9-11\"", "dram = \"0-4294967295\"", "layer 1: expert 4294967295 is past 65535"),
-        ("dram = \"5,9-11\"", "dram = \"9,5\"", "layer 1: expert 5 comes after expert 9; write each once"),
-        ("layers = \"2-4\"", "layers = \"2-4294967295\"", "layer 4294967295 is past 4095"),
-        ("layers = \"2-4\"", "layers = \"1-4\"", "layer 1 comes after layer 1; list each layer once"),
-        ("layers = \"2-4\"", "layer = 2\nlayers = \"2-4\"", "each [[layer]] needs either layer = 3 or layers"),
-        ("layers = \"2-4\"", "layers = \"\"", "a [[layer]] table names no layer"),
+        (
+            "kv_tier = \"vram\"",
+            "kv_tier = \"slow\"",
+            "kv_tier is 'slow', a block device; choose a tier of memory",
+        ),
+        (
+            "tier = \"dram\", experts",
+            "tier = \"slow\", experts",
+            "the tier of staging is 'slow', a block device",
+        ),
+        (
+            "experts = 4 }",
+            "experts = 4000000000 }",
+            "staging holds 4000000000 experts, but 1048576 is the most",
+        ),
+        (
+            "slot_tier = \"vram\"",
+            "slot_tier = \"slow\"",
+            "layer 1: slot_tier is 'slow', a block device",
+        ),
+        (
+            "slot_tier = \"vram\"",
+            "slot_tier = \"x\"",
+            "layer 1: slot_tier names the tier \"x\"",
+        ),
+        (
+            "dram = \"5,9-11\"",
+            "hbm = \"5\"",
+            "layer 1: pinned names the tier \"hbm\"",
+        ),
+        (
+            "dram = \"5,9-11\"",
+            "dram = \"5,7\"",
+            "layer 1: expert 7 is pinned to both 'vram' and 'dram'; keep one",
+        ),
+        (
+            "dram = \"5,9-11\"",
+            "dram = \"0-4294967295\"",
+            "layer 1: expert 4294967295 is past 65535",
+        ),
+        (
+            "dram = \"5,9-11\"",
+            "dram = \"9,5\"",
+            "layer 1: expert 5 comes after expert 9; write each once",
+        ),
+        (
+            "layers = \"2-4\"",
+            "layers = \"2-4294967295\"",
+            "layer 4294967295 is past 4095",
+        ),
+        (
+            "layers = \"2-4\"",
+            "layers = \"1-4\"",
+            "layer 1 comes after layer 1; list each layer once",
+        ),
+        (
+            "layers = \"2-4\"",
+            "layer = 2\nlayers = \"2-4\"",
+            "each [[layer]] needs either layer = 3 or layers",
+        ),
+        (
+            "layers = \"2-4\"",
+            "layers = \"\"",
+            "a [[layer]] table names no layer",
+        ),
         ("layer = 5", "layer = 4096", "layer 4096 is past 4095"),
         ("layer = 5", "layer = 3", "layer 3 comes after layer 4"),
-        ("layers = \"0\", tier", "layers = \"0-9999\", tier", "dense.dense_ffn: layer 9999 is past 4095"),
+        (
+            "layers = \"0\", tier",
+            "layers = \"0-9999\", tier",
+            "dense.dense_ffn: layer 9999 is past 4095",
+        ),
         (
             "{ layers = \"4\", tier",
             "{ layers = \"3-4\", tier",
             "the Attention group of layer 3 is placed twice; keep one",
         ),
-        ("head = \"vram\"", "head = \"x\"", "dense.head names the tier \"x\""),
+        (
+            "head = \"vram\"",
+            "head = \"x\"",
+            "dense.head names the tier \"x\"",
+        ),
         (
             "budget_bytes = 3000000",
             "budget_bytes = 2493215",
@@ -318,45 +494,126 @@ fn errors_say_what_and_how_to_mend() {
             "home_bytes = 1",
             "home_bytes of tier 'vram' must be 0: pooled experts live on the last tier",
         ),
-        ("dense_bytes = 1000000", "dense_bytes = 9223372036854775807", "add up to 9223372036856269023 bytes"),
-        ("name = \"slow\"", "name = \"dram\"", "names the tier \"slow\", but the plan's tiers are vram, dram, dram"),
-        ("gap = 0.04", "gap = inf", "solver.gap is inf; leave it out when nothing is proven"),
-        ("objective_s = 0.00125", "objective_s = -1", "solver.objective_s is -1, but must be a finite number"),
+        (
+            "dense_bytes = 1000000",
+            "dense_bytes = 9223372036854775807",
+            "add up to 9223372036856269023 bytes",
+        ),
+        (
+            "name = \"slow\"",
+            "name = \"dram\"",
+            "names the tier \"slow\", but the plan's tiers are vram, dram, dram",
+        ),
+        (
+            "gap = 0.04",
+            "gap = inf",
+            "solver.gap is inf; leave it out when nothing is proven",
+        ),
+        (
+            "objective_s = 0.00125",
+            "objective_s = -1",
+            "solver.objective_s is -1, but must be a finite number",
+        ),
         ("bound_s = 0.0012", "bound_s = nan", "solver.bound_s is NaN"),
-        ("overhead_s = 0.00018", "overhead_s = nan", "predicted.overhead_s is NaN"),
-        ("dram = 1e-5", "dram = -1e-5", "predicted.dense_s is -0.00001"),
-        ("dram = 1e-5", "x = 1e-5", "predicted.dense_s names the tier \"x\""),
-        ("token_overhead_us = 60.0", "token_overhead_us = inf", "token_overhead_us is inf"),
-        ("machine = { name", "# machine = { name", "missing field `machine`"),
+        (
+            "overhead_s = 0.00018",
+            "overhead_s = nan",
+            "predicted.overhead_s is NaN",
+        ),
+        (
+            "dram = 1e-5",
+            "dram = -1e-5",
+            "predicted.dense_s is -0.00001",
+        ),
+        (
+            "dram = 1e-5",
+            "x = 1e-5",
+            "predicted.dense_s names the tier \"x\"",
+        ),
+        (
+            "token_overhead_us = 60.0",
+            "token_overhead_us = inf",
+            "token_overhead_us is inf",
+        ),
+        (
+            "machine = { name",
+            "# machine = { name",
+            "missing field `machine`",
+        ),
     ];
     for (from, to, why) in cases {
         let error = load(&v1_with(from, to)).expect_err(to);
-        assert!(error.starts_with("p.toml: ") && error.contains(why), "{to}: wanted {why:?}, got {error:?}");
+        assert!(
+            error.starts_with("p.toml: ") && error.contains(why),
+            "{to}: wanted {why:?}, got {error:?}"
+        );
     }
     let cases = [
-        ("half_life = 16", "", "layer 1: the policy \"lfu\" needs half_life; write a number"),
-        ("half_life = 16", "half_life = 0", "layer 1: half_life is 0 tokens, but must be between 1 and 65536"),
+        (
+            "half_life = 16",
+            "",
+            "layer 1: the policy \"lfu\" needs half_life; write a number",
+        ),
+        (
+            "half_life = 16",
+            "half_life = 0",
+            "layer 1: half_life is 0 tokens, but must be between 1 and 65536",
+        ),
         (
             "half_life = 16",
             "half_life = 16\nrecent_weight = 2",
             "recent_weight is not a parameter of the policy \"lfu\"",
         ),
-        ("recent_half_life = 2", "recent_half_life = 65537", "layer 5: recent_half_life is 65537 tokens, but must be"),
-        ("recent_half_life = 2\n", "", "layer 5: the policy \"adaptive\" needs recent_half_life"),
-        ("recent_weight = 8", "recent_weight = 1025", "layer 5: recent_weight is 1025, but 1024 is the most"),
-        ("version = 3", "version = 2", "are keys of version 3; write `version = 3`"),
+        (
+            "recent_half_life = 2",
+            "recent_half_life = 65537",
+            "layer 5: recent_half_life is 65537 tokens, but must be",
+        ),
+        (
+            "recent_half_life = 2\n",
+            "",
+            "layer 5: the policy \"adaptive\" needs recent_half_life",
+        ),
+        (
+            "recent_weight = 8",
+            "recent_weight = 1025",
+            "layer 5: recent_weight is 1025, but 1024 is the most",
+        ),
+        (
+            "version = 3",
+            "version = 2",
+            "are keys of version 3; write `version = 3`",
+        ),
     ];
     for (from, to, why) in cases {
         assert!(V3.contains(from), "{from}");
         let error = load(&V3.replacen(from, to, 1)).expect_err(to);
-        assert!(error.starts_with("p.toml: ") && error.contains(why), "{to}: wanted {why:?}, got {error:?}");
+        assert!(
+            error.starts_with("p.toml: ") && error.contains(why),
+            "{to}: wanted {why:?}, got {error:?}"
+        );
     }
-    let error = decode(b"GGUF\x03\0\0\0", Path::new("p.toml")).unwrap_err().to_string();
-    assert_eq!(error, "p.toml: not a placement plan: it is a GGUF model; `tier-plan solve` writes one");
+    let error = decode(b"GGUF\x03\0\0\0", Path::new("p.toml"))
+        .unwrap_err()
+        .to_string();
+    assert_eq!(
+        error,
+        "p.toml: not a placement plan: it is a GGUF model; `tier-plan solve` writes one"
+    );
     // Four lines beyond any sum of 64 bits.
     let huge = V1.replace("_bytes = 0\n", "_bytes = 9223372036854775807\n");
-    assert!(load(&huge).unwrap_err().contains("add up to more bytes than can be counted"));
-    assert!(load(&v1_with("budget_bytes = 3000000", "budget_bytes = 18446744073709551615")).is_err());
+    assert!(
+        load(&huge)
+            .unwrap_err()
+            .contains("add up to more bytes than can be counted")
+    );
+    assert!(
+        load(&v1_with(
+            "budget_bytes = 3000000",
+            "budget_bytes = 18446744073709551615"
+        ))
+        .is_err()
+    );
 }
 
 #[test]
@@ -370,7 +627,11 @@ fn a_short_text_cannot_ask_for_much_memory() {
         "layers = \"2-4\"\npinned = { dram = \"0-31\" }",
         "layers = \"2-4000\"\npinned = { dram = \"0-65535\" }",
     ));
-    assert!(error.unwrap_err().contains("layers 2-4000: the file lists more than 4194304"));
+    assert!(
+        error
+            .unwrap_err()
+            .contains("layers 2-4000: the file lists more than 4194304")
+    );
 }
 
 #[test]
@@ -378,11 +639,19 @@ fn what_is_left_out_is_empty() {
     let text = v1_with("profile = { name", "# profile = { name")
         .replace("bound_s =", "# bound_s =")
         .replace("gap =", "# gap =");
-    let text = text.replace("dense_s = {", "# ").replace("dram = 0.0005, ", "");
+    let text = text
+        .replace("dense_s = {", "# ")
+        .replace("dram = 0.0005, ", "");
     let plan = load(&text).unwrap();
-    assert_eq!((plan.profile, plan.solver.bound_s, plan.solver.gap), (None, None, None));
+    assert_eq!(
+        (plan.profile, plan.solver.bound_s, plan.solver.gap),
+        (None, None, None)
+    );
     assert_eq!(plan.predicted.dense_s, PerTier::default());
-    assert_eq!(plan.predicted.expert_s, PerTier::from([0.0001, 0.0, 0.0007]));
+    assert_eq!(
+        plan.predicted.expert_s,
+        PerTier::from([0.0001, 0.0, 0.0007])
+    );
 }
 
 #[test]
@@ -397,22 +666,49 @@ fn only_a_sound_plan_is_written() {
         change(&mut plan);
         let error = plan.write(&path).unwrap_err().to_string();
         assert!(error.contains(why), "wanted {why:?}, got {error:?}");
-        assert!(load(&plan.encode()).is_err() || why.contains("no layer"), "{why}: written yet read");
+        assert!(
+            load(&plan.encode()).is_err() || why.contains("no layer"),
+            "{why}: written yet read"
+        );
     };
-    refuse(|p| p.kv_tier = TierIdx::new(3), "kv_tier is tier number 3, but the plan has 3");
-    refuse(|p| p.layers[0].slot_tier = TierIdx::new(9), "layer 1: slot_tier is tier number 9");
-    refuse(|p| p.layers[0].pinned[0].tier = TierIdx::new(9), "layer 1: a tier of pinned experts is tier number 9");
-    refuse(|p| p.layers[0].pinned[1].tier = TierIdx::new(0), "tier 'vram' is listed twice under pinned");
-    refuse(|p| p.layers[0].pinned[0].experts = vec![3, 3], "on tier 'vram', expert 3 comes after expert 3");
+    refuse(
+        |p| p.kv_tier = TierIdx::new(3),
+        "kv_tier is tier number 3, but the plan has 3",
+    );
+    refuse(
+        |p| p.layers[0].slot_tier = TierIdx::new(9),
+        "layer 1: slot_tier is tier number 9",
+    );
+    refuse(
+        |p| p.layers[0].pinned[0].tier = TierIdx::new(9),
+        "layer 1: a tier of pinned experts is tier number 9",
+    );
+    refuse(
+        |p| p.layers[0].pinned[1].tier = TierIdx::new(0),
+        "tier 'vram' is listed twice under pinned",
+    );
+    refuse(
+        |p| p.layers[0].pinned[0].experts = vec![3, 3],
+        "on tier 'vram', expert 3 comes after expert 3",
+    );
     refuse(|p| p.layers.swap(0, 1), "layer 1 comes after layer 2");
     refuse(
         |p| p.predicted.dense_s = PerTier::from([1.0; 4]),
         "predicted.dense_s has 4 parts, but the plan has 3 tiers",
     );
-    refuse(|p| p.dense[0].layer = Some(0), "the Embedding group stands in layer 0, but has no layer");
-    refuse(|p| p.dense[1].layer = None, "the Attention group has no layer");
+    refuse(
+        |p| p.dense[0].layer = Some(0),
+        "the Embedding group stands in layer 0, but has no layer",
+    );
+    refuse(
+        |p| p.dense[1].layer = None,
+        "the Attention group has no layer",
+    );
     refuse(|p| p.tiers = PerTier::default(), "no tier");
-    refuse(|p| p.tiers[TierIdx::new(1)].bytes.kv = 1, "kv_bytes of tier 'dram' must be 0: a layer's KV cache is on");
+    refuse(
+        |p| p.tiers[TierIdx::new(1)].bytes.kv = 1,
+        "kv_bytes of tier 'dram' must be 0: a layer's KV cache is on",
+    );
     // A real GPU has its own layers' keys and values, and no others.
     refuse(
         |p| p.tiers[TierIdx::new(0)].tier.emulated = false,
@@ -420,8 +716,11 @@ fn only_a_sound_plan_is_written() {
     );
     refuse(
         |p| {
-            (p.tiers[TierIdx::new(0)].tier.emulated, p.kv_tier, p.tiers[TierIdx::new(1)].bytes.kv) =
-                (false, TierIdx::new(1), 64);
+            (
+                p.tiers[TierIdx::new(0)].tier.emulated,
+                p.kv_tier,
+                p.tiers[TierIdx::new(1)].bytes.kv,
+            ) = (false, TierIdx::new(1), 64);
             p.dense.iter_mut().for_each(|d| d.tier = TierIdx::new(0));
         },
         "kv_bytes of tier 'dram' must be 0: a layer's KV cache is on the GPU that has its attention",
@@ -434,6 +733,13 @@ fn only_a_sound_plan_is_written() {
         split.tiers[TierIdx::new(1)].tier.capacity_bytes,
     ) = (64, 1 << 30, 1 << 30);
     split.write(&dir.path().join("split.toml")).unwrap();
-    assert_eq!(split.cache_tiers(7), [0, 0, 0, 0, 1, 0, 1].map(TierIdx::new));
-    assert_eq!(read(&path).unwrap(), plan, "the file from before is still there");
+    assert_eq!(
+        split.cache_tiers(7),
+        [0, 0, 0, 0, 1, 0, 1].map(TierIdx::new)
+    );
+    assert_eq!(
+        read(&path).unwrap(),
+        plan,
+        "the file from before is still there"
+    );
 }

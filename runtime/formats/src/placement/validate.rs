@@ -12,7 +12,9 @@ use std::collections::{HashMap, HashSet};
 /// plan for another model, or without tiers, is reported as that alone.
 pub fn validate(plan: &Placement, shape: &ModelShape) -> Vec<Violation> {
     if plan.model.hash != shape.id.hash {
-        return vec![Violation::OtherModel { made_for: plan.model.clone() }];
+        return vec![Violation::OtherModel {
+            made_for: plan.model.clone(),
+        }];
     }
     if plan.tiers.is_empty() {
         return vec![Violation::NoTiers];
@@ -36,9 +38,17 @@ pub fn validate(plan: &Placement, shape: &ModelShape) -> Vec<Violation> {
 /// Checks budgets, and that each tier can do what the plan wants of it.
 fn tiers(plan: &Placement, violations: &mut Vec<Violation>) {
     for (index, tier) in plan.tiers.enumerate() {
-        let (name, used, last) = (|| tier.tier.name.clone(), tier.used_bytes(), index == plan.home_tier());
+        let (name, used, last) = (
+            || tier.tier.name.clone(),
+            tier.used_bytes(),
+            index == plan.home_tier(),
+        );
         if used > tier.budget_bytes {
-            violations.push(Violation::OverBudget { tier: name(), used, budget: tier.budget_bytes });
+            violations.push(Violation::OverBudget {
+                tier: name(),
+                used,
+                budget: tier.budget_bytes,
+            });
         }
         if tier.uses_gpu() && (last || tier.bytes.staging > 0) {
             violations.push(Violation::PoolOnGpu { tier: name() });
@@ -51,7 +61,11 @@ fn tiers(plan: &Placement, violations: &mut Vec<Violation>) {
 
 /// Checks that each dense group of the model is placed once, where it can be computed.
 fn dense_groups(plan: &Placement, shape: &ModelShape, violations: &mut Vec<Violation>) {
-    let known: HashSet<_> = shape.dense.iter().map(|group| (group.kind, group.layer)).collect();
+    let known: HashSet<_> = shape
+        .dense
+        .iter()
+        .map(|group| (group.kind, group.layer))
+        .collect();
     let mut placed = HashSet::new();
     for group in &plan.dense {
         let (kind, layer) = (group.kind, group.layer);
@@ -61,22 +75,41 @@ fn dense_groups(plan: &Placement, shape: &ModelShape, violations: &mut Vec<Viola
             violations.push(Violation::GroupTwice { kind, layer });
         }
         match plan.tiers.get(group.tier).map(|t| t.tier.medium()) {
-            None => violations.push(Violation::tier_number(plan, "the tier of a dense group", group.tier)),
+            None => violations.push(Violation::tier_number(
+                plan,
+                "the tier of a dense group",
+                group.tier,
+            )),
             Some(Medium::Drive) if kind != DenseKind::Embedding => {
                 violations.push(Violation::GroupOnDrive { kind, layer });
             }
             Some(_) => {}
         }
     }
-    for group in shape.dense.iter().filter(|group| !placed.contains(&(group.kind, group.layer))) {
-        violations.push(Violation::MissingGroup { kind: group.kind, layer: group.layer });
+    for group in shape
+        .dense
+        .iter()
+        .filter(|group| !placed.contains(&(group.kind, group.layer)))
+    {
+        violations.push(Violation::MissingGroup {
+            kind: group.kind,
+            layer: group.layer,
+        });
     }
 }
 
 /// Checks one layer's pins and slots.
-fn routed_experts(plan: &Placement, layer: &LayerPlacement, experts: &ExpertShape, violations: &mut Vec<Violation>) {
+fn routed_experts(
+    plan: &Placement,
+    layer: &LayerPlacement,
+    experts: &ExpertShape,
+    violations: &mut Vec<Violation>,
+) {
     if layer.layer != experts.layer {
-        violations.push(Violation::OtherLayer { found: layer.layer, expected: experts.layer });
+        violations.push(Violation::OtherLayer {
+            found: layer.layer,
+            expected: experts.layer,
+        });
         return;
     }
     let (slow, n_expert) = (plan.home_tier(), experts.n_expert);
@@ -84,7 +117,11 @@ fn routed_experts(plan: &Placement, layer: &LayerPlacement, experts: &ExpertShap
     let mut homes = HashMap::new();
     for pins in &layer.pinned {
         if plan.tiers.get(pins.tier).is_none() {
-            report(Violation::tier_number(plan, "a tier of pinned experts", pins.tier));
+            report(Violation::tier_number(
+                plan,
+                "a tier of pinned experts",
+                pins.tier,
+            ));
             continue;
         }
         // A plan with one tier computes all experts there, pinned or not.
@@ -95,13 +132,21 @@ fn routed_experts(plan: &Placement, layer: &LayerPlacement, experts: &ExpertShap
             if expert >= n_expert {
                 report(Violation::NoSuchExpert { expert, n_expert });
             } else if let Some(other) = homes.insert(expert, pins.tier) {
-                let [first, second] = [other, pins.tier].map(|tier| plan.tiers[tier].tier.name.clone());
-                report(Violation::PinnedTwice { expert, first, second });
+                let [first, second] =
+                    [other, pins.tier].map(|tier| plan.tiers[tier].tier.name.clone());
+                report(Violation::PinnedTwice {
+                    expert,
+                    first,
+                    second,
+                });
             }
         }
     }
     if layer.slots > n_expert {
-        report(Violation::MoreSlotsThanExperts { slots: layer.slots, n_expert });
+        report(Violation::MoreSlotsThanExperts {
+            slots: layer.slots,
+            n_expert,
+        });
     }
     if layer.slots > 0 && plan.tiers.get(layer.slot_tier).is_none() {
         report(Violation::tier_number(plan, "slot_tier", layer.slot_tier));
@@ -113,8 +158,23 @@ fn routed_experts(plan: &Placement, layer: &LayerPlacement, experts: &ExpertShap
 /// Checks the sums that the plan stores against its [`tally`](Placement::tally). Staging may be
 /// given more bytes than it needs.
 fn sums(plan: &Placement, shape: &ModelShape, violations: &mut Vec<Violation>) {
-    for (PlanTier { tier, bytes: stored, .. }, actual) in plan.tiers.iter().zip(plan.tally(shape)) {
-        let TierBytes { dense, pinned, slots, kv, staging: _, home } = actual;
+    for (
+        PlanTier {
+            tier,
+            bytes: stored,
+            ..
+        },
+        actual,
+    ) in plan.tiers.iter().zip(plan.tally(shape))
+    {
+        let TierBytes {
+            dense,
+            pinned,
+            slots,
+            kv,
+            staging: _,
+            home,
+        } = actual;
         for (line, found, expected) in [
             ("dense groups", stored.dense, dense),
             ("pinned experts", stored.pinned, pinned),
@@ -122,7 +182,12 @@ fn sums(plan: &Placement, shape: &ModelShape, violations: &mut Vec<Violation>) {
             ("pooled experts", stored.home, home),
         ] {
             if found != expected {
-                violations.push(Violation::Sum { tier: tier.name.clone(), line, found, expected });
+                violations.push(Violation::Sum {
+                    tier: tier.name.clone(),
+                    line,
+                    found,
+                    expected,
+                });
             }
         }
         if stored.kv != kv {
@@ -143,12 +208,21 @@ fn staging(plan: &Placement, shape: &ModelShape, violations: &mut Vec<Violation>
     if plan.tiers[plan.home_tier()].tier.medium() != Medium::Drive {
         return;
     }
-    let needed = plan.layers.iter().zip(&shape.experts).map(|(layer, experts)| {
-        let n_pinned: usize = layer.pinned.iter().map(|pins| pins.experts.len()).sum();
-        u64::from(experts.n_expert).saturating_sub(n_pinned as u64).min(experts.n_used.into())
-    });
+    let needed = plan
+        .layers
+        .iter()
+        .zip(&shape.experts)
+        .map(|(layer, experts)| {
+            let n_pinned: usize = layer.pinned.iter().map(|pins| pins.experts.len()).sum();
+            u64::from(experts.n_expert)
+                .saturating_sub(n_pinned as u64)
+                .min(experts.n_used.into())
+        });
     let expected = needed.max().unwrap_or(0);
     if u64::from(plan.staging_experts) < expected {
-        violations.push(Violation::StagingTooSmall { found: plan.staging_experts, expected });
+        violations.push(Violation::StagingTooSmall {
+            found: plan.staging_experts,
+            expected,
+        });
     }
 }

@@ -28,11 +28,19 @@ pub enum Violation {
         "the lines of tier '{tier}' add up to {used} bytes ({}), but its budget_bytes is {budget} ({})",
         show_bytes(*used), show_bytes(*budget)
     )]
-    OverBudget { tier: String, used: u64, budget: u64 },
+    OverBudget {
+        tier: String,
+        used: u64,
+        budget: u64,
+    },
     #[error("home_bytes of tier '{tier}' must be 0: pooled experts live on the last tier")]
     HomeNotLast { tier: String },
     #[error("{what} is tier number {tier}, but the plan has {n_tiers}")]
-    TierNumber { what: String, tier: TierIdx, n_tiers: usize },
+    TierNumber {
+        what: String,
+        tier: TierIdx,
+        n_tiers: usize,
+    },
     #[error("{what} is '{tier}', a block device; choose a tier of memory")]
     WorksOnDrive { what: String, tier: String },
     #[error("staging holds {found} experts, but {max} is the most")]
@@ -42,14 +50,22 @@ pub enum Violation {
     #[error("the {kind:?} group stands in layer {layer}, but has no layer")]
     GroupInLayer { kind: DenseKind, layer: u32 },
     #[error("the {kind:?} group of layer {layer} is past {max}, the highest layer")]
-    GroupPastEnd { kind: DenseKind, layer: u32, max: u32 },
+    GroupPastEnd {
+        kind: DenseKind,
+        layer: u32,
+        max: u32,
+    },
     #[error("the {} is placed twice; keep one", group(*kind, *layer))]
     GroupTwice { kind: DenseKind, layer: Option<u32> },
     #[error(
         "kv_tier is '{kv_tier}', a GPU's memory, but the attention of layer {layer} is on '{attention_tier}', and so its \
          KV cache can't be there; name a tier of memory"
     )]
-    CacheOnGpu { kv_tier: String, layer: u32, attention_tier: String },
+    CacheOnGpu {
+        kv_tier: String,
+        layer: u32,
+        attention_tier: String,
+    },
     #[error(
         "kv_bytes of tier '{tier}' must be 0: a layer's KV cache is on the GPU that has its attention, or else on \
          '{kv_tier}', the kv_tier"
@@ -61,33 +77,56 @@ pub enum Violation {
     LayerPastEnd { layer: u32, max: u32 },
     /// Something within one layer.
     #[error("layer {layer}: {violation}")]
-    InLayer { layer: u32, violation: Box<Violation> },
+    InLayer {
+        layer: u32,
+        violation: Box<Violation>,
+    },
     #[error("{slots} slots, but {max} is the most")]
     TooManySlots { slots: u32, max: u32 },
     #[error("tier '{tier}' is listed twice under pinned")]
     PinTierTwice { tier: String },
     #[error("on tier '{tier}', expert {second} comes after expert {first}")]
-    PinOrder { tier: String, first: u32, second: u32 },
+    PinOrder {
+        tier: String,
+        first: u32,
+        second: u32,
+    },
     #[error("expert {expert} is past {max}, the highest that can be named")]
     ExpertPastEnd { expert: u32, max: u32 },
     #[error("expert {expert} is pinned to both '{first}' and '{second}'; keep one")]
-    PinnedTwice { expert: u32, first: String, second: String },
+    PinnedTwice {
+        expert: u32,
+        first: String,
+        second: String,
+    },
     #[error("{key} is {tokens} tokens, but must be between 1 and {max}")]
-    HalfLife { key: &'static str, tokens: u32, max: u32 },
+    HalfLife {
+        key: &'static str,
+        tokens: u32,
+        max: u32,
+    },
     #[error("recent_weight is {found}, but {max} is the most")]
     RecentWeight { found: u32, max: u32 },
     #[error("solver.gap is {0}; leave it out when nothing is proven")]
     Gap(f64),
     #[error("{what} has {found} parts, but the plan has {n_tiers} tiers")]
-    Parts { what: &'static str, found: usize, n_tiers: usize },
+    Parts {
+        what: &'static str,
+        found: usize,
+        n_tiers: usize,
+    },
 
     #[error("it was made for '{}' ({})", made_for.name, made_for.hash)]
     OtherModel { made_for: SourceId },
     #[error("it has no tiers")]
     NoTiers,
-    #[error("tier '{tier}' is a GPU's memory, which can hold neither buffers for experts in flight nor pooled experts")]
+    #[error(
+        "tier '{tier}' is a GPU's memory, which can hold neither buffers for experts in flight nor pooled experts"
+    )]
     PoolOnGpu { tier: String },
-    #[error("tier '{tier}' is a block device that the plan puts bytes on, but only the last tier may be one")]
+    #[error(
+        "tier '{tier}' is a block device that the plan puts bytes on, but only the last tier may be one"
+    )]
     DriveNotLast { tier: String },
     #[error("it places the {}, but the model has no such tensor group", group(*kind, *layer))]
     UnknownGroup { kind: DenseKind, layer: Option<u32> },
@@ -108,12 +147,23 @@ pub enum Violation {
     #[error("{slots} slots for {n_expert} experts")]
     MoreSlotsThanExperts { slots: u32, n_expert: u32 },
     #[error("tier '{tier}' says {found} bytes of {line}, but they take {expected}")]
-    Sum { tier: String, line: &'static str, found: u64, expected: u64 },
+    Sum {
+        tier: String,
+        line: &'static str,
+        found: u64,
+        expected: u64,
+    },
     #[error(
         "tier '{tier}' has {found} bytes for the KV cache and recurrent state, but the layers that have theirs there take \
          {expected} with {context} tokens of context and a KV cache of {kv_type}"
     )]
-    CacheSum { tier: String, found: u64, expected: u64, context: u32, kv_type: KvType },
+    CacheSum {
+        tier: String,
+        found: u64,
+        expected: u64,
+        context: u32,
+        kv_type: KvType,
+    },
     #[error("staging holds {found} experts, but a token may need {expected}")]
     StagingTooSmall { found: u32, expected: u64 },
 }
@@ -121,12 +171,19 @@ pub enum Violation {
 impl Violation {
     /// Returns the violation of a tier index that is out of range.
     pub(super) fn tier_number(plan: &Placement, what: &str, tier: TierIdx) -> Violation {
-        Violation::TierNumber { what: what.into(), tier, n_tiers: plan.tiers.len() }
+        Violation::TierNumber {
+            what: what.into(),
+            tier,
+            n_tiers: plan.tiers.len(),
+        }
     }
 
     /// Returns this violation as one of layer `layer`.
     pub(super) fn in_layer(self, layer: u32) -> Violation {
-        Violation::InLayer { layer, violation: Box::new(self) }
+        Violation::InLayer {
+            layer,
+            violation: Box::new(self),
+        }
     }
 }
 

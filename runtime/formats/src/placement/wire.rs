@@ -2,8 +2,8 @@
 //! writes it.
 
 use super::{
-    DensePlacement, Goal, LayerPlacement, PerTier, Pins, Placement, PlanTier, Prediction, SlotPolicy, SolverReport,
-    TierBytes, TierIdx,
+    DensePlacement, Goal, LayerPlacement, PerTier, Pins, Placement, PlanTier, Prediction,
+    SlotPolicy, SolverReport, TierBytes, TierIdx,
 };
 use crate::kind::toml_words;
 use crate::machine::{Accelerator, Tier, WireKind, check_unit};
@@ -28,13 +28,21 @@ pub(super) fn decode(text: &str) -> Result<Placement, String> {
     let wire: Wire = toml::from_str(text).map_err(|e| toml_words(text, &e))?;
     let kv_type = match &wire.kv_type {
         Some(_) if wire.version < 2 => {
-            return Err("kv_type is a key of version 2; write `version = 2`, or leave it out".into());
+            return Err(
+                "kv_type is a key of version 2; write `version = 2`, or leave it out".into(),
+            );
         }
         Some(name) => name.parse().map_err(|e| format!("kv_type: {e}"))?,
         None => KvType::default(),
     };
     for tier in &wire.tier {
-        check_unit(&tier.name, tier.kind.into(), tier.node, tier.device, (wire.version, 4))?;
+        check_unit(
+            &tier.name,
+            tier.kind.into(),
+            tier.node,
+            tier.device,
+            (wire.version, 4),
+        )?;
         tier.accelerator().check_version((wire.version, 5))?;
     }
     let mut allowance = Allowance::for_a_file();
@@ -66,7 +74,11 @@ pub(super) fn decode(text: &str) -> Result<Placement, String> {
     })
 }
 
-fn decode_prediction(wire: WirePrediction, version: u64, names: &Names) -> Result<Prediction, String> {
+fn decode_prediction(
+    wire: WirePrediction,
+    version: u64,
+    names: &Names,
+) -> Result<Prediction, String> {
     if version < 3 && (wire.at.is_some() || wire.kv_s.is_some() || !wire.prompt_gflops.is_empty()) {
         return Err(
             "predicted.at, kv_s and prompt_gflops are keys of version 3; write `version = 3`, or leave them out".into(),
@@ -90,12 +102,32 @@ fn decode_prediction(wire: WirePrediction, version: u64, names: &Names) -> Resul
 
 fn decode_solver(wire: WireSolver, version: u64) -> Result<SolverReport, String> {
     let goal = decode_goal(&wire, version)?;
-    let WireSolver { backend, status, objective_s, bound_s, gap, solve_s, .. } = wire;
-    Ok(SolverReport { backend, status, objective_s, bound_s, gap, solve_s, goal })
+    let WireSolver {
+        backend,
+        status,
+        objective_s,
+        bound_s,
+        gap,
+        solve_s,
+        ..
+    } = wire;
+    Ok(SolverReport {
+        backend,
+        status,
+        objective_s,
+        bound_s,
+        gap,
+        solve_s,
+        goal,
+    })
 }
 
 fn decode_goal(wire: &WireSolver, version: u64) -> Result<Option<Goal>, String> {
-    let numbers = [wire.objective_value, wire.objective_bound, wire.target_tok_s];
+    let numbers = [
+        wire.objective_value,
+        wire.objective_bound,
+        wire.target_tok_s,
+    ];
     let any = numbers.iter().any(Option::is_some)
         || wire.objective.is_some()
         || wire.objective_unit.is_some()
@@ -118,24 +150,41 @@ fn decode_goal(wire: &WireSolver, version: u64) -> Result<Option<Goal>, String> 
     }
 }
 
-fn decode_dense(wire: WireDense, names: &Names, allowance: &mut Allowance) -> Result<Vec<DensePlacement>, String> {
+fn decode_dense(
+    wire: WireDense,
+    names: &Names,
+    allowance: &mut Allowance,
+) -> Result<Vec<DensePlacement>, String> {
     let mut dense = Vec::new();
     let mut whole = |kind, key: &str, tier: Option<String>, names: &Names| {
         if let Some(tier) = tier {
-            dense.push(DensePlacement { kind, layer: None, tier: names.find(&tier, &format!("dense.{key}"))? });
+            dense.push(DensePlacement {
+                kind,
+                layer: None,
+                tier: names.find(&tier, &format!("dense.{key}"))?,
+            });
         }
         Ok::<(), String>(())
     };
     whole(DenseKind::Embedding, "embedding", wire.embedding, names)?;
     whole(DenseKind::Head, "head", wire.head, names)?;
-    let groups = [wire.attention, wire.router, wire.shared_expert, wire.dense_ffn];
+    let groups = [
+        wire.attention,
+        wire.router,
+        wire.shared_expert,
+        wire.dense_ffn,
+    ];
     for ((kind, key), groups) in BY_LAYER.into_iter().zip(groups) {
         for group in groups {
             let what = format!("dense.{key}");
             let tier = names.find(&group.tier, &what)?;
-            let layers =
-                ranges::parse(&group.layers, "layer", MAX_LAYER, allowance).map_err(|e| format!("{what}: {e}"))?;
-            dense.extend(layers.into_iter().map(|layer| DensePlacement { kind, layer: Some(layer), tier }));
+            let layers = ranges::parse(&group.layers, "layer", MAX_LAYER, allowance)
+                .map_err(|e| format!("{what}: {e}"))?;
+            dense.extend(layers.into_iter().map(|layer| DensePlacement {
+                kind,
+                layer: Some(layer),
+                tier,
+            }));
         }
     }
     dense.sort_by_key(|d| (d.kind, d.layer));
@@ -174,7 +223,9 @@ fn decode_layer(
     }
     pinned.sort_by_key(|pins| pins.tier);
     // The table is copied for every layer it stands for, so the copies count too.
-    allowance.take(count * (numbers.len() as u64 - 1)).map_err(explain)?;
+    allowance
+        .take(count * (numbers.len() as u64 - 1))
+        .map_err(explain)?;
     let slot_tier = names.find(&wire.slot_tier, "slot_tier").map_err(explain)?;
     out.extend(numbers.into_iter().map(|layer| LayerPlacement {
         layer,
@@ -195,13 +246,21 @@ struct Names {
 impl Names {
     fn new(tiers: &[WireTier]) -> Names {
         let all: Vec<String> = tiers.iter().map(|t| t.name.clone()).collect();
-        let by_name = all.iter().enumerate().map(|(at, name)| (name.clone(), TierIdx::new(at))).collect();
+        let by_name = all
+            .iter()
+            .enumerate()
+            .map(|(at, name)| (name.clone(), TierIdx::new(at)))
+            .collect();
         Names { by_name, all }
     }
 
     fn find(&self, name: &str, what: &str) -> Result<TierIdx, String> {
         self.by_name.get(name).copied().ok_or_else(|| {
-            format!("{what} names the tier {}, but the plan's tiers are {}", quote(name), self.all.join(", "))
+            format!(
+                "{what} names the tier {}, but the plan's tiers are {}",
+                quote(name),
+                self.all.join(", ")
+            )
         })
     }
 
@@ -266,7 +325,10 @@ struct WireSource {
 
 impl From<WireSource> for SourceId {
     fn from(wire: WireSource) -> SourceId {
-        SourceId { name: wire.name, hash: wire.hash }
+        SourceId {
+            name: wire.name,
+            hash: wire.hash,
+        }
     }
 }
 
@@ -356,8 +418,17 @@ struct WireTier {
 
 impl WireTier {
     fn accelerator(&self) -> Accelerator {
-        let &WireTier { link_gbps, layer_us, resident_layer_us, .. } = self;
-        Accelerator { link_gbps, layer_us, resident_layer_us }
+        let &WireTier {
+            link_gbps,
+            layer_us,
+            resident_layer_us,
+            ..
+        } = self;
+        Accelerator {
+            link_gbps,
+            layer_us,
+            resident_layer_us,
+        }
     }
 
     fn into_tier(self) -> PlanTier {
@@ -412,21 +483,39 @@ impl WireLayer {
         let value = |at: usize| given[at].1.unwrap_or_default();
         let (policy, takes) = match self.policy {
             WirePolicy::Lru => (SlotPolicy::Lru, 0),
-            WirePolicy::Lfu => (SlotPolicy::Lfu { half_life: value(0) }, 1),
+            WirePolicy::Lfu => (
+                SlotPolicy::Lfu {
+                    half_life: value(0),
+                },
+                1,
+            ),
             WirePolicy::Adaptive => {
                 let [half_life, recent_half_life, recent_weight] = [0, 1, 2].map(value);
-                (SlotPolicy::Adaptive { half_life, recent_half_life, recent_weight }, 3)
+                (
+                    SlotPolicy::Adaptive {
+                        half_life,
+                        recent_half_life,
+                        recent_weight,
+                    },
+                    3,
+                )
             }
         };
         let (name, since) = (policy.name(), policy.since_version());
         if version < since {
-            return Err(format!("the policy \"{name}\" is of version {since}; write `version = {since}`"));
+            return Err(format!(
+                "the policy \"{name}\" is of version {since}; write `version = {since}`"
+            ));
         }
         if let Some((key, _)) = given[takes..].iter().find(|(_, value)| value.is_some()) {
-            return Err(format!("{key} is not a parameter of the policy \"{name}\"; leave it out"));
+            return Err(format!(
+                "{key} is not a parameter of the policy \"{name}\"; leave it out"
+            ));
         }
         if let Some((key, _)) = given[..takes].iter().find(|(_, value)| value.is_none()) {
-            return Err(format!("the policy \"{name}\" needs {key}; write a number of tokens or a weight"));
+            return Err(format!(
+                "the policy \"{name}\" needs {key}; write a number of tokens or a weight"
+            ));
         }
         Ok(policy)
     }

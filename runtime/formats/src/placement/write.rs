@@ -1,7 +1,9 @@
 //! The text of a plan, laid out by hand to be readable: what [`super::wire`] reads.
 
 use super::wire::BY_LAYER;
-use super::{LayerPlacement, PLACEMENT, Pins, Placement, PlanTier, Prediction, SlotPolicy, TierIdx};
+use super::{
+    LayerPlacement, PLACEMENT, Pins, Placement, PlanTier, Prediction, SlotPolicy, TierIdx,
+};
 use crate::machine::Accelerator;
 use crate::model::shape::DenseKind;
 use crate::ranges;
@@ -23,7 +25,10 @@ pub(super) fn encode(plan: &Placement) -> String {
     out.field("kv_tier", quote(name(plan.kv_tier)));
     out.field("kv_type", quote(plan.kv_type.name()));
     let staging = quote(name(plan.staging_tier));
-    out.field("staging", format!("{{ tier = {staging}, experts = {} }}", plan.staging_experts));
+    out.field(
+        "staging",
+        format!("{{ tier = {staging}, experts = {} }}", plan.staging_experts),
+    );
     out.field("layer_overhead_us", float(plan.layer_overhead_us));
     out.field("token_overhead_us", float(plan.token_overhead_us));
 
@@ -48,7 +53,10 @@ pub(super) fn encode(plan: &Placement) -> String {
         out.field("objective", quote(&goal.objective));
         out.field("objective_value", float(goal.value));
         out.field("objective_unit", quote(&goal.unit));
-        for (key, x) in [("objective_bound", goal.bound), ("target_tok_s", goal.target_tok_s)] {
+        for (key, x) in [
+            ("objective_bound", goal.bound),
+            ("target_tok_s", goal.target_tok_s),
+        ] {
             if let Some(x) = x {
                 out.field(key, float(x));
             }
@@ -77,7 +85,9 @@ pub(super) fn encode(plan: &Placement) -> String {
         ("prompt_gflops", &predicted.prompt_gflops),
     ] {
         if !parts.is_empty() {
-            let parts = parts.enumerate().map(|(tier, &x)| format!("{} = {}", name(tier), float(x)));
+            let parts = parts
+                .enumerate()
+                .map(|(tier, &x)| format!("{} = {}", name(tier), float(x)));
             out.field(key, table(parts));
         }
     }
@@ -92,7 +102,11 @@ pub(super) fn encode(plan: &Placement) -> String {
 
 fn encode_dense<'a>(plan: &Placement, out: &mut Text, name: impl Fn(TierIdx) -> &'a str) {
     out.line("\n[dense]");
-    let whole = |kind| plan.dense.iter().find(|d| d.kind == kind && d.layer.is_none());
+    let whole = |kind| {
+        plan.dense
+            .iter()
+            .find(|d| d.kind == kind && d.layer.is_none())
+    };
     if let Some(group) = whole(DenseKind::Embedding) {
         out.field("embedding", quote(name(group.tier)));
     }
@@ -108,7 +122,11 @@ fn encode_dense<'a>(plan: &Placement, out: &mut Text, name: impl Fn(TierIdx) -> 
         }
         let groups = by_tier.into_iter().map(|(tier, mut layers)| {
             layers.sort_unstable();
-            format!("{{ layers = {}, tier = {} }}", quote(&ranges::show(&layers)), quote(name(tier)))
+            format!(
+                "{{ layers = {}, tier = {} }}",
+                quote(&ranges::show(&layers)),
+                quote(name(tier))
+            )
         });
         out.field(key, format!("[{}]", groups.collect::<Vec<_>>().join(", ")));
     }
@@ -119,7 +137,11 @@ fn encode_dense<'a>(plan: &Placement, out: &mut Text, name: impl Fn(TierIdx) -> 
 
 fn encode_tier(tier: &PlanTier, out: &mut Text) {
     out.line("\n[[tier]]");
-    out.line(&format!("# uses {} of {}", show_bytes(tier.used_bytes()), show_bytes(tier.budget_bytes)));
+    out.line(&format!(
+        "# uses {} of {}",
+        show_bytes(tier.used_bytes()),
+        show_bytes(tier.budget_bytes)
+    ));
     out.field("name", quote(&tier.tier.name));
     out.field("kind", quote(tier.tier.kind.as_str()));
     out.field("capacity_bytes", tier.tier.capacity_bytes);
@@ -146,16 +168,28 @@ fn encode_layers<'a>(plan: &Placement, out: &mut Text, name: impl Fn(TierIdx) ->
             && a.pinned == b.pinned
     };
     for run in plan.layers.chunk_by(alike) {
-        let (Some(first), Some(last)) = (run.first(), run.last()) else { continue };
+        let (Some(first), Some(last)) = (run.first(), run.last()) else {
+            continue;
+        };
         out.line("\n[[layer]]");
         if first.layer == last.layer {
             out.field("layer", first.layer);
         } else {
             out.field("layers", quote(&format!("{}-{}", first.layer, last.layer)));
         }
-        let mut pinned: Vec<&Pins> = first.pinned.iter().filter(|pins| !pins.experts.is_empty()).collect();
+        let mut pinned: Vec<&Pins> = first
+            .pinned
+            .iter()
+            .filter(|pins| !pins.experts.is_empty())
+            .collect();
         pinned.sort_by_key(|pins| pins.tier);
-        let pinned = pinned.iter().map(|pins| format!("{} = {}", name(pins.tier), quote(&ranges::show(&pins.experts))));
+        let pinned = pinned.iter().map(|pins| {
+            format!(
+                "{} = {}",
+                name(pins.tier),
+                quote(&ranges::show(&pins.experts))
+            )
+        });
         out.field("pinned", table(pinned));
         out.field("slots", first.slots);
         out.field("slot_tier", quote(name(first.slot_tier)));
@@ -163,7 +197,11 @@ fn encode_layers<'a>(plan: &Placement, out: &mut Text, name: impl Fn(TierIdx) ->
         match first.policy {
             SlotPolicy::Lru => {}
             SlotPolicy::Lfu { half_life } => out.field("half_life", half_life),
-            SlotPolicy::Adaptive { half_life, recent_half_life, recent_weight } => {
+            SlotPolicy::Adaptive {
+                half_life,
+                recent_half_life,
+                recent_weight,
+            } => {
                 out.field("half_life", half_life);
                 out.field("recent_half_life", recent_half_life);
                 out.field("recent_weight", recent_weight);
@@ -175,10 +213,23 @@ fn encode_layers<'a>(plan: &Placement, out: &mut Text, name: impl Fn(TierIdx) ->
 /// Returns the oldest version that can say all of the plan and is still written.
 fn version(plan: &Placement) -> u64 {
     let policies = plan.layers.iter().map(|l| l.policy.since_version());
-    let goal = if plan.solver.goal.is_some() || charges_kv(&plan.predicted) { 3 } else { 2 };
-    let units = if plan.tiers.iter().any(|t| t.tier.unit.is_some()) { 4 } else { 2 };
-    let accelerated = plan.tiers.iter().any(|t| t.tier.accelerator != Accelerator::default());
-    policies.chain([goal, units, if accelerated { 5 } else { 2 }]).fold(2, u64::max)
+    let goal = if plan.solver.goal.is_some() || charges_kv(&plan.predicted) {
+        3
+    } else {
+        2
+    };
+    let units = if plan.tiers.iter().any(|t| t.tier.unit.is_some()) {
+        4
+    } else {
+        2
+    };
+    let accelerated = plan
+        .tiers
+        .iter()
+        .any(|t| t.tier.accelerator != Accelerator::default());
+    policies
+        .chain([goal, units, if accelerated { 5 } else { 2 }])
+        .fold(2, u64::max)
 }
 
 /// Whether a prediction has keys of version 3.
@@ -187,12 +238,20 @@ fn charges_kv(predicted: &Prediction) -> bool {
 }
 
 fn source(id: &SourceId) -> String {
-    format!("{{ name = {}, hash = {} }}", quote(&id.name), quote(&id.hash))
+    format!(
+        "{{ name = {}, hash = {} }}",
+        quote(&id.name),
+        quote(&id.hash)
+    )
 }
 
 fn table(items: impl Iterator<Item = String>) -> String {
     let items: Vec<String> = items.collect();
-    if items.is_empty() { "{}".into() } else { format!("{{ {} }}", items.join(", ")) }
+    if items.is_empty() {
+        "{}".into()
+    } else {
+        format!("{{ {} }}", items.join(", "))
+    }
 }
 
 struct Text(String);

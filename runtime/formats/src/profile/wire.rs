@@ -80,13 +80,18 @@ enum WireSplit {
 
 /// Bits that the number of an expert takes.
 fn bits_for(n_expert: u32) -> u32 {
-    n_expert.saturating_sub(1).checked_ilog2().map_or(0, |top| top + 1)
+    n_expert
+        .saturating_sub(1)
+        .checked_ilog2()
+        .map_or(0, |top| top + 1)
 }
 
 /// Choices (experts and as many weights) in a prompt's trace.
 fn choices(prompt_tokens: u32, decode_tokens: u32, layers: usize, n_used: u32) -> Option<u64> {
     let tokens = u64::from(prompt_tokens) + u64::from(decode_tokens);
-    tokens.checked_mul(layers as u64)?.checked_mul(u64::from(n_used))
+    tokens
+        .checked_mul(layers as u64)?
+        .checked_mul(u64::from(n_used))
 }
 
 /// Returns the bytes of `count` packed experts.
@@ -100,13 +105,21 @@ fn check_shape(layers: &[u32], n_expert: u32, n_used: u32) -> Result<(), String>
         return Err("no layers; only models with routed experts have a profile".into());
     }
     if let Some(pair) = layers.windows(2).find(|pair| pair[0] >= pair[1]) {
-        return Err(format!("layer {} comes after layer {}, but layers must ascend", pair[1], pair[0]));
+        return Err(format!(
+            "layer {} comes after layer {}, but layers must ascend",
+            pair[1], pair[0]
+        ));
     }
     if let Some(&last) = layers.last().filter(|&&last| last > MAX_LAYER) {
-        return Err(format!("layer {last} is past {MAX_LAYER}, the highest that can be named"));
+        return Err(format!(
+            "layer {last} is past {MAX_LAYER}, the highest that can be named"
+        ));
     }
     if n_expert == 0 || n_expert > MAX_EXPERT + 1 {
-        return Err(format!("n_expert is {n_expert}, but must be 1 to {}", MAX_EXPERT + 1));
+        return Err(format!(
+            "n_expert is {n_expert}, but must be 1 to {}",
+            MAX_EXPERT + 1
+        ));
     }
     if n_used == 0 || n_used > n_expert || n_used > MAX_USED {
         return Err(format!(
@@ -122,12 +135,16 @@ fn check_shape(layers: &[u32], n_expert: u32, n_used: u32) -> Result<(), String>
 /// Checks that each token's choices in a layer are different experts that exist.
 fn check_trace(name: &str, experts: &[u16], n_expert: u32, n_used: u32) -> Result<(), String> {
     if let Some(&bad) = experts.iter().find(|&&e| u32::from(e) >= n_expert) {
-        return Err(format!("prompt '{name}' chose expert {bad}, but there are only {n_expert}"));
+        return Err(format!(
+            "prompt '{name}' chose expert {bad}, but there are only {n_expert}"
+        ));
     }
     for chosen in experts.chunks_exact(n_used as usize) {
         for (at, expert) in chosen.iter().enumerate() {
             if chosen[..at].contains(expert) {
-                return Err(format!("a token of prompt '{name}' chose expert {expert} twice in one layer"));
+                return Err(format!(
+                    "a token of prompt '{name}' chose expert {expert} twice in one layer"
+                ));
             }
         }
     }
@@ -137,17 +154,28 @@ fn check_trace(name: &str, experts: &[u16], n_expert: u32, n_used: u32) -> Resul
 /// Counts must be those of a whole layer, of as many tokens as floats can count.
 fn check_counts(counted: &[Vec<u64>], layers: &[u32], n_expert: u32) -> Result<(), String> {
     if counted.len() != layers.len() {
-        return Err(format!("counts of {} layers, but there are {}", counted.len(), layers.len()));
+        return Err(format!(
+            "counts of {} layers, but there are {}",
+            counted.len(),
+            layers.len()
+        ));
     }
     for (counts, layer) in counted.iter().zip(layers) {
         if counts.len() != n_expert as usize {
-            return Err(format!("layer {layer} has {} counts for {n_expert} experts", counts.len()));
+            return Err(format!(
+                "layer {layer} has {} counts for {n_expert} experts",
+                counts.len()
+            ));
         }
         if let Some(count) = counts.iter().find(|&&c| c > MAX_COUNT) {
-            return Err(format!("layer {layer} has an expert with {count} uses, but at most {MAX_COUNT} are counted"));
+            return Err(format!(
+                "layer {layer} has an expert with {count} uses, but at most {MAX_COUNT} are counted"
+            ));
         }
         if counts.iter().all(|&c| c == 0) {
-            return Err(format!("layer {layer} has no uses of any expert; nothing was counted there"));
+            return Err(format!(
+                "layer {layer} has no uses of any expert; nothing was counted there"
+            ));
         }
     }
     Ok(())
@@ -157,11 +185,17 @@ fn check_counts(counted: &[Vec<u64>], layers: &[u32], n_expert: u32) -> Result<(
 /// floats can count.
 fn check_guesses(guesses: &[Guesses], layers: &[u32]) -> Result<(), String> {
     if guesses.len() != layers.len() {
-        return Err(format!("guesses of {} layers, but there are {}", guesses.len(), layers.len()));
+        return Err(format!(
+            "guesses of {} layers, but there are {}",
+            guesses.len(),
+            layers.len()
+        ));
     }
     for (Guesses { made, right }, layer) in guesses.iter().zip(layers) {
         if right > made || *made > MAX_COUNT {
-            return Err(format!("layer {layer} has {right} right guesses of {made}; at most {MAX_COUNT} are counted"));
+            return Err(format!(
+                "layer {layer} has {right} right guesses of {made}; at most {MAX_COUNT} are counted"
+            ));
         }
     }
     Ok(())
@@ -173,15 +207,25 @@ pub(super) fn check(profile: &Profile) -> Result<(), String> {
     if let Some(counted) = &profile.counted {
         check_counts(counted, &profile.layers, profile.n_expert)?;
         if !profile.prompts.is_empty() {
-            return Err("it has both counts and traces; counts are for profiles without traces".into());
+            return Err(
+                "it has both counts and traces; counts are for profiles without traces".into(),
+            );
         }
     }
     if let Some(guesses) = &profile.guesses {
         check_guesses(guesses, &profile.layers)?;
     }
     for prompt in &profile.prompts {
-        let want = choices(prompt.prompt_tokens, prompt.decode_tokens, profile.layers.len(), profile.n_used);
-        for (what, found) in [("experts", prompt.experts.len()), ("weights", prompt.weights.len())] {
+        let want = choices(
+            prompt.prompt_tokens,
+            prompt.decode_tokens,
+            profile.layers.len(),
+            profile.n_used,
+        );
+        for (what, found) in [
+            ("experts", prompt.experts.len()),
+            ("weights", prompt.weights.len()),
+        ] {
             if want != Some(found as u64) {
                 return Err(format!(
                     "prompt '{}' has {found} {what}, but its tokens make {}",
@@ -190,7 +234,12 @@ pub(super) fn check(profile: &Profile) -> Result<(), String> {
                 ));
             }
         }
-        check_trace(&prompt.name, &prompt.experts, profile.n_expert, profile.n_used)?;
+        check_trace(
+            &prompt.name,
+            &prompt.experts,
+            profile.n_expert,
+            profile.n_used,
+        )?;
     }
     Ok(())
 }
@@ -219,14 +268,20 @@ pub(super) fn encode(profile: &Profile) -> Vec<u8> {
         payload.extend_from_slice(&count.to_le_bytes());
     }
     let header = WireHeader {
-        model: WireSource { name: profile.model.name.clone(), hash: profile.model.hash.clone() },
+        model: WireSource {
+            name: profile.model.name.clone(),
+            hash: profile.model.hash.clone(),
+        },
         made: profile.made.clone(),
         n_expert: profile.n_expert,
         n_used: profile.n_used,
         layers: profile.layers.clone(),
         prompts,
         counts: profile.counted.as_ref().map(|_| WireCounts::Prompt),
-        guesses: profile.guesses.as_ref().map(|all| all.iter().map(|g| [g.made, g.right]).collect()),
+        guesses: profile
+            .guesses
+            .as_ref()
+            .map(|all| all.iter().map(|g| [g.made, g.right]).collect()),
     };
     // A struct of strings and numbers has no way to fail; if it did, an empty header would be
     // refused on reading.
@@ -249,7 +304,11 @@ pub(super) fn encode(profile: &Profile) -> Vec<u8> {
 
 /// Returns the identity of a file with these bytes; its name says whether it has only counts.
 pub(super) fn identify(model: &str, counted: bool, bytes: &[u8]) -> SourceId {
-    let what = if counted { ", marginal counts of prompt processing" } else { "" };
+    let what = if counted {
+        ", marginal counts of prompt processing"
+    } else {
+        ""
+    };
     SourceId::of_bytes(&format!("{model}{what}"), bytes)
 }
 
@@ -292,10 +351,15 @@ fn decode_body(version: u32, all: &[u8], rest: &[u8]) -> Result<Profile, String>
         return Err("header: unknown field `counts` in version 1; write version 2".into());
     }
     if header.guesses.is_some() && version < 3 {
-        return Err(format!("header: unknown field `guesses` in version {version}; write version 3"));
+        return Err(format!(
+            "header: unknown field `guesses` in version {version}; write version 3"
+        ));
     }
-    let guesses: Option<Vec<Guesses>> =
-        header.guesses.as_ref().map(|all| all.iter().map(|&[made, right]| Guesses { made, right }).collect());
+    let guesses: Option<Vec<Guesses>> = header.guesses.as_ref().map(|all| {
+        all.iter()
+            .map(|&[made, right]| Guesses { made, right })
+            .collect()
+    });
     if let Some(guesses) = &guesses {
         check_guesses(guesses, &header.layers)?;
     }
@@ -309,17 +373,32 @@ fn decode_body(version: u32, all: &[u8], rest: &[u8]) -> Result<Profile, String>
     for wire in header.prompts {
         let name = &wire.name;
         if wire.offset != at as u64 {
-            return Err(format!("prompt '{name}' says offset {}, but its choices start at {at}", wire.offset));
+            return Err(format!(
+                "prompt '{name}' says offset {}, but its choices start at {at}",
+                wire.offset
+            ));
         }
-        let lengths = choices(wire.prompt_tokens, wire.decode_tokens, header.layers.len(), header.n_used)
-            .and_then(|n| Some((usize::try_from(n).ok()?, usize::try_from(packed_bytes(n, bits)?).ok()?)));
+        let lengths = choices(
+            wire.prompt_tokens,
+            wire.decode_tokens,
+            header.layers.len(),
+            header.n_used,
+        )
+        .and_then(|n| {
+            Some((
+                usize::try_from(n).ok()?,
+                usize::try_from(packed_bytes(n, bits)?).ok()?,
+            ))
+        });
         // Nothing is allocated before the file is known to hold that many weights.
         let Some((packed, weights, end)) = lengths.and_then(|(n, packed)| {
             let middle = at.checked_add(packed)?;
             let end = middle.checked_add(n)?;
             Some((payload.get(at..middle)?, payload.get(middle..end)?, end))
         }) else {
-            return Err(format!("prompt '{name}' has more tokens than the file has choices; {CUT_SHORT}"));
+            return Err(format!(
+                "prompt '{name}' has more tokens than the file has choices; {CUT_SHORT}"
+            ));
         };
         at = end;
         let experts = unpack(packed, bits, weights.len());
@@ -338,13 +417,19 @@ fn decode_body(version: u32, all: &[u8], rest: &[u8]) -> Result<Profile, String>
         });
     }
     if at != payload.len() {
-        return Err(format!("{} bytes after the last prompt belong to none", payload.len() - at));
+        return Err(format!(
+            "{} bytes after the last prompt belong to none",
+            payload.len() - at
+        ));
     }
     Ok(Profile {
         id: identify(&header.model.name, counted.is_some(), all),
         counted,
         guesses,
-        model: SourceId { name: header.model.name, hash: header.model.hash },
+        model: SourceId {
+            name: header.model.name,
+            hash: header.model.hash,
+        },
         layers: header.layers,
         n_expert: header.n_expert,
         n_used: header.n_used,
@@ -367,9 +452,22 @@ fn decode_counts(header: &WireHeader, payload: &[u8]) -> Result<Vec<Vec<u64>>, S
             payload.len()
         ));
     }
-    let number = |bytes: &[u8]| bytes.iter().rev().fold(0u64, |sum, &b| sum << 8 | u64::from(b));
-    let layer = |bytes: &[u8]| bytes.chunks_exact(COUNT_BYTES).map(number).collect::<Vec<u64>>();
-    let counted: Vec<Vec<u64>> = payload.chunks_exact(n_expert * COUNT_BYTES).map(layer).collect();
+    let number = |bytes: &[u8]| {
+        bytes
+            .iter()
+            .rev()
+            .fold(0u64, |sum, &b| sum << 8 | u64::from(b))
+    };
+    let layer = |bytes: &[u8]| {
+        bytes
+            .chunks_exact(COUNT_BYTES)
+            .map(number)
+            .collect::<Vec<u64>>()
+    };
+    let counted: Vec<Vec<u64>> = payload
+        .chunks_exact(n_expert * COUNT_BYTES)
+        .map(layer)
+        .collect();
     check_counts(&counted, &header.layers, header.n_expert)?;
     Ok(counted)
 }

@@ -13,7 +13,12 @@ fn load(text: &str) -> Result<RunRecord, String> {
 
 #[test]
 fn version_1_means_what_it_meant() {
-    let source = |name: &str, hash: &str| Some(SourceId { name: name.into(), hash: hash.into() });
+    let source = |name: &str, hash: &str| {
+        Some(SourceId {
+            name: name.into(),
+            hash: hash.into(),
+        })
+    };
     let want = RunRecord {
         plan: "ilp".into(),
         plan_status: "feasible".into(),
@@ -75,15 +80,24 @@ fn version_1_means_what_it_meant() {
     };
     let record = load(V1).unwrap();
     assert_eq!(record, want);
-    assert_eq!(record.encode(), V1, "the writer lays out version 1 as it always did");
+    assert_eq!(
+        record.encode(),
+        V1,
+        "the writer lays out version 1 as it always did"
+    );
     let mut want = want;
     let predicted = want.predicted.as_mut().unwrap();
-    (predicted.at, predicted.kv_s, predicted.prompt_gflops) = (96, 0.00025, PerTier::from([900.0, 50.5]));
+    (predicted.at, predicted.kv_s, predicted.prompt_gflops) =
+        (96, 0.00025, PerTier::from([900.0, 50.5]));
     let layer = &mut want.layers[0];
     (layer.missed_bytes, layer.reading_s, layer.waited_s) = (30_000, 0.0015, 0.0005);
     let record = load(V2).unwrap();
     assert_eq!(record, want);
-    assert_eq!(record.encode(), V2, "the writer lays out version 2 as it always did");
+    assert_eq!(
+        record.encode(),
+        V2,
+        "the writer lays out version 2 as it always did"
+    );
 }
 
 #[test]
@@ -107,21 +121,53 @@ fn errors_say_what_and_how_to_mend() {
             "\"version\": 3",
             "run record version 3, but this program reads up to version 2; update tier-plan",
         ),
-        ("\"version\": 1", "\"version\": 0", "version is 0, but versions start at 1"),
+        (
+            "\"version\": 1",
+            "\"version\": 0",
+            "version is 0, but versions start at 1",
+        ),
         ("\"version\": 1,", "", "no version; write `version = 2`"),
-        ("\"isa\"", "\"simd\"", "unknown field `simd`, expected one of"),
+        (
+            "\"isa\"",
+            "\"simd\"",
+            "unknown field `simd`, expected one of",
+        ),
         ("  \"threads\": 2,\n", "", "missing field `threads`"),
-        ("\"threads\": 2", "\"threads\": -2", "invalid value: integer `-2`, expected u32 at line 17 column"),
+        (
+            "\"threads\": 2",
+            "\"threads\": -2",
+            "invalid value: integer `-2`, expected u32 at line 17 column",
+        ),
         (
             "\"prompt_s\": 0.25",
             "\"prompt_s\": -0.25",
             "prompt_s is -0.25, but must be a finite number that is not negative",
         ),
-        ("\"decode_s\": 0.5", "\"decode_s\": null", "invalid type: null, expected f64"),
-        ("\"decode_s\": 0.5", "\"decode_s\": 1e999", "number out of range"),
-        ("\"busy_s\": 0.125", "\"busy_s\": -1", "busy_s of tier 'vram' is -1"),
-        ("\"expert_s\": 0.002", "\"expert_s\": -1", "expert_s of layer 1 is -1"),
-        ("\"hit_rate\": 0.9375", "\"hit_rate\": -1", "predicted.hit_rate is -1"),
+        (
+            "\"decode_s\": 0.5",
+            "\"decode_s\": null",
+            "invalid type: null, expected f64",
+        ),
+        (
+            "\"decode_s\": 0.5",
+            "\"decode_s\": 1e999",
+            "number out of range",
+        ),
+        (
+            "\"busy_s\": 0.125",
+            "\"busy_s\": -1",
+            "busy_s of tier 'vram' is -1",
+        ),
+        (
+            "\"expert_s\": 0.002",
+            "\"expert_s\": -1",
+            "expert_s of layer 1 is -1",
+        ),
+        (
+            "\"hit_rate\": 0.9375",
+            "\"hit_rate\": -1",
+            "predicted.hit_rate is -1",
+        ),
         ("      0.0005\n", "      -1\n", "predicted.expert_s is -1"),
         (
             "\"hit_rate\": 0.9375",
@@ -133,14 +179,23 @@ fn errors_say_what_and_how_to_mend() {
     for (from, to, why) in cases {
         assert!(V1.contains(from), "{from}");
         let error = load(&V1.replacen(from, to, 1)).expect_err(to);
-        assert!(error.starts_with("r.json: ") && error.contains(why), "{to}: wanted {why:?}, got {error:?}");
+        assert!(
+            error.starts_with("r.json: ") && error.contains(why),
+            "{to}: wanted {why:?}, got {error:?}"
+        );
     }
     for (bytes, why) in [
-        (&b"GGUF\x03\0\0\0"[..], "not a run record: it is a GGUF model"),
+        (
+            &b"GGUF\x03\0\0\0"[..],
+            "not a run record: it is a GGUF model",
+        ),
         (b"{}", "it is text that names no tier-plan format"),
         (b"[1, 2]", "it is text that names no tier-plan format"),
         (b"", "it is empty"),
-        (b"format = \"tier-plan placement\"", "it is a placement plan"),
+        (
+            b"format = \"tier-plan placement\"",
+            "it is a placement plan",
+        ),
     ] {
         let error = decode(bytes, Path::new("r.json")).unwrap_err().to_string();
         assert!(error.contains(why), "wanted {why:?}, got {error:?}");
@@ -154,11 +209,31 @@ fn only_a_sound_record_is_written() {
     let record = load(V1).unwrap();
     record.write(&path).unwrap();
     assert_eq!(read(&path).unwrap(), record);
-    let bad = RunRecord { first_token_s: f64::NAN, ..record.clone() };
-    assert!(bad.write(&path).unwrap_err().to_string().contains("first_token_s is NaN"));
-    let bad = RunRecord { plan_gap: Some(f64::INFINITY), ..record.clone() };
-    assert!(bad.write(&path).unwrap_err().to_string().contains("gap is inf"));
-    assert_eq!(read(&path).unwrap(), record, "the file from before is still there");
+    let bad = RunRecord {
+        first_token_s: f64::NAN,
+        ..record.clone()
+    };
+    assert!(
+        bad.write(&path)
+            .unwrap_err()
+            .to_string()
+            .contains("first_token_s is NaN")
+    );
+    let bad = RunRecord {
+        plan_gap: Some(f64::INFINITY),
+        ..record.clone()
+    };
+    assert!(
+        bad.write(&path)
+            .unwrap_err()
+            .to_string()
+            .contains("gap is inf")
+    );
+    assert_eq!(
+        read(&path).unwrap(),
+        record,
+        "the file from before is still there"
+    );
 }
 
 /// Numbers with few digits, which the JSON reader gets exactly right; others may differ in the last
@@ -178,14 +253,41 @@ fn any_record() -> impl Strategy<Value = RunRecord> {
             busy_s,
         },
     );
-    let layer = (any::<u32>(), any::<[u64; 4]>(), proptest::array::uniform4(any_amount())).prop_map(
-        |(layer, [pinned_hits, slot_hits, misses, missed_bytes], [dense_s, expert_s, reading_s, waited_s])| {
-            LayerRecord { layer, pinned_hits, slot_hits, misses, dense_s, expert_s, missed_bytes, reading_s, waited_s }
-        },
-    );
-    let source = || proptest::option::of((any_text(), any_text()).prop_map(|(name, hash)| SourceId { name, hash }));
-    let predicted = (proptest::array::uniform5(any_amount()), vec(any_amount(), 0..3), any::<bool>()).prop_map(
-        |([a, b, c, d, e], parts, emulated)| Prediction {
+    let layer = (
+        any::<u32>(),
+        any::<[u64; 4]>(),
+        proptest::array::uniform4(any_amount()),
+    )
+        .prop_map(
+            |(
+                layer,
+                [pinned_hits, slot_hits, misses, missed_bytes],
+                [dense_s, expert_s, reading_s, waited_s],
+            )| {
+                LayerRecord {
+                    layer,
+                    pinned_hits,
+                    slot_hits,
+                    misses,
+                    dense_s,
+                    expert_s,
+                    missed_bytes,
+                    reading_s,
+                    waited_s,
+                }
+            },
+        );
+    let source = || {
+        proptest::option::of(
+            (any_text(), any_text()).prop_map(|(name, hash)| SourceId { name, hash }),
+        )
+    };
+    let predicted = (
+        proptest::array::uniform5(any_amount()),
+        vec(any_amount(), 0..3),
+        any::<bool>(),
+    )
+        .prop_map(|([a, b, c, d, e], parts, emulated)| Prediction {
             decode_tok_s: a,
             prompt_tok_s: b,
             overhead_s: c,
@@ -198,39 +300,60 @@ fn any_record() -> impl Strategy<Value = RunRecord> {
             at: u32::from(emulated),
             kv_s: b,
             prompt_gflops: parts.into(),
-        },
-    );
+        });
     let words = proptest::array::uniform6(any_text());
-    let times = (any_amount(), any_amount(), any_amount(), proptest::option::of(any_amount()));
+    let times = (
+        any_amount(),
+        any_amount(),
+        any_amount(),
+        proptest::option::of(any_amount()),
+    );
     let lists = (vec(tier, 0..3), vec(layer, 0..3), vec(any::<u32>(), 0..20));
-    (words, source(), source(), times, any::<(u64, u64, u32, bool)>(), lists, proptest::option::of(predicted)).prop_map(
-        |(words, model, machine, times, (prompt_tokens, decode_tokens, threads, emulated), lists, predicted)| {
-            let [plan, plan_status, when, host, isa, _] = words;
-            let (prompt_s, decode_s, first_token_s, plan_gap) = times;
-            let (tiers, layers, output) = lists;
-            RunRecord {
-                plan,
-                plan_status,
-                plan_gap,
+    (
+        words,
+        source(),
+        source(),
+        times,
+        any::<(u64, u64, u32, bool)>(),
+        lists,
+        proptest::option::of(predicted),
+    )
+        .prop_map(
+            |(
+                words,
                 model,
                 machine,
-                when,
-                host,
-                threads,
-                isa,
-                emulated,
-                prompt_tokens,
-                prompt_s,
-                decode_tokens,
-                decode_s,
-                first_token_s,
-                tiers,
-                layers,
+                times,
+                (prompt_tokens, decode_tokens, threads, emulated),
+                lists,
                 predicted,
-                output,
-            }
-        },
-    )
+            )| {
+                let [plan, plan_status, when, host, isa, _] = words;
+                let (prompt_s, decode_s, first_token_s, plan_gap) = times;
+                let (tiers, layers, output) = lists;
+                RunRecord {
+                    plan,
+                    plan_status,
+                    plan_gap,
+                    model,
+                    machine,
+                    when,
+                    host,
+                    threads,
+                    isa,
+                    emulated,
+                    prompt_tokens,
+                    prompt_s,
+                    decode_tokens,
+                    decode_s,
+                    first_token_s,
+                    tiers,
+                    layers,
+                    predicted,
+                    output,
+                }
+            },
+        )
 }
 
 proptest! {

@@ -99,13 +99,19 @@ struct WireLayer {
 
 impl From<&SourceId> for WireSource {
     fn from(id: &SourceId) -> WireSource {
-        WireSource { name: id.name.clone(), hash: id.hash.clone() }
+        WireSource {
+            name: id.name.clone(),
+            hash: id.hash.clone(),
+        }
     }
 }
 
 impl From<WireSource> for SourceId {
     fn from(wire: WireSource) -> SourceId {
-        SourceId { name: wire.name, hash: wire.hash }
+        SourceId {
+            name: wire.name,
+            hash: wire.hash,
+        }
     }
 }
 
@@ -191,14 +197,16 @@ pub(super) fn encode(record: &RunRecord) -> String {
 /// Reads the record that a text says; its numbers are still to be checked.
 pub(super) fn decode(text: &str) -> Result<RunRecord, String> {
     let wire: Wire = serde_json::from_str(text).map_err(|e| e.to_string())?;
-    let is_of_2 = |p: &WirePrediction| p.at.is_some() || p.kv_s.is_some() || !p.prompt_gflops.is_empty();
+    let is_of_2 =
+        |p: &WirePrediction| p.at.is_some() || p.kv_s.is_some() || !p.prompt_gflops.is_empty();
     if wire.version < 2 && wire.predicted.as_ref().is_some_and(is_of_2) {
         return Err(
             "predicted.at, kv_s and prompt_gflops are keys of version 2; write `\"version\": 2`, or leave them out"
                 .into(),
         );
     }
-    let reads = |l: &WireLayer| l.missed_bytes.is_some() || l.reading_s.is_some() || l.waited_s.is_some();
+    let reads =
+        |l: &WireLayer| l.missed_bytes.is_some() || l.reading_s.is_some() || l.waited_s.is_some();
     if wire.version < 2 && wire.layers.iter().any(reads) {
         return Err(
             "missed_bytes, reading_s and waited_s of a layer are keys of version 2; write `\"version\": 2`, or leave them out"
@@ -272,18 +280,31 @@ pub(super) fn check(record: &RunRecord) -> Result<(), String> {
     check_amount("decode_s", record.decode_s)?;
     check_amount("first_token_s", record.first_token_s)?;
     if let Some(gap) = record.plan_gap.filter(|gap| !gap.is_finite()) {
-        return Err(format!("gap is {gap}; it must be a number, or null when nothing is proven"));
+        return Err(format!(
+            "gap is {gap}; it must be a number, or null when nothing is proven"
+        ));
     }
     for tier in &record.tiers {
         check_amount(&format!("busy_s of tier '{}'", tier.name), tier.busy_s)?;
     }
     for layer in &record.layers {
         check_amount(&format!("dense_s of layer {}", layer.layer), layer.dense_s)?;
-        check_amount(&format!("expert_s of layer {}", layer.layer), layer.expert_s)?;
-        check_amount(&format!("reading_s of layer {}", layer.layer), layer.reading_s)?;
-        check_amount(&format!("waited_s of layer {}", layer.layer), layer.waited_s)?;
+        check_amount(
+            &format!("expert_s of layer {}", layer.layer),
+            layer.expert_s,
+        )?;
+        check_amount(
+            &format!("reading_s of layer {}", layer.layer),
+            layer.reading_s,
+        )?;
+        check_amount(
+            &format!("waited_s of layer {}", layer.layer),
+            layer.waited_s,
+        )?;
     }
-    let Some(predicted) = &record.predicted else { return Ok(()) };
+    let Some(predicted) = &record.predicted else {
+        return Ok(());
+    };
     let scalars = [
         ("decode_tok_s", predicted.decode_tok_s),
         ("prompt_tok_s", predicted.prompt_tok_s),
@@ -298,7 +319,9 @@ pub(super) fn check(record: &RunRecord) -> Result<(), String> {
         ("read_bytes", &predicted.read_bytes),
         ("prompt_gflops", &predicted.prompt_gflops),
     ];
-    let parts = parts.into_iter().flat_map(|(what, parts)| parts.iter().map(move |&x| (what, x)));
+    let parts = parts
+        .into_iter()
+        .flat_map(|(what, parts)| parts.iter().map(move |&x| (what, x)));
     for (what, x) in scalars.into_iter().chain(parts) {
         check_amount(&format!("predicted.{what}"), x)?;
     }

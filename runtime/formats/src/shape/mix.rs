@@ -108,7 +108,9 @@ impl Mix {
 
     /// Returns the mix with this name, without regard to case.
     pub fn from_name(name: &str) -> Option<Mix> {
-        Mix::ALL.into_iter().find(|mix| mix.name().eq_ignore_ascii_case(name))
+        Mix::ALL
+            .into_iter()
+            .find(|mix| mix.name().eq_ignore_ascii_case(name))
     }
 
     /// Returns the type of a matrix whose rows have `n_in` values; every row is a whole number of
@@ -182,7 +184,12 @@ impl Mix {
             Role::AttentionOutput => match self {
                 Mix::IQ2_XXS | Mix::IQ1_M if place.n_expert == 8 => Q5_K,
                 Mix::IQ1_M => IQ2_XXS,
-                Mix::Q2_K | Mix::IQ3_XXS | Mix::Q3_K_M | Mix::Q4_K_M | Mix::Q4_K_S | Mix::IQ4_XS
+                Mix::Q2_K
+                | Mix::IQ3_XXS
+                | Mix::Q3_K_M
+                | Mix::Q4_K_M
+                | Mix::Q4_K_S
+                | Mix::IQ4_XS
                     if place.n_expert == 8 =>
                 {
                     Q5_K

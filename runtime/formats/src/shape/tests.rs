@@ -5,13 +5,19 @@ use proptest::prelude::*;
 
 fn models() -> Vec<Architecture> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../profiles/models");
-    let mut paths: Vec<_> = std::fs::read_dir(folder).unwrap().map(|e| e.unwrap().path()).collect();
+    let mut paths: Vec<_> = std::fs::read_dir(folder)
+        .unwrap()
+        .map(|e| e.unwrap().path())
+        .collect();
     paths.sort_by_key(|path| path.file_stem().map(std::ffi::OsStr::to_owned));
     paths
         .iter()
         .map(|path| {
             let shape = read(path).unwrap();
-            assert_eq!(path.file_stem().unwrap().to_str(), Some(shape.name.as_str()));
+            assert_eq!(
+                path.file_stem().unwrap().to_str(),
+                Some(shape.name.as_str())
+            );
             shape
         })
         .collect()
@@ -23,8 +29,11 @@ fn model(name: &str) -> Architecture {
 
 #[test]
 fn version_1_means_what_it_meant() {
-    let found =
-        decode(include_bytes!("../../../../tests/data/formats/shape.v1.toml"), Path::new("shape.v1.toml")).unwrap();
+    let found = decode(
+        include_bytes!("../../../../tests/data/formats/shape.v1.toml"),
+        Path::new("shape.v1.toml"),
+    )
+    .unwrap();
     let want = Architecture {
         name: "fixture-mla".into(),
         description: "A network that nobody trained".into(),
@@ -36,7 +45,14 @@ fn version_1_means_what_it_meant() {
         tied: true,
         leading_dense: 2,
         dense_ffn: 1024,
-        attention: Attention::Mla { heads: 4, q_rank: 256, kv_rank: 128, nope: 64, rope: 32, value: 64 },
+        attention: Attention::Mla {
+            heads: 4,
+            q_rank: 256,
+            kv_rank: 128,
+            nope: 64,
+            rope: 32,
+            value: 64,
+        },
         experts: Some(Experts {
             count: 16,
             used: 3,
@@ -52,7 +68,10 @@ fn version_1_means_what_it_meant() {
     assert_eq!(found, want);
     // Tied, so there is no embedding of its own; six layers, two of them dense.
     let sizes = found.model_shape(Mix::Q4_K_M);
-    assert_eq!((sizes.dense.len(), sizes.experts.len()), (6 + 2 + 2 * 4 + 1, 4));
+    assert_eq!(
+        (sizes.dense.len(), sizes.experts.len()),
+        (6 + 2 + 2 * 4 + 1, 4)
+    );
     let head = sizes.dense.last().unwrap();
     assert_eq!(head.bytes, 512 * 4 + 1000 * 512 / 256 * 210);
 }
@@ -60,25 +79,52 @@ fn version_1_means_what_it_meant() {
 #[test]
 fn version_2_means_what_it_meant() {
     let text = include_str!("../../../../tests/data/formats/shape.v2.toml");
-    let load = |text: &str| decode(text.as_bytes(), Path::new("shape.v2.toml")).map_err(|e| e.to_string());
+    let load =
+        |text: &str| decode(text.as_bytes(), Path::new("shape.v2.toml")).map_err(|e| e.to_string());
     let windows = |text: &str| {
         let of = |cache: CacheShape| {
             // Keys and values of two heads each.
-            let [rows] = cache.rows[..] else { panic!("{cache:?}") };
-            assert_eq!((rows.width, rows.per_token, rows.queries, cache.state_bytes), (16, 4, 2, 0));
+            let [rows] = cache.rows[..] else {
+                panic!("{cache:?}")
+            };
+            assert_eq!(
+                (rows.width, rows.per_token, rows.queries, cache.state_bytes),
+                (16, 4, 2, 0)
+            );
             rows.window
         };
-        load(text).unwrap().model_shape(Mix::F16).caches.into_iter().map(of).collect::<Vec<_>>()
+        load(text)
+            .unwrap()
+            .model_shape(Mix::F16)
+            .caches
+            .into_iter()
+            .map(of)
+            .collect::<Vec<_>>()
     };
     let near = Some(16);
     // The second and the fourth of five layers look at everything.
     assert_eq!(windows(text), [near, None, near, None, near]);
     assert_eq!(windows(&text.replace("full_every = 2\n", "")), [near; 5]);
-    assert_eq!(windows(&text.replace("full_every = 2\n", "").replace("window = 16\n", "")), [None; 5]);
+    assert_eq!(
+        windows(
+            &text
+                .replace("full_every = 2\n", "")
+                .replace("window = 16\n", "")
+        ),
+        [None; 5]
+    );
     for (from, to, words) in [
-        ("version = 2", "version = 1", "attention.window is a key of version 2"),
+        (
+            "version = 2",
+            "version = 1",
+            "attention.window is a key of version 2",
+        ),
         ("window = 16", "window = 0", "attention.window is 0"),
-        ("window = 16\n", "", "attention.full_every is given, but no window"),
+        (
+            "window = 16\n",
+            "",
+            "attention.full_every is given, but no window",
+        ),
     ] {
         let error = load(&text.replace(from, to)).unwrap_err();
         assert!(error.contains(words), "{error}");
@@ -107,14 +153,24 @@ fn parameters_of_the_models_that_ship() {
         ("qwen3-30b-a3b", "30.5", "3.35"),
     ];
     let models = models();
-    assert_eq!(models.iter().map(|m| m.name.as_str()).collect::<Vec<_>>(), known.map(|k| k.0));
+    assert_eq!(
+        models.iter().map(|m| m.name.as_str()).collect::<Vec<_>>(),
+        known.map(|k| k.0)
+    );
     for (model, (name, total, active)) in models.iter().zip(known) {
         let p = model.parameters();
         let shown = |n: u64, like: &str| {
             let digits = like.split_once('.').map_or(0, |(_, d)| d.len());
             format!("{:.digits$}", n as f64 / 1e9)
         };
-        assert_eq!((shown(p.total, total).as_str(), shown(p.active, active).as_str()), (total, active), "{name}");
+        assert_eq!(
+            (
+                shown(p.total, total).as_str(),
+                shown(p.active, active).as_str()
+            ),
+            (total, active),
+            "{name}"
+        );
     }
     // The routed experts of Kimi K2.5, and all that is none of them.
     let k2 = model("kimi-k2.5");
@@ -137,15 +193,23 @@ fn golden(arch: &str, lines: &str, tables: &str) -> Architecture {
 #[test]
 fn shapes_are_those_of_the_files_they_describe() {
     let mla = "[attention]\nkind = \"mla\"\nheads = 4\nq_rank = 96\nkv_rank = 64\nnope = 48\nrope = 32\nvalue = 48\n";
-    let gqa = |more: &str| format!("[attention]\nkind = \"gqa\"\nheads = 4\nkv_heads = 2\nhead = 16\n{more}\n");
-    let experts =
-        |used: u32, ffn: u32, more: &str| format!("[experts]\ncount = 8\nused = {used}\nffn = {ffn}\n{more}\n");
+    let gqa = |more: &str| {
+        format!("[attention]\nkind = \"gqa\"\nheads = 4\nkv_heads = 2\nhead = 16\n{more}\n")
+    };
+    let experts = |used: u32, ffn: u32, more: &str| {
+        format!("[experts]\ncount = 8\nused = {used}\nffn = {ffn}\n{more}\n")
+    };
     let dense = "leading_dense = 1\ndense_ffn = 64";
     let shared = experts(3, 32, "shared = 1\nselection_bias = true");
     let cases = [
         ("deepseek-v3", "deepseek2", dense, format!("{mla}{shared}")),
         ("kimi-k2", "deepseek2", dense, format!("{mla}{shared}")),
-        ("glm4moe", "glm4moe", dense, gqa("bias = true\nnorms = \"head\"") + &shared),
+        (
+            "glm4moe",
+            "glm4moe",
+            dense,
+            gqa("bias = true\nnorms = \"head\"") + &shared,
+        ),
         (
             "gpt-oss",
             "gpt-oss",
@@ -153,9 +217,19 @@ fn shapes_are_those_of_the_files_they_describe() {
             gqa("bias = true\noutput_bias = true\nsinks = true\nwindow = 16\nfull_every = 2")
                 + &experts(3, 32, "bias = true\nrouter_bias = true"),
         ),
-        ("minimax-m2", "minimax-m2", "", gqa("norms = \"full\"") + &experts(3, 64, "selection_bias = true")),
+        (
+            "minimax-m2",
+            "minimax-m2",
+            "",
+            gqa("norms = \"full\"") + &experts(3, 64, "selection_bias = true"),
+        ),
         ("mixtral", "llama", "", gqa("") + &experts(2, 64, "")),
-        ("llama-dense", "llama", "leading_dense = 3\ndense_ffn = 64", gqa("")),
+        (
+            "llama-dense",
+            "llama",
+            "leading_dense = 3\ndense_ffn = 64",
+            gqa(""),
+        ),
         (
             "qwen3-dense",
             "qwen3",
@@ -164,10 +238,18 @@ fn shapes_are_those_of_the_files_they_describe() {
         ),
     ];
     for (file, arch, lines, tables) in cases {
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../../tests/data/arch/{file}.gguf"));
+        let path = Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join(format!("../../tests/data/arch/{file}.gguf"));
         let want = shape_of_file(&path).unwrap();
         let found = golden(arch, lines, &tables).model_shape(Mix::F16);
-        assert_eq!(ModelShape { id: want.id.clone(), ..found }, want, "{file}");
+        assert_eq!(
+            ModelShape {
+                id: want.id.clone(),
+                ..found
+            },
+            want,
+            "{file}"
+        );
     }
 }
 
@@ -189,7 +271,12 @@ fn known_sizes_of_published_files() {
     ];
     for (name, mix, published) in cases {
         let bytes = model(name).model_shape(mix).weight_bytes() as f64;
-        assert!((bytes / published - 1.0).abs() < 0.015, "{name} {}: {:.2} GB", mix.name(), bytes / 1e9);
+        assert!(
+            (bytes / published - 1.0).abs() < 0.015,
+            "{name} {}: {:.2} GB",
+            mix.name(),
+            bytes / 1e9
+        );
     }
 }
 
@@ -201,14 +288,24 @@ fn mixes_have_names_and_fall_in_size() {
     assert_eq!(Mix::from_name("q4"), None);
     for model in models() {
         // A dense model has no experts for MXFP4 to be about.
-        let mixes = Mix::ALL.iter().filter(|mix| model.experts.is_some() || **mix != Mix::MXFP4);
-        let bytes: Vec<u64> = mixes.map(|mix| model.model_shape(*mix).weight_bytes()).collect();
+        let mixes = Mix::ALL
+            .iter()
+            .filter(|mix| model.experts.is_some() || **mix != Mix::MXFP4);
+        let bytes: Vec<u64> = mixes
+            .map(|mix| model.model_shape(*mix).weight_bytes())
+            .collect();
         // Rows of gpt-oss are no whole number of large blocks, so its small mixes are all alike.
         if model.arch != "gpt-oss" {
-            assert!(bytes[1..].windows(2).all(|w| w[0] > w[1]), "{}: {bytes:?}", model.name);
+            assert!(
+                bytes[1..].windows(2).all(|w| w[0] > w[1]),
+                "{}: {bytes:?}",
+                model.name
+            );
         }
-        let ids: std::collections::HashSet<String> =
-            Mix::ALL.iter().map(|mix| model.model_shape(*mix).id.hash).collect();
+        let ids: std::collections::HashSet<String> = Mix::ALL
+            .iter()
+            .map(|mix| model.model_shape(*mix).id.hash)
+            .collect();
         assert_eq!(ids.len(), Mix::ALL.len());
     }
 }
@@ -219,10 +316,21 @@ fn a_layer_of_kimi_k2_by_hand() {
     // 144 bytes for 256 values of Q4_K, 210 of Q6_K: the last layer is one of those with more bits.
     let (q4, q6) = (2048 * 7168 / 256 * 144, 2048 * 7168 / 256 * 210);
     assert_eq!(shape.experts.last().unwrap().expert_bytes, 2 * q4 + q6);
-    assert_eq!(shape.experts.iter().find(|e| e.layer == 7).unwrap().expert_bytes, 3 * q4);
+    assert_eq!(
+        shape
+            .experts
+            .iter()
+            .find(|e| e.layer == 7)
+            .unwrap()
+            .expert_bytes,
+        3 * q4
+    );
     assert_eq!(KvType::F16.token_bytes(&shape), 61 * 576 * 2);
     let embedding = shape.dense[0];
-    assert_eq!((embedding.kind, embedding.token_bytes), (DenseKind::Embedding, 7168 / 256 * 144));
+    assert_eq!(
+        (embedding.kind, embedding.token_bytes),
+        (DenseKind::Embedding, 7168 / 256 * 144)
+    );
     assert_eq!(embedding.bytes, 163_840 * embedding.token_bytes);
     assert!(shape.id.name.contains("without weights"));
 }
@@ -231,36 +339,79 @@ const KIMI: &str = include_str!("../../../../profiles/models/kimi-k2.toml");
 
 fn refused(from: &str, to: &str) -> String {
     assert!(KIMI.contains(from), "{from}");
-    decode(KIMI.replacen(from, to, 1).as_bytes(), Path::new("k.toml")).unwrap_err().to_string()
+    decode(KIMI.replacen(from, to, 1).as_bytes(), Path::new("k.toml"))
+        .unwrap_err()
+        .to_string()
 }
 
 #[test]
 fn errors_say_what_and_how_to_mend() {
     for (from, to, words) in [
-        ("version = 1", "version = 3", "model shape version 3, but this program reads up to version 2"),
-        ("tier-plan shape", "tier-plan machine", "not a model shape: its format is \"tier-plan machine\""),
+        (
+            "version = 1",
+            "version = 3",
+            "model shape version 3, but this program reads up to version 2",
+        ),
+        (
+            "tier-plan shape",
+            "tier-plan machine",
+            "not a model shape: its format is \"tier-plan machine\"",
+        ),
         ("hidden = 7168", "hiden = 7168", "unknown field `hiden`"),
-        ("layers = 61", "layers = 0", "layers is 0, but must be 1 to 4096"),
-        ("hidden = 7168", "hidden = 9999999", "hidden is 9999999, but must be 1 to 1048576"),
+        (
+            "layers = 61",
+            "layers = 0",
+            "layers is 0, but must be 1 to 4096",
+        ),
+        (
+            "hidden = 7168",
+            "hidden = 9999999",
+            "hidden is 9999999, but must be 1 to 1048576",
+        ),
         ("context = 131072", "context = 0", "context is 0"),
-        ("leading_dense = 1", "leading_dense = 62", "leading_dense is 62, but there are 61 layers"),
-        ("leading_dense = 1", "leading_dense = 61", "leaves no layer to the experts"),
+        (
+            "leading_dense = 1",
+            "leading_dense = 62",
+            "leading_dense is 62, but there are 61 layers",
+        ),
+        (
+            "leading_dense = 1",
+            "leading_dense = 61",
+            "leaves no layer to the experts",
+        ),
         ("leading_dense = 1\n", "", "no layer would have it"),
         ("dense_ffn = 18432\n", "", "dense_ffn is 0"),
-        ("heads = 64", "heads = 60000", "attention.heads × (nope + rope) come to 11520000"),
+        (
+            "heads = 64",
+            "heads = 60000",
+            "attention.heads × (nope + rope) come to 11520000",
+        ),
         ("kv_rank = 512", "kv_rank = 0", "attention.kv_rank is 0"),
         ("kind = \"mla\"", "kind = \"gqa\"", "line"),
         ("count = 384", "count = 0", "experts.count is 0"),
-        ("used = 8", "used = 385", "experts.used is 385, but must be 1 to 384"),
-        ("shared = 1", "shared = 4000000", "experts.shared × ffn come to"),
+        (
+            "used = 8",
+            "used = 385",
+            "experts.used is 385, but must be 1 to 384",
+        ),
+        (
+            "shared = 1",
+            "shared = 4000000",
+            "experts.shared × ffn come to",
+        ),
         ("count = 384", "count = 65535", "parameters; at most"),
         ("name = \"kimi-k2\"", "name = \"\"", "name must be"),
     ] {
         let error = refused(from, to);
         assert!(error.contains(words), "{to}: {error}");
     }
-    let gguf = decode(b"GGUF\x03\0\0\0", Path::new("m.gguf")).unwrap_err().to_string();
-    assert!(gguf.contains("it is a GGUF model; profiles/models holds examples"), "{gguf}");
+    let gguf = decode(b"GGUF\x03\0\0\0", Path::new("m.gguf"))
+        .unwrap_err()
+        .to_string();
+    assert!(
+        gguf.contains("it is a GGUF model; profiles/models holds examples"),
+        "{gguf}"
+    );
 }
 
 proptest! {

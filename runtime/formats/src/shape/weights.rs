@@ -15,7 +15,12 @@ pub(super) struct Weight {
 
 impl Weight {
     fn matrix(role: Role, n_in: u32, n_out: u32) -> Self {
-        Weight { role, n_in: n_in.into(), n_out: n_out.into(), copies: 1 }
+        Weight {
+            role,
+            n_in: n_in.into(),
+            n_out: n_out.into(),
+            copies: 1,
+        }
     }
 
     fn vector(len: u32) -> Self {
@@ -29,7 +34,10 @@ impl Weight {
     pub(super) fn bytes(&self, mix: Mix, place: &Place) -> u64 {
         let ty = mix.tensor_type(self.role, place, self.n_in);
         // The type fits the row: that is what the mix sees to.
-        ty.row_bytes(self.n_in).unwrap_or(self.n_in * size_of::<f32>() as u64) * self.n_out * self.copies
+        ty.row_bytes(self.n_in)
+            .unwrap_or(self.n_in * size_of::<f32>() as u64)
+            * self.n_out
+            * self.copies
     }
 }
 
@@ -46,20 +54,35 @@ impl Architecture {
     pub(super) fn groups(&self) -> Vec<Group> {
         let hidden = self.hidden;
         let mut groups = Vec::new();
-        let mut add = |kind, layer, weights| groups.push(Group { kind, layer, weights });
+        let mut add = |kind, layer, weights| {
+            groups.push(Group {
+                kind,
+                layer,
+                weights,
+            })
+        };
         if !self.tied {
             let weights = vec![Weight::matrix(Role::Embedding, hidden, self.vocab)];
             add(Some(DenseKind::Embedding), None, weights);
         }
         for layer in 0..self.layers {
-            add(Some(DenseKind::Attention), Some(layer), self.attention_weights());
+            add(
+                Some(DenseKind::Attention),
+                Some(layer),
+                self.attention_weights(),
+            );
             match &self.experts {
                 Some(experts) if layer >= self.leading_dense => {
                     let mut router = vec![Weight::vector(hidden)];
                     // Routers are never quantized.
                     router.push(Weight::matrix(Role::Parameters, hidden, experts.count));
                     let biases = [experts.router_bias, experts.selection_bias];
-                    router.extend(biases.iter().filter(|b| **b).map(|_| Weight::vector(experts.count)));
+                    router.extend(
+                        biases
+                            .iter()
+                            .filter(|b| **b)
+                            .map(|_| Weight::vector(experts.count)),
+                    );
                     add(Some(DenseKind::Router), Some(layer), router);
                     if experts.shared > 0 {
                         let weights = gated(hidden, experts.ffn * experts.shared, 1, false);
@@ -75,7 +98,10 @@ impl Architecture {
                 }
             }
         }
-        let head = vec![Weight::vector(hidden), Weight::matrix(Role::Output, hidden, self.vocab)];
+        let head = vec![
+            Weight::vector(hidden),
+            Weight::matrix(Role::Output, hidden, self.vocab),
+        ];
         add(Some(DenseKind::Head), None, head);
         groups
     }
@@ -85,7 +111,16 @@ impl Architecture {
         let hidden = self.hidden;
         let mut weights = vec![Weight::vector(hidden)];
         match self.attention {
-            Attention::Gqa { heads, kv_heads, head, bias, output_bias, norms, sinks, .. } => {
+            Attention::Gqa {
+                heads,
+                kv_heads,
+                head,
+                bias,
+                output_bias,
+                norms,
+                sinks,
+                ..
+            } => {
                 let (q, kv) = (heads * head, kv_heads * head);
                 weights.push(Weight::matrix(Role::Query, hidden, q));
                 weights.push(Weight::matrix(Role::Key, hidden, kv));
@@ -106,7 +141,14 @@ impl Architecture {
                     weights.push(Weight::vector(heads));
                 }
             }
-            Attention::Mla { heads, q_rank, kv_rank, nope, rope, value } => {
+            Attention::Mla {
+                heads,
+                q_rank,
+                kv_rank,
+                nope,
+                rope,
+                value,
+            } => {
                 let q = heads * (nope + rope);
                 if q_rank > 0 {
                     weights.push(Weight::matrix(Role::Other, hidden, q_rank));
@@ -118,8 +160,10 @@ impl Architecture {
                 weights.push(Weight::matrix(Role::Other, hidden, kv_rank + rope));
                 weights.push(Weight::vector(kv_rank));
                 // Keys' and values' projections are stacked by head.
-                let stacked =
-                    |n_in: u32, n_out: u32| Weight { copies: heads.into(), ..Weight::matrix(Role::Other, n_in, n_out) };
+                let stacked = |n_in: u32, n_out: u32| Weight {
+                    copies: heads.into(),
+                    ..Weight::matrix(Role::Other, n_in, n_out)
+                };
                 weights.push(stacked(nope, kv_rank));
                 weights.push(stacked(kv_rank, value));
                 weights.push(Weight::matrix(Role::AttentionOutput, heads * value, hidden));
@@ -131,13 +175,20 @@ impl Architecture {
 
 /// Returns gate, up, and down of a feed-forward block, or of `copies` stacked ones.
 fn gated(hidden: u32, ffn: u32, copies: u32, bias: bool) -> Vec<Weight> {
-    let one = |role, n_in: u32, n_out: u32| Weight { copies: copies.into(), ..Weight::matrix(role, n_in, n_out) };
+    let one = |role, n_in: u32, n_out: u32| Weight {
+        copies: copies.into(),
+        ..Weight::matrix(role, n_in, n_out)
+    };
     let (gate, up, down) = if copies > 1 {
         (Role::ExpertGate, Role::ExpertUp, Role::ExpertDown)
     } else {
         (Role::FfnGate, Role::FfnUp, Role::FfnDown)
     };
-    let mut weights = vec![one(gate, hidden, ffn), one(up, hidden, ffn), one(down, ffn, hidden)];
+    let mut weights = vec![
+        one(gate, hidden, ffn),
+        one(up, hidden, ffn),
+        one(down, ffn, hidden),
+    ];
     if bias {
         weights.extend([ffn, ffn, hidden].map(|len| one(Role::Parameters, len, 1)));
     }

@@ -9,8 +9,18 @@ use serde::Deserialize;
 /// for its identity.
 pub(super) fn decode(text: &str, bytes: &[u8]) -> Result<Architecture, String> {
     let wire: WireShape = toml::from_str(text).map_err(|e| toml_words(text, &e))?;
-    if wire.version < 2 && matches!(wire.attention, WireAttention::Gqa { window: Some(_), .. }) {
-        return Err("attention.window is a key of version 2; write `version = 2`, or leave it out".into());
+    if wire.version < 2
+        && matches!(
+            wire.attention,
+            WireAttention::Gqa {
+                window: Some(_),
+                ..
+            }
+        )
+    {
+        return Err(
+            "attention.window is a key of version 2; write `version = 2`, or leave it out".into(),
+        );
     }
     Ok(wire.into_architecture(bytes))
 }
@@ -101,12 +111,42 @@ impl WireShape {
             leading_dense: self.leading_dense,
             dense_ffn: self.dense_ffn,
             attention: match self.attention {
-                WireAttention::Gqa { heads, kv_heads, head, bias, output_bias, norms, sinks, window, full_every } => {
-                    Attention::Gqa { heads, kv_heads, head, bias, output_bias, norms, sinks, window, full_every }
-                }
-                WireAttention::Mla { heads, q_rank, kv_rank, nope, rope, value } => {
-                    Attention::Mla { heads, q_rank, kv_rank, nope, rope, value }
-                }
+                WireAttention::Gqa {
+                    heads,
+                    kv_heads,
+                    head,
+                    bias,
+                    output_bias,
+                    norms,
+                    sinks,
+                    window,
+                    full_every,
+                } => Attention::Gqa {
+                    heads,
+                    kv_heads,
+                    head,
+                    bias,
+                    output_bias,
+                    norms,
+                    sinks,
+                    window,
+                    full_every,
+                },
+                WireAttention::Mla {
+                    heads,
+                    q_rank,
+                    kv_rank,
+                    nope,
+                    rope,
+                    value,
+                } => Attention::Mla {
+                    heads,
+                    q_rank,
+                    kv_rank,
+                    nope,
+                    rope,
+                    value,
+                },
             },
             experts: self.experts.map(|e| Experts {
                 count: e.count,

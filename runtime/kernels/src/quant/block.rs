@@ -30,11 +30,18 @@ pub(crate) struct Codes {
 }
 
 impl Codes {
-    pub(crate) const ZERO: Codes = Codes { q: [0; GROUP], scale: [0.0; GROUP / 16], min: [0.0; GROUP / 16] };
+    pub(crate) const ZERO: Codes = Codes {
+        q: [0; GROUP],
+        scale: [0.0; GROUP / 16],
+        min: [0.0; GROUP / 16],
+    };
 }
 
 /// A block format: its unpacking, and what bounds its codes.
-#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "some constants only choose instructions"))]
+#[cfg_attr(
+    not(target_arch = "x86_64"),
+    allow(dead_code, reason = "some constants only choose instructions")
+)]
 pub(crate) trait Format {
     const TYPE: TensorType;
     /// Largest magnitude of a code, at most 128: bounds the 16-bit sums of `x86::avx2`.
@@ -71,7 +78,10 @@ pub(crate) trait Format {
             *out = Codes::ZERO;
         }
         let blocks = bytes.chunks_exact(size).zip(out.q.chunks_exact_mut(len));
-        let scales = out.scale.chunks_exact_mut(len / 16).zip(out.min.chunks_exact_mut(len / 16));
+        let scales = out
+            .scale
+            .chunks_exact_mut(len / 16)
+            .zip(out.min.chunks_exact_mut(len / 16));
         for ((block, q), (scale, min)) in blocks.zip(scales) {
             Self::unpack::<S>(block, q, scale, min);
         }
@@ -144,7 +154,11 @@ pub(crate) fn f16_to_f32(bits: u16) -> f32 {
     let magnitude = u32::from(bits & 0x7fff) << 13;
     let exponent = magnitude & (0x1f << 23);
     let rebased = magnitude + (112 << 23);
-    let normal = if exponent == 0x1f << 23 { rebased + (112 << 23) } else { rebased };
+    let normal = if exponent == 0x1f << 23 {
+        rebased + (112 << 23)
+    } else {
+        rebased
+    };
     let subnormal = (f32::from_bits(rebased + (1 << 23)) - f32::from_bits(113 << 23)).to_bits();
     f32::from_bits(sign | if exponent == 0 { subnormal } else { normal })
 }
@@ -185,7 +199,10 @@ mod tests {
     fn every_half_float_widens() {
         for bits in 0..=u16::MAX {
             let (got, want) = (f16_to_f32(bits), half::f16::from_bits(bits).to_f32());
-            assert!(got.to_bits() == want.to_bits() || got.is_nan() && want.is_nan(), "{bits:#x}: {got} {want}");
+            assert!(
+                got.to_bits() == want.to_bits() || got.is_nan() && want.is_nan(),
+                "{bits:#x}: {got} {want}"
+            );
         }
     }
 }

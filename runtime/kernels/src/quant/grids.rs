@@ -77,7 +77,10 @@ pub static IQ2_XS: [u64; 512] = expand8(&IQ2_XS_PACKED, [0x08, 0x19, 0x2b, 0]);
 pub static IQ2_S: [u64; 1024] = expand8(&IQ2_S_PACKED, [0x08, 0x19, 0x2b, 0]);
 
 /// Four magnitudes per entry of IQ3_XXS.
-pub static IQ3_XXS: [u32; 256] = expand4(&IQ3_XXS_PACKED, [0x04, 0x0c, 0x14, 0x1c, 0x24, 0x2c, 0x34, 0x3e]);
+pub static IQ3_XXS: [u32; 256] = expand4(
+    &IQ3_XXS_PACKED,
+    [0x04, 0x0c, 0x14, 0x1c, 0x24, 0x2c, 0x34, 0x3e],
+);
 
 /// Four magnitudes per entry of IQ3_S.
 pub static IQ3_S: [u32; 512] = expand4(&IQ3_S_PACKED, [1, 3, 5, 7, 9, 11, 13, 15]);

@@ -23,7 +23,9 @@ impl Format for IQ1_M {
     fn unpack<S: UnpackOps>(block: &[u8], q: &mut [i8], scale: &mut [f32], _min: &mut [f32]) {
         let (block, q): (&[u8; 56], &mut [i8; 256]) = (head(block), head_mut(q));
         let words: [u16; 4] = std::array::from_fn(|i| u16_at(block, 48 + 2 * i));
-        let d = S::f16(words[0] >> 12 | words[1] >> 12 << 4 | words[2] >> 12 << 8 | words[3] >> 12 << 12);
+        let d = S::f16(
+            words[0] >> 12 | words[1] >> 12 << 4 | words[2] >> 12 << 8 | words[3] >> 12 << 12,
+        );
         for i in 0..16 {
             scale[i] = d * f32::from(2 * (words[i / 4] >> (3 * (i % 4)) & 7) + 1) * 0.125;
         }

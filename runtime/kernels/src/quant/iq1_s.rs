@@ -27,7 +27,10 @@ impl Format for IQ1_S {
             for k in 0..4 {
                 let high = usize::from(word >> (3 * k) & 7);
                 let grid = grids::IQ1[usize::from(block[2 + 4 * run + k]) | high << 8];
-                put8(&mut q[32 * run + 8 * k..], with_offset(grid, word & 0x8000 != 0));
+                put8(
+                    &mut q[32 * run + 8 * k..],
+                    with_offset(grid, word & 0x8000 != 0),
+                );
             }
         }
     }
@@ -40,6 +43,10 @@ pub(super) fn with_offset(grid: u64, negative: bool) -> u64 {
     // With the sign bit flipped the bytes are 0x78, 0x80 or 0x88: nothing carries from one to the
     // next.
     let biased = grid ^ (0x80 * ONES);
-    let moved = if negative { biased - ONES } else { biased + ONES };
+    let moved = if negative {
+        biased - ONES
+    } else {
+        biased + ONES
+    };
     moved ^ (0x80 * ONES)
 }

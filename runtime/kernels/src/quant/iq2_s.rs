@@ -25,7 +25,10 @@ impl Format for IQ2_S {
         for k in 0..32 {
             let high = usize::from(block[66 + k / 4] >> (2 * (k % 4)) & 3);
             let grid = grids::IQ2_S[usize::from(block[2 + k]) | high << 8];
-            put8(&mut q[8 * k..], with_signs(grid, usize::from(block[34 + k])));
+            put8(
+                &mut q[8 * k..],
+                with_signs(grid, usize::from(block[34 + k])),
+            );
         }
     }
 }

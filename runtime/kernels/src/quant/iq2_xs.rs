@@ -24,7 +24,10 @@ impl Format for IQ2_XS {
         for k in 0..32 {
             let word = u16_at(block, 2 + 2 * k);
             let grid = grids::IQ2_XS[usize::from(word & 511)];
-            put8(&mut q[8 * k..], with_signs(grid, even_signs(u32::from(word >> 9))));
+            put8(
+                &mut q[8 * k..],
+                with_signs(grid, even_signs(u32::from(word >> 9))),
+            );
         }
     }
 }

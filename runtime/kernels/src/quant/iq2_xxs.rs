@@ -25,7 +25,10 @@ impl Format for IQ2_XXS {
             scale[2 * run..2 * run + 2].fill(d * (0.5 + (bits >> 28) as f32) * 0.25);
             for k in 0..4 {
                 let grid = grids::IQ2_XXS[usize::from(block[at + k])];
-                put8(&mut q[32 * run + 8 * k..], with_signs(grid, even_signs(bits >> (7 * k))));
+                put8(
+                    &mut q[32 * run + 8 * k..],
+                    with_signs(grid, even_signs(bits >> (7 * k))),
+                );
             }
         }
     }

@@ -27,9 +27,13 @@ impl Format for IQ3_S {
             for k in 0..4 {
                 let at = 2 + 8 * run + 2 * k;
                 let low = grids::IQ3_S[usize::from(block[at]) | (ninth >> (2 * k) & 1) << 8];
-                let high = grids::IQ3_S[usize::from(block[at + 1]) | (ninth >> (2 * k + 1) & 1) << 8];
+                let high =
+                    grids::IQ3_S[usize::from(block[at + 1]) | (ninth >> (2 * k + 1) & 1) << 8];
                 let grid = u64::from(low) | u64::from(high) << 32;
-                put8(&mut q[32 * run + 8 * k..], with_signs(grid, usize::from(block[74 + 4 * run + k])));
+                put8(
+                    &mut q[32 * run + 8 * k..],
+                    with_signs(grid, usize::from(block[74 + 4 * run + k])),
+                );
             }
         }
     }

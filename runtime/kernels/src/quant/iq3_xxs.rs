@@ -28,7 +28,10 @@ impl Format for IQ3_XXS {
                 let low = grids::IQ3_XXS[usize::from(block[at])];
                 let high = grids::IQ3_XXS[usize::from(block[at + 1])];
                 let grid = u64::from(low) | u64::from(high) << 32;
-                put8(&mut q[32 * run + 8 * k..], with_signs(grid, even_signs(bits >> (7 * k))));
+                put8(
+                    &mut q[32 * run + 8 * k..],
+                    with_signs(grid, even_signs(bits >> (7 * k))),
+                );
             }
         }
     }

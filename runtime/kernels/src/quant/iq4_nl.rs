@@ -7,7 +7,9 @@ use super::TensorType;
 use super::block::{Format, UnpackOps, f16_at, head, head_mut};
 
 /// Levels of IQ4_NL and IQ4_XS by code.
-pub(crate) const IQ4_LEVELS: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
+pub(crate) const IQ4_LEVELS: [i8; 16] = [
+    -127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113,
+];
 
 pub(crate) struct IQ4_NL;
 

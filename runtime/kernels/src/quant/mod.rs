@@ -47,9 +47,10 @@ mod q8_0;
 /// Types that stand for the formats, where a kernel is chosen by format at compile time.
 pub(crate) mod types {
     pub(crate) use super::{
-        iq1_m::IQ1_M, iq1_s::IQ1_S, iq2_s::IQ2_S, iq2_xs::IQ2_XS, iq2_xxs::IQ2_XXS, iq3_s::IQ3_S, iq3_xxs::IQ3_XXS,
-        iq4_nl::IQ4_NL, iq4_xs::IQ4_XS, mxfp4::MXFP4, q2_k::Q2_K, q3_k::Q3_K, q4_0::Q4_0, q4_1::Q4_1, q4_k::Q4_K,
-        q5_0::Q5_0, q5_1::Q5_1, q5_k::Q5_K, q6_k::Q6_K, q8_0::Q8_0,
+        iq1_m::IQ1_M, iq1_s::IQ1_S, iq2_s::IQ2_S, iq2_xs::IQ2_XS, iq2_xxs::IQ2_XXS, iq3_s::IQ3_S,
+        iq3_xxs::IQ3_XXS, iq4_nl::IQ4_NL, iq4_xs::IQ4_XS, mxfp4::MXFP4, q2_k::Q2_K, q3_k::Q3_K,
+        q4_0::Q4_0, q4_1::Q4_1, q4_k::Q4_K, q5_0::Q5_0, q5_1::Q5_1, q5_k::Q5_K, q6_k::Q6_K,
+        q8_0::Q8_0,
     };
 }
 
@@ -93,7 +94,12 @@ pub(crate) use with_format;
 /// those blocks.
 pub fn dequantize_row(ty: TensorType, bytes: &[u8], out: &mut [f32]) {
     let expected = ty.row_bytes(out.len() as u64);
-    assert_eq!(expected, Some(bytes.len() as u64), "a row of {} {ty} values", out.len());
+    assert_eq!(
+        expected,
+        Some(bytes.len() as u64),
+        "a row of {} {ty} values",
+        out.len()
+    );
     with_format!(ty, F => dequantize_blocks::<F>(bytes, out), float => match ty {
         TensorType::F32 => widen(bytes, out, f32::from_le_bytes),
         TensorType::F16 => widen(bytes, out, |b| f16_to_f32(u16::from_le_bytes(b))),
@@ -159,8 +165,8 @@ impl TensorType {
     pub const ALL: [TensorType; 23] = {
         use TensorType::*;
         [
-            F32, F16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ2_XXS, IQ2_XS, IQ3_XXS, IQ1_S,
-            IQ4_NL, IQ3_S, IQ2_S, IQ4_XS, IQ1_M, BF16, MXFP4,
+            F32, F16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ2_XXS, IQ2_XS,
+            IQ3_XXS, IQ1_S, IQ4_NL, IQ3_S, IQ2_S, IQ4_XS, IQ1_M, BF16, MXFP4,
         ]
     };
 
@@ -169,12 +175,17 @@ impl TensorType {
     /// # Errors
     /// When no type has the number.
     pub fn from_id(id: u32) -> Result<Self, UnknownType> {
-        Self::ALL.into_iter().find(|t| *t as u32 == id).ok_or(UnknownType(id))
+        Self::ALL
+            .into_iter()
+            .find(|t| *t as u32 == id)
+            .ok_or(UnknownType(id))
     }
 
     /// Returns the type with this name (`Q4_K`), without regard to case.
     pub fn from_name(name: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|t| t.name().eq_ignore_ascii_case(name))
+        Self::ALL
+            .into_iter()
+            .find(|t| t.name().eq_ignore_ascii_case(name))
     }
 
     /// Returns the name that llama.cpp uses, for example `Q4_K`.
@@ -215,9 +226,8 @@ impl TensorType {
         match self {
             F32 | F16 | BF16 => 1,
             Q4_0 | Q4_1 | Q5_0 | Q5_1 | Q8_0 | IQ4_NL | MXFP4 => 32,
-            Q2_K | Q3_K | Q4_K | Q5_K | Q6_K | IQ2_XXS | IQ2_XS | IQ3_XXS | IQ1_S | IQ3_S | IQ2_S | IQ4_XS | IQ1_M => {
-                256
-            }
+            Q2_K | Q3_K | Q4_K | Q5_K | Q6_K | IQ2_XXS | IQ2_XS | IQ3_XXS | IQ1_S | IQ3_S
+            | IQ2_S | IQ4_XS | IQ1_M => 256,
         }
     }
 
@@ -285,29 +295,51 @@ mod tests {
         let dir = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../tests/data/dequant");
         let bytes = std::fs::read(dir.join(format!("{ty}.bin"))).unwrap();
         let values = std::fs::read(dir.join(format!("{ty}.f32"))).unwrap();
-        (bytes, values.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect())
+        (
+            bytes,
+            values
+                .chunks_exact(4)
+                .map(|b| f32::from_le_bytes(b.try_into().unwrap()))
+                .collect(),
+        )
     }
 
     #[test]
     fn decoding_matches_the_published_values() {
-        for ty in TensorType::ALL.into_iter().filter(|ty| *ty != TensorType::F32) {
+        for ty in TensorType::ALL
+            .into_iter()
+            .filter(|ty| *ty != TensorType::F32)
+        {
             let (bytes, want) = golden(ty);
             let mut got = vec![f32::NAN; want.len()];
             dequantize_row(ty, &bytes, &mut got);
             for (i, (got, want)) in got.iter().zip(&want).enumerate() {
-                assert!((got - want).abs() <= 1e-6 * want.abs(), "{ty} value {i}: {got}, expected {want}");
+                assert!(
+                    (got - want).abs() <= 1e-6 * want.abs(),
+                    "{ty} value {i}: {got}, expected {want}"
+                );
             }
-            assert!(want.iter().any(|v| *v != 0.0), "{ty}: the published values are all zero");
+            assert!(
+                want.iter().any(|v| *v != 0.0),
+                "{ty}: the published values are all zero"
+            );
         }
     }
 
     #[test]
     fn every_published_type_is_listed() {
         let dir = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../tests/data/dequant");
-        let names = std::fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap());
-        let types: Vec<String> = names.filter_map(|name| Some(name.strip_suffix(".bin")?.to_string())).collect();
+        let names = std::fs::read_dir(dir)
+            .unwrap()
+            .map(|e| e.unwrap().file_name().into_string().unwrap());
+        let types: Vec<String> = names
+            .filter_map(|name| Some(name.strip_suffix(".bin")?.to_string()))
+            .collect();
         for name in &types {
-            assert!(TensorType::from_name(name).is_some(), "{name} has published values, but TensorType::ALL lacks it");
+            assert!(
+                TensorType::from_name(name).is_some(),
+                "{name} has published values, but TensorType::ALL lacks it"
+            );
         }
         // All but F32, which needs no decoding.
         assert_eq!(types.len(), TensorType::ALL.len() - 1);
@@ -326,7 +358,9 @@ mod tests {
     fn every_type_takes_any_bytes_and_odd_numbers_of_blocks() {
         for ty in TensorType::ALL {
             for blocks in [0usize, 1, 7, 8, 9] {
-                let bytes: Vec<u8> = (0..blocks * ty.block_bytes()).map(|i| (i * 151 + 7 * blocks) as u8).collect();
+                let bytes: Vec<u8> = (0..blocks * ty.block_bytes())
+                    .map(|i| (i * 151 + 7 * blocks) as u8)
+                    .collect();
                 let mut whole = vec![0.0; blocks * ty.block_len()];
                 dequantize_row(ty, &bytes, &mut whole);
                 let mut one = vec![0.0; ty.block_len()];
@@ -334,7 +368,10 @@ mod tests {
                     let part = &bytes[block * ty.block_bytes()..][..ty.block_bytes()];
                     dequantize_row(ty, part, &mut one);
                     let same = one.iter().zip(&whole[block * ty.block_len()..]);
-                    assert!(same.clone().all(|(a, b)| a.to_bits() == b.to_bits()), "{ty} block {block} of {blocks}");
+                    assert!(
+                        same.clone().all(|(a, b)| a.to_bits() == b.to_bits()),
+                        "{ty} block {block} of {blocks}"
+                    );
                 }
             }
         }

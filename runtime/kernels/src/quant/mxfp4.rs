@@ -31,5 +31,9 @@ impl Format for MXFP4 {
 #[inline(always)]
 fn half_power(exponent: u8) -> f32 {
     let e = u32::from(exponent);
-    f32::from_bits(if e < 2 { 0x0020_0000 << e } else { (e - 1) << 23 })
+    f32::from_bits(if e < 2 {
+        0x0020_0000 << e
+    } else {
+        (e - 1) << 23
+    })
 }

@@ -25,7 +25,8 @@ impl Format for Q5_K {
             let bytes: &[u8; 32] = head(&block[48 + 32 * pair..]);
             for i in 0..32 {
                 q[64 * pair + i] = (bytes[i] & 15 | (fifth[i] >> (2 * pair) & 1) << 4) as i8;
-                q[64 * pair + 32 + i] = (bytes[i] >> 4 | (fifth[i] >> (2 * pair + 1) & 1) << 4) as i8;
+                q[64 * pair + 32 + i] =
+                    (bytes[i] >> 4 | (fifth[i] >> (2 * pair + 1) & 1) << 4) as i8;
             }
         }
     }

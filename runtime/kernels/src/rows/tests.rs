@@ -6,7 +6,17 @@ const WIDTHS: [usize; 10] = [1, 7, 16, 24, 32, 33, 64, 80, 128, 200];
 
 #[test]
 fn rows_in_8_bits_take_the_bytes_that_they_say() {
-    let bytes = [(1, 3), (16, 18), (24, 26), (32, 34), (33, 37), (64, 68), (80, 86), (128, 136), (576, 612)];
+    let bytes = [
+        (1, 3),
+        (16, 18),
+        (24, 26),
+        (32, 34),
+        (33, 37),
+        (64, 68),
+        (80, 86),
+        (128, 136),
+        (576, 612),
+    ];
     for (width, expected) in bytes {
         assert_eq!(q8_row_bytes(width), expected, "{width}");
     }
@@ -18,9 +28,14 @@ fn rows_in_8_bits_come_back_to_half_a_step() {
     for kernels in Kernels::available() {
         for width in WIDTHS {
             for size in [1.0, 3e-7, 1e-4, 300.0, 5e6] {
-                let x: Vec<f32> = (0..3 * width).map(|_| size * rng.normal().clamp(-1.6, 1.6)).collect();
+                let x: Vec<f32> = (0..3 * width)
+                    .map(|_| size * rng.normal().clamp(-1.6, 1.6))
+                    .collect();
                 let mut bytes = vec![0xaa; 3 * q8_row_bytes(width)];
-                for (x, bytes) in x.chunks_exact(width).zip(bytes.chunks_exact_mut(q8_row_bytes(width))) {
+                for (x, bytes) in x
+                    .chunks_exact(width)
+                    .zip(bytes.chunks_exact_mut(q8_row_bytes(width)))
+                {
                     kernels.to_q8(x, bytes);
                 }
                 let mut back = vec![f32::NAN; x.len()];
@@ -30,9 +45,13 @@ fn rows_in_8_bits_come_back_to_half_a_step() {
                         let largest = x.iter().fold(0.0f32, |m, v| m.max(v.abs()));
                         // A scale is rounded up: by a 1024th, or to the next multiple of the least
                         // 16-bit float.
-                        let step = (largest / 127.0 * (1.0 + 1.0 / 1024.0)).max(largest / 127.0 + 6e-8);
+                        let step =
+                            (largest / 127.0 * (1.0 + 1.0 / 1024.0)).max(largest / 127.0 + 6e-8);
                         for (x, back) in x.iter().zip(back) {
-                            assert!((x - back).abs() <= 0.5001 * step, "{kernels:?} {width} {x} {back} {step}");
+                            assert!(
+                                (x - back).abs() <= 0.5001 * step,
+                                "{kernels:?} {width} {x} {back} {step}"
+                            );
                         }
                     }
                 }
@@ -83,8 +102,17 @@ fn what_8_bits_cannot_hold_is_not_hidden() {
             kernels.to_q8(&x, &mut bytes);
             let mut back = vec![0.0; 70];
             kernels.from_q8(&bytes, 70, &mut back);
-            assert!(back[32..64].iter().all(|v| v.is_nan()), "{kernels:?} {bad}: {back:?}");
-            assert!(back[..32].iter().chain(&back[64..]).all(|v| (v - 1.0).abs() < 1e-2), "{kernels:?} {bad}");
+            assert!(
+                back[32..64].iter().all(|v| v.is_nan()),
+                "{kernels:?} {bad}: {back:?}"
+            );
+            assert!(
+                back[..32]
+                    .iter()
+                    .chain(&back[64..])
+                    .all(|v| (v - 1.0).abs() < 1e-2),
+                "{kernels:?} {bad}"
+            );
         }
         let mut bytes = vec![1; q8_row_bytes(40)];
         kernels.to_q8(&[0.0; 40], &mut bytes);
@@ -94,12 +122,20 @@ fn what_8_bits_cannot_hold_is_not_hidden() {
 
 #[test]
 fn sixteen_bits_widen_exactly() {
-    let all: Vec<f16> = (0..=u16::MAX).map(f16::from_bits).filter(|v| !v.is_nan()).collect();
+    let all: Vec<f16> = (0..=u16::MAX)
+        .map(f16::from_bits)
+        .filter(|v| !v.is_nan())
+        .collect();
     for kernels in Kernels::available() {
         for n in [0, 1, 7, 8, 9, all.len()] {
             let mut out = vec![f32::NAN; n];
             kernels.from_f16(&all[all.len() - n..], &mut out);
-            assert!(out.iter().zip(&all[all.len() - n..]).all(|(a, b)| *a == b.to_f32()), "{kernels:?} {n}");
+            assert!(
+                out.iter()
+                    .zip(&all[all.len() - n..])
+                    .all(|(a, b)| *a == b.to_f32()),
+                "{kernels:?} {n}"
+            );
         }
     }
 }
@@ -109,7 +145,10 @@ fn stored(width: usize, n_rows: usize, rng: &mut Rng) -> (Vec<f32>, Vec<f16>, Ve
     let x = rng.normals(n_rows * width);
     let half = x.iter().map(|v| f16::from_f32(*v)).collect();
     let mut bytes = vec![0; n_rows * q8_row_bytes(width)];
-    for (x, bytes) in x.chunks_exact(width).zip(bytes.chunks_exact_mut(q8_row_bytes(width))) {
+    for (x, bytes) in x
+        .chunks_exact(width)
+        .zip(bytes.chunks_exact_mut(q8_row_bytes(width)))
+    {
         Kernels::SCALAR.to_q8(x, bytes);
     }
     (x, half, bytes)
@@ -129,24 +168,44 @@ fn dots_are_the_formula_and_do_not_depend_on_their_neighbours() {
             let (n_queries, n_rows, stride) = (7, 11, 13);
             let queries = rng.normals(n_queries * width);
             let (full, half, bytes) = stored(width, n_rows, &mut rng);
-            for rows in [StoredRows::F32(&full), StoredRows::F16(&half), StoredRows::Q8(&bytes)] {
+            for rows in [
+                StoredRows::F32(&full),
+                StoredRows::F16(&half),
+                StoredRows::Q8(&bytes),
+            ] {
                 let wide = widened(kernels, rows, width);
                 let mut scores = vec![-7.0; n_queries * stride];
                 kernels.row_dots(&queries, rows, width, &mut scores, stride);
                 for (q, query) in queries.chunks_exact(width).enumerate() {
                     for (r, row) in wide.chunks_exact(width).enumerate() {
-                        let products = || query.iter().zip(row).map(|(a, b)| f64::from(*a) * f64::from(*b));
-                        let (want, size): (f64, f64) = (products().sum(), products().map(f64::abs).sum());
+                        let products = || {
+                            query
+                                .iter()
+                                .zip(row)
+                                .map(|(a, b)| f64::from(*a) * f64::from(*b))
+                        };
+                        let (want, size): (f64, f64) =
+                            (products().sum(), products().map(f64::abs).sum());
                         let found = scores[q * stride + r];
-                        assert!((f64::from(found) - want).abs() <= 1e-6 * size, "{kernels:?} {width} {q} {r}");
+                        assert!(
+                            (f64::from(found) - want).abs() <= 1e-6 * size,
+                            "{kernels:?} {width} {q} {r}"
+                        );
                         for row in [rows.range(r..r + 1, width), StoredRows::F32(row)] {
                             let mut alone = [0.0];
                             kernels.row_dots(query, row, width, &mut alone, 1);
-                            assert_eq!(alone[0].to_bits(), found.to_bits(), "{kernels:?} {width} {q} {r} {row:?}");
+                            assert_eq!(
+                                alone[0].to_bits(),
+                                found.to_bits(),
+                                "{kernels:?} {width} {q} {r} {row:?}"
+                            );
                         }
                     }
                     let between = &scores[q * stride + n_rows..(q + 1) * stride];
-                    assert!(between.iter().all(|s| *s == -7.0), "{kernels:?}: what is between the rows stays");
+                    assert!(
+                        between.iter().all(|s| *s == -7.0),
+                        "{kernels:?}: what is between the rows stays"
+                    );
                 }
                 let mut none = [5.0];
                 kernels.row_dots(&queries, rows.range(3..3, width), width, &mut none, 1);
@@ -161,24 +220,40 @@ fn dots_are_the_formula_and_do_not_depend_on_their_neighbours() {
 fn mixtures_are_the_formula_and_do_not_depend_on_their_neighbours() {
     let mut rng = Rng(5);
     for kernels in Kernels::available() {
-        for (width, out_width) in WIDTHS.map(|w| (w, w)).into_iter().chain([(96, 64), (576, 512), (40, 9)]) {
+        for (width, out_width) in
+            WIDTHS
+                .map(|w| (w, w))
+                .into_iter()
+                .chain([(96, 64), (576, 512), (40, 9)])
+        {
             let (n_queries, n_rows, stride) = (7, 5, 6);
             let (full, half, bytes) = stored(width, n_rows, &mut rng);
-            let (weights, old) = (rng.normals(n_queries * stride), rng.normals(n_queries * out_width));
-            for rows in [StoredRows::F32(&full), StoredRows::F16(&half), StoredRows::Q8(&bytes)] {
+            let (weights, old) = (
+                rng.normals(n_queries * stride),
+                rng.normals(n_queries * out_width),
+            );
+            for rows in [
+                StoredRows::F32(&full),
+                StoredRows::F16(&half),
+                StoredRows::Q8(&bytes),
+            ] {
                 let wide = widened(kernels, rows, width);
                 let mut out = old.clone();
                 kernels.add_weighted_rows(&weights, stride, rows, width, &mut out, out_width);
                 for q in 0..n_queries {
                     let weights = &weights[q * stride..][..n_rows];
                     for i in 0..out_width {
-                        let term = |(r, w): (usize, &f32)| f64::from(*w) * f64::from(wide[r * width + i]);
+                        let term =
+                            |(r, w): (usize, &f32)| f64::from(*w) * f64::from(wide[r * width + i]);
                         let terms = || weights.iter().enumerate().map(term);
                         let before = f64::from(old[q * out_width + i]);
                         let want = before + terms().sum::<f64>();
                         let size = before.abs() + terms().map(f64::abs).sum::<f64>();
                         let found = f64::from(out[q * out_width + i]);
-                        assert!((found - want).abs() <= 1e-6 * size, "{kernels:?} {width} {out_width} {q} {i}");
+                        assert!(
+                            (found - want).abs() <= 1e-6 * size,
+                            "{kernels:?} {width} {out_width} {q} {i}"
+                        );
                     }
                     // Alone, and row by row, every other one widened before.
                     let mut alone = old[q * out_width..][..out_width].to_vec();
@@ -189,7 +264,10 @@ fn mixtures_are_the_formula_and_do_not_depend_on_their_neighbours() {
                         };
                         kernels.add_weighted_rows(&[*weight], 1, row, width, &mut alone, out_width);
                     }
-                    let same = alone.iter().zip(&out[q * out_width..]).all(|(a, b)| a.to_bits() == b.to_bits());
+                    let same = alone
+                        .iter()
+                        .zip(&out[q * out_width..])
+                        .all(|(a, b)| a.to_bits() == b.to_bits());
                     assert!(same, "{kernels:?} {width} {out_width} {q}");
                 }
             }
@@ -209,9 +287,15 @@ fn softmax_numerators_match_the_formula() {
             assert_eq!(largest, x.iter().copied().fold(f32::NEG_INFINITY, f32::max));
             let want: Vec<f64> = x.iter().map(|v| f64::from(v - largest).exp()).collect();
             for (found, want) in found.iter().zip(&want) {
-                assert!((f64::from(*found) - want).abs() <= 1e-6 * want + 1e-37, "{kernels:?} {n}");
+                assert!(
+                    (f64::from(*found) - want).abs() <= 1e-6 * want + 1e-37,
+                    "{kernels:?} {n}"
+                );
             }
-            assert!((f64::from(sum) / want.iter().sum::<f64>() - 1.0).abs() < 1e-6, "{kernels:?} {n}");
+            assert!(
+                (f64::from(sum) / want.iter().sum::<f64>() - 1.0).abs() < 1e-6,
+                "{kernels:?} {n}"
+            );
         }
         let (_, sum) = kernels.exp_minus_max(&mut [1.0, f32::NAN]);
         assert!(sum.is_nan(), "{kernels:?}: a NaN is not hidden");

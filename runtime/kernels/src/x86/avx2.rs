@@ -46,7 +46,12 @@ use std::arch::x86_64::*;
 /// Lists the instances of a kernel for 1 to 4 tokens.
 macro_rules! panel_fns {
     ($kernel:ident, $of:ty) => {{
-        const PANELS: &[PanelFn] = &[$kernel::<$of, 1>, $kernel::<$of, 2>, $kernel::<$of, 3>, $kernel::<$of, 4>];
+        const PANELS: &[PanelFn] = &[
+            $kernel::<$of, 1>,
+            $kernel::<$of, 2>,
+            $kernel::<$of, 3>,
+            $kernel::<$of, 4>,
+        ];
         PANELS
     }};
 }
@@ -85,7 +90,10 @@ impl UnpackOps for Avx2 {
             let both = _mm256_set_m128i(_mm_srli_epi16::<4>(low), low);
             let codes = _mm256_and_si256(both, _mm256_set1_epi8(15));
             let codes = _mm256_or_si256(codes, _mm256_and_si256(set, _mm256_set1_epi8(16)));
-            std::mem::transmute::<__m256i, [i8; 32]>(_mm256_sub_epi8(codes, _mm256_set1_epi8(offset)))
+            std::mem::transmute::<__m256i, [i8; 32]>(_mm256_sub_epi8(
+                codes,
+                _mm256_set1_epi8(offset),
+            ))
         }
     }
 }
@@ -101,7 +109,11 @@ impl BlockDot for Avx2 {
     }
 
     #[inline(always)]
-    unsafe fn add_block<F: Format, const N: usize>(codes: &Codes, x: [&ActBlock; N], acc: &mut [__m256; N]) {
+    unsafe fn add_block<F: Format, const N: usize>(
+        codes: &Codes,
+        x: [&ActBlock; N],
+        acc: &mut [__m256; N],
+    ) {
         // SAFETY: the caller's processor.
         unsafe { add_block::<F, N>(codes, x, acc) }
     }
@@ -142,7 +154,12 @@ unsafe fn float<W: FloatFormat, const N: usize>(panel: &Panel<'_>) {
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn add_block<F: Format, const N: usize>(codes: &Codes, x: [&ActBlock; N], acc: &mut [__m256; N]) {
-    const { assert!(MAX_PAIR_SUM * F::MAX_CODE <= MAX_I16, "a pair sum fits 16 bits") };
+    const {
+        assert!(
+            MAX_PAIR_SUM * F::MAX_CODE <= MAX_I16,
+            "a pair sum fits 16 bits"
+        )
+    };
     for four in 0..2 {
         // Eights of four runs, side by side as the activations have them.
         let [w0, w1] = eights::<F>(codes, 4 * four, 0);
@@ -159,9 +176,15 @@ fn add_block<F: Format, const N: usize>(codes: &Codes, x: [&ActBlock; N], acc: &
                 let all = _mm256_add_epi16(_mm256_add_epi16(p0, p1), _mm256_add_epi16(p2, p3));
                 (widen_pairs(all), _mm256_setzero_si256())
             } else if 2 * MAX_PAIR_SUM * F::MAX_CODE <= MAX_I16 {
-                (widen_pairs(_mm256_add_epi16(p0, p1)), widen_pairs(_mm256_add_epi16(p2, p3)))
+                (
+                    widen_pairs(_mm256_add_epi16(p0, p1)),
+                    widen_pairs(_mm256_add_epi16(p2, p3)),
+                )
             } else {
-                (_mm256_add_epi32(widen_pairs(p0), widen_pairs(p1)), _mm256_add_epi32(widen_pairs(p2), widen_pairs(p3)))
+                (
+                    _mm256_add_epi32(widen_pairs(p0), widen_pairs(p1)),
+                    _mm256_add_epi32(widen_pairs(p2), widen_pairs(p3)),
+                )
             };
             let sum = if F::SCALE_PER_16 {
                 let one = _mm256_mul_ps(_mm256_cvtepi32_ps(one), first);
@@ -171,7 +194,11 @@ fn add_block<F: Format, const N: usize>(codes: &Codes, x: [&ActBlock; N], acc: &
             };
             acc[n] = _mm256_fmadd_ps(sum, x_scale, acc[n]);
             if F::HAS_MIN {
-                acc[n] = _mm256_fnmadd_ps(load8(&codes.min, 8 * four), load8(&x[n].sums, 8 * four), acc[n]);
+                acc[n] = _mm256_fnmadd_ps(
+                    load8(&codes.min, 8 * four),
+                    load8(&x[n].sums, 8 * four),
+                    acc[n],
+                );
             }
         }
     }
@@ -207,18 +234,32 @@ fn widen_pairs(pairs: __m256i) -> __m256i {
 #[target_feature(enable = "avx2,fma,f16c")]
 fn eights<F: Format>(codes: &Codes, run: usize, at: usize) -> [__m256i; 2] {
     let sixteen = |run: usize| &codes.q[32 * run + at..][..16];
-    let (r0, r1, r2, r3) = (sixteen(run), sixteen(run + 1), sixteen(run + 2), sixteen(run + 3));
+    let (r0, r1, r2, r3) = (
+        sixteen(run),
+        sixteen(run + 1),
+        sixteen(run + 2),
+        sixteen(run + 3),
+    );
     // SAFETY: all slices are 16 bytes.
     let (mut even, mut odd) = unsafe {
         let even = _mm256_loadu2_m128i(r2.as_ptr().cast(), r0.as_ptr().cast());
-        (even, _mm256_loadu2_m128i(r3.as_ptr().cast(), r1.as_ptr().cast()))
+        (
+            even,
+            _mm256_loadu2_m128i(r3.as_ptr().cast(), r1.as_ptr().cast()),
+        )
     };
     if let Some(levels) = F::LEVELS {
         // SAFETY: sixteen bytes.
         let table = _mm256_broadcastsi128_si256(unsafe { _mm_loadu_si128(levels.as_ptr().cast()) });
-        (even, odd) = (_mm256_shuffle_epi8(table, even), _mm256_shuffle_epi8(table, odd));
+        (even, odd) = (
+            _mm256_shuffle_epi8(table, even),
+            _mm256_shuffle_epi8(table, odd),
+        );
     }
-    [_mm256_unpacklo_epi64(even, odd), _mm256_unpackhi_epi64(even, odd)]
+    [
+        _mm256_unpacklo_epi64(even, odd),
+        _mm256_unpackhi_epi64(even, odd),
+    ]
 }
 
 /// Loads 32 codes from `at` on.

@@ -85,7 +85,11 @@ unsafe fn quantized<U: Unpack, const N: usize, const BY_SCALE: bool>(panel: &Pan
     let (whole, rest) = (cols / GROUP, cols % GROUP);
     let groups = cols.div_ceil(GROUP);
     let x = panel.x.blocks();
-    assert!(x.len() == N * groups && U::GROUP_BYTES <= MAX_GROUP_BYTES && panel.row_bytes >= whole * U::GROUP_BYTES);
+    assert!(
+        x.len() == N * groups
+            && U::GROUP_BYTES <= MAX_GROUP_BYTES
+            && panel.row_bytes >= whole * U::GROUP_BYTES
+    );
     let x = x.as_ptr();
     for (r, row) in panel.weights.chunks_exact(panel.row_bytes).enumerate() {
         let mut acc = [[_mm512_setzero_ps(); 2]; N];
@@ -131,7 +135,12 @@ const EVEN: __mmask16 = 0x5555;
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
 pub(crate) fn quantize_run(run: usize, x: &[f32; 32], block: &mut ActBlock) {
     // SAFETY: two registers of 16 values.
-    let x = unsafe { [_mm512_loadu_ps(x.as_ptr()), _mm512_loadu_ps(x.as_ptr().add(16))] };
+    let x = unsafe {
+        [
+            _mm512_loadu_ps(x.as_ptr()),
+            _mm512_loadu_ps(x.as_ptr().add(16)),
+        ]
+    };
     // Compared as bits: a NaN is the largest and ends up in the scale.
     let magnitude = _mm512_set1_epi32(0x7fff_ffff);
     let [low, high] = x.map(|x| _mm512_and_si512(_mm512_castps_si512(x), magnitude));
@@ -164,7 +173,10 @@ unsafe fn add_tile<U: Unpack, const N: usize, const BY_SCALE: bool>(
     acc: &mut [[__m512; 2]; N],
 ) {
     let zero = _mm512_setzero_si512();
-    let (first, second) = (_mm512_moveldup_ps(tile.scale), _mm512_movehdup_ps(tile.scale));
+    let (first, second) = (
+        _mm512_moveldup_ps(tile.scale),
+        _mm512_movehdup_ps(tile.scale),
+    );
     for (n, acc) in acc.iter_mut().enumerate() {
         // SAFETY: the caller's blocks.
         let x = unsafe { &*x.add(n * stride) };
@@ -178,7 +190,11 @@ unsafe fn add_tile<U: Unpack, const N: usize, const BY_SCALE: bool>(
                 _mm512_load_si512(q.add(2)),
                 _mm512_load_si512(q.add(3)),
             ];
-            (q, _mm512_load_ps(x.scale.as_ptr()), _mm512_load_ps(x.sums.as_ptr()))
+            (
+                q,
+                _mm512_load_ps(x.scale.as_ptr()),
+                _mm512_load_ps(x.sums.as_ptr()),
+            )
         };
         let one = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(zero, tile.q[0], q[0]), tile.q[1], q[1]);
         let two = if U::SCALE_PER_16 { zero } else { one };
@@ -194,7 +210,10 @@ unsafe fn add_tile<U: Unpack, const N: usize, const BY_SCALE: bool>(
                 // lane.
                 let low = _mm512_mask_shuffle_epi32::<0b10_10_00_00>(one, !EVEN, two);
                 let high = _mm512_mask_shuffle_epi32::<0b11_11_01_01>(two, EVEN, one);
-                (_mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(low, high)), tile.scale), sums)
+                (
+                    _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(low, high)), tile.scale),
+                    sums,
+                )
             }
             (true, false) => {
                 let all = _mm512_add_epi32(two, _mm512_shuffle_epi32::<0b10_11_00_01>(two));

@@ -17,7 +17,11 @@ const OFFSET: i8 = 64;
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
 fn tile(q: [__m512i; 4], scale: __m512) -> Tile {
-    Tile { q, scale, min: _mm512_mul_ps(scale, _mm512_set1_ps(f32::from(OFFSET))) }
+    Tile {
+        q,
+        scale,
+        min: _mm512_mul_ps(scale, _mm512_set1_ps(f32::from(OFFSET))),
+    }
 }
 
 /// Gathers entries of a table of 64-bit words.
@@ -50,7 +54,12 @@ fn with_signs(magnitudes: __m512i, signs: __m512i, k: usize) -> __m512i {
     let bits = _mm512_set1_epi64(0x8040_2010_0804_0201_u64 as i64);
     let negative = _mm512_test_epi8_mask(_mm512_shuffle_epi8(signs, pick), bits);
     let offset = _mm512_set1_epi8(OFFSET);
-    _mm512_mask_sub_epi8(_mm512_add_epi8(offset, magnitudes), negative, offset, magnitudes)
+    _mm512_mask_sub_epi8(
+        _mm512_add_epi8(offset, magnitudes),
+        negative,
+        offset,
+        magnitudes,
+    )
 }
 
 /// Sets the high bit of each byte where the other seven have an odd number of ones.
@@ -58,7 +67,9 @@ fn with_signs(magnitudes: __m512i, signs: __m512i, k: usize) -> __m512i {
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
 fn with_even_parity(sevens: __m512i) -> __m512i {
     const O: i8 = -128;
-    let odd = _mm512_broadcast_i32x4(_mm_setr_epi8(0, O, O, 0, O, 0, 0, O, O, 0, 0, O, 0, O, O, 0));
+    let odd = _mm512_broadcast_i32x4(_mm_setr_epi8(
+        0, O, O, 0, O, 0, 0, O, O, 0, 0, O, 0, O, O, 0,
+    ));
     let mask = _mm512_set1_epi8(15);
     let low = _mm512_shuffle_epi8(odd, _mm512_and_si512(sevens, mask));
     let high = _mm512_shuffle_epi8(odd, _mm512_and_si512(_mm512_srli_epi16::<4>(sevens), mask));
@@ -72,8 +83,10 @@ fn with_even_parity(sevens: __m512i) -> __m512i {
 fn four_sevens(v: __m512i) -> __m512i {
     let part = |v, mask| _mm512_and_si512(v, _mm512_set1_epi64(mask));
     let low = _mm512_or_si512(part(v, 0x7f), part(_mm512_slli_epi64::<1>(v), 0x7f00));
-    let high =
-        _mm512_or_si512(part(_mm512_slli_epi64::<2>(v), 0x7f_0000), part(_mm512_slli_epi64::<3>(v), 0x7f00_0000));
+    let high = _mm512_or_si512(
+        part(_mm512_slli_epi64::<2>(v), 0x7f_0000),
+        part(_mm512_slli_epi64::<3>(v), 0x7f00_0000),
+    );
     with_even_parity(_mm512_or_si512(low, high))
 }
 
@@ -115,7 +128,10 @@ unsafe fn bytes(p: *const u8) -> __m512i {
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
 fn index(low: __m512i, k: usize, high: __m512i, shift: usize, bits: u32) -> __m512i {
-    let low = _mm512_and_si512(_mm512_srl_epi64(low, _mm_cvtsi64_si128(8 * k as i64)), _mm512_set1_epi64(0xff));
+    let low = _mm512_and_si512(
+        _mm512_srl_epi64(low, _mm_cvtsi64_si128(8 * k as i64)),
+        _mm512_set1_epi64(0xff),
+    );
     let high = _mm512_srl_epi64(high, _mm_cvtsi64_si128(shift as i64));
     let high = _mm512_and_si512(high, _mm512_set1_epi64((1 << bits) - 1));
     _mm512_or_si512(low, _mm512_slli_epi64::<8>(high))
@@ -126,7 +142,10 @@ fn index(low: __m512i, k: usize, high: __m512i, shift: usize, bits: u32) -> __m5
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
 fn run_scales(d: __m512, s: __m512i, factor: f32) -> __m512 {
     let s = each_twice(_mm256_cvtepi32_ps(_mm512_cvtepi64_epi32(s)));
-    _mm512_mul_ps(_mm512_mul_ps(d, _mm512_add_ps(s, _mm512_set1_ps(0.5))), _mm512_set1_ps(factor))
+    _mm512_mul_ps(
+        _mm512_mul_ps(d, _mm512_add_ps(s, _mm512_set1_ps(0.5))),
+        _mm512_set1_ps(factor),
+    )
 }
 
 /// Unpacks the sixteen 4-bit scales of IQ2_XS and IQ2_S.
@@ -138,9 +157,15 @@ fn run_scales(d: __m512, s: __m512i, factor: f32) -> __m512 {
 unsafe fn fine_scales(d: __m512, p: *const u8) -> __m512 {
     // SAFETY: the caller's bytes.
     let pairs = _mm_cvtepu8_epi16(unsafe { _mm_loadl_epi64(p.cast()) });
-    let s = _mm_and_si128(_mm_or_si128(pairs, _mm_slli_epi16::<4>(pairs)), _mm_set1_epi8(15));
+    let s = _mm_and_si128(
+        _mm_or_si128(pairs, _mm_slli_epi16::<4>(pairs)),
+        _mm_set1_epi8(15),
+    );
     let s = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(s));
-    _mm512_mul_ps(_mm512_mul_ps(d, _mm512_add_ps(s, _mm512_set1_ps(0.5))), _mm512_set1_ps(0.25))
+    _mm512_mul_ps(
+        _mm512_mul_ps(d, _mm512_add_ps(s, _mm512_set1_ps(0.5))),
+        _mm512_set1_ps(0.25),
+    )
 }
 
 /// Returns bytes `2 k` and `2 k + 1` of each lane, one 32-bit word each.

@@ -118,7 +118,10 @@ unsafe fn two_twice(low: *const u8, high: *const u8) -> __m512i {
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
 fn nibbles(v: __m512i) -> [__m512i; 2] {
     let mask = _mm512_set1_epi8(15);
-    [_mm512_and_si512(v, mask), _mm512_and_si512(_mm512_srli_epi16::<4>(v), mask)]
+    [
+        _mm512_and_si512(v, mask),
+        _mm512_and_si512(_mm512_srli_epi16::<4>(v), mask),
+    ]
 }
 
 /// Returns eight values, each twice in a row.
@@ -138,7 +141,16 @@ pub(super) fn each_twice(v: __m256) -> __m512 {
 unsafe fn eight_scales(p: *const u8, step: usize) -> __m256 {
     // SAFETY: the caller's bytes.
     let at = |i: usize| unsafe { p.add(i * step).cast::<i16>().read_unaligned() };
-    _mm256_cvtph_ps(_mm_setr_epi16(at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7)))
+    _mm256_cvtph_ps(_mm_setr_epi16(
+        at(0),
+        at(1),
+        at(2),
+        at(3),
+        at(4),
+        at(5),
+        at(6),
+        at(7),
+    ))
 }
 
 /// Loads the f16 scales and addends that begin eight blocks of `step` bytes. The addends come out
@@ -178,7 +190,12 @@ fn with_bits(v: __m512i, words: __m512i, pick: i16, bit: i8) -> __m512i {
     let high = i64::from(pick >> 8) * 0x0101_0101_0101_0101;
     let spread = _mm512_shuffle_epi8(words, _mm512_broadcast_i32x4(_mm_set_epi64x(high, low)));
     let one_each = _mm512_set1_epi64(0x8040_2010_0804_0201_u64 as i64);
-    _mm512_mask_add_epi8(v, _mm512_test_epi8_mask(spread, one_each), v, _mm512_set1_epi8(bit))
+    _mm512_mask_add_epi8(
+        v,
+        _mm512_test_epi8_mask(spread, one_each),
+        v,
+        _mm512_set1_epi8(bit),
+    )
 }
 
 /// Returns a byte mask per sixteen: bits 0, 2, 4 and 6.
@@ -230,13 +247,21 @@ unsafe fn k_scales(p: *const u8, odd: f32) -> (__m512, __m512) {
     let (scales, mins) = scales_and_mins(&head[4..]);
     let bytes = _mm_set_epi64x(i64::from_le_bytes(mins), i64::from_le_bytes(scales));
     let both = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes));
-    let factors = _mm_cvtph_ps(_mm_set1_epi32(i32::from_le_bytes([head[0], head[1], head[2], head[3]])));
+    let factors = _mm_cvtph_ps(_mm_set1_epi32(i32::from_le_bytes([
+        head[0], head[1], head[2], head[3],
+    ])));
     let factors = _mm512_castps128_ps512(_mm_mul_ps(factors, _mm_setr_ps(1.0, 1.0, odd, odd)));
     let each_twice = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
     let mins = _mm512_add_epi32(each_twice, _mm512_set1_epi32(8));
     let by_run = _mm512_setr_epi32(0, 0, 2, 2, 0, 0, 2, 2, 0, 0, 2, 2, 0, 0, 2, 2);
-    let scale = _mm512_mul_ps(_mm512_permutexvar_ps(each_twice, both), _mm512_permutexvar_ps(by_run, factors));
-    let min = _mm512_mul_ps(_mm512_permutexvar_ps(mins, both), _mm512_permutexvar_ps(_mm512_set1_epi32(1), factors));
+    let scale = _mm512_mul_ps(
+        _mm512_permutexvar_ps(each_twice, both),
+        _mm512_permutexvar_ps(by_run, factors),
+    );
+    let min = _mm512_mul_ps(
+        _mm512_permutexvar_ps(mins, both),
+        _mm512_permutexvar_ps(_mm512_set1_epi32(1), factors),
+    );
     (scale, min)
 }
 

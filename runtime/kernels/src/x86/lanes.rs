@@ -130,7 +130,13 @@ impl PartialLanes for __m256 {
     #[inline(always)]
     unsafe fn load_part_f32(p: *const f32, n: usize) -> Self {
         // SAFETY: the caller's values and processor.
-        unsafe { if n == 8 { _mm256_loadu_ps(p) } else { _mm256_maskload_ps(p, first_lanes(n)) } }
+        unsafe {
+            if n == 8 {
+                _mm256_loadu_ps(p)
+            } else {
+                _mm256_maskload_ps(p, first_lanes(n))
+            }
+        }
     }
 
     #[inline(always)]
@@ -158,14 +164,23 @@ impl PartialLanes for __m256 {
                 _mm_loadl_epi64(few.as_ptr().cast())
             };
             let scale = _mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(scale)));
-            _mm256_mul_ps(_mm256_broadcastss_ps(scale), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes)))
+            _mm256_mul_ps(
+                _mm256_broadcastss_ps(scale),
+                _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes)),
+            )
         }
     }
 
     #[inline(always)]
     unsafe fn store_part(self, p: *mut f32, n: usize) {
         // SAFETY: the caller's values and processor.
-        unsafe { if n == 8 { _mm256_storeu_ps(p, self) } else { _mm256_maskstore_ps(p, first_lanes(n), self) } }
+        unsafe {
+            if n == 8 {
+                _mm256_storeu_ps(p, self)
+            } else {
+                _mm256_maskstore_ps(p, first_lanes(n), self)
+            }
+        }
     }
 
     #[inline(always)]
@@ -178,11 +193,20 @@ impl PartialLanes for __m256 {
     unsafe fn store_sums([a, b, c, d]: [Self; ROWS], to: *mut f32, n: usize) {
         // SAFETY: the caller's values and processor.
         unsafe {
-            let ab = _mm256_castps_pd(_mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b)));
-            let cd = _mm256_castps_pd(_mm256_add_ps(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d)));
+            let ab = _mm256_castps_pd(_mm256_add_ps(
+                _mm256_unpacklo_ps(a, b),
+                _mm256_unpackhi_ps(a, b),
+            ));
+            let cd = _mm256_castps_pd(_mm256_add_ps(
+                _mm256_unpacklo_ps(c, d),
+                _mm256_unpackhi_ps(c, d),
+            ));
             let (even, odd) = (_mm256_unpacklo_pd(ab, cd), _mm256_unpackhi_pd(ab, cd));
             let four = _mm256_add_ps(_mm256_castpd_ps(even), _mm256_castpd_ps(odd));
-            let sums = _mm_add_ps(_mm256_castps256_ps128(four), _mm256_extractf128_ps::<1>(four));
+            let sums = _mm_add_ps(
+                _mm256_castps256_ps128(four),
+                _mm256_extractf128_ps::<1>(four),
+            );
             if n == ROWS {
                 _mm_storeu_ps(to, sums);
             } else {
@@ -196,7 +220,10 @@ impl PartialLanes for __m256 {
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn first_lanes(n: usize) -> __m256i {
-    _mm256_cmpgt_epi32(_mm256_set1_epi32(n.min(8) as i32), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7))
+    _mm256_cmpgt_epi32(
+        _mm256_set1_epi32(n.min(8) as i32),
+        _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7),
+    )
 }
 
 impl Lanes for __m512 {
@@ -295,11 +322,20 @@ impl PartialLanes for __m512 {
     unsafe fn store_sums([a, b, c, d]: [Self; ROWS], to: *mut f32, n: usize) {
         // SAFETY: the caller's values and processor.
         unsafe {
-            let ab = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
-            let cd = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d)));
+            let ab = _mm512_castps_pd(_mm512_add_ps(
+                _mm512_unpacklo_ps(a, b),
+                _mm512_unpackhi_ps(a, b),
+            ));
+            let cd = _mm512_castps_pd(_mm512_add_ps(
+                _mm512_unpacklo_ps(c, d),
+                _mm512_unpackhi_ps(c, d),
+            ));
             let (even, odd) = (_mm512_unpacklo_pd(ab, cd), _mm512_unpackhi_pd(ab, cd));
             let four = _mm512_add_ps(_mm512_castpd_ps(even), _mm512_castpd_ps(odd));
-            let two = _mm256_add_ps(_mm512_castps512_ps256(four), _mm512_extractf32x8_ps::<1>(four));
+            let two = _mm256_add_ps(
+                _mm512_castps512_ps256(four),
+                _mm512_extractf32x8_ps::<1>(four),
+            );
             let sums = _mm_add_ps(_mm256_castps256_ps128(two), _mm256_extractf128_ps::<1>(two));
             _mm_mask_storeu_ps(to, (1 << n) - 1, sums);
         }

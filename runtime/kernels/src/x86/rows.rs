@@ -44,12 +44,18 @@ pub(crate) unsafe fn widen(x: &[f16], out: &mut [f32]) {
             // What follows `x`, to arrive while `x` is worked on.
             _mm_prefetch::<_MM_HINT_T0>(px.wrapping_add(n + i).cast());
             for part in [i, i + 8, i + 16, i + 24] {
-                _mm256_storeu_ps(po.add(part), _mm256_cvtph_ps(_mm_loadu_si128(px.add(part).cast())));
+                _mm256_storeu_ps(
+                    po.add(part),
+                    _mm256_cvtph_ps(_mm_loadu_si128(px.add(part).cast())),
+                );
             }
             i += 32;
         }
         while i + 8 <= n {
-            _mm256_storeu_ps(po.add(i), _mm256_cvtph_ps(_mm_loadu_si128(px.add(i).cast())));
+            _mm256_storeu_ps(
+                po.add(i),
+                _mm256_cvtph_ps(_mm_loadu_si128(px.add(i).cast())),
+            );
             i += 8;
         }
     }
@@ -202,8 +208,19 @@ impl RowKernels<'_> {
     /// The processor has the kernels' instructions. There are `n_rows` rows of `width` values,
     /// `queries` are whole rows of `width`, and for each query there is room for `n_rows` scores,
     /// `stride` apart.
-    pub(crate) unsafe fn dots(self, n_rows: usize, width: usize, queries: &[f32], scores: &mut [f32], stride: usize) {
-        let rows = Rows { first: self.first, count: n_rows, width };
+    pub(crate) unsafe fn dots(
+        self,
+        n_rows: usize,
+        width: usize,
+        queries: &[f32],
+        scores: &mut [f32],
+        stride: usize,
+    ) {
+        let rows = Rows {
+            first: self.first,
+            count: n_rows,
+            width,
+        };
         let n_queries = queries.len() / width;
         let (queries, scores) = (queries.as_ptr(), scores.as_mut_ptr());
         let mut q = 0;
@@ -211,7 +228,11 @@ impl RowKernels<'_> {
             let count = (n_queries - q).min(self.dots.len());
             // SAFETY: the caller's shapes.
             unsafe {
-                let part = Scores { queries: queries.add(q * width), scores: scores.add(q * stride), stride };
+                let part = Scores {
+                    queries: queries.add(q * width),
+                    scores: scores.add(q * stride),
+                    stride,
+                };
                 self.dots[count - 1](&rows, &part);
             }
             q += count;
@@ -234,7 +255,11 @@ impl RowKernels<'_> {
         out: &mut [f32],
         out_width: usize,
     ) {
-        let rows = Rows { first: self.first, count: n_rows, width };
+        let rows = Rows {
+            first: self.first,
+            count: n_rows,
+            width,
+        };
         let n_queries = out.len() / out_width;
         let (weights, out) = (weights.as_ptr(), out.as_mut_ptr());
         let mut q = 0;
@@ -243,7 +268,15 @@ impl RowKernels<'_> {
             // SAFETY: the caller's shapes.
             unsafe {
                 let (weights, out) = (weights.add(q * stride), out.add(q * out_width));
-                self.mix[count - 1](&rows, &Mixture { weights, stride, out, out_width });
+                self.mix[count - 1](
+                    &rows,
+                    &Mixture {
+                        weights,
+                        stride,
+                        out,
+                        out_width,
+                    },
+                );
             }
             q += count;
         }
@@ -256,8 +289,16 @@ impl RowKernels<'_> {
 /// As [`DotsFn`]; the caller is compiled for the instruction set of `L`.
 #[inline(always)]
 unsafe fn dots<L: PartialLanes, R: RowFormat, const N: usize>(rows: &Rows, to: &Scores) {
-    let Rows { first, count, width } = *rows;
-    let Scores { queries, scores, stride } = *to;
+    let Rows {
+        first,
+        count,
+        width,
+    } = *rows;
+    let Scores {
+        queries,
+        scores,
+        stride,
+    } = *to;
     let mut r = 0;
     while r < count {
         let left = (count - r).min(ROWS);

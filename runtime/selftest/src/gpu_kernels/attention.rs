@@ -6,7 +6,8 @@ use crate::outcome::{Expected, Outcome};
 use half::f16;
 use tier_plan_cuda::device::Buffer;
 use tier_plan_cuda::ops::{
-    Attend, AttentionBuffers, CacheRows, HeadNorms, Heads, PROMPT_TOKENS, Positions, Quants, RopeTurns,
+    Attend, AttentionBuffers, CacheRows, HeadNorms, Heads, PROMPT_TOKENS, Positions, Quants,
+    RopeTurns,
 };
 use tier_plan_cuda::{CudaError, Ops};
 use tier_plan_formats::model::kv::KvType;
@@ -32,13 +33,27 @@ const PROMPT_NMSE: f64 = 1e-6;
 pub(super) fn checks() -> Vec<Check> {
     let mut checks = Vec::new();
     for kv_type in KvType::ALL {
-        checks.push(Check::new(format!("store, {kv_type}"), move |ops, random| store(ops, random, kv_type)));
-        checks.push(Check::new(format!("place_heads, {kv_type}"), move |ops, random| place(ops, random, kv_type)));
-        checks.push(Check::new(format!("attend, {kv_type}"), move |ops, random| attend(ops, random, kv_type)));
-        checks
-            .push(Check::new(format!("attend, a prompt, {kv_type}"), move |ops, random| prompt(ops, random, kv_type)));
+        checks.push(Check::new(
+            format!("store, {kv_type}"),
+            move |ops, random| store(ops, random, kv_type),
+        ));
+        checks.push(Check::new(
+            format!("place_heads, {kv_type}"),
+            move |ops, random| place(ops, random, kv_type),
+        ));
+        checks.push(Check::new(
+            format!("attend, {kv_type}"),
+            move |ops, random| attend(ops, random, kv_type),
+        ));
+        checks.push(Check::new(
+            format!("attend, a prompt, {kv_type}"),
+            move |ops, random| prompt(ops, random, kv_type),
+        ));
         let alone = move |ops: &Ops, random: &mut Random| parts_of_a_prompt(ops, random, kv_type);
-        checks.push(Check::new(format!("attend, parts of a prompt, {kv_type}"), alone));
+        checks.push(Check::new(
+            format!("attend, parts of a prompt, {kv_type}"),
+            alone,
+        ));
     }
     checks
 }
@@ -69,7 +84,12 @@ fn widened(kv_type: KvType, bytes: &[u8], width: usize) -> Vec<f32> {
             out.iter_mut().zip(values).for_each(|(to, v)| *to = v);
         }
         KvType::F16 => {
-            let halves: Vec<f16> = bytes.as_chunks().0.iter().map(|b| f16::from_le_bytes(*b)).collect();
+            let halves: Vec<f16> = bytes
+                .as_chunks()
+                .0
+                .iter()
+                .map(|b| f16::from_le_bytes(*b))
+                .collect();
             Kernels::SCALAR.from_f16(&halves, &mut out);
         }
         KvType::Q8_0 => Kernels::SCALAR.widen_rows(StoredRows::Q8(bytes), width, &mut out),
@@ -92,12 +112,27 @@ fn store(ops: &Ops, random: &mut Random, kv_type: KvType) -> Result<Outcome, Cud
         let cache = Buffer::of_bytes(ops.device(), &before)?;
         let rows = Buffer::of_f32(ops.device(), &x)?;
         let word = Buffer::of_i32(ops.device(), &[past as i32])?;
-        let positions = Positions { past, on_device: word.view() };
-        ops.store(rows.view(), tokens, positions, &CacheRows { kv_type, at: cache.view(), heads, context, width })?;
+        let positions = Positions {
+            past,
+            on_device: word.view(),
+        };
+        ops.store(
+            rows.view(),
+            tokens,
+            positions,
+            &CacheRows {
+                kv_type,
+                at: cache.view(),
+                heads,
+                context,
+                width,
+            },
+        )?;
         let mut expected = before;
         for (at, row) in x.chunks_exact(width).enumerate() {
             let (t, head) = (at / heads, at % heads);
-            expected[(head * context + past + t) * row_bytes..][..row_bytes].copy_from_slice(&stored(kv_type, row));
+            expected[(head * context + past + t) * row_bytes..][..row_bytes]
+                .copy_from_slice(&stored(kv_type, row));
         }
         outcome.compare_exact(&cache.view().to_bytes()?, &expected);
     }
@@ -108,10 +143,14 @@ fn store(ops: &Ops, random: &mut Random, kv_type: KvType) -> Result<Outcome, Cud
 fn place(ops: &Ops, random: &mut Random, kv_type: KvType) -> Result<Outcome, CudaError> {
     let mut outcome = Outcome::default();
     let (tokens, n_head, n_head_kv, context, past, half) = (3, 4, 2, 9, 5, 12);
-    for (key_width, value_width, kind) in [(64, 64, RopeKind::Halves), (40, 24, RopeKind::Adjacent)] {
+    for (key_width, value_width, kind) in [(64, 64, RopeKind::Halves), (40, 24, RopeKind::Adjacent)]
+    {
         for (normed, turned) in [(true, true), (false, true), (false, false)] {
             let device = ops.device();
-            let (q, k) = (random.floats(tokens * n_head * key_width), random.floats(tokens * n_head_kv * key_width));
+            let (q, k) = (
+                random.floats(tokens * n_head * key_width),
+                random.floats(tokens * n_head_kv * key_width),
+            );
             let v = random.floats(tokens * n_head_kv * value_width);
             let norms = [
                 Buffer::of_f32(device, &random.floats(key_width))?,
@@ -119,19 +158,36 @@ fn place(ops: &Ops, random: &mut Random, kv_type: KvType) -> Result<Outcome, Cud
             ];
             let turns = Buffer::of_f32(device, &random.floats(2 * tokens * half))?;
             let word = Buffer::of_i32(device, &[past as i32])?;
-            let positions = Positions { past, on_device: word.view() };
-            let rows = |width: usize| vec![0x5a; n_head_kv * context * kv_type.row_bytes(width as u64) as usize];
+            let positions = Positions {
+                past,
+                on_device: word.view(),
+            };
+            let rows = |width: usize| {
+                vec![0x5a; n_head_kv * context * kv_type.row_bytes(width as u64) as usize]
+            };
             let mut results = Vec::new();
             for fused in [true, false] {
-                let (q, k, v) = (Buffer::of_f32(device, &q)?, Buffer::of_f32(device, &k)?, Buffer::of_f32(device, &v)?);
+                let (q, k, v) = (
+                    Buffer::of_f32(device, &q)?,
+                    Buffer::of_f32(device, &k)?,
+                    Buffer::of_f32(device, &v)?,
+                );
                 let keys = Buffer::of_bytes(device, &rows(key_width))?;
                 let values = Buffer::of_bytes(device, &rows(value_width))?;
                 let heads = Heads {
                     queries: q.view(),
                     new_keys: k.view(),
                     new_values: v.view(),
-                    norms: normed.then_some(HeadNorms { queries: norms[0].view(), keys: norms[1].view(), eps: 1e-6 }),
-                    turns: turned.then_some(RopeTurns { values: turns.view(), kind, half }),
+                    norms: normed.then_some(HeadNorms {
+                        queries: norms[0].view(),
+                        keys: norms[1].view(),
+                        eps: 1e-6,
+                    }),
+                    turns: turned.then_some(RopeTurns {
+                        values: turns.view(),
+                        kind,
+                        half,
+                    }),
                     tokens,
                     n_head,
                     n_head_kv,
@@ -148,7 +204,11 @@ fn place(ops: &Ops, random: &mut Random, kv_type: KvType) -> Result<Outcome, Cud
                 } else {
                     place_by_single_kernels(ops, &heads)?
                 }
-                results.push([q.view().to_bytes()?, keys.view().to_bytes()?, values.view().to_bytes()?]);
+                results.push([
+                    q.view().to_bytes()?,
+                    keys.view().to_bytes()?,
+                    values.view().to_bytes()?,
+                ]);
             }
             let floats = |bytes: &[u8]| widened(KvType::F32, bytes, bytes.len() / 4);
             let (got, expected) = (floats(&results[0][0]), floats(&results[1][0]));
@@ -161,7 +221,9 @@ fn place(ops: &Ops, random: &mut Random, kv_type: KvType) -> Result<Outcome, Cud
             };
             for (at, width) in [(1, key_width), (2, value_width)] {
                 let bytes = kv_type.row_bytes(width as u64) as usize;
-                let rows = results[0][at].chunks_exact(bytes).zip(results[1][at].chunks_exact(bytes));
+                let rows = results[0][at]
+                    .chunks_exact(bytes)
+                    .zip(results[1][at].chunks_exact(bytes));
                 for (row, (got, expected)) in rows.enumerate() {
                     if (past..past + tokens).contains(&(row % context)) {
                         let expected = widened(kv_type, expected, width);
@@ -181,8 +243,13 @@ fn place(ops: &Ops, random: &mut Random, kv_type: KvType) -> Result<Outcome, Cud
 
 /// Normalizes, rotates and stores heads with one kernel per step.
 fn place_by_single_kernels(ops: &Ops, h: &Heads<'_>) -> Result<(), CudaError> {
-    let norms = h.norms.map_or([None; 2], |norms| [Some(norms.queries), Some(norms.keys)]);
-    for (x, norm, heads) in [(h.queries, norms[0], h.n_head), (h.new_keys, norms[1], h.n_head_kv)] {
+    let norms = h
+        .norms
+        .map_or([None; 2], |norms| [Some(norms.queries), Some(norms.keys)]);
+    for (x, norm, heads) in [
+        (h.queries, norms[0], h.n_head),
+        (h.new_keys, norms[1], h.n_head_kv),
+    ] {
         if let Some(norm) = norm {
             // Rows are so narrow that the order of sums is that of the fused kernel.
             ops.rms_norm(x, Some(norm), h.tokens * heads, h.key_width, 1e-6, x)?;
@@ -192,8 +259,22 @@ fn place_by_single_kernels(ops: &Ops, h: &Heads<'_>) -> Result<(), CudaError> {
         }
     }
     let (kv_type, heads, context) = (h.kv_type, h.n_head_kv, h.context);
-    for (x, at, width) in [(h.new_keys, h.keys, h.key_width), (h.new_values, h.values, h.value_width)] {
-        ops.store(x, h.tokens, h.positions, &CacheRows { kv_type, at, heads, context, width })?;
+    for (x, at, width) in [
+        (h.new_keys, h.keys, h.key_width),
+        (h.new_values, h.values, h.value_width),
+    ] {
+        ops.store(
+            x,
+            h.tokens,
+            h.positions,
+            &CacheRows {
+                kv_type,
+                at,
+                heads,
+                context,
+                width,
+            },
+        )?;
     }
     Ok(())
 }
@@ -228,11 +309,43 @@ fn attend(ops: &Ops, random: &mut Random, kv_type: KvType) -> Result<Outcome, Cu
     let cases = [
         gqa,
         Case { past: 300, ..gqa },
-        Case { tokens: 3, past: 255, group: 1, ..gqa },
-        Case { tokens: 5, past: 60, window: Some(20), sinks: true, ..gqa },
-        Case { tokens: 2, past: 600, window: Some(128), ..gqa },
-        Case { n_head_kv: 1, group: 11, key_width: 96, latent: true, value_width: 80, tokens: 2, past: 270, ..gqa },
-        Case { key_width: 40, value_width: 24, group: 3, past: 33, sinks: true, ..gqa },
+        Case {
+            tokens: 3,
+            past: 255,
+            group: 1,
+            ..gqa
+        },
+        Case {
+            tokens: 5,
+            past: 60,
+            window: Some(20),
+            sinks: true,
+            ..gqa
+        },
+        Case {
+            tokens: 2,
+            past: 600,
+            window: Some(128),
+            ..gqa
+        },
+        Case {
+            n_head_kv: 1,
+            group: 11,
+            key_width: 96,
+            latent: true,
+            value_width: 80,
+            tokens: 2,
+            past: 270,
+            ..gqa
+        },
+        Case {
+            key_width: 40,
+            value_width: 24,
+            group: 3,
+            past: 33,
+            sinks: true,
+            ..gqa
+        },
     ];
     let mut outcome = Outcome::default();
     for case in cases {
@@ -256,19 +369,96 @@ fn prompt(ops: &Ops, random: &mut Random, kv_type: KvType) -> Result<Outcome, Cu
     };
     let cases = [
         gqa,
-        Case { group: 1, tokens: 33, past: 31, ..gqa },
-        Case { n_head_kv: 1, key_width: 128, value_width: 128, tokens: 37, past: 45, ..gqa },
-        Case { group: 8, past: 70, window: Some(20), sinks: true, ..gqa },
-        Case { group: 8, tokens: 50, window: Some(7), ..gqa },
-        Case { key_width: 40, value_width: 24, group: 3, tokens: 21, past: 33, sinks: true, ..gqa },
-        Case { n_head_kv: 1, key_width: 192, value_width: 128, past: 50, ..gqa },
-        Case { group: 2, key_width: 256, value_width: 256, tokens: 20, past: 20, sinks: true, ..gqa },
-        Case { n_head_kv: 1, group: 3, key_width: 576, latent: true, value_width: 512, tokens: 18, past: 40, ..gqa },
-        Case { n_head_kv: 1, group: 2, key_width: 332, latent: true, value_width: 300, window: Some(9), ..gqa },
+        Case {
+            group: 1,
+            tokens: 33,
+            past: 31,
+            ..gqa
+        },
+        Case {
+            n_head_kv: 1,
+            key_width: 128,
+            value_width: 128,
+            tokens: 37,
+            past: 45,
+            ..gqa
+        },
+        Case {
+            group: 8,
+            past: 70,
+            window: Some(20),
+            sinks: true,
+            ..gqa
+        },
+        Case {
+            group: 8,
+            tokens: 50,
+            window: Some(7),
+            ..gqa
+        },
+        Case {
+            key_width: 40,
+            value_width: 24,
+            group: 3,
+            tokens: 21,
+            past: 33,
+            sinks: true,
+            ..gqa
+        },
+        Case {
+            n_head_kv: 1,
+            key_width: 192,
+            value_width: 128,
+            past: 50,
+            ..gqa
+        },
+        Case {
+            group: 2,
+            key_width: 256,
+            value_width: 256,
+            tokens: 20,
+            past: 20,
+            sinks: true,
+            ..gqa
+        },
+        Case {
+            n_head_kv: 1,
+            group: 3,
+            key_width: 576,
+            latent: true,
+            value_width: 512,
+            tokens: 18,
+            past: 40,
+            ..gqa
+        },
+        Case {
+            n_head_kv: 1,
+            group: 2,
+            key_width: 332,
+            latent: true,
+            value_width: 300,
+            window: Some(9),
+            ..gqa
+        },
         // Wider than these kernels support.
-        Case { n_head_kv: 1, group: 1, key_width: 640, value_width: 4, past: 3, ..gqa },
+        Case {
+            n_head_kv: 1,
+            group: 1,
+            key_width: 640,
+            value_width: 4,
+            past: 3,
+            ..gqa
+        },
         // A context of two splits, and one whose first split no token attends to.
-        Case { n_head_kv: 1, group: 1, key_width: 32, value_width: 32, past: 2040, tokens: 17, ..gqa },
+        Case {
+            n_head_kv: 1,
+            group: 1,
+            key_width: 32,
+            value_width: 32,
+            past: 2040,
+            tokens: 17,
+            ..gqa
+        },
         Case {
             n_head_kv: 1,
             group: 2,
@@ -288,7 +478,11 @@ fn prompt(ops: &Ops, random: &mut Random, kv_type: KvType) -> Result<Outcome, Cu
 }
 
 /// Compares a prompt with parts of it: other tokens change no bit of a token's result.
-fn parts_of_a_prompt(ops: &Ops, random: &mut Random, kv_type: KvType) -> Result<Outcome, CudaError> {
+fn parts_of_a_prompt(
+    ops: &Ops,
+    random: &mut Random,
+    kv_type: KvType,
+) -> Result<Outcome, CudaError> {
     let (n_head_kv, group, width, tokens, past) = (2, 3, 32, 45, 19);
     let (heads, context) = (n_head_kv * group, past + tokens);
     let mut cache = || {
@@ -298,13 +492,19 @@ fn parts_of_a_prompt(ops: &Ops, random: &mut Random, kv_type: KvType) -> Result<
     let (keys, values) = (cache()?, cache()?);
     let queries = Buffer::of_f32(ops.device(), &random.floats(tokens * heads * width))?;
     let word = Buffer::of_i32(ops.device(), &[past as i32])?;
-    let buffers = AttentionBuffers::new(ops.device(), AttentionBuffers::values(tokens, heads, context, width), width)?;
+    let buffers = AttentionBuffers::new(
+        ops.device(),
+        AttentionBuffers::values(tokens, heads, context, width),
+        width,
+    )?;
     let mut outcome = Outcome::default();
     for window in [None, Some(11)] {
         let run = |first: usize, tokens: usize| -> Result<Vec<u32>, CudaError> {
             let out = Buffer::new_f32(ops.device(), tokens * heads * width)?;
             let attention = Attend {
-                queries: queries.view().floats(first * heads * width..(first + tokens) * heads * width),
+                queries: queries
+                    .view()
+                    .floats(first * heads * width..(first + tokens) * heads * width),
                 keys: keys.view(),
                 values: values.view(),
                 kv_type,
@@ -316,7 +516,10 @@ fn parts_of_a_prompt(ops: &Ops, random: &mut Random, kv_type: KvType) -> Result<
                 value_width: width,
                 scale: 0.3,
                 tokens,
-                positions: Positions { past, on_device: word.view() },
+                positions: Positions {
+                    past,
+                    on_device: word.view(),
+                },
                 first,
                 window,
                 sinks: None,
@@ -330,21 +533,53 @@ fn parts_of_a_prompt(ops: &Ops, random: &mut Random, kv_type: KvType) -> Result<
     Ok(outcome)
 }
 
-fn compare_case(ops: &Ops, random: &mut Random, kv_type: KvType, case: Case) -> Result<Outcome, CudaError> {
-    let Case { n_head_kv, group, key_width, latent, value_width, tokens, past, window, sinks } = case;
+fn compare_case(
+    ops: &Ops,
+    random: &mut Random,
+    kv_type: KvType,
+    case: Case,
+) -> Result<Outcome, CudaError> {
+    let Case {
+        n_head_kv,
+        group,
+        key_width,
+        latent,
+        value_width,
+        tokens,
+        past,
+        window,
+        sinks,
+    } = case;
     let (heads, context) = (n_head_kv * group, past + tokens + 3);
     let mut rows_of = |width: usize| -> (Vec<u8>, Vec<Vec<f32>>) {
-        let mut rows: Vec<Vec<u8>> = (0..n_head_kv * context).map(|_| stored(kv_type, &random.floats(width))).collect();
+        let mut rows: Vec<Vec<u8>> = (0..n_head_kv * context)
+            .map(|_| stored(kv_type, &random.floats(width)))
+            .collect();
         // Positions without a token may hold NaN.
         for head in rows.chunks_exact_mut(context) {
-            head[past + tokens..].iter_mut().for_each(|row| row.fill(0xff));
+            head[past + tokens..]
+                .iter_mut()
+                .for_each(|row| row.fill(0xff));
         }
-        (rows.concat(), rows.iter().map(|row| widened(kv_type, row, width)).collect())
+        (
+            rows.concat(),
+            rows.iter()
+                .map(|row| widened(kv_type, row, width))
+                .collect(),
+        )
     };
     let (key_bytes, keys) = rows_of(key_width);
     let value_row_width = if latent { key_width } else { value_width };
-    let (value_bytes, values) = if latent { (key_bytes.clone(), keys.clone()) } else { rows_of(value_width) };
-    let queries: Vec<f32> = random.floats(tokens * heads * key_width).iter().map(|v| 4.0 * v).collect();
+    let (value_bytes, values) = if latent {
+        (key_bytes.clone(), keys.clone())
+    } else {
+        rows_of(value_width)
+    };
+    let queries: Vec<f32> = random
+        .floats(tokens * heads * key_width)
+        .iter()
+        .map(|v| 4.0 * v)
+        .collect();
     let sink_values = random.floats(heads);
     let scale = 1.0 / (key_width as f32).sqrt();
     let key_buffer = Buffer::of_bytes(ops.device(), &key_bytes)?;
@@ -360,7 +595,11 @@ fn compare_case(ops: &Ops, random: &mut Random, kv_type: KvType, case: Case) -> 
     let attention = Attend {
         queries: query_buffer.view(),
         keys: key_buffer.view(),
-        values: if latent { key_buffer.view() } else { value_buffer.view() },
+        values: if latent {
+            key_buffer.view()
+        } else {
+            value_buffer.view()
+        },
         kv_type,
         context,
         n_head_kv,
@@ -370,7 +609,10 @@ fn compare_case(ops: &Ops, random: &mut Random, kv_type: KvType, case: Case) -> 
         value_width,
         scale,
         tokens,
-        positions: Positions { past: past - first, on_device: word.view() },
+        positions: Positions {
+            past: past - first,
+            on_device: word.view(),
+        },
         first,
         window,
         sinks: sinks.then_some(sink_buffer.view()),
@@ -378,7 +620,12 @@ fn compare_case(ops: &Ops, random: &mut Random, kv_type: KvType, case: Case) -> 
     let n = tokens * heads * value_width;
     let mut quants = Quants::new(ops.device(), n.next_multiple_of(32))?;
     let quantized = value_width.is_multiple_of(32);
-    ops.attend(&attention, &buffers, out.view(), quantized.then_some(&mut quants))?;
+    ops.attend(
+        &attention,
+        &buffers,
+        out.view(),
+        quantized.then_some(&mut quants),
+    )?;
     let got = out.view().to_f32()?;
     // Only the kernels of prompts multiply 16-bit floats.
     let halves = tokens >= PROMPT_TOKENS && key_width <= 576;
@@ -399,30 +646,71 @@ fn compare_case(ops: &Ops, random: &mut Random, kv_type: KvType, case: Case) -> 
         let sink = sinks.then(|| f64::from(sink_values[head]));
         let mut expected = plain_attention(f64::from(scale), query, seen_keys, seen_values, sink);
         expected.truncate(value_width);
-        let allowed = if halves { F16_EPSILON * in_halves(kv_type, f64::from(scale), query, seen_keys) } else { 0.0 };
-        squared_error += got.iter().zip(&expected).map(|(got, e)| (f64::from(*got) - e).powi(2)).sum::<f64>();
+        let allowed = if halves {
+            F16_EPSILON * in_halves(kv_type, f64::from(scale), query, seen_keys)
+        } else {
+            0.0
+        };
+        squared_error += got
+            .iter()
+            .zip(&expected)
+            .map(|(got, e)| (f64::from(*got) - e).powi(2))
+            .sum::<f64>();
         squared_norm += expected.iter().map(|e| e * e).sum::<f64>();
-        outcome.compare(got, expected.into_iter().map(|value| Expected { value, allowed: MIXED_TOLERANCE + allowed }));
+        outcome.compare(
+            got,
+            expected.into_iter().map(|value| Expected {
+                value,
+                allowed: MIXED_TOLERANCE + allowed,
+            }),
+        );
     }
     if halves {
-        outcome.compare(&[(squared_error / squared_norm) as f32], [Expected { value: 0.0, allowed: PROMPT_NMSE }]);
+        outcome.compare(
+            &[(squared_error / squared_norm) as f32],
+            [Expected {
+                value: 0.0,
+                allowed: PROMPT_NMSE,
+            }],
+        );
     }
     Ok(outcome)
 }
 
 /// Computes attention of one query in 64-bit floats.
-fn plain_attention(scale: f64, query: &[f32], keys: &[Vec<f32>], values: &[Vec<f32>], sink: Option<f64>) -> Vec<f64> {
+fn plain_attention(
+    scale: f64,
+    query: &[f32],
+    keys: &[Vec<f32>],
+    values: &[Vec<f32>],
+    sink: Option<f64>,
+) -> Vec<f64> {
     let score = |key: &Vec<f32>| -> f64 {
-        let products = query.iter().zip(key).map(|(q, k)| f64::from(*q) * f64::from(*k));
+        let products = query
+            .iter()
+            .zip(key)
+            .map(|(q, k)| f64::from(*q) * f64::from(*k));
         scale * products.sum::<f64>()
     };
     let scores: Vec<f64> = keys.iter().map(score).collect();
-    let most = scores.iter().copied().chain(sink).fold(f64::NEG_INFINITY, f64::max);
-    let total: f64 = scores.iter().copied().chain(sink).map(|s| (s - most).exp()).sum();
+    let most = scores
+        .iter()
+        .copied()
+        .chain(sink)
+        .fold(f64::NEG_INFINITY, f64::max);
+    let total: f64 = scores
+        .iter()
+        .copied()
+        .chain(sink)
+        .map(|s| (s - most).exp())
+        .sum();
     let mut mixed = vec![0.0f64; values.first().map_or(0, Vec::len)];
     for (score, value) in scores.iter().zip(values) {
         let weight = (score - most).exp() / total;
-        mixed.iter_mut().zip(value).for_each(|(sum, v)| *sum += weight * f64::from(*v));
+        mixed
+            .iter_mut()
+            .zip(value)
+            .for_each(|(sum, v)| *sum += weight * f64::from(*v));
     }
     mixed
 }
@@ -432,7 +720,13 @@ fn plain_attention(scale: f64, query: &[f32], keys: &[Vec<f32>], values: &[Vec<f
 /// Each score is off by a share of the magnitudes in it, which changes weights and their sum.
 /// Weights, their sum, and values that are not stored as F16 are off by their own rounding.
 fn in_halves(kv_type: KvType, scale: f64, query: &[f32], keys: &[Vec<f32>]) -> f64 {
-    let magnitude = |key: &Vec<f32>| -> f64 { query.iter().zip(key).map(|(q, k)| f64::from((q * k).abs())).sum() };
+    let magnitude = |key: &Vec<f32>| -> f64 {
+        query
+            .iter()
+            .zip(key)
+            .map(|(q, k)| f64::from((q * k).abs()))
+            .sum()
+    };
     let most = scale * keys.iter().map(magnitude).fold(0.0, f64::max);
     let rounded = if kv_type == KvType::F16 { 1.0 } else { 2.0 };
     (2.0 * rounded * most * F16_EPSILON).exp_m1() / F16_EPSILON + 1.0 + rounded

@@ -29,19 +29,57 @@ pub(super) fn checks() -> Vec<Check> {
         by_key_head: false,
         rates_by_key_head: false,
     };
-    let grouped = DeltaSizes { sharing: KeySharing::Grouped, rates_by_key_head: true, ..plain };
+    let grouped = DeltaSizes {
+        sharing: KeySharing::Grouped,
+        rates_by_key_head: true,
+        ..plain
+    };
     let cases = [
         plain,
         grouped,
-        DeltaSizes { by_key_head: true, ..grouped },
-        DeltaSizes { n_value_head: 6, head_dim: 16, by_key_head: true, ..grouped },
-        DeltaSizes { n_key_head: 3, n_value_head: 3, head_dim: 20, conv_taps: 1, ..plain },
-        DeltaSizes { head_dim: 64, conv_taps: 7, ..grouped },
-        DeltaSizes { head_dim: 36, conv_taps: 16, n_value_head: 2, ..plain },
-        DeltaSizes { n_key_head: 1, n_value_head: 1, head_dim: 256, ..plain },
+        DeltaSizes {
+            by_key_head: true,
+            ..grouped
+        },
+        DeltaSizes {
+            n_value_head: 6,
+            head_dim: 16,
+            by_key_head: true,
+            ..grouped
+        },
+        DeltaSizes {
+            n_key_head: 3,
+            n_value_head: 3,
+            head_dim: 20,
+            conv_taps: 1,
+            ..plain
+        },
+        DeltaSizes {
+            head_dim: 64,
+            conv_taps: 7,
+            ..grouped
+        },
+        DeltaSizes {
+            head_dim: 36,
+            conv_taps: 16,
+            n_value_head: 2,
+            ..plain
+        },
+        DeltaSizes {
+            n_key_head: 1,
+            n_value_head: 1,
+            head_dim: 256,
+            ..plain
+        },
     ];
     let named = cases.map(|sizes| {
-        let DeltaSizes { n_key_head: keys, n_value_head: values, head_dim, conv_taps: taps, .. } = sizes;
+        let DeltaSizes {
+            n_key_head: keys,
+            n_value_head: values,
+            head_dim,
+            conv_taps: taps,
+            ..
+        } = sizes;
         let how = match (sizes.by_key_head, sizes.rates_by_key_head) {
             (true, _) => ", by key head",
             (false, true) => ", rates by key head",
@@ -88,12 +126,24 @@ impl Layer {
         Self {
             sizes,
             heads: random.floats(TOKENS * channels),
-            gates: random.floats(TOKENS * n_value * dim).iter().map(|v| 8.0 * v).collect(),
-            beta: random.floats(TOKENS * n_value).iter().map(|v| 4.0 * v).collect(),
+            gates: random
+                .floats(TOKENS * n_value * dim)
+                .iter()
+                .map(|v| 8.0 * v)
+                .collect(),
+            beta: random
+                .floats(TOKENS * n_value)
+                .iter()
+                .map(|v| 4.0 * v)
+                .collect(),
             alpha,
             conv: random.floats(channels * sizes.conv_taps),
             bias: random.floats(n_value),
-            decay: random.floats(n_value).iter().map(|v| -0.05 - 0.3 * v.abs()).collect(),
+            decay: random
+                .floats(n_value)
+                .iter()
+                .map(|v| -0.05 - 0.3 * v.abs())
+                .collect(),
             norm: random.floats(dim),
         }
     }
@@ -109,38 +159,79 @@ impl Layer {
     /// Computes the layer with the CPU's scalar kernels, a token at a time.
     fn plain(&self) -> Results {
         let k = Kernels::SCALAR;
-        let &DeltaSizes { n_key_head: n_key, n_value_head: n_value, head_dim: dim, conv_taps: taps, .. } = &self.sizes;
+        let &DeltaSizes {
+            n_key_head: n_key,
+            n_value_head: n_value,
+            head_dim: dim,
+            conv_taps: taps,
+            ..
+        } = &self.sizes;
         let channels = (2 * n_key + n_value) * dim;
         let before = vec![0.0; (taps - 1) * channels];
-        let rows: Vec<&[f32]> = before.chunks_exact(channels).chain(self.heads.chunks_exact(channels)).collect();
+        let rows: Vec<&[f32]> = before
+            .chunks_exact(channels)
+            .chain(self.heads.chunks_exact(channels))
+            .collect();
         let mut heads = vec![0.0; TOKENS * channels];
         for (t, to) in heads.chunks_exact_mut(channels).enumerate() {
             k.conv_silu(&rows[t..t + taps], &self.conv, to);
             for (head, to) in to.chunks_exact_mut(dim).take(2 * n_key).enumerate() {
-                let scale = if head < n_key { 1.0 / (dim as f32).sqrt() } else { 1.0 };
+                let scale = if head < n_key {
+                    1.0 / (dim as f32).sqrt()
+                } else {
+                    1.0
+                };
                 let factor = scale / (k.dot(to, to) + EPS).sqrt();
                 to.iter_mut().for_each(|v| *v *= factor);
             }
         }
         let softplus = |x: f32| if x > 20.0 { x } else { x.exp().ln_1p() };
-        let rates = self.alpha.iter().zip(&self.beta).enumerate().flat_map(|(i, (alpha, beta))| {
-            let soft = softplus(alpha + self.bias[i % n_value]);
-            [(self.decay[i % n_value] * soft).exp(), 1.0 / (1.0 + (-beta).exp())]
-        });
+        let rates = self
+            .alpha
+            .iter()
+            .zip(&self.beta)
+            .enumerate()
+            .flat_map(|(i, (alpha, beta))| {
+                let soft = softplus(alpha + self.bias[i % n_value]);
+                [
+                    (self.decay[i % n_value] * soft).exp(),
+                    1.0 / (1.0 + (-beta).exp()),
+                ]
+            });
         let rates: Vec<f32> = rates.collect();
         // Columns are independent states; on the device they are rows.
         let mut matrices = vec![0.0; n_value * dim * dim];
         let mut out = vec![0.0; TOKENS * n_value * dim];
-        for (t, (row, out)) in heads.chunks_exact(channels).zip(out.chunks_exact_mut(n_value * dim)).enumerate() {
+        for (t, (row, out)) in heads
+            .chunks_exact(channels)
+            .zip(out.chunks_exact_mut(n_value * dim))
+            .enumerate()
+        {
             let head = |at: usize| &row[at * dim..][..dim];
             for (value_head, out) in out.chunks_exact_mut(dim).enumerate() {
-                let (query, key) = (head(self.key_head(value_head)), head(n_key + self.key_head(value_head)));
+                let (query, key) = (
+                    head(self.key_head(value_head)),
+                    head(n_key + self.key_head(value_head)),
+                );
                 let mut read = vec![0.0; dim];
                 let columns = matrices[value_head * dim * dim..][..dim * dim].chunks_exact_mut(dim);
-                for ((column, value), read) in columns.zip(head(2 * n_key + value_head)).zip(read.chunks_exact_mut(1)) {
+                for ((column, value), read) in columns
+                    .zip(head(2 * n_key + value_head))
+                    .zip(read.chunks_exact_mut(1))
+                {
                     let [decay, beta] = [0, 1].map(|i| rates[2 * (t * n_value + value_head) + i]);
                     let value = std::slice::from_ref(value);
-                    k.delta_step(column, &DeltaStep { query, key, value, decay, beta }, read);
+                    k.delta_step(
+                        column,
+                        &DeltaStep {
+                            query,
+                            key,
+                            value,
+                            decay,
+                            beta,
+                        },
+                        read,
+                    );
                 }
                 let mut normed = vec![0.0; dim];
                 k.rms_norm(&read, &self.norm, EPS, &mut normed);
@@ -148,7 +239,13 @@ impl Layer {
                 k.silu_mul(out, &normed);
             }
         }
-        Results { heads, rates, out, inputs: rows[TOKENS..].concat(), matrices }
+        Results {
+            heads,
+            rates,
+            out,
+            inputs: rows[TOKENS..].concat(),
+            matrices,
+        }
     }
 
     /// Computes the layer on a device in batches. Also compares the fused quantization.
@@ -159,16 +256,32 @@ impl Layer {
         let given = |values: &[f32]| Buffer::of_f32(ops.device(), values);
         let buffer = |values: usize| Buffer::new_f32(ops.device(), values);
         // The first token must ignore the state's memory.
-        let (inputs, matrices) = (given(&vec![f32::NAN; s.conv_state()])?, given(&vec![f32::NAN; s.matrices()])?);
+        let (inputs, matrices) = (
+            given(&vec![f32::NAN; s.conv_state()])?,
+            given(&vec![f32::NAN; s.matrices()])?,
+        );
         let (conv, dt_bias, decay) = (given(&self.conv)?, given(&self.bias)?, given(&self.decay)?);
         let norm = given(&self.norm)?;
-        let mut results = Results { heads: vec![], rates: vec![], out: vec![], inputs: vec![], matrices: vec![] };
+        let mut results = Results {
+            heads: vec![],
+            rates: vec![],
+            out: vec![],
+            inputs: vec![],
+            matrices: vec![],
+        };
         let (mut past, mut outcome) = (0, Outcome::default());
         for &n in batches {
-            let (projected, raw_rates) = (given(&self.projected(past, n))?, given(&self.raw_rates(past, n))?);
+            let (projected, raw_rates) = (
+                given(&self.projected(past, n))?,
+                given(&self.raw_rates(past, n))?,
+            );
             let gates = given(&self.gates[past * values..][..n * values])?;
             let on_device = Buffer::of_i32(ops.device(), &[past as i32])?;
-            let (heads, rates, out) = (buffer(n * channels)?, buffer(2 * n * n_value)?, buffer(n * values)?);
+            let (heads, rates, out) = (
+                buffer(n * channels)?,
+                buffer(2 * n * n_value)?,
+                buffer(n * values)?,
+            );
             let quantizes = dim.is_multiple_of(32);
             let mut quants = Quants::new(ops.device(), (n * values).next_multiple_of(32))?;
             let mut after = Quants::new(ops.device(), (n * values).next_multiple_of(32))?;
@@ -215,7 +328,10 @@ impl Layer {
             return rows.to_vec();
         }
         let (group, mut projected) = (n_value / n_key, Vec::new());
-        for (row, gates) in rows.chunks_exact(channels).zip(self.gates[first * n_value * dim..].chunks(n_value * dim)) {
+        for (row, gates) in rows
+            .chunks_exact(channels)
+            .zip(self.gates[first * n_value * dim..].chunks(n_value * dim))
+        {
             for key_head in 0..n_key {
                 let heads_at = |first: usize, heads: usize| &row[first * dim..][..heads * dim];
                 projected.extend_from_slice(heads_at(key_head, 1));
@@ -236,7 +352,10 @@ impl Layer {
             return [beta, alpha].concat();
         }
         let group = s.n_value_head / s.n_key_head;
-        beta.chunks_exact(group).zip(alpha.chunks_exact(group)).flat_map(|(b, a)| [b, a].concat()).collect()
+        beta.chunks_exact(group)
+            .zip(alpha.chunks_exact(group))
+            .flat_map(|(b, a)| [b, a].concat())
+            .collect()
     }
 }
 
@@ -260,7 +379,9 @@ fn delta(ops: &Ops, random: &mut Random, sizes: DeltaSizes) -> Result<Outcome, C
             (&apart.inputs, &results.inputs),
             (&apart.matrices, &results.matrices),
         ];
-        pairs.into_iter().for_each(|(apart, whole)| outcome.compare_exact(apart, whole));
+        pairs
+            .into_iter()
+            .for_each(|(apart, whole)| outcome.compare_exact(apart, whole));
     }
     Ok(outcome)
 }
@@ -268,5 +389,7 @@ fn delta(ops: &Ops, random: &mut Random, sizes: DeltaSizes) -> Result<Outcome, C
 fn near(expected: &[f32]) -> impl Iterator<Item = Expected> + '_ {
     let squares: f64 = expected.iter().map(|v| f64::from(*v) * f64::from(*v)).sum();
     let size = (squares / expected.len().max(1) as f64).sqrt();
-    expected.iter().map(move |v| Expected::within(*v, VALUE_TOLERANCE * f64::from(v.abs()).max(size)))
+    expected
+        .iter()
+        .map(move |v| Expected::within(*v, VALUE_TOLERANCE * f64::from(v.abs()).max(size)))
 }

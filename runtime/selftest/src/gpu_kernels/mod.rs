@@ -27,7 +27,10 @@ impl Check {
         name: impl Into<String>,
         run: impl Fn(&Ops, &mut Random) -> Result<Outcome, CudaError> + Send + Sync + 'static,
     ) -> Self {
-        Self { name: name.into(), run: Box::new(run) }
+        Self {
+            name: name.into(),
+            run: Box::new(run),
+        }
     }
 
     /// Runs the comparison on a device.
@@ -63,13 +66,18 @@ mod tests {
         let shim = shim::shared();
         let device: Arc<dyn Device> = shim.clone();
         for check in all() {
-            let outcome = check.run(&device).unwrap_or_else(|error| panic!("{}: {error}", check.name));
+            let outcome = check
+                .run(&device)
+                .unwrap_or_else(|error| panic!("{}: {error}", check.name));
             assert!(outcome.passed(), "{}: {outcome:?}", check.name);
         }
         let launched = shim.launched();
         for kernel in source::MODULES.iter().flat_map(|m| m.kernels) {
             let timed_only = ["read_all", "nothing"].contains(kernel);
-            assert!(timed_only || launched.contains(kernel), "no check launches {kernel}");
+            assert!(
+                timed_only || launched.contains(kernel),
+                "no check launches {kernel}"
+            );
         }
     }
 }

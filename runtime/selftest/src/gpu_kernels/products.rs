@@ -4,7 +4,8 @@ use super::Check;
 use crate::outcome::{Expected, Outcome};
 use tier_plan_cuda::device::Buffer;
 use tier_plan_cuda::ops::{
-    BatchMatrices, Input, Matrices, MatrixTable, Matvec, Quants, TokenGroup, TokenGroups, TransposedMatvec,
+    BatchMatrices, Input, Matrices, MatrixTable, Matvec, Quants, TokenGroup, TokenGroups,
+    TransposedMatvec,
 };
 use tier_plan_cuda::{CudaError, Ops};
 use tier_plan_kernels::quant::{TensorType, dequantize_row};
@@ -13,16 +14,29 @@ use tier_plan_kernels::reference;
 use tier_plan_kernels::{Activations, Kernels, Q8Row, Weights, needs_quants};
 
 pub(super) fn checks() -> Vec<Check> {
-    let mut checks = vec![Check::new("quantize", quantize), Check::new("matvec_transposed", transposed)];
+    let mut checks = vec![
+        Check::new("quantize", quantize),
+        Check::new("matvec_transposed", transposed),
+    ];
     for ty in TensorType::ALL {
-        checks.push(Check::new(format!("dequantize_{ty}"), move |ops, random| decoding(ops, random, ty)));
+        checks.push(Check::new(
+            format!("dequantize_{ty}"),
+            move |ops, random| decoding(ops, random, ty),
+        ));
     }
     for ty in TensorType::ALL {
-        checks.push(Check::new(format!("matvec_{ty}"), move |ops, random| product(ops, random, ty)));
-        checks.push(Check::new(format!("matvec_{ty}, chosen experts"), move |ops, random| chosen(ops, random, ty)));
+        checks.push(Check::new(format!("matvec_{ty}"), move |ops, random| {
+            product(ops, random, ty)
+        }));
+        checks.push(Check::new(
+            format!("matvec_{ty}, chosen experts"),
+            move |ops, random| chosen(ops, random, ty),
+        ));
     }
     for ty in TensorType::ALL {
-        checks.push(Check::new(format!("matmul_{ty}"), move |ops, random| batches(ops, random, ty)));
+        checks.push(Check::new(format!("matmul_{ty}"), move |ops, random| {
+            batches(ops, random, ty)
+        }));
     }
     checks
 }
@@ -47,8 +61,15 @@ fn quantize(ops: &Ops, random: &mut Random) -> Result<Outcome, CudaError> {
         let codes = quants.codes.view().to_bytes()?;
         let (scales, sums) = (quants.scales.view().to_f32()?, quants.sums.view().to_f32()?);
         for row in 0..rows {
-            let Q8Row { codes: q, scales: s, sums: of_halves } = acts.view().q8_row(row);
-            let got: Vec<i8> = codes[row * cols..][..cols].iter().map(|b| *b as i8).collect();
+            let Q8Row {
+                codes: q,
+                scales: s,
+                sums: of_halves,
+            } = acts.view().q8_row(row);
+            let got: Vec<i8> = codes[row * cols..][..cols]
+                .iter()
+                .map(|b| *b as i8)
+                .collect();
             let runs = cols / 32;
             for run in 0..runs {
                 let infinite = !s[run].is_finite();
@@ -56,7 +77,10 @@ fn quantize(ops: &Ops, random: &mut Random) -> Result<Outcome, CudaError> {
                 // Codes of an infinite scale are meaningless.
                 if !infinite {
                     outcome.compare_exact(&got[32 * run..][..32], &q[32 * run..][..32]);
-                    outcome.compare_exact(&sums[2 * (row * runs + run)..][..2], &of_halves[2 * run..][..2]);
+                    outcome.compare_exact(
+                        &sums[2 * (row * runs + run)..][..2],
+                        &of_halves[2 * run..][..2],
+                    );
                 }
             }
         }
@@ -76,7 +100,11 @@ fn decoding(ops: &Ops, random: &mut Random, ty: TensorType) -> Result<Outcome, C
     let mut outcome = Outcome::default();
     let mut expected = vec![0.0; cols];
     for (row, got) in rows.iter().zip(got.chunks_exact(cols)) {
-        dequantize_row(ty, &bytes[*row as usize * row_bytes..][..row_bytes], &mut expected);
+        dequantize_row(
+            ty,
+            &bytes[*row as usize * row_bytes..][..row_bytes],
+            &mut expected,
+        );
         let expected: Vec<u32> = expected.iter().map(|v| v.to_bits()).collect();
         outcome.compare_exact(got, &expected);
     }
@@ -86,15 +114,33 @@ fn decoding(ops: &Ops, random: &mut Random, ty: TensorType) -> Result<Outcome, C
 /// Compares two tokens of three heads.
 fn transposed(ops: &Ops, random: &mut Random) -> Result<Outcome, CudaError> {
     let (heads, jobs, n_rows, n_cols) = (3, 6, 40, 300);
-    let (w, x) = (random.floats(heads * n_rows * n_cols), random.floats(jobs * n_rows));
-    let (weights, on_device) = (Buffer::of_f32(ops.device(), &w)?, Buffer::of_f32(ops.device(), &x)?);
+    let (w, x) = (
+        random.floats(heads * n_rows * n_cols),
+        random.floats(jobs * n_rows),
+    );
+    let (weights, on_device) = (
+        Buffer::of_f32(ops.device(), &w)?,
+        Buffer::of_f32(ops.device(), &x)?,
+    );
     let out = Buffer::new_f32(ops.device(), jobs * n_cols)?;
-    let matvec = TransposedMatvec { w: weights.view(), heads, jobs, n_rows, n_cols, x: on_device.view() };
+    let matvec = TransposedMatvec {
+        w: weights.view(),
+        heads,
+        jobs,
+        n_rows,
+        n_cols,
+        x: on_device.view(),
+    };
     ops.matvec_transposed(&matvec, out.view())?;
     let expected = (0..jobs * n_cols).map(|i| {
         let (job, c) = (i / n_cols, i % n_cols);
-        let product = |r: usize| f64::from(x[job * n_rows + r]) * f64::from(w[(job % heads * n_rows + r) * n_cols + c]);
-        Expected { value: (0..n_rows).map(product).sum(), allowed: 1e-5 }
+        let product = |r: usize| {
+            f64::from(x[job * n_rows + r]) * f64::from(w[(job % heads * n_rows + r) * n_cols + c])
+        };
+        Expected {
+            value: (0..n_rows).map(product).sum(),
+            allowed: 1e-5,
+        }
     });
     let mut outcome = Outcome::default();
     outcome.compare(&out.view().to_f32()?, expected);
@@ -124,7 +170,11 @@ impl Inputs {
         if needs_quants(ty) {
             ops.quantize(floats.view(), rows, cols, &mut quants)?;
         }
-        Ok(Self { acts, floats, quants })
+        Ok(Self {
+            acts,
+            floats,
+            quants,
+        })
     }
 
     pub(super) fn input(&self, ty: TensorType) -> Input<'_> {
@@ -140,7 +190,12 @@ impl Inputs {
 /// Returns pairs of rows and columns, the columns a multiple of the format's blocks.
 fn sizes(ty: TensorType) -> [(usize, usize); 4] {
     let cols = |n: usize| n.next_multiple_of(ty.block_len().max(32));
-    [(1, cols(1)), (7, cols(96)), (9, cols(1056)), (4, cols(2048))]
+    [
+        (1, cols(1)),
+        (7, cols(96)),
+        (9, cols(1056)),
+        (4, cols(2048)),
+    ]
 }
 
 /// Makes a matvec of a format without a bias.
@@ -152,7 +207,16 @@ fn matvec<'a>(
     x: Input<'a>,
     jobs_per_x: usize,
 ) -> Matvec<'a> {
-    Matvec { ty, matrices, bias: None, jobs, n_rows, n_cols, x, jobs_per_x }
+    Matvec {
+        ty,
+        matrices,
+        bias: None,
+        jobs,
+        n_rows,
+        n_cols,
+        x,
+        jobs_per_x,
+    }
 }
 
 fn product(ops: &Ops, random: &mut Random, ty: TensorType) -> Result<Outcome, CudaError> {
@@ -164,9 +228,14 @@ fn product(ops: &Ops, random: &mut Random, ty: TensorType) -> Result<Outcome, Cu
         let weights = Buffer::of_bytes(ops.device(), &bytes)?;
         let out = Buffer::new_f32(ops.device(), tokens * n_rows)?;
         let one = Matrices::One(weights.view());
-        ops.matvec(&matvec(ty, one, tokens, (n_rows, cols), inputs.input(ty), 1), out.view())?;
+        ops.matvec(
+            &matvec(ty, one, tokens, (n_rows, cols), inputs.input(ty), 1),
+            out.view(),
+        )?;
         let got = out.view().to_f32()?;
-        let Some(w) = Weights::new(ty, &bytes, n_rows, cols) else { continue };
+        let Some(w) = Weights::new(ty, &bytes, n_rows, cols) else {
+            continue;
+        };
         for (t, got) in got.chunks_exact(n_rows).enumerate() {
             outcome.compare(got, inputs.expected(w, t));
         }
@@ -179,7 +248,10 @@ fn product(ops: &Ops, random: &mut Random, ty: TensorType) -> Result<Outcome, Cu
         let weights = Buffer::of_bytes(ops.device(), &bytes)?;
         let out = Buffer::new_f32(ops.device(), n_rows)?;
         let one = Matrices::One(weights.view());
-        ops.matvec(&matvec(ty, one, 1, (n_rows, cols), inputs.input(ty), 1), out.view())?;
+        ops.matvec(
+            &matvec(ty, one, 1, (n_rows, cols), inputs.input(ty), 1),
+            out.view(),
+        )?;
         if let Some(w) = Weights::new(ty, &bytes, n_rows, cols) {
             outcome.compare(&out.view().to_f32()?, inputs.expected(w, 0));
         }
@@ -192,9 +264,18 @@ fn product(ops: &Ops, random: &mut Random, ty: TensorType) -> Result<Outcome, Cu
 fn chosen(ops: &Ops, random: &mut Random, ty: TensorType) -> Result<Outcome, CudaError> {
     let (n_rows, cols, n_expert, n_used, tokens) = (6, ty.block_len().max(32) * 3, 5, 3, 2);
     let inputs = Inputs::new(ops, random, ty, tokens, cols)?;
-    let experts: Vec<Vec<u8>> = (0..n_expert).map(|_| random.weights(ty, n_rows * cols)).collect();
-    let on_device = experts.iter().map(|bytes| Buffer::of_bytes(ops.device(), bytes)).collect::<Result<Vec<_>, _>>()?;
-    let views: Vec<_> = on_device.iter().enumerate().map(|(e, b)| (e != 2).then_some(b.view())).collect();
+    let experts: Vec<Vec<u8>> = (0..n_expert)
+        .map(|_| random.weights(ty, n_rows * cols))
+        .collect();
+    let on_device = experts
+        .iter()
+        .map(|bytes| Buffer::of_bytes(ops.device(), bytes))
+        .collect::<Result<Vec<_>, _>>()?;
+    let views: Vec<_> = on_device
+        .iter()
+        .enumerate()
+        .map(|(e, b)| (e != 2).then_some(b.view()))
+        .collect();
     let table = MatrixTable::new(ops.device(), &views)?;
     let choices = [4, 2, 0, 1, -1, 3];
     let which = Buffer::of_i32(ops.device(), &choices)?;
@@ -202,25 +283,46 @@ fn chosen(ops: &Ops, random: &mut Random, ty: TensorType) -> Result<Outcome, Cud
     let untouched = 7.5f32;
     let out = Buffer::of_f32(ops.device(), &vec![untouched; jobs * n_rows])?;
     let chosen = Matrices::Chosen(&table, which.view());
-    ops.matvec(&matvec(ty, chosen, jobs, (n_rows, cols), inputs.input(ty), n_used), out.view())?;
+    ops.matvec(
+        &matvec(ty, chosen, jobs, (n_rows, cols), inputs.input(ty), n_used),
+        out.view(),
+    )?;
     let mut outcome = Outcome::default();
     let got = out.view().to_f32()?;
     for ((job, choice), got) in choices.iter().enumerate().zip(got.chunks_exact(n_rows)) {
         match usize::try_from(*choice).ok().filter(|e| *e != 2) {
             Some(e) => {
-                let Some(w) = Weights::new(ty, &experts[e], n_rows, cols) else { continue };
+                let Some(w) = Weights::new(ty, &experts[e], n_rows, cols) else {
+                    continue;
+                };
                 outcome.compare(got, inputs.expected(w, job / n_used));
             }
             None => outcome.compare_exact(got, &vec![untouched; n_rows]),
         }
     }
     // By index, each matrix with its own activations.
-    let present: Vec<_> = on_device.iter().take(tokens).map(|b| Some(b.view())).collect();
+    let present: Vec<_> = on_device
+        .iter()
+        .take(tokens)
+        .map(|b| Some(b.view()))
+        .collect();
     let table = MatrixTable::new(ops.device(), &present)?;
-    ops.matvec(&matvec(ty, Matrices::Table(&table), tokens, (n_rows, cols), inputs.input(ty), 1), out.view())?;
+    ops.matvec(
+        &matvec(
+            ty,
+            Matrices::Table(&table),
+            tokens,
+            (n_rows, cols),
+            inputs.input(ty),
+            1,
+        ),
+        out.view(),
+    )?;
     let got = out.view().to_f32()?;
     for (e, got) in got.chunks_exact(n_rows).take(tokens).enumerate() {
-        let Some(w) = Weights::new(ty, &experts[e], n_rows, cols) else { continue };
+        let Some(w) = Weights::new(ty, &experts[e], n_rows, cols) else {
+            continue;
+        };
         outcome.compare(got, inputs.expected(w, e));
     }
     Ok(outcome)
@@ -241,8 +343,17 @@ fn batches(ops: &Ops, random: &mut Random, ty: TensorType) -> Result<Outcome, Cu
         let bytes = random.weights(ty, n_rows * cols);
         let weights = Buffer::of_bytes(ops.device(), &bytes)?;
         let out = Buffer::new_f32(ops.device(), tokens * n_rows)?;
-        ops.matmul(ty, BatchMatrices::One(weights.view(), tokens), n_rows, cols, inputs.input(ty), out.view())?;
-        let Some(w) = Weights::new(ty, &bytes, n_rows, cols) else { continue };
+        ops.matmul(
+            ty,
+            BatchMatrices::One(weights.view(), tokens),
+            n_rows,
+            cols,
+            inputs.input(ty),
+            out.view(),
+        )?;
+        let Some(w) = Weights::new(ty, &bytes, n_rows, cols) else {
+            continue;
+        };
         for (t, got) in out.view().to_f32()?.chunks_exact(n_rows).enumerate() {
             outcome.compare(got, inputs.expected(w, t));
         }
@@ -250,19 +361,39 @@ fn batches(ops: &Ops, random: &mut Random, ty: TensorType) -> Result<Outcome, Cu
     let (tokens, n_rows, cols) = (45, 5, cols(64));
     let inputs = Inputs::new(ops, random, ty, tokens, cols)?;
     let experts: Vec<Vec<u8>> = (0..3).map(|_| random.weights(ty, n_rows * cols)).collect();
-    let on_device = experts.iter().map(|bytes| Buffer::of_bytes(ops.device(), bytes)).collect::<Result<Vec<_>, _>>()?;
-    let views: Vec<_> = on_device.iter().enumerate().map(|(e, b)| (e != 1).then_some(b.view())).collect();
+    let on_device = experts
+        .iter()
+        .map(|bytes| Buffer::of_bytes(ops.device(), bytes))
+        .collect::<Result<Vec<_>, _>>()?;
+    let views: Vec<_> = on_device
+        .iter()
+        .enumerate()
+        .map(|(e, b)| (e != 1).then_some(b.view()))
+        .collect();
     let table = MatrixTable::new(ops.device(), &views)?;
-    let group = |matrix, first, tokens| TokenGroup { matrix, first, tokens };
+    let group = |matrix, first, tokens| TokenGroup {
+        matrix,
+        first,
+        tokens,
+    };
     let groups = [group(2, 0, 2), group(1, 2, 4), group(0, 6, 39)];
     let untouched = 7.5f32;
     let out = Buffer::of_f32(ops.device(), &vec![untouched; tokens * n_rows])?;
     let buffer = Buffer::new_f32(ops.device(), TokenGroups::WORDS * groups.len())?;
     let sent = TokenGroups::send(&groups, buffer.view())?;
-    ops.matmul(ty, BatchMatrices::Groups(&table, sent), n_rows, cols, inputs.input(ty), out.view())?;
+    ops.matmul(
+        ty,
+        BatchMatrices::Groups(&table, sent),
+        n_rows,
+        cols,
+        inputs.input(ty),
+        out.view(),
+    )?;
     let got = out.view().to_f32()?;
     for g in groups {
-        let Some(w) = Weights::new(ty, &experts[g.matrix], n_rows, cols) else { continue };
+        let Some(w) = Weights::new(ty, &experts[g.matrix], n_rows, cols) else {
+            continue;
+        };
         for t in g.first..g.first + g.tokens {
             let got = &got[t * n_rows..][..n_rows];
             match g.matrix {

@@ -20,7 +20,12 @@ pub(super) struct TwoHalfLives {
 
 impl TwoHalfLives {
     /// Starts all counts at zero. Half-lives are in tokens.
-    pub(super) fn new(n_expert: usize, half_life: u32, recent_half_life: u32, recent_weight: u32) -> Self {
+    pub(super) fn new(
+        n_expert: usize,
+        half_life: u32,
+        recent_half_life: u32,
+        recent_weight: u32,
+    ) -> Self {
         TwoHalfLives {
             slow: Decayed::new(n_expert, half_life),
             fast: Decayed::new(n_expert, recent_half_life),
@@ -45,6 +50,7 @@ impl Score for TwoHalfLives {
     /// Returns `weight · fast + slow`, each divided by its unit, times both units. It stays below
     /// 2⁶³: counts are below 2³⁵, units at most 2¹⁷, and the weight at most 2¹⁰.
     fn score(&self, expert: usize) -> u64 {
-        self.weight * self.fast.count(expert) * self.slow.unit() + self.slow.count(expert) * self.fast.unit()
+        self.weight * self.fast.count(expert) * self.slow.unit()
+            + self.slow.count(expert) * self.fast.unit()
     }
 }

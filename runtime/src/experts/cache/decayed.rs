@@ -36,7 +36,13 @@ impl Decayed {
     /// Starts all counts at zero. The half-life is clamped to 1 to [`MAX_HALF_LIFE`] tokens.
     pub(super) fn new(n_expert: usize, half_life: u32) -> Self {
         let half_life = half_life.clamp(1, MAX_HALF_LIFE);
-        Decayed { counts: vec![0; n_expert], half_life, age: 0, weight: 1 << GROWTH_BITS, growth: growth(half_life) }
+        Decayed {
+            counts: vec![0; n_expert],
+            half_life,
+            age: 0,
+            weight: 1 << GROWTH_BITS,
+            growth: growth(half_life),
+        }
     }
 
     /// Returns what a use adds to a count now: 2¹⁶ to 2¹⁷.
@@ -98,7 +104,10 @@ mod tests {
     fn growth_is_a_root_of_two() {
         for half_life in [1, 2, 3, 7, 16, 100, 4096, MAX_HALF_LIFE] {
             let exact = 2f64.powf(1.0 / f64::from(half_life)) * f64::from(1 << GROWTH_BITS);
-            assert!((growth(half_life) as f64 - exact).abs() < 2.0, "{half_life}");
+            assert!(
+                (growth(half_life) as f64 - exact).abs() < 2.0,
+                "{half_life}"
+            );
         }
     }
 
@@ -112,7 +121,10 @@ mod tests {
                 uses.token();
                 let share = uses.count(0) as f64 / uses.unit() as f64;
                 let exact = 0.5f64.powf(f64::from(token) / f64::from(half_life));
-                assert!((share - exact).abs() < 1e-3 * exact, "{half_life} {token} {share} {exact}");
+                assert!(
+                    (share - exact).abs() < 1e-3 * exact,
+                    "{half_life} {token} {share} {exact}"
+                );
             }
             assert_eq!(uses.count(1), 0);
         }

@@ -18,7 +18,10 @@ pub(super) struct Lru {
 
 impl Lru {
     pub(super) fn new(n_slots: u32) -> Self {
-        Lru { order: Vec::with_capacity(n_slots as usize), victims: Vec::new() }
+        Lru {
+            order: Vec::with_capacity(n_slots as usize),
+            victims: Vec::new(),
+        }
     }
 
     /// Returns the resident experts, least recently used first.
@@ -44,7 +47,9 @@ impl Lru {
         let mut slots_left = table.n_slots;
         let mut fills = 0;
         for &expert in chosen.iter().rev() {
-            let Some(mark) = table.mark.get_mut(expert as usize) else { continue };
+            let Some(mark) = table.mark.get_mut(expert as usize) else {
+                continue;
+            };
             if *mark >= used {
                 continue;
             }
@@ -79,7 +84,10 @@ impl Lru {
                     self.victims.extend(victim);
                     (slot, None)
                 }
-                (None, Some(victim)) => (std::mem::replace(&mut table.slot_of[victim as usize], NONE), Some(victim)),
+                (None, Some(victim)) => (
+                    std::mem::replace(&mut table.slot_of[victim as usize], NONE),
+                    Some(victim),
+                ),
                 (None, None) => continue,
             };
             table.slot_of[expert as usize] = slot;
@@ -87,7 +95,8 @@ impl Lru {
         }
 
         let (slot_of, mark) = (&table.slot_of, &mut table.mark);
-        self.order.retain(|&e| slot_of[e as usize] != NONE && mark[e as usize] < used);
+        self.order
+            .retain(|&e| slot_of[e as usize] != NONE && mark[e as usize] < used);
         for &expert in chosen {
             if mark.get(expert as usize) == Some(&kept) {
                 mark[expert as usize] = used;

@@ -94,7 +94,10 @@ struct SlotTable {
 impl SlotTable {
     /// Returns the slot of an expert, if it has one.
     fn slot(&self, expert: u32) -> Option<u32> {
-        self.slot_of.get(expert as usize).copied().filter(|&slot| slot != NONE)
+        self.slot_of
+            .get(expert as usize)
+            .copied()
+            .filter(|&slot| slot != NONE)
     }
 
     /// Begins a step and returns its mark.
@@ -159,8 +162,14 @@ impl SlotCache {
         };
         let policy = match policy {
             SlotPolicy::Lru => Policy::Lru(Lru::new(n_slots)),
-            SlotPolicy::Lfu { half_life } => Policy::Lfu(Scored::new(n, n_slots, Decayed::new(n, half_life))),
-            SlotPolicy::Adaptive { half_life, recent_half_life, recent_weight } => {
+            SlotPolicy::Lfu { half_life } => {
+                Policy::Lfu(Scored::new(n, n_slots, Decayed::new(n, half_life)))
+            }
+            SlotPolicy::Adaptive {
+                half_life,
+                recent_half_life,
+                recent_weight,
+            } => {
                 let score = TwoHalfLives::new(n, half_life, recent_half_life, recent_weight);
                 Policy::Adaptive(Scored::new(n, n_slots, score))
             }
@@ -191,7 +200,9 @@ impl SlotCache {
             Policy::Lfu(scored) => scored.order(),
             Policy::Adaptive(scored) => scored.order(),
         };
-        order.into_iter().map(|expert| (expert, self.table.slot_of[expert as usize]))
+        order
+            .into_iter()
+            .map(|expert| (expert, self.table.slot_of[expert as usize]))
     }
 
     /// Frees the slot of an expert, whose bytes failed to be read; has no effect on one without a

@@ -40,7 +40,11 @@ mod tests {
     const POLICIES: [SlotPolicy; 3] = [
         SlotPolicy::Lru,
         SlotPolicy::Lfu { half_life: 8 },
-        SlotPolicy::Adaptive { half_life: 8, recent_half_life: 2, recent_weight: 4 },
+        SlotPolicy::Adaptive {
+            half_life: 8,
+            recent_half_life: 2,
+            recent_weight: 4,
+        },
     ];
 
     #[test]
@@ -51,15 +55,36 @@ mod tests {
     }
 
     fn first_stays_longest(mut cache: SlotCache) {
-        assert_eq!((cache.preload(4), cache.preload(1), cache.preload(4)), (Some(0), Some(1), None));
+        assert_eq!(
+            (cache.preload(4), cache.preload(1), cache.preload(4)),
+            (Some(0), Some(1), None)
+        );
         assert_eq!((cache.n_unused(), cache.preload(6)), (1, None));
         let mut out = Vec::new();
         cache.step(&[4, 5], &mut out);
-        assert_eq!(out, [Access::Hit { slot: 0 }, Access::Fill { slot: 2, evicted: None }]);
+        assert_eq!(
+            out,
+            [
+                Access::Hit { slot: 0 },
+                Access::Fill {
+                    slot: 2,
+                    evicted: None
+                }
+            ]
+        );
         assert_eq!(cache.preload(0), None, "no slot is unused");
         cache.step(&[0], &mut out);
-        assert_eq!(out, [Access::Fill { slot: 1, evicted: Some(1) }]);
-        assert_eq!(cache.resident().map(|(e, _)| e).collect::<Vec<_>>(), [4, 5, 0]);
+        assert_eq!(
+            out,
+            [Access::Fill {
+                slot: 1,
+                evicted: Some(1)
+            }]
+        );
+        assert_eq!(
+            cache.resident().map(|(e, _)| e).collect::<Vec<_>>(),
+            [4, 5, 0]
+        );
     }
 
     proptest! {

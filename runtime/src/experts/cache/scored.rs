@@ -69,12 +69,21 @@ impl<S: Score> Scored<S> {
     }
 
     fn rank(&self, expert: u32, id: u32) -> Rank {
-        Rank { score: self.scores.score(expert as usize), last_use: self.last[expert as usize], id }
+        Rank {
+            score: self.scores.score(expert as usize),
+            last_use: self.last[expert as usize],
+            id,
+        }
     }
 
     /// Returns the resident experts, worst first.
     pub(super) fn order(&self) -> Vec<u32> {
-        let mut ranks: Vec<Rank> = self.held.iter().filter(|&&e| e != NONE).map(|&e| self.rank(e, e)).collect();
+        let mut ranks: Vec<Rank> = self
+            .held
+            .iter()
+            .filter(|&&e| e != NONE)
+            .map(|&e| self.rank(e, e))
+            .collect();
         ranks.sort_unstable();
         ranks.into_iter().map(|rank| rank.id).collect()
     }
@@ -97,7 +106,13 @@ impl<S: Score> Scored<S> {
         let now = table.begin();
         self.scores.token();
         for expert in chosen {
-            let Some(mark) = table.mark.get_mut(expert as usize).filter(|mark| **mark < now) else { continue };
+            let Some(mark) = table
+                .mark
+                .get_mut(expert as usize)
+                .filter(|mark| **mark < now)
+            else {
+                continue;
+            };
             *mark = now;
             self.scores.used(expert as usize);
             self.uses += 1;
@@ -110,7 +125,13 @@ impl<S: Score> Scored<S> {
         let now = table.begin();
         self.missing.clear();
         for (position, (&expert, access)) in chosen.iter().zip(out.iter()).enumerate() {
-            let Some(mark) = table.mark.get_mut(expert as usize).filter(|mark| **mark < now) else { continue };
+            let Some(mark) = table
+                .mark
+                .get_mut(expert as usize)
+                .filter(|mark| **mark < now)
+            else {
+                continue;
+            };
             *mark = now;
             if *access == Access::Staged {
                 let rank = self.rank(expert, position as u32);
@@ -123,16 +144,19 @@ impl<S: Score> Scored<S> {
         self.missing.sort_unstable_by(|a, b| b.cmp(a));
         let n_evictions = self.missing.len().saturating_sub(table.unused.len());
         let all_fit = chosen.len() <= table.n_slots as usize;
-        self.find_victims(n_evictions, |expert| all_fit && table.mark[expert as usize] == now);
+        self.find_victims(n_evictions, |expert| {
+            all_fit && table.mark[expert as usize] == now
+        });
         let mut victims = self.victims.iter();
         for &rank in &self.missing {
             let expert = chosen[rank.id as usize];
             let (slot, evicted) = match table.unused.pop() {
                 Some(slot) => (slot, None),
                 None => match victims.next() {
-                    Some(&victim) if rank.beats(victim) => {
-                        (std::mem::replace(&mut table.slot_of[victim.id as usize], NONE), Some(victim.id))
-                    }
+                    Some(&victim) if rank.beats(victim) => (
+                        std::mem::replace(&mut table.slot_of[victim.id as usize], NONE),
+                        Some(victim.id),
+                    ),
                     // The remaining experts are no better than this one, and the remaining victims
                     // no worse.
                     _ => break,

@@ -13,7 +13,15 @@ fn steps(n: u32, k: usize) -> impl Strategy<Value = Vec<Vec<u32>>> {
 /// Returns hits by the contract of LRU in its plainest form: all experts ever used, most recent
 /// first.
 fn naive(recent: &mut Vec<u32>, chosen: &[u32], n_slots: usize) -> Vec<bool> {
-    let hits = chosen.iter().map(|e| recent.iter().position(|r| r == e).is_some_and(|p| p < n_slots)).collect();
+    let hits = chosen
+        .iter()
+        .map(|e| {
+            recent
+                .iter()
+                .position(|r| r == e)
+                .is_some_and(|p| p < n_slots)
+        })
+        .collect();
     for &e in chosen {
         recent.retain(|&r| r != e);
         recent.insert(0, e);
@@ -79,9 +87,21 @@ fn a_forgotten_expert_leaves_its_slot() {
     cache.forget(0);
     assert_eq!(cache.resident().collect::<Vec<_>>(), [(1, 1)]);
     cache.step(&[3], &mut out);
-    assert_eq!(out, [Access::Fill { slot: 0, evicted: None }]);
+    assert_eq!(
+        out,
+        [Access::Fill {
+            slot: 0,
+            evicted: None
+        }]
+    );
     cache.step(&[2], &mut out);
-    assert_eq!(out, [Access::Fill { slot: 1, evicted: Some(1) }]);
+    assert_eq!(
+        out,
+        [Access::Fill {
+            slot: 1,
+            evicted: Some(1)
+        }]
+    );
 }
 
 #[test]
@@ -89,9 +109,31 @@ fn what_does_not_fit_is_staged_in_router_order() {
     let mut cache = SlotCache::new(4, 2, SlotPolicy::Lru);
     let mut out = Vec::new();
     cache.step(&[3, 1, 2], &mut out);
-    assert_eq!(out, [Access::Staged, Access::Fill { slot: 0, evicted: None }, Access::Fill { slot: 1, evicted: None }]);
+    assert_eq!(
+        out,
+        [
+            Access::Staged,
+            Access::Fill {
+                slot: 0,
+                evicted: None
+            },
+            Access::Fill {
+                slot: 1,
+                evicted: None
+            }
+        ]
+    );
     cache.step(&[1, 0], &mut out);
-    assert_eq!(out, [Access::Hit { slot: 0 }, Access::Fill { slot: 1, evicted: Some(2) }]);
+    assert_eq!(
+        out,
+        [
+            Access::Hit { slot: 0 },
+            Access::Fill {
+                slot: 1,
+                evicted: Some(2)
+            }
+        ]
+    );
 }
 
 #[test]
@@ -111,15 +153,26 @@ fn policies() -> impl Strategy<Value = SlotPolicy> {
     prop_oneof![
         Just(SlotPolicy::Lru),
         half_life().prop_map(|half_life| SlotPolicy::Lfu { half_life }),
-        (half_life(), half_life(), 0u32..=1024).prop_map(|(half_life, recent_half_life, recent_weight)| {
-            SlotPolicy::Adaptive { half_life, recent_half_life, recent_weight }
-        }),
+        (half_life(), half_life(), 0u32..=1024).prop_map(
+            |(half_life, recent_half_life, recent_weight)| {
+                SlotPolicy::Adaptive {
+                    half_life,
+                    recent_half_life,
+                    recent_weight,
+                }
+            }
+        ),
     ]
 }
 
 /// Applies a step's accesses to the slots, as an engine does, and checks what every access must be
 /// under any policy.
-fn apply(held: &mut [Option<u32>], cache: &SlotCache, chosen: &[u32], out: &[Access]) -> Result<(), TestCaseError> {
+fn apply(
+    held: &mut [Option<u32>],
+    cache: &SlotCache,
+    chosen: &[u32],
+    out: &[Access],
+) -> Result<(), TestCaseError> {
     prop_assert_eq!(out.len(), chosen.len());
     let before = held.to_vec();
     for (access, &expert) in out.iter().zip(chosen) {
@@ -138,8 +191,11 @@ fn apply(held: &mut [Option<u32>], cache: &SlotCache, chosen: &[u32], out: &[Acc
     }
     let mut resident: Vec<(u32, u32)> = cache.resident().collect();
     resident.sort_by_key(|(_, slot)| *slot);
-    let expected: Vec<(u32, u32)> =
-        held.iter().enumerate().filter_map(|(slot, e)| e.map(|e| (e, slot as u32))).collect();
+    let expected: Vec<(u32, u32)> = held
+        .iter()
+        .enumerate()
+        .filter_map(|(slot, e)| e.map(|e| (e, slot as u32)))
+        .collect();
     prop_assert_eq!(resident, expected);
     Ok(())
 }
@@ -147,17 +203,25 @@ fn apply(held: &mut [Option<u32>], cache: &SlotCache, chosen: &[u32], out: &[Acc
 /// Returns the score of an expert by the formula: a use weighs half as much a half-life later.
 fn score(policy: SlotPolicy, history: &[Vec<u32>], expert: u32) -> f64 {
     let decayed = |half_life: u32| -> f64 {
-        let ages = history.iter().rev().enumerate().filter(|(_, chosen)| chosen.contains(&expert));
-        ages.map(|(age, _)| 0.5f64.powf(age as f64 / f64::from(half_life))).sum()
+        let ages = history
+            .iter()
+            .rev()
+            .enumerate()
+            .filter(|(_, chosen)| chosen.contains(&expert));
+        ages.map(|(age, _)| 0.5f64.powf(age as f64 / f64::from(half_life)))
+            .sum()
     };
     match policy {
-        SlotPolicy::Lru => {
-            history.iter().rposition(|chosen| chosen.contains(&expert)).map_or(0.0, |at| at as f64 + 1.0)
-        }
+        SlotPolicy::Lru => history
+            .iter()
+            .rposition(|chosen| chosen.contains(&expert))
+            .map_or(0.0, |at| at as f64 + 1.0),
         SlotPolicy::Lfu { half_life } => decayed(half_life),
-        SlotPolicy::Adaptive { half_life, recent_half_life, recent_weight } => {
-            decayed(half_life) + f64::from(recent_weight) * decayed(recent_half_life)
-        }
+        SlotPolicy::Adaptive {
+            half_life,
+            recent_half_life,
+            recent_weight,
+        } => decayed(half_life) + f64::from(recent_weight) * decayed(recent_half_life),
     }
 }
 
@@ -165,7 +229,10 @@ fn score(policy: SlotPolicy, history: &[Vec<u32>], expert: u32) -> f64 {
 fn batches() -> impl Strategy<Value = Vec<Vec<Vec<u32>>>> {
     let token = proptest::sample::subsequence((0..9u32).collect::<Vec<_>>(), 3).prop_shuffle();
     let size = prop_oneof![4 => 1usize..2, 1 => 2usize..6];
-    proptest::collection::vec(size.prop_flat_map(move |n| proptest::collection::vec(token.clone(), n)), 1..40)
+    proptest::collection::vec(
+        size.prop_flat_map(move |n| proptest::collection::vec(token.clone(), n)),
+        1..40,
+    )
 }
 
 /// Returns a batch's distinct experts in the order of their last use.
@@ -275,7 +342,11 @@ proptest! {
 fn a_single_use_does_not_drive_out_a_favourite() {
     for policy in [
         SlotPolicy::Lfu { half_life: 16 },
-        SlotPolicy::Adaptive { half_life: 64, recent_half_life: 2, recent_weight: 1 },
+        SlotPolicy::Adaptive {
+            half_life: 64,
+            recent_half_life: 2,
+            recent_weight: 1,
+        },
     ] {
         let mut cache = SlotCache::new(4, 2, policy);
         let mut out = Vec::new();
@@ -299,13 +370,20 @@ fn a_single_use_does_not_drive_out_a_favourite() {
 fn bad_input_does_no_harm_to_any_policy() {
     for policy in [
         SlotPolicy::Lfu { half_life: 0 },
-        SlotPolicy::Adaptive { half_life: u32::MAX, recent_half_life: 0, recent_weight: u32::MAX },
+        SlotPolicy::Adaptive {
+            half_life: u32::MAX,
+            recent_half_life: 0,
+            recent_weight: u32::MAX,
+        },
     ] {
         let mut cache = SlotCache::new(3, 2, policy);
         let mut out = Vec::new();
         for _ in 0..1000 {
             cache.step(&[7, 1, 1, u32::MAX], &mut out);
-            assert_eq!((out.len(), out[0], out[3]), (4, Access::Staged, Access::Staged));
+            assert_eq!(
+                (out.len(), out[0], out[3]),
+                (4, Access::Staged, Access::Staged)
+            );
             assert_eq!(cache.resident().count(), 1);
         }
         cache.step(&[0, 1, 2], &mut out);

@@ -23,7 +23,10 @@ struct Numbers(u64);
 
 impl Numbers {
     fn next(&mut self) -> f32 {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        self.0 = self
+            .0
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
         (self.0 >> 40) as f32 / (1u64 << 23) as f32 - 1.0
     }
 
@@ -57,7 +60,10 @@ struct Plain {
 impl Plain {
     fn new(size: Size) -> Self {
         let mut r = Numbers(7);
-        let (values, channels) = (size.n_value * size.dim, (2 * size.n_key + size.n_value) * size.dim);
+        let (values, channels) = (
+            size.n_value * size.dim,
+            (2 * size.n_key + size.n_value) * size.dim,
+        );
         Self {
             qkv: r.take(channels * HIDDEN, 0.4),
             gate: r.take(values * HIDDEN, 0.4),
@@ -77,7 +83,12 @@ impl Plain {
 
     /// Query, key, values and gates of one key head after another, as the fused matrix has them.
     fn input_by_key_head(&self, size: Size) -> Vec<f32> {
-        let Size { n_key, n_value, dim, .. } = size;
+        let Size {
+            n_key,
+            n_value,
+            dim,
+            ..
+        } = size;
         let group = n_value / n_key;
         let mut fused = Vec::new();
         for key in 0..n_key {
@@ -98,7 +109,8 @@ impl Plain {
         let mut fused = Vec::new();
         for key in 0..size.n_key {
             for matrix in [&self.beta, &self.alpha] {
-                (key * group..(key + 1) * group).for_each(|v| fused.extend_from_slice(Self::row(matrix, v)));
+                (key * group..(key + 1) * group)
+                    .for_each(|v| fused.extend_from_slice(Self::row(matrix, v)));
             }
         }
         fused
@@ -106,8 +118,19 @@ impl Plain {
 
     /// The layer's result for a row of tokens from the beginning, straight from the formulas.
     fn reference(&self, size: Size, x: &[f32]) -> Vec<f32> {
-        let Size { n_key, n_value, dim, taps, sharing } = size;
-        let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
+        let Size {
+            n_key,
+            n_value,
+            dim,
+            taps,
+            sharing,
+        } = size;
+        let dot = |a: &[f32], b: &[f32]| {
+            a.iter()
+                .zip(b)
+                .map(|(a, b)| f64::from(*a) * f64::from(*b))
+                .sum::<f64>()
+        };
         let silu = |v: f64| v / (1.0 + (-v).exp());
         let tokens: Vec<&[f32]> = x.chunks_exact(HIDDEN).collect();
         let mut states = vec![vec![vec![0.0f64; dim]; dim]; n_value];
@@ -136,7 +159,8 @@ impl Plain {
                 };
                 let (q, k) = (unit(head(key_head)), unit(head(n_key + key_head)));
                 let v = head(2 * n_key + value_head);
-                let alpha = dot(Self::row(&self.alpha, value_head), tokens[t]) + f64::from(self.bias[value_head]);
+                let alpha = dot(Self::row(&self.alpha, value_head), tokens[t])
+                    + f64::from(self.bias[value_head]);
                 let decay = (f64::from(self.decay[value_head]) * (1.0 + alpha.exp()).ln()).exp();
                 let beta = 1.0 / (1.0 + (-dot(Self::row(&self.beta, value_head), tokens[t])).exp());
                 let mut read = Vec::new();
@@ -146,16 +170,25 @@ impl Plain {
                     for i in 0..dim {
                         state[i][j] = decay * state[i][j] + k[i] * change;
                     }
-                    read.push((0..dim).map(|i| q[i] * state[i][j]).sum::<f64>() / (dim as f64).sqrt());
+                    read.push(
+                        (0..dim).map(|i| q[i] * state[i][j]).sum::<f64>() / (dim as f64).sqrt(),
+                    );
                 }
                 let mean = read.iter().map(|v| v * v).sum::<f64>() / dim as f64;
                 for (i, v) in read.iter().enumerate() {
                     let gate = dot(Self::row(&self.gate, value_head * dim + i), tokens[t]);
-                    mixed.push(v / (mean + f64::from(EPS)).sqrt() * f64::from(self.norm[i]) * silu(gate));
+                    mixed.push(
+                        v / (mean + f64::from(EPS)).sqrt() * f64::from(self.norm[i]) * silu(gate),
+                    );
                 }
             }
             for row in self.out.chunks_exact(mixed.len()) {
-                results.push(row.iter().zip(&mixed).map(|(w, m)| f64::from(*w) * m).sum::<f64>() as f32);
+                results.push(
+                    row.iter()
+                        .zip(&mixed)
+                        .map(|(w, m)| f64::from(*w) * m)
+                        .sum::<f64>() as f32,
+                );
             }
         }
         results
@@ -170,19 +203,32 @@ struct Layer {
 
 impl Layer {
     fn new(size: Size, plain: &Plain, fused: bool) -> Self {
-        let Size { n_key, n_value, dim, taps, sharing } = size;
+        let Size {
+            n_key,
+            n_value,
+            dim,
+            taps,
+            sharing,
+        } = size;
         let mut writer = Writer::default();
         let mut ids = 0..;
         let mut add = |dims: &[usize], values: &[f32]| -> TensorId {
             let id = ids.next().unwrap_or_default();
             let dims: Vec<u64> = dims.iter().map(|d| *d as u64).collect();
             let data = values.iter().flat_map(|v| v.to_le_bytes()).collect();
-            writer = std::mem::take(&mut writer).tensor(&format!("t{id}"), TensorType::F32, &dims, data);
+            writer =
+                std::mem::take(&mut writer).tensor(&format!("t{id}"), TensorType::F32, &dims, data);
             id
         };
         let mut linear = |n_in: usize, values: &[f32]| {
             let n_out = values.len() / n_in;
-            Linear { weight: add(&[n_in, n_out], values), bias: None, n_out, n_in, first_row: 0 }
+            Linear {
+                weight: add(&[n_in, n_out], values),
+                bias: None,
+                n_out,
+                n_in,
+                first_row: 0,
+            }
         };
         let (input, rates) = if fused {
             (
@@ -191,22 +237,33 @@ impl Layer {
             )
         } else {
             (
-                DeltaInput::Split { qkv: linear(HIDDEN, &plain.qkv), gate: linear(HIDDEN, &plain.gate) },
-                DeltaRates::Split { beta: linear(HIDDEN, &plain.beta), alpha: linear(HIDDEN, &plain.alpha) },
+                DeltaInput::Split {
+                    qkv: linear(HIDDEN, &plain.qkv),
+                    gate: linear(HIDDEN, &plain.gate),
+                },
+                DeltaRates::Split {
+                    beta: linear(HIDDEN, &plain.beta),
+                    alpha: linear(HIDDEN, &plain.alpha),
+                },
             )
         };
         let out = linear(n_value * dim, &plain.out);
         let vectors = [&plain.conv, &plain.bias, &plain.decay, &plain.norm];
         let [conv, dt_bias, decay, norm] = vectors.map(|values| add(&[values.len()], values));
         let mut file = tempfile::NamedTempFile::new().expect("a temporary file");
-        file.write_all(&writer.finish()).expect("room for a small file");
+        file.write_all(&writer.finish())
+            .expect("room for a small file");
         let gguf = Arc::new(Gguf::open(file.path()).expect("the file just written"));
         let mut weights = DenseWeights::new(gguf);
         for id in 0..conv {
             weights.hold(id, TierIdx::FIRST, WeightStorage::Mapped);
         }
         for (id, values) in [conv, dt_bias, decay, norm].into_iter().zip(vectors) {
-            weights.hold(id, TierIdx::FIRST, WeightStorage::Vector(values.clone().into()));
+            weights.hold(
+                id,
+                TierIdx::FIRST,
+                WeightStorage::Vector(values.clone().into()),
+            );
         }
         let heads = (n_key, n_value, dim, taps);
         let (n_key_head, n_value_head, head_dim, conv_taps) = heads;
@@ -228,9 +285,18 @@ impl Layer {
     }
 
     /// Runs batches one after another; `x` is `[tokens, HIDDEN]`.
-    fn run(&self, state: &mut DeltaState, x: &[f32], batches: &[usize], threads: usize) -> Vec<f32> {
+    fn run(
+        &self,
+        state: &mut DeltaState,
+        x: &[f32],
+        batches: &[usize],
+        threads: usize,
+    ) -> Vec<f32> {
         let pool = ThreadPool::new(threads);
-        let c = CpuContext { pool: &pool, kernels: Kernels::best() };
+        let c = CpuContext {
+            pool: &pool,
+            kernels: Kernels::best(),
+        };
         let largest = batches.iter().copied().max().unwrap_or(1);
         let mut scratch = DeltaScratch::default();
         scratch.reserve(largest, &self.spec);
@@ -240,8 +306,21 @@ impl Layer {
         for n in batches {
             let range = first * HIDDEN..(first + n) * HIDDEN;
             acts.fill(c.kernels, *n, HIDDEN, &x[range.clone()], false);
-            let input = MixerInput { x: acts.view(), past: first, rope: None, norm_eps: EPS };
-            run(c, &self.weights, &self.spec, &input, state, &mut scratch, &mut out[range]);
+            let input = MixerInput {
+                x: acts.view(),
+                past: first,
+                rope: None,
+                norm_eps: EPS,
+            };
+            run(
+                c,
+                &self.weights,
+                &self.spec,
+                &input,
+                state,
+                &mut scratch,
+                &mut out[range],
+            );
             first += n;
         }
         assert_eq!(first * HIDDEN, x.len());
@@ -250,11 +329,41 @@ impl Layer {
 }
 
 const SIZES: [Size; 5] = [
-    Size { n_key: 2, n_value: 4, dim: 16, taps: 4, sharing: KeySharing::Grouped },
-    Size { n_key: 2, n_value: 6, dim: 16, taps: 4, sharing: KeySharing::Cyclic },
-    Size { n_key: 1, n_value: 2, dim: 64, taps: 3, sharing: KeySharing::Grouped },
-    Size { n_key: 3, n_value: 3, dim: 5, taps: 1, sharing: KeySharing::Cyclic },
-    Size { n_key: 2, n_value: 4, dim: 40, taps: 7, sharing: KeySharing::Cyclic },
+    Size {
+        n_key: 2,
+        n_value: 4,
+        dim: 16,
+        taps: 4,
+        sharing: KeySharing::Grouped,
+    },
+    Size {
+        n_key: 2,
+        n_value: 6,
+        dim: 16,
+        taps: 4,
+        sharing: KeySharing::Cyclic,
+    },
+    Size {
+        n_key: 1,
+        n_value: 2,
+        dim: 64,
+        taps: 3,
+        sharing: KeySharing::Grouped,
+    },
+    Size {
+        n_key: 3,
+        n_value: 3,
+        dim: 5,
+        taps: 1,
+        sharing: KeySharing::Cyclic,
+    },
+    Size {
+        n_key: 2,
+        n_value: 4,
+        dim: 40,
+        taps: 7,
+        sharing: KeySharing::Cyclic,
+    },
 ];
 
 #[test]
@@ -263,13 +372,24 @@ fn a_layer_is_its_formulas() {
         let plain = Plain::new(size);
         let x = Numbers(3).take(11 * HIDDEN, 1.0);
         let expected = plain.reference(size, &x);
-        let fused: &[bool] = if size.sharing == KeySharing::Grouped { &[false, true] } else { &[false] };
+        let fused: &[bool] = if size.sharing == KeySharing::Grouped {
+            &[false, true]
+        } else {
+            &[false]
+        };
         for fused in fused {
             let layer = Layer::new(size, &plain, *fused);
             let found = layer.run(&mut DeltaState::new(&layer.spec), &x, &[11], 2);
-            let worst = found.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            let worst = found
+                .iter()
+                .zip(&expected)
+                .map(|(a, b)| (a - b).abs())
+                .fold(0.0, f32::max);
             let largest = expected.iter().map(|v| v.abs()).fold(0.0, f32::max);
-            assert!(worst < 2e-5 * largest, "{size:?}, fused {fused}: {worst} of {largest}");
+            assert!(
+                worst < 2e-5 * largest,
+                "{size:?}, fused {fused}: {worst} of {largest}"
+            );
         }
     }
 }
@@ -280,17 +400,36 @@ fn a_gpu_computes_the_same_layer() {
         let plain = Plain::new(size);
         let x = Numbers(3).take(11 * HIDDEN, 1.0);
         let expected = plain.reference(size, &x);
-        let fused: &[bool] = if size.sharing == KeySharing::Grouped { &[false, true] } else { &[false] };
+        let fused: &[bool] = if size.sharing == KeySharing::Grouped {
+            &[false, true]
+        } else {
+            &[false]
+        };
         for fused in fused {
             let run = |batches: &[usize]| {
                 let Layer { spec, weights } = Layer::new(size, &plain, *fused);
                 let norm = spec.norm;
-                mixer_alone(&Mixer::Delta(spec), norm, EPS, weights, KvType::F16, (&x, HIDDEN), batches)
+                mixer_alone(
+                    &Mixer::Delta(spec),
+                    norm,
+                    EPS,
+                    weights,
+                    KvType::F16,
+                    (&x, HIDDEN),
+                    batches,
+                )
             };
             let found = run(&[5, 2, 4]);
-            let worst = found.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            let worst = found
+                .iter()
+                .zip(&expected)
+                .map(|(a, b)| (a - b).abs())
+                .fold(0.0, f32::max);
             let largest = expected.iter().map(|v| v.abs()).fold(0.0, f32::max);
-            assert!(worst > 0.0 && worst < 2e-5 * largest, "{size:?}, fused {fused}: {worst} of {largest}");
+            assert!(
+                worst > 0.0 && worst < 2e-5 * largest,
+                "{size:?}, fused {fused}: {worst} of {largest}"
+            );
             // Up to seven tokens are multiplied one by one, and nothing else depends on their
             // number.
             assert_eq!(run(&[1; 11]), found, "{size:?}, fused {fused}");
@@ -307,8 +446,16 @@ fn a_batch_gives_the_bits_of_its_tokens_one_by_one() {
         let together = layer.run(&mut state, &x, &[9], 3);
         for batches in [&[1; 9][..], &[2, 7], &[5, 1, 1, 2]] {
             let mut apart = DeltaState::new(&layer.spec);
-            assert_eq!(layer.run(&mut apart, &x, batches, 1), together, "{size:?} {batches:?}");
-            assert_eq!((&apart.inputs, &apart.matrices), (&state.inputs, &state.matrices), "{size:?} {batches:?}");
+            assert_eq!(
+                layer.run(&mut apart, &x, batches, 1),
+                together,
+                "{size:?} {batches:?}"
+            );
+            assert_eq!(
+                (&apart.inputs, &apart.matrices),
+                (&state.inputs, &state.matrices),
+                "{size:?} {batches:?}"
+            );
         }
     }
 }
@@ -328,7 +475,14 @@ fn a_reset_state_knows_nothing_and_its_size_is_the_specs() {
 #[test]
 fn softplus_is_smooth_at_both_ends() {
     for x in [-90.0f32, -20.0, -1.0, 0.0, 3.0, 19.9, 20.1, 200.0] {
-        let exact = if x > 40.0 { f64::from(x) } else { f64::from(x).exp().ln_1p() };
-        assert!((f64::from(softplus(x)) - exact).abs() <= exact * 1e-6, "{x}");
+        let exact = if x > 40.0 {
+            f64::from(x)
+        } else {
+            f64::from(x).exp().ln_1p()
+        };
+        assert!(
+            (f64::from(softplus(x)) - exact).abs() <= exact * 1e-6,
+            "{x}"
+        );
     }
 }

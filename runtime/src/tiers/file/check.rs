@@ -24,11 +24,15 @@ impl SliceChecksum {
     /// # Errors
     /// [`ReadError::Damaged`] when the checksum differs.
     pub(super) fn verify(&self, buffer: &[u8], source: &Source) -> Result<(), ReadError> {
-        let Some(bytes) = buffer.get(self.at..).and_then(|rest| rest.get(..self.extent.len)) else {
+        let Some(bytes) = buffer
+            .get(self.at..)
+            .and_then(|rest| rest.get(..self.extent.len))
+        else {
             unreachable!("{self:?} in a buffer of {}", buffer.len())
         };
-        compare(bytes, self.sum)
-            .map_err(|found| source.damaged(self.extent.offset, bytes.len(), &self.what, found, self.sum))
+        compare(bytes, self.sum).map_err(|found| {
+            source.damaged(self.extent.offset, bytes.len(), &self.what, found, self.sum)
+        })
     }
 }
 

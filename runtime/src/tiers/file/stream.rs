@@ -22,7 +22,11 @@ pub fn stream<E: From<ReadError>>(
     let depth = depth.min(items.len());
     let bytes = buffer_bytes.saturating_mul(depth);
     let mut free = Arena::new("", bytes as u64)
-        .and_then(|mut arena| (0..depth).map(|_| arena.take(buffer_bytes)).collect::<Result<Vec<_>, _>>())
+        .and_then(|mut arena| {
+            (0..depth)
+                .map(|_| arena.take(buffer_bytes))
+                .collect::<Result<Vec<_>, _>>()
+        })
         .map_err(|_| ReadError::Memory { bytes })?;
     let mut items = items.enumerate();
     let (mut in_flight, mut next) = (0, 0);
@@ -64,8 +68,16 @@ mod tests {
         for depth in [1, 3, 100] {
             let files = FileTier::open(&[file.path().to_path_buf()], ReadMode::Cached).unwrap();
             let spans = (0..40u64).map(|i| {
-                let extent = Extent { part: 0, offset: 1000 * i, len: 1000 };
-                vec![Span { extent, at: 0, whole_pages: false }]
+                let extent = Extent {
+                    part: 0,
+                    offset: 1000 * i,
+                    len: 1000,
+                };
+                vec![Span {
+                    extent,
+                    at: 0,
+                    whole_pages: false,
+                }]
             });
             let mut seen = Vec::new();
             let items: Vec<_> = spans.collect();
@@ -84,16 +96,33 @@ mod tests {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), [1; 100]).unwrap();
         let files = FileTier::open(&[file.path().to_path_buf()], ReadMode::Cached).unwrap();
-        let item = |len| vec![Span { extent: Extent { part: 0, offset: 0, len }, at: 0, whole_pages: false }];
+        let item = |len| {
+            vec![Span {
+                extent: Extent {
+                    part: 0,
+                    offset: 0,
+                    len,
+                },
+                at: 0,
+                whole_pages: false,
+            }]
+        };
         let mut seen = 0;
         let items = vec![item(10), item(20), item(30)];
         let result = stream(&files, items.into_iter(), 30, 2, |at, _| {
             seen += 1;
-            if at == 1 { Err(ReadError::Stopped) } else { Ok(()) }
+            if at == 1 {
+                Err(ReadError::Stopped)
+            } else {
+                Ok(())
+            }
         });
         assert!(matches!(result, Err(ReadError::Stopped)));
         assert_eq!(seen, 2);
         let empty: Vec<Vec<Span>> = Vec::new();
-        stream(&files, empty.into_iter(), 30, 2, |_, _| Err(ReadError::Stopped)).unwrap();
+        stream(&files, empty.into_iter(), 30, 2, |_, _| {
+            Err(ReadError::Stopped)
+        })
+        .unwrap();
     }
 }

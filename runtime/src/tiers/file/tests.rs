@@ -14,11 +14,21 @@ fn file(bytes: &[u8]) -> tempfile::NamedTempFile {
 
 /// Bytes none of which says where it is by itself, but any few together.
 fn content(len: usize) -> Vec<u8> {
-    (0..len).map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8).collect()
+    (0..len)
+        .map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8)
+        .collect()
 }
 
 fn span(offset: u64, len: usize, at: usize) -> Span {
-    Span { extent: Extent { part: 0, offset, len }, at, whole_pages: false }
+    Span {
+        extent: Extent {
+            part: 0,
+            offset,
+            len,
+        },
+        at,
+        whole_pages: false,
+    }
 }
 
 const MODES: [ReadMode; 3] = [ReadMode::Cached, ReadMode::Direct, ReadMode::Buffered];
@@ -32,7 +42,11 @@ fn many_reads_come_back_with_their_own_bytes() {
         let mut arena = Arena::new("dram", 50 * 10).unwrap();
         for key in 0..50u64 {
             let spans = [span(key * 4095, 5, 5), span(200, 5, 0)];
-            let priority = if key % 3 == 0 { Priority::Idle } else { Priority::Demand };
+            let priority = if key % 3 == 0 {
+                Priority::Idle
+            } else {
+                Priority::Demand
+            };
             tier.submit(key, &spans, arena.take(10).unwrap(), priority);
         }
         let mut seen = [false; 50];
@@ -92,11 +106,19 @@ proptest! {
 fn spans_that_overlap_or_do_not_fit_are_refused() {
     let file = file(&content(9000));
     let tier = FileTier::open(&[file.path().to_path_buf()], ReadMode::Cached).unwrap();
-    let whole = Span { whole_pages: true, ..span(4100, 5, 4) };
-    for spans in [vec![span(0, 6, 0), span(9, 6, 5)], vec![span(0, 9000, 0)], vec![whole]] {
+    let whole = Span {
+        whole_pages: true,
+        ..span(4100, 5, 4)
+    };
+    for spans in [
+        vec![span(0, 6, 0), span(9, 6, 5)],
+        vec![span(0, 9000, 0)],
+        vec![whole],
+    ] {
         let piece = Arena::new("dram", 4096).unwrap().take(100).unwrap();
-        let caught =
-            std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| tier.submit(0, &spans, piece, Priority::Demand)));
+        let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            tier.submit(0, &spans, piece, Priority::Demand)
+        }));
         assert!(caught.is_err(), "{spans:?}");
     }
 }
@@ -109,8 +131,15 @@ fn a_file_that_was_cut_or_written_to_is_named() {
         tier.check().unwrap();
         file.as_file().set_len(5000).unwrap();
         let piece = Arena::new("dram", 8).unwrap().take(8).unwrap();
-        let message = tier.read(&[span(6000, 8, 0)], piece).err().unwrap().to_string();
-        assert!(message.contains(&file.path().display().to_string()), "{message}");
+        let message = tier
+            .read(&[span(6000, 8, 0)], piece)
+            .err()
+            .unwrap()
+            .to_string();
+        assert!(
+            message.contains(&file.path().display().to_string()),
+            "{message}"
+        );
         assert!(message.contains("from 10000 to 5000 bytes"), "{message}");
         assert!(tier.check().is_err());
         file.as_file().set_len(10_000).unwrap();
@@ -144,7 +173,10 @@ impl ReadAt for Faulty {
         assert!((into.as_ptr() as usize).is_multiple_of(self.alignment));
         let n = into.len().min(self.bytes.len().saturating_sub(offset));
         into[..n].copy_from_slice(&self.bytes[offset..offset + n]);
-        match self.faults.get(self.reads.fetch_add(1, Ordering::SeqCst) as usize) {
+        match self
+            .faults
+            .get(self.reads.fetch_add(1, Ordering::SeqCst) as usize)
+        {
             None => Ok(n),
             Some(Fault::Short) => {
                 into[n / 2..].fill(0xee);
@@ -157,7 +189,10 @@ impl ReadAt for Faulty {
 
     fn stamp(&self) -> io::Result<Stamp> {
         let grown = u64::from(self.grown.load(Ordering::SeqCst));
-        Ok(Stamp { len: self.bytes.len() as u64 + grown, modified: None })
+        Ok(Stamp {
+            len: self.bytes.len() as u64 + grown,
+            modified: None,
+        })
     }
 
     fn alignment(&self) -> usize {
@@ -176,13 +211,27 @@ fn trial(faults: &[Fault], alignment: usize) -> Trial {
     let (reads, grown) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU8::new(0)));
     let bytes = content(50_000);
     let (faults, source) = (faults.to_vec(), bytes.clone());
-    let source = Faulty { bytes: source, faults, reads: Arc::clone(&reads), alignment, grown: Arc::clone(&grown) };
+    let source = Faulty {
+        bytes: source,
+        faults,
+        reads: Arc::clone(&reads),
+        alignment,
+        grown: Arc::clone(&grown),
+    };
     let tier = FileTier::from_readers(vec![named(source)]).unwrap();
-    Trial { tier, reads, grown, bytes }
+    Trial {
+        tier,
+        reads,
+        grown,
+        bytes,
+    }
 }
 
 fn named(reader: impl ReadAt + 'static) -> NamedReader {
-    NamedReader { path: "weights.gguf".into(), reader: Box::new(reader) }
+    NamedReader {
+        path: "weights.gguf".into(),
+        reader: Box::new(reader),
+    }
 }
 
 fn piece(len: usize) -> ArenaSlice {
@@ -198,8 +247,22 @@ const EACCES: Fault = Fault::Raw(13);
 fn passing_faults_are_outlived() {
     let eagain = Fault::Raw(libc::EAGAIN);
     for alignment in [1, ALIGN] {
-        let trial = trial(&[Fault::Short, EIO, EINTR, Fault::Nothing, Fault::Short, eagain, EINTR], alignment);
-        let read = trial.tier.read(&[span(700, 40_000, 0)], piece(40_000)).unwrap();
+        let trial = trial(
+            &[
+                Fault::Short,
+                EIO,
+                EINTR,
+                Fault::Nothing,
+                Fault::Short,
+                eagain,
+                EINTR,
+            ],
+            alignment,
+        );
+        let read = trial
+            .tier
+            .read(&[span(700, 40_000, 0)], piece(40_000))
+            .unwrap();
         assert_eq!(read[..], trial.bytes[700..40_700]);
         assert_eq!(trial.reads.load(Ordering::SeqCst), 8);
     }
@@ -210,8 +273,16 @@ fn passing_faults_are_outlived() {
 fn lasting_faults_are_named_with_file_and_offset() {
     for (fault, reads) in [(EIO, 6), (Fault::Nothing, 6), (EACCES, 1)] {
         let trial = trial(&vec![fault; reads as usize], 1);
-        let message = trial.tier.read(&[span(700, 4000, 0)], piece(4000)).err().unwrap().to_string();
-        assert!(message.contains("weights.gguf") && message.contains("4000 bytes at offset 700"), "{message}");
+        let message = trial
+            .tier
+            .read(&[span(700, 4000, 0)], piece(4000))
+            .err()
+            .unwrap()
+            .to_string();
+        assert!(
+            message.contains("weights.gguf") && message.contains("4000 bytes at offset 700"),
+            "{message}"
+        );
         assert_eq!(trial.reads.load(Ordering::SeqCst), reads, "{fault:?}");
         // The next request is as good as any.
         let read = trial.tier.read(&[span(9, 40, 0)], piece(40)).unwrap();
@@ -224,7 +295,10 @@ fn a_change_explains_more_than_a_failed_read() {
     let trial = trial(&[Fault::Nothing], 1);
     trial.grown.store(1, Ordering::SeqCst);
     let error = trial.tier.read(&[span(0, 9, 0)], piece(9)).err().unwrap();
-    assert!(matches!(&error, ReadError::Changed { path, .. } if path == Path::new("weights.gguf")), "{error}");
+    assert!(
+        matches!(&error, ReadError::Changed { path, .. } if path == Path::new("weights.gguf")),
+        "{error}"
+    );
     assert_eq!(trial.reads.load(Ordering::SeqCst), 1);
 }
 
@@ -251,7 +325,10 @@ impl ReadAt for Stalling {
     }
 
     fn stamp(&self) -> io::Result<Stamp> {
-        Ok(Stamp { len: self.bytes.len() as u64, modified: None })
+        Ok(Stamp {
+            len: self.bytes.len() as u64,
+            modified: None,
+        })
     }
 
     fn alignment(&self) -> usize {
@@ -263,15 +340,29 @@ impl ReadAt for Stalling {
 fn a_device_that_stalls_delays_nothing_else_and_is_outlived() {
     let gate = Arc::new((Mutex::new(false), Condvar::new()));
     let bytes = content(50_000);
-    let source = Stalling { bytes: bytes.clone(), from: 40_000, gate: Arc::clone(&gate) };
+    let source = Stalling {
+        bytes: bytes.clone(),
+        from: 40_000,
+        gate: Arc::clone(&gate),
+    };
     let tier = FileTier::from_readers(vec![named(source)]).unwrap();
     tier.submit(99, &[span(45_000, 500, 0)], piece(500), Priority::Demand);
     // These have a lower priority, so they wait for the read that stalls.
     for key in 50..55 {
-        tier.submit(key, &[span(key * 100, 100, 0)], piece(100), Priority::Background);
+        tier.submit(
+            key,
+            &[span(key * 100, 100, 0)],
+            piece(100),
+            Priority::Background,
+        );
     }
     for key in 0..30 {
-        tier.submit(key, &[span(key * 1000, 1000, 0)], piece(1000), Priority::Demand);
+        tier.submit(
+            key,
+            &[span(key * 1000, 1000, 0)],
+            piece(1000),
+            Priority::Demand,
+        );
     }
     let mut seen = Vec::new();
     let mut take = |n: usize| {
@@ -299,7 +390,11 @@ fn a_device_that_stalls_delays_nothing_else_and_is_outlived() {
 #[test]
 fn what_is_given_up_leaves_the_background_alone() {
     let gate = Arc::new((Mutex::new(false), Condvar::new()));
-    let source = Stalling { bytes: content(50_000), from: 40_000, gate: Arc::clone(&gate) };
+    let source = Stalling {
+        bytes: content(50_000),
+        from: 40_000,
+        gate: Arc::clone(&gate),
+    };
     let tier = FileTier::from_readers(vec![named(source)]).unwrap();
     tier.submit(1, &[span(45_000, 500, 0)], piece(500), Priority::Demand);
     // The first is under way before the others are asked for, whoever of the readers has it.
@@ -310,10 +405,16 @@ fn what_is_given_up_leaves_the_background_alone() {
     tier.submit(5, &[span(1000, 500, 0)], piece(500), Priority::Background);
     tier.resolve_idle(&[4]);
     let given_up = tier.wait().unwrap();
-    assert!(matches!((given_up.key, &given_up.result), (3, Err(ReadError::Stopped)) | (4, Ok(()))));
+    assert!(matches!(
+        (given_up.key, &given_up.result),
+        (3, Err(ReadError::Stopped)) | (4, Ok(()))
+    ));
     *gate.0.lock().unwrap() = true;
     gate.1.notify_all();
-    let mut keys: Vec<(u64, bool)> = (0..3).map(|_| tier.wait().unwrap()).map(|a| (a.key, a.result.is_ok())).collect();
+    let mut keys: Vec<(u64, bool)> = (0..3)
+        .map(|_| tier.wait().unwrap())
+        .map(|a| (a.key, a.result.is_ok()))
+        .collect();
     keys.push((given_up.key, given_up.result.is_ok()));
     keys.sort_unstable();
     assert_eq!(keys, [(1, true), (3, false), (4, true), (5, true)]);
@@ -325,21 +426,42 @@ fn bytes_that_are_not_what_they_were_are_named() {
     let bytes = content(50_000);
     let check = |sum: u64| SliceChecksum {
         at: 100,
-        extent: Extent { part: 0, offset: 800, len: 300 },
+        extent: Extent {
+            part: 0,
+            offset: 800,
+            len: 300,
+        },
         sum,
         what: "expert 3 of tensor 'up'".into(),
     };
     let right = xxhash_rust::xxh3::xxh3_64(&bytes[800..1100]);
     let trial = trial(&[], 1);
     let spans = [span(700, 400, 0)];
-    let read = trial.tier.read_checked(&spans, vec![check(right)], piece(400)).unwrap();
+    let read = trial
+        .tier
+        .read_checked(&spans, vec![check(right)], piece(400))
+        .unwrap();
     assert_eq!(read[..], bytes[700..1100]);
-    let error = trial.tier.read_checked(&spans, vec![check(right), check(7)], piece(400)).err().unwrap().to_string();
-    for word in ["weights.gguf", "expert 3 of tensor 'up'", "300 bytes at offset 800", &format!("{right:016x}")] {
+    let error = trial
+        .tier
+        .read_checked(&spans, vec![check(right), check(7)], piece(400))
+        .err()
+        .unwrap()
+        .to_string();
+    for word in [
+        "weights.gguf",
+        "expert 3 of tensor 'up'",
+        "300 bytes at offset 800",
+        &format!("{right:016x}"),
+    ] {
         assert!(error.contains(word), "{word}: {error}");
     }
     // A read that failed says why, not that its bytes are wrong.
     let failing = super::tests::trial(&[EACCES], 1);
-    let error = failing.tier.read_checked(&spans, vec![check(7)], piece(400)).err().unwrap();
+    let error = failing
+        .tier
+        .read_checked(&spans, vec![check(7)], piece(400))
+        .err()
+        .unwrap();
     assert!(matches!(error, ReadError::Io { .. }), "{error}");
 }

@@ -57,20 +57,35 @@ impl LayerSearch<'_> {
         let mut sums = vec![[0.0f64; 2]; self.descent.timed.table.n_expert + 1];
         let mut bound = f64::INFINITY;
         let mut point = region.point;
-        let last_cuts =
-            if fast == 0 { 0..=0 } else { usize::from(region.low[fast - 1])..=usize::from(region.high[fast - 1]) };
+        let last_cuts = if fast == 0 {
+            0..=0
+        } else {
+            usize::from(region.low[fast - 1])..=usize::from(region.high[fast - 1])
+        };
         for last in last_cuts {
-            let pinned = if fast > 0 { prefix[fast - 1][last] } else { 0.0 };
+            let pinned = if fast > 0 {
+                prefix[fast - 1][last]
+            } else {
+                0.0
+            };
             let base = cuts.cost[last] + pinned + self.pooled_cost(region, &prefix, last);
             if !base.is_finite() {
                 continue;
             }
-            let Some(choice) = self.best_slots(region, last, &transfers, &mut sums) else { continue };
+            let Some(choice) = self.best_slots(region, last, &transfers, &mut sums) else {
+                continue;
+            };
             let value = base + choice.cost;
             if value < bound {
                 bound = value;
-                let slot_tier = region.slot_tier.map_or(self.descent.capacity.staging_tier, TierIdx::new);
-                point = Config { cuts: cuts.trace(last as u16, fast), slots: choice.slots, slot_tier };
+                let slot_tier = region
+                    .slot_tier
+                    .map_or(self.descent.capacity.staging_tier, TierIdx::new);
+                point = Config {
+                    cuts: cuts.trace(last as u16, fast),
+                    slots: choice.slots,
+                    slot_tier,
+                };
             }
         }
         if bound > region.bound || !bound.is_finite() {
@@ -114,7 +129,10 @@ impl LayerSearch<'_> {
             for path in 0..n {
                 let w = weight[path] / sum;
                 let on = &mut rank_s[path * n_expert..][..n_expert];
-                let PathTime { per_expert_s, fixed_s } = self.descent.timed.compute[path];
+                let PathTime {
+                    per_expert_s,
+                    fixed_s,
+                } = self.descent.timed.compute[path];
                 // What starts a path is paid once per token. That is exact for the first tier's
                 // pins, whose first expert is the token's most used one. Else each expert pays its
                 // part.
@@ -141,10 +159,12 @@ impl LayerSearch<'_> {
             .map(|path| {
                 let mut sum = 0.0;
                 let price = self.descent.expert_price_s[path];
-                let steps = weights.rank_s[path * n_expert..][..n_expert].iter().map(|&s| {
-                    sum += s * scale + price;
-                    sum
-                });
+                let steps = weights.rank_s[path * n_expert..][..n_expert]
+                    .iter()
+                    .map(|&s| {
+                        sum += s * scale + price;
+                        sum
+                    });
                 std::iter::once(0.0).chain(steps).collect()
             })
             .collect()
@@ -189,15 +209,22 @@ impl LayerSearch<'_> {
         let table = self.descent.timed.table;
         let (n_expert, used) = (table.n_expert, table.used);
         let scale = 1.0 / table.tokens as f64;
-        let to = region.slot_tier.unwrap_or(self.descent.capacity.staging_tier.get());
-        let PathTime { per_expert_s, fixed_s } = self.descent.timed.transfer[to];
+        let to = region
+            .slot_tier
+            .unwrap_or(self.descent.capacity.staging_tier.get());
+        let PathTime {
+            per_expert_s,
+            fixed_s,
+        } = self.descent.timed.transfer[to];
         let (each_s, fixed_s) = (per_expert_s * scale, fixed_s * scale);
         let mut by_cut = vec![0.0; n_expert + 1];
         if region.slot_tier.is_none() {
             if !self.descent.capacity.in_place {
                 for (token, ranks) in table.ranks.chunks_exact(used).enumerate() {
                     let weight = weights.transfers[token];
-                    ranks.iter().for_each(|&r| by_cut[usize::from(r)] += weight * each_s);
+                    ranks
+                        .iter()
+                        .for_each(|&r| by_cut[usize::from(r)] += weight * each_s);
                     by_cut[usize::from(ranks[used - 1])] += weight * fixed_s;
                 }
                 sum_from_the_end(&mut by_cut);
@@ -205,8 +232,13 @@ impl LayerSearch<'_> {
             return TransferCosts::Staged(by_cut);
         }
         let per_token = weights.transfers.iter();
-        let miss_s = per_token.flat_map(|w| [w * each_s, w * (each_s + fixed_s)]).collect();
-        let choices = table.ranks.chunks_exact(used).zip(table.cold.chunks_exact(used));
+        let miss_s = per_token
+            .flat_map(|w| [w * each_s, w * (each_s + fixed_s)])
+            .collect();
+        let choices = table
+            .ranks
+            .chunks_exact(used)
+            .zip(table.cold.chunks_exact(used));
         for ((ranks, cold), weight) in choices.zip(&weights.transfers) {
             let mut deepest = None;
             for (&rank, _) in ranks.iter().zip(cold).filter(|(_, cold)| **cold) {
@@ -218,7 +250,10 @@ impl LayerSearch<'_> {
             }
         }
         sum_from_the_end(&mut by_cut);
-        TransferCosts::Missed { miss_s, cold_s: by_cut }
+        TransferCosts::Missed {
+            miss_s,
+            cold_s: by_cut,
+        }
     }
 
     /// Fifth pass: the number of slots that is best for a last cut.
@@ -232,7 +267,12 @@ impl LayerSearch<'_> {
         sums: &mut [[f64; 2]],
     ) -> Option<SlotChoice> {
         let (miss_s, cold_s) = match transfers {
-            TransferCosts::Staged(by_cut) => return Some(SlotChoice { slots: 0, cost: by_cut[last] }),
+            TransferCosts::Staged(by_cut) => {
+                return Some(SlotChoice {
+                    slots: 0,
+                    cost: by_cut[last],
+                });
+            }
             TransferCosts::Missed { miss_s, cold_s } => (miss_s, cold_s),
         };
         let fast = self.descent.capacity.fast();
@@ -249,7 +289,13 @@ impl LayerSearch<'_> {
             let place = choice.position.clamp(bottom, high) - bottom;
             sums[usize::from(place)][at & 1] += miss_s[choice.key as usize];
         }
-        let (mut missed, mut best) = (cold_s[last], SlotChoice { slots: low, cost: f64::INFINITY });
+        let (mut missed, mut best) = (
+            cold_s[last],
+            SlotChoice {
+                slots: low,
+                cost: f64::INFINITY,
+            },
+        );
         for slots in (low..=high).rev() {
             let [a, b] = sums[usize::from(slots - bottom)];
             missed += a + b;

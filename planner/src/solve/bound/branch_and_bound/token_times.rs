@@ -21,7 +21,9 @@ pub(super) struct TokenTimes<'a> {
 impl StageTime for TokenTimes<'_> {
     fn seconds(&self, config: &Config) -> f64 {
         let mut sum = 0.0;
-        self.for_each_token(config, |_, times| sum += times.iter().copied().fold(0.0, f64::max));
+        self.for_each_token(config, |_, times| {
+            sum += times.iter().copied().fold(0.0, f64::max)
+        });
         sum / self.table.tokens as f64
     }
 }
@@ -36,7 +38,12 @@ impl<'a> TokenTimes<'a> {
             compute[tier] = stage.path(tier, TierIdx::new(tier));
             transfer[tier] = stage.path(n, TierIdx::new(tier));
         }
-        TokenTimes { table, capacity, compute, transfer }
+        TokenTimes {
+            table,
+            capacity,
+            compute,
+            transfer,
+        }
     }
 
     /// Calls `each` with every token's path times under a configuration.
@@ -50,7 +57,10 @@ impl<'a> TokenTimes<'a> {
                 missed_again[choice.token()] += u16::from(choice.position >= config.slots);
             }
         }
-        let choices = table.ranks.chunks_exact(table.used).zip(table.cold.chunks_exact(table.used));
+        let choices = table
+            .ranks
+            .chunks_exact(table.used)
+            .zip(table.cold.chunks_exact(table.used));
         for (token, ((ranks, cold), missed_again)) in choices.zip(missed_again).enumerate() {
             let mut counts = [0u16; MAX_PATHS];
             let (mut tier, mut pooled, mut missed) = (0, 0u16, missed_again);
@@ -84,12 +94,18 @@ impl<'a> TokenTimes<'a> {
         let mut times = [0.0; MAX_PATHS];
         for path in 0..n {
             if counts[path] > 0 {
-                let PathTime { per_expert_s, fixed_s } = self.compute[path];
+                let PathTime {
+                    per_expert_s,
+                    fixed_s,
+                } = self.compute[path];
                 times[path] = fixed_s + f64::from(counts[path]) * per_expert_s;
             }
         }
         if counts[n] > 0 {
-            let PathTime { per_expert_s, fixed_s } = self.transfer[slot_tier];
+            let PathTime {
+                per_expert_s,
+                fixed_s,
+            } = self.transfer[slot_tier];
             times[n] = fixed_s + f64::from(counts[n]) * per_expert_s;
         }
         times
@@ -100,7 +116,10 @@ impl<'a> TokenTimes<'a> {
         let n = self.capacity.tiers.len() + 1;
         let mut means = vec![0.0; self.table.tokens * n];
         self.for_each_token(config, |token, times| {
-            means[token * n..][..n].iter_mut().zip(times).for_each(|(m, t)| *m = *t as f32);
+            means[token * n..][..n]
+                .iter_mut()
+                .zip(times)
+                .for_each(|(m, t)| *m = *t as f32);
         });
         means
     }

@@ -12,10 +12,22 @@ use tier_plan_runtime::units::show_bytes;
 
 impl Capacity {
     /// Checks that a GPU which the whole cache is fixed to has room for it and all attention.
-    pub(super) fn check_fixed_cache(&self, problem: &Problem<'_>, constraints: &Constraints) -> Result<()> {
-        let Problem { shape, context, kv_type, .. } = *problem;
+    pub(super) fn check_fixed_cache(
+        &self,
+        problem: &Problem<'_>,
+        constraints: &Constraints,
+    ) -> Result<()> {
+        let Problem {
+            shape,
+            context,
+            kv_type,
+            ..
+        } = *problem;
         let is_attention = |d: &&DenseShape| d.kind == DenseKind::Attention;
-        if let Some(gpu) = constraints.fixed_cache().filter(|&t| self.tiers[t].is_gpu()) {
+        if let Some(gpu) = constraints
+            .fixed_cache()
+            .filter(|&t| self.tiers[t].is_gpu())
+        {
             let attention = shape.dense.iter().filter(is_attention).map(|d| d.bytes);
             let bytes = attention.fold(0, u64::saturating_add);
             let needed = bytes.saturating_add(kv_type.context_bytes(shape, context));
@@ -78,7 +90,11 @@ impl Capacity {
     }
 
     /// Checks that every layer's attention has a tier.
-    pub(super) fn check_attention(&self, problem: &Problem<'_>, constraints: &Constraints) -> Result<()> {
+    pub(super) fn check_attention(
+        &self,
+        problem: &Problem<'_>,
+        constraints: &Constraints,
+    ) -> Result<()> {
         let is_attention = |d: &&DenseShape| d.kind == DenseKind::Attention;
         for group in problem.shape.dense.iter().filter(is_attention) {
             let allowed = |&t: &TierIdx| constraints.allows(group.kind, group.layer, t);
@@ -87,8 +103,14 @@ impl Capacity {
             }
             let layer = group.layer.unwrap_or_default();
             let cache = problem.shape.caches.get(layer as usize);
-            let Some(gpu) = self.computing_tiers().filter(|&t| self.tiers[t].is_gpu()).find(allowed) else {
-                bail!("--fix and --forbid leave no tier for the attention of layer {layer}; take one of them back");
+            let Some(gpu) = self
+                .computing_tiers()
+                .filter(|&t| self.tiers[t].is_gpu())
+                .find(allowed)
+            else {
+                bail!(
+                    "--fix and --forbid leave no tier for the attention of layer {layer}; take one of them back"
+                );
             };
             let name = &self.tiers[gpu].name;
             ensure!(
@@ -114,12 +136,18 @@ impl Capacity {
     pub(super) fn check_sums(&self, problem: &Problem<'_>) -> Result<()> {
         let shape = problem.shape;
         let dense: u128 = shape.dense.iter().map(|d| u128::from(d.bytes)).sum();
-        let of_layer = shape.experts.iter().map(|e| u128::from(e.expert_bytes) * u128::from(e.n_expert));
+        let of_layer = shape
+            .experts
+            .iter()
+            .map(|e| u128::from(e.expert_bytes) * u128::from(e.n_expert));
         let experts: u128 = of_layer.sum();
         let left = |tiers: &mut dyn Iterator<Item = TierIdx>| -> u128 {
             tiers.map(|t| u128::from(self.left_bytes[t.get()])).sum()
         };
-        let names: Vec<String> = self.computing_tiers().map(|t| format!("'{}'", self.tiers[t].name)).collect();
+        let names: Vec<String> = self
+            .computing_tiers()
+            .map(|t| format!("'{}'", self.tiers[t].name))
+            .collect();
         let to_u64 = |bytes: u128| u64::try_from(bytes).unwrap_or(u64::MAX);
         let show = |bytes: u128| show_bytes(to_u64(bytes));
         let may_stay_in_file = |kind| kind == DenseKind::Embedding && !self.in_place;
@@ -128,8 +156,11 @@ impl Capacity {
         let computing: u128 = in_memory.map(|d| u128::from(d.bytes)).sum();
         let computing = computing + moving;
         let have = left(&mut self.computing_tiers());
-        let (with, beside) =
-            if moving > 0 { (", with keys and values,", "") } else { ("", "the key and value cache and ") };
+        let (with, beside) = if moving > 0 {
+            (", with keys and values,", "")
+        } else {
+            ("", "the key and value cache and ")
+        };
         ensure!(
             computing <= have,
             "the dense tensors of '{}'{with} need {}, but {} have {} left for them beside {beside}the staging \
@@ -138,7 +169,11 @@ impl Capacity {
             show(computing),
             names.join(" and "),
             show(have),
-            hint(problem, self.staging_tier, to_u64(computing.saturating_sub(have)))
+            hint(
+                problem,
+                self.staging_tier,
+                to_u64(computing.saturating_sub(have))
+            )
         );
         let have = left(&mut self.tiers.indices());
         let needed = dense + experts + moving;

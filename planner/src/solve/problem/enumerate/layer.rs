@@ -40,7 +40,9 @@ impl StackDistances {
     }
 
     fn tokens(&self) -> impl Iterator<Item = &[u16]> {
-        self.starts.windows(2).map(|span| &self.positions[span[0]..span[1]])
+        self.starts
+            .windows(2)
+            .map(|span| &self.positions[span[0]..span[1]])
     }
 }
 
@@ -63,7 +65,8 @@ impl LayerColumns<'_, '_> {
     }
 
     fn push(&self, item: &mut Item, config: Config, seconds: f64) {
-        self.enumerator.push(item, self.layer, self.fixed, config, seconds);
+        self.enumerator
+            .push(item, self.layer, self.fixed, config, seconds);
     }
 
     /// Returns the last cuts of the axes that the layer allows.
@@ -86,7 +89,11 @@ impl LayerColumns<'_, '_> {
         let least = self.n_used().min(pooled);
         match &self.axes.slots {
             None => self.enumerator.grid.axis(least, pooled),
-            Some(slots) => slots.iter().copied().filter(|s| (least..=pooled).contains(s)).collect(),
+            Some(slots) => slots
+                .iter()
+                .copied()
+                .filter(|s| (least..=pooled).contains(s))
+                .collect(),
         }
     }
 
@@ -106,7 +113,11 @@ impl LayerColumns<'_, '_> {
             let mut go = |to: u16| {
                 let mut sequence = so_far;
                 sequence[tier] = to;
-                if tier + 1 == fast { each(sequence) } else { stack.push((tier + 1, sequence)) }
+                if tier + 1 == fast {
+                    each(sequence)
+                } else {
+                    stack.push((tier + 1, sequence))
+                }
             };
             if tier + 1 == fast {
                 if fits(last) {
@@ -114,7 +125,8 @@ impl LayerColumns<'_, '_> {
                 }
             } else {
                 let cuts = self.axes.cuts.iter().copied();
-                cuts.filter(|&to| to >= from && to <= last && fits(to)).for_each(&mut go);
+                cuts.filter(|&to| to >= from && to <= last && fits(to))
+                    .for_each(&mut go);
             }
         }
     }
@@ -122,39 +134,68 @@ impl LayerColumns<'_, '_> {
     /// Returns the transfers to each tier that slots may be on.
     fn transfers(&self) -> Vec<Transfers> {
         let path = self.capacity().tiers.len();
-        let seconds =
-            |to: TierIdx| (0..=self.n_used()).map(|missed| self.stage.path_s(path, f64::from(missed), to)).collect();
-        self.capacity().slot_tiers().map(|to| Transfers { to, seconds: seconds(to) }).collect()
+        let seconds = |to: TierIdx| {
+            (0..=self.n_used())
+                .map(|missed| self.stage.path_s(path, f64::from(missed), to))
+                .collect()
+        };
+        self.capacity()
+            .slot_tiers()
+            .map(|to| Transfers {
+                to,
+                seconds: seconds(to),
+            })
+            .collect()
     }
 
     /// Returns the seconds of a token without slots.
     ///
     /// Every pooled choice is missed then, unless pooled experts compute in place.
     fn staged_s(&self, mut experts: Paths) -> f64 {
-        let Capacity { in_place, staging_tier, .. } = *self.capacity();
+        let Capacity {
+            in_place,
+            staging_tier,
+            ..
+        } = *self.capacity();
         let home = self.capacity().fast();
         if !in_place {
             let pooled = std::mem::take(&mut experts[home]);
             experts[staging_tier.get()] += pooled;
             experts[home + 1] += pooled;
         }
-        self.stage.token_s(&experts[..=self.capacity().tiers.len()], staging_tier)
+        self.stage
+            .token_s(&experts[..=self.capacity().tiers.len()], staging_tier)
     }
 
     /// Adds the columns of a step over several sequences.
     pub(super) fn batched(&self, item: &mut Item) {
-        let Some(batch) = self.enumerator.charge.batch else { return };
+        let Some(batch) = self.enumerator.charge.batch else {
+            return;
+        };
         let touched = self.enumerator.touched(self.layer, self.fixed, batch);
         let staging_tier = self.capacity().staging_tier;
         for last in self.last_cuts() {
             let slots = self.slot_axis(self.n_pooled(last));
             self.for_each_cuts(last, |cuts| {
-                let none = Config { cuts, slots: 0, slot_tier: staging_tier };
-                let with = |slot_tier: TierIdx| slots.iter().map(move |&slots| Config { cuts, slots, slot_tier });
-                let configs = std::iter::once(none).chain(self.capacity().slot_tiers().flat_map(with));
+                let none = Config {
+                    cuts,
+                    slots: 0,
+                    slot_tier: staging_tier,
+                };
+                let with = |slot_tier: TierIdx| {
+                    slots.iter().map(move |&slots| Config {
+                        cuts,
+                        slots,
+                        slot_tier,
+                    })
+                };
+                let configs =
+                    std::iter::once(none).chain(self.capacity().slot_tiers().flat_map(with));
                 for config in configs {
                     let (layer, fixed) = (self.layer, self.fixed);
-                    let seconds = self.enumerator.batch_s(&self.stage, layer, fixed, &touched, &config);
+                    let seconds =
+                        self.enumerator
+                            .batch_s(&self.stage, layer, fixed, &touched, &config);
                     self.push(item, config, seconds);
                 }
             });
@@ -175,9 +216,17 @@ impl LayerColumns<'_, '_> {
             let pooled = self.n_pooled(last);
             let slots = self.slot_axis(pooled);
             self.for_each_cuts(last, |cuts| {
-                let paths = || ranks.chunks_exact(used).map(|token| self.paths_of(token, &cuts));
+                let paths = || {
+                    ranks
+                        .chunks_exact(used)
+                        .map(|token| self.paths_of(token, &cuts))
+                };
                 let staged: f64 = paths().map(|experts| self.staged_s(experts)).sum();
-                let none = Config { cuts, slots: 0, slot_tier: staging_tier };
+                let none = Config {
+                    cuts,
+                    slots: 0,
+                    slot_tier: staging_tier,
+                };
                 self.push(item, none, staged / tokens);
                 if slots.is_empty() {
                     return;
@@ -194,7 +243,15 @@ impl LayerColumns<'_, '_> {
                         sum += change;
                         if wanted.next_if(|&&s| usize::from(s) == count).is_some() {
                             let (slots, slot_tier) = (count as u16, transfers.to);
-                            self.push(item, Config { cuts, slots, slot_tier }, sum / tokens);
+                            self.push(
+                                item,
+                                Config {
+                                    cuts,
+                                    slots,
+                                    slot_tier,
+                                },
+                                sum / tokens,
+                            );
                         }
                     }
                 }
@@ -238,7 +295,13 @@ impl LayerColumns<'_, '_> {
     ///
     /// `changes[0]` is the time without any hit.
     #[inline]
-    fn add_changes(&self, mut experts: Paths, positions: &[u16], transfers: &Transfers, changes: &mut [f64]) {
+    fn add_changes(
+        &self,
+        mut experts: Paths,
+        positions: &[u16],
+        transfers: &Transfers,
+        changes: &mut [f64],
+    ) {
         let (home, n) = (self.capacity().fast(), self.capacity().tiers.len());
         let mut missed = usize::from(std::mem::take(&mut experts[home]));
         experts[transfers.to.get()] += missed as u16;
@@ -264,17 +327,28 @@ impl LayerColumns<'_, '_> {
             let slots = self.slot_axis(pooled);
             let misses = miss_shares(&slots, pooled, used);
             self.for_each_cuts(last, |cuts| {
-                let none = Config { cuts, slots: 0, slot_tier: staging_tier };
+                let none = Config {
+                    cuts,
+                    slots: 0,
+                    slot_tier: staging_tier,
+                };
                 let pins = none.pins(home).zip(&self.fixed.per_tier);
-                let mut groups: Vec<u32> = pins.map(|(pins, &fixed)| u32::from(pins) + u32::from(fixed)).collect();
+                let mut groups: Vec<u32> = pins
+                    .map(|(pins, &fixed)| u32::from(pins) + u32::from(fixed))
+                    .collect();
                 groups.push(pooled.into());
                 let mut tokens: Vec<(Paths, f64)> = Vec::new();
                 cost::draw(&groups, used.into(), |drawn, share| {
                     let mut experts = Paths::default();
-                    experts.iter_mut().zip(drawn).for_each(|(n, &d)| *n = d as u16);
+                    experts
+                        .iter_mut()
+                        .zip(drawn)
+                        .for_each(|(n, &d)| *n = d as u16);
                     tokens.push((experts, share));
                 });
-                let staged = tokens.iter().map(|&(experts, share)| share * self.staged_s(experts));
+                let staged = tokens
+                    .iter()
+                    .map(|&(experts, share)| share * self.staged_s(experts));
                 self.push(item, none, staged.sum());
                 for transfers in &transfers {
                     let computes: Vec<UniformToken> = tokens
@@ -283,16 +357,25 @@ impl LayerColumns<'_, '_> {
                             let pooled = std::mem::take(&mut experts[home]);
                             experts[transfers.to.get()] += pooled;
                             let compute_s = self.stage.token_s(&experts[..n], transfers.to);
-                            UniformToken { compute_s, pooled: usize::from(pooled), share }
+                            UniformToken {
+                                compute_s,
+                                pooled: usize::from(pooled),
+                                share,
+                            }
                         })
                         .collect();
                     for (&slots, misses) in slots.iter().zip(&misses) {
                         let mean = |token: &UniformToken| {
                             let by_misses = misses[token.pooled].iter().zip(&transfers.seconds);
-                            let mean_s: f64 = by_misses.map(|(p, t)| p * token.compute_s.max(*t)).sum();
+                            let mean_s: f64 =
+                                by_misses.map(|(p, t)| p * token.compute_s.max(*t)).sum();
                             token.share * mean_s
                         };
-                        let config = Config { cuts, slots, slot_tier: transfers.to };
+                        let config = Config {
+                            cuts,
+                            slots,
+                            slot_tier: transfers.to,
+                        };
                         self.push(item, config, computes.iter().map(mean).sum());
                     }
                 }
@@ -320,7 +403,9 @@ fn miss_shares(slots: &[u16], pooled: u16, used: u16) -> Vec<Vec<Vec<f64>>> {
                 .map(|choices| {
                     let mut shares = vec![0.0; usize::from(choices) + 1];
                     let groups = [u32::from(slots), u32::from(pooled - slots)];
-                    cost::draw(&groups, choices.into(), |drawn, share| shares[drawn[1] as usize] += share);
+                    cost::draw(&groups, choices.into(), |drawn, share| {
+                        shares[drawn[1] as usize] += share
+                    });
                     shares
                 })
                 .collect()

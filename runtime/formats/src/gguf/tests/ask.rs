@@ -67,10 +67,19 @@ fn what_does_not_fit_is_refused() {
         ("yes", g.u32_per_layer("yes", 3).unwrap_err().to_string()),
     ];
     for (key, message) in refused {
-        says(&message, &[&format!("'{key}'"), "expected", "found", "m.gguf"]);
+        says(
+            &message,
+            &[&format!("'{key}'"), "expected", "found", "m.gguf"],
+        );
     }
-    says(&g.u32("i64").unwrap_err().to_string(), &["an integer from 0 to 4294967295", "i64 8589934592"]);
-    says(&g.u32("strings").unwrap_err().to_string(), &["array of 1 strings"]);
+    says(
+        &g.u32("i64").unwrap_err().to_string(),
+        &["an integer from 0 to 4294967295", "i64 8589934592"],
+    );
+    says(
+        &g.u32("strings").unwrap_err().to_string(),
+        &["array of 1 strings"],
+    );
 }
 
 #[test]
@@ -79,7 +88,10 @@ fn an_absent_key_is_none_or_an_error_that_names_it() {
     assert_eq!(g.opt_u32("no.such").unwrap(), None);
     assert_eq!(g.opt_str_array("no.such").unwrap(), None);
     assert_eq!(g.opt_u32_per_layer("no.such", 4).unwrap(), None);
-    says(&g.u32("no.such").unwrap_err().to_string(), &["'no.such' is missing", "an integer", "convert it again"]);
+    says(
+        &g.u32("no.such").unwrap_err().to_string(),
+        &["'no.such' is missing", "an integer", "convert it again"],
+    );
 }
 
 #[test]
@@ -87,7 +99,14 @@ fn one_value_stands_for_every_layer() {
     let (_dir, g) = model();
     assert_eq!(g.u32_per_layer("u8", 3).unwrap(), [7, 7, 7]);
     assert_eq!(g.u32_per_layer("u64s", 3).unwrap(), [1, 2, 3]);
-    assert_eq!(g.u32_per_layer("u64s", 2).unwrap(), [1, 2], "entries of trailing blocks are left off");
+    assert_eq!(
+        g.u32_per_layer("u64s", 2).unwrap(),
+        [1, 2],
+        "entries of trailing blocks are left off"
+    );
     let message = g.u32_per_layer("u64s", 4).unwrap_err().to_string();
-    says(&message, &["'u64s'", "array of 4 of them", "array of 3 u64"]);
+    says(
+        &message,
+        &["'u64s'", "array of 4 of them", "array of 3 u64"],
+    );
 }

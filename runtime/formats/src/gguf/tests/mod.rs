@@ -11,7 +11,9 @@ use std::path::{Path, PathBuf};
 
 /// A file of the repository, by its path from the top.
 fn repository(path: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").join(path)
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../..")
+        .join(path)
 }
 
 /// A fixture, by name.

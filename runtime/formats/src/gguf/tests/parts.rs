@@ -35,11 +35,23 @@ fn any_part_opens_the_whole_model() {
         assert_eq!(g.file_bytes(), 192 + 320 + 320);
         assert_eq!(g.path(), fixture("parts-00001-of-00003.gguf"));
         assert_eq!(g.part_path(2), fixture("parts-00003-of-00003.gguf"));
-        let at: Vec<_> = g.tensors().iter().map(|t| (t.name.as_str(), t.part)).collect();
+        let at: Vec<_> = g
+            .tensors()
+            .iter()
+            .map(|t| (t.name.as_str(), t.part))
+            .collect();
         assert_eq!(at, [("t0", 1), ("t1", 1), ("t2", 2), ("t3", 2)]);
         for (i, t) in g.tensors().iter().enumerate() {
             assert_eq!(t.dims, [8, 2]);
-            assert!(g.bytes(t).as_chunks::<4>().0.iter().all(|&b| f32::from_le_bytes(b) == i as f32), "{}", t.name);
+            assert!(
+                g.bytes(t)
+                    .as_chunks::<4>()
+                    .0
+                    .iter()
+                    .all(|&b| f32::from_le_bytes(b) == i as f32),
+                "{}",
+                t.name
+            );
         }
         ids.push(g.id());
     }
@@ -60,7 +72,14 @@ fn a_missing_part_is_named() {
     let dir = tempfile::tempdir().unwrap();
     let third = put(dir.path(), "m-00003-of-00003.gguf", &part(2, 3, 3, "c"));
     put(dir.path(), "m-00001-of-00003.gguf", &part(0, 3, 3, "a"));
-    says(&message(&third), &["m-00002-of-00003.gguf", "part 2 of 3 is missing", "download it into the same folder"]);
+    says(
+        &message(&third),
+        &[
+            "m-00002-of-00003.gguf",
+            "part 2 of 3 is missing",
+            "download it into the same folder",
+        ],
+    );
 }
 
 #[test]
@@ -68,12 +87,33 @@ fn a_part_of_another_place_or_split_is_named() {
     let dir = tempfile::tempdir().unwrap();
     let first = put(dir.path(), "m-00001-of-00002.gguf", &part(0, 2, 2, "a"));
     put(dir.path(), "m-00002-of-00002.gguf", &part(0, 2, 2, "a"));
-    says(&message(&first), &["m-00002-of-00002.gguf", "name says part 2 of 2", "file says part 1 of 2"]);
+    says(
+        &message(&first),
+        &[
+            "m-00002-of-00002.gguf",
+            "name says part 2 of 2",
+            "file says part 1 of 2",
+        ],
+    );
     put(dir.path(), "m-00002-of-00002.gguf", &part(1, 5, 2, "b"));
-    says(&message(&first), &["m-00002-of-00002.gguf", "file says part 2 of 5"]);
-    put(dir.path(), "m-00002-of-00002.gguf", &Writer::default().finish());
-    says(&message(&first), &["m-00002-of-00002.gguf", "part 2 of 2", "another model"]);
-    put(dir.path(), "m-00002-of-00002.gguf", &part(1, 2, 2, "b")[..150]);
+    says(
+        &message(&first),
+        &["m-00002-of-00002.gguf", "file says part 2 of 5"],
+    );
+    put(
+        dir.path(),
+        "m-00002-of-00002.gguf",
+        &Writer::default().finish(),
+    );
+    says(
+        &message(&first),
+        &["m-00002-of-00002.gguf", "part 2 of 2", "another model"],
+    );
+    put(
+        dir.path(),
+        "m-00002-of-00002.gguf",
+        &part(1, 2, 2, "b")[..150],
+    );
     says(&message(&first), &["m-00002-of-00002.gguf", "cut short"]);
 }
 
@@ -81,9 +121,15 @@ fn a_part_of_another_place_or_split_is_named() {
 fn a_renamed_part_is_asked_to_take_its_name_back() {
     let dir = tempfile::tempdir().unwrap();
     let renamed = put(dir.path(), "model.gguf", &part(1, 3, 3, "a"));
-    says(&message(&renamed), &["part 2 of 3", "'-00002-of-00003.gguf'"]);
+    says(
+        &message(&renamed),
+        &["part 2 of 3", "'-00002-of-00003.gguf'"],
+    );
     let shifted = put(dir.path(), "m-00001-of-00003.gguf", &part(1, 3, 3, "a"));
-    says(&message(&shifted), &["name says part 1 of 3", "file says part 2 of 3"]);
+    says(
+        &message(&shifted),
+        &["name says part 1 of 3", "file says part 2 of 3"],
+    );
 }
 
 #[test]
@@ -91,9 +137,19 @@ fn parts_of_two_releases_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     let first = put(dir.path(), "m-00001-of-00002.gguf", &part(0, 2, 3, "a"));
     put(dir.path(), "m-00002-of-00002.gguf", &part(1, 2, 3, "b"));
-    says(&message(&first), &["3 tensors", "2 parts hold 2", "download all parts again"]);
+    says(
+        &message(&first),
+        &["3 tensors", "2 parts hold 2", "download all parts again"],
+    );
     put(dir.path(), "m-00002-of-00002.gguf", &part(1, 2, 3, "a"));
-    says(&message(&first), &["tensor 'a'", "m-00001-of-00002.gguf", "m-00002-of-00002.gguf"]);
+    says(
+        &message(&first),
+        &[
+            "tensor 'a'",
+            "m-00001-of-00002.gguf",
+            "m-00002-of-00002.gguf",
+        ],
+    );
 }
 
 #[test]
@@ -101,8 +157,14 @@ fn split_keys_of_the_wrong_kind_are_named() {
     let dir = tempfile::tempdir().unwrap();
     let open = |w: Writer| message(&put(dir.path(), "m-00001-of-00002.gguf", &w.finish()));
     let count = Writer::default().key("split.count", Value::U16(2));
-    says(&open(count.clone()), &["split.count is 2", "split.no is missing"]);
-    says(&open(count.key("split.no", Value::U16(2))), &["'split.no'", "from 0 to 1", "u16 2"]);
+    says(
+        &open(count.clone()),
+        &["split.count is 2", "split.no is missing"],
+    );
+    says(
+        &open(count.key("split.no", Value::U16(2))),
+        &["'split.no'", "from 0 to 1", "u16 2"],
+    );
     let text = Writer::default().key("split.count", Value::Str("2".into()));
     says(&open(text), &["'split.count'", "string \"2\""]);
     let many = Writer::default().key("split.count", Value::U64(u64::MAX));
@@ -112,9 +174,15 @@ fn split_keys_of_the_wrong_kind_are_named() {
 #[test]
 fn a_whole_model_may_be_named_like_a_part() {
     let dir = tempfile::tempdir().unwrap();
-    let w = Writer::default().key("split.count", Value::U16(1)).key("split.no", Value::U16(0));
+    let w = Writer::default()
+        .key("split.count", Value::U16(1))
+        .key("split.no", Value::U16(0));
     let path = put(dir.path(), "m-00001-of-00001.gguf", &w.finish());
     assert_eq!(Gguf::open(&path).unwrap().n_parts(), 1);
-    let path = put(dir.path(), "m-00002-of-00003.gguf", &Writer::default().finish());
+    let path = put(
+        dir.path(),
+        "m-00002-of-00003.gguf",
+        &Writer::default().finish(),
+    );
     assert_eq!(Gguf::open(&path).unwrap().n_parts(), 1);
 }

@@ -85,12 +85,22 @@ prop_compose! {
 fn heap_bytes(h: &Header) -> usize {
     let value = |v: &Value| match v {
         Value::Str(s) => s.capacity(),
-        Value::Array(ArrayValue::Str(a)) => a.capacity() * 24 + a.iter().map(String::capacity).sum::<usize>(),
+        Value::Array(ArrayValue::Str(a)) => {
+            a.capacity() * 24 + a.iter().map(String::capacity).sum::<usize>()
+        }
         Value::Array(a) => a.len() * 8,
         _ => 0,
     };
-    let keys: usize = h.metadata.iter().map(|(k, v)| k.capacity() + value(v)).sum();
-    let tensors: usize = h.tensors.iter().map(|t| t.name.capacity() + t.dims.capacity() * 8).sum();
+    let keys: usize = h
+        .metadata
+        .iter()
+        .map(|(k, v)| k.capacity() + value(v))
+        .sum();
+    let tensors: usize = h
+        .tensors
+        .iter()
+        .map(|t| t.name.capacity() + t.dims.capacity() * 8)
+        .sum();
     keys + tensors
         + h.metadata.capacity() * size_of::<(String, Value)>()
         + h.tensors.capacity() * size_of::<super::super::TensorInfo>()
@@ -98,20 +108,31 @@ fn heap_bytes(h: &Header) -> usize {
 
 /// What must hold of every header that is accepted, whatever the bytes.
 fn check(h: &Header, bytes: &[u8]) {
-    assert!(heap_bytes(h) <= 64 * bytes.len(), "{} bytes decoded from {}", heap_bytes(h), bytes.len());
+    assert!(
+        heap_bytes(h) <= 64 * bytes.len(),
+        "{} bytes decoded from {}",
+        heap_bytes(h),
+        bytes.len()
+    );
     assert!(h.alignment.is_power_of_two());
     assert!(h.header_bytes <= bytes.len() as u64);
     for t in &h.tensors {
         assert!((1..=4).contains(&t.dims.len()));
         assert_eq!(t.offset % h.alignment, 0);
         assert!(t.offset >= h.header_bytes && t.offset + t.n_bytes <= bytes.len() as u64);
-        assert_eq!(t.ty.row_bytes(t.cols()).map(|row| row * t.rows()), Some(t.n_bytes));
+        assert_eq!(
+            t.ty.row_bytes(t.cols()).map(|row| row * t.rows()),
+            Some(t.n_bytes)
+        );
     }
 }
 
 /// Equal, NaN to NaN: compared by what a writer makes of them.
 fn same_bytes(a: &Writer, metadata: Vec<(String, Value)>) -> bool {
-    let b = Writer { metadata, ..a.clone() };
+    let b = Writer {
+        metadata,
+        ..a.clone()
+    };
     a.header() == b.header()
 }
 
@@ -180,7 +201,18 @@ proptest! {
 fn extreme_numbers_anywhere_do_no_harm() {
     let right = std::fs::read(fixture("tiny-v3.gguf")).unwrap();
     let header = decode(&right).unwrap().header_bytes as usize;
-    let words = [0, 1, u64::MAX, u64::MAX - 7, 1 << 63, (1 << 63) - 1, 1 << 32, u32::MAX.into(), 1 << 24, 1 << 20];
+    let words = [
+        0,
+        1,
+        u64::MAX,
+        u64::MAX - 7,
+        1 << 63,
+        (1 << 63) - 1,
+        1 << 32,
+        u32::MAX.into(),
+        1 << 24,
+        1 << 20,
+    ];
     for at in 4..header - 8 {
         for word in words {
             let mut bytes = right.clone();

@@ -6,7 +6,12 @@ use std::fmt::Write;
 use tier_plan_kernels::quant::TensorType;
 
 fn f32s(bytes: &[u8]) -> Vec<f32> {
-    bytes.as_chunks::<4>().0.iter().map(|&b| f32::from_le_bytes(b)).collect()
+    bytes
+        .as_chunks::<4>()
+        .0
+        .iter()
+        .map(|&b| f32::from_le_bytes(b))
+        .collect()
 }
 
 #[test]
@@ -15,7 +20,16 @@ fn the_bundled_model_lies_where_the_reference_reader_says() {
     let mut listed = String::new();
     for t in g.tensors() {
         let dims: Vec<String> = t.dims.iter().map(u64::to_string).collect();
-        writeln!(listed, "{}\t{}\t{}\t{}\t{}", t.name, dims.join("x"), t.ty, t.offset, t.n_bytes).unwrap();
+        writeln!(
+            listed,
+            "{}\t{}\t{}\t{}\t{}",
+            t.name,
+            dims.join("x"),
+            t.ty,
+            t.offset,
+            t.n_bytes
+        )
+        .unwrap();
         assert_eq!(g.bytes(t).len() as u64, t.n_bytes);
     }
     let reference = std::fs::read_to_string(fixture("demo.tensors.tsv")).unwrap();
@@ -60,7 +74,11 @@ fn every_kind_of_value_reads() {
             ("a.f32", Value::Array(ArrayValue::F32(vec![0.5, -1.5]))),
             ("a.bool", Value::Array(ArrayValue::Bool(vec![true, false]))),
         ];
-        let found: Vec<_> = g.metadata().iter().map(|(k, v)| (k.as_str(), v.clone())).collect();
+        let found: Vec<_> = g
+            .metadata()
+            .iter()
+            .map(|(k, v)| (k.as_str(), v.clone()))
+            .collect();
         assert_eq!(found, expected, "{name}");
     }
 }
@@ -69,20 +87,39 @@ fn every_kind_of_value_reads() {
 fn tensors_are_found_and_read() {
     let g = Gguf::open(&fixture("tiny-v3.gguf")).unwrap();
     let t = g.tensor("f32").unwrap();
-    assert_eq!((t.dims.as_slice(), t.ty, t.part), ([5, 3].as_slice(), TensorType::F32, 0));
+    assert_eq!(
+        (t.dims.as_slice(), t.ty, t.part),
+        ([5, 3].as_slice(), TensorType::F32, 0)
+    );
     assert_eq!((t.cols(), t.rows(), t.n_elements()), (5, 3, 15));
-    assert_eq!(f32s(g.bytes(t)), (0..15).map(|i| i as f32).collect::<Vec<_>>());
+    assert_eq!(
+        f32s(g.bytes(t)),
+        (0..15).map(|i| i as f32).collect::<Vec<_>>()
+    );
     let t = g.tensor("q8").unwrap();
-    assert_eq!((t.dims.as_slice(), t.ty, t.n_bytes), ([64, 2, 4].as_slice(), TensorType::Q8_0, 544));
+    assert_eq!(
+        (t.dims.as_slice(), t.ty, t.n_bytes),
+        ([64, 2, 4].as_slice(), TensorType::Q8_0, 544)
+    );
     assert_eq!(t.offset % 64, 0);
-    assert!(g.bytes(t).iter().enumerate().all(|(i, &b)| usize::from(b) == i % 251));
+    assert!(
+        g.bytes(t)
+            .iter()
+            .enumerate()
+            .all(|(i, &b)| usize::from(b) == i % 251)
+    );
     assert!(g.tensor("q4").is_none());
 }
 
 #[test]
 fn hints_may_be_given_for_any_range() {
     let g = Gguf::open(&fixture("tiny-v3.gguf")).unwrap();
-    for advice in [Advice::Normal, Advice::Random, Advice::Sequential, Advice::WillNeed] {
+    for advice in [
+        Advice::Normal,
+        Advice::Random,
+        Advice::Sequential,
+        Advice::WillNeed,
+    ] {
         g.advise_all(advice);
         for t in g.tensors() {
             g.advise(t, 0, t.n_bytes, advice);
@@ -103,10 +140,18 @@ fn one_name_or_length_more_makes_another_id() {
     };
     let original = hash("a.gguf", &bytes);
     assert_eq!(original.len(), 32);
-    assert_eq!(hash("b.gguf", &bytes), original, "the file's name is no part of the hash");
+    assert_eq!(
+        hash("b.gguf", &bytes),
+        original,
+        "the file's name is no part of the hash"
+    );
     let mut weights = bytes.clone();
     *weights.last_mut().unwrap() ^= 1;
-    assert_eq!(hash("c.gguf", &weights), original, "weights are not read for the hash");
+    assert_eq!(
+        hash("c.gguf", &weights),
+        original,
+        "weights are not read for the hash"
+    );
     let mut header = bytes.clone();
     let at = header.windows(4).position(|w| w == b"v.u8").unwrap();
     header[at] = b'w';
@@ -122,7 +167,11 @@ fn a_copy_in_memory_has_the_same_bytes() {
     for threads in [1, 3] {
         let mut copied = Gguf::open(mapped.path()).unwrap();
         let mut told = 0;
-        copied.copy_to_memory(threads, &mut |done, total| told = done * u64::from(done <= total)).unwrap();
+        copied
+            .copy_to_memory(threads, &mut |done, total| {
+                told = done * u64::from(done <= total)
+            })
+            .unwrap();
         assert_eq!(told, mapped.file_bytes());
         assert!(copied.is_copied() && !mapped.is_copied());
         for (a, b) in copied.tensors().iter().zip(mapped.tensors()) {
@@ -138,8 +187,19 @@ fn a_file_that_changed_is_not_copied() {
     std::fs::copy(repository("profiles/demo/demo.gguf"), &path).unwrap();
     let mut gguf = Gguf::open(&path).unwrap();
     // Longer: a mapping of a shortened file would end this process.
-    std::fs::OpenOptions::new().append(true).open(&path).unwrap().set_len(gguf.file_bytes() + 1).unwrap();
-    let error = gguf.copy_to_memory(2, &mut |_, _| ()).unwrap_err().to_string();
-    assert!(error.contains("model.gguf") && error.contains("changed"), "{error}");
+    std::fs::OpenOptions::new()
+        .append(true)
+        .open(&path)
+        .unwrap()
+        .set_len(gguf.file_bytes() + 1)
+        .unwrap();
+    let error = gguf
+        .copy_to_memory(2, &mut |_, _| ())
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.contains("model.gguf") && error.contains("changed"),
+        "{error}"
+    );
     assert!(!gguf.is_copied());
 }

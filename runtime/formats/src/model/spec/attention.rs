@@ -203,8 +203,16 @@ impl Mixer {
     /// or one latent with its rotated key part.
     pub fn cache_rows(&self) -> Vec<CacheRows> {
         match self {
-            Mixer::Gqa(a) => [a.key_dim, a.value_dim].map(|width| CacheRows { n: a.n_head_kv, width }).to_vec(),
-            Mixer::Mla(a) => vec![CacheRows { n: 1, width: a.kv_rank + a.rope.dims }],
+            Mixer::Gqa(a) => [a.key_dim, a.value_dim]
+                .map(|width| CacheRows {
+                    n: a.n_head_kv,
+                    width,
+                })
+                .to_vec(),
+            Mixer::Mla(a) => vec![CacheRows {
+                n: 1,
+                width: a.kv_rank + a.rope.dims,
+            }],
             Mixer::Delta(_) => Vec::new(),
         }
     }

@@ -1,7 +1,8 @@
 //! Which tensors each part of a network reads, and the groups in which they are placed.
 
 use super::{
-    ExpertLinear, Ffn, GateUp, GatedFfn, KvUp, Linear, LowRank, Mixer, ModelSpec, MoeSpec, QkNorm, SharedSpec, TensorId,
+    ExpertLinear, Ffn, GateUp, GatedFfn, KvUp, Linear, LowRank, Mixer, ModelSpec, MoeSpec, QkNorm,
+    SharedSpec, TensorId,
 };
 use crate::model::shape::DenseKind;
 use std::collections::HashSet;
@@ -33,7 +34,8 @@ impl Tensors {
             if !self.matrices.contains(&linear.weight) {
                 self.matrices.push(linear.weight);
             }
-            self.vectors.extend(linear.bias.filter(|bias| !self.vectors.contains(bias)));
+            self.vectors
+                .extend(linear.bias.filter(|bias| !self.vectors.contains(bias)));
         }
     }
 
@@ -100,12 +102,15 @@ impl MoeSpec {
             GateUp::Split { gate, up } => (gate, Some(up)),
             GateUp::Fused(both) => (both, None),
         };
-        std::iter::once(first).chain(second).chain(std::iter::once(&self.down))
+        std::iter::once(first)
+            .chain(second)
+            .chain(std::iter::once(&self.down))
     }
 
     /// Returns every tensor of the routed experts: each expert has a slice of each.
     pub fn expert_tensors(&self) -> impl Iterator<Item = TensorId> {
-        self.expert_linears().flat_map(|l| std::iter::once(l.weight).chain(l.bias))
+        self.expert_linears()
+            .flat_map(|l| std::iter::once(l.weight).chain(l.bias))
     }
 
     fn router_tensors(&self) -> Tensors {
@@ -122,19 +127,35 @@ impl ModelSpec {
     pub fn dense_groups(&self) -> Vec<DenseGroup> {
         let mut groups = Vec::new();
         if !self.tied() {
-            groups.push(DenseGroup { kind: DenseKind::Embedding, layer: None, tensors: vec![self.embedding] });
+            groups.push(DenseGroup {
+                kind: DenseKind::Embedding,
+                layer: None,
+                tensors: vec![self.embedding],
+            });
         }
         let mut shared_factors = Vec::new();
         for (i, layer) in self.layers.iter().enumerate() {
             let mut add = |kind, norm: Option<TensorId>, tensors: Tensors| {
                 let tensors = norm.into_iter().chain(tensors.all()).collect();
-                groups.push(DenseGroup { kind, layer: u32::try_from(i).ok(), tensors });
+                groups.push(DenseGroup {
+                    kind,
+                    layer: u32::try_from(i).ok(),
+                    tensors,
+                });
             };
-            add(DenseKind::Attention, Some(layer.mixer_norm), layer.mixer.tensors());
+            add(
+                DenseKind::Attention,
+                Some(layer.mixer_norm),
+                layer.mixer.tensors(),
+            );
             match &layer.ffn {
                 Ffn::Dense(ffn) => add(DenseKind::DenseFfn, Some(layer.ffn_norm), ffn.tensors()),
                 Ffn::Moe(moe) => {
-                    add(DenseKind::Router, Some(layer.ffn_norm), moe.router_tensors());
+                    add(
+                        DenseKind::Router,
+                        Some(layer.ffn_norm),
+                        moe.router_tensors(),
+                    );
                     if let Some(shared) = &moe.shared {
                         add(DenseKind::SharedExpert, None, shared.tensors());
                     }
@@ -146,7 +167,11 @@ impl ModelSpec {
         shared_factors.dedup();
         let mut head = vec![self.output_norm, self.output];
         head.extend(shared_factors);
-        groups.push(DenseGroup { kind: DenseKind::Head, layer: None, tensors: head });
+        groups.push(DenseGroup {
+            kind: DenseKind::Head,
+            layer: None,
+            tensors: head,
+        });
         groups
     }
 
@@ -160,7 +185,11 @@ impl ModelSpec {
                 Ffn::Dense(ffn) => ids.extend(ffn.tensors().matrices),
                 Ffn::Moe(moe) => {
                     ids.extend(moe.router_tensors().matrices);
-                    ids.extend(moe.shared.iter().flat_map(|shared| shared.tensors().matrices));
+                    ids.extend(
+                        moe.shared
+                            .iter()
+                            .flat_map(|shared| shared.tensors().matrices),
+                    );
                 }
             }
         }

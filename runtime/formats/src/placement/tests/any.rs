@@ -15,7 +15,9 @@ fn any_source() -> impl Strategy<Value = SourceId> {
 
 /// Positions of tiers that are memory.
 fn memory(tiers: &[Tier]) -> Vec<TierIdx> {
-    TierIdx::first(tiers.len()).filter(|&t| tiers[t.get()].kind != TierKind::Nvme).collect()
+    TierIdx::first(tiers.len())
+        .filter(|&t| tiers[t.get()].kind != TierKind::Nvme)
+        .collect()
 }
 
 fn any_layers(tiers: Vec<Tier>) -> impl Strategy<Value = Vec<LayerPlacement>> {
@@ -30,20 +32,37 @@ fn any_layers(tiers: Vec<Tier>) -> impl Strategy<Value = Vec<LayerPlacement>> {
             }
         ),
     ];
-    let body = (btree_map(0u32..70, 0..n, 0..70), 0u32..20, any::<prop::sample::Index>(), policy);
+    let body = (
+        btree_map(0u32..70, 0..n, 0..70),
+        0u32..20,
+        any::<prop::sample::Index>(),
+        policy,
+    );
     // Few numbers in a small range, and few different bodies, so that runs of like layers are
     // common.
-    (btree_set(0u32..12, 0..10), vec(body, 1..3), vec(any::<prop::sample::Index>(), 12)).prop_map(
-        move |(numbers, bodies, picks)| {
+    (
+        btree_set(0u32..12, 0..10),
+        vec(body, 1..3),
+        vec(any::<prop::sample::Index>(), 12),
+    )
+        .prop_map(move |(numbers, bodies, picks)| {
             let memory = memory(&tiers);
             let layer = |(layer, pick): (u32, prop::sample::Index)| {
                 let (owner, slots, slot_tier, policy) = &bodies[pick.index(bodies.len())];
-                let of =
-                    |t| owner.iter().filter(|&(_, &o)| TierIdx::new(o) == t).map(|(&e, _)| e).collect::<Vec<u32>>();
+                let of = |t| {
+                    owner
+                        .iter()
+                        .filter(|&(_, &o)| TierIdx::new(o) == t)
+                        .map(|(&e, _)| e)
+                        .collect::<Vec<u32>>()
+                };
                 LayerPlacement {
                     layer,
                     pinned: TierIdx::first(n)
-                        .map(|tier| Pins { tier, experts: of(tier) })
+                        .map(|tier| Pins {
+                            tier,
+                            experts: of(tier),
+                        })
                         .filter(|p| !p.experts.is_empty())
                         .collect(),
                     slots: *slots,
@@ -52,8 +71,7 @@ fn any_layers(tiers: Vec<Tier>) -> impl Strategy<Value = Vec<LayerPlacement>> {
                 }
             };
             numbers.into_iter().zip(picks).map(layer).collect()
-        },
-    )
+        })
 }
 
 fn any_dense(n: usize) -> impl Strategy<Value = Vec<DensePlacement>> {
@@ -66,7 +84,13 @@ fn any_dense(n: usize) -> impl Strategy<Value = Vec<DensePlacement>> {
     let whole = prop_oneof![Just(DenseKind::Embedding), Just(DenseKind::Head)];
     let key = prop_oneof![(kind, (0u32..30).prop_map(Some)), (whole, Just(None))];
     btree_map(key, 0..n, 0..60).prop_map(|map| {
-        map.into_iter().map(|((kind, layer), tier)| DensePlacement { kind, layer, tier: TierIdx::new(tier) }).collect()
+        map.into_iter()
+            .map(|((kind, layer), tier)| DensePlacement {
+                kind,
+                layer,
+                tier: TierIdx::new(tier),
+            })
+            .collect()
     })
 }
 
@@ -77,7 +101,13 @@ fn any_prediction(n: usize) -> impl Strategy<Value = Prediction> {
     (scalars, parts(), parts(), parts(), any::<bool>(), of_3).prop_map(
         |(s, dense_s, expert_s, read_bytes, emulated, of_3)| {
             let (at, kv_s, prompt_gflops) = of_3;
-            let [decode_tok_s, prompt_tok_s, overhead_s, expert_critical_s, hit_rate] = s;
+            let [
+                decode_tok_s,
+                prompt_tok_s,
+                overhead_s,
+                expert_critical_s,
+                hit_rate,
+            ] = s;
             Prediction {
                 decode_tok_s,
                 prompt_tok_s,
@@ -98,98 +128,164 @@ fn any_prediction(n: usize) -> impl Strategy<Value = Prediction> {
 
 fn any_solver() -> impl Strategy<Value = SolverReport> {
     let option = || proptest::option::of(any_amount());
-    let goal = (any_text(), any_amount(), any_text(), option(), proptest::option::of(any::<u32>()), option());
-    let goal = goal.prop_map(|(objective, value, unit, bound, batch, target_tok_s)| Goal {
-        objective,
-        value,
-        unit,
-        bound,
-        batch,
-        target_tok_s,
-    });
-    let goal = proptest::option::of(goal);
-    (any_text(), any_text(), any_amount(), option(), option(), any_amount(), goal).prop_map(
-        |(backend, status, objective_s, bound_s, gap, solve_s, goal)| SolverReport {
-            backend,
-            status,
-            objective_s,
-            bound_s,
-            gap,
-            solve_s,
-            goal,
+    let goal = (
+        any_text(),
+        any_amount(),
+        any_text(),
+        option(),
+        proptest::option::of(any::<u32>()),
+        option(),
+    );
+    let goal = goal.prop_map(
+        |(objective, value, unit, bound, batch, target_tok_s)| Goal {
+            objective,
+            value,
+            unit,
+            bound,
+            batch,
+            target_tok_s,
         },
+    );
+    let goal = proptest::option::of(goal);
+    (
+        any_text(),
+        any_text(),
+        any_amount(),
+        option(),
+        option(),
+        any_amount(),
+        goal,
     )
+        .prop_map(
+            |(backend, status, objective_s, bound_s, gap, solve_s, goal)| SolverReport {
+                backend,
+                status,
+                objective_s,
+                bound_s,
+                gap,
+                solve_s,
+                goal,
+            },
+        )
 }
 
 fn any_plan() -> impl Strategy<Value = Placement> {
     any_tiers().prop_flat_map(|tiers| {
         let n = tiers.len();
         let lines = vec((proptest::array::uniform6(0u64..1 << 60), 0u64..1 << 60), n);
-        let head = (any_text(), any_source(), proptest::option::of(any_source()), any_source());
+        let head = (
+            any_text(),
+            any_source(),
+            proptest::option::of(any_source()),
+            any_source(),
+        );
         let index = any::<prop::sample::Index>;
-        let sizes = (any::<u32>(), index(), prop::sample::select(&KvType::ALL[..]), index(), 0u32..100);
-        let body = (any_dense(n), any_layers(tiers.clone()), any_solver(), any_prediction(n));
-        (Just(tiers), lines, head, sizes, body, any_amount(), any_amount()).prop_map(
-            |(
-                tiers,
-                lines,
-                (name, model, profile, machine),
-                (context, kv, kv_type, staging, staging_experts),
-                body,
-                a,
-                b,
-            )| {
-                let memory = memory(&tiers);
-                let last = tiers.len() - 1;
-                let line = |(at, (tier, (l, spare))): (usize, (Tier, ([u64; 6], u64)))| {
-                    let home = if at == last { l[5] } else { 0 };
-                    let [dense, pinned, slots, kv, staging, _] = l;
-                    let bytes = TierBytes { dense, pinned, slots, kv, staging, home };
-                    PlanTier { tier, budget_bytes: bytes.total() + spare, bytes }
-                };
-                let (dense, layers, solver, predicted) = body;
-                let mut plan = Placement {
-                    name,
-                    model,
-                    profile,
-                    machine,
-                    layer_overhead_us: a,
-                    token_overhead_us: b,
-                    context,
-                    kv_tier: memory[kv.index(memory.len())],
-                    kv_type,
-                    staging_tier: memory[staging.index(memory.len())],
-                    staging_experts,
-                    tiers: tiers.into_iter().zip(lines).enumerate().map(line).collect(),
-                    dense,
-                    layers,
-                    solver,
-                    predicted,
-                };
-                let attention = |plan: &Placement| -> Vec<TierIdx> {
-                    plan.dense.iter().filter(|d| d.kind == DenseKind::Attention).map(|d| d.tier).collect()
-                };
-                // Where not all attention is on GPUs, what the processor attends to is not there.
-                let on_gpus = attention(&plan).iter().all(|&t| plan.tiers[t].tier.is_gpu());
-                let host = memory.iter().copied().find(|&t| !plan.tiers[t].tier.is_gpu());
-                if plan.tiers[plan.kv_tier].tier.is_gpu() && !on_gpus {
-                    match host {
-                        Some(host) => plan.kv_tier = host,
-                        None => plan.dense.retain(|d| d.kind != DenseKind::Attention),
-                    }
-                }
-                let mut has: Vec<TierIdx> = attention(&plan).into_iter().map(|t| plan.cache_tier(t)).collect();
-                if has.is_empty() {
-                    has.push(plan.kv_tier);
-                }
-                plan.tiers
-                    .indices()
-                    .zip(&mut plan.tiers)
-                    .filter(|(t, _)| !has.contains(t))
-                    .for_each(|(_, t)| t.bytes.kv = 0);
-                plan
-            },
+        let sizes = (
+            any::<u32>(),
+            index(),
+            prop::sample::select(&KvType::ALL[..]),
+            index(),
+            0u32..100,
+        );
+        let body = (
+            any_dense(n),
+            any_layers(tiers.clone()),
+            any_solver(),
+            any_prediction(n),
+        );
+        (
+            Just(tiers),
+            lines,
+            head,
+            sizes,
+            body,
+            any_amount(),
+            any_amount(),
         )
+            .prop_map(
+                |(
+                    tiers,
+                    lines,
+                    (name, model, profile, machine),
+                    (context, kv, kv_type, staging, staging_experts),
+                    body,
+                    a,
+                    b,
+                )| {
+                    let memory = memory(&tiers);
+                    let last = tiers.len() - 1;
+                    let line = |(at, (tier, (l, spare))): (usize, (Tier, ([u64; 6], u64)))| {
+                        let home = if at == last { l[5] } else { 0 };
+                        let [dense, pinned, slots, kv, staging, _] = l;
+                        let bytes = TierBytes {
+                            dense,
+                            pinned,
+                            slots,
+                            kv,
+                            staging,
+                            home,
+                        };
+                        PlanTier {
+                            tier,
+                            budget_bytes: bytes.total() + spare,
+                            bytes,
+                        }
+                    };
+                    let (dense, layers, solver, predicted) = body;
+                    let mut plan = Placement {
+                        name,
+                        model,
+                        profile,
+                        machine,
+                        layer_overhead_us: a,
+                        token_overhead_us: b,
+                        context,
+                        kv_tier: memory[kv.index(memory.len())],
+                        kv_type,
+                        staging_tier: memory[staging.index(memory.len())],
+                        staging_experts,
+                        tiers: tiers.into_iter().zip(lines).enumerate().map(line).collect(),
+                        dense,
+                        layers,
+                        solver,
+                        predicted,
+                    };
+                    let attention = |plan: &Placement| -> Vec<TierIdx> {
+                        plan.dense
+                            .iter()
+                            .filter(|d| d.kind == DenseKind::Attention)
+                            .map(|d| d.tier)
+                            .collect()
+                    };
+                    // Where not all attention is on GPUs, what the processor attends to is not there.
+                    let on_gpus = attention(&plan)
+                        .iter()
+                        .all(|&t| plan.tiers[t].tier.is_gpu());
+                    let host = memory
+                        .iter()
+                        .copied()
+                        .find(|&t| !plan.tiers[t].tier.is_gpu());
+                    if plan.tiers[plan.kv_tier].tier.is_gpu() && !on_gpus {
+                        match host {
+                            Some(host) => plan.kv_tier = host,
+                            None => plan.dense.retain(|d| d.kind != DenseKind::Attention),
+                        }
+                    }
+                    let mut has: Vec<TierIdx> = attention(&plan)
+                        .into_iter()
+                        .map(|t| plan.cache_tier(t))
+                        .collect();
+                    if has.is_empty() {
+                        has.push(plan.kv_tier);
+                    }
+                    plan.tiers
+                        .indices()
+                        .zip(&mut plan.tiers)
+                        .filter(|(t, _)| !has.contains(t))
+                        .for_each(|(_, t)| t.bytes.kv = 0);
+                    plan
+                },
+            )
     })
 }
 

@@ -71,7 +71,11 @@ const MAX_PACKED_BYTES: usize = 768 << 10;
 /// for; `None` for float formats and few tokens.
 pub(crate) fn kernel_for(ty: TensorType, tokens: usize) -> Option<(PanelFn, usize)> {
     let leftover = tokens % TILE_TOKENS;
-    let count = if leftover < MIN_LEFTOVER_TOKENS { tokens - leftover } else { tokens };
+    let count = if leftover < MIN_LEFTOVER_TOKENS {
+        tokens - leftover
+    } else {
+        tokens
+    };
     let kernel: PanelFn = match ty {
         _ if tokens < MIN_TOKENS => return None,
         TensorType::F32 | TensorType::F16 | TensorType::BF16 => return None,
@@ -133,7 +137,12 @@ unsafe fn matmul_panel<U: Unpack>(panel: &Panel<'_>) {
     SCRATCH.with_borrow_mut(|scratch| {
         let to = Buffers::new(scratch, panels_at_once, groups, lanes);
         configure(GROUP / lanes);
-        for (i, blocks) in panel.x.blocks().chunks(panels_at_once * TILE_TOKENS * groups).enumerate() {
+        for (i, blocks) in panel
+            .x
+            .blocks()
+            .chunks(panels_at_once * TILE_TOKENS * groups)
+            .enumerate()
+        {
             let first_token = i * panels_at_once * TILE_TOKENS;
             let n_panels = (blocks.len() / groups).div_ceil(TILE_TOKENS);
             for (p, blocks) in blocks.chunks(TILE_TOKENS * groups).enumerate() {
@@ -141,7 +150,11 @@ unsafe fn matmul_panel<U: Unpack>(panel: &Panel<'_>) {
                 // promise.
                 unsafe { pack_tokens::<U>(blocks, p, groups, &to) };
             }
-            for (b, rows) in panel.weights.chunks(TILE_ROWS * panel.row_bytes).enumerate() {
+            for (b, rows) in panel
+                .weights
+                .chunks(TILE_ROWS * panel.row_bytes)
+                .enumerate()
+            {
                 let n_rows = rows.len() / panel.row_bytes;
                 // SAFETY: the buffers were made for so many; the tiles are configured, and the
                 // caller's output holds the product.
@@ -154,7 +167,10 @@ unsafe fn matmul_panel<U: Unpack>(panel: &Panel<'_>) {
                     }
                     for p in 0..n_panels {
                         let count = (blocks.len() / groups - p * TILE_TOKENS).min(TILE_TOKENS);
-                        let (token, row) = (first_token + p * TILE_TOKENS, panel.first_row + b * TILE_ROWS);
+                        let (token, row) = (
+                            first_token + p * TILE_TOKENS,
+                            panel.first_row + b * TILE_ROWS,
+                        );
                         store_results(
                             panel,
                             token,
@@ -177,12 +193,20 @@ unsafe fn matmul_panel<U: Unpack>(panel: &Panel<'_>) {
 /// token.
 #[inline]
 fn configure(bytes: usize) {
-    let mut config = TileConfig { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
+    let mut config = TileConfig {
+        palette: 1,
+        start_row: 0,
+        reserved: [0; 14],
+        row_bytes: [0; 16],
+        rows: [0; 16],
+    };
     config.row_bytes[..3].copy_from_slice(&[64, bytes as u16, 64]);
     config.rows[..3].copy_from_slice(&[TILE_ROWS as u8, TILE_ROWS as u8, (bytes / 4) as u8]);
     // SAFETY: a valid configuration of palette 1; only `matmul_panel` runs this, on a processor
     // with tiles.
-    unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const config, options(readonly, nostack, preserves_flags)) };
+    unsafe {
+        asm!("ldtilecfg [{}]", in(reg) &raw const config, options(readonly, nostack, preserves_flags))
+    };
 }
 
 /// Multiplies 16 rows by 16 tokens, and adds up one lane over all groups.
@@ -213,7 +237,12 @@ unsafe fn accumulate_lane<U: Unpack>(lane: usize, p: usize, groups: usize, from:
         // SAFETY: tiles of group `g`, and a buffer for one product.
         unsafe {
             let to = products.add(g % PRODUCT_BUFFERS * TILE_ROWS * TILE_TOKENS);
-            tile_product(w.add(g * TILE_ROWS * bytes), x.add(g * TILE_TOKENS * bytes), to, bytes);
+            tile_product(
+                w.add(g * TILE_ROWS * bytes),
+                x.add(g * TILE_TOKENS * bytes),
+                to,
+                bytes,
+            );
         }
     };
     for g in 0..PRODUCTS_IN_FLIGHT.min(groups) {
@@ -247,7 +276,8 @@ unsafe fn accumulate_lane<U: Unpack>(lane: usize, p: usize, groups: usize, from:
             let weights = w_scales.add(g * 2 * TILE_ROWS);
             let products = products.add(g % PRODUCT_BUFFERS * TILE_ROWS * TILE_TOKENS);
             for (r, acc) in acc.iter_mut().enumerate() {
-                let product = _mm512_cvtepi32_ps(_mm512_load_si512(products.add(r * TILE_TOKENS).cast()));
+                let product =
+                    _mm512_cvtepi32_ps(_mm512_load_si512(products.add(r * TILE_TOKENS).cast()));
                 let product = _mm512_mul_ps(product, _mm512_set1_ps(*weights.add(r)));
                 *acc = _mm512_fmadd_ps(product, scale, *acc);
             }
@@ -319,7 +349,11 @@ unsafe fn store_results(
             }
         }
         // With 8 lanes the register's other 8 are zero: they make a negative zero positive.
-        let sum = if lanes == 8 { _mm512_add_ps(all[0], _mm512_setzero_ps()) } else { all[0] };
+        let sum = if lanes == 8 {
+            _mm512_add_ps(all[0], _mm512_setzero_ps())
+        } else {
+            all[0]
+        };
         *out = _mm512_castps_si512(sum);
     }
     let mask = (0xffffu32 >> (16 - n_rows)) as __mmask16;

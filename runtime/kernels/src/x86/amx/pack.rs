@@ -66,7 +66,12 @@ impl Buffers {
 /// The buffers have room, and the processor has the instructions.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
-pub(super) unsafe fn pack_tokens<U: Unpack>(blocks: &[ActBlock], p: usize, groups: usize, to: &Buffers) {
+pub(super) unsafe fn pack_tokens<U: Unpack>(
+    blocks: &[ActBlock],
+    p: usize,
+    groups: usize,
+    to: &Buffers,
+) {
     let lanes = if U::SCALE_PER_16 { 16 } else { 8 };
     let tile = TILE_TOKENS * GROUP / lanes;
     let count = blocks.len() / groups;
@@ -81,7 +86,9 @@ pub(super) unsafe fn pack_tokens<U: Unpack>(blocks: &[ActBlock], p: usize, group
         let step = |lane: usize| (p * lanes + lane) * groups + g;
         for eight in 0..4 {
             // SAFETY: a block has four registers of values.
-            let columns = read(&|block| unsafe { _mm512_load_si512(block.q.as_ptr().cast::<__m512i>().add(eight)) });
+            let columns = read(&|block| unsafe {
+                _mm512_load_si512(block.q.as_ptr().cast::<__m512i>().add(eight))
+            });
             for (i, column) in columns.into_iter().enumerate() {
                 let (run, half) = (i / 2, i % 2);
                 let (lane, line) = if U::SCALE_PER_16 {
@@ -90,19 +97,24 @@ pub(super) unsafe fn pack_tokens<U: Unpack>(blocks: &[ActBlock], p: usize, group
                     (run, 2 * eight + half)
                 };
                 // SAFETY: the tile of this lane and group has this line.
-                unsafe { _mm512_store_si512(to.x.add(step(lane) * tile + line * 64).cast(), column) };
+                unsafe {
+                    _mm512_store_si512(to.x.add(step(lane) * tile + line * 64).cast(), column)
+                };
             }
         }
         // SAFETY: a block has a register of scales and one of sums.
         let scales = read(&|block| unsafe { _mm512_load_si512(block.scale.as_ptr().cast()) });
         // SAFETY: a block has a register of sums.
-        let sums =
-            read(&|block| unsafe { _mm512_load_si512(block.sums.as_ptr().cast()) }).map(|s| _mm512_castsi512_ps(s));
+        let sums = read(&|block| unsafe { _mm512_load_si512(block.sums.as_ptr().cast()) })
+            .map(|s| _mm512_castsi512_ps(s));
         for lane in 0..lanes {
             let (scale, sum) = if U::SCALE_PER_16 {
                 (scales[lane], sums[lane])
             } else {
-                (scales[2 * lane], _mm512_add_ps(sums[2 * lane], sums[2 * lane + 1]))
+                (
+                    scales[2 * lane],
+                    _mm512_add_ps(sums[2 * lane], sums[2 * lane + 1]),
+                )
             };
             // SAFETY: every lane and group has two registers.
             unsafe {
@@ -120,7 +132,12 @@ pub(super) unsafe fn pack_tokens<U: Unpack>(blocks: &[ActBlock], p: usize, group
 /// The rows have `cols` values each, the buffers have room, and the processor has the instructions.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
-pub(super) unsafe fn pack_rows<U: Unpack>(rows: &[u8], row_bytes: usize, cols: usize, to: &Buffers) {
+pub(super) unsafe fn pack_rows<U: Unpack>(
+    rows: &[u8],
+    row_bytes: usize,
+    cols: usize,
+    to: &Buffers,
+) {
     let (whole, groups) = (cols / GROUP, cols.div_ceil(GROUP));
     for (r, row) in rows.chunks_exact(row_bytes).enumerate() {
         let mut w = row.as_ptr();
@@ -150,7 +167,12 @@ pub(super) unsafe fn pack_rows<U: Unpack>(rows: &[u8], row_bytes: usize, cols: u
         let columns = transpose(rows);
         for lane in 0..lanes {
             // SAFETY: every lane and group has two registers.
-            unsafe { _mm512_store_si512(to.w_scales.add((lane * groups * 2 + i) * 16).cast(), columns[lane * stride]) };
+            unsafe {
+                _mm512_store_si512(
+                    to.w_scales.add((lane * groups * 2 + i) * 16).cast(),
+                    columns[lane * stride],
+                )
+            };
         }
     }
 }
@@ -171,7 +193,10 @@ unsafe fn pack_group<U: Unpack>(tile: Tile, row: usize, g: usize, groups: usize,
         for (parity, [first, second]) in [even, odd].into_iter().enumerate() {
             if U::SCALE_PER_16 {
                 for (half, v) in [first, second].into_iter().enumerate() {
-                    let to = |run: usize| to.w.add((((2 * run + half) * groups + g) * TILE_ROWS + row) * 16).cast();
+                    let to = |run: usize| {
+                        to.w.add((((2 * run + half) * groups + g) * TILE_ROWS + row) * 16)
+                            .cast()
+                    };
                     _mm_store_si128(to(parity), _mm512_castsi512_si128(v));
                     _mm_store_si128(to(2 + parity), _mm512_extracti32x4_epi32::<1>(v));
                     _mm_store_si128(to(4 + parity), _mm512_extracti32x4_epi32::<2>(v));
@@ -179,8 +204,16 @@ unsafe fn pack_group<U: Unpack>(tile: Tile, row: usize, g: usize, groups: usize,
                 }
             } else {
                 let to = |run: usize| to.w.add(((run * groups + g) * TILE_ROWS + row) * 32).cast();
-                let low = _mm512_permutex2var_epi64(first, _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), second);
-                let high = _mm512_permutex2var_epi64(first, _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15), second);
+                let low = _mm512_permutex2var_epi64(
+                    first,
+                    _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11),
+                    second,
+                );
+                let high = _mm512_permutex2var_epi64(
+                    first,
+                    _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15),
+                    second,
+                );
                 _mm256_store_si256(to(parity), _mm512_castsi512_si256(low));
                 _mm256_store_si256(to(2 + parity), _mm512_extracti64x4_epi64::<1>(low));
                 _mm256_store_si256(to(4 + parity), _mm512_castsi512_si256(high));
@@ -201,7 +234,12 @@ pub(super) fn transpose(rows: [__m512i; 16]) -> [__m512i; 16] {
     let (mut quads, mut out) = ([zero; 16], [zero; 16]);
     // Of each four rows, column `c` of every four columns.
     for i in 0..4 {
-        let [a, b, c, d] = [rows[4 * i], rows[4 * i + 1], rows[4 * i + 2], rows[4 * i + 3]];
+        let [a, b, c, d] = [
+            rows[4 * i],
+            rows[4 * i + 1],
+            rows[4 * i + 2],
+            rows[4 * i + 3],
+        ];
         let (low, high) = (_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
         let (low2, high2) = (_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
         quads[i] = _mm512_unpacklo_epi64(low, low2);
@@ -210,9 +248,20 @@ pub(super) fn transpose(rows: [__m512i; 16]) -> [__m512i; 16] {
         quads[12 + i] = _mm512_unpackhi_epi64(high, high2);
     }
     for c in 0..4 {
-        let [q0, q1, q2, q3] = [quads[4 * c], quads[4 * c + 1], quads[4 * c + 2], quads[4 * c + 3]];
-        let (even, odd) = (_mm512_shuffle_i32x4::<0x88>(q0, q1), _mm512_shuffle_i32x4::<0xdd>(q0, q1));
-        let (even2, odd2) = (_mm512_shuffle_i32x4::<0x88>(q2, q3), _mm512_shuffle_i32x4::<0xdd>(q2, q3));
+        let [q0, q1, q2, q3] = [
+            quads[4 * c],
+            quads[4 * c + 1],
+            quads[4 * c + 2],
+            quads[4 * c + 3],
+        ];
+        let (even, odd) = (
+            _mm512_shuffle_i32x4::<0x88>(q0, q1),
+            _mm512_shuffle_i32x4::<0xdd>(q0, q1),
+        );
+        let (even2, odd2) = (
+            _mm512_shuffle_i32x4::<0x88>(q2, q3),
+            _mm512_shuffle_i32x4::<0xdd>(q2, q3),
+        );
         out[c] = _mm512_shuffle_i32x4::<0x88>(even, even2);
         out[4 + c] = _mm512_shuffle_i32x4::<0x88>(odd, odd2);
         out[8 + c] = _mm512_shuffle_i32x4::<0xdd>(even, even2);
