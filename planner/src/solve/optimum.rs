@@ -117,12 +117,12 @@ fn report_proof(instance: &Instance<'_>, plan: &mut Placement, optimized: &Optim
     }
     let value = instance.value(plan);
     let bound = gap.map(|gap| value * (1.0 - gap));
-    if matches!(
-        objective.kind,
-        Objective::Latency | Objective::Energy | Objective::Cost
-    ) {
-        plan.solver.bound_s = gap.map(|gap| plan.solver.objective_s * (1.0 - gap));
-    }
+    plan.solver.bound_s = match objective.kind {
+        Objective::Latency | Objective::Energy | Objective::Cost => {
+            gap.map(|gap| plan.solver.objective_s * (1.0 - gap))
+        }
+        Objective::Throughput | Objective::Memory => plan.solver.bound_s,
+    };
     plan.solver.goal = objective.report(value, bound);
 }
 

@@ -89,7 +89,9 @@ impl Instance<'_> {
                     bound + self.fixed_s(batch) / f64::from(batch),
                 )
             }
-            _ => (plan.solver.objective_s, bound + self.fixed_s(1)),
+            Objective::Latency | Objective::Cost | Objective::Energy => {
+                (plan.solver.objective_s, bound + self.fixed_s(1))
+            }
         };
         (value > 0.0)
             .then(|| ((value - bound) / value).max(0.0))

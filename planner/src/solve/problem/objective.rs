@@ -185,10 +185,12 @@ impl ObjectiveFunction {
                     per_byte: self.weights.iter().map(per_byte).collect(),
                 }
             }
-            _ => ColumnWeights {
-                per_second: 1.0,
-                per_byte: vec![0.0; self.weights.len()],
-            },
+            Objective::Latency | Objective::Throughput | Objective::Cost | Objective::Energy => {
+                ColumnWeights {
+                    per_second: 1.0,
+                    per_byte: vec![0.0; self.weights.len()],
+                }
+            }
         }
     }
 
