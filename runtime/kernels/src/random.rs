@@ -85,7 +85,15 @@ impl Random {
                 TensorType::Q2_K => &[80, 82],
                 TensorType::Q3_K => &[108],
                 TensorType::Q6_K => &[208],
-                _ => &[0],
+                TensorType::F16 | TensorType::Q4_0 | TensorType::Q5_0 | TensorType::Q8_0 => &[0],
+                TensorType::IQ1_S
+                | TensorType::IQ2_XXS
+                | TensorType::IQ2_XS
+                | TensorType::IQ2_S => &[0],
+                TensorType::IQ3_XXS
+                | TensorType::IQ3_S
+                | TensorType::IQ4_NL
+                | TensorType::IQ4_XS => &[0],
             };
             for at in halves {
                 let value = 0.05 * self.float();

@@ -39,7 +39,8 @@ pub(super) fn random_weights(ty: TensorType, rows: usize, cols: usize, rng: &mut
                     block[49 + 2 * i] = block[49 + 2 * i] & 0x0f | nibble << 4;
                 }
             }
-            _ => [block[0], block[1]] = half,
+            Q4_0 | Q5_0 | Q8_0 | IQ1_S | IQ2_XXS | IQ2_XS | IQ2_S | IQ3_XXS | IQ3_S | IQ4_NL
+            | IQ4_XS => [block[0], block[1]] = half,
         }
     }
     out
