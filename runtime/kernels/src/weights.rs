@@ -136,8 +136,8 @@ impl<'a> OutMatrix<'a> {
     #[inline]
     pub fn skip_tokens(self, tokens: usize) -> Self {
         let skipped = tokens.saturating_mul(self.stride).min(self.len);
-        // SAFETY: `skipped` is at most the length.
         Self {
+            // SAFETY: `skipped` is at most the length.
             base: unsafe { self.base.add(skipped) },
             len: self.len - skipped,
             ..self
