@@ -92,14 +92,22 @@ fn worth_of_bytes(plan: &Placement, prices: &[f64], problem: &Problem<'_>) -> Ve
     } else {
         String::new()
     };
+    // A marginal price says nothing about a step that would save most of the time: small models
+    // are told in MiB.
+    let (unit, units_per_gib) = if percent(tier) <= 50.0 {
+        ("GiB", 1.0)
+    } else {
+        ("MiB", 1024.0)
+    };
+    let percent_per_unit = |tier: TierIdx| percent(tier) / units_per_gib;
     let mut text = format!(
-        "what would help most: a GiB more of '{}'{unbudgeted} is worth {:.2} % of a token's time",
+        "what would help most: a {unit} more of '{}'{unbudgeted} is worth {:.2} % of a token's time",
         name(tier),
-        percent(tier)
+        percent_per_unit(tier)
     );
     let others = plan.tiers.indices().filter(|&t| t != tier).filter(is_worth);
     let others: Vec<String> = others
-        .map(|t| format!("'{}' {:.2} %", name(t), percent(t)))
+        .map(|t| format!("'{}' {:.2} %", name(t), percent_per_unit(t)))
         .collect();
     if !others.is_empty() {
         text += &format!("; of {}", others.join(", "));
