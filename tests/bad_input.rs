@@ -1,5 +1,5 @@
-//! Input that cannot work: each is refused with exit code 1 and one line that names the thing, what was expected and
-//! the mend, before any work, and with nothing written.
+//! Input that cannot work: each is refused with exit code 1 and one line that names the thing, what
+//! was expected and the mend, before any work, and with nothing written.
 
 use crate::common::{self, demo_machine, demo_model, refused, root, run_in, stderr, succeeded};
 use std::fs;
@@ -939,7 +939,8 @@ fn comparisons_of_what_cannot_be_compared() {
     compare(&["r.json", "nosuch.toml"], &["nosuch.toml", "No such file"]);
 }
 
-/// What the command line itself cannot be is clap's to refuse: exit code 2, and how to ask for help.
+/// What the command line itself cannot be is clap's to refuse: exit code 2, and how to ask for
+/// help.
 #[test]
 fn lines_that_are_no_commands() {
     let p = Place::new();

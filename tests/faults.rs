@@ -1,5 +1,5 @@
-//! What goes wrong around a run: disks that are full, files that shrink, and Ctrl-C. Nothing that was there is harmed,
-//! nothing half-written is left, and what was said so far is right.
+//! What goes wrong around a run: disks that are full, files that shrink, and Ctrl-C. Nothing that
+//! was there is harmed, nothing half-written is left, and what was said so far is right.
 
 use crate::common::{
     self, check_refusal, demo_machine, demo_model, json, listing, run_in, stdout, succeeded,
@@ -17,7 +17,8 @@ const LITTLE: &str = "42MiB";
 
 /// Runs the program where no file may be written to, as on a disk without room.
 fn run_without_room(folder: &Path, args: &[&str]) -> Output {
-    // A file that grows past the limit is refused with an error instead of a signal where the signal is ignored.
+    // A file that grows past the limit is refused with an error instead of a signal where the
+    // signal is ignored.
     let script = "trap '' XFSZ; ulimit -f 0; exec \"$0\" \"$@\"";
     Command::new("sh")
         .args(["-c", script, env!("CARGO_BIN_EXE_tier-plan")])

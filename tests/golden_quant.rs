@@ -1,4 +1,5 @@
-//! One small model in several tensor types against golden logits, with every instruction set of this processor.
+//! One small model in several tensor types against golden logits, with every instruction set of
+//! this processor.
 
 use crate::common::{self, root, stderr, stdout, succeeded, tier_plan};
 use std::fs;

@@ -1,6 +1,7 @@
-//! The whole program on a stand-in for the driver of GPUs (tests/driver): a library of the driver's functions, compiled
-//! here, that does everything as late as the driver's documentation allows, refuses what that refuses, and tells at the end
-//! what was done wrong and what was not given back. Kernels run on the processor.
+//! The whole program on a stand-in for the driver of GPUs (tests/driver): a library of the driver's
+//! functions, compiled here, that does everything as late as the driver's documentation allows,
+//! refuses what that refuses, and tells at the end what was done wrong and what was not given back.
+//! Kernels run on the processor.
 
 use crate::common::{self, check_refusal, demo_model, json, root, stdout, succeeded};
 use crate::driver::{Place, Report};
@@ -16,18 +17,22 @@ use tier_plan_testing::{floats, nmse};
 /// Text for the bundled model.
 const PROMPT: &str = "And it came to pass in those days, that there went out a decree from Caesar";
 
-/// Largest normalized mean squared error of a token's logits from the processor's: with 16-bit weights sums have another
-/// order, with quantized ones activations are rounded otherwise, too. It was 5e-7 and 2e-4.
+/// Largest normalized mean squared error of a token's logits from the processor's: with 16-bit
+/// weights sums have another order, with quantized ones activations are rounded otherwise, too. It
+/// was 5e-7 and 2e-4.
 const SMALL_ERROR: f64 = 5e-6;
 const SMALL_ERROR_QUANTIZED: f64 = 1e-3;
-/// In the bundled model two experts may be nearly tied, so that a token gets the other one. It was 6e-3.
+/// In the bundled model two experts may be nearly tied, so that a token gets the other one. It was
+/// 6e-3.
 const SMALL_ERROR_OF_TIES: f64 = 2e-2;
 
-/// How much less likely than the processor's choice a chosen token may be, as a part of the logits' spread.
+/// How much less likely than the processor's choice a chosen token may be, as a part of the logits'
+/// spread.
 const NEARLY_EQUAL: f32 = 0.01;
 
-/// A machine with GPUs of so much memory. Its main memory is slow, lest a plan leaves something there that a GPU has room
-/// for, and so is its processor at prompts, so that experts pass through a GPU.
+/// A machine with GPUs of so much memory. Its main memory is slow, lest a plan leaves something
+/// there that a GPU has room for, and so is its processor at prompts, so that experts pass through
+/// a GPU.
 fn machine(vram: &[&str], dram: &str) -> String {
     let mut text = String::from(
         "format = \"tier-plan machine\"\nversion = 3\nname = \"stand-in\"\ndescription = \"\"\nlayer_overhead_us = 20\n\
@@ -147,7 +152,8 @@ impl Case {
         (self.answer(output), report)
     }
 
-    /// The processor must compute nearly the same logits, and find nothing more likely than the tokens that were added.
+    /// The processor must compute nearly the same logits, and find nothing more likely than the
+    /// tokens that were added.
     fn agrees(&self, tokens: &[u32], answer: &Answer, most: f64) {
         let mut list = self.arguments(&[tokens, &answer.greedy].concat(), 0);
         *list.last_mut().unwrap() = "processor.toml".into();
@@ -272,7 +278,8 @@ fn a_model_that_is_all_on_a_gpu_is_recorded_and_replayed() {
     let (again, report) = case.on_gpu(&[("STAND_IN_POOLS", "0")], &tokens(30), 8);
     assert!(report.calls("cuMemAlloc_v2") > 0 && report.calls("cuMemAllocAsync") == 0);
     assert!(again == answer);
-    // An architecture that the compiler knows only an older one of: what it makes then is for the driver to finish.
+    // An architecture that the compiler knows only an older one of: what it makes then is for the
+    // driver to finish.
     let newer = [("STAND_IN_CAPABILITY", "100"), ("STAND_IN_ARCHS", "90")];
     assert!(case.on_gpu(&newer, &tokens(30), 8).0 == answer);
 }
@@ -521,7 +528,8 @@ fn whatever_fails_ends_the_program_in_the_bundled_model_too() {
     }
 }
 
-/// Runs a model with a fault at each kind of driver call: the program must end with an error that says what failed.
+/// Runs a model with a fault at each kind of driver call: the program must end with an error that
+/// says what failed.
 fn faults_end_the_program(case: &Case) {
     let run = case.arguments(&tokens(2), 9);
     let run: Vec<&str> = run.iter().map(String::as_str).collect();

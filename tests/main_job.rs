@@ -1,4 +1,5 @@
-//! The main job from end to end on the bundled model: profile, solve, run, compare, each as a user calls it.
+//! The main job from end to end on the bundled model: profile, solve, run, compare, each as a user
+//! calls it.
 
 use crate::common::{
     self, demo_machine, demo_model, json, listing, run_in, stderr, stdout, succeeded, tier_plan,
@@ -208,7 +209,8 @@ fn solve(folder: &Path, model: &str, machine: &str) -> Vec<PathBuf> {
     plans
 }
 
-/// Runs greedily and returns the record as `--json` printed it, with the text; checks it against the file.
+/// Runs greedily and returns the record as `--json` printed it, with the text; checks it against
+/// the file.
 fn run(folder: &Path, model: &str, plan: Option<&Path>, record: &str) -> Value {
     let mut list = args(&[
         "run",
@@ -420,7 +422,8 @@ fn profile_solve_run_compare() {
             .all(|hash| *hash == profiles[0] && hash != model_hash)
     );
 
-    // The same in words: the text alone on standard output, the proof of the placement on standard error.
+    // The same in words: the text alone on standard output, the proof of the placement on standard
+    // error.
     let optimal = plans[0].to_str().unwrap();
     let said = succeeded(run_in(
         folder,
@@ -739,7 +742,8 @@ mod interruption {
             .unwrap()
     }
 
-    /// Waits until the unfinished profile changes, which is after each prompt; false when the program ended before.
+    /// Waits until the unfinished profile changes, which is after each prompt; false when the
+    /// program ended before.
     fn wait_for_progress(child: &mut Child, partial: &Path) -> bool {
         let modified = || fs::metadata(partial).and_then(|m| m.modified()).ok();
         let (before, start) = (modified(), Instant::now());
@@ -764,7 +768,8 @@ mod interruption {
         assert!(status.success());
     }
 
-    /// Stopped after the first prompt, killed after a later one, and then left alone: the same file as in one go.
+    /// Stopped after the first prompt, killed after a later one, and then left alone: the same file
+    /// as in one go.
     #[test]
     fn profile_goes_on_where_it_was_stopped() {
         let temporary = tempfile::tempdir().unwrap();

@@ -1,4 +1,5 @@
-//! Measuring a machine, comparing plans and saying them in other engines' words, as users type them.
+//! Measuring a machine, comparing plans and saying them in other engines' words, as users type
+//! them.
 
 use crate::common::{demo_machine, demo_model, json, refused, run_in, stdout, succeeded};
 use std::fs;

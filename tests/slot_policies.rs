@@ -1,5 +1,5 @@
-//! Slot policies in the engine: what the replay says of a routing is what the engine counts on it, to the last hit, and
-//! no policy changes a token.
+//! Slot policies in the engine: what the replay says of a routing is what the engine counts on it,
+//! to the last hit, and no policy changes a token.
 
 use crate::common::{self, demo_machine, demo_model, json, run_in};
 use std::sync::Arc;
@@ -201,7 +201,8 @@ fn the_engine_counts_what_the_replay_does() {
         .iter()
         .map(|&policy| with(&lru, |_| policy))
         .chain([auto]);
-    // And the same with a last tier that computes in place, where what is refused a slot is not staged.
+    // And the same with a last tier that computes in place, where what is refused a slot is not
+    // staged.
     let memory = in_place(&lru);
     let plans: Vec<Placement> = plans
         .chain(POLICIES.iter().map(|&policy| with(&memory, |_| policy)))

@@ -1,5 +1,5 @@
-//! Experts that come from files: checksums that find a single byte on every way that weights take into memory, packed
-//! copies, slots that are kept from run to run, and a slow tier that is mapped.
+//! Experts that come from files: checksums that find a single byte on every way that weights take
+//! into memory, packed copies, slots that are kept from run to run, and a slow tier that is mapped.
 
 use crate::common::{
     self, check_refusal, demo_machine, demo_model, json, refused, run_in, stderr, succeeded,
@@ -52,8 +52,8 @@ fn tokens(output: Output) -> Value {
     json(output)["output"].clone()
 }
 
-/// Changes one byte in the middle of each of these experts of a tensor (of the tensor where there are none); where the
-/// first of them begins.
+/// Changes one byte in the middle of each of these experts of a tensor (of the tensor where there
+/// are none); where the first of them begins.
 fn damage(model: &Path, tensor: &str, n_expert: u64, experts: &[u64]) -> u64 {
     let gguf = Gguf::open(model).unwrap();
     let info = gguf.tensor(tensor).unwrap();

@@ -1,4 +1,5 @@
-//! Planning without weights: shapes by name, counts of importance matrices, and `what-if`, as users type them.
+//! Planning without weights: shapes by name, counts of importance matrices, and `what-if`, as users
+//! type them.
 
 use crate::common::{demo_machine, demo_model, json, refused, root, run_in, stdout, succeeded};
 use std::fs;

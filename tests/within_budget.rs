@@ -1,5 +1,5 @@
-//! A model that is larger than the memory it may have: it says what it does, the text stays the same, and what can't be
-//! is refused with the numbers.
+//! A model that is larger than the memory it may have: it says what it does, the text stays the
+//! same, and what can't be is refused with the numbers.
 
 use crate::common::{
     self, check_refusal, demo_model, refused, run_in, stderr, stdout, succeeded, tier_plan,
@@ -11,7 +11,8 @@ use std::process::Output;
 
 const PROMPT: &str = "And it came to pass in those days";
 
-/// What the program takes by itself is no less than this, and with the whole of the bundled model no more than that.
+/// What the program takes by itself is no less than this, and with the whole of the bundled model
+/// no more than that.
 const NONE: &str = "5MiB";
 const LITTLE: &str = "40MiB";
 const MORE: &str = "43MiB";

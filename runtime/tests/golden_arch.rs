@@ -1,5 +1,6 @@
-//! Every architecture against golden values of another engine (`tests/data/arch/README.md`), under the plainest plan and
-//! under plans that spread the model over three tiers: the plan must not change a bit of the result.
+//! Every architecture against golden values of another engine (`tests/data/arch/README.md`), under
+//! the plainest plan and under plans that spread the model over three tiers: the plan must not
+//! change a bit of the result.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -14,8 +15,9 @@ use tier_plan_runtime::plans::in_memory::all_in_memory;
 use tier_plan_runtime::{Engine, KvType, LoadOptions, LogitsMode};
 use tier_plan_testing::{Golden, data, models, root};
 
-/// Largest normalised mean squared error of the logits. Weights are 16-bit floats, so nothing is quantised: results
-/// are near 1e-12, and anything that is left out of the arithmetic is far above this.
+/// Largest normalized mean squared error of the logits. Weights are 16-bit floats, so nothing is
+/// quantized: results are near 1e-12, and anything that is left out of the arithmetic is far above
+/// this.
 const BOUND: f64 = 1e-5;
 
 /// Reads what is known of an architecture.
@@ -84,7 +86,8 @@ fn run(fixture: &Golden, plan: &Placement, batch: usize) -> (Vec<f32>, Vec<f32>,
 /// How a test plan spreads a model.
 #[derive(Clone, Copy, Debug)]
 struct Spread {
-    /// Every so-manieth expert is pinned to the first tier, the one after it to the second; none at 0.
+    /// Every so-manieth expert is pinned to the first tier, the one after it to the second; none at
+    /// 0.
     pin_every: u32,
     /// Slots of a layer.
     slots: u32,
@@ -96,7 +99,8 @@ struct Spread {
     real: Option<u64>,
 }
 
-/// A plan over two tiers of memory and a slow one, all declared and fast enough not to be waited for.
+/// A plan over two tiers of memory and a slow one, all declared and fast enough not to be waited
+/// for.
 fn three_tiers(shape: &ModelShape, context: u32, spread: Spread) -> Placement {
     let tier = |name: &str, kind| {
         let tier = Tier {
@@ -282,11 +286,12 @@ fn the_plan_does_not_change_a_bit() {
     }
 }
 
-/// Fewer bits for keys and values cost little, take the bytes that they should, and whatever they cost is the same under
-/// every plan.
+/// Fewer bits for keys and values cost little, take the bytes that they should, and whatever they
+/// cost is the same under every plan.
 ///
-/// The weights are random, so now and then a token's next best expert is a hair away, and rounding anything makes it
-/// another network from there on: logits are compared up to the first token that chooses other experts.
+/// The weights are random, so now and then a token's next best expert is a hair away, and rounding
+/// anything makes it another network from there on: logits are compared up to the first token that
+/// chooses other experts.
 #[test]
 fn keys_and_values_in_fewer_bits_stay_close() {
     let spread = Spread {
@@ -494,7 +499,8 @@ fn a_changed_file_is_an_error_and_no_token() {
         message.contains("model.gguf") && message.contains("written to"),
         "{message}"
     );
-    // As if it had never happened: the context is what it was, and the tokens are those of an engine without a fault.
+    // As if it had never happened: the context is what it was, and the tokens are those of an
+    // engine without a fault.
     file.set_modified(modified).unwrap();
     assert_eq!(engine.n_past(), first.len());
     let found = engine.forward(rest, LogitsMode::All).unwrap();

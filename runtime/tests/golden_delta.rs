@@ -1,5 +1,5 @@
-//! What networks with recurrent layers need beyond the golden values: the same logits however the tokens are cut into
-//! passes, contexts that begin again, and plans with room for the state.
+//! What networks with recurrent layers need beyond the golden values: the same logits however the
+//! tokens are cut into passes, contexts that begin again, and plans with room for the state.
 
 use std::sync::Arc;
 use tier_plan_runtime::formats::placement::TierIdx;

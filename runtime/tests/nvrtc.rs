@@ -1,19 +1,21 @@
-//! Compiles every GPU kernel with NVRTC, which needs no GPU, for the architectures that people have. Ignored unless asked
-//! for, since NVRTC is a large download: `.ci/nvrtc` fetches it and runs this.
+//! Compiles every GPU kernel with NVRTC, which needs no GPU, for the architectures that people
+//! have. Ignored unless asked for, since NVRTC is a large download: `.ci/nvrtc` fetches it and runs
+//! this.
 
 use tier_plan_runtime::cuda::{Compiler, Version, source::MODULES};
 
 /// Turing, Ampere (A100; GeForce), Ada, Hopper, Blackwell.
 const CAPABILITIES: [(i32, i32); 6] = [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (12, 0)];
 
-/// Registers that a thread of a kernel may take so that three blocks of 128 threads fit a multiprocessor.
+/// Registers that a thread of a kernel may take so that three blocks of 128 threads fit a
+/// multiprocessor.
 const MOST_REGISTERS: u32 = 168;
 
 /// The same of a kernel whose blocks have 512 threads, of which one must fit.
 const MOST_OF_LARGE_BLOCKS: u32 = 128;
 
-/// The architectures to compile for. What an older compiler makes differs little from one to the next, so that it is
-/// asked for the oldest and the newest; `.ci/nightly` has it make all.
+/// The architectures to compile for. What an older compiler makes differs little from one to the
+/// next, so that it is asked for the oldest and the newest; `.ci/nightly` has it make all.
 fn capabilities(compiler: &Compiler) -> Vec<(i32, i32)> {
     if compiler.version().major >= 13 || tier_plan_testing::is_nightly() {
         return CAPABILITIES.into();
@@ -77,7 +79,8 @@ fn every_kernel_compiles_for_every_architecture() {
     }
 }
 
-/// From the assembler's report: kernels, the registers of each, and bytes of registers kept in memory.
+/// From the assembler's report: kernels, the registers of each, and bytes of registers kept in
+/// memory.
 fn entries(log: &str) -> Vec<(&str, u32, u32)> {
     let number_before = |line: &str, what: &str| -> Option<u32> {
         line.split_once(what)?

@@ -1,8 +1,8 @@
-//! A model larger than its memory, prompt after prompt: nothing fails, nothing grows, and the same prompt always gives
-//! the same text.
+//! A model larger than its memory, prompt after prompt: nothing fails, nothing grows, and the same
+//! prompt always gives the same text.
 //!
-//! Eight rounds as it stands, and some minutes in `.ci/nightly`. For an hour under a limit of memory, with a model of one's own (the file's experts should be
-//! larger than the limit):
+//! Eight rounds as it stands, and some minutes in `.ci/nightly`. For an hour under a limit of
+//! memory, with a model of one's own (the file's experts should be larger than the limit):
 //!
 //! ```text
 //! TIER_PLAN_SOAK_S=3600 TIER_PLAN_SOAK_MODEL=model.gguf cargo test --release -p tier-plan-runtime --test soak -- --nocapture
@@ -39,7 +39,8 @@ fn resident_bytes() -> Option<u64> {
         .map(|kib| kib << 10)
 }
 
-/// No huge pages for this process: the system makes them of what lies beside memory in use, whenever it likes.
+/// No huge pages for this process: the system makes them of what lies beside memory in use,
+/// whenever it likes.
 fn small_pages() {
     #[cfg(target_os = "linux")]
     // SAFETY: sets a flag of this process.
@@ -48,7 +49,8 @@ fn small_pages() {
     }
 }
 
-/// A little more than half of the experts fit, or as much as there is memory if that is less. Also the budget.
+/// A little more than half of the experts fit, or as much as there is memory if that is less. Also
+/// the budget.
 fn open(path: &Path) -> (Engine, u64) {
     let gguf = Arc::new(Gguf::open(path).unwrap());
     let spec = describe(&gguf).unwrap();

@@ -75,8 +75,8 @@ pub fn listing(folder: &Path) -> BTreeSet<PathBuf> {
     found
 }
 
-/// The program must refuse: exit code 1, one line `error: …`, which has all `words` with the line `hint: …` after it, no
-/// cause twice, nothing written. Returns the line.
+/// The program must refuse: exit code 1, one line `error: …`, which has all `words` with the line
+/// `hint: …` after it, no cause twice, nothing written. Returns the line.
 pub fn refused<S: AsRef<OsStr>>(folder: &Path, args: &[S], words: &[&str]) -> String {
     let before = listing(folder);
     let output = run_in(folder, args);

@@ -329,7 +329,8 @@ fn only_what_is_new_is_processed() {
         .collect();
     let (first, second) = (&lines[0], &lines[1]);
     assert_eq!(first[1], 0);
-    // The first message, and of its answer of 12 tokens all but the last, which was never processed.
+    // The first message, and of its answer of 12 tokens all but the last, which was never
+    // processed.
     assert_eq!(second[1], first[0] + 11, "{output}");
     assert!(second[0] < second[1], "{output}");
 }

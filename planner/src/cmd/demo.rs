@@ -1,4 +1,5 @@
-//! `tier-plan demo`: takes the bundled model through every stage, with the commands that a user would type.
+//! `tier-plan demo`: takes the bundled model through every stage, with the commands that a user
+//! would type.
 
 use super::{compare, dispatch, parse_alone};
 use crate::bundled;

@@ -1,4 +1,5 @@
-//! `tier-plan perplexity`: how well a model predicts a text, alone or against saved log-probabilities of another run.
+//! `tier-plan perplexity`: how well a model predicts a text, alone or against saved
+//! log-probabilities of another run.
 
 use crate::cmd::args::{JsonArgs, KvArgs, ModelArgs, PreTokenizerArgs, ThreadArgs, VerifyArgs};
 use crate::hint::HintExt;

@@ -1,4 +1,5 @@
-//! `tier-plan selftest`: compares optimized kernels with reference ones, and a GPU with its targets.
+//! `tier-plan selftest`: compares optimized kernels with reference ones, and a GPU with its
+//! targets.
 
 use crate::cmd::args::JsonArgs;
 use crate::interrupt::{Interrupted, catch_interrupts, interrupted};

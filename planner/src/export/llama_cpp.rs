@@ -151,7 +151,8 @@ impl<'a> Offload<'a> {
             .any(|d| (d.kind, d.layer) == (kind, layer) && self.gpus.contains(&d.tier))
     }
 
-    /// Returns the bytes of a layer's dense tensors and its KV cache, which llama.cpp keeps together.
+    /// Returns the bytes of a layer's dense tensors and its KV cache, which llama.cpp keeps
+    /// together.
     fn layer_bytes(&self, layer: u32) -> u64 {
         let dense = self.shape.dense.iter().filter(|d| d.layer == Some(layer));
         let cache = self.shape.caches.get(layer as usize);
@@ -159,7 +160,8 @@ impl<'a> Offload<'a> {
             + cache.map_or(0, |c| c.context_bytes(self.plan.kv_type, self.plan.context))
     }
 
-    /// Takes as many layers as the plan has attention on GPUs, in proportion to the budgets, and the head if it fits.
+    /// Takes as many layers as the plan has attention on GPUs, in proportion to the budgets, and
+    /// the head if it fits.
     fn take_dense_layers(&mut self) {
         let wanted = (0..self.shape.n_layer)
             .filter(|l| self.is_on_gpu(DenseKind::Attention, Some(*l)))

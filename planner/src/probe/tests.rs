@@ -296,7 +296,8 @@ fn the_mean_rate_is_that_of_the_whole_token() {
         of(TensorType::Q4_K, 10.0, None),
     ];
     assert_eq!((mean_rate(&rates), mean_gflops(&rates)), (10.0, 10.0));
-    // A byte of Q4_K holds 32 / 4.5 as many values as one of F32, so 7.1 times as many products are at 10.
+    // A byte of Q4_K holds 32 / 4.5 as many values as one of F32, so 7.1 times as many products are
+    // at 10.
     let rates = [
         of(TensorType::Q4_K, 10.0, Some(0.5)),
         of(TensorType::F32, 30.0, Some(0.5)),

@@ -1,8 +1,9 @@
-//! Every colour of the report, once for light pages and once for dark ones.
+//! Every color of the report, once for light pages and once for dark ones.
 //!
-//! Charts are drawn in the light colours. A style sheet of attribute selectors then swaps them on dark pages, so a
-//! viewer that knows no style sheets still shows the light chart. That works because no two inks share a light value.
-//! Categories are taken from the colour-blind-safe palettes of Okabe and Ito (tiers) and of Paul Tol (what fills them).
+//! Charts are drawn in the light colors. A style sheet of attribute selectors then swaps them on
+//! dark pages, so a viewer that knows no style sheets still shows the light chart. That works
+//! because no two inks share a light value. Categories are taken from the color-blind-safe palettes
+//! of Okabe and Ito (tiers) and of Paul Tol (what fills them).
 
 use std::fmt::Write as _;
 use tier_plan_runtime::formats::machine::TierKind;

@@ -1,7 +1,8 @@
-//! The comparison report: a folder with one self-contained HTML page, its charts as SVG and PNG, their numbers as
-//! CSV, and a summary for programs.
+//! The comparison report: a folder with one self-contained HTML page, its charts as SVG and PNG,
+//! their numbers as CSV, and a summary for programs.
 //!
-//! Everything here turns plans, run records and a profile into pages. It runs nothing and solves nothing.
+//! Everything here turns plans, run records and a profile into pages. It runs nothing and solves
+//! nothing.
 
 mod chart;
 pub mod history;
@@ -127,10 +128,11 @@ impl Report {
     }
 }
 
-/// Makes a report of run records alone: one entry a plan name, in the order they first appear.
+/// Makes a report of run records alone: one entry per plan name, in the order they first appear.
 ///
-/// It is dated by its newest record; plans, profile and curves can be added to what is returned. Records of different
-/// models, hosts, machines or thread counts are noted, because their speeds don't compare.
+/// It is dated by its newest record; plans, profile and curves can be added to what is returned.
+/// Records of different models, hosts, machines or thread counts are noted, because their speeds
+/// don't compare.
 pub fn from_records(records: Vec<RunRecord>) -> Report {
     let mut report = Report {
         title: "Plans side by side".into(),
@@ -300,8 +302,9 @@ pub fn check(dir: &Path) -> Result<()> {
 
 /// Writes a report and returns its `index.html`.
 ///
-/// Nothing is overwritten: where `dir` exists, `dir-2`, `dir-3` and so on are tried. The folder appears under its
-/// name only when it is whole. Fails when the file system refuses, or when no free name is found.
+/// Nothing is overwritten: where `dir` exists, `dir-2`, `dir-3` and so on are tried. The folder
+/// appears under its name only when it is whole. Fails when the file system refuses, or when no
+/// free name is found.
 pub fn write(dir: &Path, report: &Report) -> Result<PathBuf> {
     scene::check_fonts()?;
     Ok(write_folder(dir, |folder| fill(folder, report))?.join("index.html"))

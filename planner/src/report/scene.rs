@@ -1,8 +1,8 @@
 //! A picture as a list of shapes, drawn by plotters into SVG or PNG.
 //!
-//! Charts lay themselves out into a [`Scene`] in pixels and never see a backend, so both files show the same picture
-//! and a test can look for texts that overlap or leave the page. Bitmap text is set here, glyph by glyph, because
-//! plotters' own rounds every glyph to whole pixels.
+//! Charts lay themselves out into a [`Scene`] in pixels and never see a backend, so both files show
+//! the same picture and a test can look for texts that overlap or leave the page. Bitmap text is
+//! set here, glyph by glyph, because plotters' own rounds every glyph to whole pixels.
 
 use super::ink::Ink;
 use ab_glyph::{Font, FontRef, PxScale, ScaleFont, point};
@@ -233,7 +233,8 @@ impl Scene {
         {
             let mut backend = SVGBackend::with_string(&mut drawn, size);
             draw(self, &mut backend, |backend, text, style, (x, y)| {
-                // plotters sets a top-anchored line's baseline at 0.76 em and makes its em size / 1.24.
+                // plotters sets a top-anchored line's baseline at 0.76 em and makes its em size /
+                // 1.24.
                 let em = text.em * SCALE;
                 let at = (x as i32, (y - 0.76 * em).round() as i32);
                 backend

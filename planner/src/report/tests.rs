@@ -6,7 +6,8 @@ use std::collections::HashSet;
 use tier_plan_runtime::formats::placement::{PerTier, Pins, TierIdx};
 use tier_plan_runtime::formats::record::{LayerRecord, TierRecord};
 
-/// Opening and closing tags match, attributes are quoted, and no bare `&` or `<` is left: enough of XML to be sure.
+/// Opening and closing tags match, attributes are quoted, and no bare `&` or `<` is left: enough of
+/// XML to be sure.
 fn check_markup(text: &str, voids: &[&str]) -> Result<(), String> {
     let mut stack: Vec<String> = Vec::new();
     let mut rest = text;
@@ -228,7 +229,8 @@ fn the_numbers_are_those_of_the_records() {
     let row: Vec<&str> = speed.lines().nth(1).expect("a row").split(',').collect();
     assert_eq!(row[0], "ilp");
     assert!((row[2].parse::<f64>().expect("number") - measured).abs() < 1e-9);
-    // Every expert's share in the CSV, summed, is the experts a token uses, in every layer and for both plans.
+    // Every expert's share in the CSV, summed, is the experts a token uses, in every layer and for
+    // both plans.
     let experts = fs::read_to_string(folder.join("experts.csv")).expect("experts.csv");
     let total: f64 = experts
         .lines()

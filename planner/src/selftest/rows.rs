@@ -82,7 +82,7 @@ pub fn results(found: &Results, golden: Option<&str>, text: Option<&str>) -> Vec
     }
     rows.extend(golden.map(|why| Row::without(GOLDEN, "small models", Found::NotRun(why.into()))));
     for step in &found.golden {
-        let what = format!("{}, normalised mean squared error", step.name);
+        let what = format!("{}, normalized mean squared error", step.name);
         rows.push(match &step.errors {
             Ok(found) => {
                 let mut note = format!("a prompt {:.1e}, token by token {:.1e}", found.prompt_nmse, found.decode_nmse);

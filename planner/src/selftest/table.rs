@@ -379,7 +379,7 @@ mod tests {
                 Row::figure("golden values", "qwen3moe", 2e-3, "")
                     .with(Target::AtMost(1e-4))
                     .compared(),
-                Row::without("golden values", "quantised models", Found::NotRun(why)),
+                Row::without("golden values", "quantized models", Found::NotRun(why)),
                 Row::without(
                     "golden values",
                     "olmoe",
@@ -438,7 +438,7 @@ kernels                      target            found
 
 golden values                target            found
   qwen3moe                 ≤ 1.0e-4         0.002  missed (compared)
-  quantised models                               -  not run             tests/data was not found; give --golden FOLDER
+  quantized models                               -  not run             tests/data was not found; give --golden FOLDER
   olmoe                                          -  failed              the device failed
 
 rates                        target            found

@@ -237,8 +237,8 @@ fn check_point(at: usize) {
     }
 }
 
-/// Tests that predictions are near what was measured and that docs/METHODOLOGY.md says how near, one
-/// test per point, so that cores share them.
+/// Tests that predictions are near what was measured and that docs/METHODOLOGY.md says how near,
+/// one test per point, so that cores share them.
 macro_rules! points_are_near {
     ($($name:ident => $at:literal),* $(,)?) => {
         $(

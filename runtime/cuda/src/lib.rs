@@ -11,8 +11,8 @@
 //! # Errors and panics
 //!
 //! Every function that returns a [`CudaError`] fails when the device fails, now or at work that was
-//! enqueued before. Every operation panics when a buffer is smaller than the sizes that it is given.
-//! The functions document only what goes beyond that.
+//! enqueued before. Every operation panics when a buffer is smaller than the sizes that it is
+//! given. The functions document only what goes beyond that.
 //!
 //! # State of testing
 //!

@@ -1,6 +1,6 @@
-//! A device for tests: the kernels compiled as plain C++ by the system's compiler, in main memory, a block's threads one
-//! after the other. Kernels that different threads launch run at once. Writes beyond a buffer and reads of what nobody
-//! wrote are found.
+//! A device for tests: the kernels compiled as plain C++ by the system's compiler, in main memory,
+//! a block's threads one after the other. Kernels that different threads launch run at once. Writes
+//! beyond a buffer and reads of what nobody wrote are found.
 
 use super::copy_stream::{BUFFERS, CopyStream};
 #[cfg(test)]
@@ -29,7 +29,8 @@ type Kinds = unsafe extern "C" fn() -> *const c_char;
 pub struct Shim {
     /// The compiled kernels.
     path: PathBuf,
-    /// Copies of them that no kernel runs in. A copy's variables are its own, and it runs one kernel at a time.
+    /// Copies of them that no kernel runs in. A copy's variables are its own, and it runs one
+    /// kernel at a time.
     idle: Mutex<Vec<Library>>,
     /// Bytes of what is allocated, and the kernels that were launched.
     state: Mutex<(HashMap<u64, usize>, BTreeSet<&'static str>)>,
@@ -137,7 +138,8 @@ impl Shim {
         Err(self.failed(kernel, why.into()))
     }
 
-    /// A driver takes as many bytes from the address of an argument as the kernel's parameter has, whatever is there.
+    /// A driver takes as many bytes from the address of an argument as the kernel's parameter has,
+    /// whatever is there.
     fn check_kinds(
         &self,
         library: &Library,
@@ -373,7 +375,8 @@ fn arguments_of_other_kinds_are_refused() {
         threads: 32,
     };
     let launch = |args: &[Arg]| {
-        // SAFETY: with the right kinds four values of a buffer of four are cleared, with others nothing is done.
+        // SAFETY: with the right kinds four values of a buffer of four are cleared, with others
+        // nothing is done.
         unsafe { shim.launch("clear", one, args) }
     };
     for args in [

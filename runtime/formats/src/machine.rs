@@ -354,8 +354,9 @@ impl Machine {
         self.tiers.iter().map(computing).collect()
     }
 
-    /// Returns the matmul rate of prompts by tier: 0 where it is not known, empty where none is. Addressable tiers and drives all compute on the CPU, so one's figure holds for
-    /// those that have none of their own.
+    /// Returns the matmul rate of prompts by tier: 0 where it is not known, empty where none is.
+    /// Addressable tiers and drives all compute on the CPU, so one's figure holds for those that
+    /// have none of their own.
     pub fn prompt_gflops(&self) -> PerTier<f64> {
         let known = &self.extras.prompt_gflops;
         let of_cpu = self

@@ -27,8 +27,8 @@ impl TierIdx {
     /// The fastest tier.
     pub const FIRST: TierIdx = TierIdx(0);
 
-    /// Returns the index of the tier at a position from 0. Positions from 255 on, where no plan has a
-    /// tier, all give the index 255.
+    /// Returns the index of the tier at a position from 0. Positions from 255 on, where no plan has
+    /// a tier, all give the index 255.
     pub const fn new(position: usize) -> TierIdx {
         TierIdx(if position < u8::MAX as usize {
             position as u8

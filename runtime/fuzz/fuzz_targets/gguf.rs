@@ -1,4 +1,5 @@
-//! Any bytes as a GGUF file: refused with a message, or a header whose tensors all lie inside the bytes.
+//! Any bytes as a GGUF file: refused with a message, or a header whose tensors all lie inside the
+//! bytes.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

@@ -318,7 +318,8 @@ fn nothing_past_the_end_is_read_or_written() {
     }
 }
 
-/// Returns the bytes of a block that are codes; none where codes index a grid, which bounds their levels.
+/// Returns the bytes of a block that are codes; none where codes index a grid, which bounds their
+/// levels.
 fn codes(ty: TensorType) -> std::ops::Range<usize> {
     use TensorType::*;
     match ty {

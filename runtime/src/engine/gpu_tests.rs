@@ -69,7 +69,7 @@ fn logits(engine: &mut Engine, n_vocab: u32) -> Vec<f32> {
 
 #[test]
 fn experts_on_a_gpu_give_the_same_text() {
-    // Float and quantised experts, fused and split, with biases and without, shared experts beside
+    // Float and quantized experts, fused and split, with biases and without, shared experts beside
     // them.
     for name in [
         "arch/qwen3moe.gguf",
@@ -248,7 +248,7 @@ fn a_whole_model_on_a_gpu_gives_the_same_text() {
 }
 
 #[test]
-fn quantised_models_on_a_gpu_give_the_same_text() {
+fn quantized_models_on_a_gpu_give_the_same_text() {
     for (name, kv_type) in [
         ("Q4_K_M", KvType::F16),
         ("Q5_0", KvType::Q8_0),

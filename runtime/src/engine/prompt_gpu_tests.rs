@@ -113,7 +113,7 @@ fn experts_of_main_memory_pass_through_a_gpu_for_prompts() {
             processor_gflops,
         })
     };
-    // Float and quantised experts, fused ones with biases, shared experts beside them.
+    // Float and quantized experts, fused ones with biases, shared experts beside them.
     for name in [
         "arch/qwen3moe",
         "arch/gpt-oss",

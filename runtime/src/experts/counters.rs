@@ -66,8 +66,9 @@ pub struct Counters {
     pub decode: Duration,
     /// Weight bytes read while decoding.
     pub read_bytes: PerTier<u64>,
-    /// Time spent on each tier's bytes while decoding: computing on them, or waiting for them. The time of a stage that mixes tiers is shared out by bytes. On emulated tiers it
-    /// is shared out by the declared times of the stage's paths.
+    /// Time spent on each tier's bytes while decoding: computing on them, or waiting for them. The
+    /// time of a stage that mixes tiers is shared out by bytes. On emulated tiers it is shared out
+    /// by the declared times of the stage's paths.
     pub busy: PerTier<Duration>,
     /// Prefetched experts, for prompts and while decoding.
     pub prefetch: PrefetchCount,

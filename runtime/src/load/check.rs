@@ -1,4 +1,5 @@
-//! What a plan must satisfy beside the model it is for, and on this machine, before anything is loaded.
+//! What a plan must satisfy beside the model it is for, and on this machine, before anything is
+//! loaded.
 
 use crate::error::LoadError;
 use crate::tiers::arena::{Arena, ArenaError};

@@ -1,5 +1,5 @@
-//! Default plans, made without a solver: everything in main memory, in place in the mapped file; everything on one GPU;
-//! and everything but the routed experts on one GPU.
+//! Default plans, made without a solver: everything in main memory, in place in the mapped file;
+//! everything on one GPU; and everything but the routed experts on one GPU.
 
 use tier_plan_formats::machine::{Accelerator, Tier, TierKind};
 use tier_plan_formats::model::kv::KvType;
@@ -95,7 +95,8 @@ fn set_sums_and_budgets(plan: &mut Placement, shape: &ModelShape) {
     }
 }
 
-/// Returns a plan with two tiers, `vram` and `dram`, that has the whole model on the first real GPU, KV cache included.
+/// Returns a plan with two tiers, `vram` and `dram`, that has the whole model on the first real
+/// GPU, KV cache included.
 pub fn all_on_gpu(shape: &ModelShape, context: u32, kv_type: KvType) -> Placement {
     let mut plan = experts_in_memory(shape, context, kv_type);
     plan.name = "all-in-vram".into();
@@ -109,7 +110,8 @@ pub fn all_on_gpu(shape: &ModelShape, context: u32, kv_type: KvType) -> Placemen
     plan
 }
 
-/// Returns [`all_on_gpu`]'s plan with the routed experts in main memory, in place in the mapped file.
+/// Returns [`all_on_gpu`]'s plan with the routed experts in main memory, in place in the mapped
+/// file.
 pub fn experts_in_memory(shape: &ModelShape, context: u32, kv_type: KvType) -> Placement {
     let mut plan = all_in_memory(shape, context, kv_type);
     plan.name = "experts-in-dram".into();

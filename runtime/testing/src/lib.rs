@@ -1,6 +1,7 @@
 //! What tests of several crates share: golden values, errors, and numbers that look random.
 //!
-//! It knows none of the crates that it helps to test. A crate's unit tests would otherwise see two copies of that crate.
+//! It knows none of the crates that it helps to test. A crate's unit tests would otherwise see two
+//! copies of that crate.
 
 use std::path::{Path, PathBuf};
 
@@ -17,7 +18,8 @@ pub fn data(name: &str) -> PathBuf {
     root().join("tests/data").join(name)
 }
 
-/// Returns the names of the models in a folder of `tests/data`, sorted: `qwen3moe` for `qwen3moe.gguf`.
+/// Returns the names of the models in a folder of `tests/data`, sorted: `qwen3moe` for
+/// `qwen3moe.gguf`.
 ///
 /// # Panics
 /// When the folder cannot be listed, or has no model.
@@ -54,7 +56,8 @@ pub fn floats(bytes: &[u8]) -> Vec<f32> {
         .collect()
 }
 
-/// Returns the normalized mean squared error: the sum of squared differences over the sum of squared expected values.
+/// Returns the normalized mean squared error: the sum of squared differences over the sum of
+/// squared expected values.
 ///
 /// # Panics
 /// When there are more values, or fewer, than are expected.

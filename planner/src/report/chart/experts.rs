@@ -79,15 +79,15 @@ pub(super) fn chart(o: &Overview<'_>) -> Option<Chart> {
     let subtitle = match (plans.is_empty(), paired) {
         (true, _) => {
             format!(
-                "One row a layer, one cell an expert, most used first. A stronger shade is used more often ({tokens})."
+                "One row per layer, one cell per expert, most used first. A stronger shade is used more often ({tokens})."
             )
         }
         (false, true) => format!(
-            "One row a layer, one cell an expert, most used first. A stronger shade is used more often ({tokens}); the coloured \
+            "One row per layer, one cell per expert, most used first. A stronger shade is used more often ({tokens}); the colored \
              foot of a cell is the expert's tier."
         ),
         (false, false) => format!(
-            "One row a layer, one column an expert, most used first, in the same order in every panel ({tokens})."
+            "One row per layer, one column per expert, most used first, in the same order in every panel ({tokens})."
         ),
     };
     let (mut scene, y) = begin(&title, &subtitle);
@@ -140,8 +140,8 @@ pub(super) fn chart(o: &Overview<'_>) -> Option<Chart> {
         "in the same place as"
     };
     let how = format!(
-        "Each layer has its own order of experts. Strong shades {where_to_look} a fast tier's colour are what a good plan \
-         looks like; strong shades {where_to_look} the last tier's colour are served from slots, or waited for. Rows of \
+        "Each layer has its own order of experts. Strong shades {where_to_look} a fast tier's color are what a good plan \
+         looks like; strong shades {where_to_look} the last tier's color are served from slots, or waited for. Rows of \
          one shade mean that experts are used evenly, and that pinning cannot help much."
     );
     let data = data(&map, &plans);

@@ -1,8 +1,8 @@
 //! Greedy construction and single-change local search.
 //!
-//! [`by_price`] takes every item's cheapest column at prices raised until the bytes fit. [`balanced`]
-//! takes, item by item, a cheap column whose bytes are near the item's share of what is left.
-//! [`improve`] exchanges columns of one member, then of pairs, to spend the last bytes.
+//! [`by_price`] takes every item's cheapest column at prices raised until the bytes fit.
+//! [`balanced`] takes, item by item, a cheap column whose bytes are near the item's share of what
+//! is left. [`improve`] exchanges columns of one member, then of pairs, to spend the last bytes.
 
 use super::choice::{Choice, Master, PricedColumn, used_bytes};
 use crate::solve::problem::columns::Item;

@@ -1,5 +1,6 @@
-//! The kernels as plain C++ for a processor: what is compiled, and how. The emulated device of the runtime's tests and the
-//! stand-in driver of the whole program's both take this file; it knows only the texts that it is given.
+//! The kernels as plain C++ for a processor: what is compiled, and how. The emulated device of the
+//! runtime's tests and the stand-in driver of the whole program's both take this file; it knows
+//! only the texts that it is given.
 
 use std::env;
 use std::ffi::OsStr;
@@ -18,9 +19,9 @@ pub type ModuleText = (&'static str, &'static str, &'static [&'static str]);
 /// File names and texts.
 pub type Texts = Vec<(String, String)>;
 
-/// The file that has all kernels. For each it has `run_NAME`, which takes addresses of arguments and six numbers of blocks
-/// and threads, and `kinds_NAME`, the arguments' types in one letter each: `p` a pointer, `i` an `int`, `l` a `long long`
-/// and `f` a `float`.
+/// The file that has all kernels. For each it has `run_NAME`, which takes addresses of arguments
+/// and six numbers of blocks and threads, and `kinds_NAME`, the arguments' types in one letter
+/// each: `p` a pointer, `i` an `int`, `l` a `long long` and `f` a `float`.
 const ALL: &str = "all.cpp";
 
 /// The object file of the kernels, in the folder that [`kernels`] returns.
@@ -68,8 +69,9 @@ pub fn kernels(headers: &[(&str, String)], modules: &[ModuleText]) -> PathBuf {
     )
 }
 
-/// Returns a folder in which the compiler was run on these texts, with each of these lists of arguments. What was built
-/// before from the same texts by the same compiler is taken as it is, whichever test program built it.
+/// Returns a folder in which the compiler was run on these texts, with each of these lists of
+/// arguments. What was built before from the same texts by the same compiler is taken as it is,
+/// whichever test program built it.
 pub fn build<S: AsRef<OsStr> + Hash>(name: &str, texts: &Texts, commands: &[&[S]]) -> PathBuf {
     let mut key = DefaultHasher::new();
     (texts, commands, compiler_version()).hash(&mut key);
@@ -133,8 +135,9 @@ fn run_compiler<S: AsRef<OsStr>>(folder: &Path, args: &[S]) {
     );
 }
 
-/// Options for the kernels. No fused products, as in the processor's plain kernels; jumps from one stack to another are
-/// meant. Variables are hidden, so that every copy of the library that is loaded has its own.
+/// Options for the kernels. No fused products, as in the processor's plain kernels; jumps from one
+/// stack to another are meant. Variables are hidden, so that every copy of the library that is
+/// loaded has its own.
 const OPTIONS: [&str; 11] = [
     "-std=c++17",
     "-O2",

@@ -1,5 +1,5 @@
 //! `olmoe`: norms of queries and keys over all heads together; routing weights that are not
-//! normalised; experts as wide as `feed_forward_length` says.
+//! normalized; experts as wide as `feed_forward_length` says.
 
 use super::ModelError;
 use super::blocks::{Common, MoeOptions, gqa, heads, moe};

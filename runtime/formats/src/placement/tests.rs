@@ -367,8 +367,8 @@ fn errors_say_what_and_how_to_mend() {
         ),
         (
             "context = 1024",
-            "context = 1024\ncolour = 3",
-            "line 6: unknown field `colour`, expected one of `format`",
+            "context = 1024\ncolor = 3",
+            "line 6: unknown field `color`, expected one of `format`",
         ),
         (
             "experts = 4 }",

@@ -289,8 +289,8 @@ fn errors_say_what_and_how_to_mend() {
             "header: EOF while parsing",
         ),
         (
-            with_header("\"made\"", "\"colour\""),
-            "header: unknown field `colour`",
+            with_header("\"made\"", "\"color\""),
+            "header: unknown field `color`",
         ),
         (
             with_header("held-out", "test"),

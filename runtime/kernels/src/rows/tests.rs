@@ -161,7 +161,7 @@ fn widened(kernels: Kernels, rows: StoredRows<'_>, width: usize) -> Vec<f32> {
 }
 
 #[test]
-fn dots_are_the_formula_and_do_not_depend_on_their_neighbours() {
+fn dots_are_the_formula_and_do_not_depend_on_their_neighbors() {
     let mut rng = Rng(4);
     for kernels in Kernels::available() {
         for width in WIDTHS {
@@ -217,7 +217,7 @@ fn dots_are_the_formula_and_do_not_depend_on_their_neighbours() {
 }
 
 #[test]
-fn mixtures_are_the_formula_and_do_not_depend_on_their_neighbours() {
+fn mixtures_are_the_formula_and_do_not_depend_on_their_neighbors() {
     let mut rng = Rng(5);
     for kernels in Kernels::available() {
         for (width, out_width) in

@@ -339,7 +339,7 @@ proptest! {
 }
 
 #[test]
-fn a_single_use_does_not_drive_out_a_favourite() {
+fn a_single_use_does_not_drive_out_a_favorite() {
     for policy in [
         SlotPolicy::Lfu { half_life: 16 },
         SlotPolicy::Adaptive {

@@ -391,7 +391,7 @@ fn the_fused_tensor_equals_the_two() {
 }
 
 #[test]
-fn quantised_projections_differ_by_the_rounding_of_activations() {
+fn quantized_projections_differ_by_the_rounding_of_activations() {
     let x = noise(22, 5 * HIDDEN);
     for fused in [false, true] {
         let layer = layer(Case {

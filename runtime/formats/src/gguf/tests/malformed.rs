@@ -42,7 +42,7 @@ fn tensor(name: &str, type_id: u32, dims: &[u64], bytes: usize) -> Writer {
 }
 
 #[test]
-fn other_kinds_of_files_are_recognised() {
+fn other_kinds_of_files_are_recognized() {
     let mut tar = vec![b'a'; 512];
     tar[257..262].copy_from_slice(b"ustar");
     let mut safetensors = 20u64.to_le_bytes().to_vec();

@@ -257,7 +257,8 @@ fn any_plan() -> impl Strategy<Value = Placement> {
                             .map(|d| d.tier)
                             .collect()
                     };
-                    // Where not all attention is on GPUs, what the processor attends to is not there.
+                    // Where not all attention is on GPUs, what the processor attends to is not
+                    // there.
                     let on_gpus = attention(&plan)
                         .iter()
                         .all(|&t| plan.tiers[t].tier.is_gpu());
