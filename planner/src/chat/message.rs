@@ -24,6 +24,16 @@ impl Role {
     }
 }
 
+/// How a template gets the content of a message.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Form {
+    /// As a string.
+    #[default]
+    Text,
+    /// As a list with one part of type `text`, which models for pictures expect.
+    Parts,
+}
+
 /// A message of the conversation.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Message {
@@ -33,6 +43,8 @@ pub struct Message {
     pub content: String,
     /// Reasoning before the answer, if the model marks it.
     pub thinking: Option<String>,
+    /// How the template gets the content.
+    pub form: Form,
 }
 
 impl Message {
@@ -42,14 +54,23 @@ impl Message {
             role,
             content: content.to_string(),
             thinking: None,
+            form: Form::Text,
         }
     }
 
     /// Returns the message as templates see it.
     pub(super) fn value(&self) -> Value {
+        let content = Value::from(self.content.as_str());
+        let content = match self.form {
+            Form::Text => content,
+            Form::Parts => Value::from(vec![Value::from_pairs([
+                ("type", Value::from("text")),
+                ("text", content),
+            ])]),
+        };
         let mut pairs = vec![
             ("role", Value::from(self.role.name())),
-            ("content", Value::from(self.content.as_str())),
+            ("content", content),
         ];
         if let Some(thinking) = &self.thinking {
             // gpt-oss and the Qwen and DeepSeek families name it differently.

@@ -1,12 +1,15 @@
 //! `tier-plan run` without a text to continue: a chat on the terminal.
 
+use crate::chat::dialect::Dialect;
 use crate::chat::template::Template;
 use crate::chat::{Chat, Options, Signals};
 use crate::cmd::args::TokenLimit;
 use crate::cmd::run::{RunArgs, RunOptions};
 use crate::hint::HintExt;
+use crate::screen::Screen;
 use crate::session::Session;
-use anyhow::{Context, Result, bail, ensure};
+use crate::text;
+use anyhow::{Result, bail, ensure};
 use std::io::{ErrorKind, IsTerminal, Write};
 
 /// Returns whether the arguments ask for a chat.
@@ -32,10 +35,7 @@ pub(super) fn run(args: &RunArgs, run: &RunOptions<'_>) -> Result<()> {
     }
     let tokenizer = session.tokenizer_with(args.pre.tokenizer_pre.as_deref())?;
     let source = match &args.chat_template {
-        Some(path) => {
-            let text = std::fs::read_to_string(path);
-            Some(text.with_context(|| format!("reading the chat template {}", path.display()))?)
-        }
+        Some(path) => Some(text::read_file("the chat template", path)?),
         None => session
             .gguf
             .opt_str("tokenizer.chat_template")?
@@ -46,12 +46,16 @@ pub(super) fn run(args: &RunArgs, run: &RunOptions<'_>) -> Result<()> {
     let bos = piece(tokenizer.bos()).unwrap_or_default();
     let eos = piece(tokenizer.eos()).unwrap_or_default();
     let template = source
-        .map(|source| Template::new(&source, &bos, &eos))
+        .map(|source| Dialect::probe(Template::new(&source, &bos, &eos)?, args.system.is_some()))
         .transpose()?;
     let plan = session.residency();
     plan.iter().for_each(|line| eprintln!("{line}"));
-    if template.is_none() && args.system.is_some() {
-        eprintln!("warning: --system has no effect without a chat template");
+    match &template {
+        Some(template) => template.note().iter().for_each(|note| eprintln!("{note}")),
+        None if args.system.is_some() => {
+            eprintln!("warning: --system has no effect without a chat template");
+        }
+        None => {}
     }
     let watched = std::io::stdin().is_terminal();
     if watched {
@@ -64,6 +68,7 @@ pub(super) fn run(args: &RunArgs, run: &RunOptions<'_>) -> Result<()> {
         sampling: run.sampling.clone(),
         ignore_eos: args.ignore_eos,
         prompt: if watched { "> " } else { "" },
+        screen: Screen::new(std::io::stdout().is_terminal()),
         plan,
         signals: Signals {
             interrupted: &crate::interrupt::interrupted,
