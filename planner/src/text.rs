@@ -8,7 +8,7 @@ use std::io::Read;
 use std::path::Path;
 
 /// Longest text in bytes, many times what any context holds.
-const MAX_TEXT_BYTES: u64 = 1 << 30;
+const MAX_TEXT_BYTES: u64 = 256 << 20;
 
 /// Bytes of a text that are looked at to tell UTF-16 without a byte order mark.
 const UTF16_SAMPLE_BYTES: usize = 512;

@@ -28,14 +28,19 @@ pub(super) fn run(args: &RunArgs, run: &RunOptions<'_>) -> Result<()> {
         run.limit != Some(TokenLimit::Count(0)),
         "--n-predict: 0, expected 1 or more in a chat"
     );
+    // A file that cannot be read is named before the model is loaded.
+    let given = args.chat_template.as_deref();
+    let given = given
+        .map(|path| text::read_file("the chat template", path))
+        .transpose()?;
     let mut session = Session::open(run.model, run.opening)?;
     if session.engine.context() < 2 {
         let short = || bail!("--context: one token, expected 2 or more in a chat");
         return short().hint("pass a larger --context");
     }
     let tokenizer = session.tokenizer_with(args.pre.tokenizer_pre.as_deref())?;
-    let source = match &args.chat_template {
-        Some(path) => Some(text::read_file("the chat template", path)?),
+    let source = match given {
+        Some(source) => Some(source),
         None => session
             .gguf
             .opt_str("tokenizer.chat_template")?

@@ -2,7 +2,7 @@
 
 use super::chat;
 use crate::cmd::args::{ComputeArgs, JsonArgs, KvArgs, MemoryArgs, ModelArgs, PreTokenizerArgs};
-use crate::cmd::args::{SamplingArgs, StoreArgs, TokenLimit};
+use crate::cmd::args::{SamplingArgs, StoreArgs, TokenLimit, context_value};
 use crate::hint::HintExt;
 use crate::opening::Opening;
 use crate::screen::{Screen, escape_json};
@@ -67,6 +67,8 @@ pub struct RunArgs {
         visible_alias = "ctx-size",
         alias = "ctx",
         value_name = "N",
+        allow_negative_numbers = true,
+        value_parser = context_value,
         help_heading = "Generation"
     )]
     pub context: Option<u32>,
