@@ -12,6 +12,7 @@ mod golden_quant;
 mod gpu_driver;
 mod main_job;
 mod other_engines;
+mod prompts;
 mod selftest;
 mod slot_policies;
 mod store;

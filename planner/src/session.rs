@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::time::Instant;
 use tier_plan_runtime::formats::placement::Placement;
 use tier_plan_runtime::gguf::Gguf;
+use tier_plan_runtime::model::spec::RopeScaling;
 use tier_plan_runtime::model::{describe, shape::shape_of};
 use tier_plan_runtime::threads::physical_cores;
 use tier_plan_runtime::tiers::numa::NumaPolicy;
@@ -91,6 +92,9 @@ impl Session {
         let mut session = loaded.map_err(|e| naming(model, e))?;
         if let Some(context) = opening.context.filter(|context| *context > 0) {
             session.engine.limit_context(context);
+        }
+        if let Some(warning) = beyond_training(&session.engine) {
+            eprintln!("{warning}");
         }
         session.notes.extend(note);
         session.notes.extend(start.fill(&mut session.engine)?);
@@ -224,6 +228,35 @@ impl Session {
             .as_ref()
             .map_or(Ok(()), |start| start.keep(&self.engine))
     }
+}
+
+/// Returns a warning where the context is longer than what the model was trained for, or its
+/// rotary scaling extends that to.
+fn beyond_training(engine: &Engine) -> Option<String> {
+    let trained = engine.shape().context;
+    let scaled = |scaling| match scaling {
+        RopeScaling::None => 0.0,
+        RopeScaling::Linear(factor) => f64::from(trained) * f64::from(factor),
+        RopeScaling::Yarn {
+            factor,
+            original_context,
+            ..
+        } => f64::from(factor) * f64::from(original_context),
+    };
+    let longest = engine
+        .spec()
+        .layers
+        .iter()
+        .filter_map(|layer| layer.mixer.rope())
+        .map(|rope| scaled(rope.scaling))
+        .fold(f64::from(trained), f64::max);
+    let context = engine.context();
+    (trained > 0 && context as f64 > longest).then(|| {
+        format!(
+            "warning: the context of {context} tokens is longer than the {longest:.0} that the model was trained for; \
+             text past them may be poor"
+        )
+    })
 }
 
 /// Copies the weights to huge pages. If that fails they stay mapped, which is slower.

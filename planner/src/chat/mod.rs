@@ -4,19 +4,25 @@
 //! the model's reasoning, for instance). The common prefix with the tokens in the context is kept,
 //! so that only new tokens are processed.
 
+mod answer;
+pub mod dialect;
+mod marks;
+pub mod message;
 pub mod template;
 #[cfg(test)]
 mod tests;
+mod thought;
 
+use crate::screen::Screen;
+use crate::text::decode;
 use anyhow::{Context, Result, ensure};
+use dialect::{Dialect, Rendered};
+use message::{Message, Role};
 use std::io::{BufRead, Read, Write};
-use std::ops::ControlFlow;
 use std::time::Duration;
-use template::{Message, Role, Template};
-use tier_plan_runtime::engine::generate::{Limits, Stop, generate};
+use tier_plan_runtime::Engine;
 use tier_plan_runtime::sampler::{Sampler, SamplerConfig};
 use tier_plan_runtime::tokenizer::Tokenizer;
-use tier_plan_runtime::{Engine, LogitsMode};
 
 /// Longest line of a message in bytes, far more than any context holds.
 const MAX_LINE_BYTES: u64 = 64 << 20;
@@ -43,7 +49,7 @@ pub struct Signals<'a> {
 /// Options of a chat.
 pub struct Options<'a> {
     /// Chat template; without one every message is a text to continue.
-    pub template: Option<Template>,
+    pub template: Option<Dialect>,
     /// System message.
     pub system: Option<String>,
     /// Most tokens per answer; `None` is as many as fit.
@@ -54,6 +60,8 @@ pub struct Options<'a> {
     pub ignore_eos: bool,
     /// Text written before a message is read; empty if standard input is not a terminal.
     pub prompt: &'a str,
+    /// Filter of what is written of answers and messages.
+    pub screen: Screen,
     /// Lines that `/plan` prints.
     pub plan: Vec<String>,
     /// Callbacks about interruption.
@@ -68,6 +76,13 @@ struct Stats {
     answer: usize,
 }
 
+/// A conversation as the model gets it.
+struct Prompt {
+    /// Text of the prompt; empty without a template.
+    text: String,
+    tokens: Vec<u32>,
+}
+
 /// A chat with its history.
 pub struct Chat<'a> {
     engine: &'a mut Engine,
@@ -78,6 +93,8 @@ pub struct Chat<'a> {
     /// Tokens in the engine's context.
     held: Vec<u32>,
     stats: Option<Stats>,
+    /// Whether the user knows that control tokens in messages are plain text.
+    told: bool,
 }
 
 impl<'a> Chat<'a> {
@@ -92,6 +109,7 @@ impl<'a> Chat<'a> {
             messages: Vec::new(),
             held: Vec::new(),
             stats: None,
+            told: false,
         };
         chat.reset();
         chat
@@ -136,6 +154,13 @@ impl<'a> Chat<'a> {
                 }
                 return Ok(());
             };
+            let message = match decode("that message", message) {
+                Ok(message) => message,
+                Err(error) => {
+                    writeln!(output, "{error}; it was not sent.")?;
+                    continue;
+                }
+            };
             let text = message.trim();
             match text {
                 "" => {}
@@ -153,10 +178,11 @@ impl<'a> Chat<'a> {
                 "/stats" => self.show_stats(output)?,
                 _ if text.starts_with("//") => self.turn(&text[1..], output)?,
                 _ if text.starts_with('/') => {
+                    let command = text.split(' ').next().unwrap_or(text);
+                    let command = self.options.screen.clone().show(command).into_owned();
                     writeln!(
                         output,
-                        "Unknown command {}; /help lists the commands.",
-                        text.split(' ').next().unwrap_or(text)
+                        "Unknown command {command}; /help lists the commands."
                     )?;
                 }
                 _ => self.turn(text, output)?,
@@ -180,24 +206,29 @@ impl<'a> Chat<'a> {
             }
             return self.answer(&ids, output).map(drop);
         }
+        if let Some(token) = self.tokenizer.structure_in(text).filter(|_| !self.told) {
+            // Someone may have meant it to be one.
+            eprintln!("{token:?} in a message is sent as plain text and not as the control token");
+            self.told = true;
+        }
         self.messages.push(Message::new(Role::User, text));
-        let Some(ids) = self.fit(output)? else {
+        let Some(prompt) = self.fit(output)? else {
             self.messages.pop();
             return Ok(());
         };
-        let answer = self.answer(&ids, output)?;
-        if answer.trim().is_empty() {
+        let answer = self.answer(&prompt.tokens, output)?;
+        if answer.text.trim().is_empty() {
             // An empty answer drops its message, since templates need turns to alternate.
             self.messages.pop();
         } else {
-            self.messages.push(parse_answer(&answer));
+            self.messages.push(answer.message(&prompt.text));
         }
         Ok(())
     }
 
-    /// Returns the tokens of the conversation, without its oldest turns if it has outgrown the
-    /// context. Returns `None` if the last message alone is too long.
-    fn fit(&mut self, output: &mut impl Write) -> Result<Option<Vec<u32>>> {
+    /// Returns the conversation as a prompt, without its oldest turns if it has outgrown the
+    /// context. Returns `None` if the last message cannot be sent, and writes why.
+    fn fit(&mut self, output: &mut impl Write) -> Result<Option<Prompt>> {
         let context = self.engine.context();
         let wanted = self
             .options
@@ -206,24 +237,34 @@ impl<'a> Chat<'a> {
             .min(context / 4)
             .max(1);
         let mut dropped = 0;
-        let ids = loop {
-            let ids = self.tokens()?;
+        let prompt = loop {
+            let prompt = match self.prompt()? {
+                Ok(prompt) => prompt,
+                Err(token) => {
+                    writeln!(
+                        output,
+                        "That message was not sent: the chat template takes messages apart, so that {token:?} in one cannot \
+                         be told from the template's own. Write it differently, or /reset the conversation."
+                    )?;
+                    return Ok(None);
+                }
+            };
+            let tokens = prompt.tokens.len();
             let first = usize::from(
                 self.messages
                     .first()
                     .is_some_and(|m| m.role == Role::System),
             );
-            if ids.len() + wanted <= context {
-                break ids;
+            if tokens.saturating_add(wanted) <= context {
+                break prompt;
             }
             if self.messages.len() < first + 3 {
-                if ids.len() < context {
-                    break ids;
+                if tokens < context {
+                    break prompt;
                 }
                 writeln!(
                     output,
-                    "That message makes {} tokens, but the context holds {context}; send a shorter one, or start with a larger --context.",
-                    ids.len()
+                    "That message makes {tokens} tokens, but the context holds {context}; send a shorter one, or start with a larger --context."
                 )?;
                 return Ok(None);
             }
@@ -236,123 +277,27 @@ impl<'a> Chat<'a> {
                 "(The context of {context} tokens is full: the oldest {dropped} of the turns left it.)"
             )?;
         }
-        Ok(Some(ids))
+        Ok(Some(prompt))
     }
 
-    /// Returns the tokens of the conversation as the template renders it.
-    fn tokens(&self) -> Result<Vec<u32>> {
-        let template = self
+    /// Returns the conversation as a prompt, or the control token in a message that makes it
+    /// impossible.
+    fn prompt(&self) -> Result<Result<Prompt, String>> {
+        let dialect = self
             .options
             .template
             .as_ref()
             .context("there is no chat template")?;
-        let text = match template.render(&self.messages) {
-            Ok(text) => text,
-            // Some templates reject system messages. Their authors put the text before the first
-            // message instead.
-            Err(error) => match merge_system(&self.messages).map(|merged| template.render(&merged))
-            {
-                Some(Ok(text)) => text,
-                _ => return Err(error),
-            },
+        let (text, plain) = match dialect.render(&self.messages, self.tokenizer)? {
+            Rendered::Prompt { text, plain } => (text, plain),
+            Rendered::Mixed { token } => return Ok(Err(token)),
         };
-        let mut ids = self.tokenizer.encode(&text, true)?;
-        // Template and tokenizer may both add BOS: keep one, and drop an end token.
-        if let Some(bos) = self.tokenizer.prefix()
-            && ids.starts_with(&[bos, bos])
-        {
-            ids.remove(0);
-        }
-        let around = self.tokenizer.encode("", true)?.len();
-        if around > usize::from(self.tokenizer.prefix().is_some()) {
-            ids.pop();
-        }
+        let tokens = self.tokenizer.encode_prompt(&text, &plain)?;
         ensure!(
-            !ids.is_empty(),
+            !tokens.is_empty(),
             "the chat template rendered an empty conversation; pass another with --chat-template FILE"
         );
-        Ok(ids)
-    }
-
-    /// Continues `ids`, which must fit the context, and writes the text as it is generated.
-    fn answer(&mut self, ids: &[u32], output: &mut impl Write) -> Result<String> {
-        let same = self
-            .held
-            .iter()
-            .zip(ids)
-            .take_while(|(a, b)| a == b)
-            .count();
-        // At least one token must be processed, for the logits.
-        if self.engine.truncate(same.min(ids.len() - 1)).is_err() {
-            // A recurrent state cannot be truncated, so the whole conversation is processed again.
-            self.engine.clear();
-        }
-        let kept = self.engine.n_past();
-        self.held.clear();
-        self.held.extend_from_slice(ids);
-        self.engine.reset_counters();
-        let interrupted = self.options.signals.interrupted;
-        // Ctrl-C is polled between batches.
-        let slice = self.engine.batch();
-        let mut rest = &ids[kept..];
-        while rest.len() > slice && !interrupted() {
-            let (now, after) = rest.split_at(slice);
-            self.engine.forward(now, LogitsMode::Last)?;
-            rest = after;
-        }
-        let mut answer = String::new();
-        let mut n_answer = 0;
-        if rest.len() <= slice {
-            let max_tokens = self.options.max_tokens.unwrap_or(usize::MAX);
-            let is_end = |token| !self.options.ignore_eos && self.tokenizer.is_eog(token);
-            let mut stream = self.tokenizer.stream();
-            let mut write_error = None;
-            let limits = Limits {
-                max_tokens,
-                is_end: &is_end,
-            };
-            let generated = generate(self.engine, rest, &mut self.sampler, &limits, |_, token| {
-                let piece = stream.push(token);
-                answer.push_str(&piece);
-                if let Err(error) = output
-                    .write_all(piece.as_bytes())
-                    .and_then(|()| output.flush())
-                {
-                    write_error = Some(error);
-                    return ControlFlow::Break(());
-                }
-                if interrupted() {
-                    ControlFlow::Break(())
-                } else {
-                    ControlFlow::Continue(())
-                }
-            })?;
-            if let Some(error) = write_error {
-                return Err(error.into());
-            }
-            let tail = stream.finish();
-            write!(output, "{tail}")?;
-            answer.push_str(&tail);
-            n_answer = generated.tokens.len();
-            self.held.extend(&generated.tokens);
-            match generated.stop {
-                Stop::ContextFull => write!(output, "\n(the context is full)")?,
-                Stop::Caller => write!(output, "\n(stopped)")?,
-                Stop::Limit | Stop::EndToken => {}
-            }
-        } else {
-            write!(output, "(stopped)")?;
-        }
-        // The last sampled token was not processed, nor the rest after an interruption.
-        self.held.truncate(self.engine.n_past());
-        self.stats = Some(Stats {
-            kept,
-            prompt: ids.len() - kept,
-            answer: n_answer,
-        });
-        writeln!(output)?;
-        output.flush()?;
-        Ok(answer)
+        Ok(Ok(Prompt { text, tokens }))
     }
 
     fn show_stats(&self, output: &mut impl Write) -> Result<()> {
@@ -399,71 +344,28 @@ impl<'a> Chat<'a> {
     }
 }
 
-/// Reads the next message; returns `None` at the end of the input. Invalid UTF-8 becomes U+FFFD.
-fn read_message(input: &mut impl BufRead) -> Result<Option<String>> {
-    let mut message = String::new();
+/// Reads the next message; returns `None` at the end of the input.
+fn read_message(input: &mut impl BufRead) -> Result<Option<Vec<u8>>> {
+    let mut message = Vec::new();
     loop {
-        let mut line = Vec::new();
+        let start = message.len();
         let read = input
             .take(MAX_LINE_BYTES)
-            .read_until(b'\n', &mut line)
+            .read_until(b'\n', &mut message)
             .context("reading the message")?;
         if read == 0 {
             return Ok((!message.is_empty()).then_some(message));
         }
-        let line = String::from_utf8_lossy(&line);
-        let line = line.trim_end_matches(['\n', '\r']);
-        match line.strip_suffix('\\') {
-            Some(start) if (message.len() as u64) < MAX_LINE_BYTES => {
-                message.push_str(start);
-                message.push('\n');
-            }
-            _ => {
-                message.push_str(line);
-                return Ok(Some(message));
-            }
+        while message.len() > start && matches!(message.last(), Some(b'\n' | b'\r')) {
+            message.pop();
         }
-    }
-}
-
-/// Returns the conversation with the system message merged into the first message after it.
-fn merge_system(messages: &[Message]) -> Option<Vec<Message>> {
-    let [system, first, rest @ ..] = messages else {
-        return None;
-    };
-    if system.role != Role::System {
-        return None;
-    }
-    let mut merged = vec![Message::new(
-        first.role,
-        &format!("{}\n\n{}", system.content, first.content),
-    )];
-    merged.extend_from_slice(rest);
-    Some(merged)
-}
-
-/// Splits a reply into reasoning and answer.
-fn parse_answer(text: &str) -> Message {
-    let apart = |thinking: &str, content: &str| Message {
-        role: Role::Assistant,
-        content: content.trim().to_string(),
-        thinking: Some(thinking.trim().to_string()).filter(|t| !t.is_empty()),
-    };
-    // gpt-oss names a channel for each part of its reply.
-    if let Some((_, thought)) = text.split_once("<|channel|>analysis<|message|>") {
-        let (thinking, rest) = thought.split_once("<|end|>").unwrap_or((thought, ""));
-        let content = rest
-            .split_once("<|channel|>final<|message|>")
-            .map_or("", |(_, content)| content);
-        return apart(thinking, content.trim_end_matches("<|end|>"));
-    }
-    if let Some((_, content)) = text.split_once("<|channel|>final<|message|>") {
-        return apart("", content.trim_end_matches("<|end|>"));
-    }
-    match text.split_once("</think>") {
-        Some((thinking, content)) => {
-            apart(thinking.trim_start().trim_start_matches("<think>"), content)
+        if message.len() == start || message.last() != Some(&b'\\') {
+            return Ok(Some(message));
         }
-        None => Message::new(Role::Assistant, text),
+        if message.len() as u64 >= MAX_LINE_BYTES {
+            return Ok(Some(message));
+        }
+        message.pop();
+        message.push(b'\n');
     }
 }

@@ -1,13 +1,19 @@
 //! Templates in the styles that models come with, and whole conversations with the demo model.
 
-use super::template::{Message, Role, Template};
-use super::{Chat, Options, Signals, parse_answer};
+use super::dialect::{Dialect, Rendered};
+use super::message::{Message, Role};
+use super::template::Template;
+use super::thought::Answer;
+use super::{Chat, Options, Signals};
 use crate::bundled;
 use crate::opening::Opening;
+use crate::screen::Screen;
 use crate::session::Session;
 use std::cell::Cell;
 use std::time::{Duration, UNIX_EPOCH};
+use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::sampler::SamplerConfig;
+use tier_plan_runtime::tokenizer::{Tokenizer, TokenizerSource};
 
 const CHATML: &str = "\
 {%- if messages[0].role != 'system' %}
@@ -133,9 +139,12 @@ fn deepseek() {
 
 #[test]
 fn harmony() {
-    let answer = parse_answer(
-        "<|channel|>analysis<|message|>They greet.<|end|><|start|>assistant<|channel|>final<|message|>Hello!",
-    );
+    let text = "<|channel|>analysis<|message|>They greet.<|end|><|start|>assistant<|channel|>final<|message|>Hello!";
+    let answer = Answer {
+        text: text.to_string(),
+        marks: Vec::new(),
+    };
+    let answer = answer.message("");
     assert_eq!(
         (answer.content.as_str(), answer.thinking.as_deref()),
         ("Hello!", Some("They greet."))
@@ -164,6 +173,104 @@ fn harmony() {
     );
 }
 
+/// The prompt that the demo model's tokenizer gets, with the texts of messages in braces.
+fn prompt(source: &str, messages: &[Message], with_system: bool) -> String {
+    let gguf = Gguf::open(&bundled::path("demo/demo.gguf").unwrap()).unwrap();
+    let tokenizer = Tokenizer::new(TokenizerSource::from_gguf(&gguf).unwrap()).unwrap();
+    let dialect = dialect(source, with_system);
+    let Rendered::Prompt { text, plain } = dialect.render(messages, &tokenizer).unwrap() else {
+        return "mixed".into();
+    };
+    let mut marked = text.clone();
+    for range in plain.iter().rev() {
+        marked.insert(range.end, '}');
+        marked.insert(range.start, '{');
+    }
+    marked
+}
+
+#[test]
+fn texts_are_told_from_structure() {
+    let talk = [
+        user("<|endoftext|> Hi"),
+        assistant("<think>\nhm\n"),
+        user("a <b>"),
+    ];
+    assert_eq!(
+        prompt(CHATML, &talk, false),
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n{<|endoftext|> Hi}<|im_end|>\n\
+         <|im_start|>assistant\n{<think>\nhm}\n<|im_end|>\n<|im_start|>user\n{a <b>}<|im_end|>\n<|im_start|>assistant\n"
+    );
+    // Trimmed by the template.
+    let talk = [Message::new(Role::System, " Be kind. "), user(" Hi ")];
+    let told = prompt(LLAMA3, &talk, true);
+    assert!(
+        told.contains("\n\n{Be kind.}<") && told.contains("\n\n{Hi}<"),
+        "{told}"
+    );
+    // A text in two places, and one that is not rendered.
+    let twice = "{% for m in messages %}{{ m.content ~ m.content }}.{% endfor %}";
+    assert_eq!(prompt(twice, &[user("Hi")], false), "{Hi}{Hi}.");
+}
+
+#[test]
+fn templates_that_look_into_texts_see_them() {
+    let cut = "{% for m in messages %}[{{ m.content[:60] }}]{% endfor %}";
+    let long = "a b ".repeat(20);
+    assert_eq!(
+        prompt(cut, &[user(&long)], false),
+        format!("[{}]", &long[..60])
+    );
+    // Then a control token that a message names cannot be told from the template's.
+    let named = format!("<|endoftext|>{long}");
+    assert_eq!(prompt(cut, &[user(&named)], false), "mixed");
+    // A message that is compared is rendered as it is, or else as plain text.
+    let asks = "{% for m in messages %}{{ 'YES:' if m.content.startswith('y') }}{{ m.content }}{% endfor %}";
+    assert_eq!(prompt(asks, &[user("yes")], false), "YES:yes");
+    assert_eq!(
+        prompt(asks, &[user("y<|endoftext|>")], false),
+        "{y<|endoftext|>}"
+    );
+}
+
+#[test]
+fn texts_that_a_template_takes_as_parts_are_given_so() {
+    let parts = "{% for m in messages %}<{{ m.role }}>{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }}{% endif %}{% endfor %}{% endfor %}";
+    let talk = [Message::new(Role::System, "S"), user("Hi"), assistant("Yo")];
+    assert_eq!(
+        prompt(parts, &talk, true),
+        "<system>{S}<user>{Hi}<assistant>{Yo}"
+    );
+    let users_only = "{% for m in messages %}<{{ m.role }}>{{ m.content[0].text if m.role == 'user' else m.content }}{% endfor %}";
+    assert_eq!(
+        prompt(users_only, &talk, true),
+        "<system>{S}<user>{Hi}<assistant>{Yo}"
+    );
+}
+
+#[test]
+fn a_template_that_drops_texts_is_refused() {
+    let refused = |source: &str| {
+        let template = Template::new(source, "", "").unwrap();
+        let error = Dialect::probe(template, false).err().unwrap().to_string();
+        assert!(error.contains("--chat-template FILE"), "{error}");
+        error
+    };
+    for (source, what) in [
+        ("Hello", "leaves out the user's message"),
+        ("{{ messages[0].content }}", "leaves out the user's message"),
+        ("{{ messages[-1].content }}", "leaves out earlier answers"),
+        (
+            "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}",
+            "leaves out earlier answers",
+        ),
+        ("{{ raise_exception('not me') }}", "not me"),
+    ] {
+        let error = refused(source);
+        assert!(error.contains(what), "{source}: {error}");
+    }
+}
+
 #[test]
 fn a_template_without_system_messages_has_it_in_the_first_turn() {
     let talk = [
@@ -172,29 +279,19 @@ fn a_template_without_system_messages_has_it_in_the_first_turn() {
         assistant("Yo"),
         user("So?"),
     ];
-    assert!(render(STRICT, &talk).is_err());
-    let merged = super::merge_system(&talk).unwrap();
-    assert_eq!(
-        render(STRICT, &merged).unwrap(),
-        "<s>[INST] S\n\nHi [/INST] Yo</s>[INST] So? [/INST]"
-    );
-    assert_eq!(super::merge_system(&talk[1..]), None);
-}
-
-#[test]
-fn thoughts_are_taken_out_of_answers() {
-    let answer = parse_answer("<think>\nHm.\n</think>\n\nYes.");
-    assert_eq!(
-        (answer.content.as_str(), answer.thinking.as_deref()),
-        ("Yes.", Some("Hm."))
-    );
-    // Where the template opened the thought, the answer only closes it.
-    let answer = parse_answer("Hm.</think>Yes.");
-    assert_eq!(
-        (answer.content.as_str(), answer.thinking.as_deref()),
-        ("Yes.", Some("Hm."))
-    );
-    assert_eq!(parse_answer("Yes. "), assistant("Yes. "));
+    let drops = "{% for m in messages if m.role != 'system' %}[{{ m.content }}]{% endfor %}";
+    for (source, first) in [
+        (STRICT, "<s>[INST] {S\n\nHi} [/INST]"),
+        (drops, "[{S\n\nHi}]"),
+    ] {
+        let told = prompt(source, &talk, true);
+        assert!(told.starts_with(first), "{told}");
+        assert!(dialect(source, true).note().is_some());
+        assert!(dialect(source, false).note().is_none());
+    }
+    for source in [CHATML, LLAMA3, DEEPSEEK, HARMONY] {
+        assert!(dialect(source, true).note().is_none());
+    }
 }
 
 #[test]
@@ -211,6 +308,11 @@ fn what_is_no_template_is_refused_with_its_line() {
 
 /// A template for the demo model, which has none: plain text with names.
 const PLAIN: &str = "{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}assistant:";
+
+/// The template with the way it takes messages.
+fn dialect(source: &str, with_system: bool) -> Dialect {
+    Dialect::probe(Template::new(source, "<s>", "</s>").unwrap(), with_system).unwrap()
+}
 
 fn session(context: u32) -> Session {
     let model = bundled::path("demo/demo.gguf").unwrap();
@@ -241,12 +343,13 @@ fn talk(
     };
     let waiting = |_| asked.set(0);
     let options = Options {
-        template: template.map(|source| Template::new(source, "", "").unwrap()),
+        template: template.map(|source| dialect(source, false)),
         system: None,
         max_tokens: Some(12),
         sampling: SamplerConfig::default(),
         ignore_eos: true,
         prompt: "> ",
+        screen: Screen::new(false),
         plan: vec!["the plan".into()],
         signals: Signals {
             interrupted: &interrupted,
@@ -300,6 +403,7 @@ fn keeping_the_context_changes_no_answer() {
         sampling: SamplerConfig::default(),
         ignore_eos: true,
         prompt: "",
+        screen: Screen::new(false),
         plan: Vec::new(),
         signals: idle,
     };
@@ -351,7 +455,7 @@ fn commands_answer_and_the_rest_is_said() {
     assert!(held.is_empty());
     let (_, held) = talk(
         512,
-        Some("{{ messages[-1].content }}"),
+        Some("{% for m in messages %}{{ m.content }}\n{% endfor %}"),
         "//slash \\\nmore\n",
         None,
     );

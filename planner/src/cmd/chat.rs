@@ -1,12 +1,15 @@
 //! `tier-plan run` without a text to continue: a chat on the terminal.
 
+use crate::chat::dialect::Dialect;
 use crate::chat::template::Template;
 use crate::chat::{Chat, Options, Signals};
 use crate::cmd::args::TokenLimit;
 use crate::cmd::run::{RunArgs, RunOptions};
 use crate::hint::HintExt;
+use crate::screen::Screen;
 use crate::session::Session;
-use anyhow::{Context, Result, bail, ensure};
+use crate::text;
+use anyhow::{Result, bail, ensure};
 use std::io::{ErrorKind, IsTerminal, Write};
 
 /// Returns whether the arguments ask for a chat.
@@ -25,17 +28,19 @@ pub(super) fn run(args: &RunArgs, run: &RunOptions<'_>) -> Result<()> {
         run.limit != Some(TokenLimit::Count(0)),
         "--n-predict: 0, expected 1 or more in a chat"
     );
+    // A file that cannot be read is named before the model is loaded.
+    let given = args.chat_template.as_deref();
+    let given = given
+        .map(|path| text::read_file("the chat template", path))
+        .transpose()?;
     let mut session = Session::open(run.model, run.opening)?;
     if session.engine.context() < 2 {
         let short = || bail!("--context: one token, expected 2 or more in a chat");
         return short().hint("pass a larger --context");
     }
     let tokenizer = session.tokenizer_with(args.pre.tokenizer_pre.as_deref())?;
-    let source = match &args.chat_template {
-        Some(path) => {
-            let text = std::fs::read_to_string(path);
-            Some(text.with_context(|| format!("reading the chat template {}", path.display()))?)
-        }
+    let source = match given {
+        Some(source) => Some(source),
         None => session
             .gguf
             .opt_str("tokenizer.chat_template")?
@@ -46,12 +51,16 @@ pub(super) fn run(args: &RunArgs, run: &RunOptions<'_>) -> Result<()> {
     let bos = piece(tokenizer.bos()).unwrap_or_default();
     let eos = piece(tokenizer.eos()).unwrap_or_default();
     let template = source
-        .map(|source| Template::new(&source, &bos, &eos))
+        .map(|source| Dialect::probe(Template::new(&source, &bos, &eos)?, args.system.is_some()))
         .transpose()?;
     let plan = session.residency();
     plan.iter().for_each(|line| eprintln!("{line}"));
-    if template.is_none() && args.system.is_some() {
-        eprintln!("warning: --system has no effect without a chat template");
+    match &template {
+        Some(template) => template.note().iter().for_each(|note| eprintln!("{note}")),
+        None if args.system.is_some() => {
+            eprintln!("warning: --system has no effect without a chat template");
+        }
+        None => {}
     }
     let watched = std::io::stdin().is_terminal();
     if watched {
@@ -64,6 +73,7 @@ pub(super) fn run(args: &RunArgs, run: &RunOptions<'_>) -> Result<()> {
         sampling: run.sampling.clone(),
         ignore_eos: args.ignore_eos,
         prompt: if watched { "> " } else { "" },
+        screen: Screen::new(std::io::stdout().is_terminal()),
         plan,
         signals: Signals {
             interrupted: &crate::interrupt::interrupted,

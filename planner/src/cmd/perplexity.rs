@@ -7,6 +7,7 @@ use crate::opening::Opening;
 use crate::perplexity::{Against, Place, Scores, divergence, fill_row, in_parallel, place};
 use crate::progress;
 use crate::session::Session;
+use crate::text;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use clap::Args;
 use serde_json::json;
@@ -112,14 +113,7 @@ pub fn run(args: &PerplexityArgs) -> Result<()> {
     );
     ensure!(args.windows != Some(0), "--windows: 0, expected 1 or more");
     let text = match &args.file {
-        Some(path) => {
-            let bytes = std::fs::read(path)
-                .with_context(|| format!("reading the text {}", path.display()))?;
-            Some(
-                String::from_utf8(bytes)
-                    .with_context(|| format!("{} is not UTF-8 text", path.display()))?,
-            )
-        }
+        Some(path) => Some(text::read_file("the text", path)?),
         None => None,
     };
     let opening = Opening {

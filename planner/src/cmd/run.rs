@@ -2,18 +2,19 @@
 
 use super::chat;
 use crate::cmd::args::{ComputeArgs, JsonArgs, KvArgs, MemoryArgs, ModelArgs, PreTokenizerArgs};
-use crate::cmd::args::{SamplingArgs, StoreArgs, TokenLimit};
+use crate::cmd::args::{SamplingArgs, StoreArgs, TokenLimit, context_value};
 use crate::hint::HintExt;
 use crate::opening::Opening;
+use crate::screen::{Screen, escape_json};
 use crate::session::Session;
-use crate::{host, print};
+use crate::{host, print, text};
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use std::io::{IsTerminal, Read, Write};
+use std::io::{IsTerminal, Write};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
-use tier_plan_runtime::engine::generate::{Generated, Limits, generate};
+use tier_plan_runtime::engine::generate::{Generated, Limits, Stop, generate};
 use tier_plan_runtime::engine::measure::{Circumstances, record};
 use tier_plan_runtime::formats::record::RunRecord;
 use tier_plan_runtime::formats::safely;
@@ -66,6 +67,8 @@ pub struct RunArgs {
         visible_alias = "ctx-size",
         alias = "ctx",
         value_name = "N",
+        allow_negative_numbers = true,
+        value_parser = context_value,
         help_heading = "Generation"
     )]
     pub context: Option<u32>,
@@ -202,11 +205,12 @@ pub fn run(args: &RunArgs) -> Result<()> {
         record.write(path)?;
     }
     if args.format.json {
-        println!(
-            "{}",
-            serde_json::to_string_pretty(&json(&record, &answer)?)?
-        );
+        let json = json(&record, &answer, generated.stop)?;
+        println!("{}", escape_json(serde_json::to_string_pretty(&json)?));
     } else {
+        if generated.stop == Stop::ContextFull {
+            eprintln!("{}", context_full(&session, &generated, options.limit));
+        }
         print::speed(&record);
         if session.engine.warmed() > 0 {
             eprintln!(
@@ -239,6 +243,7 @@ fn print_answer(
     let as_text = !args.format.json;
     let mut stream = tokenizer.stream();
     let mut output = std::io::stdout().lock();
+    let mut screen = Screen::new(output.is_terminal());
     let mut answer = String::new();
     let mut write_error = None;
     let is_end = |token| !args.ignore_eos && tokenizer.is_eog(token);
@@ -256,7 +261,7 @@ fn print_answer(
             let piece = stream.push(token);
             if as_text
                 && let Err(error) = output
-                    .write_all(piece.as_bytes())
+                    .write_all(screen.show(&piece).as_bytes())
                     .and_then(|()| output.flush())
             {
                 write_error = Some(error);
@@ -282,12 +287,38 @@ fn print_answer(
     Ok((generated, answer))
 }
 
-/// Returns the record with the generated text.
-fn json(record: &RunRecord, text: &str) -> Result<serde_json::Value> {
+/// Returns the line that says that the text ends because the context is full.
+fn context_full(session: &Session, generated: &Generated, limit: Option<TokenLimit>) -> String {
+    let context = session.engine.context();
+    let written = generated.tokens.len();
+    let limit = match limit {
+        Some(TokenLimit::Unlimited) => String::new(),
+        Some(TokenLimit::Count(count)) => format!(" of {count}"),
+        None => format!(" of {DEFAULT_TOKENS}"),
+    };
+    format!(
+        "the context of {context} tokens is full, so the text ends after {written}{limit} tokens; \
+         a larger --context takes more"
+    )
+}
+
+/// Returns why the text ends, in the terms of OpenAI's interface where it has one.
+fn finish_reason(stop: Stop) -> &'static str {
+    match stop {
+        Stop::EndToken => "stop",
+        Stop::Limit => "length",
+        Stop::ContextFull => "context",
+        Stop::Caller => "interrupted",
+    }
+}
+
+/// Returns the record with the generated text and why it ends.
+fn json(record: &RunRecord, text: &str, stop: Stop) -> Result<serde_json::Value> {
     let mut value: serde_json::Value =
         serde_json::from_str(&record.encode()).context("encoding the run record")?;
     if let Some(object) = value.as_object_mut() {
         object.insert("text".into(), text.into());
+        object.insert("finish_reason".into(), finish_reason(stop).into());
     }
     Ok(value)
 }
@@ -295,18 +326,14 @@ fn json(record: &RunRecord, text: &str) -> Result<serde_json::Value> {
 fn prompt_text(args: &RunArgs) -> Result<String> {
     match (&args.prompt, &args.file) {
         (Some(text), _) => Ok(text.clone()),
-        (None, Some(path)) if path.as_os_str() != "-" => std::fs::read_to_string(path)
-            .with_context(|| format!("reading the prompt {}", path.display())),
+        (None, Some(path)) if path.as_os_str() != "-" => {
+            text::read_file("the prompt", path).map(text::unix_lines)
+        }
         (None, None) if std::io::stdin().is_terminal() => {
             let missing = || bail!("no text to continue");
             missing().hint("pass --prompt TEXT or --file FILE, or pipe the text in")
         }
-        _ => {
-            let mut text = String::new();
-            std::io::stdin()
-                .read_to_string(&mut text)
-                .context("reading the prompt from standard input")?;
-            Ok(text)
-        }
+        _ => text::read("the prompt on standard input", std::io::stdin().lock())
+            .map(text::unix_lines),
     }
 }

@@ -1,5 +1,6 @@
 //! Reads calibration prompts: a folder with one folder per domain, each with text files.
 
+use crate::text;
 use anyhow::{Context, Result, ensure};
 use std::path::{Path, PathBuf};
 use tier_plan_runtime::formats::profile::Split;
@@ -25,8 +26,7 @@ pub fn read(folder: &Path) -> Result<Vec<Prompt>> {
             .into_iter()
             .filter(|p| p.extension().is_some_and(|e| e == "txt"))
         {
-            let text = std::fs::read_to_string(&file)
-                .with_context(|| format!("reading the prompt {}", file.display()))?;
+            let text = text::read_file("the prompt", &file)?;
             ensure!(
                 !text.trim().is_empty(),
                 "the prompt {} has no text; write some, or remove it",

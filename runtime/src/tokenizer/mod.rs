@@ -9,6 +9,7 @@
 
 mod bytes;
 mod pairs;
+mod prompt;
 mod scores;
 mod source;
 mod special;
@@ -17,12 +18,12 @@ mod stream;
 #[cfg(test)]
 mod tests;
 
-pub use special::TokenKind;
+pub use special::{ThoughtMark, TokenKind};
 pub use stream::TokenStream;
 
 use pairs::BytePairs;
 use scores::ScoreMerges;
-use special::{Fragment, Specials};
+use special::{Fragment, Parse, Specials};
 use thiserror::Error;
 
 /// A vocabulary as a model file has it; the names are those of the `tokenizer.ggml.*` keys.
@@ -53,8 +54,6 @@ pub struct TokenizerSource {
     pub unk: Option<u32>,
     /// `add_bos_token`: whether a prompt starts with BOS.
     pub add_bos: Option<bool>,
-    /// `add_eos_token`: whether a prompt ends with EOS.
-    pub add_eos: Option<bool>,
     /// `add_space_prefix`: whether `llama` vocabularies put a space before the text.
     pub add_space_prefix: Option<bool>,
 }
@@ -119,14 +118,11 @@ pub enum TokenizerError {
         /// Text of the entry.
         text: String,
     },
-    /// The file asks for a special token that it doesn't name.
+    /// The file asks for a BOS token that it doesn't name.
     #[error(
-        "the file asks to add {what} to prompts (tokenizer.ggml.add_{what}_token), but names no such token"
+        "the file asks to begin prompts with BOS (tokenizer.ggml.add_bos_token), but names no such token"
     )]
-    MissingSpecial {
-        /// `bos` or `eos`.
-        what: &'static str,
-    },
+    MissingBos,
     /// The vocabulary has no token for a byte.
     #[error("the text holds byte 0x{byte:02X}, for which the vocabulary has no token")]
     NoByte {
@@ -169,7 +165,6 @@ pub struct Tokenizer {
     bos: Option<u32>,
     eos: Option<u32>,
     add_bos: bool,
-    add_eos: bool,
     space_prefix: bool,
     pre: Option<&'static str>,
     warning: Option<String>,
@@ -259,12 +254,11 @@ impl Tokenizer {
             valid(source.eos, 2),
             valid(source.unk, 0),
         );
-        let add = |wanted: Option<bool>, usual: bool, id: Option<u32>, what| match (wanted, id) {
-            (Some(true), None) => Err(TokenizerError::MissingSpecial { what }),
-            (wanted, id) => Ok(wanted.unwrap_or(usual) && id.is_some()),
-        };
-        let add_bos = add(source.add_bos, family.is_none_or(|f| f.add_bos), bos, "bos")?;
-        let add_eos = add(source.add_eos, false, eos, "eos")?;
+        if source.add_bos == Some(true) && bos.is_none() {
+            return Err(TokenizerError::MissingBos);
+        }
+        let usual = family.is_none_or(|f| f.add_bos);
+        let add_bos = source.add_bos.unwrap_or(usual) && bos.is_some();
 
         let mut kinds: Vec<TokenKind> = if token_types.is_empty() {
             vec![TokenKind::Normal; n]
@@ -278,6 +272,11 @@ impl Tokenizer {
             .collect();
         let specials = Specials::new(&tokens, &mut kinds, &named_ends);
         let (pieces, ends) = pieces(&tokens, &kinds, scored);
+        // No text may become a control token by merges, so the encoder does not know them.
+        let mut tokens = tokens;
+        for id in specials.controls() {
+            tokens[id as usize].clear();
+        }
         let encoder = match family {
             None => Encoder::Scores(ScoreMerges::new(tokens, scores, unk)),
             Some(family) => Encoder::Pairs(Box::new(BytePairs::new(family, tokens, &merges)?)),
@@ -293,7 +292,6 @@ impl Tokenizer {
             bos,
             eos,
             add_bos,
-            add_eos,
             space_prefix,
             pre,
             warning,
@@ -311,26 +309,17 @@ impl Tokenizer {
             bos: None,
             eos: None,
             add_bos: false,
-            add_eos: false,
             space_prefix: false,
             pre: None,
             warning: None,
         }
     }
 
-    /// Returns the tokens of `text`.
-    ///
-    /// With `special`, special tokens written out in the text become their ids, and BOS and EOS are
-    /// added where the model wants them. Without, all of `text` is plain text and nothing is added.
-    ///
-    /// # Errors
-    /// When the model has no vocabulary, or the vocabulary can't spell the text.
-    pub fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>, TokenizerError> {
+    fn encode_as(&self, text: &str, parse: Parse<'_>) -> Result<Vec<u32>, TokenizerError> {
         let mut ids = Vec::with_capacity(text.len() / 3 + 2);
-        ids.extend(self.bos.filter(|_| special && self.add_bos));
         // The space prefix also goes before text that follows a special token.
         let mut after_special = true;
-        for fragment in self.specials.partition(text, special) {
+        for fragment in self.specials.partition(text, parse) {
             match (fragment, &self.encoder) {
                 (_, Encoder::None) => return Err(TokenizerError::NoTokenizer),
                 (Fragment::Token(id), _) => {
@@ -356,7 +345,6 @@ impl Tokenizer {
             }
             after_special = false;
         }
-        ids.extend(self.eos.filter(|_| special && self.add_eos));
         Ok(ids)
     }
 
@@ -419,6 +407,11 @@ impl Tokenizer {
     /// Returns whether `id` ends a generation: EOS, and what chat models end a turn with.
     pub fn is_eog(&self, id: u32) -> bool {
         self.specials.eog.contains(&id)
+    }
+
+    /// Returns which border of a thought `id` marks, `None` for other tokens.
+    pub fn thought_mark(&self, id: u32) -> Option<ThoughtMark> {
+        self.specials.thoughts.get(&id).copied()
     }
 
     /// Returns the size of the vocabulary; 0 where there is none.

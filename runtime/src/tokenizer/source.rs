@@ -25,7 +25,6 @@ impl TokenizerSource {
             eom: id("eom")?,
             unk: id("unknown")?,
             add_bos: gguf.opt_bool(&key("add_bos_token"))?,
-            add_eos: gguf.opt_bool(&key("add_eos_token"))?,
             add_space_prefix: gguf.opt_bool(&key("add_space_prefix"))?,
         })
     }

@@ -14,7 +14,7 @@ pub use kv::KvArgs;
 pub use memory::{BudgetArgs, MemoryArgs, StoreArgs, VerifyArgs};
 pub use model::{ModelArgs, ModelOption, ModelOrShape, check_profile};
 pub use sampling::SamplingArgs;
-pub use value::{Seed, TokenLimit};
+pub use value::{Seed, TokenLimit, context as context_value};
 
 use crate::opening::{Opening, check_threads};
 use anyhow::{Result, ensure};
@@ -26,7 +26,14 @@ use tier_plan_runtime::tiers::numa::NumaPolicy;
 #[derive(Debug, Default, Args)]
 pub struct ThreadArgs {
     /// Threads that compute [default: physical cores]
-    #[arg(short, long, value_name = "N", help_heading = "Compute")]
+    #[arg(
+        short,
+        long,
+        value_name = "N",
+        allow_negative_numbers = true,
+        value_parser = value::threads,
+        help_heading = "Compute"
+    )]
     pub threads: Option<usize>,
 }
 

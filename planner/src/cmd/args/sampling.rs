@@ -1,6 +1,6 @@
 //! How tokens are drawn, in llama.cpp's terms.
 
-use super::value::{RecentTokens, Seed};
+use super::value::{self, RecentTokens, Seed};
 use anyhow::{Result, bail};
 use clap::Args;
 use tier_plan_runtime::sampler::SamplerConfig;
@@ -18,8 +18,14 @@ pub struct SamplingArgs {
         default_value_t = 0.0
     )]
     pub temperature: f32,
-    /// Top-k sampling: keep the K most likely tokens; 0 keeps all
-    #[arg(long, value_name = "K", default_value_t = 0)]
+    /// Top-k sampling: keep the K most likely tokens; 0 or -1 keeps all
+    #[arg(
+        long,
+        value_name = "K",
+        allow_negative_numbers = true,
+        value_parser = value::top_k,
+        default_value = "0"
+    )]
     pub top_k: usize,
     /// Nucleus sampling: keep the smallest set of tokens with total probability ≥ P
     #[arg(

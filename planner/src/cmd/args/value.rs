@@ -105,10 +105,58 @@ impl fmt::Display for RecentTokens {
     }
 }
 
+/// Returns the context that a text asks for.
+///
+/// # Errors
+/// What is expected.
+pub fn context(text: &str) -> Result<u32, String> {
+    text.parse().map_err(|_| {
+        "expected a count of tokens, or 0 for the model's training context".to_string()
+    })
+}
+
+/// Returns the number of threads that a text asks for.
+///
+/// # Errors
+/// What is expected.
+pub fn threads(text: &str) -> Result<usize, String> {
+    text.parse().map_err(|_| {
+        "expected a count; without the option, there is one thread per physical core".to_string()
+    })
+}
+
+/// Returns how many tokens top-k sampling keeps; -1 is all of them, as 0 is.
+///
+/// # Errors
+/// What is expected.
+pub fn top_k(text: &str) -> Result<usize, String> {
+    match text {
+        "-1" => Ok(0),
+        _ => text
+            .parse()
+            .map_err(|_| "expected a count, or 0 or -1 for all tokens".to_string()),
+    }
+}
+
 /// Path of a file, or nothing where an environment variable only says yes.
 pub fn file_or_yes(text: &str) -> Result<Option<std::path::PathBuf>, Infallible> {
     let yes = ["1", "y", "yes", "t", "true", "on"]
         .iter()
         .any(|word| word.eq_ignore_ascii_case(text));
     Ok((!yes).then(|| text.into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn minus_one_is_taken_or_explained() {
+        assert_eq!(top_k("-1"), Ok(0));
+        assert_eq!(top_k("40"), Ok(40));
+        assert!(top_k("-2").unwrap_err().contains("-1 for all"));
+        assert_eq!((context("0"), threads("2")), (Ok(0), Ok(2)));
+        assert!(context("-1").unwrap_err().contains("0 for the model's"));
+        assert!(threads("-1").unwrap_err().contains("without the option"));
+    }
 }

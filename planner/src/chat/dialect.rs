@@ -1,0 +1,215 @@
+//! How a chat template takes a conversation, and the prompt that it makes of one.
+//!
+//! Templates drop what they do not expect without an error. So a chat begins with a trial: marked
+//! texts are rendered, and looked for in the result.
+//!
+//! A prompt is the text that the template renders, as in transformers. To tell a person's text from
+//! the template's own, the conversation is rendered a second time with marks around the texts. If
+//! the result is equal but for the marks, they say where the texts are, and no control token comes
+//! of what is written there. Templates that compare or split texts may see the marks. Then the
+//! plain rendering counts if no text names a control token, and else the marked one.
+
+use super::marks::{Marks, Unmarked};
+use super::message::{Form, Message, Role};
+use super::template::Template;
+use anyhow::{Result, anyhow, bail};
+use std::ops::Range;
+use tier_plan_runtime::tokenizer::Tokenizer;
+
+/// How the template gets a system message.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum SystemForm {
+    /// As a message of its own.
+    Message(Form),
+    /// Before the text of the first message.
+    InFirst,
+}
+
+/// A template with the way it takes messages.
+pub struct Dialect {
+    template: Template,
+    marks: Marks,
+    user: Form,
+    assistant: Form,
+    system: SystemForm,
+}
+
+/// A rendered conversation.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Rendered {
+    /// The prompt.
+    Prompt {
+        /// Text of the prompt.
+        text: String,
+        /// Ranges of bytes that are texts of messages.
+        plain: Vec<Range<usize>>,
+    },
+    /// The template takes a message apart in which this control token is written out, so that it
+    /// cannot be told from the template's own.
+    Mixed {
+        /// Text of the control token.
+        token: String,
+    },
+}
+
+/// The texts that a trial looks for, in the order in which they are missed.
+const TRIAL: [(Role, &str); 3] = [
+    (Role::User, "earlier messages"),
+    (Role::Assistant, "earlier answers"),
+    (Role::User, "the user's message"),
+];
+
+impl Dialect {
+    /// Finds out how `template` takes messages, with system messages only if there will be one.
+    ///
+    /// # Errors
+    /// When the template fails, or leaves out messages or answers in every form.
+    pub fn probe(template: Template, with_system: bool) -> Result<Self> {
+        use Form::{Parts, Text};
+        let mut dialect = Self {
+            template,
+            marks: Marks::new(),
+            user: Text,
+            assistant: Text,
+            system: SystemForm::Message(Text),
+        };
+        // The error of the form that gets furthest.
+        let mut failed: Option<(usize, anyhow::Error)> = None;
+        // Parts last: a template for strings may print the list.
+        for (user, assistant) in [(Text, Text), (Parts, Text), (Text, Parts), (Parts, Parts)] {
+            (dialect.user, dialect.assistant) = (user, assistant);
+            match dialect.misses(&TRIAL.map(|(role, _)| role)) {
+                Ok(missed) if missed.is_empty() => {
+                    if with_system {
+                        dialect.probe_system();
+                    }
+                    return Ok(dialect);
+                }
+                Ok(missed) => {
+                    let found = TRIAL.len() - missed.len();
+                    // Without the last message, nothing else matters.
+                    let what = missed.last().map_or("", |i| TRIAL[*i].1);
+                    if failed.as_ref().is_none_or(|(most, _)| found > *most) {
+                        let error = anyhow!(
+                            "the chat template leaves out {what}, expected a template that renders \
+                             every message; give another with --chat-template FILE"
+                        );
+                        failed = Some((found, error));
+                    }
+                }
+                Err(error) => failed = failed.or(Some((0, error))),
+            }
+        }
+        match failed {
+            Some((_, error)) => Err(error),
+            None => bail!("the chat template was not tried"),
+        }
+    }
+
+    fn probe_system(&mut self) {
+        for form in [Form::Text, Form::Parts] {
+            self.system = SystemForm::Message(form);
+            let missed = self.misses(&[Role::System, Role::User]);
+            if missed.is_ok_and(|missed| missed.is_empty()) {
+                return;
+            }
+        }
+        self.system = SystemForm::InFirst;
+    }
+
+    /// Renders one marked message per role, and returns the indices of those that are missing in
+    /// the result.
+    fn misses(&self, roles: &[Role]) -> Result<Vec<usize>> {
+        let numbered = |(i, _)| self.marks.numbered(i);
+        let marks: Vec<String> = (0..).zip(roles).map(numbered).collect();
+        let messages: Vec<Message> = roles
+            .iter()
+            .zip(&marks)
+            .map(|(role, mark)| Message::new(*role, mark))
+            .collect();
+        let text = self.template.render(&self.formed(&messages))?;
+        let missing = |(i, mark): (usize, &String)| (!text.contains(mark.as_str())).then_some(i);
+        Ok(marks.iter().enumerate().filter_map(missing).collect())
+    }
+
+    /// Returns what the user should know about the template, if anything.
+    pub fn note(&self) -> Option<&'static str> {
+        (self.system == SystemForm::InFirst).then_some(
+            "the chat template has no system message: --system is put before the first message",
+        )
+    }
+
+    /// Renders a conversation up to where the model should answer.
+    ///
+    /// # Errors
+    /// When the template rejects the conversation.
+    pub(super) fn render(&self, messages: &[Message], tokenizer: &Tokenizer) -> Result<Rendered> {
+        let messages = self.formed(messages);
+        let text = self.template.render(&messages)?;
+        let marked: Vec<Message> = messages.iter().map(|m| self.marks.around(m)).collect();
+        // A template may reject what it would accept without marks.
+        let unmarked = self.template.render(&marked).ok();
+        let unmarked = unmarked.and_then(|text| self.marks.remove(&text));
+        let named = || {
+            messages
+                .iter()
+                .flat_map(|m| [Some(&m.content), m.thinking.as_ref()])
+                .flatten()
+                .find_map(|text| tokenizer.structure_in(text))
+        };
+        Ok(match unmarked {
+            Some(Unmarked { text: same, inside }) if same == text => Rendered::Prompt {
+                text,
+                plain: inside,
+            },
+            other => match (named(), other) {
+                (None, _) => Rendered::Prompt {
+                    text,
+                    plain: Vec::new(),
+                },
+                (Some(_), Some(Unmarked { text, inside })) => Rendered::Prompt {
+                    text,
+                    plain: inside,
+                },
+                (Some(token), None) => Rendered::Mixed {
+                    token: token.to_string(),
+                },
+            },
+        })
+    }
+
+    /// Returns the messages in the forms that the template takes.
+    fn formed(&self, messages: &[Message]) -> Vec<Message> {
+        let mut messages = messages.to_vec();
+        if self.system == SystemForm::InFirst
+            && let Some(merged) = merge_system(&messages)
+        {
+            messages = merged;
+        }
+        for message in &mut messages {
+            message.form = match (message.role, self.system) {
+                (Role::User, _) => self.user,
+                (Role::Assistant, _) => self.assistant,
+                (Role::System, SystemForm::Message(form)) => form,
+                (Role::System, SystemForm::InFirst) => Form::Text,
+            };
+        }
+        messages
+    }
+}
+
+/// Returns the conversation with the system message merged into the first message after it.
+fn merge_system(messages: &[Message]) -> Option<Vec<Message>> {
+    let [system, first, rest @ ..] = messages else {
+        return None;
+    };
+    if system.role != Role::System {
+        return None;
+    }
+    let mut merged = vec![Message::new(
+        first.role,
+        &format!("{}\n\n{}", system.content, first.content),
+    )];
+    merged.extend_from_slice(rest);
+    Some(merged)
+}
