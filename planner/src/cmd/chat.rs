@@ -5,7 +5,7 @@ use crate::chat::{Chat, Options, Signals};
 use crate::cmd::args::TokenLimit;
 use crate::cmd::run::{RunArgs, RunOptions};
 use crate::hint::HintExt;
-use crate::session::Session;
+use crate::session::Prepared;
 use anyhow::{Context, Result, bail, ensure};
 use std::io::{ErrorKind, IsTerminal, Write};
 
@@ -25,19 +25,19 @@ pub(super) fn run(args: &RunArgs, run: &RunOptions<'_>) -> Result<()> {
         run.limit != Some(TokenLimit::Count(0)),
         "--n-predict: 0, expected 1 or more in a chat"
     );
-    let mut session = Session::open(run.model, run.opening)?;
-    if session.engine.context() < 2 {
+    let prepared = Prepared::open(run.model, run.opening)?;
+    if prepared.context() < 2 {
         let short = || bail!("--context: one token, expected 2 or more in a chat");
         return short().hint("pass a larger --context");
     }
-    let tokenizer = session.tokenizer_with(args.pre.tokenizer_pre.as_deref())?;
+    let tokenizer = prepared.tokenizer_with(args.pre.tokenizer_pre.as_deref())?;
     let source = match &args.chat_template {
         Some(path) => {
             let text = std::fs::read_to_string(path);
             Some(text.with_context(|| format!("reading the chat template {}", path.display()))?)
         }
-        None => session
-            .gguf
+        None => prepared
+            .gguf()
             .opt_str("tokenizer.chat_template")?
             .map(str::to_string),
     };
@@ -48,6 +48,7 @@ pub(super) fn run(args: &RunArgs, run: &RunOptions<'_>) -> Result<()> {
     let template = source
         .map(|source| Template::new(&source, &bos, &eos))
         .transpose()?;
+    let mut session = prepared.load()?;
     let plan = session.residency();
     plan.iter().for_each(|line| eprintln!("{line}"));
     if template.is_none() && args.system.is_some() {

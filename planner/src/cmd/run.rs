@@ -5,7 +5,7 @@ use crate::cmd::args::{ComputeArgs, JsonArgs, KvArgs, MemoryArgs, ModelArgs, Pre
 use crate::cmd::args::{SamplingArgs, StoreArgs, TokenLimit};
 use crate::hint::HintExt;
 use crate::opening::Opening;
-use crate::session::Session;
+use crate::session::{Prepared, Session};
 use crate::{host, print};
 use anyhow::{Context, Result, bail};
 use clap::Args;
@@ -176,13 +176,11 @@ pub fn run(args: &RunArgs) -> Result<()> {
         return chat::run(args, &options);
     }
     let text = prompt_text(args)?;
-    let mut session = Session::open(options.model, options.opening)?;
-    let tokenizer = session.tokenizer_with(args.pre.tokenizer_pre.as_deref())?;
-    let prompt = tokenizer.encode(&text, true)?;
-    if prompt.is_empty() {
-        let empty = || bail!("the prompt is empty, expected text");
-        return empty().hint("pass text with --prompt or --file");
-    }
+    let prepared = Prepared::open(options.model, options.opening)?;
+    let tokenizer = prepared.tokenizer_with(args.pre.tokenizer_pre.as_deref())?;
+    let prompt = prepared.prompt(&tokenizer, &text)?;
+    drop(text);
+    let mut session = prepared.load()?;
     if !args.format.json {
         session
             .residency()

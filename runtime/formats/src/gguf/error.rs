@@ -111,6 +111,11 @@ impl GgufError {
         }
     }
 
+    /// Whether the system had no memory for what was asked.
+    pub fn is_out_of_memory(&self) -> bool {
+        matches!(self, GgufError::Io { source, .. } if source.kind() == std::io::ErrorKind::OutOfMemory)
+    }
+
     pub(super) fn damaged(path: &Path, what: impl Into<String>) -> Self {
         GgufError::Damaged {
             path: path.to_path_buf(),
