@@ -257,10 +257,8 @@ impl<'a> Prepared<'a> {
         let context = self.context();
         let prompt = match tokenizer.encode_within(text, true, context) {
             Err(TokenizerError::TooLong { least, .. }) => {
-                let long = format!(
-                    "the prompt has {} bytes and {least} tokens or more, expected at most {context} tokens, the context",
-                    text.len()
-                );
+                let long =
+                    format!("context full: at least {least} tokens requested, {context} available");
                 return Err(anyhow!(long)).hint(
                     "pass a larger --context or a shorter prompt; with a plan, solve again with a larger --context",
                 );

@@ -148,6 +148,8 @@ fn known(type_id: u32) -> &'static str {
         35 => " (TQ2_0)",
         36..=38 => " (a withdrawn repacked IQ4_NL)",
         40 => " (NVFP4)",
+        133..=199 => " (a type of ik_llama.cpp)",
+        200..=399 => " (a repacked type of ik_llama.cpp)",
         _ => "",
     }
 }
