@@ -883,7 +883,7 @@ mod interruption {
             "4",
             "--prompt-tokens",
         ];
-        let profile = |tokens: &str, more: &[&str]| {
+        let told = |tokens: &str, more: &[&str]| {
             let model = demo_model();
             let list = [
                 &["profile", model.to_str().unwrap()],
@@ -892,17 +892,39 @@ mod interruption {
                 more,
             ]
             .concat();
-            let output = succeeded(run_in(folder, &list));
-            assert_eq!(stderr(&output), "");
+            stderr(&succeeded(run_in(folder, &list)))
+        };
+        let profile = |tokens: &str, more: &[&str]| {
+            assert_eq!(told(tokens, more), "");
             fs::read(folder.join("x.profile")).unwrap()
         };
+        let finished = || fs::read(folder.join("x.profile")).unwrap();
         let (eight, nine) = (profile("8", &[]), profile("9", &[]));
         assert_ne!(eight, nine);
         let partial = folder.join("x.profile.partial");
+        // An unfinished profile of another run is kept, and the difference is named.
         fs::write(&partial, &nine).unwrap();
-        assert_eq!(profile("8", &[]), eight);
+        let words = told("8", &[]);
+        assert!(
+            words.contains("up to 9 prompt tokens there, up to 8 prompt tokens here"),
+            "{words}"
+        );
+        assert_eq!(finished(), eight);
+        assert_eq!(
+            fs::read(folder.join("x.profile.partial.old")).unwrap(),
+            nine
+        );
+        fs::write(&partial, &eight).unwrap();
+        let words = told("8", &["--tokenizer-pre", "gpt-2"]);
+        assert!(
+            words.contains("tokenizer qwen2 there, tokenizer gpt-2 here"),
+            "{words}"
+        );
+        assert_ne!(finished(), eight);
         fs::write(&partial, b"not ours").unwrap();
-        assert_eq!(profile("8", &[]), eight);
+        let words = told("8", &[]);
+        assert!(words.contains("x.profile.partial"), "{words}");
+        assert_eq!(finished(), eight);
         fs::write(&partial, &eight).unwrap();
         assert_eq!(profile("8", &["--restart"]), eight);
         assert!(!partial.exists());

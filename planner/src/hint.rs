@@ -6,6 +6,7 @@
 use anyhow::Error;
 use std::fmt;
 use tier_plan_runtime::cuda::CudaError;
+use tier_plan_runtime::model::{ModelError, NotAModel};
 use tier_plan_runtime::plans::budget::TooSmall;
 use tier_plan_runtime::tiers::numa::NumaError;
 use tier_plan_runtime::tokenizer::TokenizerError;
@@ -69,6 +70,8 @@ pub fn hint_for(error: &Error) -> Option<String> {
                 "pass --memory {} or more, or a smaller --context",
                 show_bytes(error.least_bytes).replace(' ', "")
             ))
+        } else if let Some(ModelError::NotAModel(other)) = cause.downcast_ref::<ModelError>() {
+            Some(of_other(*other).to_string())
         } else if let Some(TokenizerError::UnknownPre { .. }) = cause.downcast_ref() {
             Some(
                 "choose the pre-tokenizer that fits the model with --tokenizer-pre NAME"
@@ -78,6 +81,27 @@ pub fn hint_for(error: &Error) -> Option<String> {
             None
         }
     })
+}
+
+/// Returns what to do with a file that is no model.
+fn of_other(other: NotAModel) -> &'static str {
+    match other {
+        NotAModel::Adapter => {
+            "name the model that the adapter is for; to use both, merge them with llama.cpp's `llama-export-lora` first"
+        }
+        NotAModel::Projector => "name the model's other .gguf file, which has the text part",
+        NotAModel::ImportanceMatrix => {
+            "`tier-plan profile --from-imatrix` reads it; to run a model, name the model's file"
+        }
+        NotAModel::ControlVector => "name the model that the control vector is for",
+        NotAModel::Vocabulary => {
+            "name a .gguf file with weights; `tier-plan tokenize` takes this one"
+        }
+        NotAModel::Encoder
+        | NotAModel::TextDiffusion
+        | NotAModel::ImageDiffusion
+        | NotAModel::Speech => "name a model that continues text",
+    }
 }
 
 fn of_run(error: &RunError) -> Option<String> {

@@ -7,6 +7,7 @@ use tier_plan_planner::interrupt::Interrupted;
 use tier_plan_planner::{cmd, hint};
 
 fn main() -> ExitCode {
+    tier_plan_runtime::gguf::report_bus_errors();
     let command = match cmd::parse(std::env::args_os()) {
         Ok(command) => command,
         Err(error) => error.exit(),

@@ -11,11 +11,11 @@ use std::sync::Arc;
 use std::time::Instant;
 use tier_plan_runtime::formats::placement::Placement;
 use tier_plan_runtime::gguf::Gguf;
-use tier_plan_runtime::model::spec::RopeScaling;
+use tier_plan_runtime::model::spec::{ModelSpec, RopeScaling};
 use tier_plan_runtime::model::{describe, shape::shape_of};
 use tier_plan_runtime::threads::physical_cores;
 use tier_plan_runtime::tiers::numa::NumaPolicy;
-use tier_plan_runtime::tokenizer::Tokenizer;
+use tier_plan_runtime::tokenizer::{Tokenizer, TokenizerError, TokenizerSource};
 use tier_plan_runtime::units::show_bytes;
 use tier_plan_runtime::{Engine, LoadOptions};
 
@@ -41,65 +41,7 @@ impl Session {
     /// # Errors
     /// When an option is invalid, a file cannot be read, or the model does not fit.
     pub fn open(model: &Path, opening: Opening<'_>) -> Result<Self> {
-        check_threads(opening.threads)?;
-        opening
-            .numa
-            .map_or(Ok(()), NumaPolicy::apply)
-            .context("--numa")?;
-        let mut gguf = Gguf::open(model)?;
-        let spec = describe(&gguf).map_err(|e| naming(model, e))?;
-        let Chosen { plan, batch, fits } = match opening.plan {
-            Some(path) => {
-                let plan = opening.read_plan(&gguf, path)?;
-                Chosen {
-                    plan,
-                    batch: None,
-                    fits: false,
-                }
-            }
-            None => {
-                let shape = shape_of(&gguf, &spec);
-                let context = match opening.context {
-                    None => shape.context.min(DEFAULT_CONTEXT),
-                    Some(0) => shape.context,
-                    Some(context) => context,
-                };
-                budget::choose(
-                    Model {
-                        gguf: &gguf,
-                        spec: &spec,
-                        shape: &shape,
-                        context,
-                    },
-                    &opening,
-                )?
-            }
-        };
-        if fits {
-            copy_to_memory(&mut gguf, opening.threads);
-        }
-        let checks = verify::checks(&gguf, &spec, opening.verify)?;
-        let start = Start::read(&gguf, opening.slots, opening.warm)?;
-        let (pack, note) = store::pack(&gguf, &spec, &plan, opening.pack)?.unzip();
-        let options = LoadOptions {
-            threads: opening.threads,
-            batch,
-            checks,
-            pack,
-            stream: None,
-        };
-        let loaded = Self::load_with(Arc::new(gguf), &plan, &options);
-        let mut session = loaded.map_err(|e| naming(model, e))?;
-        if let Some(context) = opening.context.filter(|context| *context > 0) {
-            session.engine.limit_context(context);
-        }
-        if let Some(warning) = beyond_training(&session.engine) {
-            eprintln!("{warning}");
-        }
-        session.notes.extend(note);
-        session.notes.extend(start.fill(&mut session.engine)?);
-        session.start = Some(start);
-        Ok(session)
+        Prepared::open(model, opening)?.load()
     }
 
     /// Loads an open file by a plan.
@@ -119,13 +61,7 @@ impl Session {
     }
 
     fn load_with(gguf: Arc<Gguf>, plan: &Placement, options: &LoadOptions) -> Result<Self> {
-        if plan.context == 0 {
-            let empty = format!(
-                "plan '{}': a context of 0 tokens, expected 1 or more",
-                plan.name
-            );
-            return Err(anyhow!(empty)).hint("solve again with a larger --context");
-        }
+        check_plan_context(plan)?;
         let started = Instant::now();
         let bar = progress::bytes("loading");
         let engine = Engine::load(Arc::clone(&gguf), plan, options, &mut |done, total| {
@@ -230,10 +166,164 @@ impl Session {
     }
 }
 
+/// A model whose options, plan, and files are checked, and of which no weights have been read.
+///
+/// What depends on the file's header alone is refused between opening and loading, so that it takes
+/// neither the time nor the memory of the weights.
+pub struct Prepared<'a> {
+    model: &'a Path,
+    gguf: Gguf,
+    spec: ModelSpec,
+    plan: Placement,
+    /// Whether the weights are copied to memory first.
+    copies: bool,
+    /// Context asked for, if less than the plan's may be.
+    context: Option<u32>,
+    options: LoadOptions,
+    start: Start,
+    note: Option<String>,
+}
+
+impl<'a> Prepared<'a> {
+    /// Opens a model, chooses or reads its plan, and opens the files that loading needs.
+    ///
+    /// # Errors
+    /// When an option is invalid, a file cannot be read, or the model does not fit.
+    pub fn open(model: &'a Path, opening: Opening<'_>) -> Result<Self> {
+        check_threads(opening.threads)?;
+        opening
+            .numa
+            .map_or(Ok(()), NumaPolicy::apply)
+            .context("--numa")?;
+        let gguf = Gguf::open(model)?;
+        let spec = describe(&gguf).map_err(|e| naming(model, e))?;
+        let Chosen { plan, batch, fits } = chosen(&gguf, &spec, &opening)?;
+        check_plan_context(&plan)?;
+        let checks = verify::checks(&gguf, &spec, opening.verify)?;
+        let start = Start::read(&gguf, opening.slots, opening.warm)?;
+        let (pack, note) = store::pack(&gguf, &spec, &plan, opening.pack)?.unzip();
+        Ok(Self {
+            model,
+            gguf,
+            spec,
+            plan,
+            copies: fits,
+            context: opening.context.filter(|context| *context > 0),
+            options: LoadOptions {
+                threads: opening.threads,
+                batch,
+                checks,
+                pack,
+                stream: None,
+            },
+            start,
+            note,
+        })
+    }
+
+    /// Returns the open file.
+    pub fn gguf(&self) -> &Gguf {
+        &self.gguf
+    }
+
+    /// Returns the network.
+    pub fn spec(&self) -> &ModelSpec {
+        &self.spec
+    }
+
+    /// Returns the tokens that a text may have.
+    pub fn context(&self) -> usize {
+        self.context
+            .map_or(self.plan.context, |asked| asked.min(self.plan.context)) as usize
+    }
+
+    /// Returns the tokens of the plan's context.
+    pub fn plan_context(&self) -> u32 {
+        self.plan.context
+    }
+
+    /// Returns the model's tokenizer, with the pre-tokenizer `pre` instead of the file's if given.
+    ///
+    /// # Errors
+    /// When the file has no tokenizer, or one of an unknown kind.
+    pub fn tokenizer_with(&self, pre: Option<&str>) -> Result<Tokenizer> {
+        tokenizer_with(&self.gguf, pre)
+    }
+
+    /// Returns the tokens of a prompt that is to be continued.
+    ///
+    /// # Errors
+    /// When the vocabulary can't spell it, or it is empty or longer than the context.
+    pub fn prompt(&self, tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>> {
+        let context = self.context();
+        let prompt = match tokenizer.encode_within(text, true, context) {
+            Err(TokenizerError::TooLong { least, .. }) => {
+                let long =
+                    format!("context full: at least {least} tokens requested, {context} available");
+                return Err(anyhow!(long)).hint(
+                    "pass a larger --context or a shorter prompt; with a plan, solve again with a larger --context",
+                );
+            }
+            encoded => encoded?,
+        };
+        if prompt.is_empty() {
+            return Err(anyhow!("the prompt is empty, expected text"))
+                .hint("pass text with --prompt or --file");
+        }
+        Ok(prompt)
+    }
+
+    /// Reads the weights.
+    ///
+    /// # Errors
+    /// When a file cannot be read, or the model does not fit.
+    pub fn load(mut self) -> Result<Session> {
+        if self.copies {
+            copy_to_memory(&mut self.gguf, self.options.threads)?;
+        }
+        let loaded = Session::load_with(Arc::new(self.gguf), &self.plan, &self.options);
+        let mut session = loaded.map_err(|e| naming(self.model, e))?;
+        if let Some(context) = self.context {
+            session.engine.limit_context(context);
+        }
+        let trained = session.engine.shape().context;
+        if let Some(warning) = beyond_training(&self.spec, session.engine.context(), trained) {
+            eprintln!("{warning}");
+        }
+        session.notes.extend(self.note);
+        session.notes.extend(self.start.fill(&mut session.engine)?);
+        session.start = Some(self.start);
+        Ok(session)
+    }
+}
+
+/// Reads the plan asked for, or chooses one.
+fn chosen(gguf: &Gguf, spec: &ModelSpec, opening: &Opening<'_>) -> Result<Chosen> {
+    if let Some(path) = opening.plan {
+        return Ok(Chosen {
+            plan: opening.read_plan(gguf, path)?,
+            batch: None,
+            fits: false,
+        });
+    }
+    let shape = shape_of(gguf, spec);
+    let context = match opening.context {
+        None => shape.context.min(DEFAULT_CONTEXT),
+        Some(0) => shape.context,
+        Some(context) => context,
+    };
+    let model = Model {
+        gguf,
+        spec,
+        shape: &shape,
+        context,
+    };
+    budget::choose(model, opening)
+}
+
 /// Returns a warning where the context is longer than what the model was trained for, or its
 /// rotary scaling extends that to.
-fn beyond_training(engine: &Engine) -> Option<String> {
-    let trained = engine.shape().context;
+fn beyond_training(spec: &ModelSpec, context: usize, trained: u32) -> Option<String> {
     let scaled = |scaling| match scaling {
         RopeScaling::None => 0.0,
         RopeScaling::Linear(factor) => f64::from(trained) * f64::from(factor),
@@ -243,14 +333,12 @@ fn beyond_training(engine: &Engine) -> Option<String> {
             ..
         } => f64::from(factor) * f64::from(original_context),
     };
-    let longest = engine
-        .spec()
+    let longest = spec
         .layers
         .iter()
         .filter_map(|layer| layer.mixer.rope())
         .map(|rope| scaled(rope.scaling))
         .fold(f64::from(trained), f64::max);
-    let context = engine.context();
     (trained > 0 && context as f64 > longest).then(|| {
         format!(
             "warning: the context of {context} tokens is longer than the {longest:.0} that the model was trained for; \
@@ -259,8 +347,23 @@ fn beyond_training(engine: &Engine) -> Option<String> {
     })
 }
 
-/// Copies the weights to huge pages. If that fails they stay mapped, which is slower.
-fn copy_to_memory(gguf: &mut Gguf, threads: Option<usize>) {
+fn check_plan_context(plan: &Placement) -> Result<()> {
+    if plan.context > 0 {
+        return Ok(());
+    }
+    let empty = format!(
+        "plan '{}': a context of 0 tokens, expected 1 or more",
+        plan.name
+    );
+    Err(anyhow!(empty)).hint("solve again with a larger --context")
+}
+
+/// Copies the weights to huge pages. Where there is no memory for that they stay mapped, which is
+/// slower.
+///
+/// # Errors
+/// When the file can't be read: looking at the mapped bytes would end the process.
+fn copy_to_memory(gguf: &mut Gguf, threads: Option<usize>) -> Result<()> {
     let bar = progress::bytes("reading the model");
     let threads = threads.unwrap_or_else(physical_cores);
     let copied = gguf.copy_to_memory(threads, &mut |done, total| {
@@ -268,8 +371,12 @@ fn copy_to_memory(gguf: &mut Gguf, threads: Option<usize>) {
         bar.set_position(done);
     });
     bar.finish_and_clear();
-    if let Err(error) = copied {
-        eprintln!("warning: {error}; the weights stay mapped, which is slower");
+    match copied {
+        Err(error) if error.is_out_of_memory() => {
+            eprintln!("warning: {error}; the weights stay mapped, which is slower");
+            Ok(())
+        }
+        copied => Ok(copied?),
     }
 }
 
@@ -286,7 +393,7 @@ pub fn tokenizer(gguf: &Gguf) -> Result<Tokenizer> {
 /// # Errors
 /// When the file has none, or one of an unknown kind.
 pub fn tokenizer_with(gguf: &Gguf, pre: Option<&str>) -> Result<Tokenizer> {
-    let source = tier_plan_runtime::tokenizer::TokenizerSource::from_gguf(gguf)?;
+    let source = TokenizerSource::from_gguf(gguf)?;
     if source.model == "none" {
         let path = gguf.path().display();
         let none = format!(

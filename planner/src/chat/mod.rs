@@ -292,7 +292,9 @@ impl<'a> Chat<'a> {
             Rendered::Prompt { text, plain } => (text, plain),
             Rendered::Mixed { token } => return Ok(Err(token)),
         };
-        let tokens = self.tokenizer.encode_prompt(&text, &plain)?;
+        let tokens = self
+            .tokenizer
+            .encode_prompt(&text, &plain, self.engine.context())?;
         ensure!(
             !tokens.is_empty(),
             "the chat template rendered an empty conversation; pass another with --chat-template FILE"

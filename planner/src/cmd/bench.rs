@@ -5,7 +5,7 @@ use crate::cmd::args::{
 };
 use crate::hint::HintExt;
 use crate::opening::Opening;
-use crate::session::Session;
+use crate::session::{Prepared, Session};
 use anyhow::{Context, Result, anyhow, ensure};
 use clap::Args;
 use serde_json::json;
@@ -129,8 +129,8 @@ struct Sample {
 /// When an option is invalid, a file cannot be read or written, or the model cannot be loaded.
 pub fn run(args: &BenchArgs) -> Result<()> {
     let options = BenchOptions::from_args(args)?;
-    let mut session = Session::open(options.model, options.opening)?;
-    let (needed, planned) = (options.context, session.engine.plan().context);
+    let prepared = Prepared::open(options.model, options.opening)?;
+    let (needed, planned) = (options.context, prepared.plan_context());
     if needed > planned {
         let full = format!(
             "--n-prompt and --n-gen: {} and {}, expected at most {planned} together, the context of the plan",
@@ -140,6 +140,7 @@ pub fn run(args: &BenchArgs) -> Result<()> {
             "pass fewer, or solve again with --context {needed}"
         ));
     }
+    let mut session = prepared.load()?;
     let n_vocab = session.engine.spec().n_vocab as u64;
     // Timing works with any tokens. These spread over the vocabulary, so that routing does too.
     let token = |i: u64| (i.wrapping_mul(2_654_435_761) % n_vocab) as u32;

@@ -7,7 +7,7 @@ use crate::cmd::args::TokenLimit;
 use crate::cmd::run::{RunArgs, RunOptions};
 use crate::hint::HintExt;
 use crate::screen::Screen;
-use crate::session::Session;
+use crate::session::Prepared;
 use crate::text;
 use anyhow::{Result, bail, ensure};
 use std::io::{ErrorKind, IsTerminal, Write};
@@ -28,21 +28,21 @@ pub(super) fn run(args: &RunArgs, run: &RunOptions<'_>) -> Result<()> {
         run.limit != Some(TokenLimit::Count(0)),
         "--n-predict: 0, expected 1 or more in a chat"
     );
-    // A file that cannot be read is named before the model is loaded.
+    // A file that cannot be read is named before the model is opened.
     let given = args.chat_template.as_deref();
     let given = given
         .map(|path| text::read_file("the chat template", path))
         .transpose()?;
-    let mut session = Session::open(run.model, run.opening)?;
-    if session.engine.context() < 2 {
+    let prepared = Prepared::open(run.model, run.opening)?;
+    if prepared.context() < 2 {
         let short = || bail!("--context: one token, expected 2 or more in a chat");
         return short().hint("pass a larger --context");
     }
-    let tokenizer = session.tokenizer_with(args.pre.tokenizer_pre.as_deref())?;
+    let tokenizer = prepared.tokenizer_with(args.pre.tokenizer_pre.as_deref())?;
     let source = match given {
         Some(source) => Some(source),
-        None => session
-            .gguf
+        None => prepared
+            .gguf()
             .opt_str("tokenizer.chat_template")?
             .map(str::to_string),
     };
@@ -53,6 +53,7 @@ pub(super) fn run(args: &RunArgs, run: &RunOptions<'_>) -> Result<()> {
     let template = source
         .map(|source| Dialect::probe(Template::new(&source, &bos, &eos)?, args.system.is_some()))
         .transpose()?;
+    let mut session = prepared.load()?;
     let plan = session.residency();
     plan.iter().for_each(|line| eprintln!("{line}"));
     match &template {

@@ -3,13 +3,13 @@
 use crate::cmd::args::{ModelArgs, ThreadArgs};
 use crate::hint::HintExt;
 use crate::opening::Opening;
-use crate::session::Session;
+use crate::session::Prepared;
 use anyhow::{Context, Result, anyhow, ensure};
 use clap::Args;
 use std::path::PathBuf;
 use tier_plan_runtime::formats::safely;
 use tier_plan_runtime::sampler::{Sampler, SamplerConfig};
-use tier_plan_runtime::{KvType, LogitsMode};
+use tier_plan_runtime::{KvType, LogitsMode, RunError};
 
 /// Options of `tier-plan logits`.
 #[derive(Debug, Args)]
@@ -72,8 +72,8 @@ pub fn run(args: &LogitsArgs) -> Result<()> {
             }
         }
     };
-    let mut session = Session::open(args.model.path()?, opening)?;
-    let planned = session.engine.context();
+    let prepared = Prepared::open(args.model.path()?, opening)?;
+    let planned = prepared.context();
     // The last of the decoded tokens needs no pass of its own.
     if needed as usize > planned + usize::from(args.greedy > 0) {
         let full = format!(
@@ -83,7 +83,12 @@ pub fn run(args: &LogitsArgs) -> Result<()> {
             "pass fewer, or solve again with --context {needed}"
         ));
     }
-    let n_vocab = session.engine.spec().n_vocab;
+    let n_vocab = prepared.spec().n_vocab;
+    if let Some(token) = args.tokens.iter().find(|token| **token as usize >= n_vocab) {
+        let token = *token;
+        return Err(RunError::Token { token, n_vocab }.into());
+    }
+    let mut session = prepared.load()?;
     let logits = session.engine.forward(&args.tokens, LogitsMode::All)?;
     let bytes: Vec<u8> = logits.iter().flat_map(|l| l.to_le_bytes()).collect();
     safely::write(&args.output, &bytes)?;

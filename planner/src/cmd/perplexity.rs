@@ -6,7 +6,7 @@ use crate::hint::HintExt;
 use crate::opening::Opening;
 use crate::perplexity::{Against, Place, Scores, divergence, fill_row, in_parallel, place};
 use crate::progress;
-use crate::session::Session;
+use crate::session::Prepared;
 use crate::text;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use clap::Args;
@@ -124,10 +124,10 @@ pub fn run(args: &PerplexityArgs) -> Result<()> {
         verify: args.verify.asked(),
         ..Opening::default()
     };
-    let mut session = Session::open(args.model.path()?, opening)?;
+    let prepared = Prepared::open(args.model.path()?, opening)?;
     let tokens = match (&text, &base) {
         (Some(text), base) => {
-            let tokens = tokenize(&session, text, ctx, args)?;
+            let tokens = tokenize(&prepared, text, ctx, args)?;
             if let Some(base) = base {
                 check_tokens(
                     &tokens,
@@ -140,7 +140,7 @@ pub fn run(args: &PerplexityArgs) -> Result<()> {
         (None, Some(base)) => base.reference().tokens.clone(),
         (None, None) => bail!("no text to score, expected --file FILE"),
     };
-    let n_vocab = session.engine.spec().n_vocab;
+    let n_vocab = prepared.spec().n_vocab;
     if let Some(base) = &base {
         let theirs = base.reference().n_vocab;
         ensure!(
@@ -148,6 +148,7 @@ pub fn run(args: &PerplexityArgs) -> Result<()> {
             "the reference log-probabilities are of a vocabulary of {theirs} tokens, but the model has {n_vocab}; they can't be compared"
         );
     }
+    let mut session = prepared.load()?;
     if !args.format.json {
         session
             .residency()
@@ -194,8 +195,13 @@ pub fn run(args: &PerplexityArgs) -> Result<()> {
 }
 
 /// Returns the tokens of the text, cut to whole windows, with BOS at the start of each.
-fn tokenize(session: &Session, text: &str, ctx: u32, args: &PerplexityArgs) -> Result<Vec<u32>> {
-    let tokenizer = session.tokenizer_with(args.pre.tokenizer_pre.as_deref())?;
+fn tokenize(
+    prepared: &Prepared<'_>,
+    text: &str,
+    ctx: u32,
+    args: &PerplexityArgs,
+) -> Result<Vec<u32>> {
+    let tokenizer = prepared.tokenizer_with(args.pre.tokenizer_pre.as_deref())?;
     let bos = tokenizer.prefix();
     // Special tokens that occur in the text are scored as plain text.
     let mut tokens: Vec<u32> = bos.into_iter().collect();

@@ -6,10 +6,10 @@ use crate::cmd::args::sampling;
 use crate::cmd::args::{JsonArgs, PreTokenizerArgs, ThreadArgs, VerifyArgs, at_least_one};
 use crate::hint::HintExt;
 use crate::opening::Opening;
-use crate::profile::collect::{Settings, collect};
+use crate::profile::collect::{Calibration, Settings, check_experts, collect, tokenize};
 use crate::profile::stats::{Skew, skews};
 use crate::profile::{imatrix, prompts};
-use crate::session::Session;
+use crate::session::Prepared;
 use anyhow::{Context, Result, anyhow};
 use clap::Args;
 use serde_json::json;
@@ -166,17 +166,20 @@ pub fn run(args: &ProfileArgs) -> Result<()> {
         verify: args.verify.asked(),
         ..Opening::default()
     };
-    let mut session = Session::open(model, opening)?;
-    let tokenizer = session.tokenizer_with(args.pre.tokenizer_pre.as_deref())?;
+    let prepared = Prepared::open(model, opening)?;
+    check_experts(prepared.gguf(), prepared.spec())?;
+    let tokenizer = prepared.tokenizer_with(args.pre.tokenizer_pre.as_deref())?;
+    let tokens = tokenize(&tokenizer, &prompts, &settings)?;
+    let mut session = prepared.load()?;
     let _catching = crate::interrupt::catch_interrupts();
-    let profile = collect(
-        &mut session,
-        &tokenizer,
-        &prompts,
+    let run = Calibration {
+        tokenizer: &tokenizer,
+        prompts: &prompts,
+        tokens: &tokens,
         settings,
-        &output,
-        args.restart,
-    )?;
+        restart: args.restart,
+    };
+    let profile = collect(&mut session, &run, &output)?;
     show(&profile, &output, args.format.json)
 }
 

@@ -6,7 +6,7 @@ use crate::cmd::args::{SamplingArgs, StoreArgs, TokenLimit, context_value};
 use crate::hint::HintExt;
 use crate::opening::Opening;
 use crate::screen::{Screen, escape_json};
-use crate::session::Session;
+use crate::session::{Prepared, Session};
 use crate::{host, print, text};
 use anyhow::{Context, Result, bail};
 use clap::Args;
@@ -179,13 +179,11 @@ pub fn run(args: &RunArgs) -> Result<()> {
         return chat::run(args, &options);
     }
     let text = prompt_text(args)?;
-    let mut session = Session::open(options.model, options.opening)?;
-    let tokenizer = session.tokenizer_with(args.pre.tokenizer_pre.as_deref())?;
-    let prompt = tokenizer.encode(&text, true)?;
-    if prompt.is_empty() {
-        let empty = || bail!("the prompt is empty, expected text");
-        return empty().hint("pass text with --prompt or --file");
-    }
+    let prepared = Prepared::open(options.model, options.opening)?;
+    let tokenizer = prepared.tokenizer_with(args.pre.tokenizer_pre.as_deref())?;
+    let prompt = prepared.prompt(&tokenizer, &text)?;
+    drop(text);
+    let mut session = prepared.load()?;
     if !args.format.json {
         session
             .residency()

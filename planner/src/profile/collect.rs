@@ -1,7 +1,8 @@
 //! Runs calibration prompts through a model and records every token's experts.
 //!
 //! After each prompt the unfinished profile is written beside the output. A later call with the
-//! same model, prompts and settings resumes from it.
+//! same model, prompts, tokenizer, and settings resumes from it. One of another run is moved aside:
+//! going on from it would mix two runs, and overwriting it would lose the first.
 
 use super::prompts::Prompt;
 use crate::interrupt::interrupted;
@@ -12,6 +13,8 @@ use std::path::{Path, PathBuf};
 use tier_plan_runtime::engine::Routing;
 use tier_plan_runtime::formats::SourceId;
 use tier_plan_runtime::formats::profile::{self, Guesses, Profile, PromptTrace};
+use tier_plan_runtime::gguf::Gguf;
+use tier_plan_runtime::model::spec::ModelSpec;
 use tier_plan_runtime::sampler::{Sampler, SamplerConfig};
 use tier_plan_runtime::tokenizer::Tokenizer;
 use tier_plan_runtime::{Engine, LogitsMode};
@@ -40,68 +43,96 @@ impl Settings {
         })
     }
 
-    /// Describes the settings for the profile, with a hash of the prompts.
-    fn describe(&self, prompts: &[Prompt]) -> String {
+    /// Describes everything that decides a profile beside the model, which has a hash of its own.
+    fn describe(&self, prompts: &[Prompt], tokenizer: &Tokenizer) -> String {
         // Lengths keep texts apart that would otherwise run together.
         let one = |p: &Prompt| format!("{}/{} {}\n{}", p.domain, p.name, p.text.len(), p.text);
         let all: String = prompts.iter().map(one).collect();
         format!(
-            "up to {} prompt tokens, then {} decoded at temperature {} with seed {}; prompts {}",
+            "up to {} prompt tokens{SEPARATOR}{} decoded{SEPARATOR}temperature {}{SEPARATOR}seed {}{SEPARATOR}tokenizer {}{SEPARATOR}prompts {}",
             self.prompt_tokens,
             self.decode_tokens,
             self.temperature,
             self.seed,
+            tokenizer.pre().unwrap_or("of the file"),
             SourceId::of_bytes("prompts", all.as_bytes()).hash
         )
     }
 }
 
-/// Profiles the model of an open session, writes the profile to `output`, and returns it.
-pub fn collect(
-    session: &mut Session,
+/// Between the parts of a description.
+const SEPARATOR: &str = "; ";
+
+/// Tokenizes the prompts, each cut to the most tokens that are processed.
+///
+/// # Errors
+/// When the vocabulary can't spell a prompt, or a prompt has no tokens.
+pub fn tokenize(
     tokenizer: &Tokenizer,
     prompts: &[Prompt],
-    settings: Settings,
-    output: &Path,
-    restart: bool,
-) -> Result<Profile> {
-    let mut moe = session.engine.spec().moe_layers().peekable();
-    let Some((n_expert, n_used)) = moe
-        .peek()
-        .map(|(_, m)| (m.n_expert as u32, m.n_used as u32))
-    else {
-        bail!(
-            "'{}' has no routed experts, so there is nothing to profile",
-            session.gguf.id().name
+    settings: &Settings,
+) -> Result<Vec<Vec<u32>>> {
+    let one = |prompt: &Prompt| {
+        let tokens = tokenizer.encode(&prompt.text, true);
+        let mut tokens = tokens.with_context(|| prompt.title())?;
+        tokens.truncate(settings.prompt_tokens as usize);
+        tokens.shrink_to_fit();
+        ensure!(
+            !tokens.is_empty(),
+            "{}: the file has no text",
+            prompt.title()
         );
+        Ok(tokens)
     };
-    let layers: Vec<u32> = moe.map(|(layer, _)| layer as u32).collect();
-    let fresh = Profile {
-        model: session.gguf.id(),
-        layers,
-        n_expert,
-        n_used,
-        made: settings.describe(prompts),
-        prompts: Vec::new(),
-        counted: None,
-        guesses: None,
-        id: SourceId {
-            name: stem(output),
-            hash: String::new(),
-        },
-    };
+    prompts.iter().map(one).collect()
+}
+
+/// A calibration run: what is run, and how.
+#[derive(Debug, Clone, Copy)]
+pub struct Calibration<'a> {
+    /// The tokenizer of the prompts.
+    pub tokenizer: &'a Tokenizer,
+    /// The prompts.
+    pub prompts: &'a [Prompt],
+    /// `[prompts.len()]`, their tokens as [`tokenize`] returns them.
+    pub tokens: &'a [Vec<u32>],
+    /// Settings of the run.
+    pub settings: Settings,
+    /// Whether to begin again even if there is an unfinished profile.
+    pub restart: bool,
+}
+
+/// Checks that a model has routed experts to profile.
+///
+/// # Errors
+/// When it has none.
+pub fn check_experts(gguf: &Gguf, spec: &ModelSpec) -> Result<()> {
+    let name = gguf.id().name;
+    ensure!(
+        spec.moe_layers().next().is_some(),
+        "'{name}' has no routed experts, so there is nothing to profile"
+    );
+    Ok(())
+}
+
+/// Profiles the model of an open session, writes the profile to `output`, and returns it.
+pub fn collect(session: &mut Session, run: &Calibration<'_>, output: &Path) -> Result<Profile> {
+    check_experts(&session.gguf, session.engine.spec())?;
+    let prompts = run.prompts;
     let partial = partial_path(output);
-    let mut profile = if restart {
+    let fresh = fresh(session, run, output);
+    let mut profile = if run.restart {
         fresh
     } else {
-        resume(&partial, fresh, prompts)
+        resume(&partial, fresh, prompts)?
     };
     session.engine.score_predictions();
     let bar = progress::count("profiling prompts", prompts.len() as u64);
     bar.set_position(profile.prompts.len() as u64);
-    for prompt in &prompts[profile.prompts.len()..] {
-        let trace = run_prompt(&mut session.engine, tokenizer, prompt, settings)
-            .with_context(|| format!("prompt {}/{}", prompt.domain, prompt.name))?;
+    let left = prompts.iter().zip(run.tokens).skip(profile.prompts.len());
+    for (prompt, tokens) in left {
+        let trace = run_prompt(&mut session.engine, run, prompt, tokens.clone())
+            .with_context(|| prompt.title())?;
         let Some(trace) = trace else {
             bail!(
                 "interrupted after {} of {} prompts; the same command goes on from {}",
@@ -123,30 +154,97 @@ pub fn collect(
     Ok(profile)
 }
 
-/// Returns the unfinished profile, if it is of the same run.
-fn resume(partial: &Path, fresh: Profile, prompts: &[Prompt]) -> Profile {
-    let begins = |found: &Profile| {
-        found.prompts.len() <= prompts.len()
-            && found
-                .prompts
-                .iter()
-                .zip(prompts)
-                .all(|(f, p)| (&f.domain, &f.name) == (&p.domain, &p.name))
-    };
-    match profile::read(partial) {
-        Ok(found) if found.made == fresh.made && found.model == fresh.model && begins(&found) => {
-            eprintln!(
-                "going on from {} ({} prompts done)",
-                partial.display(),
-                found.prompts.len()
-            );
-            Profile {
-                id: fresh.id,
-                ..found
-            }
-        }
-        _ => fresh,
+/// Returns the profile of a run before its first prompt.
+fn fresh(session: &Session, run: &Calibration<'_>, output: &Path) -> Profile {
+    let spec = session.engine.spec();
+    let first = spec.moe_layers().next();
+    let (n_expert, n_used) = first.map_or((0, 0), |(_, m)| (m.n_expert as u32, m.n_used as u32));
+    Profile {
+        model: session.gguf.id(),
+        layers: spec.moe_layers().map(|(layer, _)| layer as u32).collect(),
+        n_expert,
+        n_used,
+        made: run.settings.describe(run.prompts, run.tokenizer),
+        prompts: Vec::new(),
+        counted: None,
+        guesses: None,
+        id: SourceId {
+            name: stem(output),
+            hash: String::new(),
+        },
     }
+}
+
+/// Returns the unfinished profile if it is of the same run. One of another run is moved aside.
+fn resume(partial: &Path, fresh: Profile, prompts: &[Prompt]) -> Result<Profile> {
+    if !partial.exists() {
+        return Ok(fresh);
+    }
+    let shown = partial.display();
+    let found = match profile::read(partial) {
+        Ok(found) => found,
+        Err(error) => {
+            eprintln!("warning: {error}; starting from the first prompt");
+            return Ok(fresh);
+        }
+    };
+    let Some(difference) = difference(&found, &fresh, prompts) else {
+        eprintln!(
+            "going on from {shown} ({} prompts done)",
+            found.prompts.len()
+        );
+        return Ok(Profile {
+            id: fresh.id,
+            ..found
+        });
+    };
+    let mut aside = partial.as_os_str().to_os_string();
+    aside.push(".old");
+    let aside = PathBuf::from(aside);
+    std::fs::rename(partial, &aside)
+        .with_context(|| format!("moving {shown} to {}", aside.display()))?;
+    eprintln!(
+        "warning: {shown} is of another run ({difference}), so it is kept as {} and this run starts from the first \
+         prompt; to finish the other run, give it its name back and repeat its options",
+        aside.display()
+    );
+    Ok(fresh)
+}
+
+/// Returns how an unfinished profile differs from the run that would go on from it, `None` if it
+/// does not.
+fn difference(found: &Profile, fresh: &Profile, prompts: &[Prompt]) -> Option<String> {
+    if found.model != fresh.model {
+        let (theirs, ours) = (&found.model, &fresh.model);
+        return Some(if theirs.name == ours.name {
+            format!("another file of the model {}", ours.name)
+        } else {
+            format!("model {} there, {} here", theirs.name, ours.name)
+        });
+    }
+    if found.made != fresh.made {
+        let parts = |made: &str| made.split(SEPARATOR).map(String::from).collect::<Vec<_>>();
+        let (theirs, ours) = (parts(&found.made), parts(&fresh.made));
+        let only = |these: &[String], others: &[String]| {
+            let these: Vec<&str> = these
+                .iter()
+                .filter(|part| !others.contains(part))
+                .map(String::as_str)
+                .collect();
+            these.join(", ")
+        };
+        let (there, here) = (only(&theirs, &ours), only(&ours, &theirs));
+        return Some(format!("{there} there, {here} here"));
+    }
+    let same = found.prompts.len() <= prompts.len()
+        && found
+            .prompts
+            .iter()
+            .zip(prompts)
+            .all(|(f, p)| (&f.domain, &f.name) == (&p.domain, &p.name));
+    let layers = found.layers == fresh.layers
+        && (found.n_expert, found.n_used) == (fresh.n_expert, fresh.n_used);
+    (!same || !layers).then(|| "other prompts or layers".to_string())
 }
 
 fn stem(path: &Path) -> String {
@@ -163,13 +261,11 @@ fn partial_path(output: &Path) -> PathBuf {
 /// Runs one prompt. Returns `None` when interrupted.
 fn run_prompt(
     engine: &mut Engine,
-    tokenizer: &Tokenizer,
+    run: &Calibration<'_>,
     prompt: &Prompt,
-    settings: Settings,
+    mut tokens: Vec<u32>,
 ) -> Result<Option<PromptTrace>> {
-    let mut tokens = tokenizer.encode(&prompt.text, true)?;
-    tokens.truncate(settings.prompt_tokens as usize);
-    ensure!(!tokens.is_empty(), "the file has no text");
+    let settings = &run.settings;
     let mut trace = PromptTrace {
         domain: prompt.domain.clone(),
         name: prompt.name.clone(),
@@ -191,7 +287,7 @@ fn run_prompt(
             return Ok(None);
         }
         let token = sampler.sample(&mut logits, &tokens);
-        if tokenizer.is_eog(token) {
+        if run.tokenizer.is_eog(token) {
             break;
         }
         tokens.push(token);

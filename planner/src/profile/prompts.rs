@@ -18,6 +18,13 @@ pub struct Prompt {
     pub text: String,
 }
 
+impl Prompt {
+    /// Returns the prompt's name for messages: `prompt DOMAIN/NAME`.
+    pub fn title(&self) -> String {
+        format!("prompt {}/{}", self.domain, self.name)
+    }
+}
+
 /// Reads all prompts under a folder, in the order of domains and file names.
 pub fn read(folder: &Path) -> Result<Vec<Prompt>> {
     let mut prompts = Vec::new();

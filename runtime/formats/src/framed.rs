@@ -1,6 +1,7 @@
 //! Binary files that begin with a magic, a version and a JSON header: the frame that checksums and
 //! packed experts share.
 
+use super::cost;
 use super::kind::Kind;
 use crate::FormatError;
 use crate::source_id::SourceId;
@@ -71,6 +72,12 @@ pub(super) fn header_bytes(
     let length = u32::from_le_bytes([l0, l1, l2, l3]);
     usize::try_from(length)
         .map_err(|_| FormatError::invalid(path, format!("a header of {length} bytes")))
+}
+
+/// Parses a header, unless that would take too much memory. The error is what is wrong with it.
+pub(super) fn parse_header<'a, T: Deserialize<'a>>(header: &'a [u8]) -> Result<T, String> {
+    cost::of_json(header).check()?;
+    serde_json::from_slice(header).map_err(|e| e.to_string())
 }
 
 /// Returns the error of a file that ends too early.

@@ -2,6 +2,7 @@
 //! memory.
 
 use super::FormatError;
+use super::cost::{self, Cost};
 use serde::Deserialize;
 use std::fs::File;
 use std::io::Read;
@@ -183,6 +184,7 @@ impl Kind {
     /// Checks `format` and `version` of a TOML file and returns its text.
     pub fn open_toml<'a>(&self, bytes: &'a [u8], path: &Path) -> Result<&'a str, FormatError> {
         let text = self.text(bytes, path)?;
+        self.check_cost(cost::of_toml(bytes), bytes, path)?;
         let envelope = toml::from_str::<Envelope>(text);
         self.check_envelope(envelope.map_err(|e| toml_words(text, &e)), bytes, path)?;
         Ok(text)
@@ -191,9 +193,23 @@ impl Kind {
     /// Checks `format` and `version` of a JSON file and returns its text.
     pub fn open_json<'a>(&self, bytes: &'a [u8], path: &Path) -> Result<&'a str, FormatError> {
         let text = self.text(bytes, path)?;
+        self.check_cost(cost::of_json(bytes), bytes, path)?;
         let envelope = serde_json::from_str::<Envelope>(text);
         self.check_envelope(envelope.map_err(|e| e.to_string()), bytes, path)?;
         Ok(text)
+    }
+
+    /// Refuses a text that would take too much memory to parse.
+    fn check_cost(&self, cost: Cost, bytes: &[u8], path: &Path) -> Result<(), FormatError> {
+        let found = sniff(bytes);
+        match cost.check() {
+            Ok(()) => Ok(()),
+            Err(_) if found.kind != Some(self) => Err(self.mismatch(path, &found.words)),
+            Err(words) => Err(FormatError::invalid(
+                path,
+                format!("{words}; {}", self.hint),
+            )),
+        }
     }
 
     fn text<'a>(&self, bytes: &'a [u8], path: &Path) -> Result<&'a str, FormatError> {

@@ -5,6 +5,7 @@
 //! position by position. The file is large (two bytes per position and vocabulary entry), so it is
 //! written and read row by row.
 
+use super::framed::parse_header;
 use super::kind::{Kind, LOGPROBS, LOGPROBS_MAGIC};
 use crate::FormatError;
 use crate::source_id::SourceId;
@@ -292,7 +293,7 @@ impl<R: Read> Reader<R> {
         };
         reader.sum.update(&head);
         reader.take(header_bytes)?;
-        let header: WireHeader = serde_json::from_slice(&reader.line)
+        let header: WireHeader = parse_header(&reader.line)
             .map_err(|e| FormatError::invalid(path, format!("header: {e}; the file is damaged")))?;
         check_sizes(header.n_vocab, header.ctx).map_err(|what| FormatError::invalid(path, what))?;
         // The lengths must agree before anything is allocated for them.

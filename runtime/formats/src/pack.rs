@@ -5,7 +5,7 @@
 //! pages that it shares with others. This module knows where experts lie in such a file; their
 //! bytes are the model's.
 
-use super::framed::{FIXED_BYTES, WireSource, cut_short, head, header_bytes, u64_at};
+use super::framed::{FIXED_BYTES, WireSource, cut_short, head, header_bytes, parse_header, u64_at};
 use super::kind::{PACK, PACK_MAGIC};
 use crate::source_id::SourceId;
 use crate::{FormatError, check_model};
@@ -249,7 +249,7 @@ pub fn decode(mut from: impl Read, length: u64, path: &Path) -> Result<PackFile,
         let what = "the checksum of its header is wrong: the file is damaged; make it again with `tier-plan pack`";
         return Err(FormatError::invalid(path, what));
     }
-    let header: WireHeader = serde_json::from_slice(&bytes[FIXED_BYTES..header_end])
+    let header: WireHeader = parse_header(&bytes[FIXED_BYTES..header_end])
         .map_err(|e| FormatError::invalid(path, format!("header: {e}; the file is damaged")))?;
     let layer = |l: WireLayer| PackLayer {
         layer: l.layer,

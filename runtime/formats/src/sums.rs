@@ -3,7 +3,7 @@
 //! A tensor that holds all experts of a layer has a checksum for each of them, every other tensor
 //! one.
 
-use super::framed::{FIXED_BYTES, WireSource, cut_short, head, header_bytes, u64_at};
+use super::framed::{FIXED_BYTES, WireSource, cut_short, head, header_bytes, parse_header, u64_at};
 use super::kind::{SUMS, SUMS_MAGIC};
 use crate::source_id::SourceId;
 use crate::{FormatError, check_model, safely};
@@ -133,7 +133,7 @@ pub fn decode(bytes: &[u8], path: &Path) -> Result<Sums, FormatError> {
             "the checksum of this file itself is wrong: it is damaged or cut short; make it again with `tier-plan checksum`",
         ));
     }
-    let header: WireHeader = serde_json::from_slice(header)
+    let header: WireHeader = parse_header(header)
         .map_err(|e| FormatError::invalid(path, format!("header: {e}; the file is damaged")))?;
     let announced: u64 = header.tensors.iter().map(|t| u64::from(t.slices)).sum();
     if announced > MAX_SLICES || announced * 8 != (body_end - header_end) as u64 {

@@ -8,6 +8,8 @@
 //! This module takes plain arrays ([`TokenizerSource`]) and knows nothing of files or of models.
 
 mod bytes;
+mod error;
+mod families;
 mod pairs;
 mod prompt;
 mod scores;
@@ -18,13 +20,13 @@ mod stream;
 #[cfg(test)]
 mod tests;
 
+pub use error::TokenizerError;
 pub use special::{ThoughtMark, TokenKind};
 pub use stream::TokenStream;
 
 use pairs::BytePairs;
 use scores::ScoreMerges;
 use special::{Fragment, Parse, Specials};
-use thiserror::Error;
 
 /// A vocabulary as a model file has it; the names are those of the `tokenizer.ggml.*` keys.
 #[derive(Debug, Clone, Default)]
@@ -35,14 +37,16 @@ pub struct TokenizerSource {
     pub pre: Option<String>,
     /// `tokens`: the text of every token, by id.
     pub tokens: Vec<String>,
-    /// `token_type`, one per token; all are normal text when empty.
+    /// `token_type`, one per token; all are normal text when empty. Here and in `scores`, entries
+    /// past the tokens are passed over.
     pub token_types: Vec<i32>,
-    /// `scores`, one per token; only `llama` vocabularies need them.
+    /// `scores`, one per token; all are equal when empty. Only `llama` vocabularies have a use for
+    /// them.
     pub scores: Vec<f32>,
-    /// `merges`: pairs of token texts with a space between, first learned first.
+    /// `merges`: pairs of token texts with a space between, first learned first; others are passed
+    /// over.
     pub merges: Vec<String>,
-    /// `bos_token_id`. Ids past the vocabulary, here and below, are taken as "there is none", as
-    /// writers mean them.
+    /// `bos_token_id`. Ids past the vocabulary, here and below, count as absent.
     pub bos: Option<u32>,
     /// `eos_token_id`.
     pub eos: Option<u32>,
@@ -56,82 +60,6 @@ pub struct TokenizerSource {
     pub add_bos: Option<bool>,
     /// `add_space_prefix`: whether `llama` vocabularies put a space before the text.
     pub add_space_prefix: Option<bool>,
-}
-
-/// An error of building a tokenizer, or of encoding a text.
-#[derive(Debug, Error)]
-pub enum TokenizerError {
-    /// The file holds no vocabulary.
-    #[error(
-        "this model has no tokenizer (tokenizer.ggml.model is 'none'): give token ids instead of text"
-    )]
-    NoTokenizer,
-    /// The kind of vocabulary is unknown.
-    #[error(
-        "tokenizer.ggml.model is '{found}', but only gpt2, llama and none are known: give token ids instead of text"
-    )]
-    UnknownModel {
-        /// The name in the file.
-        found: String,
-    },
-    /// The split pattern is unknown.
-    #[error("unknown split pattern '{found}' (tokenizer.ggml.pre), expected one of: {known}")]
-    UnknownPre {
-        /// The name in the file, or the one that was forced.
-        found: String,
-        /// The names that are known.
-        known: String,
-    },
-    /// The vocabulary has no tokens, or more than 32-bit ids can count.
-    #[error(
-        "tokenizer.ggml.tokens has {found} entries; expected 1 to {}",
-        u32::MAX
-    )]
-    BadSize {
-        /// Tokens in the file.
-        found: usize,
-    },
-    /// An array has the wrong number of entries.
-    #[error(
-        "tokenizer.ggml.{array} has {found} entries, but there are {expected} tokens: the file is damaged"
-    )]
-    BadLength {
-        /// Name of the array, without `tokenizer.ggml.`.
-        array: &'static str,
-        /// Entries in the file.
-        found: usize,
-        /// Tokens in the file.
-        expected: usize,
-    },
-    /// A byte-pair vocabulary has no merges.
-    #[error(
-        "tokenizer.ggml.merges is missing or empty, and a gpt2 vocabulary can't be used without it"
-    )]
-    NoMerges,
-    /// A merge is not a pair of token texts.
-    #[error(
-        "entry {index} of tokenizer.ggml.merges is '{text}'; expected two token texts with a space between"
-    )]
-    BadMerge {
-        /// Index of the entry, from 0.
-        index: usize,
-        /// Text of the entry.
-        text: String,
-    },
-    /// The file asks for a BOS token that it doesn't name.
-    #[error(
-        "the file asks to begin prompts with BOS (tokenizer.ggml.add_bos_token), but names no such token"
-    )]
-    MissingBos,
-    /// The vocabulary has no token for a byte.
-    #[error("the text holds byte 0x{byte:02X}, for which the vocabulary has no token")]
-    NoByte {
-        /// The byte of the text.
-        byte: u8,
-    },
-    /// The tokenizer library refused the vocabulary.
-    #[error("the tokenizer could not be built: {0}")]
-    Build(String),
 }
 
 #[derive(Debug)]
@@ -205,7 +133,7 @@ impl Tokenizer {
             return Err(TokenizerError::BadSize { found: n });
         }
         let fits = |array, found: usize| {
-            if found == n {
+            if found >= n {
                 Ok(())
             } else {
                 Err(TokenizerError::BadLength {
@@ -218,7 +146,7 @@ impl Tokenizer {
         if !token_types.is_empty() {
             fits("token_type", token_types.len())?;
         }
-        if scored {
+        if scored && !scores.is_empty() {
             fits("scores", scores.len())?;
         }
         let mut warning = None;
@@ -228,26 +156,27 @@ impl Tokenizer {
             });
             None
         } else {
-            let name = pre.or(source.pre.as_deref()).unwrap_or_else(|| {
+            let named = source.pre.as_deref().filter(|name| !name.is_empty());
+            let name = pre.or(named).unwrap_or_else(|| {
                 warning = Some(format!(
                     "the file does not say how text is split (tokenizer.ggml.pre), so the default is used and the \
                      text may be worse for it; known split patterns: {}",
-                    split::known()
+                    families::known()
                 ));
                 "default"
             });
-            let family = split::family(name);
+            let family = families::family(name);
             Some(family.ok_or_else(|| TokenizerError::UnknownPre {
                 found: name.to_string(),
-                known: split::known(),
+                known: families::known(),
             })?)
         };
 
-        // Writers that mean "none" use an id past the vocabulary; the old llama files name no ids
-        // at all.
+        // Writers that mean "none" use an id past the vocabulary. The old llama files name no ids at
+        // all; llama.cpp takes the usual ones then, and where a llama file's are past the vocabulary.
         let valid = |id: Option<u32>, usual: u32| {
-            id.or(scored.then_some(usual))
-                .filter(|id| (*id as usize) < n)
+            let exists = |id: &u32| (*id as usize) < n;
+            id.filter(exists).or(scored.then_some(usual).filter(exists))
         };
         let (bos, eos, unk) = (
             valid(source.bos, 1),
@@ -315,8 +244,19 @@ impl Tokenizer {
         }
     }
 
-    fn encode_as(&self, text: &str, parse: Parse<'_>) -> Result<Vec<u32>, TokenizerError> {
-        let mut ids = Vec::with_capacity(text.len() / 3 + 2);
+    /// Returns the tokens of `text`, unless they are more than `most`. A text far longer than that
+    /// is refused before it takes memory.
+    fn encode_as(
+        &self,
+        text: &str,
+        parse: Parse<'_>,
+        most: usize,
+    ) -> Result<Vec<u32>, TokenizerError> {
+        // Positions in a text have 32 bits.
+        if text.len() >= u32::MAX as usize {
+            return Err(TokenizerError::TooManyBytes { bytes: text.len() });
+        }
+        let mut ids = Vec::with_capacity((text.len() / 3).min(most).min(1 << 16) + 2);
         // The space prefix also goes before text that follows a special token.
         let mut after_special = true;
         for fragment in self.specials.partition(text, parse) {
@@ -328,7 +268,9 @@ impl Tokenizer {
                     continue;
                 }
                 (Fragment::Text(""), _) => {}
-                (Fragment::Text(text), Encoder::Pairs(pairs)) => pairs.encode(text, &mut ids)?,
+                (Fragment::Text(text), Encoder::Pairs(pairs)) => {
+                    pairs.encode(text, most, &mut ids)?
+                }
                 (Fragment::Text(text), Encoder::Scores(scores)) => {
                     let space = if self.space_prefix && after_special {
                         " "
@@ -340,10 +282,14 @@ impl Tokenizer {
                         .chain(text.chars())
                         .map(|c| if c == ' ' { scores::SPACE } else { c })
                         .collect();
-                    scores.encode(&spelled, &mut ids)?;
+                    scores.encode(&spelled, most, &mut ids)?;
                 }
             }
             after_special = false;
+        }
+        if ids.len() > most {
+            let least = ids.len();
+            return Err(TokenizerError::TooLong { least, most });
         }
         Ok(ids)
     }

@@ -12,13 +12,19 @@ impl TokenizerSource {
         let key = |name: &str| format!("tokenizer.ggml.{name}");
         let id = |name: &str| gguf.opt_u32(&key(&format!("{name}_token_id")));
         let strings = |name: &str| Ok(gguf.opt_str_array(&key(name))?.unwrap_or_default().to_vec());
+        let model = gguf.opt_str(&key("model"))?.unwrap_or("none").to_string();
+        // An empty list is a vocabulary of bytes; without a list something is missing.
+        let merges = match model.as_str() {
+            "gpt2" => gguf.str_array(&key("merges"))?.to_vec(),
+            _ => strings("merges")?,
+        };
         Ok(Self {
-            model: gguf.opt_str(&key("model"))?.unwrap_or("none").to_string(),
+            model,
             pre: gguf.opt_str(&key("pre"))?.map(str::to_string),
             tokens: strings("tokens")?,
             token_types: gguf.opt_i32_array(&key("token_type"))?.unwrap_or_default(),
-            scores: gguf.opt_f32_array(&key("scores"))?.unwrap_or_default(),
-            merges: strings("merges")?,
+            scores: gguf.opt_number_array(&key("scores"))?.unwrap_or_default(),
+            merges,
             bos: id("bos")?,
             eos: id("eos")?,
             eot: id("eot")?,

@@ -246,8 +246,6 @@ fn damaged_sources_are_refused_by_name() {
         broken(&|s| s.token_types.truncate(7))
             .contains("token_type has 7 entries, but there are 4096")
     );
-    assert!(broken(&|s| s.merges.clear()).contains("merges"));
-    assert!(broken(&|s| s.merges[5] = "ab".into()).contains("entry 5"));
     assert!(broken(&|s| (s.add_bos, s.bos) = (Some(true), Some(5000))).contains("add_bos_token"));
     let mut s = scored_source();
     s.scores.pop();
@@ -258,6 +256,51 @@ fn damaged_sources_are_refused_by_name() {
             ..
         })
     ));
+}
+
+#[test]
+fn arrays_that_other_engines_take_are_taken() {
+    let text = "the cat\n  sat";
+    let want = SCORED.encode(text, true).unwrap();
+    let mut s = scored_source();
+    s.scores.extend([1e9; 3]);
+    s.token_types.extend([4; 3]);
+    assert_eq!(Tokenizer::new(s).unwrap().encode(text, true).unwrap(), want);
+    // Without scores all are equal: the leftmost pair merges first.
+    let mut s = scored_source();
+    s.scores.clear();
+    let unscored = Tokenizer::new(s).unwrap();
+    let mut s = scored_source();
+    s.scores = vec![0.0; s.tokens.len()];
+    s.scores[300] = -0.0;
+    let zeros = Tokenizer::new(s).unwrap();
+    let ids = unscored.encode(text, true).unwrap();
+    assert_eq!(ids, zeros.encode(text, true).unwrap());
+    assert_eq!(unscored.decode(&ids), text);
+    // Without merges a vocabulary spells bytes.
+    let mut s = demo_source();
+    s.merges.clear();
+    let bytes = Tokenizer::new(s).unwrap();
+    let ids = bytes.encode(text, false).unwrap();
+    assert_eq!((ids.len(), bytes.decode(&ids)), (text.len(), text.into()));
+    let mut s = demo_source();
+    s.pre = Some(String::new());
+    assert_eq!(Tokenizer::new(s).unwrap().pre(), Some("default"));
+}
+
+#[test]
+fn a_limit_changes_no_token_and_is_exact() {
+    let text = "Once upon a time, there were  12345 words.\n".repeat(20);
+    for t in [&*DEMO, &*SCORED] {
+        let ids = t.encode(&text, true).unwrap();
+        let within = |most| t.encode_within(&text, true, most);
+        assert_eq!(within(ids.len()).unwrap(), ids);
+        let least = match within(ids.len() - 1) {
+            Err(TokenizerError::TooLong { least, .. }) => least,
+            other => panic!("{other:?}"),
+        };
+        assert!(least <= ids.len());
+    }
 }
 
 #[test]

@@ -111,6 +111,15 @@ impl Gguf {
         self.ask(key, "an array of floats", |v| v.as_array()?.floats())
     }
 
+    /// Returns an array of floats or of integers, which are rounded, if the key is there.
+    pub fn opt_number_array(&self, key: &str) -> Result<Option<Vec<f32>>, GgufError> {
+        self.ask(key, "an array of numbers", |v| {
+            let array = v.as_array()?;
+            let rounded = |v: Vec<i64>| v.into_iter().map(|v| v as f32).collect();
+            array.floats().or_else(|| array.integers().map(rounded))
+        })
+    }
+
     /// Returns an array of integers that fit `i32`, if the key is there.
     pub fn opt_i32_array(&self, key: &str) -> Result<Option<Vec<i32>>, GgufError> {
         self.ask(

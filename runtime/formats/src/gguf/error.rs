@@ -111,6 +111,11 @@ impl GgufError {
         }
     }
 
+    /// Whether the system had no memory for what was asked.
+    pub fn is_out_of_memory(&self) -> bool {
+        matches!(self, GgufError::Io { source, .. } if source.kind() == std::io::ErrorKind::OutOfMemory)
+    }
+
     pub(super) fn damaged(path: &Path, what: impl Into<String>) -> Self {
         GgufError::Damaged {
             path: path.to_path_buf(),
@@ -143,6 +148,8 @@ fn known(type_id: u32) -> &'static str {
         35 => " (TQ2_0)",
         36..=38 => " (a withdrawn repacked IQ4_NL)",
         40 => " (NVFP4)",
+        133..=199 => " (a type of ik_llama.cpp)",
+        200..=399 => " (a repacked type of ik_llama.cpp)",
         _ => "",
     }
 }

@@ -1,6 +1,7 @@
 //! What a file that is not GGUF looks like, so that the message can say how it came about.
 
 use super::error::GgufError;
+use super::pieces;
 use std::path::Path;
 
 const DOWNLOAD: &str = "download the .gguf file itself again";
@@ -9,7 +10,11 @@ const UNPACK: &str = "unpack it and name the .gguf file in it";
 
 /// Returns the error for a file that does not begin as a GGUF file does.
 pub(super) fn foreign(bytes: &[u8], path: &Path) -> GgufError {
-    let (found, hint) = describe(bytes);
+    let (found, hint) = match known(bytes) {
+        Some(known) => known,
+        None if pieces::is_piece(path) => return pieces::error(path),
+        None => unknown(bytes),
+    };
     GgufError::Foreign {
         path: path.to_path_buf(),
         found,
@@ -17,16 +22,17 @@ pub(super) fn foreign(bytes: &[u8], path: &Path) -> GgufError {
     }
 }
 
-fn describe(bytes: &[u8]) -> (String, &'static str) {
-    let head = &bytes[..bytes.len().min(4096)];
+/// Recognizes a file by what it begins with.
+fn known(bytes: &[u8]) -> Option<(String, &'static str)> {
+    let head = head(bytes);
     if head.is_empty() {
-        return ("is empty".into(), DOWNLOAD);
+        return Some(("is empty".into(), DOWNLOAD));
     }
     if head.starts_with(b"version https://git-lfs") {
-        return (
+        return Some((
             lfs(head),
             "fetch the content with `git lfs pull`, or download the file itself",
-        );
+        ));
     }
     let by_magic: &[(&[u8], &str, &str)] = &[
         (
@@ -50,6 +56,12 @@ fn describe(bytes: &[u8]) -> (String, &'static str) {
             UNPACK,
         ),
         (b"\xfd7zXZ\x00", "looks like xz-compressed data", UNPACK),
+        (
+            b"\x04\x22\x4d\x18",
+            "looks like LZ4-compressed data",
+            UNPACK,
+        ),
+        (b"Rar!", "looks like a RAR archive", UNPACK),
         (b"BZh", "looks like bzip2-compressed data", UNPACK),
         (b"7z\xbc\xaf\x27\x1c", "looks like a 7-Zip archive", UNPACK),
         (b"\x89HDF\r\n", "looks like an HDF5 file", CONVERT),
@@ -57,24 +69,36 @@ fn describe(bytes: &[u8]) -> (String, &'static str) {
         (b"\x7fELF", "looks like a program", DOWNLOAD),
     ];
     if let Some((_, found, hint)) = by_magic.iter().find(|(magic, ..)| head.starts_with(magic)) {
-        return ((*found).into(), hint);
+        return Some(((*found).into(), hint));
     }
     if head.get(257..262) == Some(b"ustar") {
-        return ("looks like a tar archive".into(), UNPACK);
+        return Some(("looks like a tar archive".into(), UNPACK));
     }
     // Safetensors: the length of a JSON header as u64, then the header.
     if let Some(length) = head.first_chunk::<8>().map(|b| u64::from_le_bytes(*b))
         && head.get(8) == Some(&b'{')
         && length <= bytes.len() as u64
     {
-        return ("looks like a safetensors file".into(), CONVERT);
+        return Some(("looks like a safetensors file".into(), CONVERT));
     }
     if head.len() >= 2 && head[0] == 0x80 && (2..=5).contains(&head[1]) {
-        return (
+        return Some((
             "looks like a Python pickle (an old PyTorch checkpoint)".into(),
             CONVERT,
-        );
+        ));
     }
+    if head.first() == Some(&0x08) && head.get(2) == Some(&0x12) && has(head, b"onnx") {
+        return Some(("looks like an ONNX file".into(), CONVERT));
+    }
+    if head.get(4..8) == Some(b"TFL3") {
+        return Some(("looks like a TensorFlow Lite file".into(), CONVERT));
+    }
+    None
+}
+
+/// Describes a file that begins like nothing known.
+fn unknown(bytes: &[u8]) -> (String, &'static str) {
+    let head = head(bytes);
     if head.iter().all(|&b| b == 0) {
         return (
             "begins with zeros only, as a download does that reserved its space and never finished"
@@ -118,6 +142,15 @@ fn describe(bytes: &[u8]) -> (String, &'static str) {
         format!("begins with the bytes {start:02x?} and not with 'GGUF'"),
         "name a .gguf file, or download it again",
     )
+}
+
+/// Returns the bytes that decide what a file is.
+fn head(bytes: &[u8]) -> &[u8] {
+    &bytes[..bytes.len().min(4096)]
+}
+
+fn has(bytes: &[u8], part: &[u8]) -> bool {
+    bytes.windows(part.len()).any(|window| window == part)
 }
 
 /// Describes the file that a Git LFS pointer stands for.

@@ -1,5 +1,6 @@
 //! A file in memory, read-only: the one place of this folder with `unsafe`.
 
+use super::bus::Watched;
 use memmap2::{Mmap, MmapMut};
 use std::fs::File;
 use std::io;
@@ -23,7 +24,11 @@ pub enum Advice {
 
 /// A regular file mapped read-only, whole. An empty file is an empty slice.
 #[derive(Debug)]
-pub(super) struct Map(Option<Mmap>);
+pub(super) struct Map {
+    // Dropped first: once the range is free, another mapping may lie there.
+    _watched: Option<Watched>,
+    map: Option<Mmap>,
+}
 
 impl Map {
     /// Maps the file. Nothing is read until it is looked at.
@@ -45,7 +50,10 @@ impl Map {
         let file = File::open(path)?;
         let len = file.metadata()?.len();
         if len == 0 {
-            return Ok(Map(None));
+            return Ok(Map {
+                _watched: None,
+                map: None,
+            });
         }
         if usize::try_from(len).is_err() {
             return Err(io::Error::new(
@@ -55,23 +63,26 @@ impl Map {
         }
         // SAFETY: the mapping is read-only and lives as long as the value that owns it. What no
         // program can rule out is another process changing the file meanwhile: the weights would
-        // change, or a shortened file would end this process with a bus error. Model files are
-        // written once, by a download that renames them when whole, and the documentation says not
-        // to change a model while it runs.
+        // change, or a shortened file would end this process with a bus error, which `bus` reports.
+        // Model files are written once, by a download that renames them when whole, and the
+        // documentation says not to change a model while it runs.
         let map = unsafe { Mmap::map(&file)? };
-        Ok(Map(Some(map)))
+        Ok(Map {
+            _watched: Watched::new(&map, path),
+            map: Some(map),
+        })
     }
 
     /// Returns all bytes of the file.
     pub(super) fn bytes(&self) -> &[u8] {
-        self.0.as_deref().unwrap_or(&[])
+        self.map.as_deref().unwrap_or(&[])
     }
 
     /// Passes a hint for `len` bytes from `offset` on. The hint may be ignored; so are failures to
     /// give it.
     pub(super) fn advise(&self, offset: usize, len: usize, advice: Advice) {
         #[cfg(unix)]
-        if let Some(map) = &self.0 {
+        if let Some(map) = &self.map {
             let in_range = offset.checked_add(len).is_some_and(|end| end <= map.len());
             let advice = match advice {
                 Advice::Normal => memmap2::Advice::Normal,
@@ -149,7 +160,7 @@ impl Copied {
             });
             joined.fold(own, |result: io::Result<()>, other| result.and(other))
         });
-        result?;
+        result.map_err(cut_short)?;
         copied(done.load(Ordering::Relaxed));
         Ok(Copied(memory))
     }
@@ -157,6 +168,17 @@ impl Copied {
     /// Returns all bytes of the file.
     pub(super) fn bytes(&self) -> &[u8] {
         &self.0
+    }
+}
+
+/// Says what it means that a read ended before its bytes came.
+fn cut_short(error: io::Error) -> io::Error {
+    match error.kind() {
+        io::ErrorKind::UnexpectedEof => io::Error::new(
+            io::ErrorKind::UnexpectedEof,
+            "the file has become shorter since it was opened; run again once it is whole",
+        ),
+        _ => error,
     }
 }
 

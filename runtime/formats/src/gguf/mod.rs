@@ -5,6 +5,11 @@
 //! what a block means `quant`'s. A file must not be changed while it is open.
 
 mod ask;
+#[allow(
+    unsafe_code,
+    reason = "a signal handler is installed through the system's C interface"
+)]
+mod bus;
 mod error;
 mod foreign;
 mod header;
@@ -13,6 +18,7 @@ mod header;
     reason = "a memory map is only sound while nothing shortens the file"
 )]
 mod map;
+mod pieces;
 mod split;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
@@ -21,6 +27,7 @@ mod tests;
 mod value;
 mod write;
 
+pub use bus::report_bus_errors;
 pub use error::GgufError;
 pub use header::{Header, MAX_ARRAY, MAX_HEADER_BYTES, MAX_KEYS, MAX_TENSORS, TensorInfo};
 pub use map::Advice;
@@ -87,6 +94,13 @@ impl Gguf {
         let Some(keys) = split_keys(&header, path)? else {
             return Gguf::assemble(vec![(part, header)], None);
         };
+        if is_joined(&part, &header) {
+            return Err(GgufError::split(
+                path,
+                "these are the parts of a split model joined by bytes, which is no whole model: give the parts as \
+                 they were downloaded, or merge them with llama.cpp's `llama-gguf-split --merge`",
+            ));
+        }
         let Some(name) = PartName::parse(path) else {
             let (number, count) = (keys.no + 1, keys.count);
             return Err(GgufError::split(
@@ -317,7 +331,7 @@ impl Gguf {
 
 fn open_part(path: &Path) -> Result<(Part, Header), GgufError> {
     let map = Map::open(path).map_err(|e| GgufError::io(path, e))?;
-    let header = Header::decode(map.bytes(), path)?;
+    let header = Header::decode(map.bytes(), path).map_err(pieces::explain)?;
     Ok((
         Part {
             path: path.to_path_buf(),
@@ -326,6 +340,18 @@ fn open_part(path: &Path) -> Result<(Part, Header), GgufError> {
         },
         header,
     ))
+}
+
+/// Returns whether another part of a split model follows in the same file.
+fn is_joined(part: &Part, header: &Header) -> bool {
+    let bytes = part.map.bytes();
+    let ends = header.tensors.iter().map(|t| t.offset + t.n_bytes);
+    let end = ends.max().unwrap_or(header.header_bytes);
+    // A part may be padded at its end.
+    [end, end.next_multiple_of(header.alignment)]
+        .iter()
+        .filter_map(|at| bytes.get(usize::try_from(*at).ok()?..))
+        .any(|rest| rest.starts_with(b"GGUF"))
 }
 
 fn open_sibling(name: &PartName, number: u32, given: &Path) -> Result<(Part, Header), GgufError> {

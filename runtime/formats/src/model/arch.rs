@@ -3,7 +3,8 @@
 use super::source::Source;
 use super::spec::ModelSpec;
 use super::{
-    ModelError, deepseek2, glm4moe, gpt_oss, llama, minimax_m2, olmoe, qwen2moe, qwen3, qwen3next,
+    ModelError, NotAModel, deepseek2, glm4moe, gpt_oss, llama, minimax_m2, olmoe, qwen2moe, qwen3,
+    qwen3next,
 };
 use crate::gguf::Gguf;
 
@@ -36,6 +37,9 @@ pub const SUPPORTED: [&str; ARCHITECTURES.len()] = {
 
 /// Describes the network in a file.
 pub fn describe(gguf: &Gguf) -> Result<ModelSpec, ModelError> {
+    if let Some(other) = NotAModel::of(gguf) {
+        return Err(ModelError::NotAModel(other));
+    }
     let arch = gguf.str("general.architecture")?;
     match ARCHITECTURES.iter().find(|(name, _)| *name == arch) {
         Some((_, describe)) => describe(&Source::new(gguf, arch)),

@@ -11,6 +11,7 @@ mod gpt_oss;
 pub mod kv;
 mod llama;
 mod minimax_m2;
+mod not_a_model;
 mod olmoe;
 mod opened;
 mod qwen2moe;
@@ -21,6 +22,7 @@ mod source;
 pub mod spec;
 
 pub use arch::{SUPPORTED, describe};
+pub use not_a_model::NotAModel;
 pub use opened::Model;
 pub use shape::shape_of_file;
 
@@ -33,6 +35,9 @@ pub enum ModelError {
     /// The container is damaged or lacks a key.
     #[error(transparent)]
     Gguf(#[from] GgufError),
+    /// The file is GGUF, but holds something else than a model that writes text.
+    #[error("not a model that can be run: it is {}", .0.what())]
+    NotAModel(NotAModel),
     /// No code for this network.
     #[error("architecture '{found}' is not supported; supported: {}", SUPPORTED.join(", "))]
     Architecture {

@@ -425,16 +425,19 @@ impl<'a> Source<'a> {
 
     fn rope_scaling(&self) -> Result<RopeScaling, ModelError> {
         let name = "rope.scaling.type";
-        let factor = self.f32_or("rope.scaling.factor", 0.0)?;
+        // Files from before the two keys have one, whose scaling is always linear.
+        let factor_name = if self.has("rope.scaling.factor") {
+            "rope.scaling.factor"
+        } else {
+            "rope.scale_linear"
+        };
+        let factor = self.f32_or(factor_name, 0.0)?;
         let kind = self
             .gguf
             .opt_str(&self.key(name))?
             .unwrap_or(if factor > 0.0 { "linear" } else { "none" });
         if kind != "none" && factor < 0.0 {
-            return Err(self.bad(
-                "rope.scaling.factor",
-                format!("{factor}; expected a positive number"),
-            ));
+            return Err(self.bad(factor_name, format!("{factor}; expected a positive number")));
         }
         match kind {
             "none" => Ok(RopeScaling::None),

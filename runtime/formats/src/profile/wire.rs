@@ -8,6 +8,7 @@
 
 use super::{Guesses, Profile, PromptTrace, Split};
 use crate::FormatError;
+use crate::framed::parse_header;
 use crate::kind::{Kind, PROFILE, PROFILE_MAGIC};
 use crate::ranges::{Allowance, MAX_EXPERT, MAX_LAYER};
 use crate::source_id::SourceId;
@@ -345,7 +346,7 @@ fn decode_body(version: u32, all: &[u8], rest: &[u8]) -> Result<Profile, String>
         return Err("the checksum is wrong: the file is damaged or cut short; run `tier-plan profile` again".into());
     }
     let (header, payload) = rest.split_at(length);
-    let header: WireHeader = serde_json::from_slice(header).map_err(|e| format!("header: {e}"))?;
+    let header: WireHeader = parse_header(header).map_err(|e| format!("header: {e}"))?;
     check_shape(&header.layers, header.n_expert, header.n_used)?;
     if header.counts.is_some() && version < 2 {
         return Err("header: unknown field `counts` in version 1; write version 2".into());
