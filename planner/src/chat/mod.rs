@@ -22,7 +22,7 @@ use std::io::{BufRead, Read, Write};
 use std::time::Duration;
 use tier_plan_runtime::Engine;
 use tier_plan_runtime::sampler::{Sampler, SamplerConfig};
-use tier_plan_runtime::tokenizer::Tokenizer;
+use tier_plan_runtime::tokenizer::{Tokenizer, TokenizerError};
 
 /// Longest line of a message in bytes, far more than any context holds.
 const MAX_LINE_BYTES: u64 = 64 << 20;
@@ -80,7 +80,10 @@ struct Stats {
 struct Prompt {
     /// Text of the prompt; empty without a template.
     text: String,
+    /// The tokens, unless they are more than the context holds.
     tokens: Vec<u32>,
+    /// Number of the tokens; at least so many if they are more than the context holds.
+    n_tokens: usize,
 }
 
 /// A chat with its history.
@@ -193,15 +196,19 @@ impl<'a> Chat<'a> {
     /// Answers one message. Without a template, continues it.
     fn turn(&mut self, text: &str, output: &mut impl Write) -> Result<()> {
         if self.options.template.is_none() {
-            let ids = self.tokenizer.encode(text, true)?;
             let context = self.engine.context();
-            if ids.is_empty() || ids.len() >= context {
-                writeln!(
-                    output,
-                    "That text has {} tokens, expected 1 to {}.",
-                    ids.len(),
-                    context - 1
-                )?;
+            let ids = match self.tokenizer.encode_within(text, true, context - 1) {
+                Err(TokenizerError::TooLong { most, .. }) => {
+                    writeln!(
+                        output,
+                        "That text has more than {most} tokens, the most that fit."
+                    )?;
+                    return Ok(());
+                }
+                encoded => encoded?,
+            };
+            if ids.is_empty() {
+                writeln!(output, "That text has no tokens.")?;
                 return Ok(());
             }
             return self.answer(&ids, output).map(drop);
@@ -249,7 +256,7 @@ impl<'a> Chat<'a> {
                     return Ok(None);
                 }
             };
-            let tokens = prompt.tokens.len();
+            let tokens = prompt.n_tokens;
             let first = usize::from(
                 self.messages
                     .first()
@@ -264,7 +271,7 @@ impl<'a> Chat<'a> {
                 }
                 writeln!(
                     output,
-                    "That message makes {tokens} tokens, but the context holds {context}; send a shorter one, or start with a larger --context."
+                    "That message makes {tokens} tokens or more, but the context holds {context}; send a shorter one, or start with a larger --context."
                 )?;
                 return Ok(None);
             }
@@ -292,14 +299,24 @@ impl<'a> Chat<'a> {
             Rendered::Prompt { text, plain } => (text, plain),
             Rendered::Mixed { token } => return Ok(Err(token)),
         };
-        let tokens = self
-            .tokenizer
-            .encode_prompt(&text, &plain, self.engine.context())?;
+        let context = self.engine.context();
+        let (tokens, n_tokens) = match self.tokenizer.encode_prompt(&text, &plain, context) {
+            Err(TokenizerError::TooLong { least, .. }) => (Vec::new(), least),
+            encoded => {
+                let tokens = encoded?;
+                let n_tokens = tokens.len();
+                (tokens, n_tokens)
+            }
+        };
         ensure!(
-            !tokens.is_empty(),
+            n_tokens > 0,
             "the chat template rendered an empty conversation; pass another with --chat-template FILE"
         );
-        Ok(Ok(Prompt { text, tokens }))
+        Ok(Ok(Prompt {
+            text,
+            tokens,
+            n_tokens,
+        }))
     }
 
     fn show_stats(&self, output: &mut impl Write) -> Result<()> {
