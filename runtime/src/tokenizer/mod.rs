@@ -17,9 +17,11 @@ mod split;
 mod stream;
 #[cfg(test)]
 mod tests;
+mod thought;
 
-pub use special::{ThoughtMark, TokenKind};
+pub use special::TokenKind;
 pub use stream::TokenStream;
+pub use thought::ThoughtMark;
 
 use pairs::BytePairs;
 use scores::ScoreMerges;
