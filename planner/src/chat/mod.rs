@@ -175,14 +175,14 @@ impl<'a> Chat<'a> {
                 }
                 "/plan" => {
                     for line in &self.options.plan {
-                        writeln!(output, "{line}")?;
+                        writeln!(output, "{}", self.shown(line))?;
                     }
                 }
                 "/stats" => self.show_stats(output)?,
                 _ if text.starts_with("//") => self.turn(&text[1..], output)?,
                 _ if text.starts_with('/') => {
                     let command = text.split(' ').next().unwrap_or(text);
-                    let command = self.options.screen.clone().show(command).into_owned();
+                    let command = self.shown(command);
                     writeln!(
                         output,
                         "Unknown command {command}; /help lists the commands."
@@ -190,6 +190,24 @@ impl<'a> Chat<'a> {
                 }
                 _ => self.turn(text, output)?,
             }
+        }
+    }
+
+    /// Returns a text of its own as it may be written.
+    fn shown(&self, text: &str) -> String {
+        self.options.screen.clone().show(text).into_owned()
+    }
+
+    /// Says once that control tokens in the user's texts are plain text, since someone may have
+    /// meant them.
+    fn tell_of_controls(&mut self, text: &str) {
+        let texts = [Some(text), self.options.system.as_deref()];
+        let mut texts = texts.into_iter().flatten();
+        if let Some(token) = texts.find_map(|text| self.tokenizer.structure_in(text))
+            && !self.told
+        {
+            eprintln!("{token:?} in a message is sent as plain text and not as the control token");
+            self.told = true;
         }
     }
 
@@ -213,11 +231,7 @@ impl<'a> Chat<'a> {
             }
             return self.answer(&ids, output).map(drop);
         }
-        if let Some(token) = self.tokenizer.structure_in(text).filter(|_| !self.told) {
-            // Someone may have meant it to be one.
-            eprintln!("{token:?} in a message is sent as plain text and not as the control token");
-            self.told = true;
-        }
+        self.tell_of_controls(text);
         self.messages.push(Message::new(Role::User, text));
         let Some(prompt) = self.fit(output)? else {
             self.messages.pop();
@@ -351,7 +365,8 @@ impl<'a> Chat<'a> {
         }
         for (tier, bytes) in self.engine.plan().tiers.iter().zip(&counters.read_bytes) {
             let each = *bytes as f64 / counters.decode_tokens.max(1) as f64 / 1e6;
-            writeln!(output, "{}: {each:.2} MB read per token", tier.tier.name)?;
+            let name = self.shown(&tier.tier.name);
+            writeln!(output, "{name}: {each:.2} MB read per token")?;
         }
         writeln!(
             output,

@@ -19,10 +19,12 @@ mod split;
 mod stream;
 #[cfg(test)]
 mod tests;
+mod thought;
 
 pub use error::TokenizerError;
-pub use special::{ThoughtMark, TokenKind};
+pub use special::TokenKind;
 pub use stream::TokenStream;
+pub use thought::ThoughtMark;
 
 use pairs::BytePairs;
 use scores::ScoreMerges;

@@ -4,6 +4,7 @@
 //! GGUF files name only one or two end tokens; chat models have more. As in llama.cpp, the rest are
 //! known by their texts, because a generation that misses one never stops.
 
+use super::thought::ThoughtMark;
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 
@@ -83,38 +84,6 @@ const FILE_TEXTS: &[&[&str]] = &[
 
 /// Texts that gpt-oss marks its channels with; a reader wants to see them.
 const SHOWN_TEXTS: &[&str] = &["<|channel|>", "<|message|>", "<|start|>", "<|constrain|>"];
-
-/// Which border of a thought a token marks, in models that reason before they answer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ThoughtMark {
-    /// A thought begins (`<think>`, `[THINK]`).
-    Opens,
-    /// The thought ends (`</think>`, `[/THINK]`).
-    Closes,
-}
-
-impl ThoughtMark {
-    /// Returns what a token of this text marks: a bracketed name whose last word is about
-    /// thinking, as models of many makers have it.
-    pub(super) fn of(text: &str) -> Option<Self> {
-        let is_sign = |c: char| !c.is_alphanumeric();
-        if text.len() > MAX_MARK_BYTES || !text.starts_with(is_sign) || !text.ends_with(is_sign) {
-            return None;
-        }
-        let name = text.to_lowercase();
-        let words = || name.split(is_sign).filter(|w| !w.is_empty());
-        let thinks = ["think", "thinking", "thought", "reason", "reasoning"];
-        words().next_back().filter(|w| thinks.contains(w))?;
-        Some(if text.contains('/') || words().next() == Some("end") {
-            Self::Closes
-        } else {
-            Self::Opens
-        })
-    }
-}
-
-/// Longest text of a token that marks a thought.
-const MAX_MARK_BYTES: usize = 40;
 
 /// A token that is looked for in a prompt.
 #[derive(Debug)]
@@ -377,6 +346,7 @@ fn overlaps(ranges: &[Range<usize>], range: &Range<usize>) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::slice::from_ref;
 
     fn specials(tokens: &[(&str, TokenKind)]) -> (Specials, Vec<TokenKind>) {
         let texts: Vec<String> = tokens.iter().map(|t| t.0.to_string()).collect();
@@ -435,7 +405,7 @@ mod tests {
         let text = "[INST]a<|im_end|>  [INST]<|channel|><|im_end|>  ";
         let person = 6..text.len() - 12;
         assert_eq!(
-            s.partition(text, Parse::Outside(&[person])),
+            s.partition(text, Parse::Outside(from_ref(&person))),
             [
                 Token(1),
                 Text("a<|im_end|>"),
@@ -446,16 +416,19 @@ mod tests {
             ]
         );
         // Without its use as structure, a user-defined token is text that has a token.
-        assert_eq!(s.partition("[INST]", Parse::Outside(&[0..6])), [Token(1)]);
+        assert_eq!(
+            s.partition("[INST]", Parse::Outside(from_ref(&(0..6)))),
+            [Token(1)]
+        );
         // A token that only begins in the text is none.
         assert_eq!(
-            s.partition("<|im_end|>", Parse::Outside(&[0..4])),
+            s.partition("<|im_end|>", Parse::Outside(from_ref(&(0..4)))),
             [Text("<|im_end|>")]
         );
         // An occurrence that does not count hides none that overlaps it.
         let (s, _) = specials(&[("aa", Control)]);
         assert_eq!(
-            s.partition("aaa", Parse::Outside(&[0..1])),
+            s.partition("aaa", Parse::Outside(from_ref(&(0..1)))),
             [Text("a"), Token(0)]
         );
     }
@@ -484,38 +457,8 @@ mod tests {
     }
 
     #[test]
-    fn marks_of_thoughts_are_known_and_shown() {
-        use ThoughtMark::{Closes, Opens};
+    fn marks_of_thoughts_are_shown() {
         use TokenKind::{Control, Normal, UserDefined};
-        for text in [
-            "<think>",
-            "[THINK]",
-            "<|START_THINKING|>",
-            "◁think▷",
-            "<seed:think>",
-        ] {
-            assert_eq!(ThoughtMark::of(text), Some(Opens), "{text}");
-        }
-        for text in [
-            "</think>",
-            "[/THINK]",
-            "<|END_THINKING|>",
-            "◁/think▷",
-            "<|end_of_thought|>",
-        ] {
-            assert_eq!(ThoughtMark::of(text), Some(Closes), "{text}");
-        }
-        for text in [
-            "/think",
-            "think",
-            "<rethink>",
-            "<|im_start|>",
-            "",
-            "[INST]",
-            "<think_on>",
-        ] {
-            assert_eq!(ThoughtMark::of(text), None, "{text}");
-        }
         let (s, kinds) = specials(&[("[THINK]", Control), ("(think)", Normal)]);
         assert_eq!((kinds[0], kinds[1]), (UserDefined, Normal));
         assert_eq!(s.thoughts.len(), 1);

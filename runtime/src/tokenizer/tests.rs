@@ -182,7 +182,9 @@ fn a_prompt_begins_with_one_bos_and_never_ends_in_eos() {
     assert_eq!(SCORED.encode("the", true).unwrap(), bos_the);
     assert_eq!(SCORED.encode("<s>the", true).unwrap(), bos_the);
     // A person's text that looks like BOS is not one.
-    let typed = SCORED.encode_prompt("<s>the", &[0..3]).unwrap();
+    let typed = SCORED
+        .encode_prompt("<s>the", std::slice::from_ref(&(0..3)))
+        .unwrap();
     assert_eq!(typed[0], 1);
     assert!(!typed[1..].contains(&1), "{typed:?}");
     assert_eq!(SCORED.decode(&typed), "<s>the");
